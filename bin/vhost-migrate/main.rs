@@ -1,0 +1,3 @@
+//! The command: parses arguments, calls the library, prints.
+
+fn main() {}

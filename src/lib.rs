@@ -1,0 +1,1 @@
+//! Live migration, dirty logging and crash-resume for vhost devices.
