@@ -1,5 +1,6 @@
 //! Live migration, dirty logging and crash-resume for vhost devices.
 
+pub mod abi;
 pub mod control;
 pub mod memory;
 pub mod migrate;
