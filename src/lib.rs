@@ -1,1 +1,3 @@
 //! Live migration, dirty logging and crash-resume for vhost devices.
+
+pub mod dirty;
