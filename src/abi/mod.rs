@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod inflight;
+pub mod vduse;
 pub mod vhost;
 pub mod vhost_user;
 pub mod virtio;
