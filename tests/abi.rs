@@ -3,6 +3,7 @@
 //! `items` is the one table. A structure's line must name each of its fields, or it does not compile; a constant or
 //! structure that is missing from the table fails `no_number_or_structure_is_left_out_of_the_comparison`; a number of
 //! the headers that we don't have fails `the_headers_have_no_number_that_we_lack`.
+#![allow(clippy::unwrap_used, clippy::panic)] // also in the helpers of these tests
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -50,7 +51,11 @@ macro_rules! table {
     };
     // A structure: `whole`, or `head` where newer headers have it longer. A field is `name`, `name: c_name`, or
     // `name: -` where C has no such field in all headers.
-    ($items:ident $extent:ident $need:ident $module:ident $name:ident = $c:literal if $guard:ident { $($field:ident $(: $cfield:tt)?),* $(,)? } $($rest:tt)*) => {
+    (
+        $items:ident $extent:ident $need:ident $module:ident $name:ident = $c:literal if $guard:ident {
+            $($field:ident $(: $cfield:tt)?),* $(,)?
+        } $($rest:tt)*
+    ) => {
         let _every_field_is_named = |whole: $module::$name| { let $module::$name { $($field: _),* } = whole; };
         let mut push = |c: String, ours: usize| $items.push(Item {
             name: stringify!($name),
@@ -152,7 +157,9 @@ fn items() -> Vec<Item> {
         whole required vduse DevConfigHeader = "struct vduse_dev_config" if VDUSE_BASE {
             name, vendor_id, device_id, features, vq_num, vq_align, reserved: -, config_size,
         }
-        whole required vduse IotlbEntry = "struct vduse_iotlb_entry" if VDUSE_BASE { offset, start, last, perm, padding: - }
+        whole required vduse IotlbEntry = "struct vduse_iotlb_entry" if VDUSE_BASE {
+            offset, start, last, perm, padding: -,
+        }
         whole required vduse ConfigDataHeader = "struct vduse_config_data" if VDUSE_BASE { offset, length }
         whole required vduse VqConfig = "struct vduse_vq_config" if VDUSE_BASE { index, max_size, reserved: - }
         whole required vduse VqStateSplit = "struct vduse_vq_state_split" if VDUSE_BASE { avail_index }
@@ -174,7 +181,9 @@ fn items() -> Vec<Item> {
         whole required vduse DevResponse = "struct vduse_dev_response" if VDUSE_BASE {
             request_id, result, reserved, payload: padding,
         }
-        whole newer vduse IotlbEntryV2 = "struct vduse_iotlb_entry_v2" if VDUSE_IOTLB_GET_FD2 { v1: -, asid, reserved: - }
+        whole newer vduse IotlbEntryV2 = "struct vduse_iotlb_entry_v2" if VDUSE_IOTLB_GET_FD2 {
+            v1: -, asid, reserved: -,
+        }
 
         constants required virtio "VRING_" {
             DESC_F_NEXT, DESC_F_WRITE, DESC_F_INDIRECT, USED_F_NO_NOTIFY, AVAIL_F_NO_INTERRUPT,
@@ -224,11 +233,15 @@ fn items() -> Vec<Item> {
         constant required virtio RING_ELEMENTS_OFFSET = "offsetof(struct vring_used, ring)" if VRING_DESC_F_NEXT;
         whole required virtio Desc = "struct vring_desc" if VRING_DESC_F_NEXT { addr, len, flags, next }
         whole required virtio UsedElem = "struct vring_used_elem" if VRING_DESC_F_NEXT { id, len }
-        whole required virtio PackedDesc = "struct vring_packed_desc" if VRING_PACKED_DESC_F_AVAIL { addr, len, id, flags }
+        whole required virtio PackedDesc = "struct vring_packed_desc" if VRING_PACKED_DESC_F_AVAIL {
+            addr, len, id, flags,
+        }
         whole required virtio PackedEvent = "struct vring_packed_desc_event" if VRING_PACKED_DESC_F_AVAIL {
             off_wrap, flags,
         }
-        whole required virtio BlkGeometry = "struct virtio_blk_geometry" if VIRTIO_BLK_F_MQ { cylinders, heads, sectors }
+        whole required virtio BlkGeometry = "struct virtio_blk_geometry" if VIRTIO_BLK_F_MQ {
+            cylinders, heads, sectors,
+        }
         head newer virtio BlkConfig = "struct virtio_blk_config" if VIRTIO_BLK_F_SECURE_ERASE {
             capacity, size_max, seg_max, geometry, blk_size, physical_block_exp, alignment_offset, min_io_size,
             opt_io_size, wce, unused, num_queues, max_discard_sectors, max_discard_seg, discard_sector_alignment,
