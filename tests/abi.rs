@@ -267,11 +267,7 @@ fn items() -> Vec<Item> {
 }
 
 /// What no header has: conveniences, and numbers that only old headers had.
-const OURS_ALONE: [&str; 3] = [
-    "VHOST_GET_BACKEND_FEATURES_OLD",
-    "MAX_QUEUE_SIZE",
-    "SECTOR_BYTES",
-];
+const OURS_ALONE: [&str; 3] = ["VHOST_GET_BACKEND_FEATURES_OLD", "MAX_QUEUE_SIZE", "SECTOR_BYTES"];
 
 const HEADERS: [&str; 8] = [
     "linux/version.h",
@@ -290,9 +286,7 @@ fn every_number_size_and_offset_is_that_of_the_systems_headers() {
     let mut source = includes();
     source.push_str("#include <stddef.h>\n#include <stdio.h>\nint main(void) {\n");
     for (number, Item { c, guard, .. }) in items.iter().enumerate() {
-        source.push_str(&format!(
-            "#ifdef {guard}\nprintf(\"{number} %lld\\n\", (long long)({c}));\n#endif\n"
-        ));
+        source.push_str(&format!("#ifdef {guard}\nprintf(\"{number} %lld\\n\", (long long)({c}));\n#endif\n"));
     }
     source.push_str("return 0;\n}\n");
 
@@ -306,23 +300,11 @@ fn every_number_size_and_offset_is_that_of_the_systems_headers() {
         .collect();
 
     let mut wrong = Vec::new();
-    for (
-        number,
-        Item {
-            name,
-            c,
-            required,
-            ours,
-            ..
-        },
-    ) in items.iter().enumerate()
-    {
+    for (number, Item { name, c, required, ours, .. }) in items.iter().enumerate() {
         match theirs.get(&number) {
             Some(value) if value == ours => {}
             Some(value) => wrong.push(format!("{name}: ours {ours:#x}, {c} is {value:#x}")),
-            None if *required => wrong.push(format!(
-                "{name}: the headers lack {c}; install a newer linux-libc-dev"
-            )),
+            None if *required => wrong.push(format!("{name}: the headers lack {c}; install a newer linux-libc-dev")),
             None => {}
         }
     }
@@ -331,30 +313,15 @@ fn every_number_size_and_offset_is_that_of_the_systems_headers() {
 
 #[test]
 fn no_number_or_structure_is_left_out_of_the_comparison() {
-    let compared: BTreeSet<&str> = items()
-        .iter()
-        .map(|item| item.name)
-        .chain(OURS_ALONE)
-        .collect();
+    let compared: BTreeSet<&str> = items().iter().map(|item| item.name).chain(OURS_ALONE).collect();
     let sources = [
         include_str!("../src/abi/vhost.rs"),
         include_str!("../src/abi/vduse.rs"),
         include_str!("../src/abi/virtio.rs"),
     ];
-    let declared: Vec<&str> = sources
-        .iter()
-        .flat_map(|source| source.lines())
-        .filter_map(declared_name)
-        .collect();
-    assert!(
-        declared.len() > 250,
-        "the scan of the sources is broken: it found only {} names",
-        declared.len()
-    );
-    let forgotten: Vec<&&str> = declared
-        .iter()
-        .filter(|name| !compared.contains(**name))
-        .collect();
+    let declared: Vec<&str> = sources.iter().flat_map(|source| source.lines()).filter_map(declared_name).collect();
+    assert!(declared.len() > 250, "the scan of the sources is broken: it found only {} names", declared.len());
+    let forgotten: Vec<&&str> = declared.iter().filter(|name| !compared.contains(**name)).collect();
     assert!(forgotten.is_empty(), "add to the table: {forgotten:?}");
 }
 
@@ -373,21 +340,11 @@ fn the_headers_have_no_number_that_we_lack() {
     let ours: BTreeSet<String> = items().into_iter().map(|item| item.guard).collect();
     let lacking: Vec<&&str> = defined
         .keys()
-        .filter(|name| {
-            ["VHOST_", "VDUSE_", "VRING_", "VIRTIO_RING_F_"]
-                .iter()
-                .any(|prefix| name.starts_with(prefix))
-        })
+        .filter(|name| ["VHOST_", "VDUSE_", "VRING_", "VIRTIO_RING_F_"].iter().any(|prefix| name.starts_with(prefix)))
         .filter(|name| !ours.contains(**name))
         .collect();
-    assert!(
-        defined.contains_key("VHOST_SET_LOG_BASE"),
-        "the list of macros is broken"
-    );
-    assert!(
-        lacking.is_empty() || version > (6 << 16 | 18 << 8 | 255),
-        "add to src/abi: {lacking:?}"
-    );
+    assert!(defined.contains_key("VHOST_SET_LOG_BASE"), "the list of macros is broken");
+    assert!(lacking.is_empty() || version > (6 << 16 | 18 << 8 | 255), "add to src/abi: {lacking:?}");
 }
 
 #[test]
@@ -420,46 +377,13 @@ fn a_known_request_prints_the_specifications_name() {
 #[test]
 fn requests_and_protocol_features_are_numbered_without_gap() {
     assert!(Request::KNOWN.iter().map(|request| request.0).eq(1..=45));
-    assert!(
-        BackendRequest::KNOWN
-            .iter()
-            .map(|request| request.0)
-            .eq(1..=10)
-    );
-    assert!(
-        protocol_feature::NAMES
-            .iter()
-            .map(|(bit, _)| *bit)
-            .eq(0..=23)
-    );
+    assert!(BackendRequest::KNOWN.iter().map(|request| request.0).eq(1..=10));
+    assert!(protocol_feature::NAMES.iter().map(|(bit, _)| *bit).eq(0..=23));
     // Landmarks of the seed headers, so that a number slipped into the middle is noticed.
-    assert_eq!(
-        (
-            Request::GET_QUEUE_NUM.0,
-            Request::SET_CONFIG.0,
-            Request::GET_INFLIGHT_FD.0
-        ),
-        (17, 25, 31)
-    );
-    assert_eq!(
-        (
-            Request::GPU_SET_SOCKET.0,
-            Request::VRING_KICK.0,
-            Request::REM_MEM_REG.0
-        ),
-        (33, 35, 38)
-    );
-    assert_eq!(
-        (protocol_feature::CONFIG, protocol_feature::INFLIGHT_SHMFD),
-        (9, 12)
-    );
-    assert_eq!(
-        (
-            protocol_feature::CONFIGURE_MEM_SLOTS,
-            protocol_feature::DEVICE_STATE
-        ),
-        (15, 19)
-    );
+    assert_eq!((Request::GET_QUEUE_NUM.0, Request::SET_CONFIG.0, Request::GET_INFLIGHT_FD.0), (17, 25, 31));
+    assert_eq!((Request::GPU_SET_SOCKET.0, Request::VRING_KICK.0, Request::REM_MEM_REG.0), (33, 35, 38));
+    assert_eq!((protocol_feature::CONFIG, protocol_feature::INFLIGHT_SHMFD), (9, 12));
+    assert_eq!((protocol_feature::CONFIGURE_MEM_SLOTS, protocol_feature::DEVICE_STATE), (15, 19));
 }
 
 #[test]
@@ -471,23 +395,14 @@ fn a_bit_beyond_the_word_is_no_bit() {
 /// The constant or structure that a line of `src/abi` declares.
 fn declared_name(line: &str) -> Option<&str> {
     if let Some(rest) = line.strip_prefix("pub const ") {
-        return rest
-            .split_once(':')
-            .map(|(name, _)| name)
-            .filter(|name| !name.starts_with("fn "));
+        return rest.split_once(':').map(|(name, _)| name).filter(|name| !name.starts_with("fn "));
     }
-    let (name, size) = line
-        .strip_prefix("    ")?
-        .strip_suffix(" bytes {")?
-        .split_once(", ")?;
+    let (name, size) = line.strip_prefix("    ")?.strip_suffix(" bytes {")?.split_once(", ")?;
     size.parse::<u32>().is_ok().then_some(name)
 }
 
 fn includes() -> String {
-    HEADERS
-        .iter()
-        .map(|header| format!("#include <{header}>\n"))
-        .collect()
+    HEADERS.iter().map(|header| format!("#include <{header}>\n")).collect()
 }
 
 fn cc(source: &str, folder: &Path, arguments: &[&str]) -> Output {
@@ -498,9 +413,7 @@ fn cc(source: &str, folder: &Path, arguments: &[&str]) -> Output {
         .args(arguments)
         .arg(&file)
         .output()
-        .unwrap_or_else(|error| {
-            panic!("cc can't be run ({error}): install gcc and linux-libc-dev")
-        });
+        .unwrap_or_else(|error| panic!("cc can't be run ({error}): install gcc and linux-libc-dev"));
     assert!(
         output.status.success(),
         "cc refuses the program (install gcc and linux-libc-dev?):\n{}",

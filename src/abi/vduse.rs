@@ -216,19 +216,12 @@ wire! {
 impl VqStatePacked {
     /// The state of a split ring lies in the first word of this one (a union in the header).
     pub const fn from_split(split: VqStateSplit) -> Self {
-        Self {
-            last_avail_counter: split.avail_index,
-            last_avail_idx: 0,
-            last_used_counter: 0,
-            last_used_idx: 0,
-        }
+        Self { last_avail_counter: split.avail_index, last_avail_idx: 0, last_used_counter: 0, last_used_idx: 0 }
     }
 
     /// This state read as that of a split ring.
     pub const fn as_split(self) -> VqStateSplit {
-        VqStateSplit {
-            avail_index: self.last_avail_counter,
-        }
+        VqStateSplit { avail_index: self.last_avail_counter }
     }
 }
 
@@ -289,9 +282,7 @@ mod tests {
 
     #[test]
     fn a_split_state_lies_where_the_kernels_union_has_it() {
-        let state = VqStatePacked::from_split(VqStateSplit {
-            avail_index: 0xbeef,
-        });
+        let state = VqStatePacked::from_split(VqStateSplit { avail_index: 0xbeef });
         assert_eq!(state.as_bytes()[..2], 0xbeef_u16.to_ne_bytes());
         assert_eq!(state.as_split().avail_index, 0xbeef);
     }
