@@ -6,3 +6,4 @@ pub mod memory;
 pub mod migrate;
 pub mod ring;
 pub mod dirty;
+pub mod inflight;
