@@ -2,6 +2,7 @@
 
 pub mod abi;
 pub mod control;
+pub mod frontend;
 pub mod memory;
 pub mod migrate;
 pub mod ring;
