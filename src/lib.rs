@@ -2,9 +2,10 @@
 
 pub mod abi;
 pub mod control;
+pub mod dirty;
 pub mod frontend;
+pub mod inflight;
 pub mod memory;
 pub mod migrate;
 pub mod ring;
-pub mod dirty;
-pub mod inflight;
+pub mod stream;
