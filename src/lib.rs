@@ -5,3 +5,4 @@ pub mod control;
 pub mod memory;
 pub mod migrate;
 pub mod ring;
+pub mod stream;

@@ -30,11 +30,7 @@ const fn ioc(direction: u32, kind: u8, number: u8, size: usize) -> u32 {
     direction << 30 | (size as u32) << 16 | (kind as u32) << 8 | number as u32
 }
 
-#[cfg(any(
-    target_arch = "powerpc64",
-    target_arch = "mips64",
-    target_arch = "sparc64"
-))]
+#[cfg(any(target_arch = "powerpc64", target_arch = "mips64", target_arch = "sparc64"))]
 compile_error!("ioctl numbers are encoded differently on this architecture");
 
 wire! {

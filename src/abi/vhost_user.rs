@@ -427,10 +427,7 @@ wire! {
 
 const _: () = {
     // libvhost-user: VhostUserMemory, VhostUserConfig and UML's fixed table, as heads with what follows them.
-    assert!(
-        size_of::<MemoryHeader>() + VHOST_MEMORY_BASELINE_NREGIONS * size_of::<MemoryRegion>()
-            == 264
-    );
+    assert!(size_of::<MemoryHeader>() + VHOST_MEMORY_BASELINE_NREGIONS * size_of::<MemoryRegion>() == 264);
     assert!(size_of::<MemoryHeader>() + UML_MEM_TABLE_REGIONS * size_of::<MemoryRegion>() == 72);
     assert!(size_of::<ConfigHeader>() + VHOST_USER_MAX_CONFIG_SIZE == 268);
     assert!(size_of::<Request>() == 4 && size_of::<BackendRequest>() == 4);
