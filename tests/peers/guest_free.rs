@@ -110,6 +110,7 @@ impl Source {
     /// and stays as it was at the source until its back-end has ended. The load goes on at the destination.
     fn complete(&mut self, mut destination: Qemu) {
         self.load.flood(&mut self.machine);
+        self.qemu.qmp("stop", json!({})); // at once, so that the requests are still in flight
         migration::let_converge(&mut self.qemu);
         migration::finish(&mut self.qemu, &mut destination);
         let here = self.machine.ram.snapshot();

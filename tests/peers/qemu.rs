@@ -71,7 +71,10 @@ impl Qemu {
     /// Executes a QMP command and returns what it returned; an error is a failed test.
     pub(crate) fn qmp(&mut self, command: &str, arguments: Value) -> Value {
         let request = json!({"execute": command, "arguments": arguments});
-        writeln!(self.qmp.get_mut(), "{request}").unwrap();
+        let sent = writeln!(self.qmp.get_mut(), "{request}");
+        if sent.is_err() {
+            self.lost(&format!("{sent:?}"));
+        }
         loop {
             let mut answer = self.line();
             if let Some(result) = answer.get_mut("return") {
@@ -100,10 +103,17 @@ impl Qemu {
         let mut line = String::new();
         let read = self.qmp.read_line(&mut line);
         if !matches!(read, Ok(n) if n > 0) {
-            self.process.assert_running();
-            panic!("{}: QMP connection lost: {read:?}", self.name);
+            self.lost(&format!("{read:?}"));
         }
         serde_json::from_str(&line).unwrap()
+    }
+
+    fn lost(&mut self, why: &str) -> ! {
+        let status = self.process.wait();
+        panic!(
+            "{}: QMP connection lost ({why}), ended with {status}",
+            self.name
+        );
     }
 }
 
