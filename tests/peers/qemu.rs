@@ -70,8 +70,8 @@ impl Qemu {
 
     /// Executes a QMP command and returns what it returned; an error is a failed test.
     pub(crate) fn qmp(&mut self, command: &str, arguments: Value) -> Value {
-        let request = json!({"execute": command, "arguments": arguments});
-        let sent = writeln!(self.qmp.get_mut(), "{request}");
+        let request = json!({"execute": command, "arguments": arguments}).to_string();
+        let sent = self.qmp.get_mut().write_all(request.as_bytes()); // in one piece: it may end before a second one
         if sent.is_err() {
             self.lost(&format!("{sent:?}"));
         }

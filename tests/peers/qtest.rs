@@ -63,7 +63,10 @@ impl Qtest {
     /// A command that loads: `inl`, `readb` and their kin.
     pub(crate) fn load(&mut self, command: &str, address: u64) -> u64 {
         self.flush();
-        writeln!(self.stream.get_mut(), "{command} {address:#x}").unwrap();
+        self.stream
+            .get_mut()
+            .write_all(format!("{command} {address:#x}\n").as_bytes())
+            .unwrap();
         let answer = self.answer();
         let digits = answer.trim().trim_start_matches("0x");
         u64::from_str_radix(digits, 16)
