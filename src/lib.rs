@@ -1,1 +1,8 @@
 //! Live migration, dirty logging and crash-resume for vhost devices.
+
+pub mod abi;
+pub mod control;
+pub mod memory;
+pub mod migrate;
+pub mod ring;
+pub mod dirty;

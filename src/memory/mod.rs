@@ -1,0 +1,323 @@
+//! Guest memory: regions mapped from file descriptors, and the translation of guest-physical and front-end virtual
+//! addresses to checked views of them.
+//!
+//! What a peer or a guest says is never believed: mappings are checked against the file behind them, and no range is
+//! handed out that leaves its region. Who writes pages, and how that is logged, lives in [`crate::dirty`].
+
+mod region;
+
+pub use region::{Region, sealed_memfd};
+
+use std::fmt;
+use std::sync::Arc;
+
+use vm_memory::VolatileSlice;
+
+/// The unit of every dirty log and of every page this crate moves: 4096 bytes of guest-physical memory, whatever the
+/// page size of the host or the guest (rule L1).
+pub const LOG_PAGE: u64 = 4096;
+
+/// Why memory can't be used the way that was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MemoryError {
+    /// The mapping described lies outside the file (rule M1).
+    #[error(
+        "region at {gpa:#x}: needs bytes {offset:#x}..{end:#x} of a file that has {file_size:#x}: \
+         pass an fd of the region's full size (rule M1)"
+    )]
+    FileTooSmall {
+        /// Guest-physical start of the region.
+        gpa: u64,
+        /// Offset into the file, bytes.
+        offset: u64,
+        /// End of the mapping in the file, bytes.
+        end: u64,
+        /// Size of the file, bytes.
+        file_size: u64,
+    },
+    /// A region of no bytes, or one whose end leaves the 64-bit address space (rule M1).
+    #[error("region at {gpa:#x} with size {size:#x} is empty or wraps around the address space (rule M1)")]
+    BadRange {
+        /// Guest-physical start of the region.
+        gpa: u64,
+        /// Size, bytes.
+        size: u64,
+    },
+    /// Two regions claim the same addresses (rule M1).
+    #[error("regions at {first:#x} and {second:#x} overlap in {space} addresses (rule M1)")]
+    Overlap {
+        /// Guest-physical start of one region.
+        first: u64,
+        /// Guest-physical start of the other.
+        second: u64,
+        /// Which addresses: "guest-physical" or "front-end".
+        space: &'static str,
+    },
+    /// The operating system refused the mapping.
+    #[error("can't map region at {gpa:#x} ({size:#x} bytes): {source}")]
+    Map {
+        /// Guest-physical start of the region.
+        gpa: u64,
+        /// Size, bytes.
+        size: u64,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A range no region holds as a whole.
+    #[error("{space} range {addr:#x} + {len:#x} is not inside guest memory")]
+    NotMapped {
+        /// Start of the range.
+        addr: u64,
+        /// Length, bytes.
+        len: u64,
+        /// Which addresses: "guest-physical" or "front-end".
+        space: &'static str,
+    },
+}
+
+/// An immutable set of regions, sorted by guest-physical address. Cloning shares it.
+///
+/// A change of the memory table makes a new `Memory`; whoever still works on the old one keeps its mappings alive.
+#[derive(Clone, Default)]
+pub struct Memory(Arc<[Arc<Region>]>);
+
+impl Memory {
+    /// Puts regions together, in any order.
+    ///
+    /// # Errors
+    /// [`MemoryError::Overlap`] if two of them share a guest-physical or a front-end address (rule M1).
+    pub fn new(regions: impl IntoIterator<Item = Arc<Region>>) -> Result<Memory, MemoryError> {
+        let mut regions: Vec<Arc<Region>> = regions.into_iter().collect();
+        let overlap = |regions: &[Arc<Region>], start: fn(&Region) -> u64, space| {
+            regions.windows(2).try_for_each(|pair| match pair {
+                [a, b] if start(b) - start(a) < a.size() => {
+                    Err(MemoryError::Overlap { first: a.gpa(), second: b.gpa(), space })
+                }
+                _ => Ok(()),
+            })
+        };
+        regions.sort_by_key(|region| region.user_addr());
+        overlap(&regions, Region::user_addr, "front-end")?;
+        regions.sort_by_key(|region| region.gpa());
+        overlap(&regions, Region::gpa, "guest-physical")?;
+        Ok(Memory(regions.into()))
+    }
+
+    /// The regions, by rising guest-physical address.
+    pub fn regions(&self) -> &[Arc<Region>] {
+        &self.0
+    }
+
+    /// One past the last guest-physical byte; 0 without regions.
+    pub fn end(&self) -> u64 {
+        self.0.last().map_or(0, |region| region.gpa() + region.size())
+    }
+
+    /// Bytes of memory, holes not counted.
+    pub fn size(&self) -> u64 {
+        self.0.iter().map(|region| region.size()).sum()
+    }
+
+    /// A view of `len` bytes at `gpa`, all inside one region.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotMapped`] if the range is not wholly inside one region.
+    #[inline]
+    pub fn slice(&self, gpa: u64, len: u64) -> Result<VolatileSlice<'_>, MemoryError> {
+        let not_mapped = MemoryError::NotMapped { addr: gpa, len, space: "guest-physical" };
+        let Some(region) = self.region_at(gpa) else { return Err(not_mapped) };
+        region.slice(gpa - region.gpa(), len).ok_or(not_mapped)
+    }
+
+    /// Hands the views that make up `len` bytes at `gpa` to `each`, in order; the range may span adjacent regions.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotMapped`] if any byte is in no region; `each` may have been called for what comes before it.
+    #[inline]
+    pub fn slices<'a>(
+        &'a self,
+        gpa: u64,
+        len: u64,
+        mut each: impl FnMut(VolatileSlice<'a>),
+    ) -> Result<(), MemoryError> {
+        let (mut at, mut left) = (gpa, len);
+        while left > 0 {
+            let not_mapped = MemoryError::NotMapped { addr: gpa, len, space: "guest-physical" };
+            let Some(region) = self.region_at(at) else { return Err(not_mapped) };
+            let here = left.min(region.size() - (at - region.gpa()));
+            let Some(slice) = region.slice(at - region.gpa(), here) else { return Err(not_mapped) };
+            each(slice);
+            left -= here;
+            at = match at.checked_add(here) {
+                Some(next) => next,
+                None if left == 0 => break,
+                None => return Err(not_mapped),
+            };
+        }
+        Ok(())
+    }
+
+    /// Appends the host ranges of `len` bytes at `gpa` to `out`, for `readv`-like calls.
+    ///
+    /// The ranges are valid as long as this `Memory`, or a clone of it, lives.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotMapped`] if any byte is in no region; `out` is then as before.
+    #[inline]
+    pub fn iovecs(&self, gpa: u64, len: u64, out: &mut Vec<libc::iovec>) -> Result<(), MemoryError> {
+        let before = out.len();
+        let push = |slice: VolatileSlice<'_>| {
+            out.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
+        };
+        self.slices(gpa, len, push).inspect_err(|_| out.truncate(before))
+    }
+
+    /// Translates an address of the front-end's address space, as ring addresses are given, to guest-physical.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotMapped`] if the range is not wholly inside one region.
+    pub fn gpa_of_user(&self, user_addr: u64, len: u64) -> Result<u64, MemoryError> {
+        let inside = |region: &&Arc<Region>| {
+            user_addr.checked_sub(region.user_addr()).is_some_and(|offset| region.holds(offset, len))
+        };
+        match self.0.iter().find(inside) {
+            Some(region) => Ok(region.gpa() + (user_addr - region.user_addr())),
+            None => Err(MemoryError::NotMapped { addr: user_addr, len, space: "front-end" }),
+        }
+    }
+
+    /// Copies guest memory at `gpa` into `buf`.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotMapped`] if any byte is in no region.
+    pub fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+        let mut rest = &mut buf[..];
+        let len = rest.len() as u64;
+        self.slices(gpa, len, |slice| {
+            let (here, after) = std::mem::take(&mut rest).split_at_mut(slice.len());
+            slice.copy_to(here);
+            rest = after;
+        })
+    }
+
+    /// Copies `buf` into guest memory at `gpa`. Nothing is logged.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotMapped`] if any byte is in no region; bytes before it may have been written.
+    pub fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemoryError> {
+        let mut rest = buf;
+        self.slices(gpa, buf.len() as u64, |slice| {
+            let (here, after) = rest.split_at(slice.len());
+            slice.copy_from(here);
+            rest = after;
+        })
+    }
+
+    #[inline]
+    fn region_at(&self, gpa: u64) -> Option<&Region> {
+        // Almost every guest has one or two regions; a search only pays beyond that.
+        let regions = &self.0;
+        let index = match regions.len() {
+            0..=2 => regions.iter().rposition(|region| region.gpa() <= gpa)?,
+            _ => regions.partition_point(|region| region.gpa() <= gpa).checked_sub(1)?,
+        };
+        regions.get(index).map(Arc::as_ref).filter(|region| region.holds(gpa - region.gpa(), 1))
+    }
+}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.0.iter()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    const HIGH: u64 = 1 << 32;
+
+    /// Two adjacent regions from one memfd, a hole, and one region above 4 GiB.
+    fn memory() -> Memory {
+        let fd = sealed_memfd("memory-test", 0x6000).unwrap();
+        let map = |gpa, size, user, offset| Arc::new(Region::map(fd.as_fd(), gpa, size, user, offset).unwrap());
+        Memory::new([
+            map(HIGH, 0x2000, 0x7000_0000, 0x4000),
+            map(0, 0x1000, 0x5000_0000, 0),
+            map(0x1000, 0x3000, 0x6000_0000, 0x1000),
+        ])
+        .unwrap()
+    }
+
+    #[test]
+    fn a_copy_spans_adjacent_regions_and_lands_in_the_file_in_order() {
+        let memory = memory();
+        let data: Vec<u8> = (0..0x3000u32).map(|i| (i / 7) as u8).collect();
+        memory.write(0x800, &data).unwrap();
+        let mut back = vec![0; data.len()];
+        memory.read(0x800, &mut back).unwrap();
+        assert_eq!(back, data);
+        let mut iovecs = Vec::new();
+        memory.iovecs(0x800, 0x3000, &mut iovecs).unwrap();
+        assert_eq!(iovecs.iter().map(|v| v.iov_len).collect::<Vec<_>>(), [0x800, 0x2800]);
+    }
+
+    #[test]
+    fn no_range_leaves_its_region_unnoticed() {
+        let memory = memory();
+        assert!(memory.slice(0xfff, 1).is_ok());
+        assert!(memory.slice(0xfff, 2).is_err(), "one view never crosses a region");
+        for (gpa, len) in [(0x3fff, 2), (0x4000, 1), (HIGH - 1, 2), (HIGH + 0x1fff, 2), (u64::MAX, 1), (0, u64::MAX)] {
+            assert!(memory.slice(gpa, len).is_err(), "{gpa:#x}+{len:#x}");
+            let mut iovecs = Vec::new();
+            assert!(memory.iovecs(gpa, len, &mut iovecs).is_err(), "{gpa:#x}+{len:#x}");
+            assert!(iovecs.is_empty());
+        }
+        assert!(memory.slice(HIGH + 1, u64::MAX).is_err());
+        assert_eq!(memory.end(), HIGH + 0x2000);
+        assert_eq!(memory.size(), 0x6000);
+    }
+
+    #[test]
+    fn front_end_addresses_translate_and_refuse_to_cross() {
+        let memory = memory();
+        assert_eq!(memory.gpa_of_user(0x6000_0010, 0x10).unwrap(), 0x1010);
+        assert_eq!(memory.gpa_of_user(0x7000_1fff, 1).unwrap(), HIGH + 0x1fff);
+        assert!(memory.gpa_of_user(0x7000_1fff, 2).is_err());
+        assert!(memory.gpa_of_user(u64::MAX, u64::MAX).is_err());
+        assert!(memory.gpa_of_user(0x1010, 1).is_err());
+    }
+
+    #[test]
+    fn overlapping_regions_are_refused_in_either_address_space() {
+        let fd = sealed_memfd("memory-test", 0x4000).unwrap();
+        let map = |gpa, user| Arc::new(Region::map(fd.as_fd(), gpa, 0x2000, user, 0).unwrap());
+        let gpa = Memory::new([map(0, 0x10000), map(0x1fff, 0x20000)]).unwrap_err();
+        assert!(matches!(gpa, MemoryError::Overlap { space: "guest-physical", .. }), "{gpa}");
+        let user = Memory::new([map(0, 0x10000), map(0x2000, 0x11000)]).unwrap_err();
+        assert!(matches!(user, MemoryError::Overlap { space: "front-end", .. }), "{user}");
+    }
+
+    #[test]
+    fn a_region_beyond_its_file_is_refused_before_it_is_mapped() {
+        let fd = sealed_memfd("memory-test", 0x2000).unwrap();
+        for (size, offset) in [(0x2001, 0), (0x1001, 0x1000), (0x1000, u64::MAX), (u64::MAX, 1), (0, 0)] {
+            assert!(Region::map(fd.as_fd(), 0, size, 0, offset).is_err(), "{size:#x} at {offset:#x}");
+        }
+        assert!(Region::map(fd.as_fd(), u64::MAX - 0xfff, 0x1001, 0, 0).is_err());
+        assert!(Region::map(fd.as_fd(), 0, 0x1001, u64::MAX - 0xfff, 0).is_err());
+    }
+
+    #[test]
+    fn an_offset_between_pages_maps_the_bytes_it_names() {
+        let fd = sealed_memfd("memory-test", 0x3000).unwrap();
+        let all = Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 0x3000, 0, 0).unwrap())]).unwrap();
+        all.write(0x1234, b"here").unwrap();
+        let part = Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 0x800, 0, 0x1230).unwrap())]).unwrap();
+        let mut found = [0; 4];
+        part.read(4, &mut found).unwrap();
+        assert_eq!(&found, b"here");
+    }
+}

@@ -1,0 +1,146 @@
+//! One region: a mapping of part of a file, with the addresses the guest and the front-end know it by.
+
+use std::ffi::CString;
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use memmap2::{MmapOptions, MmapRaw};
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::stat::{SFlag, fstat};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
+use vm_memory::VolatileSlice;
+
+use super::MemoryError;
+
+/// A shared, writable mapping of guest memory.
+///
+/// A file that its owner truncates after the check makes accesses raise SIGBUS; sealed memfds can't be truncated.
+pub struct Region {
+    gpa: u64,
+    size: u64,
+    user_addr: u64,
+    /// Maps whole pages of the file; the region starts `skip` bytes into it.
+    mapping: MmapRaw,
+    skip: usize,
+    /// Kept only by who shares the region with a device.
+    shared: Option<(OwnedFd, u64)>,
+}
+
+impl Region {
+    /// Maps `size` bytes of `fd` from `mmap_offset` as the region that the guest knows at `gpa` and the front-end at
+    /// `user_addr`. The fd may be closed afterwards. Memfds, files and hugetlbfs work; offsets need no alignment.
+    ///
+    /// # Errors
+    /// [`MemoryError::BadRange`] and [`MemoryError::FileTooSmall`] before anything is mapped, [`MemoryError::Map`] if
+    /// the system refuses (rule M1).
+    pub fn map(
+        fd: BorrowedFd<'_>,
+        gpa: u64,
+        size: u64,
+        user_addr: u64,
+        mmap_offset: u64,
+    ) -> Result<Region, MemoryError> {
+        let bad = MemoryError::BadRange { gpa, size };
+        if size == 0 || gpa.checked_add(size).is_none() || user_addr.checked_add(size).is_none() {
+            return Err(bad);
+        }
+        let Some(end) = mmap_offset.checked_add(size) else { return Err(bad) };
+        let refused = |source: io::Error| MemoryError::Map { gpa, size, source };
+        let stat = fstat(fd).map_err(|e| refused(e.into()))?;
+        let file_size = stat.st_size as u64;
+        let regular = stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFREG.bits();
+        if regular && end > file_size {
+            return Err(MemoryError::FileTooSmall { gpa, offset: mmap_offset, end, file_size });
+        }
+        let page = mapping_unit(fd).map_err(refused)?;
+        let start = mmap_offset - mmap_offset % page;
+        let (Some(stop), Ok(skip)) = (end.checked_next_multiple_of(page), usize::try_from(mmap_offset - start)) else {
+            return Err(bad);
+        };
+        let Ok(len) = usize::try_from(stop - start) else { return Err(bad) };
+        let mapping = MmapOptions::new().offset(start).len(len).map_raw(fd.as_raw_fd()).map_err(refused)?;
+        Ok(Region { gpa, size, user_addr, mapping, skip, shared: None })
+    }
+
+    /// Maps a region of this process's own guest memory and keeps `fd` so that devices can be given it. Its front-end
+    /// address is its address in this process.
+    ///
+    /// # Errors
+    /// As [`Region::map`].
+    pub fn share(fd: OwnedFd, gpa: u64, size: u64, mmap_offset: u64) -> Result<Region, MemoryError> {
+        let mut region = Region::map(fd.as_fd(), gpa, size, 0, mmap_offset)?;
+        region.user_addr = region.host_ptr() as u64;
+        region.shared = Some((fd, mmap_offset));
+        Ok(region)
+    }
+
+    /// The fd and the offset into it, in bytes, of a region made by [`Region::share`].
+    pub fn shared(&self) -> Option<(BorrowedFd<'_>, u64)> {
+        self.shared.as_ref().map(|(fd, offset)| (fd.as_fd(), *offset))
+    }
+
+    /// Guest-physical address of the first byte.
+    pub fn gpa(&self) -> u64 {
+        self.gpa
+    }
+
+    /// Size in bytes, never 0.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Address of the first byte in the front-end's address space.
+    pub fn user_addr(&self) -> u64 {
+        self.user_addr
+    }
+
+    /// Address of the first byte in this process; valid for [`Region::size`] bytes while the region lives.
+    #[inline]
+    pub fn host_ptr(&self) -> *mut u8 {
+        self.mapping.as_mut_ptr().wrapping_add(self.skip)
+    }
+
+    /// Whether `len` bytes from `offset` are inside.
+    #[inline]
+    pub(crate) fn holds(&self, offset: u64, len: u64) -> bool {
+        offset.checked_add(len).is_some_and(|end| end <= self.size)
+    }
+
+    /// A view of `len` bytes from `offset` into the region, if they are inside.
+    #[inline]
+    pub fn slice(&self, offset: u64, len: u64) -> Option<VolatileSlice<'_>> {
+        // SAFETY: `holds` keeps the range inside the mapping, which lives as long as the view's borrow of `self`;
+        // all access goes through volatile or atomic operations, as memory shared with a guest needs.
+        self.holds(offset, len)
+            .then(|| unsafe { VolatileSlice::new(self.host_ptr().wrapping_add(offset as usize), len as usize) })
+    }
+}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "gpa {:#x} size {:#x} user {:#x}", self.gpa, self.size, self.user_addr)
+    }
+}
+
+/// Makes a memfd of `size` bytes that can no longer shrink, to share with a peer that maps it.
+///
+/// # Errors
+/// What the system says.
+pub fn sealed_memfd(name: &str, size: u64) -> io::Result<OwnedFd> {
+    let name = CString::new(name)?;
+    let fd = memfd_create(name.as_c_str(), MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
+    let len = i64::try_from(size).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))?;
+    nix::unistd::ftruncate(&fd, len)?;
+    fcntl(&fd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL))?;
+    Ok(fd)
+}
+
+/// What offsets and lengths of a mapping must be multiples of: the huge page on hugetlbfs, else the page.
+fn mapping_unit(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    let fs = fstatfs(fd)?;
+    let huge = fs.filesystem_type() == HUGETLBFS_MAGIC;
+    let unit = if huge { fs.block_size() as u64 } else { 4096 };
+    Ok(unit.max(1))
+}
