@@ -2,7 +2,7 @@
 
 pub mod abi;
 pub mod control;
+pub mod dirty;
 pub mod memory;
 pub mod migrate;
 pub mod ring;
-pub mod dirty;

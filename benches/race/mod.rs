@@ -20,11 +20,7 @@ pub fn race(title: &str, turns: usize, mut contenders: Vec<Contender<'_>>) {
     let medians: Vec<f64> = times.iter_mut().map(|times| median(times)).collect();
     println!("{title}");
     for ((name, _), median) in contenders.iter().zip(&medians) {
-        println!(
-            "  {name:<34} {:>12}  {:>7.2}x",
-            show(*median),
-            median / medians[0]
-        );
+        println!("  {name:<34} {:>12}  {:>7.2}x", show(*median), median / medians[0]);
     }
 }
 

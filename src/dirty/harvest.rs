@@ -48,37 +48,21 @@ pub(super) fn take_bytes(bytes: &[AtomicU8], index: usize, into: &mut PageSet) -
 }
 
 /// The algorithm compiled for one instruction set; by words if that does not fit.
-fn run<const STOPPED: bool>(
-    isa: Isa,
-    log: &[AtomicU64],
-    range: Range<usize>,
-    into: &mut PageSet,
-) -> Harvest {
+fn run<const STOPPED: bool>(isa: Isa, log: &[AtomicU64], range: Range<usize>, into: &mut PageSet) -> Harvest {
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512vpopcntdq,popcnt")]
-    fn avx512<const STOPPED: bool>(
-        log: &[AtomicU64],
-        range: Range<usize>,
-        into: &mut PageSet,
-    ) -> Harvest {
+    fn avx512<const STOPPED: bool>(log: &[AtomicU64], range: Range<usize>, into: &mut PageSet) -> Harvest {
         // SAFETY: this function runs only where its features are; `run` was given an aligned log.
         unsafe { scan::<std::arch::x86_64::__m512i, STOPPED>(log, range, into) }
     }
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,popcnt")]
-    fn avx2<const STOPPED: bool>(
-        log: &[AtomicU64],
-        range: Range<usize>,
-        into: &mut PageSet,
-    ) -> Harvest {
+    fn avx2<const STOPPED: bool>(log: &[AtomicU64], range: Range<usize>, into: &mut PageSet) -> Harvest {
         // SAFETY: as above.
         unsafe { scan::<std::arch::x86_64::__m256i, STOPPED>(log, range, into) }
     }
 
-    assert!(
-        isa.available() && log.as_ptr().addr() % isa.align() == 0,
-        "{isa:?} is not for this log"
-    );
+    assert!(isa.available() && log.as_ptr().addr() % isa.align() == 0, "{isa:?} is not for this log");
     match isa {
         // SAFETY: words need no instructions of their own.
         Isa::Scalar => unsafe { scan::<u64, STOPPED>(log, range, into) },
@@ -94,11 +78,7 @@ fn run<const STOPPED: bool>(
 /// # Safety
 /// The CPU has the instructions of `V`, and `log` is aligned to it.
 #[inline(always)]
-unsafe fn scan<V: Vector, const STOPPED: bool>(
-    log: &[AtomicU64],
-    range: Range<usize>,
-    into: &mut PageSet,
-) -> Harvest {
+unsafe fn scan<V: Vector, const STOPPED: bool>(log: &[AtomicU64], range: Range<usize>, into: &mut PageSet) -> Harvest {
     let mut found = Harvest::default();
     let range = range.start..range.end.min(log.len());
     let head = range.start.next_multiple_of(BLOCK).min(range.end);
@@ -168,10 +148,7 @@ unsafe fn move_block<V: Vector>(block: &[AtomicU64], number: usize, into: &mut P
             pages = pages.add(bits.ones());
             added = added.add(bits.and_not(old).ones());
         }
-        Harvest {
-            pages: pages.sum(),
-            added: added.sum(),
-        }
+        Harvest { pages: pages.sum(), added: added.sum() }
     };
     into.added(found.added);
     found
@@ -189,10 +166,7 @@ fn take_word(log: &[AtomicU64], index: usize, into: &mut PageSet) -> Harvest {
 
 #[inline(always)]
 fn put(index: usize, bits: u64, into: &mut PageSet) -> Harvest {
-    Harvest {
-        pages: bits.count_ones().into(),
-        added: into.or_word(index, bits),
-    }
+    Harvest { pages: bits.count_ones().into(), added: into.or_word(index, bits) }
 }
 
 #[cfg(test)]
@@ -211,9 +185,7 @@ mod tests {
 
     impl Words {
         fn new(words: &[u64], skip: usize) -> Words {
-            let mut all: Vec<_> = (0..words.len() + skip + 8)
-                .map(|_| AtomicU64::new(0))
-                .collect();
+            let mut all: Vec<_> = (0..words.len() + skip + 8).map(|_| AtomicU64::new(0)).collect();
             let start = all.as_ptr().align_offset(64) + skip;
             for (to, word) in all[start..].iter_mut().zip(words) {
                 *to.get_mut() = word.to_le();
@@ -232,28 +204,21 @@ mod tests {
         }
 
         fn values(&self) -> Vec<u64> {
-            self.all
-                .iter()
-                .map(|word| u64::from_le(word.load(Ordering::Relaxed)))
-                .collect()
+            self.all.iter().map(|word| u64::from_le(word.load(Ordering::Relaxed))).collect()
         }
     }
 
     fn pages_of(words: &[u64], range: Range<usize>) -> BTreeSet<u64> {
         let bits = |index: usize| (0..64).filter(move |bit| words[index] >> bit & 1 != 0);
-        range
-            .flat_map(|index| bits(index).map(move |bit| index as u64 * 64 + bit))
-            .collect()
+        range.flat_map(|index| bits(index).map(move |bit| index as u64 * 64 + bit)).collect()
     }
 
     fn words() -> impl Strategy<Value = Vec<u64>> {
-        let word = prop_oneof![8 => Just(0), 1 => Just(u64::MAX), 1 => any::<u64>(), 2 => (0..64u64).prop_map(|b| 1 << b)];
+        let word =
+            prop_oneof![8 => Just(0), 1 => Just(u64::MAX), 1 => any::<u64>(), 2 => (0..64u64).prop_map(|b| 1 << b)];
         let empty = (0..300usize).prop_map(|n| vec![0; n]);
-        prop::collection::vec(
-            prop_oneof![prop::collection::vec(word, 0..150), empty],
-            0..4,
-        )
-        .prop_map(|parts| parts.concat())
+        prop::collection::vec(prop_oneof![prop::collection::vec(word, 0..150), empty], 0..4)
+            .prop_map(|parts| parts.concat())
     }
 
     proptest! {
@@ -294,13 +259,7 @@ mod tests {
         assert_eq!(Isa::best_for(4096 + 8), Isa::Scalar);
         let memory = Words::new(&[3; 129], 1);
         let mut set = PageSet::new(129 * 64);
-        assert_eq!(
-            take(memory.log(129), 0..129, &mut set),
-            Harvest {
-                pages: 258,
-                added: 258
-            }
-        );
+        assert_eq!(take(memory.log(129), 0..129, &mut set), Harvest { pages: 258, added: 258 });
     }
 
     #[test]

@@ -27,19 +27,9 @@ pub(crate) struct Backend {
 impl Backend {
     /// Starts one and waits until it listens.
     pub(crate) fn start(lab: &Lab, kind: Kind, name: &str, image: &Path, queues: u16) -> Backend {
-        let (socket, output) = (
-            lab.file(&format!("{name}.sock")),
-            lab.file(&format!("{name}.log")),
-        );
+        let (socket, output) = (lab.file(&format!("{name}.sock")), lab.file(&format!("{name}.log")));
         let process = spawn(kind, &socket, image, &output, queues);
-        let backend = Backend {
-            kind,
-            socket,
-            image: image.into(),
-            output,
-            queues,
-            process,
-        };
+        let backend = Backend { kind, socket, image: image.into(), output, queues, process };
         backend.listening()
     }
 
@@ -54,13 +44,7 @@ impl Backend {
 
     /// Starts it again after [`Backend::kill`]; the dead one's socket file is still there, as it would be in life.
     pub(crate) fn restart(&mut self) {
-        self.process = spawn(
-            self.kind,
-            &self.socket,
-            &self.image,
-            &self.output,
-            self.queues,
-        );
+        self.process = spawn(self.kind, &self.socket, &self.image, &self.output, self.queues);
         wait_for("the back-end listens again", || {
             self.process.assert_running();
             listens(&self.socket).then_some(())
@@ -88,9 +72,7 @@ impl Backend {
 
 fn spawn(kind: Kind, socket: &Path, image: &Path, output: &Path, queues: u16) -> Process {
     let kind = if kind == Kind::Ours && std::env::var_os("DEVQSD").is_some() {
-        Kind::StorageDaemon {
-            bytes_per_second: None,
-        }
+        Kind::StorageDaemon { bytes_per_second: None }
     } else {
         kind
     };
@@ -98,13 +80,11 @@ fn spawn(kind: Kind, socket: &Path, image: &Path, output: &Path, queues: u16) ->
     match kind {
         Kind::Ours => {
             let program = env!("CARGO_BIN_EXE_vhost-migrate");
-            let args =
-                format!("backend blk --socket {socket} --image {image} --num-queues {queues}");
+            let args = format!("backend blk --socket {socket} --image {image} --num-queues {queues}");
             Process::start("vhost-migrate", program, &words(&args), output)
         }
         Kind::StorageDaemon { bytes_per_second } => {
-            let mut args =
-                format!("--blockdev driver=file,node-name=file,filename={image},locking=off ");
+            let mut args = format!("--blockdev driver=file,node-name=file,filename={image},locking=off ");
             args += &match bytes_per_second {
                 Some(limit) => format!(
                     "--object throttle-group,id=slow,x-bps-total={limit} \
@@ -116,12 +96,7 @@ fn spawn(kind: Kind, socket: &Path, image: &Path, output: &Path, queues: u16) ->
                 "--export type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={socket},\
                  writable=on,num-queues={queues}"
             );
-            Process::start(
-                "qemu-storage-daemon",
-                "qemu-storage-daemon",
-                &words(&args),
-                output,
-            )
+            Process::start("qemu-storage-daemon", "qemu-storage-daemon", &words(&args), output)
         }
     }
 }
@@ -137,10 +112,7 @@ fn listens(socket: &Path) -> bool {
     let table = fs::read_to_string("/proc/net/unix").unwrap();
     table.lines().any(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
-        let flags = fields
-            .get(3)
-            .and_then(|f| u32::from_str_radix(f, 16).ok())
-            .unwrap_or(0);
+        let flags = fields.get(3).and_then(|f| u32::from_str_radix(f, 16).ok()).unwrap_or(0);
         flags & ACCEPTS != 0 && fields.get(7).is_some_and(|path| Path::new(path) == socket)
     })
 }

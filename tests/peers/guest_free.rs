@@ -10,24 +10,9 @@ use crate::qemu::{Disk, Qemu, map_ram};
 use crate::qtest_blk::{Machine, Options};
 use crate::ram::Ram;
 
-const PLAIN: Options = Options {
-    queues: 1,
-    queue_size: 128,
-    event_idx: false,
-    indirect: false,
-};
-const EVENTS: Options = Options {
-    queues: 1,
-    queue_size: 1024,
-    event_idx: true,
-    indirect: false,
-};
-const MANY: Options = Options {
-    queues: 2,
-    queue_size: 256,
-    event_idx: true,
-    indirect: true,
-};
+const PLAIN: Options = Options { queues: 1, queue_size: 128, event_idx: false, indirect: false };
+const EVENTS: Options = Options { queues: 1, queue_size: 1024, event_idx: true, indirect: false };
+const MANY: Options = Options { queues: 2, queue_size: 256, event_idx: true, indirect: true };
 
 /// Where the "CPU" of the guest dirties memory, so that a migration does not converge by itself.
 const CPU_PAGES: (u64, u64) = (8 << 20, 8 << 20);
@@ -49,40 +34,19 @@ impl Source {
         let image = make_image(&lab);
         let backend = Backend::start(&lab, kind, "backend-a", &image, options.queues);
         let other = Backend::start(&lab, kind, "backend-b", &image, options.queues);
-        let disk = Disk {
-            queues: options.queues,
-            queue_size: options.queue_size,
-        };
+        let disk = Disk { queues: options.queues, queue_size: options.queue_size };
         let qemu = Qemu::guest_free(&lab, "host-0", backend.socket(), disk);
-        let mut machine = Machine {
-            qtest: qemu.qtest(),
-            ram: map_ram(&lab, "host-0"),
-        };
+        let mut machine = Machine { qtest: qemu.qtest(), ram: map_ram(&lab, "host-0") };
         let load = Load::start(&mut machine, options);
-        Source {
-            lab,
-            backend,
-            other,
-            qemu,
-            machine,
-            load,
-            hosts: 1,
-        }
+        Source { lab, backend, other, qemu, machine, load, hosts: 1 }
     }
 
     /// A QEMU on the other back-end, to migrate to.
     fn destination(&mut self) -> Qemu {
         let name = format!("host-{}", self.hosts);
         self.hosts += 1;
-        let Options {
-            queues, queue_size, ..
-        } = self.load.driver.options;
-        Qemu::guest_free_destination(
-            &self.lab,
-            &name,
-            self.other.socket(),
-            Disk { queues, queue_size },
-        )
+        let Options { queues, queue_size, .. } = self.load.driver.options;
+        Qemu::guest_free_destination(&self.lab, &name, self.other.socket(), Disk { queues, queue_size })
     }
 
     /// Starts to migrate and goes on until `rounds` more rounds are over, under load all the time.
@@ -115,10 +79,7 @@ impl Source {
         migration::finish(&mut self.qemu, &mut destination);
         let here = self.machine.ram.snapshot();
         let there = map_ram(&self.lab, &destination.name);
-        assert_pages_alike(
-            "source and destination",
-            &here.differing_pages(&there.snapshot()),
-        );
+        assert_pages_alike("source and destination", &here.differing_pages(&there.snapshot()));
 
         let late = self.late_writes(&here);
         assert_pages_alike("the source after the end and before", &late);
@@ -136,14 +97,9 @@ impl Source {
     fn go_on_at(&mut self, mut destination: Qemu, ram: Ram) {
         wait_for("the destination may go on", || {
             let status = destination.qmp("query-status", json!({}));
-            ["paused", "prelaunch", "postmigrate"]
-                .contains(&status["status"].as_str()?)
-                .then_some(())
+            ["paused", "prelaunch", "postmigrate"].contains(&status["status"].as_str()?).then_some(())
         });
-        self.machine = Machine {
-            qtest: destination.qtest(),
-            ram,
-        };
+        self.machine = Machine { qtest: destination.qtest(), ram };
         destination.qmp("cont", json!({}));
         self.qemu = destination;
         self.backend.restart();
@@ -162,11 +118,7 @@ impl Source {
 
 fn assert_pages_alike(what: &str, pages: &[u64]) {
     let some = &pages[..pages.len().min(16)];
-    assert!(
-        pages.is_empty(),
-        "{what}: {} pages differ: {some:#x?}",
-        pages.len()
-    );
+    assert!(pages.is_empty(), "{what}: {} pages differ: {some:#x?}", pages.len());
 }
 
 fn a_migration_under_load_loses_nothing(options: Options, multifd: bool) {
@@ -206,10 +158,7 @@ fn a_guest_migrates_there_and_back_with_multifd() {
 fn a_log_that_is_toggled_under_load_still_misses_nothing() {
     let mut source = Source::start(Kind::Ours, EVENTS);
     for _ in 0..2 {
-        source.qemu.qmp(
-            "calc-dirty-rate",
-            json!({"calc-time": 1, "mode": "dirty-bitmap"}),
-        );
+        source.qemu.qmp("calc-dirty-rate", json!({"calc-time": 1, "mode": "dirty-bitmap"}));
         wait_for("the dirty rate is measured", || {
             source.load.step(&mut source.machine, 16);
             (source.qemu.qmp("query-dirty-rate", json!({}))["status"] == "measured").then_some(())
@@ -242,10 +191,7 @@ fn a_stopped_guest_goes_on_where_it_was() {
         source.qemu.qmp("stop", json!({}));
         let stopped = source.machine.ram.snapshot();
         source.qemu.qmp("query-status", json!({}));
-        assert_pages_alike(
-            "a stopped guest",
-            &source.machine.ram.snapshot().differing_pages(&stopped),
-        );
+        assert_pages_alike("a stopped guest", &source.machine.ram.snapshot().differing_pages(&stopped));
         source.qemu.qmp("cont", json!({}));
         source.load.run(&mut source.machine, 200);
     }
@@ -283,9 +229,7 @@ fn a_back_end_killed_during_a_migration_loses_nothing() {
 /// What the comparison of memory is worth: a back-end that answers GET_VRING_BASE with requests in flight is noticed.
 #[test]
 fn a_back_end_that_does_not_drain_is_noticed() {
-    let slow = Kind::StorageDaemon {
-        bytes_per_second: Some(4 << 20),
-    };
+    let slow = Kind::StorageDaemon { bytes_per_second: Some(4 << 20) };
     let mut source = Source::start(slow, PLAIN);
     let mut destination = source.destination();
     source.migrate(&mut destination, false, 2);
@@ -293,8 +237,5 @@ fn a_back_end_that_does_not_drain_is_noticed() {
     migration::let_converge(&mut source.qemu);
     migration::finish(&mut source.qemu, &mut destination);
     let before = source.machine.ram.snapshot();
-    assert!(
-        !source.late_writes(&before).is_empty(),
-        "nothing was written late"
-    );
+    assert!(!source.late_writes(&before).is_empty(), "nothing was written late");
 }

@@ -56,13 +56,7 @@ impl Load {
     pub(crate) fn start(machine: &mut Machine, options: Options) -> Load {
         let driver = Driver::start(machine, options);
         let in_flight = vec![vec![None; driver.slots().into()]; options.queues.into()];
-        Load {
-            driver,
-            in_flight,
-            versions: vec![0; SECTORS as usize],
-            random: 0x9e37_79b9,
-            checked: 0,
-        }
+        Load { driver, in_flight, versions: vec![0; SECTORS as usize], random: 0x9e37_79b9, checked: 0 }
     }
 
     /// Takes and checks completions, then makes up to `count` new requests per queue available.
@@ -81,12 +75,7 @@ impl Load {
                     machine,
                     queue,
                     slot,
-                    Request {
-                        kind: Kind::Read,
-                        sector,
-                        sectors: LONGEST_READ,
-                        version: 0,
-                    },
+                    Request { kind: Kind::Read, sector, sectors: LONGEST_READ, version: 0 },
                 );
             }
             self.driver.kick(machine, queue);
@@ -111,9 +100,7 @@ impl Load {
     }
 
     pub(crate) fn outstanding(&self) -> u16 {
-        (0..self.driver.options.queues)
-            .map(|queue| self.driver.outstanding(queue))
-            .sum()
+        (0..self.driver.options.queues).map(|queue| self.driver.outstanding(queue)).sum()
     }
 
     /// Takes completions and checks them; writes nothing into guest memory.
@@ -151,45 +138,25 @@ impl Load {
 
     fn free(&self, queue: u16) -> Vec<u16> {
         let slots = &self.in_flight[usize::from(queue)];
-        (0..)
-            .zip(slots)
-            .filter(|(_, request)| request.is_none())
-            .map(|(slot, _)| slot)
-            .collect()
+        (0..).zip(slots).filter(|(_, request)| request.is_none()).map(|(slot, _)| slot).collect()
     }
 
     fn invent(&mut self, queue: u16, slot: u16) -> Request {
-        let own = READ_ONLY
-            + (u64::from(queue) * u64::from(self.driver.slots()) + u64::from(slot)) * PER_SLOT;
+        let own = READ_ONLY + (u64::from(queue) * u64::from(self.driver.slots()) + u64::from(slot)) * PER_SLOT;
         match self.below(4) {
             0 => {
                 let sectors = SHORTEST + self.below(LONGEST_WRITE - SHORTEST + 1);
                 let sector = own + self.below(PER_SLOT - sectors);
                 let version = u32::try_from(self.below(1 << 31)).unwrap() | 1;
-                Request {
-                    kind: Kind::Write,
-                    sector,
-                    sectors,
-                    version,
-                }
+                Request { kind: Kind::Write, sector, sectors, version }
             }
             1 => {
                 let sectors = SHORTEST + self.below(PER_SLOT - SHORTEST);
-                Request {
-                    kind: Kind::Read,
-                    sector: own,
-                    sectors,
-                    version: 0,
-                }
+                Request { kind: Kind::Read, sector: own, sectors, version: 0 }
             }
             _ => {
                 let sectors = SHORTEST + self.below(LONGEST_READ - SHORTEST + 1);
-                Request {
-                    kind: Kind::Read,
-                    sector: self.below(READ_ONLY - sectors),
-                    sectors,
-                    version: 0,
-                }
+                Request { kind: Kind::Read, sector: self.below(READ_ONLY - sectors), sectors, version: 0 }
             }
         }
     }
@@ -197,31 +164,16 @@ impl Load {
     fn request(&mut self, machine: &mut Machine, queue: u16, slot: u16, request: Request) {
         if request.kind == Kind::Write {
             let sectors = request.sector..request.sector + request.sectors;
-            let bytes: Vec<u8> = sectors
-                .flat_map(|sector| contents(sector, request.version))
-                .collect();
+            let bytes: Vec<u8> = sectors.flat_map(|sector| contents(sector, request.version)).collect();
             machine.qtest.write(self.driver.data(queue, slot), &bytes);
         }
-        self.driver.submit(
-            &mut machine.qtest,
-            queue,
-            slot,
-            request.kind,
-            request.sector,
-            request.bytes(),
-        );
+        self.driver.submit(&mut machine.qtest, queue, slot, request.kind, request.sector, request.bytes());
         self.in_flight[usize::from(queue)][usize::from(slot)] = Some(request);
     }
 
     fn check(&mut self, machine: &Machine, done: &Done) {
-        let slot = self
-            .in_flight
-            .get_mut(usize::from(done.queue))
-            .and_then(|q| q.get_mut(usize::from(done.slot)));
-        let request = slot
-            .expect("a slot of the driver")
-            .take()
-            .unwrap_or_else(|| panic!("answered twice: {done:?}"));
+        let slot = self.in_flight.get_mut(usize::from(done.queue)).and_then(|q| q.get_mut(usize::from(done.slot)));
+        let request = slot.expect("a slot of the driver").take().unwrap_or_else(|| panic!("answered twice: {done:?}"));
         assert_eq!(done.status, 0, "{request:?}: {done:?}");
         let sectors = request.sector..request.sector + request.sectors;
         match request.kind {
@@ -232,11 +184,7 @@ impl Load {
                 }
             }
             Kind::Read => {
-                assert_eq!(
-                    u64::from(done.len),
-                    request.bytes() + 1,
-                    "{request:?}: {done:?}"
-                );
+                assert_eq!(u64::from(done.len), request.bytes() + 1, "{request:?}: {done:?}");
                 let gpa = self.driver.data(done.queue, done.slot);
                 let found = machine.ram.read(gpa, request.bytes() as usize);
                 for (sector, found) in sectors.zip(found.chunks(SECTOR as usize)) {
@@ -263,9 +211,7 @@ fn contents(sector: u64, version: u32) -> [u8; SECTOR as usize] {
     let mut word = mix(sector << 32 | u64::from(version));
     for chunk in bytes.chunks_exact_mut(8) {
         chunk.copy_from_slice(&(word | 1).to_le_bytes());
-        word = word
-            .wrapping_mul(0x5851_f42d_4c95_7f2d)
-            .wrapping_add(0x1405_7b7e_f767_814f);
+        word = word.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
     }
     bytes
 }

@@ -32,10 +32,7 @@ pub(crate) fn let_converge(source: &mut Qemu) {
 pub(crate) fn rounds(source: &mut Qemu) -> u64 {
     let info = source.qmp("query-migrate", json!({}));
     let status = info["status"].as_str().unwrap_or("none");
-    assert!(
-        ["setup", "active"].contains(&status),
-        "the migration should still run: {info}"
-    );
+    assert!(["setup", "active"].contains(&status), "the migration should still run: {info}");
     info["ram"]["dirty-sync-count"].as_u64().unwrap_or(0)
 }
 
@@ -44,10 +41,7 @@ pub(crate) fn finish(source: &mut Qemu, destination: &mut Qemu) -> Value {
     let info = wait_for("the migration completes", || {
         let info = source.qmp("query-migrate", json!({}));
         let status = info["status"].as_str().unwrap_or("none").to_owned();
-        assert!(
-            !["failed", "cancelled"].contains(&status.as_str()),
-            "{info}"
-        );
+        assert!(!["failed", "cancelled"].contains(&status.as_str()), "{info}");
         (status == "completed").then_some(info)
     });
     wait_for("the destination has it all", || {

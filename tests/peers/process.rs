@@ -20,10 +20,7 @@ pub(crate) fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T 
         if let Some(seen) = look() {
             return seen;
         }
-        assert!(
-            start.elapsed() < DEADLINE,
-            "{what}: not within {DEADLINE:?}"
-        );
+        assert!(start.elapsed() < DEADLINE, "{what}: not within {DEADLINE:?}");
         thread::sleep(Duration::from_millis(2));
     }
 }
@@ -37,10 +34,7 @@ pub(crate) struct Lab {
 impl Lab {
     pub(crate) fn new() -> Lab {
         let files = tempfile::Builder::new().prefix("peers-").tempdir().unwrap();
-        let memory = tempfile::Builder::new()
-            .prefix("peers-")
-            .tempdir_in("/dev/shm")
-            .unwrap();
+        let memory = tempfile::Builder::new().prefix("peers-").tempdir_in("/dev/shm").unwrap();
         Lab { files, memory }
     }
 
@@ -63,11 +57,7 @@ pub(crate) struct Process {
 impl Process {
     /// Starts `program` with `args`; its output goes to `output`.
     pub(crate) fn start(name: &str, program: &str, args: &[String], output: &Path) -> Process {
-        let log = File::options()
-            .create(true)
-            .append(true)
-            .open(output)
-            .unwrap();
+        let log = File::options().create(true).append(true).open(output).unwrap();
         let child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "--", program])
             .args(args)
@@ -75,14 +65,8 @@ impl Process {
             .stdout(log.try_clone().unwrap())
             .stderr(log)
             .spawn()
-            .unwrap_or_else(|e| {
-                panic!("{name}: can't start {program} ({e}); tests/peers/install installs it")
-            });
-        Process {
-            name: name.into(),
-            child,
-            output: output.into(),
-        }
+            .unwrap_or_else(|e| panic!("{name}: can't start {program} ({e}); tests/peers/install installs it"));
+        Process { name: name.into(), child, output: output.into() }
     }
 
     /// What the program printed so far.
@@ -93,11 +77,7 @@ impl Process {
     /// Panics with the program's output when it has ended.
     pub(crate) fn assert_running(&mut self) {
         if let Some(status) = self.child.try_wait().unwrap() {
-            panic!(
-                "{} ended early with {status}:\n{}",
-                self.name,
-                self.output()
-            );
+            panic!("{} ended early with {status}:\n{}", self.name, self.output());
         }
     }
 
@@ -109,11 +89,7 @@ impl Process {
 
     /// SIGTERM, and waits until it has ended by itself.
     pub(crate) fn terminate(&mut self) -> ExitStatus {
-        kill(
-            Pid::from_raw(self.child.id().cast_signed()),
-            Signal::SIGTERM,
-        )
-        .unwrap();
+        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM).unwrap();
         self.wait()
     }
 

@@ -35,11 +35,7 @@ impl Qemu {
 
     /// The same machine, waiting for a migration and then for `cont`.
     pub(crate) fn guest_free_destination(lab: &Lab, name: &str, socket: &Path, disk: Disk) -> Qemu {
-        Qemu::start(
-            lab,
-            name,
-            &(guest_free_arguments(lab, name, socket, disk) + " -S -incoming defer"),
-        )
+        Qemu::start(lab, name, &(guest_free_arguments(lab, name, socket, disk) + " -S -incoming defer"))
     }
 
     /// Starts QEMU with `arguments` and greets it on its QMP socket.
@@ -57,12 +53,7 @@ impl Qemu {
         });
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
         let folder = socket.parent().unwrap().to_owned();
-        let mut qemu = Qemu {
-            name: name.into(),
-            process,
-            qmp: BufReader::new(stream),
-            folder,
-        };
+        let mut qemu = Qemu { name: name.into(), process, qmp: BufReader::new(stream), folder };
         qemu.line(); // the greeting
         qemu.qmp("qmp_capabilities", json!({}));
         qemu
@@ -80,11 +71,7 @@ impl Qemu {
             if let Some(result) = answer.get_mut("return") {
                 return result.take();
             }
-            assert!(
-                answer.get("event").is_some(),
-                "{}: {command} failed: {answer}",
-                self.name
-            );
+            assert!(answer.get("event").is_some(), "{}: {command} failed: {answer}", self.name);
         }
     }
 
@@ -110,10 +97,7 @@ impl Qemu {
 
     fn lost(&mut self, why: &str) -> ! {
         let status = self.process.wait();
-        panic!(
-            "{}: QMP connection lost ({why}), ended with {status}",
-            self.name
-        );
+        panic!("{}: QMP connection lost ({why}), ended with {status}", self.name);
     }
 }
 

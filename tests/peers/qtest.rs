@@ -18,11 +18,7 @@ impl Qtest {
         let stream = wait_for("qtest socket", || UnixStream::connect(socket).ok());
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
         stream.set_write_timeout(Some(DEADLINE)).unwrap();
-        Qtest {
-            stream: BufReader::new(stream),
-            pending: String::new(),
-            commands: 0,
-        }
+        Qtest { stream: BufReader::new(stream), pending: String::new(), commands: 0 }
     }
 
     /// Queues a write of guest memory, as a vCPU would do it; in order, and done after [`Qtest::flush`] or any other command.
@@ -43,10 +39,7 @@ impl Qtest {
 
     /// Sends what is queued and waits until all of it is done.
     pub(crate) fn flush(&mut self) {
-        self.stream
-            .get_mut()
-            .write_all(self.pending.as_bytes())
-            .unwrap();
+        self.stream.get_mut().write_all(self.pending.as_bytes()).unwrap();
         self.pending.clear();
         for _ in 0..std::mem::take(&mut self.commands) {
             self.answer();
@@ -63,23 +56,15 @@ impl Qtest {
     /// A command that loads: `inl`, `readb` and their kin.
     pub(crate) fn load(&mut self, command: &str, address: u64) -> u64 {
         self.flush();
-        self.stream
-            .get_mut()
-            .write_all(format!("{command} {address:#x}\n").as_bytes())
-            .unwrap();
+        self.stream.get_mut().write_all(format!("{command} {address:#x}\n").as_bytes()).unwrap();
         let answer = self.answer();
         let digits = answer.trim().trim_start_matches("0x");
-        u64::from_str_radix(digits, 16)
-            .unwrap_or_else(|_| panic!("{command} {address:#x}: {answer}"))
+        u64::from_str_radix(digits, 16).unwrap_or_else(|_| panic!("{command} {address:#x}: {answer}"))
     }
 
     fn answer(&mut self) -> String {
         let mut line = String::new();
-        self.stream
-            .read_line(&mut line)
-            .expect("an answer on the qtest socket");
-        line.strip_prefix("OK")
-            .unwrap_or_else(|| panic!("qtest said: {line:?}"))
-            .to_owned()
+        self.stream.read_line(&mut line).expect("an answer on the qtest socket");
+        line.strip_prefix("OK").unwrap_or_else(|| panic!("qtest said: {line:?}")).to_owned()
     }
 }

@@ -83,11 +83,7 @@ impl Driver {
         qtest.store("writeb", common + 20, 0);
         qtest.store("writeb", common + 20, 1 | 2); // ACKNOWLEDGE, DRIVER
         let mut features = F_VERSION_1;
-        features |= if options.event_idx {
-            F_RING_EVENT_IDX
-        } else {
-            0
-        };
+        features |= if options.event_idx { F_RING_EVENT_IDX } else { 0 };
         features |= if options.indirect { F_RING_INDIRECT } else { 0 };
         features |= if options.queues > 1 { F_BLK_MQ } else { 0 };
         let mut offered = 0;
@@ -95,26 +91,13 @@ impl Driver {
             qtest.store("writel", common, word);
             offered |= qtest.load("readl", common + 4) << (32 * word);
         }
-        assert_eq!(
-            features & !offered,
-            0,
-            "the device does not offer {:#x}",
-            features & !offered
-        );
+        assert_eq!(features & !offered, 0, "the device does not offer {:#x}", features & !offered);
         for word in 0..2 {
             qtest.store("writel", common + 8, word);
-            qtest.store(
-                "writel",
-                common + 12,
-                (features >> (32 * word)) & 0xffff_ffff,
-            );
+            qtest.store("writel", common + 12, (features >> (32 * word)) & 0xffff_ffff);
         }
         qtest.store("writeb", common + 20, 1 | 2 | 8); // FEATURES_OK
-        assert_ne!(
-            qtest.load("readb", common + 20) & 8,
-            0,
-            "features {features:#x} refused"
-        );
+        assert_ne!(qtest.load("readb", common + 20) & 8, 0, "features {features:#x} refused");
 
         for queue in 0..options.queues {
             qtest.store("writew", common + 22, queue.into());
@@ -131,29 +114,18 @@ impl Driver {
         }
         qtest.store("writeb", common + 20, 1 | 2 | 4 | 8); // DRIVER_OK
         let queues = vec![Queue::default(); options.queues.into()];
-        Driver {
-            options,
-            queues,
-            notify: caps.notify,
-            notify_multiplier: caps.notify_multiplier,
-        }
+        Driver { options, queues, notify: caps.notify, notify_multiplier: caps.notify_multiplier }
     }
 
     /// How many requests fit into a queue at once.
     pub(crate) fn slots(&self) -> u16 {
-        let per_request = if self.options.indirect {
-            1
-        } else {
-            DESCRIPTORS_PER_REQUEST
-        };
+        let per_request = if self.options.indirect { 1 } else { DESCRIPTORS_PER_REQUEST };
         (self.options.queue_size / per_request).min(self.max_slots())
     }
 
     /// Where the data of a slot is.
     pub(crate) fn data(&self, queue: u16, slot: u16) -> u64 {
-        DATA + (u64::from(queue) * u64::from(self.max_slots()) + u64::from(slot))
-            * (SLOT_BYTES + 4096)
-            + DATA_SKEW
+        DATA + (u64::from(queue) * u64::from(self.max_slots()) + u64::from(slot)) * (SLOT_BYTES + 4096) + DATA_SKEW
     }
 
     /// Where the status byte of a slot is.
@@ -178,15 +150,7 @@ impl Driver {
     }
 
     /// Makes a request of `len` bytes at `sector` available; the device may see it now and is told by [`Driver::kick`].
-    pub(crate) fn submit(
-        &mut self,
-        qtest: &mut Qtest,
-        queue: u16,
-        slot: u16,
-        kind: Kind,
-        sector: u64,
-        len: u64,
-    ) {
+    pub(crate) fn submit(&mut self, qtest: &mut Qtest, queue: u16, slot: u16, kind: Kind, sector: u64, len: u64) {
         let base = queue_base(queue);
         let size = self.options.queue_size;
         let header = base + HEADERS + u64::from(slot) * 16;
@@ -220,25 +184,13 @@ impl Driver {
         let first_index = if self.options.indirect { 0 } else { head };
         let mut bytes = Vec::with_capacity(64);
         for (i, (address, len, flags)) in (1u16..).zip(table) {
-            let next = if flags & NEXT == 0 {
-                0
-            } else {
-                first_index + i
-            };
-            bytes.extend(descriptor(
-                address,
-                u32::try_from(len).unwrap(),
-                flags,
-                next,
-            ));
+            let next = if flags & NEXT == 0 { 0 } else { first_index + i };
+            bytes.extend(descriptor(address, u32::try_from(len).unwrap(), flags, next));
         }
         qtest.write(at, &bytes);
 
         let state = &mut self.queues[usize::from(queue)];
-        qtest.write(
-            base + AVAIL + 4 + 2 * u64::from(state.avail % size),
-            &head.to_le_bytes(),
-        );
+        qtest.write(base + AVAIL + 4 + 2 * u64::from(state.avail % size), &head.to_le_bytes());
         state.avail = state.avail.wrapping_add(1);
     }
 
@@ -250,9 +202,7 @@ impl Driver {
         if state.avail == state.kicked {
             return;
         }
-        machine
-            .qtest
-            .write(base + AVAIL + 2, &state.avail.to_le_bytes());
+        machine.qtest.write(base + AVAIL + 2, &state.avail.to_le_bytes());
         machine.qtest.flush();
         let wanted = if self.options.event_idx {
             let event = machine.ram.u16(base + USED + 4 + 8 * size);
@@ -270,11 +220,7 @@ impl Driver {
     /// Takes what the device has put into the used rings since the last time; writes nothing.
     pub(crate) fn completions(&mut self, ram: &Ram) -> Vec<Done> {
         let size = self.options.queue_size;
-        let per_request = if self.options.indirect {
-            1
-        } else {
-            DESCRIPTORS_PER_REQUEST
-        };
+        let per_request = if self.options.indirect { 1 } else { DESCRIPTORS_PER_REQUEST };
         let mut all = Vec::new();
         for queue in 0..self.options.queues {
             let base = queue_base(queue);
@@ -288,19 +234,10 @@ impl Driver {
             while state.used != published {
                 let element = base + USED + 4 + 8 * u64::from(state.used % size);
                 let (head, len) = (ram.u32(element), ram.u32(element + 4));
-                assert_eq!(
-                    head % u32::from(per_request),
-                    0,
-                    "queue {queue}: no request has head {head}"
-                );
+                assert_eq!(head % u32::from(per_request), 0, "queue {queue}: no request has head {head}");
                 let slot = u16::try_from(head / u32::from(per_request)).unwrap();
                 let status = ram.read(base + STATUS + u64::from(slot), 1)[0];
-                all.push(Done {
-                    queue,
-                    slot,
-                    len,
-                    status,
-                });
+                all.push(Done { queue, slot, len, status });
                 state.used = state.used.wrapping_add(1);
             }
         }
@@ -333,11 +270,7 @@ struct Capabilities {
 
 /// Enables the function, maps its memory BAR and walks its virtio capabilities.
 fn find_capabilities(qtest: &mut Qtest) -> Capabilities {
-    assert_eq!(
-        config(qtest, 0) & 0xffff,
-        0x1af4,
-        "no virtio function in PCI slot 3"
-    );
+    assert_eq!(config(qtest, 0) & 0xffff, 0x1af4, "no virtio function in PCI slot 3");
     let mut pointer = config(qtest, 0x34) & 0xff;
     let (mut common, mut notify, mut notify_multiplier, mut bar) = (None, None, 0, 0);
     while pointer != 0 {
@@ -346,9 +279,7 @@ fn find_capabilities(qtest: &mut Qtest) -> Capabilities {
             let offset = config(qtest, pointer + 8);
             match head >> 24 {
                 1 => (common, bar) = (Some(BAR + offset), config(qtest, pointer + 4) & 0xff),
-                2 => {
-                    (notify, notify_multiplier) = (Some(BAR + offset), config(qtest, pointer + 16))
-                }
+                2 => (notify, notify_multiplier) = (Some(BAR + offset), config(qtest, pointer + 16)),
                 _ => {}
             }
         }
@@ -360,14 +291,8 @@ fn find_capabilities(qtest: &mut Qtest) -> Capabilities {
     qtest.store("outl", 0xcfc, 0);
     select(qtest, 4);
     qtest.store("outw", 0xcfc, 2 | 4); // memory space, bus master
-    let (Some(common), Some(notify)) = (common, notify) else {
-        panic!("no modern virtio capabilities")
-    };
-    Capabilities {
-        common,
-        notify,
-        notify_multiplier,
-    }
+    let (Some(common), Some(notify)) = (common, notify) else { panic!("no modern virtio capabilities") };
+    Capabilities { common, notify, notify_multiplier }
 }
 
 fn select(qtest: &mut Qtest, register: u64) {

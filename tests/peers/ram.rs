@@ -20,44 +20,28 @@ pub(crate) struct Ram {
 impl Ram {
     pub(crate) fn map(path: &Path) -> Ram {
         let file = File::options().read(true).write(true).open(path).unwrap();
-        let range = (
-            GuestAddress(0),
-            usize::try_from(SIZE).unwrap(),
-            Some(FileOffset::new(file, 0)),
-        );
-        Ram {
-            path: path.into(),
-            memory: GuestMemoryMmap::from_ranges_with_files([range]).unwrap(),
-        }
+        let range = (GuestAddress(0), usize::try_from(SIZE).unwrap(), Some(FileOffset::new(file, 0)));
+        Ram { path: path.into(), memory: GuestMemoryMmap::from_ranges_with_files([range]).unwrap() }
     }
 
     pub(crate) fn read(&self, gpa: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
-        self.memory
-            .read_slice(&mut bytes, GuestAddress(gpa))
-            .unwrap();
+        self.memory.read_slice(&mut bytes, GuestAddress(gpa)).unwrap();
         bytes
     }
 
     pub(crate) fn u16(&self, gpa: u64) -> u16 {
-        self.memory
-            .load(GuestAddress(gpa), Ordering::Acquire)
-            .unwrap()
+        self.memory.load(GuestAddress(gpa), Ordering::Acquire).unwrap()
     }
 
     pub(crate) fn u32(&self, gpa: u64) -> u32 {
-        self.memory
-            .load(GuestAddress(gpa), Ordering::Acquire)
-            .unwrap()
+        self.memory.load(GuestAddress(gpa), Ordering::Acquire).unwrap()
     }
 
     /// All of it, as it is now.
     pub(crate) fn snapshot(&self) -> Snapshot {
         let mut bytes = vec![0; usize::try_from(SIZE).unwrap()];
-        File::open(&self.path)
-            .unwrap()
-            .read_exact_at(&mut bytes, 0)
-            .unwrap();
+        File::open(&self.path).unwrap().read_exact_at(&mut bytes, 0).unwrap();
         Snapshot(bytes)
     }
 }
@@ -70,10 +54,6 @@ impl Snapshot {
     pub(crate) fn differing_pages(&self, other: &Snapshot) -> Vec<u64> {
         const STRIDE: usize = 4096;
         let pages = self.0.chunks(STRIDE).zip(other.0.chunks(STRIDE));
-        (0..)
-            .zip(pages)
-            .filter(|(_, (a, b))| a != b)
-            .map(|(page, _)| page)
-            .collect()
+        (0..).zip(pages).filter(|(_, (a, b))| a != b).map(|(page, _)| page).collect()
     }
 }
