@@ -15,7 +15,7 @@ use vhost_migrate::dirty::{LOG_PAGE, Log, PageSet};
 use vm_memory::bitmap::AtomicBitmap;
 
 const GIB: u64 = 1 << 30;
-const TURNS: usize = 15;
+const TURNS: usize = 9;
 
 fn main() {
     for (name, gib, pages) in [

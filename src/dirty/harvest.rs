@@ -75,11 +75,16 @@ fn run<const STOPPED: bool>(isa: Isa, log: &[AtomicU64], range: Range<usize>, in
     }
 }
 
+/// A block aligned to every vector.
+#[repr(align(64))]
+struct Block([u64; BLOCK]);
+
 /// # Safety
 /// The CPU has the instructions of `V`, and `log` is aligned to it.
 #[inline(always)]
 unsafe fn scan<V: Vector, const STOPPED: bool>(log: &[AtomicU64], range: Range<usize>, into: &mut PageSet) -> Harvest {
     let mut found = Harvest::default();
+    let mut taken = Block([0; BLOCK]);
     let range = range.start..range.end.min(log.len());
     let head = range.start.next_multiple_of(BLOCK).min(range.end);
     let tail = (range.end / BLOCK * BLOCK).max(head);
@@ -94,17 +99,8 @@ unsafe fn scan<V: Vector, const STOPPED: bool>(log: &[AtomicU64], range: Range<u
             if is_zero::<V>(block) {
                 continue;
             }
-            if STOPPED {
-                found += move_block::<V>(block, start / BLOCK, into);
-            } else {
-                for at in (0..BLOCK).step_by(V::WORDS) {
-                    let mut live = V::load_log(block.as_ptr().add(at).cast()).live();
-                    while live != 0 {
-                        found += take_word(log, start + at + live.trailing_zeros() as usize, into);
-                        live &= live - 1;
-                    }
-                }
-            }
+            let bits = if STOPPED { block.as_ptr().cast_mut().cast() } else { swap_block::<V>(block, &mut taken) };
+            found += move_block::<V, STOPPED>(bits, start / BLOCK, into);
         }
     }
     found
@@ -124,24 +120,45 @@ unsafe fn is_zero<V: Vector>(block: &[AtomicU64]) -> bool {
     }
 }
 
-/// Moves a whole block without atomics.
+/// Swaps the words of a block that are not zero, into `taken`: near by, because a store that misses the cache would
+/// hold up the next swap.
 ///
 /// # Safety
 /// As [`is_zero`].
 #[inline(always)]
-unsafe fn move_block<V: Vector>(block: &[AtomicU64], number: usize, into: &mut PageSet) -> Harvest {
-    let Some((words, summary)) = into.block_mut(number) else {
-        return Harvest::default();
-    };
-    // SAFETY: every access is inside the block or the equally long one of the set. The log's memory belongs to
-    // several processes and is accessed volatile: a racing mark can be lost, nothing worse.
+unsafe fn swap_block<V: Vector>(block: &[AtomicU64], taken: &mut Block) -> *mut u64 {
+    for at in (0..BLOCK).step_by(V::WORDS) {
+        // SAFETY: both accesses are inside their blocks.
+        let mut live = unsafe {
+            V::clear_log(taken.0.as_mut_ptr().add(at));
+            V::load_log(block.as_ptr().add(at).cast()).live()
+        };
+        while live != 0 {
+            let index = at + live.trailing_zeros() as usize;
+            taken.0[index] = block[index].swap(0, Ordering::AcqRel);
+            live &= live - 1;
+        }
+    }
+    taken.0.as_mut_ptr()
+}
+
+/// Adds the words at `from`, which are those of a log, to a block of the set, and clears them if they still are in it.
+///
+/// # Safety
+/// The CPU has the instructions of `V`; there are `BLOCK` words at `from`, aligned to it.
+#[inline(always)]
+unsafe fn move_block<V: Vector, const CLEAR: bool>(from: *mut u64, number: usize, into: &mut PageSet) -> Harvest {
+    let Some((words, summary)) = into.block_mut(number) else { return Harvest::default() };
+    // SAFETY: every access is inside one of the two blocks. The log's memory belongs to several processes and is
+    // accessed volatile: a racing mark can be lost, nothing worse.
     let found = unsafe {
         let (mut pages, mut added) = (V::zero(), V::zero());
         for at in (0..BLOCK).step_by(V::WORDS) {
-            let from = block.as_ptr().add(at).cast::<u64>().cast_mut();
-            let to = words.as_mut_ptr().add(at);
+            let (from, to) = (from.add(at), words.as_mut_ptr().add(at));
             let (bits, old) = (V::load_log(from), V::load(to));
-            V::clear_log(from);
+            if CLEAR {
+                V::clear_log(from);
+            }
             let all = bits.or(old);
             all.store(to);
             *summary |= all.live() << at;
