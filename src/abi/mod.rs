@@ -1,0 +1,37 @@
+//! Numbers and layouts that this crate shares with kernels, front-ends, back-ends and guests.
+//!
+//! Here: constants, plain structures, their sizes and offsets (checked at compile time), names for messages.
+//! Not here: sockets, checks of what a peer sent, anything that changes state.
+#![forbid(unsafe_code)]
+
+pub mod inflight;
+pub mod vhost;
+pub mod vhost_user;
+pub mod virtio;
+
+/// The mask of feature bit `number`, for virtio, vhost and vhost-user protocol features alike. 0 from bit 64 on.
+pub const fn bit(number: u32) -> u64 {
+    if number < u64::BITS { 1 << number } else { 0 }
+}
+
+/// Declares a plain structure with its size in bytes and the offset of every field, and checks both at compile time.
+/// The compiler refuses it too if there is padding that is not a field of its own.
+macro_rules! wire {
+    ($($(#[$meta:meta])* $name:ident, $size:literal bytes { $($(#[$doc:meta])* $field:ident: $ty:ty => $offset:literal),* $(,)? })+) => {
+        $(
+            $(#[$meta])*
+            #[derive(
+                Debug, Clone, Copy, PartialEq, Eq,
+                zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable, zerocopy::KnownLayout,
+            )]
+            #[repr(C)]
+            pub struct $name { $($(#[$doc])* pub $field: $ty,)* }
+
+            const _: () = {
+                assert!(size_of::<$name>() == $size);
+                $(assert!(core::mem::offset_of!($name, $field) == $offset);)*
+            };
+        )+
+    };
+}
+use wire;

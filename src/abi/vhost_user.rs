@@ -1,0 +1,438 @@
+//! The vhost-user protocol on the wire: request numbers, header, payloads, protocol features.
+//!
+//! Names are those of the specification without their prefix, in its present words (back-end, not slave). Everything
+//! is in the machine's byte order. Not here: which request carries which payload or fd, and what it does.
+use super::wire;
+use std::fmt;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+pub use super::vhost::{IotlbMsg, VHOST_F_LOG_ALL, VHOST_VRING_F_LOG, VringAddr, VringState};
+
+/// Feature bit of SET_FEATURES: protocol features are spoken; rings start disabled (rule R1).
+pub const VHOST_USER_F_PROTOCOL_FEATURES: u32 = 30;
+/// Bytes of guest memory per bit of the dirty log.
+pub const VHOST_LOG_PAGE: u64 = 4096;
+/// Most regions of a SET_MEM_TABLE, and most fds of one message.
+pub const VHOST_MEMORY_BASELINE_NREGIONS: usize = 8;
+/// Memory slots of libvhost-user when the seed of its header was taken; today it is
+/// [`VHOST_USER_MAX_RAM_SLOTS_TODAY`].
+pub const VHOST_USER_MAX_RAM_SLOTS: usize = 32;
+/// Memory slots that a front-end may want (rule M1).
+pub const VHOST_USER_MAX_RAM_SLOTS_TODAY: usize = 509;
+/// Largest ring of libvhost-user, entries.
+pub const VIRTQUEUE_MAX_SIZE: usize = 1024;
+/// Largest configuration space in one GET_CONFIG or SET_CONFIG, bytes.
+pub const VHOST_USER_MAX_CONFIG_SIZE: usize = 256;
+
+/// [`ConfigHeader::flags`]: the driver wrote a field.
+pub const CONFIG_TYPE_FRONTEND: u32 = 0;
+/// [`ConfigHeader::flags`]: migration restores the space.
+pub const CONFIG_TYPE_MIGRATION: u32 = 1;
+
+/// Ring index in the u64 of SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR and of a [`VringArea`].
+pub const VRING_IDX_MASK: u64 = 0xff;
+/// Set in that u64 when no fd comes with it.
+pub const VRING_NOFD_MASK: u64 = 0x100;
+
+/// [`DeviceStateTransfer::direction`]: the back-end writes its state (source).
+pub const DEVICE_STATE_SAVE: u32 = 0;
+/// [`DeviceStateTransfer::direction`]: the back-end reads its state (destination).
+pub const DEVICE_STATE_LOAD: u32 = 1;
+/// [`DeviceStateTransfer::phase`]: all rings are stopped.
+pub const DEVICE_STATE_PHASE_STOPPED: u32 = 0;
+/// Reply of SET_DEVICE_STATE_FD: error number, 0 is success.
+pub const DEVICE_STATE_ERROR_MASK: u64 = 0xff;
+/// Reply of SET_DEVICE_STATE_FD: no fd comes back, use the one that was sent.
+pub const DEVICE_STATE_NOFD_MASK: u64 = 0x100;
+
+/// [`SharedMemoryMap::flags`]: map for writing too.
+pub const SHMEM_MAP_RW: u64 = 1;
+
+/// Features a user-mode Linux front-end offers at the transport level.
+pub const UML_SUPPORTED_F: u64 = super::bit(VHOST_USER_F_PROTOCOL_FEATURES);
+/// Protocol features a user-mode Linux front-end speaks.
+pub const UML_SUPPORTED_PROTOCOL_F: u64 = super::bit(protocol_feature::REPLY_ACK)
+    | super::bit(protocol_feature::BACKEND_REQ)
+    | super::bit(protocol_feature::CONFIG);
+/// Regions in every SET_MEM_TABLE of user-mode Linux, whatever its `nregions` says (rule F6).
+pub const UML_MEM_TABLE_REGIONS: usize = 2;
+
+/// Numbers that the specification has not settled (rule I8). They are off unless asked for, and only here.
+pub mod unstable {
+    /// Protocol feature: GET_VRING_BASE leaves requests marked in the inflight region.
+    pub const F_GET_VRING_BASE_INFLIGHT: u32 = 20;
+    /// Protocol feature: the request below.
+    pub const F_GET_VRING_BASE_SKIP_DRAIN: u32 = 23;
+    /// GET_VRING_BASE for a ring that shall not be drained.
+    pub const GET_VRING_BASE_SKIP_DRAIN: u32 = 45;
+    /// The number one implementation uses for it, which the specification gives to GET_SHMEM_CONFIG.
+    pub const GET_VRING_BASE_SKIP_DRAIN_OTHER: u32 = 44;
+}
+
+/// Protocol feature bits of GET_PROTOCOL_FEATURES and SET_PROTOCOL_FEATURES: bit numbers, and [`NAMES`] for people.
+///
+/// [`NAMES`]: protocol_feature::NAMES
+pub mod protocol_feature {
+    pub use crate::abi::bit;
+
+    macro_rules! features {
+        ($($(#[$doc:meta])* $name:ident = $bit:expr;)*) => {
+            $($(#[$doc])* pub const $name: u32 = $bit;)*
+            /// Every bit known here with the specification's name.
+            pub const NAMES: &[(u32, &str)] = &[$(($name, stringify!($name))),*];
+        };
+    }
+
+    features! {
+        /// Several queues.
+        MQ = 0;
+        /// SET_LOG_BASE brings an fd.
+        LOG_SHMFD = 1;
+        /// SEND_RARP.
+        RARP = 2;
+        /// Need-reply and its u64 (rule F4).
+        REPLY_ACK = 3;
+        /// NET_SET_MTU.
+        MTU = 4;
+        /// The back-end channel: SET_BACKEND_REQ_FD.
+        BACKEND_REQ = 5;
+        /// SET_VRING_ENDIAN.
+        CROSS_ENDIAN = 6;
+        /// Crypto sessions.
+        CRYPTO_SESSION = 7;
+        /// Postcopy (rule P1).
+        PAGEFAULT = 8;
+        /// GET_CONFIG and SET_CONFIG.
+        CONFIG = 9;
+        /// The back-end channel carries fds.
+        BACKEND_SEND_FD = 10;
+        /// VRING_HOST_NOTIFIER_MSG.
+        HOST_NOTIFIER = 11;
+        /// GET_INFLIGHT_FD and SET_INFLIGHT_FD.
+        INFLIGHT_SHMFD = 12;
+        /// RESET_DEVICE.
+        RESET_DEVICE = 13;
+        /// VRING_KICK, and VRING_CALL on the back-end channel.
+        INBAND_NOTIFICATIONS = 14;
+        /// GET_MAX_MEM_SLOTS, ADD_MEM_REG and REM_MEM_REG.
+        CONFIGURE_MEM_SLOTS = 15;
+        /// GET_STATUS and SET_STATUS.
+        STATUS = 16;
+        /// Xen's own region layout.
+        XEN_MMAP = 17;
+        /// Shared objects by UUID.
+        SHARED_OBJECT = 18;
+        /// SET_DEVICE_STATE_FD and CHECK_DEVICE_STATE (rule D1).
+        DEVICE_STATE = 19;
+        /// Unstable, see [`unstable`](super::unstable).
+        GET_VRING_BASE_INFLIGHT = super::unstable::F_GET_VRING_BASE_INFLIGHT;
+        /// Ring addresses are guest-physical.
+        GPA_ADDRESSES = 21;
+        /// SHMEM_MAP, SHMEM_UNMAP and GET_SHMEM_CONFIG.
+        SHMEM = 22;
+        /// Unstable, see [`unstable`](super::unstable).
+        GET_VRING_BASE_SKIP_DRAIN = super::unstable::F_GET_VRING_BASE_SKIP_DRAIN;
+    }
+}
+
+/// An open set of message numbers: what is not known keeps its number.
+macro_rules! codes {
+    ($(#[$meta:meta])* $type:ident, $prefix:literal, $unknown:literal { $($(#[$doc:meta])* $name:ident = $code:expr;)* }) => {
+        $(#[$meta])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+        #[repr(transparent)]
+        pub struct $type(pub u32);
+
+        impl $type {
+            $($(#[$doc])* pub const $name: $type = $type($code);)*
+
+            /// Every number known here.
+            pub const KNOWN: &[$type] = &[$($type::$name),*];
+
+            /// The specification's name, if the number is known here.
+            pub const fn name(self) -> Option<&'static str> {
+                match self {
+                    $($type::$name => Some(concat!($prefix, stringify!($name))),)*
+                    _ => None,
+                }
+            }
+        }
+
+        /// The specification's name, or the number.
+        impl fmt::Display for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                match self.name() {
+                    Some(name) => f.pad(name),
+                    None => write!(f, concat!($unknown, " {}"), self.0),
+                }
+            }
+        }
+    };
+}
+
+codes! {
+    /// Number of a message from the front-end, and of its reply.
+    Request, "", "request" {
+        /// Offered feature bits, u64.
+        GET_FEATURES = 1;
+        /// Acknowledged feature bits, u64.
+        SET_FEATURES = 2;
+        /// The sender owns the session.
+        SET_OWNER = 3;
+        /// Deprecated (rule R8).
+        RESET_OWNER = 4;
+        /// Memory table: [`MemoryHeader`], regions, one fd each.
+        SET_MEM_TABLE = 5;
+        /// Dirty log: [`LogDescription`] and fd.
+        SET_LOG_BASE = 6;
+        /// Eventfd signalled after logging.
+        SET_LOG_FD = 7;
+        /// Ring size: [`VringState`].
+        SET_VRING_NUM = 8;
+        /// Ring addresses: [`VringAddr`].
+        SET_VRING_ADDR = 9;
+        /// Where a ring continues: [`VringState`].
+        SET_VRING_BASE = 10;
+        /// Stops a ring and tells where: [`VringState`] (rule R3).
+        GET_VRING_BASE = 11;
+        /// Eventfd of new buffers; starts the ring: u64 of [`VRING_IDX_MASK`] and [`VRING_NOFD_MASK`].
+        SET_VRING_KICK = 12;
+        /// Eventfd of used buffers, likewise.
+        SET_VRING_CALL = 13;
+        /// Eventfd of errors, likewise.
+        SET_VRING_ERR = 14;
+        /// Offered protocol features, u64.
+        GET_PROTOCOL_FEATURES = 15;
+        /// Acknowledged protocol features, u64.
+        SET_PROTOCOL_FEATURES = 16;
+        /// Most queues, u64.
+        GET_QUEUE_NUM = 17;
+        /// Enables or disables a ring: [`VringState`].
+        SET_VRING_ENABLE = 18;
+        /// Asks a net device to announce a MAC address, u64.
+        SEND_RARP = 19;
+        /// MTU of a net device, u64.
+        NET_SET_MTU = 20;
+        /// Socket of the back-end channel.
+        SET_BACKEND_REQ_FD = 21;
+        /// Translation: [`IotlbMsg`].
+        IOTLB_MSG = 22;
+        /// Byte order of a legacy ring: [`VringState`].
+        SET_VRING_ENDIAN = 23;
+        /// Reads configuration space: [`ConfigHeader`] and bytes.
+        GET_CONFIG = 24;
+        /// Writes configuration space: [`ConfigHeader`] and bytes.
+        SET_CONFIG = 25;
+        /// Crypto device.
+        CREATE_CRYPTO_SESSION = 26;
+        /// Crypto device.
+        CLOSE_CRYPTO_SESSION = 27;
+        /// Postcopy is coming; the answer brings a userfaultfd.
+        POSTCOPY_ADVISE = 28;
+        /// Postcopy begins: memory tables are registered with it.
+        POSTCOPY_LISTEN = 29;
+        /// Postcopy is over.
+        POSTCOPY_END = 30;
+        /// Asks for an inflight region: [`InflightDescription`].
+        GET_INFLIGHT_FD = 31;
+        /// Hands an inflight region over: [`InflightDescription`] and fd.
+        SET_INFLIGHT_FD = 32;
+        /// Socket of a GPU device.
+        GPU_SET_SOCKET = 33;
+        /// Disables rings, resets device state, keeps the owner (rule R8).
+        RESET_DEVICE = 34;
+        /// A kick inside the connection: [`VringState`].
+        VRING_KICK = 35;
+        /// Most memory slots, u64.
+        GET_MAX_MEM_SLOTS = 36;
+        /// Adds a region: [`MemRegMsg`] and fd.
+        ADD_MEM_REG = 37;
+        /// Removes a region: [`MemRegMsg`].
+        REM_MEM_REG = 38;
+        /// Virtio status byte, u64.
+        SET_STATUS = 39;
+        /// Virtio status byte, u64.
+        GET_STATUS = 40;
+        /// Asks for the fd of a [`SharedObject`].
+        GET_SHARED_OBJECT = 41;
+        /// Channel for device state: [`DeviceStateTransfer`] and fd.
+        SET_DEVICE_STATE_FD = 42;
+        /// Result of that transfer, u64, 0 is success.
+        CHECK_DEVICE_STATE = 43;
+        /// Sizes of shared memory regions: [`SharedMemoryConfigHeader`] and sizes.
+        GET_SHMEM_CONFIG = 44;
+        /// Unstable, see [`unstable`].
+        GET_VRING_BASE_SKIP_DRAIN = unstable::GET_VRING_BASE_SKIP_DRAIN;
+    }
+}
+
+codes! {
+    /// Number of a message from the back-end on its own channel, and of its reply.
+    BackendRequest, "BACKEND_", "back-end request" {
+        /// Translation missing or refused: [`IotlbMsg`].
+        IOTLB_MSG = 1;
+        /// Configuration space changed.
+        CONFIG_CHANGE_MSG = 2;
+        /// Doorbell to map into the guest: [`VringArea`] and fd.
+        VRING_HOST_NOTIFIER_MSG = 3;
+        /// Buffers were used: [`VringState`].
+        VRING_CALL = 4;
+        /// A ring is broken: [`VringState`].
+        VRING_ERR = 5;
+        /// Publishes a [`SharedObject`].
+        SHARED_OBJECT_ADD = 6;
+        /// Withdraws a [`SharedObject`].
+        SHARED_OBJECT_REMOVE = 7;
+        /// Asks for the fd of a [`SharedObject`].
+        SHARED_OBJECT_LOOKUP = 8;
+        /// Maps an fd into a shared memory region: [`SharedMemoryMap`] and fd.
+        SHMEM_MAP = 9;
+        /// Unmaps it: [`SharedMemoryMap`].
+        SHMEM_UNMAP = 10;
+    }
+}
+
+impl Header {
+    /// Protocol version, in the flags of every message.
+    pub const FLAG_VERSION: u32 = 0x1;
+    /// Bits of the version.
+    pub const FLAG_VERSION_MASK: u32 = 0x3;
+    /// This is a reply.
+    pub const FLAG_REPLY: u32 = 0x4;
+    /// The sender wants a reply also where there is none by nature (rule F4).
+    pub const FLAG_NEED_REPLY: u32 = 0x8;
+    /// The flags of every reply (rule F2).
+    pub const REPLY_FLAGS: u32 = Self::FLAG_VERSION | Self::FLAG_REPLY;
+}
+
+wire! {
+    /// Header of every message (rule F1).
+    Header, 12 bytes {
+        /// A [`Request`] or, on the back-end channel, a [`BackendRequest`].
+        request: u32 => 0,
+        /// Version, reply, need-reply.
+        flags: u32 => 4,
+        /// Bytes of payload that follow.
+        size: u32 => 8,
+    }
+
+    /// Head of SET_MEM_TABLE; the regions follow.
+    MemoryHeader, 8 bytes {
+        /// How many regions mean something.
+        nregions: u32 => 0,
+        /// 0.
+        padding: u32 => 4,
+    }
+
+    /// One region of guest memory.
+    MemoryRegion, 32 bytes {
+        /// Guest-physical address.
+        guest_phys_addr: u64 => 0,
+        /// Bytes.
+        memory_size: u64 => 8,
+        /// Address in the front-end.
+        userspace_addr: u64 => 16,
+        /// Where the region begins in its fd, bytes.
+        mmap_offset: u64 => 24,
+    }
+
+    /// Payload of ADD_MEM_REG and REM_MEM_REG.
+    MemRegMsg, 40 bytes {
+        /// 0.
+        padding: u64 => 0,
+        /// The region.
+        region: MemoryRegion => 8,
+    }
+
+    /// Payload of SET_LOG_BASE.
+    LogDescription, 16 bytes {
+        /// Bytes of log.
+        mmap_size: u64 => 0,
+        /// Where the log begins in its fd, bytes.
+        mmap_offset: u64 => 8,
+    }
+
+    /// Head of GET_CONFIG and SET_CONFIG; `size` bytes follow.
+    ConfigHeader, 12 bytes {
+        /// Offset in configuration space.
+        offset: u32 => 0,
+        /// Bytes.
+        size: u32 => 4,
+        /// [`CONFIG_TYPE_FRONTEND`] or [`CONFIG_TYPE_MIGRATION`].
+        flags: u32 => 8,
+    }
+
+    /// Payload of VRING_HOST_NOTIFIER_MSG.
+    VringArea, 24 bytes {
+        /// [`VRING_IDX_MASK`] and [`VRING_NOFD_MASK`].
+        u64: u64 => 0,
+        /// Bytes.
+        size: u64 => 8,
+        /// Where the area begins in its fd, bytes.
+        offset: u64 => 16,
+    }
+
+    /// Payload of GET_INFLIGHT_FD and SET_INFLIGHT_FD, with the tail padding that peers send (rule F6).
+    InflightDescription, 24 bytes {
+        /// Bytes of the region.
+        mmap_size: u64 => 0,
+        /// Where the region begins in its fd, bytes.
+        mmap_offset: u64 => 8,
+        /// Queues.
+        num_queues: u16 => 16,
+        /// Descriptors of each.
+        queue_size: u16 => 18,
+        /// Unused.
+        padding: [u8; 4] => 20,
+    }
+
+    /// Payload of SET_DEVICE_STATE_FD.
+    DeviceStateTransfer, 8 bytes {
+        /// [`DEVICE_STATE_SAVE`] or [`DEVICE_STATE_LOAD`].
+        direction: u32 => 0,
+        /// [`DEVICE_STATE_PHASE_STOPPED`].
+        phase: u32 => 4,
+    }
+
+    /// Payload of the shared-object messages.
+    SharedObject, 16 bytes {
+        /// UUID; its first three parts are big-endian.
+        uuid: [u8; 16] => 0,
+    }
+
+    /// Payload of SHMEM_MAP and SHMEM_UNMAP.
+    SharedMemoryMap, 40 bytes {
+        /// Which shared memory region of the device.
+        shmid: u8 => 0,
+        /// 0.
+        padding: [u8; 7] => 1,
+        /// Where the area begins in its fd, bytes.
+        fd_offset: u64 => 8,
+        /// Where it goes in the shared memory region, bytes.
+        shm_offset: u64 => 16,
+        /// Bytes.
+        len: u64 => 24,
+        /// 0 or [`SHMEM_MAP_RW`].
+        flags: u64 => 32,
+    }
+
+    /// Head of GET_SHMEM_CONFIG's reply; u64 sizes follow, 0 for regions that do not exist.
+    SharedMemoryConfigHeader, 8 bytes {
+        /// Regions that exist.
+        nregions: u32 => 0,
+        /// 0.
+        padding: u32 => 4,
+    }
+}
+
+const _: () = {
+    // libvhost-user: VhostUserMemory, VhostUserConfig and UML's fixed table, as heads with what follows them.
+    assert!(
+        size_of::<MemoryHeader>() + VHOST_MEMORY_BASELINE_NREGIONS * size_of::<MemoryRegion>()
+            == 264
+    );
+    assert!(size_of::<MemoryHeader>() + UML_MEM_TABLE_REGIONS * size_of::<MemoryRegion>() == 72);
+    assert!(size_of::<ConfigHeader>() + VHOST_USER_MAX_CONFIG_SIZE == 268);
+    assert!(size_of::<Request>() == 4 && size_of::<BackendRequest>() == 4);
+    assert!(Header::REPLY_FLAGS == 5);
+};
