@@ -1,5 +1,9 @@
 //! Live migration, dirty logging and crash-resume for vhost devices.
 
-pub mod memory;
-pub mod ring;
 pub mod abi;
+pub mod control;
+pub mod memory;
+pub mod migrate;
+pub mod ring;
+pub mod dirty;
+pub mod inflight;

@@ -1,0 +1,232 @@
+//! How orchestrators talk to the process that owns a guest: one JSON object a line over a UNIX socket.
+//!
+//! A client sends [`Command`]s and reads events, objects with an `event` field, until `ok` or `error` ends the answer;
+//! then it may send the next command. Connections are independent: `cancel` is sent on a second one. What the
+//! commands do is up to the [`Handler`].
+#![forbid(unsafe_code)]
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+/// The longest line that is read, bytes.
+pub const MAX_LINE: u64 = 64 << 10;
+
+/// What a client may ask.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "snake_case", deny_unknown_fields)]
+#[non_exhaustive]
+pub enum Command {
+    /// One event with the guest's state and counters.
+    Status,
+    /// Move the guest away; events until it is done or has failed.
+    Migrate(MigrateArguments),
+    /// End the running migration; the guest goes on here.
+    Cancel,
+    /// Stop the guest between two actions.
+    Pause,
+    /// Let a paused guest go on.
+    Resume,
+    /// Compare every byte of the guest's memory and disk with what it must be.
+    Verify,
+    /// Measure what is dirtied and forecast a migration.
+    DirtyRate {
+        /// How long to measure, seconds.
+        seconds: f64,
+        /// Bandwidth of the migration to forecast, bytes per second; without it, what memory copies reach.
+        bandwidth: Option<u64>,
+        /// Longest stop of the guest to forecast for, milliseconds.
+        downtime_ms: u64,
+    },
+    /// End the guest's process.
+    Quit,
+}
+
+/// How to migrate.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateArguments {
+    /// Where to: `tcp:HOST:PORT`, `unix:PATH`, `file:PATH`, `exec:COMMAND` or `fd:N`.
+    pub uri: String,
+    /// `none`, `zstd` or `zstd:LEVEL`.
+    pub codec: String,
+    /// Connections that carry pages.
+    pub channels: u16,
+    /// Longest stop of the guest that is acceptable, milliseconds.
+    pub downtime_ms: u64,
+    /// Limit while the guest runs, bytes per second.
+    pub bandwidth: Option<u64>,
+    /// Rounds after which a migration that does not converge is given up.
+    pub max_rounds: u32,
+}
+
+/// Carries out commands. Called from one thread per connection.
+pub trait Handler: Send + Sync + 'static {
+    /// Carries out `command`, handing events to `emit` as they come.
+    ///
+    /// # Errors
+    /// A message for the client: what failed and what to do.
+    fn command(&self, command: Command, emit: &mut dyn FnMut(Value)) -> Result<(), String>;
+}
+
+/// Answers connections until the process ends. A connection that breaks or sends nonsense ends alone.
+pub fn serve(listener: UnixListener, handler: Arc<dyn Handler>) {
+    for stream in listener.incoming() {
+        match stream {
+            Ok(stream) => {
+                let handler = Arc::clone(&handler);
+                std::thread::spawn(move || {
+                    if let Err(error) = converse(&stream, handler.as_ref()) {
+                        tracing::debug!(%error, "control connection ended");
+                    }
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "control socket: can't accept");
+                std::thread::sleep(std::time::Duration::from_millis(50));
+            }
+        }
+    }
+}
+
+fn converse(stream: &UnixStream, handler: &dyn Handler) -> io::Result<()> {
+    let mut lines = BufReader::new(stream);
+    while let Some(line) = read_line(&mut lines)? {
+        // A client that went away does not end what it started; its events just have no reader.
+        let mut send = |event: Value| drop(write_line(stream, &event));
+        let answer = match serde_json::from_str(&line) {
+            Ok(command) => handler.command(command, &mut send),
+            Err(error) => Err(format!("not a command: {error}")),
+        };
+        match answer {
+            Ok(()) => write_line(stream, &json!({"event": "ok"}))?,
+            Err(message) => write_line(stream, &json!({"event": "error", "message": message}))?,
+        }
+    }
+    Ok(())
+}
+
+/// Sends one command and hands each event to `each` until the answer ends.
+///
+/// # Errors
+/// [`io::ErrorKind::Other`] with the message of an `error` answer; else what the socket says.
+pub fn call(path: &Path, command: &Command, mut each: impl FnMut(Value)) -> io::Result<()> {
+    let advise = |error: io::Error| {
+        let advice = match error.kind() {
+            io::ErrorKind::NotFound => "no such socket: is the guest running, and is --control its socket?",
+            io::ErrorKind::ConnectionRefused => "nobody listens there any more: has the guest ended?",
+            io::ErrorKind::PermissionDenied => "no permission: run as the guest's user",
+            _ => "can't connect",
+        };
+        io::Error::new(error.kind(), format!("{}: {advice} ({error})", path.display()))
+    };
+    let stream = UnixStream::connect(path).map_err(advise)?;
+    write_line(&stream, &serde_json::to_value(command)?)?;
+    let mut lines = BufReader::new(&stream);
+    while let Some(line) = read_line(&mut lines)? {
+        let event: Value = serde_json::from_str(&line)?;
+        match event.get("event").and_then(Value::as_str) {
+            Some("ok") => return Ok(()),
+            Some("error") => {
+                let message = event.get("message").and_then(Value::as_str).unwrap_or("no reason given");
+                return Err(io::Error::other(message.to_owned()));
+            }
+            _ => each(event),
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the guest's process ended before it answered"))
+}
+
+fn read_line(lines: &mut BufReader<&UnixStream>) -> io::Result<Option<String>> {
+    let mut line = String::new();
+    let read = lines.by_ref().take(MAX_LINE).read_line(&mut line)?;
+    if read as u64 == MAX_LINE && !line.ends_with('\n') {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("a line of more than {MAX_LINE} bytes")));
+    }
+    Ok((read > 0).then_some(line))
+}
+
+fn write_line(mut stream: &UnixStream, value: &Value) -> io::Result<()> {
+    let mut line = value.to_string();
+    line.push('\n');
+    stream.write_all(line.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Echo;
+
+    impl Handler for Echo {
+        fn command(&self, command: Command, emit: &mut dyn FnMut(Value)) -> Result<(), String> {
+            match command {
+                Command::Quit => Err("not today".into()),
+                other => {
+                    emit(json!({"event": "saw", "command": serde_json::to_value(other).unwrap()}));
+                    Ok(())
+                }
+            }
+        }
+    }
+
+    fn served(name: &str) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join(name)).unwrap();
+        std::thread::spawn(|| serve(listener, Arc::new(Echo)));
+        dir
+    }
+
+    #[test]
+    fn a_command_arrives_whole_and_its_events_come_back() {
+        let dir = served("c");
+        let command = Command::DirtyRate { seconds: 1.5, bandwidth: Some(7), downtime_ms: 300 };
+        let mut events = Vec::new();
+        call(&dir.path().join("c"), &command, |event| events.push(event)).unwrap();
+        assert_eq!(events.len(), 1);
+        assert_eq!(serde_json::from_value::<Command>(events[0]["command"].clone()).unwrap(), command);
+    }
+
+    #[test]
+    fn an_error_carries_its_message() {
+        let dir = served("c");
+        let error = call(&dir.path().join("c"), &Command::Quit, |_| ()).unwrap_err();
+        assert_eq!(error.to_string(), "not today");
+    }
+
+    #[test]
+    fn nonsense_is_answered_and_the_connection_goes_on() {
+        let dir = served("c");
+        let stream = UnixStream::connect(dir.path().join("c")).unwrap();
+        let mut lines = BufReader::new(&stream);
+        for nonsense in ["{}", "[", r#"{"command":"fly"}"#, r#"{"command":"migrate","uri":1}"#] {
+            (&stream).write_all(format!("{nonsense}\n").as_bytes()).unwrap();
+            let answer = read_line(&mut lines).unwrap().unwrap();
+            assert!(answer.contains(r#""event":"error""#), "{nonsense}: {answer}");
+        }
+        write_line(&stream, &json!({"command": "status"})).unwrap();
+        assert!(read_line(&mut lines).unwrap().unwrap().contains("saw"));
+    }
+
+    #[test]
+    fn an_endless_line_ends_only_its_connection() {
+        let dir = served("c");
+        let stream = UnixStream::connect(dir.path().join("c")).unwrap();
+        // The server closes while this still writes.
+        let _ = (&stream).write_all(&vec![b'x'; 2 * MAX_LINE as usize]);
+        let mut rest = Vec::new();
+        let _ = (&stream).read_to_end(&mut rest);
+        assert!(rest.is_empty());
+        call(&dir.path().join("c"), &Command::Status, |_| ()).unwrap();
+    }
+
+    #[test]
+    fn a_missing_socket_says_what_to_do() {
+        let error = call(Path::new("/nonexistent/socket"), &Command::Status, |_| ()).unwrap_err();
+        assert!(error.to_string().contains("is the guest running"), "{error}");
+    }
+}

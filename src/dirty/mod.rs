@@ -1,0 +1,18 @@
+//! Who wrote what: the shared dirty log, its harvest, page sets, and every other source of dirty pages.
+//!
+//! Here: the log that front-ends and back-ends share ([`Log`]), the sets of pages that a harvest yields
+//! ([`PageSet`]) and the one interface that a migration asks for dirty pages ([`DirtySource`]).
+//! Not here: the protocol that installs a log (`backend`, `frontend`) and what is done with the pages (`stream`).
+
+mod harvest;
+mod log;
+mod page_set;
+mod source;
+
+pub use harvest::Harvest;
+pub use log::{Burst, Log, LogError, LogSignal};
+pub use page_set::{PageSet, Runs};
+pub use source::{DirtyError, DirtySource, LogSource, Share, Union};
+
+/// The page of guest-physical memory that one bit of a log stands for, in bytes (rule L1: always 4 KiB).
+pub const LOG_PAGE: u64 = 4096;

@@ -1,0 +1,216 @@
+//! When to stop the guest: a pure decision from what the rounds so far have shown. No clocks and no I/O.
+//!
+//! The expected downtime is what the pages left would take at the rate seen. Once it is within the target, further
+//! rounds are made only while each halves what is left: they cost the guest nothing and shorten its stop.
+
+use std::time::Duration;
+
+use crate::memory::LOG_PAGE;
+
+/// What a user asks of a migration's rounds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Policy {
+    /// The longest stop of the guest that is acceptable.
+    pub downtime: Duration,
+    /// Rounds after which a migration that does not converge is given up, its guest still running.
+    pub max_rounds: u32,
+}
+
+impl Default for Policy {
+    /// 300 ms, as QEMU's default, and 100 rounds.
+    fn default() -> Policy {
+        Policy { downtime: Duration::from_millis(300), max_rounds: 100 }
+    }
+}
+
+/// What one finished round did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Round {
+    /// Pages sent with their contents; zero pages cost next to nothing and would flatter the rate.
+    pub data_pages: u64,
+    /// How long sending took.
+    pub duration: Duration,
+    /// Pages found dirty since, which are left to send.
+    pub left: u64,
+}
+
+/// What to do after a round.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Next {
+    /// Send what is left while the guest runs.
+    Round {
+        /// What stopping now would cost.
+        expected: Duration,
+        /// Rounds in a row that left no less than the best round before them.
+        without_progress: u32,
+    },
+    /// Stop the guest and send the rest.
+    Switchover {
+        /// What stopping now is expected to cost.
+        expected: Duration,
+    },
+    /// The rounds are used up.
+    GiveUp {
+        /// What stopping now would cost: a downtime target above it would let the migration end.
+        expected: Duration,
+    },
+}
+
+/// Rounds without progress after which a user should be told.
+pub const STALL_ROUNDS: u32 = 5;
+
+/// The rate is only taken from rounds of at least this many pages (8 MiB): shorter ones measure their own overhead.
+const RATED_PAGES: u64 = 2048;
+/// Stopping devices, the last harvest and the handshake.
+const SWITCHOVER: Duration = Duration::from_millis(2);
+/// Below this, another round has nothing to win.
+const SHORT: Duration = Duration::from_millis(4);
+/// Rounds made only to shorten a downtime that is already within the target.
+const POLISHING_ROUNDS: u32 = 8;
+
+/// The rounds so far.
+#[derive(Clone, Debug)]
+pub struct Convergence {
+    policy: Policy,
+    rounds: u32,
+    polished: u32,
+    pages_per_second: Option<f64>,
+    rated: bool,
+    last_left: u64,
+    best_left: u64,
+    without_progress: u32,
+}
+
+impl Convergence {
+    /// Starts before the first round of a guest of `pages` pages.
+    pub fn new(policy: Policy, pages: u64) -> Convergence {
+        Convergence {
+            policy,
+            rounds: 0,
+            polished: 0,
+            pages_per_second: None,
+            rated: false,
+            last_left: pages,
+            best_left: pages,
+            without_progress: 0,
+        }
+    }
+
+    /// Bytes of pages with contents that went out per second, once known.
+    pub fn bytes_per_second(&self) -> Option<f64> {
+        self.pages_per_second.map(|pages| pages * LOG_PAGE as f64)
+    }
+
+    /// Takes in a finished round and decides what comes next.
+    pub fn after(&mut self, round: Round) -> Next {
+        self.rounds += 1;
+        self.rate(round);
+        let expected = self.expected(round.left);
+        let halved = round.left <= self.last_left / 2;
+        if round.left < self.best_left {
+            self.best_left = round.left;
+            self.without_progress = 0;
+        } else {
+            self.without_progress += 1;
+        }
+        self.last_left = round.left;
+        if expected <= self.policy.downtime {
+            let pays = halved && expected > SHORT && self.polished < POLISHING_ROUNDS;
+            if !pays {
+                return Next::Switchover { expected };
+            }
+            self.polished += 1;
+        }
+        if self.rounds >= self.policy.max_rounds {
+            return Next::GiveUp { expected };
+        }
+        Next::Round { expected, without_progress: self.without_progress }
+    }
+
+    fn rate(&mut self, round: Round) {
+        let long = round.data_pages >= RATED_PAGES;
+        if round.data_pages == 0 || (self.rated && !long) {
+            return;
+        }
+        let now = round.data_pages as f64 / round.duration.as_secs_f64().max(1e-6);
+        // The newest long round counts half: what else runs on both hosts changes while a guest moves.
+        self.pages_per_second = Some(match self.pages_per_second {
+            Some(before) if self.rated => (before + now) / 2.0,
+            _ => now,
+        });
+        self.rated = long;
+    }
+
+    fn expected(&self, left: u64) -> Duration {
+        let sending = self.pages_per_second.map_or(0.0, |rate| left as f64 / rate);
+        SWITCHOVER + Duration::try_from_secs_f64(sending).unwrap_or(Duration::MAX / 2)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn policy(downtime_ms: u32) -> Policy {
+        Policy { downtime: MS * downtime_ms, max_rounds: 20 }
+    }
+
+    #[test]
+    fn an_idle_guest_stops_after_its_first_round() {
+        let mut rounds = Convergence::new(policy(300), 262_144);
+        let first = Round { data_pages: 200_000, duration: MS * 400, left: 0 };
+        assert_eq!(rounds.after(first), Next::Switchover { expected: SWITCHOVER });
+    }
+
+    #[test]
+    fn rounds_go_on_while_they_halve_what_is_left_even_below_the_target() {
+        let mut rounds = Convergence::new(policy(300), 262_144);
+        // 500 pages a millisecond: 25 600 left are 51 ms, 2 560 left 5 ms, 256 left under one.
+        for (sent, left) in [(262_144, 25_600), (25_600, 2_560)] {
+            let next = rounds.after(Round { data_pages: sent, duration: MS * (sent as u32 / 500), left });
+            assert!(matches!(next, Next::Round { .. }), "{left}: {next:?}");
+        }
+        let next = rounds.after(Round { data_pages: 2_560, duration: MS * 5, left: 256 });
+        assert!(matches!(next, Next::Switchover { expected } if expected < MS * 4), "{next:?}");
+    }
+
+    #[test]
+    fn a_rest_that_no_longer_shrinks_is_sent_with_the_guest_stopped_if_the_target_allows() {
+        let mut rounds = Convergence::new(policy(300), 100_000);
+        rounds.after(Round { data_pages: 100_000, duration: MS * 1000, left: 20_000 });
+        let next = rounds.after(Round { data_pages: 20_000, duration: MS * 200, left: 19_000 });
+        assert!(matches!(next, Next::Switchover { expected } if expected > MS * 150), "{next:?}");
+    }
+
+    #[test]
+    fn a_guest_that_dirties_faster_than_the_wire_stalls_and_is_given_up_running() {
+        let mut rounds = Convergence::new(policy(50), 100_000);
+        let round = Round { data_pages: 100_000, duration: MS * 1000, left: 100_000 };
+        for n in 1..20 {
+            match rounds.after(round) {
+                Next::Round { without_progress, .. } => assert_eq!(without_progress, n),
+                other => panic!("round {n}: {other:?}"),
+            }
+        }
+        assert!(matches!(rounds.after(round), Next::GiveUp { expected } if expected >= MS * 1000));
+    }
+
+    #[test]
+    fn a_tiny_round_does_not_spoil_the_measured_rate() {
+        let mut rounds = Convergence::new(policy(1), 100_000);
+        rounds.after(Round { data_pages: 100_000, duration: MS * 100, left: 50_000 });
+        let before = rounds.bytes_per_second();
+        rounds.after(Round { data_pages: 10, duration: MS * 10, left: 50_000 });
+        assert_eq!(rounds.bytes_per_second(), before);
+    }
+
+    #[test]
+    fn only_zero_pages_sent_leaves_the_rate_unknown_and_does_not_divide_by_zero() {
+        let mut rounds = Convergence::new(policy(300), 100_000);
+        let next = rounds.after(Round { data_pages: 0, duration: Duration::ZERO, left: 0 });
+        assert_eq!(next, Next::Switchover { expected: SWITCHOVER });
+        assert_eq!(rounds.bytes_per_second(), None);
+    }
+}
