@@ -7,3 +7,5 @@ pub mod migrate;
 pub mod ring;
 pub mod dirty;
 pub mod inflight;
+pub mod backend;
+mod sys;

@@ -7,6 +7,8 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
+use zerocopy::{FromBytes, IntoBytes};
+
 use super::BackendError;
 use crate::abi::vhost_user::Request as Code;
 use crate::memory::{Memory, MemoryError};
@@ -105,6 +107,15 @@ impl Request {
             rest = after;
             memory.read(gpa, here)
         })
+    }
+
+    /// A wire structure at `offset` of the readable bytes.
+    ///
+    /// # Errors
+    /// As [`Request::read`].
+    pub fn object<T: FromBytes + IntoBytes>(&self, offset: u64) -> Result<T, MemoryError> {
+        let mut object = T::new_zeroed();
+        self.read(offset, object.as_mut_bytes()).map(|()| object)
     }
 
     /// Copies `data` to the writable bytes from `offset` on.

@@ -1,11 +1,10 @@
-//! One message of the vhost-user protocol: read from a socket, taken apart, answered.
+//! One message of the vhost-user protocol, taken apart, and its reply, put together.
 //!
-//! What messages mean is the business of `session`.
+//! What messages mean is the business of `session`; sockets are the business of `server`.
 
 #![forbid(unsafe_code)]
 
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -75,30 +74,6 @@ impl Message {
             }
         }
     }
-
-    /// Reads one message, however it is cut into segments (rule F1). `None` when the front-end has hung up.
-    ///
-    /// # Errors
-    /// As [`Message::payload_size`]; [`BackendError::CutShort`]; what the system says.
-    pub(super) fn receive(socket: BorrowedFd<'_>) -> Result<Option<Message>, BackendError> {
-        let mut header = Header { request: 0, flags: 0, size: 0 };
-        let mut fds = Vec::new();
-        match fill(socket, header.as_mut_bytes(), &mut fds)? {
-            0 => return Ok(None),
-            got if got < size_of::<Header>() => {
-                return Err(BackendError::CutShort { got, needed: size_of::<Header>() });
-            }
-            _ => {}
-        }
-        let size = Message::payload_size(&header)?;
-        let mut payload = vec![0; size];
-        let got = fill(socket, &mut payload, &mut fds)?;
-        if got < size {
-            let head = size_of::<Header>();
-            return Err(BackendError::CutShort { got: head + got, needed: head + size });
-        }
-        Ok(Some(Message { code: Code(header.request), flags: header.flags, payload, fds }))
-    }
 }
 
 /// What goes back to the front-end.
@@ -123,25 +98,4 @@ impl Reply {
         let header = Header { request: self.code.0, flags: Header::REPLY_FLAGS, size };
         [header.as_bytes(), &self.payload].concat()
     }
-
-    pub(super) fn send(&self, socket: BorrowedFd<'_>) -> Result<(), BackendError> {
-        let fds: Vec<_> = self.fd.iter().map(AsFd::as_fd).collect();
-        socket::send(socket, &self.to_bytes(), &fds).map_err(BackendError::system("answer the front-end"))
-    }
-}
-
-/// Reads until `buf` is full or the front-end has hung up; tells how much came.
-fn fill(socket: BorrowedFd<'_>, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize, BackendError> {
-    let mut filled = 0;
-    while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-        match socket::receive(socket, rest, fds) {
-            Ok(0) => break,
-            Ok(count) => filled += count,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            // A front-end that is killed with our answers unread resets the connection: that too is hanging up.
-            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => break,
-            Err(e) => return Err(BackendError::system("read from the front-end")(e)),
-        }
-    }
-    Ok(filled)
 }

@@ -26,6 +26,6 @@ pub use device::{Device, Queue, Request};
 pub use error::BackendError;
 pub use message::{MAX_FDS, MAX_PAYLOAD, Message, Reply};
 pub use notify::Notifier;
-pub use server::{Listener, serve};
+pub use server::{Inherited, Listener, inherited, serve, serve_one};
 pub use session::{Logging, Rings, Session, Setup, Step};
 pub use worker::Workers;

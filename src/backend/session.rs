@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use tracing::{debug, error, warn};
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::FromBytes;
 
 use super::{BackendError, Device, Message, Notifier, Reply};
 use crate::abi::vhost_user::{
@@ -506,9 +506,9 @@ impl Session {
 
     fn get_inflight(&mut self, wanted: InflightDescription) -> Result<Reply, BackendError> {
         self.check_shape(&wanted)?;
-        let (region, fd) = inflight::Region::create(wanted.num_queues, wanted.queue_size)?;
-        let description = InflightDescription { mmap_size: region.size(), mmap_offset: 0, ..wanted };
-        self.inflight = Some(Arc::new(region));
+        let (_, fd) = inflight::Region::create(wanted.num_queues, wanted.queue_size)?;
+        let mmap_size = inflight::Region::bytes_for(wanted.num_queues, wanted.queue_size)?;
+        let description = InflightDescription { mmap_size, mmap_offset: 0, ..wanted };
         Ok(Reply { fd: Some(fd), ..Reply::new(Code::GET_INFLIGHT_FD, &description) })
     }
 

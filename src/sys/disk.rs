@@ -237,7 +237,8 @@ impl Engine for Uring {
     }
 
     fn fd(&self) -> BorrowedFd<'_> {
-        self.ring.as_fd()
+        // SAFETY: the ring owns its fd, and this borrow borrows the ring.
+        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
     }
 }
 

@@ -87,3 +87,16 @@ pub(crate) fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>])
     }
     Ok(())
 }
+
+/// Takes ownership of an fd that this process was started with.
+pub(crate) fn inherit(number: RawFd) -> io::Result<OwnedFd> {
+    if number < 0 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: only asks about the number, and makes the fd close-on-exec if it is one.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is open. Whoever started the process passed it on for this use, by its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}

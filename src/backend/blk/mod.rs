@@ -22,7 +22,7 @@ use self::queue::DiskQueue;
 use super::{Device, Queue};
 use crate::abi::bit;
 use crate::abi::virtio::{
-    BlkConfig, SECTOR_SIZE, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
+    BlkConfig, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_F_VERSION_1,
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
@@ -142,12 +142,12 @@ impl Disk {
             return Err(DiskError::NotADisk { image });
         }
         let bytes = buffered.seek(SeekFrom::End(0)).map_err(|source| refused(&image, source))?;
-        let capacity = bytes / SECTOR_SIZE;
+        let capacity = bytes / SECTOR_BYTES;
         if capacity == 0 {
             return Err(DiskError::TooSmall { image, bytes });
         }
-        if bytes % SECTOR_SIZE != 0 {
-            warn!("{}: the last {} bytes are no whole sector and left out", image.display(), bytes % SECTOR_SIZE);
+        if bytes % SECTOR_BYTES != 0 {
+            warn!("{}: the last {} bytes are no whole sector and left out", image.display(), bytes % SECTOR_BYTES);
         }
         let direct = if options.direct { Some(open(&image, options.read_only, libc::O_DIRECT)?) } else { None };
         let block_size = if kind.is_block_device() { crate::sys::disk::block_size(buffered.as_fd()) } else { 512 };
@@ -202,7 +202,7 @@ impl Device for Disk {
         if self.clears {
             config.max_discard_sectors = MAX_CLEAR_SECTORS.into();
             config.max_discard_seg = 1.into();
-            config.discard_sector_alignment = (self.block_size / SECTOR_SIZE as u32).into();
+            config.discard_sector_alignment = (self.block_size / SECTOR_BYTES as u32).into();
             config.max_write_zeroes_sectors = MAX_CLEAR_SECTORS.into();
             config.max_write_zeroes_seg = 1.into();
             config.write_zeroes_may_unmap = 1;

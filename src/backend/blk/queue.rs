@@ -9,12 +9,11 @@ use std::os::fd::BorrowedFd;
 
 use nix::errno::Errno;
 use tracing::{debug, error};
-use zerocopy::FromBytes;
 
 use super::Disk;
 use crate::abi::bit;
 use crate::abi::virtio::{
-    BlkDiscardWriteZeroes, BlkRequestHeader, SECTOR_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR,
+    BlkDiscardWriteZeroes, BlkRequestHeader, SECTOR_BYTES, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR,
     VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
     VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
@@ -51,7 +50,7 @@ impl DiskQueue {
     pub(super) fn new(disk: &Disk, index: u16, features: u64, engine: Box<dyn Engine>) -> DiskQueue {
         DiskQueue {
             index,
-            capacity: disk.capacity * SECTOR_SIZE,
+            capacity: disk.capacity * SECTOR_BYTES,
             clears: disk.clears,
             read_only: disk.options.read_only,
             direct: disk.files.direct.is_some(),
@@ -64,14 +63,12 @@ impl DiskQueue {
     }
 
     fn plan(&self, request: &mut Request) -> Plan {
-        let mut header = [0; size_of::<BlkRequestHeader>()];
-        let Ok(header) = request.read(0, &mut header).map(|()| BlkRequestHeader::read_from_bytes(&header)) else {
+        let Ok(header) = request.object::<BlkRequestHeader>(0) else {
             debug!("queue {}: a request without a readable header", self.index);
             return Plan::Answer(VIRTIO_BLK_S_IOERR);
         };
-        let Ok(header) = header else { return Plan::Answer(VIRTIO_BLK_S_IOERR) };
         let (sector, room) = (header.sector.get(), request.writable_len().saturating_sub(1));
-        match header.type_.get() {
+        match header.request_type.get() {
             VIRTIO_BLK_T_IN => self.transfer(Op::Read, sector, room, 0),
             VIRTIO_BLK_T_OUT if self.read_only => Plan::Answer(VIRTIO_BLK_S_IOERR),
             VIRTIO_BLK_T_OUT => {
@@ -97,10 +94,10 @@ impl DiskQueue {
 
     /// A range of the disk, if it is one.
     fn transfer(&self, op: Op, sector: u64, len: u64, at: u64) -> Plan {
-        let start = sector.checked_mul(SECTOR_SIZE);
+        let start = sector.checked_mul(SECTOR_BYTES);
         match start.filter(|start| start.checked_add(len).is_some_and(|end| end <= self.capacity)) {
             Some(_) if len == 0 => Plan::Answer(VIRTIO_BLK_S_OK),
-            Some(start) if len % SECTOR_SIZE == 0 => Plan::Disk { op, start, len, at },
+            Some(start) if len % SECTOR_BYTES == 0 => Plan::Disk { op, start, len, at },
             _ => {
                 debug!("queue {}: {len} bytes at sector {sector} are no whole sectors of the disk", self.index);
                 Plan::Answer(VIRTIO_BLK_S_IOERR)
@@ -109,10 +106,8 @@ impl DiskQueue {
     }
 
     fn clear(&self, kind: u32, request: &Request) -> Plan {
-        let mut range = [0; size_of::<BlkDiscardWriteZeroes>()];
-        let whole = request.readable_len() == HEADER + range.len() as u64;
-        let range = request.read(HEADER, &mut range).ok().filter(|()| whole);
-        let Some(Ok(range)) = range.map(|()| BlkDiscardWriteZeroes::read_from_bytes(&range)) else {
+        let whole = request.readable_len() == HEADER + size_of::<BlkDiscardWriteZeroes>() as u64;
+        let Some(range) = request.object::<BlkDiscardWriteZeroes>(HEADER).ok().filter(|_| whole) else {
             debug!("queue {}: a discard or write-zeroes that doesn't have one range", self.index);
             return Plan::Answer(VIRTIO_BLK_S_IOERR);
         };
@@ -122,7 +117,7 @@ impl DiskQueue {
             (VIRTIO_BLK_T_WRITE_ZEROES, 0) => Op::Zero { unmap, last: false },
             _ => return Plan::Answer(VIRTIO_BLK_S_UNSUPP),
         };
-        let len = u64::from(range.num_sectors.get()) * SECTOR_SIZE;
+        let len = u64::from(range.num_sectors.get()) * SECTOR_BYTES;
         self.transfer(op, range.sector.get(), len, 0)
     }
 
@@ -167,7 +162,7 @@ impl DiskQueue {
     }
 
     fn disk_error(&self, io: &Io, why: &str) -> u8 {
-        let (from, len) = (io.disk.start / SECTOR_SIZE, (io.disk.end - io.disk.start) / SECTOR_SIZE);
+        let (from, len) = (io.disk.start / SECTOR_BYTES, (io.disk.end - io.disk.start) / SECTOR_BYTES);
         error!("queue {}: the disk failed: {:?} of {len} sectors at sector {from}: {why}", self.index, io.op);
         VIRTIO_BLK_S_IOERR
     }
