@@ -2,6 +2,9 @@
 
 pub mod abi;
 pub mod control;
+pub mod dirty;
+pub mod frontend;
+pub mod inflight;
 pub mod memory;
 pub mod migrate;
 pub mod ring;
@@ -9,3 +12,4 @@ pub mod dirty;
 pub mod inflight;
 pub mod backend;
 mod sys;
+pub mod stream;

@@ -8,6 +8,7 @@ mod harvest;
 mod log;
 mod page_set;
 mod source;
+mod vector;
 
 pub use harvest::Harvest;
 pub use log::{Burst, Log, LogError, LogSignal};
