@@ -1,6 +1,7 @@
 //! Live migration, dirty logging and crash-resume for vhost devices.
 
 pub mod abi;
+pub mod backend;
 pub mod control;
 pub mod dirty;
 pub mod frontend;
@@ -8,8 +9,5 @@ pub mod inflight;
 pub mod memory;
 pub mod migrate;
 pub mod ring;
-pub mod dirty;
-pub mod inflight;
-pub mod backend;
-mod sys;
 pub mod stream;
+mod sys;
