@@ -3,12 +3,9 @@
 pub mod abi;
 pub mod control;
 pub mod dirty;
-pub mod memory;
-pub mod migrate;
-pub mod ring;
 pub mod frontend;
+pub mod inflight;
 pub mod memory;
 pub mod migrate;
 pub mod ring;
-pub mod dirty;
-pub mod inflight;
+pub mod stream;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::harvest::Harvest;
 use super::log::{Log, LogError};
 use super::page_set::PageSet;
+use crate::memory::LOG_PAGE;
 
 /// Why a source can't say which pages are dirty.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +49,9 @@ pub trait DirtySource: Send {
     fn harvest_stopped(&mut self, into: &mut PageSet) -> Result<Harvest, DirtyError> {
         self.harvest(into)
     }
+
+    /// Takes back pages that were harvested but could not be sent: the next harvest reports them again (rule L14).
+    fn put_back(&mut self, pages: &PageSet);
 
     /// Stops to track. A source can be started again.
     ///
@@ -92,6 +96,13 @@ impl DirtySource for LogSource {
         Ok(self.log.harvest_stopped(into))
     }
 
+    fn put_back(&mut self, pages: &PageSet) {
+        let burst = self.log.burst();
+        for run in pages.runs() {
+            burst.mark(run.start * LOG_PAGE, (run.end - run.start) * LOG_PAGE);
+        }
+    }
+
     fn stop(&mut self) -> Result<(), DirtyError> {
         Ok(())
     }
@@ -105,6 +116,8 @@ impl DirtySource for LogSource {
 #[derive(Default)]
 pub struct Union {
     parts: Vec<Part>,
+    /// Put back: nobody knows any more which part found them.
+    returned: PageSet,
 }
 
 struct Part {
@@ -148,6 +161,8 @@ impl Union {
         into: &mut PageSet,
     ) -> Result<Harvest, DirtyError> {
         let mut all = Harvest::default();
+        into.union(&self.returned);
+        self.returned.clear();
         for part in &mut self.parts {
             let found = harvest(part.source.as_mut(), into)?;
             part.last = found.pages;
@@ -184,6 +199,10 @@ impl DirtySource for Union {
 
     fn harvest_stopped(&mut self, into: &mut PageSet) -> Result<Harvest, DirtyError> {
         self.each(|source, into| source.harvest_stopped(into), into)
+    }
+
+    fn put_back(&mut self, pages: &PageSet) {
+        self.returned.union(pages);
     }
 
     /// Stops all sources, also after one of them failed to; the first failure is returned.
