@@ -71,11 +71,6 @@ impl Backend {
 }
 
 fn spawn(kind: Kind, socket: &Path, image: &Path, output: &Path, queues: u16) -> Process {
-    let kind = if kind == Kind::Ours && std::env::var_os("DEVQSD").is_some() {
-        Kind::StorageDaemon { bytes_per_second: None }
-    } else {
-        kind
-    };
     let (socket, image) = (socket.display(), image.display());
     match kind {
         Kind::Ours => {
