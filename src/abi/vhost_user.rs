@@ -137,9 +137,13 @@ pub mod protocol_feature {
 
 /// An open set of message numbers: what is not known keeps its number.
 macro_rules! codes {
-    ($(#[$meta:meta])* $type:ident, $prefix:literal, $unknown:literal { $($(#[$doc:meta])* $name:ident = $code:expr;)* }) => {
+    (
+        $(#[$meta:meta])*
+        $type:ident, $prefix:literal, $unknown:literal { $($(#[$doc:meta])* $name:ident = $code:expr;)* }
+    ) => {
         $(#[$meta])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
         #[repr(transparent)]
         pub struct $type(pub u32);
 
@@ -427,10 +431,7 @@ wire! {
 
 const _: () = {
     // libvhost-user: VhostUserMemory, VhostUserConfig and UML's fixed table, as heads with what follows them.
-    assert!(
-        size_of::<MemoryHeader>() + VHOST_MEMORY_BASELINE_NREGIONS * size_of::<MemoryRegion>()
-            == 264
-    );
+    assert!(size_of::<MemoryHeader>() + VHOST_MEMORY_BASELINE_NREGIONS * size_of::<MemoryRegion>() == 264);
     assert!(size_of::<MemoryHeader>() + UML_MEM_TABLE_REGIONS * size_of::<MemoryRegion>() == 72);
     assert!(size_of::<ConfigHeader>() + VHOST_USER_MAX_CONFIG_SIZE == 268);
     assert!(size_of::<Request>() == 4 && size_of::<BackendRequest>() == 4);

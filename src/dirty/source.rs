@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::harvest::Harvest;
 use super::log::{Log, LogError};
 use super::page_set::PageSet;
+use crate::memory::LOG_PAGE;
 
 /// Why a source can't say which pages are dirty.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +50,9 @@ pub trait DirtySource: Send {
         self.harvest(into)
     }
 
+    /// Takes back pages that were harvested but could not be sent: the next harvest reports them again (rule L14).
+    fn put_back(&mut self, pages: &PageSet);
+
     /// Stops to track. A source can be started again.
     ///
     /// # Errors
@@ -69,10 +73,7 @@ pub struct LogSource {
 impl LogSource {
     /// A source that harvests `log`, reported as `name`.
     pub fn new(name: impl Into<String>, log: Arc<Log>) -> LogSource {
-        LogSource {
-            name: name.into(),
-            log,
-        }
+        LogSource { name: name.into(), log }
     }
 
     /// The log.
@@ -95,6 +96,13 @@ impl DirtySource for LogSource {
         Ok(self.log.harvest_stopped(into))
     }
 
+    fn put_back(&mut self, pages: &PageSet) {
+        let burst = self.log.burst();
+        for run in pages.runs() {
+            burst.mark(run.start * LOG_PAGE, (run.end - run.start) * LOG_PAGE);
+        }
+    }
+
     fn stop(&mut self) -> Result<(), DirtyError> {
         Ok(())
     }
@@ -108,6 +116,8 @@ impl DirtySource for LogSource {
 #[derive(Default)]
 pub struct Union {
     parts: Vec<Part>,
+    /// Put back: nobody knows any more which part found them.
+    returned: PageSet,
 }
 
 struct Part {
@@ -137,20 +147,12 @@ impl Union {
 
     /// Adds a source.
     pub fn push(&mut self, source: Box<dyn DirtySource>) {
-        self.parts.push(Part {
-            source,
-            last: 0,
-            total: 0,
-        });
+        self.parts.push(Part { source, last: 0, total: 0 });
     }
 
     /// What each source has found, in the order they were added.
     pub fn shares(&self) -> impl Iterator<Item = Share<'_>> {
-        self.parts.iter().map(|part| Share {
-            name: part.source.name(),
-            last: part.last,
-            total: part.total,
-        })
+        self.parts.iter().map(|part| Share { name: part.source.name(), last: part.last, total: part.total })
     }
 
     fn each(
@@ -159,6 +161,8 @@ impl Union {
         into: &mut PageSet,
     ) -> Result<Harvest, DirtyError> {
         let mut all = Harvest::default();
+        into.union(&self.returned);
+        self.returned.clear();
         for part in &mut self.parts {
             let found = harvest(part.source.as_mut(), into)?;
             part.last = found.pages;
@@ -197,12 +201,13 @@ impl DirtySource for Union {
         self.each(|source, into| source.harvest_stopped(into), into)
     }
 
+    fn put_back(&mut self, pages: &PageSet) {
+        self.returned.union(pages);
+    }
+
     /// Stops all sources, also after one of them failed to; the first failure is returned.
     fn stop(&mut self) -> Result<(), DirtyError> {
-        self.parts
-            .iter_mut()
-            .map(|part| part.source.stop())
-            .fold(Ok(()), Result::and)
+        self.parts.iter_mut().map(|part| part.source.stop()).fold(Ok(()), Result::and)
     }
 
     fn name(&self) -> &str {
