@@ -26,7 +26,7 @@ use crate::units::show;
   vhost-migrate inspect stream guest.vhm           every frame is checked
 
 Exit status: 0 if what was found can be true, 1 if not.")]
-pub struct Arguments {
+pub(crate) struct Arguments {
     #[command(subcommand)]
     what: What,
     /// Print one JSON object
@@ -71,7 +71,7 @@ fn used_index(text: &str) -> Result<(u16, u16), String> {
 }
 
 /// Runs the command.
-pub fn run(arguments: Arguments) -> ExitCode {
+pub(crate) fn run(arguments: Arguments) -> ExitCode {
     let found = match &arguments.what {
         What::Log { file, runs } => log(file, *runs),
         What::Inflight { file, queues, queue_size, used } => inflight(file, *queues, *queue_size, used),
@@ -129,7 +129,8 @@ fn log(file: &Path, most: usize) -> Result<Found, String> {
     }
     let list: Vec<Value> =
         runs.iter().take(most).map(|run| json!({"gpa": run.start * LOG_PAGE, "pages": run.end - run.start})).collect();
-    let json = json!({"log_bytes": bytes.len(), "pages": pages.len(), "bytes": dirty, "runs": runs.len(), "first": list});
+    let json =
+        json!({"log_bytes": bytes.len(), "pages": pages.len(), "bytes": dirty, "runs": runs.len(), "first": list});
     Ok(Found { text, json })
 }
 
@@ -196,8 +197,7 @@ fn stream(file: &Path) -> Result<Found, String> {
     let told = |error: StreamError| format!("{}: {error}", file.display());
     let header = ConnectionHeader::read(&mut bytes).map_err(told)?;
     let mut reader = FrameReader::new(bytes);
-    let mut text =
-        vec![format!("migration {}, channel {} of {}", header.id, header.channel, header.channels)];
+    let mut text = vec![format!("migration {}, channel {} of {}", header.id, header.channel, header.channels)];
     let (mut frames, mut data_pages, mut zero_pages, mut rounds, mut state_bytes) = (0u64, 0, 0, 0u32, 0);
     let mut committed = false;
     let mut body = Vec::new();

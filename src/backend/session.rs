@@ -161,8 +161,7 @@ impl Session {
             message.fds.len(),
             if message.flags & Header::FLAG_NEED_REPLY != 0 { ", wants a reply" } else { "" }
         );
-        let acknowledge =
-            message.flags & Header::FLAG_NEED_REPLY != 0 && self.speaks(protocol_feature::REPLY_ACK);
+        let acknowledge = message.flags & Header::FLAG_NEED_REPLY != 0 && self.speaks(protocol_feature::REPLY_ACK);
         match self.handle(message, acknowledge, rings) {
             Ok(Some(reply)) => Step::Reply(reply),
             Ok(None) if acknowledge => Step::Reply(Reply::new(code, &0u64)),
@@ -354,11 +353,8 @@ impl Session {
         let MemoryHeader { nregions, .. } = message.body()?;
         let (got, head) = (message.payload.len(), size_of::<MemoryHeader>());
         let needed = (nregions as usize).saturating_mul(size_of::<MemoryRegion>()).saturating_add(head);
-        let table = message.payload.get(head..needed).ok_or(BackendError::Truncated {
-            code: message.code,
-            got,
-            needed,
-        })?;
+        let table =
+            message.payload.get(head..needed).ok_or(BackendError::Truncated { code: message.code, got, needed })?;
         if message.fds.len() != nregions as usize {
             let (got, needed) = (message.fds.len(), nregions as usize);
             return Err(BackendError::Fds { code: message.code, got, needed });
@@ -375,12 +371,7 @@ impl Session {
         self.replace_memory(regions, rings)
     }
 
-    fn add_region(
-        &mut self,
-        region: &MemoryRegion,
-        fd: OwnedFd,
-        rings: &mut dyn Rings,
-    ) -> Result<(), BackendError> {
+    fn add_region(&mut self, region: &MemoryRegion, fd: OwnedFd, rings: &mut dyn Rings) -> Result<(), BackendError> {
         let mut regions = self.memory.regions().to_vec();
         if regions.len() >= VHOST_USER_MAX_RAM_SLOTS_TODAY {
             return Err(BackendError::NoSlot { slots: VHOST_USER_MAX_RAM_SLOTS_TODAY });

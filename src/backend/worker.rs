@@ -44,7 +44,11 @@ struct Handle {
 
 enum Order {
     Logging(Logging, Sender<()>),
-    Notifiers { call: Option<Arc<Notifier>>, error: Option<Arc<Notifier>>, done: Sender<()> },
+    Notifiers {
+        call: Option<Arc<Notifier>>,
+        error: Option<Arc<Notifier>>,
+        done: Sender<()>,
+    },
     /// Finish, and publish what is finished.
     Stop,
     /// Finish, and keep it.
@@ -94,8 +98,7 @@ impl Drop for Workers {
 impl Rings for Workers {
     fn start(&mut self, index: u16, setup: Setup) -> Result<(), BackendError> {
         let broken = |source| BackendError::Ring { index, source };
-        let mut ring =
-            SplitDevice::new(&setup.memory, setup.layout, setup.features, setup.base).map_err(broken)?;
+        let mut ring = SplitDevice::new(&setup.memory, setup.layout, setup.features, setup.base).map_err(broken)?;
         let inflight = match &setup.inflight {
             None => None,
             Some(region) => Some(region.split(index, setup.layout.size, ring.used_index())?),

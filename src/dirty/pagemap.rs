@@ -52,6 +52,7 @@ pub struct Pagemap {
     name: String,
     memory: Memory,
     tracking: Option<Tracking>,
+    returned: PageSet,
 }
 
 #[derive(Debug)]
@@ -65,7 +66,7 @@ struct Tracking {
 impl Pagemap {
     /// A source of the writes of this process to `memory`, reported as `name`.
     pub fn new(name: impl Into<String>, memory: Memory) -> Pagemap {
-        Pagemap { name: name.into(), memory, tracking: None }
+        Pagemap { name: name.into(), memory, tracking: None, returned: PageSet::default() }
     }
 
     fn failed(&self, cause: PagemapError) -> DirtyError {
@@ -76,6 +77,8 @@ impl Pagemap {
         let Tracking { pagemap, found, .. } = self.tracking.as_mut().ok_or(PagemapError::NotStarted)?;
         let mut all = Harvest::default();
         into.grow(self.memory.end().div_ceil(LOG_PAGE));
+        into.union(&self.returned);
+        self.returned.clear();
         for region in self.memory.regions() {
             let (base, mut at, end) = range(region);
             while at < end {
@@ -139,6 +142,10 @@ impl DirtySource for Pagemap {
     }
 
     /// Unregisters the memory. Whatever fails, the userfaultfd is closed, and the kernel forgets it with that.
+    fn put_back(&mut self, pages: &PageSet) {
+        self.returned.union(pages);
+    }
+
     fn stop(&mut self) -> Result<(), DirtyError> {
         let Some(tracking) = self.tracking.take() else { return Ok(()) };
         tracking.stop(&self.memory).map_err(|error| self.failed(error))
