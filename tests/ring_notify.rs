@@ -10,6 +10,7 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use proptest::prelude::*;
 use ring_common::{EVENT_IDX, buffer, layout, memory, ring_at};
 use vhost_migrate::dirty::Log;
+use vhost_migrate::memory::Memory;
 use vhost_migrate::ring::{Chain, RingLog, SplitDevice, SplitDriver};
 
 /// A side that does not look again after asking for notifications.
@@ -91,8 +92,8 @@ impl Both {
 
 /// Runs both sides, switching from one to the other before the steps in `switches`, and whenever one must sleep.
 /// Returns the number of steps, or `None` if both sleep before all is done.
-fn run(size: u16, features: u64, start: u16, switches: &[usize], mutation: Mutation) -> Option<usize> {
-    let (driver, device) = ring_at(&memory(), layout(size), features, start);
+fn run(memory: &Memory, size: u16, features: u64, start: u16, switches: &[usize], mutation: Mutation) -> Option<usize> {
+    let (driver, device) = ring_at(memory, layout(size), features, start);
     let mut both = Both {
         driver,
         device,
@@ -124,7 +125,7 @@ fn run(size: u16, features: u64, start: u16, switches: &[usize], mutation: Mutat
 
 /// All ways to switch up to three times between steps, beyond the switches that sleeping forces.
 fn all_schedules(features: u64, start: u16, mutation: Mutation) -> Result<usize, Vec<usize>> {
-    let mut runs = 0;
+    let (memory, mut runs) = (memory(), 0);
     for size in [1, 2] {
         let most = 45;
         for a in 0..most {
@@ -133,7 +134,7 @@ fn all_schedules(features: u64, start: u16, mutation: Mutation) -> Result<usize,
                     let switches = [a, b, c];
                     let switches = if a == b { &switches[..1] } else { &switches[..] };
                     runs += 1;
-                    run(size, features, start, switches, mutation).ok_or(switches.to_vec())?;
+                    run(&memory, size, features, start, switches, mutation).ok_or(switches.to_vec())?;
                 }
             }
         }
