@@ -2,12 +2,16 @@
 
 mod ring_common;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 use proptest::prelude::*;
 use ring_common::{EVENT_IDX, buffer, layout, memory, ring_at};
-use vhost_migrate::ring::{Chain, SplitDevice, SplitDriver};
+use vhost_migrate::dirty::Log;
+use vhost_migrate::memory::Memory;
+use vhost_migrate::ring::{Chain, RingLog, SplitDevice, SplitDriver};
 
 /// A side that does not look again after asking for notifications.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -88,8 +92,8 @@ impl Both {
 
 /// Runs both sides, switching from one to the other before the steps in `switches`, and whenever one must sleep.
 /// Returns the number of steps, or `None` if both sleep before all is done.
-fn run(size: u16, features: u64, start: u16, switches: &[usize], mutation: Mutation) -> Option<usize> {
-    let (driver, device) = ring_at(&memory(), layout(size), features, start);
+fn run(memory: &Memory, size: u16, features: u64, start: u16, switches: &[usize], mutation: Mutation) -> Option<usize> {
+    let (driver, device) = ring_at(memory, layout(size), features, start);
     let mut both = Both {
         driver,
         device,
@@ -121,7 +125,7 @@ fn run(size: u16, features: u64, start: u16, switches: &[usize], mutation: Mutat
 
 /// All ways to switch up to three times between steps, beyond the switches that sleeping forces.
 fn all_schedules(features: u64, start: u16, mutation: Mutation) -> Result<usize, Vec<usize>> {
-    let mut runs = 0;
+    let (memory, mut runs) = (memory(), 0);
     for size in [1, 2] {
         let most = 45;
         for a in 0..most {
@@ -130,7 +134,7 @@ fn all_schedules(features: u64, start: u16, mutation: Mutation) -> Result<usize,
                     let switches = [a, b, c];
                     let switches = if a == b { &switches[..1] } else { &switches[..] };
                     runs += 1;
-                    run(size, features, start, switches, mutation).ok_or(switches.to_vec())?;
+                    run(&memory, size, features, start, switches, mutation).ok_or(switches.to_vec())?;
                 }
             }
         }
@@ -222,6 +226,75 @@ fn two_threads_that_sleep_whenever_they_may_get_everything_done() {
         threads(1, features, 20_000);
         threads(4, features, 60_000);
         threads(256, features, 100_000);
+    }
+}
+
+/// Lets two threads go on at the same moment, many times over.
+struct Gate(AtomicUsize);
+
+impl Gate {
+    fn pass(&self, round: usize) {
+        self.0.fetch_add(1, Ordering::AcqRel);
+        for spins in 1.. {
+            if self.0.load(Ordering::Acquire) >= 2 * round {
+                break;
+            }
+            // The other one may be waiting for this processor.
+            if spins % 500 == 0 { std::thread::yield_now() } else { std::hint::spin_loop() }
+        }
+    }
+}
+
+/// One side falls asleep in the moment in which the other publishes, over and over: whatever the processor makes of
+/// the order of their stores and loads, the sleeper sees what was published or the publisher sees the sleeper.
+#[test]
+fn one_falls_asleep_while_the_other_publishes_and_one_of_them_notices() {
+    const ROUNDS: usize = 20_000;
+    for features in [0, EVENT_IDX] {
+        for log in [None, Some(Arc::new(Log::create(1 << 22).unwrap().0))] {
+            let (mut driver, mut device) = ring_at(&memory(), layout(4), features, 0xff00);
+            device.set_log(log.map(|log| RingLog { log, used_gpa: 0 }));
+            let gate = Gate(AtomicUsize::new(0));
+            let noticed = AtomicUsize::new(0);
+            // Counted, for a panic would leave the other thread waiting at the gate.
+            let mut lost = (0, 0);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let mut chain = Chain::default();
+                    for round in 0..ROUNDS {
+                        // Gate 1: the device falls asleep while the driver publishes a request.
+                        gate.pass(4 * round + 1);
+                        let by_device = device.enable_notifications();
+                        noticed.fetch_add(by_device.into(), Ordering::AcqRel);
+                        gate.pass(4 * round + 2);
+                        device.disable_notifications();
+                        assert!(device.pop(&mut chain).unwrap());
+                        device.push(chain.head, 0);
+                        // Gate 3: the driver falls asleep while the device publishes the completion.
+                        gate.pass(4 * round + 3);
+                        let by_device = device.publish();
+                        noticed.fetch_add(by_device.into(), Ordering::AcqRel);
+                        gate.pass(4 * round + 4);
+                    }
+                });
+                for round in 0..ROUNDS {
+                    driver.add(&[buffer(1, 1)], &[], None).unwrap().unwrap();
+                    gate.pass(4 * round + 1);
+                    let by_driver = driver.publish();
+                    noticed.fetch_add(by_driver.into(), Ordering::AcqRel);
+                    gate.pass(4 * round + 2);
+                    lost.0 += usize::from(noticed.swap(0, Ordering::AcqRel) == 0);
+                    gate.pass(4 * round + 3);
+                    let by_driver = driver.enable_notifications();
+                    noticed.fetch_add(by_driver.into(), Ordering::AcqRel);
+                    gate.pass(4 * round + 4);
+                    lost.1 += usize::from(noticed.swap(0, Ordering::AcqRel) == 0);
+                    driver.disable_notifications();
+                    assert!(driver.pop_used().unwrap().is_some());
+                }
+            });
+            assert_eq!(lost, (0, 0), "requests, completions slept over, with features {features:#x}");
+        }
     }
 }
 
