@@ -16,7 +16,7 @@ use tracing::{error, info};
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::session::{Session, Step};
-use super::{BackendError, Device, Message, Workers};
+use super::{BackendError, Device, MAX_FDS, Message, Workers};
 use crate::abi::vhost_user::{Header, Request as Code};
 use crate::sys::socket;
 
@@ -217,7 +217,10 @@ impl Channel<'_> {
             if let Heard::Stop = self.wait(PollFlags::POLLIN)? {
                 return Ok(Heard::Stop);
             }
-            match socket::receive(self.socket, rest, fds) {
+            let received = socket::receive(self.socket, rest, fds);
+            // More than one segment can carry are closed.
+            fds.truncate(MAX_FDS);
+            match received {
                 Ok(0) => break,
                 Ok(count) => filled += count,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
