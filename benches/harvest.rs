@@ -15,7 +15,7 @@ use vhost_migrate::dirty::{LOG_PAGE, Log, PageSet};
 use vm_memory::bitmap::AtomicBitmap;
 
 const GIB: u64 = 1 << 30;
-const TURNS: usize = 15;
+const TURNS: usize = 9;
 
 fn main() {
     for (name, gib, pages) in [
@@ -24,44 +24,23 @@ fn main() {
         ("64 GiB, all dirty", 64, all(64)),
         ("1 TiB, none dirty", 1024, none(1024)),
     ] {
-        race(
-            &format!("harvest, {name}"),
-            TURNS,
-            vec![ours(gib, &pages), vm_memory(gib, &pages), qemu(gib, &pages)],
-        );
+        race(&format!("harvest, {name}"), TURNS, vec![ours(gib, &pages), vm_memory(gib, &pages), qemu(gib, &pages)]);
     }
     for (name, pages) in [("none", none(64)), ("1 %", clustered(64)), ("all", all(64))] {
-        let contenders = vec![
-            ours_stopped(64, &pages),
-            qemu(64, &pages),
-            copy_and_zero(64, &pages),
-        ];
-        race(
-            &format!("last harvest after stop, 64 GiB, {name} dirty"),
-            TURNS,
-            contenders,
-        );
+        let contenders = vec![ours_stopped(64, &pages), qemu(64, &pages), copy_and_zero(64, &pages)];
+        race(&format!("last harvest after stop, 64 GiB, {name} dirty"), TURNS, contenders);
     }
     let sparse = vec![sparse(1024, 0), sparse(1024, 16), sparse(1024, 256)];
     race("harvest of a sparse log, 1 TiB", TURNS, sparse);
     race(
         "clear the page set afterwards",
         TURNS,
-        vec![
-            clear(64, &none(64)),
-            clear(64, &clustered(64)),
-            clear(64, &all(64)),
-            clear(1024, &clustered(64)),
-        ],
+        vec![clear(64, &none(64)), clear(64, &clustered(64)), clear(64, &all(64)), clear(1024, &clustered(64))],
     );
     race(
         "walk the runs afterwards",
         TURNS,
-        vec![
-            runs(64, &clustered(64)),
-            runs(64, &all(64)),
-            runs(1024, &clustered(64)),
-        ],
+        vec![runs(64, &clustered(64)), runs(64, &all(64)), runs(1024, &clustered(64))],
     );
 }
 
@@ -76,10 +55,7 @@ fn all(gib: u64) -> Vec<Range<u64>> {
 /// One run of 1 MiB in every 100 MiB, not at a regular place in it.
 fn clustered(gib: u64) -> Vec<Range<u64>> {
     let runs = gib * GIB / (100 << 20);
-    (0..runs)
-        .map(|i| i * 25600 + i * 7919 % 25000)
-        .map(|page| page..page + 256)
-        .collect()
+    (0..runs).map(|i| i * 25600 + i * 7919 % 25000).map(|page| page..page + 256).collect()
 }
 
 fn set(gib: u64) -> PageSet {
@@ -97,9 +73,7 @@ fn log(gib: u64) -> Log {
 }
 
 fn mark(log: &Log, pages: &[Range<u64>]) {
-    pages
-        .iter()
-        .for_each(|run| log.mark(run.start * LOG_PAGE, (run.end - run.start) * LOG_PAGE));
+    pages.iter().for_each(|run| log.mark(run.start * LOG_PAGE, (run.end - run.start) * LOG_PAGE));
 }
 
 fn ours(gib: u64, pages: &[Range<u64>]) -> Contender<'_> {
@@ -126,10 +100,7 @@ fn vm_memory(gib: u64, pages: &[Range<u64>]) -> Contender<'_> {
     let bitmap = AtomicBitmap::new((gib * GIB) as usize, NonZeroUsize::new(4096).unwrap());
     let turn = move || {
         for run in pages {
-            bitmap.set_addr_range(
-                (run.start * LOG_PAGE) as usize,
-                ((run.end - run.start) * LOG_PAGE) as usize,
-            );
+            bitmap.set_addr_range((run.start * LOG_PAGE) as usize, ((run.end - run.start) * LOG_PAGE) as usize);
         }
         time(|| bitmap.get_and_reset())
     };
@@ -145,17 +116,10 @@ struct Shared {
 impl Shared {
     fn new(gib: u64) -> Shared {
         let words = (gib * GIB / LOG_PAGE / 64) as usize;
-        let file =
-            nix::sys::memfd::memfd_create("log", nix::sys::memfd::MFdFlags::MFD_CLOEXEC).unwrap();
+        let file = nix::sys::memfd::memfd_create("log", nix::sys::memfd::MFdFlags::MFD_CLOEXEC).unwrap();
         nix::unistd::ftruncate(&file, words as i64 * 8).unwrap();
-        let shared = Shared {
-            map: MmapOptions::new().len(words * 8).map_raw(&file).unwrap(),
-            words,
-        };
-        shared
-            .words()
-            .iter()
-            .for_each(|word| word.store(0, Ordering::Relaxed));
+        let shared = Shared { map: MmapOptions::new().len(words * 8).map_raw(&file).unwrap(), words };
+        shared.words().iter().for_each(|word| word.store(0, Ordering::Relaxed));
         shared
     }
 
@@ -239,10 +203,7 @@ fn runs(gib: u64, pages: &[Range<u64>]) -> Contender<'_> {
     pages.iter().for_each(|run| {
         set.insert_range(run.clone());
     });
-    (
-        label(gib, pages),
-        Box::new(move || time(|| set.runs().count())),
-    )
+    (label(gib, pages), Box::new(move || time(|| set.runs().count())))
 }
 
 fn label(gib: u64, pages: &[Range<u64>]) -> &'static str {

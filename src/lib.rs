@@ -7,3 +7,4 @@ pub mod memory;
 pub mod migrate;
 pub mod ring;
 pub mod dirty;
+pub mod inflight;

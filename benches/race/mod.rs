@@ -3,14 +3,17 @@
 //! Nothing here knows what is measured. Each contender prepares, measures its own part and returns nanoseconds.
 
 /// One contender: its name, and a turn that returns nanoseconds for one unit of work.
-pub type Contender<'a> = (&'a str, Box<dyn FnMut() -> f64 + 'a>);
+pub(crate) type Contender<'a> = (&'a str, Box<dyn FnMut() -> f64 + 'a>);
+
+/// How often a contender repeats its work within a turn, so that it meets its own caches and not the others'.
+const REPEATS: usize = 7;
 
 /// Lets every contender take `turns` turns, one after the other, and prints the medians beside the first one's.
-pub fn race(title: &str, turns: usize, mut contenders: Vec<Contender<'_>>) {
+pub(crate) fn race(title: &str, turns: usize, mut contenders: Vec<Contender<'_>>) {
     let mut times = vec![Vec::new(); contenders.len()];
     for turn in 0..=turns {
         for ((_, run), times) in contenders.iter_mut().zip(&mut times) {
-            let time = run();
+            let time = median(&mut Vec::from_iter((0..REPEATS).map(|_| run())));
             // The first turn warms up.
             if turn > 0 {
                 times.push(time);
@@ -20,16 +23,12 @@ pub fn race(title: &str, turns: usize, mut contenders: Vec<Contender<'_>>) {
     let medians: Vec<f64> = times.iter_mut().map(|times| median(times)).collect();
     println!("{title}");
     for ((name, _), median) in contenders.iter().zip(&medians) {
-        println!(
-            "  {name:<34} {:>12}  {:>7.2}x",
-            show(*median),
-            median / medians[0]
-        );
+        println!("  {name:<34} {:>12}  {:>7.2}x", show(*median), median / medians[0]);
     }
 }
 
 /// Nanoseconds that `work` takes.
-pub fn time<T>(work: impl FnOnce() -> T) -> f64 {
+pub(crate) fn time<T>(work: impl FnOnce() -> T) -> f64 {
     let start = std::time::Instant::now();
     std::hint::black_box(work());
     start.elapsed().as_nanos() as f64

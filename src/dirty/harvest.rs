@@ -48,37 +48,21 @@ pub(super) fn take_bytes(bytes: &[AtomicU8], index: usize, into: &mut PageSet) -
 }
 
 /// The algorithm compiled for one instruction set; by words if that does not fit.
-fn run<const STOPPED: bool>(
-    isa: Isa,
-    log: &[AtomicU64],
-    range: Range<usize>,
-    into: &mut PageSet,
-) -> Harvest {
+fn run<const STOPPED: bool>(isa: Isa, log: &[AtomicU64], range: Range<usize>, into: &mut PageSet) -> Harvest {
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512vpopcntdq,popcnt")]
-    fn avx512<const STOPPED: bool>(
-        log: &[AtomicU64],
-        range: Range<usize>,
-        into: &mut PageSet,
-    ) -> Harvest {
+    fn avx512<const STOPPED: bool>(log: &[AtomicU64], range: Range<usize>, into: &mut PageSet) -> Harvest {
         // SAFETY: this function runs only where its features are; `run` was given an aligned log.
         unsafe { scan::<std::arch::x86_64::__m512i, STOPPED>(log, range, into) }
     }
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,popcnt")]
-    fn avx2<const STOPPED: bool>(
-        log: &[AtomicU64],
-        range: Range<usize>,
-        into: &mut PageSet,
-    ) -> Harvest {
+    fn avx2<const STOPPED: bool>(log: &[AtomicU64], range: Range<usize>, into: &mut PageSet) -> Harvest {
         // SAFETY: as above.
         unsafe { scan::<std::arch::x86_64::__m256i, STOPPED>(log, range, into) }
     }
 
-    assert!(
-        isa.available() && log.as_ptr().addr() % isa.align() == 0,
-        "{isa:?} is not for this log"
-    );
+    assert!(isa.available() && log.as_ptr().addr() % isa.align() == 0, "{isa:?} is not for this log");
     match isa {
         // SAFETY: words need no instructions of their own.
         Isa::Scalar => unsafe { scan::<u64, STOPPED>(log, range, into) },
@@ -91,15 +75,16 @@ fn run<const STOPPED: bool>(
     }
 }
 
+/// A block aligned to every vector.
+#[repr(align(64))]
+struct Block([u64; BLOCK]);
+
 /// # Safety
 /// The CPU has the instructions of `V`, and `log` is aligned to it.
 #[inline(always)]
-unsafe fn scan<V: Vector, const STOPPED: bool>(
-    log: &[AtomicU64],
-    range: Range<usize>,
-    into: &mut PageSet,
-) -> Harvest {
+unsafe fn scan<V: Vector, const STOPPED: bool>(log: &[AtomicU64], range: Range<usize>, into: &mut PageSet) -> Harvest {
     let mut found = Harvest::default();
+    let mut taken = Block([0; BLOCK]);
     let range = range.start..range.end.min(log.len());
     let head = range.start.next_multiple_of(BLOCK).min(range.end);
     let tail = (range.end / BLOCK * BLOCK).max(head);
@@ -114,17 +99,8 @@ unsafe fn scan<V: Vector, const STOPPED: bool>(
             if is_zero::<V>(block) {
                 continue;
             }
-            if STOPPED {
-                found += move_block::<V>(block, start / BLOCK, into);
-            } else {
-                for at in (0..BLOCK).step_by(V::WORDS) {
-                    let mut live = V::load_log(block.as_ptr().add(at).cast()).live();
-                    while live != 0 {
-                        found += take_word(log, start + at + live.trailing_zeros() as usize, into);
-                        live &= live - 1;
-                    }
-                }
-            }
+            let bits = if STOPPED { block.as_ptr().cast_mut().cast() } else { swap_block::<V>(block, &mut taken) };
+            found += move_block::<V, STOPPED>(bits, start / BLOCK, into);
         }
     }
     found
@@ -144,34 +120,52 @@ unsafe fn is_zero<V: Vector>(block: &[AtomicU64]) -> bool {
     }
 }
 
-/// Moves a whole block without atomics.
+/// Swaps the words of a block that are not zero, into `taken`: near by, because a store that misses the cache would
+/// hold up the next swap.
 ///
 /// # Safety
 /// As [`is_zero`].
 #[inline(always)]
-unsafe fn move_block<V: Vector>(block: &[AtomicU64], number: usize, into: &mut PageSet) -> Harvest {
-    let Some((words, summary)) = into.block_mut(number) else {
-        return Harvest::default();
-    };
-    // SAFETY: every access is inside the block or the equally long one of the set. The log's memory belongs to
-    // several processes and is accessed volatile: a racing mark can be lost, nothing worse.
+unsafe fn swap_block<V: Vector>(block: &[AtomicU64], taken: &mut Block) -> *mut u64 {
+    for at in (0..BLOCK).step_by(V::WORDS) {
+        // SAFETY: both accesses are inside their blocks.
+        let mut live = unsafe {
+            V::clear_log(taken.0.as_mut_ptr().add(at));
+            V::load_log(block.as_ptr().add(at).cast()).live()
+        };
+        while live != 0 {
+            let index = at + live.trailing_zeros() as usize;
+            taken.0[index] = block[index].swap(0, Ordering::AcqRel);
+            live &= live - 1;
+        }
+    }
+    taken.0.as_mut_ptr()
+}
+
+/// Adds the words at `from`, which are those of a log, to a block of the set, and clears them if they still are in it.
+///
+/// # Safety
+/// The CPU has the instructions of `V`; there are `BLOCK` words at `from`, aligned to it.
+#[inline(always)]
+unsafe fn move_block<V: Vector, const CLEAR: bool>(from: *mut u64, number: usize, into: &mut PageSet) -> Harvest {
+    let Some((words, summary)) = into.block_mut(number) else { return Harvest::default() };
+    // SAFETY: every access is inside one of the two blocks. The log's memory belongs to several processes and is
+    // accessed volatile: a racing mark can be lost, nothing worse.
     let found = unsafe {
         let (mut pages, mut added) = (V::zero(), V::zero());
         for at in (0..BLOCK).step_by(V::WORDS) {
-            let from = block.as_ptr().add(at).cast::<u64>().cast_mut();
-            let to = words.as_mut_ptr().add(at);
+            let (from, to) = (from.add(at), words.as_mut_ptr().add(at));
             let (bits, old) = (V::load_log(from), V::load(to));
-            V::clear_log(from);
+            if CLEAR {
+                V::clear_log(from);
+            }
             let all = bits.or(old);
             all.store(to);
             *summary |= all.live() << at;
             pages = pages.add(bits.ones());
             added = added.add(bits.and_not(old).ones());
         }
-        Harvest {
-            pages: pages.sum(),
-            added: added.sum(),
-        }
+        Harvest { pages: pages.sum(), added: added.sum() }
     };
     into.added(found.added);
     found
@@ -189,10 +183,7 @@ fn take_word(log: &[AtomicU64], index: usize, into: &mut PageSet) -> Harvest {
 
 #[inline(always)]
 fn put(index: usize, bits: u64, into: &mut PageSet) -> Harvest {
-    Harvest {
-        pages: bits.count_ones().into(),
-        added: into.or_word(index, bits),
-    }
+    Harvest { pages: bits.count_ones().into(), added: into.or_word(index, bits) }
 }
 
 #[cfg(test)]
@@ -211,9 +202,7 @@ mod tests {
 
     impl Words {
         fn new(words: &[u64], skip: usize) -> Words {
-            let mut all: Vec<_> = (0..words.len() + skip + 8)
-                .map(|_| AtomicU64::new(0))
-                .collect();
+            let mut all: Vec<_> = (0..words.len() + skip + 8).map(|_| AtomicU64::new(0)).collect();
             let start = all.as_ptr().align_offset(64) + skip;
             for (to, word) in all[start..].iter_mut().zip(words) {
                 *to.get_mut() = word.to_le();
@@ -232,28 +221,21 @@ mod tests {
         }
 
         fn values(&self) -> Vec<u64> {
-            self.all
-                .iter()
-                .map(|word| u64::from_le(word.load(Ordering::Relaxed)))
-                .collect()
+            self.all.iter().map(|word| u64::from_le(word.load(Ordering::Relaxed))).collect()
         }
     }
 
     fn pages_of(words: &[u64], range: Range<usize>) -> BTreeSet<u64> {
         let bits = |index: usize| (0..64).filter(move |bit| words[index] >> bit & 1 != 0);
-        range
-            .flat_map(|index| bits(index).map(move |bit| index as u64 * 64 + bit))
-            .collect()
+        range.flat_map(|index| bits(index).map(move |bit| index as u64 * 64 + bit)).collect()
     }
 
     fn words() -> impl Strategy<Value = Vec<u64>> {
-        let word = prop_oneof![8 => Just(0), 1 => Just(u64::MAX), 1 => any::<u64>(), 2 => (0..64u64).prop_map(|b| 1 << b)];
+        let word =
+            prop_oneof![8 => Just(0), 1 => Just(u64::MAX), 1 => any::<u64>(), 2 => (0..64u64).prop_map(|b| 1 << b)];
         let empty = (0..300usize).prop_map(|n| vec![0; n]);
-        prop::collection::vec(
-            prop_oneof![prop::collection::vec(word, 0..150), empty],
-            0..4,
-        )
-        .prop_map(|parts| parts.concat())
+        prop::collection::vec(prop_oneof![prop::collection::vec(word, 0..150), empty], 0..4)
+            .prop_map(|parts| parts.concat())
     }
 
     proptest! {
@@ -294,13 +276,7 @@ mod tests {
         assert_eq!(Isa::best_for(4096 + 8), Isa::Scalar);
         let memory = Words::new(&[3; 129], 1);
         let mut set = PageSet::new(129 * 64);
-        assert_eq!(
-            take(memory.log(129), 0..129, &mut set),
-            Harvest {
-                pages: 258,
-                added: 258
-            }
-        );
+        assert_eq!(take(memory.log(129), 0..129, &mut set), Harvest { pages: 258, added: 258 });
     }
 
     #[test]

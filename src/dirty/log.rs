@@ -48,9 +48,7 @@ pub enum LogError {
         file: u64,
     },
     /// The log would not start at a whole 64-bit word.
-    #[error(
-        "the dirty log starts at offset {offset}, which is no multiple of 8: align it (rule L2)"
-    )]
+    #[error("the dirty log starts at offset {offset}, which is no multiple of 8: align it (rule L2)")]
     Misaligned {
         /// Where in the file it would start, in bytes.
         offset: u64,
@@ -67,10 +65,7 @@ pub enum LogError {
 
 impl LogError {
     fn system<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> LogError {
-        move |cause| LogError::System {
-            what,
-            cause: cause.into(),
-        }
+        move |cause| LogError::System { what, cause: cause.into() }
     }
 }
 
@@ -104,25 +99,16 @@ impl Log {
         if offset % 8 != 0 {
             return Err(LogError::Misaligned { offset });
         }
-        let file = fstat(fd)
-            .map_err(LogError::system("look at the file of"))?
-            .st_size
-            .cast_unsigned();
+        let file = fstat(fd).map_err(LogError::system("look at the file of"))?.st_size.cast_unsigned();
         let len = match (offset.checked_add(size), usize::try_from(size)) {
             (Some(end), Ok(len)) if end <= file => len,
             _ => return Err(LogError::ShortFile { size, offset, file }),
         };
-        let map = MmapOptions::new()
-            .offset(offset)
-            .len(len)
-            .map_raw(&fd)
-            .map_err(LogError::system("map"))?;
+        let map = MmapOptions::new().offset(offset).len(len).map_raw(&fd).map_err(LogError::system("map"))?;
         Ok(Log {
             map,
             size,
-            file: fd
-                .try_clone_to_owned()
-                .map_err(LogError::system("keep the file of"))?,
+            file: fd.try_clone_to_owned().map_err(LogError::system("keep the file of"))?,
             offset,
             holes: fstatfs(fd).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC),
             out_of_range: AtomicU64::new(0),
@@ -173,10 +159,7 @@ impl Log {
     #[inline]
     pub fn burst(&self) -> Burst<'_> {
         fence(Ordering::SeqCst);
-        Burst {
-            log: self,
-            changed: Cell::new(false),
-        }
+        Burst { log: self, changed: Cell::new(false) }
     }
 
     /// Whether the page of `gpa` is marked.
@@ -184,9 +167,9 @@ impl Log {
         let page = gpa / LOG_PAGE;
         let word = match self.words().get((page / 64) as usize) {
             Some(word) => u64::from_le(word.load(Ordering::Acquire)),
-            None if page < self.pages() => self.tail().iter().rev().fold(0, |all, byte| {
-                all << 8 | u64::from(byte.load(Ordering::Acquire))
-            }),
+            None if page < self.pages() => {
+                self.tail().iter().rev().fold(0, |all, byte| all << 8 | u64::from(byte.load(Ordering::Acquire)))
+            }
             None => 0,
         };
         word >> (page % 64) & 1 != 0
@@ -239,10 +222,7 @@ impl Log {
     /// a log through it, and only the result of a seek is used here.
     fn populated(&self, mut each: impl FnMut(Range<usize>)) {
         let mut at = 0;
-        if self.holes
-            && self.size >= SPARSE_MIN
-            && self.populated_bytes() < self.size / SPARSE_RATIO
-        {
+        if self.holes && self.size >= SPARSE_MIN && self.populated_bytes() < self.size / SPARSE_RATIO {
             while at < self.size {
                 let start = match self.seek(at, Whence::SeekData) {
                     Ok(start) => start,
@@ -266,9 +246,7 @@ impl Log {
     }
 
     fn populated_bytes(&self) -> u64 {
-        fstat(&self.file).map_or(u64::MAX, |stat| {
-            stat.st_blocks.cast_unsigned().saturating_mul(512)
-        })
+        fstat(&self.file).map_or(u64::MAX, |stat| stat.st_blocks.cast_unsigned().saturating_mul(512))
     }
 
     /// Seeks from a byte of the log to a byte of the log.
@@ -328,21 +306,14 @@ impl Log {
     fn words(&self) -> &[AtomicU64] {
         // SAFETY: the mapping holds `size` bytes as long as `self` lives and is only accessed atomically; it starts
         // at a multiple of 8, as the offset does.
-        unsafe {
-            std::slice::from_raw_parts(self.map.as_mut_ptr().cast(), (self.size / 8) as usize)
-        }
+        unsafe { std::slice::from_raw_parts(self.map.as_mut_ptr().cast(), (self.size / 8) as usize) }
     }
 
     /// The bytes after the last whole word.
     fn tail(&self) -> &[AtomicU8] {
         let rest = (self.size % 8) as usize;
         // SAFETY: the last `size % 8` bytes of the mapping, which lives as long as `self`; accessed atomically only.
-        unsafe {
-            std::slice::from_raw_parts(
-                self.map.as_mut_ptr().add(self.size as usize - rest).cast(),
-                rest,
-            )
-        }
+        unsafe { std::slice::from_raw_parts(self.map.as_mut_ptr().add(self.size as usize - rest).cast(), rest) }
     }
 }
 
@@ -370,11 +341,7 @@ impl Burst<'_> {
     /// # Errors
     /// What the system says of the write; the marks are in the log in any case.
     pub fn signal(self, to: &LogSignal) -> Result<(), LogError> {
-        if self.changed.get() {
-            to.signal()
-        } else {
-            Ok(())
-        }
+        if self.changed.get() { to.signal() } else { Ok(()) }
     }
 }
 

@@ -86,9 +86,7 @@ impl PageSet {
         if pages.start >= end {
             return 0;
         }
-        word_masks(pages.start, end - 1)
-            .map(|(index, mask)| self.or_word(index, mask))
-            .sum()
+        word_masks(pages.start, end - 1).map(|(index, mask)| self.or_word(index, mask)).sum()
     }
 
     /// Removes `page`; tells whether it was there.
@@ -150,10 +148,7 @@ impl PageSet {
     /// A word beyond the capacity takes nothing; the caller has grown the set or clipped the bits.
     #[inline]
     pub(super) fn or_word(&mut self, index: usize, bits: u64) -> u64 {
-        let (Some(word), Some(live)) = (
-            self.words.get_mut(index),
-            self.summary.get_mut(index / BLOCK),
-        ) else {
+        let (Some(word), Some(live)) = (self.words.get_mut(index), self.summary.get_mut(index / BLOCK)) else {
             return 0;
         };
         let new = u64::from((bits & !*word).count_ones());
@@ -179,10 +174,7 @@ impl PageSet {
 
     /// Clears `bits` of the word at `index`; returns how many of them were set.
     fn clear_bits(&mut self, index: usize, bits: u64) -> u64 {
-        let (Some(word), Some(live)) = (
-            self.words.get_mut(index),
-            self.summary.get_mut(index / BLOCK),
-        ) else {
+        let (Some(word), Some(live)) = (self.words.get_mut(index), self.summary.get_mut(index / BLOCK)) else {
             return 0;
         };
         let gone = u64::from((bits & *word).count_ones());
@@ -194,16 +186,10 @@ impl PageSet {
 
     /// Index and value of every word that is not zero.
     fn nonzero_words(&self) -> impl Iterator<Item = (usize, u64)> + '_ {
-        let blocks = self
-            .words
-            .chunks_exact(BLOCK)
-            .zip(&self.summary)
-            .enumerate();
+        let blocks = self.words.chunks_exact(BLOCK).zip(&self.summary).enumerate();
         blocks
             .filter(|(_, (_, live))| **live != 0)
-            .flat_map(|(number, (block, live))| {
-                ones(*live).map(move |i| (number * BLOCK + i, block[i]))
-            })
+            .flat_map(|(number, (block, live))| ones(*live).map(move |i| (number * BLOCK + i, block[i])))
     }
 
     /// The first page at or after `from` that is in the set.
@@ -244,11 +230,7 @@ impl PageSet {
 impl fmt::Debug for PageSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const SHOWN: usize = 16;
-        let more = if self.runs().nth(SHOWN).is_some() {
-            ", .."
-        } else {
-            ""
-        };
+        let more = if self.runs().nth(SHOWN).is_some() { ", .." } else { "" };
         write!(
             f,
             "PageSet({} of {} pages: {:?}{more})",

@@ -69,10 +69,7 @@ pub struct LogSource {
 impl LogSource {
     /// A source that harvests `log`, reported as `name`.
     pub fn new(name: impl Into<String>, log: Arc<Log>) -> LogSource {
-        LogSource {
-            name: name.into(),
-            log,
-        }
+        LogSource { name: name.into(), log }
     }
 
     /// The log.
@@ -137,20 +134,12 @@ impl Union {
 
     /// Adds a source.
     pub fn push(&mut self, source: Box<dyn DirtySource>) {
-        self.parts.push(Part {
-            source,
-            last: 0,
-            total: 0,
-        });
+        self.parts.push(Part { source, last: 0, total: 0 });
     }
 
     /// What each source has found, in the order they were added.
     pub fn shares(&self) -> impl Iterator<Item = Share<'_>> {
-        self.parts.iter().map(|part| Share {
-            name: part.source.name(),
-            last: part.last,
-            total: part.total,
-        })
+        self.parts.iter().map(|part| Share { name: part.source.name(), last: part.last, total: part.total })
     }
 
     fn each(
@@ -199,10 +188,7 @@ impl DirtySource for Union {
 
     /// Stops all sources, also after one of them failed to; the first failure is returned.
     fn stop(&mut self) -> Result<(), DirtyError> {
-        self.parts
-            .iter_mut()
-            .map(|part| part.source.stop())
-            .fold(Ok(()), Result::and)
+        self.parts.iter_mut().map(|part| part.source.stop()).fold(Ok(()), Result::and)
     }
 
     fn name(&self) -> &str {

@@ -63,9 +63,7 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => is_x86_feature_detected!("avx2"),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => {
-                is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vpopcntdq")
-            }
+            Isa::Avx512 => is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vpopcntdq"),
         }
     }
 
@@ -87,11 +85,7 @@ impl Isa {
 
     /// The widest that this CPU has and that a log at `address` is aligned for.
     pub(super) fn best_for(address: usize) -> Isa {
-        Isa::ALL
-            .iter()
-            .find(|isa| isa.fits(address))
-            .copied()
-            .unwrap_or(Isa::Scalar)
+        Isa::ALL.iter().find(|isa| isa.fits(address)).copied().unwrap_or(Isa::Scalar)
     }
 }
 
@@ -227,8 +221,7 @@ mod x86 {
                 );
                 let half = _mm256_set1_epi8(0xf);
                 let low = _mm256_shuffle_epi8(counts, _mm256_and_si256(self, half));
-                let high =
-                    _mm256_shuffle_epi8(counts, _mm256_and_si256(_mm256_srli_epi16(self, 4), half));
+                let high = _mm256_shuffle_epi8(counts, _mm256_and_si256(_mm256_srli_epi16(self, 4), half));
                 _mm256_sad_epu8(_mm256_add_epi8(low, high), _mm256_setzero_si256())
             }
         }
@@ -244,9 +237,7 @@ mod x86 {
         #[inline(always)]
         unsafe fn live(self) -> u64 {
             // SAFETY: as the trait demands.
-            let zero = unsafe {
-                _mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(self, Self::zero())))
-            };
+            let zero = unsafe { _mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(self, Self::zero()))) };
             u64::from(!zero.cast_unsigned() & 0xf)
         }
     }
