@@ -8,3 +8,7 @@ pub mod migrate;
 pub mod ring;
 pub mod dirty;
 pub mod inflight;
+pub mod dirty;
+pub mod memory;
+pub mod migrate;
+pub mod ring;
