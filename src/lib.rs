@@ -2,13 +2,9 @@
 
 pub mod abi;
 pub mod control;
+pub mod dirty;
 pub mod frontend;
-pub mod memory;
-pub mod migrate;
-pub mod ring;
-pub mod dirty;
 pub mod inflight;
-pub mod dirty;
 pub mod memory;
 pub mod migrate;
 pub mod ring;
