@@ -4,6 +4,7 @@ pub mod abi;
 pub mod control;
 pub mod dirty;
 pub mod frontend;
+pub mod guest;
 pub mod inflight;
 pub mod memory;
 pub mod migrate;

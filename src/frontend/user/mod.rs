@@ -551,21 +551,14 @@ fn until<T>(
     deadline: Instant,
     mut attempt: impl FnMut() -> Result<T, FrontendError>,
 ) -> Result<(T, u32), FrontendError> {
-    use std::io::ErrorKind::{ConnectionRefused, NotFound, WouldBlock};
     let (mut wait, mut attempts) = (*BACK_OFF.start(), 1);
     loop {
         let error = match attempt() {
             Ok(done) => return Ok((done, attempts)),
             Err(error) => error,
         };
-        let may_help = match &error {
-            FrontendError::Connect { source, .. } => {
-                matches!(source.kind(), NotFound | ConnectionRefused | WouldBlock)
-            }
-            other => other.is_hang_up(),
-        };
         let left = deadline.saturating_duration_since(Instant::now());
-        if !may_help || left.is_zero() {
+        if !error.is_away() || left.is_zero() {
             return Err(error);
         }
         std::thread::sleep(wait.min(left));
