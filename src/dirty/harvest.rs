@@ -155,13 +155,18 @@ unsafe fn move_block<V: Vector, const CLEAR: bool>(from: *mut u64, number: usize
         let (mut pages, mut added) = (V::zero(), V::zero());
         for at in (0..BLOCK).step_by(V::WORDS) {
             let (from, to) = (from.add(at), words.as_mut_ptr().add(at));
-            let (bits, old) = (V::load_log(from), V::load(to));
+            let bits = V::load_log(from);
+            let live = bits.live();
+            if live == 0 {
+                continue;
+            }
+            let old = V::load(to);
             if CLEAR {
                 V::clear_log(from);
             }
             let all = bits.or(old);
             all.store(to);
-            *summary |= all.live() << at;
+            *summary |= live << at;
             pages = pages.add(bits.ones());
             added = added.add(bits.and_not(old).ones());
         }
