@@ -75,7 +75,7 @@ fn spawn(kind: Kind, socket: &Path, image: &Path, output: &Path, queues: u16) ->
     match kind {
         Kind::Ours => {
             let program = env!("CARGO_BIN_EXE_vhost-migrate");
-            let args = format!("backend blk --socket {socket} --image {image} --num-queues {queues}");
+            let args = format!("backend blk --socket {socket} --image {image} --queues {queues}");
             Process::start("vhost-migrate", program, &words(&args), output)
         }
         Kind::StorageDaemon { bytes_per_second } => {
