@@ -1,6 +1,7 @@
 //! Live migration, dirty logging and crash-resume for vhost devices.
 
 pub mod abi;
+pub mod backend;
 pub mod control;
 pub mod dirty;
 pub mod frontend;
@@ -9,3 +10,5 @@ pub mod inflight;
 pub mod memory;
 pub mod migrate;
 pub mod ring;
+pub mod stream;
+mod sys;

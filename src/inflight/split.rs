@@ -11,7 +11,7 @@ use crate::abi::inflight::{SPLIT_HEADER_BYTES, SplitEntry, SplitHeader, VERSION}
 
 use super::{InflightError, Mapped, Sink, Store};
 
-const VERSION_AT: usize = offset_of!(SplitHeader, version);
+pub(super) const VERSION_AT: usize = offset_of!(SplitHeader, version);
 const DESC_NUM_AT: usize = offset_of!(SplitHeader, desc_num);
 const LAST_BATCH_HEAD_AT: usize = offset_of!(SplitHeader, last_batch_head);
 const USED_IDX_AT: usize = offset_of!(SplitHeader, used_idx);
@@ -152,8 +152,13 @@ pub fn recover(bytes: &[u8], used_idx: u16, queue_size: u16) -> Result<Recovery,
 /// A fresh region: the version comes last, so that a crash on the way leaves it fresh.
 fn initialise(entries: &[SplitEntry], used_idx: u16, queue_size: u16) -> Recovery {
     let mut stores = Vec::new();
-    for (head, _) in (0..).zip(entries).filter(|(_, entry)| entry.inflight != 0) {
-        stores.u8(entry(head) + INFLIGHT, 0);
+    for (head, found) in (0..).zip(entries) {
+        if found.inflight != 0 {
+            stores.u8(entry(head) + INFLIGHT, 0);
+        }
+        if found.counter.get() != 0 {
+            stores.u64(entry(head) + COUNTER, 0);
+        }
     }
     stores.u16(DESC_NUM_AT, queue_size);
     stores.u16(LAST_BATCH_HEAD_AT, 0);

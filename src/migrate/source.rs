@@ -321,9 +321,10 @@ impl Sender {
 
 impl Wire {
     fn new(connection: Connection, codec: Codec) -> Result<Wire, MigrateError> {
-        let senders = connection.channels.iter().map(|channel| {
-            Ok(Sender { writer: FrameWriter::new(channel.clone()), encoder: Encoder::new(codec)? })
-        });
+        let senders = connection
+            .channels
+            .iter()
+            .map(|channel| Ok(Sender { writer: FrameWriter::new(channel.clone()), encoder: Encoder::new(codec)? }));
         let channels = senders.collect::<Result<Vec<_>, StreamError>>()?;
         let first = connection.channels.first().ok_or(StreamError::Ended)?;
         let replies = FrameReader::new(first.clone());
@@ -385,7 +386,7 @@ impl Wire {
 
     /// Bytes put on the wire so far.
     fn bytes(&self) -> u64 {
-        self.channels.iter().map(|channel| channel.writer.get_ref().sent()).sum()
+        self.channels.iter().map(|channel| channel.writer.bytes()).sum()
     }
 
     /// Pages sent so far.

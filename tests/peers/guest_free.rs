@@ -4,7 +4,7 @@ use serde_json::json;
 
 use crate::backend::{Backend, Kind};
 use crate::load::{Load, make_image};
-use crate::migration;
+use crate::migration::{self, NEVER_CONVERGES};
 use crate::process::{Lab, wait_for};
 use crate::qemu::{Disk, Qemu, map_ram};
 use crate::qtest_blk::{Machine, Options};
@@ -52,7 +52,7 @@ impl Source {
     /// Starts to migrate and goes on until `rounds` more rounds are over, under load all the time.
     fn migrate(&mut self, destination: &mut Qemu, multifd: bool, rounds: u64) {
         let socket = self.lab.file(&format!("{}.migration", destination.name));
-        migration::begin(&mut self.qemu, destination, &socket, multifd);
+        migration::begin(&mut self.qemu, destination, &socket, multifd, NEVER_CONVERGES);
         self.rounds(rounds);
     }
 

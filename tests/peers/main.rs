@@ -9,6 +9,7 @@
 
 mod backend;
 mod guest_free;
+mod initramfs;
 mod linux_guest;
 mod load;
 mod log_bitmap;

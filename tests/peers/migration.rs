@@ -7,19 +7,25 @@ use serde_json::{Value, json};
 use crate::process::wait_for;
 use crate::qemu::Qemu;
 
-/// Slow enough that a guest which is dirtied all the time can't be moved.
-const NEVER_CONVERGES: (u64, u64) = (8 << 20, 1);
-/// So fast that it is done at once. Bytes per second, milliseconds.
-const CONVERGES: (u64, u64) = (100 << 30, 2000);
+/// How fast a migration may be: bytes per second, and the downtime that ends it in milliseconds.
+#[derive(Clone, Copy)]
+pub(crate) struct Pace(u64, u64);
 
-/// Starts to move `source` into `destination`, in a way that does not end before [`let_converge`].
-pub(crate) fn begin(source: &mut Qemu, destination: &mut Qemu, socket: &Path, multifd: bool) {
+/// Slow enough that a guest which is dirtied all the time can't be moved.
+pub(crate) const NEVER_CONVERGES: Pace = Pace(8 << 20, 1);
+/// A few rounds for a guest that dirties little.
+pub(crate) const GENTLE: Pace = Pace(100 << 20, 30);
+/// So fast that it is done at once.
+const CONVERGES: Pace = Pace(100 << 30, 2000);
+
+/// Starts to move `source` into `destination`.
+pub(crate) fn begin(source: &mut Qemu, destination: &mut Qemu, socket: &Path, multifd: bool, pace: Pace) {
     let uri = format!("unix:{}", socket.display());
     let capabilities = json!({"capabilities": [{"capability": "multifd", "state": multifd}]});
     for side in [&mut *source, &mut *destination] {
         side.qmp("migrate-set-capabilities", capabilities.clone());
     }
-    limit(source, NEVER_CONVERGES);
+    limit(source, pace);
     destination.qmp("migrate-incoming", json!({"uri": uri}));
     source.qmp("migrate", json!({"uri": uri}));
 }
@@ -58,7 +64,7 @@ pub(crate) fn cancel(source: &mut Qemu) {
     });
 }
 
-fn limit(source: &mut Qemu, (bytes_per_second, downtime_ms): (u64, u64)) {
+fn limit(source: &mut Qemu, Pace(bytes_per_second, downtime_ms): Pace) {
     let parameters = json!({"max-bandwidth": bytes_per_second, "downtime-limit": downtime_ms});
     source.qmp("migrate-set-parameters", parameters);
 }

@@ -1,0 +1,547 @@
+//! The connection header and frames: lengths, sequence numbers and checksums. What a body means is said in
+//! `pages` and `record`; where the bytes come from in `transport`.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::io::{self, IoSlice, Read, Write};
+
+use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
+use zerocopy::little_endian::{U16, U32, U64, U128};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::StreamError;
+use super::sys::{ReadMemory, Window};
+
+/// First bytes of every connection and file. Not ASCII, with both line ends: a text-mode copy is noticed.
+pub const MAGIC: [u8; 8] = *b"\x89VHM\r\n\x1a\n";
+/// Version of the stream that this program writes and reads.
+pub const VERSION: u16 = 1;
+/// Bytes of a connection header.
+pub const HEADER_BYTES: usize = size_of::<RawConnection>();
+/// Bytes of a frame header.
+pub const FRAME_HEADER_BYTES: usize = size_of::<RawFrame>();
+/// Most channels of one migration.
+pub const MAX_CHANNELS: u16 = 64;
+
+/// Names one migration; all its channels carry it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct MigrationId(pub u128);
+
+impl MigrationId {
+    /// A random id, from the kernel.
+    ///
+    /// # Errors
+    /// When `/dev/urandom` can't be read.
+    pub fn random() -> Result<MigrationId, StreamError> {
+        let mut bytes = [0; 16];
+        std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+        Ok(MigrationId(u128::from_le_bytes(bytes)))
+    }
+}
+
+impl fmt::Display for MigrationId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+/// What each side of each channel sends first. The destination answers with its own, unless `one_way`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ConnectionHeader {
+    /// The migration this channel belongs to.
+    pub id: MigrationId,
+    /// This channel's number, below `channels`.
+    pub channel: u16,
+    /// How many channels the migration has, 1 to [`MAX_CHANNELS`].
+    pub channels: u16,
+    /// The destination can't or must not answer: a file, a pipe, a filter command.
+    pub one_way: bool,
+}
+
+impl ConnectionHeader {
+    /// The bytes on the wire.
+    pub fn encode(&self) -> [u8; HEADER_BYTES] {
+        let mut raw = RawConnection {
+            magic: MAGIC,
+            version: VERSION.into(),
+            flags: u16::from(self.one_way).into(),
+            channel: self.channel.into(),
+            channels: self.channels.into(),
+            id: self.id.0.into(),
+            hash: U64::ZERO,
+        };
+        raw.hash = raw.digest().into();
+        zerocopy::transmute!(raw)
+    }
+
+    /// Checks and decodes a header.
+    ///
+    /// # Errors
+    /// `NotAStream`, `Version` (looked at before anything else that a later version may change), `Checksum`,
+    /// or `Malformed` for unknown flags and channel numbers out of range.
+    pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<ConnectionHeader, StreamError> {
+        let raw: RawConnection = zerocopy::transmute!(*bytes);
+        if raw.magic != MAGIC {
+            return Err(StreamError::NotAStream);
+        }
+        if raw.version.get() != VERSION {
+            return Err(StreamError::Version { ours: VERSION, theirs: raw.version.get() });
+        }
+        if raw.hash.get() != raw.digest() {
+            return Err(StreamError::Checksum { what: "the connection header", sequence: 0 });
+        }
+        let (flags, channel, channels) = (raw.flags.get(), raw.channel.get(), raw.channels.get());
+        if flags > 1 || channels == 0 || channels > MAX_CHANNELS || channel >= channels {
+            let why = format!("flags {flags:#x}, channel {channel} of {channels} (at most {MAX_CHANNELS})");
+            return Err(StreamError::Malformed { what: "connection header", why });
+        }
+        Ok(ConnectionHeader { id: MigrationId(raw.id.get()), channel, channels, one_way: flags == 1 })
+    }
+
+    /// Reads and decodes a header.
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode), `Truncated`, and what the reader reports.
+    pub fn read(from: &mut impl Read) -> Result<ConnectionHeader, StreamError> {
+        let mut bytes = [0; HEADER_BYTES];
+        fill(from, &mut bytes, "the connection header")?;
+        ConnectionHeader::decode(&bytes)
+    }
+}
+
+/// What a frame carries.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[repr(u16)]
+pub enum Kind {
+    /// The source's memory layout; opens channel 0.
+    Layout = 0x01,
+    /// A batch of pages, on any channel.
+    Pages = 0x02,
+    /// End of a round, on every channel.
+    RoundEnd = 0x03,
+    /// Everything that is not memory: device and guest state, opaque here.
+    State = 0x04,
+    /// The source has stopped for good; the destination owns the guest.
+    Commit = 0x05,
+    /// The source gave up; the guest stays there.
+    Cancel = 0x06,
+    /// The destination has the same memory and takes the migration.
+    Accepted = 0x81,
+    /// The destination has everything of a round, on all channels.
+    RoundDone = 0x82,
+    /// The destination has restored the state and waits for the commit.
+    Ready = 0x83,
+    /// The guest runs at the destination.
+    Started = 0x84,
+    /// The destination gave up, with its reason.
+    Failed = 0x85,
+}
+
+impl Kind {
+    /// Most bytes of a body of this kind; checked before anything is allocated or read.
+    pub const fn limit(self) -> u32 {
+        match self {
+            Kind::Pages => super::pages::MAX_BODY as u32,
+            Kind::State => super::record::MAX_STATE as u32,
+            Kind::Layout => 1 << 20,
+            _ => 64 << 10,
+        }
+    }
+
+    fn from_wire(kind: u16) -> Result<Kind, StreamError> {
+        const ALL: [Kind; 11] = [
+            Kind::Layout,
+            Kind::Pages,
+            Kind::RoundEnd,
+            Kind::State,
+            Kind::Commit,
+            Kind::Cancel,
+            Kind::Accepted,
+            Kind::RoundDone,
+            Kind::Ready,
+            Kind::Started,
+            Kind::Failed,
+        ];
+        ALL.into_iter().find(|k| *k as u16 == kind).ok_or(StreamError::UnknownKind(kind))
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+/// The header of one frame, already checked for kind, length and sequence.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FrameHeader {
+    /// What the body is.
+    pub kind: Kind,
+    /// Bytes of body that follow.
+    pub length: u32,
+    /// Number of this frame on its channel and direction, from 0.
+    pub sequence: u64,
+    /// xxh3-64 over the first 16 bytes of the header, then the body.
+    pub hash: u64,
+}
+
+/// Writes frames, numbering and hashing them.
+#[derive(Debug)]
+pub struct FrameWriter<W> {
+    to: W,
+    sequence: u64,
+    bytes: u64,
+}
+
+impl<W: Write> FrameWriter<W> {
+    /// A writer whose next frame has number 0; the connection header is already written.
+    pub fn new(to: W) -> FrameWriter<W> {
+        FrameWriter { to, sequence: 0, bytes: 0 }
+    }
+
+    /// Writes one frame whose body is `parts` one after the other. Returns the bytes written, header included.
+    ///
+    /// # Errors
+    /// `TooLong` when the body is over its kind's limit (nothing is written), and what the transport reports.
+    pub fn write(&mut self, kind: Kind, parts: [&[u8]; 2]) -> Result<u64, StreamError> {
+        let length = parts.iter().map(|part| part.len() as u64).sum();
+        let limit = kind.limit();
+        let length = u32::try_from(length).ok().filter(|length| *length <= limit).ok_or(StreamError::TooLong {
+            what: "frame to send",
+            length,
+            limit: limit.into(),
+        })?;
+        let mut raw = RawFrame {
+            kind: (kind as u16).into(),
+            reserved: U16::ZERO,
+            length: length.into(),
+            sequence: self.sequence.into(),
+            hash: U64::ZERO,
+        };
+        let mut hash = raw.hasher();
+        for part in parts {
+            hash.update(part);
+        }
+        raw.hash = hash.digest().into();
+        let [first, second] = parts;
+        write_all(&mut self.to, &mut [raw.as_bytes(), first, second].map(IoSlice::new))?;
+        self.sequence += 1;
+        let written = FRAME_HEADER_BYTES as u64 + u64::from(length);
+        self.bytes += written;
+        Ok(written)
+    }
+
+    /// Bytes written so far, frame headers included.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The transport below.
+    pub fn get_mut(&mut self) -> &mut W {
+        &mut self.to
+    }
+
+    /// Gives the transport back.
+    pub fn into_inner(self) -> W {
+        self.to
+    }
+}
+
+/// Reads frames and checks them. After an error the stream can't be read on.
+#[derive(Debug)]
+pub struct FrameReader<R> {
+    from: R,
+    sequence: u64,
+    bytes: u64,
+}
+
+impl<R: Read> FrameReader<R> {
+    /// A reader that expects frame 0 next; the connection header is already read.
+    pub fn new(from: R) -> FrameReader<R> {
+        FrameReader { from, sequence: 0, bytes: 0 }
+    }
+
+    /// Reads the next frame's header. Its body must be read before the next call.
+    ///
+    /// # Errors
+    /// `Ended` when the stream ends here, `Truncated`, `UnknownKind`, `TooLong`, `Sequence`, `Malformed`, and what
+    /// the transport reports.
+    pub fn next_frame(&mut self) -> Result<FrameHeader, StreamError> {
+        let mut bytes = [0; FRAME_HEADER_BYTES];
+        let (first, rest) = bytes.split_at_mut(1);
+        match fill(&mut self.from, first, "") {
+            Err(StreamError::Truncated(_)) => return Err(StreamError::Ended),
+            other => other?,
+        }
+        fill(&mut self.from, rest, "a frame header")?;
+        let raw: RawFrame = zerocopy::transmute!(bytes);
+        let kind = Kind::from_wire(raw.kind.get())?;
+        if raw.reserved != U16::ZERO {
+            return Err(StreamError::Malformed { what: "frame header", why: "reserved bytes are not zero".into() });
+        }
+        let (length, limit) = (raw.length.get(), kind.limit());
+        if length > limit {
+            return Err(StreamError::TooLong { what: "a frame", length: length.into(), limit: limit.into() });
+        }
+        if raw.sequence.get() != self.sequence {
+            return Err(StreamError::Sequence { wanted: self.sequence, found: raw.sequence.get() });
+        }
+        self.sequence += 1;
+        self.bytes += FRAME_HEADER_BYTES as u64 + u64::from(length);
+        Ok(FrameHeader { kind, length, sequence: raw.sequence.get(), hash: raw.hash.get() })
+    }
+
+    /// Reads a whole body into `into` (its contents are replaced, its capacity reused) and checks the hash. Memory
+    /// grows only with bytes that really arrive.
+    ///
+    /// # Errors
+    /// `Truncated`, `Checksum`, and what the transport reports.
+    pub fn body(&mut self, header: &FrameHeader, into: &mut Vec<u8>) -> Result<(), StreamError> {
+        let mut body = Body::new(self, header);
+        into.clear();
+        body.take(header.length as usize, into)?;
+        body.finish()
+    }
+
+    /// Bytes read so far, frame headers included.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The transport below.
+    pub fn get_mut(&mut self) -> &mut R {
+        &mut self.from
+    }
+
+    /// Gives the transport back.
+    pub fn into_inner(self) -> R {
+        self.from
+    }
+}
+
+/// A body that is read piece by piece and hashed on the way.
+pub(super) struct Body<'r, R> {
+    from: &'r mut R,
+    header: FrameHeader,
+    left: usize,
+    hash: Xxh3Default,
+}
+
+impl<'r, R: Read> Body<'r, R> {
+    pub(super) fn new(reader: &'r mut FrameReader<R>, header: &FrameHeader) -> Body<'r, R> {
+        let raw = RawFrame {
+            kind: (header.kind as u16).into(),
+            reserved: U16::ZERO,
+            length: header.length.into(),
+            sequence: header.sequence.into(),
+            hash: U64::ZERO,
+        };
+        let hash = raw.hasher();
+        Body { from: &mut reader.from, header: *header, left: header.length as usize, hash }
+    }
+
+    /// Bytes of the body that are not read yet.
+    pub(super) fn left(&self) -> usize {
+        self.left
+    }
+
+    /// Appends the next `count` bytes to `into`.
+    pub(super) fn take(&mut self, count: usize, into: &mut Vec<u8>) -> Result<(), StreamError> {
+        self.claim(count)?;
+        let start = into.len();
+        let read = (&mut self.from).take(count as u64).read_to_end(into)?;
+        if read < count {
+            return Err(StreamError::Truncated("a frame"));
+        }
+        self.hash.update(into.get(start..).unwrap_or_default());
+        Ok(())
+    }
+
+    /// Reads straight into guest memory until `window` is full.
+    pub(super) fn fill(&mut self, window: &mut Window<'_>) -> Result<(), StreamError>
+    where
+        R: ReadMemory,
+    {
+        self.claim(window.left())?;
+        while window.left() > 0 {
+            match self.from.read_memory(window) {
+                Ok(0) => return Err(StreamError::Truncated("a frame")),
+                Ok(count) => window.advance(count, &mut self.hash),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// All is read: does the hash fit?
+    pub(super) fn finish(self) -> Result<(), StreamError> {
+        if self.left == 0 && self.hash.digest() == self.header.hash {
+            Ok(())
+        } else {
+            Err(StreamError::Checksum { what: "frame", sequence: self.header.sequence })
+        }
+    }
+
+    fn claim(&mut self, count: usize) -> Result<(), StreamError> {
+        self.left = self
+            .left
+            .checked_sub(count)
+            .ok_or(StreamError::Malformed { what: "frame", why: "its contents are longer than its body".into() })?;
+        Ok(())
+    }
+}
+
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawConnection {
+    magic: [u8; 8],
+    version: U16,
+    flags: U16,
+    channel: U16,
+    channels: U16,
+    id: U128,
+    hash: U64,
+}
+
+impl RawConnection {
+    fn digest(&self) -> u64 {
+        xxh3_64(RawConnection { hash: U64::ZERO, ..*self }.as_bytes())
+    }
+}
+
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawFrame {
+    kind: U16,
+    reserved: U16,
+    length: U32,
+    sequence: U64,
+    hash: U64,
+}
+
+impl RawFrame {
+    /// Hashes everything before the hash itself.
+    fn hasher(&self) -> Xxh3Default {
+        let mut hash = Xxh3Default::new();
+        hash.update(self.as_bytes().get(..16).unwrap_or_default());
+        hash
+    }
+}
+
+/// `read_exact` that names what was cut short.
+fn fill(from: &mut impl Read, into: &mut [u8], what: &'static str) -> Result<(), StreamError> {
+    from.read_exact(into).map_err(|error| match error.kind() {
+        io::ErrorKind::UnexpectedEof => StreamError::Truncated(what),
+        _ => error.into(),
+    })
+}
+
+fn write_all(to: &mut impl Write, mut parts: &mut [IoSlice<'_>]) -> Result<(), StreamError> {
+    IoSlice::advance_slices(&mut parts, 0);
+    while !parts.is_empty() {
+        match to.write_vectored(parts) {
+            Ok(0) => return Err(StreamError::PeerGone),
+            Ok(count) => IoSlice::advance_slices(&mut parts, count),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header() -> ConnectionHeader {
+        ConnectionHeader { id: MigrationId(0x0123_4567_89ab_cdef), channel: 1, channels: 3, one_way: true }
+    }
+
+    #[test]
+    fn a_connection_header_survives_the_wire() {
+        assert_eq!(ConnectionHeader::decode(&header().encode()).unwrap(), header());
+        assert_eq!(header().encode().len(), 40);
+    }
+
+    #[test]
+    fn any_flipped_bit_of_a_connection_header_is_noticed() {
+        for bit in 0..HEADER_BYTES * 8 {
+            let mut bytes = header().encode();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            assert!(ConnectionHeader::decode(&bytes).is_err(), "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn a_version_mismatch_says_who_must_be_updated() {
+        let mut bytes = header().encode();
+        bytes[8] = 9;
+        let newer = ConnectionHeader::decode(&bytes).unwrap_err().to_string();
+        assert!(newer.contains("the peer is newer, update this program"), "{newer}");
+        bytes[8] = 0;
+        let older = ConnectionHeader::decode(&bytes).unwrap_err().to_string();
+        assert!(older.contains("this program is newer, update the peer"), "{older}");
+    }
+
+    #[test]
+    fn frames_come_back_in_order_and_then_the_stream_has_ended() {
+        let mut writer = FrameWriter::new(Vec::new());
+        writer.write(Kind::Commit, [b"", b""]).unwrap();
+        writer.write(Kind::Cancel, [b"first", b"second"]).unwrap();
+        let bytes = writer.bytes();
+        let wire = writer.into_inner();
+        assert_eq!(wire.len() as u64, bytes);
+        let mut reader = FrameReader::new(wire.as_slice());
+        let mut body = Vec::new();
+        let frame = reader.next_frame().unwrap();
+        assert_eq!((frame.kind, frame.length), (Kind::Commit, 0));
+        reader.body(&frame, &mut body).unwrap();
+        let frame = reader.next_frame().unwrap();
+        reader.body(&frame, &mut body).unwrap();
+        assert_eq!((frame.kind, body.as_slice()), (Kind::Cancel, b"firstsecond".as_slice()));
+        assert!(matches!(reader.next_frame(), Err(StreamError::Ended)));
+        assert_eq!(reader.bytes(), bytes);
+    }
+
+    #[test]
+    fn a_repeated_or_lost_frame_is_noticed() {
+        let mut writer = FrameWriter::new(Vec::new());
+        writer.write(Kind::Commit, [b"", b""]).unwrap();
+        let one = writer.into_inner();
+        let twice = [one.clone(), one].concat();
+        let mut reader = FrameReader::new(twice.as_slice());
+        let frame = reader.next_frame().unwrap();
+        reader.body(&frame, &mut Vec::new()).unwrap();
+        assert!(matches!(reader.next_frame(), Err(StreamError::Sequence { wanted: 1, found: 0 })));
+    }
+
+    #[test]
+    fn a_length_over_the_limit_is_refused_on_both_sides() {
+        let raw = RawFrame {
+            kind: (Kind::State as u16).into(),
+            reserved: U16::ZERO,
+            length: u32::MAX.into(),
+            sequence: U64::ZERO,
+            hash: U64::ZERO,
+        };
+        let refused = FrameReader::new(raw.as_bytes()).next_frame();
+        assert!(matches!(refused, Err(StreamError::TooLong { .. })));
+        let mut writer = FrameWriter::new(Vec::new());
+        let long = vec![0; Kind::Cancel.limit() as usize + 1];
+        assert!(matches!(writer.write(Kind::Cancel, [&long, b""]), Err(StreamError::TooLong { .. })));
+        assert!(writer.into_inner().is_empty());
+    }
+
+    #[test]
+    fn a_long_body_that_never_comes_costs_no_memory() {
+        let mut writer = FrameWriter::new(Vec::new());
+        writer.write(Kind::State, [&vec![7; 60 << 20], b""]).unwrap();
+        let wire = writer.into_inner();
+        let mut reader = FrameReader::new(&wire[..1000]);
+        let frame = reader.next_frame().unwrap();
+        let mut body = Vec::new();
+        assert!(matches!(reader.body(&frame, &mut body), Err(StreamError::Truncated(_))));
+        assert!(body.capacity() < 64 << 10, "{}", body.capacity());
+    }
+}

@@ -1,0 +1,241 @@
+//! Cancelling and slowing down: what all channels of a migration share.
+#![forbid(unsafe_code)]
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::StreamError;
+
+/// A switch that ends everything a migration waits for, from any thread, once and for all. Clones are one switch.
+#[derive(Clone)]
+pub struct Cancel(Arc<CancelInner>);
+
+struct CancelInner {
+    cancelled: AtomicBool,
+    event: EventFd,
+    targets: Mutex<Targets>,
+}
+
+enum Targets {
+    Armed(Vec<Weak<dyn Interrupt>>),
+    Disarmed,
+}
+
+/// Something that may block on a peer and can be stopped from outside.
+pub(super) trait Interrupt: Send + Sync {
+    fn interrupt(&self);
+}
+
+impl Cancel {
+    /// A switch that is off.
+    ///
+    /// # Errors
+    /// When the process is out of file descriptors.
+    pub fn new() -> Result<Cancel, StreamError> {
+        let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .map_err(|error| StreamError::Io(error.into()))?;
+        let inner =
+            CancelInner { cancelled: AtomicBool::new(false), event, targets: Mutex::new(Targets::Armed(Vec::new())) };
+        Ok(Cancel(Arc::new(inner)))
+    }
+
+    /// Ends every connect, accept, read, write and wait of the channels that belong to this switch, now and later;
+    /// they return [`StreamError::Cancelled`]. Returns false, and does nothing, if it came too late: after
+    /// [`disarm`](Self::disarm).
+    pub fn cancel(&self) -> bool {
+        let Targets::Armed(targets) = &mut *lock(&self.0.targets) else { return false };
+        self.0.cancelled.store(true, Ordering::SeqCst);
+        // The counter can't overflow by being set once more per call.
+        let _ = self.0.event.write(1);
+        for target in targets.drain(..) {
+            if let Some(target) = target.upgrade() {
+                target.interrupt();
+            }
+        }
+        true
+    }
+
+    /// Puts the switch out of order, so that what follows happens whole: later calls of [`cancel`](Self::cancel) have
+    /// no effect.
+    ///
+    /// # Errors
+    /// `Cancelled`, if it was used before.
+    pub fn disarm(&self) -> Result<(), StreamError> {
+        let mut targets = lock(&self.0.targets);
+        self.check()?;
+        *targets = Targets::Disarmed;
+        Ok(())
+    }
+
+    /// Whether [`cancel`](Self::cancel) was called.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.cancelled.load(Ordering::SeqCst)
+    }
+
+    /// Fails if cancelled.
+    ///
+    /// # Errors
+    /// `Cancelled`.
+    pub fn check(&self) -> Result<(), StreamError> {
+        if self.is_cancelled() { Err(StreamError::Cancelled) } else { Ok(()) }
+    }
+
+    /// Waits, at most `time`.
+    ///
+    /// # Errors
+    /// `Cancelled`, at once.
+    pub fn wait(&self, time: Duration) -> Result<(), StreamError> {
+        let mut fds = [PollFd::new(self.fd(), PollFlags::POLLIN)];
+        poll_until(&mut fds, Some(Instant::now() + time))?;
+        self.check()
+    }
+
+    /// Readable once cancelled.
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.0.event.as_fd()
+    }
+
+    pub(super) fn register(&self, target: Weak<dyn Interrupt>) {
+        if let Targets::Armed(targets) = &mut *lock(&self.0.targets) {
+            targets.retain(|target| target.strong_count() > 0);
+            targets.push(target.clone());
+        }
+        if self.is_cancelled()
+            && let Some(target) = target.upgrade()
+        {
+            target.interrupt();
+        }
+    }
+}
+
+/// A bandwidth limit that all channels of a migration share. Clones are one limit.
+#[derive(Clone)]
+pub struct Limiter(Arc<Mutex<Bucket>>);
+
+struct Bucket {
+    /// Bytes per second; 0 is no limit.
+    rate: u64,
+    /// Bytes sent beyond what the rate has allowed so far.
+    debt: f64,
+    updated: Instant,
+}
+
+impl Limiter {
+    /// Limits to `rate` bytes per second; `None` does not limit.
+    pub fn new(rate: Option<u64>) -> Limiter {
+        let bucket = Bucket { rate: rate.unwrap_or(0), debt: 0.0, updated: Instant::now() };
+        Limiter(Arc::new(Mutex::new(bucket)))
+    }
+
+    /// Changes the limit, also for writers that are waiting.
+    pub fn set(&self, rate: Option<u64>) {
+        lock(&self.0).rate = rate.unwrap_or(0);
+    }
+
+    /// The most that should be written at once, bytes: a tenth of a second's worth.
+    pub(super) fn piece(&self) -> usize {
+        match lock(&self.0).rate {
+            0 => usize::MAX,
+            rate => usize::try_from(rate / 10).unwrap_or(usize::MAX).max(4096),
+        }
+    }
+
+    /// Waits until the rate allows a write, then accounts for `bytes`.
+    pub(super) fn take(&self, bytes: usize, cancel: &Cancel) -> Result<(), StreamError> {
+        /// A writer looks up this often, so that a new rate applies soon.
+        const NAP: Duration = Duration::from_millis(20);
+        loop {
+            let wait = {
+                let mut bucket = lock(&self.0);
+                if bucket.rate == 0 {
+                    bucket.debt = 0.0;
+                    return Ok(());
+                }
+                let rate = bucket.rate as f64;
+                let now = Instant::now();
+                bucket.debt = (bucket.debt - (now - bucket.updated).as_secs_f64() * rate).max(0.0);
+                bucket.updated = now;
+                if bucket.debt <= 0.0 {
+                    bucket.debt = bytes as f64;
+                    return Ok(());
+                }
+                Duration::try_from_secs_f64(bucket.debt / rate).unwrap_or(NAP)
+            };
+            cancel.wait(wait.min(NAP))?;
+        }
+    }
+}
+
+/// `poll` until something is ready or the deadline has passed; returns whether something is ready.
+pub(super) fn poll_until(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> Result<bool, StreamError> {
+    loop {
+        let timeout = match deadline {
+            None => PollTimeout::NONE,
+            Some(deadline) => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                // Rounded up: a poll that returns too early would spin.
+                let millis = left.as_nanos().div_ceil(1_000_000).min(i32::MAX as u128) as i32;
+                PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX)
+            }
+        };
+        match poll(fds, timeout) {
+            Err(nix::Error::EINTR) => {}
+            Err(error) => return Err(StreamError::Io(error.into())),
+            Ok(0) if deadline.is_some_and(|deadline| Instant::now() < deadline) => {}
+            Ok(ready) => return Ok(ready > 0),
+        }
+    }
+}
+
+/// A lock that a panicking thread has not made useless.
+pub(super) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_is_kept_over_all_who_share_it() {
+        let cancel = Cancel::new().unwrap();
+        let limiter = Limiter::new(Some(10 << 20));
+        let start = Instant::now();
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| (0..10).for_each(|_| limiter.take(50 << 10, &cancel).unwrap()));
+            }
+        });
+        // 1000 KiB at 10 MiB/s are 98 ms, of which the last piece is not waited for.
+        assert!(start.elapsed() >= Duration::from_millis(90), "{:?}", start.elapsed());
+    }
+
+    #[test]
+    fn lifting_the_limit_frees_who_waits() {
+        let cancel = Cancel::new().unwrap();
+        let limiter = Limiter::new(Some(1));
+        limiter.take(1 << 30, &cancel).unwrap();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| limiter.take(1, &cancel));
+            limiter.set(None);
+            waiting.join().unwrap().unwrap();
+        });
+    }
+
+    #[test]
+    fn cancelling_frees_who_waits() {
+        let cancel = Cancel::new().unwrap();
+        let limiter = Limiter::new(Some(1));
+        limiter.take(1 << 30, &cancel).unwrap();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| limiter.take(1, &cancel));
+            cancel.cancel();
+            assert!(matches!(waiting.join().unwrap(), Err(StreamError::Cancelled)));
+        });
+    }
+}

@@ -1,0 +1,30 @@
+//! What travels between source and destination: the connection header, frames, pages and records, and the
+//! transports that carry them. When what is sent is decided in `migrate`; nothing here starts a thread.
+//!
+//! | file | purpose |
+//! |---|---|
+//! | [`frame`] | connection header and self-contained, checksummed frames |
+//! | [`record`] | everything that is not a page: the handshake and saved state, each with its version |
+//! | [`pages`] | guest memory to page batches and back |
+//! | [`codec`] | none or zstd |
+//! | [`transport`] | `tcp:`, `unix:`, `file:`, `exec:`, `fd:` as channels |
+//!
+//! `docs/stream-format.md` specifies every byte.
+
+pub mod codec;
+mod error;
+pub mod frame;
+mod limiter;
+pub mod pages;
+pub mod record;
+mod sys;
+pub mod transport;
+
+pub use codec::Codec;
+pub use error::StreamError;
+pub use frame::{FrameHeader, FrameReader, FrameWriter, Kind, MigrationId};
+pub use limiter::Limiter;
+pub use pages::{Decoder, Encoder, PageStats, Target, channel_of, owned_by};
+pub use record::{ToDestination, ToSource};
+pub use sys::{Plain, ReadMemory, Window};
+pub use transport::{Cancel, Channel, Connection, Listener, Options, Uri};

@@ -1,0 +1,542 @@
+//! Guest memory to page batches and back. Which pages travel, and on which thread, is decided elsewhere.
+//!
+//! Sending, a page is read from guest memory once, into the batch, and looked at there: the guest runs meanwhile, and a
+//! page that is judged by one read and sent by another could be lost as zero. Whatever is written after that one read
+//! is in the dirty log and comes again. Receiving, uncompressed pages go from the socket to guest memory in place; a
+//! checksum that does not fit then fails the migration, at a time when the source still has the guest.
+#![forbid(unsafe_code)]
+
+use std::io::{Read, Write};
+use std::ops::{AddAssign, Range};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use vm_memory::VolatileSlice;
+
+use super::codec::{Compressor, Decompressor};
+use super::frame::{Body, FrameHeader, FrameReader, FrameWriter, Kind};
+use super::sys::{ReadMemory, Window};
+use super::{Codec, StreamError};
+use crate::memory::{LOG_PAGE, Memory};
+
+/// Pages that belong to one channel together: 1 MiB.
+pub const CHUNK_PAGES: u64 = 256;
+/// Most pages with contents in one batch: 1 MiB.
+pub const BATCH_PAGES: u64 = 256;
+/// Most entries in one batch's table.
+pub const MAX_ENTRIES: usize = 2048;
+/// Most bytes of a page frame's body.
+pub const MAX_BODY: usize = HEAD + MAX_ENTRIES * ENTRY + BATCH_BYTES;
+
+const PAGE: usize = LOG_PAGE as usize;
+const BATCH_BYTES: usize = BATCH_PAGES as usize * PAGE;
+const HEAD: usize = 8;
+const ENTRY: usize = 8;
+const RAW: u8 = 0;
+const ZSTD: u8 = 1;
+
+/// The channel that `page` travels on, for the whole migration: no later version of it can overtake an earlier one.
+pub fn channel_of(page: u64, channels: u16) -> u16 {
+    (page / CHUNK_PAGES % u64::from(channels.max(1))) as u16
+}
+
+/// The parts of `runs` (page numbers) that travel on `channel`.
+pub fn owned_by(
+    runs: impl IntoIterator<Item = Range<u64>>,
+    channel: u16,
+    channels: u16,
+) -> impl Iterator<Item = Range<u64>> {
+    let stride = u64::from(channels.max(1));
+    runs.into_iter().flat_map(move |run| {
+        let single = (stride == 1).then(|| run.clone());
+        // The first chunk of ours that does not lie wholly before the run.
+        let chunk = run.start / CHUNK_PAGES;
+        let ours = chunk + (u64::from(channel) + stride - chunk % stride) % stride;
+        let many = (stride > 1).then_some((ours..).step_by(stride as usize));
+        let pieces = many.into_iter().flatten().map(move |chunk| {
+            let start = chunk * CHUNK_PAGES;
+            run.start.max(start)..run.end.min(start + CHUNK_PAGES)
+        });
+        single.into_iter().chain(pieces.take_while(|piece| !piece.is_empty()))
+    })
+}
+
+/// What was sent or received.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct PageStats {
+    /// Pages with contents.
+    pub data_pages: u64,
+    /// Pages told as zero.
+    pub zero_pages: u64,
+    /// Pages asked for that are not in guest memory; they are not sent (rule L6 lets a device name them).
+    pub outside: u64,
+    /// Frames.
+    pub batches: u64,
+    /// Bytes on the wire, frame headers included.
+    pub wire_bytes: u64,
+}
+
+impl PageStats {
+    /// Pages, zero or not.
+    pub fn pages(&self) -> u64 {
+        self.data_pages + self.zero_pages
+    }
+}
+
+impl AddAssign for PageStats {
+    fn add_assign(&mut self, other: PageStats) {
+        self.data_pages += other.data_pages;
+        self.zero_pages += other.zero_pages;
+        self.outside += other.outside;
+        self.batches += other.batches;
+        self.wire_bytes += other.wire_bytes;
+    }
+}
+
+/// Turns pages into frames, for one channel. Holds its buffers: about 1 MiB, 2 MiB with a codec.
+pub struct Encoder {
+    compressor: Compressor,
+    data: Vec<u8>,
+    used: usize,
+    entries: Vec<Entry>,
+    table: Vec<u8>,
+    progress: Arc<AtomicU64>,
+}
+
+impl Encoder {
+    /// An encoder with empty buffers.
+    ///
+    /// # Errors
+    /// When the codec can't be set up.
+    pub fn new(codec: Codec) -> Result<Encoder, StreamError> {
+        Ok(Encoder {
+            compressor: Compressor::new(codec, BATCH_BYTES)?,
+            data: vec![0; BATCH_BYTES],
+            used: 0,
+            entries: Vec::with_capacity(MAX_ENTRIES),
+            table: Vec::with_capacity(HEAD + MAX_ENTRIES * ENTRY),
+            progress: Arc::default(),
+        })
+    }
+
+    /// Counts the pages this encoder has sent so far, for others to look at while it works.
+    pub fn progress(&self) -> Arc<AtomicU64> {
+        self.progress.clone()
+    }
+
+    /// Reads the pages of `runs` (page numbers, any order) from `memory` and writes them to `to`, the last batch
+    /// included. Memory may be written meanwhile.
+    ///
+    /// # Errors
+    /// What the transport reports. What was not sent then is not known: all of `runs` must be put back (rule L14).
+    pub fn send<W: Write>(
+        &mut self,
+        memory: &Memory,
+        runs: impl IntoIterator<Item = Range<u64>>,
+        to: &mut FrameWriter<W>,
+    ) -> Result<PageStats, StreamError> {
+        self.clear();
+        let mut stats = PageStats::default();
+        for run in runs {
+            let mut inside = 0;
+            for (pages, slice) in in_memory(memory, &run) {
+                inside += pages.end - pages.start;
+                self.add(pages, slice, to, &mut stats)?;
+            }
+            stats.outside += (run.end.saturating_sub(run.start)).saturating_sub(inside);
+        }
+        self.flush(to, &mut stats)?;
+        Ok(stats)
+    }
+
+    fn add<W: Write>(
+        &mut self,
+        pages: Range<u64>,
+        slice: VolatileSlice<'_>,
+        to: &mut FrameWriter<W>,
+        stats: &mut PageStats,
+    ) -> Result<(), StreamError> {
+        let mut offset = 0;
+        for page in pages {
+            if self.used == BATCH_BYTES || self.entries.len() == MAX_ENTRIES {
+                self.flush(to, stats)?;
+            }
+            let from = slice.subslice(offset, PAGE).map_err(|_| outside(&(page..page + 1)))?;
+            offset += PAGE;
+            let Some(slot) = self.data.get_mut(self.used..self.used + PAGE) else {
+                continue;
+            };
+            from.copy_to(slot);
+            let zero = is_zero(slot);
+            if !zero {
+                self.used += PAGE;
+            }
+            match self.entries.last_mut() {
+                Some(last) if last.zero == zero && last.pages.end == page && last.count() < Entry::MAX_COUNT => {
+                    last.pages.end += 1;
+                }
+                _ => self.entries.push(Entry { pages: page..page + 1, zero }),
+            }
+        }
+        Ok(())
+    }
+
+    fn flush<W: Write>(&mut self, to: &mut FrameWriter<W>, stats: &mut PageStats) -> Result<(), StreamError> {
+        if self.entries.is_empty() {
+            return Ok(());
+        }
+        let raw = self.data.get(..self.used).unwrap_or_default();
+        let (codec, data) = match self.compressor.compress(raw) {
+            Some(packed) => (ZSTD, packed),
+            None => (RAW, raw),
+        };
+        self.table.extend_from_slice(&(self.entries.len() as u32).to_le_bytes());
+        self.table.extend_from_slice(&[codec, 0, 0, 0]);
+        let (mut pages, mut zero_pages) = (0, 0);
+        for entry in &self.entries {
+            self.table.extend_from_slice(&entry.encode().to_le_bytes());
+            pages += entry.count();
+            zero_pages += if entry.zero { entry.count() } else { 0 };
+        }
+        stats.wire_bytes += to.write(Kind::Pages, [&self.table, data])?;
+        stats.batches += 1;
+        stats.zero_pages += zero_pages;
+        stats.data_pages += pages - zero_pages;
+        self.progress.fetch_add(pages, Ordering::Relaxed);
+        self.clear();
+        Ok(())
+    }
+
+    fn clear(&mut self) {
+        self.used = 0;
+        self.entries.clear();
+        self.table.clear();
+    }
+}
+
+/// The memory that a migration arrives in, shared by the decoders of all channels.
+pub struct Target {
+    memory: Memory,
+    /// Per region: its pages, and a bit for each that may hold something else than zeros.
+    regions: Vec<(Range<u64>, Vec<AtomicU64>)>,
+}
+
+impl Target {
+    /// Memory that is all zeros now, such as a new memfd: a page that only ever comes as zero is never touched.
+    pub fn fresh(memory: Memory) -> Target {
+        Target::new(memory, 0)
+    }
+
+    /// Memory that may hold anything.
+    pub fn used(memory: Memory) -> Target {
+        Target::new(memory, u64::MAX)
+    }
+
+    /// The memory.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    fn new(memory: Memory, bits: u64) -> Target {
+        let regions = memory.regions().iter().map(|region| {
+            let pages = whole_pages(region.gpa(), region.size());
+            let words = pages.end.saturating_sub(pages.start).div_ceil(64);
+            (pages, (0..words).map(|_| AtomicU64::new(bits)).collect())
+        });
+        let regions = regions.collect();
+        Target { memory, regions }
+    }
+
+    /// Whether all of `pages` are in memory.
+    fn holds(&self, pages: &Range<u64>) -> bool {
+        let mut next = pages.start;
+        while next < pages.end {
+            match self.region(next) {
+                Some((region, _)) => next = region.end,
+                None => return false,
+            }
+        }
+        true
+    }
+
+    fn region(&self, page: u64) -> Option<&(Range<u64>, Vec<AtomicU64>)> {
+        let index = self.regions.partition_point(|(pages, _)| pages.end <= page);
+        self.regions.get(index).filter(|(pages, _)| pages.contains(&page))
+    }
+
+    /// Calls `each` with every word of the bitmap that covers `pages`, the mask of their bits in it and the page of
+    /// its bit 0.
+    fn words(&self, pages: &Range<u64>, mut each: impl FnMut(&AtomicU64, u64, u64)) {
+        let mut page = pages.start;
+        while page < pages.end {
+            let Some((region, words)) = self.region(page) else { return };
+            let bit = page - region.start;
+            let first = page - bit % 64;
+            let end = pages.end.min(region.end).min(first + 64);
+            let mask = (u64::MAX >> (64 - (end - page))) << (bit % 64);
+            if let Some(word) = words.get((bit / 64) as usize) {
+                each(word, mask, first);
+            }
+            page = end;
+        }
+    }
+
+    fn will_hold_data(&self, pages: &Range<u64>) {
+        self.words(pages, |word, mask, _| {
+            word.fetch_or(mask, Ordering::Relaxed);
+        });
+    }
+
+    fn zero(&self, pages: &Range<u64>) -> Result<(), StreamError> {
+        let mut result = Ok(());
+        self.words(pages, |word, mask, first| {
+            // Relaxed: only this page's channel ever looks at its bit.
+            let mut dirty = word.load(Ordering::Relaxed) & mask;
+            if dirty == 0 || result.is_err() {
+                return;
+            }
+            word.fetch_and(!dirty, Ordering::Relaxed);
+            while dirty != 0 && result.is_ok() {
+                let page = first + u64::from(dirty.trailing_zeros());
+                result = self.memory.write(page * LOG_PAGE, &[0; PAGE]);
+                dirty &= dirty - 1;
+            }
+        });
+        Ok(result?)
+    }
+}
+
+/// Puts the page frames of one channel into guest memory. Holds its buffers: up to 2 MiB with a codec.
+pub struct Decoder {
+    target: Arc<Target>,
+    channel: u16,
+    channels: u16,
+    decompressor: Decompressor,
+    buffer: Vec<u8>,
+}
+
+impl Decoder {
+    /// A decoder for channel `channel` of `channels`. Pages of other channels are refused, so that no two decoders ever
+    /// write the same page.
+    ///
+    /// # Errors
+    /// When the codecs can't be set up.
+    pub fn new(target: Arc<Target>, channel: u16, channels: u16) -> Result<Decoder, StreamError> {
+        Ok(Decoder { target, channel, channels, decompressor: Decompressor::new()?, buffer: Vec::new() })
+    }
+
+    /// Reads the body of a page frame whose header was just read, and writes its pages.
+    ///
+    /// # Errors
+    /// `Malformed`, `OutsideMemory`, `Truncated`, `Checksum`, and what the transport reports. Pages may have been
+    /// written by then, always inside guest memory: the migration has failed.
+    pub fn receive<R: ReadMemory>(
+        &mut self,
+        header: &FrameHeader,
+        from: &mut FrameReader<R>,
+    ) -> Result<PageStats, StreamError> {
+        let mut body = Body::new(from, header);
+        let batch = read_table(&mut body, &mut self.buffer)?;
+        for entry in &batch.entries {
+            self.check(&entry.pages)?;
+        }
+        let target = &*self.target;
+        let data = || batch.entries.iter().filter(|entry| !entry.zero);
+        data().for_each(|entry| target.will_hold_data(&entry.pages));
+        if batch.compressed {
+            self.buffer.clear();
+            body.take(batch.data_bytes, &mut self.buffer)?;
+            body.finish()?;
+            let mut pages = self.decompressor.decompress(&self.buffer, batch.data_pages() as usize * PAGE)?;
+            for entry in data() {
+                let (now, rest) = pages.split_at_checked(entry.count() as usize * PAGE).unwrap_or_default();
+                target.memory.write(entry.pages.start * LOG_PAGE, now)?;
+                pages = rest;
+            }
+        } else {
+            let mut window = Window::default();
+            for entry in data() {
+                let gpa = entry.pages.start * LOG_PAGE;
+                target.memory.slices(gpa, entry.count() * LOG_PAGE, |slice| window.push(slice))?;
+            }
+            body.fill(&mut window)?;
+            body.finish()?;
+        }
+        for entry in batch.entries.iter().filter(|entry| entry.zero) {
+            target.zero(&entry.pages)?;
+        }
+        Ok(PageStats {
+            data_pages: batch.data_pages(),
+            zero_pages: batch.zero_pages(),
+            outside: 0,
+            batches: 1,
+            wire_bytes: super::frame::FRAME_HEADER_BYTES as u64 + u64::from(header.length),
+        })
+    }
+
+    fn check(&self, pages: &Range<u64>) -> Result<(), StreamError> {
+        if !self.target.holds(pages) {
+            return Err(outside(pages));
+        }
+        let last = pages.end - 1;
+        let one_chunk = pages.start / CHUNK_PAGES == last / CHUNK_PAGES;
+        if self.channels > 1 && !(one_chunk && channel_of(last, self.channels) == self.channel) {
+            let (start, end, channel) = (pages.start, pages.end, self.channel);
+            let why = format!("pages {start:#x} to {end:#x} do not belong to channel {channel}");
+            return Err(StreamError::Malformed { what: "page batch", why });
+        }
+        Ok(())
+    }
+}
+
+/// One run of pages in a batch.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Entry {
+    /// Page numbers.
+    pub pages: Range<u64>,
+    /// All of them are zero and have no data.
+    pub zero: bool,
+}
+
+impl Entry {
+    /// Most pages of one entry.
+    pub const MAX_COUNT: u64 = 1 << Entry::COUNT_BITS;
+
+    const PAGE_BITS: u32 = 40;
+    const COUNT_BITS: u32 = 22;
+
+    fn count(&self) -> u64 {
+        self.pages.end.saturating_sub(self.pages.start)
+    }
+
+    /// 40 bits of page number, 22 bits of count less one, 2 bits of kind. 40 bits are all that 52-bit physical
+    /// addresses need.
+    fn encode(&self) -> u64 {
+        let count = self.count().wrapping_sub(1) << Entry::PAGE_BITS;
+        self.pages.start | count | u64::from(self.zero) << (Entry::PAGE_BITS + Entry::COUNT_BITS)
+    }
+
+    fn decode(bits: u64) -> Result<Entry, StreamError> {
+        let start = bits & ((1 << Entry::PAGE_BITS) - 1);
+        let count = ((bits >> Entry::PAGE_BITS) & (Entry::MAX_COUNT - 1)) + 1;
+        let zero = match bits >> (Entry::PAGE_BITS + Entry::COUNT_BITS) {
+            0 => false,
+            1 => true,
+            kind => return Err(malformed(format!("entry of unknown kind {kind}"))),
+        };
+        Ok(Entry { pages: start..start + count, zero })
+    }
+}
+
+/// The table of a page frame.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Batch {
+    /// The runs, in the order of their data.
+    pub entries: Vec<Entry>,
+    /// Whether the data is one zstd frame.
+    pub compressed: bool,
+    /// Bytes of data on the wire.
+    pub data_bytes: usize,
+}
+
+impl Batch {
+    /// Reads the table of a whole page body, for whoever looks at a stream without having the memory.
+    ///
+    /// # Errors
+    /// `Malformed` and `Truncated`.
+    pub fn parse(body: &[u8]) -> Result<Batch, StreamError> {
+        let (head, rest) = body.split_first_chunk().ok_or(StreamError::Truncated("a page batch"))?;
+        let (entries, codec) = head_of(head, rest.len())?;
+        let (table, data) = rest.split_at_checked(entries * ENTRY).unwrap_or_default();
+        Batch::new(codec, table, data.len())
+    }
+
+    /// Pages that have data.
+    pub fn data_pages(&self) -> u64 {
+        self.count(false)
+    }
+
+    /// Pages that are zero.
+    pub fn zero_pages(&self) -> u64 {
+        self.count(true)
+    }
+
+    fn count(&self, zero: bool) -> u64 {
+        self.entries.iter().filter(|entry| entry.zero == zero).map(Entry::count).sum()
+    }
+
+    fn new(codec: u8, table: &[u8], data_bytes: usize) -> Result<Batch, StreamError> {
+        let (words, _) = table.as_chunks();
+        let entries = words.iter().map(|word| Entry::decode(u64::from_le_bytes(*word))).collect::<Result<_, _>>()?;
+        let batch = Batch { entries, compressed: codec == ZSTD, data_bytes };
+        let pages = batch.data_pages();
+        if pages > BATCH_PAGES {
+            return Err(malformed(format!("{pages} pages of data, at most {BATCH_PAGES} may be")));
+        }
+        let raw = pages as usize * PAGE;
+        let fits = if batch.compressed { (1..raw).contains(&data_bytes) } else { data_bytes == raw };
+        if fits { Ok(batch) } else { Err(malformed(format!("{data_bytes} bytes of data for {pages} pages"))) }
+    }
+}
+
+fn read_table<R: Read>(body: &mut Body<'_, R>, buffer: &mut Vec<u8>) -> Result<Batch, StreamError> {
+    buffer.clear();
+    body.take(HEAD, buffer)?;
+    let head = buffer.first_chunk().ok_or(StreamError::Truncated("a page batch"))?;
+    let (entries, codec) = head_of(head, body.left())?;
+    buffer.clear();
+    body.take(entries * ENTRY, buffer)?;
+    Batch::new(codec, buffer, body.left())
+}
+
+/// Number of entries and codec, checked against the bytes that follow.
+fn head_of(head: &[u8; HEAD], follow: usize) -> Result<(usize, u8), StreamError> {
+    let [a, b, c, d, codec, reserved @ ..] = *head;
+    let entries = u32::from_le_bytes([a, b, c, d]) as usize;
+    if entries == 0 || entries > MAX_ENTRIES || entries * ENTRY > follow {
+        return Err(malformed(format!("{entries} entries")));
+    }
+    if codec > ZSTD || reserved != [0; 3] {
+        return Err(malformed(format!("codec {codec}, reserved bytes {reserved:?}")));
+    }
+    Ok((entries, codec))
+}
+
+/// The parts of `run` that are in memory.
+fn in_memory<'m>(
+    memory: &'m Memory,
+    run: &Range<u64>,
+) -> impl Iterator<Item = (Range<u64>, VolatileSlice<'m>)> + use<'m> {
+    let run = run.clone();
+    let regions = memory.regions();
+    let first = regions.partition_point(|region| whole_pages(region.gpa(), region.size()).end <= run.start);
+    let regions = regions.get(first..).unwrap_or_default();
+    let pieces = regions.iter().map_while(move |region| {
+        let pages = whole_pages(region.gpa(), region.size());
+        let pages = run.start.max(pages.start)..run.end.min(pages.end);
+        (!pages.is_empty()).then_some((region, pages))
+    });
+    pieces.filter_map(|(region, pages)| {
+        let (start, length) = (pages.start * LOG_PAGE, (pages.end - pages.start) * LOG_PAGE);
+        region.slice(start - region.gpa(), length).map(|slice| (pages, slice))
+    })
+}
+
+/// The pages that lie wholly in `size` bytes at `gpa`.
+fn whole_pages(gpa: u64, size: u64) -> Range<u64> {
+    gpa.div_ceil(LOG_PAGE)..gpa.saturating_add(size) / LOG_PAGE
+}
+
+/// Most pages that are not zero show it at once; the rest is looked at in pieces that the compiler makes wide loads of.
+fn is_zero(page: &[u8]) -> bool {
+    let (pieces, _) = page.as_chunks::<256>();
+    pieces.iter().all(|piece| piece.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
+fn outside(pages: &Range<u64>) -> StreamError {
+    StreamError::OutsideMemory { first: pages.start, end: pages.end }
+}
+
+fn malformed(why: String) -> StreamError {
+    StreamError::Malformed { what: "page batch", why }
+}

@@ -1,0 +1,473 @@
+//! Everything that travels and is not a page: the handshake messages, and the encoding of saved state. The only file
+//! that knows bincode.
+//!
+//! A record is its version (u16, little endian), then bincode 2 with fixed-width little-endian integers. Types here are
+//! for the wire only; what runs is converted to and from them.
+#![forbid(unsafe_code)]
+
+use std::io::{Read, Write};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::frame::{FrameHeader, FrameReader, FrameWriter, Kind};
+use super::{PageStats, StreamError};
+use crate::memory::{LOG_PAGE, Memory};
+
+/// Most bytes of a [`ToDestination::State`].
+pub const MAX_STATE: usize = 64 << 20;
+
+/// Encodes `value` as version `version` of its record.
+///
+/// # Errors
+/// `Malformed` when the type can't be told in bincode (a map of unknown length, say).
+pub fn encode<T: Serialize + ?Sized>(version: u16, value: &T) -> Result<Vec<u8>, StreamError> {
+    let mut bytes = version.to_le_bytes().to_vec();
+    bincode::serde::encode_into_std_write(value, &mut bytes, bincode::config::legacy())
+        .map_err(|error| StreamError::Malformed { what: "record", why: error.to_string() })?;
+    Ok(bytes)
+}
+
+/// The version of an encoded record, to choose the type to [`decode`] it as.
+///
+/// # Errors
+/// `Truncated` when not even a version is there.
+pub fn version(bytes: &[u8]) -> Result<u16, StreamError> {
+    let version = bytes.first_chunk().ok_or(StreamError::Truncated("a record"))?;
+    Ok(u16::from_le_bytes(*version))
+}
+
+/// Decodes a record called `name` of at most `limit` bytes, which must be of version `wanted` and end where its bytes
+/// end. Lengths inside it are bounded by 16 times its own size (at least 64 KiB) or 64 MiB before anything is allocated.
+///
+/// # Errors
+/// `TooLong`, `RecordVersion` and `Malformed`.
+pub fn decode<T: DeserializeOwned>(
+    name: &'static str,
+    wanted: u16,
+    bytes: &[u8],
+    limit: usize,
+) -> Result<T, StreamError> {
+    const SMALL: usize = 4 << 10;
+    if bytes.len() > limit {
+        return Err(StreamError::TooLong { what: name, length: bytes.len() as u64, limit: limit as u64 });
+    }
+    let theirs = version(bytes)?;
+    if theirs != wanted {
+        return Err(StreamError::RecordVersion { record: name, ours: wanted, theirs });
+    }
+    let body = bytes.get(2..).unwrap_or_default();
+    let config = bincode::config::legacy();
+    let decoded = if body.len() <= SMALL {
+        bincode::serde::decode_from_slice(body, config.with_limit::<{ 16 * SMALL }>())
+    } else {
+        bincode::serde::decode_from_slice(body, config.with_limit::<MAX_STATE>())
+    };
+    match decoded {
+        Ok((value, used)) if used == body.len() => Ok(value),
+        Ok(_) => Err(StreamError::Malformed { what: name, why: "bytes are left over".into() }),
+        Err(error) => Err(StreamError::Malformed { what: name, why: error.to_string() }),
+    }
+}
+
+/// Bytes inside a record, copied as one block instead of one by one as a `Vec<u8>` would be.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Bytes(pub Vec<u8>);
+
+impl Serialize for Bytes {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for Bytes {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Bytes, D::Error> {
+        struct Visitor;
+        impl serde::de::Visitor<'_> for Visitor {
+            type Value = Bytes;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("bytes")
+            }
+
+            fn visit_bytes<E>(self, bytes: &[u8]) -> Result<Bytes, E> {
+                Ok(Bytes(bytes.to_vec()))
+            }
+
+            fn visit_byte_buf<E>(self, bytes: Vec<u8>) -> Result<Bytes, E> {
+                Ok(Bytes(bytes))
+            }
+        }
+        deserializer.deserialize_byte_buf(Visitor)
+    }
+}
+
+/// One region of guest memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RegionLayout {
+    /// Guest-physical address of the first byte.
+    pub gpa: u64,
+    /// Size, bytes.
+    pub size: u64,
+}
+
+/// The source's guest memory. The destination must have the same. Version 1.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct MemoryLayout {
+    /// All regions, by rising address.
+    pub regions: Vec<RegionLayout>,
+}
+
+impl MemoryLayout {
+    /// The layout of `memory`.
+    ///
+    /// # Errors
+    /// `Layout` when a region does not begin and end at a page, so that it can't be told in pages.
+    pub fn of(memory: &Memory) -> Result<MemoryLayout, StreamError> {
+        let regions = memory.regions().iter().map(|region| RegionLayout { gpa: region.gpa(), size: region.size() });
+        let regions: Vec<_> = regions.collect();
+        match regions.iter().find(|r| !r.gpa.is_multiple_of(LOG_PAGE) || !r.size.is_multiple_of(LOG_PAGE)) {
+            Some(r) => {
+                Err(StreamError::Layout(format!("region {:#x}+{:#x} is not made of whole pages", r.gpa, r.size)))
+            }
+            None => Ok(MemoryLayout { regions }),
+        }
+    }
+
+    /// Whether pages of this layout fit `memory` exactly: the same bytes are memory and the same are holes, wherever
+    /// the borders between adjacent regions are.
+    ///
+    /// # Errors
+    /// `Layout` with the first difference.
+    pub fn check(&self, memory: &Memory) -> Result<(), StreamError> {
+        let theirs = merged(&self.regions)?;
+        let ours = merged(&MemoryLayout::of(memory)?.regions)?;
+        let show = |range: Option<&(u64, u64)>| match range {
+            Some((start, end)) => format!("memory at {start:#x}..{end:#x}"),
+            None => "no more memory".into(),
+        };
+        for n in 0..theirs.len().max(ours.len()) {
+            let (theirs, ours) = (theirs.get(n), ours.get(n));
+            if theirs != ours {
+                return Err(StreamError::Layout(format!("source has {}, destination {}", show(theirs), show(ours))));
+            }
+        }
+        Ok(())
+    }
+
+    /// Pages of memory, holes not counted.
+    pub fn pages(&self) -> u64 {
+        self.regions.iter().fold(0, |sum: u64, region| sum.saturating_add(region.size / LOG_PAGE))
+    }
+}
+
+/// End of a round, sent on every channel after its pages. Version 1.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RoundEnd {
+    /// Number of the round, from 0.
+    pub round: u32,
+    /// Whether this was the last: state follows on channel 0 and no more pages come.
+    pub last: bool,
+    /// Pages sent with their contents on this channel in this round.
+    pub data_pages: u64,
+    /// Pages sent as zero on this channel in this round.
+    pub zero_pages: u64,
+}
+
+impl RoundEnd {
+    /// The end of a round in which this channel has sent `sent`.
+    pub fn new(round: u32, last: bool, sent: &PageStats) -> RoundEnd {
+        RoundEnd { round, last, data_pages: sent.data_pages, zero_pages: sent.zero_pages }
+    }
+
+    /// Has everything arrived that this channel sent in the round?
+    ///
+    /// # Errors
+    /// `Malformed` if not.
+    pub fn check(&self, received: &PageStats) -> Result<(), StreamError> {
+        if (self.data_pages, self.zero_pages) == (received.data_pages, received.zero_pages) {
+            return Ok(());
+        }
+        let why = format!(
+            "{} data and {} zero pages came, {} and {} were sent",
+            received.data_pages, received.zero_pages, self.data_pages, self.zero_pages
+        );
+        Err(StreamError::Malformed { what: "round", why })
+    }
+}
+
+/// What the source tells the destination, beside pages. Each is a frame kind of its own.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ToDestination {
+    /// Opens channel 0.
+    Layout(MemoryLayout),
+    /// Ends a round; on every channel.
+    RoundEnd(RoundEnd),
+    /// Saved state, made with [`encode`]; opaque to the stream.
+    State(Vec<u8>),
+    /// Start the guest; the source never runs it again.
+    Commit,
+    /// The migration is off; the guest stays at the source.
+    Cancel {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What the destination tells the source, on channel 0.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ToSource {
+    /// The layout fits; pages may come.
+    Accepted,
+    /// All channels have ended this round.
+    RoundDone {
+        /// Number of the round.
+        round: u32,
+    },
+    /// State is restored; waits for the commit.
+    Ready,
+    /// The guest runs.
+    Started(Started),
+    /// The migration is off, for this reason; before the commit the source goes on.
+    Failed {
+        /// Why.
+        message: String,
+    },
+}
+
+/// What the destination saw when it started the guest. Version 1.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+pub struct Started {
+    /// What the guest's own clock saw between its last action at the source and its first here, nanoseconds; only
+    /// where both share a clock.
+    pub observed_downtime_ns: Option<u64>,
+    /// From the commit to the running guest, nanoseconds.
+    pub start_ns: u64,
+}
+
+impl ToDestination {
+    /// Writes the message as one frame and returns its bytes on the wire.
+    ///
+    /// # Errors
+    /// What [`FrameWriter::write`] reports.
+    pub fn write<W: Write>(&self, to: &mut FrameWriter<W>) -> Result<u64, StreamError> {
+        match self {
+            ToDestination::Layout(layout) => to.write(Kind::Layout, [&encode(1, layout)?, &[]]),
+            ToDestination::RoundEnd(end) => to.write(Kind::RoundEnd, [&encode(1, end)?, &[]]),
+            ToDestination::State(state) => to.write(Kind::State, [state, &[]]),
+            ToDestination::Commit => to.write(Kind::Commit, [&[], &[]]),
+            ToDestination::Cancel { reason } => to.write(Kind::Cancel, [&encode(1, shortened(reason))?, &[]]),
+        }
+    }
+
+    /// Reads the body of a frame whose header was just read.
+    ///
+    /// # Errors
+    /// `Unexpected` for pages and for what only the destination sends, and all that a damaged record can be.
+    pub fn read<R: Read>(header: &FrameHeader, from: &mut FrameReader<R>) -> Result<ToDestination, StreamError> {
+        let body = body(header, from)?;
+        let limit = header.kind.limit() as usize;
+        Ok(match header.kind {
+            Kind::Layout => ToDestination::Layout(decode("memory layout", 1, &body, limit)?),
+            Kind::RoundEnd => ToDestination::RoundEnd(decode("round end", 1, &body, limit)?),
+            Kind::State => ToDestination::State(body),
+            Kind::Commit => empty(&body, ToDestination::Commit)?,
+            Kind::Cancel => ToDestination::Cancel { reason: decode("cancel", 1, &body, limit)? },
+            found => return Err(StreamError::Unexpected { found, wanted: "a message of the source" }),
+        })
+    }
+}
+
+impl ToSource {
+    /// Writes the message as one frame and returns its bytes on the wire.
+    ///
+    /// # Errors
+    /// What [`FrameWriter::write`] reports.
+    pub fn write<W: Write>(&self, to: &mut FrameWriter<W>) -> Result<u64, StreamError> {
+        match self {
+            ToSource::Accepted => to.write(Kind::Accepted, [&[], &[]]),
+            ToSource::RoundDone { round } => to.write(Kind::RoundDone, [&encode(1, round)?, &[]]),
+            ToSource::Ready => to.write(Kind::Ready, [&[], &[]]),
+            ToSource::Started(started) => to.write(Kind::Started, [&encode(1, started)?, &[]]),
+            ToSource::Failed { message } => to.write(Kind::Failed, [&encode(1, shortened(message))?, &[]]),
+        }
+    }
+
+    /// Reads the body of a frame whose header was just read.
+    ///
+    /// # Errors
+    /// `Unexpected` for what only the source sends, and all that a damaged record can be.
+    pub fn read<R: Read>(header: &FrameHeader, from: &mut FrameReader<R>) -> Result<ToSource, StreamError> {
+        let body = body(header, from)?;
+        let limit = header.kind.limit() as usize;
+        Ok(match header.kind {
+            Kind::Accepted => empty(&body, ToSource::Accepted)?,
+            Kind::RoundDone => ToSource::RoundDone { round: decode("round done", 1, &body, limit)? },
+            Kind::Ready => empty(&body, ToSource::Ready)?,
+            Kind::Started => ToSource::Started(decode("started", 1, &body, limit)?),
+            Kind::Failed => ToSource::Failed { message: decode("failed", 1, &body, limit)? },
+            found => return Err(StreamError::Unexpected { found, wanted: "a message of the destination" }),
+        })
+    }
+
+    /// Reads the next message.
+    ///
+    /// # Errors
+    /// As [`FrameReader::next_frame`] and [`read`](Self::read).
+    pub fn next<R: Read>(from: &mut FrameReader<R>) -> Result<ToSource, StreamError> {
+        let header = from.next_frame()?;
+        ToSource::read(&header, from)
+    }
+}
+
+fn body<R: Read>(header: &FrameHeader, from: &mut FrameReader<R>) -> Result<Vec<u8>, StreamError> {
+    let mut body = Vec::new();
+    if header.kind != Kind::Pages {
+        from.body(header, &mut body)?;
+    }
+    Ok(body)
+}
+
+fn empty<T>(body: &[u8], message: T) -> Result<T, StreamError> {
+    if body.is_empty() {
+        return Ok(message);
+    }
+    Err(StreamError::Malformed { what: "record", why: "it has a body where none belongs".into() })
+}
+
+/// A reason must never be what makes a frame too long.
+fn shortened(text: &str) -> &str {
+    text.get(..text.floor_char_boundary(4096)).unwrap_or(text)
+}
+
+/// Adjacent regions as one.
+fn merged(regions: &[RegionLayout]) -> Result<Vec<(u64, u64)>, StreamError> {
+    let mut ranges: Vec<(u64, u64)> = Vec::new();
+    for region in regions {
+        let end = region.gpa.checked_add(region.size).filter(|end| *end > region.gpa);
+        let end = end.ok_or_else(|| StreamError::Layout(format!("a region at {:#x} is impossible", region.gpa)))?;
+        match ranges.last_mut() {
+            Some((_, last)) if *last == region.gpa => *last = end,
+            Some((_, last)) if *last > region.gpa => {
+                return Err(StreamError::Layout(format!("regions at {:#x} overlap or are out of order", region.gpa)));
+            }
+            _ => ranges.push((region.gpa, end)),
+        }
+    }
+    Ok(ranges)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    struct State {
+        name: String,
+        words: Vec<u64>,
+        inflight: Bytes,
+    }
+
+    fn state() -> State {
+        State { name: "disk0".into(), words: vec![1, 2, 3], inflight: Bytes(vec![7; 1000]) }
+    }
+
+    #[test]
+    fn a_record_survives_and_its_bytes_are_fixed_width_little_endian() {
+        let bytes = encode(3, &state()).unwrap();
+        assert_eq!(version(&bytes).unwrap(), 3);
+        assert_eq!(decode::<State>("state", 3, &bytes, MAX_STATE).unwrap(), state());
+        assert_eq!(encode(0x0102, &(0x0304u16, 5u32, Some(1u8))).unwrap(), [2, 1, 4, 3, 5, 0, 0, 0, 1, 1]);
+    }
+
+    #[test]
+    fn a_record_of_another_version_says_whom_to_update() {
+        let bytes = encode(3, &state()).unwrap();
+        let error = decode::<State>("disk state", 2, &bytes, MAX_STATE).unwrap_err().to_string();
+        assert_eq!(error, "disk state version 3 came, this program speaks 2: the peer is newer, update this program");
+    }
+
+    #[test]
+    fn every_shortened_record_and_every_extra_byte_is_refused() {
+        let mut bytes = encode(3, &state()).unwrap();
+        for length in 0..bytes.len() {
+            assert!(decode::<State>("state", 3, &bytes[..length], MAX_STATE).is_err(), "{length}");
+        }
+        bytes.push(0);
+        assert!(decode::<State>("state", 3, &bytes, MAX_STATE).is_err());
+        assert!(matches!(decode::<State>("state", 3, &bytes, 100), Err(StreamError::TooLong { .. })));
+    }
+
+    #[test]
+    fn a_huge_length_inside_a_record_is_refused() {
+        for length in [u64::MAX, 1 << 40, 1 << 27, 1 << 17] {
+            let bytes = encode(1, &length).unwrap();
+            assert!(decode::<Bytes>("bytes", 1, &bytes, MAX_STATE).is_err());
+            assert!(decode::<Vec<u64>>("words", 1, &bytes, MAX_STATE).is_err());
+            assert!(decode::<String>("text", 1, &bytes, MAX_STATE).is_err());
+        }
+    }
+
+    #[test]
+    fn every_message_survives() {
+        let layout = MemoryLayout { regions: vec![RegionLayout { gpa: 0, size: 4096 }] };
+        let end = RoundEnd { round: 2, last: true, data_pages: 5, zero_pages: 6 };
+        let out = [
+            ToDestination::Layout(layout),
+            ToDestination::RoundEnd(end),
+            ToDestination::State(vec![1; 100_000]),
+            ToDestination::Cancel { reason: "user".into() },
+            ToDestination::Commit,
+        ];
+        let mut writer = FrameWriter::new(Vec::new());
+        for message in &out {
+            message.write(&mut writer).unwrap();
+        }
+        let wire = writer.into_inner();
+        let mut reader = FrameReader::new(wire.as_slice());
+        for message in &out {
+            let header = reader.next_frame().unwrap();
+            assert_eq!(ToDestination::read(&header, &mut reader).unwrap(), *message);
+        }
+        let back = [
+            ToSource::Accepted,
+            ToSource::RoundDone { round: 2 },
+            ToSource::Ready,
+            ToSource::Started(Started { observed_downtime_ns: Some(3), start_ns: 4 }),
+            ToSource::Failed { message: "disk full".into() },
+        ];
+        let mut writer = FrameWriter::new(Vec::new());
+        for message in &back {
+            message.write(&mut writer).unwrap();
+        }
+        let wire = writer.into_inner();
+        let mut reader = FrameReader::new(wire.as_slice());
+        for message in &back {
+            assert_eq!(ToSource::next(&mut reader).unwrap(), *message);
+        }
+        let mut reader = FrameReader::new(wire.as_slice());
+        let header = reader.next_frame().unwrap();
+        let wrong_way = ToDestination::read(&header, &mut reader);
+        assert!(matches!(wrong_way, Err(StreamError::Unexpected { found: Kind::Accepted, .. })));
+    }
+
+    #[test]
+    fn a_reason_of_any_length_is_sent() {
+        let mut writer = FrameWriter::new(Vec::new());
+        ToSource::Failed { message: "é".repeat(100_000) }.write(&mut writer).unwrap();
+        let wire = writer.into_inner();
+        let ToSource::Failed { message } = ToSource::next(&mut FrameReader::new(wire.as_slice())).unwrap() else {
+            panic!("another message");
+        };
+        assert_eq!(message, "é".repeat(2048));
+    }
+
+    #[test]
+    fn an_impossible_layout_is_an_error() {
+        for regions in [vec![(0, 0)], vec![(u64::MAX, 4096)], vec![(4096, 4096), (0, 4096)], vec![(0, 8192), (4096, 1)]]
+        {
+            let regions: Vec<_> = regions.into_iter().map(|(gpa, size)| RegionLayout { gpa, size }).collect();
+            assert!(merged(&regions).is_err());
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! The room's only `unsafe`: reading from a file descriptor straight into guest memory, and taking over an inherited
+//! descriptor. Also the window type that both ends of such a read share.
+
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use vm_memory::VolatileSlice;
+use xxhash_rust::xxh3::Xxh3Default;
+
+/// Most pieces that one `readv` takes.
+const IOV_MAX: usize = 1024;
+
+/// Places in guest memory that wait for bytes, in the order the bytes come.
+#[derive(Default)]
+pub struct Window<'m> {
+    pieces: Vec<VolatileSlice<'m>>,
+    first: usize,
+    left: usize,
+}
+
+impl<'m> Window<'m> {
+    pub(super) fn push(&mut self, piece: VolatileSlice<'m>) {
+        self.left += piece.len();
+        self.pieces.push(piece);
+    }
+
+    /// Bytes that are still to come.
+    pub fn left(&self) -> usize {
+        self.left
+    }
+
+    /// Copies `bytes` to the front of the window and returns how many of them it had room for.
+    pub fn store(&self, mut bytes: &[u8]) -> usize {
+        let before = bytes.len();
+        for piece in self.waiting() {
+            piece.copy_from(bytes);
+            bytes = bytes.get(piece.len()..).unwrap_or_default();
+            if bytes.is_empty() {
+                break;
+            }
+        }
+        before - bytes.len()
+    }
+
+    /// One `readv` to the front of the window. Returns the bytes read, 0 at the end of the file.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn readv(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let guards: Vec<_> = self.waiting().iter().take(IOV_MAX).map(VolatileSlice::ptr_guard_mut).collect();
+        let iovecs: Vec<_> =
+            guards.iter().map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() }).collect();
+        // SAFETY: each iovec is a live, writable mapping of guest memory (the slices borrow it), which is shared memory
+        // that no Rust reference points into; the count is at most IOV_MAX, so it fits.
+        let count = unsafe { libc::readv(fd.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as libc::c_int) };
+        usize::try_from(count).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// The first `count` bytes have come: hashes them, as they now are in guest memory, and moves on.
+    pub(super) fn advance(&mut self, count: usize, hash: &mut Xxh3Default) {
+        let mut count = count.min(self.left);
+        self.left -= count;
+        // Copies first: a Rust slice over memory that others map could change under the hash's feet.
+        let mut copy = [0; 4096];
+        while let Some(piece) = self.pieces.get_mut(self.first).filter(|_| count > 0) {
+            let length = piece.copy_to(&mut copy).min(count);
+            hash.update(copy.get(..length).unwrap_or_default());
+            count -= length;
+            match piece.offset(length) {
+                Ok(rest) if !rest.is_empty() => *piece = rest,
+                _ => self.first += 1,
+            }
+        }
+    }
+
+    fn waiting(&self) -> &[VolatileSlice<'m>] {
+        self.pieces.get(self.first..).unwrap_or_default()
+    }
+}
+
+/// A reader that can put what it reads straight into guest memory.
+pub trait ReadMemory: Read {
+    /// Reads some bytes to the front of `window` and returns how many, 0 at the end of the stream.
+    ///
+    /// # Errors
+    /// As [`Read::read`].
+    fn read_memory(&mut self, window: &Window<'_>) -> io::Result<usize>;
+}
+
+impl ReadMemory for &[u8] {
+    fn read_memory(&mut self, window: &Window<'_>) -> io::Result<usize> {
+        let count = window.store(self);
+        *self = self.get(count..).unwrap_or_default();
+        Ok(count)
+    }
+}
+
+/// Any reader as a [`ReadMemory`], by way of a small buffer. For streams that are not file descriptors.
+#[derive(Debug)]
+pub struct Plain<R>(pub R);
+
+impl<R: Read> Read for Plain<R> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.0.read(into)
+    }
+}
+
+impl<R: Read> ReadMemory for Plain<R> {
+    fn read_memory(&mut self, window: &Window<'_>) -> io::Result<usize> {
+        let mut buffer = [0; 16384];
+        let room = buffer.len().min(window.left());
+        let count = self.0.read(buffer.get_mut(..room).unwrap_or_default())?;
+        Ok(window.store(buffer.get(..count).unwrap_or_default()))
+    }
+}
+
+/// A copy of the descriptor `number` that this process has inherited, closed on exec.
+///
+/// # Errors
+/// What the system says, `EBADF` when there is no such descriptor.
+pub(super) fn duplicate(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: F_DUPFD_CLOEXEC touches no memory and fails cleanly on numbers that are not open.
+    let copy = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) };
+    if copy < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just made and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+}

@@ -1,0 +1,519 @@
+//! Connections: URIs as QEMU writes them, opening and accepting the channels of a migration, and the [`Channel`] that
+//! every one of them becomes. What is said over a channel is not known here, beyond its first header.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags};
+use nix::sys::signal::{Signal, killpg};
+use nix::sys::socket::{self, MsgFlags, Shutdown, setsockopt, sockopt};
+use nix::sys::time::TimeVal;
+use nix::unistd::Pid;
+
+use super::StreamError;
+use super::frame::MigrationId;
+use super::limiter::{Interrupt, lock, poll_until};
+use super::sys::{ReadMemory, Window};
+
+mod accept;
+mod connect;
+
+pub use super::limiter::{Cancel, Limiter};
+pub use accept::Listener;
+pub use connect::connect;
+
+/// Where a migration goes to or comes from.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Uri {
+    /// `tcp:HOST:PORT`; an IPv6 address in brackets, an empty host is every address (listening) or this machine.
+    Tcp {
+        /// Name or address.
+        host: String,
+        /// Port; 0 lets the system choose when listening.
+        port: u16,
+    },
+    /// `unix:PATH`
+    Unix(PathBuf),
+    /// `file:PATH`, one channel, one way.
+    File(PathBuf),
+    /// `exec:COMMAND`, run by the shell with one socket as its standard input and output.
+    Exec(String),
+    /// `fd:N`, a socket, pipe or file that this process has inherited.
+    Fd(RawFd),
+}
+
+impl FromStr for Uri {
+    type Err = StreamError;
+
+    fn from_str(text: &str) -> Result<Uri, StreamError> {
+        let wrong = |why: &str| Err(StreamError::Uri { uri: text.into(), why: why.into() });
+        let (scheme, rest) = text.split_once(':').unwrap_or((text, ""));
+        match scheme {
+            "tcp" => {
+                let Some((host, port)) = rest.rsplit_once(':') else {
+                    return wrong("a port is missing: write tcp:HOST:PORT");
+                };
+                let Ok(port) = port.parse() else {
+                    return wrong("the port must be a number from 0 to 65535: write tcp:HOST:PORT");
+                };
+                let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+                if bare.is_none() && host.contains(':') {
+                    return wrong("an IPv6 address goes into brackets: write tcp:[ADDRESS]:PORT");
+                }
+                Ok(Uri::Tcp { host: bare.unwrap_or(host).into(), port })
+            }
+            "unix" | "file" | "exec" if rest.is_empty() => wrong("nothing follows the colon"),
+            "unix" => Ok(Uri::Unix(rest.into())),
+            "file" => Ok(Uri::File(rest.into())),
+            "exec" => Ok(Uri::Exec(rest.into())),
+            "fd" => match rest.parse() {
+                Ok(number) if number >= 0 => Ok(Uri::Fd(number)),
+                _ => wrong("fd: takes the number of an open file descriptor"),
+            },
+            _ => wrong("write tcp:HOST:PORT, unix:PATH, file:PATH, exec:COMMAND or fd:N"),
+        }
+    }
+}
+
+impl fmt::Display for Uri {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Uri::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
+            Uri::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
+            Uri::Unix(path) => write!(f, "unix:{}", path.display()),
+            Uri::File(path) => write!(f, "file:{}", path.display()),
+            Uri::Exec(command) => write!(f, "exec:{command}"),
+            Uri::Fd(number) => write!(f, "fd:{number}"),
+        }
+    }
+}
+
+impl Uri {
+    /// Whether only one channel is possible.
+    pub fn is_single(&self) -> bool {
+        matches!(self, Uri::File(_) | Uri::Exec(_) | Uri::Fd(_))
+    }
+
+    fn error(&self, advice: impl Into<String>, source: impl Into<Option<io::Error>>) -> StreamError {
+        StreamError::Open { uri: self.to_string(), advice: advice.into(), source: source.into() }
+    }
+}
+
+/// How to connect or accept.
+#[derive(Clone)]
+pub struct Options {
+    /// Channels to open, 1 to [`MAX_CHANNELS`](super::frame::MAX_CHANNELS). A destination takes the source's number.
+    pub channels: u16,
+    /// The source wants no answers: for `exec:` filters such as a compressor. Files and pipes are always one way.
+    pub one_way: bool,
+    /// How long connecting, or accepting, may take altogether; `None` waits until cancelled.
+    pub deadline: Option<Duration>,
+    /// How long a read or write may make no progress; `None` waits until cancelled.
+    pub timeout: Option<Duration>,
+    /// Ends everything.
+    pub cancel: Cancel,
+    /// Limits what is written, over all channels.
+    pub limiter: Limiter,
+}
+
+impl Options {
+    /// One channel, ten seconds to connect, thirty without progress, no limit, a new cancel switch.
+    ///
+    /// # Errors
+    /// When the process is out of file descriptors.
+    pub fn new() -> Result<Options, StreamError> {
+        Ok(Options {
+            channels: 1,
+            one_way: false,
+            deadline: Some(Duration::from_secs(10)),
+            timeout: Some(Duration::from_secs(30)),
+            cancel: Cancel::new()?,
+            limiter: Limiter::new(None),
+        })
+    }
+}
+
+/// The channels of one migration, their headers exchanged.
+pub struct Connection {
+    /// The migration.
+    pub id: MigrationId,
+    /// The destination sends nothing; it starts from what it reads.
+    pub one_way: bool,
+    /// The channels by number, at least one.
+    pub channels: Vec<Channel>,
+}
+
+impl Connection {
+    /// Makes sure that what was written has arrived where this end can see it: a file is on disk under its own name, a
+    /// command has ended well. Until this is called a `file:` destination does not appear.
+    ///
+    /// # Errors
+    /// `Command`, `DiskFull`, `Timeout`, `Cancelled`, and what the system says.
+    pub fn finish(self) -> Result<(), StreamError> {
+        self.channels.iter().try_for_each(|channel| channel.0.finish())
+    }
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let channels = self.channels.len();
+        f.debug_struct("Connection").field("id", &self.id).field("channels", &channels).finish_non_exhaustive()
+    }
+}
+
+/// One connection of a migration. Clones share it, so one thread can read while another writes.
+#[derive(Clone)]
+pub struct Channel(Arc<Inner>);
+
+struct Inner {
+    fd: OwnedFd,
+    kind: FdKind,
+    cancel: Cancel,
+    limiter: Limiter,
+    timeout_ms: AtomicU64,
+    sent: AtomicU64,
+    received: AtomicU64,
+    end: Mutex<End>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum FdKind {
+    /// Blocks; the kernel keeps its timeouts and shutdown(2) interrupts it.
+    Socket,
+    /// Does not block; poll keeps timeouts and sees the cancel switch.
+    Pipe,
+    /// Never waits for a peer.
+    File,
+}
+
+/// What is left to do when the last byte is written.
+enum End {
+    Nothing,
+    Rename { from: PathBuf, to: PathBuf },
+    Wait { child: Child, command: String },
+}
+
+impl Channel {
+    fn new(fd: OwnedFd, end: End, options: &Options) -> Result<Channel, StreamError> {
+        let kind = kind_of(&fd)?;
+        set_nonblocking(fd.as_fd(), kind == FdKind::Pipe)?;
+        if kind == FdKind::Socket {
+            enlarge_buffers(&fd);
+        }
+        let inner = Arc::new(Inner {
+            fd,
+            kind,
+            cancel: options.cancel.clone(),
+            limiter: options.limiter.clone(),
+            timeout_ms: AtomicU64::new(0),
+            sent: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+            end: Mutex::new(end),
+        });
+        let target: Weak<Inner> = Arc::downgrade(&inner);
+        options.cancel.register(target);
+        let channel = Channel(inner);
+        channel.set_timeout(options.timeout)?;
+        Ok(channel)
+    }
+
+    /// How long a read or write may make no progress from now on; `None` waits until cancelled.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn set_timeout(&self, timeout: Option<Duration>) -> Result<(), StreamError> {
+        let millis = timeout.map_or(0, |timeout| timeout.as_millis().clamp(1, i32::MAX as u128) as u64);
+        self.0.timeout_ms.store(millis, Ordering::Relaxed);
+        if self.0.kind == FdKind::Socket {
+            let value = TimeVal::new((millis / 1000) as i64, (millis % 1000 * 1000) as i64);
+            setsockopt(&self.0.fd, sockopt::ReceiveTimeout, &value).map_err(io::Error::from)?;
+            setsockopt(&self.0.fd, sockopt::SendTimeout, &value).map_err(io::Error::from)?;
+        }
+        Ok(())
+    }
+
+    /// Bytes written so far, headers included; for others to look at meanwhile.
+    pub fn sent(&self) -> u64 {
+        self.0.sent.load(Ordering::Relaxed)
+    }
+
+    /// Bytes read so far, headers included.
+    pub fn received(&self) -> u64 {
+        self.0.received.load(Ordering::Relaxed)
+    }
+
+    /// Ends this channel alone: whoever blocks on it, here or at the peer, goes on with an error. Does nothing to pipes
+    /// and files.
+    pub fn shutdown(&self) {
+        self.0.shutdown(Shutdown::Both);
+    }
+
+    /// Ends reading alone: whoever blocks on a read here goes on with an error, and what is written still arrives. Does
+    /// nothing to pipes and files.
+    pub fn shutdown_read(&self) {
+        self.0.shutdown(Shutdown::Read);
+    }
+
+    /// The descriptor, to poll it for readability.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.0.fd.as_fd()
+    }
+}
+
+impl fmt::Debug for Channel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Channel").field("fd", &self.0.fd).finish_non_exhaustive()
+    }
+}
+
+impl Read for Channel {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.0.read(|fd| Ok(nix::unistd::read(fd, into)?))
+    }
+}
+
+impl ReadMemory for Channel {
+    fn read_memory(&mut self, window: &Window<'_>) -> io::Result<usize> {
+        self.0.read(|fd| window.readv(fd))
+    }
+}
+
+impl Write for Channel {
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        self.write_vectored(&[IoSlice::new(from)])
+    }
+
+    fn write_vectored(&mut self, from: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.0.write(from)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Inner {
+    fn read(&self, mut read: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>) -> io::Result<usize> {
+        let count = self.transfer(PollFlags::POLLIN, || read(self.fd.as_fd()))?;
+        self.received.fetch_add(count as u64, Ordering::Relaxed);
+        Ok(count)
+    }
+
+    fn write(&self, from: &[IoSlice<'_>]) -> io::Result<usize> {
+        let total = from.iter().map(|part| part.len()).sum::<usize>();
+        let piece = self.limiter.piece();
+        let first;
+        let from = if total <= piece {
+            from
+        } else {
+            // Slow links get small pieces, so that they stay smooth and cancelling is quick.
+            let part = from.iter().find(|part| !part.is_empty()).map_or(&[][..], |part| part);
+            first = [IoSlice::new(part.get(..piece).unwrap_or(part))];
+            &first
+        };
+        let length = from.iter().map(|part| part.len()).sum::<usize>();
+        self.limiter.take(length, &self.cancel)?;
+        let count = self.transfer(PollFlags::POLLOUT, || match self.kind {
+            // No SIGPIPE from a peer that is gone.
+            FdKind::Socket => {
+                let flags = MsgFlags::MSG_NOSIGNAL;
+                Ok(socket::sendmsg::<()>(self.fd.as_raw_fd(), from, &[], flags, None)?)
+            }
+            _ => Ok(nix::sys::uio::writev(&self.fd, from)?),
+        })?;
+        self.sent.fetch_add(count as u64, Ordering::Relaxed);
+        Ok(count)
+    }
+
+    /// Runs `io` until it transfers something, in the way of this kind of descriptor.
+    fn transfer(&self, events: PollFlags, mut io: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+        let timeout = Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed));
+        let deadline = (!timeout.is_zero()).then(|| Instant::now() + timeout);
+        self.cancel.check()?;
+        loop {
+            let result = io();
+            // A shutdown by the cancel switch looks like an end of file or a broken pipe.
+            self.cancel.check()?;
+            match result {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                other => return other,
+            }
+            let mut fds = [PollFd::new(self.fd.as_fd(), events), PollFd::new(self.cancel.fd(), PollFlags::POLLIN)];
+            if self.kind == FdKind::Socket || !poll_until(&mut fds, deadline)? {
+                return Err(StreamError::Timeout(timeout).into());
+            }
+        }
+    }
+
+    fn shutdown(&self, how: Shutdown) {
+        if self.kind == FdKind::Socket {
+            // Fails when the peer is gone already, which is as good.
+            let _ = socket::shutdown(self.fd.as_raw_fd(), how);
+        }
+    }
+
+    fn finish(&self) -> Result<(), StreamError> {
+        /// How often a command is looked at while it ends.
+        const NAP: Duration = Duration::from_millis(5);
+        if matches!(*lock(&self.end), End::Wait { .. }) {
+            // Filters end at the end of their input.
+            self.shutdown(Shutdown::Write);
+        }
+        let timeout = Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed));
+        let deadline = (!timeout.is_zero()).then(|| Instant::now() + timeout);
+        loop {
+            self.cancel.check()?;
+            match &mut *lock(&self.end) {
+                End::Nothing => return Ok(()),
+                end @ End::Rename { .. } => {
+                    nix::unistd::fdatasync(&self.fd).map_err(io::Error::from)?;
+                    if let End::Rename { from, to } = end {
+                        std::fs::rename(from, to)?;
+                    }
+                    *end = End::Nothing;
+                    return Ok(());
+                }
+                end @ End::Wait { .. } => {
+                    if let End::Wait { child, command } = end
+                        && let Some(status) = child.try_wait()?
+                    {
+                        let command = std::mem::take(command);
+                        *end = End::Nothing;
+                        let status = if status.success() { return Ok(()) } else { status.to_string() };
+                        return Err(StreamError::Command { command, status });
+                    }
+                }
+            }
+            if deadline.is_some_and(|deadline| Instant::now() > deadline) {
+                return Err(StreamError::Timeout(timeout));
+            }
+            self.cancel.wait(NAP)?;
+        }
+    }
+}
+
+impl Interrupt for Inner {
+    fn interrupt(&self) {
+        self.shutdown(Shutdown::Both);
+    }
+}
+
+impl Drop for Inner {
+    /// A migration that was not finished leaves neither half a file nor a running command.
+    fn drop(&mut self) {
+        match &mut *lock(&self.end) {
+            End::Nothing => {}
+            End::Rename { from, .. } => {
+                let _ = std::fs::remove_file(from);
+            }
+            End::Wait { child, .. } => {
+                self.shutdown(Shutdown::Both);
+                // The command is the leader of its own process group.
+                let _ = killpg(Pid::from_raw(child.id().cast_signed()), Signal::SIGKILL);
+                let _ = child.wait();
+            }
+        }
+    }
+}
+
+fn kind_of(fd: &OwnedFd) -> Result<FdKind, StreamError> {
+    use nix::sys::stat::{SFlag, fstat};
+    let mode = fstat(fd).map_err(io::Error::from)?.st_mode;
+    Ok(match SFlag::from_bits_truncate(mode & SFlag::S_IFMT.bits()) {
+        SFlag::S_IFSOCK => FdKind::Socket,
+        SFlag::S_IFREG | SFlag::S_IFBLK => FdKind::File,
+        _ => FdKind::Pipe,
+    })
+}
+
+fn set_nonblocking(fd: BorrowedFd<'_>, nonblocking: bool) -> Result<(), StreamError> {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    let mut flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL).map_err(io::Error::from)?);
+    flags.set(OFlag::O_NONBLOCK, nonblocking);
+    fcntl(fd, FcntlArg::F_SETFL(flags)).map_err(io::Error::from)?;
+    Ok(())
+}
+
+/// Best effort. TCP sizes its own buffers better than a fixed size would.
+fn enlarge_buffers(fd: &OwnedFd) {
+    const BYTES: usize = 4 << 20;
+    let _ = setsockopt(fd, sockopt::TcpNoDelay, &true);
+    let unix = socket::getsockname::<socket::UnixAddr>(fd.as_raw_fd()).is_ok();
+    if unix && setsockopt(fd, sockopt::SndBufForce, &BYTES).is_err() {
+        let _ = setsockopt(fd, sockopt::SndBuf, &BYTES);
+    }
+}
+
+/// The kernel's limit for a socket's path, without the final zero.
+const SOCKET_PATH: usize = 107;
+
+fn check_socket_path(uri: &Uri, path: &Path) -> Result<(), StreamError> {
+    let length = path.as_os_str().len();
+    if length <= SOCKET_PATH {
+        return Ok(());
+    }
+    let advice = format!("the socket path has {length} bytes, at most {SOCKET_PATH} are possible: use a shorter one");
+    Err(uri.error(advice, None))
+}
+
+fn check_single(uri: &Uri, channels: u16) -> Result<(), StreamError> {
+    if channels == 1 {
+        return Ok(());
+    }
+    Err(uri.error(format!("{channels} channels were asked for, this transport has one: use --channels 1"), None))
+}
+
+/// What went wrong, for errors that need no other advice than their own name.
+fn plain(error: io::Error) -> (String, Option<io::Error>) {
+    let advice = match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::EACCES | Errno::EPERM) => "no permission: check the owner and mode of the path".into(),
+        Some(Errno::ENOENT) => "there is no such path: check its spelling and that its folder exists".into(),
+        Some(Errno::ENOSPC) => "no space left: free some or choose another place".into(),
+        Some(Errno::EISDIR) => "this is a folder: name a file in it".into(),
+        Some(Errno::EROFS) => "the file system is read-only: choose another place".into(),
+        _ => error.to_string(),
+    };
+    (advice, Some(error))
+}
+
+fn open_error(uri: &Uri) -> impl Fn(io::Error) -> StreamError + '_ {
+    move |error| {
+        let (advice, source) = plain(error);
+        uri.error(advice, source)
+    }
+}
+
+/// Starts the command of an `exec:` URI; returns our end of its standard input and output.
+fn spawn(uri: &Uri, command: &str) -> Result<(OwnedFd, End), StreamError> {
+    use std::os::unix::process::CommandExt;
+    use std::process::{Command, Stdio};
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+    let theirs = OwnedFd::from(theirs);
+    let input = Stdio::from(theirs.try_clone()?);
+    let child = Command::new("/bin/sh")
+        .arg("-c")
+        .arg(command)
+        .stdin(input)
+        .stdout(theirs)
+        .process_group(0)
+        .spawn()
+        .map_err(open_error(uri))?;
+    Ok((ours.into(), End::Wait { child, command: command.into() }))
+}
+
+fn inherited(uri: &Uri, number: RawFd) -> Result<OwnedFd, StreamError> {
+    super::sys::duplicate(number).map_err(|error| {
+        let advice = format!("file descriptor {number} is not open: pass it on when starting this program");
+        uri.error(advice, error)
+    })
+}

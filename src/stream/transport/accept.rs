@@ -1,0 +1,342 @@
+//! The destination's side: waiting for all channels of one migration, among whatever else connects.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::net::TcpListener;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags};
+
+use super::connect::resolve;
+use super::{Channel, Connection, End, FdKind, Options, Uri, check_single, check_socket_path, inherited, kind_of};
+use super::{open_error, set_nonblocking, spawn};
+use crate::stream::StreamError;
+use crate::stream::frame::{ConnectionHeader, HEADER_BYTES, MAX_CHANNELS};
+use crate::stream::limiter::poll_until;
+
+/// Most connections that may wait to become a migration.
+const MAX_WAITING: usize = 2 * MAX_CHANNELS as usize;
+/// How long a connection may take to send its header.
+const HEADER_TIME: Duration = Duration::from_secs(10);
+
+/// Waits for a migration at a URI. Dropping it removes the socket file it has made.
+#[derive(Debug)]
+pub struct Listener {
+    uri: Uri,
+    socket: Socket,
+}
+
+#[derive(Debug)]
+enum Socket {
+    Tcp(TcpListener),
+    Unix {
+        listener: UnixListener,
+        path: PathBuf,
+        inode: (u64, u64),
+    },
+    /// Opened when accepting.
+    Single,
+}
+
+impl Listener {
+    /// Starts to listen; a source can connect from now on.
+    ///
+    /// # Errors
+    /// `Open` with advice: port or socket in use, path too long, no permission, no such file.
+    pub fn bind(uri: &Uri) -> Result<Listener, StreamError> {
+        let mut uri = uri.clone();
+        let socket = match &mut uri {
+            Uri::Tcp { .. } => {
+                let (listener, bound) = bind_tcp(&uri)?;
+                uri = bound;
+                Socket::Tcp(listener)
+            }
+            Uri::Unix(path) => {
+                let path = path.clone();
+                bind_unix(&uri, path)?
+            }
+            Uri::File(path) => {
+                File::open(&*path).map_err(open_error(&uri))?;
+                Socket::Single
+            }
+            Uri::Exec(_) => Socket::Single,
+            Uri::Fd(number) => {
+                let number = *number;
+                inherited(&uri, number)?;
+                Socket::Single
+            }
+        };
+        Ok(Listener { uri, socket })
+    }
+
+    /// Where this listens, with the port that the system chose.
+    pub fn uri(&self) -> &Uri {
+        &self.uri
+    }
+
+    /// Waits until all channels of one migration are there and answers their headers. Connections that are not part of
+    /// it are dropped with a warning, and waiting goes on. `options.channels` and `one_way` are not used: the source
+    /// says.
+    ///
+    /// # Errors
+    /// `Timeout` after `options.deadline`, `Cancelled`, and for transports with a single channel whatever is wrong with
+    /// it.
+    pub fn accept(&self, options: &Options) -> Result<Connection, StreamError> {
+        let single = match &self.uri {
+            Uri::Tcp { .. } | Uri::Unix(_) => return self.accept_sockets(options),
+            Uri::File(path) => (File::open(path).map_err(open_error(&self.uri))?.into(), End::Nothing),
+            Uri::Exec(command) => spawn(&self.uri, command)?,
+            Uri::Fd(number) => (inherited(&self.uri, *number)?, End::Nothing),
+        };
+        let (fd, end) = single;
+        let answers = kind_of(&fd)? == FdKind::Socket;
+        let mut channel = Channel::new(fd, end, options)?;
+        channel.set_timeout(options.deadline)?;
+        let header = ConnectionHeader::read(&mut channel);
+        if let Err(StreamError::Version { .. }) = header {
+            refuse(&mut channel);
+        }
+        let header = header?;
+        check_single(&self.uri, header.channels)?;
+        if !header.one_way {
+            if !answers {
+                return Err(self.uri.error("this stream wants answers, which can't be given here: use a socket", None));
+            }
+            channel.write_all(&header.encode())?;
+        }
+        channel.set_timeout(options.timeout)?;
+        Ok(Connection { id: header.id, one_way: header.one_way, channels: vec![channel] })
+    }
+
+    fn accept_sockets(&self, options: &Options) -> Result<Connection, StreamError> {
+        let deadline = options.deadline.map(|time| Instant::now() + time);
+        let mut waiting: Vec<Waiting> = Vec::new();
+        loop {
+            if let Some(complete) = complete(&mut waiting) {
+                match answer(complete, options) {
+                    Ok(connection) => return Ok(connection),
+                    Err(StreamError::Cancelled) => return Err(StreamError::Cancelled),
+                    Err(error) => tracing::warn!("a migration went away before it began: {error}"),
+                }
+            }
+            let header_due = waiting.iter().filter(|w| w.header.is_none()).map(|w| w.since + HEADER_TIME).min();
+            let wake = deadline.into_iter().chain(header_due).min();
+            let (ready, listening) = self.poll(&waiting, options, wake)?;
+            for (connection, _) in waiting.iter_mut().zip(&ready).filter(|(_, ready)| **ready) {
+                connection.read();
+            }
+            waiting.retain(Waiting::keep);
+            if listening && let Some(fd) = self.accept_one()? {
+                if waiting.len() == MAX_WAITING {
+                    tracing::warn!("too many connections at {}: dropping the oldest", self.uri);
+                    waiting.remove(0);
+                }
+                waiting.push(Waiting::new(fd));
+            }
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                let advice = format!("no migration came within {:?}", options.deadline.unwrap_or_default());
+                return Err(self.uri.error(advice, None));
+            }
+        }
+    }
+
+    /// Which of `waiting` can be read, and whether a new connection is there.
+    fn poll(
+        &self,
+        waiting: &[Waiting],
+        options: &Options,
+        until: Option<Instant>,
+    ) -> Result<(Vec<bool>, bool), StreamError> {
+        let listener = match &self.socket {
+            Socket::Tcp(listener) => listener.as_fd(),
+            Socket::Unix { listener, .. } => listener.as_fd(),
+            Socket::Single => options.cancel.fd(),
+        };
+        // Those that have sent their header say no more before they are answered; only their end is of interest.
+        let events = |w: &Waiting| if w.header.is_none() { PollFlags::POLLIN } else { PollFlags::empty() };
+        let mut fds: Vec<_> = waiting.iter().map(|w| PollFd::new(w.fd.as_fd(), events(w))).collect();
+        fds.extend([listener, options.cancel.fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
+        poll_until(&mut fds, until)?;
+        options.cancel.check()?;
+        let mut ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(true)).collect();
+        ready.pop();
+        let listening = ready.pop().unwrap_or(false);
+        Ok((ready, listening))
+    }
+
+    fn accept_one(&self) -> Result<Option<OwnedFd>, StreamError> {
+        let accepted = match &self.socket {
+            Socket::Tcp(listener) => listener.accept().map(|(stream, _)| OwnedFd::from(stream)),
+            Socket::Unix { listener, .. } => listener.accept().map(|(stream, _)| OwnedFd::from(stream)),
+            Socket::Single => return Ok(None),
+        };
+        match accepted {
+            Ok(fd) => {
+                set_nonblocking(fd.as_fd(), true)?;
+                Ok(Some(fd))
+            }
+            // The client was quicker to leave than this to accept.
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => {
+                Ok(None)
+            }
+            Err(error) => Err(open_error(&self.uri)(error)),
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Socket::Unix { path, inode, .. } = &self.socket
+            && inode_of(path).is_ok_and(|now| now == *inode)
+        {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// A connection that is not part of a complete migration yet.
+struct Waiting {
+    fd: OwnedFd,
+    since: Instant,
+    bytes: Vec<u8>,
+    header: Option<ConnectionHeader>,
+    gone: bool,
+}
+
+impl Waiting {
+    fn new(fd: OwnedFd) -> Waiting {
+        Waiting { fd, since: Instant::now(), bytes: Vec::new(), header: None, gone: false }
+    }
+
+    fn read(&mut self) {
+        let mut buffer = [0; HEADER_BYTES];
+        let room = HEADER_BYTES - self.bytes.len();
+        let result = match buffer.get_mut(..room) {
+            Some(into) if room > 0 => nix::unistd::read(&self.fd, into),
+            // It has sent its header and now reports an end or an error.
+            _ => Ok(0),
+        };
+        match result {
+            Ok(0) => self.drop_with("it was closed"),
+            Ok(count) => self.bytes.extend_from_slice(buffer.get(..count).unwrap_or_default()),
+            Err(nix::Error::EAGAIN | nix::Error::EINTR) => {}
+            Err(error) => self.drop_with(error),
+        }
+        let Ok(bytes) = self.bytes.as_slice().try_into() else { return };
+        match ConnectionHeader::decode(bytes) {
+            Ok(header) => self.header = Some(header),
+            Err(error) => {
+                if let StreamError::Version { .. } = error
+                    && let Ok(fd) = self.fd.try_clone()
+                {
+                    refuse(&mut File::from(fd));
+                }
+                self.drop_with(error);
+            }
+        }
+    }
+
+    fn keep(&self) -> bool {
+        let late = self.header.is_none() && self.since.elapsed() >= HEADER_TIME;
+        if late {
+            tracing::warn!("dropping a connection: no header came within {HEADER_TIME:?}");
+        }
+        !self.gone && !late
+    }
+
+    fn drop_with(&mut self, why: impl std::fmt::Display) {
+        tracing::warn!("dropping a connection: {why}");
+        self.gone = true;
+    }
+}
+
+/// Takes the connections of the first migration that has all its channels.
+fn complete(waiting: &mut Vec<Waiting>) -> Option<Vec<Waiting>> {
+    let found = waiting.iter().filter_map(|w| w.header).find(|first| {
+        (0..first.channels).all(|channel| {
+            let wanted = ConnectionHeader { channel, ..*first };
+            waiting.iter().any(|w| w.header == Some(wanted))
+        })
+    })?;
+    let mut channels = Vec::new();
+    for channel in 0..found.channels {
+        let wanted = ConnectionHeader { channel, ..found };
+        let index = waiting.iter().position(|w| w.header == Some(wanted))?;
+        channels.push(waiting.remove(index));
+    }
+    Some(channels)
+}
+
+/// Answers every channel. Others of the same migration can't hold it up: forty bytes fit any socket's buffer.
+fn answer(waiting: Vec<Waiting>, options: &Options) -> Result<Connection, StreamError> {
+    let mut channels = Vec::new();
+    let mut first = None;
+    for waiting in waiting {
+        let mut channel = Channel::new(waiting.fd, End::Nothing, options)?;
+        let header = waiting.header.ok_or(StreamError::NotAStream)?;
+        if !header.one_way {
+            channel.write_all(&header.encode())?;
+        }
+        channels.push(channel);
+        first.get_or_insert(header);
+    }
+    let header = first.ok_or(StreamError::NotAStream)?;
+    Ok(Connection { id: header.id, one_way: header.one_way, channels })
+}
+
+/// Tells a source of another version which version this is; it knows the rest.
+fn refuse(to: &mut impl Write) {
+    let header = ConnectionHeader { id: crate::stream::MigrationId(0), channel: 0, channels: 1, one_way: false };
+    // The source may be gone, or be a file.
+    let _ = to.write_all(&header.encode());
+}
+
+fn bind_tcp(uri: &Uri) -> Result<(TcpListener, Uri), StreamError> {
+    let Uri::Tcp { host, port } = uri else {
+        return Err(uri.error("not a TCP address", None));
+    };
+    let host = if host.is_empty() { "0.0.0.0" } else { host };
+    let addresses = resolve(uri, host, *port)?;
+    let listener = TcpListener::bind(addresses.as_slice()).map_err(|error| match error.kind() {
+        io::ErrorKind::AddrInUse => uri.error("the port is in use: stop what listens there or choose another", error),
+        io::ErrorKind::AddrNotAvailable => uri.error("this machine has no such address", error),
+        io::ErrorKind::PermissionDenied => uri.error("no permission for this port: choose one above 1023", error),
+        _ => open_error(uri)(error),
+    })?;
+    listener.set_nonblocking(true)?;
+    let port = listener.local_addr()?.port();
+    Ok((listener, Uri::Tcp { host: host.into(), port }))
+}
+
+fn bind_unix(uri: &Uri, path: PathBuf) -> Result<Socket, StreamError> {
+    check_socket_path(uri, &path)?;
+    if let Ok(found) = std::fs::symlink_metadata(&path) {
+        if !found.file_type().is_socket() {
+            return Err(uri.error("this path exists and is not a socket: choose another", None));
+        }
+        match UnixStream::connect(&path) {
+            // Left behind by a process that has died.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                std::fs::remove_file(&path).map_err(open_error(uri))?;
+            }
+            Err(error) => return Err(open_error(uri)(error)),
+            Ok(_) => {
+                let advice = "another process listens at this socket: stop it or choose another path";
+                return Err(uri.error(advice, None));
+            }
+        }
+    }
+    let listener = UnixListener::bind(&path).map_err(open_error(uri))?;
+    listener.set_nonblocking(true)?;
+    let inode = inode_of(&path)?;
+    Ok(Socket::Unix { listener, path, inode })
+}
+
+fn inode_of(path: &Path) -> io::Result<(u64, u64)> {
+    let found = std::fs::symlink_metadata(path)?;
+    Ok((found.dev(), found.ino()))
+}

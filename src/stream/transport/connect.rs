@@ -1,0 +1,191 @@
+//! The source's side of opening a migration's channels.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, UnixAddr, connect as connect_fd,
+    getsockopt, socket, sockopt,
+};
+
+use super::{Channel, Connection, End, FdKind, Options, Uri, check_single, check_socket_path, inherited, kind_of};
+use super::{open_error, spawn};
+use crate::stream::StreamError;
+use crate::stream::frame::{ConnectionHeader, MAX_CHANNELS, MigrationId};
+use crate::stream::limiter::poll_until;
+
+/// Opens the channels of a new migration, sends their headers and waits for the destination's, if it answers.
+///
+/// # Errors
+/// `Open` with advice, `Version`, `Timeout`, `Cancelled`, and what the system says.
+pub fn connect(uri: &Uri, options: &Options) -> Result<Connection, StreamError> {
+    let deadline = options.deadline.map(|time| Instant::now() + time);
+    let channels = options.channels;
+    if channels == 0 || channels > MAX_CHANNELS {
+        return Err(uri.error(format!("{channels} channels are not possible: use 1 to {MAX_CHANNELS}"), None));
+    }
+    if uri.is_single() {
+        check_single(uri, channels)?;
+    }
+    let mut fds = Vec::new();
+    for _ in 0..channels {
+        fds.push(match uri {
+            Uri::Tcp { host, port } => (tcp(uri, host, *port, options, deadline)?, End::Nothing),
+            Uri::Unix(path) => (unix(uri, path, options, deadline)?, End::Nothing),
+            Uri::File(path) => file(uri, path)?,
+            Uri::Exec(command) => spawn(uri, command)?,
+            Uri::Fd(number) => (inherited(uri, *number)?, End::Nothing),
+        });
+    }
+    let mut one_way = options.one_way;
+    for (fd, _) in &fds {
+        one_way |= kind_of(fd)? != FdKind::Socket;
+    }
+    let id = MigrationId::random()?;
+    let header = |channel| ConnectionHeader { id, channel, channels, one_way };
+    let mut open = Vec::new();
+    for ((fd, end), number) in fds.into_iter().zip(0..) {
+        let mut channel = Channel::new(fd, end, options)?;
+        channel.write_all(&header(number).encode())?;
+        open.push(channel);
+    }
+    if !one_way {
+        for (channel, number) in open.iter_mut().zip(0..) {
+            answer(uri, channel, header(number), deadline)?;
+            channel.set_timeout(options.timeout)?;
+        }
+    }
+    Ok(Connection { id, one_way, channels: open })
+}
+
+fn answer(
+    uri: &Uri,
+    channel: &mut Channel,
+    wanted: ConnectionHeader,
+    deadline: Option<Instant>,
+) -> Result<(), StreamError> {
+    // Never zero, which would be no timeout.
+    let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1));
+    channel.set_timeout(left)?;
+    match ConnectionHeader::read(channel) {
+        Ok(found) if found == wanted => Ok(()),
+        Ok(_) => Err(uri.error("the answer is to another migration: connect to the destination directly", None)),
+        Err(StreamError::Timeout(time)) => {
+            let advice = format!("no answer within {time:?}: check that the destination waits for a migration");
+            Err(uri.error(advice, None))
+        }
+        Err(StreamError::Truncated(_) | StreamError::PeerGone) => {
+            Err(uri.error("the destination closed the connection without an answer: its own log says why", None))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn tcp(uri: &Uri, host: &str, port: u16, options: &Options, deadline: Option<Instant>) -> Result<OwnedFd, StreamError> {
+    let host = if host.is_empty() { "localhost" } else { host };
+    let mut last = None;
+    for address in resolve(uri, host, port)? {
+        let opened = match address {
+            SocketAddr::V4(address) => open(AddressFamily::Inet, &SockaddrIn::from(address), options, deadline),
+            SocketAddr::V6(address) => open(AddressFamily::Inet6, &SockaddrIn6::from(address), options, deadline),
+        };
+        match opened {
+            Ok(fd) => return Ok(fd),
+            Err(StreamError::Io(error)) => last = Some(error),
+            Err(StreamError::Timeout(_)) => return Err(uri.error("no answer from this host: check its address", None)),
+            Err(error) => return Err(error),
+        }
+    }
+    Err(match last {
+        Some(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            uri.error("nothing listens at this port: start the destination first", error)
+        }
+        Some(error) => open_error(uri)(error),
+        None => uri.error("this host has no address", None),
+    })
+}
+
+pub(super) fn resolve(uri: &Uri, host: &str, port: u16) -> Result<Vec<SocketAddr>, StreamError> {
+    if let Ok(address) = host.parse::<IpAddr>() {
+        return Ok(vec![(address, port).into()]);
+    }
+    let found = (host, port).to_socket_addrs();
+    Ok(found.map_err(|error| uri.error(format!("the host name \"{host}\" is not known"), error))?.collect())
+}
+
+fn unix(uri: &Uri, path: &Path, options: &Options, deadline: Option<Instant>) -> Result<OwnedFd, StreamError> {
+    check_socket_path(uri, path)?;
+    let address = UnixAddr::new(path).map_err(|error| open_error(uri)(error.into()))?;
+    loop {
+        let error = match open(AddressFamily::Unix, &address, options, deadline) {
+            Err(StreamError::Io(error)) => error,
+            other => return other,
+        };
+        match error.kind() {
+            // Its queue of connections is full.
+            io::ErrorKind::WouldBlock if deadline.is_none_or(|deadline| Instant::now() < deadline) => {
+                options.cancel.wait(Duration::from_millis(20))?;
+            }
+            io::ErrorKind::WouldBlock => return Err(uri.error("the destination does not accept connections", error)),
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                return Err(uri.error("nothing listens at this socket: start the destination first", error));
+            }
+            _ => return Err(open_error(uri)(error)),
+        }
+    }
+}
+
+/// Connects a new socket, minding the deadline and the cancel switch.
+fn open(
+    family: AddressFamily,
+    address: &dyn SockaddrLike,
+    options: &Options,
+    deadline: Option<Instant>,
+) -> Result<OwnedFd, StreamError> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(family, SockType::Stream, flags, None).map_err(io::Error::from)?;
+    match connect_fd(fd.as_raw_fd(), address) {
+        Ok(()) => {}
+        Err(Errno::EINPROGRESS | Errno::EINTR) => {
+            let events = PollFlags::POLLOUT;
+            let mut fds = [PollFd::new(fd.as_fd(), events), PollFd::new(options.cancel.fd(), PollFlags::POLLIN)];
+            if !poll_until(&mut fds, deadline)? {
+                return Err(StreamError::Timeout(options.deadline.unwrap_or_default()));
+            }
+            options.cancel.check()?;
+            match getsockopt(&fd, sockopt::SocketError).map_err(io::Error::from)? {
+                0 => {}
+                error => return Err(StreamError::Io(io::Error::from_raw_os_error(error))),
+            }
+        }
+        Err(error) => return Err(StreamError::Io(error.into())),
+    }
+    Ok(fd)
+}
+
+/// A new file gets its name when all is written. It holds a guest's memory: nobody else may read it.
+fn file(uri: &Uri, path: &Path) -> Result<(OwnedFd, End), StreamError> {
+    match std::fs::metadata(path) {
+        Ok(found) if found.file_type().is_fifo() => {
+            return Err(uri.error("this is a pipe: open it in the shell and use fd:N", None));
+        }
+        Ok(found) if !found.is_file() => {
+            let device = File::options().write(true).open(path).map_err(open_error(uri))?;
+            return Ok((device.into(), End::Nothing));
+        }
+        _ => {}
+    }
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(".partial");
+    let partial = PathBuf::from(partial);
+    let mut how = OpenOptions::new();
+    let file = how.write(true).create(true).truncate(true).mode(0o600).open(&partial).map_err(open_error(uri))?;
+    Ok((file.into(), End::Rename { from: partial, to: path.into() }))
+}
