@@ -50,11 +50,11 @@ pub trait Device: Send + Sync {
 /// Requests may be completed in any order. Dropping a queue waits for whatever still reaches into guest memory.
 pub trait Queue {
     /// Takes a request. It comes back from [`Queue::completions`], now or later.
-    fn submit(&mut self, request: Box<Request>);
+    fn submit(&mut self, request: Request);
 
     /// Hands back what is complete, in `done`, after passing on whatever [`Queue::submit`] held back to pass on in one
     /// go.
-    fn completions(&mut self, done: &mut Vec<Box<Request>>);
+    fn completions(&mut self, done: &mut Vec<Request>);
 
     /// An fd that is readable while completions wait; a queue that completes requests at once has none.
     fn completion_fd(&self) -> Option<BorrowedFd<'_>>;

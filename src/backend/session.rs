@@ -152,7 +152,7 @@ impl Session {
         }
     }
 
-    /// Does what a message asks, and says what to answer. Refused messages change nothing.
+    /// Does what a message asks, and says what to answer. What is refused for its contents changes nothing.
     pub fn message(&mut self, message: Message, rings: &mut dyn Rings) -> Step {
         let code = message.code;
         debug!(
@@ -300,10 +300,13 @@ impl Session {
                 let bytes = config_bytes(&message, offset, size)?;
                 self.device.set_config(offset, bytes, flags)?;
             }
-            Code::GET_INFLIGHT_FD => return self.get_inflight(message.body()?).map(Some),
+            Code::GET_INFLIGHT_FD => return Ok(Some(self.get_inflight(message.body()?))),
             Code::SET_INFLIGHT_FD => {
                 let description: InflightDescription = message.body()?;
                 self.check_shape(&description)?;
+                for index in 0..self.device.queues() {
+                    self.stopped(code, index.into(), "I1")?;
+                }
                 let fd = message.only_fd()?;
                 let InflightDescription { mmap_size, mmap_offset, num_queues, queue_size, .. } = description;
                 let region = inflight::Region::map(fd.as_fd(), mmap_size, mmap_offset, num_queues, queue_size)?;
@@ -459,7 +462,7 @@ impl Session {
         let (index, running, size) = (addr.index as u16, ring.running, ring.size);
         if logs_used(&addr) {
             let wraps = addr.log_guest_addr.checked_add(virtio::used_ring_bytes(size.into())).is_none();
-            if wraps || addr.log_guest_addr % 4 != 0 {
+            if wraps || !addr.log_guest_addr.is_multiple_of(4) {
                 return Err(BackendError::LogAddress { index, addr: addr.log_guest_addr });
             }
         }
@@ -495,12 +498,20 @@ impl Session {
         Ok(reply)
     }
 
-    fn get_inflight(&mut self, wanted: InflightDescription) -> Result<Reply, BackendError> {
-        self.check_shape(&wanted)?;
-        let (_, fd) = inflight::Region::create(wanted.num_queues, wanted.queue_size)?;
-        let mmap_size = inflight::Region::bytes_for(wanted.num_queues, wanted.queue_size)?;
+    fn get_inflight(&self, wanted: InflightDescription) -> Reply {
+        let make = || {
+            self.check_shape(&wanted)?;
+            let mmap_size = inflight::Region::bytes_for(wanted.num_queues, wanted.queue_size)?;
+            let (_, fd) = inflight::Region::create(wanted.num_queues, wanted.queue_size)?;
+            Ok::<_, BackendError>((mmap_size, Some(fd)))
+        };
+        let (mmap_size, fd) = make().unwrap_or_else(|error| {
+            // This request has an answer that means "no": a region of no bytes.
+            error!("{error}");
+            (0, None)
+        });
         let description = InflightDescription { mmap_size, mmap_offset: 0, ..wanted };
-        Ok(Reply { fd: Some(fd), ..Reply::new(Code::GET_INFLIGHT_FD, &description) })
+        Reply { fd, ..Reply::new(Code::GET_INFLIGHT_FD, &description) }
     }
 
     fn check_shape(&self, wanted: &InflightDescription) -> Result<(), BackendError> {

@@ -128,14 +128,8 @@ impl Rings for Workers {
         };
         let thread = thread::Builder::new().name(format!("ring {index}")).spawn(serve);
         let thread = thread.map_err(BackendError::system("start a thread"))?;
-        match is_ready.recv() {
-            Ok(Ok(())) => {}
-            failed => {
-                let _ = thread.join();
-                let source = failed.err().map_or(io::ErrorKind::Other.into(), |_| io::ErrorKind::BrokenPipe.into());
-                return Err(BackendError::System { what: "serve a queue", source });
-            }
-        }
+        let began = is_ready.recv().unwrap_or_else(|_| Err(io::Error::other("its thread ended")));
+        began.map_err(BackendError::system("serve a queue"))?;
         if let Some(slot) = self.running.get_mut(usize::from(index)) {
             *slot = Some(Handle { orders, wake, thread });
         }
@@ -180,9 +174,9 @@ struct Worker {
     busy: Vec<bool>,
     in_flight: usize,
     /// Came back from the queue, to be published.
-    done: Vec<Box<Request>>,
+    done: Vec<Request>,
     /// To be used again.
-    spare: Vec<Box<Request>>,
+    spare: Vec<Request>,
     /// No more requests are taken.
     broken: bool,
     /// Pages outside the log, as far as they were reported.
@@ -245,7 +239,7 @@ impl Worker {
     fn run(mut self, recovered: Result<(), BackendError>) -> RingBase {
         recovered.unwrap_or_else(|error| self.broke(&error));
         loop {
-            for order in self.inbox.clone().try_iter() {
+            while let Ok(order) = self.inbox.try_recv() {
                 match order {
                     Order::Logging(logging, done) => {
                         self.log_to(logging);
@@ -315,7 +309,7 @@ impl Worker {
         }
     }
 
-    fn submit(&mut self, request: Box<Request>) -> Result<(), BackendError> {
+    fn submit(&mut self, request: Request) -> Result<(), BackendError> {
         let (index, head) = (self.index, request.head());
         match self.busy.get_mut(usize::from(head)) {
             Some(busy) if !*busy => *busy = true,
@@ -442,8 +436,8 @@ impl Worker {
         }
     }
 
-    fn spare_request(&mut self) -> Box<Request> {
-        self.spare.pop().unwrap_or_else(|| Box::new(Request::new(self.setup.memory.clone())))
+    fn spare_request(&mut self) -> Request {
+        self.spare.pop().unwrap_or_else(|| Request::new(self.setup.memory.clone()))
     }
 }
 

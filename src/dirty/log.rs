@@ -17,7 +17,7 @@ use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
 
 use super::harvest::{self, Harvest};
-use super::page_set::{PageSet, mask, word_masks};
+use super::page_set::{PageSet, word_masks};
 use crate::memory::{LOG_PAGE, sealed_memfd};
 
 /// Bytes of log under which looking for holes costs more than reading them.
@@ -94,7 +94,7 @@ impl Log {
         if size == 0 {
             return Err(LogError::Empty);
         }
-        if offset % 8 != 0 {
+        if !offset.is_multiple_of(8) {
             return Err(LogError::Misaligned { offset });
         }
         let file = fstat(fd).map_err(LogError::system("look at the file of"))?.st_size.cast_unsigned();
@@ -154,6 +154,12 @@ impl Log {
     pub fn burst(&self) -> Burst<'_> {
         fence(Ordering::SeqCst);
         Burst { log: self, changed: Cell::new(false) }
+    }
+
+    /// Marks pages again that a harvest took out but that could not be sent (rule L14).
+    pub fn put_back(&self, pages: &PageSet) {
+        let burst = self.burst();
+        pages.runs().for_each(|run| burst.mark(run.start * LOG_PAGE, (run.end - run.start) * LOG_PAGE));
     }
 
     /// Whether the page of `gpa` is marked.
@@ -252,43 +258,42 @@ impl Log {
     /// Sets the bits; tells whether it wrote to the log. With `TEST`, not where all of them are set already.
     #[inline]
     fn set<const TEST: bool>(&self, gpa: u64, len: u64) -> bool {
-        let Some(last) = len.checked_sub(1) else {
-            return false;
-        };
-        if let Some(last) = gpa.checked_add(last) {
-            let (first, last) = (gpa / LOG_PAGE, last / LOG_PAGE);
-            if first / 64 == last / 64
-                && let Some(word) = self.words().get((first / 64) as usize)
-            {
-                return or::<TEST>(word, mask(first % 64, last % 64));
-            }
-            return self.set_many::<TEST>(first, last);
+        let page = gpa / LOG_PAGE;
+        // Nearly every mark is inside one page; no length at all wraps around to a large one here.
+        if len.wrapping_sub(1) < LOG_PAGE - gpa % LOG_PAGE
+            && let Some(word) = self.words().get((page / 64) as usize)
+        {
+            return or::<TEST>(word, 1 << (page % 64));
         }
-        self.refuse(gpa, last / LOG_PAGE + 1);
-        false
+        self.set_range::<TEST>(gpa, len)
     }
 
-    fn set_many<const TEST: bool>(&self, first: u64, last: u64) -> bool {
-        let words = self.words();
-        let pages = self.pages();
+    fn set_range<const TEST: bool>(&self, gpa: u64, len: u64) -> bool {
+        let Some(last) = len.checked_sub(1) else { return false };
+        let Some(end) = gpa.checked_add(last) else {
+            self.refuse(gpa, last / LOG_PAGE + 1);
+            return false;
+        };
+        let (first, last, pages) = (gpa / LOG_PAGE, end / LOG_PAGE, self.pages());
         let mut changed = false;
         if first < pages {
             for (index, mask) in word_masks(first, last.min(pages - 1)) {
-                changed |= match words.get(index) {
+                changed |= match self.words().get(index) {
                     Some(word) => or::<TEST>(word, mask),
                     None => or_bytes::<TEST>(self.tail(), mask),
                 };
             }
         }
         if last >= pages {
-            self.refuse(first * LOG_PAGE, last - first.max(pages) + 1);
+            self.refuse(gpa, last - first.max(pages) + 1);
         }
         changed
     }
 
     #[cold]
     fn refuse(&self, gpa: u64, pages: u64) {
-        if self.out_of_range.fetch_add(pages, Ordering::Relaxed) == 0 {
+        let more = |so_far: u64| Some(so_far.saturating_add(pages));
+        if self.out_of_range.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more) == Ok(0) {
             tracing::warn!(
                 "write at guest-physical {gpa:#x} reaches outside the dirty log of {} pages: not marked (rule L6)",
                 self.pages()

@@ -18,5 +18,5 @@ pub use harvest::Harvest;
 pub use log::{Burst, Log, LogError, LogSignal};
 pub use page_set::{PageSet, Runs};
 pub use pagemap::{Pagemap, PagemapError};
-//pub use rate::{DirtyModel, DirtyRate, Forecast, RateMeter, SourceRate, forecast};
+pub use rate::{DirtyModel, DirtyRate, Forecast, RateMeter, SourceRate, forecast};
 pub use source::{DirtyError, DirtySource, LogSource, Share, Union};

@@ -52,7 +52,7 @@ pub(crate) enum Op {
 /// A piece of disk I/O and the request it is for.
 #[derive(Debug)]
 pub(crate) struct Io {
-    pub(crate) request: Box<Request>,
+    pub(crate) request: Request,
     pub(crate) op: Op,
     /// The file's bytes.
     pub(crate) disk: Range<u64>,

@@ -33,7 +33,7 @@ pub(super) struct DiskQueue {
     serial: [u8; VIRTIO_BLK_ID_BYTES],
     engine: Box<dyn Engine>,
     /// Requests that are complete.
-    ready: Vec<Box<Request>>,
+    ready: Vec<Request>,
     /// Attempts that came back.
     attempts: VecDeque<(Io, io::Result<u64>)>,
 }
@@ -97,7 +97,7 @@ impl DiskQueue {
         let start = sector.checked_mul(SECTOR_BYTES);
         match start.filter(|start| start.checked_add(len).is_some_and(|end| end <= self.capacity)) {
             Some(_) if len == 0 => Plan::Answer(VIRTIO_BLK_S_OK),
-            Some(start) if len % SECTOR_BYTES == 0 => Plan::Disk { op, start, len, at },
+            Some(start) if len.is_multiple_of(SECTOR_BYTES) => Plan::Disk { op, start, len, at },
             _ => {
                 debug!("queue {}: {len} bytes at sector {sector} are no whole sectors of the disk", self.index);
                 Plan::Answer(VIRTIO_BLK_S_IOERR)
@@ -153,7 +153,7 @@ impl DiskQueue {
     }
 
     /// Puts the status into the last byte and gives the request back.
-    fn finish(&mut self, mut request: Box<Request>, status: u8) {
+    fn finish(&mut self, mut request: Request, status: u8) {
         match request.writable_len().checked_sub(1).map(|last| request.write(last, &[status])) {
             Some(Ok(())) => {}
             _ => debug!("queue {}: a request without room for its status", self.index),
@@ -169,7 +169,7 @@ impl DiskQueue {
 }
 
 impl Queue for DiskQueue {
-    fn submit(&mut self, mut request: Box<Request>) {
+    fn submit(&mut self, mut request: Request) {
         // Nobody could be told how it went.
         if request.writable_len() == 0 {
             return self.finish(request, VIRTIO_BLK_S_IOERR);
@@ -182,7 +182,7 @@ impl Queue for DiskQueue {
         }
     }
 
-    fn completions(&mut self, done: &mut Vec<Box<Request>>) {
+    fn completions(&mut self, done: &mut Vec<Request>) {
         self.engine.completions(&mut self.attempts);
         while let Some((io, result)) = self.attempts.pop_front() {
             self.conclude(io, result);
