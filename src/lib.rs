@@ -5,6 +5,7 @@ pub mod backend;
 pub mod control;
 pub mod dirty;
 pub mod frontend;
+pub mod guest;
 pub mod inflight;
 pub mod memory;
 pub mod migrate;

@@ -1,6 +1,5 @@
 //! `vhost-migrate backend`: a vhost-user back-end in a process of its own.
 
-use std::io::IsTerminal;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -8,11 +7,11 @@ use std::sync::Arc;
 
 use clap::{Subcommand, ValueEnum};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use tracing_subscriber::EnvFilter;
 use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
 use vhost_migrate::backend::{self, Device, Inherited, Listener};
 
 use crate::interrupt::on_interrupt;
+use crate::messages::Messages;
 
 /// Be a vhost-user device
 #[derive(Debug, clap::Args)]
@@ -69,9 +68,8 @@ struct Blk {
     /// Go past the page cache (O_DIRECT) where a request's buffers are aligned for it
     #[arg(long)]
     direct: bool,
-    /// Least level of messages on stderr: error, warn, info, debug; by default info
-    #[arg(long, value_name = "LEVEL")]
-    log_level: Option<tracing::Level>,
+    #[command(flatten)]
+    messages: Messages,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -97,16 +95,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
 
 impl Blk {
     fn run(self) -> Result<(), Box<dyn std::error::Error>> {
-        let filter = match self.log_level {
-            Some(level) => EnvFilter::new(level.to_string()),
-            None => EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")),
-        };
-        tracing_subscriber::fmt()
-            .with_env_filter(filter)
-            .with_writer(std::io::stderr)
-            .with_ansi(std::io::stderr().is_terminal())
-            .with_target(false)
-            .init();
+        self.messages.start();
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
         let signalled = stop.clone();
         on_interrupt(move || {

@@ -23,7 +23,7 @@ use crate::units;
   vhost-migrate demo --kill --json
 
 Needs no root, and no files but a temporary folder. Exit status: 0 if every byte was right, 1 if not.")]
-pub struct Arguments {
+pub(crate) struct Arguments {
     /// Guest memory
     #[arg(long, default_value = "1GiB", value_parser = units::bytes, value_name = "SIZE")]
     memory: u64,
@@ -51,7 +51,7 @@ const QUEUES: &str = "2";
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Runs the command.
-pub fn run(arguments: Arguments) -> ExitCode {
+pub(crate) fn run(arguments: Arguments) -> ExitCode {
     // The processes end with this one, and the folder is removed when they are gone.
     let stop = || {
         eprintln!("interrupted");

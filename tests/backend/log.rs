@@ -5,8 +5,9 @@ use std::os::fd::AsFd;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vhost_migrate::abi::bit;
-use vhost_migrate::abi::vhost_user::{LogDescription, Request as Code};
+use vhost_migrate::abi::vhost_user::{InflightDescription, LogDescription, Request as Code};
 use vhost_migrate::abi::virtio::VIRTIO_RING_F_EVENT_IDX;
+use vhost_migrate::inflight;
 use vhost_migrate::memory::{Region, sealed_memfd};
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
@@ -334,4 +335,41 @@ fn the_log_fd_is_signalled_after_logging_and_not_when_it_is_taken_back() {
     load(&guest, &mut ring, 0, &mut oracle, || {});
     client.ring_base(0);
     assert!(signal.read().is_err());
+}
+
+/// Rules I3 and L10: a process may die between a write to the used ring and its mark.
+#[test]
+fn a_successor_logs_the_whole_used_ring_again_if_its_predecessor_died_at_work() {
+    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
+    let mut ring = Ring::new(&guest, 0, 512, BASIC);
+    let head = ring.read(&guest, 0, 5, 512);
+    ring.read(&guest, 1, 6, 512);
+    let _ = ring.driver.publish();
+    // What a predecessor leaves that died with the first request taken.
+    let (region, fd) = inflight::Region::create(1, 512).unwrap();
+    region.split(0, 512, 0).unwrap().0.take(head);
+    let client = server.connect();
+    begin(&client, &guest, BASIC);
+    let description = InflightDescription {
+        mmap_size: inflight::Region::bytes_for(1, 512).unwrap(),
+        mmap_offset: 0,
+        num_queues: 1,
+        queue_size: 512,
+        padding: [0; 4],
+    };
+    client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
+    ring.log_at = Some(LOG_AT);
+    ring.set_up(&client, &guest, 0);
+    let log = install_log(&client, &guest);
+    client.done(Code::SET_FEATURES, &(BASIC | LOG_ALL), &[]);
+    ring.enable(&client, true);
+    assert_eq!(ring.completions(2).len(), 2);
+    assert_eq!(client.ring_base(0), 2);
+    let mut oracle = Oracle::new(&guest, &ring);
+    for slot in [0, 1] {
+        oracle.wrote(places(slot).1, 1);
+        oracle.wrote(places(slot).2, 512);
+    }
+    oracle.wrote(LOG_AT, 6 + 8 * 512);
+    assert_eq!(harvest(&log), oracle.pages);
 }

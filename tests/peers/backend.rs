@@ -71,16 +71,11 @@ impl Backend {
 }
 
 fn spawn(kind: Kind, socket: &Path, image: &Path, output: &Path, queues: u16) -> Process {
-    let kind = if kind == Kind::Ours && std::env::var_os("DEVQSD").is_some() {
-        Kind::StorageDaemon { bytes_per_second: None }
-    } else {
-        kind
-    };
     let (socket, image) = (socket.display(), image.display());
     match kind {
         Kind::Ours => {
             let program = env!("CARGO_BIN_EXE_vhost-migrate");
-            let args = format!("backend blk --socket {socket} --image {image} --num-queues {queues}");
+            let args = format!("backend blk --socket {socket} --image {image} --queues {queues}");
             Process::start("vhost-migrate", program, &words(&args), output)
         }
         Kind::StorageDaemon { bytes_per_second } => {

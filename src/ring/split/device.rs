@@ -188,7 +188,8 @@ impl SplitDevice {
         } else {
             self.set_used_flags(0);
         }
-        fence(Ordering::SeqCst);
+        // After the fence that followed the write, now or when the same was written before: the driver sees the wish
+        // or is seen here.
         load(&self.areas.avail_idx, Ordering::Relaxed) != self.next_avail
     }
 
