@@ -287,7 +287,7 @@ mod tests {
         let mut unsent = PageSet::new(200);
         unsent.insert_range(60..70);
         unsent.insert(199);
-        let log = Arc::new(Log::create(200 * LOG_PAGE).unwrap().0);
+        let log = Arc::new(Log::create(200 * crate::memory::LOG_PAGE).unwrap().0);
         let log: Box<dyn DirtySource> = Box::new(LogSource::new("disk", log));
         let union: Box<dyn DirtySource> = Box::new(Union::default());
         for mut source in [log, union] {
