@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod inflight;
+pub mod vduse;
 pub mod vhost;
 pub mod vhost_user;
 pub mod virtio;
@@ -17,7 +18,12 @@ pub const fn bit(number: u32) -> u64 {
 /// Declares a plain structure with its size in bytes and the offset of every field, and checks both at compile time.
 /// The compiler refuses it too if there is padding that is not a field of its own.
 macro_rules! wire {
-    ($($(#[$meta:meta])* $name:ident, $size:literal bytes { $($(#[$doc:meta])* $field:ident: $ty:ty => $offset:literal),* $(,)? })+) => {
+    ($(
+        $(#[$meta:meta])*
+        $name:ident, $size:literal bytes {
+            $($(#[$doc:meta])* $field:ident: $ty:ty => $offset:literal),* $(,)?
+        }
+    )+) => {
         $(
             $(#[$meta])*
             #[derive(

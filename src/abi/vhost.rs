@@ -351,7 +351,11 @@ pub const VHOST_VDPA_GET_VRING_SIZE: u32 = iowr::<VringState>(VHOST_VIRTIO, 0x82
 pub const VHOST_GET_FEATURES_ARRAY: u32 = ior::<FeaturesArrayHeader>(VHOST_VIRTIO, 0x83);
 /// Acknowledges features beyond 64 bits.
 pub const VHOST_SET_FEATURES_ARRAY: u32 = iow::<FeaturesArrayHeader>(VHOST_VIRTIO, 0x83);
-/// Chooses between kernel threads (0) and tasks of the owner (1).
+/// Workers are kernel threads.
+pub const VHOST_FORK_OWNER_KTHREAD: u8 = 0;
+/// Workers are tasks of the owner.
+pub const VHOST_FORK_OWNER_TASK: u8 = 1;
+/// Chooses between the two.
 pub const VHOST_SET_FORK_FROM_OWNER: u32 = iow::<u8>(VHOST_VIRTIO, 0x84);
 /// Reads that choice.
 pub const VHOST_GET_FORK_FROM_OWNER: u32 = ior::<u8>(VHOST_VIRTIO, 0x85);

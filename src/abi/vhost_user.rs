@@ -137,9 +137,13 @@ pub mod protocol_feature {
 
 /// An open set of message numbers: what is not known keeps its number.
 macro_rules! codes {
-    ($(#[$meta:meta])* $type:ident, $prefix:literal, $unknown:literal { $($(#[$doc:meta])* $name:ident = $code:expr;)* }) => {
+    (
+        $(#[$meta:meta])*
+        $type:ident, $prefix:literal, $unknown:literal { $($(#[$doc:meta])* $name:ident = $code:expr;)* }
+    ) => {
         $(#[$meta])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
         #[repr(transparent)]
         pub struct $type(pub u32);
 

@@ -22,9 +22,7 @@ pub enum Event {
         round: u32,
         /// Pages of this round not sent yet.
         pages_left: u64,
-        /// Bytes put on the wire so far, all rounds together.
-        wire_bytes: u64,
-        /// Bytes put on the wire per second since the last such event.
+        /// Bytes of guest memory sent per second since the last such event, zero pages included.
         bytes_per_second: f64,
     },
     /// A round has been sent and the dirty pages since have been harvested.

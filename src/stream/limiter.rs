@@ -18,7 +18,12 @@ pub struct Cancel(Arc<CancelInner>);
 struct CancelInner {
     cancelled: AtomicBool,
     event: EventFd,
-    targets: Mutex<Vec<Weak<dyn Interrupt>>>,
+    targets: Mutex<Targets>,
+}
+
+enum Targets {
+    Armed(Vec<Weak<dyn Interrupt>>),
+    Disarmed,
 }
 
 /// Something that may block on a peer and can be stopped from outside.
@@ -34,21 +39,37 @@ impl Cancel {
     pub fn new() -> Result<Cancel, StreamError> {
         let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|error| StreamError::Io(error.into()))?;
-        let inner = CancelInner { cancelled: AtomicBool::new(false), event, targets: Mutex::default() };
+        let inner =
+            CancelInner { cancelled: AtomicBool::new(false), event, targets: Mutex::new(Targets::Armed(Vec::new())) };
         Ok(Cancel(Arc::new(inner)))
     }
 
     /// Ends every connect, accept, read, write and wait of the channels that belong to this switch, now and later;
-    /// they return [`StreamError::Cancelled`].
-    pub fn cancel(&self) {
+    /// they return [`StreamError::Cancelled`]. Returns false, and does nothing, if it came too late: after
+    /// [`disarm`](Self::disarm).
+    pub fn cancel(&self) -> bool {
+        let Targets::Armed(targets) = &mut *lock(&self.0.targets) else { return false };
         self.0.cancelled.store(true, Ordering::SeqCst);
         // The counter can't overflow by being set once more per call.
         let _ = self.0.event.write(1);
-        for target in lock(&self.0.targets).drain(..) {
+        for target in targets.drain(..) {
             if let Some(target) = target.upgrade() {
                 target.interrupt();
             }
         }
+        true
+    }
+
+    /// Puts the switch out of order, so that what follows happens whole: later calls of [`cancel`](Self::cancel) have
+    /// no effect.
+    ///
+    /// # Errors
+    /// `Cancelled`, if it was used before.
+    pub fn disarm(&self) -> Result<(), StreamError> {
+        let mut targets = lock(&self.0.targets);
+        self.check()?;
+        *targets = Targets::Disarmed;
+        Ok(())
     }
 
     /// Whether [`cancel`](Self::cancel) was called.
@@ -80,10 +101,10 @@ impl Cancel {
     }
 
     pub(super) fn register(&self, target: Weak<dyn Interrupt>) {
-        let mut targets = lock(&self.0.targets);
-        targets.retain(|target| target.strong_count() > 0);
-        targets.push(target.clone());
-        drop(targets);
+        if let Targets::Armed(targets) = &mut *lock(&self.0.targets) {
+            targets.retain(|target| target.strong_count() > 0);
+            targets.push(target.clone());
+        }
         if self.is_cancelled()
             && let Some(target) = target.upgrade()
         {

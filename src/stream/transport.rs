@@ -257,6 +257,12 @@ impl Channel {
         self.0.shutdown(Shutdown::Both);
     }
 
+    /// Ends reading alone: whoever blocks on a read here goes on with an error, and what is written still arrives. Does
+    /// nothing to pipes and files.
+    pub fn shutdown_read(&self) {
+        self.0.shutdown(Shutdown::Read);
+    }
+
     /// The descriptor, to poll it for readability.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.0.fd.as_fd()

@@ -1,0 +1,99 @@
+//! `vhost-migrate migrate`: asks the process that owns a guest to move it, and tells how it goes.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use serde_json::Value;
+use vhost_migrate::control::{self, Command, MigrateArguments};
+
+use crate::interrupt::on_interrupt;
+use crate::progress::{Output, Progress};
+use crate::units;
+
+/// Move a running guest to another process or host
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  vhost-migrate migrate --control guest.ctl unix:/run/migration.sock
+  vhost-migrate migrate --control guest.ctl tcp:host-b:4444 --codec zstd:1 --channels 4 --downtime 50
+  vhost-migrate migrate --control guest.ctl file:/backup/guest.vhm
+
+Exit status: 0 done; 1 failed, the guest still runs here; 2 wrong arguments; 3 failed after the commit.
+Ctrl-C cancels: the guest goes on here.")]
+pub(crate) struct Arguments {
+    /// Control socket of the process that owns the guest
+    #[arg(long, value_name = "SOCKET")]
+    control: PathBuf,
+    /// Where to: tcp:HOST:PORT, unix:PATH, file:PATH, exec:COMMAND or fd:N
+    uri: String,
+    #[command(flatten)]
+    transfer: Transfer,
+    #[command(flatten)]
+    output: Output,
+}
+
+/// How pages travel; the same for `migrate` and `demo`.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Transfer {
+    /// How pages are compressed: none, zstd or zstd:LEVEL
+    #[arg(long, default_value = "none")]
+    pub(crate) codec: String,
+    /// Connections that carry pages
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(crate) channels: u16,
+    /// Longest stop of the guest that is acceptable, milliseconds
+    #[arg(long, default_value_t = 300, value_name = "MS")]
+    pub(crate) downtime: u64,
+    /// Limit while the guest runs, for example 500MiB/s
+    #[arg(long, value_parser = units::bytes, value_name = "RATE")]
+    pub(crate) bandwidth: Option<u64>,
+    /// Rounds after which a migration that does not converge is given up
+    #[arg(long, default_value_t = 100)]
+    pub(crate) max_rounds: u32,
+}
+
+impl Transfer {
+    /// The order to the guest's process.
+    pub(crate) fn to(&self, uri: impl Into<String>) -> Command {
+        Command::Migrate(MigrateArguments {
+            uri: uri.into(),
+            codec: self.codec.clone(),
+            channels: self.channels,
+            downtime_ms: self.downtime,
+            bandwidth: self.bandwidth,
+            max_rounds: self.max_rounds,
+        })
+    }
+}
+
+/// Runs the command.
+pub(crate) fn run(arguments: Arguments) -> ExitCode {
+    let control = arguments.control.clone();
+    let cancel = move || {
+        if let Err(error) = control::call(&control, &Command::Cancel, |_| ()) {
+            eprintln!("can't cancel: {error}");
+        }
+    };
+    if let Err(error) = on_interrupt(cancel) {
+        eprintln!("signals: {error}");
+        return ExitCode::FAILURE;
+    }
+    let mut progress = Progress::new(arguments.output);
+    let mut source_running = true;
+    let outcome = control::call(&arguments.control, &arguments.transfer.to(&arguments.uri), |event| {
+        if event["event"] == "failed" {
+            source_running = event["source_running"] != Value::Bool(false);
+        }
+        progress.event(&event);
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if source_running => {
+            eprintln!("migration failed, the guest still runs here: {error}");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("migration failed after the commit, the guest does not run here any more: {error}");
+            ExitCode::from(3)
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! A migration's events on a terminal, as JSON lines, or not at all.
+
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::Value;
+use vhost_migrate::migrate::{Event, Report};
+
+use crate::units::show;
+
+/// How to tell what happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::Args)]
+pub(crate) struct Output {
+    /// Print events as JSON lines
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Print nothing but errors
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) quiet: bool,
+}
+
+/// Shows one migration.
+pub(crate) struct Progress {
+    output: Output,
+    bar: ProgressBar,
+    left: u64,
+}
+
+impl Progress {
+    /// Begins; nothing is shown before the first event.
+    pub(crate) fn new(output: Output) -> Progress {
+        Progress { output, bar: ProgressBar::hidden(), left: 0 }
+    }
+
+    /// Shows one event as it came from the guest's process.
+    pub(crate) fn event(&mut self, event: &Value) {
+        if self.output.json {
+            println!("{event}");
+        } else if !self.output.quiet
+            && let Ok(event) = serde_json::from_value(event.clone())
+        {
+            self.show(&event);
+        }
+    }
+
+    /// A line of text between events, for people only.
+    pub(crate) fn say(&self, text: &str) {
+        if !self.output.json && !self.output.quiet {
+            self.bar.suspend(|| println!("{text}"));
+        }
+    }
+
+    fn show(&mut self, event: &Event) {
+        match event {
+            Event::Started { guest_bytes, channels, codec } => {
+                let style = ProgressStyle::with_template("{spinner} {prefix} [{bar:30}] {msg}");
+                self.bar = ProgressBar::new(1).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+                self.bar.enable_steady_tick(Duration::from_millis(120));
+                self.bar.set_prefix("round 0");
+                let guest = show(*guest_bytes as f64);
+                self.say(&format!("migrating {guest} of guest memory, {channels} channels, codec {codec}"));
+            }
+            Event::Progress { round, pages_left, bytes_per_second, .. } => {
+                self.left = self.left.max(*pages_left);
+                self.bar.set_prefix(format!("round {round}"));
+                self.bar.set_length(self.left.max(1));
+                self.bar.set_position(self.left - pages_left);
+                self.bar.set_message(format!("{pages_left} pages left, {}/s", show(*bytes_per_second)));
+            }
+            Event::Round(round) => {
+                let rate = round.wire_bytes as f64 / (round.ms / 1000.0).max(1e-6);
+                self.say(&format!(
+                    "round {:>2}: {:>7} pages and {:>7} zero pages in {:>7.1} ms ({}/s); {} left, dirtied {}/s, \
+                     expected downtime {:.1} ms",
+                    round.round,
+                    round.data_pages,
+                    round.zero_pages,
+                    round.ms,
+                    show(rate),
+                    round.pages_left,
+                    show(round.dirty_bytes_per_second),
+                    round.expected_downtime_ms,
+                ));
+                self.left = 0;
+            }
+            Event::Stalled { message } => self.say(&format!("stalled: {message}")),
+            Event::Switchover { pages_left, expected_downtime_ms } => {
+                self.say(&format!("stopping the guest: {pages_left} pages left, expect {expected_downtime_ms:.1} ms"));
+            }
+            Event::Completed(report) => {
+                self.bar.finish_and_clear();
+                println!("{}", summary(report));
+            }
+            // The caller reports it with the exit status.
+            _ => self.bar.finish_and_clear(),
+        }
+    }
+}
+
+fn summary(report: &Report) -> String {
+    let seen = report.observed_downtime_ms.map_or(String::new(), |ms| format!(", {ms:.1} ms seen by the guest"));
+    format!(
+        "migrated in {:.0} ms: {} rounds, downtime {:.1} ms{seen}; {} pages ({} zero), {} on the wire for {} of guest",
+        report.total_ms,
+        report.rounds,
+        report.downtime_ms,
+        report.pages_sent,
+        report.zero_pages,
+        show(report.wire_bytes as f64),
+        show(report.guest_bytes as f64),
+    )
+}

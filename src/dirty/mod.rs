@@ -1,0 +1,22 @@
+//! Who wrote what: the shared dirty log, its harvest, page sets, and every other source of dirty pages.
+//!
+//! Here: the log that front-ends and back-ends share ([`Log`]), the sets of pages that a harvest yields
+//! ([`PageSet`]) and the one interface that a migration asks for dirty pages ([`DirtySource`]).
+//! Not here: the protocol that installs a log (`backend`, `frontend`) and what is done with the pages (`stream`).
+
+mod bitmap;
+mod harvest;
+mod log;
+mod page_set;
+mod pagemap;
+mod rate;
+mod source;
+mod vector;
+
+pub use bitmap::{LogBitmap, LogSlice, LogSwitch, Marks};
+pub use harvest::Harvest;
+pub use log::{Burst, Log, LogError, LogSignal};
+pub use page_set::{PageSet, Runs};
+pub use pagemap::{Pagemap, PagemapError};
+pub use rate::{DirtyModel, DirtyRate, Forecast, RateMeter, SourceRate, forecast};
+pub use source::{DirtyError, DirtySource, LogSource, Share, Union};

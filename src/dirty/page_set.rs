@@ -1,0 +1,413 @@
+//! Sets of guest pages: what a harvest yields and a round sends.
+//!
+//! A bitmap with a summary above it (one bit per word that is not zero), so that a set of few pages of a large
+//! guest is walked, merged and cleared in the time of its pages. Page numbers are guest-physical addresses / 4096.
+//! Nothing here is shared between processes; the shared bitmap is [`Log`](super::Log).
+
+use std::fmt;
+use std::ops::Range;
+
+use bitvec::order::Lsb0;
+use bitvec::slice::BitSlice;
+
+/// Words of the bitmap under one word of the summary.
+pub(super) const BLOCK: usize = u64::BITS as usize;
+
+/// A set of page numbers below a fixed capacity.
+///
+/// The memory of the bitmap is taken from the system zeroed and is only touched where pages are inserted.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct PageSet {
+    /// One bit per page, always whole blocks; bits at and above `capacity` are clear.
+    words: Vec<u64>,
+    /// One bit per word that is not zero.
+    summary: Vec<u64>,
+    capacity: u64,
+    len: u64,
+}
+
+impl PageSet {
+    /// An empty set that has room for the pages `0..pages`.
+    pub fn new(pages: u64) -> PageSet {
+        let mut set = PageSet::default();
+        set.grow(pages);
+        set
+    }
+
+    /// Makes room for the pages `0..pages`; never takes room away.
+    ///
+    /// [`union`](PageSet::union) and every harvest do this by themselves, so that no page is lost in them.
+    pub fn grow(&mut self, pages: u64) {
+        if pages <= self.capacity {
+            return;
+        }
+        self.capacity = pages;
+        let blocks = pages.div_ceil((BLOCK * BLOCK) as u64) as usize;
+        if self.words.is_empty() {
+            // Zeroed memory straight from the system; a resize would write all of it.
+            self.words = vec![0; blocks * BLOCK];
+            self.summary = vec![0; blocks];
+        } else {
+            self.words.resize(blocks * BLOCK, 0);
+            self.summary.resize(blocks, 0);
+        }
+    }
+
+    /// The number of pages there is room for.
+    pub fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    /// The number of pages in the set.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether there is no page in the set.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Whether `page` is in the set.
+    pub fn contains(&self, page: u64) -> bool {
+        let (index, bit) = position(page);
+        self.words.get(index).is_some_and(|word| word & bit != 0)
+    }
+
+    /// Inserts `page`; tells whether it is new. A page at or above the capacity is not inserted.
+    pub fn insert(&mut self, page: u64) -> bool {
+        let (index, bit) = position(page);
+        page < self.capacity && self.or_word(index, bit) != 0
+    }
+
+    /// Inserts all of `pages` that are below the capacity; returns how many are new.
+    pub fn insert_range(&mut self, pages: Range<u64>) -> u64 {
+        let end = pages.end.min(self.capacity);
+        if pages.start >= end {
+            return 0;
+        }
+        word_masks(pages.start, end - 1).map(|(index, mask)| self.or_word(index, mask)).sum()
+    }
+
+    /// Removes `page`; tells whether it was there.
+    pub fn remove(&mut self, page: u64) -> bool {
+        let (index, bit) = position(page);
+        self.clear_bits(index, bit) != 0
+    }
+
+    /// Adds all pages of `other`, growing if it has room for more.
+    ///
+    /// This is also how pages that could not be sent are put back (rule L14).
+    pub fn union(&mut self, other: &PageSet) {
+        self.grow(other.capacity);
+        for (index, word) in other.nonzero_words() {
+            self.or_word(index, word);
+        }
+    }
+
+    /// Takes all pages of `other` out of this set.
+    pub fn difference(&mut self, other: &PageSet) {
+        for (index, word) in other.nonzero_words() {
+            self.clear_bits(index, word);
+        }
+    }
+
+    /// Empties the set, in time proportional to what is in it.
+    pub fn clear(&mut self) {
+        if self.len == 0 {
+            return;
+        }
+        for (block, live) in self.words.chunks_exact_mut(BLOCK).zip(&mut self.summary) {
+            match std::mem::take(live) {
+                0 => {}
+                u64::MAX => block.fill(0),
+                some => ones(some).for_each(|i| block[i] = 0),
+            }
+        }
+        self.len = 0;
+    }
+
+    /// The pages as maximal runs of consecutive numbers, ascending.
+    pub fn runs(&self) -> Runs<'_> {
+        Runs { set: self, from: 0 }
+    }
+
+    /// The pages one by one, ascending.
+    pub fn iter(&self) -> impl Iterator<Item = u64> + '_ {
+        self.runs().flatten()
+    }
+
+    /// The set seen as bits, bit `n` for page `n`: for printing and comparing, not for hot paths.
+    pub fn bits(&self) -> &BitSlice<u64, Lsb0> {
+        let all = BitSlice::from_slice(&self.words);
+        all.get(..self.capacity as usize).unwrap_or(all)
+    }
+
+    /// Ors `bits` into the word at `index`; returns how many of them are new.
+    ///
+    /// A word beyond the capacity takes nothing; the caller has grown the set or clipped the bits.
+    #[inline]
+    pub(super) fn or_word(&mut self, index: usize, bits: u64) -> u64 {
+        let (Some(word), Some(live)) = (self.words.get_mut(index), self.summary.get_mut(index / BLOCK)) else {
+            return 0;
+        };
+        let new = u64::from((bits & !*word).count_ones());
+        *word |= bits;
+        *live |= u64::from(*word != 0) << (index % BLOCK);
+        self.len += new;
+        new
+    }
+
+    /// One block of the bitmap with its word of the summary, for a harvest that fills whole blocks.
+    /// What it adds it must report to [`added`](PageSet::added).
+    #[inline]
+    pub(super) fn block_mut(&mut self, block: usize) -> Option<(&mut [u64; BLOCK], &mut u64)> {
+        let words = self.words.get_mut(block * BLOCK..)?.first_chunk_mut()?;
+        Some((words, self.summary.get_mut(block)?))
+    }
+
+    /// Counts pages that were set through [`block_mut`](PageSet::block_mut).
+    #[inline]
+    pub(super) fn added(&mut self, pages: u64) {
+        self.len += pages;
+    }
+
+    /// Clears `bits` of the word at `index`; returns how many of them were set.
+    fn clear_bits(&mut self, index: usize, bits: u64) -> u64 {
+        let (Some(word), Some(live)) = (self.words.get_mut(index), self.summary.get_mut(index / BLOCK)) else {
+            return 0;
+        };
+        let gone = u64::from((bits & *word).count_ones());
+        *word &= !bits;
+        *live &= !(u64::from(*word == 0) << (index % BLOCK));
+        self.len -= gone;
+        gone
+    }
+
+    /// Index and value of every word that is not zero.
+    fn nonzero_words(&self) -> impl Iterator<Item = (usize, u64)> + '_ {
+        let blocks = self.words.chunks_exact(BLOCK).zip(&self.summary).enumerate();
+        blocks
+            .filter(|(_, (_, live))| **live != 0)
+            .flat_map(|(number, (block, live))| ones(*live).map(move |i| (number * BLOCK + i, block[i])))
+    }
+
+    /// The first page at or after `from` that is in the set.
+    fn next_set(&self, from: u64) -> Option<u64> {
+        let (index, bit) = position(from);
+        let here = self.words.get(index)? & bit.wrapping_neg();
+        if here != 0 {
+            return Some(first_page(index, here));
+        }
+        let after = (!1u64) << (index % BLOCK);
+        let mut mask = after;
+        for (number, live) in self.summary.iter().enumerate().skip(index / BLOCK) {
+            let live = live & mask;
+            if live != 0 {
+                let index = number * BLOCK + live.trailing_zeros() as usize;
+                return Some(first_page(index, *self.words.get(index)?));
+            }
+            mask = u64::MAX;
+        }
+        None
+    }
+
+    /// The first page at or after `from` that is not in the set, at most the capacity.
+    fn next_clear(&self, from: u64) -> u64 {
+        let (index, bit) = position(from);
+        let mut mask = bit.wrapping_neg();
+        for (i, word) in self.words.iter().enumerate().skip(index) {
+            let clear = !word & mask;
+            if clear != 0 {
+                return first_page(i, clear).min(self.capacity);
+            }
+            mask = u64::MAX;
+        }
+        self.capacity
+    }
+}
+
+impl fmt::Debug for PageSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const SHOWN: usize = 16;
+        let more = if self.runs().nth(SHOWN).is_some() { ", .." } else { "" };
+        write!(
+            f,
+            "PageSet({} of {} pages: {:?}{more})",
+            self.len,
+            self.capacity,
+            Vec::from_iter(self.runs().take(SHOWN))
+        )
+    }
+}
+
+/// The runs of a [`PageSet`], see [`PageSet::runs`].
+#[derive(Clone, Debug)]
+pub struct Runs<'a> {
+    set: &'a PageSet,
+    from: u64,
+}
+
+impl Iterator for Runs<'_> {
+    type Item = Range<u64>;
+
+    fn next(&mut self) -> Option<Range<u64>> {
+        let start = self.set.next_set(self.from)?;
+        self.from = self.set.next_clear(start);
+        Some(start..self.from)
+    }
+}
+
+/// The words that the pages `first..=last` touch: index, and mask of the pages in it.
+pub(super) fn word_masks(first: u64, last: u64) -> impl Iterator<Item = (usize, u64)> {
+    let (low, high) = (first / 64, last / 64);
+    (low..=high).map(move |index| {
+        let from = if index == low { first % 64 } else { 0 };
+        let to = if index == high { last % 64 } else { 63 };
+        (index as usize, (u64::MAX << from) & (u64::MAX >> (63 - to)))
+    })
+}
+
+/// The numbers of the bits that are set, ascending.
+#[inline]
+fn ones(mut word: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let next = (word != 0).then(|| word.trailing_zeros() as usize);
+        word &= word.wrapping_sub(1);
+        next
+    })
+}
+
+#[inline]
+fn position(page: u64) -> (usize, u64) {
+    ((page / 64) as usize, 1 << (page % 64))
+}
+
+#[inline]
+fn first_page(index: usize, word: u64) -> u64 {
+    index as u64 * 64 + u64::from(word.trailing_zeros())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Insert(u64),
+        InsertRange(Range<u64>),
+        Remove(u64),
+        Union(Vec<u64>),
+        Difference(Vec<u64>),
+        Clear,
+    }
+
+    const PAGES: u64 = 3 * 4096 + 77;
+
+    fn page() -> impl Strategy<Value = u64> {
+        prop_oneof![0..PAGES, 0..130u64, 4090..4100u64, PAGES - 3..PAGES]
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            4 => page().prop_map(Step::Insert),
+            2 => (page(), 0..9000u64).prop_map(|(from, n)| Step::InsertRange(from..from + n)),
+            3 => page().prop_map(Step::Remove),
+            1 => prop::collection::vec(page(), 0..40).prop_map(Step::Union),
+            1 => prop::collection::vec(page(), 0..40).prop_map(Step::Difference),
+            1 => Just(Step::Clear),
+        ]
+    }
+
+    fn set_of(pages: &[u64]) -> PageSet {
+        let mut set = PageSet::new(PAGES);
+        pages.iter().for_each(|page| {
+            set.insert(*page);
+        });
+        set
+    }
+
+    fn runs_of(oracle: &BTreeSet<u64>) -> Vec<Range<u64>> {
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        for &page in oracle {
+            match runs.last_mut() {
+                Some(run) if run.end == page => run.end += 1,
+                _ => runs.push(page..page + 1),
+            }
+        }
+        runs
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn a_page_set_behaves_like_a_set(steps in prop::collection::vec(step(), 1..60)) {
+            let mut set = PageSet::new(PAGES);
+            let mut oracle = BTreeSet::new();
+            for step in steps {
+                match step {
+                    Step::Insert(page) => prop_assert_eq!(set.insert(page), oracle.insert(page)),
+                    Step::InsertRange(range) => {
+                        let before = oracle.len();
+                        oracle.extend(range.start..range.end.min(PAGES));
+                        prop_assert_eq!(set.insert_range(range), (oracle.len() - before) as u64);
+                    }
+                    Step::Remove(page) => prop_assert_eq!(set.remove(page), oracle.remove(&page)),
+                    Step::Union(pages) => {
+                        set.union(&set_of(&pages));
+                        oracle.extend(pages);
+                    }
+                    Step::Difference(pages) => {
+                        set.difference(&set_of(&pages));
+                        pages.iter().for_each(|page| { oracle.remove(page); });
+                    }
+                    Step::Clear => {
+                        set.clear();
+                        oracle.clear();
+                    }
+                }
+                prop_assert_eq!(set.len(), oracle.len() as u64);
+            }
+            prop_assert_eq!(set.runs().collect::<Vec<_>>(), runs_of(&oracle));
+            prop_assert!(set.iter().eq(oracle.iter().copied()));
+            prop_assert!(set.bits().iter_ones().map(|page| page as u64).eq(oracle.iter().copied()));
+            prop_assert!((0..PAGES + 200).all(|page| set.contains(page) == oracle.contains(&page)));
+            // The summary tells no lies either: what a clear leaves behind would show up here.
+            set.clear();
+            prop_assert_eq!(set, PageSet::new(PAGES));
+        }
+    }
+
+    #[test]
+    fn pages_beyond_the_capacity_are_refused() {
+        let mut set = PageSet::new(100);
+        assert!(!set.insert(100));
+        assert!(!set.insert(u64::MAX));
+        assert_eq!(set.insert_range(98..u64::MAX), 2);
+        assert_eq!(set.insert_range(200..300), 0);
+        assert!(set.iter().eq([98, 99]));
+        assert!(PageSet::default().is_empty() && PageSet::default().runs().next().is_none());
+    }
+
+    #[test]
+    fn a_union_with_a_larger_set_loses_nothing() {
+        let mut small = PageSet::new(10);
+        small.insert(9);
+        let mut large = PageSet::new(100_000);
+        large.insert_range(99_000..100_000);
+        small.union(&large);
+        assert_eq!(small.capacity(), 100_000);
+        assert_eq!(small.runs().collect::<Vec<_>>(), [9..10, 99_000..100_000]);
+    }
+
+    #[test]
+    fn a_set_prints_its_runs() {
+        let mut set = PageSet::new(64);
+        set.insert_range(3..6);
+        assert_eq!(format!("{set:?}"), "PageSet(3 of 64 pages: [3..6])");
+    }
+}

@@ -1,0 +1,130 @@
+//! What can go wrong between a front-end and a device, in words that say what to do.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::abi::vhost_user::Request;
+use crate::memory::MemoryError;
+
+/// Why a device did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FrontendError {
+    /// No connection to the back-end's socket.
+    #[error("can't connect to the back-end at {}: {source}: {}", path.display(), advice(source))]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The connection ended; the device's state is kept and [`reconnect`](super::Device::reconnect) installs it again.
+    #[error("the back-end closed the connection at {request}: start it again and reconnect (rule R9)")]
+    HungUp {
+        /// The message that was under way.
+        request: Request,
+    },
+    /// The back-end is silent. The connection is given up, since a late answer could be taken for another one.
+    #[error("no answer to {request} within {waited:?}: the back-end hangs; restart it and reconnect")]
+    Timeout {
+        /// The message without an answer.
+        request: Request,
+        /// How long it was waited for.
+        waited: Duration,
+    },
+    /// The back-end understood and said no.
+    #[error("the back-end refused {request} (answer {code:#x}): its log says why (rule F4)")]
+    Refused {
+        /// The message.
+        request: Request,
+        /// The non-zero answer.
+        code: u64,
+    },
+    /// An answer that the protocol does not allow. The connection is given up.
+    #[error("the back-end broke the protocol at {request}: {what} (rule {rule})")]
+    Breach {
+        /// The message.
+        request: Request,
+        /// What was wrong with the answer.
+        what: String,
+        /// The rule that was broken.
+        rule: &'static str,
+    },
+    /// The device can't do this.
+    #[error("the device does not offer {what}: {advice}")]
+    NotOffered {
+        /// The feature.
+        what: String,
+        /// What to do about it.
+        advice: &'static str,
+    },
+    /// A ring number or size that the device does not have.
+    #[error("ring {index} can't be used: {reason}")]
+    BadRing {
+        /// Ring index.
+        index: u16,
+        /// Why not.
+        reason: &'static str,
+    },
+    /// A region without an fd, which no device can map.
+    #[error("the region at {gpa:#x} has no fd to share: make guest memory with Region::share (rule M1)")]
+    NotShared {
+        /// Guest-physical address of the region.
+        gpa: u64,
+    },
+    /// Requests are outstanding that the restarted back-end can't know of.
+    #[error(
+        "ring {index} has {outstanding} requests outstanding and no inflight region: their fate is unknown; \
+         use a back-end with INFLIGHT_SHMFD, or reset the device"
+    )]
+    Unrecoverable {
+        /// Ring index.
+        index: u16,
+        /// Requests between the used and the available index.
+        outstanding: u16,
+    },
+    /// A ring, or guest memory, is not where it was said to be.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The system refused.
+    #[error("can't {what}: {source}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+impl FrontendError {
+    /// Whether the connection is gone, so that [`reconnect`](super::Device::reconnect) and a second try may help.
+    pub fn is_hang_up(&self) -> bool {
+        matches!(self, FrontendError::HungUp { .. } | FrontendError::Timeout { .. })
+    }
+
+    /// Whether the back-end is merely not there, yet or any more, so that waiting for it may help.
+    pub fn is_away(&self) -> bool {
+        use io::ErrorKind::{ConnectionRefused, NotFound, WouldBlock};
+        match self {
+            FrontendError::Connect { source, .. } => {
+                matches!(source.kind(), NotFound | ConnectionRefused | WouldBlock)
+            }
+            other => other.is_hang_up(),
+        }
+    }
+
+    pub(super) fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> FrontendError {
+        move |source| FrontendError::System { what, source: source.into() }
+    }
+}
+
+fn advice(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::NotFound => "is the back-end running, and is this its socket?",
+        io::ErrorKind::ConnectionRefused => "a stale socket: start the back-end again",
+        io::ErrorKind::PermissionDenied => "run as the back-end's user, or change the socket's permissions",
+        io::ErrorKind::InvalidInput => "socket paths have at most 107 bytes: use a shorter one",
+        _ => "check the back-end",
+    }
+}

@@ -1,0 +1,188 @@
+//! To drive a device: the [`Device`] trait, and what implements it.
+//!
+//! Here: what a VMM, a migration or the built-in guest asks of a vhost device, whatever it is reached through, and the
+//! vhost-user client ([`UserDevice`]). Not here: how a device serves requests, and what a guest does with one.
+
+mod error;
+mod logging;
+mod user;
+
+pub use error::FrontendError;
+pub use logging::{DeviceLog, SharedDevice};
+pub use user::{UserDevice, UserOptions};
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+use crate::dirty::Log;
+use crate::memory::Memory;
+use crate::ring::RingBase;
+
+/// What a ring needs to be started. All addresses are guest-physical.
+#[derive(Clone, Debug)]
+pub struct RingSetup {
+    /// Entries.
+    pub size: u16,
+    /// Descriptor table (packed: the descriptor ring).
+    pub desc: u64,
+    /// Available ring (packed: the driver's event area).
+    pub avail: u64,
+    /// Used ring (packed: the device's event area); its writes are logged at this address while logging is on.
+    pub used: u64,
+    /// Eventfd that the driver writes when there are new buffers.
+    pub kick: Arc<OwnedFd>,
+    /// Eventfd that the device writes when buffers were used.
+    pub call: Arc<OwnedFd>,
+    /// Where the device goes on (rule R4).
+    pub base: RingBase,
+}
+
+/// An inflight region's contents, to be moved with a device whose rings are stopped.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InflightState {
+    /// Queues it covers.
+    pub queues: u16,
+    /// Entries of each.
+    pub queue_size: u16,
+    /// Its bytes.
+    pub contents: Vec<u8>,
+}
+
+/// What a reconnection found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Reconnected {
+    /// Requests that the inflight region had marked: those the new back-end executes again, and at most one batch
+    /// whose completion the guest has already seen.
+    pub resubmitted: u64,
+    /// Connections that were tried until one held.
+    pub attempts: u32,
+}
+
+/// A vhost device as whoever drives it sees it.
+///
+/// The device remembers what it was told. When a call fails with [`FrontendError::is_hang_up`], memory, features,
+/// started rings, the inflight region and the log stay noted (a log that was being installed as well, a ring that was
+/// being stopped as running): [`reconnect`](Device::reconnect), then repeat the call.
+pub trait Device: Send {
+    /// What to call it in messages: a path.
+    fn name(&self) -> &str;
+
+    /// Virtio and vhost feature bits offered.
+    fn features(&self) -> u64;
+
+    /// Virtio feature bits that [`set_features`](Device::set_features) acknowledged.
+    fn acked_features(&self) -> u64;
+
+    /// Acknowledges virtio feature bits. Transport bits and logging are the device's own business.
+    ///
+    /// # Errors
+    /// [`FrontendError::NotOffered`] for bits that are not offered; the channel's errors.
+    fn set_features(&mut self, features: u64) -> Result<(), FrontendError>;
+
+    /// Most rings it has.
+    fn queues(&self) -> u16;
+
+    /// Most regions [`set_memory`](Device::set_memory) may have.
+    fn max_mem_slots(&self) -> usize;
+
+    /// Gives the device guest memory, whose regions must have fds ([`Region::share`](crate::memory::Region::share)).
+    /// Replaces what it had, also while rings run; then what they use must be in both (rules M1, L9).
+    ///
+    /// # Errors
+    /// [`FrontendError::NotShared`], [`FrontendError::NotOffered`] if there are too many regions; the channel's errors.
+    fn set_memory(&mut self, memory: &Memory) -> Result<(), FrontendError>;
+
+    /// Agrees on an inflight region for `queues` rings of up to `queue_size` entries, before any ring is started.
+    /// `restored` is what [`inflight`](Device::inflight) said on another host; it is used if this device's region has
+    /// the same size, else the region starts fresh, which is right for rings that were drained (rule I5).
+    ///
+    /// Returns false if the device has no such thing; then it can't be restarted with requests outstanding.
+    ///
+    /// # Errors
+    /// The channel's errors, and [`FrontendError::Breach`] for a region that can't be one (rule I1).
+    fn set_inflight(
+        &mut self,
+        queues: u16,
+        queue_size: u16,
+        restored: Option<&InflightState>,
+    ) -> Result<bool, FrontendError>;
+
+    /// The inflight region as it is now; to be moved when all rings are stopped.
+    ///
+    /// # Errors
+    /// [`FrontendError::System`] if it can't be read.
+    fn inflight(&self) -> Result<Option<InflightState>, FrontendError>;
+
+    /// Starts and enables ring `index`.
+    ///
+    /// # Errors
+    /// [`FrontendError::BadRing`], [`FrontendError::Memory`] for a ring outside memory; the channel's errors.
+    fn start_ring(&mut self, index: u16, setup: RingSetup) -> Result<(), FrontendError>;
+
+    /// Stops ring `index` when all its requests are complete, and says where it would go on (rule R3).
+    ///
+    /// # Errors
+    /// [`FrontendError::BadRing`] if it is not started; the channel's errors.
+    fn stop_ring(&mut self, index: u16) -> Result<RingBase, FrontendError>;
+
+    /// Has every write to guest memory logged to `log`, which the device maps from `fd`. From its return on all writes
+    /// are in it; if another log was in use, none goes there any more (rules L7, L9).
+    ///
+    /// # Errors
+    /// [`FrontendError::NotOffered`] if the device can't log; the channel's errors.
+    fn start_logging(&mut self, log: &Arc<Log>, fd: BorrowedFd<'_>) -> Result<(), FrontendError>;
+
+    /// Ends logging: no write to the log after its return.
+    ///
+    /// # Errors
+    /// The channel's errors.
+    fn stop_logging(&mut self) -> Result<(), FrontendError>;
+
+    /// The log in use.
+    fn log(&self) -> Option<&Arc<Log>>;
+
+    /// Reads configuration space from `offset` (rule C1).
+    ///
+    /// # Errors
+    /// [`FrontendError::NotOffered`], [`FrontendError::Refused`]; the channel's errors.
+    fn config(&mut self, offset: u32, buf: &mut [u8]) -> Result<(), FrontendError>;
+
+    /// Writes configuration space from `offset`, as the driver would (rule C1).
+    ///
+    /// # Errors
+    /// As [`config`](Device::config).
+    fn set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), FrontendError>;
+
+    /// The virtio status byte, or `None` if the device does not keep one.
+    ///
+    /// # Errors
+    /// The channel's errors.
+    fn status(&mut self) -> Result<Option<u8>, FrontendError>;
+
+    /// Sets the virtio status byte where the device keeps one.
+    ///
+    /// # Errors
+    /// The channel's errors.
+    fn set_status(&mut self, status: u8) -> Result<(), FrontendError>;
+
+    /// An fd that polls POLLHUP when the device goes away, or `None` if it never does.
+    ///
+    /// # Errors
+    /// [`FrontendError::System`] if no fd is to be had.
+    fn watch(&self) -> Result<Option<OwnedFd>, FrontendError>;
+
+    /// Whether the connection has ended, by either side.
+    fn hung_up(&self) -> bool;
+
+    /// Connects again and installs everything that is noted: memory, inflight region, rings (going on where the inflight
+    /// region and the used ring say), the log. Then kicks and calls every ring, so that nothing waits (rules R6, L8, I3).
+    /// Tries until `deadline`, also if the back-end falls over meanwhile.
+    ///
+    /// # Errors
+    /// The last error when `deadline` is over; [`FrontendError::NotOffered`] if the new back-end is a lesser one,
+    /// [`FrontendError::Unrecoverable`] if requests would get lost.
+    fn reconnect(&mut self, deadline: Instant) -> Result<Reconnected, FrontendError>;
+}

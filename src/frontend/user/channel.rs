@@ -1,0 +1,216 @@
+//! One connection to a vhost-user back-end: messages out, acknowledgements and replies in, each before a deadline.
+//!
+//! Messages without a reply of their own are posted, and settled together: by their acknowledgements, or by a
+//! GET_FEATURES round trip where the back-end does not acknowledge (rule F4). What messages mean is not known here.
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::super::FrontendError;
+use crate::abi::vhost_user::{Header, Request};
+use crate::sys::socket;
+
+/// Longest reply: GET_CONFIG's 268 bytes, with room for what is to come.
+const MAX_REPLY: usize = 4096;
+
+pub(super) struct Channel {
+    socket: UnixStream,
+    timeout: Duration,
+    /// REPLY_ACK is agreed on.
+    acks: bool,
+    /// Posted and not yet settled.
+    posted: Vec<Request>,
+}
+
+/// A reply's payload, and the fds that came with it.
+pub(super) struct Reply {
+    pub(super) request: Request,
+    pub(super) payload: Vec<u8>,
+    pub(super) fds: Vec<OwnedFd>,
+}
+
+impl Reply {
+    /// The payload as the one structure it must be.
+    pub(super) fn read<T: FromBytes>(&self, rule: &'static str) -> Result<T, FrontendError> {
+        T::read_from_bytes(&self.payload).map_err(|_| FrontendError::Breach {
+            request: self.request,
+            what: format!("an answer of {} bytes, not {}", self.payload.len(), size_of::<T>()),
+            rule,
+        })
+    }
+}
+
+impl Channel {
+    pub(super) fn connect(path: &Path, timeout: Duration) -> Result<Channel, FrontendError> {
+        let failed = |source| FrontendError::Connect { path: path.into(), source };
+        let socket = UnixStream::connect(path).map_err(failed)?;
+        socket.set_write_timeout(Some(timeout)).map_err(failed)?;
+        Ok(Channel { socket, timeout, acks: false, posted: Vec::new() })
+    }
+
+    /// From now on posted messages ask for an acknowledgement.
+    pub(super) fn use_acks(&mut self) {
+        self.acks = true;
+    }
+
+    pub(super) fn set_timeout(&mut self, timeout: Duration) {
+        self.timeout = timeout;
+    }
+
+    /// Sends a message that has no reply of its own.
+    pub(super) fn post(
+        &mut self,
+        request: Request,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), FrontendError> {
+        let flags = Header::FLAG_VERSION | if self.acks { Header::FLAG_NEED_REPLY } else { 0 };
+        self.send(request, flags, payload, fds)?;
+        self.posted.push(request);
+        Ok(())
+    }
+
+    /// Waits until everything posted is done. On refusals the first is reported, when all are in.
+    pub(super) fn settle(&mut self) -> Result<(), FrontendError> {
+        let posted = std::mem::take(&mut self.posted);
+        if !self.acks {
+            let fence = !posted.is_empty();
+            return if fence { self.ask(Request::GET_FEATURES, &[], &[]).map(drop) } else { Ok(()) };
+        }
+        let mut refused = None;
+        for request in posted {
+            let reply = self.receive(request, self.timeout)?;
+            let code: u64 = reply.read("F4").inspect_err(|_| self.close())?;
+            if code != 0 && refused.is_none() {
+                refused = Some(FrontendError::Refused { request, code });
+            }
+        }
+        refused.map_or(Ok(()), Err)
+    }
+
+    /// Sends a message that has a reply of its own and waits for that (rule F3).
+    pub(super) fn ask(
+        &mut self,
+        request: Request,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Reply, FrontendError> {
+        self.ask_within(self.timeout, request, payload, fds)
+    }
+
+    /// The same, for what may take longer.
+    pub(super) fn ask_within(
+        &mut self,
+        timeout: Duration,
+        request: Request,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Reply, FrontendError> {
+        if self.acks {
+            self.settle()?;
+        }
+        self.posted.clear();
+        self.send(request, Header::FLAG_VERSION, payload, fds)?;
+        self.receive(request, timeout)
+    }
+
+    /// Ends the connection; also wakes whoever watches it.
+    pub(super) fn close(&self) {
+        // An error means that it has ended already.
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+    }
+
+    pub(super) fn hung_up(&self) -> bool {
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLHUP)];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
+    pub(super) fn watch(&self) -> Result<OwnedFd, FrontendError> {
+        self.socket.as_fd().try_clone_to_owned().map_err(FrontendError::system("watch the connection"))
+    }
+
+    fn send(&self, request: Request, flags: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), FrontendError> {
+        let header = Header { request: request.0, flags, size: payload.len() as u32 };
+        let bytes = [header.as_bytes(), payload].concat();
+        socket::send(self.socket.as_fd(), &bytes, fds).map_err(|error| self.failed(request, self.timeout, error))
+    }
+
+    fn receive(&self, request: Request, timeout: Duration) -> Result<Reply, FrontendError> {
+        let deadline = Instant::now() + timeout;
+        let mut fds = Vec::new();
+        let mut header = [0; size_of::<Header>()];
+        self.fill(&mut header, &mut fds, request, deadline, timeout)?;
+        let header: Header = zerocopy::transmute!(header);
+        let breach = |what: String, rule| {
+            self.close();
+            Err(FrontendError::Breach { request, what, rule })
+        };
+        if header.request != request.0 {
+            return breach(format!("an answer to {}", Request(header.request)), "F1");
+        }
+        if header.flags != Header::REPLY_FLAGS {
+            return breach(format!("flags {:#x} instead of {:#x}", header.flags, Header::REPLY_FLAGS), "F2");
+        }
+        let size = header.size as usize;
+        if size > MAX_REPLY {
+            return breach(format!("an answer of {size} bytes, more than {MAX_REPLY}"), "F6");
+        }
+        let mut payload = vec![0; size];
+        self.fill(&mut payload, &mut fds, request, deadline, timeout)?;
+        Ok(Reply { request, payload, fds })
+    }
+
+    fn fill(
+        &self,
+        buf: &mut [u8],
+        fds: &mut Vec<OwnedFd>,
+        request: Request,
+        deadline: Instant,
+        timeout: Duration,
+    ) -> Result<(), FrontendError> {
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let millis = u16::try_from(left.as_millis() + 1).unwrap_or(u16::MAX);
+            let mut fd = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+            let received = match poll(&mut fd, PollTimeout::from(millis)) {
+                Ok(0) if left.is_zero() => Err(io::ErrorKind::WouldBlock.into()),
+                Ok(0) => continue,
+                Ok(_) => socket::receive(self.socket.as_fd(), rest, fds),
+                Err(errno) => Err(errno.into()),
+            };
+            match received {
+                Ok(0) => return Err(FrontendError::HungUp { request }),
+                Ok(received) => rest = rest.get_mut(received..).unwrap_or_default(),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(self.failed(request, timeout, error)),
+            }
+        }
+        Ok(())
+    }
+
+    fn failed(&self, request: Request, waited: Duration, error: io::Error) -> FrontendError {
+        use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected, WouldBlock};
+        match error.kind() {
+            BrokenPipe | ConnectionReset | NotConnected => FrontendError::HungUp { request },
+            WouldBlock => {
+                self.close();
+                FrontendError::Timeout { request, waited }
+            }
+            _ => FrontendError::System { what: "talk to the back-end", source: error },
+        }
+    }
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

@@ -1,0 +1,111 @@
+//! The inflight region as the front-end has it: an fd that it keeps for the next back-end, and never changes while
+//! rings run. What the bytes mean to a device is the inflight room's business (rules I1-I7).
+#![forbid(unsafe_code)]
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
+
+use super::super::{FrontendError, InflightState};
+use super::channel::Reply;
+use crate::abi::inflight::{
+    PACKED_ENTRY_BYTES, PACKED_HEADER_BYTES, SPLIT_ENTRY_BYTES, SPLIT_HEADER_BYTES, packed_queue_bytes,
+    split_queue_bytes,
+};
+use crate::abi::vhost_user::{InflightDescription, Request};
+
+/// More than a region needs, but not absurd: room for back-ends that round up to huge pages.
+const SLACK: u64 = 2 << 20;
+
+pub(super) struct Inflight {
+    file: File,
+    size: u64,
+    offset: u64,
+    queues: u16,
+    queue_size: u16,
+}
+
+impl Inflight {
+    /// The region of a GET_INFLIGHT_FD reply, checked against what was asked for (rule I1).
+    pub(super) fn take(reply: Reply, queues: u16, queue_size: u16, packed: bool) -> Result<Inflight, FrontendError> {
+        let request = Request::GET_INFLIGHT_FD;
+        let breach = |what: String| FrontendError::Breach { request, what, rule: "I1" };
+        // Four bytes of padding at the end, which some send and some don't (rule F6).
+        let mut bytes = [0; size_of::<InflightDescription>()];
+        match (reply.payload.len(), bytes.get_mut(..reply.payload.len())) {
+            (20.., Some(bytes)) => bytes.copy_from_slice(&reply.payload),
+            (len, _) => return Err(breach(format!("an answer of {len} bytes, not 24"))),
+        }
+        let description: InflightDescription = zerocopy::transmute!(bytes);
+        let (size, offset) = (description.mmap_size, description.mmap_offset);
+        let mut fds = reply.fds.into_iter();
+        let (Some(fd), None) = (fds.next(), fds.next()) else {
+            return Err(breach("no fd, or several".into()));
+        };
+        if (description.num_queues, description.queue_size) != (queues, queue_size) {
+            return Err(breach(format!(
+                "a region for {} queues of {} instead of {queues} of {queue_size}",
+                description.num_queues, description.queue_size
+            )));
+        }
+        let needed = queue_bytes(queue_size, packed) * u64::from(queues);
+        if size < needed || size > needed + SLACK {
+            return Err(breach(format!("a region of {size} bytes where {needed} are needed")));
+        }
+        let file = File::from(fd);
+        let has = file.metadata().map_err(FrontendError::system("look at the inflight region"))?.len();
+        if offset.checked_add(size).is_none_or(|end| end > has) {
+            return Err(breach(format!("{size} bytes at {offset} of a file of {has}")));
+        }
+        Ok(Inflight { file, size, offset, queues, queue_size })
+    }
+
+    pub(super) fn describe(&self) -> InflightDescription {
+        InflightDescription {
+            mmap_size: self.size,
+            mmap_offset: self.offset,
+            num_queues: self.queues,
+            queue_size: self.queue_size,
+            padding: [0; 4],
+        }
+    }
+
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    pub(super) fn state(&self) -> Result<InflightState, FrontendError> {
+        let mut contents = vec![0; self.size as usize];
+        let read = self.file.read_exact_at(&mut contents, self.offset);
+        read.map_err(FrontendError::system("read the inflight region"))?;
+        Ok(InflightState { queues: self.queues, queue_size: self.queue_size, contents })
+    }
+
+    /// Takes over another region's contents, if they fit.
+    pub(super) fn restore(&self, state: &InflightState) -> Result<(), FrontendError> {
+        let fits = (state.queues, state.queue_size, state.contents.len() as u64);
+        if fits != (self.queues, self.queue_size, self.size) {
+            return Ok(());
+        }
+        let written = self.file.write_all_at(&state.contents, self.offset);
+        written.map_err(FrontendError::system("restore the inflight region"))
+    }
+
+    /// How many requests are marked.
+    pub(super) fn marked(&self, packed: bool) -> Result<u64, FrontendError> {
+        let contents = self.state()?.contents;
+        let (header, entry) = match packed {
+            true => (PACKED_HEADER_BYTES, PACKED_ENTRY_BYTES),
+            false => (SPLIT_HEADER_BYTES, SPLIT_ENTRY_BYTES),
+        };
+        let entries = usize::from(self.queue_size);
+        let queues = contents.chunks(queue_bytes(self.queue_size, packed) as usize).take(self.queues.into());
+        let marks = queues
+            .flat_map(|queue| queue.get(header as usize..).unwrap_or_default().chunks(entry as usize).take(entries));
+        Ok(marks.filter(|entry| entry.first() == Some(&1)).count() as u64)
+    }
+}
+
+fn queue_bytes(queue_size: u16, packed: bool) -> u64 {
+    if packed { packed_queue_bytes(queue_size) } else { split_queue_bytes(queue_size) }
+}

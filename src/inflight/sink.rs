@@ -1,0 +1,68 @@
+//! Stores into an inflight region, one at a time: done to memory, or written down to be looked at.
+
+/// One store into a queue's part of an inflight region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Store {
+    /// One byte at an offset in bytes.
+    U8(usize, u8),
+    /// Two bytes.
+    U16(usize, u16),
+    /// Eight bytes.
+    U64(usize, u64),
+}
+
+impl Store {
+    /// Does this store to `sink`.
+    pub fn to(self, sink: &mut (impl Sink + ?Sized)) {
+        match self {
+            Store::U8(offset, value) => sink.u8(offset, value),
+            Store::U16(offset, value) => sink.u16(offset, value),
+            Store::U64(offset, value) => sink.u64(offset, value),
+        }
+    }
+}
+
+/// Where stores go, in the order they are made. A crash may come between any two of them.
+///
+/// Offsets are in bytes from the start of the queue's part and aligned; values are in host byte order. A store outside
+/// the queue's part is left out.
+pub trait Sink {
+    /// Stores one byte.
+    fn u8(&mut self, offset: usize, value: u8);
+    /// Stores two bytes.
+    fn u16(&mut self, offset: usize, value: u16);
+    /// Stores eight bytes.
+    fn u64(&mut self, offset: usize, value: u64);
+}
+
+/// Writes the stores down.
+impl Sink for Vec<Store> {
+    fn u8(&mut self, offset: usize, value: u8) {
+        self.push(Store::U8(offset, value));
+    }
+    fn u16(&mut self, offset: usize, value: u16) {
+        self.push(Store::U16(offset, value));
+    }
+    fn u64(&mut self, offset: usize, value: u64) {
+        self.push(Store::U64(offset, value));
+    }
+}
+
+/// Does the stores to a copy of the queue's part.
+impl Sink for [u8] {
+    fn u8(&mut self, offset: usize, value: u8) {
+        copy(self, offset, [value]);
+    }
+    fn u16(&mut self, offset: usize, value: u16) {
+        copy(self, offset, value.to_le_bytes());
+    }
+    fn u64(&mut self, offset: usize, value: u64) {
+        copy(self, offset, value.to_le_bytes());
+    }
+}
+
+fn copy<const N: usize>(bytes: &mut [u8], offset: usize, value: [u8; N]) {
+    if let Some(to) = bytes.get_mut(offset..).and_then(|rest| rest.first_chunk_mut::<N>()) {
+        *to = value;
+    }
+}

@@ -1,0 +1,203 @@
+//! Split rings: the order of the stores that track a request, and recovery from wherever they stopped.
+//!
+//! Each sequence of stores is written once, over [`Sink`]; the crash model runs the same code as a device.
+
+use std::collections::HashSet;
+use std::mem::offset_of;
+
+use zerocopy::FromBytes;
+
+use crate::abi::inflight::{SPLIT_HEADER_BYTES, SplitEntry, SplitHeader, VERSION};
+
+use super::{InflightError, Mapped, Sink, Store};
+
+pub(super) const VERSION_AT: usize = offset_of!(SplitHeader, version);
+const DESC_NUM_AT: usize = offset_of!(SplitHeader, desc_num);
+const LAST_BATCH_HEAD_AT: usize = offset_of!(SplitHeader, last_batch_head);
+const USED_IDX_AT: usize = offset_of!(SplitHeader, used_idx);
+const INFLIGHT: usize = offset_of!(SplitEntry, inflight);
+const NEXT: usize = offset_of!(SplitEntry, next);
+const COUNTER: usize = offset_of!(SplitEntry, counter);
+
+/// Tracks the requests of one split ring (rule I2).
+///
+/// Heads must be those of a ring of at most the region's queue size; others are left out.
+#[derive(Debug)]
+pub struct SplitInflight<S: Sink = Mapped> {
+    sink: S,
+    /// Of the next request to be taken.
+    counter: u64,
+    last_batch_head: u16,
+    /// Staged and not committed.
+    batch: Vec<u16>,
+}
+
+impl<S: Sink> SplitInflight<S> {
+    /// Puts `recovery` into effect and goes on from it.
+    pub fn resume(mut sink: S, recovery: &Recovery) -> SplitInflight<S> {
+        for store in &recovery.stores {
+            store.to(&mut sink);
+        }
+        let Recovery { next_counter, last_batch_head, .. } = *recovery;
+        SplitInflight { sink, counter: next_counter, last_batch_head, batch: Vec::new() }
+    }
+
+    /// Notes that request `head` was taken. Call it before anything of the request is done; not for a resubmitted one,
+    /// which is still noted.
+    #[inline]
+    pub fn take(&mut self, head: u16) {
+        self.sink.u64(entry(head) + COUNTER, self.counter);
+        self.counter = self.counter.wrapping_add(1);
+        self.sink.u8(entry(head) + INFLIGHT, 1);
+    }
+
+    /// Puts request `head` into the batch that the ring publishes next.
+    #[inline]
+    pub fn stage(&mut self, head: u16) {
+        self.sink.u16(entry(head) + NEXT, self.last_batch_head);
+        self.sink.u16(LAST_BATCH_HEAD_AT, head);
+        self.last_batch_head = head;
+        self.batch.push(head);
+    }
+
+    /// Notes that the batch is published, with which the ring's used index became `used_idx`.
+    #[inline]
+    pub fn commit(&mut self, used_idx: u16) {
+        for head in self.batch.drain(..) {
+            self.sink.u8(entry(head) + INFLIGHT, 0);
+        }
+        self.sink.u16(USED_IDX_AT, used_idx);
+    }
+
+    /// Forgets everything, as a reset of the device wants it: the region counts as fresh (rule I7).
+    pub fn reset(mut self) {
+        self.sink.u16(VERSION_AT, 0);
+    }
+}
+
+/// What a device finds in the region when it starts, and what it has to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recovery {
+    /// Stores that repair the region, in this order; [`SplitInflight::resume`] does them. Stopping after any of them
+    /// and recovering again comes to the same.
+    pub stores: Vec<Store>,
+    /// Heads of the requests to be served again, in this order.
+    pub resubmit: Vec<u16>,
+    /// Where the avail ring goes on, whatever base the front-end gave; `None` on a fresh region, where the base counts.
+    pub next_avail: Option<u16>,
+    /// Counter of the next request taken (rule I6).
+    pub next_counter: u64,
+    /// Head of the list that the next batch is put before.
+    pub last_batch_head: u16,
+}
+
+/// Recovers from the bytes of one queue's part, given the used index that stands in the ring (rules I3, I5, I6).
+///
+/// A fresh region (version 0) is initialised for a ring that may have been used before without it, as at the
+/// destination of a migration.
+///
+/// # Errors
+/// Contents that can't be true: the region can't be trusted to say what was in flight. Any bytes are bearable.
+pub fn recover(bytes: &[u8], used_idx: u16, queue_size: u16) -> Result<Recovery, InflightError> {
+    let too_small = || InflightError::TooSmall {
+        size: bytes.len() as u64,
+        needed: SPLIT_HEADER_BYTES + u64::from(queue_size) * size_of::<SplitEntry>() as u64,
+    };
+    let (header, rest) = SplitHeader::ref_from_prefix(bytes).map_err(|_| too_small())?;
+    let (entries, _) = <[SplitEntry]>::ref_from_prefix_with_elems(rest, queue_size.into()).map_err(|_| too_small())?;
+    match header.version.get() {
+        0 => return Ok(initialise(entries, used_idx, queue_size)),
+        VERSION => {}
+        version => return Err(InflightError::Version { version }),
+    }
+    let desc_num = header.desc_num.get();
+    if desc_num != queue_size {
+        return Err(InflightError::DescNum { desc_num, queue_size });
+    }
+    let mut marked = Vec::new();
+    let mut next_counter = 0;
+    for (head, entry) in (0..).zip(entries) {
+        match entry.inflight {
+            0 => {}
+            1 => marked.push((entry.counter.get(), head)),
+            mark => return Err(InflightError::Mark { head, mark }),
+        }
+        next_counter = next_counter.max(entry.counter.get());
+    }
+    let next_counter = next_counter.checked_add(1).ok_or(InflightError::Counter)?;
+    let mut stores = Vec::new();
+    if header.used_idx.get() != used_idx {
+        // Without a mark there is nothing that the last batch could change.
+        if !marked.is_empty() {
+            let published = last_batch(header, entries, used_idx)?;
+            for &head in &published {
+                stores.u8(entry(head) + INFLIGHT, 0);
+            }
+            let published: HashSet<u16> = published.into_iter().collect();
+            marked.retain(|(_, head)| !published.contains(head));
+        }
+        stores.u16(USED_IDX_AT, used_idx);
+    }
+    marked.sort_unstable();
+    let resubmit: Vec<u16> = marked.into_iter().map(|(_, head)| head).collect();
+    Ok(Recovery {
+        stores,
+        next_avail: Some(used_idx.wrapping_add(resubmit.len() as u16)),
+        resubmit,
+        next_counter,
+        last_batch_head: header.last_batch_head.get(),
+    })
+}
+
+/// A fresh region: the version comes last, so that a crash on the way leaves it fresh.
+fn initialise(entries: &[SplitEntry], used_idx: u16, queue_size: u16) -> Recovery {
+    let mut stores = Vec::new();
+    for (head, found) in (0..).zip(entries) {
+        if found.inflight != 0 {
+            stores.u8(entry(head) + INFLIGHT, 0);
+        }
+        if found.counter.get() != 0 {
+            stores.u64(entry(head) + COUNTER, 0);
+        }
+    }
+    stores.u16(DESC_NUM_AT, queue_size);
+    stores.u16(LAST_BATCH_HEAD_AT, 0);
+    stores.u16(USED_IDX_AT, used_idx);
+    stores.u16(VERSION_AT, VERSION);
+    Recovery { stores, resubmit: Vec::new(), next_avail: None, next_counter: 1, last_batch_head: 0 }
+}
+
+/// The heads of the batch that was published, but whose marks may not all be cleared yet.
+///
+/// A device that publishes one request at a time need not keep `next`. A list that runs in circles was not kept by
+/// anybody: of such a batch only the head is known.
+fn last_batch(header: &SplitHeader, entries: &[SplitEntry], used_idx: u16) -> Result<Vec<u16>, InflightError> {
+    let queue_size = entries.len() as u16;
+    let (region, ring) = (header.used_idx.get(), used_idx);
+    let count = ring.wrapping_sub(region);
+    if count > queue_size {
+        return Err(InflightError::UsedIndex { region, ring, queue_size });
+    }
+    let mut seen = vec![false; entries.len()];
+    let mut batch = Vec::with_capacity(count.into());
+    let mut index = header.last_batch_head.get();
+    for _ in 0..count {
+        let at = usize::from(index);
+        let (Some(entry), Some(seen)) = (entries.get(at), seen.get_mut(at)) else {
+            return Err(InflightError::Index { index, queue_size });
+        };
+        if std::mem::replace(seen, true) {
+            batch.truncate(1);
+            break;
+        }
+        batch.push(index);
+        index = entry.next.get();
+    }
+    Ok(batch)
+}
+
+/// Offset of the entry of `head`.
+#[inline]
+fn entry(head: u16) -> usize {
+    SPLIT_HEADER_BYTES as usize + usize::from(head) * size_of::<SplitEntry>()
+}

@@ -1,0 +1,180 @@
+//! The destination's side: pages into place, state restored, READY, and on the commit the guest goes on here.
+//!
+//! Nothing runs before the commit. Whatever fails until then is told to the source, which goes on.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::bounded;
+
+use super::error::MigrateError;
+use super::machine::Arrival;
+use crate::stream::record::{MemoryLayout, Started};
+use crate::stream::{Cancel, Channel, Connection, Decoder, FrameReader, FrameWriter, Kind, PageStats};
+use crate::stream::{StreamError, Target, ToDestination, ToSource};
+
+/// How long what carries the stream may take to end.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// What arrived.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Received {
+    /// Pages, zero pages included, over all rounds.
+    pub pages: PageStats,
+    /// How long the guest stood still by its own clock, nanoseconds, if that clock is the source's too.
+    pub observed_downtime_ns: Option<u64>,
+}
+
+/// Takes in the guest that comes over `connection`, and starts it. `cancel` is the connection's; it has no effect any
+/// more once the source has been told that this side is ready.
+///
+/// # Errors
+/// [`MigrateError`]: the guest does not run here. The source has been told why if it still listens.
+pub fn receive(arrival: &mut dyn Arrival, connection: Connection, cancel: &Cancel) -> Result<Received, MigrateError> {
+    let first = connection.channels.first().ok_or(StreamError::Ended)?.clone();
+    let mut answers = Answers { to: FrameWriter::new(first), one_way: connection.one_way };
+    let mut readers: Vec<_> = connection.channels.iter().cloned().map(FrameReader::new).collect();
+    let outcome = take_in(arrival, &mut readers, &mut answers, cancel);
+    if let Err(error) = &outcome {
+        // The source may be gone; it goes on by itself then.
+        let _ = answers.say(&ToSource::Failed { message: error.to_string() });
+    }
+    deliver(connection);
+    if outcome.is_err() {
+        cancel.cancel();
+    }
+    outcome
+}
+
+/// A command that carries the stream may still hold what was said last. It ends when the source hangs up.
+fn deliver(connection: Connection) {
+    let ended = connection.channels.iter().try_for_each(|channel| channel.set_timeout(Some(LAST_WORDS)));
+    if let Err(error) = ended.and_then(|()| connection.finish()) {
+        tracing::debug!(%error, "the connection did not end well");
+    }
+}
+
+struct Answers {
+    to: FrameWriter<Channel>,
+    one_way: bool,
+}
+
+impl Answers {
+    fn say(&mut self, message: &ToSource) -> Result<(), MigrateError> {
+        if !self.one_way {
+            message.write(&mut self.to)?;
+        }
+        Ok(())
+    }
+}
+
+fn take_in(
+    arrival: &mut dyn Arrival,
+    readers: &mut [FrameReader<Channel>],
+    answers: &mut Answers,
+    cancel: &Cancel,
+) -> Result<Received, MigrateError> {
+    let asked = |doing| move |cause| MigrateError::Machine { doing, cause };
+    let layout = next(readers, "the memory layout", |message| match message {
+        ToDestination::Layout(layout) => Some(layout),
+        _ => None,
+    })?;
+    let memory = arrival.prepare(&layout.regions).map_err(asked("making guest memory"))?;
+    MemoryLayout::check(&layout, &memory)?;
+    answers.say(&ToSource::Accepted)?;
+
+    let pages = receive_pages(&Arc::new(Target::fresh(memory)), readers)?;
+
+    let state = next(readers, "the guest's state", |message| match message {
+        ToDestination::State(state) => Some(state),
+        _ => None,
+    })?;
+    arrival.restore(&state).map_err(asked("restoring the guest"))?;
+    // From here on the source decides: it may have committed by the time that anybody calls it off here.
+    cancel.disarm()?;
+    answers.say(&ToSource::Ready)?;
+    next(readers, "the commit", |message| matches!(message, ToDestination::Commit).then_some(()))?;
+
+    let committed = Instant::now();
+    let observed_downtime_ns = arrival.start().map_err(asked("starting the guest after the commit"))?;
+    let start_ns = committed.elapsed().as_nanos() as u64;
+    // The guest runs, whether or not the source hears of it.
+    if let Err(error) = answers.say(&ToSource::Started(Started { observed_downtime_ns, start_ns })) {
+        tracing::warn!(%error, "the guest runs here, but its source could not be told");
+    }
+    Ok(Received { pages, observed_downtime_ns })
+}
+
+/// Reads pages on all channels until each has ended the last round.
+fn receive_pages(target: &Arc<Target>, readers: &mut [FrameReader<Channel>]) -> Result<PageStats, MigrateError> {
+    let channels = readers.len() as u16;
+    let sockets: Vec<Channel> = readers.iter_mut().map(|reader| reader.get_mut().clone()).collect();
+    std::thread::scope(|scope| {
+        let (done, ended) = bounded(readers.len());
+        for (number, reader) in readers.iter_mut().enumerate() {
+            let (done, target) = (done.clone(), target.clone());
+            scope.spawn(move || {
+                let result = Decoder::new(target, number as u16, channels)
+                    .map_err(MigrateError::from)
+                    .and_then(|mut decoder| receive_channel(&mut decoder, reader));
+                // The receiver outlives all senders.
+                let _ = done.send(result);
+            });
+        }
+        drop(done);
+        let mut all = PageStats::default();
+        for result in ended {
+            match result {
+                Ok(stats) => all += stats,
+                Err(error) => {
+                    // The other threads wait for pages that will not come. Channel 0 can still carry the reason back.
+                    sockets.iter().for_each(Channel::shutdown_read);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(all)
+    })
+}
+
+fn receive_channel(decoder: &mut Decoder, reader: &mut FrameReader<Channel>) -> Result<PageStats, MigrateError> {
+    let mut all = PageStats::default();
+    let mut round = PageStats::default();
+    loop {
+        let header = reader.next_frame()?;
+        if header.kind == Kind::Pages {
+            round += decoder.receive(&header, reader)?;
+            continue;
+        }
+        match ToDestination::read(&header, reader)? {
+            ToDestination::RoundEnd(end) => {
+                end.check(&round)?;
+                all += std::mem::take(&mut round);
+                if end.last {
+                    return Ok(all);
+                }
+            }
+            ToDestination::Cancel { reason } => return Err(MigrateError::Source(reason)),
+            other => {
+                return Err(MigrateError::Handshake { found: format!("{other:?}"), wanted: "pages or a round's end" });
+            }
+        }
+    }
+}
+
+/// Reads the next message on channel 0, which must be the one that `pick` takes.
+fn next<T>(
+    readers: &mut [FrameReader<Channel>],
+    wanted: &'static str,
+    pick: impl FnOnce(ToDestination) -> Option<T>,
+) -> Result<T, MigrateError> {
+    let first = readers.first_mut().ok_or(StreamError::Ended)?;
+    let header = first.next_frame()?;
+    match ToDestination::read(&header, first)? {
+        ToDestination::Cancel { reason } => Err(MigrateError::Source(reason)),
+        message => {
+            let found = header.kind;
+            pick(message).ok_or_else(|| MigrateError::Handshake { found: format!("a {found} frame"), wanted })
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! What a migration needs from whoever owns a guest: a VMM, or the built-in guest.
+
+use crate::dirty::DirtySource;
+use crate::memory::Memory;
+
+/// What went wrong inside the machine, in words for its user.
+pub type MachineError = Box<dyn std::error::Error + Send + Sync>;
+
+/// A guest at the source.
+///
+/// Calls come in this order: [`memory`](Machine::memory), [`dirty_source`](Machine::dirty_source), then at most once
+/// [`pause`](Machine::pause), which either [`resume`](Machine::resume) undoes or [`release`](Machine::release) makes
+/// final.
+pub trait Machine {
+    /// The guest's memory. It must not change until the migration has ended.
+    fn memory(&self) -> Memory;
+
+    /// Everything that can dirty guest memory, as one source: the migration starts and stops it.
+    ///
+    /// # Errors
+    /// If dirty pages can't be tracked; the migration then ends and the guest goes on.
+    fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, MachineError>;
+
+    /// Stops everything that can write guest memory: CPUs and drivers first, then every ring of every device, drained
+    /// (rule R3).
+    ///
+    /// # Errors
+    /// If something can't be stopped; [`resume`](Machine::resume) is called then.
+    fn pause(&mut self) -> Result<(), MachineError>;
+
+    /// The state of CPUs and devices of a paused guest, in whatever form the destination's [`Arrival`] reads.
+    ///
+    /// # Errors
+    /// If it can't be had; [`resume`](Machine::resume) is called then.
+    fn state(&mut self) -> Result<Vec<u8>, MachineError>;
+
+    /// Undoes [`pause`](Machine::pause), also one that failed half-way: the guest goes on as if nothing had happened.
+    ///
+    /// # Errors
+    /// If the guest can't go on here.
+    fn resume(&mut self) -> Result<(), MachineError>;
+
+    /// The migration is committed: the guest belongs to the destination and must never run here again.
+    fn release(&mut self);
+}
+
+/// A region of guest memory that is on its way.
+pub use crate::stream::record::RegionLayout;
+
+/// A guest at the destination.
+///
+/// Calls come in this order: [`prepare`](Arrival::prepare), [`restore`](Arrival::restore), [`start`](Arrival::start).
+/// Until `start` everything can still be dropped, and the source goes on.
+pub trait Arrival {
+    /// Makes the guest's memory, zeroed, with exactly these regions.
+    ///
+    /// # Errors
+    /// If this host can't; the source is told why.
+    fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, MachineError>;
+
+    /// Restores CPUs and devices from what [`Machine::state`] saved; all memory is in place. Nothing may run yet.
+    ///
+    /// # Errors
+    /// If the state does not fit; the source is told why and goes on.
+    fn restore(&mut self, state: &[u8]) -> Result<(), MachineError>;
+
+    /// The migration is committed: the guest goes on here. Returns how long it stood still by its own clock, in
+    /// nanoseconds, if that clock is the source's too.
+    ///
+    /// # Errors
+    /// If the guest can't be started; it is lost then, and both sides say so.
+    fn start(&mut self) -> Result<Option<u64>, MachineError>;
+}

@@ -1,0 +1,412 @@
+//! The source's side: rounds while the guest runs, then the switchover.
+//!
+//! ```text
+//! connected → accepted → tracking ⟲ round → paused → last pages → state → READY → COMMIT → started
+//!     └──────────┴──────────┴─────────┴────────┴──────────┴────────┴───────┘         │
+//!            every failure: guest resumed, bits put back, tracking stopped        point of no return
+//! ```
+//!
+//! A page's bit is harvested before the page is read. What a failed round may not have sent is put back (rule L14).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{RecvTimeoutError, bounded};
+
+use super::converge::{Convergence, Next, Policy, Round, STALL_ROUNDS};
+use super::error::{Failure, MigrateError};
+use super::machine::Machine;
+use super::report::{Event, Report, RoundReport};
+use crate::dirty::{DirtySource, PageSet};
+use crate::memory::{LOG_PAGE, Memory};
+use crate::stream::record::{MemoryLayout, RoundEnd};
+use crate::stream::{Cancel, Channel, Codec, Connection, Encoder, FrameReader, FrameWriter, Limiter, PageStats};
+use crate::stream::{StreamError, ToDestination, ToSource, owned_by};
+
+/// How often [`Event::Progress`] is told.
+const PROGRESS: Duration = Duration::from_millis(200);
+
+/// How long a peer that has hung up may take to say why.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// How to migrate.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// When to stop the guest, and when to give up.
+    pub policy: Policy,
+    /// How pages are compressed.
+    pub codec: Codec,
+}
+
+/// Moves the guest of `machine` over `connection`. `limiter` is the connection's; its limit holds until the guest is
+/// stopped. Another thread may call the migration off through `cancel`, which must be the connection's too.
+///
+/// # Errors
+/// [`Failure`], which tells whether the guest runs here. Before the commit it always does, as long as the machine can
+/// resume.
+pub fn migrate(
+    machine: &mut dyn Machine,
+    connection: Connection,
+    plan: &Plan,
+    limiter: &Limiter,
+    cancel: &Cancel,
+    tell: &mut dyn FnMut(Event),
+) -> Result<Report, Failure> {
+    let running = |error| Failure { error, source_running: true };
+    let memory = machine.memory();
+    let mut wire = Wire::new(connection, plan.codec).map_err(running)?;
+    let begun = Instant::now();
+    wire.open(&memory).map_err(running)?;
+    let dirty = machine.dirty_source().map_err(|cause| MigrateError::Machine { doing: "tracking dirty pages", cause });
+    let tracking = dirty.and_then(|mut dirty| Ok(dirty.start().map(|()| dirty)?));
+    let dirty = tracking.map_err(|error| {
+        wire.call_off(&error);
+        running(error)
+    })?;
+
+    let mut pending = PageSet::new(memory.end() / LOG_PAGE);
+    for region in memory.regions() {
+        pending.insert_range(region.gpa() / LOG_PAGE..(region.gpa() + region.size()) / LOG_PAGE);
+    }
+    tell(Event::Started {
+        guest_bytes: memory.size(),
+        channels: wire.channels.len() as u16,
+        codec: plan.codec.to_string(),
+    });
+    let mut migration =
+        Migration { wire, memory, dirty, pending, report: Report::default(), cancel, limiter, tell, running: 0.0 };
+    migration.report.guest_bytes = migration.memory.size();
+    let outcome = migration.run(machine, plan.policy);
+    migration.finish(machine, outcome, begun)
+}
+
+/// Where the guest is when something fails.
+enum Stage {
+    Running,
+    Paused,
+    Committed,
+}
+
+struct Migration<'a> {
+    wire: Wire,
+    memory: Memory,
+    dirty: Box<dyn DirtySource>,
+    /// Pages that the destination does not have, or has in an older version.
+    pending: PageSet,
+    report: Report,
+    cancel: &'a Cancel,
+    limiter: &'a Limiter,
+    tell: &'a mut dyn FnMut(Event),
+    /// Seconds during which dirty pages were counted.
+    running: f64,
+}
+
+impl Migration<'_> {
+    fn run(&mut self, machine: &mut dyn Machine, policy: Policy) -> Result<Duration, (Stage, MigrateError)> {
+        let rounds = self.rounds(policy).map_err(|error| (Stage::Running, error))?;
+        self.switchover(machine, rounds)
+    }
+
+    /// Sends rounds until it is time to stop the guest; returns how many.
+    fn rounds(&mut self, policy: Policy) -> Result<u32, MigrateError> {
+        let mut convergence = Convergence::new(policy, self.pending.len());
+        let mut dirtied = 0;
+        let mut round = 0;
+        loop {
+            let begun = Instant::now();
+            let wire_before = self.wire.bytes();
+            let sent = self.send(round, false)?;
+            let sending = begun.elapsed();
+            // Sent and accounted for; what was written since is in the harvest, also in one that fails half-way.
+            self.pending = PageSet::new(self.pending.capacity());
+            self.dirty.harvest(&mut self.pending)?;
+            let took = begun.elapsed().as_secs_f64();
+            self.running += took;
+            dirtied += self.pending.len();
+            self.report.dirty_rate_bytes_per_s = (dirtied * LOG_PAGE) as f64 / self.running;
+            let left = self.pending.len();
+            let next = convergence.after(Round { data_pages: sent.data_pages, duration: sending, left });
+            let (Next::Round { expected, .. } | Next::Switchover { expected } | Next::GiveUp { expected }) = next;
+            let expected_downtime_ms = milliseconds(expected);
+            (self.tell)(Event::Round(RoundReport {
+                round,
+                data_pages: sent.data_pages,
+                zero_pages: sent.zero_pages,
+                wire_bytes: self.wire.bytes() - wire_before,
+                ms: took * 1e3,
+                pages_left: left,
+                dirty_bytes_per_second: (left * LOG_PAGE) as f64 / took,
+                expected_downtime_ms,
+            }));
+            match next {
+                Next::Round { without_progress, .. } => {
+                    if without_progress == STALL_ROUNDS {
+                        (self.tell)(Event::Stalled { message: stalled(&convergence, left, took, expected) });
+                    }
+                }
+                Next::Switchover { .. } => {
+                    (self.tell)(Event::Switchover { pages_left: left, expected_downtime_ms });
+                    return Ok(round + 1);
+                }
+                Next::GiveUp { .. } => {
+                    return Err(MigrateError::NoConvergence { rounds: round + 1, expected_ms: expected_downtime_ms });
+                }
+            }
+            round += 1;
+        }
+    }
+
+    /// Stops the guest and hands it over; returns how long that took.
+    fn switchover(&mut self, machine: &mut dyn Machine, round: u32) -> Result<Duration, (Stage, MigrateError)> {
+        let asked = |doing| move |cause| MigrateError::Machine { doing, cause };
+        let begun = Instant::now();
+        let paused = (|| {
+            self.limiter.set(None);
+            machine.pause().map_err(asked("stopping the guest"))?;
+            self.dirty.harvest_stopped(&mut self.pending)?;
+            self.send(round, true)?;
+            self.report.rounds = round + 1;
+            let state = machine.state().map_err(asked("saving the guest's state"))?;
+            self.wire.tell(&ToDestination::State(state))?;
+            if !self.wire.one_way {
+                self.wire.expect("READY", |message| matches!(message, ToSource::Ready).then_some(()))?;
+            }
+            // From here on nobody can call it off: either the commit leaves whole, or not at all.
+            self.cancel.disarm()?;
+            self.wire.tell(&ToDestination::Commit)?;
+            self.wire.finish_if_one_way()
+        })();
+        paused.map_err(|error: MigrateError| (Stage::Paused, error))?;
+        if !self.wire.one_way {
+            let started = self.wire.expect("the word that the guest runs", |message| match message {
+                ToSource::Started(started) => Some(*started),
+                _ => None,
+            });
+            let started = started.map_err(|error| (Stage::Committed, error))?;
+            self.report.observed_downtime_ms = started.observed_downtime_ns.map(|ns| ns as f64 / 1e6);
+        }
+        Ok(begun.elapsed())
+    }
+
+    /// Brings the machine to where `outcome` says, and makes the report.
+    fn finish(
+        mut self,
+        machine: &mut dyn Machine,
+        outcome: Result<Duration, (Stage, MigrateError)>,
+        begun: Instant,
+    ) -> Result<Report, Failure> {
+        let downtime = match outcome {
+            Ok(downtime) => downtime,
+            Err((Stage::Committed, error)) => {
+                machine.release();
+                return Err(self.failed(error, false));
+            }
+            Err((stage, error)) => {
+                let error = self.wire.reason(error);
+                self.wire.call_off(&error);
+                if let Stage::Paused = stage
+                    && let Err(cause) = machine.resume()
+                {
+                    return Err(self.failed(MigrateError::Machine { doing: "resuming the guest", cause }, false));
+                }
+                self.dirty.put_back(&self.pending);
+                return Err(self.failed(error, true));
+            }
+        };
+        machine.release();
+        self.stop_tracking();
+        self.report.total_ms = milliseconds(begun.elapsed());
+        self.report.downtime_ms = milliseconds(downtime);
+        self.report.wire_bytes = self.wire.bytes();
+        (self.tell)(Event::Completed(self.report.clone()));
+        Ok(self.report)
+    }
+
+    fn failed(&mut self, error: MigrateError, source_running: bool) -> Failure {
+        self.stop_tracking();
+        (self.tell)(Event::Failed { message: error.to_string(), source_running });
+        Failure { error, source_running }
+    }
+
+    fn stop_tracking(&mut self) {
+        if let Err(error) = self.dirty.stop() {
+            tracing::warn!(%error, "dirty tracking could not be switched off");
+        }
+    }
+
+    /// Sends all pending pages and ends the round on every channel.
+    fn send(&mut self, round: u32, last: bool) -> Result<PageStats, MigrateError> {
+        let (memory, pending, tell) = (&self.memory, &self.pending, &mut self.tell);
+        let channels = self.wire.channels.len() as u16;
+        let total = pending.len();
+        let mut sent = PageStats::default();
+        std::thread::scope(|scope| {
+            let (done, ended) = bounded(usize::from(channels));
+            let before: u64 = self.wire.progress();
+            let counters: Vec<Arc<AtomicU64>> = self.wire.channels.iter().map(|c| c.encoder.progress()).collect();
+            for (number, channel) in self.wire.channels.iter_mut().enumerate() {
+                let done = done.clone();
+                scope.spawn(move || {
+                    let runs = owned_by(pending.runs(), number as u16, channels);
+                    let result = channel.send(memory, runs, round, last);
+                    // The receiver outlives all senders.
+                    let _ = done.send(result);
+                });
+            }
+            drop(done);
+            let (mut told, mut when) = (0, Instant::now());
+            loop {
+                match ended.recv_timeout(PROGRESS) {
+                    Ok(result) => sent += result?,
+                    Err(RecvTimeoutError::Disconnected) => return Ok(()),
+                    Err(RecvTimeoutError::Timeout) if last => {}
+                    Err(RecvTimeoutError::Timeout) => {
+                        let now: u64 = counters.iter().map(|counter| counter.load(Ordering::Relaxed)).sum();
+                        let so_far = now - before;
+                        let bytes_per_second = ((so_far - told) * LOG_PAGE) as f64 / when.elapsed().as_secs_f64();
+                        let pages_left = total.saturating_sub(so_far);
+                        tell(Event::Progress { round, pages_left, bytes_per_second });
+                        (told, when) = (so_far, Instant::now());
+                    }
+                }
+            }
+        })
+        .map_err(|error: StreamError| MigrateError::from(error))?;
+        self.report.pages_sent += sent.pages();
+        self.report.zero_pages += sent.zero_pages;
+        Ok(sent)
+    }
+}
+
+/// What a user should know when rounds no longer help.
+fn stalled(convergence: &Convergence, left: u64, round_seconds: f64, expected: Duration) -> String {
+    let mib = |bytes: f64| bytes / f64::from(1 << 20);
+    format!(
+        "{STALL_ROUNDS} rounds left no less than before: the guest dirties {:.0} MiB/s, {:.0} MiB/s go out. It ends when \
+         a downtime of {:.0} ms is allowed, when there is more bandwidth, or when the guest writes less",
+        mib((left * LOG_PAGE) as f64 / round_seconds),
+        mib(convergence.bytes_per_second().unwrap_or_default()),
+        milliseconds(expected).ceil()
+    )
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+/// The channels, ready to send.
+struct Wire {
+    channels: Vec<Sender>,
+    /// What the destination says, on channel 0.
+    replies: FrameReader<Channel>,
+    one_way: bool,
+    /// Kept to end a file or a command properly.
+    connection: Option<Connection>,
+}
+
+struct Sender {
+    writer: FrameWriter<Channel>,
+    encoder: Encoder,
+}
+
+impl Sender {
+    fn send(
+        &mut self,
+        memory: &Memory,
+        runs: impl Iterator<Item = std::ops::Range<u64>>,
+        round: u32,
+        last: bool,
+    ) -> Result<PageStats, StreamError> {
+        let sent = self.encoder.send(memory, runs, &mut self.writer)?;
+        ToDestination::RoundEnd(RoundEnd::new(round, last, &sent)).write(&mut self.writer)?;
+        Ok(sent)
+    }
+}
+
+impl Wire {
+    fn new(connection: Connection, codec: Codec) -> Result<Wire, MigrateError> {
+        let senders = connection
+            .channels
+            .iter()
+            .map(|channel| Ok(Sender { writer: FrameWriter::new(channel.clone()), encoder: Encoder::new(codec)? }));
+        let channels = senders.collect::<Result<Vec<_>, StreamError>>()?;
+        let first = connection.channels.first().ok_or(StreamError::Ended)?;
+        let replies = FrameReader::new(first.clone());
+        Ok(Wire { channels, replies, one_way: connection.one_way, connection: Some(connection) })
+    }
+
+    /// Offers the memory layout and waits until it is accepted.
+    fn open(&mut self, memory: &Memory) -> Result<(), MigrateError> {
+        let offered = self.tell(&ToDestination::Layout(MemoryLayout::of(memory)?));
+        offered.map_err(|error| self.reason(error))?;
+        if self.one_way {
+            return Ok(());
+        }
+        self.expect("ACCEPTED", |message| matches!(message, ToSource::Accepted).then_some(()))
+    }
+
+    /// Sends a message on channel 0.
+    fn tell(&mut self, message: &ToDestination) -> Result<(), MigrateError> {
+        let first = self.channels.first_mut().ok_or(StreamError::Ended)?;
+        message.write(&mut first.writer)?;
+        Ok(())
+    }
+
+    /// Waits for one message of the destination, which must be the one that `pick` takes.
+    fn expect<T>(
+        &mut self,
+        wanted: &'static str,
+        pick: impl FnOnce(&ToSource) -> Option<T>,
+    ) -> Result<T, MigrateError> {
+        let message = ToSource::next(&mut self.replies)?;
+        match (pick(&message), message) {
+            (Some(picked), _) => Ok(picked),
+            (None, ToSource::Failed { message }) => Err(MigrateError::Destination(message)),
+            (None, other) => Err(MigrateError::Handshake { found: format!("{other:?}"), wanted }),
+        }
+    }
+
+    /// The destination's own words for why the stream broke, if it left any.
+    fn reason(&mut self, error: MigrateError) -> MigrateError {
+        let broken =
+            matches!(error, MigrateError::Stream(StreamError::Io(_) | StreamError::Ended | StreamError::PeerGone));
+        if !broken || self.one_way {
+            return error;
+        }
+        // A peer that hung up has nothing left to wait for; one that only fell silent gets no second chance.
+        self.replies.get_mut().set_timeout(Some(LAST_WORDS)).ok();
+        match self.expect("a reason", |_| None::<()>) {
+            Err(MigrateError::Destination(message)) => MigrateError::Destination(message),
+            _ => error,
+        }
+    }
+
+    /// Tells the destination of a failure that is not the stream's: it would have to guess otherwise.
+    fn call_off(&mut self, error: &MigrateError) {
+        let local =
+            matches!(error, MigrateError::Machine { .. } | MigrateError::Dirty(_) | MigrateError::NoConvergence { .. });
+        if local && !self.one_way {
+            // It notices the closed connection if not this.
+            let _ = self.tell(&ToDestination::Cancel { reason: error.to_string() });
+        }
+    }
+
+    /// What goes into a file or a filter is only safe when it is all there.
+    fn finish_if_one_way(&mut self) -> Result<(), MigrateError> {
+        match self.connection.take_if(|connection| connection.one_way) {
+            Some(connection) => Ok(connection.finish()?),
+            None => Ok(()),
+        }
+    }
+
+    /// Bytes put on the wire so far.
+    fn bytes(&self) -> u64 {
+        self.channels.iter().map(|channel| channel.writer.bytes()).sum()
+    }
+
+    /// Pages sent so far.
+    fn progress(&self) -> u64 {
+        self.channels.iter().map(|channel| channel.encoder.progress().load(Ordering::Relaxed)).sum()
+    }
+}

@@ -1,0 +1,59 @@
+//! Typed, checked access to arrays in memory that a guest or a peer writes at the same time.
+//!
+//! All `unsafe` of the rings is here. Not here: what the arrays mean.
+
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
+
+use crate::memory::Memory;
+
+use super::RingError;
+
+/// What may lie in shared memory: any bytes are a valid value, and others may change it at any time.
+///
+/// # Safety
+/// Only for atomic integers and arrays of them.
+pub(super) unsafe trait Shared {}
+// SAFETY: an atomic integer.
+unsafe impl Shared for AtomicU16 {}
+// SAFETY: an array of atomic integers.
+unsafe impl Shared for [AtomicU32; 2] {}
+// SAFETY: an array of atomic integers.
+unsafe impl Shared for [AtomicU64; 2] {}
+
+/// An array of a power of two of `T` in guest memory. Indexes are taken modulo its length, as rings want it, so that
+/// none is ever out of range.
+pub(super) struct Slots<T: Shared> {
+    first: NonNull<T>,
+    mask: u16,
+    /// Keeps the mapping alive.
+    _memory: Memory,
+}
+
+impl<T: Shared> Slots<T> {
+    /// The `count` (a power of two) `T`s at `gpa`, which belong to `area`.
+    pub(super) fn new(memory: &Memory, area: &'static str, gpa: u64, count: u16) -> Result<Slots<T>, RingError> {
+        let bytes = u64::from(count) * size_of::<T>() as u64;
+        let slice = memory.slice(gpa, bytes).map_err(|source| RingError::Outside { area, source })?;
+        let misaligned = RingError::Misaligned { area, gpa, align: align_of::<T>() as u64 };
+        match NonNull::new(slice.ptr_guard_mut().as_ptr().cast::<T>()) {
+            Some(first) if first.is_aligned() && count.is_power_of_two() => {
+                Ok(Slots { first, mask: count - 1, _memory: memory.clone() })
+            }
+            _ => Err(misaligned),
+        }
+    }
+
+    /// The element `index` modulo the length.
+    #[inline]
+    pub(super) fn at(&self, index: u16) -> &T {
+        // SAFETY: `new` checked that `mask + 1` elements are mapped and aligned, and `_memory` keeps them mapped for
+        // as long as `self` lives. `T` is `Shared`: all access to it is atomic and every value is valid.
+        unsafe { self.first.add(usize::from(index & self.mask)).as_ref() }
+    }
+}
+
+// SAFETY: the pointer is to memory that `_memory` (Send and Sync) keeps mapped, and gives out only `&T` of atomics.
+unsafe impl<T: Shared> Send for Slots<T> {}
+// SAFETY: as for `Send`.
+unsafe impl<T: Shared> Sync for Slots<T> {}

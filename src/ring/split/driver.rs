@@ -1,0 +1,304 @@
+//! The driver's side of a split ring, as the built-in guest and tests use it: requests in, completions out.
+//!
+//! What the device says is checked; links between descriptors are kept here, never read back from shared memory.
+
+use std::sync::atomic::{Ordering, fence};
+
+use serde::{Deserialize, Serialize};
+use zerocopy::IntoBytes;
+use zerocopy::little_endian::{U16, U32, U64};
+
+use crate::abi::bit;
+use crate::abi::virtio::{
+    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc, USED_F_NO_NOTIFY, VIRTIO_RING_F_EVENT_IDX,
+};
+use crate::memory::Memory;
+use crate::ring::chain::buffer_limit;
+use crate::ring::{Buffer, RingError};
+
+use super::{Areas, SplitLayout, load, passes, store};
+
+/// A completed request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Used {
+    /// What [`SplitDriver::add`] returned for it.
+    pub head: u16,
+    /// Bytes the device says it wrote. Not checked against the buffers.
+    pub len: u32,
+}
+
+/// Where a driver is in its ring, to go on with it elsewhere on the same guest memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SplitDriverState {
+    /// Avail index with all requests added.
+    pub avail: u16,
+    /// Avail index as the device sees it.
+    pub published: u16,
+    /// Used index up to which completions were taken.
+    pub used: u16,
+    /// The requests without a completion: their descriptors in order, the head first.
+    pub chains: Vec<Vec<u16>>,
+}
+
+/// A split ring as its driver uses it.
+///
+/// To wait without missing a completion: [`pop_used`](SplitDriver::pop_used) until `None`, `enable_notifications`, and
+/// again while that says there is more.
+pub struct SplitDriver {
+    memory: Memory,
+    areas: Areas,
+    size: u16,
+    event_idx: bool,
+    /// By descriptor: the next one of its chain, or of the free ones.
+    links: Vec<u16>,
+    /// By head: how many descriptors its chain has; 0 for what is no request in flight.
+    lengths: Vec<u16>,
+    first_free: u16,
+    free: u16,
+    outstanding: u16,
+    avail: u16,
+    published: u16,
+    used: u16,
+}
+
+impl SplitDriver {
+    /// Makes an empty ring: avail and used ring are initialised.
+    ///
+    /// `features` are the negotiated ones; EVENT_IDX matters here.
+    ///
+    /// # Errors
+    /// A size, alignment or address that a split ring can't have.
+    pub fn new(memory: &Memory, layout: SplitLayout, features: u64) -> Result<SplitDriver, RingError> {
+        let areas = Areas::new(memory, &layout)?;
+        let words = [&areas.avail_flags, &areas.avail_idx, &areas.used_event];
+        for word in words.into_iter().chain([&areas.used_flags, &areas.used_idx, &areas.avail_event]) {
+            store(word, 0, Ordering::Release);
+        }
+        Ok(SplitDriver {
+            memory: memory.clone(),
+            areas,
+            size: layout.size,
+            event_idx: features & bit(VIRTIO_RING_F_EVENT_IDX) != 0,
+            links: (1..=layout.size).collect(),
+            lengths: vec![0; layout.size.into()],
+            first_free: 0,
+            free: layout.size,
+            outstanding: 0,
+            avail: 0,
+            published: 0,
+            used: 0,
+        })
+    }
+
+    /// Goes on with a ring where `state` left it; the ring itself, which is in guest memory, is not touched.
+    ///
+    /// # Errors
+    /// As [`SplitDriver::new`], and a state that no driver of this ring can have been in.
+    pub fn restore(
+        memory: &Memory,
+        layout: SplitLayout,
+        features: u64,
+        state: &SplitDriverState,
+    ) -> Result<SplitDriver, RingError> {
+        let fault = |fault| Err(RingError::State { fault });
+        let areas = Areas::new(memory, &layout)?;
+        let size = usize::from(layout.size);
+        let SplitDriverState { avail, published, used, ref chains } = *state;
+        if chains.len() > size || chains.len() != usize::from(avail.wrapping_sub(used)) {
+            return fault("indexes and requests don't match");
+        }
+        if avail.wrapping_sub(published) > avail.wrapping_sub(used) {
+            return fault("more requests are unpublished than outstanding");
+        }
+        let (mut links, mut lengths, mut taken) = (vec![0; size], vec![0; size], vec![false; size]);
+        let mut free = layout.size;
+        for chain in chains {
+            for (at, &index) in chain.iter().enumerate() {
+                match (taken.get_mut(usize::from(index)), links.get_mut(usize::from(index))) {
+                    (Some(taken @ false), Some(link)) => {
+                        (*taken, *link) = (true, chain.get(at + 1).copied().unwrap_or_default());
+                        free -= 1;
+                    }
+                    _ => return fault("a descriptor is outside the table or in two requests"),
+                }
+            }
+            match chain.first().and_then(|head| lengths.get_mut(usize::from(*head))) {
+                Some(length) => *length = chain.len() as u16,
+                None => return fault("a request has no descriptor"),
+            }
+        }
+        let mut first_free = 0;
+        for (index, link) in (0..layout.size).zip(&mut links).rev().filter(|(index, _)| !taken[usize::from(*index)]) {
+            *link = std::mem::replace(&mut first_free, index);
+        }
+        Ok(SplitDriver {
+            memory: memory.clone(),
+            areas,
+            size: layout.size,
+            event_idx: features & bit(VIRTIO_RING_F_EVENT_IDX) != 0,
+            links,
+            lengths,
+            first_free,
+            free,
+            outstanding: chains.len() as u16,
+            avail,
+            published,
+            used,
+        })
+    }
+
+    /// What [`SplitDriver::restore`] needs to go on.
+    pub fn state(&self) -> SplitDriverState {
+        let chain = |(head, &length): (u16, &u16)| {
+            std::iter::successors(Some(head), |index| Some(self.link(*index))).take(length.into()).collect()
+        };
+        SplitDriverState {
+            avail: self.avail,
+            published: self.published,
+            used: self.used,
+            chains: (0..).zip(&self.lengths).filter(|(_, length)| **length > 0).map(chain).collect(),
+        }
+    }
+
+    /// Adds a request and returns its head, or `None` while the ring is too full for it. The device sees it after the
+    /// next [`publish`](SplitDriver::publish).
+    ///
+    /// With `table`, the guest-physical address of 16 bytes of room per buffer, the request is an indirect one and
+    /// takes a single descriptor; INDIRECT_DESC must be negotiated, and the room stay untouched until completion.
+    ///
+    /// # Errors
+    /// A request that has no buffer or could never fit; a `table` outside guest memory.
+    pub fn add(
+        &mut self,
+        readable: &[Buffer],
+        writable: &[Buffer],
+        table: Option<u64>,
+    ) -> Result<Option<u16>, RingError> {
+        let buffers = readable.len() + writable.len();
+        let limit = if table.is_some() { buffer_limit(self.size) } else { self.size.into() };
+        if buffers == 0 || buffers > limit {
+            return Err(RingError::Request { buffers, size: self.size });
+        }
+        let needed = if table.is_some() { 1 } else { buffers as u16 };
+        if needed > self.free {
+            return Ok(None);
+        }
+        let head = self.first_free;
+        let flagged = readable.iter().map(|buffer| (buffer, 0)).chain(writable.iter().map(|b| (b, DESC_F_WRITE)));
+        let next = |at: usize| if at + 1 < buffers { DESC_F_NEXT } else { 0 };
+        if let Some(gpa) = table {
+            let describe = |(at, (buffer, flags)): (usize, (&Buffer, u16))| {
+                describe(buffer.gpa, buffer.len, flags | next(at), at as u16 + 1)
+            };
+            let descs: Vec<Desc> = flagged.enumerate().map(describe).collect();
+            let written = self.memory.write(gpa, descs.as_bytes());
+            written.map_err(|source| RingError::IndirectOutside { head, source })?;
+            self.areas.set_desc(head, &describe_table(gpa, buffers));
+            self.first_free = self.link(head);
+        } else {
+            for (at, (buffer, flags)) in flagged.enumerate() {
+                let index = self.first_free;
+                self.first_free = self.link(index);
+                self.areas.set_desc(index, &describe(buffer.gpa, buffer.len, flags | next(at), self.first_free));
+            }
+        }
+        self.free -= needed;
+        self.outstanding += 1;
+        if let Some(length) = self.lengths.get_mut(usize::from(head)) {
+            *length = needed;
+        }
+        self.areas.avail.at(self.avail).store(head.to_le(), Ordering::Relaxed);
+        self.avail = self.avail.wrapping_add(1);
+        Ok(Some(head))
+    }
+
+    /// Makes the requests added so far visible; true if the device is to be kicked.
+    #[must_use = "the device may be waiting for a kick"]
+    pub fn publish(&mut self) -> bool {
+        let (old, new) = (self.published, self.avail);
+        if old == new {
+            return false;
+        }
+        store(&self.areas.avail_idx, new, Ordering::Release);
+        self.published = new;
+        // The device either sees the new index before it sleeps, or its wish for a kick is seen here.
+        fence(Ordering::SeqCst);
+        if self.event_idx {
+            passes(load(&self.areas.avail_event, Ordering::Relaxed), new, old)
+        } else {
+            load(&self.areas.used_flags, Ordering::Relaxed) & USED_F_NO_NOTIFY == 0
+        }
+    }
+
+    /// Takes the next completion, if there is one, and frees its descriptors.
+    ///
+    /// # Errors
+    /// The device broke the ring; nothing was taken.
+    pub fn pop_used(&mut self) -> Result<Option<Used>, RingError> {
+        // Pairs with the device's release: the element and the data of the request are visible after it.
+        let index = load(&self.areas.used_idx, Ordering::Acquire);
+        let (last, outstanding) = (self.used, self.outstanding);
+        if index == last {
+            return Ok(None);
+        }
+        if index.wrapping_sub(last) > outstanding {
+            return Err(RingError::UsedIndex { index, last, outstanding });
+        }
+        let element = self.areas.used(last);
+        let id = element.id.get();
+        let head = u16::try_from(id).map_err(|_| RingError::UsedId { id })?;
+        let length = match self.lengths.get_mut(usize::from(head)) {
+            Some(length) if *length > 0 => std::mem::take(length),
+            _ => return Err(RingError::UsedId { id }),
+        };
+        let tail = (1..length).fold(head, |index, _| self.link(index));
+        if let Some(link) = self.links.get_mut(usize::from(tail)) {
+            *link = std::mem::replace(&mut self.first_free, head);
+        }
+        self.free += length;
+        self.outstanding -= 1;
+        self.used = last.wrapping_add(1);
+        Ok(Some(Used { head, len: element.len.get() }))
+    }
+
+    /// Asks the device not to notify. It may do so all the same.
+    pub fn disable_notifications(&mut self) {
+        if !self.event_idx {
+            store(&self.areas.avail_flags, AVAIL_F_NO_INTERRUPT, Ordering::Relaxed);
+        }
+    }
+
+    /// Asks the device to notify of completions from now on; true if there are some already, for which it may not.
+    #[must_use = "completions that are there already bring no notification"]
+    pub fn enable_notifications(&mut self) -> bool {
+        if self.event_idx {
+            store(&self.areas.used_event, self.used, Ordering::Relaxed);
+        } else {
+            store(&self.areas.avail_flags, 0, Ordering::Relaxed);
+        }
+        fence(Ordering::SeqCst);
+        load(&self.areas.used_idx, Ordering::Relaxed) != self.used
+    }
+
+    /// Requests without a completion.
+    pub fn outstanding(&self) -> u16 {
+        self.outstanding
+    }
+
+    /// Descriptors that are free.
+    pub fn free(&self) -> u16 {
+        self.free
+    }
+
+    fn link(&self, index: u16) -> u16 {
+        self.links.get(usize::from(index)).copied().unwrap_or_default()
+    }
+}
+
+fn describe(gpa: u64, len: u32, flags: u16, next: u16) -> Desc {
+    Desc { addr: U64::new(gpa), len: U32::new(len), flags: U16::new(flags), next: U16::new(next) }
+}
+
+fn describe_table(gpa: u64, buffers: usize) -> Desc {
+    describe(gpa, (buffers * size_of::<Desc>()) as u32, DESC_F_INDIRECT, 0)
+}

@@ -1,0 +1,133 @@
+//! Split rings (virtio 1.2, "Split Virtqueues"): where the three areas lie, and how both sides read and write them.
+//!
+//! [`SplitDevice`] is the device's side, [`SplitDriver`] the driver's.
+
+mod device;
+mod driver;
+
+pub use device::{RingLog, SplitDevice};
+pub use driver::{SplitDriver, SplitDriverState, Used};
+
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+use zerocopy::little_endian::{U16, U32, U64};
+
+use crate::abi::virtio::{
+    AVAIL_ALIGN_SIZE, DESC_ALIGN_SIZE, Desc, RING_ELEMENTS_OFFSET, RING_FLAGS_OFFSET, RING_IDX_OFFSET, USED_ALIGN_SIZE,
+    UsedElem, avail_event_offset, used_event_offset,
+};
+use crate::memory::Memory;
+
+use super::RingError;
+use super::slots::Slots;
+
+/// Size and guest-physical addresses of a split ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct SplitLayout {
+    /// Entries, a power of two from 1 to 32768.
+    pub size: u16,
+    /// Guest-physical address of the descriptor table.
+    pub desc: u64,
+    /// Guest-physical address of the avail ring (driver area).
+    pub avail: u64,
+    /// Guest-physical address of the used ring (device area).
+    pub used: u64,
+}
+
+/// The areas of a ring, checked to be in guest memory, event words included. Values are in host byte order.
+struct Areas {
+    desc: Slots<[AtomicU64; 2]>,
+    avail_flags: Slots<AtomicU16>,
+    avail_idx: Slots<AtomicU16>,
+    avail: Slots<AtomicU16>,
+    used_event: Slots<AtomicU16>,
+    used_flags: Slots<AtomicU16>,
+    used_idx: Slots<AtomicU16>,
+    used: Slots<[AtomicU32; 2]>,
+    avail_event: Slots<AtomicU16>,
+}
+
+impl Areas {
+    fn new(memory: &Memory, layout: &SplitLayout) -> Result<Areas, RingError> {
+        let SplitLayout { size, desc, avail, used } = *layout;
+        if !size.is_power_of_two() {
+            return Err(RingError::Size { size });
+        }
+        const DESC: &str = "descriptor table";
+        const AVAIL: &str = "avail ring";
+        const USED: &str = "used ring";
+        let areas = [(DESC, desc, DESC_ALIGN_SIZE), (AVAIL, avail, AVAIL_ALIGN_SIZE), (USED, used, USED_ALIGN_SIZE)];
+        for (area, gpa, align) in areas {
+            if !gpa.is_multiple_of(align) {
+                return Err(RingError::Misaligned { area, gpa, align });
+            }
+        }
+        // An address that wraps around ends up outside guest memory, whose last byte is never that of the space.
+        let avail_at = |offset: u64, count| Slots::new(memory, AVAIL, avail.saturating_add(offset), count);
+        let used_at = |offset: u64, count| Slots::new(memory, USED, used.saturating_add(offset), count);
+        Ok(Areas {
+            desc: Slots::new(memory, DESC, desc, size)?,
+            avail_flags: avail_at(RING_FLAGS_OFFSET, 1)?,
+            avail_idx: avail_at(RING_IDX_OFFSET, 1)?,
+            avail: avail_at(RING_ELEMENTS_OFFSET, size)?,
+            used_event: avail_at(used_event_offset(size.into()), 1)?,
+            used_flags: used_at(RING_FLAGS_OFFSET, 1)?,
+            used_idx: used_at(RING_IDX_OFFSET, 1)?,
+            used: Slots::new(memory, USED, used.saturating_add(RING_ELEMENTS_OFFSET), size)?,
+            avail_event: used_at(avail_event_offset(size.into()), 1)?,
+        })
+    }
+
+    /// Reads each half of a descriptor once, so that what is checked is what is used.
+    #[inline]
+    fn desc(&self, index: u16) -> Desc {
+        let [addr, rest] = self.desc.at(index);
+        let (addr, rest) = (u64::from_le(addr.load(Ordering::Relaxed)), u64::from_le(rest.load(Ordering::Relaxed)));
+        Desc {
+            addr: U64::new(addr),
+            len: U32::new(rest as u32),
+            flags: U16::new((rest >> 32) as u16),
+            next: U16::new((rest >> 48) as u16),
+        }
+    }
+
+    #[inline]
+    fn set_desc(&self, index: u16, desc: &Desc) {
+        let [addr, rest] = self.desc.at(index);
+        let value = u64::from(desc.len.get()) | u64::from(desc.flags.get()) << 32 | u64::from(desc.next.get()) << 48;
+        addr.store(desc.addr.get().to_le(), Ordering::Relaxed);
+        rest.store(value.to_le(), Ordering::Relaxed);
+    }
+
+    #[inline]
+    fn used(&self, index: u16) -> UsedElem {
+        let [id, len] = self.used.at(index);
+        UsedElem {
+            id: U32::new(u32::from_le(id.load(Ordering::Relaxed))),
+            len: U32::new(u32::from_le(len.load(Ordering::Relaxed))),
+        }
+    }
+
+    #[inline]
+    fn set_used(&self, index: u16, head: u16, len: u32) {
+        let [id, length] = self.used.at(index);
+        id.store(u32::from(head).to_le(), Ordering::Relaxed);
+        length.store(len.to_le(), Ordering::Relaxed);
+    }
+}
+
+#[inline]
+fn load(word: &Slots<AtomicU16>, order: Ordering) -> u16 {
+    u16::from_le(word.at(0).load(order))
+}
+
+#[inline]
+fn store(word: &Slots<AtomicU16>, value: u16, order: Ordering) {
+    word.at(0).store(value.to_le(), order);
+}
+
+/// Whether moving an index from `old` to `new` passes `event` (virtio 1.2, `vring_need_event`).
+#[inline]
+fn passes(event: u16, new: u16, old: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}

@@ -1,0 +1,189 @@
+//! The inflight region between processes: what is mapped, what is refused, and what is made of a stranger's bytes.
+
+use std::os::fd::AsFd;
+
+use proptest::prelude::*;
+use vhost_migrate::abi::inflight::split_queue_bytes;
+use vhost_migrate::inflight::{InflightError, Recovery, Region, Sink, Store, recover};
+use vhost_migrate::memory::sealed_memfd;
+
+const HEADER: usize = 16;
+const ENTRY: usize = 16;
+
+/// A region as its bytes say: version 1, the marked heads with their counters and links, and the header's words.
+fn region(size: u16, used_idx: u16, last_batch_head: u16, entries: &[(u16, u8, u16, u64)]) -> Vec<u8> {
+    let mut bytes = vec![0; split_queue_bytes(size) as usize];
+    let to = &mut bytes[..];
+    for (offset, value) in [(8, 1), (10, size), (12, last_batch_head), (14, used_idx)] {
+        to.u16(offset, value);
+    }
+    for &(head, mark, next, counter) in entries {
+        let at = HEADER + usize::from(head) * ENTRY;
+        to.u8(at, mark);
+        to.u16(at + 6, next);
+        to.u64(at + 8, counter);
+    }
+    bytes
+}
+
+fn resubmit(bytes: &[u8], used_idx: u16, size: u16) -> Vec<u16> {
+    recover(bytes, used_idx, size).unwrap().resubmit
+}
+
+#[test]
+fn a_successor_that_maps_the_same_file_finds_what_was_taken() {
+    let (first, fd) = Region::create(2, 8).unwrap();
+    let (mut inflight, fresh) = first.split(1, 8, 0).unwrap();
+    assert_eq!((fresh.next_avail, fresh.resubmit), (None, vec![]));
+    for head in [5, 2, 7] {
+        inflight.take(head);
+    }
+    inflight.stage(2);
+    inflight.commit(1);
+    drop((inflight, first));
+
+    let second = Region::map(fd.as_fd(), Region::bytes_for(2, 8).unwrap(), 0, 2, 8).unwrap();
+    let (mut inflight, found) = second.split(1, 8, 1).unwrap();
+    assert_eq!((found.resubmit, found.next_avail), (vec![5, 7], Some(3)));
+    inflight.take(0);
+    let (_, other) = second.split(0, 8, 0).unwrap();
+    assert!(other.resubmit.is_empty(), "the other queue has a part of its own");
+
+    let third = Region::map(fd.as_fd(), Region::bytes_for(2, 8).unwrap(), 0, 2, 8).unwrap();
+    let (inflight, found) = third.split(1, 8, 1).unwrap();
+    assert_eq!(found.resubmit, [5, 7, 0], "counters go on above those of the predecessor");
+    inflight.reset();
+    let (_, fresh) = third.split(1, 8, 40).unwrap();
+    assert_eq!((fresh.next_avail, fresh.resubmit), (None, vec![]), "after a reset the region is fresh");
+    assert!(resubmit(&third.copy(1).unwrap(), 40, 8).is_empty());
+}
+
+#[test]
+fn a_fresh_region_on_a_used_ring_takes_its_index_and_marks_no_batch() {
+    let (region, _fd) = Region::create(1, 4).unwrap();
+    let (mut inflight, _) = region.split(0, 4, 1234).unwrap();
+    inflight.take(0);
+    // Were the index of the region 0, descriptor 0 would count as the head of the last batch, and be lost.
+    assert_eq!(resubmit(&region.copy(0).unwrap(), 1234, 4), [0]);
+}
+
+#[test]
+fn a_region_that_does_not_fit_is_refused_before_it_is_touched() {
+    let needed = Region::bytes_for(2, 128).unwrap();
+    assert_eq!(needed, 2 * 2112);
+    let fd = sealed_memfd("inflight-test", needed).unwrap();
+    let map = |size, offset, queues, queue_size| Region::map(fd.as_fd(), size, offset, queues, queue_size);
+    assert!(map(needed, 0, 2, 128).is_ok());
+    assert!(matches!(map(needed - 1, 0, 2, 128), Err(InflightError::TooSmall { .. })));
+    assert!(matches!(map(needed, 4, 2, 128), Err(InflightError::Misaligned { offset: 4 })));
+    assert!(matches!(map(needed, 8, 2, 128), Err(InflightError::Map(_))), "the file ends before the region");
+    assert!(matches!(map(needed, u64::MAX - 7, 2, 128), Err(InflightError::Map(_))));
+    for (queues, queue_size) in [(0, 128), (1, 0), (1, 32769)] {
+        assert!(matches!(map(u64::MAX, 0, queues, queue_size), Err(InflightError::Shape { .. })));
+    }
+    assert!(matches!(map(u64::MAX, 0, u16::MAX, 32768), Err(InflightError::Map(_))));
+    let region = map(needed, 0, 2, 128).unwrap();
+    assert!(matches!(region.split(2, 128, 0), Err(InflightError::NoQueue { .. })));
+    assert!(matches!(region.split(0, 256, 0), Err(InflightError::RingTooLarge { .. })));
+    assert!(region.split(0, 64, 0).is_ok(), "a ring may be smaller than the region's queues");
+}
+
+#[test]
+fn a_region_at_an_offset_of_its_file_leaves_the_rest_alone() {
+    let needed = Region::bytes_for(1, 4).unwrap();
+    let fd = sealed_memfd("inflight-test", 8 + 2 * needed).unwrap();
+    let region = Region::map(fd.as_fd(), needed, 8, 1, 4).unwrap();
+    let (mut inflight, _) = region.split(0, 4, 0).unwrap();
+    inflight.take(3);
+    inflight.take(4);
+    inflight.take(u16::MAX);
+    let whole = Region::map(fd.as_fd(), 2 * needed, 0, 2, 4).unwrap();
+    let bytes = [whole.copy(0).unwrap(), whole.copy(1).unwrap()].concat();
+    assert_eq!(bytes[8 + HEADER + 3 * ENTRY], 1);
+    assert!(bytes[..16].iter().chain(&bytes[8 + needed as usize..]).all(|byte| *byte == 0));
+}
+
+#[test]
+fn a_batch_published_and_half_cleared_is_not_served_again() {
+    // Published were 6, 1 and 4; the mark of 6 is cleared already; 3 and 2 are in flight.
+    let bytes = region(8, 10, 4, &[(6, 0, 0, 1), (1, 1, 6, 2), (4, 1, 1, 3), (3, 1, 0, 9), (2, 1, 0, 8)]);
+    let Recovery { stores, resubmit, next_avail, next_counter, .. } = recover(&bytes, 13, 8).unwrap();
+    assert_eq!((resubmit, next_avail, next_counter), (vec![2, 3], Some(15), 10));
+    assert_eq!(stores.last(), Some(&Store::U16(14, 13)), "the used index is stored last");
+}
+
+#[test]
+fn a_region_whose_links_nobody_kept_gives_up_only_what_is_sure() {
+    let unlinked = |used| region(8, used, 5, &[(5, 1, 0, 1), (0, 1, 0, 2), (3, 1, 0, 3)]);
+    assert_eq!(resubmit(&unlinked(7), 8, 8), [0, 3], "one request: the head alone");
+    assert_eq!(resubmit(&unlinked(7), 10, 8), [0, 3], "links that run in circles are no list");
+}
+
+#[test]
+fn the_used_index_may_wrap_between_publishing_and_the_crash() {
+    let bytes = region(4, u16::MAX, 1, &[(1, 1, 2, 5), (2, 1, 0, 4), (3, 1, 0, 6)]);
+    let found = recover(&bytes, 1, 4).unwrap();
+    assert_eq!((found.resubmit, found.next_avail), (vec![3], Some(2)));
+}
+
+#[test]
+fn contents_that_cannot_be_true_are_refused_with_their_rule() {
+    let marked = [(1, 1, 0, 1)];
+    let refused = |bytes: &[u8], used_idx| recover(bytes, used_idx, 4).unwrap_err();
+    let good = region(4, 0, 0, &marked);
+    assert!(matches!(refused(&good[..79], 0), InflightError::TooSmall { size: 79, needed: 80 }));
+    assert!(matches!(refused(&[], 0), InflightError::TooSmall { .. }));
+    let mut version = good.clone();
+    version[8] = 2;
+    assert!(matches!(refused(&version, 0), InflightError::Version { version: 2 }));
+    let mut desc_num = good.clone();
+    desc_num[10] = 8;
+    assert!(matches!(refused(&desc_num, 0), InflightError::DescNum { desc_num: 8, queue_size: 4 }));
+    assert!(matches!(refused(&region(4, 0, 0, &[(2, 9, 0, 1)]), 0), InflightError::Mark { head: 2, mark: 9 }));
+    assert!(matches!(refused(&region(4, 0, 4, &marked), 1), InflightError::Index { index: 4, .. }));
+    assert!(matches!(refused(&region(4, 0, 1, &[(1, 1, 700, 1)]), 2), InflightError::Index { index: 700, .. }));
+    assert!(matches!(refused(&good, 5), InflightError::UsedIndex { region: 0, ring: 5, .. }));
+    assert!(matches!(refused(&region(4, 0, 0, &[(0, 0, 0, u64::MAX)]), 0), InflightError::Counter));
+    assert!(refused(&good, 5).to_string().contains("rule I3"));
+}
+
+#[test]
+fn a_region_with_nothing_in_flight_follows_the_ring_wherever_it_went() {
+    let found = recover(&region(4, 500, 9, &[]), 0, 4).unwrap();
+    assert_eq!((found.resubmit, found.next_avail), (vec![], Some(0)));
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_give_an_error_or_a_recovery_that_makes_sense(
+        mut bytes in prop::collection::vec(prop_oneof![Just(0u8), Just(1u8), any::<u8>()], 0..400),
+        version in 0..3u16, size in prop_oneof![Just(16u16), 1..40u16], used_idx in any::<u16>(), lag in 0..20u16,
+        tame in any::<bool>(),
+    ) {
+        let whole = bytes.len() >= 16;
+        bytes.u16(8, version);
+        bytes.u16(10, size);
+        bytes.u16(14, used_idx.wrapping_sub(lag));
+        if tame && whole {
+            for entry in bytes[HEADER..].chunks_exact_mut(ENTRY) {
+                entry[0] &= 1;
+                entry.u16(6, u16::from(entry[6]) % size);
+            }
+        }
+        if let Ok(found) = recover(&bytes, used_idx, size) {
+            prop_assert!(found.resubmit.len() <= size.into());
+            prop_assert!(found.stores.len() <= 2 * usize::from(size) + 4);
+            let mut heads = found.resubmit.clone();
+            heads.sort_unstable();
+            heads.dedup();
+            prop_assert_eq!(heads.len(), found.resubmit.len());
+            prop_assert!(heads.iter().all(|head| *head < size));
+            found.stores.iter().for_each(|store| store.to(&mut bytes[..]));
+            let again = recover(&bytes, used_idx, size).unwrap();
+            prop_assert_eq!(again.resubmit, found.resubmit);
+            if let Some(next_avail) = found.next_avail {
+                prop_assert_eq!(again.next_avail, Some(next_avail));
+            }
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! vhost-user-blk back-ends as processes: ours, and `qemu-storage-daemon` to show what the tests notice.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::process::{Lab, Process, wait_for};
+
+/// Which program serves the disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Kind {
+    /// `vhost-migrate backend blk`, with the disk in the page cache.
+    Ours,
+    /// The same with `--direct`: its requests take as long as the disk, so some are always in flight under load.
+    OursDirect,
+    /// `qemu-storage-daemon`; with a limit in bytes per second its requests stay in flight for long.
+    StorageDaemon { bytes_per_second: Option<u64> },
+}
+
+/// A back-end on a socket, restartable at the same place.
+pub(crate) struct Backend {
+    kind: Kind,
+    socket: PathBuf,
+    image: PathBuf,
+    output: PathBuf,
+    queues: u16,
+    process: Process,
+}
+
+impl Backend {
+    /// Starts one and waits until it listens.
+    pub(crate) fn start(lab: &Lab, kind: Kind, name: &str, image: &Path, queues: u16) -> Backend {
+        let (socket, output) = (lab.file(&format!("{name}.sock")), lab.file(&format!("{name}.log")));
+        let process = spawn(kind, &socket, image, &output, queues);
+        let backend = Backend { kind, socket, image: image.into(), output, queues, process };
+        backend.listening()
+    }
+
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// `kill -9`.
+    pub(crate) fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// Starts it again after [`Backend::kill`]; the dead one's socket file is still there, as it would be in life.
+    pub(crate) fn restart(&mut self) {
+        self.process = spawn(self.kind, &self.socket, &self.image, &self.output, self.queues);
+        wait_for("the back-end listens again", || {
+            self.process.assert_running();
+            listens(&self.socket).then_some(())
+        });
+    }
+
+    /// Panics if it is not alive any more.
+    pub(crate) fn assert_running(&mut self) {
+        self.process.assert_running();
+    }
+
+    /// Asks it to end and waits: whatever it had in flight is then written or never will be.
+    pub(crate) fn terminate(&mut self) {
+        self.process.terminate();
+    }
+
+    fn listening(mut self) -> Backend {
+        wait_for("the back-end listens", || {
+            self.process.assert_running();
+            listens(&self.socket).then_some(())
+        });
+        self
+    }
+}
+
+fn spawn(kind: Kind, socket: &Path, image: &Path, output: &Path, queues: u16) -> Process {
+    let (socket, image) = (socket.display(), image.display());
+    match kind {
+        Kind::Ours | Kind::OursDirect => {
+            let program = env!("CARGO_BIN_EXE_vhost-migrate");
+            let direct = if kind == Kind::OursDirect { "--direct" } else { "" };
+            let args = format!("backend blk --socket {socket} --image {image} --queues {queues} {direct}");
+            Process::start("vhost-migrate", program, &words(&args), output)
+        }
+        Kind::StorageDaemon { bytes_per_second } => {
+            let mut args = format!("--blockdev driver=file,node-name=file,filename={image},locking=off ");
+            args += &match bytes_per_second {
+                Some(limit) => format!(
+                    "--object throttle-group,id=slow,x-bps-total={limit} \
+                     --blockdev driver=throttle,node-name=disk,file=file,throttle-group=slow "
+                ),
+                None => "--blockdev driver=raw,node-name=disk,file=file ".into(),
+            };
+            args += &format!(
+                "--export type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={socket},\
+                 writable=on,num-queues={queues}"
+            );
+            Process::start("qemu-storage-daemon", "qemu-storage-daemon", &words(&args), output)
+        }
+    }
+}
+
+/// Splits arguments at blanks; paths of a [`Lab`] have none.
+pub(crate) fn words(line: &str) -> Vec<String> {
+    line.split_whitespace().map(String::from).collect()
+}
+
+/// Whether some process listens on the socket, asked without connecting: a connection would be served.
+fn listens(socket: &Path) -> bool {
+    const ACCEPTS: u32 = 1 << 16; // __SO_ACCEPTCON
+    let table = fs::read_to_string("/proc/net/unix").unwrap();
+    table.lines().any(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let flags = fields.get(3).and_then(|f| u32::from_str_radix(f, 16).ok()).unwrap_or(0);
+        flags & ACCEPTS != 0 && fields.get(7).is_some_and(|path| Path::new(path) == socket)
+    })
+}

@@ -1,0 +1,245 @@
+//! QEMU without a guest: migrations under load, with the memory of both sides compared byte by byte, and back-ends that are killed.
+
+use serde_json::json;
+
+use crate::backend::{Backend, Kind};
+use crate::load::{Load, make_image};
+use crate::migration::{self, NEVER_CONVERGES};
+use crate::process::{Lab, wait_for};
+use crate::qemu::{Disk, Qemu, map_ram};
+use crate::qtest_blk::{Machine, Options};
+use crate::ram::Ram;
+
+const PLAIN: Options = Options { queues: 1, queue_size: 128, event_idx: false, indirect: false };
+const EVENTS: Options = Options { queues: 1, queue_size: 1024, event_idx: true, indirect: false };
+const MANY: Options = Options { queues: 2, queue_size: 256, event_idx: true, indirect: true };
+
+/// Where the "CPU" of the guest dirties memory, so that a migration does not converge by itself.
+const CPU_PAGES: (u64, u64) = (8 << 20, 8 << 20);
+
+/// A source with a load on its disk.
+struct Source {
+    lab: Lab,
+    backend: Backend,
+    other: Backend,
+    qemu: Qemu,
+    machine: Machine,
+    load: Load,
+    hosts: u32,
+}
+
+impl Source {
+    fn start(kind: Kind, options: Options) -> Source {
+        let lab = Lab::new();
+        let image = make_image(&lab);
+        let backend = Backend::start(&lab, kind, "backend-a", &image, options.queues);
+        let other = Backend::start(&lab, kind, "backend-b", &image, options.queues);
+        let disk = Disk { queues: options.queues, queue_size: options.queue_size };
+        let qemu = Qemu::guest_free(&lab, "host-0", backend.socket(), disk);
+        let mut machine = Machine { qtest: qemu.qtest(), ram: map_ram(&lab, "host-0") };
+        let load = Load::start(&mut machine, options);
+        Source { lab, backend, other, qemu, machine, load, hosts: 1 }
+    }
+
+    /// A QEMU on the other back-end, to migrate to.
+    fn destination(&mut self) -> Qemu {
+        let name = format!("host-{}", self.hosts);
+        self.hosts += 1;
+        let Options { queues, queue_size, .. } = self.load.driver.options;
+        Qemu::guest_free_destination(&self.lab, &name, self.other.socket(), Disk { queues, queue_size })
+    }
+
+    /// Starts to migrate and goes on until `rounds` more rounds are over, under load all the time.
+    fn migrate(&mut self, destination: &mut Qemu, multifd: bool, rounds: u64) {
+        let socket = self.lab.file(&format!("{}.migration", destination.name));
+        migration::begin(&mut self.qemu, destination, &socket, multifd, NEVER_CONVERGES);
+        self.rounds(rounds);
+    }
+
+    /// Goes on under load until `rounds` more rounds are over.
+    fn rounds(&mut self, rounds: u64) {
+        let goal = migration::rounds(&mut self.qemu) + rounds;
+        let (start, len) = CPU_PAGES;
+        let mut byte = 0;
+        wait_for("the rounds", || {
+            self.load.step(&mut self.machine, 16);
+            byte = byte % 255 + 1;
+            self.machine.qtest.fill(start, len, byte);
+            self.machine.qtest.flush();
+            (migration::rounds(&mut self.qemu) >= goal).then_some(())
+        });
+    }
+
+    /// Completes the migration with as much as possible in flight, and checks that nothing is lost: the memory of both sides is alike,
+    /// and stays as it was at the source until its back-end has ended. The load goes on at the destination.
+    fn complete(&mut self, mut destination: Qemu) {
+        self.load.flood(&mut self.machine);
+        self.qemu.qmp("stop", json!({})); // at once, so that the requests are still in flight
+        migration::let_converge(&mut self.qemu);
+        migration::finish(&mut self.qemu, &mut destination);
+        let here = self.machine.ram.snapshot();
+        let there = map_ram(&self.lab, &destination.name);
+        assert_pages_alike("source and destination", &here.differing_pages(&there.snapshot()));
+
+        let late = self.late_writes(&here);
+        assert_pages_alike("the source after the end and before", &late);
+        self.go_on_at(destination, there);
+    }
+
+    /// Ends the source and its back-end; the pages that still changed since `before`.
+    fn late_writes(&mut self, before: &crate::ram::Snapshot) -> Vec<u64> {
+        self.qemu.quit();
+        self.backend.terminate();
+        self.machine.ram.snapshot().differing_pages(before)
+    }
+
+    /// The destination becomes the source of what follows; the back-end that ended becomes the next destination's.
+    fn go_on_at(&mut self, mut destination: Qemu, ram: Ram) {
+        wait_for("the destination may go on", || {
+            let status = destination.qmp("query-status", json!({}));
+            ["paused", "prelaunch", "postmigrate"].contains(&status["status"].as_str()?).then_some(())
+        });
+        self.machine = Machine { qtest: destination.qtest(), ram };
+        destination.qmp("cont", json!({}));
+        self.qemu = destination;
+        self.backend.restart();
+        std::mem::swap(&mut self.backend, &mut self.other);
+        self.load.run(&mut self.machine, 500);
+        self.load.drain(&mut self.machine);
+    }
+
+    /// Kills the back-end with requests in flight and starts it again.
+    fn crash(&mut self) {
+        self.load.flood(&mut self.machine);
+        self.backend.kill();
+        self.backend.restart();
+    }
+}
+
+fn assert_pages_alike(what: &str, pages: &[u64]) {
+    let some = &pages[..pages.len().min(16)];
+    assert!(pages.is_empty(), "{what}: {} pages differ: {some:#x?}", pages.len());
+}
+
+fn a_migration_under_load_loses_nothing(options: Options, multifd: bool) {
+    let mut source = Source::start(Kind::OursDirect, options);
+    let mut destination = source.destination();
+    source.load.run(&mut source.machine, 1000);
+    source.migrate(&mut destination, multifd, 3);
+    source.complete(destination);
+}
+
+#[test]
+fn a_migration_under_load_loses_nothing_with_plain_rings() {
+    a_migration_under_load_loses_nothing(PLAIN, false);
+}
+
+#[test]
+fn a_migration_under_load_loses_nothing_with_event_idx_and_multifd() {
+    a_migration_under_load_loses_nothing(EVENTS, true);
+}
+
+#[test]
+fn a_migration_under_load_loses_nothing_with_two_queues_and_indirect_descriptors() {
+    a_migration_under_load_loses_nothing(MANY, false);
+}
+
+#[test]
+fn a_guest_migrates_there_and_back_with_multifd() {
+    let mut source = Source::start(Kind::OursDirect, MANY);
+    for _ in 0..3 {
+        let mut destination = source.destination();
+        source.migrate(&mut destination, true, 2);
+        source.complete(destination);
+    }
+}
+
+#[test]
+fn a_log_that_is_toggled_under_load_still_misses_nothing() {
+    let mut source = Source::start(Kind::OursDirect, EVENTS);
+    for _ in 0..2 {
+        source.qemu.qmp("calc-dirty-rate", json!({"calc-time": 1, "mode": "dirty-bitmap"}));
+        wait_for("the dirty rate is measured", || {
+            source.load.step(&mut source.machine, 16);
+            (source.qemu.qmp("query-dirty-rate", json!({}))["status"] == "measured").then_some(())
+        });
+    }
+    let mut destination = source.destination();
+    source.migrate(&mut destination, false, 3);
+    source.complete(destination);
+}
+
+#[test]
+fn a_migration_after_a_cancelled_one_loses_nothing() {
+    let mut source = Source::start(Kind::OursDirect, MANY);
+    let mut destination = source.destination();
+    source.migrate(&mut destination, false, 2);
+    migration::cancel(&mut source.qemu);
+    drop(destination);
+    source.load.run(&mut source.machine, 500);
+
+    let mut destination = source.destination();
+    source.migrate(&mut destination, false, 3);
+    source.complete(destination);
+}
+
+#[test]
+fn a_stopped_guest_goes_on_where_it_was_also_with_another_back_end() {
+    let mut source = Source::start(Kind::OursDirect, EVENTS);
+    for round in 0..6 {
+        source.load.flood(&mut source.machine);
+        source.qemu.qmp("stop", json!({}));
+        if round % 2 == 0 {
+            let stopped = source.machine.ram.snapshot();
+            source.backend.terminate();
+            assert_pages_alike("a stopped guest", &source.machine.ram.snapshot().differing_pages(&stopped));
+            source.backend.restart();
+        }
+        source.qemu.qmp("cont", json!({}));
+        source.load.run(&mut source.machine, 200);
+    }
+    source.load.drain(&mut source.machine);
+}
+
+#[test]
+fn a_killed_back_end_answers_every_request_exactly_once() {
+    for options in [PLAIN, EVENTS, MANY] {
+        let mut source = Source::start(Kind::OursDirect, options);
+        for _ in 0..5 {
+            source.crash();
+            source.load.run(&mut source.machine, 300);
+        }
+        source.load.drain(&mut source.machine);
+    }
+}
+
+#[test]
+fn a_back_end_killed_during_a_migration_loses_nothing() {
+    for multifd in [false, true] {
+        let mut source = Source::start(Kind::OursDirect, EVENTS);
+        let mut destination = source.destination();
+        source.migrate(&mut destination, multifd, 2);
+        for _ in 0..2 {
+            source.crash();
+            source.rounds(2);
+        }
+        source.complete(destination);
+        source.crash();
+        source.load.drain(&mut source.machine);
+    }
+}
+
+/// What the comparison of memory is worth: a back-end that answers GET_VRING_BASE with requests in flight is noticed.
+#[test]
+fn a_back_end_that_does_not_drain_is_noticed() {
+    let slow = Kind::StorageDaemon { bytes_per_second: Some(1 << 20) };
+    let mut source = Source::start(slow, PLAIN);
+    let mut destination = source.destination();
+    source.migrate(&mut destination, false, 2);
+    source.load.flood(&mut source.machine);
+    source.qemu.qmp("stop", json!({}));
+    migration::let_converge(&mut source.qemu);
+    migration::finish(&mut source.qemu, &mut destination);
+    let before = source.machine.ram.snapshot();
+    assert!(!source.late_writes(&before).is_empty(), "nothing was written late");
+}

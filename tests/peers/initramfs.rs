@@ -1,0 +1,122 @@
+//! The guest's initramfs: busybox, the virtio modules of the guest kernel, and the load program as all of user space.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::process::Lab;
+
+/// Where `tests/peers/install` puts the guest kernel and its modules.
+const KERNEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/peers/kernel");
+
+const DIRECTORY: u32 = 0o040_755;
+const PROGRAM: u32 = 0o100_755;
+const CHARACTER_DEVICE: u32 = 0o020_600;
+
+/// The guest kernel.
+pub(crate) fn kernel() -> PathBuf {
+    let kernel = Path::new(KERNEL).join("vmlinuz");
+    assert!(kernel.exists(), "no guest kernel: run tests/peers/install");
+    kernel
+}
+
+/// Makes the initramfs.
+pub(crate) fn make(lab: &Lab) -> PathBuf {
+    let mut archive = Archive::default();
+    for folder in ["bin", "dev"] {
+        archive.add(folder, DIRECTORY, (0, 0), &[]);
+    }
+    archive.add("dev/console", CHARACTER_DEVICE, (5, 1), &[]);
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find_map(|path| fs::read(path).ok());
+    archive.add("bin/busybox", PROGRAM, (0, 0), &busybox.expect("busybox: run tests/peers/install"));
+    archive.add("load", PROGRAM, (0, 0), &fs::read(build_load(lab)).unwrap());
+
+    let mut init = String::from("#!/bin/busybox sh\nbusybox mount -t devtmpfs dev /dev\n");
+    for (i, module) in modules(&["virtio_pci", "virtio_blk"]).into_iter().enumerate() {
+        archive.add(&format!("{i}.ko"), PROGRAM, (0, 0), &module);
+        init += &format!("busybox insmod /{i}.ko\n");
+    }
+    init += "exec /load\n";
+    archive.add("init", PROGRAM, (0, 0), init.as_bytes());
+
+    let path = lab.file("initramfs");
+    fs::write(&path, archive.finish()).unwrap();
+    path
+}
+
+fn build_load(lab: &Lab) -> PathBuf {
+    let program = lab.file("load");
+    let built = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()))
+        .args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", "-C", "strip=symbols", "-o"])
+        .arg(&program)
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peers/guest/load.rs"))
+        .status()
+        .unwrap();
+    assert!(built.success(), "the guest's load program does not build");
+    program
+}
+
+/// The contents of the modules named and of those that they need, in the order in which they load.
+fn modules(names: &[&str]) -> Vec<Vec<u8>> {
+    let folder = Path::new(KERNEL).join("modules");
+    let dependencies = fs::read_to_string(folder.join("modules.dep")).unwrap();
+    let mut ordered: Vec<&str> = Vec::new();
+    for name in names {
+        let is_named = |path: &str| path.rsplit('/').next().is_some_and(|file| file.split('.').next() == Some(name));
+        // A module that is in no line is built into the kernel.
+        let Some((module, needs)) =
+            dependencies.lines().filter_map(|line| line.split_once(':')).find(|(path, _)| is_named(path))
+        else {
+            continue;
+        };
+        for path in needs.split_whitespace().rev().chain([module]) {
+            if !ordered.contains(&path) {
+                ordered.push(path);
+            }
+        }
+    }
+    ordered.iter().map(|path| read_module(&folder.join(path))).collect()
+}
+
+fn read_module(path: &Path) -> Vec<u8> {
+    if path.extension().is_some_and(|extension| extension == "xz") {
+        let unpacked = Command::new("xz").arg("-dc").arg(path).output().unwrap();
+        assert!(unpacked.status.success(), "xz -dc {}", path.display());
+        unpacked.stdout
+    } else {
+        fs::read(path).unwrap()
+    }
+}
+
+/// A cpio archive of the "newc" kind, which is what the kernel unpacks; made here because device nodes need no root this way.
+#[derive(Default)]
+struct Archive {
+    bytes: Vec<u8>,
+    files: u32,
+}
+
+impl Archive {
+    fn add(&mut self, name: &str, mode: u32, device: (u32, u32), contents: &[u8]) {
+        self.files += 1;
+        let size = u32::try_from(contents.len()).unwrap();
+        let name_size = u32::try_from(name.len() + 1).unwrap();
+        let fields = [self.files, mode, 0, 0, 1, 0, size, 0, 0, device.0, device.1, name_size, 0];
+        self.bytes.extend(b"070701");
+        for field in fields {
+            self.bytes.extend(format!("{field:08X}").bytes());
+        }
+        self.bytes.extend(name.bytes().chain([0]));
+        self.align();
+        self.bytes.extend(contents);
+        self.align();
+    }
+
+    fn finish(mut self) -> Vec<u8> {
+        self.add("TRAILER!!!", 0, (0, 0), &[]);
+        self.bytes
+    }
+
+    fn align(&mut self) {
+        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+    }
+}

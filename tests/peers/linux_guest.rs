@@ -1,0 +1,98 @@
+//! A real Linux guest in QEMU with our back-end under its disk: it works on while it moves from host to host and while its back-end dies.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use crate::backend::{Backend, Kind};
+use crate::initramfs;
+use crate::migration::{self, GENTLE};
+use crate::process::{Lab, wait_for};
+use crate::qemu::Qemu;
+
+const DISK_BYTES: u64 = 64 << 20;
+
+/// A QEMU with the guest in it or on its way to it.
+struct Host {
+    qemu: Qemu,
+    console: PathBuf,
+}
+
+impl Host {
+    fn start(lab: &Lab, name: &str, boot: &str, socket: &Path) -> Host {
+        let console = lab.file(&format!("{name}.console"));
+        let arguments = format!(
+            "-machine q35,memory-backend=ram -m 256 -object memory-backend-memfd,id=ram,size=256M,share=on {boot} \
+             -chardev socket,id=vu,path={},reconnect-ms=100 -device vhost-user-blk-pci,chardev=vu,num-queues=1 \
+             -serial file:{}",
+            socket.display(),
+            console.display()
+        );
+        Host { qemu: Qemu::start(lab, name, &arguments), console }
+    }
+
+    /// The last counts that the guest printed here: what it has done with its disk and with its memory.
+    fn counts(&self) -> Option<(u64, u64)> {
+        let text = String::from_utf8_lossy(&fs::read(&self.console).unwrap_or_default()).into_owned();
+        assert!(!text.contains("\nBAD") && !text.contains("Kernel panic"), "the guest says:\n{text}");
+        let complete = &text[..text.rfind('\n').unwrap_or(0)];
+        complete.lines().rev().find_map(|line| {
+            let mut words = line.trim().strip_prefix("ok ")?.split(' ').map(|count| count.parse().ok());
+            Some((words.next()??, words.next()??))
+        })
+    }
+
+    /// Waits until the guest has done that much more here, on its disk and in its memory.
+    fn works(&self, disk: u64, memory: u64) {
+        let start = wait_for("the guest's first line here", || self.counts());
+        wait_for("the guest works on", || {
+            let now = self.counts()?;
+            (now.0 >= start.0 + disk && now.1 >= start.1 + memory).then_some(())
+        });
+    }
+}
+
+#[test]
+fn a_linux_guest_moves_there_and_back_and_its_back_ends_die_and_every_byte_is_right() {
+    let lab = Lab::new();
+    let image = lab.disk();
+    File::create(&image).unwrap().set_len(DISK_BYTES).unwrap();
+    let mut here = Backend::start(&lab, Kind::Ours, "backend-a", &image, 1);
+    let mut there = Backend::start(&lab, Kind::Ours, "backend-b", &image, 1);
+
+    let boot = format!(
+        "-kernel {} -initrd {} -append console=ttyS0",
+        initramfs::kernel().display(),
+        initramfs::make(&lab).display()
+    );
+    let mut source = Host::start(&lab, "host-0", &boot, here.socket());
+    source.works(200, 1000);
+
+    for (number, multifd) in [(1, false), (2, true), (3, false), (4, true)] {
+        let name = format!("host-{number}");
+        let mut destination = Host::start(&lab, &name, "-incoming defer", there.socket());
+        let socket = lab.file(&format!("{name}.migration"));
+        migration::begin(&mut source.qemu, &mut destination.qemu, &socket, multifd, GENTLE);
+        if number > 2 {
+            here.kill();
+            here.restart();
+        }
+        let info = migration::finish(&mut source.qemu, &mut destination.qemu);
+        eprintln!(
+            "migration {number}: {} ms, downtime {} ms, {} rounds, {} bytes",
+            info["total-time"], info["downtime"], info["ram"]["dirty-sync-count"], info["ram"]["transferred"]
+        );
+        source.qemu.quit();
+        destination.works(200, 1000);
+
+        there.kill();
+        there.restart();
+        destination.works(200, 1000);
+        source = destination;
+        std::mem::swap(&mut here, &mut there);
+    }
+    assert_eq!(source.qemu.qmp("query-status", json!({}))["status"], "running");
+    here.assert_running();
+    there.assert_running();
+}

@@ -1,0 +1,184 @@
+//! The dirty log itself, seen through a proxy: exactly the pages that the device wrote, nothing when it is off, everything across a switch.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use crate::backend::{Backend, Kind};
+use crate::load::{Load, make_image};
+use crate::process::Lab;
+use crate::proxy::{Proxy, TestLog};
+use crate::qemu::{Disk, Qemu, map_ram};
+use crate::qtest_blk::{Machine, Options};
+use crate::ram::PAGE;
+
+const PLAIN: Options = Options { queues: 1, queue_size: 128, event_idx: false, indirect: false };
+const EVENTS: Options = Options { queues: 1, queue_size: 1024, event_idx: true, indirect: false };
+const MANY: Options = Options { queues: 2, queue_size: 256, event_idx: true, indirect: true };
+
+/// A QEMU whose back-end is behind a proxy, with a load on its disk and nothing in flight. The parts end from first to last.
+struct Logged {
+    machine: Machine,
+    load: Load,
+    proxy: Proxy,
+    _qemu: Qemu,
+    _backend: Backend,
+    _lab: Lab,
+}
+
+/// What a log must hold and may hold.
+#[derive(Default)]
+struct Expected {
+    must: BTreeSet<u64>,
+    may: BTreeSet<u64>,
+}
+
+impl Logged {
+    fn start(kind: Kind, options: Options) -> Logged {
+        let lab = Lab::new();
+        let image = make_image(&lab);
+        let backend = Backend::start(&lab, kind, "backend", &image, options.queues);
+        let proxy = Proxy::start(&lab, "proxy.sock", backend.socket());
+        let disk = Disk { queues: options.queues, queue_size: options.queue_size };
+        let qemu = Qemu::guest_free(&lab, "host", proxy.socket(), disk);
+        let mut machine = Machine { qtest: qemu.qtest(), ram: map_ram(&lab, "host") };
+        let mut load = Load::start(&mut machine, options);
+        load.run(&mut machine, 200);
+        load.drain(&mut machine);
+        Logged { machine, load, proxy, _qemu: qemu, _backend: backend, _lab: lab }
+    }
+
+    /// Some requests from beginning to end; what the device wrote for them, with the used rings logged `moved` bytes further.
+    fn requests(&mut self, moved: u64) -> Expected {
+        let mut expected = Expected::default();
+        let avail_events = self.avail_events();
+        let seen = self.seen();
+        self.load.submit(&mut self.machine, 7);
+        for (start, len) in self.load.device_writes() {
+            expected.must.extend(pages(start..start + len));
+        }
+        self.load.drain(&mut self.machine);
+        self.expect_rings(&mut expected, &seen, &avail_events, moved);
+        expected
+    }
+
+    /// The writes into the used rings since they were at `seen`.
+    fn expect_rings(&self, expected: &mut Expected, seen: &[u16], avail_events: &[u16], moved: u64) {
+        let size = self.load.driver.options.queue_size;
+        for (queue, (&seen, &before)) in (0..).zip(seen.iter().zip(avail_events)) {
+            let ring = self.load.driver.used_ring(queue) + moved;
+            let mut index = seen;
+            while index != self.load.driver.seen(queue) {
+                let element = ring + 4 + 8 * u64::from(index % size);
+                expected.must.extend(pages(element..element + 8));
+                index = index.wrapping_add(1);
+            }
+            expected.must.extend(pages(ring + 2..ring + 4));
+            expected.may.extend(pages(ring..ring + 2));
+            let event = pages(self.avail_event(queue) + moved..self.avail_event(queue) + moved + 2);
+            if self.machine.ram.u16(self.avail_event(queue)) != before {
+                &mut expected.must
+            } else {
+                &mut expected.may
+            }
+            .extend(event);
+        }
+    }
+
+    fn seen(&self) -> Vec<u16> {
+        (0..self.load.driver.options.queues).map(|queue| self.load.driver.seen(queue)).collect()
+    }
+
+    fn avail_events(&self) -> Vec<u16> {
+        (0..self.load.driver.options.queues).map(|queue| self.machine.ram.u16(self.avail_event(queue))).collect()
+    }
+
+    fn avail_event(&self, queue: u16) -> u64 {
+        self.load.driver.used_ring(queue) + 4 + 8 * u64::from(self.load.driver.options.queue_size)
+    }
+}
+
+/// The pages that a range of bytes touches.
+fn pages(bytes: Range<u64>) -> Range<u64> {
+    bytes.start / PAGE..(bytes.end - 1) / PAGE + 1
+}
+
+/// Compares a log with what it must and may hold: the pages missed and the pages marked for nothing.
+fn compare(log: &TestLog, expected: &Expected) -> (Vec<u64>, Vec<u64>) {
+    let found = log.pages();
+    let missed = expected.must.difference(&found).copied().collect();
+    let extra =
+        found.iter().filter(|page| !expected.must.contains(page) && !expected.may.contains(page)).copied().collect();
+    (missed, extra)
+}
+
+fn the_log_holds_exactly_what_the_device_wrote(options: Options, moved: u64) {
+    let mut logged = Logged::start(Kind::Ours, options);
+    for _ in 0..20 {
+        let log = TestLog::new();
+        logged.proxy.log_on(&log, moved);
+        let expected = logged.requests(moved);
+        logged.proxy.log_off();
+        let (missed, extra) = compare(&log, &expected);
+        assert!(missed.is_empty() && extra.is_empty(), "missed pages {missed:#x?}, marked for nothing {extra:#x?}");
+
+        let after = log.pages();
+        logged.requests(moved);
+        assert_eq!(log.pages(), after, "marked while logging was off");
+    }
+}
+
+#[test]
+fn the_log_holds_exactly_what_the_device_wrote_with_plain_rings() {
+    the_log_holds_exactly_what_the_device_wrote(PLAIN, 0);
+}
+
+#[test]
+fn the_log_holds_exactly_what_the_device_wrote_with_avail_event_on_a_page_of_its_own() {
+    the_log_holds_exactly_what_the_device_wrote(EVENTS, 0);
+}
+
+#[test]
+fn the_log_holds_exactly_what_the_device_wrote_with_two_queues_logged_elsewhere() {
+    the_log_holds_exactly_what_the_device_wrote(MANY, 0x1234_5004);
+}
+
+#[test]
+fn a_switch_of_the_log_under_load_loses_nothing_and_leaves_the_old_one_alone() {
+    for options in [PLAIN, EVENTS, MANY] {
+        let mut logged = Logged::start(Kind::Ours, options);
+        let mut old = TestLog::new();
+        logged.proxy.log_on(&old, 0);
+        for _ in 0..20 {
+            let (seen, avail_events) = (logged.seen(), logged.avail_events());
+            logged.load.flood(&mut logged.machine);
+            let mut expected = Expected::default();
+            for (start, len) in logged.load.device_writes() {
+                expected.must.extend(pages(start..start + len));
+            }
+            let new = TestLog::new();
+            logged.proxy.switch_log(&new);
+            let switched = old.pages();
+            logged.load.drain(&mut logged.machine);
+            logged.expect_rings(&mut expected, &seen, &avail_events, 0);
+
+            assert_eq!(old.pages(), switched, "the old log was written after the switch");
+            let both: BTreeSet<u64> = switched.union(&new.pages()).copied().collect();
+            let missed: Vec<_> = expected.must.difference(&both).collect();
+            assert!(missed.is_empty(), "missed pages {missed:#x?}");
+            old = new;
+        }
+        logged.proxy.log_off();
+    }
+}
+
+/// What this comparison is worth: `qemu-storage-daemon` does not log its writes of avail_event, which QEMU would never notice.
+#[test]
+fn a_back_end_that_does_not_log_avail_event_is_noticed() {
+    let mut logged = Logged::start(Kind::StorageDaemon { bytes_per_second: None }, EVENTS);
+    let log = TestLog::new();
+    logged.proxy.log_on(&log, 0);
+    let expected = logged.requests(0);
+    logged.proxy.log_off();
+    let event = logged.avail_event(0) / PAGE;
+    assert_eq!(compare(&log, &expected), (vec![event], vec![]));
+}

@@ -1,0 +1,23 @@
+//! Programs that are not ours, driven against ours: QEMU without a guest, QEMU with a real Linux guest, and `qemu-storage-daemon`.
+//! Needs the cargo feature `peers` and what `tests/peers/install` installs; a missing peer is a failure, never a skip.
+//! The laboratory (processes, QMP, qtest, driver, proxy) is in the modules without tests; `guest_free`, `log_bitmap` and `linux_guest` hold the promises.
+
+// Everything here is test code: a failed expectation is a failed test.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(missing_docs, reason = "a test target has no users")]
+#![forbid(unsafe_code)]
+
+mod backend;
+mod guest_free;
+mod initramfs;
+mod linux_guest;
+mod load;
+mod log_bitmap;
+mod migration;
+mod process;
+mod proxy;
+mod qemu;
+mod qsd;
+mod qtest;
+mod qtest_blk;
+mod ram;

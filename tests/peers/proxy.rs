@@ -1,0 +1,275 @@
+//! A proxy between a vhost-user front-end and its back-end that can switch the back-end's dirty log on, over to another and off by
+//! itself. So a test sees the log exactly as the back-end wrote it: QEMU would clear it while collecting, and hide what is missing of the
+//! used ring.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::unistd::close;
+use vhost_migrate::abi::vhost_user::{
+    Header, LogDescription, Request, VHOST_F_LOG_ALL, VHOST_VRING_F_LOG, VringAddr, protocol_feature,
+};
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::process::{DEADLINE, Lab};
+
+const MAX_FDS: usize = 8;
+const MAX_PAYLOAD: u32 = 1 << 16;
+
+/// A dirty log of the test's own, for the first 4 GiB of guest memory.
+pub(crate) struct TestLog(File);
+
+impl TestLog {
+    const SIZE: u64 = (4 << 30) / 4096 / 8;
+
+    pub(crate) fn new() -> TestLog {
+        let file = File::from(memfd_create(c"log", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.set_len(TestLog::SIZE).unwrap();
+        TestLog(file)
+    }
+
+    /// The pages that are marked.
+    pub(crate) fn pages(&self) -> BTreeSet<u64> {
+        let mut bytes = vec![0; TestLog::SIZE as usize];
+        self.0.read_exact_at(&mut bytes, 0).unwrap();
+        let marked =
+            |(at, byte): (u64, u8)| (0..8).filter(move |bit| byte >> bit & 1 != 0).map(move |bit| at * 8 + bit);
+        (0..).zip(bytes).flat_map(marked).collect()
+    }
+}
+
+/// What the proxy is asked to do to the back-end.
+enum Order {
+    /// SET_LOG_BASE with this log; with ring log addresses moved by so many bytes: LOG_ALL and F_LOG too.
+    Log(File, Option<u64>),
+    /// SET_FEATURES without LOG_ALL, SET_VRING_ADDR without F_LOG.
+    Off,
+}
+
+pub(crate) struct Proxy {
+    socket: PathBuf,
+    orders: Sender<(Order, Sender<()>)>,
+    wake: UnixStream,
+}
+
+impl Proxy {
+    /// Listens beside `backend` and serves one front-end after the other.
+    pub(crate) fn start(lab: &Lab, name: &str, backend: &Path) -> Proxy {
+        let socket = lab.file(name);
+        let listener = UnixListener::bind(&socket).unwrap();
+        let (wake, woken) = UnixStream::pair().unwrap();
+        let (orders, receiver) = mpsc::channel();
+        let backend = backend.to_owned();
+        thread::spawn(move || {
+            for frontend in listener.incoming() {
+                let Ok(backend) = UnixStream::connect(&backend) else { continue };
+                let session = Session::new(frontend.unwrap(), backend);
+                if session.serve(&woken, &receiver).is_none() {
+                    break;
+                }
+            }
+        });
+        Proxy { socket, orders, wake }
+    }
+
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Switches logging on; when it returns, the back-end has acknowledged. The used rings are logged `moved` bytes behind where they are.
+    pub(crate) fn log_on(&self, log: &TestLog, moved: u64) {
+        self.order(Order::Log(log.0.try_clone().unwrap(), Some(moved)));
+    }
+
+    /// Gives the back-end another log while logging is on; when it returns, the old one is out of use.
+    pub(crate) fn switch_log(&self, log: &TestLog) {
+        self.order(Order::Log(log.0.try_clone().unwrap(), None));
+    }
+
+    /// Switches logging off.
+    pub(crate) fn log_off(&self) {
+        self.order(Order::Off);
+    }
+
+    fn order(&self, order: Order) {
+        let (done, acknowledged) = mpsc::channel();
+        self.orders.send((order, done)).unwrap();
+        (&self.wake).write_all(&[1]).unwrap();
+        acknowledged.recv_timeout(DEADLINE).expect("the back-end acknowledges");
+    }
+}
+
+struct Message {
+    header: Header,
+    payload: Vec<u8>,
+    fds: Vec<RawFd>,
+}
+
+/// One front-end's connection.
+struct Session {
+    frontend: UnixStream,
+    backend: UnixStream,
+    features: u64,
+    reply_ack: bool,
+    rings: Vec<VringAddr>,
+}
+
+impl Session {
+    fn new(frontend: UnixStream, backend: UnixStream) -> Session {
+        for stream in [&frontend, &backend] {
+            stream.set_read_timeout(Some(DEADLINE)).unwrap();
+            stream.set_write_timeout(Some(Duration::from_secs(10))).unwrap();
+        }
+        Session { frontend, backend, features: 0, reply_ack: false, rings: Vec::new() }
+    }
+
+    /// Forwards messages and obeys orders until one side hangs up; `None` when the test is over.
+    fn serve(mut self, mut woken: &UnixStream, orders: &Receiver<(Order, Sender<()>)>) -> Option<()> {
+        loop {
+            let mut fds = [
+                PollFd::new(self.frontend.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.backend.as_fd(), PollFlags::empty()),
+                PollFd::new(woken.as_fd(), PollFlags::POLLIN),
+            ];
+            poll(&mut fds, PollTimeout::NONE).ok()?;
+            let [from_frontend, from_backend, order] = fds.map(|fd| fd.any().unwrap_or(true));
+            if order {
+                woken.read_exact(&mut [0]).ok()?;
+                let (order, done) = orders.recv().ok()?;
+                if self.obey(&order).is_some() {
+                    let _ = done.send(());
+                }
+            } else if from_backend || (from_frontend && self.forward().is_none()) {
+                return Some(());
+            }
+        }
+    }
+
+    fn forward(&mut self) -> Option<()> {
+        let message = receive(&self.frontend)?;
+        match Request(message.header.request) {
+            Request::SET_FEATURES => self.features = u64::read_from_bytes(&message.payload).ok()?,
+            Request::SET_PROTOCOL_FEATURES => {
+                let bits = u64::read_from_bytes(&message.payload).ok()?;
+                self.reply_ack = bits >> protocol_feature::REPLY_ACK & 1 != 0;
+            }
+            Request::SET_VRING_ADDR => {
+                let ring = VringAddr::read_from_bytes(&message.payload).ok()?;
+                self.rings.retain(|known| known.index != ring.index);
+                self.rings.push(ring);
+            }
+            _ => {}
+        }
+        pass_on(&self.backend, &message)?;
+        if has_reply(&message.header) { pass_on(&self.frontend, &receive(&self.backend)?) } else { Some(()) }
+    }
+
+    fn obey(&mut self, order: &Order) -> Option<()> {
+        match order {
+            Order::Log(log, moved) => {
+                let description = LogDescription { mmap_size: TestLog::SIZE, mmap_offset: 0 };
+                self.inject(Request::SET_LOG_BASE, description.as_bytes(), &[log.as_raw_fd()])?;
+                moved.map_or(Some(()), |moved| self.set_logging(Some(moved)))
+            }
+            Order::Off => self.set_logging(None),
+        }
+    }
+
+    fn set_logging(&mut self, moved: Option<u64>) -> Option<()> {
+        let features = self.features | u64::from(moved.is_some()) << VHOST_F_LOG_ALL;
+        self.inject(Request::SET_FEATURES, features.as_bytes(), &[])?;
+        for mut ring in self.rings.clone() {
+            ring.flags = u32::from(moved.is_some()) << VHOST_VRING_F_LOG;
+            ring.log_guest_addr += moved.unwrap_or(0);
+            self.inject(Request::SET_VRING_ADDR, ring.as_bytes(), &[])?;
+        }
+        Some(())
+    }
+
+    /// Sends a message of the proxy's own and swallows the reply, which says that it was done (rule F4).
+    fn inject(&mut self, request: Request, payload: &[u8], fds: &[RawFd]) -> Option<()> {
+        assert!(self.reply_ack, "the front-end has not negotiated REPLY_ACK");
+        let own_reply = request == Request::SET_LOG_BASE;
+        let flags = Header::FLAG_VERSION | if own_reply { 0 } else { Header::FLAG_NEED_REPLY };
+        let header = Header { request: request.0, flags, size: u32::try_from(payload.len()).ok()? };
+        send(&self.backend, &Message { header, payload: payload.to_vec(), fds: fds.to_vec() })?;
+        let reply = receive(&self.backend)?;
+        assert_eq!((reply.header.request, reply.header.flags), (request.0, Header::REPLY_FLAGS));
+        assert!(own_reply || reply.payload == [0; 8], "{request} refused");
+        Some(())
+    }
+}
+
+/// Whether the back-end answers this message (rules F3 and F4).
+fn has_reply(header: &Header) -> bool {
+    const ANSWERED: &[Request] = &[
+        Request::GET_FEATURES,
+        Request::GET_PROTOCOL_FEATURES,
+        Request::GET_QUEUE_NUM,
+        Request::GET_VRING_BASE,
+        Request::SET_LOG_BASE,
+        Request::GET_CONFIG,
+        Request::GET_INFLIGHT_FD,
+        Request::GET_MAX_MEM_SLOTS,
+        Request::GET_STATUS,
+    ];
+    header.flags & Header::FLAG_NEED_REPLY != 0 || ANSWERED.contains(&Request(header.request))
+}
+
+fn receive(mut stream: &UnixStream) -> Option<Message> {
+    let mut head = [0; size_of::<Header>()];
+    let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
+    let mut fds = Vec::new();
+    let read = loop {
+        let mut buffers = [IoSliceMut::new(&mut head)];
+        match recvmsg::<()>(stream.as_raw_fd(), &mut buffers, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC) {
+            Ok(message) => {
+                for control in message.cmsgs().ok()? {
+                    if let ControlMessageOwned::ScmRights(rights) = control {
+                        fds.extend(rights);
+                    }
+                }
+                break message.bytes;
+            }
+            Err(nix::Error::EINTR) => {}
+            Err(_) => return None,
+        }
+    };
+    if read == 0 {
+        return None;
+    }
+    stream.read_exact(&mut head[read..]).ok()?;
+    let header = Header::read_from_bytes(&head).ok()?;
+    assert!(header.size <= MAX_PAYLOAD, "a payload of {} bytes", header.size);
+    let mut payload = vec![0; header.size as usize];
+    stream.read_exact(&mut payload).ok()?;
+    Some(Message { header, payload, fds })
+}
+
+/// Sends a received message and closes its fds, which the other side has now.
+fn pass_on(stream: &UnixStream, message: &Message) -> Option<()> {
+    let sent = send(stream, message);
+    for &fd in &message.fds {
+        let _ = close(fd);
+    }
+    sent
+}
+
+fn send(mut stream: &UnixStream, message: &Message) -> Option<()> {
+    let bytes = [message.header.as_bytes(), &message.payload].concat();
+    let rights = [ControlMessage::ScmRights(&message.fds)];
+    let control = if message.fds.is_empty() { &rights[..0] } else { &rights[..] };
+    let sent = sendmsg::<()>(stream.as_raw_fd(), &[IoSlice::new(&bytes)], control, MsgFlags::MSG_NOSIGNAL, None);
+    stream.write_all(&bytes[sent.ok()?..]).ok()
+}

@@ -1,0 +1,135 @@
+//! QEMU as a process: command lines, the firmware that only halts, and the QMP client.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::backend::words;
+use crate::process::{DEADLINE, Lab, Process, wait_for};
+use crate::qtest::Qtest;
+use crate::ram::{Ram, SIZE};
+
+/// The disk as QEMU is to present it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Disk {
+    pub(crate) queues: u16,
+    pub(crate) queue_size: u16,
+}
+
+/// A running QEMU with its QMP connection.
+pub(crate) struct Qemu {
+    pub(crate) name: String,
+    process: Process,
+    qmp: BufReader<UnixStream>,
+    folder: PathBuf,
+}
+
+impl Qemu {
+    /// A QEMU without a guest: its vCPU halts at once and the test drives the devices through qtest. The source of a migration.
+    pub(crate) fn guest_free(lab: &Lab, name: &str, socket: &Path, disk: Disk) -> Qemu {
+        Qemu::start(lab, name, &guest_free_arguments(lab, name, socket, disk))
+    }
+
+    /// The same machine, waiting for a migration and then for `cont`.
+    pub(crate) fn guest_free_destination(lab: &Lab, name: &str, socket: &Path, disk: Disk) -> Qemu {
+        Qemu::start(lab, name, &(guest_free_arguments(lab, name, socket, disk) + " -S -incoming defer"))
+    }
+
+    /// Starts QEMU with `arguments` and greets it on its QMP socket.
+    pub(crate) fn start(lab: &Lab, name: &str, arguments: &str) -> Qemu {
+        let socket = lab.file(&format!("{name}.qmp"));
+        let arguments = format!(
+            "-nodefaults -no-user-config -display none -accel tcg {arguments} -qmp unix:{},server=on,wait=off",
+            socket.display()
+        );
+        let log = lab.file(&format!("{name}.log"));
+        let mut process = Process::start(name, "qemu-system-x86_64", &words(&arguments), &log);
+        let stream = wait_for("QMP socket", || {
+            process.assert_running();
+            UnixStream::connect(&socket).ok()
+        });
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        let folder = socket.parent().unwrap().to_owned();
+        let mut qemu = Qemu { name: name.into(), process, qmp: BufReader::new(stream), folder };
+        qemu.line(); // the greeting
+        qemu.qmp("qmp_capabilities", json!({}));
+        qemu
+    }
+
+    /// Executes a QMP command and returns what it returned; an error is a failed test.
+    pub(crate) fn qmp(&mut self, command: &str, arguments: Value) -> Value {
+        let request = json!({"execute": command, "arguments": arguments}).to_string();
+        let sent = self.qmp.get_mut().write_all(request.as_bytes()); // in one piece: it may end before a second one
+        if sent.is_err() {
+            self.lost(&format!("{sent:?}"));
+        }
+        loop {
+            let mut answer = self.line();
+            if let Some(result) = answer.get_mut("return") {
+                return result.take();
+            }
+            assert!(answer.get("event").is_some(), "{}: {command} failed: {answer}", self.name);
+        }
+    }
+
+    /// Connects to its qtest socket.
+    pub(crate) fn qtest(&self) -> Qtest {
+        Qtest::connect(&self.folder.join(format!("{}.qtest", self.name)))
+    }
+
+    /// Ends it in good order.
+    pub(crate) fn quit(&mut self) {
+        self.qmp("quit", json!({}));
+        self.process.wait();
+    }
+
+    fn line(&mut self) -> Value {
+        let mut line = String::new();
+        let read = self.qmp.read_line(&mut line);
+        if !matches!(read, Ok(n) if n > 0) {
+            self.lost(&format!("{read:?}"));
+        }
+        serde_json::from_str(&line).unwrap()
+    }
+
+    fn lost(&mut self, why: &str) -> ! {
+        let status = self.process.wait();
+        panic!("{}: QMP connection lost ({why}), ended with {status}", self.name);
+    }
+}
+
+/// The RAM file of a guest-free QEMU.
+pub(crate) fn map_ram(lab: &Lab, name: &str) -> Ram {
+    Ram::map(&lab.memory(name))
+}
+
+fn guest_free_arguments(lab: &Lab, name: &str, socket: &Path, disk: Disk) -> String {
+    let Disk { queues, queue_size } = disk;
+    let firmware = lab.file("halt.bin");
+    fs::write(&firmware, halting_firmware()).unwrap();
+    format!(
+        "-bios {} -machine q35,memory-backend=ram -m {}M \
+         -object memory-backend-file,id=ram,size={SIZE},mem-path={},share=on \
+         -chardev socket,id=vu,path={},reconnect-ms=100 \
+         -device vhost-user-blk-pci,chardev=vu,addr=3,num-queues={queues},queue-size={queue_size} \
+         -qtest unix:{},server=on,wait=off -qtest-log /dev/null",
+        firmware.display(),
+        SIZE >> 20,
+        lab.memory(name).display(),
+        socket.display(),
+        lab.file(&format!("{name}.qtest")).display(),
+    )
+}
+
+/// 64 KiB of HLT: the reset vector, 16 bytes before the end, is one of them. Halting again after each wake-up takes a jump back.
+fn halting_firmware() -> Vec<u8> {
+    const HLT: u8 = 0xf4;
+    const JUMP_BACK_3: [u8; 2] = [0xeb, 0xfd]; // to the HLT before it
+    let mut image = vec![HLT; 64 << 10];
+    let end = image.len();
+    image[end - 2..].copy_from_slice(&JUMP_BACK_3);
+    image
+}

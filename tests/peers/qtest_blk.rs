@@ -1,0 +1,307 @@
+//! A virtio-blk driver on the other side of qtest: finds the PCI function, maps its BAR, sets up split rings in guest memory, submits
+//! requests and takes completions. What it reads and writes on the disk is `load`'s business.
+
+use crate::qtest::Qtest;
+use crate::ram::Ram;
+
+/// Bytes of data that one request can carry.
+pub(crate) const SLOT_BYTES: u64 = 64 << 10;
+
+/// Where the parts of a queue are in guest memory: parts that the device writes share no page with parts that the driver writes.
+const QUEUES: u64 = 32 << 20;
+const QUEUE_STRIDE: u64 = 2 << 20;
+const AVAIL: u64 = 0x2_0000;
+const USED: u64 = 0x4_0000;
+const HEADERS: u64 = 0x6_0000;
+const STATUS: u64 = 0x8_0000;
+const INDIRECT: u64 = 0xa_0000;
+const DATA: u64 = 64 << 20;
+/// Data does not start at a page: a chain's pages must be rounded outwards to be logged right.
+const DATA_SKEW: u64 = 512;
+
+const BAR: u64 = 0xe000_0000;
+const DESCRIPTORS_PER_REQUEST: u16 = 4;
+
+const F_RING_INDIRECT: u64 = 1 << 28;
+const F_RING_EVENT_IDX: u64 = 1 << 29;
+const F_VERSION_1: u64 = 1 << 32;
+const F_BLK_MQ: u64 = 1 << 12;
+
+/// How the driver uses its rings.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Options {
+    pub(crate) queues: u16,
+    pub(crate) queue_size: u16,
+    pub(crate) event_idx: bool,
+    pub(crate) indirect: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Read,
+    Write,
+}
+
+/// A completion: the slot that is free again, the length from the used ring and the status byte.
+#[derive(Debug)]
+pub(crate) struct Done {
+    pub(crate) queue: u16,
+    pub(crate) slot: u16,
+    pub(crate) len: u32,
+    pub(crate) status: u8,
+}
+
+#[derive(Clone, Default)]
+struct Queue {
+    avail: u16,
+    kicked: u16,
+    used: u16,
+}
+
+/// The driver's state: what a real driver would have in guest memory and migrate with it.
+#[derive(Clone)]
+pub(crate) struct Driver {
+    pub(crate) options: Options,
+    queues: Vec<Queue>,
+    notify: u64,
+    notify_multiplier: u64,
+}
+
+/// The machine that a driver runs on: it changes at a migration.
+pub(crate) struct Machine {
+    pub(crate) qtest: Qtest,
+    pub(crate) ram: Ram,
+}
+
+impl Driver {
+    /// Sets up the device in PCI slot 3 and starts its queues.
+    pub(crate) fn start(machine: &mut Machine, options: Options) -> Driver {
+        let qtest = &mut machine.qtest;
+        let caps = find_capabilities(qtest);
+        let common = caps.common;
+
+        qtest.store("writeb", common + 20, 0);
+        qtest.store("writeb", common + 20, 1 | 2); // ACKNOWLEDGE, DRIVER
+        let mut features = F_VERSION_1;
+        features |= if options.event_idx { F_RING_EVENT_IDX } else { 0 };
+        features |= if options.indirect { F_RING_INDIRECT } else { 0 };
+        features |= if options.queues > 1 { F_BLK_MQ } else { 0 };
+        let mut offered = 0;
+        for word in 0..2 {
+            qtest.store("writel", common, word);
+            offered |= qtest.load("readl", common + 4) << (32 * word);
+        }
+        assert_eq!(features & !offered, 0, "the device does not offer {:#x}", features & !offered);
+        for word in 0..2 {
+            qtest.store("writel", common + 8, word);
+            qtest.store("writel", common + 12, (features >> (32 * word)) & 0xffff_ffff);
+        }
+        qtest.store("writeb", common + 20, 1 | 2 | 8); // FEATURES_OK
+        assert_ne!(qtest.load("readb", common + 20) & 8, 0, "features {features:#x} refused");
+
+        for queue in 0..options.queues {
+            qtest.store("writew", common + 22, queue.into());
+            qtest.store("writew", common + 24, options.queue_size.into());
+            let base = QUEUES + u64::from(queue) * QUEUE_STRIDE;
+            for (register, gpa) in [(32, base), (40, base + AVAIL), (48, base + USED)] {
+                qtest.store("writel", common + register, gpa & 0xffff_ffff);
+                qtest.store("writel", common + register + 4, gpa >> 32);
+            }
+            if !options.event_idx {
+                qtest.write(base + AVAIL, &1u16.to_le_bytes()); // VIRTQ_AVAIL_F_NO_INTERRUPT
+            }
+            qtest.store("writew", common + 28, 1);
+        }
+        qtest.store("writeb", common + 20, 1 | 2 | 4 | 8); // DRIVER_OK
+        let queues = vec![Queue::default(); options.queues.into()];
+        Driver { options, queues, notify: caps.notify, notify_multiplier: caps.notify_multiplier }
+    }
+
+    /// How many requests fit into a queue at once.
+    pub(crate) fn slots(&self) -> u16 {
+        let per_request = if self.options.indirect { 1 } else { DESCRIPTORS_PER_REQUEST };
+        (self.options.queue_size / per_request).min(self.max_slots())
+    }
+
+    /// Where the data of a slot is.
+    pub(crate) fn data(&self, queue: u16, slot: u16) -> u64 {
+        DATA + (u64::from(queue) * u64::from(self.max_slots()) + u64::from(slot)) * (SLOT_BYTES + 4096) + DATA_SKEW
+    }
+
+    /// Where the status byte of a slot is.
+    pub(crate) fn status(&self, queue: u16, slot: u16) -> u64 {
+        queue_base(queue) + STATUS + u64::from(slot)
+    }
+
+    /// Where the used ring of a queue is.
+    pub(crate) fn used_ring(&self, queue: u16) -> u64 {
+        queue_base(queue) + USED
+    }
+
+    /// The next index that the device will publish in the used ring, as far as the driver has seen.
+    pub(crate) fn seen(&self, queue: u16) -> u16 {
+        self.queues[usize::from(queue)].used
+    }
+
+    /// Requests that were made available and have not been seen completed.
+    pub(crate) fn outstanding(&self, queue: u16) -> u16 {
+        let queue = &self.queues[usize::from(queue)];
+        queue.avail.wrapping_sub(queue.used)
+    }
+
+    /// Makes a request of `len` bytes at `sector` available; the device may see it now and is told by [`Driver::kick`].
+    pub(crate) fn submit(&mut self, qtest: &mut Qtest, queue: u16, slot: u16, kind: Kind, sector: u64, len: u64) {
+        let base = queue_base(queue);
+        let size = self.options.queue_size;
+        let header = base + HEADERS + u64::from(slot) * 16;
+        let data = self.data(queue, slot);
+        let status = self.status(queue, slot);
+        let mut bytes = Vec::with_capacity(16);
+        bytes.extend(u32::to_le_bytes(if kind == Kind::Read { 0 } else { 1 }));
+        bytes.extend([0; 4]);
+        bytes.extend(sector.to_le_bytes());
+        qtest.write(header, &bytes);
+        qtest.write(status, &[0xff]);
+
+        const NEXT: u16 = 1;
+        const WRITE: u16 = 2;
+        let direction = if kind == Kind::Read { WRITE } else { 0 };
+        let first = len.min(1024);
+        let table = [
+            (header, 16, NEXT),
+            (data, first, NEXT | direction),
+            (data + first, len - first, NEXT | direction),
+            (status, 1, WRITE),
+        ];
+        let (head, at) = if self.options.indirect {
+            let at = base + INDIRECT + u64::from(slot) * 64;
+            qtest.write(base + u64::from(slot) * 16, &descriptor(at, 64, 4, 0));
+            (slot, at)
+        } else {
+            let head = slot * DESCRIPTORS_PER_REQUEST;
+            (head, base + u64::from(head) * 16)
+        };
+        let first_index = if self.options.indirect { 0 } else { head };
+        let mut bytes = Vec::with_capacity(64);
+        for (i, (address, len, flags)) in (1u16..).zip(table) {
+            let next = if flags & NEXT == 0 { 0 } else { first_index + i };
+            bytes.extend(descriptor(address, u32::try_from(len).unwrap(), flags, next));
+        }
+        qtest.write(at, &bytes);
+
+        let state = &mut self.queues[usize::from(queue)];
+        qtest.write(base + AVAIL + 4 + 2 * u64::from(state.avail % size), &head.to_le_bytes());
+        state.avail = state.avail.wrapping_add(1);
+    }
+
+    /// Publishes the avail index of a queue and notifies the device if it wants to be.
+    pub(crate) fn kick(&mut self, machine: &mut Machine, queue: u16) {
+        let base = queue_base(queue);
+        let size = u64::from(self.options.queue_size);
+        let state = &mut self.queues[usize::from(queue)];
+        if state.avail == state.kicked {
+            return;
+        }
+        machine.qtest.write(base + AVAIL + 2, &state.avail.to_le_bytes());
+        machine.qtest.flush();
+        let wanted = if self.options.event_idx {
+            let event = machine.ram.u16(base + USED + 4 + 8 * size);
+            state.avail.wrapping_sub(event).wrapping_sub(1) < state.avail.wrapping_sub(state.kicked)
+        } else {
+            machine.ram.u16(base + USED) & 1 == 0
+        };
+        state.kicked = state.avail;
+        if wanted {
+            let address = self.notify + u64::from(queue) * self.notify_multiplier;
+            machine.qtest.store("writew", address, queue.into());
+        }
+    }
+
+    /// Takes what the device has put into the used rings since the last time; writes nothing.
+    pub(crate) fn completions(&mut self, ram: &Ram) -> Vec<Done> {
+        let size = self.options.queue_size;
+        let per_request = if self.options.indirect { 1 } else { DESCRIPTORS_PER_REQUEST };
+        let mut all = Vec::new();
+        for queue in 0..self.options.queues {
+            let base = queue_base(queue);
+            let published = ram.u16(base + USED + 2);
+            let outstanding = self.outstanding(queue);
+            let state = &mut self.queues[usize::from(queue)];
+            assert!(
+                published.wrapping_sub(state.used) <= outstanding,
+                "queue {queue}: used index {published} ran ahead"
+            );
+            while state.used != published {
+                let element = base + USED + 4 + 8 * u64::from(state.used % size);
+                let (head, len) = (ram.u32(element), ram.u32(element + 4));
+                assert_eq!(head % u32::from(per_request), 0, "queue {queue}: no request has head {head}");
+                let slot = u16::try_from(head / u32::from(per_request)).unwrap();
+                let status = ram.read(base + STATUS + u64::from(slot), 1)[0];
+                all.push(Done { queue, slot, len, status });
+                state.used = state.used.wrapping_add(1);
+            }
+        }
+        all
+    }
+
+    fn max_slots(&self) -> u16 {
+        1024 / self.options.queues.max(1)
+    }
+}
+
+fn queue_base(queue: u16) -> u64 {
+    QUEUES + u64::from(queue) * QUEUE_STRIDE
+}
+
+fn descriptor(address: u64, len: u32, flags: u16, next: u16) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&address.to_le_bytes());
+    bytes[8..12].copy_from_slice(&len.to_le_bytes());
+    bytes[12..14].copy_from_slice(&flags.to_le_bytes());
+    bytes[14..].copy_from_slice(&next.to_le_bytes());
+    bytes
+}
+
+struct Capabilities {
+    common: u64,
+    notify: u64,
+    notify_multiplier: u64,
+}
+
+/// Enables the function, maps its memory BAR and walks its virtio capabilities.
+fn find_capabilities(qtest: &mut Qtest) -> Capabilities {
+    assert_eq!(config(qtest, 0) & 0xffff, 0x1af4, "no virtio function in PCI slot 3");
+    let mut pointer = config(qtest, 0x34) & 0xff;
+    let (mut common, mut notify, mut notify_multiplier, mut bar) = (None, None, 0, 0);
+    while pointer != 0 {
+        let head = config(qtest, pointer);
+        if head & 0xff == 9 {
+            let offset = config(qtest, pointer + 8);
+            match head >> 24 {
+                1 => (common, bar) = (Some(BAR + offset), config(qtest, pointer + 4) & 0xff),
+                2 => (notify, notify_multiplier) = (Some(BAR + offset), config(qtest, pointer + 16)),
+                _ => {}
+            }
+        }
+        pointer = (head >> 8) & 0xff;
+    }
+    select(qtest, 0x10 + 4 * bar);
+    qtest.store("outl", 0xcfc, BAR);
+    select(qtest, 0x14 + 4 * bar);
+    qtest.store("outl", 0xcfc, 0);
+    select(qtest, 4);
+    qtest.store("outw", 0xcfc, 2 | 4); // memory space, bus master
+    let (Some(common), Some(notify)) = (common, notify) else { panic!("no modern virtio capabilities") };
+    Capabilities { common, notify, notify_multiplier }
+}
+
+fn select(qtest: &mut Qtest, register: u64) {
+    const SLOT_3: u64 = 1 << 31 | 3 << 11;
+    qtest.store("outl", 0xcf8, SLOT_3 | register);
+}
+
+fn config(qtest: &mut Qtest, register: u64) -> u64 {
+    let aligned = register & !3;
+    select(qtest, aligned);
+    qtest.load("inl", 0xcfc) >> (8 * (register & 3))
+}
