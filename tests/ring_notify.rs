@@ -223,9 +223,9 @@ fn threads(size: u16, features: u64, requests: u32) {
 #[test]
 fn two_threads_that_sleep_whenever_they_may_get_everything_done() {
     for features in [0, EVENT_IDX] {
-        threads(1, features, 20_000);
-        threads(4, features, 60_000);
-        threads(256, features, 100_000);
+        threads(1, features, 10_000);
+        threads(4, features, 30_000);
+        threads(256, features, 50_000);
     }
 }
 

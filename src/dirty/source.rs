@@ -7,7 +7,6 @@ use std::sync::Arc;
 use super::harvest::Harvest;
 use super::log::{Log, LogError};
 use super::page_set::PageSet;
-use crate::memory::LOG_PAGE;
 
 /// Why a source can't say which pages are dirty.
 #[derive(Debug, thiserror::Error)]
@@ -97,10 +96,7 @@ impl DirtySource for LogSource {
     }
 
     fn put_back(&mut self, pages: &PageSet) {
-        let burst = self.log.burst();
-        for run in pages.runs() {
-            burst.mark(run.start * LOG_PAGE, (run.end - run.start) * LOG_PAGE);
-        }
+        self.log.put_back(pages);
     }
 
     fn stop(&mut self) -> Result<(), DirtyError> {
@@ -220,6 +216,7 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
+    use crate::memory::LOG_PAGE;
 
     /// A source that reports `pages`, fails where told to, and writes down what it was asked.
     struct Scripted {

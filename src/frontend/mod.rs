@@ -8,7 +8,7 @@ mod logging;
 mod user;
 
 pub use error::FrontendError;
-pub use logging::{DeviceLog, PATIENCE, SharedDevice, insist};
+pub use logging::{DeviceLog, SharedDevice};
 pub use user::{UserDevice, UserOptions};
 
 use std::os::fd::{BorrowedFd, OwnedFd};

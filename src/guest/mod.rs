@@ -41,7 +41,7 @@ use crate::abi::virtio::{
     self, BlkConfig, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use crate::frontend::{Device, FrontendError, RingSetup};
+use crate::frontend::{Device, DeviceLog, FrontendError, RingSetup};
 use crate::memory::{Memory, Region, sealed_memfd};
 use crate::ring::RingBase;
 use cpu::Cpu;
@@ -397,6 +397,20 @@ impl Guest {
     /// What kind of guest it is.
     pub fn config(&self) -> &GuestConfig {
         &self.config
+    }
+
+    /// The dirty pages of each device, as sources that outlast a restart of its back-end.
+    pub fn logs(&self) -> impl Iterator<Item = DeviceLog> {
+        let log = |attached: &Attached| {
+            let name = attached.unit.lock().name().to_owned();
+            DeviceLog::new(attached.unit.clone(), name, self.memory.end())
+        };
+        self.units.iter().map(log)
+    }
+
+    /// Whether its CPUs and drivers run.
+    pub fn is_running(&self) -> bool {
+        matches!(self.work, Work::Running(_))
     }
 
     /// Its devices, to be locked for control; the data path never locks them. Better: [`with_devices`].

@@ -61,7 +61,7 @@ impl Region {
         if size < needed {
             return Err(InflightError::TooSmall { size, needed });
         }
-        if offset % 8 != 0 {
+        if !offset.is_multiple_of(8) {
             return Err(InflightError::Misaligned { offset });
         }
         let mapping = Arc::new(memory::Region::map(fd, 0, needed, 0, offset)?);
