@@ -231,12 +231,12 @@ fn devices_can_be_controlled_while_their_back_end_crashes() {
     let control = guest.device_control();
     std::thread::scope(|scope| {
         let toggle = scope.spawn(|| -> Result<u32, FrontendError> {
-            for _ in 0..100 {
+            for _ in 0..40 {
                 control.with_devices(|device| device.start_logging(&log, fd.as_fd()))?;
                 control.with_devices(|device| device.config(0, &mut [0; 8]))?;
                 control.with_devices(|device| device.stop_logging())?;
             }
-            Ok(100)
+            Ok(40)
         });
         let mut kills = 0;
         while !toggle.is_finished() {
@@ -245,7 +245,7 @@ fn devices_can_be_controlled_while_their_back_end_crashes() {
             kills += 1;
             wait_for(&guest, "the back-end is back", |guest| guest.stats().reconnects >= kills);
         }
-        assert_eq!(toggle.join().unwrap().unwrap(), 100);
+        assert_eq!(toggle.join().unwrap().unwrap(), 40);
     });
     guest.verify().unwrap();
 }
