@@ -10,7 +10,7 @@ use std::rc::Rc;
 
 use proptest::prelude::*;
 use vhost_migrate::abi::inflight::split_queue_bytes;
-use vhost_migrate::inflight::{Sink, SplitInflight, Store, split::recover};
+use vhost_migrate::inflight::{Recovery, Sink, SplitInflight, Store, recover};
 
 /// Ways to do it wrong, each of which the model must notice.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -117,7 +117,7 @@ enum Step {
 }
 
 /// What a successor finds: requests to serve again, and the position of the next one to take.
-fn find(world: &World, mutation: Mutation) -> Result<(vhost_migrate::inflight::Recovery, usize), String> {
+fn find(world: &World, mutation: Mutation) -> Result<(Recovery, usize), String> {
     let used_idx = match mutation {
         Mutation::UsedIndexForgottenWhenFresh if world.region[8] == 0 => 0,
         _ => world.used_idx(),

@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 
 use proptest::prelude::*;
 use vhost_migrate::abi::inflight::split_queue_bytes;
-use vhost_migrate::inflight::{InflightError, Recovery, Region, Sink, Store, split::recover};
+use vhost_migrate::inflight::{InflightError, Recovery, Region, Sink, Store, recover};
 use vhost_migrate::memory::sealed_memfd;
 
 const HEADER: usize = 16;

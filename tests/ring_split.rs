@@ -1,40 +1,317 @@
 //! A split ring's two sides together: whatever one puts on the ring, the other takes off it, and nothing else.
 
+mod ring_common;
+
 use std::collections::VecDeque;
-use std::os::fd::AsFd;
-use std::sync::Arc;
 
 use proptest::prelude::*;
-use vhost_migrate::abi::bit;
-use vhost_migrate::abi::virtio::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use vhost_migrate::memory::{Memory, Region, sealed_memfd};
-use vhost_migrate::ring::{Buffer, Chain, RingBase, SplitDevice, SplitDriver, SplitLayout};
+use ring_common::{EVENT_IDX, INDIRECT, TABLES, buffer, layout, memory, put_desc, ring_at};
+use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE};
+use vhost_migrate::ring::{
+    Buffer, Chain, RingBase, RingError, SplitDevice, SplitDriver, SplitDriverState, SplitLayout,
+};
 
-fn memory() -> Memory {
-    let fd = sealed_memfd("ring-test", 4 << 20).unwrap();
-    Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 4 << 20, 0, 0).unwrap())]).unwrap()
+#[derive(Clone, Debug)]
+enum Op {
+    Add {
+        readable: usize,
+        writable: usize,
+        indirect: bool,
+    },
+    DriverPublish,
+    Pop,
+    Push(prop::sample::Index),
+    DevicePublish,
+    PopUsed,
+    /// The guest goes on elsewhere.
+    DriverMoves,
+    /// The memory table changes.
+    DeviceMoves,
 }
 
-fn layout(size: u16) -> SplitLayout {
-    SplitLayout { size, desc: 0x1000, avail: 0x10_0000, used: 0x20_0000 }
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        4 => (0..4usize, 0..4usize, any::<bool>())
+            .prop_map(|(readable, writable, indirect)| Op::Add { readable, writable, indirect }),
+        2 => Just(Op::DriverPublish),
+        4 => Just(Op::Pop),
+        4 => any::<prop::sample::Index>().prop_map(Op::Push),
+        2 => Just(Op::DevicePublish),
+        4 => Just(Op::PopUsed),
+        1 => Just(Op::DriverMoves),
+        1 => Just(Op::DeviceMoves),
+    ]
+}
+
+#[derive(Debug, PartialEq)]
+struct Request {
+    head: u16,
+    readable: Vec<Buffer>,
+    writable: Vec<Buffer>,
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn what_one_side_puts_on_the_ring_the_other_takes_off_in_order(
+        size in (0..16u32).prop_map(|bits| 1u16 << bits), event_idx in any::<bool>(),
+        start in prop_oneof![Just(0u16), Just(0xfff0), any::<u16>()], ops in prop::collection::vec(op(), 0..600),
+    ) {
+        let features = INDIRECT | if event_idx { EVENT_IDX } else { 0 };
+        let (memory, layout) = (memory(), layout(size));
+        let (mut driver, mut device) = ring_at(&memory, layout, features, start);
+        let (mut made, mut visible) = (VecDeque::new(), 0);
+        let mut held: Vec<Request> = Vec::new();
+        let (mut done, mut done_visible) = (VecDeque::new(), 0);
+        let mut chain = Chain::default();
+        let mut serial = 0u32;
+        for op in ops {
+            match op {
+                Op::Add { readable, writable, indirect } => {
+                    let mut buffers = |count: usize| -> Vec<Buffer> {
+                        (0..count).map(|_| { serial += 1; buffer(u64::from(serial) << 33, serial) }).collect()
+                    };
+                    let (readable, writable) = (buffers(readable), buffers(writable));
+                    let count = readable.len() + writable.len();
+                    let table = indirect.then_some(TABLES + u64::from(serial) % 8192 * 128);
+                    let needed = if indirect { 1 } else { count };
+                    let free = usize::from(driver.free());
+                    match driver.add(&readable, &writable, table) {
+                        Ok(Some(head)) => {
+                            prop_assert!(count > 0 && needed <= free);
+                            prop_assert_eq!(usize::from(driver.free()), free - needed);
+                            made.push_back(Request { head, readable, writable });
+                        }
+                        Ok(None) => prop_assert!(needed > free),
+                        Err(e) => prop_assert!(count == 0 || needed > size.into(), "{}", e),
+                    }
+                }
+                Op::DriverPublish => {
+                    let _ = driver.publish();
+                    visible = made.len();
+                }
+                Op::Pop => {
+                    prop_assert_eq!(device.pop(&mut chain).unwrap(), visible > 0);
+                    if visible > 0 {
+                        visible -= 1;
+                        let request = made.pop_front().unwrap();
+                        let Chain { head, readable, writable } = chain.clone();
+                        prop_assert_eq!(&Request { head, readable, writable }, &request);
+                        held.push(request);
+                    }
+                }
+                Op::Push(pick) if !held.is_empty() => {
+                    let request = held.swap_remove(pick.index(held.len()));
+                    serial += 1;
+                    device.push(request.head, serial);
+                    done.push_back((request.head, serial));
+                }
+                Op::Push(_) => {}
+                Op::DevicePublish => {
+                    let _ = device.publish();
+                    done_visible = done.len();
+                }
+                Op::PopUsed => match driver.pop_used().unwrap() {
+                    Some(used) => {
+                        prop_assert!(done_visible > 0);
+                        done_visible -= 1;
+                        prop_assert_eq!((used.head, used.len), done.pop_front().unwrap());
+                    }
+                    None => prop_assert_eq!(done_visible, 0),
+                },
+                Op::DriverMoves => {
+                    let state = serde_json::to_vec(&driver.state()).unwrap();
+                    let state: SplitDriverState = serde_json::from_slice(&state).unwrap();
+                    driver = SplitDriver::restore(&memory, layout, features, &state).unwrap();
+                    prop_assert_eq!(driver.state(), state);
+                }
+                Op::DeviceMoves => device.remap(&memory, layout).unwrap(),
+            }
+        }
+        let _ = driver.publish();
+        while device.pop(&mut chain).unwrap() {
+            device.push(chain.head, 0);
+        }
+        held.iter().for_each(|request| device.push(request.head, 0));
+        let _ = device.publish();
+        prop_assert_eq!(device.next_avail(), device.used_index());
+        while driver.pop_used().unwrap().is_some() {}
+        prop_assert_eq!((driver.free(), driver.outstanding()), (size, 0));
+    }
 }
 
 #[test]
-fn a_request_goes_there_and_back() {
-    let memory = memory();
-    let mut driver = SplitDriver::new(&memory, layout(4), 0).unwrap();
-    let mut device = SplitDevice::new(&memory, layout(4), 0, RingBase::split(0)).unwrap();
-    let mut chain = Chain::default();
-    assert!(!device.pop(&mut chain).unwrap());
-    let (read, write) = (Buffer { gpa: 1, len: 2 }, Buffer { gpa: 3, len: 4 });
-    let head = driver.add(&[read], &[write, write], None).unwrap().unwrap();
+fn a_device_goes_on_at_its_base_and_reads_again_what_a_predecessor_took() {
+    let (memory, layout) = (memory(), layout(4));
+    let (mut driver, mut first) = ring_at(&memory, layout, 0, 65535);
+    let heads: Vec<u16> = (1..=3).map(|i| driver.add(&[buffer(i, 1)], &[], None).unwrap().unwrap()).collect();
     assert!(driver.publish());
-    assert!(device.pop(&mut chain).unwrap());
-    assert_eq!((chain.head, &chain.readable[..], &chain.writable[..]), (head, &[read][..], &[write, write][..]));
-    device.push(head, 8);
-    assert!(device.publish());
-    let used = driver.pop_used().unwrap().unwrap();
-    assert_eq!((used.head, used.len, driver.free()), (head, 8, 4));
-    let _ = (VecDeque::<u8>::new(), bit(VIRTIO_RING_F_EVENT_IDX), bit(VIRTIO_RING_F_INDIRECT_DESC));
-    proptest!(|(x in 0..3)| { prop_assert!(x < 3) });
+    let mut chain = Chain::default();
+    assert!(first.pop(&mut chain).unwrap());
+    assert_eq!(first.base(), RingBase::split(0));
+    drop(first);
+    let mut second = SplitDevice::new(&memory, layout, 0, RingBase::split(65535)).unwrap();
+    second.set_next_avail(0);
+    second.resubmit(heads[0], &mut chain).unwrap();
+    assert_eq!((chain.head, chain.readable[0].gpa), (heads[0], 1));
+    assert!(second.pop(&mut chain).unwrap());
+    assert_eq!((chain.head, chain.readable[0].gpa), (heads[1], 2));
+}
+
+/// A ring of 8 with all features whose avail ring offers descriptor 0.
+fn one_chain(descs: &[(u16, u64, u32, u16, u16)]) -> Result<Chain, RingError> {
+    one_chain_with(INDIRECT, descs)
+}
+
+fn one_chain_with(features: u64, descs: &[(u16, u64, u32, u16, u16)]) -> Result<Chain, RingError> {
+    let (memory, layout) = (memory(), layout(8));
+    let mut device = SplitDevice::new(&memory, layout, features, RingBase::split(0)).unwrap();
+    for &(index, gpa, len, flags, next) in descs {
+        let table = if index < 8 { layout.desc } else { TABLES - 8 * 16 };
+        put_desc(&memory, table + u64::from(index) * 16, gpa, len, flags, next);
+    }
+    memory.write(layout.avail + 2, &1u16.to_le_bytes()).unwrap();
+    let mut chain = Chain::default();
+    assert!(device.pop(&mut chain)?);
+    Ok(chain)
+}
+
+const N: u16 = DESC_F_NEXT;
+const W: u16 = DESC_F_WRITE;
+const I: u16 = DESC_F_INDIRECT;
+
+#[test]
+fn a_chain_may_end_in_an_indirect_table_whose_write_flag_means_nothing() {
+    let chain = one_chain(&[
+        (0, 1, 10, N, 5),
+        (5, TABLES, 3 * 16, I | W, 0),
+        (8, 2, 20, N, 2),
+        (10, 3, 30, N | W, 1),
+        (9, 4, 40, W, 0),
+    ])
+    .unwrap();
+    assert_eq!(chain.readable, [buffer(1, 10), buffer(2, 20)]);
+    assert_eq!(chain.writable, [buffer(3, 30), buffer(4, 40)]);
+    assert_eq!((chain.readable_bytes(), chain.writable_bytes()), (30, 70));
+}
+
+#[test]
+fn descriptors_of_no_bytes_are_left_out() {
+    let chain = one_chain(&[(0, 1, 0, N, 1), (1, 1, 5, N, 2), (2, 9, 0, W | N, 3), (3, 2, 6, W, 0)]).unwrap();
+    assert_eq!((chain.readable, chain.writable), (vec![buffer(1, 5)], vec![buffer(2, 6)]));
+}
+
+#[test]
+fn a_chain_against_the_rules_is_refused_by_name() {
+    use RingError::*;
+    assert!(matches!(one_chain(&[(0, 1, 1, N, 8)]), Err(Descriptor { head: 0, index: 8, size: 8 })));
+    assert!(matches!(one_chain(&[(0, 1, 1, N, 1), (1, 1, 1, N, 0)]), Err(Loop { head: 0 })));
+    assert!(matches!(one_chain(&[(0, 1, 1, N, 0)]), Err(Loop { head: 0 })));
+    assert!(matches!(one_chain(&[(0, 1, 1, W | N, 1), (1, 1, 1, 0, 0)]), Err(ReadableAfterWritable { .. })));
+    let most = u32::MAX;
+    assert!(one_chain(&[(0, 1, most, N, 1), (1, 1, 1, 0, 0)]).is_ok());
+    assert!(matches!(one_chain(&[(0, 1, most, N, 1), (1, 1, 2, W, 0)]), Err(TooManyBytes { .. })));
+    let table = (0, TABLES, 32, I, 0);
+    assert!(matches!(one_chain_with(0, &[table]), Err(Indirect { .. })));
+    assert!(matches!(one_chain(&[(0, TABLES, 32, I | N, 1)]), Err(Indirect { .. })));
+    assert!(matches!(one_chain(&[(0, TABLES, 0, I, 0)]), Err(Indirect { .. })));
+    assert!(matches!(one_chain(&[(0, TABLES, 40, I, 0)]), Err(Indirect { .. })));
+    assert!(matches!(one_chain(&[table, (8, TABLES, 32, I, 0)]), Err(Indirect { .. })));
+    assert!(matches!(one_chain(&[table, (8, 1, 1, N, 2)]), Err(Descriptor { index: 2, size: 2, .. })));
+    assert!(matches!(one_chain(&[table, (8, 1, 1, N, 1), (9, 1, 1, N, 0)]), Err(Loop { .. })));
+    assert!(matches!(one_chain(&[(0, TABLES, 1025 * 16, I, 0)]), Err(TooManyBuffers { limit: 1024, .. })));
+    assert!(matches!(one_chain(&[(0, u64::MAX - 15, 32, I, 0)]), Err(IndirectOutside { .. })));
+    assert!(matches!(one_chain(&[(0, u64::MAX, 16, I, 0)]), Err(IndirectOutside { .. })));
+}
+
+#[test]
+fn an_avail_ring_that_claims_the_impossible_is_refused() {
+    let (memory, layout) = (memory(), layout(8));
+    let offer = |idx: u16, head: u16| {
+        memory.write(layout.avail + 2, &idx.to_le_bytes()).unwrap();
+        memory.write(layout.avail + 4, &head.to_le_bytes()).unwrap();
+        let mut device = SplitDevice::new(&memory, layout, 0, RingBase::split(0)).unwrap();
+        device.pop(&mut Chain::default())
+    };
+    assert!(matches!(offer(8, 0), Ok(true)));
+    assert!(matches!(offer(9, 0), Err(RingError::AvailIndex { index: 9, .. })));
+    assert!(matches!(offer(u16::MAX, 0), Err(RingError::AvailIndex { .. })));
+    assert!(matches!(offer(1, 8), Err(RingError::Descriptor { head: 8, index: 8, .. })));
+    // One request more for each one taken, none ever completed: more are under way than the ring holds.
+    let mut device = SplitDevice::new(&memory, layout, 0, RingBase::split(0)).unwrap();
+    let mut chain = Chain::default();
+    let mut offered = 0u16;
+    let refused = std::iter::repeat_with(|| {
+        offered += 1;
+        memory.write(layout.avail + 2, &offered.to_le_bytes()).unwrap();
+        memory.write(layout.avail + 4 + 2 * u64::from((offered - 1) % 8), &[0; 2]).unwrap();
+        device.pop(&mut chain)
+    });
+    assert!(matches!(refused.take(9).last(), Some(Err(RingError::AvailIndex { index: 9, .. }))));
+}
+
+#[test]
+fn a_ring_lies_in_guest_memory_aligned_and_whole() {
+    let memory = memory();
+    let new = |size, desc, avail, used| {
+        let layout = SplitLayout { size, desc, avail, used };
+        SplitDevice::new(&memory, layout, 0, RingBase::default()).map(drop)
+    };
+    let end = memory.end();
+    assert!(new(8, 0, 0x100, 0x200).is_ok());
+    for size in [0, 3, 32769, u16::MAX] {
+        assert!(matches!(new(size, 0, 0x100, 0x200), Err(RingError::Size { .. })), "{size}");
+    }
+    for (desc, avail, used) in [(8, 0x100, 0x200), (0, 0x101, 0x200), (0, 0x100, 0x202)] {
+        assert!(matches!(new(8, desc, avail, used), Err(RingError::Misaligned { .. })));
+    }
+    assert!(new(8, end - 128, 0, 0).is_ok() && new(8, 0, end - 22, 0).is_ok() && new(8, 0, 0, end - 72).is_ok());
+    for (desc, avail, used) in [(end - 112, 0, 0), (0, end - 20, 0), (0, 0, end - 68), (u64::MAX - 15, 0, 0)] {
+        assert!(matches!(new(8, desc, avail, used), Err(RingError::Outside { .. })));
+    }
+    for (avail, used) in [(u64::MAX - 1, 0), (0, u64::MAX - 3), (end, 0), (0, end)] {
+        assert!(matches!(new(8, 0, avail, used), Err(RingError::Outside { .. })));
+    }
+}
+
+#[test]
+fn a_driver_refuses_a_device_that_completes_what_was_not_asked() {
+    let (memory, layout) = (memory(), layout(4));
+    let (mut driver, _) = ring_at(&memory, layout, 0, 0);
+    let head = driver.add(&[buffer(0, 1)], &[buffer(1, 1)], None).unwrap().unwrap();
+    let complete = |idx: u16, id: u32| {
+        memory.write(layout.used + 2, &idx.to_le_bytes()).unwrap();
+        memory.write(layout.used + 4, &id.to_le_bytes()).unwrap();
+    };
+    for id in [u32::from(head) + 1, 4, 0x1_0000 + u32::from(head), u32::MAX] {
+        complete(1, id);
+        assert!(matches!(driver.pop_used(), Err(RingError::UsedId { id: found }) if found == id));
+    }
+    for idx in [2, u16::MAX] {
+        complete(idx, head.into());
+        assert!(matches!(driver.pop_used(), Err(RingError::UsedIndex { .. })));
+    }
+    complete(1, head.into());
+    assert_eq!(driver.pop_used().unwrap().map(|used| used.head), Some(head));
+    assert_eq!(driver.free(), 4);
+}
+
+#[test]
+fn a_driver_state_that_cannot_be_true_is_refused() {
+    let (memory, layout) = (memory(), layout(4));
+    let restore = |avail, published, used, chains: &[&[u16]]| {
+        let chains = chains.iter().map(|chain| chain.to_vec()).collect();
+        let state = SplitDriverState { avail, published, used, chains };
+        SplitDriver::restore(&memory, layout, 0, &state).map(|driver| driver.free())
+    };
+    assert_eq!(restore(1, 0, 65535, &[&[3, 0], &[2]]).unwrap(), 1);
+    assert!(restore(1, 1, 0, &[]).is_err());
+    assert!(restore(0, 0, 0, &[&[1]]).is_err());
+    assert!(restore(1, 65535, 0, &[&[1]]).is_err());
+    assert!(restore(1, 1, 0, &[&[]]).is_err());
+    assert!(restore(1, 1, 0, &[&[4]]).is_err());
+    assert!(restore(1, 1, 0, &[&[1, 1]]).is_err());
+    assert!(restore(2, 2, 0, &[&[1], &[0, 1]]).is_err());
+    assert!(restore(5, 5, 0, &[&[0], &[1], &[2], &[3], &[3]]).is_err());
 }

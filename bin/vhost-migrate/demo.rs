@@ -23,7 +23,7 @@ use crate::units;
   vhost-migrate demo --kill --json
 
 Needs no root, and no files but a temporary folder. Exit status: 0 if every byte was right, 1 if not.")]
-pub struct Arguments {
+pub(crate) struct Arguments {
     /// Guest memory
     #[arg(long, default_value = "1GiB", value_parser = units::bytes, value_name = "SIZE")]
     memory: u64,
@@ -51,7 +51,7 @@ const QUEUES: &str = "2";
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Runs the command.
-pub fn run(arguments: Arguments) -> ExitCode {
+pub(crate) fn run(arguments: Arguments) -> ExitCode {
     // The processes end with this one, and the folder is removed when they are gone.
     let stop = || {
         eprintln!("interrupted");
@@ -222,7 +222,7 @@ impl<'a> Demo<'a> {
 
     fn start_backend(&self, socket: &Path) -> io::Result<Running> {
         let image = self.folder.path().join("disk.img");
-        let arguments = ["backend", "blk", "--exit-with-parent", "--queues", QUEUES];
+        let arguments = ["backend", "blk", "--exit-with-parent", "--log-level", "warn", "--queues", QUEUES];
         let child = program()?.args(arguments).arg("--image").arg(image).arg("--socket").arg(socket).spawn()?;
         Ok(Running(child))
     }
@@ -241,7 +241,11 @@ impl Drop for Running {
 
 fn start_guest(side: &Side, more: &[&str]) -> io::Result<Running> {
     let mut process = program()?;
-    process.args(["guest", "--exit-with-parent", "--backend"]).arg(&side.socket).arg("--control").arg(&side.control);
+    process
+        .args(["guest", "--exit-with-parent", "--log-level", "warn", "--backend"])
+        .arg(&side.socket)
+        .arg("--control")
+        .arg(&side.control);
     Ok(Running(process.args(more).spawn()?))
 }
 

@@ -26,7 +26,7 @@ use crate::units::show;
   vhost-migrate inspect stream guest.vhm           every frame is checked
 
 Exit status: 0 if what was found can be true, 1 if not.")]
-pub struct Arguments {
+pub(crate) struct Arguments {
     #[command(subcommand)]
     what: What,
     /// Print one JSON object
@@ -71,7 +71,7 @@ fn used_index(text: &str) -> Result<(u16, u16), String> {
 }
 
 /// Runs the command.
-pub fn run(arguments: Arguments) -> ExitCode {
+pub(crate) fn run(arguments: Arguments) -> ExitCode {
     let found = match &arguments.what {
         What::Log { file, runs } => log(file, *runs),
         What::Inflight { file, queues, queue_size, used } => inflight(file, *queues, *queue_size, used),
@@ -106,7 +106,9 @@ fn log(file: &Path, most: usize) -> Result<Found, String> {
     let bytes = read(file)?;
     let mut pages = PageSet::new(bytes.len() as u64 * 8);
     for (at, byte) in (0u64..).zip(&bytes) {
-        (0..8).filter(|bit| byte >> bit & 1 == 1).for_each(|bit| drop(pages.insert(at * 8 + bit)));
+        for bit in (0..8).filter(|bit| byte >> bit & 1 == 1) {
+            pages.insert(at * 8 + bit);
+        }
     }
     let runs: Vec<Range<u64>> = pages.runs().collect();
     let covers = bytes.len() as u64 * 8 * LOG_PAGE;
@@ -129,15 +131,15 @@ fn log(file: &Path, most: usize) -> Result<Found, String> {
     }
     let list: Vec<Value> =
         runs.iter().take(most).map(|run| json!({"gpa": run.start * LOG_PAGE, "pages": run.end - run.start})).collect();
-    let json = json!({"log_bytes": bytes.len(), "pages": pages.len(), "bytes": dirty, "runs": runs.len(), "first": list});
+    let json =
+        json!({"log_bytes": bytes.len(), "pages": pages.len(), "bytes": dirty, "runs": runs.len(), "first": list});
     Ok(Found { text, json })
 }
 
 fn inflight(file: &Path, queues: u16, queue_size: Option<u16>, used: &[(u16, u16)]) -> Result<Found, String> {
     let bytes = read(file)?;
     let (mut text, mut list) = (Vec::new(), Vec::new());
-    let header = |bytes: &[u8]| SplitHeader::read_from_prefix(bytes).map(|(header, _)| header);
-    let first = header(&bytes).map_err(|_| format!("{} bytes are too few for an inflight region", bytes.len()))?;
+    let first = header_of(&bytes).ok_or_else(|| format!("{} bytes are too few for an inflight region", bytes.len()))?;
     let queue_size = queue_size.unwrap_or(first.desc_num.get());
     let stride = split_queue_bytes(queue_size) as usize;
     for queue in 0..queues {
@@ -148,7 +150,7 @@ fn inflight(file: &Path, queues: u16, queue_size: Option<u16>, used: &[(u16, u16
                 bytes.len()
             )
         })?;
-        let header = header(part).map_err(|error| error.to_string())?;
+        let header = header_of(part).ok_or("a queue's part is too small")?;
         let used_idx = used.iter().find(|(of, _)| *of == queue).map_or(header.used_idx.get(), |(_, index)| *index);
         let recovery = recover(part, used_idx, queue_size).map_err(|error| format!("queue {queue}: {error}"))?;
         text.push(format!(
@@ -184,6 +186,10 @@ fn inflight(file: &Path, queues: u16, queue_size: Option<u16>, used: &[(u16, u16
     Ok(Found { text, json: json!({"queues": list}) })
 }
 
+fn header_of(bytes: &[u8]) -> Option<SplitHeader> {
+    Some(SplitHeader::read_from_prefix(bytes).ok()?.0)
+}
+
 fn counter_of(part: &[u8], head: u16) -> u64 {
     let at = size_of::<SplitHeader>() + usize::from(head) * size_of::<SplitEntry>();
     let entry = part.get(at..).and_then(|rest| SplitEntry::read_from_prefix(rest).ok());
@@ -196,8 +202,7 @@ fn stream(file: &Path) -> Result<Found, String> {
     let told = |error: StreamError| format!("{}: {error}", file.display());
     let header = ConnectionHeader::read(&mut bytes).map_err(told)?;
     let mut reader = FrameReader::new(bytes);
-    let mut text =
-        vec![format!("migration {}, channel {} of {}", header.id, header.channel, header.channels)];
+    let mut text = vec![format!("migration {}, channel {} of {}", header.id, header.channel, header.channels)];
     let (mut frames, mut data_pages, mut zero_pages, mut rounds, mut state_bytes) = (0u64, 0, 0, 0u32, 0);
     let mut committed = false;
     let mut body = Vec::new();

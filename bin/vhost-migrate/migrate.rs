@@ -19,7 +19,7 @@ use crate::units;
 
 Exit status: 0 done; 1 failed, the guest still runs here; 2 wrong arguments; 3 failed after the commit.
 Ctrl-C cancels: the guest goes on here.")]
-pub struct Arguments {
+pub(crate) struct Arguments {
     /// Control socket of the process that owns the guest
     #[arg(long, value_name = "SOCKET")]
     control: PathBuf,
@@ -33,27 +33,27 @@ pub struct Arguments {
 
 /// How pages travel; the same for `migrate` and `demo`.
 #[derive(Clone, Debug, clap::Args)]
-pub struct Transfer {
+pub(crate) struct Transfer {
     /// How pages are compressed: none, zstd or zstd:LEVEL
     #[arg(long, default_value = "none")]
-    pub codec: String,
+    pub(crate) codec: String,
     /// Connections that carry pages
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
-    pub channels: u16,
+    pub(crate) channels: u16,
     /// Longest stop of the guest that is acceptable, milliseconds
     #[arg(long, default_value_t = 300, value_name = "MS")]
-    pub downtime: u64,
+    pub(crate) downtime: u64,
     /// Limit while the guest runs, for example 500MiB/s
     #[arg(long, value_parser = units::bytes, value_name = "RATE")]
-    pub bandwidth: Option<u64>,
+    pub(crate) bandwidth: Option<u64>,
     /// Rounds after which a migration that does not converge is given up
     #[arg(long, default_value_t = 100)]
-    pub max_rounds: u32,
+    pub(crate) max_rounds: u32,
 }
 
 impl Transfer {
     /// The order to the guest's process.
-    pub fn to(&self, uri: impl Into<String>) -> Command {
+    pub(crate) fn to(&self, uri: impl Into<String>) -> Command {
         Command::Migrate(MigrateArguments {
             uri: uri.into(),
             codec: self.codec.clone(),
@@ -66,7 +66,7 @@ impl Transfer {
 }
 
 /// Runs the command.
-pub fn run(arguments: Arguments) -> ExitCode {
+pub(crate) fn run(arguments: Arguments) -> ExitCode {
     let control = arguments.control.clone();
     let cancel = move || {
         if let Err(error) = control::call(&control, &Command::Cancel, |_| ()) {

@@ -10,17 +10,17 @@ use crate::units::show;
 
 /// How to tell what happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::Args)]
-pub struct Output {
+pub(crate) struct Output {
     /// Print events as JSON lines
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
     /// Print nothing but errors
     #[arg(long, conflicts_with = "json")]
-    pub quiet: bool,
+    pub(crate) quiet: bool,
 }
 
 /// Shows one migration.
-pub struct Progress {
+pub(crate) struct Progress {
     output: Output,
     bar: ProgressBar,
     left: u64,
@@ -28,12 +28,12 @@ pub struct Progress {
 
 impl Progress {
     /// Begins; nothing is shown before the first event.
-    pub fn new(output: Output) -> Progress {
+    pub(crate) fn new(output: Output) -> Progress {
         Progress { output, bar: ProgressBar::hidden(), left: 0 }
     }
 
     /// Shows one event as it came from the guest's process.
-    pub fn event(&mut self, event: &Value) {
+    pub(crate) fn event(&mut self, event: &Value) {
         if self.output.json {
             println!("{event}");
         } else if !self.output.quiet
@@ -44,7 +44,7 @@ impl Progress {
     }
 
     /// A line of text between events, for people only.
-    pub fn say(&self, text: &str) {
+    pub(crate) fn say(&self, text: &str) {
         if !self.output.json && !self.output.quiet {
             self.bar.suspend(|| println!("{text}"));
         }

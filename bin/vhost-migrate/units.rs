@@ -1,7 +1,7 @@
 //! Sizes and rates as users write them, and as they like to read them.
 
 /// Parses `4096`, `64KiB`, `1.5MiB`, `1GiB`, and with a trailing `/s` a rate, to bytes (per second).
-pub fn bytes(text: &str) -> Result<u64, String> {
+pub(crate) fn bytes(text: &str) -> Result<u64, String> {
     let number = text.strip_suffix("/s").unwrap_or(text).trim();
     let units = [("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40), ("B", 0)];
     let (digits, shift) =
@@ -19,7 +19,7 @@ fn advice(text: &str) -> String {
 }
 
 /// `1536` as `1.5 KiB`.
-pub fn show(bytes: f64) -> String {
+pub(crate) fn show(bytes: f64) -> String {
     let mut value = bytes;
     let mut units = ["B", "KiB", "MiB", "GiB"].into_iter();
     let unit = loop {

@@ -62,16 +62,15 @@ fn run<const STOPPED: bool>(isa: Isa, log: &[AtomicU64], range: Range<usize>, in
         unsafe { scan::<std::arch::x86_64::__m256i, STOPPED>(log, range, into) }
     }
 
-    assert!(isa.available() && log.as_ptr().addr() % isa.align() == 0, "{isa:?} is not for this log");
     match isa {
-        // SAFETY: words need no instructions of their own.
-        Isa::Scalar => unsafe { scan::<u64, STOPPED>(log, range, into) },
-        // SAFETY: the CPU has the instructions, as was just asserted; every CPU with these has popcnt.
+        // SAFETY: the CPU has the instructions and the log is aligned, which is what `fits` means.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { avx2::<STOPPED>(log, range, into) },
+        Isa::Avx512 if isa.fits(log.as_ptr().addr()) => unsafe { avx512::<STOPPED>(log, range, into) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { avx512::<STOPPED>(log, range, into) },
+        Isa::Avx2 if isa.fits(log.as_ptr().addr()) => unsafe { avx2::<STOPPED>(log, range, into) },
+        // SAFETY: words need no instructions of their own.
+        _ => unsafe { scan::<u64, STOPPED>(log, range, into) },
     }
 }
 
@@ -155,13 +154,18 @@ unsafe fn move_block<V: Vector, const CLEAR: bool>(from: *mut u64, number: usize
         let (mut pages, mut added) = (V::zero(), V::zero());
         for at in (0..BLOCK).step_by(V::WORDS) {
             let (from, to) = (from.add(at), words.as_mut_ptr().add(at));
-            let (bits, old) = (V::load_log(from), V::load(to));
+            let bits = V::load_log(from);
+            let live = bits.live();
+            if live == 0 {
+                continue;
+            }
+            let old = V::load(to);
             if CLEAR {
                 V::clear_log(from);
             }
             let all = bits.or(old);
             all.store(to);
-            *summary |= all.live() << at;
+            *summary |= live << at;
             pages = pages.add(bits.ones());
             added = added.add(bits.and_not(old).ones());
         }

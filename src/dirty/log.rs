@@ -11,16 +11,14 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering, fence};
 
 use memmap2::{MmapOptions, MmapRaw};
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::fstat;
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
 
-use super::LOG_PAGE;
 use super::harvest::{self, Harvest};
-use super::page_set::{PageSet, mask, word_masks};
+use super::page_set::{PageSet, word_masks};
+use crate::memory::{LOG_PAGE, sealed_memfd};
 
 /// Bytes of log under which looking for holes costs more than reading them.
 const SPARSE_MIN: u64 = 256 << 10;
@@ -64,7 +62,7 @@ pub enum LogError {
 }
 
 impl LogError {
-    fn system<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> LogError {
+    pub(super) fn system<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> LogError {
         move |cause| LogError::System { what, cause: cause.into() }
     }
 }
@@ -96,7 +94,7 @@ impl Log {
         if size == 0 {
             return Err(LogError::Empty);
         }
-        if offset % 8 != 0 {
+        if !offset.is_multiple_of(8) {
             return Err(LogError::Misaligned { offset });
         }
         let file = fstat(fd).map_err(LogError::system("look at the file of"))?.st_size.cast_unsigned();
@@ -125,11 +123,7 @@ impl Log {
     pub fn create(memory_end: u64) -> Result<(Log, OwnedFd), LogError> {
         let last = memory_end.checked_sub(1).ok_or(LogError::Empty)?;
         let size = (last / (64 * LOG_PAGE) + 1) * 8;
-        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-        let fd = memfd_create("vhost-dirty-log", flags).map_err(LogError::system("create"))?;
-        nix::unistd::ftruncate(&fd, size.cast_signed()).map_err(LogError::system("size"))?;
-        let seals = SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
-        fcntl(&fd, FcntlArg::F_ADD_SEALS(seals)).map_err(LogError::system("seal"))?;
+        let fd = sealed_memfd("vhost-dirty-log", size).map_err(LogError::system("create"))?;
         Ok((Log::map(fd.as_fd(), size, 0)?, fd))
     }
 
@@ -160,6 +154,12 @@ impl Log {
     pub fn burst(&self) -> Burst<'_> {
         fence(Ordering::SeqCst);
         Burst { log: self, changed: Cell::new(false) }
+    }
+
+    /// Marks pages again that a harvest took out but that could not be sent (rule L14).
+    pub fn put_back(&self, pages: &PageSet) {
+        let burst = self.burst();
+        pages.runs().for_each(|run| burst.mark(run.start * LOG_PAGE, (run.end - run.start) * LOG_PAGE));
     }
 
     /// Whether the page of `gpa` is marked.
@@ -258,43 +258,42 @@ impl Log {
     /// Sets the bits; tells whether it wrote to the log. With `TEST`, not where all of them are set already.
     #[inline]
     fn set<const TEST: bool>(&self, gpa: u64, len: u64) -> bool {
-        let Some(last) = len.checked_sub(1) else {
-            return false;
-        };
-        if let Some(last) = gpa.checked_add(last) {
-            let (first, last) = (gpa / LOG_PAGE, last / LOG_PAGE);
-            if first / 64 == last / 64
-                && let Some(word) = self.words().get((first / 64) as usize)
-            {
-                return or::<TEST>(word, mask(first % 64, last % 64));
-            }
-            return self.set_many::<TEST>(first, last);
+        let page = gpa / LOG_PAGE;
+        // Nearly every mark is inside one page; no length at all wraps around to a large one here.
+        if len.wrapping_sub(1) < LOG_PAGE - gpa % LOG_PAGE
+            && let Some(word) = self.words().get((page / 64) as usize)
+        {
+            return or::<TEST>(word, 1 << (page % 64));
         }
-        self.refuse(gpa, last / LOG_PAGE + 1);
-        false
+        self.set_range::<TEST>(gpa, len)
     }
 
-    fn set_many<const TEST: bool>(&self, first: u64, last: u64) -> bool {
-        let words = self.words();
-        let pages = self.pages();
+    fn set_range<const TEST: bool>(&self, gpa: u64, len: u64) -> bool {
+        let Some(last) = len.checked_sub(1) else { return false };
+        let Some(end) = gpa.checked_add(last) else {
+            self.refuse(gpa, last / LOG_PAGE + 1);
+            return false;
+        };
+        let (first, last, pages) = (gpa / LOG_PAGE, end / LOG_PAGE, self.pages());
         let mut changed = false;
         if first < pages {
             for (index, mask) in word_masks(first, last.min(pages - 1)) {
-                changed |= match words.get(index) {
+                changed |= match self.words().get(index) {
                     Some(word) => or::<TEST>(word, mask),
                     None => or_bytes::<TEST>(self.tail(), mask),
                 };
             }
         }
         if last >= pages {
-            self.refuse(first * LOG_PAGE, last - first.max(pages) + 1);
+            self.refuse(gpa, last - first.max(pages) + 1);
         }
         changed
     }
 
     #[cold]
     fn refuse(&self, gpa: u64, pages: u64) {
-        if self.out_of_range.fetch_add(pages, Ordering::Relaxed) == 0 {
+        let more = |so_far: u64| Some(so_far.saturating_add(pages));
+        if self.out_of_range.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more) == Ok(0) {
             tracing::warn!(
                 "write at guest-physical {gpa:#x} reaches outside the dirty log of {} pages: not marked (rule L6)",
                 self.pages()
@@ -401,4 +400,259 @@ fn or_bytes<const TEST: bool>(bytes: &[AtomicU8], bits: u64) -> bool {
         }
     }
     changed
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use nix::sys::eventfd::{EfdFlags, EventFd};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn memfd(size: u64) -> OwnedFd {
+        sealed_memfd("test", size).unwrap()
+    }
+
+    fn bytes(fd: &OwnedFd) -> Vec<u8> {
+        let size = fstat(fd).unwrap().st_size as usize;
+        let mut bytes = vec![0; size];
+        assert_eq!(nix::sys::uio::pread(fd, &mut bytes, 0).unwrap(), size);
+        bytes
+    }
+
+    fn fill(fd: &OwnedFd, byte: u8) {
+        let size = fstat(fd).unwrap().st_size as usize;
+        assert_eq!(nix::sys::uio::pwrite(fd, &vec![byte; size], 0).unwrap(), size);
+    }
+
+    /// What rule L1 says in so many words, on a log of `size` bytes; returns the pages outside.
+    fn oracle(log: &mut [u8], gpa: u64, len: u64) -> u128 {
+        let pages = match len {
+            0 => return 0,
+            len => u128::from(gpa >> 12)..=(u128::from(gpa) + u128::from(len) - 1) >> 12,
+        };
+        let mut outside = 0;
+        for page in pages {
+            match log.get_mut((page / 8) as usize) {
+                Some(byte) => *byte |= 1 << (page % 8),
+                None => outside += 1,
+            }
+        }
+        outside
+    }
+
+    #[test]
+    fn a_log_that_cannot_be_used_is_refused_with_its_rule() {
+        let fd = memfd(100);
+        let error = |size, offset| Log::map(fd.as_fd(), size, offset).unwrap_err().to_string();
+        assert!(error(0, 0).contains("L2"), "{}", error(0, 0));
+        assert!(matches!(Log::map(fd.as_fd(), 0, 0), Err(LogError::Empty)));
+        assert!(matches!(Log::map(fd.as_fd(), 8, 4), Err(LogError::Misaligned { offset: 4 })));
+        assert!(matches!(Log::map(fd.as_fd(), 101, 0), Err(LogError::ShortFile { file: 100, .. })));
+        assert!(matches!(Log::map(fd.as_fd(), 93, 8), Err(LogError::ShortFile { .. })));
+        assert!(matches!(Log::map(fd.as_fd(), u64::MAX, 8), Err(LogError::ShortFile { .. })));
+        assert!(matches!(Log::map(fd.as_fd(), u64::MAX - 7, 0), Err(LogError::ShortFile { .. })));
+        assert!(error(101, 0).contains("101 bytes at offset 0") && error(101, 0).contains("L2"));
+        assert!(Log::map(fd.as_fd(), 92, 8).is_ok());
+        assert!(matches!(Log::create(0), Err(LogError::Empty)));
+    }
+
+    #[test]
+    fn a_created_log_has_the_size_qemu_computes_and_keeps_it() {
+        for (end, size) in [(1, 8), (0x4_0000, 8), (0x4_0001, 16), (1 << 30, 32 << 10), ((5 << 30) + 4096, 163_848)] {
+            let (log, fd) = Log::create(end).unwrap();
+            assert_eq!(log.size(), size, "memory end {end:#x}");
+            assert!(log.pages() * LOG_PAGE >= end);
+            assert!(nix::unistd::ftruncate(&fd, 0).is_err());
+            // A peer maps the very same bits.
+            let peer = Log::map(fd.as_fd(), size, 0).unwrap();
+            peer.mark(end - 1, 1);
+            assert!(log.is_marked(end - 1));
+        }
+    }
+
+    /// A range, mostly near the edges of a small log.
+    fn range() -> impl Strategy<Value = (u64, u64)> {
+        let gpa =
+            prop_oneof![0..3000u64 * 4096, (0..3000u64).prop_map(|page| page * 4096), (0..90u64).prop_map(|w| w << 18)];
+        let len = prop_oneof![0..3 * 4096u64, 0..(1u64 << 21), Just(1), Just(4096)];
+        (gpa, len)
+    }
+
+    proptest! {
+        #[test]
+        fn marks_are_exactly_the_pages_written(
+            size in 1..300u64,
+            offset in prop_oneof![Just(0), Just(8), Just(4096), Just(4104)],
+            ranges in prop::collection::vec((range(), any::<bool>()), 0..20),
+            noise in any::<bool>(),
+        ) {
+            let fd = memfd(offset + size + 100);
+            // What surrounds the log belongs to somebody else: first all clear, then all set.
+            fill(&fd, if noise { 0xff } else { 0 });
+            let log = Log::map(fd.as_fd(), size, offset).unwrap();
+            log.words().iter().for_each(|word| word.store(0, Ordering::Relaxed));
+            log.tail().iter().for_each(|byte| byte.store(0, Ordering::Relaxed));
+            let mut expected = bytes(&fd);
+            let (from, to) = (offset as usize, (offset + size) as usize);
+            let mut outside = 0;
+            for ((gpa, len), burst) in ranges {
+                outside += oracle(&mut expected[from..to], gpa, len);
+                if burst { log.burst().mark(gpa, len) } else { log.mark(gpa, len) }
+            }
+            prop_assert_eq!(&bytes(&fd), &expected);
+            prop_assert_eq!(u128::from(log.out_of_range()), outside);
+            for page in 0..size * 8 + 9 {
+                let set = page < size * 8 && expected[from + (page / 8) as usize] >> (page % 8) & 1 != 0;
+                prop_assert_eq!(log.is_marked(page * 4096 + 17), set);
+            }
+
+            let pages = expected[from..to].iter().map(|byte| u64::from(byte.count_ones())).sum::<u64>();
+            let mut set = PageSet::default();
+            let stopped = pages % 2 == 0;
+            let found = if stopped { log.harvest_stopped(&mut set) } else { log.harvest(&mut set) };
+            prop_assert_eq!((found.pages, found.added, set.len()), (pages, pages, pages));
+            prop_assert!(set.iter().all(|page| expected[from + (page / 8) as usize] >> (page % 8) & 1 != 0));
+            expected[from..to].fill(0);
+            prop_assert_eq!(bytes(&fd), expected, "the harvest clears the log and nothing else");
+        }
+    }
+
+    #[test]
+    fn a_range_that_wraps_around_is_counted_and_marks_nothing() {
+        let (log, fd) = Log::create(1 << 30).unwrap();
+        for mark in [|log: &Log, gpa, len| log.mark(gpa, len), |log: &Log, gpa, len| log.burst().mark(gpa, len)] {
+            let before = log.out_of_range();
+            mark(&log, u64::MAX, 2);
+            mark(&log, 4096, u64::MAX);
+            assert_eq!(log.out_of_range() - before, 1 + (u64::MAX - 1) / 4096 + 1);
+            mark(&log, u64::MAX, 1);
+            mark(&log, 1 << 30, 4097);
+            assert_eq!(log.out_of_range() - before, 1 + (1 << 52) + 1 + 2);
+        }
+        assert!(bytes(&fd).iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn nothing_is_touched_beyond_the_last_byte() {
+        // A log that ends with its page, and after it memory that may not be touched: SIGSEGV if it is. New mappings
+        // are placed below the last one, unless another thread is in between: then the next attempt will do.
+        for size in (8..=4096).step_by(8).filter(|size| *size < 128 || *size % 512 == 0) {
+            let fd = memfd(4096);
+            let attempts = (0..64).map(|_| {
+                let guard = MmapOptions::new().len(4096).map_anon().unwrap().make_read_only().unwrap();
+                // SAFETY: the page is ours and nobody looks at it.
+                unsafe { libc::mprotect(guard.as_ptr().cast_mut().cast(), 4096, libc::PROT_NONE) };
+                (Log::map(fd.as_fd(), size, 4096 - size).unwrap(), guard)
+            });
+            let adjacent = |(log, guard): &(Log, memmap2::Mmap)| {
+                log.map.as_mut_ptr().addr() + size as usize == guard.as_ptr().addr()
+            };
+            let mut kept = Vec::new();
+            for pair in attempts {
+                kept.push(pair);
+                if kept.last().is_some_and(adjacent) {
+                    break;
+                }
+            }
+            let (log, _guard) = kept.last().filter(|pair| adjacent(pair)).expect("no log right before its guard");
+            let mut set = PageSet::default();
+            log.mark(0, u64::MAX);
+            log.burst().mark(0, 1 << 40);
+            assert_eq!(log.harvest(&mut set).pages, size * 8);
+            log.burst().mark(0, 1 << 40);
+            assert_eq!(log.harvest_stopped(&mut set).pages, size * 8);
+        }
+    }
+
+    #[test]
+    fn a_sparse_log_is_harvested_without_touching_its_holes() {
+        let (log, fd) = Log::create(1 << 40).unwrap();
+        let mut set = PageSet::default();
+        assert_eq!(log.harvest(&mut set).pages, 0);
+        let gpas = [0, 1 << 30, (1 << 30) + 4096, 77 << 32, (1 << 40) - 1];
+        gpas.iter().for_each(|gpa| log.mark(*gpa, 1));
+        assert_eq!(log.harvest(&mut set), Harvest { pages: 5, added: 5 });
+        assert!(set.iter().eq(gpas.iter().map(|gpa| gpa / 4096)));
+        gpas.iter().for_each(|gpa| log.mark(*gpa, 1));
+        assert_eq!(log.harvest_stopped(&mut set), Harvest { pages: 5, added: 0 });
+        assert!(fstat(&fd).unwrap().st_blocks * 512 <= 4 * 4096, "the holes were filled");
+    }
+
+    #[test]
+    fn a_log_is_harvested_alike_however_full_and_wherever_it_starts() {
+        let size = SPARSE_MIN + 13;
+        for (offset, step) in [(0, 64 << 12), (4096, 1 << 20), (8, 1 << 27), (2 << 20, 1 << 29), (4096 + 8, 1 << 31)] {
+            let fd = memfd(offset + size + 4096);
+            let log = Log::map(fd.as_fd(), size, offset).unwrap();
+            let gpas: Vec<u64> =
+                (0..log.pages() * LOG_PAGE).step_by(step).chain([log.pages() * LOG_PAGE - 1]).collect();
+            let pages: std::collections::BTreeSet<u64> = gpas.iter().map(|gpa| gpa / LOG_PAGE).collect();
+            for harvest in [Log::harvest, Log::harvest_stopped] {
+                let mut set = PageSet::default();
+                gpas.iter().for_each(|gpa| log.mark(*gpa, 1));
+                assert_eq!(harvest(&log, &mut set).pages, pages.len() as u64);
+                assert!(set.iter().eq(pages.iter().copied()));
+                assert_eq!(harvest(&log, &mut set).pages, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn a_burst_signals_once_and_only_if_it_marked_something() {
+        let (log, _) = Log::create(1 << 30).unwrap();
+        let eventfd = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+        let signal = LogSignal::new(eventfd.as_fd().try_clone_to_owned().unwrap());
+        let burst = log.burst();
+        burst.mark(0, 4096);
+        burst.mark(1 << 20, 1 << 20);
+        burst.signal(&signal).unwrap();
+        assert_eq!(eventfd.read().unwrap(), 1);
+
+        let burst = log.burst();
+        burst.mark(0, 4096);
+        burst.mark(1 << 30, 4096);
+        burst.signal(&signal).unwrap();
+        assert_eq!(eventfd.read(), Err(Errno::EAGAIN), "nothing in the log changed");
+    }
+
+    #[test]
+    fn a_full_signal_neither_fails_nor_blocks() {
+        for flags in [EfdFlags::empty(), EfdFlags::EFD_NONBLOCK] {
+            let eventfd = EventFd::from_value_and_flags(0, flags).unwrap();
+            eventfd.write(u64::MAX - 1).unwrap();
+            let signal = LogSignal::new(eventfd.as_fd().try_clone_to_owned().unwrap());
+            signal.signal().unwrap();
+            assert_eq!(eventfd.read().unwrap(), u64::MAX - 1);
+        }
+        let (ours, peer) = std::os::unix::net::UnixStream::pair().unwrap();
+        drop(peer);
+        assert!(LogSignal::new(ours.into()).signal().is_err(), "a peer that is gone is told");
+    }
+
+    #[test]
+    fn marks_of_many_threads_are_all_harvested() {
+        const PAGES: u64 = 1 << 14;
+        let log = Arc::new(Log::create(PAGES * LOG_PAGE).unwrap().0);
+        let marked = AtomicU64::new(0);
+        let mut set = PageSet::default();
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                let (log, marked) = (&log, &marked);
+                scope.spawn(move || {
+                    for page in (0..PAGES).filter(|page| page % 4 == thread) {
+                        if page % 8 < 4 { log.mark(page * LOG_PAGE, 1) } else { log.burst().mark(page * LOG_PAGE, 1) }
+                    }
+                    marked.fetch_add(1, Ordering::Release);
+                });
+            }
+            while marked.load(Ordering::Acquire) < 4 {
+                log.harvest(&mut set);
+            }
+        });
+        log.harvest_stopped(&mut set);
+        assert_eq!(set.len(), PAGES);
+    }
 }

@@ -4,16 +4,19 @@
 //! ([`PageSet`]) and the one interface that a migration asks for dirty pages ([`DirtySource`]).
 //! Not here: the protocol that installs a log (`backend`, `frontend`) and what is done with the pages (`stream`).
 
+mod bitmap;
 mod harvest;
 mod log;
 mod page_set;
+mod pagemap;
+mod rate;
 mod source;
 mod vector;
 
+pub use bitmap::{LogBitmap, LogSlice, LogSwitch, Marks};
 pub use harvest::Harvest;
 pub use log::{Burst, Log, LogError, LogSignal};
 pub use page_set::{PageSet, Runs};
+pub use pagemap::{Pagemap, PagemapError};
+pub use rate::{DirtyModel, DirtyRate, Forecast, RateMeter, SourceRate, forecast};
 pub use source::{DirtyError, DirtySource, LogSource, Share, Union};
-
-/// The page of guest-physical memory that one bit of a log stands for, in bytes (rule L1: always 4 KiB).
-pub const LOG_PAGE: u64 = 4096;

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use super::harvest::Harvest;
 use super::log::{Log, LogError};
 use super::page_set::PageSet;
-use crate::memory::LOG_PAGE;
 
 /// Why a source can't say which pages are dirty.
 #[derive(Debug, thiserror::Error)]
@@ -97,10 +96,7 @@ impl DirtySource for LogSource {
     }
 
     fn put_back(&mut self, pages: &PageSet) {
-        let burst = self.log.burst();
-        for run in pages.runs() {
-            burst.mark(run.start * LOG_PAGE, (run.end - run.start) * LOG_PAGE);
-        }
+        self.log.put_back(pages);
     }
 
     fn stop(&mut self) -> Result<(), DirtyError> {
@@ -212,5 +208,131 @@ impl DirtySource for Union {
 
     fn name(&self) -> &str {
         "all"
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::memory::LOG_PAGE;
+
+    /// A source that reports `pages`, fails where told to, and writes down what it was asked.
+    struct Scripted {
+        name: &'static str,
+        pages: std::ops::Range<u64>,
+        fails: &'static str,
+        asked: Arc<Mutex<Vec<String>>>,
+    }
+
+    impl Scripted {
+        fn asked(&self, what: &str) -> Result<(), DirtyError> {
+            self.asked.lock().unwrap().push(format!("{} {what}", self.name));
+            match what == self.fails {
+                true => Err(DirtyError::Source { name: self.name.into(), cause: what.into() }),
+                false => Ok(()),
+            }
+        }
+    }
+
+    impl DirtySource for Scripted {
+        fn start(&mut self) -> Result<(), DirtyError> {
+            self.asked("start")
+        }
+
+        fn harvest(&mut self, into: &mut PageSet) -> Result<Harvest, DirtyError> {
+            self.asked("harvest")?;
+            into.grow(self.pages.end);
+            let pages = self.pages.end - self.pages.start;
+            Ok(Harvest { pages, added: into.insert_range(self.pages.clone()) })
+        }
+
+        fn put_back(&mut self, _: &PageSet) {}
+
+        fn stop(&mut self) -> Result<(), DirtyError> {
+            self.asked("stop")
+        }
+
+        fn name(&self) -> &str {
+            self.name
+        }
+    }
+
+    fn union(fails: [&'static str; 3]) -> (Union, Arc<Mutex<Vec<String>>>) {
+        let asked = Arc::default();
+        let parts = [("a", 0..10, fails[0]), ("b", 5..25, fails[1]), ("c", 90..91, fails[2])];
+        let sources = parts.map(|(name, pages, fails)| {
+            Box::new(Scripted { name, pages, fails, asked: Arc::clone(&asked) }) as Box<dyn DirtySource>
+        });
+        (Union::new(sources), asked)
+    }
+
+    #[test]
+    fn a_union_reports_every_page_once_and_every_source_by_itself() {
+        let (mut union, _) = union([""; 3]);
+        let mut set = PageSet::default();
+        union.start().unwrap();
+        assert_eq!(union.harvest(&mut set).unwrap(), Harvest { pages: 31, added: 26 });
+        assert_eq!(union.harvest_stopped(&mut set).unwrap(), Harvest { pages: 31, added: 0 });
+        assert_eq!(set.runs().collect::<Vec<_>>(), [0..25, 90..91]);
+        let shares: Vec<_> = union.shares().map(|share| (share.name, share.last, share.total)).collect();
+        assert_eq!(shares, [("a", 10, 20), ("b", 20, 40), ("c", 1, 2)]);
+        union.start().unwrap();
+        assert!(union.shares().all(|share| share.total == 0), "a new start counts anew");
+    }
+
+    #[test]
+    fn pages_that_are_put_back_are_harvested_again_and_once() {
+        let mut unsent = PageSet::new(200);
+        unsent.insert_range(60..70);
+        unsent.insert(199);
+        let log = Arc::new(Log::create(200 * LOG_PAGE).unwrap().0);
+        let log: Box<dyn DirtySource> = Box::new(LogSource::new("disk", log));
+        let union: Box<dyn DirtySource> = Box::new(Union::default());
+        for mut source in [log, union] {
+            let mut set = PageSet::default();
+            source.put_back(&unsent);
+            source.harvest(&mut set).unwrap();
+            assert!(set.iter().eq(unsent.iter()), "{}", source.name());
+            set.clear();
+            source.harvest(&mut set).unwrap();
+            assert!(set.is_empty(), "{}", source.name());
+        }
+    }
+
+    #[test]
+    fn a_union_that_cannot_start_leaves_nothing_started() {
+        let (mut union, asked) = union(["", "", "start"]);
+        assert_eq!(union.start().unwrap_err().to_string(), "dirty pages of c: start");
+        assert_eq!(*asked.lock().unwrap(), ["a start", "b start", "c start", "a stop", "b stop"]);
+    }
+
+    #[test]
+    fn a_failed_harvest_keeps_what_was_found() {
+        let (mut union, _) = union(["", "harvest", ""]);
+        let mut set = PageSet::default();
+        assert!(union.harvest(&mut set).is_err());
+        assert!(set.iter().eq(0..10));
+    }
+
+    #[test]
+    fn all_sources_are_stopped_even_if_one_fails() {
+        let (mut union, asked) = union(["stop", "", "stop"]);
+        assert_eq!(union.stop().unwrap_err().to_string(), "dirty pages of a: stop");
+        assert_eq!(asked.lock().unwrap().len(), 3);
+    }
+
+    #[test]
+    fn a_log_is_a_source() {
+        let log = Arc::new(Log::create(1 << 30).unwrap().0);
+        let mut source = LogSource::new("disk", Arc::clone(&log));
+        log.mark(4096, 1);
+        source.start().unwrap();
+        let mut set = PageSet::default();
+        assert_eq!(source.harvest(&mut set).unwrap().pages, 1, "marked before the start and kept");
+        log.mark(4096, 1);
+        assert_eq!(source.harvest_stopped(&mut set).unwrap(), Harvest { pages: 1, added: 0 });
+        assert_eq!((source.name(), source.log().size()), ("disk", 32 << 10));
     }
 }

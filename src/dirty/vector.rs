@@ -61,15 +61,19 @@ impl Isa {
         match self {
             Isa::Scalar => true,
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => is_x86_feature_detected!("avx2"),
+            Isa::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("popcnt"),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vpopcntdq"),
+            Isa::Avx512 => {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512vpopcntdq")
+                    && is_x86_feature_detected!("popcnt")
+            }
         }
     }
 
     /// Whether this CPU can use it for a log at `address`.
     pub(super) fn fits(self, address: usize) -> bool {
-        self.available() && address % self.align() == 0
+        self.available() && address.is_multiple_of(self.align())
     }
 
     /// Bytes of its vector: what a log must be aligned to.

@@ -103,6 +103,17 @@ impl FrontendError {
         matches!(self, FrontendError::HungUp { .. } | FrontendError::Timeout { .. })
     }
 
+    /// Whether the back-end is merely not there, yet or any more, so that waiting for it may help.
+    pub fn is_away(&self) -> bool {
+        use io::ErrorKind::{ConnectionRefused, NotFound, WouldBlock};
+        match self {
+            FrontendError::Connect { source, .. } => {
+                matches!(source.kind(), NotFound | ConnectionRefused | WouldBlock)
+            }
+            other => other.is_hang_up(),
+        }
+    }
+
     pub(super) fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> FrontendError {
         move |source| FrontendError::System { what, source: source.into() }
     }

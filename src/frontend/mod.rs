@@ -4,9 +4,11 @@
 //! vhost-user client ([`UserDevice`]). Not here: how a device serves requests, and what a guest does with one.
 
 mod error;
+mod logging;
 mod user;
 
 pub use error::FrontendError;
+pub use logging::{DeviceLog, SharedDevice};
 pub use user::{UserDevice, UserOptions};
 
 use std::os::fd::{BorrowedFd, OwnedFd};

@@ -14,7 +14,7 @@ pub mod split;
 
 pub use region::{Mapped, Region};
 pub use sink::{Sink, Store};
-pub use split::{Recovery, SplitInflight};
+pub use split::{Recovery, SplitInflight, recover};
 
 use crate::memory::MemoryError;
 

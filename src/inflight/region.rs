@@ -10,7 +10,7 @@ use crate::abi::inflight::split_queue_bytes;
 use crate::abi::virtio::MAX_QUEUE_SIZE;
 use crate::memory::{self, sealed_memfd};
 
-use super::split::{Recovery, SplitInflight, recover};
+use super::split::{Recovery, SplitInflight, VERSION_AT, recover};
 use super::{InflightError, Sink};
 
 /// A mapped inflight region of some split rings of one size.
@@ -61,7 +61,7 @@ impl Region {
         if size < needed {
             return Err(InflightError::TooSmall { size, needed });
         }
-        if offset % 8 != 0 {
+        if !offset.is_multiple_of(8) {
             return Err(InflightError::Misaligned { offset });
         }
         let mapping = Arc::new(memory::Region::map(fd, 0, needed, 0, offset)?);
@@ -91,6 +91,15 @@ impl Region {
         let mapped = self.mapped(queue)?;
         let recovery = recover(&mapped.copy(), used_idx, queue_size)?;
         Ok((SplitInflight::resume(mapped, &recovery), recovery))
+    }
+
+    /// Makes every queue count as fresh, as a reset of the device wants it (rule I7). No queue may be running.
+    pub fn reset(&self) {
+        for queue in 0..self.queues {
+            if let Ok(mut mapped) = self.mapped(queue) {
+                mapped.u16(VERSION_AT, 0);
+            }
+        }
     }
 
     /// A copy of the part of queue `queue`.

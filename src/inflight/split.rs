@@ -11,7 +11,7 @@ use crate::abi::inflight::{SPLIT_HEADER_BYTES, SplitEntry, SplitHeader, VERSION}
 
 use super::{InflightError, Mapped, Sink, Store};
 
-const VERSION_AT: usize = offset_of!(SplitHeader, version);
+pub(super) const VERSION_AT: usize = offset_of!(SplitHeader, version);
 const DESC_NUM_AT: usize = offset_of!(SplitHeader, desc_num);
 const LAST_BATCH_HEAD_AT: usize = offset_of!(SplitHeader, last_batch_head);
 const USED_IDX_AT: usize = offset_of!(SplitHeader, used_idx);

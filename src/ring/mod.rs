@@ -12,4 +12,4 @@ pub mod split;
 pub use base::RingBase;
 pub use chain::{Buffer, Chain};
 pub use error::RingError;
-pub use split::{RingLog, SplitDevice, SplitDriver, SplitDriverState, SplitLayout};
+pub use split::{RingLog, SplitDevice, SplitDriver, SplitDriverState, SplitLayout, Used};

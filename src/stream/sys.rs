@@ -87,6 +87,14 @@ pub trait ReadMemory: Read {
     fn read_memory(&mut self, window: &Window<'_>) -> io::Result<usize>;
 }
 
+impl ReadMemory for &[u8] {
+    fn read_memory(&mut self, window: &Window<'_>) -> io::Result<usize> {
+        let count = window.store(self);
+        *self = self.get(count..).unwrap_or_default();
+        Ok(count)
+    }
+}
+
 /// Any reader as a [`ReadMemory`], by way of a small buffer. For streams that are not file descriptors.
 #[derive(Debug)]
 pub struct Plain<R>(pub R);

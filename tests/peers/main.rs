@@ -17,6 +17,7 @@ mod migration;
 mod process;
 mod proxy;
 mod qemu;
+mod qsd;
 mod qtest;
 mod qtest_blk;
 mod ram;

@@ -12,7 +12,7 @@ use crate::qemu::Qemu;
 pub(crate) struct Pace(u64, u64);
 
 /// Slow enough that a guest which is dirtied all the time can't be moved.
-pub(crate) const NEVER_CONVERGES: Pace = Pace(8 << 20, 1);
+pub(crate) const NEVER_CONVERGES: Pace = Pace(32 << 20, 1);
 /// A few rounds for a guest that dirties little.
 pub(crate) const GENTLE: Pace = Pace(100 << 20, 30);
 /// So fast that it is done at once.

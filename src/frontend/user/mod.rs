@@ -2,12 +2,10 @@
 //!
 //! Here: which messages carry out what a [`Device`] promises, in the order that peers expect (rules R6, L7), and what is
 //! remembered so that a restarted back-end can be given all of it again. Framing and deadlines are the channel's.
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
 mod channel;
 mod inflight;
-#[allow(unsafe_code)]
-mod sys;
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -155,28 +153,28 @@ impl UserDevice {
         Ok(())
     }
 
-    /// Sets ring addresses; on a running ring this changes nothing but whether it is logged (rule R5).
-    fn post_addresses(&mut self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
+    /// Ring addresses; on a running ring they change nothing but whether it is logged (rule R5).
+    fn addresses(&self, index: u16, setup: &RingSetup) -> Result<VringAddr, MemoryError> {
         let [desc, avail, used] = self.layout(setup);
-        let message = VringAddr {
+        Ok(VringAddr {
             index: index.into(),
             flags: if self.log.is_some() { bit(VHOST_VRING_F_LOG) as u32 } else { 0 },
             desc_user_addr: user_addr(&self.memory, desc)?,
             used_user_addr: user_addr(&self.memory, used)?,
             avail_user_addr: user_addr(&self.memory, avail)?,
             log_guest_addr: setup.used,
-        };
-        self.channel.post(Request::SET_VRING_ADDR, message.as_bytes(), &[])
+        })
     }
 
     /// Everything that starts a ring, but does not enable it yet.
     fn post_ring(&mut self, index: u16, setup: &RingSetup, base: RingBase) -> Result<(), FrontendError> {
+        let addresses = self.addresses(index, setup)?;
         let state = |num| VringState { index: index.into(), num };
         let number = u64::from(index);
         self.channel.post(Request::SET_VRING_CALL, number.as_bytes(), &[setup.call.as_fd()])?;
         self.channel.post(Request::SET_VRING_NUM, state(setup.size.into()).as_bytes(), &[])?;
         self.channel.post(Request::SET_VRING_BASE, state(base.bits()).as_bytes(), &[])?;
-        self.post_addresses(index, setup)?;
+        self.channel.post(Request::SET_VRING_ADDR, addresses.as_bytes(), &[])?;
         self.channel.post(Request::SET_VRING_KICK, number.as_bytes(), &[setup.kick.as_fd()])
     }
 
@@ -204,8 +202,9 @@ impl UserDevice {
     /// LOG_ALL and the rings' F_LOG as the noted log wants it.
     fn switch_logging(&mut self) -> Result<(), FrontendError> {
         self.post_features()?;
-        for (index, setup) in self.rings.clone() {
-            self.post_addresses(index, &setup)?;
+        for (&index, setup) in &self.rings {
+            let addresses = self.addresses(index, setup)?;
+            self.channel.post(Request::SET_VRING_ADDR, addresses.as_bytes(), &[])?;
         }
         self.channel.settle()
     }
@@ -550,21 +549,14 @@ fn until<T>(
     deadline: Instant,
     mut attempt: impl FnMut() -> Result<T, FrontendError>,
 ) -> Result<(T, u32), FrontendError> {
-    use std::io::ErrorKind::{ConnectionRefused, NotFound, WouldBlock};
     let (mut wait, mut attempts) = (*BACK_OFF.start(), 1);
     loop {
         let error = match attempt() {
             Ok(done) => return Ok((done, attempts)),
             Err(error) => error,
         };
-        let may_help = match &error {
-            FrontendError::Connect { source, .. } => {
-                matches!(source.kind(), NotFound | ConnectionRefused | WouldBlock)
-            }
-            other => other.is_hang_up(),
-        };
         let left = deadline.saturating_duration_since(Instant::now());
-        if !may_help || left.is_zero() {
+        if !error.is_away() || left.is_zero() {
             return Err(error);
         }
         std::thread::sleep(wait.min(left));

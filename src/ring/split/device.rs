@@ -188,7 +188,8 @@ impl SplitDevice {
         } else {
             self.set_used_flags(0);
         }
-        fence(Ordering::SeqCst);
+        // After the fence that followed the write, now or when the same was written before: the driver sees the wish
+        // or is seen here.
         load(&self.areas.avail_idx, Ordering::Relaxed) != self.next_avail
     }
 
@@ -271,7 +272,7 @@ impl SplitDevice {
         if desc.flags.get() & DESC_F_NEXT != 0 {
             return fault("with NEXT");
         }
-        if len == 0 || len % DESC_BYTES != 0 {
+        if len == 0 || !len.is_multiple_of(DESC_BYTES) {
             return fault("of a table whose length is not a multiple of 16");
         }
         let (size, limit) = ((len / DESC_BYTES) as usize, buffer_limit(self.layout.size));

@@ -1,0 +1,253 @@
+//! Page batches and whole streams: encode, decode, unix and tcp end to end, for three images, beside what copying and
+//! the sockets alone do. Prints a table of guest GB/s, medians of interleaved runs.
+//!
+//! ```text
+//! cargo bench --bench stream [-- --size-mib 1024 --runs 5]
+//! cargo bench --bench stream -- --image data|mix|zero PATH [--size-mib 1024]     write an image, to feed a peer with it
+//! ```
+//! Images are made of 4096-byte pages, page `p` of 512 words `w`, `r = splitmix64(512 p + w)`:
+//! - `data`: word `w` is `r` if `w % 16 < 5`, else the text word `TEXT[w % 8]`: zstd:1 makes about a third of it.
+//! - `mix`: the same, but page `p` is zero if `splitmix64(p) % 10 < 4`; so zero and data pages alternate at random.
+//! - `zero`: nothing.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::hint::black_box;
+use std::io::{IoSlice, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread;
+use std::time::Instant;
+
+use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::stream::transport::connect;
+use vhost_migrate::stream::{
+    Codec, Decoder, Encoder, FrameReader, FrameWriter, Listener, Options, StreamError, Target, Uri, owned_by,
+};
+
+const TEXT: [&[u8; 8]; 8] =
+    [b"guest   ", b"memory  ", b"is mostl", b"y text, ", b"pointers", b" and zer", b"o bytes ", b"in rows\n"];
+const CHANNELS: u16 = 2;
+const IMAGES: [&str; 3] = ["data", "mix", "zero"];
+
+fn splitmix64(n: u64) -> u64 {
+    let mut z = n.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+fn page_of(image: &str, page: u64, bytes: &mut [u8; 4096]) {
+    if image == "zero" || (image == "mix" && splitmix64(page) % 10 < 4) {
+        return bytes.fill(0);
+    }
+    for (word, out) in bytes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+        let random = splitmix64(512 * page + word as u64).to_le_bytes();
+        *out = if word % 16 < 5 { random } else { *TEXT[word % 8] };
+    }
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
+    let option = |name: &str| arguments.iter().position(|argument| argument == name).map(|at| &arguments[at + 1..]);
+    let number = |name, default| option(name).map_or(default, |rest| rest[0].parse().expect("a number"));
+    let pages = number("--size-mib", 1024) * 256;
+    let runs = number("--runs", 5);
+    if let Some([image, path, ..]) = option("--image") {
+        return write_image(image, path, pages);
+    }
+    println!("guest of {} MiB, {CHANNELS} channels, medians of {runs} runs, guest GB/s\n", pages / 256);
+    println!("| what | {} |\n|---|{}", IMAGES.join(" | "), "---|".repeat(IMAGES.len()));
+    let guests: Vec<Guest> = IMAGES.iter().map(|image| Guest::new(image, pages)).collect();
+    row("copy to a 1 MiB buffer, 1 thread", runs, &guests, &|guest| copy(&guest.source));
+    row("unix socket alone, 2 threads each side", runs, &guests, &|guest| sockets(guest.pages));
+    for codec in [Codec::None, Codec::Zstd(1)] {
+        row(&format!("encode, 1 thread, {codec}"), runs, &guests, &|guest| encode(guest, codec));
+        row(&format!("decode, 1 thread, {codec}"), runs, &guests, &|guest| decode(guest, codec));
+        let socket = std::env::temp_dir().join(format!("stream-bench-{}", std::process::id()));
+        let unix = Listener::bind(&Uri::Unix(socket)).unwrap();
+        row(&format!("unix, {codec}"), runs, &guests, &|guest| end_to_end(guest, &unix, codec));
+        let tcp = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+        row(&format!("tcp loopback, {codec}"), runs, &guests, &|guest| end_to_end(guest, &tcp, codec));
+    }
+    let wire: Vec<_> = guests.iter().map(|guest| format!("{:.0}", guest.wire(Codec::Zstd(1)) as f64 / 1e6)).collect();
+    println!("| MB on the wire, zstd:1 | {} |", wire.join(" | "));
+    for guest in guests {
+        guest.verify();
+    }
+}
+
+/// Prints the median guest GB/s of each image; `measure` returns seconds. Runs of the images are interleaved.
+fn row(what: &str, runs: u64, guests: &[Guest], measure: &dyn Fn(&Guest) -> f64) {
+    let mut times = vec![Vec::new(); guests.len()];
+    for _ in 0..runs {
+        for (times, guest) in times.iter_mut().zip(guests) {
+            times.push(measure(guest));
+        }
+    }
+    let median = |times: &mut Vec<f64>, guest: &Guest| {
+        times.sort_by(f64::total_cmp);
+        format!("{:.2}", (guest.pages * LOG_PAGE) as f64 / 1e9 / times[times.len() / 2])
+    };
+    let cells: Vec<_> = times.iter_mut().zip(guests).map(|(times, guest)| median(times, guest)).collect();
+    println!("| {what} | {} |", cells.join(" | "));
+}
+
+/// An image and a place for it to arrive, both faulted in.
+struct Guest {
+    pages: u64,
+    source: Memory,
+    destination: Memory,
+}
+
+impl Guest {
+    fn new(image: &str, pages: u64) -> Guest {
+        let guest = Guest { pages, source: memory(pages), destination: memory(pages) };
+        let mut bytes = [0; 4096];
+        for page in 0..pages {
+            guest.destination.write(page * LOG_PAGE, &bytes).unwrap();
+        }
+        for page in 0..pages {
+            page_of(image, page, &mut bytes);
+            guest.source.write(page * LOG_PAGE, &bytes).unwrap();
+        }
+        guest
+    }
+
+    fn wire(&self, codec: Codec) -> u64 {
+        let mut writer = FrameWriter::new(std::io::sink());
+        Encoder::new(codec).unwrap().send(&self.source, [0..self.pages], &mut writer).unwrap().wire_bytes
+    }
+
+    fn verify(&self) {
+        let (mut sent, mut received) = ([0; 4096], [0; 4096]);
+        for page in 0..self.pages {
+            self.source.read(page * LOG_PAGE, &mut sent).unwrap();
+            self.destination.read(page * LOG_PAGE, &mut received).unwrap();
+            assert!(sent == received, "page {page} differs");
+        }
+    }
+}
+
+fn memory(pages: u64) -> Memory {
+    let fd = sealed_memfd("bench", pages * LOG_PAGE).unwrap();
+    Memory::new([Arc::new(Region::map(fd.as_fd(), 0, pages * LOG_PAGE, 0, 0).unwrap())]).unwrap()
+}
+
+fn copy(memory: &Memory) -> f64 {
+    let mut buffer = vec![0; 1 << 20];
+    let start = Instant::now();
+    for gpa in (0..memory.size()).step_by(1 << 20) {
+        memory.read(gpa, &mut buffer).unwrap();
+        black_box(&buffer);
+    }
+    start.elapsed().as_secs_f64()
+}
+
+fn sockets(pages: u64) -> f64 {
+    let each = pages * LOG_PAGE / u64::from(CHANNELS) >> 20;
+    let start = Instant::now();
+    thread::scope(|scope| {
+        for _ in 0..CHANNELS {
+            let (mut to, mut from) = UnixStream::pair().unwrap();
+            nix::sys::socket::setsockopt(&to, nix::sys::socket::sockopt::SndBuf, &(4 << 20)).unwrap();
+            scope.spawn(move || {
+                let buffer = vec![1; 1 << 20];
+                (0..each).for_each(|_| to.write_all(&buffer).unwrap());
+            });
+            scope.spawn(move || {
+                let mut buffer = vec![0; 1 << 20];
+                (0..each).for_each(|_| from.read_exact(&mut buffer).unwrap());
+            });
+        }
+    });
+    start.elapsed().as_secs_f64()
+}
+
+/// Keeps nothing, but takes as many bytes as it is given.
+struct Sink;
+
+impl Write for Sink {
+    fn write(&mut self, from: &[u8]) -> std::io::Result<usize> {
+        Ok(black_box(from).len())
+    }
+
+    fn write_vectored(&mut self, from: &[IoSlice<'_>]) -> std::io::Result<usize> {
+        Ok(black_box(from).iter().map(|part| part.len()).sum())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn encode(guest: &Guest, codec: Codec) -> f64 {
+    let mut encoder = Encoder::new(codec).unwrap();
+    let mut writer = FrameWriter::new(Sink);
+    let start = Instant::now();
+    encoder.send(&guest.source, [0..guest.pages], &mut writer).unwrap();
+    start.elapsed().as_secs_f64()
+}
+
+fn decode(guest: &Guest, codec: Codec) -> f64 {
+    // A part is enough, and keeps the wire's copy small.
+    let pages = guest.pages / 8;
+    let mut writer = FrameWriter::new(Vec::new());
+    Encoder::new(codec).unwrap().send(&guest.source, [0..pages], &mut writer).unwrap();
+    let wire = writer.into_inner();
+    let target = Arc::new(Target::fresh(guest.destination.clone()));
+    let mut decoder = Decoder::new(target, 0, 1).unwrap();
+    let mut reader = FrameReader::new(wire.as_slice());
+    let start = Instant::now();
+    while let Ok(header) = reader.next_frame() {
+        decoder.receive(&header, &mut reader).unwrap();
+    }
+    start.elapsed().as_secs_f64() * 8.0
+}
+
+fn end_to_end(guest: &Guest, listener: &Listener, codec: Codec) -> f64 {
+    let target = Arc::new(Target::fresh(guest.destination.clone()));
+    let options = Options { channels: CHANNELS, ..Options::new().unwrap() };
+    thread::scope(|scope| {
+        let accepting = scope.spawn(|| listener.accept(&options).unwrap());
+        let from = connect(listener.uri(), &options).unwrap();
+        let to = accepting.join().unwrap();
+        let start = Instant::now();
+        thread::scope(|scope| {
+            for (channel, number) in from.channels.into_iter().zip(0..) {
+                scope.spawn(move || {
+                    let runs = owned_by([0..guest.pages], number, CHANNELS);
+                    let mut writer = FrameWriter::new(channel);
+                    Encoder::new(codec).unwrap().send(&guest.source, runs, &mut writer).unwrap();
+                    writer.into_inner().shutdown();
+                });
+            }
+            for (channel, number) in to.channels.into_iter().zip(0..) {
+                let target = target.clone();
+                scope.spawn(move || {
+                    let mut decoder = Decoder::new(target, number, CHANNELS).unwrap();
+                    let mut reader = FrameReader::new(channel);
+                    loop {
+                        match reader.next_frame() {
+                            Ok(header) => decoder.receive(&header, &mut reader).map(|_| ()).unwrap(),
+                            Err(StreamError::Ended) => break,
+                            Err(error) => panic!("{error}"),
+                        }
+                    }
+                });
+            }
+        });
+        start.elapsed().as_secs_f64()
+    })
+}
+
+fn write_image(image: &str, path: &str, pages: u64) {
+    assert!(IMAGES.contains(&image), "images are {IMAGES:?}");
+    let mut file = std::io::BufWriter::new(std::fs::File::create(path).unwrap());
+    let mut bytes = [0; 4096];
+    for page in 0..pages {
+        page_of(image, page, &mut bytes);
+        file.write_all(&bytes).unwrap();
+    }
+    file.flush().unwrap();
+}

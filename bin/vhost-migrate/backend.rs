@@ -1,0 +1,138 @@
+//! `vhost-migrate backend`: a vhost-user back-end in a process of its own.
+
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{Subcommand, ValueEnum};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
+use vhost_migrate::backend::{self, Device, Inherited, Listener};
+
+use crate::interrupt::on_interrupt;
+use crate::messages::Messages;
+
+/// Be a vhost-user device
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    device: Kind,
+}
+
+#[derive(Debug, Subcommand)]
+enum Kind {
+    Blk(Blk),
+}
+
+/// A disk: serves a raw image file or a block device
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  truncate -s 1G disk.img
+  vhost-migrate backend blk --socket /tmp/disk.sock --image disk.img
+  vhost-migrate backend blk --socket /tmp/disk.sock --image /dev/vg0/guest --queues 4 --direct
+
+QEMU attaches it so:
+  -object memory-backend-memfd,id=mem,size=1G,share=on -machine memory-backend=mem
+  -chardev socket,id=disk,path=/tmp/disk.sock,reconnect-ms=10 -device vhost-user-blk-pci,chardev=disk
+
+It serves one front-end after the other until SIGTERM or Ctrl-C. Killed and started again, it goes on where it
+was, as far as the front-end reconnects. What it writes to stderr is chosen by --log-level or RUST_LOG.
+
+Exit status: 0 ended by a signal; 1 failed; 2 wrong arguments.")]
+struct Blk {
+    /// UNIX socket to listen on
+    #[arg(long, value_name = "PATH", required_unless_present = "fd", conflicts_with = "fd")]
+    socket: Option<PathBuf>,
+    /// Inherited socket instead: one that listens, or one connection
+    #[arg(long, value_name = "N")]
+    fd: Option<i32>,
+    /// Raw image or block device
+    #[arg(long, value_name = "FILE")]
+    image: PathBuf,
+    /// The guest may only read
+    #[arg(long)]
+    read_only: bool,
+    /// Request queues
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    queues: u16,
+    /// Most entries of a queue, a power of two
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u16).range(2..=32768))]
+    queue_size: u16,
+    /// What the guest reads as the disk's identity, at most 20 bytes
+    #[arg(long, value_name = "TEXT", default_value = "vhost-migrate")]
+    serial: String,
+    /// How the image is read and written
+    #[arg(long, value_name = "HOW", default_value = "io_uring")]
+    aio: How,
+    /// Go past the page cache (O_DIRECT) where a request's buffers are aligned for it
+    #[arg(long)]
+    direct: bool,
+    #[command(flatten)]
+    messages: Messages,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum How {
+    /// io_uring where the system has it, else threads
+    #[value(name = "io_uring")]
+    IoUring,
+    /// Threads
+    Threads,
+}
+
+/// Runs the subcommand.
+pub(crate) fn run(arguments: Arguments) -> ExitCode {
+    let Kind::Blk(blk) = arguments.device;
+    match blk.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vhost-migrate: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+impl Blk {
+    fn run(self) -> Result<(), Box<dyn std::error::Error>> {
+        self.messages.start();
+        let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
+        let signalled = stop.clone();
+        on_interrupt(move || {
+            let _ = signalled.write(1);
+        })?;
+        let disk = Disk::open(DiskOptions {
+            image: self.image.clone(),
+            read_only: self.read_only,
+            queues: self.queues,
+            max_queue_size: self.queue_size,
+            serial: self.serial,
+            aio: match self.aio {
+                How::IoUring => Aio::IoUring,
+                How::Threads => Aio::Threads,
+            },
+            direct: self.direct,
+        })?;
+        let (bytes, image) = (disk.capacity() * 512, self.image.display());
+        let disk: Arc<dyn Device> = Arc::new(disk);
+        let listener = match (&self.socket, self.fd) {
+            (Some(path), _) => Listener::bind(path)?,
+            (None, Some(number)) => match backend::inherited(number) {
+                Ok(Inherited::Listener(listener)) => listener,
+                Ok(Inherited::Connection(connection)) => {
+                    println!("serves {image} ({bytes} bytes) on fd {number}");
+                    backend::serve_one(&connection, &disk, stop.as_fd());
+                    return Ok(());
+                }
+                Err(error) => return Err(format!("--fd {number} is no socket that was passed on: {error}").into()),
+            },
+            (None, None) => return Err("give --socket or --fd".into()),
+        };
+        match &self.socket {
+            Some(path) => println!("serves {image} ({bytes} bytes) on {}", path.display()),
+            None => println!("serves {image} ({bytes} bytes)"),
+        }
+        backend::serve(&listener, &disk, stop.as_fd())?;
+        Ok(())
+    }
+}

@@ -1,0 +1,22 @@
+//! What the library has to say, on stderr.
+
+use tracing_subscriber::EnvFilter;
+
+/// Which messages to print.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Messages {
+    /// Least level of messages on stderr: error, warn, info, debug; by default what RUST_LOG says, or info
+    #[arg(long, value_name = "LEVEL")]
+    log_level: Option<tracing::Level>,
+}
+
+impl Messages {
+    /// Prints messages from now on.
+    pub(crate) fn start(&self) {
+        let filter = match self.log_level {
+            Some(level) => EnvFilter::new(level.to_string()),
+            None => EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")),
+        };
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    }
+}

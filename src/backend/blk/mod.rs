@@ -1,0 +1,244 @@
+//! A disk: a raw image file or a block device as a virtio-blk device.
+//!
+//! Here: opening the image, what is offered, configuration space. How requests are served is in `queue`.
+
+#![forbid(unsafe_code)]
+
+mod queue;
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use tracing::{info, warn};
+use zerocopy::{FromZeros, IntoBytes};
+
+use self::queue::DiskQueue;
+use super::{Device, Queue};
+use crate::abi::bit;
+use crate::abi::virtio::{
+    BlkConfig, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_F_VERSION_1,
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+};
+use crate::sys::disk::{Engine, Files, Threads, Uring};
+
+/// Most data segments of a request: what fits a ring of 128 entries, beside the header and the status.
+const SEG_MAX: u32 = 126;
+/// Most sectors of one discard or write-zeroes: 1 GiB.
+const MAX_CLEAR_SECTORS: u32 = 1 << 21;
+
+/// How the disk is read and written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Aio {
+    /// io_uring where the system has it, else threads.
+    #[default]
+    IoUring,
+    /// Threads.
+    Threads,
+}
+
+/// What kind of disk to be.
+#[derive(Debug, Clone)]
+pub struct DiskOptions {
+    /// The raw image, or a block device.
+    pub image: PathBuf,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+    /// Queues.
+    pub queues: u16,
+    /// Most entries of a ring; a power of two.
+    pub max_queue_size: u16,
+    /// What the guest reads as the disk's identity; at most 20 bytes.
+    pub serial: String,
+    /// How to read and write.
+    pub aio: Aio,
+    /// Whether to go past the page cache (O_DIRECT) where a request's buffers allow it.
+    pub direct: bool,
+}
+
+/// Why there is no disk; the texts say what to do.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DiskError {
+    /// The image can't be opened.
+    #[error("can't open image {image}: {source}; {advice}", image = image.display())]
+    Open {
+        /// The image.
+        image: PathBuf,
+        /// What the system said.
+        source: io::Error,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// A directory, a terminal, …
+    #[error("{image} is neither a file nor a block device: give the path of a raw image", image = image.display())]
+    NotADisk {
+        /// The image.
+        image: PathBuf,
+    },
+    /// An image of less than a sector.
+    #[error("image {image} has {bytes} bytes: make it at least 512 bytes large, for example with truncate -s 1G",
+        image = image.display())]
+    TooSmall {
+        /// The image.
+        image: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
+    /// A serial that doesn't fit.
+    #[error("serial {serial:?} has {len} bytes: at most 20 fit", len = serial.len())]
+    Serial {
+        /// The serial.
+        serial: String,
+    },
+    /// A number of queues or of entries that can't be.
+    #[error("{queues} queues of {size} entries: use 1 to 256 queues, and a power of two from 2 to 32768 entries")]
+    Shape {
+        /// Queues.
+        queues: u16,
+        /// Entries.
+        size: u16,
+    },
+}
+
+/// An opened disk; also the [`Device`] to serve.
+#[derive(Debug)]
+pub struct Disk {
+    files: Arc<Files>,
+    /// In sectors of 512 bytes.
+    capacity: u64,
+    block_size: u32,
+    /// Whether parts of it can be deallocated or zeroed.
+    clears: bool,
+    serial: [u8; VIRTIO_BLK_ID_BYTES],
+    options: DiskOptions,
+}
+
+impl Disk {
+    /// Opens the image.
+    ///
+    /// # Errors
+    /// [`DiskError`], in words for whoever gave the options.
+    pub fn open(options: DiskOptions) -> Result<Disk, DiskError> {
+        let image = options.image.clone();
+        let mut serial = [0; VIRTIO_BLK_ID_BYTES];
+        match serial.get_mut(..options.serial.len()) {
+            Some(to) => to.copy_from_slice(options.serial.as_bytes()),
+            None => return Err(DiskError::Serial { serial: options.serial }),
+        }
+        let (queues, size) = (options.queues, options.max_queue_size);
+        if !(1..=256).contains(&queues) || !(2..=32768).contains(&size) || !size.is_power_of_two() {
+            return Err(DiskError::Shape { queues, size });
+        }
+        let mut buffered = open(&image, options.read_only, 0)?;
+        let kind = buffered.metadata().map_err(|source| refused(&image, source))?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(DiskError::NotADisk { image });
+        }
+        let bytes = buffered.seek(SeekFrom::End(0)).map_err(|source| refused(&image, source))?;
+        let capacity = bytes / SECTOR_BYTES;
+        if capacity == 0 {
+            return Err(DiskError::TooSmall { image, bytes });
+        }
+        if bytes % SECTOR_BYTES != 0 {
+            warn!("{}: the last {} bytes are no whole sector and left out", image.display(), bytes % SECTOR_BYTES);
+        }
+        let direct = if options.direct { Some(open(&image, options.read_only, libc::O_DIRECT)?) } else { None };
+        let block_size = if kind.is_block_device() { crate::sys::disk::block_size(buffered.as_fd()) } else { 512 };
+        let clears = !options.read_only && (kind.is_block_device() || punches_holes(&buffered, bytes));
+        Ok(Disk { files: Arc::new(Files { buffered, direct }), capacity, block_size, clears, serial, options })
+    }
+
+    /// Its size, in sectors of 512 bytes.
+    pub fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    fn engine(&self, depth: u16) -> io::Result<Box<dyn Engine>> {
+        if self.options.aio == Aio::IoUring {
+            match Uring::new(self.files.clone(), depth) {
+                Ok(uring) => return Ok(Box::new(uring)),
+                Err(error) => info!("io_uring is not to be had ({error}): disk I/O is done by threads"),
+            }
+        }
+        Ok(Box::new(Threads::new(&self.files)?))
+    }
+}
+
+impl Device for Disk {
+    fn features(&self) -> u64 {
+        let or = |yes: bool, bits: u64| if yes { bits } else { 0 };
+        bit(VIRTIO_F_VERSION_1)
+            | bit(VIRTIO_RING_F_INDIRECT_DESC)
+            | bit(VIRTIO_RING_F_EVENT_IDX)
+            | bit(VIRTIO_BLK_F_SEG_MAX)
+            | bit(VIRTIO_BLK_F_BLK_SIZE)
+            | bit(VIRTIO_BLK_F_FLUSH)
+            | or(self.options.queues > 1, bit(VIRTIO_BLK_F_MQ))
+            | or(self.options.read_only, bit(VIRTIO_BLK_F_RO))
+            | or(self.clears, bit(VIRTIO_BLK_F_DISCARD) | bit(VIRTIO_BLK_F_WRITE_ZEROES))
+    }
+
+    fn queues(&self) -> u16 {
+        self.options.queues
+    }
+
+    fn max_queue_size(&self) -> u16 {
+        self.options.max_queue_size
+    }
+
+    fn config(&self) -> Vec<u8> {
+        let mut config = BlkConfig::new_zeroed();
+        config.capacity = self.capacity.into();
+        config.seg_max = SEG_MAX.into();
+        config.blk_size = self.block_size.into();
+        config.num_queues = self.options.queues.into();
+        if self.clears {
+            config.max_discard_sectors = MAX_CLEAR_SECTORS.into();
+            config.max_discard_seg = 1.into();
+            config.discard_sector_alignment = (self.block_size / SECTOR_BYTES as u32).into();
+            config.max_write_zeroes_sectors = MAX_CLEAR_SECTORS.into();
+            config.max_write_zeroes_seg = 1.into();
+            config.write_zeroes_may_unmap = 1;
+        }
+        config.as_bytes().to_vec()
+    }
+
+    fn queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
+        Ok(Box::new(DiskQueue::new(self, index, features, self.engine(size)?)))
+    }
+}
+
+fn open(image: &Path, read_only: bool, flags: i32) -> Result<File, DiskError> {
+    OpenOptions::new()
+        .read(true)
+        .write(!read_only)
+        .custom_flags(flags)
+        .open(image)
+        .map_err(|source| refused(image, source))
+}
+
+fn refused(image: &Path, source: io::Error) -> DiskError {
+    let advice = match source.kind() {
+        io::ErrorKind::NotFound => "check the path",
+        io::ErrorKind::PermissionDenied => "change its owner or mode, or use --read-only",
+        io::ErrorKind::ReadOnlyFilesystem => "use --read-only",
+        io::ErrorKind::IsADirectory => "give the path of a raw image",
+        io::ErrorKind::InvalidInput => "its file system may not support --direct",
+        _ => "check the path and the mode",
+    };
+    DiskError::Open { image: image.to_owned(), source, advice }
+}
+
+/// Whether the file system takes space back: asked about bytes behind the end, where it changes nothing.
+fn punches_holes(file: &File, end: u64) -> bool {
+    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    let Ok(end) = i64::try_from(end) else { return false };
+    !matches!(fallocate(file, flags, end, 4096), Err(Errno::EOPNOTSUPP | Errno::ENOSYS))
+}

@@ -1,0 +1,196 @@
+//! The requests of a virtio-blk queue (virtio 1.2, "Block Device").
+//!
+//! A request is a header to read, data, and a status byte, which is the last byte to write; how they are cut into
+//! descriptors says nothing. Errors of the disk go to the guest as IOERR and to the log; they never stop the queue.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use nix::errno::Errno;
+use tracing::{debug, error};
+
+use super::Disk;
+use crate::abi::bit;
+use crate::abi::virtio::{
+    BlkDiscardWriteZeroes, BlkRequestHeader, SECTOR_BYTES, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR,
+    VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
+    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
+use crate::backend::{Queue, Request};
+use crate::sys::disk::{Engine, Io, Op};
+
+const HEADER: u64 = size_of::<BlkRequestHeader>() as u64;
+
+pub(super) struct DiskQueue {
+    index: u16,
+    capacity: u64,
+    clears: bool,
+    read_only: bool,
+    direct: bool,
+    /// Whether a write is complete only when it is on stable storage: for drivers that never flush.
+    durable: bool,
+    serial: [u8; VIRTIO_BLK_ID_BYTES],
+    engine: Box<dyn Engine>,
+    /// Requests that are complete.
+    ready: Vec<Request>,
+    /// Attempts that came back.
+    attempts: VecDeque<(Io, io::Result<u64>)>,
+}
+
+/// What a request turns out to be.
+enum Plan {
+    /// Answer it with this status.
+    Answer(u8),
+    /// Do this first: operation, first byte on the disk, bytes, and where in the request its data is.
+    Disk { op: Op, start: u64, len: u64, at: u64 },
+}
+
+impl DiskQueue {
+    pub(super) fn new(disk: &Disk, index: u16, features: u64, engine: Box<dyn Engine>) -> DiskQueue {
+        DiskQueue {
+            index,
+            capacity: disk.capacity * SECTOR_BYTES,
+            clears: disk.clears,
+            read_only: disk.options.read_only,
+            direct: disk.files.direct.is_some(),
+            durable: features & bit(VIRTIO_BLK_F_FLUSH) == 0,
+            serial: disk.serial,
+            engine,
+            ready: Vec::new(),
+            attempts: VecDeque::new(),
+        }
+    }
+
+    fn plan(&self, request: &mut Request) -> Plan {
+        let Ok(header) = request.object::<BlkRequestHeader>(0) else {
+            debug!("queue {}: a request without a readable header", self.index);
+            return Plan::Answer(VIRTIO_BLK_S_IOERR);
+        };
+        let (sector, room) = (header.sector.get(), request.writable_len().saturating_sub(1));
+        match header.request_type.get() {
+            VIRTIO_BLK_T_IN => self.transfer(Op::Read, sector, room, 0),
+            VIRTIO_BLK_T_OUT if self.read_only => Plan::Answer(VIRTIO_BLK_S_IOERR),
+            VIRTIO_BLK_T_OUT => {
+                let len = request.readable_len() - HEADER;
+                self.transfer(Op::Write { durable: self.durable }, sector, len, HEADER)
+            }
+            VIRTIO_BLK_T_FLUSH => Plan::Disk { op: Op::Flush, start: 0, len: 0, at: 0 },
+            VIRTIO_BLK_T_GET_ID => {
+                let len = (VIRTIO_BLK_ID_BYTES as u64).min(room) as usize;
+                match request.write(0, self.serial.get(..len).unwrap_or_default()) {
+                    Ok(()) => Plan::Answer(VIRTIO_BLK_S_OK),
+                    Err(_) => Plan::Answer(VIRTIO_BLK_S_IOERR),
+                }
+            }
+            VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES if self.read_only => Plan::Answer(VIRTIO_BLK_S_IOERR),
+            kind @ (VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES) if self.clears => self.clear(kind, request),
+            kind => {
+                debug!("queue {}: request type {kind} is not supported", self.index);
+                Plan::Answer(VIRTIO_BLK_S_UNSUPP)
+            }
+        }
+    }
+
+    /// A range of the disk, if it is one.
+    fn transfer(&self, op: Op, sector: u64, len: u64, at: u64) -> Plan {
+        let start = sector.checked_mul(SECTOR_BYTES);
+        match start.filter(|start| start.checked_add(len).is_some_and(|end| end <= self.capacity)) {
+            Some(_) if len == 0 => Plan::Answer(VIRTIO_BLK_S_OK),
+            Some(start) if len.is_multiple_of(SECTOR_BYTES) => Plan::Disk { op, start, len, at },
+            _ => {
+                debug!("queue {}: {len} bytes at sector {sector} are no whole sectors of the disk", self.index);
+                Plan::Answer(VIRTIO_BLK_S_IOERR)
+            }
+        }
+    }
+
+    fn clear(&self, kind: u32, request: &Request) -> Plan {
+        let whole = request.readable_len() == HEADER + size_of::<BlkDiscardWriteZeroes>() as u64;
+        let Some(range) = request.object::<BlkDiscardWriteZeroes>(HEADER).ok().filter(|_| whole) else {
+            debug!("queue {}: a discard or write-zeroes that doesn't have one range", self.index);
+            return Plan::Answer(VIRTIO_BLK_S_IOERR);
+        };
+        let unmap = range.flags.get() & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
+        let op = match (kind, range.flags.get() & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP) {
+            (VIRTIO_BLK_T_DISCARD, 0) if !unmap => Op::Discard,
+            (VIRTIO_BLK_T_WRITE_ZEROES, 0) => Op::Zero { unmap, last: false },
+            _ => return Plan::Answer(VIRTIO_BLK_S_UNSUPP),
+        };
+        let len = u64::from(range.num_sectors.get()) * SECTOR_BYTES;
+        self.transfer(op, range.sector.get(), len, 0)
+    }
+
+    /// Finishes a request after an attempt, or makes the next one.
+    fn conclude(&mut self, mut io: Io, result: io::Result<u64>) {
+        let status = match result {
+            Ok(count) => {
+                let moves = matches!(io.op, Op::Read | Op::Write { .. });
+                io.disk.start += if moves { count } else { io.disk.end - io.disk.start };
+                io.at += count;
+                match io.disk.is_empty() {
+                    true => VIRTIO_BLK_S_OK,
+                    false if count > 0 => return self.engine.submit(io),
+                    false => self.disk_error(&io, "the image ends here: was it truncated?"),
+                }
+            }
+            Err(error) => match error.raw_os_error().map(Errno::from_raw) {
+                Some(Errno::EINTR | Errno::EAGAIN) => return self.engine.submit(io),
+                // The buffers are not aligned as O_DIRECT needs them.
+                Some(Errno::EINVAL) if io.direct => return self.engine.submit(Io { direct: false, ..io }),
+                // A discard is a hint; zeroes can be had the other way.
+                Some(Errno::EOPNOTSUPP) => match io.op {
+                    Op::Discard => VIRTIO_BLK_S_OK,
+                    Op::Zero { unmap, last: false } => {
+                        return self.engine.submit(Io { op: Op::Zero { unmap: !unmap, last: true }, ..io });
+                    }
+                    _ => self.disk_error(&io, &error.to_string()),
+                },
+                _ => self.disk_error(&io, &error.to_string()),
+            },
+        };
+        self.finish(io.request, status);
+    }
+
+    /// Puts the status into the last byte and gives the request back.
+    fn finish(&mut self, mut request: Request, status: u8) {
+        match request.writable_len().checked_sub(1).map(|last| request.write(last, &[status])) {
+            Some(Ok(())) => {}
+            _ => debug!("queue {}: a request without room for its status", self.index),
+        }
+        self.ready.push(request);
+    }
+
+    fn disk_error(&self, io: &Io, why: &str) -> u8 {
+        let (from, len) = (io.disk.start / SECTOR_BYTES, (io.disk.end - io.disk.start) / SECTOR_BYTES);
+        error!("queue {}: the disk failed: {:?} of {len} sectors at sector {from}: {why}", self.index, io.op);
+        VIRTIO_BLK_S_IOERR
+    }
+}
+
+impl Queue for DiskQueue {
+    fn submit(&mut self, mut request: Request) {
+        // Nobody could be told how it went.
+        if request.writable_len() == 0 {
+            return self.finish(request, VIRTIO_BLK_S_IOERR);
+        }
+        match self.plan(&mut request) {
+            Plan::Answer(status) => self.finish(request, status),
+            Plan::Disk { op, start, len, at } => {
+                self.engine.submit(Io { request, op, disk: start..start + len, at, direct: self.direct });
+            }
+        }
+    }
+
+    fn completions(&mut self, done: &mut Vec<Request>) {
+        self.engine.completions(&mut self.attempts);
+        while let Some((io, result)) = self.attempts.pop_front() {
+            self.conclude(io, result);
+        }
+        done.append(&mut self.ready);
+    }
+
+    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.engine.fd())
+    }
+}

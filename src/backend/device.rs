@@ -1,0 +1,250 @@
+//! What a device author writes: a [`Device`] with a [`Queue`] per ring, each given [`Request`]s.
+//!
+//! A request is the only way to guest memory, and it remembers every byte that was lent for writing. Nobody has to
+//! think of the dirty log: the worker marks those bytes when the request comes back, before it publishes it.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::BackendError;
+use crate::abi::vhost_user::Request as Code;
+use crate::memory::{Memory, MemoryError};
+use crate::ring::{Buffer, Chain};
+
+/// A vhost-user device: what it offers, its configuration space, and its queues.
+pub trait Device: Send + Sync {
+    /// The virtio features of the device type and of its rings. Logging and protocol features are added by the back-end.
+    fn features(&self) -> u64;
+
+    /// How many queues there are.
+    fn queues(&self) -> u16;
+
+    /// The most entries a ring may have; a power of two.
+    fn max_queue_size(&self) -> u16;
+
+    /// The configuration space. A front-end that asks for more reads zeroes behind it (rule C1).
+    fn config(&self) -> Vec<u8>;
+
+    /// Writes configuration space: `flags` is 0 for the driver, 1 for a migration (rule C1).
+    ///
+    /// # Errors
+    /// [`BackendError::Config`], also from the default implementation: nothing is writable.
+    fn set_config(&self, offset: u32, bytes: &[u8], flags: u32) -> Result<(), BackendError> {
+        let (len, why) = (bytes.len() as u32, "this device has no writable fields");
+        let _ = flags;
+        Err(BackendError::Config { code: Code::SET_CONFIG, offset, len, why })
+    }
+
+    /// Begins to serve a ring, in the thread that will do it, with the features that the driver accepted.
+    ///
+    /// # Errors
+    /// What the system says; the ring then stays silent until it is started again.
+    fn queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>>;
+}
+
+/// One running queue of a device; used by one thread.
+///
+/// Requests may be completed in any order. Dropping a queue waits for whatever still reaches into guest memory.
+pub trait Queue {
+    /// Takes a request. It comes back from [`Queue::completions`], now or later.
+    fn submit(&mut self, request: Request);
+
+    /// Hands back what is complete, in `done`, after passing on whatever [`Queue::submit`] held back to pass on in one
+    /// go.
+    fn completions(&mut self, done: &mut Vec<Request>);
+
+    /// An fd that is readable while completions wait; a queue that completes requests at once has none.
+    fn completion_fd(&self) -> Option<BorrowedFd<'_>>;
+}
+
+/// A request of the driver: buffers to read, buffers to write, and what was written.
+#[derive(Debug)]
+pub struct Request {
+    chain: Chain,
+    memory: Memory,
+    /// Parts of the writable bytes that were lent, in the order they were lent.
+    written: Vec<Range<u64>>,
+}
+
+impl Request {
+    pub(super) fn new(memory: Memory) -> Request {
+        Request { chain: Chain::default(), memory, written: Vec::new() }
+    }
+
+    /// Forgets the last request; the buffers of the next are put in the chain.
+    pub(super) fn renew(&mut self) -> &mut Chain {
+        self.written.clear();
+        &mut self.chain
+    }
+
+    /// The descriptor that names this request; no other one in flight has it.
+    pub fn head(&self) -> u16 {
+        self.chain.head
+    }
+
+    /// Bytes to read.
+    pub fn readable_len(&self) -> u64 {
+        self.chain.readable_bytes()
+    }
+
+    /// Bytes to write.
+    pub fn writable_len(&self) -> u64 {
+        self.chain.writable_bytes()
+    }
+
+    /// Copies readable bytes from `offset` on into `buf`, however they are cut into buffers.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotMapped`] if there are fewer bytes, or a buffer is outside guest memory.
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+        let mut rest = &mut buf[..];
+        let (end, memory) = (offset.saturating_add(rest.len() as u64), &self.memory);
+        pieces(&self.chain.readable, offset..end, |gpa, len| {
+            let (here, after) = std::mem::take(&mut rest).split_at_mut(len as usize);
+            rest = after;
+            memory.read(gpa, here)
+        })
+    }
+
+    /// A wire structure at `offset` of the readable bytes.
+    ///
+    /// # Errors
+    /// As [`Request::read`].
+    pub fn object<T: FromBytes + IntoBytes>(&self, offset: u64) -> Result<T, MemoryError> {
+        let mut object = T::new_zeroed();
+        self.read(offset, object.as_mut_bytes()).map(|()| object)
+    }
+
+    /// Copies `data` to the writable bytes from `offset` on.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotMapped`] if there are fewer bytes, or a buffer is outside guest memory; nothing is written then.
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), MemoryError> {
+        let mut rest = data;
+        let range = offset..offset.saturating_add(rest.len() as u64);
+        let memory = &self.memory;
+        pieces(&self.chain.writable, range.clone(), |gpa, len| memory.slices(gpa, len, |_| {}))?;
+        pieces(&self.chain.writable, range.clone(), |gpa, len| {
+            let (here, after) = rest.split_at(len as usize);
+            rest = after;
+            memory.write(gpa, here)
+        })?;
+        self.written.push(range);
+        Ok(())
+    }
+
+    /// Appends the host ranges of a part of the readable bytes to `out`, for `writev`-like calls that end before the
+    /// request does.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotMapped`] if there are fewer bytes, or a buffer is outside guest memory.
+    pub(crate) fn borrow(&self, range: Range<u64>, out: &mut Vec<libc::iovec>) -> Result<(), MemoryError> {
+        pieces(&self.chain.readable, range, |gpa, len| self.memory.iovecs(gpa, len, out))
+    }
+
+    /// Appends the host ranges of a part of the writable bytes to `out`, for `readv`-like calls that end before the
+    /// request does. All of it counts as written from here on.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotMapped`] if there are fewer bytes, or a buffer is outside guest memory; nothing is lent then.
+    pub(crate) fn lend(&mut self, range: Range<u64>, out: &mut Vec<libc::iovec>) -> Result<(), MemoryError> {
+        pieces(&self.chain.writable, range.clone(), |gpa, len| self.memory.iovecs(gpa, len, out))?;
+        if !self.written.iter().any(|lent| lent.start <= range.start && range.end <= lent.end) {
+            self.written.push(range);
+        }
+        Ok(())
+    }
+
+    /// Bytes written, for the used ring.
+    pub(super) fn written_len(&self) -> u32 {
+        let sum: u64 = self.written.iter().map(|range| range.end - range.start).sum();
+        u32::try_from(sum).unwrap_or(u32::MAX)
+    }
+
+    /// Calls `each` with the guest-physical ranges that were written.
+    pub(super) fn written(&self, mut each: impl FnMut(u64, u64)) {
+        for range in &self.written {
+            let _ = pieces(&self.chain.writable, range.clone(), |gpa, len| {
+                each(gpa, len);
+                Ok(())
+            });
+        }
+    }
+}
+
+/// Calls `each` with guest-physical address and length of the pieces that make up `range` of `buffers`.
+fn pieces(
+    buffers: &[Buffer],
+    range: Range<u64>,
+    mut each: impl FnMut(u64, u64) -> Result<(), MemoryError>,
+) -> Result<(), MemoryError> {
+    let mut at = 0;
+    for buffer in buffers {
+        let end = at + u64::from(buffer.len);
+        let (from, to) = (range.start.max(at), range.end.min(end));
+        if from < to {
+            let outside = MemoryError::NotMapped { addr: buffer.gpa, len: to - at, space: "guest-physical" };
+            each(buffer.gpa.checked_add(from - at).ok_or(outside)?, to - from)?;
+        }
+        at = end;
+    }
+    if range.end <= at {
+        return Ok(());
+    }
+    Err(MemoryError::NotMapped { addr: range.start, len: range.end - range.start, space: "request" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{Region, sealed_memfd};
+    use std::os::fd::AsFd;
+    use std::sync::Arc;
+
+    fn request(readable: &[(u64, u32)], writable: &[(u64, u32)]) -> Request {
+        let fd = sealed_memfd("request-test", 0x4000).unwrap();
+        let region = Region::map(fd.as_fd(), 0x1000, 0x4000, 0, 0).unwrap();
+        let mut request = Request::new(Memory::new([Arc::new(region)]).unwrap());
+        let buffers = |of: &[(u64, u32)]| of.iter().map(|&(gpa, len)| Buffer { gpa, len }).collect();
+        let chain = request.renew();
+        (chain.readable, chain.writable) = (buffers(readable), buffers(writable));
+        request
+    }
+
+    #[test]
+    fn a_part_is_found_however_the_bytes_are_cut() {
+        let mut request = request(&[(0x1000, 3), (0x2000, 0), (0x1003, 5)], &[(0x1000, 4), (0x1004, 4)]);
+        request.write(0, b"headers!").unwrap();
+        let mut found = [0; 4];
+        request.read(2, &mut found).unwrap();
+        assert_eq!(&found, b"ader");
+        assert!(request.read(5, &mut found).is_err(), "only 8 bytes are readable");
+        assert!(request.write(8, b"x").is_err(), "only 8 bytes are writable");
+        assert!(request.read(u64::MAX, &mut found).is_err());
+    }
+
+    #[test]
+    fn what_was_lent_is_what_counts_as_written() {
+        let mut request = request(&[], &[(0x1000, 16), (0x3000, 16)]);
+        request.lend(8..20, &mut Vec::new()).unwrap();
+        request.lend(12..20, &mut Vec::new()).unwrap();
+        request.write(31, b"s").unwrap();
+        let mut pieces = Vec::new();
+        request.written(|gpa, len| pieces.push((gpa, len)));
+        assert_eq!(pieces, [(0x1008, 8), (0x3000, 4), (0x300f, 1)]);
+        assert_eq!(request.written_len(), 13);
+        assert!(request.lend(0..33, &mut Vec::new()).is_err());
+        assert_eq!(request.written_len(), 13, "what could not be lent was not written");
+    }
+
+    #[test]
+    fn a_buffer_outside_memory_is_an_error() {
+        let mut request = request(&[(0x5000, 1)], &[(0xfff, 1), (u64::MAX, 2)]);
+        assert!(request.read(0, &mut [0]).is_err());
+        assert!(request.write(0, b"x").is_err());
+        assert!(request.lend(1..3, &mut Vec::new()).is_err());
+    }
+}

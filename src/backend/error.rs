@@ -1,0 +1,232 @@
+//! Everything that can go wrong between a back-end and its front-end, with the rule that was broken.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+
+use crate::abi::vhost_user::Request as Code;
+use crate::dirty::LogError;
+use crate::inflight::InflightError;
+use crate::memory::MemoryError;
+use crate::ring::RingError;
+
+/// Why a message was refused, a ring stopped or a connection ended.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BackendError {
+    /// The flags of a header don't say version 1.
+    #[error("message {code} has flags {flags:#x}: the protocol version in bits 0-1 must be 1 (rule F2)")]
+    Version {
+        /// The request.
+        code: Code,
+        /// Its flags.
+        flags: u32,
+    },
+    /// A front-end sent a reply on the channel of requests.
+    #[error("{code} came with the reply flag: only answers carry it (rule F2)")]
+    UnexpectedReply {
+        /// The request.
+        code: Code,
+    },
+    /// A header announces more than any message holds.
+    #[error("{code} announces {size} bytes: no message is larger than {max} (rule F1)")]
+    TooLong {
+        /// The request.
+        code: Code,
+        /// Bytes announced.
+        size: u32,
+        /// Most bytes accepted.
+        max: u32,
+    },
+    /// The connection ended inside a message.
+    #[error("the connection ended {got} bytes into a message of {needed} (rule F1)")]
+    CutShort {
+        /// Bytes that came.
+        got: usize,
+        /// Bytes that the message has.
+        needed: usize,
+    },
+    /// The payload is smaller than what the request carries.
+    #[error("{code} has {got} bytes of payload: it needs {needed} (rule F6)")]
+    Truncated {
+        /// The request.
+        code: Code,
+        /// Bytes that came.
+        got: usize,
+        /// Bytes needed.
+        needed: usize,
+    },
+    /// The wrong number of file descriptors.
+    #[error("{code} came with {got} file descriptors: it needs {needed} (rule F1)")]
+    Fds {
+        /// The request.
+        code: Code,
+        /// How many came.
+        got: usize,
+        /// How many it needs.
+        needed: usize,
+    },
+    /// A request that this back-end doesn't know or has not offered.
+    #[error("{code} is not supported (rule F5)")]
+    Unsupported {
+        /// The request.
+        code: Code,
+    },
+    /// Features outside the offered ones.
+    #[error("{code} acknowledges {bits:#x}, of which {unknown:#x} was never offered (rule R1)")]
+    Features {
+        /// SET_FEATURES or SET_PROTOCOL_FEATURES.
+        code: Code,
+        /// All bits acknowledged.
+        bits: u64,
+        /// Those that were not offered.
+        unknown: u64,
+    },
+    /// A ring that doesn't exist.
+    #[error("{code} names ring {index}: there are {queues} (rule R2)")]
+    NoSuchRing {
+        /// The request.
+        code: Code,
+        /// The index.
+        index: u32,
+        /// Rings of the device.
+        queues: u16,
+    },
+    /// A size no split ring can have, or more than the device offers.
+    #[error("ring {index} can't have {size} entries: a power of two from 1 to {max} is needed (rule R2)")]
+    RingSize {
+        /// The ring.
+        index: u16,
+        /// Entries asked for.
+        size: u32,
+        /// Most entries.
+        max: u16,
+    },
+    /// A message that may only come while the ring is stopped.
+    #[error("{code} came while ring {index} runs: stop it with GET_VRING_BASE first (rule {rule})")]
+    RingRuns {
+        /// The request.
+        code: Code,
+        /// The ring.
+        index: u16,
+        /// The rule.
+        rule: &'static str,
+    },
+    /// A started and enabled ring that lacks a size, an address or memory.
+    #[error("ring {index} can't run: {missing} was not set (rule R6)")]
+    RingIncomplete {
+        /// The ring.
+        index: u16,
+        /// The message that is missing.
+        missing: &'static str,
+    },
+    /// A ring that is not inside guest memory.
+    #[error("the {part} of ring {index}: {source}: send SET_VRING_ADDR with addresses of the memory table (rule R6)")]
+    RingAddress {
+        /// The ring.
+        index: u16,
+        /// Descriptor table, available ring or used ring.
+        part: &'static str,
+        /// Why.
+        source: MemoryError,
+    },
+    /// A used ring can't be logged under this address.
+    #[error("ring {index} asks to be logged at {addr:#x}, which is not aligned to 4 or wraps around (rule L3)")]
+    LogAddress {
+        /// The ring.
+        index: u16,
+        /// `log_guest_addr`.
+        addr: u64,
+    },
+    /// The memory table is unusable.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// REM_MEM_REG named a region that is not there.
+    #[error("no region at {gpa:#x} with size {size:#x} and user address {user_addr:#x} to remove (rule M1)")]
+    NoSuchRegion {
+        /// Guest-physical address.
+        gpa: u64,
+        /// Bytes.
+        size: u64,
+        /// Front-end address.
+        user_addr: u64,
+    },
+    /// More regions than slots.
+    #[error("all {slots} memory slots are in use (rule M1)")]
+    NoSlot {
+        /// Slots.
+        slots: usize,
+    },
+    /// The dirty log is unusable.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// The inflight region is unusable.
+    #[error(transparent)]
+    Inflight(#[from] InflightError),
+    /// An inflight region for other queues than the device has.
+    #[error("an inflight region for {queues} queues of {size} entries doesn't fit a device of {max} queues (rule I1)")]
+    InflightShape {
+        /// Queues asked for.
+        queues: u16,
+        /// Entries asked for.
+        size: u16,
+        /// Queues of the device.
+        max: u16,
+    },
+    /// The driver or the front-end broke a ring.
+    #[error("ring {index} is broken and stops until it is set up again: {source}")]
+    Ring {
+        /// The ring.
+        index: u16,
+        /// What is wrong with it.
+        source: RingError,
+    },
+    /// The driver made a descriptor available that the device still works on.
+    #[error("ring {index} is broken and stops until it is set up again: descriptor {head} was made available twice")]
+    Busy {
+        /// The ring.
+        index: u16,
+        /// Head of the chain.
+        head: u16,
+    },
+    /// Configuration space can't be read or written like that.
+    #[error("{code}: {len} bytes at {offset} of configuration space: {why} (rule C1)")]
+    Config {
+        /// GET_CONFIG or SET_CONFIG.
+        code: Code,
+        /// Offset.
+        offset: u32,
+        /// Bytes.
+        len: u32,
+        /// What is wrong.
+        why: &'static str,
+    },
+    /// The kick of a ring can't be waited for.
+    #[error("ring {index}: its kick is no eventfd or its other end is closed: send SET_VRING_KICK again (rule F8)")]
+    Kick {
+        /// The ring.
+        index: u16,
+    },
+    /// The system refused something.
+    #[error("can't {what}: {source}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The socket can't be listened on; the text says what to do.
+    #[error("can't listen on {path}: {advice}")]
+    Listen {
+        /// The socket.
+        path: String,
+        /// What to do.
+        advice: String,
+    },
+}
+
+impl BackendError {
+    pub(super) fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> BackendError {
+        move |source| BackendError::System { what, source: source.into() }
+    }
+}

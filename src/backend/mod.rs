@@ -1,0 +1,31 @@
+//! To be a vhost-user device: the protocol, the socket around it, one worker per ring, and the devices.
+//!
+//! | file | purpose |
+//! |---|---|
+//! | `message` | one message of the protocol, framed and unframed |
+//! | `session` | what messages mean: a state machine without I/O |
+//! | `server` | listens, reads and answers messages, survives its front-ends |
+//! | `worker` | one thread per running ring: takes requests, logs, publishes, notifies |
+//! | `device` | what a device author writes, and the [`Request`] it gets |
+//! | `blk` | a disk |
+//!
+//! A device never logs: it can only reach guest memory through its [`Request`], which remembers what was lent for
+//! writing, and the worker marks that before it publishes the request. Not here: how rings and inflight regions look
+//! ([`crate::ring`], [`crate::inflight`]), and driving a device (`frontend`).
+
+pub mod blk;
+mod device;
+mod error;
+mod message;
+mod notify;
+mod server;
+mod session;
+mod worker;
+
+pub use device::{Device, Queue, Request};
+pub use error::BackendError;
+pub use message::{MAX_FDS, MAX_PAYLOAD, Message, Reply};
+pub use notify::Notifier;
+pub use server::{Inherited, Listener, inherited, serve, serve_one};
+pub use session::{Logging, Rings, Session, Setup, Step};
+pub use worker::Workers;

@@ -1,0 +1,231 @@
+//! The socket around a session: listens, hears one front-end after the other, and answers (rule R9).
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
+use tracing::{error, info};
+use zerocopy::{FromZeros, IntoBytes};
+
+use super::session::{Session, Step};
+use super::{BackendError, Device, MAX_FDS, Message, Workers};
+use crate::abi::vhost_user::{Header, Request as Code};
+use crate::sys::listen::listen;
+use crate::sys::socket;
+
+/// How long to wait, in milliseconds, when the system has no fd left for a new connection.
+const RETRY_MS: u16 = 1000;
+
+/// Where front-ends connect. A socket that was made here is removed with it.
+#[derive(Debug)]
+pub struct Listener {
+    socket: UnixListener,
+    path: Option<PathBuf>,
+}
+
+/// A connected socket, and the fd that says when to stop.
+#[derive(Clone, Copy)]
+struct Channel<'a> {
+    socket: BorrowedFd<'a>,
+    stop: BorrowedFd<'a>,
+}
+
+/// What a wait came to.
+enum Heard<T> {
+    This(T),
+    /// The front-end has hung up.
+    End,
+    /// It is time to stop.
+    Stop,
+}
+
+impl Listener {
+    /// Makes a socket at `path`. One that a dead process left there is replaced.
+    ///
+    /// # Errors
+    /// [`BackendError::Listen`], which says what to do.
+    pub fn bind(path: &Path) -> Result<Listener, BackendError> {
+        let socket = listen(path)
+            .map_err(|refused| BackendError::Listen { path: path.display().to_string(), advice: refused.advice })?;
+        Ok(Listener { socket, path: Some(path.to_owned()) })
+    }
+
+    /// Takes over a listening socket, for example one that a service manager made.
+    pub fn from_socket(socket: UnixListener) -> Listener {
+        Listener { socket, path: None }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Some(path) = &self.path {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// A socket that this process inherited as fd `number`: either one to listen on, or a connection.
+///
+/// # Errors
+/// What the system says: no such fd, or no socket.
+pub fn inherited(number: i32) -> io::Result<Inherited> {
+    let fd = socket::inherit(number)?;
+    Ok(match getsockopt(&fd, AcceptConn)? {
+        true => Inherited::Listener(Listener::from_socket(fd.into())),
+        false => Inherited::Connection(fd.into()),
+    })
+}
+
+/// What an inherited fd is.
+#[derive(Debug)]
+pub enum Inherited {
+    /// For [`serve`].
+    Listener(Listener),
+    /// For [`serve_one`].
+    Connection(UnixStream),
+}
+
+/// Serves `device` to one front-end after the other, until `stop` is readable. The next one waits meanwhile.
+///
+/// # Errors
+/// What the system says of the listening socket. What goes wrong with a connection ends that one, and is logged.
+pub fn serve(listener: &Listener, device: &Arc<dyn Device>, stop: BorrowedFd<'_>) -> Result<(), BackendError> {
+    loop {
+        if let Heard::Stop = wait(listener.socket.as_fd(), PollFlags::POLLIN, stop, PollTimeout::NONE)? {
+            return Ok(());
+        }
+        match listener.socket.accept() {
+            Ok((connection, _)) => {
+                if serve_one(&connection, device, stop) {
+                    return Ok(());
+                }
+            }
+            Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
+            Err(e) => {
+                error!("can't accept a connection: {e}");
+                if let Heard::Stop = wait(stop, PollFlags::POLLIN, stop, RETRY_MS.into())? {
+                    return Ok(());
+                }
+            }
+        }
+    }
+}
+
+/// Serves `device` to one front-end until it hangs up, or until `stop` is readable: then everything under way is
+/// completed first. True if it was told to stop.
+pub fn serve_one(connection: &UnixStream, device: &Arc<dyn Device>, stop: BorrowedFd<'_>) -> bool {
+    info!("a front-end has connected");
+    let channel = Channel { socket: connection.as_fd(), stop };
+    let mut rings = Workers::new(device.clone());
+    let ended = converse(channel, &mut Session::new(device.clone()), &mut rings);
+    match &ended {
+        Ok(Heard::Stop) => rings.stop_all(),
+        Ok(_) => info!("the front-end has hung up"),
+        Err(error) => error!("the connection is closed: {error}"),
+    }
+    matches!(ended, Ok(Heard::Stop))
+}
+
+/// Answers messages strictly in order (rule F4), until there are no more.
+fn converse(channel: Channel<'_>, session: &mut Session, rings: &mut Workers) -> Result<Heard<()>, BackendError> {
+    loop {
+        let message = match receive(channel)? {
+            Heard::This(message) => message,
+            Heard::End => return Ok(Heard::End),
+            Heard::Stop => return Ok(Heard::Stop),
+        };
+        let reply = match session.message(message, rings) {
+            Step::Silence => continue,
+            Step::Reply(reply) => reply,
+            Step::Close(error) => return Err(error),
+        };
+        // A front-end that doesn't read its answers must not keep us from stopping.
+        if let Heard::Stop = channel.wait(PollFlags::POLLOUT)? {
+            return Ok(Heard::Stop);
+        }
+        let fds: Vec<_> = reply.fd.iter().map(AsFd::as_fd).collect();
+        match socket::send(channel.socket, &reply.to_bytes(), &fds) {
+            Ok(()) => {}
+            Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {
+                return Ok(Heard::End);
+            }
+            Err(e) => return Err(BackendError::system("answer the front-end")(e)),
+        }
+    }
+}
+
+/// Reads one message, however it is cut into segments (rule F1).
+fn receive(channel: Channel<'_>) -> Result<Heard<Message>, BackendError> {
+    let mut header = Header::new_zeroed();
+    let mut fds = Vec::new();
+    let head = size_of::<Header>();
+    match channel.fill(header.as_mut_bytes(), &mut fds)? {
+        Heard::Stop => return Ok(Heard::Stop),
+        Heard::End | Heard::This(0) => return Ok(Heard::End),
+        Heard::This(got) if got < head => return Err(BackendError::CutShort { got, needed: head }),
+        Heard::This(_) => {}
+    }
+    let size = Message::payload_size(&header)?;
+    let mut payload = vec![0; size];
+    match channel.fill(&mut payload, &mut fds)? {
+        Heard::Stop => return Ok(Heard::Stop),
+        Heard::This(got) if got == size => {}
+        Heard::This(got) => return Err(BackendError::CutShort { got: head + got, needed: head + size }),
+        Heard::End => return Err(BackendError::CutShort { got: head, needed: head + size }),
+    }
+    Ok(Heard::This(Message { code: Code(header.request), flags: header.flags, payload, fds }))
+}
+
+impl Channel<'_> {
+    fn wait(self, flags: PollFlags) -> Result<Heard<()>, BackendError> {
+        wait(self.socket, flags, self.stop, PollTimeout::NONE)
+    }
+
+    /// Reads until `buf` is full or the front-end has hung up; tells how much came.
+    fn fill(self, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<Heard<usize>, BackendError> {
+        let mut filled = 0;
+        while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            if let Heard::Stop = self.wait(PollFlags::POLLIN)? {
+                return Ok(Heard::Stop);
+            }
+            let received = socket::receive(self.socket, rest, fds);
+            // More than one segment can carry are closed.
+            fds.truncate(MAX_FDS);
+            match received {
+                Ok(0) => break,
+                Ok(count) => filled += count,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                // A front-end that dies with our answers unread resets the connection: that too is hanging up.
+                Err(e) if e.kind() == io::ErrorKind::ConnectionReset => break,
+                Err(e) => return Err(BackendError::system("read from the front-end")(e)),
+            }
+        }
+        Ok(Heard::This(filled))
+    }
+}
+
+/// Waits for `fd`, for `stop` or for the time to pass.
+fn wait(
+    fd: BorrowedFd<'_>,
+    flags: PollFlags,
+    stop: BorrowedFd<'_>,
+    timeout: PollTimeout,
+) -> Result<Heard<()>, BackendError> {
+    let mut fds = [PollFd::new(stop, PollFlags::POLLIN), PollFd::new(fd, flags)];
+    loop {
+        match poll(&mut fds, timeout) {
+            Ok(_) => break,
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(BackendError::system("wait for the front-end")(errno)),
+        }
+    }
+    let [stop, _] = fds;
+    Ok(if stop.any() == Some(true) { Heard::Stop } else { Heard::This(()) })
+}

@@ -1,0 +1,646 @@
+//! What the messages of a front-end mean: the protocol's state machine, without sockets and threads.
+//!
+//! [`Session::message`] takes one message, tells the rings what follows from it ([`Rings`], the workers outside of
+//! tests) and says what to answer. The order in which front-ends send things is theirs (rules R6, R7, L8): all state
+//! is kept as given, and a ring runs from the moment it is started, enabled and complete.
+
+#![forbid(unsafe_code)]
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use tracing::{debug, error, warn};
+use zerocopy::FromBytes;
+
+use super::{BackendError, Device, Message, Notifier, Reply};
+use crate::abi::vhost_user::{
+    ConfigHeader, Header, InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, Request as Code,
+    VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_CONFIG_SIZE, VHOST_USER_MAX_RAM_SLOTS_TODAY,
+    VHOST_VRING_F_LOG, VRING_IDX_MASK, VRING_NOFD_MASK, VringAddr, VringState, protocol_feature,
+};
+use crate::abi::{bit, virtio};
+use crate::dirty::{Log, LogSignal};
+use crate::inflight;
+use crate::memory::{Memory, Region};
+use crate::ring::{RingBase, SplitLayout};
+
+/// The protocol features that are offered.
+const PROTOCOL_FEATURES: u64 = bit(protocol_feature::MQ)
+    | bit(protocol_feature::LOG_SHMFD)
+    | bit(protocol_feature::REPLY_ACK)
+    | bit(protocol_feature::BACKEND_REQ)
+    | bit(protocol_feature::CONFIG)
+    | bit(protocol_feature::BACKEND_SEND_FD)
+    | bit(protocol_feature::INFLIGHT_SHMFD)
+    | bit(protocol_feature::RESET_DEVICE)
+    | bit(protocol_feature::CONFIGURE_MEM_SLOTS)
+    | bit(protocol_feature::STATUS);
+
+const LOG_ALL: u64 = bit(VHOST_F_LOG_ALL);
+const BIT_30: u64 = bit(VHOST_USER_F_PROTOCOL_FEATURES);
+
+/// Everything a ring needs to run.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    /// Where the ring lies, guest-physical.
+    pub layout: SplitLayout,
+    /// Where it goes on, unless `inflight` knows better (rule I3).
+    pub base: RingBase,
+    /// Acknowledged features.
+    pub features: u64,
+    /// Guest memory.
+    pub memory: Memory,
+    /// Where writes are logged.
+    pub logging: Logging,
+    /// Readable when there are new requests; without it the ring is looked at every now and then.
+    pub kick: Option<Arc<OwnedFd>>,
+    /// Signalled when requests were used.
+    pub call: Option<Arc<Notifier>>,
+    /// Signalled when the ring breaks.
+    pub error: Option<Arc<Notifier>>,
+    /// Where requests in flight are noted.
+    pub inflight: Option<Arc<inflight::Region>>,
+}
+
+/// Where a ring's writes are logged. Nothing is logged by default.
+#[derive(Debug, Clone, Default)]
+pub struct Logging {
+    /// The log for data, while LOG_ALL is acknowledged (rule L3).
+    pub data: Option<Arc<Log>>,
+    /// The log for the used ring, and the address it is logged under, while the ring's F_LOG is set (rule L3).
+    pub used: Option<(Arc<Log>, u64)>,
+    /// Signalled after logging (rule L12).
+    pub signal: Option<Arc<LogSignal>>,
+}
+
+/// The rings of a device, as a session commands them. Every call returns when it has taken effect: what a ring wrote
+/// before is written, and it does nothing more by its old orders (rules R3, L9).
+pub trait Rings {
+    /// Lets a ring run that doesn't.
+    ///
+    /// # Errors
+    /// What the system says; the ring then doesn't run.
+    fn start(&mut self, index: u16, setup: Setup) -> Result<(), BackendError>;
+
+    /// Completes, logs and publishes all requests of a running ring, stops it, and tells where it goes on (rule R3).
+    fn stop(&mut self, index: u16) -> RingBase;
+
+    /// Changes where a running ring logs (rule L9).
+    fn set_logging(&mut self, index: u16, logging: Logging);
+
+    /// Changes what a running ring signals.
+    fn set_notifiers(&mut self, index: u16, call: Option<Arc<Notifier>>, error: Option<Arc<Notifier>>);
+}
+
+/// What is due after a message.
+#[derive(Debug)]
+pub enum Step {
+    /// Nothing.
+    Silence,
+    /// Send this.
+    Reply(Reply),
+    /// Hang up: the front-end waits for an answer that can't be given.
+    Close(BackendError),
+}
+
+/// One ring, as the front-end set it up; addresses are the front-end's.
+#[derive(Debug, Default)]
+struct Ring {
+    size: u16,
+    base: RingBase,
+    addr: Option<VringAddr>,
+    kick: Option<Arc<OwnedFd>>,
+    call: Option<Arc<Notifier>>,
+    error: Option<Arc<Notifier>>,
+    /// SET_VRING_KICK came, and no GET_VRING_BASE since (rule R2).
+    started: bool,
+    enabled: bool,
+    /// [`Rings::start`] was called, and no [`Rings::stop`] since.
+    running: bool,
+}
+
+/// The state of one connection.
+pub struct Session {
+    device: Arc<dyn Device>,
+    features: u64,
+    protocol_features: u64,
+    status: u64,
+    memory: Memory,
+    log: Option<Arc<Log>>,
+    log_signal: Option<Arc<LogSignal>>,
+    inflight: Option<Arc<inflight::Region>>,
+    rings: Vec<Ring>,
+    /// The back-end channel. Nothing is sent over it yet; closing it would tell the front-end that we are gone.
+    _channel: Option<OwnedFd>,
+}
+
+impl Session {
+    /// A session with a front-end that has just connected: nothing is acknowledged, all rings are stopped and disabled.
+    pub fn new(device: Arc<dyn Device>) -> Session {
+        let rings = (0..device.queues()).map(|_| Ring::default()).collect();
+        Session {
+            device,
+            features: 0,
+            protocol_features: 0,
+            status: 0,
+            memory: Memory::default(),
+            log: None,
+            log_signal: None,
+            inflight: None,
+            rings,
+            _channel: None,
+        }
+    }
+
+    /// Does what a message asks, and says what to answer. What is refused for its contents changes nothing.
+    pub fn message(&mut self, message: Message, rings: &mut dyn Rings) -> Step {
+        let code = message.code;
+        debug!(
+            "{code}: {} bytes, {} fds{}",
+            message.payload.len(),
+            message.fds.len(),
+            if message.flags & Header::FLAG_NEED_REPLY != 0 { ", wants a reply" } else { "" }
+        );
+        let acknowledge = message.flags & Header::FLAG_NEED_REPLY != 0 && self.speaks(protocol_feature::REPLY_ACK);
+        match self.handle(message, acknowledge, rings) {
+            Ok(Some(reply)) => Step::Reply(reply),
+            Ok(None) if acknowledge => Step::Reply(Reply::new(code, &0u64)),
+            Ok(None) => Step::Silence,
+            Err(error) if acknowledge => {
+                error!("{code} refused: {error}");
+                Step::Reply(Reply::new(code, &1u64))
+            }
+            Err(error) if self.always_answers(code) => Step::Close(error),
+            Err(error) => {
+                error!("{code} refused: {error}");
+                Step::Silence
+            }
+        }
+    }
+
+    fn speaks(&self, feature: u32) -> bool {
+        self.protocol_features & bit(feature) != 0
+    }
+
+    /// Whether a request has a reply of its own, whatever its flags say (rule F3).
+    fn always_answers(&self, code: Code) -> bool {
+        match code {
+            Code::SET_LOG_BASE => self.speaks(protocol_feature::LOG_SHMFD),
+            Code::GET_FEATURES
+            | Code::GET_PROTOCOL_FEATURES
+            | Code::GET_QUEUE_NUM
+            | Code::GET_VRING_BASE
+            | Code::GET_CONFIG
+            | Code::GET_INFLIGHT_FD
+            | Code::GET_MAX_MEM_SLOTS
+            | Code::GET_STATUS
+            | Code::POSTCOPY_ADVISE
+            | Code::POSTCOPY_LISTEN
+            | Code::POSTCOPY_END
+            | Code::CREATE_CRYPTO_SESSION
+            | Code::GET_SHARED_OBJECT
+            | Code::SET_DEVICE_STATE_FD
+            | Code::CHECK_DEVICE_STATE
+            | Code::GET_SHMEM_CONFIG => true,
+            _ => false,
+        }
+    }
+
+    fn handle(
+        &mut self,
+        mut message: Message,
+        acknowledge: bool,
+        rings: &mut dyn Rings,
+    ) -> Result<Option<Reply>, BackendError> {
+        let code = message.code;
+        if message.flags & Header::FLAG_REPLY != 0 {
+            return Err(BackendError::UnexpectedReply { code });
+        }
+        let number = |number: u64| Ok(Some(Reply::new(code, &number)));
+        match code {
+            Code::GET_FEATURES => return number(self.offered()),
+            Code::SET_FEATURES => self.set_features(message.body()?, rings)?,
+            Code::GET_PROTOCOL_FEATURES => return number(PROTOCOL_FEATURES),
+            Code::SET_PROTOCOL_FEATURES => {
+                self.protocol_features = acknowledged(code, message.body()?, PROTOCOL_FEATURES)?;
+            }
+            Code::GET_QUEUE_NUM => return number(self.device.queues().into()),
+            Code::GET_MAX_MEM_SLOTS => return number(VHOST_USER_MAX_RAM_SLOTS_TODAY as u64),
+            Code::SET_OWNER => {}
+            Code::RESET_OWNER => self.disable(rings),
+            Code::RESET_DEVICE => self.reset(rings),
+            Code::GET_STATUS => return number(self.status),
+            Code::SET_STATUS => {
+                self.status = message.body()?;
+                if self.status == 0 {
+                    self.reset(rings);
+                }
+            }
+            Code::SET_MEM_TABLE => self.set_mem_table(message, rings)?,
+            Code::ADD_MEM_REG => {
+                let MemRegMsg { region, .. } = message.body()?;
+                let fd = message.only_fd()?;
+                self.add_region(&region, fd, rings)?;
+            }
+            Code::REM_MEM_REG => self.remove_region(&message.body::<MemRegMsg>()?.region, rings)?,
+            Code::SET_LOG_BASE => {
+                let description = message.body()?;
+                self.set_log_base(&description, &message.only_fd()?, rings)?;
+                // The answer that every front-end takes (rule F7).
+                let own = self.speaks(protocol_feature::LOG_SHMFD) && !acknowledge;
+                return Ok(own.then(|| Reply::new(code, &description)));
+            }
+            Code::SET_LOG_FD => {
+                // No fd takes the last one back (rule L12).
+                self.log_signal = message.fds.pop().map(|fd| Arc::new(LogSignal::new(fd)));
+                self.relog(rings);
+            }
+            Code::SET_VRING_NUM => self.set_size(message.body()?)?,
+            Code::SET_VRING_BASE => {
+                let state: VringState = message.body()?;
+                self.stopped(code, state.index, "R4")?.base = RingBase::from_bits(state.num);
+            }
+            Code::SET_VRING_ADDR => self.set_addr(message.body()?, rings)?,
+            Code::SET_VRING_KICK => {
+                let (index, kick) = self.ring_fd(&mut message)?;
+                self.pause(index, rings);
+                if let Some(ring) = self.rings.get_mut(usize::from(index)) {
+                    (ring.kick, ring.started) = (kick.map(Arc::new), true);
+                }
+                self.settle(index, rings)?;
+            }
+            Code::SET_VRING_CALL | Code::SET_VRING_ERR => {
+                let (index, fd) = self.ring_fd(&mut message)?;
+                let notifier = fd.map(|fd| Arc::new(Notifier::new(fd)));
+                let ring = self.ring(code, index.into())?;
+                let to = if code == Code::SET_VRING_CALL { &mut ring.call } else { &mut ring.error };
+                *to = notifier;
+                if ring.running {
+                    rings.set_notifiers(index, ring.call.clone(), ring.error.clone());
+                }
+            }
+            Code::SET_VRING_ENABLE => {
+                let state: VringState = message.body()?;
+                self.ring(code, state.index)?.enabled = state.num != 0;
+                self.settle(state.index as u16, rings)?;
+            }
+            Code::GET_VRING_BASE => {
+                let VringState { index, .. } = message.body()?;
+                self.ring(code, index)?;
+                self.pause(index as u16, rings);
+                let ring = self.ring(code, index)?;
+                (ring.started, ring.kick) = (false, None);
+                self.report_lost_pages();
+                let num = self.ring(code, index)?.base.bits();
+                return Ok(Some(Reply::new(code, &VringState { index, num })));
+            }
+            Code::GET_CONFIG => return self.get_config(&message).map(Some),
+            Code::SET_CONFIG => {
+                let ConfigHeader { offset, size, flags } = message.body()?;
+                let bytes = config_bytes(&message, offset, size)?;
+                self.device.set_config(offset, bytes, flags)?;
+            }
+            Code::GET_INFLIGHT_FD => return Ok(Some(self.get_inflight(message.body()?))),
+            Code::SET_INFLIGHT_FD => {
+                let description: InflightDescription = message.body()?;
+                self.check_shape(&description)?;
+                for index in 0..self.device.queues() {
+                    self.stopped(code, index.into(), "I1")?;
+                }
+                let fd = message.only_fd()?;
+                let InflightDescription { mmap_size, mmap_offset, num_queues, queue_size, .. } = description;
+                let region = inflight::Region::map(fd.as_fd(), mmap_size, mmap_offset, num_queues, queue_size)?;
+                self.inflight = Some(Arc::new(region));
+            }
+            Code::SET_BACKEND_REQ_FD => self._channel = Some(message.only_fd()?),
+            _ => return Err(BackendError::Unsupported { code }),
+        }
+        Ok(None)
+    }
+
+    fn offered(&self) -> u64 {
+        self.device.features() | LOG_ALL | BIT_30
+    }
+
+    fn set_features(&mut self, bits: u64, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        self.features = acknowledged(Code::SET_FEATURES, bits, self.offered())?;
+        self.relog(rings);
+        if bits & BIT_30 == 0 {
+            self.rings.iter_mut().for_each(|ring| ring.enabled = true);
+            self.settle_all(rings);
+        }
+        Ok(())
+    }
+
+    /// Stops all rings; each needs a new kick and a new enable.
+    fn disable(&mut self, rings: &mut dyn Rings) {
+        for index in 0..self.device.queues() {
+            self.pause(index, rings);
+        }
+        for ring in &mut self.rings {
+            (ring.started, ring.enabled, ring.kick) = (false, false, None);
+        }
+    }
+
+    /// Back to the state before the driver came: the owner, its memory and protocol features stay (rules R8, I7).
+    fn reset(&mut self, rings: &mut dyn Rings) {
+        self.disable(rings);
+        self.rings.iter_mut().for_each(|ring| *ring = Ring::default());
+        (self.features, self.status) = (0, 0);
+        if let Some(region) = &self.inflight {
+            region.reset();
+        }
+    }
+
+    fn set_mem_table(&mut self, message: Message, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        let MemoryHeader { nregions, .. } = message.body()?;
+        let (got, head) = (message.payload.len(), size_of::<MemoryHeader>());
+        let needed = (nregions as usize).saturating_mul(size_of::<MemoryRegion>()).saturating_add(head);
+        let table =
+            message.payload.get(head..needed).ok_or(BackendError::Truncated { code: message.code, got, needed })?;
+        if message.fds.len() != nregions as usize {
+            let (got, needed) = (message.fds.len(), nregions as usize);
+            return Err(BackendError::Fds { code: message.code, got, needed });
+        }
+        let regions = table.chunks_exact(size_of::<MemoryRegion>()).zip(&message.fds).map(|(bytes, fd)| {
+            let region = MemoryRegion::read_from_bytes(bytes).map_err(|_| BackendError::Truncated {
+                code: message.code,
+                got,
+                needed,
+            })?;
+            map(&region, fd)
+        });
+        let regions = regions.collect::<Result<Vec<_>, _>>()?;
+        self.replace_memory(regions, rings)
+    }
+
+    fn add_region(&mut self, region: &MemoryRegion, fd: OwnedFd, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        let mut regions = self.memory.regions().to_vec();
+        if regions.len() >= VHOST_USER_MAX_RAM_SLOTS_TODAY {
+            return Err(BackendError::NoSlot { slots: VHOST_USER_MAX_RAM_SLOTS_TODAY });
+        }
+        regions.push(map(region, &fd)?);
+        self.replace_memory(regions, rings)
+    }
+
+    fn remove_region(&mut self, region: &MemoryRegion, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        let mut regions = self.memory.regions().to_vec();
+        let (gpa, size, user_addr) = (region.guest_phys_addr, region.memory_size, region.userspace_addr);
+        let found = regions.iter().position(|r| (r.gpa(), r.size(), r.user_addr()) == (gpa, size, user_addr));
+        regions.remove(found.ok_or(BackendError::NoSuchRegion { gpa, size, user_addr })?);
+        self.replace_memory(regions, rings)
+    }
+
+    /// Requests that are in flight finish in the old memory; then the rings go on in the new one (rules L9, M1).
+    fn replace_memory(&mut self, regions: Vec<Arc<Region>>, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        let memory = Memory::new(regions)?;
+        for index in 0..self.device.queues() {
+            self.pause(index, rings);
+        }
+        self.memory = memory;
+        self.check_log_size();
+        self.settle_all(rings);
+        Ok(())
+    }
+
+    fn set_log_base(
+        &mut self,
+        description: &LogDescription,
+        fd: &OwnedFd,
+        rings: &mut dyn Rings,
+    ) -> Result<(), BackendError> {
+        let log = Log::map(fd.as_fd(), description.mmap_size, description.mmap_offset)?;
+        self.report_lost_pages();
+        self.log = Some(Arc::new(log));
+        self.check_log_size();
+        self.relog(rings);
+        Ok(())
+    }
+
+    fn check_log_size(&self) {
+        if let Some(log) = &self.log
+            && log.pages().saturating_mul(crate::memory::LOG_PAGE) < self.memory.end()
+        {
+            let (pages, end) = (log.pages(), self.memory.end());
+            warn!("the log has {pages} pages, memory ends at {end:#x}: writes behind the log are lost (rule L6)");
+        }
+    }
+
+    fn report_lost_pages(&self) {
+        if let Some(lost) = self.log.as_ref().map(|log| log.out_of_range()).filter(|&lost| lost > 0) {
+            error!("{lost} pages outside the log were written and not logged (rule L6)");
+        }
+    }
+
+    /// Tells the running rings where to log now.
+    fn relog(&self, rings: &mut dyn Rings) {
+        for (index, ring) in (0..).zip(&self.rings).filter(|(_, ring)| ring.running) {
+            rings.set_logging(index, self.logging(ring));
+        }
+    }
+
+    fn logging(&self, ring: &Ring) -> Logging {
+        let used = ring.addr.filter(logs_used).zip(self.log.clone());
+        Logging {
+            data: self.log.clone().filter(|_| self.features & LOG_ALL != 0),
+            used: used.map(|(addr, log)| (log, addr.log_guest_addr)),
+            signal: self.log_signal.clone(),
+        }
+    }
+
+    fn set_size(&mut self, state: VringState) -> Result<(), BackendError> {
+        let max = self.device.max_queue_size();
+        let ring = self.stopped(Code::SET_VRING_NUM, state.index, "R2")?;
+        let size = u16::try_from(state.num).ok().filter(|size| size.is_power_of_two() && *size <= max);
+        let index = state.index as u16;
+        ring.size = size.ok_or(BackendError::RingSize { index, size: state.num, max })?;
+        Ok(())
+    }
+
+    fn set_addr(&mut self, addr: VringAddr, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        let ring = self.ring(Code::SET_VRING_ADDR, addr.index)?;
+        let (index, running, size) = (addr.index as u16, ring.running, ring.size);
+        if logs_used(&addr) {
+            let wraps = addr.log_guest_addr.checked_add(virtio::used_ring_bytes(size.into())).is_none();
+            if wraps || !addr.log_guest_addr.is_multiple_of(4) {
+                return Err(BackendError::LogAddress { index, addr: addr.log_guest_addr });
+            }
+        }
+        if running {
+            let places = |addr: &VringAddr| (addr.desc_user_addr, addr.avail_user_addr, addr.used_user_addr);
+            if ring.addr.as_ref().map(places) != Some(places(&addr)) {
+                return Err(BackendError::RingRuns { code: Code::SET_VRING_ADDR, index, rule: "R5" });
+            }
+        } else if size > 0 && !self.memory.regions().is_empty() {
+            layout(&self.memory, index, size, &addr)?;
+        }
+        self.ring(Code::SET_VRING_ADDR, addr.index)?.addr = Some(addr);
+        self.relog(rings);
+        self.settle(index, rings)
+    }
+
+    fn get_config(&self, message: &Message) -> Result<Reply, BackendError> {
+        let header: ConfigHeader = message.body()?;
+        let ConfigHeader { offset, size, .. } = header;
+        let mut reply = Reply::new(message.code, &header);
+        match config_end(message.code, offset, size) {
+            Ok(end) => {
+                let mut config = self.device.config();
+                config.resize(end.max(config.len()), 0);
+                reply.payload.extend(config.get(offset as usize..end).unwrap_or_default());
+            }
+            Err(error) => {
+                // This request has an answer that means "no": no payload.
+                error!("{error}");
+                reply.payload.clear();
+            }
+        }
+        Ok(reply)
+    }
+
+    fn get_inflight(&self, wanted: InflightDescription) -> Reply {
+        let make = || {
+            self.check_shape(&wanted)?;
+            let mmap_size = inflight::Region::bytes_for(wanted.num_queues, wanted.queue_size)?;
+            let (_, fd) = inflight::Region::create(wanted.num_queues, wanted.queue_size)?;
+            Ok::<_, BackendError>((mmap_size, Some(fd)))
+        };
+        let (mmap_size, fd) = make().unwrap_or_else(|error| {
+            // This request has an answer that means "no": a region of no bytes.
+            error!("{error}");
+            (0, None)
+        });
+        let description = InflightDescription { mmap_size, mmap_offset: 0, ..wanted };
+        Reply { fd, ..Reply::new(Code::GET_INFLIGHT_FD, &description) }
+    }
+
+    fn check_shape(&self, wanted: &InflightDescription) -> Result<(), BackendError> {
+        let (queues, size, max) = (wanted.num_queues, wanted.queue_size, self.device.queues());
+        match queues >= 1 && queues <= max && size >= 1 && u32::from(size) <= virtio::MAX_QUEUE_SIZE {
+            true => Ok(()),
+            false => Err(BackendError::InflightShape { queues, size, max }),
+        }
+    }
+
+    fn ring(&mut self, code: Code, index: u32) -> Result<&mut Ring, BackendError> {
+        let queues = self.device.queues();
+        self.rings.get_mut(index as usize).ok_or(BackendError::NoSuchRing { code, index, queues })
+    }
+
+    fn stopped(&mut self, code: Code, index: u32, rule: &'static str) -> Result<&mut Ring, BackendError> {
+        let ring = self.ring(code, index)?;
+        match ring.running {
+            false => Ok(ring),
+            true => Err(BackendError::RingRuns { code, index: index as u16, rule }),
+        }
+    }
+
+    /// The ring and the fd of SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR.
+    fn ring_fd(&mut self, message: &mut Message) -> Result<(u16, Option<OwnedFd>), BackendError> {
+        let bits: u64 = message.body()?;
+        let index = (bits & VRING_IDX_MASK) as u16;
+        self.ring(message.code, index.into())?;
+        let fd = if bits & VRING_NOFD_MASK != 0 { None } else { Some(message.only_fd()?) };
+        Ok((index, fd))
+    }
+
+    /// Stops a ring if it runs, and keeps its base.
+    fn pause(&mut self, index: u16, rings: &mut dyn Rings) {
+        if let Some(ring) = self.rings.get_mut(usize::from(index)).filter(|ring| ring.running) {
+            ring.base = rings.stop(index);
+            ring.running = false;
+        }
+    }
+
+    /// Makes a ring run if it should, and stop if it should not (rule R2).
+    fn settle(&mut self, index: u16, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        let Some(ring) = self.rings.get(usize::from(index)) else { return Ok(()) };
+        if !(ring.started && ring.enabled) {
+            self.pause(index, rings);
+        } else if !ring.running {
+            let setup = self.setup(index, ring)?;
+            rings.start(index, setup)?;
+            if let Some(ring) = self.rings.get_mut(usize::from(index)) {
+                ring.running = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// A ring that can't run yet waits for the next change.
+    fn settle_all(&mut self, rings: &mut dyn Rings) {
+        for index in 0..self.device.queues() {
+            if let Err(error) = self.settle(index, rings) {
+                warn!("{error}");
+            }
+        }
+    }
+
+    fn setup(&self, index: u16, ring: &Ring) -> Result<Setup, BackendError> {
+        let incomplete = |missing| BackendError::RingIncomplete { index, missing };
+        if ring.size == 0 {
+            return Err(incomplete("SET_VRING_NUM"));
+        }
+        let addr = ring.addr.as_ref().ok_or(incomplete("SET_VRING_ADDR"))?;
+        if self.features & LOG_ALL != 0 && self.log.is_none() {
+            warn!("ring {index} starts with LOG_ALL but without SET_LOG_BASE: nothing is logged (rule L8)");
+        }
+        Ok(Setup {
+            layout: layout(&self.memory, index, ring.size, addr)?,
+            base: ring.base,
+            features: self.features,
+            memory: self.memory.clone(),
+            logging: self.logging(ring),
+            kick: ring.kick.clone(),
+            call: ring.call.clone(),
+            error: ring.error.clone(),
+            inflight: self.inflight.clone(),
+        })
+    }
+}
+
+/// The bits, if all of them were offered.
+fn acknowledged(code: Code, bits: u64, offered: u64) -> Result<u64, BackendError> {
+    match bits & !offered {
+        0 => Ok(bits),
+        unknown => Err(BackendError::Features { code, bits, unknown }),
+    }
+}
+
+fn logs_used(addr: &VringAddr) -> bool {
+    addr.flags & bit(VHOST_VRING_F_LOG) as u32 != 0
+}
+
+fn map(region: &MemoryRegion, fd: &OwnedFd) -> Result<Arc<Region>, BackendError> {
+    let MemoryRegion { guest_phys_addr, memory_size, userspace_addr, mmap_offset } = *region;
+    Ok(Arc::new(Region::map(fd.as_fd(), guest_phys_addr, memory_size, userspace_addr, mmap_offset)?))
+}
+
+/// Where a ring lies in guest memory (rule R6: the addresses are the front-end's).
+fn layout(memory: &Memory, index: u16, size: u16, addr: &VringAddr) -> Result<SplitLayout, BackendError> {
+    let entries = u32::from(size);
+    let find = |part, user, len| {
+        memory.gpa_of_user(user, len).map_err(|source| BackendError::RingAddress { index, part, source })
+    };
+    Ok(SplitLayout {
+        size,
+        desc: find("descriptor table", addr.desc_user_addr, virtio::desc_table_bytes(entries))?,
+        avail: find("available ring", addr.avail_user_addr, virtio::avail_ring_bytes(entries))?,
+        used: find("used ring", addr.used_user_addr, virtio::used_ring_bytes(entries))?,
+    })
+}
+
+/// One past the last byte of configuration space that a message is about.
+fn config_end(code: Code, offset: u32, len: u32) -> Result<usize, BackendError> {
+    match offset.checked_add(len).map(|end| end as usize) {
+        Some(end) if end <= VHOST_USER_MAX_CONFIG_SIZE => Ok(end),
+        _ => Err(BackendError::Config { code, offset, len, why: "there are 256 bytes at most" }),
+    }
+}
+
+fn config_bytes(message: &Message, offset: u32, len: u32) -> Result<&[u8], BackendError> {
+    config_end(message.code, offset, len)?;
+    let head = size_of::<ConfigHeader>();
+    let (got, needed) = (message.payload.len(), head + len as usize);
+    message.payload.get(head..needed).ok_or(BackendError::Truncated { code: message.code, got, needed })
+}

@@ -1,0 +1,454 @@
+//! The threads that serve running rings, one each, and how a session commands them.
+//!
+//! A ring belongs to its thread alone: nothing on the way of a request takes a lock. Orders come over a channel, and
+//! each is carried out between two batches of requests and then acknowledged. So whatever a ring did by its old orders
+//! is done when the order returns: that is the grace period which a new log needs (rule L9).
+//!
+//! The way of a request, each arrow survivable by a successor that has the inflight region: taken from the ring →
+//! noted as in flight → served → marked in the log → staged → published → noted as done → notified (rules L10, I2).
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::unistd::read;
+use tracing::{debug, error, warn};
+
+use super::session::{Logging, Rings, Setup};
+use super::{BackendError, Device, Notifier, Queue, Request};
+use crate::inflight::{Recovery, SplitInflight};
+use crate::ring::{RingBase, RingLog, SplitDevice};
+
+/// How often a ring without a kick is looked at, in milliseconds.
+const POLL_EVERY_MS: u8 = 1;
+
+/// The rings of one connection. Dropping it abandons those that run: what is under way ends, but is not published, so
+/// that a front-end which has gone on without us finds its rings as it left them.
+pub struct Workers {
+    device: Arc<dyn Device>,
+    running: Vec<Option<Handle>>,
+}
+
+struct Handle {
+    orders: Sender<Order>,
+    wake: Arc<EventFd>,
+    thread: JoinHandle<RingBase>,
+}
+
+enum Order {
+    Logging(Logging, Sender<()>),
+    Notifiers {
+        call: Option<Arc<Notifier>>,
+        error: Option<Arc<Notifier>>,
+        done: Sender<()>,
+    },
+    /// Finish, and publish what is finished.
+    Stop,
+    /// Finish, and keep it.
+    Abandon,
+}
+
+impl Workers {
+    /// No ring runs yet.
+    pub fn new(device: Arc<dyn Device>) -> Workers {
+        let running = (0..device.queues()).map(|_| None).collect();
+        Workers { device, running }
+    }
+
+    /// Stops all rings as [`Rings::stop`] does.
+    pub fn stop_all(&mut self) {
+        self.end(|| Order::Stop);
+    }
+
+    fn end(&mut self, order: fn() -> Order) {
+        for handle in self.running.iter().flatten() {
+            handle.order(order());
+        }
+        for handle in self.running.iter_mut().filter_map(Option::take) {
+            let _ = handle.thread.join();
+        }
+    }
+
+    fn handle(&self, index: u16) -> Option<&Handle> {
+        self.running.get(usize::from(index))?.as_ref()
+    }
+}
+
+impl Handle {
+    fn order(&self, order: Order) {
+        // A worker takes orders until it is told to end.
+        let _ = self.orders.send(order);
+        let _ = self.wake.write(1);
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.end(|| Order::Abandon);
+    }
+}
+
+impl Rings for Workers {
+    fn start(&mut self, index: u16, setup: Setup) -> Result<(), BackendError> {
+        let broken = |source| BackendError::Ring { index, source };
+        let mut ring = SplitDevice::new(&setup.memory, setup.layout, setup.features, setup.base).map_err(broken)?;
+        let inflight = match &setup.inflight {
+            None => None,
+            Some(region) => Some(region.split(index, setup.layout.size, ring.used_index())?),
+        };
+        if let Some(next) = inflight.as_ref().and_then(|(_, recovery)| recovery.next_avail) {
+            ring.set_next_avail(next);
+        }
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let wake = Arc::new(EventFd::from_flags(flags).map_err(BackendError::system("make an eventfd"))?);
+        let (orders, inbox) = unbounded();
+        let (ready, is_ready) = bounded(1);
+        let (device, woken) = (self.device.clone(), wake.clone());
+        let serve = move || {
+            let base = ring.base();
+            match device.queue(index, setup.layout.size, setup.features) {
+                Err(source) => {
+                    let _ = ready.send(Err(source));
+                    base
+                }
+                Ok(queue) => {
+                    let mut worker = Worker::new(index, ring, queue, setup, inbox, woken);
+                    let recovered = worker.recover(inflight);
+                    let _ = ready.send(Ok(()));
+                    worker.run(recovered)
+                }
+            }
+        };
+        let thread = thread::Builder::new().name(format!("ring {index}")).spawn(serve);
+        let thread = thread.map_err(BackendError::system("start a thread"))?;
+        let began = is_ready.recv().unwrap_or_else(|_| Err(io::Error::other("its thread ended")));
+        began.map_err(BackendError::system("serve a queue"))?;
+        if let Some(slot) = self.running.get_mut(usize::from(index)) {
+            *slot = Some(Handle { orders, wake, thread });
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self, index: u16) -> RingBase {
+        let handle = self.running.get_mut(usize::from(index)).and_then(Option::take);
+        handle.map_or(RingBase::default(), |handle| {
+            handle.order(Order::Stop);
+            handle.thread.join().unwrap_or_default()
+        })
+    }
+
+    fn set_logging(&mut self, index: u16, logging: Logging) {
+        if let Some(handle) = self.handle(index) {
+            let (done, is_done) = bounded(1);
+            handle.order(Order::Logging(logging, done));
+            let _ = is_done.recv();
+        }
+    }
+
+    fn set_notifiers(&mut self, index: u16, call: Option<Arc<Notifier>>, error: Option<Arc<Notifier>>) {
+        if let Some(handle) = self.handle(index) {
+            let (done, is_done) = bounded(1);
+            handle.order(Order::Notifiers { call, error, done });
+            let _ = is_done.recv();
+        }
+    }
+}
+
+/// What a ring's thread works with.
+struct Worker {
+    index: u16,
+    ring: SplitDevice,
+    queue: Box<dyn Queue>,
+    setup: Setup,
+    inflight: Option<SplitInflight>,
+    inbox: Receiver<Order>,
+    wake: Arc<EventFd>,
+    /// Heads in flight.
+    busy: Vec<bool>,
+    in_flight: usize,
+    /// Came back from the queue, to be published.
+    done: Vec<Request>,
+    /// To be used again.
+    spare: Vec<Request>,
+    /// No more requests are taken.
+    broken: bool,
+    /// Pages outside the log, as far as they were reported.
+    reported: u64,
+}
+
+impl Worker {
+    fn new(
+        index: u16,
+        ring: SplitDevice,
+        queue: Box<dyn Queue>,
+        setup: Setup,
+        inbox: Receiver<Order>,
+        wake: Arc<EventFd>,
+    ) -> Worker {
+        let busy = vec![false; setup.layout.size.into()];
+        let mut worker = Worker {
+            index,
+            ring,
+            queue,
+            setup,
+            inflight: None,
+            inbox,
+            wake,
+            busy,
+            in_flight: 0,
+            done: Vec::new(),
+            spare: Vec::new(),
+            broken: false,
+            reported: 0,
+        };
+        worker.log_to(worker.setup.logging.clone());
+        worker
+    }
+
+    /// Takes over from a predecessor: serves again what it had under way (rules I3, I6).
+    fn recover(&mut self, found: Option<(SplitInflight, Recovery)>) -> Result<(), BackendError> {
+        let Some((inflight, recovery)) = found else { return Ok(()) };
+        self.inflight = Some(inflight);
+        if recovery.next_avail.is_none() {
+            return Ok(());
+        }
+        if !(recovery.resubmit.is_empty() && recovery.stores.is_empty()) {
+            debug!("ring {}: {} requests are served again", self.index, recovery.resubmit.len());
+            self.ring.relog_used();
+        }
+        for head in recovery.resubmit {
+            let mut request = self.spare_request();
+            let index = self.index;
+            let found = self.ring.resubmit(head, request.renew());
+            found.map_err(|source| BackendError::Ring { index, source })?;
+            self.submit(request)?;
+        }
+        // The last notification may have died with its sender.
+        self.notify();
+        Ok(())
+    }
+
+    /// Serves the ring until told to end; tells where it goes on.
+    fn run(mut self, recovered: Result<(), BackendError>) -> RingBase {
+        recovered.unwrap_or_else(|error| self.broke(&error));
+        loop {
+            while let Ok(order) = self.inbox.try_recv() {
+                match order {
+                    Order::Logging(logging, done) => {
+                        self.log_to(logging);
+                        let _ = done.send(());
+                    }
+                    Order::Notifiers { call, error, done } => {
+                        (self.setup.call, self.setup.error) = (call, error);
+                        let _ = done.send(());
+                    }
+                    Order::Stop => return self.drain(true),
+                    Order::Abandon => return self.drain(false),
+                }
+            }
+            let moved = self.turn().unwrap_or_else(|error| {
+                self.broke(&error);
+                true
+            });
+            if !moved {
+                self.wait();
+            }
+        }
+    }
+
+    /// Takes what requests there are, and publishes what is complete; false if there was neither.
+    fn turn(&mut self) -> Result<bool, BackendError> {
+        let mut taken = 0;
+        let result = loop {
+            // A batch is bounded by the ring: the next turn looks for orders.
+            if self.broken || taken == self.busy.len() {
+                break Ok(());
+            }
+            match self.take() {
+                Ok(true) => taken += 1,
+                Ok(false) => break Ok(()),
+                Err(error) => break Err(error),
+            }
+        };
+        let published = self.complete(true);
+        result?;
+        if taken > 0 || published || self.broken {
+            return Ok(taken > 0 || published);
+        }
+        // Nothing to do, it seems: from here on the driver must kick.
+        Ok(self.ring.enable_notifications())
+    }
+
+    /// Takes the next request, if there is one.
+    fn take(&mut self) -> Result<bool, BackendError> {
+        let mut request = self.spare_request();
+        match self.ring.pop(request.renew()) {
+            Ok(true) => {
+                let head = request.head();
+                if self.busy.get(usize::from(head)) == Some(&true) {
+                    return Err(BackendError::Busy { index: self.index, head });
+                }
+                if let Some(inflight) = &mut self.inflight {
+                    inflight.take(head);
+                }
+                self.submit(request)?;
+                Ok(true)
+            }
+            Ok(false) => {
+                self.spare.push(request);
+                Ok(false)
+            }
+            Err(source) => Err(BackendError::Ring { index: self.index, source }),
+        }
+    }
+
+    fn submit(&mut self, request: Request) -> Result<(), BackendError> {
+        let (index, head) = (self.index, request.head());
+        match self.busy.get_mut(usize::from(head)) {
+            Some(busy) if !*busy => *busy = true,
+            _ => return Err(BackendError::Busy { index, head }),
+        }
+        self.in_flight += 1;
+        self.queue.submit(request);
+        Ok(())
+    }
+
+    /// Collects what is complete and, if so wanted, publishes it; false if there was nothing.
+    fn complete(&mut self, publish: bool) -> bool {
+        self.queue.completions(&mut self.done);
+        if self.done.is_empty() {
+            return false;
+        }
+        self.in_flight -= self.done.len();
+        for request in &self.done {
+            if let Some(busy) = self.busy.get_mut(usize::from(request.head())) {
+                *busy = false;
+            }
+        }
+        if publish {
+            self.publish();
+        }
+        self.spare.append(&mut self.done);
+        true
+    }
+
+    fn publish(&mut self) {
+        if let Some(log) = &self.setup.logging.data {
+            // One fence for all data of the batch, which is written by now (rule L10).
+            let burst = log.burst();
+            for request in &self.done {
+                request.written(|gpa, len| burst.mark(gpa, len));
+            }
+        }
+        for request in &self.done {
+            if let Some(inflight) = &mut self.inflight {
+                inflight.stage(request.head());
+            }
+            self.ring.push(request.head(), request.written_len());
+        }
+        let notify = self.ring.publish();
+        if let Some(inflight) = &mut self.inflight {
+            inflight.commit(self.ring.used_index());
+        }
+        self.signal_log();
+        if notify {
+            self.notify();
+        }
+    }
+
+    /// Once per batch, whatever it marked (rule L12).
+    fn signal_log(&mut self) {
+        let Logging { data, used, signal } = &self.setup.logging;
+        let Some(log) = data.as_ref().or(used.as_ref().map(|(log, _)| log)) else { return };
+        if let Some(Err(error)) = signal.as_ref().map(|signal| signal.signal()) {
+            debug!("ring {}: {error}", self.index);
+        }
+        let lost = log.out_of_range();
+        if lost > self.reported && self.reported == 0 {
+            error!("ring {}: {lost} pages outside the log were written and not logged (rule L6)", self.index);
+            self.reported = lost;
+        }
+    }
+
+    fn notify(&self) {
+        if let Some(call) = &self.setup.call {
+            call.signal();
+        }
+    }
+
+    fn log_to(&mut self, logging: Logging) {
+        let used = logging.used.clone();
+        self.ring.set_log(used.map(|(log, used_gpa)| RingLog { log, used_gpa }));
+        self.setup.logging = logging;
+        self.reported = 0;
+    }
+
+    /// Only this ring ends; what is under way is still completed.
+    fn broke(&mut self, error: &BackendError) {
+        error!("{error}");
+        self.broken = true;
+        self.setup.kick = None;
+        if let Some(error) = &self.setup.error {
+            error.signal();
+        }
+    }
+
+    /// Waits for everything under way.
+    fn drain(mut self, publish: bool) -> RingBase {
+        while self.in_flight > 0 {
+            if !self.complete(publish)
+                && let Some(fd) = self.queue.completion_fd()
+            {
+                wait_for([Some(fd)], PollTimeout::NONE);
+            }
+        }
+        self.ring.base()
+    }
+
+    /// Waits until there may be something to do.
+    fn wait(&mut self) {
+        let polled = self.setup.kick.is_none() && !self.broken;
+        let timeout = if polled { PollTimeout::from(POLL_EVERY_MS) } else { PollTimeout::NONE };
+        let kick = self.setup.kick.clone();
+        let fds = [Some(self.wake.as_fd()), self.queue.completion_fd(), kick.as_ref().map(|kick| kick.as_fd())];
+        let [woken, _, kicked] = wait_for(fds, timeout);
+        if woken {
+            let _ = self.wake.read();
+        }
+        if let Some(kick) = kick.filter(|_| kicked) {
+            self.kicked(&kick);
+        }
+    }
+
+    fn kicked(&mut self, kick: &OwnedFd) {
+        match read(kick, &mut [0; 8]) {
+            Ok(1..) => self.ring.disable_notifications(),
+            Err(Errno::EAGAIN | Errno::EINTR) => {}
+            // Nothing will ever come from there, but polling it would always return at once.
+            Ok(0) | Err(_) => self.broke(&BackendError::Kick { index: self.index }),
+        }
+    }
+
+    fn spare_request(&mut self) -> Request {
+        self.spare.pop().unwrap_or_else(|| Request::new(self.setup.memory.clone()))
+    }
+}
+
+/// Waits until one of the fds has something to say; tells which.
+fn wait_for<const N: usize>(fds: [Option<BorrowedFd<'_>>; N], timeout: PollTimeout) -> [bool; N] {
+    let mut polled: Vec<_> = fds.iter().flatten().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
+    if let Err(errno) = poll(&mut polled, timeout)
+        && errno != Errno::EINTR
+    {
+        warn!("poll: {errno}");
+    }
+    let mut results = polled.iter().map(|fd| fd.any() == Some(true));
+    fds.map(|fd| fd.is_some() && results.next() == Some(true))
+}

@@ -1,0 +1,250 @@
+//! The guest's threads: one per CPU and one per queue, from resume to pause.
+//!
+//! Each acts as soon as it starts and once more when it is told to stop, and says when that was: the time between is what
+//! the guest sees of a migration.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::time::{ClockId, clock_gettime};
+
+use super::cpu::Cpu;
+use super::driver::Driver;
+use super::error::GuestError;
+use super::layout::GuestConfig;
+use super::signal::{Failure, Signal, wait};
+use super::state::Moment;
+use super::unit::{Line, Unit};
+use crate::memory::LOG_PAGE;
+
+/// CPUs act at least this often, when they are to act that often at all.
+const TICK: Duration = Duration::from_millis(1);
+/// How often a waiting driver looks whether its requests are lost.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Threads that run.
+pub(super) struct Crew {
+    stop: Arc<Signal>,
+    cpus: Vec<JoinHandle<(Cpu, u64)>>,
+    drivers: Vec<JoinHandle<(Driver, u64)>>,
+}
+
+/// What a thread needs beside its work.
+#[derive(Clone)]
+struct Duty {
+    stop: Arc<Signal>,
+    failure: Arc<Failure>,
+    /// Takes the moment of the first action.
+    first: Sender<u64>,
+}
+
+impl Duty {
+    fn is_over(&self) -> bool {
+        self.stop.is_set() || self.failure.signal().is_set()
+    }
+}
+
+impl Crew {
+    /// Starts all threads. Returns also when the first of them acted (CLOCK_MONOTONIC, nanoseconds), if there is any.
+    pub(super) fn start(
+        cpus: Vec<Cpu>,
+        drivers: Vec<(Driver, Arc<Unit>, usize)>,
+        config: &GuestConfig,
+        failure: &Arc<Failure>,
+    ) -> Result<(Crew, Option<u64>), GuestError> {
+        let stop = Arc::new(Signal::new()?);
+        let (first, firsts) = channel();
+        let duty = Duty { stop: stop.clone(), failure: failure.clone(), first };
+        let mut crew = Crew { stop, cpus: Vec::new(), drivers: Vec::new() };
+        let rate = config.dirty_rate / LOG_PAGE / cpus.len().max(1) as u64;
+        let started = (|| -> std::io::Result<()> {
+            for mut cpu in cpus {
+                let duty = duty.clone();
+                let work = move || {
+                    let last = run(&duty, || compute(&mut cpu, rate, &duty));
+                    (cpu, last)
+                };
+                crew.cpus.push(std::thread::Builder::new().name("guest-cpu".into()).spawn(work)?);
+            }
+            let (rate, patience) = (config.request_rate, Duration::from_secs(config.request_timeout));
+            for (mut driver, unit, line) in drivers {
+                let duty = duty.clone();
+                let work = move || {
+                    let last = run(&duty, || match unit.lines.get(line) {
+                        Some(line) => drive(&mut driver, &unit, line, rate, patience, &duty),
+                        None => Ok(0),
+                    });
+                    (driver, last)
+                };
+                crew.drivers.push(std::thread::Builder::new().name("guest-disk".into()).spawn(work)?);
+            }
+            Ok(())
+        })();
+        if let Err(error) = started {
+            crew.stop.set();
+            return Err(GuestError::system("start a thread")(error));
+        }
+        drop(duty);
+        let acted = firsts.iter().take(crew.cpus.len() + crew.drivers.len()).min();
+        Ok((crew, acted))
+    }
+
+    /// Stops all threads and gets their work back, with the moment of the last action (CLOCK_MONOTONIC, nanoseconds).
+    pub(super) fn stop(self) -> Result<(Vec<Cpu>, Vec<Driver>, u64), GuestError> {
+        self.stop.set();
+        let lost = |_| GuestError::State("one of its threads has panicked".into());
+        let cpus = self.cpus.into_iter().map(|thread| thread.join().map_err(lost)).collect::<Result<Vec<_>, _>>()?;
+        let drivers = self.drivers.into_iter().map(|thread| thread.join().map_err(lost));
+        let drivers = drivers.collect::<Result<Vec<_>, _>>()?;
+        let last = cpus.iter().map(|(_, last)| *last).chain(drivers.iter().map(|(_, last)| *last)).max();
+        let (cpus, _): (Vec<_>, Vec<_>) = cpus.into_iter().unzip();
+        let (drivers, _): (Vec<_>, Vec<_>) = drivers.into_iter().unzip();
+        Ok((cpus, drivers, last.unwrap_or_default()))
+    }
+}
+
+/// Does `work`, and lets nobody wait for a first action that an error has prevented.
+fn run(duty: &Duty, work: impl FnOnce() -> Result<u64, GuestError>) -> u64 {
+    work().unwrap_or_else(|error| {
+        duty.failure.report(error);
+        let _ = duty.first.send(now());
+        now()
+    })
+}
+
+/// A CPU's life: pages at `rate` per second. Returns when it acted last.
+fn compute(cpu: &mut Cpu, rate: u64, duty: &Duty) -> Result<u64, GuestError> {
+    let (start, begun) = (Instant::now(), cpu.steps());
+    cpu.step()?;
+    let _ = duty.first.send(now());
+    while !duty.is_over() {
+        let due = due(rate, start.elapsed());
+        while cpu.steps() - begun < due && !duty.is_over() {
+            cpu.step()?;
+        }
+        let pause = next(rate, cpu.steps() - begun, start).map(|pause| pause.max(TICK));
+        wait(&[duty.stop.as_fd(), duty.failure.signal().as_fd()], None, pause)?;
+    }
+    cpu.step()?;
+    Ok(now())
+}
+
+/// A driver's life: requests at `rate` per second, or as fast as the disk answers. Returns when it acted last.
+fn drive(
+    driver: &mut Driver,
+    unit: &Unit,
+    line: &Line,
+    rate: Option<u64>,
+    patience: Duration,
+    duty: &Duty,
+) -> Result<u64, GuestError> {
+    let (start, begun, mut looked) = (Instant::now(), driver.requests(), Instant::now());
+    let mut first = Some(&duty.first);
+    driver.forgive();
+    loop {
+        driver.reap()?;
+        let over = duty.is_over();
+        let allowed = match rate {
+            _ if over => 1,
+            Some(rate) => (due(rate, start.elapsed()) + 1).saturating_sub(driver.requests() - begun),
+            None => u64::MAX,
+        };
+        for _ in 0..allowed {
+            if !driver.submit()? || !over && duty.is_over() {
+                break;
+            }
+        }
+        if driver.publish() {
+            line.kick();
+        }
+        if let Some(first) = first.take() {
+            let _ = first.send(now());
+        }
+        if over {
+            return Ok(now());
+        }
+        look(driver, unit, patience, &mut looked)?;
+        if driver.listen() {
+            continue;
+        }
+        let pause = rate.and_then(|rate| next(rate, driver.requests() - begun, start)).unwrap_or(LOOK).min(LOOK);
+        wait(&[line.call.as_fd(), duty.stop.as_fd(), duty.failure.signal().as_fd()], None, Some(pause))?;
+        line.answer();
+    }
+}
+
+/// Completes what is outstanding and reads the queue's whole part of the disk, checking every byte.
+pub(super) fn scan(driver: &mut Driver, unit: &Unit, line: &Line, patience: Duration) -> Result<(), GuestError> {
+    driver.verify_held()?;
+    driver.forgive();
+    let (mut next, mut looked) = (None, Instant::now());
+    loop {
+        driver.reap()?;
+        match &mut next {
+            // First the requests that were under way, among which are writes.
+            None if driver.outstanding() == 0 => next = Some(0),
+            None => {}
+            Some(sector) => {
+                while *sector < driver.sectors() {
+                    let Some(after) = driver.submit_scan(*sector)? else { break };
+                    *sector = after;
+                }
+                if *sector == driver.sectors() && driver.outstanding() == 0 {
+                    return Ok(());
+                }
+            }
+        }
+        if driver.publish() {
+            line.kick();
+        }
+        look(driver, unit, patience, &mut looked)?;
+        if driver.outstanding() > 0 && !driver.listen() {
+            wait(&[line.call.as_fd()], None, Some(LOOK))?;
+            line.answer();
+        }
+    }
+}
+
+/// Looks now and then whether a request is lost, while there is somebody to answer.
+fn look(driver: &mut Driver, unit: &Unit, patience: Duration, looked: &mut Instant) -> Result<(), GuestError> {
+    if unit.is_away() {
+        driver.forgive();
+    } else if looked.elapsed() >= LOOK {
+        *looked = Instant::now();
+        driver.check_lost(patience)?;
+    }
+    Ok(())
+}
+
+/// How many of something there should be after `elapsed`, at `rate` per second.
+fn due(rate: u64, elapsed: Duration) -> u64 {
+    (u128::from(rate) * elapsed.as_nanos() / 1_000_000_000) as u64
+}
+
+/// How long from now until there should be one more than `done`; `None` is never.
+fn next(rate: u64, done: u64, start: Instant) -> Option<Duration> {
+    let nanos = u128::from(done + 1) * 1_000_000_000 / u128::from(rate.max(1));
+    let when = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
+    (rate > 0).then(|| when.saturating_sub(start.elapsed()))
+}
+
+/// CLOCK_MONOTONIC in nanoseconds.
+fn now() -> u64 {
+    nanos(ClockId::CLOCK_MONOTONIC)
+}
+
+/// The moment at which CLOCK_MONOTONIC showed `monotonic_ns`, not long ago.
+pub(super) fn moment(monotonic_ns: u64) -> Moment {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let since = now().saturating_sub(monotonic_ns);
+    let realtime_ns = nanos(ClockId::CLOCK_REALTIME).saturating_sub(since);
+    Moment { boot: boot.trim().into(), monotonic_ns, realtime_ns }
+}
+
+fn nanos(clock: ClockId) -> u64 {
+    // These clocks always exist.
+    clock_gettime(clock).map_or(0, |time| Duration::from(time).as_nanos() as u64)
+}

@@ -1,0 +1,441 @@
+//! The guest's block driver: one queue of a disk, and a workload on it that knows what every sector must hold.
+//!
+//! Requests never overlap while they are in flight. What was read stays in its buffer until the slot is used again, and is
+//! then looked at once more: pages that only the device wrote, and that a migration would lose first.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use zerocopy::IntoBytes;
+use zerocopy::little_endian::{U32, U64};
+
+use super::error::{GuestError, Place};
+use super::layout::{BUFFER_BYTES, CHAIN, GuestConfig, QueueLayout, SlotLayout};
+use super::pattern::{Pattern, Random, SECTOR_WORDS, mix};
+use super::state::{DriverState, HeldState, RequestKind, RequestState, SlotState};
+use crate::abi::bit;
+use crate::abi::virtio::{
+    BlkRequestHeader, SECTOR_BYTES, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_RING_F_INDIRECT_DESC,
+};
+use crate::memory::Memory;
+use crate::ring::{Buffer, RingError, SplitDriver};
+
+/// Sizes of requests in sectors; one of these, or with the same chance 4 KiB.
+const SIZES: [u64; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
+/// Every so many requests are a flush.
+const FLUSH_EVERY: u64 = 64;
+/// A status byte that no device writes.
+const NO_STATUS: u8 = 0xa5;
+
+/// What a driver has done so far; read by others while it runs.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    pub(super) requests: AtomicU64,
+    pub(super) completions: AtomicU64,
+    pub(super) outstanding: AtomicU64,
+    pub(super) duplicates: AtomicU64,
+}
+
+/// What a driver has to know of its disk.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Disk {
+    pub(super) features: u64,
+    /// Bytes.
+    pub(super) capacity: u64,
+    /// Most data segments of a request.
+    pub(super) segments: u32,
+    /// Sectors of a logical block.
+    pub(super) block: u64,
+}
+
+pub(super) struct Driver {
+    /// Counted through all disks.
+    queue: usize,
+    memory: Memory,
+    layout: QueueLayout,
+    pattern: Pattern,
+    blank: bool,
+    depth: u16,
+    disk: Disk,
+    ring: SplitDriver,
+    first_sector: u64,
+    versions: Vec<u32>,
+    next_version: u32,
+    random: Random,
+    slots: Vec<SlotState>,
+    /// By slot: since when its request waits.
+    since: Vec<Instant>,
+    requests: u64,
+    completions: u64,
+    counters: Arc<Counters>,
+}
+
+impl Driver {
+    /// A driver of an empty ring.
+    pub(super) fn new(
+        queue: usize,
+        memory: &Memory,
+        layout: QueueLayout,
+        config: &GuestConfig,
+        pattern: Pattern,
+        disk: Disk,
+    ) -> Result<Driver, GuestError> {
+        let ring = SplitDriver::new(memory, layout.ring, disk.features);
+        let ring = ring.map_err(|source| GuestError::Ring { queue, source })?;
+        let queues = u64::from(config.queues);
+        let block_bytes = disk.block * SECTOR_BYTES;
+        let area = (disk.capacity / queues).min(config.disk_area) / block_bytes * disk.block;
+        if area == 0 || disk.block > BUFFER_BYTES / SECTOR_BYTES {
+            return Err(GuestError::Config("its disk is too small, or has too large blocks".into()));
+        }
+        Ok(Driver {
+            queue,
+            memory: memory.clone(),
+            slots: vec![SlotState::default(); layout.slots.len()],
+            since: vec![Instant::now(); layout.slots.len()],
+            layout,
+            pattern,
+            blank: config.blank_disks,
+            depth: config.depth,
+            disk,
+            ring,
+            first_sector: queue as u64 % queues * area,
+            versions: vec![0; area as usize],
+            next_version: 1,
+            random: Random(mix(pattern.seed ^ mix(queue as u64))),
+            requests: 0,
+            completions: 0,
+            counters: Arc::default(),
+        })
+    }
+
+    /// Goes on with a ring where `state` left it.
+    pub(super) fn restore(
+        queue: usize,
+        memory: &Memory,
+        layout: QueueLayout,
+        config: &GuestConfig,
+        pattern: Pattern,
+        disk: Disk,
+        state: DriverState,
+    ) -> Result<Driver, GuestError> {
+        let ring = SplitDriver::restore(memory, layout.ring, disk.features, &state.ring);
+        let ring = ring.map_err(|source| GuestError::Ring { queue, source })?;
+        let bad = |what: &str| Err(GuestError::State(format!("queue {queue}: {what}")));
+        let sectors = state.versions.len() as u64;
+        let buffer = BUFFER_BYTES / SECTOR_BYTES;
+        let fits = |sector: u64, count: u64, offset: u64| {
+            sector.checked_add(count).is_some_and(|end| end <= sectors)
+                && count <= buffer
+                && offset <= BUFFER_BYTES - count * SECTOR_BYTES
+        };
+        let request_fits = |r: &RequestState| fits(r.sector, r.sectors.into(), r.offset);
+        let held_fits = |h: &HeldState| fits(h.sector, h.versions.len() as u64, h.offset);
+        if state.slots.len() != layout.slots.len() {
+            return bad("another number of slots");
+        }
+        let mut slots = state.slots.iter();
+        if !slots.all(|s| s.request.iter().all(request_fits) && s.held.iter().all(held_fits)) {
+            return bad("a request that is not on its disk");
+        }
+        let outstanding = state.slots.iter().filter(|slot| slot.request.is_some()).count();
+        if outstanding != usize::from(ring.outstanding()) {
+            return bad("its requests are not those of its ring");
+        }
+        if sectors == 0 || state.first_sector.checked_add(sectors).is_none() {
+            return bad("it has no part of the disk");
+        }
+        let driver = Driver {
+            queue,
+            memory: memory.clone(),
+            layout,
+            pattern,
+            blank: config.blank_disks,
+            depth: config.depth,
+            disk,
+            ring,
+            first_sector: state.first_sector,
+            versions: state.versions,
+            next_version: state.next_version,
+            random: Random(state.random),
+            since: vec![Instant::now(); state.slots.len()],
+            slots: state.slots,
+            requests: state.requests,
+            completions: state.completions,
+            counters: Arc::default(),
+        };
+        driver.count();
+        Ok(driver)
+    }
+
+    pub(super) fn state(&self) -> DriverState {
+        DriverState {
+            ring: self.ring.state(),
+            first_sector: self.first_sector,
+            versions: self.versions.clone(),
+            next_version: self.next_version,
+            random: self.random.0,
+            slots: self.slots.clone(),
+            requests: self.requests,
+            completions: self.completions,
+        }
+    }
+
+    pub(super) fn counters(&self) -> &Arc<Counters> {
+        &self.counters
+    }
+
+    /// Waiting begins anew for all requests: they could not be answered until now.
+    pub(super) fn forgive(&mut self) {
+        self.since.fill(Instant::now());
+    }
+
+    /// Fails if a request waits for longer than `patience`.
+    pub(super) fn check_lost(&self, patience: Duration) -> Result<(), GuestError> {
+        let mut slots = self.slots.iter().zip(&self.since);
+        if !slots.any(|(slot, since)| slot.request.is_some() && since.elapsed() > patience) {
+            return Ok(());
+        }
+        let outstanding = self.ring.outstanding();
+        Err(GuestError::Lost { queue: self.queue, outstanding, seconds: patience.as_secs() })
+    }
+
+    pub(super) fn requests(&self) -> u64 {
+        self.requests
+    }
+
+    pub(super) fn outstanding(&self) -> u16 {
+        self.ring.outstanding()
+    }
+
+    /// Takes all completions and checks each. Returns how many there were.
+    pub(super) fn reap(&mut self) -> Result<u64, GuestError> {
+        let mut taken = 0;
+        let queue = self.queue;
+        while let Some(used) = self.ring.pop_used().map_err(|source| self.broken(source))? {
+            let outstanding = |slot: &SlotState| slot.request.is_some_and(|request| request.head == used.head);
+            let Some(slot) = self.slots.iter().position(outstanding) else {
+                return Err(GuestError::Duplicate { queue, head: used.head });
+            };
+            self.complete(slot)?;
+            taken += 1;
+        }
+        self.completions += taken;
+        self.count();
+        Ok(taken)
+    }
+
+    /// Asks for a call at the next completion; true if there is one already.
+    pub(super) fn listen(&mut self) -> bool {
+        self.ring.enable_notifications()
+    }
+
+    /// Adds one random request, if there is room. [`Driver::publish`] shows it to the device.
+    pub(super) fn submit(&mut self) -> Result<bool, GuestError> {
+        if self.ring.outstanding() >= self.depth || self.ring.free() < CHAIN {
+            return Ok(false);
+        }
+        let start = self.random.below(self.slots.len() as u64) as usize;
+        let Some(slot) = self.free_slot(start) else { return Ok(false) };
+        let flushes = self.disk.features & bit(VIRTIO_BLK_F_FLUSH) != 0;
+        if flushes && self.requests % FLUSH_EVERY == FLUSH_EVERY - 1 {
+            self.add(slot, RequestKind::Flush, 0, 0)?;
+            return Ok(true);
+        }
+        let Some((sector, sectors)) = self.pick() else { return Ok(false) };
+        let kind = if self.random.below(2) == 0 { RequestKind::Read } else { RequestKind::Write };
+        self.add(slot, kind, sector, sectors)?;
+        Ok(true)
+    }
+
+    /// Shows added requests to the device; true if it is to be kicked.
+    pub(super) fn publish(&mut self) -> bool {
+        self.ring.publish()
+    }
+
+    /// Adds a read of what comes from `sector` on, as much as one request holds. Returns the sector after it.
+    pub(super) fn submit_scan(&mut self, sector: u64) -> Result<Option<u64>, GuestError> {
+        if self.ring.outstanding() >= self.depth || self.ring.free() < CHAIN {
+            return Ok(None);
+        }
+        let Some(slot) = self.free_slot(0) else { return Ok(None) };
+        let sectors = (self.versions.len() as u64 - sector).min(BUFFER_BYTES / SECTOR_BYTES);
+        self.add(slot, RequestKind::Read, sector, sectors)?;
+        Ok(Some(sector + sectors))
+    }
+
+    /// Sectors of its part of the disk.
+    pub(super) fn sectors(&self) -> u64 {
+        self.versions.len() as u64
+    }
+
+    /// Checks all buffers that still have to hold what was read.
+    pub(super) fn verify_held(&self) -> Result<(), GuestError> {
+        let slots = self.slots.iter().zip(&self.layout.slots);
+        slots
+            .filter_map(|(state, layout)| Some((state.held.as_ref()?, layout)))
+            .try_for_each(|(held, layout)| self.check(layout.data + held.offset, held.sector, &held.versions))
+    }
+
+    /// A random place that no outstanding request touches.
+    fn pick(&mut self) -> Option<(u64, u64)> {
+        let (block, total) = (self.disk.block, self.versions.len() as u64);
+        for _ in 0..8 {
+            let size = SIZES.get(self.random.below(2 * SIZES.len() as u64) as usize).copied().unwrap_or(8);
+            let sectors = size.next_multiple_of(block).min(total);
+            let sector = self.random.below((total - sectors) / block + 1) * block;
+            let mut requests = self.slots.iter().filter_map(|slot| slot.request);
+            if requests.all(|r| r.sector + u64::from(r.sectors) <= sector || sector + sectors <= r.sector) {
+                return Some((sector, sectors));
+            }
+        }
+        None
+    }
+
+    /// The first slot from `start` on without a request.
+    fn free_slot(&self, start: usize) -> Option<usize> {
+        let count = self.slots.len();
+        (0..count)
+            .map(|other| (start + other) % count)
+            .find(|slot| self.slots.get(*slot).is_some_and(|state| state.request.is_none()))
+    }
+
+    fn add(&mut self, slot: usize, kind: RequestKind, sector: u64, sectors: u64) -> Result<(), GuestError> {
+        let Some(&SlotLayout { header, table, status, data }) = self.layout.slots.get(slot) else { return Ok(()) };
+        if let Some(held) = self.slots.get_mut(slot).and_then(|state| state.held.take()) {
+            self.check(data + held.offset, held.sector, &held.versions)?;
+        }
+        let bytes = sectors * SECTOR_BYTES;
+        let offset = self.random.below((BUFFER_BYTES - bytes) / SECTOR_BYTES + 1) * SECTOR_BYTES;
+        let request_type = match kind {
+            RequestKind::Read => VIRTIO_BLK_T_IN,
+            RequestKind::Write => VIRTIO_BLK_T_OUT,
+            RequestKind::Flush => VIRTIO_BLK_T_FLUSH,
+        };
+        let first = if kind == RequestKind::Flush { 0 } else { self.first_sector + sector };
+        let head =
+            BlkRequestHeader { request_type: U32::new(request_type), ioprio: U32::ZERO, sector: U64::new(first) };
+        self.memory.write(header, head.as_bytes())?;
+        self.memory.write(status, &[NO_STATUS])?;
+        if kind == RequestKind::Write {
+            self.write_sectors(data + offset, sector, sectors)?;
+        }
+        let mut readable = vec![Buffer { gpa: header, len: 16 }];
+        let mut writable = Vec::new();
+        let side = if kind == RequestKind::Read { &mut writable } else { &mut readable };
+        self.split(data + offset, bytes, side);
+        writable.push(Buffer { gpa: status, len: 1 });
+        let indirect = self.disk.features & bit(VIRTIO_RING_F_INDIRECT_DESC) != 0 && self.random.below(2) == 0;
+        let added = self.ring.add(&readable, &writable, indirect.then_some(table));
+        // There was room for the longest chain.
+        let Some(head) = added.map_err(|source| self.broken(source))? else { return Ok(()) };
+        if let Some(state) = self.slots.get_mut(slot) {
+            state.request = Some(RequestState { head, kind, sector, sectors: sectors as u32, offset });
+        }
+        if let Some(since) = self.since.get_mut(slot) {
+            *since = Instant::now();
+        }
+        self.requests += 1;
+        self.count();
+        Ok(())
+    }
+
+    /// Divides `bytes` at `gpa` into one to four segments.
+    fn split(&mut self, mut gpa: u64, mut bytes: u64, out: &mut Vec<Buffer>) {
+        let most = u64::from(self.disk.segments.clamp(1, u32::from(CHAIN) - 2));
+        let mut parts = 1 + self.random.below(most);
+        while bytes > 0 {
+            parts -= 1;
+            let here = if parts == 0 { bytes } else { (1 + self.random.below(bytes / SECTOR_BYTES)) * SECTOR_BYTES };
+            out.push(Buffer { gpa, len: here as u32 });
+            (gpa, bytes) = (gpa + here, bytes - here);
+        }
+    }
+
+    /// Gives sectors a new version and puts their contents at `gpa`.
+    fn write_sectors(&mut self, gpa: u64, sector: u64, sectors: u64) -> Result<(), GuestError> {
+        let version = self.next_version;
+        // After four thousand million writes it starts again; 0 stays "never written".
+        self.next_version = self.next_version.checked_add(1).unwrap_or(1);
+        let mut words = [0; SECTOR_WORDS];
+        for at in 0..sectors {
+            self.pattern.fill(self.disk_offset(sector + at), version.into(), &mut words);
+            self.memory.write(gpa + at * SECTOR_BYTES, words.as_bytes())?;
+            if let Some(known) = self.versions.get_mut((sector + at) as usize) {
+                *known = version;
+            }
+        }
+        Ok(())
+    }
+
+    fn complete(&mut self, slot: usize) -> Result<(), GuestError> {
+        let (Some(state), Some(layout)) = (self.slots.get_mut(slot), self.layout.slots.get(slot)) else {
+            return Ok(());
+        };
+        let Some(request) = state.request.take() else { return Ok(()) };
+        let mut status = [NO_STATUS];
+        self.memory.read(layout.status, &mut status)?;
+        let ([status], sector, sectors) = (status, self.first_sector + request.sector, request.sectors);
+        let kind = match request.kind {
+            RequestKind::Read => "a read",
+            RequestKind::Write => "a write",
+            RequestKind::Flush => "a flush",
+        };
+        if status != VIRTIO_BLK_S_OK {
+            return Err(GuestError::Io { kind, sector, sectors, status });
+        }
+        if request.kind != RequestKind::Read {
+            return Ok(());
+        }
+        let range = request.sector as usize..request.sector as usize + sectors as usize;
+        let versions = self.versions.get(range).unwrap_or_default().to_vec();
+        let gpa = layout.data + request.offset;
+        self.check(gpa, request.sector, &versions)?;
+        if let Some(state) = self.slots.get_mut(slot) {
+            state.held = Some(HeldState { sector: request.sector, offset: request.offset, versions });
+        }
+        Ok(())
+    }
+
+    /// Checks that the sectors from `sector` on lie at `gpa` in these versions.
+    fn check(&self, gpa: u64, sector: u64, versions: &[u32]) -> Result<(), GuestError> {
+        let mut words = [0; SECTOR_WORDS];
+        for (at, &version) in (0..).zip(versions) {
+            if version == 0 && !self.blank {
+                continue;
+            }
+            let (gpa, offset) = (gpa + at * SECTOR_BYTES, self.disk_offset(sector + at));
+            self.memory.read(gpa, words.as_mut_bytes())?;
+            let place = |byte| Place::Buffer(gpa + byte, offset + byte);
+            self.pattern.check(offset, version.into(), self.blank, &words, place)?;
+        }
+        Ok(())
+    }
+
+    fn disk_offset(&self, sector: u64) -> u64 {
+        (self.first_sector + sector) * SECTOR_BYTES
+    }
+
+    fn broken(&self, source: RingError) -> GuestError {
+        match source {
+            RingError::UsedId { id } => {
+                self.counters.duplicates.fetch_add(1, Ordering::Relaxed);
+                GuestError::Duplicate { queue: self.queue, head: id as u16 }
+            }
+            source => {
+                if matches!(source, RingError::UsedIndex { .. }) {
+                    self.counters.duplicates.fetch_add(1, Ordering::Relaxed);
+                }
+                GuestError::Ring { queue: self.queue, source }
+            }
+        }
+    }
+
+    fn count(&self) {
+        self.counters.requests.store(self.requests, Ordering::Relaxed);
+        self.counters.completions.store(self.completions, Ordering::Relaxed);
+        self.counters.outstanding.store(self.ring.outstanding().into(), Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,299 @@
+//! Where everything lies in guest memory: a pure function of the configuration, the same on every host.
+//!
+//! Rings, buffers and the CPUs' areas are spread over all regions, so that every path through translation, logging and
+//! migration is used; what one area has no other touches.
+
+use serde::{Deserialize, Serialize};
+
+use super::error::GuestError;
+use crate::abi::virtio;
+use crate::memory::LOG_PAGE;
+use crate::ring::SplitLayout;
+
+/// Where the second region begins.
+const HIGH: u64 = 4 << 30;
+/// The low region ends here at the latest; then comes the hole that machines keep for devices.
+const LOW_LIMIT: u64 = 3 << 30;
+/// Bytes of the largest request.
+pub(super) const BUFFER_BYTES: u64 = 64 << 10;
+/// Most descriptors of a request: header, data in up to four segments, status.
+pub(super) const CHAIN: u16 = 6;
+
+/// What kind of guest it is, and what it does.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GuestConfig {
+    /// Bytes of memory, in whole pages.
+    pub memory: u64,
+    /// How many of them lie above 4 GiB; what does not fit below 3 GiB lies there anyway.
+    pub high: u64,
+    /// Allocate all memory at the start.
+    pub prefault: bool,
+    /// CPUs that write memory.
+    pub cpus: usize,
+    /// Bytes that all CPUs together write again and again.
+    pub working_set: u64,
+    /// Bytes that are written once, at boot. What remains is never written.
+    pub cold: u64,
+    /// Bytes per second that all CPUs together write.
+    pub dirty_rate: u64,
+    /// Of every eight 8-byte words, how many are alike in their page or sector; 0 is incompressible.
+    pub repeated: u8,
+    /// Disks.
+    pub disks: usize,
+    /// Queues of each disk.
+    pub queues: u16,
+    /// Entries of each queue.
+    pub queue_size: u16,
+    /// Most requests in flight of each queue.
+    pub depth: u16,
+    /// Requests per second of each queue; `None` is as fast as it goes.
+    pub request_rate: Option<u64>,
+    /// Bytes of disk that each queue uses, less if the disk is smaller.
+    pub disk_area: u64,
+    /// Disks are zero where the guest has not written.
+    pub blank_disks: bool,
+    /// Seconds after which a request without a completion counts as lost.
+    pub request_timeout: u64,
+    /// Seconds to wait for a back-end that has gone away.
+    pub reconnect_timeout: u64,
+    /// Everything random follows from it.
+    pub seed: u64,
+}
+
+impl GuestConfig {
+    /// A guest with `memory` bytes of memory, a quarter of it above 4 GiB, one CPU that dirties 200 MiB/s in a quarter of
+    /// it, and one disk with two queues.
+    pub fn new(memory: u64) -> GuestConfig {
+        let pages = memory / LOG_PAGE;
+        GuestConfig {
+            memory: pages * LOG_PAGE,
+            high: pages / 4 * LOG_PAGE,
+            prefault: false,
+            cpus: 1,
+            working_set: memory / 4,
+            cold: memory / 4,
+            dirty_rate: 200 << 20,
+            repeated: 4,
+            disks: 1,
+            queues: 2,
+            queue_size: 128,
+            depth: 16,
+            request_rate: None,
+            disk_area: 16 << 20,
+            blank_disks: true,
+            request_timeout: 60,
+            reconnect_timeout: 60,
+            seed: 1,
+        }
+    }
+
+    /// The regions: guest-physical address and size of each, bytes.
+    pub fn regions(&self) -> Vec<(u64, u64)> {
+        let low = self.memory.saturating_sub(self.high).min(LOW_LIMIT);
+        let both = [(0, low), (HIGH, self.memory.saturating_sub(low))];
+        both.into_iter().filter(|(_, size)| *size > 0).collect()
+    }
+}
+
+/// Pages of one purpose, in one or more pieces of memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Area {
+    /// Guest-physical address and pages of each piece.
+    pieces: Vec<(u64, u64)>,
+}
+
+impl Area {
+    pub(super) fn pages(&self) -> u64 {
+        self.pieces.iter().map(|(_, pages)| pages).sum()
+    }
+
+    /// The guest-physical address of page `index`, counted through all pieces.
+    pub(super) fn page(&self, mut index: u64) -> u64 {
+        for (gpa, pages) in &self.pieces {
+            match index.checked_sub(*pages) {
+                Some(rest) => index = rest,
+                None => return gpa + index * LOG_PAGE,
+            }
+        }
+        0
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = u64> {
+        self.pieces.iter().flat_map(|(gpa, pages)| (0..*pages).map(move |page| gpa + page * LOG_PAGE))
+    }
+}
+
+/// What one queue of a disk uses.
+#[derive(Clone, Debug)]
+pub(super) struct QueueLayout {
+    pub(super) ring: SplitLayout,
+    pub(super) slots: Vec<SlotLayout>,
+}
+
+/// What one request uses; each is also kept from one use to the next.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SlotLayout {
+    pub(super) header: u64,
+    pub(super) table: u64,
+    pub(super) status: u64,
+    pub(super) data: u64,
+}
+
+/// A guest's memory, divided.
+#[derive(Clone, Debug)]
+pub(super) struct Layout {
+    /// Disk by disk.
+    pub(super) queues: Vec<QueueLayout>,
+    pub(super) cpus: Vec<Area>,
+    pub(super) cold: Area,
+    pub(super) zero: Area,
+}
+
+impl Layout {
+    pub(super) fn new(config: &GuestConfig) -> Result<Layout, GuestError> {
+        let bad = |what: &str| Err(GuestError::Config(what.into()));
+        if config.memory == 0 || !config.memory.is_multiple_of(LOG_PAGE) || !config.high.is_multiple_of(LOG_PAGE) {
+            return bad("memory comes in whole pages of 4 KiB");
+        }
+        if config.high > config.memory {
+            return bad("it has less memory than it shall have above 4 GiB");
+        }
+        if config.disks > 0 && (config.queues == 0 || config.depth == 0) {
+            return bad("a disk needs a queue and a depth of at least 1");
+        }
+        if config.disks > 0 && (!config.queue_size.is_power_of_two() || config.queue_size < CHAIN.next_power_of_two()) {
+            return bad("a queue has 8 entries or more, a power of two");
+        }
+        let mut free = Free { pieces: config.regions() };
+        // The first page stays free: address 0 is what a forgotten address looks like.
+        free.take(0, LOG_PAGE)?;
+        let queues = (0..config.disks * usize::from(config.queues)).map(|queue| free.queue(queue, config));
+        let queues = queues.collect::<Result<_, _>>()?;
+        let share = config.working_set / config.cpus.max(1) as u64 / LOG_PAGE;
+        if config.cpus > 0 && share == 0 {
+            return bad("every CPU needs at least one page of working set");
+        }
+        let cpus = (0..config.cpus).map(|_| free.spread(share)).collect::<Result<_, _>>()?;
+        let cold = free.spread(config.cold / LOG_PAGE)?;
+        let zero = Area { pieces: free.pieces.iter().map(|(gpa, bytes)| (*gpa, bytes / LOG_PAGE)).collect() };
+        Ok(Layout { queues, cpus, cold, zero })
+    }
+}
+
+/// Memory that nobody has yet: address and bytes of what is left of each region.
+struct Free {
+    pieces: Vec<(u64, u64)>,
+}
+
+impl Free {
+    /// Takes whole pages for `bytes` from the region `prefer` (modulo their number), or from another.
+    fn take(&mut self, prefer: usize, bytes: u64) -> Result<u64, GuestError> {
+        let bytes = bytes.next_multiple_of(LOG_PAGE);
+        let regions = self.pieces.len();
+        let from = (0..regions).map(|other| (prefer + other) % regions);
+        for region in from {
+            if let Some((gpa, left)) = self.pieces.get_mut(region)
+                && *left >= bytes
+            {
+                let taken = *gpa;
+                (*gpa, *left) = (*gpa + bytes, *left - bytes);
+                return Ok(taken);
+            }
+        }
+        Err(GuestError::Config(format!("it needs {bytes} bytes more memory than it has, in one piece")))
+    }
+
+    /// Takes `pages` from all regions in proportion to what they have left.
+    fn spread(&mut self, pages: u64) -> Result<Area, GuestError> {
+        let (mut area, mut pages) = (Area::default(), pages);
+        let mut total: u64 = self.pieces.iter().map(|(_, left)| left / LOG_PAGE).sum();
+        if pages > total {
+            return Err(GuestError::Config(format!("it needs {} pages more memory than it has", pages - total)));
+        }
+        for (gpa, left) in &mut self.pieces {
+            let here = *left / LOG_PAGE;
+            let part =
+                if total == 0 { 0 } else { (u128::from(pages) * u128::from(here)).div_ceil(total.into()) as u64 };
+            (pages, total) = (pages - part, total - here);
+            if part > 0 {
+                area.pieces.push((*gpa, part));
+            }
+            (*gpa, *left) = (*gpa + part * LOG_PAGE, *left - part * LOG_PAGE);
+        }
+        Ok(area)
+    }
+
+    fn queue(&mut self, queue: usize, config: &GuestConfig) -> Result<QueueLayout, GuestError> {
+        let size = u32::from(config.queue_size);
+        let ring = SplitLayout {
+            size: config.queue_size,
+            desc: self.take(queue, virtio::desc_table_bytes(size))?,
+            avail: self.take(queue, virtio::avail_ring_bytes(size))?,
+            used: self.take(queue + 1, virtio::used_ring_bytes(size))?,
+        };
+        // Twice as many as may be in flight, so that what was read stays for a while, to be looked at again.
+        let slots = 2 * u64::from(config.depth);
+        let (header, table) = (16, 16 * u64::from(CHAIN));
+        let heads = self.take(queue + 1, slots * (header + table))?;
+        let statuses = self.take(queue, slots)?;
+        let slot = |slot: u64| {
+            let head = heads + slot * (header + table);
+            let data = self.take(queue + slot as usize, BUFFER_BYTES)?;
+            Ok(SlotLayout { table: head, header: head + table, status: statuses + slot, data })
+        };
+        Ok(QueueLayout { ring, slots: (0..slots).map(slot).collect::<Result<_, GuestError>>()? })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_page_has_one_purpose_and_all_regions_are_used() {
+        let config = GuestConfig { cpus: 3, disks: 2, ..GuestConfig::new(64 << 20) };
+        let layout = Layout::new(&config).unwrap();
+        let mut pages: Vec<u64> = Vec::new();
+        for area in layout.cpus.iter().chain([&layout.cold, &layout.zero]) {
+            assert!(area.iter().any(|gpa| gpa < HIGH) && area.iter().any(|gpa| gpa >= HIGH), "{area:x?}");
+            assert!((0..area.pages()).map(|index| area.page(index)).eq(area.iter()));
+            pages.extend(area.iter());
+        }
+        for queue in &layout.queues {
+            pages.extend([queue.ring.desc, queue.ring.avail, queue.ring.used]);
+            pages.extend(queue.slots.iter().flat_map(|slot| (0..16).map(|page| slot.data + page * LOG_PAGE)));
+            pages.push(queue.slots[0].status);
+            pages.push(queue.slots[0].table);
+        }
+        let all = pages.len();
+        pages.sort();
+        pages.dedup();
+        assert_eq!(pages.len(), all, "some page has two purposes");
+        let known: u64 = config.regions().iter().map(|(_, size)| size / LOG_PAGE).sum();
+        assert!((all as u64) < known && known - (all as u64) < 16, "{all} of {known} pages");
+        assert!(pages.iter().all(|gpa| config.regions().iter().any(|(at, size)| (*at..at + size).contains(gpa))));
+    }
+
+    #[test]
+    fn a_guest_that_does_not_fit_is_refused_in_words() {
+        let config = GuestConfig::new(16 << 20);
+        let too = |change: fn(&mut GuestConfig)| {
+            let mut config = config.clone();
+            change(&mut config);
+            Layout::new(&config).unwrap_err().to_string()
+        };
+        assert!(too(|config| config.cold = 16 << 20).contains("pages more memory"));
+        assert!(too(|config| config.depth = 512).contains("bytes more memory"));
+        assert!(too(|config| config.queue_size = 4).contains("8 entries"));
+        assert!(too(|config| config.memory += 1).contains("whole pages"));
+        assert!(too(|config| config.working_set = 0).contains("working set"));
+    }
+
+    #[test]
+    fn memory_beyond_three_gibibytes_lies_above_four() {
+        let config = GuestConfig { high: 0, ..GuestConfig::new(5 << 30) };
+        assert_eq!(config.regions(), [(0, 3 << 30), (4 << 30, 2 << 30)]);
+        let config = GuestConfig { high: 0, ..GuestConfig::new(1 << 30) };
+        assert_eq!(config.regions(), [(0, 1 << 30)]);
+    }
+}

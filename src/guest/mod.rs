@@ -1,0 +1,621 @@
+//! The built-in guest: memory, CPUs that dirty it, disks with drivers that use them, and a check of every byte of both.
+//!
+//! Here: what the guest does and knows, how it is stopped, saved and restored. It is there to find out whether a migration
+//! or a back-end loses anything: contents describe themselves ([`GuestError::Wrong`] says what is wrong where), and its
+//! clock sees how long it stood still. Not here: migration, and how devices are reached ([`crate::frontend`]).
+//!
+//! ```text
+//! new → boot ──────────────→ resume ⇄ pause → stop_devices → save_state
+//! restore(memory) → attach → start_devices → resume
+//! ```
+#![forbid(unsafe_code)]
+
+mod cpu;
+mod crew;
+mod driver;
+mod error;
+mod layout;
+mod pattern;
+mod signal;
+mod state;
+mod unit;
+
+pub use error::{GuestError, Place, WrongByte};
+pub use layout::GuestConfig;
+pub use state::{
+    CpuState, DeviceState, DriverState, GuestState, HeldState, Moment, RequestKind, RequestState, STATE_VERSION,
+    SlotState,
+};
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use nix::fcntl::{FallocateFlags, fallocate};
+use serde::{Deserialize, Serialize};
+use zerocopy::{FromZeros, IntoBytes};
+
+use crate::abi::bit;
+use crate::abi::virtio::{
+    self, BlkConfig, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+};
+use crate::frontend::{Device, DeviceLog, FrontendError, RingSetup};
+use crate::memory::{Memory, Region, sealed_memfd};
+use crate::ring::RingBase;
+use cpu::Cpu;
+use crew::Crew;
+use driver::{Counters, Disk, Driver};
+use layout::Layout;
+use pattern::Pattern;
+use signal::Failure;
+use unit::{Line, Supervisor, Unit};
+
+/// Features the driver wants, of those that are offered.
+const FEATURES: [u32; 7] = [
+    VIRTIO_F_VERSION_1,
+    VIRTIO_RING_F_EVENT_IDX,
+    VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_BLK_SIZE,
+    VIRTIO_BLK_F_MQ,
+];
+/// Bytes of configuration space that the driver reads: up to `num_queues`.
+const CONFIG_BYTES: usize = 36;
+
+/// A guest.
+pub struct Guest {
+    config: GuestConfig,
+    layout: Layout,
+    memory: Memory,
+    pattern: Pattern,
+    failure: Arc<Failure>,
+    work: Work,
+    /// By disk.
+    units: Vec<Attached>,
+    /// By disk, of a restored guest: what its devices were.
+    expected: Vec<DeviceState>,
+    steps: Vec<Arc<AtomicU64>>,
+    counters: Vec<Arc<Counters>>,
+    last_action: Option<Moment>,
+    downtime_ns: Option<u64>,
+}
+
+/// CPUs and drivers, running or not.
+enum Work {
+    Paused(Vec<Cpu>, Vec<Driver>),
+    Running(Crew),
+    /// A thread has panicked, or could not be started.
+    Gone,
+}
+
+/// A device of this guest.
+struct Attached {
+    /// Ends before the device goes.
+    _supervisor: Supervisor,
+    unit: Arc<Unit>,
+    disk: Disk,
+    /// By ring: where it goes on, while it is stopped.
+    stopped: Vec<Option<RingBase>>,
+}
+
+/// What a guest has done so far, here and on hosts before.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestStats {
+    /// Disk requests made.
+    pub requests: u64,
+    /// Disk requests completed.
+    pub completions: u64,
+    /// Disk requests under way.
+    pub outstanding: u64,
+    /// Completions of what was no request.
+    pub duplicates: u64,
+    /// Requests that never got an answer, when that has stopped the guest.
+    pub lost: u64,
+    /// Pages that CPUs have written.
+    pub pages: u64,
+    /// Times a back-end came back, on this host.
+    pub reconnects: u64,
+    /// Requests that restarted back-ends found unfinished, on this host.
+    pub resubmitted: u64,
+}
+
+/// What [`Guest::verify`] has looked at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verified {
+    /// Bytes of memory.
+    pub memory: u64,
+    /// Bytes of disk.
+    pub disk: u64,
+}
+
+/// Makes zeroed guest memory of these regions (guest-physical address and size of each, bytes) that devices can share.
+/// With `prefault` all of it is allocated now.
+///
+/// # Errors
+/// What the system says, or regions that overlap.
+pub fn make_memory(regions: impl IntoIterator<Item = (u64, u64)>, prefault: bool) -> Result<Memory, GuestError> {
+    let make = |(gpa, size)| {
+        let fd = sealed_memfd("guest-memory", size).map_err(GuestError::system("make guest memory"))?;
+        if prefault {
+            let allocated = fallocate(&fd, FallocateFlags::empty(), 0, size as i64);
+            allocated.map_err(GuestError::system("allocate guest memory"))?;
+        }
+        Ok(Arc::new(Region::share(fd, gpa, size, 0)?))
+    };
+    Ok(Memory::new(regions.into_iter().map(make).collect::<Result<Vec<_>, GuestError>>()?)?)
+}
+
+impl Guest {
+    /// A guest with fresh memory, whose CPUs have written all they ever write once.
+    ///
+    /// # Errors
+    /// A configuration that makes no guest; memory that can't be had.
+    pub fn new(config: GuestConfig) -> Result<Guest, GuestError> {
+        let layout = Layout::new(&config)?;
+        let memory = make_memory(config.regions(), config.prefault)?;
+        let guest = Guest::build(config, layout, memory)?;
+        let Work::Paused(cpus, _) = &guest.work else { return Err(guest.order()) };
+        in_parallel(cpus.iter(), |cpu| cpu.boot())?;
+        cpu::fill(&guest.memory, &guest.pattern, &guest.layout.cold)?;
+        Ok(guest)
+    }
+
+    /// A guest on memory that has all its contents already, as `state` says it was saved. Its devices come with
+    /// [`attach`](Guest::attach).
+    ///
+    /// # Errors
+    /// A state of another version, or one that does not fit itself or the memory.
+    pub fn restore(memory: Memory, state: GuestState) -> Result<Guest, GuestError> {
+        let bad = |what: &str| Err(GuestError::State(what.into()));
+        if state.version != STATE_VERSION {
+            return bad("it was saved by another version of this program");
+        }
+        let GuestState { config, cpus, drivers, devices, last_action, .. } = state;
+        let layout = Layout::new(&config)?;
+        let regions = memory.regions().iter().map(|region| (region.gpa(), region.size()));
+        if !regions.eq(config.regions()) {
+            return bad("its memory has other regions");
+        }
+        if cpus.len() != config.cpus || drivers.len() != layout.queues.len() || devices.len() != config.disks {
+            return bad("the numbers of CPUs, queues or disks contradict each other");
+        }
+        let mut guest = Guest::build(config, layout, memory)?;
+        let Work::Paused(fresh, _) = std::mem::replace(&mut guest.work, Work::Gone) else { return Err(guest.order()) };
+        let cpus = fresh.into_iter().zip(cpus).map(|(cpu, state)| cpu.restore(state)).collect();
+        let queues = guest.layout.queues.iter().cloned().zip(drivers).enumerate().map(|(queue, (layout, state))| {
+            let device = devices.get(queue / usize::from(guest.config.queues));
+            let disk = device.map_or_else(|| Err(GuestError::State("a disk is missing".into())), disk)?;
+            Driver::restore(queue, &guest.memory, layout, &guest.config, guest.pattern, disk, state)
+        });
+        let drivers: Vec<Driver> = queues.collect::<Result<_, _>>()?;
+        guest.counters = drivers.iter().map(|driver| driver.counters().clone()).collect();
+        guest.work = Work::Paused(cpus, drivers);
+        (guest.expected, guest.last_action) = (devices, last_action);
+        Ok(guest)
+    }
+
+    /// Gives a new guest its disks and starts them.
+    ///
+    /// # Errors
+    /// Disks that the guest can't use, or can't reach.
+    pub fn boot(&mut self, devices: Vec<Box<dyn Device>>) -> Result<(), GuestError> {
+        let per_disk = usize::from(self.config.queues);
+        if !self.expected.is_empty() {
+            return Err(GuestError::Order { is: "restored", advice: "attach its disks, don't boot it" });
+        }
+        self.plug(devices, &[])?;
+        let Work::Paused(_, drivers) = &mut self.work else { return Err(self.order()) };
+        drivers.clear();
+        for (number, attached) in self.units.iter().enumerate() {
+            let queues = self.layout.queues.iter().cloned().enumerate().skip(number * per_disk).take(per_disk);
+            for (queue, layout) in queues {
+                let (config, pattern) = (&self.config, self.pattern);
+                drivers.push(Driver::new(queue, &self.memory, layout, config, pattern, attached.disk)?);
+            }
+        }
+        self.counters = drivers.iter().map(|driver| driver.counters().clone()).collect();
+        self.start_devices()
+    }
+
+    /// Gives a restored guest its disks, prepared as those it had, but not started.
+    ///
+    /// # Errors
+    /// Disks that are not like those it had, or can't be reached.
+    pub fn attach(&mut self, devices: Vec<Box<dyn Device>>) -> Result<(), GuestError> {
+        if self.expected.len() != self.config.disks {
+            return Err(GuestError::Order { is: "new", advice: "boot it, only a restored one is attached to disks" });
+        }
+        let expected = std::mem::take(&mut self.expected);
+        let plugged = self.plug(devices, &expected);
+        self.expected = expected;
+        plugged
+    }
+
+    /// Lets CPUs and drivers run. Returns when each of them has acted.
+    ///
+    /// # Errors
+    /// If there is nothing to let run, or the guest has failed.
+    pub fn resume(&mut self) -> Result<(), GuestError> {
+        self.check_failure()?;
+        let per_disk = usize::from(self.config.queues);
+        let (cpus, drivers) = match std::mem::replace(&mut self.work, Work::Gone) {
+            Work::Paused(cpus, drivers) => (cpus, drivers),
+            other => {
+                self.work = other;
+                return Err(self.order());
+            }
+        };
+        let lines = drivers
+            .into_iter()
+            .zip(self.units.iter().flat_map(|attached| (0..per_disk).map(|line| (attached.unit.clone(), line))));
+        let drivers = lines.map(|(driver, (unit, line))| (driver, unit, line)).collect();
+        let (crew, first) = Crew::start(cpus, drivers, &self.config, &self.failure)?;
+        self.work = Work::Running(crew);
+        let first = first.map(crew::moment);
+        self.downtime_ns = self.last_action.take().zip(first).map(|(last, first)| last.until(&first));
+        self.check_failure()
+    }
+
+    /// Stops CPUs and drivers between two of their actions. Requests stay outstanding, and devices go on with them.
+    ///
+    /// # Errors
+    /// If it does not run, or has failed.
+    pub fn pause(&mut self) -> Result<(), GuestError> {
+        match std::mem::replace(&mut self.work, Work::Gone) {
+            Work::Running(crew) => {
+                let (cpus, drivers, last) = crew.stop()?;
+                self.work = Work::Paused(cpus, drivers);
+                self.last_action = Some(crew::moment(last));
+                self.check_failure()
+            }
+            other => {
+                self.work = other;
+                Err(self.order())
+            }
+        }
+    }
+
+    /// Stops all rings of a paused guest; then no device writes to its memory any more (rule R3).
+    ///
+    /// # Errors
+    /// If the guest runs, or a device can't be stopped; [`start_devices`](Guest::start_devices) undoes it.
+    pub fn stop_devices(&mut self) -> Result<(), GuestError> {
+        if matches!(self.work, Work::Running(_)) {
+            return Err(self.order());
+        }
+        for Attached { unit, stopped, .. } in &mut self.units {
+            for (index, base) in (0..).zip(stopped).filter(|(_, base)| base.is_none()) {
+                *base = Some(unit.with(|device| device.stop_ring(index))?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts all rings that are stopped.
+    ///
+    /// # Errors
+    /// If a device can't be started; to try again does no harm.
+    pub fn start_devices(&mut self) -> Result<(), GuestError> {
+        for Attached { unit, stopped, .. } in &mut self.units {
+            for ((index, line), stopped) in (0..).zip(&unit.lines).zip(stopped) {
+                let Some(base) = *stopped else { continue };
+                unit.with(|device| device.start_ring(index, setup(line, base)))?;
+                // What was added while it was stopped, or whose kick was lost with another host.
+                line.kick();
+                *stopped = None;
+            }
+        }
+        Ok(())
+    }
+
+    /// All that a paused guest with stopped devices is, but its memory and disks.
+    ///
+    /// # Errors
+    /// If it is not paused, or a device is not stopped.
+    pub fn save_state(&self) -> Result<GuestState, GuestError> {
+        let Work::Paused(cpus, drivers) = &self.work else { return Err(self.order()) };
+        let save = |attached: &Attached| {
+            let running = GuestError::Order { is: "using its devices", advice: "stop them first" };
+            let device = attached.unit.lock();
+            Ok(DeviceState {
+                features: attached.disk.features,
+                capacity: attached.disk.capacity,
+                segments: attached.disk.segments,
+                block_size: (attached.disk.block * SECTOR_BYTES) as u32,
+                bases: attached.stopped.iter().copied().collect::<Option<_>>().ok_or(running)?,
+                inflight: device.inflight()?,
+            })
+        };
+        Ok(GuestState {
+            version: STATE_VERSION,
+            config: self.config.clone(),
+            cpus: cpus.iter().map(Cpu::state).collect(),
+            drivers: drivers.iter().map(Driver::state).collect(),
+            devices: self.units.iter().map(save).collect::<Result<_, GuestError>>()?,
+            last_action: self.last_action.clone(),
+        })
+    }
+
+    /// Checks every byte of memory, and of the disks' parts that it uses, against what must be there. A guest that runs
+    /// stands still meanwhile; its devices must be started.
+    ///
+    /// # Errors
+    /// [`GuestError::Wrong`] for the first byte that is wrong, and whatever keeps it from looking.
+    pub fn verify(&mut self) -> Result<Verified, GuestError> {
+        self.check_failure()?;
+        let was_running = matches!(self.work, Work::Running(_));
+        if was_running {
+            self.pause()?;
+        }
+        let verified = self.verify_paused()?;
+        if was_running {
+            self.resume()?;
+        }
+        Ok(verified)
+    }
+
+    /// What it has done so far.
+    pub fn stats(&self) -> GuestStats {
+        let sum = |of: fn(&Counters) -> &AtomicU64| {
+            self.counters.iter().map(|counters| of(counters).load(Ordering::Relaxed)).sum()
+        };
+        let units = || self.units.iter().map(|attached| &attached.unit);
+        GuestStats {
+            requests: sum(|counters| &counters.requests),
+            completions: sum(|counters| &counters.completions),
+            outstanding: sum(|counters| &counters.outstanding),
+            duplicates: sum(|counters| &counters.duplicates),
+            lost: match self.failure().as_deref() {
+                Some(GuestError::Lost { outstanding, .. }) => u64::from(*outstanding),
+                _ => 0,
+            },
+            pages: self.steps.iter().map(|steps| steps.load(Ordering::Relaxed)).sum(),
+            reconnects: units().map(|unit| unit.reconnects.load(Ordering::Relaxed)).sum(),
+            resubmitted: units().map(|unit| unit.resubmitted.load(Ordering::Relaxed)).sum(),
+        }
+    }
+
+    /// Why it has stopped by itself, if it has: it never runs again then.
+    pub fn failure(&self) -> Option<Arc<GuestError>> {
+        self.failure.error().cloned()
+    }
+
+    /// Nanoseconds between its last action before the last pause, here or on the host it came from, and its first one
+    /// after.
+    pub fn downtime_ns(&self) -> Option<u64> {
+        self.downtime_ns
+    }
+
+    /// Its memory.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// What kind of guest it is.
+    pub fn config(&self) -> &GuestConfig {
+        &self.config
+    }
+
+    /// The dirty pages of each device, as sources that outlast a restart of its back-end.
+    pub fn logs(&self) -> impl Iterator<Item = DeviceLog> {
+        let log = |attached: &Attached| {
+            let name = attached.unit.lock().name().to_owned();
+            DeviceLog::new(attached.unit.clone(), name, self.memory.end())
+        };
+        self.units.iter().map(log)
+    }
+
+    /// Whether its CPUs and drivers run.
+    pub fn is_running(&self) -> bool {
+        matches!(self.work, Work::Running(_))
+    }
+
+    /// Its devices, to be locked for control; the data path never locks them. Better: [`with_devices`].
+    ///
+    /// [`with_devices`]: Guest::with_devices
+    pub fn devices(&self) -> Vec<Arc<Mutex<Box<dyn Device>>>> {
+        self.units.iter().map(|attached| attached.unit.device.clone()).collect()
+    }
+
+    /// Calls `f` for each device; again after a reconnection if its back-end goes away meanwhile.
+    ///
+    /// # Errors
+    /// The first error of `f` that no reconnection helps against.
+    pub fn with_devices(
+        &self,
+        mut f: impl FnMut(&mut dyn Device) -> Result<(), FrontendError>,
+    ) -> Result<(), FrontendError> {
+        self.units.iter().try_for_each(|attached| attached.unit.with(&mut f))
+    }
+
+    /// A handle for that which outlives the borrow of the guest.
+    pub fn device_control(&self) -> DeviceControl {
+        DeviceControl { units: self.units.iter().map(|attached| attached.unit.clone()).collect() }
+    }
+
+    fn build(config: GuestConfig, layout: Layout, memory: Memory) -> Result<Guest, GuestError> {
+        let pattern = Pattern { seed: config.seed, repeated: config.repeated };
+        let cpu = |(number, area): (usize, &layout::Area)| Cpu::new(number, &memory, area.clone(), pattern);
+        let cpus: Vec<Cpu> = layout.cpus.iter().enumerate().map(cpu).collect();
+        Ok(Guest {
+            steps: cpus.iter().map(|cpu| cpu.counter().clone()).collect(),
+            config,
+            layout,
+            memory,
+            pattern,
+            failure: Arc::new(Failure::new()?),
+            work: Work::Paused(cpus, Vec::new()),
+            units: Vec::new(),
+            expected: Vec::new(),
+            counters: Vec::new(),
+            last_action: None,
+            downtime_ns: None,
+        })
+    }
+
+    /// Makes devices ready, all rings stopped at where `expected` says, or at their beginning.
+    fn plug(&mut self, devices: Vec<Box<dyn Device>>, expected: &[DeviceState]) -> Result<(), GuestError> {
+        if !self.units.is_empty() {
+            return Err(GuestError::Order { is: "using its disks", advice: "it can't be given others" });
+        }
+        if devices.len() != self.config.disks {
+            let what = format!("it has {} disks, not {}", self.config.disks, devices.len());
+            return Err(GuestError::Config(what));
+        }
+        let per_disk = usize::from(self.config.queues);
+        let mut units = Vec::new();
+        for (number, mut device) in devices.into_iter().enumerate() {
+            let expected = expected.get(number);
+            let disk = self.negotiate(device.as_mut(), expected)?;
+            let rings = self.layout.queues.iter().skip(number * per_disk).take(per_disk);
+            let lines = rings.map(|queue| Line::new(queue.ring)).collect::<Result<Vec<_>, _>>()?;
+            let stopped = match expected {
+                Some(state) => state.bases.iter().copied().map(Some).collect(),
+                None => vec![Some(RingBase::split(0)); per_disk],
+            };
+            let unit = Arc::new(Unit::new(device, lines, Duration::from_secs(self.config.reconnect_timeout)));
+            let supervisor = Supervisor::start(unit.clone(), self.failure.clone())?;
+            units.push(Attached { _supervisor: supervisor, unit, disk, stopped });
+        }
+        self.units = units;
+        Ok(())
+    }
+
+    /// Agrees on everything but rings with a device, as a driver and a VMM do.
+    fn negotiate(&self, device: &mut dyn Device, expected: Option<&DeviceState>) -> Result<Disk, GuestError> {
+        let name = device.name().to_owned();
+        let bad = |what: String| Err(GuestError::Config(format!("{name}: {what}")));
+        if device.queues() < self.config.queues {
+            return bad(format!("it has {} queues, and the guest wants {}", device.queues(), self.config.queues));
+        }
+        let offered = FEATURES.iter().fold(0, |all, number| all | bit(*number)) & device.features();
+        if device.features() & bit(VIRTIO_BLK_F_RO) != 0 {
+            return bad("it is read-only, and the guest writes".into());
+        }
+        let features = expected.map_or(offered, |state| state.features);
+        if features & bit(VIRTIO_F_VERSION_1) == 0 {
+            return bad("it does not offer VIRTIO_F_VERSION_1".into());
+        }
+        device.set_features(features)?;
+        let [acknowledge, driver] = [virtio::VIRTIO_CONFIG_S_ACKNOWLEDGE, virtio::VIRTIO_CONFIG_S_DRIVER];
+        let ready = acknowledge | driver | virtio::VIRTIO_CONFIG_S_FEATURES_OK | virtio::VIRTIO_CONFIG_S_DRIVER_OK;
+        device.set_status(ready)?;
+        let mut space = BlkConfig::new_zeroed();
+        device.config(0, space.as_mut_bytes().get_mut(..CONFIG_BYTES).unwrap_or_default())?;
+        let (has, sector) = (|number| features & bit(number) != 0, SECTOR_BYTES as u32);
+        let now = DeviceState {
+            features,
+            capacity: space.capacity.get().saturating_mul(SECTOR_BYTES),
+            segments: if has(VIRTIO_BLK_F_SEG_MAX) { space.seg_max.get() } else { 1 },
+            block_size: if has(VIRTIO_BLK_F_BLK_SIZE) { space.blk_size.get() } else { sector },
+            bases: Vec::new(),
+            inflight: None,
+        };
+        if let Some(state) = expected {
+            let same = (state.capacity, state.block_size) == (now.capacity, now.block_size);
+            if !same || state.bases.len() != usize::from(self.config.queues) {
+                return bad(format!("its disk has {} bytes, and the guest's had {}", now.capacity, state.capacity));
+            }
+        }
+        let restored = expected.and_then(|state| state.inflight.as_ref());
+        device.set_inflight(self.config.queues, self.config.queue_size, restored)?;
+        device.set_memory(&self.memory)?;
+        disk(expected.unwrap_or(&now))
+    }
+
+    fn verify_paused(&mut self) -> Result<Verified, GuestError> {
+        let patience = Duration::from_secs(self.config.request_timeout);
+        let Work::Paused(cpus, drivers) = &mut self.work else { return Err(self.order()) };
+        in_parallel(cpus.iter(), |cpu| cpu.verify())?;
+        let (memory, pattern) = (&self.memory, &self.pattern);
+        for (area, blank) in [(&self.layout.cold, false), (&self.layout.zero, true)] {
+            in_parallel(halves(area.pages()), |pages| {
+                pages.into_iter().try_for_each(|page| cpu::check(memory, pattern, area.page(page), 0, blank))
+            })?;
+        }
+        if self.units.iter().any(|attached| attached.stopped.iter().any(Option::is_some)) {
+            return Err(GuestError::Order { is: "without its disks", advice: "start its devices first" });
+        }
+        let lines =
+            self.units.iter().flat_map(|attached| attached.unit.lines.iter().map(|line| (&attached.unit, line)));
+        let disk = drivers.iter().map(|driver| driver.sectors() * SECTOR_BYTES).sum();
+        in_parallel(drivers.iter_mut().zip(lines), |(driver, (unit, line))| crew::scan(driver, unit, line, patience))?;
+        let areas = self.layout.cpus.iter().chain([&self.layout.cold, &self.layout.zero]);
+        Ok(Verified { memory: areas.map(|area| area.pages() * crate::memory::LOG_PAGE).sum(), disk })
+    }
+
+    fn check_failure(&self) -> Result<(), GuestError> {
+        self.failure().map_or(Ok(()), |error| Err(error.into()))
+    }
+
+    /// What is wrong with calling something now.
+    fn order(&self) -> GuestError {
+        match self.work {
+            Work::Running(_) => GuestError::Order { is: "running", advice: "pause it first" },
+            Work::Paused(..) => GuestError::Order { is: "paused", advice: "resume it first" },
+            Work::Gone => GuestError::Order { is: "broken", advice: "start another one" },
+        }
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        if let Work::Running(crew) = std::mem::replace(&mut self.work, Work::Gone) {
+            let _ = crew.stop();
+        }
+    }
+}
+
+/// Controls a guest's devices from elsewhere; see [`Guest::with_devices`].
+#[derive(Clone)]
+pub struct DeviceControl {
+    units: Vec<Arc<Unit>>,
+}
+
+impl DeviceControl {
+    /// As [`Guest::with_devices`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with_devices(
+        &self,
+        mut f: impl FnMut(&mut dyn Device) -> Result<(), FrontendError>,
+    ) -> Result<(), FrontendError> {
+        self.units.iter().try_for_each(|unit| unit.with(&mut f))
+    }
+}
+
+fn setup(line: &Line, base: RingBase) -> RingSetup {
+    let crate::ring::SplitLayout { size, desc, avail, used } = line.ring;
+    RingSetup { size, desc, avail, used, kick: line.kick.clone(), call: line.call.clone(), base }
+}
+
+/// What a driver has to know of a device.
+fn disk(state: &DeviceState) -> Result<Disk, GuestError> {
+    let block = u64::from(state.block_size) / SECTOR_BYTES;
+    if !block.is_power_of_two() {
+        return Err(GuestError::State(format!("a disk can't have blocks of {} bytes", state.block_size)));
+    }
+    Ok(Disk { features: state.features, capacity: state.capacity, segments: state.segments, block })
+}
+
+/// Does `each` on a thread of its own; the first error counts.
+fn in_parallel<T: Send>(
+    items: impl IntoIterator<Item = T>,
+    each: impl Fn(T) -> Result<(), GuestError> + Sync,
+) -> Result<(), GuestError> {
+    let panicked = || GuestError::State("a thread that looked at it has panicked".into());
+    std::thread::scope(|scope| {
+        let each = &each;
+        let threads: Vec<_> = items.into_iter().map(|item| scope.spawn(move || each(item))).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(panicked())))
+    })
+}
+
+/// `0..count` for two threads.
+fn halves(count: u64) -> [Range<u64>; 2] {
+    [0..count / 2, count / 2..count]
+}

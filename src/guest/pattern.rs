@@ -1,0 +1,153 @@
+//! Self-describing contents: every 8-byte word of a page or sector follows from where it is, its version and a seed.
+//!
+//! A block's first word is its address (guest-physical, or byte offset on the disk), the second its version, so that a
+//! wrong block tells where it comes from.
+
+use zerocopy::IntoBytes;
+
+use super::error::{Place, WrongByte};
+
+/// Words of a page.
+pub(super) const PAGE_WORDS: usize = 512;
+/// Words of a sector.
+pub(super) const SECTOR_WORDS: usize = 64;
+
+/// Contents of everything a guest writes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pattern {
+    pub(super) seed: u64,
+    /// Of every eight words, how many are all alike in their block.
+    pub(super) repeated: u8,
+}
+
+impl Pattern {
+    /// Fills `words` as version `version` of the block at `address`.
+    pub(super) fn fill(&self, address: u64, version: u64, words: &mut [u64]) {
+        let key = mix(self.seed ^ mix(address ^ mix(version)));
+        let unlike = 8usize.saturating_sub(self.repeated.into());
+        let mut next = key;
+        for eight in words.chunks_mut(8) {
+            for (at, word) in eight.iter_mut().enumerate() {
+                next = next.wrapping_add(0x9e37_79b9_7f4a_7c15);
+                *word = if at < unlike { next ^ next >> 31 } else { key };
+            }
+        }
+        if let [first, second, ..] = words {
+            (*first, *second) = (address, version);
+        }
+    }
+
+    /// Compares `found`, the block at `address`, with its version `version`; `blank` blocks have a version 0 of zeros.
+    /// `place` names the block's first byte if it is wrong.
+    pub(super) fn check(
+        &self,
+        address: u64,
+        version: u64,
+        blank: bool,
+        found: &[u64],
+        place: impl Fn(u64) -> Place,
+    ) -> Result<(), Box<WrongByte>> {
+        let mut expected = [0; PAGE_WORDS];
+        let Some(expected) = expected.get_mut(..found.len()) else { return Ok(()) };
+        if version != 0 || !blank {
+            self.fill(address, version, expected);
+        }
+        if expected == found {
+            return Ok(());
+        }
+        let mut pairs = expected.as_bytes().iter().zip(found.as_bytes()).zip(0..);
+        match pairs.find(|((expected, found), _)| expected != found) {
+            Some(((&expected, &byte), at)) => Err(Box::new(WrongByte {
+                place: place(at),
+                expected,
+                found: byte,
+                version,
+                verdict: self.judge(found),
+            })),
+            None => Ok(()),
+        }
+    }
+
+    /// What a block that should be another one is.
+    fn judge(&self, found: &[u64]) -> String {
+        if found.iter().all(|word| *word == 0) {
+            return "all of it is zero".into();
+        }
+        let (address, version) = match found {
+            [address, version, ..] => (*address, *version),
+            _ => (0, 0),
+        };
+        let mut whole = [0; PAGE_WORDS];
+        let whole = whole.get_mut(..found.len()).unwrap_or_default();
+        self.fill(address, version, whole);
+        match whole == found {
+            true => format!("it is, as a whole, version {version} of {address:#x}"),
+            false => format!("it is a mix of contents, headed version {version} of {address:#x}"),
+        }
+    }
+}
+
+/// Stirs bits (the finalizer of splitmix64).
+pub(super) fn mix(value: u64) -> u64 {
+    let value = (value ^ value >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let value = (value ^ value >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    value ^ value >> 31
+}
+
+/// Random numbers whose state is one word, so that a guest goes on with them elsewhere.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Random(pub(super) u64);
+
+impl Random {
+    pub(super) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        mix(self.0)
+    }
+
+    /// Evenly enough below `bound`; 0 if that is 0.
+    pub(super) fn below(&mut self, bound: u64) -> u64 {
+        ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATTERN: Pattern = Pattern { seed: 7, repeated: 4 };
+
+    #[test]
+    fn every_flipped_byte_is_found_and_named() {
+        let mut page = [0; PAGE_WORDS];
+        PATTERN.fill(0x5000, 3, &mut page);
+        PATTERN.check(0x5000, 3, false, &page, Place::Memory).unwrap();
+        for byte in 0..4096 {
+            let mut bad = page;
+            bad.as_mut_bytes()[byte] ^= 0x10;
+            let at = |offset| Place::Memory(0x5000 + offset);
+            let wrong = PATTERN.check(0x5000, 3, false, &bad, at).unwrap_err();
+            assert_eq!(wrong.place, Place::Memory(0x5000 + byte as u64));
+            assert_eq!(wrong.expected ^ wrong.found, 0x10);
+        }
+    }
+
+    #[test]
+    fn a_stale_or_foreign_block_is_recognised() {
+        let mut page = [0; PAGE_WORDS];
+        PATTERN.fill(0x5000, 2, &mut page);
+        let wrong = PATTERN.check(0x5000, 3, false, &page, Place::Memory).unwrap_err();
+        assert!(wrong.to_string().contains("version 2 of 0x5000"), "{wrong}");
+        let zero = PATTERN.check(0x5000, 3, false, &[0; PAGE_WORDS], Place::Memory).unwrap_err();
+        assert!(zero.to_string().contains("zero"), "{zero}");
+        page[100] += 1;
+        let torn = PATTERN.check(0x5000, 2, false, &page, Place::Memory).unwrap_err();
+        assert!(torn.to_string().contains("mix"), "{torn}");
+    }
+
+    #[test]
+    fn a_blank_block_is_zero_until_it_has_a_version() {
+        PATTERN.check(0x200, 0, true, &[0; SECTOR_WORDS], Place::Memory).unwrap();
+        assert!(PATTERN.check(0x200, 0, false, &[0; SECTOR_WORDS], Place::Memory).is_err());
+        assert!(PATTERN.check(0x200, 1, true, &[0; SECTOR_WORDS], Place::Memory).is_err());
+    }
+}

@@ -1,0 +1,88 @@
+//! To stop threads that wait on file descriptors, and to say why a guest has failed.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::error::GuestError;
+
+/// Something that happens once, to be asked for or waited on.
+#[derive(Debug)]
+pub(super) struct Signal {
+    set: AtomicBool,
+    eventfd: EventFd,
+}
+
+impl Signal {
+    pub(super) fn new() -> Result<Signal, GuestError> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let eventfd = EventFd::from_value_and_flags(0, flags).map_err(GuestError::system("make an eventfd"))?;
+        Ok(Signal { set: AtomicBool::new(false), eventfd })
+    }
+
+    pub(super) fn set(&self) {
+        self.set.store(true, Ordering::Release);
+        // It can't be full, and is never read: whoever polls it sees it from now on.
+        let _ = self.eventfd.write(1);
+    }
+
+    pub(super) fn is_set(&self) -> bool {
+        self.set.load(Ordering::Acquire)
+    }
+}
+
+impl AsFd for Signal {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.eventfd.as_fd()
+    }
+}
+
+/// The first error of any of a guest's threads; it stops all of them.
+#[derive(Debug)]
+pub(super) struct Failure {
+    signal: Signal,
+    error: OnceLock<Arc<GuestError>>,
+}
+
+impl Failure {
+    pub(super) fn new() -> Result<Failure, GuestError> {
+        Ok(Failure { signal: Signal::new()?, error: OnceLock::new() })
+    }
+
+    pub(super) fn report(&self, error: GuestError) {
+        // A second error is mostly a consequence of the first.
+        let _ = self.error.set(Arc::new(error));
+        self.signal.set();
+    }
+
+    pub(super) fn error(&self) -> Option<&Arc<GuestError>> {
+        self.error.get()
+    }
+
+    pub(super) fn signal(&self) -> &Signal {
+        &self.signal
+    }
+}
+
+/// Waits until one of `readable` can be read, `hung_up` is so, or `timeout` is over.
+pub(super) fn wait(
+    readable: &[BorrowedFd<'_>],
+    hung_up: Option<BorrowedFd<'_>>,
+    timeout: Option<Duration>,
+) -> Result<(), GuestError> {
+    let timeout = match timeout {
+        Some(timeout) => PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX),
+        None => PollTimeout::NONE,
+    };
+    let readable = readable.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN));
+    let mut fds: Vec<PollFd<'_>> = readable.chain(hung_up.map(|fd| PollFd::new(fd, PollFlags::empty()))).collect();
+    match poll(&mut fds, timeout) {
+        Ok(_) | Err(Errno::EINTR) => Ok(()),
+        Err(errno) => Err(GuestError::system("wait for events")(errno)),
+    }
+}

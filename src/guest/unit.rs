@@ -1,0 +1,167 @@
+//! A device as the guest holds it: shared with whoever controls it, watched, and connected again when its back-end has
+//! gone away. The data path needs none of this: rings are in guest memory, and go on when the new back-end does.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::error::GuestError;
+use super::signal::{Failure, Signal, wait};
+use crate::frontend::{Device, FrontendError, SharedDevice};
+use crate::ring::SplitLayout;
+
+/// The longest that anybody else waits for the device while its back-end is away.
+const SLICE: Duration = Duration::from_secs(2);
+
+/// A device, and what the guest knows of its connection.
+pub(super) struct Unit {
+    pub(super) device: Arc<Mutex<Box<dyn Device>>>,
+    pub(super) lines: Vec<Line>,
+    patience: Duration,
+    away: AtomicBool,
+    pub(super) reconnects: AtomicU64,
+    pub(super) resubmitted: AtomicU64,
+}
+
+/// A ring's place in memory and its doorbells.
+pub(super) struct Line {
+    pub(super) ring: SplitLayout,
+    pub(super) kick: Arc<OwnedFd>,
+    pub(super) call: Arc<OwnedFd>,
+}
+
+impl Line {
+    pub(super) fn new(ring: SplitLayout) -> Result<Line, GuestError> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let eventfd = || {
+            let made = EventFd::from_value_and_flags(0, flags).map_err(GuestError::system("make an eventfd"))?;
+            Ok::<_, GuestError>(Arc::new(OwnedFd::from(made)))
+        };
+        Ok(Line { ring, kick: eventfd()?, call: eventfd()? })
+    }
+
+    pub(super) fn kick(&self) {
+        // A full eventfd is a kick that nobody has looked at yet.
+        let _ = nix::unistd::write(&self.kick, &1u64.to_ne_bytes());
+    }
+
+    /// Takes a call back, if there is one.
+    pub(super) fn answer(&self) {
+        let _ = nix::unistd::read(&self.call, &mut [0; 8]);
+    }
+}
+
+impl Unit {
+    pub(super) fn new(device: Box<dyn Device>, lines: Vec<Line>, patience: Duration) -> Unit {
+        Unit {
+            device: Arc::new(Mutex::new(device)),
+            lines,
+            patience,
+            away: AtomicBool::new(false),
+            reconnects: AtomicU64::new(0),
+            resubmitted: AtomicU64::new(0),
+        }
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Box<dyn Device>> {
+        self.device.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the back-end is known to be away.
+    pub(super) fn is_away(&self) -> bool {
+        self.away.load(Ordering::Relaxed)
+    }
+
+    /// Calls `f`, again after a reconnection if the back-end goes away meanwhile.
+    pub(super) fn with<T>(
+        &self,
+        mut f: impl FnMut(&mut dyn Device) -> Result<T, FrontendError>,
+    ) -> Result<T, FrontendError> {
+        let deadline = Instant::now() + self.patience;
+        loop {
+            let mut device = self.lock();
+            match f(device.as_mut()) {
+                Err(error) if error.is_hang_up() && Instant::now() < deadline => {
+                    self.reconnect(device.as_mut(), deadline)?;
+                }
+                done => return done,
+            }
+        }
+    }
+
+    fn reconnect(&self, device: &mut dyn Device, deadline: Instant) -> Result<(), FrontendError> {
+        self.away.store(true, Ordering::Relaxed);
+        let found = device.reconnect(deadline)?;
+        self.away.store(false, Ordering::Relaxed);
+        self.reconnects.fetch_add(1, Ordering::Relaxed);
+        self.resubmitted.fetch_add(found.resubmitted, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Connects again as long as it takes, but not longer than there is patience, and lets others at the device between
+    /// attempts.
+    fn revive(&self, stop: &Signal) -> Result<(), FrontendError> {
+        let deadline = Instant::now() + self.patience;
+        loop {
+            let mut device = self.lock();
+            if !device.hung_up() {
+                return Ok(());
+            }
+            match self.reconnect(device.as_mut(), deadline.min(Instant::now() + SLICE)) {
+                Err(_) if stop.is_set() => return Ok(()),
+                Err(error) if !error.is_away() || Instant::now() >= deadline => return Err(error),
+                _ => {}
+            }
+        }
+    }
+}
+
+impl SharedDevice for Arc<Unit> {
+    fn with(&self, ask: &mut dyn FnMut(&mut dyn Device) -> Result<(), FrontendError>) -> Result<(), FrontendError> {
+        Unit::with(self, ask)
+    }
+}
+
+/// The thread that watches a device's connection; it ends when this is dropped.
+pub(super) struct Supervisor {
+    stop: Arc<Signal>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Supervisor {
+    pub(super) fn start(unit: Arc<Unit>, failure: Arc<Failure>) -> Result<Supervisor, GuestError> {
+        let stop = Arc::new(Signal::new()?);
+        let stopped = stop.clone();
+        let watch = move || {
+            if let Err(error) = watch(&unit, &stopped) {
+                failure.report(error);
+            }
+        };
+        let thread = std::thread::Builder::new().name("supervisor".into()).spawn(watch);
+        Ok(Supervisor { stop, thread: Some(thread.map_err(GuestError::system("start a thread"))?) })
+    }
+}
+
+impl Drop for Supervisor {
+    fn drop(&mut self) {
+        self.stop.set();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn watch(unit: &Unit, stop: &Signal) -> Result<(), GuestError> {
+    while !stop.is_set() {
+        let Some(connection) = unit.lock().watch()? else { return Ok(()) };
+        wait(&[stop.as_fd()], Some(connection.as_fd()), None)?;
+        if !stop.is_set() {
+            unit.revive(stop)?;
+        }
+    }
+    Ok(())
+}

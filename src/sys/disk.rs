@@ -1,0 +1,342 @@
+//! Disk I/O straight from and to the guest memory of a request: through io_uring, or by threads.
+//!
+//! An [`Engine`] makes one attempt per [`Io`] and hands it back with what the system said. Retries, short transfers and
+//! what an error means are the caller's. An `Io` owns its request, and with it the guest memory, until then: that is
+//! what makes it safe to let the kernel write there.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use crossbeam::channel::{Receiver, Sender, unbounded};
+use io_uring::{IoUring, opcode, squeue, types};
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::unistd::fdatasync;
+
+use crate::backend::Request;
+
+/// Most ranges that one call takes (IOV_MAX); what is left over is left to the next attempt.
+const MAX_IOVECS: usize = 1024;
+/// Threads per queue, where io_uring is not to be had.
+const THREADS: usize = 8;
+
+/// What to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Op {
+    /// From the disk to writable bytes of the request.
+    Read,
+    /// From readable bytes of the request to the disk.
+    Write {
+        /// Whether the data must be on stable storage before the write is complete.
+        durable: bool,
+    },
+    /// Everything written so far to stable storage: fdatasync.
+    Flush,
+    /// Deallocates.
+    Discard,
+    /// Makes it read as zeroes.
+    Zero {
+        /// Whether by deallocating.
+        unmap: bool,
+        /// Whether the other way failed already; the engine does not care.
+        last: bool,
+    },
+}
+
+/// A piece of disk I/O and the request it is for.
+#[derive(Debug)]
+pub(crate) struct Io {
+    pub(crate) request: Request,
+    pub(crate) op: Op,
+    /// The file's bytes.
+    pub(crate) disk: Range<u64>,
+    /// Where in the request the data of `disk.start` is.
+    pub(crate) at: u64,
+    /// Whether to go past the page cache, if the disk was opened for it.
+    pub(crate) direct: bool,
+}
+
+impl Io {
+    fn len(&self) -> u64 {
+        self.disk.end - self.disk.start
+    }
+
+    fn iovecs(&mut self, out: &mut Vec<libc::iovec>) -> io::Result<()> {
+        out.clear();
+        let range = self.at..self.at.saturating_add(self.len());
+        match self.op {
+            Op::Read => self.request.lend(range, out),
+            Op::Write { .. } => self.request.borrow(range, out),
+            Op::Flush | Op::Discard | Op::Zero { .. } => Ok(()),
+        }
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+        out.truncate(MAX_IOVECS);
+        Ok(())
+    }
+
+    fn fallocate_flags(&self) -> FallocateFlags {
+        match self.op {
+            Op::Zero { unmap: false, .. } => FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE,
+            _ => FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE,
+        }
+    }
+}
+
+/// One image, opened in every way that is needed.
+#[derive(Debug)]
+pub(crate) struct Files {
+    pub(crate) buffered: File,
+    /// With O_DIRECT.
+    pub(crate) direct: Option<File>,
+}
+
+impl Files {
+    fn of(&self, io: &Io) -> &File {
+        self.direct.as_ref().filter(|_| io.direct).unwrap_or(&self.buffered)
+    }
+}
+
+/// An [`Io`] and how many bytes its attempt transferred.
+pub(crate) type Done = (Io, io::Result<u64>);
+
+/// A way of doing disk I/O, used by one thread. Dropping it waits for what is under way.
+pub(crate) trait Engine {
+    /// Makes an attempt; it may be held back until [`Engine::completions`].
+    fn submit(&mut self, io: Io);
+
+    /// Passes on what was held back, and hands back what is complete.
+    fn completions(&mut self, done: &mut VecDeque<Done>);
+
+    /// Readable while completions wait.
+    fn fd(&self) -> BorrowedFd<'_>;
+}
+
+nix::ioctl_read_bad!(blksszget, libc::BLKSSZGET, libc::c_int);
+
+/// The logical block size of a block device, in bytes.
+pub(crate) fn block_size(device: BorrowedFd<'_>) -> u32 {
+    let mut size = 0;
+    // SAFETY: this request writes one int, which `size` is.
+    let asked = unsafe { blksszget(device.as_raw_fd(), &raw mut size) };
+    asked.ok().and_then(|_| u32::try_from(size).ok()).unwrap_or(512)
+}
+
+/// I/O through io_uring.
+pub(crate) struct Uring {
+    ring: IoUring,
+    files: Arc<Files>,
+    slots: Vec<Slot>,
+    free: Vec<usize>,
+    /// What could not even be tried.
+    failed: Vec<Done>,
+}
+
+#[derive(Default)]
+struct Slot {
+    io: Option<Io>,
+    iovecs: Vec<libc::iovec>,
+}
+
+impl Uring {
+    /// Sets up io_uring for up to `depth` pieces of I/O at a time.
+    pub(crate) fn new(files: Arc<Files>, depth: u16) -> io::Result<Uring> {
+        let entries = u32::from(depth.max(1)).next_power_of_two();
+        let ring = IoUring::builder().setup_clamp().setup_cqsize(entries * 2).build(entries)?;
+        Ok(Uring { ring, files, slots: Vec::new(), free: Vec::new(), failed: Vec::new() })
+    }
+
+    fn entry(slot: &Slot, io: &Io, files: &Files) -> squeue::Entry {
+        let fd = types::Fd(files.of(io).as_raw_fd());
+        let flags = if io.op == (Op::Write { durable: true }) { libc::RWF_DSYNC } else { 0 };
+        let many = slot.iovecs.len() as u32;
+        match (io.op, slot.iovecs.as_slice()) {
+            (Op::Read, [one]) => opcode::Read::new(fd, one.iov_base.cast(), length(one)).offset(io.disk.start).build(),
+            (Op::Read, all) => opcode::Readv::new(fd, all.as_ptr(), many).offset(io.disk.start).build(),
+            (Op::Write { .. }, [one]) => opcode::Write::new(fd, one.iov_base.cast_const().cast(), length(one))
+                .offset(io.disk.start)
+                .rw_flags(flags)
+                .build(),
+            (Op::Write { .. }, all) => {
+                opcode::Writev::new(fd, all.as_ptr(), many).offset(io.disk.start).rw_flags(flags).build()
+            }
+            (Op::Flush, _) => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+            (Op::Discard | Op::Zero { .. }, _) => {
+                opcode::Fallocate::new(fd, io.len()).offset(io.disk.start).mode(io.fallocate_flags().bits()).build()
+            }
+        }
+    }
+
+    /// Passes everything on to the kernel. When it has no room for more, completions have to be taken first.
+    fn pass_on(&mut self) {
+        while !self.ring.submission().is_empty() {
+            match self.ring.submit() {
+                Ok(_) => {}
+                Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
+                Err(_) => break,
+            }
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+}
+
+/// Bytes of a range, as one call takes them; the rest is left to the next attempt.
+fn length(iovec: &libc::iovec) -> u32 {
+    iovec.iov_len.min(1 << 30) as u32
+}
+
+impl Engine for Uring {
+    fn submit(&mut self, mut io: Io) {
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot::default());
+            self.slots.len() - 1
+        });
+        let Some(slot) = self.slots.get_mut(index) else { return };
+        if let Err(error) = io.iovecs(&mut slot.iovecs) {
+            self.free.push(index);
+            self.failed.push((io, Err(error)));
+            return;
+        }
+        let entry = Uring::entry(slot, &io, &self.files).user_data(index as u64);
+        slot.io = Some(io);
+        // SAFETY: the buffers are guest memory of the request in `slot.io`, and the list of them is `slot.iovecs`;
+        // neither is touched until the completion with this index has been taken, for which `drop` waits too. The
+        // file is open as long as `self.files` lives.
+        while unsafe { self.ring.submission().push(&entry) }.is_err() {
+            // The queue is full: there are at least as many entries as requests, so the kernel is about to take some.
+            if let Err(error) = self.ring.submit()
+                && error.raw_os_error() != Some(libc::EINTR)
+            {
+                if let Some(io) = self.slots.get_mut(index).and_then(|slot| slot.io.take()) {
+                    self.free.push(index);
+                    self.failed.push((io, Err(error)));
+                }
+                return;
+            }
+        }
+    }
+
+    fn completions(&mut self, done: &mut VecDeque<Done>) {
+        self.pass_on();
+        done.extend(self.failed.drain(..));
+        for completion in self.ring.completion() {
+            let index = completion.user_data() as usize;
+            let Some(io) = self.slots.get_mut(index).and_then(|slot| slot.io.take()) else { continue };
+            self.free.push(index);
+            let result = u64::try_from(completion.result());
+            done.push_back((io, result.map_err(|_| io::Error::from_raw_os_error(-completion.result()))));
+        }
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the ring owns its fd, and this borrow borrows the ring.
+        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
+    }
+}
+
+impl Drop for Uring {
+    fn drop(&mut self) {
+        let mut done = VecDeque::new();
+        self.completions(&mut done);
+        while self.in_flight() > 0 {
+            // An interrupted wait is taken up again.
+            let _ = self.ring.submit_and_wait(1);
+            self.completions(&mut done);
+        }
+    }
+}
+
+/// I/O by threads that block.
+pub(crate) struct Threads {
+    jobs: Option<Sender<Io>>,
+    results: Receiver<Done>,
+    ready: Arc<EventFd>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Threads {
+    /// Starts the threads.
+    pub(crate) fn new(files: &Arc<Files>) -> io::Result<Threads> {
+        let (jobs, todo) = unbounded::<Io>();
+        let (finished, results) = unbounded();
+        let ready = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
+        let spawn = |_| {
+            let (todo, finished, ready, files) = (todo.clone(), finished.clone(), ready.clone(), files.clone());
+            thread::Builder::new().name("disk".into()).spawn(move || {
+                for mut io in todo {
+                    let result = attempt(&files, &mut io);
+                    let _ = finished.send((io, result));
+                    let _ = ready.write(1);
+                }
+            })
+        };
+        let threads = (0..THREADS).map(spawn).collect::<io::Result<_>>()?;
+        Ok(Threads { jobs: Some(jobs), results, ready, threads })
+    }
+}
+
+impl Engine for Threads {
+    fn submit(&mut self, io: Io) {
+        if let Some(jobs) = &self.jobs {
+            // The threads live as long as this sender.
+            let _ = jobs.send(io);
+        }
+    }
+
+    fn completions(&mut self, done: &mut VecDeque<Done>) {
+        let _ = self.ready.read();
+        done.extend(self.results.try_iter());
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.ready.as_fd()
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        self.jobs = None;
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// One blocking attempt.
+fn attempt(files: &Files, io: &mut Io) -> io::Result<u64> {
+    let mut iovecs = Vec::new();
+    io.iovecs(&mut iovecs)?;
+    let file = files.of(io);
+    let offset = i64::try_from(io.disk.start).map_err(|_| Errno::EFBIG)?;
+    let len = i64::try_from(io.len()).map_err(|_| Errno::EFBIG)?;
+    match io.op {
+        Op::Read => transfer(file.as_raw_fd(), &iovecs, offset, None),
+        Op::Write { durable } => {
+            transfer(file.as_raw_fd(), &iovecs, offset, Some(if durable { libc::RWF_DSYNC } else { 0 }))
+        }
+        Op::Flush => Ok(fdatasync(file).map(|()| 0)?),
+        Op::Discard | Op::Zero { .. } => Ok(fallocate(file, io.fallocate_flags(), offset, len).map(|()| 0)?),
+    }
+}
+
+/// `preadv`, or `pwritev2` with these flags.
+fn transfer(fd: RawFd, iovecs: &[libc::iovec], offset: i64, write: Option<i32>) -> io::Result<u64> {
+    let count = iovecs.len() as i32;
+    // SAFETY: the ranges are guest memory of the request that the caller holds; writing there from outside Rust is what
+    // guest memory is for.
+    let result = unsafe {
+        match write {
+            None => libc::preadv(fd, iovecs.as_ptr(), count, offset),
+            Some(flags) => libc::pwritev2(fd, iovecs.as_ptr(), count, offset, flags),
+        }
+    };
+    u64::try_from(result).map_err(|_| io::Error::last_os_error())
+}

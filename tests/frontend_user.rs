@@ -1,0 +1,581 @@
+//! What the vhost-user client says, and what it makes of answers: against a back-end that follows a script.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::fs::File;
+use std::io::{IoSlice, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use nix::sys::eventfd::EventFd;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use tempfile::TempDir;
+use vhost_migrate::abi::vhost_user::{Header, Request, protocol_feature as p};
+use vhost_migrate::abi::{bit, inflight};
+use vhost_migrate::dirty::Log;
+use vhost_migrate::frontend::{Device, FrontendError, RingSetup, UserDevice, UserOptions};
+use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+use vhost_migrate::ring::RingBase;
+use zerocopy::IntoBytes;
+
+const LOG_ALL: u64 = 1 << 26;
+const PROTOCOL: u64 = 1 << 30;
+const VERSION_1: u64 = 1 << 32;
+const ALL: u64 = 1 << p::MQ
+    | 1 << p::LOG_SHMFD
+    | 1 << p::REPLY_ACK
+    | 1 << p::CONFIG
+    | 1 << p::INFLIGHT_SHMFD
+    | 1 << p::CONFIGURE_MEM_SLOTS
+    | 1 << p::STATUS;
+
+/// What the back-end does instead of the usual.
+enum Answer {
+    Usual,
+    Silence,
+    /// Exactly these bytes, with these fds.
+    Raw(Vec<u8>, Vec<OwnedFd>),
+    /// These bytes, and then the end.
+    HangUp(Vec<u8>),
+}
+
+#[derive(Clone, Debug, PartialEq)]
+struct Message {
+    request: Request,
+    flags: u32,
+    payload: Vec<u8>,
+}
+
+type Script = Box<dyn FnMut(&Message) -> Answer + Send>;
+
+/// A back-end that notes what it hears; it has 4 queues, and memory slots for 32 regions.
+struct Fake {
+    folder: TempDir,
+    heard: Arc<Mutex<Vec<Message>>>,
+}
+
+impl Fake {
+    fn start(protocol: u64, script: impl FnMut(&Message) -> Answer + Send + 'static) -> Fake {
+        let folder = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(folder.path().join("s")).unwrap();
+        let heard = Arc::new(Mutex::new(Vec::new()));
+        let fake = Fake { folder, heard: heard.clone() };
+        let mut script: Script = Box::new(script);
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                serve(stream.unwrap(), protocol, &heard, &mut script);
+            }
+        });
+        fake
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.path().join("s")
+    }
+
+    fn connect(&self) -> Result<UserDevice, FrontendError> {
+        self.connect_with(UserOptions::default())
+    }
+
+    fn connect_with(&self, options: UserOptions) -> Result<UserDevice, FrontendError> {
+        UserDevice::connect(self.path(), options, Instant::now())
+    }
+
+    /// What was heard since the last time.
+    fn take(&self) -> Vec<Message> {
+        std::mem::take(&mut self.heard.lock().unwrap())
+    }
+
+    fn requests(&self) -> Vec<String> {
+        self.take().iter().map(|message| message.request.to_string()).collect()
+    }
+}
+
+fn serve(mut stream: UnixStream, protocol: u64, heard: &Mutex<Vec<Message>>, script: &mut Script) {
+    loop {
+        let mut header = [0; 12];
+        if stream.read_exact(&mut header).is_err() {
+            return;
+        }
+        let header: Header = zerocopy::transmute!(header);
+        let mut payload = vec![0; header.size as usize];
+        stream.read_exact(&mut payload).unwrap();
+        let message = Message { request: Request(header.request), flags: header.flags, payload };
+        heard.lock().unwrap().push(message.clone());
+        let (bytes, fds) = match script(&message) {
+            Answer::Usual => usual(&message, protocol),
+            Answer::Silence => continue,
+            Answer::Raw(bytes, fds) => (bytes, fds),
+            Answer::HangUp(bytes) => return stream.write_all(&bytes).unwrap_or_default(),
+        };
+        if bytes.is_empty() {
+            continue;
+        }
+        let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let control = if raw.is_empty() { &[] } else { &rights[..] };
+        let sent = sendmsg::<()>(stream.as_raw_fd(), &[IoSlice::new(&bytes)], control, MsgFlags::MSG_NOSIGNAL, None);
+        assert_eq!(sent, Ok(bytes.len()));
+    }
+}
+
+fn usual(message: &Message, protocol: u64) -> (Vec<u8>, Vec<OwnedFd>) {
+    let request = message.request;
+    let number = |value: u64| (reply(request, value.as_bytes()), vec![]);
+    match request {
+        Request::GET_FEATURES => number(LOG_ALL | PROTOCOL | VERSION_1),
+        Request::GET_PROTOCOL_FEATURES => number(protocol),
+        Request::GET_QUEUE_NUM => number(4),
+        Request::GET_MAX_MEM_SLOTS => number(32),
+        Request::GET_STATUS => number(7),
+        Request::SET_LOG_BASE | Request::GET_VRING_BASE | Request::GET_CONFIG => {
+            (reply(request, &message.payload), vec![])
+        }
+        Request::GET_INFLIGHT_FD => {
+            let queues = u16::from_ne_bytes(message.payload[16..18].try_into().unwrap());
+            let size = u16::from_ne_bytes(message.payload[18..20].try_into().unwrap());
+            let bytes = inflight::split_queue_bytes(size) * u64::from(queues);
+            let mut payload = message.payload.clone();
+            payload[..8].copy_from_slice(&bytes.to_ne_bytes());
+            (reply(request, &payload), vec![sealed_memfd("fake", bytes).unwrap()])
+        }
+        _ if message.flags & Header::FLAG_NEED_REPLY != 0 => number(0),
+        _ => (vec![], vec![]),
+    }
+}
+
+fn reply(request: Request, payload: &[u8]) -> Vec<u8> {
+    raw(request, Header::REPLY_FLAGS, payload)
+}
+
+fn raw(request: Request, flags: u32, payload: &[u8]) -> Vec<u8> {
+    let header = Header { request: request.0, flags, size: payload.len() as u32 };
+    [header.as_bytes(), payload].concat()
+}
+
+/// `regions` regions of 64 KiB with a gap between each.
+fn memory(regions: u64) -> Memory {
+    let region = |i| {
+        let fd = sealed_memfd("guest", 0x10000).unwrap();
+        Arc::new(Region::share(fd, i * 0x20000, 0x10000, 0).unwrap())
+    };
+    Memory::new((0..regions).map(region)).unwrap()
+}
+
+fn setup() -> RingSetup {
+    let eventfd = || Arc::new(OwnedFd::from(EventFd::new().unwrap()));
+    let base = RingBase::split(7);
+    RingSetup { size: 8, desc: 0x1000, avail: 0x2000, used: 0x3000, kick: eventfd(), call: eventfd(), base }
+}
+
+/// A device with memory and one ring that runs.
+fn running(fake: &Fake, options: UserOptions) -> UserDevice {
+    let mut device = fake.connect_with(options).unwrap();
+    device.set_features(VERSION_1).unwrap();
+    device.set_inflight(1, 8, None).unwrap();
+    device.set_memory(&memory(1)).unwrap();
+    device.start_ring(0, setup()).unwrap();
+    device
+}
+
+fn log() -> (Arc<Log>, OwnedFd) {
+    let (log, fd) = Log::create(0x10000).unwrap();
+    (Arc::new(log), fd)
+}
+
+#[test]
+fn the_reply_to_set_log_base_may_have_any_length() {
+    for len in [0, 8, 16, 24] {
+        let fake = Fake::start(ALL, move |message| match message.request {
+            Request::SET_LOG_BASE => Answer::Raw(reply(Request::SET_LOG_BASE, &vec![0xab; len]), vec![]),
+            _ => Answer::Usual,
+        });
+        let mut device = running(&fake, UserOptions::default());
+        let (log, fd) = log();
+        device.start_logging(&log, fd.as_fd()).unwrap();
+        device.stop_logging().unwrap();
+    }
+}
+
+#[test]
+fn logging_is_switched_on_log_first_then_features_then_rings_and_off_without_the_log() {
+    let fake = Fake::start(ALL, |_| Answer::Usual);
+    let mut device = running(&fake, UserOptions::default());
+    fake.take();
+    let (log, fd) = log();
+    device.start_logging(&log, fd.as_fd()).unwrap();
+    let on = fake.take();
+    let names: Vec<_> = on.iter().map(|message| message.request).collect();
+    assert_eq!(names, [Request::SET_LOG_BASE, Request::SET_FEATURES, Request::SET_VRING_ADDR]);
+    assert_eq!(on[0].flags, 1, "SET_LOG_BASE has a reply of its own (rule F3)");
+    assert_eq!(on[0].payload, [log.size(), 0].as_bytes());
+    assert_eq!(on[1].payload, (LOG_ALL | PROTOCOL | VERSION_1).as_bytes());
+    assert_eq!(on[2].payload[4..8], 1u32.to_ne_bytes(), "VHOST_VRING_F_LOG");
+    assert_eq!(on[2].payload[32..], 0x3000u64.to_ne_bytes(), "log_guest_addr is guest-physical");
+    device.start_logging(&log, fd.as_fd()).unwrap();
+    assert_eq!(fake.requests(), ["SET_LOG_BASE"], "a new log while logging (rule L9)");
+    device.stop_logging().unwrap();
+    let off = fake.take();
+    let names: Vec<_> = off.iter().map(|message| message.request).collect();
+    assert_eq!(names, [Request::SET_FEATURES, Request::SET_VRING_ADDR]);
+    assert_eq!(off[0].payload, (PROTOCOL | VERSION_1).as_bytes());
+    assert_eq!(off[1].payload[4..8], [0; 4]);
+}
+
+#[test]
+fn without_reply_ack_a_get_features_round_trip_ends_every_step() {
+    let fake = Fake::start(ALL & !bit(p::REPLY_ACK), |_| Answer::Usual);
+    let mut device = running(&fake, UserOptions::default());
+    fake.take();
+    let (log, fd) = log();
+    device.start_logging(&log, fd.as_fd()).unwrap();
+    assert_eq!(fake.requests(), ["SET_LOG_BASE", "SET_FEATURES", "SET_VRING_ADDR", "GET_FEATURES"]);
+    device.set_memory(&memory(2)).unwrap();
+    let heard = fake.take();
+    assert_eq!(heard.last().unwrap().request, Request::GET_FEATURES);
+    assert!(heard.iter().all(|message| message.flags == 1), "nobody may be asked for acknowledgements");
+}
+
+#[test]
+fn a_refusal_is_an_error_and_the_connection_goes_on() {
+    let mut calls = 0;
+    let fake = Fake::start(ALL, move |message| match message.request {
+        Request::SET_MEM_TABLE => {
+            calls += 1;
+            let code = u64::from(calls == 2);
+            Answer::Raw(reply(Request::SET_MEM_TABLE, code.as_bytes()), vec![])
+        }
+        _ => Answer::Usual,
+    });
+    let mut device = running(&fake, UserOptions::default());
+    let error = device.set_memory(&memory(3)).unwrap_err();
+    assert!(matches!(error, FrontendError::Refused { request: Request::SET_MEM_TABLE, code: 1 }), "{error}");
+    assert!(!device.hung_up());
+    assert_eq!(device.stop_ring(0).unwrap(), RingBase::split(0));
+}
+
+#[test]
+fn an_answer_that_breaks_the_protocol_is_named_and_ends_the_connection() {
+    let number = 0u64;
+    let bad = [
+        ("F2", raw(Request::GET_STATUS, 1, number.as_bytes())),
+        ("F2", raw(Request::GET_STATUS, 0xd, number.as_bytes())),
+        ("F1", reply(Request::GET_FEATURES, number.as_bytes())),
+        ("S1", reply(Request::GET_STATUS, &[0; 4])),
+        ("S1", reply(Request::GET_STATUS, &[0; 16])),
+        ("F6", reply(Request::GET_STATUS, &vec![0; 4097])),
+        ("F6", Header { request: Request::GET_STATUS.0, flags: 5, size: u32::MAX }.as_bytes().to_vec()),
+    ];
+    for (expected, bytes) in bad {
+        let shown = format!("{bytes:x?}");
+        let fake = Fake::start(ALL, move |message| match message.request {
+            Request::GET_STATUS => Answer::Raw(bytes.clone(), vec![]),
+            _ => Answer::Usual,
+        });
+        let mut device = fake.connect().unwrap();
+        match device.status().unwrap_err() {
+            FrontendError::Breach { request: Request::GET_STATUS, rule, .. } => assert_eq!(rule, expected, "{shown}"),
+            other => panic!("{other} for {shown}"),
+        }
+        assert!(expected == "S1" || device.hung_up(), "what follows can't be trusted: {shown}");
+    }
+}
+
+#[test]
+fn a_connection_that_ends_anywhere_is_a_hang_up() {
+    let whole = reply(Request::GET_STATUS, 0u64.as_bytes());
+    for len in 0..whole.len() {
+        let part = whole[..len].to_vec();
+        let fake = Fake::start(ALL, move |message| match message.request {
+            Request::GET_STATUS => Answer::HangUp(part.clone()),
+            _ => Answer::Usual,
+        });
+        let mut device = fake.connect().unwrap();
+        let watch = device.watch().unwrap().unwrap();
+        let error = device.status().unwrap_err();
+        assert!(matches!(error, FrontendError::HungUp { request: Request::GET_STATUS }), "{error} after {len} bytes");
+        assert!(device.hung_up());
+        let mut ready = [nix::poll::PollFd::new(watch.as_fd(), nix::poll::PollFlags::empty())];
+        assert_eq!(nix::poll::poll(&mut ready, 10_000u16), Ok(1), "who watches is woken");
+    }
+}
+
+#[test]
+fn a_silent_back_end_is_an_error_after_the_deadline() {
+    let fake = Fake::start(ALL, |message| match message.request {
+        Request::GET_STATUS | Request::GET_VRING_BASE => Answer::Silence,
+        _ => Answer::Usual,
+    });
+    let timeout = Duration::from_millis(30);
+    let options = UserOptions { timeout, stop_timeout: 2 * timeout, ..UserOptions::default() };
+    let error = fake.connect_with(options).unwrap().status().unwrap_err();
+    assert!(matches!(error, FrontendError::Timeout { waited, .. } if waited == timeout), "{error}");
+    assert!(error.is_hang_up());
+    let mut device = running(&fake, options);
+    let error = device.stop_ring(0).unwrap_err();
+    assert!(matches!(error, FrontendError::Timeout { waited, .. } if waited == 2 * timeout), "{error}");
+    assert!(device.hung_up(), "a late answer must not be taken for the next");
+}
+
+#[test]
+fn fds_that_nobody_asked_for_are_closed() {
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let mut writer = Some(OwnedFd::from(writer));
+    let fake = Fake::start(ALL, move |message| match (message.request, writer.take()) {
+        (Request::GET_STATUS, Some(fd)) => {
+            let second = fd.try_clone().unwrap();
+            Answer::Raw(reply(Request::GET_STATUS, 0u64.as_bytes()), vec![fd, second])
+        }
+        (_, fd) => {
+            writer = fd;
+            Answer::Usual
+        }
+    });
+    let mut device = fake.connect().unwrap();
+    device.status().unwrap();
+    let mut end = Vec::new();
+    assert_eq!(reader.read_to_end(&mut end).unwrap(), 0, "the pipe ends when its last writer is closed");
+}
+
+#[test]
+fn a_configuration_that_is_not_what_was_asked_for_is_refused() {
+    let answers: [fn(&[u8]) -> Vec<u8>; 4] = [
+        |_| vec![],
+        |payload| payload[..payload.len() - 1].to_vec(),
+        |payload| [&[1], &payload[1..]].concat(),
+        |payload| [&payload[..4], &[0; 4], &payload[8..]].concat(),
+    ];
+    for answer in answers {
+        let fake = Fake::start(ALL, move |message| match message.request {
+            Request::GET_CONFIG => Answer::Raw(reply(message.request, &answer(&message.payload)), vec![]),
+            _ => Answer::Usual,
+        });
+        assert!(fake.connect().unwrap().config(8, &mut [0; 8]).is_err());
+    }
+    let fake = Fake::start(ALL, |message| match message.request {
+        Request::GET_CONFIG => {
+            let payload = [&message.payload[..12], b"01234567"].concat();
+            Answer::Raw(reply(message.request, &payload), vec![])
+        }
+        _ => Answer::Usual,
+    });
+    let (mut device, mut buf) = (fake.connect().unwrap(), [0; 8]);
+    device.config(8, &mut buf).unwrap();
+    assert_eq!(&buf, b"01234567");
+    assert!(device.config(0, &mut [0; 257]).is_err());
+}
+
+#[test]
+fn an_inflight_region_that_can_not_be_one_is_refused() {
+    let needed = inflight::split_queue_bytes(8) * 2;
+    // Size, offset, queues, entries, bytes in the file, fds.
+    let bad = [
+        (needed - 64, 0, 2, 8, needed, 1),
+        (needed, 0, 2, 8, needed - 1, 1),
+        (needed, 64, 2, 8, needed, 1),
+        (needed, u64::MAX, 2, 8, needed, 1),
+        (u64::MAX, 0, 2, 8, needed, 1),
+        (needed, 0, 1, 8, needed, 1),
+        (needed, 0, 2, 16, needed, 1),
+        (needed, 0, 2, 8, needed, 0),
+        (needed, 0, 2, 8, needed, 2),
+    ];
+    for case @ (size, offset, queues, entries, bytes, fds) in bad {
+        let fake = Fake::start(ALL, move |message| match message.request {
+            Request::GET_INFLIGHT_FD => {
+                let numbers = [queues, entries, 0, 0u16];
+                let payload = [[size, offset].as_bytes(), numbers.as_bytes()].concat();
+                let fds = (0..fds).map(|_| sealed_memfd("bad", bytes).unwrap()).collect();
+                Answer::Raw(reply(message.request, &payload), fds)
+            }
+            _ => Answer::Usual,
+        });
+        let error = fake.connect().unwrap().set_inflight(2, 8, None).unwrap_err();
+        assert!(matches!(error, FrontendError::Breach { rule: "I1", .. }), "{error} for {case:?}");
+    }
+}
+
+#[test]
+fn a_restarted_back_end_is_given_everything_in_the_order_of_qemu() {
+    let fake = Fake::start(ALL, |message| match message.request {
+        Request::SEND_RARP => Answer::HangUp(vec![]),
+        _ => Answer::Usual,
+    });
+    let mut device = fake.connect().unwrap();
+    device.set_features(VERSION_1).unwrap();
+    assert!(device.set_inflight(1, 8, None).unwrap());
+    let memory = memory(1);
+    device.set_memory(&memory).unwrap();
+    let setup = setup();
+    device.start_ring(0, setup.clone()).unwrap();
+    let (log, fd) = log();
+    device.start_logging(&log, fd.as_fd()).unwrap();
+    let started = fake.take();
+    let inflight = started.iter().find(|message| message.request == Request::SET_INFLIGHT_FD).unwrap();
+    // The guest has seen 0x1234 completions; the back-end that dies leaves three requests marked.
+    memory.write(0x3002, &0x1234u16.to_le_bytes()).unwrap();
+    let mut state = device.inflight().unwrap().unwrap();
+    for entry in [0, 3, 7] {
+        state.contents[16 + 16 * entry] = 1;
+    }
+    assert!(device.set_inflight(1, 8, Some(&state)).unwrap());
+    assert_eq!(device.inflight().unwrap().unwrap(), state);
+    fake.take();
+    let found = device.reconnect(Instant::now()).unwrap();
+    assert_eq!((found.resubmitted, found.attempts), (3, 1));
+    let heard = fake.take();
+    let names: Vec<_> = heard.iter().map(|message| message.request.to_string()).collect();
+    let greeting = [
+        "SET_OWNER",
+        "GET_FEATURES",
+        "GET_PROTOCOL_FEATURES",
+        "SET_PROTOCOL_FEATURES",
+        "GET_QUEUE_NUM",
+        "GET_MAX_MEM_SLOTS",
+        "GET_FEATURES",
+    ];
+    let rest = [
+        "SET_FEATURES",
+        "SET_INFLIGHT_FD",
+        "SET_MEM_TABLE",
+        "SET_VRING_CALL",
+        "SET_VRING_NUM",
+        "SET_VRING_BASE",
+        "SET_VRING_ADDR",
+        "SET_VRING_KICK",
+        "SET_LOG_BASE",
+        "SET_VRING_ENABLE",
+    ];
+    let rest_heard: Vec<_> = names.iter().map(String::as_str).skip_while(|name| *name != "SET_FEATURES").collect();
+    assert!(names.iter().zip(greeting).take(6).all(|(name, expected)| name == expected), "{names:?}");
+    assert_eq!(rest_heard, rest);
+    let payload = |request| &heard.iter().find(|message| message.request == request).unwrap().payload;
+    assert_eq!(payload(Request::SET_FEATURES), (LOG_ALL | PROTOCOL | VERSION_1).as_bytes(), "LOG_ALL (rule L8)");
+    assert_eq!(payload(Request::SET_INFLIGHT_FD), &inflight.payload, "the region is kept");
+    assert_eq!(payload(Request::SET_VRING_BASE)[4..], 0x1234u32.to_ne_bytes(), "the used index (rule I3)");
+    assert_eq!(payload(Request::SET_VRING_ADDR)[4..8], 1u32.to_ne_bytes(), "VHOST_VRING_F_LOG");
+    assert!(log.is_marked(0x3000), "the old back-end may have died before it logged the used ring");
+    for fd in [&setup.kick, &setup.call] {
+        let mut count = [0; 8];
+        assert_eq!(File::from(fd.try_clone().unwrap()).read(&mut count).unwrap(), 8, "nobody waits for ever");
+    }
+}
+
+#[test]
+fn outstanding_requests_without_an_inflight_region_are_not_silently_lost() {
+    let fake = Fake::start(ALL & !bit(p::INFLIGHT_SHMFD), |_| Answer::Usual);
+    let mut device = fake.connect().unwrap();
+    device.set_features(VERSION_1).unwrap();
+    assert!(!device.set_inflight(1, 8, None).unwrap());
+    let memory = memory(1);
+    device.set_memory(&memory).unwrap();
+    device.start_ring(0, setup()).unwrap();
+    device.reconnect(Instant::now()).unwrap();
+    memory.write(0x2002, &2u16.to_le_bytes()).unwrap();
+    let error = device.reconnect(Instant::now()).unwrap_err();
+    assert!(matches!(error, FrontendError::Unrecoverable { index: 0, outstanding: 2 }), "{error}");
+}
+
+#[test]
+fn a_lesser_back_end_is_refused_at_reconnection() {
+    let (listens, started) = (tempfile::tempdir().unwrap(), Arc::new(Mutex::new(ALL)));
+    let path = listens.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    let protocol = started.clone();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut script: Script = Box::new(|_| Answer::Usual);
+            let now = *protocol.lock().unwrap();
+            serve(stream.unwrap(), now, &Mutex::default(), &mut script);
+        }
+    });
+    let mut device = UserDevice::connect(&path, UserOptions::default(), Instant::now()).unwrap();
+    *started.lock().unwrap() = ALL & !bit(p::LOG_SHMFD);
+    let error = device.reconnect(Instant::now()).unwrap_err();
+    assert!(error.to_string().contains("LOG_SHMFD"), "{error}");
+    *started.lock().unwrap() = ALL;
+    device.reconnect(Instant::now()).unwrap();
+}
+
+#[test]
+fn a_request_cut_off_by_a_crash_is_carried_out_by_the_reconnection() {
+    let mut crashes = 1;
+    let fake = Fake::start(ALL, move |message| match message.request {
+        Request::SET_LOG_BASE if crashes > 0 => {
+            crashes -= 1;
+            Answer::HangUp(vec![])
+        }
+        _ => Answer::Usual,
+    });
+    let mut device = running(&fake, UserOptions::default());
+    let (log, fd) = log();
+    assert!(device.start_logging(&log, fd.as_fd()).unwrap_err().is_hang_up());
+    fake.take();
+    device.reconnect(Instant::now()).unwrap();
+    assert!(fake.requests().contains(&"SET_LOG_BASE".into()));
+    assert!(device.log().is_some());
+}
+
+#[test]
+fn many_regions_go_by_slots_and_only_changes_travel() {
+    let fake = Fake::start(ALL, |_| Answer::Usual);
+    let mut device = fake.connect().unwrap();
+    fake.take();
+    let many = memory(12);
+    device.set_memory(&many).unwrap();
+    assert_eq!(fake.requests(), ["ADD_MEM_REG"; 12]);
+    let fewer = Memory::new(many.regions().iter().skip(2).cloned()).unwrap();
+    device.set_memory(&fewer).unwrap();
+    assert_eq!(fake.requests(), ["REM_MEM_REG"; 2]);
+    device.set_memory(&memory(8)).unwrap();
+    assert_eq!(fake.requests(), ["SET_MEM_TABLE"]);
+    assert_eq!(device.max_mem_slots(), 32);
+    assert!(matches!(device.set_memory(&memory(33)).unwrap_err(), FrontendError::NotOffered { .. }));
+}
+
+#[test]
+fn memory_without_an_fd_and_rings_outside_memory_are_refused_before_anything_is_sent() {
+    let fake = Fake::start(ALL, |_| Answer::Usual);
+    let mut device = running(&fake, UserOptions::default());
+    fake.take();
+    let fd = sealed_memfd("guest", 0x1000).unwrap();
+    let private = Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 0x1000, 0, 0).unwrap())]).unwrap();
+    assert!(matches!(device.set_memory(&private).unwrap_err(), FrontendError::NotShared { gpa: 0 }));
+    assert!(matches!(device.start_ring(4, setup()).unwrap_err(), FrontendError::BadRing { index: 4, .. }));
+    assert!(matches!(device.start_ring(0, setup()).unwrap_err(), FrontendError::BadRing { index: 0, .. }));
+    let uneven = RingSetup { size: 6, ..setup() };
+    assert!(matches!(device.start_ring(1, uneven).unwrap_err(), FrontendError::BadRing { index: 1, .. }));
+    assert!(matches!(device.stop_ring(1).unwrap_err(), FrontendError::BadRing { index: 1, .. }));
+    let outside = RingSetup { used: 0xfff0, ..setup() };
+    assert!(matches!(device.start_ring(1, outside).unwrap_err(), FrontendError::Memory(_)));
+    assert_eq!(fake.requests(), [""; 0]);
+    device.stop_ring(0).unwrap();
+}
+
+#[test]
+fn a_back_end_that_starts_late_is_waited_for_until_the_deadline() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let none = UserDevice::connect(&path, UserOptions::default(), Instant::now() + Duration::from_millis(5));
+    let error = none.err().unwrap();
+    assert!(error.to_string().contains("is the back-end running"), "{error}");
+    let late = path.clone();
+    let starter = std::thread::spawn(move || {
+        let listener = UnixListener::bind(late).unwrap();
+        // The first connection dies at once, as when a back-end falls over while it starts.
+        drop(listener.accept().unwrap());
+        let mut script: Script = Box::new(|_| Answer::Usual);
+        serve(listener.accept().unwrap().0, ALL, &Mutex::default(), &mut script);
+    });
+    let device = UserDevice::connect(&path, UserOptions::default(), Instant::now() + Duration::from_secs(60)).unwrap();
+    assert_eq!(device.queues(), 4);
+    drop(device);
+    starter.join().unwrap();
+    let error = UserDevice::connect(&path, UserOptions::default(), Instant::now()).err().unwrap();
+    assert!(error.to_string().contains("stale socket"), "{error}");
+    let long = folder.path().join("x".repeat(108));
+    let error = UserDevice::connect(long, UserOptions::default(), Instant::now()).err().unwrap();
+    assert!(error.to_string().contains("107 bytes"), "{error}");
+}

@@ -1,0 +1,44 @@
+//! What the ring tests share: guest memory, a ring's place in it, and both its sides at any index.
+#![allow(dead_code, reason = "each test file uses a part")]
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::virtio::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+use vhost_migrate::ring::{Buffer, RingBase, SplitDevice, SplitDriver, SplitDriverState, SplitLayout};
+
+pub(crate) const EVENT_IDX: u64 = bit(VIRTIO_RING_F_EVENT_IDX);
+pub(crate) const INDIRECT: u64 = bit(VIRTIO_RING_F_INDIRECT_DESC);
+/// Guest memory from here to its end is for indirect tables.
+pub(crate) const TABLES: u64 = 0x30_0000;
+
+pub(crate) fn memory() -> Memory {
+    let fd = sealed_memfd("ring-test", 4 << 20).unwrap();
+    Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 4 << 20, 0, 0).unwrap())]).unwrap()
+}
+
+/// Room for the largest ring.
+pub(crate) fn layout(size: u16) -> SplitLayout {
+    SplitLayout { size, desc: 0x1000, avail: 0x10_0000, used: 0x20_0000 }
+}
+
+/// Both sides of an empty ring whose indexes stand at `start`.
+pub(crate) fn ring_at(memory: &Memory, layout: SplitLayout, features: u64, start: u16) -> (SplitDriver, SplitDevice) {
+    drop(SplitDriver::new(memory, layout, features).unwrap());
+    memory.write(layout.avail + 2, &start.to_le_bytes()).unwrap();
+    memory.write(layout.used + 2, &start.to_le_bytes()).unwrap();
+    let state = SplitDriverState { avail: start, published: start, used: start, chains: Vec::new() };
+    let driver = SplitDriver::restore(memory, layout, features, &state).unwrap();
+    (driver, SplitDevice::new(memory, layout, features, RingBase::split(start)).unwrap())
+}
+
+pub(crate) fn buffer(gpa: u64, len: u32) -> Buffer {
+    Buffer { gpa, len }
+}
+
+pub(crate) fn put_desc(memory: &Memory, at: u64, gpa: u64, len: u32, flags: u16, next: u16) {
+    let bytes = [&gpa.to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()].concat();
+    memory.write(at, &bytes).unwrap();
+}

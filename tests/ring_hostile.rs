@@ -1,0 +1,145 @@
+//! A guest, or a device, that writes whatever it likes into a ring, at rest or while the other side reads: never a
+//! panic, never an endless walk, never more than was declared.
+
+mod ring_common;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use proptest::prelude::*;
+use ring_common::{EVENT_IDX, INDIRECT, TABLES, buffer, layout, memory, put_desc, ring_at};
+use vhost_migrate::memory::Memory;
+use vhost_migrate::ring::{Chain, RingBase, SplitDevice, SplitDriver, SplitLayout};
+
+/// Descriptors whose values are near what a ring of `size` could hold, or far from it.
+fn descs(size: u16) -> impl Strategy<Value = Vec<(u64, u32, u16, u16)>> {
+    let gpa = prop_oneof![(0..64u64).prop_map(|i| TABLES + i * 16), any::<u64>()];
+    let len = prop_oneof![0..5u32, (0..70u32).prop_map(|n| n * 16), any::<u32>()];
+    let flags = prop_oneof![9 => 0..8u16, 1 => any::<u16>()];
+    let next = prop_oneof![9 => 0..=size, 1 => any::<u16>()];
+    prop::collection::vec((gpa, len, flags, next), usize::from(size) + 64)
+}
+
+fn ring() -> impl Strategy<Value = (u16, Vec<(u64, u32, u16, u16)>)> {
+    prop::sample::select(vec![1u16, 2, 8, 64]).prop_flat_map(|size| (Just(size), descs(size)))
+}
+
+fn put(memory: &Memory, layout: &SplitLayout, descs: &[(u64, u32, u16, u16)]) {
+    for (index, &(gpa, len, flags, next)) in (0u64..).zip(descs) {
+        // The first fill the ring's table, the others the place of indirect ones.
+        let own = u64::from(layout.size);
+        let at = if index < own { layout.desc + index * 16 } else { TABLES + (index - own) * 16 };
+        put_desc(memory, at, gpa, len, flags, next);
+    }
+}
+
+/// Takes all there is. The size of the ring bounds how much that can be, for nothing is completed.
+fn drain(device: &mut SplitDevice, size: u16) {
+    let mut chain = Chain::default();
+    let mut taken = 0;
+    while let Ok(true) = device.pop(&mut chain) {
+        taken += 1;
+        assert!(taken <= size, "more requests than the ring has entries");
+        assert!(chain.head < size);
+        assert!(chain.readable.len() + chain.writable.len() <= 1024);
+        assert!(chain.readable_bytes() + chain.writable_bytes() <= 1 << 32);
+        assert!(chain.readable.iter().chain(&chain.writable).all(|buffer| buffer.len > 0));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_device_bears_any_descriptors_and_indexes(
+        (size, descs) in ring(), avail in prop::collection::vec(prop_oneof![4 => 0..70u16, 1 => any::<u16>()], 67),
+        ahead in prop_oneof![4 => 0..66u16, 1 => any::<u16>()], base in any::<u16>(), features in any::<u64>(),
+    ) {
+        let (memory, layout) = (memory(), layout(size));
+        put(&memory, &layout, &descs);
+        let avail: Vec<u8> = avail.iter().flat_map(|word| word.to_le_bytes()).collect();
+        memory.write(layout.avail, &avail[..usize::from(size) * 2 + 6]).unwrap();
+        memory.write(layout.avail + 2, &base.wrapping_add(ahead).to_le_bytes()).unwrap();
+        memory.write(layout.used + 2, &base.to_le_bytes()).unwrap();
+        let mut device = SplitDevice::new(&memory, layout, features, RingBase::split(base)).unwrap();
+        drain(&mut device, size);
+    }
+
+    #[test]
+    fn a_driver_bears_any_used_ring(
+        bytes in prop::collection::vec(prop_oneof![3 => 0..8u8, 1 => any::<u8>()], 70), requests in 0..9u16,
+        index in prop_oneof![4 => 0..10u16, 1 => any::<u16>()],
+    ) {
+        let (memory, layout) = (memory(), layout(8));
+        let mut driver = SplitDriver::new(&memory, layout, EVENT_IDX).unwrap();
+        (0..requests).for_each(|i| { driver.add(&[buffer(i.into(), 1)], &[], None).unwrap(); });
+        let _ = driver.publish();
+        memory.write(layout.used, &bytes).unwrap();
+        memory.write(layout.used + 2, &index.to_le_bytes()).unwrap();
+        let mut taken = 0;
+        while let Ok(Some(used)) = driver.pop_used() {
+            prop_assert!(used.head < 8);
+            taken += 1;
+        }
+        prop_assert!(taken <= requests);
+        prop_assert_eq!((driver.outstanding(), driver.free()), (requests - taken, 8 - requests + taken));
+    }
+}
+
+#[test]
+fn a_guest_that_rewrites_the_ring_while_it_is_read_gets_nothing_out_of_it() {
+    let (memory, layout) = (memory(), layout(8));
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut random = 0x2545_f491_4f6c_dd1du64;
+            while !stop.load(Ordering::Relaxed) {
+                random ^= random << 13;
+                random ^= random >> 7;
+                random ^= random << 17;
+                let [at, flags, next, len, head, idx, odd, _] = random.to_le_bytes();
+                let at = u64::from(at % 64);
+                let table = if at < 8 { layout.desc } else { TABLES };
+                let next = if odd == 0 { u16::MAX } else { u16::from(next % 9) };
+                let gpa = TABLES + u64::from(len % 16) * 16;
+                put_desc(&memory, table + at * 16, gpa, u32::from(len % 8) * 16, u16::from(flags % 8), next);
+                let slot = layout.avail + 4 + u64::from(head % 8) * 2;
+                memory.write(slot, &u16::from(head / 8 % 9).to_le_bytes()).unwrap();
+                memory.write(layout.avail + 2, &u16::from(idx % 10).to_le_bytes()).unwrap();
+            }
+        });
+        let mut chain = Chain::default();
+        let mut seen = [0; 2];
+        while seen.iter().any(|count| *count < 2000) {
+            let mut device = SplitDevice::new(&memory, layout, INDIRECT, RingBase::split(0)).unwrap();
+            loop {
+                let popped = device.pop(&mut chain);
+                match popped {
+                    Ok(true) => seen[0] += 1,
+                    Ok(false) => break,
+                    Err(_) => {
+                        seen[1] += 1;
+                        break;
+                    }
+                }
+                assert!(chain.head < 8 && device.next_avail() <= 8);
+                assert!(chain.readable.len() + chain.writable.len() <= 16);
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn the_largest_ring_full_of_the_longest_chain_ends() {
+    let (memory, layout) = (memory(), layout(32768));
+    let (_, mut device) = ring_at(&memory, layout, INDIRECT, 0);
+    for index in 0..32768u16 {
+        put_desc(&memory, layout.desc + u64::from(index) * 16, 0, 1, 1, (index + 1) % 32768);
+    }
+    memory.write(layout.avail + 2, &1u16.to_le_bytes()).unwrap();
+    assert!(device.pop(&mut Chain::default()).is_err(), "a loop through the whole table");
+    put_desc(&memory, layout.desc + 32767 * 16, 0, 1, 0, 0);
+    let mut chain = Chain::default();
+    assert!(device.pop(&mut chain).unwrap());
+    assert_eq!(chain.readable.len(), 32768);
+}

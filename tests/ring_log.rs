@@ -1,0 +1,132 @@
+//! The log of a used ring is exact: each page the device changed, at the address the log was given, and no other.
+
+mod ring_common;
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use ring_common::{EVENT_IDX, buffer, layout, memory, ring_at};
+use vhost_migrate::dirty::{Log, PageSet};
+use vhost_migrate::memory::{LOG_PAGE, Memory};
+use vhost_migrate::ring::{Chain, RingLog, SplitLayout};
+
+const LOG_END: u64 = 1 << 30;
+
+fn used_ring(memory: &Memory, layout: &SplitLayout) -> Vec<u8> {
+    let mut bytes = vec![0; 6 + 8 * usize::from(layout.size)];
+    memory.read(layout.used, &mut bytes).unwrap();
+    bytes
+}
+
+/// Pages of the words and elements that differ: each is written as a whole, even where some of its bytes stay.
+fn changed(before: &[u8], after: &[u8], used_gpa: u64) -> BTreeSet<u64> {
+    let elements = (4..before.len() - 2).step_by(8).map(|at| at..at + 8);
+    let written = [0..2, 2..4, before.len() - 2..before.len()].into_iter().chain(elements);
+    let differ = |range: &Range<usize>| before[range.clone()] != after[range.clone()];
+    let pages =
+        |range: Range<usize>| (used_gpa + range.start as u64) / LOG_PAGE..=(used_gpa + range.end as u64 - 1) / LOG_PAGE;
+    written.filter(differ).flat_map(pages).collect()
+}
+
+fn harvest(log: &Log) -> BTreeSet<u64> {
+    let mut pages = PageSet::new(LOG_END / LOG_PAGE);
+    log.harvest(&mut pages);
+    pages.runs().flatten().collect()
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Batch(u16),
+    Disable,
+    Enable,
+    LogOff,
+    LogOn,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        6 => (1..1500u16).prop_map(Op::Batch), 2 => Just(Op::Disable), 2 => Just(Op::Enable),
+        1 => Just(Op::LogOff), 2 => Just(Op::LogOn),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 100, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn exactly_the_pages_changed_are_marked_at_the_logs_address(
+        size in prop::sample::select(vec![1u16, 16, 256, 1024, 4096]), event_idx in any::<bool>(), start in any::<u16>(),
+        used_gpa in prop_oneof![Just(0x5000 - 8), (0..LOG_END / 4 - 0x10_000).prop_map(|words| words * 4)],
+        ops in prop::collection::vec(op(), 1..40),
+    ) {
+        let (memory, layout) = (memory(), layout(size));
+        let (mut driver, mut device) = ring_at(&memory, layout, if event_idx { EVENT_IDX } else { 0 }, start);
+        let log = Arc::new(Log::create(LOG_END).unwrap().0);
+        let mut logging = false;
+        let mut chain = Chain::default();
+        // Completions are all different, so that every write of one changes what was there.
+        let mut serial = u32::from(size);
+        for op in ops {
+            let before = used_ring(&memory, &layout);
+            match op {
+                Op::Batch(most) => {
+                    for _ in 0..most.min(size) {
+                        driver.add(&[buffer(1, 1)], &[], None).unwrap().unwrap();
+                    }
+                    let _ = driver.publish();
+                    while device.pop(&mut chain).unwrap() {
+                        serial += 1;
+                        device.push(chain.head, serial);
+                    }
+                    let _ = device.publish();
+                    while driver.pop_used().unwrap().is_some() {}
+                }
+                Op::Disable => device.disable_notifications(),
+                Op::Enable => {
+                    let _ = device.enable_notifications();
+                }
+                Op::LogOff | Op::LogOn => {
+                    logging = matches!(op, Op::LogOn);
+                    device.set_log(logging.then(|| RingLog { log: log.clone(), used_gpa }));
+                }
+            }
+            let changed = changed(&before, &used_ring(&memory, &layout), used_gpa);
+            prop_assert_eq!(harvest(&log), if logging { changed } else { BTreeSet::new() });
+        }
+        prop_assert_eq!(log.out_of_range(), 0);
+    }
+}
+
+#[test]
+fn after_a_crash_the_whole_used_ring_is_logged_again_and_nothing_beside_it() {
+    let (memory, layout) = (memory(), layout(1024));
+    let (_, mut device) = ring_at(&memory, layout, 0, 0);
+    device.relog_used();
+    let log = Arc::new(Log::create(LOG_END).unwrap().0);
+    for (used_gpa, pages) in [(0x5000, 5..=7), (0x5ffc, 5..=8), (0x5000 - 8, 4..=6)] {
+        device.set_log(Some(RingLog { log: log.clone(), used_gpa }));
+        device.relog_used();
+        assert_eq!(harvest(&log), pages.collect(), "{used_gpa:#x}");
+    }
+}
+
+#[test]
+fn a_used_ring_outside_the_log_is_counted_and_harms_nobody() {
+    let (memory, layout) = (memory(), layout(4));
+    let (mut driver, mut device) = ring_at(&memory, layout, EVENT_IDX, 0);
+    let log = Arc::new(Log::create(LOG_END).unwrap().0);
+    for used_gpa in [LOG_END, u64::MAX, u64::MAX - 6] {
+        device.set_log(Some(RingLog { log: log.clone(), used_gpa }));
+        driver.add(&[buffer(1, 1)], &[], None).unwrap();
+        let _ = driver.publish();
+        let mut chain = Chain::default();
+        assert!(device.pop(&mut chain).unwrap());
+        device.push(chain.head, 0);
+        let before = log.out_of_range();
+        assert!(device.publish() || !device.enable_notifications());
+        assert!(log.out_of_range() > before);
+        assert!(harvest(&log).is_empty());
+    }
+}

@@ -1,0 +1,353 @@
+//! Notifications may be suppressed, but nobody sleeps while there is something to do.
+
+mod ring_common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use crossbeam::channel::{Receiver, Sender, bounded};
+use proptest::prelude::*;
+use ring_common::{EVENT_IDX, buffer, layout, memory, ring_at};
+use vhost_migrate::dirty::Log;
+use vhost_migrate::memory::Memory;
+use vhost_migrate::ring::{Chain, RingLog, SplitDevice, SplitDriver};
+
+/// A side that does not look again after asking for notifications.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Mutation {
+    None,
+    CarelessDevice,
+    CarelessDriver,
+}
+
+/// What a side does in its next step. A step is one call into the ring: that is where they are interleaved here; the
+/// order inside of calls is what the threads below are for.
+#[derive(Clone, Copy, PartialEq)]
+enum Next {
+    Work,
+    Enable,
+    Sleep,
+}
+
+struct Both {
+    driver: SplitDriver,
+    device: SplitDevice,
+    chain: Chain,
+    driver_next: Next,
+    device_next: Next,
+    /// A notification on its way.
+    kick: bool,
+    call: bool,
+    to_make: u32,
+    done: u32,
+    unpublished: bool,
+}
+
+impl Both {
+    fn driver_step(&mut self, mutation: Mutation) {
+        match self.driver_next {
+            Next::Sleep => {
+                self.call = false;
+                self.driver.disable_notifications();
+                self.driver_next = Next::Work;
+            }
+            Next::Work if self.unpublished => {
+                self.kick |= self.driver.publish();
+                self.unpublished = false;
+            }
+            Next::Work if self.driver.pop_used().unwrap().is_some() => self.done += 1,
+            Next::Work if self.to_make > 0 && self.driver.add(&[buffer(1, 1)], &[], None).unwrap().is_some() => {
+                self.to_make -= 1;
+                self.unpublished = true;
+            }
+            Next::Work => self.driver_next = Next::Enable,
+            Next::Enable => {
+                let more = self.driver.enable_notifications() && mutation != Mutation::CarelessDriver;
+                self.driver_next = if more { Next::Work } else { Next::Sleep };
+            }
+        }
+    }
+
+    fn device_step(&mut self, mutation: Mutation) {
+        match self.device_next {
+            Next::Sleep => {
+                self.kick = false;
+                self.device.disable_notifications();
+                self.device_next = Next::Work;
+            }
+            Next::Work if self.device.next_avail() != self.device.used_index() => {
+                self.device.push(self.chain.head, 0);
+                self.call |= self.device.publish();
+            }
+            Next::Work if self.device.pop(&mut self.chain).unwrap() => {}
+            Next::Work => self.device_next = Next::Enable,
+            Next::Enable => {
+                let more = self.device.enable_notifications() && mutation != Mutation::CarelessDevice;
+                self.device_next = if more { Next::Work } else { Next::Sleep };
+            }
+        }
+    }
+}
+
+/// Runs both sides, switching from one to the other before the steps in `switches`, and whenever one must sleep.
+/// Returns the number of steps, or `None` if both sleep before all is done.
+fn run(memory: &Memory, size: u16, features: u64, start: u16, switches: &[usize], mutation: Mutation) -> Option<usize> {
+    let (driver, device) = ring_at(memory, layout(size), features, start);
+    let mut both = Both {
+        driver,
+        device,
+        chain: Chain::default(),
+        driver_next: Next::Work,
+        device_next: Next::Work,
+        kick: false,
+        call: false,
+        to_make: 3,
+        done: 0,
+        unpublished: false,
+    };
+    let mut driver_runs = true;
+    for step in 0.. {
+        if both.done == 3 {
+            return Some(step);
+        }
+        let driver_can = both.driver_next != Next::Sleep || both.call;
+        let device_can = both.device_next != Next::Sleep || both.kick;
+        driver_runs = match (driver_can, device_can) {
+            (true, true) => driver_runs ^ switches.contains(&step),
+            (false, false) => return None,
+            (driver_can, _) => driver_can,
+        };
+        if driver_runs { both.driver_step(mutation) } else { both.device_step(mutation) }
+    }
+    None
+}
+
+/// All ways to switch up to three times between steps, beyond the switches that sleeping forces.
+fn all_schedules(features: u64, start: u16, mutation: Mutation) -> Result<usize, Vec<usize>> {
+    let (memory, mut runs) = (memory(), 0);
+    for size in [1, 2] {
+        let most = 45;
+        for a in 0..most {
+            for b in a..most {
+                for c in b..most {
+                    let switches = [a, b, c];
+                    let switches = if a == b { &switches[..1] } else { &switches[..] };
+                    runs += 1;
+                    run(&memory, size, features, start, switches, mutation).ok_or(switches.to_vec())?;
+                }
+            }
+        }
+    }
+    Ok(runs)
+}
+
+#[test]
+fn no_interleaving_of_calls_puts_both_sides_to_sleep() {
+    for features in [0, EVENT_IDX] {
+        assert!(all_schedules(features, 0xfffe, Mutation::None).unwrap() > 10_000);
+        for mutation in [Mutation::CarelessDevice, Mutation::CarelessDriver] {
+            assert!(all_schedules(features, 0xfffe, mutation).is_err(), "{mutation:?} went unnoticed");
+        }
+    }
+}
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+fn notify(to: &Sender<()>) {
+    // Full means that one is on its way, which is as good.
+    let _ = to.try_send(());
+}
+
+fn wait(from: &Receiver<()>, who: &str) {
+    from.recv_timeout(DEADLINE).unwrap_or_else(|_| panic!("the {who} was never notified"));
+}
+
+fn threads(size: u16, features: u64, requests: u32) {
+    let (mut driver, mut device) = ring_at(&memory(), layout(size), features, 0xff00);
+    let (kick, kicked) = bounded(1);
+    let (call, called) = bounded(1);
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut chain = Chain::default();
+            let mut served = 0;
+            while served < requests {
+                device.disable_notifications();
+                loop {
+                    while device.pop(&mut chain).unwrap() {
+                        device.push(chain.head, 1);
+                        served += 1;
+                        if served % 3 != 0 && device.publish() {
+                            notify(&call);
+                        }
+                    }
+                    if device.publish() {
+                        notify(&call);
+                    }
+                    if !device.enable_notifications() {
+                        break;
+                    }
+                }
+                if served < requests {
+                    wait(&kicked, "device");
+                }
+            }
+        });
+        let (mut made, mut done) = (0, 0);
+        while done < requests {
+            driver.disable_notifications();
+            loop {
+                while driver.pop_used().unwrap().is_some() {
+                    done += 1;
+                }
+                while made < requests && driver.add(&[buffer(1, 1)], &[], None).unwrap().is_some() {
+                    made += 1;
+                    if made % 2 == 0 && driver.publish() {
+                        notify(&kick);
+                    }
+                }
+                if driver.publish() {
+                    notify(&kick);
+                }
+                if !driver.enable_notifications() {
+                    break;
+                }
+            }
+            if done < requests {
+                wait(&called, "driver");
+            }
+        }
+    });
+}
+
+#[test]
+fn two_threads_that_sleep_whenever_they_may_get_everything_done() {
+    for features in [0, EVENT_IDX] {
+        threads(1, features, 10_000);
+        threads(4, features, 30_000);
+        threads(256, features, 50_000);
+    }
+}
+
+/// Lets two threads go on at the same moment, many times over.
+struct Gate(AtomicUsize);
+
+impl Gate {
+    fn pass(&self, round: usize) {
+        self.0.fetch_add(1, Ordering::AcqRel);
+        for spins in 1.. {
+            if self.0.load(Ordering::Acquire) >= 2 * round {
+                break;
+            }
+            // The other one may be waiting for this processor.
+            if spins % 500 == 0 { std::thread::yield_now() } else { std::hint::spin_loop() }
+        }
+    }
+}
+
+/// One side falls asleep in the moment in which the other publishes, over and over: whatever the processor makes of
+/// the order of their stores and loads, the sleeper sees what was published or the publisher sees the sleeper.
+#[test]
+fn one_falls_asleep_while_the_other_publishes_and_one_of_them_notices() {
+    const ROUNDS: usize = 20_000;
+    for features in [0, EVENT_IDX] {
+        for log in [None, Some(Arc::new(Log::create(1 << 22).unwrap().0))] {
+            let (mut driver, mut device) = ring_at(&memory(), layout(4), features, 0xff00);
+            device.set_log(log.map(|log| RingLog { log, used_gpa: 0 }));
+            let gate = Gate(AtomicUsize::new(0));
+            let noticed = AtomicUsize::new(0);
+            // Counted, for a panic would leave the other thread waiting at the gate.
+            let mut lost = (0, 0);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let mut chain = Chain::default();
+                    for round in 0..ROUNDS {
+                        // Gate 1: the device falls asleep while the driver publishes a request.
+                        gate.pass(4 * round + 1);
+                        let by_device = device.enable_notifications();
+                        noticed.fetch_add(by_device.into(), Ordering::AcqRel);
+                        gate.pass(4 * round + 2);
+                        device.disable_notifications();
+                        assert!(device.pop(&mut chain).unwrap());
+                        device.push(chain.head, 0);
+                        // Gate 3: the driver falls asleep while the device publishes the completion.
+                        gate.pass(4 * round + 3);
+                        let by_device = device.publish();
+                        noticed.fetch_add(by_device.into(), Ordering::AcqRel);
+                        gate.pass(4 * round + 4);
+                    }
+                });
+                for round in 0..ROUNDS {
+                    driver.add(&[buffer(1, 1)], &[], None).unwrap().unwrap();
+                    gate.pass(4 * round + 1);
+                    let by_driver = driver.publish();
+                    noticed.fetch_add(by_driver.into(), Ordering::AcqRel);
+                    gate.pass(4 * round + 2);
+                    lost.0 += usize::from(noticed.swap(0, Ordering::AcqRel) == 0);
+                    gate.pass(4 * round + 3);
+                    let by_driver = driver.enable_notifications();
+                    noticed.fetch_add(by_driver.into(), Ordering::AcqRel);
+                    gate.pass(4 * round + 4);
+                    lost.1 += usize::from(noticed.swap(0, Ordering::AcqRel) == 0);
+                    driver.disable_notifications();
+                    assert!(driver.pop_used().unwrap().is_some());
+                }
+            });
+            assert_eq!(lost, (0, 0), "requests, completions slept over, with features {features:#x}");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Oracle: the index is moved one by one, and each step to one past the event notifies.
+    #[test]
+    fn a_notification_comes_exactly_when_the_event_is_passed(
+        start in prop_oneof![Just(0xfff8u16), any::<u16>()], batches in prop::collection::vec(1..=8u16, 2..12),
+        offset in 0..40u16,
+    ) {
+        let (memory, layout) = (memory(), layout(8));
+        let (mut driver, mut device) = ring_at(&memory, layout, EVENT_IDX, start);
+        let event = start.wrapping_add(offset);
+        memory.write(layout.avail + 4 + 16, &event.to_le_bytes()).unwrap();
+        memory.write(layout.used + 4 + 64, &event.to_le_bytes()).unwrap();
+        let mut chain = Chain::default();
+        let mut at = start;
+        for (number, count) in batches.into_iter().enumerate() {
+            (0..count).for_each(|_| { driver.add(&[buffer(1, 1)], &[], None).unwrap().unwrap(); });
+            let passed = (0..count).any(|i| at.wrapping_add(i) == event);
+            prop_assert_eq!(driver.publish(), passed);
+            while device.pop(&mut chain).unwrap() {
+                device.push(chain.head, 0);
+            }
+            // Nobody knows what was last decided before a start: the first one always notifies.
+            prop_assert_eq!(device.publish(), passed || number == 0);
+            while driver.pop_used().unwrap().is_some() {}
+            at = at.wrapping_add(count);
+        }
+        prop_assert!(!device.publish(), "nothing new, nothing to notify of");
+    }
+}
+
+#[test]
+fn flags_suppress_and_allow() {
+    let (mut driver, mut device) = ring_at(&memory(), layout(4), 0, 0);
+    let mut chain = Chain::default();
+    let mut round = |driver: &mut SplitDriver, device: &mut SplitDevice| {
+        driver.add(&[buffer(1, 1)], &[], None).unwrap().unwrap();
+        let kick = driver.publish();
+        assert!(device.pop(&mut chain).unwrap());
+        device.push(chain.head, 0);
+        let call = device.publish();
+        assert!(driver.pop_used().unwrap().is_some());
+        (kick, call)
+    };
+    assert_eq!(round(&mut driver, &mut device), (true, true));
+    device.disable_notifications();
+    assert_eq!(round(&mut driver, &mut device), (false, true));
+    driver.disable_notifications();
+    assert_eq!(round(&mut driver, &mut device), (false, false));
+    assert!(!device.enable_notifications() && !driver.enable_notifications());
+    assert_eq!(round(&mut driver, &mut device), (true, true));
+}

@@ -1,0 +1,408 @@
+//! What page batches promise: every page arrives as it was, whatever the memory, the runs, the codec and the pieces in
+//! which the bytes come; and damage of any kind is an error that leaves everything outside guest memory alone.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::collections::BTreeSet;
+use std::io::{self, Read};
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use proptest::prelude::*;
+use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::stream::frame::{FRAME_HEADER_BYTES, Kind};
+use vhost_migrate::stream::pages::{BATCH_PAGES, Batch, CHUNK_PAGES, MAX_ENTRIES};
+use vhost_migrate::stream::{
+    Codec, Decoder, Encoder, FrameReader, FrameWriter, PageStats, Plain, StreamError, Target, channel_of, owned_by,
+};
+
+const PAGE: usize = LOG_PAGE as usize;
+
+/// Memory with regions given as first page and number of pages.
+fn memory(regions: &[(u64, u64)]) -> Memory {
+    let regions = regions.iter().map(|&(first, pages)| {
+        let fd = sealed_memfd("guest", pages * LOG_PAGE).unwrap();
+        Arc::new(Region::map(fd.as_fd(), first * LOG_PAGE, pages * LOG_PAGE, first * LOG_PAGE, 0).unwrap())
+    });
+    Memory::new(regions).unwrap()
+}
+
+/// Two adjacent regions, a hole, and one above 4 GiB.
+fn guest() -> Memory {
+    memory(&[(0, 300), (300, 212), ((4 << 30) / LOG_PAGE + 7, 512)])
+}
+
+fn all_pages(memory: &Memory) -> Vec<u64> {
+    let pages = |r: &Arc<Region>| r.gpa() / LOG_PAGE..(r.gpa() + r.size()) / LOG_PAGE;
+    memory.regions().iter().flat_map(pages).collect()
+}
+
+fn page(memory: &Memory, page: u64) -> Vec<u8> {
+    let mut bytes = vec![0; PAGE];
+    memory.read(page * LOG_PAGE, &mut bytes).unwrap();
+    bytes
+}
+
+/// Fills a page in one of the ways that matter: zero, its last byte only, text, noise.
+fn fill(memory: &Memory, number: u64, how: u8) {
+    let mut seed = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut noise = || {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        seed as u8
+    };
+    let bytes: Vec<u8> = match how % 4 {
+        0 => vec![0; PAGE],
+        1 => (0..PAGE).map(|n| u8::from(n == PAGE - 1)).collect(),
+        2 => (0..PAGE).map(|n| b"page of text "[n % 13] ^ (number as u8)).collect(),
+        _ => (0..PAGE).map(|_| noise()).collect(),
+    };
+    memory.write(number * LOG_PAGE, &bytes).unwrap();
+}
+
+fn runs_of(pages: &BTreeSet<u64>) -> Vec<Range<u64>> {
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for &page in pages {
+        match runs.last_mut() {
+            Some(run) if run.end == page => run.end += 1,
+            _ => runs.push(page..page + 1),
+        }
+    }
+    runs
+}
+
+fn send(memory: &Memory, runs: Vec<Range<u64>>, codec: Codec) -> (Vec<u8>, PageStats) {
+    let mut writer = FrameWriter::new(Vec::new());
+    let stats = Encoder::new(codec).unwrap().send(memory, runs, &mut writer).unwrap();
+    (writer.into_inner(), stats)
+}
+
+fn receive(target: &Arc<Target>, from: impl Read) -> Result<PageStats, StreamError> {
+    receive_on(target, from, 0, 1)
+}
+
+/// Reads page frames to the end of the stream.
+fn receive_on(target: &Arc<Target>, from: impl Read, channel: u16, channels: u16) -> Result<PageStats, StreamError> {
+    let mut decoder = Decoder::new(target.clone(), channel, channels)?;
+    let mut reader = FrameReader::new(Plain(from));
+    let mut stats = PageStats::default();
+    loop {
+        match reader.next_frame() {
+            Ok(header) => stats += decoder.receive(&header, &mut reader)?,
+            Err(StreamError::Ended) => return Ok(stats),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// A reader that hands out a few bytes at a time.
+struct Dribble<'a> {
+    bytes: &'a [u8],
+    sizes: Vec<usize>,
+    turn: usize,
+}
+
+impl Read for Dribble<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.turn += 1;
+        if self.turn.is_multiple_of(7) {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        let size = self.sizes[self.turn % self.sizes.len()].min(into.len());
+        self.bytes.read(&mut into[..size])
+    }
+}
+
+fn codec() -> impl Strategy<Value = Codec> {
+    prop_oneof![Just(Codec::None), Just(Codec::Zstd(1)), Just(Codec::Zstd(-5))]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn every_page_of_every_set_arrives_and_no_other_is_touched(
+        contents in prop::collection::vec(any::<u8>(), 1024),
+        picks in prop::collection::vec((0usize..1024, 1usize..40), 0..60),
+        sizes in prop::collection::vec(1usize..20_000, 1..8),
+        codec in codec(),
+        fresh in any::<bool>(),
+    ) {
+        let (source, destination) = (guest(), guest());
+        let pages = all_pages(&source);
+        for (&page, &how) in pages.iter().zip(&contents) {
+            fill(&source, page, how);
+        }
+        let before = if fresh { vec![0; PAGE] } else { vec![0xee; PAGE] };
+        for &page in pages.iter().filter(|_| !fresh) {
+            destination.write(page * LOG_PAGE, &before).unwrap();
+        }
+        let picked = |(at, count): &(usize, usize)| pages[*at..(at + count).min(pages.len())].to_vec();
+        let set: BTreeSet<u64> = picks.iter().flat_map(picked).collect();
+        let (wire, sent) = send(&source, runs_of(&set), codec);
+        let target = Arc::new(if fresh { Target::fresh(destination) } else { Target::used(destination) });
+        let received = receive(&target, Dribble { bytes: &wire, sizes, turn: 0 }).unwrap();
+        for &number in &pages {
+            let wanted = if set.contains(&number) { page(&source, number) } else { before.clone() };
+            prop_assert!(page(target.memory(), number) == wanted, "page {number:#x}");
+        }
+        let zero = set.iter().filter(|number| page(&source, **number) == [0; PAGE]).count() as u64;
+        prop_assert_eq!((sent.zero_pages, sent.pages()), (zero, set.len() as u64));
+        prop_assert_eq!(sent.wire_bytes, wire.len() as u64);
+        prop_assert_eq!(received, sent);
+    }
+
+    #[test]
+    fn channels_share_all_pages_out_and_keep_to_their_own(
+        starts in prop::collection::btree_map(0u64..5000, 1u64..1500, 0..12),
+        channels in 1u16..9,
+    ) {
+        let mut end = 0;
+        let mut runs = Vec::new();
+        for (start, length) in starts {
+            let start = start.max(end);
+            end = start + length;
+            runs.push(start..end);
+        }
+        let mut seen = BTreeSet::new();
+        for channel in 0..channels {
+            for run in owned_by(runs.clone(), channel, channels) {
+                for page in run {
+                    prop_assert_eq!(channel_of(page, channels), channel);
+                    prop_assert!(seen.insert(page));
+                }
+            }
+        }
+        prop_assert_eq!(seen, runs.into_iter().flatten().collect::<BTreeSet<_>>());
+    }
+
+    #[test]
+    fn noise_is_never_taken_for_pages_and_never_a_panic(noise in prop::collection::vec(any::<u8>(), 0..5000)) {
+        let target = Arc::new(Target::fresh(memory(&[(0, 16)])));
+        prop_assert!(receive(&target, noise.as_slice()).is_err() || noise.is_empty());
+        // With a valid frame around it and a likely head it gets as far as the table.
+        let mut body = noise;
+        if let Some(head) = body.first_chunk_mut() {
+            *head = [head[0] % 9, 0, 0, 0, head[4] % 2, 0, 0, 0];
+        }
+        let mut writer = FrameWriter::new(Vec::new());
+        writer.write(Kind::Pages, [&body, &[]]).unwrap();
+        prop_assert!(receive(&target, writer.into_inner().as_slice()).is_err());
+        prop_assert!(Batch::parse(&body).is_err());
+    }
+}
+
+/// A stream of a few frames with data, zeros and both, small enough to damage it everywhere.
+fn sample(codec: Codec) -> (Vec<u8>, Arc<Target>) {
+    let source = memory(&[(16, 12)]);
+    for (number, how) in (16..28).zip([2, 0, 0, 2, 1, 0, 3, 2, 0, 2, 2, 0]) {
+        fill(&source, number, how);
+    }
+    let mut writer = FrameWriter::new(Vec::new());
+    let mut encoder = Encoder::new(codec).unwrap();
+    for run in [16..19, 20..28, 17..18] {
+        encoder.send(&source, [run], &mut writer).unwrap();
+    }
+    (writer.into_inner(), Arc::new(Target::fresh(memory(&[(16, 12)]))))
+}
+
+#[test]
+fn every_shortened_stream_is_an_error() {
+    for codec in [Codec::None, Codec::Zstd(1)] {
+        let (wire, target) = sample(codec);
+        let whole = receive(&target, wire.as_slice()).unwrap();
+        assert_eq!(whole.batches, 3);
+        let mut at_a_border = 0;
+        for length in 1..wire.len() {
+            match receive(&target, &wire[..length]) {
+                Err(StreamError::Truncated(_)) => {}
+                // Between two frames the handshake notices what is missing.
+                Ok(part) if part.batches < whole.batches => at_a_border += 1,
+                other => panic!("{codec} {length}: {other:?}"),
+            }
+        }
+        assert_eq!(at_a_border, 2);
+    }
+}
+
+#[test]
+fn every_flipped_bit_is_an_error() {
+    for codec in [Codec::None, Codec::Zstd(1)] {
+        let (mut wire, target) = sample(codec);
+        for at in 0..wire.len() {
+            // Every bit of the first headers and tables, one of each byte of the rest.
+            let bits = if at < 200 { 0..8 } else { at % 8..at % 8 + 1 };
+            for bit in bits {
+                wire[at] ^= 1 << bit;
+                assert!(receive(&target, wire.as_slice()).is_err(), "{codec}: byte {at} bit {bit}");
+                wire[at] ^= 1 << bit;
+            }
+        }
+        receive(&target, wire.as_slice()).unwrap();
+    }
+}
+
+fn frame(table: &[u64], codec: u8, data: &[u8]) -> Vec<u8> {
+    let mut body = (table.len() as u32).to_le_bytes().to_vec();
+    body.extend([codec, 0, 0, 0]);
+    table.iter().for_each(|entry| body.extend(entry.to_le_bytes()));
+    let mut writer = FrameWriter::new(Vec::new());
+    writer.write(Kind::Pages, [&body, data]).unwrap();
+    writer.into_inner()
+}
+
+fn entry(first: u64, count: u64, kind: u64) -> u64 {
+    first | (count - 1) << 40 | kind << 62
+}
+
+#[test]
+fn pages_outside_memory_are_refused_before_anything_is_written() {
+    let target = Arc::new(Target::used(memory(&[(16, 16), (64, 16)])));
+    let last = (1 << 40) - 1;
+    for (first, count) in [(0, 1), (15, 2), (31, 2), (32, 1), (63, 1), (79, 2), (last, 1), (last, 1 << 22)] {
+        for kind in [0, 1] {
+            let count = if kind == 0 { count.min(255) } else { count };
+            let pages = if kind == 0 { count as usize + 1 } else { 1 };
+            let wire = frame(&[entry(16, 1, 0), entry(first, count, kind)], 0, &vec![0xaa; pages * PAGE]);
+            let result = receive(&target, wire.as_slice());
+            assert!(matches!(result, Err(StreamError::OutsideMemory { .. })), "{first:#x}+{count} {kind}: {result:?}");
+        }
+    }
+    assert_eq!(page(target.memory(), 16), [0; PAGE], "written although the batch was refused");
+    let data = vec![0xaa; 2 * PAGE];
+    receive(&target, frame(&[entry(30, 2, 0)], 0, &data).as_slice()).unwrap();
+    assert_eq!(page(target.memory(), 31), data[..PAGE]);
+}
+
+#[test]
+fn malformed_tables_are_refused() {
+    let target = Arc::new(Target::fresh(memory(&[(0, 1024)])));
+    let good = vec![1; PAGE];
+    let packed = |length| zstd::bulk::compress(&vec![3; length], 1).unwrap();
+    let cases = [
+        ("no entry", frame(&[], 0, &good)),
+        ("unknown kind 2", frame(&[entry(0, 1, 2)], 0, &good)),
+        ("unknown kind 3", frame(&[entry(0, 1, 3)], 0, &good)),
+        ("unknown codec", frame(&[entry(0, 1, 0)], 2, &good)),
+        ("too little data", frame(&[entry(0, 2, 0)], 0, &good)),
+        ("too much data", frame(&[entry(0, 1, 1)], 0, &good)),
+        ("too many data pages", frame(&[entry(0, BATCH_PAGES + 1, 0)], 1, &good)),
+        ("zstd without data", frame(&[entry(0, 1, 1)], 1, &[])),
+        ("not zstd", frame(&[entry(0, 1, 0)], 1, b"not zstd")),
+        ("decompresses to more", frame(&[entry(0, 1, 0)], 1, &packed(2 * PAGE))),
+        ("decompresses to less", frame(&[entry(0, 2, 0)], 1, &packed(PAGE))),
+        ("zstd longer than raw", frame(&[entry(0, 1, 0)], 1, &good)),
+        ("more entries than allowed", frame(&vec![entry(0, 1, 1); MAX_ENTRIES + 1], 0, &[])),
+    ];
+    for (what, wire) in cases {
+        let result = receive(&target, wire.as_slice());
+        let refused = matches!(result, Err(StreamError::Malformed { .. } | StreamError::Codec { .. }));
+        assert!(refused, "{what}: {result:?}");
+    }
+    receive(&target, frame(&[entry(0, 1, 0)], 0, &good).as_slice()).unwrap();
+    receive(&target, frame(&[entry(0, 2, 0)], 1, &packed(2 * PAGE)).as_slice()).unwrap();
+}
+
+#[test]
+fn a_page_of_another_channel_is_refused() {
+    let target = Arc::new(Target::fresh(memory(&[(0, 1024)])));
+    let wire = frame(&[entry(CHUNK_PAGES, 1, 0)], 0, &[1; PAGE]);
+    assert!(matches!(receive_on(&target, wire.as_slice(), 0, 2), Err(StreamError::Malformed { .. })));
+    receive_on(&target, wire.as_slice(), 1, 2).unwrap();
+    let wire = frame(&[entry(0, 2 * CHUNK_PAGES + 1, 1)], 0, &[]);
+    assert!(matches!(receive_on(&target, wire.as_slice(), 0, 2), Err(StreamError::Malformed { .. })));
+    receive_on(&target, wire.as_slice(), 0, 1).unwrap();
+}
+
+#[test]
+fn a_page_that_was_received_and_is_zero_now_becomes_zero() {
+    for target in [Target::fresh(memory(&[(3, 200)])), Target::used(memory(&[(3, 200)]))] {
+        let target = Arc::new(target);
+        let source = memory(&[(3, 200)]);
+        for number in 3..203 {
+            fill(&source, number, 3);
+        }
+        let (first, _) = send(&source, vec![3..203], Codec::None);
+        receive(&target, first.as_slice()).unwrap();
+        for number in 50..150 {
+            fill(&source, number, 0);
+        }
+        let (second, _) = send(&source, vec![40..160], Codec::Zstd(1));
+        receive(&target, second.as_slice()).unwrap();
+        for number in 3..203 {
+            assert!(page(target.memory(), number) == page(&source, number), "page {number}");
+        }
+    }
+}
+
+#[test]
+fn a_zero_page_of_fresh_memory_is_not_touched() {
+    // If it were written, the memfd would have to hold it.
+    let fd = sealed_memfd("guest", 1 << 20).unwrap();
+    let region = Region::map(fd.as_fd(), 0, 1 << 20, 0, 0).unwrap();
+    let target = Arc::new(Target::fresh(Memory::new([Arc::new(region)]).unwrap()));
+    let (wire, sent) = send(&memory(&[(0, 256)]), vec![0..256], Codec::None);
+    receive(&target, wire.as_slice()).unwrap();
+    assert_eq!((sent.zero_pages, sent.data_pages, sent.batches), (256, 0, 1));
+    assert_eq!(wire.len(), FRAME_HEADER_BYTES + 16);
+    assert_eq!(nix::sys::stat::fstat(&fd).unwrap().st_blocks, 0);
+    receive(&target, frame(&[entry(7, 1, 0)], 0, &[1; PAGE]).as_slice()).unwrap();
+    assert_ne!(nix::sys::stat::fstat(&fd).unwrap().st_blocks, 0);
+}
+
+#[test]
+fn pages_that_are_not_in_memory_are_counted_and_the_rest_is_sent() {
+    let source = memory(&[(16, 16), (64, 16)]);
+    let (wire, sent) = send(&source, vec![0..20, 30..70, 90..95], Codec::None);
+    assert_eq!((sent.pages(), sent.outside), (4 + 2 + 6, 16 + 32 + 5));
+    let target = Arc::new(Target::fresh(memory(&[(16, 16), (64, 16)])));
+    assert_eq!(receive(&target, wire.as_slice()).unwrap().pages(), 12);
+}
+
+#[test]
+fn alternating_pages_need_several_batches_and_all_arrive() {
+    let pages = 3 * MAX_ENTRIES as u64;
+    let source = memory(&[(0, pages)]);
+    for number in (0..pages).step_by(94) {
+        fill(&source, number, 3);
+    }
+    let every_other = (0..pages).step_by(2).map(|page| page..page + 1).collect();
+    let (wire, sent) = send(&source, every_other, Codec::None);
+    assert!(sent.batches >= 2);
+    let target = Arc::new(Target::fresh(memory(&[(0, pages)])));
+    let received = receive(&target, wire.as_slice()).unwrap();
+    assert_eq!((received.data_pages, received.zero_pages), (66, pages / 2 - 66));
+    for number in (0..pages).step_by(2) {
+        assert!(page(target.memory(), number) == page(&source, number), "page {number}");
+    }
+}
+
+#[test]
+fn a_page_is_judged_by_the_bytes_that_are_sent() {
+    // A writer flips one word between zero and not. Judged by one read and sent by another, some page would be told as
+    // data and be zero.
+    let source = memory(&[(0, 1)]);
+    let target = Arc::new(Target::fresh(memory(&[(0, 1)])));
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                source.write(4000, &[0; 8]).unwrap();
+                source.write(4000, &[7; 8]).unwrap();
+            }
+        });
+        for _ in 0..5000 {
+            let (wire, sent) = send(&source, vec![0..1], Codec::None);
+            receive(&target, wire.as_slice()).unwrap();
+            let zero = page(target.memory(), 0).iter().all(|byte| *byte == 0);
+            if zero != (sent.zero_pages == 1) {
+                stop.store(true, Ordering::Relaxed);
+                panic!("told as zero: {}, is zero: {zero}", sent.zero_pages);
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(send(&source, vec![0..1], Codec::None).1.data_pages, 1);
+}

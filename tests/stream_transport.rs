@@ -1,0 +1,501 @@
+//! What transports promise: every URI carries a migration, strangers and hanging peers do not stop one, cancelling ends
+//! every wait, and each mistake is told with what to do about it.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::stream::frame::{ConnectionHeader, HEADER_BYTES, Kind, MigrationId};
+use vhost_migrate::stream::transport::connect;
+use vhost_migrate::stream::{
+    Cancel, Channel, Codec, Connection, Decoder, Encoder, FrameReader, FrameWriter, Limiter, Listener, Options,
+    StreamError, Target, ToDestination, ToSource, Uri, owned_by,
+};
+
+fn options(channels: u16) -> Options {
+    Options { channels, ..Options::new().unwrap() }
+}
+
+fn uri(text: impl AsRef<str>) -> Uri {
+    text.as_ref().parse().unwrap()
+}
+
+fn unix(folder: &Path) -> Uri {
+    uri(format!("unix:{}/socket", folder.display()))
+}
+
+fn memory(pages: u64) -> Memory {
+    let fd = sealed_memfd("guest", pages * LOG_PAGE).unwrap();
+    Memory::new([Arc::new(Region::map(fd.as_fd(), 0, pages * LOG_PAGE, 0, 0).unwrap())]).unwrap()
+}
+
+/// Pages of a text of their own, every third zero.
+fn filled(pages: u64) -> Memory {
+    let memory = memory(pages);
+    for page in (0..pages).filter(|page| page % 3 != 0) {
+        let text = format!("this is page {page:5} ").repeat(220);
+        memory.write(page * LOG_PAGE, &text.as_bytes()[..LOG_PAGE as usize]).unwrap();
+    }
+    memory
+}
+
+fn same(one: &Memory, other: &Memory) -> bool {
+    let bytes = |memory: &Memory| {
+        let mut bytes = vec![0; memory.size() as usize];
+        memory.read(0, &mut bytes).unwrap();
+        bytes
+    };
+    bytes(one) == bytes(other)
+}
+
+fn source(connection: &Connection, memory: &Memory, codec: Codec) {
+    let pages = memory.size() / LOG_PAGE;
+    let channels = connection.channels.len() as u16;
+    thread::scope(|scope| {
+        for (channel, number) in connection.channels.iter().zip(0..) {
+            scope.spawn(move || {
+                let mut writer = FrameWriter::new(channel.clone());
+                let runs = owned_by([0..pages], number, channels);
+                let sent = Encoder::new(codec).unwrap().send(memory, runs, &mut writer).unwrap();
+                let end = vhost_migrate::stream::record::RoundEnd::new(0, true, &sent);
+                ToDestination::RoundEnd(end).write(&mut writer).unwrap();
+            });
+        }
+    });
+    if !connection.one_way {
+        let mut answers = FrameReader::new(connection.channels[0].clone());
+        assert_eq!(ToSource::next(&mut answers).unwrap(), ToSource::Ready);
+    }
+}
+
+fn receive(channel: &Channel, target: &Arc<Target>, number: u16, channels: u16) -> Result<(), StreamError> {
+    let mut decoder = Decoder::new(target.clone(), number, channels)?;
+    let mut reader = FrameReader::new(channel.clone());
+    let mut received = vhost_migrate::stream::PageStats::default();
+    loop {
+        let header = reader.next_frame()?;
+        if header.kind == Kind::Pages {
+            received += decoder.receive(&header, &mut reader)?;
+        } else if let ToDestination::RoundEnd(end) = ToDestination::read(&header, &mut reader)? {
+            return end.check(&received);
+        }
+    }
+}
+
+fn destination(connection: &Connection, target: &Arc<Target>) -> Result<(), StreamError> {
+    let channels = connection.channels.len() as u16;
+    thread::scope(|scope| {
+        let receivers = connection
+            .channels
+            .iter()
+            .zip(0..)
+            .map(|(channel, number)| scope.spawn(move || receive(channel, target, number, channels)));
+        let receivers: Vec<_> = receivers.collect();
+        receivers.into_iter().try_for_each(|receiver| receiver.join().unwrap())
+    })?;
+    if !connection.one_way {
+        ToSource::Ready.write(&mut FrameWriter::new(connection.channels[0].clone()))?;
+    }
+    Ok(())
+}
+
+/// Moves memory from a thread of its own to here.
+fn migrate(listener: &Listener, to: &Uri, options: Options, codec: Codec) {
+    let from = filled(700);
+    let target = Arc::new(Target::fresh(memory(700)));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let connection = connect(to, &options).unwrap();
+            source(&connection, &from, codec);
+            connection.finish().unwrap();
+        });
+        let connection = listener.accept(&Options::new().unwrap()).unwrap();
+        assert_eq!(connection.channels.len(), usize::from(options.channels));
+        assert_eq!(connection.one_way, options.one_way);
+        destination(&connection, &target).unwrap();
+    });
+    assert!(same(&from, target.memory()));
+}
+
+#[test]
+fn memory_moves_over_unix_sockets_and_the_socket_file_goes_away() {
+    let folder = tempfile::tempdir().unwrap();
+    let to = unix(folder.path());
+    let listener = Listener::bind(&to).unwrap();
+    migrate(&listener, &to, options(1), Codec::None);
+    migrate(&listener, &to, options(3), Codec::Zstd(1));
+    migrate(&listener, &to, Options { one_way: true, ..options(2) }, Codec::None);
+    drop(listener);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn memory_moves_over_tcp_to_a_port_that_the_system_chose() {
+    let listener = Listener::bind(&uri("tcp:127.0.0.1:0")).unwrap();
+    migrate(&listener, listener.uri(), options(1), Codec::Zstd(3));
+    migrate(&listener, listener.uri(), options(4), Codec::None);
+    if let Ok(listener) = Listener::bind(&uri("tcp:[::1]:0")) {
+        migrate(&listener, listener.uri(), options(2), Codec::None);
+    }
+}
+
+#[test]
+fn memory_is_saved_to_a_file_only_its_owner_can_read_and_restored() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("saved");
+    let to = uri(format!("file:{}", path.display()));
+    let from = filled(700);
+    let connection = connect(&to, &options(1)).unwrap();
+    assert!(connection.one_way);
+    source(&connection, &from, Codec::None);
+    assert!(!path.exists(), "half a file under the name of a whole one");
+    connection.finish().unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    let restored = Listener::bind(&to).unwrap().accept(&options(1)).unwrap();
+    let target = Arc::new(Target::fresh(memory(700)));
+    destination(&restored, &target).unwrap();
+    assert!(same(&from, target.memory()));
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_save_that_is_given_up_leaves_the_older_file_as_it_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("saved");
+    fs::write(&path, "older").unwrap();
+    let connection = connect(&uri(format!("file:{}", path.display())), &options(1)).unwrap();
+    source(&connection, &filled(10), Codec::None);
+    drop(connection);
+    assert_eq!(fs::read_to_string(&path).unwrap(), "older");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_full_disk_is_called_that() {
+    let connection = connect(&uri("file:/dev/full"), &options(1));
+    assert!(matches!(connection, Err(StreamError::DiskFull)), "{connection:?}");
+}
+
+#[test]
+fn memory_goes_through_commands_that_filter() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("saved.gz");
+    let from = filled(700);
+    let to = uri(format!("exec:gzip -1 > '{}'", path.display()));
+    let connection = connect(&to, &Options { one_way: true, ..options(1) }).unwrap();
+    source(&connection, &from, Codec::None);
+    connection.finish().unwrap();
+    assert!(fs::metadata(&path).unwrap().len() < 700 * 4096 / 4);
+    let back = Listener::bind(&uri(format!("exec:gzip -dc '{}'", path.display()))).unwrap();
+    let restored = back.accept(&options(1)).unwrap();
+    let target = Arc::new(Target::fresh(memory(700)));
+    destination(&restored, &target).unwrap();
+    restored.finish().unwrap();
+    assert!(same(&from, target.memory()));
+}
+
+#[test]
+fn a_command_can_answer_and_its_failure_is_told() {
+    // `cat` sends the header back, as a destination does.
+    let connection = connect(&uri("exec:cat"), &options(1)).unwrap();
+    assert!(!connection.one_way);
+    connection.finish().unwrap();
+    let one_way = Options { one_way: true, ..options(1) };
+    let connection = connect(&uri("exec:cat >/dev/null; exit 3"), &one_way).unwrap();
+    let error = connection.finish().unwrap_err();
+    assert!(matches!(error, StreamError::Command { .. }) && error.to_string().contains("exit status: 3"), "{error}");
+}
+
+#[test]
+fn a_command_does_not_outlive_a_migration_that_is_given_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let pid = folder.path().join("pid");
+    let command = uri(format!("exec:echo $$ > '{0}.new'; mv '{0}.new' '{0}'; sleep 1000", pid.display()));
+    let connection = connect(&command, &Options { one_way: true, ..options(1) }).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !pid.exists() {
+        assert!(Instant::now() < deadline, "the command has not started");
+        thread::yield_now();
+    }
+    let pid: i32 = fs::read_to_string(&pid).unwrap().trim().parse().unwrap();
+    drop(connection);
+    assert_eq!(nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), None), Err(nix::Error::ESRCH));
+}
+
+#[test]
+fn memory_moves_over_inherited_sockets_pipes_and_files() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let listener = Listener::bind(&Uri::Fd(theirs.as_raw_fd())).unwrap();
+    migrate(&listener, &Uri::Fd(ours.as_raw_fd()), options(1), Codec::None);
+    let (reader, writer) = nix::unistd::pipe().unwrap();
+    let listener = Listener::bind(&Uri::Fd(reader.as_raw_fd())).unwrap();
+    let one_way = Options { one_way: true, ..options(1) };
+    migrate(&listener, &Uri::Fd(writer.as_raw_fd()), one_way, Codec::Zstd(1));
+}
+
+#[test]
+fn an_fd_that_is_not_open_and_too_many_channels_are_told() {
+    let error = connect(&uri("fd:777"), &options(1)).unwrap_err().to_string();
+    assert!(error.contains("file descriptor 777 is not open"), "{error}");
+    for single in ["fd:1", "exec:cat", "file:/nowhere/at/all"] {
+        let error = connect(&uri(single), &options(2)).unwrap_err().to_string();
+        assert!(error.contains("use --channels 1"), "{error}");
+    }
+    for channels in [0, 65] {
+        let error = connect(&uri("unix:/nowhere/at/all"), &options(channels)).unwrap_err().to_string();
+        assert!(error.contains("use 1 to 64"), "{error}");
+    }
+}
+
+#[test]
+fn strangers_are_dropped_and_the_migration_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let to = unix(folder.path());
+    let listener = Listener::bind(&to).unwrap();
+    let Uri::Unix(path) = &to else { panic!() };
+    // One says nothing, one speaks HTTP, one is half a migration, one repeats a channel, one has gone.
+    let _silent = UnixStream::connect(path).unwrap();
+    let mut http = UnixStream::connect(path).unwrap();
+    http.write_all(b"GET / HTTP/1.1\r\nHost: somebody.example\r\n\r\n").unwrap();
+    let header = ConnectionHeader { id: MigrationId(7), channel: 0, channels: 2, one_way: false };
+    let mut half = [UnixStream::connect(path).unwrap(), UnixStream::connect(path).unwrap()];
+    half.iter_mut().for_each(|stream| stream.write_all(&header.encode()).unwrap());
+    let mut gone = UnixStream::connect(path).unwrap();
+    let one = ConnectionHeader { channels: 1, one_way: true, ..header };
+    gone.write_all(&one.encode()[..20]).unwrap();
+    drop(gone);
+    migrate(&listener, &to, options(3), Codec::None);
+    assert_eq!(http.read(&mut [0; 1]).unwrap_or(0), 0, "the stranger was answered");
+}
+
+#[test]
+fn a_migration_whose_source_has_left_does_not_stop_the_next() {
+    let folder = tempfile::tempdir().unwrap();
+    let to = unix(folder.path());
+    let listener = Listener::bind(&to).unwrap();
+    let Uri::Unix(path) = &to else { panic!() };
+    let header = ConnectionHeader { id: MigrationId(7), channel: 0, channels: 2, one_way: false };
+    let mut dead = UnixStream::connect(path).unwrap();
+    dead.write_all(&header.encode()).unwrap();
+    drop(dead);
+    let mut other = UnixStream::connect(path).unwrap();
+    other.write_all(&ConnectionHeader { channel: 1, ..header }.encode()).unwrap();
+    migrate(&listener, &to, options(1), Codec::None);
+}
+
+#[test]
+fn both_sides_learn_which_of_them_is_too_old() {
+    let folder = tempfile::tempdir().unwrap();
+    let to = unix(folder.path());
+    let listener = Listener::bind(&to).unwrap();
+    let Uri::Unix(path) = &to else { panic!() };
+    // A newer source finds our version in the answer.
+    let mut newer = UnixStream::connect(path).unwrap();
+    let mut header = ConnectionHeader { id: MigrationId(7), channel: 0, channels: 1, one_way: false }.encode();
+    header[8] = 2;
+    newer.write_all(&header).unwrap();
+    migrate(&listener, &to, options(1), Codec::None);
+    let mut answer = [0; HEADER_BYTES];
+    newer.read_exact(&mut answer).unwrap();
+    assert_eq!(answer[8..10], [1, 0]);
+    // Our source meets a newer destination.
+    let newer = UnixListener::bind(folder.path().join("newer")).unwrap();
+    let source = thread::spawn(move || connect(&uri(format!("unix:{}/newer", folder.path().display())), &options(1)));
+    newer.accept().unwrap().0.write_all(&header).unwrap();
+    let error = source.join().unwrap().unwrap_err().to_string();
+    assert!(error.contains("the peer is newer, update this program"), "{error}");
+}
+
+#[test]
+fn a_stale_socket_file_is_replaced_and_a_live_one_is_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let to = unix(folder.path());
+    let Uri::Unix(path) = &to else { panic!() };
+    drop(UnixListener::bind(path).unwrap());
+    assert!(path.exists());
+    let listener = Listener::bind(&to).unwrap();
+    let error = Listener::bind(&to).unwrap_err().to_string();
+    assert!(error.contains("another process listens at this socket"), "{error}");
+    migrate(&listener, &to, options(1), Codec::None);
+}
+
+#[test]
+fn every_wrong_place_is_told_with_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path().display();
+    fs::write(format!("{folder}/plain"), "").unwrap();
+    let bind = |text: String| Listener::bind(&uri(text)).unwrap_err().to_string();
+    let dial = |text: String| connect(&uri(text), &options(1)).unwrap_err().to_string();
+    let taken = Listener::bind(&uri("tcp:127.0.0.1:0")).unwrap();
+    let free = {
+        let listener = Listener::bind(&uri("tcp:127.0.0.1:0")).unwrap();
+        listener.uri().to_string()
+    };
+    let cases = [
+        (bind(taken.uri().to_string()), "the port is in use"),
+        (bind(format!("unix:{}", "x".repeat(108))), "at most 107"),
+        (dial(format!("unix:{}", "x".repeat(108))), "at most 107"),
+        (bind(format!("unix:{folder}/plain")), "exists and is not a socket"),
+        (bind(format!("unix:{folder}/no/socket")), "check its spelling and that its folder exists"),
+        (bind(format!("file:{folder}/nothing")), "there is no such path"),
+        (dial(format!("file:{folder}/no/file")), "there is no such path"),
+        (dial(format!("unix:{folder}/nobody")), "start the destination first"),
+        (dial(free), "start the destination first"),
+        (dial("tcp:no.such.host.invalid:1".into()), "is not known"),
+    ];
+    for (error, advice) in cases {
+        assert!(error.contains(advice) && !error.contains('\n'), "{error}");
+    }
+}
+
+#[test]
+fn every_wrong_uri_is_told_with_what_to_write() {
+    let cases = [
+        ("", "write tcp:HOST:PORT, unix:PATH"),
+        ("http://x", "write tcp:HOST:PORT, unix:PATH"),
+        ("tcp:host", "a port is missing"),
+        ("tcp:host:70000", "0 to 65535"),
+        ("tcp:::1:4444", "brackets"),
+        ("unix:", "nothing follows"),
+        ("file:", "nothing follows"),
+        ("exec:", "nothing follows"),
+        ("fd:-1", "number of an open file descriptor"),
+        ("fd:x", "number of an open file descriptor"),
+    ];
+    for (text, advice) in cases {
+        let error = text.parse::<Uri>().unwrap_err().to_string();
+        assert!(error.contains(advice), "{error}");
+    }
+    for text in ["tcp:host:1", "tcp::4444", "tcp:[::1]:2", "unix:/a b", "file:x:y", "exec:ssh h 'a: b'", "fd:3"] {
+        assert_eq!(uri(text).to_string(), text);
+    }
+}
+
+#[test]
+fn cancelling_ends_accept_read_write_and_every_wait() {
+    let folder = tempfile::tempdir().unwrap();
+    let to = unix(folder.path());
+    let listener = Listener::bind(&to).unwrap();
+    let forever = || Options { deadline: None, timeout: None, ..options(1) };
+    let waiting = forever();
+    thread::scope(|scope| {
+        let accept = scope.spawn(|| listener.accept(&waiting));
+        waiting.cancel.cancel();
+        assert!(matches!(accept.join().unwrap(), Err(StreamError::Cancelled)));
+    });
+    // Nobody answers the header, nobody reads, nobody writes.
+    let dialling = forever();
+    thread::scope(|scope| {
+        let dial = scope.spawn(|| connect(&to, &dialling));
+        dialling.cancel.cancel();
+        assert!(matches!(dial.join().unwrap(), Err(StreamError::Cancelled)));
+    });
+    let (pipe_out, pipe_in) = nix::unistd::pipe().unwrap();
+    let (one, _other) = UnixStream::pair().unwrap();
+    for number in [one.as_raw_fd(), pipe_in.as_raw_fd()] {
+        let writing = Options { one_way: true, ..forever() };
+        let connection = connect(&Uri::Fd(number), &writing).unwrap();
+        thread::scope(|scope| {
+            let mut channel = connection.channels[0].clone();
+            let write = scope.spawn(move || {
+                let failed = (0..).find_map(|_| channel.write_all(&[0; 512]).err());
+                StreamError::from(failed.unwrap())
+            });
+            while connection.channels[0].sent() < 4096 {
+                thread::yield_now();
+            }
+            writing.cancel.cancel();
+            assert!(matches!(write.join().unwrap(), StreamError::Cancelled));
+        });
+        assert!(matches!(connection.finish(), Err(StreamError::Cancelled) | Ok(())));
+    }
+    let (quiet, _writer) = nix::unistd::pipe().unwrap();
+    let (mute, _other) = UnixStream::pair().unwrap();
+    for number in [quiet.as_raw_fd(), mute.as_raw_fd()] {
+        let reading = forever();
+        let listener = Listener::bind(&Uri::Fd(number)).unwrap();
+        thread::scope(|scope| {
+            let accept = scope.spawn(|| listener.accept(&reading));
+            reading.cancel.cancel();
+            assert!(matches!(accept.join().unwrap(), Err(StreamError::Cancelled)));
+        });
+    }
+    drop(pipe_out);
+}
+
+#[test]
+fn a_peer_that_hangs_is_a_timeout_and_one_that_leaves_is_told() {
+    let short = Options { timeout: Some(Duration::from_millis(30)), one_way: true, ..options(1) };
+    let (_kept, pipe) = nix::unistd::pipe().unwrap();
+    let (socket, other) = UnixStream::pair().unwrap();
+    for number in [pipe.as_raw_fd(), socket.as_raw_fd()] {
+        let connection = connect(&Uri::Fd(number), &short).unwrap();
+        let error = connection.channels[0].clone().write_all(&vec![0; 64 << 20]).unwrap_err();
+        assert!(matches!(StreamError::from(error), StreamError::Timeout(_)));
+    }
+    drop(other);
+    let gone = connect(&Uri::Fd(socket.as_raw_fd()), &short);
+    assert!(matches!(gone, Err(StreamError::PeerGone)), "{gone:?}");
+}
+
+#[test]
+fn a_destination_that_nobody_comes_to_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let to = unix(folder.path());
+    let listener = Listener::bind(&to).unwrap();
+    let short = Options { deadline: Some(Duration::from_millis(20)), ..options(1) };
+    let error = listener.accept(&short).unwrap_err().to_string();
+    assert!(error.contains("no migration came within 20ms"), "{error}");
+    let error = connect(&to, &short).unwrap_err().to_string();
+    assert!(error.contains("check that the destination waits for a migration"), "{error}");
+}
+
+#[test]
+fn a_bandwidth_limit_holds_over_all_channels_together() {
+    let folder = tempfile::tempdir().unwrap();
+    let to = unix(folder.path());
+    let listener = Listener::bind(&to).unwrap();
+    let limited = Options { limiter: Limiter::new(Some(10 << 20)), ..options(2) };
+    let start = Instant::now();
+    migrate(&listener, &to, limited, Codec::None);
+    // Two thirds of 700 pages are 1.8 MiB; the first tenth of a second's worth is free.
+    assert!(start.elapsed() > Duration::from_millis(70), "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_cancel_switch_that_was_used_lets_nothing_begin() {
+    let cancel = Cancel::new().unwrap();
+    cancel.cancel();
+    let off = Options { cancel, ..options(1) };
+    let result = connect(&uri("exec:cat"), &off);
+    assert!(matches!(result, Err(StreamError::Cancelled)), "{result:?}");
+}
+
+#[test]
+fn a_peer_that_resets_the_connection_is_told_as_gone() {
+    let listener = Listener::bind(&uri("tcp:127.0.0.1:0")).unwrap();
+    let Uri::Tcp { port, .. } = listener.uri() else { panic!() };
+    let mut source = TcpStream::connect(("127.0.0.1", *port)).unwrap();
+    let header = ConnectionHeader { id: MigrationId(7), channel: 0, channels: 1, one_way: true };
+    source.write_all(&header.encode()).unwrap();
+    let connection = listener.accept(&options(1)).unwrap();
+    let mut channel = connection.channels[0].clone();
+    drop(source);
+    let mut reader = FrameReader::new(channel.clone());
+    assert!(matches!(reader.next_frame(), Err(StreamError::Ended)));
+    let error = loop {
+        if let Err(error) = channel.write_all(&[0; 4096]) {
+            break StreamError::from(error);
+        }
+    };
+    assert!(matches!(error, StreamError::PeerGone), "{error:?}");
+}
