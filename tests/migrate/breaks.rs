@@ -62,7 +62,7 @@ fn a_connection_cut_at_any_step_leaves_the_guest_at_its_source() {
 
 #[test]
 fn any_one_of_several_connections_being_cut_ends_the_migration() {
-    let mut guest = Guest::running(2048);
+    let mut guest = Guest::running(1536);
     for (channel, way, at) in [
         (0, ToDestination, At::Byte(100_000)),
         (1, ToSource, At::Byte(10)),
@@ -92,7 +92,7 @@ fn a_destination_that_reads_no_more_does_not_block_the_source_for_ever() {
     // More than the buffers between them hold.
     let how = How::new().timeout(Duration::from_millis(200));
     let fault = Fault::new(ToDestination, At::Byte(10_000), Deed::Hold);
-    survives(Guest::running(8192), fault, &how);
+    survives(Guest::running(3072), fault, &how);
 }
 
 /// Offsets into a frame: every other byte of the header, and some of what follows.
@@ -143,7 +143,7 @@ fn a_damaged_byte_in_what_the_destination_says_is_noticed_by_the_source() {
 #[test]
 fn the_source_learns_why_the_destination_hung_up_in_the_middle_of_its_pages() {
     let fault = Fault::new(ToDestination, At::Frame(Kind::Pages, 3_000), Deed::Flip);
-    let (_, failure) = survives(Guest::running(8192), fault, &How::new());
+    let (_, failure) = survives(Guest::running(3072), fault, &How::new());
     let MigrateError::Destination(words) = &failure.error else { panic!("{failure}") };
     assert!(words.contains("checksum"), "{words}");
 }

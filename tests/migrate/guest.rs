@@ -66,6 +66,7 @@ enum Vcpu {
 }
 
 enum Order {
+    Stop,
     /// Answer after the next write.
     Beat(Sender<()>),
     /// Write every page once, then answer.
@@ -91,7 +92,7 @@ impl Guest {
     /// A guest whose CPU does nothing until it is resumed.
     pub(crate) fn idle(pages: u64) -> Guest {
         let memory = make_memory(&layout(pages));
-        let mut guest = Guest::new(memory, vec![0; pages as usize], 1);
+        let mut guest = Guest::new(memory, (0..pages as u32).map(|page| page % 5).collect(), 1);
         let writer = guest.writer();
         for page in 0..pages as usize {
             writer.write(page);
@@ -146,7 +147,7 @@ impl Guest {
         let Vcpu::Running { orders, thread } = std::mem::replace(&mut self.vcpu, Vcpu::none(&self.memory)) else {
             panic!("the guest does not run");
         };
-        drop(orders);
+        orders.send(Order::Stop).unwrap();
         self.vcpu = Vcpu::Stopped(thread.join().unwrap());
     }
 
@@ -156,21 +157,13 @@ impl Guest {
 
     /// Waits until the guest has written once more.
     pub(crate) fn beat(&self) {
-        self.order(Order::Beat);
-    }
-
-    fn order(&self, order: fn(Sender<()>) -> Order) {
         let Vcpu::Running { orders, .. } = &self.vcpu else { panic!("the guest does not run") };
-        ask(orders, order);
+        ask(orders, Order::Beat);
     }
 
     /// Checks every byte of a stopped guest's memory against its CPU's state.
     pub(crate) fn check(&mut self) -> Result<(), String> {
         self.writer().check()
-    }
-
-    pub(crate) fn pages(&self) -> u64 {
-        self.memory.size() / LOG_PAGE
     }
 
     /// The end of every migration that failed before its commit: the guest runs here as if nothing had been, nobody
@@ -220,12 +213,12 @@ impl Machine for Guest {
     }
 
     fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, MachineError> {
-        let sweep = match &self.vcpu {
-            Vcpu::Running { orders, .. } if self.trouble == Trouble::Relentless => Some(orders.clone()),
-            _ => None,
+        let orders = match &self.vcpu {
+            Vcpu::Running { orders, .. } => Some(orders.clone()),
+            Vcpu::Stopped(_) => None,
         };
         let memory = self.memory.clone();
-        Ok(Box::new(Tracked { tracker: self.tracker.clone(), memory, trouble: self.trouble, sweep }))
+        Ok(Box::new(Tracked { tracker: self.tracker.clone(), memory, trouble: self.trouble, orders }))
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {
@@ -272,7 +265,7 @@ fn ask(orders: &Sender<Order>, order: fn(Sender<()>) -> Order) {
 }
 
 impl Writer {
-    /// Writes random pages until nobody can give orders any more.
+    /// Writes random pages until it is told to stop.
     fn run(&mut self, orders: &Receiver<Order>) {
         loop {
             let answer = match orders.try_recv() {
@@ -281,8 +274,8 @@ impl Writer {
                     (0..self.versions.len()).for_each(|page| self.write(page));
                     Some(answer)
                 }
+                Ok(Order::Stop) | Err(TryRecvError::Disconnected) => return,
                 Err(TryRecvError::Empty) => None,
-                Err(TryRecvError::Disconnected) => return,
             };
             self.random = mix(self.random);
             let page = (self.random >> 16) as usize % self.versions.len();
@@ -376,7 +369,7 @@ struct Tracked {
     tracker: Arc<Mutex<Tracker>>,
     memory: Memory,
     trouble: Trouble,
-    sweep: Option<Sender<Order>>,
+    orders: Option<Sender<Order>>,
 }
 
 impl Tracked {
@@ -421,8 +414,9 @@ impl DirtySource for Tracked {
     }
 
     fn harvest(&mut self, into: &mut PageSet) -> Result<Harvest, DirtyError> {
-        if let Some(orders) = &self.sweep {
-            ask(orders, Order::Sweep);
+        if let Some(orders) = &self.orders {
+            // However short the round was, the guest has written in it.
+            ask(orders, if self.trouble == Trouble::Relentless { Order::Sweep } else { Order::Beat });
         }
         self.harvest_with(into, |union, into| union.harvest(into))
     }
