@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crossbeam::channel::RecvTimeoutError;
 use serde_json::{Value, json};
 use vhost_migrate::control::{self, Command, Handler, MigrateArguments};
 use vhost_migrate::dirty::forecast;
@@ -104,11 +105,8 @@ fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
         }
     }
     // A failure of the guest is told at once, not when somebody asks.
-    loop {
-        match quitting.recv_timeout(Duration::from_millis(100)) {
-            Err(crossbeam::channel::RecvTimeoutError::Timeout) => owner.notice_failure(),
-            _ => break,
-        }
+    while let Err(RecvTimeoutError::Timeout) = quitting.recv_timeout(Duration::from_millis(100)) {
+        owner.notice_failure();
     }
     owner.notice_failure();
     Ok(if owner.state() == State::Failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })

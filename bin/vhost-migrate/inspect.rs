@@ -106,7 +106,9 @@ fn log(file: &Path, most: usize) -> Result<Found, String> {
     let bytes = read(file)?;
     let mut pages = PageSet::new(bytes.len() as u64 * 8);
     for (at, byte) in (0u64..).zip(&bytes) {
-        (0..8).filter(|bit| byte >> bit & 1 == 1).for_each(|bit| drop(pages.insert(at * 8 + bit)));
+        for bit in (0..8).filter(|bit| byte >> bit & 1 == 1) {
+            pages.insert(at * 8 + bit);
+        }
     }
     let runs: Vec<Range<u64>> = pages.runs().collect();
     let covers = bytes.len() as u64 * 8 * LOG_PAGE;

@@ -216,6 +216,7 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
+    use crate::memory::LOG_PAGE;
 
     /// A source that reports `pages`, fails where told to, and writes down what it was asked.
     struct Scripted {
@@ -247,6 +248,8 @@ mod tests {
             Ok(Harvest { pages, added: into.insert_range(self.pages.clone()) })
         }
 
+        fn put_back(&mut self, _: &PageSet) {}
+
         fn stop(&mut self) -> Result<(), DirtyError> {
             self.asked("stop")
         }
@@ -277,6 +280,25 @@ mod tests {
         assert_eq!(shares, [("a", 10, 20), ("b", 20, 40), ("c", 1, 2)]);
         union.start().unwrap();
         assert!(union.shares().all(|share| share.total == 0), "a new start counts anew");
+    }
+
+    #[test]
+    fn pages_that_are_put_back_are_harvested_again_and_once() {
+        let mut unsent = PageSet::new(200);
+        unsent.insert_range(60..70);
+        unsent.insert(199);
+        let log = Arc::new(Log::create(200 * crate::memory::LOG_PAGE).unwrap().0);
+        let log: Box<dyn DirtySource> = Box::new(LogSource::new("disk", log));
+        let union: Box<dyn DirtySource> = Box::new(Union::default());
+        for mut source in [log, union] {
+            let mut set = PageSet::default();
+            source.put_back(&unsent);
+            source.harvest(&mut set).unwrap();
+            assert!(set.iter().eq(unsent.iter()), "{}", source.name());
+            set.clear();
+            source.harvest(&mut set).unwrap();
+            assert!(set.is_empty(), "{}", source.name());
+        }
     }
 
     #[test]

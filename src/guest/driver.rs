@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U32, U64};
@@ -64,6 +65,8 @@ pub(super) struct Driver {
     next_version: u32,
     random: Random,
     slots: Vec<SlotState>,
+    /// By slot: since when its request waits.
+    since: Vec<Instant>,
     requests: u64,
     completions: u64,
     counters: Arc<Counters>,
@@ -91,6 +94,7 @@ impl Driver {
             queue,
             memory: memory.clone(),
             slots: vec![SlotState::default(); layout.slots.len()],
+            since: vec![Instant::now(); layout.slots.len()],
             layout,
             pattern,
             blank: config.blank_disks,
@@ -156,6 +160,7 @@ impl Driver {
             versions: state.versions,
             next_version: state.next_version,
             random: Random(state.random),
+            since: vec![Instant::now(); state.slots.len()],
             slots: state.slots,
             requests: state.requests,
             completions: state.completions,
@@ -182,8 +187,19 @@ impl Driver {
         &self.counters
     }
 
-    pub(super) fn queue(&self) -> usize {
-        self.queue
+    /// Waiting begins anew for all requests: they could not be answered until now.
+    pub(super) fn forgive(&mut self) {
+        self.since.fill(Instant::now());
+    }
+
+    /// Fails if a request waits for longer than `patience`.
+    pub(super) fn check_lost(&self, patience: Duration) -> Result<(), GuestError> {
+        let mut slots = self.slots.iter().zip(&self.since);
+        if !slots.any(|(slot, since)| slot.request.is_some() && since.elapsed() > patience) {
+            return Ok(());
+        }
+        let outstanding = self.ring.outstanding();
+        Err(GuestError::Lost { queue: self.queue, outstanding, seconds: patience.as_secs() })
     }
 
     pub(super) fn requests(&self) -> u64 {
@@ -317,6 +333,9 @@ impl Driver {
         let Some(head) = added.map_err(|source| self.broken(source))? else { return Ok(()) };
         if let Some(state) = self.slots.get_mut(slot) {
             state.request = Some(RequestState { head, kind, sector, sectors: sectors as u32, offset });
+        }
+        if let Some(since) = self.since.get_mut(slot) {
+            *since = Instant::now();
         }
         self.requests += 1;
         self.count();

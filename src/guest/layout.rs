@@ -52,7 +52,7 @@ pub struct GuestConfig {
     pub disk_area: u64,
     /// Disks are zero where the guest has not written.
     pub blank_disks: bool,
-    /// Seconds without any completion after which outstanding requests count as lost.
+    /// Seconds after which a request without a completion counts as lost.
     pub request_timeout: u64,
     /// Seconds to wait for a back-end that has gone away.
     pub reconnect_timeout: u64,

@@ -8,8 +8,10 @@ use crate::process::{Lab, Process, wait_for};
 /// Which program serves the disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Kind {
-    /// `vhost-migrate backend blk`.
+    /// `vhost-migrate backend blk`, with the disk in the page cache.
     Ours,
+    /// The same with `--direct`: its requests take as long as the disk, so some are always in flight under load.
+    OursDirect,
     /// `qemu-storage-daemon`; with a limit in bytes per second its requests stay in flight for long.
     StorageDaemon { bytes_per_second: Option<u64> },
 }
@@ -73,9 +75,10 @@ impl Backend {
 fn spawn(kind: Kind, socket: &Path, image: &Path, output: &Path, queues: u16) -> Process {
     let (socket, image) = (socket.display(), image.display());
     match kind {
-        Kind::Ours => {
+        Kind::Ours | Kind::OursDirect => {
             let program = env!("CARGO_BIN_EXE_vhost-migrate");
-            let args = format!("backend blk --socket {socket} --image {image} --queues {queues}");
+            let direct = if kind == Kind::OursDirect { "--direct" } else { "" };
+            let args = format!("backend blk --socket {socket} --image {image} --queues {queues} {direct}");
             Process::start("vhost-migrate", program, &words(&args), output)
         }
         Kind::StorageDaemon { bytes_per_second } => {

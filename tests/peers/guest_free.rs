@@ -122,7 +122,7 @@ fn assert_pages_alike(what: &str, pages: &[u64]) {
 }
 
 fn a_migration_under_load_loses_nothing(options: Options, multifd: bool) {
-    let mut source = Source::start(Kind::Ours, options);
+    let mut source = Source::start(Kind::OursDirect, options);
     let mut destination = source.destination();
     source.load.run(&mut source.machine, 1000);
     source.migrate(&mut destination, multifd, 3);
@@ -146,7 +146,7 @@ fn a_migration_under_load_loses_nothing_with_two_queues_and_indirect_descriptors
 
 #[test]
 fn a_guest_migrates_there_and_back_with_multifd() {
-    let mut source = Source::start(Kind::Ours, MANY);
+    let mut source = Source::start(Kind::OursDirect, MANY);
     for _ in 0..3 {
         let mut destination = source.destination();
         source.migrate(&mut destination, true, 2);
@@ -156,7 +156,7 @@ fn a_guest_migrates_there_and_back_with_multifd() {
 
 #[test]
 fn a_log_that_is_toggled_under_load_still_misses_nothing() {
-    let mut source = Source::start(Kind::Ours, EVENTS);
+    let mut source = Source::start(Kind::OursDirect, EVENTS);
     for _ in 0..2 {
         source.qemu.qmp("calc-dirty-rate", json!({"calc-time": 1, "mode": "dirty-bitmap"}));
         wait_for("the dirty rate is measured", || {
@@ -171,7 +171,7 @@ fn a_log_that_is_toggled_under_load_still_misses_nothing() {
 
 #[test]
 fn a_migration_after_a_cancelled_one_loses_nothing() {
-    let mut source = Source::start(Kind::Ours, MANY);
+    let mut source = Source::start(Kind::OursDirect, MANY);
     let mut destination = source.destination();
     source.migrate(&mut destination, false, 2);
     migration::cancel(&mut source.qemu);
@@ -184,14 +184,17 @@ fn a_migration_after_a_cancelled_one_loses_nothing() {
 }
 
 #[test]
-fn a_stopped_guest_goes_on_where_it_was() {
-    let mut source = Source::start(Kind::Ours, EVENTS);
-    for _ in 0..5 {
+fn a_stopped_guest_goes_on_where_it_was_also_with_another_back_end() {
+    let mut source = Source::start(Kind::OursDirect, EVENTS);
+    for round in 0..6 {
         source.load.flood(&mut source.machine);
         source.qemu.qmp("stop", json!({}));
-        let stopped = source.machine.ram.snapshot();
-        source.qemu.qmp("query-status", json!({}));
-        assert_pages_alike("a stopped guest", &source.machine.ram.snapshot().differing_pages(&stopped));
+        if round % 2 == 0 {
+            let stopped = source.machine.ram.snapshot();
+            source.backend.terminate();
+            assert_pages_alike("a stopped guest", &source.machine.ram.snapshot().differing_pages(&stopped));
+            source.backend.restart();
+        }
         source.qemu.qmp("cont", json!({}));
         source.load.run(&mut source.machine, 200);
     }
@@ -201,7 +204,7 @@ fn a_stopped_guest_goes_on_where_it_was() {
 #[test]
 fn a_killed_back_end_answers_every_request_exactly_once() {
     for options in [PLAIN, EVENTS, MANY] {
-        let mut source = Source::start(Kind::Ours, options);
+        let mut source = Source::start(Kind::OursDirect, options);
         for _ in 0..5 {
             source.crash();
             source.load.run(&mut source.machine, 300);
@@ -213,11 +216,13 @@ fn a_killed_back_end_answers_every_request_exactly_once() {
 #[test]
 fn a_back_end_killed_during_a_migration_loses_nothing() {
     for multifd in [false, true] {
-        let mut source = Source::start(Kind::Ours, EVENTS);
+        let mut source = Source::start(Kind::OursDirect, EVENTS);
         let mut destination = source.destination();
         source.migrate(&mut destination, multifd, 2);
         for _ in 0..2 {
+            migration::hold(&mut source.qemu);
             source.crash();
+            migration::resume(&mut source.qemu);
             source.rounds(2);
         }
         source.complete(destination);
@@ -229,11 +234,12 @@ fn a_back_end_killed_during_a_migration_loses_nothing() {
 /// What the comparison of memory is worth: a back-end that answers GET_VRING_BASE with requests in flight is noticed.
 #[test]
 fn a_back_end_that_does_not_drain_is_noticed() {
-    let slow = Kind::StorageDaemon { bytes_per_second: Some(4 << 20) };
+    let slow = Kind::StorageDaemon { bytes_per_second: Some(1 << 20) };
     let mut source = Source::start(slow, PLAIN);
     let mut destination = source.destination();
     source.migrate(&mut destination, false, 2);
     source.load.flood(&mut source.machine);
+    source.qemu.qmp("stop", json!({}));
     migration::let_converge(&mut source.qemu);
     migration::finish(&mut source.qemu, &mut destination);
     let before = source.machine.ram.snapshot();

@@ -56,7 +56,7 @@ impl Host {
 #[test]
 fn a_linux_guest_moves_there_and_back_and_its_back_ends_die_and_every_byte_is_right() {
     let lab = Lab::new();
-    let image = lab.file("disk.img");
+    let image = lab.disk();
     File::create(&image).unwrap().set_len(DISK_BYTES).unwrap();
     let mut here = Backend::start(&lab, Kind::Ours, "backend-a", &image, 1);
     let mut there = Backend::start(&lab, Kind::Ours, "backend-b", &image, 1);

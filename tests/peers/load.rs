@@ -19,7 +19,7 @@ const SHORTEST: u64 = 3;
 
 /// Writes the disk image: every sector in its version 0.
 pub(crate) fn make_image(lab: &Lab) -> PathBuf {
-    let path = lab.file("disk.img");
+    let path = lab.disk();
     let mut image = BufWriter::with_capacity(1 << 20, File::create(&path).unwrap());
     for sector in 0..SECTORS {
         image.write_all(&contents(sector, 0)).unwrap();

@@ -25,21 +25,28 @@ pub(crate) fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T 
     }
 }
 
-/// The folders of one test: sockets, logs and disk images in one, guest memory in another that is in memory itself.
+/// The folders of one test: sockets and logs, guest memory (in memory itself), and disk images (on a real disk).
 pub(crate) struct Lab {
     files: TempDir,
     memory: TempDir,
+    disks: TempDir,
 }
 
 impl Lab {
     pub(crate) fn new() -> Lab {
         let files = tempfile::Builder::new().prefix("peers-").tempdir().unwrap();
         let memory = tempfile::Builder::new().prefix("peers-").tempdir_in("/dev/shm").unwrap();
-        Lab { files, memory }
+        let disks = tempfile::Builder::new().prefix("peers-").tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        Lab { files, memory, disks }
     }
 
     pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.files.path().join(name)
+    }
+
+    /// The disk image: one of a test, shared by its back-ends.
+    pub(crate) fn disk(&self) -> PathBuf {
+        self.disks.path().join("disk.img")
     }
 
     pub(crate) fn memory(&self, name: &str) -> PathBuf {

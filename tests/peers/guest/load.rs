@@ -92,7 +92,10 @@ fn check(found: &[u8], number: u64, version: u64, what: &str) {
     fill(&mut expected, number, version);
     if found != expected {
         let at = found.iter().zip(&expected).position(|(a, b)| a != b).unwrap_or(0);
-        bad(&format!("{what} block {number} version {version:x}: byte {at} is {:x}, not {:x}", found[at], expected[at]));
+        bad(&format!(
+            "{what} block {number} version {version:x}: byte {at} is {:x}, not {:x}",
+            found[at], expected[at]
+        ));
     }
 }
 
