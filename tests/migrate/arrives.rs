@@ -9,7 +9,7 @@ use vhost_migrate::stream::Uri;
 use crate::guest::{Guest, NO_ROOM, Trouble};
 use crate::trip::{Arrived, Destination, How, Place, assert_nothing_happened, leave, travel, uri};
 
-/// 6 MiB: more than one chunk of 1 MiB for each of five channels.
+/// 6 MiB. The fifth of five channels has none of it.
 const PAGES: u64 = 1536;
 
 /// There and back again, every byte checked on each arrival.
