@@ -216,7 +216,6 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
-    use crate::memory::LOG_PAGE;
 
     /// A source that reports `pages`, fails where told to, and writes down what it was asked.
     struct Scripted {
