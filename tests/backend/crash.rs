@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -59,7 +59,7 @@ impl Guests {
     }
 
     /// Connects as QEMU does on reconnect: the base is the used index, the inflight region knows better.
-    fn attach(&mut self, socket: &PathBuf) -> Client {
+    fn attach(&mut self, socket: &Path) -> Client {
         let client = Client::connect(socket);
         begin(&client, &self.guest, self.features | LOG_ALL);
         let mmap_size = inflight::Region::bytes_for(1, 64).unwrap();
