@@ -157,7 +157,7 @@ fn copy(memory: &Memory) -> f64 {
 }
 
 fn sockets(pages: u64) -> f64 {
-    let each = pages * LOG_PAGE / u64::from(CHANNELS) >> 20;
+    let each = (pages * LOG_PAGE / u64::from(CHANNELS)) >> 20;
     let start = seconds();
     thread::scope(|scope| {
         for _ in 0..CHANNELS {
