@@ -114,6 +114,7 @@ impl Guest {
         let tracker = Tracker {
             union: Union::new(devices),
             unsent: PageSet::default(),
+            returned: PageSet::default(),
             tracking: false,
             starts: 0,
             harvests: 0,
@@ -177,11 +178,14 @@ impl Guest {
             let mut tracker = self.tracker.lock().unwrap();
             assert!(!tracker.tracking, "tracking was not switched off");
             assert_eq!(tracker.put_backs, tracker.starts);
+            let mut lost = std::mem::take(&mut tracker.unsent);
+            lost.difference(&tracker.returned);
+            assert!(lost.is_empty(), "{} pages were found dirty, not sent and forgotten", lost.len());
             let mut again = PageSet::default();
             tracker.union.harvest(&mut again).unwrap();
-            let mut lost = std::mem::take(&mut tracker.unsent);
+            let mut lost = std::mem::take(&mut tracker.returned);
             lost.difference(&again);
-            assert!(lost.is_empty(), "{} pages were found dirty, not sent and forgotten", lost.len());
+            assert!(lost.is_empty(), "{} pages were put back and are not found again", lost.len());
             (tracker.starts, tracker.put_backs) = (0, 0);
         }
         self.stop();
@@ -327,7 +331,7 @@ fn contents(gpa: u64, version: u32) -> [u8; PAGE] {
         return page;
     }
     let mut word = mix(gpa ^ u64::from(version) << 40);
-    if gpa / LOG_PAGE % 4 == 0 {
+    if (gpa / LOG_PAGE).is_multiple_of(4) {
         for bytes in page.as_chunks_mut().0 {
             *bytes = word.to_le_bytes();
             word = mix(word);
@@ -360,6 +364,8 @@ struct Tracker {
     union: Union,
     /// What was found dirty and may not have been sent yet.
     unsent: PageSet,
+    /// What was put back.
+    returned: PageSet,
     tracking: bool,
     starts: u32,
     harvests: u32,
@@ -430,6 +436,7 @@ impl DirtySource for Tracked {
     fn put_back(&mut self, pages: &PageSet) {
         let mut tracker = self.tracker.lock().unwrap();
         tracker.put_backs += 1;
+        tracker.returned = pages.clone();
         tracker.union.put_back(pages);
     }
 
