@@ -144,6 +144,7 @@ impl Kind {
             Kind::Pages => super::pages::MAX_BODY as u32,
             Kind::State => super::record::MAX_STATE as u32,
             Kind::Layout => 1 << 20,
+            Kind::Commit | Kind::Accepted | Kind::Ready => 0,
             _ => 64 << 10,
         }
     }

@@ -271,7 +271,7 @@ impl ToDestination {
             Kind::Layout => ToDestination::Layout(decode("memory layout", 1, &body, limit)?),
             Kind::RoundEnd => ToDestination::RoundEnd(decode("round end", 1, &body, limit)?),
             Kind::State => ToDestination::State(body),
-            Kind::Commit => empty(&body, ToDestination::Commit)?,
+            Kind::Commit => ToDestination::Commit,
             Kind::Cancel => ToDestination::Cancel { reason: decode("cancel", 1, &body, limit)? },
             found => return Err(StreamError::Unexpected { found, wanted: "a message of the source" }),
         })
@@ -301,9 +301,9 @@ impl ToSource {
         let body = body(header, from)?;
         let limit = header.kind.limit() as usize;
         Ok(match header.kind {
-            Kind::Accepted => empty(&body, ToSource::Accepted)?,
+            Kind::Accepted => ToSource::Accepted,
             Kind::RoundDone => ToSource::RoundDone { round: decode("round done", 1, &body, limit)? },
-            Kind::Ready => empty(&body, ToSource::Ready)?,
+            Kind::Ready => ToSource::Ready,
             Kind::Started => ToSource::Started(decode("started", 1, &body, limit)?),
             Kind::Failed => ToSource::Failed { message: decode("failed", 1, &body, limit)? },
             found => return Err(StreamError::Unexpected { found, wanted: "a message of the destination" }),
@@ -326,13 +326,6 @@ fn body<R: Read>(header: &FrameHeader, from: &mut FrameReader<R>) -> Result<Vec<
         from.body(header, &mut body)?;
     }
     Ok(body)
-}
-
-fn empty<T>(body: &[u8], message: T) -> Result<T, StreamError> {
-    if body.is_empty() {
-        return Ok(message);
-    }
-    Err(StreamError::Malformed { what: "record", why: "it has a body where none belongs".into() })
 }
 
 /// A reason must never be what makes a frame too long.
