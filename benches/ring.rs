@@ -2,6 +2,7 @@
 //!
 //! Per request, in batches: the device's side alone (the driver's is outside the clock), with and without inflight
 //! tracking and with the used ring logged. Recovery: a queue of 1024 entries, half of them in flight.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use std::hint::black_box;
 use std::os::fd::AsFd;
