@@ -127,14 +127,12 @@ pub enum Kind {
     Cancel = 0x06,
     /// The destination has the same memory and takes the migration.
     Accepted = 0x81,
-    /// The destination has everything of a round, on all channels.
-    RoundDone = 0x82,
     /// The destination has restored the state and waits for the commit.
-    Ready = 0x83,
+    Ready = 0x82,
     /// The guest runs at the destination.
-    Started = 0x84,
+    Started = 0x83,
     /// The destination gave up, with its reason.
-    Failed = 0x85,
+    Failed = 0x84,
 }
 
 impl Kind {
@@ -150,7 +148,7 @@ impl Kind {
     }
 
     fn from_wire(kind: u16) -> Result<Kind, StreamError> {
-        const ALL: [Kind; 11] = [
+        const ALL: [Kind; 10] = [
             Kind::Layout,
             Kind::Pages,
             Kind::RoundEnd,
@@ -158,7 +156,6 @@ impl Kind {
             Kind::Commit,
             Kind::Cancel,
             Kind::Accepted,
-            Kind::RoundDone,
             Kind::Ready,
             Kind::Started,
             Kind::Failed,

@@ -219,11 +219,6 @@ pub enum ToDestination {
 pub enum ToSource {
     /// The layout fits; pages may come.
     Accepted,
-    /// All channels have ended this round.
-    RoundDone {
-        /// Number of the round.
-        round: u32,
-    },
     /// State is restored; waits for the commit.
     Ready,
     /// The guest runs.
@@ -286,7 +281,6 @@ impl ToSource {
     pub fn write<W: Write>(&self, to: &mut FrameWriter<W>) -> Result<u64, StreamError> {
         match self {
             ToSource::Accepted => to.write(Kind::Accepted, [&[], &[]]),
-            ToSource::RoundDone { round } => to.write(Kind::RoundDone, [&encode(1, round)?, &[]]),
             ToSource::Ready => to.write(Kind::Ready, [&[], &[]]),
             ToSource::Started(started) => to.write(Kind::Started, [&encode(1, started)?, &[]]),
             ToSource::Failed { message } => to.write(Kind::Failed, [&encode(1, shortened(message))?, &[]]),
@@ -302,7 +296,6 @@ impl ToSource {
         let limit = header.kind.limit() as usize;
         Ok(match header.kind {
             Kind::Accepted => ToSource::Accepted,
-            Kind::RoundDone => ToSource::RoundDone { round: decode("round done", 1, &body, limit)? },
             Kind::Ready => ToSource::Ready,
             Kind::Started => ToSource::Started(decode("started", 1, &body, limit)?),
             Kind::Failed => ToSource::Failed { message: decode("failed", 1, &body, limit)? },
@@ -424,7 +417,6 @@ mod tests {
         }
         let back = [
             ToSource::Accepted,
-            ToSource::RoundDone { round: 2 },
             ToSource::Ready,
             ToSource::Started(Started { observed_downtime_ns: Some(3), start_ns: 4 }),
             ToSource::Failed { message: "disk full".into() },
