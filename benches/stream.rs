@@ -10,7 +10,7 @@
 //! - `data`: word `w` is `r` if `w % 16 < 5`, else the text word `TEXT[w % 8]`: zstd:1 makes about a third of it.
 //! - `mix`: the same, but page `p` is zero if `splitmix64(p) % 10 < 4`; so zero and data pages alternate at random.
 //! - `zero`: nothing.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::single_range_in_vec_init, missing_docs)]
 
 use std::hint::black_box;
 use std::io::{IoSlice, Read, Write};
