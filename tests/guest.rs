@@ -352,6 +352,10 @@ fn a_state_that_does_not_fit_is_refused() {
     refused(|state| state.drivers[0].first_sector = u64::MAX);
     refused(|state| state.drivers[1].ring.avail = state.drivers[1].ring.avail.wrapping_add(1));
     refused(|state| state.devices[0].block_size = 0);
+    refused(|state| state.devices[0].block_size = 1 << 30);
+    refused(|state| state.config.disks = usize::MAX);
+    refused(|state| (state.config.memory, state.config.high) = (!0xfff, 0));
+    refused(|state| state.config.working_set = u64::MAX);
     let extra = |state: &mut GuestState| {
         let slot = state.drivers[0].slots.iter_mut().find(|slot| slot.request.is_none()).unwrap();
         let kind = RequestKind::Flush;
@@ -359,7 +363,8 @@ fn a_state_that_does_not_fit_is_refused() {
     };
     refused(extra);
     let mut other = Guest::restore(copy(guest.memory()), state.clone()).unwrap();
-    let small = Disks { bytes: vec![Arc::new(Mutex::new(vec![0; DISK / 2])); 2], ..Disks::new(0) };
+    let small = Disks::new(2);
+    small.bytes.iter().for_each(|bytes| bytes.lock().unwrap().truncate(DISK / 2));
     assert!(other.attach(small.devices()).unwrap_err().to_string().contains("bytes"));
     other.attach(disks.devices()).unwrap();
 }

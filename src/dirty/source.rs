@@ -216,7 +216,6 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
-    use crate::memory::LOG_PAGE;
 
     /// A source that reports `pages`, fails where told to, and writes down what it was asked.
     struct Scripted {
@@ -287,7 +286,7 @@ mod tests {
         let mut unsent = PageSet::new(200);
         unsent.insert_range(60..70);
         unsent.insert(199);
-        let log = Arc::new(Log::create(200 * LOG_PAGE).unwrap().0);
+        let log = Arc::new(Log::create(200 * crate::memory::LOG_PAGE).unwrap().0);
         let log: Box<dyn DirtySource> = Box::new(LogSource::new("disk", log));
         let union: Box<dyn DirtySource> = Box::new(Union::default());
         for mut source in [log, union] {

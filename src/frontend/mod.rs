@@ -2,6 +2,7 @@
 //!
 //! Here: what a VMM, a migration or the built-in guest asks of a vhost device, whatever it is reached through, and the
 //! vhost-user client ([`UserDevice`]). Not here: how a device serves requests, and what a guest does with one.
+#![forbid(unsafe_code)]
 
 mod error;
 mod logging;

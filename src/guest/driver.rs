@@ -87,8 +87,8 @@ impl Driver {
         let queues = u64::from(config.queues);
         let block_bytes = disk.block * SECTOR_BYTES;
         let area = (disk.capacity / queues).min(config.disk_area) / block_bytes * disk.block;
-        if area == 0 || disk.block > BUFFER_BYTES / SECTOR_BYTES {
-            return Err(GuestError::Config("its disk is too small, or has too large blocks".into()));
+        if area == 0 {
+            return Err(GuestError::Config("its disk is too small".into()));
         }
         Ok(Driver {
             queue,
@@ -144,8 +144,9 @@ impl Driver {
         if outstanding != usize::from(ring.outstanding()) {
             return bad("its requests are not those of its ring");
         }
-        if sectors == 0 || state.first_sector.checked_add(sectors).is_none() {
-            return bad("it has no part of the disk");
+        let end = state.first_sector.checked_add(sectors);
+        if sectors == 0 || end.is_none_or(|end| end > disk.capacity / SECTOR_BYTES) {
+            return bad("its part is not on the disk");
         }
         let driver = Driver {
             queue,
@@ -222,7 +223,7 @@ impl Driver {
             self.complete(slot)?;
             taken += 1;
         }
-        self.completions += taken;
+        self.completions = self.completions.wrapping_add(taken);
         self.count();
         Ok(taken)
     }
@@ -337,7 +338,7 @@ impl Driver {
         if let Some(since) = self.since.get_mut(slot) {
             *since = Instant::now();
         }
-        self.requests += 1;
+        self.requests = self.requests.wrapping_add(1);
         self.count();
         Ok(())
     }

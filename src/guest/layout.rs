@@ -155,6 +155,12 @@ impl Layout {
         if config.memory == 0 || !config.memory.is_multiple_of(LOG_PAGE) || !config.high.is_multiple_of(LOG_PAGE) {
             return bad("memory comes in whole pages of 4 KiB");
         }
+        if config.memory > 1 << 52 {
+            return bad("no machine has more than 4 PiB of memory");
+        }
+        if config.disks > 256 || config.cpus > 4096 {
+            return bad("it has more than 256 disks or 4096 CPUs");
+        }
         if config.high > config.memory {
             return bad("it has less memory than it shall have above 4 GiB");
         }

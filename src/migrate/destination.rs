@@ -122,18 +122,22 @@ fn receive_pages(target: &Arc<Target>, readers: &mut [FrameReader<Channel>]) -> 
             });
         }
         drop(done);
-        let mut all = PageStats::default();
+        let mut outcome = Ok(PageStats::default());
         for result in ended {
-            match result {
-                Ok(stats) => all += stats,
-                Err(error) => {
+            match (result, &mut outcome) {
+                (Ok(stats), Ok(all)) => *all += stats,
+                (Ok(_), Err(_)) => {}
+                (Err(error), Ok(_)) => {
                     // The other threads wait for pages that will not come. Channel 0 can still carry the reason back.
                     sockets.iter().for_each(Channel::shutdown_read);
-                    return Err(error);
+                    outcome = Err(error);
                 }
+                // What the source said before it hung up is worth more than that it did.
+                (Err(error @ MigrateError::Source(_)), Err(_)) => outcome = Err(error),
+                (Err(_), Err(_)) => {}
             }
         }
-        Ok(all)
+        outcome
     })
 }
 

@@ -53,18 +53,12 @@ pub fn migrate(
     cancel: &Cancel,
     tell: &mut dyn FnMut(Event),
 ) -> Result<Report, Failure> {
-    let running = |error| Failure { error, source_running: true };
-    let memory = machine.memory();
-    let mut wire = Wire::new(connection, plan.codec).map_err(running)?;
     let begun = Instant::now();
-    wire.open(&memory).map_err(running)?;
-    let dirty = machine.dirty_source().map_err(|cause| MigrateError::Machine { doing: "tracking dirty pages", cause });
-    let tracking = dirty.and_then(|mut dirty| Ok(dirty.start().map(|()| dirty)?));
-    let dirty = tracking.map_err(|error| {
-        wire.call_off(&error);
-        running(error)
+    let memory = machine.memory();
+    let (wire, dirty) = open(machine, &memory, connection, plan.codec).map_err(|error| {
+        tell(Event::Failed { message: error.to_string(), source_running: true });
+        Failure { error, source_running: true }
     })?;
-
     let mut pending = PageSet::new(memory.end() / LOG_PAGE);
     for region in memory.regions() {
         pending.insert_range(region.gpa() / LOG_PAGE..(region.gpa() + region.size()) / LOG_PAGE);
@@ -79,6 +73,21 @@ pub fn migrate(
     migration.report.guest_bytes = migration.memory.size();
     let outcome = migration.run(machine, plan.policy);
     migration.finish(machine, outcome, begun)
+}
+
+/// Has the guest's memory accepted, and begins to track it.
+fn open(
+    machine: &mut dyn Machine,
+    memory: &Memory,
+    connection: Connection,
+    codec: Codec,
+) -> Result<(Wire, Box<dyn DirtySource>), MigrateError> {
+    let mut wire = Wire::new(connection, codec)?;
+    wire.open(memory)?;
+    let dirty = machine.dirty_source().map_err(|cause| MigrateError::Machine { doing: "tracking dirty pages", cause });
+    let tracking = dirty.and_then(|mut dirty| Ok(dirty.start().map(|()| dirty)?));
+    let dirty = tracking.inspect_err(|error| wire.call_off(error))?;
+    Ok((wire, dirty))
 }
 
 /// Where the guest is when something fails.

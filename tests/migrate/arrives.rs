@@ -9,8 +9,8 @@ use vhost_migrate::stream::Uri;
 use crate::guest::{Guest, NO_ROOM, Trouble};
 use crate::trip::{Arrived, Destination, How, Place, assert_nothing_happened, leave, travel, uri};
 
-/// 8 MiB.
-const PAGES: u64 = 2048;
+/// 6 MiB. The fifth of five channels has none of it.
+const PAGES: u64 = 1536;
 
 /// There and back again, every byte checked on each arrival.
 fn there_and_back(to: &Uri, how: &How) {
@@ -155,7 +155,6 @@ fn the_figures_of_both_sides_add_up() {
         let left_over = rounds[rounds.len() - 1].pages_left;
         assert!(report.pages_sent - in_rounds >= left_over, "the last round sends what was left, and what came since");
         assert!(rounds.iter().map(|round| round.wire_bytes).sum::<u64>() < report.wire_bytes);
-        assert_eq!(left.events.last(), Some(&Event::Completed(report)));
         arrived.guest();
     }
 }

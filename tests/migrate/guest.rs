@@ -66,6 +66,7 @@ enum Vcpu {
 }
 
 enum Order {
+    Stop,
     /// Answer after the next write.
     Beat(Sender<()>),
     /// Write every page once, then answer.
@@ -91,7 +92,7 @@ impl Guest {
     /// A guest whose CPU does nothing until it is resumed.
     pub(crate) fn idle(pages: u64) -> Guest {
         let memory = make_memory(&layout(pages));
-        let mut guest = Guest::new(memory, vec![0; pages as usize], 1);
+        let mut guest = Guest::new(memory, (0..pages as u32).map(|page| page % 5).collect(), 1);
         let writer = guest.writer();
         for page in 0..pages as usize {
             writer.write(page);
@@ -113,6 +114,7 @@ impl Guest {
         let tracker = Tracker {
             union: Union::new(devices),
             unsent: PageSet::default(),
+            returned: PageSet::default(),
             tracking: false,
             starts: 0,
             harvests: 0,
@@ -146,7 +148,7 @@ impl Guest {
         let Vcpu::Running { orders, thread } = std::mem::replace(&mut self.vcpu, Vcpu::none(&self.memory)) else {
             panic!("the guest does not run");
         };
-        drop(orders);
+        orders.send(Order::Stop).unwrap();
         self.vcpu = Vcpu::Stopped(thread.join().unwrap());
     }
 
@@ -156,21 +158,13 @@ impl Guest {
 
     /// Waits until the guest has written once more.
     pub(crate) fn beat(&self) {
-        self.order(Order::Beat);
-    }
-
-    fn order(&self, order: fn(Sender<()>) -> Order) {
         let Vcpu::Running { orders, .. } = &self.vcpu else { panic!("the guest does not run") };
-        ask(orders, order);
+        ask(orders, Order::Beat);
     }
 
     /// Checks every byte of a stopped guest's memory against its CPU's state.
     pub(crate) fn check(&mut self) -> Result<(), String> {
         self.writer().check()
-    }
-
-    pub(crate) fn pages(&self) -> u64 {
-        self.memory.size() / LOG_PAGE
     }
 
     /// The end of every migration that failed before its commit: the guest runs here as if nothing had been, nobody
@@ -184,11 +178,14 @@ impl Guest {
             let mut tracker = self.tracker.lock().unwrap();
             assert!(!tracker.tracking, "tracking was not switched off");
             assert_eq!(tracker.put_backs, tracker.starts);
+            let mut lost = std::mem::take(&mut tracker.unsent);
+            lost.difference(&tracker.returned);
+            assert!(lost.is_empty(), "{} pages were found dirty, not sent and forgotten", lost.len());
             let mut again = PageSet::default();
             tracker.union.harvest(&mut again).unwrap();
-            let mut lost = std::mem::take(&mut tracker.unsent);
+            let mut lost = std::mem::take(&mut tracker.returned);
             lost.difference(&again);
-            assert!(lost.is_empty(), "{} pages were found dirty, not sent and forgotten", lost.len());
+            assert!(lost.is_empty(), "{} pages were put back and are not found again", lost.len());
             (tracker.starts, tracker.put_backs) = (0, 0);
         }
         self.stop();
@@ -220,12 +217,12 @@ impl Machine for Guest {
     }
 
     fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, MachineError> {
-        let sweep = match &self.vcpu {
-            Vcpu::Running { orders, .. } if self.trouble == Trouble::Relentless => Some(orders.clone()),
-            _ => None,
+        let orders = match &self.vcpu {
+            Vcpu::Running { orders, .. } => Some(orders.clone()),
+            Vcpu::Stopped(_) => None,
         };
         let memory = self.memory.clone();
-        Ok(Box::new(Tracked { tracker: self.tracker.clone(), memory, trouble: self.trouble, sweep }))
+        Ok(Box::new(Tracked { tracker: self.tracker.clone(), memory, trouble: self.trouble, orders }))
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {
@@ -272,7 +269,7 @@ fn ask(orders: &Sender<Order>, order: fn(Sender<()>) -> Order) {
 }
 
 impl Writer {
-    /// Writes random pages until nobody can give orders any more.
+    /// Writes random pages until it is told to stop.
     fn run(&mut self, orders: &Receiver<Order>) {
         loop {
             let answer = match orders.try_recv() {
@@ -281,8 +278,8 @@ impl Writer {
                     (0..self.versions.len()).for_each(|page| self.write(page));
                     Some(answer)
                 }
+                Ok(Order::Stop) | Err(TryRecvError::Disconnected) => return,
                 Err(TryRecvError::Empty) => None,
-                Err(TryRecvError::Disconnected) => return,
             };
             self.random = mix(self.random);
             let page = (self.random >> 16) as usize % self.versions.len();
@@ -314,7 +311,8 @@ impl Writer {
             let gpa = self.gpa(page);
             self.memory.read(gpa, &mut found).unwrap();
             let wanted = contents(gpa, *version);
-            if let Some(at) = (0..PAGE).find(|at| found[*at] != wanted[*at]).filter(|_| found != wanted) {
+            if found != wanted {
+                let at = (0..PAGE).find(|at| found[*at] != wanted[*at]).unwrap_or_default();
                 let address = gpa + at as u64;
                 return Err(format!(
                     "memory at {address:#x} is {:#04x}, not {:#04x} as version {version} of its page has",
@@ -326,19 +324,20 @@ impl Writer {
     }
 }
 
-/// The bytes of a page: every fifth version is zeros, half of the rest can be compressed, half of it can't.
+/// The bytes of a page: every fifth version is zeros; of the others, one page of four can't be compressed.
 fn contents(gpa: u64, version: u32) -> [u8; PAGE] {
     let mut page = [0; PAGE];
     if version.is_multiple_of(5) {
         return page;
     }
     let mut word = mix(gpa ^ u64::from(version) << 40);
-    let noise = mix(word) & 1 == 0;
-    for bytes in page.as_chunks_mut().0 {
-        *bytes = word.to_le_bytes();
-        if noise {
+    if (gpa / LOG_PAGE).is_multiple_of(4) {
+        for bytes in page.as_chunks_mut().0 {
+            *bytes = word.to_le_bytes();
             word = mix(word);
         }
+    } else {
+        page.as_chunks_mut().0.fill(word.to_le_bytes());
     }
     page
 }
@@ -365,6 +364,8 @@ struct Tracker {
     union: Union,
     /// What was found dirty and may not have been sent yet.
     unsent: PageSet,
+    /// What was put back.
+    returned: PageSet,
     tracking: bool,
     starts: u32,
     harvests: u32,
@@ -376,7 +377,7 @@ struct Tracked {
     tracker: Arc<Mutex<Tracker>>,
     memory: Memory,
     trouble: Trouble,
-    sweep: Option<Sender<Order>>,
+    orders: Option<Sender<Order>>,
 }
 
 impl Tracked {
@@ -421,8 +422,9 @@ impl DirtySource for Tracked {
     }
 
     fn harvest(&mut self, into: &mut PageSet) -> Result<Harvest, DirtyError> {
-        if let Some(orders) = &self.sweep {
-            ask(orders, Order::Sweep);
+        if let Some(orders) = &self.orders {
+            // However short the round was, the guest has written in it.
+            ask(orders, if self.trouble == Trouble::Relentless { Order::Sweep } else { Order::Beat });
         }
         self.harvest_with(into, |union, into| union.harvest(into))
     }
@@ -434,6 +436,7 @@ impl DirtySource for Tracked {
     fn put_back(&mut self, pages: &PageSet) {
         let mut tracker = self.tracker.lock().unwrap();
         tracker.put_backs += 1;
+        tracker.returned = pages.clone();
         tracker.union.put_back(pages);
     }
 

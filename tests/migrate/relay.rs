@@ -5,6 +5,7 @@ use std::convert::Infallible;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -61,8 +62,7 @@ pub(crate) struct Relay {
 
 struct Shared {
     fault: Fault,
-    /// Bytes passed on to the destination and to the source, and whether the fault came about.
-    log: Mutex<([u64; 2], bool)>,
+    struck: AtomicBool,
     open: Mutex<Option<Vec<UnixStream>>>,
 }
 
@@ -71,7 +71,7 @@ impl Relay {
         let Uri::Unix(path) = &uri else { panic!("{uri} is no socket") };
         let Uri::Unix(target) = to.clone() else { panic!("{to} is no socket") };
         let listener = UnixListener::bind(path).unwrap();
-        let shared = Arc::new(Shared { fault, log: Mutex::default(), open: Mutex::new(Some(Vec::new())) });
+        let shared = Arc::new(Shared { fault, struck: AtomicBool::new(false), open: Mutex::new(Some(Vec::new())) });
         let its = shared.clone();
         let thread = std::thread::spawn(move || {
             std::thread::scope(|scope| {
@@ -96,12 +96,7 @@ impl Relay {
 
     /// Whether the stream came to the place of the fault.
     pub(crate) fn struck(&self) -> bool {
-        self.shared.log.lock().unwrap().1
-    }
-
-    /// Bytes passed on so far, in this direction, over all channels.
-    pub(crate) fn bytes(&self, way: Way) -> u64 {
-        self.shared.log.lock().unwrap().0[way as usize]
+        self.shared.struck.load(Ordering::SeqCst)
     }
 }
 
@@ -132,8 +127,8 @@ fn carry<'scope>(
     let fault = |way| Some(shared.fault).filter(|fault| fault.channel == channel && fault.way == way);
     let back = (destination.try_clone().unwrap(), source.try_clone().unwrap());
     let (forth, back_fault) = (fault(Way::ToDestination), fault(Way::ToSource));
-    scope.spawn(move || pump(back.0, back.1, None, back_fault, Way::ToSource, shared));
-    pump(source, destination, Some(header), forth, Way::ToDestination, shared);
+    scope.spawn(move || pump(back.0, back.1, None, back_fault, shared));
+    pump(source, destination, Some(header), forth, shared);
 }
 
 /// Passes on one direction of one channel until it ends.
@@ -142,11 +137,10 @@ fn pump(
     mut to: UnixStream,
     header: Option<[u8; HEADER_BYTES]>,
     fault: Option<Fault>,
-    way: Way,
     shared: &Shared,
 ) {
     let ends = [from.try_clone().unwrap(), to.try_clone().unwrap()];
-    let mut pass = Pass { to: &mut to, offset: 0, seen: Vec::new(), fault, way, shared, ends: &ends };
+    let mut pass = Pass { to: &mut to, offset: 0, seen: Vec::new(), fault, shared, ends: &ends };
     let end = (|| -> std::io::Result<Infallible> {
         let mut buffer = header.map_or_else(|| vec![0; HEADER_BYTES], Vec::from);
         if header.is_none() {
@@ -180,7 +174,6 @@ struct Pass<'a> {
     /// Kinds of frames seen, and where they began.
     seen: Vec<(u16, u64)>,
     fault: Option<Fault>,
-    way: Way,
     shared: &'a Shared,
     ends: &'a [UnixStream; 2],
 }
@@ -201,26 +194,20 @@ impl Pass<'_> {
         let here = at.and_then(|at| at.checked_sub(self.offset)).filter(|at| *at < bytes.len() as u64);
         self.offset += bytes.len() as u64;
         let (Some(here), Some(fault)) = (here.map(|here| here as usize), self.fault) else {
-            return self.send(bytes);
+            return self.to.write_all(bytes);
         };
-        self.shared.log.lock().unwrap().1 = true;
+        self.shared.struck.store(true, Ordering::SeqCst);
         if fault.deed == Deed::Flip {
             bytes[here] ^= 1;
             self.fault = None;
-            return self.send(bytes);
+            return self.to.write_all(bytes);
         }
-        self.send(&bytes[..here])?;
+        self.to.write_all(&bytes[..here])?;
         if fault.deed == Deed::Cut {
             for end in self.ends {
                 let _ = end.shutdown(Shutdown::Both);
             }
         }
         Err(std::io::ErrorKind::WouldBlock.into())
-    }
-
-    fn send(&mut self, bytes: &[u8]) -> std::io::Result<()> {
-        self.to.write_all(bytes)?;
-        self.shared.log.lock().unwrap().0[self.way as usize] += bytes.len() as u64;
-        Ok(())
     }
 }

@@ -62,11 +62,25 @@ impl Left {
 
 /// Sends `guest` to `uri`.
 pub(crate) fn leave(guest: &mut Guest, uri: &Uri, how: &How) -> Left {
+    leave_telling(guest, uri, how, |_| {})
+}
+
+/// The same, and `tell` hears of every event as it happens.
+pub(crate) fn leave_telling(guest: &mut Guest, uri: &Uri, how: &How, mut tell: impl FnMut(&Event)) -> Left {
     let mut events = Vec::new();
     let outcome = match transport::connect(uri, &how.options) {
         Ok(connection) => {
             let Options { limiter, cancel, .. } = &how.options;
-            migrate(guest, connection, &how.plan, limiter, cancel, &mut |event| events.push(event))
+            let outcome = migrate(guest, connection, &how.plan, limiter, cancel, &mut |event| {
+                tell(&event);
+                events.push(event);
+            });
+            let last = match &outcome {
+                Ok(report) => Event::Completed(report.clone()),
+                Err(failure) => Event::Failed { message: failure.to_string(), source_running: failure.source_running },
+            };
+            assert_eq!(events.last(), Some(&last), "the last event says how it ended");
+            outcome
         }
         Err(error) => Err(Failure { error: error.into(), source_running: true }),
     };
@@ -100,7 +114,7 @@ impl Arrived {
 /// A destination in a thread of its own.
 pub(crate) struct Destination {
     pub(crate) uri: Uri,
-    options: Options,
+    pub(crate) options: Options,
     thread: JoinHandle<Arrived>,
 }
 

@@ -220,7 +220,9 @@ fn a_back_end_killed_during_a_migration_loses_nothing() {
         let mut destination = source.destination();
         source.migrate(&mut destination, multifd, 2);
         for _ in 0..2 {
+            migration::hold(&mut source.qemu);
             source.crash();
+            migration::resume(&mut source.qemu);
             source.rounds(2);
         }
         source.complete(destination);
