@@ -2,22 +2,25 @@
 //! the sockets alone do. Prints a table of guest GB/s, medians of interleaved runs.
 //!
 //! ```text
-//! cargo bench --bench stream [-- --size-mib 1024 --runs 5]
+//! cargo bench --bench stream [-- --size-mib 1024 --runs 5 --cpu-time 1]
 //! cargo bench --bench stream -- --image data|mix|zero PATH [--size-mib 1024]     write an image, to feed a peer with it
 //! ```
-//! Images are made of 4096-byte pages, page `p` of 512 words `w`, `r = splitmix64(512 p + w)`:
+//! `--cpu-time 1` divides by the CPU time of all threads, both sides, instead of the time that passed: GB per core
+//! second, which other users of the machine change less. Images are made of 4096-byte pages, page `p` of 512 words `w`, `r = splitmix64(512 p + w)`:
 //! - `data`: word `w` is `r` if `w % 16 < 5`, else the text word `TEXT[w % 8]`: zstd:1 makes about a third of it.
 //! - `mix`: the same, but page `p` is zero if `splitmix64(p) % 10 < 4`; so zero and data pages alternate at random.
 //! - `zero`: nothing.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::single_range_in_vec_init, missing_docs)]
 
 use std::hint::black_box;
 use std::io::{IoSlice, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Instant;
+
+use nix::time::{ClockId, clock_gettime};
 
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::stream::transport::connect;
@@ -29,6 +32,14 @@ const TEXT: [&[u8; 8]; 8] =
     [b"guest   ", b"memory  ", b"is mostl", b"y text, ", b"pointers", b" and zer", b"o bytes ", b"in rows\n"];
 const CHANNELS: u16 = 2;
 const IMAGES: [&str; 3] = ["data", "mix", "zero"];
+
+static CPU_TIME: AtomicBool = AtomicBool::new(false);
+
+fn seconds() -> f64 {
+    let cpu = CPU_TIME.load(Ordering::Relaxed);
+    let clock = if cpu { ClockId::CLOCK_PROCESS_CPUTIME_ID } else { ClockId::CLOCK_MONOTONIC };
+    std::time::Duration::from(clock_gettime(clock).unwrap()).as_secs_f64()
+}
 
 fn splitmix64(n: u64) -> u64 {
     let mut z = n.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -53,6 +64,7 @@ fn main() {
     let number = |name, default| option(name).map_or(default, |rest| rest[0].parse().expect("a number"));
     let pages = number("--size-mib", 1024) * 256;
     let runs = number("--runs", 5);
+    CPU_TIME.store(number("--cpu-time", 0) == 1, Ordering::Relaxed);
     if let Some([image, path, ..]) = option("--image") {
         return write_image(image, path, pages);
     }
@@ -136,17 +148,17 @@ fn memory(pages: u64) -> Memory {
 
 fn copy(memory: &Memory) -> f64 {
     let mut buffer = vec![0; 1 << 20];
-    let start = Instant::now();
+    let start = seconds();
     for gpa in (0..memory.size()).step_by(1 << 20) {
         memory.read(gpa, &mut buffer).unwrap();
         black_box(&buffer);
     }
-    start.elapsed().as_secs_f64()
+    seconds() - start
 }
 
 fn sockets(pages: u64) -> f64 {
-    let each = pages * LOG_PAGE / u64::from(CHANNELS) >> 20;
-    let start = Instant::now();
+    let each = (pages * LOG_PAGE / u64::from(CHANNELS)) >> 20;
+    let start = seconds();
     thread::scope(|scope| {
         for _ in 0..CHANNELS {
             let (mut to, mut from) = UnixStream::pair().unwrap();
@@ -161,7 +173,7 @@ fn sockets(pages: u64) -> f64 {
             });
         }
     });
-    start.elapsed().as_secs_f64()
+    seconds() - start
 }
 
 /// Keeps nothing, but takes as many bytes as it is given.
@@ -184,9 +196,9 @@ impl Write for Sink {
 fn encode(guest: &Guest, codec: Codec) -> f64 {
     let mut encoder = Encoder::new(codec).unwrap();
     let mut writer = FrameWriter::new(Sink);
-    let start = Instant::now();
+    let start = seconds();
     encoder.send(&guest.source, [0..guest.pages], &mut writer).unwrap();
-    start.elapsed().as_secs_f64()
+    seconds() - start
 }
 
 fn decode(guest: &Guest, codec: Codec) -> f64 {
@@ -198,11 +210,11 @@ fn decode(guest: &Guest, codec: Codec) -> f64 {
     let target = Arc::new(Target::fresh(guest.destination.clone()));
     let mut decoder = Decoder::new(target, 0, 1).unwrap();
     let mut reader = FrameReader::new(wire.as_slice());
-    let start = Instant::now();
+    let start = seconds();
     while let Ok(header) = reader.next_frame() {
         decoder.receive(&header, &mut reader).unwrap();
     }
-    start.elapsed().as_secs_f64() * 8.0
+    (seconds() - start) * 8.0
 }
 
 fn end_to_end(guest: &Guest, listener: &Listener, codec: Codec) -> f64 {
@@ -212,7 +224,7 @@ fn end_to_end(guest: &Guest, listener: &Listener, codec: Codec) -> f64 {
         let accepting = scope.spawn(|| listener.accept(&options).unwrap());
         let from = connect(listener.uri(), &options).unwrap();
         let to = accepting.join().unwrap();
-        let start = Instant::now();
+        let start = seconds();
         thread::scope(|scope| {
             for (channel, number) in from.channels.into_iter().zip(0..) {
                 scope.spawn(move || {
@@ -237,7 +249,7 @@ fn end_to_end(guest: &Guest, listener: &Listener, codec: Codec) -> f64 {
                 });
             }
         });
-        start.elapsed().as_secs_f64()
+        seconds() - start
     })
 }
 

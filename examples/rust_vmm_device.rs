@@ -62,7 +62,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     device.fill(0x5000, 10_000, 0x8000)?;
     let round = harvest(&log);
     println!("and in the next round: {round:?}");
-    assert!(round.runs().eq([5..9]));
+    assert!(round.iter().eq(5..9));
 
     // It is over: after `set` nobody writes to the log any more.
     switch.set(None)?;

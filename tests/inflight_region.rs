@@ -1,4 +1,5 @@
 //! The inflight region between processes: what is mapped, what is refused, and what is made of a stranger's bytes.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::os::fd::AsFd;
 

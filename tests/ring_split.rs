@@ -1,4 +1,5 @@
 //! A split ring's two sides together: whatever one puts on the ring, the other takes off it, and nothing else.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod ring_common;
 

@@ -1,6 +1,6 @@
 //! What page batches promise: every page arrives as it was, whatever the memory, the runs, the codec and the pieces in
 //! which the bytes come; and damage of any kind is an error that leaves everything outside guest memory alone.
-#![allow(clippy::unwrap_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::single_range_in_vec_init)]
 
 use std::collections::BTreeSet;
 use std::io::{self, Read};

@@ -1,6 +1,6 @@
 //! What transports promise: every URI carries a migration, strangers and hanging peers do not stop one, cancelling ends
 //! every wait, and each mistake is told with what to do about it.
-#![allow(clippy::unwrap_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::single_range_in_vec_init)]
 
 use std::fs;
 use std::io::{Read, Write};

@@ -222,7 +222,7 @@ impl<'a> Demo<'a> {
 
     fn start_backend(&self, socket: &Path) -> io::Result<Running> {
         let image = self.folder.path().join("disk.img");
-        let arguments = ["backend", "blk", "--exit-with-parent", "--queues", QUEUES];
+        let arguments = ["backend", "blk", "--exit-with-parent", "--log-level", "warn", "--queues", QUEUES];
         let child = program()?.args(arguments).arg("--image").arg(image).arg("--socket").arg(socket).spawn()?;
         Ok(Running(child))
     }
@@ -241,7 +241,11 @@ impl Drop for Running {
 
 fn start_guest(side: &Side, more: &[&str]) -> io::Result<Running> {
     let mut process = program()?;
-    process.args(["guest", "--exit-with-parent", "--backend"]).arg(&side.socket).arg("--control").arg(&side.control);
+    process
+        .args(["guest", "--exit-with-parent", "--log-level", "warn", "--backend"])
+        .arg(&side.socket)
+        .arg("--control")
+        .arg(&side.control);
     Ok(Running(process.args(more).spawn()?))
 }
 

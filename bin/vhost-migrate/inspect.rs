@@ -106,7 +106,9 @@ fn log(file: &Path, most: usize) -> Result<Found, String> {
     let bytes = read(file)?;
     let mut pages = PageSet::new(bytes.len() as u64 * 8);
     for (at, byte) in (0u64..).zip(&bytes) {
-        (0..8).filter(|bit| byte >> bit & 1 == 1).for_each(|bit| drop(pages.insert(at * 8 + bit)));
+        for bit in (0..8).filter(|bit| byte >> bit & 1 == 1) {
+            pages.insert(at * 8 + bit);
+        }
     }
     let runs: Vec<Range<u64>> = pages.runs().collect();
     let covers = bytes.len() as u64 * 8 * LOG_PAGE;
@@ -137,8 +139,7 @@ fn log(file: &Path, most: usize) -> Result<Found, String> {
 fn inflight(file: &Path, queues: u16, queue_size: Option<u16>, used: &[(u16, u16)]) -> Result<Found, String> {
     let bytes = read(file)?;
     let (mut text, mut list) = (Vec::new(), Vec::new());
-    let header = |bytes: &[u8]| SplitHeader::read_from_prefix(bytes).map(|(header, _)| header);
-    let first = header(&bytes).map_err(|_| format!("{} bytes are too few for an inflight region", bytes.len()))?;
+    let first = header_of(&bytes).ok_or_else(|| format!("{} bytes are too few for an inflight region", bytes.len()))?;
     let queue_size = queue_size.unwrap_or(first.desc_num.get());
     let stride = split_queue_bytes(queue_size) as usize;
     for queue in 0..queues {
@@ -149,7 +150,7 @@ fn inflight(file: &Path, queues: u16, queue_size: Option<u16>, used: &[(u16, u16
                 bytes.len()
             )
         })?;
-        let header = header(part).map_err(|error| error.to_string())?;
+        let header = header_of(part).ok_or("a queue's part is too small")?;
         let used_idx = used.iter().find(|(of, _)| *of == queue).map_or(header.used_idx.get(), |(_, index)| *index);
         let recovery = recover(part, used_idx, queue_size).map_err(|error| format!("queue {queue}: {error}"))?;
         text.push(format!(
@@ -183,6 +184,10 @@ fn inflight(file: &Path, queues: u16, queue_size: Option<u16>, used: &[(u16, u16
         }));
     }
     Ok(Found { text, json: json!({"queues": list}) })
+}
+
+fn header_of(bytes: &[u8]) -> Option<SplitHeader> {
+    Some(SplitHeader::read_from_prefix(bytes).ok()?.0)
 }
 
 fn counter_of(part: &[u8], head: u16) -> u64 {

@@ -9,7 +9,7 @@ use nix::sys::signal::{SigSet, Signal};
 ///
 /// # Errors
 /// What the system says.
-pub fn on_interrupt(then: impl FnOnce() + Send + 'static) -> io::Result<()> {
+pub(crate) fn on_interrupt(then: impl FnOnce() + Send + 'static) -> io::Result<()> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGINT);
     signals.add(Signal::SIGTERM);

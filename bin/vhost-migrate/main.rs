@@ -2,6 +2,8 @@
 
 mod backend;
 mod demo;
+mod dirty_rate;
+mod guest;
 mod inspect;
 mod interrupt;
 mod messages;
@@ -28,7 +30,9 @@ struct Command {
 enum Action {
     Demo(demo::Arguments),
     Backend(backend::Arguments),
+    Guest(guest::Arguments),
     Migrate(migrate::Arguments),
+    DirtyRate(dirty_rate::Arguments),
     Inspect(inspect::Arguments),
 }
 
@@ -43,7 +47,9 @@ fn main() -> ExitCode {
     match command.action {
         Action::Demo(arguments) => demo::run(arguments),
         Action::Backend(arguments) => backend::run(arguments),
+        Action::Guest(arguments) => guest::run(arguments),
         Action::Migrate(arguments) => migrate::run(arguments),
+        Action::DirtyRate(arguments) => dirty_rate::run(arguments),
         Action::Inspect(arguments) => inspect::run(arguments),
     }
 }

@@ -4,7 +4,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,10 +17,9 @@ use zerocopy::{FromZeros, IntoBytes};
 use super::session::{Session, Step};
 use super::{BackendError, Device, MAX_FDS, Message, Workers};
 use crate::abi::vhost_user::{Header, Request as Code};
+use crate::sys::listen::listen;
 use crate::sys::socket;
 
-/// The longest path that a socket can have, in bytes.
-const MAX_PATH: usize = 107;
 /// How long to wait, in milliseconds, when the system has no fd left for a new connection.
 const RETRY_MS: u16 = 1000;
 
@@ -54,28 +52,8 @@ impl Listener {
     /// # Errors
     /// [`BackendError::Listen`], which says what to do.
     pub fn bind(path: &Path) -> Result<Listener, BackendError> {
-        let refused = |advice: String| BackendError::Listen { path: path.display().to_string(), advice };
-        if path.as_os_str().len() > MAX_PATH {
-            return Err(refused(format!("the path is longer than {MAX_PATH} bytes, use a shorter one")));
-        }
-        let socket = match UnixListener::bind(path) {
-            Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
-                if !path.metadata().is_ok_and(|meta| meta.file_type().is_socket()) {
-                    return Err(refused("a file that is no socket is there, move it or use another path".into()));
-                }
-                if !matches!(UnixStream::connect(path), Err(e) if e.kind() == io::ErrorKind::ConnectionRefused) {
-                    return Err(refused("another process listens there, end it or use another path".into()));
-                }
-                info!("{}: replaces a socket that nobody listens on", path.display());
-                std::fs::remove_file(path).and_then(|()| UnixListener::bind(path))
-            }
-            other => other,
-        };
-        let socket = socket.map_err(|e| match e.kind() {
-            io::ErrorKind::NotFound => refused("its directory doesn't exist, make it first".into()),
-            io::ErrorKind::PermissionDenied => refused("no permission, use a directory you may write to".into()),
-            _ => refused(e.to_string()),
-        })?;
+        let socket = listen(path)
+            .map_err(|refused| BackendError::Listen { path: path.display().to_string(), advice: refused.advice })?;
         Ok(Listener { socket, path: Some(path.to_owned()) })
     }
 

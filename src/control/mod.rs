@@ -13,6 +13,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::sys::listen::listen;
+
 /// The longest line that is read, bytes.
 pub const MAX_LINE: u64 = 64 << 10;
 
@@ -37,8 +39,8 @@ pub enum Command {
     DirtyRate {
         /// How long to measure, seconds.
         seconds: f64,
-        /// Bandwidth of the migration to forecast, bytes per second; without it, what memory copies reach.
-        bandwidth: Option<u64>,
+        /// Bandwidth of the migration to forecast, bytes of guest memory per second.
+        bandwidth: u64,
         /// Longest stop of the guest to forecast for, milliseconds.
         downtime_ms: u64,
     },
@@ -71,6 +73,17 @@ pub trait Handler: Send + Sync + 'static {
     /// # Errors
     /// A message for the client: what failed and what to do.
     fn command(&self, command: Command, emit: &mut dyn FnMut(Value)) -> Result<(), String>;
+}
+
+/// Listens for control connections at `path`; a socket that a dead process left there is replaced.
+///
+/// # Errors
+/// What is in the way, and what to do.
+pub fn bind(path: &Path) -> io::Result<UnixListener> {
+    listen(path).map_err(|refused| {
+        let kind = refused.source.map_or(io::ErrorKind::AddrInUse, |error| error.kind());
+        io::Error::new(kind, format!("control socket {}: {}", path.display(), refused.advice))
+    })
 }
 
 /// Answers connections until the process ends. A connection that breaks or sends nonsense ends alone.
@@ -176,7 +189,7 @@ mod tests {
 
     fn served(name: &str) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
-        let listener = UnixListener::bind(dir.path().join(name)).unwrap();
+        let listener = bind(&dir.path().join(name)).unwrap();
         std::thread::spawn(|| serve(listener, Arc::new(Echo)));
         dir
     }
@@ -184,7 +197,7 @@ mod tests {
     #[test]
     fn a_command_arrives_whole_and_its_events_come_back() {
         let dir = served("c");
-        let command = Command::DirtyRate { seconds: 1.5, bandwidth: Some(7), downtime_ms: 300 };
+        let command = Command::DirtyRate { seconds: 1.5, bandwidth: 7, downtime_ms: 300 };
         let mut events = Vec::new();
         call(&dir.path().join("c"), &command, |event| events.push(event)).unwrap();
         assert_eq!(events.len(), 1);

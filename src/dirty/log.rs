@@ -156,6 +156,12 @@ impl Log {
         Burst { log: self, changed: Cell::new(false) }
     }
 
+    /// Marks pages again that a harvest took out but that could not be sent (rule L14).
+    pub fn put_back(&self, pages: &PageSet) {
+        let burst = self.burst();
+        pages.runs().for_each(|run| burst.mark(run.start * LOG_PAGE, (run.end - run.start) * LOG_PAGE));
+    }
+
     /// Whether the page of `gpa` is marked.
     pub fn is_marked(&self, gpa: u64) -> bool {
         let page = gpa / LOG_PAGE;

@@ -343,6 +343,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn a_page_set_behaves_like_a_set(steps in prop::collection::vec(step(), 1..60)) {
             let mut set = PageSet::new(PAGES);

@@ -52,6 +52,7 @@ pub struct Pagemap {
     name: String,
     memory: Memory,
     tracking: Option<Tracking>,
+    /// Put back: reported again by the next harvest.
     returned: PageSet,
 }
 
@@ -141,11 +142,11 @@ impl DirtySource for Pagemap {
         self.scan(into).map_err(|error| self.failed(error))
     }
 
-    /// Unregisters the memory. Whatever fails, the userfaultfd is closed, and the kernel forgets it with that.
     fn put_back(&mut self, pages: &PageSet) {
         self.returned.union(pages);
     }
 
+    /// Unregisters the memory. Whatever fails, the userfaultfd is closed, and the kernel forgets it with that.
     fn stop(&mut self) -> Result<(), DirtyError> {
         let Some(tracking) = self.tracking.take() else { return Ok(()) };
         tracking.stop(&self.memory).map_err(|error| self.failed(error))
@@ -340,6 +341,12 @@ mod tests {
         assert!(harvested(&mut source).is_empty(), "reported already");
         memory.write(3 * LOG_PAGE, &[3]).unwrap();
         assert_eq!(harvested(&mut source), [3], "written again");
+        let mut unsent = PageSet::new(10);
+        unsent.insert(7);
+        source.put_back(&unsent);
+        let mut set = PageSet::default();
+        source.harvest(&mut set).unwrap();
+        assert!(set.iter().eq([7]), "put back");
         let mut read = [0; 8];
         memory.read(700 * LOG_PAGE, &mut read).unwrap();
         assert!(harvested(&mut source).is_empty(), "reading is no write");

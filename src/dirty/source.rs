@@ -7,7 +7,6 @@ use std::sync::Arc;
 use super::harvest::Harvest;
 use super::log::{Log, LogError};
 use super::page_set::PageSet;
-use crate::memory::LOG_PAGE;
 
 /// Why a source can't say which pages are dirty.
 #[derive(Debug, thiserror::Error)]
@@ -97,10 +96,7 @@ impl DirtySource for LogSource {
     }
 
     fn put_back(&mut self, pages: &PageSet) {
-        let burst = self.log.burst();
-        for run in pages.runs() {
-            burst.mark(run.start * LOG_PAGE, (run.end - run.start) * LOG_PAGE);
-        }
+        self.log.put_back(pages);
     }
 
     fn stop(&mut self) -> Result<(), DirtyError> {
@@ -251,6 +247,8 @@ mod tests {
             Ok(Harvest { pages, added: into.insert_range(self.pages.clone()) })
         }
 
+        fn put_back(&mut self, _: &PageSet) {}
+
         fn stop(&mut self) -> Result<(), DirtyError> {
             self.asked("stop")
         }
@@ -281,6 +279,25 @@ mod tests {
         assert_eq!(shares, [("a", 10, 20), ("b", 20, 40), ("c", 1, 2)]);
         union.start().unwrap();
         assert!(union.shares().all(|share| share.total == 0), "a new start counts anew");
+    }
+
+    #[test]
+    fn pages_that_are_put_back_are_harvested_again_and_once() {
+        let mut unsent = PageSet::new(200);
+        unsent.insert_range(60..70);
+        unsent.insert(199);
+        let log = Arc::new(Log::create(200 * crate::memory::LOG_PAGE).unwrap().0);
+        let log: Box<dyn DirtySource> = Box::new(LogSource::new("disk", log));
+        let union: Box<dyn DirtySource> = Box::new(Union::default());
+        for mut source in [log, union] {
+            let mut set = PageSet::default();
+            source.put_back(&unsent);
+            source.harvest(&mut set).unwrap();
+            assert!(set.iter().eq(unsent.iter()), "{}", source.name());
+            set.clear();
+            source.harvest(&mut set).unwrap();
+            assert!(set.is_empty(), "{}", source.name());
+        }
     }
 
     #[test]

@@ -2,13 +2,14 @@
 //!
 //! Here: what a VMM, a migration or the built-in guest asks of a vhost device, whatever it is reached through, and the
 //! vhost-user client ([`UserDevice`]). Not here: how a device serves requests, and what a guest does with one.
+#![forbid(unsafe_code)]
 
 mod error;
 mod logging;
 mod user;
 
 pub use error::FrontendError;
-pub use logging::{DeviceLog, PATIENCE, SharedDevice, insist};
+pub use logging::{DeviceLog, SharedDevice};
 pub use user::{UserDevice, UserOptions};
 
 use std::os::fd::{BorrowedFd, OwnedFd};

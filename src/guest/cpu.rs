@@ -50,9 +50,9 @@ impl Cpu {
         let pages = self.area.pages();
         let gpa = self.area.page(self.order.page(self.steps % pages));
         let mut page = [0; PAGE_WORDS];
-        self.pattern.fill(gpa, self.steps / pages + 1, &mut page);
+        self.pattern.fill(gpa, (self.steps / pages).wrapping_add(1), &mut page);
         self.memory.write(gpa, page.as_bytes())?;
-        self.steps += 1;
+        self.steps = self.steps.wrapping_add(1);
         self.counter.store(self.steps, Ordering::Relaxed);
         self.check(mix(self.steps) % pages)
     }
@@ -72,7 +72,7 @@ impl Cpu {
 
     /// Checks the page whose turn is at steps `turn`, `turn + N` and so on.
     fn check(&self, turn: u64) -> Result<(), GuestError> {
-        let version = self.steps.checked_sub(turn + 1).map_or(0, |since| since / self.area.pages() + 1);
+        let version = self.steps.checked_sub(turn + 1).map_or(0, |since| (since / self.area.pages()).wrapping_add(1));
         check(&self.memory, &self.pattern, self.area.page(self.order.page(turn)), version, false)
     }
 }

@@ -141,12 +141,11 @@ fn drive(
     patience: Duration,
     duty: &Duty,
 ) -> Result<u64, GuestError> {
-    let (start, begun, mut progress) = (Instant::now(), driver.requests(), Instant::now());
+    let (start, begun, mut looked) = (Instant::now(), driver.requests(), Instant::now());
     let mut first = Some(&duty.first);
+    driver.forgive();
     loop {
-        if driver.reap()? > 0 || driver.outstanding() == 0 || unit.is_away() {
-            progress = Instant::now();
-        }
+        driver.reap()?;
         let over = duty.is_over();
         let allowed = match rate {
             _ if over => 1,
@@ -167,10 +166,7 @@ fn drive(
         if over {
             return Ok(now());
         }
-        if progress.elapsed() > patience {
-            let (queue, outstanding) = (driver.queue(), driver.outstanding());
-            return Err(GuestError::Lost { queue, outstanding, seconds: patience.as_secs() });
-        }
+        look(driver, unit, patience, &mut looked)?;
         if driver.listen() {
             continue;
         }
@@ -183,11 +179,10 @@ fn drive(
 /// Completes what is outstanding and reads the queue's whole part of the disk, checking every byte.
 pub(super) fn scan(driver: &mut Driver, unit: &Unit, line: &Line, patience: Duration) -> Result<(), GuestError> {
     driver.verify_held()?;
-    let (mut next, mut progress) = (None, Instant::now());
+    driver.forgive();
+    let (mut next, mut looked) = (None, Instant::now());
     loop {
-        if driver.reap()? > 0 || unit.is_away() {
-            progress = Instant::now();
-        }
+        driver.reap()?;
         match &mut next {
             // First the requests that were under way, among which are writes.
             None if driver.outstanding() == 0 => next = Some(0),
@@ -205,15 +200,23 @@ pub(super) fn scan(driver: &mut Driver, unit: &Unit, line: &Line, patience: Dura
         if driver.publish() {
             line.kick();
         }
-        if progress.elapsed() > patience {
-            let (queue, outstanding) = (driver.queue(), driver.outstanding());
-            return Err(GuestError::Lost { queue, outstanding, seconds: patience.as_secs() });
-        }
+        look(driver, unit, patience, &mut looked)?;
         if driver.outstanding() > 0 && !driver.listen() {
             wait(&[line.call.as_fd()], None, Some(LOOK))?;
             line.answer();
         }
     }
+}
+
+/// Looks now and then whether a request is lost, while there is somebody to answer.
+fn look(driver: &mut Driver, unit: &Unit, patience: Duration, looked: &mut Instant) -> Result<(), GuestError> {
+    if unit.is_away() {
+        driver.forgive();
+    } else if looked.elapsed() >= LOOK {
+        *looked = Instant::now();
+        driver.check_lost(patience)?;
+    }
+    Ok(())
 }
 
 /// How many of something there should be after `elapsed`, at `rate` per second.

@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U32, U64};
@@ -64,6 +65,8 @@ pub(super) struct Driver {
     next_version: u32,
     random: Random,
     slots: Vec<SlotState>,
+    /// By slot: since when its request waits.
+    since: Vec<Instant>,
     requests: u64,
     completions: u64,
     counters: Arc<Counters>,
@@ -84,13 +87,14 @@ impl Driver {
         let queues = u64::from(config.queues);
         let block_bytes = disk.block * SECTOR_BYTES;
         let area = (disk.capacity / queues).min(config.disk_area) / block_bytes * disk.block;
-        if area == 0 || disk.block > BUFFER_BYTES / SECTOR_BYTES {
-            return Err(GuestError::Config("its disk is too small, or has too large blocks".into()));
+        if area == 0 {
+            return Err(GuestError::Config("its disk is too small".into()));
         }
         Ok(Driver {
             queue,
             memory: memory.clone(),
             slots: vec![SlotState::default(); layout.slots.len()],
+            since: vec![Instant::now(); layout.slots.len()],
             layout,
             pattern,
             blank: config.blank_disks,
@@ -140,8 +144,9 @@ impl Driver {
         if outstanding != usize::from(ring.outstanding()) {
             return bad("its requests are not those of its ring");
         }
-        if sectors == 0 || state.first_sector.checked_add(sectors).is_none() {
-            return bad("it has no part of the disk");
+        let end = state.first_sector.checked_add(sectors);
+        if sectors == 0 || end.is_none_or(|end| end > disk.capacity / SECTOR_BYTES) {
+            return bad("its part is not on the disk");
         }
         let driver = Driver {
             queue,
@@ -156,6 +161,7 @@ impl Driver {
             versions: state.versions,
             next_version: state.next_version,
             random: Random(state.random),
+            since: vec![Instant::now(); state.slots.len()],
             slots: state.slots,
             requests: state.requests,
             completions: state.completions,
@@ -182,8 +188,19 @@ impl Driver {
         &self.counters
     }
 
-    pub(super) fn queue(&self) -> usize {
-        self.queue
+    /// Waiting begins anew for all requests: they could not be answered until now.
+    pub(super) fn forgive(&mut self) {
+        self.since.fill(Instant::now());
+    }
+
+    /// Fails if a request waits for longer than `patience`.
+    pub(super) fn check_lost(&self, patience: Duration) -> Result<(), GuestError> {
+        let mut slots = self.slots.iter().zip(&self.since);
+        if !slots.any(|(slot, since)| slot.request.is_some() && since.elapsed() > patience) {
+            return Ok(());
+        }
+        let outstanding = self.ring.outstanding();
+        Err(GuestError::Lost { queue: self.queue, outstanding, seconds: patience.as_secs() })
     }
 
     pub(super) fn requests(&self) -> u64 {
@@ -206,7 +223,7 @@ impl Driver {
             self.complete(slot)?;
             taken += 1;
         }
-        self.completions += taken;
+        self.completions = self.completions.wrapping_add(taken);
         self.count();
         Ok(taken)
     }
@@ -318,7 +335,10 @@ impl Driver {
         if let Some(state) = self.slots.get_mut(slot) {
             state.request = Some(RequestState { head, kind, sector, sectors: sectors as u32, offset });
         }
-        self.requests += 1;
+        if let Some(since) = self.since.get_mut(slot) {
+            *since = Instant::now();
+        }
+        self.requests = self.requests.wrapping_add(1);
         self.count();
         Ok(())
     }

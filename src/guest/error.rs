@@ -30,12 +30,12 @@ pub enum GuestError {
         /// The status byte.
         status: u8,
     },
-    /// Requests are lost: nothing was completed for too long.
-    #[error("{outstanding} requests of queue {queue} got no answer for {seconds} s")]
+    /// A request is lost: it was not completed for too long.
+    #[error("a request of queue {queue} got no answer for {seconds} s ({outstanding} are outstanding)")]
     Lost {
         /// Which queue of which disk, counted through.
         queue: usize,
-        /// How many requests.
+        /// How many requests have no answer yet.
         outstanding: u16,
         /// For how long.
         seconds: u64,

@@ -52,7 +52,7 @@ pub struct GuestConfig {
     pub disk_area: u64,
     /// Disks are zero where the guest has not written.
     pub blank_disks: bool,
-    /// Seconds without any completion after which outstanding requests count as lost.
+    /// Seconds after which a request without a completion counts as lost.
     pub request_timeout: u64,
     /// Seconds to wait for a back-end that has gone away.
     pub reconnect_timeout: u64,
@@ -154,6 +154,12 @@ impl Layout {
         let bad = |what: &str| Err(GuestError::Config(what.into()));
         if config.memory == 0 || !config.memory.is_multiple_of(LOG_PAGE) || !config.high.is_multiple_of(LOG_PAGE) {
             return bad("memory comes in whole pages of 4 KiB");
+        }
+        if config.memory > 1 << 52 {
+            return bad("no machine has more than 4 PiB of memory");
+        }
+        if config.disks > 256 || config.cpus > 4096 {
+            return bad("it has more than 256 disks or 4096 CPUs");
         }
         if config.high > config.memory {
             return bad("it has less memory than it shall have above 4 GiB");

@@ -28,8 +28,8 @@ pub use state::{
 };
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -41,13 +41,13 @@ use crate::abi::virtio::{
     self, BlkConfig, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use crate::frontend::{Device, FrontendError, RingSetup};
+use crate::frontend::{Device, DeviceLog, FrontendError, RingSetup};
 use crate::memory::{Memory, Region, sealed_memfd};
 use crate::ring::RingBase;
 use cpu::Cpu;
 use crew::Crew;
 use driver::{Counters, Disk, Driver};
-use layout::Layout;
+use layout::{BUFFER_BYTES, Layout};
 use pattern::Pattern;
 use signal::Failure;
 use unit::{Line, Supervisor, Unit};
@@ -62,6 +62,8 @@ const FEATURES: [u32; 7] = [
     VIRTIO_BLK_F_BLK_SIZE,
     VIRTIO_BLK_F_MQ,
 ];
+/// Seconds that nobody waits for; beyond them clocks may overflow.
+const FOREVER: u64 = 1 << 30;
 /// Bytes of configuration space that the driver reads: up to `num_queues`.
 const CONFIG_BYTES: usize = 36;
 
@@ -116,9 +118,9 @@ pub struct GuestStats {
     pub lost: u64,
     /// Pages that CPUs have written.
     pub pages: u64,
-    /// Times a back-end came back, on this host.
+    /// Times a back-end came back.
     pub reconnects: u64,
-    /// Requests that restarted back-ends found unfinished, on this host.
+    /// Requests that restarted back-ends found unfinished.
     pub resubmitted: u64,
 }
 
@@ -174,11 +176,11 @@ impl Guest {
             return bad("it was saved by another version of this program");
         }
         let GuestState { config, cpus, drivers, devices, last_action, .. } = state;
-        let layout = Layout::new(&config)?;
         let regions = memory.regions().iter().map(|region| (region.gpa(), region.size()));
         if !regions.eq(config.regions()) {
             return bad("its memory has other regions");
         }
+        let layout = Layout::new(&config)?;
         if cpus.len() != config.cpus || drivers.len() != layout.queues.len() || devices.len() != config.disks {
             return bad("the numbers of CPUs, queues or disks contradict each other");
         }
@@ -327,6 +329,8 @@ impl Guest {
                 block_size: (attached.disk.block * SECTOR_BYTES) as u32,
                 bases: attached.stopped.iter().copied().collect::<Option<_>>().ok_or(running)?,
                 inflight: device.inflight()?,
+                reconnects: attached.unit.reconnects.load(Ordering::Relaxed),
+                resubmitted: attached.unit.resubmitted.load(Ordering::Relaxed),
             })
         };
         Ok(GuestState {
@@ -399,11 +403,18 @@ impl Guest {
         &self.config
     }
 
-    /// Its devices, to be locked for control; the data path never locks them. Better: [`with_devices`].
-    ///
-    /// [`with_devices`]: Guest::with_devices
-    pub fn devices(&self) -> Vec<Arc<Mutex<Box<dyn Device>>>> {
-        self.units.iter().map(|attached| attached.unit.device.clone()).collect()
+    /// The dirty pages of each device, as sources that outlast a restart of its back-end.
+    pub fn logs(&self) -> impl Iterator<Item = DeviceLog> {
+        let log = |attached: &Attached| {
+            let name = attached.unit.lock().name().to_owned();
+            DeviceLog::new(attached.unit.clone(), name, self.memory.end())
+        };
+        self.units.iter().map(log)
+    }
+
+    /// Whether its CPUs and drivers run.
+    pub fn is_running(&self) -> bool {
+        matches!(self.work, Work::Running(_))
     }
 
     /// Calls `f` for each device; again after a reconnection if its back-end goes away meanwhile.
@@ -415,11 +426,6 @@ impl Guest {
         mut f: impl FnMut(&mut dyn Device) -> Result<(), FrontendError>,
     ) -> Result<(), FrontendError> {
         self.units.iter().try_for_each(|attached| attached.unit.with(&mut f))
-    }
-
-    /// A handle for that which outlives the borrow of the guest.
-    pub fn device_control(&self) -> DeviceControl {
-        DeviceControl { units: self.units.iter().map(|attached| attached.unit.clone()).collect() }
     }
 
     fn build(config: GuestConfig, layout: Layout, memory: Memory) -> Result<Guest, GuestError> {
@@ -462,7 +468,12 @@ impl Guest {
                 Some(state) => state.bases.iter().copied().map(Some).collect(),
                 None => vec![Some(RingBase::split(0)); per_disk],
             };
-            let unit = Arc::new(Unit::new(device, lines, Duration::from_secs(self.config.reconnect_timeout)));
+            let unit =
+                Arc::new(Unit::new(device, lines, Duration::from_secs(self.config.reconnect_timeout.min(FOREVER))));
+            if let Some(state) = expected {
+                unit.reconnects.store(state.reconnects, Ordering::Relaxed);
+                unit.resubmitted.store(state.resubmitted, Ordering::Relaxed);
+            }
             let supervisor = Supervisor::start(unit.clone(), self.failure.clone())?;
             units.push(Attached { _supervisor: supervisor, unit, disk, stopped });
         }
@@ -499,6 +510,8 @@ impl Guest {
             block_size: if has(VIRTIO_BLK_F_BLK_SIZE) { space.blk_size.get() } else { sector },
             bases: Vec::new(),
             inflight: None,
+            reconnects: 0,
+            resubmitted: 0,
         };
         if let Some(state) = expected {
             let same = (state.capacity, state.block_size) == (now.capacity, now.block_size);
@@ -555,25 +568,6 @@ impl Drop for Guest {
     }
 }
 
-/// Controls a guest's devices from elsewhere; see [`Guest::with_devices`].
-#[derive(Clone)]
-pub struct DeviceControl {
-    units: Vec<Arc<Unit>>,
-}
-
-impl DeviceControl {
-    /// As [`Guest::with_devices`].
-    ///
-    /// # Errors
-    /// As there.
-    pub fn with_devices(
-        &self,
-        mut f: impl FnMut(&mut dyn Device) -> Result<(), FrontendError>,
-    ) -> Result<(), FrontendError> {
-        self.units.iter().try_for_each(|unit| unit.with(&mut f))
-    }
-}
-
 fn setup(line: &Line, base: RingBase) -> RingSetup {
     let crate::ring::SplitLayout { size, desc, avail, used } = line.ring;
     RingSetup { size, desc, avail, used, kick: line.kick.clone(), call: line.call.clone(), base }
@@ -582,7 +576,7 @@ fn setup(line: &Line, base: RingBase) -> RingSetup {
 /// What a driver has to know of a device.
 fn disk(state: &DeviceState) -> Result<Disk, GuestError> {
     let block = u64::from(state.block_size) / SECTOR_BYTES;
-    if !block.is_power_of_two() {
+    if !block.is_power_of_two() || block > BUFFER_BYTES / SECTOR_BYTES {
         return Err(GuestError::State(format!("a disk can't have blocks of {} bytes", state.block_size)));
     }
     Ok(Disk { features: state.features, capacity: state.capacity, segments: state.segments, block })

@@ -11,7 +11,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::error::GuestError;
 use super::signal::{Failure, Signal, wait};
-use crate::frontend::{Device, FrontendError};
+use crate::frontend::{Device, FrontendError, SharedDevice};
 use crate::ring::SplitLayout;
 
 /// The longest that anybody else waits for the device while its back-end is away.
@@ -117,6 +117,12 @@ impl Unit {
                 _ => {}
             }
         }
+    }
+}
+
+impl SharedDevice for Arc<Unit> {
+    fn with(&self, ask: &mut dyn FnMut(&mut dyn Device) -> Result<(), FrontendError>) -> Result<(), FrontendError> {
+        Unit::with(self, ask)
     }
 }
 

@@ -1,10 +1,11 @@
 //! The region as memory: made or mapped, checked, and handed out queue by queue.
 
-use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
+
+use vm_memory::VolatileSlice;
 
 use crate::abi::inflight::split_queue_bytes;
 use crate::abi::virtio::MAX_QUEUE_SIZE;
@@ -61,7 +62,7 @@ impl Region {
         if size < needed {
             return Err(InflightError::TooSmall { size, needed });
         }
-        if offset % 8 != 0 {
+        if !offset.is_multiple_of(8) {
             return Err(InflightError::Misaligned { offset });
         }
         let mapping = Arc::new(memory::Region::map(fd, 0, needed, 0, offset)?);
@@ -116,8 +117,10 @@ impl Region {
         if queue >= self.queues {
             return Err(no_queue);
         }
-        let start = len * u64::from(queue);
-        Ok(Mapped { region: self.mapping.clone(), range: start as usize..(start + len) as usize })
+        let region = self.mapping.clone();
+        // Inside the mapping, whose size `map` made that of all queues together.
+        let first = NonNull::new(region.host_ptr().wrapping_add(len as usize * usize::from(queue)));
+        Ok(Mapped { first: first.ok_or(no_queue)?, len: len as usize, _region: region })
     }
 }
 
@@ -127,26 +130,34 @@ impl Region {
 /// compiler must not move them, and release stores keep it from that.
 #[derive(Debug)]
 pub struct Mapped {
-    region: Arc<memory::Region>,
-    /// Bytes of the mapping.
-    range: Range<usize>,
+    first: NonNull<u8>,
+    len: usize,
+    /// Keeps the mapping alive.
+    _region: Arc<memory::Region>,
 }
+
+// SAFETY: the pointer is to memory that `_region` keeps mapped; it belongs to no thread.
+unsafe impl Send for Mapped {}
 
 impl Mapped {
     /// Reads all of it once.
     fn copy(&self) -> Vec<u8> {
-        let mut bytes = vec![0; self.range.len()];
-        if let Some(slice) = self.region.slice(self.range.start as u64, bytes.len() as u64) {
-            slice.copy_to(&mut bytes);
-        }
+        let mut bytes = vec![0; self.len];
+        // SAFETY: `len` bytes from `first` are mapped as long as `self` lives, and `VolatileSlice` is made for memory
+        // that others write.
+        unsafe { VolatileSlice::new(self.first.as_ptr(), self.len) }.copy_to(&mut bytes);
         bytes
     }
 
     /// The `T` at `offset`, if it is inside and aligned.
     #[inline]
     fn at<T>(&self, offset: usize) -> Option<NonNull<T>> {
-        let at = NonNull::new(self.region.host_ptr().wrapping_add(self.range.start).wrapping_add(offset).cast())?;
-        (offset <= self.range.len() - size_of::<T>() && at.is_aligned()).then_some(at)
+        if offset > self.len - size_of::<T>() {
+            return None;
+        }
+        // SAFETY: `offset` is inside the queue's part, checked above.
+        let at = unsafe { self.first.add(offset) }.cast::<T>();
+        at.is_aligned().then_some(at)
     }
 }
 
@@ -154,7 +165,7 @@ impl Sink for Mapped {
     #[inline]
     fn u8(&mut self, offset: usize, value: u8) {
         if let Some(at) = self.at::<AtomicU8>(offset) {
-            // SAFETY: `at` is aligned and inside the mapping, which `region` keeps; all access to it is atomic.
+            // SAFETY: `at` is aligned and inside the mapping, which `_region` keeps; all access to it is atomic.
             unsafe { at.as_ref() }.store(value, Ordering::Release);
         }
     }

@@ -3,6 +3,7 @@
 //! Nothing runs before the commit. Whatever fails until then is told to the source, which goes on.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::bounded;
 
@@ -11,6 +12,9 @@ use super::machine::Arrival;
 use crate::stream::record::{MemoryLayout, Started};
 use crate::stream::{Cancel, Channel, Connection, Decoder, FrameReader, FrameWriter, Kind, PageStats};
 use crate::stream::{StreamError, Target, ToDestination, ToSource};
+
+/// How long what carries the stream may take to end.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// What arrived.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -21,22 +25,33 @@ pub struct Received {
     pub observed_downtime_ns: Option<u64>,
 }
 
-/// Takes in the guest that comes over `connection`, and starts it. `cancel` is the connection's.
+/// Takes in the guest that comes over `connection`, and starts it. `cancel` is the connection's; it has no effect any
+/// more once the source has been told that this side is ready.
 ///
 /// # Errors
 /// [`MigrateError`]: the guest does not run here. The source has been told why if it still listens.
 pub fn receive(arrival: &mut dyn Arrival, connection: Connection, cancel: &Cancel) -> Result<Received, MigrateError> {
-    let Connection { channels, one_way, .. } = connection;
-    let first = channels.first().ok_or(StreamError::Ended)?.clone();
-    let mut answers = Answers { to: FrameWriter::new(first), one_way };
-    let mut readers: Vec<_> = channels.into_iter().map(FrameReader::new).collect();
-    let outcome = take_in(arrival, &mut readers, &mut answers);
+    let first = connection.channels.first().ok_or(StreamError::Ended)?.clone();
+    let mut answers = Answers { to: FrameWriter::new(first), one_way: connection.one_way };
+    let mut readers: Vec<_> = connection.channels.iter().cloned().map(FrameReader::new).collect();
+    let outcome = take_in(arrival, &mut readers, &mut answers, cancel);
     if let Err(error) = &outcome {
         // The source may be gone; it goes on by itself then.
         let _ = answers.say(&ToSource::Failed { message: error.to_string() });
+    }
+    deliver(connection);
+    if outcome.is_err() {
         cancel.cancel();
     }
     outcome
+}
+
+/// A command that carries the stream may still hold what was said last. It ends when the source hangs up.
+fn deliver(connection: Connection) {
+    let ended = connection.channels.iter().try_for_each(|channel| channel.set_timeout(Some(LAST_WORDS)));
+    if let Err(error) = ended.and_then(|()| connection.finish()) {
+        tracing::debug!(%error, "the connection did not end well");
+    }
 }
 
 struct Answers {
@@ -57,6 +72,7 @@ fn take_in(
     arrival: &mut dyn Arrival,
     readers: &mut [FrameReader<Channel>],
     answers: &mut Answers,
+    cancel: &Cancel,
 ) -> Result<Received, MigrateError> {
     let asked = |doing| move |cause| MigrateError::Machine { doing, cause };
     let layout = next(readers, "the memory layout", |message| match message {
@@ -74,10 +90,12 @@ fn take_in(
         _ => None,
     })?;
     arrival.restore(&state).map_err(asked("restoring the guest"))?;
+    // From here on the source decides: it may have committed by the time that anybody calls it off here.
+    cancel.disarm()?;
     answers.say(&ToSource::Ready)?;
     next(readers, "the commit", |message| matches!(message, ToDestination::Commit).then_some(()))?;
 
-    let committed = std::time::Instant::now();
+    let committed = Instant::now();
     let observed_downtime_ns = arrival.start().map_err(asked("starting the guest after the commit"))?;
     let start_ns = committed.elapsed().as_nanos() as u64;
     // The guest runs, whether or not the source hears of it.
@@ -104,18 +122,22 @@ fn receive_pages(target: &Arc<Target>, readers: &mut [FrameReader<Channel>]) -> 
             });
         }
         drop(done);
-        let mut all = PageStats::default();
+        let mut outcome = Ok(PageStats::default());
         for result in ended {
-            match result {
-                Ok(stats) => all += stats,
-                Err(error) => {
+            match (result, &mut outcome) {
+                (Ok(stats), Ok(all)) => *all += stats,
+                (Ok(_), Err(_)) => {}
+                (Err(error), Ok(_)) => {
                     // The other threads wait for pages that will not come. Channel 0 can still carry the reason back.
                     sockets.iter().for_each(Channel::shutdown_read);
-                    return Err(error);
+                    outcome = Err(error);
                 }
+                // What the source said before it hung up is worth more than that it did.
+                (Err(error @ MigrateError::Source(_)), Err(_)) => outcome = Err(error),
+                (Err(_), Err(_)) => {}
             }
         }
-        Ok(all)
+        outcome
     })
 }
 

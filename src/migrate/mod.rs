@@ -7,21 +7,27 @@
 //! | `destination` | pages into place, restore, start |
 //! | `converge` | when to stop the guest: a pure decision |
 //! | `report` | events and figures |
+//! | `builtin` | the built-in guest as a machine |
+//! | `measure` | a dirty rate without a migration |
 //!
 //! A migration belongs to no particular guest or device: implement [`Machine`] and [`Arrival`], open a
 //! [`Connection`](crate::stream::Connection), and call [`migrate`] and [`receive`].
 #![forbid(unsafe_code)]
 
+mod builtin;
 mod converge;
 mod destination;
 mod error;
 mod machine;
+mod measure;
 mod report;
 mod source;
 
+pub use builtin::{GuestArrival, GuestMachine, connect_all, dirty_sources};
 pub use converge::{Convergence, Next, Policy, Round, STALL_ROUNDS};
 pub use destination::{Received, receive};
 pub use error::{Failure, MigrateError};
 pub use machine::{Arrival, Machine, MachineError, RegionLayout};
+pub use measure::measure;
 pub use report::{Event, Report, RoundReport};
 pub use source::{Plan, migrate};

@@ -27,6 +27,9 @@ use crate::stream::{StreamError, ToDestination, ToSource, owned_by};
 /// How often [`Event::Progress`] is told.
 const PROGRESS: Duration = Duration::from_millis(200);
 
+/// How long a peer that has hung up may take to say why.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
 /// How to migrate.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -50,16 +53,12 @@ pub fn migrate(
     cancel: &Cancel,
     tell: &mut dyn FnMut(Event),
 ) -> Result<Report, Failure> {
-    let running = |error| Failure { error, source_running: true };
-    let memory = machine.memory();
-    let mut wire = Wire::new(connection, plan.codec).map_err(running)?;
     let begun = Instant::now();
-    wire.open(&memory).map_err(running)?;
-    let mut dirty = machine
-        .dirty_source()
-        .map_err(|cause| running(MigrateError::Machine { doing: "tracking dirty pages", cause }))?;
-    dirty.start().map_err(|error| running(error.into()))?;
-
+    let memory = machine.memory();
+    let (wire, dirty) = open(machine, &memory, connection, plan.codec).map_err(|error| {
+        tell(Event::Failed { message: error.to_string(), source_running: true });
+        Failure { error, source_running: true }
+    })?;
     let mut pending = PageSet::new(memory.end() / LOG_PAGE);
     for region in memory.regions() {
         pending.insert_range(region.gpa() / LOG_PAGE..(region.gpa() + region.size()) / LOG_PAGE);
@@ -74,6 +73,21 @@ pub fn migrate(
     migration.report.guest_bytes = migration.memory.size();
     let outcome = migration.run(machine, plan.policy);
     migration.finish(machine, outcome, begun)
+}
+
+/// Has the guest's memory accepted, and begins to track it.
+fn open(
+    machine: &mut dyn Machine,
+    memory: &Memory,
+    connection: Connection,
+    codec: Codec,
+) -> Result<(Wire, Box<dyn DirtySource>), MigrateError> {
+    let mut wire = Wire::new(connection, codec)?;
+    wire.open(memory)?;
+    let dirty = machine.dirty_source().map_err(|cause| MigrateError::Machine { doing: "tracking dirty pages", cause });
+    let tracking = dirty.and_then(|mut dirty| Ok(dirty.start().map(|()| dirty)?));
+    let dirty = tracking.inspect_err(|error| wire.call_off(error))?;
+    Ok((wire, dirty))
 }
 
 /// Where the guest is when something fails.
@@ -113,10 +127,9 @@ impl Migration<'_> {
             let wire_before = self.wire.bytes();
             let sent = self.send(round, false)?;
             let sending = begun.elapsed();
-            let mut harvested = PageSet::new(self.pending.capacity());
-            self.dirty.harvest(&mut harvested)?;
-            // Sent and accounted for; what was written since is in the harvest.
-            self.pending = harvested;
+            // Sent and accounted for; what was written since is in the harvest, also in one that fails half-way.
+            self.pending = PageSet::new(self.pending.capacity());
+            self.dirty.harvest(&mut self.pending)?;
             let took = begun.elapsed().as_secs_f64();
             self.running += took;
             dirtied += self.pending.len();
@@ -200,6 +213,7 @@ impl Migration<'_> {
             }
             Err((stage, error)) => {
                 let error = self.wire.reason(error);
+                self.wire.call_off(&error);
                 if let Stage::Paused = stage
                     && let Err(cause) = machine.resume()
                 {
@@ -364,15 +378,26 @@ impl Wire {
 
     /// The destination's own words for why the stream broke, if it left any.
     fn reason(&mut self, error: MigrateError) -> MigrateError {
-        let broken = matches!(error, MigrateError::Stream(StreamError::Io(_) | StreamError::Ended));
+        let broken =
+            matches!(error, MigrateError::Stream(StreamError::Io(_) | StreamError::Ended | StreamError::PeerGone));
         if !broken || self.one_way {
             return error;
         }
         // A peer that hung up has nothing left to wait for; one that only fell silent gets no second chance.
-        self.replies.get_mut().set_timeout(Some(Duration::from_millis(500))).ok();
+        self.replies.get_mut().set_timeout(Some(LAST_WORDS)).ok();
         match self.expect("a reason", |_| None::<()>) {
             Err(MigrateError::Destination(message)) => MigrateError::Destination(message),
             _ => error,
+        }
+    }
+
+    /// Tells the destination of a failure that is not the stream's: it would have to guess otherwise.
+    fn call_off(&mut self, error: &MigrateError) {
+        let local =
+            matches!(error, MigrateError::Machine { .. } | MigrateError::Dirty(_) | MigrateError::NoConvergence { .. });
+        if local && !self.one_way {
+            // It notices the closed connection if not this.
+            let _ = self.tell(&ToDestination::Cancel { reason: error.to_string() });
         }
     }
 

@@ -127,14 +127,12 @@ pub enum Kind {
     Cancel = 0x06,
     /// The destination has the same memory and takes the migration.
     Accepted = 0x81,
-    /// The destination has everything of a round, on all channels.
-    RoundDone = 0x82,
     /// The destination has restored the state and waits for the commit.
-    Ready = 0x83,
+    Ready = 0x82,
     /// The guest runs at the destination.
-    Started = 0x84,
+    Started = 0x83,
     /// The destination gave up, with its reason.
-    Failed = 0x85,
+    Failed = 0x84,
 }
 
 impl Kind {
@@ -144,12 +142,13 @@ impl Kind {
             Kind::Pages => super::pages::MAX_BODY as u32,
             Kind::State => super::record::MAX_STATE as u32,
             Kind::Layout => 1 << 20,
+            Kind::Commit | Kind::Accepted | Kind::Ready => 0,
             _ => 64 << 10,
         }
     }
 
     fn from_wire(kind: u16) -> Result<Kind, StreamError> {
-        const ALL: [Kind; 11] = [
+        const ALL: [Kind; 10] = [
             Kind::Layout,
             Kind::Pages,
             Kind::RoundEnd,
@@ -157,7 +156,6 @@ impl Kind {
             Kind::Commit,
             Kind::Cancel,
             Kind::Accepted,
-            Kind::RoundDone,
             Kind::Ready,
             Kind::Started,
             Kind::Failed,

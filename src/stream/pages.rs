@@ -15,7 +15,7 @@ use vm_memory::VolatileSlice;
 
 use super::codec::{Compressor, Decompressor};
 use super::frame::{Body, FrameHeader, FrameReader, FrameWriter, Kind};
-use super::sys::{ReadMemory, Window};
+use super::sys::{ReadMemory, Window, copy_page};
 use super::{Codec, StreamError};
 use crate::memory::{LOG_PAGE, Memory};
 
@@ -157,17 +157,16 @@ impl Encoder {
         stats: &mut PageStats,
     ) -> Result<(), StreamError> {
         let mut offset = 0;
-        for page in pages {
+        for page in pages.clone() {
             if self.used == BATCH_BYTES || self.entries.len() == MAX_ENTRIES {
                 self.flush(to, stats)?;
             }
             let from = slice.subslice(offset, PAGE).map_err(|_| outside(&(page..page + 1)))?;
             offset += PAGE;
-            let Some(slot) = self.data.get_mut(self.used..self.used + PAGE) else {
+            let Some(slot) = self.data.get_mut(self.used..).and_then(|free| free.first_chunk_mut()) else {
                 continue;
             };
-            from.copy_to(slot);
-            let zero = is_zero(slot);
+            let zero = copy_page(&from, slot, page + 1 < pages.end);
             if !zero {
                 self.used += PAGE;
             }
@@ -525,12 +524,6 @@ fn in_memory<'m>(
 /// The pages that lie wholly in `size` bytes at `gpa`.
 fn whole_pages(gpa: u64, size: u64) -> Range<u64> {
     gpa.div_ceil(LOG_PAGE)..gpa.saturating_add(size) / LOG_PAGE
-}
-
-/// Most pages that are not zero show it at once; the rest is looked at in pieces that the compiler makes wide loads of.
-fn is_zero(page: &[u8]) -> bool {
-    let (pieces, _) = page.as_chunks::<256>();
-    pieces.iter().all(|piece| piece.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
 fn outside(pages: &Range<u64>) -> StreamError {

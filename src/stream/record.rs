@@ -219,11 +219,6 @@ pub enum ToDestination {
 pub enum ToSource {
     /// The layout fits; pages may come.
     Accepted,
-    /// All channels have ended this round.
-    RoundDone {
-        /// Number of the round.
-        round: u32,
-    },
     /// State is restored; waits for the commit.
     Ready,
     /// The guest runs.
@@ -271,7 +266,7 @@ impl ToDestination {
             Kind::Layout => ToDestination::Layout(decode("memory layout", 1, &body, limit)?),
             Kind::RoundEnd => ToDestination::RoundEnd(decode("round end", 1, &body, limit)?),
             Kind::State => ToDestination::State(body),
-            Kind::Commit => empty(&body, ToDestination::Commit)?,
+            Kind::Commit => ToDestination::Commit,
             Kind::Cancel => ToDestination::Cancel { reason: decode("cancel", 1, &body, limit)? },
             found => return Err(StreamError::Unexpected { found, wanted: "a message of the source" }),
         })
@@ -286,7 +281,6 @@ impl ToSource {
     pub fn write<W: Write>(&self, to: &mut FrameWriter<W>) -> Result<u64, StreamError> {
         match self {
             ToSource::Accepted => to.write(Kind::Accepted, [&[], &[]]),
-            ToSource::RoundDone { round } => to.write(Kind::RoundDone, [&encode(1, round)?, &[]]),
             ToSource::Ready => to.write(Kind::Ready, [&[], &[]]),
             ToSource::Started(started) => to.write(Kind::Started, [&encode(1, started)?, &[]]),
             ToSource::Failed { message } => to.write(Kind::Failed, [&encode(1, shortened(message))?, &[]]),
@@ -301,9 +295,8 @@ impl ToSource {
         let body = body(header, from)?;
         let limit = header.kind.limit() as usize;
         Ok(match header.kind {
-            Kind::Accepted => empty(&body, ToSource::Accepted)?,
-            Kind::RoundDone => ToSource::RoundDone { round: decode("round done", 1, &body, limit)? },
-            Kind::Ready => empty(&body, ToSource::Ready)?,
+            Kind::Accepted => ToSource::Accepted,
+            Kind::Ready => ToSource::Ready,
             Kind::Started => ToSource::Started(decode("started", 1, &body, limit)?),
             Kind::Failed => ToSource::Failed { message: decode("failed", 1, &body, limit)? },
             found => return Err(StreamError::Unexpected { found, wanted: "a message of the destination" }),
@@ -326,13 +319,6 @@ fn body<R: Read>(header: &FrameHeader, from: &mut FrameReader<R>) -> Result<Vec<
         from.body(header, &mut body)?;
     }
     Ok(body)
-}
-
-fn empty<T>(body: &[u8], message: T) -> Result<T, StreamError> {
-    if body.is_empty() {
-        return Ok(message);
-    }
-    Err(StreamError::Malformed { what: "record", why: "it has a body where none belongs".into() })
 }
 
 /// A reason must never be what makes a frame too long.
@@ -431,7 +417,6 @@ mod tests {
         }
         let back = [
             ToSource::Accepted,
-            ToSource::RoundDone { round: 2 },
             ToSource::Ready,
             ToSource::Started(Started { observed_downtime_ns: Some(3), start_ns: 4 }),
             ToSource::Failed { message: "disk full".into() },

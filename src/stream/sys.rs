@@ -7,6 +7,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use vm_memory::VolatileSlice;
 use xxhash_rust::xxh3::Xxh3Default;
 
+/// Bytes of a page.
+const PAGE: usize = crate::memory::LOG_PAGE as usize;
 /// Most pieces that one `readv` takes.
 const IOV_MAX: usize = 1024;
 
@@ -61,7 +63,7 @@ impl<'m> Window<'m> {
         let mut count = count.min(self.left);
         self.left -= count;
         // Copies first: a Rust slice over memory that others map could change under the hash's feet.
-        let mut copy = [0; 4096];
+        let mut copy = [0; PAGE];
         while let Some(piece) = self.pieces.get_mut(self.first).filter(|_| count > 0) {
             let length = piece.copy_to(&mut copy).min(count);
             hash.update(copy.get(..length).unwrap_or_default());
@@ -112,6 +114,54 @@ impl<R: Read> ReadMemory for Plain<R> {
         let count = self.0.read(buffer.get_mut(..room).unwrap_or_default())?;
         Ok(window.store(buffer.get(..count).unwrap_or_default()))
     }
+}
+
+/// Copies the page `from` to `into` and tells whether the copy is all zeros. Guest memory is read once. `more` says that
+/// the page after it in memory comes next.
+pub(super) fn copy_page(from: &VolatileSlice<'_>, into: &mut [u8; PAGE], more: bool) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if from.len() == PAGE && std::arch::is_x86_feature_detected!("avx2") {
+        let guard = from.ptr_guard();
+        // SAFETY: the guard's pointer is valid for reads of its length, which is a page; AVX2 is there.
+        return unsafe { copy_page_avx2(guard.as_ptr(), into, more) };
+    }
+    let _ = more;
+    from.copy_to(into);
+    let (pieces, _) = into.as_chunks::<256>();
+    pieces.iter().all(|piece| piece.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
+/// # Safety
+/// `from` must be valid for reads of a page; others may write it meanwhile.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn copy_page_avx2(from: *const u8, into: &mut [u8; PAGE], more: bool) -> bool {
+    use std::arch::x86_64::{
+        __m256i, _MM_HINT_T0, _mm_prefetch, _mm256_or_si256, _mm256_setzero_si256, _mm256_testz_si256,
+    };
+
+    /// Guest memory needs no alignment in this process.
+    #[derive(Clone, Copy)]
+    #[repr(C, packed)]
+    struct Line([__m256i; 4]);
+
+    let mut any = _mm256_setzero_si256();
+    for offset in (0..PAGE).step_by(size_of::<Line>()) {
+        if more {
+            // The hardware does not look ahead over the end of a page.
+            for line in [0, 64] {
+                _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(PAGE + offset + line).cast());
+            }
+        }
+        // SAFETY: the caller's promise, and a line that ends inside both pages. Volatile, because the guest may write
+        // while we read: what is looked at must be what was copied.
+        let line = unsafe { from.add(offset).cast::<Line>().read_volatile() };
+        let [a, b, c, d] = line.0;
+        any = _mm256_or_si256(any, _mm256_or_si256(_mm256_or_si256(a, b), _mm256_or_si256(c, d)));
+        // SAFETY: as above; `into` is a page of ours.
+        unsafe { into.as_mut_ptr().add(offset).cast::<Line>().write(line) };
+    }
+    _mm256_testz_si256(any, any) == 1
 }
 
 /// A copy of the descriptor `number` that this process has inherited, closed on exec.

@@ -13,15 +13,16 @@ use vhost_migrate::abi::virtio::{
     BlkRequestHeader, SECTOR_BYTES, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_F_VERSION_1,
 };
 use vhost_migrate::abi::{bit, virtio};
-use vhost_migrate::dirty::{Log, PageSet};
+use vhost_migrate::dirty::{DirtySource, Log, PageSet};
 use vhost_migrate::frontend::{Device, FrontendError, RingSetup, UserDevice, UserOptions};
+use vhost_migrate::guest::{Guest, GuestConfig};
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::ring::{Buffer, RingBase, SplitDriver, SplitLayout};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U32, U64};
 
 use crate::backend::{Backend, Kind};
-use crate::process::{DEADLINE, Lab};
+use crate::process::{DEADLINE, Lab, wait_for};
 
 const HIGH: u64 = 4 << 30;
 const REGION: u64 = 4 << 20;
@@ -223,4 +224,32 @@ fn a_restarted_daemon_goes_on_with_rings_and_log() {
         let error = rig.device.reconnect(Instant::now() + DEADLINE).unwrap_err();
         assert!(matches!(error, FrontendError::Unrecoverable { index: 0, outstanding: 1 }), "{error}");
     }
+}
+
+#[test]
+fn the_built_in_guest_finds_every_byte_right_on_it_with_logging_on_and_off() {
+    let lab = Lab::new();
+    let image = lab.file("disk.img");
+    File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
+    let backend = Backend::start(&lab, Kind::StorageDaemon { bytes_per_second: None }, "qsd", &image, 2);
+    let device = UserDevice::connect(backend.socket(), UserOptions::default(), Instant::now() + DEADLINE).unwrap();
+    let mut guest = Guest::new(GuestConfig { disk_area: 2 << 20, ..GuestConfig::new(32 << 20) }).unwrap();
+    guest.boot(vec![Box::new(device)]).unwrap();
+    guest.resume().unwrap();
+    let mut logs: Vec<_> = guest.logs().collect();
+    for _ in 0..5 {
+        let before = guest.stats().completions;
+        logs.iter_mut().for_each(|log| log.start().unwrap());
+        wait_for("the guest works", || {
+            assert!(guest.failure().is_none(), "{}", guest.failure().unwrap());
+            (guest.stats().completions > before + 200).then_some(())
+        });
+        let mut dirty = PageSet::new(0);
+        for log in &mut logs {
+            log.harvest(&mut dirty).unwrap();
+        }
+        assert!(!dirty.is_empty());
+        logs.iter_mut().for_each(|log| log.stop().unwrap());
+    }
+    assert_eq!(guest.verify().unwrap().disk, 4 << 20);
 }

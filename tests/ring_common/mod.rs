@@ -1,4 +1,5 @@
 //! What the ring tests share: guest memory, a ring's place in it, and both its sides at any index.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![allow(dead_code, reason = "each test file uses a part")]
 
 use std::os::fd::AsFd;

@@ -183,9 +183,15 @@ impl Queue for DiskQueue {
     }
 
     fn completions(&mut self, done: &mut Vec<Request>) {
-        self.engine.completions(&mut self.attempts);
-        while let Some((io, result)) = self.attempts.pop_front() {
-            self.conclude(io, result);
+        // Until nothing comes back any more: what follows from one attempt may be another, to be passed on now.
+        loop {
+            self.engine.completions(&mut self.attempts);
+            if self.attempts.is_empty() {
+                break;
+            }
+            while let Some((io, result)) = self.attempts.pop_front() {
+                self.conclude(io, result);
+            }
         }
         done.append(&mut self.ready);
     }

@@ -4,18 +4,18 @@
 //! GET_FEATURES round trip where the back-end does not acknowledge (rule F4). What messages mean is not known here.
 #![forbid(unsafe_code)]
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::super::FrontendError;
-use super::sys;
 use crate::abi::vhost_user::{Header, Request};
+use crate::sys::socket;
 
 /// Longest reply: GET_CONFIG's 268 bytes, with room for what is to come.
 const MAX_REPLY: usize = 4096;
@@ -51,7 +51,7 @@ impl Channel {
     pub(super) fn connect(path: &Path, timeout: Duration) -> Result<Channel, FrontendError> {
         let failed = |source| FrontendError::Connect { path: path.into(), source };
         let socket = UnixStream::connect(path).map_err(failed)?;
-        socket.set_nonblocking(true).map_err(failed)?;
+        socket.set_write_timeout(Some(timeout)).map_err(failed)?;
         Ok(Channel { socket, timeout, acks: false, posted: Vec::new() })
     }
 
@@ -139,17 +139,7 @@ impl Channel {
     fn send(&self, request: Request, flags: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), FrontendError> {
         let header = Header { request: request.0, flags, size: payload.len() as u32 };
         let bytes = [header.as_bytes(), payload].concat();
-        let deadline = Instant::now() + self.timeout;
-        let (mut rest, mut fds) = (&bytes[..], fds);
-        while !rest.is_empty() {
-            match sys::send(&self.socket, rest, fds) {
-                Ok(sent) => (rest, fds) = (rest.get(sent..).unwrap_or_default(), &[]),
-                Err(Errno::EAGAIN) => self.wait(PollFlags::POLLOUT, request, deadline, self.timeout)?,
-                Err(Errno::EINTR) => {}
-                Err(errno) => return Err(self.failed(request, errno)),
-            }
-        }
-        Ok(())
+        socket::send(self.socket.as_fd(), &bytes, fds).map_err(|error| self.failed(request, self.timeout, error))
     }
 
     fn receive(&self, request: Request, timeout: Duration) -> Result<Reply, FrontendError> {
@@ -187,40 +177,34 @@ impl Channel {
     ) -> Result<(), FrontendError> {
         let mut rest = buf;
         while !rest.is_empty() {
-            match sys::receive(&self.socket, rest, fds) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let millis = u16::try_from(left.as_millis() + 1).unwrap_or(u16::MAX);
+            let mut fd = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+            let received = match poll(&mut fd, PollTimeout::from(millis)) {
+                Ok(0) if left.is_zero() => Err(io::ErrorKind::WouldBlock.into()),
+                Ok(0) => continue,
+                Ok(_) => socket::receive(self.socket.as_fd(), rest, fds),
+                Err(errno) => Err(errno.into()),
+            };
+            match received {
                 Ok(0) => return Err(FrontendError::HungUp { request }),
                 Ok(received) => rest = rest.get_mut(received..).unwrap_or_default(),
-                Err(Errno::EAGAIN) => self.wait(PollFlags::POLLIN, request, deadline, timeout)?,
-                Err(Errno::EINTR) => {}
-                Err(errno) => return Err(self.failed(request, errno)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(self.failed(request, timeout, error)),
             }
         }
         Ok(())
     }
 
-    fn wait(
-        &self,
-        what: PollFlags,
-        request: Request,
-        deadline: Instant,
-        timeout: Duration,
-    ) -> Result<(), FrontendError> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            self.close();
-            return Err(FrontendError::Timeout { request, waited: timeout });
-        }
-        let millis = u16::try_from(left.as_millis() + 1).unwrap_or(u16::MAX);
-        match poll(&mut [PollFd::new(self.socket.as_fd(), what)], PollTimeout::from(millis)) {
-            Ok(_) | Err(Errno::EINTR) => Ok(()),
-            Err(errno) => Err(self.failed(request, errno)),
-        }
-    }
-
-    fn failed(&self, request: Request, errno: Errno) -> FrontendError {
-        match errno {
-            Errno::EPIPE | Errno::ECONNRESET | Errno::ENOTCONN => FrontendError::HungUp { request },
-            _ => FrontendError::System { what: "talk to the back-end", source: errno.into() },
+    fn failed(&self, request: Request, waited: Duration, error: io::Error) -> FrontendError {
+        use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected, WouldBlock};
+        match error.kind() {
+            BrokenPipe | ConnectionReset | NotConnected => FrontendError::HungUp { request },
+            WouldBlock => {
+                self.close();
+                FrontendError::Timeout { request, waited }
+            }
+            _ => FrontendError::System { what: "talk to the back-end", source: error },
         }
     }
 }

@@ -2,12 +2,10 @@
 //!
 //! Here: which messages carry out what a [`Device`] promises, in the order that peers expect (rules R6, L7), and what is
 //! remembered so that a restarted back-end can be given all of it again. Framing and deadlines are the channel's.
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
 mod channel;
 mod inflight;
-#[allow(unsafe_code)]
-mod sys;
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

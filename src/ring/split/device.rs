@@ -272,7 +272,7 @@ impl SplitDevice {
         if desc.flags.get() & DESC_F_NEXT != 0 {
             return fault("with NEXT");
         }
-        if len == 0 || len % DESC_BYTES != 0 {
+        if len == 0 || !len.is_multiple_of(DESC_BYTES) {
             return fault("of a table whose length is not a multiple of 16");
         }
         let (size, limit) = ((len / DESC_BYTES) as usize, buffer_limit(self.layout.size));

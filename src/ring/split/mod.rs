@@ -58,7 +58,7 @@ impl Areas {
         const USED: &str = "used ring";
         let areas = [(DESC, desc, DESC_ALIGN_SIZE), (AVAIL, avail, AVAIL_ALIGN_SIZE), (USED, used, USED_ALIGN_SIZE)];
         for (area, gpa, align) in areas {
-            if gpa % align != 0 {
+            if !gpa.is_multiple_of(align) {
                 return Err(RingError::Misaligned { area, gpa, align });
             }
         }

@@ -4,19 +4,20 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags};
 
 use super::connect::resolve;
-use super::{Channel, Connection, End, FdKind, Options, Uri, check_single, check_socket_path, inherited, kind_of};
+use super::{Channel, Connection, End, FdKind, Options, Uri, check_single, inherited, kind_of};
 use super::{open_error, set_nonblocking, spawn};
 use crate::stream::StreamError;
 use crate::stream::frame::{ConnectionHeader, HEADER_BYTES, MAX_CHANNELS};
 use crate::stream::limiter::poll_until;
+use crate::sys::listen::listen;
 
 /// Most connections that may wait to become a migration.
 const MAX_WAITING: usize = 2 * MAX_CHANNELS as usize;
@@ -313,24 +314,7 @@ fn bind_tcp(uri: &Uri) -> Result<(TcpListener, Uri), StreamError> {
 }
 
 fn bind_unix(uri: &Uri, path: PathBuf) -> Result<Socket, StreamError> {
-    check_socket_path(uri, &path)?;
-    if let Ok(found) = std::fs::symlink_metadata(&path) {
-        if !found.file_type().is_socket() {
-            return Err(uri.error("this path exists and is not a socket: choose another", None));
-        }
-        match UnixStream::connect(&path) {
-            // Left behind by a process that has died.
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                std::fs::remove_file(&path).map_err(open_error(uri))?;
-            }
-            Err(error) => return Err(open_error(uri)(error)),
-            Ok(_) => {
-                let advice = "another process listens at this socket: stop it or choose another path";
-                return Err(uri.error(advice, None));
-            }
-        }
-    }
-    let listener = UnixListener::bind(&path).map_err(open_error(uri))?;
+    let listener = listen(&path).map_err(|refused| uri.error(refused.advice, refused.source))?;
     listener.set_nonblocking(true)?;
     let inode = inode_of(&path)?;
     Ok(Socket::Unix { listener, path, inode })

@@ -1,0 +1,83 @@
+//! `vhost-migrate dirty-rate`: how fast a guest dirties its memory, who does it, and what a migration would come to.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use serde_json::Value;
+use vhost_migrate::control::{self, Command};
+
+use crate::units::{self, show};
+
+/// Measure how fast a guest dirties memory, and forecast its migration
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  vhost-migrate dirty-rate --control guest.ctl --seconds 5
+  vhost-migrate dirty-rate --control guest.ctl --seconds 5 --bandwidth 1GiB/s --downtime 50 --json
+
+Each device is counted by its dirty log, and the CPUs by write-protected pages: what a device writes is in no page
+table. A page that is written again within a tenth of a second counts once.")]
+pub(crate) struct Arguments {
+    /// Control socket of the process that owns the guest
+    #[arg(long, value_name = "SOCKET")]
+    control: PathBuf,
+    /// How long to measure
+    #[arg(long, default_value_t = 1.0, value_name = "SECONDS")]
+    seconds: f64,
+    /// Bandwidth to forecast for, in guest memory per second
+    #[arg(long, value_parser = units::bytes, default_value = "1GiB/s", value_name = "RATE")]
+    bandwidth: u64,
+    /// Longest stop of the guest to forecast for, milliseconds
+    #[arg(long, default_value_t = 300, value_name = "MS")]
+    downtime: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+pub(crate) fn run(arguments: Arguments) -> ExitCode {
+    let order = Command::DirtyRate {
+        seconds: arguments.seconds,
+        bandwidth: arguments.bandwidth,
+        downtime_ms: arguments.downtime,
+    };
+    let outcome = control::call(&arguments.control, &order, |event| {
+        if arguments.json {
+            println!("{event}");
+        } else {
+            print(&event, arguments.bandwidth);
+        }
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("dirty-rate: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print(event: &Value, bandwidth: u64) {
+    let (rate, forecast) = (&event["rate"], &event["forecast"]);
+    let number = |value: &Value| value.as_f64().unwrap_or_default();
+    let line = |name: &str, of: &Value| {
+        let (pages, bytes) = (number(&of["pages_per_s"]), show(number(&of["bytes_per_s"])));
+        println!(
+            "{name:<24} {pages:>9.0} pages/s  {bytes:>10}/s  working set {}",
+            show(number(&of["working_set_bytes"]))
+        );
+    };
+    line("guest", rate);
+    for source in rate["sources"].as_array().into_iter().flatten() {
+        line(&format!("  {}", source["name"].as_str().unwrap_or("?")), source);
+    }
+    let verdict = if forecast["converges"] == true { "converges" } else { "does not converge" };
+    println!(
+        "at {}/s it {verdict}: {} rounds, {:.0} ms in all, downtime {:.1} ms, {} sent",
+        show(bandwidth as f64),
+        forecast["rounds"],
+        number(&forecast["total_ms"]),
+        number(&forecast["downtime_ms"]),
+        show(number(&forecast["bytes"]))
+    );
+}

@@ -1,0 +1,352 @@
+//! `vhost-migrate guest`: a process that owns a built-in guest, or waits for one to arrive.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crossbeam::channel::RecvTimeoutError;
+use serde_json::{Value, json};
+use vhost_migrate::control::{self, Command, Handler, MigrateArguments};
+use vhost_migrate::dirty::forecast;
+use vhost_migrate::guest::{Guest, GuestConfig};
+use vhost_migrate::migrate::{
+    GuestArrival, GuestMachine, MachineError, Plan, Policy, connect_all, dirty_sources, measure, migrate, receive,
+};
+use vhost_migrate::stream::transport::connect;
+use vhost_migrate::stream::{Cancel, Listener, Options, Uri};
+
+use crate::messages::Messages;
+use crate::units;
+
+/// Run the built-in guest: a machine that writes memory and disk, and checks every byte it reads
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  vhost-migrate guest --backend a.sock --control source.ctl --memory 1GiB --dirty-rate 100MiB/s
+  vhost-migrate guest --backend b.sock --control destination.ctl --incoming tcp:0.0.0.0:4444
+  vhost-migrate guest --backend a.sock --control again.ctl --incoming file:/backup/guest.vhm
+
+It takes commands, one JSON object a line, on the control socket: status, migrate, cancel, pause, resume, verify,
+dirty_rate, quit. A wrong byte is told on stderr and by status, and stops the guest.
+
+Exit status: 0 ended by quit; 1 failed, or the guest had found a wrong byte; 2 wrong arguments.")]
+pub(crate) struct Arguments {
+    /// vhost-user socket of a block back-end; once for each disk
+    #[arg(long, required = true, value_name = "SOCKET")]
+    backend: Vec<PathBuf>,
+    /// Control socket to listen on
+    #[arg(long, value_name = "SOCKET")]
+    control: PathBuf,
+    /// Wait for a guest to arrive here: tcp:HOST:PORT, unix:PATH, file:PATH, exec:COMMAND or fd:N
+    #[arg(long, value_name = "URI", conflicts_with = "Workload")]
+    incoming: Option<Uri>,
+    #[command(flatten)]
+    workload: Workload,
+    #[command(flatten)]
+    messages: Messages,
+}
+
+/// What a new guest does.
+#[derive(Debug, clap::Args)]
+struct Workload {
+    /// Guest memory; a quarter of it lies above 4 GiB
+    #[arg(long, default_value = "1GiB", value_parser = units::bytes, value_name = "SIZE")]
+    memory: u64,
+    /// CPUs that write memory
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    cpus: usize,
+    /// What all CPUs together write
+    #[arg(long, default_value = "200MiB/s", value_parser = units::bytes, value_name = "RATE")]
+    dirty_rate: u64,
+    /// Memory that the CPUs write again and again; a quarter of the guest's by default
+    #[arg(long, value_parser = units::bytes, value_name = "SIZE")]
+    working_set: Option<u64>,
+    /// Queues of each disk
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    queues: u16,
+    /// Entries of each queue, a power of two
+    #[arg(long, default_value_t = 128, value_name = "N", value_parser = clap::value_parser!(u16).range(2..=32768))]
+    queue_size: u16,
+    /// Most disk requests in flight of each queue
+    #[arg(long, default_value_t = 16, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    depth: u16,
+    /// Disk requests per second of each queue; as many as possible by default
+    #[arg(long, value_name = "N")]
+    request_rate: Option<u64>,
+}
+
+/// Runs the command.
+pub(crate) fn run(arguments: Arguments) -> ExitCode {
+    arguments.messages.start();
+    match own(&arguments) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("guest: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
+    let listener = control::bind(&arguments.control)?;
+    let _removed = Removed(&arguments.control);
+    let owner = Arc::new(Owner::default());
+    let (quit, quitting) = crossbeam::channel::bounded(1);
+    let handler = Arc::new(Commands { owner: owner.clone(), quit });
+    std::thread::spawn(move || control::serve(listener, handler));
+
+    match &arguments.incoming {
+        Some(uri) => wait_for_arrival(&owner, uri, &arguments.backend)?,
+        None => {
+            let mut guest = Guest::new(arguments.workload.config(arguments.backend.len()))?;
+            guest.boot(connect_all(&arguments.backend)?)?;
+            guest.resume()?;
+            owner.set(Some(guest), State::Running);
+        }
+    }
+    // A failure of the guest is told at once, not when somebody asks.
+    while let Err(RecvTimeoutError::Timeout) = quitting.recv_timeout(Duration::from_millis(100)) {
+        owner.notice_failure();
+    }
+    owner.notice_failure();
+    Ok(if owner.state() == State::Failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// Takes in a guest; a migration that fails leaves the source running, so the next one is waited for.
+fn wait_for_arrival(owner: &Owner, uri: &Uri, backends: &[PathBuf]) -> Result<(), MachineError> {
+    let listener = Listener::bind(uri)?;
+    println!("waits for a guest at {}", listener.uri());
+    loop {
+        let options = Options { deadline: None, ..Options::new()? };
+        let mut arrival = GuestArrival::new(backends.to_vec());
+        let received = listener
+            .accept(&options)
+            .map_err(MachineError::from)
+            .and_then(|connection| Ok(receive(&mut arrival, connection, &options.cancel)?));
+        match received {
+            Ok(_) => {
+                owner.set(arrival.into_guest(), State::Running);
+                return Ok(());
+            }
+            Err(error) if uri.is_single() => return Err(error),
+            Err(error) => tracing::warn!("no guest arrived: {error}; waiting for the next"),
+        }
+    }
+}
+
+impl Workload {
+    fn config(&self, disks: usize) -> GuestConfig {
+        let defaults = GuestConfig::new(self.memory);
+        GuestConfig {
+            cpus: self.cpus,
+            dirty_rate: self.dirty_rate,
+            working_set: self.working_set.unwrap_or(defaults.working_set),
+            disks,
+            queues: self.queues,
+            queue_size: self.queue_size,
+            depth: self.depth,
+            request_rate: self.request_rate,
+            ..defaults
+        }
+    }
+}
+
+/// Where the guest is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+enum State {
+    /// Booting, or waited for.
+    #[default]
+    Absent,
+    Running,
+    Paused,
+    /// It runs elsewhere.
+    Migrated,
+    /// It found a wrong byte, or could not go on.
+    Failed,
+}
+
+/// The guest and who is at it.
+#[derive(Default)]
+struct Owner {
+    guest: Mutex<Option<Guest>>,
+    state: Mutex<State>,
+    /// What takes the guest for longer: a migration, with its switch, or a measurement.
+    busy: Mutex<Option<(&'static str, Option<Cancel>)>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Owner {
+    fn set(&self, guest: Option<Guest>, state: State) {
+        *lock(&self.guest) = guest;
+        *lock(&self.state) = state;
+    }
+
+    fn state(&self) -> State {
+        *lock(&self.state)
+    }
+
+    fn notice_failure(&self) {
+        let failure = lock(&self.guest).as_ref().and_then(Guest::failure);
+        if let Some(failure) = failure
+            && std::mem::replace(&mut *lock(&self.state), State::Failed) != State::Failed
+        {
+            eprintln!("guest: {failure}");
+        }
+    }
+
+    fn with<T>(&self, ask: impl FnOnce(&mut Guest) -> Result<T, MachineError>) -> Result<T, String> {
+        let mut guest = lock(&self.guest);
+        let guest = guest.as_mut().ok_or("there is no guest here")?;
+        ask(guest).map_err(|error| error.to_string())
+    }
+
+    /// Does `work` unless something else is under way.
+    fn alone<T>(
+        &self,
+        what: &'static str,
+        cancel: Option<Cancel>,
+        work: impl FnOnce() -> Result<T, String>,
+    ) -> Result<T, String> {
+        {
+            let mut busy = lock(&self.busy);
+            if let Some((other, _)) = *busy {
+                return Err(format!("{other} is under way: wait for its end, or cancel it"));
+            }
+            *busy = Some((what, cancel));
+        }
+        let done = work();
+        *lock(&self.busy) = None;
+        done
+    }
+
+    fn status(&self) -> Value {
+        self.notice_failure();
+        let mut status =
+            json!({"event": "status", "state": self.state(), "busy": lock(&self.busy).as_ref().map(|b| b.0)});
+        if let Some(guest) = &*lock(&self.guest)
+            && let (Some(into), Ok(Value::Object(stats))) =
+                (status.as_object_mut(), serde_json::to_value(guest.stats()))
+        {
+            into.extend(stats);
+            into.insert("guest_bytes".into(), guest.memory().size().into());
+            into.insert("failure".into(), guest.failure().map(|failure| failure.to_string()).into());
+        }
+        status
+    }
+
+    fn migrate(&self, arguments: &MigrateArguments, emit: &mut dyn FnMut(Value)) -> Result<(), String> {
+        let told = |error: &dyn std::error::Error| error.to_string();
+        let uri: Uri = arguments.uri.parse().map_err(|error| told(&error))?;
+        let codec = arguments.codec.parse().map_err(|error| told(&error))?;
+        let options = Options {
+            channels: if uri.is_single() { 1 } else { arguments.channels },
+            ..Options::new().map_err(|error| told(&error))?
+        };
+        options.limiter.set(arguments.bandwidth);
+        let policy =
+            Policy { downtime: Duration::from_millis(arguments.downtime_ms), max_rounds: arguments.max_rounds };
+        let plan = Plan { policy, codec };
+        self.alone("a migration", Some(options.cancel.clone()), || {
+            if self.state() != State::Running {
+                return Err("the guest does not run here".into());
+            }
+            let mut machine = GuestMachine::new(&self.guest).ok_or("there is no guest here")?;
+            let connection = connect(&uri, &options).map_err(|error| told(&error))?;
+            let mut tell = |event| emit(serde_json::to_value(event).unwrap_or_default());
+            match migrate(&mut machine, connection, &plan, &options.limiter, &options.cancel, &mut tell) {
+                Ok(_) => {
+                    *lock(&self.state) = State::Migrated;
+                    Ok(())
+                }
+                Err(failure) => {
+                    if !failure.source_running {
+                        *lock(&self.state) = State::Failed;
+                    }
+                    Err(failure.to_string())
+                }
+            }
+        })
+    }
+
+    fn cancel(&self) -> Result<(), String> {
+        match &*lock(&self.busy) {
+            Some((_, Some(cancel))) if cancel.cancel() => Ok(()),
+            Some((_, Some(_))) => Err("too late: the guest has been handed over".into()),
+            _ => Err("no migration is under way".into()),
+        }
+    }
+
+    fn dirty_rate(&self, seconds: f64, bandwidth: u64, downtime_ms: u64) -> Result<Value, String> {
+        if !(0.01..=3600.0).contains(&seconds) {
+            return Err(format!("{seconds} seconds: measure for 0.01 to 3600"));
+        }
+        self.alone("a measurement", None, || {
+            let (mut sources, bytes) = self.with(|guest| Ok((dirty_sources(guest), guest.memory().size())))?;
+            let interval = Duration::from_millis(100);
+            let wait = |time| {
+                std::thread::sleep(time);
+                true
+            };
+            let rate = measure(&mut sources, Duration::from_secs_f64(seconds), interval, wait)
+                .map_err(|error| error.to_string())?;
+            let forecast = forecast(&(&rate).into(), bandwidth as f64, downtime_ms as f64, bytes);
+            Ok(json!({"event": "dirty_rate", "rate": rate, "bandwidth": bandwidth, "forecast": forecast}))
+        })
+    }
+
+    fn turn(&self, to: State, turn: fn(&mut Guest) -> Result<(), MachineError>) -> Result<(), String> {
+        self.alone("a pause or resume", None, || {
+            self.with(turn)?;
+            *lock(&self.state) = to;
+            Ok(())
+        })
+    }
+}
+
+struct Commands {
+    owner: Arc<Owner>,
+    quit: crossbeam::channel::Sender<()>,
+}
+
+impl Handler for Commands {
+    fn command(&self, command: Command, emit: &mut dyn FnMut(Value)) -> Result<(), String> {
+        let owner = &self.owner;
+        match command {
+            Command::Status => emit(owner.status()),
+            Command::Migrate(arguments) => owner.migrate(&arguments, emit)?,
+            Command::Cancel => owner.cancel()?,
+            Command::Pause => owner.turn(State::Paused, |guest| Ok(guest.pause()?))?,
+            Command::Resume => owner.turn(State::Running, |guest| Ok(guest.resume()?))?,
+            Command::Verify => {
+                let verified = owner.alone("a verification", None, || owner.with(|guest| Ok(guest.verify()?)))?;
+                let mut status = owner.status();
+                status["verified_memory_bytes"] = verified.memory.into();
+                status["verified_disk_bytes"] = verified.disk.into();
+                emit(status);
+            }
+            Command::DirtyRate { seconds, bandwidth, downtime_ms } => {
+                emit(owner.dirty_rate(seconds, bandwidth, downtime_ms)?);
+            }
+            Command::Quit => {
+                // Full means that somebody has asked already.
+                let _ = self.quit.try_send(());
+            }
+            other => return Err(format!("{other:?} is not for a built-in guest")),
+        }
+        Ok(())
+    }
+}
+
+/// Removes a socket file when the process ends by itself.
+struct Removed<'a>(&'a Path);
+
+impl Drop for Removed<'_> {
+    fn drop(&mut self) {
+        // A file that is gone already needs no removal.
+        let _ = std::fs::remove_file(self.0);
+    }
+}

@@ -1,0 +1,62 @@
+//! Both sides of a split ring over whatever bytes its areas hold: bounded walks, bounded chains, no panic.
+//!
+//! Input: size, features, indexes; the rest fills guest memory with the ring in it, again and again.
+#![no_main]
+
+use std::os::fd::AsFd;
+use std::sync::{Arc, LazyLock};
+
+use libfuzzer_sys::fuzz_target;
+use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+use vhost_migrate::ring::{Buffer, Chain, RingBase, SplitDevice, SplitDriver, SplitLayout};
+
+const BYTES: u64 = 0x2000;
+const LAYOUT: SplitLayout = SplitLayout { size: 64, desc: 0, avail: 0x400, used: 0x600 };
+
+static MEMORY: LazyLock<Memory> = LazyLock::new(|| {
+    let fd = sealed_memfd("fuzz", BYTES).unwrap();
+    Memory::new([Arc::new(Region::map(fd.as_fd(), 0, BYTES, 0, 0).unwrap())]).unwrap()
+});
+
+fuzz_target!(|input: &[u8]| {
+    let Some((&[bits, features, base_low, base_high, ahead, lag, requests, _], bytes)) = input.split_first_chunk()
+    else {
+        return;
+    };
+    if bytes.is_empty() {
+        return;
+    }
+    let memory = &*MEMORY;
+    let layout = SplitLayout { size: 1 << (bits % 7), ..LAYOUT };
+    let features = u64::from(features) << 24;
+    let mut driver = SplitDriver::new(memory, layout, features).unwrap();
+    for request in 0..u64::from(requests) {
+        let _ = driver.add(&[Buffer { gpa: request, len: 1 }], &[], None);
+    }
+    let _ = driver.publish();
+    let all: Vec<u8> = bytes.iter().copied().cycle().take(BYTES as usize).collect();
+    memory.write(0, &all).unwrap();
+
+    let outstanding = driver.outstanding();
+    let mut completed = 0;
+    while let Ok(Some(used)) = driver.pop_used() {
+        assert!(used.head < layout.size);
+        completed += 1;
+    }
+    assert!(completed <= outstanding && driver.outstanding() == outstanding - completed);
+
+    let base = u16::from_le_bytes([base_low, base_high]);
+    memory.write(layout.avail + 2, &base.wrapping_add(ahead.into()).to_le_bytes()).unwrap();
+    memory.write(layout.used + 2, &base.wrapping_sub(lag.into()).to_le_bytes()).unwrap();
+    let mut device = SplitDevice::new(memory, layout, features, RingBase::split(base)).unwrap();
+    let mut chain = Chain::default();
+    let mut taken = 0;
+    while let Ok(true) = device.pop(&mut chain) {
+        taken += 1;
+        assert!(taken <= layout.size && chain.head < layout.size);
+        assert!(chain.readable.len() + chain.writable.len() <= 1024);
+        assert!(chain.readable_bytes() + chain.writable_bytes() <= 1 << 32);
+        device.push(chain.head, 0);
+    }
+    let _ = (device.publish(), device.enable_notifications());
+});

@@ -1,0 +1,88 @@
+//! Whatever a front-end sends, in whatever order: no panic, and rings are commanded in an order that makes sense.
+//!
+//! Input: messages, each a request number, flags, a count of fds, a length, and the payload.
+#![no_main]
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use libfuzzer_sys::fuzz_target;
+use vhost_migrate::abi::vhost_user::Request;
+use vhost_migrate::backend::{
+    BackendError, Device, Logging, Message, Notifier, Queue, Rings, Session, Setup, Step,
+};
+use vhost_migrate::memory::sealed_memfd;
+use vhost_migrate::ring::RingBase;
+
+struct Nothing;
+
+impl Device for Nothing {
+    fn features(&self) -> u64 {
+        1 << 32
+    }
+
+    fn queues(&self) -> u16 {
+        3
+    }
+
+    fn max_queue_size(&self) -> u16 {
+        256
+    }
+
+    fn config(&self) -> Vec<u8> {
+        vec![1; 60]
+    }
+
+    fn queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// Rings that only check what they are told.
+#[derive(Default)]
+struct Checked {
+    running: [bool; 3],
+}
+
+impl Rings for Checked {
+    fn start(&mut self, index: u16, setup: Setup) -> Result<(), BackendError> {
+        let running = &mut self.running[usize::from(index)];
+        assert!(!*running, "a running ring was started");
+        assert!(setup.layout.size.is_power_of_two() && setup.layout.size <= 256);
+        assert!(setup.memory.slice(setup.layout.desc, 16 * u64::from(setup.layout.size)).is_ok());
+        *running = true;
+        Ok(())
+    }
+
+    fn stop(&mut self, index: u16) -> RingBase {
+        let running = &mut self.running[usize::from(index)];
+        assert!(std::mem::take(running), "a stopped ring was stopped");
+        RingBase::split(7)
+    }
+
+    fn set_logging(&mut self, index: u16, _logging: Logging) {
+        assert!(self.running[usize::from(index)]);
+    }
+
+    fn set_notifiers(&mut self, index: u16, _call: Option<Arc<Notifier>>, _error: Option<Arc<Notifier>>) {
+        assert!(self.running[usize::from(index)]);
+    }
+}
+
+fuzz_target!(|input: &[u8]| {
+    let (mut session, mut rings) = (Session::new(Arc::new(Nothing)), Checked::default());
+    let Ok(file) = sealed_memfd("fuzz", 1 << 16) else { return };
+    let mut rest = input;
+    while let Some((&[code, flags, fds, len], after)) = rest.split_first_chunk() {
+        let (payload, after) = after.split_at(after.len().min(len.into()));
+        rest = after;
+        let fds = (0..fds % 4).filter_map(|_| file.as_fd().try_clone_to_owned().ok()).collect();
+        let message = Message { code: Request(code.into()), flags: flags.into(), payload: payload.to_vec(), fds };
+        match session.message(message, &mut rings) {
+            Step::Silence => {}
+            Step::Reply(reply) => assert_eq!(reply.to_bytes().len(), 12 + reply.payload.len()),
+            Step::Close(_) => return,
+        }
+    }
+});

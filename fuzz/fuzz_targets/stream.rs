@@ -1,0 +1,73 @@
+//! Everything that reads a peer's stream: the connection header, frames, records and page batches. No input may panic,
+//! write outside guest memory (AddressSanitizer watches) or make it allocate more than the limits say.
+//!
+//! Hashes would keep a fuzzer out, so the input also goes in as bodies of frames that are whole.
+#![no_main]
+
+use std::os::fd::AsFd;
+use std::sync::{Arc, OnceLock};
+
+use libfuzzer_sys::fuzz_target;
+use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+use vhost_migrate::stream::frame::{ConnectionHeader, Kind};
+use vhost_migrate::stream::pages::Batch;
+use vhost_migrate::stream::{Decoder, FrameReader, FrameWriter, Target, ToDestination, ToSource};
+
+const KINDS: [Kind; 10] = [
+    Kind::Layout,
+    Kind::Pages,
+    Kind::RoundEnd,
+    Kind::State,
+    Kind::Commit,
+    Kind::Cancel,
+    Kind::Accepted,
+    Kind::Ready,
+    Kind::Started,
+    Kind::Failed,
+];
+
+fuzz_target!(|input: &[u8]| {
+    read(input);
+    let Some((&first, body)) = input.split_first() else { return };
+    let kind = KINDS[usize::from(first) % KINDS.len()];
+    // Pages twice as often as one in ten: they are what writes memory.
+    let kind = if first >= 128 { Kind::Pages } else { kind };
+    let mut writer = FrameWriter::new(Vec::new());
+    if writer.write(kind, [body, &[]]).is_ok() {
+        read_frames(&writer.into_inner());
+    }
+    let _ = Batch::parse(body);
+});
+
+fn read(mut stream: &[u8]) {
+    if ConnectionHeader::read(&mut stream).is_ok() {
+        read_frames(stream);
+    }
+    read_frames(stream);
+}
+
+fn read_frames(stream: &[u8]) {
+    let mut decoder = Decoder::new(target().clone(), 0, 1).expect("codecs can be set up");
+    let mut reader = FrameReader::new(stream);
+    while let Ok(header) = reader.next_frame() {
+        let good = match header.kind {
+            Kind::Pages => decoder.receive(&header, &mut reader).is_ok(),
+            kind if (kind as u16) < 0x80 => ToDestination::read(&header, &mut reader).is_ok(),
+            _ => ToSource::read(&header, &mut reader).is_ok(),
+        };
+        if !good {
+            break;
+        }
+    }
+}
+
+/// Two small regions and a hole, made once.
+fn target() -> &'static Arc<Target> {
+    static TARGET: OnceLock<Arc<Target>> = OnceLock::new();
+    TARGET.get_or_init(|| {
+        let fd = sealed_memfd("fuzz", 64 << 12).expect("a memfd");
+        let region = |gpa, offset| Arc::new(Region::map(fd.as_fd(), gpa, 32 << 12, gpa, offset).expect("a mapping"));
+        let memory = Memory::new([region(0, 0), region(48 << 12, 32 << 12)]).expect("regions apart");
+        Arc::new(Target::used(memory))
+    })
+}

@@ -1,0 +1,137 @@
+//! The built-in guest as a machine to migrate, and its arrival.
+
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::machine::{Arrival, Machine, MachineError, RegionLayout};
+use crate::dirty::{DirtySource, Pagemap, Union};
+use crate::frontend::{Device, UserDevice, UserOptions};
+use crate::guest::{Guest, GuestError, GuestState, make_memory};
+use crate::memory::Memory;
+use crate::stream::record::{self, MAX_STATE};
+
+/// Version of the record that carries [`GuestState`].
+const STATE_RECORD: u16 = 1;
+
+/// A running built-in guest, which others may look at meanwhile. It is gone once it was released.
+pub struct GuestMachine<'a> {
+    guest: &'a Mutex<Option<Guest>>,
+    memory: Memory,
+}
+
+impl<'a> GuestMachine<'a> {
+    /// The guest in `guest`, or `None` if there is none.
+    pub fn new(guest: &'a Mutex<Option<Guest>>) -> Option<GuestMachine<'a>> {
+        let memory = lock(guest).as_ref()?.memory().clone();
+        Some(GuestMachine { guest, memory })
+    }
+
+    fn with<T>(&self, ask: impl FnOnce(&mut Guest) -> Result<T, GuestError>) -> Result<T, MachineError> {
+        let mut guest = lock(self.guest);
+        let guest = guest.as_mut().ok_or("the guest has ended")?;
+        Ok(ask(guest)?)
+    }
+}
+
+fn lock(guest: &Mutex<Option<Guest>>) -> MutexGuard<'_, Option<Guest>> {
+    guest.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Who writes a built-in guest's memory: its CPUs and drivers in this process, and each of its devices.
+pub fn dirty_sources(guest: &Guest) -> Vec<Box<dyn DirtySource>> {
+    let cpus: Box<dyn DirtySource> = Box::new(Pagemap::new("cpus", guest.memory().clone()));
+    std::iter::once(cpus).chain(guest.logs().map(|log| Box::new(log) as Box<dyn DirtySource>)).collect()
+}
+
+impl Machine for GuestMachine<'_> {
+    fn memory(&self) -> Memory {
+        self.memory.clone()
+    }
+
+    fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, MachineError> {
+        self.with(|guest| Ok(Box::new(Union::new(dirty_sources(guest))) as Box<dyn DirtySource>))
+    }
+
+    fn pause(&mut self) -> Result<(), MachineError> {
+        self.with(|guest| {
+            guest.pause()?;
+            guest.stop_devices()
+        })
+    }
+
+    fn state(&mut self) -> Result<Vec<u8>, MachineError> {
+        let state = self.with(|guest| guest.save_state())?;
+        Ok(record::encode(STATE_RECORD, &state)?)
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        self.with(|guest| {
+            if guest.is_running() {
+                return Ok(());
+            }
+            guest.start_devices()?;
+            guest.resume()
+        })
+    }
+
+    fn release(&mut self) {
+        *lock(self.guest) = None;
+    }
+}
+
+/// A built-in guest on its way in.
+pub struct GuestArrival {
+    backends: Vec<PathBuf>,
+    memory: Option<Memory>,
+    guest: Option<Guest>,
+}
+
+impl GuestArrival {
+    /// Will connect to the vhost-user sockets `backends`, one for each of the guest's disks.
+    pub fn new(backends: Vec<PathBuf>) -> GuestArrival {
+        GuestArrival { backends, memory: None, guest: None }
+    }
+
+    /// The guest, once it has arrived.
+    pub fn into_guest(self) -> Option<Guest> {
+        self.guest
+    }
+}
+
+/// How long to wait for a back-end that is being started.
+const CONNECT: Duration = Duration::from_secs(5);
+
+/// Connects to vhost-user back-ends, and waits a little for those that are being started.
+///
+/// # Errors
+/// The first that can't be had.
+pub fn connect_all(backends: &[PathBuf]) -> Result<Vec<Box<dyn Device>>, MachineError> {
+    let deadline = Instant::now() + CONNECT;
+    let connect = |path| UserDevice::connect(path, UserOptions::default(), deadline);
+    backends.iter().map(|path| Ok(Box::new(connect(path)?) as Box<dyn Device>)).collect()
+}
+
+impl Arrival for GuestArrival {
+    fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, MachineError> {
+        let memory = make_memory(regions.iter().map(|region| (region.gpa, region.size)), false)?;
+        self.memory = Some(memory.clone());
+        Ok(memory)
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), MachineError> {
+        let memory = self.memory.take().ok_or("there is no memory to restore a guest in")?;
+        let state: GuestState = record::decode("guest state", STATE_RECORD, state, MAX_STATE)?;
+        let mut guest = Guest::restore(memory, state)?;
+        guest.attach(connect_all(&self.backends)?)?;
+        self.guest = Some(guest);
+        Ok(())
+    }
+
+    fn start(&mut self) -> Result<Option<u64>, MachineError> {
+        let guest = self.guest.as_mut().ok_or("no guest was restored")?;
+        guest.start_devices()?;
+        guest.resume()?;
+        Ok(guest.downtime_ns())
+    }
+}

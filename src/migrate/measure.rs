@@ -1,0 +1,43 @@
+//! Measuring a dirty rate: harvest every source by itself at short intervals.
+
+use std::time::{Duration, Instant};
+
+use crate::dirty::{DirtyError, DirtyRate, DirtySource, PageSet, RateMeter};
+
+/// Measures for `time`, harvesting each of `sources` every `interval`; they are started before and stopped after.
+/// `wait` sleeps, and returns false to end the measurement early.
+///
+/// # Errors
+/// What a source reports; the sources are stopped in any case.
+pub fn measure(
+    sources: &mut [Box<dyn DirtySource>],
+    time: Duration,
+    interval: Duration,
+    mut wait: impl FnMut(Duration) -> bool,
+) -> Result<DirtyRate, DirtyError> {
+    let mut meter = RateMeter::new();
+    let measured = (|| {
+        for source in sources.iter_mut() {
+            source.start()?;
+        }
+        let mut sets: Vec<PageSet> = sources.iter().map(|_| PageSet::default()).collect();
+        // What stands in a fresh source is not of this period.
+        harvest(sources, &mut sets)?;
+        let begun = Instant::now();
+        let mut last = begun;
+        while begun.elapsed() < time && wait(interval.min(time.saturating_sub(begun.elapsed()))) {
+            sets.iter_mut().for_each(PageSet::clear);
+            harvest(sources, &mut sets)?;
+            let now = Instant::now();
+            meter.interval(now - last, sources.iter().map(|source| source.name()).zip(&sets));
+            last = now;
+        }
+        Ok(())
+    })();
+    let stopped = sources.iter_mut().map(|source| source.stop()).fold(Ok(()), Result::and);
+    measured.and(stopped).map(|()| meter.rate())
+}
+
+fn harvest(sources: &mut [Box<dyn DirtySource>], sets: &mut [PageSet]) -> Result<(), DirtyError> {
+    sources.iter_mut().zip(sets).try_for_each(|(source, set)| source.harvest(set).map(drop))
+}

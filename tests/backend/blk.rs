@@ -1,0 +1,352 @@
+//! What a guest's block driver may rely on.
+
+use std::os::unix::fs::FileExt;
+use std::os::unix::fs::MetadataExt;
+
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::vhost_user::{ConfigHeader, Request as Code};
+use vhost_migrate::abi::virtio::{
+    BlkConfig, BlkDiscardWriteZeroes, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_RING_F_INDIRECT_DESC,
+};
+use vhost_migrate::backend::Device;
+use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
+use vhost_migrate::ring::Buffer;
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::guest::{BASIC, Guest, HIGH, Ring, begin, header, places, status};
+use crate::raw::Client;
+use crate::server::{Process, Server, disk_options};
+
+const DISK: u64 = 4 << 20;
+const OK: u8 = 0;
+const IOERR: u8 = 1;
+const UNSUPP: u8 = 2;
+
+struct Rig {
+    server: Server,
+    _client: Client,
+    guest: Guest,
+    ring: Ring,
+}
+
+impl Rig {
+    fn new(change: impl FnOnce(&mut DiskOptions)) -> Rig {
+        Rig::sized(256, change)
+    }
+
+    fn sized(entries: u16, change: impl FnOnce(&mut DiskOptions)) -> Rig {
+        let (server, guest) = (Server::disk(DISK, change), Guest::new());
+        let client = server.connect();
+        let features = BASIC | bit(VIRTIO_BLK_F_FLUSH) | bit(VIRTIO_RING_F_INDIRECT_DESC);
+        begin(&client, &guest, features);
+        let ring = Ring::new(&guest, 0, entries, features);
+        ring.set_up(&client, &guest, 0);
+        ring.enable(&client, true);
+        Rig { server, _client: client, guest, ring }
+    }
+
+    /// Any request; its status, from the last writable byte, and the length in the used ring.
+    fn request(&mut self, readable: &[Buffer], writable: &[Buffer]) -> (u8, u32) {
+        let last = writable.last().map(|buffer| buffer.gpa + u64::from(buffer.len) - 1);
+        if let Some(last) = last {
+            self.guest.memory.write(last, &[0xff]).unwrap();
+        }
+        self.ring.driver.add(readable, writable, None).unwrap().unwrap();
+        self.ring.kick();
+        let (_, len) = self.ring.completion();
+        (last.map_or(0xff, |last| self.guest.bytes(last, 1)[0]), len)
+    }
+
+    fn simple(&mut self, kind: u32, sector: u64, data: &[u8], room: u32) -> (u8, u32) {
+        let (head, status, at) = places(0);
+        self.guest.memory.write(at, data).unwrap();
+        let mut readable = vec![header(&self.guest, head, kind, sector)];
+        let mut writable = vec![];
+        if !data.is_empty() {
+            readable.push(Buffer { gpa: at, len: data.len() as u32 });
+        }
+        if room > 0 {
+            writable.push(Buffer { gpa: at + 0x8000, len: room });
+        }
+        writable.push(Buffer { gpa: status, len: 1 });
+        self.request(&readable, &writable)
+    }
+
+    fn data(&self, len: usize) -> Vec<u8> {
+        self.guest.bytes(places(0).2 + 0x8000, len)
+    }
+
+    fn on_disk(&self, at: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        std::fs::File::open(self.server.image()).unwrap().read_exact_at(&mut bytes, at).unwrap();
+        bytes
+    }
+}
+
+fn every_engine(promise: impl Fn(&mut Rig)) {
+    for (aio, direct) in [(Aio::IoUring, false), (Aio::Threads, false), (Aio::IoUring, true), (Aio::Threads, true)] {
+        promise(&mut Rig::new(|options| (options.aio, options.direct) = (aio, direct)));
+    }
+}
+
+#[test]
+fn what_is_written_is_on_the_disk_and_what_is_read_is_what_is_there() {
+    every_engine(|rig| {
+        let data: Vec<u8> = (0..8192u32).map(|i| (i % 251) as u8).collect();
+        assert_eq!(rig.simple(1, 10, &data, 0), (OK, 1));
+        assert_eq!(rig.on_disk(5120, 8192), data);
+        assert_eq!(rig.simple(0, 10, &[], 8192), (OK, 8193));
+        assert_eq!(rig.data(8192), data);
+        assert_eq!(rig.simple(VIRTIO_BLK_T_FLUSH, 0, &[], 0), (OK, 1));
+    });
+}
+
+#[test]
+fn many_requests_at_once_are_each_answered_with_their_own_data() {
+    every_engine(|rig| {
+        for slot in 0..80 {
+            rig.ring.read(&rig.guest, slot, slot * 8, 4096);
+        }
+        rig.ring.kick();
+        assert_eq!(rig.ring.completions(80).len(), 80);
+        for slot in 0..80 {
+            assert_eq!(status(&rig.guest, slot), OK);
+            for sector in 0..8 {
+                let found = rig.guest.bytes(places(slot).2 + sector * 512, 8);
+                assert_eq!(found, (slot * 8 + sector).to_le_bytes());
+            }
+        }
+    });
+}
+
+#[test]
+fn how_a_request_is_cut_into_descriptors_says_nothing() {
+    every_engine(|rig| {
+        let at = 0x61_0000;
+        header(&rig.guest, at, VIRTIO_BLK_T_OUT, 33);
+        rig.guest.memory.write(at + 16, &[0xab; 1024]).unwrap();
+        // The header in three parts, the last of them with the first bytes of the data.
+        let readable = [
+            Buffer { gpa: at, len: 1 },
+            Buffer { gpa: at + 1, len: 14 },
+            Buffer { gpa: at + 15, len: 101 },
+            Buffer { gpa: at + 116, len: 924 },
+        ];
+        assert_eq!(rig.request(&readable, &[Buffer { gpa: 0x80_0000, len: 1 }]), (OK, 1));
+        assert_eq!(rig.on_disk(33 * 512, 1024), [0xab; 1024]);
+        // Data in parts of any size, the last of them with the status.
+        let head = header(&rig.guest, at, 0, 33);
+        let writable = [Buffer { gpa: HIGH + 3, len: 1000 }, Buffer { gpa: 0x70_0001, len: 25 }];
+        assert_eq!(rig.request(&[head], &writable), (OK, 1025));
+        assert_eq!(rig.guest.bytes(HIGH + 3, 1000), [0xab; 1000]);
+        assert_eq!(rig.guest.bytes(0x70_0001, 24), [0xab; 24]);
+    });
+}
+
+#[test]
+fn more_pieces_than_one_system_call_takes_are_transferred_all_the_same() {
+    for aio in [Aio::IoUring, Aio::Threads] {
+        let mut rig = Rig::sized(2048, |options| (options.aio, options.max_queue_size) = (aio, 2048));
+        let head = header(&rig.guest, 0x61_0000, 0, 0);
+        let mut writable: Vec<_> = (0..2000).map(|i| Buffer { gpa: HIGH + i * 1000, len: 512 }).collect();
+        writable.push(Buffer { gpa: 0x80_0000, len: 1 });
+        rig.ring.driver.add(&[head], &writable, Some(0x90_0000)).unwrap().unwrap();
+        rig.ring.kick();
+        assert_eq!(rig.ring.completion().1, 2000 * 512 + 1);
+        for i in [0, 1, 1023, 1024, 1999] {
+            assert_eq!(rig.guest.bytes(HIGH + i * 1000, 8), i.to_le_bytes());
+        }
+    }
+}
+
+#[test]
+fn what_is_no_range_of_the_disk_is_refused_and_touches_nothing() {
+    every_engine(|rig| {
+        let end = DISK / 512;
+        let before = rig.guest.bytes(HIGH, 0x1_0000);
+        for (sector, room) in
+            [(end, 512), (end - 1, 1024), (u64::MAX, 512), (u64::MAX / 512 + 1, 512), (0, 513), (0, 1)]
+        {
+            assert_eq!(rig.simple(0, sector, &[], room), (IOERR, 1), "{room} bytes at {sector}");
+        }
+        assert_eq!(rig.guest.bytes(HIGH, 0x1_0000), before);
+        let image = rig.on_disk(0, DISK as usize);
+        for (sector, len) in [(end, 512), (end - 1, 1024), (u64::MAX, 512), (0, 100)] {
+            assert_eq!(rig.simple(1, sector, &vec![9; len], 0), (IOERR, 1));
+        }
+        assert_eq!(std::fs::metadata(rig.server.image()).unwrap().len(), DISK, "the image has grown");
+        assert!(rig.on_disk(0, DISK as usize) == image);
+        assert_eq!(rig.simple(0, end - 1, &[], 512), (OK, 513));
+        assert_eq!(rig.simple(0, 0, &[], 0), (OK, 1), "nothing is a range of every disk");
+    });
+}
+
+#[test]
+fn a_request_without_header_or_status_does_not_stop_the_queue() {
+    every_engine(|rig| {
+        let head = header(&rig.guest, 0x61_0000, VIRTIO_BLK_T_OUT, 0);
+        let before = rig.on_disk(0, 512);
+        let data = Buffer { gpa: HIGH, len: 512 };
+        let all = Buffer { gpa: 0x80_0000, len: 1 };
+        assert_eq!(rig.request(&[head, data], &[]), (0xff, 0), "no room for a status");
+        assert_eq!(rig.request(&[], &[all]), (IOERR, 1), "no header");
+        assert_eq!(rig.request(&[Buffer { len: 15, ..head }], &[all]), (IOERR, 1), "half a header");
+        assert_eq!(rig.on_disk(0, 512), before);
+        // Buffers outside of memory.
+        let outside = Buffer { gpa: 1 << 40, len: 512 };
+        assert_eq!(rig.request(&[head, outside], &[all]), (IOERR, 1));
+        let read = header(&rig.guest, 0x61_0000, 0, 0);
+        assert_eq!(rig.request(&[read], &[outside, all]), (IOERR, 1));
+        assert_eq!(rig.request(&[Buffer { gpa: u64::MAX - 7, len: 16 }], &[all]), (IOERR, 1));
+        rig.ring.driver.add(&[read], &[Buffer { gpa: HIGH, len: 512 }, Buffer { len: 1, ..outside }], None).unwrap();
+        rig.ring.kick();
+        rig.ring.completion();
+        assert_eq!(rig.simple(0, 1, &[], 512), (OK, 513));
+        assert_eq!(rig.data(8), 1u64.to_le_bytes());
+    });
+}
+
+#[test]
+fn an_unknown_request_is_unsupported() {
+    let mut rig = Rig::new(|_| {});
+    for kind in [2, 14, 0x8000_0000, u32::MAX] {
+        assert_eq!(rig.simple(kind, 0, &[], 0), (UNSUPP, 1));
+    }
+}
+
+#[test]
+fn the_serial_is_what_was_given() {
+    let mut rig = Rig::new(|options| options.serial = "twenty bytes exactly".into());
+    assert_eq!(rig.simple(VIRTIO_BLK_T_GET_ID, 0, &[], 20), (OK, 21));
+    assert_eq!(rig.data(20), b"twenty bytes exactly");
+    let mut rig = Rig::new(|options| options.serial = "short".into());
+    assert_eq!(rig.simple(VIRTIO_BLK_T_GET_ID, 0, &[], 20), (OK, 21));
+    assert_eq!(rig.data(20), b"short\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+}
+
+#[test]
+fn discarded_and_zeroed_ranges_read_as_zeroes_and_their_neighbours_stay() {
+    every_engine(|rig| {
+        let range = |sector: u64, num_sectors: u32, flags: u32| BlkDiscardWriteZeroes {
+            sector: sector.into(),
+            num_sectors: num_sectors.into(),
+            flags: flags.into(),
+        };
+        let blocks = |rig: &Rig| std::fs::metadata(rig.server.image()).unwrap().blocks();
+        let before = blocks(rig);
+        let discard = range(1024, 2048, 0);
+        assert_eq!(rig.simple(VIRTIO_BLK_T_DISCARD, 0, discard.as_bytes(), 0), (OK, 1));
+        assert!(blocks(rig) < before, "nothing was given back");
+        for (sector, unmap) in [(4096, 0), (5120, 1)] {
+            let zeroes = range(sector, 8, unmap);
+            assert_eq!(rig.simple(VIRTIO_BLK_T_WRITE_ZEROES, 0, zeroes.as_bytes(), 0), (OK, 1));
+            assert_eq!(rig.on_disk(sector * 512, 4096), [0; 4096]);
+            assert_eq!(rig.on_disk((sector - 1) * 512, 8), (sector - 1).to_le_bytes());
+            assert_eq!(rig.on_disk((sector + 8) * 512, 8), (sector + 8).to_le_bytes());
+        }
+        assert_eq!(std::fs::metadata(rig.server.image()).unwrap().len(), DISK);
+        let end = (DISK / 512) as u32;
+        for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
+            assert_eq!(rig.simple(kind, 0, range(1, end, 0).as_bytes(), 0), (IOERR, 1));
+            assert_eq!(rig.simple(kind, 0, range(0, 8, 2).as_bytes(), 0), (UNSUPP, 1));
+            assert_eq!(rig.simple(kind, 0, &[0; 15], 0), (IOERR, 1));
+            assert_eq!(rig.simple(kind, 0, &[0; 32], 0), (IOERR, 1), "one range at a time was offered");
+        }
+        let unmapped = range(0, 8, 1);
+        assert_eq!(rig.simple(VIRTIO_BLK_T_DISCARD, 0, unmapped.as_bytes(), 0), (UNSUPP, 1));
+    });
+}
+
+#[test]
+fn a_read_only_disk_is_never_written() {
+    let mut rig = Rig::new(|options| options.read_only = true);
+    let before = rig.on_disk(0, DISK as usize);
+    assert_eq!(rig.simple(VIRTIO_BLK_T_OUT, 0, &[1; 512], 0), (IOERR, 1));
+    for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
+        assert_eq!(rig.simple(kind, 0, &[0; 16], 0), (IOERR, 1));
+    }
+    assert_eq!(rig.simple(0, 0, &[], 512), (OK, 513));
+    assert_eq!(rig.simple(VIRTIO_BLK_T_FLUSH, 0, &[], 0), (OK, 1));
+    assert!(rig.on_disk(0, DISK as usize) == before);
+}
+
+#[test]
+fn an_error_of_the_disk_reaches_the_guest_and_the_queue_goes_on() {
+    every_engine(|rig| {
+        std::fs::OpenOptions::new().write(true).open(rig.server.image()).unwrap().set_len(1 << 20).unwrap();
+        assert_eq!(rig.simple(0, 4096, &[], 4096).0, IOERR);
+        // Half of it is there: what was transferred counts as written.
+        assert_eq!(rig.simple(0, 2044, &[], 4096), (IOERR, 4097));
+        assert_eq!(rig.simple(0, 0, &[], 512), (OK, 513));
+    });
+}
+
+#[test]
+fn queues_work_side_by_side() {
+    let (server, guest) = (Server::disk(DISK, |options| options.queues = 4), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, BASIC);
+    let mut rings: Vec<_> = (0..4).map(|index| Ring::new(&guest, index, 64, BASIC)).collect();
+    for ring in &rings {
+        ring.set_up(&client, &guest, 0);
+        ring.enable(&client, true);
+    }
+    for (slot, ring) in (0..).zip(&mut rings) {
+        ring.read(&guest, slot, slot + 100, 512);
+        ring.kick();
+    }
+    for (slot, ring) in (0..).zip(&mut rings) {
+        ring.completion();
+        assert_eq!(guest.bytes(places(slot).2, 8), (slot + 100).to_le_bytes());
+    }
+    assert_eq!((0..4).map(|index| client.ring_base(index)).collect::<Vec<_>>(), [1; 4]);
+}
+
+#[test]
+fn configuration_space_and_features_say_what_the_disk_is() {
+    let server = Server::disk(DISK + 100, |options| options.queues = 3);
+    let client = server.connect();
+    let question = ConfigHeader { offset: 0, size: 72, flags: 0 };
+    let answer = client.ask(Code::GET_CONFIG, &[question.as_bytes(), &[0; 72]].concat());
+    let config = BlkConfig::read_from_bytes(&answer[12..]).unwrap();
+    assert_eq!(config.capacity.get(), DISK / 512, "a last sector that is not whole is left out");
+    assert_eq!((config.blk_size.get(), config.num_queues.get(), config.seg_max.get()), (512, 3, 126));
+    assert_eq!(config.max_discard_seg.get(), 1);
+    let features = client.ask_number(Code::GET_FEATURES);
+    let clears = bit(VIRTIO_BLK_F_DISCARD) | bit(VIRTIO_BLK_F_WRITE_ZEROES);
+    assert_eq!(features & (bit(VIRTIO_BLK_F_RO) | bit(VIRTIO_BLK_F_MQ) | clears), bit(VIRTIO_BLK_F_MQ) | clears);
+    let folder = tempfile::tempdir().unwrap();
+    let options = disk_options(folder.path(), DISK, |options| (options.read_only, options.queues) = (true, 1));
+    let features = Disk::open(options).unwrap().features();
+    assert_eq!(features & (bit(VIRTIO_BLK_F_RO) | bit(VIRTIO_BLK_F_MQ) | clears), bit(VIRTIO_BLK_F_RO));
+}
+
+#[test]
+fn what_can_not_be_a_disk_is_explained_in_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    std::fs::write(at("tiny"), "tiny").unwrap();
+    std::fs::write(at("image"), vec![0; 4096]).unwrap();
+    std::fs::write(at("file"), "no socket").unwrap();
+    let long = at(&"x".repeat(120));
+    let cases: [(&[&str], &str); 8] = [
+        (&["--image", &at("missing"), "--socket", &at("s")], "check the path"),
+        (&["--image", &at("tiny"), "--socket", &at("s")], "at least 512 bytes"),
+        (&["--image", folder.path().to_str().unwrap(), "--socket", &at("s"), "--read-only"], "raw image"),
+        (&["--image", "/dev/null", "--socket", &at("s")], "neither a file nor a block device"),
+        (&["--image", &at("image"), "--socket", &long], "use a shorter one"),
+        (&["--image", &at("image"), "--socket", &at("file")], "no socket"),
+        (&["--image", &at("image"), "--fd", "77"], "no socket that was passed on"),
+        (&["--image", &at("image"), "--socket", &at("s"), "--serial", "more than twenty bytes"], "at most 20 fit"),
+    ];
+    for (arguments, advice) in cases {
+        let output = Process::command(arguments).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains(advice) && said.lines().count() == 1, "{said}");
+    }
+    let output = Process::command(&["--image", &at("image")]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "wrong arguments");
+}

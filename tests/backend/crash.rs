@@ -1,0 +1,232 @@
+//! `kill -9` at any moment: the successor answers every request exactly once, with the right data, and logs it.
+
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::vhost_user::{InflightDescription, LogDescription, Request as Code};
+use vhost_migrate::abi::virtio::VIRTIO_RING_F_EVENT_IDX;
+use vhost_migrate::dirty::Log;
+use vhost_migrate::inflight;
+use zerocopy::IntoBytes;
+
+use crate::guest::{BASIC, Guest, LOG_ALL, Ring, begin, harvest, pages, places, status};
+use crate::raw::{Client, VERSION};
+use crate::server::{Process, disk_options};
+
+const SLOTS: u64 = 20;
+const BLOCK: usize = 32 << 10;
+const LOG_AT: u64 = 0x30_0000;
+
+/// A guest that writes blocks which say what they are, and reads each back before it writes the next version.
+struct Guests {
+    guest: Guest,
+    ring: Ring,
+    features: u64,
+    inflight: OwnedFd,
+    log: (Log, OwnedFd),
+    marks: BTreeSet<u64>,
+    slots: Vec<Slot>,
+    completed: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Slot {
+    head: u16,
+    version: u64,
+    reads: bool,
+}
+
+impl Guests {
+    fn new(features: u64) -> Guests {
+        let guest = Guest::new();
+        let mut ring = Ring::new(&guest, 0, 64, features);
+        ring.log_at = Some(LOG_AT);
+        let (_, inflight) = inflight::Region::create(1, 64).unwrap();
+        let log = Log::create(guest.memory.end()).unwrap();
+        let slots = vec![Slot { head: u16::MAX, version: 0, reads: true }; SLOTS as usize];
+        let mut guests = Guests { guest, ring, features, inflight, log, marks: BTreeSet::new(), slots, completed: 0 };
+        (0..SLOTS).for_each(|slot| guests.next(slot));
+        guests
+    }
+
+    /// Connects as QEMU does on reconnect: the base is the used index, the inflight region knows better.
+    fn attach(&mut self, socket: &Path) -> Client {
+        let client = Client::connect(socket);
+        begin(&client, &self.guest, self.features | LOG_ALL);
+        let mmap_size = inflight::Region::bytes_for(1, 64).unwrap();
+        let description =
+            InflightDescription { mmap_size, mmap_offset: 0, num_queues: 1, queue_size: 64, padding: [0; 4] };
+        client.done(Code::SET_INFLIGHT_FD, &description, &[self.inflight.as_fd()]);
+        let used = self.guest.bytes(self.ring.layout.used + 2, 2);
+        self.ring.set_up(&client, &self.guest, u16::from_le_bytes([used[0], used[1]]).into());
+        let log = LogDescription { mmap_size: self.log.0.size(), mmap_offset: 0 };
+        client.send(Code::SET_LOG_BASE, VERSION, log.as_bytes(), &[self.log.1.as_fd()]);
+        client.reply(Code::SET_LOG_BASE);
+        self.ring.enable(&client, true);
+        self.ring.kick.write(1).unwrap();
+        client
+    }
+
+    fn block(slot: u64, version: u64) -> Vec<u8> {
+        [slot, version].as_bytes().repeat(BLOCK / 16)
+    }
+
+    /// Makes the next request of a slot: after a write the read of it, after a read the next write.
+    fn next(&mut self, slot: u64) {
+        let mut state = self.slots[slot as usize];
+        let sector = slot * (BLOCK / 512) as u64;
+        self.collect_marks();
+        for page in pages(places(slot).1, 1).chain(pages(places(slot).2, BLOCK as u64)) {
+            self.marks.remove(&page);
+        }
+        state.reads = !state.reads;
+        state.head = if state.reads {
+            self.guest.memory.write(places(slot).2, &[0; BLOCK]).unwrap();
+            self.ring.read(&self.guest, slot, sector, BLOCK as u32)
+        } else {
+            state.version += 1;
+            self.ring.write(&self.guest, slot, sector, &Guests::block(slot, state.version))
+        };
+        self.slots[slot as usize] = state;
+        self.ring.kick();
+    }
+
+    fn collect_marks(&mut self) {
+        self.marks.extend(harvest(&self.log.0));
+    }
+
+    /// Takes one completion, if there is one, and checks everything about it.
+    fn completion(&mut self) -> Option<u64> {
+        // An answer to a request that is not in flight, for example a second answer, is an error here.
+        let used = self.ring.driver.pop_used().expect("a request was answered twice")?;
+        let slot = self.slots.iter().position(|slot| slot.head == used.head).unwrap() as u64;
+        let state = self.slots[slot as usize];
+        assert_eq!(status(&self.guest, slot), 0);
+        self.collect_marks();
+        let marked = |mut pages: std::ops::RangeInclusive<u64>| pages.all(|page| self.marks.contains(&page));
+        assert!(marked(places(slot).1 >> 12..=places(slot).1 >> 12), "a status was not logged");
+        if state.reads {
+            let found = self.guest.bytes(places(slot).2, BLOCK);
+            assert!(found == Guests::block(slot, state.version), "slot {slot} doesn't hold version {}", state.version);
+            let last = (places(slot).2 + BLOCK as u64 - 1) >> 12;
+            assert!(marked(places(slot).2 >> 12..=last), "data was not logged");
+        }
+        self.completed += 1;
+        Some(slot)
+    }
+
+    /// Works until the back-end is dead.
+    fn work(&mut self, dead: &AtomicBool) {
+        while !dead.load(Ordering::Relaxed) {
+            while let Some(slot) = self.completion() {
+                self.next(slot);
+            }
+            if !self.ring.driver.enable_notifications() {
+                let mut fds = [PollFd::new(self.ring.call.as_fd(), PollFlags::POLLIN)];
+                poll(&mut fds, PollTimeout::from(1u8)).unwrap();
+                let _ = self.ring.call.read();
+            }
+        }
+    }
+
+    /// Waits for whatever is outstanding.
+    fn finish(&mut self) {
+        while self.ring.driver.outstanding() > 0 {
+            match self.completion() {
+                Some(_) => {}
+                None if self.ring.driver.enable_notifications() => {}
+                None => {
+                    let mut fds = [PollFd::new(self.ring.call.as_fd(), PollFlags::POLLIN)];
+                    assert_eq!(poll(&mut fds, PollTimeout::from(20_000u16)), Ok(1), "a request was lost");
+                    let _ = self.ring.call.read();
+                }
+            }
+        }
+    }
+}
+
+fn survives(kills: u32, features: u64, more: &[&str]) {
+    let folder = tempfile::tempdir().unwrap();
+    let options = disk_options(folder.path(), SLOTS * BLOCK as u64, |_| {});
+    let socket = folder.path().join("socket");
+    let mut guests = Guests::new(features);
+    let mut random = 0x2545_f491_4f6c_dd1du64;
+    for _ in 0..kills {
+        let mut process = Process::start(&socket, &options.image, more);
+        let _client = guests.attach(&socket);
+        random = random.wrapping_mul(6364136223846793005).wrapping_add(1);
+        let (life, dead) = (Duration::from_micros((random >> 33) % 3000), Arc::new(AtomicBool::new(false)));
+        let killer = {
+            let dead = dead.clone();
+            thread::spawn(move || {
+                thread::sleep(life);
+                process.child.kill().unwrap();
+                process.child.wait().unwrap();
+                dead.store(true, Ordering::Relaxed);
+                process
+            })
+        };
+        guests.work(&dead);
+        let said = killer.join().unwrap().errors();
+        assert!(said.is_empty(), "{said}");
+    }
+    let process = Process::start(&socket, &options.image, more);
+    let client = guests.attach(&socket);
+    guests.finish();
+    assert!(guests.completed > u64::from(kills), "the guest hardly did anything");
+    let base = u32::from(guests.ring.driver.state().avail);
+    assert_eq!(client.ring_base(0), base, "a request was taken twice or never");
+    drop(process);
+}
+
+#[test]
+fn killed_a_hundred_times_every_request_is_answered_exactly_once_and_right() {
+    survives(100, BASIC, &[]);
+}
+
+#[test]
+fn killed_a_hundred_times_with_event_idx_and_threads_every_request_is_answered_exactly_once_and_right() {
+    survives(100, BASIC | bit(VIRTIO_RING_F_EVENT_IDX), &["--aio", "threads"]);
+}
+
+#[test]
+fn killed_fifty_times_with_o_direct_every_request_is_answered_exactly_once_and_right() {
+    survives(50, BASIC | bit(VIRTIO_RING_F_EVENT_IDX), &["--direct"]);
+}
+
+#[test]
+fn a_signal_ends_it_cleanly() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = disk_options(folder.path(), 1 << 20, |_| {});
+    let socket = folder.path().join("socket");
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let mut process = Process::start(&socket, &options.image, &[]);
+        let _connected = Client::connect(&socket);
+        kill(Pid::from_raw(process.child.id() as i32), signal).unwrap();
+        assert!(process.child.wait().unwrap().success());
+        assert!(!socket.exists());
+    }
+}
+
+#[test]
+fn an_inherited_connection_is_served_until_it_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = disk_options(folder.path(), 1 << 20, |_| {});
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let mut command = Process::command(&["--fd", "0", "--image", options.image.to_str().unwrap()]);
+    let mut child = command.stdin(OwnedFd::from(theirs)).stdout(std::process::Stdio::null()).spawn().unwrap();
+    drop(command);
+    let client = Client { socket: ours };
+    client.barrier();
+    drop(client);
+    assert!(child.wait().unwrap().success());
+}

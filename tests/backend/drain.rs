@@ -1,0 +1,266 @@
+//! What happens to requests under way, with a device that keeps them until it is told otherwise.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::vhost_user::{Request as Code, VringState};
+use vhost_migrate::abi::virtio::{VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX};
+use vhost_migrate::backend::{Device, Queue, Request};
+use vhost_migrate::memory::LOG_PAGE;
+use vhost_migrate::ring::Buffer;
+use zerocopy::IntoBytes;
+
+use crate::guest::{BASIC, Guest, HIGH, Ring, add_region, begin, harvest, install_log, pages, start_logging};
+use crate::raw::{Client, NEED_REPLY, VERSION};
+use crate::server::Server;
+
+/// Fills what it may write with 0x5a at once, and completes it while its gate is open.
+pub(crate) struct Held {
+    gate: Arc<EventFd>,
+}
+
+struct HeldQueue {
+    gate: Arc<EventFd>,
+    held: Vec<Request>,
+}
+
+impl Held {
+    pub(crate) fn new() -> (Arc<Held>, Arc<EventFd>) {
+        let gate = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).unwrap());
+        (Arc::new(Held { gate: gate.clone() }), gate)
+    }
+}
+
+impl Device for Held {
+    fn features(&self) -> u64 {
+        bit(VIRTIO_F_VERSION_1) | bit(VIRTIO_RING_F_EVENT_IDX)
+    }
+
+    fn queues(&self) -> u16 {
+        2
+    }
+
+    fn max_queue_size(&self) -> u16 {
+        256
+    }
+
+    fn config(&self) -> Vec<u8> {
+        vec![1, 2, 3, 4]
+    }
+
+    fn queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
+        Ok(Box::new(HeldQueue { gate: self.gate.clone(), held: Vec::new() }))
+    }
+}
+
+impl Queue for HeldQueue {
+    fn submit(&mut self, mut request: Request) {
+        let filling = vec![0x5a; request.writable_len() as usize];
+        request.write(0, &filling).unwrap();
+        self.held.push(request);
+    }
+
+    fn completions(&mut self, done: &mut Vec<Request>) {
+        let mut fds = [PollFd::new(self.gate.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut fds, PollTimeout::ZERO).unwrap() > 0 {
+            done.append(&mut self.held);
+        }
+    }
+
+    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.gate.as_fd()).filter(|_| !self.held.is_empty())
+    }
+}
+
+/// A running ring 0 with `count` requests of one page each, all of them taken by the device and none completed.
+fn held(client: &Client, guest: &Guest, base: u32, count: u64) -> Ring {
+    let mut ring = Ring::new(guest, 0, 256, BASIC);
+    for slot in 0..count {
+        ring.driver.add(&[], &[page(slot)], None).unwrap().unwrap();
+    }
+    ring.set_up(client, guest, base);
+    ring.enable(client, true);
+    ring.kick();
+    while (0..count).any(|slot| guest.bytes(page(slot).gpa, 1) != [0x5a]) {
+        client.barrier();
+    }
+    ring
+}
+
+fn page(slot: u64) -> Buffer {
+    Buffer { gpa: HIGH + slot * LOG_PAGE, len: LOG_PAGE as u32 }
+}
+
+#[test]
+fn get_vring_base_answers_when_all_requests_are_complete_logged_and_published() {
+    let (device, gate) = Held::new();
+    let (server, guest) = (Server::new(device), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, BASIC);
+    let log = install_log(&client, &guest);
+    let mut ring = held(&client, &guest, 0, 10);
+    start_logging(&client, &guest, BASIC, &mut [&mut ring], 0x30_0000);
+    client.tell(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
+    gate.write(1).unwrap();
+    assert_eq!(client.ring_base_reply(0), 10);
+    let mut used = 0;
+    while ring.driver.pop_used().unwrap().is_some() {
+        used += 1;
+    }
+    assert_eq!(used, 10, "a request was not published before the reply");
+    let marked = harvest(&log);
+    for slot in 0..10 {
+        assert!(marked.contains(&(page(slot).gpa / LOG_PAGE)), "a page was not logged before the reply");
+    }
+}
+
+#[test]
+fn after_the_reply_to_get_vring_base_no_byte_of_memory_changes_and_nobody_is_notified() {
+    let (device, gate) = Held::new();
+    let (mut server, guest) = (Server::new(device), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, BASIC);
+    let mut ring = held(&client, &guest, 0, 10);
+    gate.write(1).unwrap();
+    assert_eq!(client.ring_base(0), 10);
+    ring.completions(10);
+    for slot in 100..110 {
+        ring.driver.add(&[], &[page(slot)], None).unwrap().unwrap();
+    }
+    ring.kick();
+    ring.kick.write(1).unwrap();
+    let before = guest.snapshot();
+    let _ = ring.call.read();
+    client.barrier();
+    drop(client);
+    server.end();
+    assert!(before == guest.snapshot(), "memory was written after the reply");
+    assert!(ring.call.read().is_err(), "the driver was notified after the reply");
+}
+
+#[test]
+fn a_disabled_ring_finishes_what_it_has_takes_nothing_new_and_goes_on_when_enabled() {
+    let (device, gate) = Held::new();
+    let (server, guest) = (Server::new(device), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, BASIC);
+    let mut ring = held(&client, &guest, 0, 3);
+    gate.write(1).unwrap();
+    ring.enable(&client, false);
+    ring.completions(3);
+    ring.driver.add(&[], &[page(50)], None).unwrap().unwrap();
+    ring.kick.write(1).unwrap();
+    let _ = ring.driver.publish();
+    client.barrier();
+    assert_eq!(guest.bytes(page(50).gpa, 1), [0]);
+    ring.enable(&client, true);
+    ring.completion();
+    assert_eq!(client.ring_base(0), 4);
+}
+
+#[test]
+fn a_request_in_flight_while_the_log_changes_is_logged_in_the_new_log_only() {
+    let (device, gate) = Held::new();
+    let (server, guest) = (Server::new(device), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, BASIC);
+    let old = install_log(&client, &guest);
+    let mut ring = held(&client, &guest, 0, 5);
+    start_logging(&client, &guest, BASIC, &mut [&mut ring], 0x30_0000);
+    let new = install_log(&client, &guest);
+    harvest(&old);
+    gate.write(1).unwrap();
+    ring.completions(5);
+    assert_eq!(client.ring_base(0), 5);
+    assert!(harvest(&old).is_empty(), "the old log was written after the reply");
+    let marked = harvest(&new);
+    assert!((0..5).all(|slot| marked.contains(&(page(slot).gpa / LOG_PAGE))));
+}
+
+#[test]
+fn a_changed_memory_table_waits_for_what_is_in_flight() {
+    let (device, gate) = Held::new();
+    let (server, guest) = (Server::new(device), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, BASIC);
+    let log = install_log(&client, &guest);
+    let mut ring = held(&client, &guest, 0, 5);
+    start_logging(&client, &guest, BASIC, &mut [&mut ring], 0x30_0000);
+    client.send(Code::SET_MEM_TABLE, NEED_REPLY, &guest.table(), &guest.fds());
+    gate.write(1).unwrap();
+    assert_eq!(client.reply(Code::SET_MEM_TABLE), 0u64.as_bytes());
+    assert_eq!(ring.completions(5).len(), 5);
+    ring.driver.add(&[], &[page(9)], None).unwrap().unwrap();
+    ring.kick();
+    ring.completion();
+    assert_eq!(client.ring_base(0), 6);
+    let marked = harvest(&log);
+    for slot in [0, 1, 2, 3, 4, 9] {
+        assert!(pages(page(slot).gpa, 4096).all(|page| marked.contains(&page)));
+    }
+}
+
+#[test]
+fn when_the_next_front_end_is_heard_the_last_ones_rings_move_no_more() {
+    let (device, gate) = Held::new();
+    let (mut server, guest) = (Server::new(device), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, BASIC);
+    let mut ring = held(&client, &guest, 0, 5);
+    drop(client);
+    let next = server.connect();
+    gate.write(1).unwrap();
+    next.barrier();
+    for slot in 10..15 {
+        ring.driver.add(&[], &[page(slot)], None).unwrap().unwrap();
+    }
+    let _ = ring.driver.publish();
+    ring.kick.write(1).unwrap();
+    let (before, _) = (guest.snapshot(), ring.call.read());
+    drop(next);
+    server.end();
+    assert!(before == guest.snapshot());
+    assert!(ring.call.read().is_err());
+}
+
+#[test]
+fn told_to_end_it_completes_and_publishes_what_is_under_way() {
+    let (device, gate) = Held::new();
+    let (mut server, guest) = (Server::new(device), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, BASIC);
+    let mut ring = held(&client, &guest, 0, 5);
+    gate.write(1).unwrap();
+    server.end();
+    assert_eq!(ring.completions(5).len(), 5);
+    assert!(!server.folder.path().join("socket").exists(), "the socket file stays behind");
+}
+
+#[test]
+fn an_added_region_can_be_used_at_once_and_a_removed_one_can_not() {
+    let (device, gate) = Held::new();
+    gate.write(1).unwrap();
+    let (server, guest) = (Server::new(device), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, BASIC);
+    let mut ring = Ring::new(&guest, 0, 256, BASIC);
+    ring.set_up(&client, &guest, 0);
+    ring.enable(&client, true);
+    let fd = vhost_migrate::memory::sealed_memfd("more", 0x10_0000).unwrap();
+    let region = vhost_migrate::memory::Region::share(fd, 2 << 30, 0x10_0000, 0).unwrap();
+    assert_eq!(add_region(&client, &region), 0);
+    assert_eq!(add_region(&client, &region), 1, "an overlapping region was taken");
+    ring.driver.add(&[], &[Buffer { gpa: 2 << 30, len: 1 }], None).unwrap().unwrap();
+    ring.kick();
+    ring.completion();
+    let mut byte = [0u8];
+    region.slice(0, 1).unwrap().copy_to(&mut byte);
+    assert_eq!(byte, [0x5a]);
+    let message = vhost_migrate::abi::vhost_user::MemRegMsg { padding: 0, region: Guest::describe(&region) };
+    client.send(Code::REM_MEM_REG, VERSION, message.as_bytes(), &[]);
+    assert_eq!(client.acknowledged(Code::REM_MEM_REG, message.as_bytes(), &[]), 1, "it was removed twice");
+}

@@ -1,0 +1,256 @@
+//! A guest without a CPU: memory in memfds, rings in it, and the messages that hand both to a back-end.
+
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Instant;
+
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::vhost_user::{
+    LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, Request as Code, VringAddr, VringState, protocol_feature,
+};
+use vhost_migrate::abi::virtio::{BlkRequestHeader, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_F_VERSION_1};
+use vhost_migrate::dirty::{Log, PageSet};
+use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::ring::{Buffer, SplitDriver, SplitLayout};
+use zerocopy::IntoBytes;
+
+use crate::raw::{Client, DEADLINE, VERSION};
+
+pub(crate) const LOG_ALL: u64 = 1 << 26;
+pub(crate) const BIT_30: u64 = 1 << 30;
+pub(crate) const BASIC: u64 = BIT_30 | bit(VIRTIO_F_VERSION_1);
+/// Bytes of each of the two regions; the second lies above 4 GiB.
+pub(crate) const REGION: u64 = 16 << 20;
+pub(crate) const HIGH: u64 = 1 << 32;
+pub(crate) const PROTOCOL: u64 = bit(protocol_feature::MQ)
+    | bit(protocol_feature::LOG_SHMFD)
+    | bit(protocol_feature::REPLY_ACK)
+    | bit(protocol_feature::CONFIG)
+    | bit(protocol_feature::INFLIGHT_SHMFD)
+    | bit(protocol_feature::RESET_DEVICE)
+    | bit(protocol_feature::CONFIGURE_MEM_SLOTS)
+    | bit(protocol_feature::STATUS);
+
+/// Shared guest memory.
+pub(crate) struct Guest {
+    pub(crate) memory: Memory,
+}
+
+impl Guest {
+    pub(crate) fn new() -> Guest {
+        let share = |gpa| Arc::new(Region::share(sealed_memfd("guest", REGION).unwrap(), gpa, REGION, 0).unwrap());
+        Guest { memory: Memory::new([share(0), share(HIGH)]).unwrap() }
+    }
+
+    pub(crate) fn describe(region: &Region) -> MemoryRegion {
+        MemoryRegion {
+            guest_phys_addr: region.gpa(),
+            memory_size: region.size(),
+            userspace_addr: region.user_addr(),
+            mmap_offset: region.shared().unwrap().1,
+        }
+    }
+
+    pub(crate) fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.memory.regions().iter().map(|region| region.shared().unwrap().0).collect()
+    }
+
+    /// Payload of SET_MEM_TABLE.
+    pub(crate) fn table(&self) -> Vec<u8> {
+        let regions = self.memory.regions();
+        let mut payload = MemoryHeader { nregions: regions.len() as u32, padding: 0 }.as_bytes().to_vec();
+        for region in regions {
+            payload.extend(Guest::describe(region).as_bytes());
+        }
+        payload
+    }
+
+    pub(crate) fn send_table(&self, client: &Client) {
+        assert_eq!(client.acknowledged(Code::SET_MEM_TABLE, &self.table(), &self.fds()), 0);
+    }
+
+    /// The front-end's address of a guest-physical one.
+    pub(crate) fn user(&self, gpa: u64) -> u64 {
+        let region = self.memory.regions().iter().find(|r| gpa.wrapping_sub(r.gpa()) < r.size()).unwrap();
+        region.user_addr() + (gpa - region.gpa())
+    }
+
+    pub(crate) fn bytes(&self, gpa: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.memory.read(gpa, &mut bytes).unwrap();
+        bytes
+    }
+
+    /// All of guest memory.
+    pub(crate) fn snapshot(&self) -> Vec<Vec<u8>> {
+        self.memory.regions().iter().map(|region| self.bytes(region.gpa(), region.size() as usize)).collect()
+    }
+}
+
+/// A ring in guest memory: one per index, each in a 1 MiB of its own, 1 MiB from the start.
+pub(crate) struct Ring {
+    pub(crate) index: u32,
+    pub(crate) layout: SplitLayout,
+    pub(crate) driver: SplitDriver,
+    pub(crate) kick: EventFd,
+    pub(crate) call: EventFd,
+    /// `log_guest_addr`, while F_LOG is set.
+    pub(crate) log_at: Option<u64>,
+}
+
+impl Ring {
+    pub(crate) fn new(guest: &Guest, index: u32, size: u16, features: u64) -> Ring {
+        let at = (u64::from(index) + 1) << 20;
+        let layout = SplitLayout { size, desc: at, avail: at + 0x4_0000, used: at + 0x8_0000 };
+        let eventfd = || EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).unwrap();
+        let driver = SplitDriver::new(&guest.memory, layout, features).unwrap();
+        Ring { index, layout, driver, kick: eventfd(), call: eventfd(), log_at: None }
+    }
+
+    pub(crate) fn addr(&self, guest: &Guest) -> VringAddr {
+        VringAddr {
+            index: self.index,
+            flags: u32::from(self.log_at.is_some()),
+            desc_user_addr: guest.user(self.layout.desc),
+            used_user_addr: guest.user(self.layout.used),
+            avail_user_addr: guest.user(self.layout.avail),
+            log_guest_addr: self.log_at.unwrap_or(u64::MAX),
+        }
+    }
+
+    /// NUM, BASE, ADDR, CALL and KICK (rule R6).
+    pub(crate) fn set_up(&self, client: &Client, guest: &Guest, base: u32) {
+        let index = self.index;
+        client.send(Code::SET_VRING_CALL, VERSION, u64::from(index).as_bytes(), &[self.call.as_fd()]);
+        client.tell(Code::SET_VRING_NUM, &VringState { index, num: self.layout.size.into() });
+        client.tell(Code::SET_VRING_BASE, &VringState { index, num: base });
+        client.tell(Code::SET_VRING_ADDR, &self.addr(guest));
+        client.send(Code::SET_VRING_KICK, VERSION, u64::from(index).as_bytes(), &[self.kick.as_fd()]);
+    }
+
+    pub(crate) fn enable(&self, client: &Client, yes: bool) {
+        client.done(Code::SET_VRING_ENABLE, &VringState { index: self.index, num: yes.into() }, &[]);
+    }
+
+    /// Makes what was added visible, and kicks if the device wants it.
+    pub(crate) fn kick(&mut self) {
+        if self.driver.publish() {
+            self.kick.write(1).unwrap();
+        }
+    }
+
+    /// Waits for one completion; its head and its length.
+    pub(crate) fn completion(&mut self) -> (u16, u32) {
+        let end = Instant::now() + DEADLINE;
+        loop {
+            if let Some(used) = self.driver.pop_used().unwrap() {
+                return (used.head, used.len);
+            }
+            if !self.driver.enable_notifications() {
+                let mut fds = [PollFd::new(self.call.as_fd(), PollFlags::POLLIN)];
+                let left = end.checked_duration_since(Instant::now()).expect("the back-end doesn't answer");
+                poll(&mut fds, u16::try_from(left.as_millis()).unwrap_or(u16::MAX)).unwrap();
+                let _ = self.call.read();
+            }
+        }
+    }
+
+    pub(crate) fn completions(&mut self, count: usize) -> BTreeSet<u16> {
+        (0..count).map(|_| self.completion().0).collect()
+    }
+}
+
+/// Connects far enough for rings to be set up: protocol features, owner, features, memory.
+pub(crate) fn begin(client: &Client, guest: &Guest, features: u64) {
+    client.tell(Code::SET_OWNER, &[0u8; 0]);
+    client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
+    client.done(Code::SET_FEATURES, &features, &[]);
+    guest.send_table(client);
+}
+
+/// A disk request at `gpa`: header, then at the next two pages' starts whatever the caller puts there.
+pub(crate) fn header(guest: &Guest, gpa: u64, request_type: u32, sector: u64) -> Buffer {
+    let header = BlkRequestHeader { request_type: request_type.into(), ioprio: 0.into(), sector: sector.into() };
+    guest.memory.write(gpa, header.as_bytes()).unwrap();
+    Buffer { gpa, len: size_of::<BlkRequestHeader>() as u32 }
+}
+
+/// Where the parts of disk request number `slot` go: header, status, data. Status and data have pages of their own;
+/// the data, of up to 64 KiB, is in the second region.
+pub(crate) fn places(slot: u64) -> (u64, u64, u64) {
+    (0x60_0000 + slot * 16, 0x80_0000 + slot * LOG_PAGE, HIGH + slot * 0x1_0000)
+}
+
+impl Ring {
+    /// Adds a read of `len` bytes from `sector` in `slot`.
+    pub(crate) fn read(&mut self, guest: &Guest, slot: u64, sector: u64, len: u32) -> u16 {
+        let (head, status, data) = places(slot);
+        guest.memory.write(status, &[0xff]).unwrap();
+        let head = header(guest, head, VIRTIO_BLK_T_IN, sector);
+        let writable = [Buffer { gpa: data, len }, Buffer { gpa: status, len: 1 }];
+        self.driver.add(&[head], &writable, None).unwrap().unwrap()
+    }
+
+    /// Adds a write of `data` to `sector` in `slot`.
+    pub(crate) fn write(&mut self, guest: &Guest, slot: u64, sector: u64, data: &[u8]) -> u16 {
+        let (head, status, at) = places(slot);
+        guest.memory.write(status, &[0xff]).unwrap();
+        guest.memory.write(at, data).unwrap();
+        let readable = [header(guest, head, VIRTIO_BLK_T_OUT, sector), Buffer { gpa: at, len: data.len() as u32 }];
+        self.driver.add(&readable, &[Buffer { gpa: status, len: 1 }], None).unwrap().unwrap()
+    }
+}
+
+pub(crate) fn status(guest: &Guest, slot: u64) -> u8 {
+    guest.bytes(places(slot).1, 1)[0]
+}
+
+/// A log for the guest, installed.
+pub(crate) fn install_log(client: &Client, guest: &Guest) -> Log {
+    let (log, fd) = Log::create(guest.memory.end()).unwrap();
+    send_log(client, &log, &fd);
+    log
+}
+
+pub(crate) fn send_log(client: &Client, log: &Log, fd: &OwnedFd) {
+    let description = LogDescription { mmap_size: log.size(), mmap_offset: 0 };
+    client.send(Code::SET_LOG_BASE, VERSION, description.as_bytes(), &[fd.as_fd()]);
+    assert_eq!(client.reply(Code::SET_LOG_BASE), description.as_bytes(), "the 16 bytes that everybody takes (F7)");
+}
+
+/// LOG_ALL, then F_LOG on every ring, as front-ends do (rule L7).
+pub(crate) fn start_logging(client: &Client, guest: &Guest, features: u64, rings: &mut [&mut Ring], at: u64) {
+    client.done(Code::SET_FEATURES, &(features | LOG_ALL), &[]);
+    for ring in rings {
+        ring.log_at = Some(at + u64::from(ring.index) * 0x10_0000);
+        client.done(Code::SET_VRING_ADDR, &ring.addr(guest), &[]);
+    }
+}
+
+pub(crate) fn stop_logging(client: &Client, guest: &Guest, features: u64, rings: &mut [&mut Ring]) {
+    client.done(Code::SET_FEATURES, &features, &[]);
+    for ring in rings {
+        ring.log_at = None;
+        client.done(Code::SET_VRING_ADDR, &ring.addr(guest), &[]);
+    }
+}
+
+/// Takes the marked pages out of a log.
+pub(crate) fn harvest(log: &Log) -> BTreeSet<u64> {
+    let mut set = PageSet::new(log.pages());
+    log.harvest(&mut set);
+    set.runs().flatten().collect()
+}
+
+/// The pages of a range of bytes.
+pub(crate) fn pages(gpa: u64, len: u64) -> impl Iterator<Item = u64> {
+    gpa / LOG_PAGE..=(gpa + len - 1) / LOG_PAGE
+}
+
+pub(crate) fn add_region(client: &Client, region: &Region) -> u64 {
+    let message = MemRegMsg { padding: 0, region: Guest::describe(region) };
+    client.acknowledged(Code::ADD_MEM_REG, message.as_bytes(), &[region.shared().unwrap().0])
+}

@@ -1,0 +1,390 @@
+//! Bad input: every message that is wrong gets a clear refusal, and the device is there for the next front-end.
+
+use std::os::fd::{AsFd, BorrowedFd};
+
+use nix::sys::eventfd::EventFd;
+use vhost_migrate::abi::vhost_user::{
+    ConfigHeader, Header, InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, Request as Code,
+    VringAddr, VringState,
+};
+use vhost_migrate::abi::virtio::Desc;
+use vhost_migrate::inflight;
+use vhost_migrate::memory::sealed_memfd;
+use vhost_migrate::ring::Buffer;
+use zerocopy::IntoBytes;
+
+use crate::guest::{BASIC, Guest, HIGH, PROTOCOL, Ring, begin, places, status};
+use crate::raw::{Client, NEED_REPLY, VERSION};
+use crate::server::{Process, Server, disk_options};
+
+/// A message that must be refused with a number that is not 0, after which the connection goes on.
+struct Wrong {
+    what: &'static str,
+    code: Code,
+    payload: Vec<u8>,
+    fds: usize,
+}
+
+fn wrong(
+    what: &'static str,
+    code: Code,
+    payload: &(impl IntoBytes + zerocopy::Immutable + ?Sized),
+    fds: usize,
+) -> Wrong {
+    Wrong { what, code, payload: payload.as_bytes().to_vec(), fds }
+}
+
+fn table(regions: &[MemoryRegion]) -> Vec<u8> {
+    let mut payload = MemoryHeader { nregions: regions.len() as u32, padding: 0 }.as_bytes().to_vec();
+    payload.extend(regions.as_bytes());
+    payload
+}
+
+fn region(guest_phys_addr: u64, memory_size: u64, userspace_addr: u64, mmap_offset: u64) -> MemoryRegion {
+    MemoryRegion { guest_phys_addr, memory_size, userspace_addr, mmap_offset }
+}
+
+/// Messages that are wrong on a connection with memory and a running ring 0. The fds are of a memfd of 1 MiB.
+fn wrong_messages(guest: &Guest, ring: &Ring) -> Vec<Wrong> {
+    const MIB: u64 = 1 << 20;
+    let state = |index, num| VringState { index, num };
+    let fine = VringAddr { index: 1, ..ring.addr(guest) };
+    let inflight = |mmap_size, mmap_offset, num_queues, queue_size| InflightDescription {
+        mmap_size,
+        mmap_offset,
+        num_queues,
+        queue_size,
+        padding: [0; 4],
+    };
+    let add = |region| MemRegMsg { padding: 0, region };
+    let log = |mmap_size, mmap_offset| LogDescription { mmap_size, mmap_offset };
+    let config = |offset, size| ConfigHeader { offset, size, flags: 0 };
+    let mut more_than_sent = table(&[region(0, MIB, 0, 0)]);
+    more_than_sent[0] = 2;
+    let mut huge_count = table(&[region(0, MIB, 0, 0)]);
+    huge_count[..4].copy_from_slice(&u32::MAX.to_le_bytes());
+    let mut all = vec![
+        wrong("features that were not offered", Code::SET_FEATURES, &(BASIC | 1 << 34), 0),
+        wrong("protocol features that were not offered", Code::SET_PROTOCOL_FEATURES, &u64::MAX, 0),
+        wrong("a table without fds", Code::SET_MEM_TABLE, table(&[region(0, MIB, 0, 0)]).as_slice(), 0),
+        wrong("a table with too many fds", Code::SET_MEM_TABLE, table(&[region(0, MIB, 0, 0)]).as_slice(), 2),
+        wrong("a table shorter than it says", Code::SET_MEM_TABLE, more_than_sent.as_slice(), 2),
+        wrong("a table of 2^32 - 1 regions", Code::SET_MEM_TABLE, huge_count.as_slice(), 1),
+        wrong("a region larger than its file", Code::SET_MEM_TABLE, table(&[region(0, MIB + 1, 0, 0)]).as_slice(), 1),
+        wrong("a region beyond its file", Code::SET_MEM_TABLE, table(&[region(0, MIB, 0, 4096)]).as_slice(), 1),
+        wrong("an offset that wraps", Code::SET_MEM_TABLE, table(&[region(0, MIB, 0, u64::MAX - 4095)]).as_slice(), 1),
+        wrong("an empty region", Code::SET_MEM_TABLE, table(&[region(0, 0, 0, 0)]).as_slice(), 1),
+        wrong("a region that wraps", Code::SET_MEM_TABLE, table(&[region(u64::MAX, MIB, 0, 0)]).as_slice(), 1),
+        wrong(
+            "overlapping regions",
+            Code::SET_MEM_TABLE,
+            table(&[region(0, MIB, 0, 0), region(MIB - 1, MIB, MIB, 0)]).as_slice(),
+            2,
+        ),
+        wrong("an added region that overlaps", Code::ADD_MEM_REG, &add(region(HIGH + 4096, MIB, 1 << 40, 0)), 1),
+        wrong("an added region without an fd", Code::ADD_MEM_REG, &add(region(1 << 40, MIB, 1 << 40, 0)), 0),
+        wrong("an added region with two fds", Code::ADD_MEM_REG, &add(region(1 << 40, MIB, 1 << 40, 0)), 2),
+        wrong("removal of a region that is not there", Code::REM_MEM_REG, &add(region(1 << 40, MIB, 0, 0)), 0),
+        wrong("a log without an fd", Code::SET_LOG_BASE, &log(4096, 0), 0),
+        wrong("a log larger than its file", Code::SET_LOG_BASE, &log(MIB + 1, 0), 1),
+        wrong("a log at the end of its file", Code::SET_LOG_BASE, &log(1, MIB), 1),
+        wrong("a log that wraps", Code::SET_LOG_BASE, &log(u64::MAX, 8), 1),
+        wrong("a log of no bytes", Code::SET_LOG_BASE, &log(0, 0), 1),
+        wrong("a size that is no power of two", Code::SET_VRING_NUM, &state(1, 100), 0),
+        wrong("a size of 0", Code::SET_VRING_NUM, &state(1, 0), 0),
+        wrong("a size that wraps 16 bits", Code::SET_VRING_NUM, &state(1, 65536 + 64), 0),
+        wrong("a size larger than is offered", Code::SET_VRING_NUM, &state(1, 2048), 0),
+        wrong("the size of no ring", Code::SET_VRING_NUM, &state(2, 64), 0),
+        wrong("the base of no ring", Code::SET_VRING_BASE, &state(u32::MAX, 0), 0),
+        wrong("the enabling of no ring", Code::SET_VRING_ENABLE, &state(65536, 1), 0),
+        wrong("the kick of no ring", Code::SET_VRING_KICK, &255u64, 1),
+        wrong("a kick without an fd", Code::SET_VRING_KICK, &1u64, 0),
+        wrong("a call without an fd", Code::SET_VRING_CALL, &0u64, 0),
+        wrong("an error fd for no ring", Code::SET_VRING_ERR, &9u64, 1),
+        wrong("a call with two fds", Code::SET_VRING_CALL, &0u64, 2),
+        wrong("the stop of no ring", Code::GET_VRING_BASE, &state(7, 0), 0),
+        wrong("addresses of no ring", Code::SET_VRING_ADDR, &VringAddr { index: 2, ..fine }, 0),
+        wrong("a descriptor table outside memory", Code::SET_VRING_ADDR, &VringAddr { desc_user_addr: 8, ..fine }, 0),
+        wrong("a used ring that wraps", Code::SET_VRING_ADDR, &VringAddr { used_user_addr: u64::MAX, ..fine }, 0),
+        wrong(
+            "an available ring that leaves its region",
+            Code::SET_VRING_ADDR,
+            &VringAddr { avail_user_addr: guest.user(HIGH) + (16 << 20) - 8, ..fine },
+            0,
+        ),
+        wrong(
+            "a log address that is not aligned",
+            Code::SET_VRING_ADDR,
+            &VringAddr { flags: 1, log_guest_addr: 6, ..fine },
+            0,
+        ),
+        wrong(
+            "a log address that wraps",
+            Code::SET_VRING_ADDR,
+            &VringAddr { flags: 1, log_guest_addr: u64::MAX - 3, ..fine },
+            0,
+        ),
+        wrong("configuration written", Code::SET_CONFIG, [config(0, 4).as_bytes(), &[0; 4]].concat().as_slice(), 0),
+        wrong("configuration cut short", Code::SET_CONFIG, [config(0, 8).as_bytes(), &[0; 4]].concat().as_slice(), 0),
+        wrong("an inflight region without an fd", Code::SET_INFLIGHT_FD, &inflight(1 << 16, 0, 1, 256), 0),
+        wrong("an inflight region too small", Code::SET_INFLIGHT_FD, &inflight(64, 0, 1, 256), 1),
+        wrong("an inflight region beyond its file", Code::SET_INFLIGHT_FD, &inflight(1 << 20, MIB, 1, 256), 1),
+        wrong("an inflight region for no queue", Code::SET_INFLIGHT_FD, &inflight(1 << 16, 0, 0, 256), 1),
+        wrong("an inflight region for three queues", Code::SET_INFLIGHT_FD, &inflight(1 << 16, 0, 3, 256), 1),
+        wrong("an inflight region for rings of 0", Code::SET_INFLIGHT_FD, &inflight(1 << 16, 0, 1, 0), 1),
+        wrong("a back-end channel without an fd", Code::SET_BACKEND_REQ_FD, &[0u8; 0], 0),
+        wrong("postcopy, which is not offered", Code::POSTCOPY_ADVISE, &[0u8; 0], 0),
+        wrong("device state, which is not offered", Code::SET_DEVICE_STATE_FD, &0u64, 1),
+        wrong("an in-band kick, which is not offered", Code::VRING_KICK, &state(0, 0), 0),
+        wrong("an address translation, which is not offered", Code::IOTLB_MSG, &[0u8; 32], 0),
+        wrong("a request that nobody knows", Code(4711), &[1u8; 100], 3),
+        wrong("request 0", Code(0), &[0u8; 0], 0),
+    ];
+    // Whatever carries a payload is refused without it.
+    for code in [
+        Code::SET_FEATURES,
+        Code::SET_PROTOCOL_FEATURES,
+        Code::SET_MEM_TABLE,
+        Code::ADD_MEM_REG,
+        Code::REM_MEM_REG,
+        Code::SET_LOG_BASE,
+        Code::SET_VRING_NUM,
+        Code::SET_VRING_BASE,
+        Code::SET_VRING_ADDR,
+        Code::SET_VRING_KICK,
+        Code::SET_VRING_CALL,
+        Code::SET_VRING_ERR,
+        Code::SET_VRING_ENABLE,
+        Code::GET_VRING_BASE,
+        Code::GET_CONFIG,
+        Code::SET_CONFIG,
+        Code::SET_STATUS,
+        Code::GET_INFLIGHT_FD,
+        Code::SET_INFLIGHT_FD,
+    ] {
+        all.push(wrong("a message cut short", code, &[1u8; 3], 1));
+    }
+    all
+}
+
+fn with_running_ring(client: &Client, guest: &Guest) -> Ring {
+    begin(client, guest, BASIC);
+    let ring = Ring::new(guest, 0, 256, BASIC);
+    ring.set_up(client, guest, 0);
+    ring.enable(client, true);
+    client.done(Code::SET_VRING_NUM, &VringState { index: 1, num: 256 }, &[]);
+    ring
+}
+
+fn works(guest: &Guest, ring: &mut Ring) {
+    ring.read(guest, 0, 1, 512);
+    ring.kick();
+    ring.completion();
+    assert_eq!((status(guest, 0), guest.bytes(places(0).2, 8)), (0, 1u64.to_le_bytes().to_vec()));
+}
+
+#[test]
+fn every_wrong_message_is_refused_and_the_ring_goes_on() {
+    let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
+    let client = server.connect();
+    let mut ring = with_running_ring(&client, &guest);
+    let file = sealed_memfd("hostile", 1 << 20).unwrap();
+    for Wrong { what, code, payload, fds } in wrong_messages(&guest, &ring) {
+        let fds: Vec<BorrowedFd<'_>> = (0..fds).map(|_| file.as_fd()).collect();
+        assert_ne!(client.acknowledged(code, &payload, &fds), 0, "{what} was taken");
+        works(&guest, &mut ring);
+    }
+}
+
+#[test]
+fn without_need_reply_a_wrong_message_is_passed_over_unless_an_answer_is_owed() {
+    let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
+    let file = sealed_memfd("hostile", 1 << 20).unwrap();
+    let owed = [
+        Code::SET_LOG_BASE,
+        Code::GET_VRING_BASE,
+        Code::GET_CONFIG,
+        Code::GET_INFLIGHT_FD,
+        Code::POSTCOPY_ADVISE,
+        Code::SET_DEVICE_STATE_FD,
+    ];
+    let mut client = server.connect();
+    let mut ring = with_running_ring(&client, &guest);
+    for Wrong { what, code, payload, fds } in wrong_messages(&guest, &ring) {
+        let fds: Vec<BorrowedFd<'_>> = (0..fds).map(|_| file.as_fd()).collect();
+        client.send(code, VERSION, &payload, &fds);
+        if owed.contains(&code) {
+            // Some have an answer that says no; a front-end that waits for one that can't be given is cut off.
+            if matches!(code, Code::GET_CONFIG | Code::GET_INFLIGHT_FD) && payload.len() > 3 {
+                client.reply(code);
+            } else {
+                assert!(client.is_closed(), "{what} was passed over");
+                client = server.connect();
+                ring = with_running_ring(&client, &guest);
+            }
+        } else {
+            client.barrier();
+        }
+        works(&guest, &mut ring);
+    }
+}
+
+#[test]
+fn a_broken_frame_ends_the_connection_and_the_next_one_is_served() {
+    let server = Server::disk(1 << 20, |_| {});
+    let header = |request, flags, size| Header { request, flags, size }.as_bytes().to_vec();
+    let frames = [
+        header(1, 0, 0),
+        header(1, 2, 0),
+        header(1, 3, 0),
+        header(5, VERSION, u32::MAX),
+        header(5, VERSION, 1 << 20),
+        vec![0xff; 64],
+    ];
+    for frame in frames {
+        let client = server.connect();
+        client.send_bytes(&frame, &[]);
+        assert!(client.is_closed(), "{frame:?}");
+    }
+    // Cut off within the header, and within the payload.
+    for cut in [vec![1, 0, 0, 0, 1], header(2, VERSION, 8)] {
+        let client = server.connect();
+        client.send_bytes(&cut, &[]);
+        client.socket.shutdown(std::net::Shutdown::Write).unwrap();
+        assert!(client.is_closed());
+    }
+    server.connect().barrier();
+}
+
+#[test]
+fn a_reply_that_nobody_asked_for_is_passed_over() {
+    let server = Server::disk(1 << 20, |_| {});
+    let client = server.connect();
+    client.send(Code::SET_FEATURES, VERSION | Header::FLAG_REPLY, &[0; 8], &[]);
+    client.barrier();
+}
+
+/// Descriptors are the driver's, who may be as hostile as the front-end.
+#[test]
+fn a_broken_ring_stops_alone_says_so_and_can_be_set_up_again() {
+    let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, BASIC);
+    let desc = |addr: u64, len: u32, flags: u16, next: u16| Desc {
+        addr: addr.into(),
+        len: len.into(),
+        flags: flags.into(),
+        next: next.into(),
+    };
+    let breakages: [(&str, [Desc; 2], u16, u16); 6] = [
+        ("a chain that is a loop", [desc(0x60_0000, 16, 1, 1), desc(0x60_0000, 16, 1, 0)], 0, 1),
+        ("a next outside the table", [desc(0x60_0000, 16, 1, 999), desc(0, 0, 0, 0)], 0, 1),
+        ("a head outside the table", [desc(0, 0, 0, 0), desc(0, 0, 0, 0)], 256, 1),
+        ("an index that ran away", [desc(0, 0, 0, 0), desc(0, 0, 0, 0)], 0, 9999),
+        ("a readable buffer behind a writable one", [desc(0x60_0000, 16, 3, 1), desc(0x60_0000, 16, 0, 0)], 0, 1),
+        ("an indirect table without INDIRECT_DESC", [desc(0x60_0000, 16, 4, 0), desc(0, 0, 0, 0)], 0, 1),
+    ];
+    let mut good = Ring::new(&guest, 1, 256, BASIC);
+    good.set_up(&client, &guest, 0);
+    good.enable(&client, true);
+    for (what, descs, head, index) in breakages {
+        let ring = Ring::new(&guest, 0, 256, BASIC);
+        guest.memory.write(ring.layout.desc, descs.as_bytes()).unwrap();
+        guest.memory.write(ring.layout.avail + 4, &head.to_le_bytes()).unwrap();
+        guest.memory.write(ring.layout.avail + 2, &index.to_le_bytes()).unwrap();
+        let error = EventFd::new().unwrap();
+        client.done(Code::SET_VRING_ERR, &0u64, &[error.as_fd()]);
+        ring.set_up(&client, &guest, 0);
+        ring.enable(&client, true);
+        assert!(error.read().unwrap() > 0, "{what}");
+        works(&guest, &mut good);
+        client.ring_base(0);
+        let mut again = Ring::new(&guest, 0, 256, BASIC);
+        again.set_up(&client, &guest, 0);
+        works(&guest, &mut again);
+        client.ring_base(0);
+    }
+}
+
+#[test]
+fn a_descriptor_that_is_made_available_twice_breaks_the_ring_and_not_the_process() {
+    let (device, gate) = crate::drain::Held::new();
+    let (server, guest) = (Server::new(device), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, BASIC);
+    let mut ring = Ring::new(&guest, 0, 256, BASIC);
+    ring.driver.add(&[], &[Buffer { gpa: HIGH, len: 8 }], None).unwrap().unwrap();
+    let _ = ring.driver.publish();
+    guest.memory.write(ring.layout.avail + 2, &2u16.to_le_bytes()).unwrap();
+    let error = EventFd::new().unwrap();
+    client.done(Code::SET_VRING_ERR, &0u64, &[error.as_fd()]);
+    ring.set_up(&client, &guest, 0);
+    ring.enable(&client, true);
+    assert!(error.read().unwrap() > 0);
+    gate.write(1).unwrap();
+    client.ring_base(0);
+    ring.completion();
+}
+
+#[test]
+fn an_inflight_region_full_of_noise_is_refused_when_the_ring_would_start() {
+    let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
+    let size = inflight::Region::bytes_for(1, 256).unwrap();
+    let description =
+        InflightDescription { mmap_size: size, mmap_offset: 0, num_queues: 1, queue_size: 256, padding: [0; 4] };
+    let mut noise = 1u64;
+    for round in 0..50 {
+        let (region, fd) = inflight::Region::create(1, 256).unwrap();
+        let mut bytes = region.copy(0).unwrap();
+        for byte in &mut bytes {
+            noise = noise.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            *byte = (noise >> 56) as u8;
+        }
+        // A version that is known lets recovery look at the rest.
+        bytes[8..12].copy_from_slice(&[1, 0, 0, 1]);
+        std::os::unix::fs::FileExt::write_all_at(&std::fs::File::from(fd.try_clone().unwrap()), &bytes, 0).unwrap();
+        let client = server.connect();
+        begin(&client, &guest, BASIC);
+        client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
+        let ring = Ring::new(&guest, 0, 256, BASIC);
+        ring.set_up(&client, &guest, 0);
+        let enable = VringState { index: 0, num: 1 };
+        let refused = client.acknowledged(Code::SET_VRING_ENABLE, enable.as_bytes(), &[]);
+        assert_eq!(refused, 1, "noise {round} was taken for requests");
+        client.barrier();
+    }
+}
+
+#[test]
+fn nothing_hostile_leaves_an_fd_open_or_a_process_dead() {
+    let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
+    let options = disk_options(folder.path(), 1 << 20, |_| {});
+    let socket = folder.path().join("socket");
+    let mut process = Process::start(&socket, &options.image, &["--queues", "2"]);
+    let file = sealed_memfd("hostile", 1 << 20).unwrap();
+    let idle = || {
+        let client = Client::connect(&socket);
+        client.barrier();
+        process.open_fds()
+    };
+    let before = idle();
+    for (flags, more_fds) in [(VERSION, 0), (NEED_REPLY, 0), (VERSION, 20), (NEED_REPLY, 20)] {
+        let mut client = Client::connect(&socket);
+        let mut ring = with_running_ring(&client, &guest);
+        for Wrong { code, payload, fds, .. } in wrong_messages(&guest, &ring) {
+            let fds: Vec<BorrowedFd<'_>> = (0..fds + more_fds).map(|_| file.as_fd()).collect();
+            client.send(code, flags, &payload, &fds);
+            client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
+            client.socket.shutdown(std::net::Shutdown::Write).unwrap();
+            while !client.is_closed() {}
+            client = Client::connect(&socket);
+            ring = with_running_ring(&client, &guest);
+            works(&guest, &mut ring);
+        }
+    }
+    assert_eq!(idle(), before, "file descriptors are left open");
+    process.child.kill().unwrap();
+    let errors = process.errors();
+    assert!(errors.contains("(rule L2)") && errors.contains("(rule M1)"), "errors name their rules: {errors}");
+    assert!(!errors.contains("panicked"), "{errors}");
+}

@@ -1,0 +1,375 @@
+//! The dirty log against an oracle that knows every byte the device writes: no page missing, none too many.
+
+use std::collections::BTreeSet;
+use std::os::fd::AsFd;
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::vhost_user::{InflightDescription, LogDescription, Request as Code};
+use vhost_migrate::abi::virtio::VIRTIO_RING_F_EVENT_IDX;
+use vhost_migrate::inflight;
+use vhost_migrate::memory::{Region, sealed_memfd};
+use vhost_migrate::ring::Buffer;
+use zerocopy::IntoBytes;
+
+use crate::guest::{
+    BASIC, Guest, LOG_ALL, Ring, add_region, begin, harvest, header, install_log, pages, places, start_logging, status,
+    stop_logging,
+};
+use crate::raw::{Client, VERSION};
+use crate::server::Server;
+
+const EVENT_IDX: u64 = bit(VIRTIO_RING_F_EVENT_IDX);
+/// Where used rings are logged: not where they are, and so that a page ends between the indexes and the elements.
+const LOG_AT: u64 = 0x30_0ffc;
+const DISK: u64 = 4 << 20;
+
+/// What the device has written since a point in time, as far as it can be known in advance.
+struct Oracle {
+    pages: BTreeSet<u64>,
+    used: u16,
+    avail_event: Vec<u8>,
+}
+
+impl Oracle {
+    fn new(guest: &Guest, ring: &Ring) -> Oracle {
+        Oracle { pages: BTreeSet::new(), used: ring.driver.state().used, avail_event: avail_event(guest, ring) }
+    }
+
+    fn wrote(&mut self, gpa: u64, len: u64) {
+        self.pages.extend(pages(gpa, len));
+    }
+
+    /// Adds the used ring's writes under `log_guest_addr`, the ring being stopped (rule L3).
+    fn used_ring(&mut self, guest: &Guest, ring: &Ring, at: u64) {
+        let to = ring.driver.state().used;
+        let size = u64::from(ring.layout.size);
+        let mut index = self.used;
+        while index != to {
+            self.wrote(at + 2, 2);
+            self.wrote(at + 4 + 8 * (u64::from(index) % size), 8);
+            index = index.wrapping_add(1);
+        }
+        if avail_event(guest, ring) != self.avail_event {
+            self.wrote(at + 4 + 8 * size, 2);
+        }
+        self.used = to;
+    }
+}
+
+fn avail_event(guest: &Guest, ring: &Ring) -> Vec<u8> {
+    guest.bytes(ring.layout.used + 4 + 8 * u64::from(ring.layout.size), 2)
+}
+
+/// Reads, writes and requests that must fail, 30 of them in slots from `first` on, while `meanwhile` happens.
+fn load(guest: &Guest, ring: &mut Ring, first: u64, oracle: &mut Oracle, meanwhile: impl FnOnce()) {
+    for slot in first..first + 30 {
+        let (_, status, data) = places(slot);
+        let len = 512 * (slot % 40 + 1);
+        oracle.wrote(status, 1);
+        match slot % 3 {
+            0 => {
+                ring.write(guest, slot, slot % 100 * 80, &vec![slot as u8; len as usize]);
+            }
+            1 => {
+                ring.read(guest, slot, DISK / 512 - 1, 1024);
+            }
+            _ => {
+                oracle.wrote(data, len);
+                ring.read(guest, slot, slot % 100 * 80, len as u32);
+            }
+        }
+    }
+    ring.kick();
+    meanwhile();
+    ring.completions(30);
+    for slot in first..first + 30 {
+        assert_eq!(status(guest, slot), u8::from(slot % 3 == 1));
+    }
+}
+
+fn running(client: &Client, guest: &Guest, features: u64) -> Ring {
+    begin(client, guest, features);
+    let ring = Ring::new(guest, 0, 512, features);
+    ring.set_up(client, guest, 0);
+    ring.enable(client, true);
+    ring
+}
+
+#[test]
+fn the_log_holds_exactly_what_the_device_wrote() {
+    for features in [BASIC, BASIC | EVENT_IDX] {
+        let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
+        let client = server.connect();
+        let mut ring = running(&client, &guest, features);
+        let log = install_log(&client, &guest);
+        start_logging(&client, &guest, features, &mut [&mut ring], LOG_AT);
+        let mut oracle = Oracle::new(&guest, &ring);
+        for round in 0..4 {
+            load(&guest, &mut ring, round * 30, &mut oracle, || {});
+        }
+        assert_eq!(client.ring_base(0), 120);
+        oracle.used_ring(&guest, &ring, LOG_AT);
+        assert_eq!(harvest(&log), oracle.pages, "features {features:#x}");
+        assert_eq!(log.out_of_range(), 0);
+    }
+}
+
+#[test]
+fn a_buffer_across_pages_and_regions_is_logged_to_its_last_byte_and_no_further() {
+    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
+    let client = server.connect();
+    let mut ring = running(&client, &guest, BASIC);
+    let log = install_log(&client, &guest);
+    start_logging(&client, &guest, BASIC, &mut [&mut ring], LOG_AT);
+    let mut oracle = Oracle::new(&guest, &ring);
+    let (head, _, _) = places(0);
+    let head = header(&guest, head, 0, 0);
+    // 512 bytes that end with the first byte of a page; status in the middle of another.
+    let writable =
+        [Buffer { gpa: 0x70_0e01, len: 512 }, Buffer { gpa: 0x71_0800, len: 512 }, Buffer { gpa: 0x72_0fff, len: 1 }];
+    ring.driver.add(&[head], &writable, None).unwrap().unwrap();
+    ring.kick();
+    ring.completion();
+    client.ring_base(0);
+    oracle.wrote(0x70_0e01, 512);
+    oracle.wrote(0x71_0800, 512);
+    oracle.wrote(0x72_0fff, 1);
+    oracle.used_ring(&guest, &ring, LOG_AT);
+    assert_eq!(harvest(&log), oracle.pages);
+    assert!(oracle.pages.contains(&0x701), "the test must have a range that just reaches a page");
+}
+
+#[test]
+fn nothing_is_logged_before_logging_is_on_nor_after_it_is_off() {
+    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
+    let client = server.connect();
+    let mut ring = running(&client, &guest, BASIC);
+    let log = install_log(&client, &guest);
+    let mut oracle = Oracle::new(&guest, &ring);
+    load(&guest, &mut ring, 0, &mut oracle, || {});
+    client.barrier();
+    assert!(harvest(&log).is_empty(), "logged before LOG_ALL and F_LOG");
+    start_logging(&client, &guest, BASIC, &mut [&mut ring], LOG_AT);
+    load(&guest, &mut ring, 0, &mut oracle, || {});
+    assert!(!harvest(&log).is_empty());
+    stop_logging(&client, &guest, BASIC, &mut [&mut ring]);
+    harvest(&log);
+    load(&guest, &mut ring, 0, &mut oracle, || {});
+    client.ring_base(0);
+    assert!(harvest(&log).is_empty(), "logged after it was switched off");
+}
+
+#[test]
+fn data_follows_log_all_and_the_used_ring_follows_f_log() {
+    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
+    let client = server.connect();
+    let mut ring = running(&client, &guest, BASIC);
+    let log = install_log(&client, &guest);
+    client.done(Code::SET_FEATURES, &(BASIC | LOG_ALL), &[]);
+    let mut data = Oracle::new(&guest, &ring);
+    load(&guest, &mut ring, 0, &mut data, || {});
+    client.done(Code::SET_FEATURES, &BASIC, &[]);
+    assert_eq!(harvest(&log), data.pages);
+    ring.log_at = Some(LOG_AT);
+    client.done(Code::SET_VRING_ADDR, &ring.addr(&guest), &[]);
+    let mut used = Oracle::new(&guest, &ring);
+    load(&guest, &mut ring, 0, &mut data, || {});
+    client.ring_base(0);
+    used.used_ring(&guest, &ring, LOG_AT);
+    assert_eq!(harvest(&log), used.pages);
+}
+
+#[test]
+fn a_log_that_changes_under_load_loses_nothing_and_leaves_the_old_one_alone() {
+    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
+    let client = server.connect();
+    let mut ring = running(&client, &guest, BASIC | EVENT_IDX);
+    let mut logs = vec![install_log(&client, &guest)];
+    start_logging(&client, &guest, BASIC | EVENT_IDX, &mut [&mut ring], LOG_AT);
+    let (mut oracle, mut found) = (Oracle::new(&guest, &ring), BTreeSet::new());
+    for round in 0..40 {
+        load(&guest, &mut ring, round * 30 % 210, &mut oracle, || {
+            let log = install_log(&client, &guest);
+            // After the reply nothing is written there: what is harvested now must be all.
+            found.extend(harvest(logs.last().unwrap()));
+            logs.push(log);
+        });
+    }
+    client.ring_base(0);
+    oracle.used_ring(&guest, &ring, LOG_AT);
+    let last = logs.pop().unwrap();
+    assert!(logs.iter().all(|log| harvest(log).is_empty()), "an old log was written after the reply");
+    found.extend(harvest(&last));
+    assert_eq!(found, oracle.pages);
+}
+
+#[test]
+fn memory_that_changes_under_load_leaves_the_log_exact() {
+    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
+    let client = server.connect();
+    let mut ring = running(&client, &guest, BASIC);
+    let log = install_log(&client, &guest);
+    start_logging(&client, &guest, BASIC, &mut [&mut ring], LOG_AT);
+    let mut oracle = Oracle::new(&guest, &ring);
+    for round in 0..10u64 {
+        load(&guest, &mut ring, round * 20, &mut oracle, || match round % 2 {
+            0 => guest.send_table(&client),
+            _ => {
+                let fd = sealed_memfd("more", 0x10_0000).unwrap();
+                let region = Region::share(fd, (2 << 30) + (round << 24), 0x10_0000, 0).unwrap();
+                assert_eq!(add_region(&client, &region), 0);
+            }
+        });
+    }
+    client.ring_base(0);
+    oracle.used_ring(&guest, &ring, LOG_AT);
+    assert_eq!(harvest(&log), oracle.pages);
+}
+
+#[test]
+fn a_second_migration_is_logged_as_exactly_as_the_first() {
+    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
+    let client = server.connect();
+    let mut ring = running(&client, &guest, BASIC);
+    let mut base = 0;
+    for _ in 0..3 {
+        let log = install_log(&client, &guest);
+        start_logging(&client, &guest, BASIC, &mut [&mut ring], LOG_AT);
+        let mut oracle = Oracle::new(&guest, &ring);
+        load(&guest, &mut ring, 0, &mut oracle, || {});
+        base = client.ring_base(0);
+        oracle.used_ring(&guest, &ring, LOG_AT);
+        assert_eq!(harvest(&log), oracle.pages);
+        stop_logging(&client, &guest, BASIC, &mut [&mut ring]);
+        ring.set_up(&client, &guest, base);
+        load(&guest, &mut ring, 0, &mut oracle, || {});
+        client.barrier();
+        assert!(harvest(&log).is_empty());
+    }
+    assert_eq!(base, 150);
+}
+
+#[test]
+fn on_reconnect_while_logging_no_byte_is_touched_until_the_ring_is_enabled() {
+    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
+    let client = server.connect();
+    // The order in which QEMU does it (rule L8): LOG_ALL, F_LOG and KICK before SET_LOG_BASE and ENABLE.
+    begin(&client, &guest, BASIC | LOG_ALL);
+    let mut ring = Ring::new(&guest, 0, 512, BASIC);
+    ring.log_at = Some(LOG_AT);
+    let mut oracle = Oracle::new(&guest, &ring);
+    ring.read(&guest, 0, 0, 512);
+    oracle.wrote(places(0).2, 512);
+    oracle.wrote(places(0).1, 1);
+    ring.set_up(&client, &guest, 0);
+    ring.kick();
+    let before = guest.snapshot();
+    let log = install_log(&client, &guest);
+    client.barrier();
+    assert!(before == guest.snapshot(), "memory was touched before the ring was enabled");
+    ring.enable(&client, true);
+    ring.completion();
+    client.ring_base(0);
+    oracle.used_ring(&guest, &ring, LOG_AT);
+    assert_eq!(harvest(&log), oracle.pages);
+}
+
+#[test]
+fn log_all_without_a_log_serves_the_guest() {
+    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
+    let client = server.connect();
+    let mut ring = running(&client, &guest, BASIC | LOG_ALL);
+    ring.log_at = Some(LOG_AT);
+    client.done(Code::SET_VRING_ADDR, &ring.addr(&guest), &[]);
+    let mut oracle = Oracle::new(&guest, &ring);
+    load(&guest, &mut ring, 0, &mut oracle, || {});
+    assert_eq!(client.ring_base(0), 30);
+}
+
+#[test]
+fn a_log_of_any_size_at_any_place_is_used_to_its_last_byte_and_not_one_beyond() {
+    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
+    let client = server.connect();
+    let mut ring = running(&client, &guest, BASIC);
+    let fd = sealed_memfd("log", 0x4000).unwrap();
+    let file = Region::map(fd.as_fd(), 0, 0x4000, 0, 0).unwrap();
+    // Pages up to the status page of slot 4, whose bit is in the last byte.
+    let size = (places(4).1 >> 12) / 8 + 1;
+    let description = LogDescription { mmap_size: size, mmap_offset: 0x1000 };
+    client.send(Code::SET_LOG_BASE, VERSION, description.as_bytes(), &[fd.as_fd()]);
+    client.reply(Code::SET_LOG_BASE);
+    client.done(Code::SET_FEATURES, &(BASIC | LOG_ALL), &[]);
+    for slot in 0..20 {
+        ring.read(&guest, slot, 0, 512);
+    }
+    ring.kick();
+    ring.completions(20);
+    assert_eq!(client.ring_base(0), 20, "a log that is too small must not stop the ring");
+    let mut bytes = vec![0; 0x4000];
+    file.slice(0, 0x4000).unwrap().copy_to(&mut bytes);
+    let last = 0x1000 + size as usize - 1;
+    assert_eq!(bytes[last], 0xff, "the last byte of the log was not used");
+    let outside = |(at, byte): (usize, &u8)| *byte != 0 && !(0x1000..=last).contains(&at);
+    assert!(!bytes.iter().enumerate().any(outside), "a byte outside the log was written");
+}
+
+#[test]
+fn the_log_fd_is_signalled_after_logging_and_not_when_it_is_taken_back() {
+    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
+    let client = server.connect();
+    let mut ring = running(&client, &guest, BASIC);
+    let signal = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+    client.done(Code::SET_LOG_FD, &0u64, &[signal.as_fd()]);
+    let mut oracle = Oracle::new(&guest, &ring);
+    load(&guest, &mut ring, 0, &mut oracle, || {});
+    client.barrier();
+    assert!(signal.read().is_err(), "signalled without logging");
+    let _log = install_log(&client, &guest);
+    start_logging(&client, &guest, BASIC, &mut [&mut ring], LOG_AT);
+    load(&guest, &mut ring, 0, &mut oracle, || {});
+    // The driver hears of a batch after the log's reader does.
+    assert!((1..=30).contains(&signal.read().unwrap()), "at most one signal per burst");
+    client.done(Code::SET_LOG_FD, &[0u8; 0], &[]);
+    let _ = signal.read();
+    load(&guest, &mut ring, 0, &mut oracle, || {});
+    client.ring_base(0);
+    assert!(signal.read().is_err());
+}
+
+/// Rules I3 and L10: a process may die between a write to the used ring and its mark.
+#[test]
+fn a_successor_logs_the_whole_used_ring_again_if_its_predecessor_died_at_work() {
+    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
+    let mut ring = Ring::new(&guest, 0, 512, BASIC);
+    let head = ring.read(&guest, 0, 5, 512);
+    ring.read(&guest, 1, 6, 512);
+    let _ = ring.driver.publish();
+    // What a predecessor leaves that died with the first request taken.
+    let (region, fd) = inflight::Region::create(1, 512).unwrap();
+    region.split(0, 512, 0).unwrap().0.take(head);
+    let client = server.connect();
+    begin(&client, &guest, BASIC);
+    let description = InflightDescription {
+        mmap_size: inflight::Region::bytes_for(1, 512).unwrap(),
+        mmap_offset: 0,
+        num_queues: 1,
+        queue_size: 512,
+        padding: [0; 4],
+    };
+    client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
+    ring.log_at = Some(LOG_AT);
+    ring.set_up(&client, &guest, 0);
+    let log = install_log(&client, &guest);
+    client.done(Code::SET_FEATURES, &(BASIC | LOG_ALL), &[]);
+    ring.enable(&client, true);
+    assert_eq!(ring.completions(2).len(), 2);
+    assert_eq!(client.ring_base(0), 2);
+    let mut oracle = Oracle::new(&guest, &ring);
+    for slot in [0, 1] {
+        oracle.wrote(places(slot).1, 1);
+        oracle.wrote(places(slot).2, 512);
+    }
+    oracle.wrote(LOG_AT, 6 + 8 * 512);
+    assert_eq!(harvest(&log), oracle.pages);
+}

@@ -1,0 +1,12 @@
+//! Promises of the vhost-user back-end, kept towards a front-end that speaks the protocol by hand.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod blk;
+mod crash;
+mod drain;
+mod guest;
+mod hostile;
+mod log;
+mod raw;
+mod rules;
+mod server;

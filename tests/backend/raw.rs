@@ -1,0 +1,134 @@
+//! The front-end's side of the socket, message by message, with nothing in between that could be polite.
+
+use std::io::{IoSlice, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use vhost_migrate::abi::vhost_user::{Header, Request as Code, VringState};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+/// How long anything may take before a test gives up.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
+
+pub(crate) const VERSION: u32 = Header::FLAG_VERSION;
+pub(crate) const NEED_REPLY: u32 = Header::FLAG_VERSION | Header::FLAG_NEED_REPLY;
+
+pub(crate) struct Client {
+    pub(crate) socket: UnixStream,
+}
+
+impl Client {
+    pub(crate) fn connect(path: &Path) -> Client {
+        let socket = UnixStream::connect(path).unwrap();
+        socket.set_read_timeout(Some(DEADLINE)).unwrap();
+        Client { socket }
+    }
+
+    /// Any header, any payload, any fds.
+    pub(crate) fn send(&self, code: Code, flags: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) {
+        let header = Header { request: code.0, flags, size: payload.len() as u32 };
+        self.send_bytes(&[header.as_bytes(), payload].concat(), fds);
+    }
+
+    pub(crate) fn send_bytes(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+        let raw: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let control = if raw.is_empty() { &[][..] } else { &rights[..] };
+        let fd = self.socket.as_raw_fd();
+        let sent = sendmsg::<()>(fd, &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None).unwrap();
+        assert_eq!(sent, bytes.len());
+    }
+
+    /// The next message from the back-end.
+    pub(crate) fn receive(&self) -> (Header, Vec<u8>, Option<OwnedFd>) {
+        let mut header = Header { request: 0, flags: 0, size: 0 };
+        let mut space = nix::cmsg_space!([i32; 4]);
+        let mut iov = [std::io::IoSliceMut::new(header.as_mut_bytes())];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_WAITALL;
+        let message = recvmsg::<()>(self.socket.as_raw_fd(), &mut iov, Some(&mut space), flags).unwrap();
+        let fds = message.cmsgs().unwrap().find_map(|control| match control {
+            ControlMessageOwned::ScmRights(fds) => Some(fds),
+            _ => None,
+        });
+        assert_eq!(message.bytes, size_of::<Header>(), "the back-end has hung up");
+        // SAFETY: the system has just opened this fd for us.
+        let fd = fds.map(|fds| unsafe { OwnedFd::from_raw_fd(fds[0]) });
+        let mut payload = vec![0; header.size as usize];
+        (&self.socket).read_exact(&mut payload).unwrap();
+        (header, payload, fd)
+    }
+
+    /// The reply to `code`, whose header is checked to the bit (rule F2).
+    pub(crate) fn reply(&self, code: Code) -> Vec<u8> {
+        let (header, payload, _) = self.receive();
+        assert_eq!((Code(header.request), header.flags), (code, 5));
+        payload
+    }
+
+    /// A request that has a reply of its own.
+    pub(crate) fn ask(&self, code: Code, payload: &[u8]) -> Vec<u8> {
+        self.send(code, VERSION, payload, &[]);
+        self.reply(code)
+    }
+
+    pub(crate) fn ask_number(&self, code: Code) -> u64 {
+        u64::read_from_bytes(&self.ask(code, &[])).unwrap()
+    }
+
+    /// A request without a reply.
+    pub(crate) fn tell(&self, code: Code, body: &(impl IntoBytes + Immutable)) {
+        self.send(code, VERSION, body.as_bytes(), &[]);
+    }
+
+    /// A request with need-reply; 0 is done (rule F4).
+    pub(crate) fn acknowledged(&self, code: Code, payload: &[u8], fds: &[BorrowedFd<'_>]) -> u64 {
+        self.send(code, NEED_REPLY, payload, fds);
+        u64::read_from_bytes(&self.reply(code)).unwrap()
+    }
+
+    pub(crate) fn done(&self, code: Code, body: &(impl IntoBytes + Immutable), fds: &[BorrowedFd<'_>]) {
+        assert_eq!(self.acknowledged(code, body.as_bytes(), fds), 0, "{code} was refused");
+    }
+
+    pub(crate) fn ring_base(&self, index: u32) -> u32 {
+        self.tell(Code::GET_VRING_BASE, &VringState { index, num: 0 });
+        self.ring_base_reply(index)
+    }
+
+    pub(crate) fn ring_base_reply(&self, index: u32) -> u32 {
+        let state = VringState::read_from_bytes(&self.reply(Code::GET_VRING_BASE)).unwrap();
+        assert_eq!(state.index, index);
+        state.num
+    }
+
+    /// Everything sent so far is done when this returns (rule F4).
+    pub(crate) fn barrier(&self) {
+        self.ask_number(Code::GET_FEATURES);
+    }
+
+    /// Whether the back-end has hung up, after all it had to say.
+    pub(crate) fn is_closed(&self) -> bool {
+        match (&self.socket).read(&mut [0]) {
+            Ok(count) => count == 0,
+            Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
+        }
+    }
+
+    pub(crate) fn send_slowly(&self, bytes: &[u8], fd: Option<BorrowedFd<'_>>) {
+        let fds: Vec<_> = fd.into_iter().collect();
+        let (first, rest) = bytes.split_at(1);
+        self.send_bytes(first, &fds);
+        for byte in rest {
+            (&self.socket).write_all(&[*byte]).unwrap();
+        }
+    }
+}
+
+impl AsFd for Client {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}

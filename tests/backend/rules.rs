@@ -1,0 +1,385 @@
+//! What front-ends of every make may rely on, rule by rule.
+
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::vhost_user::{
+    ConfigHeader, Header, InflightDescription, LogDescription, MemoryHeader, Request as Code, VringState,
+    protocol_feature,
+};
+use vhost_migrate::dirty::Log;
+use vhost_migrate::inflight;
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::drain::Held;
+use crate::guest::{BASIC, BIT_30, Guest, LOG_ALL, PROTOCOL, Ring, begin, places, send_log, status};
+use crate::raw::{Client, NEED_REPLY, VERSION};
+use crate::server::Server;
+
+const DISK: u64 = 1 << 20;
+
+fn disk() -> (Server, Guest) {
+    (Server::disk(DISK, |_| {}), Guest::new())
+}
+
+fn running(client: &Client, guest: &Guest) -> Ring {
+    begin(client, guest, BASIC);
+    let ring = Ring::new(guest, 0, 256, BASIC);
+    ring.set_up(client, guest, 0);
+    ring.enable(client, true);
+    ring
+}
+
+fn read_one(guest: &Guest, ring: &mut Ring, sector: u64) {
+    let head = ring.read(guest, 0, sector, 512);
+    ring.kick();
+    assert_eq!(ring.completion(), (head, 513));
+    assert_eq!(status(guest, 0), 0);
+    assert_eq!(guest.bytes(places(0).2, 8), sector.to_le_bytes());
+}
+
+#[test]
+fn what_is_offered_is_what_the_rules_speak_of() {
+    let (server, _) = disk();
+    let client = server.connect();
+    let features = client.ask_number(Code::GET_FEATURES);
+    assert_eq!(features & (BASIC | LOG_ALL), BASIC | LOG_ALL);
+    let offered = client.ask_number(Code::GET_PROTOCOL_FEATURES);
+    let backend = bit(protocol_feature::BACKEND_REQ) | bit(protocol_feature::BACKEND_SEND_FD);
+    assert_eq!(offered, PROTOCOL | backend);
+    assert_eq!(client.ask_number(Code::GET_QUEUE_NUM), 2);
+    assert!(client.ask_number(Code::GET_MAX_MEM_SLOTS) >= 509);
+}
+
+/// Rule F1.
+#[test]
+fn a_message_may_come_byte_by_byte_with_its_fds_on_the_first() {
+    let (server, guest) = disk();
+    let client = server.connect();
+    client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
+    let (_, fd) = Log::create(guest.memory.end()).unwrap();
+    let header = Header { request: Code::SET_LOG_BASE.0, flags: VERSION, size: 16 };
+    let body = LogDescription { mmap_size: 8, mmap_offset: 0 };
+    client.send_slowly(&[header.as_bytes(), body.as_bytes()].concat(), Some(fd.as_fd()));
+    assert_eq!(client.reply(Code::SET_LOG_BASE), body.as_bytes());
+}
+
+/// Rule F3.
+#[test]
+fn need_reply_adds_no_second_answer_to_a_request_that_has_one() {
+    let (server, _) = disk();
+    let client = server.connect();
+    client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
+    client.send(Code::GET_QUEUE_NUM, NEED_REPLY, &[], &[]);
+    client.send(Code::GET_STATUS, VERSION, &[], &[]);
+    assert_eq!(client.reply(Code::GET_QUEUE_NUM), 2u64.as_bytes());
+    client.reply(Code::GET_STATUS);
+}
+
+/// Rule F4.
+#[test]
+fn need_reply_means_nothing_before_reply_ack_is_acknowledged() {
+    let (server, _) = disk();
+    let client = server.connect();
+    client.send(Code::SET_OWNER, NEED_REPLY, &[], &[]);
+    client.barrier();
+    client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
+    assert_eq!(client.acknowledged(Code::SET_OWNER, &[], &[]), 0);
+}
+
+/// Rule F6.
+#[test]
+fn a_memory_table_may_be_longer_than_its_regions() {
+    let (server, guest) = disk();
+    let client = server.connect();
+    client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
+    // User-mode Linux: always 72 bytes, one region, one fd.
+    let mut payload = MemoryHeader { nregions: 1, padding: 0 }.as_bytes().to_vec();
+    payload.extend(Guest::describe(&guest.memory.regions()[0]).as_bytes());
+    payload.resize(72, 0xee);
+    assert_eq!(client.acknowledged(Code::SET_MEM_TABLE, &payload, &guest.fds()[..1]), 0);
+    assert_eq!(client.acknowledged(Code::SET_MEM_TABLE, &payload[..39], &guest.fds()[..1]), 1);
+}
+
+/// Rule F7.
+#[test]
+fn set_log_base_is_answered_with_a_number_if_that_is_what_was_asked_for() {
+    let (server, guest) = disk();
+    let client = server.connect();
+    client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
+    let (log, fd) = Log::create(guest.memory.end()).unwrap();
+    send_log(&client, &log, &fd);
+    let body = LogDescription { mmap_size: log.size(), mmap_offset: 0 };
+    assert_eq!(client.acknowledged(Code::SET_LOG_BASE, body.as_bytes(), &[fd.as_fd()]), 0);
+}
+
+/// Rule F8.
+#[test]
+fn the_call_may_be_a_socket_and_the_signal_is_eight_bytes() {
+    let (server, guest) = disk();
+    let client = server.connect();
+    let mut ring = running(&client, &guest);
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    client.done(Code::SET_VRING_CALL, &0u64, &[theirs.as_fd()]);
+    drop(theirs);
+    ring.read(&guest, 0, 0, 512);
+    ring.kick();
+    let mut signal = [0; 8];
+    std::io::Read::read_exact(&mut &ours, &mut signal).unwrap();
+    assert_eq!(u64::from_ne_bytes(signal), 1);
+    // Nobody reads any more: the ring must not wait for it.
+    for _ in 0..2000 {
+        while ring.driver.pop_used().unwrap().is_some() {}
+        read_polled(&guest, &mut ring);
+    }
+}
+
+fn read_polled(guest: &Guest, ring: &mut Ring) {
+    ring.read(guest, 0, 0, 512);
+    ring.kick();
+    while ring.driver.pop_used().unwrap().is_none() {
+        std::thread::yield_now();
+    }
+}
+
+/// Rule R1.
+#[test]
+fn without_bit_30_a_ring_runs_as_soon_as_it_is_kicked() {
+    let (server, guest) = disk();
+    let client = server.connect();
+    begin(&client, &guest, BASIC & !BIT_30);
+    let mut ring = Ring::new(&guest, 1, 64, BASIC);
+    ring.set_up(&client, &guest, 0);
+    read_one(&guest, &mut ring, 7);
+}
+
+/// Rules R2, R6.
+#[test]
+fn requests_that_waited_before_the_ring_was_started_are_served_without_a_kick() {
+    let (server, guest) = disk();
+    let client = server.connect();
+    begin(&client, &guest, BASIC);
+    let mut ring = Ring::new(&guest, 0, 256, BASIC);
+    ring.read(&guest, 0, 3, 512);
+    let _ = ring.driver.publish();
+    ring.enable(&client, true);
+    ring.set_up(&client, &guest, 0);
+    ring.completion();
+    assert_eq!(status(&guest, 0), 0);
+}
+
+/// Rules R2 and R6: the parts of a ring may come in any order.
+#[test]
+fn a_ring_runs_when_its_last_part_has_come_whichever_that_is() {
+    let (server, guest) = disk();
+    let client = server.connect();
+    client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
+    client.done(Code::SET_FEATURES, &BASIC, &[]);
+    let mut ring = Ring::new(&guest, 0, 256, BASIC);
+    ring.read(&guest, 0, 3, 512);
+    ring.set_up(&client, &guest, 0);
+    // Refused, as there is no memory: but it is kept in mind.
+    let enable = VringState { index: 0, num: 1 };
+    assert_eq!(client.acknowledged(Code::SET_VRING_ENABLE, enable.as_bytes(), &[]), 1);
+    let _ = ring.driver.publish();
+    guest.send_table(&client);
+    ring.completion();
+    assert_eq!(status(&guest, 0), 0);
+}
+
+/// Rule R5.
+#[test]
+fn set_vring_addr_on_a_running_ring_moves_no_index_and_no_address() {
+    let (server, guest) = disk();
+    let client = server.connect();
+    let mut ring = running(&client, &guest);
+    for sector in 0..20 {
+        read_one(&guest, &mut ring, sector);
+        ring.log_at = if sector % 2 == 0 { Some(0x30_0000) } else { None };
+        client.done(Code::SET_VRING_ADDR, &ring.addr(&guest), &[]);
+    }
+    let mut moved = ring.addr(&guest);
+    moved.desc_user_addr += 4096;
+    assert_eq!(client.acknowledged(Code::SET_VRING_ADDR, moved.as_bytes(), &[]), 1);
+    read_one(&guest, &mut ring, 20);
+    assert_eq!(client.ring_base(0), 21);
+}
+
+/// Rules R2, R4.
+#[test]
+fn size_and_base_of_a_running_ring_can_not_be_changed() {
+    let (server, guest) = disk();
+    let client = server.connect();
+    let mut ring = running(&client, &guest);
+    for code in [Code::SET_VRING_NUM, Code::SET_VRING_BASE] {
+        assert_eq!(client.acknowledged(code, VringState { index: 0, num: 128 }.as_bytes(), &[]), 1, "{code}");
+    }
+    read_one(&guest, &mut ring, 0);
+}
+
+/// Rule R3, and R2: a ring that was stopped starts again where it was.
+#[test]
+fn a_stopped_ring_goes_on_where_it_was() {
+    let (server, guest) = disk();
+    let client = server.connect();
+    let mut ring = running(&client, &guest);
+    for round in 0..5u32 {
+        read_one(&guest, &mut ring, round.into());
+        assert_eq!(client.ring_base(0), round + 1);
+        ring.set_up(&client, &guest, round + 1);
+    }
+    read_one(&guest, &mut ring, 0);
+}
+
+/// Rule R8.
+#[test]
+fn a_reset_stops_the_rings_and_keeps_the_memory() {
+    let (server, guest) = disk();
+    let client = server.connect();
+    let mut ring = running(&client, &guest);
+    read_one(&guest, &mut ring, 0);
+    client.done(Code::SET_STATUS, &4u64, &[]);
+    assert_eq!(client.ask_number(Code::GET_STATUS), 4);
+    for reset in [Code::SET_STATUS, Code::RESET_DEVICE] {
+        client.done(reset, &0u64, &[]);
+        assert_eq!(client.ask_number(Code::GET_STATUS), 0);
+        ring.read(&guest, 0, 0, 512);
+        let _ = ring.driver.publish();
+        ring.kick.write(1).unwrap();
+        client.barrier();
+        assert!(ring.driver.pop_used().unwrap().is_none(), "a request was served after the reset");
+        client.done(Code::SET_FEATURES, &BASIC, &[]);
+        ring = Ring::new(&guest, 0, 256, BASIC);
+        ring.set_up(&client, &guest, 0);
+        ring.enable(&client, true);
+        read_one(&guest, &mut ring, 1);
+    }
+}
+
+/// Rule R9.
+#[test]
+fn the_next_front_end_finds_the_disk_and_nothing_else() {
+    let (server, guest) = disk();
+    let client = server.connect();
+    let mut ring = running(&client, &guest);
+    ring.write(&guest, 1, 9, &[0x77; 512]);
+    ring.kick();
+    ring.completion();
+    // A second front-end waits until the first is gone.
+    let next = server.connect();
+    drop(client);
+    begin(&next, &guest, BASIC);
+    next.tell(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
+    assert_eq!(next.ring_base_reply(0), 0);
+    let mut ring = Ring::new(&guest, 0, 256, BASIC);
+    ring.set_up(&next, &guest, 0);
+    ring.enable(&next, true);
+    ring.read(&guest, 0, 9, 512);
+    ring.kick();
+    ring.completion();
+    assert_eq!(guest.bytes(places(0).2, 512), [0x77; 512]);
+}
+
+/// Rule C1.
+#[test]
+fn configuration_space_is_echoed_with_its_offset_and_size() {
+    let (device, _gate) = Held::new();
+    let server = Server::new(device);
+    let client = server.connect();
+    for (offset, size, bytes) in [(0, 4, &[1, 2, 3, 4][..]), (2, 2, &[3, 4]), (0, 8, &[1, 2, 3, 4, 0, 0, 0, 0])] {
+        let header = ConfigHeader { offset, size, flags: 0 };
+        let mut question = header.as_bytes().to_vec();
+        question.resize(12 + size as usize, 0xaa);
+        let answer = client.ask(Code::GET_CONFIG, &question);
+        assert_eq!(answer, [header.as_bytes(), bytes].concat());
+    }
+    let beyond = ConfigHeader { offset: 250, size: 7, flags: 0 };
+    assert!(client.ask(Code::GET_CONFIG, beyond.as_bytes()).is_empty(), "no payload is how this request says no");
+}
+
+/// Rule I1.
+#[test]
+fn an_inflight_region_is_made_as_asked_and_taken_back() {
+    let (server, guest) = disk();
+    let client = server.connect();
+    client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
+    let wanted = InflightDescription { mmap_size: 0, mmap_offset: 0, num_queues: 2, queue_size: 256, padding: [0; 4] };
+    client.send(Code::GET_INFLIGHT_FD, VERSION, wanted.as_bytes(), &[]);
+    let (_, answer, fd) = client.receive();
+    let answer = InflightDescription::read_from_bytes(&answer).unwrap();
+    assert_eq!(answer.mmap_size, inflight::Region::bytes_for(2, 256).unwrap());
+    assert_eq!((answer.mmap_offset, answer.num_queues, answer.queue_size), (0, 2, 256));
+    client.done(Code::SET_INFLIGHT_FD, &answer, &[fd.unwrap().as_fd()]);
+    let mut ring = running(&client, &guest);
+    read_one(&guest, &mut ring, 0);
+    // It can't be changed under a running ring.
+    let none = InflightDescription { num_queues: 99, ..wanted };
+    client.send(Code::GET_INFLIGHT_FD, VERSION, none.as_bytes(), &[]);
+    let (_, answer, fd) = client.receive();
+    assert_eq!(InflightDescription::read_from_bytes(&answer).unwrap().mmap_size, 0, "a region of 0 bytes says no");
+    assert!(fd.is_none());
+}
+
+/// Rule I5: the destination of a migration, where the ring was used without the region.
+#[test]
+fn a_fresh_inflight_region_on_a_used_ring_marks_nothing() {
+    let (server, guest) = disk();
+    let client = server.connect();
+    let mut ring = running(&client, &guest);
+    for sector in 0..5 {
+        read_one(&guest, &mut ring, sector);
+    }
+    let base = client.ring_base(0);
+    let (region, fd) = inflight::Region::create(1, 256).unwrap();
+    let description = InflightDescription {
+        mmap_size: inflight::Region::bytes_for(1, 256).unwrap(),
+        mmap_offset: 0,
+        num_queues: 1,
+        queue_size: 256,
+        padding: [0; 4],
+    };
+    client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
+    ring.set_up(&client, &guest, base);
+    read_one(&guest, &mut ring, 6);
+    assert_eq!(client.ring_base(0), 6);
+    let bytes = region.copy(0).unwrap();
+    let recovery = inflight::split::recover(&bytes, 6, 256).unwrap();
+    assert!(recovery.resubmit.is_empty());
+    assert_eq!(recovery.next_avail, Some(6));
+    // Rule I7: a reset makes it fresh again.
+    client.done(Code::RESET_DEVICE, &[0u8; 0], &[]);
+    assert_eq!(inflight::split::recover(&region.copy(0).unwrap(), 6, 256).unwrap().next_avail, None);
+}
+
+/// A kick without an fd: the ring is to be polled.
+#[test]
+fn a_ring_without_a_kick_is_served_all_the_same() {
+    let (server, guest) = disk();
+    let client = server.connect();
+    let mut ring = running(&client, &guest);
+    client.done(Code::SET_VRING_KICK, &0x100u64, &[]);
+    ring.read(&guest, 0, 2, 512);
+    let _ = ring.driver.publish();
+    ring.completion();
+    assert_eq!(status(&guest, 0), 0);
+}
+
+/// The advice of the command line, for people.
+#[test]
+fn a_socket_that_a_dead_process_left_is_replaced_and_others_are_explained() {
+    use vhost_migrate::backend::Listener;
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let explain = |path: &Path| Listener::bind(path).unwrap_err().to_string();
+    drop(std::os::unix::net::UnixListener::bind(at("stale")).unwrap());
+    let listener = Listener::bind(&at("stale")).unwrap();
+    assert!(explain(&at("stale")).contains("another process listens there"));
+    drop(listener);
+    assert!(!at("stale").exists());
+    std::fs::write(at("file"), "precious").unwrap();
+    assert!(explain(&at("file")).contains("no socket"));
+    assert_eq!(std::fs::read(at("file")).unwrap(), b"precious");
+    assert!(explain(&at("no/such/folder")).contains("make it first"));
+    assert!(explain(&at(&"long".repeat(40))).contains("use a shorter one"));
+}

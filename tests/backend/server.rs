@@ -1,0 +1,132 @@
+//! Back-ends to talk to: in a thread with any device, or the real command in a process.
+
+use std::io::{BufRead, BufReader, Read};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use nix::sys::eventfd::EventFd;
+use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
+use vhost_migrate::backend::{Device, Listener, serve};
+
+use crate::raw::Client;
+
+/// A device served by a thread of this process until it is dropped.
+pub(crate) struct Server {
+    pub(crate) folder: tempfile::TempDir,
+    stop: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    pub(crate) fn new(device: Arc<dyn Device>) -> Server {
+        Server::at(tempfile::tempdir().unwrap(), device)
+    }
+
+    pub(crate) fn at(folder: tempfile::TempDir, device: Arc<dyn Device>) -> Server {
+        let listener = Listener::bind(&folder.path().join("socket")).unwrap();
+        let stop = Arc::new(EventFd::new().unwrap());
+        let until = stop.clone();
+        let thread = Some(thread::spawn(move || serve(&listener, &device, until.as_fd()).unwrap()));
+        Server { folder, stop, thread }
+    }
+
+    /// A disk of `bytes`, each 512-byte sector of which begins with its own number.
+    pub(crate) fn disk(bytes: u64, change: impl FnOnce(&mut DiskOptions)) -> Server {
+        let folder = tempfile::tempdir().unwrap();
+        let options = disk_options(folder.path(), bytes, change);
+        let disk = Disk::open(options).unwrap();
+        Server::at(folder, Arc::new(disk))
+    }
+
+    pub(crate) fn image(&self) -> PathBuf {
+        self.folder.path().join("image")
+    }
+
+    pub(crate) fn connect(&self) -> Client {
+        Client::connect(&self.folder.path().join("socket"))
+    }
+
+    /// Ends it; everything it had under way is then done, or never will be.
+    pub(crate) fn end(&mut self) {
+        self.stop.write(1).unwrap();
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if self.thread.is_some() {
+            self.end();
+        }
+    }
+}
+
+pub(crate) fn disk_options(folder: &Path, bytes: u64, change: impl FnOnce(&mut DiskOptions)) -> DiskOptions {
+    let image = folder.join("image");
+    let mut contents = vec![0; bytes as usize];
+    for (number, sector) in (0u64..).zip(contents.chunks_mut(512)) {
+        sector.fill(number as u8 | 1);
+        if let Some(start) = sector.get_mut(..8) {
+            start.copy_from_slice(&number.to_le_bytes());
+        }
+    }
+    std::fs::write(&image, contents).unwrap();
+    let mut options = DiskOptions {
+        image,
+        read_only: false,
+        queues: 2,
+        max_queue_size: 1024,
+        serial: "serial-number".into(),
+        aio: Aio::IoUring,
+        direct: false,
+    };
+    change(&mut options);
+    options
+}
+
+/// `vhost-migrate backend blk` as a process; killed when dropped.
+pub(crate) struct Process {
+    pub(crate) child: Child,
+}
+
+impl Process {
+    pub(crate) fn command(arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-migrate"));
+        command.args(["backend", "blk"]).args(arguments).env_remove("RUST_LOG");
+        command
+    }
+
+    /// Starts it, and waits for the line that says it listens.
+    pub(crate) fn start(socket: &Path, image: &Path, more: &[&str]) -> Process {
+        let (socket, image) = (socket.to_str().unwrap(), image.to_str().unwrap());
+        let mut command = Process::command(&["--socket", socket, "--image", image, "--log-level", "error"]);
+        let mut child = command.args(more).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert!(line.starts_with("serves "), "{line}");
+        Process { child }
+    }
+
+    /// What it said on stderr, after it has ended.
+    pub(crate) fn errors(&mut self) -> String {
+        let mut said = String::new();
+        self.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        said
+    }
+
+    pub(crate) fn open_fds(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

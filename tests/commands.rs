@@ -1,0 +1,390 @@
+//! The command as its users run it: real processes, sockets and files.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // also in the helpers of these tests
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn program() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-migrate"));
+    command.arg("--exit-with-parent").env("RUST_LOG", "warn").stdin(Stdio::null());
+    command
+}
+
+fn run(arguments: &[&str]) -> Output {
+    program().args(arguments).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Killed when dropped.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A folder with a disk, back-ends and guests of small memory.
+struct Host {
+    folder: tempfile::TempDir,
+    running: Vec<Running>,
+}
+
+impl Host {
+    fn new() -> Host {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::File::create(folder.path().join("disk")).unwrap().set_len(16 << 20).unwrap();
+        Host { folder, running: Vec::new() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn backend(&mut self, name: &str) -> PathBuf {
+        let socket = self.path(name);
+        let mut command = program();
+        command
+            .args(["backend", "blk", "--queues", "2", "--image"])
+            .arg(self.path("disk"))
+            .arg("--socket")
+            .arg(&socket);
+        self.running.push(Running(command.stdout(Stdio::null()).spawn().unwrap()));
+        socket
+    }
+
+    /// Starts a guest with a back-end of its own; returns its control socket.
+    fn guest(&mut self, name: &str, more: &[&str]) -> PathBuf {
+        let backend = self.backend(&format!("{name}.vhost"));
+        let control = self.path(&format!("{name}.control"));
+        let mut command = program();
+        command.args(["guest", "--backend"]).arg(backend).arg("--control").arg(&control).args(more);
+        self.running.push(Running(command.stdout(Stdio::null()).spawn().unwrap()));
+        control
+    }
+
+    fn source(&mut self) -> PathBuf {
+        let control = self.guest("source", &["--memory", "64MiB", "--dirty-rate", "40MiB/s", "--request-rate", "500"]);
+        until(&control, "running");
+        control
+    }
+
+    fn arriving(&mut self, name: &str, uri: &str) -> PathBuf {
+        self.guest(name, &["--incoming", uri])
+    }
+}
+
+/// Sends a control command; events and how it ended.
+fn ask(control: &Path, command: &Value) -> Option<Vec<Value>> {
+    let stream = UnixStream::connect(control).ok()?;
+    (&stream).write_all(format!("{command}\n").as_bytes()).ok()?;
+    let mut events = Vec::new();
+    for line in BufReader::new(stream).lines() {
+        let event: Value = serde_json::from_str(&line.ok()?).unwrap();
+        let last = event["event"] == "ok" || event["event"] == "error";
+        events.push(event);
+        if last {
+            return Some(events);
+        }
+    }
+    None
+}
+
+fn status(control: &Path) -> Option<Value> {
+    ask(control, &json!({"command": "status"}))?.into_iter().next()
+}
+
+fn until(control: &Path, state: &str) -> Value {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let seen = status(control);
+        if let Some(status) = &seen
+            && status["state"] == state
+        {
+            return status.clone();
+        }
+        assert!(Instant::now() < deadline, "not {state}: {seen:?}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// The guest answers, works, and every byte is right.
+fn verify(control: &Path) {
+    let before = until(control, "running");
+    let deadline = Instant::now() + PATIENCE;
+    while status(control).unwrap()["requests"].as_u64() <= before["requests"].as_u64() {
+        assert!(Instant::now() < deadline, "the guest does nothing");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let answer = ask(control, &json!({"command": "verify"})).unwrap();
+    assert_eq!(answer.last().unwrap()["event"], "ok", "{answer:?}");
+    let status = &answer[0];
+    assert!(status["verified_memory_bytes"].as_u64().unwrap() > 16 << 20, "{status}");
+    assert_eq!((status["lost"].as_u64(), status["duplicates"].as_u64()), (Some(0), Some(0)), "{status}");
+}
+
+fn migrate(control: &Path, uri: &str, more: &[&str]) -> Output {
+    run(&[&["migrate", "--control", control.to_str().unwrap(), uri, "--json"], more].concat())
+}
+
+fn events(output: &Output) -> Vec<Value> {
+    text(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn assert_completed(output: &Output) {
+    let last = events(output).pop();
+    let completed = last.is_some_and(|event| event["event"] == "completed");
+    assert!(output.status.success() && completed, "{}\n{}", text(&output.stdout), text(&output.stderr));
+}
+
+#[test]
+fn demo_ends_verified_with_all_its_figures() {
+    let output =
+        run(&["demo", "--memory", "64MiB", "--disk", "16MiB", "--seconds", "1", "--dirty-rate", "20MiB/s", "--json"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let done = events(&output).pop().unwrap();
+    assert_eq!((&done["event"], &done["verified"], &done["lost"]), (&json!("done"), &json!(true), &json!(0)), "{done}");
+    assert_eq!(done["guest_bytes"], 64 << 20);
+    let figures = ["total_ms", "downtime_ms", "observed_downtime_ms", "rounds", "wire_bytes", "pages_sent", "requests"];
+    for figure in figures.into_iter().chain(["zero_pages", "dirty_rate_bytes_per_s"]) {
+        assert!(done[figure].as_f64().is_some_and(|value| value > 0.0), "{figure}: {done}");
+    }
+    assert!(done["resubmitted"].is_u64());
+}
+
+#[test]
+fn demo_survives_killed_back_ends_before_during_and_after_the_migration() {
+    let arguments = ["demo", "--kill", "--memory", "64MiB", "--disk", "16MiB", "--seconds", "2", "--json"];
+    let output = run(&[&arguments[..], &["--dirty-rate", "20MiB/s", "--codec", "zstd:1"]].concat());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let done = events(&output).pop().unwrap();
+    assert_eq!((&done["verified"], &done["lost"], &done["kills"]), (&json!(true), &json!(0), &json!(3)), "{done}");
+}
+
+#[test]
+fn a_guest_moves_over_unix_and_back_over_tcp_and_on_through_a_file() {
+    let mut host = Host::new();
+    let source = host.source();
+    let unix = format!("unix:{}", host.path("incoming").display());
+    let second = host.arriving("second", &unix);
+    until(&second, "absent");
+    assert_completed(&migrate(&source, &unix, &["--codec", "zstd:1", "--channels", "3"]));
+    assert_eq!(status(&source).unwrap()["state"], "migrated");
+    verify(&second);
+
+    // A free port, as far as one can know.
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let tcp = format!("tcp:127.0.0.1:{port}");
+    let third = host.arriving("third", &tcp);
+    until(&third, "absent");
+    assert_completed(&migrate(&second, &tcp, &[]));
+    verify(&third);
+
+    let saved = host.path("guest.vhm");
+    let file = format!("file:{}", saved.display());
+    assert_completed(&migrate(&third, &file, &["--codec", "zstd:1"]));
+    let inspected = run(&["inspect", "--json", "stream", saved.to_str().unwrap()]);
+    let found: Value = serde_json::from_slice(&inspected.stdout).unwrap();
+    assert_eq!(found["committed"], true, "{found}");
+    let fourth = host.arriving("fourth", &file);
+    verify(&fourth);
+
+    // A pipe through a command: the other end is a guest that reads its standard input.
+    let mut bytes = std::fs::read(&saved).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    let damaged = host.path("damaged.vhm");
+    std::fs::write(&damaged, bytes).unwrap();
+    let inspected = run(&["inspect", "stream", damaged.to_str().unwrap()]);
+    assert!(!inspected.status.success() && text(&inspected.stderr).contains("checksum"), "{}", text(&inspected.stderr));
+}
+
+#[test]
+fn a_guest_moves_through_a_command_that_carries_both_directions() {
+    let mut host = Host::new();
+    let source = host.source();
+    let incoming = host.path("incoming");
+    let unix = format!("unix:{}", incoming.display());
+    let destination = host.arriving("destination", &unix);
+    until(&destination, "absent");
+    // What an `ssh … socat` would be: bytes between its standard streams and a socket.
+    let relay = "import os,socket,sys,threading
+s=socket.socket(socket.AF_UNIX);s.connect(sys.argv[1])
+def back():
+    while True:
+        b=s.recv(65536)
+        if not b: break
+        v=memoryview(b)
+        while v: v=v[os.write(1,v):]
+    os._exit(0)
+threading.Thread(target=back,daemon=True).start()
+while True:
+    b=os.read(0,65536)
+    if not b: break
+    s.sendall(b)
+s.shutdown(socket.SHUT_WR)
+threading.Event().wait(60)";
+    let script = host.path("relay.py");
+    std::fs::write(&script, relay).unwrap();
+    let exec = format!("exec:exec python3 {} {}", script.display(), incoming.display());
+    assert_completed(&migrate(&source, &exec, &[]));
+    verify(&destination);
+}
+
+#[test]
+fn a_failed_migration_leaves_the_guest_running_and_the_next_one_works() {
+    let mut host = Host::new();
+    let source = host.source();
+    let nobody = format!("unix:{}", host.path("nobody").display());
+    let output = migrate(&source, &nobody, &[]);
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("still runs here"), "{}", text(&output.stderr));
+    verify(&source);
+    let wrong = migrate(&source, "smoke:signals", &[]);
+    assert_eq!(wrong.status.code(), Some(1));
+    assert!(text(&wrong.stderr).contains("tcp:HOST:PORT"), "{}", text(&wrong.stderr));
+
+    let unix = format!("unix:{}", host.path("incoming").display());
+    let destination = host.arriving("destination", &unix);
+    until(&destination, "absent");
+    // Ctrl-C in the middle: so little bandwidth that it is the middle.
+    let mut slow = program();
+    slow.args(["migrate", "--json", "--bandwidth", "1MiB/s", &unix, "--control"]).arg(&source);
+    let mut slow = Running(slow.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
+    let mut lines = BufReader::new(slow.0.stdout.take().unwrap()).lines();
+    assert!(lines.next().unwrap().unwrap().contains("started"));
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(slow.0.id() as i32), nix::sys::signal::Signal::SIGINT).unwrap();
+    assert_eq!(slow.0.wait().unwrap().code(), Some(1));
+    let mut why = String::new();
+    slow.0.stderr.take().unwrap().read_to_string(&mut why).unwrap();
+    assert!(why.contains("cancelled"), "{why}");
+    verify(&source);
+
+    assert_completed(&migrate(&source, &unix, &[]));
+    verify(&destination);
+}
+
+#[test]
+fn a_dirty_rate_names_the_cpus_and_the_disk_and_forecasts() {
+    let mut host = Host::new();
+    let source = host.source();
+    let output = run(&["dirty-rate", "--control", source.to_str().unwrap(), "--seconds", "1", "--json"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let sources = found["rate"]["sources"].as_array().unwrap();
+    assert_eq!(sources.len(), 2, "{found}");
+    for source in sources {
+        assert!(source["pages_per_s"].as_f64().unwrap() > 0.0, "{found}");
+    }
+    assert!(found["rate"]["working_set_bytes"].as_u64().unwrap() >= 1 << 20, "{found}");
+    assert!(found["forecast"]["rounds"].is_u64(), "{found}");
+    // Measuring has left nothing switched on, and the guest as it was.
+    let again = run(&["dirty-rate", "--control", source.to_str().unwrap(), "--seconds", "0.2"]);
+    assert!(again.status.success() && text(&again.stdout).contains("cpus"), "{}", text(&again.stderr));
+    verify(&source);
+}
+
+#[test]
+fn a_paused_guest_stands_still_and_a_quit_ends_it() {
+    let mut host = Host::new();
+    let source = host.source();
+    assert_eq!(ask(&source, &json!({"command": "pause"})).unwrap()[0]["event"], "ok");
+    let (first, second) = (status(&source).unwrap(), status(&source).unwrap());
+    assert_eq!((&first["state"], &first["pages"]), (&json!("paused"), &second["pages"]));
+    let refused = ask(
+        &source,
+        &json!({"command": "migrate", "uri": "unix:x", "codec": "none", "channels": 1,
+        "downtime_ms": 1, "max_rounds": 1}),
+    );
+    assert_eq!(refused.unwrap()[0]["event"], "error");
+    assert_eq!(ask(&source, &json!({"command": "resume"})).unwrap()[0]["event"], "ok");
+    verify(&source);
+    assert_eq!(ask(&source, &json!({"command": "quit"})).unwrap()[0]["event"], "ok");
+    assert_eq!(host.running.last_mut().unwrap().0.wait().unwrap().code(), Some(0));
+    assert!(!source.exists(), "its control socket is removed");
+}
+
+#[test]
+fn wrong_arguments_exit_with_2_and_say_what_is_right() {
+    for (arguments, hint) in [
+        (&["demo", "--memory", "lots"][..], "200MiB/s"),
+        (&["migrate", "unix:x"], "--control"),
+        (&["guest", "--backend", "b", "--control", "c", "--incoming", "x"], "tcp:"),
+        (&["backend", "blk", "--socket", "s"], "--image"),
+        (&["inspect", "inflight", "f", "--used", "1"], "QUEUE:INDEX"),
+        (&["fly"], "Usage"),
+    ] {
+        let output = run(arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        assert!(text(&output.stderr).contains(hint), "{arguments:?}: {}", text(&output.stderr));
+    }
+}
+
+#[test]
+fn what_is_in_the_way_is_told_in_one_line() {
+    let host = Host::new();
+    let disk = host.path("disk");
+    let (disk, long) = (disk.to_str().unwrap(), "x".repeat(200));
+    for (arguments, hint) in [
+        (&["backend", "blk", "--socket", "/tmp/s", "--image", "/nonexistent/image"][..], "/nonexistent/image"),
+        (&["backend", "blk", "--socket", &long, "--image", disk], "shorter"),
+        (&["backend", "blk", "--socket", "/nonexistent/s", "--image", disk], "directory"),
+        (&["backend", "blk", "--socket", disk, "--image", disk], "no socket"),
+        (&["guest", "--backend", "b", "--control", &long], "shorter"),
+        (&["migrate", "--control", "/nonexistent/c", "unix:x"], "is the guest running"),
+        (&["inspect", "log", "/nonexistent/log"], "/nonexistent/log"),
+        (&["inspect", "stream", disk], "not a migration stream"),
+    ] {
+        let output = run(arguments);
+        let told = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {told}");
+        assert!(told.contains(hint) && told.trim().lines().count() == 1, "{arguments:?}: {told}");
+    }
+}
+
+#[test]
+fn a_saved_log_shows_its_pages() {
+    let host = Host::new();
+    let log = host.path("log");
+    std::fs::write(&log, [0b0000_0110, 0, 0x80]).unwrap();
+    let output = run(&["inspect", "--json", "log", log.to_str().unwrap()]);
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&found["pages"], &found["runs"]), (&json!(3), &json!(2)), "{found}");
+    assert_eq!(found["first"], json!([{"gpa": 0x1000, "pages": 2}, {"gpa": 23 * 4096, "pages": 1}]));
+}
+
+#[test]
+fn an_inflight_region_shows_what_would_be_executed_again() {
+    let host = Host::new();
+    let file = host.path("region");
+    // Two entries are marked; the later counter comes second whatever its head.
+    let mut region = vec![0u8; 192];
+    region[8..10].copy_from_slice(&1u16.to_le_bytes());
+    region[10..12].copy_from_slice(&8u16.to_le_bytes());
+    region[14..16].copy_from_slice(&5u16.to_le_bytes());
+    for (head, counter) in [(2usize, 9u64), (6, 4)] {
+        region[16 + 16 * head] = 1;
+        region[24 + 16 * head..32 + 16 * head].copy_from_slice(&counter.to_le_bytes());
+    }
+    std::fs::write(&file, &region).unwrap();
+    let output = run(&["inspect", "--json", "inflight", file.to_str().unwrap()]);
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", text(&output.stderr)));
+    assert_eq!(found["queues"][0]["resubmit"], json!([{"head": 6, "counter": 4}, {"head": 2, "counter": 9}]));
+    assert_eq!(found["queues"][0]["next_avail"], 7);
+    region[8] = 77;
+    std::fs::write(&file, &region).unwrap();
+    let refused = run(&["inspect", "inflight", file.to_str().unwrap()]);
+    assert_eq!(refused.status.code(), Some(1), "a version that nobody wrote");
+}

@@ -1,0 +1,370 @@
+//! The built-in guest: it goes on elsewhere exactly where it stopped, and no wrong byte escapes it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod ram_disk;
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use ram_disk::{Faults, RamDisk};
+use vhost_migrate::frontend::Device;
+use vhost_migrate::guest::{Guest, GuestConfig, GuestError, GuestState, Place, RequestKind, make_memory};
+use vhost_migrate::memory::Memory;
+
+const MIB: u64 = 1 << 20;
+const DISK: usize = 8 << 20;
+
+/// Disks that outlive the guests using them.
+struct Disks {
+    bytes: Vec<Arc<Mutex<Vec<u8>>>>,
+    faults: Arc<Faults>,
+}
+
+impl Disks {
+    fn new(count: usize) -> Disks {
+        let bytes = (0..count).map(|_| Arc::new(Mutex::new(vec![0; DISK]))).collect();
+        Disks { bytes, faults: Arc::default() }
+    }
+
+    fn devices(&self) -> Vec<Box<dyn Device>> {
+        self.bytes.iter().map(|bytes| RamDisk::new(bytes, &self.faults) as Box<dyn Device>).collect()
+    }
+}
+
+fn config() -> GuestConfig {
+    GuestConfig {
+        cpus: 2,
+        disks: 2,
+        working_set: 2 * MIB,
+        cold: 2 * MIB,
+        dirty_rate: 64 * MIB,
+        disk_area: MIB,
+        request_timeout: 1,
+        ..GuestConfig::new(32 * MIB)
+    }
+}
+
+fn booted(config: GuestConfig) -> (Guest, Disks) {
+    let disks = Disks::new(config.disks);
+    let mut guest = Guest::new(config).unwrap();
+    guest.boot(disks.devices()).unwrap();
+    (guest, disks)
+}
+
+fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < Duration::from_secs(60), "{what}: not within a minute");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Lets it make `requests` requests and write `pages` pages more.
+fn run_for(guest: &Guest, requests: u64, pages: u64) {
+    let before = guest.stats();
+    wait_for("the guest works", || {
+        let now = guest.stats();
+        assert!(guest.failure().is_none(), "{}", guest.failure().unwrap());
+        now.completions >= before.completions + requests && now.pages >= before.pages + pages
+    });
+}
+
+fn copy(memory: &Memory) -> Memory {
+    let regions = memory.regions().iter().map(|region| (region.gpa(), region.size()));
+    let copy = make_memory(regions, false).unwrap();
+    for region in memory.regions() {
+        let mut bytes = vec![0; region.size() as usize];
+        memory.read(region.gpa(), &mut bytes).unwrap();
+        copy.write(region.gpa(), &bytes).unwrap();
+    }
+    copy
+}
+
+fn flip(memory: &Memory, gpa: u64) {
+    let mut byte = [0];
+    memory.read(gpa, &mut byte).unwrap();
+    memory.write(gpa, &[byte[0] ^ 0x40]).unwrap();
+}
+
+fn wrong_place(error: &GuestError) -> Place {
+    match error {
+        GuestError::Wrong(wrong) => wrong.place,
+        GuestError::Failed(error) => wrong_place(error),
+        other => panic!("{other}"),
+    }
+}
+
+#[test]
+fn a_guest_works_and_every_byte_is_right() {
+    let (mut guest, _disks) = booted(config());
+    guest.resume().unwrap();
+    run_for(&guest, 3000, 2000);
+    let verified = guest.verify().unwrap();
+    assert_eq!(verified.disk, 4 * MIB, "the parts of two queues on two disks");
+    assert!(verified.memory > 20 * MIB, "{verified:?}");
+    run_for(&guest, 100, 100);
+    guest.pause().unwrap();
+    guest.verify().unwrap();
+    let stats = guest.stats();
+    assert_eq!((stats.outstanding, stats.requests), (0, stats.completions), "a verified guest has no request left");
+    assert_eq!((stats.lost, stats.duplicates), (0, 0));
+}
+
+#[test]
+fn a_saved_guest_goes_on_exactly_where_it_stopped_on_a_copy_of_its_memory() {
+    let (mut guest, disks) = booted(config());
+    let mut outstanding = 0;
+    guest.resume().unwrap();
+    for _ in 0..5 {
+        run_for(&guest, 500, 500);
+        guest.pause().unwrap();
+        guest.stop_devices().unwrap();
+        let state = guest.save_state().unwrap();
+        assert_eq!(guest.save_state().unwrap(), state, "a guest that stands still does not change");
+        outstanding += state.drivers.iter().flat_map(|driver| &driver.slots).filter(|s| s.request.is_some()).count();
+        let encoded = bincode::serde::encode_to_vec(&state, bincode::config::standard()).unwrap();
+        let (decoded, _): (GuestState, _) =
+            bincode::serde::decode_from_slice(&encoded, bincode::config::standard()).unwrap();
+        assert_eq!(decoded, state);
+        let mut next = Guest::restore(copy(guest.memory()), decoded).unwrap();
+        next.attach(disks.devices()).unwrap();
+        let GuestState { cpus, drivers, devices, .. } = next.save_state().unwrap();
+        assert_eq!((cpus, drivers, devices), (state.cpus, state.drivers, state.devices));
+        assert_eq!(next.stats().requests, guest.stats().requests);
+        next.start_devices().unwrap();
+        next.resume().unwrap();
+        assert!(next.downtime_ns().unwrap() > 0);
+        guest = next;
+    }
+    assert!(outstanding > 0, "no request was ever under way at a switchover: this has tested nothing");
+    guest.verify().unwrap();
+}
+
+#[test]
+fn a_switchover_that_is_called_off_leaves_the_guest_as_it_was() {
+    let (mut guest, _disks) = booted(config());
+    for _ in 0..3 {
+        guest.resume().unwrap();
+        run_for(&guest, 100, 100);
+        guest.pause().unwrap();
+        guest.stop_devices().unwrap();
+        guest.save_state().unwrap();
+        guest.start_devices().unwrap();
+    }
+    guest.resume().unwrap();
+    guest.verify().unwrap();
+}
+
+/// Finds pages by what they begin with: their own address and their version.
+fn page_of(guest: &Guest, is_it: impl Fn(u64, u64) -> bool) -> u64 {
+    let pages = guest.memory().regions().iter().flat_map(|r| (r.gpa()..r.gpa() + r.size()).step_by(4096));
+    let head = |gpa| {
+        let mut head = [0; 16];
+        guest.memory().read(gpa, &mut head).unwrap();
+        let word = |at: usize| u64::from_le_bytes(head[at..at + 8].try_into().unwrap());
+        (word(0), word(8))
+    };
+    pages.filter(|gpa| *gpa > 0).find(|gpa| head(*gpa).0 == *gpa && is_it(*gpa, head(*gpa).1)).unwrap()
+}
+
+#[test]
+fn a_flipped_byte_is_found_in_hot_cold_and_untouched_memory() {
+    let (mut guest, _disks) = booted(config());
+    guest.resume().unwrap();
+    // Every hot page is written at least once, so that version 0 is what cold pages have.
+    run_for(&guest, 1, 2 * 1024);
+    guest.pause().unwrap();
+    let high = guest.memory().regions()[1].gpa();
+    let hot = page_of(&guest, |_, version| version > 0);
+    let cold = page_of(&guest, |gpa, version| version == 0 && gpa >= high);
+    let untouched = guest.memory().end() - 4096;
+    for gpa in [hot, hot + 4095, cold + 100, untouched + 2000] {
+        flip(guest.memory(), gpa);
+        let error = guest.verify().unwrap_err();
+        assert_eq!(wrong_place(&error), Place::Memory(gpa));
+        assert!(error.to_string().contains("WRONG BYTE"), "{error}");
+        flip(guest.memory(), gpa);
+    }
+    guest.verify().unwrap();
+}
+
+#[test]
+fn a_page_of_yesterday_is_found_and_recognised() {
+    let (mut guest, _disks) = booted(config());
+    guest.resume().unwrap();
+    run_for(&guest, 1, 1024);
+    guest.pause().unwrap();
+    let (gpa, mut old) = (page_of(&guest, |_, version| version > 0), [0; 4096]);
+    guest.memory().read(gpa, &mut old).unwrap();
+    guest.resume().unwrap();
+    run_for(&guest, 1, 2048);
+    guest.pause().unwrap();
+    guest.memory().write(gpa, &old).unwrap();
+    let error = guest.verify().unwrap_err().to_string();
+    assert!(error.contains("as a whole, version"), "{error}");
+}
+
+#[test]
+fn a_running_cpu_notices_by_itself() {
+    let (mut guest, _disks) = booted(config());
+    guest.resume().unwrap();
+    run_for(&guest, 1, 2048);
+    let hot = page_of(&guest, |_, version| version > 0);
+    wait_for("the guest stops", || {
+        (0..64).for_each(|page| guest.memory().write(hot + page * 4096, b"garbage").unwrap());
+        guest.failure().is_some()
+    });
+    let error = guest.pause().unwrap_err();
+    assert!(error.to_string().contains("WRONG BYTE"), "{error}");
+    assert!(guest.resume().is_err(), "it never runs again");
+}
+
+#[test]
+fn a_wrong_byte_on_the_disk_is_found() {
+    let (mut guest, disks) = booted(config());
+    guest.resume().unwrap();
+    run_for(&guest, 500, 1);
+    guest.pause().unwrap();
+    guest.verify().unwrap();
+    let part = DISK as u64 / 2;
+    for offset in [5000, MIB + 77, part.min(MIB) - 1] {
+        let offset = offset.min(2 * MIB - 1) as usize;
+        disks.bytes[1].lock().unwrap()[offset] ^= 1;
+        let error = guest.verify().unwrap_err();
+        assert!(matches!(wrong_place(&error), Place::Buffer(_, at) if at == offset as u64), "{error}");
+        disks.bytes[1].lock().unwrap()[offset] ^= 1;
+    }
+    guest.verify().unwrap();
+}
+
+#[test]
+fn a_write_that_was_acknowledged_and_lost_is_found() {
+    let (mut guest, disks) = booted(config());
+    disks.faults.lose_write.store(1, Ordering::Relaxed);
+    guest.resume().unwrap();
+    wait_for("a lost write", || disks.faults.lose_write.load(Ordering::Relaxed) == 0);
+    // Unless it is written over, which a guest can't know: one sector of a thousand is most unlikely so soon.
+    let _ = guest.pause();
+    assert!(matches!(wrong_place(&guest.verify().unwrap_err()), Place::Buffer(..)));
+}
+
+#[test]
+fn what_a_device_wrote_is_looked_at_again_later() {
+    let (mut guest, _disks) = booted(config());
+    guest.resume().unwrap();
+    run_for(&guest, 500, 1);
+    guest.pause().unwrap();
+    guest.stop_devices().unwrap();
+    let state = guest.save_state().unwrap();
+    guest.start_devices().unwrap();
+    let reads = state.drivers[0].slots.iter().filter_map(|slot| slot.held.as_ref());
+    // Find the buffer of one of them: the sector's own address is its first word.
+    let held = reads.max_by_key(|held| held.versions.len()).unwrap();
+    let written = held.versions.iter().position(|version| *version > 0).unwrap() as u64;
+    let offset = (state.drivers[0].first_sector + held.sector + written) * 512;
+    let version = u64::from(held.versions[written as usize]);
+    let mut found = Vec::new();
+    for region in guest.memory().regions() {
+        for gpa in (region.gpa()..region.gpa() + region.size()).step_by(512) {
+            let mut head = [0; 16];
+            guest.memory().read(gpa, &mut head).unwrap();
+            if head == [offset.to_le_bytes(), version.to_le_bytes()].concat()[..] {
+                found.push(gpa);
+            }
+        }
+    }
+    for gpa in found {
+        flip(guest.memory(), gpa + 300);
+    }
+    let error = guest.verify().unwrap_err();
+    assert!(matches!(wrong_place(&error), Place::Buffer(..)), "{error}");
+}
+
+fn fails_by(fault: impl Fn(&Faults) -> &AtomicU32, how: impl Fn(&GuestError) -> bool) -> Guest {
+    let (mut guest, disks) = booted(config());
+    guest.resume().unwrap();
+    run_for(&guest, 100, 1);
+    fault(&disks.faults).store(1, Ordering::Relaxed);
+    wait_for("the guest stops", || guest.failure().is_some());
+    let failure = guest.failure().unwrap();
+    assert!(how(&failure), "{failure}");
+    assert!(guest.pause().is_err() && guest.verify().is_err());
+    guest
+}
+
+#[test]
+fn a_request_that_is_completed_twice_stops_the_guest() {
+    let how = |error: &GuestError| matches!(error, GuestError::Duplicate { .. } | GuestError::Ring { .. });
+    let guest = fails_by(|faults| &faults.complete_twice, how);
+    assert_eq!(guest.stats().duplicates, 1);
+}
+
+#[test]
+fn a_request_that_is_never_completed_stops_the_guest() {
+    let guest = fails_by(|faults| &faults.forget, |error| matches!(error, GuestError::Lost { .. }));
+    assert!(guest.stats().lost > 0);
+}
+
+#[test]
+fn an_error_of_the_disk_stops_the_guest() {
+    fails_by(|faults| &faults.answer_ioerr, |error| matches!(error, GuestError::Io { status: 1, .. }));
+}
+
+#[test]
+fn what_comes_at_the_wrong_time_is_refused_in_words() {
+    let config = config();
+    let disks = Disks::new(2);
+    let mut guest = Guest::new(config.clone()).unwrap();
+    assert!(guest.pause().unwrap_err().to_string().contains("resume it first"));
+    assert!(guest.boot(Disks::new(1).devices()).unwrap_err().to_string().contains("2 disks"));
+    assert!(guest.attach(disks.devices()).unwrap_err().to_string().contains("boot it"));
+    guest.boot(disks.devices()).unwrap();
+    assert!(guest.boot(disks.devices()).is_err());
+    assert!(guest.save_state().unwrap_err().to_string().contains("stop them first"));
+    guest.resume().unwrap();
+    assert!(guest.resume().unwrap_err().to_string().contains("pause it first"));
+    assert!(guest.stop_devices().is_err() && guest.save_state().is_err());
+    guest.verify().unwrap();
+}
+
+#[test]
+fn a_state_that_does_not_fit_is_refused() {
+    let (mut guest, disks) = booted(config());
+    guest.resume().unwrap();
+    run_for(&guest, 100, 100);
+    guest.pause().unwrap();
+    guest.stop_devices().unwrap();
+    let state = guest.save_state().unwrap();
+    let refused = |change: fn(&mut GuestState)| {
+        let mut state = state.clone();
+        change(&mut state);
+        Guest::restore(guest.memory().clone(), state).map(drop).unwrap_err();
+    };
+    refused(|state| state.version += 1);
+    refused(|state| state.config.memory += 4096);
+    refused(|state| state.config.depth += 1);
+    refused(|state| state.cpus.clear());
+    refused(|state| drop(state.drivers.pop()));
+    refused(|state| drop(state.devices.pop()));
+    refused(|state| drop(state.drivers[0].slots.pop()));
+    refused(|state| state.drivers[0].versions.clear());
+    refused(|state| state.drivers[0].first_sector = u64::MAX);
+    refused(|state| state.drivers[1].ring.avail = state.drivers[1].ring.avail.wrapping_add(1));
+    refused(|state| state.devices[0].block_size = 0);
+    refused(|state| state.devices[0].block_size = 1 << 30);
+    refused(|state| state.config.disks = usize::MAX);
+    refused(|state| (state.config.memory, state.config.high) = (!0xfff, 0));
+    refused(|state| state.config.working_set = u64::MAX);
+    let extra = |state: &mut GuestState| {
+        let slot = state.drivers[0].slots.iter_mut().find(|slot| slot.request.is_none()).unwrap();
+        let kind = RequestKind::Flush;
+        slot.request = Some(vhost_migrate::guest::RequestState { head: 0, kind, sector: 0, sectors: 0, offset: 0 });
+    };
+    refused(extra);
+    let mut other = Guest::restore(copy(guest.memory()), state.clone()).unwrap();
+    let small = Disks::new(2);
+    small.bytes.iter().for_each(|bytes| bytes.lock().unwrap().truncate(DISK / 2));
+    assert!(other.attach(small.devices()).unwrap_err().to_string().contains("bytes"));
+    other.attach(disks.devices()).unwrap();
+}

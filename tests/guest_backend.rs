@@ -1,0 +1,248 @@
+//! The built-in guest on our back-end, a process of its own that is killed and started again.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+use vhost_migrate::dirty::{DirtyError, DirtySource, Log, PageSet, Pagemap};
+use vhost_migrate::frontend::{UserDevice, UserOptions};
+use vhost_migrate::guest::{Guest, GuestConfig, GuestError, make_memory};
+use vhost_migrate::memory::{LOG_PAGE, Memory};
+
+const MIB: u64 = 1 << 20;
+const PATIENCE: Duration = Duration::from_secs(60);
+const KILLS: u64 = 20;
+
+/// A back-end as a process, which ends with the test.
+struct Backend {
+    folder: TempDir,
+    child: Child,
+}
+
+impl Backend {
+    fn start() -> Backend {
+        let folder = tempfile::tempdir().unwrap();
+        File::create(folder.path().join("disk.img")).unwrap().set_len(16 * MIB).unwrap();
+        let child = spawn(folder.path(), "s");
+        Backend { folder, child }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.folder.path().join("s")
+    }
+
+    /// SIGKILL, and another one in its place.
+    fn crash(&mut self) {
+        self.end();
+        self.child = spawn(self.folder.path(), "s");
+    }
+
+    fn end(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    fn device(&self) -> UserDevice {
+        UserDevice::connect(self.socket(), UserOptions::default(), Instant::now() + PATIENCE).unwrap()
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        self.end();
+        if std::thread::panicking() {
+            eprintln!("{}", std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default());
+        }
+    }
+}
+
+fn spawn(folder: &Path, socket: &str) -> Child {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-migrate"));
+    command.args(["--exit-with-parent", "backend", "blk", "--queues", "2", "--socket"]).arg(folder.join(socket));
+    let log = File::options().create(true).append(true).open(folder.join("log")).unwrap();
+    command.arg("--image").arg(folder.join("disk.img")).stdin(Stdio::null());
+    command.stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap()
+}
+
+fn config() -> GuestConfig {
+    GuestConfig {
+        working_set: 2 * MIB,
+        cold: 2 * MIB,
+        dirty_rate: 32 * MIB,
+        disk_area: 4 * MIB,
+        ..GuestConfig::new(32 * MIB)
+    }
+}
+
+fn running(backend: &Backend, config: GuestConfig) -> Guest {
+    let mut guest = Guest::new(config).unwrap();
+    guest.boot(vec![Box::new(backend.device())]).unwrap();
+    guest.resume().unwrap();
+    guest
+}
+
+fn wait_for(guest: &Guest, what: &str, mut is_so: impl FnMut(&Guest) -> bool) {
+    let start = Instant::now();
+    while !is_so(guest) {
+        assert!(guest.failure().is_none(), "{what}: {}", guest.failure().unwrap());
+        assert!(start.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Lets it complete `requests` requests more.
+fn run_for(guest: &Guest, requests: u64) {
+    let before = guest.stats().completions;
+    wait_for(guest, "requests are answered", |guest| guest.stats().completions >= before + requests);
+}
+
+#[test]
+fn a_back_end_that_is_killed_again_and_again_is_not_noticed() {
+    let mut backend = Backend::start();
+    let mut guest = running(&backend, config());
+    for kill in 1..=KILLS {
+        // At some moment of some request: after another number of them each time.
+        run_for(&guest, 50 + 7 * kill);
+        backend.crash();
+        wait_for(&guest, "the back-end is back", |guest| guest.stats().reconnects >= kill);
+    }
+    run_for(&guest, 200);
+    let verified = guest.verify().unwrap();
+    assert_eq!(verified.disk, 8 * MIB);
+    let stats = guest.stats();
+    assert_eq!((stats.lost, stats.duplicates, stats.reconnects), (0, 0, KILLS));
+    assert!(stats.resubmitted > 0, "no kill ever met a request: this has tested nothing");
+}
+
+#[test]
+fn a_back_end_that_stays_away_stops_the_guest_with_a_reason() {
+    let mut backend = Backend::start();
+    let mut guest = running(&backend, GuestConfig { reconnect_timeout: 1, ..config() });
+    run_for(&guest, 100);
+    backend.end();
+    let start = Instant::now();
+    while guest.failure().is_none() {
+        assert!(start.elapsed() < PATIENCE);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let error = guest.pause().unwrap_err();
+    assert!(error.to_string().contains("can't connect"), "{error}");
+    backend.child = spawn(backend.folder.path(), "s");
+}
+
+/// Copies pages as they are now, as a migration sends them.
+fn send(from: &Memory, to: &Memory, pages: &PageSet) {
+    let mut bytes = [0; LOG_PAGE as usize];
+    // A log ends where QEMU's would, which may be a little after the guest's last page.
+    for gpa in pages.runs().flatten().map(|page| page * LOG_PAGE).filter(|gpa| from.slice(*gpa, LOG_PAGE).is_ok()) {
+        from.read(gpa, &mut bytes).unwrap();
+        to.write(gpa, &bytes).unwrap();
+    }
+}
+
+fn regions(guest: &Guest) -> Vec<(u64, u64)> {
+    guest.memory().regions().iter().map(|region| (region.gpa(), region.size())).collect()
+}
+
+/// Moves a running guest by its dirty pages alone; its back-end is killed in the middle. `trust_log`: what the device
+/// marked counts.
+fn moved(mut guest: Guest, backend: &mut Backend, trust_log: bool) -> Result<Guest, GuestError> {
+    let memory = guest.memory().clone();
+    let pages = memory.end() / LOG_PAGE;
+    let (log, fd) = Log::create(memory.end()).unwrap();
+    let log = Arc::new(log);
+    let mut cpu = Pagemap::new("cpu", memory.clone());
+    cpu.start().unwrap();
+    guest.with_devices(|device| device.start_logging(&log, fd.as_fd())).unwrap();
+    let copy = make_memory(regions(&guest), false).unwrap();
+    let mut all = PageSet::new(pages);
+    for (gpa, size) in regions(&guest) {
+        all.insert_range(gpa / LOG_PAGE..(gpa + size) / LOG_PAGE);
+    }
+    send(&memory, &copy, &all);
+    let harvest = |cpu: &mut Pagemap| {
+        let mut dirty = PageSet::new(pages);
+        cpu.harvest(&mut dirty).unwrap();
+        let mut marked = PageSet::new(pages);
+        log.harvest(&mut marked);
+        if trust_log {
+            dirty.union(&marked);
+        }
+        dirty
+    };
+    let before = guest.stats().reconnects;
+    for round in 0..4 {
+        run_for(&guest, 100);
+        if round == 1 {
+            backend.crash();
+            wait_for(&guest, "the back-end is back", |guest| guest.stats().reconnects > before);
+        }
+        send(&memory, &copy, &harvest(&mut cpu));
+    }
+    guest.pause()?;
+    guest.stop_devices()?;
+    send(&memory, &copy, &harvest(&mut cpu));
+    let state = guest.save_state()?;
+    assert!(state.devices[0].inflight.is_some());
+    assert_eq!(log.out_of_range(), 0);
+    drop(guest);
+    let mut next = Guest::restore(copy, state)?;
+    next.attach(vec![Box::new(backend.device())])?;
+    next.start_devices()?;
+    next.resume()?;
+    Ok(next)
+}
+
+#[test]
+fn a_guest_that_moves_by_its_dirty_pages_while_its_back_end_crashes_loses_nothing() {
+    let mut backend = Backend::start();
+    let mut guest = running(&backend, config());
+    for _ in 0..4 {
+        guest = moved(guest, &mut backend, true).unwrap();
+        run_for(&guest, 100);
+        backend.crash();
+        wait_for(&guest, "the back-end is back", |guest| guest.stats().reconnects > 0);
+        run_for(&guest, 100);
+        guest.verify().unwrap();
+    }
+    let stats = guest.stats();
+    assert_eq!((stats.lost, stats.duplicates), (0, 0));
+}
+
+#[test]
+fn a_guest_notices_when_what_its_device_wrote_is_left_behind() {
+    let mut backend = Backend::start();
+    let guest = running(&backend, GuestConfig { request_timeout: 2, ..config() });
+    let found = moved(guest, &mut backend, false).and_then(|mut guest| guest.verify());
+    assert!(found.is_err(), "without the device's log this test must fail, or it tests nothing");
+}
+
+#[test]
+fn devices_can_be_controlled_while_their_back_end_crashes() {
+    let mut backend = Backend::start();
+    let mut guest = running(&backend, config());
+    let mut log = guest.logs().next().unwrap();
+    std::thread::scope(|scope| {
+        let toggle = scope.spawn(|| -> Result<(), DirtyError> {
+            for _ in 0..40 {
+                log.start()?;
+                log.stop()?;
+            }
+            Ok(())
+        });
+        let mut kills = 0;
+        while !toggle.is_finished() {
+            run_for(&guest, 20);
+            backend.crash();
+            kills += 1;
+            wait_for(&guest, "the back-end is back", |guest| guest.stats().reconnects >= kills);
+        }
+        toggle.join().unwrap().unwrap();
+    });
+    guest.verify().unwrap();
+}

@@ -1,0 +1,149 @@
+//! The connection breaks, hangs or is damaged at any step before the commit: the guest goes on at the source, nothing
+//! runs at the destination, and the next migration works.
+
+use std::time::Duration;
+
+use vhost_migrate::migrate::{Failure, MigrateError};
+use vhost_migrate::stream::frame::{FRAME_HEADER_BYTES, HEADER_BYTES, Kind};
+
+use crate::guest::Guest;
+use crate::relay::{At, Deed, Fault, Relay, Way};
+use crate::trip::{Destination, How, Place, assert_nothing_happened, leave};
+
+use Way::{ToDestination, ToSource};
+
+/// Every step of the handshake, by the byte that gets lost.
+const STEPS: [(Way, At); 14] = [
+    (ToDestination, At::Byte(20)),
+    (ToSource, At::Byte(0)),
+    (ToSource, At::Byte(17)),
+    (ToDestination, At::Frame(Kind::Layout, 30)),
+    (ToSource, At::Frame(Kind::Accepted, 0)),
+    (ToDestination, At::Frame(Kind::Pages, 0)),
+    (ToDestination, At::Byte(5_000)),
+    (ToDestination, At::Byte(100_000)),
+    (ToDestination, At::Byte(300_000)),
+    (ToDestination, At::Frame(Kind::RoundEnd, 0)),
+    (ToDestination, At::Frame(Kind::State, 0)),
+    (ToDestination, At::Frame(Kind::State, 100)),
+    (ToSource, At::Frame(Kind::Ready, 0)),
+    (ToSource, At::Frame(Kind::Ready, 11)),
+];
+
+/// Migrates through a relay with a fault. The guest must be none the worse for it, and is returned with the failure
+/// after another migration.
+fn survives(mut guest: Guest, fault: Fault, how: &How) -> (Guest, Failure) {
+    let mut how = how.clone();
+    loop {
+        let place = Place::new();
+        let destination = Destination::at(&place.unix("destination"));
+        let relay = Relay::new(place.unix("relay"), &destination.uri, fault);
+        let failure = leave(&mut guest, &relay.uri, &how).failure();
+        let struck = relay.struck();
+        drop(relay);
+        destination.cancel().nobody();
+        if struck {
+            return (assert_nothing_happened(guest, &failure), failure);
+        }
+        // On a busy machine a short timeout may end a migration before it gets to the fault.
+        guest.assert_here();
+        let longer = 2 * how.options.timeout.unwrap();
+        how = how.timeout(longer);
+    }
+}
+
+#[test]
+fn a_connection_cut_at_any_step_leaves_the_guest_at_its_source() {
+    let mut guest = Guest::running(128);
+    for (way, at) in STEPS {
+        (guest, _) = survives(guest, Fault::new(way, at, Deed::Cut), &How::new());
+    }
+}
+
+#[test]
+fn any_one_of_several_connections_being_cut_ends_the_migration() {
+    let mut guest = Guest::running(1536);
+    for (channel, way, at) in [
+        (0, ToDestination, At::Byte(100_000)),
+        (1, ToSource, At::Byte(10)),
+        (2, ToDestination, At::Byte(40)),
+        (3, ToDestination, At::Byte(100_000)),
+        (4, ToDestination, At::Frame(Kind::RoundEnd, 0)),
+    ] {
+        let fault = Fault { channel, ..Fault::new(way, at, Deed::Cut) };
+        (guest, _) = survives(guest, fault, &How::new().channels(5));
+    }
+}
+
+#[test]
+fn a_destination_that_falls_silent_at_any_step_is_given_up() {
+    let mut guest = Guest::running(128);
+    for (way, at) in STEPS {
+        let how = How::new().timeout(Duration::from_millis(200));
+        let failure;
+        (guest, failure) = survives(guest, Fault::new(way, at, Deed::Hold), &how);
+        let words = failure.to_string();
+        assert!(words.contains("no progress") || words.contains("no answer"), "{way:?} {at:?}: {words}");
+    }
+}
+
+#[test]
+fn a_destination_that_reads_no_more_does_not_block_the_source_for_ever() {
+    // More than the buffers between them hold.
+    let how = How::new().timeout(Duration::from_millis(200));
+    let fault = Fault::new(ToDestination, At::Byte(10_000), Deed::Hold);
+    survives(Guest::running(3072), fault, &how);
+}
+
+/// Offsets into a frame: every other byte of the header, and some of what follows.
+fn of_frame(kind: Kind, body: &'static [u64]) -> impl Iterator<Item = At> {
+    let header = FRAME_HEADER_BYTES as u64;
+    let offsets = (0..header).step_by(2).chain(body.iter().map(move |offset| header + offset));
+    offsets.map(move |offset| At::Frame(kind, offset))
+}
+
+fn of_header() -> impl Iterator<Item = At> {
+    (0..HEADER_BYTES as u64).step_by(2).map(At::Byte)
+}
+
+fn survives_damage(way: Way, places: impl Iterator<Item = At>, codec: &str) {
+    let mut guest = Guest::running(64);
+    for at in places {
+        let how = How::new().timeout(Duration::from_millis(200)).codec(codec);
+        (guest, _) = survives(guest, Fault::new(way, at, Deed::Flip), &how);
+    }
+}
+
+#[test]
+fn a_damaged_byte_in_the_handshake_is_noticed_by_the_destination() {
+    let places = of_header().chain(of_frame(Kind::Layout, &[0, 1, 2, 9, 10, 18, 30]));
+    survives_damage(ToDestination, places, "none");
+}
+
+#[test]
+fn a_damaged_byte_in_the_pages_is_noticed() {
+    let places = of_frame(Kind::Pages, &[0, 3, 4, 7, 8, 13, 15, 16, 1_000, 50_000, 99_999]);
+    survives_damage(ToDestination, places, "none");
+    let places = [24, 28, 32, 300, 2_000, 5_000].map(|offset| At::Frame(Kind::Pages, offset));
+    survives_damage(ToDestination, places.into_iter(), "zstd:1");
+}
+
+#[test]
+fn a_damaged_byte_in_a_rounds_end_or_in_the_state_is_noticed() {
+    let places = of_frame(Kind::RoundEnd, &[0, 1, 2, 6, 7, 15, 20]);
+    survives_damage(ToDestination, places.chain(of_frame(Kind::State, &[0, 100, 263])), "none");
+}
+
+#[test]
+fn a_damaged_byte_in_what_the_destination_says_is_noticed_by_the_source() {
+    let places = of_header().chain(of_frame(Kind::Accepted, &[])).chain(of_frame(Kind::Ready, &[]));
+    survives_damage(ToSource, places, "none");
+}
+
+#[test]
+fn the_source_learns_why_the_destination_hung_up_in_the_middle_of_its_pages() {
+    let fault = Fault::new(ToDestination, At::Frame(Kind::Pages, 3_000), Deed::Flip);
+    let (_, failure) = survives(Guest::running(3072), fault, &How::new());
+    let MigrateError::Destination(words) = &failure.error else { panic!("{failure}") };
+    assert!(words.contains("checksum"), "{words}");
+}

@@ -1,0 +1,90 @@
+//! Files and commands that can't take a guest: it goes on, and no half file is left.
+
+use std::process::Command;
+
+use vhost_migrate::migrate::MigrateError;
+use vhost_migrate::stream::StreamError;
+
+use crate::guest::{Guest, Trouble};
+use crate::trip::{Destination, How, Place, assert_nothing_happened, leave, stream_error, uri};
+
+const PAGES: u64 = 512;
+
+/// A migration to `to` fails, and is as if it had not been. Returns the error's words.
+fn in_vain(to: &str, how: &How) -> String {
+    let mut guest = Guest::running(PAGES);
+    let failure = leave(&mut guest, &uri(to), how).failure();
+    assert_nothing_happened(guest, &failure);
+    failure.to_string()
+}
+
+#[test]
+fn a_file_that_cannot_be_made_is_named_with_the_reason() {
+    let place = Place::new();
+    std::fs::write(place.path("file"), "").unwrap();
+    let words = in_vain(&format!("file:{}", place.path("nowhere/guest")), &How::new());
+    assert!(words.contains("there is no such path") && words.contains("nowhere/guest"), "{words}");
+    let words = in_vain(&format!("file:{}", place.path("file/guest")), &How::new());
+    assert!(words.contains("file/guest"), "{words}");
+    let words = in_vain(&format!("file:{}", place.path("")), &How::new());
+    assert!(words.contains("file:"), "{words}");
+}
+
+#[test]
+fn a_full_disk_leaves_the_guest_where_it_is() {
+    let words = in_vain("file:/dev/full", &How::new());
+    assert!(words.contains("no space left"), "{words}");
+    in_vain("exec:cat >/dev/full", &How::new().one_way());
+    in_vain("exec:cat >/dev/full", &How::new());
+}
+
+#[test]
+fn a_command_that_fails_at_the_very_end_has_not_taken_the_guest() {
+    let words = in_vain("exec:cat >/dev/null; exit 3", &How::new().one_way());
+    assert!(words.contains("exit status: 3"), "{words}");
+    in_vain("exec:exit 3", &How::new().one_way());
+    in_vain("exec:head -c 500000 >/dev/null", &How::new().one_way());
+    in_vain("exec:kill -9 $$", &How::new());
+}
+
+/// Runs itself again with no file allowed to be larger than 1.5 MiB, as on a file system that fills up half-way: the
+/// memory of the guest is in two files of 1 MiB.
+#[test]
+fn a_disk_that_fills_up_half_way_leaves_neither_half_a_file_nor_a_stopped_guest() {
+    const LIMITED: &str = "VHOST_MIGRATE_TEST_LIMITED";
+    if std::env::var_os(LIMITED).is_none() {
+        let name = "disk::a_disk_that_fills_up_half_way_leaves_neither_half_a_file_nor_a_stopped_guest";
+        let mut again = Command::new("sh");
+        // In units of 512 bytes. The signal would end the process before the error comes.
+        again.args(["-c", "trap '' XFSZ; ulimit -f 3072; exec \"$0\" --exact \"$1\""]);
+        let output = again.arg(std::env::current_exe().unwrap()).arg(name).env(LIMITED, "1").output().unwrap();
+        let words = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && words.contains("1 passed"), "{words}");
+        return;
+    }
+    let place = Place::new();
+    let file = format!("file:{}", place.path("guest"));
+    let mut guest = Guest::running(PAGES);
+    let failure = leave(&mut guest, &uri(&file), &How::new()).failure();
+    assert!(matches!(stream_error(&failure), StreamError::Io(_) | StreamError::DiskFull), "{failure}");
+    assert!(place.is_empty());
+    assert_nothing_happened(guest, &failure);
+}
+
+#[test]
+fn a_save_that_fails_leaves_the_file_that_was_there() {
+    let place = Place::new();
+    let file = uri(&format!("file:{}", place.path("guest")));
+    leave(&mut Guest::running(PAGES), &file, &How::new()).outcome.unwrap();
+    let before = std::fs::read(place.path("guest")).unwrap();
+
+    let mut guest = Guest::running(PAGES).with(Trouble::StateFails);
+    let failure = leave(&mut guest, &file, &How::new()).failure();
+    assert!(matches!(failure.error, MigrateError::Machine { .. }), "{failure}");
+    assert_nothing_happened(guest, &failure);
+
+    let folder = std::fs::read_dir(std::path::Path::new(&place.path("guest")).parent().unwrap()).unwrap();
+    assert_eq!(folder.count(), 1, "half a file is left");
+    assert!(before == std::fs::read(place.path("guest")).unwrap());
+    Destination::at(&file).join().guest();
+}

@@ -1,0 +1,512 @@
+//! A small guest that writes all the time and can tell whether every byte of it has arrived. It knows nothing of
+//! connections.
+//!
+//! Memory is two regions, one above 4 GiB. Every page says what it is: its contents follow from its address and its
+//! version. The table of versions is the guest's "CPU state", so that memory is checked against what does not travel
+//! as memory.
+
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam::channel::{Receiver, Sender, TryRecvError, bounded, unbounded};
+use vhost_migrate::dirty::{DirtyError, DirtySource, Harvest, Log, LogSource, PageSet, Union};
+use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::migrate::{Arrival, Machine, MachineError, RegionLayout};
+
+/// Where the second region begins.
+pub(crate) const HIGH: u64 = 4 << 30;
+/// The longest that anything here may take before a test fails.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+const PAGE: usize = LOG_PAGE as usize;
+
+/// The memory of a guest of `pages` pages, half of it below and half of it above 4 GiB.
+pub(crate) fn layout(pages: u64) -> [RegionLayout; 2] {
+    let size = pages / 2 * LOG_PAGE;
+    [RegionLayout { gpa: 0, size }, RegionLayout { gpa: HIGH, size }]
+}
+
+/// What was asked of a [`Guest`].
+#[derive(Clone, Copy, Default, Debug, PartialEq)]
+pub(crate) struct Calls {
+    pub(crate) pauses: u32,
+    pub(crate) resumes: u32,
+    pub(crate) releases: u32,
+}
+
+/// What a machine, its devices or its dirty log can be made to do wrong.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Trouble {
+    None,
+    /// The dirty log is switched off: nothing written is reported.
+    Blind,
+    /// Every harvest finds that all pages were written again.
+    Relentless,
+    /// The third harvest fails half-way.
+    HarvestFails,
+    /// Tracking can't be switched on.
+    NoTracking,
+    PauseFails,
+    StateFails,
+}
+
+/// A guest, running or not.
+pub(crate) struct Guest {
+    memory: Memory,
+    tracker: Arc<Mutex<Tracker>>,
+    trouble: Trouble,
+    pub(crate) calls: Calls,
+    vcpu: Vcpu,
+}
+
+enum Vcpu {
+    Stopped(Box<Writer>),
+    Running { orders: Sender<Order>, thread: JoinHandle<Box<Writer>> },
+}
+
+enum Order {
+    Stop,
+    /// Answer after the next write.
+    Beat(Sender<()>),
+    /// Write every page once, then answer.
+    Sweep(Sender<()>),
+}
+
+/// The thread that writes, and its state.
+struct Writer {
+    memory: Memory,
+    log: Arc<Log>,
+    versions: Vec<u32>,
+    random: u64,
+}
+
+impl Guest {
+    /// A running guest of `pages` pages, all of them written.
+    pub(crate) fn running(pages: u64) -> Guest {
+        let mut guest = Guest::idle(pages);
+        guest.start();
+        guest
+    }
+
+    /// A guest whose CPU does nothing until it is resumed.
+    pub(crate) fn idle(pages: u64) -> Guest {
+        let memory = make_memory(&layout(pages));
+        let mut guest = Guest::new(memory, (0..pages as u32).map(|page| page % 5).collect(), 1);
+        let writer = guest.writer();
+        for page in 0..pages as usize {
+            writer.write(page);
+        }
+        // All of that was before anybody tracked anything.
+        writer.log.harvest_stopped(&mut PageSet::default());
+        guest
+    }
+
+    /// The same with something wrong.
+    pub(crate) fn with(mut self, trouble: Trouble) -> Guest {
+        self.trouble = trouble;
+        self
+    }
+
+    fn new(memory: Memory, versions: Vec<u32>, random: u64) -> Guest {
+        let log = Arc::new(Log::create(memory.end()).unwrap().0);
+        let devices: [Box<dyn DirtySource>; 1] = [Box::new(LogSource::new("writer", log.clone()))];
+        let tracker = Tracker {
+            union: Union::new(devices),
+            unsent: PageSet::default(),
+            returned: PageSet::default(),
+            tracking: false,
+            starts: 0,
+            harvests: 0,
+            put_backs: 0,
+        };
+        let vcpu = Vcpu::Stopped(Box::new(Writer { memory: memory.clone(), log, versions, random }));
+        let tracker = Arc::new(Mutex::new(tracker));
+        Guest { memory, tracker, trouble: Trouble::None, calls: Calls::default(), vcpu }
+    }
+
+    fn writer(&mut self) -> &mut Writer {
+        match &mut self.vcpu {
+            Vcpu::Stopped(writer) => writer,
+            Vcpu::Running { .. } => panic!("the guest runs"),
+        }
+    }
+
+    pub(crate) fn start(&mut self) {
+        let (orders, inbox) = unbounded();
+        let Vcpu::Stopped(mut writer) = std::mem::replace(&mut self.vcpu, Vcpu::none(&self.memory)) else {
+            panic!("the guest runs already");
+        };
+        let thread = std::thread::spawn(move || {
+            writer.run(&inbox);
+            writer
+        });
+        self.vcpu = Vcpu::Running { orders, thread };
+    }
+
+    pub(crate) fn stop(&mut self) {
+        let Vcpu::Running { orders, thread } = std::mem::replace(&mut self.vcpu, Vcpu::none(&self.memory)) else {
+            panic!("the guest does not run");
+        };
+        orders.send(Order::Stop).unwrap();
+        self.vcpu = Vcpu::Stopped(thread.join().unwrap());
+    }
+
+    pub(crate) fn is_running(&self) -> bool {
+        matches!(self.vcpu, Vcpu::Running { .. })
+    }
+
+    /// Waits until the guest has written once more.
+    pub(crate) fn beat(&self) {
+        let Vcpu::Running { orders, .. } = &self.vcpu else { panic!("the guest does not run") };
+        ask(orders, Order::Beat);
+    }
+
+    /// Checks every byte of a stopped guest's memory against its CPU's state.
+    pub(crate) fn check(&mut self) -> Result<(), String> {
+        self.writer().check()
+    }
+
+    /// The end of every migration that failed before its commit: the guest runs here as if nothing had been, nobody
+    /// tracks it, and pages that were found dirty but not sent are found again (rule L14).
+    pub(crate) fn assert_here(&mut self) {
+        assert!(self.is_running());
+        self.beat();
+        assert_eq!(self.calls.pauses, self.calls.resumes, "resumed if it was paused, and only then");
+        assert_eq!(self.calls.releases, 0);
+        {
+            let mut tracker = self.tracker.lock().unwrap();
+            assert!(!tracker.tracking, "tracking was not switched off");
+            assert_eq!(tracker.put_backs, tracker.starts);
+            let mut lost = std::mem::take(&mut tracker.unsent);
+            lost.difference(&tracker.returned);
+            assert!(lost.is_empty(), "{} pages were found dirty, not sent and forgotten", lost.len());
+            let mut again = PageSet::default();
+            tracker.union.harvest(&mut again).unwrap();
+            let mut lost = std::mem::take(&mut tracker.returned);
+            lost.difference(&again);
+            assert!(lost.is_empty(), "{} pages were put back and are not found again", lost.len());
+            (tracker.starts, tracker.put_backs) = (0, 0);
+        }
+        self.stop();
+        self.check().unwrap();
+        self.start();
+        self.calls = Calls::default();
+        self.trouble = Trouble::None;
+    }
+
+    /// The end of every migration that was committed: the guest has stopped here, for good.
+    pub(crate) fn assert_gone(&self) {
+        assert!(!self.is_running());
+        assert_eq!(self.calls, Calls { pauses: 1, resumes: 0, releases: 1 });
+        assert!(!self.tracker.lock().unwrap().tracking);
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        if self.is_running() {
+            self.stop();
+        }
+    }
+}
+
+impl Machine for Guest {
+    fn memory(&self) -> Memory {
+        self.memory.clone()
+    }
+
+    fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, MachineError> {
+        let orders = match &self.vcpu {
+            Vcpu::Running { orders, .. } => Some(orders.clone()),
+            Vcpu::Stopped(_) => None,
+        };
+        let memory = self.memory.clone();
+        Ok(Box::new(Tracked { tracker: self.tracker.clone(), memory, trouble: self.trouble, orders }))
+    }
+
+    fn pause(&mut self) -> Result<(), MachineError> {
+        self.calls.pauses += 1;
+        if self.is_running() {
+            self.stop();
+        }
+        if self.trouble == Trouble::PauseFails { Err("a ring does not drain".into()) } else { Ok(()) }
+    }
+
+    /// The versions, then the random state.
+    fn state(&mut self) -> Result<Vec<u8>, MachineError> {
+        if self.trouble == Trouble::StateFails {
+            return Err("a device keeps its state to itself".into());
+        }
+        let writer = self.writer();
+        let mut state: Vec<u8> = writer.versions.iter().flat_map(|version| version.to_le_bytes()).collect();
+        state.extend(writer.random.to_le_bytes());
+        Ok(state)
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        self.calls.resumes += 1;
+        self.start();
+        Ok(())
+    }
+
+    fn release(&mut self) {
+        self.calls.releases += 1;
+    }
+}
+
+impl Vcpu {
+    fn none(memory: &Memory) -> Vcpu {
+        let log = Arc::new(Log::create(LOG_PAGE).unwrap().0);
+        Vcpu::Stopped(Box::new(Writer { memory: memory.clone(), log, versions: Vec::new(), random: 0 }))
+    }
+}
+
+fn ask(orders: &Sender<Order>, order: fn(Sender<()>) -> Order) {
+    let (done, answer) = bounded(1);
+    orders.send(order(done)).unwrap();
+    answer.recv_timeout(PATIENCE).unwrap();
+}
+
+impl Writer {
+    /// Writes random pages until it is told to stop.
+    fn run(&mut self, orders: &Receiver<Order>) {
+        loop {
+            let answer = match orders.try_recv() {
+                Ok(Order::Beat(answer)) => Some(answer),
+                Ok(Order::Sweep(answer)) => {
+                    (0..self.versions.len()).for_each(|page| self.write(page));
+                    Some(answer)
+                }
+                Ok(Order::Stop) | Err(TryRecvError::Disconnected) => return,
+                Err(TryRecvError::Empty) => None,
+            };
+            self.random = mix(self.random);
+            let page = (self.random >> 16) as usize % self.versions.len();
+            self.write(page);
+            // The migration is what is tested here, and there may be few CPUs.
+            std::thread::yield_now();
+            if let Some(answer) = answer {
+                answer.send(()).unwrap();
+            }
+        }
+    }
+
+    /// Writes the next version of the page with this number in the table.
+    fn write(&mut self, page: usize) {
+        self.versions[page] += 1;
+        let gpa = self.gpa(page);
+        self.memory.write(gpa, &contents(gpa, self.versions[page])).unwrap();
+        self.log.mark(gpa, LOG_PAGE);
+    }
+
+    fn gpa(&self, page: usize) -> u64 {
+        let half = self.versions.len() / 2;
+        if page < half { page as u64 * LOG_PAGE } else { HIGH + (page - half) as u64 * LOG_PAGE }
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let mut found = [0; PAGE];
+        for (page, version) in self.versions.iter().enumerate() {
+            let gpa = self.gpa(page);
+            self.memory.read(gpa, &mut found).unwrap();
+            let wanted = contents(gpa, *version);
+            if found != wanted {
+                let at = (0..PAGE).find(|at| found[*at] != wanted[*at]).unwrap_or_default();
+                let address = gpa + at as u64;
+                return Err(format!(
+                    "memory at {address:#x} is {:#04x}, not {:#04x} as version {version} of its page has",
+                    found[at], wanted[at]
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The bytes of a page: every fifth version is zeros; of the others, one page of four can't be compressed.
+fn contents(gpa: u64, version: u32) -> [u8; PAGE] {
+    let mut page = [0; PAGE];
+    if version.is_multiple_of(5) {
+        return page;
+    }
+    let mut word = mix(gpa ^ u64::from(version) << 40);
+    if (gpa / LOG_PAGE).is_multiple_of(4) {
+        for bytes in page.as_chunks_mut().0 {
+            *bytes = word.to_le_bytes();
+            word = mix(word);
+        }
+    } else {
+        page.as_chunks_mut().0.fill(word.to_le_bytes());
+    }
+    page
+}
+
+/// A step of splitmix64.
+fn mix(state: u64) -> u64 {
+    let mut z = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+fn make_memory(regions: &[RegionLayout]) -> Memory {
+    // A memfd for each region: no file is as large as all of memory.
+    Memory::new(regions.iter().map(|region| {
+        let fd = sealed_memfd("test-guest", region.size).unwrap();
+        Arc::new(Region::share(fd, region.gpa, region.size, 0).unwrap())
+    }))
+    .unwrap()
+}
+
+/// What is written down about a guest's dirty sources. It outlives the migrations.
+struct Tracker {
+    union: Union,
+    /// What was found dirty and may not have been sent yet.
+    unsent: PageSet,
+    /// What was put back.
+    returned: PageSet,
+    tracking: bool,
+    starts: u32,
+    harvests: u32,
+    put_backs: u32,
+}
+
+/// The sources as one migration sees them.
+struct Tracked {
+    tracker: Arc<Mutex<Tracker>>,
+    memory: Memory,
+    trouble: Trouble,
+    orders: Option<Sender<Order>>,
+}
+
+impl Tracked {
+    fn harvest_with(
+        &mut self,
+        into: &mut PageSet,
+        harvest: fn(&mut Union, &mut PageSet) -> Result<Harvest, DirtyError>,
+    ) -> Result<Harvest, DirtyError> {
+        let mut tracker = self.tracker.lock().unwrap();
+        assert!(tracker.tracking, "a harvest before the start");
+        let mut found = PageSet::default();
+        let result = match self.trouble {
+            Trouble::Blind => Harvest::default(),
+            _ => harvest(&mut tracker.union, &mut found)?,
+        };
+        into.union(&found);
+        tracker.unsent = found;
+        tracker.harvests += 1;
+        if self.trouble == Trouble::HarvestFails && tracker.harvests == 3 {
+            let cause = "a device has gone".into();
+            return Err(DirtyError::Source { name: self.name().into(), cause });
+        }
+        Ok(result)
+    }
+}
+
+impl DirtySource for Tracked {
+    fn start(&mut self) -> Result<(), DirtyError> {
+        let mut tracker = self.tracker.lock().unwrap();
+        if self.trouble == Trouble::NoTracking {
+            return Err(DirtyError::Source { name: "test".into(), cause: "no log here".into() });
+        }
+        assert!(!std::mem::replace(&mut tracker.tracking, true), "started twice");
+        tracker.starts += 1;
+        tracker.harvests = 0;
+        tracker.unsent = PageSet::new(self.memory.end() / LOG_PAGE);
+        for region in self.memory.regions() {
+            let first = region.gpa() / LOG_PAGE;
+            tracker.unsent.insert_range(first..first + region.size() / LOG_PAGE);
+        }
+        tracker.union.start()
+    }
+
+    fn harvest(&mut self, into: &mut PageSet) -> Result<Harvest, DirtyError> {
+        if let Some(orders) = &self.orders {
+            // However short the round was, the guest has written in it.
+            ask(orders, if self.trouble == Trouble::Relentless { Order::Sweep } else { Order::Beat });
+        }
+        self.harvest_with(into, |union, into| union.harvest(into))
+    }
+
+    fn harvest_stopped(&mut self, into: &mut PageSet) -> Result<Harvest, DirtyError> {
+        self.harvest_with(into, |union, into| union.harvest_stopped(into))
+    }
+
+    fn put_back(&mut self, pages: &PageSet) {
+        let mut tracker = self.tracker.lock().unwrap();
+        tracker.put_backs += 1;
+        tracker.returned = pages.clone();
+        tracker.union.put_back(pages);
+    }
+
+    fn stop(&mut self) -> Result<(), DirtyError> {
+        let mut tracker = self.tracker.lock().unwrap();
+        tracker.tracking = false;
+        tracker.union.stop()
+    }
+
+    fn name(&self) -> &str {
+        "test"
+    }
+}
+
+/// A guest on its way in. Everything is checked before it may run.
+#[derive(Default)]
+pub(crate) struct Cradle {
+    /// The guest, once its state is restored; it runs once it was started.
+    pub(crate) guest: Option<Guest>,
+    memory: Option<Memory>,
+    refuse: Option<Refusal>,
+}
+
+/// When a destination refuses.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Refusal {
+    Prepare,
+    OtherMemory,
+    Restore,
+    Start,
+}
+
+/// What a destination says when it refuses.
+pub(crate) const NO_ROOM: &str = "no room at this inn";
+
+impl Cradle {
+    pub(crate) fn new(refuse: Option<Refusal>) -> Cradle {
+        Cradle { refuse, ..Cradle::default() }
+    }
+
+    fn refuse(&self, when: Refusal) -> Result<(), MachineError> {
+        if self.refuse == Some(when) { Err(NO_ROOM.into()) } else { Ok(()) }
+    }
+}
+
+impl Arrival for Cradle {
+    fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, MachineError> {
+        self.refuse(Refusal::Prepare)?;
+        let memory = match self.refuse {
+            Some(Refusal::OtherMemory) => make_memory(&layout(2)),
+            _ => make_memory(regions),
+        };
+        self.memory = Some(memory.clone());
+        Ok(memory)
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), MachineError> {
+        self.refuse(Refusal::Restore)?;
+        let memory = self.memory.take().unwrap();
+        let (versions, random) = state.split_last_chunk().unwrap();
+        let versions = versions.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect();
+        let mut guest = Guest::new(memory, versions, u64::from_le_bytes(*random));
+        guest.check()?;
+        self.guest = Some(guest);
+        Ok(())
+    }
+
+    fn start(&mut self) -> Result<Option<u64>, MachineError> {
+        self.refuse(Refusal::Start)?;
+        self.guest.as_mut().unwrap().start();
+        Ok(None)
+    }
+}

@@ -1,0 +1,23 @@
+//! Migrations of a guest that writes all the time, over every transport and through every failure: its data is right
+//! wherever it runs, and it runs in exactly one place.
+//!
+//! | file | promise |
+//! |---|---|
+//! | `arrives` | every byte arrives, over each transport; the figures add up |
+//! | `breaks` | the connection breaks, hangs or lies at any step: the source goes on |
+//! | `refused` | one side says no, is of another version or no migration at all |
+//! | `commit` | after the commit, and called off at any moment: the guest runs once |
+//! | `disk` | files and commands that can't take it |
+//! | `rounds` | when it ends by itself and when not; the bandwidth limit |
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod arrives;
+mod breaks;
+mod commit;
+mod disk;
+mod guest;
+mod refused;
+mod relay;
+mod rounds;
+mod trip;

@@ -1,0 +1,213 @@
+//! Something between source and destination that knows the frames and can cut, hold or damage the stream at any byte
+//! of any of them, either way.
+
+use std::convert::Infallible;
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use vhost_migrate::stream::Uri;
+use vhost_migrate::stream::frame::{ConnectionHeader, FRAME_HEADER_BYTES, HEADER_BYTES, Kind};
+
+/// A direction.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Way {
+    ToDestination,
+    ToSource,
+}
+
+/// A place in the stream of one channel.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum At {
+    /// So many bytes after its beginning.
+    Byte(u64),
+    /// So many bytes after the beginning of the first frame of this kind.
+    Frame(Kind, u64),
+}
+
+/// What happens there, to this byte and, but for a flip, to all that follow.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Deed {
+    /// One bit of the byte changes.
+    Flip,
+    /// The connection is closed on both sides.
+    Cut,
+    /// Nothing goes on in this direction.
+    Hold,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fault {
+    pub(crate) channel: u16,
+    pub(crate) way: Way,
+    pub(crate) at: At,
+    pub(crate) deed: Deed,
+}
+
+impl Fault {
+    pub(crate) fn new(way: Way, at: At, deed: Deed) -> Fault {
+        Fault { channel: 0, way, at, deed }
+    }
+}
+
+/// Takes connections at one socket and makes them to another, until it is dropped.
+pub(crate) struct Relay {
+    pub(crate) uri: Uri,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    fault: Fault,
+    struck: AtomicBool,
+    open: Mutex<Option<Vec<UnixStream>>>,
+}
+
+impl Relay {
+    pub(crate) fn new(uri: Uri, to: &Uri, fault: Fault) -> Relay {
+        let Uri::Unix(path) = &uri else { panic!("{uri} is no socket") };
+        let Uri::Unix(target) = to.clone() else { panic!("{to} is no socket") };
+        let listener = UnixListener::bind(path).unwrap();
+        let shared = Arc::new(Shared { fault, struck: AtomicBool::new(false), open: Mutex::new(Some(Vec::new())) });
+        let its = shared.clone();
+        let thread = std::thread::spawn(move || {
+            std::thread::scope(|scope| {
+                for source in listener.incoming() {
+                    let (source, shared) = (source.unwrap(), &*its);
+                    let destination = UnixStream::connect(&target);
+                    match (&mut *shared.open.lock().unwrap(), &destination) {
+                        (None, _) => break,
+                        (Some(open), Ok(destination)) => {
+                            open.extend([source.try_clone().unwrap(), destination.try_clone().unwrap()]);
+                        }
+                        // It listens no more: this is the source's business.
+                        (Some(_), Err(_)) => continue,
+                    }
+                    let destination = destination.unwrap();
+                    scope.spawn(move || carry(source, destination, shared, scope));
+                }
+            });
+        });
+        Relay { uri, shared, thread: Some(thread) }
+    }
+
+    /// Whether the stream came to the place of the fault.
+    pub(crate) fn struck(&self) -> bool {
+        self.shared.struck.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        for stream in self.shared.open.lock().unwrap().take().unwrap() {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+        let Uri::Unix(path) = &self.uri else { return };
+        // Wakes it up.
+        let _ = UnixStream::connect(path);
+        let ended = self.thread.take().unwrap().join();
+        assert!(ended.is_ok() || std::thread::panicking());
+    }
+}
+
+fn carry<'scope>(
+    mut source: UnixStream,
+    destination: UnixStream,
+    shared: &'scope Shared,
+    scope: &'scope std::thread::Scope<'scope, '_>,
+) {
+    let mut header = [0; HEADER_BYTES];
+    if source.read_exact(&mut header).is_err() {
+        return;
+    }
+    let channel = ConnectionHeader::decode(&header).unwrap().channel;
+    let fault = |way| Some(shared.fault).filter(|fault| fault.channel == channel && fault.way == way);
+    let back = (destination.try_clone().unwrap(), source.try_clone().unwrap());
+    let (forth, back_fault) = (fault(Way::ToDestination), fault(Way::ToSource));
+    scope.spawn(move || pump(back.0, back.1, None, back_fault, shared));
+    pump(source, destination, Some(header), forth, shared);
+}
+
+/// Passes on one direction of one channel until it ends.
+fn pump(
+    mut from: UnixStream,
+    mut to: UnixStream,
+    header: Option<[u8; HEADER_BYTES]>,
+    fault: Option<Fault>,
+    shared: &Shared,
+) {
+    let ends = [from.try_clone().unwrap(), to.try_clone().unwrap()];
+    let mut pass = Pass { to: &mut to, offset: 0, seen: Vec::new(), fault, shared, ends: &ends };
+    let end = (|| -> std::io::Result<Infallible> {
+        let mut buffer = header.map_or_else(|| vec![0; HEADER_BYTES], Vec::from);
+        if header.is_none() {
+            from.read_exact(&mut buffer)?;
+        }
+        pass.on(None, &mut buffer)?;
+        loop {
+            buffer.resize(FRAME_HEADER_BYTES, 0);
+            from.read_exact(&mut buffer)?;
+            let kind = u16::from_le_bytes([buffer[0], buffer[1]]);
+            let mut left = u32::from_le_bytes([buffer[4], buffer[5], buffer[6], buffer[7]]) as usize;
+            pass.on(Some(kind), &mut buffer)?;
+            while left > 0 {
+                buffer.resize(left.min(64 << 10), 0);
+                from.read_exact(&mut buffer)?;
+                left -= buffer.len();
+                pass.on(None, &mut buffer)?;
+            }
+        }
+    })();
+    // An end is passed on too, but not what the other direction still has to say.
+    if end.is_err_and(|error| error.kind() != std::io::ErrorKind::WouldBlock) {
+        let _ = to.shutdown(Shutdown::Write);
+        let _ = from.shutdown(Shutdown::Read);
+    }
+}
+
+struct Pass<'a> {
+    to: &'a mut UnixStream,
+    offset: u64,
+    /// Kinds of frames seen, and where they began.
+    seen: Vec<(u16, u64)>,
+    fault: Option<Fault>,
+    shared: &'a Shared,
+    ends: &'a [UnixStream; 2],
+}
+
+impl Pass<'_> {
+    /// Passes on `bytes`, which begin a frame if it has a kind here.
+    fn on(&mut self, kind: Option<u16>, bytes: &mut [u8]) -> std::io::Result<()> {
+        if let Some(kind) = kind.filter(|kind| self.seen.iter().all(|(seen, _)| seen != kind)) {
+            self.seen.push((kind, self.offset));
+        }
+        let at = self.fault.and_then(|fault| match fault.at {
+            At::Byte(at) => Some(at),
+            At::Frame(kind, at) => {
+                let (_, begin) = self.seen.iter().find(|(seen, _)| *seen == kind as u16)?;
+                Some(begin + at)
+            }
+        });
+        let here = at.and_then(|at| at.checked_sub(self.offset)).filter(|at| *at < bytes.len() as u64);
+        self.offset += bytes.len() as u64;
+        let (Some(here), Some(fault)) = (here.map(|here| here as usize), self.fault) else {
+            return self.to.write_all(bytes);
+        };
+        self.shared.struck.store(true, Ordering::SeqCst);
+        if fault.deed == Deed::Flip {
+            bytes[here] ^= 1;
+            self.fault = None;
+            return self.to.write_all(bytes);
+        }
+        self.to.write_all(&bytes[..here])?;
+        if fault.deed == Deed::Cut {
+            for end in self.ends {
+                let _ = end.shutdown(Shutdown::Both);
+            }
+        }
+        Err(std::io::ErrorKind::WouldBlock.into())
+    }
+}

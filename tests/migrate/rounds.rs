@@ -1,0 +1,75 @@
+//! When a migration ends by itself, when it does not, and how fast it may go.
+
+use std::time::Duration;
+
+use vhost_migrate::migrate::{Event, MigrateError, Policy, STALL_ROUNDS};
+use vhost_migrate::stream::Limiter;
+
+use crate::guest::{Guest, PATIENCE, Trouble};
+use crate::trip::{Destination, How, Place, assert_nothing_happened, leave};
+
+const PAGES: u64 = 512;
+
+/// A limit that a guest of this size takes about 50 ms to get through.
+fn limited(policy: Policy) -> How {
+    let mut how = How::new();
+    how.plan.policy = policy;
+    how.options.limiter = Limiter::new(Some(40 << 20));
+    how
+}
+
+#[test]
+fn a_guest_that_writes_faster_than_the_link_is_given_up_running_and_says_so_before() {
+    let place = Place::new();
+    let mut guest = Guest::running(PAGES).with(Trouble::Relentless);
+    let destination = Destination::at(&place.unix("socket"));
+    let how = limited(Policy { downtime: Duration::from_millis(1), max_rounds: 8 });
+    let left = leave(&mut guest, &destination.uri, &how);
+
+    let rounds = left.events.iter().filter(|event| matches!(event, Event::Round(_))).count();
+    assert_eq!(rounds, 8);
+    let stalled = |event: &Event| matches!(event, Event::Stalled { .. });
+    assert_eq!(left.events.iter().filter(|event| stalled(event)).count(), 1);
+    let before = left.events.iter().position(stalled).unwrap();
+    let before = left.events[..before].iter().filter(|event| matches!(event, Event::Round(_))).count();
+    assert_eq!(before, STALL_ROUNDS as usize);
+
+    assert_eq!(guest.calls.pauses, 0, "the guest was never stopped");
+    let failure = left.failure();
+    assert!(matches!(failure.error, MigrateError::NoConvergence { rounds: 8, .. }), "{failure}");
+    let told = destination.join().nobody();
+    assert!(matches!(&told, MigrateError::Source(words) if words.contains("no convergence")), "{told}");
+    assert_nothing_happened(guest, &failure);
+}
+
+#[test]
+fn the_same_guest_arrives_when_its_downtime_may_be_long_enough() {
+    let place = Place::new();
+    let mut guest = Guest::running(PAGES).with(Trouble::Relentless);
+    let destination = Destination::at(&place.unix("socket"));
+    let left = leave(&mut guest, &destination.uri, &limited(Policy { downtime: PATIENCE, max_rounds: 8 }));
+    assert_eq!(left.outcome.unwrap().rounds, 2);
+    guest.assert_gone();
+    destination.join().guest();
+}
+
+#[test]
+fn no_more_goes_out_than_the_bandwidth_limit_allows() {
+    const RATE: u64 = 8 << 20;
+    for channels in [1, 3] {
+        let place = Place::new();
+        let mut guest = Guest::idle(4 * PAGES);
+        let destination = Destination::at(&place.unix("socket"));
+        let mut how = How::new().channels(channels);
+        how.options.limiter = Limiter::new(Some(RATE));
+        let left = leave(&mut guest, &destination.uri, &how);
+        left.outcome.unwrap();
+        let Some(Event::Round(round)) = left.events.iter().find(|event| matches!(event, Event::Round(_))) else {
+            panic!("no round in {:?}", left.events);
+        };
+        // What is written at once, a tenth of a second's worth at the most, is waited for afterwards.
+        let least = (round.wire_bytes - RATE / 10) as f64 / RATE as f64;
+        assert!(round.wire_bytes > 5 << 20 && round.ms >= least * 1e3, "{round:?}, at least {least} s");
+        destination.join().guest();
+    }
+}

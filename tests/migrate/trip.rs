@@ -1,0 +1,205 @@
+//! One migration with both its ends in this process, over any transport.
+
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tempfile::TempDir;
+use vhost_migrate::migrate::{Event, Failure, MigrateError, Plan, Policy, Received, Report, migrate, receive};
+use vhost_migrate::stream::{Codec, Listener, Options, StreamError, Uri, transport};
+
+use crate::guest::{Cradle, Guest, PATIENCE, Refusal};
+
+/// How to migrate.
+#[derive(Clone)]
+pub(crate) struct How {
+    pub(crate) plan: Plan,
+    pub(crate) options: Options,
+}
+
+impl How {
+    /// Patient, and with a downtime that any writer here allows.
+    pub(crate) fn new() -> How {
+        let policy = Policy { downtime: PATIENCE, max_rounds: 100 };
+        How { plan: Plan { policy, codec: Codec::None }, options: options() }
+    }
+
+    pub(crate) fn channels(mut self, channels: u16) -> How {
+        self.options.channels = channels;
+        self
+    }
+
+    pub(crate) fn codec(mut self, codec: &str) -> How {
+        self.plan.codec = codec.parse().unwrap();
+        self
+    }
+
+    pub(crate) fn one_way(mut self) -> How {
+        self.options.one_way = true;
+        self
+    }
+
+    pub(crate) fn timeout(mut self, time: Duration) -> How {
+        (self.options.deadline, self.options.timeout) = (Some(time), Some(time));
+        self
+    }
+}
+
+pub(crate) fn options() -> Options {
+    Options { deadline: Some(PATIENCE), timeout: Some(PATIENCE), ..Options::new().unwrap() }
+}
+
+/// How a migration ended at the source.
+pub(crate) struct Left {
+    pub(crate) outcome: Result<Report, Failure>,
+    pub(crate) events: Vec<Event>,
+}
+
+impl Left {
+    pub(crate) fn failure(self) -> Failure {
+        self.outcome.expect_err("the migration should have failed")
+    }
+}
+
+/// Sends `guest` to `uri`.
+pub(crate) fn leave(guest: &mut Guest, uri: &Uri, how: &How) -> Left {
+    leave_telling(guest, uri, how, |_| {})
+}
+
+/// The same, and `tell` hears of every event as it happens.
+pub(crate) fn leave_telling(guest: &mut Guest, uri: &Uri, how: &How, mut tell: impl FnMut(&Event)) -> Left {
+    let mut events = Vec::new();
+    let outcome = match transport::connect(uri, &how.options) {
+        Ok(connection) => {
+            let Options { limiter, cancel, .. } = &how.options;
+            let outcome = migrate(guest, connection, &how.plan, limiter, cancel, &mut |event| {
+                tell(&event);
+                events.push(event);
+            });
+            let last = match &outcome {
+                Ok(report) => Event::Completed(report.clone()),
+                Err(failure) => Event::Failed { message: failure.to_string(), source_running: failure.source_running },
+            };
+            assert_eq!(events.last(), Some(&last), "the last event says how it ended");
+            outcome
+        }
+        Err(error) => Err(Failure { error: error.into(), source_running: true }),
+    };
+    Left { outcome, events }
+}
+
+/// What came out of a destination.
+pub(crate) struct Arrived {
+    pub(crate) outcome: Result<Received, MigrateError>,
+    /// Bytes of frames read from the wire.
+    pub(crate) bytes: u64,
+    guest: Option<Guest>,
+}
+
+impl Arrived {
+    /// The guest, which runs here.
+    pub(crate) fn guest(self) -> Guest {
+        self.outcome.unwrap();
+        let guest = self.guest.unwrap();
+        guest.beat();
+        guest
+    }
+
+    /// Nothing runs here.
+    pub(crate) fn nobody(self) -> MigrateError {
+        assert!(!self.guest.is_some_and(|guest| guest.is_running()), "the guest runs where it must not");
+        self.outcome.expect_err("the destination should have failed")
+    }
+}
+
+/// A destination in a thread of its own.
+pub(crate) struct Destination {
+    pub(crate) uri: Uri,
+    pub(crate) options: Options,
+    thread: JoinHandle<Arrived>,
+}
+
+impl Destination {
+    pub(crate) fn at(uri: &Uri) -> Destination {
+        Destination::new(uri, None, options())
+    }
+
+    pub(crate) fn new(uri: &Uri, refuse: Option<Refusal>, options: Options) -> Destination {
+        let listener = Listener::bind(uri).unwrap();
+        let uri = listener.uri().clone();
+        let its = options.clone();
+        let thread = std::thread::spawn(move || {
+            let connection = match listener.accept(&its) {
+                Ok(connection) => connection,
+                Err(error) => return Arrived { outcome: Err(error.into()), bytes: 0, guest: None },
+            };
+            let channels = connection.channels.clone();
+            let mut cradle = Cradle::new(refuse);
+            let outcome = receive(&mut cradle, connection, &its.cancel);
+            let bytes = channels.iter().map(|channel| channel.received()).sum();
+            Arrived { outcome, bytes, guest: cradle.guest }
+        });
+        Destination { uri, options, thread }
+    }
+
+    /// Waits for the end.
+    pub(crate) fn join(self) -> Arrived {
+        self.thread.join().unwrap()
+    }
+
+    /// Calls it off, wherever it is, and waits for the end.
+    pub(crate) fn cancel(self) -> Arrived {
+        self.options.cancel.cancel();
+        self.join()
+    }
+}
+
+/// A folder for sockets and files.
+pub(crate) struct Place(TempDir);
+
+impl Place {
+    pub(crate) fn new() -> Place {
+        Place(TempDir::new().unwrap())
+    }
+
+    pub(crate) fn path(&self, name: &str) -> String {
+        self.0.path().join(name).display().to_string()
+    }
+
+    pub(crate) fn unix(&self, name: &str) -> Uri {
+        uri(&format!("unix:{}", self.path(name)))
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        std::fs::read_dir(&self.0).unwrap().next().is_none()
+    }
+}
+
+pub(crate) fn uri(text: &str) -> Uri {
+    text.parse().unwrap()
+}
+
+/// Moves a running guest to a good destination and returns it as it goes on there.
+pub(crate) fn travel(mut guest: Guest, to: &Uri, how: &How) -> (Guest, Report) {
+    let destination = Destination::at(to);
+    let left = leave(&mut guest, &destination.uri, how);
+    let arrived = destination.join();
+    let report = left.outcome.unwrap();
+    guest.assert_gone();
+    (arrived.guest(), report)
+}
+
+/// What must hold after every migration that failed before its commit: the guest is here, whole, and goes elsewhere
+/// the next time, where it is returned from.
+pub(crate) fn assert_nothing_happened(mut guest: Guest, failure: &Failure) -> Guest {
+    assert!(failure.source_running, "{failure}");
+    guest.assert_here();
+    let place = Place::new();
+    travel(guest, &place.unix("second"), &How::new().channels(2)).0
+}
+
+pub(crate) fn stream_error(failure: &Failure) -> &StreamError {
+    match &failure.error {
+        MigrateError::Stream(error) => error,
+        other => panic!("not an error of the stream: {other}"),
+    }
+}

@@ -1,0 +1,236 @@
+//! A disk in this process's memory behind the `Device` trait, to try the guest on, and to hurt it in chosen ways.
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use vhost_migrate::abi::{bit, virtio};
+use vhost_migrate::dirty::Log;
+use vhost_migrate::frontend::{Device, FrontendError, InflightState, Reconnected, RingSetup};
+use vhost_migrate::memory::Memory;
+use vhost_migrate::ring::{Chain, RingBase, SplitDevice, SplitLayout};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+/// What it does wrong, for as many requests as each says.
+#[derive(Default)]
+pub(crate) struct Faults {
+    pub(crate) complete_twice: AtomicU32,
+    pub(crate) answer_ioerr: AtomicU32,
+    pub(crate) forget: AtomicU32,
+    pub(crate) lose_write: AtomicU32,
+}
+
+pub(crate) struct RamDisk {
+    pub(crate) bytes: Arc<Mutex<Vec<u8>>>,
+    pub(crate) faults: Arc<Faults>,
+    features: u64,
+    memory: Memory,
+    queues: Vec<Option<Queue>>,
+}
+
+struct Queue {
+    stop: Arc<AtomicBool>,
+    kick: Arc<OwnedFd>,
+    worker: JoinHandle<RingBase>,
+}
+
+impl RamDisk {
+    pub(crate) fn new(bytes: &Arc<Mutex<Vec<u8>>>, faults: &Arc<Faults>) -> Box<RamDisk> {
+        let queues = (0..4).map(|_| None).collect();
+        Box::new(RamDisk {
+            bytes: bytes.clone(),
+            faults: faults.clone(),
+            features: 0,
+            memory: Memory::default(),
+            queues,
+        })
+    }
+}
+
+fn once(fault: &AtomicU32) -> bool {
+    fault.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok()
+}
+
+fn serve(
+    mut ring: SplitDevice,
+    memory: &Memory,
+    setup: &RingSetup,
+    bytes: &Mutex<Vec<u8>>,
+    faults: &Faults,
+    stop: &AtomicBool,
+) -> RingBase {
+    let mut chain = Chain::default();
+    loop {
+        loop {
+            match ring.pop(&mut chain) {
+                Ok(true) => {}
+                Ok(false) => break,
+                // What it did wrong itself has broken the ring.
+                Err(_) => return ring.base(),
+            }
+            let status = *chain.writable.last().unwrap();
+            let mut header = [0; 16];
+            memory.read(chain.readable[0].gpa, &mut header).unwrap();
+            let header = virtio::BlkRequestHeader::read_from_bytes(&header).unwrap();
+            let mut at = header.sector.get() as usize * 512;
+            let mut disk = bytes.lock().unwrap();
+            let (kind, mut written) = (header.request_type.get(), 1);
+            if kind == virtio::VIRTIO_BLK_T_OUT && !once(&faults.lose_write) {
+                for buffer in &chain.readable[1..] {
+                    memory.read(buffer.gpa, &mut disk[at..at + buffer.len as usize]).unwrap();
+                    at += buffer.len as usize;
+                }
+            }
+            if kind == virtio::VIRTIO_BLK_T_IN {
+                for buffer in &chain.writable[..chain.writable.len() - 1] {
+                    memory.write(buffer.gpa, &disk[at..at + buffer.len as usize]).unwrap();
+                    at += buffer.len as usize;
+                    written += buffer.len;
+                }
+            }
+            drop(disk);
+            memory.write(status.gpa, &[u8::from(once(&faults.answer_ioerr))]).unwrap();
+            if once(&faults.forget) {
+                continue;
+            }
+            ring.push(chain.head, written);
+            if once(&faults.complete_twice) {
+                ring.push(chain.head, written);
+            }
+            if ring.publish() {
+                nix::unistd::write(&setup.call, &1u64.to_ne_bytes()).unwrap();
+            }
+        }
+        if ring.enable_notifications() {
+            continue;
+        }
+        if stop.load(Ordering::Acquire) {
+            return ring.base();
+        }
+        let mut ready = [nix::poll::PollFd::new(std::os::fd::AsFd::as_fd(&setup.kick), nix::poll::PollFlags::POLLIN)];
+        nix::poll::poll(&mut ready, nix::poll::PollTimeout::NONE).unwrap();
+        let _ = nix::unistd::read(&setup.kick, &mut [0; 8]);
+    }
+}
+
+impl Device for RamDisk {
+    fn name(&self) -> &str {
+        "ram disk"
+    }
+
+    fn features(&self) -> u64 {
+        [
+            virtio::VIRTIO_F_VERSION_1,
+            virtio::VIRTIO_RING_F_EVENT_IDX,
+            virtio::VIRTIO_RING_F_INDIRECT_DESC,
+            virtio::VIRTIO_BLK_F_SEG_MAX,
+            virtio::VIRTIO_BLK_F_FLUSH,
+        ]
+        .into_iter()
+        .fold(0, |all, number| all | bit(number))
+    }
+
+    fn acked_features(&self) -> u64 {
+        self.features
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<(), FrontendError> {
+        self.features = features;
+        Ok(())
+    }
+
+    fn queues(&self) -> u16 {
+        self.queues.len() as u16
+    }
+
+    fn max_mem_slots(&self) -> usize {
+        8
+    }
+
+    fn set_memory(&mut self, memory: &Memory) -> Result<(), FrontendError> {
+        self.memory = memory.clone();
+        Ok(())
+    }
+
+    fn set_inflight(&mut self, _: u16, _: u16, _: Option<&InflightState>) -> Result<bool, FrontendError> {
+        Ok(false)
+    }
+
+    fn inflight(&self) -> Result<Option<InflightState>, FrontendError> {
+        Ok(None)
+    }
+
+    fn start_ring(&mut self, index: u16, setup: RingSetup) -> Result<(), FrontendError> {
+        let layout = SplitLayout { size: setup.size, desc: setup.desc, avail: setup.avail, used: setup.used };
+        let ring = SplitDevice::new(&self.memory, layout, self.features, setup.base).unwrap();
+        let (memory, bytes, faults) = (self.memory.clone(), self.bytes.clone(), self.faults.clone());
+        let (stop, kick) = (Arc::new(AtomicBool::new(false)), setup.kick.clone());
+        let stopped = stop.clone();
+        let worker = std::thread::spawn(move || serve(ring, &memory, &setup, &bytes, &faults, &stopped));
+        self.queues[usize::from(index)] = Some(Queue { stop, kick, worker });
+        Ok(())
+    }
+
+    fn stop_ring(&mut self, index: u16) -> Result<RingBase, FrontendError> {
+        let queue = self.queues[usize::from(index)].take().unwrap();
+        queue.stop.store(true, Ordering::Release);
+        nix::unistd::write(&queue.kick, &1u64.to_ne_bytes()).unwrap();
+        Ok(queue.worker.join().unwrap())
+    }
+
+    fn start_logging(&mut self, _: &Arc<Log>, _: BorrowedFd<'_>) -> Result<(), FrontendError> {
+        Ok(())
+    }
+
+    fn stop_logging(&mut self) -> Result<(), FrontendError> {
+        Ok(())
+    }
+
+    fn log(&self) -> Option<&Arc<Log>> {
+        None
+    }
+
+    fn config(&mut self, offset: u32, buf: &mut [u8]) -> Result<(), FrontendError> {
+        let mut config = virtio::BlkConfig::new_zeroed();
+        config.capacity.set(self.bytes.lock().unwrap().len() as u64 / 512);
+        config.seg_max.set(4);
+        buf.copy_from_slice(&config.as_bytes()[offset as usize..][..buf.len()]);
+        Ok(())
+    }
+
+    fn set_config(&mut self, _: u32, _: &[u8]) -> Result<(), FrontendError> {
+        Ok(())
+    }
+
+    fn status(&mut self) -> Result<Option<u8>, FrontendError> {
+        Ok(None)
+    }
+
+    fn set_status(&mut self, _: u8) -> Result<(), FrontendError> {
+        Ok(())
+    }
+
+    fn watch(&self) -> Result<Option<OwnedFd>, FrontendError> {
+        Ok(None)
+    }
+
+    fn hung_up(&self) -> bool {
+        false
+    }
+
+    fn reconnect(&mut self, _: Instant) -> Result<Reconnected, FrontendError> {
+        Ok(Reconnected::default())
+    }
+}
+
+impl Drop for RamDisk {
+    fn drop(&mut self) {
+        for index in 0..self.queues() {
+            if self.queues[usize::from(index)].is_some() {
+                let _ = self.stop_ring(index);
+            }
+        }
+    }
+}
