@@ -117,7 +117,8 @@ fn wait_for_arrival(owner: &Owner, uri: &Uri, backends: &[PathBuf]) -> Result<()
     let listener = Listener::bind(uri)?;
     println!("waits for a guest at {}", listener.uri());
     loop {
-        let options = Options { deadline: None, ..Options::new()? };
+        // A source may have nothing to say on a channel for long; one that is gone is noticed by its connection.
+        let options = Options { deadline: None, timeout: None, ..Options::new()? };
         let mut arrival = GuestArrival::new(backends.to_vec());
         let received = listener
             .accept(&options)

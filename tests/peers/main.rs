@@ -9,6 +9,7 @@
 
 mod backend;
 mod guest_free;
+mod hugetlb;
 mod initramfs;
 mod linux_guest;
 mod load;
