@@ -310,7 +310,9 @@ fn both_sides_learn_which_of_them_is_too_old() {
     // Our source meets a newer destination.
     let newer = UnixListener::bind(folder.path().join("newer")).unwrap();
     let source = thread::spawn(move || connect(&uri(format!("unix:{}/newer", folder.path().display())), &options(1)));
-    newer.accept().unwrap().0.write_all(&header).unwrap();
+    let mut newer = newer.accept().unwrap().0;
+    newer.read_exact(&mut [0; HEADER_BYTES]).unwrap();
+    newer.write_all(&header).unwrap();
     let error = source.join().unwrap().unwrap_err().to_string();
     assert!(error.contains("the peer is newer, update this program"), "{error}");
 }
@@ -324,7 +326,7 @@ fn a_stale_socket_file_is_replaced_and_a_live_one_is_not() {
     assert!(path.exists());
     let listener = Listener::bind(&to).unwrap();
     let error = Listener::bind(&to).unwrap_err().to_string();
-    assert!(error.contains("another process listens at this socket"), "{error}");
+    assert!(error.contains("another process listens there"), "{error}");
     migrate(&listener, &to, options(1), Codec::None);
 }
 
@@ -342,10 +344,10 @@ fn every_wrong_place_is_told_with_what_to_do() {
     };
     let cases = [
         (bind(taken.uri().to_string()), "the port is in use"),
-        (bind(format!("unix:{}", "x".repeat(108))), "at most 107"),
+        (bind(format!("unix:{}", "x".repeat(108))), "longer than 107 bytes"),
         (dial(format!("unix:{}", "x".repeat(108))), "at most 107"),
-        (bind(format!("unix:{folder}/plain")), "exists and is not a socket"),
-        (bind(format!("unix:{folder}/no/socket")), "check its spelling and that its folder exists"),
+        (bind(format!("unix:{folder}/plain")), "a file that is no socket is there"),
+        (bind(format!("unix:{folder}/no/socket")), "its directory doesn't exist"),
         (bind(format!("file:{folder}/nothing")), "there is no such path"),
         (dial(format!("file:{folder}/no/file")), "there is no such path"),
         (dial(format!("unix:{folder}/nobody")), "start the destination first"),
