@@ -341,8 +341,8 @@ fn fds_that_nobody_asked_for_are_closed() {
 
 #[test]
 fn a_configuration_that_is_not_what_was_asked_for_is_refused() {
-    type Body = fn(&[u8]) -> Vec<u8>;
-    let answers: [Body; 4] = [
+    type Bend = fn(&[u8]) -> Vec<u8>;
+    let answers: [Bend; 4] = [
         |_| vec![],
         |payload| payload[..payload.len() - 1].to_vec(),
         |payload| [&[1], &payload[1..]].concat(),

@@ -363,7 +363,8 @@ fn a_state_that_does_not_fit_is_refused() {
     };
     refused(extra);
     let mut other = Guest::restore(copy(guest.memory()), state.clone()).unwrap();
-    let small = Disks { bytes: (0..2).map(|_| Arc::new(Mutex::new(vec![0; DISK / 2]))).collect(), ..Disks::new(0) };
+    let small = Disks::new(2);
+    small.bytes.iter().for_each(|bytes| bytes.lock().unwrap().truncate(DISK / 2));
     assert!(other.attach(small.devices()).unwrap_err().to_string().contains("bytes"));
     other.attach(disks.devices()).unwrap();
 }

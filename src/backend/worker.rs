@@ -219,10 +219,11 @@ impl Worker {
         if recovery.next_avail.is_none() {
             return Ok(());
         }
-        if !(recovery.resubmit.is_empty() && recovery.stores.is_empty()) {
+        if !recovery.resubmit.is_empty() {
             debug!("ring {}: {} requests are served again", self.index, recovery.resubmit.len());
-            self.ring.relog_used();
         }
+        // A predecessor that was killed between a write to the used ring and its mark has left no other trace.
+        self.ring.relog_used();
         for head in recovery.resubmit {
             let mut request = self.spare_request();
             let index = self.index;

@@ -118,9 +118,9 @@ pub struct GuestStats {
     pub lost: u64,
     /// Pages that CPUs have written.
     pub pages: u64,
-    /// Times a back-end came back, on this host.
+    /// Times a back-end came back.
     pub reconnects: u64,
-    /// Requests that restarted back-ends found unfinished, on this host.
+    /// Requests that restarted back-ends found unfinished.
     pub resubmitted: u64,
 }
 
@@ -329,6 +329,8 @@ impl Guest {
                 block_size: (attached.disk.block * SECTOR_BYTES) as u32,
                 bases: attached.stopped.iter().copied().collect::<Option<_>>().ok_or(running)?,
                 inflight: device.inflight()?,
+                reconnects: attached.unit.reconnects.load(Ordering::Relaxed),
+                resubmitted: attached.unit.resubmitted.load(Ordering::Relaxed),
             })
         };
         Ok(GuestState {
@@ -468,6 +470,10 @@ impl Guest {
             };
             let unit =
                 Arc::new(Unit::new(device, lines, Duration::from_secs(self.config.reconnect_timeout.min(FOREVER))));
+            if let Some(state) = expected {
+                unit.reconnects.store(state.reconnects, Ordering::Relaxed);
+                unit.resubmitted.store(state.resubmitted, Ordering::Relaxed);
+            }
             let supervisor = Supervisor::start(unit.clone(), self.failure.clone())?;
             units.push(Attached { _supervisor: supervisor, unit, disk, stopped });
         }
@@ -504,6 +510,8 @@ impl Guest {
             block_size: if has(VIRTIO_BLK_F_BLK_SIZE) { space.blk_size.get() } else { sector },
             bases: Vec::new(),
             inflight: None,
+            reconnects: 0,
+            resubmitted: 0,
         };
         if let Some(state) = expected {
             let same = (state.capacity, state.block_size) == (now.capacity, now.block_size);

@@ -115,6 +115,10 @@ pub struct DeviceState {
     pub bases: Vec<RingBase>,
     /// Its inflight region.
     pub inflight: Option<InflightState>,
+    /// How often its back-end was connected to again, in the guest's whole life.
+    pub reconnects: u64,
+    /// Requests that restarted back-ends found in flight, in the guest's whole life.
+    pub resubmitted: u64,
 }
 
 /// A moment that another process can compare with its own.

@@ -34,12 +34,16 @@ impl Client {
     }
 
     pub(crate) fn send_bytes(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+        assert_eq!(self.try_send_bytes(bytes, fds), Ok(bytes.len()));
+    }
+
+    /// As `send_bytes`, to a back-end that may have hung up.
+    pub(crate) fn try_send_bytes(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> nix::Result<usize> {
         let raw: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
         let rights = [ControlMessage::ScmRights(&raw)];
         let control = if raw.is_empty() { &[][..] } else { &rights[..] };
         let fd = self.socket.as_raw_fd();
-        let sent = sendmsg::<()>(fd, &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None).unwrap();
-        assert_eq!(sent, bytes.len());
+        sendmsg::<()>(fd, &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None)
     }
 
     /// The next message from the back-end.
