@@ -2,7 +2,7 @@
 //! the sockets alone do. Prints a table of guest GB/s, medians of interleaved runs.
 //!
 //! ```text
-//! cargo bench --bench stream [-- --size-mib 1024 --runs 5 --cpu-time 1]
+//! cargo bench --bench stream [-- --size-mib 1024 --runs 5 --cpu-time 1 --only unix]
 //! cargo bench --bench stream -- --image data|mix|zero PATH [--size-mib 1024]     write an image, to feed a peer with it
 //! ```
 //! `--cpu-time 1` divides by the CPU time of all threads, both sides, instead of the time that passed: GB per core
@@ -91,6 +91,11 @@ fn main() {
 
 /// Prints the median guest GB/s of each image; `measure` returns seconds. Runs of the images are interleaved.
 fn row(what: &str, runs: u64, guests: &[Guest], measure: &dyn Fn(&Guest) -> f64) {
+    let arguments: Vec<String> = std::env::args().collect();
+    let only = arguments.iter().position(|argument| argument == "--only").and_then(|at| arguments.get(at + 1));
+    if only.is_some_and(|only| !what.contains(only)) {
+        return;
+    }
     let mut times = vec![Vec::new(); guests.len()];
     for _ in 0..runs {
         for (times, guest) in times.iter_mut().zip(guests) {
