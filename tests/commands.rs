@@ -257,6 +257,20 @@ threading.Event().wait(60)";
 }
 
 #[test]
+fn a_command_that_is_the_new_home_of_the_guest_lives_on() {
+    let mut host = Host::new();
+    let source = host.source();
+    let (backend, control) = (host.backend("home.vhost"), host.path("home.control"));
+    let program = env!("CARGO_BIN_EXE_vhost-migrate");
+    let (backend, home) = (backend.display(), control.display());
+    let exec = format!("exec:exec {program} guest --backend {backend} --control {home} --incoming fd:0 >&2");
+    assert_completed(&migrate(&source, &exec, &[]));
+    assert_eq!(ask(&source, &json!({"command": "quit"})).unwrap()[0]["event"], "ok");
+    verify(&control);
+    assert_eq!(ask(&control, &json!({"command": "quit"})).unwrap()[0]["event"], "ok");
+}
+
+#[test]
 fn a_failed_migration_leaves_the_guest_running_and_the_next_one_works() {
     let mut host = Host::new();
     let source = host.source();

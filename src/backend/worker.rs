@@ -26,6 +26,8 @@ use super::{BackendError, Device, Notifier, Queue, Request};
 use crate::inflight::{Recovery, SplitInflight};
 use crate::ring::{RingBase, RingLog, SplitDevice};
 
+/// How long a drain waits before it asks the device's queue again, in milliseconds.
+const RETRY_MS: u8 = 100;
 /// How often a ring without a kick is looked at, in milliseconds.
 const POLL_EVERY_MS: u8 = 1;
 
@@ -407,7 +409,8 @@ impl Worker {
             if !self.complete(publish)
                 && let Some(fd) = self.queue.completion_fd()
             {
-                wait_for([Some(fd)], PollTimeout::NONE);
+                // Looked at again even so: what the system had no memory for is passed on once more.
+                wait_for([Some(fd)], PollTimeout::from(RETRY_MS));
             }
         }
         self.ring.base()

@@ -65,8 +65,8 @@ pub struct Reconnected {
 /// A vhost device as whoever drives it sees it.
 ///
 /// The device remembers what it was told. When a call fails with [`FrontendError::is_hang_up`], memory, features,
-/// started rings, the inflight region and the log stay noted (a log that was being installed as well, a ring that was
-/// being stopped as running): [`reconnect`](Device::reconnect), then repeat the call.
+/// started rings, the inflight region and the log stay noted (a log that was being installed is not, a ring that was
+/// being stopped counts as running): [`reconnect`](Device::reconnect), then repeat the call.
 pub trait Device: Send {
     /// What to call it in messages: a path.
     fn name(&self) -> &str;

@@ -209,6 +209,7 @@ impl Migration<'_> {
             Ok(downtime) => downtime,
             Err((Stage::Committed, error)) => {
                 machine.release();
+                self.wire.leave();
                 return Err(self.failed(error, false));
             }
             Err((stage, error)) => {
@@ -224,6 +225,7 @@ impl Migration<'_> {
             }
         };
         machine.release();
+        self.wire.leave();
         self.stop_tracking();
         self.report.total_ms = milliseconds(begun.elapsed());
         self.report.downtime_ms = milliseconds(downtime);
@@ -406,6 +408,13 @@ impl Wire {
         match self.connection.take_if(|connection| connection.one_way) {
             Some(connection) => Ok(connection.finish()?),
             None => Ok(()),
+        }
+    }
+
+    /// The guest has its new home, which a command may be.
+    fn leave(&mut self) {
+        if let Some(connection) = self.connection.take() {
+            connection.leave();
         }
     }
 

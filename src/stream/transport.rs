@@ -163,6 +163,14 @@ impl Connection {
     }
 }
 
+impl Connection {
+    /// Lets go of a connection whose other end goes on by itself: a command that has become the guest's new home, or
+    /// leads there, is not ended.
+    pub fn leave(self) {
+        self.channels.iter().for_each(|channel| channel.0.leave());
+    }
+}
+
 impl fmt::Debug for Connection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let channels = self.channels.len();
@@ -362,6 +370,14 @@ impl Inner {
         if self.kind == FdKind::Socket {
             // Fails when the peer is gone already, which is as good.
             let _ = socket::shutdown(self.fd.as_raw_fd(), how);
+        }
+    }
+
+    fn leave(&self) {
+        if let End::Wait { mut child, .. } = std::mem::replace(&mut *lock(&self.end), End::Nothing) {
+            self.shutdown(Shutdown::Write);
+            // Somebody has to take note of its end, whenever that is.
+            std::thread::spawn(move || child.wait());
         }
     }
 

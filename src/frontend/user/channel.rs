@@ -20,6 +20,9 @@ use crate::sys::socket;
 /// Longest reply: GET_CONFIG's 268 bytes, with room for what is to come.
 const MAX_REPLY: usize = 4096;
 
+/// Messages sent before their acknowledgements are read.
+const MOST_POSTED: usize = 64;
+
 pub(super) struct Channel {
     socket: UnixStream,
     timeout: Duration,
@@ -74,11 +77,17 @@ impl Channel {
         let flags = Header::FLAG_VERSION | if self.acks { Header::FLAG_NEED_REPLY } else { 0 };
         self.send(request, flags, payload, fds)?;
         self.posted.push(request);
-        Ok(())
+        // More unread acknowledgements than a socket holds would block both sides.
+        if self.acks && self.posted.len() >= MOST_POSTED { self.settle() } else { Ok(()) }
     }
 
     /// Waits until everything posted is done. On refusals the first is reported, when all are in.
     pub(super) fn settle(&mut self) -> Result<(), FrontendError> {
+        self.settle_within(self.timeout)
+    }
+
+    /// The same, for requests that may take longer.
+    pub(super) fn settle_within(&mut self, timeout: Duration) -> Result<(), FrontendError> {
         let posted = std::mem::take(&mut self.posted);
         if !self.acks {
             let fence = !posted.is_empty();
@@ -86,7 +95,7 @@ impl Channel {
         }
         let mut refused = None;
         for request in posted {
-            let reply = self.receive(request, self.timeout)?;
+            let reply = self.receive(request, timeout)?;
             let code: u64 = reply.read("F4").inspect_err(|_| self.close())?;
             if code != 0 && refused.is_none() {
                 refused = Some(FrontendError::Refused { request, code });

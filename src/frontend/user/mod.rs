@@ -402,12 +402,16 @@ impl Device for UserDevice {
         if !self.rings.contains_key(&index) {
             return Err(FrontendError::BadRing { index, reason: "it is not started" });
         }
+        // A back-end may drain the ring here already.
         self.post_enable(index, false)?;
+        self.channel.settle_within(self.options.stop_timeout)?;
         let state = VringState { index: index.into(), num: 0 };
         let request = Request::GET_VRING_BASE;
         let reply = self.channel.ask_within(self.options.stop_timeout, request, state.as_bytes(), &[])?;
-        let state: VringState = reply.read("R3")?;
+        // Whether the ring runs is not known after a wrong answer; connecting again starts it where it was.
+        let state: VringState = reply.read("R3").inspect_err(|_| self.channel.close())?;
         if state.index != u32::from(index) {
+            self.channel.close();
             let what = format!("it answered for ring {} instead of {index}", state.index);
             return Err(FrontendError::Breach { request, what, rule: "R3" });
         }
@@ -425,11 +429,8 @@ impl Device for UserDevice {
         let before = self.log.replace((log.clone(), fd));
         let was_on = before.is_some();
         let done = self.install_log().and_then(|()| if was_on { Ok(()) } else { self.switch_logging() });
-        done.inspect_err(|error| {
-            if !error.is_hang_up() {
-                self.log = before;
-            }
-        })
+        // A back-end may hang up because of this very log: connecting again must not depend on it.
+        done.inspect_err(|_| self.log = before)
     }
 
     fn stop_logging(&mut self) -> Result<(), FrontendError> {
