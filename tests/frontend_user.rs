@@ -501,7 +501,7 @@ fn a_lesser_back_end_is_refused_at_reconnection() {
 }
 
 #[test]
-fn a_request_cut_off_by_a_crash_is_carried_out_by_the_reconnection() {
+fn a_log_that_ends_the_connection_does_not_keep_the_next_one_from_being_made() {
     let mut crashes = 1;
     let fake = Fake::start(ALL, move |message| match message.request {
         Request::SET_LOG_BASE if crashes > 0 => {
@@ -515,8 +515,10 @@ fn a_request_cut_off_by_a_crash_is_carried_out_by_the_reconnection() {
     assert!(device.start_logging(&log, fd.as_fd()).unwrap_err().is_hang_up());
     fake.take();
     device.reconnect(Instant::now()).unwrap();
-    assert!(fake.requests().contains(&"SET_LOG_BASE".into()));
-    assert!(device.log().is_some());
+    assert!(!fake.requests().contains(&"SET_LOG_BASE".into()) && device.log().is_none());
+    fake.take();
+    device.start_logging(&log, fd.as_fd()).unwrap();
+    assert!(fake.requests().contains(&"SET_LOG_BASE".into()) && device.log().is_some());
 }
 
 #[test]
