@@ -499,7 +499,7 @@ impl Device for UserDevice {
 
     fn reconnect(&mut self, deadline: Instant) -> Result<Reconnected, FrontendError> {
         let timeout = self.options.timeout;
-        let left = move || deadline.saturating_duration_since(Instant::now()).clamp(*BACK_OFF.end(), timeout);
+        let left = move || deadline.saturating_duration_since(Instant::now()).min(timeout).max(*BACK_OFF.end());
         let (resubmitted, attempts) = until(deadline, || self.reinstall(left()))?;
         Ok(Reconnected { resubmitted, attempts })
     }
