@@ -216,7 +216,7 @@ impl Channel {
         set_nonblocking(fd.as_fd(), kind == FdKind::Pipe)?;
         if kind == FdKind::Socket {
             // Fails on sockets that are not TCP, which do not wait to fill segments anyway. Buffers stay as the system
-            // sizes them: larger ones leave the cache and halve the throughput of UNIX sockets.
+            // sizes them: larger ones leave the cache and cost UNIX sockets throughput.
             let _ = setsockopt(&fd, sockopt::TcpNoDelay, &true);
             notice_dead_hosts(&fd);
         }
