@@ -8,6 +8,7 @@
 //! | `worker` | one thread per running ring: takes requests, logs, publishes, notifies |
 //! | `device` | what a device author writes, and the [`Request`] it gets |
 //! | `blk` | a disk |
+//! | `disk_io` | disk I/O from and to the memory of a request |
 //!
 //! A device never logs: it can only reach guest memory through its [`Request`], which remembers what was lent for
 //! writing, and the worker marks that before it publishes the request. Not here: how rings and inflight regions look
@@ -15,6 +16,7 @@
 
 pub mod blk;
 mod device;
+mod disk_io;
 mod error;
 mod message;
 mod notify;

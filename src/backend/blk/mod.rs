@@ -26,7 +26,7 @@ use crate::abi::virtio::{
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_F_VERSION_1,
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use crate::sys::disk::{Engine, Files, Threads, Uring};
+use crate::backend::disk_io::{self, Engine, Files, Threads, Uring};
 
 /// Most data segments of a request: what fits a ring of 128 entries, beside the header and the status.
 const SEG_MAX: u32 = 126;
@@ -150,7 +150,7 @@ impl Disk {
             warn!("{}: the last {} bytes are no whole sector and left out", image.display(), bytes % SECTOR_BYTES);
         }
         let direct = if options.direct { Some(open(&image, options.read_only, libc::O_DIRECT)?) } else { None };
-        let block_size = if kind.is_block_device() { crate::sys::disk::block_size(buffered.as_fd()) } else { 512 };
+        let block_size = if kind.is_block_device() { disk_io::block_size(buffered.as_fd()) } else { 512 };
         let clears = !options.read_only && (kind.is_block_device() || punches_holes(&buffered, bytes));
         Ok(Disk { files: Arc::new(Files { buffered, direct }), capacity, block_size, clears, serial, options })
     }

@@ -1,4 +1,5 @@
-//! Disk I/O straight from and to the guest memory of a request: through io_uring, or by threads.
+//! Disk I/O straight from and to the guest memory of a request: through io_uring, or by threads. The room's only
+//! `unsafe`.
 //!
 //! An [`Engine`] makes one attempt per [`Io`] and hands it back with what the system said. Retries, short transfers and
 //! what an error means are the caller's. An `Io` owns its request, and with it the guest memory, until then: that is
@@ -19,7 +20,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::fdatasync;
 
-use crate::backend::Request;
+use super::Request;
 
 /// Most ranges that one call takes (IOV_MAX); what is left over is left to the next attempt.
 const MAX_IOVECS: usize = 1024;
