@@ -7,9 +7,10 @@ use crate::abi::virtio::{DESC_F_WRITE, Desc};
 
 use super::RingError;
 
-/// A chain may have this many buffers even on a smaller ring: block drivers are known to put more buffers into an
-/// indirect table than their ring has entries, though virtio forbids it.
-const MIN_BUFFER_LIMIT: usize = 1024;
+/// Most buffers of a chain, whatever the size of its ring: on smaller ones block drivers are known to put more buffers
+/// into an indirect table than there are entries, though virtio forbids it; on larger ones a guest could make the device
+/// hold gigabytes of them. QEMU has the same limit.
+pub(super) const MAX_BUFFERS: usize = 1024;
 /// Bytes of a whole chain (virtio 1.2, "The Virtqueue Descriptor Table").
 const MAX_BYTES: u64 = 1 << 32;
 
@@ -54,14 +55,14 @@ impl Chain {
         self.writable.clear();
     }
 
-    /// Adds the buffer of `desc`, found in a ring of `size` entries.
-    pub(super) fn add(&mut self, desc: &Desc, size: u16) -> Result<(), RingError> {
+    /// Adds the buffer of `desc`.
+    pub(super) fn add(&mut self, desc: &Desc) -> Result<(), RingError> {
         let buffer = Buffer { gpa: desc.addr.get(), len: desc.len.get() };
         if buffer.len == 0 {
             return Ok(());
         }
-        if self.readable.len() + self.writable.len() >= buffer_limit(size) {
-            return Err(RingError::TooManyBuffers { head: self.head, limit: buffer_limit(size) });
+        if self.readable.len() + self.writable.len() >= MAX_BUFFERS {
+            return Err(RingError::TooManyBuffers { head: self.head, limit: MAX_BUFFERS });
         }
         if desc.flags.get() & DESC_F_WRITE != 0 {
             self.writable.push(buffer);
@@ -78,11 +79,6 @@ impl Chain {
         let bytes = self.readable_bytes() + self.writable_bytes();
         if bytes > MAX_BYTES { Err(RingError::TooManyBytes { head: self.head, bytes }) } else { Ok(()) }
     }
-}
-
-/// Most buffers of a chain on a ring of `size` entries.
-pub(super) fn buffer_limit(size: u16) -> usize {
-    MIN_BUFFER_LIMIT.max(size.into())
 }
 
 fn bytes(buffers: &[Buffer]) -> u64 {

@@ -65,7 +65,7 @@ pub enum RingError {
     TooManyBuffers {
         /// Head of the chain.
         head: u16,
-        /// Most buffers of a chain on this ring.
+        /// Most buffers of a chain.
         limit: usize,
     },
     /// A chain of more than 2^32 bytes.
@@ -115,12 +115,12 @@ pub enum RingError {
         id: u32,
     },
     /// A driver's request without a buffer, or with more than the ring could ever take.
-    #[error("a request of {buffers} buffers can't be put on a ring of {size} entries: use 1 to {size}")]
+    #[error("a request of {buffers} buffers can't be put on this ring: use 1 to {limit}")]
     Request {
         /// Buffers of the request.
         buffers: usize,
-        /// Entries.
-        size: u16,
+        /// Most buffers of a request like this.
+        limit: usize,
     },
     /// A saved driver state that can't be true.
     #[error("saved state of a ring's driver: {fault}")]

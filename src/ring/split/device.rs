@@ -13,7 +13,7 @@ use crate::abi::virtio::{
 };
 use crate::dirty::Log;
 use crate::memory::Memory;
-use crate::ring::chain::buffer_limit;
+use crate::ring::chain::MAX_BUFFERS;
 use crate::ring::{Chain, RingBase, RingError};
 
 use super::{Areas, SplitLayout, load, passes, store};
@@ -251,7 +251,7 @@ impl SplitDevice {
             if flags & DESC_F_INDIRECT != 0 {
                 return self.walk_table(&desc, chain);
             }
-            chain.add(&desc, size)?;
+            chain.add(&desc)?;
             if flags & DESC_F_NEXT == 0 {
                 return chain.finish();
             }
@@ -275,9 +275,9 @@ impl SplitDevice {
         if len == 0 || !len.is_multiple_of(DESC_BYTES) {
             return fault("of a table whose length is not a multiple of 16");
         }
-        let (size, limit) = ((len / DESC_BYTES) as usize, buffer_limit(self.layout.size));
-        if size > limit {
-            return Err(RingError::TooManyBuffers { head, limit });
+        let size = (len / DESC_BYTES) as usize;
+        if size > MAX_BUFFERS {
+            return Err(RingError::TooManyBuffers { head, limit: MAX_BUFFERS });
         }
         self.table.resize(size, Desc::new_zeroed());
         let read = self.memory.read(desc.addr.get(), self.table.as_mut_bytes());
@@ -291,7 +291,7 @@ impl SplitDevice {
             if flags & DESC_F_INDIRECT != 0 {
                 return fault("inside an indirect table");
             }
-            chain.add(desc, self.layout.size)?;
+            chain.add(desc)?;
             if flags & DESC_F_NEXT == 0 {
                 return chain.finish();
             }

@@ -13,7 +13,7 @@ use crate::abi::virtio::{
     AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc, USED_F_NO_NOTIFY, VIRTIO_RING_F_EVENT_IDX,
 };
 use crate::memory::Memory;
-use crate::ring::chain::buffer_limit;
+use crate::ring::chain::MAX_BUFFERS;
 use crate::ring::{Buffer, RingError};
 
 use super::{Areas, SplitLayout, load, passes, store};
@@ -175,9 +175,9 @@ impl SplitDriver {
         table: Option<u64>,
     ) -> Result<Option<u16>, RingError> {
         let buffers = readable.len() + writable.len();
-        let limit = if table.is_some() { buffer_limit(self.size) } else { self.size.into() };
+        let limit = if table.is_some() { MAX_BUFFERS } else { MAX_BUFFERS.min(self.size.into()) };
         if buffers == 0 || buffers > limit {
-            return Err(RingError::Request { buffers, size: self.size });
+            return Err(RingError::Request { buffers, limit });
         }
         let needed = if table.is_some() { 1 } else { buffers as u16 };
         if needed > self.free {
