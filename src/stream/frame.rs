@@ -3,9 +3,10 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
+use std::hash::Hasher;
 use std::io::{self, IoSlice, Read, Write};
 
-use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
+use twox_hash::XxHash3_64;
 use zerocopy::little_endian::{U16, U32, U64, U128};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -218,9 +219,9 @@ impl<W: Write> FrameWriter<W> {
         };
         let mut hash = raw.hasher();
         for part in parts {
-            hash.update(part);
+            hash.write(part);
         }
-        raw.hash = hash.digest().into();
+        raw.hash = hash.finish().into();
         let [first, second] = parts;
         write_all(&mut self.to, &mut [raw.as_bytes(), first, second].map(IoSlice::new))?;
         self.sequence += 1;
@@ -322,7 +323,7 @@ pub(super) struct Body<'r, R> {
     from: &'r mut R,
     header: FrameHeader,
     left: usize,
-    hash: Xxh3Default,
+    hash: XxHash3_64,
 }
 
 impl<'r, R: Read> Body<'r, R> {
@@ -351,7 +352,7 @@ impl<'r, R: Read> Body<'r, R> {
         if read < count {
             return Err(StreamError::Truncated("a frame"));
         }
-        self.hash.update(into.get(start..).unwrap_or_default());
+        self.hash.write(into.get(start..).unwrap_or_default());
         Ok(())
     }
 
@@ -374,7 +375,7 @@ impl<'r, R: Read> Body<'r, R> {
 
     /// All is read: does the hash fit?
     pub(super) fn finish(self) -> Result<(), StreamError> {
-        if self.left == 0 && self.hash.digest() == self.header.hash {
+        if self.left == 0 && self.hash.finish() == self.header.hash {
             Ok(())
         } else {
             Err(StreamError::Checksum { what: "frame", sequence: self.header.sequence })
@@ -404,7 +405,7 @@ struct RawConnection {
 
 impl RawConnection {
     fn digest(&self) -> u64 {
-        xxh3_64(RawConnection { hash: U64::ZERO, ..*self }.as_bytes())
+        XxHash3_64::oneshot(RawConnection { hash: U64::ZERO, ..*self }.as_bytes())
     }
 }
 
@@ -420,9 +421,9 @@ struct RawFrame {
 
 impl RawFrame {
     /// Hashes everything before the hash itself.
-    fn hasher(&self) -> Xxh3Default {
-        let mut hash = Xxh3Default::new();
-        hash.update(self.as_bytes().get(..16).unwrap_or_default());
+    fn hasher(&self) -> XxHash3_64 {
+        let mut hash = XxHash3_64::new();
+        hash.write(self.as_bytes().get(..16).unwrap_or_default());
         hash
     }
 }

@@ -22,7 +22,7 @@ use crate::memory::{LOG_PAGE, Memory};
 /// Pages that belong to one channel together: 1 MiB.
 pub const CHUNK_PAGES: u64 = 256;
 /// Most pages with contents in one batch: 1 MiB.
-pub const BATCH_PAGES: u64 = 256;
+pub const BATCH_PAGES: u64 = 64;
 /// Most entries in one batch's table.
 pub const MAX_ENTRIES: usize = 2048;
 /// Most bytes of a page frame's body.

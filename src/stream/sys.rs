@@ -1,11 +1,12 @@
 //! The room's only `unsafe`: reading from a file descriptor straight into guest memory, and taking over an inherited
 //! descriptor. Also the window type that both ends of such a read share.
 
+use std::hash::Hasher;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use twox_hash::XxHash3_64;
 use vm_memory::VolatileSlice;
-use xxhash_rust::xxh3::Xxh3Default;
 
 /// Bytes of a page.
 const PAGE: usize = crate::memory::LOG_PAGE as usize;
@@ -59,14 +60,14 @@ impl<'m> Window<'m> {
     }
 
     /// The first `count` bytes have come: hashes them, as they now are in guest memory, and moves on.
-    pub(super) fn advance(&mut self, count: usize, hash: &mut Xxh3Default) {
+    pub(super) fn advance(&mut self, count: usize, hash: &mut XxHash3_64) {
         let mut count = count.min(self.left);
         self.left -= count;
         // Copies first: a Rust slice over memory that others map could change under the hash's feet.
         let mut copy = [0; PAGE];
         while let Some(piece) = self.pieces.get_mut(self.first).filter(|_| count > 0) {
             let length = piece.copy_to(&mut copy).min(count);
-            hash.update(copy.get(..length).unwrap_or_default());
+            hash.write(copy.get(..length).unwrap_or_default());
             count -= length;
             match piece.offset(length) {
                 Ok(rest) if !rest.is_empty() => *piece = rest,
