@@ -55,10 +55,10 @@ impl Rings for Checked {
         Ok(())
     }
 
-    fn stop(&mut self, index: u16) -> RingBase {
+    fn stop(&mut self, index: u16) -> Result<RingBase, BackendError> {
         let running = &mut self.running[usize::from(index)];
         assert!(std::mem::take(running), "a stopped ring was stopped");
-        RingBase::split(7)
+        Ok(RingBase::split(7))
     }
 
     fn set_logging(&mut self, index: u16, _logging: Logging) {

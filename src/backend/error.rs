@@ -189,6 +189,14 @@ pub enum BackendError {
         /// Head of the chain.
         head: u16,
     },
+    /// The thread of a ring ended by itself, so that nobody knows where the ring goes on.
+    #[error(
+        "ring {index}: its thread has failed, which is a bug; the connection ends, connect again to go on (rule R9)"
+    )]
+    RingLost {
+        /// The ring.
+        index: u16,
+    },
     /// Configuration space can't be read or written like that.
     #[error("{code}: {len} bytes at {offset} of configuration space: {why} (rule C1)")]
     Config {

@@ -60,6 +60,8 @@ pub struct Setup {
     pub error: Option<Arc<Notifier>>,
     /// Where requests in flight are noted.
     pub inflight: Option<Arc<inflight::Region>>,
+    /// Whether it runs on this connection for the first time: if it has a past, that was another back-end's.
+    pub first: bool,
 }
 
 /// Where a ring's writes are logged. Nothing is logged by default.
@@ -83,7 +85,10 @@ pub trait Rings {
     fn start(&mut self, index: u16, setup: Setup) -> Result<(), BackendError>;
 
     /// Completes, logs and publishes all requests of a running ring, stops it, and tells where it goes on (rule R3).
-    fn stop(&mut self, index: u16) -> RingBase;
+    ///
+    /// # Errors
+    /// When that can't be told. The ring doesn't run then either.
+    fn stop(&mut self, index: u16) -> Result<RingBase, BackendError>;
 
     /// Changes where a running ring logs (rule L9).
     fn set_logging(&mut self, index: u16, logging: Logging);
@@ -117,6 +122,8 @@ struct Ring {
     enabled: bool,
     /// [`Rings::start`] was called, and no [`Rings::stop`] since.
     running: bool,
+    /// [`Rings::start`] was called before.
+    ran: bool,
 }
 
 /// The state of one connection.
@@ -166,6 +173,8 @@ impl Session {
             Ok(Some(reply)) => Step::Reply(reply),
             Ok(None) if acknowledge => Step::Reply(Reply::new(code, &0u64)),
             Ok(None) => Step::Silence,
+            // The front-end takes up its rings from guest memory and the inflight region, with the next connection.
+            Err(error @ BackendError::RingLost { .. }) => Step::Close(error),
             Err(error) if acknowledge => {
                 error!("{code} refused: {error}");
                 Step::Reply(Reply::new(code, &1u64))
@@ -227,13 +236,13 @@ impl Session {
             Code::GET_QUEUE_NUM => return number(self.device.queues().into()),
             Code::GET_MAX_MEM_SLOTS => return number(VHOST_USER_MAX_RAM_SLOTS_TODAY as u64),
             Code::SET_OWNER => {}
-            Code::RESET_OWNER => self.disable(rings),
-            Code::RESET_DEVICE => self.reset(rings),
+            Code::RESET_OWNER => self.disable(rings)?,
+            Code::RESET_DEVICE => self.reset(rings)?,
             Code::GET_STATUS => return number(self.status),
             Code::SET_STATUS => {
                 self.status = message.body()?;
                 if self.status == 0 {
-                    self.reset(rings);
+                    self.reset(rings)?;
                 }
             }
             Code::SET_MEM_TABLE => self.set_mem_table(message, rings)?,
@@ -263,7 +272,7 @@ impl Session {
             Code::SET_VRING_ADDR => self.set_addr(message.body()?, rings)?,
             Code::SET_VRING_KICK => {
                 let (index, kick) = self.ring_fd(&mut message)?;
-                self.pause(index, rings);
+                self.pause(index, rings)?;
                 if let Some(ring) = self.rings.get_mut(usize::from(index)) {
                     (ring.kick, ring.started) = (kick.map(Arc::new), true);
                 }
@@ -287,7 +296,7 @@ impl Session {
             Code::GET_VRING_BASE => {
                 let VringState { index, .. } = message.body()?;
                 self.ring(code, index)?;
-                self.pause(index as u16, rings);
+                self.pause(index as u16, rings)?;
                 let ring = self.ring(code, index)?;
                 (ring.started, ring.kick) = (false, None);
                 self.report_lost_pages();
@@ -327,29 +336,31 @@ impl Session {
         self.relog(rings);
         if bits & BIT_30 == 0 {
             self.rings.iter_mut().for_each(|ring| ring.enabled = true);
-            self.settle_all(rings);
+            self.settle_all(rings)?;
         }
         Ok(())
     }
 
     /// Stops all rings; each needs a new kick and a new enable.
-    fn disable(&mut self, rings: &mut dyn Rings) {
+    fn disable(&mut self, rings: &mut dyn Rings) -> Result<(), BackendError> {
         for index in 0..self.device.queues() {
-            self.pause(index, rings);
+            self.pause(index, rings)?;
         }
         for ring in &mut self.rings {
             (ring.started, ring.enabled, ring.kick) = (false, false, None);
         }
+        Ok(())
     }
 
     /// Back to the state before the driver came: the owner, its memory and protocol features stay (rules R8, I7).
-    fn reset(&mut self, rings: &mut dyn Rings) {
-        self.disable(rings);
+    fn reset(&mut self, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        self.disable(rings)?;
         self.rings.iter_mut().for_each(|ring| *ring = Ring::default());
         (self.features, self.status) = (0, 0);
         if let Some(region) = &self.inflight {
             region.reset();
         }
+        Ok(())
     }
 
     fn set_mem_table(&mut self, message: Message, rings: &mut dyn Rings) -> Result<(), BackendError> {
@@ -395,12 +406,11 @@ impl Session {
     fn replace_memory(&mut self, regions: Vec<Arc<Region>>, rings: &mut dyn Rings) -> Result<(), BackendError> {
         let memory = Memory::new(regions)?;
         for index in 0..self.device.queues() {
-            self.pause(index, rings);
+            self.pause(index, rings)?;
         }
         self.memory = memory;
         self.check_log_size();
-        self.settle_all(rings);
-        Ok(())
+        self.settle_all(rings)
     }
 
     fn set_log_base(
@@ -545,35 +555,39 @@ impl Session {
     }
 
     /// Stops a ring if it runs, and keeps its base.
-    fn pause(&mut self, index: u16, rings: &mut dyn Rings) {
+    fn pause(&mut self, index: u16, rings: &mut dyn Rings) -> Result<(), BackendError> {
         if let Some(ring) = self.rings.get_mut(usize::from(index)).filter(|ring| ring.running) {
-            ring.base = rings.stop(index);
             ring.running = false;
+            ring.base = rings.stop(index)?;
         }
+        Ok(())
     }
 
     /// Makes a ring run if it should, and stop if it should not (rule R2).
     fn settle(&mut self, index: u16, rings: &mut dyn Rings) -> Result<(), BackendError> {
         let Some(ring) = self.rings.get(usize::from(index)) else { return Ok(()) };
         if !(ring.started && ring.enabled) {
-            self.pause(index, rings);
+            self.pause(index, rings)?;
         } else if !ring.running {
             let setup = self.setup(index, ring)?;
             rings.start(index, setup)?;
             if let Some(ring) = self.rings.get_mut(usize::from(index)) {
-                ring.running = true;
+                (ring.running, ring.ran) = (true, true);
             }
         }
         Ok(())
     }
 
     /// A ring that can't run yet waits for the next change.
-    fn settle_all(&mut self, rings: &mut dyn Rings) {
+    fn settle_all(&mut self, rings: &mut dyn Rings) -> Result<(), BackendError> {
         for index in 0..self.device.queues() {
-            if let Err(error) = self.settle(index, rings) {
-                warn!("{error}");
+            match self.settle(index, rings) {
+                Err(error @ BackendError::RingLost { .. }) => return Err(error),
+                Err(error) => warn!("{error}"),
+                Ok(()) => {}
             }
         }
+        Ok(())
     }
 
     fn setup(&self, index: u16, ring: &Ring) -> Result<Setup, BackendError> {
@@ -595,6 +609,7 @@ impl Session {
             call: ring.call.clone(),
             error: ring.error.clone(),
             inflight: self.inflight.clone(),
+            first: !ring.ran,
         })
     }
 }

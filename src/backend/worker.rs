@@ -101,12 +101,17 @@ impl Rings for Workers {
     fn start(&mut self, index: u16, setup: Setup) -> Result<(), BackendError> {
         let broken = |source| BackendError::Ring { index, source };
         let mut ring = SplitDevice::new(&setup.memory, setup.layout, setup.features, setup.base).map_err(broken)?;
+        let mut has_a_past = setup.base != RingBase::default();
         let inflight = match &setup.inflight {
             None => None,
             Some(region) => Some(region.split(index, setup.layout.size, ring.used_index())?),
         };
         if let Some(next) = inflight.as_ref().and_then(|(_, recovery)| recovery.next_avail) {
             ring.set_next_avail(next);
+            has_a_past = true;
+        }
+        if setup.first && has_a_past {
+            relog_memory(index, &setup);
         }
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wake = Arc::new(EventFd::from_flags(flags).map_err(BackendError::system("make an eventfd"))?);
@@ -138,12 +143,11 @@ impl Rings for Workers {
         Ok(())
     }
 
-    fn stop(&mut self, index: u16) -> RingBase {
-        let handle = self.running.get_mut(usize::from(index)).and_then(Option::take);
-        handle.map_or(RingBase::default(), |handle| {
-            handle.order(Order::Stop);
-            handle.thread.join().unwrap_or_default()
-        })
+    fn stop(&mut self, index: u16) -> Result<RingBase, BackendError> {
+        let lost = BackendError::RingLost { index };
+        let Some(handle) = self.running.get_mut(usize::from(index)).and_then(Option::take) else { return Err(lost) };
+        handle.order(Order::Stop);
+        handle.thread.join().map_err(|_| lost)
     }
 
     fn set_logging(&mut self, index: u16, logging: Logging) {
@@ -442,6 +446,16 @@ impl Worker {
 
     fn spare_request(&mut self) -> Request {
         self.spare.pop().unwrap_or_else(|| Request::new(self.setup.memory.clone()))
+    }
+}
+
+/// An empty log that comes with a ring which others served before is a new one: what they marked in the old one, the
+/// front-end may have thrown away with it. All guest memory may have been written (rule L15).
+fn relog_memory(index: u16, setup: &Setup) {
+    let Some(log) = setup.logging.data.as_ref().filter(|log| log.is_clear()) else { return };
+    warn!("ring {index}: its last back-end's log is gone: all guest memory is logged as written (rule L15)");
+    for region in setup.memory.regions() {
+        log.mark(region.gpa(), region.size());
     }
 }
 

@@ -175,6 +175,16 @@ impl Log {
         word >> (page % 64) & 1 != 0
     }
 
+    /// Whether no page is marked. Marks that come in meanwhile may be missed.
+    pub fn is_clear(&self) -> bool {
+        let mut clear = true;
+        self.populated(|bytes| {
+            let words = self.words().get(bytes.start / 8..bytes.end / 8).unwrap_or_default();
+            clear = clear && words.iter().all(|word| word.load(Ordering::Relaxed) == 0);
+        });
+        clear && self.tail().iter().all(|byte| byte.load(Ordering::Relaxed) == 0)
+    }
+
     /// How many pages outside the log were to be marked so far (rule L6); each is a page that a migration would lose.
     pub fn out_of_range(&self) -> u64 {
         self.out_of_range.load(Ordering::Relaxed)

@@ -264,3 +264,30 @@ fn an_added_region_can_be_used_at_once_and_a_removed_one_can_not() {
     client.send(Code::REM_MEM_REG, VERSION, message.as_bytes(), &[]);
     assert_eq!(client.acknowledged(Code::REM_MEM_REG, message.as_bytes(), &[]), 1, "it was removed twice");
 }
+
+/// A base that nobody knows must not be made up.
+#[test]
+fn a_device_that_panics_ends_the_connection_and_the_next_front_end_is_served() {
+    let (device, gate) = Held::new();
+    let (server, guest) = (Server::new(device), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, BASIC);
+    let mut ring = Ring::new(&guest, 0, 256, BASIC);
+    ring.driver.add(&[], &[page(0)], None).unwrap().unwrap();
+    // Outside memory, which this device is not made for.
+    ring.driver.add(&[], &[Buffer { gpa: 1 << 50, len: 1 }], None).unwrap().unwrap();
+    ring.set_up(&client, &guest, 0);
+    ring.enable(&client, true);
+    ring.kick();
+    while guest.bytes(page(0).gpa, 1) != [0x5a] {
+        client.barrier();
+    }
+    client.tell(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
+    assert!(client.is_closed());
+    let (client, guest) = (server.connect(), Guest::new());
+    begin(&client, &guest, BASIC);
+    let mut ring = held(&client, &guest, 0, 10);
+    gate.write(1).unwrap();
+    ring.completions(10);
+    assert_eq!(client.ring_base(0), 10);
+}

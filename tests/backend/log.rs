@@ -7,6 +7,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{InflightDescription, LogDescription, Request as Code};
 use vhost_migrate::abi::virtio::VIRTIO_RING_F_EVENT_IDX;
+use vhost_migrate::dirty::Log;
 use vhost_migrate::inflight;
 use vhost_migrate::memory::{Region, sealed_memfd};
 use vhost_migrate::ring::Buffer;
@@ -337,19 +338,16 @@ fn the_log_fd_is_signalled_after_logging_and_not_when_it_is_taken_back() {
     assert!(signal.read().is_err());
 }
 
-/// Rules I3 and L10: a process may die between a write to the used ring and its mark.
-#[test]
-fn a_successor_logs_the_whole_used_ring_again_if_its_predecessor_died_at_work() {
-    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
-    let mut ring = Ring::new(&guest, 0, 512, BASIC);
-    let head = ring.read(&guest, 0, 5, 512);
-    ring.read(&guest, 1, 6, 512);
+/// A guest with two requests, whose back-end died with the first of them taken; up to enabling the ring of a successor, that
+/// gets a log with the mark of `marked`.
+fn succeeded(guest: &Guest, client: &Client, marked: Option<u64>) -> (Ring, Log) {
+    let mut ring = Ring::new(guest, 0, 512, BASIC);
+    let head = ring.read(guest, 0, 5, 512);
+    ring.read(guest, 1, 6, 512);
     let _ = ring.driver.publish();
-    // What a predecessor leaves that died with the first request taken.
     let (region, fd) = inflight::Region::create(1, 512).unwrap();
     region.split(0, 512, 0).unwrap().0.take(head);
-    let client = server.connect();
-    begin(&client, &guest, BASIC);
+    begin(client, guest, BASIC);
     let description = InflightDescription {
         mmap_size: inflight::Region::bytes_for(1, 512).unwrap(),
         mmap_offset: 0,
@@ -359,9 +357,19 @@ fn a_successor_logs_the_whole_used_ring_again_if_its_predecessor_died_at_work() 
     };
     client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
     ring.log_at = Some(LOG_AT);
-    ring.set_up(&client, &guest, 0);
-    let log = install_log(&client, &guest);
+    ring.set_up(client, guest, 0);
+    let log = install_log(client, guest);
+    marked.into_iter().for_each(|gpa| log.mark(gpa, 1));
     client.done(Code::SET_FEATURES, &(BASIC | LOG_ALL), &[]);
+    (ring, log)
+}
+
+/// Rules I3 and L10: a process may die between a write to the used ring and its mark.
+#[test]
+fn a_successor_logs_the_whole_used_ring_again_if_its_predecessor_died_at_work() {
+    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
+    let client = server.connect();
+    let (mut ring, log) = succeeded(&guest, &client, Some(LOG_AT));
     ring.enable(&client, true);
     assert_eq!(ring.completions(2).len(), 2);
     assert_eq!(client.ring_base(0), 2);
@@ -372,4 +380,30 @@ fn a_successor_logs_the_whole_used_ring_again_if_its_predecessor_died_at_work() 
     }
     oracle.wrote(LOG_AT, 6 + 8 * 512);
     assert_eq!(harvest(&log), oracle.pages);
+}
+
+/// Rule L15: once, and not when this back-end itself has stopped and started the ring.
+#[test]
+fn a_successor_with_a_new_log_logs_all_memory_because_the_old_one_is_gone() {
+    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
+    let client = server.connect();
+    let (mut ring, log) = succeeded(&guest, &client, None);
+    assert!(harvest(&log).is_empty(), "marked before the ring runs");
+    ring.enable(&client, true);
+    assert_eq!(ring.completions(2).len(), 2);
+    let mut all = Oracle::new(&guest, &ring);
+    for region in guest.memory.regions() {
+        all.wrote(region.gpa(), region.size());
+    }
+    // Where the used ring is logged need not be memory.
+    all.wrote(LOG_AT, 6 + 8 * 512);
+    let base = client.ring_base(0);
+    assert_eq!(harvest(&log), all.pages);
+    ring.set_up(&client, &guest, base);
+    ring.enable(&client, true);
+    ring.read(&guest, 2, 7, 512);
+    ring.kick();
+    ring.completion();
+    client.ring_base(0);
+    assert!(harvest(&log).len() < 8, "memory was logged although nothing was lost");
 }

@@ -13,8 +13,6 @@ pub(crate) struct Pace(u64, u64);
 
 /// Slow enough that a guest which is dirtied all the time can't be moved.
 pub(crate) const NEVER_CONVERGES: Pace = Pace(8 << 20, 1);
-/// Hardly moving at all: for as long as the guest dirties nothing.
-const HELD: Pace = Pace(1000, 1);
 /// A few rounds for a guest that dirties little.
 pub(crate) const GENTLE: Pace = Pace(100 << 20, 30);
 /// So fast that it is done at once.
@@ -30,16 +28,6 @@ pub(crate) fn begin(source: &mut Qemu, destination: &mut Qemu, socket: &Path, mu
     limit(source, pace);
     destination.qmp("migrate-incoming", json!({"uri": uri}));
     source.qmp("migrate", json!({"uri": uri}));
-}
-
-/// Holds the migration where it is until [`resume`].
-pub(crate) fn hold(source: &mut Qemu) {
-    limit(source, HELD);
-}
-
-/// Goes on after [`hold`].
-pub(crate) fn resume(source: &mut Qemu) {
-    limit(source, NEVER_CONVERGES);
 }
 
 pub(crate) fn let_converge(source: &mut Qemu) {
@@ -76,7 +64,8 @@ pub(crate) fn cancel(source: &mut Qemu) {
     });
 }
 
-fn limit(source: &mut Qemu, Pace(bytes_per_second, downtime_ms): Pace) {
+/// Changes the pace of a migration that may run already.
+pub(crate) fn limit(source: &mut Qemu, Pace(bytes_per_second, downtime_ms): Pace) {
     let parameters = json!({"max-bandwidth": bytes_per_second, "downtime-limit": downtime_ms});
     source.qmp("migrate-set-parameters", parameters);
 }

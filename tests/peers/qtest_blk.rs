@@ -1,10 +1,8 @@
 //! A virtio-blk driver on the other side of qtest: finds the PCI function, maps its BAR, sets up split rings in guest memory, submits
 //! requests and takes completions. What it reads and writes on the disk is `load`'s business.
 
-use std::collections::BTreeSet;
-
 use crate::qtest::Qtest;
-use crate::ram::{PAGE, Ram};
+use crate::ram::Ram;
 
 /// Bytes of data that one request can carry.
 pub(crate) const SLOT_BYTES: u64 = 64 << 10;
@@ -138,21 +136,6 @@ impl Driver {
     /// Where the used ring of a queue is.
     pub(crate) fn used_ring(&self, queue: u16) -> u64 {
         queue_base(queue) + USED
-    }
-
-    /// All pages that the device may write.
-    pub(crate) fn device_pages(&self) -> BTreeSet<u64> {
-        let mut pages = BTreeSet::new();
-        for queue in 0..self.options.queues {
-            let used = self.used_ring(queue) / PAGE;
-            pages.extend(used..=used + u64::from(self.options.queue_size) * 8 / PAGE + 1);
-            for slot in 0..self.slots() {
-                let data = self.data(queue, slot);
-                pages.extend(data / PAGE..=(data + SLOT_BYTES - 1) / PAGE);
-                pages.insert(self.status(queue, slot) / PAGE);
-            }
-        }
-        pages
     }
 
     /// The next index that the device will publish in the used ring, as far as the driver has seen.

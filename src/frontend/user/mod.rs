@@ -259,6 +259,12 @@ impl UserDevice {
         for (&index, setup) in &rings {
             let base = self.base_after_crash(index, setup)?;
             self.post_ring(index, setup, base)?;
+            if let Some((log, _)) = &self.log {
+                // The back-end that died may have written the used ring and not yet logged it. The next one also sees
+                // by these marks that the old one's are not lost (rule L15).
+                let [_, _, (used, len)] = self.layout(setup);
+                log.mark(used, len);
+            }
         }
         self.install_log()?;
         for &index in rings.keys() {
@@ -266,11 +272,6 @@ impl UserDevice {
         }
         self.channel.settle()?;
         for setup in rings.values() {
-            // The back-end that died may have written the used ring and not yet logged it.
-            if let Some((log, _)) = &self.log {
-                let [_, _, (used, len)] = self.layout(setup);
-                log.mark(used, len);
-            }
             // It may have taken a kick with it, or died before its call.
             wake(&setup.kick);
             wake(&setup.call);
