@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use proptest::prelude::*;
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::stream::frame::{FRAME_HEADER_BYTES, Kind};
-use vhost_migrate::stream::pages::{BATCH_PAGES, Batch, CHUNK_PAGES, MAX_ENTRIES};
+use vhost_migrate::stream::pages::{Batch, CHUNK_PAGES, MAX_BATCH_PAGES, MAX_ENTRIES};
 use vhost_migrate::stream::{
     Codec, Decoder, Encoder, FrameReader, FrameWriter, PageStats, Plain, StreamError, Target, channel_of, owned_by,
 };
@@ -288,7 +288,7 @@ fn malformed_tables_are_refused() {
         ("unknown codec", frame(&[entry(0, 1, 0)], 2, &good)),
         ("too little data", frame(&[entry(0, 2, 0)], 0, &good)),
         ("too much data", frame(&[entry(0, 1, 1)], 0, &good)),
-        ("too many data pages", frame(&[entry(0, BATCH_PAGES + 1, 0)], 1, &good)),
+        ("too many data pages", frame(&[entry(0, MAX_BATCH_PAGES + 1, 0)], 1, &good)),
         ("zstd without data", frame(&[entry(0, 1, 1)], 1, &[])),
         ("not zstd", frame(&[entry(0, 1, 0)], 1, b"not zstd")),
         ("decompresses to more", frame(&[entry(0, 1, 0)], 1, &packed(2 * PAGE))),

@@ -285,6 +285,11 @@ impl Log {
             return false;
         };
         let (first, last, pages) = (gpa / LOG_PAGE, end / LOG_PAGE, self.pages());
+        if let Some([low, between @ .., high]) = self.words().get((first / 64) as usize..=(last / 64) as usize) {
+            let mut changed = or::<TEST>(low, u64::MAX << (first % 64));
+            between.iter().for_each(|word| changed |= or::<TEST>(word, u64::MAX));
+            return changed | or::<TEST>(high, u64::MAX >> (63 - last % 64));
+        }
         let mut changed = false;
         if first < pages {
             for (index, mask) in word_masks(first, last.min(pages - 1)) {

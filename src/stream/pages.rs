@@ -22,14 +22,15 @@ use crate::memory::{LOG_PAGE, Memory};
 /// Pages that belong to one channel together: 1 MiB.
 pub const CHUNK_PAGES: u64 = 256;
 /// Most pages with contents in one batch: 1 MiB.
-pub const BATCH_PAGES: u64 = 64;
+pub const MAX_BATCH_PAGES: u64 = 256;
 /// Most entries in one batch's table.
 pub const MAX_ENTRIES: usize = 2048;
 /// Most bytes of a page frame's body.
-pub const MAX_BODY: usize = HEAD + MAX_ENTRIES * ENTRY + BATCH_BYTES;
+pub const MAX_BODY: usize = HEAD + MAX_ENTRIES * ENTRY + MAX_BATCH_PAGES as usize * PAGE;
 
 const PAGE: usize = LOG_PAGE as usize;
-const BATCH_BYTES: usize = BATCH_PAGES as usize * PAGE;
+/// Bytes of contents in a batch that is sent: few enough to stay in the cache until they have left.
+const BATCH_BYTES: usize = 256 << 10;
 const HEAD: usize = 8;
 const ENTRY: usize = 8;
 const RAW: u8 = 0;
@@ -93,7 +94,7 @@ impl AddAssign for PageStats {
     }
 }
 
-/// Turns pages into frames, for one channel. Holds its buffers: about 1 MiB, 2 MiB with a codec.
+/// Turns pages into frames, for one channel. Holds its buffers: about 256 KiB, 512 KiB with a codec.
 pub struct Encoder {
     compressor: Compressor,
     data: Vec<u8>,
@@ -469,8 +470,8 @@ impl Batch {
         let entries = words.iter().map(|word| Entry::decode(u64::from_le_bytes(*word))).collect::<Result<_, _>>()?;
         let batch = Batch { entries, compressed: codec == ZSTD, data_bytes };
         let pages = batch.data_pages();
-        if pages > BATCH_PAGES {
-            return Err(malformed(format!("{pages} pages of data, at most {BATCH_PAGES} may be")));
+        if pages > MAX_BATCH_PAGES {
+            return Err(malformed(format!("{pages} pages of data, at most {MAX_BATCH_PAGES} may be")));
         }
         let raw = pages as usize * PAGE;
         let fits = if batch.compressed { (1..raw).contains(&data_bytes) } else { data_bytes == raw };
