@@ -149,6 +149,24 @@ fn migrate(control: &Path, uri: &str, more: &[&str]) -> Output {
     run(&[&usual[..], more].concat())
 }
 
+/// A migration that has started and has so little bandwidth that it stays in the middle.
+fn slow_migration(control: &Path, uri: &str) -> (Running, impl Iterator) {
+    let mut slow = program();
+    slow.args(["migrate", "--json", "--bandwidth", "1MiB/s", uri, "--control"]).arg(control);
+    let mut slow = Running(slow.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
+    let mut lines = BufReader::new(slow.0.stdout.take().unwrap()).lines();
+    assert!(lines.next().unwrap().unwrap().contains("started"));
+    (slow, lines)
+}
+
+/// Waits until it has failed; why.
+fn failed(migration: &mut Running) -> String {
+    assert_eq!(migration.0.wait().unwrap().code(), Some(1));
+    let mut why = String::new();
+    migration.0.stderr.take().unwrap().read_to_string(&mut why).unwrap();
+    why
+}
+
 fn events(output: &Output) -> Vec<Value> {
     text(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
@@ -287,20 +305,32 @@ fn a_failed_migration_leaves_the_guest_running_and_the_next_one_works() {
     let destination = host.arriving("destination", &unix);
     until(&destination, "absent");
     // Ctrl-C in the middle: so little bandwidth that it is the middle.
-    let mut slow = program();
-    slow.args(["migrate", "--json", "--bandwidth", "1MiB/s", &unix, "--control"]).arg(&source);
-    let mut slow = Running(slow.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
-    let mut lines = BufReader::new(slow.0.stdout.take().unwrap()).lines();
-    assert!(lines.next().unwrap().unwrap().contains("started"));
+    let (mut slow, _events) = slow_migration(&source, &unix);
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(slow.0.id() as i32), nix::sys::signal::Signal::SIGINT).unwrap();
-    assert_eq!(slow.0.wait().unwrap().code(), Some(1));
-    let mut why = String::new();
-    slow.0.stderr.take().unwrap().read_to_string(&mut why).unwrap();
+    let why = failed(&mut slow);
     assert!(why.contains("cancelled"), "{why}");
     verify(&source);
 
     assert_completed(&migrate(&source, &unix, &[]));
     verify(&destination);
+}
+
+#[test]
+fn a_destination_that_is_killed_leaves_the_guest_at_its_source_and_another_one_takes_it() {
+    let mut host = Host::new();
+    let source = host.source();
+    let unix = format!("unix:{}", host.path("incoming").display());
+    until(&host.arriving("killed", &unix), "absent");
+    let (mut slow, _events) = slow_migration(&source, &unix);
+    drop(host.running.pop()); // with SIGKILL
+    let why = failed(&mut slow);
+    assert!(why.contains("still runs here"), "{why}");
+    verify(&source);
+    // Where the dead one has left its socket.
+    let next = host.arriving("next", &unix);
+    until(&next, "absent");
+    assert_completed(&migrate(&source, &unix, &[]));
+    verify(&next);
 }
 
 #[test]

@@ -73,6 +73,9 @@ pub trait Handler: Send + Sync + 'static {
     /// # Errors
     /// A message for the client: what failed and what to do.
     fn command(&self, command: Command, emit: &mut dyn FnMut(Value)) -> Result<(), String>;
+
+    /// Ends the process, after a successful [`Command::Quit`] was answered.
+    fn quit(&self);
 }
 
 /// Listens for control connections at `path`; a socket that a dead process left there is replaced.
@@ -111,14 +114,21 @@ fn converse(stream: &UnixStream, handler: &dyn Handler) -> io::Result<()> {
     while let Some(line) = read_line(&mut lines)? {
         // A client that went away does not end what it started; its events just have no reader.
         let mut send = |event: Value| drop(write_line(stream, &event));
-        let answer = match serde_json::from_str(&line) {
+        let command = serde_json::from_str(&line);
+        let quits = matches!(command, Ok(Command::Quit));
+        let answer = match command {
             Ok(command) => handler.command(command, &mut send),
             Err(error) => Err(format!("not a command: {error}")),
         };
-        match answer {
-            Ok(()) => write_line(stream, &json!({"event": "ok"}))?,
-            Err(message) => write_line(stream, &json!({"event": "error", "message": message}))?,
+        let (done, answer) = match answer {
+            Ok(()) => (true, json!({"event": "ok"})),
+            Err(message) => (false, json!({"event": "error", "message": message})),
+        };
+        let answered = write_line(stream, &answer);
+        if quits && done {
+            handler.quit();
         }
+        answered?;
     }
     Ok(())
 }
@@ -184,6 +194,10 @@ mod tests {
                     Ok(())
                 }
             }
+        }
+
+        fn quit(&self) {
+            panic!("a refused command was carried out");
         }
     }
 
