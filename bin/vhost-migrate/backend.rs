@@ -37,7 +37,8 @@ QEMU attaches it so:
   -chardev socket,id=disk,path=/tmp/disk.sock,reconnect-ms=10 -device vhost-user-blk-pci,chardev=disk
 
 It serves one front-end after the other until SIGTERM or Ctrl-C. Killed and started again, it goes on where it
-was, as far as the front-end reconnects. What it writes to stderr is chosen by --log-level or RUST_LOG.
+was, as far as the front-end reconnects. The image is locked while a front-end runs queues: a second back-end on it
+waits up to 10 seconds for the first, and for what a killed one has left to the disk. What it writes to stderr is chosen by --log-level or RUST_LOG.
 
 Exit status: 0 ended by a signal; 1 failed; 2 wrong arguments.")]
 struct Blk {
@@ -68,6 +69,9 @@ struct Blk {
     /// Go past the page cache (O_DIRECT) where a request's buffers are aligned for it
     #[arg(long)]
     direct: bool,
+    /// Let other processes write the image at the same time, as cluster file systems want it
+    #[arg(long)]
+    share_rw: bool,
     #[command(flatten)]
     messages: Messages,
 }
@@ -112,6 +116,7 @@ impl Blk {
                 How::Threads => Aio::Threads,
             },
             direct: self.direct,
+            share_rw: self.share_rw,
         })?;
         let (bytes, image) = (disk.capacity() * 512, self.image.display());
         let disk: Arc<dyn Device> = Arc::new(disk);

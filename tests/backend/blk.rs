@@ -352,3 +352,30 @@ fn what_can_not_be_a_disk_is_explained_in_one_line() {
     let output = Process::command(&["--image", &at("image")]).output().unwrap();
     assert_eq!(output.status.code(), Some(2), "wrong arguments");
 }
+
+/// As at a migration on one host, or when the I/O of a killed process has not ended.
+#[test]
+fn a_ring_waits_until_whoever_has_the_image_lets_go_of_it() {
+    let first = Rig::new(|_| {});
+    let image = first.server.image();
+    let (server, guest) = (Server::disk(DISK, |options| options.image = image.clone()), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, BASIC);
+    let mut ring = Ring::new(&guest, 0, 256, BASIC);
+    ring.set_up(&client, &guest, 0);
+    ring.read(&guest, 0, 5, 512);
+    ring.kick();
+    std::thread::scope(|scope| {
+        let served = scope.spawn(|| {
+            ring.enable(&client, true);
+            ring.completion()
+        });
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        assert!(!served.is_finished(), "two back-ends use the image at once");
+        first.client.ring_base(0);
+        assert_eq!(served.join().unwrap().1, 513);
+    });
+    // Who says that he knows what he does need not wait.
+    let other = Rig::new(|options| (options.image, options.share_rw) = (image, true));
+    drop(other);
+}

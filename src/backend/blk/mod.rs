@@ -1,9 +1,11 @@
 //! A disk: a raw image file or a block device as a virtio-blk device.
 //!
-//! Here: opening the image, what is offered, configuration space. How requests are served is in `queue`.
+//! Here: opening the image, what is offered, configuration space. How requests are served is in `queue`, who may use the
+//! image when in `claim`.
 
 #![forbid(unsafe_code)]
 
+mod claim;
 mod queue;
 
 use std::fs::{File, OpenOptions};
@@ -18,6 +20,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use tracing::{info, warn};
 use zerocopy::{FromZeros, IntoBytes};
 
+use self::claim::Image;
 use self::queue::DiskQueue;
 use super::{Device, Queue};
 use crate::abi::bit;
@@ -60,6 +63,8 @@ pub struct DiskOptions {
     pub aio: Aio,
     /// Whether to go past the page cache (O_DIRECT) where a request's buffers allow it.
     pub direct: bool,
+    /// Whether other processes may write the image at the same time: it is not locked then.
+    pub share_rw: bool,
 }
 
 /// Why there is no disk; the texts say what to do.
@@ -117,6 +122,8 @@ pub struct Disk {
     /// Whether parts of it can be deallocated or zeroed.
     clears: bool,
     serial: [u8; VIRTIO_BLK_ID_BYTES],
+    /// Locked while queues run.
+    image: Option<Arc<Image>>,
     options: DiskOptions,
 }
 
@@ -152,7 +159,10 @@ impl Disk {
         let direct = if options.direct { Some(open(&image, options.read_only, libc::O_DIRECT)?) } else { None };
         let block_size = if kind.is_block_device() { disk_io::block_size(buffered.as_fd()) } else { 512 };
         let clears = !options.read_only && (kind.is_block_device() || punches_holes(&buffered, bytes));
-        Ok(Disk { files: Arc::new(Files { buffered, direct }), capacity, block_size, clears, serial, options })
+        let lock = Image::new(direct.as_ref().unwrap_or(&buffered), options.read_only);
+        let lock = lock.map_err(|source| refused(&image, source))?;
+        let image = (!options.share_rw).then(|| Arc::new(lock));
+        Ok(Disk { files: Arc::new(Files { buffered, direct }), capacity, block_size, clears, serial, image, options })
     }
 
     /// Its size, in sectors of 512 bytes.
@@ -211,7 +221,8 @@ impl Device for Disk {
     }
 
     fn queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
-        Ok(Box::new(DiskQueue::new(self, index, features, self.engine(size)?)))
+        let claim = self.image.as_ref().map(Image::claim).transpose()?;
+        Ok(Box::new(DiskQueue::new(self, index, features, self.engine(size)?, claim)))
     }
 }
 

@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use tracing::{debug, error};
 
 use super::Disk;
+use super::claim::Claim;
 use crate::abi::bit;
 use crate::abi::virtio::{
     BlkDiscardWriteZeroes, BlkRequestHeader, SECTOR_BYTES, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR,
@@ -32,6 +33,8 @@ pub(super) struct DiskQueue {
     durable: bool,
     serial: [u8; VIRTIO_BLK_ID_BYTES],
     engine: Box<dyn Engine>,
+    /// Given up after the engine, which waits for its I/O.
+    _claim: Option<Claim>,
     /// Requests that are complete.
     ready: Vec<Request>,
     /// Attempts that came back.
@@ -47,7 +50,13 @@ enum Plan {
 }
 
 impl DiskQueue {
-    pub(super) fn new(disk: &Disk, index: u16, features: u64, engine: Box<dyn Engine>) -> DiskQueue {
+    pub(super) fn new(
+        disk: &Disk,
+        index: u16,
+        features: u64,
+        engine: Box<dyn Engine>,
+        claim: Option<Claim>,
+    ) -> DiskQueue {
         DiskQueue {
             index,
             capacity: disk.capacity * SECTOR_BYTES,
@@ -57,6 +66,7 @@ impl DiskQueue {
             durable: features & bit(VIRTIO_BLK_F_FLUSH) == 0,
             serial: disk.serial,
             engine,
+            _claim: claim,
             ready: Vec::new(),
             attempts: VecDeque::new(),
         }

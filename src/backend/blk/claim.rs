@@ -1,0 +1,135 @@
+//! Who may use an image: one writer at a time, and nobody before the I/O of a back-end that died has ended.
+//!
+//! A process that is killed can leave I/O in the kernel: with io_uring and O_DIRECT it outlives the process, and a write
+//! that lands after its successor has served it again, and later ones, would undo those. A lock of the open file lives
+//! as long as such I/O does (flock(2)): it is held while queues run, so that a successor, or the destination of a
+//! migration, waits for it.
+
+use std::fs::{File, TryLockError};
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tracing::warn;
+
+/// How long to wait for whoever has the image.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often to look.
+const NAP: Duration = Duration::from_millis(1);
+
+/// The lock of one opened image.
+#[derive(Debug)]
+pub(super) struct Image {
+    file: File,
+    /// Whether others may read it meanwhile.
+    shared: bool,
+    /// Claims that are held.
+    claims: Mutex<usize>,
+}
+
+impl Image {
+    /// For the image that `file` is: the open file through which I/O may outlive the process.
+    pub(super) fn new(file: &File, shared: bool) -> io::Result<Image> {
+        Ok(Image { file: file.try_clone()?, shared, claims: Mutex::new(0) })
+    }
+
+    /// Waits until the image is free and claims it.
+    ///
+    /// # Errors
+    /// When somebody else has it for too long.
+    pub(super) fn claim(self: &Arc<Image>) -> io::Result<Claim> {
+        let mut claims = self.claims.lock().unwrap_or_else(PoisonError::into_inner);
+        if *claims == 0 {
+            self.lock()?;
+        }
+        *claims += 1;
+        Ok(Claim(self.clone()))
+    }
+
+    fn lock(&self) -> io::Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let tried = if self.shared { self.file.try_lock_shared() } else { self.file.try_lock() };
+            match tried {
+                Ok(()) => return Ok(()),
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => std::thread::sleep(NAP),
+                Err(TryLockError::WouldBlock) => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::ResourceBusy,
+                        "another process has locked the image: stop it, or use --share-rw if both may write",
+                    ));
+                }
+                Err(TryLockError::Error(error)) => {
+                    warn!("the image can't be locked ({error}): make sure that nothing else writes it");
+                    return Ok(());
+                }
+            }
+        }
+    }
+}
+
+/// The right to use an image, until dropped.
+#[derive(Debug)]
+pub(super) struct Claim(Arc<Image>);
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut claims = self.0.claims.lock().unwrap_or_else(PoisonError::into_inner);
+        *claims -= 1;
+        if *claims == 0
+            && let Err(error) = self.0.file.unlock()
+        {
+            warn!("the image can't be unlocked: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(path: &std::path::Path, shared: bool) -> Arc<Image> {
+        Arc::new(Image::new(&File::open(path).unwrap(), shared).unwrap())
+    }
+
+    fn is_free(path: &std::path::Path) -> bool {
+        File::open(path).unwrap().try_lock().is_ok()
+    }
+
+    #[test]
+    fn an_image_is_locked_from_the_first_claim_to_the_last() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let image = open(file.path(), false);
+        assert!(is_free(file.path()));
+        let (first, second) = (image.claim().unwrap(), image.claim().unwrap());
+        drop(first);
+        assert!(!is_free(file.path()));
+        drop(second);
+        assert!(is_free(file.path()));
+        drop(image.claim().unwrap());
+    }
+
+    #[test]
+    fn a_claim_waits_for_the_last_user_of_the_open_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let predecessor = File::open(file.path()).unwrap();
+        predecessor.lock().unwrap();
+        // Stands for I/O in the kernel: it keeps the open file after its process has closed it.
+        let lingering = predecessor.try_clone().unwrap();
+        drop(predecessor);
+        let image = open(file.path(), false);
+        let waiting = std::thread::spawn(move || image.claim().map(|_| Instant::now()));
+        std::thread::sleep(Duration::from_millis(50));
+        let ended = Instant::now();
+        drop(lingering);
+        assert!(waiting.join().unwrap().unwrap() >= ended);
+    }
+
+    #[test]
+    fn readers_share_an_image() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (one, other) = (open(file.path(), true), open(file.path(), true));
+        let _claims = (one.claim().unwrap(), other.claim().unwrap());
+        assert!(!is_free(file.path()));
+    }
+}
