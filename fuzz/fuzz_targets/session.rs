@@ -9,9 +9,7 @@ use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
 use vhost_migrate::abi::vhost_user::Request;
-use vhost_migrate::backend::{
-    BackendError, Device, Logging, Message, Notifier, Queue, Rings, Session, Setup, Step,
-};
+use vhost_migrate::backend::{BackendError, Device, Logging, Message, Notifier, Queue, Rings, Session, Setup, Step};
 use vhost_migrate::memory::sealed_memfd;
 use vhost_migrate::ring::RingBase;
 

@@ -13,23 +13,10 @@ use vhost_migrate::stream::frame::{ConnectionHeader, Kind};
 use vhost_migrate::stream::pages::Batch;
 use vhost_migrate::stream::{Decoder, FrameReader, FrameWriter, Target, ToDestination, ToSource};
 
-const KINDS: [Kind; 10] = [
-    Kind::Layout,
-    Kind::Pages,
-    Kind::RoundEnd,
-    Kind::State,
-    Kind::Commit,
-    Kind::Cancel,
-    Kind::Accepted,
-    Kind::Ready,
-    Kind::Started,
-    Kind::Failed,
-];
-
 fuzz_target!(|input: &[u8]| {
     read(input);
     let Some((&first, body)) = input.split_first() else { return };
-    let kind = KINDS[usize::from(first) % KINDS.len()];
+    let kind = Kind::ALL[usize::from(first) % Kind::ALL.len()];
     // Pages twice as often as one in ten: they are what writes memory.
     let kind = if first >= 128 { Kind::Pages } else { kind };
     let mut writer = FrameWriter::new(Vec::new());

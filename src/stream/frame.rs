@@ -137,6 +137,20 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// All kinds.
+    pub const ALL: [Kind; 10] = [
+        Kind::Layout,
+        Kind::Pages,
+        Kind::RoundEnd,
+        Kind::State,
+        Kind::Commit,
+        Kind::Cancel,
+        Kind::Accepted,
+        Kind::Ready,
+        Kind::Started,
+        Kind::Failed,
+    ];
+
     /// Most bytes of a body of this kind; checked before anything is allocated or read.
     pub const fn limit(self) -> u32 {
         match self {
@@ -149,19 +163,7 @@ impl Kind {
     }
 
     fn from_wire(kind: u16) -> Result<Kind, StreamError> {
-        const ALL: [Kind; 10] = [
-            Kind::Layout,
-            Kind::Pages,
-            Kind::RoundEnd,
-            Kind::State,
-            Kind::Commit,
-            Kind::Cancel,
-            Kind::Accepted,
-            Kind::Ready,
-            Kind::Started,
-            Kind::Failed,
-        ];
-        ALL.into_iter().find(|k| *k as u16 == kind).ok_or(StreamError::UnknownKind(kind))
+        Kind::ALL.into_iter().find(|k| *k as u16 == kind).ok_or(StreamError::UnknownKind(kind))
     }
 }
 

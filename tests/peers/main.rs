@@ -1,4 +1,4 @@
-//! Programs that are not ours, driven against ours: QEMU without a guest, QEMU with a real Linux guest, and `qemu-storage-daemon`.
+//! Programs that are not ours, driven against ours: QEMU without a guest, QEMU with a real Linux guest, `qemu-storage-daemon`, and block devices of the kernel.
 //! Needs the cargo feature `peers` and what `tests/peers/install` installs; a missing peer is a failure, never a skip.
 //! The laboratory (processes, QMP, qtest, driver, proxy) is in the modules without tests; `guest_free`, `log_bitmap` and `linux_guest` hold the promises.
 
@@ -14,6 +14,7 @@ mod initramfs;
 mod linux_guest;
 mod load;
 mod log_bitmap;
+mod loop_device;
 mod migration;
 mod process;
 mod proxy;
