@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use proptest::prelude::*;
 use ring_common::{EVENT_IDX, INDIRECT, TABLES, buffer, layout, memory, put_desc, ring_at};
 use vhost_migrate::memory::Memory;
+use vhost_migrate::ring::RingError::{Loop, TooManyBuffers};
 use vhost_migrate::ring::{Chain, RingBase, SplitDevice, SplitDriver, SplitLayout};
 
 /// Descriptors whose values are near what a ring of `size` could hold, or far from it.
@@ -134,13 +135,18 @@ fn a_guest_that_rewrites_the_ring_while_it_is_read_gets_nothing_out_of_it() {
 fn the_largest_ring_full_of_the_longest_chain_ends() {
     let (memory, layout) = (memory(), layout(32768));
     let (_, mut device) = ring_at(&memory, layout, INDIRECT, 0);
+    // Without bytes, so that it is the loop that ends the walk and not the number of buffers.
     for index in 0..32768u16 {
-        put_desc(&memory, layout.desc + u64::from(index) * 16, 0, 1, 1, (index + 1) % 32768);
+        put_desc(&memory, layout.desc + u64::from(index) * 16, 0, 0, 1, (index + 1) % 32768);
     }
     memory.write(layout.avail + 2, &1u16.to_le_bytes()).unwrap();
-    assert!(device.pop(&mut Chain::default()).is_err(), "a loop through the whole table");
-    put_desc(&memory, layout.desc + 32767 * 16, 0, 1, 0, 0);
+    assert!(matches!(device.pop(&mut Chain::default()), Err(Loop { head: 0 })));
+    for index in 0..1025u16 {
+        put_desc(&memory, layout.desc + u64::from(index) * 16, 0, 1, 1, index + 1);
+    }
+    assert!(matches!(device.pop(&mut Chain::default()), Err(TooManyBuffers { head: 0, limit: 1024 })));
+    put_desc(&memory, layout.desc + 1023 * 16, 0, 1, 0, 0);
     let mut chain = Chain::default();
     assert!(device.pop(&mut chain).unwrap());
-    assert_eq!(chain.readable.len(), 32768);
+    assert_eq!(chain.readable.len(), 1024);
 }
