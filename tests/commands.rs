@@ -353,6 +353,60 @@ fn a_dirty_rate_names_the_cpus_and_the_disk_and_forecasts() {
     verify(&source);
 }
 
+/// What a Prometheus server would get.
+fn scrape(mut at: impl Read + Write) -> String {
+    at.write_all(b"GET /metrics HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    at.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    answer
+}
+
+/// The sum of a counter's series whose line contains `label`.
+fn counted(metrics: &str, name: &str, label: &str) -> u64 {
+    let lines = metrics.lines().filter(|line| line.starts_with(name) && line.contains(label));
+    lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
+}
+
+#[test]
+fn a_back_end_tells_prometheus_what_it_did() {
+    let mut host = Host::new();
+    let (metrics, socket) = (host.path("metrics"), host.path("counted.vhost"));
+    let mut command = program();
+    command.args(["backend", "blk", "--queues", "2", "--image"]).arg(host.path("disk"));
+    command.arg("--metrics").arg(format!("unix:{}", metrics.display())).arg("--socket").arg(&socket);
+    host.running.push(Running(command.stdout(Stdio::null()).spawn().unwrap()));
+    let control = host.path("counted.control");
+    let mut guest = program();
+    guest.args(["guest", "--memory", "64MiB", "--backend"]).arg(&socket).arg("--control").arg(&control);
+    host.running.push(Running(guest.stdout(Stdio::null()).spawn().unwrap()));
+    verify(&control);
+    let rate = run(&["dirty-rate", "--control", control.to_str().unwrap(), "--seconds", "0.3"]);
+    assert!(rate.status.success(), "{}", text(&rate.stderr));
+    assert_eq!(ask(&control, &json!({"command": "pause"})).unwrap()[0]["event"], "ok");
+    let completions = status(&control).unwrap()["completions"].as_u64().unwrap();
+    let found = scrape(UnixStream::connect(&metrics).unwrap());
+    let rings =
+        [counted(&found, "vhost_requests_total", "ring=\"0\""), counted(&found, "vhost_requests_total", "ring=\"1\"")];
+    assert!(
+        rings.iter().all(|count| *count > 0) && rings.iter().sum::<u64>() >= completions,
+        "{rings:?}, {completions}: {found}"
+    );
+    for name in
+        ["vhost_read_bytes_total", "vhost_written_bytes_total", "vhost_marked_pages_total", "vhost_notifications_total"]
+    {
+        assert!(counted(&found, name, "") > 0, "{name}: {found}");
+    }
+    assert_eq!(counted(&found, "vhost_connections_total", ""), 1, "{found}");
+    assert_eq!(counted(&found, "vhost_messages_total", "request=\"SET_LOG_BASE\",result=\"done\""), 1, "{found}");
+    assert_eq!(counted(&found, "vhost_messages_total", "result=\"refused\""), 0, "{found}");
+    assert_eq!(
+        counted(&found, "vhost_unlogged_pages_total", "") + counted(&found, "vhost_broken_rings_total", ""),
+        0,
+        "{found}"
+    );
+}
+
 #[test]
 fn a_paused_guest_stands_still_and_a_quit_ends_it() {
     let mut host = Host::new();

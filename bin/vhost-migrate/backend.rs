@@ -12,6 +12,7 @@ use vhost_migrate::backend::{self, Device, Inherited, Listener};
 
 use crate::interrupt::on_interrupt;
 use crate::messages::Messages;
+use crate::metrics::Metrics;
 
 /// Be a vhost-user device
 #[derive(Debug, clap::Args)]
@@ -73,6 +74,8 @@ struct Blk {
     #[arg(long)]
     share_rw: bool,
     #[command(flatten)]
+    metrics: Metrics,
+    #[command(flatten)]
     messages: Messages,
 }
 
@@ -100,6 +103,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
 impl Blk {
     fn run(self) -> Result<(), Box<dyn std::error::Error>> {
         self.messages.start();
+        self.metrics.start()?;
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
         let signalled = stop.clone();
         on_interrupt(move || {

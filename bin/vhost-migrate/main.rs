@@ -7,6 +7,7 @@ mod guest;
 mod inspect;
 mod interrupt;
 mod messages;
+mod metrics;
 mod migrate;
 mod progress;
 mod units;

@@ -7,6 +7,7 @@
 //! | `server` | listens, reads and answers messages, survives its front-ends |
 //! | `worker` | one thread per running ring: takes requests, logs, publishes, notifies |
 //! | `device` | what a device author writes, and the [`Request`] it gets |
+//! | `counters` | what is counted, for monitoring |
 //! | `blk` | a disk |
 //! | `disk_io` | disk I/O from and to the memory of a request |
 //!
@@ -15,6 +16,7 @@
 //! ([`crate::ring`], [`crate::inflight`]), and driving a device (`frontend`).
 
 pub mod blk;
+mod counters;
 mod device;
 mod disk_io;
 mod error;
@@ -24,6 +26,7 @@ mod server;
 mod session;
 mod worker;
 
+pub use counters::describe_counters;
 pub use device::{Device, Queue, Request};
 pub use error::BackendError;
 pub use message::{MAX_FDS, MAX_PAYLOAD, Message, Reply};

@@ -15,7 +15,7 @@ use tracing::{error, info};
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::session::{Session, Step};
-use super::{BackendError, Device, MAX_FDS, Message, Workers};
+use super::{BackendError, Device, MAX_FDS, Message, Workers, counters};
 use crate::abi::vhost_user::{Header, Request as Code};
 use crate::sys::listen::listen;
 use crate::sys::socket;
@@ -122,6 +122,7 @@ pub fn serve(listener: &Listener, device: &Arc<dyn Device>, stop: BorrowedFd<'_>
 /// completed first. True if it was told to stop.
 pub fn serve_one(connection: &UnixStream, device: &Arc<dyn Device>, stop: BorrowedFd<'_>) -> bool {
     info!("a front-end has connected");
+    counters::connected();
     let channel = Channel { socket: connection.as_fd(), stop };
     let mut rings = Workers::new(device.clone());
     let ended = converse(channel, &mut Session::new(device.clone()), &mut rings);

@@ -8,11 +8,12 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use tracing::{debug, error, warn};
 use zerocopy::FromBytes;
 
-use super::{BackendError, Device, Message, Notifier, Reply};
+use super::{BackendError, Device, Message, Notifier, Reply, counters};
 use crate::abi::vhost_user::{
     ConfigHeader, Header, InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, Request as Code,
     VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_CONFIG_SIZE, VHOST_USER_MAX_RAM_SLOTS_TODAY,
@@ -73,6 +74,8 @@ pub struct Logging {
     pub used: Option<(Arc<Log>, u64)>,
     /// Signalled after logging (rule L12).
     pub signal: Option<Arc<LogSignal>>,
+    /// How many pages outside the log have been reported; one for all rings (rule L6).
+    pub lost: Arc<AtomicU64>,
 }
 
 /// The rings of a device, as a session commands them. Every call returns when it has taken effect: what a ring wrote
@@ -135,6 +138,7 @@ pub struct Session {
     memory: Memory,
     log: Option<Arc<Log>>,
     log_signal: Option<Arc<LogSignal>>,
+    lost: Arc<AtomicU64>,
     inflight: Option<Arc<inflight::Region>>,
     rings: Vec<Ring>,
     /// The back-end channel. Nothing is sent over it yet; closing it would tell the front-end that we are gone.
@@ -153,6 +157,7 @@ impl Session {
             memory: Memory::default(),
             log: None,
             log_signal: None,
+            lost: Arc::default(),
             inflight: None,
             rings,
             _channel: None,
@@ -169,7 +174,9 @@ impl Session {
             if message.flags & Header::FLAG_NEED_REPLY != 0 { ", wants a reply" } else { "" }
         );
         let acknowledge = message.flags & Header::FLAG_NEED_REPLY != 0 && self.speaks(protocol_feature::REPLY_ACK);
-        match self.handle(message, acknowledge, rings) {
+        let outcome = self.handle(message, acknowledge, rings);
+        counters::message(code, outcome.is_err());
+        match outcome {
             Ok(Some(reply)) => Step::Reply(reply),
             Ok(None) if acknowledge => Step::Reply(Reply::new(code, &0u64)),
             Ok(None) => Step::Silence,
@@ -421,7 +428,7 @@ impl Session {
     ) -> Result<(), BackendError> {
         let log = Log::map(fd.as_fd(), description.mmap_size, description.mmap_offset)?;
         self.report_lost_pages();
-        self.log = Some(Arc::new(log));
+        (self.log, self.lost) = (Some(Arc::new(log)), Arc::default());
         self.check_log_size();
         self.relog(rings);
         Ok(())
@@ -455,6 +462,7 @@ impl Session {
             data: self.log.clone().filter(|_| self.features & LOG_ALL != 0),
             used: used.map(|(addr, log)| (log, addr.log_guest_addr)),
             signal: self.log_signal.clone(),
+            lost: self.lost.clone(),
         }
     }
 

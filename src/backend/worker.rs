@@ -12,6 +12,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::{self, JoinHandle};
 
 use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
@@ -21,6 +22,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::read;
 use tracing::{debug, error, warn};
 
+use super::counters::RingCounters;
 use super::session::{Logging, Rings, Setup};
 use super::{BackendError, Device, Notifier, Queue, Request};
 use crate::inflight::{Recovery, SplitInflight};
@@ -185,8 +187,7 @@ struct Worker {
     spare: Vec<Request>,
     /// No more requests are taken.
     broken: bool,
-    /// Pages outside the log, as far as they were reported.
-    reported: u64,
+    counters: RingCounters,
 }
 
 impl Worker {
@@ -212,7 +213,7 @@ impl Worker {
             done: Vec::new(),
             spare: Vec::new(),
             broken: false,
-            reported: 0,
+            counters: RingCounters::new(index),
         };
         worker.log_to(worker.setup.logging.clone());
         worker
@@ -227,6 +228,7 @@ impl Worker {
         }
         if !recovery.resubmit.is_empty() {
             debug!("ring {}: {} requests are served again", self.index, recovery.resubmit.len());
+            self.counters.resubmitted(recovery.resubmit.len());
         }
         // A predecessor that was killed between a write to the used ring and its mark has left no other trace.
         self.ring.relog_used();
@@ -347,6 +349,7 @@ impl Worker {
     }
 
     fn publish(&mut self) {
+        self.counters.batch(&self.done, self.setup.logging.data.is_some());
         if let Some(log) = &self.setup.logging.data {
             // One fence for all data of the batch, which is written by now (rule L10).
             let burst = log.burst();
@@ -372,19 +375,24 @@ impl Worker {
 
     /// Once per batch, whatever it marked (rule L12).
     fn signal_log(&mut self) {
-        let Logging { data, used, signal } = &self.setup.logging;
+        let Logging { data, used, signal, .. } = &self.setup.logging;
         let Some(log) = data.as_ref().or(used.as_ref().map(|(log, _)| log)) else { return };
         if let Some(Err(error)) = signal.as_ref().map(|signal| signal.signal()) {
             debug!("ring {}: {error}", self.index);
         }
         let lost = log.out_of_range();
-        if lost > self.reported && self.reported == 0 {
-            error!("ring {}: {lost} pages outside the log were written and not logged (rule L6)", self.index);
-            self.reported = lost;
+        // All rings of a device share the log: whoever sees the figure first counts it.
+        let known = self.setup.logging.lost.fetch_max(lost, Ordering::Relaxed);
+        if lost > known {
+            self.counters.unlogged(lost - known);
+            if known == 0 {
+                error!("ring {}: {lost} pages outside the log were written and not logged (rule L6)", self.index);
+            }
         }
     }
 
     fn notify(&self) {
+        self.counters.notified();
         if let Some(call) = &self.setup.call {
             call.signal();
         }
@@ -394,12 +402,12 @@ impl Worker {
         let used = logging.used.clone();
         self.ring.set_log(used.map(|(log, used_gpa)| RingLog { log, used_gpa }));
         self.setup.logging = logging;
-        self.reported = 0;
     }
 
     /// Only this ring ends; what is under way is still completed.
     fn broke(&mut self, error: &BackendError) {
         error!("{error}");
+        self.counters.broke();
         self.broken = true;
         self.setup.kick = None;
         if let Some(error) = &self.setup.error {
