@@ -160,9 +160,10 @@ proptest! {
                 Op::DeviceMoves => {
                     let _ = device.publish();
                     done_visible = done.len();
-                    let base = device.base();
-                    device = PackedDevice::new(&memory, layout, features, base).unwrap();
-                    prop_assert_eq!(device.base(), base);
+                    let (avail, used) = (device.avail_position(), device.used_position());
+                    device = PackedDevice::new(&memory, layout, features, RingBase::PACKED_START).unwrap();
+                    device.set_positions(avail, used).unwrap();
+                    prop_assert_eq!((device.avail_position(), device.used_position()), (avail, used));
                     for (request, descs) in &held {
                         device.resubmit(descs, &mut chain).unwrap();
                         prop_assert_eq!(&Request::of(&chain), request);
@@ -319,13 +320,16 @@ fn a_base_says_where_both_positions_are() {
     assert_eq!(positions(0x0000_8000), (Position::START, Position::START));
     assert_eq!(positions(0x0000_0003), (at(3, false), at(3, false)));
     for bits in [0x8000_8005, 0x8005_8000, 0xffff_ffff, 0x7fff, 0x8003_8002, 0x8002_0003] {
-        assert!(matches!(new(bits), Err(RingError::Base { size: 5, .. })), "{bits:#x}");
+        assert!(matches!(new(bits), Err(RingError::Positions { size: 5, .. })), "{bits:#x}");
     }
     let mut device = new(0x8000_8000).unwrap();
-    device.set_base(RingBase::packed(1, false, 3, true)).unwrap();
+    device.set_positions(at(1, false), at(3, true)).unwrap();
     assert_eq!(device.base().bits(), 0x8003_0001);
-    assert!(device.set_base(RingBase::packed(5, true, 5, true)).is_err());
+    assert!(device.set_positions(at(5, true), at(5, true)).is_err());
     assert_eq!(device.base().bits(), 0x8003_0001);
+    // Told by recovery, a used position of 0 in an even round is what it says.
+    device.set_positions(at(3, false), at(0, false)).unwrap();
+    assert_eq!(device.used_position(), at(0, false));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use crate::memory::MemoryError;
 
-use super::RingBase;
+use super::Position;
 
 /// Why a ring can't be set up, or can't go on.
 ///
@@ -23,11 +23,13 @@ pub enum RingError {
         /// Descriptors.
         size: u16,
     },
-    /// A base that no packed ring of this size can have.
-    #[error("base {base:?} is not in a ring of {size}: a position outside, or used ahead of avail (rule R4)")]
-    Base {
-        /// The base.
-        base: RingBase,
+    /// Positions that no packed ring of this size can have.
+    #[error("avail {avail:?} and used {used:?} in a ring of {size}: one is outside, or used is ahead (rule R4)")]
+    Positions {
+        /// Where the next request would be taken.
+        avail: Position,
+        /// Where the next completion would be written.
+        used: Position,
         /// Descriptors.
         size: u16,
     },

@@ -55,7 +55,7 @@ impl PackedDevice {
     /// `features` are the negotiated ones; INDIRECT_DESC and EVENT_IDX matter here.
     ///
     /// # Errors
-    /// A size, alignment or address that a packed ring can't have; a base outside of it (rule R4).
+    /// A size, alignment or address that a packed ring can't have; a base that is not in it (rule R4).
     pub fn new(
         memory: &Memory,
         layout: PackedLayout,
@@ -63,7 +63,8 @@ impl PackedDevice {
         base: RingBase,
     ) -> Result<PackedDevice, RingError> {
         let areas = Areas::new(memory, &layout)?;
-        let (avail, used) = positions(base, layout.size)?;
+        let (avail, used) = (base.packed_avail(), base.packed_used());
+        check(avail, used, layout.size)?;
         Ok(PackedDevice {
             memory: memory.clone(),
             event: u32::from_le(areas.device.nth(0).load(Ordering::Relaxed)),
@@ -200,12 +201,12 @@ impl PackedDevice {
         self.fence_and_log([ring].into_iter().chain(self.event_area()));
     }
 
-    /// Goes on at `base`, as recovery found it (rule I4). What was pushed and not published is forgotten.
+    /// Goes on at these positions, as recovery found them (rule I4). What was pushed and not published is forgotten.
     ///
     /// # Errors
-    /// A base outside the ring (rule R4); nothing was changed.
-    pub fn set_base(&mut self, base: RingBase) -> Result<(), RingError> {
-        let (avail, used) = positions(base, self.layout.size)?;
+    /// Positions that can't be those of this ring (rule R4); nothing was changed.
+    pub fn set_positions(&mut self, avail: Position, used: Position) -> Result<(), RingError> {
+        check(avail, used, self.layout.size)?;
         (self.avail, self.next_used, self.published, self.decided) = (avail, used, used, false);
         self.staged.clear();
         Ok(())
@@ -227,7 +228,8 @@ impl PackedDevice {
         self.areas.is_used(position)
     }
 
-    /// The base that GET_VRING_BASE answers (rule R4).
+    /// The base that GET_VRING_BASE answers (rule R4). It has to be that of a drained ring: of others, a used position 0
+    /// with wrap counter 0 gets lost on the way (see [`RingBase::packed_used`]).
     pub fn base(&self) -> RingBase {
         let (avail, used) = (self.avail, self.published);
         RingBase::packed(avail.index, avail.wrap, used.index, used.wrap)
@@ -268,13 +270,12 @@ impl PackedDevice {
     }
 }
 
-/// The avail and used position of `base`, checked to be in a ring of `size`, at most a round apart.
-fn positions(base: RingBase, size: u16) -> Result<(Position, Position), RingError> {
-    let (avail, used) = (base.packed_avail(), base.packed_used());
+/// Checks that both positions are in a ring of `size`, and avail at most a round ahead of used.
+fn check(avail: Position, used: Position, size: u16) -> Result<(), RingError> {
     if avail.index >= size || used.index >= size || used.until(avail, size).is_none() {
-        return Err(RingError::Base { base, size });
+        return Err(RingError::Positions { avail, used, size });
     }
-    Ok((avail, used))
+    Ok(())
 }
 
 /// Puts the buffers of `descs`, a whole request, into `chain`, and names it.
