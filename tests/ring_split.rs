@@ -97,7 +97,7 @@ proptest! {
                     if visible > 0 {
                         visible -= 1;
                         let request = made.pop_front().unwrap();
-                        let Chain { head, readable, writable } = chain.clone();
+                        let Chain { head, readable, writable, .. } = chain.clone();
                         prop_assert_eq!(&Request { head, readable, writable }, &request);
                         held.push(request);
                     }

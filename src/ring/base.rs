@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::Position;
+
 /// The 32-bit state of a ring, split or packed (vhost-user spec, "Vring state"; rule R4).
 ///
 /// Split: the next avail index in the low 16 bits, free-running. Packed: bits 0-14 the avail position, bit 15 its wrap
@@ -12,9 +14,19 @@ use serde::{Deserialize, Serialize};
 pub struct RingBase(u32);
 
 impl RingBase {
+    /// The base of a fresh packed ring: both positions 0, both wrap counters 1 (rule R4).
+    pub const PACKED_START: RingBase = RingBase::packed(0, true, 0, true);
+
     /// A split ring's base: the next avail index to be taken.
     pub const fn split(next_avail: u16) -> RingBase {
         RingBase(next_avail as u32)
+    }
+
+    /// A packed ring's base: the positions in the ring, each less than 32768, and the wrap counters there.
+    pub const fn packed(avail_position: u16, avail_wrap: bool, used_position: u16, used_wrap: bool) -> RingBase {
+        let avail = Position { index: avail_position, wrap: avail_wrap }.to_bits();
+        let used = Position { index: used_position, wrap: used_wrap }.to_bits();
+        RingBase(avail as u32 | (used as u32) << 16)
     }
 
     /// The bits as they travel in `vhost_vring_state.num`.
@@ -30,6 +42,21 @@ impl RingBase {
     /// The next avail index, when this is a split ring's base.
     pub const fn split_index(self) -> u16 {
         self.0 as u16
+    }
+
+    /// Where the device takes the next request, when this is a packed ring's base. May be outside the ring.
+    pub const fn packed_avail(self) -> Position {
+        Position::from_bits(self.0 as u16)
+    }
+
+    /// Where the device writes the next completion, when this is a packed ring's base. May be outside the ring.
+    ///
+    /// Some front-ends know the avail position alone and leave these bits 0: then it is that (rule R4).
+    pub const fn packed_used(self) -> Position {
+        match self.0 >> 16 {
+            0 => self.packed_avail(),
+            used => Position::from_bits(used as u16),
+        }
     }
 }
 

@@ -3,7 +3,9 @@
 //! How descriptors are found is the ring's; where the buffers lie is checked at use, by [`crate::memory::Memory`], for
 //! that check can't be left out and a second one would only cost.
 
-use crate::abi::virtio::{DESC_F_WRITE, Desc};
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::memory::Memory;
 
 use super::RingError;
 
@@ -13,6 +15,8 @@ use super::RingError;
 pub(super) const MAX_BUFFERS: usize = 1024;
 /// Bytes of a whole chain (virtio 1.2, "The Virtqueue Descriptor Table").
 const MAX_BYTES: u64 = 1 << 32;
+/// Bytes of a descriptor, split or packed.
+const DESC_BYTES: u32 = 16;
 
 /// One contiguous buffer of guest-physical memory. Not checked against guest memory yet: that happens at use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,14 +27,16 @@ pub struct Buffer {
     pub len: u32,
 }
 
-/// One request: its buffers in order, and the head descriptor that names it.
+/// One request: its buffers in order, and what names it.
 ///
 /// Made to be used again and again: taking the next request clears it and keeps its allocations. Descriptors of no
 /// bytes carry nothing and are left out.
 #[derive(Clone, Debug, Default)]
 pub struct Chain {
-    /// Index of the head descriptor.
+    /// Index of the head descriptor; of a packed ring, the buffer id.
     pub head: u16,
+    /// Descriptors of a packed ring that it takes; 0 on a split ring.
+    pub slots: u16,
     /// What the driver wrote for the device to read.
     pub readable: Vec<Buffer>,
     /// What the device may write.
@@ -50,21 +56,20 @@ impl Chain {
 
     /// Starts over for the request `head`.
     pub(super) fn begin(&mut self, head: u16) {
-        self.head = head;
+        (self.head, self.slots) = (head, 0);
         self.readable.clear();
         self.writable.clear();
     }
 
-    /// Adds the buffer of `desc`.
-    pub(super) fn add(&mut self, desc: &Desc) -> Result<(), RingError> {
-        let buffer = Buffer { gpa: desc.addr.get(), len: desc.len.get() };
+    /// Adds the buffer that a descriptor describes.
+    pub(super) fn add(&mut self, buffer: Buffer, writable: bool) -> Result<(), RingError> {
         if buffer.len == 0 {
             return Ok(());
         }
         if self.readable.len() + self.writable.len() >= MAX_BUFFERS {
             return Err(RingError::TooManyBuffers { head: self.head, limit: MAX_BUFFERS });
         }
-        if desc.flags.get() & DESC_F_WRITE != 0 {
+        if writable {
             self.writable.push(buffer);
         } else if self.writable.is_empty() {
             self.readable.push(buffer);
@@ -83,4 +88,25 @@ impl Chain {
 
 fn bytes(buffers: &[Buffer]) -> u64 {
     buffers.iter().map(|buffer| u64::from(buffer.len)).sum()
+}
+
+/// Copies the indirect table of chain `head`, which is `len` bytes at `gpa`, to `table`. A guest that changes it
+/// meanwhile changes nothing that was checked.
+pub(super) fn copy_table<T: FromBytes + IntoBytes + Clone>(
+    memory: &Memory,
+    head: u16,
+    gpa: u64,
+    len: u32,
+    table: &mut Vec<T>,
+) -> Result<(), RingError> {
+    if len == 0 || !len.is_multiple_of(DESC_BYTES) {
+        return Err(RingError::Indirect { head, fault: "of a table whose length is not a multiple of 16" });
+    }
+    let size = (len / DESC_BYTES) as usize;
+    if size > MAX_BUFFERS {
+        return Err(RingError::TooManyBuffers { head, limit: MAX_BUFFERS });
+    }
+    table.resize(size, T::new_zeroed());
+    let read = memory.read(gpa, table.as_mut_bytes());
+    read.map_err(|source| RingError::IndirectOutside { head, source })
 }

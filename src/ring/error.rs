@@ -2,7 +2,12 @@
 
 use crate::memory::MemoryError;
 
+use super::Position;
+
 /// Why a ring can't be set up, or can't go on.
+///
+/// The `head` of a chain is the index of its head descriptor; of a packed ring's, the index of its first descriptor, or
+/// its buffer id when it is served again.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RingError {
@@ -12,8 +17,24 @@ pub enum RingError {
         /// Entries.
         size: u16,
     },
+    /// Not a size that packed rings have.
+    #[error("ring size {size} is not from 1 to 32768 (virtio 1.2, \"Packed Virtqueues\")")]
+    PackedSize {
+        /// Descriptors.
+        size: u16,
+    },
+    /// Positions that no packed ring of this size can have.
+    #[error("avail {avail:?} and used {used:?} in a ring of {size}: one is outside, or used is ahead (rule R4)")]
+    Positions {
+        /// Where the next request would be taken.
+        avail: Position,
+        /// Where the next completion would be written.
+        used: Position,
+        /// Descriptors.
+        size: u16,
+    },
     /// An area starts at an address it may not start at.
-    #[error("{area} at {gpa:#x} is not aligned to {align} bytes in guest and host (virtio 1.2, \"Split Virtqueues\")")]
+    #[error("{area} at {gpa:#x} is not aligned to {align} bytes in guest and host (virtio 1.2, \"Virtqueues\")")]
     Misaligned {
         /// Which area.
         area: &'static str,
@@ -42,6 +63,26 @@ pub enum RingError {
         /// The device's used index.
         used: u16,
         /// Entries.
+        size: u16,
+    },
+    /// The driver makes more descriptors available than the ring holds, in a chain without an end or over others.
+    #[error(
+        "chain at {index} with {in_flight} descriptors in flight: more than the {size} of the ring (virtio 1.2, \"Next Flag: Descriptor Chaining\")"
+    )]
+    AvailDescriptors {
+        /// Index of the chain's first descriptor.
+        index: u16,
+        /// Descriptors of requests without a completion.
+        in_flight: u16,
+        /// Descriptors of the ring.
+        size: u16,
+    },
+    /// Copies of descriptors that can't be those of a request.
+    #[error("a request that was in flight has {count} descriptors in a ring of {size} (rule I4)")]
+    Copies {
+        /// Descriptors.
+        count: usize,
+        /// Descriptors of the ring.
         size: u16,
     },
     /// A head or `next` outside the descriptor table, or outside the indirect table.
@@ -108,7 +149,7 @@ pub enum RingError {
         /// Requests without a completion.
         outstanding: u16,
     },
-    /// The device completes a request that was not made.
+    /// The device completes a request that was not made, or, with IN_ORDER, more requests than it says.
     #[error("used element names {id}, which is no request in flight")]
     UsedId {
         /// What the element says.

@@ -16,40 +16,49 @@ use super::RingError;
 pub(super) unsafe trait Shared {}
 // SAFETY: an atomic integer.
 unsafe impl Shared for AtomicU16 {}
+// SAFETY: an atomic integer.
+unsafe impl Shared for AtomicU32 {}
 // SAFETY: an array of atomic integers.
 unsafe impl Shared for [AtomicU32; 2] {}
 // SAFETY: an array of atomic integers.
 unsafe impl Shared for [AtomicU64; 2] {}
 
-/// An array of a power of two of `T` in guest memory. Indexes are taken modulo its length, as rings want it, so that
-/// none is ever out of range.
+/// An array of `T` in guest memory. Whatever the index, no access is out of range.
 pub(super) struct Slots<T: Shared> {
     first: NonNull<T>,
-    mask: u16,
+    /// The last index.
+    last: u16,
     /// Keeps the mapping alive.
     _memory: Memory,
 }
 
 impl<T: Shared> Slots<T> {
-    /// The `count` (a power of two) `T`s at `gpa`, which belong to `area`.
+    /// The `count` (not 0) `T`s at `gpa`, which belong to `area`.
     pub(super) fn new(memory: &Memory, area: &'static str, gpa: u64, count: u16) -> Result<Slots<T>, RingError> {
         let bytes = u64::from(count) * size_of::<T>() as u64;
         let slice = memory.slice(gpa, bytes).map_err(|source| RingError::Outside { area, source })?;
         let misaligned = RingError::Misaligned { area, gpa, align: align_of::<T>() as u64 };
         match NonNull::new(slice.ptr_guard_mut().as_ptr().cast::<T>()) {
-            Some(first) if first.is_aligned() && count.is_power_of_two() => {
-                Ok(Slots { first, mask: count - 1, _memory: memory.clone() })
+            Some(first) if first.is_aligned() && count > 0 => {
+                Ok(Slots { first, last: count - 1, _memory: memory.clone() })
             }
             _ => Err(misaligned),
         }
     }
 
-    /// The element `index` modulo the length.
+    /// The element `index` modulo the length, which is a power of two, as split rings want it.
     #[inline]
     pub(super) fn at(&self, index: u16) -> &T {
-        // SAFETY: `new` checked that `mask + 1` elements are mapped and aligned, and `_memory` keeps them mapped for
-        // as long as `self` lives. `T` is `Shared`: all access to it is atomic and every value is valid.
-        unsafe { self.first.add(usize::from(index & self.mask)).as_ref() }
+        // A mask only takes bits away: the result is at most `last`, whatever the length.
+        self.nth(index & self.last)
+    }
+
+    /// The element `index`, or the last one if there are fewer.
+    #[inline]
+    pub(super) fn nth(&self, index: u16) -> &T {
+        // SAFETY: `new` checked that `last + 1` elements are mapped and aligned, and `_memory` keeps them mapped for as
+        // long as `self` lives. `T` is `Shared`: all access to it is atomic and every value is valid.
+        unsafe { self.first.add(usize::from(index.min(self.last))).as_ref() }
     }
 }
 

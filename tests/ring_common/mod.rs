@@ -6,12 +6,16 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use vhost_migrate::abi::bit;
-use vhost_migrate::abi::virtio::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vhost_migrate::abi::virtio::{VIRTIO_F_IN_ORDER, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
-use vhost_migrate::ring::{Buffer, RingBase, SplitDevice, SplitDriver, SplitDriverState, SplitLayout};
+use vhost_migrate::ring::{
+    Buffer, InOrderState, PackedDevice, PackedDriver, PackedDriverState, PackedLayout, Position, RingBase, SplitDevice,
+    SplitDriver, SplitDriverState, SplitLayout,
+};
 
 pub(crate) const EVENT_IDX: u64 = bit(VIRTIO_RING_F_EVENT_IDX);
 pub(crate) const INDIRECT: u64 = bit(VIRTIO_RING_F_INDIRECT_DESC);
+pub(crate) const IN_ORDER: u64 = bit(VIRTIO_F_IN_ORDER);
 /// Guest memory from here to its end is for indirect tables.
 pub(crate) const TABLES: u64 = 0x30_0000;
 
@@ -35,10 +39,37 @@ pub(crate) fn ring_at(memory: &Memory, layout: SplitLayout, features: u64, start
     (driver, SplitDevice::new(memory, layout, features, RingBase::split(start)).unwrap())
 }
 
+/// Room for the largest ring.
+pub(crate) fn packed_layout(size: u16) -> PackedLayout {
+    PackedLayout { size, desc: 0x1000, driver: 0x10_0000, device: 0x20_0000 }
+}
+
+/// Both sides of an empty ring that stand at `start`.
+pub(crate) fn packed_at(
+    memory: &Memory,
+    layout: PackedLayout,
+    features: u64,
+    start: Position,
+) -> (PackedDriver, PackedDevice) {
+    drop(PackedDriver::new(memory, layout, features).unwrap());
+    for index in 0..layout.size {
+        // Used in this round before the start, in the last one after it.
+        let flags = if (index < start.index) == start.wrap { 0x8080 } else { 0 };
+        put_desc(memory, layout.desc + u64::from(index) * 16, 0, 0, 0, flags);
+    }
+    let in_order = (features & IN_ORDER != 0).then(InOrderState::default);
+    let (requests, held) = (Vec::new(), 0);
+    let state = PackedDriverState { avail: start, published: start, used: start, requests, held, in_order };
+    let driver = PackedDriver::restore(memory, layout, features, &state).unwrap();
+    let base = RingBase::packed(start.index, start.wrap, start.index, start.wrap);
+    (driver, PackedDevice::new(memory, layout, features, base).unwrap())
+}
+
 pub(crate) fn buffer(gpa: u64, len: u32) -> Buffer {
     Buffer { gpa, len }
 }
 
+/// Of a split ring the last two are flags and next, of a packed ring id and flags.
 pub(crate) fn put_desc(memory: &Memory, at: u64, gpa: u64, len: u32, flags: u16, next: u16) {
     let bytes = [&gpa.to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()].concat();
     memory.write(at, &bytes).unwrap();

@@ -1,34 +1,20 @@
 //! The device's side of a split ring: requests out of the avail ring, completions into the used ring and its log.
 
-use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
-
-use zerocopy::{FromZeros, IntoBytes};
 
 use crate::abi::bit;
 use crate::abi::virtio::{
-    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, Desc, RING_ELEMENTS_OFFSET, RING_FLAGS_OFFSET, RING_IDX_OFFSET,
-    USED_F_NO_NOTIFY, UsedElem, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, avail_event_offset,
-    used_ring_bytes,
+    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc, RING_ELEMENTS_OFFSET, RING_FLAGS_OFFSET,
+    RING_IDX_OFFSET, USED_F_NO_NOTIFY, UsedElem, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+    avail_event_offset, used_ring_bytes,
 };
-use crate::dirty::Log;
 use crate::memory::Memory;
-use crate::ring::chain::MAX_BUFFERS;
-use crate::ring::{Chain, RingBase, RingError};
+use crate::ring::chain::copy_table;
+use crate::ring::{Buffer, Chain, RingBase, RingError, RingLog, passes};
 
-use super::{Areas, SplitLayout, load, passes, store};
+use super::{Areas, SplitLayout, load, store};
 
-const DESC_BYTES: u32 = size_of::<Desc>() as u32;
 const ELEMENT_BYTES: u64 = size_of::<UsedElem>() as u64;
-
-/// Where writes to the used ring are logged: VHOST_VRING_F_LOG with its `log_guest_addr` (rule L3).
-#[derive(Clone, Debug)]
-pub struct RingLog {
-    /// The dirty log.
-    pub log: Arc<Log>,
-    /// Guest-physical address that the used ring's bytes are logged at, which need not be where it is mapped.
-    pub used_gpa: u64,
-}
 
 /// A split ring as its device serves it.
 ///
@@ -251,7 +237,7 @@ impl SplitDevice {
             if flags & DESC_F_INDIRECT != 0 {
                 return self.walk_table(&desc, chain);
             }
-            chain.add(&desc)?;
+            chain.add(buffer(&desc), flags & DESC_F_WRITE != 0)?;
             if flags & DESC_F_NEXT == 0 {
                 return chain.finish();
             }
@@ -260,28 +246,18 @@ impl SplitDevice {
         Err(RingError::Loop { head })
     }
 
-    /// Walks the indirect table that ends a chain. It is copied first: a guest that changes it meanwhile changes
-    /// nothing that was checked.
+    /// Walks the indirect table that ends a chain.
     fn walk_table(&mut self, desc: &Desc, chain: &mut Chain) -> Result<(), RingError> {
         let head = chain.head;
         let fault = |fault| Err(RingError::Indirect { head, fault });
-        let len = desc.len.get();
         if !self.indirect {
             return fault("without INDIRECT_DESC being negotiated");
         }
         if desc.flags.get() & DESC_F_NEXT != 0 {
             return fault("with NEXT");
         }
-        if len == 0 || !len.is_multiple_of(DESC_BYTES) {
-            return fault("of a table whose length is not a multiple of 16");
-        }
-        let size = (len / DESC_BYTES) as usize;
-        if size > MAX_BUFFERS {
-            return Err(RingError::TooManyBuffers { head, limit: MAX_BUFFERS });
-        }
-        self.table.resize(size, Desc::new_zeroed());
-        let read = self.memory.read(desc.addr.get(), self.table.as_mut_bytes());
-        read.map_err(|source| RingError::IndirectOutside { head, source })?;
+        copy_table(&self.memory, head, desc.addr.get(), desc.len.get(), &mut self.table)?;
+        let size = self.table.len();
         let mut index = 0;
         for _ in 0..size {
             let Some(desc) = self.table.get(usize::from(index)) else {
@@ -291,7 +267,7 @@ impl SplitDevice {
             if flags & DESC_F_INDIRECT != 0 {
                 return fault("inside an indirect table");
             }
-            chain.add(desc)?;
+            chain.add(buffer(desc), flags & DESC_F_WRITE != 0)?;
             if flags & DESC_F_NEXT == 0 {
                 return chain.finish();
             }
@@ -326,4 +302,8 @@ impl SplitDevice {
             burst.mark(used_gpa.saturating_add(*offset), *len);
         }
     }
+}
+
+fn buffer(desc: &Desc) -> Buffer {
+    Buffer { gpa: desc.addr.get(), len: desc.len.get() }
 }

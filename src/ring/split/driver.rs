@@ -14,18 +14,9 @@ use crate::abi::virtio::{
 };
 use crate::memory::Memory;
 use crate::ring::chain::MAX_BUFFERS;
-use crate::ring::{Buffer, RingError};
+use crate::ring::{Buffer, RingError, Used, passes};
 
-use super::{Areas, SplitLayout, load, passes, store};
-
-/// A completed request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Used {
-    /// What [`SplitDriver::add`] returned for it.
-    pub head: u16,
-    /// Bytes the device says it wrote. Not checked against the buffers.
-    pub len: u32,
-}
+use super::{Areas, SplitLayout, load, store};
 
 /// Where a driver is in its ring, to go on with it elsewhere on the same guest memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,8 +5,8 @@
 mod device;
 mod driver;
 
-pub use device::{RingLog, SplitDevice};
-pub use driver::{SplitDriver, SplitDriverState, Used};
+pub use device::SplitDevice;
+pub use driver::{SplitDriver, SplitDriverState};
 
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
@@ -124,10 +124,4 @@ fn load(word: &Slots<AtomicU16>, order: Ordering) -> u16 {
 #[inline]
 fn store(word: &Slots<AtomicU16>, value: u16, order: Ordering) {
     word.at(0).store(value.to_le(), order);
-}
-
-/// Whether moving an index from `old` to `new` passes `event` (virtio 1.2, `vring_need_event`).
-#[inline]
-fn passes(event: u16, new: u16, old: u16) -> bool {
-    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }

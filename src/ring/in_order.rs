@@ -1,0 +1,54 @@
+//! What VIRTIO_F_IN_ORDER means for a driver: one completion may stand for all requests before it.
+
+use std::collections::{BTreeSet, VecDeque};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Buffer, Used};
+
+/// The requests of a driver whose device completes them in the order in which they were added.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InOrderState {
+    /// The requests without a completion, oldest first: what names each, and the bytes its device may write.
+    pub queue: VecDeque<(u16, u32)>,
+    /// The last completion, while it is not yet taken for all requests that it stands for.
+    pub batch: Option<Used>,
+}
+
+impl InOrderState {
+    /// A request was added.
+    pub(super) fn add(&mut self, head: u16, writable: &[Buffer]) {
+        let bytes = writable.iter().fold(0, |bytes: u32, buffer| bytes.saturating_add(buffer.len));
+        self.queue.push_back((head, bytes));
+    }
+
+    /// The requests that are complete when `head` is, oldest first, `head` the last; none if it is not in flight.
+    pub(super) fn up_to(&self, head: u16) -> impl Iterator<Item = u16> {
+        let count = self.queue.iter().position(|(of, _)| *of == head).map_or(0, |at| at + 1);
+        self.queue.iter().take(count).map(|(head, _)| *head)
+    }
+
+    /// The device completed a request in flight, and all before it. Takes the first of them.
+    pub(super) fn complete(&mut self, last: Used) -> Used {
+        self.batch = Some(last);
+        self.next().unwrap_or(last)
+    }
+
+    /// Takes the oldest request of a completed batch, if there is one. Only the last was reported with what was
+    /// written of it; those before are taken as written completely (virtio 1.2, "In-order use of descriptors").
+    pub(super) fn next(&mut self) -> Option<Used> {
+        let batch = self.batch?;
+        let (head, len) = self.queue.pop_front()?;
+        if head != batch.head {
+            return Some(Used { head, len });
+        }
+        self.batch.take()
+    }
+
+    /// Whether this is an order of the requests `heads`, and its batch one of some of them.
+    pub(super) fn is_of(&self, heads: impl Iterator<Item = u16>) -> bool {
+        let heads: BTreeSet<u16> = heads.collect();
+        let queue: BTreeSet<u16> = self.queue.iter().map(|(head, _)| *head).collect();
+        self.queue.len() == queue.len() && queue == heads && self.batch.is_none_or(|batch| queue.contains(&batch.head))
+    }
+}

@@ -1,0 +1,320 @@
+//! The driver's side of a packed ring, as the built-in guest and tests use it: requests in, completions out.
+//!
+//! What the device says is checked; how long a request is, is kept here and never read back from shared memory.
+
+use std::sync::atomic::{AtomicU32, Ordering, fence};
+
+use serde::{Deserialize, Serialize};
+use zerocopy::IntoBytes;
+use zerocopy::little_endian::{U16, U32, U64};
+
+use crate::abi::bit;
+use crate::abi::virtio::{
+    DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, PACKED_EVENT_FLAG_DISABLE, PackedDesc, VIRTIO_F_IN_ORDER,
+    VIRTIO_RING_F_EVENT_IDX,
+};
+use crate::memory::Memory;
+use crate::ring::chain::MAX_BUFFERS;
+use crate::ring::slots::Slots;
+use crate::ring::{Buffer, InOrderState, RingError, Used};
+
+use super::{Areas, PackedLayout, Position, Wish, event_at, event_bits, half_bits, is_used, passes_position, wish};
+
+/// A request of a packed ring without a completion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PackedRequest {
+    /// Its buffer id.
+    pub id: u16,
+    /// Descriptors that it takes.
+    pub slots: u16,
+}
+
+/// Where a driver is in its ring, to go on with it elsewhere on the same guest memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PackedDriverState {
+    /// Where the next request is added.
+    pub avail: Position,
+    /// Where the device finds the next request.
+    pub published: Position,
+    /// Where the next completion is taken.
+    pub used: Position,
+    /// The requests without a completion.
+    pub requests: Vec<PackedRequest>,
+    /// Length, id and flags of the descriptor at `published`, which publishing writes; means nothing if all is published.
+    pub held: u64,
+    /// With IN_ORDER, the order of the requests.
+    pub in_order: Option<InOrderState>,
+}
+
+/// A packed ring as its driver uses it.
+///
+/// To wait without missing a completion: [`pop_used`](PackedDriver::pop_used) until `None`, `enable_notifications`, and
+/// again while that says there is more.
+pub struct PackedDriver {
+    memory: Memory,
+    areas: Areas,
+    size: u16,
+    event_idx: bool,
+    /// By buffer id: how many descriptors its request has; 0 for what is no request in flight.
+    lengths: Vec<u16>,
+    free_ids: Vec<u16>,
+    avail: Position,
+    published: Position,
+    used: Position,
+    /// Second half of the descriptor at `published`, written last of all that is added.
+    held: u64,
+    in_order: Option<InOrderState>,
+}
+
+impl PackedDriver {
+    /// Makes an empty ring: the descriptor ring and both event areas are initialised.
+    ///
+    /// `features` are the negotiated ones; EVENT_IDX and IN_ORDER matter here.
+    ///
+    /// # Errors
+    /// A size, alignment or address that a packed ring can't have.
+    pub fn new(memory: &Memory, layout: PackedLayout, features: u64) -> Result<PackedDriver, RingError> {
+        let areas = Areas::new(memory, &layout)?;
+        for index in 0..layout.size {
+            areas.set_addr(index, 0);
+            areas.set_half(index, 0, Ordering::Release);
+        }
+        set(&areas.driver, 0);
+        set(&areas.device, 0);
+        Ok(PackedDriver {
+            memory: memory.clone(),
+            areas,
+            size: layout.size,
+            event_idx: features & bit(VIRTIO_RING_F_EVENT_IDX) != 0,
+            lengths: vec![0; layout.size.into()],
+            free_ids: (0..layout.size).rev().collect(),
+            avail: Position::START,
+            published: Position::START,
+            used: Position::START,
+            held: 0,
+            in_order: (features & bit(VIRTIO_F_IN_ORDER) != 0).then(InOrderState::default),
+        })
+    }
+
+    /// Goes on with a ring where `state` left it; the ring itself, which is in guest memory, is not touched.
+    ///
+    /// # Errors
+    /// As [`PackedDriver::new`], and a state that no driver of this ring can have been in.
+    pub fn restore(
+        memory: &Memory,
+        layout: PackedLayout,
+        features: u64,
+        state: &PackedDriverState,
+    ) -> Result<PackedDriver, RingError> {
+        let fault = |fault| Err(RingError::State { fault });
+        let areas = Areas::new(memory, &layout)?;
+        let size = layout.size;
+        let &PackedDriverState { avail, published, used, ref requests, held, ref in_order } = state;
+        if [avail, published, used].iter().any(|position| position.index >= size) {
+            return fault("a position is outside the ring");
+        }
+        let mut lengths = vec![0; size.into()];
+        for &PackedRequest { id, slots } in requests {
+            match lengths.get_mut(usize::from(id)) {
+                Some(length @ 0) if slots > 0 => *length = slots,
+                _ => return fault("a request has no descriptor, or an id that another has or none can have"),
+            }
+        }
+        let slots: u64 = requests.iter().map(|request| u64::from(request.slots)).sum();
+        let outstanding = used.until(avail, size).map_or(u64::MAX, u64::from);
+        if slots != outstanding {
+            return fault("positions and requests don't match");
+        }
+        if published.until(avail, size).is_none_or(|unpublished| u64::from(unpublished) > outstanding) {
+            return fault("more requests are unpublished than outstanding");
+        }
+        if in_order.is_some() != (features & bit(VIRTIO_F_IN_ORDER) != 0) {
+            return fault("requests have an order only with IN_ORDER");
+        }
+        if in_order.as_ref().is_some_and(|order| !order.is_of(requests.iter().map(|request| request.id))) {
+            return fault("the order is not that of the requests");
+        }
+        Ok(PackedDriver {
+            memory: memory.clone(),
+            areas,
+            size,
+            event_idx: features & bit(VIRTIO_RING_F_EVENT_IDX) != 0,
+            free_ids: (0..size).rev().filter(|id| lengths.get(usize::from(*id)) == Some(&0)).collect(),
+            lengths,
+            avail,
+            published,
+            used,
+            held,
+            in_order: in_order.clone(),
+        })
+    }
+
+    /// What [`PackedDriver::restore`] needs to go on.
+    pub fn state(&self) -> PackedDriverState {
+        let requests = (0..).zip(&self.lengths).filter(|(_, slots)| **slots > 0);
+        PackedDriverState {
+            avail: self.avail,
+            published: self.published,
+            used: self.used,
+            requests: requests.map(|(id, slots)| PackedRequest { id, slots: *slots }).collect(),
+            held: self.held,
+            in_order: self.in_order.clone(),
+        }
+    }
+
+    /// Adds a request and returns its buffer id, or `None` while the ring is too full for it. The device sees it after
+    /// the next [`publish`](PackedDriver::publish).
+    ///
+    /// With `table`, the guest-physical address of 16 bytes of room per buffer, the request is an indirect one and
+    /// takes a single descriptor; INDIRECT_DESC must be negotiated, and the room stay untouched until completion.
+    ///
+    /// # Errors
+    /// A request that has no buffer or could never fit; a `table` outside guest memory.
+    pub fn add(
+        &mut self,
+        readable: &[Buffer],
+        writable: &[Buffer],
+        table: Option<u64>,
+    ) -> Result<Option<u16>, RingError> {
+        let buffers = readable.len() + writable.len();
+        let limit = if table.is_some() { MAX_BUFFERS } else { MAX_BUFFERS.min(self.size.into()) };
+        if buffers == 0 || buffers > limit {
+            return Err(RingError::Request { buffers, limit });
+        }
+        let needed = if table.is_some() { 1 } else { buffers as u16 };
+        let Some(&id) = self.free_ids.last().filter(|_| needed <= self.free()) else { return Ok(None) };
+        let flagged = readable.iter().map(|buffer| (buffer, 0)).chain(writable.iter().map(|b| (b, DESC_F_WRITE)));
+        if let Some(gpa) = table {
+            let describe = |(buffer, flags): (&Buffer, u16)| PackedDesc {
+                addr: U64::new(buffer.gpa),
+                len: U32::new(buffer.len),
+                id: U16::ZERO,
+                flags: U16::new(flags),
+            };
+            let descs: Vec<PackedDesc> = flagged.map(describe).collect();
+            let written = self.memory.write(gpa, descs.as_bytes());
+            written.map_err(|source| RingError::IndirectOutside { head: id, source })?;
+            self.put(gpa, descs.as_bytes().len() as u32, id, DESC_F_INDIRECT);
+        } else {
+            for (at, (buffer, flags)) in flagged.enumerate() {
+                let next = if at + 1 < buffers { DESC_F_NEXT } else { 0 };
+                self.put(buffer.gpa, buffer.len, id, flags | next);
+            }
+        }
+        self.free_ids.pop();
+        if let Some(length) = self.lengths.get_mut(usize::from(id)) {
+            *length = needed;
+        }
+        if let Some(order) = &mut self.in_order {
+            order.add(id, writable);
+        }
+        Ok(Some(id))
+    }
+
+    /// Makes the requests added so far visible; true if the device is to be kicked.
+    #[must_use = "the device may be waiting for a kick"]
+    pub fn publish(&mut self) -> bool {
+        let (old, new) = (self.published, self.avail);
+        if old == new {
+            return false;
+        }
+        self.areas.set_half(old.index, self.held, Ordering::Release);
+        self.published = new;
+        // The device either sees the new descriptors before it sleeps, or its wish for a kick is seen here.
+        fence(Ordering::SeqCst);
+        match wish(&self.areas.device, self.event_idx) {
+            Wish::Nothing => false,
+            Wish::All => true,
+            Wish::At(event) => passes_position(event, new, old.until(new, self.size).unwrap_or(self.size), self.size),
+        }
+    }
+
+    /// Takes the next completion, if there is one, and frees its descriptors.
+    ///
+    /// # Errors
+    /// The device broke the ring; nothing was taken.
+    pub fn pop_used(&mut self) -> Result<Option<Used>, RingError> {
+        if let Some(used) = self.in_order.as_mut().and_then(InOrderState::next) {
+            self.release(used.head);
+            return Ok(Some(used));
+        }
+        // Pairs with the device's release: the data of the request is visible after it.
+        let desc = self.areas.half(self.used.index, Ordering::Acquire);
+        if !is_used(&desc, self.used) {
+            return Ok(None);
+        }
+        let id = desc.id.get();
+        // What the device did not write has no length (virtio 1.2, "Element Address and Length").
+        let len = if desc.flags.get() & DESC_F_WRITE != 0 { desc.len.get() } else { 0 };
+        let slots: u32 = match &self.in_order {
+            None => self.length(id).into(),
+            Some(order) => order.up_to(id).map(|id| u32::from(self.length(id))).sum(),
+        };
+        // What is not published can't be complete.
+        let visible = self.used.until(self.published, self.size).unwrap_or_default();
+        if slots == 0 || slots > u32::from(visible) {
+            return Err(RingError::UsedId { id: id.into() });
+        }
+        let used = Used { head: id, len };
+        let used = match &mut self.in_order {
+            None => used,
+            Some(order) => order.complete(used),
+        };
+        self.release(used.head);
+        Ok(Some(used))
+    }
+
+    /// Asks the device not to notify. It may do so all the same.
+    pub fn disable_notifications(&mut self) {
+        if !self.event_idx {
+            set(&self.areas.driver, event_bits(0, PACKED_EVENT_FLAG_DISABLE));
+        }
+    }
+
+    /// Asks the device to notify of completions from now on; true if there are some already, for which it may not.
+    #[must_use = "completions that are there already bring no notification"]
+    pub fn enable_notifications(&mut self) -> bool {
+        set(&self.areas.driver, event_at(self.used, self.event_idx));
+        fence(Ordering::SeqCst);
+        self.in_order.as_ref().is_some_and(|order| order.batch.is_some()) || self.areas.is_used(self.used)
+    }
+
+    /// Requests without a completion.
+    pub fn outstanding(&self) -> u16 {
+        self.size - self.free_ids.len() as u16
+    }
+
+    /// Descriptors that are free.
+    pub fn free(&self) -> u16 {
+        self.size - self.used.until(self.avail, self.size).unwrap_or(self.size)
+    }
+
+    /// Writes the next descriptor. The first that is not published yet is held back: the device looks at one after the
+    /// other and gets no further.
+    fn put(&mut self, gpa: u64, len: u32, id: u16, flags: u16) {
+        let half = half_bits(len, id, flags | self.avail.avail_flags());
+        self.areas.set_addr(self.avail.index, gpa);
+        if self.avail == self.published {
+            self.held = half;
+        } else {
+            self.areas.set_half(self.avail.index, half, Ordering::Relaxed);
+        }
+        self.avail = self.avail.after(1, self.size);
+    }
+
+    /// Frees the descriptors and the id of a completed request.
+    fn release(&mut self, id: u16) {
+        if let Some(length) = self.lengths.get_mut(usize::from(id)) {
+            self.used = self.used.after(std::mem::take(length), self.size);
+            self.free_ids.push(id);
+        }
+    }
+
+    fn length(&self, id: u16) -> u16 {
+        self.lengths.get(usize::from(id)).copied().unwrap_or_default()
+    }
+}
+
+fn set(area: &Slots<AtomicU32>, event: u32) {
+    area.nth(0).store(event.to_le(), Ordering::Relaxed);
+}

@@ -1,0 +1,235 @@
+//! Packed rings (virtio 1.2, "Packed Virtqueues"): where the three areas lie, and how both sides read and write them.
+//!
+//! [`PackedDevice`] is the device's side, [`PackedDriver`] the driver's.
+
+mod device;
+mod driver;
+
+pub use device::PackedDevice;
+pub use driver::{PackedDriver, PackedDriverState, PackedRequest};
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use zerocopy::little_endian::{U16, U32, U64};
+
+use crate::abi::virtio::{
+    MAX_QUEUE_SIZE, PACKED_DESC_F_AVAIL, PACKED_DESC_F_USED, PACKED_EVENT_F_WRAP_CTR, PACKED_EVENT_FLAG_DESC,
+    PACKED_EVENT_FLAG_DISABLE, PACKED_EVENT_FLAG_ENABLE, PackedDesc, PackedEvent,
+};
+use crate::memory::Memory;
+
+use super::slots::Slots;
+use super::{RingError, passes};
+
+const AVAIL: u16 = 1 << PACKED_DESC_F_AVAIL;
+const USED: u16 = 1 << PACKED_DESC_F_USED;
+const WRAP: u16 = 1 << PACKED_EVENT_F_WRAP_CTR;
+/// The bits of [`PackedEvent::flags`] that are not reserved.
+const EVENT_FLAGS: u16 = 3;
+const DESC_ALIGN: u64 = size_of::<PackedDesc>() as u64;
+const EVENT_ALIGN: u64 = size_of::<PackedEvent>() as u64;
+
+/// Size and guest-physical addresses of a packed ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct PackedLayout {
+    /// Descriptors, 1 to 32768.
+    pub size: u16,
+    /// Guest-physical address of the descriptor ring.
+    pub desc: u64,
+    /// Guest-physical address of the driver's event area: 4 bytes.
+    pub driver: u64,
+    /// Guest-physical address of the device's event area: 4 bytes.
+    pub device: u64,
+}
+
+/// A place in a packed ring and in its rounds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+pub struct Position {
+    /// Which descriptor.
+    pub index: u16,
+    /// The wrap counter, which changes from round to round.
+    pub wrap: bool,
+}
+
+impl Position {
+    /// Where both sides of a fresh ring begin.
+    pub const START: Position = Position { index: 0, wrap: true };
+
+    /// `slots` descriptors further, in a ring of `size`, which are no fewer.
+    #[inline]
+    #[must_use]
+    pub const fn after(self, slots: u16, size: u16) -> Position {
+        let next = self.index as u32 + slots as u32;
+        match next.checked_sub(size as u32) {
+            Some(index) => Position { index: index as u16, wrap: !self.wrap },
+            None => Position { index: next as u16, wrap: self.wrap },
+        }
+    }
+
+    /// How many descriptors `to` is further in a ring of `size`; `None` if that is more than a round, or backwards.
+    #[inline]
+    pub fn until(self, to: Position, size: u16) -> Option<u16> {
+        let round = if to.wrap == self.wrap { 0 } else { u32::from(size) };
+        let slots = (u32::from(to.index) + round).checked_sub(self.index.into())?;
+        u16::try_from(slots).ok().filter(|slots| *slots <= size)
+    }
+
+    /// Bits 0-14 the index, bit 15 the wrap counter, as event areas and bases have it.
+    pub(super) const fn to_bits(self) -> u16 {
+        self.index & !WRAP | if self.wrap { WRAP } else { 0 }
+    }
+
+    pub(super) const fn from_bits(bits: u16) -> Position {
+        Position { index: bits & !WRAP, wrap: bits & WRAP != 0 }
+    }
+
+    /// The flags that make a descriptor here available.
+    #[inline]
+    fn avail_flags(self) -> u16 {
+        if self.wrap { AVAIL } else { USED }
+    }
+
+    /// The flags that make a descriptor here used.
+    #[inline]
+    fn used_flags(self) -> u16 {
+        if self.wrap { AVAIL | USED } else { 0 }
+    }
+}
+
+/// The areas of a ring, checked to be in guest memory. Values are in host byte order.
+///
+/// A descriptor's second half (length, id, flags) and an event area are each read and written at once: what its flags
+/// say is true of the rest.
+struct Areas {
+    desc: Slots<[AtomicU64; 2]>,
+    driver: Slots<AtomicU32>,
+    device: Slots<AtomicU32>,
+}
+
+impl Areas {
+    fn new(memory: &Memory, layout: &PackedLayout) -> Result<Areas, RingError> {
+        let PackedLayout { size, desc, driver, device } = *layout;
+        if size == 0 || u32::from(size) > MAX_QUEUE_SIZE {
+            return Err(RingError::PackedSize { size });
+        }
+        const DESC: &str = "descriptor ring";
+        const DRIVER: &str = "driver event area";
+        const DEVICE: &str = "device event area";
+        for (area, gpa, align) in
+            [(DESC, desc, DESC_ALIGN), (DRIVER, driver, EVENT_ALIGN), (DEVICE, device, EVENT_ALIGN)]
+        {
+            if !gpa.is_multiple_of(align) {
+                return Err(RingError::Misaligned { area, gpa, align });
+            }
+        }
+        Ok(Areas {
+            desc: Slots::new(memory, DESC, desc, size)?,
+            driver: Slots::new(memory, DRIVER, driver, 1)?,
+            device: Slots::new(memory, DEVICE, device, 1)?,
+        })
+    }
+
+    /// Reads each half of a descriptor once, so that what is checked is what is used: the second half, which has the
+    /// flags, comes first and in `order`.
+    #[inline]
+    fn desc(&self, index: u16, order: Ordering) -> PackedDesc {
+        let [addr, rest] = self.desc.nth(index);
+        let rest = u64::from_le(rest.load(order));
+        let addr = u64::from_le(addr.load(Ordering::Relaxed));
+        PackedDesc { addr: U64::new(addr), ..half(rest) }
+    }
+
+    /// A descriptor without its address.
+    #[inline]
+    fn half(&self, index: u16, order: Ordering) -> PackedDesc {
+        let [_, rest] = self.desc.nth(index);
+        half(u64::from_le(rest.load(order)))
+    }
+
+    #[inline]
+    fn set_addr(&self, index: u16, gpa: u64) {
+        let [addr, _] = self.desc.nth(index);
+        addr.store(gpa.to_le(), Ordering::Relaxed);
+    }
+
+    /// Writes the second half of a descriptor.
+    #[inline]
+    fn set_half(&self, index: u16, rest: u64, order: Ordering) {
+        let [_, half] = self.desc.nth(index);
+        half.store(rest.to_le(), order);
+    }
+
+    /// Whether the descriptor at `position` is available in the position's round.
+    #[inline]
+    fn is_avail(&self, position: Position) -> bool {
+        is_avail(&self.half(position.index, Ordering::Relaxed), position)
+    }
+
+    /// Whether the descriptor at `position` is used in the position's round.
+    #[inline]
+    fn is_used(&self, position: Position) -> bool {
+        is_used(&self.half(position.index, Ordering::Relaxed), position)
+    }
+}
+
+fn half(rest: u64) -> PackedDesc {
+    PackedDesc {
+        addr: U64::ZERO,
+        len: U32::new(rest as u32),
+        id: U16::new((rest >> 32) as u16),
+        flags: U16::new((rest >> 48) as u16),
+    }
+}
+
+fn half_bits(len: u32, id: u16, flags: u16) -> u64 {
+    u64::from(len) | u64::from(id) << 32 | u64::from(flags) << 48
+}
+
+#[inline]
+fn is_avail(desc: &PackedDesc, position: Position) -> bool {
+    desc.flags.get() & (AVAIL | USED) == position.avail_flags()
+}
+
+#[inline]
+fn is_used(desc: &PackedDesc, position: Position) -> bool {
+    desc.flags.get() & (AVAIL | USED) == position.used_flags()
+}
+
+/// What to write into an event area to be notified of what happens at `next`.
+fn event_at(next: Position, event_idx: bool) -> u32 {
+    match event_idx {
+        true => event_bits(next.to_bits(), PACKED_EVENT_FLAG_DESC),
+        false => event_bits(0, PACKED_EVENT_FLAG_ENABLE),
+    }
+}
+
+fn event_bits(off_wrap: u16, flags: u16) -> u32 {
+    u32::from(off_wrap) | u32::from(flags) << 16
+}
+
+/// What an event area wants.
+enum Wish {
+    Nothing,
+    All,
+    /// What passes this position.
+    At(Position),
+}
+
+/// Reads the event area of the other side. Values that mean nothing are taken as a wish for every notification.
+#[inline]
+fn wish(area: &Slots<AtomicU32>, event_idx: bool) -> Wish {
+    let event = u32::from_le(area.nth(0).load(Ordering::Relaxed));
+    match (event >> 16) as u16 & EVENT_FLAGS {
+        PACKED_EVENT_FLAG_DISABLE => Wish::Nothing,
+        PACKED_EVENT_FLAG_DESC if event_idx => Wish::At(Position::from_bits(event as u16)),
+        _ => Wish::All,
+    }
+}
+
+/// Whether moving `slots` descriptors on, to `new` in a ring of `size`, passes `event`.
+#[inline]
+fn passes_position(event: Position, new: Position, slots: u16, size: u16) -> bool {
+    // Counted from the start of the round that `new` is in, as indexes that run freely.
+    let event = if event.wrap == new.wrap { event.index } else { event.index.wrapping_sub(size) };
+    passes(event, new.index, new.index.wrapping_sub(slots))
+}

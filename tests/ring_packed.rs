@@ -1,0 +1,413 @@
+//! A packed ring's two sides together: whatever one puts on the ring, the other takes off it, and nothing else.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod ring_common;
+
+use std::collections::VecDeque;
+
+use proptest::prelude::*;
+use ring_common::{EVENT_IDX, IN_ORDER, INDIRECT, TABLES, buffer, memory, packed_at, packed_layout, put_desc};
+use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE};
+use vhost_migrate::ring::{
+    Buffer, Chain, InOrderState, PackedDevice, PackedDriver, PackedDriverState, PackedLayout, PackedRequest, Position,
+    RingBase, RingError, Used,
+};
+
+#[derive(Clone, Debug)]
+enum Op {
+    Add {
+        readable: usize,
+        writable: usize,
+        indirect: bool,
+    },
+    DriverPublish,
+    Pop,
+    /// Completes a request, or with IN_ORDER a batch of the oldest ones.
+    Push(prop::sample::Index),
+    DevicePublish,
+    PopUsed,
+    /// The guest goes on elsewhere.
+    DriverMoves,
+    /// A successor takes over; it serves again what was taken.
+    DeviceMoves,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        4 => (0..4usize, 0..4usize, any::<bool>())
+            .prop_map(|(readable, writable, indirect)| Op::Add { readable, writable, indirect }),
+        2 => Just(Op::DriverPublish),
+        4 => Just(Op::Pop),
+        4 => any::<prop::sample::Index>().prop_map(Op::Push),
+        2 => Just(Op::DevicePublish),
+        4 => Just(Op::PopUsed),
+        1 => Just(Op::DriverMoves),
+        1 => Just(Op::DeviceMoves),
+    ]
+}
+
+#[derive(Clone, Debug, PartialEq)]
+struct Request {
+    id: u16,
+    slots: u16,
+    readable: Vec<Buffer>,
+    writable: Vec<Buffer>,
+}
+
+impl Request {
+    fn of(chain: &Chain) -> Request {
+        let Chain { head, slots, readable, writable } = chain.clone();
+        Request { id: head, slots, readable, writable }
+    }
+
+    fn all_written(&self) -> u32 {
+        self.writable.iter().fold(0, |bytes: u32, buffer| bytes.saturating_add(buffer.len))
+    }
+}
+
+fn position(size: u16) -> impl Strategy<Value = Position> {
+    (prop_oneof![Just(0), Just(size - 1), 0..size], any::<bool>()).prop_map(|(index, wrap)| Position { index, wrap })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn what_one_side_puts_on_the_ring_the_other_takes_off_in_order(
+        (size, start) in prop_oneof![1..=12u16, Just(256), Just(32767), Just(32768)]
+            .prop_flat_map(|size| (Just(size), position(size))),
+        event_idx in any::<bool>(), in_order in any::<bool>(), ops in prop::collection::vec(op(), 0..600),
+    ) {
+        let mut features = INDIRECT;
+        features |= if event_idx { EVENT_IDX } else { 0 };
+        features |= if in_order { IN_ORDER } else { 0 };
+        let (memory, layout) = (memory(), packed_layout(size));
+        let (mut driver, mut device) = packed_at(&memory, layout, features, start);
+        let (mut made, mut visible) = (VecDeque::new(), 0);
+        let mut held: Vec<(Request, Vec<_>)> = Vec::new();
+        let (mut done, mut done_visible) = (VecDeque::new(), 0);
+        let mut chain = Chain::default();
+        let mut serial = 0u32;
+        for op in ops {
+            match op {
+                Op::Add { readable, writable, indirect } => {
+                    let mut buffers = |count: usize| -> Vec<Buffer> {
+                        (0..count).map(|_| { serial += 1; buffer(u64::from(serial) << 33, serial) }).collect()
+                    };
+                    let (readable, writable) = (buffers(readable), buffers(writable));
+                    let count = readable.len() + writable.len();
+                    let table = indirect.then_some(TABLES + u64::from(serial) % 8192 * 128);
+                    let needed = if indirect { 1 } else { count };
+                    let free = usize::from(driver.free());
+                    match driver.add(&readable, &writable, table) {
+                        Ok(Some(id)) => {
+                            prop_assert!(count > 0 && needed <= free);
+                            prop_assert_eq!(usize::from(driver.free()), free - needed);
+                            made.push_back(Request { id, slots: needed as u16, readable, writable });
+                        }
+                        Ok(None) => prop_assert!(needed > free),
+                        Err(e) => prop_assert!(count == 0 || needed > size.into(), "{}", e),
+                    }
+                }
+                Op::DriverPublish => {
+                    let _ = driver.publish();
+                    visible = made.len();
+                }
+                Op::Pop => {
+                    prop_assert_eq!(device.pop(&mut chain).unwrap(), visible > 0);
+                    if visible > 0 {
+                        visible -= 1;
+                        let request = made.pop_front().unwrap();
+                        prop_assert_eq!(&Request::of(&chain), &request);
+                        prop_assert_eq!(device.descs().len(), usize::from(request.slots));
+                        held.push((request, device.descs().to_vec()));
+                    }
+                }
+                Op::Push(pick) if !held.is_empty() && in_order => {
+                    let batch: Vec<Request> = held.drain(..=pick.index(held.len())).map(|(request, _)| request).collect();
+                    serial += 1;
+                    let (last, before) = batch.split_last().unwrap();
+                    device.push(last.id, batch.iter().map(|request| request.slots).sum(), serial);
+                    done.extend(before.iter().map(|request| (request.id, request.all_written())));
+                    done.push_back((last.id, serial));
+                }
+                Op::Push(pick) if !held.is_empty() => {
+                    let (request, _) = held.swap_remove(pick.index(held.len()));
+                    serial += 1;
+                    let len = if serial.is_multiple_of(3) { 0 } else { serial };
+                    device.push(request.id, request.slots, len);
+                    done.push_back((request.id, len));
+                }
+                Op::Push(_) => {}
+                Op::DevicePublish => {
+                    let _ = device.publish();
+                    done_visible = done.len();
+                }
+                Op::PopUsed => match driver.pop_used().unwrap() {
+                    Some(used) => {
+                        prop_assert!(done_visible > 0);
+                        done_visible -= 1;
+                        prop_assert_eq!((used.head, used.len), done.pop_front().unwrap());
+                    }
+                    None => prop_assert_eq!(done_visible, 0),
+                },
+                Op::DriverMoves => {
+                    let state = serde_json::to_vec(&driver.state()).unwrap();
+                    let state: PackedDriverState = serde_json::from_slice(&state).unwrap();
+                    driver = PackedDriver::restore(&memory, layout, features, &state).unwrap();
+                    prop_assert_eq!(driver.state(), state);
+                }
+                Op::DeviceMoves => {
+                    let _ = device.publish();
+                    done_visible = done.len();
+                    let (avail, used) = (device.avail_position(), device.used_position());
+                    device = PackedDevice::new(&memory, layout, features, RingBase::PACKED_START).unwrap();
+                    device.set_positions(avail, used).unwrap();
+                    prop_assert_eq!((device.avail_position(), device.used_position()), (avail, used));
+                    for (request, descs) in &held {
+                        device.resubmit(descs, &mut chain).unwrap();
+                        prop_assert_eq!(&Request::of(&chain), request);
+                    }
+                }
+            }
+        }
+        let _ = driver.publish();
+        held.iter().for_each(|(request, _)| device.push(request.id, request.slots, 0));
+        while device.pop(&mut chain).unwrap() {
+            device.push(chain.head, chain.slots, 0);
+        }
+        let _ = device.publish();
+        prop_assert_eq!(device.avail_position(), device.used_position());
+        while driver.pop_used().unwrap().is_some() {}
+        prop_assert_eq!((driver.free(), driver.outstanding()), (size, 0));
+    }
+
+    /// Oracle: a counter that never wraps.
+    #[test]
+    fn positions_are_counters_modulo_two_rounds(
+        size in prop_oneof![1..20u16, Just(32767), Just(32768)], from in any::<u32>(), slots in any::<u16>(),
+    ) {
+        let at = |count: u64| {
+            let size = u64::from(size);
+            Position { index: (count % size) as u16, wrap: (count / size).is_multiple_of(2) }
+        };
+        let (from, slots) = (u64::from(from), slots % (size + 1));
+        let to = at(from).after(slots, size);
+        prop_assert_eq!(to, at(from + u64::from(slots)));
+        prop_assert_eq!(at(from).until(to, size), Some(slots));
+        let more_than_a_round = at(from + u64::from(size) + 1 + u64::from(slots) % u64::from(size));
+        if size > 1 && slots + 1 < size {
+            prop_assert_eq!(at(from).until(more_than_a_round, size), None);
+        }
+    }
+}
+
+/// A ring of 8 with all features whose first descriptors are these: address, length, id, flags, all of them with AVAIL.
+fn one_chain(descs: &[(u64, u32, u16, u16)]) -> Result<Chain, RingError> {
+    one_chain_with(INDIRECT, descs, &[])
+}
+
+fn one_chain_with(
+    features: u64,
+    descs: &[(u64, u32, u16, u16)],
+    table: &[(u64, u32, u16, u16)],
+) -> Result<Chain, RingError> {
+    let (memory, layout) = (memory(), packed_layout(8));
+    let mut device = PackedDevice::new(&memory, layout, features, RingBase::PACKED_START).unwrap();
+    for (index, &(gpa, len, id, flags)) in (0..).zip(descs) {
+        put_desc(&memory, layout.desc + index * 16, gpa, len, id, flags | A);
+    }
+    for (index, &(gpa, len, id, flags)) in (0..).zip(table) {
+        put_desc(&memory, TABLES + index * 16, gpa, len, id, flags);
+    }
+    let mut chain = Chain::default();
+    let popped = device.pop(&mut chain);
+    // What can't be taken stays where it is.
+    assert_eq!(device.avail_position() == Position::START, popped.is_err());
+    assert!(popped?);
+    Ok(chain)
+}
+
+const N: u16 = DESC_F_NEXT;
+const W: u16 = DESC_F_WRITE;
+const I: u16 = DESC_F_INDIRECT;
+/// Available in the first round.
+const A: u16 = 0x80;
+
+#[test]
+fn a_chain_has_the_id_of_its_last_descriptor() {
+    let chain = one_chain(&[(1, 10, 7, N), (2, 0, 8, N), (3, 30, 9, N | W), (4, 40, 65535, W), (5, 50, 1, 0)]).unwrap();
+    assert_eq!((chain.head, chain.slots), (65535, 4));
+    assert_eq!((chain.readable, chain.writable), (vec![buffer(1, 10)], vec![buffer(3, 30), buffer(4, 40)]));
+}
+
+#[test]
+fn in_an_indirect_table_only_the_write_flag_means_anything() {
+    let table = [(1, 10, 5, 0), (2, 20, 6, N | I | A), (3, 0, 0, W), (4, 40, 9, W | 0x8000), (5, 50, 0, 0)];
+    let chain = one_chain_with(INDIRECT, &[(TABLES, 4 * 16, 3, I | W)], &table).unwrap();
+    assert_eq!((chain.head, chain.slots), (3, 1));
+    assert_eq!((chain.readable, chain.writable), (vec![buffer(1, 10), buffer(2, 20)], vec![buffer(4, 40)]));
+}
+
+#[test]
+fn a_chain_against_the_rules_is_refused_by_name() {
+    use RingError::*;
+    assert!(matches!(one_chain(&[(1, 1, 0, N); 8]), Err(AvailDescriptors { index: 0, in_flight: 0, size: 8 })));
+    assert!(matches!(one_chain(&[(1, 1, 0, W | N), (1, 1, 0, 0)]), Err(ReadableAfterWritable { .. })));
+    let most = u32::MAX;
+    assert!(one_chain(&[(1, most, 0, N), (1, 1, 0, 0)]).is_ok());
+    assert!(matches!(one_chain(&[(1, most, 0, N), (1, 2, 0, W)]), Err(TooManyBytes { .. })));
+    let table = (TABLES, 32, 0, I);
+    assert!(matches!(one_chain_with(0, &[table], &[]), Err(Indirect { .. })));
+    assert!(matches!(one_chain(&[(TABLES, 32, 0, I | N), (1, 1, 1, 0)]), Err(Indirect { .. })));
+    assert!(matches!(one_chain(&[(1, 1, 0, N), table]), Err(Indirect { .. })));
+    assert!(matches!(one_chain(&[(TABLES, 0, 0, I)]), Err(Indirect { .. })));
+    assert!(matches!(one_chain(&[(TABLES, 40, 0, I)]), Err(Indirect { .. })));
+    assert!(matches!(one_chain(&[(TABLES, 1025 * 16, 0, I)]), Err(TooManyBuffers { limit: 1024, .. })));
+    assert!(matches!(one_chain(&[(u64::MAX - 15, 32, 0, I)]), Err(IndirectOutside { .. })));
+}
+
+#[test]
+fn descriptors_in_flight_are_not_taken_again() {
+    let (memory, layout) = (memory(), packed_layout(4));
+    let (mut driver, mut device) = packed_at(&memory, layout, 0, Position::START);
+    for i in 0..3 {
+        driver.add(&[buffer(i, 1)], &[], None).unwrap().unwrap();
+    }
+    let _ = driver.publish();
+    let mut chain = Chain::default();
+    while device.pop(&mut chain).unwrap() {}
+    // One is left, but the driver's next chain has two.
+    put_desc(&memory, layout.desc + 3 * 16, 1, 1, 3, N | A);
+    put_desc(&memory, layout.desc, 1, 1, 3, 0x8000);
+    let refused = RingError::AvailDescriptors { index: 3, in_flight: 3, size: 4 };
+    assert_eq!(device.pop(&mut chain).unwrap_err().to_string(), refused.to_string());
+    put_desc(&memory, layout.desc + 3 * 16, 1, 1, 3, A);
+    assert!(device.pop(&mut chain).unwrap());
+    // Descriptor 0 says that it is available in the second round, and is in flight since the first.
+    assert!(matches!(device.pop(&mut chain), Err(RingError::AvailDescriptors { index: 0, in_flight: 4, .. })));
+}
+
+#[test]
+fn copies_that_are_no_request_are_refused() {
+    let (memory, layout) = (memory(), packed_layout(2));
+    let (mut driver, mut device) = packed_at(&memory, layout, 0, Position::START);
+    driver.add(&[buffer(1, 1)], &[buffer(2, 2)], None).unwrap().unwrap();
+    let _ = driver.publish();
+    let mut chain = Chain::default();
+    assert!(device.pop(&mut chain).unwrap());
+    let descs = device.descs().to_vec();
+    for copies in [&[][..], &[descs.clone(), descs].concat()[..3]] {
+        assert!(matches!(device.resubmit(copies, &mut chain), Err(RingError::Copies { .. })));
+    }
+}
+
+#[test]
+fn a_base_says_where_both_positions_are() {
+    let (memory, layout) = (memory(), packed_layout(5));
+    let new = |bits| PackedDevice::new(&memory, layout, 0, RingBase::from_bits(bits));
+    let at = |index, wrap| Position { index, wrap };
+    let positions = |bits| {
+        let device = new(bits).unwrap();
+        assert_eq!(RingBase::from_bits(device.base().bits()), device.base());
+        (device.avail_position(), device.used_position())
+    };
+    assert_eq!(RingBase::PACKED_START.bits(), 0x8000_8000);
+    assert_eq!(positions(0x8000_8000), (Position::START, Position::START));
+    assert_eq!(positions(0x8003_8004), (at(4, true), at(3, true)));
+    assert_eq!(positions(0x8004_0002), (at(2, false), at(4, true)));
+    // A front-end that knows the avail position alone (rule R4).
+    assert_eq!(positions(0x0000_8000), (Position::START, Position::START));
+    assert_eq!(positions(0x0000_0003), (at(3, false), at(3, false)));
+    for bits in [0x8000_8005, 0x8005_8000, 0xffff_ffff, 0x7fff, 0x8003_8002, 0x8002_0003] {
+        assert!(matches!(new(bits), Err(RingError::Positions { size: 5, .. })), "{bits:#x}");
+    }
+    let mut device = new(0x8000_8000).unwrap();
+    device.set_positions(at(1, false), at(3, true)).unwrap();
+    assert_eq!(device.base().bits(), 0x8003_0001);
+    assert!(device.set_positions(at(5, true), at(5, true)).is_err());
+    assert_eq!(device.base().bits(), 0x8003_0001);
+    // Told by recovery, a used position of 0 in an even round is what it says.
+    device.set_positions(at(3, false), at(0, false)).unwrap();
+    assert_eq!(device.used_position(), at(0, false));
+}
+
+#[test]
+fn a_ring_lies_in_guest_memory_aligned_and_whole() {
+    let memory = memory();
+    let new = |size, desc, driver, device| {
+        let layout = PackedLayout { size, desc, driver, device };
+        PackedDevice::new(&memory, layout, 0, RingBase::PACKED_START).map(drop)
+    };
+    let end = memory.end();
+    for size in [1, 3, 8, 1000] {
+        assert!(new(size, 0, 0x10000, 0x10004).is_ok());
+    }
+    for size in [0, 32769, u16::MAX] {
+        assert!(matches!(new(size, 0, 0x100, 0x200), Err(RingError::PackedSize { .. })), "{size}");
+    }
+    for (desc, driver, device) in [(8, 0x100, 0x200), (0, 0x102, 0x200), (0, 0x100, 0x202)] {
+        assert!(matches!(new(8, desc, driver, device), Err(RingError::Misaligned { .. })));
+    }
+    assert!(new(7, end - 112, 0, 0).is_ok() && new(7, 0, end - 4, 0).is_ok() && new(7, 0, 0, end - 4).is_ok());
+    for (desc, driver, device) in
+        [(end - 96, 0, 0), (0, end, 0), (0, 0, end), (u64::MAX - 15, 0, 0), (0, u64::MAX - 3, 0), (0, 0, u64::MAX - 3)]
+    {
+        assert!(matches!(new(7, desc, driver, device), Err(RingError::Outside { .. })));
+    }
+}
+
+#[test]
+fn a_driver_refuses_a_device_that_completes_what_was_not_asked() {
+    let (memory, layout) = (memory(), packed_layout(4));
+    for features in [0, IN_ORDER] {
+        let (mut driver, _) = packed_at(&memory, layout, features, Position::START);
+        let id = driver.add(&[buffer(0, 1)], &[buffer(1, 1)], None).unwrap().unwrap();
+        let complete = |id: u16| put_desc(&memory, layout.desc, 0, 1, id, 0x8080 | W);
+        complete(id);
+        assert!(matches!(driver.pop_used(), Err(RingError::UsedId { .. })), "it is not published");
+        let _ = driver.publish();
+        let unseen = driver.add(&[buffer(0, 1)], &[], None).unwrap().unwrap();
+        for other in [unseen + 1, 4, u16::MAX] {
+            complete(other);
+            assert!(matches!(driver.pop_used(), Err(RingError::UsedId { id }) if id == u32::from(other)), "{other}");
+        }
+        complete(id);
+        assert_eq!(driver.pop_used().unwrap(), Some(Used { head: id, len: 1 }));
+        assert_eq!((driver.free(), driver.outstanding()), (3, 1));
+        put_desc(&memory, layout.desc + 32, 0, 1, id, 0x8080);
+        assert!(matches!(driver.pop_used(), Err(RingError::UsedId { .. })), "a second time");
+    }
+}
+
+#[test]
+fn a_driver_state_that_cannot_be_true_is_refused() {
+    let (memory, layout) = (memory(), packed_layout(4));
+    let at = |index, wrap| Position { index, wrap };
+    let order = |heads: &[u16], batch: Option<u16>| InOrderState {
+        queue: heads.iter().map(|head| (*head, 0)).collect(),
+        batch: batch.map(|head| Used { head, len: 0 }),
+    };
+    let restore = |avail, published, used, requests: &[(u16, u16)], in_order: Option<InOrderState>| {
+        let features = if in_order.is_some() { IN_ORDER } else { 0 };
+        let requests = requests.iter().map(|&(id, slots)| PackedRequest { id, slots }).collect();
+        let state = PackedDriverState { avail, published, used, requests, held: 0, in_order };
+        PackedDriver::restore(&memory, layout, features, &state).map(|driver| driver.free())
+    };
+    let (a, b, c) = (at(1, false), at(0, false), at(2, true));
+    assert_eq!(restore(a, b, c, &[(3, 2), (0, 1)], None).unwrap(), 1);
+    assert_eq!(restore(a, b, c, &[(3, 2), (0, 1)], Some(order(&[0, 3], Some(0)))).unwrap(), 1);
+    assert!(restore(at(4, true), b, c, &[(3, 2)], None).is_err());
+    assert!(restore(a, at(9, true), c, &[(3, 2), (0, 1)], None).is_err());
+    assert!(restore(a, at(1, true), c, &[(3, 2), (0, 1)], None).is_err());
+    assert!(restore(a, at(2, false), c, &[(3, 2), (0, 1)], None).is_err());
+    assert!(restore(c, c, a, &[], None).is_err());
+    assert!(restore(a, b, c, &[(3, 3), (0, 1)], None).is_err());
+    assert!(restore(a, b, c, &[(3, 2), (3, 1)], None).is_err());
+    assert!(restore(a, b, c, &[(3, 2), (4, 1)], None).is_err());
+    assert!(restore(a, b, c, &[(3, 3), (1, 0)], None).is_err());
+    assert!(restore(a, b, c, &[(3, 2), (0, 65535)], None).is_err());
+    for bad in [order(&[0], None), order(&[0, 0], None), order(&[0, 3, 1], None), order(&[0, 3], Some(1))] {
+        assert!(restore(a, b, c, &[(3, 2), (0, 1)], Some(bad)).is_err());
+    }
+}
