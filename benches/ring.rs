@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use vhost_migrate::dirty::Log;
-use vhost_migrate::inflight::{Region as Inflight, SplitInflight, recover};
+use vhost_migrate::inflight::{Kind, Region as Inflight, SplitInflight, recover};
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
 use vhost_migrate::ring::{Buffer, Chain, RingBase, RingLog, SplitDevice, SplitDriver, SplitLayout};
 
@@ -66,7 +66,7 @@ fn per_request(c: &mut Criterion) {
     let mut group = c.benchmark_group("request");
     group.throughput(Throughput::Elements(1));
     group.bench_function("ring alone", |b| b.iter_custom(|requests| serve(requests, None, None)));
-    let (region, _fd) = Inflight::create(1, SIZE).unwrap();
+    let (region, _fd) = Inflight::create(Kind::Split, 1, SIZE).unwrap();
     let (mut inflight, _) = region.split(0, SIZE, 0).unwrap();
     group.bench_function("with inflight", |b| b.iter_custom(|requests| serve(requests, Some(&mut inflight), None)));
     let log = RingLog { log: Arc::new(Log::create(1 << 20).unwrap().0), used_gpa: 0x8000 };
@@ -86,7 +86,7 @@ fn per_request(c: &mut Criterion) {
 }
 
 fn recovery(c: &mut Criterion) {
-    let (region, _fd) = Inflight::create(1, 1024).unwrap();
+    let (region, _fd) = Inflight::create(Kind::Split, 1, 1024).unwrap();
     let (mut inflight, _) = region.split(0, 1024, 0).unwrap();
     (0..512).for_each(|i| inflight.take(i * 5 % 1024));
     let bytes = region.copy(0).unwrap();

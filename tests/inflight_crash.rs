@@ -102,6 +102,9 @@ impl Sink for Shared {
     fn u16(&mut self, offset: usize, value: u16) {
         self.put(Store::U16(offset, value));
     }
+    fn u32(&mut self, offset: usize, value: u32) {
+        self.put(Store::U32(offset, value));
+    }
     fn u64(&mut self, offset: usize, value: u64) {
         self.put(Store::U64(offset, value));
     }

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 
 use proptest::prelude::*;
 use vhost_migrate::abi::inflight::split_queue_bytes;
-use vhost_migrate::inflight::{InflightError, Recovery, Region, Sink, Store, recover};
+use vhost_migrate::inflight::{InflightError, Kind, Recovery, Region, Sink, Store, recover};
 use vhost_migrate::memory::sealed_memfd;
 
 const HEADER: usize = 16;
@@ -33,7 +33,7 @@ fn resubmit(bytes: &[u8], used_idx: u16, size: u16) -> Vec<u16> {
 
 #[test]
 fn a_successor_that_maps_the_same_file_finds_what_was_taken() {
-    let (first, fd) = Region::create(2, 8).unwrap();
+    let (first, fd) = Region::create(Kind::Split, 2, 8).unwrap();
     let (mut inflight, fresh) = first.split(1, 8, 0).unwrap();
     assert_eq!((fresh.next_avail, fresh.resubmit), (None, vec![]));
     for head in [5, 2, 7] {
@@ -43,14 +43,14 @@ fn a_successor_that_maps_the_same_file_finds_what_was_taken() {
     inflight.commit(1);
     drop((inflight, first));
 
-    let second = Region::map(fd.as_fd(), Region::bytes_for(2, 8).unwrap(), 0, 2, 8).unwrap();
+    let second = Region::map(Kind::Split, fd.as_fd(), Region::bytes_for(Kind::Split, 2, 8).unwrap(), 0, 2, 8).unwrap();
     let (mut inflight, found) = second.split(1, 8, 1).unwrap();
     assert_eq!((found.resubmit, found.next_avail), (vec![5, 7], Some(3)));
     inflight.take(0);
     let (_, other) = second.split(0, 8, 0).unwrap();
     assert!(other.resubmit.is_empty(), "the other queue has a part of its own");
 
-    let third = Region::map(fd.as_fd(), Region::bytes_for(2, 8).unwrap(), 0, 2, 8).unwrap();
+    let third = Region::map(Kind::Split, fd.as_fd(), Region::bytes_for(Kind::Split, 2, 8).unwrap(), 0, 2, 8).unwrap();
     let (inflight, found) = third.split(1, 8, 1).unwrap();
     assert_eq!(found.resubmit, [5, 7, 0], "counters go on above those of the predecessor");
     inflight.reset();
@@ -61,7 +61,7 @@ fn a_successor_that_maps_the_same_file_finds_what_was_taken() {
 
 #[test]
 fn a_fresh_region_on_a_used_ring_takes_its_index_and_marks_no_batch() {
-    let (region, _fd) = Region::create(1, 4).unwrap();
+    let (region, _fd) = Region::create(Kind::Split, 1, 4).unwrap();
     let (mut inflight, _) = region.split(0, 4, 1234).unwrap();
     inflight.take(0);
     // Were the index of the region 0, descriptor 0 would count as the head of the last batch, and be lost.
@@ -70,10 +70,10 @@ fn a_fresh_region_on_a_used_ring_takes_its_index_and_marks_no_batch() {
 
 #[test]
 fn a_region_that_does_not_fit_is_refused_before_it_is_touched() {
-    let needed = Region::bytes_for(2, 128).unwrap();
+    let needed = Region::bytes_for(Kind::Split, 2, 128).unwrap();
     assert_eq!(needed, 2 * 2112);
     let fd = sealed_memfd("inflight-test", needed).unwrap();
-    let map = |size, offset, queues, queue_size| Region::map(fd.as_fd(), size, offset, queues, queue_size);
+    let map = |size, offset, queues, queue_size| Region::map(Kind::Split, fd.as_fd(), size, offset, queues, queue_size);
     assert!(map(needed, 0, 2, 128).is_ok());
     assert!(matches!(map(needed - 1, 0, 2, 128), Err(InflightError::TooSmall { .. })));
     assert!(matches!(map(needed, 4, 2, 128), Err(InflightError::Misaligned { offset: 4 })));
@@ -91,14 +91,14 @@ fn a_region_that_does_not_fit_is_refused_before_it_is_touched() {
 
 #[test]
 fn a_region_at_an_offset_of_its_file_leaves_the_rest_alone() {
-    let needed = Region::bytes_for(1, 4).unwrap();
+    let needed = Region::bytes_for(Kind::Split, 1, 4).unwrap();
     let fd = sealed_memfd("inflight-test", 8 + 2 * needed).unwrap();
-    let region = Region::map(fd.as_fd(), needed, 8, 1, 4).unwrap();
+    let region = Region::map(Kind::Split, fd.as_fd(), needed, 8, 1, 4).unwrap();
     let (mut inflight, _) = region.split(0, 4, 0).unwrap();
     inflight.take(3);
     inflight.take(4);
     inflight.take(u16::MAX);
-    let whole = Region::map(fd.as_fd(), 2 * needed, 0, 2, 4).unwrap();
+    let whole = Region::map(Kind::Split, fd.as_fd(), 2 * needed, 0, 2, 4).unwrap();
     let bytes = [whole.copy(0).unwrap(), whole.copy(1).unwrap()].concat();
     assert_eq!(bytes[8 + HEADER + 3 * ENTRY], 1);
     assert!(bytes[..16].iter().chain(&bytes[8 + needed as usize..]).all(|byte| *byte == 0));

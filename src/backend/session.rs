@@ -325,7 +325,14 @@ impl Session {
                 }
                 let fd = message.only_fd()?;
                 let InflightDescription { mmap_size, mmap_offset, num_queues, queue_size, .. } = description;
-                let region = inflight::Region::map(fd.as_fd(), mmap_size, mmap_offset, num_queues, queue_size)?;
+                let region = inflight::Region::map(
+                    inflight::Kind::Split,
+                    fd.as_fd(),
+                    mmap_size,
+                    mmap_offset,
+                    num_queues,
+                    queue_size,
+                )?;
                 self.inflight = Some(Arc::new(region));
             }
             Code::SET_BACKEND_REQ_FD => self._channel = Some(message.only_fd()?),
@@ -519,8 +526,8 @@ impl Session {
     fn get_inflight(&self, wanted: InflightDescription) -> Reply {
         let make = || {
             self.check_shape(&wanted)?;
-            let mmap_size = inflight::Region::bytes_for(wanted.num_queues, wanted.queue_size)?;
-            let (_, fd) = inflight::Region::create(wanted.num_queues, wanted.queue_size)?;
+            let mmap_size = inflight::Region::bytes_for(inflight::Kind::Split, wanted.num_queues, wanted.queue_size)?;
+            let (_, fd) = inflight::Region::create(inflight::Kind::Split, wanted.num_queues, wanted.queue_size)?;
             Ok::<_, BackendError>((mmap_size, Some(fd)))
         };
         let (mmap_size, fd) = make().unwrap_or_else(|error| {

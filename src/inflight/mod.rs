@@ -2,17 +2,20 @@
 //! its successor after a crash serves exactly the others (vhost-user spec, "Inflight I/O tracking"; rules I1-I7).
 //!
 //! A worker wraps each ring operation: `take` after popping a request, `stage` after pushing its completion, the
-//! ring's publish, then `commit`. A successor calls [`Region::split`] with the used index of the ring, serves what
-//! [`Recovery::resubmit`] names in that order, and notifies the driver once in any case: the notification of the last
-//! batch may have died with its sender.
+//! ring's publish, then `commit`. A successor calls [`Region::split`] with the used index of the ring, or
+//! [`Region::packed`] with its base and a look at its descriptors, serves what [`Recovery::resubmit`] or
+//! [`PackedRecovery::resubmit`] names in that order, and notifies the driver once in any case: the notification of the
+//! last batch may have died with its sender.
 //!
 //! Not here: the rings themselves, and what the requests are.
 
+pub mod packed;
 mod region;
 mod sink;
 pub mod split;
 
-pub use region::{Mapped, Region};
+pub use packed::{PackedInflight, PackedRecovery, PackedRequest, recover_packed};
+pub use region::{Kind, Mapped, Region};
 pub use sink::{Sink, Store};
 pub use split::{Recovery, SplitInflight, recover};
 
@@ -66,8 +69,14 @@ pub enum InflightError {
         /// Entries of the region's queues.
         queue_size: u16,
     },
+    /// The region is for rings of the other kind.
+    #[error("the inflight region is for {kind:?} rings, the ring is of the other kind (rule I1)")]
+    Kind {
+        /// Kind of the region.
+        kind: Kind,
+    },
     /// Written by a version that is not known here.
-    #[error("inflight region of version {version}: this is for version 1, and 0 when fresh (rule I3)")]
+    #[error("inflight region of version {version}: this is for version 1, and 0 when fresh (rules I3, I4)")]
     Version {
         /// Version found.
         version: u16,
@@ -81,7 +90,7 @@ pub enum InflightError {
         queue_size: u16,
     },
     /// A mark that is neither set nor clear.
-    #[error("inflight entry {head} is marked with {mark}, neither 0 nor 1: the region is damaged (rule I3)")]
+    #[error("inflight entry {head} is marked with {mark}, neither 0 nor 1: the region is damaged (rules I3, I4)")]
     Mark {
         /// Entry.
         head: u16,
@@ -108,6 +117,38 @@ pub enum InflightError {
         ring: u16,
         /// Entries.
         queue_size: u16,
+    },
+    /// A used position outside the ring, or a wrap counter that is none.
+    #[error("used position {index} with wrap counter {wrap} in a ring of {ring_size} entries (rule I4)")]
+    Position {
+        /// Position found.
+        index: u16,
+        /// Wrap counter found.
+        wrap: u8,
+        /// Entries of the ring.
+        ring_size: u16,
+    },
+    /// A request whose entries are none, not its own, or not as many as it says.
+    #[error(
+        "the request in flight at entry {head} has no chain of entries of its own: the region is damaged (rule I4)"
+    )]
+    Chain {
+        /// First entry of the request.
+        head: u16,
+    },
+    /// The last batch was published, and can't be told from what is still in flight.
+    #[error("the list of free entries from {head} on does not hold the last batch: the region is damaged (rule I4)")]
+    Batch {
+        /// Head of the list.
+        head: u16,
+    },
+    /// More in flight than the ring has.
+    #[error("{descs} descriptors in flight in a ring of {ring_size}: they don't belong together (rule I4)")]
+    Outstanding {
+        /// Descriptors marked.
+        descs: u32,
+        /// Entries of the ring.
+        ring_size: u16,
     },
     /// A counter after which there is none.
     #[error("the request counter of the inflight region is used up: it is damaged (rule I6)")]

@@ -1,64 +1,92 @@
 //! The region as memory: made or mapped, checked, and handed out queue by queue.
 
+use std::mem::offset_of;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use vm_memory::VolatileSlice;
 
-use crate::abi::inflight::split_queue_bytes;
+use crate::abi::inflight::{PackedHeader, packed_queue_bytes, split_queue_bytes};
 use crate::abi::virtio::MAX_QUEUE_SIZE;
 use crate::memory::{self, sealed_memfd};
+use crate::ring::RingBase;
 
+use super::packed::{PackedInflight, PackedRecovery, recover_packed};
 use super::split::{Recovery, SplitInflight, VERSION_AT, recover};
 use super::{InflightError, Sink};
 
-/// A mapped inflight region of some split rings of one size.
+// The version stands in the same place for both kinds of ring.
+const _: () = assert!(VERSION_AT == offset_of!(PackedHeader, version));
+
+/// The kind of the rings that a region is for, of which there is one on a device: packed if VIRTIO_F_RING_PACKED is
+/// negotiated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Split rings.
+    Split,
+    /// Packed rings.
+    Packed,
+}
+
+impl Kind {
+    /// Bytes that the part of one queue takes.
+    pub const fn queue_bytes(self, queue_size: u16) -> u64 {
+        match self {
+            Kind::Split => split_queue_bytes(queue_size),
+            Kind::Packed => packed_queue_bytes(queue_size),
+        }
+    }
+}
+
+/// A mapped inflight region of some rings of one kind and size.
 #[derive(Clone, Debug)]
 pub struct Region {
+    kind: Kind,
     mapping: Arc<memory::Region>,
     queues: u16,
     queue_size: u16,
 }
 
 impl Region {
-    /// Bytes that `queues` split rings of `queue_size` entries need: the mmap_size of VHOST_USER_GET_INFLIGHT_FD.
+    /// Bytes that `queues` rings of `queue_size` entries need: the mmap_size of VHOST_USER_GET_INFLIGHT_FD.
     ///
     /// # Errors
     /// [`InflightError::Shape`].
-    pub fn bytes_for(queues: u16, queue_size: u16) -> Result<u64, InflightError> {
+    pub fn bytes_for(kind: Kind, queues: u16, queue_size: u16) -> Result<u64, InflightError> {
         if queues == 0 || queue_size == 0 || u32::from(queue_size) > MAX_QUEUE_SIZE {
             return Err(InflightError::Shape { queues, queue_size });
         }
-        Ok(split_queue_bytes(queue_size) * u64::from(queues))
+        Ok(kind.queue_bytes(queue_size) * u64::from(queues))
     }
 
     /// Makes a fresh region and the fd to share it by, a memfd that can't shrink (rule I1).
     ///
     /// # Errors
     /// A shape that no device has, or what the system says.
-    pub fn create(queues: u16, queue_size: u16) -> Result<(Region, OwnedFd), InflightError> {
-        let size = Region::bytes_for(queues, queue_size)?;
+    pub fn create(kind: Kind, queues: u16, queue_size: u16) -> Result<(Region, OwnedFd), InflightError> {
+        let size = Region::bytes_for(kind, queues, queue_size)?;
         let fd = sealed_memfd("vhost-inflight", size)?;
-        let region = Region::map(fd.as_fd(), size, 0, queues, queue_size)?;
+        let region = Region::map(kind, fd.as_fd(), size, 0, queues, queue_size)?;
         Ok((region, fd))
     }
 
     /// Maps the region that VHOST_USER_SET_INFLIGHT_FD describes: `size` bytes from `offset` of `fd` (rule I1).
     ///
-    /// What is in it is checked ring by ring, by [`Region::split`].
+    /// What is in it is checked ring by ring, by [`Region::split`] or [`Region::packed`].
     ///
     /// # Errors
     /// A shape that no device has, a region or a file too small for it, or what the system says.
     pub fn map(
+        kind: Kind,
         fd: BorrowedFd<'_>,
         size: u64,
         offset: u64,
         queues: u16,
         queue_size: u16,
     ) -> Result<Region, InflightError> {
-        let needed = Region::bytes_for(queues, queue_size)?;
+        let needed = Region::bytes_for(kind, queues, queue_size)?;
         if size < needed {
             return Err(InflightError::TooSmall { size, needed });
         }
@@ -66,7 +94,12 @@ impl Region {
             return Err(InflightError::Misaligned { offset });
         }
         let mapping = Arc::new(memory::Region::map(fd, 0, needed, 0, offset)?);
-        Ok(Region { mapping, queues, queue_size })
+        Ok(Region { kind, mapping, queues, queue_size })
+    }
+
+    /// The kind of rings that it is for.
+    pub fn kind(&self) -> Kind {
+        self.kind
     }
 
     /// How many queues it is for.
@@ -83,15 +116,28 @@ impl Region {
     /// a predecessor left to be done (rules I3, I5).
     ///
     /// # Errors
-    /// No such queue, a larger ring than the region is for, or contents that can't be true.
+    /// A region for packed rings, no such queue, a larger ring than the region is for, or contents that can't be true.
     pub fn split(&self, queue: u16, ring_size: u16, used_idx: u16) -> Result<(SplitInflight, Recovery), InflightError> {
-        let queue_size = self.queue_size;
-        if ring_size > queue_size {
-            return Err(InflightError::RingTooLarge { ring_size, queue_size });
-        }
-        let mapped = self.mapped(queue)?;
-        let recovery = recover(&mapped.copy(), used_idx, queue_size)?;
+        let mapped = self.of(Kind::Split, queue, ring_size)?;
+        let recovery = recover(&mapped.copy(), used_idx, self.queue_size)?;
         Ok((SplitInflight::resume(mapped, &recovery), recovery))
+    }
+
+    /// Starts tracking queue `queue`, a packed ring of `ring_size` entries that would go on at `base`, and says what a
+    /// predecessor left to be done (rules I4, I5). `flags_of` reads the flags of the ring's descriptor at a position.
+    ///
+    /// # Errors
+    /// A region for split rings, no such queue, a larger ring than the region is for, or contents that can't be true.
+    pub fn packed(
+        &self,
+        queue: u16,
+        ring_size: u16,
+        base: RingBase,
+        flags_of: impl Fn(u16) -> u16,
+    ) -> Result<(PackedInflight, PackedRecovery), InflightError> {
+        let mapped = self.of(Kind::Packed, queue, ring_size)?;
+        let recovery = recover_packed(&mapped.copy(), self.queue_size, ring_size, base, flags_of)?;
+        Ok((PackedInflight::resume(mapped, &recovery), recovery))
     }
 
     /// Makes every queue count as fresh, as a reset of the device wants it (rule I7). No queue may be running.
@@ -111,8 +157,20 @@ impl Region {
         Ok(self.mapped(queue)?.copy())
     }
 
+    /// The part of queue `queue` for a ring of `kind` and `ring_size`.
+    fn of(&self, kind: Kind, queue: u16, ring_size: u16) -> Result<Mapped, InflightError> {
+        let queue_size = self.queue_size;
+        if kind != self.kind {
+            return Err(InflightError::Kind { kind: self.kind });
+        }
+        if ring_size > queue_size {
+            return Err(InflightError::RingTooLarge { ring_size, queue_size });
+        }
+        self.mapped(queue)
+    }
+
     fn mapped(&self, queue: u16) -> Result<Mapped, InflightError> {
-        let len = split_queue_bytes(self.queue_size);
+        let len = self.kind.queue_bytes(self.queue_size);
         let no_queue = InflightError::NoQueue { queue, queues: self.queues };
         if queue >= self.queues {
             return Err(no_queue);
@@ -173,6 +231,14 @@ impl Sink for Mapped {
     #[inline]
     fn u16(&mut self, offset: usize, value: u16) {
         if let Some(at) = self.at::<AtomicU16>(offset) {
+            // SAFETY: as above.
+            unsafe { at.as_ref() }.store(value.to_le(), Ordering::Release);
+        }
+    }
+
+    #[inline]
+    fn u32(&mut self, offset: usize, value: u32) {
+        if let Some(at) = self.at::<AtomicU32>(offset) {
             // SAFETY: as above.
             unsafe { at.as_ref() }.store(value.to_le(), Ordering::Release);
         }

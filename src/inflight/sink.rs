@@ -7,6 +7,8 @@ pub enum Store {
     U8(usize, u8),
     /// Two bytes.
     U16(usize, u16),
+    /// Four bytes.
+    U32(usize, u32),
     /// Eight bytes.
     U64(usize, u64),
 }
@@ -17,6 +19,7 @@ impl Store {
         match self {
             Store::U8(offset, value) => sink.u8(offset, value),
             Store::U16(offset, value) => sink.u16(offset, value),
+            Store::U32(offset, value) => sink.u32(offset, value),
             Store::U64(offset, value) => sink.u64(offset, value),
         }
     }
@@ -31,6 +34,8 @@ pub trait Sink {
     fn u8(&mut self, offset: usize, value: u8);
     /// Stores two bytes.
     fn u16(&mut self, offset: usize, value: u16);
+    /// Stores four bytes.
+    fn u32(&mut self, offset: usize, value: u32);
     /// Stores eight bytes.
     fn u64(&mut self, offset: usize, value: u64);
 }
@@ -43,6 +48,9 @@ impl Sink for Vec<Store> {
     fn u16(&mut self, offset: usize, value: u16) {
         self.push(Store::U16(offset, value));
     }
+    fn u32(&mut self, offset: usize, value: u32) {
+        self.push(Store::U32(offset, value));
+    }
     fn u64(&mut self, offset: usize, value: u64) {
         self.push(Store::U64(offset, value));
     }
@@ -54,6 +62,9 @@ impl Sink for [u8] {
         copy(self, offset, [value]);
     }
     fn u16(&mut self, offset: usize, value: u16) {
+        copy(self, offset, value.to_le_bytes());
+    }
+    fn u32(&mut self, offset: usize, value: u32) {
         copy(self, offset, value.to_le_bytes());
     }
     fn u64(&mut self, offset: usize, value: u64) {

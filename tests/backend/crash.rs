@@ -50,7 +50,7 @@ impl Guests {
         let guest = Guest::new();
         let mut ring = Ring::new(&guest, 0, 64, features);
         ring.log_at = Some(LOG_AT);
-        let (_, inflight) = inflight::Region::create(1, 64).unwrap();
+        let (_, inflight) = inflight::Region::create(inflight::Kind::Split, 1, 64).unwrap();
         let log = Log::create(guest.memory.end()).unwrap();
         let slots = vec![Slot { head: u16::MAX, version: 0, reads: true }; SLOTS as usize];
         let mut guests = Guests { guest, ring, features, inflight, log, marks: BTreeSet::new(), slots, completed: 0 };
@@ -62,7 +62,7 @@ impl Guests {
     fn attach(&mut self, socket: &Path) -> Client {
         let client = Client::connect(socket);
         begin(&client, &self.guest, self.features | LOG_ALL);
-        let mmap_size = inflight::Region::bytes_for(1, 64).unwrap();
+        let mmap_size = inflight::Region::bytes_for(inflight::Kind::Split, 1, 64).unwrap();
         let description =
             InflightDescription { mmap_size, mmap_offset: 0, num_queues: 1, queue_size: 64, padding: [0; 4] };
         client.done(Code::SET_INFLIGHT_FD, &description, &[self.inflight.as_fd()]);

@@ -329,12 +329,12 @@ fn a_descriptor_that_is_made_available_twice_breaks_the_ring_and_not_the_process
 #[test]
 fn an_inflight_region_full_of_noise_is_refused_when_the_ring_would_start() {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
-    let size = inflight::Region::bytes_for(1, 256).unwrap();
+    let size = inflight::Region::bytes_for(inflight::Kind::Split, 1, 256).unwrap();
     let description =
         InflightDescription { mmap_size: size, mmap_offset: 0, num_queues: 1, queue_size: 256, padding: [0; 4] };
     let mut noise = 1u64;
     for round in 0..50 {
-        let (region, fd) = inflight::Region::create(1, 256).unwrap();
+        let (region, fd) = inflight::Region::create(inflight::Kind::Split, 1, 256).unwrap();
         let mut bytes = region.copy(0).unwrap();
         for byte in &mut bytes {
             noise = noise.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);

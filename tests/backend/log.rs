@@ -345,11 +345,11 @@ fn succeeded(guest: &Guest, client: &Client, marked: Option<u64>) -> (Ring, Log)
     let head = ring.read(guest, 0, 5, 512);
     ring.read(guest, 1, 6, 512);
     let _ = ring.driver.publish();
-    let (region, fd) = inflight::Region::create(1, 512).unwrap();
+    let (region, fd) = inflight::Region::create(inflight::Kind::Split, 1, 512).unwrap();
     region.split(0, 512, 0).unwrap().0.take(head);
     begin(client, guest, BASIC);
     let description = InflightDescription {
-        mmap_size: inflight::Region::bytes_for(1, 512).unwrap(),
+        mmap_size: inflight::Region::bytes_for(inflight::Kind::Split, 1, 512).unwrap(),
         mmap_offset: 0,
         num_queues: 1,
         queue_size: 512,

@@ -308,7 +308,7 @@ fn an_inflight_region_is_made_as_asked_and_taken_back() {
     client.send(Code::GET_INFLIGHT_FD, VERSION, wanted.as_bytes(), &[]);
     let (_, answer, fd) = client.receive();
     let answer = InflightDescription::read_from_bytes(&answer).unwrap();
-    assert_eq!(answer.mmap_size, inflight::Region::bytes_for(2, 256).unwrap());
+    assert_eq!(answer.mmap_size, inflight::Region::bytes_for(inflight::Kind::Split, 2, 256).unwrap());
     assert_eq!((answer.mmap_offset, answer.num_queues, answer.queue_size), (0, 2, 256));
     client.done(Code::SET_INFLIGHT_FD, &answer, &[fd.unwrap().as_fd()]);
     let mut ring = running(&client, &guest);
@@ -331,9 +331,9 @@ fn a_fresh_inflight_region_on_a_used_ring_marks_nothing() {
         read_one(&guest, &mut ring, sector);
     }
     let base = client.ring_base(0);
-    let (region, fd) = inflight::Region::create(1, 256).unwrap();
+    let (region, fd) = inflight::Region::create(inflight::Kind::Split, 1, 256).unwrap();
     let description = InflightDescription {
-        mmap_size: inflight::Region::bytes_for(1, 256).unwrap(),
+        mmap_size: inflight::Region::bytes_for(inflight::Kind::Split, 1, 256).unwrap(),
         mmap_offset: 0,
         num_queues: 1,
         queue_size: 256,
