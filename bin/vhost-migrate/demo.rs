@@ -36,6 +36,9 @@ pub(crate) struct Arguments {
     /// Memory the guest's CPUs write
     #[arg(long, default_value = "200MiB/s", value_parser = units::bytes, value_name = "RATE")]
     dirty_rate: u64,
+    /// Packed rings instead of split ones
+    #[arg(long)]
+    packed: bool,
     /// Kill the back-end (SIGKILL) before, during and after the migration
     #[arg(long)]
     kill: bool,
@@ -123,7 +126,10 @@ impl<'a> Demo<'a> {
         self.destination.backend = Some(self.start_backend(&self.destination.socket)?);
         let rate = format!("{}", self.arguments.dirty_rate);
         let memory = format!("{}", self.arguments.memory);
-        let workload = ["--memory", &memory, "--dirty-rate", &rate, "--queues", QUEUES];
+        let mut workload = vec!["--memory", &memory, "--dirty-rate", &rate, "--queues", QUEUES];
+        if self.arguments.packed {
+            workload.push("--packed");
+        }
         self.destination.guest = Some(start_guest(&self.destination, &["--incoming", &incoming])?);
         self.source.guest = Some(start_guest(&self.source, &workload)?);
         wait_for(&self.source.control, "running")?;

@@ -67,6 +67,9 @@ struct Workload {
     /// Entries of each queue, a power of two
     #[arg(long, default_value_t = 128, value_name = "N", value_parser = clap::value_parser!(u16).range(2..=32768))]
     queue_size: u16,
+    /// Packed rings instead of split ones
+    #[arg(long)]
+    packed: bool,
     /// Most disk requests in flight of each queue
     #[arg(long, default_value_t = 16, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     depth: u16,
@@ -145,6 +148,7 @@ impl Workload {
             disks,
             queues: self.queues,
             queue_size: self.queue_size,
+            packed: self.packed,
             depth: self.depth,
             request_rate: self.request_rate,
             ..defaults

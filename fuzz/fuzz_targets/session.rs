@@ -47,7 +47,7 @@ impl Rings for Checked {
     fn start(&mut self, index: u16, setup: Setup) -> Result<(), BackendError> {
         let running = &mut self.running[usize::from(index)];
         assert!(!*running, "a running ring was started");
-        assert!(setup.layout.size.is_power_of_two() && setup.layout.size <= 256);
+        assert!((1..=256).contains(&setup.layout.size()));
         assert!(setup.memory.slice(setup.layout.desc, 16 * u64::from(setup.layout.size)).is_ok());
         *running = true;
         Ok(())

@@ -67,11 +67,13 @@ pub struct Request {
     memory: Memory,
     /// Parts of the writable bytes that were lent, in the order they were lent.
     written: Vec<Range<u64>>,
+    /// What names it in the inflight region.
+    pub(super) name: u16,
 }
 
 impl Request {
     pub(super) fn new(memory: Memory) -> Request {
-        Request { chain: Chain::default(), memory, written: Vec::new() }
+        Request { chain: Chain::default(), memory, written: Vec::new(), name: 0 }
     }
 
     /// Forgets the last request; the buffers of the next are put in the chain.
@@ -80,7 +82,12 @@ impl Request {
         &mut self.chain
     }
 
-    /// The descriptor that names this request; no other one in flight has it.
+    /// As the ring had it.
+    pub(super) fn chain(&self) -> &Chain {
+        &self.chain
+    }
+
+    /// The descriptor or buffer id that names this request; no other one in flight has it.
     pub fn head(&self) -> u16 {
         self.chain.head
     }

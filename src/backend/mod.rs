@@ -5,6 +5,7 @@
 //! | `message` | one message of the protocol, framed and unframed |
 //! | `session` | what messages mean: a state machine without I/O |
 //! | `server` | listens, reads and answers messages, survives its front-ends |
+//! | `tracker` | what the inflight region is told of a ring's requests |
 //! | `worker` | one thread per running ring: takes requests, logs, publishes, notifies |
 //! | `device` | what a device author writes, and the [`Request`] it gets |
 //! | `counters` | what is counted, for monitoring |
@@ -24,6 +25,7 @@ mod message;
 mod notify;
 mod server;
 mod session;
+mod tracker;
 mod worker;
 
 pub use counters::describe_counters;

@@ -19,11 +19,12 @@ use crate::abi::vhost_user::{
     VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_CONFIG_SIZE, VHOST_USER_MAX_RAM_SLOTS_TODAY,
     VHOST_VRING_F_LOG, VRING_IDX_MASK, VRING_NOFD_MASK, VringAddr, VringState, protocol_feature,
 };
+use crate::abi::virtio::{PackedEvent, VIRTIO_F_RING_PACKED};
 use crate::abi::{bit, virtio};
 use crate::dirty::{Log, LogSignal};
 use crate::inflight;
 use crate::memory::{Memory, Region};
-use crate::ring::{RingBase, SplitLayout};
+use crate::ring::{RingBase, RingLayout};
 
 /// The protocol features that are offered.
 const PROTOCOL_FEATURES: u64 = bit(protocol_feature::MQ)
@@ -44,7 +45,7 @@ const BIT_30: u64 = bit(VHOST_USER_F_PROTOCOL_FEATURES);
 #[derive(Debug, Clone)]
 pub struct Setup {
     /// Where the ring lies, guest-physical.
-    pub layout: SplitLayout,
+    pub layout: RingLayout,
     /// Where it goes on, unless `inflight` knows better (rule I3).
     pub base: RingBase,
     /// Acknowledged features.
@@ -326,7 +327,7 @@ impl Session {
                 let fd = message.only_fd()?;
                 let InflightDescription { mmap_size, mmap_offset, num_queues, queue_size, .. } = description;
                 let region = inflight::Region::map(
-                    inflight::Kind::Split,
+                    self.inflight_kind(),
                     fd.as_fd(),
                     mmap_size,
                     mmap_offset,
@@ -474,19 +475,22 @@ impl Session {
     }
 
     fn set_size(&mut self, state: VringState) -> Result<(), BackendError> {
-        let max = self.device.max_queue_size();
+        let (max, packed) = (self.device.max_queue_size(), self.is_packed());
         let ring = self.stopped(Code::SET_VRING_NUM, state.index, "R2")?;
-        let size = u16::try_from(state.num).ok().filter(|size| size.is_power_of_two() && *size <= max);
+        let fits = |size: &u16| (1..=max).contains(size) && (packed || size.is_power_of_two());
+        let size = u16::try_from(state.num).ok().filter(fits);
         let index = state.index as u16;
         ring.size = size.ok_or(BackendError::RingSize { index, size: state.num, max })?;
         Ok(())
     }
 
     fn set_addr(&mut self, addr: VringAddr, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        let features = self.features;
         let ring = self.ring(Code::SET_VRING_ADDR, addr.index)?;
         let (index, running, size) = (addr.index as u16, ring.running, ring.size);
         if logs_used(&addr) {
-            let wraps = addr.log_guest_addr.checked_add(virtio::used_ring_bytes(size.into())).is_none();
+            let [_, device] = area_bytes(features, size);
+            let wraps = addr.log_guest_addr.checked_add(device).is_none();
             if wraps || !addr.log_guest_addr.is_multiple_of(4) {
                 return Err(BackendError::LogAddress { index, addr: addr.log_guest_addr });
             }
@@ -497,7 +501,7 @@ impl Session {
                 return Err(BackendError::RingRuns { code: Code::SET_VRING_ADDR, index, rule: "R5" });
             }
         } else if size > 0 && !self.memory.regions().is_empty() {
-            layout(&self.memory, index, size, &addr)?;
+            layout(&self.memory, features, index, size, &addr)?;
         }
         self.ring(Code::SET_VRING_ADDR, addr.index)?.addr = Some(addr);
         self.relog(rings);
@@ -526,8 +530,8 @@ impl Session {
     fn get_inflight(&self, wanted: InflightDescription) -> Reply {
         let make = || {
             self.check_shape(&wanted)?;
-            let mmap_size = inflight::Region::bytes_for(inflight::Kind::Split, wanted.num_queues, wanted.queue_size)?;
-            let (_, fd) = inflight::Region::create(inflight::Kind::Split, wanted.num_queues, wanted.queue_size)?;
+            let mmap_size = inflight::Region::bytes_for(self.inflight_kind(), wanted.num_queues, wanted.queue_size)?;
+            let (_, fd) = inflight::Region::create(self.inflight_kind(), wanted.num_queues, wanted.queue_size)?;
             Ok::<_, BackendError>((mmap_size, Some(fd)))
         };
         let (mmap_size, fd) = make().unwrap_or_else(|error| {
@@ -537,6 +541,14 @@ impl Session {
         });
         let description = InflightDescription { mmap_size, mmap_offset: 0, ..wanted };
         Reply { fd, ..Reply::new(Code::GET_INFLIGHT_FD, &description) }
+    }
+
+    fn is_packed(&self) -> bool {
+        self.features & bit(VIRTIO_F_RING_PACKED) != 0
+    }
+
+    fn inflight_kind(&self) -> inflight::Kind {
+        if self.is_packed() { inflight::Kind::Packed } else { inflight::Kind::Split }
     }
 
     fn check_shape(&self, wanted: &InflightDescription) -> Result<(), BackendError> {
@@ -615,7 +627,7 @@ impl Session {
             warn!("ring {index} starts with LOG_ALL but without SET_LOG_BASE: nothing is logged (rule L8)");
         }
         Ok(Setup {
-            layout: layout(&self.memory, index, ring.size, addr)?,
+            layout: layout(&self.memory, self.features, index, ring.size, addr)?,
             base: ring.base,
             features: self.features,
             memory: self.memory.clone(),
@@ -646,18 +658,25 @@ fn map(region: &MemoryRegion, fd: &OwnedFd) -> Result<Arc<Region>, BackendError>
     Ok(Arc::new(Region::map(fd.as_fd(), guest_phys_addr, memory_size, userspace_addr, mmap_offset)?))
 }
 
-/// Where a ring lies in guest memory (rule R6: the addresses are the front-end's).
-fn layout(memory: &Memory, index: u16, size: u16, addr: &VringAddr) -> Result<SplitLayout, BackendError> {
+/// Bytes of the driver's and the device's area of a ring.
+fn area_bytes(features: u64, size: u16) -> [u64; 2] {
     let entries = u32::from(size);
+    match features & bit(VIRTIO_F_RING_PACKED) {
+        0 => [virtio::avail_ring_bytes(entries), virtio::used_ring_bytes(entries)],
+        _ => [size_of::<PackedEvent>() as u64; 2],
+    }
+}
+
+/// Where a ring lies in guest memory (rule R6: the addresses are the front-end's).
+fn layout(memory: &Memory, features: u64, index: u16, size: u16, addr: &VringAddr) -> Result<RingLayout, BackendError> {
     let find = |part, user, len| {
         memory.gpa_of_user(user, len).map_err(|source| BackendError::RingAddress { index, part, source })
     };
-    Ok(SplitLayout {
-        size,
-        desc: find("descriptor table", addr.desc_user_addr, virtio::desc_table_bytes(entries))?,
-        avail: find("available ring", addr.avail_user_addr, virtio::avail_ring_bytes(entries))?,
-        used: find("used ring", addr.used_user_addr, virtio::used_ring_bytes(entries))?,
-    })
+    let [driver_bytes, device_bytes] = area_bytes(features, size);
+    let desc = find("descriptor table", addr.desc_user_addr, virtio::desc_table_bytes(size.into()))?;
+    let driver = find("available ring or driver area", addr.avail_user_addr, driver_bytes)?;
+    let device = find("used ring or device area", addr.used_user_addr, device_bytes)?;
+    Ok(RingLayout::new(features, size, desc, driver, device))
 }
 
 /// One past the last byte of configuration space that a message is about.

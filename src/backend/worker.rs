@@ -24,9 +24,9 @@ use tracing::{debug, error, warn};
 
 use super::counters::RingCounters;
 use super::session::{Logging, Rings, Setup};
+use super::tracker::{Found, Tracker};
 use super::{BackendError, Device, Notifier, Queue, Request};
-use crate::inflight::{Recovery, SplitInflight};
-use crate::ring::{RingBase, RingLog, SplitDevice};
+use crate::ring::{DeviceRing, RingBase, RingLog};
 
 /// How long a drain waits before it asks the device's queue again, in milliseconds.
 const RETRY_MS: u8 = 100;
@@ -102,17 +102,10 @@ impl Drop for Workers {
 impl Rings for Workers {
     fn start(&mut self, index: u16, setup: Setup) -> Result<(), BackendError> {
         let broken = |source| BackendError::Ring { index, source };
-        let mut ring = SplitDevice::new(&setup.memory, setup.layout, setup.features, setup.base).map_err(broken)?;
-        let mut has_a_past = setup.base != RingBase::default();
-        let inflight = match &setup.inflight {
-            None => None,
-            Some(region) => Some(region.split(index, setup.layout.size, ring.used_index())?),
-        };
-        if let Some(next) = inflight.as_ref().and_then(|(_, recovery)| recovery.next_avail) {
-            ring.set_next_avail(next);
-            has_a_past = true;
-        }
-        if setup.first && has_a_past {
+        let mut ring = DeviceRing::new(&setup.memory, setup.layout, setup.features, setup.base).map_err(broken)?;
+        let inflight = setup.inflight.as_ref().map(|region| Tracker::start(region, index, &mut ring)).transpose()?;
+        let has_a_past = inflight.as_ref().is_some_and(|(_, found)| found.has_a_past());
+        if setup.first && (has_a_past || !setup.base.is_start(setup.features)) {
             relog_memory(index, &setup);
         }
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
@@ -122,7 +115,7 @@ impl Rings for Workers {
         let (device, woken) = (self.device.clone(), wake.clone());
         let serve = move || {
             let base = ring.base();
-            match device.queue(index, setup.layout.size, setup.features) {
+            match device.queue(index, setup.layout.size(), setup.features) {
                 Err(source) => {
                     let _ = ready.send(Err(source));
                     base
@@ -172,10 +165,10 @@ impl Rings for Workers {
 /// What a ring's thread works with.
 struct Worker {
     index: u16,
-    ring: SplitDevice,
+    ring: DeviceRing,
     queue: Box<dyn Queue>,
     setup: Setup,
-    inflight: Option<SplitInflight>,
+    inflight: Option<Tracker>,
     inbox: Receiver<Order>,
     wake: Arc<EventFd>,
     /// Heads in flight.
@@ -193,13 +186,15 @@ struct Worker {
 impl Worker {
     fn new(
         index: u16,
-        ring: SplitDevice,
+        ring: DeviceRing,
         queue: Box<dyn Queue>,
         setup: Setup,
         inbox: Receiver<Order>,
         wake: Arc<EventFd>,
     ) -> Worker {
-        let busy = vec![false; setup.layout.size.into()];
+        // A packed ring's driver may choose any id.
+        let heads = if let DeviceRing::Split(_) = ring { setup.layout.size().into() } else { 1 << 16 };
+        let busy = vec![false; heads];
         let mut worker = Worker {
             index,
             ring,
@@ -219,24 +214,25 @@ impl Worker {
         worker
     }
 
-    /// Takes over from a predecessor: serves again what it had under way (rules I3, I6).
-    fn recover(&mut self, found: Option<(SplitInflight, Recovery)>) -> Result<(), BackendError> {
-        let Some((inflight, recovery)) = found else { return Ok(()) };
+    /// Takes over from a predecessor: serves again what it had under way (rules I3, I4, I6).
+    fn recover(&mut self, inflight: Option<(Tracker, Found)>) -> Result<(), BackendError> {
+        let Some((inflight, found)) = inflight else { return Ok(()) };
         self.inflight = Some(inflight);
-        if recovery.next_avail.is_none() {
+        if !found.has_a_past() {
             return Ok(());
         }
-        if !recovery.resubmit.is_empty() {
-            debug!("ring {}: {} requests are served again", self.index, recovery.resubmit.len());
-            self.counters.resubmitted(recovery.resubmit.len());
+        if found.len() > 0 {
+            debug!("ring {}: {} requests are served again", self.index, found.len());
+            self.counters.resubmitted(found.len());
         }
-        // A predecessor that was killed between a write to the used ring and its mark has left no other trace.
+        found.repair(&mut self.ring);
+        // A predecessor that was killed between a write to the ring and its mark has left no other trace.
         self.ring.relog_used();
-        for head in recovery.resubmit {
+        for number in 0..found.len() {
             let mut request = self.spare_request();
             let index = self.index;
-            let found = self.ring.resubmit(head, request.renew());
-            found.map_err(|source| BackendError::Ring { index, source })?;
+            let name = found.resubmit(number, &mut self.ring, request.renew());
+            request.name = name.map_err(|source| BackendError::Ring { index, source })?;
             self.submit(request)?;
         }
         // The last notification may have died with its sender.
@@ -277,7 +273,7 @@ impl Worker {
         let mut taken = 0;
         let result = loop {
             // A batch is bounded by the ring: the next turn looks for orders.
-            if self.broken || taken == self.busy.len() {
+            if self.broken || taken == self.setup.layout.size() {
                 break Ok(());
             }
             match self.take() {
@@ -305,7 +301,8 @@ impl Worker {
                     return Err(BackendError::Busy { index: self.index, head });
                 }
                 if let Some(inflight) = &mut self.inflight {
-                    inflight.take(head);
+                    let name = inflight.take(&self.ring, head);
+                    request.name = name.ok_or(BackendError::Busy { index: self.index, head })?;
                 }
                 self.submit(request)?;
                 Ok(true)
@@ -359,13 +356,13 @@ impl Worker {
         }
         for request in &self.done {
             if let Some(inflight) = &mut self.inflight {
-                inflight.stage(request.head());
+                inflight.stage(request.name);
             }
-            self.ring.push(request.head(), request.written_len());
+            self.ring.push(request.chain(), request.written_len());
         }
         let notify = self.ring.publish();
         if let Some(inflight) = &mut self.inflight {
-            inflight.commit(self.ring.used_index());
+            inflight.commit(&self.ring);
         }
         self.signal_log();
         if notify {

@@ -84,6 +84,15 @@ pub enum FrontendError {
         /// Requests between the used and the available index.
         outstanding: u16,
     },
+    /// Nobody knows where a packed ring goes on.
+    #[error(
+        "ring {index} is packed and has no inflight region: nobody knows where it goes on; \
+         use a back-end with INFLIGHT_SHMFD, or reset the device"
+    )]
+    PackedUnrecoverable {
+        /// Ring index.
+        index: u16,
+    },
     /// A ring, or guest memory, is not where it was said to be.
     #[error(transparent)]
     Memory(#[from] MemoryError),

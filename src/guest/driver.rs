@@ -20,7 +20,7 @@ use crate::abi::virtio::{
     VIRTIO_BLK_T_OUT, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use crate::memory::Memory;
-use crate::ring::{Buffer, RingError, SplitDriver};
+use crate::ring::{Buffer, DriverRing, RingError};
 
 /// Sizes of requests in sectors; one of these, or with the same chance 4 KiB.
 const SIZES: [u64; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
@@ -59,7 +59,7 @@ pub(super) struct Driver {
     blank: bool,
     depth: u16,
     disk: Disk,
-    ring: SplitDriver,
+    ring: DriverRing,
     first_sector: u64,
     versions: Vec<u32>,
     next_version: u32,
@@ -82,7 +82,7 @@ impl Driver {
         pattern: Pattern,
         disk: Disk,
     ) -> Result<Driver, GuestError> {
-        let ring = SplitDriver::new(memory, layout.ring, disk.features);
+        let ring = DriverRing::new(memory, layout.ring, disk.features);
         let ring = ring.map_err(|source| GuestError::Ring { queue, source })?;
         let queues = u64::from(config.queues);
         let block_bytes = disk.block * SECTOR_BYTES;
@@ -121,7 +121,7 @@ impl Driver {
         disk: Disk,
         state: DriverState,
     ) -> Result<Driver, GuestError> {
-        let ring = SplitDriver::restore(memory, layout.ring, disk.features, &state.ring);
+        let ring = DriverRing::restore(memory, layout.ring, disk.features, &state.ring);
         let ring = ring.map_err(|source| GuestError::Ring { queue, source })?;
         let bad = |what: &str| Err(GuestError::State(format!("queue {queue}: {what}")));
         let sectors = state.versions.len() as u64;

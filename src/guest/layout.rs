@@ -6,9 +6,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::error::GuestError;
-use crate::abi::virtio;
+use crate::abi::bit;
+use crate::abi::virtio::{self, VIRTIO_F_RING_PACKED};
 use crate::memory::LOG_PAGE;
-use crate::ring::SplitLayout;
+use crate::ring::RingLayout;
 
 /// Where the second region begins.
 const HIGH: u64 = 4 << 30;
@@ -44,6 +45,8 @@ pub struct GuestConfig {
     pub queues: u16,
     /// Entries of each queue.
     pub queue_size: u16,
+    /// Whether rings are packed.
+    pub packed: bool,
     /// Most requests in flight of each queue.
     pub depth: u16,
     /// Requests per second of each queue; `None` is as fast as it goes.
@@ -77,6 +80,7 @@ impl GuestConfig {
             disks: 1,
             queues: 2,
             queue_size: 128,
+            packed: false,
             depth: 16,
             request_rate: None,
             disk_area: 16 << 20,
@@ -85,6 +89,11 @@ impl GuestConfig {
             reconnect_timeout: 60,
             seed: 1,
         }
+    }
+
+    /// The feature bits that make its rings what they are.
+    pub(super) fn ring_features(&self) -> u64 {
+        if self.packed { bit(VIRTIO_F_RING_PACKED) } else { 0 }
     }
 
     /// The regions: guest-physical address and size of each, bytes.
@@ -126,7 +135,7 @@ impl Area {
 /// What one queue of a disk uses.
 #[derive(Clone, Debug)]
 pub(super) struct QueueLayout {
-    pub(super) ring: SplitLayout,
+    pub(super) ring: RingLayout,
     pub(super) slots: Vec<SlotLayout>,
 }
 
@@ -230,13 +239,14 @@ impl Free {
     }
 
     fn queue(&mut self, queue: usize, config: &GuestConfig) -> Result<QueueLayout, GuestError> {
-        let size = u32::from(config.queue_size);
-        let ring = SplitLayout {
-            size: config.queue_size,
-            desc: self.take(queue, virtio::desc_table_bytes(size))?,
-            avail: self.take(queue, virtio::avail_ring_bytes(size))?,
-            used: self.take(queue + 1, virtio::used_ring_bytes(size))?,
+        let (features, size) = (config.ring_features(), u32::from(config.queue_size));
+        let [driver, device] = match config.packed {
+            true => [size_of::<virtio::PackedEvent>() as u64; 2],
+            false => [virtio::avail_ring_bytes(size), virtio::used_ring_bytes(size)],
         };
+        let desc = self.take(queue, virtio::desc_table_bytes(size))?;
+        let (driver, device) = (self.take(queue, driver)?, self.take(queue + 1, device)?);
+        let ring = RingLayout::new(features, config.queue_size, desc, driver, device);
         // Twice as many as may be in flight, so that what was read stays for a while, to be looked at again.
         let slots = 2 * u64::from(config.depth);
         let (header, table) = (16, 16 * u64::from(CHAIN));
@@ -266,7 +276,7 @@ mod tests {
             pages.extend(area.iter());
         }
         for queue in &layout.queues {
-            pages.extend([queue.ring.desc, queue.ring.avail, queue.ring.used]);
+            pages.extend(queue.ring.areas());
             pages.extend(queue.slots.iter().flat_map(|slot| (0..16).map(|page| slot.data + page * LOG_PAGE)));
             pages.push(queue.slots[0].status);
             pages.push(queue.slots[0].table);

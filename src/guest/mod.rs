@@ -466,7 +466,7 @@ impl Guest {
             let lines = rings.map(|queue| Line::new(queue.ring)).collect::<Result<Vec<_>, _>>()?;
             let stopped = match expected {
                 Some(state) => state.bases.iter().copied().map(Some).collect(),
-                None => vec![Some(RingBase::split(0)); per_disk],
+                None => vec![Some(RingBase::start(self.config.ring_features())); per_disk],
             };
             let unit =
                 Arc::new(Unit::new(device, lines, Duration::from_secs(self.config.reconnect_timeout.min(FOREVER))));
@@ -488,7 +488,11 @@ impl Guest {
         if device.queues() < self.config.queues {
             return bad(format!("it has {} queues, and the guest wants {}", device.queues(), self.config.queues));
         }
-        let offered = FEATURES.iter().fold(0, |all, number| all | bit(*number)) & device.features();
+        let ring_features = self.config.ring_features();
+        if ring_features & !device.features() != 0 {
+            return bad("it has no packed rings".into());
+        }
+        let offered = FEATURES.iter().fold(ring_features, |all, number| all | bit(*number)) & device.features();
         if device.features() & bit(VIRTIO_BLK_F_RO) != 0 {
             return bad("it is read-only, and the guest writes".into());
         }
@@ -569,7 +573,7 @@ impl Drop for Guest {
 }
 
 fn setup(line: &Line, base: RingBase) -> RingSetup {
-    let crate::ring::SplitLayout { size, desc, avail, used } = line.ring;
+    let (size, [desc, avail, used]) = (line.ring.size(), line.ring.areas());
     RingSetup { size, desc, avail, used, kick: line.kick.clone(), call: line.call.clone(), base }
 }
 

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::layout::GuestConfig;
 use crate::frontend::InflightState;
-use crate::ring::{RingBase, SplitDriverState};
+use crate::ring::{self, RingBase};
 
 /// The version of [`GuestState`] that this code writes, and the only one it reads.
 pub const STATE_VERSION: u32 = 1;
@@ -37,7 +37,7 @@ pub struct CpuState {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DriverState {
     /// The ring.
-    pub ring: SplitDriverState,
+    pub ring: ring::DriverState,
     /// First sector of its part of the disk.
     pub first_sector: u64,
     /// The version of each sector of that part; 0 for never written.

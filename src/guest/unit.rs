@@ -12,7 +12,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::error::GuestError;
 use super::signal::{Failure, Signal, wait};
 use crate::frontend::{Device, FrontendError, SharedDevice};
-use crate::ring::SplitLayout;
+use crate::ring::RingLayout;
 
 /// The longest that anybody else waits for the device while its back-end is away.
 const SLICE: Duration = Duration::from_secs(2);
@@ -29,13 +29,13 @@ pub(super) struct Unit {
 
 /// A ring's place in memory and its doorbells.
 pub(super) struct Line {
-    pub(super) ring: SplitLayout,
+    pub(super) ring: RingLayout,
     pub(super) kick: Arc<OwnedFd>,
     pub(super) call: Arc<OwnedFd>,
 }
 
 impl Line {
-    pub(super) fn new(ring: SplitLayout) -> Result<Line, GuestError> {
+    pub(super) fn new(ring: RingLayout) -> Result<Line, GuestError> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let eventfd = || {
             let made = EventFd::from_value_and_flags(0, flags).map_err(GuestError::system("make an eventfd"))?;

@@ -5,6 +5,8 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::Position;
+use crate::abi::bit;
+use crate::abi::virtio::VIRTIO_F_RING_PACKED;
 
 /// The 32-bit state of a ring, split or packed (vhost-user spec, "Vring state"; rule R4).
 ///
@@ -27,6 +29,18 @@ impl RingBase {
         let avail = Position { index: avail_position, wrap: avail_wrap }.to_bits();
         let used = Position { index: used_position, wrap: used_wrap }.to_bits();
         RingBase(avail as u32 | (used as u32) << 16)
+    }
+
+    /// The base of a ring that has never been used, of the kind that the negotiated `features` say.
+    pub fn start(features: u64) -> RingBase {
+        if features & bit(VIRTIO_F_RING_PACKED) == 0 { RingBase::split(0) } else { RingBase::PACKED_START }
+    }
+
+    /// Whether a ring that has never been used may have this base.
+    pub fn is_start(self, features: u64) -> bool {
+        let (start, packed) = (RingBase::start(features), features & bit(VIRTIO_F_RING_PACKED) != 0);
+        self == start
+            || packed && (self.packed_avail(), self.packed_used()) == (start.packed_avail(), start.packed_used())
     }
 
     /// The bits as they travel in `vhost_vring_state.num`.

@@ -38,6 +38,14 @@ impl RingLayout {
         }
     }
 
+    /// Guest-physical addresses of the descriptors, of the driver's area and of the device's.
+    pub fn areas(&self) -> [u64; 3] {
+        match self {
+            RingLayout::Split(layout) => [layout.desc, layout.avail, layout.used],
+            RingLayout::Packed(layout) => [layout.desc, layout.driver, layout.device],
+        }
+    }
+
     /// Descriptors of the ring.
     pub fn size(&self) -> u16 {
         match self {

@@ -213,7 +213,7 @@ impl UserDevice {
     fn layout(&self, setup: &RingSetup) -> [(u64, u64); 3] {
         let size = u32::from(setup.size);
         let (avail, used) = match self.is_packed() {
-            true => (4, 4),
+            true => (size_of::<virtio::PackedEvent>() as u64, size_of::<virtio::PackedEvent>() as u64),
             false => (virtio::avail_ring_bytes(size), virtio::used_ring_bytes(size)),
         };
         [(setup.desc, virtio::desc_table_bytes(size)), (setup.avail, avail), (setup.used, used)]
@@ -223,10 +223,14 @@ impl UserDevice {
         self.features & bit(VIRTIO_F_RING_PACKED) != 0
     }
 
-    /// Where a back-end that knows nothing goes on: a split ring at its used index (rules I3, R4).
+    /// Where a back-end that knows nothing goes on: a split ring at its used index (rules I3, R4). Of a packed one only
+    /// the inflight region knows, which counts more than this base (rule I4).
     fn base_after_crash(&self, index: u16, setup: &RingSetup) -> Result<RingBase, FrontendError> {
         if self.is_packed() {
-            return Ok(setup.base);
+            return match self.inflight {
+                Some(_) => Ok(setup.base),
+                None => Err(FrontendError::PackedUnrecoverable { index }),
+            };
         }
         let used = self.index(setup.used)?;
         let outstanding = self.index(setup.avail)?.wrapping_sub(used);
@@ -262,8 +266,9 @@ impl UserDevice {
             if let Some((log, _)) = &self.log {
                 // The back-end that died may have written the used ring and not yet logged it. The next one also sees
                 // by these marks that the old one's are not lost (rule L15).
-                let [_, _, (used, len)] = self.layout(setup);
-                log.mark(used, len);
+                let [desc, _, used] = self.layout(setup);
+                let written = if self.is_packed() { &[desc, used][..] } else { &[used] };
+                written.iter().for_each(|(gpa, len)| log.mark(*gpa, *len));
             }
         }
         self.install_log()?;

@@ -222,10 +222,18 @@ impl PackedDevice {
         self.published
     }
 
-    /// Whether a completion was written at `position` in its round: that is how recovery tells whether the last batch
-    /// was published (rule I4).
-    pub fn is_used(&self, position: Position) -> bool {
-        self.areas.is_used(position)
+    /// The flags of the descriptor at `index`: they tell recovery whether the last batch was published (rule I4).
+    pub fn flags(&self, index: u16) -> u16 {
+        if index < self.layout.size { self.areas.half(index, Ordering::Relaxed).flags.get() } else { 0 }
+    }
+
+    /// Stores flags of descriptors, as (index, flags): undoes what a predecessor wrote of a batch that it was killed over
+    /// (rule I4). What was there is in the log by [`relog_used`](PackedDevice::relog_used).
+    pub fn restore_flags(&mut self, stale: &[(u16, u16)]) {
+        for &(index, flags) in stale.iter().filter(|(index, _)| *index < self.layout.size) {
+            let PackedDesc { len, id, .. } = self.areas.half(index, Ordering::Relaxed);
+            self.areas.set_half(index, half_bits(len.get(), id.get(), flags), Ordering::Release);
+        }
     }
 
     /// The base that GET_VRING_BASE answers (rule R4). It has to be that of a drained ring: of others, a used position 0

@@ -1,0 +1,119 @@
+//! Which requests of a running ring are in flight, noted in the inflight region in the way of its kind of ring.
+
+#![forbid(unsafe_code)]
+
+use super::BackendError;
+use crate::inflight::{PackedInflight, PackedRecovery, Recovery, Region, SplitInflight};
+use crate::ring::{Chain, DeviceRing, RingError};
+
+/// The part of the inflight region that belongs to one ring.
+pub(super) enum Tracker {
+    Split(SplitInflight),
+    Packed(PackedInflight),
+}
+
+/// What a predecessor left to be done.
+pub(super) enum Found {
+    Split(Recovery),
+    Packed(PackedRecovery),
+}
+
+impl Tracker {
+    /// Starts tracking ring `index`, which goes on where the region says if that has been in use (rules I3, I4).
+    ///
+    /// # Errors
+    /// A region that is not for this ring, or has contents that can't be true.
+    pub(super) fn start(region: &Region, index: u16, ring: &mut DeviceRing) -> Result<(Tracker, Found), BackendError> {
+        let broken = |source| BackendError::Ring { index, source };
+        match ring {
+            DeviceRing::Split(ring) => {
+                let (tracker, recovery) = region.split(index, ring.layout().size, ring.used_index())?;
+                if let Some(next) = recovery.next_avail {
+                    ring.set_next_avail(next);
+                }
+                Ok((Tracker::Split(tracker), Found::Split(recovery)))
+            }
+            DeviceRing::Packed(ring) => {
+                let flags_of = |position| ring.flags(position);
+                let (tracker, recovery) = region.packed(index, ring.layout().size, ring.base(), flags_of)?;
+                if let Some(base) = recovery.base {
+                    ring.set_positions(base.packed_avail(), base.packed_used()).map_err(broken)?;
+                }
+                Ok((Tracker::Packed(tracker), Found::Packed(recovery)))
+            }
+        }
+    }
+
+    /// Notes the request that was popped last; what names it here. `None` for more requests than the ring can have.
+    pub(super) fn take(&mut self, ring: &DeviceRing, head: u16) -> Option<u16> {
+        match (self, ring) {
+            (Tracker::Split(tracker), _) => {
+                tracker.take(head);
+                Some(head)
+            }
+            (Tracker::Packed(tracker), DeviceRing::Packed(ring)) => tracker.take(ring.descs()),
+            (Tracker::Packed(_), DeviceRing::Split(_)) => None,
+        }
+    }
+
+    /// Puts the request that is named `name` here into the batch that is published next.
+    pub(super) fn stage(&mut self, name: u16) {
+        match self {
+            Tracker::Split(tracker) => tracker.stage(name),
+            Tracker::Packed(tracker) => tracker.stage(name),
+        }
+    }
+
+    /// Notes that the batch is published.
+    pub(super) fn commit(&mut self, ring: &DeviceRing) {
+        match (self, ring) {
+            (Tracker::Split(tracker), DeviceRing::Split(ring)) => tracker.commit(ring.used_index()),
+            (Tracker::Packed(tracker), _) => tracker.commit(),
+            (Tracker::Split(_), DeviceRing::Packed(_)) => {}
+        }
+    }
+}
+
+impl Found {
+    /// Whether somebody served this ring before and noted it here.
+    pub(super) fn has_a_past(&self) -> bool {
+        match self {
+            Found::Split(recovery) => recovery.next_avail.is_some(),
+            Found::Packed(recovery) => recovery.base.is_some(),
+        }
+    }
+
+    /// How many requests are to be served again.
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Found::Split(recovery) => recovery.resubmit.len(),
+            Found::Packed(recovery) => recovery.resubmit.len(),
+        }
+    }
+
+    /// Undoes what a predecessor wrote to the ring and did not publish.
+    pub(super) fn repair(&self, ring: &mut DeviceRing) {
+        if let (Found::Packed(recovery), DeviceRing::Packed(ring)) = (self, ring) {
+            ring.restore_flags(&recovery.stale);
+        }
+    }
+
+    /// Makes the `number`th request to be served again in `chain`; what names it in the tracker.
+    ///
+    /// # Errors
+    /// The driver changed it to what no request can be.
+    pub(super) fn resubmit(&self, number: usize, ring: &mut DeviceRing, chain: &mut Chain) -> Result<u16, RingError> {
+        match (self, ring) {
+            (Found::Split(recovery), DeviceRing::Split(ring)) => {
+                let head = recovery.resubmit.get(number).copied().unwrap_or_default();
+                ring.resubmit(head, chain).map(|()| head)
+            }
+            (Found::Packed(recovery), DeviceRing::Packed(ring)) => {
+                let request = recovery.resubmit.get(number);
+                let (entry, descs) = request.map_or((0, &[][..]), |request| (request.entry, &request.descs));
+                ring.resubmit(descs, chain).map(|()| entry)
+            }
+            _ => Ok(0),
+        }
+    }
+}
