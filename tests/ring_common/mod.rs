@@ -34,7 +34,8 @@ pub(crate) fn ring_at(memory: &Memory, layout: SplitLayout, features: u64, start
     drop(SplitDriver::new(memory, layout, features).unwrap());
     memory.write(layout.avail + 2, &start.to_le_bytes()).unwrap();
     memory.write(layout.used + 2, &start.to_le_bytes()).unwrap();
-    let state = SplitDriverState { avail: start, published: start, used: start, chains: Vec::new() };
+    let in_order = (features & IN_ORDER != 0).then(InOrderState::default);
+    let state = SplitDriverState { avail: start, published: start, used: start, in_order, ..Default::default() };
     let driver = SplitDriver::restore(memory, layout, features, &state).unwrap();
     (driver, SplitDevice::new(memory, layout, features, RingBase::split(start)).unwrap())
 }
