@@ -11,6 +11,7 @@ use ram_disk::{Faults, RamDisk};
 use vhost_migrate::frontend::Device;
 use vhost_migrate::guest::{Guest, GuestConfig, GuestError, GuestState, Place, RequestKind, make_memory};
 use vhost_migrate::memory::Memory;
+use vhost_migrate::ring::DriverState;
 
 const MIB: u64 = 1 << 20;
 const DISK: usize = 8 << 20;
@@ -358,7 +359,10 @@ fn a_state_that_does_not_fit_is_refused() {
     refused(|state| drop(state.drivers[0].slots.pop()));
     refused(|state| state.drivers[0].versions.clear());
     refused(|state| state.drivers[0].first_sector = u64::MAX);
-    refused(|state| state.drivers[1].ring.avail = state.drivers[1].ring.avail.wrapping_add(1));
+    refused(|state| match &mut state.drivers[1].ring {
+        DriverState::Split(ring) => ring.avail = ring.avail.wrapping_add(1),
+        DriverState::Packed(_) => panic!("the guest has split rings"),
+    });
     refused(|state| state.devices[0].block_size = 0);
     refused(|state| state.devices[0].block_size = 1 << 30);
     refused(|state| state.config.disks = usize::MAX);

@@ -7,10 +7,13 @@ mod ring_common;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use proptest::prelude::*;
-use ring_common::{EVENT_IDX, INDIRECT, TABLES, buffer, layout, memory, put_desc, ring_at};
+use ring_common::{EVENT_IDX, IN_ORDER, INDIRECT, TABLES, buffer, layout, memory, packed_layout, put_desc, ring_at};
+use vhost_migrate::abi::virtio::PackedDesc;
 use vhost_migrate::memory::Memory;
 use vhost_migrate::ring::RingError::{Loop, TooManyBuffers};
-use vhost_migrate::ring::{Chain, RingBase, SplitDevice, SplitDriver, SplitLayout};
+use vhost_migrate::ring::{
+    Chain, PackedDevice, PackedDriver, PackedLayout, RingBase, RingError, SplitDevice, SplitDriver, SplitLayout,
+};
 
 /// Descriptors whose values are near what a ring of `size` could hold, or far from it.
 fn descs(size: u16) -> impl Strategy<Value = Vec<(u64, u32, u16, u16)>> {
@@ -147,6 +150,183 @@ fn the_largest_ring_full_of_the_longest_chain_ends() {
     assert!(matches!(device.pop(&mut Chain::default()), Err(TooManyBuffers { head: 0, limit: 1024 })));
     put_desc(&memory, layout.desc + 1023 * 16, 0, 1, 0, 0);
     let mut chain = Chain::default();
+    assert!(matches!(device.pop(&mut chain), Err(RingError::TooManyBuffers { limit: 1024, .. })));
+    put_desc(&memory, layout.desc + 1023 * 16, 0, 1, 0, 0);
     assert!(device.pop(&mut chain).unwrap());
     assert_eq!(chain.readable.len(), 1024);
+<<<<<<< HEAD
+=======
+}
+
+/// Descriptors of a packed ring, of which many are available.
+fn packed_descs() -> impl Strategy<Value = (u16, Vec<(u64, u32, u16, u16)>)> {
+    let gpa = prop_oneof![(0..64u64).prop_map(|i| TABLES + i * 16), any::<u64>()];
+    let len = prop_oneof![0..5u32, (0..70u32).prop_map(|n| n * 16), any::<u32>()];
+    let flags =
+        (prop_oneof![9 => 0..8u16, 1 => any::<u16>()], prop::sample::select(vec![0x80, 0x80, 0x80, 0x8000, 0x8080]));
+    let flags = flags.prop_map(|(flags, round)| flags & 0x7f7f | round);
+    let desc = (gpa, len, any::<u16>(), flags);
+    prop::sample::select(vec![1u16, 2, 7, 64])
+        .prop_flat_map(move |size| (Just(size), prop::collection::vec(desc.clone(), usize::from(size) + 64)))
+}
+
+fn packed_put(memory: &Memory, layout: &PackedLayout, descs: &[(u64, u32, u16, u16)]) {
+    for (index, &(gpa, len, id, flags)) in (0u64..).zip(descs) {
+        let own = u64::from(layout.size);
+        let at = if index < own { layout.desc + index * 16 } else { TABLES + (index - own) * 16 };
+        put_desc(memory, at, gpa, len, id, flags);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_packed_device_bears_any_descriptors_and_bases(
+        (size, descs) in packed_descs(), base in prop_oneof![Just(0x8000_8000), Just(0), any::<u32>()], event in any::<u32>(),
+        indexes in (any::<u16>(), any::<u16>()), features in any::<u64>(), complete in any::<bool>(),
+    ) {
+        let (memory, layout) = (memory(), packed_layout(size));
+        packed_put(&memory, &layout, &descs);
+        memory.write(layout.driver, &event.to_le_bytes()).unwrap();
+        let _ = PackedDevice::new(&memory, layout, features, RingBase::from_bits(base));
+        let (avail, used) = (indexes.0 % size, indexes.1 % size);
+        let base = RingBase::packed(avail, avail >= used, used, true);
+        let mut device = PackedDevice::new(&memory, layout, features, base).unwrap();
+        let mut chain = Chain::default();
+        let in_flight = device.used_position().until(device.avail_position(), size).unwrap();
+        let mut slots = u32::from(in_flight);
+        // Completing makes room, so that walks go on; the bound is for the test to end.
+        for _ in 0..3 * size {
+            if !matches!(device.pop(&mut chain), Ok(true)) {
+                break;
+            }
+            slots += u32::from(chain.slots);
+            prop_assert!(slots <= size.into() && chain.slots > 0, "more descriptors than the ring has");
+            prop_assert_eq!(device.descs().len(), usize::from(chain.slots));
+            prop_assert!(chain.readable.len() + chain.writable.len() <= 1024);
+            prop_assert!(chain.readable_bytes() + chain.writable_bytes() <= 1 << 32);
+            prop_assert!(chain.readable.iter().chain(&chain.writable).all(|buffer| buffer.len > 0));
+            let taken = device.descs().to_vec();
+            let mut again = Chain::default();
+            device.resubmit(&taken, &mut again).unwrap();
+            prop_assert_eq!((again.head, again.slots, &again.readable), (chain.head, chain.slots, &chain.readable));
+            if complete {
+                device.push(chain.head, chain.slots, 1);
+                let _ = device.publish();
+                slots -= u32::from(chain.slots);
+            }
+        }
+        prop_assert!(device.avail_position().index < size && device.used_position().index < size);
+        let _ = device.enable_notifications();
+    }
+
+    #[test]
+    fn a_packed_device_bears_any_copies(
+        copies in prop::collection::vec((any::<u64>(), 0..70u32, any::<u16>(), any::<u16>()), 0..12), features in any::<u64>(),
+    ) {
+        let (memory, layout) = (memory(), packed_layout(8));
+        let copies: Vec<PackedDesc> = copies.into_iter().map(|(addr, len, id, flags)| PackedDesc {
+            addr: addr.into(), len: len.into(), id: id.into(), flags: flags.into(),
+        }).collect();
+        let mut device = PackedDevice::new(&memory, layout, features, RingBase::PACKED_START).unwrap();
+        let mut chain = Chain::default();
+        if device.resubmit(&copies, &mut chain).is_ok() {
+            prop_assert!((1..=8).contains(&copies.len()));
+            prop_assert_eq!((chain.slots, chain.head), (copies.len() as u16, copies.last().unwrap().id.get()));
+        }
+    }
+
+    #[test]
+    fn a_packed_driver_bears_any_descriptors(
+        descs in prop::collection::vec((0..10u16, prop::sample::select(vec![0x8080u16, 0x8082, 0, 0x80])), 7),
+        requests in prop::collection::vec(1..4usize, 0..8), in_order in any::<bool>(),
+    ) {
+        let (memory, layout) = (memory(), packed_layout(7));
+        let features = if in_order { IN_ORDER } else { 0 };
+        let mut driver = PackedDriver::new(&memory, layout, features).unwrap();
+        let mut made = 0;
+        for count in &requests {
+            made += u16::from(driver.add(&vec![buffer(0, 1); *count], &[], None).unwrap().is_some());
+        }
+        let _ = driver.publish();
+        for (index, (id, flags)) in (0..).zip(descs) {
+            put_desc(&memory, layout.desc + index * 16, 0, 5, id, flags);
+        }
+        let mut seen = std::collections::HashSet::new();
+        while let Ok(Some(used)) = driver.pop_used() {
+            prop_assert!(used.head < 7 && seen.insert(used.head), "no id comes back twice");
+        }
+        prop_assert_eq!(usize::from(driver.outstanding()), usize::from(made) - seen.len());
+        let state = driver.state();
+        let slots: u16 = state.requests.iter().map(|request| request.slots).sum();
+        prop_assert_eq!(slots, 7 - driver.free());
+        prop_assert!(PackedDriver::restore(&memory, layout, features, &state).is_ok());
+    }
+}
+
+#[test]
+fn a_guest_that_rewrites_a_packed_ring_while_it_is_read_gets_nothing_out_of_it() {
+    let (memory, layout) = (memory(), packed_layout(7));
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut random = 0x2545_f491_4f6c_dd1du64;
+            while !stop.load(Ordering::Relaxed) {
+                random ^= random << 13;
+                random ^= random >> 7;
+                random ^= random << 17;
+                let [at, flags, id, len, round, ..] = random.to_le_bytes();
+                let at = u64::from(at % 64);
+                let desc = if at < 7 { layout.desc + at * 16 } else { TABLES + at % 16 * 16 };
+                let gpa = TABLES + u64::from(len % 16) * 16;
+                let round = [0x80, 0x80, 0x80, 0x8000][usize::from(round % 4)];
+                put_desc(&memory, desc, gpa, u32::from(len % 8) * 16, id.into(), u16::from(flags % 8) | round);
+            }
+        });
+        let mut chain = Chain::default();
+        let mut seen = [0; 2];
+        while seen.iter().any(|count| *count < 2000) {
+            let mut device = PackedDevice::new(&memory, layout, INDIRECT, RingBase::PACKED_START).unwrap();
+            let mut slots = 0;
+            loop {
+                match device.pop(&mut chain) {
+                    Ok(true) => seen[0] += 1,
+                    Ok(false) => break,
+                    Err(_) => {
+                        seen[1] += 1;
+                        break;
+                    }
+                }
+                slots += chain.slots;
+                assert!(slots <= 7);
+                assert!(chain.readable.len() + chain.writable.len() <= 8);
+                // What was judged is what was kept, whatever stands in the ring by now.
+                let copies = device.descs();
+                assert_eq!((copies.len(), copies[copies.len() - 1].id.get()), (chain.slots.into(), chain.head));
+                if copies[0].flags.get() & 4 == 0 {
+                    let bytes: u64 = copies.iter().map(|copy| u64::from(copy.len.get())).sum();
+                    assert_eq!(bytes, chain.readable_bytes() + chain.writable_bytes());
+                }
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn the_largest_packed_ring_full_of_the_longest_chain_ends() {
+    let (memory, layout) = (memory(), packed_layout(32768));
+    let mut device = PackedDevice::new(&memory, layout, 0, RingBase::PACKED_START).unwrap();
+    for index in 0..32768u64 {
+        put_desc(&memory, layout.desc + index * 16, 0, 1, 0, 0x81);
+    }
+    let mut chain = Chain::default();
+    assert!(matches!(device.pop(&mut chain), Err(RingError::AvailDescriptors { .. })), "no end in the whole ring");
+    put_desc(&memory, layout.desc + 32767 * 16, 0, 1, 0, 0x80);
+    assert!(matches!(device.pop(&mut chain), Err(RingError::TooManyBuffers { limit: 1024, .. })));
+    put_desc(&memory, layout.desc + 1023 * 16, 0, 1, 0, 0x80);
+    assert!(device.pop(&mut chain).unwrap());
+    assert_eq!((chain.readable.len(), chain.slots), (1024, 1024));
+>>>>>>> ring
 }

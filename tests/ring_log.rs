@@ -8,10 +8,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use ring_common::{EVENT_IDX, buffer, layout, memory, ring_at};
+use ring_common::{EVENT_IDX, buffer, layout, memory, packed_at, packed_layout, ring_at};
 use vhost_migrate::dirty::{Log, PageSet};
 use vhost_migrate::memory::{LOG_PAGE, Memory};
-use vhost_migrate::ring::{Chain, RingLog, SplitLayout};
+use vhost_migrate::ring::{Chain, PackedLayout, Position, RingLog, SplitLayout};
 
 const LOG_END: u64 = 1 << 30;
 
@@ -97,6 +97,109 @@ proptest! {
             prop_assert_eq!(harvest(&log), if logging { changed } else { BTreeSet::new() });
         }
         prop_assert_eq!(log.out_of_range(), 0);
+    }
+}
+
+/// Pages of what the device changed: descriptors where the ring lies, its event area where the log was told.
+fn packed_changed(before: &[u8], after: &[u8], layout: &PackedLayout, used_gpa: u64) -> BTreeSet<u64> {
+    let event = before.len() - 4;
+    let descs = (0..event).step_by(16).filter(|at| before[*at..at + 16] != after[*at..at + 16]);
+    let mut pages: BTreeSet<u64> = descs.map(|at| (layout.desc + at as u64) / LOG_PAGE).collect();
+    if before[event..] != after[event..] {
+        pages.extend([used_gpa / LOG_PAGE, (used_gpa + 3) / LOG_PAGE]);
+    }
+    pages
+}
+
+fn packed_ring(memory: &Memory, layout: &PackedLayout) -> Vec<u8> {
+    let mut bytes = vec![0; 4 + 16 * usize::from(layout.size)];
+    let (descs, event) = bytes.split_at_mut(16 * usize::from(layout.size));
+    memory.read(layout.desc, descs).unwrap();
+    memory.read(layout.device, event).unwrap();
+    bytes
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 100, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn of_a_packed_ring_exactly_the_pages_changed_are_marked(
+        (size, start) in prop::sample::select(vec![1u16, 16, 300, 1024, 4096]).prop_flat_map(|size| (Just(size), 0..size)),
+        event_idx in any::<bool>(), long in any::<bool>(),
+        used_gpa in prop_oneof![Just(0x5000 - 2), (0..LOG_END / 4 - 0x10_000).prop_map(|words| words * 4)],
+        ops in prop::collection::vec(op(), 1..40),
+    ) {
+        let (memory, layout) = (memory(), packed_layout(size));
+        let start = Position { index: start, wrap: true };
+        let (mut driver, mut device) = packed_at(&memory, layout, if event_idx { EVENT_IDX } else { 0 }, start);
+        let log = Arc::new(Log::create(LOG_END).unwrap().0);
+        let mut logging = false;
+        let mut chain = Chain::default();
+        // Of chains as long as a page of descriptors, many pages stay as they are.
+        let buffers = vec![buffer(1, 1); if long { 300.min(size.into()) } else { 1 }];
+        for op in ops {
+            let mut before = packed_ring(&memory, &layout);
+            match op {
+                Op::Batch(most) => {
+                    for _ in 0..most {
+                        if driver.add(&buffers, &[], None).unwrap().is_none() {
+                            break;
+                        }
+                    }
+                    let _ = driver.publish();
+                    before = packed_ring(&memory, &layout);
+                    while device.pop(&mut chain).unwrap() {
+                        device.push(chain.head, chain.slots, 1);
+                    }
+                    let _ = device.publish();
+                }
+                Op::Disable => device.disable_notifications(),
+                Op::Enable => {
+                    let _ = device.enable_notifications();
+                }
+                Op::LogOff | Op::LogOn => {
+                    logging = matches!(op, Op::LogOn);
+                    device.set_log(logging.then(|| RingLog { log: log.clone(), used_gpa }));
+                }
+            }
+            let changed = packed_changed(&before, &packed_ring(&memory, &layout), &layout, used_gpa);
+            prop_assert_eq!(harvest(&log), if logging { changed } else { BTreeSet::new() });
+            while driver.pop_used().unwrap().is_some() {}
+        }
+        prop_assert_eq!(log.out_of_range(), 0);
+    }
+}
+
+#[test]
+fn after_a_crash_the_whole_packed_ring_is_logged_again_and_nothing_beside_it() {
+    let (memory, layout) = (memory(), packed_layout(1000));
+    let (_, mut device) = packed_at(&memory, layout, 0, Position::START);
+    device.relog_used();
+    let log = Arc::new(Log::create(LOG_END).unwrap().0);
+    for (used_gpa, pages) in [(0x9000, [9, 9]), (0x9ffe, [9, 10]), (0x1000, [1, 1])] {
+        device.set_log(Some(RingLog { log: log.clone(), used_gpa }));
+        device.relog_used();
+        assert_eq!(harvest(&log), (1..=4).chain(pages).collect(), "{used_gpa:#x}");
+    }
+}
+
+#[test]
+fn a_packed_ring_outside_the_log_is_counted_and_harms_nobody() {
+    let (memory, layout) = (memory(), packed_layout(4));
+    let (mut driver, mut device) = packed_at(&memory, layout, EVENT_IDX, Position::START);
+    let log = Arc::new(Log::create(LOG_PAGE).unwrap().0);
+    for used_gpa in [log.pages() * LOG_PAGE, u64::MAX, u64::MAX - 2] {
+        device.set_log(Some(RingLog { log: log.clone(), used_gpa }));
+        driver.add(&[buffer(1, 1)], &[], None).unwrap();
+        let _ = driver.publish();
+        let mut chain = Chain::default();
+        assert!(device.pop(&mut chain).unwrap());
+        device.push(chain.head, chain.slots, 0);
+        let _ = device.publish();
+        let before = log.out_of_range();
+        let _ = device.enable_notifications();
+        assert!(log.out_of_range() > before);
+        while driver.pop_used().unwrap().is_some() {}
     }
 }
 

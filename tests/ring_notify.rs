@@ -9,10 +9,13 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 use proptest::prelude::*;
-use ring_common::{EVENT_IDX, buffer, layout, memory, ring_at};
+use ring_common::{EVENT_IDX, buffer, either, layout, memory, packed_at, packed_layout, ring_at};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::memory::Memory;
-use vhost_migrate::ring::{Chain, RingLog, SplitDevice, SplitDriver};
+use vhost_migrate::ring::{Chain, DeviceRing, DriverRing, Position, RingLog};
+
+/// Packed or not, and features.
+const KINDS: [(bool, u64); 4] = [(false, 0), (false, EVENT_IDX), (true, 0), (true, EVENT_IDX)];
 
 /// A side that does not look again after asking for notifications.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -32,9 +35,11 @@ enum Next {
 }
 
 struct Both {
-    driver: SplitDriver,
-    device: SplitDevice,
+    driver: DriverRing,
+    device: DeviceRing,
     chain: Chain,
+    /// The device has taken the request in `chain`.
+    taken: bool,
     driver_next: Next,
     device_next: Next,
     /// A notification on its way.
@@ -77,11 +82,11 @@ impl Both {
                 self.device.disable_notifications();
                 self.device_next = Next::Work;
             }
-            Next::Work if self.device.next_avail() != self.device.used_index() => {
-                self.device.push(self.chain.head, 0);
+            Next::Work if std::mem::take(&mut self.taken) => {
+                self.device.push(&self.chain, 0);
                 self.call |= self.device.publish();
             }
-            Next::Work if self.device.pop(&mut self.chain).unwrap() => {}
+            Next::Work if self.device.pop(&mut self.chain).unwrap() => self.taken = true,
             Next::Work => self.device_next = Next::Enable,
             Next::Enable => {
                 let more = self.device.enable_notifications() && mutation != Mutation::CarelessDevice;
@@ -93,12 +98,20 @@ impl Both {
 
 /// Runs both sides, switching from one to the other before the steps in `switches`, and whenever one must sleep.
 /// Returns the number of steps, or `None` if both sleep before all is done.
-fn run(memory: &Memory, size: u16, features: u64, start: u16, switches: &[usize], mutation: Mutation) -> Option<usize> {
-    let (driver, device) = ring_at(memory, layout(size), features, start);
+fn run(
+    memory: &Memory,
+    packed: bool,
+    size: u16,
+    features: u64,
+    switches: &[usize],
+    mutation: Mutation,
+) -> Option<usize> {
+    let (driver, device) = either(memory, packed, size, features);
     let mut both = Both {
         driver,
         device,
         chain: Chain::default(),
+        taken: false,
         driver_next: Next::Work,
         device_next: Next::Work,
         kick: false,
@@ -125,7 +138,7 @@ fn run(memory: &Memory, size: u16, features: u64, start: u16, switches: &[usize]
 }
 
 /// All ways to switch up to three times between steps, beyond the switches that sleeping forces.
-fn all_schedules(features: u64, start: u16, mutation: Mutation) -> Result<usize, Vec<usize>> {
+fn all_schedules(packed: bool, features: u64, mutation: Mutation) -> Result<usize, Vec<usize>> {
     let (memory, mut runs) = (memory(), 0);
     for size in [1, 2] {
         let most = 45;
@@ -135,7 +148,7 @@ fn all_schedules(features: u64, start: u16, mutation: Mutation) -> Result<usize,
                     let switches = [a, b, c];
                     let switches = if a == b { &switches[..1] } else { &switches[..] };
                     runs += 1;
-                    run(&memory, size, features, start, switches, mutation).ok_or(switches.to_vec())?;
+                    run(&memory, packed, size, features, switches, mutation).ok_or(switches.to_vec())?;
                 }
             }
         }
@@ -145,10 +158,10 @@ fn all_schedules(features: u64, start: u16, mutation: Mutation) -> Result<usize,
 
 #[test]
 fn no_interleaving_of_calls_puts_both_sides_to_sleep() {
-    for features in [0, EVENT_IDX] {
-        assert!(all_schedules(features, 0xfffe, Mutation::None).unwrap() > 10_000);
+    for (packed, features) in KINDS {
+        assert!(all_schedules(packed, features, Mutation::None).unwrap() > 10_000);
         for mutation in [Mutation::CarelessDevice, Mutation::CarelessDriver] {
-            assert!(all_schedules(features, 0xfffe, mutation).is_err(), "{mutation:?} went unnoticed");
+            assert!(all_schedules(packed, features, mutation).is_err(), "{mutation:?} went unnoticed");
         }
     }
 }
@@ -164,8 +177,8 @@ fn wait(from: &Receiver<()>, who: &str) {
     from.recv_timeout(DEADLINE).unwrap_or_else(|_| panic!("the {who} was never notified"));
 }
 
-fn threads(size: u16, features: u64, requests: u32) {
-    let (mut driver, mut device) = ring_at(&memory(), layout(size), features, 0xff00);
+fn threads(packed: bool, size: u16, features: u64, requests: u32) {
+    let (mut driver, mut device) = either(&memory(), packed, size, features);
     let (kick, kicked) = bounded(1);
     let (call, called) = bounded(1);
     std::thread::scope(|scope| {
@@ -176,7 +189,7 @@ fn threads(size: u16, features: u64, requests: u32) {
                 device.disable_notifications();
                 loop {
                     while device.pop(&mut chain).unwrap() {
-                        device.push(chain.head, 1);
+                        device.push(&chain, 1);
                         served += 1;
                         if served % 3 != 0 && device.publish() {
                             notify(&call);
@@ -223,10 +236,10 @@ fn threads(size: u16, features: u64, requests: u32) {
 
 #[test]
 fn two_threads_that_sleep_whenever_they_may_get_everything_done() {
-    for features in [0, EVENT_IDX] {
-        threads(1, features, 10_000);
-        threads(4, features, 30_000);
-        threads(256, features, 50_000);
+    for (packed, features) in KINDS {
+        threads(packed, 1, features, 10_000);
+        threads(packed, 4, features, 30_000);
+        threads(packed, 256, features, 50_000);
     }
 }
 
@@ -251,9 +264,9 @@ impl Gate {
 #[test]
 fn one_falls_asleep_while_the_other_publishes_and_one_of_them_notices() {
     const ROUNDS: usize = 10_000;
-    for features in [0, EVENT_IDX] {
+    for (packed, features) in KINDS {
         for log in [None, Some(Arc::new(Log::create(1 << 22).unwrap().0))] {
-            let (mut driver, mut device) = ring_at(&memory(), layout(4), features, 0xff00);
+            let (mut driver, mut device) = either(&memory(), packed, 4, features);
             device.set_log(log.map(|log| RingLog { log, used_gpa: 0 }));
             let gate = Gate(AtomicUsize::new(0));
             let noticed = AtomicUsize::new(0);
@@ -270,7 +283,7 @@ fn one_falls_asleep_while_the_other_publishes_and_one_of_them_notices() {
                         gate.pass(4 * round + 2);
                         device.disable_notifications();
                         assert!(device.pop(&mut chain).unwrap());
-                        device.push(chain.head, 0);
+                        device.push(&chain, 0);
                         // Gate 3: the driver falls asleep while the device publishes the completion.
                         gate.pass(4 * round + 3);
                         let by_device = device.publish();
@@ -294,7 +307,7 @@ fn one_falls_asleep_while_the_other_publishes_and_one_of_them_notices() {
                     assert!(driver.pop_used().unwrap().is_some());
                 }
             });
-            assert_eq!(lost, (0, 0), "requests, completions slept over, with features {features:#x}");
+            assert_eq!(lost, (0, 0), "requests, completions slept over, packed {packed}, features {features:#x}");
         }
     }
 }
@@ -329,26 +342,85 @@ proptest! {
         }
         prop_assert!(!device.publish(), "nothing new, nothing to notify of");
     }
+
+    /// Oracle: descriptor by descriptor, each step over the event's notifies.
+    #[test]
+    fn on_a_packed_ring_a_notification_comes_exactly_when_the_events_position_is_passed(
+        (size, start, offset) in prop_oneof![4..20u16, Just(32767), Just(32768)]
+            .prop_flat_map(|size| (Just(size), prop_oneof![0..size, Just(size - 1)], prop_oneof![0..size, Just(size - 1)])),
+        wraps in (any::<bool>(), any::<bool>()), batches in prop::collection::vec((1..=2u16, 1..=2usize), 2..12),
+    ) {
+        let (memory, layout) = (memory(), packed_layout(size));
+        let start = Position { index: start, wrap: wraps.0 };
+        let event = Position { index: offset, wrap: wraps.1 };
+        let (mut driver, mut device) = packed_at(&memory, layout, EVENT_IDX, start);
+        let off_wrap = event.index | u16::from(event.wrap) << 15;
+        for area in [layout.driver, layout.device] {
+            memory.write(area, &[off_wrap.to_le_bytes(), 2u16.to_le_bytes()].concat()).unwrap();
+        }
+        let mut chain = Chain::default();
+        let mut at = start;
+        for (number, (count, length)) in batches.into_iter().enumerate() {
+            (0..count).for_each(|_| { driver.add(&vec![buffer(1, 1); length], &[], None).unwrap().unwrap(); });
+            let slots = count * length as u16;
+            let passed = (0..slots).any(|slot| at.after(slot, size) == event);
+            prop_assert_eq!(driver.publish(), passed);
+            while device.pop(&mut chain).unwrap() {
+                device.push(chain.head, chain.slots, 0);
+            }
+            prop_assert_eq!(device.publish(), passed || number == 0);
+            while driver.pop_used().unwrap().is_some() {}
+            at = at.after(slots, size);
+        }
+        prop_assert!(!device.publish(), "nothing new, nothing to notify of");
+    }
+}
+
+#[test]
+fn what_an_event_area_says_without_meaning_does_not_stop_notifications() {
+    let (memory, layout) = (memory(), packed_layout(4));
+    for (features, flags, notified) in [
+        (0, 0u16, true),
+        (0, 1, false),
+        (0, 2, true),
+        (0, 3, true),
+        (EVENT_IDX, 1, false),
+        (EVENT_IDX, 3, true),
+        (0, 5, false),
+    ] {
+        let (mut driver, mut device) = packed_at(&memory, layout, features, Position::START);
+        for area in [layout.driver, layout.device] {
+            memory.write(area + 2, &flags.to_le_bytes()).unwrap();
+        }
+        driver.add(&[buffer(1, 1)], &[], None).unwrap().unwrap();
+        assert_eq!(driver.publish(), notified);
+        let mut chain = Chain::default();
+        assert!(device.pop(&mut chain).unwrap());
+        device.push(chain.head, chain.slots, 0);
+        assert_eq!(device.publish(), notified);
+    }
 }
 
 #[test]
 fn flags_suppress_and_allow() {
-    let (mut driver, mut device) = ring_at(&memory(), layout(4), 0, 0);
-    let mut chain = Chain::default();
-    let mut round = |driver: &mut SplitDriver, device: &mut SplitDevice| {
-        driver.add(&[buffer(1, 1)], &[], None).unwrap().unwrap();
-        let kick = driver.publish();
-        assert!(device.pop(&mut chain).unwrap());
-        device.push(chain.head, 0);
-        let call = device.publish();
-        assert!(driver.pop_used().unwrap().is_some());
-        (kick, call)
-    };
-    assert_eq!(round(&mut driver, &mut device), (true, true));
-    device.disable_notifications();
-    assert_eq!(round(&mut driver, &mut device), (false, true));
-    driver.disable_notifications();
-    assert_eq!(round(&mut driver, &mut device), (false, false));
-    assert!(!device.enable_notifications() && !driver.enable_notifications());
-    assert_eq!(round(&mut driver, &mut device), (true, true));
+    for packed in [false, true] {
+        let (mut driver, mut device) = either(&memory(), packed, 4, 0);
+        let mut chain = Chain::default();
+        let mut round = |driver: &mut DriverRing, device: &mut DeviceRing| {
+            driver.add(&[buffer(1, 1)], &[], None).unwrap().unwrap();
+            let kick = driver.publish();
+            assert!(device.pop(&mut chain).unwrap());
+            device.push(&chain, 0);
+            let call = device.publish();
+            assert!(driver.pop_used().unwrap().is_some());
+            (kick, call)
+        };
+        assert_eq!(round(&mut driver, &mut device), (true, true));
+        device.disable_notifications();
+        assert_eq!(round(&mut driver, &mut device), (false, true));
+        driver.disable_notifications();
+        assert_eq!(round(&mut driver, &mut device), (false, false));
+        assert!(!device.enable_notifications() && !driver.enable_notifications());
+        assert_eq!(round(&mut driver, &mut device), (true, true));
+    }
 }

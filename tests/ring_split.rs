@@ -6,10 +6,11 @@ mod ring_common;
 use std::collections::VecDeque;
 
 use proptest::prelude::*;
-use ring_common::{EVENT_IDX, INDIRECT, TABLES, buffer, layout, memory, put_desc, ring_at};
+use ring_common::{EVENT_IDX, IN_ORDER, INDIRECT, TABLES, buffer, layout, memory, put_desc, ring_at};
 use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE};
+use vhost_migrate::memory::Memory;
 use vhost_migrate::ring::{
-    Buffer, Chain, RingBase, RingError, SplitDevice, SplitDriver, SplitDriverState, SplitLayout,
+    Buffer, Chain, InOrderState, RingBase, RingError, SplitDevice, SplitDriver, SplitDriverState, SplitLayout,
 };
 
 #[derive(Clone, Debug)]
@@ -56,10 +57,10 @@ proptest! {
 
     #[test]
     fn what_one_side_puts_on_the_ring_the_other_takes_off_in_order(
-        size in (0..16u32).prop_map(|bits| 1u16 << bits), event_idx in any::<bool>(),
+        size in (0..16u32).prop_map(|bits| 1u16 << bits), event_idx in any::<bool>(), in_order in any::<bool>(),
         start in prop_oneof![Just(0u16), Just(0xfff0), any::<u16>()], ops in prop::collection::vec(op(), 0..600),
     ) {
-        let features = INDIRECT | if event_idx { EVENT_IDX } else { 0 };
+        let features = INDIRECT | if event_idx { EVENT_IDX } else { 0 } | if in_order { IN_ORDER } else { 0 };
         let (memory, layout) = (memory(), layout(size));
         let (mut driver, mut device) = ring_at(&memory, layout, features, start);
         let (mut made, mut visible) = (VecDeque::new(), 0);
@@ -103,7 +104,8 @@ proptest! {
                     }
                 }
                 Op::Push(pick) if !held.is_empty() => {
-                    let request = held.swap_remove(pick.index(held.len()));
+                    let pick = if in_order { 0 } else { pick.index(held.len()) };
+                    let request = held.remove(pick);
                     serial += 1;
                     device.push(request.head, serial);
                     done.push_back((request.head, serial));
@@ -131,10 +133,10 @@ proptest! {
             }
         }
         let _ = driver.publish();
+        held.iter().for_each(|request| device.push(request.head, 0));
         while device.pop(&mut chain).unwrap() {
             device.push(chain.head, 0);
         }
-        held.iter().for_each(|request| device.push(request.head, 0));
         let _ = device.publish();
         prop_assert_eq!(device.next_avail(), device.used_index());
         while driver.pop_used().unwrap().is_some() {}
@@ -298,12 +300,61 @@ fn a_driver_refuses_a_device_that_completes_what_was_not_asked() {
     assert_eq!(driver.free(), 4);
 }
 
+/// A device that writes the used element of the last request of a batch alone, where that of the first belongs.
+fn batch(memory: &Memory, layout: SplitLayout, used: u16, count: u16, last: u16, len: u32) {
+    let slot = layout.used + 4 + 8 * u64::from(used % layout.size);
+    memory.write(slot, &[u32::from(last).to_le_bytes(), len.to_le_bytes()].concat()).unwrap();
+    memory.write(layout.used + 2, &used.wrapping_add(count).to_le_bytes()).unwrap();
+}
+
+#[test]
+fn in_order_one_completion_stands_for_all_before_it() {
+    let (memory, layout) = (memory(), layout(8));
+    let (mut driver, mut device) = ring_at(&memory, layout, IN_ORDER, 65534);
+    let mut chain = Chain::default();
+    let (mut next, mut used) = (0, 65534u16);
+    for round in 0..20u32 {
+        let mut heads = Vec::new();
+        for request in 0..3u32 {
+            let readable = vec![buffer(1, 1); request as usize % 2];
+            heads.push(driver.add(&readable, &[buffer(1, 5), buffer(2, 10 + request)], None).unwrap().unwrap());
+            // Descriptors are taken in the order of the table, for there are devices that count on it.
+            assert_eq!(heads.last(), Some(&next));
+            next = (next + 2 + request as u16 % 2) % 8;
+        }
+        let _ = driver.publish();
+        for head in &heads {
+            assert!(device.pop(&mut chain).unwrap());
+            assert_eq!(chain.head, *head);
+        }
+        let before = driver.state();
+        for (count, last) in [(3, 7u32 << 16), (3, 8), (2, heads[2].into())] {
+            batch(&memory, layout, used, count, 0, 0);
+            memory.write(layout.used + 4 + 8 * u64::from(used % 8), &last.to_le_bytes()).unwrap();
+            assert!(matches!(driver.pop_used(), Err(RingError::UsedId { id }) if id == last));
+        }
+        assert_eq!(driver.state(), before);
+        batch(&memory, layout, used, 3, heads[2], round);
+        for (head, len) in [(heads[0], 15), (heads[1], 16), (heads[2], round)] {
+            let taken = driver.pop_used().unwrap().unwrap();
+            assert_eq!((taken.head, taken.len), (head, len));
+            // A driver that moves in the middle of a batch goes on in it.
+            driver = SplitDriver::restore(&memory, layout, IN_ORDER, &driver.state()).unwrap();
+        }
+        assert!(driver.pop_used().unwrap().is_none());
+        used = used.wrapping_add(3);
+        // The device's used index is in the ring; a successor takes it up.
+        device = SplitDevice::new(&memory, layout, IN_ORDER, device.base()).unwrap();
+    }
+    assert_eq!((driver.free(), driver.outstanding()), (8, 0));
+}
+
 #[test]
 fn a_driver_state_that_cannot_be_true_is_refused() {
     let (memory, layout) = (memory(), layout(4));
     let restore = |avail, published, used, chains: &[&[u16]]| {
         let chains = chains.iter().map(|chain| chain.to_vec()).collect();
-        let state = SplitDriverState { avail, published, used, chains };
+        let state = SplitDriverState { avail, published, used, chains, ..Default::default() };
         SplitDriver::restore(&memory, layout, 0, &state).map(|driver| driver.free())
     };
     assert_eq!(restore(1, 0, 65535, &[&[3, 0], &[2]]).unwrap(), 1);
@@ -315,4 +366,21 @@ fn a_driver_state_that_cannot_be_true_is_refused() {
     assert!(restore(1, 1, 0, &[&[1, 1]]).is_err());
     assert!(restore(2, 2, 0, &[&[1], &[0, 1]]).is_err());
     assert!(restore(5, 5, 0, &[&[0], &[1], &[2], &[3], &[3]]).is_err());
+    let restore = |features, first_free, queue: &[(u16, u32)]| {
+        let in_order = Some(InOrderState { queue: queue.iter().copied().collect(), batch: None });
+        let state = SplitDriverState {
+            avail: 2,
+            published: 2,
+            chains: vec![vec![1], vec![3, 2]],
+            first_free,
+            in_order,
+            used: 0,
+        };
+        SplitDriver::restore(&memory, layout, features, &state).map(|driver| driver.free())
+    };
+    assert_eq!(restore(IN_ORDER, 0, &[(3, 0), (1, 0)]).unwrap(), 1);
+    assert!(restore(0, 0, &[(3, 0), (1, 0)]).is_err());
+    assert!(restore(IN_ORDER, 4, &[(3, 0), (1, 0)]).is_err());
+    assert!(restore(IN_ORDER, 0, &[(2, 0), (1, 0)]).is_err());
+    assert!(restore(IN_ORDER, 0, &[(1, 0)]).is_err());
 }

@@ -21,13 +21,14 @@ struct Host {
 }
 
 impl Host {
-    fn start(lab: &Lab, name: &str, boot: &str, socket: &Path) -> Host {
+    fn start(lab: &Lab, name: &str, boot: &str, socket: &Path, packed: bool) -> Host {
         let console = lab.file(&format!("{name}.console"));
         let arguments = format!(
             "-machine q35,memory-backend=ram -m 256 -object memory-backend-memfd,id=ram,size=256M,share=on {boot} \
-             -chardev socket,id=vu,path={},reconnect-ms=100 -device vhost-user-blk-pci,chardev=vu,num-queues=1 \
+             -chardev socket,id=vu,path={},reconnect-ms=100 -device vhost-user-blk-pci,chardev=vu,num-queues=1,packed={} \
              -serial file:{}",
             socket.display(),
+            if packed { "on" } else { "off" },
             console.display()
         );
         Host { qemu: Qemu::start(lab, name, &arguments), console }
@@ -56,6 +57,15 @@ impl Host {
 
 #[test]
 fn a_linux_guest_moves_there_and_back_and_its_back_ends_die_and_every_byte_is_right() {
+    there_and_back(false);
+}
+
+#[test]
+fn a_linux_guest_with_packed_rings_moves_there_and_back_too() {
+    there_and_back(true);
+}
+
+fn there_and_back(packed: bool) {
     let lab = Lab::new();
     let image = lab.disk();
     File::create(&image).unwrap().set_len(DISK_BYTES).unwrap();
@@ -67,12 +77,12 @@ fn a_linux_guest_moves_there_and_back_and_its_back_ends_die_and_every_byte_is_ri
         initramfs::kernel().display(),
         initramfs::make(&lab).display()
     );
-    let mut source = Host::start(&lab, "host-0", &boot, here.socket());
+    let mut source = Host::start(&lab, "host-0", &boot, here.socket(), packed);
     source.works(200, 1000);
 
     for (number, multifd) in [(1, false), (2, true), (3, false), (4, true)] {
         let name = format!("host-{number}");
-        let mut destination = Host::start(&lab, &name, "-incoming defer", there.socket());
+        let mut destination = Host::start(&lab, &name, "-incoming defer", there.socket(), packed);
         let socket = lab.file(&format!("{name}.migration"));
         migration::begin(&mut source.qemu, &mut destination.qemu, &socket, multifd, NEVER_CONVERGES);
         source.works(100, 500);

@@ -9,8 +9,8 @@ use vhost_migrate::abi::bit;
 use vhost_migrate::abi::virtio::{VIRTIO_F_IN_ORDER, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
 use vhost_migrate::ring::{
-    Buffer, InOrderState, PackedDevice, PackedDriver, PackedDriverState, PackedLayout, Position, RingBase, SplitDevice,
-    SplitDriver, SplitDriverState, SplitLayout,
+    Buffer, DeviceRing, DriverRing, InOrderState, PackedDevice, PackedDriver, PackedDriverState, PackedLayout,
+    Position, RingBase, SplitDevice, SplitDriver, SplitDriverState, SplitLayout,
 };
 
 pub(crate) const EVENT_IDX: u64 = bit(VIRTIO_RING_F_EVENT_IDX);
@@ -34,7 +34,8 @@ pub(crate) fn ring_at(memory: &Memory, layout: SplitLayout, features: u64, start
     drop(SplitDriver::new(memory, layout, features).unwrap());
     memory.write(layout.avail + 2, &start.to_le_bytes()).unwrap();
     memory.write(layout.used + 2, &start.to_le_bytes()).unwrap();
-    let state = SplitDriverState { avail: start, published: start, used: start, chains: Vec::new() };
+    let in_order = (features & IN_ORDER != 0).then(InOrderState::default);
+    let state = SplitDriverState { avail: start, published: start, used: start, in_order, ..Default::default() };
     let driver = SplitDriver::restore(memory, layout, features, &state).unwrap();
     (driver, SplitDevice::new(memory, layout, features, RingBase::split(start)).unwrap())
 }
@@ -63,6 +64,17 @@ pub(crate) fn packed_at(
     let driver = PackedDriver::restore(memory, layout, features, &state).unwrap();
     let base = RingBase::packed(start.index, start.wrap, start.index, start.wrap);
     (driver, PackedDevice::new(memory, layout, features, base).unwrap())
+}
+
+/// Both sides of an empty ring of either kind, near the end of its indexes or of the ring.
+pub(crate) fn either(memory: &Memory, packed: bool, size: u16, features: u64) -> (DriverRing, DeviceRing) {
+    if packed {
+        let start = Position { index: size - 1, wrap: true };
+        let (driver, device) = packed_at(memory, packed_layout(size), features, start);
+        return (DriverRing::Packed(driver), DeviceRing::Packed(device));
+    }
+    let (driver, device) = ring_at(memory, layout(size), features, 0xfffe);
+    (DriverRing::Split(driver), DeviceRing::Split(device))
 }
 
 pub(crate) fn buffer(gpa: u64, len: u32) -> Buffer {

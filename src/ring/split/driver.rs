@@ -10,16 +10,17 @@ use zerocopy::little_endian::{U16, U32, U64};
 
 use crate::abi::bit;
 use crate::abi::virtio::{
-    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc, USED_F_NO_NOTIFY, VIRTIO_RING_F_EVENT_IDX,
+    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc, USED_F_NO_NOTIFY, VIRTIO_F_IN_ORDER,
+    VIRTIO_RING_F_EVENT_IDX,
 };
 use crate::memory::Memory;
 use crate::ring::chain::MAX_BUFFERS;
-use crate::ring::{Buffer, RingError, Used, passes};
+use crate::ring::{Buffer, InOrderState, RingError, Used, passes};
 
 use super::{Areas, SplitLayout, load, store};
 
 /// Where a driver is in its ring, to go on with it elsewhere on the same guest memory.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SplitDriverState {
     /// Avail index with all requests added.
     pub avail: u16,
@@ -29,6 +30,10 @@ pub struct SplitDriverState {
     pub used: u16,
     /// The requests without a completion: their descriptors in order, the head first.
     pub chains: Vec<Vec<u16>>,
+    /// The free descriptor that the next request begins with; means nothing if none is free.
+    pub first_free: u16,
+    /// With IN_ORDER, the order of the requests.
+    pub in_order: Option<InOrderState>,
 }
 
 /// A split ring as its driver uses it.
@@ -44,18 +49,22 @@ pub struct SplitDriver {
     links: Vec<u16>,
     /// By head: how many descriptors its chain has; 0 for what is no request in flight.
     lengths: Vec<u16>,
+    /// What is freed is used again last: with IN_ORDER descriptors are used in the order of the table (virtio 1.2,
+    /// "In-order use of descriptors").
     first_free: u16,
+    last_free: u16,
     free: u16,
     outstanding: u16,
     avail: u16,
     published: u16,
     used: u16,
+    in_order: Option<InOrderState>,
 }
 
 impl SplitDriver {
     /// Makes an empty ring: avail and used ring are initialised.
     ///
-    /// `features` are the negotiated ones; EVENT_IDX matters here.
+    /// `features` are the negotiated ones; EVENT_IDX and IN_ORDER matter here.
     ///
     /// # Errors
     /// A size, alignment or address that a split ring can't have.
@@ -73,11 +82,13 @@ impl SplitDriver {
             links: (1..=layout.size).collect(),
             lengths: vec![0; layout.size.into()],
             first_free: 0,
+            last_free: layout.size - 1,
             free: layout.size,
             outstanding: 0,
             avail: 0,
             published: 0,
             used: 0,
+            in_order: (features & bit(VIRTIO_F_IN_ORDER) != 0).then(InOrderState::default),
         })
     }
 
@@ -94,7 +105,7 @@ impl SplitDriver {
         let fault = |fault| Err(RingError::State { fault });
         let areas = Areas::new(memory, &layout)?;
         let size = usize::from(layout.size);
-        let SplitDriverState { avail, published, used, ref chains } = *state;
+        let SplitDriverState { avail, published, used, ref chains, first_free, ref in_order } = *state;
         if chains.len() > size || chains.len() != usize::from(avail.wrapping_sub(used)) {
             return fault("indexes and requests don't match");
         }
@@ -118,9 +129,25 @@ impl SplitDriver {
                 None => return fault("a request has no descriptor"),
             }
         }
-        let mut first_free = 0;
-        for (index, link) in (0..layout.size).zip(&mut links).rev().filter(|(index, _)| !taken[usize::from(*index)]) {
-            *link = std::mem::replace(&mut first_free, index);
+        if first_free >= layout.size {
+            return fault("a descriptor is outside the table or in two requests");
+        }
+        if in_order.is_some() != (features & bit(VIRTIO_F_IN_ORDER) != 0) {
+            return fault("requests have an order only with IN_ORDER");
+        }
+        if in_order.as_ref().is_some_and(|order| !order.is_of(chains.iter().flat_map(|chain| chain.first().copied()))) {
+            return fault("the order is not that of the requests");
+        }
+        // The free ones, from the last one back to the first.
+        let (mut next, mut last_free) = (layout.size, None);
+        for index in (0..layout.size).rev().map(|at| first_free.wrapping_add(at) & (layout.size - 1)) {
+            match links.get_mut(usize::from(index)) {
+                Some(link) if taken.get(usize::from(index)) == Some(&false) => {
+                    *link = std::mem::replace(&mut next, index);
+                    last_free.get_or_insert(index);
+                }
+                _ => {}
+            }
         }
         Ok(SplitDriver {
             memory: memory.clone(),
@@ -129,12 +156,14 @@ impl SplitDriver {
             event_idx: features & bit(VIRTIO_RING_F_EVENT_IDX) != 0,
             links,
             lengths,
-            first_free,
+            first_free: next,
+            last_free: last_free.unwrap_or_default(),
             free,
             outstanding: chains.len() as u16,
             avail,
             published,
             used,
+            in_order: in_order.clone(),
         })
     }
 
@@ -148,6 +177,8 @@ impl SplitDriver {
             published: self.published,
             used: self.used,
             chains: (0..).zip(&self.lengths).filter(|(_, length)| **length > 0).map(chain).collect(),
+            first_free: if self.free > 0 { self.first_free } else { 0 },
+            in_order: self.in_order.clone(),
         }
     }
 
@@ -198,6 +229,9 @@ impl SplitDriver {
         if let Some(length) = self.lengths.get_mut(usize::from(head)) {
             *length = needed;
         }
+        if let Some(order) = &mut self.in_order {
+            order.add(head, writable);
+        }
         self.areas.avail.at(self.avail).store(head.to_le(), Ordering::Relaxed);
         self.avail = self.avail.wrapping_add(1);
         Ok(Some(head))
@@ -226,6 +260,10 @@ impl SplitDriver {
     /// # Errors
     /// The device broke the ring; nothing was taken.
     pub fn pop_used(&mut self) -> Result<Option<Used>, RingError> {
+        if let Some(used) = self.in_order.as_mut().and_then(InOrderState::next) {
+            self.release(used.head);
+            return Ok(Some(used));
+        }
         // Pairs with the device's release: the element and the data of the request are visible after it.
         let index = load(&self.areas.used_idx, Ordering::Acquire);
         let (last, outstanding) = (self.used, self.outstanding);
@@ -238,18 +276,20 @@ impl SplitDriver {
         let element = self.areas.used(last);
         let id = element.id.get();
         let head = u16::try_from(id).map_err(|_| RingError::UsedId { id })?;
-        let length = match self.lengths.get_mut(usize::from(head)) {
-            Some(length) if *length > 0 => std::mem::take(length),
-            _ => return Err(RingError::UsedId { id }),
+        let used = Used { head, len: element.len.get() };
+        let count = match &self.in_order {
+            None => usize::from(self.lengths.get(usize::from(head)).is_some_and(|length| *length > 0)),
+            Some(order) => order.up_to(head).count(),
         };
-        let tail = (1..length).fold(head, |index, _| self.link(index));
-        if let Some(link) = self.links.get_mut(usize::from(tail)) {
-            *link = std::mem::replace(&mut self.first_free, head);
+        if count == 0 || count > usize::from(index.wrapping_sub(last)) {
+            return Err(RingError::UsedId { id });
         }
-        self.free += length;
-        self.outstanding -= 1;
-        self.used = last.wrapping_add(1);
-        Ok(Some(Used { head, len: element.len.get() }))
+        let used = match &mut self.in_order {
+            None => used,
+            Some(order) => order.complete(used),
+        };
+        self.release(used.head);
+        Ok(Some(used))
     }
 
     /// Asks the device not to notify. It may do so all the same.
@@ -279,6 +319,20 @@ impl SplitDriver {
     /// Descriptors that are free.
     pub fn free(&self) -> u16 {
         self.free
+    }
+
+    /// Frees the descriptors of a completed request.
+    fn release(&mut self, head: u16) {
+        let length = self.lengths.get_mut(usize::from(head)).map(std::mem::take).unwrap_or_default();
+        let tail = (1..length).fold(head, |index, _| self.link(index));
+        match self.links.get_mut(usize::from(self.last_free)) {
+            Some(link) if self.free > 0 => *link = head,
+            _ => self.first_free = head,
+        }
+        self.last_free = tail;
+        self.free += length;
+        self.outstanding -= 1;
+        self.used = self.used.wrapping_add(1);
     }
 
     fn link(&self, index: u16) -> u16 {
