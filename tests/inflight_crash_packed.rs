@@ -34,7 +34,6 @@ enum Mutation {
     BaseForgottenWhenFresh,
     FrontendsBaseBelieved,
     CountersStartOver,
-    RecoveryBackwards,
 }
 
 /// Who keeps the region.
@@ -348,7 +347,6 @@ fn find(world: &World, mutation: Mutation) -> Result<(PackedRecovery, At, At), S
     let mut recovery = found.map_err(|e| e.to_string())?;
     match mutation {
         Mutation::CountersStartOver => recovery.next_counter = 1,
-        Mutation::RecoveryBackwards if world.version() != 0 => recovery.stores.reverse(),
         Mutation::StaleLeftAlone => recovery.stale.clear(),
         Mutation::FrontendsBaseBelieved => recovery.base = None,
         _ => {}
@@ -669,7 +667,6 @@ fn the_model_notices_every_wrong_order_of_stores() {
         Mutation::BaseForgottenWhenFresh,
         Mutation::FrontendsBaseBelieved,
         Mutation::CountersStartOver,
-        Mutation::RecoveryBackwards,
     ] {
         let noticed = kill_everywhere(&new, &steps, Writer::Ours(mutation));
         assert!(noticed.is_err(), "{mutation:?} went unnoticed");
