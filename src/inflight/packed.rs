@@ -246,13 +246,10 @@ pub fn recover_packed(
     // One that adds first and wraps then may leave an index outside the ring, before anything is published.
     let current = Position::checked(header.used_idx.get(), header.used_wrap_counter, ring_size).ok();
     let committed = Position::checked(header.old_used_idx.get(), header.old_used_wrap_counter, ring_size)?;
-    let batch = current.filter(|current| *current != committed).filter(|current| {
+    let batch = current.filter(|current| {
         // The used bit alone: the driver may have made the descriptor available again, for the next lap.
         let shown = used_bit(flags_of(committed.index)) == committed.wrap;
-        // Or one that stores index and wrap counter one by one was killed in between, when it had committed: before
-        // that, a batch as long as the ring would have everything in flight.
-        let torn = current.index == committed.index && descriptors(entries, &marked) != u32::from(ring_size);
-        shown || torn
+        *current != committed && (shown || is_torn(*current, committed, entries, &marked, ring_size))
     });
     let heads = (header.free_head.get(), header.old_free_head.get());
     let (used, mut free_head) = batch.map_or((committed, heads.1), |current| (current, heads.0));
@@ -354,6 +351,12 @@ fn initialise(
         free_head: 0,
         links,
     })
+}
+
+/// Whether one that stores index and wrap counter one by one was killed in between, when it had committed. Positions a
+/// whole ring apart also come of a batch as long as the ring: with that before it is published, everything is in flight.
+fn is_torn(current: Position, committed: Position, entries: &[PackedEntry], marked: &[u16], ring_size: u16) -> bool {
+    current.index == committed.index && descriptors(entries, marked) != u32::from(ring_size)
 }
 
 /// Which entries are on the free list, which ends where it leaves the entries; `None` if it runs in circles.
