@@ -499,3 +499,29 @@ fn an_inflight_region_shows_what_would_be_executed_again() {
     let refused = run(&["inspect", "inflight", file.to_str().unwrap()]);
     assert_eq!(refused.status.code(), Some(1), "a version that nobody wrote");
 }
+
+#[test]
+fn a_packed_inflight_region_shows_what_would_be_executed_again() {
+    let host = Host::new();
+    let file = host.path("region");
+    // One request of two descriptors in a ring of 4; its completion was being published.
+    let mut region = vec![0u8; 192];
+    for (offset, value) in [(8, 1u16), (10, 4), (12, 0), (14, 2), (16, 2), (18, 0)] {
+        region[offset..offset + 2].copy_from_slice(&value.to_le_bytes());
+    }
+    (region[20], region[21], region[32]) = (1, 1, 1);
+    for (entry, next) in [(0, 1u16), (1, 2), (2, 3), (3, 4)] {
+        region[34 + 32 * entry..][..2].copy_from_slice(&next.to_le_bytes());
+    }
+    (region[36], region[38], region[40], region[80]) = (1, 2, 7, 5);
+    std::fs::write(&file, &region).unwrap();
+    let shown = |options: &[&str]| {
+        let output = run(&[&["inspect", "--json", "inflight", file.to_str().unwrap(), "--packed"], options].concat());
+        let found: Value =
+            serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", text(&output.stderr)));
+        (found["queues"][0]["resubmit"].clone(), found["queues"][0]["base"].clone())
+    };
+    let again = json!([{"entry": 0, "counter": 7, "id": 5, "descriptors": 2}]);
+    assert_eq!(shown(&[]), (again, json!(0x8000_8002u32)));
+    assert_eq!(shown(&["--published", "0"]), (json!([]), json!(0x8002_8002u32)));
+}

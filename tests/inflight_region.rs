@@ -4,9 +4,11 @@
 use std::os::fd::AsFd;
 
 use proptest::prelude::*;
-use vhost_migrate::abi::inflight::split_queue_bytes;
-use vhost_migrate::inflight::{InflightError, Kind, Recovery, Region, Sink, Store, recover};
+use vhost_migrate::abi::inflight::{packed_queue_bytes, split_queue_bytes};
+use vhost_migrate::abi::virtio::PackedDesc;
+use vhost_migrate::inflight::{InflightError, Kind, Recovery, Region, Sink, Store, recover, recover_packed};
 use vhost_migrate::memory::sealed_memfd;
+use vhost_migrate::ring::RingBase;
 
 const HEADER: usize = 16;
 const ENTRY: usize = 16;
@@ -184,6 +186,175 @@ proptest! {
             prop_assert_eq!(again.resubmit, found.resubmit);
             if let Some(next_avail) = found.next_avail {
                 prop_assert_eq!(again.next_avail, Some(next_avail));
+            }
+        }
+    }
+}
+
+/// A fresh packed ring: both positions 0, both wrap counters 1.
+const FRESH: RingBase = RingBase::from_bits(0x8000_8000);
+const PACKED_HEADER: usize = 32;
+const PACKED_ENTRY: usize = 32;
+
+fn packed_desc(addr: u64) -> PackedDesc {
+    PackedDesc { addr: addr.into(), len: 9.into(), id: 3.into(), flags: 0x80.into() }
+}
+
+/// Flags of a ring in which nothing was ever used.
+fn unused(_: u16) -> u16 {
+    0x80
+}
+
+/// A packed region of 4 entries after two requests, of 1 and of 2 descriptors.
+fn packed_region() -> Vec<u8> {
+    let (region, _fd) = Region::create(Kind::Packed, 1, 4).unwrap();
+    let (mut inflight, _) = region.packed(0, 4, FRESH, unused).unwrap();
+    assert_eq!(inflight.take(&[packed_desc(1)]), Some(0));
+    assert_eq!(inflight.take(&[packed_desc(2), packed_desc(3)]), Some(1));
+    region.copy(0).unwrap()
+}
+
+#[test]
+fn a_packed_successor_that_maps_the_same_file_finds_what_was_taken() {
+    let bytes_for = |queues| Region::bytes_for(Kind::Packed, queues, 8).unwrap();
+    assert_eq!(bytes_for(2), 2 * packed_queue_bytes(8));
+    let (first, fd) = Region::create(Kind::Packed, 2, 8).unwrap();
+    assert!(matches!(first.split(0, 8, 0), Err(InflightError::Kind { kind: Kind::Packed })));
+    let (mut inflight, fresh) = first.packed(1, 8, FRESH, unused).unwrap();
+    assert_eq!((fresh.base, fresh.resubmit.len()), (None, 0));
+    let descs = [packed_desc(1), packed_desc(2), packed_desc(3)];
+    let (one, three) = (inflight.take(&descs[..1]).unwrap(), inflight.take(&descs).unwrap());
+    inflight.stage(one);
+    assert_eq!(inflight.take(&descs), None, "not while a batch is being published");
+    inflight.commit();
+    drop((inflight, first));
+
+    let second = Region::map(Kind::Packed, fd.as_fd(), bytes_for(2), 0, 2, 8).unwrap();
+    let (mut inflight, found) = second.packed(1, 8, FRESH, unused).unwrap();
+    assert_eq!(found.base, Some(RingBase::from_bits(0x8001_8004)), "avail is used and what is in flight");
+    assert_eq!((found.resubmit.len(), found.resubmit[0].entry), (1, three));
+    assert_eq!(found.resubmit[0].descs, descs);
+    assert_eq!(inflight.take(&[]), None);
+    assert!(inflight.take(&[packed_desc(4); 6]).is_none(), "more than the ring has");
+    assert!(inflight.take(&[packed_desc(4); 5]).is_some());
+    let (_, full) = second.packed(1, 8, FRESH, unused).unwrap();
+    assert_eq!(full.base, Some(RingBase::from_bits(0x8001_0001)), "a lap ahead");
+    inflight.reset();
+    let (_, fresh) = second.packed(1, 8, RingBase::from_bits(0x0005_0005), unused).unwrap();
+    assert_eq!((fresh.base, fresh.resubmit.len()), (None, 0), "after a reset the region is fresh");
+    let (_, found) = second.packed(1, 8, FRESH, unused).unwrap();
+    assert_eq!(found.base, Some(RingBase::from_bits(0x0005_0005)), "a fresh region takes the position it is given");
+}
+
+#[test]
+fn packed_contents_that_cannot_be_true_are_refused_with_their_rule() {
+    let good = packed_region();
+    let refused = |change: &dyn Fn(&mut [u8])| {
+        let mut bytes = good.clone();
+        change(&mut bytes);
+        recover_packed(&bytes, 4, 4, FRESH, unused).unwrap_err()
+    };
+    let at = |index: usize| PACKED_HEADER + index * PACKED_ENTRY;
+    assert_eq!(recover_packed(&good, 4, 4, FRESH, unused).unwrap().resubmit.len(), 2);
+    let cut = recover_packed(&good[..159], 4, 4, FRESH, unused).unwrap_err();
+    assert!(matches!(cut, InflightError::TooSmall { size: 159, needed: 160 }));
+    for (queue_size, ring_size) in [(4, 0), (40_000, 4), (u16::MAX, u16::MAX)] {
+        let shape = recover_packed(&good, queue_size, ring_size, FRESH, unused).unwrap_err();
+        assert!(matches!(shape, InflightError::Shape { .. }));
+    }
+    let large = recover_packed(&good, 4, 5, FRESH, unused).unwrap_err();
+    assert!(matches!(large, InflightError::RingTooLarge { .. }));
+    assert!(matches!(refused(&|b| b.u16(8, 7)), InflightError::Version { version: 7 }));
+    assert!(matches!(refused(&|b| b.u16(10, 8)), InflightError::DescNum { desc_num: 8, queue_size: 4 }));
+    assert!(matches!(refused(&|b| b.u8(at(3), 2)), InflightError::Mark { head: 3, mark: 2 }));
+    assert!(matches!(refused(&|b| b.u16(18, 4)), InflightError::Position { index: 4, wrap: 1, ring_size: 4 }));
+    assert!(matches!(refused(&|b| b.u8(21, 2)), InflightError::Position { wrap: 2, .. }));
+    assert!(matches!(refused(&|b| b.u16(at(1) + 6, 0)), InflightError::Chain { head: 1 }), "no descriptors");
+    assert!(matches!(refused(&|b| b.u16(at(1) + 4, 9)), InflightError::Chain { head: 1 }), "another end");
+    assert!(matches!(refused(&|b| b.u16(at(1) + 2, 1)), InflightError::Chain { head: 1 }), "a circle");
+    assert!(matches!(refused(&|b| b.u16(at(1) + 2, 0)), InflightError::Chain { head: 1 }), "another's entry");
+    assert!(matches!(refused(&|b| b.u16(at(1) + 2, 3)), InflightError::Chain { head: 1 }), "a free entry");
+    assert!(matches!(refused(&|b| b.u16(at(1) + 2, 900)), InflightError::Chain { head: 1 }), "no entry");
+    assert!(matches!(refused(&|b| b.u16(at(1) + 6, 900)), InflightError::Outstanding { descs: 901, ring_size: 4 }));
+    assert!(matches!(refused(&|b| b.u64(at(2) + 8, u64::MAX)), InflightError::Counter));
+    assert!(refused(&|b| b.u16(18, 4)).to_string().contains("rule I4"));
+    let fresh = recover_packed(&vec![0; good.len()], 4, 4, RingBase::from_bits(0x8004_8004), unused).unwrap_err();
+    assert!(matches!(fresh, InflightError::Position { index: 4, .. }), "a base outside the ring");
+}
+
+#[test]
+fn a_packed_batch_whose_list_nobody_kept_is_given_up_only_if_it_is_one_request() {
+    let mut bytes = packed_region();
+    // Published was the request at entry 0, of one descriptor; the list of free entries runs in circles.
+    bytes.u16(12, 0);
+    bytes.u16(PACKED_HEADER + 2, 0);
+    bytes.u16(16, 1);
+    let published = |_| 0x8080;
+    let found = recover_packed(&bytes, 4, 4, FRESH, published).unwrap();
+    assert_eq!(found.resubmit.iter().map(|request| request.entry).collect::<Vec<_>>(), [1]);
+    assert_eq!(found.base, Some(RingBase::from_bits(0x8001_8003)));
+    bytes.u16(16, 3);
+    let unclear = recover_packed(&bytes, 4, 4, FRESH, published).unwrap_err();
+    assert!(matches!(unclear, InflightError::Batch { head: 0 }));
+    assert_eq!(recover_packed(&bytes, 4, 4, FRESH, unused).unwrap().resubmit.len(), 2, "rolled back");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_packed_bytes_give_an_error_or_a_recovery_that_survives_its_own_kill(
+        mut bytes in prop::collection::vec(prop_oneof![Just(0u8), Just(1u8), any::<u8>()], 0..400),
+        version in 0..3u16, queue_size in prop_oneof![Just(8u16), 1..12u16], short in 0..3u16,
+        flags in prop::collection::vec(prop::sample::select(vec![0u16, 0x80, 0x8000, 0x8080]), 12),
+        tame in any::<bool>(), base in any::<u32>(),
+    ) {
+        let whole = bytes.len() >= PACKED_HEADER;
+        let ring_size = queue_size.saturating_sub(short).max(1);
+        bytes.u16(8, version);
+        bytes.u16(10, queue_size);
+        if tame && whole {
+            for offset in [12, 14, 16, 18] {
+                let value = u16::from(bytes[offset]) % (ring_size + u16::from(offset < 16));
+                bytes.u16(offset, value);
+            }
+            bytes[20] &= 1;
+            bytes[21] &= 1;
+            for entry in bytes[PACKED_HEADER..].chunks_exact_mut(PACKED_ENTRY) {
+                entry[0] &= 1;
+                for offset in [2, 4] {
+                    let value = u16::from(entry[offset]) % (queue_size + 1);
+                    entry.u16(offset, value);
+                }
+                let single = entry[7] & 1 == 0;
+                entry.u16(6, if single { 1 } else { 2 });
+            }
+            for (index, entry) in (0..).zip(bytes[PACKED_HEADER..].chunks_exact_mut(PACKED_ENTRY)) {
+                if entry[6] == 1 {
+                    entry.u16(4, index);
+                } else {
+                    let next = u16::from_le_bytes([entry[2], entry[3]]);
+                    entry.u16(4, next);
+                }
+            }
+        }
+        let flags_of = |index: u16| flags[usize::from(index)];
+        if let Ok(found) = recover_packed(&bytes, queue_size, ring_size, RingBase::from_bits(base), flags_of) {
+            let descs: usize = found.resubmit.iter().map(|request| request.descs.len()).sum();
+            prop_assert!(descs <= ring_size.into());
+            prop_assert!(found.stale.iter().all(|(index, _)| *index < ring_size));
+            prop_assert!(found.stores.len() <= 3 * usize::from(queue_size) + 8);
+            for stop in 0..=found.stores.len() {
+                let again = recover_packed(&bytes, queue_size, ring_size, RingBase::from_bits(base), flags_of).unwrap();
+                prop_assert_eq!(&again.resubmit, &found.resubmit);
+                if found.base.is_some() {
+                    prop_assert_eq!((again.base, &again.stale), (found.base, &found.stale));
+                }
+                if let Some(store) = found.stores.get(stop) {
+                    store.to(&mut bytes[..]);
+                } else {
+                    prop_assert!(again.stores.is_empty(), "nothing is left to be repaired");
+                }
             }
         }
     }

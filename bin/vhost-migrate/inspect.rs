@@ -7,10 +7,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use serde_json::{Value, json};
-use vhost_migrate::abi::inflight::{SplitEntry, SplitHeader, split_queue_bytes};
+use vhost_migrate::abi::inflight::{PackedEntry, PackedHeader, SplitEntry, SplitHeader};
+use vhost_migrate::abi::virtio::PACKED_DESC_F_USED;
 use vhost_migrate::dirty::PageSet;
-use vhost_migrate::inflight::recover;
+use vhost_migrate::inflight::{Kind as RingKind, recover, recover_packed};
 use vhost_migrate::memory::LOG_PAGE;
+use vhost_migrate::ring::RingBase;
 use vhost_migrate::stream::frame::ConnectionHeader;
 use vhost_migrate::stream::pages::Batch;
 use vhost_migrate::stream::{FrameReader, Kind, StreamError, ToDestination};
@@ -44,7 +46,7 @@ enum What {
         #[arg(long, default_value_t = 20)]
         runs: usize,
     },
-    /// The requests in flight in a region for split rings, and what a restarted back-end would do
+    /// The requests in flight in a region, and what a restarted back-end would do
     Inflight {
         /// The region's bytes
         file: PathBuf,
@@ -57,6 +59,12 @@ enum What {
         /// The used index in a queue's ring, as QUEUE:INDEX; without it the region's own is taken
         #[arg(long, value_name = "QUEUE:INDEX", value_parser = used_index)]
         used: Vec<(u16, u16)>,
+        /// The region is for packed rings
+        #[arg(long, conflicts_with = "used")]
+        packed: bool,
+        /// A queue whose last batch stands in its packed ring; without it a batch under way is taken for lost
+        #[arg(long, value_name = "QUEUE", requires = "packed")]
+        published: Vec<u16>,
     },
     /// The frames of a migration saved to a file
     Stream {
@@ -74,7 +82,10 @@ fn used_index(text: &str) -> Result<(u16, u16), String> {
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
     let found = match &arguments.what {
         What::Log { file, runs } => log(file, *runs),
-        What::Inflight { file, queues, queue_size, used } => inflight(file, *queues, *queue_size, used),
+        What::Inflight { file, queues, queue_size, packed: true, published, .. } => {
+            packed(file, *queues, *queue_size, published)
+        }
+        What::Inflight { file, queues, queue_size, used, .. } => inflight(file, *queues, *queue_size, used),
         What::Stream { file } => stream(file),
     };
     match found {
@@ -139,18 +150,11 @@ fn log(file: &Path, most: usize) -> Result<Found, String> {
 fn inflight(file: &Path, queues: u16, queue_size: Option<u16>, used: &[(u16, u16)]) -> Result<Found, String> {
     let bytes = read(file)?;
     let (mut text, mut list) = (Vec::new(), Vec::new());
-    let first = header_of(&bytes).ok_or_else(|| format!("{} bytes are too few for an inflight region", bytes.len()))?;
-    let queue_size = queue_size.unwrap_or(first.desc_num.get());
-    let stride = split_queue_bytes(queue_size) as usize;
+    let queue_size =
+        queue_size.map_or_else(|| Ok(header_of::<SplitHeader>(&bytes)?.desc_num.get()), Ok::<_, String>)?;
     for queue in 0..queues {
-        let part = bytes.get(usize::from(queue) * stride..).and_then(|rest| rest.get(..stride)).ok_or_else(|| {
-            format!(
-                "queue {queue} of {queue_size} entries lies outside the {} bytes: pass --queues and --queue-size as \
-                 the device had them",
-                bytes.len()
-            )
-        })?;
-        let header = header_of(part).ok_or("a queue's part is too small")?;
+        let part = part_of(&bytes, RingKind::Split, queue, queue_size)?;
+        let header: SplitHeader = header_of(part)?;
         let used_idx = used.iter().find(|(of, _)| *of == queue).map_or(header.used_idx.get(), |(_, index)| *index);
         let recovery = recover(part, used_idx, queue_size).map_err(|error| format!("queue {queue}: {error}"))?;
         text.push(format!(
@@ -164,7 +168,7 @@ fn inflight(file: &Path, queues: u16, queue_size: Option<u16>, used: &[(u16, u16
             .resubmit
             .iter()
             .map(|&head| {
-                let counter = counter_of(part, head);
+                let counter = entry_of::<SplitHeader, SplitEntry>(part, head).map_or(0, |entry| entry.counter.get());
                 text.push(format!("  head {head:>5}  counter {counter}: would be executed again"));
                 json!({"head": head, "counter": counter})
             })
@@ -186,14 +190,84 @@ fn inflight(file: &Path, queues: u16, queue_size: Option<u16>, used: &[(u16, u16
     Ok(Found { text, json: json!({"queues": list}) })
 }
 
-fn header_of(bytes: &[u8]) -> Option<SplitHeader> {
-    Some(SplitHeader::read_from_prefix(bytes).ok()?.0)
+fn packed(file: &Path, queues: u16, queue_size: Option<u16>, published: &[u16]) -> Result<Found, String> {
+    let bytes = read(file)?;
+    let (mut text, mut list) = (Vec::new(), Vec::new());
+    let queue_size =
+        queue_size.map_or_else(|| Ok(header_of::<PackedHeader>(&bytes)?.desc_num.get()), Ok::<_, String>)?;
+    for queue in 0..queues {
+        let part = part_of(&bytes, RingKind::Packed, queue, queue_size)?;
+        let header: PackedHeader = header_of(part)?;
+        // The ring itself is not at hand: its descriptors look as they are said to.
+        let used = (header.old_used_wrap_counter == 1) == published.contains(&queue);
+        let flags = u16::from(used) << PACKED_DESC_F_USED;
+        let recovery = recover_packed(part, queue_size, queue_size, RingBase::default(), |_| flags)
+            .map_err(|error| format!("queue {queue}: {error}"))?;
+        let [now, committed] = [
+            (header.used_idx.get(), header.used_wrap_counter),
+            (header.old_used_idx.get(), header.old_used_wrap_counter),
+        ];
+        text.push(format!(
+            "queue {queue}: version {}, {} entries, used position {} wrap {}, committed {} wrap {}",
+            header.version.get(),
+            header.desc_num.get(),
+            now.0,
+            now.1,
+            committed.0,
+            committed.1
+        ));
+        let resubmit: Vec<Value> = recovery
+            .resubmit
+            .iter()
+            .map(|request| {
+                let (entry, descs) = (request.entry, request.descs.len());
+                let counter = entry_of::<PackedHeader, PackedEntry>(part, entry).map_or(0, |entry| entry.counter.get());
+                let id = request.descs.last().map_or(0, |desc| desc.id.get());
+                text.push(format!(
+                    "  entry {entry:>5}  counter {counter}, buffer {id}, {descs} descriptors: would be executed again"
+                ));
+                json!({"entry": entry, "counter": counter, "id": id, "descriptors": descs})
+            })
+            .collect();
+        match recovery.base {
+            Some(base) => text.push(format!("  {} in flight; goes on at base {base:?}", resubmit.len())),
+            None => text.push("  fresh: nothing in flight; goes on where the front-end says".into()),
+        }
+        list.push(json!({
+            "queue": queue,
+            "version": header.version.get(),
+            "desc_num": header.desc_num.get(),
+            "used_idx": now.0,
+            "used_wrap_counter": now.1,
+            "old_used_idx": committed.0,
+            "old_used_wrap_counter": committed.1,
+            "base": recovery.base.map(RingBase::bits),
+            "resubmit": resubmit,
+        }));
+    }
+    Ok(Found { text, json: json!({"queues": list}) })
 }
 
-fn counter_of(part: &[u8], head: u16) -> u64 {
-    let at = size_of::<SplitHeader>() + usize::from(head) * size_of::<SplitEntry>();
-    let entry = part.get(at..).and_then(|rest| SplitEntry::read_from_prefix(rest).ok());
-    entry.map_or(0, |(entry, _)| entry.counter.get())
+fn part_of(bytes: &[u8], kind: RingKind, queue: u16, queue_size: u16) -> Result<&[u8], String> {
+    let stride = kind.queue_bytes(queue_size) as usize;
+    bytes.get(usize::from(queue) * stride..).and_then(|rest| rest.get(..stride)).ok_or_else(|| {
+        format!(
+            "queue {queue} of {queue_size} entries lies outside the {} bytes: pass --queues and --queue-size as the \
+             device had them",
+            bytes.len()
+        )
+    })
+}
+
+fn header_of<H: FromBytes>(bytes: &[u8]) -> Result<H, String> {
+    let (header, _) =
+        H::read_from_prefix(bytes).map_err(|_| format!("{} bytes are too few for an inflight region", bytes.len()))?;
+    Ok(header)
+}
+
+fn entry_of<H, E: FromBytes>(part: &[u8], index: u16) -> Option<E> {
+    let rest = part.get(size_of::<H>() + usize::from(index) * size_of::<E>()..)?;
+    Some(E::read_from_prefix(rest).ok()?.0)
 }
 
 fn stream(file: &Path) -> Result<Found, String> {

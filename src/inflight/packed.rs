@@ -243,24 +243,22 @@ pub fn recover_packed(
     marked.sort_unstable();
     let marked: Vec<u16> = marked.into_iter().map(|(_, head)| head).collect();
 
-    let current = Position::checked(header.used_idx.get(), header.used_wrap_counter, ring_size)?;
+    // One that adds first and wraps then may leave an index outside the ring, before anything is published.
+    let current = Position::checked(header.used_idx.get(), header.used_wrap_counter, ring_size).ok();
     let committed = Position::checked(header.old_used_idx.get(), header.old_used_wrap_counter, ring_size)?;
-    let published = current != committed && {
+    let batch = current.filter(|current| {
         // The used bit alone: the driver may have made the descriptor available again, for the next lap.
         let shown = used_bit(flags_of(committed.index)) == committed.wrap;
-        // Or one that stores index and wrap counter one by one was killed in between, when it had committed: before
-        // that, a batch as long as the ring would have everything in flight.
-        let torn = current.index == committed.index && descriptors(entries, &marked) != u32::from(ring_size);
-        shown || torn
-    };
+        *current != committed && (shown || is_torn(*current, committed, entries, &marked, ring_size))
+    });
     let heads = (header.free_head.get(), header.old_free_head.get());
-    let (used, mut free_head) = if published { (current, heads.0) } else { (committed, heads.1) };
+    let (used, mut free_head) = batch.map_or((committed, heads.1), |current| (current, heads.0));
 
     // What was decided comes first, in an order that leads to the same decision again.
     let mut stores = Vec::new();
     let set_heads = (heads != (free_head, free_head)).then_some(Store::U32(FREE_HEAD_AT, pair(free_head, free_head)));
-    let set_used = ((current, committed) != (used, used)).then_some(Store::U64(USED_AT, used_word(used, used)));
-    let decided = if published { [set_heads, set_used] } else { [set_used, set_heads] };
+    let set_used = ((current, committed) != (Some(used), used)).then_some(Store::U64(USED_AT, used_word(used, used)));
+    let decided = if batch.is_some() { [set_heads, set_used] } else { [set_used, set_heads] };
     stores.extend(decided.into_iter().flatten());
 
     // Nothing on the free list is in flight: neither the published batch nor a request taken halfway.
@@ -271,7 +269,7 @@ pub fn recover_packed(
         None => {
             // Nobody kept the list: of it only the first is sure, which is enough for a batch of one request.
             let num = entries.get(usize::from(free_head)).map_or(0, |first| first.num.get());
-            if published && committed.after(num.min(ring_size), ring_size) != current {
+            if batch.is_some_and(|current| committed.after(num.min(ring_size), ring_size) != current) {
                 return Err(InflightError::Batch { head: free_head });
             }
             let free: Vec<bool> = (0..queue_size).map(|index| index == free_head).collect();
@@ -353,6 +351,12 @@ fn initialise(
         free_head: 0,
         links,
     })
+}
+
+/// Whether one that stores index and wrap counter one by one was killed in between, when it had committed. Positions a
+/// whole ring apart also come of a batch as long as the ring: with that before it is published, everything is in flight.
+fn is_torn(current: Position, committed: Position, entries: &[PackedEntry], marked: &[u16], ring_size: u16) -> bool {
+    current.index == committed.index && descriptors(entries, marked) != u32::from(ring_size)
 }
 
 /// Which entries are on the free list, which ends where it leaves the entries; `None` if it runs in circles.
