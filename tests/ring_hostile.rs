@@ -150,12 +150,8 @@ fn the_largest_ring_full_of_the_longest_chain_ends() {
     assert!(matches!(device.pop(&mut Chain::default()), Err(TooManyBuffers { head: 0, limit: 1024 })));
     put_desc(&memory, layout.desc + 1023 * 16, 0, 1, 0, 0);
     let mut chain = Chain::default();
-    assert!(matches!(device.pop(&mut chain), Err(RingError::TooManyBuffers { limit: 1024, .. })));
-    put_desc(&memory, layout.desc + 1023 * 16, 0, 1, 0, 0);
     assert!(device.pop(&mut chain).unwrap());
     assert_eq!(chain.readable.len(), 1024);
-<<<<<<< HEAD
-=======
 }
 
 /// Descriptors of a packed ring, of which many are available.
@@ -328,5 +324,4 @@ fn the_largest_packed_ring_full_of_the_longest_chain_ends() {
     put_desc(&memory, layout.desc + 1023 * 16, 0, 1, 0, 0x80);
     assert!(device.pop(&mut chain).unwrap());
     assert_eq!((chain.readable.len(), chain.slots), (1024, 1024));
->>>>>>> ring
 }
