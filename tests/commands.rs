@@ -196,12 +196,25 @@ fn demo_ends_verified_with_all_its_figures() {
 #[test]
 fn demo_survives_killed_back_ends_before_during_and_after_the_migration() {
     let _alone = alone();
-    let arguments =
-        ["demo", "--kill", "--memory", "64MiB", "--disk", "16MiB", "--seconds", "2", "--json", "--downtime", "3000"];
-    let output = run(&[&arguments[..], &["--dirty-rate", "20MiB/s", "--codec", "zstd:1"]].concat());
-    assert!(output.status.success(), "{}", text(&output.stderr));
-    let done = events(&output).pop().unwrap();
-    assert_eq!((&done["verified"], &done["lost"], &done["kills"]), (&json!(true), &json!(0), &json!(3)), "{done}");
+    for rings in [&[][..], &["--packed"]] {
+        let arguments = [
+            "demo",
+            "--kill",
+            "--memory",
+            "64MiB",
+            "--disk",
+            "16MiB",
+            "--seconds",
+            "2",
+            "--json",
+            "--downtime",
+            "3000",
+        ];
+        let output = run(&[&arguments[..], &["--dirty-rate", "20MiB/s", "--codec", "zstd:1"], rings].concat());
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let done = events(&output).pop().unwrap();
+        assert_eq!((&done["verified"], &done["lost"], &done["kills"]), (&json!(true), &json!(0), &json!(3)), "{done}");
+    }
 }
 
 #[test]

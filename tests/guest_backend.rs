@@ -103,8 +103,17 @@ fn run_for(guest: &Guest, requests: u64) {
 
 #[test]
 fn a_back_end_that_is_killed_again_and_again_is_not_noticed() {
+    is_not_noticed(config());
+}
+
+#[test]
+fn a_back_end_of_packed_rings_that_is_killed_again_and_again_is_not_noticed() {
+    is_not_noticed(GuestConfig { packed: true, ..config() });
+}
+
+fn is_not_noticed(config: GuestConfig) {
     let mut backend = Backend::start();
-    let mut guest = running(&backend, config());
+    let mut guest = running(&backend, config);
     for kill in 1..=KILLS {
         // At some moment of some request: after another number of them each time.
         run_for(&guest, 50 + 7 * kill);
@@ -200,8 +209,17 @@ fn moved(mut guest: Guest, backend: &mut Backend, trust_log: bool) -> Result<Gue
 
 #[test]
 fn a_guest_that_moves_by_its_dirty_pages_while_its_back_end_crashes_loses_nothing() {
+    loses_nothing(config());
+}
+
+#[test]
+fn a_guest_with_packed_rings_that_moves_while_its_back_end_crashes_loses_nothing() {
+    loses_nothing(GuestConfig { packed: true, ..config() });
+}
+
+fn loses_nothing(config: GuestConfig) {
     let mut backend = Backend::start();
-    let mut guest = running(&backend, config());
+    let mut guest = running(&backend, config);
     for _ in 0..4 {
         guest = moved(guest, &mut backend, true).unwrap();
         run_for(&guest, 100);

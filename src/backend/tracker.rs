@@ -37,7 +37,8 @@ impl Tracker {
                 let flags_of = |position| ring.flags(position);
                 let (tracker, recovery) = region.packed(index, ring.layout().size, ring.base(), flags_of)?;
                 if let Some(base) = recovery.base {
-                    ring.set_positions(base.packed_avail(), base.packed_used()).map_err(broken)?;
+                    let (avail, used) = base.packed_positions();
+                    ring.set_positions(avail, used).map_err(broken)?;
                 }
                 Ok((Tracker::Packed(tracker), Found::Packed(recovery)))
             }

@@ -7,7 +7,7 @@ use crate::frontend::InflightState;
 use crate::ring::{self, RingBase};
 
 /// The version of [`GuestState`] that this code writes, and the only one it reads.
-pub const STATE_VERSION: u32 = 1;
+pub const STATE_VERSION: u32 = 2;
 
 /// A guest without its memory and disks.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

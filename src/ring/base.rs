@@ -63,6 +63,12 @@ impl RingBase {
         Position::from_bits(self.0 as u16)
     }
 
+    /// Both positions of a packed ring, avail and used, exactly as the bits say: for a base that was made here and not by
+    /// a front-end, where a used position 0 with wrap counter 0 is one.
+    pub const fn packed_positions(self) -> (Position, Position) {
+        (Position::from_bits(self.0 as u16), Position::from_bits((self.0 >> 16) as u16))
+    }
+
     /// Where the device writes the next completion, when this is a packed ring's base. May be outside the ring.
     ///
     /// Some front-ends know the avail position alone and leave these bits 0: then it is that (rule R4).

@@ -14,7 +14,7 @@ use vhost_migrate::abi::vhost_user::{
 use vhost_migrate::abi::virtio::{BlkRequestHeader, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_F_VERSION_1};
 use vhost_migrate::dirty::{Log, PageSet};
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
-use vhost_migrate::ring::{Buffer, SplitDriver, SplitLayout};
+use vhost_migrate::ring::{Buffer, DriverRing, DriverState, Position, RingBase, RingLayout, SplitLayout};
 use zerocopy::IntoBytes;
 
 use crate::raw::{Client, DEADLINE, VERSION};
@@ -93,8 +93,9 @@ impl Guest {
 /// A ring in guest memory: one per index, each in a 1 MiB of its own, 1 MiB from the start.
 pub(crate) struct Ring {
     pub(crate) index: u32,
+    /// Where its parts are; of a packed ring the event areas instead of avail and used ring.
     pub(crate) layout: SplitLayout,
-    pub(crate) driver: SplitDriver,
+    pub(crate) driver: DriverRing,
     pub(crate) kick: EventFd,
     pub(crate) call: EventFd,
     /// `log_guest_addr`, while F_LOG is set.
@@ -106,8 +107,29 @@ impl Ring {
         let at = (u64::from(index) + 1) << 20;
         let layout = SplitLayout { size, desc: at, avail: at + 0x4_0000, used: at + 0x8_0000 };
         let eventfd = || EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).unwrap();
-        let driver = SplitDriver::new(&guest.memory, layout, features).unwrap();
+        let SplitLayout { desc, avail, used, .. } = layout;
+        let ring = RingLayout::new(features, size, desc, avail, used);
+        let driver = DriverRing::new(&guest.memory, ring, features).unwrap();
         Ring { index, layout, driver, kick: eventfd(), call: eventfd(), log_at: None }
+    }
+
+    /// The used index, of a split ring, as far as its driver has seen it.
+    pub(crate) fn seen(&self) -> u16 {
+        match self.driver.state() {
+            DriverState::Split(state) => state.used,
+            DriverState::Packed(_) => panic!("a packed ring has no such index"),
+        }
+    }
+
+    /// The base when all its requests are complete.
+    pub(crate) fn drained(&self) -> u32 {
+        match self.driver.state() {
+            DriverState::Split(state) => RingBase::split(state.avail).bits(),
+            DriverState::Packed(state) => {
+                let Position { index, wrap } = state.avail;
+                RingBase::packed(index, wrap, index, wrap).bits()
+            }
+        }
     }
 
     pub(crate) fn addr(&self, guest: &Guest) -> VringAddr {

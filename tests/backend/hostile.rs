@@ -64,7 +64,7 @@ fn wrong_messages(guest: &Guest, ring: &Ring) -> Vec<Wrong> {
     let mut huge_count = table(&[region(0, MIB, 0, 0)]);
     huge_count[..4].copy_from_slice(&u32::MAX.to_le_bytes());
     let mut all = vec![
-        wrong("features that were not offered", Code::SET_FEATURES, &(BASIC | 1 << 34), 0),
+        wrong("features that were not offered", Code::SET_FEATURES, &(BASIC | 1 << 50), 0),
         wrong("protocol features that were not offered", Code::SET_PROTOCOL_FEATURES, &u64::MAX, 0),
         wrong("a table without fds", Code::SET_MEM_TABLE, table(&[region(0, MIB, 0, 0)]).as_slice(), 0),
         wrong("a table with too many fds", Code::SET_MEM_TABLE, table(&[region(0, MIB, 0, 0)]).as_slice(), 2),
