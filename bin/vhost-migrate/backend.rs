@@ -70,6 +70,9 @@ struct Blk {
     /// Go past the page cache (O_DIRECT) where a request's buffers are aligned for it
     #[arg(long)]
     direct: bool,
+    /// Offer drivers to complete their requests in order; a slow one then holds up those after it
+    #[arg(long)]
+    in_order: bool,
     /// Let other processes write the image at the same time, as cluster file systems want it
     #[arg(long)]
     share_rw: bool,
@@ -120,6 +123,7 @@ impl Blk {
                 How::Threads => Aio::Threads,
             },
             direct: self.direct,
+            in_order: self.in_order,
             share_rw: self.share_rw,
         })?;
         let (bytes, image) = (disk.capacity() * 512, self.image.display());

@@ -9,6 +9,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -26,6 +27,8 @@ use super::counters::RingCounters;
 use super::session::{Logging, Rings, Setup};
 use super::tracker::{Found, Tracker};
 use super::{BackendError, Device, Notifier, Queue, Request};
+use crate::abi::bit;
+use crate::abi::virtio::VIRTIO_F_IN_ORDER;
 use crate::ring::{DeviceRing, RingBase, RingLog};
 
 /// How long a drain waits before it asks the device's queue again, in milliseconds.
@@ -174,6 +177,8 @@ struct Worker {
     /// Heads in flight.
     busy: Vec<bool>,
     in_flight: usize,
+    /// With IN_ORDER negotiated: what is in flight, oldest first.
+    order: Option<InOrder>,
     /// Came back from the queue, to be published.
     done: Vec<Request>,
     /// To be used again.
@@ -195,6 +200,7 @@ impl Worker {
         // A packed ring's driver may choose any id.
         let heads = if let DeviceRing::Split(_) = ring { setup.layout.size().into() } else { 1 << 16 };
         let busy = vec![false; heads];
+        let order = (setup.features & bit(VIRTIO_F_IN_ORDER) != 0).then(InOrder::default);
         let mut worker = Worker {
             index,
             ring,
@@ -205,6 +211,7 @@ impl Worker {
             wake,
             busy,
             in_flight: 0,
+            order,
             done: Vec::new(),
             spare: Vec::new(),
             broken: false,
@@ -322,6 +329,9 @@ impl Worker {
             _ => return Err(BackendError::Busy { index, head }),
         }
         self.in_flight += 1;
+        if let Some(order) = &mut self.order {
+            order.taken.push_back(head);
+        }
         self.queue.submit(request);
         Ok(())
     }
@@ -329,6 +339,9 @@ impl Worker {
     /// Collects what is complete and, if so wanted, publishes it; false if there was nothing.
     fn complete(&mut self, publish: bool) -> bool {
         self.queue.completions(&mut self.done);
+        if let Some(order) = &mut self.order {
+            order.hold_back(&mut self.done);
+        }
         if self.done.is_empty() {
             return false;
         }
@@ -451,6 +464,25 @@ impl Worker {
 
     fn spare_request(&mut self) -> Request {
         self.spare.pop().unwrap_or_else(|| Request::new(self.setup.memory.clone()))
+    }
+}
+
+/// The requests of a driver that wants them completed in the order in which they were taken (VIRTIO_F_IN_ORDER).
+#[derive(Default)]
+struct InOrder {
+    taken: VecDeque<u16>,
+    /// Complete before their turn, by head.
+    early: HashMap<u16, Request>,
+}
+
+impl InOrder {
+    /// Leaves in `done` what may be published now, in order.
+    fn hold_back(&mut self, done: &mut Vec<Request>) {
+        self.early.extend(done.drain(..).map(|request| (request.head(), request)));
+        while let Some(request) = self.taken.front().and_then(|head| self.early.remove(head)) {
+            self.taken.pop_front();
+            done.push(request);
+        }
     }
 }
 

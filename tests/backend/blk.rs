@@ -8,7 +8,7 @@ use vhost_migrate::abi::vhost_user::{ConfigHeader, Request as Code};
 use vhost_migrate::abi::virtio::{
     BlkConfig, BlkDiscardWriteZeroes, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_OUT,
-    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use vhost_migrate::backend::Device;
 use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
@@ -378,4 +378,32 @@ fn a_ring_waits_until_whoever_has_the_image_lets_go_of_it() {
     // Who says that he knows what he does need not wait.
     let other = Rig::new(|options| (options.image, options.share_rw) = (image, true));
     drop(other);
+}
+
+#[test]
+fn with_in_order_completions_come_in_the_order_of_the_requests() {
+    for ring in [0, bit(VIRTIO_F_RING_PACKED)] {
+        let (server, guest) = (Server::disk(DISK, |options| options.in_order = true), Guest::new());
+        let client = server.connect();
+        let features = BASIC | ring | bit(VIRTIO_F_IN_ORDER);
+        begin(&client, &guest, features);
+        let mut ring = Ring::new(&guest, 0, 256, features);
+        ring.set_up(&client, &guest, ring.drained());
+        ring.enable(&client, true);
+        for round in 0..20 {
+            // Large reads, and small ones and refusals that overtake them where nobody minds.
+            let asked: Vec<u16> = (0..30)
+                .map(|slot| match slot % 3 {
+                    0 => ring.read(&guest, slot, round * 100, 60 << 10),
+                    1 => ring.read(&guest, slot, u64::MAX, 512),
+                    _ => ring.read(&guest, slot, slot, 512),
+                })
+                .collect();
+            ring.kick();
+            for (slot, head) in (0..).zip(asked) {
+                assert_eq!(ring.completion().0, head);
+                assert_ne!(status(&guest, slot), 0xff, "its turn came before it was complete");
+            }
+        }
+    }
 }

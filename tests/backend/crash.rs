@@ -13,7 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{InflightDescription, LogDescription, Request as Code};
-use vhost_migrate::abi::virtio::{VIRTIO_F_RING_PACKED, VIRTIO_RING_F_EVENT_IDX};
+use vhost_migrate::abi::virtio::{VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_RING_F_EVENT_IDX};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::inflight;
 use vhost_migrate::ring::RingBase;
@@ -218,6 +218,13 @@ fn killed_a_hundred_times_with_packed_rings_every_request_is_answered_exactly_on
 #[test]
 fn killed_a_hundred_times_with_packed_rings_and_event_idx_every_request_is_answered_exactly_once_and_right() {
     survives(100, BASIC | PACKED | bit(VIRTIO_RING_F_EVENT_IDX), &["--aio", "threads"]);
+}
+
+#[test]
+fn killed_fifty_times_with_completions_in_order_every_request_is_answered_exactly_once_and_right() {
+    for ring in [0, PACKED] {
+        survives(50, BASIC | ring | bit(VIRTIO_F_IN_ORDER), &["--in-order"]);
+    }
 }
 
 #[test]

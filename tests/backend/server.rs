@@ -84,6 +84,7 @@ pub(crate) fn disk_options(folder: &Path, bytes: u64, change: impl FnOnce(&mut D
         serial: "serial-number".into(),
         aio: Aio::IoUring,
         direct: false,
+        in_order: false,
         share_rw: false,
     };
     change(&mut options);

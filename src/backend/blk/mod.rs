@@ -26,8 +26,8 @@ use super::{Device, Queue};
 use crate::abi::bit;
 use crate::abi::virtio::{
     BlkConfig, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
-    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_F_RING_PACKED,
-    VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_F_IN_ORDER,
+    VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use crate::backend::disk_io::{self, Engine, Files, Threads, Uring};
 
@@ -63,6 +63,9 @@ pub struct DiskOptions {
     pub aio: Aio,
     /// Whether to go past the page cache (O_DIRECT) where a request's buffers allow it.
     pub direct: bool,
+    /// Whether drivers are offered completions in the order of their requests. A slow request then holds up those after
+    /// it.
+    pub in_order: bool,
     /// Whether other processes may write the image at the same time: it is not locked then.
     pub share_rw: bool,
 }
@@ -191,6 +194,7 @@ impl Device for Disk {
             | bit(VIRTIO_BLK_F_SEG_MAX)
             | bit(VIRTIO_BLK_F_BLK_SIZE)
             | bit(VIRTIO_BLK_F_FLUSH)
+            | or(self.options.in_order, bit(VIRTIO_F_IN_ORDER))
             | or(self.options.queues > 1, bit(VIRTIO_BLK_F_MQ))
             | or(self.options.read_only, bit(VIRTIO_BLK_F_RO))
             | or(self.clears, bit(VIRTIO_BLK_F_DISCARD) | bit(VIRTIO_BLK_F_WRITE_ZEROES))
