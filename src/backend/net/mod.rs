@@ -5,17 +5,21 @@
 //! | `wire` | what packets travel on, and which queue hears what |
 //! | `receive`, `transmit`, `control` | the queues |
 //! | `filter` | which received packets the driver wants |
+//! | `tap`, `pair` | what can be at the other end: the host's network, or another such process |
 //!
 //! Here: what is offered, configuration space, announcing. Nothing is offloaded: checksums and segments are the driver's.
 //! QEMU keeps control queue and configuration space to itself; the data queues work all the same.
 
 mod control;
 mod filter;
+mod pair;
 mod receive;
+mod tap;
 mod transmit;
 mod wire;
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -25,6 +29,7 @@ use zerocopy::{FromZeros, IntoBytes};
 use self::control::Control;
 use self::filter::Filter;
 pub use self::filter::Mac;
+use self::pair::Link;
 use self::receive::Receive;
 use self::transmit::Transmit;
 pub use self::wire::Counts;
@@ -53,6 +58,10 @@ const CONFIG_BYTES: usize = 12;
 pub enum Peer {
     /// The guest itself: what a pair sends, it receives.
     Loopback,
+    /// A tap of the host, by name.
+    Tap(String),
+    /// Another such process: both name the same socket, and have as many pairs.
+    Pair(PathBuf),
 }
 
 /// What kind of interface to be.
@@ -94,6 +103,31 @@ pub enum NetError {
         /// The MTU.
         mtu: u16,
     },
+    /// A name that no interface of Linux can have.
+    #[error("{name:?} can't be a tap's name: it has 1 to 15 bytes, and no '/' or '%'")]
+    TapName {
+        /// The name.
+        name: String,
+    },
+    /// The tap can't be opened.
+    #[error("can't open tap {name}: {source}; {advice}")]
+    Tap {
+        /// Its name.
+        name: String,
+        /// What the system said.
+        source: io::Error,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// The socket of a pair can't be used.
+    #[error("can't use {path} for a pair: {source}; give a path of at most 107 bytes in a directory that you may write to",
+        path = path.display())]
+    Pair {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// The system refused something.
     #[error("can't {what}: {source}")]
     System {
@@ -109,6 +143,8 @@ pub enum NetError {
 pub struct Net {
     hub: Arc<Hub>,
     options: NetOptions,
+    /// Finds the other end of a pair, as long as it lives.
+    _link: Option<Link>,
 }
 
 impl Net {
@@ -127,12 +163,18 @@ impl Net {
         if let Some(mtu) = mtu.filter(|mtu| *mtu < MIN_MTU) {
             return Err(NetError::Mtu { mtu });
         }
+        let there = |wires: Vec<Wire>| wires.into_iter().map(|wire| Some(Arc::new(wire))).collect();
         let wires = match &options.peer {
-            Peer::Loopback => {
-                (0..pairs).map(|_| looped().map(|wire| Some(Arc::new(wire)))).collect::<Result<_, _>>()?
-            }
+            Peer::Loopback => there((0..pairs).map(|_| looped()).collect::<Result<_, _>>()?),
+            Peer::Tap(name) => there(tap::open(name, pairs)?),
+            Peer::Pair(_) => (0..pairs).map(|_| None).collect(),
         };
-        Ok(Net { hub: Arc::new(Hub::new(wires, Filter::new(mac))), options })
+        let hub = Arc::new(Hub::new(wires, Filter::new(mac)));
+        let link = match &options.peer {
+            Peer::Pair(path) => Some(Link::start(path, pairs, hub.clone())?),
+            _ => None,
+        };
+        Ok(Net { hub, options, _link: link })
     }
 
     /// What became of packets so far.
