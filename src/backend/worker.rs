@@ -187,6 +187,8 @@ struct Worker {
     broken: bool,
     /// Pages outside the log, as far as they were reported.
     reported: u64,
+    /// Whether the driver was notified.
+    notified: bool,
 }
 
 impl Worker {
@@ -213,6 +215,7 @@ impl Worker {
             spare: Vec::new(),
             broken: false,
             reported: 0,
+            notified: false,
         };
         worker.log_to(worker.setup.logging.clone());
         worker
@@ -254,6 +257,10 @@ impl Worker {
                     }
                     Order::Notifiers { call, error, done } => {
                         (self.setup.call, self.setup.error) = (call, error);
+                        // What the last one was told may have gone unheard (rule R10).
+                        if std::mem::take(&mut self.notified) {
+                            self.notify();
+                        }
                         let _ = done.send(());
                     }
                     Order::Stop => return self.drain(true),
@@ -392,9 +399,10 @@ impl Worker {
         }
     }
 
-    fn notify(&self) {
+    fn notify(&mut self) {
         if let Some(call) = &self.setup.call {
             call.signal();
+            self.notified = true;
         }
     }
 

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{
     CONFIG_TYPE_MIGRATION, ConfigHeader, InflightDescription, Request as Code, protocol_feature,
@@ -713,4 +714,23 @@ fn what_can_not_be_an_interface_is_explained_in_one_line() {
         assert!(said.contains(advice) && (status == 2 || said.lines().count() == 1), "{said}");
     }
     assert_eq!(run(&[]).0, Some(2), "what is at the other end must be said");
+}
+
+/// Rule R10: QEMU forgets what the fd said that it replaces.
+#[test]
+fn a_ring_that_has_notified_signals_over_a_new_call_fd() {
+    let mut rig = Rig::new(MERGEABLE, |_| {});
+    let renew = |rig: &mut Rig| {
+        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
+        rig.rx[0].call = EventFd::from_flags(flags).unwrap();
+        let call = rig.rx[0].call.as_fd();
+        rig.client.done(Code::SET_VRING_CALL, &0u64, &[call]);
+        rig.rx[0].call.read().is_ok()
+    };
+    assert!(!renew(&mut rig), "there was nothing to say");
+    rig.provide_kicked(0, &[1000]);
+    rig.send(0, &frame(100, 1));
+    rig.wait_for("the packet arrives", |seen| seen.received == 1);
+    rig.receive(0);
+    assert!(renew(&mut rig));
 }

@@ -198,6 +198,7 @@ impl Queue for Receive {
 
 impl Drop for Receive {
     fn drop(&mut self) {
+        debug!("receive queue {}: stops, and so far {:?}", self.pair, self.view.hub.counters.read());
         let packet = self.packet.and_then(|len| self.buffer.get(..len)).map(<[u8]>::to_vec);
         self.view.hub.leave(self.pair, packet);
     }
