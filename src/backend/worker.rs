@@ -187,7 +187,7 @@ struct Worker {
     broken: bool,
     /// Pages outside the log, as far as they were reported.
     reported: u64,
-    /// Whether the driver was notified.
+    /// Whether the driver was to be notified, over this call fd or without one.
     notified: bool,
 }
 
@@ -257,8 +257,8 @@ impl Worker {
                     }
                     Order::Notifiers { call, error, done } => {
                         (self.setup.call, self.setup.error) = (call, error);
-                        // What the last one was told may have gone unheard (rule R10).
-                        if std::mem::take(&mut self.notified) {
+                        // There may have been none, or nobody who heard it (rule R10).
+                        if self.notified {
                             self.notify();
                         }
                         let _ = done.send(());
@@ -400,9 +400,9 @@ impl Worker {
     }
 
     fn notify(&mut self) {
+        self.notified = true;
         if let Some(call) = &self.setup.call {
             call.signal();
-            self.notified = true;
         }
     }
 
