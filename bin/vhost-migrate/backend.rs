@@ -1,7 +1,9 @@
 //! `vhost-migrate backend`: a vhost-user back-end in a process of its own.
 
+mod net;
+
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -24,6 +26,7 @@ pub(crate) struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Kind {
     Blk(Blk),
+    Net(net::Arguments),
 }
 
 /// A disk: serves a raw image file or a block device
@@ -93,8 +96,11 @@ enum How {
 
 /// Runs the subcommand.
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
-    let Kind::Blk(blk) = arguments.device;
-    match blk.run() {
+    let ended = match arguments.device {
+        Kind::Blk(blk) => blk.run(),
+        Kind::Net(net) => net.run(),
+    };
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("vhost-migrate: {error}");
@@ -107,11 +113,6 @@ impl Blk {
     fn run(self) -> Result<(), Box<dyn std::error::Error>> {
         self.messages.start();
         self.metrics.start()?;
-        let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
-        let signalled = stop.clone();
-        on_interrupt(move || {
-            let _ = signalled.write(1);
-        })?;
         let disk = Disk::open(DiskOptions {
             image: self.image.clone(),
             read_only: self.read_only,
@@ -127,25 +128,40 @@ impl Blk {
             share_rw: self.share_rw,
         })?;
         let (bytes, image) = (disk.capacity() * 512, self.image.display());
-        let disk: Arc<dyn Device> = Arc::new(disk);
-        let listener = match (&self.socket, self.fd) {
-            (Some(path), _) => Listener::bind(path)?,
-            (None, Some(number)) => match backend::inherited(number) {
-                Ok(Inherited::Listener(listener)) => listener,
-                Ok(Inherited::Connection(connection)) => {
-                    println!("serves {image} ({bytes} bytes) on fd {number}");
-                    backend::serve_one(&connection, &disk, stop.as_fd());
-                    return Ok(());
-                }
-                Err(error) => return Err(format!("--fd {number} is no socket that was passed on: {error}").into()),
-            },
-            (None, None) => return Err("give --socket or --fd".into()),
-        };
-        match &self.socket {
-            Some(path) => println!("serves {image} ({bytes} bytes) on {}", path.display()),
-            None => println!("serves {image} ({bytes} bytes)"),
-        }
-        backend::serve(&listener, &disk, stop.as_fd())?;
-        Ok(())
+        let what = format!("{image} ({bytes} bytes)");
+        serve(self.socket.as_deref(), self.fd, Arc::new(disk), &what)
     }
+}
+
+/// Serves `device` on a socket of its own or an inherited one, until a signal ends it; `what` it is goes to stdout.
+fn serve(
+    socket: Option<&Path>,
+    fd: Option<i32>,
+    device: Arc<dyn Device>,
+    what: &str,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
+    let signalled = stop.clone();
+    on_interrupt(move || {
+        let _ = signalled.write(1);
+    })?;
+    let listener = match (socket, fd) {
+        (Some(path), _) => Listener::bind(path)?,
+        (None, Some(number)) => match backend::inherited(number) {
+            Ok(Inherited::Listener(listener)) => listener,
+            Ok(Inherited::Connection(connection)) => {
+                println!("serves {what} on fd {number}");
+                backend::serve_one(&connection, &device, stop.as_fd());
+                return Ok(());
+            }
+            Err(error) => return Err(format!("--fd {number} is no socket that was passed on: {error}").into()),
+        },
+        (None, None) => return Err("give --socket or --fd".into()),
+    };
+    match socket {
+        Some(path) => println!("serves {what} on {}", path.display()),
+        None => println!("serves {what}"),
+    }
+    backend::serve(&listener, &device, stop.as_fd())?;
+    Ok(())
 }

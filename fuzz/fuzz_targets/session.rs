@@ -48,7 +48,8 @@ impl Rings for Checked {
         let running = &mut self.running[usize::from(index)];
         assert!(!*running, "a running ring was started");
         assert!((1..=256).contains(&setup.layout.size()));
-        assert!(setup.memory.slice(setup.layout.desc, 16 * u64::from(setup.layout.size)).is_ok());
+        let [desc, ..] = setup.layout.areas();
+        assert!(setup.memory.slice(desc, 16 * u64::from(setup.layout.size())).is_ok());
         *running = true;
         Ok(())
     }

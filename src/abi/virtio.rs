@@ -402,6 +402,14 @@ pub const VIRTIO_NET_CTRL_RX: u8 = 0;
 pub const VIRTIO_NET_CTRL_RX_PROMISC: u8 = 0;
 /// Receive mode: all multicast.
 pub const VIRTIO_NET_CTRL_RX_ALLMULTI: u8 = 1;
+/// Receive mode: all unicast.
+pub const VIRTIO_NET_CTRL_RX_ALLUNI: u8 = 2;
+/// Receive mode: no multicast.
+pub const VIRTIO_NET_CTRL_RX_NOMULTI: u8 = 3;
+/// Receive mode: no unicast.
+pub const VIRTIO_NET_CTRL_RX_NOUNI: u8 = 4;
+/// Receive mode: no broadcast.
+pub const VIRTIO_NET_CTRL_RX_NOBCAST: u8 = 5;
 /// Control class: MAC addresses.
 pub const VIRTIO_NET_CTRL_MAC: u8 = 1;
 /// Sets the filter table.

@@ -38,6 +38,28 @@ pub trait Device: Send + Sync {
         Err(BackendError::Config { code: Code::SET_CONFIG, offset, len, why })
     }
 
+    /// What GET_QUEUE_NUM answers: the queues, except for a net device, which counts pairs as front-ends expect it.
+    fn queue_num(&self) -> u64 {
+        self.queues().into()
+    }
+
+    /// Protocol features of the device type, beside those that every device has.
+    fn protocol_features(&self) -> u64 {
+        0
+    }
+
+    /// A message that is for the device type alone, with its number: SEND_RARP, NET_SET_MTU.
+    ///
+    /// # Errors
+    /// [`BackendError::Unsupported`], also from the default implementation, and whatever the device refuses.
+    fn message(&self, code: Code, number: u64) -> Result<(), BackendError> {
+        let _ = number;
+        Err(BackendError::Unsupported { code })
+    }
+
+    /// Forgets what the driver has set, as a reset of the device wants it. No queue runs.
+    fn reset(&self) {}
+
     /// Begins to serve a ring, in the thread that will do it, with the features that the driver accepted.
     ///
     /// # Errors
@@ -49,6 +71,12 @@ pub trait Device: Send + Sync {
 ///
 /// Requests may be completed in any order. Dropping a queue waits for whatever still reaches into guest memory.
 pub trait Queue {
+    /// Whether it can use a request now; asked before each one is taken from the ring. A queue of buffers for what is yet
+    /// to come wants none before it has come; then [`Queue::completion_fd`] says when to ask again.
+    fn wants(&mut self) -> bool {
+        true
+    }
+
     /// Takes a request. It comes back from [`Queue::completions`], now or later.
     fn submit(&mut self, request: Request);
 
@@ -56,7 +84,14 @@ pub trait Queue {
     /// go.
     fn completions(&mut self, done: &mut Vec<Request>);
 
-    /// An fd that is readable while completions wait; a queue that completes requests at once has none.
+    /// Hands back the requests that it has and did not touch, in the order in which it got them: the ring stops, and they
+    /// go back into it. What is served without fail can stay.
+    fn put_back(&mut self, unused: &mut Vec<Request>) {
+        let _ = unused;
+    }
+
+    /// An fd that is readable while completions wait, or while [`Queue::wants`] would say yes where it said no; a queue
+    /// that completes requests at once has none.
     fn completion_fd(&self) -> Option<BorrowedFd<'_>>;
 }
 
@@ -141,6 +176,11 @@ impl Request {
         })?;
         self.written.push(range);
         Ok(())
+    }
+
+    /// Whether all writable bytes are in guest memory, so that no [`Request::write`] to them fails.
+    pub fn is_writable(&self) -> bool {
+        self.chain.writable.iter().all(|buffer| self.memory.slices(buffer.gpa, buffer.len.into(), |_| {}).is_ok())
     }
 
     /// Appends the host ranges of a part of the readable bytes to `out`, for `writev`-like calls that end before the

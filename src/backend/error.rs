@@ -209,6 +209,14 @@ pub enum BackendError {
         /// What is wrong.
         why: &'static str,
     },
+    /// An MTU that the device can't have.
+    #[error("NET_SET_MTU asks for {mtu} bytes: this device can have 68 to {most}")]
+    Mtu {
+        /// Bytes asked for.
+        mtu: u64,
+        /// Most bytes.
+        most: u16,
+    },
     /// The kick of a ring can't be waited for.
     #[error("ring {index}: its kick is no eventfd or its other end is closed: send SET_VRING_KICK again (rule F8)")]
     Kick {

@@ -10,6 +10,7 @@
 //! | `device` | what a device author writes, and the [`Request`] it gets |
 //! | `counters` | what is counted, for monitoring |
 //! | `blk` | a disk |
+//! | `net` | a network interface |
 //! | `disk_io` | disk I/O from and to the memory of a request |
 //!
 //! A device never logs: it can only reach guest memory through its [`Request`], which remembers what was lent for
@@ -22,6 +23,7 @@ mod device;
 mod disk_io;
 mod error;
 mod message;
+pub mod net;
 mod notify;
 mod server;
 mod session;

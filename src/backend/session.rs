@@ -26,7 +26,7 @@ use crate::inflight;
 use crate::memory::{Memory, Region};
 use crate::ring::{RingBase, RingLayout};
 
-/// The protocol features that are offered.
+/// The protocol features that are offered with any device.
 const PROTOCOL_FEATURES: u64 = bit(protocol_feature::MQ)
     | bit(protocol_feature::LOG_SHMFD)
     | bit(protocol_feature::REPLY_ACK)
@@ -237,11 +237,11 @@ impl Session {
         match code {
             Code::GET_FEATURES => return number(self.offered()),
             Code::SET_FEATURES => self.set_features(message.body()?, rings)?,
-            Code::GET_PROTOCOL_FEATURES => return number(PROTOCOL_FEATURES),
+            Code::GET_PROTOCOL_FEATURES => return number(self.offered_protocol()),
             Code::SET_PROTOCOL_FEATURES => {
-                self.protocol_features = acknowledged(code, message.body()?, PROTOCOL_FEATURES)?;
+                self.protocol_features = acknowledged(code, message.body()?, self.offered_protocol())?;
             }
-            Code::GET_QUEUE_NUM => return number(self.device.queues().into()),
+            Code::GET_QUEUE_NUM => return number(self.device.queue_num()),
             Code::GET_MAX_MEM_SLOTS => return number(VHOST_USER_MAX_RAM_SLOTS_TODAY as u64),
             Code::SET_OWNER => {}
             Code::RESET_OWNER => self.disable(rings)?,
@@ -336,6 +336,7 @@ impl Session {
                 )?;
                 self.inflight = Some(Arc::new(region));
             }
+            Code::SEND_RARP | Code::NET_SET_MTU => self.device.message(code, message.body()?)?,
             Code::SET_BACKEND_REQ_FD => self._channel = Some(message.only_fd()?),
             _ => return Err(BackendError::Unsupported { code }),
         }
@@ -344,6 +345,10 @@ impl Session {
 
     fn offered(&self) -> u64 {
         self.device.features() | LOG_ALL | BIT_30
+    }
+
+    fn offered_protocol(&self) -> u64 {
+        PROTOCOL_FEATURES | self.device.protocol_features()
     }
 
     fn set_features(&mut self, bits: u64, rings: &mut dyn Rings) -> Result<(), BackendError> {
@@ -372,6 +377,7 @@ impl Session {
         self.disable(rings)?;
         self.rings.iter_mut().for_each(|ring| *ring = Ring::default());
         (self.features, self.status) = (0, 0);
+        self.device.reset();
         if let Some(region) = &self.inflight {
             region.reset();
         }

@@ -65,6 +65,13 @@ impl Tracker {
         }
     }
 
+    /// Notes that a request is as if never taken. Those of packed rings are used up instead.
+    pub(super) fn put_back(&mut self, name: u16) {
+        if let Tracker::Split(tracker) = self {
+            tracker.put_back(name);
+        }
+    }
+
     /// Notes that the batch is published.
     pub(super) fn commit(&mut self, ring: &DeviceRing) {
         match (self, ring) {

@@ -186,6 +186,8 @@ struct Worker {
     /// No more requests are taken.
     broken: bool,
     counters: RingCounters,
+    /// Whether the driver was to be notified, over this call fd or without one.
+    notified: bool,
 }
 
 impl Worker {
@@ -216,6 +218,7 @@ impl Worker {
             spare: Vec::new(),
             broken: false,
             counters: RingCounters::new(index),
+            notified: false,
         };
         worker.log_to(worker.setup.logging.clone());
         worker
@@ -259,6 +262,10 @@ impl Worker {
                     }
                     Order::Notifiers { call, error, done } => {
                         (self.setup.call, self.setup.error) = (call, error);
+                        // There may have been none, or nobody who heard it (rule R10).
+                        if self.notified {
+                            self.notify();
+                        }
                         let _ = done.send(());
                     }
                     Order::Stop => return self.drain(true),
@@ -281,17 +288,20 @@ impl Worker {
         let result = loop {
             // A batch is bounded by the ring: the next turn looks for orders.
             if self.broken || taken == self.setup.layout.size() {
-                break Ok(());
+                break Ok(true);
+            }
+            if !self.queue.wants() {
+                break Ok(false);
             }
             match self.take() {
                 Ok(true) => taken += 1,
-                Ok(false) => break Ok(()),
+                Ok(false) => break Ok(true),
                 Err(error) => break Err(error),
             }
         };
         let published = self.complete(true);
-        result?;
-        if taken > 0 || published || self.broken {
+        let wanting = result?;
+        if taken > 0 || published || self.broken || !wanting {
             return Ok(taken > 0 || published);
         }
         // Nothing to do, it seems: from here on the driver must kick.
@@ -345,17 +355,22 @@ impl Worker {
         if self.done.is_empty() {
             return false;
         }
+        self.settle_done();
+        if publish {
+            self.publish();
+        }
+        self.spare.append(&mut self.done);
+        true
+    }
+
+    /// What is done is not in flight any more.
+    fn settle_done(&mut self) {
         self.in_flight -= self.done.len();
         for request in &self.done {
             if let Some(busy) = self.busy.get_mut(usize::from(request.head())) {
                 *busy = false;
             }
         }
-        if publish {
-            self.publish();
-        }
-        self.spare.append(&mut self.done);
-        true
     }
 
     fn publish(&mut self) {
@@ -401,7 +416,8 @@ impl Worker {
         }
     }
 
-    fn notify(&self) {
+    fn notify(&mut self) {
+        self.notified = true;
         self.counters.notified();
         if let Some(call) = &self.setup.call {
             call.signal();
@@ -414,10 +430,41 @@ impl Worker {
         self.setup.logging = logging;
     }
 
+    /// Puts the requests back into the ring that the queue has no use for: they are as if never taken.
+    fn put_back(&mut self) {
+        let mut unused = Vec::new();
+        self.queue.put_back(&mut unused);
+        if unused.is_empty() {
+            return;
+        }
+        let heads: Vec<u16> = unused.iter().map(Request::head).collect();
+        if !self.ring.put_back(&heads) {
+            // Others were taken after them: all that is left is to use them with nothing in them.
+            self.done.append(&mut unused);
+            self.settle_done();
+            self.publish();
+            return self.spare.append(&mut self.done);
+        }
+        for head in heads.into_iter().rev() {
+            if let Some(inflight) = &mut self.inflight {
+                inflight.put_back(head);
+            }
+            if let Some(order) = &mut self.order {
+                order.taken.pop_back();
+            }
+            if let Some(busy) = self.busy.get_mut(usize::from(head)) {
+                *busy = false;
+            }
+        }
+        self.in_flight -= unused.len();
+        self.spare.append(&mut unused);
+    }
+
     /// Only this ring ends; what is under way is still completed.
     fn broke(&mut self, error: &BackendError) {
         error!("{error}");
         self.counters.broke();
+        self.put_back();
         self.broken = true;
         self.setup.kick = None;
         if let Some(error) = &self.setup.error {
@@ -427,6 +474,13 @@ impl Worker {
 
     /// Waits for everything under way.
     fn drain(mut self, publish: bool) -> RingBase {
+        if publish {
+            self.put_back();
+        } else {
+            let mut unused = Vec::new();
+            self.queue.put_back(&mut unused);
+            self.in_flight -= unused.len();
+        }
         while self.in_flight > 0 {
             if !self.complete(publish)
                 && let Some(fd) = self.queue.completion_fd()
@@ -443,7 +497,9 @@ impl Worker {
         let polled = self.setup.kick.is_none() && !self.broken;
         let timeout = if polled { PollTimeout::from(POLL_EVERY_MS) } else { PollTimeout::NONE };
         let kick = self.setup.kick.clone();
-        let fds = [Some(self.wake.as_fd()), self.queue.completion_fd(), kick.as_ref().map(|kick| kick.as_fd())];
+        // A broken ring takes nothing more: only what it still has can move it.
+        let completions = self.queue.completion_fd().filter(|_| !self.broken || self.in_flight > 0);
+        let fds = [Some(self.wake.as_fd()), completions, kick.as_ref().map(|kick| kick.as_fd())];
         let [woken, _, kicked] = wait_for(fds, timeout);
         if woken {
             let _ = self.wake.read();

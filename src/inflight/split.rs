@@ -51,6 +51,12 @@ impl<S: Sink> SplitInflight<S> {
         self.sink.u8(entry(head) + INFLIGHT, 1);
     }
 
+    /// Notes that request `head`, the last one taken, was put back into the ring untouched. Of several, the last comes
+    /// first: recovery counts on it that those in flight are the first ones of the avail ring.
+    pub fn put_back(&mut self, head: u16) {
+        self.sink.u8(entry(head) + INFLIGHT, 0);
+    }
+
     /// Puts request `head` into the batch that the ring publishes next.
     #[inline]
     pub fn stage(&mut self, head: u16) {

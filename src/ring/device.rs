@@ -104,6 +104,15 @@ impl DeviceRing {
         }
     }
 
+    /// Gives back requests, the last that were taken, in the order in which they were taken; false if they are not, or
+    /// can't be.
+    pub fn put_back(&mut self, heads: &[u16]) -> bool {
+        match self {
+            DeviceRing::Split(ring) => ring.put_back(heads),
+            DeviceRing::Packed(_) => false,
+        }
+    }
+
     /// Makes completions visible and logs them; true if the driver is to be notified.
     #[inline]
     #[must_use = "the driver may be waiting for a notification"]

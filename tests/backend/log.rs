@@ -23,27 +23,27 @@ use crate::server::Server;
 const EVENT_IDX: u64 = bit(VIRTIO_RING_F_EVENT_IDX);
 const PACKED: u64 = bit(VIRTIO_F_RING_PACKED);
 /// Where used rings are logged: not where they are, and so that a page ends between the indexes and the elements.
-const LOG_AT: u64 = 0x30_0ffc;
+pub(crate) const LOG_AT: u64 = 0x30_0ffc;
 const DISK: u64 = 4 << 20;
 
 /// What the device has written since a point in time, as far as it can be known in advance.
-struct Oracle {
-    pages: BTreeSet<u64>,
+pub(crate) struct Oracle {
+    pub(crate) pages: BTreeSet<u64>,
     used: u16,
     avail_event: Vec<u8>,
 }
 
 impl Oracle {
-    fn new(guest: &Guest, ring: &Ring) -> Oracle {
+    pub(crate) fn new(guest: &Guest, ring: &Ring) -> Oracle {
         Oracle { pages: BTreeSet::new(), used: ring.seen(), avail_event: avail_event(guest, ring) }
     }
 
-    fn wrote(&mut self, gpa: u64, len: u64) {
+    pub(crate) fn wrote(&mut self, gpa: u64, len: u64) {
         self.pages.extend(pages(gpa, len));
     }
 
     /// Adds the used ring's writes under `log_guest_addr`, the ring being stopped (rule L3).
-    fn used_ring(&mut self, guest: &Guest, ring: &Ring, at: u64) {
+    pub(crate) fn used_ring(&mut self, guest: &Guest, ring: &Ring, at: u64) {
         let to = ring.seen();
         let size = u64::from(ring.layout.size);
         let mut index = self.used;

@@ -7,6 +7,7 @@ mod drain;
 mod guest;
 mod hostile;
 mod log;
+mod net;
 mod raw;
 mod rules;
 mod server;

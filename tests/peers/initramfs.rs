@@ -1,4 +1,4 @@
-//! The guest's initramfs: busybox, the virtio modules of the guest kernel, and the load program as all of user space.
+//! The guest's initramfs: busybox, modules of the guest kernel, and one program as all of user space.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,8 +20,8 @@ pub(crate) fn kernel() -> PathBuf {
     kernel
 }
 
-/// Makes the initramfs.
-pub(crate) fn make(lab: &Lab) -> PathBuf {
+/// Makes the initramfs: loads `drivers`, runs `commands` and then the program that `tests/peers/guest/PROGRAM.rs` is.
+pub(crate) fn make(lab: &Lab, drivers: &[&str], commands: &str, program: &str) -> PathBuf {
     let mut archive = Archive::default();
     for folder in ["bin", "dev"] {
         archive.add(folder, DIRECTORY, (0, 0), &[]);
@@ -29,14 +29,14 @@ pub(crate) fn make(lab: &Lab) -> PathBuf {
     archive.add("dev/console", CHARACTER_DEVICE, (5, 1), &[]);
     let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find_map(|path| fs::read(path).ok());
     archive.add("bin/busybox", PROGRAM, (0, 0), &busybox.expect("busybox: run tests/peers/install"));
-    archive.add("load", PROGRAM, (0, 0), &fs::read(build_load(lab)).unwrap());
+    archive.add(program, PROGRAM, (0, 0), &fs::read(build(lab, program)).unwrap());
 
     let mut init = String::from("#!/bin/busybox sh\nbusybox mount -t devtmpfs dev /dev\n");
-    for (i, module) in modules(&["virtio_pci", "virtio_blk"]).into_iter().enumerate() {
+    for (i, module) in modules(drivers).into_iter().enumerate() {
         archive.add(&format!("{i}.ko"), PROGRAM, (0, 0), &module);
         init += &format!("busybox insmod /{i}.ko\n");
     }
-    init += "exec /load\n";
+    init += &format!("{commands}\nexec /{program}\n");
     archive.add("init", PROGRAM, (0, 0), init.as_bytes());
 
     let path = lab.file("initramfs");
@@ -44,15 +44,16 @@ pub(crate) fn make(lab: &Lab) -> PathBuf {
     path
 }
 
-fn build_load(lab: &Lab) -> PathBuf {
-    let program = lab.file("load");
+fn build(lab: &Lab, name: &str) -> PathBuf {
+    let program = lab.file(name);
+    let source = format!("{}/tests/peers/guest/{name}.rs", env!("CARGO_MANIFEST_DIR"));
     let built = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()))
         .args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", "-C", "strip=symbols", "-o"])
         .arg(&program)
-        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peers/guest/load.rs"))
+        .arg(source)
         .status()
         .unwrap();
-    assert!(built.success(), "the guest's load program does not build");
+    assert!(built.success(), "the guest's program {name} does not build");
     program
 }
 

@@ -13,29 +13,29 @@ use crate::process::{Lab, wait_for};
 use crate::qemu::Qemu;
 
 const DISK_BYTES: u64 = 64 << 20;
+const DISK: &str = "-device vhost-user-blk-pci,chardev=vu,num-queues=1";
 
 /// A QEMU with the guest in it or on its way to it.
-struct Host {
-    qemu: Qemu,
+pub(crate) struct Host {
+    pub(crate) qemu: Qemu,
     console: PathBuf,
 }
 
 impl Host {
-    fn start(lab: &Lab, name: &str, boot: &str, socket: &Path, packed: bool) -> Host {
+    /// `device` is the front-end of the back-end at `socket`, whose chardev is `vu`.
+    pub(crate) fn start(lab: &Lab, name: &str, boot: &str, socket: &Path, device: &str) -> Host {
         let console = lab.file(&format!("{name}.console"));
         let arguments = format!(
             "-machine q35,memory-backend=ram -m 256 -object memory-backend-memfd,id=ram,size=256M,share=on {boot} \
-             -chardev socket,id=vu,path={},reconnect-ms=100 -device vhost-user-blk-pci,chardev=vu,num-queues=1,packed={} \
-             -serial file:{}",
+             -chardev socket,id=vu,path={},reconnect-ms=100 {device} -serial file:{}",
             socket.display(),
-            if packed { "on" } else { "off" },
             console.display()
         );
         Host { qemu: Qemu::start(lab, name, &arguments), console }
     }
 
-    /// The last counts that the guest printed here: what it has done with its disk and with its memory.
-    fn counts(&self) -> Option<(u64, u64)> {
+    /// The last two counts that the guest printed here.
+    pub(crate) fn counts(&self) -> Option<(u64, u64)> {
         let text = String::from_utf8_lossy(&fs::read(&self.console).unwrap_or_default()).into_owned();
         assert!(!text.contains("\nBAD") && !text.contains("Kernel panic"), "the guest says:\n{text}");
         let complete = &text[..text.rfind('\n').unwrap_or(0)];
@@ -45,8 +45,8 @@ impl Host {
         })
     }
 
-    /// Waits until the guest has done that much more here, on its disk and in its memory.
-    fn works(&self, disk: u64, memory: u64) {
+    /// Waits until the guest has done that much more here; of a guest with a disk, on that and in its memory.
+    pub(crate) fn works(&self, disk: u64, memory: u64) {
         let start = wait_for("the guest's first line here", || self.counts());
         wait_for("the guest works on", || {
             let now = self.counts()?;
@@ -66,6 +66,7 @@ fn a_linux_guest_with_packed_rings_moves_there_and_back_too() {
 }
 
 fn there_and_back(packed: bool) {
+    let device = format!("{DISK},packed={}", if packed { "on" } else { "off" });
     let lab = Lab::new();
     let image = lab.disk();
     File::create(&image).unwrap().set_len(DISK_BYTES).unwrap();
@@ -75,14 +76,14 @@ fn there_and_back(packed: bool) {
     let boot = format!(
         "-kernel {} -initrd {} -append console=ttyS0",
         initramfs::kernel().display(),
-        initramfs::make(&lab).display()
+        initramfs::make(&lab, &["virtio_pci", "virtio_blk"], "", "load").display()
     );
-    let mut source = Host::start(&lab, "host-0", &boot, here.socket(), packed);
+    let mut source = Host::start(&lab, "host-0", &boot, here.socket(), &device);
     source.works(200, 1000);
 
     for (number, multifd) in [(1, false), (2, true), (3, false), (4, true)] {
         let name = format!("host-{number}");
-        let mut destination = Host::start(&lab, &name, "-incoming defer", there.socket(), packed);
+        let mut destination = Host::start(&lab, &name, "-incoming defer", there.socket(), &device);
         let socket = lab.file(&format!("{name}.migration"));
         migration::begin(&mut source.qemu, &mut destination.qemu, &socket, multifd, NEVER_CONVERGES);
         source.works(100, 500);

@@ -1,6 +1,6 @@
 //! Programs that are not ours, driven against ours: QEMU without a guest, QEMU with a real Linux guest, `qemu-storage-daemon`, and block devices of the kernel.
 //! Needs the cargo feature `peers` and what `tests/peers/install` installs; a missing peer is a failure, never a skip.
-//! The laboratory (processes, QMP, qtest, driver, proxy) is in the modules without tests; `guest_free`, `log_bitmap` and `linux_guest` hold the promises.
+//! The laboratory (processes, QMP, qtest, driver, proxy) is in the modules without tests; `guest_free`, `log_bitmap`, `linux_guest` and `linux_net` hold the promises.
 
 // Everything here is test code: a failed expectation is a failed test.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -12,6 +12,7 @@ mod guest_free;
 mod hugetlb;
 mod initramfs;
 mod linux_guest;
+mod linux_net;
 mod load;
 mod log_bitmap;
 mod loop_device;

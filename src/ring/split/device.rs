@@ -190,6 +190,22 @@ impl SplitDevice {
         self.seen_avail = next_avail;
     }
 
+    /// Puts requests back that were taken, given by their heads in the order of taking; false if they are not the last
+    /// ones taken, in that order: then nothing has changed. The same requests are taken again by the next
+    /// [`pop`](SplitDevice::pop)s.
+    pub fn put_back(&mut self, heads: &[u16]) -> bool {
+        let Some(count) = u16::try_from(heads.len()).ok().filter(|count| *count <= self.layout.size) else {
+            return false;
+        };
+        let first = self.next_avail.wrapping_sub(count);
+        let at = |offset: u16| u16::from_le(self.areas.avail.at(first.wrapping_add(offset)).load(Ordering::Relaxed));
+        let last = (0..).zip(heads).all(|(offset, head)| at(offset) == *head);
+        if last {
+            self.next_avail = first;
+        }
+        last
+    }
+
     /// Avail index of the next request to take.
     pub fn next_avail(&self) -> u16 {
         self.next_avail

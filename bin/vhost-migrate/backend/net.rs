@@ -1,0 +1,98 @@
+//! `vhost-migrate backend net`: a network interface.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use vhost_migrate::backend::net::{MAX_PAIRS, MIN_MTU, Mac, Net, NetOptions, Peer};
+
+use super::serve;
+use crate::messages::Messages;
+
+/// A network interface: on a tap of the host, on another such process, or on itself
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  vhost-migrate backend net --socket /tmp/net.sock --loopback
+  ip tuntap add tap0 mode tap multi_queue user \"$USER\" && ip link set tap0 up
+  vhost-migrate backend net --socket /tmp/net.sock --tap tap0 --queue-pairs 4 --mac 52:54:00:12:34:56
+
+Two guests on one wire: a process for each, started in any order. Whichever comes first listens at the socket of
+--pair (and keeps a lock in a file beside it, PATH.lock), the other connects. Both need the same --queue-pairs. When
+one ends, the other waits for its successor:
+  vhost-migrate backend net --socket /tmp/a.sock --pair /tmp/wire
+  vhost-migrate backend net --socket /tmp/b.sock --pair /tmp/wire --mac 52:54:00:00:00:02
+
+QEMU attaches it so:
+  -object memory-backend-memfd,id=mem,size=1G,share=on -machine memory-backend=mem
+  -chardev socket,id=net,path=/tmp/net.sock -netdev vhost-user,id=n,chardev=net,queues=4
+  -device virtio-net-pci,netdev=n,mq=on,mac=52:54:00:12:34:56
+It keeps MAC address, MTU and link state to itself; --mac and --mtu are for front-ends that ask the back-end.
+
+After a migration the back-end broadcasts a RARP when the front-end asks for it. Nothing is offloaded. Packets that the
+other end has no room for are dropped and counted. It serves one front-end after the other until SIGTERM or Ctrl-C.
+What it writes to stderr is chosen by --log-level or RUST_LOG.
+
+Exit status: 0 ended by a signal; 1 failed; 2 wrong arguments.")]
+pub(super) struct Arguments {
+    /// UNIX socket to listen on
+    #[arg(long, value_name = "PATH", required_unless_present = "fd", conflicts_with = "fd")]
+    socket: Option<PathBuf>,
+    /// Inherited socket instead: one that listens, or one connection
+    #[arg(long, value_name = "N")]
+    fd: Option<i32>,
+    #[command(flatten)]
+    peer: PeerArguments,
+    /// Pairs of a receive and a transmit queue
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_PAIRS)))]
+    queue_pairs: u16,
+    /// Most entries of a queue, a power of two
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u16).range(2..=32768))]
+    queue_size: u16,
+    /// The guest's address
+    #[arg(long, value_name = "ADDRESS", default_value = "52:54:00:00:00:01", value_parser = mac)]
+    mac: Mac,
+    /// The largest IP packet in bytes, if the guest shall be told
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(i64::from(MIN_MTU)..))]
+    mtu: Option<u16>,
+    #[command(flatten)]
+    messages: Messages,
+}
+
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+struct PeerArguments {
+    /// Tap of the host; made if it doesn't exist, for which root or CAP_NET_ADMIN is needed
+    #[arg(long, value_name = "NAME")]
+    tap: Option<String>,
+    /// What the guest sends comes back to it
+    #[arg(long)]
+    loopback: bool,
+    /// Socket where another such process is met
+    #[arg(long, value_name = "PATH")]
+    pair: Option<PathBuf>,
+}
+
+impl Arguments {
+    pub(super) fn run(self) -> Result<(), Box<dyn std::error::Error>> {
+        self.messages.start();
+        let (peer, what) = match (self.peer.tap, self.peer.pair) {
+            (Some(name), _) => (Peer::Tap(name.clone()), format!("tap {name}")),
+            (None, Some(path)) => (Peer::Pair(path.clone()), format!("a pair at {}", path.display())),
+            (None, None) => (Peer::Loopback, "a loopback".into()),
+        };
+        let net = Net::open(NetOptions {
+            peer,
+            pairs: self.queue_pairs,
+            max_queue_size: self.queue_size,
+            mac: self.mac,
+            mtu: self.mtu,
+        })?;
+        serve(self.socket.as_deref(), self.fd, Arc::new(net), &format!("{what} ({} queue pairs)", self.queue_pairs))
+    }
+}
+
+/// Six bytes in hexadecimal.
+fn mac(text: &str) -> Result<Mac, String> {
+    let bytes: Result<Vec<u8>, _> = text.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect();
+    let mac = bytes.ok().and_then(|bytes| Mac::try_from(bytes).ok());
+    mac.ok_or_else(|| "write it as 52:54:00:12:34:56".into())
+}

@@ -1,0 +1,128 @@
+//! The control queue: receive modes, MAC addresses, queue pairs, announcing (virtio 1.2, 5.1.6.5).
+//!
+//! A command is a class, a number and data to read, and one byte to write: whether it was done. Under QEMU nothing comes
+//! this way, it keeps the control queue to itself.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use tracing::debug;
+use zerocopy::FromBytes;
+use zerocopy::little_endian::{U16, U32};
+
+use super::filter::{Addresses, Filter, Mac};
+use super::wire::Hub;
+use crate::abi::bit;
+use crate::abi::virtio::{
+    NetCtrlHeader, VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_MAC,
+    VIRTIO_NET_CTRL_MAC_ADDR_SET, VIRTIO_NET_CTRL_MAC_TABLE_SET, VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET,
+    VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_ALLMULTI, VIRTIO_NET_CTRL_RX_ALLUNI, VIRTIO_NET_CTRL_RX_NOBCAST,
+    VIRTIO_NET_CTRL_RX_NOMULTI, VIRTIO_NET_CTRL_RX_NOUNI, VIRTIO_NET_CTRL_RX_PROMISC, VIRTIO_NET_ERR,
+    VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_GUEST_ANNOUNCE,
+    VIRTIO_NET_F_MQ, VIRTIO_NET_OK,
+};
+use crate::backend::{Queue, Request};
+
+/// Longest command that is read, bytes: two tables of some thousand addresses.
+const MAX_COMMAND: u64 = 64 << 10;
+
+pub(super) struct Control {
+    hub: Arc<Hub>,
+    /// Pairs that the device has.
+    pairs: u16,
+    features: u64,
+    done: Vec<Request>,
+}
+
+impl Control {
+    pub(super) fn new(hub: Arc<Hub>, pairs: u16, features: u64) -> Control {
+        Control { hub, pairs, features, done: Vec::new() }
+    }
+
+    /// Does what a command says; `None` if it can't be done.
+    fn command(&self, request: &Request) -> Option<()> {
+        let len = request.readable_len();
+        if len > MAX_COMMAND {
+            return None;
+        }
+        let mut bytes = vec![0; len as usize];
+        request.read(0, &mut bytes).ok()?;
+        let (NetCtrlHeader { class, cmd }, data) = NetCtrlHeader::read_from_prefix(&bytes).ok()?;
+        let negotiated = |feature| (self.features & bit(feature) != 0).then_some(());
+        match (class, cmd) {
+            (VIRTIO_NET_CTRL_RX, mode) => {
+                let basic = matches!(mode, VIRTIO_NET_CTRL_RX_PROMISC | VIRTIO_NET_CTRL_RX_ALLMULTI);
+                negotiated(if basic { VIRTIO_NET_F_CTRL_RX } else { VIRTIO_NET_F_CTRL_RX_EXTRA })?;
+                let switch: fn(&mut Filter) -> &mut bool = match mode {
+                    VIRTIO_NET_CTRL_RX_PROMISC => |filter| &mut filter.promiscuous,
+                    VIRTIO_NET_CTRL_RX_ALLMULTI => |filter| &mut filter.all_multicast,
+                    VIRTIO_NET_CTRL_RX_ALLUNI => |filter| &mut filter.all_unicast,
+                    VIRTIO_NET_CTRL_RX_NOMULTI => |filter| &mut filter.no_multicast,
+                    VIRTIO_NET_CTRL_RX_NOUNI => |filter| &mut filter.no_unicast,
+                    VIRTIO_NET_CTRL_RX_NOBCAST => |filter| &mut filter.no_broadcast,
+                    _ => return None,
+                };
+                let [on] = data else { return None };
+                self.hub.change(|state| *switch(&mut state.filter) = *on != 0);
+            }
+            (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET) => {
+                negotiated(VIRTIO_NET_F_CTRL_MAC_ADDR)?;
+                let mac = Mac::try_from(data).ok()?;
+                self.hub.change(|state| state.filter.mac = mac);
+            }
+            (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_TABLE_SET) => {
+                negotiated(VIRTIO_NET_F_CTRL_RX)?;
+                let (unicast, rest) = table(data)?;
+                let (multicast, rest) = table(rest)?;
+                rest.is_empty().then_some(())?;
+                self.hub.change(|state| state.filter.set_tables(unicast, multicast));
+            }
+            (VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK) => {
+                negotiated(VIRTIO_NET_F_GUEST_ANNOUNCE)?;
+                self.hub.change(|state| state.announce = false);
+            }
+            (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET) => {
+                negotiated(VIRTIO_NET_F_MQ)?;
+                let pairs = U16::read_from_bytes(data).ok()?.get();
+                (1..=self.pairs).contains(&pairs).then_some(())?;
+                self.hub.change(|state| state.pairs = pairs);
+            }
+            _ => return None,
+        }
+        Some(())
+    }
+}
+
+/// A number of addresses, and they themselves; what follows.
+fn table(data: &[u8]) -> Option<(Addresses, &[u8])> {
+    let (count, rest) = U32::read_from_prefix(data).ok()?;
+    let bytes = usize::try_from(count.get()).ok()?.checked_mul(size_of::<Mac>())?;
+    let (macs, rest) = rest.split_at_checked(bytes)?;
+    let (macs, _) = macs.as_chunks();
+    Some((Addresses::new(macs), rest))
+}
+
+impl Queue for Control {
+    fn submit(&mut self, mut request: Request) {
+        let answer = match self.command(&request) {
+            Some(()) => VIRTIO_NET_OK,
+            None => {
+                debug!("control queue: a command of {} bytes is refused", request.readable_len());
+                VIRTIO_NET_ERR
+            }
+        };
+        match request.writable_len().checked_sub(1).map(|last| request.write(last, &[answer])) {
+            Some(Ok(())) => {}
+            _ => debug!("control queue: a command without room for its answer"),
+        }
+        self.done.push(request);
+    }
+
+    fn completions(&mut self, done: &mut Vec<Request>) {
+        done.append(&mut self.done);
+    }
+
+    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}

@@ -1,0 +1,128 @@
+//! Which received frames the driver wants: receive modes and MAC addresses (virtio 1.2, 5.1.6.5.1 and 5.1.6.5.2).
+
+/// A MAC address.
+pub type Mac = [u8; 6];
+
+/// Most addresses of each kind; a driver with more gets all frames of that kind, and has to look for itself.
+const MAX_ADDRESSES: usize = 64;
+const BROADCAST: Mac = [0xff; 6];
+
+/// The modes and addresses in force.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Filter {
+    /// The driver's own address.
+    pub(super) mac: Mac,
+    /// Everything.
+    pub(super) promiscuous: bool,
+    /// All multicast.
+    pub(super) all_multicast: bool,
+    /// All unicast.
+    pub(super) all_unicast: bool,
+    /// No multicast.
+    pub(super) no_multicast: bool,
+    /// No unicast.
+    pub(super) no_unicast: bool,
+    /// No broadcast.
+    pub(super) no_broadcast: bool,
+    unicast: Addresses,
+    multicast: Addresses,
+}
+
+/// A table of addresses that are wanted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Addresses {
+    /// These.
+    These(Vec<Mac>),
+    /// More than fit.
+    All,
+}
+
+impl Addresses {
+    /// Of as many as the driver names.
+    pub(super) fn new(macs: &[Mac]) -> Addresses {
+        if macs.len() > MAX_ADDRESSES { Addresses::All } else { Addresses::These(macs.to_vec()) }
+    }
+
+    fn hold(&self, mac: &Mac) -> bool {
+        match self {
+            Addresses::These(macs) => macs.contains(mac),
+            Addresses::All => true,
+        }
+    }
+}
+
+impl Filter {
+    /// Everything passes, until the driver says otherwise: it may have no control queue, or one that the front-end keeps to
+    /// itself, as QEMU does.
+    pub(super) fn new(mac: Mac) -> Filter {
+        let none = Addresses::These(Vec::new());
+        Filter {
+            mac,
+            promiscuous: true,
+            all_multicast: false,
+            all_unicast: false,
+            no_multicast: false,
+            no_unicast: false,
+            no_broadcast: false,
+            unicast: none.clone(),
+            multicast: none,
+        }
+    }
+
+    pub(super) fn set_tables(&mut self, unicast: Addresses, multicast: Addresses) {
+        (self.unicast, self.multicast) = (unicast, multicast);
+    }
+
+    /// Whether the driver wants this frame. One without a whole destination goes only to those who want everything.
+    pub(super) fn wants(&self, frame: &[u8]) -> bool {
+        if self.promiscuous {
+            return true;
+        }
+        let Some(to) = frame.first_chunk::<6>() else { return false };
+        if *to == BROADCAST {
+            !self.no_broadcast
+        } else if to[0] & 1 != 0 {
+            !self.no_multicast && (self.all_multicast || self.multicast.hold(to))
+        } else {
+            !self.no_unicast && (self.all_unicast || *to == self.mac || self.unicast.hold(to))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OWN: Mac = [2, 0, 0, 0, 0, 1];
+    const OTHER: Mac = [2, 0, 0, 0, 0, 2];
+    const GROUP: Mac = [1, 0, 0x5e, 0, 0, 1];
+
+    /// Own, other, group, broadcast, and half an address.
+    fn wanted(change: impl FnOnce(&mut Filter)) -> [bool; 5] {
+        let mut filter = Filter::new(OWN);
+        filter.promiscuous = false;
+        change(&mut filter);
+        [&OWN[..], &OTHER, &GROUP, &BROADCAST, &OWN[..5]].map(|to| filter.wants(&[to, &[0; 60]].concat()[..to.len()]))
+    }
+
+    #[test]
+    fn each_mode_lets_through_what_the_specification_says() {
+        assert!(Filter::new(OWN).wants(&[]), "everything, at first");
+        assert_eq!(wanted(|_| {}), [true, false, false, true, false]);
+        assert_eq!(wanted(|f| f.promiscuous = true), [true; 5]);
+        assert_eq!(wanted(|f| f.all_multicast = true), [true, false, true, true, false]);
+        assert_eq!(wanted(|f| f.all_unicast = true), [true, true, false, true, false]);
+        assert_eq!(wanted(|f| (f.all_multicast, f.no_multicast) = (true, true)), [true, false, false, true, false]);
+        assert_eq!(wanted(|f| f.no_unicast = true), [false, false, false, true, false]);
+        assert_eq!(wanted(|f| f.no_broadcast = true), [true, false, false, false, false]);
+        let tables = |f: &mut Filter| f.set_tables(Addresses::new(&[OTHER]), Addresses::new(&[GROUP]));
+        assert_eq!(wanted(tables), [true, true, true, true, false]);
+    }
+
+    #[test]
+    fn a_table_that_does_not_fit_holds_everything() {
+        let many = vec![GROUP; MAX_ADDRESSES + 1];
+        assert_eq!(Addresses::new(&many), Addresses::All);
+        assert!(wanted(|f| f.set_tables(Addresses::new(&many), Addresses::new(&[])))[1]);
+    }
+}

@@ -1,0 +1,340 @@
+//! A network interface: a tap, a loop, or another such process at the other end, as a virtio-net device.
+//!
+//! | file | purpose |
+//! |---|---|
+//! | `wire` | what packets travel on, and which queue hears what |
+//! | `receive`, `transmit`, `control` | the queues |
+//! | `filter` | which received packets the driver wants |
+//! | `tap`, `pair` | what can be at the other end: the host's network, or another such process |
+//!
+//! Here: what is offered, configuration space, announcing. Nothing is offloaded: checksums and segments are the driver's.
+//! QEMU keeps control queue and configuration space to itself; the data queues work all the same.
+
+mod control;
+mod filter;
+mod pair;
+mod receive;
+mod tap;
+mod transmit;
+mod wire;
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use tracing::warn;
+use zerocopy::{FromZeros, IntoBytes};
+
+use self::control::Control;
+use self::filter::Filter;
+pub use self::filter::Mac;
+use self::pair::Link;
+use self::receive::Receive;
+use self::transmit::Transmit;
+pub use self::wire::Counts;
+use self::wire::{HEADER, Hub, Wire};
+use super::{BackendError, Device, Queue};
+use crate::abi::bit;
+use crate::abi::vhost_user::{CONFIG_TYPE_MIGRATION, Request as Code, protocol_feature};
+use crate::abi::virtio::{
+    NetConfig, VIRTIO_F_VERSION_1, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA,
+    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP, VIRTIO_RING_F_EVENT_IDX,
+    VIRTIO_RING_F_INDIRECT_DESC,
+};
+
+/// Most queue pairs: a vhost-user message names one of 256 rings.
+pub const MAX_PAIRS: u16 = 127;
+/// Smallest MTU that a device may have (virtio 1.2, 5.1.4.1).
+pub const MIN_MTU: u16 = 68;
+/// Bytes of the header that a legacy driver without mergeable buffers knows.
+const LEGACY_HEADER: usize = HEADER - 2;
+/// Bytes of configuration space, up to and with the MTU: what lies behind belongs to features that are not offered.
+const CONFIG_BYTES: usize = 12;
+
+/// What is at the other end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Peer {
+    /// The guest itself: what a pair sends, it receives.
+    Loopback,
+    /// A tap of the host, by name.
+    Tap(String),
+    /// Another such process: both name the same socket, and have as many pairs.
+    Pair(PathBuf),
+}
+
+/// What kind of interface to be.
+#[derive(Debug, Clone)]
+pub struct NetOptions {
+    /// What is at the other end.
+    pub peer: Peer,
+    /// Queue pairs.
+    pub pairs: u16,
+    /// Most entries of a ring; a power of two.
+    pub max_queue_size: u16,
+    /// The driver's address.
+    pub mac: Mac,
+    /// The largest IP packet, if the driver shall be told, in bytes.
+    pub mtu: Option<u16>,
+}
+
+/// Why there is no interface; the texts say what to do.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NetError {
+    /// A number of pairs or of entries that can't be.
+    #[error("{pairs} queue pairs of {size} entries: use 1 to 127 pairs, and a power of two from 2 to 32768 entries")]
+    Shape {
+        /// Pairs.
+        pairs: u16,
+        /// Entries.
+        size: u16,
+    },
+    /// An address for several, or for nobody.
+    #[error("{mac:02x?} can't be an interface's address: use one whose first byte is even, and not all zeroes")]
+    Mac {
+        /// The address.
+        mac: Mac,
+    },
+    /// An MTU that can't be.
+    #[error("an MTU of {mtu} bytes: use 68 or more")]
+    Mtu {
+        /// The MTU.
+        mtu: u16,
+    },
+    /// A name that no interface of Linux can have.
+    #[error("{name:?} can't be a tap's name: it has 1 to 15 bytes, and no '/' or '%'")]
+    TapName {
+        /// The name.
+        name: String,
+    },
+    /// The tap can't be opened.
+    #[error("can't open tap {name}: {source}; {advice}")]
+    Tap {
+        /// Its name.
+        name: String,
+        /// What the system said.
+        source: io::Error,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// The socket of a pair can't be used.
+    #[error("can't use {path} for a pair: {source}; give a path of at most 107 bytes in a directory that you may write to",
+        path = path.display())]
+    Pair {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The system refused something.
+    #[error("can't {what}: {source}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// An interface; also the [`Device`] to serve.
+#[derive(Debug)]
+pub struct Net {
+    hub: Arc<Hub>,
+    options: NetOptions,
+    /// Finds the other end of a pair, as long as it lives.
+    _link: Option<Link>,
+}
+
+impl Net {
+    /// Opens whatever is at the other end.
+    ///
+    /// # Errors
+    /// [`NetError`], in words for whoever gave the options.
+    pub fn open(options: NetOptions) -> Result<Net, NetError> {
+        let NetOptions { pairs, max_queue_size: size, mac, mtu, .. } = options;
+        if !(1..=MAX_PAIRS).contains(&pairs) || !(2..=32768).contains(&size) || !size.is_power_of_two() {
+            return Err(NetError::Shape { pairs, size });
+        }
+        if mac[0] & 1 != 0 || mac == Mac::default() {
+            return Err(NetError::Mac { mac });
+        }
+        if let Some(mtu) = mtu.filter(|mtu| *mtu < MIN_MTU) {
+            return Err(NetError::Mtu { mtu });
+        }
+        let there = |wires: Vec<Wire>| wires.into_iter().map(|wire| Some(Arc::new(wire))).collect();
+        let wires = match &options.peer {
+            Peer::Loopback => there((0..pairs).map(|_| looped()).collect::<Result<_, _>>()?),
+            Peer::Tap(name) => there(tap::open(name, pairs)?),
+            Peer::Pair(_) => (0..pairs).map(|_| None).collect(),
+        };
+        let hub = Arc::new(Hub::new(wires, Filter::new(mac)));
+        let link = match &options.peer {
+            Peer::Pair(path) => Some(Link::start(path, pairs, hub.clone())?),
+            _ => None,
+        };
+        Ok(Net { hub, options, _link: link })
+    }
+
+    /// What became of packets so far.
+    pub fn counts(&self) -> Counts {
+        self.hub.counters.read()
+    }
+
+    /// What the queue at `index` is for, which depends on what the driver negotiated (virtio 1.2, 5.1.2).
+    fn role(&self, index: u16, features: u64) -> Option<Role> {
+        let pairs = if features & bit(VIRTIO_NET_F_MQ) != 0 { self.options.pairs } else { 1 };
+        if features & bit(VIRTIO_NET_F_CTRL_VQ) != 0 && index == 2 * pairs {
+            return Some(Role::Control);
+        }
+        let pair = index / 2;
+        match (pair < self.options.pairs, index.is_multiple_of(2)) {
+            (true, true) => Some(Role::Receive(pair)),
+            (true, false) => Some(Role::Transmit(pair)),
+            (false, _) => None,
+        }
+    }
+
+    /// Makes the network learn where `mac` is now: broadcasts a RARP in its name, and asks the driver to announce itself.
+    fn announce(&self, mac: Mac) {
+        self.hub.change(|state| state.announce = true);
+        if self.options.peer == Peer::Loopback {
+            return;
+        }
+        let state = self.hub.state();
+        if !state.out_of(0).is_some_and(|wire| wire.send(&rarp(mac))) {
+            warn!("nobody hears that {mac:02x?} is here now: the other end is not there or has no room");
+        }
+    }
+
+    fn check_mtu(&self, mtu: u64) -> Result<(), BackendError> {
+        let most = self.options.mtu.unwrap_or(u16::MAX);
+        match u16::try_from(mtu).is_ok_and(|mtu| (MIN_MTU..=most).contains(&mtu)) {
+            true => Ok(()),
+            false => Err(BackendError::Mtu { mtu, most }),
+        }
+    }
+}
+
+enum Role {
+    Receive(u16),
+    Transmit(u16),
+    Control,
+}
+
+impl Device for Net {
+    fn features(&self) -> u64 {
+        let or = |yes: bool, bits: u64| if yes { bits } else { 0 };
+        bit(VIRTIO_F_VERSION_1)
+            | bit(VIRTIO_RING_F_INDIRECT_DESC)
+            | bit(VIRTIO_RING_F_EVENT_IDX)
+            | bit(VIRTIO_NET_F_MAC)
+            | bit(VIRTIO_NET_F_MRG_RXBUF)
+            | bit(VIRTIO_NET_F_STATUS)
+            | bit(VIRTIO_NET_F_CTRL_VQ)
+            | bit(VIRTIO_NET_F_CTRL_RX)
+            | bit(VIRTIO_NET_F_CTRL_RX_EXTRA)
+            | bit(VIRTIO_NET_F_CTRL_MAC_ADDR)
+            | bit(VIRTIO_NET_F_GUEST_ANNOUNCE)
+            | or(self.options.pairs > 1, bit(VIRTIO_NET_F_MQ))
+            | or(self.options.mtu.is_some(), bit(VIRTIO_NET_F_MTU))
+    }
+
+    /// Pairs of receive and transmit queues, then the control queue.
+    fn queues(&self) -> u16 {
+        2 * self.options.pairs + 1
+    }
+
+    /// Pairs: QEMU and DPDK compare it with the pairs that they want.
+    fn queue_num(&self) -> u64 {
+        self.options.pairs.into()
+    }
+
+    fn max_queue_size(&self) -> u16 {
+        self.options.max_queue_size
+    }
+
+    fn protocol_features(&self) -> u64 {
+        bit(protocol_feature::RARP) | bit(protocol_feature::MTU)
+    }
+
+    fn config(&self) -> Vec<u8> {
+        let state = self.hub.state();
+        let announce = if state.announce { VIRTIO_NET_S_ANNOUNCE } else { 0 };
+        let mut config = NetConfig::new_zeroed();
+        config.mac = state.filter.mac;
+        config.status = (VIRTIO_NET_S_LINK_UP | announce).into();
+        config.max_virtqueue_pairs = self.options.pairs.into();
+        config.mtu = self.options.mtu.unwrap_or_default().into();
+        config.as_bytes().get(..CONFIG_BYTES).unwrap_or_default().to_vec()
+    }
+
+    /// Takes what a migration brings: the address. The driver itself sets that over the control queue.
+    fn set_config(&self, offset: u32, bytes: &[u8], flags: u32) -> Result<(), BackendError> {
+        let refused = |why| Err(BackendError::Config { code: Code::SET_CONFIG, offset, len: bytes.len() as u32, why });
+        if flags != CONFIG_TYPE_MIGRATION {
+            return refused("the driver sets the address over the control queue, and nothing else is writable");
+        }
+        let Some(mac) = bytes.first_chunk::<6>().filter(|_| offset == 0) else {
+            return refused("a migration brings it from its start on, with the address");
+        };
+        self.hub.change(|state| (state.filter.mac, state.announce) = (*mac, true));
+        Ok(())
+    }
+
+    fn message(&self, code: Code, number: u64) -> Result<(), BackendError> {
+        match code {
+            Code::SEND_RARP => {
+                let [a, b, c, d, e, f, _, _] = number.to_le_bytes();
+                self.announce([a, b, c, d, e, f]);
+                Ok(())
+            }
+            Code::NET_SET_MTU => self.check_mtu(number),
+            _ => Err(BackendError::Unsupported { code }),
+        }
+    }
+
+    fn reset(&self) {
+        let (mac, pairs) = (self.options.mac, self.options.pairs);
+        self.hub.change(|state| {
+            (state.filter, state.pairs, state.announce) = (Filter::new(mac), pairs, false);
+        });
+    }
+
+    fn queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
+        let mergeable = features & bit(VIRTIO_NET_F_MRG_RXBUF) != 0;
+        let header = if mergeable || features & bit(VIRTIO_F_VERSION_1) != 0 { HEADER } else { LEGACY_HEADER };
+        let hub = self.hub.clone();
+        Ok(match self.role(index, features) {
+            Some(Role::Receive(pair)) => Box::new(Receive::new(hub, pair, size, header, mergeable)?),
+            Some(Role::Transmit(pair)) => Box::new(Transmit::new(hub, pair, header)),
+            Some(Role::Control) => Box::new(Control::new(hub, self.options.pairs, features)),
+            None => return Err(io::Error::other("a control queue that the driver has not negotiated")),
+        })
+    }
+}
+
+/// A RARP request for its own address, broadcast by `mac` (RFC 903), behind the header of a wire.
+fn rarp(mac: Mac) -> Vec<u8> {
+    const SHORTEST_FRAME: usize = 60;
+    let mut message = vec![0; HEADER];
+    message.extend([0xff; 6]);
+    message.extend(mac);
+    // Ether type; Ethernet, IPv4, their address lengths, "request reverse".
+    message.extend([0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
+    for _ in 0..2 {
+        message.extend(mac);
+        message.extend([0; 4]);
+    }
+    message.resize(HEADER + SHORTEST_FRAME, 0);
+    message
+}
+
+/// A wire whose end is its start.
+fn looped() -> Result<Wire, NetError> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let ends = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags);
+    let (output, input) = ends.map_err(|errno| NetError::System { what: "make a loop", source: errno.into() })?;
+    Ok(Wire::new(output, input))
+}

@@ -1,0 +1,229 @@
+//! Two processes, each the network of the other: a SOCK_SEQPACKET connection for each queue pair.
+//!
+//! Whoever gets the lock of `SOCKET.lock` listens at `SOCKET`, the other connects. When one of them dies, the other waits,
+//! or takes over listening, and both go on when a new one comes. A third one, as of a guest that is migrated to it, waits
+//! until one of the two is gone; what it sends meanwhile is kept as far as it fits. The first message of a connection says
+//! which pair it is for; all others are packets.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
+use tracing::{debug, error, info};
+use zerocopy::little_endian::U16;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use super::NetError;
+use super::wire::{Hub, Wire};
+
+/// How long to wait before the other end is looked for again, in milliseconds.
+const RETRY_MS: u16 = 100;
+/// How long whoever has connected may take to say for which pair.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// First message of a connection.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct Hello {
+    magic: [u8; 8],
+    /// Which of the sender's pairs this connection is for.
+    pair: U16,
+    /// How many it has.
+    pairs: U16,
+}
+
+const MAGIC: [u8; 8] = *b"vm-pair1";
+
+/// Connects, and connects again, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Link {
+    stop: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Link {
+    /// Begins to look for the other end at `path`, and puts the wires to it into `hub`.
+    pub(super) fn start(path: &Path, pairs: u16, hub: Arc<Hub>) -> Result<Link, NetError> {
+        let refused = |source: io::Error| NetError::Pair { path: path.to_owned(), source };
+        let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(|errno| refused(errno.into()))?);
+        let mut lock = path.as_os_str().to_owned();
+        lock.push(".lock");
+        let lock = OpenOptions::new().create(true).truncate(false).write(true).open(lock).map_err(refused)?;
+        UnixAddr::new(path).map_err(|errno| refused(errno.into()))?;
+        let mut end = End { path: path.to_owned(), lock, pairs, hub, stop: stop.clone(), listener: None };
+        // Who is first listens, before anybody is told that this end is there.
+        end.meet();
+        let thread = thread::Builder::new().name("pair".into()).spawn(move || end.run()).map_err(refused)?;
+        Ok(Link { stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        let _ = self.stop.write(1);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// This end of the pair.
+struct End {
+    path: PathBuf,
+    lock: File,
+    pairs: u16,
+    hub: Arc<Hub>,
+    stop: Arc<EventFd>,
+    /// While this end is the one that listens.
+    listener: Option<UnixListener>,
+}
+
+impl End {
+    fn run(&mut self) {
+        while !self.wait() {
+            self.meet();
+        }
+        if self.listener.is_some() {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+
+    /// Looks for the other end, unless it is the other end's turn.
+    fn meet(&mut self) {
+        if self.listener.is_none()
+            && let Err(error) = self.connect()
+        {
+            debug!("{}: {error}", self.path.display());
+        }
+    }
+
+    /// Connects what is not connected; if nobody listens, listens itself.
+    fn connect(&mut self) -> io::Result<()> {
+        let state = self.hub.state();
+        for pair in (0..self.pairs).filter(|pair| state.out_of(*pair).is_none()) {
+            let stream = match connected(&self.path) {
+                Ok(stream) => stream,
+                Err(Errno::ENOENT | Errno::ECONNREFUSED) => return self.listen(),
+                Err(errno) => return Err(errno.into()),
+            };
+            let hello = Hello { magic: MAGIC, pair: pair.into(), pairs: self.pairs.into() };
+            (&stream).write_all(hello.as_bytes())?;
+            self.add(pair, stream)?;
+        }
+        Ok(())
+    }
+
+    /// Listens, unless the other end is about to.
+    fn listen(&mut self) -> io::Result<()> {
+        if self.lock.try_lock().is_err() {
+            return Ok(());
+        }
+        // Whoever made a socket there is dead: it would have the lock.
+        match std::fs::remove_file(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let fd = seqpacket(SockFlag::SOCK_NONBLOCK)?;
+        bind(fd.as_raw_fd(), &UnixAddr::new(&self.path)?)?;
+        listen(&fd, Backlog::MAXCONN)?;
+        info!("{}: waits for the other end", self.path.display());
+        self.listener = Some(fd.into());
+        Ok(())
+    }
+
+    fn accept(&self, listener: &UnixListener) -> io::Result<()> {
+        let (stream, _) = listener.accept()?;
+        stream.set_nonblocking(false)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut bytes = [0; size_of::<Hello>()];
+        let count = io::Read::read(&mut &stream, &mut bytes)?;
+        let hello = Hello::read_from_bytes(bytes.get(..count).unwrap_or_default());
+        let Some(hello) = hello.ok().filter(|hello| hello.magic == MAGIC) else {
+            return Err(io::Error::other("somebody has connected who is no back-end with --pair"));
+        };
+        let (pair, pairs) = (hello.pair.get(), hello.pairs.get());
+        if pairs != self.pairs || pair >= pairs {
+            let (here, there) = (self.pairs, pairs);
+            let why = format!("{here} queue pairs here and {there} at the other end: start both with the same number");
+            return Err(io::Error::other(why));
+        }
+        if self.hub.state().out_of(pair).is_some() {
+            return Err(io::Error::other(format!("a third end has come for pair {pair}, which has two")));
+        }
+        self.add(pair, stream)
+    }
+
+    fn add(&self, pair: u16, stream: UnixStream) -> io::Result<()> {
+        stream.set_nonblocking(true)?;
+        let wire = Arc::new(Wire::new(stream.try_clone()?.into(), stream.into()));
+        info!("{}: pair {pair} is connected", self.path.display());
+        self.set(pair, Some(wire));
+        Ok(())
+    }
+
+    fn set(&self, pair: u16, wire: Option<Arc<Wire>>) {
+        self.hub.change(|state| {
+            if let Some(place) = state.wires.get_mut(usize::from(pair)) {
+                *place = wire;
+            }
+        });
+    }
+
+    /// Waits until something is to be done, and does it: connections that come, and those that end. True at the end.
+    fn wait(&self) -> bool {
+        let state = self.hub.state();
+        let missing = state.wires.iter().any(Option::is_none);
+        let timeout = match self.listener.is_none() && missing {
+            true => PollTimeout::from(RETRY_MS),
+            false => PollTimeout::NONE,
+        };
+        let wires = || (0..).zip(&state.wires).filter_map(|(pair, wire)| Some((pair, wire.as_ref()?)));
+        // Without a free pair, whoever connects waits.
+        let listener = self.listener.as_ref().filter(|_| missing);
+        let listening = listener.map(AsFd::as_fd);
+        let mut fds = vec![PollFd::new(self.stop.as_fd(), PollFlags::POLLIN)];
+        fds.extend(listening.iter().map(|fd: &BorrowedFd<'_>| PollFd::new(*fd, PollFlags::POLLIN)));
+        // Only asked whether the other end has hung up.
+        fds.extend(wires().map(|(_, wire)| PollFd::new(wire.input(), PollFlags::empty())));
+        if let Err(errno) = poll(&mut fds, timeout)
+            && errno != Errno::EINTR
+        {
+            error!("{}: poll: {errno}", self.path.display());
+            return true;
+        }
+        let mut ready = fds.iter().map(|fd| fd.revents().is_some_and(|events| !events.is_empty()));
+        if ready.next() == Some(true) {
+            return true;
+        }
+        if let Some(listener) = listener
+            && ready.next() == Some(true)
+            && let Err(refused) = self.accept(listener)
+        {
+            error!("{}: {refused}", self.path.display());
+        }
+        for ((pair, _), _) in wires().zip(ready).filter(|(_, gone)| *gone) {
+            info!("{}: the other end of pair {pair} is gone", self.path.display());
+            self.set(pair, None);
+        }
+        false
+    }
+}
+
+fn seqpacket(flags: SockFlag) -> nix::Result<OwnedFd> {
+    socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC | flags, None)
+}
+
+fn connected(path: &Path) -> nix::Result<UnixStream> {
+    let fd = seqpacket(SockFlag::empty())?;
+    connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(fd.into())
+}

@@ -1,0 +1,215 @@
+//! The receive queue: packets that nobody asked for, put into buffers that the driver has provided.
+//!
+//! A buffer is taken from the ring only when there is a packet for it, and written only when the packet fits into those
+//! taken: so whatever is in flight is either being filled, or untouched and can go back. All buffers of a packet are
+//! complete at once, and so are published in one batch, in order (virtio 1.2, 5.1.6.4).
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use tracing::{debug, warn};
+
+use super::wire::{HEADER, Hub, MAX_FRAME, View, Wire, count};
+use crate::backend::{Queue, Request};
+
+/// Packets looked at before orders are: more than that may not be for the guest.
+const BATCH: usize = 256;
+
+pub(super) struct Receive {
+    pair: u16,
+    /// Bytes of the header as this driver knows it.
+    header: usize,
+    mergeable: bool,
+    /// Entries of the ring: more buffers than that never come for one packet.
+    size: usize,
+    view: View,
+    /// Rings when the state has changed.
+    ear: Arc<EventFd>,
+    /// Readable when one of the wires or the ear is.
+    ready_to_read: Epoll,
+    wires: Vec<Arc<Wire>>,
+    /// Where to look first, so that no wire starves.
+    next: usize,
+    buffer: Box<[u8]>,
+    /// Bytes of the packet in `buffer`, its header of 12 bytes included.
+    packet: Option<usize>,
+    /// Taken, and untouched.
+    held: VecDeque<Request>,
+    /// Writable bytes of those.
+    room: u64,
+    done: Vec<Request>,
+}
+
+impl Receive {
+    pub(super) fn new(hub: Arc<Hub>, pair: u16, size: u16, header: usize, mergeable: bool) -> io::Result<Receive> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let ear = Arc::new(EventFd::from_flags(flags)?);
+        let mut queue = Receive {
+            pair,
+            header,
+            mergeable,
+            size: size.into(),
+            ready_to_read: listen_to(&ear, &[])?,
+            wires: Vec::new(),
+            next: 0,
+            // One byte more than the longest: what fills it is too long.
+            buffer: vec![0; HEADER + MAX_FRAME + 1].into(),
+            packet: None,
+            held: VecDeque::new(),
+            room: 0,
+            done: Vec::new(),
+            view: View::new(hub.clone()),
+            ear: ear.clone(),
+        };
+        if let Some(packet) = hub.listen(pair, ear)
+            && let Some(to) = queue.buffer.get_mut(..packet.len())
+        {
+            to.copy_from_slice(&packet);
+            queue.packet = Some(packet.len());
+        }
+        Ok(queue)
+    }
+
+    /// Hears the wires that are this queue's now.
+    fn refresh(&mut self) {
+        if !self.view.refresh() {
+            return;
+        }
+        let _ = self.ear.read();
+        self.wires = self.view.state.heard_by(self.pair);
+        match listen_to(&self.ear, &self.wires) {
+            Ok(epoll) => self.ready_to_read = epoll,
+            Err(error) => warn!("receive queue {}: can't wait for packets: {error}", self.pair),
+        }
+    }
+
+    /// Gets the next packet that the driver wants; false if there is none for now.
+    fn receive(&mut self) -> bool {
+        self.refresh();
+        let counters = &self.view.hub.counters;
+        for _ in 0..BATCH {
+            let (before, after) = self.wires.split_at(self.next.min(self.wires.len()));
+            let mut turn = after.iter().chain(before);
+            let Some(len) = turn.find_map(|wire| wire.receive(&mut self.buffer)) else { return false };
+            self.next = (self.next + 1) % self.wires.len();
+            let Some(frame) = self.buffer.get(HEADER..len).filter(|frame| frame.len() <= MAX_FRAME) else {
+                count(&counters.received_malformed);
+                continue;
+            };
+            if !self.view.state.filter.wants(frame) {
+                count(&counters.received_filtered);
+                continue;
+            }
+            self.packet = Some(len);
+            return true;
+        }
+        false
+    }
+
+    /// Puts the packet into the buffers held, or drops it if no buffers can ever hold it. It stays if more are needed.
+    fn place(&mut self) {
+        let Some(len) = self.packet else { return };
+        // The driver's header, which may be shorter than ours, ends where ours does.
+        let needed = (len - HEADER + self.header) as u64;
+        let enough = match (self.mergeable, self.held.front()) {
+            (_, None) => false,
+            (true, _) if self.room < needed && self.held.len() < self.size => return,
+            (true, _) => self.room >= needed,
+            (false, Some(first)) => first.writable_len() >= needed,
+        };
+        if !enough {
+            if !self.held.is_empty() {
+                debug!("receive queue {}: no buffers for a packet of {needed} bytes", self.pair);
+                count(&self.view.hub.counters.received_dropped);
+                self.packet = None;
+            }
+            return;
+        }
+        let (mut left, mut buffers) = (needed, 0u16);
+        for request in &self.held {
+            left = left.saturating_sub(request.writable_len());
+            buffers += 1;
+            if left == 0 {
+                break;
+            }
+        }
+        // Nothing is offloaded: all of the header is zero but the number of buffers, its last field.
+        if let Some(header) = self.buffer.first_chunk_mut::<HEADER>() {
+            *header = [0; HEADER];
+            header[HEADER - 2..].copy_from_slice(&buffers.to_le_bytes());
+        }
+        let mut rest = self.buffer.get(HEADER - self.header..len).unwrap_or_default();
+        for mut request in self.held.drain(..usize::from(buffers)) {
+            self.room -= request.writable_len();
+            let here = rest.len().min(usize::try_from(request.writable_len()).unwrap_or(usize::MAX));
+            let (now, later) = rest.split_at(here);
+            rest = later;
+            if let Err(error) = request.write(0, now) {
+                // Checked when it came.
+                warn!("receive queue {}: {error}", self.pair);
+            }
+            self.done.push(request);
+        }
+        self.packet = None;
+        count(&self.view.hub.counters.received);
+    }
+}
+
+impl Queue for Receive {
+    fn wants(&mut self) -> bool {
+        while self.packet.is_none() {
+            if !self.receive() {
+                return false;
+            }
+            self.place();
+        }
+        true
+    }
+
+    fn submit(&mut self, request: Request) {
+        if request.writable_len() < self.header as u64 || !request.is_writable() {
+            debug!("receive queue {}: a buffer of {} bytes is of no use", self.pair, request.writable_len());
+            count(&self.view.hub.counters.bad_buffers);
+            return self.done.push(request);
+        }
+        self.room += request.writable_len();
+        self.held.push_back(request);
+        self.place();
+    }
+
+    fn completions(&mut self, done: &mut Vec<Request>) {
+        done.append(&mut self.done);
+    }
+
+    fn put_back(&mut self, unused: &mut Vec<Request>) {
+        self.room = 0;
+        unused.extend(self.held.drain(..));
+    }
+
+    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
+        // With a packet at hand it waits for buffers, and for nothing else.
+        self.packet.is_none().then(|| self.ready_to_read.0.as_fd())
+    }
+}
+
+impl Drop for Receive {
+    fn drop(&mut self) {
+        debug!("receive queue {}: stops, and so far {:?}", self.pair, self.view.hub.counters.read());
+        let packet = self.packet.and_then(|len| self.buffer.get(..len)).map(<[u8]>::to_vec);
+        self.view.hub.leave(self.pair, packet);
+    }
+}
+
+fn listen_to(ear: &EventFd, wires: &[Arc<Wire>]) -> nix::Result<Epoll> {
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+    let event = EpollEvent::new(EpollFlags::EPOLLIN, 0);
+    epoll.add(ear, event)?;
+    for wire in wires {
+        epoll.add(wire.input(), event)?;
+    }
+    Ok(epoll)
+}

@@ -1,0 +1,81 @@
+//! Taps: network interfaces of the host whose other end is a file. The only `unsafe` here: their ioctls.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+
+use nix::errno::Errno;
+use nix::libc::{self, c_int};
+
+use super::NetError;
+use super::wire::{HEADER, Wire};
+
+/// `struct ifreq`, as TUNSETIFF reads it.
+#[repr(C)]
+struct InterfaceRequest {
+    name: [u8; libc::IFNAMSIZ],
+    flags: libc::c_short,
+    padding: [u8; 22],
+}
+
+const _: () = assert!(size_of::<InterfaceRequest>() == size_of::<libc::ifreq>());
+
+nix::ioctl_write_ptr_bad!(tun_set_iff, libc::TUNSETIFF, InterfaceRequest);
+nix::ioctl_write_ptr_bad!(tun_set_header, libc::TUNSETVNETHDRSZ, c_int);
+nix::ioctl_write_int_bad!(tun_set_offload, libc::TUNSETOFFLOAD);
+
+/// Opens one queue per pair of the tap `name`; one that doesn't exist is made, and goes away with this process.
+pub(super) fn open(name: &str, pairs: u16) -> Result<Vec<Wire>, NetError> {
+    let one = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    let several = one | libc::IFF_MULTI_QUEUE;
+    if pairs > 1 {
+        return (0..pairs).map(|_| queue(name, several)).collect();
+    }
+    // A tap that was made for several queues can only be opened as such.
+    let wire = queue(name, one).or_else(|error| queue(name, several).map_err(|_| error))?;
+    Ok(vec![wire])
+}
+
+fn queue(name: &str, flags: c_int) -> Result<Wire, NetError> {
+    let refused = |source: io::Error| {
+        let advice = match source.raw_os_error().map(Errno::from_raw) {
+            Some(Errno::EPERM | Errno::EACCES) => "run as root, or make it for this user: ip tuntap add ... user NAME",
+            Some(Errno::ENOENT | Errno::ENODEV) => "the system has no /dev/net/tun: load the module tun",
+            Some(Errno::EBUSY) => "another process has it open: end that, or use another tap",
+            Some(Errno::EINVAL) => "is it a tap? For several queue pairs it must be made with multi_queue",
+            _ => "check its name",
+        };
+        NetError::Tap { name: name.into(), source, advice }
+    };
+    let mut request = InterfaceRequest { name: [0; libc::IFNAMSIZ], flags: flags as libc::c_short, padding: [0; 22] };
+    // The last byte stays 0.
+    match request.name.split_last_mut().and_then(|(_, space)| space.get_mut(..name.len())) {
+        Some(space) if !name.is_empty() && !name.contains(['\0', '/', '%']) => space.copy_from_slice(name.as_bytes()),
+        _ => return Err(NetError::TapName { name: name.into() }),
+    }
+    let tap = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun");
+    let tap: File = tap.map_err(refused)?;
+    let (fd, header) = (tap.as_raw_fd(), HEADER as c_int);
+    let failed = |errno: Errno| refused(errno.into());
+    // SAFETY: the request is a whole ifreq, which is only read.
+    unsafe { tun_set_iff(fd, &raw const request) }.map_err(failed)?;
+    // SAFETY: an int, which is only read.
+    unsafe { tun_set_header(fd, &raw const header) }.map_err(failed)?;
+    // SAFETY: takes no pointer. A user before us may have asked for packets that the driver was not asked about.
+    unsafe { tun_set_offload(fd, 0) }.map_err(failed)?;
+    let input = tap.try_clone().map_err(refused)?;
+    Ok(Wire::new(tap.into(), input.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_no_interface_can_have_is_refused_before_the_system_is_asked() {
+        for name in ["", "sixteen-bytes-xx", "a/b", "tap%d", "a\0"] {
+            assert!(matches!(open(name, 1), Err(NetError::TapName { .. })), "{name:?}");
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! Where packets go to and come from: one wire per queue pair, and which receive queue hears which of them.
+//!
+//! Every wire, whatever is at its other end, carries messages of a 12-byte virtio-net header and a frame. The kernel keeps
+//! what was sent and not read yet, and drops what is too much; so nothing here grows with what others send.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::errno::Errno;
+use nix::sys::eventfd::EventFd;
+use nix::unistd::{read, write};
+
+use super::filter::Filter;
+use crate::abi::virtio::NetHeader;
+
+/// Bytes of the header before each frame on a wire.
+pub(super) const HEADER: usize = size_of::<NetHeader>();
+/// Longest frame, bytes: 64 KiB of IP with an Ethernet header (virtio 1.2, 5.1.6.3.1).
+pub(super) const MAX_FRAME: usize = 65550;
+
+/// A way out and a way in.
+#[derive(Debug)]
+pub(super) struct Wire {
+    output: OwnedFd,
+    input: OwnedFd,
+}
+
+impl Wire {
+    /// Both must not block.
+    pub(super) fn new(output: OwnedFd, input: OwnedFd) -> Wire {
+        Wire { output, input }
+    }
+
+    /// Sends a header and a frame; false if the other end has no room or is gone.
+    pub(super) fn send(&self, message: &[u8]) -> bool {
+        loop {
+            match write(&self.output, message) {
+                Err(Errno::EINTR) => {}
+                sent => return sent == Ok(message.len()),
+            }
+        }
+    }
+
+    /// Receives a header and a frame, or what somebody else sent; the number of bytes, `None` if there is nothing. What is
+    /// longer than `buffer` fills it.
+    pub(super) fn receive(&self, buffer: &mut [u8]) -> Option<usize> {
+        loop {
+            match read(&self.input, buffer) {
+                Err(Errno::EINTR) => {}
+                received => return received.ok().filter(|count| *count > 0),
+            }
+        }
+    }
+
+    pub(super) fn input(&self) -> BorrowedFd<'_> {
+        self.input.as_fd()
+    }
+}
+
+/// What queues go by. A change replaces it as a whole.
+#[derive(Debug, Clone)]
+pub(super) struct State {
+    /// By pair; `None` while nobody is at the other end.
+    pub(super) wires: Vec<Option<Arc<Wire>>>,
+    /// Which frames the driver wants.
+    pub(super) filter: Filter,
+    /// Pairs that the driver uses, from the first on.
+    pub(super) pairs: u16,
+    /// Whether the driver shall announce itself.
+    pub(super) announce: bool,
+    /// The pairs whose receive queues run, with what wakes them when this changes.
+    ears: BTreeMap<u16, Arc<EventFd>>,
+}
+
+impl State {
+    /// The wires that the receive queue of `pair` hears: its own, and a share of those whose own queue doesn't run.
+    pub(super) fn heard_by(&self, pair: u16) -> Vec<Arc<Wire>> {
+        let listening: Vec<u16> = self.ears.keys().copied().filter(|ear| *ear < self.pairs).collect();
+        if listening.is_empty() {
+            return Vec::new();
+        }
+        let hears = |wire: u16| match listening.contains(&wire) {
+            true => wire == pair,
+            false => listening.get(usize::from(wire) % listening.len()) == Some(&pair),
+        };
+        let wires = (0..).zip(&self.wires).filter(|(wire, _)| hears(*wire));
+        wires.filter_map(|(_, wire)| wire.clone()).collect()
+    }
+
+    /// The wire that `pair` sends on.
+    pub(super) fn out_of(&self, pair: u16) -> Option<&Arc<Wire>> {
+        self.wires.get(usize::from(pair))?.as_ref()
+    }
+}
+
+/// What became of packets, since the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Counts {
+    /// Sent by the guest and passed on.
+    pub sent: u64,
+    /// Sent by the guest and dropped: without a whole header, too long, or not in its memory.
+    pub sent_malformed: u64,
+    /// Sent by the guest and dropped: the other end had no room, or was not there.
+    pub sent_dropped: u64,
+    /// Handed to the guest.
+    pub received: u64,
+    /// Received and dropped: without a whole header, or too long.
+    pub received_malformed: u64,
+    /// Received and dropped: the guest's buffers can't hold it.
+    pub received_dropped: u64,
+    /// Received and dropped: not for the guest, by the filter it has set.
+    pub received_filtered: u64,
+    /// Buffers that the guest provided and that nothing can be put in.
+    pub bad_buffers: u64,
+}
+
+/// [`Counts`] that go on counting.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    pub(super) sent: AtomicU64,
+    pub(super) sent_malformed: AtomicU64,
+    pub(super) sent_dropped: AtomicU64,
+    pub(super) received: AtomicU64,
+    pub(super) received_malformed: AtomicU64,
+    pub(super) received_dropped: AtomicU64,
+    pub(super) received_filtered: AtomicU64,
+    pub(super) bad_buffers: AtomicU64,
+}
+
+impl Counters {
+    pub(super) fn read(&self) -> Counts {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Counts {
+            sent: read(&self.sent),
+            sent_malformed: read(&self.sent_malformed),
+            sent_dropped: read(&self.sent_dropped),
+            received: read(&self.received),
+            received_malformed: read(&self.received_malformed),
+            received_dropped: read(&self.received_dropped),
+            received_filtered: read(&self.received_filtered),
+            bad_buffers: read(&self.bad_buffers),
+        }
+    }
+}
+
+pub(super) fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+/// The device's wires and what the driver has set, shared by its queues.
+#[derive(Debug)]
+pub(super) struct Hub {
+    state: Mutex<Arc<State>>,
+    /// Counts the changes of `state`.
+    generation: AtomicU64,
+    /// Packets that were received by queues which have stopped since, by pair.
+    kept: Mutex<BTreeMap<u16, Vec<u8>>>,
+    pub(super) counters: Counters,
+}
+
+impl Hub {
+    pub(super) fn new(wires: Vec<Option<Arc<Wire>>>, filter: Filter) -> Hub {
+        let pairs = wires.len() as u16;
+        let state = State { wires, filter, pairs, announce: false, ears: BTreeMap::new() };
+        Hub {
+            state: Mutex::new(Arc::new(state)),
+            generation: AtomicU64::new(0),
+            kept: Mutex::default(),
+            counters: Counters::default(),
+        }
+    }
+
+    pub(super) fn state(&self) -> Arc<State> {
+        lock(&self.state).clone()
+    }
+
+    /// Changes the state, and wakes the receive queues for it.
+    pub(super) fn change(&self, change: impl FnOnce(&mut State)) {
+        let mut state = lock(&self.state);
+        change(Arc::make_mut(&mut state));
+        self.generation.fetch_add(1, Ordering::Release);
+        for ear in state.ears.values() {
+            let _ = ear.write(1);
+        }
+    }
+
+    /// A receive queue begins to run; the packet that its predecessor left.
+    pub(super) fn listen(&self, pair: u16, ear: Arc<EventFd>) -> Option<Vec<u8>> {
+        self.change(|state| {
+            state.ears.insert(pair, ear);
+        });
+        lock(&self.kept).remove(&pair)
+    }
+
+    /// It has ended, with a packet that found no buffers.
+    pub(super) fn leave(&self, pair: u16, packet: Option<Vec<u8>>) {
+        if let Some(packet) = packet {
+            lock(&self.kept).insert(pair, packet);
+        }
+        self.change(|state| {
+            state.ears.remove(&pair);
+        });
+    }
+}
+
+/// A queue's look at the state: no lock is taken while nothing changes.
+pub(super) struct View {
+    pub(super) hub: Arc<Hub>,
+    pub(super) state: Arc<State>,
+    generation: u64,
+}
+
+impl View {
+    pub(super) fn new(hub: Arc<Hub>) -> View {
+        let generation = hub.generation.load(Ordering::Acquire);
+        View { state: hub.state(), generation, hub }
+    }
+
+    /// Takes note of changes; false if there were none.
+    pub(super) fn refresh(&mut self) -> bool {
+        let generation = self.hub.generation.load(Ordering::Acquire);
+        if generation == self.generation {
+            return false;
+        }
+        // A change after the number was read is noticed the next time.
+        (self.generation, self.state) = (generation, self.hub.state());
+        true
+    }
+}
+
+/// A thread that panicked while it held the lock has left a whole state behind: changes are made of plain stores.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,740 @@
+//! What a guest's network driver may rely on, and what a hostile one can't do.
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::vhost_user::{
+    CONFIG_TYPE_MIGRATION, ConfigHeader, InflightDescription, Request as Code, protocol_feature,
+};
+use vhost_migrate::abi::virtio::{
+    VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE,
+    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_RING_F_EVENT_IDX,
+};
+use vhost_migrate::backend::net::{Counts, Net, NetOptions, Peer};
+use vhost_migrate::inflight;
+use vhost_migrate::ring::Buffer;
+use zerocopy::IntoBytes;
+
+use crate::guest::{BASIC, Guest, HIGH, Ring, begin, harvest, install_log, start_logging};
+use crate::log::{LOG_AT, Oracle};
+use crate::raw::{Client, DEADLINE};
+use crate::server::Server;
+
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+const MERGEABLE: u64 = BASIC | bit(VIRTIO_NET_F_MRG_RXBUF);
+const CONTROL: u64 = bit(VIRTIO_NET_F_CTRL_VQ)
+    | bit(VIRTIO_NET_F_CTRL_RX)
+    | bit(VIRTIO_NET_F_CTRL_MAC_ADDR)
+    | bit(VIRTIO_NET_F_GUEST_ANNOUNCE);
+const HEADER: usize = 12;
+/// Where frames to send are put, and from where on buffers to receive into lie.
+const SENT: u64 = 0xc0_0000;
+const BUFFERS: u64 = HIGH;
+const OUTSIDE: u64 = 1 << 40;
+
+fn options(peer: Peer) -> NetOptions {
+    NetOptions { peer, pairs: 1, max_queue_size: 1024, mac: MAC, mtu: None }
+}
+
+/// An interface, its front-end, and the guest behind that.
+struct Rig {
+    device: Arc<Net>,
+    _server: Server,
+    client: Client,
+    guest: Guest,
+    features: u64,
+    rx: Vec<Ring>,
+    tx: Vec<Ring>,
+    /// Buffers provided, by pair and head.
+    provided: HashMap<(usize, u16), Buffer>,
+    next: u64,
+}
+
+impl Rig {
+    fn new(features: u64, change: impl FnOnce(&mut NetOptions)) -> Rig {
+        let mut options = options(Peer::Loopback);
+        change(&mut options);
+        let pairs = u32::from(options.pairs);
+        let (device, guest) = (Arc::new(Net::open(options).unwrap()), Guest::new());
+        let server = Server::new(device.clone());
+        let client = server.connect();
+        begin(&client, &guest, features);
+        let ring = |index| Ring::new(&guest, index, 256, features);
+        let (rx, tx) = (0..pairs).map(|pair| (ring(2 * pair), ring(2 * pair + 1))).unzip();
+        let rig =
+            Rig { device, _server: server, client, guest, features, rx, tx, provided: HashMap::new(), next: BUFFERS };
+        for ring in rig.rx.iter().chain(&rig.tx) {
+            ring.set_up(&rig.client, &rig.guest, 0);
+            ring.enable(&rig.client, true);
+        }
+        rig
+    }
+
+    /// Provides a buffer of `len` bytes, cut in two, which begins where the last one ends.
+    fn provide(&mut self, pair: usize, len: u32) -> u16 {
+        let buffer = Buffer { gpa: self.next, len };
+        self.next += u64::from(len);
+        assert!(self.next < BUFFERS + (16 << 20));
+        self.guest.memory.write(buffer.gpa, &vec![0xee; len as usize]).unwrap();
+        let first = Buffer { len: len / 3, ..buffer };
+        let second = Buffer { gpa: buffer.gpa + u64::from(first.len), len: len - first.len };
+        let head = self.rx[pair].driver.add(&[], &[first, second], None).unwrap().unwrap();
+        self.provided.insert((pair, head), buffer);
+        head
+    }
+
+    fn provide_kicked(&mut self, pair: usize, lens: &[u32]) {
+        lens.iter().for_each(|len| _ = self.provide(pair, *len));
+        self.rx[pair].kick();
+    }
+
+    /// Sends a frame behind a header that asks for what was never offered, and waits until the device is done with it.
+    fn send(&mut self, pair: usize, frame: &[u8]) {
+        let message = [&[0xff; HEADER], frame].concat();
+        self.guest.memory.write(SENT, &message).unwrap();
+        let len = message.len() as u32;
+        self.transmit(pair, &[Buffer { gpa: SENT, len: 7 }, Buffer { gpa: SENT + 7, len: len - 7 }], &[]);
+    }
+
+    fn transmit(&mut self, pair: usize, readable: &[Buffer], writable: &[Buffer]) {
+        let tx = &mut self.tx[pair];
+        tx.driver.add(readable, writable, None).unwrap().unwrap();
+        tx.kick();
+        assert_eq!(tx.completion().1, 0, "the device wrote to a packet that it was to send");
+    }
+
+    /// The next frame received, after its header and all its buffers were checked: they must be there at once.
+    fn receive(&mut self, pair: usize) -> Vec<u8> {
+        let mut used = self.rx[pair].completion();
+        let mut message = Vec::new();
+        let mut left = None;
+        loop {
+            let buffer = self.provided.remove(&(pair, used.0)).unwrap();
+            assert!(used.1 <= buffer.len);
+            message.extend(self.guest.bytes(buffer.gpa, used.1 as usize));
+            let behind = self.guest.bytes(buffer.gpa + u64::from(used.1), (buffer.len - used.1) as usize);
+            assert!(behind.iter().all(|byte| *byte == 0xee), "bytes behind the packet were written");
+            let buffers = *left.get_or_insert_with(|| u16::from_le_bytes([message[10], message[11]]));
+            assert!(buffers == 1 || used.1 == buffer.len, "a buffer that is not the last was not filled");
+            if buffers == 1 {
+                break;
+            }
+            left = Some(buffers - 1);
+            let next = self.rx[pair].driver.pop_used().unwrap();
+            used = next.map(|used| (used.head, used.len)).expect("a part of a packet was published without the others");
+        }
+        assert_eq!(message[..10], [0; 10], "a header that promises what was never offered");
+        message.split_off(HEADER)
+    }
+
+    fn wait_for(&self, what: &str, seen: impl Fn(Counts) -> bool) {
+        let end = std::time::Instant::now() + DEADLINE;
+        while !seen(self.device.counts()) {
+            assert!(std::time::Instant::now() < end, "{what}: {:?}", self.device.counts());
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// A frame that no other is like.
+fn frame(len: usize, seed: u8) -> Vec<u8> {
+    (0..len).map(|at| (at as u8).wrapping_mul(31).wrapping_add((at >> 8) as u8).wrapping_add(seed)).collect()
+}
+
+#[test]
+fn a_frame_of_any_size_comes_back_byte_for_byte_however_the_buffers_are_cut() {
+    for features in [MERGEABLE, MERGEABLE | bit(VIRTIO_RING_F_EVENT_IDX)] {
+        let mut rig = Rig::new(features, |_| {});
+        let mut seed = 0;
+        for room in [12, 13, 97, 1526, 4099, 65562] {
+            for len in [0, 1, 13, 60, 85, 86, 1514, 4086, 4087, 4088, 9000, 65535, 65550] {
+                let buffers = (len + HEADER).div_ceil(room);
+                if buffers > 250 {
+                    continue;
+                }
+                seed += 1;
+                rig.next = BUFFERS + u64::from(seed);
+                rig.provide_kicked(0, &vec![room as u32; buffers]);
+                rig.send(0, &frame(len, seed));
+                assert_eq!(rig.receive(0), frame(len, seed), "{len} bytes in buffers of {room}");
+                assert!(rig.provided.is_empty(), "{len} bytes in buffers of {room}");
+            }
+        }
+        let Counts { sent, received, .. } = rig.device.counts();
+        assert_eq!((sent, received), (u64::from(seed), u64::from(seed)));
+    }
+}
+
+#[test]
+fn without_mergeable_buffers_a_packet_takes_one_and_is_dropped_if_it_does_not_fit() {
+    let mut rig = Rig::new(BASIC, |_| {});
+    rig.provide_kicked(0, &[1526, 1526, 65562]);
+    rig.send(0, &frame(1514, 1));
+    rig.send(0, &frame(1515, 2));
+    rig.send(0, &frame(3, 3));
+    rig.send(0, &frame(65550, 4));
+    assert_eq!(rig.receive(0), frame(1514, 1));
+    assert_eq!(rig.receive(0), frame(3, 3), "the buffer that was too small is used for the next packet");
+    assert_eq!(rig.receive(0), frame(65550, 4));
+    assert_eq!(rig.device.counts().received_dropped, 1);
+}
+
+#[test]
+fn a_packet_that_waits_for_buffers_is_received_when_they_come() {
+    for features in [MERGEABLE, MERGEABLE | bit(VIRTIO_RING_F_EVENT_IDX)] {
+        let mut rig = Rig::new(features, |_| {});
+        rig.send(0, &frame(3000, 1));
+        rig.send(0, &frame(100, 2));
+        for _ in 0..30 {
+            rig.provide_kicked(0, &[100]);
+        }
+        rig.provide_kicked(0, &[100, 100]);
+        assert_eq!(rig.receive(0), frame(3000, 1));
+        assert!(rig.provided.len() == 1);
+        rig.provide_kicked(0, &[100]);
+        assert_eq!(rig.receive(0), frame(100, 2));
+    }
+}
+
+/// Every byte that the device writes: packets with their headers, used rings, and nothing else.
+#[test]
+fn the_log_holds_exactly_what_was_received() {
+    for features in [MERGEABLE, MERGEABLE | bit(VIRTIO_RING_F_EVENT_IDX)] {
+        let mut rig = Rig::new(features, |_| {});
+        let log = install_log(&rig.client, &rig.guest);
+        let (rx, tx) = (&mut rig.rx[0], &mut rig.tx[0]);
+        start_logging(&rig.client, &rig.guest, features, &mut [rx, tx], LOG_AT);
+        let mut oracles = [Oracle::new(&rig.guest, &rig.rx[0]), Oracle::new(&rig.guest, &rig.tx[0])];
+        for round in 0..60u64 {
+            let (len, room) = (round as usize * 997 % 20000, [1526, 4096, 4097, 9001, 20480][round as usize % 5]);
+            let buffers = (len + HEADER).div_ceil(room);
+            // Every buffer begins at the end of a page, and those that are not needed lie before those that are.
+            for number in 0..buffers {
+                rig.next = (rig.next + 0x1fff) / 0x1000 * 0x1000 - 1 - round % 3 * 5;
+                let written = (len + HEADER - number * room).min(room) as u64;
+                oracles[0].wrote(rig.next, written);
+                rig.provide(0, room as u32);
+            }
+            rig.rx[0].kick();
+            rig.send(0, &frame(len, round as u8));
+            assert_eq!(rig.receive(0), frame(len, round as u8));
+            if rig.next > BUFFERS + (12 << 20) {
+                rig.next = BUFFERS;
+            }
+        }
+        // Taken for a packet that is larger, and not written.
+        rig.next = BUFFERS + (15 << 20);
+        rig.provide_kicked(0, &[4096, 4096]);
+        rig.send(0, &frame(9000, 0));
+        for (ring, oracle) in rig.rx.iter().chain(&rig.tx).zip(&mut oracles) {
+            rig.client.ring_base(ring.index);
+            oracle.used_ring(&rig.guest, ring, LOG_AT + u64::from(ring.index) * 0x10_0000);
+        }
+        let [mut expected, used] = oracles.map(|oracle| oracle.pages);
+        expected.extend(used);
+        assert_eq!(harvest(&log), expected, "features {features:#x}");
+        assert_eq!(log.out_of_range(), 0);
+    }
+}
+
+#[test]
+fn a_stop_does_not_wait_for_packets_and_gives_every_unused_buffer_back() {
+    let mut rig = Rig::new(MERGEABLE, |_| {});
+    let (region, fd) = inflight::Region::create(inflight::Kind::Split, 2, 256).unwrap();
+    let description = InflightDescription {
+        mmap_size: inflight::Region::bytes_for(inflight::Kind::Split, 2, 256).unwrap(),
+        mmap_offset: 0,
+        num_queues: 2,
+        queue_size: 256,
+        padding: [0; 4],
+    };
+    for index in [0, 1] {
+        assert_eq!(rig.client.ring_base(index), 0);
+    }
+    rig.client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
+    for ring in rig.rx.iter().chain(&rig.tx) {
+        ring.set_up(&rig.client, &rig.guest, 0);
+    }
+    rig.provide_kicked(0, &[1000; 10]);
+    assert_eq!(rig.client.ring_base(0), 0, "buffers that nothing came for were taken");
+    rig.rx[0].set_up(&rig.client, &rig.guest, 0);
+    rig.send(0, &frame(100, 1));
+    assert_eq!(rig.receive(0), frame(100, 1));
+    // Nine buffers are too few for this one: they are taken, and must come back untouched.
+    rig.send(0, &frame(9500, 2));
+    while region.split(0, 256, 1).unwrap().1.resubmit.len() < 9 {
+        rig.client.barrier();
+    }
+    let before = rig.guest.snapshot();
+    assert_eq!(rig.client.ring_base(0), 1);
+    assert!(rig.guest.snapshot() == before, "a stop wrote guest memory");
+    assert!(region.split(0, 256, 1).unwrap().1.resubmit.is_empty(), "what was given back is still in flight");
+    rig.provide_kicked(0, &[1000]);
+    rig.rx[0].set_up(&rig.client, &rig.guest, 1);
+    assert_eq!(rig.receive(0), frame(9500, 2), "the packet that waited was lost");
+    assert_eq!(rig.client.ring_base(0), 11);
+    assert!(rig.provided.is_empty());
+}
+
+#[test]
+fn buffers_that_a_killed_predecessor_had_taken_are_the_first_to_be_used() {
+    let mut rig = Rig::new(MERGEABLE, |_| {});
+    for index in [0, 1] {
+        assert_eq!(rig.client.ring_base(index), 0);
+    }
+    let heads: Vec<u16> = (0..4).map(|_| rig.provide(0, 1000)).collect();
+    let _ = rig.rx[0].driver.publish();
+    let (region, fd) = inflight::Region::create(inflight::Kind::Split, 2, 256).unwrap();
+    let mut taken = region.split(0, 256, 0).unwrap().0;
+    taken.take(heads[0]);
+    taken.take(heads[1]);
+    drop(taken);
+    let description = InflightDescription {
+        mmap_size: inflight::Region::bytes_for(inflight::Kind::Split, 2, 256).unwrap(),
+        mmap_offset: 0,
+        num_queues: 2,
+        queue_size: 256,
+        padding: [0; 4],
+    };
+    rig.client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
+    rig.rx[0].set_up(&rig.client, &rig.guest, 0);
+    rig.tx[0].set_up(&rig.client, &rig.guest, 0);
+    assert_eq!(rig.client.ring_base(0), 0, "what was taken over and not used goes back");
+    rig.rx[0].set_up(&rig.client, &rig.guest, 0);
+    rig.send(0, &frame(1500, 1));
+    assert_eq!(rig.receive(0), frame(1500, 1));
+    assert_eq!(rig.client.ring_base(0), 2);
+    assert!(!rig.provided.contains_key(&(0, heads[0])) && !rig.provided.contains_key(&(0, heads[1])));
+}
+
+#[test]
+fn a_burst_of_packets_arrives_in_order_and_a_flood_is_dropped_and_counted() {
+    let mut rig = Rig::new(MERGEABLE, |_| {});
+    rig.provide_kicked(0, &[1000; 100]);
+    for seed in 0..50 {
+        rig.send(0, &frame(1500, seed));
+    }
+    for seed in 0..50 {
+        assert_eq!(rig.receive(0), frame(1500, seed));
+    }
+    // Nobody provides buffers any more.
+    for _ in 0..2000 {
+        rig.send(0, &frame(9000, 0));
+    }
+    let Counts { sent, sent_dropped, .. } = rig.device.counts();
+    assert_eq!(sent + sent_dropped, 2050);
+    assert!(sent_dropped > 1000, "{sent} packets of 9000 bytes are kept");
+    rig.provide_kicked(0, &[9012; 2]);
+    assert_eq!(rig.receive(0), frame(9000, 0));
+}
+
+#[test]
+fn each_pair_receives_what_it_sent() {
+    let mut rig = Rig::new(MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 4);
+    for pair in 0..4 {
+        rig.provide_kicked(pair, &[700; 3]);
+    }
+    for pair in 0..4 {
+        rig.send(pair, &frame(1500, pair as u8));
+    }
+    for pair in 0..4 {
+        assert_eq!(rig.receive(pair), frame(1500, pair as u8));
+    }
+    assert_eq!((0..8).map(|index| rig.client.ring_base(index)).collect::<Vec<_>>(), [3, 1, 3, 1, 3, 1, 3, 1]);
+}
+
+/// As with QEMU and a guest with fewer CPUs than pairs: it starts the rings of all of them and enables some.
+#[test]
+fn packets_for_a_pair_whose_ring_is_disabled_are_received_by_another() {
+    let mut rig = Rig::new(MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 3);
+    rig.provide_kicked(0, &[2000; 9]);
+    rig.provide_kicked(1, &[2000]);
+    rig.rx[1].enable(&rig.client, false);
+    rig.rx[2].enable(&rig.client, false);
+    for pair in [1, 2] {
+        rig.send(pair, &frame(100, pair as u8));
+        assert_eq!(rig.receive(0), frame(100, pair as u8));
+    }
+    rig.rx[1].enable(&rig.client, true);
+    rig.send(1, &frame(100, 9));
+    assert_eq!(rig.receive(1), frame(100, 9));
+}
+
+/// A control queue at `index`, and its commands.
+struct Controls(Ring);
+
+impl Controls {
+    fn new(rig: &Rig, index: u32) -> Controls {
+        let ring = Ring::new(&rig.guest, index, 64, rig.features);
+        ring.set_up(&rig.client, &rig.guest, 0);
+        ring.enable(&rig.client, true);
+        Controls(ring)
+    }
+
+    fn ask(&mut self, guest: &Guest, class: u8, command: u8, data: &[u8]) -> u8 {
+        let message = [&[class, command], data].concat();
+        guest.memory.write(SENT, &message).unwrap();
+        let answer = Buffer { gpa: SENT + 0x10_0000, len: 1 };
+        guest.memory.write(answer.gpa, &[0xff]).unwrap();
+        let readable = [Buffer { gpa: SENT, len: 2 }, Buffer { gpa: SENT + 2, len: message.len() as u32 - 2 }];
+        let readable: Vec<_> = readable.into_iter().filter(|buffer| buffer.len > 0).collect();
+        self.0.driver.add(&readable, &[answer], None).unwrap().unwrap();
+        self.0.kick();
+        assert_eq!(self.0.completion().1, 1);
+        guest.bytes(answer.gpa, 1)[0]
+    }
+}
+
+fn table(macs: &[[u8; 6]]) -> Vec<u8> {
+    [&(macs.len() as u32).to_le_bytes()[..], macs.as_flattened()].concat()
+}
+
+#[test]
+fn the_control_queue_does_what_the_specification_says_and_refuses_the_rest() {
+    const OK: u8 = 0;
+    const ERR: u8 = 1;
+    let mut rig = Rig::new(MERGEABLE | CONTROL | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 2);
+    let mut control = Controls::new(&rig, 4);
+    let mut ask = |rig: &Rig, class, command, data: &[u8]| control.ask(&rig.guest, class, command, data);
+    let to = |mac: [u8; 6]| [&mac[..], &frame(54, mac[5])].concat();
+    let (new, other, group) = ([2, 0, 0, 0, 0, 9], [2, 0, 0, 0, 0, 2], [1, 0, 0, 0, 0, 1]);
+    let answers = [
+        // Without the mode EXTRA, which was not negotiated, and with what does not exist.
+        (ask(&rig, 0, 2, &[1]), ERR),
+        (ask(&rig, 0, 77, &[1]), ERR),
+        (ask(&rig, 77, 0, &[1]), ERR),
+        (ask(&rig, 0, 0, &[]), ERR),
+        (ask(&rig, 0, 0, &[0, 0]), ERR),
+        (ask(&rig, 2, 0, &[0, 0]), ERR),
+        (ask(&rig, 0, 1, &[1]), OK),
+        (ask(&rig, 0, 1, &[0]), OK),
+        (ask(&rig, 1, 1, &new[..5]), ERR),
+        (ask(&rig, 1, 1, &new), OK),
+        (ask(&rig, 1, 0, &[table(&[other]), table(&[])].concat()), OK),
+        (ask(&rig, 1, 0, &table(&[other])), ERR),
+        (ask(&rig, 1, 0, &[u32::MAX.to_le_bytes(), [0; 4]].concat()), ERR),
+        (ask(&rig, 3, 0, &[]), OK),
+        (ask(&rig, 4, 0, &[0, 0]), ERR),
+        (ask(&rig, 4, 0, &[3, 0]), ERR),
+        (ask(&rig, 4, 0, &[1]), ERR),
+        (ask(&rig, 4, 0, &[1, 0]), OK),
+        (ask(&rig, 0, 0, &[0]), OK),
+    ];
+    assert!(answers.iter().all(|(answer, expected)| answer == expected), "{answers:?}");
+    rig.provide_kicked(0, &[2000; 20]);
+    rig.provide_kicked(1, &[2000; 20]);
+    // One pair is in use: also what comes for the other goes to it.
+    for (pair, mac) in [(0, MAC), (0, new), (1, group), (1, other), (0, [0xff; 6])] {
+        rig.send(pair, &to(mac));
+    }
+    for mac in [new, other, [0xff; 6]] {
+        assert_eq!(rig.receive(0), to(mac));
+    }
+    assert_eq!(rig.device.counts().received_filtered, 2);
+    assert_eq!(ask(&rig, 4, 0, &[2, 0]), OK);
+    assert_eq!(ask(&rig, 0, 1, &[1]), OK);
+    rig.send(1, &to(group));
+    assert_eq!(rig.receive(1), to(group));
+    // A reset of the device ends it all: everything is received again.
+    rig.client.done(Code::SET_STATUS, &0u64, &[]);
+    assert_eq!(config(&rig.client).0, MAC);
+}
+
+/// Without MQ there is one pair, and the control queue is behind it (virtio 1.2, 5.1.2).
+#[test]
+fn without_multi_queue_the_control_queue_is_the_third() {
+    let rig = Rig::new(MERGEABLE | CONTROL, |options| options.pairs = 1);
+    assert_eq!(Controls::new(&rig, 2).ask(&rig.guest, 0, 0, &[0]), 0);
+    let device = Arc::new(Net::open(NetOptions { pairs: 4, ..options(Peer::Loopback) }).unwrap());
+    let (server, guest) = (Server::new(device), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, MERGEABLE | CONTROL);
+    let ring = Ring::new(&guest, 2, 64, MERGEABLE);
+    ring.set_up(&client, &guest, 0);
+    ring.enable(&client, true);
+    assert_eq!(Controls(ring).ask(&guest, 0, 0, &[0]), 0);
+}
+
+/// The address, and the status: 1 link up, 2 announce.
+fn config(client: &Client) -> ([u8; 6], u16) {
+    let question = ConfigHeader { offset: 0, size: 12, flags: 0 };
+    let answer = client.ask(Code::GET_CONFIG, &[question.as_bytes(), &[0; 12]].concat());
+    let config = &answer[12..];
+    (config[..6].try_into().unwrap(), u16::from_le_bytes([config[6], config[7]]))
+}
+
+#[test]
+fn what_a_front_end_asks_about_the_device_is_answered() {
+    let rig = Rig::new(MERGEABLE | CONTROL, |options| (options.pairs, options.mtu) = (3, Some(9000)));
+    let client = &rig.client;
+    assert_eq!(client.ask_number(Code::GET_QUEUE_NUM), 3, "front-ends of net devices compare it with pairs");
+    let features = client.ask_number(Code::GET_FEATURES);
+    let offered = CONTROL | bit(VIRTIO_NET_F_MQ) | bit(VIRTIO_NET_F_MTU) | bit(VIRTIO_NET_F_MRG_RXBUF);
+    assert_eq!(features & offered, offered);
+    assert_eq!(features & 0x7f87, 0, "no offload is offered, for none can be kept everywhere");
+    let protocol = client.ask_number(Code::GET_PROTOCOL_FEATURES);
+    let own = bit(protocol_feature::RARP) | bit(protocol_feature::MTU);
+    assert_eq!(protocol & own, own);
+    for (mtu, answer) in [(68u64, 0), (1500, 0), (9000, 0), (67, 1), (9001, 1), (u64::MAX, 1)] {
+        assert_eq!(client.acknowledged(Code::NET_SET_MTU, mtu.as_bytes(), &[]), answer, "{mtu}");
+    }
+    assert_eq!(config(client), (MAC, 1));
+    client.done(Code::SEND_RARP, &0x0000_0605_0403_0201u64, &[]);
+    assert_eq!(config(client), (MAC, 3), "the driver is asked to announce itself");
+    let mut control = Controls::new(&rig, 2);
+    assert_eq!(control.ask(&rig.guest, 3, 0, &[]), 0);
+    assert_eq!(config(client), (MAC, 1));
+    let header = ConfigHeader { offset: 0, size: 6, flags: CONFIG_TYPE_MIGRATION };
+    let arrived = [header.as_bytes(), &[2, 9, 9, 9, 9, 9]].concat();
+    assert_eq!(client.acknowledged(Code::SET_CONFIG, &arrived, &[]), 0);
+    assert_eq!(config(client), ([2, 9, 9, 9, 9, 9], 3));
+    let written = [ConfigHeader { flags: 0, ..header }.as_bytes(), &[2, 9, 9, 9, 9, 9]].concat();
+    assert_eq!(client.acknowledged(Code::SET_CONFIG, &written, &[]), 1);
+}
+
+#[test]
+fn packets_that_can_not_be_are_dropped_and_counted_and_the_queue_goes_on() {
+    let mut rig = Rig::new(MERGEABLE, |_| {});
+    rig.provide_kicked(0, &[2000; 3]);
+    let at = |gpa, len| Buffer { gpa, len };
+    rig.transmit(0, &[at(SENT, 11)], &[]);
+    rig.transmit(0, &[], &[at(SENT, 64)]);
+    rig.transmit(0, &[at(SENT, 12 + 65551)], &[]);
+    rig.transmit(0, &[at(0, 0xffff_fff0)], &[]);
+    rig.transmit(0, &[at(SENT, 12), at(OUTSIDE, 100)], &[]);
+    rig.transmit(0, &[at(OUTSIDE, 12), at(SENT, 100)], &[]);
+    assert_eq!(rig.device.counts(), {
+        let mut counts = Counts::default();
+        // What the header says is of no interest, so that one may be anywhere.
+        (counts.sent_malformed, counts.sent, counts.received) = (5, 1, 1);
+        rig.wait_for("the packet arrives", |seen| seen.received == 1);
+        counts
+    });
+    rig.rx[0].completion();
+    rig.send(0, &frame(60, 1));
+    assert_eq!(rig.receive(0), frame(60, 1));
+}
+
+#[test]
+fn buffers_that_nothing_can_be_put_in_come_back_empty_and_the_queue_goes_on() {
+    for features in [BASIC, MERGEABLE] {
+        let mut rig = Rig::new(features, |_| {});
+        let at = |gpa, len| Buffer { gpa, len };
+        let rx = &mut rig.rx[0].driver;
+        rx.add(&[], &[at(BUFFERS, 11)], None).unwrap().unwrap();
+        rx.add(&[at(BUFFERS, 2000)], &[], None).unwrap().unwrap();
+        rx.add(&[], &[at(BUFFERS, 500), at(OUTSIDE, 1000)], None).unwrap().unwrap();
+        rig.rx[0].kick();
+        rig.provide_kicked(0, &[2000; 2]);
+        rig.send(0, &frame(1000, 1));
+        for _ in 0..3 {
+            assert_eq!(rig.rx[0].completion().1, 0);
+        }
+        assert_eq!(rig.receive(0), frame(1000, 1));
+        assert_eq!(rig.device.counts().bad_buffers, 3);
+        assert_eq!(rig.guest.bytes(BUFFERS + 4000, 8), [0; 8]);
+    }
+}
+
+/// A longer one would wait for ever, and all others behind it.
+#[test]
+fn a_packet_that_no_full_ring_can_hold_is_dropped() {
+    let mut rig = Rig::new(MERGEABLE, |_| {});
+    rig.send(0, &frame(256 * 12, 1));
+    rig.send(0, &frame(255 * 12, 2));
+    for number in 0..256 {
+        let buffer = Buffer { gpa: BUFFERS + number * 12, len: 12 };
+        rig.rx[0].driver.add(&[], &[buffer], None).unwrap().unwrap();
+    }
+    rig.rx[0].kick();
+    rig.rx[0].completions(256);
+    assert_eq!(rig.guest.bytes(BUFFERS + 12, 255 * 12), frame(255 * 12, 2));
+    assert_eq!(rig.device.counts().received_dropped, 1);
+}
+
+/// Two interfaces, each in a process or a thread of its own.
+#[test]
+fn two_ends_of_a_pair_hear_each_other_and_their_successors() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("wire");
+    let end = || {
+        Rig::new(MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| {
+            (options.pairs, options.peer) = (2, Peer::Pair(path.clone()));
+        })
+    };
+    let talk = |from: &mut Rig, to: &mut Rig, pair: usize, seed: u8| {
+        to.provide_kicked(pair, &[1000; 3]);
+        // Until the other end is there, what is sent is dropped.
+        let before = from.device.counts().sent;
+        while from.device.counts().sent == before {
+            from.send(pair, &frame(2900, seed));
+        }
+        assert_eq!(to.receive(pair), frame(2900, seed));
+    };
+    let (mut a, mut b) = (end(), end());
+    for pair in [0, 1] {
+        talk(&mut a, &mut b, pair, 1);
+        talk(&mut b, &mut a, pair, 2);
+    }
+    // A third end waits, with what its driver sends, until there is a place for it.
+    let mut c = end();
+    c.send(0, &frame(100, 77));
+    assert_eq!(c.device.counts().sent, 1);
+    talk(&mut b, &mut a, 0, 3);
+    a.provide_kicked(0, &[500]);
+    drop(b);
+    assert_eq!(a.receive(0), frame(100, 77));
+    talk(&mut a, &mut c, 1, 4);
+    // The one that listens ends, then the one that listens since.
+    drop(a);
+    let mut d = end();
+    for pair in [0, 1] {
+        talk(&mut c, &mut d, pair, 5);
+        talk(&mut d, &mut c, pair, 6);
+    }
+    // An announcement is broadcast to the other end.
+    d.provide_kicked(0, &[200]);
+    c.client.done(Code::SEND_RARP, &0x0000_0605_0403_0201u64, &[]);
+    let rarp = d.receive(0);
+    let mac = [1, 2, 3, 4, 5, 6];
+    let expected = [&[0xff; 6][..], &mac, &[0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3], &mac, &[0; 4], &mac, &[0; 4]].concat();
+    assert_eq!((&rarp[..42], rarp.len()), (&expected[..], 60));
+}
+
+#[test]
+fn two_processes_are_a_pair_whichever_comes_first() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let start =
+        |socket: &str| NetProcess::start(&["--socket", &at(socket), "--pair", &at("wire"), "--log-level", "error"]);
+    // One after the other, and then again with what the killed ones have left.
+    for _ in 0..2 {
+        let (_a, _b) = (start("a"), start("b"));
+        let [mut a, mut b] = ["a", "b"].map(|socket| NetClient::new(folder.path().join(socket).as_path()));
+        for (from, to) in [(0, 1), (1, 0)] {
+            let ends = [&mut a, &mut b];
+            ends[to].provide();
+            let end = std::time::Instant::now() + DEADLINE;
+            loop {
+                assert!(std::time::Instant::now() < end, "nothing arrives");
+                ends[from].send(&frame(1500, 7));
+                if let Some(received) = ends[to].received() {
+                    assert_eq!(received, frame(1500, 7));
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// `vhost-migrate backend net` as a process; killed when dropped.
+struct NetProcess(std::process::Child);
+
+impl NetProcess {
+    fn start(arguments: &[&str]) -> NetProcess {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vhost-migrate"));
+        command.args(["backend", "net"]).args(arguments).env_remove("RUST_LOG").stdout(std::process::Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut line = String::new();
+        let stdout = child.stdout.take().unwrap();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut line).unwrap();
+        assert!(line.starts_with("serves a pair at "), "{line}");
+        NetProcess(child)
+    }
+}
+
+impl Drop for NetProcess {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A front-end of a process, with one pair.
+struct NetClient {
+    _client: Client,
+    guest: Guest,
+    rx: Ring,
+    tx: Ring,
+}
+
+impl NetClient {
+    fn new(socket: &std::path::Path) -> NetClient {
+        let (client, guest) = (Client::connect(socket), Guest::new());
+        begin(&client, &guest, MERGEABLE);
+        let [rx, tx] = [0, 1].map(|index| {
+            let ring = Ring::new(&guest, index, 256, MERGEABLE);
+            ring.set_up(&client, &guest, 0);
+            ring.enable(&client, true);
+            ring
+        });
+        NetClient { _client: client, guest, rx, tx }
+    }
+
+    fn provide(&mut self) {
+        self.rx.driver.add(&[], &[Buffer { gpa: BUFFERS, len: 2000 }], None).unwrap().unwrap();
+        self.rx.kick();
+    }
+
+    fn send(&mut self, frame: &[u8]) {
+        self.guest.memory.write(SENT, &[&[0; HEADER], frame].concat()).unwrap();
+        let message = Buffer { gpa: SENT, len: (HEADER + frame.len()) as u32 };
+        self.tx.driver.add(&[message], &[], None).unwrap().unwrap();
+        self.tx.kick();
+        self.tx.completion();
+    }
+
+    fn received(&mut self) -> Option<Vec<u8>> {
+        let used = self.rx.driver.pop_used().unwrap()?;
+        Some(self.guest.bytes(BUFFERS, used.len as usize).split_off(HEADER))
+    }
+}
+
+#[test]
+fn what_can_not_be_an_interface_is_explained_in_one_line() {
+    let run = |arguments: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vhost-migrate"));
+        let output = command.args(["backend", "net", "--socket", "s"]).args(arguments).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let cases: [(&[&str], i32, &str); 6] = [
+        (&["--loopback", "--mac", "01:00:00:00:00:00"], 1, "first byte is even"),
+        (&["--loopback", "--queue-size", "1000"], 1, "a power of two"),
+        (&["--tap", "sixteen-bytes-xx"], 1, "1 to 15 bytes"),
+        (&["--pair", "/nowhere/at/all"], 1, "that you may write to"),
+        (&["--loopback", "--mac", "52:54:00"], 2, "write it as"),
+        (&["--loopback", "--pair", "x"], 2, "cannot be used with"),
+    ];
+    for (arguments, status, advice) in cases {
+        let (code, said) = run(arguments);
+        assert_eq!(code, Some(status), "{said}");
+        assert!(said.contains(advice) && (status == 2 || said.lines().count() == 1), "{said}");
+    }
+    assert_eq!(run(&[]).0, Some(2), "what is at the other end must be said");
+}
+
+/// Rule R10: QEMU gives the call fd last, when packets may have come already.
+#[test]
+fn what_a_ring_had_to_notify_without_a_call_fd_is_said_over_the_next() {
+    let mut rig = Rig::new(MERGEABLE, |_| {});
+    let renew = |rig: &mut Rig| {
+        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
+        rig.rx[0].call = EventFd::from_flags(flags).unwrap();
+        let call = rig.rx[0].call.as_fd();
+        rig.client.done(Code::SET_VRING_CALL, &0u64, &[call]);
+        rig.rx[0].call.read().is_ok()
+    };
+    assert!(!renew(&mut rig), "there was nothing to say");
+    let none = 1u64 << 8;
+    rig.client.done(Code::SET_VRING_CALL, &none, &[]);
+    rig.provide_kicked(0, &[1000]);
+    rig.send(0, &frame(100, 1));
+    while rig.guest.bytes(rig.rx[0].layout.used + 2, 2) == [0, 0] {
+        rig.client.barrier();
+    }
+    assert!(renew(&mut rig), "the driver never hears of its packet");
+    assert_eq!(rig.receive(0), frame(100, 1));
+}

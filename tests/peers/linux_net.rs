@@ -1,0 +1,112 @@
+//! A real Linux guest in QEMU with our back-end under its network: taps on a bridge of the host, an echo at the bridge, and a guest that
+//! goes on talking to it while it moves from host to host. Needs root, for the taps.
+
+use std::net::{SocketAddr, UdpSocket};
+use std::process::{self, Command};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::backend::words;
+use crate::initramfs;
+use crate::linux_guest::Host;
+use crate::migration::{self, GENTLE};
+use crate::process::{Lab, Process, wait_for};
+
+/// More pairs than the guest has CPUs: it uses one of them, and what the tap has for the others must not be lost.
+const DEVICE: &str = "-netdev vhost-user,id=net,chardev=vu,queues=2 \
+                      -device virtio-net-pci,netdev=net,mq=on,mac=52:54:00:47:47:47";
+
+/// A bridge with two taps and an echo at its address; gone when dropped.
+struct Network {
+    bridge: String,
+    taps: [String; 2],
+    stop: Arc<AtomicBool>,
+    echo: Option<JoinHandle<()>>,
+}
+
+impl Network {
+    fn new() -> Network {
+        let name = |kind: &str| format!("vm{}{kind}", process::id());
+        let (bridge, taps) = (name("br"), [name("a"), name("b")]);
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut network = Network { bridge: bridge.clone(), taps: taps.clone(), stop: stop.clone(), echo: None };
+        ip(&format!("link add {bridge} type bridge"));
+        for tap in &taps {
+            ip(&format!("tuntap add dev {tap} mode tap multi_queue"));
+            ip(&format!("link set {tap} master {bridge} up"));
+        }
+        ip(&format!("addr add 10.213.47.1/24 dev {bridge}"));
+        ip(&format!("link set {bridge} up"));
+        let socket = UdpSocket::bind("10.213.47.1:4747").unwrap();
+        socket.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+        network.echo = Some(thread::spawn(move || {
+            let mut buffer = vec![0; 65536];
+            while !stop.load(Ordering::Relaxed) {
+                let received: Option<(usize, SocketAddr)> = socket.recv_from(&mut buffer).ok();
+                if let Some((len, from)) = received {
+                    let _ = socket.send_to(&buffer[..len], from);
+                }
+            }
+        }));
+        network
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(echo) = self.echo.take() {
+            let _ = echo.join();
+        }
+        for link in self.taps.iter().chain([&self.bridge]) {
+            let _ = Command::new("ip").args(["link", "del", link]).output();
+        }
+    }
+}
+
+fn ip(arguments: &str) {
+    let output = Command::new("ip").args(words(arguments)).output().expect("ip: tests/peers/install installs it");
+    assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn a_linux_guest_goes_on_talking_through_taps_while_it_moves_there_and_back() {
+    let (lab, network) = (Lab::new(), Network::new());
+    let mut backends: Vec<Process> = (0..2)
+        .map(|number| {
+            let (socket, tap) = (lab.file(&format!("net-{number}.sock")), &network.taps[number]);
+            let args = format!("backend net --socket {} --tap {tap} --queue-pairs 2", socket.display());
+            let name = format!("net-{number}");
+            let program = env!("CARGO_BIN_EXE_vhost-migrate");
+            let process = Process::start(&name, program, &words(&args), &lab.file(&format!("{name}.log")));
+            wait_for("the back-end listens", || process.output().contains("serves tap ").then_some(()));
+            process
+        })
+        .collect();
+    let commands = "busybox ip link set eth0 up\nbusybox ip addr add 10.213.47.2/24 dev eth0";
+    let boot = format!(
+        "-kernel {} -initrd {} -append console=ttyS0",
+        initramfs::kernel().display(),
+        initramfs::make(&lab, &["virtio_pci", "virtio_net"], commands, "net").display()
+    );
+    let mut source = Host::start(&lab, "host-0", &boot, &lab.file("net-0.sock"), DEVICE);
+    source.works(200, 0);
+    for number in 1..=4 {
+        let name = format!("host-{number}");
+        let there = lab.file(&format!("net-{}.sock", number % 2));
+        let mut destination = Host::start(&lab, &name, "-incoming defer", &there, DEVICE);
+        let socket = lab.file(&format!("{name}.migration"));
+        migration::begin(&mut source.qemu, &mut destination.qemu, &socket, false, GENTLE);
+        migration::finish(&mut source.qemu, &mut destination.qemu);
+        source.qemu.quit();
+        destination.works(200, 0);
+        eprintln!("migration {number}: {:?} answered and lost", destination.counts());
+        source = destination;
+    }
+    assert_eq!(source.qemu.qmp("query-status", json!({}))["status"], "running");
+    backends.iter_mut().for_each(Process::assert_running);
+}
