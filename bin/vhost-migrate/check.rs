@@ -15,6 +15,7 @@ const UNCHECKED: u8 = 3;
 #[command(after_help = "Examples:
   vhost-migrate check /run/disk.sock
   vhost-migrate check /run/disk.sock --json
+  vhost-migrate check disk.sock --hostile --restart 'vhost-migrate backend blk --socket disk.sock --image disk.img'
   vhost-migrate check /run/disk.sock --junit check.xml
 
 The back-end must have no other front-end. Nothing is written to its disk. The rules are those of docs/protocol.md;
@@ -36,6 +37,16 @@ pub(crate) struct Arguments {
     /// Entries of the ring, a power of two
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = queue_size)]
     queue_size: u16,
+    /// Also send what must be refused; a back-end that is not up to it dies of it
+    #[arg(long)]
+    hostile: bool,
+    /// Simple shell command that starts the back-end: kill it with requests in flight, and see whether its successor
+    /// answers each once. Without --kill-pid it is also started with this; what the check starts it also ends
+    #[arg(long, value_name = "COMMAND")]
+    restart: Option<String>,
+    /// Process id of the running back-end, which may be killed
+    #[arg(long, value_name = "PID", requires = "restart", value_parser = clap::value_parser!(i32).range(2..))]
+    kill_pid: Option<i32>,
 }
 
 fn queue_size(text: &str) -> Result<u16, String> {
@@ -59,7 +70,14 @@ impl Arguments {
     /// Whether something is broken.
     fn run(self) -> Result<bool, Box<dyn std::error::Error>> {
         let timeout = Duration::from_secs(self.timeout);
-        let options = Options { timeout, queue_size: self.queue_size, ..Options::default() };
+        let options = Options {
+            timeout,
+            queue_size: self.queue_size,
+            hostile: self.hostile,
+            restart: self.restart,
+            kill_pid: self.kill_pid,
+            ..Options::default()
+        };
         let report = check(&self.socket, &options).map_err(|error: CheckError| error)?;
         if let Some(file) = &self.junit {
             std::fs::write(file, report.junit()).map_err(|error| format!("{}: {error}", file.display()))?;

@@ -6,7 +6,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::rc::Rc;
@@ -14,6 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{self as net, AddressFamily, SockFlag, SockType, UnixAddr};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::Fault;
@@ -61,9 +62,7 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) fn connect(path: &Path, timeout: Duration, replies: Rc<RefCell<Replies>>) -> io::Result<Link> {
-        let socket = UnixStream::connect(path)?;
-        socket.set_write_timeout(Some(timeout))?;
-        Ok(Link { socket, timeout, replies })
+        Ok(Link { socket: connect(path, timeout)?, timeout, replies })
     }
 
     /// Any request with any flags, payload and fds.
@@ -92,9 +91,9 @@ impl Link {
         })
     }
 
-    /// No more will be sent.
+    /// Hangs up.
     pub(super) fn end(&self) {
-        let _ = self.socket.shutdown(std::net::Shutdown::Write);
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
     }
 
     /// The next message of the back-end, while the answer to `code` is due.
@@ -148,20 +147,6 @@ impl Link {
         self.ask_number(Code::GET_FEATURES)
     }
 
-    /// Reads until the back-end hangs up; false if it has not done so when the time is over.
-    pub(super) fn drain(&self) -> bool {
-        let deadline = Instant::now() + self.timeout;
-        let mut fds = Vec::new();
-        loop {
-            fds.clear();
-            match self.fill(Code(0), &mut [0], &mut fds, deadline) {
-                Ok(()) => {}
-                Err(Fault::HungUp { .. }) => return true,
-                Err(_) => return false,
-            }
-        }
-    }
-
     fn fill(&self, code: Code, buf: &mut [u8], fds: &mut Vec<OwnedFd>, deadline: Instant) -> Result<(), Fault> {
         let mut filled = 0;
         while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
@@ -177,6 +162,16 @@ impl Link {
         }
         Ok(())
     }
+}
+
+/// Connects to a socket whose owner may have stopped accepting; sending on it has the same limit.
+pub(super) fn connect(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
+    let fd = net::socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let socket = UnixStream::from(fd);
+    // This limits connecting too.
+    socket.set_write_timeout(Some(timeout))?;
+    net::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(socket)
 }
 
 /// Waits until there is something to read, at most until `deadline`.

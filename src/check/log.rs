@@ -36,7 +36,7 @@ pub(super) const DEADLY: &[Check] =
     &[Check { rule: "L6", what: "writes outside a log that is too small are survived", run: too_small }];
 
 /// What marks a batch of device writes should have left, and what they did.
-struct Marks {
+pub(super) struct Marks {
     /// Changed by the device.
     changed: Pages,
     /// Lent to the device for writing, or to be marked by other rules.
@@ -46,19 +46,19 @@ struct Marks {
 
 impl Marks {
     /// The device's changes since `before`; the used ring is left to rule L3.
-    fn of(rig: &Rig, before: &[(u64, u64)], marked: Pages) -> Result<Marks, Fault> {
+    pub(super) fn of(rig: &Rig, before: &[(u64, u64)], marked: Pages) -> Result<Marks, Fault> {
         let (own, used) = (rig.own(), rig.used_ring());
         let mut changed = changed(before, &rig.hashes()?);
         changed.retain(|page| !own.contains(page) && !used.contains(page));
         Ok(Marks { changed, allowed: rig.lent.clone(), marked })
     }
 
-    fn allow(mut self, pages: impl IntoIterator<Item = u64>) -> Marks {
+    pub(super) fn allow(mut self, pages: impl IntoIterator<Item = u64>) -> Marks {
         self.allowed.extend(pages);
         self
     }
 
-    fn judge(&self) -> Outcome {
+    pub(super) fn judge(&self) -> Outcome {
         let (changed, marked) = (self.changed.len(), self.marked.len());
         let missed: Vec<u64> = self.changed.difference(&self.marked).copied().collect();
         if let Some(first) = missed.first() {
@@ -82,7 +82,7 @@ impl Marks {
 }
 
 /// A running ring and an installed log; nothing is logged yet.
-fn ready(bench: &Bench, features: u64) -> Result<(Rig, Log), Fault> {
+pub(super) fn ready(bench: &Bench, features: u64) -> Result<(Rig, Log), Fault> {
     let rig = bench.rig(features)?;
     rig.start()?;
     let log = rig.install_log()?;
@@ -119,7 +119,7 @@ fn data(bench: &mut Bench) -> Result<Outcome, Fault> {
         rig.finish()?;
         rig.link.barrier()?;
         let found = Marks::of(&rig, &before, harvest(&log))?.allow(rig.used_ring()).judge();
-        if found.0 > worst.0 || found.0 == Verdict::Kept {
+        if found.0 >= worst.0 {
             worst = found;
         }
         if worst.0 == Verdict::Broken {

@@ -5,7 +5,8 @@
 //! | `link` | one connection, message by message |
 //! | `rig` | a guest without a CPU: memory, a ring in it, logs, and the messages that hand them to a back-end |
 //! | `blk` | what only a block device has: its requests, its configuration space |
-//! | `framing`, `rings`, `log` | the checks, a file per group of rules |
+//! | `framing`, `rings`, `log`, `memory`, `inflight`, `hostile` | the checks, a file per group of rules |
+//! | `process` | the back-end's process, where it may be killed and started again |
 //! | `report` | what was found |
 //!
 //! [`check`] makes one connection after the other, and each check has one of its own. Whatever the back-end does, hanging
@@ -17,8 +18,12 @@
 
 mod blk;
 mod framing;
+mod hostile;
+mod inflight;
 mod link;
 mod log;
+mod memory;
+mod process;
 mod report;
 mod rig;
 mod rings;
@@ -39,6 +44,7 @@ use crate::ring::RingError;
 
 use blk::Disk;
 use link::{Link, Replies};
+use process::Process;
 use rig::{PROTOCOL, Rig};
 
 /// Every rule of `docs/protocol.md`, with its subject.
@@ -97,11 +103,25 @@ pub struct Options {
     pub settle: Duration,
     /// Entries of the ring, a power of two from 64 on.
     pub queue_size: u16,
+    /// Also send what must be refused. A back-end that is not up to it dies of it.
+    pub hostile: bool,
+    /// A simple shell command that starts the back-end. It is run whenever the back-end died, killed by a check or not;
+    /// and first of all, unless [`kill_pid`](Options::kill_pid) says that one runs already.
+    pub restart: Option<String>,
+    /// The back-end's process, to be killed with requests in flight. Needs `restart`.
+    pub kill_pid: Option<i32>,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { timeout: Duration::from_secs(10), settle: Duration::from_millis(300), queue_size: 256 }
+        Options {
+            timeout: Duration::from_secs(10),
+            settle: Duration::from_millis(300),
+            queue_size: 256,
+            hostile: false,
+            restart: None,
+            kill_pid: None,
+        }
     }
 }
 
@@ -128,6 +148,15 @@ pub enum CheckError {
     /// A ring size that no split ring can have, or that is too small to check with.
     #[error("a ring of {0} entries: use a power of two from 64 to 1024")]
     QueueSize(u16),
+    /// Something listens where the back-end was to be started.
+    #[error("{} is served already: give --kill-pid if that may be killed, or another socket", path.display())]
+    Served {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The back-end can't be started.
+    #[error("can't start the back-end: {0}")]
+    Start(io::Error),
 }
 
 /// Why a check could not go on.
@@ -234,6 +263,8 @@ struct Bench {
     replies: Rc<RefCell<Replies>>,
     offer: Offer,
     disk: Disk,
+    /// What may be killed and started again.
+    process: Option<Process>,
 }
 
 impl Bench {
@@ -251,6 +282,15 @@ impl Bench {
     fn lives(&self) -> Result<(), Fault> {
         self.connect()?.barrier().map(|_| ())
     }
+
+    /// Kills the back-end, and starts its successor.
+    fn replace(&mut self) -> Result<(), Fault> {
+        if let Some(process) = &mut self.process {
+            process.kill()?;
+            process.start()?;
+        }
+        Ok(())
+    }
 }
 
 /// Checks the back-end at `socket`.
@@ -261,6 +301,7 @@ pub fn check(socket: &Path, options: &Options) -> Result<Report, CheckError> {
     if !options.queue_size.is_power_of_two() || !(64..=1024).contains(&options.queue_size) {
         return Err(CheckError::QueueSize(options.queue_size));
     }
+    let process = start(socket, options)?;
     let replies = Rc::new(RefCell::new(Replies::default()));
     let link = Link::connect(socket, options.timeout, replies.clone())
         .map_err(|source| CheckError::Connect { path: socket.into(), source })?;
@@ -268,24 +309,29 @@ pub fn check(socket: &Path, options: &Options) -> Result<Report, CheckError> {
     let (offer, disk) =
         greeted.map_err(|fault| CheckError::Greeting { path: socket.into(), why: fault.to_string() })?;
     drop(link);
-    let mut bench = Bench { socket: socket.into(), options: options.clone(), replies, offer, disk };
+    let mut bench = Bench { socket: socket.into(), options: options.clone(), replies, offer, disk, process };
     let mut findings = Vec::new();
     let mut gone = None;
-    for check in [framing::CHECKS, blk::CHECKS, rings::CHECKS, log::CHECKS, log::DEADLY].into_iter().flatten() {
+    let groups = [framing::CHECKS, blk::CHECKS, rings::CHECKS, log::CHECKS, memory::CHECKS, inflight::CHECKS];
+    for check in groups.into_iter().chain([log::DEADLY, hostile::CHECKS]).flatten() {
         let Check { rule, what, run } = *check;
         let began = Instant::now();
+        let unasked = what.starts_with(hostile::PREFIX) && !options.hostile;
         let Outcome(verdict, seen) = match &gone {
+            _ if unasked => Outcome::not_tested("needs --hostile"),
             Some(reason) => Outcome::not_tested(reason),
             None => run(&mut bench).unwrap_or_else(Outcome::from),
         };
         findings.push(Finding { rule, what, verdict, seen, seconds: began.elapsed().as_secs_f64() });
         if gone.is_none()
+            && !unasked
             && let Err(fault) = bench.lives()
         {
-            gone = Some(format!("the back-end is gone since \"{rule} {what}\""));
             let seen = format!("after \"{rule} {what}\": {fault}");
-            let what = "the next front-end is served";
-            findings.push(Finding { rule: "R9", what, verdict: Verdict::Broken, seen, seconds: 0.0 });
+            let next = "the next front-end is served";
+            findings.push(Finding { rule: "R9", what: next, verdict: Verdict::Broken, seen, seconds: 0.0 });
+            let again = if bench.process.is_some() { bench.replace() } else { Err(fault) };
+            gone = again.err().map(|fault| format!("the back-end is gone since \"{rule} {what}\": {fault}"));
         }
     }
     findings.push(flags(&bench.replies.borrow()));
@@ -296,6 +342,20 @@ pub fn check(socket: &Path, options: &Options) -> Result<Report, CheckError> {
         }
     }
     Ok(Report { socket: socket.into(), offers: offers(&bench), findings })
+}
+
+/// Starts the back-end, if that is ours to do.
+fn start(socket: &Path, options: &Options) -> Result<Option<Process>, CheckError> {
+    let Some(command) = &options.restart else { return Ok(None) };
+    let given = options.kill_pid.map(nix::unistd::Pid::from_raw);
+    let mut process = Process::new(command, socket, options.timeout, given);
+    if given.is_none() {
+        if link::connect(socket, options.timeout).is_ok() {
+            return Err(CheckError::Served { path: socket.into() });
+        }
+        process.start().map_err(CheckError::Start)?;
+    }
+    Ok(Some(process))
 }
 
 /// Says hello, and hears what the back-end offers. What it can't do otherwise it needs not offer.

@@ -52,6 +52,8 @@ const USED: u64 = 0x18_0000;
 pub(super) const NOWHERE: u64 = 0x30_0000;
 const STATUSES: u64 = 0x40_0000;
 const HEADS: u64 = 0x60_0000;
+/// Room for the head of a request, bytes.
+const HEAD: u64 = 16;
 
 pub(super) type Pages = BTreeSet<u64>;
 
@@ -250,7 +252,7 @@ impl Rig {
     /// Makes a read of up to `wanted` bytes into memory at `gpa`, in `slot`.
     pub(super) fn add_at(&mut self, slot: usize, gpa: u64, wanted: u64) -> Result<(), Fault> {
         let (head, len) = self.disk.read(self.made, wanted);
-        let (head_at, status) = (HEADS + slot as u64 * 16, STATUSES + slot as u64 * LOG_PAGE);
+        let (head_at, status) = (HEADS + slot as u64 * HEAD, STATUSES + slot as u64 * LOG_PAGE);
         self.made += 1;
         self.memory.write(gpa, &noise(self.made, len))?;
         self.memory.write(head_at, head.as_bytes())?;
@@ -349,7 +351,8 @@ impl Rig {
     pub(super) fn own(&self) -> Pages {
         let size = u32::from(self.layout.size);
         let desc = pages(self.layout.desc, desc_table_bytes(size));
-        desc.chain(pages(self.layout.avail, avail_ring_bytes(size))).collect()
+        let avail = pages(self.layout.avail, avail_ring_bytes(size));
+        desc.chain(avail).chain(pages(HEADS, SLOTS * HEAD)).collect()
     }
 
     /// Pages of the used ring.
@@ -426,7 +429,7 @@ pub(super) fn harvest(log: &Log) -> Pages {
 }
 
 /// Bytes that no disk holds by chance, different for each `seed`.
-fn noise(seed: u64, len: u32) -> Vec<u8> {
+pub(super) fn noise(seed: u64, len: u32) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let words = (0..len.div_ceil(8)).flat_map(|_| {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
