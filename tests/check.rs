@@ -300,22 +300,24 @@ fn text(bytes: &[u8]) -> String {
 
 /// Rules that the whole of `check` sees kept by our own back-end.
 const KEPT: &[&str] = &[
-    "F1", "F2", "F3", "F4", "F5", "F6", "F7", "R1", "R2", "R3", "R4", "R5", "R9", "L1", "L2", "L3", "L6", "L7", "L8",
-    "L9", "M1", "C1", "I1", "I2", "I3", "I5", "I6", "I7",
+    "F1", "F2", "F3", "F4", "F5", "F6", "F7", "F8", "R1", "R2", "R3", "R4", "R5", "R9", "L1", "L2", "L3", "L6", "L7",
+    "L8", "L9", "L12", "M1", "C1", "I1", "I2", "I3", "I5", "I6", "I7",
 ];
 
 #[test]
 fn our_own_back_end_keeps_every_rule_killed_and_attacked() {
     let folder = tempfile::tempdir().unwrap();
     let image = image(folder.path()).image;
+    let before = std::fs::read(&image).unwrap();
     let (socket, junit) = (folder.path().join("socket"), folder.path().join("check.xml"));
     let program = env!("CARGO_BIN_EXE_vhost-migrate");
     let (socket, xml) = (socket.to_str().unwrap(), junit.to_str().unwrap());
     let start = format!("{program} backend blk --socket {socket} --image {} --queues 2", image.display());
-    let output = command(&[socket, "--json", "--hostile", "--restart", &start, "--junit", xml]);
+    let output = command(&[socket, "--json", "--hostile", "--write", "--restart", &start, "--junit", xml]);
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(0), "{report:#}\n{}", text(&output.stderr));
     assert_eq!(report["broken"], false);
+    assert!(std::fs::read(&image).unwrap() == before, "the disk is not as it was");
     let rules = report["rules"].as_object().unwrap();
     let of =
         |verdict: &str| rules.iter().filter(|(_, v)| *v == verdict).map(|(rule, _)| &**rule).collect::<BTreeSet<_>>();

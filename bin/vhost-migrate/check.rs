@@ -18,7 +18,7 @@ const UNCHECKED: u8 = 3;
   vhost-migrate check disk.sock --hostile --restart 'vhost-migrate backend blk --socket disk.sock --image disk.img'
   vhost-migrate check /run/disk.sock --junit check.xml
 
-The back-end must have no other front-end. Nothing is written to its disk. The rules are those of docs/protocol.md;
+The back-end must have no other front-end. Nothing is written to its disk without --write. The rules are those of docs/protocol.md;
 docs/check.md explains what is done for each, and how to read what was found.
 
 Exit status: 0 nothing is broken; 1 a rule is broken; 2 wrong arguments; 3 it could not be checked.")]
@@ -40,6 +40,9 @@ pub(crate) struct Arguments {
     /// Also send what must be refused; a back-end that is not up to it dies of it
     #[arg(long)]
     hostile: bool,
+    /// Also write to the last MiB of the disk; what was there is put back
+    #[arg(long)]
+    write: bool,
     /// Simple shell command that starts the back-end: kill it with requests in flight, and see whether its successor
     /// answers each once. Without --kill-pid it is also started with this; what the check starts it also ends
     #[arg(long, value_name = "COMMAND")]
@@ -74,6 +77,7 @@ impl Arguments {
             timeout,
             queue_size: self.queue_size,
             hostile: self.hostile,
+            write: self.write,
             restart: self.restart,
             kill_pid: self.kill_pid,
             ..Options::default()

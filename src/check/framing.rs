@@ -1,13 +1,14 @@
-//! Rules F1 to F6: messages and their answers.
+//! Rules F1 to F6 and F8: messages, their answers, and notifications.
 
 use std::io::Read;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use zerocopy::IntoBytes;
 
 use super::link::readable;
-use super::rig::{Rig, describe};
+use super::rig::{Rig, Size, describe};
 use super::{Bench, Check, Fault, Outcome};
 use crate::abi::vhost_user::{
     ConfigHeader, Header, InflightDescription, MemoryHeader, MemoryRegion, Request as Code, VringState,
@@ -31,6 +32,7 @@ pub(super) const CHECKS: &[Check] = &[
     },
     Check { rule: "F5", what: "an unknown request without need-reply is passed over", run: passed_over },
     Check { rule: "F6", what: "a memory table with room for more regions than it has is taken", run: roomy_table },
+    Check { rule: "F8", what: "a socket as call fd is notified with 8 bytes", run: socket_call },
 ];
 
 fn segments(bench: &mut Bench) -> Result<Outcome, Fault> {
@@ -168,4 +170,33 @@ fn roomy_table(bench: &mut Bench) -> Result<Outcome, Fault> {
     table.extend([0; size_of::<MemoryRegion>()]);
     rig.done(Code::SET_MEM_TABLE, &table, &[fd])?;
     Ok(Outcome::kept(format!("{} bytes with one region", table.len())))
+}
+
+fn socket_call(bench: &mut Bench) -> Result<Outcome, Fault> {
+    let mut rig = bench.rig(0)?;
+    rig.start()?;
+    let (ours, theirs) = UnixStream::pair()?;
+    rig.done(Code::SET_VRING_CALL, 0u64.as_bytes(), &[theirs.as_fd()])?;
+    drop(theirs);
+    rig.add(4, Size::Mixed)?;
+    rig.publish();
+    let deadline = Instant::now() + rig.timeout;
+    let (mut buf, mut bytes) = ([0; 4096], 0);
+    // Nobody has asked not to be notified: there is a notification even if everything is complete by now.
+    while rig.driver.outstanding() > 0 || bytes == 0 {
+        if rig.pop()? {
+            continue;
+        }
+        if !readable(ours.as_fd(), deadline) {
+            return Ok(Outcome::broken(format!("no notification within {:?}", rig.timeout)));
+        }
+        match (&ours).read(&mut buf)? {
+            0 => return Ok(Outcome::broken("it closed the socket")),
+            count => bytes += count,
+        }
+    }
+    Ok(match bytes % 8 {
+        0 => Outcome::kept(format!("{} for 4 requests", bytes / 8)),
+        _ => Outcome::broken(format!("{bytes} bytes: notifications have 8")),
+    })
 }

@@ -1,9 +1,13 @@
-//! Rules L1 to L9 and F7: the dirty log is compared with what became of every page of guest memory.
+//! Rules L1 to L9, L12 and F7: the dirty log is compared with what became of every page of guest memory.
 //!
 //! A page that changed and is not marked is lost by a migration: broken. A page that is marked, did not change and was
 //! not given to the device to be written is sent for nothing: a warning.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use zerocopy::IntoBytes;
 
 use super::rig::{NOWHERE, Pages, Rig, SLOTS, Size, changed, harvest, pages};
 use super::{Bench, Check, Fault, Outcome, Verdict};
@@ -14,8 +18,6 @@ use crate::abi::virtio::{
 };
 use crate::dirty::Log;
 use crate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
-use std::sync::Arc;
-use zerocopy::IntoBytes;
 
 const ROUNDS: u64 = 8;
 
@@ -29,6 +31,7 @@ pub(super) const CHECKS: &[Check] = &[
     Check { rule: "L7", what: "nothing is marked before logging is on, nor after it is off", run: off },
     Check { rule: "L8", what: "reconnecting while logging, in QEMU's order", run: reconnecting },
     Check { rule: "L9", what: "another log under load: no page is lost, the old log is left alone", run: switched },
+    Check { rule: "L12", what: "SET_LOG_FD is signalled after logging, and only then", run: signalled },
 ];
 
 /// Some back-ends are known to die of this: it is for the end.
@@ -130,7 +133,7 @@ fn data(bench: &mut Bench) -> Result<Outcome, Fault> {
 }
 
 /// A log of the bytes `at..at + size` of a file of its own, with the file seen as memory.
-fn file(bytes: u64) -> Result<(std::os::fd::OwnedFd, Memory), Fault> {
+fn file(bytes: u64) -> Result<(OwnedFd, Memory), Fault> {
     let fd = sealed_memfd("log", bytes)?;
     let region = Region::map(fd.as_fd(), 0, bytes, 0, 0)?;
     Ok((fd, Memory::new([Arc::new(region)])?))
@@ -325,6 +328,39 @@ fn switched(bench: &mut Bench) -> Result<Outcome, Fault> {
         }
     }
     Ok(worst)
+}
+
+fn signalled(bench: &mut Bench) -> Result<Outcome, Fault> {
+    let (mut rig, _log) = ready(bench, 0)?;
+    let signal = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+    match rig.done(Code::SET_LOG_FD, 0u64.as_bytes(), &[signal.as_fd()]) {
+        Err(Fault::Refused { .. }) => return Err(Fault::NotOffered("SET_LOG_FD".into())),
+        done => done?,
+    }
+    rig.load(SLOTS, Size::Mixed)?;
+    rig.link.barrier()?;
+    let early = signal.read().unwrap_or(0);
+    rig.log_on(rig.layout.used)?;
+    rig.load(SLOTS, Size::Mixed)?;
+    rig.link.barrier()?;
+    let count = signal.read().unwrap_or(0);
+    let mut without_fd = || {
+        rig.done(Code::SET_LOG_FD, &[], &[])?;
+        let _ = signal.read();
+        rig.load(SLOTS, Size::Mixed)?;
+        rig.stop()?;
+        Ok::<_, Fault>(signal.read().unwrap_or(0))
+    };
+    let late = match without_fd() {
+        Ok(late) => late,
+        Err(fault) => return Ok(Outcome::broken(format!("after SET_LOG_FD without an fd: {fault}"))),
+    };
+    Ok(match (early, count, late) {
+        (0, 1..=SLOTS, 0) => Outcome::kept(format!("{count} signals for {SLOTS} requests, none before and after")),
+        _ => Outcome::broken(format!(
+            "{SLOTS} requests each brought {early} signals before logging, {count} while logging, {late} without the fd"
+        )),
+    })
 }
 
 fn too_small(bench: &mut Bench) -> Result<Outcome, Fault> {

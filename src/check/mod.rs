@@ -10,7 +10,7 @@
 //! | `report` | what was found |
 //!
 //! [`check`] makes one connection after the other, and each check has one of its own. Whatever the back-end does, hanging
-//! and dying included, is a finding. Nothing is written to the disk.
+//! and dying included, is a finding. Nothing is written to the disk, unless [`Options::write`] allows it.
 //!
 //! Here: split rings of a block device. Another kind of device brings its own requests in the place of `blk`; the checks
 //! ask only for a batch of device writes, and where those may land.
@@ -105,6 +105,8 @@ pub struct Options {
     pub queue_size: u16,
     /// Also send what must be refused. A back-end that is not up to it dies of it.
     pub hostile: bool,
+    /// Also write to the last MiB of the disk, and put back what was there.
+    pub write: bool,
     /// A simple shell command that starts the back-end. It is run whenever the back-end died, killed by a check or not;
     /// and first of all, unless [`kill_pid`](Options::kill_pid) says that one runs already.
     pub restart: Option<String>,
@@ -119,6 +121,7 @@ impl Default for Options {
             settle: Duration::from_millis(300),
             queue_size: 256,
             hostile: false,
+            write: false,
             restart: None,
             kill_pid: None,
         }

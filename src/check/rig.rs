@@ -21,7 +21,9 @@ use crate::abi::vhost_user::{
     Header, LogDescription, MemoryHeader, MemoryRegion, Request as Code, VHOST_F_LOG_ALL,
     VHOST_USER_F_PROTOCOL_FEATURES, VHOST_VRING_F_LOG, VringAddr, VringState, protocol_feature,
 };
-use crate::abi::virtio::{VIRTIO_F_VERSION_1, avail_ring_bytes, desc_table_bytes, used_ring_bytes};
+use crate::abi::virtio::{
+    BlkRequestHeader, VIRTIO_BLK_T_IN, VIRTIO_F_VERSION_1, avail_ring_bytes, desc_table_bytes, used_ring_bytes,
+};
 use crate::dirty::{Log, PageSet};
 use crate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use crate::ring::{Buffer, SplitDriver, SplitDriverState, SplitLayout};
@@ -252,18 +254,29 @@ impl Rig {
     /// Makes a read of up to `wanted` bytes into memory at `gpa`, in `slot`.
     pub(super) fn add_at(&mut self, slot: usize, gpa: u64, wanted: u64) -> Result<(), Fault> {
         let (head, len) = self.disk.read(self.made, wanted);
+        self.memory.write(gpa, &noise(self.made + 1, len))?;
+        self.add_request(slot, head, Buffer { gpa, len })
+    }
+
+    /// Makes any request whose data is at `data`, in `slot`.
+    pub(super) fn add_request(&mut self, slot: usize, head: BlkRequestHeader, data: Buffer) -> Result<(), Fault> {
         let (head_at, status) = (HEADS + slot as u64 * HEAD, STATUSES + slot as u64 * LOG_PAGE);
         self.made += 1;
-        self.memory.write(gpa, &noise(self.made, len))?;
         self.memory.write(head_at, head.as_bytes())?;
         self.memory.write(status, &[NO_STATUS])?;
-        let readable = [Buffer { gpa: head_at, len: size_of_val(&head) as u32 }];
-        let writable = [Buffer { gpa, len }, Buffer { gpa: status, len: 1 }];
-        let added = self.driver.add(&readable, &writable, None)?;
-        let Some(free) = self.heads.get_mut(slot) else { return Ok(()) };
-        *free = added;
-        self.lent.extend(pages(gpa, len.into()));
-        self.lent.insert(status / LOG_PAGE);
+        let reads = head.request_type.get() == VIRTIO_BLK_T_IN;
+        let head = Buffer { gpa: head_at, len: size_of_val(&head) as u32 };
+        let status = Buffer { gpa: status, len: 1 };
+        self.lent.insert(status.gpa / LOG_PAGE);
+        let added = if reads {
+            self.lent.extend(pages(data.gpa, data.len.into()));
+            self.driver.add(&[head], &[data, status], None)?
+        } else {
+            self.driver.add(&[head, data], &[status], None)?
+        };
+        if let Some(free) = self.heads.get_mut(slot) {
+            *free = added;
+        }
         Ok(())
     }
 
