@@ -1,10 +1,14 @@
 //! Rules R1 to R5 and R9: rings that start, stop and go on.
 
+use std::thread;
+use std::time::Instant;
+
+use zerocopy::IntoBytes;
+
 use super::rig::{SLOTS, Size, changed};
 use super::{Bench, Check, Fault, Outcome};
 use crate::abi::bit;
 use crate::abi::vhost_user::{Request as Code, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature};
-use zerocopy::IntoBytes;
 
 /// How often a drain is tried; a request may always be quicker than the message.
 const DRAINS: u32 = 20;
@@ -78,6 +82,13 @@ fn drain(bench: &mut Bench) -> Result<Outcome, Fault> {
         rig.start()?;
         rig.add(SLOTS, Size::Large)?;
         rig.publish();
+        if round % 2 == 0 {
+            // With the first one complete, the others are under way.
+            let deadline = Instant::now() + rig.timeout;
+            while rig.used_index()? == 0 && Instant::now() < deadline {
+                thread::yield_now();
+            }
+        }
         let base = rig.stop()? as u16;
         let used = rig.used_index()?;
         let _ = rig.call.read();
