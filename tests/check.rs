@@ -52,6 +52,10 @@ enum Bend {
     MemoryForgetsLog,
     /// The inflight region is not written.
     NoInflight,
+    /// A successor takes up a ring behind what was open.
+    ForgetsOpen,
+    /// An unknown request ends the process.
+    Dies,
     /// Rings run although they are not enabled.
     Enabled,
 }
@@ -95,6 +99,11 @@ impl Rings for Bent {
         setup.logging = self.bent(setup.logging);
         match self.bend {
             Bend::NoInflight => setup.inflight = None,
+            Bend::ForgetsOpen => {
+                let mut avail = [0; 2];
+                setup.memory.read(setup.layout.avail + 2, &mut avail).unwrap();
+                (setup.inflight, setup.base) = (None, RingBase::split(u16::from_le_bytes(avail)));
+            }
             Bend::BaseForgotten => setup.base = RingBase::default(),
             _ => {}
         }
@@ -130,13 +139,17 @@ impl Rings for Bent {
 }
 
 /// One front-end's connection, served with a bend.
-fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, bend: Bend) -> Option<()> {
+fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, bend: Bend, alive: &mut bool) -> Option<()> {
     let mut session = Session::new(device.clone());
     let workers = Arc::new(Mutex::new(Workers::new(device.clone())));
     let mut rings = Bent { bend, workers, setup: None, starts: 0 };
     loop {
         let message = receive(&mut socket)?;
         let (code, flags, payload) = (message.code, message.flags, message.payload.clone());
+        if bend == Bend::Dies && code.name().is_none() {
+            *alive = false;
+            return None;
+        }
         if bend == Bend::NoRefusal && code.name().is_none() {
             continue;
         }
@@ -221,12 +234,18 @@ fn checked(bend: Bend) -> Report {
             if peeked == Ok(1) && first == [0xff] {
                 break;
             }
-            serve(connection, &device, bend);
+            let mut alive = true;
+            serve(connection, &device, bend, &mut alive);
+            if !alive {
+                break;
+            }
         }
     });
     let quick = Options { timeout: Duration::from_secs(3), settle: Duration::from_millis(60), ..Options::default() };
     let report = check(&socket, &quick).unwrap();
-    UnixStream::connect(&socket).unwrap().write_all(&[0xff]).unwrap();
+    if let Ok(mut goodbye) = UnixStream::connect(&socket) {
+        goodbye.write_all(&[0xff]).unwrap();
+    }
     server.join().unwrap();
     report
 }
@@ -288,6 +307,14 @@ fn pages_that_are_marked_for_nothing_are_a_warning_with_their_share() {
 #[test]
 fn an_inflight_region_that_is_not_kept_is_found() {
     breaks(Bend::NoInflight, &["I2", "I6"]);
+    breaks_also(Bend::ForgetsOpen, "I3");
+}
+
+#[test]
+fn a_back_end_that_dies_is_a_finding_and_what_comes_after_is_not_held_against_it() {
+    let report = checked(Bend::Dies);
+    assert_eq!(broken(&report), BTreeSet::from(["F5", "R9"]), "{report}");
+    assert_eq!(report.rules().get("R3"), Some(&Verdict::NotTested), "{report}");
 }
 
 fn command(arguments: &[&str]) -> Output {

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use serde_json::json;
-use vhost_migrate::check::{CheckError, Options, check};
+use vhost_migrate::check::{Options, check};
 
 /// Nothing could be checked.
 const UNCHECKED: u8 = 3;
@@ -82,7 +82,7 @@ impl Arguments {
             kill_pid: self.kill_pid,
             ..Options::default()
         };
-        let report = check(&self.socket, &options).map_err(|error: CheckError| error)?;
+        let report = check(&self.socket, &options)?;
         if let Some(file) = &self.junit {
             std::fs::write(file, report.junit()).map_err(|error| format!("{}: {error}", file.display()))?;
         }

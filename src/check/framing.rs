@@ -81,7 +81,6 @@ fn replies(bench: &mut Bench) -> Result<Outcome, Fault> {
         rig.link.ask_number(next)?;
         names.push(code.to_string());
     }
-    // The padding at its end is known to be left out (rule F6); front-ends that read 20 bytes are content with it.
     Ok(match odd.is_empty() {
         true => Outcome::kept(names.join(", ")),
         false => Outcome::broken(odd.join("; ")),

@@ -293,10 +293,9 @@ fn reconnecting(bench: &mut Bench) -> Result<Outcome, Fault> {
     let Outcome(verdict, found) = Marks::of(&rig, &before, harvest(&log))?.allow(rig.used_ring()).judge();
     Ok(match early {
         0 => Outcome(verdict, found),
-        pages => Outcome(
-            verdict.max(Verdict::Broken),
-            format!("{pages} pages were written before the log came and the ring was enabled; {found}"),
-        ),
+        pages => {
+            Outcome::broken(format!("{pages} pages were written before the log came and the ring was enabled; {found}"))
+        }
     })
 }
 
