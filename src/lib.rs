@@ -2,6 +2,7 @@
 
 pub mod abi;
 pub mod backend;
+pub mod check;
 pub mod control;
 pub mod dirty;
 pub mod frontend;

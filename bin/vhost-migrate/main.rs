@@ -1,6 +1,7 @@
 //! The command: parses arguments and hands them to the file of the subcommand.
 
 mod backend;
+mod check;
 mod demo;
 mod dirty_rate;
 mod guest;
@@ -35,6 +36,7 @@ enum Action {
     Migrate(migrate::Arguments),
     DirtyRate(dirty_rate::Arguments),
     Inspect(inspect::Arguments),
+    Check(check::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -52,5 +54,6 @@ fn main() -> ExitCode {
         Action::Migrate(arguments) => migrate::run(arguments),
         Action::DirtyRate(arguments) => dirty_rate::run(arguments),
         Action::Inspect(arguments) => inspect::run(arguments),
+        Action::Check(arguments) => check::run(arguments),
     }
 }

@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod backend;
+mod check;
 mod guest_free;
 mod hugetlb;
 mod initramfs;

@@ -1,0 +1,210 @@
+//! A block device: how to make it write to guest memory without changing its disk, its configuration space, and, where
+//! that is allowed, writes to its last MiB.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::thread;
+use std::time::Instant;
+
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::link::Link;
+use super::rig::{HIGH, Rig, SLOT, SLOTS, noise};
+use super::{Bench, Check, Fault, Offer, Outcome};
+use crate::abi::vhost_user::{CONFIG_TYPE_FRONTEND, ConfigHeader, Request as Code, protocol_feature};
+use crate::abi::virtio::{
+    BlkRequestHeader, SECTOR_BYTES, VIRTIO_BLK_F_RO, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+};
+use crate::ring::Buffer;
+
+/// Bytes that a read takes of a disk whose size is not told: nobody makes a smaller one.
+const AT_LEAST: u64 = 4096;
+/// Bytes at the end of the disk that may be written where writing is allowed.
+const LAST: u64 = 1 << 20;
+/// A status that no device writes.
+pub(super) const NO_STATUS: u8 = 0xff;
+
+pub(super) const CHECKS: &[Check] = &[
+    Check { rule: "C1", what: "GET_CONFIG echoes offset and size, and parts agree with the whole", run: config },
+    Check { rule: "R3", what: "writes that were taken before GET_VRING_BASE are on the disk", run: written },
+];
+
+/// The disk under test.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Disk {
+    sectors: u64,
+}
+
+impl Disk {
+    /// Asks a connection with agreed protocol features how large its disk is.
+    pub(super) fn of(link: &Link, offer: Offer) -> Result<Disk, Fault> {
+        if !offer.speaks(protocol_feature::CONFIG) {
+            return Ok(Disk { sectors: AT_LEAST / SECTOR_BYTES });
+        }
+        let capacity = read_config(link, 0, 8)?;
+        let sectors = u64::read_from_bytes(&capacity).map_err(|_| short(8, capacity.len()))?;
+        match sectors {
+            0 => Err(Fault::Breach("the disk has no sectors".into())),
+            sectors => Ok(Disk { sectors: u64::from_le(sectors) }),
+        }
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.sectors.saturating_mul(SECTOR_BYTES)
+    }
+
+    /// The head of read number `number`, and how many of `len` bytes it can have.
+    pub(super) fn read(&self, number: u64, len: u64) -> (BlkRequestHeader, u32) {
+        let len = len.min(self.bytes()).max(SECTOR_BYTES) / SECTOR_BYTES;
+        let sector = number.wrapping_mul(97) % (self.sectors - len + 1);
+        let head = BlkRequestHeader { request_type: VIRTIO_BLK_T_IN.into(), ioprio: 0.into(), sector: sector.into() };
+        (head, (len * SECTOR_BYTES) as u32)
+    }
+
+    /// The parts of the last MiB that may be written: first sector, and where in guest memory the data is.
+    fn last(&self) -> Vec<(u64, Buffer)> {
+        let sectors = (LAST / SECTOR_BYTES / SLOTS).min(self.sectors / SLOTS);
+        let first = self.sectors - sectors * SLOTS;
+        let len = (sectors * SECTOR_BYTES) as u32;
+        (0..SLOTS).map(|slot| (first + slot * sectors, Buffer { gpa: HIGH + slot * SLOT, len })).collect()
+    }
+
+    /// Whether a status is that of a read that worked.
+    pub(super) fn worked(status: u8) -> bool {
+        status == VIRTIO_BLK_S_OK
+    }
+}
+
+/// Adds one request for each part of the last MiB.
+fn add_all(rig: &mut Rig, parts: &[(u64, Buffer)], request_type: u32) -> Result<(), Fault> {
+    for (slot, (sector, data)) in parts.iter().enumerate() {
+        let head = BlkRequestHeader { request_type: request_type.into(), ioprio: 0.into(), sector: (*sector).into() };
+        rig.add_request(slot, head, *data)?;
+    }
+    Ok(())
+}
+
+/// Reads all parts.
+fn read_all(bench: &Bench, parts: &[(u64, Buffer)]) -> Result<Vec<Vec<u8>>, Fault> {
+    let mut rig = bench.rig(0)?;
+    rig.start()?;
+    add_all(&mut rig, parts, VIRTIO_BLK_T_IN)?;
+    rig.publish();
+    rig.finish()?;
+    let mut read = Vec::new();
+    for (_, data) in parts {
+        let mut bytes = vec![0; data.len as usize];
+        rig.memory.read(data.gpa, &mut bytes)?;
+        read.push(bytes);
+    }
+    Ok(read)
+}
+
+/// Puts what is to be written into guest memory, and makes the requests for it.
+fn prepare(rig: &mut Rig, parts: &[(u64, Buffer)], contents: &[Vec<u8>]) -> Result<(), Fault> {
+    for ((_, data), bytes) in parts.iter().zip(contents) {
+        rig.memory.write(data.gpa, bytes)?;
+    }
+    add_all(rig, parts, VIRTIO_BLK_T_OUT)
+}
+
+fn written(bench: &mut Bench) -> Result<Outcome, Fault> {
+    if !bench.options.write {
+        return Ok(Outcome::not_tested("needs --write"));
+    }
+    let parts = bench.disk.last();
+    if bench.offer.has(VIRTIO_BLK_F_RO) || parts.iter().any(|(_, data)| data.len == 0) {
+        return Ok(Outcome::not_tested("the disk is read-only, or too small"));
+    }
+    let before = read_all(bench, &parts)?;
+    let outcome = overwrite(bench, &parts).unwrap_or_else(Outcome::from);
+    match restore(bench, &parts, &before) {
+        Ok(()) => Ok(outcome),
+        Err(fault) => {
+            let (sector, Outcome(_, seen)) = (parts.first().map_or(0, |(sector, _)| *sector), outcome);
+            let kept = match keep(&before) {
+                Ok(path) => format!("its bytes are in {}", path.display()),
+                Err(error) => format!("its bytes can't be kept ({error})"),
+            };
+            Ok(Outcome::broken(format!("{seen}; the disk from sector {sector} on can't be restored ({fault}): {kept}")))
+        }
+    }
+}
+
+fn overwrite(bench: &Bench, parts: &[(u64, Buffer)]) -> Result<Outcome, Fault> {
+    let mut rig = bench.rig(0)?;
+    rig.start()?;
+    let contents: Vec<Vec<u8>> = (1..).zip(parts).map(|(seed, (_, data))| noise(seed, data.len)).collect();
+    prepare(&mut rig, parts, &contents)?;
+    rig.publish();
+    let base = rig.stop()?;
+    // What a back-end has not drained must not come after what is put back.
+    let deadline = Instant::now() + rig.timeout;
+    while rig.used_index()? != base as u16 && Instant::now() < deadline {
+        thread::yield_now();
+    }
+    drop(rig);
+    let found = read_all(bench, parts)?;
+    let wrong = found.iter().zip(&contents).take(base as usize).filter(|(found, written)| found != written).count();
+    Ok(match wrong {
+        0 => Outcome::kept(format!("{base} writes, read back by the next front-end; then the old contents put back")),
+        wrong => Outcome::broken(format!("{wrong} of {base} writes are not on the disk")),
+    })
+}
+
+fn restore(bench: &Bench, parts: &[(u64, Buffer)], before: &[Vec<u8>]) -> Result<(), Fault> {
+    let mut rig = bench.rig(0)?;
+    rig.start()?;
+    prepare(&mut rig, parts, before)?;
+    rig.publish();
+    rig.finish()?;
+    // Many back-ends have but one front-end at a time.
+    drop(rig);
+    match read_all(bench, parts)? == before {
+        true => Ok(()),
+        false => Err(Fault::Breach("what was put back is not there".into())),
+    }
+}
+
+/// Saves what could not be put back.
+fn keep(contents: &[Vec<u8>]) -> io::Result<PathBuf> {
+    let file = tempfile::Builder::new().prefix("vhost-migrate-check-").suffix(".disk").tempfile()?;
+    let (mut file, path) = file.keep().map_err(|error| error.error)?;
+    contents.iter().try_for_each(|part| file.write_all(part))?;
+    Ok(path)
+}
+
+/// Bytes of configuration space, out of an answer that is checked (rule C1).
+fn read_config(link: &Link, offset: u32, size: u32) -> Result<Vec<u8>, Fault> {
+    let header = ConfigHeader { offset, size, flags: CONFIG_TYPE_FRONTEND };
+    let reply = link.ask(Code::GET_CONFIG, &[header.as_bytes(), &vec![0; size as usize]].concat())?;
+    let Ok((echo, bytes)) = ConfigHeader::read_from_prefix(&reply.payload) else {
+        return Err(short(size_of::<ConfigHeader>() + size as usize, reply.payload.len()));
+    };
+    if (echo.offset, echo.size) != (offset, size) {
+        let ConfigHeader { offset: at, size: len, .. } = echo;
+        return Err(Fault::Breach(format!("asked for {size} bytes at {offset}, it answers with {len} at {at}")));
+    }
+    match bytes.len() == size as usize {
+        true => Ok(bytes.to_vec()),
+        false => Err(short(size as usize, bytes.len())),
+    }
+}
+
+fn short(needed: usize, got: usize) -> Fault {
+    Fault::Breach(format!("GET_CONFIG: {got} bytes where {needed} were due"))
+}
+
+fn config(bench: &mut Bench) -> Result<Outcome, Fault> {
+    bench.offer.need(protocol_feature::CONFIG)?;
+    let rig = bench.rig(0)?;
+    // As much as the oldest front-ends read.
+    let whole = read_config(&rig.link, 0, 36)?;
+    for (offset, size) in [(0u32, 8u32), (8, 4), (20, 4), (4, 12), (35, 1)] {
+        let part = read_config(&rig.link, offset, size)?;
+        if whole.get(offset as usize..(offset + size) as usize) != Some(&part) {
+            return Ok(Outcome::broken(format!("{size} bytes at {offset} differ from those in the whole")));
+        }
+    }
+    Ok(Outcome::kept(format!("a disk of {} sectors; 5 parts read", bench.disk.sectors)))
+}

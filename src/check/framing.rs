@@ -1,0 +1,201 @@
+//! Rules F1 to F6 and F8: messages, their answers, and notifications.
+
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
+
+use zerocopy::IntoBytes;
+
+use super::link::readable;
+use super::rig::{Rig, Size, describe};
+use super::{Bench, Check, Fault, Outcome};
+use crate::abi::vhost_user::{
+    ConfigHeader, Header, InflightDescription, MemoryHeader, MemoryRegion, Request as Code, VringState,
+    protocol_feature,
+};
+
+const VERSION: u32 = Header::FLAG_VERSION;
+const NEED_REPLY: u32 = Header::FLAG_VERSION | Header::FLAG_NEED_REPLY;
+/// A request that no specification knows.
+const UNKNOWN: Code = Code(4711);
+
+pub(super) const CHECKS: &[Check] = &[
+    Check { rule: "F1", what: "header and payload may come in separate segments", run: segments },
+    Check { rule: "F3", what: "need-reply adds no second reply; replies have their lengths", run: replies },
+    Check { rule: "F4", what: "need-reply is answered with a u64, 0 for done", run: acknowledgements },
+    Check { rule: "F4", what: "messages are answered strictly in order", run: order },
+    Check {
+        rule: "F5",
+        what: "an unknown request with need-reply is refused and the connection goes on",
+        run: refused,
+    },
+    Check { rule: "F5", what: "an unknown request without need-reply is passed over", run: passed_over },
+    Check { rule: "F6", what: "a memory table with room for more regions than it has is taken", run: roomy_table },
+    Check { rule: "F8", what: "a socket as call fd is notified with 8 bytes", run: socket_call },
+];
+
+fn segments(bench: &mut Bench) -> Result<Outcome, Fault> {
+    let rig = bench.rig(0)?;
+    rig.link.send_cut(Code::SET_FEATURES, VERSION, rig.features.as_bytes(), &[])?;
+    rig.link.barrier()?;
+    rig.link.send_cut(Code::SET_MEM_TABLE, VERSION, &rig.table(), &rig.fds())?;
+    rig.link.barrier()?;
+    rig.link.send_cut(Code::GET_VRING_BASE, VERSION, VringState { index: 0, num: 0 }.as_bytes(), &[])?;
+    rig.link.reply(Code::GET_VRING_BASE)?;
+    Ok(Outcome::kept("SET_FEATURES, SET_MEM_TABLE with its fds, GET_VRING_BASE"))
+}
+
+/// Requests with a reply of their own that is offered: payload, and the length of the reply.
+fn own_replies(bench: &Bench) -> Vec<(Code, Vec<u8>, usize)> {
+    let config = ConfigHeader { offset: 0, size: 8, flags: 0 };
+    let inflight = InflightDescription { mmap_size: 0, mmap_offset: 0, num_queues: 1, queue_size: 64, padding: [0; 4] };
+    let state = VringState { index: 0, num: 0 }.as_bytes().to_vec();
+    let all = [
+        (None, Code::GET_FEATURES, Vec::new(), 8),
+        (None, Code::GET_PROTOCOL_FEATURES, Vec::new(), 8),
+        (None, Code::GET_VRING_BASE, state, 8),
+        (Some(protocol_feature::MQ), Code::GET_QUEUE_NUM, Vec::new(), 8),
+        (Some(protocol_feature::CONFIGURE_MEM_SLOTS), Code::GET_MAX_MEM_SLOTS, Vec::new(), 8),
+        (Some(protocol_feature::STATUS), Code::GET_STATUS, Vec::new(), 8),
+        (Some(protocol_feature::CONFIG), Code::GET_CONFIG, [config.as_bytes(), &[0; 8]].concat(), 20),
+        (Some(protocol_feature::INFLIGHT_SHMFD), Code::GET_INFLIGHT_FD, inflight.as_bytes().to_vec(), 24),
+    ];
+    let offered = |feature: Option<u32>| feature.is_none_or(|feature| bench.offer.speaks(feature));
+    let all = all.into_iter().filter(|(feature, ..)| offered(*feature));
+    all.map(|(_, code, payload, length)| (code, payload, length)).collect()
+}
+
+fn replies(bench: &mut Bench) -> Result<Outcome, Fault> {
+    let rig = bench.rig(0)?;
+    let flags = if bench.offer.speaks(protocol_feature::REPLY_ACK) { NEED_REPLY } else { VERSION };
+    let (mut names, mut odd) = (Vec::new(), Vec::new());
+    for (code, payload, length) in own_replies(bench) {
+        rig.link.send(code, flags, &payload, &[])?;
+        let got = rig.link.reply(code)?.payload.len();
+        if got != length {
+            odd.push(format!("{code} has {got} bytes, not {length}"));
+        }
+        // A second reply would come before this one's.
+        let next = if code == Code::GET_FEATURES { Code::GET_PROTOCOL_FEATURES } else { Code::GET_FEATURES };
+        rig.link.ask_number(next)?;
+        names.push(code.to_string());
+    }
+    Ok(match odd.is_empty() {
+        true => Outcome::kept(names.join(", ")),
+        false => Outcome::broken(odd.join("; ")),
+    })
+}
+
+fn acknowledgements(bench: &mut Bench) -> Result<Outcome, Fault> {
+    bench.offer.need(protocol_feature::REPLY_ACK)?;
+    let rig = bench.rig(0)?;
+    let index = 0u64.as_bytes();
+    let size = VringState { index: 0, num: rig.layout.size.into() };
+    let (base, addr) = (VringState { index: 0, num: 0 }, rig.addr(None));
+    let messages: [(Code, &[u8], Vec<_>); 9] = [
+        (Code::SET_OWNER, &[], vec![]),
+        (Code::SET_FEATURES, rig.features.as_bytes(), vec![]),
+        (Code::SET_MEM_TABLE, &rig.table(), rig.fds()),
+        (Code::SET_VRING_CALL, index, vec![rig.call.as_fd()]),
+        (Code::SET_VRING_NUM, size.as_bytes(), vec![]),
+        (Code::SET_VRING_BASE, base.as_bytes(), vec![]),
+        (Code::SET_VRING_ADDR, addr.as_bytes(), vec![]),
+        (Code::SET_VRING_KICK, index, vec![rig.kick.as_fd()]),
+        (Code::SET_VRING_ENABLE, base.as_bytes(), vec![]),
+    ];
+    let count = messages.len();
+    for (code, payload, fds) in messages {
+        match rig.link.acknowledged(code, payload, &fds)? {
+            0 => {}
+            answer => return Err(Fault::Refused { code, answer }),
+        }
+        rig.link.barrier()?;
+    }
+    Ok(Outcome::kept(format!("{count} messages, one answer each")))
+}
+
+fn order(bench: &mut Bench) -> Result<Outcome, Fault> {
+    let rig = bench.rig(0)?;
+    let codes = [Code::GET_FEATURES, Code::GET_PROTOCOL_FEATURES, Code::GET_FEATURES, Code::GET_FEATURES];
+    let sent: Vec<Code> = codes.into_iter().cycle().take(64).collect();
+    for code in &sent {
+        rig.link.send(*code, VERSION, &[], &[])?;
+    }
+    for code in &sent {
+        rig.link.reply(*code)?;
+    }
+    Ok(Outcome::kept(format!("{} requests sent before the first answer was read", sent.len())))
+}
+
+fn refused(bench: &mut Bench) -> Result<Outcome, Fault> {
+    bench.offer.need(protocol_feature::REPLY_ACK)?;
+    let rig = bench.rig(0)?;
+    // The other end of the pipe tells whether the fd that came along was closed.
+    let (ours, theirs) = std::io::pipe()?;
+    let answer = {
+        let fds = [theirs.as_fd()];
+        rig.link.acknowledged(UNKNOWN, &[1; 100], &fds)?
+    };
+    drop(theirs);
+    rig.link.barrier()?;
+    if answer == 0 {
+        return Ok(Outcome::broken("it claims to have done request 4711"));
+    }
+    Ok(match closed(&rig, ours) {
+        true => Outcome::kept(format!("answer {answer:#x}, and the fd that came along was closed")),
+        false => Outcome::broken(format!("answer {answer:#x}, but the fd that came along was kept")),
+    })
+}
+
+fn closed(rig: &Rig, mut pipe: std::io::PipeReader) -> bool {
+    readable(pipe.as_fd(), Instant::now() + rig.settle) && pipe.read(&mut [0]).is_ok_and(|count| count == 0)
+}
+
+fn passed_over(bench: &mut Bench) -> Result<Outcome, Fault> {
+    let rig = bench.rig(0)?;
+    rig.link.send(UNKNOWN, VERSION, &[1; 100], &[])?;
+    rig.link.barrier()?;
+    Ok(Outcome::kept("the next request was answered"))
+}
+
+fn roomy_table(bench: &mut Bench) -> Result<Outcome, Fault> {
+    let rig = bench.rig(0)?;
+    let Some((region, fd)) = rig.memory.regions().first().and_then(|region| Some((region, region.shared()?.0))) else {
+        return Ok(Outcome::not_tested("no memory"));
+    };
+    let mut table = MemoryHeader { nregions: 1, padding: 0 }.as_bytes().to_vec();
+    table.extend(describe(region).as_bytes());
+    table.extend([0; size_of::<MemoryRegion>()]);
+    rig.done(Code::SET_MEM_TABLE, &table, &[fd])?;
+    Ok(Outcome::kept(format!("{} bytes with one region", table.len())))
+}
+
+fn socket_call(bench: &mut Bench) -> Result<Outcome, Fault> {
+    let mut rig = bench.rig(0)?;
+    rig.start()?;
+    let (ours, theirs) = UnixStream::pair()?;
+    rig.done(Code::SET_VRING_CALL, 0u64.as_bytes(), &[theirs.as_fd()])?;
+    drop(theirs);
+    rig.add(4, Size::Mixed)?;
+    rig.publish();
+    let deadline = Instant::now() + rig.timeout;
+    let (mut buf, mut bytes) = ([0; 4096], 0);
+    // Nobody has asked not to be notified: there is a notification even if everything is complete by now.
+    while rig.driver.outstanding() > 0 || bytes == 0 {
+        if rig.pop()? {
+            continue;
+        }
+        if !readable(ours.as_fd(), deadline) {
+            return Ok(Outcome::broken(format!("no notification within {:?}", rig.timeout)));
+        }
+        match (&ours).read(&mut buf)? {
+            0 => return Ok(Outcome::broken("it closed the socket")),
+            count => bytes += count,
+        }
+    }
+    Ok(match bytes % 8 {
+        0 => Outcome::kept(format!("{} for 4 requests", bytes / 8)),
+        _ => Outcome::broken(format!("{bytes} bytes: notifications have 8")),
+    })
+}

@@ -1,0 +1,190 @@
+//! The front-end's side of one connection, message by message, with nothing in between that could be polite.
+//!
+//! What an answer should be is the checks' business; here is only what can happen to a message. The header of every
+//! reply is noted ([`Replies`]), so that rule F2 is judged by all of them.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::rc::Rc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{self as net, AddressFamily, SockFlag, SockType, UnixAddr};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+use super::Fault;
+use crate::abi::vhost_user::{Header, Request as Code};
+use crate::sys::socket;
+
+/// Longest reply that is read. The longest there is has 268 bytes (GET_CONFIG).
+const MAX_REPLY: u32 = 1 << 16;
+/// Between two segments of a message that is cut, so that the system does not join them again.
+const BETWEEN_SEGMENTS: Duration = Duration::from_millis(20);
+
+/// The headers of all replies of a run.
+#[derive(Debug, Default)]
+pub(super) struct Replies {
+    pub(super) count: u64,
+    /// How many replies to a request had flags other than 5, by both.
+    pub(super) odd: BTreeMap<(Code, u32), u64>,
+}
+
+/// A reply of the back-end.
+#[derive(Debug)]
+pub(super) struct Reply {
+    pub(super) code: Code,
+    pub(super) payload: Vec<u8>,
+    pub(super) fds: Vec<OwnedFd>,
+}
+
+impl Reply {
+    /// The payload as the one structure that it must be.
+    pub(super) fn read<T: FromBytes>(&self) -> Result<T, Fault> {
+        T::read_from_bytes(&self.payload).map_err(|_| {
+            let (got, needed) = (self.payload.len(), size_of::<T>());
+            Fault::Breach(format!("the reply to {} has {got} bytes, not {needed}", self.code))
+        })
+    }
+}
+
+/// A connection to the back-end.
+#[derive(Debug)]
+pub(super) struct Link {
+    socket: UnixStream,
+    timeout: Duration,
+    replies: Rc<RefCell<Replies>>,
+}
+
+impl Link {
+    pub(super) fn connect(path: &Path, timeout: Duration, replies: Rc<RefCell<Replies>>) -> io::Result<Link> {
+        Ok(Link { socket: connect(path, timeout)?, timeout, replies })
+    }
+
+    /// Any request with any flags, payload and fds.
+    pub(super) fn send(&self, code: Code, flags: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Fault> {
+        let header = Header { request: code.0, flags, size: payload.len() as u32 };
+        self.send_bytes(code, &[header.as_bytes(), payload].concat(), fds)
+    }
+
+    /// A request whose header, and both halves of whose payload, travel alone (rule F1).
+    pub(super) fn send_cut(&self, code: Code, flags: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Fault> {
+        let header = Header { request: code.0, flags, size: payload.len() as u32 };
+        self.send_bytes(code, header.as_bytes(), fds)?;
+        let (first, second) = payload.split_at(payload.len() / 2);
+        for part in [first, second] {
+            thread::sleep(BETWEEN_SEGMENTS);
+            self.send_bytes(code, part, &[])?;
+        }
+        Ok(())
+    }
+
+    /// Any bytes at all; `code` is what to call them.
+    pub(super) fn send_bytes(&self, code: Code, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Fault> {
+        socket::send(self.socket.as_fd(), bytes, fds).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Fault::Silent { code, waited: self.timeout },
+            _ => Fault::HungUp { code },
+        })
+    }
+
+    /// Hangs up.
+    pub(super) fn end(&self) {
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+    }
+
+    /// The next message of the back-end, while the answer to `code` is due.
+    pub(super) fn receive(&self, code: Code) -> Result<Reply, Fault> {
+        let deadline = Instant::now() + self.timeout;
+        let mut header = Header::new_zeroed();
+        let mut fds = Vec::new();
+        self.fill(code, header.as_mut_bytes(), &mut fds, deadline)?;
+        if header.size > MAX_REPLY {
+            return Err(Fault::Breach(format!("the answer to {code} claims {} bytes", header.size)));
+        }
+        let mut payload = vec![0; header.size as usize];
+        self.fill(code, &mut payload, &mut fds, deadline)?;
+        let mut replies = self.replies.borrow_mut();
+        replies.count += 1;
+        let answered = Code(header.request);
+        if header.flags != Header::REPLY_FLAGS {
+            *replies.odd.entry((answered, header.flags)).or_default() += 1;
+        }
+        Ok(Reply { code: answered, payload, fds })
+    }
+
+    /// The reply to `code`, which must be the next message.
+    pub(super) fn reply(&self, code: Code) -> Result<Reply, Fault> {
+        let reply = self.receive(code)?;
+        match reply.code == code {
+            true => Ok(reply),
+            false => Err(Fault::Breach(format!("{} was answered where {code} was due", reply.code))),
+        }
+    }
+
+    /// Sends a request that has a reply of its own, and waits for that.
+    pub(super) fn ask(&self, code: Code, payload: &[u8]) -> Result<Reply, Fault> {
+        self.send(code, Header::FLAG_VERSION, payload, &[])?;
+        self.reply(code)
+    }
+
+    /// Like [`ask`](Link::ask), for the many whose reply is a u64.
+    pub(super) fn ask_number(&self, code: Code) -> Result<u64, Fault> {
+        self.ask(code, &[])?.read()
+    }
+
+    /// Sends a request with need-reply; the answer is 0 for done (rule F4).
+    pub(super) fn acknowledged(&self, code: Code, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<u64, Fault> {
+        self.send(code, Header::FLAG_VERSION | Header::FLAG_NEED_REPLY, payload, fds)?;
+        self.reply(code)?.read()
+    }
+
+    /// Everything that was sent is done when this returns (rule F4).
+    pub(super) fn barrier(&self) -> Result<u64, Fault> {
+        self.ask_number(Code::GET_FEATURES)
+    }
+
+    fn fill(&self, code: Code, buf: &mut [u8], fds: &mut Vec<OwnedFd>, deadline: Instant) -> Result<(), Fault> {
+        let mut filled = 0;
+        while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            if !readable(self.socket.as_fd(), deadline) {
+                return Err(Fault::Silent { code, waited: self.timeout });
+            }
+            match socket::receive(self.socket.as_fd(), rest, fds) {
+                Ok(0) => return Err(Fault::HungUp { code }),
+                Ok(count) => filled += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return Err(Fault::HungUp { code }),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Connects to a socket whose owner may have stopped accepting; sending on it has the same limit.
+pub(super) fn connect(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
+    let fd = net::socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let socket = UnixStream::from(fd);
+    // This limits connecting too.
+    socket.set_write_timeout(Some(timeout))?;
+    net::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(socket)
+}
+
+/// Waits until there is something to read, at most until `deadline`.
+pub(super) fn readable(fd: BorrowedFd<'_>, deadline: Instant) -> bool {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        // Rounded up: the last part of a millisecond is waited for too, and not spun through.
+        let timeout = PollTimeout::try_from(left + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], timeout) {
+            Ok(0) if left.is_zero() => return false,
+            Ok(0) | Err(nix::Error::EINTR) => {}
+            Ok(_) => return true,
+            Err(_) => return false,
+        }
+    }
+}

@@ -1,0 +1,382 @@
+//! Rules L1 to L9, L12 and F7: the dirty log is compared with what became of every page of guest memory.
+//!
+//! A page that changed and is not marked is lost by a migration: broken. A page that is marked, did not change and was
+//! not given to the device to be written is sent for nothing: a warning.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use zerocopy::IntoBytes;
+
+use super::rig::{NOWHERE, Pages, Rig, SLOTS, Size, changed, harvest, pages};
+use super::{Bench, Check, Fault, Outcome, Verdict};
+use crate::abi::bit;
+use crate::abi::vhost_user::{Header, LogDescription, Request as Code};
+use crate::abi::virtio::{
+    RING_ELEMENTS_OFFSET, RING_IDX_OFFSET, VIRTIO_RING_F_EVENT_IDX, avail_event_offset, used_ring_bytes,
+};
+use crate::dirty::Log;
+use crate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+
+const ROUNDS: u64 = 8;
+
+pub(super) const CHECKS: &[Check] = &[
+    Check { rule: "F7", what: "SET_LOG_BASE is answered once", run: reply },
+    Check { rule: "L1", what: "every page that a read changed is marked", run: data },
+    Check { rule: "L2", what: "a log at an offset, of an odd size, is used where it is", run: placed },
+    Check { rule: "L3", what: "the used ring is marked at log_guest_addr, wherever that is", run: used },
+    Check { rule: "L3", what: "data follows LOG_ALL, the used ring follows F_LOG", run: switches },
+    Check { rule: "L3", what: "the avail event word is marked at log_guest_addr", run: avail_event },
+    Check { rule: "L7", what: "nothing is marked before logging is on, nor after it is off", run: off },
+    Check { rule: "L8", what: "reconnecting while logging, in QEMU's order", run: reconnecting },
+    Check { rule: "L9", what: "another log under load: no page is lost, the old log is left alone", run: switched },
+    Check { rule: "L12", what: "SET_LOG_FD is signalled after logging, and only then", run: signalled },
+];
+
+/// Some back-ends are known to die of this: it is for the end.
+pub(super) const DEADLY: &[Check] =
+    &[Check { rule: "L6", what: "writes outside a log that is too small are survived", run: too_small }];
+
+/// What marks a batch of device writes should have left, and what they did.
+pub(super) struct Marks {
+    /// Changed by the device.
+    changed: Pages,
+    /// Lent to the device for writing, or to be marked by other rules.
+    allowed: Pages,
+    marked: Pages,
+}
+
+impl Marks {
+    /// The device's changes since `before`; the used ring is left to rule L3.
+    pub(super) fn of(rig: &Rig, before: &[(u64, u64)], marked: Pages) -> Result<Marks, Fault> {
+        let (own, used) = (rig.own(), rig.used_ring());
+        let mut changed = changed(before, &rig.hashes()?);
+        changed.retain(|page| !own.contains(page) && !used.contains(page));
+        Ok(Marks { changed, allowed: rig.lent.clone(), marked })
+    }
+
+    pub(super) fn allow(mut self, pages: impl IntoIterator<Item = u64>) -> Marks {
+        self.allowed.extend(pages);
+        self
+    }
+
+    pub(super) fn judge(&self) -> Outcome {
+        let (changed, marked) = (self.changed.len(), self.marked.len());
+        let missed: Vec<u64> = self.changed.difference(&self.marked).copied().collect();
+        if let Some(first) = missed.first() {
+            let lost = missed.len();
+            let first = first * LOG_PAGE;
+            return Outcome::broken(format!(
+                "{lost} of {changed} changed pages are not marked, the first at {first:#x}"
+            ));
+        }
+        let needed = |page: &&u64| !self.changed.contains(page) && !self.allowed.contains(page);
+        let extra = self.marked.iter().filter(needed).count();
+        if extra > 0 {
+            let percent = extra as f64 * 100.0 / marked as f64;
+            return Outcome::warning(format!(
+                "all {changed} changed pages are marked, and {extra} pages ({percent:.1} % of the marks) that were not \
+                 to be written"
+            ));
+        }
+        Outcome::kept(format!("{changed} pages changed, {marked} marked"))
+    }
+}
+
+/// A running ring and an installed log; nothing is logged yet.
+pub(super) fn ready(bench: &Bench, features: u64) -> Result<(Rig, Log), Fault> {
+    let rig = bench.rig(features)?;
+    rig.start()?;
+    let log = rig.install_log()?;
+    Ok((rig, log))
+}
+
+fn reply(bench: &mut Bench) -> Result<Outcome, Fault> {
+    let rig = bench.rig(0)?;
+    let (log, fd) = Log::create(rig.memory.end())?;
+    let plain = rig.send_log(&fd, log.size(), 0)?;
+    rig.link.barrier()?;
+    let description = LogDescription { mmap_size: log.size(), mmap_offset: 0 };
+    let flags = Header::FLAG_VERSION | Header::FLAG_NEED_REPLY;
+    rig.link.send(Code::SET_LOG_BASE, flags, description.as_bytes(), &[fd.as_fd()])?;
+    let asked = rig.link.reply(Code::SET_LOG_BASE)?.payload.len();
+    rig.link.barrier()?;
+    let seen = format!("{plain} bytes, with need-reply {asked}");
+    Ok(match plain {
+        16 => Outcome::kept(seen),
+        0 | 8 => Outcome::warning(format!("{seen}; rust-vmm's front-end hangs unless it gets 16")),
+        _ => Outcome::broken(format!("{seen}; 0, 8 or 16 are known")),
+    })
+}
+
+fn data(bench: &mut Bench) -> Result<Outcome, Fault> {
+    let (mut rig, log) = ready(bench, 0)?;
+    rig.log_on(rig.layout.used)?;
+    let mut worst = Outcome::not_tested("no round");
+    for round in 0..ROUNDS {
+        rig.lent.clear();
+        rig.add(SLOTS, if round % 2 == 0 { Size::Mixed } else { Size::Large })?;
+        let before = rig.hashes()?;
+        rig.publish();
+        rig.finish()?;
+        rig.link.barrier()?;
+        let found = Marks::of(&rig, &before, harvest(&log))?.allow(rig.used_ring()).judge();
+        if found.0 >= worst.0 {
+            worst = found;
+        }
+        if worst.0 == Verdict::Broken {
+            break;
+        }
+    }
+    Ok(worst)
+}
+
+/// A log of the bytes `at..at + size` of a file of its own, with the file seen as memory.
+fn file(bytes: u64) -> Result<(OwnedFd, Memory), Fault> {
+    let fd = sealed_memfd("log", bytes)?;
+    let region = Region::map(fd.as_fd(), 0, bytes, 0, 0)?;
+    Ok((fd, Memory::new([Arc::new(region)])?))
+}
+
+fn placed(bench: &mut Bench) -> Result<Outcome, Fault> {
+    let mut rig = bench.rig(0)?;
+    rig.start()?;
+    let at = 2 * LOG_PAGE;
+    // The last page that is needed has its bit in the last byte, and behind that there is room that is not the log's.
+    let size = (rig.memory.end() / LOG_PAGE - 1) / 8 + 1;
+    let odd = size | 1;
+    let (fd, seen) = file((at + odd).next_multiple_of(LOG_PAGE) + LOG_PAGE)?;
+    rig.send_log(&fd, odd, at)?;
+    rig.log_on(rig.layout.used)?;
+    rig.add(SLOTS, Size::Mixed)?;
+    let before = rig.hashes()?;
+    rig.publish();
+    rig.finish()?;
+    rig.link.barrier()?;
+    let mut bytes = vec![0; seen.size() as usize];
+    seen.read(0, &mut bytes)?;
+    let inside = |byte: &u64| (at..at + odd).contains(byte);
+    let outside = (0..).zip(&bytes).filter(|(place, byte)| **byte != 0 && !inside(place)).count();
+    let log = Log::map(fd.as_fd(), odd, at)?;
+    let Outcome(verdict, found) = Marks::of(&rig, &before, harvest(&log))?.allow(rig.used_ring()).judge();
+    Ok(match outside {
+        0 => Outcome(verdict, format!("{odd} bytes at offset {at}: {found}")),
+        bytes => Outcome::broken(format!("{odd} bytes at offset {at}: {bytes} bytes outside were written; {found}")),
+    })
+}
+
+fn used(bench: &mut Bench) -> Result<Outcome, Fault> {
+    let (mut rig, log) = ready(bench, 0)?;
+    // The used index is alone with the flags on its page, the elements on those behind.
+    let at = NOWHERE + LOG_PAGE - 4;
+    rig.log_on(at)?;
+    rig.load(SLOTS, Size::Mixed)?;
+    rig.link.barrier()?;
+    let marked = harvest(&log);
+    let missed = missing(&marked, at);
+    let at_ring = rig.used_ring().intersection(&marked).count();
+    Ok(match (missed.is_empty(), at_ring) {
+        (true, 0) => Outcome::kept(format!("index and elements, at {at:#x}")),
+        (true, _) => Outcome::warning(format!("index and elements, at {at:#x}, and also where the ring lies")),
+        (false, 0) => Outcome::broken(format!("{missed} not marked at {at:#x}")),
+        (false, _) => Outcome::broken(format!("{missed} not marked at {at:#x}, but the place where the ring lies is")),
+    })
+}
+
+/// Which parts of a used ring are not marked at `at`, after a batch from index 0 on.
+fn missing(marked: &Pages, at: u64) -> String {
+    let parts = [("index", RING_IDX_OFFSET, 2), ("elements", RING_ELEMENTS_OFFSET, 8 * SLOTS)];
+    let lost = |(_, offset, len): &(&str, u64, u64)| pages(at + offset, *len).any(|page| !marked.contains(&page));
+    parts.into_iter().filter(lost).map(|(name, ..)| name).collect::<Vec<_>>().join(" and ")
+}
+
+fn switches(bench: &mut Bench) -> Result<Outcome, Fault> {
+    let (mut rig, log) = ready(bench, 0)?;
+    let at = NOWHERE + LOG_PAGE - 4;
+    let ring: Pages = pages(at, used_ring_bytes(rig.layout.size.into())).collect();
+    rig.log_used(Some(at))?;
+    rig.load(SLOTS, Size::Mixed)?;
+    rig.link.barrier()?;
+    let f_log = harvest(&log);
+    rig.log_used(None)?;
+    rig.log_data(true)?;
+    rig.load(SLOTS, Size::Mixed)?;
+    rig.link.barrier()?;
+    let log_all = harvest(&log);
+    let mut odd = Vec::new();
+    if !missing(&f_log, at).is_empty() {
+        odd.push("with F_LOG alone the used ring is not marked");
+    }
+    if f_log.iter().any(|page| rig.lent.contains(page)) {
+        odd.push("with F_LOG alone data is marked");
+    }
+    if log_all.iter().any(|page| ring.contains(page) || rig.used_ring().contains(page)) {
+        odd.push("with LOG_ALL alone the used ring is marked");
+    }
+    if !log_all.iter().any(|page| rig.lent.contains(page)) {
+        odd.push("with LOG_ALL alone data is not marked");
+    }
+    Ok(match odd.is_empty() {
+        true => Outcome::kept("each alone"),
+        // Front-ends switch both, one after the other.
+        false => Outcome::warning(odd.join("; ")),
+    })
+}
+
+fn avail_event(bench: &mut Bench) -> Result<Outcome, Fault> {
+    if !bench.offer.has(VIRTIO_RING_F_EVENT_IDX) {
+        return Err(Fault::NotOffered("EVENT_IDX".into()));
+    }
+    let (mut rig, log) = ready(bench, bit(VIRTIO_RING_F_EVENT_IDX))?;
+    // Everything before the event word is on pages before its own.
+    let word = avail_event_offset(rig.layout.size.into());
+    let at = NOWHERE + 4 * LOG_PAGE - word;
+    rig.log_on(at)?;
+    let read = |rig: &Rig| {
+        let mut event = [0; 2];
+        rig.memory.read(rig.layout.used + word, &mut event).map(|()| event)
+    };
+    let before = read(&rig)?;
+    for _ in 0..ROUNDS {
+        rig.load(SLOTS, Size::Mixed)?;
+    }
+    // It may be written after the last notification.
+    rig.watch();
+    rig.link.barrier()?;
+    let (after, marked) = (read(&rig)?, harvest(&log).contains(&((at + word) / LOG_PAGE)));
+    let (before, after) = (u16::from_le_bytes(before), u16::from_le_bytes(after));
+    Ok(match (before == after, marked) {
+        (true, _) => Outcome::not_tested("the device did not write the word"),
+        (false, true) => Outcome::kept(format!("it went from {before} to {after}")),
+        (false, false) => Outcome::broken(format!("it went from {before} to {after} without a mark")),
+    })
+}
+
+fn off(bench: &mut Bench) -> Result<Outcome, Fault> {
+    let (mut rig, log) = ready(bench, 0)?;
+    rig.load(SLOTS, Size::Mixed)?;
+    rig.link.barrier()?;
+    let early = harvest(&log).len();
+    rig.log_on(rig.layout.used)?;
+    rig.load(SLOTS, Size::Mixed)?;
+    rig.link.barrier()?;
+    let on = harvest(&log).len();
+    rig.log_data(false)?;
+    rig.log_used(None)?;
+    harvest(&log);
+    rig.load(SLOTS, Size::Mixed)?;
+    rig.stop()?;
+    let late = harvest(&log).len();
+    Ok(match (early, on, late) {
+        (_, 0, _) => Outcome::broken("nothing was marked while it was on"),
+        (0, on, 0) => Outcome::kept(format!("{on} pages while it was on, none otherwise")),
+        _ => Outcome::broken(format!("{early} pages marked before, {late} after")),
+    })
+}
+
+fn reconnecting(bench: &mut Bench) -> Result<Outcome, Fault> {
+    let mut rig = bench.rig(0)?;
+    rig.add(SLOTS, Size::Mixed)?;
+    rig.publish();
+    let (log, fd) = Log::create(rig.memory.end())?;
+    let before = rig.hashes()?;
+    rig.log_data(true)?;
+    rig.start_disabled(0, Some(rig.layout.used))?;
+    rig.watch();
+    let early = changed(&before, &rig.hashes()?).len();
+    rig.send_log(&fd, log.size(), 0)?;
+    rig.enable(true)?;
+    rig.wake();
+    rig.finish()?;
+    rig.link.barrier()?;
+    let Outcome(verdict, found) = Marks::of(&rig, &before, harvest(&log))?.allow(rig.used_ring()).judge();
+    Ok(match early {
+        0 => Outcome(verdict, found),
+        pages => {
+            Outcome::broken(format!("{pages} pages were written before the log came and the ring was enabled; {found}"))
+        }
+    })
+}
+
+fn switched(bench: &mut Bench) -> Result<Outcome, Fault> {
+    let (mut rig, mut log) = ready(bench, 0)?;
+    rig.log_on(rig.layout.used)?;
+    let mut worst = Outcome::not_tested("no round");
+    for round in 1..=ROUNDS {
+        rig.lent.clear();
+        rig.add(SLOTS, Size::Large)?;
+        let before = rig.hashes()?;
+        rig.publish();
+        let next = rig.install_log()?;
+        // What the old log has now is all it may ever have.
+        let mut marked = harvest(&log);
+        let first = marked.len();
+        rig.finish()?;
+        rig.link.barrier()?;
+        let late = harvest(&log).len();
+        if late > 0 {
+            return Ok(Outcome::broken(format!("round {round}: {late} pages marked in the old log after the answer")));
+        }
+        marked.extend(harvest(&next));
+        log = next;
+        let Outcome(verdict, found) = Marks::of(&rig, &before, marked)?.allow(rig.used_ring()).judge();
+        let found = Outcome(verdict, format!("round {round} of {ROUNDS}: {found}, {first} of them in the old log"));
+        if found.0 >= worst.0 {
+            worst = found;
+        }
+    }
+    Ok(worst)
+}
+
+fn signalled(bench: &mut Bench) -> Result<Outcome, Fault> {
+    let (mut rig, _log) = ready(bench, 0)?;
+    let signal = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+    match rig.done(Code::SET_LOG_FD, 0u64.as_bytes(), &[signal.as_fd()]) {
+        Err(Fault::Refused { .. }) => return Err(Fault::NotOffered("SET_LOG_FD".into())),
+        done => done?,
+    }
+    rig.load(SLOTS, Size::Mixed)?;
+    rig.link.barrier()?;
+    let early = signal.read().unwrap_or(0);
+    rig.log_on(rig.layout.used)?;
+    rig.load(SLOTS, Size::Mixed)?;
+    rig.link.barrier()?;
+    let count = signal.read().unwrap_or(0);
+    let mut without_fd = || {
+        rig.done(Code::SET_LOG_FD, &[], &[])?;
+        let _ = signal.read();
+        rig.load(SLOTS, Size::Mixed)?;
+        rig.stop()?;
+        Ok::<_, Fault>(signal.read().unwrap_or(0))
+    };
+    let late = match without_fd() {
+        Ok(late) => late,
+        Err(fault) => return Ok(Outcome::broken(format!("after SET_LOG_FD without an fd: {fault}"))),
+    };
+    Ok(match (early, count, late) {
+        (0, 1..=SLOTS, 0) => Outcome::kept(format!("{count} signals for {SLOTS} requests, none before and after")),
+        _ => Outcome::broken(format!(
+            "{SLOTS} requests each brought {early} signals before logging, {count} while logging, {late} without the fd"
+        )),
+    })
+}
+
+fn too_small(bench: &mut Bench) -> Result<Outcome, Fault> {
+    let mut rig = bench.rig(0)?;
+    rig.start()?;
+    // Bits for the lower region; data is far behind it.
+    let size = 256;
+    let (fd, seen) = file(2 * LOG_PAGE)?;
+    rig.send_log(&fd, size, 0)?;
+    rig.log_on(rig.layout.used)?;
+    rig.load(SLOTS, Size::Mixed)?;
+    rig.stop()?;
+    let mut bytes = vec![0; seen.size() as usize];
+    seen.read(0, &mut bytes)?;
+    let outside = bytes.iter().skip(size as usize).filter(|byte| **byte != 0).count();
+    Ok(match outside {
+        0 => Outcome::kept(format!("{SLOTS} reads into pages that a log of {size} bytes has no bit for")),
+        bytes => Outcome::broken(format!("{bytes} bytes behind the log were written")),
+    })
+}
