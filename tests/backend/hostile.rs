@@ -9,11 +9,11 @@ use vhost_migrate::abi::vhost_user::{
 };
 use vhost_migrate::abi::virtio::Desc;
 use vhost_migrate::inflight;
-use vhost_migrate::memory::sealed_memfd;
+use vhost_migrate::memory::{Region, sealed_memfd};
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
-use crate::guest::{BASIC, Guest, HIGH, PROTOCOL, Ring, begin, places, status};
+use crate::guest::{BASIC, Guest, HIGH, PROTOCOL, Ring, add_region, begin, install_log, places, status};
 use crate::raw::{Client, NEED_REPLY, VERSION};
 use crate::server::{Process, Server, disk_options};
 
@@ -389,4 +389,68 @@ fn nothing_hostile_leaves_an_fd_open_or_a_process_dead() {
     let errors = process.errors();
     assert!(errors.contains("(rule L2)") && errors.contains("(rule M1)"), "errors name their rules: {errors}");
     assert!(!errors.contains("panicked"), "{errors}");
+}
+
+#[test]
+fn a_thousand_connections_leave_no_fd_no_mapping_and_no_memory_behind() {
+    let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
+    let options = disk_options(folder.path(), 1 << 20, |_| {});
+    let socket = folder.path().join("socket");
+    let process = Process::start(&socket, &options.image, &["--queues", "2"]);
+    let connect = |count: u32| {
+        for number in 0..count {
+            let client = Client::connect(&socket);
+            let mut ring = with_running_ring(&client, &guest);
+            let _log = install_log(&client, &guest);
+            match number % 4 {
+                0 => works(&guest, &mut ring),
+                1 => client.send_bytes(&[1, 0, 0], &[]),
+                2 => ring.kick.write(1).map(drop).unwrap(),
+                _ => drop(client.ring_base(0)),
+            }
+        }
+        let client = Client::connect(&socket);
+        client.barrier();
+        (process.open_fds(), process.mapped_files(), process.memory_kib())
+    };
+    // What is allocated once, and kept.
+    let (fds, mappings, before) = connect(100);
+    let (fds_after, mappings_after, after) = connect(1000);
+    assert_eq!((fds_after, mappings_after), (fds, mappings));
+    assert!(after < before + 2048, "{before} KiB before, {after} KiB after");
+}
+
+#[test]
+fn memory_may_change_thousands_of_times_and_fill_every_slot() {
+    let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
+    let options = disk_options(folder.path(), 1 << 20, |_| {});
+    let socket = folder.path().join("socket");
+    let process = Process::start(&socket, &options.image, &["--queues", "2"]);
+    let client = Client::connect(&socket);
+    let mut ring = with_running_ring(&client, &guest);
+    let before = (process.open_fds(), process.mapped_files());
+    for change in 0..3000 {
+        guest.send_table(&client);
+        if change % 100 == 0 {
+            works(&guest, &mut ring);
+        }
+    }
+    assert_eq!((process.open_fds(), process.mapped_files()), before);
+    let slots = client.ask_number(Code::GET_MAX_MEM_SLOTS) - guest.memory.regions().len() as u64;
+    let fd = sealed_memfd("slots", 0x1000).unwrap();
+    let regions: Vec<_> = (0..=slots)
+        .map(|slot| Region::share(fd.try_clone().unwrap(), (3 << 30) + (slot << 16), 0x1000, 0).unwrap())
+        .collect();
+    let (last, rest) = regions.split_last().unwrap();
+    for region in rest {
+        assert_eq!(add_region(&client, region), 0);
+    }
+    assert_ne!(add_region(&client, last), 0, "more slots than there are");
+    works(&guest, &mut ring);
+    for region in rest {
+        let message = MemRegMsg { padding: 0, region: Guest::describe(region) };
+        assert_eq!(client.acknowledged(Code::REM_MEM_REG, message.as_bytes(), &[]), 0);
+    }
+    works(&guest, &mut ring);
+    assert_eq!((process.open_fds(), process.mapped_files()), before);
 }

@@ -7,6 +7,7 @@ use vhost_migrate::backend::net::{MAX_PAIRS, MIN_MTU, Mac, Net, NetOptions, Peer
 
 use super::serve;
 use crate::messages::Messages;
+use crate::metrics::Metrics;
 
 /// A network interface: on a tap of the host, on another such process, or on itself
 #[derive(Debug, clap::Args)]
@@ -54,6 +55,8 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(i64::from(MIN_MTU)..))]
     mtu: Option<u16>,
     #[command(flatten)]
+    metrics: Metrics,
+    #[command(flatten)]
     messages: Messages,
 }
 
@@ -74,6 +77,7 @@ struct PeerArguments {
 impl Arguments {
     pub(super) fn run(self) -> Result<(), Box<dyn std::error::Error>> {
         self.messages.start();
+        self.metrics.start()?;
         let (peer, what) = match (self.peer.tap, self.peer.pair) {
             (Some(name), _) => (Peer::Tap(name.clone()), format!("tap {name}")),
             (None, Some(path)) => (Peer::Pair(path.clone()), format!("a pair at {}", path.display())),
