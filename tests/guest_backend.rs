@@ -131,7 +131,7 @@ fn is_not_noticed(config: GuestConfig) {
 #[test]
 fn a_back_end_that_stays_away_stops_the_guest_with_a_reason() {
     let mut backend = Backend::start();
-    let mut guest = running(&backend, GuestConfig { reconnect_timeout: 1, ..config() });
+    let mut guest = running(&backend, GuestConfig { reconnect_timeout: Some(1), ..config() });
     run_for(&guest, 100);
     backend.end();
     let start = Instant::now();
@@ -142,6 +142,23 @@ fn a_back_end_that_stays_away_stops_the_guest_with_a_reason() {
     let error = guest.pause().unwrap_err();
     assert!(error.to_string().contains("can't connect"), "{error}");
     backend.child = spawn(backend.folder.path(), "s");
+}
+
+#[test]
+fn a_back_end_is_waited_for_as_long_as_it_takes_and_the_guest_says_so() {
+    let mut backend = Backend::start();
+    // A request waits far longer than it may, but not for a back-end that is there.
+    let mut guest = running(&backend, GuestConfig { request_timeout: 1, ..config() });
+    run_for(&guest, 100);
+    assert_eq!(guest.connections()[0].away_ms, None);
+    backend.end();
+    wait_for(&guest, "it has been away for a while", |guest| guest.connections()[0].away_ms > Some(5000));
+    backend.child = spawn(backend.folder.path(), "s");
+    wait_for(&guest, "the back-end is back", |guest| guest.stats().reconnects == 1);
+    assert_eq!(guest.connections()[0].away_ms, None);
+    run_for(&guest, 100);
+    guest.verify().unwrap();
+    assert_eq!((guest.stats().lost, guest.stats().duplicates), (0, 0));
 }
 
 /// Copies pages as they are now, as a migration sends them.

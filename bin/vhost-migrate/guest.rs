@@ -73,6 +73,9 @@ struct Workload {
     /// Most disk requests in flight of each queue
     #[arg(long, default_value_t = 16, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     depth: u16,
+    /// Give up a back-end that stays away for so many seconds; by default it is waited for as long as it takes
+    #[arg(long, value_name = "SECONDS")]
+    reconnect_timeout: Option<u64>,
     /// Disk requests per second of each queue; as many as possible by default
     #[arg(long, value_name = "N")]
     request_rate: Option<u64>,
@@ -149,6 +152,7 @@ impl Workload {
             queues: self.queues,
             queue_size: self.queue_size,
             packed: self.packed,
+            reconnect_timeout: self.reconnect_timeout,
             depth: self.depth,
             request_rate: self.request_rate,
             ..defaults
@@ -238,6 +242,7 @@ impl Owner {
         {
             into.extend(stats);
             into.insert("guest_bytes".into(), guest.memory().size().into());
+            into.insert("devices".into(), serde_json::to_value(guest.connections()).unwrap_or_default());
             into.insert("failure".into(), guest.failure().map(|failure| failure.to_string()).into());
         }
         status

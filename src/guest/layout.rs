@@ -57,8 +57,8 @@ pub struct GuestConfig {
     pub blank_disks: bool,
     /// Seconds after which a request without a completion counts as lost.
     pub request_timeout: u64,
-    /// Seconds to wait for a back-end that has gone away.
-    pub reconnect_timeout: u64,
+    /// Seconds after which a back-end that has gone away is given up; `None` waits as long as it takes.
+    pub reconnect_timeout: Option<u64>,
     /// Everything random follows from it.
     pub seed: u64,
 }
@@ -86,7 +86,7 @@ impl GuestConfig {
             disk_area: 16 << 20,
             blank_disks: true,
             request_timeout: 60,
-            reconnect_timeout: 60,
+            reconnect_timeout: None,
             seed: 1,
         }
     }

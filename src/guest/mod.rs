@@ -124,6 +124,17 @@ pub struct GuestStats {
     pub resubmitted: u64,
 }
 
+/// The connection to a device's back-end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Connection {
+    /// What the device is called.
+    pub name: String,
+    /// Milliseconds since its back-end went away; `None` while it is there.
+    pub away_ms: Option<u64>,
+    /// Times its back-end came back, in the guest's whole life.
+    pub reconnects: u64,
+}
+
 /// What [`Guest::verify`] has looked at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verified {
@@ -382,6 +393,16 @@ impl Guest {
         }
     }
 
+    /// How its devices' connections are, disk by disk.
+    pub fn connections(&self) -> Vec<Connection> {
+        let of = |attached: &Attached| Connection {
+            name: attached.unit.name.clone(),
+            away_ms: attached.unit.away_for().map(|time| time.as_millis() as u64),
+            reconnects: attached.unit.reconnects.load(Ordering::Relaxed),
+        };
+        self.units.iter().map(of).collect()
+    }
+
     /// Why it has stopped by itself, if it has: it never runs again then.
     pub fn failure(&self) -> Option<Arc<GuestError>> {
         self.failure.error().cloned()
@@ -468,8 +489,11 @@ impl Guest {
                 Some(state) => state.bases.iter().copied().map(Some).collect(),
                 None => vec![Some(RingBase::start(self.config.ring_features())); per_disk],
             };
-            let unit =
-                Arc::new(Unit::new(device, lines, Duration::from_secs(self.config.reconnect_timeout.min(FOREVER))));
+            let unit = Arc::new(Unit::new(
+                device,
+                lines,
+                self.config.reconnect_timeout.map(|s| Duration::from_secs(s.min(FOREVER))),
+            ));
             if let Some(state) = expected {
                 unit.reconnects.store(state.reconnects, Ordering::Relaxed);
                 unit.resubmitted.store(state.resubmitted, Ordering::Relaxed);

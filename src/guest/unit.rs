@@ -16,13 +16,18 @@ use crate::ring::RingLayout;
 
 /// The longest that anybody else waits for the device while its back-end is away.
 const SLICE: Duration = Duration::from_secs(2);
+/// How long a back-end may be away while something is asked of it: whoever asks can ask again.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A device, and what the guest knows of its connection.
 pub(super) struct Unit {
     pub(super) device: Arc<Mutex<Box<dyn Device>>>,
     pub(super) lines: Vec<Line>,
-    patience: Duration,
+    pub(super) name: String,
+    /// How long a back-end may be away before the guest gives up; else it waits for ever.
+    limit: Option<Duration>,
     away: AtomicBool,
+    since: Mutex<Option<Instant>>,
     pub(super) reconnects: AtomicU64,
     pub(super) resubmitted: AtomicU64,
 }
@@ -56,12 +61,14 @@ impl Line {
 }
 
 impl Unit {
-    pub(super) fn new(device: Box<dyn Device>, lines: Vec<Line>, patience: Duration) -> Unit {
+    pub(super) fn new(device: Box<dyn Device>, lines: Vec<Line>, limit: Option<Duration>) -> Unit {
         Unit {
+            name: device.name().to_owned(),
             device: Arc::new(Mutex::new(device)),
             lines,
-            patience,
+            limit,
             away: AtomicBool::new(false),
+            since: Mutex::new(None),
             reconnects: AtomicU64::new(0),
             resubmitted: AtomicU64::new(0),
         }
@@ -76,12 +83,30 @@ impl Unit {
         self.away.load(Ordering::Relaxed)
     }
 
+    /// For how long its back-end has been away, if it is.
+    pub(super) fn away_for(&self) -> Option<Duration> {
+        self.since.lock().unwrap_or_else(PoisonError::into_inner).map(|since| since.elapsed())
+    }
+
+    fn set_away(&self, away: bool) -> Option<Instant> {
+        self.away.store(away, Ordering::Relaxed);
+        let mut since = self.since.lock().unwrap_or_else(PoisonError::into_inner);
+        match away {
+            true if since.is_some() => None,
+            true => {
+                tracing::warn!("{}: the back-end has gone away; connecting again as long as it takes", self.name);
+                since.replace(Instant::now())
+            }
+            false => since.take(),
+        }
+    }
+
     /// Calls `f`, again after a reconnection if the back-end goes away meanwhile.
     pub(super) fn with<T>(
         &self,
         mut f: impl FnMut(&mut dyn Device) -> Result<T, FrontendError>,
     ) -> Result<T, FrontendError> {
-        let deadline = Instant::now() + self.patience;
+        let deadline = Instant::now() + PATIENCE.min(self.limit.unwrap_or(PATIENCE));
         loop {
             let mut device = self.lock();
             match f(device.as_mut()) {
@@ -94,26 +119,31 @@ impl Unit {
     }
 
     fn reconnect(&self, device: &mut dyn Device, deadline: Instant) -> Result<(), FrontendError> {
-        self.away.store(true, Ordering::Relaxed);
+        self.set_away(true);
         let found = device.reconnect(deadline)?;
-        self.away.store(false, Ordering::Relaxed);
+        if let Some(since) = self.set_away(false) {
+            let (name, ms, requests) = (&self.name, since.elapsed().as_millis(), found.resubmitted);
+            tracing::info!("{name}: the back-end is back after {ms} ms, with {requests} requests to serve again");
+        }
         self.reconnects.fetch_add(1, Ordering::Relaxed);
         self.resubmitted.fetch_add(found.resubmitted, Ordering::Relaxed);
         Ok(())
     }
 
-    /// Connects again as long as it takes, but not longer than there is patience, and lets others at the device between
-    /// attempts.
+    /// Connects again as long as it takes, unless there is a limit, and lets others at the device between attempts.
     fn revive(&self, stop: &Signal) -> Result<(), FrontendError> {
-        let deadline = Instant::now() + self.patience;
+        let deadline = self.limit.map(|limit| Instant::now() + limit);
         loop {
             let mut device = self.lock();
             if !device.hung_up() {
                 return Ok(());
             }
-            match self.reconnect(device.as_mut(), deadline.min(Instant::now() + SLICE)) {
+            let slice = Instant::now() + SLICE;
+            match self.reconnect(device.as_mut(), deadline.map_or(slice, |deadline| deadline.min(slice))) {
                 Err(_) if stop.is_set() => return Ok(()),
-                Err(error) if !error.is_away() || Instant::now() >= deadline => return Err(error),
+                Err(error) if !error.is_away() || deadline.is_some_and(|deadline| Instant::now() >= deadline) => {
+                    return Err(error);
+                }
                 _ => {}
             }
         }
