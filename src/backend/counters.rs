@@ -1,5 +1,5 @@
-//! What a back-end counts, through the `metrics` facade: nothing until the process installs a recorder, and with one an
-//! addition for each batch of requests.
+//! What a back-end counts, through the `metrics` facade: a few sums for each batch of requests, which go nowhere until
+//! the process installs a recorder.
 
 #![forbid(unsafe_code)]
 

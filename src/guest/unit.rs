@@ -94,7 +94,7 @@ impl Unit {
         match away {
             true if since.is_some() => None,
             true => {
-                tracing::warn!("{}: the back-end has gone away; connecting again as long as it takes", self.name);
+                tracing::warn!("{}: the back-end has gone away; connecting again", self.name);
                 since.replace(Instant::now())
             }
             false => since.take(),
