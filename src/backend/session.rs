@@ -19,7 +19,7 @@ use crate::abi::vhost_user::{
     VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_CONFIG_SIZE, VHOST_USER_MAX_RAM_SLOTS_TODAY,
     VHOST_VRING_F_LOG, VRING_IDX_MASK, VRING_NOFD_MASK, VringAddr, VringState, protocol_feature,
 };
-use crate::abi::virtio::{PackedEvent, VIRTIO_F_RING_PACKED};
+use crate::abi::virtio::VIRTIO_F_RING_PACKED;
 use crate::abi::{bit, virtio};
 use crate::dirty::{Log, LogSignal};
 use crate::inflight;
@@ -495,7 +495,7 @@ impl Session {
         let ring = self.ring(Code::SET_VRING_ADDR, addr.index)?;
         let (index, running, size) = (addr.index as u16, ring.running, ring.size);
         if logs_used(&addr) {
-            let [_, device] = area_bytes(features, size);
+            let [_, _, device] = RingLayout::area_bytes(features, size);
             let wraps = addr.log_guest_addr.checked_add(device).is_none();
             if wraps || !addr.log_guest_addr.is_multiple_of(4) {
                 return Err(BackendError::LogAddress { index, addr: addr.log_guest_addr });
@@ -664,22 +664,13 @@ fn map(region: &MemoryRegion, fd: &OwnedFd) -> Result<Arc<Region>, BackendError>
     Ok(Arc::new(Region::map(fd.as_fd(), guest_phys_addr, memory_size, userspace_addr, mmap_offset)?))
 }
 
-/// Bytes of the driver's and the device's area of a ring.
-fn area_bytes(features: u64, size: u16) -> [u64; 2] {
-    let entries = u32::from(size);
-    match features & bit(VIRTIO_F_RING_PACKED) {
-        0 => [virtio::avail_ring_bytes(entries), virtio::used_ring_bytes(entries)],
-        _ => [size_of::<PackedEvent>() as u64; 2],
-    }
-}
-
 /// Where a ring lies in guest memory (rule R6: the addresses are the front-end's).
 fn layout(memory: &Memory, features: u64, index: u16, size: u16, addr: &VringAddr) -> Result<RingLayout, BackendError> {
     let find = |part, user, len| {
         memory.gpa_of_user(user, len).map_err(|source| BackendError::RingAddress { index, part, source })
     };
-    let [driver_bytes, device_bytes] = area_bytes(features, size);
-    let desc = find("descriptor table", addr.desc_user_addr, virtio::desc_table_bytes(size.into()))?;
+    let [desc_bytes, driver_bytes, device_bytes] = RingLayout::area_bytes(features, size);
+    let desc = find("descriptor table", addr.desc_user_addr, desc_bytes)?;
     let driver = find("available ring or driver area", addr.avail_user_addr, driver_bytes)?;
     let device = find("used ring or device area", addr.used_user_addr, device_bytes)?;
     Ok(RingLayout::new(features, size, desc, driver, device))

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::GuestError;
 use crate::abi::bit;
-use crate::abi::virtio::{self, VIRTIO_F_RING_PACKED};
+use crate::abi::virtio::VIRTIO_F_RING_PACKED;
 use crate::memory::LOG_PAGE;
 use crate::ring::RingLayout;
 
@@ -239,13 +239,10 @@ impl Free {
     }
 
     fn queue(&mut self, queue: usize, config: &GuestConfig) -> Result<QueueLayout, GuestError> {
-        let (features, size) = (config.ring_features(), u32::from(config.queue_size));
-        let [driver, device] = match config.packed {
-            true => [size_of::<virtio::PackedEvent>() as u64; 2],
-            false => [virtio::avail_ring_bytes(size), virtio::used_ring_bytes(size)],
-        };
-        let desc = self.take(queue, virtio::desc_table_bytes(size))?;
-        let (driver, device) = (self.take(queue, driver)?, self.take(queue + 1, device)?);
+        let features = config.ring_features();
+        let [desc, driver, device] = RingLayout::area_bytes(features, config.queue_size);
+        let (desc, driver, device) =
+            (self.take(queue, desc)?, self.take(queue, driver)?, self.take(queue + 1, device)?);
         let ring = RingLayout::new(features, config.queue_size, desc, driver, device);
         // Twice as many as may be in flight, so that what was read stays for a while, to be looked at again.
         let slots = 2 * u64::from(config.depth);

@@ -23,7 +23,7 @@ use zerocopy::FromBytes;
 
 use crate::abi::inflight::{PACKED_HEADER_BYTES, PackedEntry, PackedHeader, VERSION};
 use crate::abi::virtio::{MAX_QUEUE_SIZE, PACKED_DESC_F_AVAIL, PACKED_DESC_F_USED, PackedDesc};
-use crate::ring::RingBase;
+use crate::ring::{Position, RingBase};
 
 use super::{InflightError, Mapped, Sink, Store};
 
@@ -244,8 +244,8 @@ pub fn recover_packed(
     let marked: Vec<u16> = marked.into_iter().map(|(_, head)| head).collect();
 
     // One that adds first and wraps then may leave an index outside the ring, before anything is published.
-    let current = Position::checked(header.used_idx.get(), header.used_wrap_counter, ring_size).ok();
-    let committed = Position::checked(header.old_used_idx.get(), header.old_used_wrap_counter, ring_size)?;
+    let current = position(header.used_idx.get(), header.used_wrap_counter, ring_size).ok();
+    let committed = position(header.old_used_idx.get(), header.old_used_wrap_counter, ring_size)?;
     let batch = current.filter(|current| {
         // The used bit alone: the driver may have made the descriptor available again, for the next lap.
         let shown = used_bit(flags_of(committed.index)) == committed.wrap;
@@ -301,7 +301,7 @@ pub fn recover_packed(
     });
     Ok(PackedRecovery {
         stores,
-        base: Some(RingBase::from_bits(u32::from(avail.bits()) | u32::from(used.bits()) << 16)),
+        base: Some(RingBase::packed(avail.index, avail.wrap, used.index, used.wrap)),
         stale: stale.collect(),
         resubmit,
         next_counter,
@@ -319,8 +319,8 @@ fn initialise(
     queue_size: u16,
     ring_size: u16,
 ) -> Result<PackedRecovery, InflightError> {
-    let used = Position::from_bits((base.bits() >> 16) as u16);
-    let used = Position::checked(used.index, used.wrap.into(), ring_size)?;
+    let (_, used) = base.packed_positions();
+    let used = position(used.index, used.wrap.into(), ring_size)?;
     let mut stores = Vec::new();
     let mut links = Vec::with_capacity(entries.len());
     for (index, found) in (0..).zip(entries) {
@@ -435,39 +435,11 @@ fn relist(busy: &[bool], links: &mut [Link], stores: &mut Vec<Store>) -> u16 {
     head
 }
 
-/// A position in the ring and the wrap counter there (rule R4).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Position {
-    index: u16,
-    wrap: bool,
-}
-
-impl Position {
-    fn checked(index: u16, wrap: u8, ring_size: u16) -> Result<Position, InflightError> {
-        match wrap {
-            0 | 1 if index < ring_size => Ok(Position { index, wrap: wrap == 1 }),
-            _ => Err(InflightError::Position { index, wrap, ring_size }),
-        }
-    }
-
-    /// From half of a [`RingBase`].
-    fn from_bits(bits: u16) -> Position {
-        Position { index: bits & 0x7fff, wrap: bits >> 15 == 1 }
-    }
-
-    fn bits(self) -> u16 {
-        self.index | u16::from(self.wrap) << 15
-    }
-
-    /// The position `descs` descriptors further on, which are no more than `ring_size`.
-    #[inline]
-    fn after(self, descs: u16, ring_size: u16) -> Position {
-        // At most 2 · 32768 - 1.
-        let index = self.index + descs;
-        match index.checked_sub(ring_size) {
-            None => Position { index, ..self },
-            Some(index) => Position { index, wrap: !self.wrap },
-        }
+/// The position that the region says, if it is in the ring.
+fn position(index: u16, wrap: u8, ring_size: u16) -> Result<Position, InflightError> {
+    match wrap {
+        0 | 1 if index < ring_size => Ok(Position { index, wrap: wrap == 1 }),
+        _ => Err(InflightError::Position { index, wrap, ring_size }),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::abi::bit;
-use crate::abi::virtio::VIRTIO_F_RING_PACKED;
+use crate::abi::virtio::{PackedEvent, VIRTIO_F_RING_PACKED, avail_ring_bytes, desc_table_bytes, used_ring_bytes};
 use crate::dirty::Log;
 use crate::memory::Memory;
 
@@ -36,6 +36,17 @@ impl RingLayout {
             0 => RingLayout::Split(SplitLayout { size, desc, avail: driver, used: device }),
             _ => RingLayout::Packed(PackedLayout { size, desc, driver, device }),
         }
+    }
+
+    /// Bytes of the descriptors, of the driver's area and of the device's, of a ring of `size` descriptors and of the kind
+    /// that the negotiated `features` say.
+    pub fn area_bytes(features: u64, size: u16) -> [u64; 3] {
+        let (size, event) = (u32::from(size), size_of::<PackedEvent>() as u64);
+        let [driver, device] = match features & bit(VIRTIO_F_RING_PACKED) {
+            0 => [avail_ring_bytes(size), used_ring_bytes(size)],
+            _ => [event, event],
+        };
+        [desc_table_bytes(size), driver, device]
     }
 
     /// Guest-physical addresses of the descriptors, of the driver's area and of the device's.

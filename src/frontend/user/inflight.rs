@@ -8,11 +8,9 @@ use std::os::unix::fs::FileExt;
 
 use super::super::{FrontendError, InflightState};
 use super::channel::Reply;
-use crate::abi::inflight::{
-    PACKED_ENTRY_BYTES, PACKED_HEADER_BYTES, SPLIT_ENTRY_BYTES, SPLIT_HEADER_BYTES, packed_queue_bytes,
-    split_queue_bytes,
-};
+use crate::abi::inflight::{PACKED_ENTRY_BYTES, PACKED_HEADER_BYTES, SPLIT_ENTRY_BYTES, SPLIT_HEADER_BYTES};
 use crate::abi::vhost_user::{InflightDescription, Request};
+use crate::inflight::Kind;
 
 /// More than a region needs, but not absurd: room for back-ends that round up to huge pages.
 const SLACK: u64 = 2 << 20;
@@ -48,7 +46,7 @@ impl Inflight {
                 description.num_queues, description.queue_size
             )));
         }
-        let needed = queue_bytes(queue_size, packed) * u64::from(queues);
+        let needed = kind(packed).queue_bytes(queue_size) * u64::from(queues);
         if size < needed || size > needed + SLACK {
             return Err(breach(format!("a region of {size} bytes where {needed} are needed")));
         }
@@ -99,13 +97,13 @@ impl Inflight {
             false => (SPLIT_HEADER_BYTES, SPLIT_ENTRY_BYTES),
         };
         let entries = usize::from(self.queue_size);
-        let queues = contents.chunks(queue_bytes(self.queue_size, packed) as usize).take(self.queues.into());
+        let queues = contents.chunks(kind(packed).queue_bytes(self.queue_size) as usize).take(self.queues.into());
         let marks = queues
             .flat_map(|queue| queue.get(header as usize..).unwrap_or_default().chunks(entry as usize).take(entries));
         Ok(marks.filter(|entry| entry.first() == Some(&1)).count() as u64)
     }
 }
 
-fn queue_bytes(queue_size: u16, packed: bool) -> u64 {
-    if packed { packed_queue_bytes(queue_size) } else { split_queue_bytes(queue_size) }
+fn kind(packed: bool) -> Kind {
+    if packed { Kind::Packed } else { Kind::Split }
 }

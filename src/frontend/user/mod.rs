@@ -25,7 +25,7 @@ use crate::abi::vhost_user::{
 use crate::abi::virtio::{self, VIRTIO_F_RING_PACKED};
 use crate::dirty::Log;
 use crate::memory::{Memory, MemoryError, Region};
-use crate::ring::RingBase;
+use crate::ring::{RingBase, RingLayout};
 use channel::Channel;
 use inflight::Inflight;
 
@@ -211,12 +211,8 @@ impl UserDevice {
 
     /// Descriptor, driver and device area: address and length in bytes.
     fn layout(&self, setup: &RingSetup) -> [(u64, u64); 3] {
-        let size = u32::from(setup.size);
-        let (avail, used) = match self.is_packed() {
-            true => (size_of::<virtio::PackedEvent>() as u64, size_of::<virtio::PackedEvent>() as u64),
-            false => (virtio::avail_ring_bytes(size), virtio::used_ring_bytes(size)),
-        };
-        [(setup.desc, virtio::desc_table_bytes(size)), (setup.avail, avail), (setup.used, used)]
+        let [desc, avail, used] = RingLayout::area_bytes(self.features, setup.size);
+        [(setup.desc, desc), (setup.avail, avail), (setup.used, used)]
     }
 
     fn is_packed(&self) -> bool {
