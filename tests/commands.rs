@@ -76,11 +76,26 @@ impl Host {
     /// Starts a guest with a back-end of its own; returns its control socket.
     fn guest(&mut self, name: &str, more: &[&str]) -> PathBuf {
         let backend = self.backend(&format!("{name}.vhost"));
+        self.guest_on(&backend, name, more)
+    }
+
+    fn guest_on(&mut self, backend: &Path, name: &str, more: &[&str]) -> PathBuf {
         let control = self.path(&format!("{name}.control"));
         let mut command = program();
         command.args(["guest", "--backend"]).arg(backend).arg("--control").arg(&control).args(more);
         self.running.push(Running(command.stdout(Stdio::null()).spawn().unwrap()));
         control
+    }
+
+    /// Starts the device of the guide on the disk of all; returns its socket.
+    fn file_disk(&mut self, name: &str) -> PathBuf {
+        let socket = self.path(name);
+        let here = std::env::current_exe().unwrap();
+        let program = here.parent().unwrap().parent().unwrap().join("examples/file_disk");
+        assert!(program.exists(), "build it first: cargo build --example file_disk");
+        let mut command = Command::new(program);
+        self.running.push(Running(command.arg(&socket).arg(self.path("disk")).spawn().unwrap()));
+        socket
     }
 
     fn source(&mut self) -> PathBuf {
@@ -253,6 +268,19 @@ fn a_guest_moves_over_unix_and_back_over_tcp_and_on_through_a_file() {
     std::fs::write(&damaged, bytes).unwrap();
     let inspected = run(&["inspect", "stream", damaged.to_str().unwrap()]);
     assert!(!inspected.status.success() && text(&inspected.stderr).contains("checksum"), "{}", text(&inspected.stderr));
+}
+
+#[test]
+fn a_guest_moves_from_one_device_of_the_guide_to_another() {
+    let mut host = Host::new();
+    let unix = format!("unix:{}", host.path("incoming").display());
+    let (here, there) = (host.file_disk("here"), host.file_disk("there"));
+    let source = host.guest_on(&here, "source", &["--memory", "64MiB", "--queues", "1"]);
+    let destination = host.guest_on(&there, "destination", &["--incoming", &unix]);
+    until(&source, "running");
+    until(&destination, "absent");
+    assert_completed(&migrate(&source, &unix, &[]));
+    verify(&destination);
 }
 
 #[test]

@@ -1,29 +1,48 @@
 //! What a device author writes: a [`Device`] with a [`Queue`] per ring, each given [`Request`]s.
 //!
 //! A request is the only way to guest memory, and it remembers every byte that was lent for writing. Nobody has to
-//! think of the dirty log: the worker marks those bytes when the request comes back, before it publishes it.
+//! think of the dirty log: the worker marks those bytes when the request comes back, before it publishes it. Nor can a
+//! request be forgotten: one that is dropped comes back as it is.
 
 use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use nix::sys::eventfd::EventFd;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::BackendError;
+use crate::abi::bit;
 use crate::abi::vhost_user::Request as Code;
+use crate::abi::virtio::{
+    VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+};
 use crate::memory::{Memory, MemoryError};
 use crate::ring::{Buffer, Chain};
 
+/// What the rings of every device can do: VERSION_1, indirect descriptors, event indexes, packed rings.
+pub const RING_FEATURES: u64 = bit(VIRTIO_F_VERSION_1)
+    | bit(VIRTIO_RING_F_INDIRECT_DESC)
+    | bit(VIRTIO_RING_F_EVENT_IDX)
+    | bit(VIRTIO_F_RING_PACKED);
+
 /// A vhost-user device: what it offers, its configuration space, and its queues.
 pub trait Device: Send + Sync {
-    /// The virtio features of the device type and of its rings. Logging and protocol features are added by the back-end.
+    /// The virtio features of the device type and of its rings ([`RING_FEATURES`]). Logging and protocol features are
+    /// added by the back-end.
     fn features(&self) -> u64;
 
     /// How many queues there are.
-    fn queues(&self) -> u16;
+    fn queues(&self) -> u16 {
+        1
+    }
 
     /// The most entries a ring may have; a power of two.
-    fn max_queue_size(&self) -> u16;
+    fn max_queue_size(&self) -> u16 {
+        1024
+    }
 
     /// The configuration space. A front-end that asks for more reads zeroes behind it (rule C1).
     fn config(&self) -> Vec<u8>;
@@ -67,7 +86,8 @@ pub trait Device: Send + Sync {
     fn queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>>;
 }
 
-/// One running queue of a device; used by one thread.
+/// One running queue of a device; used by one thread. One that serves requests as they come is an
+/// [`Immediate`](super::Immediate).
 ///
 /// Requests may be completed in any order. Dropping a queue waits for whatever still reaches into guest memory.
 pub trait Queue {
@@ -92,11 +112,16 @@ pub trait Queue {
 
     /// An fd that is readable while completions wait, or while [`Queue::wants`] would say yes where it said no; a queue
     /// that completes requests at once has none.
-    fn completion_fd(&self) -> Option<BorrowedFd<'_>>;
+    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 /// A request of the driver: buffers to read, buffers to write, and what was written.
+///
+/// It goes back to the driver whatever happens: one that is dropped counts as complete, with what was written until then.
 #[derive(Debug)]
+#[must_use = "dropped, it goes back to the driver as it is"]
 pub struct Request {
     chain: Chain,
     memory: Memory,
@@ -104,11 +129,50 @@ pub struct Request {
     written: Vec<Range<u64>>,
     /// What names it in the inflight region.
     pub(super) name: u16,
+    /// Whether the device has it.
+    pub(super) lent_out: bool,
+    dropped: Option<Arc<Dropped>>,
+}
+
+/// Requests that were dropped before they were complete.
+#[derive(Debug)]
+pub(super) struct Dropped {
+    any: AtomicBool,
+    requests: Mutex<Vec<Request>>,
+    /// Wakes whoever takes them.
+    wake: Arc<EventFd>,
+}
+
+impl Dropped {
+    pub(super) fn new(wake: Arc<EventFd>) -> Dropped {
+        Dropped { any: AtomicBool::new(false), requests: Mutex::default(), wake }
+    }
+
+    /// Moves them to `to`; costs nothing if there are none.
+    pub(super) fn take(&self, to: &mut Vec<Request>) {
+        if self.any.load(Ordering::Acquire) {
+            let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
+            self.any.store(false, Ordering::Relaxed);
+            to.append(&mut requests);
+        }
+    }
+}
+
+impl Drop for Request {
+    fn drop(&mut self) {
+        let Some(dropped) = self.dropped.take().filter(|_| self.lent_out) else { return };
+        let (chain, written) = (std::mem::take(&mut self.chain), std::mem::take(&mut self.written));
+        let request =
+            Request { chain, memory: self.memory.clone(), written, name: self.name, lent_out: false, dropped: None };
+        dropped.requests.lock().unwrap_or_else(PoisonError::into_inner).push(request);
+        dropped.any.store(true, Ordering::Release);
+        let _ = dropped.wake.write(1);
+    }
 }
 
 impl Request {
-    pub(super) fn new(memory: Memory) -> Request {
-        Request { chain: Chain::default(), memory, written: Vec::new(), name: 0 }
+    pub(super) fn new(memory: Memory, dropped: Option<Arc<Dropped>>) -> Request {
+        Request { chain: Chain::default(), memory, written: Vec::new(), name: 0, lent_out: false, dropped }
     }
 
     /// Forgets the last request; the buffers of the next are put in the chain.
@@ -183,21 +247,23 @@ impl Request {
         self.chain.writable.iter().all(|buffer| self.memory.slices(buffer.gpa, buffer.len.into(), |_| {}).is_ok())
     }
 
-    /// Appends the host ranges of a part of the readable bytes to `out`, for `writev`-like calls that end before the
-    /// request does.
+    /// Appends the host ranges of a part of the readable bytes to `out`, for calls that go past Rust: `writev`, io_uring,
+    /// a pointer of a library in another language. They are valid until the request is handed back or dropped: what uses
+    /// them must have ended by then.
     ///
     /// # Errors
     /// [`MemoryError::NotMapped`] if there are fewer bytes, or a buffer is outside guest memory.
-    pub(crate) fn borrow(&self, range: Range<u64>, out: &mut Vec<libc::iovec>) -> Result<(), MemoryError> {
+    pub fn lend_readable(&self, range: Range<u64>, out: &mut Vec<libc::iovec>) -> Result<(), MemoryError> {
         pieces(&self.chain.readable, range, |gpa, len| self.memory.iovecs(gpa, len, out))
     }
 
-    /// Appends the host ranges of a part of the writable bytes to `out`, for `readv`-like calls that end before the
-    /// request does. All of it counts as written from here on.
+    /// Appends the host ranges of a part of the writable bytes to `out`, for calls that go past Rust: `readv`, io_uring, a
+    /// pointer of a library in another language. They are valid until the request is handed back or dropped: what uses
+    /// them must have ended by then. All of it counts as written from here on, and is logged with the request.
     ///
     /// # Errors
     /// [`MemoryError::NotMapped`] if there are fewer bytes, or a buffer is outside guest memory; nothing is lent then.
-    pub(crate) fn lend(&mut self, range: Range<u64>, out: &mut Vec<libc::iovec>) -> Result<(), MemoryError> {
+    pub fn lend_writable(&mut self, range: Range<u64>, out: &mut Vec<libc::iovec>) -> Result<(), MemoryError> {
         pieces(&self.chain.writable, range.clone(), |gpa, len| self.memory.iovecs(gpa, len, out))?;
         if !self.written.iter().any(|lent| lent.start <= range.start && range.end <= lent.end) {
             self.written.push(range);
@@ -249,12 +315,11 @@ mod tests {
     use super::*;
     use crate::memory::{Region, sealed_memfd};
     use std::os::fd::AsFd;
-    use std::sync::Arc;
 
     fn request(readable: &[(u64, u32)], writable: &[(u64, u32)]) -> Request {
         let fd = sealed_memfd("request-test", 0x4000).unwrap();
         let region = Region::map(fd.as_fd(), 0x1000, 0x4000, 0, 0).unwrap();
-        let mut request = Request::new(Memory::new([Arc::new(region)]).unwrap());
+        let mut request = Request::new(Memory::new([Arc::new(region)]).unwrap(), None);
         let buffers = |of: &[(u64, u32)]| of.iter().map(|&(gpa, len)| Buffer { gpa, len }).collect();
         let chain = request.renew();
         (chain.readable, chain.writable) = (buffers(readable), buffers(writable));
@@ -276,14 +341,14 @@ mod tests {
     #[test]
     fn what_was_lent_is_what_counts_as_written() {
         let mut request = request(&[], &[(0x1000, 16), (0x3000, 16)]);
-        request.lend(8..20, &mut Vec::new()).unwrap();
-        request.lend(12..20, &mut Vec::new()).unwrap();
+        request.lend_writable(8..20, &mut Vec::new()).unwrap();
+        request.lend_writable(12..20, &mut Vec::new()).unwrap();
         request.write(31, b"s").unwrap();
         let mut pieces = Vec::new();
         request.written(|gpa, len| pieces.push((gpa, len)));
         assert_eq!(pieces, [(0x1008, 8), (0x3000, 4), (0x300f, 1)]);
         assert_eq!(request.written_len(), 13);
-        assert!(request.lend(0..33, &mut Vec::new()).is_err());
+        assert!(request.lend_writable(0..33, &mut Vec::new()).is_err());
         assert_eq!(request.written_len(), 13, "what could not be lent was not written");
     }
 
@@ -292,6 +357,6 @@ mod tests {
         let mut request = request(&[(0x5000, 1)], &[(0xfff, 1), (u64::MAX, 2)]);
         assert!(request.read(0, &mut [0]).is_err());
         assert!(request.write(0, b"x").is_err());
-        assert!(request.lend(1..3, &mut Vec::new()).is_err());
+        assert!(request.lend_writable(1..3, &mut Vec::new()).is_err());
     }
 }

@@ -72,8 +72,8 @@ impl Io {
         out.clear();
         let range = self.at..self.at.saturating_add(self.len());
         match self.op {
-            Op::Read => self.request.lend(range, out),
-            Op::Write { .. } => self.request.borrow(range, out),
+            Op::Read => self.request.lend_writable(range, out),
+            Op::Write { .. } => self.request.lend_readable(range, out),
             Op::Flush | Op::Discard | Op::Zero { .. } => Ok(()),
         }
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;

@@ -8,6 +8,7 @@
 //! | `tracker` | what the inflight region is told of a ring's requests |
 //! | `worker` | one thread per running ring: takes requests, logs, publishes, notifies |
 //! | `device` | what a device author writes, and the [`Request`] it gets |
+//! | `immediate` | a queue that serves its requests as they come |
 //! | `counters` | what is counted, for monitoring |
 //! | `blk` | a disk |
 //! | `net` | a network interface |
@@ -22,6 +23,7 @@ mod counters;
 mod device;
 mod disk_io;
 mod error;
+mod immediate;
 mod message;
 pub mod net;
 mod notify;
@@ -31,8 +33,9 @@ mod tracker;
 mod worker;
 
 pub use counters::describe_counters;
-pub use device::{Device, Queue, Request};
+pub use device::{Device, Queue, RING_FEATURES, Request};
 pub use error::BackendError;
+pub use immediate::Immediate;
 pub use message::{MAX_FDS, MAX_PAYLOAD, Message, Reply};
 pub use notify::Notifier;
 pub use server::{Inherited, Listener, inherited, serve, serve_one};

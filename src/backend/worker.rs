@@ -24,6 +24,7 @@ use nix::unistd::read;
 use tracing::{debug, error, warn};
 
 use super::counters::RingCounters;
+use super::device::Dropped;
 use super::session::{Logging, Rings, Setup};
 use super::tracker::{Found, Tracker};
 use super::{BackendError, Device, Notifier, Queue, Request};
@@ -181,6 +182,8 @@ struct Worker {
     order: Option<InOrder>,
     /// Came back from the queue, to be published.
     done: Vec<Request>,
+    /// Were dropped by the queue.
+    dropped: Arc<Dropped>,
     /// To be used again.
     spare: Vec<Request>,
     /// No more requests are taken.
@@ -203,6 +206,7 @@ impl Worker {
         let heads = if let DeviceRing::Split(_) = ring { setup.layout.size().into() } else { 1 << 16 };
         let busy = vec![false; heads];
         let order = (setup.features & bit(VIRTIO_F_IN_ORDER) != 0).then(InOrder::default);
+        let dropped = Arc::new(Dropped::new(wake.clone()));
         let mut worker = Worker {
             index,
             ring,
@@ -215,6 +219,7 @@ impl Worker {
             in_flight: 0,
             order,
             done: Vec::new(),
+            dropped,
             spare: Vec::new(),
             broken: false,
             counters: RingCounters::new(index),
@@ -332,7 +337,7 @@ impl Worker {
         }
     }
 
-    fn submit(&mut self, request: Request) -> Result<(), BackendError> {
+    fn submit(&mut self, mut request: Request) -> Result<(), BackendError> {
         let (index, head) = (self.index, request.head());
         match self.busy.get_mut(usize::from(head)) {
             Some(busy) if !*busy => *busy = true,
@@ -342,6 +347,7 @@ impl Worker {
         if let Some(order) = &mut self.order {
             order.taken.push_back(head);
         }
+        request.lent_out = true;
         self.queue.submit(request);
         Ok(())
     }
@@ -349,6 +355,8 @@ impl Worker {
     /// Collects what is complete and, if so wanted, publishes it; false if there was nothing.
     fn complete(&mut self, publish: bool) -> bool {
         self.queue.completions(&mut self.done);
+        self.dropped.take(&mut self.done);
+        self.done.iter_mut().for_each(|request| request.lent_out = false);
         if let Some(order) = &mut self.order {
             order.hold_back(&mut self.done);
         }
@@ -434,6 +442,7 @@ impl Worker {
     fn put_back(&mut self) {
         let mut unused = Vec::new();
         self.queue.put_back(&mut unused);
+        unused.iter_mut().for_each(|request| request.lent_out = false);
         if unused.is_empty() {
             return;
         }
@@ -479,6 +488,7 @@ impl Worker {
         } else {
             let mut unused = Vec::new();
             self.queue.put_back(&mut unused);
+            unused.iter_mut().for_each(|request| request.lent_out = false);
             self.in_flight -= unused.len();
         }
         while self.in_flight > 0 {
@@ -519,7 +529,7 @@ impl Worker {
     }
 
     fn spare_request(&mut self) -> Request {
-        self.spare.pop().unwrap_or_else(|| Request::new(self.setup.memory.clone()))
+        self.spare.pop().unwrap_or_else(|| Request::new(self.setup.memory.clone(), Some(self.dropped.clone())))
     }
 }
 

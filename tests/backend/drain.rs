@@ -9,7 +9,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{Request as Code, VringState};
 use vhost_migrate::abi::virtio::{VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX};
-use vhost_migrate::backend::{Device, Queue, Request};
+use vhost_migrate::backend::{Device, Queue, RING_FEATURES, Request};
 use vhost_migrate::memory::LOG_PAGE;
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
@@ -290,4 +290,58 @@ fn a_device_that_panics_ends_the_connection_and_the_next_front_end_is_served() {
     gate.write(1).unwrap();
     ring.completions(10);
     assert_eq!(client.ring_base(0), 10);
+}
+
+/// Fills what it may write with 0x5a, and then loses it: in a thread of its own, as after a panic there.
+struct Careless;
+
+impl Device for Careless {
+    fn features(&self) -> u64 {
+        RING_FEATURES
+    }
+
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
+        Ok(Box::new(Careless))
+    }
+}
+
+impl Queue for Careless {
+    fn submit(&mut self, mut request: Request) {
+        std::thread::spawn(move || {
+            let filling = vec![0x5a; request.writable_len() as usize];
+            request.write(0, &filling).unwrap();
+        });
+    }
+
+    fn completions(&mut self, _done: &mut Vec<Request>) {}
+}
+
+#[test]
+fn a_request_that_a_device_drops_goes_back_to_the_driver_logged() {
+    let (server, guest) = (Server::new(Arc::new(Careless)), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, BASIC);
+    let log = install_log(&client, &guest);
+    let mut ring = Ring::new(&guest, 0, 256, BASIC);
+    ring.set_up(&client, &guest, 0);
+    start_logging(&client, &guest, BASIC, &mut [&mut ring], 0x30_0000);
+    ring.enable(&client, true);
+    for slot in 0..20 {
+        ring.driver.add(&[], &[page(slot)], None).unwrap().unwrap();
+    }
+    ring.kick();
+    ring.completions(20);
+    let marked = harvest(&log);
+    assert!((0..20).all(|slot| marked.contains(&(page(slot).gpa / LOG_PAGE))), "a page was not logged");
+    for slot in 20..40 {
+        ring.driver.add(&[], &[page(slot)], None).unwrap().unwrap();
+    }
+    ring.kick();
+    let base = client.ring_base(0);
+    assert!((20..=40).contains(&base), "{base}");
+    ring.completions(base as usize - 20);
 }

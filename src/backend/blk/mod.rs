@@ -22,12 +22,11 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use self::claim::Image;
 use self::queue::DiskQueue;
-use super::{Device, Queue};
+use super::{Device, Queue, RING_FEATURES};
 use crate::abi::bit;
 use crate::abi::virtio::{
     BlkConfig, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_F_IN_ORDER,
-    VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use crate::backend::disk_io::{self, Engine, Files, Threads, Uring};
 
@@ -187,10 +186,7 @@ impl Disk {
 impl Device for Disk {
     fn features(&self) -> u64 {
         let or = |yes: bool, bits: u64| if yes { bits } else { 0 };
-        bit(VIRTIO_F_VERSION_1)
-            | bit(VIRTIO_RING_F_INDIRECT_DESC)
-            | bit(VIRTIO_RING_F_EVENT_IDX)
-            | bit(VIRTIO_F_RING_PACKED)
+        RING_FEATURES
             | bit(VIRTIO_BLK_F_SEG_MAX)
             | bit(VIRTIO_BLK_F_BLK_SIZE)
             | bit(VIRTIO_BLK_F_FLUSH)
