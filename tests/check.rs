@@ -125,6 +125,10 @@ impl Rings for Bent {
         Ok(RingBase::split(u16::from_le_bytes(avail)))
     }
 
+    fn kick(&mut self, index: u16) {
+        self.workers.lock().unwrap().kick(index);
+    }
+
     fn set_logging(&mut self, index: u16, logging: Logging) {
         let bent = self.bent(logging);
         if let Some(setup) = &mut self.setup {

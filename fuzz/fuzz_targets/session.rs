@@ -64,6 +64,10 @@ impl Rings for Checked {
         assert!(self.running[usize::from(index)]);
     }
 
+    fn kick(&mut self, index: u16) {
+        assert!(self.running[usize::from(index)]);
+    }
+
     fn set_notifiers(&mut self, index: u16, _call: Option<Arc<Notifier>>, _error: Option<Arc<Notifier>>) {
         assert!(self.running[usize::from(index)]);
     }

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use nix::sys::eventfd::EventFd;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::BackendError;
+use super::{BackendError, Host};
 use crate::abi::bit;
 use crate::abi::vhost_user::Request as Code;
 use crate::abi::virtio::{
@@ -74,6 +74,11 @@ pub trait Device: Send + Sync {
     fn message(&self, code: Code, number: u64) -> Result<(), BackendError> {
         let _ = number;
         Err(BackendError::Unsupported { code })
+    }
+
+    /// A front-end has connected; `host` is told when configuration space changes, until the next one connects.
+    fn connected(&self, host: Arc<Host>) {
+        let _ = host;
     }
 
     /// Forgets what the driver has set, as a reset of the device wants it. No queue runs.

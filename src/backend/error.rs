@@ -223,6 +223,15 @@ pub enum BackendError {
         /// The ring.
         index: u16,
     },
+    /// INBAND_NOTIFICATIONS was acknowledged alone.
+    #[error("SET_PROTOCOL_FEATURES acknowledges INBAND_NOTIFICATIONS without BACKEND_REQ and REPLY_ACK (rule B3)")]
+    InBand,
+    /// There is no telling the front-end.
+    #[error("the back-end channel: {why} (rule B1)")]
+    Channel {
+        /// What is in the way.
+        why: &'static str,
+    },
     /// The system refused something.
     #[error("can't {what}: {source}")]
     System {

@@ -7,6 +7,7 @@
 //! | `server` | listens, reads and answers messages, survives its front-ends |
 //! | `tracker` | what the inflight region is told of a ring's requests |
 //! | `worker` | one thread per running ring: takes requests, logs, publishes, notifies |
+//! | `channel` | what the front-end is told without having asked |
 //! | `device` | what a device author writes, and the [`Request`] it gets |
 //! | `immediate` | a queue that serves its requests as they come |
 //! | `counters` | what is counted, for monitoring |
@@ -19,6 +20,7 @@
 //! ([`crate::ring`], [`crate::inflight`]), and driving a device (`frontend`).
 
 pub mod blk;
+mod channel;
 mod counters;
 mod device;
 mod disk_io;
@@ -32,6 +34,7 @@ mod session;
 mod tracker;
 mod worker;
 
+pub use channel::Host;
 pub use counters::describe_counters;
 pub use device::{Device, Queue, RING_FEATURES, Request};
 pub use error::BackendError;

@@ -13,7 +13,8 @@ use std::sync::atomic::AtomicU64;
 use tracing::{debug, error, warn};
 use zerocopy::FromBytes;
 
-use super::{BackendError, Device, Message, Notifier, Reply, counters};
+use super::channel::Attached;
+use super::{BackendError, Device, Host, Message, Notifier, Reply, counters};
 use crate::abi::vhost_user::{
     ConfigHeader, Header, InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, Request as Code,
     VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_CONFIG_SIZE, VHOST_USER_MAX_RAM_SLOTS_TODAY,
@@ -35,8 +36,12 @@ const PROTOCOL_FEATURES: u64 = bit(protocol_feature::MQ)
     | bit(protocol_feature::BACKEND_SEND_FD)
     | bit(protocol_feature::INFLIGHT_SHMFD)
     | bit(protocol_feature::RESET_DEVICE)
+    | bit(protocol_feature::INBAND_NOTIFICATIONS)
     | bit(protocol_feature::CONFIGURE_MEM_SLOTS)
     | bit(protocol_feature::STATUS);
+
+/// What INBAND_NOTIFICATIONS makes no sense without.
+const IN_BAND_NEEDS: u64 = bit(protocol_feature::BACKEND_REQ) | bit(protocol_feature::REPLY_ACK);
 
 const LOG_ALL: u64 = bit(VHOST_F_LOG_ALL);
 const BIT_30: u64 = bit(VHOST_USER_F_PROTOCOL_FEATURES);
@@ -54,8 +59,10 @@ pub struct Setup {
     pub memory: Memory,
     /// Where writes are logged.
     pub logging: Logging,
-    /// Readable when there are new requests; without it the ring is looked at every now and then.
+    /// Readable when there are new requests.
     pub kick: Option<Arc<OwnedFd>>,
+    /// Whether the ring is to be looked at every now and then: there is no kick, and [`Rings::kick`] isn't called either.
+    pub polled: bool,
     /// Signalled when requests were used.
     pub call: Option<Arc<Notifier>>,
     /// Signalled when the ring breaks.
@@ -64,6 +71,8 @@ pub struct Setup {
     pub inflight: Option<Arc<inflight::Region>>,
     /// Whether it runs on this connection for the first time: if it has a past, that was another back-end's.
     pub first: bool,
+    /// The front-end, to be told or asked something.
+    pub host: Arc<Host>,
 }
 
 /// Where a ring's writes are logged. Nothing is logged by default.
@@ -96,6 +105,9 @@ pub trait Rings {
 
     /// Changes where a running ring logs (rule L9).
     fn set_logging(&mut self, index: u16, logging: Logging);
+
+    /// Has a running ring look for new requests (rule B3).
+    fn kick(&mut self, index: u16);
 
     /// Changes what a running ring signals.
     fn set_notifiers(&mut self, index: u16, call: Option<Arc<Notifier>>, error: Option<Arc<Notifier>>);
@@ -142,14 +154,17 @@ pub struct Session {
     lost: Arc<AtomicU64>,
     inflight: Option<Arc<inflight::Region>>,
     rings: Vec<Ring>,
-    /// The back-end channel. Nothing is sent over it yet; closing it would tell the front-end that we are gone.
-    _channel: Option<OwnedFd>,
+    host: Arc<Host>,
+    /// The back-end channel, if the front-end has given one.
+    channel: Option<Attached>,
 }
 
 impl Session {
     /// A session with a front-end that has just connected: nothing is acknowledged, all rings are stopped and disabled.
     pub fn new(device: Arc<dyn Device>) -> Session {
         let rings = (0..device.queues()).map(|_| Ring::default()).collect();
+        let host = Arc::new(Host::default());
+        device.connected(host.clone());
         Session {
             device,
             features: 0,
@@ -161,7 +176,8 @@ impl Session {
             lost: Arc::default(),
             inflight: None,
             rings,
-            _channel: None,
+            host,
+            channel: None,
         }
     }
 
@@ -239,7 +255,12 @@ impl Session {
             Code::SET_FEATURES => self.set_features(message.body()?, rings)?,
             Code::GET_PROTOCOL_FEATURES => return number(self.offered_protocol()),
             Code::SET_PROTOCOL_FEATURES => {
-                self.protocol_features = acknowledged(code, message.body()?, self.offered_protocol())?;
+                let bits = acknowledged(code, message.body()?, self.offered_protocol())?;
+                if bits & bit(protocol_feature::INBAND_NOTIFICATIONS) != 0 && bits & IN_BAND_NEEDS != IN_BAND_NEEDS {
+                    return Err(BackendError::InBand);
+                }
+                self.protocol_features = bits;
+                self.host.set_acknowledges(self.speaks(protocol_feature::REPLY_ACK));
             }
             Code::GET_QUEUE_NUM => return number(self.device.queue_num()),
             Code::GET_MAX_MEM_SLOTS => return number(VHOST_USER_MAX_RAM_SLOTS_TODAY as u64),
@@ -288,12 +309,25 @@ impl Session {
             }
             Code::SET_VRING_CALL | Code::SET_VRING_ERR => {
                 let (index, fd) = self.ring_fd(&mut message)?;
-                let notifier = fd.map(|fd| Arc::new(Notifier::new(fd)));
+                let calls = code == Code::SET_VRING_CALL;
+                let notifier = match fd {
+                    Some(fd) => Some(Notifier::new(fd)),
+                    None if !self.is_in_band() => None,
+                    None if calls => Some(Notifier::call(self.host.clone(), index)),
+                    None => Some(Notifier::error(self.host.clone(), index)),
+                };
                 let ring = self.ring(code, index.into())?;
-                let to = if code == Code::SET_VRING_CALL { &mut ring.call } else { &mut ring.error };
-                *to = notifier;
+                let to = if calls { &mut ring.call } else { &mut ring.error };
+                *to = notifier.map(Arc::new);
                 if ring.running {
                     rings.set_notifiers(index, ring.call.clone(), ring.error.clone());
+                }
+            }
+            Code::VRING_KICK if self.is_in_band() => {
+                let VringState { index, .. } = message.body()?;
+                // One that doesn't run looks at its requests when it is started.
+                if self.ring(code, index)?.running {
+                    rings.kick(index as u16);
                 }
             }
             Code::SET_VRING_ENABLE => {
@@ -337,7 +371,12 @@ impl Session {
                 self.inflight = Some(Arc::new(region));
             }
             Code::SEND_RARP | Code::NET_SET_MTU => self.device.message(code, message.body()?)?,
-            Code::SET_BACKEND_REQ_FD => self._channel = Some(message.only_fd()?),
+            Code::SET_BACKEND_REQ_FD => {
+                let socket = message.only_fd()?;
+                // The old one ends first.
+                self.channel = None;
+                self.channel = Some(self.host.attach(socket)?);
+            }
             _ => return Err(BackendError::Unsupported { code }),
         }
         Ok(None)
@@ -549,6 +588,11 @@ impl Session {
         Reply { fd, ..Reply::new(Code::GET_INFLIGHT_FD, &description) }
     }
 
+    /// Whether messages stand for the fds of kicks, calls and errors that are not given (rule B3).
+    fn is_in_band(&self) -> bool {
+        self.speaks(protocol_feature::INBAND_NOTIFICATIONS)
+    }
+
     fn is_packed(&self) -> bool {
         self.features & bit(VIRTIO_F_RING_PACKED) != 0
     }
@@ -639,10 +683,12 @@ impl Session {
             memory: self.memory.clone(),
             logging: self.logging(ring),
             kick: ring.kick.clone(),
+            polled: ring.kick.is_none() && !self.is_in_band(),
             call: ring.call.clone(),
             error: ring.error.clone(),
             inflight: self.inflight.clone(),
             first: !ring.ran,
+            host: self.host.clone(),
         })
     }
 }

@@ -157,6 +157,12 @@ impl Rings for Workers {
         }
     }
 
+    fn kick(&mut self, index: u16) {
+        if let Some(handle) = self.handle(index) {
+            let _ = handle.wake.write(1);
+        }
+    }
+
     fn set_notifiers(&mut self, index: u16, call: Option<Arc<Notifier>>, error: Option<Arc<Notifier>>) {
         if let Some(handle) = self.handle(index) {
             let (done, is_done) = bounded(1);
@@ -504,7 +510,7 @@ impl Worker {
 
     /// Waits until there may be something to do.
     fn wait(&mut self) {
-        let polled = self.setup.kick.is_none() && !self.broken;
+        let polled = self.setup.polled && !self.broken;
         let timeout = if polled { PollTimeout::from(POLL_EVERY_MS) } else { PollTimeout::NONE };
         let kick = self.setup.kick.clone();
         // A broken ring takes nothing more: only what it still has can move it.

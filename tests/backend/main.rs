@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod blk;
+mod channel;
 mod crash;
 mod drain;
 mod guest;

@@ -47,7 +47,7 @@ fn what_is_offered_is_what_the_rules_speak_of() {
     assert_eq!(features & (BASIC | LOG_ALL), BASIC | LOG_ALL);
     let offered = client.ask_number(Code::GET_PROTOCOL_FEATURES);
     let backend = bit(protocol_feature::BACKEND_REQ) | bit(protocol_feature::BACKEND_SEND_FD);
-    assert_eq!(offered, PROTOCOL | backend);
+    assert_eq!(offered, PROTOCOL | backend | bit(protocol_feature::INBAND_NOTIFICATIONS));
     assert_eq!(client.ask_number(Code::GET_QUEUE_NUM), 2);
     assert!(client.ask_number(Code::GET_MAX_MEM_SLOTS) >= 509);
 }

@@ -1,0 +1,492 @@
+//! The back-end channel: what a device and its rings have to tell the front-end without having been asked.
+//!
+//! A message goes out at once if the socket has room. If not, what is to be told is kept, once however often it happened,
+//! and a thread passes it on when there is room again: nobody waits for a front-end that doesn't read. Whatever goes
+//! wrong here ends the channel, and not the connection.
+
+#![forbid(unsafe_code)]
+
+use std::collections::{BTreeSet, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use crossbeam::channel::{Receiver, Sender, bounded};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{MsgFlags, Shutdown, getsockopt, recv, send, shutdown, sockopt::SockType};
+use tracing::{debug, info, warn};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use super::BackendError;
+use crate::abi::vhost_user::{BackendRequest as Code, Header, VringState};
+
+/// Most messages that wait for room or for their acknowledgement.
+const MOST_WAITING: usize = 1024;
+/// Bytes of an acknowledgement.
+const ACK: usize = size_of::<Header>() + size_of::<u64>();
+
+/// The front-end of one connection, as its device and rings speak to it. Before it has given a channel what is to be told
+/// waits for one; after the connection has ended nobody hears it.
+#[derive(Debug, Default)]
+pub struct Host {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    line: Option<Line>,
+    /// REPLY_ACK is agreed on.
+    acknowledges: bool,
+    /// The rest of a message that went out in part.
+    rest: Vec<u8>,
+    messages: VecDeque<Message>,
+    errors: BTreeSet<u16>,
+    calls: BTreeSet<u16>,
+    config: bool,
+    /// Sent, and to be acknowledged.
+    unanswered: VecDeque<(Code, Sender<u64>)>,
+}
+
+/// The channel's socket, and what wakes its thread.
+#[derive(Debug, Clone)]
+struct Line {
+    socket: Arc<OwnedFd>,
+    wake: Arc<EventFd>,
+}
+
+#[derive(Debug)]
+struct Message {
+    code: Code,
+    body: Vec<u8>,
+    answer: Option<Sender<u64>>,
+}
+
+/// What goes out next.
+enum Next {
+    Message,
+    Error(u16),
+    Call(u16),
+    Config,
+}
+
+/// A channel in use; it ends when this is dropped.
+#[derive(Debug)]
+pub(super) struct Attached {
+    host: Arc<Host>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Host {
+    /// Tells the front-end that configuration space has changed, so that it reads it again.
+    pub fn config_changed(&self) {
+        self.post(|state| !std::mem::replace(&mut state.config, true));
+    }
+
+    /// Tells it in-band that buffers of a ring were used.
+    pub(super) fn call(&self, ring: u16) {
+        self.post(|state| state.calls.insert(ring));
+    }
+
+    /// Tells it in-band that a ring is broken.
+    pub(super) fn error(&self, ring: u16) {
+        self.post(|state| state.errors.insert(ring));
+    }
+
+    /// Sends a message without an fd.
+    ///
+    /// # Errors
+    /// [`BackendError::Channel`] if there is no channel, or the front-end doesn't read it.
+    pub fn send(&self, code: Code, body: &(impl IntoBytes + Immutable)) -> Result<(), BackendError> {
+        self.queue(code, body.as_bytes(), None)
+    }
+
+    /// Sends a message without an fd and asks for its acknowledgement, 0 for done. Whoever waits for it should do so with a
+    /// deadline; it is disconnected when the channel ends. `None` if this front-end acknowledges nothing.
+    ///
+    /// # Errors
+    /// As [`Host::send`].
+    pub fn ask(&self, code: Code, body: &(impl IntoBytes + Immutable)) -> Result<Option<Receiver<u64>>, BackendError> {
+        if !self.lock().acknowledges {
+            return self.send(code, body).map(|()| None);
+        }
+        let (answer, answered) = bounded(1);
+        self.queue(code, body.as_bytes(), Some(answer)).map(|()| Some(answered))
+    }
+
+    /// Takes over the socket of SET_BACKEND_REQ_FD.
+    ///
+    /// # Errors
+    /// [`BackendError::Channel`] if it is no socket; what the system says. There is no channel then.
+    pub(super) fn attach(self: &Arc<Host>, socket: OwnedFd) -> Result<Attached, BackendError> {
+        if getsockopt(&socket, SockType).is_err() {
+            return Err(BackendError::Channel { why: "it is no socket, and nothing else can be answered" });
+        }
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let wake = EventFd::from_flags(flags).map_err(BackendError::system("make an eventfd"))?;
+        let line = Line { socket: Arc::new(socket), wake: Arc::new(wake) };
+        self.lock().line = Some(line.clone());
+        let host = self.clone();
+        let thread = thread::Builder::new().name("channel".into()).spawn(move || host.serve(&line));
+        let attached = |thread| Attached { host: self.clone(), thread };
+        let thread = thread.map_err(|error| {
+            drop(attached(None));
+            BackendError::system("start a thread")(error)
+        })?;
+        self.post(|_| true);
+        Ok(attached(Some(thread)))
+    }
+
+    /// Says whether REPLY_ACK is agreed on.
+    pub(super) fn set_acknowledges(&self, acknowledges: bool) {
+        self.lock().acknowledges = acknowledges;
+    }
+
+    fn queue(&self, code: Code, body: &[u8], answer: Option<Sender<u64>>) -> Result<(), BackendError> {
+        let mut state = self.lock();
+        if state.line.is_none() {
+            return Err(BackendError::Channel { why: "there is none: the front-end has not sent SET_BACKEND_REQ_FD" });
+        }
+        if state.messages.len() + state.unanswered.len() >= MOST_WAITING {
+            return Err(BackendError::Channel { why: "the front-end doesn't answer" });
+        }
+        state.messages.push_back(Message { code, body: body.to_vec(), answer });
+        state.tell();
+        Ok(())
+    }
+
+    /// Notes something to tell, and does if that is new.
+    fn post(&self, note: impl FnOnce(&mut State) -> bool) {
+        let mut state = self.lock();
+        if note(&mut state) {
+            state.tell();
+        }
+    }
+
+    /// What a thread has left that panicked with the lock is whole: changes are made of plain stores.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hears acknowledgements, and passes on what found no room, as long as `line` is in use.
+    fn serve(&self, line: &Line) {
+        let mut heard = Vec::new();
+        loop {
+            let waiting = {
+                let state = self.lock();
+                if !state.line.as_ref().is_some_and(|now| Arc::ptr_eq(&now.socket, &line.socket)) {
+                    return;
+                }
+                !state.rest.is_empty() || state.next().is_some()
+            };
+            let events = if waiting { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN };
+            let mut fds = [PollFd::new(line.wake.as_fd(), PollFlags::POLLIN), PollFd::new(line.socket.as_fd(), events)];
+            if poll(&mut fds, PollTimeout::NONE).is_err_and(|errno| errno != Errno::EINTR) {
+                return self.lock().hang_up("it can't be waited for");
+            }
+            let _ = line.wake.read();
+            let result = hear(&line.socket, &mut heard).and_then(|()| {
+                let mut state = self.lock();
+                state.answers(&mut heard)?;
+                state.flush();
+                Ok(())
+            });
+            if let Err(why) = result {
+                return self.lock().hang_up(why);
+            }
+        }
+    }
+}
+
+impl State {
+    fn next(&self) -> Option<Next> {
+        if !self.messages.is_empty() {
+            return Some(Next::Message);
+        }
+        let error = self.errors.first().map(|ring| Next::Error(*ring));
+        error.or_else(|| self.calls.first().map(|ring| Next::Call(*ring))).or(self.config.then_some(Next::Config))
+    }
+
+    /// Sends what there is room for, and leaves the rest to the thread.
+    fn tell(&mut self) {
+        if !self.flush()
+            && let Some(line) = &self.line
+        {
+            let _ = line.wake.write(1);
+        }
+    }
+
+    /// Sends what there is room for; false if something is left.
+    fn flush(&mut self) -> bool {
+        let Some(line) = self.line.clone() else { return true };
+        loop {
+            let next = if self.rest.is_empty() { self.next() } else { None };
+            let bytes = match &next {
+                None if self.rest.is_empty() => return true,
+                None => std::mem::take(&mut self.rest),
+                Some(next) => self.encode(next),
+            };
+            match send(line.socket.as_raw_fd(), &bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
+                Ok(count) => {
+                    self.rest = bytes.get(count..).unwrap_or_default().to_vec();
+                    if let Some(next) = next {
+                        self.sent(&next);
+                    }
+                }
+                Err(errno) => {
+                    if next.is_none() {
+                        self.rest = bytes;
+                    }
+                    match errno {
+                        Errno::EINTR => {}
+                        Errno::EAGAIN => return false,
+                        _ => {
+                            self.hang_up("the front-end has closed it");
+                            return true;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn encode(&self, next: &Next) -> Vec<u8> {
+        let ring = |code, index: u16| (code, VringState { index: index.into(), num: 0 }.as_bytes().to_vec(), false);
+        let (code, body, answer) = match next {
+            Next::Message => match self.messages.front() {
+                Some(message) => (message.code, message.body.clone(), message.answer.is_some()),
+                None => return Vec::new(),
+            },
+            Next::Error(index) => ring(Code::VRING_ERR, *index),
+            Next::Call(index) => ring(Code::VRING_CALL, *index),
+            Next::Config => (Code::CONFIG_CHANGE_MSG, Vec::new(), false),
+        };
+        let flags = Header::FLAG_VERSION | if answer { Header::FLAG_NEED_REPLY } else { 0 };
+        debug!("{code} to the front-end");
+        [Header { request: code.0, flags, size: body.len() as u32 }.as_bytes(), &body].concat()
+    }
+
+    /// Notes that something is on its way.
+    fn sent(&mut self, next: &Next) {
+        match next {
+            Next::Message => {
+                if let Some(Message { code, answer: Some(answer), .. }) = self.messages.pop_front() {
+                    self.unanswered.push_back((code, answer));
+                }
+            }
+            Next::Error(ring) => {
+                self.errors.remove(ring);
+            }
+            Next::Call(ring) => {
+                self.calls.remove(ring);
+            }
+            Next::Config => self.config = false,
+        }
+    }
+
+    /// Takes whole acknowledgements out of what was heard.
+    fn answers(&mut self, heard: &mut Vec<u8>) -> Result<(), &'static str> {
+        while let Some((bytes, rest)) = heard.split_first_chunk::<ACK>() {
+            let (head, number) = bytes.split_at(size_of::<Header>());
+            let header = Header::read_from_bytes(head).ok();
+            let number = u64::read_from_bytes(number).unwrap_or_default();
+            let expected = header.filter(|header| {
+                let is_for = |(code, _): &(Code, _)| code.0 == header.request;
+                header.flags == Header::REPLY_FLAGS && header.size == 8 && self.unanswered.front().is_some_and(is_for)
+            });
+            let Some((_, answer)) = expected.and_then(|_| self.unanswered.pop_front()) else {
+                return Err("the front-end sends what is no acknowledgement of a message (rule F2)");
+            };
+            // Whoever asked may have given up.
+            let _ = answer.try_send(number);
+            *heard = rest.to_vec();
+        }
+        Ok(())
+    }
+
+    /// Ends the channel. What can be told over the next one stays.
+    fn hang_up(&mut self, why: &str) {
+        let Some(line) = self.line.take() else { return };
+        if self.messages.is_empty() && self.unanswered.is_empty() {
+            info!("the back-end channel ends: {why}");
+        } else {
+            warn!("the back-end channel ends: {why}");
+        }
+        self.messages.clear();
+        self.unanswered.clear();
+        self.rest.clear();
+        let _ = shutdown(line.socket.as_raw_fd(), Shutdown::Both);
+        let _ = line.wake.write(1);
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        self.host.lock().hang_up("the connection does, or another one comes");
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Reads what has come, at most a little more than one acknowledgement: `heard` never grows. Fds are left to the system,
+/// which closes them.
+fn hear(socket: &OwnedFd, heard: &mut Vec<u8>) -> Result<(), &'static str> {
+    let mut buffer = [0; ACK];
+    match recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
+        Ok(0) => Err("the front-end has closed it"),
+        Ok(count) => {
+            heard.extend(buffer.get(..count).unwrap_or_default());
+            Ok(())
+        }
+        Err(Errno::EAGAIN | Errno::EINTR) => Ok(()),
+        Err(errno) => {
+            debug!("the back-end channel: {}", io::Error::from(errno));
+            Err("it can't be read")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    fn open() -> (Arc<Host>, Attached, UnixStream) {
+        let (host, (ours, theirs)) = (Arc::new(Host::default()), UnixStream::pair().unwrap());
+        theirs.set_read_timeout(Some(PATIENCE)).unwrap();
+        let attached = host.attach(ours.into()).unwrap();
+        (host, attached, theirs)
+    }
+
+    /// The next message: number, flags, first four bytes of what follows.
+    fn next(stream: &mut UnixStream) -> (Code, u32, Option<u32>) {
+        let mut head = [0; 12];
+        stream.read_exact(&mut head).unwrap();
+        let header: Header = zerocopy::transmute!(head);
+        let mut body = vec![0; header.size as usize];
+        stream.read_exact(&mut body).unwrap();
+        (Code(header.request), header.flags, body.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes)))
+    }
+
+    fn ack(code: Code, number: u64) -> Vec<u8> {
+        let header = Header { request: code.0, flags: 5, size: 8 };
+        [header.as_bytes(), number.as_bytes()].concat()
+    }
+
+    fn wait_until(what: impl Fn() -> bool) {
+        let end = Instant::now() + PATIENCE;
+        while !what() {
+            assert!(Instant::now() < end);
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn what_is_told_before_there_is_a_channel_is_told_over_it() {
+        let (host, (ours, mut theirs)) = (Arc::new(Host::default()), UnixStream::pair().unwrap());
+        assert!(host.send(Code::IOTLB_MSG, &[0u8; 32]).is_err());
+        host.config_changed();
+        host.config_changed();
+        host.call(3);
+        let _attached = host.attach(ours.into()).unwrap();
+        assert_eq!(next(&mut theirs), (Code::VRING_CALL, 1, Some(3)));
+        assert_eq!(next(&mut theirs), (Code::CONFIG_CHANGE_MSG, 1, None));
+        host.error(7);
+        assert_eq!(next(&mut theirs), (Code::VRING_ERR, 1, Some(7)));
+    }
+
+    #[test]
+    fn a_front_end_that_does_not_read_hears_everything_once_when_it_does() {
+        let (host, _attached, mut theirs) = open();
+        let mut sent = 0;
+        while host.send(Code::IOTLB_MSG, &[sent, 0]).is_ok() {
+            sent += 1;
+        }
+        assert!(sent as usize >= MOST_WAITING, "{sent}");
+        for _ in 0..100_000 {
+            host.config_changed();
+            host.call(1);
+            host.call(2);
+        }
+        for number in 0..sent {
+            assert_eq!(next(&mut theirs), (Code::IOTLB_MSG, 1, Some(number)));
+        }
+        let rest = [(Code::VRING_CALL, 1, Some(1)), (Code::VRING_CALL, 1, Some(2)), (Code::CONFIG_CHANGE_MSG, 1, None)];
+        assert_eq!([next(&mut theirs), next(&mut theirs), next(&mut theirs)], rest);
+        wait_until(|| host.lock().next().is_none());
+        theirs.set_nonblocking(true).unwrap();
+        assert!(theirs.read(&mut [0]).is_err(), "something was told twice");
+    }
+
+    #[test]
+    fn acknowledgements_reach_who_asked_however_they_are_cut() {
+        let (host, _attached, mut theirs) = open();
+        assert!(host.ask(Code::IOTLB_MSG, &1u64).unwrap().is_none(), "REPLY_ACK is not agreed on");
+        assert_eq!(next(&mut theirs).1, 1);
+        host.set_acknowledges(true);
+        let asked: Vec<_> = (0..100u64).map(|n| host.ask(Code::IOTLB_MSG, &n).unwrap().unwrap()).collect();
+        let mut answers = Vec::new();
+        for n in 0..100 {
+            assert_eq!(next(&mut theirs), (Code::IOTLB_MSG, 9, Some(n)));
+            answers.extend(ack(Code::IOTLB_MSG, u64::from(n) * 3));
+        }
+        for piece in answers.chunks(7) {
+            theirs.write_all(piece).unwrap();
+        }
+        for (n, answer) in (0..).zip(asked) {
+            assert_eq!(answer.recv_timeout(PATIENCE), Ok(n * 3));
+        }
+    }
+
+    #[test]
+    fn what_is_no_acknowledgement_ends_the_channel_and_the_next_one_works() {
+        let long = Header { request: Code::IOTLB_MSG.0, flags: 5, size: 16 };
+        let long = [long.as_bytes(), &[0; 16]].concat();
+        let wrong: [Vec<u8>; 4] = [vec![0xff; 999], ack(Code::VRING_CALL, 0), long, vec![0; 20]];
+        for bytes in wrong {
+            let (host, attached, mut theirs) = open();
+            host.set_acknowledges(true);
+            let asked = host.ask(Code::IOTLB_MSG, &0u64).unwrap().unwrap();
+            theirs.write_all(&bytes).unwrap();
+            assert!(asked.recv_timeout(PATIENCE).is_err());
+            wait_until(|| host.lock().line.is_none());
+            assert!(host.ask(Code::IOTLB_MSG, &0u64).is_err());
+            host.config_changed();
+            drop(attached);
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            let _attached = host.attach(ours.into()).unwrap();
+            assert_eq!(next(&mut theirs), (Code::CONFIG_CHANGE_MSG, 1, None));
+        }
+    }
+
+    #[test]
+    fn a_front_end_that_closes_its_end_or_gives_none_is_no_error() {
+        let (host, _attached, theirs) = open();
+        host.set_acknowledges(true);
+        let asked = host.ask(Code::IOTLB_MSG, &0u64).unwrap().unwrap();
+        drop(theirs);
+        assert!(asked.recv_timeout(PATIENCE).is_err());
+        wait_until(|| host.lock().line.is_none());
+        host.call(0);
+        let file = tempfile::tempfile().unwrap();
+        let error = Arc::new(Host::default()).attach(file.into()).unwrap_err();
+        assert!(error.to_string().contains("no socket"), "{error}");
+        // Sockets that nothing can be sent over.
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let datagrams = std::os::unix::net::UnixDatagram::unbound().unwrap();
+        for socket in [OwnedFd::from(listener), OwnedFd::from(datagrams)] {
+            let host = Arc::new(Host::default());
+            let _attached = host.attach(socket).unwrap();
+            host.config_changed();
+            wait_until(|| host.lock().line.is_none());
+        }
+    }
+}

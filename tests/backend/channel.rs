@@ -1,0 +1,240 @@
+//! The back-end channel: what a front-end hears without having asked, and what becomes of one that doesn't listen.
+
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt::SndBuf};
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::vhost_user::{BackendRequest, Header, Request as Code, VringState, protocol_feature};
+use vhost_migrate::abi::virtio::VIRTIO_F_VERSION_1;
+use vhost_migrate::backend::{Device, Host, Queue, Request};
+use vhost_migrate::ring::Buffer;
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::guest::{BASIC, Guest, HIGH, PROTOCOL, Ring, status};
+use crate::raw::{Client, DEADLINE, VERSION};
+use crate::server::Server;
+
+const IN_BAND: u64 = PROTOCOL | bit(protocol_feature::BACKEND_REQ) | bit(protocol_feature::INBAND_NOTIFICATIONS);
+const NO_FD: u64 = 0x100;
+
+/// The front-end's end of the channel.
+struct Ear(UnixStream);
+
+impl Ear {
+    fn give(client: &Client) -> Ear {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        Ear::give_ends(client, ours, theirs.as_fd())
+    }
+
+    fn give_ends(client: &Client, ours: UnixStream, theirs: BorrowedFd<'_>) -> Ear {
+        ours.set_read_timeout(Some(DEADLINE)).unwrap();
+        assert_eq!(client.acknowledged(Code::SET_BACKEND_REQ_FD, &[], &[theirs]), 0);
+        Ear(ours)
+    }
+
+    /// The next message, and the ring that it names.
+    fn hear(&mut self) -> (BackendRequest, Option<u32>) {
+        let mut head = [0; size_of::<Header>()];
+        self.0.read_exact(&mut head).unwrap();
+        let header: Header = zerocopy::transmute!(head);
+        assert_eq!(header.flags, VERSION);
+        let mut body = vec![0; header.size as usize];
+        self.0.read_exact(&mut body).unwrap();
+        (BackendRequest(header.request), VringState::read_from_bytes(&body).ok().map(|state| state.index))
+    }
+
+    fn is_silent(&self) -> bool {
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO) == Ok(0)
+    }
+}
+
+fn agree(client: &Client, guest: &Guest, protocol: u64) {
+    client.tell(Code::SET_OWNER, &[0u8; 0]);
+    client.tell(Code::SET_PROTOCOL_FEATURES, &protocol);
+    client.done(Code::SET_FEATURES, &BASIC, &[]);
+    guest.send_table(client);
+}
+
+/// A running ring whose kicks, calls and errors are messages.
+fn in_band(client: &Client, guest: &Guest, index: u32) -> Ring {
+    let ring = Ring::new(guest, index, 256, BASIC);
+    for code in [Code::SET_VRING_CALL, Code::SET_VRING_ERR] {
+        client.done(code, &(u64::from(index) | NO_FD), &[]);
+    }
+    client.tell(Code::SET_VRING_NUM, &VringState { index, num: ring.layout.size.into() });
+    client.tell(Code::SET_VRING_BASE, &VringState { index, num: 0 });
+    client.tell(Code::SET_VRING_ADDR, &ring.addr(guest));
+    client.tell(Code::SET_VRING_KICK, &(u64::from(index) | NO_FD));
+    ring.enable(client, true);
+    ring
+}
+
+/// Makes one read visible and kicks in-band.
+fn read(client: &Client, guest: &Guest, ring: &mut Ring) {
+    ring.read(guest, u64::from(ring.index), 1, 512);
+    let _ = ring.driver.publish();
+    client.done(Code::VRING_KICK, &VringState { index: ring.index, num: 0 }, &[]);
+}
+
+/// Rule B3.
+#[test]
+fn kicks_and_calls_can_be_messages() {
+    let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
+    let client = server.connect();
+    agree(&client, &guest, IN_BAND);
+    let mut ear = Ear::give(&client);
+    let mut rings = [in_band(&client, &guest, 0), in_band(&client, &guest, 1)];
+    for round in 0..50 {
+        let ring = &mut rings[round % 2];
+        read(&client, &guest, ring);
+        assert_eq!(ear.hear(), (BackendRequest::VRING_CALL, Some(ring.index)));
+        assert!(ring.driver.pop_used().unwrap().is_some());
+        assert_eq!(status(&guest, ring.index.into()), 0);
+    }
+    assert!(ear.is_silent());
+    // A ring that waits for a message is not looked at every now and then.
+    rings[0].read(&guest, 0, 1, 512);
+    let _ = rings[0].driver.publish();
+    read(&client, &guest, &mut rings[1]);
+    assert_eq!(ear.hear(), (BackendRequest::VRING_CALL, Some(1)));
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    assert!(rings[0].driver.pop_used().unwrap().is_none(), "a ring without a kick was served");
+    client.done(Code::VRING_KICK, &VringState { index: 0, num: 0 }, &[]);
+    assert_eq!(ear.hear(), (BackendRequest::VRING_CALL, Some(0)));
+    let missing = VringState { index: 2, num: 0 };
+    assert_eq!(client.acknowledged(Code::VRING_KICK, missing.as_bytes(), &[]), 1);
+}
+
+#[test]
+fn a_broken_ring_says_so_in_a_message_and_the_other_goes_on() {
+    let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
+    let client = server.connect();
+    agree(&client, &guest, IN_BAND);
+    let mut ear = Ear::give(&client);
+    let (broken, mut good) = (in_band(&client, &guest, 0), in_band(&client, &guest, 1));
+    guest.memory.write(broken.layout.avail + 2, &9999u16.to_le_bytes()).unwrap();
+    client.done(Code::VRING_KICK, &VringState { index: 0, num: 0 }, &[]);
+    assert_eq!(ear.hear(), (BackendRequest::VRING_ERR, Some(0)));
+    read(&client, &guest, &mut good);
+    assert_eq!(ear.hear(), (BackendRequest::VRING_CALL, Some(1)));
+    client.ring_base(0);
+    let mut again = in_band(&client, &guest, 0);
+    read(&client, &guest, &mut again);
+    assert_eq!(ear.hear(), (BackendRequest::VRING_CALL, Some(0)));
+}
+
+/// A device that tells of a change of its configuration with every request.
+#[derive(Default)]
+struct Restless {
+    host: Mutex<Arc<Host>>,
+}
+
+struct RestlessQueue(Arc<Host>, Vec<Request>);
+
+impl Device for Restless {
+    fn features(&self) -> u64 {
+        bit(VIRTIO_F_VERSION_1)
+    }
+
+    fn queues(&self) -> u16 {
+        2
+    }
+
+    fn max_queue_size(&self) -> u16 {
+        256
+    }
+
+    fn config(&self) -> Vec<u8> {
+        vec![1, 2, 3, 4]
+    }
+
+    fn connected(&self, host: Arc<Host>) {
+        *self.host.lock().unwrap() = host;
+    }
+
+    fn queue(&self, _index: u16, _size: u16, _features: u64) -> std::io::Result<Box<dyn Queue>> {
+        Ok(Box::new(RestlessQueue(self.host.lock().unwrap().clone(), Vec::new())))
+    }
+}
+
+impl Queue for RestlessQueue {
+    fn submit(&mut self, request: Request) {
+        self.0.config_changed();
+        self.1.push(request);
+    }
+
+    fn completions(&mut self, done: &mut Vec<Request>) {
+        done.append(&mut self.1);
+    }
+
+    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}
+
+fn requests(ring: &mut Ring, count: usize) {
+    for _ in 0..count {
+        ring.driver.add(&[], &[Buffer { gpa: HIGH, len: 8 }], None).unwrap().unwrap();
+        ring.kick();
+        ring.completion();
+    }
+}
+
+/// Rules B1, B2.
+#[test]
+fn a_front_end_that_never_reads_its_channel_stalls_no_ring_and_hears_of_the_last_change() {
+    let device = Arc::new(Restless::default());
+    let (server, guest) = (Server::new(device.clone()), Guest::new());
+    let client = server.connect();
+    agree(&client, &guest, PROTOCOL | bit(protocol_feature::BACKEND_REQ));
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC).unwrap();
+    // As little room as the system gives.
+    setsockopt(&theirs, SndBuf, &1).unwrap();
+    let mut ear = Ear::give_ends(&client, ours.into(), theirs.as_fd());
+    let mut ring = Ring::new(&guest, 0, 256, BASIC);
+    ring.set_up(&client, &guest, 0);
+    ring.enable(&client, true);
+    requests(&mut ring, 5000);
+    let mut heard = 0;
+    // What is left over is told as soon as there is room, without anything else happening.
+    while heard == 0 || !ear.is_silent() {
+        assert_eq!(ear.hear(), (BackendRequest::CONFIG_CHANGE_MSG, None));
+        heard += 1;
+    }
+    assert!(heard < 1000, "{heard} of 5000 changes were told to somebody who did not listen");
+    requests(&mut ring, 1);
+    assert_eq!(ear.hear(), (BackendRequest::CONFIG_CHANGE_MSG, None));
+}
+
+/// Rule B1.
+#[test]
+fn a_front_end_that_talks_nonsense_on_its_channel_or_closes_it_loses_the_channel_and_nothing_else() {
+    let device = Arc::new(Restless::default());
+    let (server, guest) = (Server::new(device.clone()), Guest::new());
+    let client = server.connect();
+    agree(&client, &guest, PROTOCOL | bit(protocol_feature::BACKEND_REQ));
+    let mut ring = Ring::new(&guest, 0, 256, BASIC);
+    ring.set_up(&client, &guest, 0);
+    ring.enable(&client, true);
+    for round in 0..20 {
+        let mut ear = Ear::give(&client);
+        requests(&mut ring, 1);
+        assert_eq!(ear.hear(), (BackendRequest::CONFIG_CHANGE_MSG, None));
+        if round % 2 == 0 {
+            ear.0.write_all(&[0xee; 100]).unwrap();
+            // The back-end hangs up, once it has seen it.
+            let _ = ear.0.read_to_end(&mut Vec::new());
+        }
+        drop(ear);
+        requests(&mut ring, 1);
+        // Whatever was told to nobody comes over the next one.
+        let mut next = Ear::give(&client);
+        requests(&mut ring, 1);
+        assert_eq!(next.hear(), (BackendRequest::CONFIG_CHANGE_MSG, None));
+    }
+}
