@@ -582,3 +582,66 @@ fn a_back_end_that_starts_late_is_waited_for_until_the_deadline() {
     let error = UserDevice::connect(long, UserOptions::default(), Instant::now()).err().unwrap();
     assert!(error.to_string().contains("107 bytes"), "{error}");
 }
+
+/// A device behind a back-end that answers SET_DEVICE_STATE_FD with `code` and `fd`, and CHECK_DEVICE_STATE with `check`.
+fn with_state(code: u64, mut fds: Vec<OwnedFd>, check: impl Fn() -> Answer + Send + 'static) -> UserDevice {
+    let fake = Fake::start(ALL | bit(p::DEVICE_STATE), move |message| match message.request {
+        Request::SET_DEVICE_STATE_FD => Answer::Raw(reply(message.request, code.as_bytes()), std::mem::take(&mut fds)),
+        Request::CHECK_DEVICE_STATE => check(),
+        _ => Answer::Usual,
+    });
+    fake.connect_with(UserOptions { stop_timeout: Duration::from_millis(200), ..UserOptions::default() }).unwrap()
+}
+
+fn checked(code: u64) -> impl Fn() -> Answer {
+    move || Answer::Raw(reply(Request::CHECK_DEVICE_STATE, code.as_bytes()), vec![])
+}
+
+#[test]
+fn a_back_end_may_bring_its_own_pipe_for_its_state() {
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    writer.write_all(b"state").unwrap();
+    drop(writer);
+    let saved = with_state(0, vec![reader.into()], checked(0)).save_state().unwrap();
+    assert_eq!(saved.as_deref(), Some(&b"state"[..]));
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    with_state(0, vec![writer.into()], checked(0)).load_state(b"other").unwrap();
+    let mut found = Vec::new();
+    reader.read_to_end(&mut found).unwrap();
+    assert_eq!(found, b"other");
+}
+
+#[test]
+fn a_back_end_that_keeps_a_state_from_travelling_costs_an_error_and_no_more() {
+    use std::io::ErrorKind::{FileTooLarge, TimedOut};
+    let failed = |error: FrontendError, kind| match error {
+        FrontendError::State { source, .. } => assert_eq!(source.kind(), kind),
+        other => panic!("{other}"),
+    };
+    // Never closed.
+    let (reader, _open) = std::io::pipe().unwrap();
+    failed(with_state(0, vec![reader.into()], checked(0)).save_state().unwrap_err(), TimedOut);
+    // Without end.
+    let zeroes = File::open("/dev/zero").unwrap();
+    failed(with_state(0, vec![zeroes.into()], checked(0)).save_state().unwrap_err(), FileTooLarge);
+    // Never read.
+    let (_unread, writer) = std::io::pipe().unwrap();
+    failed(with_state(0, vec![writer.into()], checked(0)).load_state(&vec![0; 1 << 20]).unwrap_err(), TimedOut);
+    // Refused at first, in the end, and for a reason that is asked for.
+    let mut device = with_state(0x101, vec![], checked(0));
+    assert!(matches!(device.save_state(), Err(FrontendError::Refused { code: 0x101, .. })));
+    assert_eq!(device.status().unwrap(), Some(7), "the connection goes on");
+    let (reader, _) = std::io::pipe().unwrap();
+    let error = with_state(0, vec![reader.into()], checked(5)).save_state().unwrap_err();
+    assert!(matches!(error, FrontendError::Refused { code: 5, .. }), "{error}");
+    let (_, writer) = std::io::pipe().unwrap();
+    let error = with_state(0, vec![writer.into()], checked(5)).load_state(b"state").unwrap_err();
+    assert!(matches!(error, FrontendError::Refused { code: 5, .. }), "{error}");
+    // An fd is announced, and none comes.
+    let error = with_state(0, vec![], checked(0)).save_state().unwrap_err();
+    assert!(matches!(error, FrontendError::Breach { rule: "D1", .. }), "{error}");
+    // It dies in between.
+    let (reader, _) = std::io::pipe().unwrap();
+    let error = with_state(0, vec![reader.into()], || Answer::HangUp(vec![])).save_state().unwrap_err();
+    assert!(error.is_hang_up(), "{error}");
+}

@@ -5,14 +5,19 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
+use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
+use vhost_migrate::backend::{self, BackendError, Listener};
 use vhost_migrate::dirty::{DirtyError, DirtySource, Log, PageSet, Pagemap};
 use vhost_migrate::frontend::{UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestError, make_memory};
 use vhost_migrate::memory::{LOG_PAGE, Memory};
+use vhost_migrate::migrate::{GuestArrival, GuestMachine, Plan, Policy, migrate, receive};
+use vhost_migrate::stream::{Codec, Options, transport};
 
 const MIB: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -280,4 +285,127 @@ fn devices_can_be_controlled_while_their_back_end_crashes() {
         toggle.join().unwrap().unwrap();
     });
     guest.verify().unwrap();
+}
+
+/// A disk with a state of its own, which it may refuse to take over.
+struct Stateful {
+    disk: Disk,
+    state: Mutex<Vec<u8>>,
+    refuses: AtomicBool,
+}
+
+impl backend::Device for Stateful {
+    fn features(&self) -> u64 {
+        self.disk.features()
+    }
+
+    fn queues(&self) -> u16 {
+        self.disk.queues()
+    }
+
+    fn max_queue_size(&self) -> u16 {
+        self.disk.max_queue_size()
+    }
+
+    fn config(&self) -> Vec<u8> {
+        self.disk.config()
+    }
+
+    fn state_kind(&self) -> Option<&'static str> {
+        Some("stateful disk")
+    }
+
+    fn save_state(&self) -> Result<Vec<u8>, BackendError> {
+        Ok(self.state.lock().unwrap().clone())
+    }
+
+    fn load_state(&self, state: &[u8]) -> Result<(), BackendError> {
+        if self.refuses.load(Ordering::Relaxed) {
+            return Err(BackendError::State { why: "not here".into() });
+        }
+        *self.state.lock().unwrap() = state.to_vec();
+        Ok(())
+    }
+
+    fn queue(&self, index: u16, size: u16, features: u64) -> std::io::Result<Box<dyn backend::Queue>> {
+        self.disk.queue(index, size, features)
+    }
+}
+
+/// One of them, served by this process until it ends.
+fn stateful(folder: &Path, socket: &str, state: &[u8]) -> Arc<Stateful> {
+    let options = DiskOptions {
+        image: folder.join("disk.img"),
+        read_only: false,
+        queues: 2,
+        max_queue_size: 256,
+        serial: String::new(),
+        aio: Aio::Threads,
+        direct: false,
+        in_order: false,
+        share_rw: false,
+    };
+    let device = Stateful {
+        disk: Disk::open(options).unwrap(),
+        state: Mutex::new(state.to_vec()),
+        refuses: AtomicBool::new(false),
+    };
+    let device = Arc::new(device);
+    let listener = Listener::bind(&folder.join(socket)).unwrap();
+    let served = device.clone() as Arc<dyn backend::Device>;
+    std::thread::spawn(move || {
+        let never = nix::sys::eventfd::EventFd::new().unwrap();
+        backend::serve(&listener, &served, never.as_fd()).unwrap();
+    });
+    device
+}
+
+#[test]
+fn the_state_of_a_device_travels_with_its_guest_and_one_that_is_refused_keeps_the_guest_here() {
+    let folder = tempfile::tempdir().unwrap();
+    File::create(folder.path().join("disk.img")).unwrap().set_len(16 * MIB).unwrap();
+    let _source = stateful(folder.path(), "a", b"set by the driver");
+    let destination = stateful(folder.path(), "b", b"");
+    let connect = |name| {
+        let device = UserDevice::connect(folder.path().join(name), UserOptions::default(), Instant::now() + PATIENCE);
+        Box::new(device.unwrap()) as Box<dyn vhost_migrate::frontend::Device>
+    };
+    let mut guest = Guest::new(config()).unwrap();
+    guest.boot(vec![connect("a")]).unwrap();
+    guest.resume().unwrap();
+    let guest = Mutex::new(Some(guest));
+    for refuses in [true, false] {
+        destination.refuses.store(refuses, Ordering::Relaxed);
+        let options = || Options { deadline: Some(PATIENCE), timeout: Some(PATIENCE), ..Options::new().unwrap() };
+        let (options, theirs) = (options(), options());
+        let socket = format!("unix:{}", folder.path().join("migration").display());
+        let listener = vhost_migrate::stream::Listener::bind(&socket.parse().unwrap()).unwrap();
+        let mut arrival = GuestArrival::new(vec![folder.path().join("b")]);
+        let (left, arrived) = std::thread::scope(|scope| {
+            let arrived = scope.spawn(|| {
+                let connection = listener.accept(&theirs).unwrap();
+                receive(&mut arrival, connection, &theirs.cancel)
+            });
+            let connection = transport::connect(listener.uri(), &options).unwrap();
+            let policy = Policy { downtime: PATIENCE, max_rounds: 100 };
+            let plan = Plan { policy, codec: Codec::None };
+            let mut machine = GuestMachine::new(&guest).unwrap();
+            let left = migrate(&mut machine, connection, &plan, &options.limiter, &options.cancel, &mut |_| {});
+            (left, arrived.join().unwrap())
+        });
+        if refuses {
+            let failure = left.unwrap_err();
+            assert!(failure.source_running && failure.to_string().contains("CHECK_DEVICE_STATE"), "{failure}");
+            assert!(arrived.is_err() && arrival.into_guest().is_none());
+            run_for(guest.lock().unwrap().as_ref().unwrap(), 100);
+            assert_eq!(*destination.state.lock().unwrap(), b"");
+        } else {
+            left.unwrap();
+            arrived.unwrap();
+            assert_eq!(*destination.state.lock().unwrap(), b"set by the driver");
+            let mut guest = arrival.into_guest().unwrap();
+            run_for(&guest, 100);
+            guest.verify().unwrap();
+        }
+    }
 }

@@ -84,6 +84,30 @@ pub trait Device: Send + Sync {
     /// Forgets what the driver has set, as a reset of the device wants it. No queue runs.
     fn reset(&self) {}
 
+    /// What kind of state travels with the device, by a name that other kinds of devices don't have; `None` if all there is
+    /// to it are its rings and its configuration. With a state DEVICE_STATE is offered (rule D1), and STATUS is not.
+    fn state_kind(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// The state to travel, in a form that [`Device::load_state`] can tell the version of; at most about 16 MiB. No queue
+    /// runs. It is protected on its way: what arrives is what was saved, of this kind of device.
+    ///
+    /// # Errors
+    /// [`BackendError::State`], in words for whoever migrates; also from the default implementation.
+    fn save_state(&self) -> Result<Vec<u8>, BackendError> {
+        Err(BackendError::State { why: "this device has none".into() })
+    }
+
+    /// Takes over what [`Device::save_state`] saved elsewhere. No queue runs; the state is to be kept until they do.
+    ///
+    /// # Errors
+    /// As [`Device::save_state`]; nothing has changed then.
+    fn load_state(&self, state: &[u8]) -> Result<(), BackendError> {
+        let _ = state;
+        Err(BackendError::State { why: "this device has none".into() })
+    }
+
     /// Begins to serve a ring, in the thread that will do it, with the features that the driver accepted.
     ///
     /// # Errors

@@ -217,6 +217,12 @@ pub enum BackendError {
         /// Most bytes.
         most: u16,
     },
+    /// A device's state can't be saved or loaded.
+    #[error("the device's state is refused: {why} (rule D1)")]
+    State {
+        /// What is wrong, and what to do.
+        why: String,
+    },
     /// The kick of a ring can't be waited for.
     #[error("ring {index}: its kick is no eventfd or its other end is closed: send SET_VRING_KICK again (rule F8)")]
     Kick {

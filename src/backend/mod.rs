@@ -10,6 +10,7 @@
 //! | `channel` | what the front-end is told without having asked |
 //! | `device` | what a device author writes, and the [`Request`] it gets |
 //! | `immediate` | a queue that serves its requests as they come |
+//! | `transfer` | a device's state through a pipe |
 //! | `counters` | what is counted, for monitoring |
 //! | `blk` | a disk |
 //! | `net` | a network interface |
@@ -32,6 +33,7 @@ mod notify;
 mod server;
 mod session;
 mod tracker;
+mod transfer;
 mod worker;
 
 pub use channel::Host;

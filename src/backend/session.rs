@@ -14,11 +14,13 @@ use tracing::{debug, error, warn};
 use zerocopy::FromBytes;
 
 use super::channel::Attached;
+use super::transfer::Transfer;
 use super::{BackendError, Device, Host, Message, Notifier, Reply, counters};
 use crate::abi::vhost_user::{
-    ConfigHeader, Header, InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, Request as Code,
-    VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_CONFIG_SIZE, VHOST_USER_MAX_RAM_SLOTS_TODAY,
-    VHOST_VRING_F_LOG, VRING_IDX_MASK, VRING_NOFD_MASK, VringAddr, VringState, protocol_feature,
+    ConfigHeader, DEVICE_STATE_NOFD_MASK, Header, InflightDescription, LogDescription, MemRegMsg, MemoryHeader,
+    MemoryRegion, Request as Code, VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_CONFIG_SIZE,
+    VHOST_USER_MAX_RAM_SLOTS_TODAY, VHOST_VRING_F_LOG, VRING_IDX_MASK, VRING_NOFD_MASK, VringAddr, VringState,
+    protocol_feature,
 };
 use crate::abi::virtio::VIRTIO_F_RING_PACKED;
 use crate::abi::{bit, virtio};
@@ -154,6 +156,8 @@ pub struct Session {
     lost: Arc<AtomicU64>,
     inflight: Option<Arc<inflight::Region>>,
     rings: Vec<Ring>,
+    /// A device's state on its way.
+    transfer: Option<Transfer>,
     host: Arc<Host>,
     /// The back-end channel, if the front-end has given one.
     channel: Option<Attached>,
@@ -176,6 +180,7 @@ impl Session {
             lost: Arc::default(),
             inflight: None,
             rings,
+            transfer: None,
             host,
             channel: None,
         }
@@ -370,6 +375,13 @@ impl Session {
                 )?;
                 self.inflight = Some(Arc::new(region));
             }
+            Code::SET_DEVICE_STATE_FD if self.speaks(protocol_feature::DEVICE_STATE) => {
+                let error = answer(self.begin_transfer(&mut message));
+                return number(error | DEVICE_STATE_NOFD_MASK);
+            }
+            Code::CHECK_DEVICE_STATE if self.speaks(protocol_feature::DEVICE_STATE) => {
+                return number(answer(self.check_transfer()));
+            }
             Code::SEND_RARP | Code::NET_SET_MTU => self.device.message(code, message.body()?)?,
             Code::SET_BACKEND_REQ_FD => {
                 let socket = message.only_fd()?;
@@ -386,8 +398,13 @@ impl Session {
         self.device.features() | LOG_ALL | BIT_30
     }
 
+    /// QEMU sets the status to 0, which is a reset, whenever it stops a device; there would be no state left to save.
     fn offered_protocol(&self) -> u64 {
-        PROTOCOL_FEATURES | self.device.protocol_features()
+        let offered = PROTOCOL_FEATURES | self.device.protocol_features();
+        match self.device.state_kind() {
+            Some(_) => offered & !bit(protocol_feature::STATUS) | bit(protocol_feature::DEVICE_STATE),
+            None => offered,
+        }
     }
 
     fn set_features(&mut self, bits: u64, rings: &mut dyn Rings) -> Result<(), BackendError> {
@@ -593,6 +610,25 @@ impl Session {
         self.speaks(protocol_feature::INBAND_NOTIFICATIONS)
     }
 
+    /// SET_DEVICE_STATE_FD; a transfer that nobody asked the result of is given up.
+    fn begin_transfer(&mut self, message: &mut Message) -> Result<(), BackendError> {
+        self.transfer = None;
+        self.all_stopped(message.code)?;
+        self.transfer = Some(Transfer::begin(self.device.as_ref(), message.body()?, message.only_fd()?)?);
+        Ok(())
+    }
+
+    fn check_transfer(&mut self) -> Result<(), BackendError> {
+        let nothing = || BackendError::State { why: "SET_DEVICE_STATE_FD did not begin a transfer".into() };
+        let transfer = self.transfer.take().ok_or_else(nothing)?;
+        self.all_stopped(Code::CHECK_DEVICE_STATE)?;
+        transfer.check(self.device.as_ref())
+    }
+
+    fn all_stopped(&mut self, code: Code) -> Result<(), BackendError> {
+        (0..self.device.queues()).try_for_each(|index| self.stopped(code, index.into(), "D1").map(drop))
+    }
+
     fn is_packed(&self) -> bool {
         self.features & bit(VIRTIO_F_RING_PACKED) != 0
     }
@@ -699,6 +735,17 @@ fn acknowledged(code: Code, bits: u64, offered: u64) -> Result<u64, BackendError
         0 => Ok(bits),
         unknown => Err(BackendError::Features { code, bits, unknown }),
     }
+}
+
+/// For requests whose answer has a number that means "no".
+fn answer(done: Result<(), BackendError>) -> u64 {
+    done.map_or_else(
+        |error| {
+            error!("{error}");
+            1
+        },
+        |()| 0,
+    )
 }
 
 fn logs_used(addr: &VringAddr) -> bool {

@@ -93,6 +93,14 @@ pub enum FrontendError {
         /// Ring index.
         index: u16,
     },
+    /// The device's state did not get through its pipe.
+    #[error("can't {doing} the device's state: {source}: {}", state_advice(source))]
+    State {
+        /// "save" or "load".
+        doing: &'static str,
+        /// What happened.
+        source: io::Error,
+    },
     /// A ring, or guest memory, is not where it was said to be.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -135,5 +143,13 @@ fn advice(source: &io::Error) -> &'static str {
         io::ErrorKind::PermissionDenied => "run as the back-end's user, or change the socket's permissions",
         io::ErrorKind::InvalidInput => "socket paths have at most 107 bytes: use a shorter one",
         _ => "check the back-end",
+    }
+}
+
+fn state_advice(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::TimedOut => "the back-end hangs, or is too slow",
+        io::ErrorKind::FileTooLarge => "it sends more than 16 MiB",
+        _ => "its log may say why",
     }
 }

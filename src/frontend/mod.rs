@@ -142,6 +142,26 @@ pub trait Device: Send {
     /// The channel's errors.
     fn stop_logging(&mut self) -> Result<(), FrontendError>;
 
+    /// What the device knows beside its rings and configuration, to be loaded into its like; `None` if it keeps no such
+    /// thing. All rings must be stopped (rule D1).
+    ///
+    /// # Errors
+    /// [`FrontendError::Refused`], [`FrontendError::State`]; the channel's errors.
+    fn save_state(&mut self) -> Result<Option<Vec<u8>>, FrontendError> {
+        Ok(None)
+    }
+
+    /// Gives the device what [`save_state`](Device::save_state) said elsewhere, before any ring is started (rule D1).
+    ///
+    /// # Errors
+    /// [`FrontendError::NotOffered`], also from the default implementation; [`FrontendError::Refused`] for a state that
+    /// is not this device's or damaged, which then changes nothing; [`FrontendError::State`]; the channel's errors.
+    fn load_state(&mut self, state: &[u8]) -> Result<(), FrontendError> {
+        let _ = state;
+        let advice = "the guest's device has a state; give it a device of the same kind";
+        Err(FrontendError::NotOffered { what: "DEVICE_STATE".into(), advice })
+    }
+
     /// The log in use.
     fn log(&self) -> Option<&Arc<Log>>;
 

@@ -332,6 +332,7 @@ impl Guest {
         let Work::Paused(cpus, drivers) = &self.work else { return Err(self.order()) };
         let save = |attached: &Attached| {
             let running = GuestError::Order { is: "using its devices", advice: "stop them first" };
+            let own = attached.unit.with(|device| device.save_state())?;
             let device = attached.unit.lock();
             Ok(DeviceState {
                 features: attached.disk.features,
@@ -340,6 +341,7 @@ impl Guest {
                 block_size: (attached.disk.block * SECTOR_BYTES) as u32,
                 bases: attached.stopped.iter().copied().collect::<Option<_>>().ok_or(running)?,
                 inflight: device.inflight()?,
+                own,
                 reconnects: attached.unit.reconnects.load(Ordering::Relaxed),
                 resubmitted: attached.unit.resubmitted.load(Ordering::Relaxed),
             })
@@ -538,6 +540,7 @@ impl Guest {
             block_size: if has(VIRTIO_BLK_F_BLK_SIZE) { space.blk_size.get() } else { sector },
             bases: Vec::new(),
             inflight: None,
+            own: None,
             reconnects: 0,
             resubmitted: 0,
         };
@@ -550,6 +553,9 @@ impl Guest {
         let restored = expected.and_then(|state| state.inflight.as_ref());
         device.set_inflight(self.config.queues, self.config.queue_size, restored)?;
         device.set_memory(&self.memory)?;
+        if let Some(own) = expected.and_then(|state| state.own.as_ref()) {
+            device.load_state(own)?;
+        }
         disk(expected.unwrap_or(&now))
     }
 

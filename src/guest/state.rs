@@ -7,7 +7,7 @@ use crate::frontend::InflightState;
 use crate::ring::{self, RingBase};
 
 /// The version of [`GuestState`] that this code writes, and the only one it reads.
-pub const STATE_VERSION: u32 = 2;
+pub const STATE_VERSION: u32 = 3;
 
 /// A guest without its memory and disks.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -115,6 +115,8 @@ pub struct DeviceState {
     pub bases: Vec<RingBase>,
     /// Its inflight region.
     pub inflight: Option<InflightState>,
+    /// What the device itself has saved, if it has a state of its own (rule D1).
+    pub own: Option<Vec<u8>>,
     /// How often its back-end was connected to again, in the guest's whole life.
     pub reconnects: u64,
     /// Requests that restarted back-ends found in flight, in the guest's whole life.

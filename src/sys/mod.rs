@@ -1,5 +1,6 @@
-//! The corner for system calls that the safe wrappers in use don't cover and that several rooms need: fd passing, and
-//! listening at a path. Each is behind a safe function.
+//! The corner for system calls that the safe wrappers in use don't cover and that several rooms need: fd passing,
+//! listening at a path, all that comes through a pipe. Each is behind a safe function.
 
 pub(crate) mod listen;
+pub(crate) mod pipe;
 pub(crate) mod socket;

@@ -188,7 +188,8 @@ impl Ring {
 /// Connects far enough for rings to be set up: protocol features, owner, features, memory.
 pub(crate) fn begin(client: &Client, guest: &Guest, features: u64) {
     client.tell(Code::SET_OWNER, &[0u8; 0]);
-    client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
+    // A device with a state has no STATUS.
+    client.tell(Code::SET_PROTOCOL_FEATURES, &(PROTOCOL & client.ask_number(Code::GET_PROTOCOL_FEATURES)));
     client.done(Code::SET_FEATURES, &features, &[]);
     guest.send_table(client);
 }

@@ -12,3 +12,4 @@ mod net;
 mod raw;
 mod rules;
 mod server;
+mod state;

@@ -9,6 +9,7 @@
 
 mod backend;
 mod check;
+mod device_state;
 mod guest_free;
 mod hugetlb;
 mod initramfs;

@@ -38,6 +38,11 @@ impl Qemu {
         Qemu::start(lab, name, &(guest_free_arguments(lab, name, socket, disk) + " -S -incoming defer"))
     }
 
+    /// A machine like these with other devices, or whatever else the arguments say.
+    pub(crate) fn guest_free_with(lab: &Lab, name: &str, devices: &str) -> Qemu {
+        Qemu::start(lab, name, &machine_arguments(lab, name, devices))
+    }
+
     /// Starts QEMU with `arguments` and greets it on its QMP socket.
     pub(crate) fn start(lab: &Lab, name: &str, arguments: &str) -> Qemu {
         let socket = lab.file(&format!("{name}.qmp"));
@@ -108,18 +113,25 @@ pub(crate) fn map_ram(lab: &Lab, name: &str) -> Ram {
 
 fn guest_free_arguments(lab: &Lab, name: &str, socket: &Path, disk: Disk) -> String {
     let Disk { queues, queue_size } = disk;
+    let disk = format!(
+        "-chardev socket,id=vu,path={},reconnect-ms=100 \
+         -device vhost-user-blk-pci,chardev=vu,addr=3,num-queues={queues},queue-size={queue_size}",
+        socket.display(),
+    );
+    machine_arguments(lab, name, &disk)
+}
+
+fn machine_arguments(lab: &Lab, name: &str, devices: &str) -> String {
     let firmware = lab.file("halt.bin");
     fs::write(&firmware, halting_firmware()).unwrap();
     format!(
         "-bios {} -machine q35,memory-backend=ram -m {}M \
          -object memory-backend-file,id=ram,size={SIZE},mem-path={},share=on \
-         -chardev socket,id=vu,path={},reconnect-ms=100 \
-         -device vhost-user-blk-pci,chardev=vu,addr=3,num-queues={queues},queue-size={queue_size} \
+         {devices} \
          -qtest unix:{},server=on,wait=off -qtest-log /dev/null",
         firmware.display(),
         SIZE >> 20,
         lab.memory(name).display(),
-        socket.display(),
         lab.file(&format!("{name}.qtest")).display(),
     )
 }

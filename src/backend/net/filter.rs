@@ -4,7 +4,7 @@
 pub type Mac = [u8; 6];
 
 /// Most addresses of each kind; a driver with more gets all frames of that kind, and has to look for itself.
-const MAX_ADDRESSES: usize = 64;
+pub(super) const MAX_ADDRESSES: usize = 64;
 const BROADCAST: Mac = [0xff; 6];
 
 /// The modes and addresses in force.
@@ -24,8 +24,10 @@ pub(super) struct Filter {
     pub(super) no_unicast: bool,
     /// No broadcast.
     pub(super) no_broadcast: bool,
-    unicast: Addresses,
-    multicast: Addresses,
+    /// Other unicast addresses.
+    pub(super) unicast: Addresses,
+    /// Multicast addresses.
+    pub(super) multicast: Addresses,
 }
 
 /// A table of addresses that are wanted.

@@ -5,6 +5,7 @@
 //! | `wire` | what packets travel on, and which queue hears what |
 //! | `receive`, `transmit`, `control` | the queues |
 //! | `filter` | which received packets the driver wants |
+//! | `saved` | what the driver has set, as it travels |
 //! | `tap`, `pair` | what can be at the other end: the host's network, or another such process |
 //!
 //! Here: what is offered, configuration space, announcing. Nothing is offloaded: checksums and segments are the driver's.
@@ -14,6 +15,7 @@ mod control;
 mod filter;
 mod pair;
 mod receive;
+mod saved;
 mod tap;
 mod transmit;
 mod wire;
@@ -293,6 +295,20 @@ impl Device for Net {
             Code::NET_SET_MTU => self.check_mtu(number),
             _ => Err(BackendError::Unsupported { code }),
         }
+    }
+
+    fn state_kind(&self) -> Option<&'static str> {
+        Some("virtio-net")
+    }
+
+    fn save_state(&self) -> Result<Vec<u8>, BackendError> {
+        saved::save(&self.hub.state(), self.options.mtu)
+    }
+
+    fn load_state(&self, state: &[u8]) -> Result<(), BackendError> {
+        let (filter, pairs, announce) = saved::load(state, self.options.pairs, self.options.mtu)?;
+        self.hub.change(|state| (state.filter, state.pairs, state.announce) = (filter, pairs, announce));
+        Ok(())
     }
 
     fn reset(&self) {

@@ -6,6 +6,7 @@
 
 mod channel;
 mod inflight;
+mod state;
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -40,7 +41,7 @@ const SET_LOG_BASE: Request = Request::SET_LOG_BASE;
 pub struct UserOptions {
     /// Longest wait for an answer.
     pub timeout: Duration,
-    /// Longest wait for GET_VRING_BASE, which drains a ring.
+    /// Longest wait for GET_VRING_BASE, which drains a ring, and for a device's state.
     pub stop_timeout: Duration,
     /// Protocol features that may be used (bits of [`protocol_feature`]), of those that are offered.
     pub protocol_features: u64,
@@ -52,9 +53,18 @@ impl Default for UserOptions {
         UserOptions {
             timeout: Duration::from_secs(10),
             stop_timeout: Duration::from_secs(60),
-            protocol_features: [MQ, LOG_SHMFD, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, CONFIGURE_MEM_SLOTS, STATUS]
-                .into_iter()
-                .fold(0, |all, number| all | bit(number)),
+            protocol_features: [
+                MQ,
+                LOG_SHMFD,
+                REPLY_ACK,
+                CONFIG,
+                INFLIGHT_SHMFD,
+                CONFIGURE_MEM_SLOTS,
+                STATUS,
+                DEVICE_STATE,
+            ]
+            .into_iter()
+            .fold(0, |all, number| all | bit(number)),
         }
     }
 }
@@ -71,6 +81,8 @@ pub struct UserDevice {
     rings: BTreeMap<u16, RingSetup>,
     log: Option<(Arc<Log>, OwnedFd)>,
     status: u8,
+    /// The state that was loaded, until a ring has started.
+    loaded: Option<Vec<u8>>,
 }
 
 /// What a back-end says when it is greeted.
@@ -107,6 +119,7 @@ impl UserDevice {
             rings: BTreeMap::new(),
             log: None,
             status: 0,
+            loaded: None,
         })
     }
 
@@ -256,6 +269,9 @@ impl UserDevice {
         if !self.memory.regions().is_empty() {
             self.post_memory(&Memory::default())?;
         }
+        if let Some(state) = &self.loaded {
+            state::load(&mut self.channel, self.options.stop_timeout, state)?;
+        }
         for (&index, setup) in &rings {
             let base = self.base_after_crash(index, setup)?;
             self.post_ring(index, setup, base)?;
@@ -397,6 +413,8 @@ impl Device for UserDevice {
         self.post_enable(index, true)?;
         self.channel.settle()?;
         self.rings.insert(index, setup);
+        // The back-end may change it from now on.
+        self.loaded = None;
         Ok(())
     }
 
@@ -440,6 +458,21 @@ impl Device for UserDevice {
             Some(_) => self.switch_logging(),
             None => Ok(()),
         }
+    }
+
+    fn save_state(&mut self) -> Result<Option<Vec<u8>>, FrontendError> {
+        if !self.has(protocol_feature::DEVICE_STATE) {
+            return Ok(None);
+        }
+        state::save(&mut self.channel, self.options.stop_timeout).map(Some)
+    }
+
+    fn load_state(&mut self, state: &[u8]) -> Result<(), FrontendError> {
+        let advice = "the guest's device has a state; use a back-end of the same kind";
+        self.need(protocol_feature::DEVICE_STATE, "DEVICE_STATE", advice)?;
+        state::load(&mut self.channel, self.options.stop_timeout, state)?;
+        self.loaded = Some(state.to_vec());
+        Ok(())
     }
 
     fn log(&self) -> Option<&Arc<Log>> {

@@ -1,0 +1,178 @@
+//! A device's state on its way through a pipe (rule D1), and what protects it there.
+//!
+//! A transfer has a thread of its own: however slow the pipe, the connection goes on. The thread only moves bytes; the
+//! device is asked and told by the connection's own thread, and told only what has arrived whole.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use crossbeam::channel::{Receiver, bounded};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use serde::{Deserialize, Serialize};
+use twox_hash::XxHash3_64;
+
+use super::{BackendError, Device};
+use crate::abi::vhost_user::{
+    DEVICE_STATE_LOAD, DEVICE_STATE_PHASE_STOPPED, DEVICE_STATE_SAVE, DeviceStateTransfer, Request as Code,
+};
+use crate::stream::record::{self, Bytes};
+use crate::sys::pipe::{MAX_STATE, Until, read_all, write_all};
+
+/// How long CHECK_DEVICE_STATE waits for the end of a transfer that its sender must have ended before.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Version of [`Envelope`].
+const VERSION: u16 = 1;
+const HASH_BYTES: usize = size_of::<u64>();
+
+/// What goes through the pipe, as a record; then, in every version, the xxh3-64 of all that is before it.
+#[derive(Serialize, Deserialize)]
+struct Envelope {
+    /// What kind of device it is of.
+    kind: String,
+    /// What [`Device::save_state`] said.
+    state: Bytes,
+}
+
+/// A transfer under way, or one whose result nobody has asked for. Dropping it ends it.
+pub(super) struct Transfer {
+    load: bool,
+    result: Receiver<io::Result<Vec<u8>>>,
+    stop: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Transfer {
+    /// Begins what SET_DEVICE_STATE_FD asks for. What is saved is the state as it is now.
+    ///
+    /// # Errors
+    /// [`BackendError::State`], and what the device or the system says.
+    pub(super) fn begin(
+        device: &dyn Device,
+        transfer: DeviceStateTransfer,
+        pipe: OwnedFd,
+    ) -> Result<Transfer, BackendError> {
+        let kind = kind(device)?;
+        let DeviceStateTransfer { direction, phase } = transfer;
+        if phase != DEVICE_STATE_PHASE_STOPPED {
+            return Err(refused(format!("phase {phase} is not known, only 0 (stopped)")));
+        }
+        let bytes = match direction {
+            DEVICE_STATE_SAVE => Some(seal(kind, device.save_state()?)?),
+            DEVICE_STATE_LOAD => None,
+            _ => return Err(refused(format!("direction {direction} is neither save (0) nor load (1)"))),
+        };
+        let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(BackendError::system("make an eventfd"))?;
+        let (stop, (sender, result)) = (Arc::new(stop), bounded(1));
+        let (load, stopped) = (bytes.is_none(), stop.clone());
+        let carry = move || {
+            let until = Until::Stop(stopped.as_fd());
+            let moved = match bytes {
+                Some(bytes) => write_all(pipe.as_fd(), &bytes, &until).map(|()| Vec::new()),
+                None => read_all(pipe.as_fd(), &until),
+            };
+            // The end of the pipe is what the other side waits for.
+            drop(pipe);
+            let _ = sender.send(moved);
+        };
+        let thread = thread::Builder::new().name("device state".into()).spawn(carry);
+        let thread = thread.map_err(BackendError::system("start a thread"))?;
+        Ok(Transfer { load, result, stop, thread: Some(thread) })
+    }
+
+    /// Ends it; a state that was loaded is the device's from here on, or, after an error, nothing has changed.
+    ///
+    /// # Errors
+    /// [`BackendError::State`] for what did not go through or is not whole, and what the device says.
+    pub(super) fn check(self, device: &dyn Device) -> Result<(), BackendError> {
+        let moved = self.result.recv_timeout(PATIENCE);
+        let moved = moved.map_err(|_| refused("its transfer is not over: close the pipe before you ask".into()))?;
+        let bytes = moved.map_err(|error| refused(format!("the transfer failed: {error}")))?;
+        if self.load { device.load_state(&open(kind(device)?, &bytes)?) } else { Ok(()) }
+    }
+}
+
+impl Drop for Transfer {
+    fn drop(&mut self) {
+        let _ = self.stop.write(1);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn refused(why: String) -> BackendError {
+    BackendError::State { why }
+}
+
+fn kind(device: &dyn Device) -> Result<&'static str, BackendError> {
+    device.state_kind().ok_or(BackendError::Unsupported { code: Code::SET_DEVICE_STATE_FD })
+}
+
+fn seal(kind: &str, state: Vec<u8>) -> Result<Vec<u8>, BackendError> {
+    let envelope = Envelope { kind: kind.into(), state: Bytes(state) };
+    let mut bytes = record::encode(VERSION, &envelope).map_err(|error| refused(error.to_string()))?;
+    bytes.extend(XxHash3_64::oneshot(&bytes).to_le_bytes());
+    match bytes.len() {
+        ..=MAX_STATE => Ok(bytes),
+        len => Err(refused(format!("it has {len} bytes, and at most {MAX_STATE} travel"))),
+    }
+}
+
+fn open(kind: &str, bytes: &[u8]) -> Result<Vec<u8>, BackendError> {
+    let Some((record, hash)) = bytes.split_last_chunk::<HASH_BYTES>() else {
+        return Err(refused(format!("{} bytes came, which is none", bytes.len())));
+    };
+    if XxHash3_64::oneshot(record) != u64::from_le_bytes(*hash) {
+        return Err(refused("it was cut short or changed on its way".into()));
+    }
+    let envelope = record::decode::<Envelope>("device state", VERSION, record, MAX_STATE);
+    let Envelope { kind: theirs, state } = envelope.map_err(|error| refused(error.to_string()))?;
+    match theirs == kind {
+        true => Ok(state.0),
+        false => Err(refused(format!("it is of {theirs:?}, and this is {kind:?}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_arrives_as_it_was_and_nothing_else_does() {
+        let state: Vec<u8> = (0..200).collect();
+        let bytes = seal("net", state.clone()).unwrap();
+        assert_eq!(open("net", &bytes).unwrap(), state);
+        let why = |kind, bytes: &[u8]| open(kind, bytes).unwrap_err().to_string();
+        assert!(why("disk", &bytes).contains("it is of \"net\", and this is \"disk\""));
+        for end in 0..bytes.len() {
+            why("net", &bytes[..end]);
+        }
+        for bit in 0..bytes.len() * 8 {
+            let mut bytes = bytes.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            why("net", &bytes);
+        }
+        why("net", &[&bytes[..], &[0]].concat());
+    }
+
+    #[test]
+    fn a_state_of_another_version_says_whom_to_update() {
+        let mut bytes = seal("net", vec![1]).unwrap();
+        bytes.truncate(bytes.len() - HASH_BYTES);
+        bytes[0] = 2;
+        bytes.extend(XxHash3_64::oneshot(&bytes).to_le_bytes());
+        let why = open("net", &bytes).unwrap_err().to_string();
+        assert!(why.contains("device state version 2 came") && why.contains("update this program"), "{why}");
+    }
+
+    #[test]
+    fn a_state_that_is_too_large_is_not_sent() {
+        assert!(seal("net", vec![0; MAX_STATE - 64]).is_ok());
+        assert!(seal("net", vec![0; MAX_STATE]).is_err());
+    }
+}

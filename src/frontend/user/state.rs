@@ -1,0 +1,75 @@
+//! A device's state, through a pipe to and from the back-end (rule D1).
+#![forbid(unsafe_code)]
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::OFlag;
+use nix::unistd::pipe2;
+use zerocopy::IntoBytes;
+
+use super::super::FrontendError;
+use super::channel::Channel;
+use crate::abi::vhost_user::{
+    DEVICE_STATE_ERROR_MASK, DEVICE_STATE_LOAD, DEVICE_STATE_NOFD_MASK, DEVICE_STATE_PHASE_STOPPED, DEVICE_STATE_SAVE,
+    DeviceStateTransfer, Request,
+};
+use crate::sys::pipe::{Until, read_all, write_all};
+
+/// Reads what the back-end writes, for at most `patience`.
+pub(super) fn save(channel: &mut Channel, patience: Duration) -> Result<Vec<u8>, FrontendError> {
+    let (reader, writer) = pipe()?;
+    let own = begin(channel, DEVICE_STATE_SAVE, writer)?.unwrap_or(reader);
+    let state = read_all(own.as_fd(), &Until::Deadline(Instant::now() + patience));
+    let state = state.map_err(|source| FrontendError::State { doing: "save", source })?;
+    drop(own);
+    check(channel, patience)?;
+    Ok(state)
+}
+
+/// Writes what the back-end reads, for at most `patience`.
+pub(super) fn load(channel: &mut Channel, patience: Duration, state: &[u8]) -> Result<(), FrontendError> {
+    let (reader, writer) = pipe()?;
+    let own = begin(channel, DEVICE_STATE_LOAD, reader)?.unwrap_or(writer);
+    let written = write_all(own.as_fd(), state, &Until::Deadline(Instant::now() + patience));
+    drop(own);
+    match written {
+        // A back-end that reads no further knows why.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
+            check(channel, patience)?;
+            Err(FrontendError::State { doing: "load", source: error })
+        }
+        Err(source) => Err(FrontendError::State { doing: "load", source }),
+        Ok(()) => check(channel, patience),
+    }
+}
+
+/// Hands over `theirs`; the fd to use instead of its other end, if the back-end wants that.
+fn begin(channel: &mut Channel, direction: u32, theirs: OwnedFd) -> Result<Option<OwnedFd>, FrontendError> {
+    let request = Request::SET_DEVICE_STATE_FD;
+    let transfer = DeviceStateTransfer { direction, phase: DEVICE_STATE_PHASE_STOPPED };
+    let mut reply = channel.ask(request, transfer.as_bytes(), &[theirs.as_fd()])?;
+    let code: u64 = reply.read("D1").inspect_err(|_| channel.close())?;
+    if code & DEVICE_STATE_ERROR_MASK != 0 {
+        return Err(FrontendError::Refused { request, code });
+    }
+    if code & DEVICE_STATE_NOFD_MASK != 0 {
+        return Ok(None);
+    }
+    let breach = || FrontendError::Breach { request, what: "it announces an fd and sends none".into(), rule: "D1" };
+    reply.fds.pop().ok_or_else(breach).map(Some).inspect_err(|_| channel.close())
+}
+
+/// Asks how the transfer went.
+fn check(channel: &mut Channel, patience: Duration) -> Result<(), FrontendError> {
+    let request = Request::CHECK_DEVICE_STATE;
+    let reply = channel.ask_within(patience, request, &[], &[])?;
+    match reply.read("D1").inspect_err(|_| channel.close())? {
+        0 => Ok(()),
+        code => Err(FrontendError::Refused { request, code }),
+    }
+}
+
+fn pipe() -> Result<(OwnedFd, OwnedFd), FrontendError> {
+    pipe2(OFlag::O_CLOEXEC).map_err(FrontendError::system("make a pipe"))
+}

@@ -1,0 +1,92 @@
+//! All that goes through a pipe, within bounds: the other end can neither take memory without end nor, as long as
+//! somebody can say when to stop, time.
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::time::Instant;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::{read, write};
+
+/// Most bytes of a device's state.
+pub(crate) const MAX_STATE: usize = 16 << 20;
+
+/// When to give up.
+pub(crate) enum Until<'a> {
+    /// At this moment.
+    Deadline(Instant),
+    /// As soon as this fd is readable.
+    Stop(BorrowedFd<'a>),
+}
+
+/// Reads to the end.
+///
+/// # Errors
+/// `FileTooLarge` for more than [`MAX_STATE`] bytes, `TimedOut` when it was time to give up, and what the system says.
+pub(crate) fn read_all(pipe: BorrowedFd<'_>, until: &Until<'_>) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let mut chunk = vec![0; 64 << 10];
+    never_block(pipe)?;
+    loop {
+        match read(pipe, &mut chunk) {
+            Ok(0) => return Ok(bytes),
+            Ok(count) if bytes.len() + count > MAX_STATE => return Err(io::ErrorKind::FileTooLarge.into()),
+            Ok(count) => bytes.extend(chunk.get(..count).unwrap_or_default()),
+            Err(Errno::EAGAIN) => until.wait(pipe, PollFlags::POLLIN)?,
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// Writes all of `bytes`.
+///
+/// # Errors
+/// `BrokenPipe` when nobody reads any more, `TimedOut` when it was time to give up, and what the system says.
+pub(crate) fn write_all(pipe: BorrowedFd<'_>, bytes: &[u8], until: &Until<'_>) -> io::Result<()> {
+    let mut rest = bytes;
+    never_block(pipe)?;
+    while !rest.is_empty() {
+        match write(pipe, rest) {
+            Ok(count) => rest = rest.get(count..).unwrap_or_default(),
+            Err(Errno::EAGAIN) => until.wait(pipe, PollFlags::POLLOUT)?,
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
+}
+
+fn never_block(pipe: BorrowedFd<'_>) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(pipe, FcntlArg::F_GETFL)?);
+    fcntl(pipe, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok(())
+}
+
+impl Until<'_> {
+    fn wait(&self, pipe: BorrowedFd<'_>, flags: PollFlags) -> io::Result<()> {
+        let pipe = PollFd::new(pipe, flags);
+        let over = match self {
+            Until::Stop(stop) => {
+                let mut fds = [PollFd::new(*stop, PollFlags::POLLIN), pipe];
+                let polled = poll(&mut fds, PollTimeout::NONE);
+                retried(polled)?;
+                fds[0].any() == Some(true)
+            }
+            Until::Deadline(deadline) => {
+                let left = deadline.saturating_duration_since(Instant::now()).as_millis() + 1;
+                retried(poll(&mut [pipe], u16::try_from(left).unwrap_or(u16::MAX)))?;
+                Instant::now() >= *deadline
+            }
+        };
+        if over { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
+    }
+}
+
+/// An interrupted wait is one after which there is nothing yet.
+fn retried(polled: nix::Result<i32>) -> nix::Result<i32> {
+    if polled == Err(Errno::EINTR) { Ok(0) } else { polled }
+}

@@ -1,0 +1,289 @@
+//! The state of a device on its way to another, by hand and by the front-end of this project (rule D1).
+
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::vhost_user::{
+    CONFIG_TYPE_MIGRATION, ConfigHeader, DEVICE_STATE_LOAD, DEVICE_STATE_SAVE, DeviceStateTransfer, Request as Code,
+    VringState, protocol_feature,
+};
+use vhost_migrate::backend::net::{Net, NetOptions, Peer};
+use vhost_migrate::backend::{BackendError, Device, Queue};
+use vhost_migrate::frontend::{Device as _, FrontendError, UserDevice, UserOptions};
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::drain::Held;
+use crate::guest::{BASIC, Guest, Ring, begin};
+use crate::raw::{Client, DEADLINE, VERSION};
+use crate::server::Server;
+
+const NO_FD: u64 = 0x100;
+const REFUSED: u64 = 0x101;
+
+/// A device that has nothing but a state.
+struct Keeper {
+    kind: &'static str,
+    state: Mutex<Vec<u8>>,
+    rings: Arc<Held>,
+}
+
+impl Keeper {
+    fn new(kind: &'static str, state: &[u8]) -> Arc<Keeper> {
+        Arc::new(Keeper { kind, state: Mutex::new(state.to_vec()), rings: Held::new().0 })
+    }
+
+    fn state(&self) -> Vec<u8> {
+        self.state.lock().unwrap().clone()
+    }
+}
+
+impl Device for Keeper {
+    fn features(&self) -> u64 {
+        self.rings.features()
+    }
+
+    fn queues(&self) -> u16 {
+        self.rings.queues()
+    }
+
+    fn max_queue_size(&self) -> u16 {
+        self.rings.max_queue_size()
+    }
+
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn state_kind(&self) -> Option<&'static str> {
+        Some(self.kind)
+    }
+
+    fn save_state(&self) -> Result<Vec<u8>, BackendError> {
+        Ok(self.state())
+    }
+
+    fn load_state(&self, state: &[u8]) -> Result<(), BackendError> {
+        if state == b"poison" {
+            return Err(BackendError::State { why: "this one is bad".into() });
+        }
+        *self.state.lock().unwrap() = state.to_vec();
+        Ok(())
+    }
+
+    fn reset(&self) {
+        self.state.lock().unwrap().clear();
+    }
+
+    fn queue(&self, index: u16, size: u16, features: u64) -> std::io::Result<Box<dyn Queue>> {
+        self.rings.queue(index, size, features)
+    }
+}
+
+/// A front-end that has agreed on everything that is offered.
+fn greeted(server: &Server) -> Client {
+    let client = server.connect();
+    client.tell(Code::SET_PROTOCOL_FEATURES, &client.ask_number(Code::GET_PROTOCOL_FEATURES));
+    client.done(Code::SET_FEATURES, &BASIC, &[]);
+    client
+}
+
+fn transfer(client: &Client, direction: u32, phase: u32, fd: BorrowedFd<'_>) -> u64 {
+    let body = DeviceStateTransfer { direction, phase };
+    client.send(Code::SET_DEVICE_STATE_FD, VERSION, body.as_bytes(), &[fd]);
+    u64::read_from_bytes(&client.reply(Code::SET_DEVICE_STATE_FD)).unwrap()
+}
+
+fn save(client: &Client) -> Vec<u8> {
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    assert_eq!(transfer(client, DEVICE_STATE_SAVE, 0, writer.as_fd()), NO_FD);
+    drop(writer);
+    let mut state = Vec::new();
+    reader.read_to_end(&mut state).unwrap();
+    assert_eq!(client.ask_number(Code::CHECK_DEVICE_STATE), 0);
+    state
+}
+
+/// What CHECK_DEVICE_STATE says to these bytes.
+fn load(client: &Client, bytes: &[u8]) -> u64 {
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    assert_eq!(transfer(client, DEVICE_STATE_LOAD, 0, reader.as_fd()), NO_FD);
+    drop(reader);
+    // It reads no further than it has to.
+    let _ = writer.write_all(bytes);
+    drop(writer);
+    client.ask_number(Code::CHECK_DEVICE_STATE)
+}
+
+fn driver(server: &Server) -> UserDevice {
+    let path: PathBuf = server.folder.path().join("socket");
+    UserDevice::connect(path, UserOptions::default(), Instant::now() + DEADLINE).unwrap()
+}
+
+#[test]
+fn a_state_larger_than_any_pipe_arrives_as_it_was() {
+    let state: Vec<u8> = (0..3 << 20).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let (from, to) = (Keeper::new("keeper", &state), Keeper::new("keeper", b"other"));
+    let (source, destination) = (Server::new(from), Server::new(to.clone()));
+    let saved = driver(&source).save_state().unwrap().unwrap();
+    driver(&destination).load_state(&saved).unwrap();
+    assert!(to.state() == state);
+    // And through plain messages, from a device that never had a ring.
+    assert_eq!(save(&greeted(&destination)), saved);
+}
+
+#[test]
+fn whatever_is_not_whole_or_not_for_this_device_is_refused_and_changes_nothing() {
+    let device = Keeper::new("keeper", b"as it was");
+    let server = Server::new(device.clone());
+    let client = greeted(&server);
+    let good = save(&client);
+    let other = Server::new(Keeper::new("another", b"state"));
+    let mut bad = vec![vec![], save(&greeted(&other)), vec![0; 17 << 20], [&good[..], &[0]].concat()];
+    bad.extend((0..good.len()).map(|end| good[..end].to_vec()));
+    bad.extend((0..good.len()).map(|at| {
+        let mut bytes = good.clone();
+        bytes[at] ^= 0x10;
+        bytes
+    }));
+    let poisoned = Server::new(Keeper::new("keeper", b"poison"));
+    bad.push(save(&greeted(&poisoned)));
+    device.reset();
+    for bytes in bad {
+        assert_eq!(load(&client, &bytes), 1, "{} bytes", bytes.len());
+        assert_eq!(device.state(), b"");
+    }
+    assert_eq!(client.ask_number(Code::CHECK_DEVICE_STATE), 1, "each transfer is asked about once");
+    assert_eq!(load(&client, &good), 0);
+    assert_eq!(device.state(), b"as it was");
+}
+
+#[test]
+fn only_a_device_whose_rings_are_stopped_has_a_state_to_give_or_take() {
+    let device = Keeper::new("keeper", b"as it was");
+    let (server, guest) = (Server::new(device.clone()), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, BASIC);
+    client.tell(Code::SET_PROTOCOL_FEATURES, &client.ask_number(Code::GET_PROTOCOL_FEATURES));
+    let good = save(&client);
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    assert_eq!(transfer(&client, DEVICE_STATE_LOAD, 0, reader.as_fd()), NO_FD);
+    let ring = Ring::new(&guest, 0, 256, BASIC);
+    ring.set_up(&client, &guest, 0);
+    ring.enable(&client, true);
+    writer.write_all(&good).unwrap();
+    drop(writer);
+    assert_eq!(client.ask_number(Code::CHECK_DEVICE_STATE), 1, "it runs by now");
+    for direction in [DEVICE_STATE_SAVE, DEVICE_STATE_LOAD] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let fd = if direction == DEVICE_STATE_SAVE { writer.as_fd() } else { reader.as_fd() };
+        assert_eq!(transfer(&client, direction, 0, fd), REFUSED);
+    }
+    client.ring_base(0);
+    assert_eq!(save(&client), good);
+    for (direction, phase) in [(DEVICE_STATE_SAVE, 1), (2, 0)] {
+        assert_eq!(transfer(&client, direction, phase, reader.as_fd()), REFUSED);
+    }
+    assert_eq!(device.state(), b"as it was");
+}
+
+#[test]
+fn a_pipe_that_nobody_empties_or_fills_holds_nothing_up() {
+    let device = Keeper::new("keeper", &vec![7; 1 << 20]);
+    let (server, guest) = (Server::new(device.clone()), Guest::new());
+    let (reader, writer) = std::io::pipe().unwrap();
+    for _ in 0..3 {
+        let client = greeted(&server);
+        assert_eq!(transfer(&client, DEVICE_STATE_SAVE, 0, writer.as_fd()), NO_FD);
+        client.barrier();
+        guest.send_table(&client);
+        // Another transfer takes its place.
+        assert_eq!(transfer(&client, DEVICE_STATE_LOAD, 0, reader.as_fd()), NO_FD);
+        client.barrier();
+        // And the end of the connection ends it.
+    }
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let client = greeted(&server);
+    assert_eq!(transfer(&client, DEVICE_STATE_SAVE, 0, theirs.as_fd()), NO_FD);
+    drop((ours, theirs));
+    assert_eq!(client.ask_number(Code::CHECK_DEVICE_STATE), 1, "nobody has read it");
+    assert_eq!(load(&client, &save(&client)), 0);
+}
+
+#[test]
+fn a_device_without_a_state_offers_none() {
+    let server = Server::new(Held::new().0);
+    let client = greeted(&server);
+    assert_eq!(client.ask_number(Code::GET_PROTOCOL_FEATURES) & bit(protocol_feature::DEVICE_STATE), 0);
+    let (_, writer) = std::io::pipe().unwrap();
+    let body = DeviceStateTransfer { direction: DEVICE_STATE_SAVE, phase: 0 };
+    assert_eq!(client.acknowledged(Code::SET_DEVICE_STATE_FD, body.as_bytes(), &[writer.as_fd()]), 1);
+    drop(client);
+    assert_eq!(driver(&server).save_state().unwrap(), None);
+    let error = driver(&server).load_state(&[]).unwrap_err();
+    assert!(matches!(error, FrontendError::NotOffered { .. }), "{error}");
+}
+
+#[test]
+fn a_refused_state_is_said_to_be_refused() {
+    let server = Server::new(Keeper::new("keeper", b""));
+    let mut device = driver(&server);
+    for bytes in [vec![], vec![0; 17 << 20]] {
+        let error = device.load_state(&bytes).unwrap_err();
+        let request = Code::CHECK_DEVICE_STATE;
+        assert!(matches!(error, FrontendError::Refused { request: asked, .. } if asked == request), "{error}");
+    }
+    device.save_state().unwrap().unwrap();
+}
+
+/// A front-end that connects again before it has started a ring loads the state again.
+#[test]
+fn a_loaded_state_outlives_its_back_end_until_a_ring_starts() {
+    let saved = driver(&Server::new(Keeper::new("keeper", b"of the guest"))).save_state().unwrap().unwrap();
+    let first = Server::new(Keeper::new("keeper", b""));
+    let mut device = driver(&first);
+    device.load_state(&saved).unwrap();
+    let successor = Keeper::new("keeper", b"");
+    let folder = {
+        let mut first = first;
+        first.end();
+        std::mem::replace(&mut first.folder, tempfile::tempdir().unwrap())
+    };
+    let _second = Server::at(folder, successor.clone());
+    device.reconnect(Instant::now() + DEADLINE).unwrap();
+    assert_eq!(successor.state(), b"of the guest");
+}
+
+#[test]
+fn what_a_driver_has_set_on_its_interface_arrives_and_stays_until_it_is_reset() {
+    let net = |mtu| {
+        let options = NetOptions { peer: Peer::Loopback, pairs: 1, max_queue_size: 256, mac: [2, 0, 0, 0, 0, 1], mtu };
+        let device = Arc::new(Net::open(options).unwrap());
+        (device.clone(), Server::new(device))
+    };
+    let mac = [2, 0, 0, 0, 0, 9];
+    let (_source, source_server) = net(None);
+    let client = greeted(&source_server);
+    let header = ConfigHeader { offset: 0, size: 6, flags: CONFIG_TYPE_MIGRATION };
+    assert_eq!(client.acknowledged(Code::SET_CONFIG, &[header.as_bytes(), &mac].concat(), &[]), 0);
+    let state = save(&client);
+    let (_other, other_server) = net(Some(1400));
+    assert_eq!(load(&greeted(&other_server), &state), 1, "the driver was not told this MTU");
+    let (destination, server) = net(None);
+    assert_eq!(load(&greeted(&server), &state), 0);
+    let guest = Guest::new();
+    let client = server.connect();
+    begin(&client, &guest, BASIC);
+    let ring = Ring::new(&guest, 0, 256, BASIC);
+    ring.set_up(&client, &guest, 0);
+    ring.enable(&client, true);
+    client.tell(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
+    client.ring_base_reply(0);
+    assert_eq!(destination.config()[..6], mac);
+    client.done(Code::RESET_DEVICE, &[0u8; 0], &[]);
+    assert_ne!(destination.config()[..6], mac);
+}
