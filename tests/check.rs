@@ -221,6 +221,7 @@ fn image(folder: &Path) -> DiskOptions {
         aio: Aio::IoUring,
         direct: false,
         in_order: false,
+        inflight_migration: false,
         share_rw: false,
     }
 }

@@ -343,6 +343,7 @@ fn stateful(folder: &Path, socket: &str, state: &[u8]) -> Arc<Stateful> {
         aio: Aio::Threads,
         direct: false,
         in_order: false,
+        inflight_migration: false,
         share_rw: false,
     };
     let device = Stateful {

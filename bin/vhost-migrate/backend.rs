@@ -76,6 +76,10 @@ struct Blk {
     /// Offer drivers to complete their requests in order; a slow one then holds up those after it
     #[arg(long)]
     in_order: bool,
+    /// Offer front-ends to stop queues without waiting for the disk: what is in flight then moves with the inflight region
+    /// and is served by the destination. The protocol's numbers for it may still change
+    #[arg(long)]
+    inflight_migration: bool,
     /// Let other processes write the image at the same time, as cluster file systems want it
     #[arg(long)]
     share_rw: bool,
@@ -125,6 +129,7 @@ impl Blk {
             },
             direct: self.direct,
             in_order: self.in_order,
+            inflight_migration: self.inflight_migration,
             share_rw: self.share_rw,
         })?;
         let (bytes, image) = (disk.capacity() * 512, self.image.display());

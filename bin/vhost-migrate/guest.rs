@@ -70,6 +70,10 @@ struct Workload {
     /// Packed rings instead of split ones
     #[arg(long)]
     packed: bool,
+    /// Migrate without waiting for the disk: requests in flight move with the guest. Its back-ends, here and there, need
+    /// --inflight-migration too
+    #[arg(long)]
+    inflight_migration: bool,
     /// Most disk requests in flight of each queue
     #[arg(long, default_value_t = 16, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     depth: u16,
@@ -104,8 +108,10 @@ fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
     match &arguments.incoming {
         Some(uri) => wait_for_arrival(&owner, uri, &arguments.backend)?,
         None => {
-            let mut guest = Guest::new(arguments.workload.config(arguments.backend.len()))?;
-            guest.boot(connect_all(&arguments.backend)?)?;
+            let config = arguments.workload.config(arguments.backend.len());
+            let devices = connect_all(&arguments.backend, config.inflight_migration)?;
+            let mut guest = Guest::new(config)?;
+            guest.boot(devices)?;
             guest.resume()?;
             owner.set(Some(guest), State::Running);
         }
@@ -152,6 +158,7 @@ impl Workload {
             queues: self.queues,
             queue_size: self.queue_size,
             packed: self.packed,
+            inflight_migration: self.inflight_migration,
             reconnect_timeout: self.reconnect_timeout,
             depth: self.depth,
             request_rate: self.request_rate,

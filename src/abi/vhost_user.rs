@@ -63,6 +63,9 @@ pub mod unstable {
     pub const F_GET_VRING_BASE_INFLIGHT: u32 = 20;
     /// Protocol feature: the request below.
     pub const F_GET_VRING_BASE_SKIP_DRAIN: u32 = 23;
+    /// The two together, of which neither serves without the other.
+    pub const INFLIGHT_MIGRATION: u64 =
+        super::super::bit(F_GET_VRING_BASE_INFLIGHT) | super::super::bit(F_GET_VRING_BASE_SKIP_DRAIN);
     /// GET_VRING_BASE for a ring that shall not be drained.
     pub const GET_VRING_BASE_SKIP_DRAIN: u32 = 45;
     /// The number one implementation uses for it, which the specification gives to GET_SHMEM_CONFIG.

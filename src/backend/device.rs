@@ -139,6 +139,13 @@ pub trait Queue {
         let _ = unused;
     }
 
+    /// Hands back requests that it need not complete, for whoever takes over the inflight region serves them anew (rule
+    /// I8); nothing may reach into their memory any more. Asked again and again, until every request has come back, here
+    /// or complete.
+    fn suspend(&mut self, unserved: &mut Vec<Request>) {
+        let _ = unserved;
+    }
+
     /// An fd that is readable while completions wait, or while [`Queue::wants`] would say yes where it said no; a queue
     /// that completes requests at once has none.
     fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
@@ -178,11 +185,12 @@ impl Dropped {
     }
 
     /// Moves them to `to`; costs nothing if there are none.
-    pub(super) fn take(&self, to: &mut Vec<Request>) {
+    pub(super) fn take(self: &Arc<Dropped>, to: &mut Vec<Request>) {
         if self.any.load(Ordering::Acquire) {
             let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
             self.any.store(false, Ordering::Relaxed);
-            to.append(&mut requests);
+            // They are used again, and may be dropped again.
+            to.extend(requests.drain(..).map(|request| request.returned_to(self)));
         }
     }
 }
@@ -202,6 +210,11 @@ impl Drop for Request {
 impl Request {
     pub(super) fn new(memory: Memory, dropped: Option<Arc<Dropped>>) -> Request {
         Request { chain: Chain::default(), memory, written: Vec::new(), name: 0, lent_out: false, dropped }
+    }
+
+    fn returned_to(mut self, dropped: &Arc<Dropped>) -> Request {
+        self.dropped = Some(dropped.clone());
+        self
     }
 
     /// Forgets the last request; the buffers of the next are put in the chain.

@@ -111,6 +111,9 @@ pub(crate) trait Engine {
     /// Makes an attempt; it may be held back until [`Engine::completions`].
     fn submit(&mut self, io: Io);
 
+    /// Ends what is not done yet, as far as the system lets it: that comes back with ECANCELED.
+    fn cancel(&mut self);
+
     /// Passes on what was held back, and hands back what is complete.
     fn completions(&mut self, done: &mut VecDeque<Done>);
 
@@ -225,6 +228,14 @@ impl Engine for Uring {
         }
     }
 
+    fn cancel(&mut self) {
+        self.pass_on();
+        let entry = opcode::AsyncCancel2::new(types::CancelBuilder::any()).build().user_data(u64::MAX);
+        // SAFETY: it refers to no memory. Its own completion belongs to no slot.
+        let _ = unsafe { self.ring.submission().push(&entry) };
+        self.pass_on();
+    }
+
     fn completions(&mut self, done: &mut VecDeque<Done>) {
         self.pass_on();
         done.extend(self.failed.drain(..));
@@ -258,7 +269,10 @@ impl Drop for Uring {
 /// I/O by threads that block.
 pub(crate) struct Threads {
     jobs: Option<Sender<Io>>,
+    /// Those that no thread has taken yet.
+    todo: Receiver<Io>,
     results: Receiver<Done>,
+    canceled: Vec<Done>,
     ready: Arc<EventFd>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -280,7 +294,7 @@ impl Threads {
             })
         };
         let threads = (0..THREADS).map(spawn).collect::<io::Result<_>>()?;
-        Ok(Threads { jobs: Some(jobs), results, ready, threads })
+        Ok(Threads { jobs: Some(jobs), todo, results, canceled: Vec::new(), ready, threads })
     }
 }
 
@@ -292,8 +306,14 @@ impl Engine for Threads {
         }
     }
 
+    fn cancel(&mut self) {
+        let canceled = |io| (io, Err(Errno::ECANCELED.into()));
+        self.canceled.extend(self.todo.try_iter().map(canceled));
+    }
+
     fn completions(&mut self, done: &mut VecDeque<Done>) {
         let _ = self.ready.read();
+        done.extend(self.canceled.drain(..));
         done.extend(self.results.try_iter());
     }
 

@@ -20,7 +20,7 @@ use crate::abi::vhost_user::{
     ConfigHeader, DEVICE_STATE_NOFD_MASK, Header, InflightDescription, LogDescription, MemRegMsg, MemoryHeader,
     MemoryRegion, Request as Code, VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_CONFIG_SIZE,
     VHOST_USER_MAX_RAM_SLOTS_TODAY, VHOST_VRING_F_LOG, VRING_IDX_MASK, VRING_NOFD_MASK, VringAddr, VringState,
-    protocol_feature,
+    protocol_feature, unstable,
 };
 use crate::abi::virtio::VIRTIO_F_RING_PACKED;
 use crate::abi::{bit, virtio};
@@ -104,6 +104,20 @@ pub trait Rings {
     /// # Errors
     /// When that can't be told. The ring doesn't run then either.
     fn stop(&mut self, index: u16) -> Result<RingBase, BackendError>;
+
+    /// Stops a running ring as soon as nothing reaches into guest memory any more, and leaves what is not complete by then
+    /// marked in the inflight region (rule I8). Tells where the ring goes on. One without a region is drained.
+    ///
+    /// # Errors
+    /// As [`Rings::stop`].
+    fn suspend(&mut self, index: u16) -> Result<RingBase, BackendError> {
+        self.stop(index)
+    }
+
+    /// Whether a running ring is to leave new requests alone.
+    fn hold(&mut self, index: u16, yes: bool) {
+        let _ = (index, yes);
+    }
 
     /// Changes where a running ring logs (rule L9).
     fn set_logging(&mut self, index: u16, logging: Logging);
@@ -239,7 +253,8 @@ impl Session {
             | Code::GET_SHARED_OBJECT
             | Code::SET_DEVICE_STATE_FD
             | Code::CHECK_DEVICE_STATE
-            | Code::GET_SHMEM_CONFIG => true,
+            | Code::GET_SHMEM_CONFIG
+            | Code::GET_VRING_BASE_SKIP_DRAIN => true,
             _ => false,
         }
     }
@@ -340,10 +355,18 @@ impl Session {
                 self.ring(code, state.index)?.enabled = state.num != 0;
                 self.settle(state.index as u16, rings)?;
             }
-            Code::GET_VRING_BASE => {
+            Code::GET_VRING_BASE | Code::GET_VRING_BASE_SKIP_DRAIN => {
+                let [leaves, skips] = [unstable::F_GET_VRING_BASE_INFLIGHT, unstable::F_GET_VRING_BASE_SKIP_DRAIN];
+                if code == Code::GET_VRING_BASE_SKIP_DRAIN && !self.speaks(skips) {
+                    return Err(BackendError::Unsupported { code });
+                }
                 let VringState { index, .. } = message.body()?;
                 self.ring(code, index)?;
-                self.pause(index as u16, rings)?;
+                // Before there was a request for it, the feature alone meant it (rule I8).
+                match self.speaks(leaves) && (code == Code::GET_VRING_BASE_SKIP_DRAIN || !self.speaks(skips)) {
+                    true => self.suspend(index as u16, rings)?,
+                    false => self.pause(index as u16, rings)?,
+                }
                 let ring = self.ring(code, index)?;
                 (ring.started, ring.kick) = (false, None);
                 self.report_lost_pages();
@@ -676,10 +699,23 @@ impl Session {
         Ok(())
     }
 
+    /// Stops a ring if it runs, without draining it, and keeps its base (rule I8).
+    fn suspend(&mut self, index: u16, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        if let Some(ring) = self.rings.get_mut(usize::from(index)).filter(|ring| ring.running) {
+            ring.running = false;
+            ring.base = rings.suspend(index)?;
+        }
+        Ok(())
+    }
+
     /// Makes a ring run if it should, and stop if it should not (rule R2).
     fn settle(&mut self, index: u16, rings: &mut dyn Rings) -> Result<(), BackendError> {
         let Some(ring) = self.rings.get(usize::from(index)) else { return Ok(()) };
-        if !(ring.started && ring.enabled) {
+        let skips = self.speaks(unstable::F_GET_VRING_BASE_SKIP_DRAIN);
+        if ring.running && ring.started && skips {
+            // It is disabled before it is known whether what is in flight shall be completed (rule I8).
+            rings.hold(index, !ring.enabled);
+        } else if !(ring.started && ring.enabled) {
             self.pause(index, rings)?;
         } else if !ring.running {
             let setup = self.setup(index, ring)?;

@@ -57,8 +57,12 @@ enum Order {
         error: Option<Arc<Notifier>>,
         done: Sender<()>,
     },
+    /// Take no more requests, or take them again.
+    Hold(bool, Sender<()>),
     /// Finish, and publish what is finished.
     Stop,
+    /// Finish only what can't be left to a successor (rule I8).
+    Suspend,
     /// Finish, and keep it.
     Abandon,
 }
@@ -82,6 +86,13 @@ impl Workers {
         for handle in self.running.iter_mut().filter_map(Option::take) {
             let _ = handle.thread.join();
         }
+    }
+
+    fn finish(&mut self, index: u16, order: Order) -> Result<RingBase, BackendError> {
+        let lost = BackendError::RingLost { index };
+        let Some(handle) = self.running.get_mut(usize::from(index)).and_then(Option::take) else { return Err(lost) };
+        handle.order(order);
+        handle.thread.join().map_err(|_| lost)
     }
 
     fn handle(&self, index: u16) -> Option<&Handle> {
@@ -143,10 +154,19 @@ impl Rings for Workers {
     }
 
     fn stop(&mut self, index: u16) -> Result<RingBase, BackendError> {
-        let lost = BackendError::RingLost { index };
-        let Some(handle) = self.running.get_mut(usize::from(index)).and_then(Option::take) else { return Err(lost) };
-        handle.order(Order::Stop);
-        handle.thread.join().map_err(|_| lost)
+        self.finish(index, Order::Stop)
+    }
+
+    fn suspend(&mut self, index: u16) -> Result<RingBase, BackendError> {
+        self.finish(index, Order::Suspend)
+    }
+
+    fn hold(&mut self, index: u16, yes: bool) {
+        if let Some(handle) = self.handle(index) {
+            let (done, is_done) = bounded(1);
+            handle.order(Order::Hold(yes, done));
+            let _ = is_done.recv();
+        }
     }
 
     fn set_logging(&mut self, index: u16, logging: Logging) {
@@ -194,6 +214,8 @@ struct Worker {
     spare: Vec<Request>,
     /// No more requests are taken.
     broken: bool,
+    /// No more requests are taken until the ring is enabled again.
+    held: bool,
     counters: RingCounters,
     /// Whether the driver was to be notified, over this call fd or without one.
     notified: bool,
@@ -228,6 +250,7 @@ impl Worker {
             dropped,
             spare: Vec::new(),
             broken: false,
+            held: false,
             counters: RingCounters::new(index),
             notified: false,
         };
@@ -279,7 +302,12 @@ impl Worker {
                         }
                         let _ = done.send(());
                     }
-                    Order::Stop => return self.drain(true),
+                    Order::Hold(yes, done) => {
+                        self.held = yes;
+                        let _ = done.send(());
+                    }
+                    Order::Suspend if self.inflight.is_some() => return self.suspend(),
+                    Order::Stop | Order::Suspend => return self.drain(true),
                     Order::Abandon => return self.drain(false),
                 }
             }
@@ -298,7 +326,7 @@ impl Worker {
         let mut taken = 0;
         let result = loop {
             // A batch is bounded by the ring: the next turn looks for orders.
-            if self.broken || taken == self.setup.layout.size() {
+            if self.broken || self.held || taken == self.setup.layout.size() {
                 break Ok(true);
             }
             if !self.queue.wants() {
@@ -312,7 +340,7 @@ impl Worker {
         };
         let published = self.complete(true);
         let wanting = result?;
-        if taken > 0 || published || self.broken || !wanting {
+        if taken > 0 || published || self.broken || self.held || !wanting {
             return Ok(taken > 0 || published);
         }
         // Nothing to do, it seems: from here on the driver must kick.
@@ -498,14 +526,41 @@ impl Worker {
             self.in_flight -= unused.len();
         }
         while self.in_flight > 0 {
-            if !self.complete(publish)
-                && let Some(fd) = self.queue.completion_fd()
-            {
-                // Looked at again even so: what the system had no memory for is passed on once more.
-                wait_for([Some(fd)], PollTimeout::from(RETRY_MS));
+            if !self.complete(publish) {
+                self.wait_for_queue();
             }
         }
         self.ring.base()
+    }
+
+    /// Waits for what can't be left to a successor. The rest stays marked in the inflight region, and unpublished, but
+    /// what was written of it already is in the log: the successor may write other bytes.
+    fn suspend(mut self) -> RingBase {
+        self.put_back();
+        let mut unserved = Vec::new();
+        // With IN_ORDER, what is complete behind a request that is not is left to the successor too.
+        while self.in_flight > unserved.len() + self.order.as_ref().map_or(0, |order| order.early.len()) {
+            let before = unserved.len();
+            self.queue.suspend(&mut unserved);
+            if unserved.len() == before && !self.complete(true) {
+                self.wait_for_queue();
+            }
+        }
+        unserved.iter_mut().for_each(|request| request.lent_out = false);
+        let early = self.order.iter().flat_map(|order| order.early.values());
+        if let Some(log) = &self.setup.logging.data {
+            let burst = log.burst();
+            unserved.iter().chain(early).for_each(|request| request.written(|gpa, len| burst.mark(gpa, len)));
+        }
+        self.signal_log();
+        self.ring.base()
+    }
+
+    /// Looks again after a while even if nothing comes: what the system had no memory for is passed on once more.
+    fn wait_for_queue(&self) {
+        if let Some(fd) = self.queue.completion_fd() {
+            wait_for([Some(fd)], PollTimeout::from(RETRY_MS));
+        }
     }
 
     /// Waits until there may be something to do.

@@ -101,6 +101,15 @@ pub enum FrontendError {
         /// What happened.
         source: io::Error,
     },
+    /// Requests in flight, and another shape of inflight region here than where they came from.
+    #[error(
+        "{requests} requests are in flight, and this device's inflight region has another size than the one they are in: \
+         use a back-end of the same kind, or stop rings without --inflight-migration (rule I8)"
+    )]
+    InflightMoved {
+        /// Requests marked in the region that was to be restored.
+        requests: u64,
+    },
     /// A ring, or guest memory, is not where it was said to be.
     #[error(transparent)]
     Memory(#[from] MemoryError),

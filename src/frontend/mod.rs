@@ -98,7 +98,8 @@ pub trait Device: Send {
 
     /// Agrees on an inflight region for `queues` rings of up to `queue_size` entries, before any ring is started.
     /// `restored` is what [`inflight`](Device::inflight) said on another host; it is used if this device's region has
-    /// the same size, else the region starts fresh, which is right for rings that were drained (rule I5).
+    /// the same size, else the region starts fresh, which is right for rings that were drained (rule I5)
+    /// and refused for others.
     ///
     /// Returns false if the device has no such thing; then it can't be restarted with requests outstanding.
     ///
@@ -128,6 +129,21 @@ pub trait Device: Send {
     /// # Errors
     /// [`FrontendError::BadRing`] if it is not started; the channel's errors.
     fn stop_ring(&mut self, index: u16) -> Result<RingBase, FrontendError>;
+
+    /// Whether [`suspend_ring`](Device::suspend_ring) works, once there is an inflight region.
+    fn can_suspend(&self) -> bool {
+        false
+    }
+
+    /// Stops ring `index` without waiting for its requests: those that are not complete stay in the inflight region, and
+    /// whoever starts the ring with it serves them (rule I8).
+    ///
+    /// # Errors
+    /// [`FrontendError::NotOffered`] if the device can't; as [`stop_ring`](Device::stop_ring).
+    fn suspend_ring(&mut self, index: u16) -> Result<RingBase, FrontendError> {
+        let _ = index;
+        Err(FrontendError::NotOffered { what: "suspending a ring".into(), advice: "stop it" })
+    }
 
     /// Has every write to guest memory logged to `log`, which the device maps from `fd`. From its return on all writes
     /// are in it; if another log was in use, none goes there any more (rules L7, L9).

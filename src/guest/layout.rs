@@ -47,6 +47,8 @@ pub struct GuestConfig {
     pub queue_size: u16,
     /// Whether rings are packed.
     pub packed: bool,
+    /// Whether requests that are in flight at a stop are left to the device that takes over (rule I8).
+    pub inflight_migration: bool,
     /// Most requests in flight of each queue.
     pub depth: u16,
     /// Requests per second of each queue; `None` is as fast as it goes.
@@ -81,6 +83,7 @@ impl GuestConfig {
             queues: 2,
             queue_size: 128,
             packed: false,
+            inflight_migration: false,
             depth: 16,
             request_rate: None,
             disk_area: 16 << 20,

@@ -291,7 +291,7 @@ impl Guest {
         }
     }
 
-    /// Stops all rings of a paused guest; then no device writes to its memory any more (rule R3).
+    /// Stops all rings of a paused guest; then no device writes to its memory any more (rules R3, I8).
     ///
     /// # Errors
     /// If the guest runs, or a device can't be stopped; [`start_devices`](Guest::start_devices) undoes it.
@@ -301,7 +301,10 @@ impl Guest {
         }
         for Attached { unit, stopped, .. } in &mut self.units {
             for (index, base) in (0..).zip(stopped).filter(|(_, base)| base.is_none()) {
-                *base = Some(unit.with(|device| device.stop_ring(index))?);
+                *base = Some(unit.with(|device| match self.config.inflight_migration {
+                    true => device.suspend_ring(index),
+                    false => device.stop_ring(index),
+                })?);
             }
         }
         Ok(())
@@ -517,6 +520,9 @@ impl Guest {
         let ring_features = self.config.ring_features();
         if ring_features & !device.features() != 0 {
             return bad("it has no packed rings".into());
+        }
+        if self.config.inflight_migration && !device.can_suspend() {
+            return bad("it can't leave requests in flight: start it with --inflight-migration".into());
         }
         let offered = FEATURES.iter().fold(ring_features, |all, number| all | bit(*number)) & device.features();
         if device.features() & bit(VIRTIO_BLK_F_RO) != 0 {

@@ -102,13 +102,16 @@ impl GuestArrival {
 /// How long to wait for a back-end that is being started.
 const CONNECT: Duration = Duration::from_secs(5);
 
-/// Connects to vhost-user back-ends, and waits a little for those that are being started.
+/// Connects to vhost-user back-ends, and waits a little for those that are being started. `inflight_migration` is
+/// [`GuestConfig`](crate::guest::GuestConfig)'s.
 ///
 /// # Errors
 /// The first that can't be had.
-pub fn connect_all(backends: &[PathBuf]) -> Result<Vec<Box<dyn Device>>, MachineError> {
+pub fn connect_all(backends: &[PathBuf], inflight_migration: bool) -> Result<Vec<Box<dyn Device>>, MachineError> {
     let deadline = Instant::now() + CONNECT;
-    let connect = |path| UserDevice::connect(path, UserOptions::default(), deadline);
+    let usual = UserOptions::default();
+    let options = if inflight_migration { usual.with_inflight_migration() } else { usual };
+    let connect = |path| UserDevice::connect(path, options, deadline);
     backends.iter().map(|path| Ok(Box::new(connect(path)?) as Box<dyn Device>)).collect()
 }
 
@@ -123,7 +126,7 @@ impl Arrival for GuestArrival {
         let memory = self.memory.take().ok_or("there is no memory to restore a guest in")?;
         let state: GuestState = record::decode("guest state", STATE_RECORD, state, MAX_STATE)?;
         let mut guest = Guest::restore(memory, state)?;
-        guest.attach(connect_all(&self.backends)?)?;
+        guest.attach(connect_all(&self.backends, guest.config().inflight_migration)?)?;
         self.guest = Some(guest);
         Ok(())
     }

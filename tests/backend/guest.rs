@@ -187,9 +187,13 @@ impl Ring {
 
 /// Connects far enough for rings to be set up: protocol features, owner, features, memory.
 pub(crate) fn begin(client: &Client, guest: &Guest, features: u64) {
+    begin_with(client, guest, features, PROTOCOL);
+}
+
+pub(crate) fn begin_with(client: &Client, guest: &Guest, features: u64, protocol: u64) {
     client.tell(Code::SET_OWNER, &[0u8; 0]);
     // A device with a state has no STATUS.
-    client.tell(Code::SET_PROTOCOL_FEATURES, &(PROTOCOL & client.ask_number(Code::GET_PROTOCOL_FEATURES)));
+    client.tell(Code::SET_PROTOCOL_FEATURES, &(protocol & client.ask_number(Code::GET_PROTOCOL_FEATURES)));
     client.done(Code::SET_FEATURES, &features, &[]);
     guest.send_table(client);
 }

@@ -13,3 +13,4 @@ mod raw;
 mod rules;
 mod server;
 mod state;
+mod suspend;

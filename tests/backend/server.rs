@@ -85,6 +85,7 @@ pub(crate) fn disk_options(folder: &Path, bytes: u64, change: impl FnOnce(&mut D
         aio: Aio::IoUring,
         direct: false,
         in_order: false,
+        inflight_migration: false,
         share_rw: false,
     };
     change(&mut options);

@@ -24,6 +24,7 @@ use self::claim::Image;
 use self::queue::DiskQueue;
 use super::{Device, Queue, RING_FEATURES};
 use crate::abi::bit;
+use crate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
 use crate::abi::virtio::{
     BlkConfig, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_F_IN_ORDER,
@@ -65,6 +66,9 @@ pub struct DiskOptions {
     /// Whether drivers are offered completions in the order of their requests. A slow request then holds up those after
     /// it.
     pub in_order: bool,
+    /// Whether a front-end may stop queues without draining them and move what is in flight with the inflight region: the
+    /// unstable GET_VRING_BASE_INFLIGHT and SKIP_DRAIN (rule I8).
+    pub inflight_migration: bool,
     /// Whether other processes may write the image at the same time: it is not locked then.
     pub share_rw: bool,
 }
@@ -194,6 +198,10 @@ impl Device for Disk {
             | or(self.options.queues > 1, bit(VIRTIO_BLK_F_MQ))
             | or(self.options.read_only, bit(VIRTIO_BLK_F_RO))
             | or(self.clears, bit(VIRTIO_BLK_F_DISCARD) | bit(VIRTIO_BLK_F_WRITE_ZEROES))
+    }
+
+    fn protocol_features(&self) -> u64 {
+        if self.options.inflight_migration { INFLIGHT_MIGRATION } else { 0 }
     }
 
     fn queues(&self) -> u16 {

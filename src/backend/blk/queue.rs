@@ -37,6 +37,8 @@ pub(super) struct DiskQueue {
     _claim: Option<Claim>,
     /// Requests that are complete.
     ready: Vec<Request>,
+    /// While the queue is suspended: requests that it did not complete.
+    unserved: Option<Vec<Request>>,
     /// Attempts that came back.
     attempts: VecDeque<(Io, io::Result<u64>)>,
 }
@@ -68,6 +70,7 @@ impl DiskQueue {
             engine,
             _claim: claim,
             ready: Vec::new(),
+            unserved: None,
             attempts: VecDeque::new(),
         }
     }
@@ -140,19 +143,20 @@ impl DiskQueue {
                 io.at += count;
                 match io.disk.is_empty() {
                     true => VIRTIO_BLK_S_OK,
-                    false if count > 0 => return self.engine.submit(io),
+                    false if count > 0 => return self.try_again(io),
                     false => self.disk_error(&io, "the image ends here: was it truncated?"),
                 }
             }
             Err(error) => match error.raw_os_error().map(Errno::from_raw) {
-                Some(Errno::EINTR | Errno::EAGAIN) => return self.engine.submit(io),
+                Some(Errno::EINTR | Errno::EAGAIN) => return self.try_again(io),
+                Some(Errno::ECANCELED) if self.unserved.is_some() => return self.try_again(io),
                 // The buffers are not aligned as O_DIRECT needs them.
-                Some(Errno::EINVAL) if io.direct => return self.engine.submit(Io { direct: false, ..io }),
+                Some(Errno::EINVAL) if io.direct => return self.try_again(Io { direct: false, ..io }),
                 // A discard is a hint; zeroes can be had the other way.
                 Some(Errno::EOPNOTSUPP) => match io.op {
                     Op::Discard => VIRTIO_BLK_S_OK,
                     Op::Zero { unmap, last: false } => {
-                        return self.engine.submit(Io { op: Op::Zero { unmap: !unmap, last: true }, ..io });
+                        return self.try_again(Io { op: Op::Zero { unmap: !unmap, last: true }, ..io });
                     }
                     _ => self.disk_error(&io, &error.to_string()),
                 },
@@ -160,6 +164,28 @@ impl DiskQueue {
             },
         };
         self.finish(io.request, status);
+    }
+
+    /// Makes another attempt, unless that is left to a successor.
+    fn try_again(&mut self, io: Io) {
+        match &mut self.unserved {
+            Some(unserved) => unserved.push(io.request),
+            None => self.engine.submit(io),
+        }
+    }
+
+    /// Takes in all attempts that came back, until nothing comes back any more: what follows from one may be another, to be
+    /// passed on now.
+    fn collect(&mut self) {
+        loop {
+            self.engine.completions(&mut self.attempts);
+            if self.attempts.is_empty() {
+                break;
+            }
+            while let Some((io, result)) = self.attempts.pop_front() {
+                self.conclude(io, result);
+            }
+        }
     }
 
     /// Puts the status into the last byte and gives the request back.
@@ -193,17 +219,17 @@ impl Queue for DiskQueue {
     }
 
     fn completions(&mut self, done: &mut Vec<Request>) {
-        // Until nothing comes back any more: what follows from one attempt may be another, to be passed on now.
-        loop {
-            self.engine.completions(&mut self.attempts);
-            if self.attempts.is_empty() {
-                break;
-            }
-            while let Some((io, result)) = self.attempts.pop_front() {
-                self.conclude(io, result);
-            }
-        }
+        self.collect();
         done.append(&mut self.ready);
+    }
+
+    fn suspend(&mut self, unserved: &mut Vec<Request>) {
+        if self.unserved.is_none() {
+            self.unserved = Some(Vec::new());
+            self.engine.cancel();
+        }
+        self.collect();
+        unserved.extend(self.unserved.iter_mut().flat_map(|requests| requests.drain(..)));
     }
 
     fn completion_fd(&self) -> Option<BorrowedFd<'_>> {

@@ -79,11 +79,14 @@ impl Inflight {
         Ok(InflightState { queues: self.queues, queue_size: self.queue_size, contents })
     }
 
-    /// Takes over another region's contents, if they fit.
-    pub(super) fn restore(&self, state: &InflightState) -> Result<(), FrontendError> {
+    /// Takes over another region's contents, if they fit. They need not if nothing is in flight.
+    pub(super) fn restore(&self, state: &InflightState, packed: bool) -> Result<(), FrontendError> {
         let fits = (state.queues, state.queue_size, state.contents.len() as u64);
         if fits != (self.queues, self.queue_size, self.size) {
-            return Ok(());
+            return match marked(state, packed) {
+                0 => Ok(()),
+                requests => Err(FrontendError::InflightMoved { requests }),
+            };
         }
         let written = self.file.write_all_at(&state.contents, self.offset);
         written.map_err(FrontendError::system("restore the inflight region"))
@@ -91,17 +94,21 @@ impl Inflight {
 
     /// How many requests are marked.
     pub(super) fn marked(&self, packed: bool) -> Result<u64, FrontendError> {
-        let contents = self.state()?.contents;
-        let (header, entry) = match packed {
-            true => (PACKED_HEADER_BYTES, PACKED_ENTRY_BYTES),
-            false => (SPLIT_HEADER_BYTES, SPLIT_ENTRY_BYTES),
-        };
-        let entries = usize::from(self.queue_size);
-        let queues = contents.chunks(kind(packed).queue_bytes(self.queue_size) as usize).take(self.queues.into());
-        let marks = queues
-            .flat_map(|queue| queue.get(header as usize..).unwrap_or_default().chunks(entry as usize).take(entries));
-        Ok(marks.filter(|entry| entry.first() == Some(&1)).count() as u64)
+        Ok(marked(&self.state()?, packed))
     }
+}
+
+/// How many requests are marked.
+fn marked(state: &InflightState, packed: bool) -> u64 {
+    let (header, entry) = match packed {
+        true => (PACKED_HEADER_BYTES, PACKED_ENTRY_BYTES),
+        false => (SPLIT_HEADER_BYTES, SPLIT_ENTRY_BYTES),
+    };
+    let entries = usize::from(state.queue_size);
+    let queues = state.contents.chunks(kind(packed).queue_bytes(state.queue_size) as usize).take(state.queues.into());
+    let marks =
+        queues.flat_map(|queue| queue.get(header as usize..).unwrap_or_default().chunks(entry as usize).take(entries));
+    marks.filter(|entry| entry.first() == Some(&1)).count() as u64
 }
 
 fn kind(packed: bool) -> Kind {

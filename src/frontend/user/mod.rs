@@ -22,6 +22,7 @@ use crate::abi::vhost_user::{
     CONFIG_TYPE_FRONTEND, ConfigHeader, InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion,
     Request, VHOST_F_LOG_ALL, VHOST_MEMORY_BASELINE_NREGIONS, VHOST_USER_F_PROTOCOL_FEATURES,
     VHOST_USER_MAX_CONFIG_SIZE, VHOST_VRING_F_LOG, VringAddr, VringState, protocol_feature,
+    unstable::INFLIGHT_MIGRATION,
 };
 use crate::abi::virtio::{self, VIRTIO_F_RING_PACKED};
 use crate::dirty::Log;
@@ -66,6 +67,13 @@ impl Default for UserOptions {
             .into_iter()
             .fold(0, |all, number| all | bit(number)),
         }
+    }
+}
+
+impl UserOptions {
+    /// Also uses what the specification has not settled: rings that are stopped without being drained (rule I8).
+    pub fn with_inflight_migration(self) -> UserOptions {
+        UserOptions { protocol_features: self.protocol_features | INFLIGHT_MIGRATION, ..self }
     }
 }
 
@@ -386,7 +394,7 @@ impl Device for UserDevice {
         let reply = self.channel.ask(Request::GET_INFLIGHT_FD, wish.as_bytes(), &[])?;
         let inflight = Inflight::take(reply, queues, queue_size, self.is_packed())?;
         if let Some(restored) = restored {
-            inflight.restore(restored)?;
+            inflight.restore(restored, self.is_packed())?;
         }
         self.channel.post(Request::SET_INFLIGHT_FD, inflight.describe().as_bytes(), &[inflight.fd()])?;
         self.inflight = Some(inflight);
@@ -419,24 +427,20 @@ impl Device for UserDevice {
     }
 
     fn stop_ring(&mut self, index: u16) -> Result<RingBase, FrontendError> {
-        if !self.rings.contains_key(&index) {
-            return Err(FrontendError::BadRing { index, reason: "it is not started" });
+        self.end_ring(Request::GET_VRING_BASE, index)
+    }
+
+    fn can_suspend(&self) -> bool {
+        let both = INFLIGHT_MIGRATION | bit(protocol_feature::INFLIGHT_SHMFD);
+        self.offer.protocol & both == both
+    }
+
+    fn suspend_ring(&mut self, index: u16) -> Result<RingBase, FrontendError> {
+        if !self.can_suspend() || self.inflight.is_none() {
+            let advice = "start its back-end with --inflight-migration, or stop rings the usual way";
+            return Err(FrontendError::NotOffered { what: "GET_VRING_BASE_SKIP_DRAIN".into(), advice });
         }
-        // A back-end may drain the ring here already.
-        self.post_enable(index, false)?;
-        self.channel.settle_within(self.options.stop_timeout)?;
-        let state = VringState { index: index.into(), num: 0 };
-        let request = Request::GET_VRING_BASE;
-        let reply = self.channel.ask_within(self.options.stop_timeout, request, state.as_bytes(), &[])?;
-        // Whether the ring runs is not known after a wrong answer; connecting again starts it where it was.
-        let state: VringState = reply.read("R3").inspect_err(|_| self.channel.close())?;
-        if state.index != u32::from(index) {
-            self.channel.close();
-            let what = format!("it answered for ring {} instead of {index}", state.index);
-            return Err(FrontendError::Breach { request, what, rule: "R3" });
-        }
-        self.rings.remove(&index);
-        Ok(RingBase::from_bits(state.num))
+        self.end_ring(Request::GET_VRING_BASE_SKIP_DRAIN, index)
     }
 
     fn start_logging(&mut self, log: &Arc<Log>, fd: BorrowedFd<'_>) -> Result<(), FrontendError> {
@@ -541,6 +545,29 @@ impl Device for UserDevice {
 }
 
 impl UserDevice {
+    /// Stops a ring with one of the requests that do.
+    fn end_ring(&mut self, request: Request, index: u16) -> Result<RingBase, FrontendError> {
+        if !self.rings.contains_key(&index) {
+            return Err(FrontendError::BadRing { index, reason: "it is not started" });
+        }
+        // Disabling it may drain it already.
+        if request == Request::GET_VRING_BASE {
+            self.post_enable(index, false)?;
+            self.channel.settle_within(self.options.stop_timeout)?;
+        }
+        let state = VringState { index: index.into(), num: 0 };
+        let reply = self.channel.ask_within(self.options.stop_timeout, request, state.as_bytes(), &[])?;
+        // Whether the ring runs is not known after a wrong answer; connecting again starts it where it was.
+        let state: VringState = reply.read("R3").inspect_err(|_| self.channel.close())?;
+        if state.index != u32::from(index) {
+            self.channel.close();
+            let what = format!("it answered for ring {} instead of {index}", state.index);
+            return Err(FrontendError::Breach { request, what, rule: "R3" });
+        }
+        self.rings.remove(&index);
+        Ok(RingBase::from_bits(state.num))
+    }
+
     fn config_header(&self, offset: u32, len: usize) -> Result<ConfigHeader, FrontendError> {
         self.need(protocol_feature::CONFIG, "CONFIG", "its configuration can't be read through this socket")?;
         if len == 0 || len > VHOST_USER_MAX_CONFIG_SIZE {

@@ -1,0 +1,270 @@
+//! Rings that are stopped without being drained: what is in flight moves with the inflight region (rule I8).
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::sys::eventfd::EventFd;
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
+use vhost_migrate::abi::vhost_user::{InflightDescription, Request as Code, VringState, protocol_feature};
+use vhost_migrate::abi::virtio::{VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED};
+use vhost_migrate::backend::{Device, Queue, RING_FEATURES, Request};
+use vhost_migrate::dirty::Log;
+use vhost_migrate::inflight::{Kind, Region};
+use vhost_migrate::ring::RingBase;
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::drain::{Held, page};
+use crate::guest::{BASIC, Guest, PROTOCOL, Ring, begin_with, harvest, install_log, start_logging};
+use crate::raw::{Client, VERSION};
+use crate::server::Server;
+
+const COUNT: u64 = 10;
+const SIZE: u16 = 256;
+const PACKED: u64 = bit(VIRTIO_F_RING_PACKED);
+const IN_ORDER: u64 = bit(VIRTIO_F_IN_ORDER);
+const BOTH: [u64; 2] = [BASIC, BASIC | PACKED];
+
+/// A guest with requests in flight on ring 0 of a device that completes none until its gate is open.
+struct Scene {
+    server: Server,
+    gate: Arc<EventFd>,
+    guest: Guest,
+    client: Client,
+    ring: Ring,
+    region: Region,
+    fd: OwnedFd,
+    log: Log,
+    features: u64,
+    protocol: u64,
+}
+
+impl Scene {
+    fn new(features: u64, protocol: u64) -> Scene {
+        let (device, gate) = Held::new();
+        Scene::on(device, gate, features, protocol)
+    }
+
+    fn on(device: Arc<dyn Device>, gate: Arc<EventFd>, features: u64, protocol: u64) -> Scene {
+        let (server, guest) = (Server::new(device), Guest::new());
+        let (region, fd) = Region::create(kind(features), 1, SIZE).unwrap();
+        let client = server.connect();
+        begin_with(&client, &guest, features, PROTOCOL | protocol);
+        let log = install_log(&client, &guest);
+        let ring = Ring::new(&guest, 0, SIZE, features);
+        let mut scene = Scene { server, gate, guest, client, ring, region, fd, log, features, protocol };
+        scene.give_region();
+        scene.ring.set_up(&scene.client, &scene.guest, RingBase::start(features).bits());
+        start_logging(&scene.client, &scene.guest, features, &mut [&mut scene.ring], 0x30_0000);
+        scene.ring.enable(&scene.client, true);
+        scene.add(0..COUNT);
+        scene
+    }
+
+    fn give_region(&self) {
+        let mmap_size = Region::bytes_for(kind(self.features), 1, SIZE).unwrap();
+        let description =
+            InflightDescription { mmap_size, mmap_offset: 0, num_queues: 1, queue_size: SIZE, padding: [0; 4] };
+        self.client.done(Code::SET_INFLIGHT_FD, &description, &[self.fd.as_fd()]);
+    }
+
+    /// Adds requests of one page each, and waits until the device has written them.
+    fn add(&mut self, slots: std::ops::Range<u64>) {
+        for slot in slots.clone() {
+            self.ring.driver.add(&[], &[page(slot)], None).unwrap().unwrap();
+        }
+        self.ring.kick();
+        while slots.clone().any(|slot| self.guest.bytes(page(slot).gpa, 1) != [0x5a]) {
+            self.client.barrier();
+        }
+    }
+
+    fn stop(&self, code: Code) -> u32 {
+        let state = VringState { index: 0, num: 0 };
+        VringState::read_from_bytes(&self.client.ask(code, state.as_bytes())).unwrap().num
+    }
+
+    fn marked(&self) -> u64 {
+        let (header, entry) = if kind(self.features) == Kind::Packed { (32, 32) } else { (16, 16) };
+        let bytes = self.region.copy(0).unwrap();
+        bytes[header..].chunks_exact(entry).take(SIZE.into()).filter(|entry| entry[0] == 1).count() as u64
+    }
+
+    /// Another back-end takes over, which knows nothing but the region and the base.
+    fn move_to_another_back_end(&mut self, base: u32) {
+        let (device, gate) = Held::new();
+        self.gate = gate;
+        self.move_to(device, base);
+    }
+
+    fn move_to(&mut self, device: Arc<dyn Device>, base: u32) {
+        self.server = Server::new(device);
+        self.client = self.server.connect();
+        begin_with(&self.client, &self.guest, self.features, PROTOCOL | self.protocol);
+        self.give_region();
+        self.ring.log_at = None;
+        self.ring.set_up(&self.client, &self.guest, base);
+        self.ring.enable(&self.client, true);
+    }
+}
+
+fn kind(features: u64) -> Kind {
+    if features & PACKED != 0 { Kind::Packed } else { Kind::Split }
+}
+
+#[test]
+fn what_is_in_flight_is_left_in_the_region_logged_and_unpublished_and_served_elsewhere() {
+    for features in BOTH {
+        let mut scene = Scene::new(features, INFLIGHT_MIGRATION);
+        // QEMU's order: a ring is disabled before it is known how it is to be stopped.
+        scene.ring.enable(&scene.client, false);
+        let base = scene.stop(Code::GET_VRING_BASE_SKIP_DRAIN);
+        assert_eq!(scene.marked(), COUNT);
+        assert!(scene.ring.driver.pop_used().unwrap().is_none(), "a request was published");
+        // It has written these pages already.
+        let marks = harvest(&scene.log);
+        assert!((0..COUNT).all(|slot| marks.contains(&(page(slot).gpa >> 12))), "a page was not logged");
+        let before = scene.guest.snapshot();
+        scene.gate.write(1).unwrap();
+        scene.client.barrier();
+        scene.server.end();
+        assert!(before == scene.guest.snapshot(), "memory was written after the reply");
+
+        scene.move_to_another_back_end(base);
+        scene.gate.write(1).unwrap();
+        scene.ring.completions(COUNT as usize);
+        assert_eq!(scene.marked(), 0);
+        scene.add(COUNT..2 * COUNT);
+        scene.ring.completions(COUNT as usize);
+        assert_eq!(scene.client.ring_base(0), scene.ring.drained());
+    }
+}
+
+#[test]
+fn a_ring_that_was_suspended_goes_on_where_it_was_if_the_migration_fails() {
+    for features in BOTH {
+        let mut scene = Scene::new(features, INFLIGHT_MIGRATION);
+        let base = scene.stop(Code::GET_VRING_BASE_SKIP_DRAIN);
+        scene.ring.set_up(&scene.client, &scene.guest, base);
+        scene.ring.enable(&scene.client, true);
+        scene.gate.write(1).unwrap();
+        scene.ring.completions(COUNT as usize);
+        assert_eq!(scene.marked(), 0);
+    }
+}
+
+#[test]
+fn a_disabled_ring_keeps_what_it_has_takes_nothing_new_and_goes_on_when_enabled() {
+    for features in BOTH {
+        let mut scene = Scene::new(features, INFLIGHT_MIGRATION);
+        scene.ring.enable(&scene.client, false);
+        scene.ring.driver.add(&[], &[page(COUNT)], None).unwrap().unwrap();
+        scene.ring.kick();
+        scene.ring.kick.write(1).unwrap();
+        scene.gate.write(1).unwrap();
+        scene.ring.completions(COUNT as usize);
+        scene.client.barrier();
+        assert_ne!(scene.guest.bytes(page(COUNT).gpa, 1), [0x5a], "a disabled ring took a request");
+        scene.ring.enable(&scene.client, true);
+        scene.ring.completion();
+    }
+}
+
+#[test]
+fn get_vring_base_still_drains_unless_there_was_no_other_request_for_it_yet() {
+    let inflight = bit(protocol_feature::GET_VRING_BASE_INFLIGHT);
+    for features in BOTH {
+        for (protocol, left) in [(INFLIGHT_MIGRATION, 0), (0, 0), (inflight, COUNT)] {
+            let scene = Scene::new(features, protocol);
+            scene.client.tell(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
+            if left == 0 {
+                scene.gate.write(1).unwrap();
+            }
+            scene.client.ring_base_reply(0);
+            assert_eq!(scene.marked(), left, "protocol features {protocol:#x}");
+        }
+    }
+}
+
+/// Keeps the first request it gets, and completes all others at once.
+struct KeepsOne;
+
+struct KeepsOneQueue {
+    kept: Option<Request>,
+    done: Vec<Request>,
+}
+
+impl Device for KeepsOne {
+    fn features(&self) -> u64 {
+        RING_FEATURES | IN_ORDER
+    }
+
+    fn protocol_features(&self) -> u64 {
+        INFLIGHT_MIGRATION
+    }
+
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
+        Ok(Box::new(KeepsOneQueue { kept: None, done: Vec::new() }))
+    }
+}
+
+impl Queue for KeepsOneQueue {
+    fn submit(&mut self, mut request: Request) {
+        request.write(0, &[0x5a]).unwrap();
+        match self.kept {
+            None => self.kept = Some(request),
+            Some(_) => self.done.push(request),
+        }
+    }
+
+    fn completions(&mut self, done: &mut Vec<Request>) {
+        done.append(&mut self.done);
+    }
+
+    fn suspend(&mut self, unserved: &mut Vec<Request>) {
+        unserved.extend(self.kept.take());
+    }
+}
+
+#[test]
+fn with_in_order_what_is_complete_behind_an_open_request_is_left_too() {
+    for features in BOTH {
+        let (device, gate) = Held::new();
+        let mut scene = Scene::on(Arc::new(KeepsOne), gate, features | IN_ORDER, INFLIGHT_MIGRATION);
+        let base = scene.stop(Code::GET_VRING_BASE_SKIP_DRAIN);
+        assert_eq!(scene.marked(), COUNT);
+        let marks = harvest(&scene.log);
+        assert!((0..COUNT).all(|slot| marks.contains(&(page(slot).gpa >> 12))), "a page was not logged");
+        scene.move_to(device, base);
+        scene.gate.write(1).unwrap();
+        scene.ring.completions(COUNT as usize);
+    }
+}
+
+#[test]
+fn without_a_region_a_ring_is_drained_and_without_the_feature_the_request_is_unknown() {
+    let (device, gate) = Held::new();
+    let (server, guest) = (Server::new(device), Guest::new());
+    let client = server.connect();
+    begin_with(&client, &guest, BASIC, PROTOCOL | INFLIGHT_MIGRATION);
+    let mut ring = crate::drain::held(&client, &guest, 0, COUNT);
+    client.tell(Code::GET_VRING_BASE_SKIP_DRAIN, &VringState { index: 0, num: 0 });
+    gate.write(1).unwrap();
+    client.reply(Code::GET_VRING_BASE_SKIP_DRAIN);
+    let mut used = 0;
+    while ring.driver.pop_used().unwrap().is_some() {
+        used += 1;
+    }
+    assert_eq!(used, COUNT);
+    drop(client);
+
+    let client = server.connect();
+    begin_with(&client, &guest, BASIC, PROTOCOL);
+    client.send(Code::GET_VRING_BASE_SKIP_DRAIN, VERSION, VringState { index: 0, num: 0 }.as_bytes(), &[]);
+    assert!(client.is_closed(), "it was answered without having been negotiated");
+}

@@ -1,0 +1,262 @@
+//! A guest moves without waiting for its disk: requests in flight move with the inflight region (rule I8).
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::sys::eventfd::EventFd;
+use vhost_migrate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
+use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
+use vhost_migrate::backend::{Device, Listener, Queue, Request, serve};
+use vhost_migrate::frontend::{UserDevice, UserOptions};
+use vhost_migrate::guest::{Guest, GuestConfig, GuestState, make_memory};
+use vhost_migrate::memory::{LOG_PAGE, Memory};
+
+const MIB: u64 = 1 << 20;
+const PATIENCE: Duration = Duration::from_secs(120);
+const MOVES: u64 = 6;
+
+/// A disk that lets every request wait for a while before it looks at it.
+struct Slow(Disk);
+
+struct SlowQueue {
+    disk: Box<dyn Queue>,
+    waiting: VecDeque<(Instant, Request)>,
+    /// Always readable.
+    ready: EventFd,
+}
+
+impl Device for Slow {
+    fn features(&self) -> u64 {
+        self.0.features()
+    }
+
+    fn protocol_features(&self) -> u64 {
+        INFLIGHT_MIGRATION
+    }
+
+    fn queues(&self) -> u16 {
+        self.0.queues()
+    }
+
+    fn config(&self) -> Vec<u8> {
+        self.0.config()
+    }
+
+    fn queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
+        let disk = self.0.queue(index, size, features)?;
+        Ok(Box::new(SlowQueue { disk, waiting: VecDeque::new(), ready: EventFd::from_value(1)? }))
+    }
+}
+
+impl Queue for SlowQueue {
+    fn submit(&mut self, request: Request) {
+        self.waiting.push_back((Instant::now(), request));
+    }
+
+    fn completions(&mut self, done: &mut Vec<Request>) {
+        let due = |(since, _): &(Instant, Request)| since.elapsed() > Duration::from_millis(20);
+        while self.waiting.front().is_some_and(due) {
+            self.waiting.pop_front().into_iter().for_each(|(_, request)| self.disk.submit(request));
+        }
+        self.disk.completions(done);
+        if done.is_empty() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn suspend(&mut self, unserved: &mut Vec<Request>) {
+        unserved.extend(self.waiting.drain(..).map(|(_, request)| request));
+        self.disk.suspend(unserved);
+    }
+
+    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.ready.as_fd()).filter(|_| !self.waiting.is_empty()).or(self.disk.completion_fd())
+    }
+}
+
+/// A back-end on the image that all share.
+struct Backend {
+    stop: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Backend {
+    fn start(folder: &Path, socket: &str, aio: Aio) -> (Backend, UserDevice) {
+        let disk = Disk::open(DiskOptions {
+            image: folder.join("image"),
+            read_only: false,
+            queues: 2,
+            max_queue_size: 256,
+            serial: String::new(),
+            aio,
+            direct: false,
+            in_order: false,
+            inflight_migration: true,
+            share_rw: false,
+        });
+        let device: Arc<dyn Device> = Arc::new(Slow(disk.unwrap()));
+        let path = folder.join(socket);
+        let listener = Listener::bind(&path).unwrap();
+        let stop = Arc::new(EventFd::new().unwrap());
+        let until = stop.clone();
+        let thread = std::thread::spawn(move || serve(&listener, &device, until.as_fd()).unwrap());
+        let options = UserOptions::default().with_inflight_migration();
+        let device = UserDevice::connect(&path, options, Instant::now() + PATIENCE).unwrap();
+        (Backend { stop, thread: Some(thread) }, device)
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        self.stop.write(1).unwrap();
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+fn run_for(guest: &Guest, requests: u64) {
+    let (before, start) = (guest.stats().completions, Instant::now());
+    while guest.stats().completions < before + requests {
+        assert!(guest.failure().is_none(), "{}", guest.failure().unwrap());
+        assert!(start.elapsed() < PATIENCE, "the guest does nothing");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn bytes(memory: &Memory) -> Vec<Vec<u8>> {
+    let read = |gpa, size: u64| {
+        let mut bytes = vec![0; size as usize];
+        memory.read(gpa, &mut bytes).unwrap();
+        bytes
+    };
+    memory.regions().iter().map(|region| read(region.gpa(), region.size())).collect()
+}
+
+fn copy(memory: &Memory) -> Memory {
+    let regions = memory.regions().iter().map(|region| (region.gpa(), region.size()));
+    let to = make_memory(regions, false).unwrap();
+    for (region, bytes) in memory.regions().iter().zip(bytes(memory)) {
+        to.write(region.gpa(), &bytes).unwrap();
+    }
+    to
+}
+
+/// Marks in the inflight regions of a guest: split entries have 16 bytes, packed ones 32, behind a header of one entry.
+fn in_flight(state: &GuestState) -> usize {
+    let entry = if state.config.packed { 32 } else { 16 };
+    let inflight = state.devices.iter().map(|device| device.inflight.as_ref().unwrap());
+    let marks = inflight.map(|region| {
+        let queues = region.contents.chunks(region.contents.len() / usize::from(region.queues));
+        queues.map(|queue| queue.chunks(entry).skip(1).filter(|entry| entry[0] == 1).count()).sum::<usize>()
+    });
+    marks.sum()
+}
+
+fn moves_with_requests_in_flight(packed: bool, aio: Aio) {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::File::create(folder.path().join("image")).unwrap().set_len(16 * MIB).unwrap();
+    let config = GuestConfig {
+        packed,
+        inflight_migration: true,
+        disk_area: 4 * MIB,
+        dirty_rate: MIB,
+        ..GuestConfig::new(16 * MIB)
+    };
+    let (mut backend, device) = Backend::start(folder.path(), "0", aio);
+    let mut guest = Guest::new(config).unwrap();
+    guest.boot(vec![Box::new(device)]).unwrap();
+    guest.resume().unwrap();
+    let mut moved = 0;
+    for number in 1..=MOVES {
+        run_for(&guest, 50);
+        guest.pause().unwrap();
+        guest.stop_devices().unwrap();
+        let before = bytes(guest.memory());
+        if number % 3 == 0 {
+            // The migration fails: the guest goes on where it is.
+            guest.start_devices().unwrap();
+            guest.resume().unwrap();
+            run_for(&guest, 50);
+            guest.pause().unwrap();
+            guest.stop_devices().unwrap();
+        } else {
+            std::thread::sleep(Duration::from_millis(30));
+            assert!(before == bytes(guest.memory()), "memory was written after its rings were stopped");
+        }
+        let state = guest.save_state().unwrap();
+        moved += in_flight(&state);
+        let memory = copy(guest.memory());
+        drop(guest);
+        drop(backend);
+        let device;
+        (backend, device) = Backend::start(folder.path(), &number.to_string(), aio);
+        guest = Guest::restore(memory, state).unwrap();
+        guest.attach(vec![Box::new(device)]).unwrap();
+        guest.start_devices().unwrap();
+        guest.resume().unwrap();
+    }
+    run_for(&guest, 100);
+    guest.verify().unwrap();
+    assert_eq!((guest.stats().lost, guest.stats().duplicates), (0, 0));
+    assert!(moved >= MOVES as usize, "{moved} requests were in flight: this has tested nothing");
+    drop(guest);
+    drop(backend);
+}
+
+#[test]
+fn with_split_rings() {
+    moves_with_requests_in_flight(false, Aio::IoUring);
+}
+
+#[test]
+fn with_packed_rings() {
+    moves_with_requests_in_flight(true, Aio::IoUring);
+}
+
+#[test]
+fn with_threads() {
+    moves_with_requests_in_flight(false, Aio::Threads);
+}
+
+#[test]
+fn a_back_end_that_can_not_leave_requests_in_flight_is_refused_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::File::create(folder.path().join("image")).unwrap().set_len(16 * MIB).unwrap();
+    let (_backend, device) = Backend::start(folder.path(), "0", Aio::Threads);
+    drop(device);
+    // Not asked for, it is not agreed on.
+    let path = folder.path().join("0");
+    let device = UserDevice::connect(path, UserOptions::default(), Instant::now() + PATIENCE).unwrap();
+    let mut guest = Guest::new(GuestConfig { inflight_migration: true, ..GuestConfig::new(16 * MIB) }).unwrap();
+    let error = guest.boot(vec![Box::new(device)]).unwrap_err();
+    assert!(error.to_string().contains("--inflight-migration"), "{error}");
+}
+
+#[test]
+fn requests_in_flight_are_not_moved_to_a_device_with_another_region() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::File::create(folder.path().join("image")).unwrap().set_len(16 * MIB).unwrap();
+    let config = GuestConfig { inflight_migration: true, dirty_rate: MIB, ..GuestConfig::new(16 * MIB) };
+    let (backend, device) = Backend::start(folder.path(), "0", Aio::Threads);
+    let mut guest = Guest::new(config).unwrap();
+    guest.boot(vec![Box::new(device)]).unwrap();
+    guest.resume().unwrap();
+    run_for(&guest, 50);
+    guest.pause().unwrap();
+    guest.stop_devices().unwrap();
+    let mut state = guest.save_state().unwrap();
+    assert!(in_flight(&state) > 0);
+    let inflight = state.devices[0].inflight.as_mut().unwrap();
+    inflight.contents.extend([0; LOG_PAGE as usize]);
+    let memory = copy(guest.memory());
+    drop((guest, backend));
+    let (_backend, device) = Backend::start(folder.path(), "1", Aio::Threads);
+    let mut guest = Guest::restore(memory, state).unwrap();
+    let error = guest.attach(vec![Box::new(device)]).unwrap_err();
+    assert!(error.to_string().contains("in flight"), "{error}");
+}
