@@ -332,6 +332,31 @@ fn a_base_says_where_both_positions_are() {
     assert_eq!(device.used_position(), at(0, false));
 }
 
+/// User-mode Linux begins every ring at 0.
+#[test]
+fn a_base_of_zero_is_the_start_of_a_ring_that_the_device_never_used() {
+    let (memory, layout) = (memory(), packed_layout(4));
+    let mut driver = PackedDriver::new(&memory, layout, 0).unwrap();
+    let at_zero = || PackedDevice::new(&memory, layout, 0, RingBase::from_bits(0)).unwrap();
+    for round in 0..2 {
+        // What is available before the device looks changes nothing.
+        let heads: Vec<_> = (0..4).map(|_| driver.add(&[buffer(0, 1)], &[], None).unwrap().unwrap()).collect();
+        let _ = driver.publish();
+        let mut device = at_zero();
+        let mut chain = Chain::default();
+        for head in heads {
+            assert!(device.pop(&mut chain).unwrap(), "round {round}");
+            assert_eq!(chain.head, head);
+            device.push(chain.head, chain.slots, 0);
+        }
+        assert!(!device.pop(&mut chain).unwrap());
+        let _ = device.publish();
+        while driver.pop_used().unwrap().is_some() {}
+        let wrap = round == 1;
+        assert_eq!(device.base(), RingBase::packed(0, wrap, 0, wrap));
+    }
+}
+
 #[test]
 fn a_ring_lies_in_guest_memory_aligned_and_whole() {
     let memory = memory();

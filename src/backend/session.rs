@@ -209,8 +209,10 @@ impl Session {
             message.fds.len(),
             if message.flags & Header::FLAG_NEED_REPLY != 0 { ", wants a reply" } else { "" }
         );
-        let acknowledge = message.flags & Header::FLAG_NEED_REPLY != 0 && self.speaks(protocol_feature::REPLY_ACK);
-        let outcome = self.handle(message, acknowledge, rings);
+        let asked = message.flags & Header::FLAG_NEED_REPLY != 0;
+        let outcome = self.handle(message, asked && self.speaks(protocol_feature::REPLY_ACK), rings);
+        // Asked afterwards: the message that switches acknowledgements on may want the first one (rule F4).
+        let acknowledge = asked && self.speaks(protocol_feature::REPLY_ACK);
         counters::message(code, outcome.is_err());
         match outcome {
             Ok(Some(reply)) => Step::Reply(reply),

@@ -118,9 +118,10 @@ impl Rings for Workers {
     fn start(&mut self, index: u16, setup: Setup) -> Result<(), BackendError> {
         let broken = |source| BackendError::Ring { index, source };
         let mut ring = DeviceRing::new(&setup.memory, setup.layout, setup.features, setup.base).map_err(broken)?;
+        let goes_on = !ring.base().is_start(setup.features);
         let inflight = setup.inflight.as_ref().map(|region| Tracker::start(region, index, &mut ring)).transpose()?;
         let has_a_past = inflight.as_ref().is_some_and(|(_, found)| found.has_a_past());
-        if setup.first && (has_a_past || !setup.base.is_start(setup.features)) {
+        if setup.first && (has_a_past || goes_on) {
             relog_memory(index, &setup);
         }
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;

@@ -77,6 +77,17 @@ fn need_reply_adds_no_second_answer_to_a_request_that_has_one() {
     client.reply(Code::GET_STATUS);
 }
 
+/// Rule F4; UML waits for this answer.
+#[test]
+fn the_message_that_switches_acknowledgements_on_is_acknowledged_itself() {
+    let (server, _) = disk();
+    let client = server.connect();
+    client.done(Code::SET_PROTOCOL_FEATURES, &PROTOCOL, &[]);
+    let without = PROTOCOL & !bit(protocol_feature::REPLY_ACK);
+    client.send(Code::SET_PROTOCOL_FEATURES, NEED_REPLY, without.as_bytes(), &[]);
+    client.barrier(); // switched off again: nothing else is answered
+}
+
 /// Rule F4.
 #[test]
 fn need_reply_means_nothing_before_reply_ack_is_acknowledged() {

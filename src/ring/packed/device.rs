@@ -63,6 +63,8 @@ impl PackedDevice {
         base: RingBase,
     ) -> Result<PackedDevice, RingError> {
         let areas = Areas::new(memory, &layout)?;
+        // Some front-ends begin every ring at 0, which in a packed one is the start of its second round (rule R4).
+        let base = if base.bits() == 0 && areas.is_untouched(layout.size) { RingBase::PACKED_START } else { base };
         let (avail, used) = (base.packed_avail(), base.packed_used());
         check(avail, used, layout.size)?;
         Ok(PackedDevice {

@@ -159,6 +159,12 @@ impl Areas {
         half.store(rest.to_le(), order);
     }
 
+    /// Whether the device never used a descriptor. At the end of each round there is a used one: a batch is shorter than
+    /// a round, and the driver keeps the bit when it makes the descriptor available in the second round.
+    fn is_untouched(&self, size: u16) -> bool {
+        (0..size).all(|index| self.half(index, Ordering::Relaxed).flags.get() & USED == 0)
+    }
+
     /// Whether the descriptor at `position` is available in the position's round.
     #[inline]
     fn is_avail(&self, position: Position) -> bool {
