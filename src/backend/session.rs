@@ -149,7 +149,7 @@ struct Ring {
     kick: Option<Arc<OwnedFd>>,
     call: Option<Arc<Notifier>>,
     error: Option<Arc<Notifier>>,
-    /// SET_VRING_KICK came, and no GET_VRING_BASE since (rule R2).
+    /// SET_VRING_KICK or a kick in-band came, and no GET_VRING_BASE since (rules R2, B3).
     started: bool,
     enabled: bool,
     /// [`Rings::start`] was called, and no [`Rings::stop`] since.
@@ -331,25 +331,24 @@ impl Session {
             }
             Code::SET_VRING_CALL | Code::SET_VRING_ERR => {
                 let (index, fd) = self.ring_fd(&mut message)?;
-                let calls = code == Code::SET_VRING_CALL;
-                let notifier = match fd {
-                    Some(fd) => Some(Notifier::new(fd)),
-                    None if !self.is_in_band() => None,
-                    None if calls => Some(Notifier::call(self.host.clone(), index)),
-                    None => Some(Notifier::error(self.host.clone(), index)),
-                };
+                let notifier = fd.map(|fd| Arc::new(Notifier::new(fd)));
                 let ring = self.ring(code, index.into())?;
-                let to = if calls { &mut ring.call } else { &mut ring.error };
-                *to = notifier.map(Arc::new);
-                if ring.running {
-                    rings.set_notifiers(index, ring.call.clone(), ring.error.clone());
+                *(if code == Code::SET_VRING_CALL { &mut ring.call } else { &mut ring.error }) = notifier;
+                if let Some(ring) = self.rings.get(usize::from(index)).filter(|ring| ring.running) {
+                    let (call, error) = self.notifiers(index, ring);
+                    rings.set_notifiers(index, call, error);
                 }
             }
             Code::VRING_KICK if self.is_in_band() => {
                 let VringState { index, .. } = message.body()?;
-                // One that doesn't run looks at its requests when it is started.
-                if self.ring(code, index)?.running {
+                let ring = self.ring(code, index)?;
+                let running = ring.running;
+                // It starts a ring too: UML sends no SET_VRING_KICK.
+                ring.started = true;
+                if running {
                     rings.kick(index as u16);
+                } else {
+                    self.settle(index as u16, rings)?;
                 }
             }
             Code::SET_VRING_ENABLE => {
@@ -683,6 +682,13 @@ impl Session {
         }
     }
 
+    /// What a ring signals for calls and errors: where no fd was given, the front-end itself if messages stand for it.
+    fn notifiers(&self, index: u16, ring: &Ring) -> (Option<Arc<Notifier>>, Option<Arc<Notifier>>) {
+        let in_band =
+            |make: fn(Arc<Host>, u16) -> Notifier| self.is_in_band().then(|| Arc::new(make(self.host.clone(), index)));
+        (ring.call.clone().or_else(|| in_band(Notifier::call)), ring.error.clone().or_else(|| in_band(Notifier::error)))
+    }
+
     /// The ring and the fd of SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR.
     fn ring_fd(&mut self, message: &mut Message) -> Result<(u16, Option<OwnedFd>), BackendError> {
         let bits: u64 = message.body()?;
@@ -750,6 +756,7 @@ impl Session {
         if self.features & LOG_ALL != 0 && self.log.is_none() {
             warn!("ring {index} starts with LOG_ALL but without SET_LOG_BASE: nothing is logged (rule L8)");
         }
+        let (call, error) = self.notifiers(index, ring);
         Ok(Setup {
             layout: layout(&self.memory, self.features, index, ring.size, addr)?,
             base: ring.base,
@@ -758,8 +765,8 @@ impl Session {
             logging: self.logging(ring),
             kick: ring.kick.clone(),
             polled: ring.kick.is_none() && !self.is_in_band(),
-            call: ring.call.clone(),
-            error: ring.error.clone(),
+            call,
+            error,
             inflight: self.inflight.clone(),
             first: !ring.ran,
             host: self.host.clone(),

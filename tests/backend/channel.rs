@@ -110,6 +110,28 @@ fn kicks_and_calls_can_be_messages() {
     assert_eq!(client.acknowledged(Code::VRING_KICK, missing.as_bytes(), &[]), 1);
 }
 
+/// Rule B3: User-mode Linux sends neither SET_VRING_KICK nor SET_VRING_CALL.
+#[test]
+fn the_first_kick_starts_a_ring_whose_fds_were_never_spoken_of() {
+    let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
+    let client = server.connect();
+    agree(&client, &guest, IN_BAND);
+    let mut ear = Ear::give(&client);
+    let mut ring = Ring::new(&guest, 0, 256, BASIC);
+    client.tell(Code::SET_VRING_NUM, &VringState { index: 0, num: ring.layout.size.into() });
+    client.tell(Code::SET_VRING_BASE, &VringState { index: 0, num: 0 });
+    client.tell(Code::SET_VRING_ADDR, &ring.addr(&guest));
+    ring.enable(&client, true);
+    for _ in 0..2 {
+        read(&client, &guest, &mut ring);
+        assert_eq!(ear.hear(), (BackendRequest::VRING_CALL, Some(0)));
+        assert!(ring.driver.pop_used().unwrap().is_some());
+    }
+    guest.memory.write(ring.layout.avail + 2, &9999u16.to_le_bytes()).unwrap();
+    client.done(Code::VRING_KICK, &VringState { index: 0, num: 0 }, &[]);
+    assert_eq!(ear.hear(), (BackendRequest::VRING_ERR, Some(0)));
+}
+
 #[test]
 fn a_broken_ring_says_so_in_a_message_and_the_other_goes_on() {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());

@@ -39,6 +39,10 @@ impl Backend {
         &self.socket
     }
 
+    pub(crate) fn process(&self) -> &Process {
+        &self.process
+    }
+
     /// `kill -9`.
     pub(crate) fn kill(&mut self) {
         self.process.kill();

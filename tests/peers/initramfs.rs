@@ -8,10 +8,31 @@ use crate::process::Lab;
 
 /// Where `tests/peers/install` puts the guest kernel and its modules.
 const KERNEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/peers/kernel");
+/// Where the package of User-mode Linux has its modules, in a folder named after the kernel's version.
+const UML_MODULES: &str = "/usr/lib/uml/modules";
 
 const DIRECTORY: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;
 const CHARACTER_DEVICE: u32 = 0o020_600;
+
+/// The kernel that an initramfs is for.
+#[derive(Clone, Copy)]
+pub(crate) enum Kernel {
+    Pc,
+    Uml,
+}
+
+impl Kernel {
+    fn modules(self) -> PathBuf {
+        match self {
+            Kernel::Pc => Path::new(KERNEL).join("modules"),
+            Kernel::Uml => {
+                let versions = fs::read_dir(UML_MODULES).expect("User-mode Linux: run tests/peers/install");
+                versions.map(|entry| entry.unwrap().path()).next().expect("the modules of one kernel")
+            }
+        }
+    }
+}
 
 /// The guest kernel.
 pub(crate) fn kernel() -> PathBuf {
@@ -21,7 +42,7 @@ pub(crate) fn kernel() -> PathBuf {
 }
 
 /// Makes the initramfs: loads `drivers`, runs `commands` and then the program that `tests/peers/guest/PROGRAM.rs` is.
-pub(crate) fn make(lab: &Lab, drivers: &[&str], commands: &str, program: &str) -> PathBuf {
+pub(crate) fn make(lab: &Lab, kernel: Kernel, drivers: &[&str], commands: &str, program: &str) -> PathBuf {
     let mut archive = Archive::default();
     for folder in ["bin", "dev"] {
         archive.add(folder, DIRECTORY, (0, 0), &[]);
@@ -32,7 +53,7 @@ pub(crate) fn make(lab: &Lab, drivers: &[&str], commands: &str, program: &str) -
     archive.add(program, PROGRAM, (0, 0), &fs::read(build(lab, program)).unwrap());
 
     let mut init = String::from("#!/bin/busybox sh\nbusybox mount -t devtmpfs dev /dev\n");
-    for (i, module) in modules(drivers).into_iter().enumerate() {
+    for (i, module) in modules(&kernel.modules(), drivers).into_iter().enumerate() {
         archive.add(&format!("{i}.ko"), PROGRAM, (0, 0), &module);
         init += &format!("busybox insmod /{i}.ko\n");
     }
@@ -58,8 +79,7 @@ fn build(lab: &Lab, name: &str) -> PathBuf {
 }
 
 /// The contents of the modules named and of those that they need, in the order in which they load.
-fn modules(names: &[&str]) -> Vec<Vec<u8>> {
-    let folder = Path::new(KERNEL).join("modules");
+fn modules(folder: &Path, names: &[&str]) -> Vec<Vec<u8>> {
     let dependencies = fs::read_to_string(folder.join("modules.dep")).unwrap();
     let mut ordered: Vec<&str> = Vec::new();
     for name in names {

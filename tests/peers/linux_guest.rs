@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 
 use crate::backend::{Backend, Kind};
-use crate::initramfs;
+use crate::initramfs::{self, Kernel};
 use crate::migration::{self, GENTLE, NEVER_CONVERGES};
 use crate::process::{Lab, wait_for};
 use crate::qemu::Qemu;
@@ -36,23 +36,32 @@ impl Host {
 
     /// The last two counts that the guest printed here.
     pub(crate) fn counts(&self) -> Option<(u64, u64)> {
-        let text = String::from_utf8_lossy(&fs::read(&self.console).unwrap_or_default()).into_owned();
-        assert!(!text.contains("\nBAD") && !text.contains("Kernel panic"), "the guest says:\n{text}");
-        let complete = &text[..text.rfind('\n').unwrap_or(0)];
-        complete.lines().rev().find_map(|line| {
-            let mut words = line.trim().strip_prefix("ok ")?.split(' ').map(|count| count.parse().ok());
-            Some((words.next()??, words.next()??))
-        })
+        counts(&String::from_utf8_lossy(&fs::read(&self.console).unwrap_or_default()))
     }
 
     /// Waits until the guest has done that much more here; of a guest with a disk, on that and in its memory.
     pub(crate) fn works(&self, disk: u64, memory: u64) {
-        let start = wait_for("the guest's first line here", || self.counts());
-        wait_for("the guest works on", || {
-            let now = self.counts()?;
-            (now.0 >= start.0 + disk && now.1 >= start.1 + memory).then_some(())
-        });
+        works(|| self.counts(), disk, memory);
     }
+}
+
+/// The last two counts of what a guest printed, which must not be a complaint.
+pub(crate) fn counts(text: &str) -> Option<(u64, u64)> {
+    assert!(!text.contains("\nBAD") && !text.contains("Kernel panic"), "the guest says:\n{text}");
+    let complete = &text[..text.rfind('\n').unwrap_or(0)];
+    complete.lines().rev().find_map(|line| {
+        let mut words = line.trim().strip_prefix("ok ")?.split(' ').map(|count| count.parse().ok());
+        Some((words.next()??, words.next()??))
+    })
+}
+
+/// Waits until both counts have grown that much.
+pub(crate) fn works(counts: impl Fn() -> Option<(u64, u64)>, first: u64, second: u64) {
+    let start = wait_for("the guest's first line", &counts);
+    wait_for("the guest works on", || {
+        let now = counts()?;
+        (now.0 >= start.0 + first && now.1 >= start.1 + second).then_some(())
+    });
 }
 
 #[test]
@@ -76,7 +85,7 @@ fn there_and_back(packed: bool) {
     let boot = format!(
         "-kernel {} -initrd {} -append console=ttyS0",
         initramfs::kernel().display(),
-        initramfs::make(&lab, &["virtio_pci", "virtio_blk"], "", "load").display()
+        initramfs::make(&lab, Kernel::Pc, &["virtio_pci", "virtio_blk"], "", "load").display()
     );
     let mut source = Host::start(&lab, "host-0", &boot, here.socket(), &device);
     source.works(200, 1000);

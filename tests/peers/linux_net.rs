@@ -3,15 +3,15 @@
 
 use std::net::{SocketAddr, UdpSocket};
 use std::process::{self, Command};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use serde_json::json;
 
 use crate::backend::words;
-use crate::initramfs;
+use crate::initramfs::{self, Kernel};
 use crate::linux_guest::Host;
 use crate::migration::{self, GENTLE};
 use crate::process::{Lab, Process, wait_for};
@@ -20,20 +20,28 @@ use crate::process::{Lab, Process, wait_for};
 const DEVICE: &str = "-netdev vhost-user,id=net,chardev=vu,queues=2 \
                       -device virtio-net-pci,netdev=net,mq=on,mac=52:54:00:47:47:47";
 
-/// A bridge with two taps and an echo at its address; gone when dropped.
-struct Network {
+/// Where datagrams come back from.
+const ECHO: &str = "10.213.47.1:4747";
+/// Brings the guest's interface up and to the echo.
+pub(crate) const UP: &str = "busybox ip link set eth0 up\nbusybox ip addr add 10.213.47.2/24 dev eth0";
+
+/// A bridge with two taps and an echo at its address; gone when dropped. There is one at a time, for the address.
+pub(crate) struct Network {
+    _only: MutexGuard<'static, ()>,
     bridge: String,
-    taps: [String; 2],
+    pub(crate) taps: [String; 2],
     stop: Arc<AtomicBool>,
     echo: Option<JoinHandle<()>>,
 }
 
 impl Network {
-    fn new() -> Network {
+    pub(crate) fn new() -> Network {
+        static ONLY: Mutex<()> = Mutex::new(());
+        let _only = ONLY.lock().unwrap_or_else(PoisonError::into_inner);
         let name = |kind: &str| format!("vm{}{kind}", process::id());
         let (bridge, taps) = (name("br"), [name("a"), name("b")]);
         let stop = Arc::new(AtomicBool::new(false));
-        let mut network = Network { bridge: bridge.clone(), taps: taps.clone(), stop: stop.clone(), echo: None };
+        let mut network = Network { _only, bridge: bridge.clone(), taps: taps.clone(), stop: stop.clone(), echo: None };
         ip(&format!("link add {bridge} type bridge"));
         for tap in &taps {
             ip(&format!("tuntap add dev {tap} mode tap multi_queue"));
@@ -41,7 +49,7 @@ impl Network {
         }
         ip(&format!("addr add 10.213.47.1/24 dev {bridge}"));
         ip(&format!("link set {bridge} up"));
-        let socket = UdpSocket::bind("10.213.47.1:4747").unwrap();
+        let socket = UdpSocket::bind(ECHO).unwrap();
         socket.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
         network.echo = Some(thread::spawn(move || {
             let mut buffer = vec![0; 65536];
@@ -73,25 +81,27 @@ fn ip(arguments: &str) {
     assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
+/// `backend net` with `args`, at NAME.sock of the lab.
+pub(crate) fn backend(lab: &Lab, name: &str, args: &str) -> Process {
+    let args = format!("backend net --socket {} {args}", lab.file(&format!("{name}.sock")).display());
+    let program = env!("CARGO_BIN_EXE_vhost-migrate");
+    let process = Process::start(name, program, &words(&args), &lab.file(&format!("{name}.log")));
+    wait_for("the back-end listens", || process.output().contains("serves ").then_some(()));
+    process
+}
+
 #[test]
 fn a_linux_guest_goes_on_talking_through_taps_while_it_moves_there_and_back() {
     let (lab, network) = (Lab::new(), Network::new());
     let mut backends: Vec<Process> = (0..2)
         .map(|number| {
-            let (socket, tap) = (lab.file(&format!("net-{number}.sock")), &network.taps[number]);
-            let args = format!("backend net --socket {} --tap {tap} --queue-pairs 2", socket.display());
-            let name = format!("net-{number}");
-            let program = env!("CARGO_BIN_EXE_vhost-migrate");
-            let process = Process::start(&name, program, &words(&args), &lab.file(&format!("{name}.log")));
-            wait_for("the back-end listens", || process.output().contains("serves tap ").then_some(()));
-            process
+            backend(&lab, &format!("net-{number}"), &format!("--tap {} --queue-pairs 2", network.taps[number]))
         })
         .collect();
-    let commands = "busybox ip link set eth0 up\nbusybox ip addr add 10.213.47.2/24 dev eth0";
     let boot = format!(
         "-kernel {} -initrd {} -append console=ttyS0",
         initramfs::kernel().display(),
-        initramfs::make(&lab, &["virtio_pci", "virtio_net"], commands, "net").display()
+        initramfs::make(&lab, Kernel::Pc, &["virtio_pci", "virtio_net"], UP, "net").display()
     );
     let mut source = Host::start(&lab, "host-0", &boot, &lab.file("net-0.sock"), DEVICE);
     source.works(200, 0);

@@ -1,6 +1,8 @@
-//! Programs that are not ours, driven against ours: QEMU without a guest, QEMU with a real Linux guest, `qemu-storage-daemon`, and block devices of the kernel.
+//! Programs that are not ours, driven against ours: QEMU without a guest, QEMU with a real Linux guest, User-mode Linux, `qemu-storage-daemon`,
+//! and block devices of the kernel.
 //! Needs the cargo feature `peers` and what `tests/peers/install` installs; a missing peer is a failure, never a skip.
-//! The laboratory (processes, QMP, qtest, driver, proxy) is in the modules without tests; `guest_free`, `log_bitmap`, `linux_guest` and `linux_net` hold the promises.
+//! The laboratory (processes, QMP, qtest, driver, proxy) is in the modules without tests; `guest_free`, `log_bitmap`, `linux_guest`,
+//! `linux_net` and `uml` hold the promises.
 
 // Everything here is test code: a failed expectation is a failed test.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -26,3 +28,4 @@ mod qsd;
 mod qtest;
 mod qtest_blk;
 mod ram;
+mod uml;

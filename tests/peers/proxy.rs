@@ -10,6 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -17,8 +18,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use nix::unistd::close;
+use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{
-    Header, LogDescription, Request, VHOST_F_LOG_ALL, VHOST_VRING_F_LOG, VringAddr, protocol_feature,
+    Header, LogDescription, MemoryHeader, MemoryRegion, Request, VHOST_F_LOG_ALL, VHOST_VRING_F_LOG, VringAddr,
+    VringState, protocol_feature,
 };
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -39,6 +42,11 @@ impl TestLog {
         TestLog(file)
     }
 
+    /// Forgets all marks; nothing may be marking.
+    pub(crate) fn clear(&self) {
+        self.0.write_all_at(&vec![0; TestLog::SIZE as usize], 0).unwrap();
+    }
+
     /// The pages that are marked.
     pub(crate) fn pages(&self) -> BTreeSet<u64> {
         let mut bytes = vec![0; TestLog::SIZE as usize];
@@ -55,10 +63,23 @@ enum Order {
     Log(File, Option<u64>),
     /// SET_FEATURES without LOG_ALL, SET_VRING_ADDR without F_LOG.
     Off,
+    /// SET_VRING_ENABLE of all rings.
+    Enable(bool),
 }
+
+/// What the front-end is not to see of the back-end's offer, as bits.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Hidden {
+    pub(crate) features: u64,
+    pub(crate) protocol_features: u64,
+}
+
+/// Guest memory as the front-end gave it to the back-end.
+type Memory = Arc<Mutex<Vec<(MemoryRegion, File)>>>;
 
 pub(crate) struct Proxy {
     socket: PathBuf,
+    memory: Memory,
     orders: Sender<(Order, Sender<()>)>,
     wake: UnixStream,
 }
@@ -66,21 +87,28 @@ pub(crate) struct Proxy {
 impl Proxy {
     /// Listens beside `backend` and serves one front-end after the other.
     pub(crate) fn start(lab: &Lab, name: &str, backend: &Path) -> Proxy {
+        Proxy::hiding(lab, name, backend, Hidden::default())
+    }
+
+    /// The same, with something of the offer hidden.
+    pub(crate) fn hiding(lab: &Lab, name: &str, backend: &Path, hidden: Hidden) -> Proxy {
         let socket = lab.file(name);
         let listener = UnixListener::bind(&socket).unwrap();
         let (wake, woken) = UnixStream::pair().unwrap();
         let (orders, receiver) = mpsc::channel();
         let backend = backend.to_owned();
+        let memory = Memory::default();
+        let seen = memory.clone();
         thread::spawn(move || {
             for frontend in listener.incoming() {
                 let Ok(backend) = UnixStream::connect(&backend) else { continue };
-                let session = Session::new(frontend.unwrap(), backend);
+                let session = Session::new(frontend.unwrap(), backend, hidden, seen.clone());
                 if session.serve(&woken, &receiver).is_none() {
                     break;
                 }
             }
         });
-        Proxy { socket, orders, wake }
+        Proxy { socket, memory, orders, wake }
     }
 
     pub(crate) fn socket(&self) -> &Path {
@@ -100,6 +128,26 @@ impl Proxy {
     /// Switches logging off.
     pub(crate) fn log_off(&self) {
         self.order(Order::Off);
+    }
+
+    /// Disables all rings; when it returns, the back-end has finished what it had taken and writes nothing more.
+    pub(crate) fn disable(&self) {
+        self.order(Order::Enable(false));
+    }
+
+    /// Enables all rings again.
+    pub(crate) fn enable(&self) {
+        self.order(Order::Enable(true));
+    }
+
+    /// What guest memory contains: each region's first byte and its bytes.
+    pub(crate) fn contents(&self) -> Vec<(u64, Vec<u8>)> {
+        let read = |(region, file): &(MemoryRegion, File)| {
+            let mut bytes = vec![0; region.memory_size as usize];
+            file.read_exact_at(&mut bytes, region.mmap_offset).unwrap();
+            (region.guest_phys_addr, bytes)
+        };
+        self.memory.lock().unwrap().iter().map(read).collect()
     }
 
     fn order(&self, order: Order) {
@@ -123,15 +171,17 @@ struct Session {
     features: u64,
     reply_ack: bool,
     rings: Vec<VringAddr>,
+    hidden: Hidden,
+    memory: Memory,
 }
 
 impl Session {
-    fn new(frontend: UnixStream, backend: UnixStream) -> Session {
+    fn new(frontend: UnixStream, backend: UnixStream, hidden: Hidden, memory: Memory) -> Session {
         for stream in [&frontend, &backend] {
             stream.set_read_timeout(Some(DEADLINE)).unwrap();
             stream.set_write_timeout(Some(Duration::from_secs(10))).unwrap();
         }
-        Session { frontend, backend, features: 0, reply_ack: false, rings: Vec::new() }
+        Session { frontend, backend, features: 0, reply_ack: false, rings: Vec::new(), hidden, memory }
     }
 
     /// Forwards messages and obeys orders until one side hangs up; `None` when the test is over.
@@ -157,22 +207,38 @@ impl Session {
     }
 
     fn forward(&mut self) -> Option<()> {
-        let message = receive(&self.frontend)?;
+        let mut message = receive(&self.frontend)?;
         match Request(message.header.request) {
             Request::SET_FEATURES => self.features = u64::read_from_bytes(&message.payload).ok()?,
             Request::SET_PROTOCOL_FEATURES => {
                 let bits = u64::read_from_bytes(&message.payload).ok()?;
                 self.reply_ack = bits >> protocol_feature::REPLY_ACK & 1 != 0;
+                // For the proxy's own messages, if the front-end logs nothing itself.
+                message.payload = (bits | bit(protocol_feature::LOG_SHMFD)).as_bytes().to_vec();
             }
             Request::SET_VRING_ADDR => {
                 let ring = VringAddr::read_from_bytes(&message.payload).ok()?;
                 self.rings.retain(|known| known.index != ring.index);
                 self.rings.push(ring);
             }
+            Request::SET_MEM_TABLE => *self.memory.lock().unwrap() = memory_table(&message)?,
             _ => {}
         }
         pass_on(&self.backend, &message)?;
-        if has_reply(&message.header) { pass_on(&self.frontend, &receive(&self.backend)?) } else { Some(()) }
+        if !has_reply(&message.header) {
+            return Some(());
+        }
+        let mut reply = receive(&self.backend)?;
+        let hidden = match Request(message.header.request) {
+            Request::GET_FEATURES => self.hidden.features,
+            Request::GET_PROTOCOL_FEATURES => self.hidden.protocol_features,
+            _ => 0,
+        };
+        if hidden != 0 {
+            let offered = u64::read_from_bytes(&reply.payload).ok()?;
+            reply.payload = (offered & !hidden).as_bytes().to_vec();
+        }
+        pass_on(&self.frontend, &reply)
     }
 
     fn obey(&mut self, order: &Order) -> Option<()> {
@@ -183,7 +249,20 @@ impl Session {
                 moved.map_or(Some(()), |moved| self.set_logging(Some(moved)))
             }
             Order::Off => self.set_logging(None),
+            Order::Enable(on) => self.rings.clone().iter().try_for_each(|ring| {
+                let state = VringState { index: ring.index, num: (*on).into() };
+                self.inject(Request::SET_VRING_ENABLE, state.as_bytes(), &[])
+            }),
         }
+    }
+
+    /// Where the front-end's address is in guest memory.
+    fn gpa(&self, user: u64) -> Option<u64> {
+        let memory = self.memory.lock().unwrap();
+        memory.iter().find_map(|(region, _)| {
+            let offset = user.checked_sub(region.userspace_addr)?;
+            (offset < region.memory_size).then_some(region.guest_phys_addr + offset)
+        })
     }
 
     fn set_logging(&mut self, moved: Option<u64>) -> Option<()> {
@@ -191,6 +270,10 @@ impl Session {
         self.inject(Request::SET_FEATURES, features.as_bytes(), &[])?;
         for mut ring in self.rings.clone() {
             ring.flags = u32::from(moved.is_some()) << VHOST_VRING_F_LOG;
+            // User-mode Linux logs nothing itself and has no address for it.
+            if ring.log_guest_addr == u64::MAX {
+                ring.log_guest_addr = self.gpa(ring.used_user_addr)?;
+            }
             ring.log_guest_addr += moved.unwrap_or(0);
             self.inject(Request::SET_VRING_ADDR, ring.as_bytes(), &[])?;
         }
@@ -225,6 +308,16 @@ fn has_reply(header: &Header) -> bool {
         Request::GET_STATUS,
     ];
     header.flags & Header::FLAG_NEED_REPLY != 0 || ANSWERED.contains(&Request(header.request))
+}
+
+/// The regions of SET_MEM_TABLE with files of the proxy's own.
+fn memory_table(message: &Message) -> Option<Vec<(MemoryRegion, File)>> {
+    let regions = message.payload.get(size_of::<MemoryHeader>()..)?.chunks_exact(size_of::<MemoryRegion>());
+    let with_files = regions.zip(&message.fds).map(|(bytes, fd)| {
+        let file = File::options().read(true).write(true).open(format!("/proc/self/fd/{fd}"));
+        Some((MemoryRegion::read_from_bytes(bytes).ok()?, file.ok()?))
+    });
+    with_files.collect()
 }
 
 fn receive(mut stream: &UnixStream) -> Option<Message> {

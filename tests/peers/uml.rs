@@ -1,0 +1,217 @@
+//! User-mode Linux as front-end: checked I/O on our back-ends, and the log that they keep of it. It logs nothing itself: a proxy in the
+//! middle switches that on. Its ways are rules F4, F6, F8, R4, R7 and B3.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::fs::File;
+use std::net::UdpSocket;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::vhost_user::protocol_feature;
+use vhost_migrate::abi::virtio::VIRTIO_F_RING_PACKED;
+
+use crate::backend::{Backend, Kind, words};
+use crate::initramfs::{self, Kernel};
+use crate::linux_guest::{counts, works};
+use crate::linux_net::{self, Network, UP};
+use crate::process::{Lab, Process, wait_for};
+use crate::proxy::{Hidden, Proxy, TestLog};
+
+const PAGE: usize = 4096;
+/// The guest's commands print into the kernel's log, whose way out takes a file.
+const TO_THE_LOG: &str = "exec >/dev/kmsg 2>&1";
+
+/// What UML takes of an offer is what it uses: rings and signals of one kind and of the other.
+const AS_OFFERED: Hidden = Hidden { features: 0, protocol_features: 0 };
+const SPLIT_WITH_FDS: Hidden =
+    Hidden { features: bit(VIRTIO_F_RING_PACKED), protocol_features: bit(protocol_feature::INBAND_NOTIFICATIONS) };
+
+/// A guest. All of its processes are in a PID namespace and end with the first.
+struct Uml(Process);
+
+impl Uml {
+    /// `id` is the device's virtio number.
+    fn boot(lab: &Lab, initramfs: &Path, socket: &Path, id: u16) -> Uml {
+        let args = format!(
+            "--map-root-user --pid --fork --kill-child linux.uml mem=192M initrd={} con=null con0=null,fd:1 \
+             printk.devkmsg=on virtio_uml.device={}:{id}",
+            initramfs.display(),
+            socket.display()
+        );
+        Uml(Process::start("uml", "unshare", &words(&args), &lab.file("uml.console")))
+    }
+
+    /// What the guest counted last, since it was told to go on.
+    fn counts(&self) -> Option<(u64, u64)> {
+        counts(self.0.output().rsplit("\nagain").next()?)
+    }
+
+    fn works(&self, first: u64, second: u64) {
+        works(|| self.counts(), first, second);
+    }
+
+    /// Stops its CPU; when it returns, nothing of the guest runs.
+    fn freeze(&self) {
+        let main = self.main();
+        kill(main, Signal::SIGSTOP).unwrap();
+        // The processes of its user space stop at their next trap, for nobody handles it.
+        wait_for("the guest stands still", || {
+            let running = [main].into_iter().chain(children(main)).any(|pid| state(pid).is_none_or(|now| now == 'R'));
+            (!running && state(main) == Some('T')).then_some(())
+        });
+    }
+
+    fn go_on(&self) {
+        kill(self.main(), Signal::SIGCONT).unwrap();
+    }
+
+    fn main(&self) -> Pid {
+        children(self.0.pid())[0]
+    }
+}
+
+fn children(pid: Pid) -> Vec<Pid> {
+    let list = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    list.split_whitespace().map(|pid| Pid::from_raw(pid.parse().unwrap())).collect()
+}
+
+/// The letter of `/proc/PID/stat`; of a process that is gone, Z.
+fn state(pid: Pid) -> Option<char> {
+    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return Some('Z') };
+    stat.rsplit(") ").next()?.chars().next()
+}
+
+/// Stops all threads of a back-end.
+fn stop(backend: &Process) {
+    backend.signal(Signal::SIGSTOP);
+    wait_for("the back-end stands still", || {
+        let tasks = fs::read_dir(format!("/proc/{}/task", backend.pid())).unwrap();
+        let pids = tasks.map(|task| task.unwrap().file_name().to_str().unwrap().parse().unwrap());
+        pids.map(Pid::from_raw).all(|pid| state(pid) == Some('T')).then_some(())
+    });
+}
+
+/// Has the device work while the CPU stands still, so that all changes of guest memory are its own: the pages that changed, and those
+/// that were marked. `poke` gives it something to do.
+fn device_writes(
+    uml: &Uml,
+    backend: &Process,
+    proxy: &Proxy,
+    log: &TestLog,
+    poke: impl Fn(),
+) -> (BTreeSet<u64>, BTreeSet<u64>) {
+    for _ in 0..100 {
+        stop(backend);
+        thread::sleep(Duration::from_millis(10)); // requests come up that nobody serves; if there are none, again
+        uml.freeze();
+        let before = proxy.contents();
+        log.clear();
+        backend.signal(Signal::SIGCONT);
+        poke();
+        let start = Instant::now();
+        while log.pages().is_empty() && start.elapsed() < Duration::from_millis(500) {
+            thread::sleep(Duration::from_millis(1));
+        }
+        proxy.disable();
+        let (after, marked) = (proxy.contents(), log.pages());
+        proxy.enable();
+        uml.go_on();
+        if !marked.is_empty() {
+            return (differing_pages(&before, &after), marked);
+        }
+    }
+    panic!("the device marks nothing");
+}
+
+fn differing_pages(before: &[(u64, Vec<u8>)], after: &[(u64, Vec<u8>)]) -> BTreeSet<u64> {
+    let regions = before.iter().zip(after);
+    let pages = regions.flat_map(|((gpa, before), (_, after))| {
+        let pages = before.chunks(PAGE).zip(after.chunks(PAGE));
+        (gpa / PAGE as u64..).zip(pages).filter(|(_, (a, b))| a != b).map(|(page, _)| page)
+    });
+    pages.collect()
+}
+
+/// Looks at the log again and again, of a guest at work; `least` pages have to change in all.
+fn the_log_misses_nothing(uml: &Uml, backend: &Process, proxy: &Proxy, least: usize, poke: impl Fn()) {
+    let log = TestLog::new();
+    proxy.log_on(&log, 0);
+    let (mut all_changed, mut all_marked) = (0, 0);
+    for round in 0..20 {
+        let (changed, marked) = device_writes(uml, backend, proxy, &log, &poke);
+        let missed: Vec<_> = changed.difference(&marked).collect();
+        assert!(missed.is_empty(), "round {round}: missed pages {missed:#x?} of {} marked", marked.len());
+        all_changed += changed.len();
+        all_marked += marked.len();
+    }
+    proxy.log_off();
+    eprintln!("{all_changed} pages changed, {all_marked} marked");
+    assert!(all_changed >= least, "only {all_changed} pages changed");
+    // What is written with what was there already is marked and not seen.
+    assert!(all_marked <= 2 * all_changed + 20 * 8, "{all_marked} pages marked where {all_changed} changed");
+}
+
+fn a_guest_works_on_its_disk(hidden: Hidden) {
+    let lab = Lab::new();
+    let image = lab.disk();
+    File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    let backend = Backend::start(&lab, Kind::Ours, "backend", &image, 1);
+    let proxy = Proxy::hiding(&lab, "proxy.sock", backend.socket(), hidden);
+    let (again, off) = (lab.file("again"), lab.file("off"));
+    // Both parts end by unbinding the driver, which stops the rings, and the second one begins by binding it again.
+    let commands = format!(
+        "{TO_THE_LOG}
+         busybox mkdir /host && busybox mount -t hostfs none /host -o {}
+         part() {{
+            /load & load=$!
+            until busybox test -e /host/$1; do busybox sleep 1; done
+            kill $load; wait $load; busybox rmmod virtio_blk; echo $1
+         }}
+         part again; busybox insmod /0.ko; busybox dd if=/dev/zero of=/dev/vda bs=1M count=64; part off; busybox poweroff -f",
+        again.parent().unwrap().display()
+    );
+    let initramfs = initramfs::make(&lab, Kernel::Uml, &["virtio_blk"], &commands, "load");
+    let mut uml = Uml::boot(&lab, &initramfs, proxy.socket(), 2);
+    uml.works(500, 500);
+    the_log_misses_nothing(&uml, backend.process(), &proxy, 200, || {});
+    uml.works(200, 200);
+
+    File::create(&again).unwrap();
+    wait_for("the driver is unbound", || uml.0.output().contains("\nagain").then_some(()));
+    uml.works(500, 500);
+    File::create(&off).unwrap();
+    assert!(uml.0.wait().success());
+}
+
+#[test]
+fn a_guest_works_on_its_disk_with_packed_rings_and_signals_in_messages() {
+    a_guest_works_on_its_disk(AS_OFFERED);
+}
+
+#[test]
+fn a_guest_works_on_its_disk_with_split_rings_and_signals_over_fds() {
+    a_guest_works_on_its_disk(SPLIT_WITH_FDS);
+}
+
+#[test]
+fn a_guest_talks_over_a_tap_and_what_it_receives_is_logged() {
+    let (lab, network) = (Lab::new(), Network::new());
+    let backend = linux_net::backend(&lab, "net", &format!("--tap {}", network.taps[0]));
+    let proxy = Proxy::start(&lab, "proxy.sock", &lab.file("net.sock"));
+    let initramfs = initramfs::make(&lab, Kernel::Uml, &["virtio_net"], &format!("{TO_THE_LOG}\n{UP}"), "net");
+    let uml = Uml::boot(&lab, &initramfs, proxy.socket(), 1);
+    uml.works(500, 0);
+    let sender = UdpSocket::bind("10.213.47.1:0").unwrap();
+    let poke = || {
+        for number in 0..16u8 {
+            sender.send_to(&[number | 1; 1400], "10.213.47.2:9").unwrap();
+        }
+    };
+    the_log_misses_nothing(&uml, &backend, &proxy, 50, poke);
+    uml.works(500, 0);
+}
