@@ -10,7 +10,7 @@ use std::sync::Arc;
 use clap::{Subcommand, ValueEnum};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
-use vhost_migrate::backend::{self, Device, Inherited, Listener};
+use vhost_migrate::backend::{self, Device, Inherited, Listener, Sandbox, Violation};
 
 use crate::interrupt::on_interrupt;
 use crate::messages::Messages;
@@ -84,9 +84,40 @@ struct Blk {
     #[arg(long)]
     share_rw: bool,
     #[command(flatten)]
+    seccomp: Seccomp,
+    #[command(flatten)]
     metrics: Metrics,
     #[command(flatten)]
     messages: Messages,
+}
+
+/// What becomes of a back-end that somebody has taken over.
+#[derive(Debug, clap::Args)]
+struct Seccomp {
+    /// What follows a system call that no back-end needs (see docs/security.md)
+    #[arg(long, value_name = "WHAT", default_value = "kill")]
+    seccomp: Consequence,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Consequence {
+    /// The process ends with SIGSYS
+    Kill,
+    /// A line in the kernel's log
+    Log,
+    /// Nothing: any call is allowed
+    Off,
+}
+
+impl Seccomp {
+    fn sandbox(&self) -> Option<Sandbox> {
+        let violation = match self.seccomp {
+            Consequence::Kill => Violation::Kill,
+            Consequence::Log => Violation::Log,
+            Consequence::Off => return None,
+        };
+        Some(Sandbox { violation, ..Sandbox::default() })
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -100,10 +131,11 @@ enum How {
 
 /// Runs the subcommand.
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
-    let ended = match arguments.device {
-        Kind::Blk(blk) => blk.run(),
-        Kind::Net(net) => net.run(),
-    };
+    // First of all: threads that are started later don't take the signals.
+    let ended = stop_on_interrupt().and_then(|stop| match arguments.device {
+        Kind::Blk(blk) => blk.run(&stop),
+        Kind::Net(net) => net.run(&stop),
+    });
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -113,8 +145,18 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     }
 }
 
+/// An event that a signal to end sets.
+fn stop_on_interrupt() -> Result<Arc<EventFd>, Box<dyn std::error::Error>> {
+    let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
+    let signalled = stop.clone();
+    on_interrupt(move || {
+        let _ = signalled.write(1);
+    })?;
+    Ok(stop)
+}
+
 impl Blk {
-    fn run(self) -> Result<(), Box<dyn std::error::Error>> {
+    fn run(self, stop: &EventFd) -> Result<(), Box<dyn std::error::Error>> {
         self.messages.start();
         self.metrics.start()?;
         let disk = Disk::open(DiskOptions {
@@ -134,27 +176,28 @@ impl Blk {
         })?;
         let (bytes, image) = (disk.capacity() * 512, self.image.display());
         let what = format!("{image} ({bytes} bytes)");
-        serve(self.socket.as_deref(), self.fd, Arc::new(disk), &what)
+        serve(self.socket.as_deref(), self.fd, Arc::new(disk), &what, self.seccomp.sandbox(), stop)
     }
 }
 
-/// Serves `device` on a socket of its own or an inherited one, until a signal ends it; `what` it is goes to stdout.
+/// Serves `device` on a socket of its own or an inherited one, until `stop` is set; `what` it is goes to stdout. Nothing else is
+/// opened from then on.
 fn serve(
     socket: Option<&Path>,
     fd: Option<i32>,
     device: Arc<dyn Device>,
     what: &str,
+    sandbox: Option<Sandbox>,
+    stop: &EventFd,
 ) -> Result<(), Box<dyn std::error::Error>> {
-    let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
-    let signalled = stop.clone();
-    on_interrupt(move || {
-        let _ = signalled.write(1);
-    })?;
+    // All that has to be opened is open by then.
+    let confine = || sandbox.map_or(Ok(()), |sandbox| Sandbox { unlink: socket.is_some(), ..sandbox }.install());
     let listener = match (socket, fd) {
         (Some(path), _) => Listener::bind(path)?,
         (None, Some(number)) => match backend::inherited(number) {
             Ok(Inherited::Listener(listener)) => listener,
             Ok(Inherited::Connection(connection)) => {
+                confine()?;
                 println!("serves {what} on fd {number}");
                 backend::serve_one(&connection, &device, stop.as_fd());
                 return Ok(());
@@ -163,6 +206,7 @@ fn serve(
         },
         (None, None) => return Err("give --socket or --fd".into()),
     };
+    confine()?;
     match socket {
         Some(path) => println!("serves {what} on {}", path.display()),
         None => println!("serves {what}"),

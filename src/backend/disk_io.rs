@@ -6,14 +6,17 @@
 //! what makes it safe to let the kernel write there.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::fs::File;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use crossbeam::channel::{Receiver, Sender, unbounded};
+use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue, types};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -24,6 +27,8 @@ use super::Request;
 
 /// Most ranges that one call takes (IOV_MAX); what is left over is left to the next attempt.
 const MAX_IOVECS: usize = 1024;
+/// Most pieces of I/O that are passed to the kernel in one go.
+const MAX_BATCH: u32 = 1024;
 /// Threads per queue, where io_uring is not to be had.
 const THREADS: usize = 8;
 
@@ -131,9 +136,47 @@ pub(crate) fn block_size(device: BorrowedFd<'_>) -> u32 {
     asked.ok().and_then(|_| u32::try_from(size).ok()).unwrap_or(512)
 }
 
+/// Rings of io_uring, made before anybody is served: each takes disk I/O and nothing else from then on. A process whose
+/// system calls are filtered can't make others.
+pub(crate) struct Urings(Mutex<Vec<IoUring>>);
+
+impl fmt::Debug for Urings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Urings")
+    }
+}
+
+impl Urings {
+    /// One for each of `queues` queues, with up to `depth` pieces of I/O at a time.
+    pub(crate) fn new(queues: u16, depth: u16) -> io::Result<Urings> {
+        let depth = u32::from(depth.max(1)).next_power_of_two();
+        let make = |_| {
+            let mut builder = IoUring::builder();
+            let ring = builder.setup_r_disabled().setup_clamp().setup_cqsize(depth * 2).build(depth.min(MAX_BATCH))?;
+            let [read, readv] = [opcode::Read::CODE, opcode::Readv::CODE];
+            let [write, writev] = [opcode::Write::CODE, opcode::Writev::CODE];
+            let [fsync, fallocate] = [opcode::Fsync::CODE, opcode::Fallocate::CODE];
+            let mut only = [read, readv, write, writev, fsync, fallocate].map(Restriction::sqe_op);
+            ring.submitter().register_restrictions(&mut only)?;
+            ring.submitter().register_enable_rings()?;
+            Ok(ring)
+        };
+        // When a ring is closed, the kernel interrupts the thread that made it in whatever it does then: one is made for
+        // this that has ended by then.
+        let rings = thread::scope(|scope| scope.spawn(|| (0..queues).map(make).collect::<io::Result<_>>()).join());
+        Ok(Urings(Mutex::new(rings.map_err(|_| io::Error::other("a thread has failed"))??)))
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<IoUring>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// I/O through io_uring.
 pub(crate) struct Uring {
-    ring: IoUring,
+    ring: ManuallyDrop<IoUring>,
+    /// Where the ring comes from, and goes back to.
+    home: Arc<Urings>,
     files: Arc<Files>,
     slots: Vec<Slot>,
     free: Vec<usize>,
@@ -148,11 +191,10 @@ struct Slot {
 }
 
 impl Uring {
-    /// Sets up io_uring for up to `depth` pieces of I/O at a time.
-    pub(crate) fn new(files: Arc<Files>, depth: u16) -> io::Result<Uring> {
-        let entries = u32::from(depth.max(1)).next_power_of_two();
-        let ring = IoUring::builder().setup_clamp().setup_cqsize(entries * 2).build(entries)?;
-        Ok(Uring { ring, files, slots: Vec::new(), free: Vec::new(), failed: Vec::new() })
+    /// On one of the rings, if not all are in use.
+    pub(crate) fn new(files: Arc<Files>, home: &Arc<Urings>) -> Option<Uring> {
+        let ring = ManuallyDrop::new(home.idle().pop()?);
+        Some(Uring { ring, home: home.clone(), files, slots: Vec::new(), free: Vec::new(), failed: Vec::new() })
     }
 
     fn entry(slot: &Slot, io: &Io, files: &Files) -> squeue::Entry {
@@ -215,7 +257,7 @@ impl Engine for Uring {
         // neither is touched until the completion with this index has been taken, for which `drop` waits too. The
         // file is open as long as `self.files` lives.
         while unsafe { self.ring.submission().push(&entry) }.is_err() {
-            // The queue is full: there are at least as many entries as requests, so the kernel is about to take some.
+            // The queue is full, and the kernel is about to take what is in it.
             if let Err(error) = self.ring.submit()
                 && error.raw_os_error() != Some(libc::EINTR)
             {
@@ -263,6 +305,9 @@ impl Drop for Uring {
             let _ = self.ring.submit_and_wait(1);
             self.completions(&mut done);
         }
+        // SAFETY: nothing uses `self.ring` after this.
+        let ring = unsafe { ManuallyDrop::take(&mut self.ring) };
+        self.home.idle().push(ring);
     }
 }
 
@@ -360,4 +405,26 @@ fn transfer(fd: RawFd, iovecs: &[libc::iovec], offset: i64, write: Option<i32>) 
         }
     };
     u64::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ring_does_disk_io_and_nothing_that_a_filter_of_system_calls_would_forbid() {
+        let urings = Urings::new(1, 4).unwrap();
+        let mut ring = urings.idle().pop().unwrap();
+        let null = File::open("/dev/null").unwrap();
+        let opening = opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), c"/dev/null".as_ptr()).build();
+        let socket = opcode::Socket::new(libc::AF_UNIX, libc::SOCK_STREAM, 0).build();
+        let syncing = opcode::Fsync::new(types::Fd(null.as_raw_fd())).build();
+        let results = [opening, socket, syncing].map(|entry| {
+            // SAFETY: the path is a constant, and the file is open until the end of the test.
+            unsafe { ring.submission().push(&entry) }.unwrap();
+            ring.submit_and_wait(1).unwrap();
+            ring.completion().next().unwrap().result()
+        });
+        assert_eq!(results, [-libc::EACCES, -libc::EACCES, -libc::EINVAL], "/dev/null can't be synced");
+    }
 }

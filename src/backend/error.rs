@@ -46,6 +46,12 @@ pub enum BackendError {
         /// Bytes that the message has.
         needed: usize,
     },
+    /// The front-end stopped in the middle of a message, or doesn't read its answers.
+    #[error("the front-end has not ended its message, or not read its answers, for {seconds} s (rule F1)")]
+    Stalled {
+        /// How long it had, in seconds.
+        seconds: u64,
+    },
     /// The payload is smaller than what the request carries.
     #[error("{code} has {got} bytes of payload: it needs {needed} (rule F6)")]
     Truncated {

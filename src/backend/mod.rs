@@ -11,6 +11,7 @@
 //! | `device` | what a device author writes, and the [`Request`] it gets |
 //! | `immediate` | a queue that serves its requests as they come |
 //! | `transfer` | a device's state through a pipe |
+//! | `sandbox` | what a process that serves may ask of the kernel |
 //! | `counters` | what is counted, for monitoring |
 //! | `blk` | a disk |
 //! | `net` | a network interface |
@@ -30,6 +31,7 @@ mod immediate;
 mod message;
 pub mod net;
 mod notify;
+mod sandbox;
 mod server;
 mod session;
 mod tracker;
@@ -43,6 +45,7 @@ pub use error::BackendError;
 pub use immediate::Immediate;
 pub use message::{MAX_FDS, MAX_PAYLOAD, Message, Reply};
 pub use notify::Notifier;
+pub use sandbox::{Sandbox, SandboxError, Violation};
 pub use server::{Inherited, Listener, inherited, serve, serve_one};
 pub use session::{Logging, Rings, Session, Setup, Step};
 pub use worker::Workers;

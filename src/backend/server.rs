@@ -7,11 +7,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::session::{Session, Step};
@@ -22,6 +23,9 @@ use crate::sys::socket;
 
 /// How long to wait, in milliseconds, when the system has no fd left for a new connection.
 const RETRY_MS: u16 = 1000;
+/// How long a front-end may take from the first byte of a message to the last, and to make room for an answer. Between
+/// messages it may be silent as long as it likes.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Where front-ends connect. A socket that was made here is removed with it.
 #[derive(Debug)]
@@ -30,11 +34,12 @@ pub struct Listener {
     path: Option<PathBuf>,
 }
 
-/// A connected socket, and the fd that says when to stop.
-#[derive(Clone, Copy)]
+/// A connected socket, the fd that says when to stop, and where the next front-end may come.
 struct Channel<'a> {
     socket: BorrowedFd<'a>,
     stop: BorrowedFd<'a>,
+    /// Until one has come.
+    next: Option<BorrowedFd<'a>>,
 }
 
 /// What a wait came to.
@@ -92,7 +97,8 @@ pub enum Inherited {
     Connection(UnixStream),
 }
 
-/// Serves `device` to one front-end after the other, until `stop` is readable. The next one waits meanwhile.
+/// Serves `device` to one front-end after the other, until `stop` is readable. The next one waits meanwhile, until the
+/// one before it hangs up or stops within a message for 10 seconds.
 ///
 /// # Errors
 /// What the system says of the listening socket. What goes wrong with a connection ends that one, and is logged.
@@ -103,7 +109,7 @@ pub fn serve(listener: &Listener, device: &Arc<dyn Device>, stop: BorrowedFd<'_>
         }
         match listener.socket.accept() {
             Ok((connection, _)) => {
-                if serve_one(&connection, device, stop) {
+                if serve_connection(&connection, device, stop, Some(listener.socket.as_fd())) {
                     return Ok(());
                 }
             }
@@ -121,11 +127,20 @@ pub fn serve(listener: &Listener, device: &Arc<dyn Device>, stop: BorrowedFd<'_>
 /// Serves `device` to one front-end until it hangs up, or until `stop` is readable: then everything under way is
 /// completed first. True if it was told to stop.
 pub fn serve_one(connection: &UnixStream, device: &Arc<dyn Device>, stop: BorrowedFd<'_>) -> bool {
+    serve_connection(connection, device, stop, None)
+}
+
+fn serve_connection(
+    connection: &UnixStream,
+    device: &Arc<dyn Device>,
+    stop: BorrowedFd<'_>,
+    next: Option<BorrowedFd<'_>>,
+) -> bool {
     info!("a front-end has connected");
     counters::connected();
-    let channel = Channel { socket: connection.as_fd(), stop };
+    let mut channel = Channel { socket: connection.as_fd(), stop, next };
     let mut rings = Workers::new(device.clone());
-    let ended = converse(channel, &mut Session::new(device.clone()), &mut rings);
+    let ended = converse(&mut channel, &mut Session::new(device.clone()), &mut rings);
     match &ended {
         Ok(Heard::Stop) => rings.stop_all(),
         Ok(_) => info!("the front-end has hung up"),
@@ -135,7 +150,7 @@ pub fn serve_one(connection: &UnixStream, device: &Arc<dyn Device>, stop: Borrow
 }
 
 /// Answers messages strictly in order (rule F4), until there are no more.
-fn converse(channel: Channel<'_>, session: &mut Session, rings: &mut Workers) -> Result<Heard<()>, BackendError> {
+fn converse(channel: &mut Channel<'_>, session: &mut Session, rings: &mut Workers) -> Result<Heard<()>, BackendError> {
     loop {
         let message = match receive(channel)? {
             Heard::This(message) => message,
@@ -147,8 +162,8 @@ fn converse(channel: Channel<'_>, session: &mut Session, rings: &mut Workers) ->
             Step::Reply(reply) => reply,
             Step::Close(error) => return Err(error),
         };
-        // A front-end that doesn't read its answers must not keep us from stopping.
-        if let Heard::Stop = channel.wait(PollFlags::POLLOUT)? {
+        // A front-end that doesn't read its answers must keep nobody waiting.
+        if let Heard::Stop = channel.wait(PollFlags::POLLOUT, Some(Instant::now() + PATIENCE))? {
             return Ok(Heard::Stop);
         }
         let fds: Vec<_> = reply.fd.iter().map(AsFd::as_fd).collect();
@@ -163,11 +178,12 @@ fn converse(channel: Channel<'_>, session: &mut Session, rings: &mut Workers) ->
 }
 
 /// Reads one message, however it is cut into segments (rule F1).
-fn receive(channel: Channel<'_>) -> Result<Heard<Message>, BackendError> {
+fn receive(channel: &mut Channel<'_>) -> Result<Heard<Message>, BackendError> {
     let mut header = Header::new_zeroed();
     let mut fds = Vec::new();
     let head = size_of::<Header>();
-    match channel.fill(header.as_mut_bytes(), &mut fds)? {
+    let mut deadline = None;
+    match channel.fill(header.as_mut_bytes(), &mut fds, &mut deadline)? {
         Heard::Stop => return Ok(Heard::Stop),
         Heard::End | Heard::This(0) => return Ok(Heard::End),
         Heard::This(got) if got < head => return Err(BackendError::CutShort { got, needed: head }),
@@ -175,7 +191,7 @@ fn receive(channel: Channel<'_>) -> Result<Heard<Message>, BackendError> {
     }
     let size = Message::payload_size(&header)?;
     let mut payload = vec![0; size];
-    match channel.fill(&mut payload, &mut fds)? {
+    match channel.fill(&mut payload, &mut fds, &mut deadline)? {
         Heard::Stop => return Ok(Heard::Stop),
         Heard::This(got) if got == size => {}
         Heard::This(got) => return Err(BackendError::CutShort { got: head + got, needed: head + size }),
@@ -185,15 +201,46 @@ fn receive(channel: Channel<'_>) -> Result<Heard<Message>, BackendError> {
 }
 
 impl Channel<'_> {
-    fn wait(self, flags: PollFlags) -> Result<Heard<()>, BackendError> {
-        wait(self.socket, flags, self.stop, PollTimeout::NONE)
+    /// Waits for the front-end until `deadline`. That another one has come is said once.
+    fn wait(&mut self, flags: PollFlags, deadline: Option<Instant>) -> Result<Heard<()>, BackendError> {
+        loop {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            // Rounded up: a wait that is over is over.
+            let left = left.map(|left| PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX));
+            let next = self.next.unwrap_or(self.stop);
+            let mut fds = [(self.stop, PollFlags::POLLIN), (self.socket, flags), (next, PollFlags::POLLIN)]
+                .map(|(fd, flags)| PollFd::new(fd, flags));
+            match poll(&mut fds, left.unwrap_or(PollTimeout::NONE)) {
+                Ok(0) if deadline.is_some_and(|deadline| deadline <= Instant::now()) => {
+                    return Err(BackendError::Stalled { seconds: PATIENCE.as_secs() });
+                }
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(BackendError::system("wait for the front-end")(errno)),
+            }
+            let [stop, socket, next] = fds.map(|fd| fd.any() == Some(true));
+            if stop {
+                return Ok(Heard::Stop);
+            }
+            if next && self.next.take().is_some() {
+                warn!("another front-end has connected: it is served when this one hangs up (rule R9)");
+            }
+            if socket {
+                return Ok(Heard::This(()));
+            }
+        }
     }
 
-    /// Reads until `buf` is full or the front-end has hung up; tells how much came.
-    fn fill(self, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<Heard<usize>, BackendError> {
+    /// Reads until `buf` is full or the front-end has hung up; tells how much came. From the first byte on there is a
+    /// deadline.
+    fn fill(
+        &mut self,
+        buf: &mut [u8],
+        fds: &mut Vec<OwnedFd>,
+        deadline: &mut Option<Instant>,
+    ) -> Result<Heard<usize>, BackendError> {
         let mut filled = 0;
         while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-            if let Heard::Stop = self.wait(PollFlags::POLLIN)? {
+            if let Heard::Stop = self.wait(PollFlags::POLLIN, *deadline)? {
                 return Ok(Heard::Stop);
             }
             let received = socket::receive(self.socket, rest, fds);
@@ -201,7 +248,10 @@ impl Channel<'_> {
             fds.truncate(MAX_FDS);
             match received {
                 Ok(0) => break,
-                Ok(count) => filled += count,
+                Ok(count) => {
+                    filled += count;
+                    deadline.get_or_insert_with(|| Instant::now() + PATIENCE);
+                }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 // A front-end that dies with our answers unread resets the connection: that too is hanging up.
                 Err(e) if e.kind() == io::ErrorKind::ConnectionReset => break,

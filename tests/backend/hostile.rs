@@ -1,6 +1,7 @@
 //! Bad input: every message that is wrong gets a clear refusal, and the device is there for the next front-end.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::Ordering::Relaxed;
 
 use nix::sys::eventfd::EventFd;
 use vhost_migrate::abi::vhost_user::{
@@ -14,7 +15,7 @@ use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
 use crate::guest::{BASIC, Guest, HIGH, PROTOCOL, Ring, add_region, begin, install_log, places, status};
-use crate::raw::{Client, NEED_REPLY, VERSION};
+use crate::raw::{Client, DEADLINE, NEED_REPLY, VERSION};
 use crate::server::{Process, Server, disk_options};
 
 /// A message that must be refused with a number that is not 0, after which the connection goes on.
@@ -456,4 +457,68 @@ fn memory_may_change_thousands_of_times_and_fill_every_slot() {
     }
     works(&guest, &mut ring);
     assert_eq!((process.open_fds(), process.mapped_files()), before);
+}
+
+/// A front-end that stalls keeps the next one waiting for some seconds and no longer; one that is idle is left alone.
+#[test]
+fn who_stalls_within_a_message_gives_way_and_who_is_idle_stays() {
+    let patient = |server: &Server| {
+        let client = server.connect();
+        client.socket.set_read_timeout(Some(DEADLINE * 6)).unwrap();
+        client
+    };
+    let long = Header { request: Code::SET_MEM_TABLE.0, flags: VERSION, size: 4096 };
+    let (idle, half, slow, deaf) = (server(), server(), server(), server());
+    let guest = Guest::new();
+    let silent = idle.connect();
+    let mut ring = with_running_ring(&silent, &guest);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let stalled = patient(&half);
+            stalled.send_bytes(&long.as_bytes()[..5], &[]);
+            let next = patient(&half);
+            next.barrier();
+            assert!(stalled.is_closed());
+        });
+        scope.spawn(|| {
+            let (stalled, next) = (patient(&slow), patient(&slow));
+            let cut_off = std::sync::atomic::AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    // Always one more byte: the message has a deadline, not the byte.
+                    stalled.send_bytes(long.as_bytes(), &[]);
+                    while !cut_off.load(Relaxed) && stalled.try_send_bytes(&[0], &[]).is_ok() {
+                        std::thread::sleep(std::time::Duration::from_millis(100));
+                    }
+                });
+                next.barrier();
+                cut_off.store(true, Relaxed);
+            });
+            assert!(stalled.is_closed());
+        });
+        scope.spawn(|| {
+            let (stalled, next) = (patient(&deaf), patient(&deaf));
+            stalled.socket.set_nonblocking(true).unwrap();
+            let ask = Header { request: Code::GET_FEATURES.0, flags: VERSION, size: 0 };
+            // Asks until neither side has room for more, and reads nothing.
+            while stalled.try_send_bytes(ask.as_bytes(), &[]).is_ok() {}
+            next.barrier();
+        });
+    });
+    // More than any deadline has passed.
+    works(&guest, &mut ring);
+    let next = patient(&idle);
+    next.send(Code::GET_FEATURES, VERSION, &[], &[]);
+    next.socket.set_nonblocking(true).unwrap();
+    works(&guest, &mut ring);
+    silent.barrier();
+    let waits = std::io::Read::read(&mut &next.socket, &mut [0]).unwrap_err();
+    assert_eq!(waits.kind(), std::io::ErrorKind::WouldBlock, "the first one was not disturbed");
+    next.socket.set_nonblocking(false).unwrap();
+    drop(silent);
+    next.reply(Code::GET_FEATURES);
+}
+
+fn server() -> Server {
+    Server::disk(1 << 20, |_| {})
 }

@@ -3,12 +3,14 @@
 
 mod blk;
 mod channel;
+mod confined;
 mod crash;
 mod drain;
 mod guest;
 mod hostile;
 mod log;
 mod net;
+mod race;
 mod raw;
 mod rules;
 mod server;

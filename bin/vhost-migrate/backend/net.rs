@@ -3,9 +3,11 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use nix::sys::eventfd::EventFd;
+use vhost_migrate::backend::Sandbox;
 use vhost_migrate::backend::net::{MAX_PAIRS, MIN_MTU, Mac, Net, NetOptions, Peer};
 
-use super::serve;
+use super::{Seccomp, serve};
 use crate::messages::Messages;
 use crate::metrics::Metrics;
 
@@ -55,6 +57,8 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(i64::from(MIN_MTU)..))]
     mtu: Option<u16>,
     #[command(flatten)]
+    seccomp: Seccomp,
+    #[command(flatten)]
     metrics: Metrics,
     #[command(flatten)]
     messages: Messages,
@@ -75,9 +79,10 @@ struct PeerArguments {
 }
 
 impl Arguments {
-    pub(super) fn run(self) -> Result<(), Box<dyn std::error::Error>> {
+    pub(super) fn run(self, stop: &EventFd) -> Result<(), Box<dyn std::error::Error>> {
         self.messages.start();
         self.metrics.start()?;
+        let sandbox = self.seccomp.sandbox().map(|sandbox| Sandbox { pair: self.peer.pair.is_some(), ..sandbox });
         let (peer, what) = match (self.peer.tap, self.peer.pair) {
             (Some(name), _) => (Peer::Tap(name.clone()), format!("tap {name}")),
             (None, Some(path)) => (Peer::Pair(path.clone()), format!("a pair at {}", path.display())),
@@ -90,7 +95,8 @@ impl Arguments {
             mac: self.mac,
             mtu: self.mtu,
         })?;
-        serve(self.socket.as_deref(), self.fd, Arc::new(net), &format!("{what} ({} queue pairs)", self.queue_pairs))
+        let what = format!("{what} ({} queue pairs)", self.queue_pairs);
+        serve(self.socket.as_deref(), self.fd, Arc::new(net), &what, sandbox, stop)
     }
 }
 

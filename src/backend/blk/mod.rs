@@ -29,7 +29,7 @@ use crate::abi::virtio::{
     BlkConfig, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_F_IN_ORDER,
 };
-use crate::backend::disk_io::{self, Engine, Files, Threads, Uring};
+use crate::backend::disk_io::{self, Engine, Files, Threads, Uring, Urings};
 
 /// Most data segments of a request: what fits a ring of 128 entries, beside the header and the status.
 const SEG_MAX: u32 = 126;
@@ -122,6 +122,8 @@ pub enum DiskError {
 #[derive(Debug)]
 pub struct Disk {
     files: Arc<Files>,
+    /// Of io_uring, if that is used.
+    urings: Option<Arc<Urings>>,
     /// In sectors of 512 bytes.
     capacity: u64,
     block_size: u32,
@@ -168,7 +170,14 @@ impl Disk {
         let lock = Image::new(direct.as_ref().unwrap_or(&buffered), options.read_only);
         let lock = lock.map_err(|source| refused(&image, source))?;
         let image = (!options.share_rw).then(|| Arc::new(lock));
-        Ok(Disk { files: Arc::new(Files { buffered, direct }), capacity, block_size, clears, serial, image, options })
+        let files = Arc::new(Files { buffered, direct });
+        let urings = match options.aio {
+            Aio::IoUring => Urings::new(queues, size)
+                .inspect_err(|error| info!("io_uring is not to be had ({error}): disk I/O is done by threads")),
+            Aio::Threads => Err(io::ErrorKind::Unsupported.into()),
+        };
+        let urings = urings.ok().map(Arc::new);
+        Ok(Disk { files, urings, capacity, block_size, clears, serial, image, options })
     }
 
     /// Its size, in sectors of 512 bytes.
@@ -176,14 +185,12 @@ impl Disk {
         self.capacity
     }
 
-    fn engine(&self, depth: u16) -> io::Result<Box<dyn Engine>> {
-        if self.options.aio == Aio::IoUring {
-            match Uring::new(self.files.clone(), depth) {
-                Ok(uring) => return Ok(Box::new(uring)),
-                Err(error) => info!("io_uring is not to be had ({error}): disk I/O is done by threads"),
-            }
+    fn engine(&self) -> io::Result<Box<dyn Engine>> {
+        let uring = self.urings.as_ref().and_then(|urings| Uring::new(self.files.clone(), urings));
+        match uring {
+            Some(uring) => Ok(Box::new(uring)),
+            None => Ok(Box::new(Threads::new(&self.files)?)),
         }
-        Ok(Box::new(Threads::new(&self.files)?))
     }
 }
 
@@ -229,9 +236,9 @@ impl Device for Disk {
         config.as_bytes().to_vec()
     }
 
-    fn queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
+    fn queue(&self, index: u16, _size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
         let claim = self.image.as_ref().map(Image::claim).transpose()?;
-        Ok(Box::new(DiskQueue::new(self, index, features, self.engine(size)?, claim)))
+        Ok(Box::new(DiskQueue::new(self, index, features, self.engine()?, claim)))
     }
 }
 

@@ -1,0 +1,236 @@
+//! What a back-end may ask of the kernel once it serves: a filter of system calls (seccomp) for all its threads.
+//!
+//! Whoever takes the process over, by a bug that a front-end or a guest has found, keeps what it has open (the image, the
+//! tap, the guest's memory) and gets nothing else: no program, no file, no socket, no other process, no executable
+//! memory. `docs/security.md` says what each part is good for. io_uring would be a way around the filter: the rings are
+//! made before and restricted (`disk_io`), and no new ones can be had.
+
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+
+use nix::libc;
+use seccompiler::SeccompCmpOp::{self, Eq, MaskedEq};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
+    apply_filter_all_threads,
+};
+
+/// What happens to a process that asks for what it may not have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Violation {
+    /// It ends with SIGSYS.
+    #[default]
+    Kill,
+    /// It goes on, and the kernel notes it in its log: to find out what is missing.
+    Log,
+}
+
+/// A filter to be installed; by default what a device needs that has everything open.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Sandbox {
+    /// What follows a violation.
+    pub violation: Violation,
+    /// Whether files may be removed, as for the listening socket at the end.
+    pub unlink: bool,
+    /// Whether SOCK_SEQPACKET sockets of the UNIX family may be made, bound and connected: `backend net --pair` looks for
+    /// its other end again and again.
+    pub pair: bool,
+}
+
+/// Why there is no filter.
+#[derive(Debug, thiserror::Error)]
+#[error("system calls can't be filtered: {0}; read docs/security.md, and then use --seccomp off")]
+pub struct SandboxError(#[source] seccompiler::Error);
+
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+/// Allowed with any arguments. None of them takes a path or names another process.
+const ALLOWED: &[i64] = &[
+    // Data: of what is open.
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_pread64,
+    libc::SYS_preadv,
+    libc::SYS_preadv2,
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+    libc::SYS_pwritev2,
+    libc::SYS_recvmsg,
+    libc::SYS_recvfrom,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_io_uring_enter,
+    libc::SYS_fdatasync,
+    libc::SYS_fsync,
+    libc::SYS_fallocate,
+    libc::SYS_ftruncate,
+    libc::SYS_lseek,
+    libc::SYS_flock,
+    libc::SYS_fstat,
+    libc::SYS_fstatfs,
+    libc::SYS_close,
+    // Connections: only over sockets that listen already.
+    libc::SYS_accept,
+    libc::SYS_accept4,
+    libc::SYS_shutdown,
+    libc::SYS_getsockopt,
+    libc::SYS_setsockopt,
+    libc::SYS_getsockname,
+    libc::SYS_getpeername,
+    // Waiting.
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_eventfd2,
+    libc::SYS_futex,
+    libc::SYS_nanosleep,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_getres,
+    libc::SYS_gettimeofday,
+    libc::SYS_restart_syscall,
+    // Memory; what can be executed is below.
+    libc::SYS_brk,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_memfd_create,
+    // Threads and signals of this process.
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
+    libc::SYS_sched_yield,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_getpid,
+    libc::SYS_gettid,
+    libc::SYS_getrandom,
+    libc::SYS_sigaltstack,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigtimedwait,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+/// Refused with EACCES rather than punished: what libraries try and can do without, as when a panic prints where it was.
+const LOOKING_AROUND: &[i64] =
+    &[libc::SYS_readlink, libc::SYS_readlinkat, libc::SYS_getcwd, libc::SYS_access, libc::SYS_stat];
+/// Calls that ask about a file, by its fd or by its path, and which argument says so.
+const STAT: [(i64, u8); 2] = [(libc::SYS_newfstatat, 3), (libc::SYS_statx, 2)];
+
+/// Commands of fcntl: flags, seals, and another number for what is open.
+const FCNTL: &[i32] = &[
+    libc::F_GETFD,
+    libc::F_SETFD,
+    libc::F_GETFL,
+    libc::F_SETFL,
+    libc::F_DUPFD_CLOEXEC,
+    libc::F_ADD_SEALS,
+    libc::F_GET_SEALS,
+];
+
+/// A thread: of this process, in its memory.
+const THREAD: i32 = libc::CLONE_VM | libc::CLONE_THREAD | libc::CLONE_SIGHAND;
+const NAMESPACES: i32 = libc::CLONE_NEWNS
+    | libc::CLONE_NEWUSER
+    | libc::CLONE_NEWPID
+    | libc::CLONE_NEWNET
+    | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWUTS
+    | libc::CLONE_NEWCGROUP;
+
+impl Sandbox {
+    /// Installs the filter for all threads of the process, those to come included. There is no way back; programs that
+    /// were executed from here on would gain no privileges (`PR_SET_NO_NEW_PRIVS`).
+    ///
+    /// # Errors
+    /// [`SandboxError`] when the kernel doesn't filter, or not for this process.
+    pub fn install(self) -> Result<(), SandboxError> {
+        // The one that forbids to install others comes last.
+        let programs = || Ok::<_, seccompiler::Error>([no_clone3()?, quiet()?, self.main()?]);
+        let install =
+            |programs: [BpfProgram; 3]| programs.iter().try_for_each(|program| apply_filter_all_threads(program));
+        programs().and_then(install).map_err(SandboxError)
+    }
+
+    /// What is allowed, and what the other two filters answer.
+    fn main(self) -> Result<BpfProgram, seccompiler::Error> {
+        let mut rules: Rules = ALLOWED.iter().chain(LOOKING_AROUND).map(|call| (*call, vec![])).collect();
+        let mut only = |call, alternatives: Vec<SeccompRule>| rules.insert(call, alternatives);
+        let not_executable = || rule(&[(2, MaskedEq(libc::PROT_EXEC as u64), 0)]);
+        only(libc::SYS_mmap, vec![not_executable()?]);
+        only(libc::SYS_mprotect, vec![not_executable()?]);
+        only(libc::SYS_clone, vec![rule(&[(0, MaskedEq((THREAD | NAMESPACES) as u64), THREAD as u64)])?]);
+        only(libc::SYS_clone3, vec![]);
+        only(libc::SYS_tgkill, vec![rule(&[(0, Eq, std::process::id().into())])?]);
+        for (call, _) in STAT {
+            only(call, vec![]);
+        }
+        only(libc::SYS_ioctl, vec![rule(&[(1, Eq, libc::FIONBIO)])?]);
+        only(
+            libc::SYS_prctl,
+            vec![rule(&[(0, Eq, libc::PR_SET_NAME as u64)])?, rule(&[(0, Eq, libc::PR_SET_VMA as u64)])?],
+        );
+        let commands = FCNTL.iter().map(|command| rule(&[(1, Eq, *command as u64)]));
+        only(libc::SYS_fcntl, commands.collect::<Result<_, _>>()?);
+        for (call, rules) in reading_open()? {
+            only(call, rules);
+        }
+        if self.unlink || self.pair {
+            only(libc::SYS_unlink, vec![]);
+        }
+        if self.pair {
+            let kind = rule(&[(0, Eq, libc::AF_UNIX as u64), (1, MaskedEq(0xf), libc::SOCK_SEQPACKET as u64)]);
+            only(libc::SYS_socket, vec![kind?]);
+            for call in [libc::SYS_bind, libc::SYS_listen, libc::SYS_connect] {
+                only(call, vec![]);
+            }
+        }
+        let violation = match self.violation {
+            Violation::Kill => SeccompAction::KillProcess,
+            Violation::Log => SeccompAction::Log,
+        };
+        compile(rules, violation, SeccompAction::Allow)
+    }
+}
+
+/// Refusals of what is no reason to end.
+fn quiet() -> Result<BpfProgram, seccompiler::Error> {
+    let mut rules: Rules = LOOKING_AROUND.iter().map(|call| (*call, vec![])).collect();
+    rules.extend(reading_open()?);
+    for (call, flags) in STAT {
+        rules.insert(call, vec![rule(&[(flags, MaskedEq(libc::AT_EMPTY_PATH as u64), 0)])?]);
+    }
+    compile(rules, SeccompAction::Allow, SeccompAction::Errno(libc::EACCES as u32))
+}
+
+/// The flags of clone3 are in memory, where no filter can see them: told that there is no such call, libc uses clone.
+fn no_clone3() -> Result<BpfProgram, seccompiler::Error> {
+    let rules = Rules::from([(libc::SYS_clone3, vec![])]);
+    compile(rules, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))
+}
+
+/// Attempts to open something without changing anything.
+fn reading_open() -> Result<Rules, seccompiler::Error> {
+    let changes = (libc::O_ACCMODE | libc::O_CREAT | libc::O_TRUNC) as u64;
+    let reads = |flags| Ok::<_, seccompiler::Error>(vec![rule(&[(flags, MaskedEq(changes), 0)])?]);
+    Ok(Rules::from([(libc::SYS_open, reads(1)?), (libc::SYS_openat, reads(2)?)]))
+}
+
+/// All conditions together: number of the argument, how it is compared, and with what.
+fn rule(conditions: &[(u8, SeccompCmpOp, u64)]) -> Result<SeccompRule, seccompiler::Error> {
+    let conditions = conditions
+        .iter()
+        .map(|(argument, how, value)| SeccompCondition::new(*argument, SeccompCmpArgLen::Dword, how.clone(), *value));
+    Ok(SeccompRule::new(conditions.collect::<Result<_, _>>()?)?)
+}
+
+fn compile(rules: Rules, other: SeccompAction, matching: SeccompAction) -> Result<BpfProgram, seccompiler::Error> {
+    Ok(SeccompFilter::new(rules, other, matching, TargetArch::x86_64)?.try_into()?)
+}

@@ -1,0 +1,207 @@
+//! The real command, with its filter of system calls, as a user without any rights.
+
+use std::io::{Read, Write};
+use std::os::unix::fs::{FileExt, PermissionsExt, chown};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, geteuid};
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::virtio::{
+    BlkDiscardWriteZeroes, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_F_RING_PACKED,
+};
+use vhost_migrate::ring::Buffer;
+use zerocopy::IntoBytes;
+
+use crate::guest::{BASIC, Guest, Ring, begin, header, install_log, places, start_logging, status};
+use crate::raw::Client;
+use crate::server::disk_options;
+
+const NOBODY: u32 = 65534;
+
+/// A folder, an image and a copy of the command, all of them nobody's.
+struct Nobodys {
+    folder: tempfile::TempDir,
+}
+
+impl Nobodys {
+    fn new() -> Nobodys {
+        let folder = tempfile::tempdir().unwrap();
+        let options = disk_options(folder.path(), 4 << 20, |_| {});
+        // The build's own folder may be out of reach for others.
+        let program = folder.path().join("vhost-migrate");
+        std::fs::copy(env!("CARGO_BIN_EXE_vhost-migrate"), program).unwrap();
+        if geteuid().is_root() {
+            for path in [folder.path(), &options.image] {
+                chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
+            }
+        }
+        std::fs::set_permissions(&options.image, PermissionsExt::from_mode(0o600)).unwrap();
+        Nobodys { folder }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.folder.path().join(name).to_str().unwrap().into()
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(self.path("vhost-migrate"));
+        command.arg("backend").args(arguments).args(["--socket", &self.path("socket")]).env_remove("RUST_LOG");
+        command.current_dir(self.folder.path()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        if geteuid().is_root() {
+            command.uid(NOBODY).gid(NOBODY);
+        }
+        command
+    }
+
+    fn start(&self, arguments: &[&str]) -> Confined<'_> {
+        let mut child = self.command(arguments).spawn().unwrap();
+        let mut said = [0; 7];
+        let _ = child.stdout.as_mut().unwrap().read_exact(&mut said);
+        if &said != b"serves " {
+            panic!("{:?}", child.wait_with_output());
+        }
+        Confined { child, home: self }
+    }
+}
+
+struct Confined<'a> {
+    child: Child,
+    home: &'a Nobodys,
+}
+
+impl Confined<'_> {
+    /// A line of its status.
+    fn status(&self, name: &str) -> String {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().into()
+    }
+
+    /// Ends it by SIGTERM, in good order.
+    fn end(mut self) {
+        kill(Pid::from_raw(self.child.id() as i32), Signal::SIGTERM).unwrap();
+        let mut said = String::new();
+        self.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        let status = self.child.wait().unwrap();
+        assert!(status.success(), "{status}: {said}");
+        assert!(!Path::new(&self.home.path("socket")).exists(), "the socket is removed at the end");
+    }
+}
+
+impl Drop for Confined<'_> {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Every kind of request, checked, while logging; and a ring that is stopped and started.
+fn use_disk(socket: &str, features: u64) {
+    let guest = Guest::new();
+    let client = Client::connect(Path::new(socket));
+    let features = features
+        | BASIC
+        | [VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES].map(bit).iter().sum::<u64>();
+    begin(&client, &guest, features);
+    let mut ring = Ring::new(&guest, 0, 256, features);
+    let mut base = ring.drained();
+    let _log = install_log(&client, &guest);
+    for round in 0..3u8 {
+        ring.set_up(&client, &guest, base);
+        ring.enable(&client, true);
+        start_logging(&client, &guest, features, &mut [&mut ring], 0);
+        let data = [0xc0 | round; 8192];
+        ring.write(&guest, 0, 64, &data);
+        let clear = |kind, slot, sector: u64| {
+            let (head, at, range) = places(slot);
+            guest.memory.write(at, &[0xff]).unwrap();
+            let wanted = BlkDiscardWriteZeroes { sector: sector.into(), num_sectors: 8.into(), flags: 0.into() };
+            guest.memory.write(range, wanted.as_bytes()).unwrap();
+            ([header(&guest, head, kind, 0), Buffer { gpa: range, len: 16 }], [Buffer { gpa: at, len: 1 }])
+        };
+        for (slot, kind, sector) in [(1, VIRTIO_BLK_T_DISCARD, 128), (2, VIRTIO_BLK_T_WRITE_ZEROES, 136)] {
+            let (readable, writable) = clear(kind, slot, sector);
+            ring.driver.add(&readable, &writable, None).unwrap().unwrap();
+        }
+        guest.memory.write(places(3).1, &[0xff]).unwrap();
+        let flush = header(&guest, places(3).0, VIRTIO_BLK_T_FLUSH, 0);
+        ring.driver.add(&[flush], &[Buffer { gpa: places(3).1, len: 1 }], None).unwrap().unwrap();
+        ring.kick();
+        ring.completions(4);
+        ring.read(&guest, 4, 64, 8192);
+        ring.read(&guest, 5, 136, 4096);
+        ring.kick();
+        ring.completions(2);
+        assert_eq!([0, 1, 2, 3, 4, 5].map(|slot| status(&guest, slot)), [0; 6]);
+        assert!(guest.bytes(places(4).2, 8192) == data && guest.bytes(places(5).2, 4096) == [0; 4096]);
+        base = client.ring_base(0);
+    }
+}
+
+#[test]
+fn a_disk_is_served_by_a_user_without_rights_behind_the_filter() {
+    let nobodys = Nobodys::new();
+    let image = nobodys.path("image");
+    for more in [&[][..], &["--aio", "threads"], &["--direct"], &["--log-level", "debug", "--queues", "4"]] {
+        let confined = nobodys.start(&[&["blk", "--image", &image], more].concat());
+        assert_eq!([confined.status("Seccomp:"), confined.status("NoNewPrivs:")], ["2", "1"]);
+        if geteuid().is_root() {
+            assert_eq!(confined.status("CapEff:"), "0000000000000000");
+            assert_eq!(confined.status("Uid:"), "65534\t65534\t65534\t65534");
+        }
+        for features in [0, bit(VIRTIO_F_RING_PACKED)] {
+            use_disk(&nobodys.path("socket"), features);
+        }
+        let mut written = [0; 512];
+        std::fs::File::open(&image).unwrap().read_exact_at(&mut written, 64 * 512).unwrap();
+        assert_eq!(written, [0xc2; 512]);
+        confined.end();
+    }
+}
+
+#[test]
+fn a_network_interface_is_served_behind_the_filter() {
+    let nobodys = Nobodys::new();
+    let wire = nobodys.path("wire");
+    for arguments in [&["net", "--loopback"][..], &["net", "--pair", &wire]] {
+        let confined = nobodys.start(arguments);
+        assert_eq!(confined.status("Seccomp:"), "2");
+        Client::connect(Path::new(&nobodys.path("socket"))).barrier();
+        confined.end();
+    }
+}
+
+#[test]
+fn counters_can_be_fetched_from_behind_the_filter() {
+    let nobodys = Nobodys::new();
+    let (image, place) = (nobodys.path("image"), nobodys.path("metrics"));
+    let confined = nobodys.start(&["blk", "--image", &image, "--metrics", &format!("unix:{place}")]);
+    use_disk(&nobodys.path("socket"), 0);
+    for _ in 0..3 {
+        let mut socket = UnixStream::connect(&place).unwrap();
+        socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).unwrap();
+        assert!(answer.contains("requests"), "{answer}");
+    }
+    confined.end();
+}
+
+#[test]
+fn without_a_filter_it_says_so_in_its_status_and_an_image_out_of_reach_is_explained() {
+    let nobodys = Nobodys::new();
+    let image = nobodys.path("image");
+    let open = nobodys.start(&["blk", "--image", &image, "--seccomp", "off"]);
+    assert_eq!(open.status("Seccomp:"), "0");
+    open.end();
+    if geteuid().is_root() {
+        chown(&image, Some(0), Some(0)).unwrap();
+        let output = nobodys.command(&["blk", "--image", &image]).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && said.contains("change its owner or mode"), "{said}");
+    }
+}
