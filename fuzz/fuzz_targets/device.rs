@@ -1,0 +1,45 @@
+//! Whole sessions with real devices and workers: whatever front-end and guest do, also while the rings run, no panic, no
+//! write outside the memory they gave, nothing left behind.
+//!
+//! Input: which device, features, and then what to do, step by step (`hostile`).
+#![no_main]
+
+mod hostile;
+
+use std::os::fd::OwnedFd;
+
+use hostile::{Guest, Input, Link, device, leaving_nothing_behind};
+use libfuzzer_sys::fuzz_target;
+use vhost_migrate::abi::vhost_user::Request as Code;
+use vhost_migrate::backend::{Message, Session, Step, Workers};
+
+struct Direct {
+    session: Session,
+    rings: Workers,
+}
+
+impl Link for Direct {
+    fn send(&mut self, _: &mut Input<'_>, code: Code, flags: u32, payload: &[u8], fds: Vec<OwnedFd>) -> bool {
+        let message = Message { code, flags, payload: payload.to_vec(), fds };
+        !matches!(self.session.message(message, &mut self.rings), Step::Close(_))
+    }
+}
+
+fuzz_target!(|input: &[u8]| {
+    let mut input = Input(input);
+    // Made before things are counted: it stays.
+    let disk = device(0);
+    drop(disk);
+    leaving_nothing_behind(|| {
+        let device = device(input.byte());
+        let bits = input.byte();
+        let mut guest = Guest::new(&*device, bits);
+        let mut link = Direct { session: Session::new(device.clone()), rings: Workers::new(device) };
+        guest.run(&mut input, &mut link);
+        if bits & 0x80 != 0 {
+            link.rings.stop_all();
+        }
+        drop(link);
+        guest.check();
+    });
+});

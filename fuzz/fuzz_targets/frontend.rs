@@ -1,0 +1,165 @@
+//! A back-end that answers whatever it likes: the client gives an error or goes on, in time, and leaves nothing behind.
+//!
+//! Input: features, what the client does, and how each request is answered.
+#![no_main]
+
+use std::io::{IoSlice, Read};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant};
+
+use libfuzzer_sys::fuzz_target;
+use nix::sys::eventfd::EventFd;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use vhost_migrate::abi::vhost_user::{Header, InflightDescription, Request as Code};
+use vhost_migrate::dirty::Log;
+use vhost_migrate::frontend::{Device, RingSetup, UserDevice, UserOptions};
+use vhost_migrate::inflight;
+use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+use vhost_migrate::ring::RingBase;
+use zerocopy::{FromZeros, IntoBytes};
+
+static FOLDER: LazyLock<tempfile::TempDir> = LazyLock::new(|| tempfile::tempdir().unwrap());
+/// How long the client waits for what doesn't come.
+const PATIENCE: Duration = Duration::from_millis(5);
+
+/// The back-end's part of the input.
+struct Hostile<'a> {
+    input: &'a [u8],
+    features: u64,
+}
+
+impl Hostile<'_> {
+    fn byte(&mut self) -> u8 {
+        let Some((&first, rest)) = self.input.split_first() else { return 0 };
+        self.input = rest;
+        first
+    }
+
+    /// Answers one connection until either side has enough.
+    fn serve(&mut self, socket: &UnixStream) {
+        let mut header = Header::new_zeroed();
+        while (&*socket).read_exact(header.as_mut_bytes()).is_ok() {
+            let mut payload = vec![0; header.size as usize];
+            if (&*socket).read_exact(&mut payload).is_err() || !self.answer(socket, header, &payload) {
+                return;
+            }
+        }
+    }
+
+    fn answer(&mut self, socket: &UnixStream, asked: Header, payload: &[u8]) -> bool {
+        let how = self.byte();
+        let code = Code(asked.request);
+        let mut fd: Option<OwnedFd> = None;
+        let own = match code {
+            Code::GET_FEATURES => Some(self.features.as_bytes().to_vec()),
+            Code::GET_PROTOCOL_FEATURES => Some(u64::MAX.as_bytes().to_vec()),
+            Code::GET_QUEUE_NUM => Some(2u64.as_bytes().to_vec()),
+            Code::GET_MAX_MEM_SLOTS => Some(16u64.as_bytes().to_vec()),
+            Code::GET_STATUS => Some(7u64.as_bytes().to_vec()),
+            Code::SET_LOG_BASE | Code::GET_VRING_BASE | Code::GET_CONFIG => Some(payload.to_vec()),
+            Code::GET_INFLIGHT_FD => {
+                let kind = if self.features & 1 << 34 != 0 { inflight::Kind::Packed } else { inflight::Kind::Split };
+                let (_, region) = inflight::Region::create(kind, 2, 64).unwrap();
+                fd = Some(region);
+                let mmap_size = inflight::Region::bytes_for(kind, 2, 64).unwrap();
+                let answer =
+                    InflightDescription { mmap_size, mmap_offset: 0, num_queues: 2, queue_size: 64, padding: [0; 4] };
+                Some(answer.as_bytes().to_vec())
+            }
+            _ => (asked.flags & Header::FLAG_NEED_REPLY != 0).then(|| 0u64.as_bytes().to_vec()),
+        };
+        let mut reply = match own {
+            Some(reply) if how < 0xf8 => reply,
+            Some(_) | None if how < 0x80 => return true,
+            _ => (0..self.byte()).map(|_| self.byte()).collect(),
+        };
+        let mut header = Header { request: asked.request, flags: 5, size: reply.len() as u32 };
+        match how & 0x0f {
+            1 => header.flags = self.byte().into(),
+            2 => header.request = self.byte().into(),
+            3 => header.size ^= 1 << (self.byte() % 32),
+            4 => return false,
+            5 | 6 | 7 => {
+                let (at, bits) = (usize::from(self.byte()), self.byte());
+                if let Some(byte) = reply.get_mut(at) {
+                    *byte ^= bits;
+                }
+            }
+            8 => reply.truncate(self.byte().into()),
+            9 => fd = Some(EventFd::new().unwrap().into()),
+            10 => fd = sealed_memfd("small", self.byte().into()).ok(),
+            11 => fd = None,
+            12 => header.size = reply.len() as u32 / 2,
+            _ => {}
+        }
+        let bytes = [header.as_bytes(), &reply].concat();
+        let copies = if how == 0x49 { 20 } else { 1 };
+        let raw: Vec<_> = fd.iter().cycle().take(copies).map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let control = if raw.is_empty() { &[][..] } else { &rights[..] };
+        sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&bytes)], control, MsgFlags::MSG_NOSIGNAL, None).is_ok()
+    }
+}
+
+/// What a VMM does with a device; every error is as good as success.
+fn drive(path: PathBuf, features: u64, memory: &Memory) {
+    let options = UserOptions { timeout: PATIENCE, stop_timeout: PATIENCE, ..UserOptions::default() };
+    let Ok(mut device) = UserDevice::connect(path, options, Instant::now()) else { return };
+    let _ = device.set_features(features & device.features());
+    let _ = device.set_inflight(2, 64, None);
+    let state = device.inflight();
+    let _ = device.set_memory(memory);
+    let _ = (device.config(0, &mut [0; 60]), device.status(), device.set_status(15));
+    let eventfd = || Arc::new(OwnedFd::from(EventFd::new().unwrap()));
+    let base = RingBase::start(device.acked_features());
+    for index in 0..2 {
+        let at = u64::from(index) * 0x1000;
+        let (kick, call) = (eventfd(), eventfd());
+        let setup = RingSetup { size: 64, desc: at, avail: at + 0x400, used: at + 0x800, kick, call, base };
+        let _ = device.start_ring(index, setup);
+    }
+    let (log, fd) = Log::create(memory.end()).unwrap();
+    let _ = device.start_logging(&Arc::new(log), fd.as_fd());
+    let _ = device.stop_ring(0);
+    if device.hung_up() {
+        let _ = device.reconnect(Instant::now());
+    }
+    let _ = (device.stop_logging(), device.stop_ring(1), device.inflight());
+    if let Ok(Some(state)) = state {
+        let _ = device.set_inflight(2, 64, Some(&state));
+    }
+}
+
+fuzz_target!(|input: &[u8]| {
+    let Some((&features, input)) = input.split_first() else { return };
+    let features = 1 << 32 | 1 << 30 | 1 << 26 | u64::from(features & 1) << 34 | u64::from(features & 6) << 27;
+    let path = FOLDER.path().join("socket");
+    let count = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = count();
+    {
+        let listener = UnixListener::bind(&path).unwrap();
+        let memory = sealed_memfd("guest", 0x4000).and_then(|fd| Ok(Region::share(fd, 0, 0x4000, 0).unwrap())).unwrap();
+        let memory = Memory::new([Arc::new(memory)]).unwrap();
+        std::thread::scope(|scope| {
+            let (at, memory) = (path.clone(), &memory);
+            let driving = scope.spawn(move || drive(at, features, memory));
+            let mut hostile = Hostile { input, features };
+            listener.set_nonblocking(true).unwrap();
+            while !driving.is_finished() {
+                match listener.accept() {
+                    Ok((socket, _)) => {
+                        socket.set_nonblocking(false).unwrap();
+                        hostile.serve(&socket);
+                    }
+                    Err(_) => std::thread::sleep(Duration::from_micros(50)),
+                }
+            }
+            driving.join().unwrap();
+        });
+    }
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!(count(), before, "file descriptors");
+});

@@ -1,0 +1,86 @@
+//! Whole connections: the messages of `device`, over a socket, cut into any segments, with headers that lie.
+//!
+//! Input: which device, features, and then what to do, step by step (`hostile`); before each message, how it is cut.
+#![no_main]
+
+mod hostile;
+
+use std::io::{IoSlice, Read};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use hostile::{Guest, Input, Link, device, leaving_nothing_behind};
+use libfuzzer_sys::fuzz_target;
+use nix::sys::eventfd::EventFd;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use vhost_migrate::abi::vhost_user::{Header, Request as Code};
+use vhost_migrate::backend::serve_one;
+use zerocopy::IntoBytes;
+
+struct Socket(UnixStream);
+
+impl Link for Socket {
+    fn send(&mut self, input: &mut Input<'_>, code: Code, flags: u32, payload: &[u8], fds: Vec<OwnedFd>) -> bool {
+        let how = input.byte();
+        let (mut flags, mut size) = (flags, payload.len() as u32);
+        match how {
+            0xff => size ^= 1 << (input.byte() % 32),
+            0xfe => flags = input.byte().into(),
+            _ => {}
+        }
+        let bytes = [Header { request: code.0, flags, size }.as_bytes(), payload].concat();
+        let cut = if how & 1 == 0 { bytes.len() } else { 1 + usize::from(input.byte()) % bytes.len() };
+        let (first, second) = bytes.split_at(cut);
+        // Fds with the first segment, as they should come, or with the second.
+        let early = how & 2 == 0 || second.is_empty();
+        let sent = self.segment(first, if early { &fds } else { &[] })
+            && self.segment(second, if early { &[] } else { &fds });
+        // Answers are read, else nobody would write any more.
+        let mut answers = [0; 4096];
+        while matches!((&self.0).read(&mut answers), Ok(1..)) {}
+        sent
+    }
+}
+
+impl Socket {
+    fn segment(&self, bytes: &[u8], fds: &[OwnedFd]) -> bool {
+        if bytes.is_empty() {
+            return true;
+        }
+        let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let control = if raw.is_empty() { &[][..] } else { &rights[..] };
+        loop {
+            match sendmsg::<()>(self.0.as_raw_fd(), &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None) {
+                Ok(count) => return count == bytes.len(),
+                Err(nix::errno::Errno::EAGAIN) => std::thread::yield_now(),
+                Err(_) => return false,
+            }
+        }
+    }
+}
+
+fuzz_target!(|input: &[u8]| {
+    let mut input = Input(input);
+    let disk = device(0);
+    drop(disk);
+    leaving_nothing_behind(|| {
+        let device = device(input.byte());
+        let bits = input.byte();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let stop = EventFd::new().unwrap();
+        let mut guest = Guest::new(&*device, bits);
+        std::thread::scope(|scope| {
+            let serving = scope.spawn(|| serve_one(&theirs, &device, stop.as_fd()));
+            let mut link = Socket(ours);
+            guest.run(&mut input, &mut link);
+            if bits & 0x80 != 0 {
+                stop.write(1).unwrap();
+            }
+            drop(link);
+            serving.join().unwrap();
+        });
+        guest.check();
+    });
+});
