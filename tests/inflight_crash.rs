@@ -24,6 +24,8 @@ enum Mutation {
     UsedIndexForgottenWhenFresh,
     CountersStartOver,
     RecoveryBackwards,
+    PutBackUnmarked,
+    PutBackFirstFirst,
 }
 
 /// What survives a kill: the region, the rings, and what the guest knows. A request is its position in `avail`.
@@ -118,6 +120,8 @@ enum Step {
     Take(u8),
     /// The device completes a batch: picks among what it holds.
     Complete(Vec<u8>),
+    /// The device gives back as many of the last requests that it holds.
+    PutBack(u8),
 }
 
 /// What a successor finds: requests to serve again, and the position of the next one to take.
@@ -204,6 +208,20 @@ fn live(world: World, steps: &[Step], mutation: Mutation) -> Result<(World, usiz
                     }
                 }
             }
+            Step::PutBack(count) => {
+                let last = held.split_off(held.len().saturating_sub(usize::from(*count)));
+                let back = next - last.len();
+                if world.borrow().avail[back..next] != last[..] {
+                    held.extend(last);
+                } else {
+                    match mutation {
+                        Mutation::PutBackUnmarked => {}
+                        Mutation::PutBackFirstFirst => last.iter().for_each(|head| inflight.put_back(*head)),
+                        _ => last.iter().rev().for_each(|head| inflight.put_back(*head)),
+                    }
+                    next = back;
+                }
+            }
             Step::Complete(picks) => {
                 let mut batch = Vec::new();
                 for pick in picks.iter().take(held.len()) {
@@ -279,6 +297,7 @@ fn step() -> impl Strategy<Value = Step> {
         (1..6u8).prop_map(Step::Add),
         (1..6u8).prop_map(Step::Take),
         prop::collection::vec(any::<u8>(), 1..6).prop_map(Step::Complete),
+        (1..4u8).prop_map(Step::PutBack),
     ]
 }
 
@@ -303,7 +322,7 @@ proptest! {
 
 #[test]
 fn the_model_notices_every_wrong_order_of_stores() {
-    use Step::{Add, Complete, Take};
+    use Step::{Add, Complete, PutBack, Take};
     let steps = [
         Add(4),
         Take(2),
@@ -316,6 +335,11 @@ fn the_model_notices_every_wrong_order_of_stores() {
         Add(4),
         Take(5),
         Complete(vec![3, 0, 1]),
+        Add(3),
+        Take(4),
+        PutBack(3),
+        Take(1),
+        Complete(vec![1]),
     ];
     assert!(kill_everywhere(8, 5, &steps, Mutation::None).unwrap() > 100);
     for mutation in [
@@ -326,6 +350,8 @@ fn the_model_notices_every_wrong_order_of_stores() {
         Mutation::UsedIndexForgottenWhenFresh,
         Mutation::CountersStartOver,
         Mutation::RecoveryBackwards,
+        Mutation::PutBackUnmarked,
+        Mutation::PutBackFirstFirst,
     ] {
         assert!(kill_everywhere(8, 5, &steps, mutation).is_err(), "{mutation:?} went unnoticed");
     }

@@ -34,6 +34,8 @@ enum Mutation {
     BaseForgottenWhenFresh,
     FrontendsBaseBelieved,
     CountersStartOver,
+    PutBackUnmarked,
+    PutBackFirstFirst,
 }
 
 /// Who keeps the region.
@@ -51,6 +53,11 @@ impl At {
     fn after(self, count: usize, size: u16) -> At {
         let next = usize::from(self.0) + count;
         if next < size.into() { At(next as u16, self.1) } else { At((next - usize::from(size)) as u16, !self.1) }
+    }
+
+    fn before(self, count: usize, size: u16) -> At {
+        // Two rounds are none.
+        self.after(usize::from(size) - count, size).after(size.into(), size)
     }
 
     fn bits(self) -> u32 {
@@ -194,6 +201,12 @@ impl World {
         None
     }
 
+    /// Whether these requests stand in the ring from `at` on.
+    fn has(&self, at: At, requests: &[(u16, Vec<PackedDesc>)]) -> bool {
+        let descs = requests.iter().flat_map(|(_, descs)| descs).enumerate();
+        descs.into_iter().all(|(count, desc)| self.ring[usize::from(at.after(count, self.size()).0)] == *desc)
+    }
+
     fn outstanding(&self) -> Vec<usize> {
         let mut requests: Vec<usize> = self.outstanding.values().copied().collect();
         requests.sort_unstable();
@@ -331,6 +344,8 @@ enum Step {
     Take(u8),
     /// The device completes a batch: picks among what it holds.
     Complete(Vec<u8>),
+    /// The device gives back as many of the last requests that it holds.
+    PutBack(u8),
     /// The guest looks at what is used.
     Harvest,
 }
@@ -480,6 +495,24 @@ fn live(world: World, steps: &[Step], writer: Writer) -> Result<(World, usize), 
                     held.push((entry, descs));
                 }
             }
+            Step::PutBack(count) => {
+                let last = held.split_off(held.len().saturating_sub(usize::from(*count)));
+                let back = avail.before(last.iter().map(|(_, descs)| descs.len()).sum(), size);
+                match &mut tracker {
+                    Tracker::Ours(inflight) if world.borrow().has(back, &last) => {
+                        let mut entries: Vec<u16> = last.iter().rev().map(|(entry, _)| *entry).collect();
+                        match mutation {
+                            Mutation::PutBackUnmarked => entries.clear(),
+                            Mutation::PutBackFirstFirst => entries.reverse(),
+                            _ => {}
+                        }
+                        entries.into_iter().for_each(|entry| inflight.put_back(entry));
+                        avail = back;
+                    }
+                    // DPDK gives nothing back, and nobody what is written over.
+                    _ => held.extend(last),
+                }
+            }
             Step::Complete(picks) => {
                 let mut batch = Vec::new();
                 for pick in picks.iter().take(held.len()) {
@@ -601,6 +634,7 @@ fn step() -> impl Strategy<Value = Step> {
         prop::collection::vec(1..5u8, 1..4).prop_map(Step::Add),
         (1..6u8).prop_map(Step::Take),
         prop::collection::vec(any::<u8>(), 1..6).prop_map(Step::Complete),
+        (1..4u8).prop_map(Step::PutBack),
         Just(Step::Harvest),
     ]
 }
@@ -634,7 +668,7 @@ proptest! {
 
 #[test]
 fn the_model_notices_every_wrong_order_of_stores() {
-    use Step::{Add, Complete, Harvest, Take};
+    use Step::{Add, Complete, Harvest, PutBack, Take};
     let steps = [
         Add(vec![1, 3, 1]),
         Take(3),
@@ -653,6 +687,14 @@ fn the_model_notices_every_wrong_order_of_stores() {
         Add(vec![3, 4]),
         Take(2),
         Complete(vec![1, 0, 0]),
+        Harvest,
+        Add(vec![1, 3, 2]),
+        Take(3),
+        Complete(vec![0]),
+        PutBack(2),
+        Take(1),
+        Add(vec![1]),
+        Complete(vec![0]),
     ];
     let new = World::new(8, 8, At(5, false));
     assert!(kill_everywhere(&new, &steps, Writer::Ours(Mutation::None)).unwrap() > 100);
@@ -667,6 +709,8 @@ fn the_model_notices_every_wrong_order_of_stores() {
         Mutation::BaseForgottenWhenFresh,
         Mutation::FrontendsBaseBelieved,
         Mutation::CountersStartOver,
+        Mutation::PutBackUnmarked,
+        Mutation::PutBackFirstFirst,
     ] {
         let noticed = kill_everywhere(&new, &steps, Writer::Ours(mutation));
         assert!(noticed.is_err(), "{mutation:?} went unnoticed");

@@ -25,6 +25,8 @@ enum Op {
     /// Completes a request, or with IN_ORDER a batch of the oldest ones.
     Push(prop::sample::Index),
     DevicePublish,
+    /// Gives some of the last requests back that are not complete, or the same in another order.
+    PutBack(prop::sample::Index, bool),
     PopUsed,
     /// The guest goes on elsewhere.
     DriverMoves,
@@ -40,6 +42,7 @@ fn op() -> impl Strategy<Value = Op> {
         4 => Just(Op::Pop),
         4 => any::<prop::sample::Index>().prop_map(Op::Push),
         2 => Just(Op::DevicePublish),
+        2 => (any::<prop::sample::Index>(), any::<bool>()).prop_map(|(count, turned)| Op::PutBack(count, turned)),
         4 => Just(Op::PopUsed),
         1 => Just(Op::DriverMoves),
         1 => Just(Op::DeviceMoves),
@@ -84,7 +87,9 @@ proptest! {
         let (memory, layout) = (memory(), packed_layout(size));
         let (mut driver, mut device) = packed_at(&memory, layout, features, start);
         let (mut made, mut visible) = (VecDeque::new(), 0);
-        let mut held: Vec<(Request, Vec<_>)> = Vec::new();
+        // With the number of descriptors that were taken before, in all.
+        let mut held: Vec<(Request, Vec<_>, u64)> = Vec::new();
+        let (mut taken, mut used) = (0u64, 0u64);
         let (mut done, mut done_visible) = (VecDeque::new(), 0);
         let mut chain = Chain::default();
         let mut serial = 0u32;
@@ -120,19 +125,24 @@ proptest! {
                         let request = made.pop_front().unwrap();
                         prop_assert_eq!(&Request::of(&chain), &request);
                         prop_assert_eq!(device.descs().len(), usize::from(request.slots));
-                        held.push((request, device.descs().to_vec()));
+                        let slots = u64::from(request.slots);
+                        held.push((request, device.descs().to_vec(), taken));
+                        taken += slots;
                     }
                 }
                 Op::Push(pick) if !held.is_empty() && in_order => {
-                    let batch: Vec<Request> = held.drain(..=pick.index(held.len())).map(|(request, _)| request).collect();
+                    let batch: Vec<Request> = held.drain(..=pick.index(held.len())).map(|(request, ..)| request).collect();
                     serial += 1;
                     let (last, before) = batch.split_last().unwrap();
-                    device.push(last.id, batch.iter().map(|request| request.slots).sum(), serial);
+                    let slots = batch.iter().map(|request| request.slots).sum();
+                    device.push(last.id, slots, serial);
+                    used += u64::from(slots);
                     done.extend(before.iter().map(|request| (request.id, request.all_written())));
                     done.push_back((last.id, serial));
                 }
                 Op::Push(pick) if !held.is_empty() => {
-                    let (request, _) = held.swap_remove(pick.index(held.len()));
+                    let (request, ..) = held.remove(pick.index(held.len()));
+                    used += u64::from(request.slots);
                     serial += 1;
                     let len = if serial.is_multiple_of(3) { 0 } else { serial };
                     device.push(request.id, request.slots, len);
@@ -142,6 +152,28 @@ proptest! {
                 Op::DevicePublish => {
                     let _ = device.publish();
                     done_visible = done.len();
+                }
+                Op::PutBack(count, turned) => {
+                    let count = count.index(held.len() + 1);
+                    let last = held.split_off(held.len() - count);
+                    let mut requests: Vec<(u16, u16)> = last.iter().map(|(of, ..)| (of.id, of.slots)).collect();
+                    if turned {
+                        requests.reverse();
+                    }
+                    let slots: u64 = last.iter().map(|(of, ..)| u64::from(of.slots)).sum();
+                    let first = last.first().map_or(taken, |(.., before)| *before);
+                    // None between them is complete, and no completion was written over them.
+                    let possible = first + slots == taken && first >= used && !(turned && count > 1);
+                    let before = (device.avail_position(), device.used_position());
+                    prop_assert_eq!(device.put_back(requests.into_iter()), possible);
+                    if possible {
+                        taken = first;
+                        visible += count;
+                        last.into_iter().rev().for_each(|(request, ..)| made.push_front(request));
+                    } else {
+                        prop_assert_eq!((device.avail_position(), device.used_position()), before);
+                        held.extend(last);
+                    }
                 }
                 Op::PopUsed => match driver.pop_used().unwrap() {
                     Some(used) => {
@@ -164,7 +196,7 @@ proptest! {
                     device = PackedDevice::new(&memory, layout, features, RingBase::PACKED_START).unwrap();
                     device.set_positions(avail, used).unwrap();
                     prop_assert_eq!((device.avail_position(), device.used_position()), (avail, used));
-                    for (request, descs) in &held {
+                    for (request, descs, _) in &held {
                         device.resubmit(descs, &mut chain).unwrap();
                         prop_assert_eq!(&Request::of(&chain), request);
                     }
@@ -172,7 +204,7 @@ proptest! {
             }
         }
         let _ = driver.publish();
-        held.iter().for_each(|(request, _)| device.push(request.id, request.slots, 0));
+        held.iter().for_each(|(request, ..)| device.push(request.id, request.slots, 0));
         while device.pop(&mut chain).unwrap() {
             device.push(chain.head, chain.slots, 0);
         }
@@ -195,6 +227,7 @@ proptest! {
         let to = at(from).after(slots, size);
         prop_assert_eq!(to, at(from + u64::from(slots)));
         prop_assert_eq!(at(from).until(to, size), Some(slots));
+        prop_assert_eq!(to.before(slots, size), at(from));
         let more_than_a_round = at(from + u64::from(size) + 1 + u64::from(slots) % u64::from(size));
         if size > 1 && slots + 1 < size {
             prop_assert_eq!(at(from).until(more_than_a_round, size), None);

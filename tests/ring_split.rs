@@ -24,6 +24,8 @@ enum Op {
     Pop,
     Push(prop::sample::Index),
     DevicePublish,
+    /// Gives some of the last requests back that are not complete, or the same in another order.
+    PutBack(prop::sample::Index, bool),
     PopUsed,
     /// The guest goes on elsewhere.
     DriverMoves,
@@ -39,6 +41,7 @@ fn op() -> impl Strategy<Value = Op> {
         4 => Just(Op::Pop),
         4 => any::<prop::sample::Index>().prop_map(Op::Push),
         2 => Just(Op::DevicePublish),
+        2 => (any::<prop::sample::Index>(), any::<bool>()).prop_map(|(count, turned)| Op::PutBack(count, turned)),
         4 => Just(Op::PopUsed),
         1 => Just(Op::DriverMoves),
         1 => Just(Op::DeviceMoves),
@@ -64,7 +67,9 @@ proptest! {
         let (memory, layout) = (memory(), layout(size));
         let (mut driver, mut device) = ring_at(&memory, layout, features, start);
         let (mut made, mut visible) = (VecDeque::new(), 0);
-        let mut held: Vec<Request> = Vec::new();
+        // With the number of those taken before it.
+        let mut held: Vec<(Request, usize)> = Vec::new();
+        let mut taken = 0;
         let (mut done, mut done_visible) = (VecDeque::new(), 0);
         let mut chain = Chain::default();
         let mut serial = 0u32;
@@ -100,12 +105,13 @@ proptest! {
                         let request = made.pop_front().unwrap();
                         let Chain { head, readable, writable, .. } = chain.clone();
                         prop_assert_eq!(&Request { head, readable, writable }, &request);
-                        held.push(request);
+                        held.push((request, taken));
+                        taken += 1;
                     }
                 }
                 Op::Push(pick) if !held.is_empty() => {
                     let pick = if in_order { 0 } else { pick.index(held.len()) };
-                    let request = held.remove(pick);
+                    let (request, _) = held.remove(pick);
                     serial += 1;
                     device.push(request.head, serial);
                     done.push_back((request.head, serial));
@@ -114,6 +120,25 @@ proptest! {
                 Op::DevicePublish => {
                     let _ = device.publish();
                     done_visible = done.len();
+                }
+                Op::PutBack(count, turned) => {
+                    let count = count.index(held.len() + 1);
+                    let last = held.split_off(held.len() - count);
+                    let mut heads: Vec<u16> = last.iter().map(|(of, _)| of.head).collect();
+                    if turned {
+                        heads.reverse();
+                    }
+                    let first = last.first().map_or(taken, |(_, before)| *before);
+                    // None between them is complete.
+                    let possible = first + count == taken && !(turned && count > 1);
+                    prop_assert_eq!(device.put_back(heads.into_iter()), possible);
+                    if possible {
+                        taken = first;
+                        visible += count;
+                        last.into_iter().rev().for_each(|(request, _)| made.push_front(request));
+                    } else {
+                        held.extend(last);
+                    }
                 }
                 Op::PopUsed => match driver.pop_used().unwrap() {
                     Some(used) => {
@@ -133,7 +158,7 @@ proptest! {
             }
         }
         let _ = driver.publish();
-        held.iter().for_each(|request| device.push(request.head, 0));
+        held.iter().for_each(|(request, _)| device.push(request.head, 0));
         while device.pop(&mut chain).unwrap() {
             device.push(chain.head, 0);
         }

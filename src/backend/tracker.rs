@@ -65,10 +65,11 @@ impl Tracker {
         }
     }
 
-    /// Notes that a request is as if never taken. Those of packed rings are used up instead.
+    /// Notes that a request, the last one taken, is as if never taken.
     pub(super) fn put_back(&mut self, name: u16) {
-        if let Tracker::Split(tracker) = self {
-            tracker.put_back(name);
+        match self {
+            Tracker::Split(tracker) => tracker.put_back(name),
+            Tracker::Packed(tracker) => tracker.put_back(name),
         }
     }
 

@@ -30,7 +30,7 @@ use super::tracker::{Found, Tracker};
 use super::{BackendError, Device, Notifier, Queue, Request};
 use crate::abi::bit;
 use crate::abi::virtio::VIRTIO_F_IN_ORDER;
-use crate::ring::{DeviceRing, RingBase, RingLog};
+use crate::ring::{Chain, DeviceRing, RingBase, RingLog};
 
 /// How long a drain waits before it asks the device's queue again, in milliseconds.
 const RETRY_MS: u8 = 100;
@@ -481,22 +481,22 @@ impl Worker {
         if unused.is_empty() {
             return;
         }
-        let heads: Vec<u16> = unused.iter().map(Request::head).collect();
-        if !self.ring.put_back(&heads) {
+        let chains: Vec<&Chain> = unused.iter().map(Request::chain).collect();
+        if !self.ring.put_back(&chains) {
             // Others were taken after them: all that is left is to use them with nothing in them.
             self.done.append(&mut unused);
             self.settle_done();
             self.publish();
             return self.spare.append(&mut self.done);
         }
-        for head in heads.into_iter().rev() {
+        for request in unused.iter().rev() {
             if let Some(inflight) = &mut self.inflight {
-                inflight.put_back(head);
+                inflight.put_back(request.name);
             }
             if let Some(order) = &mut self.order {
                 order.taken.pop_back();
             }
-            if let Some(busy) = self.busy.get_mut(usize::from(head)) {
+            if let Some(busy) = self.busy.get_mut(usize::from(request.head())) {
                 *busy = false;
             }
         }

@@ -10,6 +10,7 @@
 //! | `take` | copies, counter, `last` and `num`; both heads of the free list; the mark | not taken before the mark; without it entries may be missing in the list, which recovery makes up for |
 //! | `stage` | `next` of the chain's last entry, `free_head`, the used position | rolled back |
 //! | the ring | the flags of the batch's first descriptor last | published or not, never in part |
+//! | `put_back` | `next` of the chain's last entry; the mark; both heads of the free list | `take`, backwards |
 //! | `commit` | the marks, `old_free_head`, the committed used position | committed |
 //!
 //! The specification marks a request before it fills its entries and stores index and wrap counter one by one; the
@@ -122,22 +123,42 @@ impl<S: Sink> PackedInflight<S> {
         Some(head)
     }
 
+    /// Notes that the request named `head`, the last one taken, was put back into the ring untouched. Of several, the last
+    /// comes first: recovery counts on it that what is in flight ends where the next request is taken.
+    ///
+    /// Nothing is noted while a batch is staged and not committed, and of others than those in flight.
+    pub fn put_back(&mut self, head: u16) {
+        if !self.batch.is_empty() {
+            return;
+        }
+        let Some(num) = self.free(head) else { return };
+        self.sink.u8(entry(head) + INFLIGHT, 0);
+        self.sink.u32(FREE_HEAD_AT, pair(head, head));
+        self.held = self.held.saturating_sub(num);
+    }
+
     /// Puts the request named `head` into the batch that the ring publishes next. Others than those in flight are left
     /// out.
     #[inline]
     pub fn stage(&mut self, head: u16) {
-        let Some(link) = self.links.get_mut(usize::from(head)).filter(|link| link.num > 0) else { return };
-        let (last, num) = (link.last, std::mem::take(&mut link.num));
-        if let Some(link) = self.links.get_mut(usize::from(last)) {
-            link.next = self.free_head;
-        }
-        self.sink.u16(entry(last) + NEXT, self.free_head);
+        let Some(num) = self.free(head) else { return };
         self.sink.u16(FREE_HEAD_AT, head);
-        self.free_head = head;
         self.used = self.used.after(num, self.ring_size);
         self.held = self.held.saturating_sub(num);
         self.sink.u64(USED_AT, used_word(self.used, self.committed));
         self.batch.push(head);
+    }
+
+    /// Puts the entries of the request named `head` before those on the free list, but for the head that the region has;
+    /// tells how many they are. `None` if it is not in flight.
+    #[inline]
+    fn free(&mut self, head: u16) -> Option<u16> {
+        let link = self.links.get_mut(usize::from(head)).filter(|link| link.num > 0)?;
+        let (last, num) = (link.last, std::mem::take(&mut link.num));
+        self.links.get_mut(usize::from(last))?.next = self.free_head;
+        self.sink.u16(entry(last) + NEXT, self.free_head);
+        self.free_head = head;
+        Some(num)
     }
 
     /// Notes that the batch is published.

@@ -115,12 +115,11 @@ impl DeviceRing {
         }
     }
 
-    /// Gives back requests, the last that were taken, in the order in which they were taken; false if they are not, or
-    /// can't be.
-    pub fn put_back(&mut self, heads: &[u16]) -> bool {
+    /// Gives back requests, the last that were taken, in the order in which they were taken; false if they are not.
+    pub fn put_back(&mut self, chains: &[&Chain]) -> bool {
         match self {
-            DeviceRing::Split(ring) => ring.put_back(heads),
-            DeviceRing::Packed(_) => false,
+            DeviceRing::Split(ring) => ring.put_back(chains.iter().map(|chain| chain.head)),
+            DeviceRing::Packed(ring) => ring.put_back(chains.iter().map(|chain| (chain.head, chain.slots))),
         }
     }
 

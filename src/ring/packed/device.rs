@@ -214,6 +214,30 @@ impl PackedDevice {
         Ok(())
     }
 
+    /// Puts requests back that were taken, given by buffer id and number of descriptors, in the order of taking; false if
+    /// they are not the last ones taken, in that order, or have been written over in the ring by completions of others:
+    /// then nothing has changed. The same requests are taken again by the next [`pop`](PackedDevice::pop)s.
+    pub fn put_back(&mut self, requests: impl Iterator<Item = (u16, u16)> + Clone) -> bool {
+        let size = self.layout.size;
+        let total: u32 = requests.clone().map(|(_, slots)| u32::from(slots)).sum();
+        let Some(total) = u16::try_from(total).ok().filter(|total| *total <= self.in_flight()) else { return false };
+        let first = self.avail.before(total, size);
+        let mut at = first;
+        // What is between the used position and the avail one was not written since it was taken.
+        let last = requests.into_iter().all(|(id, slots)| {
+            (1..=slots).all(|count| {
+                let (desc, here) = (self.areas.half(at.index, Ordering::Relaxed), at);
+                at = at.after(1, size);
+                let ends = desc.flags.get() & DESC_F_NEXT == 0;
+                is_avail(&desc, here) && ends == (count == slots) && (!ends || desc.id.get() == id)
+            })
+        });
+        if last {
+            self.avail = first;
+        }
+        last
+    }
+
     /// Where the next request is taken.
     pub fn avail_position(&self) -> Position {
         self.avail

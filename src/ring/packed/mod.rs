@@ -66,6 +66,15 @@ impl Position {
         }
     }
 
+    /// `slots` descriptors back, in a ring of `size`, which are no fewer.
+    #[must_use]
+    pub const fn before(self, slots: u16, size: u16) -> Position {
+        match self.index.checked_sub(slots) {
+            Some(index) => Position { index, wrap: self.wrap },
+            None => Position { index: (self.index as u32 + size as u32 - slots as u32) as u16, wrap: !self.wrap },
+        }
+    }
+
     /// How many descriptors `to` is further in a ring of `size`; `None` if that is more than a round, or backwards.
     #[inline]
     pub fn until(self, to: Position, size: u16) -> Option<u16> {

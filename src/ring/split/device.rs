@@ -193,13 +193,13 @@ impl SplitDevice {
     /// Puts requests back that were taken, given by their heads in the order of taking; false if they are not the last
     /// ones taken, in that order: then nothing has changed. The same requests are taken again by the next
     /// [`pop`](SplitDevice::pop)s.
-    pub fn put_back(&mut self, heads: &[u16]) -> bool {
+    pub fn put_back(&mut self, mut heads: impl ExactSizeIterator<Item = u16>) -> bool {
         let Some(count) = u16::try_from(heads.len()).ok().filter(|count| *count <= self.layout.size) else {
             return false;
         };
         let first = self.next_avail.wrapping_sub(count);
         let at = |offset: u16| u16::from_le(self.areas.avail.at(first.wrapping_add(offset)).load(Ordering::Relaxed));
-        let last = (0..).zip(heads).all(|(offset, head)| at(offset) == *head);
+        let last = (0..count).all(|offset| heads.next() == Some(at(offset)));
         if last {
             self.next_avail = first;
         }
