@@ -118,6 +118,12 @@ pub enum BackendError {
         /// The rule.
         rule: &'static str,
     },
+    /// Other features than those that the rings which run have started with.
+    #[error("SET_FEATURES changes the bits {changed:#x} while rings run: only LOG_ALL may change then (rule R1)")]
+    FeaturesRun {
+        /// The bits.
+        changed: u64,
+    },
     /// A started and enabled ring that lacks a size, an address or memory.
     #[error("ring {index} can't run: {missing} was not set (rule R6)")]
     RingIncomplete {

@@ -432,7 +432,13 @@ impl Session {
     }
 
     fn set_features(&mut self, bits: u64, rings: &mut dyn Rings) -> Result<(), BackendError> {
-        self.features = acknowledged(Code::SET_FEATURES, bits, self.offered())?;
+        let bits = acknowledged(Code::SET_FEATURES, bits, self.offered())?;
+        // Rings and queues keep to what was acknowledged when they started.
+        let changed = (bits ^ self.features) & !LOG_ALL;
+        if changed != 0 && self.rings.iter().any(|ring| ring.running) {
+            return Err(BackendError::FeaturesRun { changed });
+        }
+        self.features = bits;
         self.relog(rings);
         if bits & BIT_30 == 0 {
             self.rings.iter_mut().for_each(|ring| ring.enabled = true);

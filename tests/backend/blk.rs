@@ -3,12 +3,13 @@
 use std::os::unix::fs::FileExt;
 use std::os::unix::fs::MetadataExt;
 
+use rstest::rstest;
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{ConfigHeader, Request as Code};
 use vhost_migrate::abi::virtio::{
     BlkConfig, BlkDiscardWriteZeroes, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_OUT,
-    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_F_IN_ORDER, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use vhost_migrate::backend::Device;
 use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
@@ -16,7 +17,7 @@ use vhost_migrate::memory::{Region, sealed_memfd};
 use vhost_migrate::ring::Buffer;
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::guest::{BASIC, Guest, HIGH, REGION, Ring, add_region, begin, header, places, status};
+use crate::guest::{BASIC, Guest, HIGH, PACKED, REGION, Ring, SPLIT, add_region, begin, header, places, status};
 use crate::raw::Client;
 use crate::server::{Process, Server, disk_options};
 
@@ -34,12 +35,16 @@ struct Rig {
 
 impl Rig {
     fn new(change: impl FnOnce(&mut DiskOptions)) -> Rig {
+        Rig::with(SPLIT, change)
+    }
+
+    fn with(features: u64, change: impl FnOnce(&mut DiskOptions)) -> Rig {
         let (server, guest) = (Server::disk(DISK, change), Guest::new());
         let client = server.connect();
-        let features = BASIC | bit(VIRTIO_BLK_F_FLUSH) | bit(VIRTIO_RING_F_INDIRECT_DESC);
+        let features = features | bit(VIRTIO_BLK_F_FLUSH) | bit(VIRTIO_RING_F_INDIRECT_DESC);
         begin(&client, &guest, features);
         let ring = Ring::new(&guest, 0, 256, features);
-        ring.set_up(&client, &guest, 0);
+        ring.set_up(&client, &guest, ring.start());
         ring.enable(&client, true);
         Rig { server, client, guest, ring }
     }
@@ -84,7 +89,9 @@ impl Rig {
 
 fn every_engine(promise: impl Fn(&mut Rig)) {
     for (aio, direct) in [(Aio::IoUring, false), (Aio::Threads, false), (Aio::IoUring, true), (Aio::Threads, true)] {
-        promise(&mut Rig::new(|options| (options.aio, options.direct) = (aio, direct)));
+        for features in [SPLIT, PACKED] {
+            promise(&mut Rig::with(features, |options| (options.aio, options.direct) = (aio, direct)));
+        }
     }
 }
 
@@ -144,8 +151,8 @@ fn how_a_request_is_cut_into_descriptors_says_nothing() {
 
 #[test]
 fn more_pieces_than_one_system_call_takes_are_transferred_all_the_same() {
-    for aio in [Aio::IoUring, Aio::Threads] {
-        let mut rig = Rig::new(|options| options.aio = aio);
+    for (aio, features) in [(Aio::IoUring, SPLIT), (Aio::Threads, SPLIT), (Aio::IoUring, PACKED)] {
+        let mut rig = Rig::with(features, |options| options.aio = aio);
         // Every buffer lies across the border of two regions.
         let border = HIGH + REGION;
         let region = Region::share(sealed_memfd("more", REGION).unwrap(), border, REGION, 0).unwrap();
@@ -285,14 +292,14 @@ fn an_error_of_the_disk_reaches_the_guest_and_the_queue_goes_on() {
     });
 }
 
-#[test]
-fn queues_work_side_by_side() {
+#[rstest]
+fn queues_work_side_by_side(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |options| options.queues = 4), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, BASIC);
-    let mut rings: Vec<_> = (0..4).map(|index| Ring::new(&guest, index, 64, BASIC)).collect();
+    begin(&client, &guest, features);
+    let mut rings: Vec<_> = (0..4).map(|index| Ring::new(&guest, index, 64, features)).collect();
     for ring in &rings {
-        ring.set_up(&client, &guest, 0);
+        ring.set_up(&client, &guest, ring.start());
         ring.enable(&client, true);
     }
     for (slot, ring) in (0..).zip(&mut rings) {
@@ -303,7 +310,9 @@ fn queues_work_side_by_side() {
         ring.completion();
         assert_eq!(guest.bytes(places(slot).2, 8), (slot + 100).to_le_bytes());
     }
-    assert_eq!((0..4).map(|index| client.ring_base(index)).collect::<Vec<_>>(), [1; 4]);
+    for ring in &rings {
+        assert_eq!(client.ring_base(ring.index), ring.drained());
+    }
 }
 
 #[test]
@@ -362,7 +371,7 @@ fn a_ring_waits_until_whoever_has_the_image_lets_go_of_it() {
     let client = server.connect();
     begin(&client, &guest, BASIC);
     let mut ring = Ring::new(&guest, 0, 256, BASIC);
-    ring.set_up(&client, &guest, 0);
+    ring.set_up(&client, &guest, ring.start());
     ring.read(&guest, 0, 5, 512);
     ring.kick();
     std::thread::scope(|scope| {
@@ -382,10 +391,10 @@ fn a_ring_waits_until_whoever_has_the_image_lets_go_of_it() {
 
 #[test]
 fn with_in_order_completions_come_in_the_order_of_the_requests() {
-    for ring in [0, bit(VIRTIO_F_RING_PACKED)] {
+    for ring in [SPLIT, PACKED] {
         let (server, guest) = (Server::disk(DISK, |options| options.in_order = true), Guest::new());
         let client = server.connect();
-        let features = BASIC | ring | bit(VIRTIO_F_IN_ORDER);
+        let features = ring | bit(VIRTIO_F_IN_ORDER);
         begin(&client, &guest, features);
         let mut ring = Ring::new(&guest, 0, 256, features);
         ring.set_up(&client, &guest, ring.drained());

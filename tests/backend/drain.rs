@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use rstest::rstest;
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
 use vhost_migrate::abi::vhost_user::{Request as Code, VringState};
@@ -15,7 +16,7 @@ use vhost_migrate::memory::LOG_PAGE;
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
-use crate::guest::{BASIC, Guest, HIGH, Ring, add_region, begin, harvest, install_log, pages, start_logging};
+use crate::guest::{Guest, HIGH, PACKED, Ring, SPLIT, add_region, begin, harvest, install_log, pages, start_logging};
 use crate::raw::{Client, NEED_REPLY, VERSION};
 use crate::server::Server;
 
@@ -86,12 +87,12 @@ impl Queue for HeldQueue {
 }
 
 /// A running ring 0 with `count` requests of one page each, all of them taken by the device and none completed.
-pub(crate) fn held(client: &Client, guest: &Guest, base: u32, count: u64) -> Ring {
-    let mut ring = Ring::new(guest, 0, 256, BASIC);
+pub(crate) fn held(client: &Client, guest: &Guest, features: u64, count: u64) -> Ring {
+    let mut ring = Ring::new(guest, 0, 256, features);
     for slot in 0..count {
         ring.driver.add(&[], &[page(slot)], None).unwrap().unwrap();
     }
-    ring.set_up(client, guest, base);
+    ring.set_up(client, guest, ring.start());
     ring.enable(client, true);
     ring.kick();
     while (0..count).any(|slot| guest.bytes(page(slot).gpa, 1) != [0x5a]) {
@@ -104,18 +105,18 @@ pub(crate) fn page(slot: u64) -> Buffer {
     Buffer { gpa: HIGH + slot * LOG_PAGE, len: LOG_PAGE as u32 }
 }
 
-#[test]
-fn get_vring_base_answers_when_all_requests_are_complete_logged_and_published() {
+#[rstest]
+fn get_vring_base_answers_when_all_requests_are_complete_logged_and_published(#[values(SPLIT, PACKED)] features: u64) {
     let (device, gate) = Held::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, BASIC);
+    begin(&client, &guest, features);
     let log = install_log(&client, &guest);
-    let mut ring = held(&client, &guest, 0, 10);
-    start_logging(&client, &guest, BASIC, &mut [&mut ring], 0x30_0000);
+    let mut ring = held(&client, &guest, features, 10);
+    start_logging(&client, &guest, features, &mut [&mut ring], 0x30_0000);
     client.tell(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
     gate.write(1).unwrap();
-    assert_eq!(client.ring_base_reply(0), 10);
+    assert_eq!(client.ring_base_reply(0), ring.drained());
     let mut used = 0;
     while ring.driver.pop_used().unwrap().is_some() {
         used += 1;
@@ -127,15 +128,17 @@ fn get_vring_base_answers_when_all_requests_are_complete_logged_and_published() 
     }
 }
 
-#[test]
-fn after_the_reply_to_get_vring_base_no_byte_of_memory_changes_and_nobody_is_notified() {
+#[rstest]
+fn after_the_reply_to_get_vring_base_no_byte_of_memory_changes_and_nobody_is_notified(
+    #[values(SPLIT, PACKED)] features: u64,
+) {
     let (device, gate) = Held::new();
     let (mut server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, BASIC);
-    let mut ring = held(&client, &guest, 0, 10);
+    begin(&client, &guest, features);
+    let mut ring = held(&client, &guest, features, 10);
     gate.write(1).unwrap();
-    assert_eq!(client.ring_base(0), 10);
+    assert_eq!(client.ring_base(0), ring.drained());
     ring.completions(10);
     for slot in 100..110 {
         ring.driver.add(&[], &[page(slot)], None).unwrap().unwrap();
@@ -151,13 +154,15 @@ fn after_the_reply_to_get_vring_base_no_byte_of_memory_changes_and_nobody_is_not
     assert!(ring.call.read().is_err(), "the driver was notified after the reply");
 }
 
-#[test]
-fn a_disabled_ring_finishes_what_it_has_takes_nothing_new_and_goes_on_when_enabled() {
+#[rstest]
+fn a_disabled_ring_finishes_what_it_has_takes_nothing_new_and_goes_on_when_enabled(
+    #[values(SPLIT, PACKED)] features: u64,
+) {
     let (device, gate) = Held::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, BASIC);
-    let mut ring = held(&client, &guest, 0, 3);
+    begin(&client, &guest, features);
+    let mut ring = held(&client, &guest, features, 3);
     gate.write(1).unwrap();
     ring.enable(&client, false);
     ring.completions(3);
@@ -168,37 +173,37 @@ fn a_disabled_ring_finishes_what_it_has_takes_nothing_new_and_goes_on_when_enabl
     assert_eq!(guest.bytes(page(50).gpa, 1), [0]);
     ring.enable(&client, true);
     ring.completion();
-    assert_eq!(client.ring_base(0), 4);
+    assert_eq!(client.ring_base(0), ring.drained());
 }
 
-#[test]
-fn a_request_in_flight_while_the_log_changes_is_logged_in_the_new_log_only() {
+#[rstest]
+fn a_request_in_flight_while_the_log_changes_is_logged_in_the_new_log_only(#[values(SPLIT, PACKED)] features: u64) {
     let (device, gate) = Held::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, BASIC);
+    begin(&client, &guest, features);
     let old = install_log(&client, &guest);
-    let mut ring = held(&client, &guest, 0, 5);
-    start_logging(&client, &guest, BASIC, &mut [&mut ring], 0x30_0000);
+    let mut ring = held(&client, &guest, features, 5);
+    start_logging(&client, &guest, features, &mut [&mut ring], 0x30_0000);
     let new = install_log(&client, &guest);
     harvest(&old);
     gate.write(1).unwrap();
     ring.completions(5);
-    assert_eq!(client.ring_base(0), 5);
+    assert_eq!(client.ring_base(0), ring.drained());
     assert!(harvest(&old).is_empty(), "the old log was written after the reply");
     let marked = harvest(&new);
     assert!((0..5).all(|slot| marked.contains(&(page(slot).gpa / LOG_PAGE))));
 }
 
-#[test]
-fn a_changed_memory_table_waits_for_what_is_in_flight() {
+#[rstest]
+fn a_changed_memory_table_waits_for_what_is_in_flight(#[values(SPLIT, PACKED)] features: u64) {
     let (device, gate) = Held::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, BASIC);
+    begin(&client, &guest, features);
     let log = install_log(&client, &guest);
-    let mut ring = held(&client, &guest, 0, 5);
-    start_logging(&client, &guest, BASIC, &mut [&mut ring], 0x30_0000);
+    let mut ring = held(&client, &guest, features, 5);
+    start_logging(&client, &guest, features, &mut [&mut ring], 0x30_0000);
     client.send(Code::SET_MEM_TABLE, NEED_REPLY, &guest.table(), &guest.fds());
     gate.write(1).unwrap();
     assert_eq!(client.reply(Code::SET_MEM_TABLE), 0u64.as_bytes());
@@ -206,20 +211,20 @@ fn a_changed_memory_table_waits_for_what_is_in_flight() {
     ring.driver.add(&[], &[page(9)], None).unwrap().unwrap();
     ring.kick();
     ring.completion();
-    assert_eq!(client.ring_base(0), 6);
+    assert_eq!(client.ring_base(0), ring.drained());
     let marked = harvest(&log);
     for slot in [0, 1, 2, 3, 4, 9] {
         assert!(pages(page(slot).gpa, 4096).all(|page| marked.contains(&page)));
     }
 }
 
-#[test]
-fn when_the_next_front_end_is_heard_the_last_ones_rings_move_no_more() {
+#[rstest]
+fn when_the_next_front_end_is_heard_the_last_ones_rings_move_no_more(#[values(SPLIT, PACKED)] features: u64) {
     let (device, gate) = Held::new();
     let (mut server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, BASIC);
-    let mut ring = held(&client, &guest, 0, 5);
+    begin(&client, &guest, features);
+    let mut ring = held(&client, &guest, features, 5);
     drop(client);
     let next = server.connect();
     gate.write(1).unwrap();
@@ -236,28 +241,28 @@ fn when_the_next_front_end_is_heard_the_last_ones_rings_move_no_more() {
     assert!(ring.call.read().is_err());
 }
 
-#[test]
-fn told_to_end_it_completes_and_publishes_what_is_under_way() {
+#[rstest]
+fn told_to_end_it_completes_and_publishes_what_is_under_way(#[values(SPLIT, PACKED)] features: u64) {
     let (device, gate) = Held::new();
     let (mut server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, BASIC);
-    let mut ring = held(&client, &guest, 0, 5);
+    begin(&client, &guest, features);
+    let mut ring = held(&client, &guest, features, 5);
     gate.write(1).unwrap();
     server.end();
     assert_eq!(ring.completions(5).len(), 5);
     assert!(!server.folder.path().join("socket").exists(), "the socket file stays behind");
 }
 
-#[test]
-fn an_added_region_can_be_used_at_once_and_a_removed_one_can_not() {
+#[rstest]
+fn an_added_region_can_be_used_at_once_and_a_removed_one_can_not(#[values(SPLIT, PACKED)] features: u64) {
     let (device, gate) = Held::new();
     gate.write(1).unwrap();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, BASIC);
-    let mut ring = Ring::new(&guest, 0, 256, BASIC);
-    ring.set_up(&client, &guest, 0);
+    begin(&client, &guest, features);
+    let mut ring = Ring::new(&guest, 0, 256, features);
+    ring.set_up(&client, &guest, ring.start());
     ring.enable(&client, true);
     let fd = vhost_migrate::memory::sealed_memfd("more", 0x10_0000).unwrap();
     let region = vhost_migrate::memory::Region::share(fd, 2 << 30, 0x10_0000, 0).unwrap();
@@ -275,17 +280,17 @@ fn an_added_region_can_be_used_at_once_and_a_removed_one_can_not() {
 }
 
 /// A base that nobody knows must not be made up.
-#[test]
-fn a_device_that_panics_ends_the_connection_and_the_next_front_end_is_served() {
+#[rstest]
+fn a_device_that_panics_ends_the_connection_and_the_next_front_end_is_served(#[values(SPLIT, PACKED)] features: u64) {
     let (device, gate) = Held::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, BASIC);
-    let mut ring = Ring::new(&guest, 0, 256, BASIC);
+    begin(&client, &guest, features);
+    let mut ring = Ring::new(&guest, 0, 256, features);
     ring.driver.add(&[], &[page(0)], None).unwrap().unwrap();
     // Outside memory, which this device is not made for.
     ring.driver.add(&[], &[Buffer { gpa: 1 << 50, len: 1 }], None).unwrap().unwrap();
-    ring.set_up(&client, &guest, 0);
+    ring.set_up(&client, &guest, ring.start());
     ring.enable(&client, true);
     ring.kick();
     while guest.bytes(page(0).gpa, 1) != [0x5a] {
@@ -294,11 +299,11 @@ fn a_device_that_panics_ends_the_connection_and_the_next_front_end_is_served() {
     client.tell(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
     assert!(client.is_closed());
     let (client, guest) = (server.connect(), Guest::new());
-    begin(&client, &guest, BASIC);
-    let mut ring = held(&client, &guest, 0, 10);
+    begin(&client, &guest, features);
+    let mut ring = held(&client, &guest, features, 10);
     gate.write(1).unwrap();
     ring.completions(10);
-    assert_eq!(client.ring_base(0), 10);
+    assert_eq!(client.ring_base(0), ring.drained());
 }
 
 /// Fills what it may write with 0x5a, and then loses it: in a thread of its own, as after a panic there.
@@ -329,15 +334,15 @@ impl Queue for Careless {
     fn completions(&mut self, _done: &mut Vec<Request>) {}
 }
 
-#[test]
-fn a_request_that_a_device_drops_goes_back_to_the_driver_logged() {
+#[rstest]
+fn a_request_that_a_device_drops_goes_back_to_the_driver_logged(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::new(Arc::new(Careless)), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, BASIC);
+    begin(&client, &guest, features);
     let log = install_log(&client, &guest);
-    let mut ring = Ring::new(&guest, 0, 256, BASIC);
-    ring.set_up(&client, &guest, 0);
-    start_logging(&client, &guest, BASIC, &mut [&mut ring], 0x30_0000);
+    let mut ring = Ring::new(&guest, 0, 256, features);
+    ring.set_up(&client, &guest, ring.start());
+    start_logging(&client, &guest, features, &mut [&mut ring], 0x30_0000);
     ring.enable(&client, true);
     for slot in 0..20 {
         ring.driver.add(&[], &[page(slot)], None).unwrap().unwrap();
@@ -356,7 +361,8 @@ fn a_request_that_a_device_drops_goes_back_to_the_driver_logged() {
         ring.driver.add(&[], &[page(slot)], None).unwrap().unwrap();
     }
     ring.kick();
-    let base = client.ring_base(0);
+    // Of either kind: the requests taken.
+    let base = client.ring_base(0) & 0x7fff;
     assert!((40..=60).contains(&base), "{base}");
     ring.completions(base as usize - 40);
 }

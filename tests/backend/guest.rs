@@ -9,12 +9,18 @@ use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{
-    LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, Request as Code, VringAddr, VringState, protocol_feature,
+    InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, Request as Code, VringAddr, VringState,
+    protocol_feature,
 };
-use vhost_migrate::abi::virtio::{BlkRequestHeader, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_F_VERSION_1};
+use vhost_migrate::abi::virtio::{
+    BlkRequestHeader, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1,
+};
 use vhost_migrate::dirty::{Log, PageSet};
+use vhost_migrate::inflight::{self, recover, recover_packed};
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
-use vhost_migrate::ring::{Buffer, DriverRing, DriverState, Position, RingBase, RingLayout, SplitLayout};
+use vhost_migrate::ring::{
+    Buffer, Chain, DeviceRing, DriverRing, DriverState, Position, RingBase, RingLayout, SplitLayout,
+};
 use zerocopy::IntoBytes;
 
 use crate::raw::{Client, DEADLINE, VERSION};
@@ -22,6 +28,9 @@ use crate::raw::{Client, DEADLINE, VERSION};
 pub(crate) const LOG_ALL: u64 = 1 << 26;
 pub(crate) const BIT_30: u64 = 1 << 30;
 pub(crate) const BASIC: u64 = BIT_30 | bit(VIRTIO_F_VERSION_1);
+/// What a driver of split rings acknowledges at least, and one of packed rings.
+pub(crate) const SPLIT: u64 = BASIC;
+pub(crate) const PACKED: u64 = BASIC | bit(VIRTIO_F_RING_PACKED);
 /// Bytes of each of the two regions; the second lies above 4 GiB.
 pub(crate) const REGION: u64 = 16 << 20;
 pub(crate) const HIGH: u64 = 1 << 32;
@@ -96,6 +105,7 @@ pub(crate) struct Ring {
     /// Where its parts are; of a packed ring the event areas instead of avail and used ring.
     pub(crate) layout: SplitLayout,
     pub(crate) driver: DriverRing,
+    features: u64,
     pub(crate) kick: EventFd,
     pub(crate) call: EventFd,
     /// `log_guest_addr`, while F_LOG is set.
@@ -110,14 +120,89 @@ impl Ring {
         let SplitLayout { desc, avail, used, .. } = layout;
         let ring = RingLayout::new(features, size, desc, avail, used);
         let driver = DriverRing::new(&guest.memory, ring, features).unwrap();
-        Ring { index, layout, driver, kick: eventfd(), call: eventfd(), log_at: None }
+        Ring { index, layout, driver, features, kick: eventfd(), call: eventfd(), log_at: None }
     }
 
-    /// The used index, of a split ring, as far as its driver has seen it.
-    pub(crate) fn seen(&self) -> u16 {
+    /// The base of a ring that was never used.
+    pub(crate) fn start(&self) -> u32 {
+        RingBase::start(self.features).bits()
+    }
+
+    /// The base after the first `requests`, each of `slots` descriptors.
+    pub(crate) fn base_after(&self, requests: u16, slots: u16) -> u32 {
+        match self.driver {
+            DriverRing::Split(_) => RingBase::split(requests).bits(),
+            DriverRing::Packed(_) => {
+                let Position { index, wrap } = Position::START.after(requests * slots, self.layout.size);
+                RingBase::packed(index, wrap, index, wrap).bits()
+            }
+        }
+    }
+
+    /// Flags of the descriptor at `index` of a packed ring.
+    pub(crate) fn flags(&self, guest: &Guest, index: u16) -> u16 {
+        let bytes = guest.bytes(self.layout.desc + 16 * u64::from(index) + 14, 2);
+        u16::from_le_bytes([bytes[0], bytes[1]])
+    }
+
+    /// Whether the descriptor at `position` of a packed ring is used in the position's round.
+    pub(crate) fn is_used(&self, guest: &Guest, position: Position) -> bool {
+        self.flags(guest, position.index) & 0x8080 == if position.wrap { 0x8080 } else { 0 }
+    }
+
+    /// The used index that stands in a split ring.
+    pub(crate) fn used_index(&self, guest: &Guest) -> u16 {
+        let bytes = guest.bytes(self.layout.used + 2, 2);
+        u16::from_le_bytes([bytes[0], bytes[1]])
+    }
+
+    /// Whether there is a completion that the driver has not taken.
+    pub(crate) fn is_answered(&self, guest: &Guest) -> bool {
         match self.driver.state() {
-            DriverState::Split(state) => state.used,
-            DriverState::Packed(_) => panic!("a packed ring has no such index"),
+            DriverState::Split(state) => self.used_index(guest) != state.used,
+            DriverState::Packed(state) => self.is_used(guest, state.used),
+        }
+    }
+
+    /// Notes the first `count` requests of this ring as taken, in a region that is fresh: as a back-end which dies then.
+    pub(crate) fn take(&self, guest: &Guest, region: &inflight::Region, count: usize) {
+        let SplitLayout { size, desc, avail, used } = self.layout;
+        let layout = RingLayout::new(self.features, size, desc, avail, used);
+        let base = RingBase::start(self.features);
+        let mut device = DeviceRing::new(&guest.memory, layout, self.features, base).unwrap();
+        let (index, mut chain) = (self.index as u16, Chain::default());
+        let mut taken = Vec::new();
+        for _ in 0..count {
+            assert!(device.pop(&mut chain).unwrap());
+            match &device {
+                DeviceRing::Split(_) => taken.push((chain.head, Vec::new())),
+                DeviceRing::Packed(ring) => taken.push((chain.head, ring.descs().to_vec())),
+            }
+        }
+        match &device {
+            DeviceRing::Split(_) => {
+                let mut tracker = region.split(index, size, 0).unwrap().0;
+                taken.iter().for_each(|(head, _)| tracker.take(*head));
+            }
+            DeviceRing::Packed(ring) => {
+                let mut tracker = region.packed(index, size, base, |index| ring.flags(index)).unwrap().0;
+                taken.iter().for_each(|(_, descs)| _ = tracker.take(descs).unwrap());
+            }
+        }
+    }
+
+    /// How many requests of this ring a region has in flight; `None` while it changes.
+    pub(crate) fn in_flight(&self, guest: &Guest, region: &inflight::Region) -> Option<usize> {
+        let (bytes, size) = (region.copy(self.index as u16).unwrap(), self.layout.size);
+        match self.driver {
+            DriverRing::Split(_) => {
+                recover(&bytes, self.used_index(guest), size).ok().map(|found| found.resubmit.len())
+            }
+            DriverRing::Packed(_) => {
+                let flags_of = |index| self.flags(guest, index);
+                let found = recover_packed(&bytes, size, size, RingBase::PACKED_START, flags_of);
+                found.ok().map(|found| found.resubmit.len())
+            }
         }
     }
 
@@ -196,6 +281,24 @@ pub(crate) fn begin_with(client: &Client, guest: &Guest, features: u64, protocol
     client.tell(Code::SET_PROTOCOL_FEATURES, &(protocol & client.ask_number(Code::GET_PROTOCOL_FEATURES)));
     client.done(Code::SET_FEATURES, &features, &[]);
     guest.send_table(client);
+}
+
+pub(crate) fn inflight_kind(features: u64) -> inflight::Kind {
+    if features & bit(VIRTIO_F_RING_PACKED) != 0 { inflight::Kind::Packed } else { inflight::Kind::Split }
+}
+
+/// A fresh inflight region for rings of the kind that `features` say, its fd, and what SET_INFLIGHT_FD says of it.
+pub(crate) fn inflight_region(
+    features: u64,
+    queues: u16,
+    size: u16,
+) -> (inflight::Region, OwnedFd, InflightDescription) {
+    let kind = inflight_kind(features);
+    let (region, fd) = inflight::Region::create(kind, queues, size).unwrap();
+    let mmap_size = inflight::Region::bytes_for(kind, queues, size).unwrap();
+    let description =
+        InflightDescription { mmap_size, mmap_offset: 0, num_queues: queues, queue_size: size, padding: [0; 4] };
+    (region, fd, description)
 }
 
 /// A disk request at `gpa`: header, then at the next two pages' starts whatever the caller puts there.

@@ -4,17 +4,19 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering::Relaxed;
 
 use nix::sys::eventfd::EventFd;
+use rstest::rstest;
 use vhost_migrate::abi::vhost_user::{
     ConfigHeader, Header, InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, Request as Code,
     VringAddr, VringState,
 };
-use vhost_migrate::abi::virtio::Desc;
-use vhost_migrate::inflight;
+use vhost_migrate::abi::virtio::{Desc, PackedDesc};
 use vhost_migrate::memory::{Region, sealed_memfd};
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
-use crate::guest::{BASIC, Guest, HIGH, PROTOCOL, Ring, add_region, begin, install_log, places, status};
+use crate::guest::{
+    Guest, HIGH, PACKED, PROTOCOL, Ring, SPLIT, add_region, begin, inflight_region, install_log, places, status,
+};
 use crate::raw::{Client, DEADLINE, NEED_REPLY, VERSION};
 use crate::server::{Process, Server, disk_options};
 
@@ -46,7 +48,7 @@ fn region(guest_phys_addr: u64, memory_size: u64, userspace_addr: u64, mmap_offs
 }
 
 /// Messages that are wrong on a connection with memory and a running ring 0. The fds are of a memfd of 1 MiB.
-fn wrong_messages(guest: &Guest, ring: &Ring) -> Vec<Wrong> {
+fn wrong_messages(guest: &Guest, ring: &Ring, features: u64) -> Vec<Wrong> {
     const MIB: u64 = 1 << 20;
     let state = |index, num| VringState { index, num };
     let fine = VringAddr { index: 1, ..ring.addr(guest) };
@@ -65,7 +67,8 @@ fn wrong_messages(guest: &Guest, ring: &Ring) -> Vec<Wrong> {
     let mut huge_count = table(&[region(0, MIB, 0, 0)]);
     huge_count[..4].copy_from_slice(&u32::MAX.to_le_bytes());
     let mut all = vec![
-        wrong("features that were not offered", Code::SET_FEATURES, &(BASIC | 1 << 50), 0),
+        wrong("features that were not offered", Code::SET_FEATURES, &(features | 1 << 50), 0),
+        wrong("features that a running ring does not have", Code::SET_FEATURES, &(features ^ PACKED ^ SPLIT), 0),
         wrong("protocol features that were not offered", Code::SET_PROTOCOL_FEATURES, &u64::MAX, 0),
         wrong("a table without fds", Code::SET_MEM_TABLE, table(&[region(0, MIB, 0, 0)]).as_slice(), 0),
         wrong("a table with too many fds", Code::SET_MEM_TABLE, table(&[region(0, MIB, 0, 0)]).as_slice(), 2),
@@ -91,7 +94,6 @@ fn wrong_messages(guest: &Guest, ring: &Ring) -> Vec<Wrong> {
         wrong("a log at the end of its file", Code::SET_LOG_BASE, &log(1, MIB), 1),
         wrong("a log that wraps", Code::SET_LOG_BASE, &log(u64::MAX, 8), 1),
         wrong("a log of no bytes", Code::SET_LOG_BASE, &log(0, 0), 1),
-        wrong("a size that is no power of two", Code::SET_VRING_NUM, &state(1, 100), 0),
         wrong("a size of 0", Code::SET_VRING_NUM, &state(1, 0), 0),
         wrong("a size that wraps 16 bits", Code::SET_VRING_NUM, &state(1, 65536 + 64), 0),
         wrong("a size larger than is offered", Code::SET_VRING_NUM, &state(1, 2048), 0),
@@ -110,7 +112,7 @@ fn wrong_messages(guest: &Guest, ring: &Ring) -> Vec<Wrong> {
         wrong(
             "an available ring that leaves its region",
             Code::SET_VRING_ADDR,
-            &VringAddr { avail_user_addr: guest.user(HIGH) + (16 << 20) - 8, ..fine },
+            &VringAddr { avail_user_addr: guest.user(HIGH) + (16 << 20) - 2, ..fine },
             0,
         ),
         wrong(
@@ -144,6 +146,9 @@ fn wrong_messages(guest: &Guest, ring: &Ring) -> Vec<Wrong> {
         wrong("a request that nobody knows", Code(4711), &[1u8; 100], 3),
         wrong("request 0", Code(0), &[0u8; 0], 0),
     ];
+    if features == SPLIT {
+        all.push(wrong("a size that is no power of two", Code::SET_VRING_NUM, &state(1, 100), 0));
+    }
     // Whatever carries a payload is refused without it.
     for code in [
         Code::SET_FEATURES,
@@ -171,10 +176,10 @@ fn wrong_messages(guest: &Guest, ring: &Ring) -> Vec<Wrong> {
     all
 }
 
-fn with_running_ring(client: &Client, guest: &Guest) -> Ring {
-    begin(client, guest, BASIC);
-    let ring = Ring::new(guest, 0, 256, BASIC);
-    ring.set_up(client, guest, 0);
+fn with_running_ring(client: &Client, guest: &Guest, features: u64) -> Ring {
+    begin(client, guest, features);
+    let ring = Ring::new(guest, 0, 256, features);
+    ring.set_up(client, guest, ring.start());
     ring.enable(client, true);
     client.done(Code::SET_VRING_NUM, &VringState { index: 1, num: 256 }, &[]);
     ring
@@ -187,21 +192,21 @@ fn works(guest: &Guest, ring: &mut Ring) {
     assert_eq!((status(guest, 0), guest.bytes(places(0).2, 8)), (0, 1u64.to_le_bytes().to_vec()));
 }
 
-#[test]
-fn every_wrong_message_is_refused_and_the_ring_goes_on() {
+#[rstest]
+fn every_wrong_message_is_refused_and_the_ring_goes_on(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let client = server.connect();
-    let mut ring = with_running_ring(&client, &guest);
+    let mut ring = with_running_ring(&client, &guest, features);
     let file = sealed_memfd("hostile", 1 << 20).unwrap();
-    for Wrong { what, code, payload, fds } in wrong_messages(&guest, &ring) {
+    for Wrong { what, code, payload, fds } in wrong_messages(&guest, &ring, features) {
         let fds: Vec<BorrowedFd<'_>> = (0..fds).map(|_| file.as_fd()).collect();
         assert_ne!(client.acknowledged(code, &payload, &fds), 0, "{what} was taken");
         works(&guest, &mut ring);
     }
 }
 
-#[test]
-fn without_need_reply_a_wrong_message_is_passed_over_unless_an_answer_is_owed() {
+#[rstest]
+fn without_need_reply_a_wrong_message_is_passed_over_unless_an_answer_is_owed(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let file = sealed_memfd("hostile", 1 << 20).unwrap();
     let owed = [
@@ -213,8 +218,8 @@ fn without_need_reply_a_wrong_message_is_passed_over_unless_an_answer_is_owed() 
         Code::SET_DEVICE_STATE_FD,
     ];
     let mut client = server.connect();
-    let mut ring = with_running_ring(&client, &guest);
-    for Wrong { what, code, payload, fds } in wrong_messages(&guest, &ring) {
+    let mut ring = with_running_ring(&client, &guest, features);
+    for Wrong { what, code, payload, fds } in wrong_messages(&guest, &ring, features) {
         let fds: Vec<BorrowedFd<'_>> = (0..fds).map(|_| file.as_fd()).collect();
         client.send(code, VERSION, &payload, &fds);
         if owed.contains(&code) {
@@ -224,7 +229,7 @@ fn without_need_reply_a_wrong_message_is_passed_over_unless_an_answer_is_owed() 
             } else {
                 assert!(client.is_closed(), "{what} was passed over");
                 client = server.connect();
-                ring = with_running_ring(&client, &guest);
+                ring = with_running_ring(&client, &guest, features);
             }
         } else {
             client.barrier();
@@ -268,12 +273,14 @@ fn a_reply_that_nobody_asked_for_is_passed_over() {
     client.barrier();
 }
 
-/// Descriptors are the driver's, who may be as hostile as the front-end.
-#[test]
-fn a_broken_ring_stops_alone_says_so_and_can_be_set_up_again() {
-    let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
-    let client = server.connect();
-    begin(&client, &guest, BASIC);
+/// What a driver may write to break its ring: into the descriptors, and into the avail ring or its event area.
+struct Breakage {
+    what: &'static str,
+    descs: Vec<u8>,
+    avail: Vec<u8>,
+}
+
+fn split_breakages() -> Vec<Breakage> {
     let desc = |addr: u64, len: u32, flags: u16, next: u16| Desc {
         addr: addr.into(),
         len: len.into(),
@@ -288,41 +295,79 @@ fn a_broken_ring_stops_alone_says_so_and_can_be_set_up_again() {
         ("a readable buffer behind a writable one", [desc(0x60_0000, 16, 3, 1), desc(0x60_0000, 16, 0, 0)], 0, 1),
         ("an indirect table without INDIRECT_DESC", [desc(0x60_0000, 16, 4, 0), desc(0, 0, 0, 0)], 0, 1),
     ];
-    let mut good = Ring::new(&guest, 1, 256, BASIC);
-    good.set_up(&client, &guest, 0);
+    let breakage = |(what, descs, head, index): (_, [Desc; 2], u16, u16)| Breakage {
+        what,
+        descs: descs.as_bytes().to_vec(),
+        avail: [0, index, head].as_bytes().to_vec(),
+    };
+    breakages.into_iter().map(breakage).collect()
+}
+
+fn packed_breakages() -> Vec<Breakage> {
+    let desc = |flags: u16| PackedDesc {
+        addr: 0x60_0000.into(),
+        len: 16.into(),
+        id: 3.into(),
+        // Available in the first round.
+        flags: (flags | 0x80).into(),
+    };
+    let breakages: [(&str, Vec<PackedDesc>); 3] = [
+        ("a chain without an end", vec![desc(1); 256]),
+        ("a readable buffer behind a writable one", vec![desc(3), desc(0)]),
+        ("an indirect table without INDIRECT_DESC", vec![desc(4)]),
+    ];
+    let breakage =
+        |(what, descs): (_, Vec<PackedDesc>)| Breakage { what, descs: descs.as_bytes().to_vec(), avail: vec![0xff; 4] };
+    breakages.into_iter().map(breakage).collect()
+}
+
+/// Descriptors are the driver's, who may be as hostile as the front-end.
+#[rstest]
+fn a_broken_ring_stops_alone_says_so_and_can_be_set_up_again(#[values(SPLIT, PACKED)] features: u64) {
+    let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, features);
+    let mut good = Ring::new(&guest, 1, 256, features);
+    good.set_up(&client, &guest, good.start());
     good.enable(&client, true);
-    for (what, descs, head, index) in breakages {
-        let ring = Ring::new(&guest, 0, 256, BASIC);
-        guest.memory.write(ring.layout.desc, descs.as_bytes()).unwrap();
-        guest.memory.write(ring.layout.avail + 4, &head.to_le_bytes()).unwrap();
-        guest.memory.write(ring.layout.avail + 2, &index.to_le_bytes()).unwrap();
+    for Breakage { what, descs, avail } in if features == SPLIT { split_breakages() } else { packed_breakages() } {
+        let ring = Ring::new(&guest, 0, 256, features);
+        guest.memory.write(ring.layout.desc, &descs).unwrap();
+        guest.memory.write(ring.layout.avail, &avail).unwrap();
         let error = EventFd::new().unwrap();
         client.done(Code::SET_VRING_ERR, &0u64, &[error.as_fd()]);
-        ring.set_up(&client, &guest, 0);
+        ring.set_up(&client, &guest, ring.start());
         ring.enable(&client, true);
         assert!(error.read().unwrap() > 0, "{what}");
         works(&guest, &mut good);
         client.ring_base(0);
-        let mut again = Ring::new(&guest, 0, 256, BASIC);
-        again.set_up(&client, &guest, 0);
+        let mut again = Ring::new(&guest, 0, 256, features);
+        again.set_up(&client, &guest, again.start());
         works(&guest, &mut again);
         client.ring_base(0);
     }
 }
 
-#[test]
-fn a_descriptor_that_is_made_available_twice_breaks_the_ring_and_not_the_process() {
+#[rstest]
+fn a_descriptor_that_is_made_available_twice_breaks_the_ring_and_not_the_process(
+    #[values(SPLIT, PACKED)] features: u64,
+) {
     let (device, gate) = crate::drain::Held::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, BASIC);
-    let mut ring = Ring::new(&guest, 0, 256, BASIC);
+    begin(&client, &guest, features);
+    let mut ring = Ring::new(&guest, 0, 256, features);
     ring.driver.add(&[], &[Buffer { gpa: HIGH, len: 8 }], None).unwrap().unwrap();
     let _ = ring.driver.publish();
-    guest.memory.write(ring.layout.avail + 2, &2u16.to_le_bytes()).unwrap();
+    if features == SPLIT {
+        guest.memory.write(ring.layout.avail + 2, &2u16.to_le_bytes()).unwrap();
+    } else {
+        // The same buffer id, while it is in flight.
+        guest.memory.write(ring.layout.desc + 16, &guest.bytes(ring.layout.desc, 16)).unwrap();
+    }
     let error = EventFd::new().unwrap();
     client.done(Code::SET_VRING_ERR, &0u64, &[error.as_fd()]);
-    ring.set_up(&client, &guest, 0);
+    ring.set_up(&client, &guest, ring.start());
     ring.enable(&client, true);
     assert!(error.read().unwrap() > 0);
     gate.write(1).unwrap();
@@ -330,15 +375,12 @@ fn a_descriptor_that_is_made_available_twice_breaks_the_ring_and_not_the_process
     ring.completion();
 }
 
-#[test]
-fn an_inflight_region_full_of_noise_is_refused_when_the_ring_would_start() {
+#[rstest]
+fn an_inflight_region_full_of_noise_is_refused_when_the_ring_would_start(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
-    let size = inflight::Region::bytes_for(inflight::Kind::Split, 1, 256).unwrap();
-    let description =
-        InflightDescription { mmap_size: size, mmap_offset: 0, num_queues: 1, queue_size: 256, padding: [0; 4] };
     let mut noise = 1u64;
     for round in 0..50 {
-        let (region, fd) = inflight::Region::create(inflight::Kind::Split, 1, 256).unwrap();
+        let (region, fd, description) = inflight_region(features, 1, 256);
         let mut bytes = region.copy(0).unwrap();
         for byte in &mut bytes {
             noise = noise.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -348,10 +390,10 @@ fn an_inflight_region_full_of_noise_is_refused_when_the_ring_would_start() {
         bytes[8..12].copy_from_slice(&[1, 0, 0, 1]);
         std::os::unix::fs::FileExt::write_all_at(&std::fs::File::from(fd.try_clone().unwrap()), &bytes, 0).unwrap();
         let client = server.connect();
-        begin(&client, &guest, BASIC);
+        begin(&client, &guest, features);
         client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
-        let ring = Ring::new(&guest, 0, 256, BASIC);
-        ring.set_up(&client, &guest, 0);
+        let ring = Ring::new(&guest, 0, 256, features);
+        ring.set_up(&client, &guest, ring.start());
         let enable = VringState { index: 0, num: 1 };
         let refused = client.acknowledged(Code::SET_VRING_ENABLE, enable.as_bytes(), &[]);
         assert_eq!(refused, 1, "noise {round} was taken for requests");
@@ -374,8 +416,8 @@ fn nothing_hostile_leaves_an_fd_open_or_a_process_dead() {
     let before = idle();
     for (flags, more_fds) in [(VERSION, 0), (NEED_REPLY, 0), (VERSION, 20), (NEED_REPLY, 20)] {
         let mut client = Client::connect(&socket);
-        let mut ring = with_running_ring(&client, &guest);
-        for Wrong { code, payload, fds, .. } in wrong_messages(&guest, &ring) {
+        let mut ring = with_running_ring(&client, &guest, SPLIT);
+        for Wrong { code, payload, fds, .. } in wrong_messages(&guest, &ring, SPLIT) {
             let fds: Vec<BorrowedFd<'_>> = (0..fds + more_fds).map(|_| file.as_fd()).collect();
             client.send(code, flags, &payload, &fds);
             // What comes after is read, or the connection has ended already.
@@ -384,7 +426,7 @@ fn nothing_hostile_leaves_an_fd_open_or_a_process_dead() {
             client.socket.shutdown(std::net::Shutdown::Write).unwrap();
             while !client.is_closed() {}
             client = Client::connect(&socket);
-            ring = with_running_ring(&client, &guest);
+            ring = with_running_ring(&client, &guest, SPLIT);
             works(&guest, &mut ring);
         }
     }
@@ -404,7 +446,7 @@ fn a_thousand_connections_leave_no_fd_no_mapping_and_no_memory_behind() {
     let connect = |count: u32| {
         for number in 0..count {
             let client = Client::connect(&socket);
-            let mut ring = with_running_ring(&client, &guest);
+            let mut ring = with_running_ring(&client, &guest, SPLIT);
             let _log = install_log(&client, &guest);
             match number % 4 {
                 0 => works(&guest, &mut ring),
@@ -431,7 +473,7 @@ fn memory_may_change_thousands_of_times_and_fill_every_slot() {
     let socket = folder.path().join("socket");
     let process = Process::start(&socket, &options.image, &["--queues", "2"]);
     let client = Client::connect(&socket);
-    let mut ring = with_running_ring(&client, &guest);
+    let mut ring = with_running_ring(&client, &guest, SPLIT);
     let before = (process.open_fds(), process.mapped_files());
     for change in 0..3000 {
         guest.send_table(&client);
@@ -471,7 +513,7 @@ fn who_stalls_within_a_message_gives_way_and_who_is_idle_stays() {
     let (idle, half, slow, deaf) = (server(), server(), server(), server());
     let guest = Guest::new();
     let silent = idle.connect();
-    let mut ring = with_running_ring(&silent, &guest);
+    let mut ring = with_running_ring(&silent, &guest, SPLIT);
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let stalled = patient(&half);

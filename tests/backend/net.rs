@@ -5,21 +5,21 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use rstest::rstest;
 use vhost_migrate::abi::bit;
-use vhost_migrate::abi::vhost_user::{
-    CONFIG_TYPE_MIGRATION, ConfigHeader, InflightDescription, Request as Code, protocol_feature,
-};
+use vhost_migrate::abi::vhost_user::{CONFIG_TYPE_MIGRATION, ConfigHeader, Request as Code, protocol_feature};
 use vhost_migrate::abi::virtio::{
     VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE,
     VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_RING_F_EVENT_IDX,
 };
 use vhost_migrate::backend::net::{Counts, Net, NetOptions, Peer};
-use vhost_migrate::inflight;
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
-use crate::guest::{BASIC, Guest, HIGH, Ring, begin, harvest, install_log, start_logging};
-use crate::log::{LOG_AT, Oracle};
+use crate::guest::{
+    BASIC, Guest, HIGH, PACKED, Ring, SPLIT, begin, harvest, inflight_region, install_log, start_logging,
+};
+use crate::log::{LOG_AT, Oracle, check};
 use crate::raw::{Client, DEADLINE};
 use crate::server::Server;
 
@@ -67,7 +67,7 @@ impl Rig {
         let rig =
             Rig { device, _server: server, client, guest, features, rx, tx, provided: HashMap::new(), next: BUFFERS };
         for ring in rig.rx.iter().chain(&rig.tx) {
-            ring.set_up(&rig.client, &rig.guest, 0);
+            ring.set_up(&rig.client, &rig.guest, ring.start());
             ring.enable(&rig.client, true);
         }
         rig
@@ -144,9 +144,9 @@ fn frame(len: usize, seed: u8) -> Vec<u8> {
     (0..len).map(|at| (at as u8).wrapping_mul(31).wrapping_add((at >> 8) as u8).wrapping_add(seed)).collect()
 }
 
-#[test]
-fn a_frame_of_any_size_comes_back_byte_for_byte_however_the_buffers_are_cut() {
-    for features in [MERGEABLE, MERGEABLE | bit(VIRTIO_RING_F_EVENT_IDX)] {
+#[rstest]
+fn a_frame_of_any_size_comes_back_byte_for_byte_however_the_buffers_are_cut(#[values(SPLIT, PACKED)] rings: u64) {
+    for features in [rings | MERGEABLE, rings | MERGEABLE | bit(VIRTIO_RING_F_EVENT_IDX)] {
         let mut rig = Rig::new(features, |_| {});
         let mut seed = 0;
         for room in [12, 13, 97, 1526, 4099, 65562] {
@@ -168,9 +168,9 @@ fn a_frame_of_any_size_comes_back_byte_for_byte_however_the_buffers_are_cut() {
     }
 }
 
-#[test]
-fn without_mergeable_buffers_a_packet_takes_one_and_is_dropped_if_it_does_not_fit() {
-    let mut rig = Rig::new(BASIC, |_| {});
+#[rstest]
+fn without_mergeable_buffers_a_packet_takes_one_and_is_dropped_if_it_does_not_fit(#[values(SPLIT, PACKED)] rings: u64) {
+    let mut rig = Rig::new(rings, |_| {});
     rig.provide_kicked(0, &[1526, 1526, 65562]);
     rig.send(0, &frame(1514, 1));
     rig.send(0, &frame(1515, 2));
@@ -182,9 +182,9 @@ fn without_mergeable_buffers_a_packet_takes_one_and_is_dropped_if_it_does_not_fi
     assert_eq!(rig.device.counts().received_dropped, 1);
 }
 
-#[test]
-fn a_packet_that_waits_for_buffers_is_received_when_they_come() {
-    for features in [MERGEABLE, MERGEABLE | bit(VIRTIO_RING_F_EVENT_IDX)] {
+#[rstest]
+fn a_packet_that_waits_for_buffers_is_received_when_they_come(#[values(SPLIT, PACKED)] rings: u64) {
+    for features in [rings | MERGEABLE, rings | MERGEABLE | bit(VIRTIO_RING_F_EVENT_IDX)] {
         let mut rig = Rig::new(features, |_| {});
         rig.send(0, &frame(3000, 1));
         rig.send(0, &frame(100, 2));
@@ -200,9 +200,9 @@ fn a_packet_that_waits_for_buffers_is_received_when_they_come() {
 }
 
 /// Every byte that the device writes: packets with their headers, used rings, and nothing else.
-#[test]
-fn the_log_holds_exactly_what_was_received() {
-    for features in [MERGEABLE, MERGEABLE | bit(VIRTIO_RING_F_EVENT_IDX)] {
+#[rstest]
+fn the_log_holds_exactly_what_was_received(#[values(SPLIT, PACKED)] rings: u64) {
+    for features in [rings | MERGEABLE, rings | MERGEABLE | bit(VIRTIO_RING_F_EVENT_IDX)] {
         let mut rig = Rig::new(features, |_| {});
         let log = install_log(&rig.client, &rig.guest);
         let (rx, tx) = (&mut rig.rx[0], &mut rig.tx[0]);
@@ -221,6 +221,9 @@ fn the_log_holds_exactly_what_was_received() {
             rig.rx[0].kick();
             rig.send(0, &frame(len, round as u8));
             assert_eq!(rig.receive(0), frame(len, round as u8));
+            for (ring, oracle) in rig.rx.iter().chain(&rig.tx).zip(&mut oracles) {
+                oracle.used_ring(&rig.guest, ring, LOG_AT + u64::from(ring.index) * 0x10_0000);
+            }
             if rig.next > BUFFERS + (12 << 20) {
                 rig.next = BUFFERS;
             }
@@ -233,86 +236,68 @@ fn the_log_holds_exactly_what_was_received() {
             rig.client.ring_base(ring.index);
             oracle.used_ring(&rig.guest, ring, LOG_AT + u64::from(ring.index) * 0x10_0000);
         }
-        let [mut expected, used] = oracles.map(|oracle| oracle.pages);
-        expected.extend(used);
-        assert_eq!(harvest(&log), expected, "features {features:#x}");
+        check(&oracles, harvest(&log));
         assert_eq!(log.out_of_range(), 0);
     }
 }
 
-#[test]
-fn a_stop_does_not_wait_for_packets_and_gives_every_unused_buffer_back() {
-    let mut rig = Rig::new(MERGEABLE, |_| {});
-    let (region, fd) = inflight::Region::create(inflight::Kind::Split, 2, 256).unwrap();
-    let description = InflightDescription {
-        mmap_size: inflight::Region::bytes_for(inflight::Kind::Split, 2, 256).unwrap(),
-        mmap_offset: 0,
-        num_queues: 2,
-        queue_size: 256,
-        padding: [0; 4],
-    };
-    for index in [0, 1] {
-        assert_eq!(rig.client.ring_base(index), 0);
+#[rstest]
+fn a_stop_does_not_wait_for_packets_and_gives_every_unused_buffer_back(#[values(SPLIT, PACKED)] rings: u64) {
+    let mut rig = Rig::new(rings | MERGEABLE, |_| {});
+    let (region, fd, description) = inflight_region(rings, 2, 256);
+    for ring in rig.rx.iter().chain(&rig.tx) {
+        assert_eq!(rig.client.ring_base(ring.index), ring.start());
     }
     rig.client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
     for ring in rig.rx.iter().chain(&rig.tx) {
-        ring.set_up(&rig.client, &rig.guest, 0);
+        ring.set_up(&rig.client, &rig.guest, ring.start());
     }
     rig.provide_kicked(0, &[1000; 10]);
-    assert_eq!(rig.client.ring_base(0), 0, "buffers that nothing came for were taken");
-    rig.rx[0].set_up(&rig.client, &rig.guest, 0);
+    assert_eq!(rig.client.ring_base(0), rig.rx[0].start(), "buffers that nothing came for were taken");
+    rig.rx[0].set_up(&rig.client, &rig.guest, rig.rx[0].start());
     rig.send(0, &frame(100, 1));
     assert_eq!(rig.receive(0), frame(100, 1));
     // Nine buffers are too few for this one: they are taken, and must come back untouched.
     rig.send(0, &frame(9500, 2));
-    while region.split(0, 256, 1).unwrap().1.resubmit.len() < 9 {
+    while rig.rx[0].in_flight(&rig.guest, &region) != Some(9) {
         rig.client.barrier();
     }
     let before = rig.guest.snapshot();
-    assert_eq!(rig.client.ring_base(0), 1);
+    let base = rig.rx[0].base_after(1, 2);
+    assert_eq!(rig.client.ring_base(0), base);
     assert!(rig.guest.snapshot() == before, "a stop wrote guest memory");
-    assert!(region.split(0, 256, 1).unwrap().1.resubmit.is_empty(), "what was given back is still in flight");
+    assert_eq!(rig.rx[0].in_flight(&rig.guest, &region), Some(0), "what was given back is still in flight");
     rig.provide_kicked(0, &[1000]);
-    rig.rx[0].set_up(&rig.client, &rig.guest, 1);
+    rig.rx[0].set_up(&rig.client, &rig.guest, base);
     assert_eq!(rig.receive(0), frame(9500, 2), "the packet that waited was lost");
-    assert_eq!(rig.client.ring_base(0), 11);
+    assert_eq!(rig.client.ring_base(0), rig.rx[0].base_after(11, 2));
     assert!(rig.provided.is_empty());
 }
 
-#[test]
-fn buffers_that_a_killed_predecessor_had_taken_are_the_first_to_be_used() {
-    let mut rig = Rig::new(MERGEABLE, |_| {});
-    for index in [0, 1] {
-        assert_eq!(rig.client.ring_base(index), 0);
+#[rstest]
+fn buffers_that_a_killed_predecessor_had_taken_are_the_first_to_be_used(#[values(SPLIT, PACKED)] rings: u64) {
+    let mut rig = Rig::new(rings | MERGEABLE, |_| {});
+    for ring in rig.rx.iter().chain(&rig.tx) {
+        assert_eq!(rig.client.ring_base(ring.index), ring.start());
     }
     let heads: Vec<u16> = (0..4).map(|_| rig.provide(0, 1000)).collect();
     let _ = rig.rx[0].driver.publish();
-    let (region, fd) = inflight::Region::create(inflight::Kind::Split, 2, 256).unwrap();
-    let mut taken = region.split(0, 256, 0).unwrap().0;
-    taken.take(heads[0]);
-    taken.take(heads[1]);
-    drop(taken);
-    let description = InflightDescription {
-        mmap_size: inflight::Region::bytes_for(inflight::Kind::Split, 2, 256).unwrap(),
-        mmap_offset: 0,
-        num_queues: 2,
-        queue_size: 256,
-        padding: [0; 4],
-    };
+    let (region, fd, description) = inflight_region(rings, 2, 256);
+    rig.rx[0].take(&rig.guest, &region, 2);
     rig.client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
-    rig.rx[0].set_up(&rig.client, &rig.guest, 0);
-    rig.tx[0].set_up(&rig.client, &rig.guest, 0);
-    assert_eq!(rig.client.ring_base(0), 0, "what was taken over and not used goes back");
-    rig.rx[0].set_up(&rig.client, &rig.guest, 0);
+    rig.rx[0].set_up(&rig.client, &rig.guest, rig.rx[0].start());
+    rig.tx[0].set_up(&rig.client, &rig.guest, rig.tx[0].start());
+    assert_eq!(rig.client.ring_base(0), rig.rx[0].start(), "what was taken over and not used goes back");
+    rig.rx[0].set_up(&rig.client, &rig.guest, rig.rx[0].start());
     rig.send(0, &frame(1500, 1));
     assert_eq!(rig.receive(0), frame(1500, 1));
-    assert_eq!(rig.client.ring_base(0), 2);
+    assert_eq!(rig.client.ring_base(0), rig.rx[0].base_after(2, 2));
     assert!(!rig.provided.contains_key(&(0, heads[0])) && !rig.provided.contains_key(&(0, heads[1])));
 }
 
-#[test]
-fn a_burst_of_packets_arrives_in_order_and_a_flood_is_dropped_and_counted() {
-    let mut rig = Rig::new(MERGEABLE, |_| {});
+#[rstest]
+fn a_burst_of_packets_arrives_in_order_and_a_flood_is_dropped_and_counted(#[values(SPLIT, PACKED)] rings: u64) {
+    let mut rig = Rig::new(rings | MERGEABLE, |_| {});
     rig.provide_kicked(0, &[1000; 100]);
     for seed in 0..50 {
         rig.send(0, &frame(1500, seed));
@@ -331,9 +316,9 @@ fn a_burst_of_packets_arrives_in_order_and_a_flood_is_dropped_and_counted() {
     assert_eq!(rig.receive(0), frame(9000, 0));
 }
 
-#[test]
-fn each_pair_receives_what_it_sent() {
-    let mut rig = Rig::new(MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 4);
+#[rstest]
+fn each_pair_receives_what_it_sent(#[values(SPLIT, PACKED)] rings: u64) {
+    let mut rig = Rig::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 4);
     for pair in 0..4 {
         rig.provide_kicked(pair, &[700; 3]);
     }
@@ -343,13 +328,15 @@ fn each_pair_receives_what_it_sent() {
     for pair in 0..4 {
         assert_eq!(rig.receive(pair), frame(1500, pair as u8));
     }
-    assert_eq!((0..8).map(|index| rig.client.ring_base(index)).collect::<Vec<_>>(), [3, 1, 3, 1, 3, 1, 3, 1]);
+    for (received, ring) in [3, 1].into_iter().cycle().zip(rig.rx.iter().zip(&rig.tx).flat_map(|(rx, tx)| [rx, tx])) {
+        assert_eq!(rig.client.ring_base(ring.index), ring.base_after(received, 2));
+    }
 }
 
 /// As with QEMU and a guest with fewer CPUs than pairs: it starts the rings of all of them and enables some.
-#[test]
-fn packets_for_a_pair_whose_ring_is_disabled_are_received_by_another() {
-    let mut rig = Rig::new(MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 3);
+#[rstest]
+fn packets_for_a_pair_whose_ring_is_disabled_are_received_by_another(#[values(SPLIT, PACKED)] rings: u64) {
+    let mut rig = Rig::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 3);
     rig.provide_kicked(0, &[2000; 9]);
     rig.provide_kicked(1, &[2000]);
     rig.rx[1].enable(&rig.client, false);
@@ -369,7 +356,7 @@ struct Controls(Ring);
 impl Controls {
     fn new(rig: &Rig, index: u32) -> Controls {
         let ring = Ring::new(&rig.guest, index, 64, rig.features);
-        ring.set_up(&rig.client, &rig.guest, 0);
+        ring.set_up(&rig.client, &rig.guest, ring.start());
         ring.enable(&rig.client, true);
         Controls(ring)
     }
@@ -392,11 +379,11 @@ fn table(macs: &[[u8; 6]]) -> Vec<u8> {
     [&(macs.len() as u32).to_le_bytes()[..], macs.as_flattened()].concat()
 }
 
-#[test]
-fn the_control_queue_does_what_the_specification_says_and_refuses_the_rest() {
+#[rstest]
+fn the_control_queue_does_what_the_specification_says_and_refuses_the_rest(#[values(SPLIT, PACKED)] rings: u64) {
     const OK: u8 = 0;
     const ERR: u8 = 1;
-    let mut rig = Rig::new(MERGEABLE | CONTROL | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 2);
+    let mut rig = Rig::new(rings | MERGEABLE | CONTROL | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 2);
     let mut control = Controls::new(&rig, 4);
     let mut ask = |rig: &Rig, class, command, data: &[u8]| control.ask(&rig.guest, class, command, data);
     let to = |mac: [u8; 6]| [&mac[..], &frame(54, mac[5])].concat();
@@ -453,7 +440,7 @@ fn without_multi_queue_the_control_queue_is_the_third() {
     let client = server.connect();
     begin(&client, &guest, MERGEABLE | CONTROL);
     let ring = Ring::new(&guest, 2, 64, MERGEABLE);
-    ring.set_up(&client, &guest, 0);
+    ring.set_up(&client, &guest, ring.start());
     ring.enable(&client, true);
     assert_eq!(Controls(ring).ask(&guest, 0, 0, &[0]), 0);
 }
@@ -495,9 +482,9 @@ fn what_a_front_end_asks_about_the_device_is_answered() {
     assert_eq!(client.acknowledged(Code::SET_CONFIG, &written, &[]), 1);
 }
 
-#[test]
-fn packets_that_can_not_be_are_dropped_and_counted_and_the_queue_goes_on() {
-    let mut rig = Rig::new(MERGEABLE, |_| {});
+#[rstest]
+fn packets_that_can_not_be_are_dropped_and_counted_and_the_queue_goes_on(#[values(SPLIT, PACKED)] rings: u64) {
+    let mut rig = Rig::new(rings | MERGEABLE, |_| {});
     rig.provide_kicked(0, &[2000; 3]);
     let at = |gpa, len| Buffer { gpa, len };
     rig.transmit(0, &[at(SENT, 11)], &[]);
@@ -518,9 +505,9 @@ fn packets_that_can_not_be_are_dropped_and_counted_and_the_queue_goes_on() {
     assert_eq!(rig.receive(0), frame(60, 1));
 }
 
-#[test]
-fn buffers_that_nothing_can_be_put_in_come_back_empty_and_the_queue_goes_on() {
-    for features in [BASIC, MERGEABLE] {
+#[rstest]
+fn buffers_that_nothing_can_be_put_in_come_back_empty_and_the_queue_goes_on(#[values(SPLIT, PACKED)] rings: u64) {
+    for features in [rings, rings | MERGEABLE] {
         let mut rig = Rig::new(features, |_| {});
         let at = |gpa, len| Buffer { gpa, len };
         let rx = &mut rig.rx[0].driver;
@@ -540,9 +527,9 @@ fn buffers_that_nothing_can_be_put_in_come_back_empty_and_the_queue_goes_on() {
 }
 
 /// A longer one would wait for ever, and all others behind it.
-#[test]
-fn a_packet_that_no_full_ring_can_hold_is_dropped() {
-    let mut rig = Rig::new(MERGEABLE, |_| {});
+#[rstest]
+fn a_packet_that_no_full_ring_can_hold_is_dropped(#[values(SPLIT, PACKED)] rings: u64) {
+    let mut rig = Rig::new(rings | MERGEABLE, |_| {});
     rig.send(0, &frame(256 * 12, 1));
     rig.send(0, &frame(255 * 12, 2));
     for number in 0..256 {
@@ -556,12 +543,12 @@ fn a_packet_that_no_full_ring_can_hold_is_dropped() {
 }
 
 /// Two interfaces, each in a process or a thread of its own.
-#[test]
-fn two_ends_of_a_pair_hear_each_other_and_their_successors() {
+#[rstest]
+fn two_ends_of_a_pair_hear_each_other_and_their_successors(#[values(SPLIT, PACKED)] rings: u64) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("wire");
     let end = || {
-        Rig::new(MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| {
+        Rig::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| {
             (options.pairs, options.peer) = (2, Peer::Pair(path.clone()));
         })
     };
@@ -667,7 +654,7 @@ impl NetClient {
         begin(&client, &guest, MERGEABLE);
         let [rx, tx] = [0, 1].map(|index| {
             let ring = Ring::new(&guest, index, 256, MERGEABLE);
-            ring.set_up(&client, &guest, 0);
+            ring.set_up(&client, &guest, ring.start());
             ring.enable(&client, true);
             ring
         });
@@ -717,9 +704,9 @@ fn what_can_not_be_an_interface_is_explained_in_one_line() {
 }
 
 /// Rule R10: QEMU gives the call fd last, when packets may have come already.
-#[test]
-fn what_a_ring_had_to_notify_without_a_call_fd_is_said_over_the_next() {
-    let mut rig = Rig::new(MERGEABLE, |_| {});
+#[rstest]
+fn what_a_ring_had_to_notify_without_a_call_fd_is_said_over_the_next(#[values(SPLIT, PACKED)] rings: u64) {
+    let mut rig = Rig::new(rings | MERGEABLE, |_| {});
     let renew = |rig: &mut Rig| {
         let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
         rig.rx[0].call = EventFd::from_flags(flags).unwrap();
@@ -732,7 +719,7 @@ fn what_a_ring_had_to_notify_without_a_call_fd_is_said_over_the_next() {
     rig.client.done(Code::SET_VRING_CALL, &none, &[]);
     rig.provide_kicked(0, &[1000]);
     rig.send(0, &frame(100, 1));
-    while rig.guest.bytes(rig.rx[0].layout.used + 2, 2) == [0, 0] {
+    while !rig.rx[0].is_answered(&rig.guest) {
         rig.client.barrier();
     }
     assert!(renew(&mut rig), "the driver never hears of its packet");

@@ -3,17 +3,24 @@
 use std::os::fd::AsFd;
 use std::path::Path;
 
+use rstest::rstest;
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{
     ConfigHeader, Header, InflightDescription, LogDescription, MemoryHeader, Request as Code, VringState,
     protocol_feature,
+};
+use vhost_migrate::abi::virtio::{
+    VIRTIO_BLK_F_FLUSH, VIRTIO_F_RING_PACKED, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use vhost_migrate::dirty::Log;
 use vhost_migrate::inflight;
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::drain::Held;
-use crate::guest::{BASIC, BIT_30, Guest, LOG_ALL, PROTOCOL, Ring, begin, places, send_log, status};
+use crate::guest::{
+    BASIC, BIT_30, Guest, LOG_ALL, PACKED, PROTOCOL, Ring, SPLIT, begin, inflight_kind, inflight_region, places,
+    send_log, status,
+};
 use crate::raw::{Client, NEED_REPLY, VERSION};
 use crate::server::Server;
 
@@ -23,10 +30,10 @@ fn disk() -> (Server, Guest) {
     (Server::disk(DISK, |_| {}), Guest::new())
 }
 
-fn running(client: &Client, guest: &Guest) -> Ring {
-    begin(client, guest, BASIC);
-    let ring = Ring::new(guest, 0, 256, BASIC);
-    ring.set_up(client, guest, 0);
+fn running(client: &Client, guest: &Guest, features: u64) -> Ring {
+    begin(client, guest, features);
+    let ring = Ring::new(guest, 0, 256, features);
+    ring.set_up(client, guest, ring.start());
     ring.enable(client, true);
     ring
 }
@@ -126,11 +133,11 @@ fn set_log_base_is_answered_with_a_number_if_that_is_what_was_asked_for() {
 }
 
 /// Rule F8.
-#[test]
-fn the_call_may_be_a_socket_and_the_signal_is_eight_bytes() {
+#[rstest]
+fn the_call_may_be_a_socket_and_the_signal_is_eight_bytes(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
-    let mut ring = running(&client, &guest);
+    let mut ring = running(&client, &guest, features);
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     client.done(Code::SET_VRING_CALL, &0u64, &[theirs.as_fd()]);
     drop(theirs);
@@ -155,41 +162,41 @@ fn read_polled(guest: &Guest, ring: &mut Ring) {
 }
 
 /// Rule R1.
-#[test]
-fn without_bit_30_a_ring_runs_as_soon_as_it_is_kicked() {
+#[rstest]
+fn without_bit_30_a_ring_runs_as_soon_as_it_is_kicked(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
-    begin(&client, &guest, BASIC & !BIT_30);
-    let mut ring = Ring::new(&guest, 1, 64, BASIC);
-    ring.set_up(&client, &guest, 0);
+    begin(&client, &guest, features & !BIT_30);
+    let mut ring = Ring::new(&guest, 1, 64, features);
+    ring.set_up(&client, &guest, ring.start());
     read_one(&guest, &mut ring, 7);
 }
 
 /// Rules R2, R6.
-#[test]
-fn requests_that_waited_before_the_ring_was_started_are_served_without_a_kick() {
+#[rstest]
+fn requests_that_waited_before_the_ring_was_started_are_served_without_a_kick(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
-    begin(&client, &guest, BASIC);
-    let mut ring = Ring::new(&guest, 0, 256, BASIC);
+    begin(&client, &guest, features);
+    let mut ring = Ring::new(&guest, 0, 256, features);
     ring.read(&guest, 0, 3, 512);
     let _ = ring.driver.publish();
     ring.enable(&client, true);
-    ring.set_up(&client, &guest, 0);
+    ring.set_up(&client, &guest, ring.start());
     ring.completion();
     assert_eq!(status(&guest, 0), 0);
 }
 
 /// Rules R2 and R6: the parts of a ring may come in any order.
-#[test]
-fn a_ring_runs_when_its_last_part_has_come_whichever_that_is() {
+#[rstest]
+fn a_ring_runs_when_its_last_part_has_come_whichever_that_is(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
     client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
-    client.done(Code::SET_FEATURES, &BASIC, &[]);
-    let mut ring = Ring::new(&guest, 0, 256, BASIC);
+    client.done(Code::SET_FEATURES, &features, &[]);
+    let mut ring = Ring::new(&guest, 0, 256, features);
     ring.read(&guest, 0, 3, 512);
-    ring.set_up(&client, &guest, 0);
+    ring.set_up(&client, &guest, ring.start());
     // Refused, as there is no memory: but it is kept in mind.
     let enable = VringState { index: 0, num: 1 };
     assert_eq!(client.acknowledged(Code::SET_VRING_ENABLE, enable.as_bytes(), &[]), 1);
@@ -200,11 +207,11 @@ fn a_ring_runs_when_its_last_part_has_come_whichever_that_is() {
 }
 
 /// Rule R5.
-#[test]
-fn set_vring_addr_on_a_running_ring_moves_no_index_and_no_address() {
+#[rstest]
+fn set_vring_addr_on_a_running_ring_moves_no_index_and_no_address(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
-    let mut ring = running(&client, &guest);
+    let mut ring = running(&client, &guest, features);
     for sector in 0..20 {
         read_one(&guest, &mut ring, sector);
         ring.log_at = if sector % 2 == 0 { Some(0x30_0000) } else { None };
@@ -214,15 +221,15 @@ fn set_vring_addr_on_a_running_ring_moves_no_index_and_no_address() {
     moved.desc_user_addr += 4096;
     assert_eq!(client.acknowledged(Code::SET_VRING_ADDR, moved.as_bytes(), &[]), 1);
     read_one(&guest, &mut ring, 20);
-    assert_eq!(client.ring_base(0), 21);
+    assert_eq!(client.ring_base(0), ring.drained());
 }
 
 /// Rules R2, R4.
-#[test]
-fn size_and_base_of_a_running_ring_can_not_be_changed() {
+#[rstest]
+fn size_and_base_of_a_running_ring_can_not_be_changed(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
-    let mut ring = running(&client, &guest);
+    let mut ring = running(&client, &guest, features);
     for code in [Code::SET_VRING_NUM, Code::SET_VRING_BASE] {
         assert_eq!(client.acknowledged(code, VringState { index: 0, num: 128 }.as_bytes(), &[]), 1, "{code}");
     }
@@ -230,25 +237,25 @@ fn size_and_base_of_a_running_ring_can_not_be_changed() {
 }
 
 /// Rule R3, and R2: a ring that was stopped starts again where it was.
-#[test]
-fn a_stopped_ring_goes_on_where_it_was() {
+#[rstest]
+fn a_stopped_ring_goes_on_where_it_was(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
-    let mut ring = running(&client, &guest);
-    for round in 0..5u32 {
-        read_one(&guest, &mut ring, round.into());
-        assert_eq!(client.ring_base(0), round + 1);
-        ring.set_up(&client, &guest, round + 1);
+    let mut ring = running(&client, &guest, features);
+    for round in 0..5 {
+        read_one(&guest, &mut ring, round);
+        assert_eq!(client.ring_base(0), ring.drained());
+        ring.set_up(&client, &guest, ring.drained());
     }
     read_one(&guest, &mut ring, 0);
 }
 
 /// Rule R8.
-#[test]
-fn a_reset_stops_the_rings_and_keeps_the_memory() {
+#[rstest]
+fn a_reset_stops_the_rings_and_keeps_the_memory(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
-    let mut ring = running(&client, &guest);
+    let mut ring = running(&client, &guest, features);
     read_one(&guest, &mut ring, 0);
     client.done(Code::SET_STATUS, &4u64, &[]);
     assert_eq!(client.ask_number(Code::GET_STATUS), 4);
@@ -260,31 +267,31 @@ fn a_reset_stops_the_rings_and_keeps_the_memory() {
         ring.kick.write(1).unwrap();
         client.barrier();
         assert!(ring.driver.pop_used().unwrap().is_none(), "a request was served after the reset");
-        client.done(Code::SET_FEATURES, &BASIC, &[]);
-        ring = Ring::new(&guest, 0, 256, BASIC);
-        ring.set_up(&client, &guest, 0);
+        client.done(Code::SET_FEATURES, &features, &[]);
+        ring = Ring::new(&guest, 0, 256, features);
+        ring.set_up(&client, &guest, ring.start());
         ring.enable(&client, true);
         read_one(&guest, &mut ring, 1);
     }
 }
 
 /// Rule R9.
-#[test]
-fn the_next_front_end_finds_the_disk_and_nothing_else() {
+#[rstest]
+fn the_next_front_end_finds_the_disk_and_nothing_else(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
-    let mut ring = running(&client, &guest);
+    let mut ring = running(&client, &guest, features);
     ring.write(&guest, 1, 9, &[0x77; 512]);
     ring.kick();
     ring.completion();
     // A second front-end waits until the first is gone.
     let next = server.connect();
     drop(client);
-    begin(&next, &guest, BASIC);
+    begin(&next, &guest, features);
     next.tell(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
     assert_eq!(next.ring_base_reply(0), 0);
-    let mut ring = Ring::new(&guest, 0, 256, BASIC);
-    ring.set_up(&next, &guest, 0);
+    let mut ring = Ring::new(&guest, 0, 256, features);
+    ring.set_up(&next, &guest, ring.start());
     ring.enable(&next, true);
     ring.read(&guest, 0, 9, 512);
     ring.kick();
@@ -310,19 +317,20 @@ fn configuration_space_is_echoed_with_its_offset_and_size() {
 }
 
 /// Rule I1.
-#[test]
-fn an_inflight_region_is_made_as_asked_and_taken_back() {
+#[rstest]
+fn an_inflight_region_is_made_as_asked_and_taken_back(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
     client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
+    client.done(Code::SET_FEATURES, &features, &[]);
     let wanted = InflightDescription { mmap_size: 0, mmap_offset: 0, num_queues: 2, queue_size: 256, padding: [0; 4] };
     client.send(Code::GET_INFLIGHT_FD, VERSION, wanted.as_bytes(), &[]);
     let (_, answer, fd) = client.receive();
     let answer = InflightDescription::read_from_bytes(&answer).unwrap();
-    assert_eq!(answer.mmap_size, inflight::Region::bytes_for(inflight::Kind::Split, 2, 256).unwrap());
+    assert_eq!(answer.mmap_size, inflight::Region::bytes_for(inflight_kind(features), 2, 256).unwrap());
     assert_eq!((answer.mmap_offset, answer.num_queues, answer.queue_size), (0, 2, 256));
     client.done(Code::SET_INFLIGHT_FD, &answer, &[fd.unwrap().as_fd()]);
-    let mut ring = running(&client, &guest);
+    let mut ring = running(&client, &guest, features);
     read_one(&guest, &mut ring, 0);
     // It can't be changed under a running ring.
     let none = InflightDescription { num_queues: 99, ..wanted };
@@ -333,42 +341,61 @@ fn an_inflight_region_is_made_as_asked_and_taken_back() {
 }
 
 /// Rule I5: the destination of a migration, where the ring was used without the region.
-#[test]
-fn a_fresh_inflight_region_on_a_used_ring_marks_nothing() {
+#[rstest]
+fn a_fresh_inflight_region_on_a_used_ring_marks_nothing(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
-    let mut ring = running(&client, &guest);
+    let mut ring = running(&client, &guest, features);
     for sector in 0..5 {
         read_one(&guest, &mut ring, sector);
     }
     let base = client.ring_base(0);
-    let (region, fd) = inflight::Region::create(inflight::Kind::Split, 1, 256).unwrap();
-    let description = InflightDescription {
-        mmap_size: inflight::Region::bytes_for(inflight::Kind::Split, 1, 256).unwrap(),
-        mmap_offset: 0,
-        num_queues: 1,
-        queue_size: 256,
-        padding: [0; 4],
-    };
+    let (region, fd, description) = inflight_region(features, 1, 256);
     client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
     ring.set_up(&client, &guest, base);
     read_one(&guest, &mut ring, 6);
-    assert_eq!(client.ring_base(0), 6);
-    let bytes = region.copy(0).unwrap();
-    let recovery = inflight::split::recover(&bytes, 6, 256).unwrap();
-    assert!(recovery.resubmit.is_empty());
-    assert_eq!(recovery.next_avail, Some(6));
+    assert_eq!(client.ring_base(0), ring.drained());
+    assert_eq!(ring.in_flight(&guest, &region), Some(0));
+    let version = |region: &inflight::Region| region.copy(0).unwrap()[8];
+    assert_eq!(version(&region), 1);
     // Rule I7: a reset makes it fresh again.
     client.done(Code::RESET_DEVICE, &[0u8; 0], &[]);
-    assert_eq!(inflight::split::recover(&region.copy(0).unwrap(), 6, 256).unwrap().next_avail, None);
+    assert_eq!(version(&region), 0);
+}
+
+/// Rule R1: a ring keeps to what was acknowledged when it started.
+#[rstest]
+fn of_the_features_only_log_all_changes_while_a_ring_runs(#[values(SPLIT, PACKED)] features: u64) {
+    let (server, guest) = disk();
+    let client = server.connect();
+    let features = features | bit(VIRTIO_RING_F_INDIRECT_DESC);
+    let mut ring = running(&client, &guest, features);
+    for changed in [VIRTIO_F_RING_PACKED, VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX, VIRTIO_BLK_F_FLUSH] {
+        let other = features ^ bit(changed);
+        assert_eq!(client.acknowledged(Code::SET_FEATURES, other.as_bytes(), &[]), 1, "bit {changed} changed");
+        let other = other | LOG_ALL;
+        assert_eq!(client.acknowledged(Code::SET_FEATURES, other.as_bytes(), &[]), 1, "bit {changed} changed");
+        read_one(&guest, &mut ring, changed.into());
+    }
+    for same in [features, features | LOG_ALL, features] {
+        client.done(Code::SET_FEATURES, &same, &[]);
+        read_one(&guest, &mut ring, 1);
+    }
+    // A ring that is stopped takes what is acknowledged since, here the other kind of ring.
+    assert_eq!(client.ring_base(0), ring.drained());
+    let other = features ^ bit(VIRTIO_F_RING_PACKED);
+    client.done(Code::SET_FEATURES, &other, &[]);
+    let mut ring = Ring::new(&guest, 0, 256, other);
+    ring.set_up(&client, &guest, ring.start());
+    read_one(&guest, &mut ring, 2);
 }
 
 /// A kick without an fd: the ring is to be polled.
-#[test]
-fn a_ring_without_a_kick_is_served_all_the_same() {
+#[rstest]
+fn a_ring_without_a_kick_is_served_all_the_same(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
-    let mut ring = running(&client, &guest);
+    let mut ring = running(&client, &guest, features);
     client.done(Code::SET_VRING_KICK, &0x100u64, &[]);
     ring.read(&guest, 0, 2, 512);
     let _ = ring.driver.publish();

@@ -8,7 +8,7 @@ use nix::sys::eventfd::EventFd;
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
 use vhost_migrate::abi::vhost_user::{InflightDescription, Request as Code, VringState, protocol_feature};
-use vhost_migrate::abi::virtio::{VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED};
+use vhost_migrate::abi::virtio::VIRTIO_F_IN_ORDER;
 use vhost_migrate::backend::{Device, Queue, RING_FEATURES, Request};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::inflight::{Kind, Region};
@@ -16,15 +16,16 @@ use vhost_migrate::ring::RingBase;
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::drain::{Held, page};
-use crate::guest::{BASIC, Guest, PROTOCOL, Ring, begin_with, harvest, install_log, start_logging};
+use crate::guest::{
+    BASIC, Guest, PACKED, PROTOCOL, Ring, SPLIT, begin_with, harvest, inflight_kind as kind, install_log, start_logging,
+};
 use crate::raw::{Client, VERSION};
 use crate::server::Server;
 
 const COUNT: u64 = 10;
 const SIZE: u16 = 256;
-const PACKED: u64 = bit(VIRTIO_F_RING_PACKED);
 const IN_ORDER: u64 = bit(VIRTIO_F_IN_ORDER);
-const BOTH: [u64; 2] = [BASIC, BASIC | PACKED];
+const BOTH: [u64; 2] = [SPLIT, PACKED];
 
 /// A guest with requests in flight on ring 0 of a device that completes none until its gate is open.
 struct Scene {
@@ -107,10 +108,6 @@ impl Scene {
         self.ring.set_up(&self.client, &self.guest, base);
         self.ring.enable(&self.client, true);
     }
-}
-
-fn kind(features: u64) -> Kind {
-    if features & PACKED != 0 { Kind::Packed } else { Kind::Split }
 }
 
 #[test]
@@ -252,7 +249,7 @@ fn without_a_region_a_ring_is_drained_and_without_the_feature_the_request_is_unk
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
     begin_with(&client, &guest, BASIC, PROTOCOL | INFLIGHT_MIGRATION);
-    let mut ring = crate::drain::held(&client, &guest, 0, COUNT);
+    let mut ring = crate::drain::held(&client, &guest, BASIC, COUNT);
     client.tell(Code::GET_VRING_BASE_SKIP_DRAIN, &VringState { index: 0, num: 0 });
     gate.write(1).unwrap();
     client.reply(Code::GET_VRING_BASE_SKIP_DRAIN);
