@@ -1,7 +1,8 @@
 //! What a request costs in the ring and in the inflight region, and how long a successor takes to find its way.
 //!
-//! Per request, in batches: the device's side alone (the driver's is outside the clock), with and without inflight
-//! tracking and with the used ring logged. Recovery: a queue of 1024 entries, half of them in flight.
+//! Per request, in batches, on split and on packed rings: the device's side alone (the driver's is outside the clock), for
+//! requests of one descriptor, of a chain and of an indirect table, with and without inflight tracking and with the ring
+//! logged. Recovery: a queue of 1024 entries, half of them in flight.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use std::hint::black_box;
@@ -10,52 +11,107 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::virtio::{PackedDesc, VIRTIO_F_RING_PACKED, VIRTIO_RING_F_INDIRECT_DESC};
 use vhost_migrate::dirty::Log;
-use vhost_migrate::inflight::{Kind, Region as Inflight, SplitInflight, recover};
+use vhost_migrate::inflight::{Kind, PackedInflight, Region as Inflight, SplitInflight, recover, recover_packed};
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
-use vhost_migrate::ring::{Buffer, Chain, RingBase, RingLog, SplitDevice, SplitDriver, SplitLayout};
+use vhost_migrate::ring::{Buffer, Chain, DeviceRing, DriverRing, RingBase, RingLayout, RingLog};
+use zerocopy::FromZeros;
 
 const SIZE: u16 = 256;
 const BATCH: u16 = 16;
+const KINDS: [(&str, u64); 2] = [("split", 0), ("packed", bit(VIRTIO_F_RING_PACKED))];
+/// Where indirect tables are.
+const TABLES: u64 = 0x2_0000;
 
-fn rings() -> (SplitDriver, SplitDevice) {
+fn rings(kind: u64) -> (DriverRing, DeviceRing) {
     let fd = sealed_memfd("ring-bench", 1 << 20).unwrap();
     let memory = Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 1 << 20, 0, 0).unwrap())]).unwrap();
-    let layout = SplitLayout { size: SIZE, desc: 0, avail: 0x4000, used: 0x8000 };
-    let driver = SplitDriver::new(&memory, layout, 0).unwrap();
-    (driver, SplitDevice::new(&memory, layout, 0, RingBase::default()).unwrap())
+    let features = kind | bit(VIRTIO_RING_F_INDIRECT_DESC);
+    let layout = RingLayout::new(features, SIZE, 0, 0x4000, 0x8000);
+    let driver = DriverRing::new(&memory, layout, features).unwrap();
+    (driver, DeviceRing::new(&memory, layout, features, RingBase::start(features)).unwrap())
 }
 
-/// The time the device spends on `requests` requests of three buffers, in batches.
-fn serve(requests: u64, inflight: Option<&mut SplitInflight>, log: Option<RingLog>) -> Duration {
-    let (mut driver, mut device) = rings();
+/// How requests are laid out.
+#[derive(Clone, Copy)]
+struct Shape {
+    /// Beside one that is read.
+    writable: usize,
+    indirect: bool,
+}
+
+const CHAIN: Shape = Shape { writable: 2, indirect: false };
+
+enum Tracking {
+    Off,
+    Split(SplitInflight),
+    Packed(PackedInflight),
+}
+
+impl Tracking {
+    fn new(kind: u64) -> Tracking {
+        match kind {
+            0 => Tracking::Split(Inflight::create(Kind::Split, 1, SIZE).unwrap().0.split(0, SIZE, 0).unwrap().0),
+            _ => {
+                let (region, _) = Inflight::create(Kind::Packed, 1, SIZE).unwrap();
+                Tracking::Packed(region.packed(0, SIZE, RingBase::PACKED_START, |_| 0).unwrap().0)
+            }
+        }
+    }
+
+    fn take(&mut self, ring: &DeviceRing, head: u16) -> u16 {
+        match (self, ring) {
+            (Tracking::Split(inflight), _) => inflight.take(head),
+            (Tracking::Packed(inflight), DeviceRing::Packed(ring)) => return inflight.take(ring.descs()).unwrap(),
+            _ => {}
+        }
+        head
+    }
+
+    fn stage(&mut self, name: u16) {
+        match self {
+            Tracking::Off => {}
+            Tracking::Split(inflight) => inflight.stage(name),
+            Tracking::Packed(inflight) => inflight.stage(name),
+        }
+    }
+
+    fn commit(&mut self, ring: &DeviceRing) {
+        match (self, ring) {
+            (Tracking::Split(inflight), DeviceRing::Split(ring)) => inflight.commit(ring.used_index()),
+            (Tracking::Packed(inflight), _) => inflight.commit(),
+            _ => {}
+        }
+    }
+}
+
+/// The time the device spends on `requests` requests, in batches.
+fn serve(requests: u64, kind: u64, shape: Shape, tracking: &mut Tracking, log: Option<RingLog>) -> Duration {
+    let (mut driver, mut device) = rings(kind);
     device.set_log(log);
-    let mut inflight = inflight;
-    let buffer = Buffer { gpa: 0x10_000, len: 4096 };
-    let (mut chain, mut heads) = (Chain::default(), Vec::new());
+    let buffer = Buffer { gpa: 0x1_0000, len: 4096 };
+    let writable = [buffer; 2];
+    let mut chains: Vec<(Chain, u16)> = (0..BATCH).map(|_| Default::default()).collect();
     let mut spent = Duration::ZERO;
     for _ in 0..requests.div_ceil(BATCH.into()) {
-        for _ in 0..BATCH {
-            driver.add(&[buffer], &[buffer, buffer], None).unwrap().unwrap();
+        for number in 0..u64::from(BATCH) {
+            let table = shape.indirect.then_some(TABLES + number * 64);
+            driver.add(&[buffer], &writable[..shape.writable], table).unwrap().unwrap();
         }
         let _ = driver.publish();
         let begin = Instant::now();
-        while device.pop(&mut chain).unwrap() {
-            if let Some(inflight) = &mut inflight {
-                inflight.take(chain.head);
-            }
-            heads.push(chain.head);
+        for (chain, name) in &mut chains {
+            assert!(device.pop(chain).unwrap());
+            *name = tracking.take(&device, chain.head);
         }
-        for head in heads.drain(..) {
-            device.push(head, 8192);
-            if let Some(inflight) = &mut inflight {
-                inflight.stage(head);
-            }
+        for (chain, name) in &chains {
+            tracking.stage(*name);
+            device.push(chain, 8192);
         }
         black_box(device.publish());
-        if let Some(inflight) = &mut inflight {
-            inflight.commit(device.used_index());
-        }
+        tracking.commit(&device);
         spent += begin.elapsed();
         while driver.pop_used().unwrap().is_some() {}
     }
@@ -65,13 +121,33 @@ fn serve(requests: u64, inflight: Option<&mut SplitInflight>, log: Option<RingLo
 fn per_request(c: &mut Criterion) {
     let mut group = c.benchmark_group("request");
     group.throughput(Throughput::Elements(1));
-    group.bench_function("ring alone", |b| b.iter_custom(|requests| serve(requests, None, None)));
-    let (region, _fd) = Inflight::create(Kind::Split, 1, SIZE).unwrap();
-    let (mut inflight, _) = region.split(0, SIZE, 0).unwrap();
-    group.bench_function("with inflight", |b| b.iter_custom(|requests| serve(requests, Some(&mut inflight), None)));
-    let log = RingLog { log: Arc::new(Log::create(1 << 20).unwrap().0), used_gpa: 0x8000 };
-    group.bench_function("with the log", |b| b.iter_custom(|requests| serve(requests, None, Some(log.clone()))));
-    group.bench_function("inflight alone", |b| {
+    let shapes = [
+        ("one descriptor", Shape { writable: 0, indirect: false }),
+        ("a chain of three", CHAIN),
+        ("an indirect table of three", Shape { indirect: true, ..CHAIN }),
+    ];
+    for (what, shape) in shapes {
+        for (name, kind) in KINDS {
+            group.bench_function(format!("{what}, {name}"), |b| {
+                b.iter_custom(|requests| serve(requests, kind, shape, &mut Tracking::Off, None));
+            });
+        }
+    }
+    for (name, kind) in KINDS {
+        let mut inflight = Tracking::new(kind);
+        group.bench_function(format!("a chain of three with inflight, {name}"), |b| {
+            b.iter_custom(|requests| serve(requests, kind, CHAIN, &mut inflight, None));
+        });
+    }
+    for (name, kind) in KINDS {
+        let log = RingLog { log: Arc::new(Log::create(1 << 20).unwrap().0), used_gpa: 0x8000 };
+        group.bench_function(format!("a chain of three with the log, {name}"), |b| {
+            b.iter_custom(|requests| serve(requests, kind, CHAIN, &mut Tracking::Off, Some(log.clone())));
+        });
+    }
+    group.bench_function("inflight alone, split", |b| {
+        let (region, _fd) = Inflight::create(Kind::Split, 1, SIZE).unwrap();
+        let (mut inflight, _) = region.split(0, SIZE, 0).unwrap();
         let heads = [3u16, 9, 1, 200, 77, 4, 5, 6, 90, 91, 92, 255, 0, 128, 64, 32];
         b.iter_custom(|requests| {
             let begin = Instant::now();
@@ -90,8 +166,18 @@ fn recovery(c: &mut Criterion) {
     let (mut inflight, _) = region.split(0, 1024, 0).unwrap();
     (0..512).for_each(|i| inflight.take(i * 5 % 1024));
     let bytes = region.copy(0).unwrap();
-    c.bench_function("recover 512 of 1024", |b| b.iter(|| recover(black_box(&bytes), 0, 1024).unwrap()));
-    c.bench_function("take over 512 of 1024", |b| b.iter(|| region.split(0, 1024, 0).unwrap()));
+    c.bench_function("recover 512 of 1024, split", |b| b.iter(|| recover(black_box(&bytes), 0, 1024).unwrap()));
+    c.bench_function("take over 512 of 1024, split", |b| b.iter(|| region.split(0, 1024, 0).unwrap()));
+    let (region, _fd) = Inflight::create(Kind::Packed, 1, 1024).unwrap();
+    let unused = |_| 0x80;
+    let (mut inflight, _) = region.packed(0, 1024, RingBase::PACKED_START, unused).unwrap();
+    (0..512u16).for_each(|_| _ = inflight.take(&[PackedDesc::new_zeroed()]).unwrap());
+    let bytes = region.copy(0).unwrap();
+    let start = RingBase::PACKED_START;
+    c.bench_function("recover 512 of 1024, packed", |b| {
+        b.iter(|| recover_packed(black_box(&bytes), 1024, 1024, start, unused).unwrap());
+    });
+    c.bench_function("take over 512 of 1024, packed", |b| b.iter(|| region.packed(0, 1024, start, unused).unwrap()));
 }
 
 criterion_group!(benches, per_request, recovery);

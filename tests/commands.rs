@@ -9,6 +9,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rstest::rstest;
 use serde_json::{Value, json};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -65,7 +66,7 @@ impl Host {
         let socket = self.path(name);
         let mut command = program();
         command
-            .args(["backend", "blk", "--queues", "2", "--image"])
+            .args(["backend", "blk", "--queues", "4", "--image"])
             .arg(self.path("disk"))
             .arg("--socket")
             .arg(&socket);
@@ -99,7 +100,12 @@ impl Host {
     }
 
     fn source(&mut self) -> PathBuf {
-        let control = self.guest("source", &["--memory", "64MiB", "--dirty-rate", "8MiB/s", "--request-rate", "50"]);
+        self.source_with(&[])
+    }
+
+    fn source_with(&mut self, more: &[&str]) -> PathBuf {
+        let small = ["--memory", "64MiB", "--dirty-rate", "8MiB/s", "--request-rate", "50"];
+        let control = self.guest("source", &[&small, more].concat());
         until(&control, "running");
         control
     }
@@ -232,10 +238,12 @@ fn demo_survives_killed_back_ends_before_during_and_after_the_migration() {
     }
 }
 
-#[test]
-fn a_guest_moves_over_unix_and_back_over_tcp_and_on_through_a_file() {
+#[rstest]
+#[case::split(&[])]
+#[case::packed(&["--packed", "--queues", "4"])]
+fn a_guest_moves_over_unix_and_back_over_tcp_and_on_through_a_file(#[case] rings: &[&str]) {
     let mut host = Host::new();
-    let source = host.source();
+    let source = host.source_with(rings);
     let unix = format!("unix:{}", host.path("incoming").display());
     let second = host.arriving("second", &unix);
     until(&second, "absent");

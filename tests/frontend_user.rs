@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use rstest::rstest;
 use tempfile::TempDir;
 use vhost_migrate::abi::vhost_user::{Header, Request, protocol_feature as p};
 use vhost_migrate::abi::{bit, inflight};
@@ -23,6 +24,7 @@ use zerocopy::IntoBytes;
 const LOG_ALL: u64 = 1 << 26;
 const PROTOCOL: u64 = 1 << 30;
 const VERSION_1: u64 = 1 << 32;
+const PACKED: u64 = 1 << 34;
 const ALL: u64 = 1 << p::MQ
     | 1 << p::LOG_SHMFD
     | 1 << p::REPLY_ACK
@@ -125,7 +127,7 @@ fn usual(message: &Message, protocol: u64) -> (Vec<u8>, Vec<OwnedFd>) {
     let request = message.request;
     let number = |value: u64| (reply(request, value.as_bytes()), vec![]);
     match request {
-        Request::GET_FEATURES => number(LOG_ALL | PROTOCOL | VERSION_1),
+        Request::GET_FEATURES => number(LOG_ALL | PROTOCOL | VERSION_1 | PACKED),
         Request::GET_PROTOCOL_FEATURES => number(protocol),
         Request::GET_QUEUE_NUM => number(4),
         Request::GET_MAX_MEM_SLOTS => number(32),
@@ -136,7 +138,8 @@ fn usual(message: &Message, protocol: u64) -> (Vec<u8>, Vec<OwnedFd>) {
         Request::GET_INFLIGHT_FD => {
             let queues = u16::from_ne_bytes(message.payload[16..18].try_into().unwrap());
             let size = u16::from_ne_bytes(message.payload[18..20].try_into().unwrap());
-            let bytes = inflight::split_queue_bytes(size) * u64::from(queues);
+            // Room for either kind of ring.
+            let bytes = inflight::packed_queue_bytes(size) * u64::from(queues);
             let mut payload = message.payload.clone();
             payload[..8].copy_from_slice(&bytes.to_ne_bytes());
             (reply(request, &payload), vec![sealed_memfd("fake", bytes).unwrap()])
@@ -398,18 +401,18 @@ fn an_inflight_region_that_can_not_be_one_is_refused() {
     }
 }
 
-#[test]
-fn a_restarted_back_end_is_given_everything_in_the_order_of_qemu() {
+#[rstest]
+fn a_restarted_back_end_is_given_everything_in_the_order_of_qemu(#[values(0, PACKED)] kind: u64) {
     let fake = Fake::start(ALL, |message| match message.request {
         Request::SEND_RARP => Answer::HangUp(vec![]),
         _ => Answer::Usual,
     });
     let mut device = fake.connect().unwrap();
-    device.set_features(VERSION_1).unwrap();
+    device.set_features(VERSION_1 | kind).unwrap();
     assert!(device.set_inflight(1, 8, None).unwrap());
     let memory = memory(1);
     device.set_memory(&memory).unwrap();
-    let setup = setup();
+    let setup = RingSetup { base: if kind == PACKED { RingBase::PACKED_START } else { RingBase::split(7) }, ..setup() };
     device.start_ring(0, setup.clone()).unwrap();
     let (log, fd) = log();
     device.start_logging(&log, fd.as_fd()).unwrap();
@@ -419,7 +422,7 @@ fn a_restarted_back_end_is_given_everything_in_the_order_of_qemu() {
     memory.write(0x3002, &0x1234u16.to_le_bytes()).unwrap();
     let mut state = device.inflight().unwrap().unwrap();
     for entry in [0, 3, 7] {
-        state.contents[16 + 16 * entry] = 1;
+        state.contents[if kind == PACKED { 32 + 32 * entry } else { 16 + 16 * entry }] = 1;
     }
     assert!(device.set_inflight(1, 8, Some(&state)).unwrap());
     assert_eq!(device.inflight().unwrap().unwrap(), state);
@@ -453,11 +456,14 @@ fn a_restarted_back_end_is_given_everything_in_the_order_of_qemu() {
     assert!(names.iter().zip(greeting).take(6).all(|(name, expected)| name == expected), "{names:?}");
     assert_eq!(rest_heard, rest);
     let payload = |request| &heard.iter().find(|message| message.request == request).unwrap().payload;
-    assert_eq!(payload(Request::SET_FEATURES), (LOG_ALL | PROTOCOL | VERSION_1).as_bytes(), "LOG_ALL (rule L8)");
+    assert_eq!(payload(Request::SET_FEATURES), (LOG_ALL | PROTOCOL | VERSION_1 | kind).as_bytes(), "LOG_ALL (rule L8)");
     assert_eq!(payload(Request::SET_INFLIGHT_FD), &inflight.payload, "the region is kept");
-    assert_eq!(payload(Request::SET_VRING_BASE)[4..], 0x1234u32.to_ne_bytes(), "the used index (rule I3)");
+    // The used index (rule I3); of a packed ring the region alone knows it (rule I4).
+    let base = if kind == PACKED { 0x8000_8000u32 } else { 0x1234 };
+    assert_eq!(payload(Request::SET_VRING_BASE)[4..], base.to_ne_bytes());
     assert_eq!(payload(Request::SET_VRING_ADDR)[4..8], 1u32.to_ne_bytes(), "VHOST_VRING_F_LOG");
     assert!(log.is_marked(0x3000), "the old back-end may have died before it logged the used ring");
+    assert_eq!(log.is_marked(0x1000), kind == PACKED, "a device writes the descriptors of packed rings");
     for fd in [&setup.kick, &setup.call] {
         let mut count = [0; 8];
         assert_eq!(File::from(fd.try_clone().unwrap()).read(&mut count).unwrap(), 8, "nobody waits for ever");

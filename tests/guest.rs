@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ram_disk::{Faults, RamDisk};
+use rstest::rstest;
 use vhost_migrate::frontend::Device;
 use vhost_migrate::guest::{Guest, GuestConfig, GuestError, GuestState, Place, RequestKind, make_memory};
 use vhost_migrate::memory::Memory;
@@ -33,8 +34,9 @@ impl Disks {
     }
 }
 
-fn config() -> GuestConfig {
+fn config(packed: bool) -> GuestConfig {
     GuestConfig {
+        packed,
         cpus: 2,
         disks: 2,
         working_set: 2 * MIB,
@@ -96,9 +98,9 @@ fn wrong_place(error: &GuestError) -> Place {
     }
 }
 
-#[test]
-fn a_guest_works_and_every_byte_is_right() {
-    let (mut guest, _disks) = booted(config());
+#[rstest]
+fn a_guest_works_and_every_byte_is_right(#[values(false, true)] packed: bool) {
+    let (mut guest, _disks) = booted(config(packed));
     guest.resume().unwrap();
     run_for(&guest, 3000, 2000);
     let verified = guest.verify().unwrap();
@@ -112,9 +114,9 @@ fn a_guest_works_and_every_byte_is_right() {
     assert_eq!((stats.lost, stats.duplicates), (0, 0));
 }
 
-#[test]
-fn a_saved_guest_goes_on_exactly_where_it_stopped_on_a_copy_of_its_memory() {
-    let (mut guest, disks) = booted(config());
+#[rstest]
+fn a_saved_guest_goes_on_exactly_where_it_stopped_on_a_copy_of_its_memory(#[values(false, true)] packed: bool) {
+    let (mut guest, disks) = booted(config(packed));
     let mut outstanding = 0;
     guest.resume().unwrap();
     for _ in 0..5 {
@@ -142,9 +144,9 @@ fn a_saved_guest_goes_on_exactly_where_it_stopped_on_a_copy_of_its_memory() {
     guest.verify().unwrap();
 }
 
-#[test]
-fn a_switchover_that_is_called_off_leaves_the_guest_as_it_was() {
-    let (mut guest, _disks) = booted(config());
+#[rstest]
+fn a_switchover_that_is_called_off_leaves_the_guest_as_it_was(#[values(false, true)] packed: bool) {
+    let (mut guest, _disks) = booted(config(packed));
     for _ in 0..3 {
         guest.resume().unwrap();
         run_for(&guest, 100, 100);
@@ -169,9 +171,9 @@ fn page_of(guest: &Guest, is_it: impl Fn(u64, u64) -> bool) -> u64 {
     pages.filter(|gpa| *gpa > 0).find(|gpa| head(*gpa).0 == *gpa && is_it(*gpa, head(*gpa).1)).unwrap()
 }
 
-#[test]
-fn a_flipped_byte_is_found_in_hot_cold_and_untouched_memory() {
-    let (mut guest, _disks) = booted(config());
+#[rstest]
+fn a_flipped_byte_is_found_in_hot_cold_and_untouched_memory(#[values(false, true)] packed: bool) {
+    let (mut guest, _disks) = booted(config(packed));
     guest.resume().unwrap();
     // Every hot page is written at least once, so that version 0 is what cold pages have.
     run_for(&guest, 1, 2 * 1024);
@@ -191,9 +193,9 @@ fn a_flipped_byte_is_found_in_hot_cold_and_untouched_memory() {
     guest.verify().unwrap();
 }
 
-#[test]
-fn a_page_of_yesterday_is_found_and_recognised() {
-    let (mut guest, _disks) = booted(config());
+#[rstest]
+fn a_page_of_yesterday_is_found_and_recognised(#[values(false, true)] packed: bool) {
+    let (mut guest, _disks) = booted(config(packed));
     guest.resume().unwrap();
     run_for(&guest, 1, 1024);
     guest.pause().unwrap();
@@ -207,9 +209,9 @@ fn a_page_of_yesterday_is_found_and_recognised() {
     assert!(error.contains("as a whole, version"), "{error}");
 }
 
-#[test]
-fn a_running_cpu_notices_by_itself() {
-    let (mut guest, _disks) = booted(config());
+#[rstest]
+fn a_running_cpu_notices_by_itself(#[values(false, true)] packed: bool) {
+    let (mut guest, _disks) = booted(config(packed));
     guest.resume().unwrap();
     run_for(&guest, 1, 2048);
     let hot = page_of(&guest, |_, version| version > 0);
@@ -222,9 +224,9 @@ fn a_running_cpu_notices_by_itself() {
     assert!(guest.resume().is_err(), "it never runs again");
 }
 
-#[test]
-fn a_wrong_byte_on_the_disk_is_found() {
-    let (mut guest, disks) = booted(config());
+#[rstest]
+fn a_wrong_byte_on_the_disk_is_found(#[values(false, true)] packed: bool) {
+    let (mut guest, disks) = booted(config(packed));
     guest.resume().unwrap();
     run_for(&guest, 500, 1);
     guest.pause().unwrap();
@@ -240,9 +242,9 @@ fn a_wrong_byte_on_the_disk_is_found() {
     guest.verify().unwrap();
 }
 
-#[test]
-fn a_write_that_was_acknowledged_and_lost_is_found() {
-    let (mut guest, disks) = booted(config());
+#[rstest]
+fn a_write_that_was_acknowledged_and_lost_is_found(#[values(false, true)] packed: bool) {
+    let (mut guest, disks) = booted(config(packed));
     disks.faults.lose_write.store(1, Ordering::Relaxed);
     guest.resume().unwrap();
     wait_for("a lost write", || disks.faults.lose_write.load(Ordering::Relaxed) == 0);
@@ -251,9 +253,9 @@ fn a_write_that_was_acknowledged_and_lost_is_found() {
     assert!(matches!(wrong_place(&guest.verify().unwrap_err()), Place::Buffer(..)));
 }
 
-#[test]
-fn what_a_device_wrote_is_looked_at_again_later() {
-    let (mut guest, _disks) = booted(config());
+#[rstest]
+fn what_a_device_wrote_is_looked_at_again_later(#[values(false, true)] packed: bool) {
+    let (mut guest, _disks) = booted(config(packed));
     // Until the first queue holds a buffer with something that had been written.
     let (state, held, written) = loop {
         guest.resume().unwrap();
@@ -290,8 +292,8 @@ fn what_a_device_wrote_is_looked_at_again_later() {
     assert!(matches!(wrong_place(&error), Place::Buffer(..)), "{error}");
 }
 
-fn fails_by(fault: impl Fn(&Faults) -> &AtomicU32, how: impl Fn(&GuestError) -> bool) -> Guest {
-    let (mut guest, disks) = booted(config());
+fn fails_by(packed: bool, fault: impl Fn(&Faults) -> &AtomicU32, how: impl Fn(&GuestError) -> bool) -> Guest {
+    let (mut guest, disks) = booted(config(packed));
     guest.resume().unwrap();
     run_for(&guest, 100, 1);
     fault(&disks.faults).store(1, Ordering::Relaxed);
@@ -302,27 +304,27 @@ fn fails_by(fault: impl Fn(&Faults) -> &AtomicU32, how: impl Fn(&GuestError) -> 
     guest
 }
 
-#[test]
-fn a_request_that_is_completed_twice_stops_the_guest() {
+#[rstest]
+fn a_request_that_is_completed_twice_stops_the_guest(#[values(false, true)] packed: bool) {
     let how = |error: &GuestError| matches!(error, GuestError::Duplicate { .. } | GuestError::Ring { .. });
-    let guest = fails_by(|faults| &faults.complete_twice, how);
+    let guest = fails_by(packed, |faults| &faults.complete_twice, how);
     assert_eq!(guest.stats().duplicates, 1);
 }
 
-#[test]
-fn a_request_that_is_never_completed_stops_the_guest() {
-    let guest = fails_by(|faults| &faults.forget, |error| matches!(error, GuestError::Lost { .. }));
+#[rstest]
+fn a_request_that_is_never_completed_stops_the_guest(#[values(false, true)] packed: bool) {
+    let guest = fails_by(packed, |faults| &faults.forget, |error| matches!(error, GuestError::Lost { .. }));
     assert!(guest.stats().lost > 0);
 }
 
-#[test]
-fn an_error_of_the_disk_stops_the_guest() {
-    fails_by(|faults| &faults.answer_ioerr, |error| matches!(error, GuestError::Io { status: 1, .. }));
+#[rstest]
+fn an_error_of_the_disk_stops_the_guest(#[values(false, true)] packed: bool) {
+    fails_by(packed, |faults| &faults.answer_ioerr, |error| matches!(error, GuestError::Io { status: 1, .. }));
 }
 
 #[test]
 fn what_comes_at_the_wrong_time_is_refused_in_words() {
-    let config = config();
+    let config = config(false);
     let disks = Disks::new(2);
     let mut guest = Guest::new(config.clone()).unwrap();
     assert!(guest.pause().unwrap_err().to_string().contains("resume it first"));
@@ -337,9 +339,9 @@ fn what_comes_at_the_wrong_time_is_refused_in_words() {
     guest.verify().unwrap();
 }
 
-#[test]
-fn a_state_that_does_not_fit_is_refused() {
-    let (mut guest, disks) = booted(config());
+#[rstest]
+fn a_state_that_does_not_fit_is_refused(#[values(false, true)] packed: bool) {
+    let (mut guest, disks) = booted(config(packed));
     guest.resume().unwrap();
     run_for(&guest, 100, 100);
     guest.pause().unwrap();
@@ -361,7 +363,7 @@ fn a_state_that_does_not_fit_is_refused() {
     refused(|state| state.drivers[0].first_sector = u64::MAX);
     refused(|state| match &mut state.drivers[1].ring {
         DriverState::Split(ring) => ring.avail = ring.avail.wrapping_add(1),
-        DriverState::Packed(_) => panic!("the guest has split rings"),
+        DriverState::Packed(ring) => ring.avail.index ^= 1,
     });
     refused(|state| state.devices[0].block_size = 0);
     refused(|state| state.devices[0].block_size = 1 << 30);

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use rstest::rstest;
 use tempfile::TempDir;
 use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
 use vhost_migrate::backend::{self, BackendError, Listener};
@@ -106,19 +107,10 @@ fn run_for(guest: &Guest, requests: u64) {
     wait_for(guest, "requests are answered", |guest| guest.stats().completions >= before + requests);
 }
 
-#[test]
-fn a_back_end_that_is_killed_again_and_again_is_not_noticed() {
-    is_not_noticed(config());
-}
-
-#[test]
-fn a_back_end_of_packed_rings_that_is_killed_again_and_again_is_not_noticed() {
-    is_not_noticed(GuestConfig { packed: true, ..config() });
-}
-
-fn is_not_noticed(config: GuestConfig) {
+#[rstest]
+fn a_back_end_that_is_killed_again_and_again_is_not_noticed(#[values(false, true)] packed: bool) {
     let mut backend = Backend::start();
-    let mut guest = running(&backend, config);
+    let mut guest = running(&backend, GuestConfig { packed, ..config() });
     for kill in 1..=KILLS {
         // At some moment of some request: after another number of them each time.
         run_for(&guest, 50 + 7 * kill);
@@ -229,19 +221,10 @@ fn moved(mut guest: Guest, backend: &mut Backend, trust_log: bool) -> Result<Gue
     Ok(next)
 }
 
-#[test]
-fn a_guest_that_moves_by_its_dirty_pages_while_its_back_end_crashes_loses_nothing() {
-    loses_nothing(config());
-}
-
-#[test]
-fn a_guest_with_packed_rings_that_moves_while_its_back_end_crashes_loses_nothing() {
-    loses_nothing(GuestConfig { packed: true, ..config() });
-}
-
-fn loses_nothing(config: GuestConfig) {
+#[rstest]
+fn a_guest_that_moves_by_its_dirty_pages_while_its_back_end_crashes_loses_nothing(#[values(false, true)] packed: bool) {
     let mut backend = Backend::start();
-    let mut guest = running(&backend, config);
+    let mut guest = running(&backend, GuestConfig { packed, ..config() });
     for _ in 0..4 {
         guest = moved(guest, &mut backend, true).unwrap();
         run_for(&guest, 100);
@@ -254,18 +237,18 @@ fn loses_nothing(config: GuestConfig) {
     assert_eq!((stats.lost, stats.duplicates), (0, 0));
 }
 
-#[test]
-fn a_guest_notices_when_what_its_device_wrote_is_left_behind() {
+#[rstest]
+fn a_guest_notices_when_what_its_device_wrote_is_left_behind(#[values(false, true)] packed: bool) {
     let mut backend = Backend::start();
-    let guest = running(&backend, GuestConfig { request_timeout: 2, ..config() });
+    let guest = running(&backend, GuestConfig { packed, request_timeout: 2, ..config() });
     let found = moved(guest, &mut backend, false).and_then(|mut guest| guest.verify());
     assert!(found.is_err(), "without the device's log this test must fail, or it tests nothing");
 }
 
-#[test]
-fn devices_can_be_controlled_while_their_back_end_crashes() {
+#[rstest]
+fn devices_can_be_controlled_while_their_back_end_crashes(#[values(false, true)] packed: bool) {
     let mut backend = Backend::start();
-    let mut guest = running(&backend, config());
+    let mut guest = running(&backend, GuestConfig { packed, ..config() });
     let mut log = guest.logs().next().unwrap();
     std::thread::scope(|scope| {
         let toggle = scope.spawn(|| -> Result<(), DirtyError> {

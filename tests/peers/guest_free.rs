@@ -1,5 +1,6 @@
 //! QEMU without a guest: migrations under load, with the memory of both sides compared byte by byte, and back-ends that are killed.
 
+use rstest::rstest;
 use serde_json::json;
 
 use crate::backend::{Backend, Kind};
@@ -10,9 +11,13 @@ use crate::qemu::{Disk, Qemu, map_ram};
 use crate::qtest_blk::{Machine, Options};
 use crate::ram::Ram;
 
-const PLAIN: Options = Options { queues: 1, queue_size: 128, event_idx: false, indirect: false };
-const EVENTS: Options = Options { queues: 1, queue_size: 1024, event_idx: true, indirect: false };
-const MANY: Options = Options { queues: 2, queue_size: 256, event_idx: true, indirect: true };
+const PLAIN: Options = Options { queues: 1, queue_size: 128, event_idx: false, indirect: false, packed: false };
+const EVENTS: Options = Options { queues: 1, queue_size: 1024, event_idx: true, indirect: false, packed: false };
+const MANY: Options = Options { queues: 2, queue_size: 256, event_idx: true, indirect: true, packed: false };
+
+const PACKED: Options = Options { packed: true, ..PLAIN };
+const PACKED_EVENTS: Options = Options { packed: true, ..EVENTS };
+const PACKED_MANY: Options = Options { packed: true, ..MANY };
 
 /// Where the "CPU" of the guest dirties memory, so that a migration does not converge by itself.
 const CPU_PAGES: (u64, u64) = (8 << 20, 8 << 20);
@@ -34,7 +39,7 @@ impl Source {
         let image = make_image(&lab);
         let backend = Backend::start(&lab, kind, "backend-a", &image, options.queues);
         let other = Backend::start(&lab, kind, "backend-b", &image, options.queues);
-        let disk = Disk { queues: options.queues, queue_size: options.queue_size };
+        let disk = Disk { queues: options.queues, queue_size: options.queue_size, packed: options.packed };
         let qemu = Qemu::guest_free(&lab, "host-0", backend.socket(), disk);
         let mut machine = Machine { qtest: qemu.qtest(), ram: map_ram(&lab, "host-0") };
         let load = Load::start(&mut machine, options);
@@ -45,8 +50,8 @@ impl Source {
     fn destination(&mut self) -> Qemu {
         let name = format!("host-{}", self.hosts);
         self.hosts += 1;
-        let Options { queues, queue_size, .. } = self.load.driver.options;
-        Qemu::guest_free_destination(&self.lab, &name, self.other.socket(), Disk { queues, queue_size })
+        let Options { queues, queue_size, packed, .. } = self.load.driver.options;
+        Qemu::guest_free_destination(&self.lab, &name, self.other.socket(), Disk { queues, queue_size, packed })
     }
 
     /// Starts to migrate and goes on until `rounds` more rounds are over, under load all the time.
@@ -134,24 +139,26 @@ fn a_migration_under_load_loses_nothing(options: Options, multifd: bool) {
     source.complete(destination);
 }
 
-#[test]
-fn a_migration_under_load_loses_nothing_with_plain_rings() {
-    a_migration_under_load_loses_nothing(PLAIN, false);
+#[rstest]
+fn a_migration_under_load_loses_nothing_with_plain_rings(#[values(PLAIN, PACKED)] options: Options) {
+    a_migration_under_load_loses_nothing(options, false);
 }
 
-#[test]
-fn a_migration_under_load_loses_nothing_with_event_idx_and_multifd() {
-    a_migration_under_load_loses_nothing(EVENTS, true);
+#[rstest]
+fn a_migration_under_load_loses_nothing_with_event_idx_and_multifd(#[values(EVENTS, PACKED_EVENTS)] options: Options) {
+    a_migration_under_load_loses_nothing(options, true);
 }
 
-#[test]
-fn a_migration_under_load_loses_nothing_with_two_queues_and_indirect_descriptors() {
-    a_migration_under_load_loses_nothing(MANY, false);
+#[rstest]
+fn a_migration_under_load_loses_nothing_with_two_queues_and_indirect_descriptors(
+    #[values(MANY, PACKED_MANY)] options: Options,
+) {
+    a_migration_under_load_loses_nothing(options, false);
 }
 
-#[test]
-fn a_guest_migrates_there_and_back_with_multifd() {
-    let mut source = Source::start(Kind::OursDirect, MANY);
+#[rstest]
+fn a_guest_migrates_there_and_back_with_multifd(#[values(MANY, PACKED_MANY)] options: Options) {
+    let mut source = Source::start(Kind::OursDirect, options);
     for _ in 0..3 {
         let mut destination = source.destination();
         source.migrate(&mut destination, true, 2);
@@ -159,9 +166,9 @@ fn a_guest_migrates_there_and_back_with_multifd() {
     }
 }
 
-#[test]
-fn a_log_that_is_toggled_under_load_still_misses_nothing() {
-    let mut source = Source::start(Kind::OursDirect, EVENTS);
+#[rstest]
+fn a_log_that_is_toggled_under_load_still_misses_nothing(#[values(EVENTS, PACKED_EVENTS)] options: Options) {
+    let mut source = Source::start(Kind::OursDirect, options);
     for _ in 0..2 {
         source.qemu.qmp("calc-dirty-rate", json!({"calc-time": 1, "mode": "dirty-bitmap"}));
         wait_for("the dirty rate is measured", || {
@@ -174,9 +181,9 @@ fn a_log_that_is_toggled_under_load_still_misses_nothing() {
     source.complete(destination);
 }
 
-#[test]
-fn a_migration_after_a_cancelled_one_loses_nothing() {
-    let mut source = Source::start(Kind::OursDirect, MANY);
+#[rstest]
+fn a_migration_after_a_cancelled_one_loses_nothing(#[values(MANY, PACKED_MANY)] options: Options) {
+    let mut source = Source::start(Kind::OursDirect, options);
     let mut destination = source.destination();
     source.migrate(&mut destination, false, 2);
     migration::cancel(&mut source.qemu);
@@ -188,9 +195,9 @@ fn a_migration_after_a_cancelled_one_loses_nothing() {
     source.complete(destination);
 }
 
-#[test]
-fn a_stopped_guest_goes_on_where_it_was_also_with_another_back_end() {
-    let mut source = Source::start(Kind::OursDirect, EVENTS);
+#[rstest]
+fn a_stopped_guest_goes_on_where_it_was_also_with_another_back_end(#[values(EVENTS, PACKED_EVENTS)] options: Options) {
+    let mut source = Source::start(Kind::OursDirect, options);
     for round in 0..6 {
         source.load.flood(&mut source.machine);
         source.qemu.qmp("stop", json!({}));
@@ -208,7 +215,7 @@ fn a_stopped_guest_goes_on_where_it_was_also_with_another_back_end() {
 
 #[test]
 fn a_killed_back_end_answers_every_request_exactly_once() {
-    for options in [PLAIN, EVENTS, MANY] {
+    for options in [PLAIN, EVENTS, MANY, PACKED, PACKED_EVENTS, PACKED_MANY] {
         let mut source = Source::start(Kind::OursDirect, options);
         for _ in 0..5 {
             source.crash();
@@ -220,8 +227,8 @@ fn a_killed_back_end_answers_every_request_exactly_once() {
 
 #[test]
 fn a_back_end_killed_during_a_migration_loses_nothing() {
-    for multifd in [false, true] {
-        let mut source = Source::start(Kind::OursDirect, EVENTS);
+    for (multifd, options) in [(false, EVENTS), (true, EVENTS), (true, PACKED_EVENTS)] {
+        let mut source = Source::start(Kind::OursDirect, options);
         let mut destination = source.destination();
         source.migrate(&mut destination, multifd, 2);
         for _ in 0..2 {
@@ -238,8 +245,8 @@ fn a_back_end_killed_during_a_migration_loses_nothing() {
 /// QEMU throws the marks of a dead back-end away; its successor makes up for them (rule L15).
 #[test]
 fn what_a_killed_back_end_marked_reaches_the_destination() {
-    for multifd in [false, true] {
-        let mut source = Source::start(Kind::OursDirect, EVENTS);
+    for (multifd, options) in [(false, EVENTS), (true, EVENTS), (true, PACKED_EVENTS)] {
+        let mut source = Source::start(Kind::OursDirect, options);
         let mut destination = source.destination();
         source.migrate(&mut destination, multifd, 2);
         source.load.drain(&mut source.machine);

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use rstest::rstest;
 use serde_json::json;
 
 use crate::backend::words;
@@ -18,7 +19,7 @@ use crate::process::{Lab, Process, wait_for};
 
 /// More pairs than the guest has CPUs: it uses one of them, and what the tap has for the others must not be lost.
 const DEVICE: &str = "-netdev vhost-user,id=net,chardev=vu,queues=2 \
-                      -device virtio-net-pci,netdev=net,mq=on,mac=52:54:00:47:47:47";
+                      -device virtio-net-pci,netdev=net,mq=on,mac=52:54:00:47:47:47,packed=";
 
 /// Where datagrams come back from.
 const ECHO: &str = "10.213.47.1:4747";
@@ -90,9 +91,11 @@ pub(crate) fn backend(lab: &Lab, name: &str, args: &str) -> Process {
     process
 }
 
-#[test]
-fn a_linux_guest_goes_on_talking_through_taps_while_it_moves_there_and_back() {
-    let (lab, network) = (Lab::new(), Network::new());
+#[rstest]
+#[case::split("off", 4)]
+#[case::packed("on", 2)]
+fn a_linux_guest_goes_on_talking_through_taps_while_it_moves_there_and_back(#[case] packed: &str, #[case] moves: u32) {
+    let (lab, network, device) = (Lab::new(), Network::new(), format!("{DEVICE}{packed}"));
     let mut backends: Vec<Process> = (0..2)
         .map(|number| {
             backend(&lab, &format!("net-{number}"), &format!("--tap {} --queue-pairs 2", network.taps[number]))
@@ -103,12 +106,12 @@ fn a_linux_guest_goes_on_talking_through_taps_while_it_moves_there_and_back() {
         initramfs::kernel().display(),
         initramfs::make(&lab, Kernel::Pc, &["virtio_pci", "virtio_net"], UP, "net").display()
     );
-    let mut source = Host::start(&lab, "host-0", &boot, &lab.file("net-0.sock"), DEVICE);
+    let mut source = Host::start(&lab, "host-0", &boot, &lab.file("net-0.sock"), &device);
     source.works(200, 0);
-    for number in 1..=4 {
+    for number in 1..=moves {
         let name = format!("host-{number}");
         let there = lab.file(&format!("net-{}.sock", number % 2));
-        let mut destination = Host::start(&lab, &name, "-incoming defer", &there, DEVICE);
+        let mut destination = Host::start(&lab, &name, "-incoming defer", &there, &device);
         let socket = lab.file(&format!("{name}.migration"));
         migration::begin(&mut source.qemu, &mut destination.qemu, &socket, false, GENTLE);
         migration::finish(&mut source.qemu, &mut destination.qemu);

@@ -11,9 +11,9 @@ use crate::qemu::{Disk, Qemu, map_ram};
 use crate::qtest_blk::{Machine, Options};
 use crate::ram::PAGE;
 
-const PLAIN: Options = Options { queues: 1, queue_size: 128, event_idx: false, indirect: false };
-const EVENTS: Options = Options { queues: 1, queue_size: 1024, event_idx: true, indirect: false };
-const MANY: Options = Options { queues: 2, queue_size: 256, event_idx: true, indirect: true };
+const PLAIN: Options = Options { queues: 1, queue_size: 128, event_idx: false, indirect: false, packed: false };
+const EVENTS: Options = Options { queues: 1, queue_size: 1024, event_idx: true, indirect: false, packed: false };
+const MANY: Options = Options { queues: 2, queue_size: 256, event_idx: true, indirect: true, packed: false };
 
 /// A QEMU whose back-end is behind a proxy, with a load on its disk and nothing in flight. The parts end from first to last.
 struct Logged {
@@ -38,7 +38,7 @@ impl Logged {
         let image = make_image(&lab);
         let backend = Backend::start(&lab, kind, "backend", &image, options.queues);
         let proxy = Proxy::start(&lab, "proxy.sock", backend.socket());
-        let disk = Disk { queues: options.queues, queue_size: options.queue_size };
+        let disk = Disk { queues: options.queues, queue_size: options.queue_size, packed: options.packed };
         let qemu = Qemu::guest_free(&lab, "host", proxy.socket(), disk);
         let mut machine = Machine { qtest: qemu.qtest(), ram: map_ram(&lab, "host") };
         let mut load = Load::start(&mut machine, options);

@@ -17,6 +17,7 @@ use crate::ram::{Ram, SIZE};
 pub(crate) struct Disk {
     pub(crate) queues: u16,
     pub(crate) queue_size: u16,
+    pub(crate) packed: bool,
 }
 
 /// A running QEMU with its QMP connection.
@@ -112,10 +113,11 @@ pub(crate) fn map_ram(lab: &Lab, name: &str) -> Ram {
 }
 
 fn guest_free_arguments(lab: &Lab, name: &str, socket: &Path, disk: Disk) -> String {
-    let Disk { queues, queue_size } = disk;
+    let Disk { queues, queue_size, packed } = disk;
+    let packed = if packed { "on" } else { "off" };
     let disk = format!(
         "-chardev socket,id=vu,path={},reconnect-ms=100 \
-         -device vhost-user-blk-pci,chardev=vu,addr=3,num-queues={queues},queue-size={queue_size}",
+         -device vhost-user-blk-pci,chardev=vu,addr=3,num-queues={queues},queue-size={queue_size},packed={packed}",
         socket.display(),
     );
     machine_arguments(lab, name, &disk)

@@ -1,4 +1,4 @@
-//! A virtio-blk driver on the other side of qtest: finds the PCI function, maps its BAR, sets up split rings in guest memory, submits
+//! A virtio-blk driver on the other side of qtest: finds the PCI function, maps its BAR, sets up rings in guest memory, submits
 //! requests and takes completions. What it reads and writes on the disk is `load`'s business.
 
 use crate::qtest::Qtest;
@@ -25,6 +25,7 @@ const DESCRIPTORS_PER_REQUEST: u16 = 4;
 const F_RING_INDIRECT: u64 = 1 << 28;
 const F_RING_EVENT_IDX: u64 = 1 << 29;
 const F_VERSION_1: u64 = 1 << 32;
+const F_RING_PACKED: u64 = 1 << 34;
 const F_BLK_MQ: u64 = 1 << 12;
 
 /// How the driver uses its rings.
@@ -34,6 +35,7 @@ pub(crate) struct Options {
     pub(crate) queue_size: u16,
     pub(crate) event_idx: bool,
     pub(crate) indirect: bool,
+    pub(crate) packed: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +58,8 @@ struct Queue {
     avail: u16,
     kicked: u16,
     used: u16,
+    /// Descriptors of a packed ring that were made available, kicked for and seen used, in all.
+    positions: [u64; 3],
 }
 
 /// The driver's state: what a real driver would have in guest memory and migrate with it.
@@ -86,6 +90,7 @@ impl Driver {
         features |= if options.event_idx { F_RING_EVENT_IDX } else { 0 };
         features |= if options.indirect { F_RING_INDIRECT } else { 0 };
         features |= if options.queues > 1 { F_BLK_MQ } else { 0 };
+        features |= if options.packed { F_RING_PACKED } else { 0 };
         let mut offered = 0;
         for word in 0..2 {
             qtest.store("writel", common, word);
@@ -107,7 +112,9 @@ impl Driver {
                 qtest.store("writel", common + register, gpa & 0xffff_ffff);
                 qtest.store("writel", common + register + 4, gpa >> 32);
             }
-            if !options.event_idx {
+            if options.packed {
+                qtest.write(base + AVAIL, &[0, 0, 1, 0]); // RING_EVENT_FLAGS_DISABLE
+            } else if !options.event_idx {
                 qtest.write(base + AVAIL, &1u16.to_le_bytes()); // VIRTQ_AVAIL_F_NO_INTERRUPT
             }
             qtest.store("writew", common + 28, 1);
@@ -119,8 +126,7 @@ impl Driver {
 
     /// How many requests fit into a queue at once.
     pub(crate) fn slots(&self) -> u16 {
-        let per_request = if self.options.indirect { 1 } else { DESCRIPTORS_PER_REQUEST };
-        (self.options.queue_size / per_request).min(self.max_slots())
+        (self.options.queue_size / self.per_request()).min(self.max_slots())
     }
 
     /// Where the data of a slot is.
@@ -173,6 +179,9 @@ impl Driver {
             (data + first, len - first, NEXT | direction),
             (status, 1, WRITE),
         ];
+        if self.options.packed {
+            return self.submit_packed(qtest, queue, slot, &table);
+        }
         let (head, at) = if self.options.indirect {
             let at = base + INDIRECT + u64::from(slot) * 64;
             qtest.write(base + u64::from(slot) * 16, &descriptor(at, 64, 4, 0));
@@ -194,6 +203,33 @@ impl Driver {
         state.avail = state.avail.wrapping_add(1);
     }
 
+    /// Puts a request into a packed ring; the flags of its first descriptor come last.
+    fn submit_packed(&mut self, qtest: &mut Qtest, queue: u16, slot: u16, table: &[(u64, u64, u16)]) {
+        let base = queue_base(queue);
+        let size = u64::from(self.options.queue_size);
+        let indirect = base + INDIRECT + u64::from(slot) * 64;
+        let of = |&(address, len, flags): &(u64, u64, u16)| (address, u32::try_from(len).unwrap(), flags);
+        let descs: Vec<(u64, u32, u16)> = if self.options.indirect {
+            for (at, entry) in (indirect..).step_by(16).zip(table) {
+                let (address, len, flags) = of(entry);
+                qtest.write(at, &descriptor(address, len, 0, flags & 2));
+            }
+            vec![(indirect, 64, 4)]
+        } else {
+            table.iter().map(of).collect()
+        };
+        let state = &mut self.queues[usize::from(queue)];
+        for (number, (address, len, flags)) in (0..).zip(descs).collect::<Vec<_>>().into_iter().rev() {
+            let position: u64 = state.positions[0] + number;
+            let at = base + position % size * 16;
+            let flags = flags | if round_is_odd(position, size) { USED_BIT } else { AVAIL_BIT };
+            qtest.write(at, &descriptor(address, len, slot, 0)[..14]);
+            qtest.write(at + 14, &flags.to_le_bytes());
+        }
+        state.positions[0] += u64::from(if self.options.indirect { 1 } else { DESCRIPTORS_PER_REQUEST });
+        state.avail = state.avail.wrapping_add(1);
+    }
+
     /// Publishes the avail index of a queue and notifies the device if it wants to be.
     pub(crate) fn kick(&mut self, machine: &mut Machine, queue: u16) {
         let base = queue_base(queue);
@@ -202,9 +238,23 @@ impl Driver {
         if state.avail == state.kicked {
             return;
         }
-        machine.qtest.write(base + AVAIL + 2, &state.avail.to_le_bytes());
+        if !self.options.packed {
+            machine.qtest.write(base + AVAIL + 2, &state.avail.to_le_bytes());
+        }
         machine.qtest.flush();
-        let wanted = if self.options.event_idx {
+        let wanted = if self.options.packed {
+            let [avail, kicked, _] = state.positions;
+            state.positions[1] = avail;
+            let (event, flags) = (machine.ram.u16(base + USED), machine.ram.u16(base + USED + 2));
+            match flags & 3 {
+                1 => false,
+                // The descriptor it waits for, by position and wrap counter.
+                2 => (kicked..avail).any(|position| {
+                    u64::from(event & 0x7fff) == position % size && (event >> 15 == 0) == round_is_odd(position, size)
+                }),
+                _ => true,
+            }
+        } else if self.options.event_idx {
             let event = machine.ram.u16(base + USED + 4 + 8 * size);
             state.avail.wrapping_sub(event).wrapping_sub(1) < state.avail.wrapping_sub(state.kicked)
         } else {
@@ -220,10 +270,14 @@ impl Driver {
     /// Takes what the device has put into the used rings since the last time; writes nothing.
     pub(crate) fn completions(&mut self, ram: &Ram) -> Vec<Done> {
         let size = self.options.queue_size;
-        let per_request = if self.options.indirect { 1 } else { DESCRIPTORS_PER_REQUEST };
+        let per_request = self.per_request();
         let mut all = Vec::new();
         for queue in 0..self.options.queues {
             let base = queue_base(queue);
+            if self.options.packed {
+                self.packed_completions(ram, queue, &mut all);
+                continue;
+            }
             let published = ram.u16(base + USED + 2);
             let outstanding = self.outstanding(queue);
             let state = &mut self.queues[usize::from(queue)];
@@ -244,6 +298,30 @@ impl Driver {
         all
     }
 
+    fn packed_completions(&mut self, ram: &Ram, queue: u16, all: &mut Vec<Done>) {
+        let (base, size) = (queue_base(queue), u64::from(self.options.queue_size));
+        let (per_request, slots) = (u64::from(self.per_request()), self.slots());
+        while self.outstanding(queue) > 0 {
+            let state = &mut self.queues[usize::from(queue)];
+            let position = state.positions[2];
+            let at = base + position % size * 16;
+            let used = if round_is_odd(position, size) { 0 } else { AVAIL_BIT | USED_BIT };
+            if ram.u16(at + 14) & (AVAIL_BIT | USED_BIT) != used {
+                return;
+            }
+            let (slot, len) = (ram.u16(at + 12), ram.u32(at + 8));
+            assert!(slot < slots, "queue {queue}: no request has id {slot}");
+            let status = ram.read(base + STATUS + u64::from(slot), 1)[0];
+            all.push(Done { queue, slot, len, status });
+            state.positions[2] += per_request;
+            state.used = state.used.wrapping_add(1);
+        }
+    }
+
+    fn per_request(&self) -> u16 {
+        if self.options.indirect { 1 } else { DESCRIPTORS_PER_REQUEST }
+    }
+
     fn max_slots(&self) -> u16 {
         1024 / self.options.queues.max(1)
     }
@@ -253,6 +331,15 @@ fn queue_base(queue: u16) -> u64 {
     QUEUES + u64::from(queue) * QUEUE_STRIDE
 }
 
+const AVAIL_BIT: u16 = 1 << 7;
+const USED_BIT: u16 = 1 << 15;
+
+/// Whether the wrap counter is 0 at a position of a packed ring that counts on from round to round.
+fn round_is_odd(position: u64, size: u64) -> bool {
+    position / size % 2 == 1
+}
+
+/// Of a split ring; of a packed one the last two are the id and the flags.
 fn descriptor(address: u64, len: u32, flags: u16, next: u16) -> [u8; 16] {
     let mut bytes = [0; 16];
     bytes[..8].copy_from_slice(&address.to_le_bytes());

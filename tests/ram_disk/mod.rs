@@ -10,7 +10,7 @@ use vhost_migrate::abi::{bit, virtio};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, FrontendError, InflightState, Reconnected, RingSetup};
 use vhost_migrate::memory::Memory;
-use vhost_migrate::ring::{Chain, RingBase, SplitDevice, SplitLayout};
+use vhost_migrate::ring::{Chain, DeviceRing, RingBase, RingLayout};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 /// What it does wrong, for as many requests as each says.
@@ -54,7 +54,7 @@ fn once(fault: &AtomicU32) -> bool {
 }
 
 fn serve(
-    mut ring: SplitDevice,
+    mut ring: DeviceRing,
     memory: &Memory,
     setup: &RingSetup,
     bytes: &Mutex<Vec<u8>>,
@@ -95,9 +95,9 @@ fn serve(
             if once(&faults.forget) {
                 continue;
             }
-            ring.push(chain.head, written);
+            ring.push(&chain, written);
             if once(&faults.complete_twice) {
-                ring.push(chain.head, written);
+                ring.push(&chain, written);
             }
             if ring.publish() {
                 nix::unistd::write(&setup.call, &1u64.to_ne_bytes()).unwrap();
@@ -123,6 +123,7 @@ impl Device for RamDisk {
     fn features(&self) -> u64 {
         [
             virtio::VIRTIO_F_VERSION_1,
+            virtio::VIRTIO_F_RING_PACKED,
             virtio::VIRTIO_RING_F_EVENT_IDX,
             virtio::VIRTIO_RING_F_INDIRECT_DESC,
             virtio::VIRTIO_BLK_F_SEG_MAX,
@@ -163,8 +164,8 @@ impl Device for RamDisk {
     }
 
     fn start_ring(&mut self, index: u16, setup: RingSetup) -> Result<(), FrontendError> {
-        let layout = SplitLayout { size: setup.size, desc: setup.desc, avail: setup.avail, used: setup.used };
-        let ring = SplitDevice::new(&self.memory, layout, self.features, setup.base).unwrap();
+        let layout = RingLayout::new(self.features, setup.size, setup.desc, setup.avail, setup.used);
+        let ring = DeviceRing::new(&self.memory, layout, self.features, setup.base).unwrap();
         let (memory, bytes, faults) = (self.memory.clone(), self.bytes.clone(), self.faults.clone());
         let (stop, kick) = (Arc::new(AtomicBool::new(false)), setup.kick.clone());
         let stopped = stop.clone();

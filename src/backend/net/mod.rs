@@ -36,14 +36,13 @@ use self::receive::Receive;
 use self::transmit::Transmit;
 pub use self::wire::Counts;
 use self::wire::{HEADER, Hub, Wire};
-use super::{BackendError, Device, Queue};
+use super::{BackendError, Device, Queue, RING_FEATURES};
 use crate::abi::bit;
 use crate::abi::vhost_user::{CONFIG_TYPE_MIGRATION, Request as Code, protocol_feature};
 use crate::abi::virtio::{
-    NetConfig, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX,
-    VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ,
-    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
-    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+    NetConfig, VIRTIO_F_VERSION_1, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA,
+    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
 };
 
 /// Most queue pairs: a vhost-user message names one of 256 rings.
@@ -228,10 +227,7 @@ enum Role {
 impl Device for Net {
     fn features(&self) -> u64 {
         let or = |yes: bool, bits: u64| if yes { bits } else { 0 };
-        bit(VIRTIO_F_VERSION_1)
-            | bit(VIRTIO_F_RING_PACKED)
-            | bit(VIRTIO_RING_F_INDIRECT_DESC)
-            | bit(VIRTIO_RING_F_EVENT_IDX)
+        RING_FEATURES
             | bit(VIRTIO_NET_F_MAC)
             | bit(VIRTIO_NET_F_MRG_RXBUF)
             | bit(VIRTIO_NET_F_STATUS)
