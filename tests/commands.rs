@@ -63,13 +63,18 @@ impl Host {
     }
 
     fn backend(&mut self, name: &str) -> PathBuf {
+        self.backend_with(name, &[])
+    }
+
+    fn backend_with(&mut self, name: &str, more: &[&str]) -> PathBuf {
         let socket = self.path(name);
         let mut command = program();
         command
             .args(["backend", "blk", "--queues", "4", "--image"])
             .arg(self.path("disk"))
             .arg("--socket")
-            .arg(&socket);
+            .arg(&socket)
+            .args(more);
         self.running.push(Running(command.stdout(Stdio::null()).spawn().unwrap()));
         socket
     }
@@ -284,6 +289,19 @@ fn a_guest_moves_from_one_device_of_the_guide_to_another() {
     let unix = format!("unix:{}", host.path("incoming").display());
     let (here, there) = (host.file_disk("here"), host.file_disk("there"));
     let source = host.guest_on(&here, "source", &["--memory", "64MiB", "--queues", "1"]);
+    let destination = host.guest_on(&there, "destination", &["--incoming", &unix]);
+    until(&source, "running");
+    until(&destination, "absent");
+    assert_completed(&migrate(&source, &unix, &[]));
+    verify(&destination);
+}
+
+#[test]
+fn a_guest_moves_without_waiting_for_its_disk() {
+    let mut host = Host::new();
+    let unix = format!("unix:{}", host.path("incoming").display());
+    let [here, there] = ["here", "there"].map(|name| host.backend_with(name, &["--inflight-migration"]));
+    let source = host.guest_on(&here, "source", &["--memory", "64MiB", "--inflight-migration"]);
     let destination = host.guest_on(&there, "destination", &["--incoming", &unix]);
     until(&source, "running");
     until(&destination, "absent");

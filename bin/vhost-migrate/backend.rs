@@ -97,6 +97,9 @@ struct Seccomp {
     /// What follows a system call that no back-end needs (see docs/security.md)
     #[arg(long, value_name = "WHAT", default_value = "kill")]
     seccomp: Consequence,
+    /// As --seccomp off
+    #[arg(long, conflicts_with = "seccomp")]
+    no_seccomp: bool,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -112,6 +115,7 @@ enum Consequence {
 impl Seccomp {
     fn sandbox(&self) -> Option<Sandbox> {
         let violation = match self.seccomp {
+            _ if self.no_seccomp => return None,
             Consequence::Kill => Violation::Kill,
             Consequence::Log => Violation::Log,
             Consequence::Off => return None,

@@ -156,7 +156,8 @@ impl Urings {
             let [read, readv] = [opcode::Read::CODE, opcode::Readv::CODE];
             let [write, writev] = [opcode::Write::CODE, opcode::Writev::CODE];
             let [fsync, fallocate] = [opcode::Fsync::CODE, opcode::Fallocate::CODE];
-            let mut only = [read, readv, write, writev, fsync, fallocate].map(Restriction::sqe_op);
+            let cancel = opcode::AsyncCancel2::CODE;
+            let mut only = [read, readv, write, writev, fsync, fallocate, cancel].map(Restriction::sqe_op);
             ring.submitter().register_restrictions(&mut only)?;
             ring.submitter().register_enable_rings()?;
             Ok(ring)
@@ -410,6 +411,8 @@ fn transfer(fd: RawFd, iovecs: &[libc::iovec], offset: i64, write: Option<i32>) 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::{Memory, Region, sealed_memfd};
+    use crate::ring::Buffer;
 
     #[test]
     fn a_ring_does_disk_io_and_nothing_that_a_filter_of_system_calls_would_forbid() {
@@ -426,5 +429,30 @@ mod tests {
             ring.completion().next().unwrap().result()
         });
         assert_eq!(results, [-libc::EACCES, -libc::EACCES, -libc::EINVAL], "/dev/null can't be synced");
+    }
+
+    #[test]
+    fn io_that_takes_for_ever_comes_back_when_it_is_canceled() {
+        let (empty, _keeps_it_open) = nix::unistd::pipe().unwrap();
+        let files = Arc::new(Files { buffered: empty.into(), direct: None });
+        let fd = sealed_memfd("disk-io-test", 0x2000).unwrap();
+        let memory = Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 0x2000, 0, 0).unwrap())]).unwrap();
+        let mut engine = Uring::new(files, &Arc::new(Urings::new(1, 4).unwrap())).unwrap();
+        for gpa in [0, 0x1000] {
+            let mut request = Request::new(memory.clone(), None);
+            request.renew().writable.push(Buffer { gpa, len: 0x1000 });
+            engine.submit(Io { request, op: Op::Read, disk: 0..0x1000, at: 0, direct: false });
+        }
+        let mut done = VecDeque::new();
+        engine.completions(&mut done);
+        assert!(done.is_empty());
+        engine.cancel();
+        while done.len() < 2 {
+            engine.ring.submit_and_wait(1).unwrap();
+            engine.completions(&mut done);
+        }
+        for (_, result) in done {
+            assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::ECANCELED));
+        }
     }
 }

@@ -195,9 +195,11 @@ fn counters_can_be_fetched_from_behind_the_filter() {
 fn without_a_filter_it_says_so_in_its_status_and_an_image_out_of_reach_is_explained() {
     let nobodys = Nobodys::new();
     let image = nobodys.path("image");
-    let open = nobodys.start(&["blk", "--image", &image, "--seccomp", "off"]);
-    assert_eq!(open.status("Seccomp:"), "0");
-    open.end();
+    for none in [&["--seccomp", "off"][..], &["--no-seccomp"]] {
+        let open = nobodys.start(&[&["blk", "--image", &image], none].concat());
+        assert_eq!(open.status("Seccomp:"), "0");
+        open.end();
+    }
     if geteuid().is_root() {
         chown(&image, Some(0), Some(0)).unwrap();
         let output = nobodys.command(&["blk", "--image", &image]).output().unwrap();
