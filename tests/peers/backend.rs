@@ -109,7 +109,7 @@ pub(crate) fn words(line: &str) -> Vec<String> {
 }
 
 /// Whether some process listens on the socket, asked without connecting: a connection would be served.
-fn listens(socket: &Path) -> bool {
+pub(crate) fn listens(socket: &Path) -> bool {
     const ACCEPTS: u32 = 1 << 16; // __SO_ACCEPTCON
     let table = fs::read_to_string("/proc/net/unix").unwrap();
     table.lines().any(|line| {

@@ -1,7 +1,7 @@
-//! Programs that are not ours, driven against ours: QEMU without a guest, QEMU with a real Linux guest, User-mode Linux, `qemu-storage-daemon`,
-//! and block devices of the kernel.
+//! Programs that are not ours, driven against ours: QEMU without a guest, QEMU with a real Linux guest, User-mode Linux, DPDK,
+//! `qemu-storage-daemon`, and block devices of the kernel.
 //! Needs the cargo feature `peers` and what `tests/peers/install` installs; a missing peer is a failure, never a skip.
-//! The laboratory (processes, QMP, qtest, driver, proxy) is in the modules without tests; `guest_free`, `log_bitmap`, `linux_guest`,
+//! The laboratory (processes, QMP, qtest, driver, proxy) is in the modules without tests; `guest_free`, `log_bitmap`, `linux_guest`, `dpdk`,
 //! `linux_net` and `uml` hold the promises.
 
 // Everything here is test code: a failed expectation is a failed test.
@@ -12,6 +12,7 @@
 mod backend;
 mod check;
 mod device_state;
+mod dpdk;
 mod guest_free;
 mod hugetlb;
 mod initramfs;
@@ -28,4 +29,5 @@ mod qsd;
 mod qtest;
 mod qtest_blk;
 mod ram;
+mod testpmd;
 mod uml;
