@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
+use std::ops::RangeInclusive;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -125,6 +126,10 @@ impl Rings for Bent {
         Ok(RingBase::split(u16::from_le_bytes(avail)))
     }
 
+    fn invalidate(&mut self, iovas: &RangeInclusive<u64>) {
+        self.workers.lock().unwrap().invalidate(iovas);
+    }
+
     fn kick(&mut self, index: u16) {
         self.workers.lock().unwrap().kick(index);
     }
@@ -222,6 +227,7 @@ fn image(folder: &Path) -> DiskOptions {
         direct: false,
         in_order: false,
         inflight_migration: false,
+        iommu: false,
         share_rw: false,
     }
 }

@@ -327,6 +327,7 @@ fn stateful(folder: &Path, socket: &str, state: &[u8]) -> Arc<Stateful> {
         direct: false,
         in_order: false,
         inflight_migration: false,
+        iommu: false,
         share_rw: false,
     };
     let device = Stateful {

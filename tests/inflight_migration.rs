@@ -97,6 +97,7 @@ impl Backend {
             aio,
             direct: false,
             in_order: false,
+            iommu: false,
             inflight_migration: true,
             share_rw: false,
         });

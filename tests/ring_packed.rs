@@ -59,7 +59,7 @@ struct Request {
 
 impl Request {
     fn of(chain: &Chain) -> Request {
-        let Chain { head, slots, readable, writable } = chain.clone();
+        let Chain { head, slots, readable, writable, .. } = chain.clone();
         Request { id: head, slots, readable, writable }
     }
 

@@ -80,6 +80,9 @@ struct Blk {
     /// and is served by the destination. The protocol's numbers for it may still change
     #[arg(long)]
     inflight_migration: bool,
+    /// Offer drivers to be behind an IOMMU; the front-end must translate, as QEMU does with a vIOMMU
+    #[arg(long)]
+    iommu: bool,
     /// Let other processes write the image at the same time, as cluster file systems want it
     #[arg(long)]
     share_rw: bool,
@@ -176,6 +179,7 @@ impl Blk {
             direct: self.direct,
             in_order: self.in_order,
             inflight_migration: self.inflight_migration,
+            iommu: self.iommu,
             share_rw: self.share_rw,
         })?;
         let (bytes, image) = (disk.capacity() * 512, self.image.display());

@@ -4,6 +4,7 @@
 #![no_main]
 
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
@@ -17,7 +18,7 @@ struct Nothing;
 
 impl Device for Nothing {
     fn features(&self) -> u64 {
-        1 << 32
+        1 << 32 | 1 << 33
     }
 
     fn queues(&self) -> u16 {
@@ -49,7 +50,7 @@ impl Rings for Checked {
         assert!(!*running, "a running ring was started");
         assert!((1..=256).contains(&setup.layout.size()));
         let [desc, ..] = setup.layout.areas();
-        assert!(setup.memory.slice(desc, 16 * u64::from(setup.layout.size())).is_ok());
+        assert!(setup.iotlb.is_some() || setup.memory.slice(desc, 16 * u64::from(setup.layout.size())).is_ok());
         *running = true;
         Ok(())
     }
@@ -63,6 +64,8 @@ impl Rings for Checked {
     fn set_logging(&mut self, index: u16, _logging: Logging) {
         assert!(self.running[usize::from(index)]);
     }
+
+    fn invalidate(&mut self, _iovas: &RangeInclusive<u64>) {}
 
     fn kick(&mut self, index: u16) {
         assert!(self.running[usize::from(index)]);

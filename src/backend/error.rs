@@ -7,7 +7,7 @@ use std::io;
 use crate::abi::vhost_user::Request as Code;
 use crate::dirty::LogError;
 use crate::inflight::InflightError;
-use crate::memory::MemoryError;
+use crate::memory::{Access, IotlbError, MemoryError, TranslationError};
 use crate::ring::RingError;
 
 /// Why a message was refused, a ring stopped or a connection ended.
@@ -192,6 +192,36 @@ pub enum BackendError {
         index: u16,
         /// What is wrong with it.
         source: RingError,
+    },
+    /// The front-end has no translation for an address of a ring behind an IOMMU, or none that permits the access.
+    #[error(
+        "ring {index} is broken and stops until it is set up again: the front-end refuses {access:?} at {iova:#x} behind \
+         the IOMMU: map it before it is made available (rule T1)"
+    )]
+    Translation {
+        /// The ring.
+        index: u16,
+        /// I/O virtual address.
+        iova: u64,
+        /// What for.
+        access: Access,
+    },
+    /// A ring behind an IOMMU whose areas can't be used where they are.
+    #[error("ring {index} is broken and stops until it is set up again: {source}")]
+    RingTranslation {
+        /// The ring.
+        index: u16,
+        /// What is wrong with it.
+        source: TranslationError,
+    },
+    /// A message about a translation that can't be.
+    #[error(transparent)]
+    Iotlb(#[from] IotlbError),
+    /// A kind of translation message that is not for a back-end.
+    #[error("IOTLB_MSG of kind {kind}: a front-end sends updates (2) and invalidations (3) (rule T2)")]
+    IotlbKind {
+        /// The kind.
+        kind: u8,
     },
     /// The driver made a descriptor available that the device still works on.
     #[error("ring {index} is broken and stops until it is set up again: descriptor {head} was made available twice")]

@@ -5,7 +5,9 @@
 //! | `message` | one message of the protocol, framed and unframed |
 //! | `session` | what messages mean: a state machine without I/O |
 //! | `server` | listens, reads and answers messages, survives its front-ends |
+//! | `iommu` | what a ring behind an IOMMU asks for, and what it has in use |
 //! | `tracker` | what the inflight region is told of a ring's requests |
+//! | `post` | where a ring is taken up, and waits for its areas behind an IOMMU |
 //! | `worker` | one thread per running ring: takes requests, logs, publishes, notifies |
 //! | `channel` | what the front-end is told without having asked |
 //! | `device` | what a device author writes, and the [`Request`] it gets |
@@ -28,9 +30,11 @@ mod device;
 mod disk_io;
 mod error;
 mod immediate;
+mod iommu;
 mod message;
 pub mod net;
 mod notify;
+mod post;
 mod sandbox;
 mod server;
 mod session;

@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -16,17 +17,18 @@ use zerocopy::FromBytes;
 use super::channel::Attached;
 use super::transfer::Transfer;
 use super::{BackendError, Device, Host, Message, Notifier, Reply, counters};
+use crate::abi::vhost::{VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_UPDATE};
 use crate::abi::vhost_user::{
-    ConfigHeader, DEVICE_STATE_NOFD_MASK, Header, InflightDescription, LogDescription, MemRegMsg, MemoryHeader,
-    MemoryRegion, Request as Code, VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_CONFIG_SIZE,
-    VHOST_USER_MAX_RAM_SLOTS_TODAY, VHOST_VRING_F_LOG, VRING_IDX_MASK, VRING_NOFD_MASK, VringAddr, VringState,
-    protocol_feature, unstable,
+    ConfigHeader, DEVICE_STATE_NOFD_MASK, Header, InflightDescription, IotlbMsg, LogDescription, MemRegMsg,
+    MemoryHeader, MemoryRegion, Request as Code, VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES,
+    VHOST_USER_MAX_CONFIG_SIZE, VHOST_USER_MAX_RAM_SLOTS_TODAY, VHOST_VRING_F_LOG, VRING_IDX_MASK, VRING_NOFD_MASK,
+    VringAddr, VringState, protocol_feature, unstable,
 };
-use crate::abi::virtio::VIRTIO_F_RING_PACKED;
+use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED};
 use crate::abi::{bit, virtio};
 use crate::dirty::{Log, LogSignal};
 use crate::inflight;
-use crate::memory::{Memory, Region};
+use crate::memory::{Iotlb, Memory, Region, invalidated};
 use crate::ring::{RingBase, RingLayout};
 
 /// The protocol features that are offered with any device.
@@ -75,6 +77,8 @@ pub struct Setup {
     pub first: bool,
     /// The front-end, to be told or asked something.
     pub host: Arc<Host>,
+    /// With ACCESS_PLATFORM acknowledged: what is known of the IOMMU. All addresses of the ring are I/O virtual then.
+    pub iotlb: Option<Arc<Iotlb>>,
 }
 
 /// Where a ring's writes are logged. Nothing is logged by default.
@@ -122,7 +126,10 @@ pub trait Rings {
     /// Changes where a running ring logs (rule L9).
     fn set_logging(&mut self, index: u16, logging: Logging);
 
-    /// Has a running ring look for new requests (rule B3).
+    /// Finishes what uses these addresses, whose translations are gone (rule T3).
+    fn invalidate(&mut self, iovas: &RangeInclusive<u64>);
+
+    /// Has a running ring look for new requests (rule B3), or for translations that it lacked.
     fn kick(&mut self, index: u16);
 
     /// Changes what a running ring signals.
@@ -172,6 +179,7 @@ pub struct Session {
     rings: Vec<Ring>,
     /// A device's state on its way.
     transfer: Option<Transfer>,
+    iotlb: Arc<Iotlb>,
     host: Arc<Host>,
     /// The back-end channel, if the front-end has given one.
     channel: Option<Attached>,
@@ -195,6 +203,7 @@ impl Session {
             inflight: None,
             rings,
             transfer: None,
+            iotlb: Arc::default(),
             host,
             channel: None,
         }
@@ -399,6 +408,9 @@ impl Session {
                 )?;
                 self.inflight = Some(Arc::new(region));
             }
+            Code::IOTLB_MSG if self.device.features() & bit(VIRTIO_F_ACCESS_PLATFORM) != 0 => {
+                self.translation(&message.body()?, rings)?;
+            }
             Code::SET_DEVICE_STATE_FD if self.speaks(protocol_feature::DEVICE_STATE) => {
                 let error = answer(self.begin_transfer(&mut message));
                 return number(error | DEVICE_STATE_NOFD_MASK);
@@ -447,6 +459,35 @@ impl Session {
         Ok(())
     }
 
+    fn is_translated(&self) -> bool {
+        self.features & bit(VIRTIO_F_ACCESS_PLATFORM) != 0
+    }
+
+    /// What the front-end says of its IOMMU (rules T2, T3).
+    fn translation(&mut self, message: &IotlbMsg, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        let IotlbMsg { iova, size, uaddr, perm, kind, .. } = *message;
+        match kind {
+            VHOST_IOTLB_UPDATE => {
+                if perm != 0 {
+                    self.memory.pieces_of_user(uaddr, size, |_, _| {})?;
+                }
+                self.iotlb.update(iova, size, uaddr, perm)?;
+                // Some of them may wait for just this.
+                for (index, _) in (0..).zip(&self.rings).filter(|(_, ring)| ring.running) {
+                    rings.kick(index);
+                }
+                Ok(())
+            }
+            VHOST_IOTLB_INVALIDATE => {
+                let iovas = invalidated(iova, size)?;
+                self.iotlb.invalidate(&iovas);
+                rings.invalidate(&iovas);
+                Ok(())
+            }
+            _ => Err(BackendError::IotlbKind { kind }),
+        }
+    }
+
     /// Stops all rings; each needs a new kick and a new enable.
     fn disable(&mut self, rings: &mut dyn Rings) -> Result<(), BackendError> {
         for index in 0..self.device.queues() {
@@ -463,6 +504,7 @@ impl Session {
         self.disable(rings)?;
         self.rings.iter_mut().for_each(|ring| *ring = Ring::default());
         (self.features, self.status) = (0, 0);
+        self.iotlb.invalidate(&(0..=u64::MAX));
         self.device.reset();
         if let Some(region) = &self.inflight {
             region.reset();
@@ -592,7 +634,7 @@ impl Session {
             if ring.addr.as_ref().map(places) != Some(places(&addr)) {
                 return Err(BackendError::RingRuns { code: Code::SET_VRING_ADDR, index, rule: "R5" });
             }
-        } else if size > 0 && !self.memory.regions().is_empty() {
+        } else if size > 0 && !self.memory.regions().is_empty() && !self.is_translated() {
             layout(&self.memory, features, index, size, &addr)?;
         }
         self.ring(Code::SET_VRING_ADDR, addr.index)?.addr = Some(addr);
@@ -763,8 +805,16 @@ impl Session {
             warn!("ring {index} starts with LOG_ALL but without SET_LOG_BASE: nothing is logged (rule L8)");
         }
         let (call, error) = self.notifiers(index, ring);
+        let iotlb = self.is_translated().then(|| self.iotlb.clone());
+        let layout = match &iotlb {
+            None => layout(&self.memory, self.features, index, ring.size, addr)?,
+            Some(_) => {
+                let VringAddr { desc_user_addr, avail_user_addr, used_user_addr, .. } = *addr;
+                RingLayout::new(self.features, ring.size, desc_user_addr, avail_user_addr, used_user_addr)
+            }
+        };
         Ok(Setup {
-            layout: layout(&self.memory, self.features, index, ring.size, addr)?,
+            layout,
             base: ring.base,
             features: self.features,
             memory: self.memory.clone(),
@@ -776,6 +826,7 @@ impl Session {
             inflight: self.inflight.clone(),
             first: !ring.ran,
             host: self.host.clone(),
+            iotlb,
         })
     }
 }

@@ -11,10 +11,12 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 use nix::errno::Errno;
@@ -25,12 +27,14 @@ use tracing::{debug, error, warn};
 
 use super::counters::RingCounters;
 use super::device::Dropped;
+use super::iommu::{InUse, logged};
+use super::post::{End, Left, Post};
 use super::session::{Logging, Rings, Setup};
 use super::tracker::{Found, Tracker};
 use super::{BackendError, Device, Notifier, Queue, Request};
 use crate::abi::bit;
 use crate::abi::virtio::VIRTIO_F_IN_ORDER;
-use crate::ring::{Chain, DeviceRing, RingBase, RingLog};
+use crate::ring::{Chain, DeviceRing, RingBase, RingError, RingLog};
 
 /// How long a drain waits before it asks the device's queue again, in milliseconds.
 const RETRY_MS: u8 = 100;
@@ -50,8 +54,9 @@ struct Handle {
     thread: JoinHandle<RingBase>,
 }
 
-enum Order {
+pub(super) enum Order {
     Logging(Logging, Sender<()>),
+    Invalidate(RangeInclusive<u64>, Sender<()>),
     Notifiers {
         call: Option<Arc<Notifier>>,
         error: Option<Arc<Notifier>>,
@@ -116,38 +121,34 @@ impl Drop for Workers {
 
 impl Rings for Workers {
     fn start(&mut self, index: u16, setup: Setup) -> Result<(), BackendError> {
-        let broken = |source| BackendError::Ring { index, source };
-        let mut ring = DeviceRing::new(&setup.memory, setup.layout, setup.features, setup.base).map_err(broken)?;
-        let goes_on = !ring.base().is_start(setup.features);
-        let inflight = setup.inflight.as_ref().map(|region| Tracker::start(region, index, &mut ring)).transpose()?;
-        let has_a_past = inflight.as_ref().is_some_and(|(_, found)| found.has_a_past());
-        if setup.first && (has_a_past || goes_on) {
-            relog_memory(index, &setup);
-        }
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wake = Arc::new(EventFd::from_flags(flags).map_err(BackendError::system("make an eventfd"))?);
         let (orders, inbox) = unbounded();
         let (ready, is_ready) = bounded(1);
         let (device, woken) = (self.device.clone(), wake.clone());
         let serve = move || {
-            let base = ring.base();
-            match device.queue(index, setup.layout.size(), setup.features) {
-                Err(source) => {
-                    let _ = ready.send(Err(source));
+            let post = Post { index, device, inbox, wake: woken };
+            if let Some(iotlb) = setup.iotlb.clone() {
+                // What is wrong with it is found out when its areas are there.
+                let _ = ready.send(Ok(()));
+                return post.serve_translated(setup, &iotlb);
+            }
+            let base = setup.base;
+            match post.open(setup, None) {
+                Err(error) => {
+                    let _ = ready.send(Err(error));
                     base
                 }
-                Ok(queue) => {
-                    let mut worker = Worker::new(index, ring, queue, setup, inbox, woken);
-                    let recovered = worker.recover(inflight);
+                Ok((worker, recovered)) => {
                     let _ = ready.send(Ok(()));
-                    worker.run(recovered)
+                    worker.run(recovered).base()
                 }
             }
         };
         let thread = thread::Builder::new().name(format!("ring {index}")).spawn(serve);
         let thread = thread.map_err(BackendError::system("start a thread"))?;
-        let began = is_ready.recv().unwrap_or_else(|_| Err(io::Error::other("its thread ended")));
-        began.map_err(BackendError::system("serve a queue"))?;
+        let ended = |_| Err(BackendError::system("serve a queue")(io::Error::other("its thread ended")));
+        is_ready.recv().unwrap_or_else(ended)?;
         if let Some(slot) = self.running.get_mut(usize::from(index)) {
             *slot = Some(Handle { orders, wake, thread });
         }
@@ -178,6 +179,18 @@ impl Rings for Workers {
         }
     }
 
+    fn invalidate(&mut self, iovas: &RangeInclusive<u64>) {
+        let tell = |handle: &Handle| {
+            let (done, is_done) = bounded(1);
+            handle.order(Order::Invalidate(iovas.clone(), done));
+            is_done
+        };
+        let told: Vec<_> = self.running.iter().flatten().map(tell).collect();
+        for is_done in told {
+            let _ = is_done.recv();
+        }
+    }
+
     fn kick(&mut self, index: u16) {
         if let Some(handle) = self.handle(index) {
             let _ = handle.wake.write(1);
@@ -194,12 +207,16 @@ impl Rings for Workers {
 }
 
 /// What a ring's thread works with.
-struct Worker {
+pub(super) struct Worker {
     index: u16,
     ring: DeviceRing,
     queue: Box<dyn Queue>,
     setup: Setup,
     inflight: Option<Tracker>,
+    /// What a predecessor left to be done, and how much of it is under way.
+    left: Option<(Found, usize)>,
+    /// Behind an IOMMU.
+    in_use: Option<InUse>,
     inbox: Receiver<Order>,
     wake: Arc<EventFd>,
     /// Heads in flight.
@@ -216,21 +233,21 @@ struct Worker {
     /// No more requests are taken.
     broken: bool,
     /// No more requests are taken until the ring is enabled again.
-    held: bool,
+    pub(super) held: bool,
     counters: RingCounters,
     /// Whether the driver was to be notified, over this call fd or without one.
     notified: bool,
 }
 
 impl Worker {
-    fn new(
-        index: u16,
+    pub(super) fn new(
+        post: &Post,
         ring: DeviceRing,
         queue: Box<dyn Queue>,
         setup: Setup,
-        inbox: Receiver<Order>,
-        wake: Arc<EventFd>,
+        in_use: Option<InUse>,
     ) -> Worker {
+        let (index, inbox, wake) = (post.index, post.inbox.clone(), post.wake.clone());
         // A packed ring's driver may choose any id.
         let heads = if let DeviceRing::Split(_) = ring { setup.layout.size().into() } else { 1 << 16 };
         let busy = vec![false; heads];
@@ -242,6 +259,8 @@ impl Worker {
             queue,
             setup,
             inflight: None,
+            left: None,
+            in_use,
             inbox,
             wake,
             busy,
@@ -260,7 +279,7 @@ impl Worker {
     }
 
     /// Takes over from a predecessor: serves again what it had under way (rules I3, I4, I6).
-    fn recover(&mut self, inflight: Option<(Tracker, Found)>) -> Result<(), BackendError> {
+    pub(super) fn recover(&mut self, inflight: Option<(Tracker, Found)>) -> Result<(), BackendError> {
         let Some((inflight, found)) = inflight else { return Ok(()) };
         self.inflight = Some(inflight);
         if !found.has_a_past() {
@@ -273,27 +292,62 @@ impl Worker {
         found.repair(&mut self.ring);
         // A predecessor that was killed between a write to the ring and its mark has left no other trace.
         self.ring.relog_used();
-        for number in 0..found.len() {
-            let mut request = self.spare_request();
-            let index = self.index;
-            let name = found.resubmit(number, &mut self.ring, request.renew());
-            request.name = name.map_err(|source| BackendError::Ring { index, source })?;
-            self.submit(request)?;
-        }
+        self.left = Some((found, 0));
+        self.resubmit()?;
         // The last notification may have died with its sender.
         self.notify();
         Ok(())
     }
 
+    /// Serves what a predecessor left, as far as it can be translated.
+    fn resubmit(&mut self) -> Result<(), BackendError> {
+        let Some((found, next)) = self.left.take() else { return Ok(()) };
+        for number in next..found.len() {
+            let mut request = self.spare_request();
+            match found.resubmit(number, &mut self.ring, request.renew()) {
+                Ok(name) => request.name = name,
+                Err(source) => {
+                    self.spare.push(request);
+                    // It stays marked whatever becomes of this ring.
+                    self.left = Some((found, number));
+                    return self.missed(source);
+                }
+            }
+            self.submit(request)?;
+        }
+        Ok(())
+    }
+
+    /// Asks for what a request lacks.
+    fn missed(&mut self, source: RingError) -> Result<(), BackendError> {
+        match (source.miss(), &mut self.in_use) {
+            (Some(miss), Some(in_use)) => in_use.asker.ask(miss),
+            _ => Err(BackendError::Ring { index: self.index, source }),
+        }
+    }
+
+    fn is_waiting(&self) -> bool {
+        self.in_use.as_ref().is_some_and(|in_use| in_use.asker.is_waiting())
+    }
+
     /// Serves the ring until told to end; tells where it goes on.
-    fn run(mut self, recovered: Result<(), BackendError>) -> RingBase {
+    pub(super) fn run(mut self, recovered: Result<(), BackendError>) -> End {
         recovered.unwrap_or_else(|error| self.broke(&error));
         loop {
             while let Ok(order) = self.inbox.try_recv() {
                 match order {
                     Order::Logging(logging, done) => {
                         self.log_to(logging);
+                        if !self.is_mapped(None) {
+                            return self.unmap(done);
+                        }
                         let _ = done.send(());
+                    }
+                    Order::Invalidate(iovas, done) => {
+                        if !self.is_mapped(Some(&iovas)) {
+                            return self.unmap(done);
+                        }
+                        self.invalidate(iovas, done);
                     }
                     Order::Notifiers { call, error, done } => {
                         (self.setup.call, self.setup.error) = (call, error);
@@ -307,25 +361,60 @@ impl Worker {
                         self.held = yes;
                         let _ = done.send(());
                     }
-                    Order::Suspend if self.inflight.is_some() => return self.suspend(),
-                    Order::Stop | Order::Suspend => return self.drain(true),
-                    Order::Abandon => return self.drain(false),
+                    Order::Suspend if self.inflight.is_some() => return End::Told(self.suspend()),
+                    Order::Stop | Order::Suspend => return End::Told(self.drain(true)),
+                    Order::Abandon => return End::Told(self.drain(false)),
                 }
             }
             let moved = self.turn().unwrap_or_else(|error| {
                 self.broke(&error);
                 true
             });
+            if let Some(in_use) = &mut self.in_use {
+                in_use.tell_retired();
+            }
             if !moved {
                 self.wait();
             }
         }
     }
 
+    /// Whether all of the ring lies where it did, behind an IOMMU that has invalidated these addresses, and all that is
+    /// logged is there.
+    fn is_mapped(&self, invalid: Option<&RangeInclusive<u64>>) -> bool {
+        let Some(InUse { window, .. }) = &self.in_use else { return true };
+        !invalid.is_some_and(|iovas| window.uses(iovas))
+            && logged(&self.setup).is_none_or(|(at, len)| window.holds(at, len))
+    }
+
+    /// Ends the service of a ring that has to be found again; `done` is told when nothing is in the old place any more.
+    fn unmap(self, done: Sender<()>) -> End {
+        let mut left = Left { setup: self.setup.clone(), broken: self.broken, held: self.held };
+        left.setup.base = self.drain(true);
+        End::Unmapped(Box::new(left), done)
+    }
+
+    fn invalidate(&mut self, iovas: RangeInclusive<u64>, done: Sender<()>) {
+        if self.in_use.as_ref().is_some_and(|in_use| in_use.uses(&iovas)) {
+            // Those that wait for what is yet to come would be in use for ever.
+            self.put_back();
+        }
+        if let Some(in_use) = &mut self.in_use {
+            in_use.retire(iovas, done);
+        }
+    }
+
     /// Takes what requests there are, and publishes what is complete; false if there was neither.
     fn turn(&mut self) -> Result<bool, BackendError> {
         let mut taken = 0;
+        let resubmitted = if self.left.is_some() && !self.broken { self.resubmit() } else { Ok(()) };
         let result = loop {
+            if let Err(error) = resubmitted {
+                break Err(error);
+            }
+            if self.left.is_some() {
+                break Ok(false);
+            }
             // A batch is bounded by the ring: the next turn looks for orders.
             if self.broken || self.held || taken == self.setup.layout.size() {
                 break Ok(true);
@@ -335,7 +424,7 @@ impl Worker {
             }
             match self.take() {
                 Ok(true) => taken += 1,
-                Ok(false) => break Ok(true),
+                Ok(false) => break Ok(!self.is_waiting()),
                 Err(error) => break Err(error),
             }
         };
@@ -368,7 +457,10 @@ impl Worker {
                 self.spare.push(request);
                 Ok(false)
             }
-            Err(source) => Err(BackendError::Ring { index: self.index, source }),
+            Err(source) => {
+                self.spare.push(request);
+                self.missed(source).map(|()| false)
+            }
         }
     }
 
@@ -379,6 +471,9 @@ impl Worker {
             _ => return Err(BackendError::Busy { index, head }),
         }
         self.in_flight += 1;
+        if let Some(in_use) = &mut self.in_use {
+            in_use.begin(head, &request.chain().untranslated);
+        }
         if let Some(order) = &mut self.order {
             order.taken.push_back(head);
         }
@@ -410,8 +505,12 @@ impl Worker {
     fn settle_done(&mut self) {
         self.in_flight -= self.done.len();
         for request in &self.done {
-            if let Some(busy) = self.busy.get_mut(usize::from(request.head())) {
+            let head = request.head();
+            if let Some(busy) = self.busy.get_mut(usize::from(head)) {
                 *busy = false;
+            }
+            if let Some(in_use) = &mut self.in_use {
+                in_use.end(head);
             }
         }
     }
@@ -499,6 +598,9 @@ impl Worker {
             if let Some(busy) = self.busy.get_mut(usize::from(request.head())) {
                 *busy = false;
             }
+            if let Some(in_use) = &mut self.in_use {
+                in_use.end(request.head());
+            }
         }
         self.in_flight -= unused.len();
         self.spare.append(&mut unused);
@@ -525,6 +627,13 @@ impl Worker {
             self.queue.put_back(&mut unused);
             unused.iter_mut().for_each(|request| request.lent_out = false);
             self.in_flight -= unused.len();
+        }
+        if let Some((found, next)) = &self.left {
+            let count = found.len() - next;
+            warn!(
+                "ring {}: {count} requests of a predecessor can't be translated and stay marked (rule I3)",
+                self.index
+            );
         }
         while self.in_flight > 0 {
             if !self.complete(publish) {
@@ -567,7 +676,8 @@ impl Worker {
     /// Waits until there may be something to do.
     fn wait(&mut self) {
         let polled = self.setup.polled && !self.broken;
-        let timeout = if polled { PollTimeout::from(POLL_EVERY_MS) } else { PollTimeout::NONE };
+        let patience = self.in_use.as_ref().and_then(|in_use| in_use.asker.patience()).filter(|_| !self.broken);
+        let timeout = if polled { PollTimeout::from(POLL_EVERY_MS) } else { timeout(patience) };
         let kick = self.setup.kick.clone();
         // A broken ring takes nothing more: only what it still has can move it.
         let completions = self.queue.completion_fd().filter(|_| !self.broken || self.in_flight > 0);
@@ -614,18 +724,12 @@ impl InOrder {
     }
 }
 
-/// An empty log that comes with a ring which others served before is a new one: what they marked in the old one, the
-/// front-end may have thrown away with it. All guest memory may have been written (rule L15).
-fn relog_memory(index: u16, setup: &Setup) {
-    let Some(log) = setup.logging.data.as_ref().filter(|log| log.is_clear()) else { return };
-    warn!("ring {index}: its last back-end's log is gone: all guest memory is logged as written (rule L15)");
-    for region in setup.memory.regions() {
-        log.mark(region.gpa(), region.size());
-    }
+pub(super) fn timeout(patience: Option<Duration>) -> PollTimeout {
+    patience.map_or(PollTimeout::NONE, |patience| PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX))
 }
 
 /// Waits until one of the fds has something to say; tells which.
-fn wait_for<const N: usize>(fds: [Option<BorrowedFd<'_>>; N], timeout: PollTimeout) -> [bool; N] {
+pub(super) fn wait_for<const N: usize>(fds: [Option<BorrowedFd<'_>>; N], timeout: PollTimeout) -> [bool; N] {
     let mut polled: Vec<_> = fds.iter().flatten().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
     if let Err(errno) = poll(&mut polled, timeout)
         && errno != Errno::EINTR

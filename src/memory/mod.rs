@@ -4,9 +4,13 @@
 //! What a peer or a guest says is never believed: mappings are checked against the file behind them, and no range is
 //! handed out that leaves its region. Who writes pages, and how that is logged, lives in [`crate::dirty`].
 
+mod iotlb;
 mod region;
+mod window;
 
+pub use iotlb::{Access, Iotlb, IotlbError, Miss, TranslationError, invalidated};
 pub use region::{Region, sealed_memfd};
+pub use window::{Area, Window, overlap};
 
 use std::fmt;
 use std::sync::Arc;
@@ -63,6 +67,17 @@ pub enum MemoryError {
         size: u64,
         /// What the system said.
         source: std::io::Error,
+    },
+    /// A part of a ring behind an IOMMU that can't be mapped in one piece.
+    #[error(
+        "{len:#x} bytes at {addr:#x} behind the IOMMU are scattered over guest memory, and not cut between pages of 4 KiB: \
+         translate whole pages (rule T4)"
+    )]
+    Scattered {
+        /// I/O virtual address.
+        addr: u64,
+        /// Bytes.
+        len: u64,
     },
     /// A range no region holds as a whole.
     #[error("{space} range {addr:#x} + {len:#x} is not inside guest memory")]
@@ -185,6 +200,23 @@ impl Memory {
             Some(region) => Ok(region.gpa() + (user_addr - region.user_addr())),
             None => Err(MemoryError::NotMapped { addr: user_addr, len, space: "front-end" }),
         }
+    }
+
+    /// Calls `each` with guest-physical address and length of what makes up `len` bytes of the front-end's address space,
+    /// region by region.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotMapped`] if any byte is in no region; `each` may have been called for what comes before it.
+    pub fn pieces_of_user(&self, user_addr: u64, len: u64, mut each: impl FnMut(u64, u64)) -> Result<(), MemoryError> {
+        let (mut at, mut left) = (user_addr, len);
+        while left > 0 {
+            let gpa = self.gpa_of_user(at, 1)?;
+            let Some(region) = self.region_at(gpa) else { break };
+            let here = left.min(region.size() - (gpa - region.gpa()));
+            each(gpa, here);
+            (at, left) = (at.wrapping_add(here), left - here);
+        }
+        Ok(())
     }
 
     /// Copies guest memory at `gpa` into `buf`.

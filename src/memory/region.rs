@@ -4,6 +4,7 @@ use std::ffi::CString;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -12,7 +13,7 @@ use nix::sys::stat::{SFlag, fstat};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use vm_memory::VolatileSlice;
 
-use super::MemoryError;
+use super::{LOG_PAGE, MemoryError};
 
 /// A shared, writable mapping of guest memory.
 ///
@@ -21,12 +22,18 @@ pub struct Region {
     gpa: u64,
     size: u64,
     user_addr: u64,
-    /// Maps whole pages of the file; the region starts `skip` bytes into it.
-    mapping: MmapRaw,
-    skip: usize,
+    /// Where the first byte is here, which need not be where the mapping begins: that is of whole pages.
+    host: *mut u8,
+    _mapping: Arc<MmapRaw>,
     /// Kept only by who shares the region with a device.
     shared: Option<(OwnedFd, u64)>,
 }
+
+// SAFETY: the pointer is to memory that `_mapping` (Send and Sync) keeps mapped, and all access to it is made for memory
+// that others write.
+unsafe impl Send for Region {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for Region {}
 
 impl Region {
     /// Maps `size` bytes of `fd` from `mmap_offset` as the region that the guest knows at `gpa` and the front-end at
@@ -61,7 +68,59 @@ impl Region {
         };
         let Ok(len) = usize::try_from(stop - start) else { return Err(bad) };
         let mapping = MmapOptions::new().offset(start).len(len).map_raw(fd.as_raw_fd()).map_err(refused)?;
-        Ok(Region { gpa, size, user_addr, mapping, skip, shared: None })
+        let host = mapping.as_mut_ptr().wrapping_add(skip);
+        Ok(Region { gpa, size, user_addr, host, _mapping: Arc::new(mapping), shared: None })
+    }
+
+    /// `size` bytes of this region from `offset` on, as a region at another address, also for the front-end.
+    pub(super) fn part(&self, at: u64, offset: u64, size: u64) -> Result<Region, MemoryError> {
+        if size == 0 || !self.holds(offset, size) || at.checked_add(size).is_none() {
+            return Err(MemoryError::BadRange { gpa: at, size });
+        }
+        let host = self.host.wrapping_add(offset as usize);
+        Ok(Region { gpa: at, size, user_addr: at, host, _mapping: self._mapping.clone(), shared: None })
+    }
+
+    /// A region of `size` bytes at `at` made of parts, each a region with an offset and a length in bytes: their pages are
+    /// mapped a second time, one after the other.
+    pub(super) fn join(at: u64, size: u64, parts: &[(&Region, u64, u64)]) -> Result<Region, MemoryError> {
+        let scattered = MemoryError::Scattered { addr: at, len: size };
+        let bad = MemoryError::BadRange { gpa: at, size };
+        let page = LOG_PAGE as usize;
+        let skip = at as usize % page;
+        let (Ok(size_here), Some(_)) = (usize::try_from(size), at.checked_add(size)) else { return Err(bad) };
+        let Some(len) = size_here.checked_add(skip).and_then(|end| end.checked_next_multiple_of(page)) else {
+            return Err(bad);
+        };
+        let end = skip + size_here;
+        let refused = |source| MemoryError::Map { gpa: at, size, source };
+        let mapping = MmapRaw::from(MmapOptions::new().len(len).map_anon().map_err(refused)?);
+        let mut from = skip;
+        for &(region, offset, bytes) in parts {
+            let host = region.host.wrapping_add(offset as usize);
+            let (into, to) = (from % page, from.saturating_add(bytes as usize));
+            // Only the first part may begin, and only the last may end, in the middle of a page.
+            let whole = (into == 0 || from == skip) && (to.is_multiple_of(page) || to == end);
+            if !whole || to > end || host.addr() % page != into || !region.holds(offset, bytes) {
+                return Err(scattered);
+            }
+            let (old, new) = (host.wrapping_sub(into), mapping.as_mut_ptr().wrapping_add(from - into));
+            let span = (to - (from - into)).next_multiple_of(page);
+            let how = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+            // SAFETY: `old` begins a page of a shared mapping that is `span` bytes long there, as mappings are of whole
+            // pages; a length of 0 leaves it as it is and maps it once more. `new` and `span` bytes are inside `mapping`,
+            // which nobody else knows yet, and which unmaps what is there when it is dropped.
+            let moved = unsafe { libc::mremap(old.cast(), 0, span, how, new.cast::<libc::c_void>()) };
+            if moved == libc::MAP_FAILED {
+                return Err(refused(io::Error::last_os_error()));
+            }
+            from = to;
+        }
+        if size == 0 || from != end {
+            return Err(scattered);
+        }
+        let host = mapping.as_mut_ptr().wrapping_add(skip);
+        Ok(Region { gpa: at, size, user_addr: at, host, _mapping: Arc::new(mapping), shared: None })
     }
 
     /// Maps a region of this process's own guest memory and keeps `fd` so that devices can be given it. Its front-end
@@ -99,7 +158,7 @@ impl Region {
     /// Address of the first byte in this process; valid for [`Region::size`] bytes while the region lives.
     #[inline]
     pub fn host_ptr(&self) -> *mut u8 {
-        self.mapping.as_mut_ptr().wrapping_add(self.skip)
+        self.host
     }
 
     /// Whether `len` bytes from `offset` are inside.

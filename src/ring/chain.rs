@@ -5,9 +5,9 @@
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::memory::Memory;
+use crate::memory::{Access, Memory};
 
-use super::RingError;
+use super::{RingError, RingIommu};
 
 /// Most buffers of a chain, whatever the size of its ring: on smaller ones block drivers are known to put more buffers
 /// into an indirect table than there are entries, though virtio forbids it; on larger ones a guest could make the device
@@ -21,7 +21,7 @@ const DESC_BYTES: u32 = 16;
 /// One contiguous buffer of guest-physical memory. Not checked against guest memory yet: that happens at use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buffer {
-    /// Guest-physical address.
+    /// Guest-physical address; what the driver of a ring behind an IOMMU adds is I/O virtual.
     pub gpa: u64,
     /// Bytes; in a [`Chain`] never 0.
     pub len: u32,
@@ -41,6 +41,8 @@ pub struct Chain {
     pub readable: Vec<Buffer>,
     /// What the device may write.
     pub writable: Vec<Buffer>,
+    /// Behind an IOMMU: all buffers as the driver named them, which is by I/O virtual addresses.
+    pub(crate) untranslated: Vec<Buffer>,
 }
 
 impl Chain {
@@ -79,10 +81,27 @@ impl Chain {
         Ok(())
     }
 
-    /// Checks what only the whole chain shows.
-    pub(super) fn finish(&self) -> Result<(), RingError> {
+    /// Checks what only the whole chain shows, and translates it behind an IOMMU.
+    #[inline]
+    pub(super) fn finish(&mut self, iommu: Option<&RingIommu>) -> Result<(), RingError> {
         let bytes = self.readable_bytes() + self.writable_bytes();
-        if bytes > MAX_BYTES { Err(RingError::TooManyBytes { head: self.head, bytes }) } else { Ok(()) }
+        if bytes > MAX_BYTES {
+            return Err(RingError::TooManyBytes { head: self.head, bytes });
+        }
+        if let Some(iommu) = iommu { self.translate(iommu) } else { Ok(()) }
+    }
+
+    fn translate(&mut self, iommu: &RingIommu) -> Result<(), RingError> {
+        let Chain { head, readable, writable, untranslated, .. } = self;
+        untranslated.clear();
+        for (buffers, access) in [(readable, Access::Read), (writable, Access::Write)] {
+            let first = untranslated.len();
+            untranslated.append(buffers);
+            for buffer in untranslated.get(first..).unwrap_or_default() {
+                iommu.translate(*head, *buffer, access, buffers)?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -90,12 +109,13 @@ fn bytes(buffers: &[Buffer]) -> u64 {
     buffers.iter().map(|buffer| u64::from(buffer.len)).sum()
 }
 
-/// Copies the indirect table of chain `head`, which is `len` bytes at `gpa`, to `table`. A guest that changes it
+/// Copies the indirect table of chain `head`, which is `len` bytes at `addr`, to `table`. A guest that changes it
 /// meanwhile changes nothing that was checked.
 pub(super) fn copy_table<T: FromBytes + IntoBytes + Clone>(
     memory: &Memory,
+    iommu: Option<&RingIommu>,
     head: u16,
-    gpa: u64,
+    addr: u64,
     len: u32,
     table: &mut Vec<T>,
 ) -> Result<(), RingError> {
@@ -107,6 +127,8 @@ pub(super) fn copy_table<T: FromBytes + IntoBytes + Clone>(
         return Err(RingError::TooManyBuffers { head, limit: MAX_BUFFERS });
     }
     table.resize(size, T::new_zeroed());
-    let read = memory.read(gpa, table.as_mut_bytes());
-    read.map_err(|source| RingError::IndirectOutside { head, source })
+    match iommu {
+        None => memory.read(addr, table.as_mut_bytes()).map_err(|source| RingError::IndirectOutside { head, source }),
+        Some(iommu) => iommu.read(head, addr, table.as_mut_bytes()),
+    }
 }

@@ -7,7 +7,7 @@ use crate::abi::virtio::{PackedEvent, VIRTIO_F_RING_PACKED, avail_ring_bytes, de
 use crate::dirty::Log;
 use crate::memory::Memory;
 
-use super::{Chain, PackedDevice, PackedLayout, RingBase, RingError, SplitDevice, SplitLayout};
+use super::{Chain, PackedDevice, PackedLayout, RingBase, RingError, RingIommu, SplitDevice, SplitLayout};
 
 /// Where a device's writes to a ring are logged: VHOST_VRING_F_LOG with its `log_guest_addr` (rules L3, L4).
 #[derive(Clone, Debug)]
@@ -91,6 +91,15 @@ impl DeviceRing {
         match self {
             DeviceRing::Split(ring) => ring.set_log(log),
             DeviceRing::Packed(ring) => ring.set_log(log),
+        }
+    }
+
+    /// Says that all addresses in the ring are I/O virtual, as its own and those of its log are. It was taken up in the
+    /// window's memory.
+    pub fn set_iommu(&mut self, iommu: RingIommu) {
+        match self {
+            DeviceRing::Split(ring) => ring.set_iommu(iommu),
+            DeviceRing::Packed(ring) => ring.set_iommu(iommu),
         }
     }
 

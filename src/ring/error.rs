@@ -1,6 +1,6 @@
 //! What can be wrong with a ring. Each of these ends this ring's service alone, never the process.
 
-use crate::memory::MemoryError;
+use crate::memory::{MemoryError, Miss, TranslationError};
 
 use super::Position;
 
@@ -138,6 +138,17 @@ pub enum RingError {
         head: u16,
         /// What the memory said.
         source: MemoryError,
+    },
+    /// An address behind the IOMMU without a translation; the same may be tried again when there is one.
+    #[error("address {iova:#x} behind the IOMMU has no translation for {access:?} (rule T1)", iova = .0.iova, access = .0.access)]
+    Untranslated(Miss),
+    /// An address behind the IOMMU that leads to where there is no guest memory.
+    #[error("chain {head}: {source}")]
+    Translation {
+        /// Head of the chain.
+        head: u16,
+        /// What is wrong with the address.
+        source: TranslationError,
     },
     /// The device claims more completions than there are requests.
     #[error("used index {index} after {last}, with {outstanding} requests outstanding")]

@@ -10,6 +10,7 @@ mod device;
 mod driver;
 mod error;
 mod in_order;
+mod iommu;
 pub mod packed;
 mod slots;
 pub mod split;
@@ -20,6 +21,7 @@ pub use device::{DeviceRing, RingLayout, RingLog};
 pub use driver::{DriverRing, DriverState, Used};
 pub use error::RingError;
 pub use in_order::InOrderState;
+pub use iommu::RingIommu;
 pub use packed::{PackedDevice, PackedDriver, PackedDriverState, PackedLayout, PackedRequest, Position};
 pub use split::{SplitDevice, SplitDriver, SplitDriverState, SplitLayout};
 

@@ -10,7 +10,7 @@ use rstest::rstest;
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
 use vhost_migrate::abi::vhost_user::{Request as Code, VringState};
-use vhost_migrate::abi::virtio::VIRTIO_F_IN_ORDER;
+use vhost_migrate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_IN_ORDER};
 use vhost_migrate::backend::{Device, Queue, RING_FEATURES, Request};
 use vhost_migrate::memory::LOG_PAGE;
 use vhost_migrate::ring::Buffer;
@@ -39,7 +39,7 @@ impl Held {
 
 impl Device for Held {
     fn features(&self) -> u64 {
-        RING_FEATURES | bit(VIRTIO_F_IN_ORDER)
+        RING_FEATURES | bit(VIRTIO_F_IN_ORDER) | bit(VIRTIO_F_ACCESS_PLATFORM)
     }
 
     fn queues(&self) -> u16 {

@@ -115,11 +115,16 @@ pub(crate) struct Ring {
 impl Ring {
     pub(crate) fn new(guest: &Guest, index: u32, size: u16, features: u64) -> Ring {
         let at = (u64::from(index) + 1) << 20;
+        Ring::at(&guest.memory, at, index, size, features)
+    }
+
+    /// One at any address of any memory.
+    pub(crate) fn at(memory: &Memory, at: u64, index: u32, size: u16, features: u64) -> Ring {
         let layout = SplitLayout { size, desc: at, avail: at + 0x4_0000, used: at + 0x8_0000 };
         let eventfd = || EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).unwrap();
         let SplitLayout { desc, avail, used, .. } = layout;
         let ring = RingLayout::new(features, size, desc, avail, used);
-        let driver = DriverRing::new(&guest.memory, ring, features).unwrap();
+        let driver = DriverRing::new(memory, ring, features).unwrap();
         Ring { index, layout, driver, features, kick: eventfd(), call: eventfd(), log_at: None }
     }
 

@@ -8,6 +8,8 @@ mod crash;
 mod drain;
 mod guest;
 mod hostile;
+mod iommu;
+mod iommu_space;
 mod log;
 mod net;
 mod race;

@@ -86,6 +86,7 @@ pub(crate) fn disk_options(folder: &Path, bytes: u64, change: impl FnOnce(&mut D
         direct: false,
         in_order: false,
         inflight_migration: false,
+        iommu: false,
         share_rw: false,
     };
     change(&mut options);

@@ -261,7 +261,14 @@ fn a_loaded_state_outlives_its_back_end_until_a_ring_starts() {
 #[test]
 fn what_a_driver_has_set_on_its_interface_arrives_and_stays_until_it_is_reset() {
     let net = |mtu| {
-        let options = NetOptions { peer: Peer::Loopback, pairs: 1, max_queue_size: 256, mac: [2, 0, 0, 0, 0, 1], mtu };
+        let options = NetOptions {
+            peer: Peer::Loopback,
+            pairs: 1,
+            max_queue_size: 256,
+            mac: [2, 0, 0, 0, 0, 1],
+            iommu: false,
+            mtu,
+        };
         let device = Arc::new(Net::open(options).unwrap());
         (device.clone(), Server::new(device))
     };

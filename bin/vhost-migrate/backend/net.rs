@@ -53,6 +53,9 @@ pub(super) struct Arguments {
     /// The guest's address
     #[arg(long, value_name = "ADDRESS", default_value = "52:54:00:00:00:01", value_parser = mac)]
     mac: Mac,
+    /// Offer drivers to be behind an IOMMU; the front-end must translate, as QEMU does with a vIOMMU
+    #[arg(long)]
+    iommu: bool,
     /// The largest IP packet in bytes, if the guest shall be told
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(i64::from(MIN_MTU)..))]
     mtu: Option<u16>,
@@ -93,6 +96,7 @@ impl Arguments {
             pairs: self.queue_pairs,
             max_queue_size: self.queue_size,
             mac: self.mac,
+            iommu: self.iommu,
             mtu: self.mtu,
         })?;
         let what = format!("{what} ({} queue pairs)", self.queue_pairs);

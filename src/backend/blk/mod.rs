@@ -27,7 +27,8 @@ use crate::abi::bit;
 use crate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
 use crate::abi::virtio::{
     BlkConfig, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
-    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_F_IN_ORDER,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_F_ACCESS_PLATFORM,
+    VIRTIO_F_IN_ORDER,
 };
 use crate::backend::disk_io::{self, Engine, Files, Threads, Uring, Urings};
 
@@ -69,6 +70,9 @@ pub struct DiskOptions {
     /// Whether a front-end may stop queues without draining them and move what is in flight with the inflight region: the
     /// unstable GET_VRING_BASE_INFLIGHT and SKIP_DRAIN (rule I8).
     pub inflight_migration: bool,
+    /// Whether drivers are offered to be behind an IOMMU (ACCESS_PLATFORM). Only for front-ends that translate: others may
+    /// pass the offer on without being able to.
+    pub iommu: bool,
     /// Whether other processes may write the image at the same time: it is not locked then.
     pub share_rw: bool,
 }
@@ -202,6 +206,7 @@ impl Device for Disk {
             | bit(VIRTIO_BLK_F_BLK_SIZE)
             | bit(VIRTIO_BLK_F_FLUSH)
             | or(self.options.in_order, bit(VIRTIO_F_IN_ORDER))
+            | or(self.options.iommu, bit(VIRTIO_F_ACCESS_PLATFORM))
             | or(self.options.queues > 1, bit(VIRTIO_BLK_F_MQ))
             | or(self.options.read_only, bit(VIRTIO_BLK_F_RO))
             | or(self.clears, bit(VIRTIO_BLK_F_DISCARD) | bit(VIRTIO_BLK_F_WRITE_ZEROES))

@@ -40,9 +40,9 @@ use super::{BackendError, Device, Queue, RING_FEATURES};
 use crate::abi::bit;
 use crate::abi::vhost_user::{CONFIG_TYPE_MIGRATION, Request as Code, protocol_feature};
 use crate::abi::virtio::{
-    NetConfig, VIRTIO_F_VERSION_1, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA,
-    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
-    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
+    NetConfig, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX,
+    VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ,
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
 };
 
 /// Most queue pairs: a vhost-user message names one of 256 rings.
@@ -76,6 +76,9 @@ pub struct NetOptions {
     pub max_queue_size: u16,
     /// The driver's address.
     pub mac: Mac,
+    /// Whether drivers are offered to be behind an IOMMU (ACCESS_PLATFORM). Only for front-ends that translate: others may
+    /// pass the offer on without being able to.
+    pub iommu: bool,
     /// The largest IP packet, if the driver shall be told, in bytes.
     pub mtu: Option<u16>,
 }
@@ -236,6 +239,7 @@ impl Device for Net {
             | bit(VIRTIO_NET_F_CTRL_RX_EXTRA)
             | bit(VIRTIO_NET_F_CTRL_MAC_ADDR)
             | bit(VIRTIO_NET_F_GUEST_ANNOUNCE)
+            | or(self.options.iommu, bit(VIRTIO_F_ACCESS_PLATFORM))
             | or(self.options.pairs > 1, bit(VIRTIO_NET_F_MQ))
             | or(self.options.mtu.is_some(), bit(VIRTIO_NET_F_MTU))
     }

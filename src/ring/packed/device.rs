@@ -9,7 +9,7 @@ use crate::abi::virtio::{
 };
 use crate::memory::Memory;
 use crate::ring::chain::copy_table;
-use crate::ring::{Buffer, Chain, RingBase, RingError, RingLog};
+use crate::ring::{Buffer, Chain, RingBase, RingError, RingIommu, RingLog};
 
 use super::{
     Areas, EVENT_ALIGN, PackedLayout, Position, Wish, event_at, event_bits, half_bits, is_avail, passes_position, wish,
@@ -43,6 +43,7 @@ pub struct PackedDevice {
     /// What stands in the device's event area.
     event: u32,
     log: Option<RingLog>,
+    iommu: Option<RingIommu>,
     /// The ring's descriptors of the last request.
     descs: Vec<PackedDesc>,
     /// Copy of an indirect table.
@@ -80,6 +81,7 @@ impl PackedDevice {
             staged: Vec::new(),
             decided: false,
             log: None,
+            iommu: None,
             descs: Vec::new(),
             table: Vec::new(),
         })
@@ -89,6 +91,12 @@ impl PackedDevice {
     /// device event area's at `used_gpa` (rule L4).
     pub fn set_log(&mut self, log: Option<RingLog>) {
         self.log = log;
+    }
+
+    /// Says that all addresses in the ring are I/O virtual, as its own and those of its log are. It was taken up in the
+    /// window's memory.
+    pub fn set_iommu(&mut self, iommu: RingIommu) {
+        self.iommu = Some(iommu);
     }
 
     /// Takes the next request into `chain`; false if there is none.
@@ -111,7 +119,7 @@ impl PackedDevice {
             self.descs.push(desc);
             if desc.flags.get() & DESC_F_NEXT == 0 {
                 chain.begin(first.index);
-                collect(&self.memory, self.indirect, &self.descs, &mut self.table, chain)?;
+                collect(&self.memory, self.iommu.as_ref(), self.indirect, &self.descs, &mut self.table, chain)?;
                 self.avail = next;
                 return Ok(true);
             }
@@ -138,7 +146,7 @@ impl PackedDevice {
             Some(last) if descs.len() <= size.into() => chain.begin(last.id.get()),
             _ => return Err(RingError::Copies { count: descs.len(), size }),
         }
-        collect(&self.memory, self.indirect, descs, &mut self.table, chain)
+        collect(&self.memory, self.iommu.as_ref(), self.indirect, descs, &mut self.table, chain)
     }
 
     /// Writes the completion of the request with buffer id `id`, which takes `slots` descriptors, and of which the device
@@ -293,13 +301,16 @@ impl PackedDevice {
         self.log.iter().map(|log| (log.used_gpa, EVENT_ALIGN))
     }
 
-    /// A full fence, and then the marks for writes before it, as (guest-physical address, length) in bytes.
+    /// A full fence, and then the marks for writes before it, as (address, length) in bytes.
     #[inline]
     fn fence_and_log(&self, writes: impl Iterator<Item = (u64, u64)>) {
         let Some(RingLog { log, .. }) = &self.log else { return fence(Ordering::SeqCst) };
         let burst = log.burst();
-        for (gpa, len) in writes {
-            burst.mark(gpa, len);
+        for (at, len) in writes {
+            match &self.iommu {
+                None => burst.mark(at, len),
+                Some(iommu) => iommu.mark(&burst, at, len),
+            }
         }
     }
 }
@@ -315,6 +326,7 @@ fn check(avail: Position, used: Position, size: u16) -> Result<(), RingError> {
 /// Puts the buffers of `descs`, a whole request, into `chain`, and names it.
 fn collect(
     memory: &Memory,
+    iommu: Option<&RingIommu>,
     indirect: bool,
     descs: &[PackedDesc],
     table: &mut Vec<PackedDesc>,
@@ -330,14 +342,14 @@ fn collect(
         if descs.len() > 1 {
             return Err(RingError::Indirect { head, fault: "in a chain with others" });
         }
-        copy_table(memory, head, desc.addr.get(), desc.len.get(), table)?;
+        copy_table(memory, iommu, head, desc.addr.get(), desc.len.get(), table)?;
         // Of the flags in the table only WRITE means anything (virtio 1.2, "Indirect Flag: Scatter-Gather Support").
         elements = table;
     }
     for desc in elements {
         chain.add(Buffer { gpa: desc.addr.get(), len: desc.len.get() }, is(desc, DESC_F_WRITE))?;
     }
-    chain.finish()?;
+    chain.finish(iommu)?;
     chain.slots = descs.len() as u16;
     if let Some(last) = descs.last() {
         chain.head = last.id.get();

@@ -10,7 +10,7 @@ use crate::abi::virtio::{
 };
 use crate::memory::Memory;
 use crate::ring::chain::copy_table;
-use crate::ring::{Buffer, Chain, RingBase, RingError, RingLog, passes};
+use crate::ring::{Buffer, Chain, RingBase, RingError, RingIommu, RingLog, passes};
 
 use super::{Areas, SplitLayout, load, store};
 
@@ -46,6 +46,7 @@ pub struct SplitDevice {
     used_flags: u16,
     avail_event: u16,
     log: Option<RingLog>,
+    iommu: Option<RingIommu>,
     /// Copy of an indirect table.
     table: Vec<Desc>,
 }
@@ -74,6 +75,7 @@ impl SplitDevice {
             avail_event: load(&areas.avail_event, Ordering::Relaxed),
             areas,
             log: None,
+            iommu: None,
             table: Vec::new(),
         })
     }
@@ -95,6 +97,12 @@ impl SplitDevice {
     /// Sets where writes to the used ring are logged from now on; `None` is nowhere.
     pub fn set_log(&mut self, log: Option<RingLog>) {
         self.log = log;
+    }
+
+    /// Says that all addresses in the ring are I/O virtual, as its own and those of its log are. It was taken up in the
+    /// window's memory.
+    pub fn set_iommu(&mut self, iommu: RingIommu) {
+        self.iommu = Some(iommu);
     }
 
     /// Takes the next request into `chain`; false if there is none.
@@ -255,7 +263,7 @@ impl SplitDevice {
             }
             chain.add(buffer(&desc), flags & DESC_F_WRITE != 0)?;
             if flags & DESC_F_NEXT == 0 {
-                return chain.finish();
+                return chain.finish(self.iommu.as_ref());
             }
             index = desc.next.get();
         }
@@ -272,7 +280,7 @@ impl SplitDevice {
         if desc.flags.get() & DESC_F_NEXT != 0 {
             return fault("with NEXT");
         }
-        copy_table(&self.memory, head, desc.addr.get(), desc.len.get(), &mut self.table)?;
+        copy_table(&self.memory, self.iommu.as_ref(), head, desc.addr.get(), desc.len.get(), &mut self.table)?;
         let size = self.table.len();
         let mut index = 0;
         for _ in 0..size {
@@ -285,7 +293,7 @@ impl SplitDevice {
             }
             chain.add(buffer(desc), flags & DESC_F_WRITE != 0)?;
             if flags & DESC_F_NEXT == 0 {
-                return chain.finish();
+                return chain.finish(self.iommu.as_ref());
             }
             index = desc.next.get();
         }
@@ -315,7 +323,11 @@ impl SplitDevice {
         let burst = log.burst();
         for (offset, len) in writes.iter().filter(|(_, len)| *len > 0) {
             // Saturating: an address outside any log is for the log to count (rule L6).
-            burst.mark(used_gpa.saturating_add(*offset), *len);
+            let at = used_gpa.saturating_add(*offset);
+            match &self.iommu {
+                None => burst.mark(at, *len),
+                Some(iommu) => iommu.mark(&burst, at, *len),
+            }
         }
     }
 }

@@ -1,0 +1,192 @@
+//! A ring behind an IOMMU: what it asks the front-end, and what it has in use (rules T1, T3).
+//!
+//! Nobody waits here. A ring that lacks a translation asks for it and takes nothing more until it comes, while its thread
+//! goes on hearing orders: updates arrive in the thread that gives them.
+
+#![forbid(unsafe_code)]
+
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, Sender, TryRecvError};
+use tracing::debug;
+use zerocopy::FromZeros;
+
+use super::session::Setup;
+use super::{BackendError, Host};
+use crate::abi::vhost::{VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_MISS};
+use crate::abi::vhost_user::{BackendRequest, IotlbMsg};
+use crate::memory::{Access, Iotlb, Miss, TranslationError, Window, overlap};
+use crate::ring::{Buffer, RingIommu, RingLayout};
+
+/// How often a ring looks whether the front-end has acknowledged its question.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
+/// After which time a question is asked again: its answer may have been invalidated before it was used.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// Asks for one translation at a time.
+pub(super) struct Asker {
+    index: u16,
+    iotlb: Arc<Iotlb>,
+    host: Arc<Host>,
+    asked: Option<Asked>,
+}
+
+struct Asked {
+    miss: Miss,
+    answer: Option<Receiver<u64>>,
+    at: Instant,
+}
+
+impl Asker {
+    pub(super) fn new(index: u16, iotlb: Arc<Iotlb>, host: Arc<Host>) -> Asker {
+        Asker { index, iotlb, host, asked: None }
+    }
+
+    /// Asks for what is missing, unless that was done already.
+    ///
+    /// # Errors
+    /// [`BackendError::Translation`] if the front-end has refused it, [`BackendError::Channel`] if there is nobody to ask.
+    pub(super) fn ask(&mut self, miss: Miss) -> Result<(), BackendError> {
+        let same = |asked: &&Asked| (asked.miss.iova, asked.miss.access) == (miss.iova, miss.access);
+        if let Some(asked) = self.asked.as_ref().filter(same) {
+            let refused = BackendError::Translation { index: self.index, iova: miss.iova, access: miss.access };
+            if miss.denied {
+                // Nobody else says so to the driver; it may not be heard.
+                let _ = self.host.send(BackendRequest::IOTLB_MSG, &message(VHOST_IOTLB_ACCESS_FAIL, &miss));
+                return Err(refused);
+            }
+            match asked.answer.as_ref().map(Receiver::try_recv) {
+                Some(Ok(1..)) => return Err(refused),
+                // An acknowledged one comes over another socket than the update, which may be on its way.
+                _ if asked.at.elapsed() < AGAIN => return Ok(()),
+                // There is still somebody who will answer.
+                Some(Err(TryRecvError::Empty)) => return Ok(()),
+                _ => {}
+            }
+        }
+        if miss.denied {
+            // It may have been true once.
+            self.iotlb.invalidate(&(miss.iova..=miss.iova));
+        }
+        debug!("ring {}: asks for {:#x}, {:?}", self.index, miss.iova, miss.access);
+        let answer = self.host.ask(BackendRequest::IOTLB_MSG, &message(VHOST_IOTLB_MISS, &miss))?;
+        self.asked = Some(Asked { miss, answer, at: Instant::now() });
+        Ok(())
+    }
+
+    /// Whether a question is open.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.asked.is_some()
+    }
+
+    /// There is nothing missing any more.
+    pub(super) fn has_all(&mut self) {
+        self.asked = None;
+    }
+
+    /// How long to wait until the next look at the answer.
+    pub(super) fn patience(&self) -> Option<Duration> {
+        self.asked.as_ref().map(|asked| if asked.answer.is_some() { LOOK_EVERY } else { AGAIN })
+    }
+
+    /// Where the areas of a ring lie; `None` while it is not known.
+    ///
+    /// # Errors
+    /// As [`Asker::ask`]; areas that can't be.
+    pub(super) fn window(&mut self, setup: &Setup) -> Result<Option<Window>, BackendError> {
+        let index = self.index;
+        match Window::open(&setup.memory, &self.iotlb, &areas(setup), logged(setup)) {
+            Ok(window) => {
+                self.has_all();
+                Ok(Some(window))
+            }
+            Err(TranslationError::Missing(miss)) => self.ask(miss).map(|()| None),
+            Err(source) => Err(BackendError::RingTranslation { index, source }),
+        }
+    }
+}
+
+/// What a running ring has in use.
+pub(super) struct InUse {
+    pub(super) asker: Asker,
+    pub(super) window: Arc<Window>,
+    /// Buffers of requests in flight, by what names those.
+    buffers: Vec<Vec<Buffer>>,
+    /// Invalidated, and to be told when nothing uses it any more.
+    retiring: Vec<(RangeInclusive<u64>, Sender<()>)>,
+}
+
+impl InUse {
+    pub(super) fn new(asker: Asker, window: Arc<Window>) -> InUse {
+        InUse { asker, window, buffers: Vec::new(), retiring: Vec::new() }
+    }
+
+    /// What the ring itself needs.
+    pub(super) fn ring(&self, setup: &Setup) -> RingIommu {
+        RingIommu { memory: setup.memory.clone(), iotlb: self.asker.iotlb.clone(), window: self.window.clone() }
+    }
+
+    /// A request is in flight.
+    pub(super) fn begin(&mut self, head: u16, buffers: &[Buffer]) {
+        self.asker.has_all();
+        let at = usize::from(head);
+        if at >= self.buffers.len() {
+            self.buffers.resize_with(at + 1, Vec::new);
+        }
+        if let Some(noted) = self.buffers.get_mut(at) {
+            noted.extend_from_slice(buffers);
+        }
+    }
+
+    /// A request is not in flight any more.
+    pub(super) fn end(&mut self, head: u16) {
+        if let Some(noted) = self.buffers.get_mut(usize::from(head)) {
+            noted.clear();
+        }
+    }
+
+    /// Whether a request in flight uses these addresses.
+    pub(super) fn uses(&self, iovas: &RangeInclusive<u64>) -> bool {
+        self.buffers.iter().flatten().any(|buffer| overlap(buffer.gpa, buffer.len.into(), iovas))
+    }
+
+    /// Tells `done` as soon as no request in flight uses these addresses.
+    pub(super) fn retire(&mut self, iovas: RangeInclusive<u64>, done: Sender<()>) {
+        self.retiring.push((iovas, done));
+        self.tell_retired();
+    }
+
+    /// Tells what is not in use any more.
+    pub(super) fn tell_retired(&mut self) {
+        let mut retiring = std::mem::take(&mut self.retiring);
+        retiring.retain(|(iovas, done)| {
+            let uses = self.uses(iovas);
+            if !uses {
+                let _ = done.send(());
+            }
+            uses
+        });
+        self.retiring = retiring;
+    }
+}
+
+/// The areas of a ring, and what its device does there.
+fn areas(setup: &Setup) -> [(u64, u64, Access); 3] {
+    let [desc, driver, device] = setup.layout.areas();
+    let [desc_bytes, driver_bytes, device_bytes] = RingLayout::area_bytes(setup.features, setup.layout.size());
+    // Completions are written into a packed ring's descriptors; the device reads what it wrote in its own area.
+    let on_descs = if let RingLayout::Packed(_) = setup.layout { Access::ReadWrite } else { Access::Read };
+    [(desc, desc_bytes, on_descs), (driver, driver_bytes, Access::Read), (device, device_bytes, Access::ReadWrite)]
+}
+
+/// Where the device's area is logged (rule L5).
+pub(super) fn logged(setup: &Setup) -> Option<(u64, u64)> {
+    let [_, _, bytes] = RingLayout::area_bytes(setup.features, setup.layout.size());
+    setup.logging.used.as_ref().map(|(_, at)| (*at, bytes))
+}
+
+fn message(kind: u8, miss: &Miss) -> IotlbMsg {
+    IotlbMsg { iova: miss.iova, perm: miss.access.permission(), kind, ..IotlbMsg::new_zeroed() }
+}

@@ -1,0 +1,172 @@
+//! Where a ring is served: it is taken up here, and behind an IOMMU whenever its areas are known. How it is served is the
+//! business of `worker`.
+
+#![forbid(unsafe_code)]
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam::channel::{Receiver, Sender};
+use nix::errno::Errno;
+use nix::sys::eventfd::EventFd;
+use nix::unistd::read;
+use tracing::{error, warn};
+
+use super::counters::RingCounters;
+use super::iommu::{Asker, InUse};
+use super::session::Setup;
+use super::tracker::Tracker;
+use super::worker::{Order, Worker, timeout, wait_for};
+use super::{BackendError, Device};
+use crate::memory::Iotlb;
+use crate::ring::{DeviceRing, RingBase};
+
+/// How long a ring waits that may not use its areas, before it asks again.
+const REFUSED_FOR: Duration = Duration::from_secs(1);
+
+/// Where a ring is served, whether it can run or not.
+pub(super) struct Post {
+    pub(super) index: u16,
+    pub(super) device: Arc<dyn Device>,
+    pub(super) inbox: Receiver<Order>,
+    pub(super) wake: Arc<EventFd>,
+}
+
+/// Why a ring is not served any more, and where it goes on.
+pub(super) enum End {
+    Told(RingBase),
+    /// Its areas have gone, or are needed elsewhere.
+    Unmapped(Box<Left>, Sender<()>),
+}
+
+/// What is known of a ring that is not served.
+pub(super) struct Left {
+    pub(super) setup: Setup,
+    pub(super) broken: bool,
+    pub(super) held: bool,
+}
+
+impl End {
+    pub(super) fn base(self) -> RingBase {
+        match self {
+            End::Told(base) => base,
+            End::Unmapped(left, _) => left.setup.base,
+        }
+    }
+}
+
+impl Post {
+    /// Takes the ring up; also says how the take-over from a predecessor went.
+    pub(super) fn open(
+        &self,
+        setup: Setup,
+        in_use: Option<InUse>,
+    ) -> Result<(Worker, Result<(), BackendError>), BackendError> {
+        let index = self.index;
+        let broken = |source| BackendError::Ring { index, source };
+        let areas = in_use.as_ref().map_or(&setup.memory, |in_use| in_use.window.memory());
+        let mut ring = DeviceRing::new(areas, setup.layout, setup.features, setup.base).map_err(broken)?;
+        if let Some(in_use) = &in_use {
+            ring.set_iommu(in_use.ring(&setup));
+        }
+        let goes_on = !ring.base().is_start(setup.features);
+        let inflight = setup.inflight.as_ref().map(|region| Tracker::start(region, index, &mut ring)).transpose()?;
+        let has_a_past = inflight.as_ref().is_some_and(|(_, found)| found.has_a_past());
+        if setup.first && (has_a_past || goes_on) {
+            relog_memory(index, &setup);
+        }
+        let queue = self.device.queue(index, setup.layout.size(), setup.features);
+        let queue = queue.map_err(BackendError::system("serve a queue"))?;
+        let mut worker = Worker::new(self, ring, queue, setup, in_use);
+        let recovered = worker.recover(inflight);
+        Ok((worker, recovered))
+    }
+
+    /// Serves a ring behind an IOMMU whenever its areas are known, until told to end (rules T1, T3).
+    pub(super) fn serve_translated(&self, mut setup: Setup, iotlb: &Arc<Iotlb>) -> RingBase {
+        let (index, mut broken, mut held, mut refused) = (self.index, false, false, false);
+        let mut asking = Asker::new(index, iotlb.clone(), setup.host.clone());
+        loop {
+            while let Ok(order) = self.inbox.try_recv() {
+                match order {
+                    Order::Logging(logging, done) => {
+                        setup.logging = logging;
+                        let _ = done.send(());
+                    }
+                    Order::Notifiers { call, error, done } => {
+                        (setup.call, setup.error) = (call, error);
+                        let _ = done.send(());
+                    }
+                    Order::Invalidate(_, done) => drop(done.send(())),
+                    Order::Hold(yes, done) => {
+                        held = yes;
+                        let _ = done.send(());
+                    }
+                    Order::Stop | Order::Suspend | Order::Abandon => return setup.base,
+                }
+            }
+            let window = if broken { Ok(None) } else { asking.window(&setup) };
+            let opened = window.and_then(|window| match window {
+                None => Ok(None),
+                Some(window) => {
+                    let asker = Asker::new(index, iotlb.clone(), setup.host.clone());
+                    self.open(setup.clone(), Some(InUse::new(asker, Arc::new(window)))).map(Some)
+                }
+            });
+            match opened {
+                Ok(Some((mut worker, recovered))) => {
+                    worker.held = held;
+                    match worker.run(recovered) {
+                        End::Told(base) => return base,
+                        End::Unmapped(left, done) => {
+                            Left { setup, broken, held } = *left;
+                            (setup.first, refused) = (false, false);
+                            let _ = done.send(());
+                        }
+                    }
+                }
+                Ok(None) => self.await_areas(&mut setup, asking.patience().filter(|_| !broken)),
+                Err(error) => {
+                    // The areas may come yet: the driver has lost nothing. It is told once.
+                    broken = !matches!(error, BackendError::Translation { .. });
+                    if broken || !std::mem::replace(&mut refused, true) {
+                        error!("{error}");
+                        RingCounters::new(index).broke();
+                        if let Some(notifier) = &setup.error {
+                            notifier.signal();
+                        }
+                    }
+                    if !broken {
+                        self.await_areas(&mut setup, Some(REFUSED_FOR));
+                        asking.has_all();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Waits for an order, a kick or an update, all of which are reasons to look again.
+    fn await_areas(&self, setup: &mut Setup, patience: Option<Duration>) {
+        let kick = setup.kick.clone();
+        let fds = [Some(self.wake.as_fd()), kick.as_ref().map(|kick| kick.as_fd())];
+        let [_, kicked] = wait_for(fds, timeout(patience));
+        let _ = self.wake.read();
+        if let Some(kick) = kick.filter(|_| kicked)
+            && matches!(read(&kick, &mut [0; 8]), Ok(0) | Err(Errno::EBADF | Errno::EINVAL))
+        {
+            // Nothing will ever come from there.
+            setup.kick = None;
+        }
+    }
+}
+
+/// An empty log that comes with a ring which others served before is a new one: what they marked in the old one, the
+/// front-end may have thrown away with it. All guest memory may have been written (rule L15).
+fn relog_memory(index: u16, setup: &Setup) {
+    let Some(log) = setup.logging.data.as_ref().filter(|log| log.is_clear()) else { return };
+    warn!("ring {index}: its last back-end's log is gone: all guest memory is logged as written (rule L15)");
+    for region in setup.memory.regions() {
+        log.mark(region.gpa(), region.size());
+    }
+}

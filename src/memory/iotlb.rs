@@ -1,0 +1,330 @@
+//! What a device behind an IOMMU knows of it: a cache of translations from I/O virtual addresses to the front-end's
+//! (VIRTIO_F_ACCESS_PLATFORM).
+//!
+//! It is filled and emptied by the front-end's messages, and bounded whatever those say. Who asks for what is missing,
+//! and who waits until nothing uses an old translation any more, is the business of the back-end.
+
+use std::collections::BTreeMap;
+use std::ops::Bound::{Excluded, Unbounded};
+use std::ops::RangeInclusive;
+use std::sync::{PoisonError, RwLock};
+
+use super::{Memory, MemoryError};
+use crate::abi::vhost::{VHOST_ACCESS_RO, VHOST_ACCESS_RW, VHOST_ACCESS_WO};
+
+/// Most translations that are kept. What is dropped is asked for again.
+const MOST: usize = 1 << 16;
+
+/// What a device is about to do with an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Read it.
+    Read,
+    /// Write it.
+    Write,
+    /// Both, as with the parts of a ring that both sides write.
+    ReadWrite,
+}
+
+impl Access {
+    /// As messages carry it.
+    pub fn permission(self) -> u8 {
+        match self {
+            Access::Read => VHOST_ACCESS_RO,
+            Access::Write => VHOST_ACCESS_WO,
+            Access::ReadWrite => VHOST_ACCESS_RW,
+        }
+    }
+}
+
+/// An access that can't be made now: the front-end has to be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Miss {
+    /// The first I/O virtual address that lacks a translation.
+    pub iova: u64,
+    /// What for.
+    pub access: Access,
+    /// There is a translation, but not for this access.
+    pub denied: bool,
+}
+
+/// Why an I/O virtual address does not lead to guest memory.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TranslationError {
+    /// Not known here, or not permitted.
+    #[error("address {iova:#x} behind the IOMMU has no translation for {access:?}", iova = .0.iova, access = .0.access)]
+    Missing(Miss),
+    /// It leads to where there is no guest memory, or is no range.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+}
+
+/// A message about a translation that can't be.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum IotlbError {
+    /// No bytes, or more than there are behind the address.
+    #[error("translation of {size:#x} bytes at {iova:#x} to {user:#x}: empty, or it wraps around (rule T2)")]
+    Range {
+        /// I/O virtual address.
+        iova: u64,
+        /// Bytes.
+        size: u64,
+        /// Address of the front-end.
+        user: u64,
+    },
+    /// Bits that mean nothing.
+    #[error(
+        "translation at {iova:#x} with permission {permission}: only bits 0 (read) and 1 (write) are known (rule T2)"
+    )]
+    Permission {
+        /// I/O virtual address.
+        iova: u64,
+        /// What it says.
+        permission: u8,
+    },
+}
+
+/// A cache of translations, shared by the rings of a device.
+#[derive(Debug, Default)]
+pub struct Iotlb(RwLock<Cache>);
+
+#[derive(Debug, Default)]
+struct Cache {
+    /// By first address; they never overlap.
+    entries: BTreeMap<u64, Entry>,
+    /// What was dropped last: the next in the order of addresses is dropped next.
+    hand: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    last: u64,
+    user: u64,
+    permission: u8,
+}
+
+impl Iotlb {
+    /// Notes that `size` bytes at `iova` lie at `user` in the front-end, in place of what was known of them (rule T2).
+    /// No permission at all is noted too: that is how a front-end says no.
+    ///
+    /// # Errors
+    /// [`IotlbError`]; nothing has changed.
+    pub fn update(&self, iova: u64, size: u64, user: u64, permission: u8) -> Result<(), IotlbError> {
+        if permission & !VHOST_ACCESS_RW != 0 {
+            return Err(IotlbError::Permission { iova, permission });
+        }
+        let bad = IotlbError::Range { iova, size, user };
+        let Some(more) = size.checked_sub(1) else { return Err(bad) };
+        let (Some(last), Some(_)) = (iova.checked_add(more), user.checked_add(more)) else { return Err(bad) };
+        let mut cache = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        cache.cut_out(iova, last);
+        while cache.entries.len() >= MOST {
+            cache.drop_one();
+        }
+        cache.entries.insert(iova, Entry { last, user, permission });
+        Ok(())
+    }
+
+    /// Forgets the translations of these addresses; whoever uses them already still does.
+    pub fn invalidate(&self, iovas: &RangeInclusive<u64>) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).cut_out(*iovas.start(), *iovas.end());
+    }
+
+    /// How many translations are known.
+    pub fn len(&self) -> usize {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).entries.len()
+    }
+
+    /// Whether none is known.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Calls `each` with guest-physical address and length of what makes up `len` bytes at `iova`, cut where
+    /// translations or regions of `memory` end.
+    ///
+    /// # Errors
+    /// [`TranslationError`]; `each` may have been called for what comes before.
+    pub fn translate(
+        &self,
+        memory: &Memory,
+        iova: u64,
+        len: u64,
+        access: Access,
+        mut each: impl FnMut(u64, u64),
+    ) -> Result<(), TranslationError> {
+        let cache = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let (mut at, mut left) = (iova, len);
+        while left > 0 {
+            let missing = |denied| TranslationError::Missing(Miss { iova: at, access, denied });
+            let (start, entry) = cache.holding(at).ok_or(missing(false))?;
+            if access.permission() & !entry.permission != 0 {
+                return Err(missing(true));
+            }
+            let here = left.min((entry.last - at).saturating_add(1));
+            memory.pieces_of_user(entry.user + (at - start), here, &mut each)?;
+            left -= here;
+            at = match at.checked_add(here) {
+                Some(next) => next,
+                None if left == 0 => break,
+                None => return Err(MemoryError::NotMapped { addr: iova, len, space: "I/O virtual" }.into()),
+            };
+        }
+        Ok(())
+    }
+}
+
+impl Cache {
+    fn holding(&self, iova: u64) -> Option<(u64, Entry)> {
+        let (start, entry) = self.entries.range(..=iova).next_back()?;
+        (entry.last >= iova).then_some((*start, *entry))
+    }
+
+    /// Forgets `first..=last`; what entries have beyond that stays.
+    fn cut_out(&mut self, first: u64, last: u64) {
+        while let Some((&start, &entry)) = self.entries.range(..=last).next_back().filter(|(_, e)| e.last >= first) {
+            self.entries.remove(&start);
+            if entry.last > last {
+                let user = entry.user + (last + 1 - start);
+                self.entries.insert(last + 1, Entry { user, ..entry });
+            }
+            if start < first {
+                self.entries.insert(start, Entry { last: first - 1, ..entry });
+                break;
+            }
+        }
+    }
+
+    fn drop_one(&mut self) {
+        let next = self.entries.range((Excluded(self.hand), Unbounded)).next();
+        if let Some((&start, _)) = next.or_else(|| self.entries.iter().next()) {
+            self.entries.remove(&start);
+            self.hand = start;
+        }
+    }
+}
+
+/// The addresses that an invalidation names. No bytes at all from 0 on are all addresses: QEMU's virtio-iommu counts the
+/// bytes of the whole space in 64 bits *(seen in its source)*.
+///
+/// # Errors
+/// [`IotlbError::Range`].
+pub fn invalidated(iova: u64, size: u64) -> Result<RangeInclusive<u64>, IotlbError> {
+    match (iova, size) {
+        (0, 0) => Ok(0..=u64::MAX),
+        _ => {
+            let last = size.checked_sub(1).and_then(|more| iova.checked_add(more));
+            last.map(|last| iova..=last).ok_or(IotlbError::Range { iova, size, user: 0 })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{Region, sealed_memfd};
+    use std::os::fd::AsFd;
+    use std::sync::Arc;
+
+    const USER: u64 = 0x7000_0000;
+
+    /// Two regions that are neighbours for the front-end and far apart for the guest.
+    fn memory() -> Memory {
+        let fd = sealed_memfd("iotlb-test", 0x8000).unwrap();
+        let map = |gpa, user, offset| Arc::new(Region::map(fd.as_fd(), gpa, 0x4000, user, offset).unwrap());
+        Memory::new([map(0x10_0000, USER, 0), map(0x90_0000, USER + 0x4000, 0x4000)]).unwrap()
+    }
+
+    fn found(iotlb: &Iotlb, iova: u64, len: u64, access: Access) -> Result<Vec<(u64, u64)>, Miss> {
+        let mut pieces = Vec::new();
+        match iotlb.translate(&memory(), iova, len, access, |gpa, len| pieces.push((gpa, len))) {
+            Ok(()) => Ok(pieces),
+            Err(TranslationError::Missing(miss)) => Err(miss),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    #[test]
+    fn a_range_is_cut_where_translations_and_regions_end() {
+        let iotlb = Iotlb::default();
+        iotlb.update(0x1000, 0x1000, USER + 0x2000, 3).unwrap();
+        iotlb.update(0x2000, 0x2000, USER + 0x3000, 3).unwrap();
+        let pieces = found(&iotlb, 0x1800, 0x1900, Access::Write).unwrap();
+        assert_eq!(pieces, [(0x10_2800, 0x800), (0x10_3000, 0x1000), (0x90_0000, 0x100)]);
+        let miss = found(&iotlb, 0x3f00, 0x101, Access::Read).unwrap_err();
+        assert_eq!(miss, Miss { iova: 0x4000, access: Access::Read, denied: false });
+    }
+
+    #[test]
+    fn nothing_is_done_that_is_not_permitted() {
+        let iotlb = Iotlb::default();
+        for (permission, read, write) in [(0, false, false), (1, true, false), (2, false, true), (3, true, true)] {
+            iotlb.update(0, 0x1000, USER, permission).unwrap();
+            assert_eq!(found(&iotlb, 0, 1, Access::Read).is_ok(), read, "{permission}");
+            assert_eq!(found(&iotlb, 0, 1, Access::Write).is_ok(), write, "{permission}");
+            assert_eq!(found(&iotlb, 0, 1, Access::ReadWrite).is_ok(), read && write, "{permission}");
+        }
+        iotlb.update(0, 0x1000, USER, 1).unwrap();
+        assert!(found(&iotlb, 0, 1, Access::Write).unwrap_err().denied);
+    }
+
+    #[test]
+    fn an_invalidation_takes_its_addresses_and_no_others() {
+        let iotlb = Iotlb::default();
+        iotlb.update(0x1000, 0x4000, USER, 3).unwrap();
+        iotlb.invalidate(&(0x2000..=0x2fff));
+        assert_eq!(found(&iotlb, 0x1000, 0x1000, Access::Read).unwrap(), [(0x10_0000, 0x1000)]);
+        assert_eq!(found(&iotlb, 0x2fff, 1, Access::Read).unwrap_err().iova, 0x2fff);
+        assert_eq!(found(&iotlb, 0x3000, 0x2000, Access::Read).unwrap(), [(0x10_2000, 0x2000)]);
+        iotlb.update(0x1800, 0x2000, USER + 0x100, 3).unwrap();
+        assert_eq!(
+            found(&iotlb, 0x1000, 0x4000, Access::Read).unwrap(),
+            [(0x10_0000, 0x800), (0x10_0100, 0x2000), (0x10_2800, 0x1800)],
+            "a new translation counts at once"
+        );
+        iotlb.invalidate(&(0..=u64::MAX));
+        assert!(iotlb.is_empty());
+    }
+
+    #[test]
+    fn a_flood_of_translations_stays_bounded_and_the_last_is_there() {
+        let iotlb = Iotlb::default();
+        for number in 0..200_000u64 {
+            let iova = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) << 12;
+            iotlb.update(iova, 0x1000, USER, 3).unwrap();
+            assert!(found(&iotlb, iova, 1, Access::Read).is_ok());
+        }
+        assert!((MOST / 2..=MOST + 1).contains(&iotlb.len()), "{}", iotlb.len());
+        // One entry cut into many.
+        iotlb.invalidate(&(0..=u64::MAX));
+        iotlb.update(0, 1 << 40, USER, 3).unwrap();
+        (0..200_000u64).for_each(|page| iotlb.update(page << 13, 0x1000, USER, 3).unwrap());
+        assert!(iotlb.len() <= MOST + 1, "{}", iotlb.len());
+    }
+
+    #[test]
+    fn what_can_not_be_a_translation_is_refused() {
+        let iotlb = Iotlb::default();
+        for (iova, size, user) in [(0x1000, 0, USER), (u64::MAX, 2, USER), (0, 2, u64::MAX), (1, u64::MAX, USER)] {
+            assert!(matches!(iotlb.update(iova, size, user, 3), Err(IotlbError::Range { .. })), "{iova:#x} {size:#x}");
+        }
+        assert!(matches!(iotlb.update(0, 1, USER, 4), Err(IotlbError::Permission { permission: 4, .. })));
+        assert!(iotlb.is_empty());
+        iotlb.update(u64::MAX, 1, USER, 3).unwrap();
+        assert_eq!(found(&iotlb, u64::MAX, 1, Access::Read).unwrap(), [(0x10_0000, 1)]);
+        assert!(iotlb.translate(&memory(), u64::MAX, 2, Access::Read, |_, _| {}).is_err());
+        assert_eq!(invalidated(0, 0).unwrap(), 0..=u64::MAX);
+        assert_eq!(invalidated(u64::MAX, 1).unwrap(), u64::MAX..=u64::MAX);
+        assert!(invalidated(4096, 0).is_err() && invalidated(2, u64::MAX).is_err());
+    }
+
+    #[test]
+    fn a_translation_to_where_there_is_no_memory_is_an_error_and_no_miss() {
+        let iotlb = Iotlb::default();
+        iotlb.update(0, 0x1000, USER + 0x7800, 3).unwrap();
+        let found = iotlb.translate(&memory(), 0x700, 0x101, Access::Read, |_, _| {});
+        assert!(matches!(found, Err(TranslationError::Memory(MemoryError::NotMapped { .. }))));
+    }
+}

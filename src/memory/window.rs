@@ -1,0 +1,179 @@
+//! The areas of a ring behind an IOMMU as if they lay in one piece: a [`Memory`] whose addresses are I/O virtual.
+//!
+//! Areas are neighbours for the driver and may be scattered over guest memory page by page; then their pages are mapped
+//! once more, side by side.
+
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+
+use super::{Access, Iotlb, Memory, MemoryError, Region, TranslationError};
+
+/// An area of a ring: I/O virtual address, bytes, and what is done there.
+pub type Area = (u64, u64, Access);
+
+/// Where the areas of a ring lie. It does not change: when one of their translations does, another window is needed.
+#[derive(Debug)]
+pub struct Window {
+    memory: Memory,
+    pieces: Vec<Piece>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    iova: u64,
+    len: u64,
+    gpa: u64,
+}
+
+impl Window {
+    /// Finds `areas`, and a range that is only logged, in `memory`.
+    ///
+    /// # Errors
+    /// [`TranslationError::Missing`] for the first part without a translation, [`TranslationError::Memory`] for areas that
+    /// overlap, or are scattered and not cut between pages.
+    pub fn open(
+        memory: &Memory,
+        iotlb: &Iotlb,
+        areas: &[Area],
+        logged: Option<(u64, u64)>,
+    ) -> Result<Window, TranslationError> {
+        let mut pieces = Vec::new();
+        let mut regions = Vec::new();
+        let find = |(iova, len, access): Area| {
+            let (mut found, mut at) = (Vec::new(), iova);
+            iotlb.translate(memory, iova, len, access, |gpa, len| {
+                found.push(Piece { iova: at, len, gpa });
+                at = at.wrapping_add(len);
+            })?;
+            Ok::<_, TranslationError>(found)
+        };
+        for &area in areas {
+            let found = find(area)?;
+            regions.push(Arc::new(join(memory, area.0, area.1, &found)?));
+            pieces.extend(found);
+        }
+        let mut window = Window { memory: Memory::new(regions)?, pieces };
+        // Most often it is the device's area.
+        if let Some((iova, len)) = logged.filter(|(iova, len)| !window.holds(*iova, *len)) {
+            window.pieces.extend(find((iova, len, Access::Read))?);
+        }
+        Ok(window)
+    }
+
+    /// The areas, by I/O virtual address.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Whether some of it lies at these addresses.
+    pub fn uses(&self, iovas: &RangeInclusive<u64>) -> bool {
+        self.pieces.iter().any(|piece| overlap(piece.iova, piece.len, iovas))
+    }
+
+    /// Whether all of these bytes are in it.
+    pub fn holds(&self, iova: u64, len: u64) -> bool {
+        let end = iova.saturating_add(len);
+        let mut at = iova;
+        while at < end {
+            let piece =
+                self.pieces.iter().find(|piece| at.checked_sub(piece.iova).is_some_and(|skip| skip < piece.len));
+            let Some(piece) = piece else { return false };
+            at = piece.iova.saturating_add(piece.len);
+        }
+        true
+    }
+
+    /// Calls `each` with guest-physical address and length of what makes up `len` bytes at `iova`, as far as they are in
+    /// it; twice where an area is logged under an address of its own in another.
+    pub fn each(&self, iova: u64, len: u64, mut each: impl FnMut(u64, u64)) {
+        let end = iova.saturating_add(len);
+        for piece in &self.pieces {
+            let (from, to) = (iova.max(piece.iova), end.min(piece.iova.saturating_add(piece.len)));
+            if from < to {
+                each(piece.gpa + (from - piece.iova), to - from);
+            }
+        }
+    }
+}
+
+/// Whether `len` bytes at `iova` are among these addresses.
+pub fn overlap(iova: u64, len: u64, iovas: &RangeInclusive<u64>) -> bool {
+    len > 0 && iova <= *iovas.end() && iova.saturating_add(len - 1) >= *iovas.start()
+}
+
+/// One region for an area in pieces, under its I/O virtual address.
+fn join(memory: &Memory, iova: u64, len: u64, pieces: &[Piece]) -> Result<Region, MemoryError> {
+    let place = |piece: &Piece| {
+        let not_mapped = MemoryError::NotMapped { addr: piece.gpa, len: piece.len, space: "guest-physical" };
+        let region = memory.region_at(piece.gpa).ok_or(not_mapped)?;
+        Ok::<_, MemoryError>((region, piece.gpa - region.gpa(), piece.len))
+    };
+    let places = pieces.iter().map(place).collect::<Result<Vec<_>, _>>()?;
+    match places.as_slice() {
+        [(region, offset, len)] => region.part(iova, *offset, *len),
+        _ => Region::join(iova, len, &places),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::sealed_memfd;
+    use std::os::fd::AsFd;
+
+    fn memory() -> Memory {
+        let fd = sealed_memfd("window-test", 0x10000).unwrap();
+        Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 0x10000, 0, 0).unwrap())]).unwrap()
+    }
+
+    #[test]
+    fn scattered_pages_are_neighbours_in_a_window() {
+        let (memory, iotlb) = (memory(), Iotlb::default());
+        for (iova, user) in [(0x5000, 0x9000), (0x6000, 0x2000), (0x7000, 0x4000)] {
+            iotlb.update(iova, 0x1000, user, 3).unwrap();
+        }
+        let area = (0x5800, 0x2000, Access::ReadWrite);
+        let window = Window::open(&memory, &iotlb, &[area], None).unwrap();
+        let data: Vec<u8> = (0..0x2000u32).map(|i| (i / 5) as u8).collect();
+        window.memory().write(0x5800, &data).unwrap();
+        let mut back = vec![0; 0x2000];
+        memory.read(0x9800, &mut back[..0x800]).unwrap();
+        memory.read(0x2000, &mut back[0x800..0x1800]).unwrap();
+        memory.read(0x4000, &mut back[0x1800..]).unwrap();
+        assert_eq!(back, data);
+        window.memory().slice(0x5800, 0x2000).expect("it is one piece");
+        let mut pieces = Vec::new();
+        window.each(0x5ffc, 8, |gpa, len| pieces.push((gpa, len)));
+        assert_eq!(pieces, [(0x9ffc, 4), (0x2000, 4)]);
+        assert!(window.uses(&(0x7000..=0x7000)) && window.uses(&(0..=u64::MAX)));
+        assert!(!window.uses(&(0..=0x57ff)) && !window.uses(&(0x7800..=u64::MAX)));
+        assert!(window.holds(0x5800, 0x2000) && !window.holds(0x5800, 0x2001));
+    }
+
+    #[test]
+    fn a_part_in_one_piece_is_where_it_was_and_lives_on_alone() {
+        let (memory, iotlb) = (memory(), Iotlb::default());
+        iotlb.update(0x5008, 0x100, 0x1238, 1).unwrap();
+        let window = Window::open(&memory, &iotlb, &[(0x5008, 0x100, Access::Read)], None).unwrap();
+        memory.write(0x1240, b"here").unwrap();
+        drop(memory);
+        let mut found = [0; 4];
+        window.memory().read(0x5010, &mut found).unwrap();
+        assert_eq!(&found, b"here");
+    }
+
+    #[test]
+    fn what_can_not_be_joined_is_refused() {
+        let (memory, iotlb) = (memory(), Iotlb::default());
+        iotlb.update(0x5000, 0x800, 0x1000, 3).unwrap();
+        iotlb.update(0x5800, 0x800, 0x3800, 3).unwrap();
+        let open = |areas: &[Area]| Window::open(&memory, &iotlb, areas, None).unwrap_err();
+        assert!(matches!(
+            open(&[(0x5700, 0x200, Access::Read)]),
+            TranslationError::Memory(MemoryError::Scattered { .. })
+        ));
+        let twice = [(0x5000, 0x10, Access::Read), (0x5008, 0x10, Access::Read)];
+        assert!(matches!(open(&twice), TranslationError::Memory(MemoryError::Overlap { .. })));
+        assert!(matches!(open(&[(0x6000, 1, Access::Read)]), TranslationError::Missing(miss) if miss.iova == 0x6000));
+    }
+}

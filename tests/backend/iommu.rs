@@ -1,0 +1,597 @@
+//! Behind an IOMMU: every address of the driver is translated, page by scattered page (rules L5, T1-T4).
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::eventfd::EventFd;
+use std::os::fd::AsFd;
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::vhost_user::{InflightDescription, IotlbMsg, Request as Code, VringAddr, VringState};
+use vhost_migrate::abi::virtio::{
+    BlkRequestHeader, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_F_RING_PACKED, VIRTIO_RING_F_EVENT_IDX,
+    VIRTIO_RING_F_INDIRECT_DESC,
+};
+use vhost_migrate::memory::{LOG_PAGE, Memory};
+use vhost_migrate::ring::{Buffer, DriverRing, RingLayout};
+use zerocopy::{FromZeros, IntoBytes};
+
+use crate::drain::Held;
+use crate::guest::{Guest, LOG_ALL, Ring, harvest, install_log};
+use crate::iommu_space::{BASE, CHANNEL, DATA, Dice, FEATURES, Space, invalidate, update};
+use crate::raw::{Client, DEADLINE, NEED_REPLY, VERSION};
+use crate::server::Server;
+
+const DISK: u64 = 4 << 20;
+const PACKED: u64 = bit(VIRTIO_F_RING_PACKED);
+const INDIRECT: u64 = bit(VIRTIO_RING_F_INDIRECT_DESC) | bit(VIRTIO_RING_F_EVENT_IDX);
+
+fn server() -> Server {
+    Server::disk(DISK, |options| options.iommu = true)
+}
+
+fn contents(sector: u64, len: u64) -> Vec<u8> {
+    let sectors = (sector..sector + len / 512).flat_map(|number| {
+        let mut bytes = [number as u8 | 1; 512];
+        bytes[..8].copy_from_slice(&number.to_le_bytes());
+        bytes
+    });
+    sectors.collect()
+}
+
+/// Room of one request: header, status, table, and 64 KiB of data.
+struct Slot(u64);
+
+impl Slot {
+    const BYTES: u64 = 32 * LOG_PAGE;
+
+    fn view(&self, space: &Space) -> Memory {
+        space.view(DATA + self.0 * Slot::BYTES, Slot::BYTES)
+    }
+
+    fn header(&self) -> u64 {
+        // Over the end of a page, as all the others are.
+        self.0 * Slot::BYTES + DATA + LOG_PAGE - 7
+    }
+
+    fn status(&self) -> u64 {
+        self.0 * Slot::BYTES + DATA + 3 * LOG_PAGE
+    }
+
+    fn table(&self) -> u64 {
+        self.0 * Slot::BYTES + DATA + 6 * LOG_PAGE - 24
+    }
+
+    fn data(&self) -> u64 {
+        self.0 * Slot::BYTES + DATA + 8 * LOG_PAGE + 100
+    }
+
+    fn add(&self, ring: &mut Ring, memory: &Memory, kind: u32, sector: u64, len: u64, indirect: bool) {
+        let header = BlkRequestHeader { request_type: kind.into(), ioprio: 0.into(), sector: sector.into() };
+        memory.write(self.header(), header.as_bytes()).unwrap();
+        memory.write(self.status(), &[0xff]).unwrap();
+        let header = Buffer { gpa: self.header(), len: 16 };
+        let data = [Buffer { gpa: self.data(), len: 300 }, Buffer { gpa: self.data() + 300, len: len as u32 - 300 }];
+        let status = Buffer { gpa: self.status(), len: 1 };
+        let table = indirect.then(|| self.table());
+        let added = match kind {
+            VIRTIO_BLK_T_IN => ring.driver.add(&[header], &[data[0], data[1], status], table),
+            _ => ring.driver.add(&[header, data[0], data[1]], &[status], table),
+        };
+        added.unwrap().expect("the ring has room");
+    }
+}
+
+fn bytes(memory: &Memory, iova: u64, len: u64) -> Vec<u8> {
+    let mut bytes = vec![0; len as usize];
+    memory.read(iova, &mut bytes).unwrap();
+    bytes
+}
+
+fn wait_for_error(error: &EventFd) {
+    let mut fds = [PollFd::new(error.as_fd(), PollFlags::POLLIN)];
+    assert_eq!(poll(&mut fds, DEADLINE.as_millis() as u16), Ok(1), "the ring did not break");
+}
+
+/// Random reads and writes; what changed is in the log, by guest-physical address, and nothing else is.
+fn traffic(features: u64, indirect: bool) {
+    let server = server();
+    let space = Space::new(server.connect(), FEATURES | features);
+    let log = install_log(&space.client, &space.guest);
+    space.client.done(Code::SET_FEATURES, &(FEATURES | features | LOG_ALL), &[]);
+    let mut ring = space.ring(0, 1024, features);
+    ring.log_at = Some(ring.layout.used);
+    space.start(&ring, ring.start());
+    let memory = space.view(BASE, 24 << 20);
+    let (mut dice, mut disk) = (Dice(1), contents(0, DISK));
+    let mut driver_wrote = BTreeSet::new();
+    let mut expected: BTreeSet<u64> = BTreeSet::new();
+    let before = space.guest.snapshot();
+    for _ in 0..150 {
+        let mut reads = Vec::new();
+        for number in 0..8u64 {
+            let writes = dice.below(2);
+            let slot = Slot(writes * 8 + number);
+            // A part of the disk for each, so that their order does not matter.
+            let len = (2 + dice.below(60)) * 512;
+            let sector = number * (DISK / 512 / 8) + dice.below(DISK / 512 / 8 - 64);
+            let on_disk = sector as usize * 512..sector as usize * 512 + len as usize;
+            expected.extend(space.pages(slot.status(), 1));
+            driver_wrote.extend(space.pages(slot.header(), 16).chain(space.pages(slot.status(), 1)));
+            driver_wrote.extend(space.pages(slot.table(), 4 * 16));
+            if writes == 1 {
+                let data: Vec<u8> = (0..len).map(|_| dice.below(256) as u8).collect();
+                memory.write(slot.data(), &data).unwrap();
+                driver_wrote.extend(space.pages(slot.data(), len));
+                disk[on_disk].copy_from_slice(&data);
+                slot.add(&mut ring, &memory, VIRTIO_BLK_T_OUT, sector, len, indirect);
+            } else {
+                expected.extend(space.pages(slot.data(), len));
+                slot.add(&mut ring, &memory, VIRTIO_BLK_T_IN, sector, len, indirect);
+                reads.push((slot, on_disk));
+            }
+        }
+        ring.kick();
+        assert_eq!(ring.completions(8).len(), 8);
+        for (slot, on_disk) in reads {
+            assert_eq!(bytes(&memory, slot.status(), 1), [0]);
+            assert!(bytes(&memory, slot.data(), on_disk.len() as u64) == disk[on_disk], "other data was read");
+        }
+    }
+    space.client.ring_base(0);
+    assert_eq!(std::fs::read(server.image()).unwrap(), disk, "other data was written");
+    let of_device = match features & PACKED {
+        0 => vec![(ring.layout.used, 6 + 8 * 1024)],
+        _ => vec![(ring.layout.desc, 16 * 1024), (ring.layout.used, 4)],
+    };
+    let of_ring: BTreeSet<u64> = of_device.iter().flat_map(|(at, len)| space.pages(*at, *len)).collect();
+    driver_wrote.extend(space.pages(ring.layout.avail, 6 + 2 * 1024).chain(space.pages(ring.layout.desc, 16 * 1024)));
+    let marked = harvest(&log);
+    assert_eq!(expected.difference(&marked).count(), 0, "written and not logged");
+    assert_eq!(marked.difference(&expected).filter(|page| !of_ring.contains(page)).count(), 0, "logged, not written");
+    assert_eq!(log.out_of_range(), 0);
+    assert!(of_ring.intersection(&marked).count() >= 3, "the ring is logged where it lies");
+    // Whatever else happened to memory.
+    let mut changed = BTreeSet::new();
+    for (region, (was, is)) in space.guest.memory.regions().iter().zip(before.iter().zip(space.guest.snapshot())) {
+        let pages = was.chunks(LOG_PAGE as usize).zip(is.chunks(LOG_PAGE as usize));
+        changed.extend((region.gpa() / LOG_PAGE..).zip(pages).filter(|(_, (was, is))| was != is).map(|(page, _)| page));
+    }
+    changed.retain(|page| !driver_wrote.contains(page));
+    assert!(changed.len() > 50, "much was written");
+    assert_eq!(changed.difference(&marked).count(), 0, "changed and not logged");
+    assert!(space.iommu.misses.load(Ordering::SeqCst) > 100, "nothing was known before");
+}
+
+/// Rules L5, T1, T4.
+#[test]
+fn scattered_memory_is_read_written_and_logged_by_guest_physical_address() {
+    traffic(0, false);
+}
+
+#[test]
+fn indirect_tables_are_translated_too() {
+    traffic(INDIRECT, true);
+}
+
+#[test]
+fn packed_rings_are_translated_and_logged_where_they_lie() {
+    traffic(PACKED, false);
+}
+
+#[test]
+fn packed_rings_with_indirect_tables_are_translated() {
+    traffic(PACKED | INDIRECT, true);
+}
+
+/// Rule T3: pages are taken away while requests that use them run; from the reply on nothing reaches them.
+fn taken_away_under_load(features: u64) {
+    let server = server();
+    let space = Space::new(server.connect(), FEATURES | features);
+    let mut rings: Vec<Ring> = (0..2).map(|index| space.ring(index, 256, features)).collect();
+    for ring in &rings {
+        space.start(ring, ring.start());
+    }
+    let (mut dice, mut taken) = (Dice(3), BTreeSet::new());
+    let mut free: Vec<u64> = {
+        let map = space.iommu.map.lock().unwrap();
+        let used: BTreeSet<u64> = map.values().map(|(user, _)| *user).collect();
+        let all = space
+            .guest
+            .memory
+            .regions()
+            .iter()
+            .flat_map(|r| (0..r.size() / LOG_PAGE).map(|p| r.user_addr() + p * LOG_PAGE));
+        all.filter(|user| !used.contains(user)).collect()
+    };
+    let check = |taken: &BTreeSet<u64>| {
+        for gpa in taken {
+            assert!(
+                space.guest.bytes(*gpa, 4096).iter().all(|byte| *byte == 0xee),
+                "{gpa:#x} was written after the reply"
+            );
+        }
+    };
+    for round in 0..60 {
+        let memory = space.view(DATA, 8 << 20);
+        let mut wanted = Vec::new();
+        for (index, ring) in (0..).zip(&mut rings) {
+            for number in 0..16 {
+                let slot = Slot(index * 16 + number);
+                let (sector, len) = (dice.below(DISK / 512 - 128), (2 + dice.below(100)) * 512);
+                slot.add(ring, &memory, VIRTIO_BLK_T_IN, sector, len, false);
+                wanted.push((slot, sector, len));
+            }
+            ring.kick();
+        }
+        // Data of some of them goes elsewhere, now. A request that was already served has left its data in the old page.
+        let mut moved = Vec::new();
+        for (slot, _, len) in &wanted {
+            let page = (slot.data() + dice.below(*len)) / LOG_PAGE * LOG_PAGE;
+            let to = free.swap_remove(dice.below(free.len() as u64) as usize);
+            let was = space.gpa(page);
+            space.remap([(page, Some((to, 3)))]);
+            taken.insert(was);
+            taken.remove(&space.gpa(page));
+            space.guest.memory.write(was, &[0xee; 4096]).unwrap();
+            free.push(space.guest.user(was));
+            moved.push(page);
+            if round % 8 == 0 {
+                check(&taken);
+            }
+        }
+        for ring in &mut rings {
+            assert_eq!(ring.completions(16).len(), 16);
+        }
+        check(&taken);
+        // What no page was taken from has arrived.
+        let memory = space.view(DATA, 8 << 20);
+        for (slot, sector, len) in wanted {
+            assert_eq!(bytes(&memory, slot.status(), 1), [0]);
+            let (found, right) = (bytes(&memory, slot.data(), len), contents(sector, len));
+            let moved = |at: u64| moved.contains(&((slot.data() + at) / LOG_PAGE * LOG_PAGE));
+            assert!((0..len).all(|at| moved(at) || found[at as usize] == right[at as usize]), "other data was read");
+        }
+    }
+}
+
+#[test]
+fn nothing_touches_a_page_after_its_invalidation_was_acknowledged() {
+    taken_away_under_load(0);
+}
+
+#[test]
+fn nor_from_a_packed_ring() {
+    taken_away_under_load(PACKED);
+}
+
+fn page(slot: u64) -> Buffer {
+    Buffer { gpa: DATA + slot * LOG_PAGE, len: LOG_PAGE as u32 }
+}
+
+/// A ring with requests of one page each, all of them taken by a device that completes none.
+fn held(space: &Space, features: u64, count: u64) -> Ring {
+    let mut ring = space.ring(0, 256, features);
+    for slot in 0..count {
+        ring.driver.add(&[], &[page(slot)], None).unwrap().unwrap();
+    }
+    space.start(&ring, ring.start());
+    ring.kick();
+    while (0..count).any(|slot| space.guest.bytes(space.gpa(page(slot).gpa), 1) != [0x5a]) {
+        space.client.barrier();
+    }
+    ring
+}
+
+/// Rule T3, with a device that is in no hurry.
+#[test]
+fn an_invalidation_waits_for_the_requests_that_use_it_and_for_no_others() {
+    let (device, gate) = Held::new();
+    let server = Server::new(device);
+    let space = Space::new(server.connect(), FEATURES);
+    let mut ring = held(&space, 0, 4);
+    space.client.done(Code::IOTLB_MSG, &invalidate(page(4).gpa, 1 << 20), &[]);
+    space.client.send(Code::IOTLB_MSG, NEED_REPLY, invalidate(page(3).gpa + 4095, 1).as_bytes(), &[]);
+    let mut fds = [PollFd::new(space.client.as_fd(), PollFlags::POLLIN)];
+    assert_eq!(poll(&mut fds, 100u8), Ok(0), "it was acknowledged while a request used it");
+    gate.write(1).unwrap();
+    assert_eq!(space.client.reply(Code::IOTLB_MSG), [0; 8]);
+    assert_eq!(ring.completions(4).len(), 4);
+    // The ring's own pages: what is under way is published first, where the driver looks for it.
+    let _ = gate.read();
+    ring.driver.add(&[], &[page(7)], None).unwrap().unwrap();
+    ring.kick();
+    while space.guest.bytes(space.gpa(page(7).gpa), 1) != [0x5a] {
+        std::thread::yield_now();
+    }
+    space.client.send(Code::IOTLB_MSG, NEED_REPLY, invalidate(ring.layout.used, 1).as_bytes(), &[]);
+    assert_eq!(poll(&mut fds, 100u8), Ok(0), "it was acknowledged while a request was to be published");
+    gate.write(1).unwrap();
+    assert_eq!(space.client.reply(Code::IOTLB_MSG), [0; 8]);
+    assert!(ring.driver.pop_used().unwrap().is_some(), "it was acknowledged before the request was published");
+}
+
+/// Rules I3, I4: the region has I/O virtual addresses, and a successor no translation of any.
+fn taken_over(features: u64) {
+    let (device, gate) = Held::new();
+    let server = Server::new(device);
+    let space = Space::new(server.connect(), FEATURES | features);
+    let wish = InflightDescription { num_queues: 2, queue_size: 256, ..InflightDescription::new_zeroed() };
+    space.client.send(Code::GET_INFLIGHT_FD, VERSION, wish.as_bytes(), &[]);
+    let (_, region, fd) = space.client.receive();
+    let fd = fd.unwrap();
+    assert_eq!(space.client.acknowledged(Code::SET_INFLIGHT_FD, &region, &[fd.as_fd()]), 0);
+    let mut ring = held(&space, features, 5);
+    let guest = Guest { memory: space.guest.memory.clone() };
+    let (memory, region_file) = (guest.snapshot(), File::from(fd.try_clone().unwrap()));
+    let mut contents = vec![0; region_file.metadata().unwrap().len() as usize];
+    region_file.read_exact_at(&mut contents, 0).unwrap();
+    gate.write(1).unwrap();
+    drop(space);
+    let space = Space::of(guest, server.connect(), FEATURES | features);
+    let _ = gate.read();
+    // As if the first one had been killed at that moment.
+    for (region, bytes) in space.guest.memory.regions().iter().zip(memory) {
+        space.guest.memory.write(region.gpa(), &bytes).unwrap();
+    }
+    region_file.write_all_at(&contents, 0).unwrap();
+    for slot in 0..5 {
+        space.guest.memory.write(space.gpa(page(slot).gpa), &[0; 4096]).unwrap();
+    }
+    assert!(ring.driver.pop_used().unwrap().is_none());
+    assert_eq!(space.client.acknowledged(Code::SET_INFLIGHT_FD, &region, &[fd.as_fd()]), 0);
+    // Nobody answers at first: it can be stopped all the same, and loses nothing.
+    for page in [ring.layout.desc, ring.layout.avail, ring.layout.used] {
+        let mut asked = update(page, LOG_PAGE, space.guest.user(space.gpa(page)), 3);
+        for _ in 0..3 {
+            space.client.done(Code::IOTLB_MSG, &asked, &[]);
+            asked.iova += LOG_PAGE;
+            asked.uaddr = space.guest.user(space.gpa(asked.iova));
+        }
+    }
+    space.iommu.silent.store(true, Ordering::SeqCst);
+    space.start(&ring, 0);
+    let base = space.client.ring_base(0);
+    assert_eq!(space.guest.bytes(space.gpa(page(0).gpa), 4096), [0; 4096]);
+    space.iommu.silent.store(false, Ordering::SeqCst);
+    space.start(&ring, base);
+    gate.write(1).unwrap();
+    assert_eq!(ring.completions(5).len(), 5);
+    for slot in 0..5 {
+        assert_eq!(space.guest.bytes(space.gpa(page(slot).gpa), 4096), [0x5a; 4096], "{slot} was not served again");
+    }
+    assert_eq!(space.client.ring_base(0), ring.drained());
+}
+
+#[test]
+fn a_successor_translates_what_its_predecessor_had_under_way() {
+    taken_over(0);
+}
+
+#[test]
+fn so_it_does_from_a_packed_ring() {
+    taken_over(PACKED);
+}
+
+/// One read by ring `index`.
+fn read(space: &Space, ring: &mut Ring, slot: u64) {
+    Slot(slot).add(ring, &Slot(slot).view(space), VIRTIO_BLK_T_IN, 1, 1024, false);
+    ring.kick();
+}
+
+fn is_served(space: &Space, ring: &mut Ring, slot: u64) {
+    read(space, ring, slot);
+    ring.completion();
+    assert_eq!(bytes(&space.view(Slot(slot).data(), 1024), Slot(slot).data(), 1024), contents(1, 1024));
+}
+
+/// Rule T1: a page that may only be read, and one that is nobody's.
+#[test]
+fn what_the_iommu_refuses_ends_the_ring_that_asked_and_no_other() {
+    for permission in [Some(1), Some(0), None] {
+        let server = server();
+        let space = Space::new(server.connect(), FEATURES);
+        let (mut bad, mut good) = (space.ring(0, 256, 0), space.ring(1, 256, 0));
+        let error = space.start(&bad, 0);
+        space.start(&good, 0);
+        let page = (Slot(0).data() + 1000) / LOG_PAGE * LOG_PAGE;
+        let (user, _) = space.iommu.map.lock().unwrap()[&(page / LOG_PAGE)];
+        let gpa = space.gpa(page);
+        is_served(&space, &mut bad, 0);
+        let before = space.guest.bytes(gpa, 4096);
+        Slot(0).add(&mut bad, &space.view(DATA, 8 << 20), VIRTIO_BLK_T_IN, 77, 2048, false);
+        space.remap([(page, permission.map(|permission| (user, permission)))]);
+        bad.kick();
+        wait_for_error(&error);
+        assert_eq!(space.guest.bytes(gpa, 4096), before, "it was written");
+        is_served(&space, &mut good, 1);
+        let refused = space.iommu.failures.load(Ordering::SeqCst);
+        assert_eq!(refused, u64::from(permission.is_some()), "the IOMMU hears of what it forbids");
+        assert_eq!(space.client.ring_base(0), 1, "what could not be translated was not taken");
+        // Mapped again, the ring goes on where it was.
+        space.remap([(page, Some((user, 3)))]);
+        space.start(&bad, 1);
+        bad.completion();
+        assert_eq!(bytes(&space.view(Slot(0).data(), 2048), Slot(0).data(), 2048), contents(77, 2048));
+    }
+}
+
+/// Rule T1: misses without an answer.
+#[test]
+fn a_front_end_that_never_answers_holds_up_one_ring_and_nothing_else() {
+    let server = server();
+    let space = Space::new(server.connect(), FEATURES);
+    let (mut stuck, mut good) = (space.ring(0, 256, 0), space.ring(1, 256, 0));
+    space.start(&stuck, 0);
+    space.start(&good, 0);
+    is_served(&space, &mut stuck, 0);
+    is_served(&space, &mut good, 1);
+    space.iommu.silent.store(true, Ordering::SeqCst);
+    read(&space, &mut stuck, 5);
+    for _ in 0..100 {
+        is_served(&space, &mut good, 1);
+    }
+    assert!(stuck.driver.pop_used().unwrap().is_none());
+    // Not even what is about its own addresses waits.
+    space.client.done(Code::IOTLB_MSG, &invalidate(Slot(5).header(), 16), &[]);
+    assert_eq!(space.client.ring_base(0), 1);
+    space.start(&stuck, 1);
+    // A ring that can't even find its areas can be stopped too.
+    space.client.done(Code::IOTLB_MSG, &invalidate(stuck.layout.avail, 4096), &[]);
+    assert_eq!(space.client.ring_base(0), 1);
+    space.start(&stuck, 1);
+    space.iommu.silent.store(false, Ordering::SeqCst);
+    space.client.ring_base(0);
+    space.start(&stuck, 1);
+    stuck.completion();
+    assert_eq!(bytes(&space.view(Slot(5).data(), 1024), Slot(5).data(), 1024), contents(1, 1024));
+    // And hanging up ends it all.
+    space.iommu.silent.store(true, Ordering::SeqCst);
+    read(&space, &mut stuck, 6);
+    is_served(&space, &mut good, 1);
+    drop(space);
+    Space::new(server.connect(), FEATURES);
+}
+
+/// Rule T3: the pages of a ring go elsewhere while it runs.
+fn a_ring_moves(features: u64) {
+    let server = server();
+    let space = Space::new(server.connect(), FEATURES | features);
+    let mut ring = space.ring(0, 256, features);
+    space.start(&ring, ring.start());
+    let mut free = BASE + (12 << 20);
+    for round in 0..20 {
+        is_served(&space, &mut ring, round);
+        let parts = [ring.layout.desc, ring.layout.avail, ring.layout.used];
+        let page = parts[round as usize % 3];
+        let (old, new) = (space.gpa(page), space.gpa(free));
+        let (user, _) = space.iommu.map.lock().unwrap()[&(free / LOG_PAGE)];
+        free += LOG_PAGE;
+        space.remap([(page, None)]);
+        // It is the driver's now, which may write anything there.
+        let contents = space.guest.bytes(old, 4096);
+        space.guest.memory.write(old, &[0xee; 4096]).unwrap();
+        let state = ring.driver.state();
+        space.guest.memory.write(new, &contents).unwrap();
+        space.remap([(page, Some((user, 3)))]);
+        let layout = RingLayout::new(features, 256, parts[0], parts[1], parts[2]);
+        let memory = space.view(BASE, 24 << 20);
+        ring.driver = DriverRing::restore(&memory, layout, features, &state).unwrap();
+        is_served(&space, &mut ring, round);
+        assert!(space.guest.bytes(old, 4096).iter().all(|byte| *byte == 0xee), "the old page was written");
+    }
+}
+
+#[test]
+fn a_ring_whose_pages_go_elsewhere_goes_on_there() {
+    a_ring_moves(0);
+}
+
+#[test]
+fn a_packed_ring_whose_pages_go_elsewhere_goes_on_there() {
+    a_ring_moves(PACKED);
+}
+
+/// No channel: what was told counts, what was not ends the ring.
+#[test]
+fn without_a_channel_only_what_was_told_is_known() {
+    let server = server();
+    let client = server.connect();
+    let guest = Guest::new();
+    client.tell(Code::SET_PROTOCOL_FEATURES, &CHANNEL);
+    client.done(Code::SET_FEATURES, &FEATURES, &[]);
+    guest.send_table(&client);
+    // All of the first region, as a front-end without an IOMMU may have it.
+    client.done(Code::IOTLB_MSG, &update(0, 16 << 20, guest.user(0), 3), &[]);
+    let mut ring = Ring::new(&guest, 0, 256, 0);
+    let error = EventFd::new().unwrap();
+    client.done(Code::SET_VRING_ERR, &0u64, &[error.as_fd()]);
+    let space_addr = |ring: &Ring| VringAddr {
+        index: 0,
+        flags: 0,
+        desc_user_addr: ring.layout.desc,
+        used_user_addr: ring.layout.used,
+        avail_user_addr: ring.layout.avail,
+        log_guest_addr: 0,
+    };
+    let start = |ring: &Ring| {
+        client.done(Code::SET_VRING_CALL, &0u64, &[ring.call.as_fd()]);
+        client.tell(Code::SET_VRING_NUM, &VringState { index: 0, num: 256 });
+        client.tell(Code::SET_VRING_ADDR, &space_addr(ring));
+        client.done(Code::SET_VRING_KICK, &0u64, &[ring.kick.as_fd()]);
+        ring.enable(&client, true);
+    };
+    start(&ring);
+    let header = crate::guest::header(&guest, 0x60_0000, VIRTIO_BLK_T_IN, 3);
+    let add = |ring: &mut Ring, at: u64| {
+        let writable = [Buffer { gpa: at, len: 512 }, Buffer { gpa: 0x80_0000, len: 1 }];
+        ring.driver.add(&[header], &writable, None).unwrap().unwrap();
+        ring.kick();
+    };
+    add(&mut ring, 0x90_0000);
+    ring.completion();
+    assert_eq!(guest.bytes(0x90_0000, 512), contents(3, 512));
+    add(&mut ring, 0x4000_0000);
+    wait_for_error(&error);
+    assert_eq!(client.ring_base(0), 1);
+}
+
+/// Bad messages change nothing; an invalidation of everything during I/O costs only time.
+#[test]
+fn hostile_translations_are_refused_and_the_rings_go_on() {
+    let server = server();
+    let space = Space::new(server.connect(), FEATURES);
+    let mut ring = space.ring(0, 256, 0);
+    space.start(&ring, 0);
+    is_served(&space, &mut ring, 0);
+    let user = space.guest.user(0);
+    let refused = |message: &IotlbMsg| {
+        assert_ne!(space.client.acknowledged(Code::IOTLB_MSG, message.as_bytes(), &[]), 0, "{message:?}");
+    };
+    let foreign = |kind| IotlbMsg { kind, ..update(BASE, LOG_PAGE, user, 3) };
+    (0..=u8::MAX).filter(|kind| !(2..=3).contains(kind)).for_each(|kind| refused(&foreign(kind)));
+    for (iova, size, uaddr, perm) in [
+        (BASE, 0, user, 3),
+        (u64::MAX, 2, user, 3),
+        (0, u64::MAX, user, 3),
+        (BASE, LOG_PAGE, u64::MAX - 5, 3),
+        (BASE, LOG_PAGE, 0x1000, 3),
+        (BASE, 1 << 40, user, 3),
+        (BASE, LOG_PAGE, user, 4),
+        (BASE, LOG_PAGE, user, 255),
+    ] {
+        refused(&update(iova, size, uaddr, perm));
+    }
+    for (iova, size) in [(BASE, 0), (2, u64::MAX), (u64::MAX, 2)] {
+        refused(&invalidate(iova, size));
+    }
+    assert_ne!(space.client.acknowledged(Code::IOTLB_MSG, &[0; 31], &[]), 0);
+    is_served(&space, &mut ring, 0);
+    // A flood, and everything taken away in the middle of it.
+    let begin = Instant::now();
+    for number in 0..20_000u64 {
+        space.iommu.tell(&update(number << 13, LOG_PAGE, user, 3));
+    }
+    for round in 0..30 {
+        read(&space, &mut ring, 1);
+        let all = if round % 2 == 0 { invalidate(0, 0) } else { invalidate(0, u64::MAX) };
+        space.client.done(Code::IOTLB_MSG, &all, &[]);
+        ring.completion();
+        is_served(&space, &mut ring, 2);
+    }
+    assert!(begin.elapsed() < 10 * DEADLINE);
+}
+
+/// A device that does not offer it doesn't know the message; acknowledging it is refused.
+#[test]
+fn it_is_offered_only_if_asked_for() {
+    let server = Server::disk(DISK, |_| {});
+    let client: Client = server.connect();
+    client.tell(Code::SET_PROTOCOL_FEATURES, &CHANNEL);
+    assert_eq!(client.ask_number(Code::GET_FEATURES) >> 33 & 1, 0);
+    assert_ne!(client.acknowledged(Code::SET_FEATURES, FEATURES.as_bytes(), &[]), 0);
+    assert_ne!(client.acknowledged(Code::IOTLB_MSG, invalidate(0, 0).as_bytes(), &[]), 0);
+}

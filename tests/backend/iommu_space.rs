@@ -1,0 +1,225 @@
+//! An IOMMU for tests: guest memory scattered page by page over I/O virtual addresses, and a thread that answers misses.
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::vhost::{
+    VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_MISS, VHOST_IOTLB_UPDATE,
+};
+use vhost_migrate::abi::vhost_user::{
+    BackendRequest, Header, IotlbMsg, Request as Code, VringAddr, VringState, protocol_feature,
+};
+use vhost_migrate::abi::virtio::VIRTIO_F_ACCESS_PLATFORM;
+use vhost_migrate::memory::{Access, Iotlb, LOG_PAGE, Memory, Window};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+use crate::guest::{BASIC, Guest, HIGH, PROTOCOL, REGION, Ring};
+use crate::raw::{Client, VERSION};
+
+/// All I/O virtual addresses begin here, where there is no guest memory.
+pub(crate) const BASE: u64 = 0x70_0000_0000;
+/// Those of rings' buffers.
+pub(crate) const DATA: u64 = BASE + (16 << 20);
+pub(crate) const FEATURES: u64 = BASIC | bit(VIRTIO_F_ACCESS_PLATFORM);
+/// The protocol features that translation needs.
+pub(crate) const CHANNEL: u64 = PROTOCOL | bit(protocol_feature::BACKEND_REQ);
+
+/// Numbers that look random and are the same in every run.
+pub(crate) struct Dice(pub(crate) u64);
+
+impl Dice {
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % limit
+    }
+}
+
+/// A guest behind an IOMMU, and its connection.
+pub(crate) struct Space {
+    pub(crate) guest: Guest,
+    pub(crate) client: Client,
+    pub(crate) iommu: Arc<Iommu>,
+    thread: Option<JoinHandle<()>>,
+    ear: Option<UnixStream>,
+}
+
+/// What it does with misses.
+pub(crate) struct Iommu {
+    updates: Client,
+    /// User address and permission, by I/O virtual page.
+    pub(crate) map: Mutex<BTreeMap<u64, (u64, u8)>>,
+    pub(crate) silent: AtomicBool,
+    pub(crate) misses: AtomicU64,
+    pub(crate) failures: AtomicU64,
+}
+
+impl Iommu {
+    /// An update or an invalidation, without waiting.
+    pub(crate) fn tell(&self, message: &IotlbMsg) {
+        self.updates.tell(Code::IOTLB_MSG, message);
+    }
+
+    fn answers(&self, mut ear: UnixStream) {
+        let mut head = [0; size_of::<Header>()];
+        while ear.read_exact(&mut head).is_ok() {
+            let header: Header = zerocopy::transmute!(head);
+            let mut body = vec![0; header.size as usize];
+            ear.read_exact(&mut body).unwrap();
+            assert_eq!(BackendRequest(header.request), BackendRequest::IOTLB_MSG);
+            let asked = IotlbMsg::read_from_bytes(&body).unwrap();
+            let found = match asked.kind {
+                VHOST_IOTLB_MISS if self.silent.load(Ordering::SeqCst) => continue,
+                VHOST_IOTLB_MISS => {
+                    self.misses.fetch_add(1, Ordering::SeqCst);
+                    self.answer(&asked)
+                }
+                VHOST_IOTLB_ACCESS_FAIL => {
+                    self.failures.fetch_add(1, Ordering::SeqCst);
+                    true
+                }
+                kind => panic!("a back-end sends no message of kind {kind}"),
+            };
+            if header.flags & Header::FLAG_NEED_REPLY != 0 {
+                let reply = Header { request: header.request, flags: Header::REPLY_FLAGS, size: 8 };
+                let _ = ear.write_all(&[reply.as_bytes(), u64::from(!found).as_bytes()].concat());
+            }
+        }
+    }
+
+    /// Sends the translation, before anybody can change it.
+    fn answer(&self, asked: &IotlbMsg) -> bool {
+        let map = self.map.lock().unwrap();
+        let page = asked.iova / LOG_PAGE;
+        let Some((uaddr, perm)) = map.get(&page).copied() else { return false };
+        self.tell(&update(page * LOG_PAGE, LOG_PAGE, uaddr, perm));
+        true
+    }
+}
+
+pub(crate) fn update(iova: u64, size: u64, uaddr: u64, perm: u8) -> IotlbMsg {
+    IotlbMsg { iova, size, uaddr, perm, kind: VHOST_IOTLB_UPDATE, ..IotlbMsg::new_zeroed() }
+}
+
+pub(crate) fn invalidate(iova: u64, size: u64) -> IotlbMsg {
+    IotlbMsg { iova, size, kind: VHOST_IOTLB_INVALIDATE, ..IotlbMsg::new_zeroed() }
+}
+
+impl Space {
+    /// Connects, and maps 16 MiB of I/O virtual addresses from [`BASE`] and 8 MiB from [`DATA`] to pages of both regions.
+    pub(crate) fn new(client: Client, features: u64) -> Space {
+        Space::of(Guest::new(), client, features)
+    }
+
+    pub(crate) fn of(guest: Guest, client: Client, features: u64) -> Space {
+        client.tell(Code::SET_OWNER, &[0u8; 0]);
+        client.tell(Code::SET_PROTOCOL_FEATURES, &CHANNEL);
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        client.done(Code::SET_BACKEND_REQ_FD, &[0u8; 0], &[theirs.as_fd()]);
+        client.done(Code::SET_FEATURES, &features, &[]);
+        guest.send_table(&client);
+        let mut pages: Vec<u64> = (0..REGION / LOG_PAGE).flat_map(|page| [page, HIGH / LOG_PAGE + page]).collect();
+        let mut dice = Dice(7);
+        let numbers = (BASE / LOG_PAGE..).take((24 << 20) / LOG_PAGE as usize);
+        let map = numbers.map(|number| {
+            let gpa = pages.swap_remove(dice.below(pages.len() as u64) as usize) * LOG_PAGE;
+            (number, (guest.user(gpa), 3))
+        });
+        let iommu = Arc::new(Iommu {
+            updates: Client { socket: client.socket.try_clone().unwrap() },
+            map: Mutex::new(map.collect()),
+            silent: AtomicBool::new(false),
+            misses: AtomicU64::new(0),
+            failures: AtomicU64::new(0),
+        });
+        let (hears, ear) = (iommu.clone(), ours.try_clone().unwrap());
+        let thread = std::thread::spawn(move || hears.answers(ear));
+        Space { guest, client, iommu, thread: Some(thread), ear: Some(ours) }
+    }
+
+    /// Guest-physical address of the page at an I/O virtual address, and how far into it that is.
+    pub(crate) fn gpa(&self, iova: u64) -> u64 {
+        let (user, _) = self.iommu.map.lock().unwrap()[&(iova / LOG_PAGE)];
+        self.guest.memory.gpa_of_user(user, LOG_PAGE).unwrap() + iova % LOG_PAGE
+    }
+
+    pub(crate) fn pages(&self, iova: u64, len: u64) -> impl Iterator<Item = u64> {
+        (iova / LOG_PAGE..=(iova + len - 1) / LOG_PAGE).map(|page| self.gpa(page * LOG_PAGE) / LOG_PAGE)
+    }
+
+    /// As the driver sees a range: in one piece.
+    pub(crate) fn view(&self, iova: u64, len: u64) -> Memory {
+        let iotlb = Iotlb::default();
+        for (page, (user, _)) in self.iommu.map.lock().unwrap().iter() {
+            iotlb.update(page * LOG_PAGE, LOG_PAGE, *user, 3).unwrap();
+        }
+        Window::open(&self.guest.memory, &iotlb, &[(iova, len, Access::Read)], None).unwrap().memory().clone()
+    }
+
+    /// A ring whose parts are scattered; all its buffers are addressed as [`Space::view`] has them.
+    pub(crate) fn ring(&self, index: u32, size: u16, features: u64) -> Ring {
+        Ring::at(&self.view(BASE, 24 << 20), BASE + (u64::from(index) << 20), index, size, features)
+    }
+
+    pub(crate) fn addr(&self, ring: &Ring) -> VringAddr {
+        VringAddr {
+            index: ring.index,
+            flags: u32::from(ring.log_at.is_some()),
+            desc_user_addr: ring.layout.desc,
+            used_user_addr: ring.layout.used,
+            avail_user_addr: ring.layout.avail,
+            log_guest_addr: ring.log_at.unwrap_or(u64::MAX),
+        }
+    }
+
+    /// Starts a ring; its error eventfd.
+    pub(crate) fn start(&self, ring: &Ring, base: u32) -> EventFd {
+        let (client, index) = (&self.client, ring.index);
+        let number = u64::from(index);
+        let error = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).unwrap();
+        client.send(Code::SET_VRING_CALL, VERSION, number.as_bytes(), &[ring.call.as_fd()]);
+        client.send(Code::SET_VRING_ERR, VERSION, number.as_bytes(), &[error.as_fd()]);
+        client.tell(Code::SET_VRING_NUM, &VringState { index, num: ring.layout.size.into() });
+        client.tell(Code::SET_VRING_BASE, &VringState { index, num: base });
+        client.tell(Code::SET_VRING_ADDR, &self.addr(ring));
+        client.send(Code::SET_VRING_KICK, VERSION, number.as_bytes(), &[ring.kick.as_fd()]);
+        ring.enable(client, true);
+        error
+    }
+
+    /// Changes translations, tells the back-end, and waits until it has forgotten the old ones.
+    pub(crate) fn remap(&self, pages: impl IntoIterator<Item = (u64, Option<(u64, u8)>)>) {
+        let mut changed = Vec::new();
+        let mut map = self.iommu.map.lock().unwrap();
+        for (iova, to) in pages {
+            match to {
+                Some(to) => drop(map.insert(iova / LOG_PAGE, to)),
+                None => drop(map.remove(&(iova / LOG_PAGE))),
+            }
+            changed.push(iova);
+        }
+        drop(map);
+        for iova in changed {
+            self.client.done(Code::IOTLB_MSG, &invalidate(iova, LOG_PAGE), &[]);
+        }
+    }
+}
+
+impl Drop for Space {
+    fn drop(&mut self) {
+        if let Some(ear) = self.ear.take() {
+            let _ = ear.shutdown(std::net::Shutdown::Both);
+        }
+        if let Some(thread) = self.thread.take() {
+            // What it has to say is said in tests that end well.
+            let ended = thread.join();
+            assert!(ended.is_ok() || std::thread::panicking(), "the IOMMU's thread has failed");
+        }
+    }
+}
