@@ -170,7 +170,16 @@ fn memory(regions: u64) -> Memory {
 fn setup() -> RingSetup {
     let eventfd = || Arc::new(OwnedFd::from(EventFd::new().unwrap()));
     let base = RingBase::split(7);
-    RingSetup { size: 8, desc: 0x1000, avail: 0x2000, used: 0x3000, kick: eventfd(), call: eventfd(), base }
+    RingSetup {
+        size: 8,
+        desc: 0x1000,
+        avail: 0x2000,
+        used: 0x3000,
+        kick: eventfd(),
+        call: eventfd(),
+        error: None,
+        base,
+    }
 }
 
 /// A device with memory and one ring that runs.

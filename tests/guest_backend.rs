@@ -9,8 +9,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use rstest::rstest;
 use tempfile::TempDir;
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::vhost_user::protocol_feature;
 use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
 use vhost_migrate::backend::{self, BackendError, Listener};
 use vhost_migrate::dirty::{DirtyError, DirtySource, Log, PageSet, Pagemap};
@@ -54,7 +58,18 @@ impl Backend {
     }
 
     fn device(&self) -> UserDevice {
-        UserDevice::connect(self.socket(), UserOptions::default(), Instant::now() + PATIENCE).unwrap()
+        self.device_with(0)
+    }
+
+    /// A front-end that uses more than the usual protocol features.
+    fn device_with(&self, more: u64) -> UserDevice {
+        let usual = UserOptions::default();
+        let options = UserOptions { protocol_features: usual.protocol_features | more, ..usual };
+        UserDevice::connect(self.socket(), options, Instant::now() + PATIENCE).unwrap()
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
     }
 }
 
@@ -62,7 +77,7 @@ impl Drop for Backend {
     fn drop(&mut self) {
         self.end();
         if std::thread::panicking() {
-            eprintln!("{}", std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default());
+            eprintln!("{}", self.log());
         }
     }
 }
@@ -86,8 +101,12 @@ fn config() -> GuestConfig {
 }
 
 fn running(backend: &Backend, config: GuestConfig) -> Guest {
+    running_on(backend.device(), config)
+}
+
+fn running_on(device: UserDevice, config: GuestConfig) -> Guest {
     let mut guest = Guest::new(config).unwrap();
-    guest.boot(vec![Box::new(backend.device())]).unwrap();
+    guest.boot(vec![Box::new(device)]).unwrap();
     guest.resume().unwrap();
     guest
 }
@@ -108,9 +127,14 @@ fn run_for(guest: &Guest, requests: u64) {
 }
 
 #[rstest]
-fn a_back_end_that_is_killed_again_and_again_is_not_noticed(#[values(false, true)] packed: bool) {
+fn a_back_end_that_is_killed_again_and_again_is_not_noticed(
+    #[values(false, true)] packed: bool,
+    #[values(0, bit(protocol_feature::INBAND_NOTIFICATIONS))] protocol_features: u64,
+) {
     let mut backend = Backend::start();
-    let mut guest = running(&backend, GuestConfig { packed, ..config() });
+    let device = backend.device_with(protocol_features);
+    assert_eq!(device.protocol_features() & protocol_features, protocol_features);
+    let mut guest = running_on(device, GuestConfig { packed, ..config() });
     for kill in 1..=KILLS {
         // At some moment of some request: after another number of them each time.
         run_for(&guest, 50 + 7 * kill);
@@ -156,6 +180,26 @@ fn a_back_end_is_waited_for_as_long_as_it_takes_and_the_guest_says_so() {
     run_for(&guest, 100);
     guest.verify().unwrap();
     assert_eq!((guest.stats().lost, guest.stats().duplicates), (0, 0));
+}
+
+#[test]
+fn a_disk_grows_under_its_guest_and_never_shrinks() {
+    let backend = Backend::start();
+    let mut guest = running(&backend, config());
+    run_for(&guest, 100);
+    let image = File::options().write(true).open(backend.folder.path().join("disk.img")).unwrap();
+    let look_again = || kill(Pid::from_raw(backend.child.id() as i32), Signal::SIGHUP).unwrap();
+    for mib in [17, 64, 1000] {
+        image.set_len(mib * MIB).unwrap();
+        look_again();
+        wait_for(&guest, "the disk grows", |guest| guest.connections()[0].capacity == mib * MIB);
+    }
+    run_for(&guest, 100);
+    image.set_len(500 * MIB).unwrap();
+    look_again();
+    wait_for(&guest, "a smaller image is refused", |_| backend.log().contains("make it as large again"));
+    assert_eq!(guest.connections()[0].capacity, 1000 * MIB);
+    guest.verify().unwrap();
 }
 
 /// Copies pages as they are now, as a migration sends them.

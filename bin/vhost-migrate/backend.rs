@@ -12,7 +12,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
 use vhost_migrate::backend::{self, Device, Inherited, Listener, Sandbox, Violation};
 
-use crate::interrupt::on_interrupt;
+use crate::interrupt::{on_hangup, on_interrupt};
 use crate::messages::Messages;
 use crate::metrics::Metrics;
 
@@ -43,6 +43,9 @@ QEMU attaches it so:
 It serves one front-end after the other until SIGTERM or Ctrl-C. Killed and started again, it goes on where it
 was, as far as the front-end reconnects. The image is locked while a front-end runs queues: a second back-end on it
 waits up to 10 seconds for the first, and for what a killed one has left to the disk. What it writes to stderr is chosen by --log-level or RUST_LOG.
+
+The disk can grow while a guest uses it; a smaller image is refused, and the disk stays as it is:
+  truncate -s 2G disk.img && kill -HUP PID
 
 Exit status: 0 ended by a signal; 1 failed; 2 wrong arguments.")]
 struct Blk {
@@ -165,7 +168,6 @@ fn stop_on_interrupt() -> Result<Arc<EventFd>, Box<dyn std::error::Error>> {
 impl Blk {
     fn run(self, stop: &EventFd) -> Result<(), Box<dyn std::error::Error>> {
         self.messages.start();
-        self.metrics.start()?;
         let disk = Disk::open(DiskOptions {
             image: self.image.clone(),
             read_only: self.read_only,
@@ -182,9 +184,17 @@ impl Blk {
             iommu: self.iommu,
             share_rw: self.share_rw,
         })?;
+        let disk = Arc::new(disk);
+        let growing = disk.clone();
+        on_hangup(move || {
+            if let Err(error) = growing.grow() {
+                tracing::error!("{error}");
+            }
+        })?;
+        self.metrics.start()?;
         let (bytes, image) = (disk.capacity() * 512, self.image.display());
         let what = format!("{image} ({bytes} bytes)");
-        serve(self.socket.as_deref(), self.fd, Arc::new(disk), &what, self.seccomp.sandbox(), stop)
+        serve(self.socket.as_deref(), self.fd, disk, &what, self.seccomp.sandbox(), stop)
     }
 }
 

@@ -1,23 +1,48 @@
-//! SIGINT and SIGTERM as an event on a thread, without a signal handler.
+//! Signals as events on threads, without signal handlers.
+//!
+//! Both are to be called before other threads are started, which inherit the blocked signals.
 
 use std::io;
+use std::ops::ControlFlow;
 
 use nix::sys::signal::{SigSet, Signal};
 
-/// Has `then` called on a thread of its own at the first SIGINT or SIGTERM. Call before other threads are started:
-/// they inherit the blocked signals.
+/// Has `then` called on a thread of its own at the first SIGINT or SIGTERM.
 ///
 /// # Errors
 /// What the system says.
 pub(crate) fn on_interrupt(then: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGINT);
-    signals.add(Signal::SIGTERM);
-    signals.thread_block()?;
-    std::thread::Builder::new().name("signals".into()).spawn(move || {
-        if signals.wait().is_ok() {
+    let mut then = Some(then);
+    on([Signal::SIGINT, Signal::SIGTERM], move || {
+        then.take().map_or(ControlFlow::Continue(()), |then| {
             then();
-        }
-    })?;
+            ControlFlow::Break(())
+        })
+    })
+}
+
+/// Has `then` called on a thread of its own at every SIGHUP.
+///
+/// # Errors
+/// What the system says.
+pub(crate) fn on_hangup(mut then: impl FnMut() + Send + 'static) -> io::Result<()> {
+    on([Signal::SIGHUP], move || {
+        then();
+        ControlFlow::Continue(())
+    })
+}
+
+fn on(
+    signals: impl IntoIterator<Item = Signal>,
+    mut then: impl FnMut() -> ControlFlow<()> + Send + 'static,
+) -> io::Result<()> {
+    let signals: SigSet = signals.into_iter().collect();
+    signals.thread_block()?;
+    let wait = move || {
+        // It is no thread for other signals to be delivered to, among which one may be waited for elsewhere.
+        let _ = SigSet::all().thread_block();
+        while signals.wait().is_ok() && then().is_continue() {}
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(wait)?;
     Ok(())
 }

@@ -18,6 +18,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
+use crate::abi::vhost_user::BackendRequest;
 use crate::dirty::Log;
 use crate::memory::Memory;
 use crate::ring::RingBase;
@@ -37,8 +38,27 @@ pub struct RingSetup {
     pub kick: Arc<OwnedFd>,
     /// Eventfd that the device writes when buffers were used.
     pub call: Arc<OwnedFd>,
+    /// Eventfd that the device writes when it finds the ring broken: it then does nothing more until the ring is stopped
+    /// and started.
+    pub error: Option<Arc<OwnedFd>>,
     /// Where the device goes on (rule R4).
     pub base: RingBase,
+}
+
+/// What a device says without having been asked.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum DeviceEvent {
+    /// Its configuration space has changed: read it again.
+    ConfigChanged,
+    /// This ring is broken, said over the channel (rule B3); its error fd has been signalled too.
+    RingBroken(u16),
+    /// It wanted this ring's kicks on a page of its own, and was told no (rule B4).
+    HostNotifierRefused(u16),
+    /// It asked for something that is not known here, and was told no.
+    Refused(BackendRequest),
+    /// It broke the protocol, and can't say anything until the next connection.
+    ChannelBroken(&'static str),
 }
 
 /// An inflight region's contents, to be moved with a device whose rings are stopped.
@@ -210,6 +230,19 @@ pub trait Device: Send {
     /// # Errors
     /// [`FrontendError::System`] if no fd is to be had.
     fn watch(&self) -> Result<Option<OwnedFd>, FrontendError>;
+
+    /// Takes what it has said since the last time, each thing once.
+    fn events(&mut self) -> Vec<DeviceEvent> {
+        Vec::new()
+    }
+
+    /// An fd that is readable while there are [`events`](Device::events), or `None` if there never are.
+    ///
+    /// # Errors
+    /// [`FrontendError::System`] if no fd is to be had.
+    fn watch_events(&self) -> Result<Option<OwnedFd>, FrontendError> {
+        Ok(None)
+    }
 
     /// Whether the connection has ended, by either side.
     fn hung_up(&self) -> bool;

@@ -133,6 +133,10 @@ pub struct Connection {
     pub away_ms: Option<u64>,
     /// Times its back-end came back, in the guest's whole life.
     pub reconnects: u64,
+    /// Bytes of its disk, which may have grown since the guest began to use it.
+    pub capacity: u64,
+    /// Rings that are broken: nothing more comes from them until they are started anew.
+    pub broken_rings: Vec<u16>,
 }
 
 /// What [`Guest::verify`] has looked at.
@@ -318,6 +322,7 @@ impl Guest {
         for Attached { unit, stopped, .. } in &mut self.units {
             for ((index, line), stopped) in (0..).zip(&unit.lines).zip(stopped) {
                 let Some(base) = *stopped else { continue };
+                line.mend();
                 unit.with(|device| device.start_ring(index, setup(line, base)))?;
                 // What was added while it was stopped, or whose kick was lost with another host.
                 line.kick();
@@ -339,7 +344,7 @@ impl Guest {
             let device = attached.unit.lock();
             Ok(DeviceState {
                 features: attached.disk.features,
-                capacity: attached.disk.capacity,
+                capacity: attached.unit.capacity.load(Ordering::Relaxed),
                 segments: attached.disk.segments,
                 block_size: (attached.disk.block * SECTOR_BYTES) as u32,
                 bases: attached.stopped.iter().copied().collect::<Option<_>>().ok_or(running)?,
@@ -404,6 +409,12 @@ impl Guest {
             name: attached.unit.name.clone(),
             away_ms: attached.unit.away_for().map(|time| time.as_millis() as u64),
             reconnects: attached.unit.reconnects.load(Ordering::Relaxed),
+            capacity: attached.unit.capacity.load(Ordering::Relaxed),
+            broken_rings: (0..)
+                .zip(&attached.unit.lines)
+                .filter(|(_, line)| line.broken.load(Ordering::Relaxed))
+                .map(|(index, _)| index)
+                .collect(),
         };
         self.units.iter().map(of).collect()
     }
@@ -497,6 +508,7 @@ impl Guest {
             let unit = Arc::new(Unit::new(
                 device,
                 lines,
+                disk.capacity,
                 self.config.reconnect_timeout.map(|s| Duration::from_secs(s.min(FOREVER))),
             ));
             if let Some(state) = expected {
@@ -610,7 +622,16 @@ impl Drop for Guest {
 
 fn setup(line: &Line, base: RingBase) -> RingSetup {
     let (size, [desc, avail, used]) = (line.ring.size(), line.ring.areas());
-    RingSetup { size, desc, avail, used, kick: line.kick.clone(), call: line.call.clone(), base }
+    RingSetup {
+        size,
+        desc,
+        avail,
+        used,
+        kick: line.kick.clone(),
+        call: line.call.clone(),
+        error: Some(line.error.clone()),
+        base,
+    }
 }
 
 /// What a driver has to know of a device.

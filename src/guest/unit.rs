@@ -11,7 +11,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::error::GuestError;
 use super::signal::{Failure, Signal, wait};
-use crate::frontend::{Device, FrontendError, SharedDevice};
+use crate::abi::virtio::SECTOR_BYTES;
+use crate::frontend::{Device, DeviceEvent, FrontendError, SharedDevice};
 use crate::ring::RingLayout;
 
 /// The longest that anybody else waits for the device while its back-end is away.
@@ -30,6 +31,8 @@ pub(super) struct Unit {
     since: Mutex<Option<Instant>>,
     pub(super) reconnects: AtomicU64,
     pub(super) resubmitted: AtomicU64,
+    /// Bytes of the disk, as the device says now.
+    pub(super) capacity: AtomicU64,
 }
 
 /// A ring's place in memory and its doorbells.
@@ -37,6 +40,9 @@ pub(super) struct Line {
     pub(super) ring: RingLayout,
     pub(super) kick: Arc<OwnedFd>,
     pub(super) call: Arc<OwnedFd>,
+    pub(super) error: Arc<OwnedFd>,
+    /// Whether the device has said that the ring is broken.
+    pub(super) broken: AtomicBool,
 }
 
 impl Line {
@@ -46,7 +52,8 @@ impl Line {
             let made = EventFd::from_value_and_flags(0, flags).map_err(GuestError::system("make an eventfd"))?;
             Ok::<_, GuestError>(Arc::new(OwnedFd::from(made)))
         };
-        Ok(Line { ring, kick: eventfd()?, call: eventfd()? })
+        let broken = AtomicBool::new(false);
+        Ok(Line { ring, kick: eventfd()?, call: eventfd()?, error: eventfd()?, broken })
     }
 
     pub(super) fn kick(&self) {
@@ -58,10 +65,21 @@ impl Line {
     pub(super) fn answer(&self) {
         let _ = nix::unistd::read(&self.call, &mut [0; 8]);
     }
+
+    /// Takes a signal of a broken ring back; false if there was none.
+    pub(super) fn complaint(&self) -> bool {
+        nix::unistd::read(&self.error, &mut [0; 8]).is_ok()
+    }
+
+    /// The ring begins anew.
+    pub(super) fn mend(&self) {
+        self.complaint();
+        self.broken.store(false, Ordering::Relaxed);
+    }
 }
 
 impl Unit {
-    pub(super) fn new(device: Box<dyn Device>, lines: Vec<Line>, limit: Option<Duration>) -> Unit {
+    pub(super) fn new(device: Box<dyn Device>, lines: Vec<Line>, capacity: u64, limit: Option<Duration>) -> Unit {
         Unit {
             name: device.name().to_owned(),
             device: Arc::new(Mutex::new(device)),
@@ -71,6 +89,7 @@ impl Unit {
             since: Mutex::new(None),
             reconnects: AtomicU64::new(0),
             resubmitted: AtomicU64::new(0),
+            capacity: AtomicU64::new(capacity),
         }
     }
 
@@ -120,7 +139,9 @@ impl Unit {
 
     fn reconnect(&self, device: &mut dyn Device, deadline: Instant) -> Result<(), FrontendError> {
         self.set_away(true);
+        self.lines.iter().for_each(Line::mend);
         let found = device.reconnect(deadline)?;
+        self.look(device);
         if let Some(since) = self.set_away(false) {
             let (name, ms, requests) = (&self.name, since.elapsed().as_millis(), found.resubmitted);
             tracing::info!("{name}: the back-end is back after {ms} ms, with {requests} requests to serve again");
@@ -128,6 +149,39 @@ impl Unit {
         self.reconnects.fetch_add(1, Ordering::Relaxed);
         self.resubmitted.fetch_add(found.resubmitted, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Reads the disk's capacity again.
+    fn look(&self, device: &mut dyn Device) {
+        let mut capacity = [0; 8];
+        match device.config(0, &mut capacity) {
+            Ok(()) => {
+                let now = u64::from_le_bytes(capacity).saturating_mul(SECTOR_BYTES);
+                let before = self.capacity.swap(now, Ordering::Relaxed);
+                if before != now {
+                    tracing::info!("{}: the disk has {now} bytes now, it had {before}", self.name);
+                }
+            }
+            // One that has gone away is looked at when it is back.
+            Err(error) => tracing::warn!("{}: its capacity can't be read: {error}", self.name),
+        }
+    }
+
+    /// Takes note of what the device has said without having been asked.
+    fn hear(&self) {
+        for (index, line) in self.lines.iter().enumerate().filter(|(_, line)| line.complaint()) {
+            tracing::error!("{}: ring {index} is broken, and nothing more comes from it", self.name);
+            line.broken.store(true, Ordering::Relaxed);
+        }
+        let mut device = self.lock();
+        for event in device.events() {
+            match event {
+                DeviceEvent::ConfigChanged => self.look(device.as_mut()),
+                // The error fd has said so.
+                DeviceEvent::RingBroken(_) => {}
+                other => tracing::warn!("{}: {other:?}", self.name),
+            }
+        }
     }
 
     /// Connects again as long as it takes, unless there is a limit, and lets others at the device between attempts.
@@ -187,9 +241,16 @@ impl Drop for Supervisor {
 
 fn watch(unit: &Unit, stop: &Signal) -> Result<(), GuestError> {
     while !stop.is_set() {
-        let Some(connection) = unit.lock().watch()? else { return Ok(()) };
-        wait(&[stop.as_fd()], Some(connection.as_fd()), None)?;
+        let (connection, events) = {
+            let device = unit.lock();
+            (device.watch()?, device.watch_events()?)
+        };
+        let Some(connection) = connection else { return Ok(()) };
+        let errors = unit.lines.iter().map(|line| line.error.as_fd());
+        let readable: Vec<_> = errors.chain([stop.as_fd()]).chain(events.iter().map(AsFd::as_fd)).collect();
+        wait(&readable, Some(connection.as_fd()), None)?;
         if !stop.is_set() {
+            unit.hear();
             unit.revive(stop)?;
         }
     }

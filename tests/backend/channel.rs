@@ -22,10 +22,10 @@ const IN_BAND: u64 = PROTOCOL | bit(protocol_feature::BACKEND_REQ) | bit(protoco
 const NO_FD: u64 = 0x100;
 
 /// The front-end's end of the channel.
-struct Ear(UnixStream);
+pub(crate) struct Ear(UnixStream);
 
 impl Ear {
-    fn give(client: &Client) -> Ear {
+    pub(crate) fn give(client: &Client) -> Ear {
         let (ours, theirs) = UnixStream::pair().unwrap();
         Ear::give_ends(client, ours, theirs.as_fd())
     }
@@ -37,7 +37,7 @@ impl Ear {
     }
 
     /// The next message, and the ring that it names.
-    fn hear(&mut self) -> (BackendRequest, Option<u32>) {
+    pub(crate) fn hear(&mut self) -> (BackendRequest, Option<u32>) {
         let mut head = [0; size_of::<Header>()];
         self.0.read_exact(&mut head).unwrap();
         let header: Header = zerocopy::transmute!(head);

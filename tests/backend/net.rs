@@ -7,7 +7,9 @@ use std::sync::Arc;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use rstest::rstest;
 use vhost_migrate::abi::bit;
-use vhost_migrate::abi::vhost_user::{CONFIG_TYPE_MIGRATION, ConfigHeader, Request as Code, protocol_feature};
+use vhost_migrate::abi::vhost_user::{
+    BackendRequest, CONFIG_TYPE_MIGRATION, ConfigHeader, Request as Code, protocol_feature,
+};
 use vhost_migrate::abi::virtio::{
     VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE,
     VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_RING_F_EVENT_IDX,
@@ -16,6 +18,7 @@ use vhost_migrate::backend::net::{Counts, Net, NetOptions, Peer};
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
+use crate::channel::Ear;
 use crate::guest::{
     BASIC, Guest, HIGH, PACKED, Ring, SPLIT, begin, harvest, inflight_region, install_log, start_logging,
 };
@@ -476,7 +479,9 @@ fn what_a_front_end_asks_about_the_device_is_answered() {
         assert_eq!(client.acknowledged(Code::NET_SET_MTU, mtu.as_bytes(), &[]), answer, "{mtu}");
     }
     assert_eq!(config(client), (MAC, 1));
+    let mut ear = Ear::give(client);
     client.done(Code::SEND_RARP, &0x0000_0605_0403_0201u64, &[]);
+    assert_eq!(ear.hear(), (BackendRequest::CONFIG_CHANGE_MSG, None), "its front-end hears of it (rule B2)");
     assert_eq!(config(client), (MAC, 3), "the driver is asked to announce itself");
     let mut control = Controls::new(&rig, 2);
     assert_eq!(control.ask(&rig.guest, 3, 0, &[]), 0);

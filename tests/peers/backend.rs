@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use nix::sys::signal::Signal;
+
 use crate::process::{Lab, Process, wait_for};
 
 /// Which program serves the disk.
@@ -55,6 +57,11 @@ impl Backend {
             self.process.assert_running();
             listens(&self.socket).then_some(())
         });
+    }
+
+    /// Has it look at the size of its image again.
+    pub(crate) fn look_again(&self) {
+        self.process.signal(Signal::SIGHUP);
     }
 
     /// Panics if it is not alive any more.

@@ -74,6 +74,48 @@ fn a_linux_guest_with_packed_rings_moves_there_and_back_too() {
     there_and_back(true);
 }
 
+/// Prints the disk's size, in sectors, again and again.
+const TELLS_SIZE: &str = "busybox mkdir -p /sys\nbusybox mount -t sysfs sys /sys\n\
+    (while true; do busybox echo size $(busybox cat /sys/block/vda/size); busybox sleep 1; done) &";
+
+/// Rule B2.
+#[test]
+fn a_linux_guest_sees_its_disk_grow_and_works_on() {
+    let lab = Lab::new();
+    let image = File::create(lab.disk()).unwrap();
+    image.set_len(DISK_BYTES).unwrap();
+    let mut backend = Backend::start(&lab, Kind::Ours, "backend", &lab.disk(), 1);
+    let boot = format!(
+        "-kernel {} -initrd {} -append console=ttyS0",
+        initramfs::kernel().display(),
+        initramfs::make(&lab, Kernel::Pc, &["virtio_pci", "virtio_blk"], TELLS_SIZE, "load").display()
+    );
+    let host = Host::start(&lab, "host", &boot, backend.socket(), DISK);
+    let sees = |bytes: u64| {
+        let line = format!("size {}", bytes / 512);
+        wait_for("the guest sees the disk's size", || {
+            let text = String::from_utf8_lossy(&fs::read(&host.console).unwrap_or_default()).into_owned();
+            text.lines().any(|words| words.trim_end() == line).then_some(())
+        });
+    };
+    sees(DISK_BYTES);
+    host.works(100, 100);
+    for bytes in [DISK_BYTES + 512, 10 * DISK_BYTES] {
+        image.set_len(bytes).unwrap();
+        backend.look_again();
+        sees(bytes);
+        host.works(100, 100);
+    }
+    // After a restart of the back-end too.
+    backend.kill();
+    backend.restart();
+    image.set_len(11 * DISK_BYTES).unwrap();
+    host.works(100, 100);
+    backend.look_again();
+    sees(11 * DISK_BYTES);
+    backend.assert_running();
+}
+
 fn there_and_back(packed: bool) {
     let device = format!("{DISK},packed={}", if packed { "on" } else { "off" });
     let lab = Lab::new();

@@ -70,7 +70,7 @@ impl Rig {
     fn start(&mut self, base: RingBase) {
         let SplitLayout { size, desc, avail, used } = RING;
         let (kick, call) = (self.kick.clone(), self.call.clone());
-        self.device.start_ring(0, RingSetup { size, desc, avail, used, kick, call, base }).unwrap();
+        self.device.start_ring(0, RingSetup { size, desc, avail, used, kick, call, error: None, base }).unwrap();
     }
 
     /// Makes a request of 8 KiB at `sector` available, with its data at `gpa`.

@@ -13,7 +13,8 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -22,7 +23,7 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use self::claim::Image;
 use self::queue::DiskQueue;
-use super::{Device, Queue, RING_FEATURES};
+use super::{Device, Host, Queue, RING_FEATURES};
 use crate::abi::bit;
 use crate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
 use crate::abi::virtio::{
@@ -106,6 +107,17 @@ pub enum DiskError {
         /// Its size.
         bytes: u64,
     },
+    /// An image that has become smaller while it is served.
+    #[error("image {image} has {bytes} bytes: the guest was told {capacity}, and that stays; make it as large again",
+        image = image.display())]
+    Shrunk {
+        /// The image.
+        image: PathBuf,
+        /// Its size.
+        bytes: u64,
+        /// What the guest was told.
+        capacity: u64,
+    },
     /// A serial that doesn't fit.
     #[error("serial {serial:?} has {len} bytes: at most 20 fit", len = serial.len())]
     Serial {
@@ -128,8 +140,10 @@ pub struct Disk {
     files: Arc<Files>,
     /// Of io_uring, if that is used.
     urings: Option<Arc<Urings>>,
-    /// In sectors of 512 bytes.
-    capacity: u64,
+    /// In sectors of 512 bytes; it only grows.
+    capacity: Arc<AtomicU64>,
+    /// Who is to be told when it does.
+    host: Mutex<Arc<Host>>,
     block_size: u32,
     /// Whether parts of it can be deallocated or zeroed.
     clears: bool,
@@ -151,21 +165,21 @@ impl Disk {
             Some(to) => to.copy_from_slice(options.serial.as_bytes()),
             None => return Err(DiskError::Serial { serial: options.serial }),
         }
-        let (queues, size) = (options.queues, options.max_queue_size);
-        if !(1..=256).contains(&queues) || !(2..=32768).contains(&size) || !size.is_power_of_two() {
-            return Err(DiskError::Shape { queues, size });
+        let (queues, entries) = (options.queues, options.max_queue_size);
+        if !(1..=256).contains(&queues) || !(2..=32768).contains(&entries) || !entries.is_power_of_two() {
+            return Err(DiskError::Shape { queues, size: entries });
         }
-        let mut buffered = open(&image, options.read_only, 0)?;
+        let buffered = open(&image, options.read_only, 0)?;
         let kind = buffered.metadata().map_err(|source| refused(&image, source))?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(DiskError::NotADisk { image });
         }
-        let bytes = buffered.seek(SeekFrom::End(0)).map_err(|source| refused(&image, source))?;
+        let bytes = size(&image, &buffered)?;
         let capacity = bytes / SECTOR_BYTES;
         if capacity == 0 {
             return Err(DiskError::TooSmall { image, bytes });
         }
-        if bytes % SECTOR_BYTES != 0 {
+        if !bytes.is_multiple_of(SECTOR_BYTES) {
             warn!("{}: the last {} bytes are no whole sector and left out", image.display(), bytes % SECTOR_BYTES);
         }
         let direct = if options.direct { Some(open(&image, options.read_only, libc::O_DIRECT)?) } else { None };
@@ -174,19 +188,47 @@ impl Disk {
         let lock = Image::new(direct.as_ref().unwrap_or(&buffered), options.read_only);
         let lock = lock.map_err(|source| refused(&image, source))?;
         let image = (!options.share_rw).then(|| Arc::new(lock));
-        let files = Arc::new(Files { buffered, direct });
+        let (files, capacity) = (Arc::new(Files { buffered, direct }), Arc::new(AtomicU64::new(capacity)));
         let urings = match options.aio {
-            Aio::IoUring => Urings::new(queues, size)
+            Aio::IoUring => Urings::new(queues, entries)
                 .inspect_err(|error| info!("io_uring is not to be had ({error}): disk I/O is done by threads")),
             Aio::Threads => Err(io::ErrorKind::Unsupported.into()),
         };
         let urings = urings.ok().map(Arc::new);
-        Ok(Disk { files, urings, capacity, block_size, clears, serial, image, options })
+        let host = Mutex::default();
+        Ok(Disk { files, urings, capacity, host, block_size, clears, serial, image, options })
     }
 
     /// Its size, in sectors of 512 bytes.
     pub fn capacity(&self) -> u64 {
-        self.capacity
+        self.capacity.load(Ordering::Relaxed)
+    }
+
+    /// Looks at the image's size again. A larger image is a larger disk from now on, and the front-end is told; returns the
+    /// size, in sectors of 512 bytes.
+    ///
+    /// # Errors
+    /// [`DiskError::Shrunk`], and whatever keeps it from looking; the disk stays as it is.
+    pub fn grow(&self) -> Result<u64, DiskError> {
+        // Held meanwhile, so that the last of several is the last to be told.
+        let host = self.host.lock().unwrap_or_else(PoisonError::into_inner);
+        let image = &self.options.image;
+        let bytes = size(image, &self.files.buffered)?;
+        let (before, now) = (self.capacity(), bytes / SECTOR_BYTES);
+        if now < before {
+            return Err(DiskError::Shrunk { image: image.clone(), bytes, capacity: before * SECTOR_BYTES });
+        }
+        if now > before {
+            self.capacity.store(now, Ordering::Relaxed);
+            info!(
+                "{}: the disk has {} bytes now, it had {}",
+                image.display(),
+                now * SECTOR_BYTES,
+                before * SECTOR_BYTES
+            );
+            host.config_changed();
+        }
+        Ok(now)
     }
 
     fn engine(&self) -> io::Result<Box<dyn Engine>> {
@@ -226,7 +268,7 @@ impl Device for Disk {
 
     fn config(&self) -> Vec<u8> {
         let mut config = BlkConfig::new_zeroed();
-        config.capacity = self.capacity.into();
+        config.capacity = self.capacity().into();
         config.seg_max = SEG_MAX.into();
         config.blk_size = self.block_size.into();
         config.num_queues = self.options.queues.into();
@@ -241,10 +283,19 @@ impl Device for Disk {
         config.as_bytes().to_vec()
     }
 
+    fn connected(&self, host: Arc<Host>) {
+        *self.host.lock().unwrap_or_else(PoisonError::into_inner) = host;
+    }
+
     fn queue(&self, index: u16, _size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
         let claim = self.image.as_ref().map(Image::claim).transpose()?;
         Ok(Box::new(DiskQueue::new(self, index, features, self.engine()?, claim)))
     }
+}
+
+/// Bytes of an image, or of a block device.
+fn size(image: &Path, mut file: &File) -> Result<u64, DiskError> {
+    file.seek(SeekFrom::End(0)).map_err(|source| refused(image, source))
 }
 
 fn open(image: &Path, read_only: bool, flags: i32) -> Result<File, DiskError> {

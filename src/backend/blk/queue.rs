@@ -6,6 +6,8 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
 use tracing::{debug, error};
@@ -25,7 +27,8 @@ const HEADER: u64 = size_of::<BlkRequestHeader>() as u64;
 
 pub(super) struct DiskQueue {
     index: u16,
-    capacity: u64,
+    /// In sectors; the disk may grow.
+    capacity: Arc<AtomicU64>,
     clears: bool,
     read_only: bool,
     direct: bool,
@@ -61,7 +64,7 @@ impl DiskQueue {
     ) -> DiskQueue {
         DiskQueue {
             index,
-            capacity: disk.capacity * SECTOR_BYTES,
+            capacity: disk.capacity.clone(),
             clears: disk.clears,
             read_only: disk.options.read_only,
             direct: disk.files.direct.is_some(),
@@ -107,8 +110,9 @@ impl DiskQueue {
 
     /// A range of the disk, if it is one.
     fn transfer(&self, op: Op, sector: u64, len: u64, at: u64) -> Plan {
-        let start = sector.checked_mul(SECTOR_BYTES);
-        match start.filter(|start| start.checked_add(len).is_some_and(|end| end <= self.capacity)) {
+        let (start, capacity) =
+            (sector.checked_mul(SECTOR_BYTES), self.capacity.load(Ordering::Relaxed) * SECTOR_BYTES);
+        match start.filter(|start| start.checked_add(len).is_some_and(|end| end <= capacity)) {
             Some(_) if len == 0 => Plan::Answer(VIRTIO_BLK_S_OK),
             Some(start) if len.is_multiple_of(SECTOR_BYTES) => Plan::Disk { op, start, len, at },
             _ => {

@@ -22,7 +22,7 @@ mod wire;
 
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use tracing::warn;
@@ -36,7 +36,7 @@ use self::receive::Receive;
 use self::transmit::Transmit;
 pub use self::wire::Counts;
 use self::wire::{HEADER, Hub, Wire};
-use super::{BackendError, Device, Queue, RING_FEATURES};
+use super::{BackendError, Device, Host, Queue, RING_FEATURES};
 use crate::abi::bit;
 use crate::abi::vhost_user::{CONFIG_TYPE_MIGRATION, Request as Code, protocol_feature};
 use crate::abi::virtio::{
@@ -147,6 +147,8 @@ pub enum NetError {
 pub struct Net {
     hub: Arc<Hub>,
     options: NetOptions,
+    /// Who is to be told when the driver shall announce itself.
+    host: Mutex<Arc<Host>>,
     /// Finds the other end of a pair, as long as it lives.
     _link: Option<Link>,
 }
@@ -178,7 +180,7 @@ impl Net {
             Peer::Pair(path) => Some(Link::start(path, pairs, hub.clone())?),
             _ => None,
         };
-        Ok(Net { hub, options, _link: link })
+        Ok(Net { hub, options, host: Mutex::default(), _link: link })
     }
 
     /// What became of packets so far.
@@ -203,6 +205,7 @@ impl Net {
     /// Makes the network learn where `mac` is now: broadcasts a RARP in its name, and asks the driver to announce itself.
     fn announce(&self, mac: Mac) {
         self.hub.change(|state| state.announce = true);
+        self.config_changed();
         if self.options.peer == Peer::Loopback {
             return;
         }
@@ -210,6 +213,10 @@ impl Net {
         if !state.out_of(0).is_some_and(|wire| wire.send(&rarp(mac))) {
             warn!("nobody hears that {mac:02x?} is here now: the other end is not there or has no room");
         }
+    }
+
+    fn config_changed(&self) {
+        self.host.lock().unwrap_or_else(PoisonError::into_inner).config_changed();
     }
 
     fn check_mtu(&self, mtu: u64) -> Result<(), BackendError> {
@@ -283,7 +290,12 @@ impl Device for Net {
             return refused("a migration brings it from its start on, with the address");
         };
         self.hub.change(|state| (state.filter.mac, state.announce) = (*mac, true));
+        self.config_changed();
         Ok(())
+    }
+
+    fn connected(&self, host: Arc<Host>) {
+        *self.host.lock().unwrap_or_else(PoisonError::into_inner) = host;
     }
 
     fn message(&self, code: Code, number: u64) -> Result<(), BackendError> {

@@ -5,12 +5,15 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, send};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::super::FrontendError;
@@ -24,12 +27,30 @@ const MAX_REPLY: usize = 4096;
 const MOST_POSTED: usize = 64;
 
 pub(super) struct Channel {
-    socket: UnixStream,
+    line: Arc<Line>,
     timeout: Duration,
     /// REPLY_ACK is agreed on.
     acks: bool,
     /// Posted and not yet settled.
     posted: Vec<Request>,
+}
+
+/// The socket, on which messages don't mix.
+pub(super) struct Line {
+    socket: UnixStream,
+    sends: Mutex<()>,
+}
+
+impl Line {
+    pub(super) fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// Sends a short message without a reply, if there is room for it now. One for a back-end that is gone is dropped.
+    pub(super) fn try_send(&self, bytes: &[u8]) -> bool {
+        let Ok(_alone) = self.sends.try_lock() else { return false };
+        send(self.socket.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) != Err(Errno::EAGAIN)
+    }
 }
 
 /// A reply's payload, and the fds that came with it.
@@ -55,7 +76,13 @@ impl Channel {
         let failed = |source| FrontendError::Connect { path: path.into(), source };
         let socket = UnixStream::connect(path).map_err(failed)?;
         socket.set_write_timeout(Some(timeout)).map_err(failed)?;
-        Ok(Channel { socket, timeout, acks: false, posted: Vec::new() })
+        let line = Arc::new(Line { socket, sends: Mutex::default() });
+        Ok(Channel { line, timeout, acks: false, posted: Vec::new() })
+    }
+
+    /// The connection, for short messages beside those of the channel.
+    pub(super) fn line(&self) -> &Arc<Line> {
+        &self.line
     }
 
     /// From now on posted messages ask for an acknowledgement.
@@ -133,22 +160,24 @@ impl Channel {
     /// Ends the connection; also wakes whoever watches it.
     pub(super) fn close(&self) {
         // An error means that it has ended already.
-        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+        let _ = self.line.socket.shutdown(std::net::Shutdown::Both);
     }
 
     pub(super) fn hung_up(&self) -> bool {
-        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLHUP)];
+        let mut fds = [PollFd::new(self.line.socket(), PollFlags::POLLHUP)];
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
     pub(super) fn watch(&self) -> Result<OwnedFd, FrontendError> {
-        self.socket.as_fd().try_clone_to_owned().map_err(FrontendError::system("watch the connection"))
+        self.line.socket().try_clone_to_owned().map_err(FrontendError::system("watch the connection"))
     }
 
     fn send(&self, request: Request, flags: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), FrontendError> {
         let header = Header { request: request.0, flags, size: payload.len() as u32 };
         let bytes = [header.as_bytes(), payload].concat();
-        socket::send(self.socket.as_fd(), &bytes, fds).map_err(|error| self.failed(request, self.timeout, error))
+        // A thread that panicked meanwhile has sent all or nothing.
+        let _alone = self.line.sends.lock().unwrap_or_else(PoisonError::into_inner);
+        socket::send(self.line.socket(), &bytes, fds).map_err(|error| self.failed(request, self.timeout, error))
     }
 
     fn receive(&self, request: Request, timeout: Duration) -> Result<Reply, FrontendError> {
@@ -188,11 +217,11 @@ impl Channel {
         while !rest.is_empty() {
             let left = deadline.saturating_duration_since(Instant::now());
             let millis = u16::try_from(left.as_millis() + 1).unwrap_or(u16::MAX);
-            let mut fd = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+            let mut fd = [PollFd::new(self.line.socket(), PollFlags::POLLIN)];
             let received = match poll(&mut fd, PollTimeout::from(millis)) {
                 Ok(0) if left.is_zero() => Err(io::ErrorKind::WouldBlock.into()),
                 Ok(0) => continue,
-                Ok(_) => socket::receive(self.socket.as_fd(), rest, fds),
+                Ok(_) => socket::receive(self.line.socket(), rest, fds),
                 Err(errno) => Err(errno.into()),
             };
             match received {

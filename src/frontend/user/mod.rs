@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod channel;
+mod ear;
 mod inflight;
 mod state;
 
@@ -16,12 +17,12 @@ use std::time::{Duration, Instant};
 
 use zerocopy::IntoBytes;
 
-use super::{Device, FrontendError, InflightState, Reconnected, RingSetup};
+use super::{Device, DeviceEvent, FrontendError, InflightState, Reconnected, RingSetup};
 use crate::abi::bit;
 use crate::abi::vhost_user::{
     CONFIG_TYPE_FRONTEND, ConfigHeader, InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion,
     Request, VHOST_F_LOG_ALL, VHOST_MEMORY_BASELINE_NREGIONS, VHOST_USER_F_PROTOCOL_FEATURES,
-    VHOST_USER_MAX_CONFIG_SIZE, VHOST_VRING_F_LOG, VringAddr, VringState, protocol_feature,
+    VHOST_USER_MAX_CONFIG_SIZE, VHOST_VRING_F_LOG, VRING_NOFD_MASK, VringAddr, VringState, protocol_feature,
     unstable::INFLIGHT_MIGRATION,
 };
 use crate::abi::virtio::{self, VIRTIO_F_RING_PACKED};
@@ -29,12 +30,15 @@ use crate::dirty::Log;
 use crate::memory::{Memory, MemoryError, Region};
 use crate::ring::{RingBase, RingLayout};
 use channel::Channel;
+use ear::{Ear, Events};
 use inflight::Inflight;
 
 /// Waits between attempts to connect.
 const BACK_OFF: std::ops::RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_millis(100);
 /// Feature bits that belong to the transport, not to the driver.
 const TRANSPORT: u64 = bit(VHOST_F_LOG_ALL) | bit(VHOST_USER_F_PROTOCOL_FEATURES);
+/// What INBAND_NOTIFICATIONS makes no sense without (rule B3).
+const IN_BAND_NEEDS: u64 = bit(protocol_feature::BACKEND_REQ) | bit(protocol_feature::REPLY_ACK);
 const SET_LOG_BASE: Request = Request::SET_LOG_BASE;
 
 /// How a vhost-user back-end is talked to.
@@ -44,7 +48,8 @@ pub struct UserOptions {
     pub timeout: Duration,
     /// Longest wait for GET_VRING_BASE, which drains a ring, and for a device's state.
     pub stop_timeout: Duration,
-    /// Protocol features that may be used (bits of [`protocol_feature`]), of those that are offered.
+    /// Protocol features that may be used (bits of [`protocol_feature`]), of those that are offered. INBAND_NOTIFICATIONS,
+    /// which is not among the usual ones, makes kicks and calls messages; drivers see nothing of it.
     pub protocol_features: u64,
 }
 
@@ -58,6 +63,7 @@ impl Default for UserOptions {
                 MQ,
                 LOG_SHMFD,
                 REPLY_ACK,
+                BACKEND_REQ,
                 CONFIG,
                 INFLIGHT_SHMFD,
                 CONFIGURE_MEM_SLOTS,
@@ -82,6 +88,9 @@ pub struct UserDevice {
     path: PathBuf,
     options: UserOptions,
     channel: Channel,
+    /// The back-end channel, where the back-end has one.
+    ear: Option<Ear>,
+    events: Arc<Events>,
     offer: Offer,
     features: u64,
     memory: Memory,
@@ -115,11 +124,14 @@ impl UserDevice {
         deadline: Instant,
     ) -> Result<UserDevice, FrontendError> {
         let path = path.as_ref();
-        let ((channel, offer), _) = until(deadline, || greet(path, options))?;
+        let events = Arc::new(Events::new()?);
+        let ((channel, offer, ear), _) = until(deadline, || greet(path, options, &events))?;
         Ok(UserDevice {
             path: path.into(),
             options,
             channel,
+            ear,
+            events,
             offer,
             features: 0,
             memory: Memory::default(),
@@ -191,12 +203,23 @@ impl UserDevice {
     fn post_ring(&mut self, index: u16, setup: &RingSetup, base: RingBase) -> Result<(), FrontendError> {
         let addresses = self.addresses(index, setup)?;
         let state = |num| VringState { index: index.into(), num };
-        let number = u64::from(index);
-        self.channel.post(Request::SET_VRING_CALL, number.as_bytes(), &[setup.call.as_fd()])?;
+        self.post_fd(Request::SET_VRING_CALL, index, Some(&setup.call))?;
+        self.post_fd(Request::SET_VRING_ERR, index, setup.error.as_ref())?;
         self.channel.post(Request::SET_VRING_NUM, state(setup.size.into()).as_bytes(), &[])?;
         self.channel.post(Request::SET_VRING_BASE, state(base.bits()).as_bytes(), &[])?;
         self.channel.post(Request::SET_VRING_ADDR, addresses.as_bytes(), &[])?;
-        self.channel.post(Request::SET_VRING_KICK, number.as_bytes(), &[setup.kick.as_fd()])
+        self.post_fd(Request::SET_VRING_KICK, index, Some(&setup.kick))
+    }
+
+    /// A ring's kick, call or error fd, or what stands for it where they are messages (rule B3).
+    fn post_fd(&mut self, request: Request, index: u16, fd: Option<&Arc<OwnedFd>>) -> Result<(), FrontendError> {
+        match fd {
+            _ if self.has(protocol_feature::INBAND_NOTIFICATIONS) => {
+                self.channel.post(request, (u64::from(index) | VRING_NOFD_MASK).as_bytes(), &[])
+            }
+            Some(fd) => self.channel.post(request, u64::from(index).as_bytes(), &[fd.as_fd()]),
+            None => Ok(()),
+        }
     }
 
     /// Without protocol features rings have no such state: they are enabled (rule R1).
@@ -296,7 +319,8 @@ impl UserDevice {
             self.post_enable(index, true)?;
         }
         self.channel.settle()?;
-        for setup in rings.values() {
+        for (&index, setup) in &rings {
+            self.ear.iter().for_each(|ear| ear.add(index, setup));
             // It may have taken a kick with it, or died before its call.
             wake(&setup.kick);
             wake(&setup.call);
@@ -308,9 +332,10 @@ impl UserDevice {
         let options = UserOptions { timeout, ..self.options };
         // The old connection must be gone before the new one asks for the same device.
         self.channel.close();
-        let (channel, offer) = greet(&self.path, options)?;
+        self.ear = None;
+        let (channel, offer, ear) = greet(&self.path, options, &self.events)?;
         let old = std::mem::replace(&mut self.offer, offer);
-        self.channel = channel;
+        (self.channel, self.ear) = (channel, ear);
         let lost = self.features & !offer.features;
         let lost_protocol = old.protocol & !offer.protocol;
         if lost != 0 || lost_protocol != 0 || offer.queues < old.queues {
@@ -420,6 +445,7 @@ impl Device for UserDevice {
         self.post_ring(index, &setup, setup.base)?;
         self.post_enable(index, true)?;
         self.channel.settle()?;
+        self.ear.iter().for_each(|ear| ear.add(index, &setup));
         self.rings.insert(index, setup);
         // The back-end may change it from now on.
         self.loaded = None;
@@ -532,6 +558,15 @@ impl Device for UserDevice {
         self.channel.watch().map(Some)
     }
 
+    fn events(&mut self) -> Vec<DeviceEvent> {
+        self.events.take()
+    }
+
+    fn watch_events(&self) -> Result<Option<OwnedFd>, FrontendError> {
+        let fd = self.events.fd().try_clone_to_owned().map_err(FrontendError::system("watch for events"))?;
+        Ok(Some(fd))
+    }
+
     fn hung_up(&self) -> bool {
         self.channel.hung_up()
     }
@@ -564,6 +599,7 @@ impl UserDevice {
             let what = format!("it answered for ring {} instead of {index}", state.index);
             return Err(FrontendError::Breach { request, what, rule: "R3" });
         }
+        self.ear.iter().for_each(|ear| ear.remove(index));
         self.rings.remove(&index);
         Ok(RingBase::from_bits(state.num))
     }
@@ -579,7 +615,11 @@ impl UserDevice {
 }
 
 /// One connection with everything that precedes features and memory.
-fn greet(path: &Path, options: UserOptions) -> Result<(Channel, Offer), FrontendError> {
+fn greet(
+    path: &Path,
+    options: UserOptions,
+    events: &Arc<Events>,
+) -> Result<(Channel, Offer, Option<Ear>), FrontendError> {
     let mut channel = Channel::connect(path, options.timeout)?;
     let number = |channel: &mut Channel, request| channel.ask(request, &[], &[])?.read::<u64>("F3");
     channel.post(Request::SET_OWNER, &[], &[])?;
@@ -588,9 +628,12 @@ fn greet(path: &Path, options: UserOptions) -> Result<(Channel, Offer), Frontend
     if features & bit(VHOST_USER_F_PROTOCOL_FEATURES) == 0 {
         // Nobody can say how many rings it has: the guest's driver has to know.
         offer.queues = u16::from(u8::MAX) + 1;
-        return Ok((channel, offer));
+        return Ok((channel, offer, None));
     }
     offer.protocol = number(&mut channel, Request::GET_PROTOCOL_FEATURES)? & options.protocol_features;
+    if offer.protocol & IN_BAND_NEEDS != IN_BAND_NEEDS {
+        offer.protocol &= !bit(protocol_feature::INBAND_NOTIFICATIONS);
+    }
     channel.post(Request::SET_PROTOCOL_FEATURES, offer.protocol.as_bytes(), &[])?;
     let has = |number| offer.protocol & bit(number) != 0;
     if has(protocol_feature::MQ) {
@@ -604,7 +647,20 @@ fn greet(path: &Path, options: UserOptions) -> Result<(Channel, Offer), Frontend
         channel.settle()?;
         channel.use_acks();
     }
-    Ok((channel, offer))
+    if !has(protocol_feature::BACKEND_REQ) {
+        return Ok((channel, offer, None));
+    }
+    let kicks = has(protocol_feature::INBAND_NOTIFICATIONS).then(|| channel.line().clone());
+    let (ear, theirs) = Ear::open(events.clone(), kicks)?;
+    channel.post(Request::SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()])?;
+    match channel.settle() {
+        Ok(()) => Ok((channel, offer, Some(ear))),
+        Err(error @ FrontendError::Refused { .. }) if !has(protocol_feature::INBAND_NOTIFICATIONS) => {
+            tracing::warn!("{}: changes of its configuration won't be heard of: {error}", path.display());
+            Ok((channel, offer, None))
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// Tries until it works, waiting helps no more, or the deadline is over. Returns also how many attempts that took.

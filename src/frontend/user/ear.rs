@@ -1,0 +1,258 @@
+//! The back-end channel: what a back-end says without having been asked, and kicks where they are messages (rule B3).
+//!
+//! A thread per connection hears it, so that a call reaches its driver whatever the device's owner does meanwhile. It
+//! answers what wants an answer, and keeps the rest as events, each once: a back-end that floods the channel fills
+//! nothing.
+#![forbid(unsafe_code)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{MsgFlags, send};
+use nix::unistd::read;
+use tracing::{debug, warn};
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::super::{DeviceEvent, FrontendError, RingSetup};
+use super::channel::Line;
+use super::wake;
+use crate::abi::vhost_user::{BackendRequest, Header, Request, VRING_IDX_MASK, VringArea, VringState};
+use crate::sys::socket;
+
+/// Longest message, bytes: more than any has.
+const MAX_PAYLOAD: usize = 4096;
+/// Most events that are kept: one per ring and kind, and others as far as there is room.
+const MOST_EVENTS: usize = 1024;
+
+/// What was told and not yet taken; it outlives connections.
+pub(super) struct Events {
+    told: Mutex<BTreeSet<DeviceEvent>>,
+    /// Readable while there is something.
+    ready: EventFd,
+}
+
+/// A channel in use; it ends when this is dropped.
+pub(super) struct Ear {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    socket: UnixStream,
+    /// Tells the thread that rings have changed, or that it is over.
+    wake: EventFd,
+    rings: Mutex<BTreeMap<u16, RingSetup>>,
+    over: AtomicBool,
+    events: Arc<Events>,
+    /// Where kicks are sent, if they are messages.
+    kicks: Option<Arc<Line>>,
+}
+
+impl Events {
+    pub(super) fn new() -> Result<Events, FrontendError> {
+        Ok(Events { told: Mutex::default(), ready: eventfd()? })
+    }
+
+    /// Takes all there are.
+    pub(super) fn take(&self) -> Vec<DeviceEvent> {
+        let mut told = lock(&self.told);
+        let _ = self.ready.read();
+        std::mem::take(&mut *told).into_iter().collect()
+    }
+
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.ready.as_fd()
+    }
+
+    fn add(&self, event: DeviceEvent) {
+        let mut told = lock(&self.told);
+        if told.len() < MOST_EVENTS && told.insert(event) {
+            let _ = self.ready.write(1);
+        }
+    }
+}
+
+impl Ear {
+    /// A channel, and the socket that the back-end must get. Kicks go over `kicks`, if they are messages.
+    pub(super) fn open(events: Arc<Events>, kicks: Option<Arc<Line>>) -> Result<(Ear, OwnedFd), FrontendError> {
+        let (socket, theirs) = UnixStream::pair().map_err(FrontendError::system("make a back-end channel"))?;
+        let (rings, over) = (Mutex::default(), AtomicBool::new(false));
+        let shared = Arc::new(Shared { socket, wake: eventfd()?, rings, over, events, kicks });
+        let hearing = shared.clone();
+        let thread = std::thread::Builder::new().name("back-end channel".into()).spawn(move || hearing.hear());
+        let thread = Some(thread.map_err(FrontendError::system("start a thread"))?);
+        Ok((Ear { shared, thread }, theirs.into()))
+    }
+
+    /// A ring has been started.
+    pub(super) fn add(&self, index: u16, ring: &RingSetup) {
+        lock(&self.shared.rings).insert(index, ring.clone());
+        let _ = self.shared.wake.write(1);
+    }
+
+    /// It has been stopped.
+    pub(super) fn remove(&self, index: u16) {
+        lock(&self.shared.rings).remove(&index);
+        let _ = self.shared.wake.write(1);
+    }
+}
+
+impl Drop for Ear {
+    fn drop(&mut self) {
+        self.shared.over.store(true, Ordering::Release);
+        let _ = self.shared.wake.write(1);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn hear(&self) {
+        let (mut heard, mut channel, mut full) = (Vec::new(), true, false);
+        while !self.over.load(Ordering::Acquire) {
+            let kicks = self.kicks.as_ref().filter(|_| !full);
+            let rings: Vec<_> = kicks.map(|_| lock(&self.rings).clone()).into_iter().flatten().collect();
+            let mut fds = vec![PollFd::new(self.wake.as_fd(), PollFlags::POLLIN)];
+            fds.extend(rings.iter().map(|(_, ring)| PollFd::new(ring.kick.as_fd(), PollFlags::POLLIN)));
+            let fixed = fds.len();
+            if channel {
+                fds.push(PollFd::new(self.socket.as_fd(), PollFlags::POLLIN));
+            }
+            if let Some(line) = self.kicks.as_ref().filter(|_| full) {
+                fds.push(PollFd::new(line.socket(), PollFlags::POLLOUT));
+            }
+            if poll(&mut fds, PollTimeout::NONE).is_err_and(|errno| errno != Errno::EINTR) {
+                return;
+            }
+            let kicked: Vec<bool> = fds.iter().take(fixed).skip(1).map(|fd| fd.any() == Some(true)).collect();
+            let told = channel && fds.get(fixed).is_some_and(|fd| fd.any() == Some(true));
+            drop(fds);
+            let _ = self.wake.read();
+            full = false;
+            for ((index, ring), _) in rings.iter().zip(kicked).filter(|(_, kicked)| *kicked) {
+                full |= kicks.is_some_and(|line| !kick(line, *index, ring));
+            }
+            if told {
+                channel = self.take(&mut heard).unwrap_or_else(|why| {
+                    if let Some(why) = why {
+                        warn!("the back-end channel is closed: {why} (rule B1)");
+                        self.events.add(DeviceEvent::ChannelBroken(why));
+                    }
+                    let _ = self.socket.shutdown(Shutdown::Both);
+                    false
+                });
+            }
+        }
+    }
+
+    /// Takes what has come. An error ends the channel; one without words is a back-end that has hung up.
+    fn take(&self, heard: &mut Vec<u8>) -> Result<bool, Option<&'static str>> {
+        let (mut buffer, mut fds) = ([0; MAX_PAYLOAD], Vec::new());
+        match socket::receive(self.socket.as_fd(), &mut buffer, &mut fds) {
+            Ok(0) => return Err(None),
+            Ok(count) => heard.extend(buffer.get(..count).unwrap_or_default()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return Err(None),
+        }
+        // Nothing that is heard here comes with an fd of use.
+        drop(fds);
+        while let Some((head, rest)) = heard.split_first_chunk::<{ size_of::<Header>() }>() {
+            let header: Header = zerocopy::transmute!(*head);
+            if header.flags & !Header::FLAG_NEED_REPLY != Header::FLAG_VERSION {
+                return Err(Some("a message with wrong flags"));
+            }
+            let size = header.size as usize;
+            if size > MAX_PAYLOAD {
+                return Err(Some("a message that is too long"));
+            }
+            let Some((payload, rest)) = rest.split_at_checked(size) else { break };
+            let done = self.message(BackendRequest(header.request), payload);
+            let rest = rest.to_vec();
+            if header.flags & Header::FLAG_NEED_REPLY != 0 {
+                self.answer(header.request, u64::from(!done))?;
+            }
+            *heard = rest;
+        }
+        Ok(true)
+    }
+
+    /// Does what a message says; false if it is refused.
+    fn message(&self, code: BackendRequest, payload: &[u8]) -> bool {
+        debug!("{code}: {} bytes", payload.len());
+        let ring = || {
+            let (state, _) = VringState::read_from_prefix(payload).ok()?;
+            let index = u16::try_from(state.index).ok()?;
+            lock(&self.rings).get(&index).map(|ring| (index, ring.clone()))
+        };
+        match code {
+            BackendRequest::CONFIG_CHANGE_MSG => self.events.add(DeviceEvent::ConfigChanged),
+            BackendRequest::VRING_CALL => match ring() {
+                Some((_, ring)) => wake(&ring.call),
+                None => return false,
+            },
+            BackendRequest::VRING_ERR => match ring() {
+                Some((index, ring)) => {
+                    ring.error.iter().for_each(|error| wake(error));
+                    self.events.add(DeviceEvent::RingBroken(index));
+                }
+                None => return false,
+            },
+            BackendRequest::VRING_HOST_NOTIFIER_MSG => {
+                let area = VringArea::read_from_prefix(payload).map(|(area, _)| area.u64 & VRING_IDX_MASK);
+                self.events.add(DeviceEvent::HostNotifierRefused(area.unwrap_or_default() as u16));
+                return false;
+            }
+            _ => {
+                self.events.add(DeviceEvent::Refused(code));
+                return false;
+            }
+        }
+        true
+    }
+
+    fn answer(&self, request: u32, number: u64) -> Result<(), Option<&'static str>> {
+        let header = Header { request, flags: Header::REPLY_FLAGS, size: size_of::<u64>() as u32 };
+        let bytes = [header.as_bytes(), number.as_bytes()].concat();
+        match send(self.socket.as_raw_fd(), &bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
+            Ok(count) if count == bytes.len() => Ok(()),
+            Ok(_) | Err(Errno::EAGAIN) => Err(Some("it asks for answers and doesn't read them")),
+            Err(_) => Err(None),
+        }
+    }
+}
+
+/// Passes a kick on; false if there is no room for it, and then it is still there.
+fn kick(line: &Line, index: u16, ring: &RingSetup) -> bool {
+    // Taken before it is sent: one that comes in between is another one.
+    if !matches!(read(&ring.kick, &mut [0; 8]), Ok(1..)) {
+        return true;
+    }
+    let state = VringState { index: index.into(), num: 0 };
+    let header =
+        Header { request: Request::VRING_KICK.0, flags: Header::FLAG_VERSION, size: size_of_val(&state) as u32 };
+    let sent = line.try_send(&[header.as_bytes(), state.as_bytes()].concat());
+    if !sent {
+        wake(&ring.kick);
+    }
+    sent
+}
+
+fn eventfd() -> Result<EventFd, FrontendError> {
+    let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+    EventFd::from_flags(flags).map_err(FrontendError::system("make an eventfd"))
+}
+
+/// A thread that panicked while it held the lock has left what it guards whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,360 @@
+//! What back-ends say to the vhost-user client without having been asked.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use tempfile::TempDir;
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::vhost_user::{
+    BackendRequest, Header, Request as Code, VringArea, VringState, protocol_feature,
+};
+use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
+use vhost_migrate::backend::{self, Host, Listener, Queue, serve};
+use vhost_migrate::frontend::{Device, DeviceEvent, RingSetup, UserDevice, UserOptions};
+use vhost_migrate::guest::{Guest, GuestConfig};
+use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+use vhost_migrate::ring::RingBase;
+use zerocopy::IntoBytes;
+
+#[path = "backend/raw.rs"]
+#[allow(dead_code)]
+mod raw;
+
+const MIB: u64 = 1 << 20;
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A disk whose back-end says whatever a test wants.
+struct Talker {
+    disk: Disk,
+    host: Mutex<Arc<Host>>,
+}
+
+impl backend::Device for Talker {
+    fn features(&self) -> u64 {
+        self.disk.features()
+    }
+
+    fn queues(&self) -> u16 {
+        self.disk.queues()
+    }
+
+    fn max_queue_size(&self) -> u16 {
+        self.disk.max_queue_size()
+    }
+
+    fn config(&self) -> Vec<u8> {
+        self.disk.config()
+    }
+
+    fn connected(&self, host: Arc<Host>) {
+        *self.host.lock().unwrap() = host;
+    }
+
+    fn queue(&self, index: u16, size: u16, features: u64) -> std::io::Result<Box<dyn Queue>> {
+        self.disk.queue(index, size, features)
+    }
+}
+
+/// It is served until this is dropped.
+struct Backend {
+    folder: TempDir,
+    talker: Arc<Talker>,
+    stop: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Backend {
+    fn start() -> Backend {
+        let folder = tempfile::tempdir().unwrap();
+        let image = folder.path().join("image");
+        File::create(&image).unwrap().set_len(16 * MIB).unwrap();
+        let disk = Disk::open(DiskOptions {
+            image,
+            read_only: false,
+            queues: 2,
+            max_queue_size: 256,
+            serial: String::new(),
+            aio: Aio::Threads,
+            direct: false,
+            in_order: false,
+            inflight_migration: false,
+            share_rw: false,
+        });
+        let talker = Arc::new(Talker { disk: disk.unwrap(), host: Mutex::default() });
+        let listener = Listener::bind(&folder.path().join("s")).unwrap();
+        let (stop, device) = (Arc::new(EventFd::new().unwrap()), talker.clone());
+        let until = stop.clone();
+        let thread = std::thread::spawn(move || {
+            let device: Arc<dyn backend::Device> = device;
+            serve(&listener, &device, until.as_fd()).unwrap();
+        });
+        Backend { folder, talker, stop, thread: Some(thread) }
+    }
+
+    fn device(&self, more: u64) -> UserDevice {
+        let usual = UserOptions::default();
+        let options = UserOptions { protocol_features: usual.protocol_features | more, ..usual };
+        UserDevice::connect(self.folder.path().join("s"), options, Instant::now() + PATIENCE).unwrap()
+    }
+
+    fn host(&self) -> Arc<Host> {
+        self.talker.host.lock().unwrap().clone()
+    }
+
+    /// What the front-end answers.
+    fn ask(&self, code: BackendRequest, body: &(impl IntoBytes + zerocopy::Immutable)) -> u64 {
+        self.host().ask(code, body).unwrap().expect("REPLY_ACK").recv_timeout(PATIENCE).unwrap()
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        self.stop.write(1).unwrap();
+        let _ = self.thread.take().unwrap().join();
+    }
+}
+
+fn is_readable(fd: &impl AsFd, timeout: PollTimeout) -> bool {
+    poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], timeout) == Ok(1)
+}
+
+/// Waits for events, as somebody does who polls.
+fn events(device: &mut UserDevice) -> Vec<DeviceEvent> {
+    let fd = device.watch_events().unwrap().unwrap();
+    assert!(is_readable(&fd, 60_000u16.into()), "no event came");
+    device.events()
+}
+
+fn eventfd() -> Arc<OwnedFd> {
+    Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).unwrap().into())
+}
+
+/// Ring 0, empty, and its memory.
+fn ring(device: &mut UserDevice) -> (Memory, RingSetup) {
+    let region = Region::share(sealed_memfd("guest", MIB).unwrap(), 0, MIB, 0).unwrap();
+    let memory = Memory::new([Arc::new(region)]).unwrap();
+    device.set_features(1 << 32).unwrap();
+    device.set_memory(&memory).unwrap();
+    let (kick, call, error) = (eventfd(), eventfd(), Some(eventfd()));
+    let base = RingBase::split(0);
+    (memory, RingSetup { size: 8, desc: 0x1000, avail: 0x2000, used: 0x3000, kick, call, error, base })
+}
+
+#[test]
+fn what_a_back_end_says_is_an_event_once() {
+    let backend = Backend::start();
+    let mut device = backend.device(0);
+    assert_eq!(device.events(), []);
+    for _ in 0..3 {
+        backend.host().config_changed();
+        assert_eq!(events(&mut device), [DeviceEvent::ConfigChanged]);
+    }
+    // The next connection has a channel too.
+    device.reconnect(Instant::now() + PATIENCE).unwrap();
+    backend.host().config_changed();
+    assert_eq!(events(&mut device), [DeviceEvent::ConfigChanged]);
+    let fd = device.watch_events().unwrap().unwrap();
+    assert!(!is_readable(&fd, PollTimeout::ZERO) && device.events().is_empty());
+}
+
+/// Rules F4, B4.
+#[test]
+fn what_can_not_be_done_is_refused_if_an_answer_is_wanted() {
+    let backend = Backend::start();
+    let mut device = backend.device(0);
+    let area = VringArea { u64: 1, size: 4096, offset: 0 };
+    assert_eq!(backend.ask(BackendRequest::VRING_HOST_NOTIFIER_MSG, &area), 1);
+    assert_eq!(events(&mut device), [DeviceEvent::HostNotifierRefused(1)]);
+    for code in [BackendRequest(4711), BackendRequest::SHMEM_MAP, BackendRequest(0)] {
+        assert_eq!(backend.ask(code, &[0u8; 40]), 1, "{code}");
+        assert_eq!(events(&mut device), [DeviceEvent::Refused(code)]);
+    }
+    // No such ring is started, and one message is cut short.
+    for code in [BackendRequest::VRING_CALL, BackendRequest::VRING_ERR] {
+        assert_eq!(backend.ask(code, &VringState { index: 0, num: 0 }), 1);
+        assert_eq!(backend.ask(code, &VringState { index: u32::MAX, num: 0 }), 1);
+        assert_eq!(backend.ask(code, &[0u8; 3]), 1);
+    }
+    assert_eq!(device.events(), []);
+    assert_eq!(backend.ask(BackendRequest::CONFIG_CHANGE_MSG, &[0u8; 0]), 0);
+}
+
+#[test]
+fn a_flood_fills_nothing_and_the_device_goes_on() {
+    let backend = Backend::start();
+    let mut device = backend.device(0);
+    let host = backend.host();
+    let flood = std::thread::spawn(move || {
+        for number in 0..20_000 {
+            host.config_changed();
+            // It takes what it is told about as fast as it is told.
+            while host.send(BackendRequest(1000 + number), &[0u8; 4000]).is_err() {
+                std::thread::yield_now();
+            }
+        }
+    });
+    while !flood.is_finished() {
+        assert!(device.status().unwrap().is_some());
+    }
+    flood.join().unwrap();
+    // Behind the last of them: all have been heard.
+    assert_eq!(backend.ask(BackendRequest::CONFIG_CHANGE_MSG, &[0u8; 0]), 0);
+    let told = device.events();
+    assert!(told.contains(&DeviceEvent::ConfigChanged) && told.len() <= 1024, "{} events are kept", told.len());
+}
+
+/// Rule B3.
+#[test]
+fn a_broken_ring_signals_its_error_fd_in_band_and_out_of_band() {
+    for in_band in [0, bit(protocol_feature::INBAND_NOTIFICATIONS)] {
+        let backend = Backend::start();
+        let mut device = backend.device(in_band);
+        assert_eq!(device.protocol_features() & bit(protocol_feature::INBAND_NOTIFICATIONS), in_band);
+        let (memory, setup) = ring(&mut device);
+        device.start_ring(0, setup.clone()).unwrap();
+        let error = setup.error.unwrap();
+        assert!(!is_readable(&error, PollTimeout::ZERO));
+        memory.write(0x2002, &9999u16.to_le_bytes()).unwrap();
+        nix::unistd::write(&setup.kick, &1u64.to_ne_bytes()).unwrap();
+        assert!(is_readable(&error, 60_000u16.into()), "in-band: {in_band:#x}");
+        if in_band != 0 {
+            assert_eq!(events(&mut device), [DeviceEvent::RingBroken(0)]);
+        }
+        // Nothing is signalled for a ring that is stopped.
+        device.stop_ring(0).unwrap();
+        assert_eq!(backend.ask(BackendRequest::VRING_CALL, &VringState { index: 0, num: 0 }), 1);
+    }
+}
+
+fn guest_config() -> GuestConfig {
+    GuestConfig {
+        working_set: 2 * MIB,
+        cold: 2 * MIB,
+        dirty_rate: 32 * MIB,
+        disk_area: 4 * MIB,
+        ..GuestConfig::new(32 * MIB)
+    }
+}
+
+fn wait_until(guest: &Guest, what: &str, is_so: impl Fn(&Guest) -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !is_so(guest) {
+        assert!(guest.failure().is_none(), "{what}: {:?}", guest.failure());
+        assert!(Instant::now() < end, "{what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn the_guest_says_how_large_its_disk_is_and_which_rings_are_broken() {
+    let backend = Backend::start();
+    let mut guest = Guest::new(guest_config()).unwrap();
+    guest.boot(vec![Box::new(backend.device(0))]).unwrap();
+    guest.resume().unwrap();
+    let now = |guest: &Guest| guest.connections().remove(0);
+    assert_eq!((now(&guest).capacity, now(&guest).broken_rings), (16 * MIB, vec![]));
+    let image = File::options().write(true).open(backend.folder.path().join("image")).unwrap();
+    image.set_len(64 * MIB).unwrap();
+    // The talker keeps the host to itself, so that it has to say it.
+    backend.talker.disk.grow().unwrap();
+    backend.host().config_changed();
+    wait_until(&guest, "it has grown", |guest| now(guest).capacity == 64 * MIB);
+    assert_eq!(backend.ask(BackendRequest::VRING_ERR, &VringState { index: 1, num: 0 }), 0);
+    wait_until(&guest, "a ring is broken", |guest| now(guest).broken_rings == [1]);
+    // It was none of its own words, and the ring goes on; once started anew it counts as whole.
+    guest.verify().unwrap();
+    guest.pause().unwrap();
+    guest.stop_devices().unwrap();
+    guest.start_devices().unwrap();
+    assert!(now(&guest).broken_rings.is_empty());
+}
+
+/// A back-end that greets, does as it likes with the channel, and goes on answering.
+fn odd(listener: UnixListener, mut talk: impl FnMut(raw::Client)) {
+    let client = raw::Client { socket: listener.accept().unwrap().0 };
+    loop {
+        let mut byte = [0];
+        let peeked = nix::sys::socket::recv(
+            std::os::fd::AsRawFd::as_raw_fd(&client.socket),
+            &mut byte,
+            nix::sys::socket::MsgFlags::MSG_PEEK,
+        );
+        if peeked != Ok(1) {
+            return;
+        }
+        let (header, _, fd) = client.receive();
+        let code = Code(header.request);
+        let number = match code {
+            Code::GET_FEATURES => 1 << 32 | 1 << 30,
+            Code::GET_PROTOCOL_FEATURES => {
+                bit(protocol_feature::REPLY_ACK) | bit(protocol_feature::BACKEND_REQ) | bit(protocol_feature::STATUS)
+            }
+            Code::GET_STATUS => 7,
+            _ if header.flags & Header::FLAG_NEED_REPLY != 0 => 0,
+            _ => continue,
+        };
+        client.send(code, Header::REPLY_FLAGS, number.as_bytes(), &[]);
+        if code == Code::SET_BACKEND_REQ_FD {
+            let socket = UnixStream::from(fd.unwrap());
+            socket.set_read_timeout(Some(PATIENCE)).unwrap();
+            talk(raw::Client { socket });
+        }
+    }
+}
+
+/// Rule B1.
+#[test]
+fn a_back_end_that_breaks_the_protocol_on_its_channel_loses_it_and_the_device_goes_on() {
+    let header = |flags, size| Header { request: 2, flags, size }.as_bytes().to_vec();
+    for bytes in [vec![0xff; 100], header(5, 8), header(1, 4097), header(1, u32::MAX), header(0, 0)] {
+        let folder = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(folder.path().join("s")).unwrap();
+        let shown = format!("{bytes:x?}");
+        let nonsense = move |channel: raw::Client| {
+            channel.send_bytes(&bytes, &[]);
+            // The front-end hangs up, and nothing else comes.
+            assert!(channel.is_closed());
+        };
+        let backend = std::thread::spawn(move || odd(listener, nonsense));
+        let path = folder.path().join("s");
+        let mut device = UserDevice::connect(path, UserOptions::default(), Instant::now() + PATIENCE).unwrap();
+        assert!(matches!(events(&mut device)[..], [DeviceEvent::ChannelBroken(_)]), "{shown}");
+        assert_eq!(device.status().unwrap(), Some(7), "{shown}");
+        drop(device);
+        backend.join().unwrap();
+    }
+}
+
+/// Rule B4.
+#[test]
+fn a_doorbell_page_is_refused_and_its_fd_is_closed() {
+    let folder = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(folder.path().join("s")).unwrap();
+    let talk = |channel: raw::Client| {
+        let code = Code(BackendRequest::VRING_HOST_NOTIFIER_MSG.0);
+        let area = VringArea { u64: 0, size: 4096, offset: 0 };
+        for flags in [raw::VERSION, raw::NEED_REPLY] {
+            let (mut reader, writer) = std::io::pipe().unwrap();
+            channel.send(code, flags, area.as_bytes(), &[writer.as_fd()]);
+            drop(writer);
+            assert_eq!(reader.read(&mut [0]).unwrap(), 0, "the pipe ends when its last writer is closed");
+        }
+        assert_eq!(channel.reply(code), 1u64.as_bytes());
+    };
+    let backend = std::thread::spawn(move || odd(listener, talk));
+    let path = folder.path().join("s");
+    let mut device = UserDevice::connect(path, UserOptions::default(), Instant::now() + PATIENCE).unwrap();
+    assert_eq!(events(&mut device), [DeviceEvent::HostNotifierRefused(0)]);
+    // It answers when it has said all.
+    assert_eq!(device.status().unwrap(), Some(7));
+    drop(device);
+    backend.join().unwrap();
+}
