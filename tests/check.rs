@@ -229,6 +229,7 @@ fn image(folder: &Path) -> DiskOptions {
         inflight_migration: false,
         iommu: false,
         share_rw: false,
+        postcopy: false,
     }
 }
 

@@ -660,3 +660,40 @@ fn a_back_end_that_keeps_a_state_from_travelling_costs_an_error_and_no_more() {
     let error = with_state(0, vec![reader.into()], || Answer::HangUp(vec![])).save_state().unwrap_err();
     assert!(error.is_hang_up(), "{error}");
 }
+
+#[test]
+fn postcopy_with_a_back_end_that_answers_about_other_memory_ends_before_it_begins() {
+    for change in [0, 8, 16, 24] {
+        let fake = Fake::start(ALL | bit(p::PAGEFAULT), move |message| match message.request {
+            Request::SET_MEM_TABLE if message.payload.len() == 8 => Answer::Silence,
+            Request::SET_MEM_TABLE => {
+                let mut payload = message.payload.clone();
+                // The guest's address, the size, the address (which is the back-end's), the offset (which means nothing).
+                payload[8 + change] ^= 1;
+                Answer::Raw(reply(message.request, &payload), vec![])
+            }
+            Request::POSTCOPY_LISTEN | Request::POSTCOPY_END => {
+                Answer::Raw(reply(message.request, 0u64.as_bytes()), vec![])
+            }
+            Request::POSTCOPY_ADVISE => Answer::Raw(reply(message.request, &[]), vec![]),
+            _ => Answer::Usual,
+        });
+        let protocol_features = UserOptions::default().protocol_features | bit(p::PAGEFAULT);
+        let mut device = fake.connect_with(UserOptions { protocol_features, ..UserOptions::default() }).unwrap();
+        assert!(matches!(device.postcopy_advise(), Err(FrontendError::NotOffered { .. })), "no fd came");
+        device.postcopy_listen().unwrap();
+        let (mut told, memory) = (None, memory(1));
+        let done = device.postcopy_set_memory(&memory, |addresses| told = Some(addresses));
+        if change < 16 {
+            assert!(matches!(done, Err(FrontendError::Breach { rule: "P1", .. })) && told.is_none(), "{done:?}");
+            continue;
+        }
+        done.unwrap();
+        device.postcopy_end().unwrap();
+        let sent = fake.take().into_iter().rfind(|message| message.request == Request::SET_MEM_TABLE).unwrap();
+        assert_eq!((sent.flags, &sent.payload[..]), (1, 0u64.as_bytes()), "the acknowledgement");
+        let (told, user) = (told.unwrap(), memory.regions()[0].user_addr() ^ u64::from(change == 16));
+        assert_eq!((told.gpa(user + 5), told.address(5)), (Some(5), Some(user + 5)));
+        assert_eq!((told.gpa(user + 0x10000), told.address(0x10000)), (None, None));
+    }
+}

@@ -373,6 +373,7 @@ fn stateful(folder: &Path, socket: &str, state: &[u8]) -> Arc<Stateful> {
         inflight_migration: false,
         iommu: false,
         share_rw: false,
+        postcopy: false,
     };
     let device = Stateful {
         disk: Disk::open(options).unwrap(),

@@ -100,6 +100,7 @@ impl Backend {
             iommu: false,
             inflight_migration: true,
             share_rw: false,
+            postcopy: false,
         });
         let device: Arc<dyn Device> = Arc::new(Slow(disk.unwrap()));
         let path = folder.join(socket);

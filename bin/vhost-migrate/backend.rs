@@ -89,6 +89,10 @@ struct Blk {
     /// Let other processes write the image at the same time, as cluster file systems want it
     #[arg(long)]
     share_rw: bool,
+    /// Offer postcopy: a migrated guest runs before its memory has arrived. Front-ends then can't add memory in slots, so
+    /// there are at most 8 regions. Needs root, or vm.unprivileged_userfaultfd=1
+    #[arg(long)]
+    postcopy: bool,
     #[command(flatten)]
     seccomp: Seccomp,
     #[command(flatten)]
@@ -119,14 +123,14 @@ enum Consequence {
 }
 
 impl Seccomp {
-    fn sandbox(&self) -> Option<Sandbox> {
+    fn sandbox(&self, postcopy: bool) -> Option<Sandbox> {
         let violation = match self.seccomp {
             _ if self.no_seccomp => return None,
             Consequence::Kill => Violation::Kill,
             Consequence::Log => Violation::Log,
             Consequence::Off => return None,
         };
-        Some(Sandbox { violation, ..Sandbox::default() })
+        Some(Sandbox { violation, postcopy, ..Sandbox::default() })
     }
 }
 
@@ -183,6 +187,7 @@ impl Blk {
             inflight_migration: self.inflight_migration,
             iommu: self.iommu,
             share_rw: self.share_rw,
+            postcopy: self.postcopy,
         })?;
         let disk = Arc::new(disk);
         let growing = disk.clone();
@@ -194,7 +199,7 @@ impl Blk {
         self.metrics.start()?;
         let (bytes, image) = (disk.capacity() * 512, self.image.display());
         let what = format!("{image} ({bytes} bytes)");
-        serve(self.socket.as_deref(), self.fd, disk, &what, self.seccomp.sandbox(), stop)
+        serve(self.socket.as_deref(), self.fd, disk, &what, self.seccomp.sandbox(self.postcopy), stop)
     }
 }
 

@@ -7,7 +7,7 @@ use std::io;
 use crate::abi::vhost_user::Request as Code;
 use crate::dirty::LogError;
 use crate::inflight::InflightError;
-use crate::memory::{Access, IotlbError, MemoryError, TranslationError};
+use crate::memory::{Access, IotlbError, MemoryError, TranslationError, UserfaultError};
 use crate::ring::RingError;
 
 /// Why a message was refused, a ring stopped or a connection ended.
@@ -259,6 +259,15 @@ pub enum BackendError {
         /// Most bytes.
         most: u16,
     },
+    /// Postcopy in an order that can't be.
+    #[error("{why} (rule P1)")]
+    Postcopy {
+        /// What came when.
+        why: &'static str,
+    },
+    /// Postcopy on a system that can't.
+    #[error(transparent)]
+    Userfault(#[from] UserfaultError),
     /// A device's state can't be saved or loaded.
     #[error("the device's state is refused: {why} (rule D1)")]
     State {

@@ -13,6 +13,7 @@
 //! | `device` | what a device author writes, and the [`Request`] it gets |
 //! | `immediate` | a queue that serves its requests as they come |
 //! | `transfer` | a device's state through a pipe |
+//! | `postcopy` | guest memory that comes while rings run |
 //! | `sandbox` | what a process that serves may ask of the kernel |
 //! | `counters` | what is counted, for monitoring |
 //! | `blk` | a disk |
@@ -35,6 +36,7 @@ mod message;
 pub mod net;
 mod notify;
 mod post;
+mod postcopy;
 mod sandbox;
 mod server;
 mod session;

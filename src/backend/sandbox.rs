@@ -16,6 +16,8 @@ use seccompiler::{
     apply_filter_all_threads,
 };
 
+use crate::memory::userfault;
+
 /// What happens to a process that asks for what it may not have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Violation {
@@ -36,6 +38,8 @@ pub struct Sandbox {
     /// Whether SOCK_SEQPACKET sockets of the UNIX family may be made, bound and connected: `backend net --pair` looks for
     /// its other end again and again.
     pub pair: bool,
+    /// Whether userfaultfds may be made, for postcopy (rule P1).
+    pub postcopy: bool,
 }
 
 /// Why there is no filter.
@@ -172,7 +176,8 @@ impl Sandbox {
         for (call, _) in STAT {
             only(call, vec![]);
         }
-        only(libc::SYS_ioctl, vec![rule(&[(1, Eq, libc::FIONBIO)])?]);
+        let ioctls = [libc::FIONBIO].into_iter().chain(userfault::IOCTLS.into_iter().filter(|_| self.postcopy));
+        only(libc::SYS_ioctl, ioctls.map(|number| rule(&[(1, Eq, number)])).collect::<Result<_, _>>()?);
         only(
             libc::SYS_prctl,
             vec![rule(&[(0, Eq, libc::PR_SET_NAME as u64)])?, rule(&[(0, Eq, libc::PR_SET_VMA as u64)])?],
@@ -184,6 +189,9 @@ impl Sandbox {
         }
         if self.unlink || self.pair {
             only(libc::SYS_unlink, vec![]);
+        }
+        if self.postcopy {
+            only(libc::SYS_userfaultfd, vec![]);
         }
         if self.pair {
             let kind = rule(&[(0, Eq, libc::AF_UNIX as u64), (1, MaskedEq(0xf), libc::SOCK_SEQPACKET as u64)]);

@@ -140,7 +140,9 @@ fn serve_connection(
     counters::connected();
     let mut channel = Channel { socket: connection.as_fd(), stop, next };
     let mut rings = Workers::new(device.clone());
-    let ended = converse(&mut channel, &mut Session::new(device.clone()), &mut rings);
+    // Ends before the rings, which may wait for pages that nobody brings any more (rule P1).
+    let mut session = Session::new(device.clone());
+    let ended = converse(&mut channel, &mut session, &mut rings);
     match &ended {
         Ok(Heard::Stop) => rings.stop_all(),
         Ok(_) => info!("the front-end has hung up"),

@@ -15,6 +15,7 @@ use tracing::{debug, error, warn};
 use zerocopy::FromBytes;
 
 use super::channel::Attached;
+use super::postcopy::{Postcopy, own_addresses};
 use super::transfer::Transfer;
 use super::{BackendError, Device, Host, Message, Notifier, Reply, counters};
 use crate::abi::vhost::{VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_UPDATE};
@@ -75,6 +76,8 @@ pub struct Setup {
     pub inflight: Option<Arc<inflight::Region>>,
     /// Whether it runs on this connection for the first time: if it has a past, that was another back-end's.
     pub first: bool,
+    /// Whether guest memory is still on its way: nobody may wait for the ring where pages are waited for (rule P1).
+    pub postcopy: bool,
     /// The front-end, to be told or asked something.
     pub host: Arc<Host>,
     /// With ACCESS_PLATFORM acknowledged: what is known of the IOMMU. All addresses of the ring are I/O virtual then.
@@ -177,6 +180,7 @@ pub struct Session {
     lost: Arc<AtomicU64>,
     inflight: Option<Arc<inflight::Region>>,
     rings: Vec<Ring>,
+    postcopy: Postcopy,
     /// A device's state on its way.
     transfer: Option<Transfer>,
     iotlb: Arc<Iotlb>,
@@ -202,6 +206,7 @@ impl Session {
             lost: Arc::default(),
             inflight: None,
             rings,
+            postcopy: Postcopy::default(),
             transfer: None,
             iotlb: Arc::default(),
             host,
@@ -218,6 +223,9 @@ impl Session {
             message.fds.len(),
             if message.flags & Header::FLAG_NEED_REPLY != 0 { ", wants a reply" } else { "" }
         );
+        if self.postcopy.awaits() {
+            return self.memory_acknowledged(&message, rings).map_or_else(Step::Close, |()| Step::Silence);
+        }
         let asked = message.flags & Header::FLAG_NEED_REPLY != 0;
         let outcome = self.handle(message, asked && self.speaks(protocol_feature::REPLY_ACK), rings);
         // Asked afterwards: the message that switches acknowledgements on may want the first one (rule F4).
@@ -249,6 +257,7 @@ impl Session {
     fn always_answers(&self, code: Code) -> bool {
         match code {
             Code::SET_LOG_BASE => self.speaks(protocol_feature::LOG_SHMFD),
+            Code::SET_MEM_TABLE => self.postcopy.is_listening(),
             Code::GET_FEATURES
             | Code::GET_PROTOCOL_FEATURES
             | Code::GET_QUEUE_NUM
@@ -305,7 +314,27 @@ impl Session {
                     self.reset(rings)?;
                 }
             }
-            Code::SET_MEM_TABLE => self.set_mem_table(message, rings)?,
+            Code::SET_MEM_TABLE => {
+                let memory = Memory::new(regions_of(&message)?)?;
+                if self.postcopy.is_listening() {
+                    let payload = own_addresses(&message.payload, &memory);
+                    self.postcopy.offer(memory)?;
+                    return Ok(Some(Reply { code, payload, fd: None }));
+                }
+                self.replace_memory(memory, rings)?;
+            }
+            Code::POSTCOPY_ADVISE if self.speaks(protocol_feature::PAGEFAULT) => {
+                // An answer without an fd is the one that means "no".
+                let fd = self.postcopy.advise().map_err(|error| error!("{error}")).ok();
+                return Ok(Some(Reply { code, payload: Vec::new(), fd }));
+            }
+            Code::POSTCOPY_LISTEN if self.speaks(protocol_feature::PAGEFAULT) => {
+                let listening = self.all_stopped(code, "P1").and_then(|()| self.postcopy.listen());
+                return number(answer(listening));
+            }
+            Code::POSTCOPY_END if self.speaks(protocol_feature::PAGEFAULT) => {
+                return number(answer(self.postcopy.end()));
+            }
             Code::ADD_MEM_REG => {
                 let MemRegMsg { region, .. } = message.body()?;
                 let fd = message.only_fd()?;
@@ -436,11 +465,15 @@ impl Session {
 
     /// QEMU sets the status to 0, which is a reset, whenever it stops a device; there would be no state left to save.
     fn offered_protocol(&self) -> u64 {
-        let offered = PROTOCOL_FEATURES | self.device.protocol_features();
-        match self.device.state_kind() {
-            Some(_) => offered & !bit(protocol_feature::STATUS) | bit(protocol_feature::DEVICE_STATE),
-            None => offered,
+        let mut offered = PROTOCOL_FEATURES | self.device.protocol_features();
+        if self.device.state_kind().is_some() {
+            offered = offered & !bit(protocol_feature::STATUS) | bit(protocol_feature::DEVICE_STATE);
         }
+        if offered & bit(protocol_feature::PAGEFAULT) != 0 {
+            // Front-ends do not speak both (rule M1).
+            offered &= !bit(protocol_feature::CONFIGURE_MEM_SLOTS);
+        }
+        offered
     }
 
     fn set_features(&mut self, bits: u64, rings: &mut dyn Rings) -> Result<(), BackendError> {
@@ -512,35 +545,13 @@ impl Session {
         Ok(())
     }
 
-    fn set_mem_table(&mut self, message: Message, rings: &mut dyn Rings) -> Result<(), BackendError> {
-        let MemoryHeader { nregions, .. } = message.body()?;
-        let (got, head) = (message.payload.len(), size_of::<MemoryHeader>());
-        let needed = (nregions as usize).saturating_mul(size_of::<MemoryRegion>()).saturating_add(head);
-        let table =
-            message.payload.get(head..needed).ok_or(BackendError::Truncated { code: message.code, got, needed })?;
-        if message.fds.len() != nregions as usize {
-            let (got, needed) = (message.fds.len(), nregions as usize);
-            return Err(BackendError::Fds { code: message.code, got, needed });
-        }
-        let regions = table.chunks_exact(size_of::<MemoryRegion>()).zip(&message.fds).map(|(bytes, fd)| {
-            let region = MemoryRegion::read_from_bytes(bytes).map_err(|_| BackendError::Truncated {
-                code: message.code,
-                got,
-                needed,
-            })?;
-            map(&region, fd)
-        });
-        let regions = regions.collect::<Result<Vec<_>, _>>()?;
-        self.replace_memory(regions, rings)
-    }
-
     fn add_region(&mut self, region: &MemoryRegion, fd: OwnedFd, rings: &mut dyn Rings) -> Result<(), BackendError> {
         let mut regions = self.memory.regions().to_vec();
         if regions.len() >= VHOST_USER_MAX_RAM_SLOTS_TODAY {
             return Err(BackendError::NoSlot { slots: VHOST_USER_MAX_RAM_SLOTS_TODAY });
         }
         regions.push(map(region, &fd)?);
-        self.replace_memory(regions, rings)
+        self.replace_memory(Memory::new(regions)?, rings)
     }
 
     fn remove_region(&mut self, region: &MemoryRegion, rings: &mut dyn Rings) -> Result<(), BackendError> {
@@ -548,18 +559,23 @@ impl Session {
         let (gpa, size, user_addr) = (region.guest_phys_addr, region.memory_size, region.userspace_addr);
         let found = regions.iter().position(|r| (r.gpa(), r.size(), r.user_addr()) == (gpa, size, user_addr));
         regions.remove(found.ok_or(BackendError::NoSuchRegion { gpa, size, user_addr })?);
-        self.replace_memory(regions, rings)
+        self.replace_memory(Memory::new(regions)?, rings)
     }
 
     /// Requests that are in flight finish in the old memory; then the rings go on in the new one (rules L9, M1).
-    fn replace_memory(&mut self, regions: Vec<Arc<Region>>, rings: &mut dyn Rings) -> Result<(), BackendError> {
-        let memory = Memory::new(regions)?;
+    fn replace_memory(&mut self, memory: Memory, rings: &mut dyn Rings) -> Result<(), BackendError> {
         for index in 0..self.device.queues() {
             self.pause(index, rings)?;
         }
         self.memory = memory;
         self.check_log_size();
         self.settle_all(rings)
+    }
+
+    /// The front-end hears of faults from here on, so rings may run (rule P1).
+    fn memory_acknowledged(&mut self, message: &Message, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        let memory = self.postcopy.acknowledged(message, message.code == Code::SET_MEM_TABLE)?;
+        self.replace_memory(memory, rings)
     }
 
     fn set_log_base(
@@ -685,7 +701,7 @@ impl Session {
     /// SET_DEVICE_STATE_FD; a transfer that nobody asked the result of is given up.
     fn begin_transfer(&mut self, message: &mut Message) -> Result<(), BackendError> {
         self.transfer = None;
-        self.all_stopped(message.code)?;
+        self.all_stopped(message.code, "D1")?;
         self.transfer = Some(Transfer::begin(self.device.as_ref(), message.body()?, message.only_fd()?)?);
         Ok(())
     }
@@ -693,12 +709,12 @@ impl Session {
     fn check_transfer(&mut self) -> Result<(), BackendError> {
         let nothing = || BackendError::State { why: "SET_DEVICE_STATE_FD did not begin a transfer".into() };
         let transfer = self.transfer.take().ok_or_else(nothing)?;
-        self.all_stopped(Code::CHECK_DEVICE_STATE)?;
+        self.all_stopped(Code::CHECK_DEVICE_STATE, "D1")?;
         transfer.check(self.device.as_ref())
     }
 
-    fn all_stopped(&mut self, code: Code) -> Result<(), BackendError> {
-        (0..self.device.queues()).try_for_each(|index| self.stopped(code, index.into(), "D1").map(drop))
+    fn all_stopped(&mut self, code: Code, rule: &'static str) -> Result<(), BackendError> {
+        (0..self.device.queues()).try_for_each(|index| self.stopped(code, index.into(), rule).map(drop))
     }
 
     fn is_packed(&self) -> bool {
@@ -825,6 +841,7 @@ impl Session {
             error,
             inflight: self.inflight.clone(),
             first: !ring.ran,
+            postcopy: self.postcopy.is_listening(),
             host: self.host.clone(),
             iotlb,
         })
@@ -857,6 +874,27 @@ fn logs_used(addr: &VringAddr) -> bool {
 fn map(region: &MemoryRegion, fd: &OwnedFd) -> Result<Arc<Region>, BackendError> {
     let MemoryRegion { guest_phys_addr, memory_size, userspace_addr, mmap_offset } = *region;
     Ok(Arc::new(Region::map(fd.as_fd(), guest_phys_addr, memory_size, userspace_addr, mmap_offset)?))
+}
+
+/// The regions of SET_MEM_TABLE, mapped.
+fn regions_of(message: &Message) -> Result<Vec<Arc<Region>>, BackendError> {
+    let MemoryHeader { nregions, .. } = message.body()?;
+    let (got, head) = (message.payload.len(), size_of::<MemoryHeader>());
+    let needed = (nregions as usize).saturating_mul(size_of::<MemoryRegion>()).saturating_add(head);
+    let table = message.payload.get(head..needed).ok_or(BackendError::Truncated { code: message.code, got, needed })?;
+    if message.fds.len() != nregions as usize {
+        let (got, needed) = (message.fds.len(), nregions as usize);
+        return Err(BackendError::Fds { code: message.code, got, needed });
+    }
+    let regions = table.chunks_exact(size_of::<MemoryRegion>()).zip(&message.fds).map(|(bytes, fd)| {
+        let region = MemoryRegion::read_from_bytes(bytes).map_err(|_| BackendError::Truncated {
+            code: message.code,
+            got,
+            needed,
+        })?;
+        map(&region, fd)
+    });
+    regions.collect()
 }
 
 /// Where a ring lies in guest memory (rule R6: the addresses are the front-end's).

@@ -52,6 +52,7 @@ struct Handle {
     orders: Sender<Order>,
     wake: Arc<EventFd>,
     thread: JoinHandle<RingBase>,
+    postcopy: bool,
 }
 
 pub(super) enum Order {
@@ -125,7 +126,7 @@ impl Rings for Workers {
         let wake = Arc::new(EventFd::from_flags(flags).map_err(BackendError::system("make an eventfd"))?);
         let (orders, inbox) = unbounded();
         let (ready, is_ready) = bounded(1);
-        let (device, woken) = (self.device.clone(), wake.clone());
+        let (device, woken, postcopy) = (self.device.clone(), wake.clone(), setup.postcopy);
         let serve = move || {
             let post = Post { index, device, inbox, wake: woken };
             if let Some(iotlb) = setup.iotlb.clone() {
@@ -133,9 +134,13 @@ impl Rings for Workers {
                 let _ = ready.send(Ok(()));
                 return post.serve_translated(setup, &iotlb);
             }
-            let base = setup.base;
+            let (base, failed) = (setup.base, setup.error.clone());
             match post.open(setup, None) {
                 Err(error) => {
+                    if postcopy {
+                        error!("{error}");
+                        failed.iter().for_each(|failed| failed.signal());
+                    }
                     let _ = ready.send(Err(error));
                     base
                 }
@@ -147,10 +152,12 @@ impl Rings for Workers {
         };
         let thread = thread::Builder::new().name(format!("ring {index}")).spawn(serve);
         let thread = thread.map_err(BackendError::system("start a thread"))?;
-        let ended = |_| Err(BackendError::system("serve a queue")(io::Error::other("its thread ended")));
-        is_ready.recv().unwrap_or_else(ended)?;
+        if !postcopy {
+            let ended = || BackendError::system("serve a queue")(io::Error::other("its thread ended"));
+            is_ready.recv().unwrap_or_else(|_| Err(ended()))?;
+        }
         if let Some(slot) = self.running.get_mut(usize::from(index)) {
-            *slot = Some(Handle { orders, wake, thread });
+            *slot = Some(Handle { orders, wake, thread, postcopy });
         }
         Ok(())
     }
@@ -201,7 +208,10 @@ impl Rings for Workers {
         if let Some(handle) = self.handle(index) {
             let (done, is_done) = bounded(1);
             handle.order(Order::Notifiers { call, error, done });
-            let _ = is_done.recv();
+            // It may wait for a page that comes only if the front-end has its answer.
+            if !handle.postcopy {
+                let _ = is_done.recv();
+            }
         }
     }
 }

@@ -7,13 +7,13 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-
-use nix::errno::Errno;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use super::harvest::Harvest;
 use super::page_set::PageSet;
 use super::source::{DirtyError, DirtySource};
+use crate::memory::userfault::abi::{Range, Register};
+use crate::memory::userfault::{self, Refusal};
 use crate::memory::{LOG_PAGE, Memory, Region};
 
 /// Regions that the kernel reports with one call.
@@ -122,9 +122,9 @@ impl Tracking {
     fn stop(self, memory: &Memory) -> Result<(), PagemapError> {
         for region in memory.regions() {
             let (_, start, end) = range(region);
-            let mut range = abi::UffdioRange { start, len: end - start };
+            let mut range = Range { start, len: end - start };
             // SAFETY: the struct is the one this ioctl reads.
-            unsafe { abi::uffdio_unregister(self.userfaultfd.as_raw_fd(), &mut range) }.map_err(|errno| {
+            unsafe { userfault::abi::unregister(self.userfaultfd.as_raw_fd(), &mut range) }.map_err(|errno| {
                 PagemapError::Region { gpa: region.gpa(), size: region.size(), cause: errno.into() }
             })?;
         }
@@ -167,24 +167,19 @@ fn range(region: &Region) -> (u64, u64, u64) {
 fn userfaultfd() -> Result<OwnedFd, PagemapError> {
     // User mode only needs no privilege, and no fault is ever handled here, so none of the kernel's is missed.
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | abi::UFFD_USER_MODE_ONLY;
-    // SAFETY: userfaultfd takes one integer and returns a new fd or an error.
-    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_userfaultfd, flags) })
-        .map_err(|errno| PagemapError::Userfaultfd(errno.into()))?;
-    // SAFETY: the fd is new and ours.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
-    let mut api = abi::UffdioApi { api: abi::UFFD_API, features: abi::UFFD_FEATURES, ioctls: 0 };
-    // SAFETY: the struct is the one this ioctl reads and writes.
-    unsafe { abi::uffdio_api(fd.as_raw_fd(), &mut api) }.map_err(|errno| PagemapError::Kernel(errno.into()))?;
-    Ok(fd)
+    userfault::open(flags, abi::UFFD_FEATURES).map_err(|refusal| match refusal {
+        Refusal::Fd(error) => PagemapError::Userfaultfd(error),
+        Refusal::Features(error) => PagemapError::Kernel(error),
+    })
 }
 
 /// Registers a region and protects all of it, also what is not populated yet.
 fn protect(userfaultfd: &OwnedFd, region: &Region) -> io::Result<()> {
     let (_, start, end) = range(region);
-    let range = abi::UffdioRange { start, len: end - start };
-    let mut register = abi::UffdioRegister { range, mode: abi::UFFDIO_REGISTER_MODE_WP, ioctls: 0 };
+    let range = Range { start, len: end - start };
+    let mut register = Register { range, mode: abi::UFFDIO_REGISTER_MODE_WP, ioctls: 0 };
     // SAFETY: the struct is the one this ioctl reads and writes. The memory stays mapped and usable as before.
-    unsafe { abi::uffdio_register(userfaultfd.as_raw_fd(), &mut register) }?;
+    unsafe { userfault::abi::register(userfaultfd.as_raw_fd(), &mut register) }?;
     let mut protect = abi::UffdioWriteprotect { range, mode: abi::UFFDIO_WRITEPROTECT_MODE_WP };
     // SAFETY: as above.
     unsafe { abi::uffdio_writeprotect(userfaultfd.as_raw_fd(), &mut protect) }?;
@@ -218,8 +213,9 @@ fn written<'a>(
 /// The kernel's numbers and structures (linux/userfaultfd.h, linux/fs.h).
 #[allow(unreachable_pub, reason = "nix's macros make public functions")]
 mod abi {
+    use crate::memory::userfault::abi::Range;
+
     pub const UFFD_USER_MODE_ONLY: i32 = 1;
-    pub const UFFD_API: u64 = 0xaa;
     /// Write-protect faults, in shmem and hugetlbfs, of what is not populated, resolved by the kernel itself.
     pub const UFFD_FEATURES: u64 = 1 << 0 | 1 << 12 | 1 << 13 | 1 << 15;
     pub const UFFDIO_REGISTER_MODE_WP: u64 = 1 << 1;
@@ -230,31 +226,8 @@ mod abi {
 
     #[repr(C)]
     #[derive(Debug)]
-    pub struct UffdioApi {
-        pub api: u64,
-        pub features: u64,
-        pub ioctls: u64,
-    }
-
-    #[repr(C)]
-    #[derive(Clone, Copy, Debug)]
-    pub struct UffdioRange {
-        pub start: u64,
-        pub len: u64,
-    }
-
-    #[repr(C)]
-    #[derive(Debug)]
-    pub struct UffdioRegister {
-        pub range: UffdioRange,
-        pub mode: u64,
-        pub ioctls: u64,
-    }
-
-    #[repr(C)]
-    #[derive(Debug)]
     pub struct UffdioWriteprotect {
-        pub range: UffdioRange,
+        pub range: Range,
         pub mode: u64,
     }
 
@@ -283,12 +256,9 @@ mod abi {
         pub categories: u64,
     }
 
-    const _: () = assert!(size_of::<UffdioRegister>() == 32 && size_of::<UffdioWriteprotect>() == 24);
+    const _: () = assert!(size_of::<UffdioWriteprotect>() == 24);
     const _: () = assert!(size_of::<PmScanArg>() == 96 && size_of::<PageRegion>() == 24);
 
-    nix::ioctl_readwrite!(uffdio_api, 0xaa, 0x3f, UffdioApi);
-    nix::ioctl_readwrite!(uffdio_register, 0xaa, 0x00, UffdioRegister);
-    nix::ioctl_read!(uffdio_unregister, 0xaa, 0x01, UffdioRange);
     nix::ioctl_readwrite!(uffdio_writeprotect, 0xaa, 0x06, UffdioWriteprotect);
     nix::ioctl_readwrite!(pagemap_scan, b'f', 16, PmScanArg);
 }

@@ -10,7 +10,7 @@ mod user;
 
 pub use error::FrontendError;
 pub use logging::{DeviceLog, SharedDevice};
-pub use user::{UserDevice, UserOptions};
+pub use user::{BackendAddresses, UserDevice, UserOptions};
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;

@@ -6,10 +6,12 @@
 
 mod iotlb;
 mod region;
+pub(crate) mod userfault;
 mod window;
 
 pub use iotlb::{Access, Iotlb, IotlbError, Miss, TranslationError, invalidated};
 pub use region::{Region, sealed_memfd};
+pub use userfault::{Userfault, UserfaultError};
 pub use window::{Area, Window, overlap};
 
 use std::fmt;

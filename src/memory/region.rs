@@ -24,7 +24,8 @@ pub struct Region {
     user_addr: u64,
     /// Where the first byte is here, which need not be where the mapping begins: that is of whole pages.
     host: *mut u8,
-    _mapping: Arc<MmapRaw>,
+    mapping: Arc<MmapRaw>,
+    page: u64,
     /// Kept only by who shares the region with a device.
     shared: Option<(OwnedFd, u64)>,
 }
@@ -69,7 +70,7 @@ impl Region {
         let Ok(len) = usize::try_from(stop - start) else { return Err(bad) };
         let mapping = MmapOptions::new().offset(start).len(len).map_raw(fd.as_raw_fd()).map_err(refused)?;
         let host = mapping.as_mut_ptr().wrapping_add(skip);
-        Ok(Region { gpa, size, user_addr, host, _mapping: Arc::new(mapping), shared: None })
+        Ok(Region { gpa, size, user_addr, host, mapping: Arc::new(mapping), page, shared: None })
     }
 
     /// `size` bytes of this region from `offset` on, as a region at another address, also for the front-end.
@@ -78,7 +79,7 @@ impl Region {
             return Err(MemoryError::BadRange { gpa: at, size });
         }
         let host = self.host.wrapping_add(offset as usize);
-        Ok(Region { gpa: at, size, user_addr: at, host, _mapping: self._mapping.clone(), shared: None })
+        Ok(Region { gpa: at, size, user_addr: at, host, mapping: self.mapping.clone(), page: self.page, shared: None })
     }
 
     /// A region of `size` bytes at `at` made of parts, each a region with an offset and a length in bytes: their pages are
@@ -120,7 +121,7 @@ impl Region {
             return Err(scattered);
         }
         let host = mapping.as_mut_ptr().wrapping_add(skip);
-        Ok(Region { gpa: at, size, user_addr: at, host, _mapping: Arc::new(mapping), shared: None })
+        Ok(Region { gpa: at, size, user_addr: at, host, mapping: Arc::new(mapping), page, shared: None })
     }
 
     /// Maps a region of this process's own guest memory and keeps `fd` so that devices can be given it. Its front-end
@@ -159,6 +160,37 @@ impl Region {
     #[inline]
     pub fn host_ptr(&self) -> *mut u8 {
         self.host
+    }
+
+    /// Address and length of all that is mapped in this process for the region: whole pages of its file.
+    pub(crate) fn mapped(&self) -> (u64, u64) {
+        (self.mapping.as_mut_ptr().addr() as u64, self.mapping.len() as u64)
+    }
+
+    /// Page size of the file behind it, bytes: what pages are placed in by a [`Userfault`](super::Userfault).
+    pub fn page_size(&self) -> u64 {
+        self.page
+    }
+
+    /// Keeps the kernel from putting pages together, so that each can come by itself.
+    pub(super) fn avoid_huge_pages(&self) {
+        let (start, len) = (self.mapping.as_mut_ptr().cast(), self.mapping.len());
+        // SAFETY: the range is this mapping, and the advice changes no contents. Where it means nothing it is refused.
+        unsafe { libc::madvise(start, len, libc::MADV_NOHUGEPAGE) };
+    }
+
+    /// Puts blank memory of this process alone in place of the file's: what is written from now on reaches nobody, and
+    /// what is read is zero.
+    pub(crate) fn blank(&self) -> io::Result<()> {
+        let (start, len) = (self.mapping.as_mut_ptr().cast(), self.mapping.len());
+        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let flags = flags | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        // SAFETY: exactly this mapping is replaced, in one step, by one of the same length that can be used and
+        // unmapped like it. Contents change under those who look, as guest memory may at any time.
+        match unsafe { libc::mmap(start, len, protection, flags, -1, 0) } {
+            libc::MAP_FAILED => Err(io::Error::last_os_error()),
+            _ => Ok(()),
+        }
     }
 
     /// Whether `len` bytes from `offset` are inside.

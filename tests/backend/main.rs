@@ -12,6 +12,7 @@ mod iommu;
 mod iommu_space;
 mod log;
 mod net;
+mod postcopy;
 mod race;
 mod raw;
 mod rules;

@@ -78,6 +78,12 @@ impl Client {
         self.reply(code)
     }
 
+    /// The same, with fds.
+    pub(crate) fn ask_with(&self, code: Code, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Vec<u8> {
+        self.send(code, VERSION, payload, fds);
+        self.reply(code)
+    }
+
     pub(crate) fn ask_number(&self, code: Code) -> u64 {
         u64::read_from_bytes(&self.ask(code, &[])).unwrap()
     }

@@ -88,6 +88,7 @@ pub(crate) fn disk_options(folder: &Path, bytes: u64, change: impl FnOnce(&mut D
         inflight_migration: false,
         iommu: false,
         share_rw: false,
+        postcopy: false,
     };
     change(&mut options);
     options

@@ -268,6 +268,7 @@ fn what_a_driver_has_set_on_its_interface_arrives_and_stays_until_it_is_reset() 
             mac: [2, 0, 0, 0, 0, 1],
             iommu: false,
             mtu,
+            postcopy: false,
         };
         let device = Arc::new(Net::open(options).unwrap());
         (device.clone(), Server::new(device))

@@ -14,6 +14,8 @@ pub(crate) enum Kind {
     Ours,
     /// The same with `--direct`: its requests take as long as the disk, so some are always in flight under load.
     OursDirect,
+    /// Ours with `--postcopy`, which says of every message that it came.
+    OursPostcopy,
     /// `qemu-storage-daemon`; with a limit in bytes per second its requests stay in flight for long.
     StorageDaemon { bytes_per_second: Option<u64> },
 }
@@ -74,6 +76,11 @@ impl Backend {
         self.process.terminate();
     }
 
+    /// What it said so far.
+    pub(crate) fn output(&self) -> String {
+        self.process.output()
+    }
+
     fn listening(mut self) -> Backend {
         wait_for("the back-end listens", || {
             self.process.assert_running();
@@ -86,10 +93,14 @@ impl Backend {
 fn spawn(kind: Kind, socket: &Path, image: &Path, output: &Path, queues: u16) -> Process {
     let (socket, image) = (socket.display(), image.display());
     match kind {
-        Kind::Ours | Kind::OursDirect => {
+        Kind::Ours | Kind::OursDirect | Kind::OursPostcopy => {
             let program = env!("CARGO_BIN_EXE_vhost-migrate");
-            let direct = if kind == Kind::OursDirect { "--direct" } else { "" };
-            let args = format!("backend blk --socket {socket} --image {image} --queues {queues} {direct}");
+            let more = match kind {
+                Kind::OursDirect => "--direct",
+                Kind::OursPostcopy => "--postcopy --log-level debug",
+                _ => "",
+            };
+            let args = format!("backend blk --socket {socket} --image {image} --queues {queues} {more}");
             Process::start("vhost-migrate", program, &words(&args), output)
         }
         Kind::StorageDaemon { bytes_per_second } => {

@@ -64,6 +64,15 @@ pub(crate) fn works(counts: impl Fn() -> Option<(u64, u64)>, first: u64, second:
     });
 }
 
+/// A guest that works on a disk.
+fn boot(lab: &Lab) -> String {
+    format!(
+        "-kernel {} -initrd {} -append console=ttyS0",
+        initramfs::kernel().display(),
+        initramfs::make(lab, Kernel::Pc, &["virtio_pci", "virtio_blk"], "", "load").display()
+    )
+}
+
 #[test]
 fn a_linux_guest_moves_there_and_back_and_its_back_ends_die_and_every_byte_is_right() {
     there_and_back(false);
@@ -116,6 +125,44 @@ fn a_linux_guest_sees_its_disk_grow_and_works_on() {
     backend.assert_running();
 }
 
+/// The destination's guest reads and writes its disk while most of its memory is still at the source (rule P1).
+#[test]
+fn a_linux_guest_works_on_its_disk_before_its_memory_has_arrived() {
+    let lab = Lab::new();
+    let image = lab.disk();
+    File::create(&image).unwrap().set_len(DISK_BYTES).unwrap();
+    let backends = ["backend-a", "backend-b"].map(|name| Backend::start(&lab, Kind::OursPostcopy, name, &image, 1));
+    let boot = boot(&lab);
+    let mut source = Host::start(&lab, "host-0", &boot, backends[0].socket(), DISK);
+    source.works(200, 1000);
+    let mut destination = Host::start(&lab, "host-1", "-incoming defer", backends[1].socket(), DISK);
+    let postcopy = json!({"capabilities": [{"capability": "postcopy-ram", "state": true}]});
+    for side in [&mut source.qemu, &mut destination.qemu] {
+        side.qmp("migrate-set-capabilities", postcopy.clone());
+    }
+    let speed = |bytes: u64| json!({"max-postcopy-bandwidth": bytes});
+    source.qemu.qmp("migrate-set-parameters", speed(2 << 20));
+    migration::begin(&mut source.qemu, &mut destination.qemu, &lab.file("migration"), false, NEVER_CONVERGES);
+    // Not a page has been sent twice, and few once.
+    source.qemu.qmp("migrate-start-postcopy", json!({}));
+    destination.works(50, 100);
+    let info = source.qemu.qmp("query-migrate", json!({}));
+    assert_eq!(info["status"], "postcopy-active", "it worked with all its memory: {info}");
+    source.qemu.qmp("migrate-set-parameters", speed(10 << 30));
+    let info = migration::finish(&mut source.qemu, &mut destination.qemu);
+    eprintln!(
+        "postcopy: {} ms, downtime {} ms, {} bytes, {} pages on request",
+        info["total-time"], info["downtime"], info["ram"]["transferred"], info["ram"]["postcopy-requests"]
+    );
+    source.qemu.quit();
+    destination.works(200, 1000);
+    let said = backends[1].output();
+    for message in ["POSTCOPY_ADVISE", "POSTCOPY_LISTEN", "POSTCOPY_END"] {
+        assert!(said.contains(message), "no {message}");
+    }
+    assert!(!said.contains("refused"), "{said}");
+}
+
 fn there_and_back(packed: bool) {
     let device = format!("{DISK},packed={}", if packed { "on" } else { "off" });
     let lab = Lab::new();
@@ -124,11 +171,7 @@ fn there_and_back(packed: bool) {
     let mut here = Backend::start(&lab, Kind::Ours, "backend-a", &image, 1);
     let mut there = Backend::start(&lab, Kind::Ours, "backend-b", &image, 1);
 
-    let boot = format!(
-        "-kernel {} -initrd {} -append console=ttyS0",
-        initramfs::kernel().display(),
-        initramfs::make(&lab, Kernel::Pc, &["virtio_pci", "virtio_blk"], "", "load").display()
-    );
+    let boot = boot(&lab);
     let mut source = Host::start(&lab, "host-0", &boot, here.socket(), &device);
     source.works(200, 1000);
 

@@ -59,6 +59,10 @@ pub(super) struct Arguments {
     /// The largest IP packet in bytes, if the guest shall be told
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(i64::from(MIN_MTU)..))]
     mtu: Option<u16>,
+    /// Offer postcopy: a migrated guest runs before its memory has arrived. Front-ends then can't add memory in slots, so
+    /// there are at most 8 regions. Needs root, or vm.unprivileged_userfaultfd=1
+    #[arg(long)]
+    postcopy: bool,
     #[command(flatten)]
     seccomp: Seccomp,
     #[command(flatten)]
@@ -85,7 +89,8 @@ impl Arguments {
     pub(super) fn run(self, stop: &EventFd) -> Result<(), Box<dyn std::error::Error>> {
         self.messages.start();
         self.metrics.start()?;
-        let sandbox = self.seccomp.sandbox().map(|sandbox| Sandbox { pair: self.peer.pair.is_some(), ..sandbox });
+        let sandbox =
+            self.seccomp.sandbox(self.postcopy).map(|sandbox| Sandbox { pair: self.peer.pair.is_some(), ..sandbox });
         let (peer, what) = match (self.peer.tap, self.peer.pair) {
             (Some(name), _) => (Peer::Tap(name.clone()), format!("tap {name}")),
             (None, Some(path)) => (Peer::Pair(path.clone()), format!("a pair at {}", path.display())),
@@ -98,6 +103,7 @@ impl Arguments {
             mac: self.mac,
             iommu: self.iommu,
             mtu: self.mtu,
+            postcopy: self.postcopy,
         })?;
         let what = format!("{what} ({} queue pairs)", self.queue_pairs);
         serve(self.socket.as_deref(), self.fd, Arc::new(net), &what, sandbox, stop)

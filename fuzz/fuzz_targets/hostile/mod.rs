@@ -80,7 +80,9 @@ static DISKS: LazyLock<[Arc<dyn Device>; 2]> = LazyLock::new(|| {
             aio,
             direct: false,
             in_order: true,
+            inflight_migration: false,
             share_rw: false,
+            postcopy: false,
         };
         Arc::new(Disk::open(options).unwrap()) as Arc<dyn Device>
     };
@@ -94,7 +96,8 @@ pub fn device(which: u8) -> Arc<dyn Device> {
         2 => DISKS[1].clone(),
         _ => {
             let mac = [0x52, 0x54, 0, 0, 0, 1];
-            let options = NetOptions { peer: Peer::Loopback, pairs: 1, max_queue_size: SIZE, mac, mtu: None };
+            let (peer, max_queue_size) = (Peer::Loopback, SIZE);
+            let options = NetOptions { peer, pairs: 1, max_queue_size, mac, mtu: None, postcopy: false };
             Arc::new(Net::open(options).unwrap())
         }
     }

@@ -25,6 +25,7 @@ use self::claim::Image;
 use self::queue::DiskQueue;
 use super::{Device, Host, Queue, RING_FEATURES};
 use crate::abi::bit;
+use crate::abi::vhost_user::protocol_feature;
 use crate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
 use crate::abi::virtio::{
     BlkConfig, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
@@ -76,6 +77,8 @@ pub struct DiskOptions {
     pub iommu: bool,
     /// Whether other processes may write the image at the same time: it is not locked then.
     pub share_rw: bool,
+    /// Whether to offer postcopy, and for it no memory slots (rule P1).
+    pub postcopy: bool,
 }
 
 /// Why there is no disk; the texts say what to do.
@@ -255,7 +258,9 @@ impl Device for Disk {
     }
 
     fn protocol_features(&self) -> u64 {
-        if self.options.inflight_migration { INFLIGHT_MIGRATION } else { 0 }
+        let postcopy = if self.options.postcopy { bit(protocol_feature::PAGEFAULT) } else { 0 };
+        let inflight_migration = if self.options.inflight_migration { INFLIGHT_MIGRATION } else { 0 };
+        postcopy | inflight_migration
     }
 
     fn queues(&self) -> u16 {

@@ -81,6 +81,8 @@ pub struct NetOptions {
     pub iommu: bool,
     /// The largest IP packet, if the driver shall be told, in bytes.
     pub mtu: Option<u16>,
+    /// Whether to offer postcopy, and for it no memory slots (rule P1).
+    pub postcopy: bool,
 }
 
 /// Why there is no interface; the texts say what to do.
@@ -266,7 +268,8 @@ impl Device for Net {
     }
 
     fn protocol_features(&self) -> u64 {
-        bit(protocol_feature::RARP) | bit(protocol_feature::MTU)
+        let postcopy = if self.options.postcopy { bit(protocol_feature::PAGEFAULT) } else { 0 };
+        bit(protocol_feature::RARP) | bit(protocol_feature::MTU) | postcopy
     }
 
     fn config(&self) -> Vec<u8> {

@@ -108,6 +108,11 @@ impl Channel {
         if self.acks && self.posted.len() >= MOST_POSTED { self.settle() } else { Ok(()) }
     }
 
+    /// Sends a message that nothing answers, whatever was agreed on.
+    pub(super) fn tell(&self, request: Request, payload: &[u8]) -> Result<(), FrontendError> {
+        self.send(request, Header::FLAG_VERSION, payload, &[])
+    }
+
     /// Waits until everything posted is done. On refusals the first is reported, when all are in.
     pub(super) fn settle(&mut self) -> Result<(), FrontendError> {
         self.settle_within(self.timeout)

@@ -7,7 +7,10 @@
 mod channel;
 mod ear;
 mod inflight;
+mod postcopy;
 mod state;
+
+pub use postcopy::BackendAddresses;
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -167,10 +170,7 @@ impl UserDevice {
     fn post_memory(&mut self, before: &Memory) -> Result<(), FrontendError> {
         let memory = self.memory.clone();
         if memory.regions().len() <= VHOST_MEMORY_BASELINE_NREGIONS {
-            let (regions, fds): (Vec<MemoryRegion>, Vec<_>) =
-                memory.regions().iter().map(|region| describe(region)).collect::<Result<_, _>>()?;
-            let header = MemoryHeader { nregions: regions.len() as u32, padding: 0 };
-            let payload = [header.as_bytes(), regions.as_bytes()].concat();
+            let (payload, fds) = table(&memory)?;
             return self.channel.post(Request::SET_MEM_TABLE, &payload, &fds);
         }
         let has = |memory: &Memory, region: &Arc<Region>| memory.regions().iter().any(|r| Arc::ptr_eq(r, region));
@@ -682,6 +682,14 @@ fn until<T>(
         wait = (wait * 2).min(*BACK_OFF.end());
         attempts += 1;
     }
+}
+
+/// SET_MEM_TABLE with all of `memory`.
+fn table(memory: &Memory) -> Result<(Vec<u8>, Vec<BorrowedFd<'_>>), FrontendError> {
+    let (regions, fds): (Vec<MemoryRegion>, Vec<_>) =
+        memory.regions().iter().map(|region| describe(region)).collect::<Result<_, _>>()?;
+    let header = MemoryHeader { nregions: regions.len() as u32, padding: 0 };
+    Ok(([header.as_bytes(), regions.as_bytes()].concat(), fds))
 }
 
 /// A region as messages describe it, with the fd that goes along.
