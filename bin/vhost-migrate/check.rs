@@ -4,19 +4,21 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
-use vhost_migrate::check::{Options, check};
+use vhost_migrate::check::{Feed, Kind, Options, Rings, Step, check_watched};
 
 /// Nothing could be checked.
 const UNCHECKED: u8 = 3;
 
-/// Check which rules a running vhost-user block back-end keeps
+/// Check which rules a running vhost-user back-end keeps: a disk or a network interface
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   vhost-migrate check /run/disk.sock
   vhost-migrate check /run/disk.sock --json
   vhost-migrate check disk.sock --hostile --restart 'vhost-migrate backend blk --socket disk.sock --image disk.img'
   vhost-migrate check /run/disk.sock --junit check.xml
+  vhost-migrate check /run/net.sock --feed tap0
 
 The back-end must have no other front-end. Nothing is written to its disk without --write. The rules are those of docs/protocol.md;
 docs/check.md explains what is done for each, and how to read what was found.
@@ -25,6 +27,19 @@ Exit status: 0 nothing is broken; 1 a rule is broken; 2 wrong arguments; 3 it co
 pub(crate) struct Arguments {
     /// The back-end's socket
     socket: PathBuf,
+    /// What the device is, where its features don't tell
+    #[arg(long)]
+    device: Option<Device>,
+    /// Check only on these rings; else on split ones, and on packed ones if they are offered
+    #[arg(long)]
+    rings: Option<RingKind>,
+    /// Queue pairs that a network interface serves, if fewer than it says, as with DPDK
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    queue_pairs: Option<u16>,
+    /// What brings frames to a network interface: 'loop' if it sends back what it is sent, an interface of the host, or the
+    /// socket of another vhost-user back-end whose frames arrive at this one. Without it a loop is tried
+    #[arg(long, value_name = "loop|INTERFACE|SOCKET", value_parser = feed)]
+    feed: Option<Feed>,
     /// Print one JSON object instead of the table
     #[arg(long)]
     json: bool,
@@ -52,6 +67,28 @@ pub(crate) struct Arguments {
     kill_pid: Option<i32>,
 }
 
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Device {
+    Blk,
+    Net,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum RingKind {
+    Split,
+    Packed,
+}
+
+/// A path has a slash in it.
+fn feed(text: &str) -> Result<Feed, String> {
+    match text {
+        "" => Err("give 'loop', an interface or a socket".into()),
+        "loop" => Ok(Feed::Loop),
+        path if path.contains('/') => Ok(Feed::Backend(path.into())),
+        name => Ok(Feed::Interface(name.into())),
+    }
+}
+
 fn queue_size(text: &str) -> Result<u16, String> {
     let size = text.parse().ok().filter(|size: &u16| size.is_power_of_two() && (64..=1024).contains(size));
     size.ok_or_else(|| format!("'{text}' is not a power of two from 64 to 1024"))
@@ -74,6 +111,16 @@ impl Arguments {
     fn run(self) -> Result<bool, Box<dyn std::error::Error>> {
         let timeout = Duration::from_secs(self.timeout);
         let options = Options {
+            device: self.device.map(|device| match device {
+                Device::Blk => Kind::Blk,
+                Device::Net => Kind::Net,
+            }),
+            rings: self.rings.map(|rings| match rings {
+                RingKind::Split => Rings::Split,
+                RingKind::Packed => Rings::Packed,
+            }),
+            pairs: self.queue_pairs,
+            feed: self.feed,
             timeout,
             queue_size: self.queue_size,
             hostile: self.hostile,
@@ -82,7 +129,16 @@ impl Arguments {
             kill_pid: self.kill_pid,
             ..Options::default()
         };
-        let report = check(&self.socket, &options)?;
+        let style = ProgressStyle::with_template("[{bar:30}] {pos}/{len} {wide_msg}");
+        // On a terminal only.
+        let bar = ProgressBar::new(1).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        let report = check_watched(&self.socket, &options, &mut |step: &Step| {
+            bar.set_length(step.all as u64);
+            bar.set_position(step.done as u64);
+            bar.set_message(format!("{} {} {}", step.rule, step.what, step.rings));
+        });
+        bar.finish_and_clear();
+        let report = report?;
         if let Some(file) = &self.junit {
             std::fs::write(file, report.junit()).map_err(|error| format!("{}: {error}", file.display()))?;
         }

@@ -9,9 +9,9 @@ use zerocopy::IntoBytes;
 
 use super::link::readable;
 use super::rig::{Rig, Size, describe};
-use super::{Bench, Check, Fault, Outcome};
+use super::{Bench, Check, Fault, Outcome, When};
 use crate::abi::vhost_user::{
-    ConfigHeader, Header, InflightDescription, MemoryHeader, MemoryRegion, Request as Code, VringState,
+    ConfigHeader, Header, InflightDescription, MemoryHeader, MemoryRegion, Request as Code, VringAddr, VringState,
     protocol_feature,
 };
 
@@ -21,18 +21,39 @@ const NEED_REPLY: u32 = Header::FLAG_VERSION | Header::FLAG_NEED_REPLY;
 const UNKNOWN: Code = Code(4711);
 
 pub(super) const CHECKS: &[Check] = &[
-    Check { rule: "F1", what: "header and payload may come in separate segments", run: segments },
-    Check { rule: "F3", what: "need-reply adds no second reply; replies have their lengths", run: replies },
-    Check { rule: "F4", what: "need-reply is answered with a u64, 0 for done", run: acknowledgements },
-    Check { rule: "F4", what: "messages are answered strictly in order", run: order },
+    Check { rule: "F1", what: "header and payload may come in separate segments", when: When::Once, run: segments },
+    Check {
+        rule: "F3",
+        what: "need-reply adds no second reply; replies have their lengths",
+        when: When::Once,
+        run: replies,
+    },
+    Check {
+        rule: "F4",
+        what: "need-reply is answered with a u64, 0 for done",
+        when: When::Once,
+        run: acknowledgements,
+    },
+    Check { rule: "F4", what: "messages are answered strictly in order", when: When::Once, run: order },
     Check {
         rule: "F5",
         what: "an unknown request with need-reply is refused and the connection goes on",
+        when: When::Once,
         run: refused,
     },
-    Check { rule: "F5", what: "an unknown request without need-reply is passed over", run: passed_over },
-    Check { rule: "F6", what: "a memory table with room for more regions than it has is taken", run: roomy_table },
-    Check { rule: "F8", what: "a socket as call fd is notified with 8 bytes", run: socket_call },
+    Check {
+        rule: "F5",
+        what: "an unknown request without need-reply is passed over",
+        when: When::Once,
+        run: passed_over,
+    },
+    Check {
+        rule: "F6",
+        what: "a memory table with room for more regions than it has is taken",
+        when: When::Once,
+        run: roomy_table,
+    },
+    Check { rule: "F8", what: "a socket as call fd is notified with 8 bytes", when: When::Rings, run: socket_call },
 ];
 
 fn segments(bench: &mut Bench) -> Result<Outcome, Fault> {
@@ -91,17 +112,17 @@ fn acknowledgements(bench: &mut Bench) -> Result<Outcome, Fault> {
     bench.offer.need(protocol_feature::REPLY_ACK)?;
     let rig = bench.rig(0)?;
     let index = 0u64.as_bytes();
-    let size = VringState { index: 0, num: rig.layout.size.into() };
-    let (base, addr) = (VringState { index: 0, num: 0 }, rig.addr(None));
+    let size = VringState { index: 0, num: rig.ring.layout.size().into() };
+    let (base, addr) = (VringState { index: 0, num: 0 }, VringAddr { index: 0, ..rig.addr(&rig.ring, None) });
     let messages: [(Code, &[u8], Vec<_>); 9] = [
         (Code::SET_OWNER, &[], vec![]),
         (Code::SET_FEATURES, rig.features.as_bytes(), vec![]),
         (Code::SET_MEM_TABLE, &rig.table(), rig.fds()),
-        (Code::SET_VRING_CALL, index, vec![rig.call.as_fd()]),
+        (Code::SET_VRING_CALL, index, vec![rig.ring.call.as_fd()]),
         (Code::SET_VRING_NUM, size.as_bytes(), vec![]),
         (Code::SET_VRING_BASE, base.as_bytes(), vec![]),
         (Code::SET_VRING_ADDR, addr.as_bytes(), vec![]),
-        (Code::SET_VRING_KICK, index, vec![rig.kick.as_fd()]),
+        (Code::SET_VRING_KICK, index, vec![rig.ring.kick.as_fd()]),
         (Code::SET_VRING_ENABLE, base.as_bytes(), vec![]),
     ];
     let count = messages.len();
@@ -149,7 +170,7 @@ fn refused(bench: &mut Bench) -> Result<Outcome, Fault> {
 }
 
 fn closed(rig: &Rig, mut pipe: std::io::PipeReader) -> bool {
-    readable(pipe.as_fd(), Instant::now() + rig.settle) && pipe.read(&mut [0]).is_ok_and(|count| count == 0)
+    readable(&[pipe.as_fd()], Instant::now() + rig.settle) && pipe.read(&mut [0]).is_ok_and(|count| count == 0)
 }
 
 fn passed_over(bench: &mut Bench) -> Result<Outcome, Fault> {
@@ -175,18 +196,18 @@ fn socket_call(bench: &mut Bench) -> Result<Outcome, Fault> {
     let mut rig = bench.rig(0)?;
     rig.start()?;
     let (ours, theirs) = UnixStream::pair()?;
-    rig.done(Code::SET_VRING_CALL, 0u64.as_bytes(), &[theirs.as_fd()])?;
+    rig.done(Code::SET_VRING_CALL, u64::from(rig.ring.index).as_bytes(), &[theirs.as_fd()])?;
     drop(theirs);
     rig.add(4, Size::Mixed)?;
     rig.publish();
     let deadline = Instant::now() + rig.timeout;
     let (mut buf, mut bytes) = ([0; 4096], 0);
     // Nobody has asked not to be notified: there is a notification even if everything is complete by now.
-    while rig.driver.outstanding() > 0 || bytes == 0 {
+    while rig.outstanding() > 0 || bytes == 0 {
         if rig.pop()? {
             continue;
         }
-        if !readable(ours.as_fd(), deadline) {
+        if !readable(&[ours.as_fd()], deadline) {
             return Ok(Outcome::broken(format!("no notification within {:?}", rig.timeout)));
         }
         match (&ours).read(&mut buf)? {

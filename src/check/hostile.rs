@@ -9,13 +9,14 @@ use std::os::unix::fs::FileExt;
 use zerocopy::{Immutable, IntoBytes};
 
 use super::rig::{HIGH, Rig, Size, describe};
-use super::{Bench, Check, Fault, Outcome};
-use crate::abi::inflight::{SPLIT_HEADER_BYTES, VERSION, split_queue_bytes};
+use super::{Bench, Check, Fault, Outcome, When};
+use crate::abi::inflight::{PACKED_HEADER_BYTES, SPLIT_HEADER_BYTES, VERSION};
 use crate::abi::vhost_user::{
     ConfigHeader, Header, InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, Request as Code,
     VringAddr, VringState, protocol_feature,
 };
-use crate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc};
+use crate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc, PACKED_DESC_F_AVAIL, PackedDesc};
+use crate::inflight::Kind;
 use crate::memory::sealed_memfd;
 
 const MIB: u64 = 1 << 20;
@@ -27,15 +28,20 @@ const NOISES: u64 = 20;
 pub(super) const PREFIX: &str = "hostile";
 
 pub(super) const CHECKS: &[Check] = &[
-    Check { rule: "F1", what: "hostile: broken headers, and messages that end too soon", run: frames },
-    Check { rule: "F6", what: "hostile: every payload cut to 3 bytes", run: cut },
-    Check { rule: "M1", what: "hostile: memory tables that can't be", run: memory },
-    Check { rule: "R2", what: "hostile: rings that can't be", run: rings },
-    Check { rule: "L2", what: "hostile: logs that can't be", run: logs },
-    Check { rule: "C1", what: "hostile: configuration that is not there", run: config },
-    Check { rule: "I1", what: "hostile: inflight regions that can't be", run: regions },
-    Check { rule: "I3", what: "hostile: inflight regions full of noise", run: noise },
-    Check { rule: "R9", what: "hostile: descriptors that loop or lead astray", run: descriptors },
+    Check {
+        rule: "F1",
+        what: "hostile: broken headers, and messages that end too soon",
+        when: When::Once,
+        run: frames,
+    },
+    Check { rule: "F6", what: "hostile: every payload cut to 3 bytes", when: When::Once, run: cut },
+    Check { rule: "M1", what: "hostile: memory tables that can't be", when: When::Once, run: memory },
+    Check { rule: "R2", what: "hostile: rings that can't be", when: When::Once, run: rings },
+    Check { rule: "L2", what: "hostile: logs that can't be", when: When::Once, run: logs },
+    Check { rule: "C1", what: "hostile: configuration that is not there", when: When::Once, run: config },
+    Check { rule: "I1", what: "hostile: inflight regions that can't be", when: When::Once, run: regions },
+    Check { rule: "I3", what: "hostile: inflight regions full of noise", when: When::Rings, run: noise },
+    Check { rule: "R9", what: "hostile: descriptors that loop or lead astray", when: When::Rings, run: descriptors },
 ];
 
 /// A message that must be refused. The fds are of a memfd of 1 MiB.
@@ -214,7 +220,7 @@ fn memory(bench: &mut Bench) -> Result<Outcome, Fault> {
 fn rings(bench: &mut Bench) -> Result<Outcome, Fault> {
     let state = |index, num| VringState { index, num };
     let rig = bench.rig(0)?;
-    let fine = rig.addr(None);
+    let fine = rig.addr(&rig.ring, None);
     let end = rig.memory.regions().first().map_or(0, |region| {
         let MemoryRegion { userspace_addr, memory_size, .. } = describe(region);
         userspace_addr.wrapping_add(memory_size)
@@ -315,27 +321,36 @@ fn noise(bench: &mut Bench) -> Result<Outcome, Fault> {
         1..=NOISES,
         |_| "a region of noise",
         |rig, seed| {
-            let size = rig.layout.size;
-            let bytes = split_queue_bytes(size);
+            let (size, queues) = (rig.ring.layout.size(), rig.ring.index as u16 + 1);
+            let kind = if rig.ring.is_packed() { Kind::Packed } else { Kind::Split };
+            let part = kind.queue_bytes(size) as usize;
+            // As large as its entries.
+            let header = match kind {
+                Kind::Split => SPLIT_HEADER_BYTES,
+                Kind::Packed => PACKED_HEADER_BYTES,
+            } as usize;
+            let bytes = part as u64 * u64::from(queues);
             let fd = sealed_memfd("noise", bytes)?;
             let mut contents = super::rig::noise(*seed, bytes as u32);
             // A version and a size that are right lead recovery to the rest.
             let head = [VERSION.to_le_bytes(), size.to_le_bytes()].concat();
-            if let Some(place) = contents.get_mut(8..12) {
-                place.copy_from_slice(&head);
-            }
-            // Marks and links that could be, in every other region.
-            if seed.is_multiple_of(2) {
-                for entry in contents.get_mut(SPLIT_HEADER_BYTES as usize..).unwrap_or_default().chunks_exact_mut(16) {
-                    if let [mark, .., _] = entry {
-                        *mark &= 1;
+            for contents in contents.chunks_exact_mut(part) {
+                if let Some(place) = contents.get_mut(8..12) {
+                    place.copy_from_slice(&head);
+                }
+                // Marks and links that could be, in every other region.
+                if seed.is_multiple_of(2) {
+                    for entry in contents.get_mut(header..).unwrap_or_default().chunks_exact_mut(header) {
+                        if let [mark, .., _] = entry {
+                            *mark &= 1;
+                        }
                     }
                 }
             }
             File::from(fd.try_clone()?).write_all_at(&contents, 0)?;
             rig.stop()?;
-            rig.done(Code::SET_INFLIGHT_FD, describe_region(bytes, 0, 1, size).as_bytes(), &[fd.as_fd()])?;
-            rig.start_disabled(0, None)?;
+            rig.done(Code::SET_INFLIGHT_FD, describe_region(bytes, 0, queues, size).as_bytes(), &[fd.as_fd()])?;
+            rig.start_disabled(None)?;
             rig.enable(true)?;
             // It was believed, and something may be found to do.
             rig.wake();
@@ -346,26 +361,34 @@ fn noise(bench: &mut Bench) -> Result<Outcome, Fault> {
 }
 
 fn descriptors(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let desc = |addr: u64, len: u32, flags: u16, next: u16| Desc {
-        addr: addr.into(),
-        len: len.into(),
-        flags: flags.into(),
-        next: next.into(),
-    };
     const NEXT: u16 = DESC_F_NEXT;
     const WRITE: u16 = DESC_F_WRITE;
+    let packed = bench.shape.packed;
+    // A link of a split ring is the name of a request in a packed one, where it may be anything.
+    let desc = |addr: u64, len: u32, flags: u16, next: u16| match packed {
+        false => {
+            Desc { addr: addr.into(), len: len.into(), flags: flags.into(), next: next.into() }.as_bytes().to_vec()
+        }
+        true => {
+            let flags = flags | 1 << PACKED_DESC_F_AVAIL;
+            PackedDesc { addr: addr.into(), len: len.into(), id: next.into(), flags: flags.into() }.as_bytes().to_vec()
+        }
+    };
+    let whole: Vec<_> = (0..1024).map(|id| desc(HIGH, 16, NEXT, id)).collect();
     // Descriptors, the head that is made available, and the avail index.
     let all = [
         ("a loop", vec![desc(HIGH, 16, NEXT, 1), desc(HIGH, 16, NEXT, 0)], 0u16, 1u16),
         ("a loop of one", vec![desc(HIGH, 16, NEXT, 0)], 0, 1),
+        ("a chain through the whole ring", whole, 0, 1),
         ("a next outside the table", vec![desc(HIGH, 16, NEXT, 60000)], 0, 1),
-        ("a head outside the table", vec![desc(HIGH, 16, 0, 0)], 60000, 1),
+        ("a head outside the table", vec![desc(HIGH, 16, 0, 60000)], 60000, 1),
         ("an avail index that ran away", vec![desc(HIGH, 16, 0, 0)], 0, 30000),
         ("a buffer outside memory", vec![desc(1 << 50, 512, WRITE, 0)], 0, 1),
         ("a buffer that wraps", vec![desc(u64::MAX - 15, 512, WRITE, 0)], 0, 1),
         ("buffers of 4 GiB", vec![desc(HIGH, u32::MAX, NEXT, 1), desc(HIGH, u32::MAX, WRITE, 0)], 0, 1),
         ("nothing to read", vec![desc(HIGH, 512, WRITE, 0)], 0, 1),
         ("nothing to write", vec![desc(HIGH, 16, 0, 0)], 0, 1),
+        ("a buffer of no bytes", vec![desc(HIGH, 0, 0, 0)], 0, 1),
         ("readable behind writable", vec![desc(HIGH, 16, NEXT | WRITE, 1), desc(HIGH, 16, 0, 0)], 0, 1),
         ("an indirect table of 7 bytes", vec![desc(HIGH, 7, DESC_F_INDIRECT, 0)], 0, 1),
         ("an indirect table outside memory", vec![desc(1 << 50, 32, DESC_F_INDIRECT, 0)], 0, 1),
@@ -375,9 +398,13 @@ fn descriptors(bench: &mut Bench) -> Result<Outcome, Fault> {
         all,
         |(what, ..)| what,
         |rig, (_, descs, head, index)| {
-            rig.memory.write(rig.layout.desc, descs.as_bytes())?;
-            rig.memory.write(rig.layout.avail + 4, &head.to_le_bytes())?;
-            rig.memory.write(rig.layout.avail + 2, &index.to_le_bytes())?;
+            let [desc, driver, _] = rig.ring.layout.areas();
+            let room = usize::from(rig.ring.layout.size());
+            rig.memory.write(desc, &descs.iter().take(room).flatten().copied().collect::<Vec<u8>>())?;
+            if !rig.ring.is_packed() {
+                rig.memory.write(driver + 4, &head.to_le_bytes())?;
+                rig.memory.write(driver + 2, &index.to_le_bytes())?;
+            }
             rig.wake();
             rig.watch();
             // Whether it answers on a broken ring is its affair.

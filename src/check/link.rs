@@ -150,7 +150,7 @@ impl Link {
     fn fill(&self, code: Code, buf: &mut [u8], fds: &mut Vec<OwnedFd>, deadline: Instant) -> Result<(), Fault> {
         let mut filled = 0;
         while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-            if !readable(self.socket.as_fd(), deadline) {
+            if !readable(&[self.socket.as_fd()], deadline) {
                 return Err(Fault::Silent { code, waited: self.timeout });
             }
             match socket::receive(self.socket.as_fd(), rest, fds) {
@@ -174,13 +174,14 @@ pub(super) fn connect(path: &Path, timeout: Duration) -> io::Result<UnixStream> 
     Ok(socket)
 }
 
-/// Waits until there is something to read, at most until `deadline`.
-pub(super) fn readable(fd: BorrowedFd<'_>, deadline: Instant) -> bool {
+/// Waits until there is something to read from one of them, at most until `deadline`.
+pub(super) fn readable(fds: &[BorrowedFd<'_>], deadline: Instant) -> bool {
+    let mut polled: Vec<PollFd<'_>> = fds.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         // Rounded up: the last part of a millisecond is waited for too, and not spun through.
         let timeout = PollTimeout::try_from(left + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX);
-        match poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], timeout) {
+        match poll(&mut polled, timeout) {
             Ok(0) if left.is_zero() => return false,
             Ok(0) | Err(nix::Error::EINTR) => {}
             Ok(_) => return true,

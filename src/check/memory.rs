@@ -6,7 +6,7 @@ use zerocopy::IntoBytes;
 
 use super::log::{Marks, ready};
 use super::rig::{HIGH, SLOTS, Size, describe, harvest};
-use super::{Bench, Check, Fault, Outcome, Verdict};
+use super::{Bench, Check, Fault, Outcome, Verdict, When};
 use crate::abi::vhost_user::{MemRegMsg, Request as Code, VHOST_USER_MAX_RAM_SLOTS_TODAY, protocol_feature};
 use crate::dirty::Log;
 use crate::memory::{Memory, Region, sealed_memfd};
@@ -16,13 +16,14 @@ const ADDED: u64 = HIGH + (1 << 30);
 const ADDED_BYTES: u64 = 2 << 20;
 
 pub(super) const CHECKS: &[Check] = &[
-    Check { rule: "M1", what: "there are memory slots enough", run: slots },
+    Check { rule: "M1", what: "there are memory slots enough", when: When::Once, run: slots },
     Check {
         rule: "M1",
         what: "a region is added and removed while requests run, and what lands in it is marked",
+        when: When::Data,
         run: added,
     },
-    Check { rule: "L9", what: "a repeated memory table under load: no page is lost", run: repeated },
+    Check { rule: "L9", what: "a repeated memory table under load: no page is lost", when: When::Data, run: repeated },
 ];
 
 fn slots(bench: &mut Bench) -> Result<Outcome, Fault> {
@@ -40,7 +41,7 @@ fn added(bench: &mut Bench) -> Result<Outcome, Fault> {
     rig.start()?;
     let (log, fd) = Log::create(ADDED + ADDED_BYTES)?;
     rig.send_log(&fd, log.size(), 0)?;
-    rig.log_on(rig.layout.used)?;
+    rig.log_on(rig.ring.device_at())?;
     rig.add(SLOTS, Size::Large)?;
     rig.publish();
     let region = Arc::new(Region::share(sealed_memfd("added", ADDED_BYTES)?, ADDED, ADDED_BYTES, 0)?);
@@ -73,7 +74,7 @@ fn added(bench: &mut Bench) -> Result<Outcome, Fault> {
 
 fn repeated(bench: &mut Bench) -> Result<Outcome, Fault> {
     let (mut rig, log) = ready(bench, 0)?;
-    rig.log_on(rig.layout.used)?;
+    rig.log_on(rig.ring.device_at())?;
     rig.add(SLOTS, Size::Large)?;
     let before = rig.hashes()?;
     rig.publish();

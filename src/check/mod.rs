@@ -4,16 +4,17 @@
 //! |---|---|
 //! | `link` | one connection, message by message |
 //! | `rig` | a guest without a CPU: memory, a ring in it, logs, and the messages that hand them to a back-end |
-//! | `blk` | what only a block device has: its requests, its configuration space |
-//! | `framing`, `rings`, `log`, `memory`, `inflight`, `hostile` | the checks, a file per group of rules |
+//! | `queue` | one ring of it, split or packed |
+//! | `blk`, `net` | what only a disk has, and only a network interface: requests and frames, rules of their own |
+//! | `framing`, `rings`, `order`, `log`, `marks`, `memory`, `inflight`, `hostile` | the checks, a file per group of rules |
 //! | `process` | the back-end's process, where it may be killed and started again |
 //! | `report` | what was found |
 //!
 //! [`check`] makes one connection after the other, and each check has one of its own. Whatever the back-end does, hanging
-//! and dying included, is a finding. Nothing is written to the disk, unless [`Options::write`] allows it.
+//! and dying included, is a finding. Nothing is written to a disk, unless [`Options::write`] allows it.
 //!
-//! Here: split rings of a block device. Another kind of device brings its own requests in the place of `blk`; the checks
-//! ask only for a batch of device writes, and where those may land.
+//! A check is run on split rings and on packed ones, and of a network interface with frames that leave and with frames
+//! that come in, as far as it makes a difference: [`When`] says so.
 #![forbid(unsafe_code)]
 
 mod blk;
@@ -22,12 +23,17 @@ mod hostile;
 mod inflight;
 mod link;
 mod log;
+mod marks;
 mod memory;
+mod net;
+mod order;
 mod process;
+mod queue;
 mod report;
 mod rig;
 mod rings;
 
+pub use net::Feed;
 pub use report::{Finding, Report, Verdict};
 
 use std::cell::RefCell;
@@ -38,14 +44,20 @@ use std::time::{Duration, Instant};
 
 use crate::abi::bit;
 use crate::abi::vhost_user::{Request as Code, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature};
+use crate::abi::virtio::{
+    VIRTIO_F_RING_PACKED, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_GUEST_ANNOUNCE,
+    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
+};
 use crate::dirty::LogError;
 use crate::memory::MemoryError;
 use crate::ring::RingError;
 
 use blk::Disk;
 use link::{Link, Replies};
+use net::Source;
 use process::Process;
-use rig::{PROTOCOL, Rig};
+use queue::MAX_RINGS;
+use rig::{PROTOCOL, Plan, Rig};
 
 /// Every rule of `docs/protocol.md`, with its subject.
 pub const RULES: &[(&str, &str)] = &[
@@ -57,6 +69,10 @@ pub const RULES: &[(&str, &str)] = &[
     ("F6", "payloads larger than their content"),
     ("F7", "reply to SET_LOG_BASE"),
     ("F8", "notification through sockets and pipes"),
+    ("B1", "the back-end channel"),
+    ("B2", "news of configuration"),
+    ("B3", "notifications in messages"),
+    ("B4", "doorbells of hardware"),
     ("R1", "features that are not offered"),
     ("R2", "started and enabled"),
     ("R3", "drain at GET_VRING_BASE"),
@@ -93,11 +109,50 @@ pub const RULES: &[(&str, &str)] = &[
     ("I9", "I/O that outlives its process"),
     ("M1", "memory table"),
     ("C1", "configuration space"),
+    ("D1", "device state"),
 ];
+
+/// Rules that a back-end's peer can't see it keep, and why.
+const ASIDE: &[(&str, &str)] = &[
+    ("B4", "is about hardware"),
+    ("L5", "needs an IOMMU, which this front-end is not"),
+    ("L13", "is the front-end's; that marks survive it is checked with L11"),
+    ("L14", "is the front-end's"),
+    ("I9", "needs a machine whose disk stalls"),
+];
+/// After so many checks that took all the time there is, there is less.
+const PATIENCE: u32 = 3;
+const IMPATIENT: Duration = Duration::from_secs(2);
+
+/// Kinds of devices that can be checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A disk.
+    Blk,
+    /// A network interface.
+    Net,
+}
+
+/// Rings to check on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rings {
+    /// Split ones.
+    Split,
+    /// Packed ones.
+    Packed,
+}
 
 /// How to check.
 #[derive(Clone, Debug)]
 pub struct Options {
+    /// What the device is, where its features don't tell.
+    pub device: Option<Kind>,
+    /// Only on these rings; otherwise on split ones, and on packed ones if those are offered.
+    pub rings: Option<Rings>,
+    /// Queue pairs that a network interface serves, if fewer than it says: DPDK says 128 whatever it was started with.
+    pub pairs: Option<u16>,
+    /// What brings frames to a network interface. Without it, what is sent is watched for.
+    pub feed: Option<Feed>,
     /// How long the back-end may take for any step.
     pub timeout: Duration,
     /// How long to watch whether something happens that must not.
@@ -118,6 +173,10 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Options {
         Options {
+            device: None,
+            rings: None,
+            pairs: None,
+            feed: None,
             timeout: Duration::from_secs(10),
             settle: Duration::from_millis(300),
             queue_size: 256,
@@ -146,6 +205,17 @@ pub enum CheckError {
     Greeting {
         /// The socket.
         path: PathBuf,
+        /// What happened.
+        why: String,
+    },
+    /// Rings that are to be checked and are not offered.
+    #[error("packed rings are not offered: leave --rings out, or start the back-end with them")]
+    NotPacked,
+    /// Frames that don't come.
+    #[error("no frame comes in from {feed:?}: {why}: is it the other end of this back-end, and is that up?")]
+    Feed {
+        /// Where they were to come from.
+        feed: Feed,
         /// What happened.
         why: String,
     },
@@ -231,7 +301,94 @@ impl From<Fault> for Outcome {
 struct Check {
     rule: &'static str,
     what: &'static str,
+    when: When,
     run: fn(&mut Bench) -> Result<Outcome, Fault>,
+}
+
+/// On which rings a check is run.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum When {
+    /// Once: rings make no difference.
+    Once,
+    /// On split and packed rings; of a network interface, those that frames leave by.
+    Rings,
+    /// On split and packed rings by which the device writes data.
+    Data,
+    /// The same, but without anybody to bring frames in, those that they leave by.
+    Best,
+    /// On all of them.
+    Each,
+    /// On all split ones.
+    Split,
+    /// On all packed ones.
+    Packed,
+}
+
+/// What rings carry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Flow {
+    /// Requests to a disk.
+    Requests,
+    /// Frames that leave.
+    Transmit,
+    /// Frames that come in.
+    Receive,
+}
+
+/// Rings to run a check on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Shape {
+    packed: bool,
+    flow: Flow,
+}
+
+impl Shape {
+    fn name(self) -> &'static str {
+        match (self.flow, self.packed) {
+            (Flow::Requests, false) => "split",
+            (Flow::Requests, true) => "packed",
+            (Flow::Transmit, false) => "split transmit",
+            (Flow::Transmit, true) => "packed transmit",
+            (Flow::Receive, false) => "split receive",
+            (Flow::Receive, true) => "packed receive",
+        }
+    }
+}
+
+/// The device under test.
+#[derive(Clone, Copy, Debug)]
+enum Subject {
+    Disk(Disk),
+    Net,
+}
+
+impl Subject {
+    /// A disk, or a network interface; the features that only one of them has tell.
+    fn of(link: &Link, offer: Offer, given: Option<Kind>) -> Result<Subject, Fault> {
+        let of_net = [VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_GUEST_ANNOUNCE]
+            .into_iter()
+            .chain([VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_MAC_ADDR])
+            .any(|feature| offer.has(feature));
+        match given.unwrap_or(if of_net { Kind::Net } else { Kind::Blk }) {
+            Kind::Blk => Disk::of(link, offer).map(Subject::Disk),
+            Kind::Net => Ok(Subject::Net),
+        }
+    }
+}
+
+/// A check that is about to be run, for whoever watches.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    /// Checks made.
+    pub done: usize,
+    /// Checks in all.
+    pub all: usize,
+    /// The rule.
+    pub rule: &'static str,
+    /// What is to be seen.
+    pub what: &'static str,
+    /// On which rings; empty if they make no difference.
+    pub rings: &'static str,
 }
 
 /// What the back-end said when it was greeted.
@@ -266,7 +423,11 @@ struct Bench {
     options: Options,
     replies: Rc<RefCell<Replies>>,
     offer: Offer,
-    disk: Disk,
+    subject: Subject,
+    /// What brings frames in, if anything does.
+    feed: Option<Feed>,
+    /// The rings of the check that runs.
+    shape: Shape,
     /// What may be killed and started again.
     process: Option<Process>,
 }
@@ -279,7 +440,45 @@ impl Bench {
 
     /// A new connection with features, memory and a ring that is not started.
     fn rig(&self, features: u64) -> Result<Rig, Fault> {
-        Rig::new(self.connect()?, self.offer, self.disk, &self.options, features)
+        self.rigged(features, 1)
+    }
+
+    /// The same with several rings for requests.
+    fn rigged(&self, features: u64, rings: usize) -> Result<Rig, Fault> {
+        let Bench { subject, shape, .. } = *self;
+        let source = if shape.flow == Flow::Receive { self.source()? } else { None };
+        Rig::new(self.connect()?, self.offer, &self.options, Plan { subject, shape, features, rings, source })
+    }
+
+    /// Somebody to bring frames in.
+    fn source(&self) -> Result<Option<Source>, Fault> {
+        Ok(match &self.feed {
+            None => None,
+            Some(Feed::Loop) => Some(Source::Loop),
+            Some(Feed::Interface(name)) => Some(Source::interface(name)?),
+            Some(Feed::Backend(socket)) => {
+                let connect = || Link::connect(socket, self.options.timeout, Rc::default()).map_err(Fault::Connect);
+                let link = connect()?;
+                let offer = greet(&link)?;
+                drop(link);
+                let shape = Shape { packed: false, flow: Flow::Transmit };
+                let plan = Plan { subject: Subject::Net, shape, features: 0, rings: 1, source: None };
+                let rig = Rig::new(connect()?, offer, &self.options, plan)?;
+                rig.start()?;
+                Some(Source::Backend(Box::new(rig)))
+            }
+        })
+    }
+
+    /// How many rings may have requests at the same time.
+    fn most_rings(&self) -> usize {
+        let offered = usize::try_from(self.offer.queues).unwrap_or(MAX_RINGS);
+        match self.subject {
+            Subject::Disk(_) => offered.min(MAX_RINGS),
+            // Pairs, of which the device says how many it has.
+            Subject::Net if !self.offer.has(VIRTIO_NET_F_MQ) => 1,
+            Subject::Net => self.options.pairs.map_or(offered, usize::from).min(offered).min(MAX_RINGS / 2),
+        }
     }
 
     /// Whether the back-end serves another front-end.
@@ -295,6 +494,45 @@ impl Bench {
         }
         Ok(())
     }
+
+    /// The rings that a check is run on.
+    fn shapes(&self, when: When) -> Vec<Shape> {
+        let main = self.main_flow();
+        let data = match self.subject {
+            Subject::Disk(_) => Some(main),
+            Subject::Net => self.feed.as_ref().map(|_| Flow::Receive),
+        };
+        let flows = match when {
+            When::Once | When::Rings => vec![main],
+            When::Data => data.into_iter().collect(),
+            When::Best => vec![data.unwrap_or(main)],
+            When::Each | When::Split | When::Packed => {
+                std::iter::once(main).chain(data.filter(|data| *data != main)).collect()
+            }
+        };
+        let split = self.options.rings != Some(Rings::Packed) && when != When::Packed;
+        let packed = self.offer.has(VIRTIO_F_RING_PACKED) && self.options.rings != Some(Rings::Split);
+        let packed = packed && when != When::Split;
+        let kinds = split.then_some(false).into_iter().chain(packed.then_some(true));
+        let kinds = kinds.take(if when == When::Once { 1 } else { 2 });
+        kinds.flat_map(|packed| flows.iter().map(move |flow| Shape { packed, flow: *flow })).collect()
+    }
+
+    /// Why a check is run on none.
+    fn left_out(&self, when: When) -> Outcome {
+        match when {
+            When::Packed if !self.offer.has(VIRTIO_F_RING_PACKED) => Fault::NotOffered("RING_PACKED".into()).into(),
+            When::Split | When::Packed => Outcome::not_tested("--rings leaves it out"),
+            _ => Outcome::not_tested("only frames that come in are written to memory: --feed brings some"),
+        }
+    }
+
+    fn main_flow(&self) -> Flow {
+        match self.subject {
+            Subject::Disk(_) => Flow::Requests,
+            Subject::Net => Flow::Transmit,
+        }
+    }
 }
 
 /// Checks the back-end at `socket`.
@@ -302,50 +540,110 @@ impl Bench {
 /// # Errors
 /// When there is nothing to be checked. What goes wrong later is a finding.
 pub fn check(socket: &Path, options: &Options) -> Result<Report, CheckError> {
+    check_watched(socket, options, &mut |_| {})
+}
+
+/// Checks the back-end at `socket`, and tells `watch` of every check before it is run.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_watched(socket: &Path, options: &Options, watch: &mut dyn FnMut(&Step)) -> Result<Report, CheckError> {
     if !options.queue_size.is_power_of_two() || !(64..=1024).contains(&options.queue_size) {
         return Err(CheckError::QueueSize(options.queue_size));
     }
-    let process = start(socket, options)?;
-    let replies = Rc::new(RefCell::new(Replies::default()));
-    let link = Link::connect(socket, options.timeout, replies.clone())
-        .map_err(|source| CheckError::Connect { path: socket.into(), source })?;
-    let greeted = greet(&link).and_then(|offer| Ok((offer, Disk::of(&link, offer)?)));
-    let (offer, disk) =
-        greeted.map_err(|fault| CheckError::Greeting { path: socket.into(), why: fault.to_string() })?;
-    drop(link);
-    let mut bench = Bench { socket: socket.into(), options: options.clone(), replies, offer, disk, process };
+    let mut bench = prepare(socket, options)?;
+    let mut runs = Vec::new();
+    let groups = [framing::CHECKS, blk::CHECKS, rings::CHECKS, order::CHECKS, log::CHECKS];
+    let groups = groups.into_iter().chain([marks::CHECKS, memory::CHECKS, inflight::CHECKS]);
+    for check in groups.chain([log::DEADLY, hostile::CHECKS]).flatten() {
+        let shapes = bench.shapes(check.when);
+        if shapes.is_empty() {
+            runs.push((check, None));
+        }
+        runs.extend(shapes.into_iter().map(|shape| (check, Some(shape))));
+    }
     let mut findings = Vec::new();
     let mut gone = None;
-    let groups = [framing::CHECKS, blk::CHECKS, rings::CHECKS, log::CHECKS, memory::CHECKS, inflight::CHECKS];
-    for check in groups.into_iter().chain([log::DEADLY, hostile::CHECKS]).flatten() {
-        let Check { rule, what, run } = *check;
+    let (mut slow, all) = (0, runs.len());
+    for (done, (check, shape)) in runs.into_iter().enumerate() {
+        let Check { rule, what, when, run } = *check;
+        let rings = if when == When::Once { "" } else { shape.map_or("", Shape::name) };
+        // What a region of packed rings holds, and what is made of it, is a rule of its own.
+        let rule = if shape.is_some_and(|shape| shape.packed) && ["I2", "I3"].contains(&rule) { "I4" } else { rule };
+        watch(&Step { done, all, rule, what, rings });
         let began = Instant::now();
         let unasked = what.starts_with(hostile::PREFIX) && !options.hostile;
-        let Outcome(verdict, seen) = match &gone {
+        let Outcome(verdict, seen) = match (&gone, shape) {
             _ if unasked => Outcome::not_tested("needs --hostile"),
-            Some(reason) => Outcome::not_tested(reason),
-            None => run(&mut bench).unwrap_or_else(Outcome::from),
+            (_, None) => bench.left_out(when),
+            (Some(reason), _) => Outcome::not_tested(reason),
+            (None, Some(shape)) => {
+                bench.shape = shape;
+                run(&mut bench).unwrap_or_else(Outcome::from)
+            }
         };
-        findings.push(Finding { rule, what, verdict, seen, seconds: began.elapsed().as_secs_f64() });
-        if gone.is_none()
-            && !unasked
-            && let Err(fault) = bench.lives()
-        {
+        let took = began.elapsed();
+        findings.push(Finding { rule, what, rings, verdict, seen, seconds: took.as_secs_f64() });
+        if gone.is_some() || unasked || shape.is_none() {
+            continue;
+        }
+        // Who was given all the time there is again and again, and did not answer, is given less.
+        slow += u32::from(took >= bench.options.timeout);
+        if slow == PATIENCE {
+            bench.options.timeout = bench.options.timeout.min(IMPATIENT);
+        }
+        if let Err(fault) = bench.lives() {
             let seen = format!("after \"{rule} {what}\": {fault}");
-            let next = "the next front-end is served";
-            findings.push(Finding { rule: "R9", what: next, verdict: Verdict::Broken, seen, seconds: 0.0 });
+            let what = "the next front-end is served";
+            findings.push(Finding { rule: "R9", what, rings, verdict: Verdict::Broken, seen, seconds: 0.0 });
             let again = if bench.process.is_some() { bench.replace() } else { Err(fault) };
-            gone = again.err().map(|fault| format!("the back-end is gone since \"{rule} {what}\": {fault}"));
+            gone = again.err().map(|fault| format!("the back-end is gone since \"{rule} {}\": {fault}", check.what));
         }
     }
     findings.push(flags(&bench.replies.borrow()));
     for (rule, what) in RULES {
         if !findings.iter().any(|finding| finding.rule == *rule) {
-            let seen = "no check is about it".into();
-            findings.push(Finding { rule, what, verdict: Verdict::NotTested, seen, seconds: 0.0 });
+            let aside = ASIDE.iter().find(|(aside, _)| aside == rule);
+            let seen = aside.map_or("no check is about it", |(_, why)| why).into();
+            findings.push(Finding { rule, what, rings: "", verdict: Verdict::NotTested, seen, seconds: 0.0 });
         }
     }
     Ok(Report { socket: socket.into(), offers: offers(&bench), findings })
+}
+
+/// Meets the back-end, and whoever brings frames to it.
+fn prepare(socket: &Path, options: &Options) -> Result<Bench, CheckError> {
+    let process = start(socket, options)?;
+    let replies = Rc::new(RefCell::new(Replies::default()));
+    let link = Link::connect(socket, options.timeout, replies.clone())
+        .map_err(|source| CheckError::Connect { path: socket.into(), source })?;
+    let greeted = greet(&link).and_then(|offer| Ok((offer, Subject::of(&link, offer, options.device)?)));
+    let greeting = |fault: Fault| CheckError::Greeting { path: socket.into(), why: fault.to_string() };
+    let (offer, subject) = greeted.map_err(greeting)?;
+    drop(link);
+    if options.rings == Some(Rings::Packed) && !offer.has(VIRTIO_F_RING_PACKED) {
+        return Err(CheckError::NotPacked);
+    }
+    let packed = options.rings == Some(Rings::Packed);
+    let flow = if let Subject::Disk(_) = subject { Flow::Requests } else { Flow::Receive };
+    let shape = Shape { packed, flow };
+    let feed = options.feed.clone();
+    let mut bench =
+        Bench { socket: socket.into(), options: options.clone(), replies, offer, subject, feed, shape, process };
+    if let Subject::Net = subject {
+        match &options.feed {
+            Some(feed) => {
+                net::arrives(&bench).map_err(|fault| CheckError::Feed { feed: feed.clone(), why: fault.to_string() })?
+            }
+            None => {
+                bench.feed = Some(Feed::Loop);
+                if !net::loops(&bench).map_err(greeting)? {
+                    bench.feed = None;
+                }
+            }
+        }
+    }
+    Ok(bench)
 }
 
 /// Starts the back-end, if that is ours to do.
@@ -385,17 +683,19 @@ fn flags(replies: &Replies) -> Finding {
         true => (Verdict::Kept, format!("{} replies", replies.count)),
         false => (Verdict::Broken, format!("of {} replies: {}", replies.count, odd.join(", "))),
     };
-    Finding { rule: "F2", what: "every reply has the flags 0x5", verdict, seen, seconds: 0.0 }
+    Finding { rule: "F2", what: "every reply has the flags 0x5", rings: "", verdict, seen, seconds: 0.0 }
 }
 
 fn offers(bench: &Bench) -> String {
     let Offer { features, protocol, queues } = bench.offer;
     let names: Vec<String> = (0..64).filter(|number| protocol & bit(*number) != 0).map(protocol_name).collect();
-    format!(
-        "a disk of {} bytes, {queues} queues, features {features:#x}, protocol features {}",
-        bench.disk.bytes(),
-        if names.is_empty() { "none".into() } else { names.join(" ") }
-    )
+    let names = if names.is_empty() { "none".into() } else { names.join(" ") };
+    let device = match (bench.subject, &bench.feed) {
+        (Subject::Disk(disk), _) => format!("a disk of {} bytes", disk.bytes()),
+        (Subject::Net, Some(feed)) => format!("a network interface, frames come from {feed:?}"),
+        (Subject::Net, None) => "a network interface".into(),
+    };
+    format!("{device}, {queues} queues, features {features:#x}, protocol features {names}")
 }
 
 fn protocol_name(feature: u32) -> String {

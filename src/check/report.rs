@@ -41,6 +41,8 @@ pub struct Finding {
     pub rule: &'static str,
     /// What was to be seen, in a few words.
     pub what: &'static str,
+    /// On which rings it was seen; empty if they make no difference.
+    pub rings: &'static str,
     /// What became of it.
     pub verdict: Verdict,
     /// What was seen.
@@ -96,8 +98,9 @@ impl Report {
             escape(&self.socket.display().to_string())
         );
         for finding in &self.findings {
-            let Finding { rule, what, verdict, seen, seconds } = finding;
+            let Finding { rule, what, rings, verdict, seen, seconds } = finding;
             let (what, seen) = (escape(what), escape(seen));
+            let rings = if rings.is_empty() { String::new() } else { format!(" ({rings})") };
             let inside = match verdict {
                 Verdict::Broken => format!("<failure message=\"{seen}\"/>"),
                 Verdict::NotTested | Verdict::NotOffered => format!("<skipped message=\"{verdict}: {seen}\"/>"),
@@ -105,7 +108,7 @@ impl Report {
             };
             let _ = writeln!(
                 xml,
-                "  <testcase classname=\"{rule}\" name=\"{rule} {what}\" time=\"{seconds:.3}\">{inside}</testcase>"
+                "  <testcase classname=\"{rule}\" name=\"{rule} {what}{rings}\" time=\"{seconds:.3}\">{inside}</testcase>"
             );
         }
         xml + "</testsuite>\n"
@@ -116,9 +119,9 @@ impl Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}: {}", self.socket.display(), self.offers)?;
-        writeln!(f, "{:5} {:12} what was checked: what was seen", "rule", "verdict")?;
-        for Finding { rule, what, verdict, seen, .. } in &self.findings {
-            writeln!(f, "{rule:5} {verdict:12} {what}: {seen}")?;
+        writeln!(f, "{:5} {:12} {:15} what was checked: what was seen", "rule", "verdict", "rings")?;
+        for Finding { rule, what, rings, verdict, seen, .. } in &self.findings {
+            writeln!(f, "{rule:5} {verdict:12} {rings:15} {what}: {seen}")?;
         }
         let all = [Verdict::Broken, Verdict::Warning, Verdict::Kept, Verdict::NotOffered, Verdict::NotTested];
         let counts: Vec<String> = all.iter().map(|verdict| format!("{} {verdict}", self.count(*verdict))).collect();
@@ -151,7 +154,7 @@ mod tests {
     use super::*;
 
     fn finding(verdict: Verdict, seen: &str) -> Finding {
-        Finding { rule: "R3", what: "drain", verdict, seen: seen.into(), seconds: 0.5 }
+        Finding { rule: "R3", what: "drain", rings: "", verdict, seen: seen.into(), seconds: 0.5 }
     }
 
     #[test]

@@ -1,7 +1,7 @@
-//! A guest without a CPU: memory in memfds, one ring in it, and the messages that hand both to a back-end.
+//! A guest without a CPU: memory in memfds, rings in it, and the messages that hand both to a back-end.
 //!
-//! The lower region holds the ring, the heads of requests and their status bytes; the upper one, above 4 GiB, holds data.
-//! A request has a slot: its place for each of these. No page is written by both sides, but those of rings.
+//! The lower region holds the rings, the heads of requests and their status bytes; the upper one, above 4 GiB, holds
+//! data. A request has a slot: its place for each of these. No page is written by both sides, but those of rings.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -9,24 +9,25 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use twox_hash::XxHash3_64;
 use zerocopy::IntoBytes;
 
 use super::blk::{Disk, NO_STATUS};
 use super::link::{Link, readable};
-use super::{Fault, Offer, Options};
+use super::net::{self, HEADER, LONGEST, Source};
+use super::queue::{MAX_RINGS, Queue};
+use super::{Fault, Flow, Offer, Options, Shape, Subject};
 use crate::abi::bit;
 use crate::abi::vhost_user::{
     Header, LogDescription, MemoryHeader, MemoryRegion, Request as Code, VHOST_F_LOG_ALL,
     VHOST_USER_F_PROTOCOL_FEATURES, VHOST_VRING_F_LOG, VringAddr, VringState, protocol_feature,
 };
 use crate::abi::virtio::{
-    BlkRequestHeader, VIRTIO_BLK_T_IN, VIRTIO_F_VERSION_1, avail_ring_bytes, desc_table_bytes, used_ring_bytes,
+    BlkRequestHeader, VIRTIO_BLK_T_IN, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MQ,
 };
 use crate::dirty::{Log, PageSet};
 use crate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
-use crate::ring::{Buffer, SplitDriver, SplitDriverState, SplitLayout};
+use crate::ring::{Buffer, RingBase};
 
 /// Protocol features that are agreed on where they are offered.
 pub(super) const PROTOCOL: u64 = bit(protocol_feature::MQ)
@@ -42,96 +43,171 @@ pub(super) const PROTOCOL: u64 = bit(protocol_feature::MQ)
 pub(super) const SLOTS: u64 = 20;
 /// Room for the data of a request, bytes.
 pub(super) const SLOT: u64 = 512 << 10;
-/// The lower region.
+/// The lower region. The rings begin at 1 MiB.
 const LOW_BYTES: u64 = 8 << 20;
 /// The upper region.
 pub(super) const HIGH: u64 = 1 << 32;
 const HIGH_BYTES: u64 = SLOTS * SLOT;
-const DESC: u64 = 0x10_0000;
-const AVAIL: u64 = 0x14_0000;
-const USED: u64 = 0x18_0000;
 /// Pages of the lower region that nobody writes: where a used ring can be logged that is not there.
 pub(super) const NOWHERE: u64 = 0x30_0000;
 const STATUSES: u64 = 0x40_0000;
 const HEADS: u64 = 0x60_0000;
 /// Room for the head of a request, bytes.
 const HEAD: u64 = 16;
+/// Frames on their way out, to come back in.
+pub(super) const FRAMES: u64 = 0x70_0000;
+const FRAMES_BYTES: u64 = 0x10_0000;
+/// Status of a device whose driver is ready: acknowledged, has a driver, features are agreed on, it is used.
+const DRIVER_OK: u64 = 1 | 2 | 8 | 4;
+/// A frame that has not come in by then is sent again: a back-end may drop what it has no room for.
+const AGAIN: Duration = Duration::from_millis(200);
 
 pub(super) type Pages = BTreeSet<u64>;
 
-/// One connection with memory and a ring.
+/// A request in flight.
+#[derive(Clone, Copy)]
+struct Request {
+    /// The ring's index, and its name there.
+    ring: u32,
+    head: u16,
+    data: Buffer,
+}
+
+/// One connection with memory and rings.
 pub(super) struct Rig {
     pub(super) link: Link,
     pub(super) offer: Offer,
-    disk: Disk,
+    subject: Subject,
+    flow: Flow,
     pub(super) timeout: Duration,
     pub(super) settle: Duration,
     pub(super) memory: Memory,
-    pub(super) layout: SplitLayout,
-    pub(super) driver: SplitDriver,
-    pub(super) kick: EventFd,
-    pub(super) call: EventFd,
+    /// The ring that requests go to.
+    pub(super) ring: Queue,
+    /// More of them.
+    more: Vec<Queue>,
+    /// The other halves of their pairs, of a net device.
+    others: Vec<Queue>,
+    /// What brings frames in.
+    source: Option<Source>,
     /// Acknowledged features, LOG_ALL left out.
     pub(super) features: u64,
     /// Requests made so far; also what their data buffers are filled with.
     made: u64,
-    /// By slot: the head in flight.
-    heads: Vec<Option<u16>>,
+    /// By slot: what is in flight.
+    slots: Vec<Option<Request>>,
+    /// Frames brought in.
+    fed: u64,
+    /// Long frames only.
+    long: bool,
     /// Pages of data and status that the device may have written.
     pub(super) lent: Pages,
+    /// Where the device wrote data for the completion that was taken last.
+    pub(super) last: Buffer,
 }
 
-/// How much a batch of reads asks for.
+/// How much a batch of requests asks for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Size {
-    /// Some sectors, at any place in a page.
+    /// Some sectors, at any place in a page; frames of all lengths.
     Mixed,
     /// As much as there is room for, to be long under way.
     Large,
 }
 
+/// What a rig is made for.
+pub(super) struct Plan {
+    pub(super) subject: Subject,
+    pub(super) shape: Shape,
+    /// To be acknowledged beside what always is, as far as offered.
+    pub(super) features: u64,
+    /// Rings for requests.
+    pub(super) rings: usize,
+    pub(super) source: Option<Source>,
+}
+
 impl Rig {
-    /// Greets, acknowledges VERSION_1 and `features` as far as they are offered, and hands memory over.
-    pub(super) fn new(link: Link, offer: Offer, disk: Disk, options: &Options, features: u64) -> Result<Rig, Fault> {
+    /// Greets, acknowledges features as far as they are offered, and hands memory over.
+    pub(super) fn new(link: Link, offer: Offer, options: &Options, plan: Plan) -> Result<Rig, Fault> {
+        let Plan { subject, shape: Shape { packed, flow }, features, rings, source } = plan;
         let share = |gpa, bytes| {
             let fd = sealed_memfd("check", bytes)?;
             Ok::<_, Fault>(Arc::new(Region::share(fd, gpa, bytes, 0)?))
         };
         let memory = Memory::new([share(0, LOW_BYTES)?, share(HIGH, HIGH_BYTES)?])?;
-        let always = bit(VIRTIO_F_VERSION_1) | bit(VHOST_USER_F_PROTOCOL_FEATURES);
-        let features = offer.features & (always | features);
-        let layout = SplitLayout { size: options.queue_size, desc: DESC, avail: AVAIL, used: USED };
-        let driver = SplitDriver::new(&memory, layout, features)?;
-        let eventfd = || EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
+        let mut wanted = bit(VIRTIO_F_VERSION_1) | bit(VHOST_USER_F_PROTOCOL_FEATURES) | features;
+        wanted |= u64::from(packed) << VIRTIO_F_RING_PACKED;
+        // Of a disk, queues need no feature of the device.
+        wanted |= u64::from(rings > 1 && flow != Flow::Requests) << VIRTIO_NET_F_MQ;
+        let features = offer.features & wanted;
+        let places = if flow == Flow::Requests { rings } else { 2 * rings };
+        if places > MAX_RINGS {
+            return Err(Fault::System(std::io::Error::other("no room for so many rings")));
+        }
+        let queue = |index: u32| Queue::new(&memory, index, index as usize, options.queue_size, features);
+        let (main, other) = match flow {
+            Flow::Requests => (0, None),
+            Flow::Receive => (0, Some(1)),
+            Flow::Transmit => (1, Some(0)),
+        };
+        let step = 1 + u32::from(other.is_some());
+        let number = 0..rings as u32;
+        let more = number.clone().skip(1).map(|pair| queue(main + pair * step)).collect::<Result<_, _>>()?;
+        let others = other.map(|other| number.map(|pair| queue(other + pair * step)).collect::<Result<_, _>>());
         let rig = Rig {
             link,
             offer,
-            disk,
+            subject,
+            flow,
             timeout: options.timeout,
             settle: options.settle,
+            ring: queue(main)?,
+            more,
+            others: others.transpose()?.unwrap_or_default(),
             memory,
-            layout,
-            driver,
-            kick: eventfd()?,
-            call: eventfd()?,
+            source,
             features,
             made: 0,
-            heads: vec![None; SLOTS as usize],
+            slots: vec![None; SLOTS as usize],
+            fed: 0,
+            long: false,
             lent: Pages::new(),
+            last: Buffer { gpa: 0, len: 0 },
         };
         rig.greet()?;
         Ok(rig)
     }
 
+    /// The rings that requests go to.
+    pub(super) fn rings(&self) -> impl Iterator<Item = &Queue> {
+        std::iter::once(&self.ring).chain(&self.more)
+    }
+
+    fn rings_mut(&mut self) -> impl Iterator<Item = &mut Queue> {
+        std::iter::once(&mut self.ring).chain(&mut self.more)
+    }
+
+    /// All rings, in the order of their indexes as far as it matters to anybody.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Queue> {
+        let others_first = self.flow == Flow::Transmit;
+        let (first, last) = if others_first { (Some(&self.others), None) } else { (None, Some(&self.others)) };
+        first.into_iter().flatten().chain(self.rings()).chain(last.into_iter().flatten())
+    }
+
     /// Owner, protocol features, features and memory, on a new connection.
     fn greet(&self) -> Result<(), Fault> {
+        self.hello()?;
+        self.send_memory()
+    }
+
+    /// Owner, protocol features and features, on a new connection.
+    pub(super) fn hello(&self) -> Result<(), Fault> {
         self.link.send(Code::SET_OWNER, Header::FLAG_VERSION, &[], &[])?;
         if self.offer.has(VHOST_USER_F_PROTOCOL_FEATURES) {
             let agreed = self.offer.protocol & PROTOCOL;
             self.link.send(Code::SET_PROTOCOL_FEATURES, Header::FLAG_VERSION, agreed.as_bytes(), &[])?;
         }
-        self.done(Code::SET_FEATURES, self.features.as_bytes(), &[])?;
-        self.send_memory()
+        self.done(Code::SET_FEATURES, self.features.as_bytes(), &[])
     }
 
     /// Goes on with the same guest on another connection; requests in flight stay so.
@@ -175,69 +251,89 @@ impl Rig {
     }
 
     /// The payload of SET_VRING_ADDR; `log_at` is `log_guest_addr`, with which F_LOG is set.
-    pub(super) fn addr(&self, log_at: Option<u64>) -> VringAddr {
+    pub(super) fn addr(&self, queue: &Queue, log_at: Option<u64>) -> VringAddr {
+        let [desc, driver, device] = queue.layout.areas();
         VringAddr {
-            index: 0,
+            index: queue.index,
             flags: u32::from(log_at.is_some()) << VHOST_VRING_F_LOG,
-            desc_user_addr: self.user(self.layout.desc),
-            used_user_addr: self.user(self.layout.used),
-            avail_user_addr: self.user(self.layout.avail),
-            log_guest_addr: log_at.unwrap_or(self.layout.used),
+            desc_user_addr: self.user(desc),
+            used_user_addr: self.user(device),
+            avail_user_addr: self.user(driver),
+            log_guest_addr: log_at.unwrap_or(device),
         }
     }
 
-    /// CALL, NUM, BASE, ADDR and KICK (rule R6): the ring is started, and disabled where it can be.
-    pub(super) fn start_disabled(&self, base: u16, log_at: Option<u64>) -> Result<(), Fault> {
-        let index = 0u64.as_bytes();
-        let size = VringState { index: 0, num: self.layout.size.into() };
-        self.done(Code::SET_VRING_CALL, index, &[self.call.as_fd()])?;
-        self.done(Code::SET_VRING_NUM, size.as_bytes(), &[])?;
-        self.done(Code::SET_VRING_BASE, VringState { index: 0, num: base.into() }.as_bytes(), &[])?;
-        self.done(Code::SET_VRING_ADDR, self.addr(log_at).as_bytes(), &[])?;
-        self.done(Code::SET_VRING_KICK, index, &[self.kick.as_fd()])
+    /// CALL, NUM, BASE, ADDR and KICK (rule R6): the rings are started, and disabled where they can be.
+    pub(super) fn start_disabled(&self, log_at: Option<u64>) -> Result<(), Fault> {
+        for queue in self.all() {
+            let index = u64::from(queue.index);
+            self.done(Code::SET_VRING_CALL, index.as_bytes(), &[queue.call.as_fd()])?;
+            self.start_silent(queue, self.log_place(queue, log_at))?;
+        }
+        Ok(())
+    }
+
+    /// NUM, BASE, ADDR and KICK of a ring.
+    pub(super) fn start_silent(&self, queue: &Queue, log_at: Option<u64>) -> Result<(), Fault> {
+        let state = |num| VringState { index: queue.index, num };
+        self.done(Code::SET_VRING_NUM, state(queue.layout.size().into()).as_bytes(), &[])?;
+        self.done(Code::SET_VRING_BASE, state(queue.base.bits()).as_bytes(), &[])?;
+        self.done(Code::SET_VRING_ADDR, self.addr(queue, log_at).as_bytes(), &[])?;
+        self.done(Code::SET_VRING_KICK, u64::from(queue.index).as_bytes(), &[queue.kick.as_fd()])
+    }
+
+    /// Where a ring is logged: only the first one may be anywhere.
+    fn log_place(&self, queue: &Queue, log_at: Option<u64>) -> Option<u64> {
+        log_at.map(|at| if queue.index == self.ring.index { at } else { queue.device_at() })
     }
 
     pub(super) fn enable(&self, yes: bool) -> Result<(), Fault> {
         if self.features & bit(VHOST_USER_F_PROTOCOL_FEATURES) == 0 {
             return Ok(());
         }
-        self.done(Code::SET_VRING_ENABLE, VringState { index: 0, num: yes.into() }.as_bytes(), &[])
+        // DPDK serves no ring before; QEMU says it at this point too.
+        if yes && self.offer.speaks(protocol_feature::STATUS) {
+            self.done(Code::SET_STATUS, DRIVER_OK.as_bytes(), &[])?;
+        }
+        for queue in self.all() {
+            let state = VringState { index: queue.index, num: yes.into() };
+            self.done(Code::SET_VRING_ENABLE, state.as_bytes(), &[])?;
+        }
+        Ok(())
     }
 
-    /// Starts and enables the ring where the driver is, and kicks it, as some need it.
+    /// Starts and enables the rings where they are, and kicks them, as some need it.
     pub(super) fn start(&self) -> Result<(), Fault> {
-        let state = self.driver.state();
-        self.start_disabled(state.used.wrapping_add(state.chains.len() as u16), None)?;
+        self.start_disabled(None)?;
         self.enable(true)?;
         self.wake();
         Ok(())
     }
 
-    /// Starts the driver over with indexes at `at`; nothing may be in flight.
+    /// Starts the driver of the first ring over, elsewhere; nothing may be in flight.
     pub(super) fn move_to(&mut self, at: u16) -> Result<(), Fault> {
-        let state =
-            SplitDriverState { avail: at, published: at, used: at, chains: Vec::new(), first_free: 0, in_order: None };
-        self.driver = SplitDriver::restore(&self.memory, self.layout, self.features, &state)?;
-        for area in [self.layout.avail, self.layout.used] {
-            self.memory.write(area + 2, &at.to_le_bytes())?;
-        }
-        Ok(())
+        self.ring.move_to(&self.memory, at)
     }
 
-    /// Signals the kick fd, wanted or not.
+    /// All rings start where their drivers are, whatever was answered.
+    pub(super) fn rebase(&mut self) {
+        let all = std::iter::once(&mut self.ring).chain(&mut self.more).chain(&mut self.others);
+        all.for_each(|queue| queue.base = queue.position());
+    }
+
+    /// Signals the kick fds, wanted or not.
     pub(super) fn wake(&self) {
-        // One that is full is signalled already.
-        let _ = self.kick.write(1);
+        self.all().for_each(Queue::wake);
     }
 
-    /// Makes `count` reads of which none is visible yet. Every data buffer is filled anew, so that a device can't write
-    /// what is there already.
+    /// Makes `count` requests of which none is visible yet, in all rings by turns. Every data buffer is filled anew, so
+    /// that a device can't write what is there already.
     pub(super) fn add(&mut self, count: u64, size: Size) -> Result<(), Fault> {
+        self.long = size == Size::Large;
         for _ in 0..count {
-            let Some(slot) = self.heads.iter().position(Option::is_none) else {
+            let Some(slot) = self.slots.iter().position(Option::is_none) else {
                 return Err(Fault::System(std::io::Error::other("no slot is free")));
             };
-            let number = slot as u64;
             let offset = match size {
                 Size::Large => 0,
                 Size::Mixed => self.made * 1777 % 0x4000,
@@ -246,106 +342,191 @@ impl Rig {
                 Size::Large => SLOT,
                 Size::Mixed => 512 * (1 + self.made * 7 % 40),
             };
-            let gpa = HIGH + number * SLOT + offset;
-            self.add_at(slot, gpa, wanted)?;
+            self.add_at(slot, HIGH + slot as u64 * SLOT + offset, wanted)?;
         }
         Ok(())
     }
 
-    /// Makes a read of up to `wanted` bytes into memory at `gpa`, in `slot`.
+    /// Makes a request in `slot` whose data is at `gpa`: a read of up to `wanted` bytes, or what a frame needs.
     pub(super) fn add_at(&mut self, slot: usize, gpa: u64, wanted: u64) -> Result<(), Fault> {
-        let (head, len) = self.disk.read(self.made, wanted);
-        self.memory.write(gpa, &noise(self.made + 1, len))?;
-        self.add_request(slot, head, Buffer { gpa, len })
+        match (self.flow, &self.subject) {
+            (Flow::Requests, Subject::Disk(disk)) => {
+                let (head, len) = disk.read(self.made, wanted);
+                self.memory.write(gpa, &noise(self.made + 1, len))?;
+                self.add_request(slot, head, Buffer { gpa, len })
+            }
+            (Flow::Receive, _) => {
+                let data = Buffer { gpa, len: (HEADER + LONGEST) as u32 };
+                self.memory.write(gpa, &noise(self.made + 1, data.len))?;
+                self.lent.extend(pages(gpa, data.len.into()));
+                self.give(slot, data, &[], &[data])
+            }
+            (Flow::Transmit, _) | (Flow::Requests, Subject::Net) => {
+                let packet = [&[0; HEADER], net::frame(&net::payload(self.made, self.long)).as_slice()].concat();
+                self.memory.write(gpa, &packet)?;
+                let data = Buffer { gpa, len: packet.len() as u32 };
+                self.give(slot, data, &[data], &[])
+            }
+        }
     }
 
-    /// Makes any request whose data is at `data`, in `slot`.
+    /// Makes any request of a disk whose data is at `data`, in `slot`.
     pub(super) fn add_request(&mut self, slot: usize, head: BlkRequestHeader, data: Buffer) -> Result<(), Fault> {
         let (head_at, status) = (HEADS + slot as u64 * HEAD, STATUSES + slot as u64 * LOG_PAGE);
-        self.made += 1;
         self.memory.write(head_at, head.as_bytes())?;
         self.memory.write(status, &[NO_STATUS])?;
         let reads = head.request_type.get() == VIRTIO_BLK_T_IN;
         let head = Buffer { gpa: head_at, len: size_of_val(&head) as u32 };
         let status = Buffer { gpa: status, len: 1 };
         self.lent.insert(status.gpa / LOG_PAGE);
-        let added = if reads {
-            self.lent.extend(pages(data.gpa, data.len.into()));
-            self.driver.add(&[head], &[data, status], None)?
-        } else {
-            self.driver.add(&[head, data], &[status], None)?
+        if !reads {
+            return self.give(slot, data, &[head, data], &[status]);
+        }
+        self.lent.extend(pages(data.gpa, data.len.into()));
+        self.give(slot, data, &[head], &[data, status])
+    }
+
+    /// Adds a request to the ring whose turn it is.
+    fn give(&mut self, slot: usize, data: Buffer, readable: &[Buffer], writable: &[Buffer]) -> Result<(), Fault> {
+        let turn = self.made as usize % (1 + self.more.len());
+        let Some(queue) = self.rings_mut().nth(turn) else { return Ok(()) };
+        let ring = queue.index;
+        let Some(head) = queue.driver.add(readable, writable, None)? else {
+            return Err(Fault::System(std::io::Error::other("the ring has no room")));
         };
-        if let Some(free) = self.heads.get_mut(slot) {
-            *free = added;
+        queue.due += u64::from(readable.is_empty());
+        if let Some(place) = self.slots.get_mut(slot) {
+            *place = Some(Request { ring, head, data });
+        }
+        self.made += 1;
+        Ok(())
+    }
+
+    /// Makes what was added visible, kicks where the device wants it, and has frames brought in.
+    pub(super) fn publish(&mut self) {
+        self.rings_mut().for_each(Queue::publish);
+        // Whoever brings them may not be there yet: finishing tries again.
+        let _ = self.feed();
+    }
+
+    /// Brings in the frames that are due.
+    pub(super) fn feed(&mut self) -> Result<(), Fault> {
+        let rings = std::iter::once(&mut self.ring).chain(&mut self.more);
+        for (number, queue) in rings.enumerate() {
+            while queue.due > 0 {
+                let payload = net::payload(self.fed, self.long);
+                let sent = match &mut self.source {
+                    None => break,
+                    Some(Source::Loop) => match self.others.get_mut(number) {
+                        Some(other) => net::send(other, &self.memory, self.fed, &payload)?,
+                        None => false,
+                    },
+                    Some(Source::Interface(socket)) => {
+                        socket.send_to(&payload, (std::net::Ipv4Addr::BROADCAST, 9))? == payload.len()
+                    }
+                    Some(Source::Backend(rig)) => net::send(&mut rig.ring, &rig.memory, self.fed, &payload)?,
+                };
+                if !sent {
+                    break;
+                }
+                queue.due -= 1;
+                self.fed += 1;
+            }
         }
         Ok(())
     }
 
-    /// Makes what was added visible, and kicks if the device wants it.
-    pub(super) fn publish(&mut self) {
-        if self.driver.publish() {
-            self.wake();
+    /// Takes one completion, if there is one.
+    pub(super) fn pop(&mut self) -> Result<bool, Fault> {
+        let mut found = None;
+        for queue in self.rings_mut() {
+            if let Some(used) = queue.driver.pop_used()? {
+                found = Some((queue.index, used));
+                break;
+            }
+        }
+        let Some((ring, used)) = found else { return Ok(false) };
+        let is_it = |request: &Option<Request>| request.is_some_and(|it| (it.ring, it.head) == (ring, used.head));
+        let Some(slot) = self.slots.iter().position(is_it) else { return Ok(true) };
+        let request = self.slots.get_mut(slot).and_then(Option::take);
+        let data = request.map_or(Buffer { gpa: 0, len: 0 }, |request| request.data);
+        self.last = if self.flow == Flow::Receive { Buffer { len: used.len, ..data } } else { data };
+        match self.flow {
+            Flow::Transmit => Ok(true),
+            Flow::Receive => net::received(&self.memory, data, used.len).map(|_| true),
+            Flow::Requests => {
+                let mut status = [NO_STATUS];
+                self.memory.read(STATUSES + slot as u64 * LOG_PAGE, &mut status)?;
+                match status {
+                    [NO_STATUS] => Err(Fault::Breach("a request was completed without a status".into())),
+                    [status] if Disk::worked(status) => Ok(true),
+                    [status] => Err(Fault::Breach(format!("a read failed with status {status}"))),
+                }
+            }
         }
     }
 
-    /// Takes one completion, if there is one.
-    pub(super) fn pop(&mut self) -> Result<bool, Fault> {
-        let Some(used) = self.driver.pop_used()? else { return Ok(false) };
-        let Some(slot) = self.heads.iter().position(|head| *head == Some(used.head)) else { return Ok(true) };
-        if let Some(head) = self.heads.get_mut(slot) {
-            *head = None;
-        }
-        let mut status = [NO_STATUS];
-        self.memory.read(STATUSES + slot as u64 * LOG_PAGE, &mut status)?;
-        match status {
-            [NO_STATUS] => Err(Fault::Breach("a request was completed without a status".into())),
-            [status] if Disk::worked(status) => Ok(true),
-            [status] => Err(Fault::Breach(format!("a read failed with status {status}"))),
-        }
+    /// Requests without a completion.
+    pub(super) fn outstanding(&self) -> u16 {
+        self.rings().map(|queue| queue.driver.outstanding()).sum()
     }
 
     /// Waits until nothing is in flight.
     pub(super) fn finish(&mut self) -> Result<(), Fault> {
         let deadline = Instant::now() + self.timeout;
-        while self.driver.outstanding() > 0 {
-            if self.pop()? || self.driver.enable_notifications() {
+        while self.outstanding() > 0 {
+            if self.pop()? || self.rings_mut().any(|queue| queue.driver.enable_notifications()) {
                 continue;
             }
-            let notified = readable(self.call.as_fd(), deadline);
-            let _ = self.call.read();
-            if !notified {
-                let left = self.driver.outstanding();
+            self.feed()?;
+            let until = if self.source.is_some() { deadline.min(Instant::now() + AGAIN) } else { deadline };
+            let calls: Vec<BorrowedFd<'_>> = self.rings().map(|queue| queue.call.as_fd()).collect();
+            let notified = readable(&calls, until);
+            self.rings().for_each(|queue| _ = queue.call.read());
+            if notified {
+                continue;
+            }
+            let left = self.outstanding();
+            if Instant::now() >= deadline {
                 let late = self.pop()?;
                 let what = if late { "notification" } else { "answer" };
                 let waited = self.timeout;
                 return Err(Fault::Breach(format!("{left} requests without {what} within {waited:?}")));
             }
+            self.rings_mut().for_each(|queue| queue.due = queue.driver.outstanding().into());
         }
         Ok(())
     }
 
-    /// A batch of reads, from adding to completion.
+    /// A batch of requests, from adding to completion.
     pub(super) fn load(&mut self, count: u64, size: Size) -> Result<(), Fault> {
         self.add(count, size)?;
         self.publish();
         self.finish()
     }
 
-    /// Stops the ring; the base (rule R3).
-    pub(super) fn stop(&self) -> Result<u32, Fault> {
-        let reply = self.link.ask(Code::GET_VRING_BASE, VringState { index: 0, num: 0 }.as_bytes())?;
-        let VringState { index, num } = reply.read()?;
-        match index {
-            0 => Ok(num),
-            other => Err(Fault::Breach(format!("GET_VRING_BASE of ring 0 was answered for ring {other}"))),
+    /// Stops the rings; the base of the first one (rule R3). Where they start again is where they were.
+    pub(super) fn stop(&mut self) -> Result<RingBase, Fault> {
+        let link = &self.link;
+        for queue in std::iter::once(&mut self.ring).chain(&mut self.more).chain(&mut self.others) {
+            let reply = link.ask(Code::GET_VRING_BASE, VringState { index: queue.index, num: 0 }.as_bytes())?;
+            let VringState { index, num } = reply.read()?;
+            if index != queue.index {
+                let asked = queue.index;
+                return Err(Fault::Breach(format!("GET_VRING_BASE of ring {asked} was answered for ring {index}")));
+            }
+            queue.base = RingBase::from_bits(num);
         }
+        Ok(self.ring.base)
     }
 
-    /// The used index as it stands in memory.
-    pub(super) fn used_index(&self) -> Result<u16, Fault> {
-        let mut bytes = [0; 2];
-        self.memory.read(self.layout.used + 2, &mut bytes)?;
-        Ok(u16::from_le_bytes(bytes))
+    /// Takes what was completed; how much that was.
+    pub(super) fn pop_all(&mut self) -> Result<u64, Fault> {
+        let mut count = 0;
+        while self.pop()? {
+            count += 1;
+        }
+        Ok(count)
     }
 
     /// A hash of every page of guest memory.
@@ -363,15 +544,18 @@ impl Rig {
 
     /// Pages that only the driver writes, and so has changed itself.
     pub(super) fn own(&self) -> Pages {
-        let size = u32::from(self.layout.size);
-        let desc = pages(self.layout.desc, desc_table_bytes(size));
-        let avail = pages(self.layout.avail, avail_ring_bytes(size));
-        desc.chain(avail).chain(pages(HEADS, SLOTS * HEAD)).collect()
+        let rings = self.all().flat_map(Queue::own);
+        rings.chain(pages(HEADS, SLOTS * HEAD)).chain(pages(FRAMES, FRAMES_BYTES)).collect()
     }
 
-    /// Pages of the used ring.
+    /// Pages of the rings that the device writes.
     pub(super) fn used_ring(&self) -> Pages {
-        pages(self.layout.used, used_ring_bytes(self.layout.size.into())).collect()
+        self.all().flat_map(Queue::written).collect()
+    }
+
+    /// Those of the rings that requests go to.
+    pub(super) fn used_rings(&self) -> Pages {
+        self.rings().flat_map(Queue::written).collect()
     }
 
     /// Makes a log and installs it.
@@ -398,9 +582,13 @@ impl Rig {
         self.done(Code::SET_FEATURES, features.as_bytes(), &[])
     }
 
-    /// F_LOG of the ring, with its log address, or off.
+    /// F_LOG of the rings, the first one's log address, or off.
     pub(super) fn log_used(&self, log_at: Option<u64>) -> Result<(), Fault> {
-        self.done(Code::SET_VRING_ADDR, self.addr(log_at).as_bytes(), &[])
+        for queue in self.all() {
+            let addr = self.addr(queue, self.log_place(queue, log_at));
+            self.done(Code::SET_VRING_ADDR, addr.as_bytes(), &[])?;
+        }
+        Ok(())
     }
 
     /// LOG_ALL, then F_LOG with the ring at `log_at` (rule L7).

@@ -121,7 +121,7 @@ impl Region {
             return Err(scattered);
         }
         let host = mapping.as_mut_ptr().wrapping_add(skip);
-        Ok(Region { gpa: at, size, user_addr: at, host, mapping: Arc::new(mapping), page, shared: None })
+        Ok(Region { gpa: at, size, user_addr: at, host, mapping: Arc::new(mapping), page: LOG_PAGE, shared: None })
     }
 
     /// Maps a region of this process's own guest memory and keeps `fd` so that devices can be given it. Its front-end

@@ -1,13 +1,14 @@
-//! What `check` says of `qemu-storage-daemon`. `docs/check.md` explains each finding.
+//! What `check` says of `qemu-storage-daemon` and of DPDK. `docs/check.md` explains each finding.
 
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::time::Duration;
 
-use vhost_migrate::check::{Options, Verdict, check};
+use vhost_migrate::check::{Feed, Options, Verdict, check};
 
 use crate::backend::{Backend, Kind};
 use crate::process::Lab;
+use crate::testpmd::Testpmd;
 
 const IMAGE_BYTES: u64 = 16 << 20;
 
@@ -21,16 +22,46 @@ fn the_storage_daemon_breaks_what_the_documentation_says_and_nothing_else() {
     let report = check(backend.socket(), &options).unwrap();
     let rules = report.rules();
     let of = |verdict| rules.iter().filter(|(_, v)| **v == verdict).map(|(rule, _)| *rule).collect::<BTreeSet<_>>();
-    let expected = ["F2", "F5", "C1", "R2", "R3", "R9", "L3", "L6", "L8", "L12"];
+    let expected = ["F2", "F5", "C1", "R2", "R3", "R7", "R9", "R10", "L3", "L6", "L8", "L12"];
     assert_eq!(of(Verdict::Broken), BTreeSet::from(expected), "{report}");
     assert_eq!(of(Verdict::Warning), BTreeSet::from(["F7", "R1"]), "{report}");
-    assert_eq!(of(Verdict::NotOffered), BTreeSet::from(["I1", "I2", "I3", "I5", "I6", "I7"]), "{report}");
+    let absent = ["I1", "I2", "I3", "I5", "I6", "I7", "I8", "L4", "L15"];
+    assert_eq!(of(Verdict::NotOffered), BTreeSet::from(absent), "{report}");
     // The log is what a migration rests on, and the disk is as it was.
-    for rule in ["L1", "L2", "L7", "L9", "M1", "R4", "R5"] {
+    for rule in ["L1", "L2", "L7", "L9", "L10", "L11", "M1", "R4", "R5", "R6", "R8"] {
         assert_eq!(rules.get(rule), Some(&Verdict::Kept), "{rule}\n{report}");
     }
     assert!(std::fs::read(&image).unwrap().iter().all(|byte| *byte == 0));
     // It is dead by now (rule L6); of that the report speaks too.
     let death = report.findings.iter().find(|finding| finding.rule == "R9" && finding.verdict == Verdict::Broken);
     assert!(death.unwrap().seen.contains("L6"), "{report}");
+}
+
+#[test]
+fn dpdk_marks_no_used_descriptors_of_packed_rings_and_takes_the_offset_of_a_log_twice() {
+    let lab = Lab::new();
+    let socket = lab.file("testpmd.sock");
+    let _testpmd = Testpmd::backend(&lab, &socket, 2);
+    let options =
+        Options { feed: Some(Feed::Loop), pairs: Some(2), timeout: Duration::from_secs(20), ..Options::default() };
+    let report = check(&socket, &options).unwrap();
+    let of = |verdict| {
+        let findings = report.findings.iter().filter(move |finding| finding.verdict == verdict);
+        findings.map(|finding| (finding.rule, finding.rings)).collect::<BTreeSet<_>>()
+    };
+    let broken = of(Verdict::Broken);
+    for found in
+        [("L4", "packed receive"), ("L4", "packed transmit"), ("L2", "split receive"), ("L2", "packed receive")]
+    {
+        assert!(broken.contains(&found), "{found:?}\n{report}");
+    }
+    let rules = broken.iter().map(|(rule, _)| *rule).collect::<BTreeSet<_>>();
+    let known = BTreeSet::from(["F1", "F5", "R3", "R8", "L2", "L4", "L8", "L12"]);
+    assert!(rules.is_subset(&known), "{rules:?}\n{report}");
+    // Split rings are logged exactly, and every kind of rings is served.
+    let kept = of(Verdict::Kept);
+    for found in [("L1", "split receive"), ("L8", "split receive"), ("L3", "split transmit"), ("R4", "packed receive")]
+    {
+        assert!(kept.contains(&found), "{found:?}\n{report}");
+    }
 }

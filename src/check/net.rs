@@ -1,0 +1,142 @@
+//! A network interface: frames, what brings them in, and what only such a device has to keep.
+//!
+//! What is sent changes no page but the ring's. Frames that come in do, so the checks of the log need somebody who brings
+//! them: the back-end itself, if it sends back what it is sent, an interface of the host, or another back-end.
+
+use std::net::{Ipv4Addr, UdpSocket};
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::socket::{setsockopt, sockopt::BindToDevice};
+
+use super::queue::Queue;
+use super::rig::{FRAMES, Rig, Size, noise};
+use super::{Bench, Fault};
+use crate::memory::{LOG_PAGE, Memory};
+use crate::ring::Buffer;
+
+/// Bytes before every packet in a ring, as VERSION_1 has it.
+pub(super) const HEADER: usize = 12;
+/// The longest frame without a larger MTU.
+pub(super) const LONGEST: usize = 1514;
+/// Ethernet, IP and UDP headers of a frame: what makes it one of ours comes behind them, whoever sent it.
+const HEADERS: usize = 42;
+const TAG: u64 = 0x6b63_6568_632d_6d76;
+/// An ether type for experiments (IEEE 802).
+const ETHER_TYPE: [u8; 2] = [0x88, 0xb5];
+/// Frames that may be in flight towards the back-end that loops them.
+const ROOM: u64 = 32;
+/// How long a frame may take to come back from who was not said to loop them.
+const LOOPS: Duration = Duration::from_secs(2);
+/// Between two looks.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// Where frames for the device under test come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Feed {
+    /// From itself: it sends back what it is sent.
+    Loop,
+    /// From this interface of the host, on whose other side the device is: a tap.
+    Interface(String),
+    /// From another vhost-user back-end at this socket, whose frames arrive at the device.
+    Backend(PathBuf),
+}
+
+/// What brings frames in.
+pub(super) enum Source {
+    /// The transmit rings of the same rig.
+    Loop,
+    Interface(UdpSocket),
+    /// The transmit ring of a rig of its own.
+    Backend(Box<Rig>),
+}
+
+impl Source {
+    /// An interface, that broadcasts leave by.
+    pub(super) fn interface(name: &str) -> Result<Source, Fault> {
+        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+        setsockopt(&socket, BindToDevice, &name.into())?;
+        socket.set_broadcast(true)?;
+        Ok(Source::Interface(socket))
+    }
+}
+
+/// What follows the headers of frame `number`, as long as all frames are, or as they come.
+pub(super) fn payload(number: u64, long: bool) -> Vec<u8> {
+    let most = LONGEST - HEADERS;
+    let len = if long { most } else { 40 + (number * 131) as usize % (most - 40) };
+    let rest = noise(number, (len - 16) as u32);
+    [&TAG.to_le_bytes(), &number.to_le_bytes(), rest.as_slice()].concat()
+}
+
+/// A frame with this payload.
+pub(super) fn frame(payload: &[u8]) -> Vec<u8> {
+    let mut frame = vec![0xff; 6];
+    frame.extend([2, 0, 0, 0, 0, 0x77]);
+    frame.extend(ETHER_TYPE);
+    frame.resize(HEADERS, 0);
+    frame.extend(payload);
+    frame
+}
+
+/// Sends a frame over a transmit ring that is for nothing else; false while that is full.
+pub(super) fn send(queue: &mut Queue, memory: &Memory, number: u64, payload: &[u8]) -> Result<bool, Fault> {
+    while queue.driver.pop_used()?.is_some() {}
+    if u64::from(queue.driver.outstanding()) >= ROOM {
+        return Ok(false);
+    }
+    let packet = [&[0; HEADER], frame(payload).as_slice()].concat();
+    let gpa = FRAMES + number % (2 * ROOM) * LOG_PAGE;
+    memory.write(gpa, &packet)?;
+    let sent = queue.driver.add(&[Buffer { gpa, len: packet.len() as u32 }], &[], None)?.is_some();
+    queue.publish();
+    queue.wake();
+    Ok(sent)
+}
+
+/// Checks a packet in a receive buffer: if it is one of ours, it is as it was sent; true if it is.
+pub(super) fn received(memory: &Memory, buffer: Buffer, written: u32) -> Result<bool, Fault> {
+    if written > buffer.len || (written as usize) < HEADER {
+        let len = buffer.len;
+        return Err(Fault::Breach(format!("a packet of {written} bytes in a buffer of {len}")));
+    }
+    let mut packet = vec![0; written as usize];
+    memory.read(buffer.gpa, &mut packet)?;
+    let Some(ours) = packet.get(HEADER + HEADERS..).filter(|rest| rest.starts_with(&TAG.to_le_bytes())) else {
+        return Ok(false);
+    };
+    let number = ours.get(8..16).and_then(|bytes| Some(u64::from_le_bytes(bytes.try_into().ok()?)));
+    let rest = ours.get(16..).unwrap_or_default();
+    match number.is_some_and(|number| noise(number, rest.len() as u32) == rest) {
+        true => Ok(true),
+        false => Err(Fault::Breach("a frame arrived that is not as it was sent".into())),
+    }
+}
+
+/// A receive ring that waits for one frame.
+fn waiting(bench: &Bench) -> Result<Rig, Fault> {
+    let mut rig = bench.rig(0)?;
+    rig.start()?;
+    rig.add(1, Size::Mixed)?;
+    rig.publish();
+    Ok(rig)
+}
+
+/// Whether frames come in, of which one must.
+pub(super) fn arrives(bench: &Bench) -> Result<(), Fault> {
+    waiting(bench)?.finish()
+}
+
+/// Whether the back-end sends back what it is sent.
+pub(super) fn loops(bench: &Bench) -> Result<bool, Fault> {
+    let mut rig = waiting(bench)?;
+    let deadline = Instant::now() + LOOPS;
+    while Instant::now() < deadline {
+        if rig.pop()? {
+            return Ok(true);
+        }
+        thread::sleep(LOOK);
+    }
+    Ok(false)
+}

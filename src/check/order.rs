@@ -1,0 +1,217 @@
+//! Rules R6 to R8 and R10: the orders in which front-ends start rings and stop them, and resets.
+
+use std::os::fd::AsFd;
+use std::time::Instant;
+
+use zerocopy::IntoBytes;
+
+use super::inflight::Tracked;
+use super::link::readable;
+use super::rig::{Rig, Size, changed};
+use super::{Bench, Check, Fault, Flow, Outcome, When};
+use crate::abi::vhost_user::{
+    Header, Request as Code, VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VringAddr, protocol_feature,
+};
+use crate::dirty::Log;
+
+pub(super) const CHECKS: &[Check] = &[
+    Check { rule: "R6", what: "a ring runs that is started in QEMU's order", when: When::Rings, run: like_qemu },
+    Check {
+        rule: "R7",
+        what: "a ring runs that is started in UML's order, and rests when it is disabled",
+        when: When::Rings,
+        run: like_uml,
+    },
+    Check { rule: "R8", what: "RESET_OWNER does no harm", when: When::Once, run: reset_owner },
+    Check {
+        rule: "R8",
+        what: "RESET_DEVICE disables rings, which can be started again",
+        when: When::Rings,
+        run: reset_device,
+    },
+    Check {
+        rule: "R8",
+        what: "SET_STATUS 0 disables rings, which can be started again",
+        when: When::Rings,
+        run: reset_status,
+    },
+    Check {
+        rule: "R10",
+        what: "what was completed without a call fd is notified over the next",
+        when: When::Each,
+        run: late_call,
+    },
+];
+
+/// A guest with requests that wait, on a new connection where only features are agreed on.
+fn fresh(bench: &Bench, requests: u64) -> Result<Rig, Fault> {
+    let mut rig = bench.rig(0)?;
+    rig.add(requests, Size::Mixed)?;
+    rig.publish();
+    rig.link = bench.connect()?;
+    rig.hello()?;
+    Ok(rig)
+}
+
+fn like_qemu(bench: &mut Bench) -> Result<Outcome, Fault> {
+    let mut rig = fresh(bench, 4)?;
+    let mut seen = "4 requests".to_string();
+    if bench.offer.speaks(protocol_feature::INFLIGHT_SHMFD) {
+        Tracked::ask(&rig)?.install(&rig)?;
+        seen += ", the inflight region before the memory table";
+    }
+    for queue in rig.all() {
+        rig.done(Code::SET_VRING_CALL, u64::from(queue.index).as_bytes(), &[queue.call.as_fd()])?;
+    }
+    let logs = bench.offer.speaks(protocol_feature::LOG_SHMFD) && bench.offer.has(VHOST_F_LOG_ALL);
+    rig.log_data(logs)?;
+    rig.send_memory()?;
+    for queue in rig.all() {
+        rig.start_silent(queue, logs.then(|| queue.device_at()))?;
+    }
+    if logs {
+        let (log, fd) = Log::create(rig.memory.end())?;
+        rig.send_log(&fd, log.size(), 0)?;
+        seen += ", the log after the kick fd";
+    }
+    rig.enable(true)?;
+    rig.wake();
+    rig.finish()?;
+    rig.enable(false)?;
+    let base = rig.stop()?;
+    Ok(match rig.ring.same(base, rig.ring.end()) {
+        true => Outcome::kept(seen),
+        false => Outcome::broken(format!("{seen}; then it is at {}", rig.ring.show(base))),
+    })
+}
+
+fn like_uml(bench: &mut Bench) -> Result<Outcome, Fault> {
+    if !bench.offer.has(VHOST_USER_F_PROTOCOL_FEATURES) {
+        return Err(Fault::NotOffered("disabling a ring (PROTOCOL_FEATURES)".into()));
+    }
+    let mut rig = fresh(bench, 4)?;
+    rig.send_memory()?;
+    for queue in rig.all() {
+        let index = u64::from(queue.index);
+        rig.done(Code::SET_VRING_CALL, index.as_bytes(), &[queue.call.as_fd()])?;
+        rig.start_silent(queue, None)?;
+        let addr = VringAddr { log_guest_addr: u64::MAX, ..rig.addr(queue, None) };
+        rig.done(Code::SET_VRING_ADDR, addr.as_bytes(), &[])?;
+    }
+    rig.enable(true)?;
+    rig.wake();
+    rig.finish()?;
+    // It stops so: GET_VRING_BASE is never sent.
+    rig.enable(false)?;
+    rig.link.barrier()?;
+    let resting = rests(&mut rig)?;
+    rig.enable(true)?;
+    rig.wake();
+    rig.finish()?;
+    Ok(resting.unwrap_or_else(|discarded| disabled(bench, discarded)))
+}
+
+/// Makes 4 requests on a ring that is not enabled, and watches: how many pages changed all the same.
+fn rests(rig: &mut Rig) -> Result<Result<Outcome, usize>, Fault> {
+    rig.add(4, Size::Mixed)?;
+    rig.publish();
+    let before = rig.hashes()?;
+    rig.wake();
+    rig.watch();
+    let mut touched = changed(&before, &rig.hashes()?);
+    let own = rig.own();
+    touched.retain(|page| !own.contains(page));
+    Ok(match touched.len() {
+        0 => Ok(Outcome::kept("4 requests served, 4 left alone while it was disabled, and served then")),
+        pages => Err(pages),
+    })
+}
+
+fn disabled(bench: &Bench, pages: usize) -> Outcome {
+    match bench.shape.flow {
+        // The specification wants the packets of a disabled ring discarded.
+        Flow::Transmit => {
+            Outcome::warning(format!("packets were discarded while it was disabled: {pages} pages written"))
+        }
+        _ => Outcome::broken(format!("requests were served while it was disabled: {pages} pages written")),
+    }
+}
+
+fn reset_owner(bench: &mut Bench) -> Result<Outcome, Fault> {
+    let mut rig = bench.rig(0)?;
+    rig.start()?;
+    rig.load(4, Size::Mixed)?;
+    rig.link.send(Code::RESET_OWNER, Header::FLAG_VERSION, &[], &[])?;
+    rig.link.barrier()?;
+    again(&mut rig)?;
+    Ok(Outcome::kept("the same connection serves rings that are started again"))
+}
+
+/// Starts over on the same connection, where the rings are, and has whatever waits served, and more.
+fn again(rig: &mut Rig) -> Result<(), Fault> {
+    rig.hello()?;
+    rig.send_memory()?;
+    // A reset need not stop them.
+    rig.stop()?;
+    rig.rebase();
+    rig.start()?;
+    rig.finish()?;
+    rig.load(4, Size::Mixed)
+}
+
+fn reset_device(bench: &mut Bench) -> Result<Outcome, Fault> {
+    bench.offer.need(protocol_feature::RESET_DEVICE)?;
+    reset(bench, |rig| rig.link.send(Code::RESET_DEVICE, Header::FLAG_VERSION, &[], &[]))
+}
+
+fn reset_status(bench: &mut Bench) -> Result<Outcome, Fault> {
+    bench.offer.need(protocol_feature::STATUS)?;
+    reset(bench, |rig| rig.done(Code::SET_STATUS, 0u64.as_bytes(), &[]))
+}
+
+fn reset(bench: &mut Bench, send: impl FnOnce(&Rig) -> Result<(), Fault>) -> Result<Outcome, Fault> {
+    let mut rig = bench.rig(0)?;
+    rig.start()?;
+    rig.load(4, Size::Mixed)?;
+    send(&rig)?;
+    rig.link.barrier()?;
+    let rested = rests(&mut rig)?;
+    rig.pop_all()?;
+    again(&mut rig)?;
+    Ok(match rested {
+        Ok(_) => Outcome::kept("4 requests waited; they were served when the rings were started again"),
+        Err(pages) => Outcome::broken(format!("rings ran after the reset: {pages} pages written")),
+    })
+}
+
+fn late_call(bench: &mut Bench) -> Result<Outcome, Fault> {
+    let mut rig = bench.rig(0)?;
+    for queue in rig.all() {
+        if queue.index != rig.ring.index {
+            rig.done(Code::SET_VRING_CALL, u64::from(queue.index).as_bytes(), &[queue.call.as_fd()])?;
+        }
+        rig.start_silent(queue, None)?;
+    }
+    rig.enable(true)?;
+    rig.add(4, Size::Mixed)?;
+    rig.publish();
+    rig.wake();
+    let deadline = Instant::now() + rig.settle;
+    while rig.outstanding() > 0 && Instant::now() < deadline {
+        if !rig.pop()? {
+            std::thread::yield_now();
+        }
+    }
+    let waits = rig.outstanding();
+    rig.done(Code::SET_VRING_CALL, u64::from(rig.ring.index).as_bytes(), &[rig.ring.call.as_fd()])?;
+    if waits > 0 {
+        rig.finish()?;
+        return Ok(Outcome::kept("requests were completed once it had a call fd, and notified"));
+    }
+    Ok(match readable(&[rig.ring.call.as_fd()], Instant::now() + rig.settle * 3) {
+        true => Outcome::kept("4 requests were completed before, and the new fd was signalled"),
+        false => Outcome::broken(
+            "4 requests were completed before, and the new fd was not signalled: the driver waits for good",
+        ),
+    })
+}

@@ -1,0 +1,186 @@
+//! One ring of the guest without a CPU: where it lies, its driver, its fds, and where it goes on.
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::Fault;
+use super::rig::{Pages, pages};
+use crate::abi::bit;
+use crate::abi::virtio::VIRTIO_F_RING_PACKED;
+use crate::memory::{LOG_PAGE, Memory};
+use crate::ring::{DriverRing, DriverState, PackedDriverState, Position, RingBase, RingLayout, SplitDriverState};
+
+/// The rings of a guest, one behind the other in the lower region.
+const RINGS: u64 = 0x10_0000;
+/// Room for a ring of 1024 entries, each of its areas on pages of its own.
+const RING: u64 = 0x1_0000;
+const DRIVER: u64 = 0x5000;
+const DEVICE: u64 = 0x8000;
+/// Most rings there is room for.
+pub(super) const MAX_RINGS: usize = 32;
+
+/// A ring and its driver.
+pub(super) struct Queue {
+    /// The back-end's number of it.
+    pub(super) index: u32,
+    pub(super) layout: RingLayout,
+    pub(super) driver: DriverRing,
+    pub(super) kick: EventFd,
+    pub(super) call: EventFd,
+    /// Where it starts.
+    pub(super) base: RingBase,
+    /// Buffers of a receive ring that no frame was brought for yet.
+    pub(super) due: u64,
+    features: u64,
+}
+
+impl Queue {
+    /// An empty ring in the `place`th room for one.
+    pub(super) fn new(memory: &Memory, index: u32, place: usize, size: u16, features: u64) -> Result<Queue, Fault> {
+        let at = RINGS + place as u64 * RING;
+        let layout = RingLayout::new(features, size, at, at + DRIVER, at + DEVICE);
+        let eventfd = || EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
+        Ok(Queue {
+            index,
+            layout,
+            driver: DriverRing::new(memory, layout, features)?,
+            kick: eventfd()?,
+            call: eventfd()?,
+            base: RingBase::start(features),
+            due: 0,
+            features,
+        })
+    }
+
+    pub(super) fn is_packed(&self) -> bool {
+        self.features & bit(VIRTIO_F_RING_PACKED) != 0
+    }
+
+    /// Starts the driver over, `at` requests from the start of a split ring, or at that descriptor of a packed one.
+    pub(super) fn move_to(&mut self, memory: &Memory, at: u16) -> Result<(), Fault> {
+        let state = if self.is_packed() {
+            let here = Position { index: at % self.layout.size(), wrap: true };
+            let (requests, held, in_order) = (Vec::new(), 0, None);
+            DriverState::Packed(PackedDriverState {
+                avail: here,
+                published: here,
+                used: here,
+                requests,
+                held,
+                in_order,
+            })
+        } else {
+            let [_, avail, used] = self.layout.areas();
+            for area in [avail, used] {
+                memory.write(area + 2, &at.to_le_bytes())?;
+            }
+            DriverState::Split(SplitDriverState { avail: at, published: at, used: at, ..Default::default() })
+        };
+        self.driver = DriverRing::restore(memory, self.layout, self.features, &state)?;
+        self.base = self.position();
+        Ok(())
+    }
+
+    /// The base of a device that has completed what was taken off the ring, and no more.
+    pub(super) fn position(&self) -> RingBase {
+        match self.driver.state() {
+            DriverState::Split(state) => RingBase::split(state.used),
+            DriverState::Packed(PackedDriverState { used, .. }) => packed(used),
+        }
+    }
+
+    /// The base of a device that has completed whatever was made.
+    pub(super) fn end(&self) -> RingBase {
+        match self.driver.state() {
+            DriverState::Split(state) => RingBase::split(state.avail),
+            DriverState::Packed(PackedDriverState { avail, .. }) => packed(avail),
+        }
+    }
+
+    /// Whether a base of the back-end is this one.
+    pub(super) fn same(&self, base: RingBase, expected: RingBase) -> bool {
+        match self.is_packed() {
+            true => (base.packed_avail(), base.packed_used()) == (expected.packed_avail(), expected.packed_used()),
+            false => base == expected,
+        }
+    }
+
+    /// A base, to be read by people.
+    pub(super) fn show(&self, base: RingBase) -> String {
+        if !self.is_packed() {
+            return base.bits().to_string();
+        }
+        let (avail, used) = (base.packed_avail(), base.packed_used());
+        let show = |position: Position| format!("{} (wrap counter {})", position.index, u8::from(position.wrap));
+        match avail == used {
+            true => show(avail),
+            false => format!("avail {}, used {}", show(avail), show(used)),
+        }
+    }
+
+    /// Descriptors that a base says were taken and not completed, if it can be a base of this ring.
+    pub(super) fn in_flight(&self, base: RingBase) -> Option<u16> {
+        let (here, size) = (self.position(), self.layout.size());
+        match self.is_packed() {
+            true => here.packed_used().until(base.packed_avail(), size),
+            false => Some(base.split_index().wrapping_sub(here.split_index())).filter(|count| *count <= size),
+        }
+    }
+
+    /// Whether a split ring's used index is further than what was made; of a packed one the driver would see it.
+    pub(super) fn has_more(&self, memory: &Memory) -> Result<bool, Fault> {
+        let mut index = [0; 2];
+        memory.read(self.device_at() + 2, &mut index)?;
+        Ok(!self.is_packed() && u16::from_le_bytes(index) != self.end().split_index())
+    }
+
+    /// Pages of a packed ring that completions were written to, from `from` on to where the driver is. A completion is in
+    /// the first descriptor of its request; those of one batch are looked at as a whole.
+    pub(super) fn completed_pages(&self, from: Position) -> impl Iterator<Item = u64> {
+        let ([desc, ..], size) = (self.layout.areas(), self.layout.size());
+        let to = self.position().packed_used();
+        let count = from.until(to, size).unwrap_or_default();
+        (0..count).map(move |step| (desc + u64::from(from.after(step, size).index) * 16) / LOG_PAGE)
+    }
+
+    /// Pages that only the driver writes.
+    pub(super) fn own(&self) -> Pages {
+        let ([desc, driver, _], [desc_bytes, driver_bytes, _]) = (self.layout.areas(), self.bytes());
+        let desc = (!self.is_packed()).then(|| pages(desc, desc_bytes));
+        desc.into_iter().flatten().chain(pages(driver, driver_bytes)).collect()
+    }
+
+    /// Pages of the ring that the device writes.
+    pub(super) fn written(&self) -> Pages {
+        let ([desc, _, device], [desc_bytes, _, device_bytes]) = (self.layout.areas(), self.bytes());
+        let desc = self.is_packed().then(|| pages(desc, desc_bytes));
+        desc.into_iter().flatten().chain(pages(device, device_bytes)).collect()
+    }
+
+    /// Bytes of its areas.
+    pub(super) fn bytes(&self) -> [u64; 3] {
+        RingLayout::area_bytes(self.features, self.layout.size())
+    }
+
+    /// Where the device's own area lies: the used ring, or its event area.
+    pub(super) fn device_at(&self) -> u64 {
+        let [_, _, device] = self.layout.areas();
+        device
+    }
+
+    /// Signals the kick fd, wanted or not.
+    pub(super) fn wake(&self) {
+        // One that is full is signalled already.
+        let _ = self.kick.write(1);
+    }
+
+    /// Makes what was added visible, and kicks if the device wants it.
+    pub(super) fn publish(&mut self) {
+        if self.driver.publish() {
+            self.wake();
+        }
+    }
+}
+
+fn packed(at: Position) -> RingBase {
+    RingBase::packed(at.index, at.wrap, at.index, at.wrap)
+}
