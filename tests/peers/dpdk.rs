@@ -116,7 +116,7 @@ impl Rig {
         for (index, base) in (0..).zip(bases) {
             let layout = self.layouts[usize::from(index)];
             let ([desc, avail, used], [kick, call]) = (layout.areas(), self.fds[usize::from(index)].clone());
-            let setup = RingSetup { size: layout.size(), desc, avail, used, kick, call, base };
+            let setup = RingSetup { size: layout.size(), desc, avail, used, kick, call, error: None, base };
             self.device.start_ring(index, setup).unwrap();
         }
         // It works for drivers that are ready, not for rings that run.

@@ -80,7 +80,8 @@ static DISKS: LazyLock<[Arc<dyn Device>; 2]> = LazyLock::new(|| {
             aio,
             direct: false,
             in_order: true,
-            inflight_migration: false,
+            inflight_migration: true,
+            iommu: false,
             share_rw: false,
             postcopy: false,
         };
