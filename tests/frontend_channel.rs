@@ -86,6 +86,8 @@ impl Backend {
             direct: false,
             in_order: false,
             inflight_migration: false,
+            iommu: false,
+            postcopy: false,
             share_rw: false,
         });
         let talker = Arc::new(Talker { disk: disk.unwrap(), host: Mutex::default() });

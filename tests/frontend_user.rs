@@ -697,3 +697,51 @@ fn postcopy_with_a_back_end_that_answers_about_other_memory_ends_before_it_begin
         assert_eq!((told.gpa(user + 0x10000), told.address(0x10000)), (None, None));
     }
 }
+
+#[test]
+fn what_only_some_devices_hear_is_said_with_their_numbers_and_again_to_a_successor() {
+    let all = ALL | 1 << p::RARP | 1 << p::MTU | 1 << p::RESET_DEVICE;
+    let fake = Fake::start(all, |_| Answer::Usual);
+    let mut device = fake.connect().unwrap();
+    device.set_features(VERSION_1).unwrap();
+    device.set_memory(&memory(1)).unwrap();
+    let ring = setup();
+    device.start_ring(0, ring.clone()).unwrap();
+    fake.take();
+    device.announce([2, 1, 2, 3, 4, 5]).unwrap();
+    device.set_mtu(9000).unwrap();
+    let signal = EventFd::new().unwrap();
+    device.signal_log(Some(signal.as_fd())).unwrap();
+    let heard: Vec<_> = fake.take().into_iter().map(|message| (message.request, message.payload)).collect();
+    let numbers = |number: u64| number.as_bytes().to_vec();
+    let expected = [
+        (Request::SEND_RARP, numbers(0x0504_0302_0102)),
+        (Request::NET_SET_MTU, numbers(9000)),
+        (Request::SET_LOG_FD, vec![]),
+    ];
+    assert_eq!(heard, expected);
+
+    device.reset().unwrap();
+    assert_eq!(fake.requests(), ["RESET_DEVICE"]);
+    assert_eq!(device.acked_features(), 0);
+    device.set_features(VERSION_1).unwrap();
+    device.start_ring(0, ring).unwrap();
+    fake.take();
+    device.reconnect(Instant::now() + Duration::from_secs(60)).unwrap();
+    let heard = fake.requests();
+    let count = |name: &str| heard.iter().filter(|request| *request == name).count();
+    assert_eq!((count("NET_SET_MTU"), count("SET_LOG_FD"), count("SEND_RARP")), (1, 1, 0), "{heard:?}");
+}
+
+#[test]
+fn a_device_without_them_is_not_asked_and_is_reset_by_its_status() {
+    let fake = Fake::start(ALL, |_| Answer::Usual);
+    let mut device = fake.connect().unwrap();
+    fake.take();
+    assert!(matches!(device.announce([2; 6]), Err(FrontendError::NotOffered { .. })));
+    assert!(matches!(device.set_mtu(1500), Err(FrontendError::NotOffered { .. })));
+    device.reset().unwrap();
+    assert_eq!(fake.requests(), ["SET_STATUS"]);
+    let fake = Fake::start(1 << p::REPLY_ACK, |_| Answer::Usual);
+    assert!(matches!(fake.connect().unwrap().reset(), Err(FrontendError::NotOffered { .. })));
+}

@@ -98,7 +98,7 @@ pub fn device(which: u8) -> Arc<dyn Device> {
         _ => {
             let mac = [0x52, 0x54, 0, 0, 0, 1];
             let (peer, max_queue_size) = (Peer::Loopback, SIZE);
-            let options = NetOptions { peer, pairs: 1, max_queue_size, mac, mtu: None, postcopy: false };
+            let options = NetOptions { peer, pairs: 1, max_queue_size, mac, iommu: false, mtu: None, postcopy: false };
             Arc::new(Net::open(options).unwrap())
         }
     }

@@ -8,6 +8,7 @@ mod channel;
 mod ear;
 mod inflight;
 mod postcopy;
+mod requests;
 mod state;
 
 pub use postcopy::BackendAddresses;
@@ -65,10 +66,13 @@ impl Default for UserOptions {
             protocol_features: [
                 MQ,
                 LOG_SHMFD,
+                RARP,
                 REPLY_ACK,
+                MTU,
                 BACKEND_REQ,
                 CONFIG,
                 INFLIGHT_SHMFD,
+                RESET_DEVICE,
                 CONFIGURE_MEM_SLOTS,
                 STATUS,
                 DEVICE_STATE,
@@ -100,7 +104,9 @@ pub struct UserDevice {
     inflight: Option<Inflight>,
     rings: BTreeMap<u16, RingSetup>,
     log: Option<(Arc<Log>, OwnedFd)>,
+    log_signal: Option<OwnedFd>,
     status: u8,
+    mtu: Option<u16>,
     /// The state that was loaded, until a ring has started.
     loaded: Option<Vec<u8>>,
 }
@@ -141,7 +147,9 @@ impl UserDevice {
             inflight: None,
             rings: BTreeMap::new(),
             log: None,
+            log_signal: None,
             status: 0,
+            mtu: None,
             loaded: None,
         })
     }
@@ -294,6 +302,7 @@ impl UserDevice {
             self.post_status()?;
         }
         self.post_features()?;
+        self.post_mtu()?;
         if let Some(inflight) = &self.inflight {
             self.channel.post(Request::SET_INFLIGHT_FD, inflight.describe().as_bytes(), &[inflight.fd()])?;
         }
@@ -315,6 +324,9 @@ impl UserDevice {
             }
         }
         self.install_log()?;
+        if self.log_signal.is_some() {
+            self.post_log_signal()?;
+        }
         for &index in rings.keys() {
             self.post_enable(index, true)?;
         }

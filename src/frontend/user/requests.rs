@@ -1,0 +1,87 @@
+//! Requests that no [`Device`](super::super::Device) of every kind has: of network devices, of logs that signal, and the
+//! reset.
+#![forbid(unsafe_code)]
+
+use std::os::fd::{AsFd, BorrowedFd};
+
+use zerocopy::IntoBytes;
+
+use super::super::{Device, FrontendError};
+use super::UserDevice;
+use crate::abi::vhost_user::{Request, protocol_feature};
+
+impl UserDevice {
+    /// Has a network device tell its network where `mac` is now, as after a migration whose driver can't do that itself
+    /// (SEND_RARP).
+    ///
+    /// # Errors
+    /// [`FrontendError::NotOffered`], [`FrontendError::Refused`]; the channel's errors.
+    pub fn announce(&mut self, mac: [u8; 6]) -> Result<(), FrontendError> {
+        self.need(protocol_feature::RARP, "RARP", "let the guest's driver announce itself")?;
+        let [a, b, c, d, e, f] = mac;
+        let payload = u64::from_le_bytes([a, b, c, d, e, f, 0, 0]);
+        self.channel.post(Request::SEND_RARP, payload.as_bytes(), &[])?;
+        self.channel.settle()
+    }
+
+    /// Tells a network device the largest packet of its driver, in bytes; also after a reconnection (NET_SET_MTU).
+    ///
+    /// # Errors
+    /// As [`UserDevice::announce`].
+    pub fn set_mtu(&mut self, mtu: u16) -> Result<(), FrontendError> {
+        self.need(protocol_feature::MTU, "MTU", "leave it as it is")?;
+        self.mtu = Some(mtu);
+        self.post_mtu()?;
+        self.channel.settle().inspect_err(|error| {
+            if !error.is_hang_up() {
+                self.mtu = None;
+            }
+        })
+    }
+
+    /// Posts the MTU that is noted.
+    pub(super) fn post_mtu(&mut self) -> Result<(), FrontendError> {
+        match self.mtu {
+            Some(mtu) => self.channel.post(Request::NET_SET_MTU, u64::from(mtu).as_bytes(), &[]),
+            None => Ok(()),
+        }
+    }
+
+    /// Has the device write `signal` after it logged, or nothing any more; also after a reconnection (SET_LOG_FD, rule
+    /// L12).
+    ///
+    /// # Errors
+    /// [`FrontendError::Refused`]; the channel's errors.
+    pub fn signal_log(&mut self, signal: Option<BorrowedFd<'_>>) -> Result<(), FrontendError> {
+        let kept = signal.map(|fd| fd.try_clone_to_owned()).transpose();
+        self.log_signal = kept.map_err(FrontendError::system("keep the log's signal"))?;
+        self.post_log_signal()?;
+        self.channel.settle()
+    }
+
+    /// Posts the signal that is noted.
+    pub(super) fn post_log_signal(&mut self) -> Result<(), FrontendError> {
+        let fds: Vec<BorrowedFd<'_>> = self.log_signal.iter().map(AsFd::as_fd).collect();
+        self.channel.post(Request::SET_LOG_FD, &[], &fds)
+    }
+
+    /// Resets the device as its driver would: rings are gone, requests in flight are not answered any more, features are
+    /// to be set anew. Memory and the log stay (RESET_DEVICE, else SET_STATUS 0; rule R8).
+    ///
+    /// # Errors
+    /// [`FrontendError::NotOffered`] if it knows neither; the channel's errors.
+    pub fn reset(&mut self) -> Result<(), FrontendError> {
+        match self.has(protocol_feature::RESET_DEVICE) {
+            true => self.channel.post(Request::RESET_DEVICE, &[], &[])?,
+            false => {
+                self.need(protocol_feature::STATUS, "RESET_DEVICE or STATUS", "stop its rings instead")?;
+                self.set_status(0)?;
+            }
+        }
+        self.channel.settle()?;
+        (self.status, self.features) = (0, 0);
+        let rings = std::mem::take(&mut self.rings);
+        rings.keys().for_each(|index| self.ear.iter().for_each(|ear| ear.remove(*index)));
+        Ok(())
+    }
+}
