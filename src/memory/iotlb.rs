@@ -206,8 +206,8 @@ impl Cache {
     }
 }
 
-/// The addresses that an invalidation names. No bytes at all from 0 on are all addresses: QEMU's virtio-iommu counts the
-/// bytes of the whole space in 64 bits *(seen in its source)*.
+/// The addresses that an invalidation names. No bytes at all from 0 on are all addresses: that is what the size of the
+/// whole space comes to in 64 bits.
 ///
 /// # Errors
 /// [`IotlbError::Range`].
