@@ -118,7 +118,7 @@ fn drive(path: PathBuf, features: u64, memory: &Memory) {
     for index in 0..2 {
         let at = u64::from(index) * 0x1000;
         let (kick, call) = (eventfd(), eventfd());
-        let setup = RingSetup { size: 64, desc: at, avail: at + 0x400, used: at + 0x800, kick, call, base };
+        let setup = RingSetup { size: 64, desc: at, avail: at + 0x400, used: at + 0x800, kick, call, error: None, base };
         let _ = device.start_ring(index, setup);
     }
     let (log, fd) = Log::create(memory.end()).unwrap();

@@ -10,8 +10,10 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{BackendRequest, Header, Request as Code, VringState, protocol_feature};
 use vhost_migrate::abi::virtio::VIRTIO_F_VERSION_1;
-use vhost_migrate::backend::{Device, Host, Queue, Request};
-use vhost_migrate::ring::Buffer;
+use vhost_migrate::backend::{
+    BackendError, Device, Host, Logging, Message, Notifier, Queue, Request, Rings, Session, Setup, Step,
+};
+use vhost_migrate::ring::{Buffer, RingBase};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::guest::{BASIC, Guest, HIGH, PROTOCOL, Ring, status};
@@ -97,15 +99,6 @@ fn kicks_and_calls_can_be_messages() {
         assert_eq!(status(&guest, ring.index.into()), 0);
     }
     assert!(ear.is_silent());
-    // A ring that waits for a message is not looked at every now and then.
-    rings[0].read(&guest, 0, 1, 512);
-    let _ = rings[0].driver.publish();
-    read(&client, &guest, &mut rings[1]);
-    assert_eq!(ear.hear(), (BackendRequest::VRING_CALL, Some(1)));
-    std::thread::sleep(std::time::Duration::from_millis(50));
-    assert!(rings[0].driver.pop_used().unwrap().is_none(), "a ring without a kick was served");
-    client.done(Code::VRING_KICK, &VringState { index: 0, num: 0 }, &[]);
-    assert_eq!(ear.hear(), (BackendRequest::VRING_CALL, Some(0)));
     let missing = VringState { index: 2, num: 0 };
     assert_eq!(client.acknowledged(Code::VRING_KICK, missing.as_bytes(), &[]), 1);
 }
@@ -130,6 +123,53 @@ fn the_first_kick_starts_a_ring_whose_fds_were_never_spoken_of() {
     guest.memory.write(ring.layout.avail + 2, &9999u16.to_le_bytes()).unwrap();
     client.done(Code::VRING_KICK, &VringState { index: 0, num: 0 }, &[]);
     assert_eq!(ear.hear(), (BackendRequest::VRING_ERR, Some(0)));
+}
+
+/// Whether each ring that was started is one to be looked at every now and then.
+#[derive(Default)]
+struct Started(Vec<bool>);
+
+impl Rings for Started {
+    fn start(&mut self, _index: u16, setup: Setup) -> Result<(), BackendError> {
+        self.0.push(setup.polled);
+        Ok(())
+    }
+
+    fn stop(&mut self, _index: u16) -> Result<RingBase, BackendError> {
+        Ok(RingBase::split(0))
+    }
+
+    fn set_logging(&mut self, _index: u16, _logging: Logging) {}
+
+    fn invalidate(&mut self, _range: &std::ops::RangeInclusive<u64>) {}
+
+    fn kick(&mut self, _index: u16) {}
+
+    fn set_notifiers(&mut self, _index: u16, _call: Option<Arc<Notifier>>, _error: Option<Arc<Notifier>>) {}
+}
+
+/// Rule B3.
+#[test]
+fn a_ring_without_a_kick_is_polled_unless_its_kicks_are_messages() {
+    for (protocol, polled) in [(PROTOCOL, true), (IN_BAND, false)] {
+        let guest = Guest::new();
+        let (mut session, mut rings) = (Session::new(Arc::new(Restless::default())), Started::default());
+        let mut tell = |code, payload: &[u8], fds: &[BorrowedFd<'_>]| {
+            let fds = fds.iter().map(|fd| fd.try_clone_to_owned().unwrap()).collect();
+            let step = session.message(Message { code, flags: VERSION, payload: payload.to_vec(), fds }, &mut rings);
+            assert!(matches!(step, Step::Silence), "{code}: {step:?}");
+        };
+        let ring = Ring::new(&guest, 0, 256, BASIC);
+        let state = |num| VringState { index: 0, num };
+        tell(Code::SET_PROTOCOL_FEATURES, protocol.as_bytes(), &[]);
+        tell(Code::SET_FEATURES, BASIC.as_bytes(), &[]);
+        tell(Code::SET_MEM_TABLE, &guest.table(), &guest.fds());
+        tell(Code::SET_VRING_NUM, state(256).as_bytes(), &[]);
+        tell(Code::SET_VRING_ADDR, ring.addr(&guest).as_bytes(), &[]);
+        tell(Code::SET_VRING_KICK, NO_FD.as_bytes(), &[]);
+        tell(Code::SET_VRING_ENABLE, state(1).as_bytes(), &[]);
+        assert_eq!(rings.0, [polled], "{protocol:#x}");
+    }
 }
 
 #[test]

@@ -122,7 +122,16 @@ fn every_byte_arrives(server: &Server, to: &Memory) {
         let (kick, call) = (eventfd(&ring.kick), eventfd(&ring.call));
         let layout = ring.layout;
         let (base, size) = (RingBase::split(0), layout.size);
-        let setup = RingSetup { size, desc: layout.desc, avail: layout.avail, used: layout.used, kick, call, error: None, base };
+        let setup = RingSetup {
+            size,
+            desc: layout.desc,
+            avail: layout.avail,
+            used: layout.used,
+            kick,
+            call,
+            error: None,
+            base,
+        };
         device.start_ring(0, setup).unwrap();
         ring.kick.write(1).unwrap();
         let end = Instant::now() + DEADLINE;
