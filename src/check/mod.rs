@@ -83,6 +83,11 @@ pub const RULES: &[(&str, &str)] = &[
     ("R8", "resets"),
     ("R9", "reconnecting"),
     ("R10", "notifications before there is a call fd"),
+    ("T1", "translations and misses"),
+    ("T2", "IOTLB messages"),
+    ("T3", "invalidation"),
+    ("T4", "rings in scattered pages"),
+    ("T5", "offer of ACCESS_PLATFORM"),
     ("L1", "marks of data"),
     ("L2", "logs of any size and place"),
     ("L3", "marks of the used ring"),
@@ -110,6 +115,7 @@ pub const RULES: &[(&str, &str)] = &[
     ("M1", "memory table"),
     ("C1", "configuration space"),
     ("D1", "device state"),
+    ("P1", "postcopy"),
 ];
 
 /// Rules that a back-end's peer can't see it keep, and why.

@@ -173,6 +173,24 @@ fn wrong_messages(guest: &Guest, ring: &Ring, features: u64) -> Vec<Wrong> {
     ] {
         all.push(wrong("a message cut short", code, &[1u8; 3], 1));
     }
+    // A disk has no such thing, or it was not agreed on.
+    for code in [
+        Code::SEND_RARP,
+        Code::NET_SET_MTU,
+        Code::CREATE_CRYPTO_SESSION,
+        Code::CLOSE_CRYPTO_SESSION,
+        Code::POSTCOPY_ADVISE,
+        Code::POSTCOPY_LISTEN,
+        Code::POSTCOPY_END,
+        Code::GPU_SET_SOCKET,
+        Code::GET_SHARED_OBJECT,
+        Code::SET_DEVICE_STATE_FD,
+        Code::CHECK_DEVICE_STATE,
+        Code::GET_SHMEM_CONFIG,
+        Code::GET_VRING_BASE_SKIP_DRAIN,
+    ] {
+        all.push(wrong("what a disk does not do", code, &[0u8; 8], 0));
+    }
     all
 }
 
@@ -215,7 +233,14 @@ fn without_need_reply_a_wrong_message_is_passed_over_unless_an_answer_is_owed(#[
         Code::GET_CONFIG,
         Code::GET_INFLIGHT_FD,
         Code::POSTCOPY_ADVISE,
+        Code::POSTCOPY_LISTEN,
+        Code::POSTCOPY_END,
+        Code::CREATE_CRYPTO_SESSION,
+        Code::GET_SHARED_OBJECT,
         Code::SET_DEVICE_STATE_FD,
+        Code::CHECK_DEVICE_STATE,
+        Code::GET_SHMEM_CONFIG,
+        Code::GET_VRING_BASE_SKIP_DRAIN,
     ];
     let mut client = server.connect();
     let mut ring = with_running_ring(&client, &guest, features);

@@ -275,6 +275,26 @@ fn a_reset_stops_the_rings_and_keeps_the_memory(#[values(SPLIT, PACKED)] feature
     }
 }
 
+/// Rule R8.
+#[rstest]
+fn without_an_owner_all_rings_are_disabled(#[values(SPLIT, PACKED)] features: u64) {
+    let (server, guest) = disk();
+    let client = server.connect();
+    let mut ring = running(&client, &guest, features);
+    read_one(&guest, &mut ring, 0);
+    client.done(Code::RESET_OWNER, &[0u8; 0], &[]);
+    ring.read(&guest, 0, 0, 512);
+    let _ = ring.driver.publish();
+    ring.kick.write(1).unwrap();
+    client.barrier();
+    assert!(ring.driver.pop_used().unwrap().is_none(), "a request was served without an owner");
+    // Where it goes on is not forgotten.
+    client.send(Code::SET_VRING_KICK, NEED_REPLY, &0u64.to_ne_bytes(), &[ring.kick.as_fd()]);
+    client.reply(Code::SET_VRING_KICK);
+    ring.enable(&client, true);
+    ring.completion();
+}
+
 /// Rule R9.
 #[rstest]
 fn the_next_front_end_finds_the_disk_and_nothing_else(#[values(SPLIT, PACKED)] features: u64) {

@@ -41,8 +41,16 @@ pub(crate) fn kernel() -> PathBuf {
     kernel
 }
 
-/// Makes the initramfs: loads `drivers`, runs `commands` and then the program that `tests/peers/guest/PROGRAM.rs` is.
-pub(crate) fn make(lab: &Lab, kernel: Kernel, drivers: &[&str], commands: &str, program: &str) -> PathBuf {
+/// Makes the initramfs: loads `drivers`, runs `commands` and then the program that `tests/peers/guest/PROGRAM.rs` is. The
+/// commands can start `others` of these programs.
+pub(crate) fn make_with(
+    lab: &Lab,
+    kernel: Kernel,
+    drivers: &[&str],
+    commands: &str,
+    others: &[&str],
+    program: &str,
+) -> PathBuf {
     let mut archive = Archive::default();
     for folder in ["bin", "dev"] {
         archive.add(folder, DIRECTORY, (0, 0), &[]);
@@ -50,7 +58,9 @@ pub(crate) fn make(lab: &Lab, kernel: Kernel, drivers: &[&str], commands: &str, 
     archive.add("dev/console", CHARACTER_DEVICE, (5, 1), &[]);
     let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find_map(|path| fs::read(path).ok());
     archive.add("bin/busybox", PROGRAM, (0, 0), &busybox.expect("busybox: run tests/peers/install"));
-    archive.add(program, PROGRAM, (0, 0), &fs::read(build(lab, program)).unwrap());
+    for program in others.iter().chain([&program]) {
+        archive.add(program, PROGRAM, (0, 0), &fs::read(build(lab, program)).unwrap());
+    }
 
     let mut init = String::from("#!/bin/busybox sh\nbusybox mount -t devtmpfs dev /dev\n");
     for (i, module) in modules(&kernel.modules(), drivers).into_iter().enumerate() {
@@ -63,6 +73,11 @@ pub(crate) fn make(lab: &Lab, kernel: Kernel, drivers: &[&str], commands: &str, 
     let path = lab.file("initramfs");
     fs::write(&path, archive.finish()).unwrap();
     path
+}
+
+/// The same with one program.
+pub(crate) fn make(lab: &Lab, kernel: Kernel, drivers: &[&str], commands: &str, program: &str) -> PathBuf {
+    make_with(lab, kernel, drivers, commands, &[], program)
 }
 
 fn build(lab: &Lab, name: &str) -> PathBuf {

@@ -18,6 +18,7 @@ mod hugetlb;
 mod initramfs;
 mod linux_guest;
 mod linux_net;
+mod linux_whole;
 mod load;
 mod log_bitmap;
 mod loop_device;

@@ -1,0 +1,154 @@
+//! A real Linux guest in QEMU with both of our devices, several queues each: it moves there and back, is stopped and continued, gets more
+//! memory and another disk while it works, and is reset.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::backend::{Backend, Kind};
+use crate::initramfs::{self, Kernel};
+use crate::linux_guest::{counts, works};
+use crate::linux_net::{Network, UP, backend};
+use crate::migration::{self, GENTLE};
+use crate::process::{Lab, Process, wait_for};
+use crate::qemu::Qemu;
+
+const DISK_BYTES: u64 = 64 << 20;
+/// Where the guest's disk and its network say how they are.
+const SERIALS: [&str; 2] = ["disk", "net"];
+
+/// A QEMU with the guest in it or on its way to it.
+struct Host {
+    qemu: Qemu,
+    consoles: [PathBuf; 2],
+}
+
+impl Host {
+    fn start(lab: &Lab, name: &str, boot: &str, disk: &Path, net: &Path) -> Host {
+        let consoles = SERIALS.map(|serial| lab.file(&format!("{name}.{serial}")));
+        let arguments = format!(
+            "-machine q35,memory-backend=ram -smp 2 -m 256,slots=2,maxmem=1G -object memory-backend-memfd,id=ram,size=256M,share=on \
+             {boot} -chardev socket,id=vu,path={},reconnect-ms=100 -device vhost-user-blk-pci,chardev=vu,num-queues=2 \
+             -chardev socket,id=vn,path={},reconnect-ms=100 -netdev vhost-user,id=net,chardev=vn,queues=2 \
+             -device virtio-net-pci,netdev=net,mq=on,mac=52:54:00:47:47:48 -device pcie-root-port,id=port,chassis=1 \
+             -serial file:{} -serial file:{}",
+            disk.display(),
+            net.display(),
+            consoles[0].display(),
+            consoles[1].display(),
+        );
+        Host { qemu: Qemu::start(lab, name, &arguments), consoles }
+    }
+
+    /// Waits until both have done some more, and all of it was right.
+    fn works(&self) {
+        for (console, more) in self.consoles.iter().zip([(100, 200), (100, 0)]) {
+            let told = || counts(&String::from_utf8_lossy(&fs::read(console).unwrap_or_default()));
+            works(told, more.0, more.1);
+        }
+    }
+
+    fn has(&mut self, device: &str) -> bool {
+        let devices = self.qemu.qmp("qom-list", json!({"path": "/machine/peripheral"}));
+        devices.as_array().unwrap().iter().any(|found| found["name"] == device)
+    }
+}
+
+fn socket_chardev(id: &str, path: &Path) -> Value {
+    let addr = json!({"type": "unix", "data": {"path": path}});
+    let data = json!({"addr": addr, "server": false, "reconnect-ms": 100});
+    json!({"id": id, "backend": {"type": "socket", "data": data}})
+}
+
+#[test]
+fn a_linux_guest_with_a_disk_and_a_network_goes_through_all_that_qemu_can_do_to_it() {
+    let (lab, network) = (Lab::new(), Network::new());
+    let image = lab.disk();
+    File::create(&image).unwrap().set_len(DISK_BYTES).unwrap();
+    let mut disks = ["disk-a", "disk-b"].map(|name| Backend::start(&lab, Kind::Ours, name, &image, 2));
+    let mut nets: Vec<Process> = ["net-a", "net-b"]
+        .iter()
+        .zip(&network.taps)
+        .map(|(name, tap)| backend(&lab, name, &format!("--tap {tap} --queue-pairs 2")))
+        .collect();
+    let net_sockets = ["net-a", "net-b"].map(|name| lab.file(&format!("{name}.sock")));
+    let commands = format!("{UP}\n/net >/dev/ttyS1 2>&1 &");
+    let drivers = ["virtio_pci", "virtio_blk", "virtio_net"];
+    let initramfs = initramfs::make_with(&lab, Kernel::Pc, &drivers, &commands, &["net"], "load");
+    let boot =
+        format!("-kernel {} -initrd {} -append console=ttyS0", initramfs::kernel().display(), initramfs.display());
+    let mut host = Host::start(&lab, "host-0", &boot, disks[0].socket(), &net_sockets[0]);
+    host.works();
+
+    // GET_VRING_BASE and a new start on the same connection, under load.
+    for _ in 0..3 {
+        host.qemu.qmp("stop", json!({}));
+        host.qemu.qmp("cont", json!({}));
+        host.works();
+    }
+
+    for number in 1..=4 {
+        let (there, name) = (number % 2, format!("host-{number}"));
+        let mut destination = Host::start(&lab, &name, "-incoming defer", disks[there].socket(), &net_sockets[there]);
+        let socket = lab.file(&format!("{name}.migration"));
+        migration::begin(&mut host.qemu, &mut destination.qemu, &socket, false, GENTLE);
+        let info = migration::finish(&mut host.qemu, &mut destination.qemu);
+        eprintln!("migration {number}: {} ms, downtime {} ms", info["total-time"], info["downtime"]);
+        host.qemu.quit();
+        host = destination;
+        host.works();
+    }
+
+    // More memory: slots are added while both devices work.
+    for (memory, dimm) in [("more-1", "dimm-1"), ("more-2", "dimm-2")] {
+        let object = json!({"qom-type": "memory-backend-memfd", "id": memory, "size": 128 << 20, "share": true});
+        host.qemu.qmp("object-add", object);
+        host.qemu.qmp("device_add", json!({"driver": "pc-dimm", "id": dimm, "memdev": memory}));
+        host.works();
+    }
+
+    // Another disk comes and goes.
+    let second = lab.file("second.img");
+    File::create(&second).unwrap().set_len(DISK_BYTES).unwrap();
+    let mut guest_disk = Backend::start(&lab, Kind::OursPostcopy, "disk-c", &second, 1);
+    for _ in 0..2 {
+        let before = guest_disk.output().matches("SET_VRING_KICK").count();
+        host.qemu.qmp("chardev-add", socket_chardev("vu2", guest_disk.socket()));
+        let device =
+            json!({"driver": "vhost-user-blk-pci", "chardev": "vu2", "bus": "port", "id": "second", "num-queues": 1});
+        host.qemu.qmp("device_add", device);
+        wait_for("the guest's driver takes the new disk", || {
+            (guest_disk.output().matches("SET_VRING_KICK").count() > before).then_some(())
+        });
+        host.works();
+        host.qemu.qmp("device_del", json!({"id": "second"}));
+        wait_for("the guest lets the disk go", || (!host.has("second")).then_some(()));
+        host.qemu.qmp("chardev-remove", json!({"id": "vu2"}));
+        host.works();
+    }
+    guest_disk.assert_running();
+
+    // A reset under load; the guest boots again, with a blank disk as it expects one.
+    host.qemu.qmp("stop", json!({}));
+    host.qemu.qmp("system_reset", json!({}));
+    let blank = File::options().write(true).open(&image).unwrap();
+    blank.set_len(0).unwrap();
+    blank.set_len(DISK_BYTES).unwrap();
+    host.qemu.qmp("cont", json!({}));
+    let console = host.consoles[0].clone();
+    let boots = || String::from_utf8_lossy(&fs::read(&console).unwrap()).matches("ok 0 ").count();
+    let before = boots();
+    wait_for("the guest's program starts again", || (boots() > before).then_some(()));
+    host.works();
+    assert_eq!(host.qemu.qmp("query-status", json!({}))["status"], "running");
+    disks.iter_mut().for_each(Backend::assert_running);
+    nets.iter_mut().for_each(Process::assert_running);
+
+    // QEMU dies, and the next one finds both devices as new.
+    drop(host);
+    blank.set_len(0).unwrap();
+    blank.set_len(DISK_BYTES).unwrap();
+    let host = Host::start(&lab, "host-9", &boot, disks[0].socket(), &net_sockets[0]);
+    host.works();
+}
