@@ -67,6 +67,12 @@ impl Qemu {
 
     /// Executes a QMP command and returns what it returned; an error is a failed test.
     pub(crate) fn qmp(&mut self, command: &str, arguments: Value) -> Value {
+        let name = self.name.clone();
+        self.try_qmp(command, arguments).unwrap_or_else(|answer| panic!("{name}: {command} failed: {answer}"))
+    }
+
+    /// The same; an error is QEMU's answer.
+    pub(crate) fn try_qmp(&mut self, command: &str, arguments: Value) -> Result<Value, Value> {
         let request = json!({"execute": command, "arguments": arguments}).to_string();
         let sent = self.qmp.get_mut().write_all(request.as_bytes()); // in one piece: it may end before a second one
         if sent.is_err() {
@@ -75,9 +81,11 @@ impl Qemu {
         loop {
             let mut answer = self.line();
             if let Some(result) = answer.get_mut("return") {
-                return result.take();
+                return Ok(result.take());
             }
-            assert!(answer.get("event").is_some(), "{}: {command} failed: {answer}", self.name);
+            if answer.get("event").is_none() {
+                return Err(answer);
+            }
         }
     }
 

@@ -29,10 +29,10 @@ impl Testpmd {
         testpmd
     }
 
-    /// A front-end of the back-end at `socket`, which sends some packets and then whatever it receives. `options` are its port's.
+    /// A front-end of the back-end at `socket`, which sends packets all the time. `options` are its port's.
     pub(crate) fn frontend(lab: &Lab, socket: &Path, queues: u16, options: &str) -> Testpmd {
         let port = format!("net_virtio_user0,path={},queues={queues}{options}", socket.display());
-        Testpmd::start(lab, "librte_net_virtio.so", &port, queues, "--forward-mode=io --tx-first")
+        Testpmd::start(lab, "librte_net_virtio.so", &port, queues, "--forward-mode=flowgen")
     }
 
     fn start(lab: &Lab, driver: &str, port: &str, queues: u16, forwarding: &str) -> Testpmd {
