@@ -24,7 +24,7 @@ use zerocopy::FromBytes;
 
 use crate::abi::inflight::{PACKED_HEADER_BYTES, PackedEntry, PackedHeader, VERSION};
 use crate::abi::virtio::{MAX_QUEUE_SIZE, PACKED_DESC_F_AVAIL, PACKED_DESC_F_USED, PackedDesc};
-use crate::ring::{Position, RingBase};
+use crate::ring::{Place, Position, RingBase};
 
 use super::{InflightError, Mapped, Sink, Store};
 
@@ -57,8 +57,8 @@ pub struct PackedInflight<S: Sink = Mapped> {
     counter: u64,
     free_head: u16,
     /// With what is staged.
-    used: Position,
-    committed: Position,
+    used: Place,
+    committed: Place,
     /// What the region says of each entry, which is not believed again while the ring runs.
     links: Vec<Link>,
     /// Descriptors in flight.
@@ -87,7 +87,17 @@ impl<S: Sink> PackedInflight<S> {
         let links = recovery.links.clone();
         let held = links.iter().map(|link| link.num).sum();
         let batch = Vec::new();
-        PackedInflight { sink, ring_size, counter, free_head, used, committed: used, links, held, batch }
+        PackedInflight {
+            sink,
+            ring_size,
+            counter,
+            free_head,
+            used: used.into(),
+            committed: used.into(),
+            links,
+            held,
+            batch,
+        }
     }
 
     /// Notes that a request was taken, given the ring's descriptors of it; says the entry that names it from now on.
@@ -143,9 +153,10 @@ impl<S: Sink> PackedInflight<S> {
     pub fn stage(&mut self, head: u16) {
         let Some(num) = self.free(head) else { return };
         self.sink.u16(FREE_HEAD_AT, head);
-        self.used = self.used.after(num, self.ring_size);
+        let used = self.used.get().after(num, self.ring_size);
+        self.used = used.into();
         self.held = self.held.saturating_sub(num);
-        self.sink.u64(USED_AT, used_word(self.used, self.committed));
+        self.sink.u64(USED_AT, used_word(used, self.committed.get()));
         self.batch.push(head);
     }
 
@@ -172,7 +183,7 @@ impl<S: Sink> PackedInflight<S> {
         }
         self.sink.u16(OLD_FREE_HEAD_AT, self.free_head);
         self.committed = self.used;
-        self.sink.u64(USED_AT, used_word(self.used, self.used));
+        self.sink.u64(USED_AT, used_word(self.used.get(), self.used.get()));
     }
 
     /// Forgets everything, as a reset of the device wants it: the region counts as fresh (rule I7).

@@ -22,6 +22,7 @@ pub use driver::{DriverRing, DriverState, Used};
 pub use error::RingError;
 pub use in_order::InOrderState;
 pub use iommu::RingIommu;
+pub(crate) use packed::Place;
 pub use packed::{PackedDevice, PackedDriver, PackedDriverState, PackedLayout, PackedRequest, Position};
 pub use split::{SplitDevice, SplitDriver, SplitDriverState, SplitLayout};
 

@@ -12,7 +12,8 @@ use crate::ring::chain::copy_table;
 use crate::ring::{Buffer, Chain, RingBase, RingError, RingIommu, RingLog};
 
 use super::{
-    Areas, EVENT_ALIGN, PackedLayout, Position, Wish, event_at, event_bits, half_bits, is_avail, passes_position, wish,
+    Areas, EVENT_ALIGN, PackedLayout, Place, Position, Wish, event_at, event_bits, half_bits, is_avail,
+    passes_position, wish,
 };
 
 const DESC_BYTES: u64 = size_of::<PackedDesc>() as u64;
@@ -31,11 +32,11 @@ pub struct PackedDevice {
     event_idx: bool,
     indirect: bool,
     /// Of the next request to take.
-    avail: Position,
+    avail: Place,
     /// Of the next completion, with all that was pushed.
-    next_used: Position,
+    next_used: Place,
     /// Of the next completion as the driver sees it.
-    published: Position,
+    published: Place,
     /// What was pushed since: place and second half of each used descriptor.
     staged: Vec<(u16, u64)>,
     /// Whether a notification was decided on before.
@@ -75,9 +76,9 @@ impl PackedDevice {
             layout,
             event_idx: features & bit(VIRTIO_RING_F_EVENT_IDX) != 0,
             indirect: features & bit(VIRTIO_RING_F_INDIRECT_DESC) != 0,
-            avail,
-            next_used: used,
-            published: used,
+            avail: avail.into(),
+            next_used: used.into(),
+            published: used.into(),
             staged: Vec::new(),
             decided: false,
             log: None,
@@ -105,7 +106,7 @@ impl PackedDevice {
     /// The driver broke the ring. Nothing was taken; this ring can't go on, all others can.
     #[inline]
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
-        let (size, first) = (self.layout.size, self.avail);
+        let (size, first) = (self.layout.size, self.avail.get());
         // Pairs with the driver's release: the rest of the chain, which it wrote before, is visible after it.
         let mut desc = self.areas.desc(first.index, Ordering::Acquire);
         if !is_avail(&desc, first) {
@@ -120,7 +121,7 @@ impl PackedDevice {
             if desc.flags.get() & DESC_F_NEXT == 0 {
                 chain.begin(first.index);
                 collect(&self.memory, self.iommu.as_ref(), self.indirect, &self.descs, &mut self.table, chain)?;
-                self.avail = next;
+                self.avail = next.into();
                 return Ok(true);
             }
             desc = self.areas.desc(next.index, Ordering::Relaxed);
@@ -153,9 +154,10 @@ impl PackedDevice {
     /// wrote `written` bytes. The driver sees it after the next [`publish`](PackedDevice::publish).
     #[inline]
     pub fn push(&mut self, id: u16, slots: u16, written: u32) {
-        let flags = self.next_used.used_flags() | if written > 0 { DESC_F_WRITE } else { 0 };
-        self.staged.push((self.next_used.index, half_bits(written, id, flags)));
-        self.next_used = self.next_used.after(slots, self.layout.size);
+        let here = self.next_used.get();
+        let flags = here.used_flags() | if written > 0 { DESC_F_WRITE } else { 0 };
+        self.staged.push((here.index, half_bits(written, id, flags)));
+        self.next_used = here.after(slots, self.layout.size).into();
     }
 
     /// Makes the completions pushed so far visible and logs all writes of them; true if the driver is to be notified.
@@ -177,8 +179,8 @@ impl PackedDevice {
         self.fence_and_log(self.staged.iter().map(|staged| (place(staged), DESC_BYTES - HALF)));
         self.staged.clear();
         let size = self.layout.size;
-        let new = self.next_used;
-        let old = std::mem::replace(&mut self.published, new);
+        let new = self.next_used.get();
+        let old = std::mem::replace(&mut self.published, self.next_used).get();
         // Only now, after the fence: a driver that is about to sleep either sees the first descriptor or is seen here.
         let decided = std::mem::replace(&mut self.decided, true);
         match wish(&self.areas.driver, self.event_idx) {
@@ -198,10 +200,10 @@ impl PackedDevice {
     /// Asks the driver to kick from now on; true if there are requests already, for which it may not kick.
     #[must_use = "requests that are there already bring no kick"]
     pub fn enable_notifications(&mut self) -> bool {
-        self.set_event(event_at(self.avail, self.event_idx));
+        self.set_event(event_at(self.avail.get(), self.event_idx));
         // After the fence that followed the write, now or when the same was written before: the driver sees the wish
         // or is seen here.
-        self.areas.is_avail(self.avail)
+        self.areas.is_avail(self.avail.get())
     }
 
     /// Marks the whole descriptor ring and the device event area in the log: after a crash nobody knows which marks of
@@ -217,7 +219,7 @@ impl PackedDevice {
     /// Positions that can't be those of this ring (rule R4); nothing was changed.
     pub fn set_positions(&mut self, avail: Position, used: Position) -> Result<(), RingError> {
         check(avail, used, self.layout.size)?;
-        (self.avail, self.next_used, self.published, self.decided) = (avail, used, used, false);
+        (self.avail, self.next_used, self.published, self.decided) = (avail.into(), used.into(), used.into(), false);
         self.staged.clear();
         Ok(())
     }
@@ -229,7 +231,7 @@ impl PackedDevice {
         let size = self.layout.size;
         let total: u32 = requests.clone().map(|(_, slots)| u32::from(slots)).sum();
         let Some(total) = u16::try_from(total).ok().filter(|total| *total <= self.in_flight()) else { return false };
-        let first = self.avail.before(total, size);
+        let first = self.avail.get().before(total, size);
         let mut at = first;
         // What is between the used position and the avail one was not written since it was taken.
         let last = requests.into_iter().all(|(id, slots)| {
@@ -241,19 +243,19 @@ impl PackedDevice {
             })
         });
         if last {
-            self.avail = first;
+            self.avail = first.into();
         }
         last
     }
 
     /// Where the next request is taken.
     pub fn avail_position(&self) -> Position {
-        self.avail
+        self.avail.get()
     }
 
     /// Where the driver looks for the next completion.
     pub fn used_position(&self) -> Position {
-        self.published
+        self.published.get()
     }
 
     /// The flags of the descriptor at `index`: they tell recovery whether the last batch was published (rule I4).
@@ -273,7 +275,7 @@ impl PackedDevice {
     /// The base that GET_VRING_BASE answers (rule R4). It has to be that of a drained ring: of others, a used position 0
     /// with wrap counter 0 gets lost on the way (see [`RingBase::packed_used`]).
     pub fn base(&self) -> RingBase {
-        let (avail, used) = (self.avail, self.published);
+        let (avail, used) = (self.avail.get(), self.published.get());
         RingBase::packed(avail.index, avail.wrap, used.index, used.wrap)
     }
 
@@ -285,7 +287,7 @@ impl PackedDevice {
     /// Descriptors of requests that were taken and not completed.
     fn in_flight(&self) -> u16 {
         // Pushing what was never taken would make it `None`: then nothing more is taken.
-        self.next_used.until(self.avail, self.layout.size).unwrap_or(self.layout.size)
+        self.next_used.get().until(self.avail.get(), self.layout.size).unwrap_or(self.layout.size)
     }
 
     fn set_event(&mut self, event: u32) {
@@ -333,8 +335,14 @@ fn collect(
     chain: &mut Chain,
 ) -> Result<(), RingError> {
     let is = |desc: &PackedDesc, flag: u16| desc.flags.get() & flag != 0;
-    let mut elements = descs;
-    if let Some(desc) = descs.iter().find(|desc| is(desc, DESC_F_INDIRECT)) {
+    let add = |chain: &mut Chain, desc: &PackedDesc| {
+        chain.add(Buffer { gpa: desc.addr.get(), len: desc.len.get() }, is(desc, DESC_F_WRITE))
+    };
+    for desc in descs {
+        if !is(desc, DESC_F_INDIRECT) {
+            add(chain, desc)?;
+            continue;
+        }
         let head = chain.head;
         if !indirect {
             return Err(RingError::Indirect { head, fault: "without INDIRECT_DESC being negotiated" });
@@ -344,10 +352,7 @@ fn collect(
         }
         copy_table(memory, iommu, head, desc.addr.get(), desc.len.get(), table)?;
         // Of the flags in the table only WRITE means anything (virtio 1.2, "Indirect Flag: Scatter-Gather Support").
-        elements = table;
-    }
-    for desc in elements {
-        chain.add(Buffer { gpa: desc.addr.get(), len: desc.len.get() }, is(desc, DESC_F_WRITE))?;
+        table.iter().try_for_each(|desc| add(chain, desc))?;
     }
     chain.finish(iommu)?;
     chain.slots = descs.len() as u16;
