@@ -34,7 +34,12 @@ impl Nobodys {
         let options = disk_options(folder.path(), 4 << 20, |_| {});
         // The build's own folder may be out of reach for others.
         let program = folder.path().join("vhost-migrate");
-        std::fs::copy(env!("CARGO_BIN_EXE_vhost-migrate"), program).unwrap();
+        std::fs::copy(env!("CARGO_BIN_EXE_vhost-migrate"), &program).unwrap();
+        // A process that another test has just started may still have it open for writing.
+        let busy = |error: &std::io::Error| error.kind() == std::io::ErrorKind::ExecutableFileBusy;
+        while Command::new(&program).arg("--version").output().is_err_and(|error| busy(&error)) {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
         if geteuid().is_root() {
             for path in [folder.path(), &options.image] {
                 chown(path, Some(NOBODY), Some(NOBODY)).unwrap();

@@ -90,7 +90,8 @@ fn a_linux_guest_with_a_disk_and_a_network_goes_through_all_that_qemu_can_do_to_
 
     for number in 1..=4 {
         let (there, name) = (number % 2, format!("host-{number}"));
-        let mut destination = Host::start(&lab, &name, "-incoming defer", disks[there].socket(), &net_sockets[there]);
+        let mut destination =
+            Host::start(&lab, &name, &format!("{boot} -incoming defer"), disks[there].socket(), &net_sockets[there]);
         let socket = lab.file(&format!("{name}.migration"));
         migration::begin(&mut host.qemu, &mut destination.qemu, &socket, false, GENTLE);
         let info = migration::finish(&mut host.qemu, &mut destination.qemu);
