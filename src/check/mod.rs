@@ -14,7 +14,7 @@
 //! and dying included, is a finding. Nothing is written to a disk, unless [`Options::write`] allows it.
 //!
 //! A check is run on split rings and on packed ones, and of a network interface with frames that leave and with frames
-//! that come in, as far as it makes a difference: [`When`] says so.
+//! that come in, as far as it makes a difference: `When` says so.
 #![forbid(unsafe_code)]
 
 mod blk;
