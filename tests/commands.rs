@@ -283,12 +283,10 @@ fn a_guest_moves_over_unix_and_back_over_tcp_and_on_through_a_file(#[case] rings
     assert!(!inspected.status.success() && text(&inspected.stderr).contains("checksum"), "{}", text(&inspected.stderr));
 }
 
-#[test]
-fn a_guest_moves_from_one_device_of_the_guide_to_another() {
-    let mut host = Host::new();
+/// Moves a guest that is made with `more` options from one back-end to another.
+fn moves_between(mut host: Host, [here, there]: [PathBuf; 2], more: &[&str]) {
     let unix = format!("unix:{}", host.path("incoming").display());
-    let (here, there) = (host.file_disk("here"), host.file_disk("there"));
-    let source = host.guest_on(&here, "source", &["--memory", "64MiB", "--queues", "1"]);
+    let source = host.guest_on(&here, "source", &[&["--memory", "64MiB"], more].concat());
     let destination = host.guest_on(&there, "destination", &["--incoming", &unix]);
     until(&source, "running");
     until(&destination, "absent");
@@ -297,16 +295,17 @@ fn a_guest_moves_from_one_device_of_the_guide_to_another() {
 }
 
 #[test]
+fn a_guest_moves_from_one_device_of_the_guide_to_another() {
+    let mut host = Host::new();
+    let disks = ["here", "there"].map(|name| host.file_disk(name));
+    moves_between(host, disks, &["--queues", "1"]);
+}
+
+#[test]
 fn a_guest_moves_without_waiting_for_its_disk() {
     let mut host = Host::new();
-    let unix = format!("unix:{}", host.path("incoming").display());
-    let [here, there] = ["here", "there"].map(|name| host.backend_with(name, &["--inflight-migration"]));
-    let source = host.guest_on(&here, "source", &["--memory", "64MiB", "--inflight-migration"]);
-    let destination = host.guest_on(&there, "destination", &["--incoming", &unix]);
-    until(&source, "running");
-    until(&destination, "absent");
-    assert_completed(&migrate(&source, &unix, &[]));
-    verify(&destination);
+    let disks = ["here", "there"].map(|name| host.backend_with(name, &["--inflight-migration"]));
+    moves_between(host, disks, &["--inflight-migration"]);
 }
 
 #[test]

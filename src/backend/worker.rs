@@ -676,11 +676,11 @@ impl Worker {
         self.ring.base()
     }
 
-    /// Looks again after a while even if nothing comes: what the system had no memory for is passed on once more.
+    /// Waits for completions or dropped requests. Looks again after a while even if nothing comes: what the system had no
+    /// memory for is passed on once more.
     fn wait_for_queue(&self) {
-        if let Some(fd) = self.queue.completion_fd() {
-            wait_for([Some(fd)], PollTimeout::from(RETRY_MS));
-        }
+        wait_for([self.queue.completion_fd(), Some(self.wake.as_fd())], PollTimeout::from(RETRY_MS));
+        let _ = self.wake.read();
     }
 
     /// Waits until there may be something to do.

@@ -28,8 +28,9 @@ fn testpmd_drives_a_loopback(queues: u16, options: &str) {
     for _ in 0..2 {
         let mut testpmd = Testpmd::frontend(&lab, &lab.file("net.sock"), queues, options);
         let seen = wait_for("packets go round", || testpmd.counters().filter(|seen| seen.received >= 2000));
-        // Each counter is read at a moment of its own.
+        // Packets are counted after their bytes, and each counter is read at a moment of its own.
         assert_eq!((seen.received_bytes % PACKET, seen.errors), (0, 0), "{seen:?}");
+        assert!(seen.received_bytes >= seen.received * PACKET, "{seen:?}");
         assert!(seen.sent >= seen.received, "{seen:?}");
         testpmd.end();
     }
