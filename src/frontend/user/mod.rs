@@ -5,90 +5,47 @@
 #![forbid(unsafe_code)]
 
 mod channel;
+mod connect;
 mod ear;
 mod inflight;
+mod install;
+mod options;
+mod payload;
 mod postcopy;
 mod requests;
 mod state;
 
+pub use options::UserOptions;
 pub use postcopy::BackendAddresses;
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use zerocopy::IntoBytes;
 
 use super::{Device, DeviceEvent, FrontendError, InflightState, Reconnected, RingSetup};
 use crate::abi::bit;
 use crate::abi::vhost_user::{
-    CONFIG_TYPE_FRONTEND, ConfigHeader, InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion,
-    Request, VHOST_F_LOG_ALL, VHOST_MEMORY_BASELINE_NREGIONS, VHOST_USER_F_PROTOCOL_FEATURES,
-    VHOST_USER_MAX_CONFIG_SIZE, VHOST_VRING_F_LOG, VRING_NOFD_MASK, VringAddr, VringState, protocol_feature,
-    unstable::INFLIGHT_MIGRATION,
+    CONFIG_TYPE_FRONTEND, ConfigHeader, InflightDescription, LogDescription, MemRegMsg, Request, VHOST_F_LOG_ALL,
+    VHOST_MEMORY_BASELINE_NREGIONS, VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_CONFIG_SIZE, VHOST_VRING_F_LOG,
+    VRING_NOFD_MASK, VringAddr, VringState, protocol_feature, unstable::INFLIGHT_MIGRATION,
 };
-use crate::abi::virtio::{self, VIRTIO_F_RING_PACKED};
+use crate::abi::virtio::VIRTIO_F_RING_PACKED;
 use crate::dirty::Log;
 use crate::memory::{Memory, MemoryError, Region};
 use crate::ring::{RingBase, RingLayout};
 use channel::Channel;
+use connect::{BACK_OFF, Offer, greet, until};
 use ear::{Ear, Events};
 use inflight::Inflight;
+use payload::{describe, table, user_addr};
 
-/// Waits between attempts to connect.
-const BACK_OFF: std::ops::RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_millis(100);
 /// Feature bits that belong to the transport, not to the driver.
 const TRANSPORT: u64 = bit(VHOST_F_LOG_ALL) | bit(VHOST_USER_F_PROTOCOL_FEATURES);
-/// What INBAND_NOTIFICATIONS makes no sense without (rule B3).
-const IN_BAND_NEEDS: u64 = bit(protocol_feature::BACKEND_REQ) | bit(protocol_feature::REPLY_ACK);
 const SET_LOG_BASE: Request = Request::SET_LOG_BASE;
-
-/// How a vhost-user back-end is talked to.
-#[derive(Clone, Copy, Debug)]
-pub struct UserOptions {
-    /// Longest wait for an answer.
-    pub timeout: Duration,
-    /// Longest wait for GET_VRING_BASE, which drains a ring, and for a device's state.
-    pub stop_timeout: Duration,
-    /// Protocol features that may be used (bits of [`protocol_feature`]), of those that are offered. INBAND_NOTIFICATIONS,
-    /// which is not among the usual ones, makes kicks and calls messages; drivers see nothing of it.
-    pub protocol_features: u64,
-}
-
-impl Default for UserOptions {
-    fn default() -> UserOptions {
-        use protocol_feature::*;
-        UserOptions {
-            timeout: Duration::from_secs(10),
-            stop_timeout: Duration::from_secs(60),
-            protocol_features: [
-                MQ,
-                LOG_SHMFD,
-                RARP,
-                REPLY_ACK,
-                MTU,
-                BACKEND_REQ,
-                CONFIG,
-                INFLIGHT_SHMFD,
-                RESET_DEVICE,
-                CONFIGURE_MEM_SLOTS,
-                STATUS,
-                DEVICE_STATE,
-            ]
-            .into_iter()
-            .fold(0, |all, number| all | bit(number)),
-        }
-    }
-}
-
-impl UserOptions {
-    /// Also uses what the specification has not settled: rings that are stopped without being drained (rule I8).
-    pub fn with_inflight_migration(self) -> UserOptions {
-        UserOptions { protocol_features: self.protocol_features | INFLIGHT_MIGRATION, ..self }
-    }
-}
 
 /// A device behind a vhost-user socket.
 pub struct UserDevice {
@@ -109,16 +66,6 @@ pub struct UserDevice {
     mtu: Option<u16>,
     /// The state that was loaded, until a ring has started.
     loaded: Option<Vec<u8>>,
-}
-
-/// What a back-end says when it is greeted.
-#[derive(Clone, Copy)]
-struct Offer {
-    features: u64,
-    /// Protocol features agreed on.
-    protocol: u64,
-    queues: u16,
-    slots: usize,
 }
 
 impl UserDevice {
@@ -269,103 +216,6 @@ impl UserDevice {
 
     fn is_packed(&self) -> bool {
         self.features & bit(VIRTIO_F_RING_PACKED) != 0
-    }
-
-    /// Where a back-end that knows nothing goes on: a split ring at its used index (rules I3, R4). Of a packed one only
-    /// the inflight region knows, which counts more than this base (rule I4).
-    fn base_after_crash(&self, index: u16, setup: &RingSetup) -> Result<RingBase, FrontendError> {
-        if self.is_packed() {
-            return match self.inflight {
-                Some(_) => Ok(setup.base),
-                None => Err(FrontendError::PackedUnrecoverable { index }),
-            };
-        }
-        let used = self.index(setup.used)?;
-        let outstanding = self.index(setup.avail)?.wrapping_sub(used);
-        if self.inflight.is_none() && outstanding != 0 {
-            return Err(FrontendError::Unrecoverable { index, outstanding });
-        }
-        Ok(RingBase::split(used))
-    }
-
-    fn index(&self, ring: u64) -> Result<u16, MemoryError> {
-        let mut bytes = [0; 2];
-        self.memory.read(ring.saturating_add(virtio::RING_IDX_OFFSET), &mut bytes)?;
-        Ok(u16::from_le_bytes(bytes))
-    }
-
-    /// Gives a back-end that knows nothing all that is noted (rules R6, L8). Returns how many requests it finds marked.
-    fn install(&mut self) -> Result<u64, FrontendError> {
-        let marked = self.inflight.as_ref().map_or(Ok(0), |inflight| inflight.marked(self.is_packed()))?;
-        let rings = self.rings.clone();
-        if self.has(protocol_feature::STATUS) && self.status != 0 {
-            self.post_status()?;
-        }
-        self.post_features()?;
-        self.post_mtu()?;
-        if let Some(inflight) = &self.inflight {
-            self.channel.post(Request::SET_INFLIGHT_FD, inflight.describe().as_bytes(), &[inflight.fd()])?;
-        }
-        if !self.memory.regions().is_empty() {
-            self.post_memory(&Memory::default())?;
-        }
-        if let Some(state) = &self.loaded {
-            state::load(&mut self.channel, self.options.stop_timeout, state)?;
-        }
-        for (&index, setup) in &rings {
-            let base = self.base_after_crash(index, setup)?;
-            self.post_ring(index, setup, base)?;
-            if let Some((log, _)) = &self.log {
-                // The back-end that died may have written the used ring and not yet logged it. The next one also sees
-                // by these marks that the old one's are not lost (rule L15).
-                let [desc, _, used] = self.layout(setup);
-                let written = if self.is_packed() { &[desc, used][..] } else { &[used] };
-                written.iter().for_each(|(gpa, len)| log.mark(*gpa, *len));
-            }
-        }
-        self.install_log()?;
-        if self.log_signal.is_some() {
-            self.post_log_signal()?;
-        }
-        for &index in rings.keys() {
-            self.post_enable(index, true)?;
-        }
-        self.channel.settle()?;
-        for (&index, setup) in &rings {
-            self.ear.iter().for_each(|ear| ear.add(index, setup));
-            // It may have taken a kick with it, or died before its call.
-            wake(&setup.kick);
-            wake(&setup.call);
-        }
-        Ok(marked)
-    }
-
-    fn reinstall(&mut self, timeout: Duration) -> Result<u64, FrontendError> {
-        let options = UserOptions { timeout, ..self.options };
-        // The old connection must be gone before the new one asks for the same device.
-        self.channel.close();
-        self.ear = None;
-        let (channel, offer, ear) = greet(&self.path, options, &self.events)?;
-        let old = std::mem::replace(&mut self.offer, offer);
-        (self.channel, self.ear) = (channel, ear);
-        let lost = self.features & !offer.features;
-        let lost_protocol = old.protocol & !offer.protocol;
-        if lost != 0 || lost_protocol != 0 || offer.queues < old.queues {
-            self.channel.close();
-            self.offer = old;
-            return Err(FrontendError::NotOffered {
-                what: format!(
-                    "what it did before (features {lost:#x}, protocol features {}, {} of {} queues)",
-                    protocol_names(lost_protocol),
-                    offer.queues,
-                    old.queues
-                ),
-                advice: "restart the back-end with the options it had",
-            });
-        }
-        let marked = self.install().inspect_err(|_| self.channel.close())?;
-        self.channel.set_timeout(self.options.timeout);
-        Ok(marked)
     }
 }
 
@@ -626,113 +476,7 @@ impl UserDevice {
     }
 }
 
-/// One connection with everything that precedes features and memory.
-fn greet(
-    path: &Path,
-    options: UserOptions,
-    events: &Arc<Events>,
-) -> Result<(Channel, Offer, Option<Ear>), FrontendError> {
-    let mut channel = Channel::connect(path, options.timeout)?;
-    let number = |channel: &mut Channel, request| channel.ask(request, &[], &[])?.read::<u64>("F3");
-    channel.post(Request::SET_OWNER, &[], &[])?;
-    let features = number(&mut channel, Request::GET_FEATURES)?;
-    let mut offer = Offer { features, protocol: 0, queues: 1, slots: VHOST_MEMORY_BASELINE_NREGIONS };
-    if features & bit(VHOST_USER_F_PROTOCOL_FEATURES) == 0 {
-        // Nobody can say how many rings it has: the guest's driver has to know.
-        offer.queues = u16::from(u8::MAX) + 1;
-        return Ok((channel, offer, None));
-    }
-    offer.protocol = number(&mut channel, Request::GET_PROTOCOL_FEATURES)? & options.protocol_features;
-    if offer.protocol & IN_BAND_NEEDS != IN_BAND_NEEDS {
-        offer.protocol &= !bit(protocol_feature::INBAND_NOTIFICATIONS);
-    }
-    channel.post(Request::SET_PROTOCOL_FEATURES, offer.protocol.as_bytes(), &[])?;
-    let has = |number| offer.protocol & bit(number) != 0;
-    if has(protocol_feature::MQ) {
-        offer.queues = u16::try_from(number(&mut channel, Request::GET_QUEUE_NUM)?).unwrap_or(u16::MAX);
-    }
-    if has(protocol_feature::CONFIGURE_MEM_SLOTS) {
-        let slots = number(&mut channel, Request::GET_MAX_MEM_SLOTS)?;
-        offer.slots = offer.slots.max(usize::try_from(slots).unwrap_or(usize::MAX));
-    }
-    if has(protocol_feature::REPLY_ACK) {
-        channel.settle()?;
-        channel.use_acks();
-    }
-    if !has(protocol_feature::BACKEND_REQ) {
-        return Ok((channel, offer, None));
-    }
-    let kicks = has(protocol_feature::INBAND_NOTIFICATIONS).then(|| channel.line().clone());
-    let (ear, theirs) = Ear::open(events.clone(), kicks)?;
-    channel.post(Request::SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()])?;
-    match channel.settle() {
-        Ok(()) => Ok((channel, offer, Some(ear))),
-        Err(error @ FrontendError::Refused { .. }) if !has(protocol_feature::INBAND_NOTIFICATIONS) => {
-            tracing::warn!("{}: changes of its configuration won't be heard of: {error}", path.display());
-            Ok((channel, offer, None))
-        }
-        Err(error) => Err(error),
-    }
-}
-
-/// Tries until it works, waiting helps no more, or the deadline is over. Returns also how many attempts that took.
-fn until<T>(
-    deadline: Instant,
-    mut attempt: impl FnMut() -> Result<T, FrontendError>,
-) -> Result<(T, u32), FrontendError> {
-    let (mut wait, mut attempts) = (*BACK_OFF.start(), 1);
-    loop {
-        let error = match attempt() {
-            Ok(done) => return Ok((done, attempts)),
-            Err(error) => error,
-        };
-        let left = deadline.saturating_duration_since(Instant::now());
-        if !error.is_away() || left.is_zero() {
-            return Err(error);
-        }
-        std::thread::sleep(wait.min(left));
-        wait = (wait * 2).min(*BACK_OFF.end());
-        attempts += 1;
-    }
-}
-
-/// SET_MEM_TABLE with all of `memory`.
-fn table(memory: &Memory) -> Result<(Vec<u8>, Vec<BorrowedFd<'_>>), FrontendError> {
-    let (regions, fds): (Vec<MemoryRegion>, Vec<_>) =
-        memory.regions().iter().map(|region| describe(region)).collect::<Result<_, _>>()?;
-    let header = MemoryHeader { nregions: regions.len() as u32, padding: 0 };
-    Ok(([header.as_bytes(), regions.as_bytes()].concat(), fds))
-}
-
-/// A region as messages describe it, with the fd that goes along.
-fn describe(region: &Region) -> Result<(MemoryRegion, BorrowedFd<'_>), FrontendError> {
-    let (fd, mmap_offset) = region.shared().ok_or(FrontendError::NotShared { gpa: region.gpa() })?;
-    let description = MemoryRegion {
-        guest_phys_addr: region.gpa(),
-        memory_size: region.size(),
-        userspace_addr: region.user_addr(),
-        mmap_offset,
-    };
-    Ok((description, fd))
-}
-
-/// The front-end's address of a range that must be inside one region.
-fn user_addr(memory: &Memory, (gpa, len): (u64, u64)) -> Result<u64, MemoryError> {
-    memory.slice(gpa, len)?;
-    let region = memory.regions().iter().rev().find(|region| region.gpa() <= gpa);
-    let not_mapped = MemoryError::NotMapped { addr: gpa, len, space: "guest-physical" };
-    region.map(|region| region.user_addr() + (gpa - region.gpa())).ok_or(not_mapped)
-}
-
 /// Signals an eventfd. One that is full is signalled already.
 fn wake(eventfd: &OwnedFd) {
     let _ = nix::unistd::write(eventfd, &1u64.to_ne_bytes());
-}
-
-fn protocol_names(bits: u64) -> String {
-    let names = protocol_feature::NAMES.iter().filter(|(number, _)| bits & bit(*number) != 0);
-    match names.map(|(_, name)| *name).collect::<Vec<_>>() {
-        names if names.is_empty() => "none".into(),
-        names => names.join(", "),
-    }
 }

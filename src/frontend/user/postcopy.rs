@@ -4,7 +4,8 @@
 
 use zerocopy::IntoBytes;
 
-use super::{UserDevice, table};
+use super::UserDevice;
+use super::payload::table;
 use crate::abi::bit;
 use crate::abi::vhost_user::{MemoryHeader, MemoryRegion, Request, protocol_feature};
 use crate::frontend::FrontendError;

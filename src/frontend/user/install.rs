@@ -1,0 +1,113 @@
+//! A back-end that knows nothing is given all that is noted: after a restart (rules R6, L8, I3).
+#![forbid(unsafe_code)]
+
+use std::time::Duration;
+
+use zerocopy::IntoBytes;
+
+use super::super::{FrontendError, RingSetup};
+use super::connect::{greet, protocol_names};
+use super::{UserDevice, UserOptions, state, wake};
+use crate::abi::vhost_user::{Request, protocol_feature};
+use crate::abi::virtio;
+use crate::memory::{Memory, MemoryError};
+use crate::ring::RingBase;
+
+impl UserDevice {
+    /// Where a back-end that knows nothing goes on: a split ring at its used index (rules I3, R4). Of a packed one only
+    /// the inflight region knows, which counts more than this base (rule I4).
+    fn base_after_crash(&self, index: u16, setup: &RingSetup) -> Result<RingBase, FrontendError> {
+        if self.is_packed() {
+            return match self.inflight {
+                Some(_) => Ok(setup.base),
+                None => Err(FrontendError::PackedUnrecoverable { index }),
+            };
+        }
+        let used = self.index(setup.used)?;
+        let outstanding = self.index(setup.avail)?.wrapping_sub(used);
+        if self.inflight.is_none() && outstanding != 0 {
+            return Err(FrontendError::Unrecoverable { index, outstanding });
+        }
+        Ok(RingBase::split(used))
+    }
+
+    fn index(&self, ring: u64) -> Result<u16, MemoryError> {
+        let mut bytes = [0; 2];
+        self.memory.read(ring.saturating_add(virtio::RING_IDX_OFFSET), &mut bytes)?;
+        Ok(u16::from_le_bytes(bytes))
+    }
+
+    /// Gives a back-end that knows nothing all that is noted (rules R6, L8). Returns how many requests it finds marked.
+    fn install(&mut self) -> Result<u64, FrontendError> {
+        let marked = self.inflight.as_ref().map_or(Ok(0), |inflight| inflight.marked(self.is_packed()))?;
+        let rings = self.rings.clone();
+        if self.has(protocol_feature::STATUS) && self.status != 0 {
+            self.post_status()?;
+        }
+        self.post_features()?;
+        self.post_mtu()?;
+        if let Some(inflight) = &self.inflight {
+            self.channel.post(Request::SET_INFLIGHT_FD, inflight.describe().as_bytes(), &[inflight.fd()])?;
+        }
+        if !self.memory.regions().is_empty() {
+            self.post_memory(&Memory::default())?;
+        }
+        if let Some(state) = &self.loaded {
+            state::load(&mut self.channel, self.options.stop_timeout, state)?;
+        }
+        for (&index, setup) in &rings {
+            let base = self.base_after_crash(index, setup)?;
+            self.post_ring(index, setup, base)?;
+            if let Some((log, _)) = &self.log {
+                // The back-end that died may have written the used ring and not yet logged it. The next one also sees
+                // by these marks that the old one's are not lost (rule L15).
+                let [desc, _, used] = self.layout(setup);
+                let written = if self.is_packed() { &[desc, used][..] } else { &[used] };
+                written.iter().for_each(|(gpa, len)| log.mark(*gpa, *len));
+            }
+        }
+        self.install_log()?;
+        if self.log_signal.is_some() {
+            self.post_log_signal()?;
+        }
+        for &index in rings.keys() {
+            self.post_enable(index, true)?;
+        }
+        self.channel.settle()?;
+        for (&index, setup) in &rings {
+            self.ear.iter().for_each(|ear| ear.add(index, setup));
+            // It may have taken a kick with it, or died before its call.
+            wake(&setup.kick);
+            wake(&setup.call);
+        }
+        Ok(marked)
+    }
+
+    pub(super) fn reinstall(&mut self, timeout: Duration) -> Result<u64, FrontendError> {
+        let options = UserOptions { timeout, ..self.options };
+        // The old connection must be gone before the new one asks for the same device.
+        self.channel.close();
+        self.ear = None;
+        let (channel, offer, ear) = greet(&self.path, options, &self.events)?;
+        let old = std::mem::replace(&mut self.offer, offer);
+        (self.channel, self.ear) = (channel, ear);
+        let lost = self.features & !offer.features;
+        let lost_protocol = old.protocol & !offer.protocol;
+        if lost != 0 || lost_protocol != 0 || offer.queues < old.queues {
+            self.channel.close();
+            self.offer = old;
+            return Err(FrontendError::NotOffered {
+                what: format!(
+                    "what it did before (features {lost:#x}, protocol features {}, {} of {} queues)",
+                    protocol_names(lost_protocol),
+                    offer.queues,
+                    old.queues
+                ),
+                advice: "restart the back-end with the options it had",
+            });
+        }
+        let marked = self.install().inspect_err(|_| self.channel.close())?;
+        self.channel.set_timeout(self.options.timeout);
+        Ok(marked)
+    }
+}
