@@ -3,18 +3,22 @@
 //! The lower region holds the rings, the heads of requests and their status bytes; the upper one, above 4 GiB, holds
 //! data. A request has a slot: its place for each of these. No page is written by both sides, but those of rings.
 
-use std::collections::BTreeSet;
+mod pages;
+mod requests;
+
+pub(super) use pages::{Pages, changed, harvest, noise, pages};
+pub(super) use requests::Size;
+
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use twox_hash::XxHash3_64;
 use zerocopy::IntoBytes;
 
-use super::blk::{Disk, NO_STATUS};
-use super::link::{Link, readable};
-use super::net::{self, HEADER, LONGEST, Source};
+use self::requests::Request;
+use super::link::Link;
+use super::net::Source;
 use super::queue::{MAX_RINGS, Queue};
 use super::{Fault, Flow, Offer, Options, Shape, Subject};
 use crate::abi::bit;
@@ -22,11 +26,9 @@ use crate::abi::vhost_user::{
     Header, LogDescription, MemoryHeader, MemoryRegion, Request as Code, VHOST_F_LOG_ALL,
     VHOST_USER_F_PROTOCOL_FEATURES, VHOST_VRING_F_LOG, VringAddr, VringState, protocol_feature,
 };
-use crate::abi::virtio::{
-    BlkRequestHeader, VIRTIO_BLK_T_IN, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MQ,
-};
-use crate::dirty::{Log, PageSet};
-use crate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use crate::abi::virtio::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MQ};
+use crate::dirty::Log;
+use crate::memory::{Memory, Region, sealed_memfd};
 use crate::ring::{Buffer, RingBase};
 
 /// Protocol features that are agreed on where they are offered.
@@ -59,19 +61,6 @@ pub(super) const FRAMES: u64 = 0x70_0000;
 const FRAMES_BYTES: u64 = 0x10_0000;
 /// Status of a device whose driver is ready: acknowledged, has a driver, features are agreed on, it is used.
 const DRIVER_OK: u64 = 1 | 2 | 8 | 4;
-/// A frame that has not come in by then is sent again: a back-end may drop what it has no room for.
-const AGAIN: Duration = Duration::from_millis(200);
-
-pub(super) type Pages = BTreeSet<u64>;
-
-/// A request in flight.
-#[derive(Clone, Copy)]
-struct Request {
-    /// The ring's index, and its name there.
-    ring: u32,
-    head: u16,
-    data: Buffer,
-}
 
 /// One connection with memory and rings.
 pub(super) struct Rig {
@@ -104,15 +93,6 @@ pub(super) struct Rig {
     pub(super) lent: Pages,
     /// Where the device wrote data for the completion that was taken last.
     pub(super) last: Buffer,
-}
-
-/// How much a batch of requests asks for.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Size {
-    /// Some sectors, at any place in a page; frames of all lengths.
-    Mixed,
-    /// As much as there is room for, to be long under way.
-    Large,
 }
 
 /// What a rig is made for.
@@ -326,185 +306,6 @@ impl Rig {
         self.all().for_each(Queue::wake);
     }
 
-    /// Makes `count` requests of which none is visible yet, in all rings by turns. Every data buffer is filled anew, so
-    /// that a device can't write what is there already.
-    pub(super) fn add(&mut self, count: u64, size: Size) -> Result<(), Fault> {
-        self.long = size == Size::Large;
-        for _ in 0..count {
-            let Some(slot) = self.slots.iter().position(Option::is_none) else {
-                return Err(Fault::System(std::io::Error::other("no slot is free")));
-            };
-            let offset = match size {
-                Size::Large => 0,
-                Size::Mixed => self.made * 1777 % 0x4000,
-            };
-            let wanted = match size {
-                Size::Large => SLOT,
-                Size::Mixed => 512 * (1 + self.made * 7 % 40),
-            };
-            self.add_at(slot, HIGH + slot as u64 * SLOT + offset, wanted)?;
-        }
-        Ok(())
-    }
-
-    /// Makes a request in `slot` whose data is at `gpa`: a read of up to `wanted` bytes, or what a frame needs.
-    pub(super) fn add_at(&mut self, slot: usize, gpa: u64, wanted: u64) -> Result<(), Fault> {
-        match (self.flow, &self.subject) {
-            (Flow::Requests, Subject::Disk(disk)) => {
-                let (head, len) = disk.read(self.made, wanted);
-                self.memory.write(gpa, &noise(self.made + 1, len))?;
-                self.add_request(slot, head, Buffer { gpa, len })
-            }
-            (Flow::Receive, _) => {
-                let data = Buffer { gpa, len: (HEADER + LONGEST) as u32 };
-                self.memory.write(gpa, &noise(self.made + 1, data.len))?;
-                self.lent.extend(pages(gpa, data.len.into()));
-                self.give(slot, data, &[], &[data])
-            }
-            (Flow::Transmit, _) | (Flow::Requests, Subject::Net) => {
-                let packet = [&[0; HEADER], net::frame(&net::payload(self.made, self.long)).as_slice()].concat();
-                self.memory.write(gpa, &packet)?;
-                let data = Buffer { gpa, len: packet.len() as u32 };
-                self.give(slot, data, &[data], &[])
-            }
-        }
-    }
-
-    /// Makes any request of a disk whose data is at `data`, in `slot`.
-    pub(super) fn add_request(&mut self, slot: usize, head: BlkRequestHeader, data: Buffer) -> Result<(), Fault> {
-        let (head_at, status) = (HEADS + slot as u64 * HEAD, STATUSES + slot as u64 * LOG_PAGE);
-        self.memory.write(head_at, head.as_bytes())?;
-        self.memory.write(status, &[NO_STATUS])?;
-        let reads = head.request_type.get() == VIRTIO_BLK_T_IN;
-        let head = Buffer { gpa: head_at, len: size_of_val(&head) as u32 };
-        let status = Buffer { gpa: status, len: 1 };
-        self.lent.insert(status.gpa / LOG_PAGE);
-        if !reads {
-            return self.give(slot, data, &[head, data], &[status]);
-        }
-        self.lent.extend(pages(data.gpa, data.len.into()));
-        self.give(slot, data, &[head], &[data, status])
-    }
-
-    /// Adds a request to the ring whose turn it is.
-    fn give(&mut self, slot: usize, data: Buffer, readable: &[Buffer], writable: &[Buffer]) -> Result<(), Fault> {
-        let turn = self.made as usize % (1 + self.more.len());
-        let Some(queue) = self.rings_mut().nth(turn) else { return Ok(()) };
-        let ring = queue.index;
-        let Some(head) = queue.driver.add(readable, writable, None)? else {
-            return Err(Fault::System(std::io::Error::other("the ring has no room")));
-        };
-        queue.due += u64::from(readable.is_empty());
-        if let Some(place) = self.slots.get_mut(slot) {
-            *place = Some(Request { ring, head, data });
-        }
-        self.made += 1;
-        Ok(())
-    }
-
-    /// Makes what was added visible, kicks where the device wants it, and has frames brought in.
-    pub(super) fn publish(&mut self) {
-        self.rings_mut().for_each(Queue::publish);
-        // Whoever brings them may not be there yet: finishing tries again.
-        let _ = self.feed();
-    }
-
-    /// Brings in the frames that are due.
-    pub(super) fn feed(&mut self) -> Result<(), Fault> {
-        let rings = std::iter::once(&mut self.ring).chain(&mut self.more);
-        for (number, queue) in rings.enumerate() {
-            while queue.due > 0 {
-                let payload = net::payload(self.fed, self.long);
-                let sent = match &mut self.source {
-                    None => break,
-                    Some(Source::Loop) => match self.others.get_mut(number) {
-                        Some(other) => net::send(other, &self.memory, self.fed, &payload)?,
-                        None => false,
-                    },
-                    Some(Source::Interface(socket)) => {
-                        socket.send_to(&payload, (std::net::Ipv4Addr::BROADCAST, 9))? == payload.len()
-                    }
-                    Some(Source::Backend(rig)) => net::send(&mut rig.ring, &rig.memory, self.fed, &payload)?,
-                };
-                if !sent {
-                    break;
-                }
-                queue.due -= 1;
-                self.fed += 1;
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes one completion, if there is one.
-    pub(super) fn pop(&mut self) -> Result<bool, Fault> {
-        let mut found = None;
-        for queue in self.rings_mut() {
-            if let Some(used) = queue.driver.pop_used()? {
-                found = Some((queue.index, used));
-                break;
-            }
-        }
-        let Some((ring, used)) = found else { return Ok(false) };
-        let is_it = |request: &Option<Request>| request.is_some_and(|it| (it.ring, it.head) == (ring, used.head));
-        let Some(slot) = self.slots.iter().position(is_it) else { return Ok(true) };
-        let request = self.slots.get_mut(slot).and_then(Option::take);
-        let data = request.map_or(Buffer { gpa: 0, len: 0 }, |request| request.data);
-        self.last = if self.flow == Flow::Receive { Buffer { len: used.len, ..data } } else { data };
-        match self.flow {
-            Flow::Transmit => Ok(true),
-            Flow::Receive => net::received(&self.memory, data, used.len).map(|_| true),
-            Flow::Requests => {
-                let mut status = [NO_STATUS];
-                self.memory.read(STATUSES + slot as u64 * LOG_PAGE, &mut status)?;
-                match status {
-                    [NO_STATUS] => Err(Fault::Breach("a request was completed without a status".into())),
-                    [status] if Disk::worked(status) => Ok(true),
-                    [status] => Err(Fault::Breach(format!("a read failed with status {status}"))),
-                }
-            }
-        }
-    }
-
-    /// Requests without a completion.
-    pub(super) fn outstanding(&self) -> u16 {
-        self.rings().map(|queue| queue.driver.outstanding()).sum()
-    }
-
-    /// Waits until nothing is in flight.
-    pub(super) fn finish(&mut self) -> Result<(), Fault> {
-        let deadline = Instant::now() + self.timeout;
-        while self.outstanding() > 0 {
-            if self.pop()? || self.rings_mut().any(|queue| queue.driver.enable_notifications()) {
-                continue;
-            }
-            self.feed()?;
-            let until = if self.source.is_some() { deadline.min(Instant::now() + AGAIN) } else { deadline };
-            let calls: Vec<BorrowedFd<'_>> = self.rings().map(|queue| queue.call.as_fd()).collect();
-            let notified = readable(&calls, until);
-            self.rings().for_each(|queue| _ = queue.call.read());
-            if notified {
-                continue;
-            }
-            let left = self.outstanding();
-            if Instant::now() >= deadline {
-                let late = self.pop()?;
-                let what = if late { "notification" } else { "answer" };
-                let waited = self.timeout;
-                return Err(Fault::Breach(format!("{left} requests without {what} within {waited:?}")));
-            }
-            self.rings_mut().for_each(|queue| queue.due = queue.driver.outstanding().into());
-        }
-        Ok(())
-    }
-
-    /// A batch of requests, from adding to completion.
-    pub(super) fn load(&mut self, count: u64, size: Size) -> Result<(), Fault> {
-        self.add(count, size)?;
-        self.publish();
-        self.finish()
-    }
-
     /// Stops the rings; the base of the first one (rule R3). Where they start again is where they were.
     pub(super) fn stop(&mut self) -> Result<RingBase, Fault> {
         let link = &self.link;
@@ -518,44 +319,6 @@ impl Rig {
             queue.base = RingBase::from_bits(num);
         }
         Ok(self.ring.base)
-    }
-
-    /// Takes what was completed; how much that was.
-    pub(super) fn pop_all(&mut self) -> Result<u64, Fault> {
-        let mut count = 0;
-        while self.pop()? {
-            count += 1;
-        }
-        Ok(count)
-    }
-
-    /// A hash of every page of guest memory.
-    pub(super) fn hashes(&self) -> Result<Vec<(u64, u64)>, Fault> {
-        let mut hashes = Vec::new();
-        let mut page = [0; LOG_PAGE as usize];
-        for region in self.memory.regions() {
-            for gpa in (region.gpa()..region.gpa() + region.size()).step_by(LOG_PAGE as usize) {
-                self.memory.read(gpa, &mut page)?;
-                hashes.push((gpa / LOG_PAGE, XxHash3_64::oneshot(&page)));
-            }
-        }
-        Ok(hashes)
-    }
-
-    /// Pages that only the driver writes, and so has changed itself.
-    pub(super) fn own(&self) -> Pages {
-        let rings = self.all().flat_map(Queue::own);
-        rings.chain(pages(HEADS, SLOTS * HEAD)).chain(pages(FRAMES, FRAMES_BYTES)).collect()
-    }
-
-    /// Pages of the rings that the device writes.
-    pub(super) fn used_ring(&self) -> Pages {
-        self.all().flat_map(Queue::written).collect()
-    }
-
-    /// Those of the rings that requests go to.
-    pub(super) fn used_rings(&self) -> Pages {
-        self.rings().flat_map(Queue::written).collect()
     }
 
     /// Makes a log and installs it.
@@ -611,31 +374,4 @@ pub(super) fn describe(region: &Region) -> MemoryRegion {
         userspace_addr: region.user_addr(),
         mmap_offset: region.shared().map_or(0, |(_, offset)| offset),
     }
-}
-
-/// The pages of a range of bytes, which is not empty.
-pub(super) fn pages(gpa: u64, len: u64) -> impl Iterator<Item = u64> {
-    gpa / LOG_PAGE..=(gpa + len - 1) / LOG_PAGE
-}
-
-/// The pages whose hash differs.
-pub(super) fn changed(before: &[(u64, u64)], after: &[(u64, u64)]) -> Pages {
-    before.iter().zip(after).filter(|(before, after)| before != after).map(|(_, (page, _))| *page).collect()
-}
-
-/// Takes the marked pages out of a log.
-pub(super) fn harvest(log: &Log) -> Pages {
-    let mut set = PageSet::new(log.pages());
-    log.harvest(&mut set);
-    set.runs().flatten().collect()
-}
-
-/// Bytes that no disk holds by chance, different for each `seed`.
-pub(super) fn noise(seed: u64, len: u32) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let words = (0..len.div_ceil(8)).flat_map(|_| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state ^ state >> 32).to_le_bytes()
-    });
-    words.take(len as usize).collect()
 }

@@ -1,0 +1,265 @@
+//! The back-end under test: what it says of itself, and connections to it.
+
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use super::blk::Disk;
+use super::link::{self, Link, Replies};
+use super::net::{self, Source};
+use super::process::Process;
+use super::queue::MAX_RINGS;
+use super::rig::{PROTOCOL, Plan, Rig};
+use super::{CheckError, Fault, Feed, Flow, Kind, Options, Outcome, Rings, Shape, When};
+use crate::abi::bit;
+use crate::abi::vhost_user::{Request as Code, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature};
+use crate::abi::virtio::{
+    VIRTIO_F_RING_PACKED, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_GUEST_ANNOUNCE,
+    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
+};
+
+/// The device under test.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Subject {
+    Disk(Disk),
+    Net,
+}
+
+impl Subject {
+    /// A disk, or a network interface; the features that only one of them has tell.
+    pub(super) fn of(link: &Link, offer: Offer, given: Option<Kind>) -> Result<Subject, Fault> {
+        let of_net = [VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_GUEST_ANNOUNCE]
+            .into_iter()
+            .chain([VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_MAC_ADDR])
+            .any(|feature| offer.has(feature));
+        match given.unwrap_or(if of_net { Kind::Net } else { Kind::Blk }) {
+            Kind::Blk => Disk::of(link, offer).map(Subject::Disk),
+            Kind::Net => Ok(Subject::Net),
+        }
+    }
+}
+
+/// What the back-end said when it was greeted.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Offer {
+    pub(super) features: u64,
+    pub(super) protocol: u64,
+    pub(super) queues: u64,
+}
+
+impl Offer {
+    pub(super) fn has(&self, feature: u32) -> bool {
+        self.features & bit(feature) != 0
+    }
+
+    pub(super) fn speaks(&self, feature: u32) -> bool {
+        self.protocol & bit(feature) != 0
+    }
+
+    /// Fails with "not offered" without the protocol feature.
+    pub(super) fn need(&self, feature: u32) -> Result<(), Fault> {
+        match self.speaks(feature) {
+            true => Ok(()),
+            false => Err(Fault::NotOffered(protocol_name(feature))),
+        }
+    }
+}
+
+/// The back-end under test, and what every check needs.
+pub(super) struct Bench {
+    pub(super) socket: PathBuf,
+    pub(super) options: Options,
+    pub(super) replies: Rc<RefCell<Replies>>,
+    pub(super) offer: Offer,
+    pub(super) subject: Subject,
+    /// What brings frames in, if anything does.
+    pub(super) feed: Option<Feed>,
+    /// The rings of the check that runs.
+    pub(super) shape: Shape,
+    /// What may be killed and started again.
+    pub(super) process: Option<Process>,
+}
+
+impl Bench {
+    /// A new connection on which nothing was said.
+    pub(super) fn connect(&self) -> Result<Link, Fault> {
+        Link::connect(&self.socket, self.options.timeout, self.replies.clone()).map_err(Fault::Connect)
+    }
+
+    /// A new connection with features, memory and a ring that is not started.
+    pub(super) fn rig(&self, features: u64) -> Result<Rig, Fault> {
+        self.rigged(features, 1)
+    }
+
+    /// The same with several rings for requests.
+    pub(super) fn rigged(&self, features: u64, rings: usize) -> Result<Rig, Fault> {
+        let Bench { subject, shape, .. } = *self;
+        let source = if shape.flow == Flow::Receive { self.source()? } else { None };
+        Rig::new(self.connect()?, self.offer, &self.options, Plan { subject, shape, features, rings, source })
+    }
+
+    /// Somebody to bring frames in.
+    pub(super) fn source(&self) -> Result<Option<Source>, Fault> {
+        Ok(match &self.feed {
+            None => None,
+            Some(Feed::Loop) => Some(Source::Loop),
+            Some(Feed::Interface(name)) => Some(Source::interface(name)?),
+            Some(Feed::Backend(socket)) => {
+                let connect = || Link::connect(socket, self.options.timeout, Rc::default()).map_err(Fault::Connect);
+                let link = connect()?;
+                let offer = greet(&link)?;
+                drop(link);
+                let shape = Shape { packed: false, flow: Flow::Transmit };
+                let plan = Plan { subject: Subject::Net, shape, features: 0, rings: 1, source: None };
+                let rig = Rig::new(connect()?, offer, &self.options, plan)?;
+                rig.start()?;
+                Some(Source::Backend(Box::new(rig)))
+            }
+        })
+    }
+
+    /// How many rings may have requests at the same time.
+    pub(super) fn most_rings(&self) -> usize {
+        let offered = usize::try_from(self.offer.queues).unwrap_or(MAX_RINGS);
+        match self.subject {
+            Subject::Disk(_) => offered.min(MAX_RINGS),
+            // Pairs, of which the device says how many it has.
+            Subject::Net if !self.offer.has(VIRTIO_NET_F_MQ) => 1,
+            Subject::Net => self.options.pairs.map_or(offered, usize::from).min(offered).min(MAX_RINGS / 2),
+        }
+    }
+
+    /// Whether the back-end serves another front-end.
+    pub(super) fn lives(&self) -> Result<(), Fault> {
+        self.connect()?.barrier().map(|_| ())
+    }
+
+    /// Kills the back-end, and starts its successor.
+    pub(super) fn replace(&mut self) -> Result<(), Fault> {
+        if let Some(process) = &mut self.process {
+            process.kill()?;
+            process.start()?;
+        }
+        Ok(())
+    }
+
+    /// The rings that a check is run on.
+    pub(super) fn shapes(&self, when: When) -> Vec<Shape> {
+        let main = self.main_flow();
+        let data = match self.subject {
+            Subject::Disk(_) => Some(main),
+            Subject::Net => self.feed.as_ref().map(|_| Flow::Receive),
+        };
+        let flows = match when {
+            When::Once | When::Rings => vec![main],
+            When::Data => data.into_iter().collect(),
+            When::Best => vec![data.unwrap_or(main)],
+            When::Each | When::Split | When::Packed => {
+                std::iter::once(main).chain(data.filter(|data| *data != main)).collect()
+            }
+        };
+        let split = self.options.rings != Some(Rings::Packed) && when != When::Packed;
+        let packed = self.offer.has(VIRTIO_F_RING_PACKED) && self.options.rings != Some(Rings::Split);
+        let packed = packed && when != When::Split;
+        let kinds = split.then_some(false).into_iter().chain(packed.then_some(true));
+        let kinds = kinds.take(if when == When::Once { 1 } else { 2 });
+        kinds.flat_map(|packed| flows.iter().map(move |flow| Shape { packed, flow: *flow })).collect()
+    }
+
+    /// Why a check is run on none.
+    pub(super) fn left_out(&self, when: When) -> Outcome {
+        match when {
+            When::Packed if !self.offer.has(VIRTIO_F_RING_PACKED) => Fault::NotOffered("RING_PACKED".into()).into(),
+            When::Split | When::Packed => Outcome::not_tested("--rings leaves it out"),
+            _ => Outcome::not_tested("only frames that come in are written to memory: --feed brings some"),
+        }
+    }
+
+    pub(super) fn main_flow(&self) -> Flow {
+        match self.subject {
+            Subject::Disk(_) => Flow::Requests,
+            Subject::Net => Flow::Transmit,
+        }
+    }
+}
+
+/// Meets the back-end, and whoever brings frames to it.
+pub(super) fn prepare(socket: &Path, options: &Options) -> Result<Bench, CheckError> {
+    let process = start(socket, options)?;
+    let replies = Rc::new(RefCell::new(Replies::default()));
+    let link = Link::connect(socket, options.timeout, replies.clone())
+        .map_err(|source| CheckError::Connect { path: socket.into(), source })?;
+    let greeted = greet(&link).and_then(|offer| Ok((offer, Subject::of(&link, offer, options.device)?)));
+    let greeting = |fault: Fault| CheckError::Greeting { path: socket.into(), why: fault.to_string() };
+    let (offer, subject) = greeted.map_err(greeting)?;
+    drop(link);
+    if options.rings == Some(Rings::Packed) && !offer.has(VIRTIO_F_RING_PACKED) {
+        return Err(CheckError::NotPacked);
+    }
+    let packed = options.rings == Some(Rings::Packed);
+    let flow = if let Subject::Disk(_) = subject { Flow::Requests } else { Flow::Receive };
+    let shape = Shape { packed, flow };
+    let feed = options.feed.clone();
+    let mut bench =
+        Bench { socket: socket.into(), options: options.clone(), replies, offer, subject, feed, shape, process };
+    if let Subject::Net = subject {
+        match &options.feed {
+            Some(feed) => {
+                net::arrives(&bench).map_err(|fault| CheckError::Feed { feed: feed.clone(), why: fault.to_string() })?
+            }
+            None => {
+                bench.feed = Some(Feed::Loop);
+                if !net::loops(&bench).map_err(greeting)? {
+                    bench.feed = None;
+                }
+            }
+        }
+    }
+    Ok(bench)
+}
+
+/// Starts the back-end, if that is ours to do.
+pub(super) fn start(socket: &Path, options: &Options) -> Result<Option<Process>, CheckError> {
+    let Some(command) = &options.restart else { return Ok(None) };
+    let given = options.kill_pid.map(nix::unistd::Pid::from_raw);
+    let mut process = Process::new(command, socket, options.timeout, given);
+    if given.is_none() {
+        if link::connect(socket, options.timeout).is_ok() {
+            return Err(CheckError::Served { path: socket.into() });
+        }
+        process.start().map_err(CheckError::Start)?;
+    }
+    Ok(Some(process))
+}
+
+/// Says hello, and hears what the back-end offers. What it can't do otherwise it needs not offer.
+pub(super) fn greet(link: &Link) -> Result<Offer, Fault> {
+    let features = link.barrier()?;
+    let mut offer = Offer { features, protocol: 0, queues: 1 };
+    if offer.has(VHOST_USER_F_PROTOCOL_FEATURES) {
+        offer.protocol = link.ask_number(Code::GET_PROTOCOL_FEATURES)?;
+        let agreed = offer.protocol & PROTOCOL;
+        link.send(Code::SET_PROTOCOL_FEATURES, 1, &agreed.to_ne_bytes(), &[])?;
+        if offer.speaks(protocol_feature::MQ) {
+            offer.queues = link.ask_number(Code::GET_QUEUE_NUM)?;
+        }
+    }
+    Ok(offer)
+}
+
+pub(super) fn offers(bench: &Bench) -> String {
+    let Offer { features, protocol, queues } = bench.offer;
+    let names: Vec<String> = (0..64).filter(|number| protocol & bit(*number) != 0).map(protocol_name).collect();
+    let names = if names.is_empty() { "none".into() } else { names.join(" ") };
+    let device = match (bench.subject, &bench.feed) {
+        (Subject::Disk(disk), _) => format!("a disk of {} bytes", disk.bytes()),
+        (Subject::Net, Some(feed)) => format!("a network interface, frames come from {feed:?}"),
+        (Subject::Net, None) => "a network interface".into(),
+    };
+    format!("{device}, {queues} queues, features {features:#x}, protocol features {names}")
+}
+
+pub(super) fn protocol_name(feature: u32) -> String {
+    let known = protocol_feature::NAMES.iter().find(|(number, _)| *number == feature);
+    known.map_or_else(|| format!("bit {feature}"), |(_, name)| (*name).into())
+}

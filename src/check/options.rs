@@ -1,0 +1,116 @@
+//! How to check, and why nothing could be checked.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::Feed;
+
+/// Kinds of devices that can be checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A disk.
+    Blk,
+    /// A network interface.
+    Net,
+}
+
+/// Rings to check on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rings {
+    /// Split ones.
+    Split,
+    /// Packed ones.
+    Packed,
+}
+
+/// How to check.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// What the device is, where its features don't tell.
+    pub device: Option<Kind>,
+    /// Only on these rings; otherwise on split ones, and on packed ones if those are offered.
+    pub rings: Option<Rings>,
+    /// Queue pairs that a network interface serves, if fewer than it says: DPDK says 128 whatever it was started with.
+    pub pairs: Option<u16>,
+    /// What brings frames to a network interface. Without it, what is sent is watched for.
+    pub feed: Option<Feed>,
+    /// How long the back-end may take for any step.
+    pub timeout: Duration,
+    /// How long to watch whether something happens that must not.
+    pub settle: Duration,
+    /// Entries of the ring, a power of two from 64 on.
+    pub queue_size: u16,
+    /// Also send what must be refused. A back-end that is not up to it dies of it.
+    pub hostile: bool,
+    /// Also write to the last MiB of the disk, and put back what was there.
+    pub write: bool,
+    /// A simple shell command that starts the back-end. It is run whenever the back-end died, killed by a check or not;
+    /// and first of all, unless [`kill_pid`](Options::kill_pid) says that one runs already.
+    pub restart: Option<String>,
+    /// The back-end's process, to be killed with requests in flight. Needs `restart`.
+    pub kill_pid: Option<i32>,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            device: None,
+            rings: None,
+            pairs: None,
+            feed: None,
+            timeout: Duration::from_secs(10),
+            settle: Duration::from_millis(300),
+            queue_size: 256,
+            hostile: false,
+            write: false,
+            restart: None,
+            kill_pid: None,
+        }
+    }
+}
+
+/// Why nothing could be checked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CheckError {
+    /// No connection, from the first.
+    #[error("can't connect to {}: {source}: is the back-end running, and is this its socket?", path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A connection, and nothing behind it that a check could be made with.
+    #[error("{} does not speak vhost-user, or not with us: {why}", path.display())]
+    Greeting {
+        /// The socket.
+        path: PathBuf,
+        /// What happened.
+        why: String,
+    },
+    /// Rings that are to be checked and are not offered.
+    #[error("packed rings are not offered: leave --rings out, or start the back-end with them")]
+    NotPacked,
+    /// Frames that don't come.
+    #[error("no frame comes in from {feed:?}: {why}: is it the other end of this back-end, and is that up?")]
+    Feed {
+        /// Where they were to come from.
+        feed: Feed,
+        /// What happened.
+        why: String,
+    },
+    /// A ring size that no split ring can have, or that is too small to check with.
+    #[error("a ring of {0} entries: use a power of two from 64 to 1024")]
+    QueueSize(u16),
+    /// Something listens where the back-end was to be started.
+    #[error("{} is served already: give --kill-pid if that may be killed, or another socket", path.display())]
+    Served {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The back-end can't be started.
+    #[error("can't start the back-end: {0}")]
+    Start(io::Error),
+}

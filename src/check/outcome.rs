@@ -1,0 +1,74 @@
+//! What a check came to, or why it could not go on.
+
+use std::io;
+use std::time::Duration;
+
+use super::Verdict;
+use crate::abi::vhost_user::Request as Code;
+use crate::dirty::LogError;
+use crate::memory::MemoryError;
+use crate::ring::RingError;
+
+/// Why a check could not go on.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Fault {
+    #[error("{0} is not offered")]
+    NotOffered(String),
+    #[error("no connection: {0}")]
+    Connect(io::Error),
+    #[error("the back-end hung up at {code}")]
+    HungUp { code: Code },
+    #[error("no answer to {code} within {waited:?}")]
+    Silent { code: Code, waited: Duration },
+    #[error("{code} was refused (answer {answer:#x})")]
+    Refused { code: Code, answer: u64 },
+    #[error("{0}")]
+    Breach(String),
+    #[error("the used ring is broken: {0}")]
+    Ring(#[from] RingError),
+    #[error("{0}")]
+    Memory(#[from] MemoryError),
+    #[error("{0}")]
+    Log(#[from] LogError),
+    #[error("{0}")]
+    System(#[from] io::Error),
+}
+
+impl From<nix::Error> for Fault {
+    fn from(errno: nix::Error) -> Fault {
+        Fault::System(errno.into())
+    }
+}
+
+/// What a check came to, and what it saw.
+pub(super) struct Outcome(pub(super) Verdict, pub(super) String);
+
+impl Outcome {
+    pub(super) fn kept(seen: impl Into<String>) -> Outcome {
+        Outcome(Verdict::Kept, seen.into())
+    }
+
+    pub(super) fn warning(seen: impl Into<String>) -> Outcome {
+        Outcome(Verdict::Warning, seen.into())
+    }
+
+    pub(super) fn broken(seen: impl Into<String>) -> Outcome {
+        Outcome(Verdict::Broken, seen.into())
+    }
+
+    pub(super) fn not_tested(seen: impl Into<String>) -> Outcome {
+        Outcome(Verdict::NotTested, seen.into())
+    }
+}
+
+impl From<Fault> for Outcome {
+    fn from(fault: Fault) -> Outcome {
+        let verdict = match &fault {
+            Fault::NotOffered(_) => Verdict::NotOffered,
+            // Our own trouble says nothing of the back-end.
+            Fault::Memory(_) | Fault::Log(_) | Fault::System(_) => Verdict::NotTested,
+            _ => Verdict::Broken,
+        };
+        Outcome(verdict, fault.to_string())
+    }
+}

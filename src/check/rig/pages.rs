@@ -1,0 +1,71 @@
+//! The pages of guest memory: which of them changed, which are whose, and which are marked.
+
+use std::collections::BTreeSet;
+
+use twox_hash::XxHash3_64;
+
+use super::{FRAMES, FRAMES_BYTES, HEAD, HEADS, Rig, SLOTS};
+use crate::check::Fault;
+use crate::check::queue::Queue;
+use crate::dirty::{Log, PageSet};
+use crate::memory::LOG_PAGE;
+
+pub(in crate::check) type Pages = BTreeSet<u64>;
+
+impl Rig {
+    /// A hash of every page of guest memory.
+    pub(in crate::check) fn hashes(&self) -> Result<Vec<(u64, u64)>, Fault> {
+        let mut hashes = Vec::new();
+        let mut page = [0; LOG_PAGE as usize];
+        for region in self.memory.regions() {
+            for gpa in (region.gpa()..region.gpa() + region.size()).step_by(LOG_PAGE as usize) {
+                self.memory.read(gpa, &mut page)?;
+                hashes.push((gpa / LOG_PAGE, XxHash3_64::oneshot(&page)));
+            }
+        }
+        Ok(hashes)
+    }
+
+    /// Pages that only the driver writes, and so has changed itself.
+    pub(in crate::check) fn own(&self) -> Pages {
+        let rings = self.all().flat_map(Queue::own);
+        rings.chain(pages(HEADS, SLOTS * HEAD)).chain(pages(FRAMES, FRAMES_BYTES)).collect()
+    }
+
+    /// Pages of the rings that the device writes.
+    pub(in crate::check) fn used_ring(&self) -> Pages {
+        self.all().flat_map(Queue::written).collect()
+    }
+
+    /// Those of the rings that requests go to.
+    pub(in crate::check) fn used_rings(&self) -> Pages {
+        self.rings().flat_map(Queue::written).collect()
+    }
+}
+
+/// The pages of a range of bytes, which is not empty.
+pub(in crate::check) fn pages(gpa: u64, len: u64) -> impl Iterator<Item = u64> {
+    gpa / LOG_PAGE..=(gpa + len - 1) / LOG_PAGE
+}
+
+/// The pages whose hash differs.
+pub(in crate::check) fn changed(before: &[(u64, u64)], after: &[(u64, u64)]) -> Pages {
+    before.iter().zip(after).filter(|(before, after)| before != after).map(|(_, (page, _))| *page).collect()
+}
+
+/// Takes the marked pages out of a log.
+pub(in crate::check) fn harvest(log: &Log) -> Pages {
+    let mut set = PageSet::new(log.pages());
+    log.harvest(&mut set);
+    set.runs().flatten().collect()
+}
+
+/// Bytes that no disk holds by chance, different for each `seed`.
+pub(in crate::check) fn noise(seed: u64, len: u32) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let words = (0..len.div_ceil(8)).flat_map(|_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state ^ state >> 32).to_le_bytes()
+    });
+    words.take(len as usize).collect()
+}

@@ -1,0 +1,234 @@
+//! What the guest asks of its device, requests to a disk or frames, and what comes back.
+
+use std::net::Ipv4Addr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use zerocopy::IntoBytes;
+
+use super::pages::{noise, pages};
+use super::{HEAD, HEADS, HIGH, Rig, SLOT, STATUSES};
+use crate::abi::virtio::{BlkRequestHeader, VIRTIO_BLK_T_IN};
+use crate::check::blk::{Disk, NO_STATUS};
+use crate::check::link::readable;
+use crate::check::net::{self, HEADER, LONGEST, Source};
+use crate::check::queue::Queue;
+use crate::check::{Fault, Flow, Subject};
+use crate::memory::LOG_PAGE;
+use crate::ring::Buffer;
+
+/// A frame that has not come in by then is sent again: a back-end may drop what it has no room for.
+const AGAIN: Duration = Duration::from_millis(200);
+
+/// A request in flight.
+#[derive(Clone, Copy)]
+pub(super) struct Request {
+    /// The ring's index, and its name there.
+    ring: u32,
+    head: u16,
+    data: Buffer,
+}
+
+/// How much a batch of requests asks for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(in crate::check) enum Size {
+    /// Some sectors, at any place in a page; frames of all lengths.
+    Mixed,
+    /// As much as there is room for, to be long under way.
+    Large,
+}
+
+impl Rig {
+    /// Makes `count` requests of which none is visible yet, in all rings by turns. Every data buffer is filled anew, so
+    /// that a device can't write what is there already.
+    pub(in crate::check) fn add(&mut self, count: u64, size: Size) -> Result<(), Fault> {
+        self.long = size == Size::Large;
+        for _ in 0..count {
+            let Some(slot) = self.slots.iter().position(Option::is_none) else {
+                return Err(Fault::System(std::io::Error::other("no slot is free")));
+            };
+            let offset = match size {
+                Size::Large => 0,
+                Size::Mixed => self.made * 1777 % 0x4000,
+            };
+            let wanted = match size {
+                Size::Large => SLOT,
+                Size::Mixed => 512 * (1 + self.made * 7 % 40),
+            };
+            self.add_at(slot, HIGH + slot as u64 * SLOT + offset, wanted)?;
+        }
+        Ok(())
+    }
+
+    /// Makes a request in `slot` whose data is at `gpa`: a read of up to `wanted` bytes, or what a frame needs.
+    pub(in crate::check) fn add_at(&mut self, slot: usize, gpa: u64, wanted: u64) -> Result<(), Fault> {
+        match (self.flow, &self.subject) {
+            (Flow::Requests, Subject::Disk(disk)) => {
+                let (head, len) = disk.read(self.made, wanted);
+                self.memory.write(gpa, &noise(self.made + 1, len))?;
+                self.add_request(slot, head, Buffer { gpa, len })
+            }
+            (Flow::Receive, _) => {
+                let data = Buffer { gpa, len: (HEADER + LONGEST) as u32 };
+                self.memory.write(gpa, &noise(self.made + 1, data.len))?;
+                self.lent.extend(pages(gpa, data.len.into()));
+                self.give(slot, data, &[], &[data])
+            }
+            (Flow::Transmit, _) | (Flow::Requests, Subject::Net) => {
+                let packet = [&[0; HEADER], net::frame(&net::payload(self.made, self.long)).as_slice()].concat();
+                self.memory.write(gpa, &packet)?;
+                let data = Buffer { gpa, len: packet.len() as u32 };
+                self.give(slot, data, &[data], &[])
+            }
+        }
+    }
+
+    /// Makes any request of a disk whose data is at `data`, in `slot`.
+    pub(in crate::check) fn add_request(
+        &mut self,
+        slot: usize,
+        head: BlkRequestHeader,
+        data: Buffer,
+    ) -> Result<(), Fault> {
+        let (head_at, status) = (HEADS + slot as u64 * HEAD, STATUSES + slot as u64 * LOG_PAGE);
+        self.memory.write(head_at, head.as_bytes())?;
+        self.memory.write(status, &[NO_STATUS])?;
+        let reads = head.request_type.get() == VIRTIO_BLK_T_IN;
+        let head = Buffer { gpa: head_at, len: size_of_val(&head) as u32 };
+        let status = Buffer { gpa: status, len: 1 };
+        self.lent.insert(status.gpa / LOG_PAGE);
+        if !reads {
+            return self.give(slot, data, &[head, data], &[status]);
+        }
+        self.lent.extend(pages(data.gpa, data.len.into()));
+        self.give(slot, data, &[head], &[data, status])
+    }
+
+    /// Adds a request to the ring whose turn it is.
+    fn give(&mut self, slot: usize, data: Buffer, readable: &[Buffer], writable: &[Buffer]) -> Result<(), Fault> {
+        let turn = self.made as usize % (1 + self.more.len());
+        let Some(queue) = self.rings_mut().nth(turn) else { return Ok(()) };
+        let ring = queue.index;
+        let Some(head) = queue.driver.add(readable, writable, None)? else {
+            return Err(Fault::System(std::io::Error::other("the ring has no room")));
+        };
+        queue.due += u64::from(readable.is_empty());
+        if let Some(place) = self.slots.get_mut(slot) {
+            *place = Some(Request { ring, head, data });
+        }
+        self.made += 1;
+        Ok(())
+    }
+
+    /// Makes what was added visible, kicks where the device wants it, and has frames brought in.
+    pub(in crate::check) fn publish(&mut self) {
+        self.rings_mut().for_each(Queue::publish);
+        // Whoever brings them may not be there yet: finishing tries again.
+        let _ = self.feed();
+    }
+
+    /// Brings in the frames that are due.
+    pub(in crate::check) fn feed(&mut self) -> Result<(), Fault> {
+        let rings = std::iter::once(&mut self.ring).chain(&mut self.more);
+        for (number, queue) in rings.enumerate() {
+            while queue.due > 0 {
+                let payload = net::payload(self.fed, self.long);
+                let sent = match &mut self.source {
+                    None => break,
+                    Some(Source::Loop) => match self.others.get_mut(number) {
+                        Some(other) => net::send(other, &self.memory, self.fed, &payload)?,
+                        None => false,
+                    },
+                    Some(Source::Interface(socket)) => {
+                        socket.send_to(&payload, (Ipv4Addr::BROADCAST, 9))? == payload.len()
+                    }
+                    Some(Source::Backend(rig)) => net::send(&mut rig.ring, &rig.memory, self.fed, &payload)?,
+                };
+                if !sent {
+                    break;
+                }
+                queue.due -= 1;
+                self.fed += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes one completion, if there is one.
+    pub(in crate::check) fn pop(&mut self) -> Result<bool, Fault> {
+        let mut found = None;
+        for queue in self.rings_mut() {
+            if let Some(used) = queue.driver.pop_used()? {
+                found = Some((queue.index, used));
+                break;
+            }
+        }
+        let Some((ring, used)) = found else { return Ok(false) };
+        let is_it = |request: &Option<Request>| request.is_some_and(|it| (it.ring, it.head) == (ring, used.head));
+        let Some(slot) = self.slots.iter().position(is_it) else { return Ok(true) };
+        let request = self.slots.get_mut(slot).and_then(Option::take);
+        let data = request.map_or(Buffer { gpa: 0, len: 0 }, |request| request.data);
+        self.last = if self.flow == Flow::Receive { Buffer { len: used.len, ..data } } else { data };
+        match self.flow {
+            Flow::Transmit => Ok(true),
+            Flow::Receive => net::received(&self.memory, data, used.len).map(|_| true),
+            Flow::Requests => {
+                let mut status = [NO_STATUS];
+                self.memory.read(STATUSES + slot as u64 * LOG_PAGE, &mut status)?;
+                match status {
+                    [NO_STATUS] => Err(Fault::Breach("a request was completed without a status".into())),
+                    [status] if Disk::worked(status) => Ok(true),
+                    [status] => Err(Fault::Breach(format!("a read failed with status {status}"))),
+                }
+            }
+        }
+    }
+
+    /// Requests without a completion.
+    pub(in crate::check) fn outstanding(&self) -> u16 {
+        self.rings().map(|queue| queue.driver.outstanding()).sum()
+    }
+
+    /// Waits until nothing is in flight.
+    pub(in crate::check) fn finish(&mut self) -> Result<(), Fault> {
+        let deadline = Instant::now() + self.timeout;
+        while self.outstanding() > 0 {
+            if self.pop()? || self.rings_mut().any(|queue| queue.driver.enable_notifications()) {
+                continue;
+            }
+            self.feed()?;
+            let until = if self.source.is_some() { deadline.min(Instant::now() + AGAIN) } else { deadline };
+            let calls: Vec<BorrowedFd<'_>> = self.rings().map(|queue| queue.call.as_fd()).collect();
+            let notified = readable(&calls, until);
+            self.rings().for_each(|queue| _ = queue.call.read());
+            if notified {
+                continue;
+            }
+            let left = self.outstanding();
+            if Instant::now() >= deadline {
+                let late = self.pop()?;
+                let what = if late { "notification" } else { "answer" };
+                let waited = self.timeout;
+                return Err(Fault::Breach(format!("{left} requests without {what} within {waited:?}")));
+            }
+            self.rings_mut().for_each(|queue| queue.due = queue.driver.outstanding().into());
+        }
+        Ok(())
+    }
+
+    /// A batch of requests, from adding to completion.
+    pub(in crate::check) fn load(&mut self, count: u64, size: Size) -> Result<(), Fault> {
+        self.add(count, size)?;
+        self.publish();
+        self.finish()
+    }
+
+    /// Takes what was completed; how much that was.
+    pub(in crate::check) fn pop_all(&mut self) -> Result<u64, Fault> {
+        let mut count = 0;
+        while self.pop()? {
+            count += 1;
+        }
+        Ok(count)
+    }
+}
