@@ -8,7 +8,8 @@
 //! | `iommu` | what a ring behind an IOMMU asks for, and what it has in use |
 //! | `tracker` | what the inflight region is told of a ring's requests |
 //! | `post` | where a ring is taken up, and waits for its areas behind an IOMMU |
-//! | `worker` | one thread per running ring: takes requests, logs, publishes, notifies |
+//! | `workers` | the rings of a connection, and how they are commanded |
+//! | `worker` | the thread of a running ring: takes requests, logs, publishes, notifies |
 //! | `channel` | what the front-end is told without having asked |
 //! | `device` | what a device author writes, and the [`Request`] it gets |
 //! | `immediate` | a queue that serves its requests as they come |
@@ -43,6 +44,7 @@ mod session;
 mod tracker;
 mod transfer;
 mod worker;
+mod workers;
 
 pub use channel::Host;
 pub use counters::describe_counters;
@@ -54,4 +56,4 @@ pub use notify::Notifier;
 pub use sandbox::{Sandbox, SandboxError, Violation};
 pub use server::{Inherited, Listener, inherited, serve, serve_one};
 pub use session::{Logging, Rings, Session, Setup, Step};
-pub use worker::Workers;
+pub use workers::Workers;

@@ -1,27 +1,25 @@
-//! The threads that serve running rings, one each, and how a session commands them.
+//! What the thread of a running ring does.
 //!
-//! A ring belongs to its thread alone: nothing on the way of a request takes a lock. Orders come over a channel, and
-//! each is carried out between two batches of requests and then acknowledged. So whatever a ring did by its old orders
-//! is done when the order returns: that is the grace period which a new log needs (rule L9).
+//! A ring belongs to its thread alone: nothing on the way of a request takes a lock.
 //!
 //! The way of a request, each arrow survivable by a successor that has the inflight region: taken from the ring →
 //! noted as in flight → served → marked in the log → staged → published → noted as done → notified (rules L10, I2).
 
 #![forbid(unsafe_code)]
 
-use std::collections::{HashMap, VecDeque};
-use std::io;
+mod ending;
+mod in_order;
+
 use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
+use crossbeam::channel::{Receiver, Sender};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EventFd;
 use nix::unistd::read;
 use tracing::{debug, error, warn};
 
@@ -29,192 +27,17 @@ use super::counters::RingCounters;
 use super::device::Dropped;
 use super::iommu::{InUse, logged};
 use super::post::{End, Left, Post};
-use super::session::{Logging, Rings, Setup};
+use super::session::{Logging, Setup};
 use super::tracker::{Found, Tracker};
-use super::{BackendError, Device, Notifier, Queue, Request};
+use super::workers::Order;
+use super::{BackendError, Queue, Request};
 use crate::abi::bit;
 use crate::abi::virtio::VIRTIO_F_IN_ORDER;
-use crate::ring::{Chain, DeviceRing, RingBase, RingError, RingLog};
+use crate::ring::{DeviceRing, RingError, RingLog};
+use in_order::InOrder;
 
-/// How long a drain waits before it asks the device's queue again, in milliseconds.
-const RETRY_MS: u8 = 100;
 /// How often a ring without a kick is looked at, in milliseconds.
 const POLL_EVERY_MS: u8 = 1;
-
-/// The rings of one connection. Dropping it abandons those that run: what is under way ends, but is not published, so
-/// that a front-end which has gone on without us finds its rings as it left them.
-pub struct Workers {
-    device: Arc<dyn Device>,
-    running: Vec<Option<Handle>>,
-}
-
-struct Handle {
-    orders: Sender<Order>,
-    wake: Arc<EventFd>,
-    thread: JoinHandle<RingBase>,
-    postcopy: bool,
-}
-
-pub(super) enum Order {
-    Logging(Logging, Sender<()>),
-    Invalidate(RangeInclusive<u64>, Sender<()>),
-    Notifiers {
-        call: Option<Arc<Notifier>>,
-        error: Option<Arc<Notifier>>,
-        done: Sender<()>,
-    },
-    /// Take no more requests, or take them again.
-    Hold(bool, Sender<()>),
-    /// Finish, and publish what is finished.
-    Stop,
-    /// Finish only what can't be left to a successor (rule I8).
-    Suspend,
-    /// Finish, and keep it.
-    Abandon,
-}
-
-impl Workers {
-    /// No ring runs yet.
-    pub fn new(device: Arc<dyn Device>) -> Workers {
-        let running = (0..device.queues()).map(|_| None).collect();
-        Workers { device, running }
-    }
-
-    /// Stops all rings as [`Rings::stop`] does.
-    pub fn stop_all(&mut self) {
-        self.end(|| Order::Stop);
-    }
-
-    fn end(&mut self, order: fn() -> Order) {
-        for handle in self.running.iter().flatten() {
-            handle.order(order());
-        }
-        for handle in self.running.iter_mut().filter_map(Option::take) {
-            let _ = handle.thread.join();
-        }
-    }
-
-    fn finish(&mut self, index: u16, order: Order) -> Result<RingBase, BackendError> {
-        let lost = BackendError::RingLost { index };
-        let Some(handle) = self.running.get_mut(usize::from(index)).and_then(Option::take) else { return Err(lost) };
-        handle.order(order);
-        handle.thread.join().map_err(|_| lost)
-    }
-
-    fn handle(&self, index: u16) -> Option<&Handle> {
-        self.running.get(usize::from(index))?.as_ref()
-    }
-}
-
-impl Handle {
-    fn order(&self, order: Order) {
-        // A worker takes orders until it is told to end.
-        let _ = self.orders.send(order);
-        let _ = self.wake.write(1);
-    }
-}
-
-impl Drop for Workers {
-    fn drop(&mut self) {
-        self.end(|| Order::Abandon);
-    }
-}
-
-impl Rings for Workers {
-    fn start(&mut self, index: u16, setup: Setup) -> Result<(), BackendError> {
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let wake = Arc::new(EventFd::from_flags(flags).map_err(BackendError::system("make an eventfd"))?);
-        let (orders, inbox) = unbounded();
-        let (ready, is_ready) = bounded(1);
-        let (device, woken, postcopy) = (self.device.clone(), wake.clone(), setup.postcopy);
-        let serve = move || {
-            let post = Post { index, device, inbox, wake: woken };
-            if let Some(iotlb) = setup.iotlb.clone() {
-                // What is wrong with it is found out when its areas are there.
-                let _ = ready.send(Ok(()));
-                return post.serve_translated(setup, &iotlb);
-            }
-            let (base, failed) = (setup.base, setup.error.clone());
-            match post.open(setup, None) {
-                Err(error) => {
-                    if postcopy {
-                        error!("{error}");
-                        failed.iter().for_each(|failed| failed.signal());
-                    }
-                    let _ = ready.send(Err(error));
-                    base
-                }
-                Ok((worker, recovered)) => {
-                    let _ = ready.send(Ok(()));
-                    worker.run(recovered).base()
-                }
-            }
-        };
-        let thread = thread::Builder::new().name(format!("ring {index}")).spawn(serve);
-        let thread = thread.map_err(BackendError::system("start a thread"))?;
-        if !postcopy {
-            let ended = || BackendError::system("serve a queue")(io::Error::other("its thread ended"));
-            is_ready.recv().unwrap_or_else(|_| Err(ended()))?;
-        }
-        if let Some(slot) = self.running.get_mut(usize::from(index)) {
-            *slot = Some(Handle { orders, wake, thread, postcopy });
-        }
-        Ok(())
-    }
-
-    fn stop(&mut self, index: u16) -> Result<RingBase, BackendError> {
-        self.finish(index, Order::Stop)
-    }
-
-    fn suspend(&mut self, index: u16) -> Result<RingBase, BackendError> {
-        self.finish(index, Order::Suspend)
-    }
-
-    fn hold(&mut self, index: u16, yes: bool) {
-        if let Some(handle) = self.handle(index) {
-            let (done, is_done) = bounded(1);
-            handle.order(Order::Hold(yes, done));
-            let _ = is_done.recv();
-        }
-    }
-
-    fn set_logging(&mut self, index: u16, logging: Logging) {
-        if let Some(handle) = self.handle(index) {
-            let (done, is_done) = bounded(1);
-            handle.order(Order::Logging(logging, done));
-            let _ = is_done.recv();
-        }
-    }
-
-    fn invalidate(&mut self, iovas: &RangeInclusive<u64>) {
-        let tell = |handle: &Handle| {
-            let (done, is_done) = bounded(1);
-            handle.order(Order::Invalidate(iovas.clone(), done));
-            is_done
-        };
-        let told: Vec<_> = self.running.iter().flatten().map(tell).collect();
-        for is_done in told {
-            let _ = is_done.recv();
-        }
-    }
-
-    fn kick(&mut self, index: u16) {
-        if let Some(handle) = self.handle(index) {
-            let _ = handle.wake.write(1);
-        }
-    }
-
-    fn set_notifiers(&mut self, index: u16, call: Option<Arc<Notifier>>, error: Option<Arc<Notifier>>) {
-        if let Some(handle) = self.handle(index) {
-            let (done, is_done) = bounded(1);
-            handle.order(Order::Notifiers { call, error, done });
-            // It may wait for a page that comes only if the front-end has its answer.
-            if !handle.postcopy {
-                let _ = is_done.recv();
-            }
-        }
-    }
-}
 
 /// What a ring's thread works with.
 pub(super) struct Worker {
@@ -582,40 +405,6 @@ impl Worker {
         self.setup.logging = logging;
     }
 
-    /// Puts the requests back into the ring that the queue has no use for: they are as if never taken.
-    fn put_back(&mut self) {
-        let mut unused = Vec::new();
-        self.queue.put_back(&mut unused);
-        unused.iter_mut().for_each(|request| request.lent_out = false);
-        if unused.is_empty() {
-            return;
-        }
-        let chains: Vec<&Chain> = unused.iter().map(Request::chain).collect();
-        if !self.ring.put_back(&chains) {
-            // Others were taken after them: all that is left is to use them with nothing in them.
-            self.done.append(&mut unused);
-            self.settle_done();
-            self.publish();
-            return self.spare.append(&mut self.done);
-        }
-        for request in unused.iter().rev() {
-            if let Some(inflight) = &mut self.inflight {
-                inflight.put_back(request.name);
-            }
-            if let Some(order) = &mut self.order {
-                order.taken.pop_back();
-            }
-            if let Some(busy) = self.busy.get_mut(usize::from(request.head())) {
-                *busy = false;
-            }
-            if let Some(in_use) = &mut self.in_use {
-                in_use.end(request.head());
-            }
-        }
-        self.in_flight -= unused.len();
-        self.spare.append(&mut unused);
-    }
-
     /// Only this ring ends; what is under way is still completed.
     fn broke(&mut self, error: &BackendError) {
         error!("{error}");
@@ -626,61 +415,6 @@ impl Worker {
         if let Some(error) = &self.setup.error {
             error.signal();
         }
-    }
-
-    /// Waits for everything under way.
-    fn drain(mut self, publish: bool) -> RingBase {
-        if publish {
-            self.put_back();
-        } else {
-            let mut unused = Vec::new();
-            self.queue.put_back(&mut unused);
-            unused.iter_mut().for_each(|request| request.lent_out = false);
-            self.in_flight -= unused.len();
-        }
-        if let Some((found, next)) = &self.left {
-            let count = found.len() - next;
-            warn!(
-                "ring {}: {count} requests of a predecessor can't be translated and stay marked (rule I3)",
-                self.index
-            );
-        }
-        while self.in_flight > 0 {
-            if !self.complete(publish) {
-                self.wait_for_queue();
-            }
-        }
-        self.ring.base()
-    }
-
-    /// Waits for what can't be left to a successor. The rest stays marked in the inflight region, and unpublished, but
-    /// what was written of it already is in the log: the successor may write other bytes.
-    fn suspend(mut self) -> RingBase {
-        self.put_back();
-        let mut unserved = Vec::new();
-        // With IN_ORDER, what is complete behind a request that is not is left to the successor too.
-        while self.in_flight > unserved.len() + self.order.as_ref().map_or(0, |order| order.early.len()) {
-            let before = unserved.len();
-            self.queue.suspend(&mut unserved);
-            if unserved.len() == before && !self.complete(true) {
-                self.wait_for_queue();
-            }
-        }
-        unserved.iter_mut().for_each(|request| request.lent_out = false);
-        let early = self.order.iter().flat_map(|order| order.early.values());
-        if let Some(log) = &self.setup.logging.data {
-            let burst = log.burst();
-            unserved.iter().chain(early).for_each(|request| request.written(|gpa, len| burst.mark(gpa, len)));
-        }
-        self.signal_log();
-        self.ring.base()
-    }
-
-    /// Waits for completions or dropped requests. Looks again after a while even if nothing comes: what the system had no
-    /// memory for is passed on once more.
-    fn wait_for_queue(&self) {
-        wait_for([self.queue.completion_fd(), Some(self.wake.as_fd())], PollTimeout::from(RETRY_MS));
-        let _ = self.wake.read();
     }
 
     /// Waits until there may be something to do.
@@ -712,25 +446,6 @@ impl Worker {
 
     fn spare_request(&mut self) -> Request {
         self.spare.pop().unwrap_or_else(|| Request::new(self.setup.memory.clone(), Some(self.dropped.clone())))
-    }
-}
-
-/// The requests of a driver that wants them completed in the order in which they were taken (VIRTIO_F_IN_ORDER).
-#[derive(Default)]
-struct InOrder {
-    taken: VecDeque<u16>,
-    /// Complete before their turn, by head.
-    early: HashMap<u16, Request>,
-}
-
-impl InOrder {
-    /// Leaves in `done` what may be published now, in order.
-    fn hold_back(&mut self, done: &mut Vec<Request>) {
-        self.early.extend(done.drain(..).map(|request| (request.head(), request)));
-        while let Some(request) = self.taken.front().and_then(|head| self.early.remove(head)) {
-            self.taken.pop_front();
-            done.push(request);
-        }
     }
 }
 

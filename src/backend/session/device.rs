@@ -1,0 +1,102 @@
+//! What messages read and write of a device beside its rings: configuration, inflight region, state (rules C1, I1, D1).
+#![forbid(unsafe_code)]
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use tracing::error;
+
+use super::super::transfer::Transfer;
+use super::super::{BackendError, Message, Reply};
+use super::Session;
+use crate::abi::vhost_user::{ConfigHeader, InflightDescription, Request as Code, VHOST_USER_MAX_CONFIG_SIZE};
+use crate::{abi::virtio, inflight};
+
+impl Session {
+    pub(super) fn get_config(&self, message: &Message) -> Result<Reply, BackendError> {
+        let header: ConfigHeader = message.body()?;
+        let ConfigHeader { offset, size, .. } = header;
+        let mut reply = Reply::new(message.code, &header);
+        match config_end(message.code, offset, size) {
+            Ok(end) => {
+                let mut config = self.device.config();
+                config.resize(end.max(config.len()), 0);
+                reply.payload.extend(config.get(offset as usize..end).unwrap_or_default());
+            }
+            Err(error) => {
+                // This request has an answer that means "no": no payload.
+                error!("{error}");
+                reply.payload.clear();
+            }
+        }
+        Ok(reply)
+    }
+
+    pub(super) fn get_inflight(&self, wanted: InflightDescription) -> Reply {
+        let make = || {
+            self.check_shape(&wanted)?;
+            let mmap_size = inflight::Region::bytes_for(self.inflight_kind(), wanted.num_queues, wanted.queue_size)?;
+            let (_, fd) = inflight::Region::create(self.inflight_kind(), wanted.num_queues, wanted.queue_size)?;
+            Ok::<_, BackendError>((mmap_size, Some(fd)))
+        };
+        let (mmap_size, fd) = make().unwrap_or_else(|error| {
+            // This request has an answer that means "no": a region of no bytes.
+            error!("{error}");
+            (0, None)
+        });
+        let description = InflightDescription { mmap_size, mmap_offset: 0, ..wanted };
+        Reply { fd, ..Reply::new(Code::GET_INFLIGHT_FD, &description) }
+    }
+
+    pub(super) fn set_inflight(&mut self, description: &InflightDescription, fd: &OwnedFd) -> Result<(), BackendError> {
+        self.check_shape(description)?;
+        self.all_stopped(Code::SET_INFLIGHT_FD, "I1")?;
+        let InflightDescription { mmap_size, mmap_offset, num_queues, queue_size, .. } = *description;
+        let kind = self.inflight_kind();
+        let region = inflight::Region::map(kind, fd.as_fd(), mmap_size, mmap_offset, num_queues, queue_size)?;
+        self.inflight = Some(Arc::new(region));
+        Ok(())
+    }
+
+    pub(super) fn inflight_kind(&self) -> inflight::Kind {
+        if self.is_packed() { inflight::Kind::Packed } else { inflight::Kind::Split }
+    }
+
+    pub(super) fn check_shape(&self, wanted: &InflightDescription) -> Result<(), BackendError> {
+        let (queues, size, max) = (wanted.num_queues, wanted.queue_size, self.device.queues());
+        match queues >= 1 && queues <= max && size >= 1 && u32::from(size) <= virtio::MAX_QUEUE_SIZE {
+            true => Ok(()),
+            false => Err(BackendError::InflightShape { queues, size, max }),
+        }
+    }
+
+    /// SET_DEVICE_STATE_FD; a transfer that nobody asked the result of is given up.
+    pub(super) fn begin_transfer(&mut self, message: &mut Message) -> Result<(), BackendError> {
+        self.transfer = None;
+        self.all_stopped(message.code, "D1")?;
+        self.transfer = Some(Transfer::begin(self.device.as_ref(), message.body()?, message.only_fd()?)?);
+        Ok(())
+    }
+
+    pub(super) fn check_transfer(&mut self) -> Result<(), BackendError> {
+        let nothing = || BackendError::State { why: "SET_DEVICE_STATE_FD did not begin a transfer".into() };
+        let transfer = self.transfer.take().ok_or_else(nothing)?;
+        self.all_stopped(Code::CHECK_DEVICE_STATE, "D1")?;
+        transfer.check(self.device.as_ref())
+    }
+}
+
+/// One past the last byte of configuration space that a message is about.
+fn config_end(code: Code, offset: u32, len: u32) -> Result<usize, BackendError> {
+    match offset.checked_add(len).map(|end| end as usize) {
+        Some(end) if end <= VHOST_USER_MAX_CONFIG_SIZE => Ok(end),
+        _ => Err(BackendError::Config { code, offset, len, why: "there are 256 bytes at most" }),
+    }
+}
+
+pub(super) fn config_bytes(message: &Message, offset: u32, len: u32) -> Result<&[u8], BackendError> {
+    config_end(message.code, offset, len)?;
+    let head = size_of::<ConfigHeader>();
+    let (got, needed) = (message.payload.len(), head + len as usize);
+    message.payload.get(head..needed).ok_or(BackendError::Truncated { code: message.code, got, needed })
+}

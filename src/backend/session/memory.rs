@@ -1,0 +1,104 @@
+//! Guest memory as messages give it, and what they say of an IOMMU (rules M1, P1, T2, T3).
+#![forbid(unsafe_code)]
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use zerocopy::FromBytes;
+
+use super::super::{BackendError, Message};
+use super::{Rings, Session};
+use crate::abi::vhost::{VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_UPDATE};
+use crate::abi::vhost_user::{IotlbMsg, MemoryHeader, MemoryRegion, Request as Code, VHOST_USER_MAX_RAM_SLOTS_TODAY};
+use crate::memory::{Memory, Region, invalidated};
+
+impl Session {
+    pub(super) fn add_region(
+        &mut self,
+        region: &MemoryRegion,
+        fd: OwnedFd,
+        rings: &mut dyn Rings,
+    ) -> Result<(), BackendError> {
+        let mut regions = self.memory.regions().to_vec();
+        if regions.len() >= VHOST_USER_MAX_RAM_SLOTS_TODAY {
+            return Err(BackendError::NoSlot { slots: VHOST_USER_MAX_RAM_SLOTS_TODAY });
+        }
+        regions.push(map(region, &fd)?);
+        self.replace_memory(Memory::new(regions)?, rings)
+    }
+
+    pub(super) fn remove_region(&mut self, region: &MemoryRegion, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        let mut regions = self.memory.regions().to_vec();
+        let (gpa, size, user_addr) = (region.guest_phys_addr, region.memory_size, region.userspace_addr);
+        let found = regions.iter().position(|r| (r.gpa(), r.size(), r.user_addr()) == (gpa, size, user_addr));
+        regions.remove(found.ok_or(BackendError::NoSuchRegion { gpa, size, user_addr })?);
+        self.replace_memory(Memory::new(regions)?, rings)
+    }
+
+    /// Requests that are in flight finish in the old memory; then the rings go on in the new one (rules L9, M1).
+    pub(super) fn replace_memory(&mut self, memory: Memory, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        for index in 0..self.device.queues() {
+            self.pause(index, rings)?;
+        }
+        self.memory = memory;
+        self.check_log_size();
+        self.settle_all(rings)
+    }
+
+    /// The front-end hears of faults from here on, so rings may run (rule P1).
+    pub(super) fn memory_acknowledged(&mut self, message: &Message, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        let memory = self.postcopy.acknowledged(message, message.code == Code::SET_MEM_TABLE)?;
+        self.replace_memory(memory, rings)
+    }
+
+    /// What the front-end says of its IOMMU (rules T2, T3).
+    pub(super) fn translation(&mut self, message: &IotlbMsg, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        let IotlbMsg { iova, size, uaddr, perm, kind, .. } = *message;
+        match kind {
+            VHOST_IOTLB_UPDATE => {
+                if perm != 0 {
+                    self.memory.pieces_of_user(uaddr, size, |_, _| {})?;
+                }
+                self.iotlb.update(iova, size, uaddr, perm)?;
+                // Some of them may wait for just this.
+                for (index, _) in (0..).zip(&self.rings).filter(|(_, ring)| ring.running) {
+                    rings.kick(index);
+                }
+                Ok(())
+            }
+            VHOST_IOTLB_INVALIDATE => {
+                let iovas = invalidated(iova, size)?;
+                self.iotlb.invalidate(&iovas);
+                rings.invalidate(&iovas);
+                Ok(())
+            }
+            _ => Err(BackendError::IotlbKind { kind }),
+        }
+    }
+}
+
+/// The regions of SET_MEM_TABLE, mapped.
+pub(super) fn regions_of(message: &Message) -> Result<Vec<Arc<Region>>, BackendError> {
+    let MemoryHeader { nregions, .. } = message.body()?;
+    let (got, head) = (message.payload.len(), size_of::<MemoryHeader>());
+    let needed = (nregions as usize).saturating_mul(size_of::<MemoryRegion>()).saturating_add(head);
+    let table = message.payload.get(head..needed).ok_or(BackendError::Truncated { code: message.code, got, needed })?;
+    if message.fds.len() != nregions as usize {
+        let (got, needed) = (message.fds.len(), nregions as usize);
+        return Err(BackendError::Fds { code: message.code, got, needed });
+    }
+    let regions = table.chunks_exact(size_of::<MemoryRegion>()).zip(&message.fds).map(|(bytes, fd)| {
+        let region = MemoryRegion::read_from_bytes(bytes).map_err(|_| BackendError::Truncated {
+            code: message.code,
+            got,
+            needed,
+        })?;
+        map(&region, fd)
+    });
+    regions.collect()
+}
+
+fn map(region: &MemoryRegion, fd: &OwnedFd) -> Result<Arc<Region>, BackendError> {
+    let MemoryRegion { guest_phys_addr, memory_size, userspace_addr, mmap_offset } = *region;
+    Ok(Arc::new(Region::map(fd.as_fd(), guest_phys_addr, memory_size, userspace_addr, mmap_offset)?))
+}

@@ -1,0 +1,398 @@
+//! What the messages of a front-end mean: the protocol's state machine, without sockets and threads.
+//!
+//! [`Session::message`] takes one message, tells the rings what follows from it ([`Rings`], the workers outside of
+//! tests) and says what to answer. The order in which front-ends send things is theirs (rules R6, R7, L8): all state
+//! is kept as given, and a ring runs from the moment it is started, enabled and complete.
+
+#![forbid(unsafe_code)]
+
+mod device;
+mod log;
+mod memory;
+mod orders;
+mod ring;
+
+pub use orders::{Logging, Rings, Setup};
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use tracing::{debug, error};
+
+use super::channel::Attached;
+use super::postcopy::{Postcopy, own_addresses};
+use super::transfer::Transfer;
+use super::{BackendError, Device, Host, Message, Notifier, Reply, counters};
+use crate::abi::bit;
+use crate::abi::vhost_user::{
+    ConfigHeader, DEVICE_STATE_NOFD_MASK, Header, MemRegMsg, Request as Code, VHOST_F_LOG_ALL,
+    VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_RAM_SLOTS_TODAY, VringState, protocol_feature, unstable,
+};
+use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED};
+use crate::dirty::{Log, LogSignal};
+use crate::inflight;
+use crate::memory::{Iotlb, Memory};
+use crate::ring::RingBase;
+use device::config_bytes;
+use memory::regions_of;
+use ring::Ring;
+
+/// The protocol features that are offered with any device.
+const PROTOCOL_FEATURES: u64 = bit(protocol_feature::MQ)
+    | bit(protocol_feature::LOG_SHMFD)
+    | bit(protocol_feature::REPLY_ACK)
+    | bit(protocol_feature::BACKEND_REQ)
+    | bit(protocol_feature::CONFIG)
+    | bit(protocol_feature::BACKEND_SEND_FD)
+    | bit(protocol_feature::INFLIGHT_SHMFD)
+    | bit(protocol_feature::RESET_DEVICE)
+    | bit(protocol_feature::INBAND_NOTIFICATIONS)
+    | bit(protocol_feature::CONFIGURE_MEM_SLOTS)
+    | bit(protocol_feature::STATUS);
+
+/// What INBAND_NOTIFICATIONS makes no sense without.
+const IN_BAND_NEEDS: u64 = bit(protocol_feature::BACKEND_REQ) | bit(protocol_feature::REPLY_ACK);
+
+const LOG_ALL: u64 = bit(VHOST_F_LOG_ALL);
+const BIT_30: u64 = bit(VHOST_USER_F_PROTOCOL_FEATURES);
+
+/// What is due after a message.
+#[derive(Debug)]
+pub enum Step {
+    /// Nothing.
+    Silence,
+    /// Send this.
+    Reply(Reply),
+    /// Hang up: the front-end waits for an answer that can't be given.
+    Close(BackendError),
+}
+
+/// The state of one connection.
+pub struct Session {
+    device: Arc<dyn Device>,
+    features: u64,
+    protocol_features: u64,
+    status: u64,
+    memory: Memory,
+    log: Option<Arc<Log>>,
+    log_signal: Option<Arc<LogSignal>>,
+    lost: Arc<AtomicU64>,
+    inflight: Option<Arc<inflight::Region>>,
+    rings: Vec<Ring>,
+    postcopy: Postcopy,
+    /// A device's state on its way.
+    transfer: Option<Transfer>,
+    iotlb: Arc<Iotlb>,
+    host: Arc<Host>,
+    /// The back-end channel, if the front-end has given one.
+    channel: Option<Attached>,
+}
+
+impl Session {
+    /// A session with a front-end that has just connected: nothing is acknowledged, all rings are stopped and disabled.
+    pub fn new(device: Arc<dyn Device>) -> Session {
+        let rings = (0..device.queues()).map(|_| Ring::default()).collect();
+        let host = Arc::new(Host::default());
+        device.connected(host.clone());
+        Session {
+            device,
+            features: 0,
+            protocol_features: 0,
+            status: 0,
+            memory: Memory::default(),
+            log: None,
+            log_signal: None,
+            lost: Arc::default(),
+            inflight: None,
+            rings,
+            postcopy: Postcopy::default(),
+            transfer: None,
+            iotlb: Arc::default(),
+            host,
+            channel: None,
+        }
+    }
+
+    /// Does what a message asks, and says what to answer. What is refused for its contents changes nothing.
+    pub fn message(&mut self, message: Message, rings: &mut dyn Rings) -> Step {
+        let code = message.code;
+        debug!(
+            "{code}: {} bytes, {} fds{}",
+            message.payload.len(),
+            message.fds.len(),
+            if message.flags & Header::FLAG_NEED_REPLY != 0 { ", wants a reply" } else { "" }
+        );
+        if self.postcopy.awaits() {
+            return self.memory_acknowledged(&message, rings).map_or_else(Step::Close, |()| Step::Silence);
+        }
+        let asked = message.flags & Header::FLAG_NEED_REPLY != 0;
+        let outcome = self.handle(message, asked && self.speaks(protocol_feature::REPLY_ACK), rings);
+        // Asked afterwards: the message that switches acknowledgements on may want the first one (rule F4).
+        let acknowledge = asked && self.speaks(protocol_feature::REPLY_ACK);
+        counters::message(code, outcome.is_err());
+        match outcome {
+            Ok(Some(reply)) => Step::Reply(reply),
+            Ok(None) if acknowledge => Step::Reply(Reply::new(code, &0u64)),
+            Ok(None) => Step::Silence,
+            // The front-end takes up its rings from guest memory and the inflight region, with the next connection.
+            Err(error @ BackendError::RingLost { .. }) => Step::Close(error),
+            Err(error) if acknowledge => {
+                error!("{code} refused: {error}");
+                Step::Reply(Reply::new(code, &1u64))
+            }
+            Err(error) if self.always_answers(code) => Step::Close(error),
+            Err(error) => {
+                error!("{code} refused: {error}");
+                Step::Silence
+            }
+        }
+    }
+
+    fn speaks(&self, feature: u32) -> bool {
+        self.protocol_features & bit(feature) != 0
+    }
+
+    /// Whether a request has a reply of its own, whatever its flags say (rule F3).
+    fn always_answers(&self, code: Code) -> bool {
+        match code {
+            Code::SET_LOG_BASE => self.speaks(protocol_feature::LOG_SHMFD),
+            Code::SET_MEM_TABLE => self.postcopy.is_listening(),
+            Code::GET_FEATURES
+            | Code::GET_PROTOCOL_FEATURES
+            | Code::GET_QUEUE_NUM
+            | Code::GET_VRING_BASE
+            | Code::GET_CONFIG
+            | Code::GET_INFLIGHT_FD
+            | Code::GET_MAX_MEM_SLOTS
+            | Code::GET_STATUS
+            | Code::POSTCOPY_ADVISE
+            | Code::POSTCOPY_LISTEN
+            | Code::POSTCOPY_END
+            | Code::CREATE_CRYPTO_SESSION
+            | Code::GET_SHARED_OBJECT
+            | Code::SET_DEVICE_STATE_FD
+            | Code::CHECK_DEVICE_STATE
+            | Code::GET_SHMEM_CONFIG
+            | Code::GET_VRING_BASE_SKIP_DRAIN => true,
+            _ => false,
+        }
+    }
+
+    fn handle(
+        &mut self,
+        mut message: Message,
+        acknowledge: bool,
+        rings: &mut dyn Rings,
+    ) -> Result<Option<Reply>, BackendError> {
+        let code = message.code;
+        if message.flags & Header::FLAG_REPLY != 0 {
+            return Err(BackendError::UnexpectedReply { code });
+        }
+        let number = |number: u64| Ok(Some(Reply::new(code, &number)));
+        match code {
+            Code::GET_FEATURES => return number(self.offered()),
+            Code::SET_FEATURES => self.set_features(message.body()?, rings)?,
+            Code::GET_PROTOCOL_FEATURES => return number(self.offered_protocol()),
+            Code::SET_PROTOCOL_FEATURES => {
+                let bits = acknowledged(code, message.body()?, self.offered_protocol())?;
+                if bits & bit(protocol_feature::INBAND_NOTIFICATIONS) != 0 && bits & IN_BAND_NEEDS != IN_BAND_NEEDS {
+                    return Err(BackendError::InBand);
+                }
+                self.protocol_features = bits;
+                self.host.set_acknowledges(self.speaks(protocol_feature::REPLY_ACK));
+            }
+            Code::GET_QUEUE_NUM => return number(self.device.queue_num()),
+            Code::GET_MAX_MEM_SLOTS => return number(VHOST_USER_MAX_RAM_SLOTS_TODAY as u64),
+            Code::SET_OWNER => {}
+            Code::RESET_OWNER => self.disable(rings)?,
+            Code::RESET_DEVICE => self.reset(rings)?,
+            Code::GET_STATUS => return number(self.status),
+            Code::SET_STATUS => {
+                self.status = message.body()?;
+                if self.status == 0 {
+                    self.reset(rings)?;
+                }
+            }
+            Code::SET_MEM_TABLE => {
+                let memory = Memory::new(regions_of(&message)?)?;
+                if self.postcopy.is_listening() {
+                    let payload = own_addresses(&message.payload, &memory);
+                    self.postcopy.offer(memory)?;
+                    return Ok(Some(Reply { code, payload, fd: None }));
+                }
+                self.replace_memory(memory, rings)?;
+            }
+            Code::POSTCOPY_ADVISE if self.speaks(protocol_feature::PAGEFAULT) => {
+                // An answer without an fd is the one that means "no".
+                let fd = self.postcopy.advise().map_err(|error| error!("{error}")).ok();
+                return Ok(Some(Reply { code, payload: Vec::new(), fd }));
+            }
+            Code::POSTCOPY_LISTEN if self.speaks(protocol_feature::PAGEFAULT) => {
+                let listening = self.all_stopped(code, "P1").and_then(|()| self.postcopy.listen());
+                return number(answer(listening));
+            }
+            Code::POSTCOPY_END if self.speaks(protocol_feature::PAGEFAULT) => {
+                return number(answer(self.postcopy.end()));
+            }
+            Code::ADD_MEM_REG => {
+                let MemRegMsg { region, .. } = message.body()?;
+                let fd = message.only_fd()?;
+                self.add_region(&region, fd, rings)?;
+            }
+            Code::REM_MEM_REG => self.remove_region(&message.body::<MemRegMsg>()?.region, rings)?,
+            Code::SET_LOG_BASE => {
+                let description = message.body()?;
+                self.set_log_base(&description, &message.only_fd()?, rings)?;
+                // The answer that every front-end takes (rule F7).
+                let own = self.speaks(protocol_feature::LOG_SHMFD) && !acknowledge;
+                return Ok(own.then(|| Reply::new(code, &description)));
+            }
+            Code::SET_LOG_FD => {
+                // No fd takes the last one back (rule L12).
+                self.log_signal = message.fds.pop().map(|fd| Arc::new(LogSignal::new(fd)));
+                self.relog(rings);
+            }
+            Code::SET_VRING_NUM => self.set_size(message.body()?)?,
+            Code::SET_VRING_BASE => {
+                let state: VringState = message.body()?;
+                self.stopped(code, state.index, "R4")?.base = RingBase::from_bits(state.num);
+            }
+            Code::SET_VRING_ADDR => self.set_addr(message.body()?, rings)?,
+            Code::SET_VRING_KICK => {
+                let (index, kick) = self.ring_fd(&mut message)?;
+                self.pause(index, rings)?;
+                if let Some(ring) = self.rings.get_mut(usize::from(index)) {
+                    (ring.kick, ring.started) = (kick.map(Arc::new), true);
+                }
+                self.settle(index, rings)?;
+            }
+            Code::SET_VRING_CALL | Code::SET_VRING_ERR => {
+                let (index, fd) = self.ring_fd(&mut message)?;
+                let notifier = fd.map(|fd| Arc::new(Notifier::new(fd)));
+                let ring = self.ring(code, index.into())?;
+                *(if code == Code::SET_VRING_CALL { &mut ring.call } else { &mut ring.error }) = notifier;
+                if let Some(ring) = self.rings.get(usize::from(index)).filter(|ring| ring.running) {
+                    let (call, error) = self.notifiers(index, ring);
+                    rings.set_notifiers(index, call, error);
+                }
+            }
+            Code::VRING_KICK if self.is_in_band() => self.kicked(message.body()?, rings)?,
+            Code::SET_VRING_ENABLE => {
+                let state: VringState = message.body()?;
+                self.ring(code, state.index)?.enabled = state.num != 0;
+                self.settle(state.index as u16, rings)?;
+            }
+            Code::GET_VRING_BASE_SKIP_DRAIN if !self.speaks(unstable::F_GET_VRING_BASE_SKIP_DRAIN) => {
+                return Err(BackendError::Unsupported { code });
+            }
+            Code::GET_VRING_BASE | Code::GET_VRING_BASE_SKIP_DRAIN => {
+                return Ok(Some(Reply::new(code, &self.end_ring(code, message.body()?, rings)?)));
+            }
+            Code::GET_CONFIG => return self.get_config(&message).map(Some),
+            Code::SET_CONFIG => {
+                let ConfigHeader { offset, size, flags } = message.body()?;
+                let bytes = config_bytes(&message, offset, size)?;
+                self.device.set_config(offset, bytes, flags)?;
+            }
+            Code::GET_INFLIGHT_FD => return Ok(Some(self.get_inflight(message.body()?))),
+            Code::SET_INFLIGHT_FD => self.set_inflight(&message.body()?, &message.only_fd()?)?,
+            Code::IOTLB_MSG if self.device.features() & bit(VIRTIO_F_ACCESS_PLATFORM) != 0 => {
+                self.translation(&message.body()?, rings)?;
+            }
+            Code::SET_DEVICE_STATE_FD if self.speaks(protocol_feature::DEVICE_STATE) => {
+                let error = answer(self.begin_transfer(&mut message));
+                return number(error | DEVICE_STATE_NOFD_MASK);
+            }
+            Code::CHECK_DEVICE_STATE if self.speaks(protocol_feature::DEVICE_STATE) => {
+                return number(answer(self.check_transfer()));
+            }
+            Code::SEND_RARP | Code::NET_SET_MTU => self.device.message(code, message.body()?)?,
+            Code::SET_BACKEND_REQ_FD => {
+                let socket = message.only_fd()?;
+                // The old one ends first.
+                self.channel = None;
+                self.channel = Some(self.host.attach(socket)?);
+            }
+            _ => return Err(BackendError::Unsupported { code }),
+        }
+        Ok(None)
+    }
+
+    fn offered(&self) -> u64 {
+        self.device.features() | LOG_ALL | BIT_30
+    }
+
+    /// QEMU sets the status to 0, which is a reset, whenever it stops a device; there would be no state left to save.
+    fn offered_protocol(&self) -> u64 {
+        let mut offered = PROTOCOL_FEATURES | self.device.protocol_features();
+        if self.device.state_kind().is_some() {
+            offered = offered & !bit(protocol_feature::STATUS) | bit(protocol_feature::DEVICE_STATE);
+        }
+        if offered & bit(protocol_feature::PAGEFAULT) != 0 {
+            // Front-ends do not speak both (rule M1).
+            offered &= !bit(protocol_feature::CONFIGURE_MEM_SLOTS);
+        }
+        offered
+    }
+
+    fn set_features(&mut self, bits: u64, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        let bits = acknowledged(Code::SET_FEATURES, bits, self.offered())?;
+        // Rings and queues keep to what was acknowledged when they started.
+        let changed = (bits ^ self.features) & !LOG_ALL;
+        if changed != 0 && self.rings.iter().any(|ring| ring.running) {
+            return Err(BackendError::FeaturesRun { changed });
+        }
+        self.features = bits;
+        self.relog(rings);
+        if bits & BIT_30 == 0 {
+            self.rings.iter_mut().for_each(|ring| ring.enabled = true);
+            self.settle_all(rings)?;
+        }
+        Ok(())
+    }
+
+    fn is_translated(&self) -> bool {
+        self.features & bit(VIRTIO_F_ACCESS_PLATFORM) != 0
+    }
+
+    /// Back to the state before the driver came: the owner, its memory and protocol features stay (rules R8, I7).
+    fn reset(&mut self, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        self.disable(rings)?;
+        self.rings.iter_mut().for_each(|ring| *ring = Ring::default());
+        (self.features, self.status) = (0, 0);
+        self.iotlb.invalidate(&(0..=u64::MAX));
+        self.device.reset();
+        if let Some(region) = &self.inflight {
+            region.reset();
+        }
+        Ok(())
+    }
+
+    /// Whether messages stand for the fds of kicks, calls and errors that are not given (rule B3).
+    fn is_in_band(&self) -> bool {
+        self.speaks(protocol_feature::INBAND_NOTIFICATIONS)
+    }
+
+    fn is_packed(&self) -> bool {
+        self.features & bit(VIRTIO_F_RING_PACKED) != 0
+    }
+}
+
+/// The bits, if all of them were offered.
+fn acknowledged(code: Code, bits: u64, offered: u64) -> Result<u64, BackendError> {
+    match bits & !offered {
+        0 => Ok(bits),
+        unknown => Err(BackendError::Features { code, bits, unknown }),
+    }
+}
+
+/// For requests whose answer has a number that means "no".
+fn answer(done: Result<(), BackendError>) -> u64 {
+    done.map_or_else(
+        |error| {
+            error!("{error}");
+            1
+        },
+        |()| 0,
+    )
+}

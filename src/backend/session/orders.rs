@@ -1,0 +1,101 @@
+//! What a session tells the rings of a device: to start, with all that takes, to stop, and where to log.
+#![forbid(unsafe_code)]
+
+use std::ops::RangeInclusive;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use super::super::{BackendError, Host, Notifier};
+use crate::dirty::{Log, LogSignal};
+use crate::inflight;
+use crate::memory::{Iotlb, Memory};
+use crate::ring::{RingBase, RingLayout};
+
+/// Everything a ring needs to run.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    /// Where the ring lies, guest-physical.
+    pub layout: RingLayout,
+    /// Where it goes on, unless `inflight` knows better (rule I3).
+    pub base: RingBase,
+    /// Acknowledged features.
+    pub features: u64,
+    /// Guest memory.
+    pub memory: Memory,
+    /// Where writes are logged.
+    pub logging: Logging,
+    /// Readable when there are new requests.
+    pub kick: Option<Arc<OwnedFd>>,
+    /// Whether the ring is to be looked at every now and then: there is no kick, and [`Rings::kick`] isn't called either.
+    pub polled: bool,
+    /// Signalled when requests were used.
+    pub call: Option<Arc<Notifier>>,
+    /// Signalled when the ring breaks.
+    pub error: Option<Arc<Notifier>>,
+    /// Where requests in flight are noted.
+    pub inflight: Option<Arc<inflight::Region>>,
+    /// Whether it runs on this connection for the first time: if it has a past, that was another back-end's.
+    pub first: bool,
+    /// Whether guest memory is still on its way: nobody may wait for the ring where pages are waited for (rule P1).
+    pub postcopy: bool,
+    /// The front-end, to be told or asked something.
+    pub host: Arc<Host>,
+    /// With ACCESS_PLATFORM acknowledged: what is known of the IOMMU. All addresses of the ring are I/O virtual then.
+    pub iotlb: Option<Arc<Iotlb>>,
+}
+
+/// Where a ring's writes are logged. Nothing is logged by default.
+#[derive(Debug, Clone, Default)]
+pub struct Logging {
+    /// The log for data, while LOG_ALL is acknowledged (rule L3).
+    pub data: Option<Arc<Log>>,
+    /// The log for the used ring, and the address it is logged under, while the ring's F_LOG is set (rule L3).
+    pub used: Option<(Arc<Log>, u64)>,
+    /// Signalled after logging (rule L12).
+    pub signal: Option<Arc<LogSignal>>,
+    /// How many pages outside the log have been reported; one for all rings (rule L6).
+    pub lost: Arc<AtomicU64>,
+}
+
+/// The rings of a device, as a session commands them. Every call returns when it has taken effect: what a ring wrote
+/// before is written, and it does nothing more by its old orders (rules R3, L9).
+pub trait Rings {
+    /// Lets a ring run that doesn't.
+    ///
+    /// # Errors
+    /// What the system says; the ring then doesn't run.
+    fn start(&mut self, index: u16, setup: Setup) -> Result<(), BackendError>;
+
+    /// Completes, logs and publishes all requests of a running ring, stops it, and tells where it goes on (rule R3).
+    ///
+    /// # Errors
+    /// When that can't be told. The ring doesn't run then either.
+    fn stop(&mut self, index: u16) -> Result<RingBase, BackendError>;
+
+    /// Stops a running ring as soon as nothing reaches into guest memory any more, and leaves what is not complete by then
+    /// marked in the inflight region (rule I8). Tells where the ring goes on. One without a region is drained.
+    ///
+    /// # Errors
+    /// As [`Rings::stop`].
+    fn suspend(&mut self, index: u16) -> Result<RingBase, BackendError> {
+        self.stop(index)
+    }
+
+    /// Whether a running ring is to leave new requests alone.
+    fn hold(&mut self, index: u16, yes: bool) {
+        let _ = (index, yes);
+    }
+
+    /// Changes where a running ring logs (rule L9).
+    fn set_logging(&mut self, index: u16, logging: Logging);
+
+    /// Finishes what uses these addresses, whose translations are gone (rule T3).
+    fn invalidate(&mut self, iovas: &RangeInclusive<u64>);
+
+    /// Has a running ring look for new requests (rule B3), or for translations that it lacked.
+    fn kick(&mut self, index: u16);
+
+    /// Changes what a running ring signals.
+    fn set_notifiers(&mut self, index: u16, call: Option<Arc<Notifier>>, error: Option<Arc<Notifier>>);
+}

@@ -1,0 +1,244 @@
+//! A ring as messages set it up, and when it runs (rules R1, R2).
+#![forbid(unsafe_code)]
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use tracing::warn;
+
+use super::super::{BackendError, Host, Message, Notifier};
+use super::log::logs_used;
+use super::{LOG_ALL, Rings, Session, Setup};
+use crate::abi::vhost_user::{Request as Code, VRING_IDX_MASK, VRING_NOFD_MASK, VringAddr, VringState, unstable};
+use crate::memory::Memory;
+use crate::ring::{RingBase, RingLayout};
+
+/// One ring, as the front-end set it up; addresses are the front-end's.
+#[derive(Debug, Default)]
+pub(super) struct Ring {
+    pub(super) size: u16,
+    pub(super) base: RingBase,
+    pub(super) addr: Option<VringAddr>,
+    pub(super) kick: Option<Arc<OwnedFd>>,
+    pub(super) call: Option<Arc<Notifier>>,
+    pub(super) error: Option<Arc<Notifier>>,
+    /// SET_VRING_KICK or a kick in-band came, and no GET_VRING_BASE since (rules R2, B3).
+    pub(super) started: bool,
+    pub(super) enabled: bool,
+    /// [`Rings::start`] was called, and no [`Rings::stop`] since.
+    pub(super) running: bool,
+    /// [`Rings::start`] was called before.
+    pub(super) ran: bool,
+}
+
+impl Session {
+    pub(super) fn ring(&mut self, code: Code, index: u32) -> Result<&mut Ring, BackendError> {
+        let queues = self.device.queues();
+        self.rings.get_mut(index as usize).ok_or(BackendError::NoSuchRing { code, index, queues })
+    }
+
+    pub(super) fn stopped(&mut self, code: Code, index: u32, rule: &'static str) -> Result<&mut Ring, BackendError> {
+        let ring = self.ring(code, index)?;
+        match ring.running {
+            false => Ok(ring),
+            true => Err(BackendError::RingRuns { code, index: index as u16, rule }),
+        }
+    }
+
+    pub(super) fn all_stopped(&mut self, code: Code, rule: &'static str) -> Result<(), BackendError> {
+        (0..self.device.queues()).try_for_each(|index| self.stopped(code, index.into(), rule).map(drop))
+    }
+
+    pub(super) fn set_size(&mut self, state: VringState) -> Result<(), BackendError> {
+        let (max, packed) = (self.device.max_queue_size(), self.is_packed());
+        let ring = self.stopped(Code::SET_VRING_NUM, state.index, "R2")?;
+        let fits = |size: &u16| (1..=max).contains(size) && (packed || size.is_power_of_two());
+        let size = u16::try_from(state.num).ok().filter(fits);
+        let index = state.index as u16;
+        ring.size = size.ok_or(BackendError::RingSize { index, size: state.num, max })?;
+        Ok(())
+    }
+
+    pub(super) fn set_addr(&mut self, addr: VringAddr, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        let features = self.features;
+        let ring = self.ring(Code::SET_VRING_ADDR, addr.index)?;
+        let (index, running, size) = (addr.index as u16, ring.running, ring.size);
+        if logs_used(&addr) {
+            let [_, _, device] = RingLayout::area_bytes(features, size);
+            let wraps = addr.log_guest_addr.checked_add(device).is_none();
+            if wraps || !addr.log_guest_addr.is_multiple_of(4) {
+                return Err(BackendError::LogAddress { index, addr: addr.log_guest_addr });
+            }
+        }
+        if running {
+            let places = |addr: &VringAddr| (addr.desc_user_addr, addr.avail_user_addr, addr.used_user_addr);
+            if ring.addr.as_ref().map(places) != Some(places(&addr)) {
+                return Err(BackendError::RingRuns { code: Code::SET_VRING_ADDR, index, rule: "R5" });
+            }
+        } else if size > 0 && !self.memory.regions().is_empty() && !self.is_translated() {
+            layout(&self.memory, features, index, size, &addr)?;
+        }
+        self.ring(Code::SET_VRING_ADDR, addr.index)?.addr = Some(addr);
+        self.relog(rings);
+        self.settle(index, rings)
+    }
+
+    /// The ring and the fd of SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR.
+    pub(super) fn ring_fd(&mut self, message: &mut Message) -> Result<(u16, Option<OwnedFd>), BackendError> {
+        let bits: u64 = message.body()?;
+        let index = (bits & VRING_IDX_MASK) as u16;
+        self.ring(message.code, index.into())?;
+        let fd = if bits & VRING_NOFD_MASK != 0 { None } else { Some(message.only_fd()?) };
+        Ok((index, fd))
+    }
+
+    /// What a ring signals for calls and errors: where no fd was given, the front-end itself if messages stand for it.
+    pub(super) fn notifiers(&self, index: u16, ring: &Ring) -> (Option<Arc<Notifier>>, Option<Arc<Notifier>>) {
+        let in_band =
+            |make: fn(Arc<Host>, u16) -> Notifier| self.is_in_band().then(|| Arc::new(make(self.host.clone(), index)));
+        (ring.call.clone().or_else(|| in_band(Notifier::call)), ring.error.clone().or_else(|| in_band(Notifier::error)))
+    }
+
+    fn setup(&self, index: u16, ring: &Ring) -> Result<Setup, BackendError> {
+        let incomplete = |missing| BackendError::RingIncomplete { index, missing };
+        if ring.size == 0 {
+            return Err(incomplete("SET_VRING_NUM"));
+        }
+        let addr = ring.addr.as_ref().ok_or(incomplete("SET_VRING_ADDR"))?;
+        if self.features & LOG_ALL != 0 && self.log.is_none() {
+            warn!("ring {index} starts with LOG_ALL but without SET_LOG_BASE: nothing is logged (rule L8)");
+        }
+        let (call, error) = self.notifiers(index, ring);
+        let iotlb = self.is_translated().then(|| self.iotlb.clone());
+        let layout = match &iotlb {
+            None => layout(&self.memory, self.features, index, ring.size, addr)?,
+            Some(_) => {
+                let VringAddr { desc_user_addr, avail_user_addr, used_user_addr, .. } = *addr;
+                RingLayout::new(self.features, ring.size, desc_user_addr, avail_user_addr, used_user_addr)
+            }
+        };
+        Ok(Setup {
+            layout,
+            base: ring.base,
+            features: self.features,
+            memory: self.memory.clone(),
+            logging: self.logging(ring),
+            kick: ring.kick.clone(),
+            polled: ring.kick.is_none() && !self.is_in_band(),
+            call,
+            error,
+            inflight: self.inflight.clone(),
+            first: !ring.ran,
+            postcopy: self.postcopy.is_listening(),
+            host: self.host.clone(),
+            iotlb,
+        })
+    }
+
+    /// Makes a ring run if it should, and stop if it should not (rule R2).
+    pub(super) fn settle(&mut self, index: u16, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        let Some(ring) = self.rings.get(usize::from(index)) else { return Ok(()) };
+        let skips = self.speaks(unstable::F_GET_VRING_BASE_SKIP_DRAIN);
+        if ring.running && ring.started && skips {
+            // It is disabled before it is known whether what is in flight shall be completed (rule I8).
+            rings.hold(index, !ring.enabled);
+        } else if !(ring.started && ring.enabled) {
+            self.pause(index, rings)?;
+        } else if !ring.running {
+            let setup = self.setup(index, ring)?;
+            rings.start(index, setup)?;
+            if let Some(ring) = self.rings.get_mut(usize::from(index)) {
+                (ring.running, ring.ran) = (true, true);
+            }
+        }
+        Ok(())
+    }
+
+    /// A ring that can't run yet waits for the next change.
+    pub(super) fn settle_all(&mut self, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        for index in 0..self.device.queues() {
+            match self.settle(index, rings) {
+                Err(error @ BackendError::RingLost { .. }) => return Err(error),
+                Err(error) => warn!("{error}"),
+                Ok(()) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops a ring if it runs, and keeps its base.
+    pub(super) fn pause(&mut self, index: u16, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        if let Some(ring) = self.rings.get_mut(usize::from(index)).filter(|ring| ring.running) {
+            ring.running = false;
+            ring.base = rings.stop(index)?;
+        }
+        Ok(())
+    }
+
+    /// Stops a ring if it runs, without draining it, and keeps its base (rule I8).
+    pub(super) fn suspend(&mut self, index: u16, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        if let Some(ring) = self.rings.get_mut(usize::from(index)).filter(|ring| ring.running) {
+            ring.running = false;
+            ring.base = rings.suspend(index)?;
+        }
+        Ok(())
+    }
+
+    /// A kick in-band (rule B3).
+    pub(super) fn kicked(&mut self, state: VringState, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        let VringState { index, .. } = state;
+        let ring = self.ring(Code::VRING_KICK, index)?;
+        // It starts a ring too: UML sends no SET_VRING_KICK.
+        ring.started = true;
+        if !ring.running {
+            return self.settle(index as u16, rings);
+        }
+        rings.kick(index as u16);
+        Ok(())
+    }
+
+    /// GET_VRING_BASE, or the request that stops a ring without draining it.
+    pub(super) fn end_ring(
+        &mut self,
+        code: Code,
+        state: VringState,
+        rings: &mut dyn Rings,
+    ) -> Result<VringState, BackendError> {
+        let VringState { index, .. } = state;
+        self.ring(code, index)?;
+        let [leaves, skips] = [unstable::F_GET_VRING_BASE_INFLIGHT, unstable::F_GET_VRING_BASE_SKIP_DRAIN];
+        // Before there was a request for it, the feature alone meant it (rule I8).
+        match self.speaks(leaves) && (code == Code::GET_VRING_BASE_SKIP_DRAIN || !self.speaks(skips)) {
+            true => self.suspend(index as u16, rings)?,
+            false => self.pause(index as u16, rings)?,
+        }
+        let ring = self.ring(code, index)?;
+        (ring.started, ring.kick) = (false, None);
+        let num = ring.base.bits();
+        self.report_lost_pages();
+        Ok(VringState { index, num })
+    }
+
+    /// Stops all rings; each needs a new kick and a new enable.
+    pub(super) fn disable(&mut self, rings: &mut dyn Rings) -> Result<(), BackendError> {
+        for index in 0..self.device.queues() {
+            self.pause(index, rings)?;
+        }
+        for ring in &mut self.rings {
+            (ring.started, ring.enabled, ring.kick) = (false, false, None);
+        }
+        Ok(())
+    }
+}
+
+/// Where a ring lies in guest memory (rule R6: the addresses are the front-end's).
+fn layout(memory: &Memory, features: u64, index: u16, size: u16, addr: &VringAddr) -> Result<RingLayout, BackendError> {
+    let find = |part, user, len| {
+        memory.gpa_of_user(user, len).map_err(|source| BackendError::RingAddress { index, part, source })
+    };
+    let [desc_bytes, driver_bytes, device_bytes] = RingLayout::area_bytes(features, size);
+    let desc = find("descriptor table", addr.desc_user_addr, desc_bytes)?;
+    let driver = find("available ring or driver area", addr.avail_user_addr, driver_bytes)?;
+    let device = find("used ring or device area", addr.used_user_addr, device_bytes)?;
+    Ok(RingLayout::new(features, size, desc, driver, device))
+}

@@ -1,0 +1,105 @@
+//! How a ring ends: what it has goes back, is waited for, or is left to a successor (rules R3, I8).
+#![forbid(unsafe_code)]
+
+use std::os::fd::AsFd;
+
+use nix::poll::PollTimeout;
+use tracing::warn;
+
+use super::super::Request;
+use super::{Worker, wait_for};
+use crate::ring::{Chain, RingBase};
+
+/// How long a drain waits before it asks the device's queue again, in milliseconds.
+const RETRY_MS: u8 = 100;
+
+impl Worker {
+    /// Puts the requests back into the ring that the queue has no use for: they are as if never taken.
+    pub(super) fn put_back(&mut self) {
+        let mut unused = Vec::new();
+        self.queue.put_back(&mut unused);
+        unused.iter_mut().for_each(|request| request.lent_out = false);
+        if unused.is_empty() {
+            return;
+        }
+        let chains: Vec<&Chain> = unused.iter().map(Request::chain).collect();
+        if !self.ring.put_back(&chains) {
+            // Others were taken after them: all that is left is to use them with nothing in them.
+            self.done.append(&mut unused);
+            self.settle_done();
+            self.publish();
+            return self.spare.append(&mut self.done);
+        }
+        for request in unused.iter().rev() {
+            if let Some(inflight) = &mut self.inflight {
+                inflight.put_back(request.name);
+            }
+            if let Some(order) = &mut self.order {
+                order.taken.pop_back();
+            }
+            if let Some(busy) = self.busy.get_mut(usize::from(request.head())) {
+                *busy = false;
+            }
+            if let Some(in_use) = &mut self.in_use {
+                in_use.end(request.head());
+            }
+        }
+        self.in_flight -= unused.len();
+        self.spare.append(&mut unused);
+    }
+
+    /// Waits for everything under way.
+    pub(super) fn drain(mut self, publish: bool) -> RingBase {
+        if publish {
+            self.put_back();
+        } else {
+            let mut unused = Vec::new();
+            self.queue.put_back(&mut unused);
+            unused.iter_mut().for_each(|request| request.lent_out = false);
+            self.in_flight -= unused.len();
+        }
+        if let Some((found, next)) = &self.left {
+            let count = found.len() - next;
+            warn!(
+                "ring {}: {count} requests of a predecessor can't be translated and stay marked (rule I3)",
+                self.index
+            );
+        }
+        while self.in_flight > 0 {
+            if !self.complete(publish) {
+                self.wait_for_queue();
+            }
+        }
+        self.ring.base()
+    }
+
+    /// Waits for what can't be left to a successor. The rest stays marked in the inflight region, and unpublished, but
+    /// what was written of it already is in the log: the successor may write other bytes.
+    pub(super) fn suspend(mut self) -> RingBase {
+        self.put_back();
+        let mut unserved = Vec::new();
+        // With IN_ORDER, what is complete behind a request that is not is left to the successor too.
+        while self.in_flight > unserved.len() + self.order.as_ref().map_or(0, |order| order.early.len()) {
+            let before = unserved.len();
+            self.queue.suspend(&mut unserved);
+            if unserved.len() == before && !self.complete(true) {
+                self.wait_for_queue();
+            }
+        }
+        unserved.iter_mut().for_each(|request| request.lent_out = false);
+        let early = self.order.iter().flat_map(|order| order.early.values());
+        if let Some(log) = &self.setup.logging.data {
+            let burst = log.burst();
+            unserved.iter().chain(early).for_each(|request| request.written(|gpa, len| burst.mark(gpa, len)));
+        }
+        self.signal_log();
+        self.ring.base()
+    }
+
+    /// Waits for completions or dropped requests. Looks again after a while even if nothing comes: what the system had no
+    /// memory for is passed on once more.
+    fn wait_for_queue(&self) {
+        wait_for([self.queue.completion_fd(), Some(self.wake.as_fd())], PollTimeout::from(RETRY_MS));
+        let _ = self.wake.read();
+    }
+}

@@ -1,0 +1,196 @@
+//! The running rings of a connection, a thread each, and how a session commands them.
+//!
+//! Orders come over a channel, and each is carried out between two batches of requests and then acknowledged. So
+//! whatever a ring did by its old orders is done when the order returns: that is the grace period which a new log needs
+//! (rule L9).
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use crossbeam::channel::{Sender, bounded, unbounded};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use tracing::error;
+
+use super::post::Post;
+use super::session::{Logging, Rings, Setup};
+use super::{BackendError, Device, Notifier};
+use crate::ring::RingBase;
+
+/// The rings of one connection. Dropping it abandons those that run: what is under way ends, but is not published, so
+/// that a front-end which has gone on without us finds its rings as it left them.
+pub struct Workers {
+    device: Arc<dyn Device>,
+    running: Vec<Option<Handle>>,
+}
+
+struct Handle {
+    orders: Sender<Order>,
+    wake: Arc<EventFd>,
+    thread: JoinHandle<RingBase>,
+    postcopy: bool,
+}
+
+pub(super) enum Order {
+    Logging(Logging, Sender<()>),
+    Invalidate(RangeInclusive<u64>, Sender<()>),
+    Notifiers {
+        call: Option<Arc<Notifier>>,
+        error: Option<Arc<Notifier>>,
+        done: Sender<()>,
+    },
+    /// Take no more requests, or take them again.
+    Hold(bool, Sender<()>),
+    /// Finish, and publish what is finished.
+    Stop,
+    /// Finish only what can't be left to a successor (rule I8).
+    Suspend,
+    /// Finish, and keep it.
+    Abandon,
+}
+
+impl Workers {
+    /// No ring runs yet.
+    pub fn new(device: Arc<dyn Device>) -> Workers {
+        let running = (0..device.queues()).map(|_| None).collect();
+        Workers { device, running }
+    }
+
+    /// Stops all rings as [`Rings::stop`] does.
+    pub fn stop_all(&mut self) {
+        self.end(|| Order::Stop);
+    }
+
+    fn end(&mut self, order: fn() -> Order) {
+        for handle in self.running.iter().flatten() {
+            handle.order(order());
+        }
+        for handle in self.running.iter_mut().filter_map(Option::take) {
+            let _ = handle.thread.join();
+        }
+    }
+
+    fn finish(&mut self, index: u16, order: Order) -> Result<RingBase, BackendError> {
+        let lost = BackendError::RingLost { index };
+        let Some(handle) = self.running.get_mut(usize::from(index)).and_then(Option::take) else { return Err(lost) };
+        handle.order(order);
+        handle.thread.join().map_err(|_| lost)
+    }
+
+    fn handle(&self, index: u16) -> Option<&Handle> {
+        self.running.get(usize::from(index))?.as_ref()
+    }
+}
+
+impl Handle {
+    fn order(&self, order: Order) {
+        // A worker takes orders until it is told to end.
+        let _ = self.orders.send(order);
+        let _ = self.wake.write(1);
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.end(|| Order::Abandon);
+    }
+}
+
+impl Rings for Workers {
+    fn start(&mut self, index: u16, setup: Setup) -> Result<(), BackendError> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let wake = Arc::new(EventFd::from_flags(flags).map_err(BackendError::system("make an eventfd"))?);
+        let (orders, inbox) = unbounded();
+        let (ready, is_ready) = bounded(1);
+        let (device, woken, postcopy) = (self.device.clone(), wake.clone(), setup.postcopy);
+        let serve = move || {
+            let post = Post { index, device, inbox, wake: woken };
+            if let Some(iotlb) = setup.iotlb.clone() {
+                // What is wrong with it is found out when its areas are there.
+                let _ = ready.send(Ok(()));
+                return post.serve_translated(setup, &iotlb);
+            }
+            let (base, failed) = (setup.base, setup.error.clone());
+            match post.open(setup, None) {
+                Err(error) => {
+                    if postcopy {
+                        error!("{error}");
+                        failed.iter().for_each(|failed| failed.signal());
+                    }
+                    let _ = ready.send(Err(error));
+                    base
+                }
+                Ok((worker, recovered)) => {
+                    let _ = ready.send(Ok(()));
+                    worker.run(recovered).base()
+                }
+            }
+        };
+        let thread = thread::Builder::new().name(format!("ring {index}")).spawn(serve);
+        let thread = thread.map_err(BackendError::system("start a thread"))?;
+        if !postcopy {
+            let ended = || BackendError::system("serve a queue")(io::Error::other("its thread ended"));
+            is_ready.recv().unwrap_or_else(|_| Err(ended()))?;
+        }
+        if let Some(slot) = self.running.get_mut(usize::from(index)) {
+            *slot = Some(Handle { orders, wake, thread, postcopy });
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self, index: u16) -> Result<RingBase, BackendError> {
+        self.finish(index, Order::Stop)
+    }
+
+    fn suspend(&mut self, index: u16) -> Result<RingBase, BackendError> {
+        self.finish(index, Order::Suspend)
+    }
+
+    fn hold(&mut self, index: u16, yes: bool) {
+        if let Some(handle) = self.handle(index) {
+            let (done, is_done) = bounded(1);
+            handle.order(Order::Hold(yes, done));
+            let _ = is_done.recv();
+        }
+    }
+
+    fn set_logging(&mut self, index: u16, logging: Logging) {
+        if let Some(handle) = self.handle(index) {
+            let (done, is_done) = bounded(1);
+            handle.order(Order::Logging(logging, done));
+            let _ = is_done.recv();
+        }
+    }
+
+    fn invalidate(&mut self, iovas: &RangeInclusive<u64>) {
+        let tell = |handle: &Handle| {
+            let (done, is_done) = bounded(1);
+            handle.order(Order::Invalidate(iovas.clone(), done));
+            is_done
+        };
+        let told: Vec<_> = self.running.iter().flatten().map(tell).collect();
+        for is_done in told {
+            let _ = is_done.recv();
+        }
+    }
+
+    fn kick(&mut self, index: u16) {
+        if let Some(handle) = self.handle(index) {
+            let _ = handle.wake.write(1);
+        }
+    }
+
+    fn set_notifiers(&mut self, index: u16, call: Option<Arc<Notifier>>, error: Option<Arc<Notifier>>) {
+        if let Some(handle) = self.handle(index) {
+            let (done, is_done) = bounded(1);
+            handle.order(Order::Notifiers { call, error, done });
+            // It may wait for a page that comes only if the front-end has its answer.
+            if !handle.postcopy {
+                let _ = is_done.recv();
+            }
+        }
+    }
+}
