@@ -76,20 +76,7 @@ impl Backend {
         let folder = tempfile::tempdir().unwrap();
         let image = folder.path().join("image");
         File::create(&image).unwrap().set_len(16 * MIB).unwrap();
-        let disk = Disk::open(DiskOptions {
-            image,
-            read_only: false,
-            queues: 2,
-            max_queue_size: 256,
-            serial: String::new(),
-            aio: Aio::Threads,
-            direct: false,
-            in_order: false,
-            inflight_migration: false,
-            iommu: false,
-            postcopy: false,
-            share_rw: false,
-        });
+        let disk = Disk::open(DiskOptions { queues: 2, aio: Aio::Threads, ..DiskOptions::new(image) });
         let talker = Arc::new(Talker { disk: disk.unwrap(), host: Mutex::default() });
         let listener = Listener::bind(&folder.path().join("s")).unwrap();
         let (stop, device) = (Arc::new(EventFd::new().unwrap()), talker.clone());

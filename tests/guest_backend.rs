@@ -361,20 +361,7 @@ impl backend::Device for Stateful {
 
 /// One of them, served by this process until it ends.
 fn stateful(folder: &Path, socket: &str, state: &[u8]) -> Arc<Stateful> {
-    let options = DiskOptions {
-        image: folder.join("disk.img"),
-        read_only: false,
-        queues: 2,
-        max_queue_size: 256,
-        serial: String::new(),
-        aio: Aio::Threads,
-        direct: false,
-        in_order: false,
-        inflight_migration: false,
-        iommu: false,
-        share_rw: false,
-        postcopy: false,
-    };
+    let options = DiskOptions { queues: 2, aio: Aio::Threads, ..DiskOptions::new(folder.join("disk.img")) };
     let device = Stateful {
         disk: Disk::open(options).unwrap(),
         state: Mutex::new(state.to_vec()),

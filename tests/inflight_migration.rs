@@ -89,18 +89,10 @@ struct Backend {
 impl Backend {
     fn start(folder: &Path, socket: &str, aio: Aio) -> (Backend, UserDevice) {
         let disk = Disk::open(DiskOptions {
-            image: folder.join("image"),
-            read_only: false,
             queues: 2,
-            max_queue_size: 256,
-            serial: String::new(),
             aio,
-            direct: false,
-            in_order: false,
-            iommu: false,
             inflight_migration: true,
-            share_rw: false,
-            postcopy: false,
+            ..DiskOptions::new(folder.join("image"))
         });
         let device: Arc<dyn Device> = Arc::new(Slow(disk.unwrap()));
         let path = folder.join(socket);

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use nix::sys::eventfd::EventFd;
-use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
+use vhost_migrate::backend::blk::{Disk, DiskOptions};
 use vhost_migrate::backend::{Device, Listener, serve};
 
 use crate::raw::Client;
@@ -76,20 +76,7 @@ pub(crate) fn disk_options(folder: &Path, bytes: u64, change: impl FnOnce(&mut D
         }
     }
     std::fs::write(&image, contents).unwrap();
-    let mut options = DiskOptions {
-        image,
-        read_only: false,
-        queues: 2,
-        max_queue_size: 1024,
-        serial: "serial-number".into(),
-        aio: Aio::IoUring,
-        direct: false,
-        in_order: false,
-        inflight_migration: false,
-        iommu: false,
-        share_rw: false,
-        postcopy: false,
-    };
+    let mut options = DiskOptions { queues: 2, serial: "serial-number".into(), ..DiskOptions::new(image) };
     change(&mut options);
     options
 }

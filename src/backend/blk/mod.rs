@@ -81,6 +81,26 @@ pub struct DiskOptions {
     pub postcopy: bool,
 }
 
+impl DiskOptions {
+    /// A writable disk of one queue of up to 1024 entries, without an identity, and with none of what has to be asked for.
+    pub fn new(image: impl Into<PathBuf>) -> DiskOptions {
+        DiskOptions {
+            image: image.into(),
+            read_only: false,
+            queues: 1,
+            max_queue_size: 1024,
+            serial: String::new(),
+            aio: Aio::default(),
+            direct: false,
+            in_order: false,
+            inflight_migration: false,
+            iommu: false,
+            share_rw: false,
+            postcopy: false,
+        }
+    }
+}
+
 /// Why there is no disk; the texts say what to do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
