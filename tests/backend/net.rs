@@ -39,7 +39,7 @@ const BUFFERS: u64 = HIGH;
 const OUTSIDE: u64 = 1 << 40;
 
 fn options(peer: Peer) -> NetOptions {
-    NetOptions { peer, pairs: 1, max_queue_size: 1024, mac: MAC, iommu: false, mtu: None, postcopy: false }
+    NetOptions::new(peer, MAC)
 }
 
 /// An interface, its front-end, and the guest behind that.

@@ -12,6 +12,7 @@ use vhost_migrate::abi::vhost_user::{
     CONFIG_TYPE_MIGRATION, ConfigHeader, DEVICE_STATE_LOAD, DEVICE_STATE_SAVE, DeviceStateTransfer, Request as Code,
     VringState, protocol_feature,
 };
+use vhost_migrate::abi::virtio::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
 use vhost_migrate::backend::net::{Net, NetOptions, Peer};
 use vhost_migrate::backend::{BackendError, Device, Queue};
 use vhost_migrate::frontend::{Device as _, FrontendError, UserDevice, UserOptions};
@@ -261,15 +262,7 @@ fn a_loaded_state_outlives_its_back_end_until_a_ring_starts() {
 #[test]
 fn what_a_driver_has_set_on_its_interface_arrives_and_stays_until_it_is_reset() {
     let net = |mtu| {
-        let options = NetOptions {
-            peer: Peer::Loopback,
-            pairs: 1,
-            max_queue_size: 256,
-            mac: [2, 0, 0, 0, 0, 1],
-            iommu: false,
-            mtu,
-            postcopy: false,
-        };
+        let options = NetOptions { mtu, ..NetOptions::new(Peer::Loopback, [2, 0, 0, 0, 0, 1]) };
         let device = Arc::new(Net::open(options).unwrap());
         (device.clone(), Server::new(device))
     };
@@ -292,6 +285,8 @@ fn what_a_driver_has_set_on_its_interface_arrives_and_stays_until_it_is_reset() 
     client.tell(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
     client.ring_base_reply(0);
     assert_eq!(destination.config()[..6], mac);
+    assert_eq!(destination.config()[6], VIRTIO_NET_S_LINK_UP as u8 | VIRTIO_NET_S_ANNOUNCE as u8);
     client.done(Code::RESET_DEVICE, &[0u8; 0], &[]);
     assert_ne!(destination.config()[..6], mac);
+    assert_eq!(destination.config()[6], VIRTIO_NET_S_LINK_UP as u8);
 }

@@ -85,6 +85,13 @@ pub struct NetOptions {
     pub postcopy: bool,
 }
 
+impl NetOptions {
+    /// An interface of one pair of queues of up to 1024 entries, with none of what has to be asked for.
+    pub fn new(peer: Peer, mac: Mac) -> NetOptions {
+        NetOptions { peer, pairs: 1, max_queue_size: 1024, mac, iommu: false, mtu: None, postcopy: false }
+    }
+}
+
 /// Why there is no interface; the texts say what to do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -322,8 +329,10 @@ impl Device for Net {
     }
 
     fn load_state(&self, state: &[u8]) -> Result<(), BackendError> {
-        let (filter, pairs, announce) = saved::load(state, self.options.pairs, self.options.mtu)?;
-        self.hub.change(|state| (state.filter, state.pairs, state.announce) = (filter, pairs, announce));
+        let (filter, pairs) = saved::load(state, self.options.pairs, self.options.mtu)?;
+        // It is somewhere else now, and its driver, once it runs, has to say so.
+        self.hub.change(|state| (state.filter, state.pairs, state.announce) = (filter, pairs, true));
+        self.config_changed();
         Ok(())
     }
 

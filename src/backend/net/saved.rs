@@ -1,4 +1,4 @@
-//! What the driver has set, as it travels with the device: the filter, the pairs in use, whether to announce.
+//! What the driver has set, as it travels with the device: the filter, the pairs in use.
 
 use serde::{Deserialize, Serialize};
 
@@ -26,7 +26,6 @@ struct Saved {
     unicast: Option<Vec<Mac>>,
     multicast: Option<Vec<Mac>>,
     pairs: u16,
-    announce: bool,
     /// What the driver was told when it read configuration space.
     mtu: Option<u16>,
 }
@@ -59,14 +58,13 @@ pub(super) fn save(state: &State, mtu: Option<u16>) -> Result<Vec<u8>, BackendEr
         unicast: table(unicast),
         multicast: table(multicast),
         pairs: state.pairs,
-        announce: state.announce,
         mtu,
     };
     record::encode(VERSION, &saved).map_err(|error| BackendError::State { why: error.to_string() })
 }
 
-/// What a record says, checked against this device: filter, pairs in use, whether to announce.
-pub(super) fn load(bytes: &[u8], pairs: u16, mtu: Option<u16>) -> Result<(Filter, u16, bool), BackendError> {
+/// What a record says, checked against this device: filter, pairs in use.
+pub(super) fn load(bytes: &[u8], pairs: u16, mtu: Option<u16>) -> Result<(Filter, u16), BackendError> {
     let refused = |why: String| BackendError::State { why };
     let saved: Saved =
         record::decode("net state", VERSION, bytes, MAX_BYTES).map_err(|error| refused(error.to_string()))?;
@@ -93,7 +91,7 @@ pub(super) fn load(bytes: &[u8], pairs: u16, mtu: Option<u16>) -> Result<(Filter
         unicast: table(saved.unicast)?,
         multicast: table(saved.multicast)?,
     };
-    Ok((filter, saved.pairs, saved.announce))
+    Ok((filter, saved.pairs))
 }
 
 #[cfg(test)]
@@ -109,7 +107,7 @@ mod tests {
             let filter = &mut state.filter;
             (filter.promiscuous, filter.all_multicast, filter.no_broadcast) = (false, true, true);
             filter.set_tables(Addresses::new(&[[2, 0, 0, 0, 0, 9]; 3]), Addresses::All);
-            (state.pairs, state.announce) = (2, true);
+            state.pairs = 2;
         });
         hub.state()
     }
@@ -118,7 +116,7 @@ mod tests {
     fn everything_the_driver_has_set_comes_back() {
         let state = state();
         let bytes = save(&state, Some(1400)).unwrap();
-        assert_eq!(load(&bytes, 4, Some(1400)).unwrap(), (state.filter.clone(), 2, true));
+        assert_eq!(load(&bytes, 4, Some(1400)).unwrap(), (state.filter.clone(), 2));
         for flag in 0..6 {
             let mut bytes = bytes.clone();
             bytes[2 + 6 + flag] ^= 1;
