@@ -1,10 +1,10 @@
 //! A back-end that answers whatever it likes: the client gives an error or goes on, in time, and leaves nothing behind.
 //!
-//! Input: features, what the client does, and how each request is answered.
+//! Input: features, how each request is answered, and what is said over the back-end channel.
 #![no_main]
 
-use std::io::{IoSlice, Read};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use libfuzzer_sys::fuzz_target;
 use nix::sys::eventfd::EventFd;
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use vhost_migrate::abi::vhost_user::{Header, InflightDescription, Request as Code};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, RingSetup, UserDevice, UserOptions};
@@ -29,6 +29,8 @@ const PATIENCE: Duration = Duration::from_millis(5);
 struct Hostile<'a> {
     input: &'a [u8],
     features: u64,
+    /// The back-end channel, if it was given one.
+    channel: Option<UnixStream>,
 }
 
 impl Hostile<'_> {
@@ -40,11 +42,41 @@ impl Hostile<'_> {
 
     /// Answers one connection until either side has enough.
     fn serve(&mut self, socket: &UnixStream) {
-        let mut header = Header::new_zeroed();
-        while (&*socket).read_exact(header.as_mut_bytes()).is_ok() {
+        while let Some((header, fd)) = receive(socket) {
             let mut payload = vec![0; header.size as usize];
-            if (&*socket).read_exact(&mut payload).is_err() || !self.answer(socket, header, &payload) {
-                return;
+            if (&*socket).read_exact(&mut payload).is_err() {
+                break;
+            }
+            if header.request == Code::SET_BACKEND_REQ_FD.0 {
+                self.channel = fd.map(UnixStream::from);
+                self.channel.iter().for_each(|channel| channel.set_nonblocking(true).unwrap());
+            }
+            self.say();
+            if !self.answer(socket, header, &payload) {
+                break;
+            }
+        }
+        self.channel = None;
+    }
+
+    /// Says something over the back-end channel, or doesn't, and leaves answers unread for a while.
+    fn say(&mut self) {
+        if self.channel.is_none() {
+            return;
+        }
+        let how = self.byte();
+        for _ in 0..how & 3 {
+            let request = u32::from(self.byte() % 12);
+            let body: Vec<u8> = (0..self.byte() % 64).map(|_| self.byte()).collect();
+            let (mut flags, mut size) = (1 | u32::from(how & 8), body.len() as u32);
+            if how & 0x30 == 0x30 {
+                (flags, size) = (flags ^ u32::from(self.byte()), size ^ 1 << (self.byte() % 32));
+            }
+            let message = [Header { request, flags, size }.as_bytes(), &body].concat();
+            let Some(channel) = &mut self.channel else { return };
+            let _ = channel.write(&message);
+            if how & 4 != 0 {
+                let _ = channel.read(&mut [0; 64]);
             }
         }
     }
@@ -104,6 +136,22 @@ impl Hostile<'_> {
     }
 }
 
+/// The header of a request, and its fd.
+fn receive(socket: &UnixStream) -> Option<(Header, Option<OwnedFd>)> {
+    let (mut header, mut fd) = (Header::new_zeroed(), None);
+    let mut space = nix::cmsg_space!([RawFd; 8]);
+    let mut slices = [IoSliceMut::new(header.as_mut_bytes())];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_WAITALL;
+    let received = recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut space), flags).ok()?;
+    for message in received.cmsgs().ok()? {
+        if let ControlMessageOwned::ScmRights(fds) = message {
+            // SAFETY: they have just been received, and are nobody else's.
+            fd = fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).last();
+        }
+    }
+    (received.bytes == size_of::<Header>()).then_some((header, fd))
+}
+
 /// What a VMM does with a device; every error is as good as success.
 fn drive(path: PathBuf, features: u64, memory: &Memory) {
     let options = UserOptions { timeout: PATIENCE, stop_timeout: PATIENCE, ..UserOptions::default() };
@@ -118,12 +166,13 @@ fn drive(path: PathBuf, features: u64, memory: &Memory) {
     for index in 0..2 {
         let at = u64::from(index) * 0x1000;
         let (kick, call) = (eventfd(), eventfd());
-        let setup = RingSetup { size: 64, desc: at, avail: at + 0x400, used: at + 0x800, kick, call, error: None, base };
+        let setup =
+            RingSetup { size: 64, desc: at, avail: at + 0x400, used: at + 0x800, kick, call, error: None, base };
         let _ = device.start_ring(index, setup);
     }
     let (log, fd) = Log::create(memory.end()).unwrap();
     let _ = device.start_logging(&Arc::new(log), fd.as_fd());
-    let _ = device.stop_ring(0);
+    let _ = (device.stop_ring(0), device.events());
     if device.hung_up() {
         let _ = device.reconnect(Instant::now());
     }
@@ -146,7 +195,7 @@ fuzz_target!(|input: &[u8]| {
         std::thread::scope(|scope| {
             let (at, memory) = (path.clone(), &memory);
             let driving = scope.spawn(move || drive(at, features, memory));
-            let mut hostile = Hostile { input, features };
+            let mut hostile = Hostile { input, features, channel: None };
             listener.set_nonblocking(true).unwrap();
             while !driving.is_finished() {
                 match listener.accept() {

@@ -26,7 +26,9 @@ fn split(bytes: &[u8], size: u16, used_idx: u16) {
     heads.dedup();
     assert!(heads.len() == found.resubmit.len() && heads.iter().all(|head| *head < size));
     assert!(found.stores.len() <= 2 * usize::from(size) + 4);
-    killed(bytes, &found.stores, |repaired| assert_eq!(recover(repaired, used_idx, size).unwrap().resubmit, found.resubmit));
+    killed(bytes, &found.stores, |repaired| {
+        assert_eq!(recover(repaired, used_idx, size).unwrap().resubmit, found.resubmit)
+    });
 }
 
 fn packed(bytes: &[u8], size: u16, base: RingBase, flags_of: impl Fn(u16) -> u16 + Copy) {

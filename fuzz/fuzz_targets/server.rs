@@ -33,8 +33,8 @@ impl Link for Socket {
         let (first, second) = bytes.split_at(cut);
         // Fds with the first segment, as they should come, or with the second.
         let early = how & 2 == 0 || second.is_empty();
-        let sent = self.segment(first, if early { &fds } else { &[] })
-            && self.segment(second, if early { &[] } else { &fds });
+        let sent =
+            self.segment(first, if early { &fds } else { &[] }) && self.segment(second, if early { &[] } else { &fds });
         // Answers are read, else nobody would write any more.
         let mut answers = [0; 4096];
         while matches!((&self.0).read(&mut answers), Ok(1..)) {}

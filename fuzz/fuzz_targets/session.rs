@@ -3,13 +3,15 @@
 //! Input: messages, each a request number, flags, a count of fds, a length, and the payload.
 #![no_main]
 
+use std::fs::File;
 use std::io;
 use std::ops::RangeInclusive;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
-use vhost_migrate::abi::vhost_user::Request;
+use vhost_migrate::abi::vhost_user::{Request, protocol_feature, unstable};
 use vhost_migrate::backend::{BackendError, Device, Logging, Message, Notifier, Queue, Rings, Session, Setup, Step};
 use vhost_migrate::memory::sealed_memfd;
 use vhost_migrate::ring::RingBase;
@@ -31,6 +33,23 @@ impl Device for Nothing {
 
     fn config(&self) -> Vec<u8> {
         vec![1; 60]
+    }
+
+    fn protocol_features(&self) -> u64 {
+        1 << protocol_feature::PAGEFAULT | unstable::INFLIGHT_MIGRATION
+    }
+
+    fn state_kind(&self) -> Option<&'static str> {
+        Some("nothing")
+    }
+
+    fn save_state(&self) -> Result<Vec<u8>, BackendError> {
+        Ok(vec![7; 100])
+    }
+
+    fn load_state(&self, state: &[u8]) -> Result<(), BackendError> {
+        assert_eq!(state, [7; 100], "a state that nobody saved");
+        Ok(())
     }
 
     fn queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
@@ -79,6 +98,8 @@ impl Rings for Checked {
 fuzz_target!(|input: &[u8]| {
     let (mut session, mut rings) = (Session::new(Arc::new(Nothing)), Checked::default());
     let Ok(file) = sealed_memfd("fuzz", 1 << 16) else { return };
+    // A transfer of state reads it from its start.
+    let _ = File::from(file.try_clone().unwrap()).write_at(input, 0);
     let mut rest = input;
     while let Some((&[code, flags, fds, len], after)) = rest.split_first_chunk() {
         let (payload, after) = after.split_at(after.len().min(len.into()));

@@ -6,21 +6,24 @@
 //! and fds are as many as before.
 
 use std::fs::File;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use vhost_migrate::abi::vhost::{VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_UPDATE};
 use vhost_migrate::abi::vhost_user::{
-    InflightDescription, LogDescription, MemoryHeader, MemoryRegion, Request as Code, VringAddr, VringState,
+    Header, InflightDescription, IotlbMsg, LogDescription, MemoryHeader, MemoryRegion, Request as Code, VringAddr,
+    VringState,
 };
 use vhost_migrate::backend::Device;
 use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
 use vhost_migrate::backend::net::{Net, NetOptions, Peer};
 use vhost_migrate::inflight;
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 const PAGE: u64 = 4096;
 /// Pages of the file: one, 16 of the low region, one, 2 of the high region, one.
@@ -41,6 +44,7 @@ const LOG: u64 = (HIGH_GPA / PAGE + 16) / 8;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 const PACKED: u64 = 1 << 34;
+const IOMMU: u64 = 1 << 33;
 
 /// Where messages go. False: the session is over.
 pub trait Link {
@@ -72,18 +76,13 @@ static DISKS: LazyLock<[Arc<dyn Device>; 2]> = LazyLock::new(|| {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(16 * PAGE).unwrap();
         let options = DiskOptions {
-            image: file.path().into(),
-            read_only: false,
             queues: 2,
             max_queue_size: SIZE,
-            serial: "fuzz".into(),
             aio,
-            direct: false,
             in_order: true,
             inflight_migration: true,
-            iommu: false,
-            share_rw: false,
-            postcopy: false,
+            iommu: true,
+            ..DiskOptions::new(file.path())
         };
         Arc::new(Disk::open(options).unwrap()) as Arc<dyn Device>
     };
@@ -97,8 +96,7 @@ pub fn device(which: u8) -> Arc<dyn Device> {
         2 => DISKS[1].clone(),
         _ => {
             let mac = [0x52, 0x54, 0, 0, 0, 1];
-            let (peer, max_queue_size) = (Peer::Loopback, SIZE);
-            let options = NetOptions { peer, pairs: 1, max_queue_size, mac, iommu: false, mtu: None, postcopy: false };
+            let options = NetOptions { max_queue_size: SIZE, iommu: true, ..NetOptions::new(Peer::Loopback, mac) };
             Arc::new(Net::open(options).unwrap())
         }
     }
@@ -131,6 +129,8 @@ pub struct Guest {
     log: OwnedFd,
     inflight: (OwnedFd, u64),
     kicks: [EventFd; 3],
+    /// The back-end channel, once it has been given.
+    channel: Option<UnixStream>,
     tame: bool,
     /// The bytes of headers and tables, as this side wrote them.
     shadow: Vec<u8>,
@@ -147,7 +147,8 @@ impl Guest {
         memory.write(LOW.0, &[0; LOW.1 as usize]).unwrap();
         let packed = if bits & 1 != 0 { PACKED } else { 0 };
         let features = 1 << 32 | 1 << 30 | packed | u64::from(bits >> 2 & 3) << 28 | u64::from(bits >> 4 & 1) << 35;
-        let features = features & (device.features() | 1 << 30);
+        let iommu = if bits & 0x20 != 0 { IOMMU } else { 0 };
+        let features = (features | iommu) & (device.features() | 1 << 30);
         let kind = if features & PACKED != 0 { inflight::Kind::Packed } else { inflight::Kind::Split };
         let size = inflight::Region::bytes_for(kind, 2, SIZE).unwrap();
         let (_, region) = inflight::Region::create(kind, 2, SIZE).unwrap();
@@ -157,6 +158,7 @@ impl Guest {
             log: sealed_memfd("log", LOG).unwrap(),
             inflight: (region, size),
             kicks: std::array::from_fn(|_| EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap()),
+            channel: None,
             tame: bits & 2 != 0,
             shadow: vec![0; (BUFFERS - HEADERS) as usize],
             features,
@@ -179,9 +181,8 @@ impl Guest {
     pub fn check(&self) {
         let mut all = vec![0; FILE as usize];
         self.memory.read(0, &mut all).unwrap();
-        let is_untouched = |from: u64, len: u64| {
-            all[from as usize..(from + len) as usize].iter().all(|byte| *byte == PATTERN)
-        };
+        let is_untouched =
+            |from: u64, len: u64| all[from as usize..(from + len) as usize].iter().all(|byte| *byte == PATTERN);
         assert!(is_untouched(0, PAGE) && is_untouched(17 * PAGE, PAGE) && is_untouched(20 * PAGE, PAGE));
         if self.tame {
             assert!(is_untouched(HIGH.0, HIGH.1), "memory that no descriptor let the device write");
@@ -193,8 +194,71 @@ impl Guest {
     fn begin(&mut self, input: &mut Input<'_>, link: &mut dyn Link, bits: u8) -> bool {
         self.tell(input, link, Code::SET_PROTOCOL_FEATURES, &(1u64 << 3 | 1 | 2 | 1 << 9 | 1 << 12 | 1 << 15), vec![])
             && (bits & 1 == 0 || self.set_inflight(input, link))
+            && (self.features & IOMMU == 0 || self.set_channel(input, link))
             && self.tell(input, link, Code::SET_FEATURES, &self.features.clone(), vec![])
             && self.set_memory(input, link, 0)
+            && (self.features & IOMMU == 0
+                || (0..3).all(|what| bits & 2 << what != 0 || self.translate(input, link, what)))
+    }
+
+    fn set_channel(&mut self, input: &mut Input<'_>, link: &mut dyn Link) -> bool {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        self.channel = Some(ours);
+        self.tell(input, link, Code::SET_BACKEND_REQ_FD, &[0u8; 0], vec![theirs.into()])
+    }
+
+    /// Answers what came over the channel, rightly or not.
+    fn answer(&self, input: &mut Input<'_>) -> bool {
+        let (Some(mut channel), how) = (self.channel.as_ref(), input.byte()) else { return true };
+        let mut heard = [0; 4096];
+        let Ok(count) = channel.read(&mut heard) else { return true };
+        let mut heard = &heard[..count];
+        while let Ok((header, rest)) = Header::read_from_prefix(heard) {
+            let answer = Header { request: header.request, flags: 5, size: 8 };
+            let mut bytes = [answer.as_bytes(), &u64::from(how & 1).to_le_bytes()].concat();
+            if how >= 0xf0 {
+                bytes[usize::from(input.byte()) % 20] ^= input.byte();
+            }
+            if header.flags & Header::FLAG_NEED_REPLY != 0 || how & 2 != 0 {
+                let _ = channel.write(&bytes);
+            }
+            heard = rest.get(header.size as usize..).unwrap_or_default();
+        }
+        true
+    }
+
+    /// Tells of translations: of all of the low region at its own addresses or at the front-end's, of the high one, of a
+    /// page of the low one, or of anything.
+    fn translate(&self, input: &mut Input<'_>, link: &mut dyn Link, what: u8) -> bool {
+        let (iova, size, uaddr) = match what % 8 {
+            0 => (0, LOW.1, LOW_USER),
+            1 => (LOW_USER, LOW.1, LOW_USER),
+            2 => (HIGH_GPA, HIGH.1, HIGH_USER),
+            3 if !self.tame => (input.long(), input.long(), input.long()),
+            4 if !self.tame => {
+                (u64::from(input.byte()) * 256, u64::from(input.word()), LOW_USER + u64::from(input.word()))
+            }
+            _ => {
+                let page = u64::from(input.byte() % 16) * PAGE;
+                (page, PAGE, LOW_USER + page)
+            }
+        };
+        let perm = if what >= 0xf0 { what & 7 } else { 3 };
+        let message = IotlbMsg { iova, size, uaddr, perm, kind: VHOST_IOTLB_UPDATE, ..IotlbMsg::new_zeroed() };
+        self.tell(input, link, Code::IOTLB_MSG, &message, vec![])
+    }
+
+    fn invalidate(&self, input: &mut Input<'_>, link: &mut dyn Link) -> bool {
+        let (what, page) = (input.byte(), u64::from(input.byte() % 20) * PAGE);
+        let (iova, size) = match what % 4 {
+            0 => (0, 0),
+            1 => (LOW_USER + page, PAGE),
+            2 => (input.long(), input.long()),
+            _ => (page, PAGE * u64::from(what >> 4)),
+        };
+        let message = IotlbMsg { iova, size, kind: VHOST_IOTLB_INVALIDATE, ..IotlbMsg::new_zeroed() };
+        self.tell(input, link, Code::IOTLB_MSG, &message, vec![])
     }
 
     fn tell(
@@ -275,7 +339,7 @@ impl Guest {
         let ring = u32::from(input.byte());
         let op = ring >> 3;
         let ring = (ring & 7) % (u32::from(self.queues) + 1);
-        match op % 20 {
+        match op {
             0 if !self.tame => self.raw(input, link),
             1 => {
                 let wrong = if self.tame { input.byte() & 0xf } else { input.byte() };
@@ -332,6 +396,13 @@ impl Guest {
                 let [to, value] = [input.byte(), input.byte()];
                 self.put(u64::from(ring) * PAGE + 0x400 + u64::from(to & 0x7f) * 2, &u16::from(value).to_le_bytes())
             }
+            18 => {
+                let what = input.byte();
+                self.translate(input, link, what)
+            }
+            19 => self.invalidate(input, link),
+            20 => self.set_channel(input, link),
+            21 | 22 => self.answer(input),
             16 => self.publish(input, ring, 1 + u16::from(input.0.first().copied().unwrap_or(0) % 8)),
             _ => self.request(input, ring),
         }
