@@ -93,6 +93,20 @@ pub enum FrontendError {
         /// Ring index.
         index: u16,
     },
+    /// ACCESS_PLATFORM without an IOMMU.
+    #[error(
+        "ACCESS_PLATFORM is acknowledged, and nobody is there to translate: give the device the VMM's IOMMU first, with \
+         UserDevice::set_iommu (rule T1)"
+    )]
+    NoIommu,
+    /// A part of a ring that its driver has unmapped.
+    #[error(
+        "address {iova:#x} of a ring that runs has no translation any more: stop the ring, or reset the device (rule T1)"
+    )]
+    Untranslated {
+        /// I/O virtual address.
+        iova: u64,
+    },
     /// The device's state did not get through its pipe.
     #[error("can't {doing} the device's state: {source}: {}", state_advice(source))]
     State {

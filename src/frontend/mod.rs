@@ -5,10 +5,12 @@
 #![forbid(unsafe_code)]
 
 mod error;
+mod iommu;
 mod logging;
 mod user;
 
 pub use error::FrontendError;
+pub use iommu::{Iommu, Mapping};
 pub use logging::{DeviceLog, SharedDevice};
 pub use user::{BackendAddresses, UserDevice, UserOptions};
 
@@ -23,7 +25,8 @@ use crate::dirty::Log;
 use crate::memory::Memory;
 use crate::ring::RingBase;
 
-/// What a ring needs to be started. All addresses are guest-physical.
+/// What a ring needs to be started. All addresses are guest-physical, or I/O virtual where ACCESS_PLATFORM was acknowledged
+/// (rule T1).
 #[derive(Clone, Debug)]
 pub struct RingSetup {
     /// Entries.
@@ -53,6 +56,9 @@ pub enum DeviceEvent {
     ConfigChanged,
     /// This ring is broken, said over the channel (rule B3); its error fd has been signalled too.
     RingBroken(u16),
+    /// It may not access this I/O virtual address as it wanted to: the [`Iommu`] has no translation, or one that permits
+    /// less. The ring that needed it stands still (rule T1).
+    AccessFailed(u64),
     /// It wanted this ring's kicks on a page of its own, and was told no (rule B4).
     HostNotifierRefused(u16),
     /// It asked for something that is not known here, and was told no.
@@ -100,7 +106,8 @@ pub trait Device: Send {
     /// Acknowledges virtio feature bits. Transport bits and logging are the device's own business.
     ///
     /// # Errors
-    /// [`FrontendError::NotOffered`] for bits that are not offered; the channel's errors.
+    /// [`FrontendError::NotOffered`] for bits that are not offered, [`FrontendError::NoIommu`] for ACCESS_PLATFORM where
+    /// nobody translates; the channel's errors.
     fn set_features(&mut self, features: u64) -> Result<(), FrontendError>;
 
     /// Most rings it has.

@@ -35,6 +35,11 @@ impl Access {
             Access::ReadWrite => VHOST_ACCESS_RW,
         }
     }
+
+    /// What a message says; `None` for nothing, or what means nothing.
+    pub fn from_permission(permission: u8) -> Option<Access> {
+        [Access::Read, Access::Write, Access::ReadWrite].into_iter().find(|access| access.permission() == permission)
+    }
 }
 
 /// An access that can't be made now: the front-end has to be asked.

@@ -12,15 +12,15 @@ use std::os::fd::AsFd;
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{InflightDescription, IotlbMsg, Request as Code, VringAddr, VringState};
 use vhost_migrate::abi::virtio::{
-    BlkRequestHeader, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_F_RING_PACKED, VIRTIO_RING_F_EVENT_IDX,
-    VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_BLK_T_IN, VIRTIO_F_RING_PACKED, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use vhost_migrate::memory::{LOG_PAGE, Memory};
+use vhost_migrate::memory::LOG_PAGE;
 use vhost_migrate::ring::{Buffer, DriverRing, RingLayout};
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::drain::Held;
 use crate::guest::{Guest, LOG_ALL, Ring, harvest, install_log};
+use crate::iommu_load::{Load, Slot, bytes, contents};
 use crate::iommu_space::{BASE, CHANNEL, DATA, Dice, FEATURES, Space, invalidate, update};
 use crate::raw::{Client, DEADLINE, NEED_REPLY, VERSION};
 use crate::server::Server;
@@ -31,64 +31,6 @@ const INDIRECT: u64 = bit(VIRTIO_RING_F_INDIRECT_DESC) | bit(VIRTIO_RING_F_EVENT
 
 fn server() -> Server {
     Server::disk(DISK, |options| options.iommu = true)
-}
-
-fn contents(sector: u64, len: u64) -> Vec<u8> {
-    let sectors = (sector..sector + len / 512).flat_map(|number| {
-        let mut bytes = [number as u8 | 1; 512];
-        bytes[..8].copy_from_slice(&number.to_le_bytes());
-        bytes
-    });
-    sectors.collect()
-}
-
-/// Room of one request: header, status, table, and 64 KiB of data.
-struct Slot(u64);
-
-impl Slot {
-    const BYTES: u64 = 32 * LOG_PAGE;
-
-    fn view(&self, space: &Space) -> Memory {
-        space.view(DATA + self.0 * Slot::BYTES, Slot::BYTES)
-    }
-
-    fn header(&self) -> u64 {
-        // Over the end of a page, as all the others are.
-        self.0 * Slot::BYTES + DATA + LOG_PAGE - 7
-    }
-
-    fn status(&self) -> u64 {
-        self.0 * Slot::BYTES + DATA + 3 * LOG_PAGE
-    }
-
-    fn table(&self) -> u64 {
-        self.0 * Slot::BYTES + DATA + 6 * LOG_PAGE - 24
-    }
-
-    fn data(&self) -> u64 {
-        self.0 * Slot::BYTES + DATA + 8 * LOG_PAGE + 100
-    }
-
-    fn add(&self, ring: &mut Ring, memory: &Memory, kind: u32, sector: u64, len: u64, indirect: bool) {
-        let header = BlkRequestHeader { request_type: kind.into(), ioprio: 0.into(), sector: sector.into() };
-        memory.write(self.header(), header.as_bytes()).unwrap();
-        memory.write(self.status(), &[0xff]).unwrap();
-        let header = Buffer { gpa: self.header(), len: 16 };
-        let data = [Buffer { gpa: self.data(), len: 300 }, Buffer { gpa: self.data() + 300, len: len as u32 - 300 }];
-        let status = Buffer { gpa: self.status(), len: 1 };
-        let table = indirect.then(|| self.table());
-        let added = match kind {
-            VIRTIO_BLK_T_IN => ring.driver.add(&[header], &[data[0], data[1], status], table),
-            _ => ring.driver.add(&[header, data[0], data[1]], &[status], table),
-        };
-        added.unwrap().expect("the ring has room");
-    }
-}
-
-fn bytes(memory: &Memory, iova: u64, len: u64) -> Vec<u8> {
-    let mut bytes = vec![0; len as usize];
-    memory.read(iova, &mut bytes).unwrap();
-    bytes
 }
 
 fn wait_for_error(error: &EventFd) {
@@ -106,42 +48,13 @@ fn traffic(features: u64, indirect: bool) {
     ring.log_at = Some(ring.layout.used);
     space.start(&ring, ring.start());
     let memory = space.view(BASE, 24 << 20);
-    let (mut dice, mut disk) = (Dice(1), contents(0, DISK));
-    let mut driver_wrote = BTreeSet::new();
-    let mut expected: BTreeSet<u64> = BTreeSet::new();
+    let mut load = Load::new(DISK);
     let before = space.guest.snapshot();
     for _ in 0..150 {
-        let mut reads = Vec::new();
-        for number in 0..8u64 {
-            let writes = dice.below(2);
-            let slot = Slot(writes * 8 + number);
-            // A part of the disk for each, so that their order does not matter.
-            let len = (2 + dice.below(60)) * 512;
-            let sector = number * (DISK / 512 / 8) + dice.below(DISK / 512 / 8 - 64);
-            let on_disk = sector as usize * 512..sector as usize * 512 + len as usize;
-            expected.extend(space.pages(slot.status(), 1));
-            driver_wrote.extend(space.pages(slot.header(), 16).chain(space.pages(slot.status(), 1)));
-            driver_wrote.extend(space.pages(slot.table(), 4 * 16));
-            if writes == 1 {
-                let data: Vec<u8> = (0..len).map(|_| dice.below(256) as u8).collect();
-                memory.write(slot.data(), &data).unwrap();
-                driver_wrote.extend(space.pages(slot.data(), len));
-                disk[on_disk].copy_from_slice(&data);
-                slot.add(&mut ring, &memory, VIRTIO_BLK_T_OUT, sector, len, indirect);
-            } else {
-                expected.extend(space.pages(slot.data(), len));
-                slot.add(&mut ring, &memory, VIRTIO_BLK_T_IN, sector, len, indirect);
-                reads.push((slot, on_disk));
-            }
-        }
-        ring.kick();
-        assert_eq!(ring.completions(8).len(), 8);
-        for (slot, on_disk) in reads {
-            assert_eq!(bytes(&memory, slot.status(), 1), [0]);
-            assert!(bytes(&memory, slot.data(), on_disk.len() as u64) == disk[on_disk], "other data was read");
-        }
+        load.round(&mut ring, &memory, |at, len| space.pages(at, len), indirect);
     }
     space.client.ring_base(0);
+    let Load { disk, by_device: expected, by_driver: mut driver_wrote, .. } = load;
     assert_eq!(std::fs::read(server.image()).unwrap(), disk, "other data was written");
     let of_device = match features & PACKED {
         0 => vec![(ring.layout.used, 6 + 8 * 1024)],
@@ -378,7 +291,7 @@ fn so_it_does_from_a_packed_ring() {
 
 /// One read by ring `index`.
 fn read(space: &Space, ring: &mut Ring, slot: u64) {
-    Slot(slot).add(ring, &Slot(slot).view(space), VIRTIO_BLK_T_IN, 1, 1024, false);
+    Slot(slot).add(ring, &space.view(Slot(slot).at(), Slot::BYTES), VIRTIO_BLK_T_IN, 1, 1024, false);
     ring.kick();
 }
 

@@ -12,6 +12,7 @@ use super::super::FrontendError;
 use super::UserOptions;
 use super::channel::Channel;
 use super::ear::{Ear, Events};
+use super::iommu::Translator;
 use crate::abi::bit;
 use crate::abi::vhost_user::{
     Request, VHOST_MEMORY_BASELINE_NREGIONS, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature,
@@ -37,6 +38,7 @@ pub(super) fn greet(
     path: &Path,
     options: UserOptions,
     events: &Arc<Events>,
+    translator: &Arc<Translator>,
 ) -> Result<(Channel, Offer, Option<Ear>), FrontendError> {
     let mut channel = Channel::connect(path, options.timeout)?;
     let number = |channel: &mut Channel, request| channel.ask(request, &[], &[])?.read::<u64>("F3");
@@ -68,8 +70,8 @@ pub(super) fn greet(
     if !has(protocol_feature::BACKEND_REQ) {
         return Ok((channel, offer, None));
     }
-    let kicks = has(protocol_feature::INBAND_NOTIFICATIONS).then(|| channel.line().clone());
-    let (ear, theirs) = Ear::open(events.clone(), kicks)?;
+    let kicks = has(protocol_feature::INBAND_NOTIFICATIONS);
+    let (ear, theirs) = Ear::open(events.clone(), translator.clone(), channel.line().clone(), kicks)?;
     channel.post(Request::SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()])?;
     match channel.settle() {
         Ok(()) => Ok((channel, offer, Some(ear))),

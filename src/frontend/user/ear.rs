@@ -1,4 +1,5 @@
-//! The back-end channel: what a back-end says without having been asked, and kicks where they are messages (rule B3).
+//! The back-end channel: what a back-end says without having been asked, kicks where they are messages (rule B3), and the
+//! translations that it asks for (rule T1).
 //!
 //! A thread per connection hears it, so that a call reaches its driver whatever the device's owner does meanwhile. It
 //! answers what wants an answer, and keeps the rest as events, each once: a back-end that floods the channel fills
@@ -24,14 +25,19 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::super::{DeviceEvent, FrontendError, RingSetup};
 use super::channel::Line;
+use super::iommu::{Told, Translator};
 use super::wake;
-use crate::abi::vhost_user::{BackendRequest, Header, Request, VRING_IDX_MASK, VringArea, VringState};
+use crate::abi::vhost::{VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_MISS};
+use crate::abi::vhost_user::{BackendRequest, Header, IotlbMsg, Request, VRING_IDX_MASK, VringArea, VringState};
+use crate::memory::Access;
 use crate::sys::socket;
 
 /// Longest message, bytes: more than any has.
 const MAX_PAYLOAD: usize = 4096;
 /// Most events that are kept: one per ring and kind, and others as far as there is room.
 const MOST_EVENTS: usize = 1024;
+/// Most translations that wait for room on the connection; with so many of them nothing more is heard.
+const MOST_UNSENT: usize = 1024;
 
 /// What was told and not yet taken; it outlives connections.
 pub(super) struct Events {
@@ -53,8 +59,20 @@ struct Shared {
     rings: Mutex<BTreeMap<u16, RingSetup>>,
     over: AtomicBool,
     events: Arc<Events>,
-    /// Where kicks are sent, if they are messages.
-    kicks: Option<Arc<Line>>,
+    translator: Arc<Translator>,
+    /// Where translations are sent, and kicks if they are messages.
+    line: Arc<Line>,
+    sends_kicks: bool,
+}
+
+/// What one thread has heard, and has yet to do.
+#[derive(Default)]
+struct Heard {
+    /// The beginning of a message.
+    bytes: Vec<u8>,
+    /// Questions that have been answered and whose translations are yet to be sent: address and permission. They are
+    /// looked up when there is room, as their answer may have changed until then.
+    unsent: BTreeSet<(u64, u8)>,
 }
 
 impl Events {
@@ -82,11 +100,17 @@ impl Events {
 }
 
 impl Ear {
-    /// A channel, and the socket that the back-end must get. Kicks go over `kicks`, if they are messages.
-    pub(super) fn open(events: Arc<Events>, kicks: Option<Arc<Line>>) -> Result<(Ear, OwnedFd), FrontendError> {
+    /// A channel, and the socket that the back-end must get. Translations go over `line`, and kicks if they are messages.
+    pub(super) fn open(
+        events: Arc<Events>,
+        translator: Arc<Translator>,
+        line: Arc<Line>,
+        sends_kicks: bool,
+    ) -> Result<(Ear, OwnedFd), FrontendError> {
         let (socket, theirs) = UnixStream::pair().map_err(FrontendError::system("make a back-end channel"))?;
         let (rings, over) = (Mutex::default(), AtomicBool::new(false));
-        let shared = Arc::new(Shared { socket, wake: eventfd()?, rings, over, events, kicks });
+        let wake = eventfd()?;
+        let shared = Arc::new(Shared { socket, wake, rings, over, events, translator, line, sends_kicks });
         let hearing = shared.clone();
         let thread = std::thread::Builder::new().name("back-end channel".into()).spawn(move || hearing.hear());
         let thread = Some(thread.map_err(FrontendError::system("start a thread"))?);
@@ -118,29 +142,38 @@ impl Drop for Ear {
 
 impl Shared {
     fn hear(&self) {
-        let (mut heard, mut channel, mut full) = (Vec::new(), true, false);
+        let (mut heard, mut channel, mut full) = (Heard::default(), true, false);
         while !self.over.load(Ordering::Acquire) {
-            let kicks = self.kicks.as_ref().filter(|_| !full);
-            let rings: Vec<_> = kicks.map(|_| lock(&self.rings).clone()).into_iter().flatten().collect();
+            let kicks = self.sends_kicks && !full;
+            let rings: Vec<_> = kicks.then(|| lock(&self.rings).clone()).into_iter().flatten().collect();
             let mut fds = vec![PollFd::new(self.wake.as_fd(), PollFlags::POLLIN)];
             fds.extend(rings.iter().map(|(_, ring)| PollFd::new(ring.kick.as_fd(), PollFlags::POLLIN)));
             let fixed = fds.len();
-            if channel {
+            let hears = channel && heard.unsent.len() < MOST_UNSENT;
+            if hears {
                 fds.push(PollFd::new(self.socket.as_fd(), PollFlags::POLLIN));
             }
-            if let Some(line) = self.kicks.as_ref().filter(|_| full) {
-                fds.push(PollFd::new(line.socket(), PollFlags::POLLOUT));
+            if full || !heard.unsent.is_empty() {
+                fds.push(PollFd::new(self.line.socket(), PollFlags::POLLOUT));
             }
             if poll(&mut fds, PollTimeout::NONE).is_err_and(|errno| errno != Errno::EINTR) {
                 return;
             }
             let kicked: Vec<bool> = fds.iter().take(fixed).skip(1).map(|fd| fd.any() == Some(true)).collect();
-            let told = channel && fds.get(fixed).is_some_and(|fd| fd.any() == Some(true));
+            let is_ready = |at| fds.get(at).is_some_and(|fd: &PollFd<'_>| fd.any() == Some(true));
+            let (told, room) = (hears && is_ready(fixed), is_ready(fixed + usize::from(hears)));
             drop(fds);
             let _ = self.wake.read();
             full = false;
             for ((index, ring), _) in rings.iter().zip(kicked).filter(|(_, kicked)| *kicked) {
-                full |= kicks.is_some_and(|line| !kick(line, *index, ring));
+                full |= !kick(&self.line, *index, ring);
+            }
+            while room && let Some((iova, access)) = heard.unsent.pop_first() {
+                if !self.translate(iova, access, &mut heard.unsent) {
+                    debug!("the translation of {iova:#x} has gone before it could be sent");
+                } else if heard.unsent.contains(&(iova, access)) {
+                    break;
+                }
             }
             if told {
                 channel = self.take(&mut heard).unwrap_or_else(|why| {
@@ -156,17 +189,17 @@ impl Shared {
     }
 
     /// Takes what has come. An error ends the channel; one without words is a back-end that has hung up.
-    fn take(&self, heard: &mut Vec<u8>) -> Result<bool, Option<&'static str>> {
+    fn take(&self, heard: &mut Heard) -> Result<bool, Option<&'static str>> {
         let (mut buffer, mut fds) = ([0; MAX_PAYLOAD], Vec::new());
         match socket::receive(self.socket.as_fd(), &mut buffer, &mut fds) {
             Ok(0) => return Err(None),
-            Ok(count) => heard.extend(buffer.get(..count).unwrap_or_default()),
+            Ok(count) => heard.bytes.extend(buffer.get(..count).unwrap_or_default()),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(_) => return Err(None),
         }
         // Nothing that is heard here comes with an fd of use.
         drop(fds);
-        while let Some((head, rest)) = heard.split_first_chunk::<{ size_of::<Header>() }>() {
+        while let Some((head, rest)) = heard.bytes.split_first_chunk::<{ size_of::<Header>() }>() {
             let header: Header = zerocopy::transmute!(*head);
             if header.flags & !Header::FLAG_NEED_REPLY != Header::FLAG_VERSION {
                 return Err(Some("a message with wrong flags"));
@@ -176,18 +209,18 @@ impl Shared {
                 return Err(Some("a message that is too long"));
             }
             let Some((payload, rest)) = rest.split_at_checked(size) else { break };
-            let done = self.message(BackendRequest(header.request), payload);
+            let done = self.message(BackendRequest(header.request), payload, &mut heard.unsent);
             let rest = rest.to_vec();
             if header.flags & Header::FLAG_NEED_REPLY != 0 {
                 self.answer(header.request, u64::from(!done))?;
             }
-            *heard = rest;
+            heard.bytes = rest;
         }
         Ok(true)
     }
 
     /// Does what a message says; false if it is refused.
-    fn message(&self, code: BackendRequest, payload: &[u8]) -> bool {
+    fn message(&self, code: BackendRequest, payload: &[u8], unsent: &mut BTreeSet<(u64, u8)>) -> bool {
         debug!("{code}: {} bytes", payload.len());
         let ring = || {
             let (state, _) = VringState::read_from_prefix(payload).ok()?;
@@ -212,12 +245,34 @@ impl Shared {
                 self.events.add(DeviceEvent::HostNotifierRefused(area.unwrap_or_default() as u16));
                 return false;
             }
+            BackendRequest::IOTLB_MSG if self.translator.is_set() => {
+                let asked = IotlbMsg::read_from_prefix(payload).map(|(asked, _)| asked);
+                let Ok(IotlbMsg { iova, perm, kind, .. }) = asked else { return false };
+                match kind {
+                    VHOST_IOTLB_MISS if self.translate(iova, perm, unsent) => {}
+                    VHOST_IOTLB_MISS => {
+                        self.events.add(DeviceEvent::AccessFailed(iova));
+                        return false;
+                    }
+                    VHOST_IOTLB_ACCESS_FAIL => self.events.add(DeviceEvent::AccessFailed(iova)),
+                    _ => return false,
+                }
+            }
             _ => {
                 self.events.add(DeviceEvent::Refused(code));
                 return false;
             }
         }
         true
+    }
+
+    /// Answers a question by a translation, now or when there is room; false if there is none.
+    fn translate(&self, iova: u64, permission: u8, unsent: &mut BTreeSet<(u64, u8)>) -> bool {
+        let told = Access::from_permission(permission).map(|access| self.translator.tell(iova, access, &self.line));
+        if told == Some(Told::Later) {
+            unsent.insert((iova, permission));
+        }
+        told.is_some_and(|told| told != Told::No)
     }
 
     fn answer(&self, request: u32, number: u64) -> Result<(), Option<&'static str>> {

@@ -10,7 +10,7 @@ use super::connect::{greet, protocol_names};
 use super::{UserDevice, UserOptions, state, wake};
 use crate::abi::vhost_user::{Request, protocol_feature};
 use crate::abi::virtio;
-use crate::memory::{Memory, MemoryError};
+use crate::memory::Memory;
 use crate::ring::RingBase;
 
 impl UserDevice {
@@ -31,9 +31,14 @@ impl UserDevice {
         Ok(RingBase::split(used))
     }
 
-    fn index(&self, ring: u64) -> Result<u16, MemoryError> {
+    fn index(&self, ring: u64) -> Result<u16, FrontendError> {
         let mut bytes = [0; 2];
-        self.memory.read(ring.saturating_add(virtio::RING_IDX_OFFSET), &mut bytes)?;
+        let mut rest = &mut bytes[..];
+        for (gpa, len) in self.places(ring.saturating_add(virtio::RING_IDX_OFFSET), 2)? {
+            let (here, after) = std::mem::take(&mut rest).split_at_mut(len as usize);
+            self.memory.read(gpa, here)?;
+            rest = after;
+        }
         Ok(u16::from_le_bytes(bytes))
     }
 
@@ -63,7 +68,9 @@ impl UserDevice {
                 // by these marks that the old one's are not lost (rule L15).
                 let [desc, _, used] = self.layout(setup);
                 let written = if self.is_packed() { &[desc, used][..] } else { &[used] };
-                written.iter().for_each(|(gpa, len)| log.mark(*gpa, *len));
+                for (addr, len) in written {
+                    self.places(*addr, *len)?.iter().for_each(|(gpa, len)| log.mark(*gpa, *len));
+                }
             }
         }
         self.install_log()?;
@@ -88,7 +95,7 @@ impl UserDevice {
         // The old connection must be gone before the new one asks for the same device.
         self.channel.close();
         self.ear = None;
-        let (channel, offer, ear) = greet(&self.path, options, &self.events)?;
+        let (channel, offer, ear) = greet(&self.path, options, &self.events, &self.translator)?;
         let old = std::mem::replace(&mut self.offer, offer);
         (self.channel, self.ear) = (channel, ear);
         let lost = self.features & !offer.features;
@@ -106,7 +113,8 @@ impl UserDevice {
                 advice: "restart the back-end with the options it had",
             });
         }
-        let marked = self.install().inspect_err(|_| self.channel.close())?;
+        let installed = self.check_iommu(self.features).and_then(|()| self.install());
+        let marked = installed.inspect_err(|_| self.channel.close())?;
         self.channel.set_timeout(self.options.timeout);
         Ok(marked)
     }

@@ -9,6 +9,7 @@ mod connect;
 mod ear;
 mod inflight;
 mod install;
+mod iommu;
 mod options;
 mod payload;
 mod postcopy;
@@ -41,6 +42,7 @@ use channel::Channel;
 use connect::{BACK_OFF, Offer, greet, until};
 use ear::{Ear, Events};
 use inflight::Inflight;
+use iommu::Translator;
 use payload::{describe, table, user_addr};
 
 /// Feature bits that belong to the transport, not to the driver.
@@ -55,6 +57,7 @@ pub struct UserDevice {
     /// The back-end channel, where the back-end has one.
     ear: Option<Ear>,
     events: Arc<Events>,
+    translator: Arc<Translator>,
     offer: Offer,
     features: u64,
     memory: Memory,
@@ -81,13 +84,15 @@ impl UserDevice {
     ) -> Result<UserDevice, FrontendError> {
         let path = path.as_ref();
         let events = Arc::new(Events::new()?);
-        let ((channel, offer, ear), _) = until(deadline, || greet(path, options, &events))?;
+        let translator = Arc::default();
+        let ((channel, offer, ear), _) = until(deadline, || greet(path, options, &events, &translator))?;
         Ok(UserDevice {
             path: path.into(),
             options,
             channel,
             ear,
             events,
+            translator,
             offer,
             features: 0,
             memory: Memory::default(),
@@ -123,7 +128,8 @@ impl UserDevice {
 
     /// Makes the back-end's memory what is noted, given that it has `before`.
     fn post_memory(&mut self, before: &Memory) -> Result<(), FrontendError> {
-        let memory = self.memory.clone();
+        let (memory, translator) = (self.memory.clone(), self.translator.clone());
+        let _no_translation_meanwhile = translator.change(&memory);
         if memory.regions().len() <= VHOST_MEMORY_BASELINE_NREGIONS {
             let (payload, fds) = table(&memory)?;
             return self.channel.post(Request::SET_MEM_TABLE, &payload, &fds);
@@ -143,13 +149,14 @@ impl UserDevice {
 
     /// Ring addresses; on a running ring they change nothing but whether it is logged (rule R5).
     fn addresses(&self, index: u16, setup: &RingSetup) -> Result<VringAddr, MemoryError> {
-        let [desc, avail, used] = self.layout(setup);
+        let place = |area: (u64, u64)| if self.is_translated() { Ok(area.0) } else { user_addr(&self.memory, area) };
+        let [desc, avail, used] = self.layout(setup).map(place);
         Ok(VringAddr {
             index: index.into(),
             flags: if self.log.is_some() { bit(VHOST_VRING_F_LOG) as u32 } else { 0 },
-            desc_user_addr: user_addr(&self.memory, desc)?,
-            used_user_addr: user_addr(&self.memory, used)?,
-            avail_user_addr: user_addr(&self.memory, avail)?,
+            desc_user_addr: desc?,
+            used_user_addr: used?,
+            avail_user_addr: avail?,
             log_guest_addr: setup.used,
         })
     }
@@ -238,6 +245,7 @@ impl Device for UserDevice {
             let what = format!("feature bits {missing:#x}");
             return Err(FrontendError::NotOffered { what, advice: "acknowledge only what features() has" });
         }
+        self.check_iommu(features)?;
         self.features = features & !TRANSPORT;
         self.post_features()?;
         self.channel.settle()
@@ -262,6 +270,7 @@ impl Device for UserDevice {
         let done = self.post_memory(&before).and_then(|()| self.channel.settle());
         done.inspect_err(|error| {
             if !error.is_hang_up() {
+                drop(self.translator.change(&before));
                 self.memory = before;
             }
         })

@@ -1,0 +1,188 @@
+//! A device behind the VMM's IOMMU: translations out, invalidations that nothing overtakes (rules T1-T3).
+#![forbid(unsafe_code)]
+
+use std::ops::RangeInclusive;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tracing::warn;
+use zerocopy::{FromZeros, IntoBytes};
+
+use super::super::{FrontendError, Iommu, Mapping};
+use super::UserDevice;
+use super::channel::Line;
+use crate::abi::bit;
+use crate::abi::vhost::{VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_UPDATE};
+use crate::abi::vhost_user::{Header, IotlbMsg, Request};
+use crate::abi::virtio::VIRTIO_F_ACCESS_PLATFORM;
+use crate::memory::{Access, Memory};
+
+/// The VMM's IOMMU, and the memory that its mappings lead to; it outlives connections.
+///
+/// One lock is held from the look at the VMM's table until what was found is sent, and while an invalidation is sent. So
+/// what is sent after an invalidation was found after the table had changed (rule T3).
+#[derive(Default)]
+pub(super) struct Translator(Mutex<Known>);
+
+#[derive(Default)]
+pub(super) struct Known {
+    iommu: Option<Arc<dyn Iommu>>,
+    /// What the back-end has been given.
+    memory: Memory,
+}
+
+/// What has become of a question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Told {
+    Translation,
+    /// There is none.
+    No,
+    /// There is no room for the answer now: look again later.
+    Later,
+}
+
+impl Translator {
+    pub(super) fn set(&self, iommu: Arc<dyn Iommu>) {
+        self.lock().iommu = Some(iommu);
+    }
+
+    pub(super) fn is_set(&self) -> bool {
+        self.lock().iommu.is_some()
+    }
+
+    /// From now on mappings lead to `memory`. No translation is sent while the answer is kept.
+    pub(super) fn change(&self, memory: &Memory) -> MutexGuard<'_, Known> {
+        let mut known = self.lock();
+        known.memory = memory.clone();
+        known
+    }
+
+    /// Looks for `iova` and sends what is found over `line`.
+    pub(super) fn tell(&self, iova: u64, access: Access, line: &Line) -> Told {
+        let known = self.lock();
+        let Some(update) = known.update(iova, access) else { return Told::No };
+        let header =
+            Header { request: Request::IOTLB_MSG.0, flags: Header::FLAG_VERSION, size: size_of_val(&update) as u32 };
+        match line.try_send(&[header.as_bytes(), update.as_bytes()].concat()) {
+            true => Told::Translation,
+            false => Told::Later,
+        }
+    }
+
+    /// Guest-physical address and length of what makes up `len` bytes at `iova`, for whoever drives the device.
+    pub(super) fn pieces(&self, iova: u64, len: u64) -> Result<Vec<(u64, u64)>, FrontendError> {
+        let known = self.lock();
+        let (mut at, mut left, mut pieces) = (iova, len, Vec::new());
+        while left > 0 {
+            let (mapping, skip) = known.mapping(at, Access::Read).ok_or(FrontendError::Untranslated { iova: at })?;
+            let here = left.min(mapping.size - skip);
+            pieces.push((mapping.gpa.saturating_add(skip), here));
+            // The end of all addresses ends the range too, or the next look fails.
+            (at, left) = (at.wrapping_add(here), left - here);
+        }
+        Ok(pieces)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        // A VMM that panicked in the middle has left what is here whole.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Known {
+    /// The VMM's mapping of an address, and how far into it that is.
+    fn mapping(&self, iova: u64, access: Access) -> Option<(Mapping, u64)> {
+        let mapping = self.iommu.as_ref()?.translate(iova, access)?;
+        let skip = iova.checked_sub(mapping.iova).filter(|skip| *skip < mapping.size);
+        if skip.is_none() {
+            warn!("the VMM's translation of {iova:#x} does not contain it: {mapping:x?} (rule T1)");
+        }
+        skip.map(|skip| (mapping, skip))
+    }
+
+    /// A translation as a message, cut where its region ends: beyond that the front-end's addresses do not go on.
+    fn update(&self, iova: u64, access: Access) -> Option<IotlbMsg> {
+        let (mapping, skip) = self.mapping(iova, access)?;
+        let gpa = mapping.gpa.checked_add(skip)?;
+        let offset_in = |gpa: u64, start: u64, size: u64| gpa.checked_sub(start).filter(|offset| *offset < size);
+        let found = self.memory.regions().iter().find_map(|r| Some((r, offset_in(gpa, r.gpa(), r.size())?)));
+        let Some((region, offset)) = found else {
+            warn!("the VMM's translation of {iova:#x} leads to {gpa:#x}, where the back-end has no memory (rule T2)");
+            return None;
+        };
+        let before = skip.min(offset);
+        let room = (u64::MAX - iova).saturating_add(1);
+        let after = (mapping.size - skip).min(region.size() - offset).min(room);
+        Some(IotlbMsg {
+            iova: iova - before,
+            size: before.saturating_add(after),
+            uaddr: region.user_addr() + (offset - before),
+            perm: mapping.permission.permission(),
+            kind: VHOST_IOTLB_UPDATE,
+            ..IotlbMsg::new_zeroed()
+        })
+    }
+}
+
+impl UserDevice {
+    /// Puts the device behind the VMM's IOMMU. Comes before ACCESS_PLATFORM is acknowledged; from then on all addresses
+    /// of [`RingSetup`](crate::frontend::RingSetup) are I/O virtual (rule T1).
+    pub fn set_iommu(&mut self, iommu: Arc<dyn Iommu>) {
+        self.translator.set(iommu);
+    }
+
+    /// Has the back-end forget the translations of `iovas`, which the [`Iommu`] no longer gives. When it has
+    /// acknowledged that, nothing uses them any more: the pages may be given to others (rule T3).
+    ///
+    /// A back-end without REPLY_ACK has then taken the message, and need not have finished the requests that use the old
+    /// translations; our own has. After an error that [is a hang-up](FrontendError::is_hang_up) the pages may be used
+    /// until [`reconnect`](crate::frontend::Device::reconnect) has succeeded; the next back-end knows no translation.
+    ///
+    /// # Errors
+    /// [`FrontendError::Refused`]; the channel's errors.
+    pub fn invalidate(&mut self, iovas: RangeInclusive<u64>) -> Result<(), FrontendError> {
+        if iovas.is_empty() || !self.is_translated() {
+            return Ok(());
+        }
+        // The size of the whole space does not fit: its last byte goes by itself.
+        let (first, last) = iovas.into_inner();
+        let ranges = match last - first {
+            u64::MAX => vec![(first, u64::MAX), (last, 1)],
+            more => vec![(first, more + 1)],
+        };
+        let translator = self.translator.clone();
+        let nothing_overtakes = translator.lock();
+        for (iova, size) in ranges {
+            let message = IotlbMsg { iova, size, kind: VHOST_IOTLB_INVALIDATE, ..IotlbMsg::new_zeroed() };
+            self.channel.post(Request::IOTLB_MSG, message.as_bytes(), &[])?;
+        }
+        drop(nothing_overtakes);
+        self.channel.settle_within(self.options.stop_timeout)
+    }
+
+    /// Whether the driver's addresses are I/O virtual.
+    pub(super) fn is_translated(&self) -> bool {
+        self.features & bit(VIRTIO_F_ACCESS_PLATFORM) != 0
+    }
+
+    /// Whether these features can be acknowledged, as far as translations go.
+    pub(super) fn check_iommu(&self, features: u64) -> Result<(), FrontendError> {
+        if features & bit(VIRTIO_F_ACCESS_PLATFORM) == 0 {
+            return Ok(());
+        }
+        if !self.translator.is_set() {
+            return Err(FrontendError::NoIommu);
+        }
+        match self.ear {
+            Some(_) => Ok(()),
+            None => Err(FrontendError::NotOffered {
+                what: "a back-end channel (BACKEND_REQ), which it needs to ask for translations (rule T1)".into(),
+                advice: "don't acknowledge ACCESS_PLATFORM, or use a back-end with the channel",
+            }),
+        }
+    }
+
+    /// Guest-physical address and length of what makes up a part of a ring.
+    pub(super) fn places(&self, addr: u64, len: u64) -> Result<Vec<(u64, u64)>, FrontendError> {
+        if self.is_translated() { self.translator.pieces(addr, len) } else { Ok(vec![(addr, len)]) }
+    }
+}

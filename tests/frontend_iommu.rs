@@ -1,0 +1,572 @@
+//! The vhost-user client in front of back-ends that don't know where memory is: misses, translations and invalidations
+//! (rules T1-T3, L5).
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use rstest::rstest;
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::vhost::{VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_MISS, VHOST_IOTLB_UPDATE};
+use vhost_migrate::abi::vhost_user::{BackendRequest, Header, IotlbMsg, Request as Code, protocol_feature};
+use vhost_migrate::abi::virtio::{
+    VIRTIO_BLK_T_IN, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_RING_F_INDIRECT_DESC,
+};
+use vhost_migrate::dirty::Log;
+use vhost_migrate::frontend::{Device, DeviceEvent, FrontendError, Iommu, Mapping, RingSetup, UserDevice, UserOptions};
+use vhost_migrate::memory::{Access, Iotlb, LOG_PAGE, Memory, Window};
+use vhost_migrate::ring::RingBase;
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+#[path = "backend/guest.rs"]
+#[allow(dead_code)]
+mod guest;
+#[path = "backend/iommu_load.rs"]
+#[allow(dead_code)]
+mod iommu_load;
+#[path = "backend/iommu_space.rs"]
+#[allow(dead_code)]
+mod iommu_space;
+#[path = "backend/raw.rs"]
+#[allow(dead_code)]
+mod raw;
+#[path = "backend/server.rs"]
+#[allow(dead_code)]
+mod server;
+
+use guest::{Guest, HIGH, REGION, Ring, harvest};
+use iommu_load::{Load, Slot, bytes, contents};
+use iommu_space::{BASE, DATA, Dice};
+use server::{Process, Server};
+
+const DISK: u64 = 4 << 20;
+const SIZE: u16 = 1024;
+const PACKED: u64 = bit(VIRTIO_F_RING_PACKED);
+const INDIRECT: u64 = bit(VIRTIO_RING_F_INDIRECT_DESC);
+const TRANSLATED: u64 = 1 << 33;
+const FEATURES: u64 = bit(VIRTIO_F_VERSION_1) | TRANSLATED;
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The table of an IOMMU: guest-physical pages and what is permitted there, by I/O virtual page.
+#[derive(Default)]
+struct Table {
+    map: Mutex<BTreeMap<u64, (u64, Access)>>,
+    asked: AtomicU64,
+}
+
+impl Iommu for Table {
+    fn translate(&self, iova: u64, _: Access) -> Option<Mapping> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        let page = iova / LOG_PAGE;
+        let (gpa, permission) = *self.map.lock().unwrap().get(&page)?;
+        Some(Mapping { iova: page * LOG_PAGE, size: LOG_PAGE, gpa, permission })
+    }
+}
+
+impl Table {
+    /// Scatters 24 MiB of I/O virtual addresses from [`BASE`] on over both regions; and the pages that are free.
+    fn scattered() -> (Table, Vec<u64>) {
+        let mut pages: Vec<u64> = (0..REGION / LOG_PAGE).flat_map(|page| [page, HIGH / LOG_PAGE + page]).collect();
+        let mut dice = Dice(11);
+        let numbers = (BASE / LOG_PAGE..).take((24 << 20) / LOG_PAGE as usize);
+        let map = numbers.map(|number| {
+            let gpa = pages.swap_remove(dice.below(pages.len() as u64) as usize) * LOG_PAGE;
+            (number, (gpa, Access::ReadWrite))
+        });
+        let table = Table { map: Mutex::new(map.collect()), asked: AtomicU64::new(0) };
+        (table, pages.iter().map(|page| page * LOG_PAGE).collect())
+    }
+
+    fn gpa(&self, iova: u64) -> u64 {
+        self.map.lock().unwrap()[&(iova / LOG_PAGE)].0 + iova % LOG_PAGE
+    }
+
+    fn pages(&self, iova: u64, len: u64) -> impl Iterator<Item = u64> {
+        (iova / LOG_PAGE..=(iova + len - 1) / LOG_PAGE).map(|page| self.gpa(page * LOG_PAGE) / LOG_PAGE)
+    }
+
+    fn set(&self, iova: u64, to: Option<(u64, Access)>) {
+        let mut map = self.map.lock().unwrap();
+        match to {
+            Some(to) => map.insert(iova / LOG_PAGE, to),
+            None => map.remove(&(iova / LOG_PAGE)),
+        };
+    }
+}
+
+/// A guest behind an IOMMU, and its device.
+struct Scene {
+    guest: Guest,
+    table: Arc<Table>,
+    free: Vec<u64>,
+    device: UserDevice,
+    features: u64,
+}
+
+impl Scene {
+    fn new(socket: &Path, features: u64) -> Scene {
+        let mut device = UserDevice::connect(socket, UserOptions::default(), Instant::now() + PATIENCE).unwrap();
+        let (table, free) = Table::scattered();
+        let (guest, table) = (Guest::new(), Arc::new(table));
+        device.set_iommu(table.clone());
+        device.set_features(FEATURES | features).unwrap();
+        device.set_memory(&guest.memory).unwrap();
+        assert!(device.set_inflight(2, SIZE, None).unwrap());
+        Scene { guest, table, free, device, features }
+    }
+
+    /// Guest memory as the driver sees it: in one piece.
+    fn view(&self, iova: u64, len: u64) -> Memory {
+        let iotlb = Iotlb::default();
+        for (page, (gpa, _)) in self.table.map.lock().unwrap().iter() {
+            iotlb.update(page * LOG_PAGE, LOG_PAGE, self.guest.user(*gpa), 3).unwrap();
+        }
+        Window::open(&self.guest.memory, &iotlb, &[(iova, len, Access::Read)], None).unwrap().memory().clone()
+    }
+
+    /// A ring that runs, and its error fd.
+    fn ring(&mut self, index: u16) -> (Ring, Arc<OwnedFd>) {
+        let at = BASE + (u64::from(index) << 20);
+        let ring = Ring::at(&self.view(BASE, 24 << 20), at, index.into(), SIZE, self.features);
+        let base = RingBase::from_bits(ring.start());
+        let error = self.start(&ring, base);
+        (ring, error)
+    }
+
+    fn start(&mut self, ring: &Ring, base: RingBase) -> Arc<OwnedFd> {
+        let own = |fd: &EventFd| Arc::new(fd.as_fd().try_clone_to_owned().unwrap());
+        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
+        let error: Arc<OwnedFd> = Arc::new(EventFd::from_flags(flags).unwrap().into());
+        let setup = RingSetup {
+            size: SIZE,
+            desc: ring.layout.desc,
+            avail: ring.layout.avail,
+            used: ring.layout.used,
+            kick: own(&ring.kick),
+            call: own(&ring.call),
+            error: Some(error.clone()),
+            base,
+        };
+        self.device.start_ring(ring.index as u16, setup).unwrap();
+        error
+    }
+
+    /// What the device writes of a ring: pages, guest-physical.
+    fn written_of(&self, ring: &Ring) -> BTreeSet<u64> {
+        let areas = match self.features & PACKED {
+            0 => vec![(ring.layout.used, 6 + 8 * u64::from(SIZE))],
+            _ => vec![(ring.layout.desc, 16 * u64::from(SIZE)), (ring.layout.used, 4)],
+        };
+        areas.iter().flat_map(|(at, len)| self.table.pages(*at, *len)).collect()
+    }
+
+    /// One read of two sectors, and what it found.
+    fn reads(&self, ring: &mut Ring, slot: &Slot) {
+        let memory = self.view(slot.at(), Slot::BYTES);
+        slot.add(ring, &memory, VIRTIO_BLK_T_IN, 1, 1024, false);
+        ring.kick();
+        ring.completion();
+        assert_eq!(bytes(&memory, slot.data(), 1024), contents(1, 1024));
+    }
+}
+
+fn server() -> (Server, PathBuf) {
+    let server = Server::disk(DISK, |options| options.iommu = true);
+    let socket = server.folder.path().join("socket");
+    (server, socket)
+}
+
+fn is_readable(fd: &impl AsFd, timeout: PollTimeout) -> bool {
+    poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], timeout) == Ok(1)
+}
+
+/// Waits for one event.
+fn event(device: &mut UserDevice) -> Vec<DeviceEvent> {
+    assert!(is_readable(&device.watch_events().unwrap().unwrap(), 60_000u16.into()), "no event came");
+    device.events()
+}
+
+/// Rules T1, L5.
+#[rstest]
+fn requests_through_scattered_pages_are_right_and_logged_by_guest_physical_address(
+    #[values(0, PACKED)] kind: u64,
+    #[values(0, INDIRECT)] indirect: u64,
+) {
+    let (server, socket) = server();
+    let mut scene = Scene::new(&socket, kind | indirect);
+    let (mut ring, _) = scene.ring(0);
+    let (log, fd) = Log::create(scene.guest.memory.end()).unwrap();
+    let log = Arc::new(log);
+    let mut load = Load::new(DISK);
+    let view = scene.view(BASE, 24 << 20);
+    let table = scene.table.clone();
+    let pages = |at, len| table.pages(at, len);
+    // Nothing of the first rounds is logged.
+    load.round(&mut ring, &view, pages, indirect != 0);
+    load.by_device.clear();
+    scene.device.start_logging(&log, fd.as_fd()).unwrap();
+    for round in 0..40 {
+        load.round(&mut ring, &view, pages, indirect != 0);
+        // What is known may go at any time.
+        if round % 10 == 5 {
+            scene.device.invalidate(0..=u64::MAX).unwrap();
+        }
+    }
+    // Stopped and started, it goes on where it was.
+    let base = scene.device.stop_ring(0).unwrap();
+    assert_eq!(base.bits(), ring.drained());
+    scene.start(&ring, base);
+    load.round(&mut ring, &view, pages, indirect != 0);
+    scene.device.stop_ring(0).unwrap();
+    scene.device.stop_logging().unwrap();
+    let (marked, of_ring) = (harvest(&log), scene.written_of(&ring));
+    assert_eq!(load.by_device.difference(&marked).count(), 0, "written and not logged");
+    let unknown = marked.difference(&load.by_device).filter(|page| !of_ring.contains(page)).count();
+    assert_eq!(unknown, 0, "logged and not written");
+    assert!(of_ring.intersection(&marked).count() > 0, "the ring is logged where it lies");
+    assert_eq!(log.out_of_range(), 0);
+    assert!(scene.table.asked.load(Ordering::SeqCst) > 100, "nothing was known before");
+    assert!(std::fs::read(server.image()).unwrap() == load.disk, "other data was written");
+}
+
+/// Rule T3.
+#[rstest]
+fn nothing_touches_a_page_after_invalidate_has_returned(#[values(0, PACKED)] kind: u64) {
+    let (_server, socket) = server();
+    let mut scene = Scene::new(&socket, kind);
+    let (mut ring, _) = scene.ring(0);
+    let (mut dice, mut taken) = (Dice(3), BTreeSet::new());
+    for _ in 0..40 {
+        let memory = scene.view(DATA, 4 << 20);
+        let mut wanted = Vec::new();
+        for number in 0..16 {
+            let (sector, len) = (dice.below(DISK / 512 - 128), (2 + dice.below(100)) * 512);
+            Slot(number).add(&mut ring, &memory, VIRTIO_BLK_T_IN, sector, len, false);
+            wanted.push((Slot(number), sector, len));
+        }
+        ring.kick();
+        // Data of half of them goes elsewhere, now.
+        let mut moved = BTreeSet::new();
+        for (slot, _, len) in wanted.iter().step_by(2) {
+            let page = (slot.data() + dice.below(*len)) / LOG_PAGE;
+            let to = scene.free.swap_remove(dice.below(scene.free.len() as u64) as usize);
+            let was = scene.table.gpa(page * LOG_PAGE);
+            scene.table.set(page * LOG_PAGE, Some((to, Access::ReadWrite)));
+            scene.device.invalidate(page * LOG_PAGE..=page * LOG_PAGE + LOG_PAGE - 1).unwrap();
+            scene.guest.memory.write(was, &[0xee; LOG_PAGE as usize]).unwrap();
+            taken.insert(was);
+            taken.remove(&to);
+            scene.free.push(was);
+            moved.insert(page);
+        }
+        assert_eq!(ring.completions(16).len(), 16);
+        for gpa in &taken {
+            let is_as_it_was = scene.guest.bytes(*gpa, LOG_PAGE as usize).iter().all(|byte| *byte == 0xee);
+            assert!(is_as_it_was, "{gpa:#x} was written after invalidate had returned");
+        }
+        // What no page was taken from has arrived.
+        let memory = scene.view(DATA, 4 << 20);
+        for (slot, sector, len) in wanted {
+            assert_eq!(bytes(&memory, slot.status(), 1), [0]);
+            let (found, right) = (bytes(&memory, slot.data(), len), contents(sector, len));
+            let stays = |at: &u64| !moved.contains(&((slot.data() + at) / LOG_PAGE));
+            assert!((0..len).filter(stays).all(|at| found[at as usize] == right[at as usize]), "other data was read");
+        }
+    }
+}
+
+/// Rule T1: a page that is nobody's, and one that may only be read.
+#[rstest]
+fn what_the_iommu_refuses_breaks_the_ring_that_asked_and_is_an_event(#[values(false, true)] readable: bool) {
+    let (_server, socket) = server();
+    let mut scene = Scene::new(&socket, 0);
+    let ((mut bad, error), (mut good, other)) = (scene.ring(0), scene.ring(1));
+    scene.reads(&mut bad, &Slot(0));
+    let page = Slot(1).data() / LOG_PAGE * LOG_PAGE;
+    let gpa = scene.table.gpa(page);
+    let memory = scene.view(DATA, 1 << 20);
+    scene.table.set(page, readable.then_some((gpa, Access::Read)));
+    let before = scene.guest.bytes(gpa, LOG_PAGE as usize);
+    Slot(1).add(&mut bad, &memory, VIRTIO_BLK_T_IN, 77, 1024, false);
+    bad.kick();
+    assert!(is_readable(&error, 60_000u16.into()), "the ring did not break");
+    assert_eq!(event(&mut scene.device), [DeviceEvent::AccessFailed(Slot(1).data())]);
+    assert_eq!(scene.guest.bytes(gpa, LOG_PAGE as usize), before, "it was written");
+    scene.table.set(page, Some((gpa, Access::ReadWrite)));
+    scene.reads(&mut good, &Slot(2));
+    assert!(!is_readable(&other, PollTimeout::ZERO));
+    // Once stopped and started, with the page in place, it goes on where it was.
+    let base = scene.device.stop_ring(0).unwrap();
+    scene.device.invalidate(page..=page).unwrap();
+    scene.start(&bad, base);
+    bad.completion();
+    assert_eq!(bytes(&memory, Slot(1).data(), 1024), contents(77, 1024));
+}
+
+/// Rules L5, L15, I3, I4: the successor has no translation of anything.
+#[rstest]
+fn a_back_end_that_is_killed_with_requests_under_way_is_succeeded_by_one_that_asks_anew(
+    #[values(0, PACKED)] kind: u64,
+    #[values(false, true)] logged: bool,
+) {
+    let folder = tempfile::tempdir().unwrap();
+    let image = server::disk_options(folder.path(), DISK, |_| {}).image;
+    let socket = folder.path().join("socket");
+    let start = || Process::start(&socket, &image, &["--iommu", "--queues", "2"]);
+    let mut backend = start();
+    let mut scene = Scene::new(&socket, kind);
+    let (mut ring, _) = scene.ring(0);
+    let (log, fd) = Log::create(scene.guest.memory.end()).unwrap();
+    let log = Arc::new(log);
+    if logged {
+        scene.device.start_logging(&log, fd.as_fd()).unwrap();
+    }
+    let (memory, of_ring) = (scene.view(DATA, 8 << 20), scene.written_of(&ring));
+    let mut dice = Dice(5);
+    for round in 0..12u64 {
+        let mut wanted = Vec::new();
+        for number in 0..32 {
+            let (sector, len) = (dice.below(DISK / 512 - 128), (2 + dice.below(100)) * 512);
+            Slot(number).add(&mut ring, &memory, VIRTIO_BLK_T_IN, sector, len, false);
+            wanted.push((Slot(number), sector, len));
+        }
+        ring.kick();
+        // At a different stage each time.
+        let early = ring.completions((round * 3 % 32) as usize).len();
+        if logged {
+            harvest(&log);
+        }
+        drop(backend);
+        backend = start();
+        scene.device.reconnect(Instant::now() + PATIENCE).unwrap();
+        assert_eq!(ring.completions(32 - early).len(), 32 - early);
+        for (slot, sector, len) in wanted {
+            assert_eq!(bytes(&memory, slot.status(), 1), [0]);
+            assert!(bytes(&memory, slot.data(), len) == contents(sector, len), "other data was read");
+        }
+        if logged {
+            let marked = harvest(&log);
+            assert!(of_ring.is_subset(&marked), "what the dead one wrote of the ring is not marked");
+        }
+    }
+    assert_eq!(log.out_of_range(), 0, "an I/O virtual address was marked");
+    assert_eq!(scene.device.stop_ring(0).unwrap().bits(), ring.drained());
+}
+
+#[test]
+fn access_platform_takes_an_iommu_and_a_channel() {
+    let (_server, socket) = server();
+    let usual = UserOptions::default();
+    let mut device = UserDevice::connect(&socket, usual, Instant::now() + PATIENCE).unwrap();
+    let error = device.set_features(FEATURES).unwrap_err();
+    assert!(matches!(error, FrontendError::NoIommu), "{error}");
+    assert!(error.to_string().contains("set_iommu"), "{error}");
+    device.set_features(FEATURES & !TRANSLATED).unwrap();
+    device.invalidate(0..=u64::MAX).expect("there is nothing to forget");
+    drop(device);
+    let protocol_features = usual.protocol_features & !bit(protocol_feature::BACKEND_REQ);
+    let options = UserOptions { protocol_features, ..usual };
+    let mut device = UserDevice::connect(&socket, options, Instant::now() + PATIENCE).unwrap();
+    device.set_iommu(Arc::new(Table::default()));
+    let error = device.set_features(FEATURES).unwrap_err();
+    assert!(matches!(error, FrontendError::NotOffered { .. }), "{error}");
+    device.set_features(FEATURES & !TRANSLATED).unwrap();
+}
+
+/// A back-end by hand: a connection that has been greeted and told of memory, and its channel.
+struct Hand {
+    connection: raw::Client,
+    channel: raw::Client,
+}
+
+impl Hand {
+    /// Both ends, in front of `iommu`.
+    fn shake(iommu: Arc<dyn Iommu>) -> (Hand, UserDevice, Guest) {
+        let folder = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(folder.path().join("s")).unwrap();
+        let hand = std::thread::spawn(move || Hand::greet(&listener));
+        let path = folder.path().join("s");
+        let mut device = UserDevice::connect(path, UserOptions::default(), Instant::now() + PATIENCE).unwrap();
+        device.set_iommu(iommu);
+        device.set_features(FEATURES).unwrap();
+        let guest = Guest::new();
+        device.set_memory(&guest.memory).unwrap();
+        (hand.join().unwrap(), device, guest)
+    }
+
+    fn greet(listener: &UnixListener) -> Hand {
+        let own = |socket: UnixStream| {
+            socket.set_read_timeout(Some(PATIENCE)).unwrap();
+            raw::Client { socket }
+        };
+        let connection = own(listener.accept().unwrap().0);
+        let mut channel = None;
+        loop {
+            let (header, _, fd) = connection.receive();
+            let code = Code(header.request);
+            let number = match code {
+                Code::GET_FEATURES => FEATURES | 1 << 30,
+                Code::GET_PROTOCOL_FEATURES => bit(protocol_feature::REPLY_ACK) | bit(protocol_feature::BACKEND_REQ),
+                _ if header.flags & Header::FLAG_NEED_REPLY != 0 => 0,
+                _ => continue,
+            };
+            if code == Code::SET_BACKEND_REQ_FD {
+                channel = fd.map(|fd| own(UnixStream::from(fd)));
+            }
+            connection.send(code, Header::REPLY_FLAGS, number.as_bytes(), &[]);
+            if code == Code::SET_MEM_TABLE {
+                return Hand { connection, channel: channel.unwrap() };
+            }
+        }
+    }
+
+    fn ask(&self, iova: u64, perm: u8, flags: u32) {
+        let miss = IotlbMsg { iova, perm, kind: VHOST_IOTLB_MISS, ..IotlbMsg::new_zeroed() };
+        self.channel.send(Code(BackendRequest::IOTLB_MSG.0), flags, miss.as_bytes(), &[]);
+    }
+
+    /// What the front-end answers over the channel.
+    fn answer(&self) -> u64 {
+        u64::read_from_bytes(&self.channel.reply(Code(BackendRequest::IOTLB_MSG.0))).unwrap()
+    }
+
+    /// The next translation or invalidation, which is acknowledged if it wants to be.
+    fn hears(&self) -> IotlbMsg {
+        let (header, payload, _) = self.connection.receive();
+        assert_eq!(Code(header.request), Code::IOTLB_MSG);
+        if header.flags & Header::FLAG_NEED_REPLY != 0 {
+            self.connection.send(Code::IOTLB_MSG, Header::REPLY_FLAGS, 0u64.as_bytes(), &[]);
+        }
+        IotlbMsg::read_from_bytes(&payload).unwrap()
+    }
+}
+
+/// All of guest memory and more in one mapping, where it is.
+struct Identity;
+
+impl Iommu for Identity {
+    fn translate(&self, iova: u64, _: Access) -> Option<Mapping> {
+        (iova != u64::MAX).then_some(Mapping { iova: 0, size: 1 << 40, gpa: 0, permission: Access::ReadWrite })
+    }
+}
+
+#[test]
+fn a_mapping_larger_than_a_region_is_told_region_by_region() {
+    let (hand, mut device, guest) = Hand::shake(Arc::new(Identity));
+    for (iova, start) in [(0x1234, 0), (HIGH + REGION - 1, HIGH)] {
+        hand.ask(iova, 3, raw::NEED_REPLY);
+        let told = hand.hears();
+        assert_eq!((told.iova, told.size, told.uaddr), (start, REGION, guest.user(start)));
+        assert_eq!((told.kind, told.perm), (VHOST_IOTLB_UPDATE, 3));
+        assert_eq!(hand.answer(), 0);
+    }
+    // Where no memory is, what the mapping does not contain, what is no permission, and what no back-end sends.
+    for (iova, perm) in [(REGION, 1), (1 << 40, 1), (u64::MAX, 1), (0x1000, 0), (0x1000, 4)] {
+        hand.ask(iova, perm, raw::NEED_REPLY);
+        assert_eq!(hand.answer(), 1, "{iova:#x} {perm}");
+        assert_eq!(event(&mut device), [DeviceEvent::AccessFailed(iova)]);
+    }
+    let update = IotlbMsg { kind: VHOST_IOTLB_UPDATE, ..IotlbMsg::new_zeroed() };
+    let code = Code(BackendRequest::IOTLB_MSG.0);
+    hand.channel.send(code, raw::NEED_REPLY, update.as_bytes(), &[]);
+    assert_eq!(hand.answer(), 1);
+    hand.channel.send(code, raw::NEED_REPLY, &[0; 31], &[]);
+    assert_eq!(hand.answer(), 1);
+    assert!(!is_readable(&hand.connection, PollTimeout::ZERO), "something was sent for what was refused");
+    let everything = std::thread::spawn(move || device.invalidate(0..=u64::MAX));
+    let said = [hand.hears(), hand.hears()].map(|told| (told.kind, told.iova, told.size));
+    let kind = VHOST_IOTLB_INVALIDATE;
+    assert_eq!(said, [(kind, 0, u64::MAX), (kind, u64::MAX, 1)]);
+    everything.join().unwrap().unwrap();
+}
+
+/// Looks into its table, and is slow to say what it found.
+struct Slow {
+    gpa: AtomicU64,
+    looked: Mutex<Sender<()>>,
+    go_on: Mutex<Receiver<()>>,
+}
+
+impl Iommu for Slow {
+    fn translate(&self, iova: u64, _: Access) -> Option<Mapping> {
+        let gpa = self.gpa.load(Ordering::SeqCst);
+        self.looked.lock().unwrap().send(()).unwrap();
+        self.go_on.lock().unwrap().recv().unwrap();
+        Some(Mapping { iova, size: LOG_PAGE, gpa, permission: Access::ReadWrite })
+    }
+}
+
+/// Rule T3: else the back-end would go on with what it was told to forget.
+#[test]
+fn a_translation_from_before_an_invalidation_is_never_told_after_it() {
+    let ((looked, has_looked), (go_on, goes_on)) = (channel(), channel());
+    let slow = Slow { gpa: AtomicU64::new(0x1000), looked: Mutex::new(looked), go_on: Mutex::new(goes_on) };
+    let slow = Arc::new(slow);
+    let (hand, device, guest) = Hand::shake(slow.clone());
+    hand.ask(0x7000, 3, raw::VERSION);
+    has_looked.recv_timeout(PATIENCE).unwrap();
+    // It has found the old page and not said so. Now the driver unmaps it.
+    slow.gpa.store(0x2000, Ordering::SeqCst);
+    let invalidates: JoinHandle<UserDevice> = std::thread::spawn(move || {
+        let mut device = device;
+        device.invalidate(0x7000..=0x7fff).unwrap();
+        device
+    });
+    assert!(!is_readable(&hand.connection, 300u16.into()), "the invalidation overtakes the translation");
+    go_on.send(()).unwrap();
+    let told = hand.hears();
+    assert_eq!((told.kind, told.uaddr), (VHOST_IOTLB_UPDATE, guest.user(0x1000)));
+    assert_eq!(hand.hears().kind, VHOST_IOTLB_INVALIDATE);
+    let device = invalidates.join().unwrap();
+    // What comes later is new.
+    hand.ask(0x7000, 3, raw::VERSION);
+    go_on.send(()).unwrap();
+    assert_eq!(hand.hears().uaddr, guest.user(0x2000));
+    drop(device);
+}
+
+/// A back-end that asks and asks, and reads nothing.
+#[test]
+fn translations_that_find_no_room_are_told_when_there_is_some() {
+    const PAGES: u64 = 4000;
+    let table = Arc::new(Table::default());
+    (0..PAGES).for_each(|page| table.set(page * LOG_PAGE, Some((page * LOG_PAGE, Access::ReadWrite))));
+    let (hand, mut device, _guest) = Hand::shake(table.clone());
+    let asks = raw::Client { socket: hand.channel.socket.try_clone().unwrap() };
+    let asking = std::thread::spawn(move || {
+        let asker = Hand { connection: raw::Client { socket: asks.socket.try_clone().unwrap() }, channel: asks };
+        (0..PAGES).for_each(|page| asker.ask(page * LOG_PAGE, 3, raw::VERSION));
+    });
+    // It has no room for many, and hears on for a while.
+    let end = Instant::now() + PATIENCE;
+    while table.asked.load(Ordering::SeqCst) < 1000 {
+        assert!(Instant::now() < end, "it hears no more");
+        std::thread::yield_now();
+    }
+    // Nor does an invalidation get lost among them.
+    let invalidates = std::thread::spawn(move || {
+        device.invalidate(0..=LOG_PAGE - 1).unwrap();
+        device
+    });
+    let (mut told, mut forgotten) = (BTreeSet::new(), 0);
+    while told.len() < PAGES as usize || forgotten == 0 {
+        let IotlbMsg { iova, kind, .. } = hand.hears();
+        match kind {
+            VHOST_IOTLB_UPDATE => assert!(told.insert(iova), "{iova:#x} was told twice"),
+            _ => forgotten += 1,
+        }
+    }
+    asking.join().unwrap();
+    let mut device = invalidates.join().unwrap();
+    assert!(table.asked.load(Ordering::SeqCst) > PAGES, "there was room for all of them");
+    assert_eq!((forgotten, device.events()), (1, vec![]));
+}
