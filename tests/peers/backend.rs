@@ -16,6 +16,8 @@ pub(crate) enum Kind {
     OursDirect,
     /// Ours with `--postcopy`, which says of every message that it came.
     OursPostcopy,
+    /// Ours with `--iommu`, which says what it asks of the IOMMU.
+    OursIommu,
     /// `qemu-storage-daemon`; with a limit in bytes per second its requests stay in flight for long.
     StorageDaemon { bytes_per_second: Option<u64> },
 }
@@ -93,11 +95,12 @@ impl Backend {
 fn spawn(kind: Kind, socket: &Path, image: &Path, output: &Path, queues: u16) -> Process {
     let (socket, image) = (socket.display(), image.display());
     match kind {
-        Kind::Ours | Kind::OursDirect | Kind::OursPostcopy => {
+        Kind::Ours | Kind::OursDirect | Kind::OursPostcopy | Kind::OursIommu => {
             let program = env!("CARGO_BIN_EXE_vhost-migrate");
             let more = match kind {
                 Kind::OursDirect => "--direct",
                 Kind::OursPostcopy => "--postcopy --log-level debug",
+                Kind::OursIommu => "--iommu --log-level debug",
                 _ => "",
             };
             let args = format!("backend blk --socket {socket} --image {image} --queues {queues} {more}");
@@ -121,9 +124,12 @@ fn spawn(kind: Kind, socket: &Path, image: &Path, output: &Path, queues: u16) ->
     }
 }
 
+/// A blank that does not end an argument.
+pub(crate) const NO_BREAK: &str = "\u{a0}";
+
 /// Splits arguments at blanks; paths of a [`Lab`] have none.
 pub(crate) fn words(line: &str) -> Vec<String> {
-    line.split_whitespace().map(String::from).collect()
+    line.split_ascii_whitespace().map(|word| word.replace(NO_BREAK, " ")).collect()
 }
 
 /// Whether some process listens on the socket, asked without connecting: a connection would be served.

@@ -6,13 +6,15 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use crate::backend::{Backend, Kind};
+use crate::backend::{Backend, Kind, NO_BREAK};
 use crate::initramfs::{self, Kernel};
 use crate::migration::{self, GENTLE, NEVER_CONVERGES};
 use crate::process::{Lab, wait_for};
 use crate::qemu::Qemu;
 
 const DISK_BYTES: u64 = 64 << 20;
+/// Each with or without several channels.
+const MIGRATIONS: [bool; 4] = [false, true, false, true];
 const DISK: &str = "-device vhost-user-blk-pci,chardev=vu,num-queues=1";
 
 /// A QEMU with the guest in it or on its way to it.
@@ -66,8 +68,14 @@ pub(crate) fn works(counts: impl Fn() -> Option<(u64, u64)>, first: u64, second:
 
 /// A guest that works on a disk.
 fn boot(lab: &Lab) -> String {
+    boot_with(lab, &[])
+}
+
+/// The same, with more words for its kernel.
+pub(crate) fn boot_with(lab: &Lab, more: &[&str]) -> String {
+    let words = [&["console=ttyS0"], more].concat().join(NO_BREAK);
     format!(
-        "-kernel {} -initrd {} -append console=ttyS0",
+        "-kernel {} -initrd {} -append {words}",
         initramfs::kernel().display(),
         initramfs::make(lab, Kernel::Pc, &["virtio_pci", "virtio_blk"], "", "load").display()
     )
@@ -75,12 +83,14 @@ fn boot(lab: &Lab) -> String {
 
 #[test]
 fn a_linux_guest_moves_there_and_back_and_its_back_ends_die_and_every_byte_is_right() {
-    there_and_back(false);
+    let lab = Lab::new();
+    there_and_back(&lab, Kind::Ours, &boot(&lab), &format!("{DISK},packed=off"), &MIGRATIONS);
 }
 
 #[test]
 fn a_linux_guest_with_packed_rings_moves_there_and_back_too() {
-    there_and_back(true);
+    let lab = Lab::new();
+    there_and_back(&lab, Kind::Ours, &boot(&lab), &format!("{DISK},packed=on"), &MIGRATIONS);
 }
 
 /// Prints the disk's size, in sectors, again and again.
@@ -163,21 +173,19 @@ fn a_linux_guest_works_on_its_disk_before_its_memory_has_arrived() {
     assert!(!said.contains("refused"), "{said}");
 }
 
-fn there_and_back(packed: bool) {
-    let device = format!("{DISK},packed={}", if packed { "on" } else { "off" });
-    let lab = Lab::new();
+/// Moves a guest that `boot` starts from host to host, whose back-ends die meanwhile; what those have said.
+pub(crate) fn there_and_back(lab: &Lab, kind: Kind, boot: &str, device: &str, migrations: &[bool]) -> [String; 2] {
     let image = lab.disk();
     File::create(&image).unwrap().set_len(DISK_BYTES).unwrap();
-    let mut here = Backend::start(&lab, Kind::Ours, "backend-a", &image, 1);
-    let mut there = Backend::start(&lab, Kind::Ours, "backend-b", &image, 1);
+    let mut here = Backend::start(lab, kind, "backend-a", &image, 1);
+    let mut there = Backend::start(lab, kind, "backend-b", &image, 1);
 
-    let boot = boot(&lab);
-    let mut source = Host::start(&lab, "host-0", &boot, here.socket(), &device);
+    let mut source = Host::start(lab, "host-0", boot, here.socket(), device);
     source.works(200, 1000);
 
-    for (number, multifd) in [(1, false), (2, true), (3, false), (4, true)] {
+    for (number, &multifd) in (1..).zip(migrations) {
         let name = format!("host-{number}");
-        let mut destination = Host::start(&lab, &name, "-incoming defer", there.socket(), &device);
+        let mut destination = Host::start(lab, &name, "-incoming defer", there.socket(), device);
         let socket = lab.file(&format!("{name}.migration"));
         migration::begin(&mut source.qemu, &mut destination.qemu, &socket, multifd, NEVER_CONVERGES);
         source.works(100, 500);
@@ -200,6 +208,8 @@ fn there_and_back(packed: bool) {
         std::mem::swap(&mut here, &mut there);
     }
     assert_eq!(source.qemu.qmp("query-status", json!({}))["status"], "running");
-    here.assert_running();
-    there.assert_running();
+    [&mut here, &mut there].map(|backend| {
+        backend.assert_running();
+        backend.output()
+    })
 }

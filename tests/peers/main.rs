@@ -2,7 +2,7 @@
 //! `qemu-storage-daemon`, and block devices of the kernel.
 //! Needs the cargo feature `peers` and what `tests/peers/install` installs; a missing peer is a failure, never a skip.
 //! The laboratory (processes, QMP, qtest, driver, proxy) is in the modules without tests; `guest_free`, `log_bitmap`, `linux_guest`, `dpdk`,
-//! `linux_net` and `uml` hold the promises.
+//! `linux_net`, `linux_iommu` and `uml` hold the promises.
 
 // Everything here is test code: a failed expectation is a failed test.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -17,6 +17,7 @@ mod guest_free;
 mod hugetlb;
 mod initramfs;
 mod linux_guest;
+mod linux_iommu;
 mod linux_net;
 mod linux_whole;
 mod load;
