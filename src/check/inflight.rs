@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::sys::stat::fstat;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::rig::{Rig, SLOTS, Size, changed};
+use super::rig::{Rig, SLOTS, Size, changed, soon};
 use super::{Bench, Check, Fault, Outcome, When};
 use crate::abi::inflight::{PackedEntry, PackedHeader, SplitEntry, SplitHeader, VERSION};
 use crate::abi::vhost_user::{Header, InflightDescription, Request as Code, protocol_feature};
@@ -305,12 +305,9 @@ fn fresh(bench: &mut Bench) -> Result<Outcome, Fault> {
     rig.move_to(1)?;
     region.install(&rig)?;
     rig.start()?;
-    let deadline = Instant::now() + rig.settle;
-    while region.read()?.version == 0 && Instant::now() < deadline {
-        thread::yield_now();
-    }
+    let touched = soon(rig.patience(), || region.read().map(|found| found.version != 0))?;
     let found = region.read()?;
-    if found.version == 0 {
+    if !touched {
         return Ok(Outcome::not_tested("the region is not touched before there is a request"));
     }
     let at = rig.ring.position();

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use zerocopy::IntoBytes;
 
-use super::rig::{NOWHERE, Pages, Rig, SLOTS, Size, changed, harvest, pages};
+use super::rig::{LOW_BYTES, NOWHERE, Pages, Rig, SLOTS, Size, changed, harvest, pages, soon};
 use super::{Bench, Check, Fault, Outcome, Verdict, When};
 use crate::abi::bit;
 use crate::abi::vhost_user::{Header, LogDescription, Request as Code};
@@ -203,7 +203,8 @@ fn used(bench: &mut Bench) -> Result<Outcome, Fault> {
     let at = NOWHERE + LOG_PAGE - 4;
     rig.log_on(at)?;
     rig.load(SLOTS, Size::Mixed)?;
-    rig.link.barrier()?;
+    // The index may be marked after it was seen; it is when the ring has stopped (rule R3).
+    rig.stop()?;
     let marked = harvest(&log);
     let missed = missing(&marked, at);
     let at_ring = rig.ring.written().intersection(&marked).count();
@@ -273,9 +274,9 @@ fn avail_event(bench: &mut Bench) -> Result<Outcome, Fault> {
     for _ in 0..ROUNDS {
         rig.load(SLOTS, Size::Mixed)?;
     }
-    // It may be written after the last notification.
-    rig.watch();
-    rig.link.barrier()?;
+    // It may be written after the last notification, and marked after that.
+    soon(rig.patience(), || Ok(read(&rig)? != before))?;
+    rig.stop()?;
     let (after, marked) = (read(&rig)?, harvest(&log).contains(&((at + word) / LOG_PAGE)));
     let (before, after) = (u16::from_le_bytes(before), u16::from_le_bytes(after));
     Ok(match (before == after, marked) {
@@ -287,16 +288,19 @@ fn avail_event(bench: &mut Bench) -> Result<Outcome, Fault> {
 
 fn descriptors(bench: &mut Bench) -> Result<Outcome, Fault> {
     let (mut rig, log) = ready(bench, 0)?;
+    rig.log_data(true)?;
+    rig.stop()?;
     // The ring has a page and more when it has 256 entries: what is marked must be what was written.
-    rig.log_on(NOWHERE)?;
     let (mut changed_pages, mut marks, mut missed) = (0, 0, 0);
     for _ in 0..ROUNDS {
+        rig.start_logged(Some(NOWHERE))?;
         rig.add(SLOTS, Size::Mixed)?;
         rig.publish();
         // What the driver wrote is of no matter: the device's completions come over it, and are looked for by their place.
         let from = rig.ring.position().packed_used();
         rig.finish()?;
-        rig.link.barrier()?;
+        // The last descriptor may be marked after it was seen.
+        rig.stop()?;
         let written: Pages = rig.ring.completed_pages(from).collect();
         let marked = harvest(&log);
         changed_pages += written.len();
@@ -325,9 +329,9 @@ fn event_area(bench: &mut Bench) -> Result<Outcome, Fault> {
     for _ in 0..ROUNDS {
         rig.load(SLOTS, Size::Mixed)?;
     }
-    // It may be written after the last notification.
-    rig.watch();
-    rig.link.barrier()?;
+    // It may be written after the last notification, and marked after that.
+    soon(rig.patience(), || Ok(read(&rig)? != before))?;
+    rig.stop()?;
     let (after, marked) = (read(&rig)?, harvest(&log).contains(&(NOWHERE / LOG_PAGE)));
     let seen = format!("it went from {before:#x} to {after:#x}");
     Ok(match (before == after, marked) {
@@ -344,11 +348,10 @@ fn off(bench: &mut Bench) -> Result<Outcome, Fault> {
     let early = harvest(&log).len();
     rig.log_on(rig.ring.device_at())?;
     rig.load(SLOTS, Size::Mixed)?;
-    rig.link.barrier()?;
-    let on = harvest(&log).len();
     rig.log_data(false)?;
     rig.log_used(None)?;
-    harvest(&log);
+    // All that was to be marked is, now that it is off.
+    let on = harvest(&log).len();
     rig.load(SLOTS, Size::Mixed)?;
     rig.stop()?;
     let late = harvest(&log).len();
@@ -373,7 +376,7 @@ fn reconnecting(bench: &mut Bench) -> Result<Outcome, Fault> {
     rig.enable(true)?;
     rig.wake();
     rig.finish()?;
-    rig.link.barrier()?;
+    rig.stop()?;
     let marked = harvest(&log);
     let ring = &changed(&before, &rig.hashes()?) & &rig.ring.written();
     let unmarked = ring.difference(&marked).count();
@@ -431,8 +434,10 @@ fn signalled(bench: &mut Bench) -> Result<Outcome, Fault> {
     let early = signal.read().unwrap_or(0);
     rig.log_on(rig.ring.device_at())?;
     rig.load(SLOTS, Size::Mixed)?;
-    rig.link.barrier()?;
+    // The last signal may follow the last completion.
+    rig.stop()?;
     let count = signal.read().unwrap_or(0);
+    rig.start_logged(Some(rig.ring.device_at()))?;
     let mut without_fd = || {
         rig.done(Code::SET_LOG_FD, &[], &[])?;
         let _ = signal.read();
@@ -459,8 +464,9 @@ fn too_small(bench: &mut Bench) -> Result<Outcome, Fault> {
     let mut rig = bench.rig(0)?;
     rig.start()?;
     // Bits for the lower region; data is far behind it.
-    let size = 256;
-    let (fd, seen) = file(2 * LOG_PAGE)?;
+    let size = LOW_BYTES / LOG_PAGE / 8;
+    // There is room in the file for all of them, which is not the log's.
+    let (fd, seen) = file((rig.memory.end() / LOG_PAGE / 8).next_multiple_of(LOG_PAGE))?;
     rig.send_log(&fd, size, 0)?;
     rig.log_on(rig.ring.device_at())?;
     rig.load(SLOTS, Size::Mixed)?;

@@ -7,7 +7,7 @@ use zerocopy::IntoBytes;
 
 use super::inflight::Tracked;
 use super::link::readable;
-use super::rig::{Rig, Size, changed};
+use super::rig::{Rig, Size, changed, soon};
 use super::{Bench, Check, Fault, Flow, Outcome, When};
 use crate::abi::vhost_user::{
     Header, Request as Code, VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VringAddr, protocol_feature,
@@ -193,19 +193,13 @@ fn late_call(bench: &mut Bench) -> Result<Outcome, Fault> {
     rig.add(4, Size::Mixed)?;
     rig.publish();
     rig.wake();
-    let deadline = Instant::now() + rig.settle;
-    while rig.outstanding() > 0 && Instant::now() < deadline {
-        if !rig.pop()? {
-            std::thread::yield_now();
-        }
-    }
-    let waits = rig.outstanding();
+    let done = soon(rig.patience(), || rig.pop_all().map(|_| rig.outstanding() == 0))?;
     rig.done(Code::SET_VRING_CALL, u64::from(rig.ring.index).as_bytes(), &[rig.ring.call.as_fd()])?;
-    if waits > 0 {
+    if !done {
         rig.finish()?;
         return Ok(Outcome::kept("requests were completed once it had a call fd, and notified"));
     }
-    Ok(match readable(&[rig.ring.call.as_fd()], Instant::now() + rig.settle * 3) {
+    Ok(match readable(&[rig.ring.call.as_fd()], Instant::now() + rig.patience()) {
         true => Outcome::kept("4 requests were completed before, and the new fd was signalled"),
         false => Outcome::broken(
             "4 requests were completed before, and the new fd was not signalled: the driver waits for good",

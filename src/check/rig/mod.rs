@@ -12,7 +12,7 @@ pub(super) use requests::Size;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use zerocopy::IntoBytes;
 
@@ -46,21 +46,24 @@ pub(super) const SLOTS: u64 = 20;
 /// Room for the data of a request, bytes.
 pub(super) const SLOT: u64 = 512 << 10;
 /// The lower region. The rings begin at 1 MiB.
-const LOW_BYTES: u64 = 8 << 20;
+pub(super) const LOW_BYTES: u64 = 4 << 20;
 /// The upper region.
 pub(super) const HIGH: u64 = 1 << 32;
 const HIGH_BYTES: u64 = SLOTS * SLOT;
 /// Pages of the lower region that nobody writes: where a used ring can be logged that is not there.
 pub(super) const NOWHERE: u64 = 0x30_0000;
-const STATUSES: u64 = 0x40_0000;
-const HEADS: u64 = 0x60_0000;
+const STATUSES: u64 = 0x38_0000;
+const HEADS: u64 = 0x3a_0000;
 /// Room for the head of a request, bytes.
 const HEAD: u64 = 16;
 /// Frames on their way out, to come back in.
-pub(super) const FRAMES: u64 = 0x70_0000;
-const FRAMES_BYTES: u64 = 0x10_0000;
+pub(super) const FRAMES: u64 = 0x3c_0000;
+const FRAMES_BYTES: u64 = 0x4_0000;
 /// Status of a device whose driver is ready: acknowledged, has a driver, features are agreed on, it is used.
 const DRIVER_OK: u64 = 1 | 2 | 8 | 4;
+
+/// Between two looks.
+const LOOK: Duration = Duration::from_millis(1);
 
 /// One connection with memory and rings.
 pub(super) struct Rig {
@@ -284,7 +287,12 @@ impl Rig {
 
     /// Starts and enables the rings where they are, and kicks them, as some need it.
     pub(super) fn start(&self) -> Result<(), Fault> {
-        self.start_disabled(None)?;
+        self.start_logged(None)
+    }
+
+    /// The same with F_LOG and the first ring logged at `log_at`.
+    pub(super) fn start_logged(&self, log_at: Option<u64>) -> Result<(), Fault> {
+        self.start_disabled(log_at)?;
         self.enable(true)?;
         self.wake();
         Ok(())
@@ -364,6 +372,23 @@ impl Rig {
     pub(super) fn watch(&self) {
         thread::sleep(self.settle);
     }
+
+    /// How long to wait for what happens soon, or not at all. It is far more than a busy machine needs.
+    pub(super) fn patience(&self) -> Duration {
+        self.settle.max(self.timeout / 4)
+    }
+}
+
+/// Looks again and again whether something has come true, until `patience` is over.
+pub(super) fn soon(patience: Duration, mut is_so: impl FnMut() -> Result<bool, Fault>) -> Result<bool, Fault> {
+    let deadline = Instant::now() + patience;
+    while !is_so()? {
+        if Instant::now() >= deadline {
+            return Ok(false);
+        }
+        thread::sleep(LOOK);
+    }
+    Ok(true)
 }
 
 /// A region as messages describe it.

@@ -63,9 +63,10 @@ pub(in crate::check) fn harvest(log: &Log) -> Pages {
 /// Bytes that no disk holds by chance, different for each `seed`.
 pub(in crate::check) fn noise(seed: u64, len: u32) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let words = (0..len.div_ceil(8)).flat_map(|_| {
+    let mut bytes = vec![0; len as usize];
+    for part in bytes.chunks_mut(8) {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state ^ state >> 32).to_le_bytes()
-    });
-    words.take(len as usize).collect()
+        part.copy_from_slice((state ^ state >> 32).to_le_bytes().get(..part.len()).unwrap_or_default());
+    }
+    bytes
 }
