@@ -1,12 +1,14 @@
 //! `vhost-migrate check`: whether a running back-end keeps the rules.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
-use vhost_migrate::check::{Feed, Kind, Options, Rings, Step, check_watched};
+use vhost_migrate::check::{Feed, Kind, Options, Rings, Step, check_watched, rule};
 
 /// Nothing could be checked.
 const UNCHECKED: u8 = 3;
@@ -19,6 +21,7 @@ const UNCHECKED: u8 = 3;
   vhost-migrate check disk.sock --hostile --restart 'vhost-migrate backend blk --socket disk.sock --image disk.img'
   vhost-migrate check /run/disk.sock --junit check.xml
   vhost-migrate check /run/net.sock --feed tap0
+  vhost-migrate check /run/disk.sock --only R3,L1
 
 The back-end must have no other front-end. Nothing is written to its disk without --write. The rules are those of docs/protocol.md;
 docs/check.md explains what is done for each, and how to read what was found.
@@ -27,6 +30,9 @@ Exit status: 0 nothing is broken; 1 a rule is broken; 2 wrong arguments; 3 it co
 pub(crate) struct Arguments {
     /// The back-end's socket
     socket: PathBuf,
+    /// Check only these rules, by their ids in docs/protocol.md: for example R3,L1
+    #[arg(long, value_name = "RULE,...", value_delimiter = ',', value_parser = known)]
+    only: Vec<&'static str>,
     /// What the device is, where its features don't tell
     #[arg(long)]
     device: Option<Device>,
@@ -79,6 +85,10 @@ enum RingKind {
     Packed,
 }
 
+fn known(id: &str) -> Result<&'static str, String> {
+    rule(id).map_err(|error| error.to_string())
+}
+
 /// A path has a slash in it.
 fn feed(text: &str) -> Result<Feed, String> {
     match text {
@@ -92,6 +102,10 @@ fn feed(text: &str) -> Result<Feed, String> {
 fn queue_size(text: &str) -> Result<u16, String> {
     let size = text.parse().ok().filter(|size: &u16| size.is_power_of_two() && (64..=1024).contains(size));
     size.ok_or_else(|| format!("'{text}' is not a power of two from 64 to 1024"))
+}
+
+fn unwritable(path: &Path) -> impl Fn(io::Error) -> String {
+    move |error| format!("can't write the findings to {}: {error}", path.display())
 }
 
 /// Runs the command.
@@ -119,6 +133,7 @@ impl Arguments {
                 RingKind::Split => Rings::Split,
                 RingKind::Packed => Rings::Packed,
             }),
+            only: self.only,
             pairs: self.queue_pairs,
             feed: self.feed,
             timeout,
@@ -129,6 +144,9 @@ impl Arguments {
             kill_pid: self.kill_pid,
             ..Options::default()
         };
+        // Before a long run, whose findings would be lost.
+        let junit = self.junit.map(|path| Ok::<_, String>((File::create(&path).map_err(unwritable(&path))?, path)));
+        let junit = junit.transpose()?;
         let style = ProgressStyle::with_template("[{bar:30}] {pos}/{len} {wide_msg}");
         // On a terminal only.
         let bar = ProgressBar::new(1).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
@@ -139,12 +157,12 @@ impl Arguments {
         });
         bar.finish_and_clear();
         let report = report?;
-        if let Some(file) = &self.junit {
-            std::fs::write(file, report.junit()).map_err(|error| format!("{}: {error}", file.display()))?;
-        }
         match self.json {
             true => println!("{}", json!({"report": report, "rules": report.rules(), "broken": report.is_broken()})),
             false => println!("{report}"),
+        }
+        if let Some((mut file, path)) = junit {
+            file.write_all(report.junit().as_bytes()).map_err(unwritable(&path))?;
         }
         Ok(report.is_broken())
     }

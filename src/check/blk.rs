@@ -21,6 +21,8 @@ use crate::ring::Buffer;
 const AT_LEAST: u64 = 4096;
 /// Bytes at the end of the disk that may be written where writing is allowed.
 const LAST: u64 = 1 << 20;
+/// How often a back-end is killed with writes in flight.
+const KILLS: u64 = 3;
 /// A status that no device writes.
 pub(super) const NO_STATUS: u8 = 0xff;
 
@@ -36,6 +38,12 @@ pub(super) const CHECKS: &[Check] = &[
         what: "writes that were taken before GET_VRING_BASE are on the disk",
         when: When::Once,
         run: written,
+    },
+    Check {
+        rule: "I9",
+        what: "writes of a back-end that was killed don't come over those of its successor",
+        when: When::Once,
+        run: outlived,
     },
 ];
 
@@ -119,6 +127,21 @@ fn prepare(rig: &mut Rig, parts: &[(u64, Buffer)], contents: &[Vec<u8>]) -> Resu
 }
 
 fn written(bench: &mut Bench) -> Result<Outcome, Fault> {
+    borrowing(bench, |bench, parts| overwrite(bench, parts))
+}
+
+fn outlived(bench: &mut Bench) -> Result<Outcome, Fault> {
+    if bench.process.is_none() {
+        return Ok(Outcome::not_tested("needs --restart and --write"));
+    }
+    borrowing(bench, overwrite_after_death)
+}
+
+/// Has `run` write to the last MiB, if it may, and puts back what was there.
+fn borrowing(
+    bench: &mut Bench,
+    run: impl FnOnce(&mut Bench, &[(u64, Buffer)]) -> Result<Outcome, Fault>,
+) -> Result<Outcome, Fault> {
     let Subject::Disk(disk) = bench.subject else { return Err(not_a_disk()) };
     if !bench.options.write {
         return Ok(Outcome::not_tested("needs --write"));
@@ -128,7 +151,7 @@ fn written(bench: &mut Bench) -> Result<Outcome, Fault> {
         return Ok(Outcome::not_tested("the disk is read-only, or too small"));
     }
     let before = read_all(bench, &parts)?;
-    let outcome = overwrite(bench, &parts).unwrap_or_else(Outcome::from);
+    let outcome = run(bench, &parts).unwrap_or_else(Outcome::from);
     match restore(bench, &parts, &before) {
         Ok(()) => Ok(outcome),
         Err(fault) => {
@@ -145,7 +168,7 @@ fn written(bench: &mut Bench) -> Result<Outcome, Fault> {
 fn overwrite(bench: &Bench, parts: &[(u64, Buffer)]) -> Result<Outcome, Fault> {
     let mut rig = bench.rig(0)?;
     rig.start()?;
-    let contents: Vec<Vec<u8>> = (1..).zip(parts).map(|(seed, (_, data))| noise(seed, data.len)).collect();
+    let contents = contents(parts, 0);
     prepare(&mut rig, parts, &contents)?;
     rig.publish();
     let deadline = Instant::now() + rig.timeout;
@@ -167,6 +190,43 @@ fn overwrite(bench: &Bench, parts: &[(u64, Buffer)]) -> Result<Outcome, Fault> {
         0 => Outcome::kept(format!("{base} writes, read back by the next front-end; then the old contents put back")),
         wrong => Outcome::broken(format!("{wrong} of {base} writes are not on the disk")),
     })
+}
+
+/// Something to write, another thing for each `round`.
+fn contents(parts: &[(u64, Buffer)], round: u64) -> Vec<Vec<u8>> {
+    (1..).zip(parts).map(|(slot, (_, data))| noise(round * 1000 + slot, data.len)).collect()
+}
+
+/// Kills the back-end with writes in flight, has its successor write to the same place, and looks at what is there when
+/// it is quiet (rule I9).
+fn overwrite_after_death(bench: &mut Bench, parts: &[(u64, Buffer)]) -> Result<Outcome, Fault> {
+    let mut open = 0;
+    for round in 1..=KILLS {
+        let mut rig = bench.rig(0)?;
+        rig.start()?;
+        prepare(&mut rig, parts, &contents(parts, 2 * round))?;
+        rig.publish();
+        bench.replace()?;
+        rig.pop_all()?;
+        open += rig.outstanding();
+        let mut rig = bench.rig(0)?;
+        rig.start()?;
+        let written = contents(parts, 2 * round + 1);
+        prepare(&mut rig, parts, &written)?;
+        rig.publish();
+        rig.finish()?;
+        rig.watch();
+        drop(rig);
+        let found = read_all(bench, parts)?;
+        let wrong = found.iter().zip(&written).filter(|(found, written)| found != written).count();
+        if wrong > 0 {
+            return Ok(Outcome::broken(format!(
+                "round {round}: {wrong} of {} writes that its successor has completed are not on the disk any more",
+                parts.len()
+            )));
+        }
+    }
+    Ok(Outcome::kept(format!("killed {KILLS} times with {open} writes open in all, none of which came later")))
 }
 
 fn restore(bench: &Bench, parts: &[(u64, Buffer)], before: &[Vec<u8>]) -> Result<(), Fault> {

@@ -22,6 +22,7 @@ const UNKNOWN: Code = Code(4711);
 
 pub(super) const CHECKS: &[Check] = &[
     Check { rule: "F1", what: "header and payload may come in separate segments", when: When::Once, run: segments },
+    Check { rule: "F2", what: "replies of all kinds have the flags 0x5", when: When::Once, run: flags },
     Check {
         rule: "F3",
         what: "need-reply adds no second reply; replies have their lengths",
@@ -85,6 +86,19 @@ fn own_replies(bench: &Bench) -> Vec<(Code, Vec<u8>, usize)> {
     let offered = |feature: Option<u32>| feature.is_none_or(|feature| bench.offer.speaks(feature));
     let all = all.into_iter().filter(|(feature, ..)| offered(*feature));
     all.map(|(_, code, payload, length)| (code, payload, length)).collect()
+}
+
+fn flags(bench: &mut Bench) -> Result<Outcome, Fault> {
+    let rig = bench.rig(0)?;
+    let asked = bench.offer.speaks(protocol_feature::REPLY_ACK).then_some(NEED_REPLY);
+    for (code, payload, _) in own_replies(bench) {
+        for flags in [VERSION].into_iter().chain(asked) {
+            rig.link.send(code, flags, &payload, &[])?;
+            // Which reply it is, is rule F3.
+            rig.link.receive(code)?;
+        }
+    }
+    Ok(bench.replies.borrow().outcome())
 }
 
 fn replies(bench: &mut Bench) -> Result<Outcome, Fault> {
@@ -170,7 +184,7 @@ fn refused(bench: &mut Bench) -> Result<Outcome, Fault> {
 }
 
 fn closed(rig: &Rig, mut pipe: std::io::PipeReader) -> bool {
-    readable(&[pipe.as_fd()], Instant::now() + rig.settle) && pipe.read(&mut [0]).is_ok_and(|count| count == 0)
+    readable(&[pipe.as_fd()], Instant::now() + rig.patience()) && pipe.read(&mut [0]).is_ok_and(|count| count == 0)
 }
 
 fn passed_over(bench: &mut Bench) -> Result<Outcome, Fault> {

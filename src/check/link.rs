@@ -17,7 +17,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{self as net, AddressFamily, SockFlag, SockType, UnixAddr};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-use super::Fault;
+use super::{Fault, Outcome};
 use crate::abi::vhost_user::{Header, Request as Code};
 use crate::sys::socket;
 
@@ -32,6 +32,18 @@ pub(super) struct Replies {
     pub(super) count: u64,
     /// How many replies to a request had flags other than 5, by both.
     pub(super) odd: BTreeMap<(Code, u32), u64>,
+}
+
+impl Replies {
+    /// Rule F2, by all of them.
+    pub(super) fn outcome(&self) -> Outcome {
+        let odd: Vec<String> =
+            self.odd.iter().map(|((code, flags), count)| format!("{code} {flags:#x} ({count} times)")).collect();
+        match odd.is_empty() {
+            true => Outcome::kept(format!("{} replies", self.count)),
+            false => Outcome::broken(format!("of {} replies: {}", self.count, odd.join(", "))),
+        }
+    }
 }
 
 /// A reply of the back-end.

@@ -43,13 +43,12 @@ mod shape;
 pub use net::Feed;
 pub use options::{CheckError, Kind, Options, Rings};
 pub use report::{Finding, Report, Verdict};
-pub use rules::RULES;
+pub use rules::{RULES, rule};
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bench::{Bench, Offer, Subject, offers, prepare};
-use link::Replies;
 use outcome::{Fault, Outcome};
 use rules::ASIDE;
 use shape::{Flow, Shape, When};
@@ -64,6 +63,17 @@ struct Check {
     what: &'static str,
     when: When,
     run: fn(&mut Bench) -> Result<Outcome, Fault>,
+}
+
+impl Check {
+    /// The rule that it is about on these rings: what a region of packed rings holds, and what is made of it, is a rule of
+    /// its own.
+    fn rule_on(&self, shape: Option<Shape>) -> &'static str {
+        match self.rule {
+            "I2" | "I3" if shape.is_some_and(|shape| shape.packed) => "I4",
+            rule => rule,
+        }
+    }
 }
 
 /// A check that is about to be run, for whoever watches.
@@ -97,25 +107,26 @@ pub fn check_watched(socket: &Path, options: &Options, watch: &mut dyn FnMut(&St
     if !options.queue_size.is_power_of_two() || !(64..=1024).contains(&options.queue_size) {
         return Err(CheckError::QueueSize(options.queue_size));
     }
+    options.only.iter().try_for_each(|id| rule(id).map(drop))?;
+    let wanted = |rule: &str| options.only.is_empty() || options.only.contains(&rule);
     let mut bench = prepare(socket, options)?;
     let mut runs = Vec::new();
     let groups = [framing::CHECKS, blk::CHECKS, rings::CHECKS, order::CHECKS, log::CHECKS];
     let groups = groups.into_iter().chain([marks::CHECKS, memory::CHECKS, inflight::CHECKS]);
     for check in groups.chain([log::DEADLY, hostile::CHECKS]).flatten() {
-        let shapes = bench.shapes(check.when);
+        let mut shapes: Vec<Option<Shape>> = bench.shapes(check.when).into_iter().map(Some).collect();
         if shapes.is_empty() {
-            runs.push((check, None));
+            shapes.push(None);
         }
-        runs.extend(shapes.into_iter().map(|shape| (check, Some(shape))));
+        let named = shapes.into_iter().map(|shape| (check, check.rule_on(shape), shape));
+        runs.extend(named.filter(|(_, rule, _)| wanted(rule)));
     }
     let mut findings = Vec::new();
     let mut gone = None;
     let (mut slow, all) = (0, runs.len());
-    for (done, (check, shape)) in runs.into_iter().enumerate() {
-        let Check { rule, what, when, run } = *check;
+    for (done, (check, rule, shape)) in runs.into_iter().enumerate() {
+        let Check { what, when, run, .. } = *check;
         let rings = if when == When::Once { "" } else { shape.map_or("", Shape::name) };
-        // What a region of packed rings holds, and what is made of it, is a rule of its own.
-        let rule = if shape.is_some_and(|shape| shape.packed) && ["I2", "I3"].contains(&rule) { "I4" } else { rule };
         watch(&Step { done, all, rule, what, rings });
         let began = Instant::now();
         let unasked = what.starts_with(hostile::PREFIX) && !options.hostile;
@@ -134,7 +145,7 @@ pub fn check_watched(socket: &Path, options: &Options, watch: &mut dyn FnMut(&St
             continue;
         }
         // Who was given all the time there is again and again, and did not answer, is given less.
-        slow += u32::from(took >= bench.options.timeout);
+        slow += u32::from(verdict == Verdict::Broken && took >= bench.options.timeout);
         if slow == PATIENCE {
             bench.options.timeout = bench.options.timeout.min(IMPATIENT);
         }
@@ -146,8 +157,12 @@ pub fn check_watched(socket: &Path, options: &Options, watch: &mut dyn FnMut(&St
             gone = again.err().map(|fault| format!("the back-end is gone since \"{rule} {}\": {fault}", check.what));
         }
     }
-    findings.push(flags(&bench.replies.borrow()));
-    for (rule, what) in RULES {
+    if wanted("F2") {
+        let Outcome(verdict, seen) = bench.replies.borrow().outcome();
+        let what = "every reply of the run has the flags 0x5";
+        findings.push(Finding { rule: "F2", what, rings: "", verdict, seen, seconds: 0.0 });
+    }
+    for (rule, what) in RULES.iter().filter(|(rule, _)| wanted(rule)) {
         if !findings.iter().any(|finding| finding.rule == *rule) {
             let aside = ASIDE.iter().find(|(aside, _)| aside == rule);
             let seen = aside.map_or("no check is about it", |(_, why)| why).into();
@@ -155,15 +170,4 @@ pub fn check_watched(socket: &Path, options: &Options, watch: &mut dyn FnMut(&St
         }
     }
     Ok(Report { socket: socket.into(), offers: offers(&bench), findings })
-}
-
-/// Rule F2, by all replies of the run.
-fn flags(replies: &Replies) -> Finding {
-    let odd: Vec<String> =
-        replies.odd.iter().map(|((code, flags), count)| format!("{code} {flags:#x} ({count} times)")).collect();
-    let (verdict, seen) = match odd.is_empty() {
-        true => (Verdict::Kept, format!("{} replies", replies.count)),
-        false => (Verdict::Broken, format!("of {} replies: {}", replies.count, odd.join(", "))),
-    };
-    Finding { rule: "F2", what: "every reply has the flags 0x5", rings: "", verdict, seen, seconds: 0.0 }
 }

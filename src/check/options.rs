@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::Feed;
+use super::{Feed, rules};
 
 /// Kinds of devices that can be checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +29,8 @@ pub enum Rings {
 pub struct Options {
     /// What the device is, where its features don't tell.
     pub device: Option<Kind>,
+    /// Only these rules, by their ids ([`rule`](super::rule)); all of them if empty.
+    pub only: Vec<&'static str>,
     /// Only on these rings; otherwise on split ones, and on packed ones if those are offered.
     pub rings: Option<Rings>,
     /// Queue pairs that a network interface serves, if fewer than it says: DPDK says 128 whatever it was started with.
@@ -56,6 +58,7 @@ impl Default for Options {
     fn default() -> Options {
         Options {
             device: None,
+            only: Vec::new(),
             rings: None,
             pairs: None,
             feed: None,
@@ -90,6 +93,9 @@ pub enum CheckError {
         /// What happened.
         why: String,
     },
+    /// A rule that is to be checked and does not exist.
+    #[error("there is no rule {0:?}: there are {known}", known = rules::ids())]
+    NoSuchRule(String),
     /// Rings that are to be checked and are not offered.
     #[error("packed rings are not offered: leave --rings out, or start the back-end with them")]
     NotPacked,

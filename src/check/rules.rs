@@ -1,5 +1,7 @@
 //! Every rule of `docs/protocol.md`, and which of them a back-end's peer can't see it keep.
 
+use super::CheckError;
+
 /// Every rule of `docs/protocol.md`, with its subject.
 pub const RULES: &[(&str, &str)] = &[
     ("F1", "framing"),
@@ -65,5 +67,18 @@ pub(super) const ASIDE: &[(&str, &str)] = &[
     ("L5", "needs an IOMMU, which this front-end is not"),
     ("L13", "is the front-end's; that marks survive it is checked with L11"),
     ("L14", "is the front-end's"),
-    ("I9", "needs a machine whose disk stalls"),
 ];
+
+/// The id of a rule, written in any case, as it stands in `docs/protocol.md`.
+///
+/// # Errors
+/// [`CheckError::NoSuchRule`], which lists the rules that there are.
+pub fn rule(id: &str) -> Result<&'static str, CheckError> {
+    let known = RULES.iter().find(|(known, _)| known.eq_ignore_ascii_case(id));
+    known.map(|(known, _)| *known).ok_or_else(|| CheckError::NoSuchRule(id.into()))
+}
+
+/// All ids.
+pub(super) fn ids() -> String {
+    RULES.iter().map(|(id, _)| *id).collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,514 @@
+//! Back-ends of ours that break one rule on purpose: what they are told, what they answer, and how they serve rings.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::ops::RangeInclusive;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::EventFd;
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recv, recvmsg, sendmsg};
+use nix::sys::stat::{SFlag, fstat};
+use tempfile::TempDir;
+use vhost_migrate::abi::inflight::{SPLIT_HEADER_BYTES, SplitEntry};
+use vhost_migrate::abi::vhost_user::{Header, Request as Code};
+use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
+use vhost_migrate::backend::{BackendError, Device, Logging, Message, Notifier, Rings, Session, Setup, Step, Workers};
+use vhost_migrate::check::{Options, Report, check};
+use vhost_migrate::dirty::{Log, PageSet};
+use vhost_migrate::memory::LOG_PAGE;
+use vhost_migrate::ring::RingBase;
+use zerocopy::{FromZeros, IntoBytes};
+
+use crate::clumsy::{Clumsy, Files};
+
+const DISK: u64 = 8 << 20;
+/// Bit 30 of the features: protocol features.
+const BIT_30: u64 = 1 << 30;
+/// Bit 26: LOG_ALL.
+const LOG_ALL: u64 = 1 << 26;
+
+/// What a back-end does wrong.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Bend {
+    Nothing,
+    /// A payload that is not there with its header ends the connection.
+    WholeMessages,
+    /// Need-reply stays in the flags of replies.
+    ReplyFlags,
+    /// Need-reply brings a second reply to what has one.
+    SecondReply,
+    /// The protocol features are told after what was asked next.
+    Overtaken,
+    /// Unknown requests are left without an answer.
+    NoRefusal,
+    /// The fds of what is refused are kept.
+    KeepsFds,
+    /// A memory table must have the size of its regions.
+    ExactTable,
+    /// A payload of 3 bytes ends the process.
+    DiesOfShort,
+    /// SET_LOG_BASE is answered with 24 bytes.
+    LongLogReply,
+    /// Call fds that are sockets are not signalled.
+    NoSockets,
+    /// Configuration space is always read from its start.
+    ConfigOffset,
+    /// Without protocol features no ring is enabled.
+    NeedsEnable,
+    /// Rings run although they are not enabled.
+    Enabled,
+    /// GET_VRING_BASE is answered while requests are under way.
+    EarlyBase,
+    /// The base counts from 0 on every start.
+    BaseForgotten,
+    /// SET_VRING_ADDR has a running ring serve its last request again.
+    AddrGoesBack,
+    /// No inflight region before the memory table.
+    MemoryFirst,
+    /// A log address is checked where it is not one.
+    LogAddressChecked,
+    /// SET_STATUS 0 is noted, and that is all.
+    StatusNoted,
+    /// RESET_DEVICE is done as if it were not there.
+    ResetIgnored,
+    /// RESET_OWNER ends the connection.
+    OwnerHangsUp,
+    /// A new call fd has to wait for the next completion.
+    CallForgotten,
+    /// An unknown request ends the process.
+    Dies,
+    /// Data is not logged.
+    NoData,
+    /// A log begins where its file does.
+    LogOffset,
+    /// A log ends where its file does.
+    LogSize,
+    /// The used ring is logged where it is, whatever `log_guest_addr` says.
+    LogAddress,
+    /// Whatever is logged, all of memory is.
+    Everything,
+    /// Another log is not taken over.
+    OldLog,
+    /// Logging is never switched off.
+    NeverOff,
+    /// LOG_ALL is refused while there is no log.
+    LogFirst,
+    /// Data is marked with the next message.
+    LateMarks,
+    /// Words of the log are written back as they were read a moment ago.
+    StaleMarks,
+    /// Nothing is ever signalled after logging.
+    NoSignal,
+    /// Who takes over a ring with a past logs nothing of what it does.
+    SuccessorForgets,
+    /// Who takes over a ring with a past logs what it does, and no more.
+    SuccessorMarksItsOwn,
+    /// Nothing is logged after the memory table changed.
+    MemoryForgetsLog,
+    /// There are 8 memory slots.
+    FewSlots,
+    /// A log of no bytes is fine.
+    EmptyLog,
+    /// The inflight region is said to have half its size.
+    HalfRegion,
+    /// The inflight region is not written.
+    NoInflight,
+    /// A successor takes up a ring behind what was open.
+    ForgetsOpen,
+    /// A fresh region begins at 0 wherever its ring is.
+    FreshAtZero,
+    /// Counters in the region stay 0.
+    NoCounters,
+    /// A reset leaves the region as it is.
+    RegionKept,
+}
+
+/// Workers that are told something else than the session said.
+struct Bent {
+    bend: Bend,
+    workers: Arc<Mutex<Workers>>,
+    setup: Option<Setup>,
+    /// The message that is being done.
+    code: Code,
+    files: Arc<Files>,
+    /// The log of data, and what stands in for it until the next message.
+    late: Option<(Arc<Log>, Arc<Log>)>,
+}
+
+impl Bent {
+    fn new(bend: Bend, device: &Arc<dyn Device>, files: Arc<Files>) -> Bent {
+        let workers = Arc::new(Mutex::new(Workers::new(device.clone())));
+        Bent { bend, workers, setup: None, code: Code(0), files, late: None }
+    }
+
+    fn bent(&mut self, mut logging: Logging) -> Logging {
+        let Some(setup) = &self.setup else { return logging };
+        match self.bend {
+            Bend::NoData => logging.data = None,
+            Bend::NoSignal => logging.signal = None,
+            Bend::LogAddress => logging.used = logging.used.map(|(log, _)| (log, setup.layout.areas()[2])),
+            Bend::Everything => {
+                for region in setup.memory.regions() {
+                    logging.data.iter().for_each(|log| log.mark(region.gpa(), region.size()));
+                }
+            }
+            Bend::OldLog => {
+                if let (Some(old), Some(new)) = (&setup.logging.data, &mut logging.data) {
+                    *new = old.clone();
+                }
+            }
+            Bend::NeverOff if setup.logging.data.is_some() && logging.data.is_none() => return setup.logging.clone(),
+            Bend::MemoryForgetsLog
+                if [Code::SET_MEM_TABLE, Code::ADD_MEM_REG, Code::REM_MEM_REG].contains(&self.code) =>
+            {
+                return Logging::default();
+            }
+            Bend::LateMarks => {
+                logging.data = logging.data.map(|log| match &self.late {
+                    Some((known, late)) if Arc::ptr_eq(known, &log) => late.clone(),
+                    _ => {
+                        let late = Arc::new(Log::create(log.pages() * LOG_PAGE).unwrap().0);
+                        self.late = Some((log, late.clone()));
+                        late
+                    }
+                });
+            }
+            _ => {}
+        }
+        logging
+    }
+
+    /// Starts a ring that runs over, at `base` or where it is.
+    fn start_over(&mut self, index: u16, base: impl FnOnce(RingBase) -> RingBase) {
+        let mut workers = self.workers.lock().unwrap();
+        let setup = self.setup.as_mut().unwrap();
+        setup.base = base(workers.stop(index).unwrap());
+        workers.start(index, setup.clone()).unwrap();
+    }
+}
+
+/// Marks what was written since the last message.
+fn catch_up(late: Option<&(Arc<Log>, Arc<Log>)>) {
+    if let Some((log, late)) = late {
+        let mut pages = PageSet::new(late.pages());
+        late.harvest(&mut pages);
+        log.put_back(&pages);
+    }
+}
+
+/// How far the driver of a split ring has come.
+fn avail_index(setup: &Setup) -> RingBase {
+    let mut avail = [0; 2];
+    setup.memory.read(setup.layout.areas()[1] + 2, &mut avail).unwrap();
+    RingBase::split(u16::from_le_bytes(avail))
+}
+
+impl Rings for Bent {
+    fn start(&mut self, index: u16, mut setup: Setup) -> Result<(), BackendError> {
+        self.setup = Some(setup.clone());
+        setup.logging = self.bent(setup.logging);
+        let fresh = self.files.region(|region| region.is_fresh());
+        match self.bend {
+            Bend::NoInflight => setup.inflight = None,
+            Bend::ForgetsOpen => (setup.inflight, setup.base) = (None, avail_index(&setup)),
+            Bend::BaseForgotten => setup.base = RingBase::default(),
+            Bend::SuccessorForgets if setup.inflight.is_some() => setup.logging = Logging::default(),
+            Bend::SuccessorMarksItsOwn => setup.first = false,
+            _ => {}
+        }
+        self.workers.lock().unwrap().start(index, setup)?;
+        if self.bend == Bend::FreshAtZero && fresh == Some(true) {
+            self.files.region(|region| region.0.write_all_at(&[0; 2], 14).unwrap());
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self, index: u16) -> Result<RingBase, BackendError> {
+        if self.bend != Bend::EarlyBase {
+            return self.workers.lock().unwrap().stop(index);
+        }
+        let base = avail_index(self.setup.as_ref().unwrap());
+        let workers = self.workers.clone();
+        thread::spawn(move || {
+            thread::sleep(Duration::from_millis(20));
+            workers.lock().unwrap().stop(index)
+        });
+        Ok(base)
+    }
+
+    fn invalidate(&mut self, iovas: &RangeInclusive<u64>) {
+        self.workers.lock().unwrap().invalidate(iovas);
+    }
+
+    fn kick(&mut self, index: u16) {
+        self.workers.lock().unwrap().kick(index);
+    }
+
+    fn set_logging(&mut self, index: u16, logging: Logging) {
+        let before = self.late.clone();
+        let bent = self.bent(logging);
+        if let Some(setup) = &mut self.setup {
+            setup.logging = bent.clone();
+        }
+        self.workers.lock().unwrap().set_logging(index, bent);
+        // What went into the old log's stand-in meanwhile.
+        catch_up(before.as_ref());
+        if self.bend == Bend::AddrGoesBack && self.code == Code::SET_VRING_ADDR {
+            self.start_over(index, |base| RingBase::split(base.split_index().saturating_sub(1)));
+        }
+    }
+
+    fn set_notifiers(&mut self, index: u16, call: Option<Arc<Notifier>>, error: Option<Arc<Notifier>>) {
+        if self.bend == Bend::CallForgotten {
+            let setup = self.setup.as_mut().unwrap();
+            (setup.call, setup.error) = (call, error);
+            return self.start_over(index, |base| base);
+        }
+        self.workers.lock().unwrap().set_notifiers(index, call, error);
+    }
+}
+
+/// How a connection ended.
+#[derive(PartialEq, Eq)]
+enum End {
+    HungUp,
+    /// The process with it.
+    Died,
+}
+
+/// Connects a front-end, and serves it with a bend until it is over.
+fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<Files>, bend: Bend) -> End {
+    let mut session = Session::new(device.clone());
+    let mut rings = Bent::new(bend, device, files.clone());
+    let (mut seen_memory, mut seen_log, mut kept) = (false, false, Vec::new());
+    files.forget();
+    loop {
+        let Some(mut message) = receive(&mut socket, bend) else { return End::HungUp };
+        let (code, flags, payload) = (message.code, message.flags, message.payload.clone());
+        rings.code = code;
+        catch_up(rings.late.as_ref());
+        let number = || payload.first_chunk().map_or(0, |bytes| u64::from_ne_bytes(*bytes));
+        // Whatever is cut is refused.
+        let mut refuse = false;
+        match (bend, code) {
+            (Bend::Dies, code) if code.name().is_none() => return End::Died,
+            (Bend::DiesOfShort, _) if payload.len() == 3 => return End::Died,
+            (Bend::OwnerHangsUp, Code::RESET_OWNER) => return End::HungUp,
+            (Bend::NoRefusal, code) if code.name().is_none() => continue,
+            (Bend::ResetIgnored, Code::RESET_DEVICE) => continue,
+            (Bend::KeepsFds, code) if code.name().is_none() => kept.append(&mut message.fds),
+            (Bend::ExactTable, Code::SET_MEM_TABLE) => refuse = payload.len() != 8 + 32 * usize::from(payload[0]),
+            (Bend::MemoryFirst, Code::SET_INFLIGHT_FD) => refuse = !seen_memory,
+            (Bend::LogAddressChecked, Code::SET_VRING_ADDR) => refuse = payload.ends_with(&[0xff; 8]),
+            (Bend::LogFirst, Code::SET_FEATURES) => refuse = number() & LOG_ALL != 0 && !seen_log,
+            (Bend::NeedsEnable, Code::SET_FEATURES) => message.payload = (number() | BIT_30).as_bytes().to_vec(),
+            (Bend::StatusNoted, Code::SET_STATUS) => message.payload = 15u64.as_bytes().to_vec(),
+            (Bend::LogOffset, Code::SET_LOG_BASE) if payload.len() == 16 => message.payload[8..].fill(0),
+            (Bend::LogSize, Code::SET_LOG_BASE) if payload.len() == 16 => {
+                let offset = u64::from_ne_bytes(payload[8..].try_into().unwrap());
+                let file = fstat(&message.fds[0]).unwrap().st_size as u64;
+                message.payload[..8].copy_from_slice((file - offset).as_bytes());
+            }
+            (Bend::EmptyLog, Code::SET_LOG_BASE) if number() == 0 => {
+                message.payload[..8].copy_from_slice(8u64.as_bytes())
+            }
+            (Bend::NoSockets, Code::SET_VRING_CALL) => message.fds.iter_mut().for_each(|fd| {
+                if SFlag::from_bits_truncate(fstat(&*fd).unwrap().st_mode) & SFlag::S_IFMT == SFlag::S_IFSOCK {
+                    *fd = EventFd::new().unwrap().into();
+                }
+            }),
+            _ => {}
+        }
+        if refuse {
+            message.payload.truncate(2);
+        }
+        seen_memory |= code == Code::SET_MEM_TABLE;
+        seen_log |= code == Code::SET_LOG_BASE;
+        files.note(&message);
+        let kept_region = if bend == Bend::RegionKept { files.region(|region| region.header()) } else { None };
+        let step = session.message(message, &mut rings);
+        if let Some(header) = kept_region.filter(|_| code == Code::RESET_DEVICE) {
+            files.region(|region| region.0.write_all_at(&header, 0).unwrap());
+        }
+        if bend == Bend::Enabled && code == Code::SET_VRING_KICK {
+            let enable =
+                Message { code: Code::SET_VRING_ENABLE, flags: 1, payload: vec![0, 0, 0, 0, 1, 0, 0, 0], fds: vec![] };
+            session.message(enable, &mut rings);
+        }
+        let reply = match step {
+            Step::Silence => continue,
+            Step::Reply(reply) => reply,
+            Step::Close(_) => return End::HungUp,
+        };
+        let mut bytes = reply.to_bytes();
+        match (bend, code) {
+            (Bend::ReplyFlags, _) => bytes[4] |= flags as u8 & 8,
+            (Bend::ConfigOffset, Code::GET_CONFIG) if payload[..4] != [0; 4] => bytes[24..].fill(0x77),
+            (Bend::LongLogReply, Code::SET_LOG_BASE) if bytes.len() == 28 => {
+                bytes.extend([0; 8]);
+                bytes[8] = 24;
+            }
+            (Bend::FewSlots, Code::GET_MAX_MEM_SLOTS) => bytes[12..].copy_from_slice(8u64.as_bytes()),
+            (Bend::HalfRegion, Code::GET_INFLIGHT_FD) => {
+                let size = u64::from_ne_bytes(bytes[12..20].try_into().unwrap());
+                bytes[12..20].copy_from_slice((size / 2).as_bytes());
+            }
+            (Bend::Overtaken, Code::GET_PROTOCOL_FEATURES) if more_follows(&socket) => {
+                // What comes next is asked and answered in between.
+                let Some(next) = receive(&mut socket, bend) else { return End::HungUp };
+                if let Step::Reply(first) = session.message(next, &mut rings) {
+                    send(&socket, &first.to_bytes(), first.fd.as_ref());
+                }
+            }
+            _ => {}
+        }
+        send(&socket, &bytes, reply.fd.as_ref());
+        if bend == Bend::SecondReply && flags & 8 != 0 && code.name().is_some_and(|name| name.starts_with("GET_")) {
+            let header = Header { request: code.0, flags: 5, size: 8 };
+            send(&socket, &[header.as_bytes(), &[0; 8]].concat(), None);
+        }
+    }
+}
+
+/// Whether another message is there, or is soon.
+fn more_follows(socket: &UnixStream) -> bool {
+    let mut polled = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+    poll(&mut polled, PollTimeout::from(50u8)) == Ok(1)
+}
+
+/// Whoever has hung up is found out by the next read.
+fn send(socket: &UnixStream, bytes: &[u8], fd: Option<&OwnedFd>) {
+    let raw: Vec<_> = fd.iter().map(|fd| fd.as_raw_fd()).collect();
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let control = if raw.is_empty() { &[][..] } else { &rights[..] };
+    let iov = [std::io::IoSlice::new(bytes)];
+    let _ = sendmsg::<()>(socket.as_raw_fd(), &iov, control, MsgFlags::MSG_NOSIGNAL, None);
+}
+
+fn receive(socket: &mut UnixStream, bend: Bend) -> Option<Message> {
+    let mut header = Header::new_zeroed();
+    let mut space = nix::cmsg_space!([i32; 8]);
+    let mut fds = Vec::new();
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_WAITALL;
+    let mut iov = [std::io::IoSliceMut::new(header.as_mut_bytes())];
+    let received = recvmsg::<()>(socket.as_raw_fd(), &mut iov, Some(&mut space), flags).ok()?;
+    for control in received.cmsgs().ok()? {
+        if let ControlMessageOwned::ScmRights(rights) = control {
+            // SAFETY: the system has just opened these fds for us.
+            fds.extend(rights.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    if received.bytes != size_of::<Header>() {
+        return None;
+    }
+    let mut payload = vec![0; Message::payload_size(&header).ok()?];
+    if bend == Bend::WholeMessages && !payload.is_empty() {
+        let there = recv(socket.as_raw_fd(), &mut payload, MsgFlags::MSG_DONTWAIT).ok()?;
+        if there != payload.len() {
+            return None;
+        }
+    } else {
+        socket.read_exact(&mut payload).ok()?;
+    }
+    Some(Message { code: Code(header.request), flags: header.flags, payload, fds })
+}
+
+pub(crate) fn image(folder: &Path) -> DiskOptions {
+    let image = folder.join("image");
+    let bytes: Vec<u8> = (0..DISK as u32).map(|byte| (byte / 97) as u8).collect();
+    std::fs::write(&image, bytes).unwrap();
+    DiskOptions {
+        image,
+        read_only: false,
+        queues: 1,
+        max_queue_size: 256,
+        serial: "check".into(),
+        aio: Aio::IoUring,
+        direct: false,
+        in_order: false,
+        inflight_migration: false,
+        iommu: false,
+        share_rw: false,
+        postcopy: false,
+    }
+}
+
+/// A back-end with a bend, at a socket of its own until it is dropped.
+pub(crate) struct Backend {
+    folder: TempDir,
+    server: Option<JoinHandle<()>>,
+}
+
+impl Backend {
+    pub(crate) fn start(bend: Bend) -> Backend {
+        let folder = tempfile::tempdir().unwrap();
+        let disk = Disk::open(image(folder.path())).unwrap();
+        let files = Arc::new(Files::default());
+        let device: Arc<dyn Device> = Arc::new(Clumsy { disk, bend, files: files.clone() });
+        let listener = UnixListener::bind(folder.path().join("socket")).unwrap();
+        let server = thread::spawn(move || {
+            for connection in listener.incoming() {
+                // The test says goodbye with a byte that begins no message.
+                let connection = connection.unwrap();
+                let mut first = [0];
+                let peeked = recv(connection.as_raw_fd(), &mut first, MsgFlags::MSG_PEEK);
+                if peeked == Ok(1) && first == [0xff] || serve(connection, &device, &files, bend) == End::Died {
+                    break;
+                }
+            }
+        });
+        Backend { folder, server: Some(server) }
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.folder.path().join("socket")
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        if let Ok(mut goodbye) = UnixStream::connect(self.socket()) {
+            let _ = goodbye.write_all(&[0xff]);
+        }
+        if let Some(server) = self.server.take() {
+            let _ = server.join();
+        }
+    }
+}
+
+/// What a check says of a back-end with a bend.
+pub(crate) fn checked(bend: Bend, options: Options) -> Report {
+    let backend = Backend::start(bend);
+    check(&backend.socket(), &Options { timeout: Duration::from_secs(4), ..options }).unwrap()
+}
+
+/// An inflight region of a split ring, as a file.
+pub(crate) struct Region(pub(crate) File);
+
+impl Region {
+    fn header(&self) -> [u8; SPLIT_HEADER_BYTES as usize] {
+        let mut header = [0; SPLIT_HEADER_BYTES as usize];
+        self.0.read_exact_at(&mut header, 0).unwrap();
+        header
+    }
+
+    /// Whether nobody has used it.
+    fn is_fresh(&self) -> bool {
+        self.header()[8..10] == [0; 2]
+    }
+
+    /// Sets all counters to 0.
+    pub(crate) fn forget_counters(&self) {
+        let entries = (self.0.metadata().unwrap().len() - SPLIT_HEADER_BYTES) / size_of::<SplitEntry>() as u64;
+        for entry in 0..entries.min(256) {
+            self.0.write_all_at(&[0; 8], SPLIT_HEADER_BYTES + 16 * entry + 8).unwrap();
+        }
+    }
+}

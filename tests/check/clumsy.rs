@@ -1,0 +1,151 @@
+//! A disk whose queues write where they should not: into the log, and into the inflight region.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use vhost_migrate::abi::vhost_user::Request as Code;
+use vhost_migrate::backend::blk::Disk;
+use vhost_migrate::backend::{BackendError, Device, Host, Message, Queue, Request};
+
+use crate::bent::{Bend, Region};
+
+/// Where the log has the pages above 4 GiB, and how many bytes of it are written back.
+const HIGH: (u64, usize) = ((1 << 32) / 4096 / 8, 320);
+/// How often, for each batch that is complete.
+const TURNS: u32 = 100;
+/// How long a word is held before it is written back.
+const HELD: Duration = Duration::from_micros(50);
+
+/// The files that the front-end has shared.
+#[derive(Default)]
+pub(crate) struct Files {
+    log: Mutex<Option<File>>,
+    region: Mutex<Option<Region>>,
+}
+
+impl Files {
+    /// Another front-end has connected.
+    pub(crate) fn forget(&self) {
+        *self.log.lock().unwrap() = None;
+        *self.region.lock().unwrap() = None;
+    }
+
+    /// Takes note of what a message shares.
+    pub(crate) fn note(&self, message: &Message) {
+        let file = || Some(File::from(message.fds.first()?.try_clone().unwrap()));
+        match message.code {
+            Code::SET_LOG_BASE => *self.log.lock().unwrap() = file(),
+            Code::SET_INFLIGHT_FD => *self.region.lock().unwrap() = file().map(Region),
+            _ => {}
+        }
+    }
+
+    /// Does something with the inflight region, if there is one.
+    pub(crate) fn region<T>(&self, with: impl FnOnce(&Region) -> T) -> Option<T> {
+        self.region.lock().unwrap().as_ref().map(with)
+    }
+}
+
+pub(crate) struct Clumsy {
+    pub(crate) disk: Disk,
+    pub(crate) bend: Bend,
+    pub(crate) files: Arc<Files>,
+}
+
+impl Device for Clumsy {
+    fn features(&self) -> u64 {
+        self.disk.features()
+    }
+
+    fn queues(&self) -> u16 {
+        self.disk.queues()
+    }
+
+    fn max_queue_size(&self) -> u16 {
+        self.disk.max_queue_size()
+    }
+
+    fn config(&self) -> Vec<u8> {
+        self.disk.config()
+    }
+
+    fn set_config(&self, offset: u32, bytes: &[u8], flags: u32) -> Result<(), BackendError> {
+        self.disk.set_config(offset, bytes, flags)
+    }
+
+    fn protocol_features(&self) -> u64 {
+        self.disk.protocol_features()
+    }
+
+    fn connected(&self, host: Arc<Host>) {
+        self.disk.connected(host);
+    }
+
+    fn queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
+        let queue = self.disk.queue(index, size, features)?;
+        Ok(Box::new(ClumsyQueue { queue, bend: self.bend, files: self.files.clone() }))
+    }
+}
+
+struct ClumsyQueue {
+    queue: Box<dyn Queue>,
+    bend: Bend,
+    files: Arc<Files>,
+}
+
+impl Queue for ClumsyQueue {
+    fn wants(&mut self) -> bool {
+        self.queue.wants()
+    }
+
+    fn submit(&mut self, request: Request) {
+        self.queue.submit(request);
+    }
+
+    fn completions(&mut self, done: &mut Vec<Request>) {
+        self.queue.completions(done);
+        if done.is_empty() {
+            return;
+        }
+        match self.bend {
+            Bend::NoCounters => {
+                self.files.region(Region::forget_counters);
+            }
+            Bend::StaleMarks => {
+                if let Some(log) = &*self.files.log.lock().unwrap() {
+                    write_back(log);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn put_back(&mut self, unused: &mut Vec<Request>) {
+        self.queue.put_back(unused);
+    }
+
+    fn suspend(&mut self, unserved: &mut Vec<Request>) {
+        self.queue.suspend(unserved);
+    }
+
+    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.queue.completion_fd()
+    }
+}
+
+/// Reads part of the log, and writes it back a moment later, again and again.
+fn write_back(log: &File) {
+    let (at, len) = HIGH;
+    let mut words = vec![0; len];
+    for _ in 0..TURNS {
+        if log.read_exact_at(&mut words, at).is_ok() {
+            thread::sleep(HELD);
+            let _ = log.write_all_at(&words, at);
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! The command: its exit status, what it prints and writes, and the back-ends that it starts and kills.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Child, Command, Output};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use roxmltree::Document;
+use serde_json::Value;
+
+use crate::bent::{Backend, Bend, image};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-migrate");
+
+pub(crate) fn command(arguments: &[&str]) -> Output {
+    Command::new(PROGRAM).arg("check").args(arguments).output().unwrap()
+}
+
+pub(crate) fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// What the command said in JSON, and its exit status.
+pub(crate) fn report(arguments: &[&str]) -> (Value, Option<i32>) {
+    let output = command(&[arguments, &["--json"]].concat());
+    let report = serde_json::from_slice(&output.stdout);
+    (report.unwrap_or_else(|_| panic!("{arguments:?}: {}", text(&output.stderr))), output.status.code())
+}
+
+/// Starts a process that serves a socket, and waits until it does.
+pub(crate) fn serving(arguments: &[&str], socket: &Path) -> Child {
+    let child = Command::new(PROGRAM).args(arguments).spawn().unwrap();
+    let end = Instant::now() + Duration::from_secs(60);
+    while UnixStream::connect(socket).is_err() {
+        assert!(Instant::now() < end, "{} is not there", socket.display());
+        thread::sleep(Duration::from_millis(5));
+    }
+    child
+}
+
+/// Holds a JUnit file to the report: a test case for each finding, as it was.
+pub(crate) fn same(xml: &str, report: &Value) {
+    let document = Document::parse(xml).unwrap();
+    let suite = document.root_element();
+    assert_eq!(suite.tag_name().name(), "testsuite");
+    let cases: Vec<_> = suite.children().filter(|node| node.is_element()).collect();
+    let findings = report["report"]["findings"].as_array().unwrap();
+    assert_eq!(cases.len(), findings.len());
+    let count = |name: &str| suite.descendants().filter(|node| node.has_tag_name(name)).count().to_string();
+    let attribute = |name: &str| suite.attribute(name).unwrap().to_string();
+    assert_eq!(attribute("tests"), cases.len().to_string());
+    assert_eq!((attribute("failures"), attribute("skipped")), (count("failure"), count("skipped")));
+    assert_eq!(attribute("errors"), "0");
+    assert!(attribute("time").parse::<f64>().unwrap() > 0.0);
+    for (case, finding) in cases.iter().zip(findings) {
+        let [rule, what, rings, verdict, seen] =
+            ["rule", "what", "rings", "verdict", "seen"].map(|name| finding[name].as_str().unwrap());
+        let rings = if rings.is_empty() { String::new() } else { format!(" ({rings})") };
+        assert_eq!(case.attribute("classname"), Some(rule));
+        assert_eq!(case.attribute("name"), Some(&*format!("{rule} {what}{rings}")));
+        assert!(case.attribute("time").unwrap().parse::<f64>().is_ok());
+        let inside: Vec<_> = case.children().filter(|node| node.is_element()).collect();
+        assert_eq!(inside.len(), 1, "{finding}");
+        let (name, told) = (inside[0].tag_name().name(), inside[0].attribute("message"));
+        let words = verdict.replace('-', " ");
+        match verdict {
+            "broken" => assert_eq!((name, told), ("failure", Some(seen))),
+            "not-tested" | "not-offered" => assert_eq!((name, told), ("skipped", Some(&*format!("{words}: {seen}")))),
+            _ => assert_eq!((name, inside[0].text()), ("system-out", Some(&*format!("{words}: {seen}")))),
+        }
+    }
+}
+
+#[test]
+fn what_is_broken_is_exit_status_1_and_a_failure_in_junit_and_warnings_are_neither() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("check.xml");
+    let xml = || std::fs::read_to_string(&file).unwrap();
+    let junit = ["--junit", file.to_str().unwrap()];
+    let backend = Backend::start(Bend::ConfigOffset);
+    let socket = backend.socket();
+    let (found, status) = report(&[&[socket.to_str().unwrap(), "--only", "c1,F5,l5"], &junit[..]].concat());
+    assert_eq!((status, &found["broken"]), (Some(1), &true.into()), "{found:#}");
+    assert_eq!(found["rules"], serde_json::json!({"C1": "broken", "F5": "kept", "L5": "not-tested"}));
+    same(&xml(), &found);
+    assert!(xml().contains("failures=\"1\""), "{}", xml());
+    let output = command(&[socket.to_str().unwrap(), "--only", "C1"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stdout).contains("C1    broken"), "{}", text(&output.stdout));
+
+    let backend = Backend::start(Bend::Everything);
+    let socket = backend.socket();
+    let (found, status) = report(&[&[socket.to_str().unwrap(), "--only", "L1"], &junit[..]].concat());
+    assert_eq!((status, &found["broken"]), (Some(0), &false.into()), "{found:#}");
+    assert_eq!(found["rules"], serde_json::json!({"L1": "warning"}));
+    same(&xml(), &found);
+}
+
+#[test]
+fn findings_that_can_not_be_written_are_known_before_the_back_end_is_touched() {
+    let folder = tempfile::tempdir().unwrap();
+    let nowhere = folder.path().join("missing/check.xml");
+    let output = command(&["/nobody", "--junit", nowhere.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(3));
+    assert!(text(&output.stderr).contains("can't write the findings to"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn the_exit_status_says_what_kind_of_trouble_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let nobody = folder.path().join("nobody");
+    let nobody = nobody.to_str().unwrap();
+    let nothing_there = command(&[nobody]);
+    assert_eq!(nothing_there.status.code(), Some(3));
+    assert!(text(&nothing_there.stderr).contains("is the back-end running"), "{}", text(&nothing_there.stderr));
+    for wrong in [
+        &[nobody, "--queue-size", "100"][..],
+        &[nobody, "--feed", ""],
+        &[nobody, "--kill-pid", "5"],
+        &[nobody, "--timeout", "0"],
+        &[],
+    ] {
+        assert_eq!(command(wrong).status.code(), Some(2), "{wrong:?}");
+    }
+    let unknown = command(&[nobody, "--only", "R3,X1"]);
+    assert_eq!(unknown.status.code(), Some(2));
+    let said = text(&unknown.stderr);
+    assert!(said.contains("there is no rule \"X1\"") && said.contains("R9, R10, T1"), "{said}");
+    assert_eq!(command(&[nobody, "--restart", "false"]).status.code(), Some(3));
+    // Somebody who accepts and is silent, and somebody who hangs up.
+    for hold in [true, false] {
+        let socket = folder.path().join(format!("mute-{hold}"));
+        let listener = UnixListener::bind(&socket).unwrap();
+        let mute = thread::spawn(move || {
+            let (mut connection, _) = listener.accept().unwrap();
+            if hold {
+                let _ = connection.read_to_end(&mut Vec::new());
+            }
+        });
+        let output = command(&[socket.to_str().unwrap(), "--timeout", "1"]);
+        assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
+        mute.join().unwrap();
+    }
+}
+
+#[test]
+fn a_back_end_that_runs_is_killed_only_if_it_may_be() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = image(folder.path()).image;
+    let socket = folder.path().join("socket");
+    let (path, disk) = (socket.to_str().unwrap(), image.to_str().unwrap());
+    let arguments = ["backend", "blk", "--socket", path, "--image", disk];
+    let mut backend = serving(&arguments, &socket);
+    let start = format!("{PROGRAM} {}", arguments.join(" "));
+    let refused = command(&[path, "--restart", &start]);
+    assert_eq!(refused.status.code(), Some(3));
+    assert!(text(&refused.stderr).contains("is served already: give --kill-pid"), "{}", text(&refused.stderr));
+    assert!(backend.try_wait().unwrap().is_none(), "it was killed without being asked for");
+
+    let pid = backend.id().to_string();
+    let (found, status) = report(&[path, "--only", "I3,I4", "--restart", &start, "--kill-pid", &pid]);
+    assert_eq!(status, Some(0), "{found:#}");
+    assert_eq!(found["rules"], serde_json::json!({"I3": "kept", "I4": "kept"}), "{found:#}");
+    assert_eq!(backend.wait().unwrap().signal(), Some(Signal::SIGKILL as i32));
+    assert!(UnixStream::connect(&socket).is_err(), "what the check started outlived it");
+}
+
+#[test]
+fn killing_another_process_says_nothing_of_the_back_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = image(folder.path()).image;
+    let socket = folder.path().join("socket");
+    let (path, disk) = (socket.to_str().unwrap(), image.to_str().unwrap());
+    let mut backend = serving(&["backend", "blk", "--socket", path, "--image", disk], &socket);
+    let mut other = Command::new("sleep").arg("600").spawn().unwrap();
+    let pid = other.id().to_string();
+    let (found, status) =
+        report(&[path, "--only", "I3", "--rings", "split", "--timeout", "1", "--restart", "true", "--kill-pid", &pid]);
+    assert_eq!(status, Some(0), "{found:#}");
+    let killed = found["report"]["findings"][1].clone();
+    assert_eq!(killed["verdict"], "not-tested", "{found:#}");
+    assert!(killed["seen"].as_str().unwrap().contains("is it the right process?"), "{found:#}");
+    assert!(backend.try_wait().unwrap().is_none());
+    backend.kill().unwrap();
+    backend.wait().unwrap();
+    assert_eq!(other.wait().unwrap().signal(), Some(Signal::SIGKILL as i32));
+}
+
+#[test]
+fn a_back_end_that_does_not_start_again_is_a_finding() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = image(folder.path()).image;
+    let socket = folder.path().join("socket");
+    let script = folder.path().join("start");
+    let once = folder.path().join("once");
+    let (path, once, disk) = (socket.to_str().unwrap(), once.display(), image.display());
+    let backend = format!("exec {PROGRAM} backend blk --socket {path} --image {disk}");
+    std::fs::write(&script, format!("mkdir {once} || exit 7\n{backend}\n")).unwrap();
+    let start = format!("sh {}", script.display());
+    let (found, status) = report(&[path, "--only", "R9,I3,I6", "--rings", "split", "--restart", &start]);
+    assert_eq!((status, &found["rules"]["R9"]), (Some(1), &"broken".into()), "{found:#}");
+    let findings = found["report"]["findings"].as_array().unwrap();
+    let of = |what: &str| findings.iter().find(|finding| finding["what"].as_str().unwrap().contains(what)).unwrap();
+    assert!(of("SIGKILL")["seen"].as_str().unwrap().contains("ended with exit status: 7"), "{found:#}");
+    // What comes after it was not tried.
+    assert!(of("counters")["seen"].as_str().unwrap().starts_with("the back-end is gone since"), "{found:#}");
+    assert_eq!(of("counters")["verdict"], "not-tested");
+}
+
+#[test]
+fn a_write_that_comes_after_its_process_has_died_is_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = image(folder.path()).image;
+    let socket = folder.path().join("socket");
+    let (path, disk) = (socket.to_str().unwrap(), image.to_str().unwrap());
+    // Stands in for I/O that the system still has of the dead: when all has been written, what was there comes back.
+    let file = File::options().read(true).write(true).open(&image).unwrap();
+    let (over, bytes) = (Arc::new(AtomicBool::new(false)), 20 * 102 * 512);
+    let at = file.metadata().unwrap().len() - bytes;
+    let ended = over.clone();
+    let late = thread::spawn(move || {
+        let (mut before, mut now) = (vec![0; bytes as usize], vec![0; bytes as usize]);
+        file.read_exact_at(&mut before, at).unwrap();
+        while !ended.load(Ordering::Relaxed) {
+            file.read_exact_at(&mut now, at).unwrap();
+            if before.chunks(512).zip(now.chunks(512)).all(|(before, now)| before != now) {
+                file.write_all_at(&before, at).unwrap();
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+    });
+    let start = format!("{PROGRAM} backend blk --socket {path} --image {disk}");
+    let (found, status) = report(&[path, "--only", "I9", "--write", "--restart", &start]);
+    over.store(true, Ordering::Relaxed);
+    late.join().unwrap();
+    assert_eq!((status, &found["rules"]["I9"]), (Some(1), &"broken".into()), "{found:#}");
+}

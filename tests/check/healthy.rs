@@ -1,0 +1,100 @@
+//! Our own back-ends keep every rule, on both kinds of rings, killed and attacked.
+
+use std::collections::BTreeSet;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::bent::image;
+use crate::command::{command, same, serving, text};
+
+/// Rules that the whole of `check` sees kept by our own back-end.
+const KEPT: &[&str] = &[
+    "F1", "F2", "F3", "F4", "F5", "F6", "F7", "F8", "R1", "R2", "R3", "R4", "R5", "R6", "R7", "R8", "R9", "R10", "L1",
+    "L2", "L3", "L4", "L6", "L7", "L8", "L9", "L10", "L11", "L12", "L15", "M1", "C1", "I1", "I2", "I3", "I4", "I5",
+    "I6", "I7", "I9",
+];
+/// What can't be seen from outside, or is behind an option that is off.
+const ASIDE: &[&str] = &["B4", "L5", "L13", "L14", "I8"];
+
+#[test]
+fn our_own_back_end_keeps_every_rule_killed_and_attacked() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = image(folder.path()).image;
+    let before = std::fs::read(&image).unwrap();
+    let (socket, junit) = (folder.path().join("socket"), folder.path().join("check.xml"));
+    let program = env!("CARGO_BIN_EXE_vhost-migrate");
+    let (socket, xml) = (socket.to_str().unwrap(), junit.to_str().unwrap());
+    let start = format!("{program} backend blk --socket {socket} --image {} --queues 2", image.display());
+    let output = command(&[socket, "--json", "--hostile", "--write", "--restart", &start, "--junit", xml]);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{report:#}\n{}", text(&output.stderr));
+    assert_eq!(report["broken"], false);
+    assert!(std::fs::read(&image).unwrap() == before, "the disk is not as it was");
+    let rules = report["rules"].as_object().unwrap();
+    let of =
+        |verdict: &str| rules.iter().filter(|(_, v)| *v == verdict).map(|(rule, _)| &**rule).collect::<BTreeSet<_>>();
+    // What is left is what no check is about: nothing is passed over for want of an option.
+    for finding in report["report"]["findings"].as_array().unwrap() {
+        let aside = ASIDE.contains(&finding["rule"].as_str().unwrap()) || finding["seen"] == "no check is about it";
+        assert!(finding["verdict"] == "kept" || aside, "{finding}");
+    }
+    assert_eq!(of("kept"), KEPT.iter().copied().collect(), "{report:#}");
+    assert!(!text(&output.stderr).contains("panicked"));
+    assert!(UnixStream::connect(socket).is_err(), "what the check started outlived it");
+    let xml = std::fs::read_to_string(junit).unwrap();
+    same(&xml, &report);
+    assert!(xml.contains("failures=\"0\""), "{xml}");
+}
+
+#[test]
+fn our_own_network_interface_keeps_every_rule_with_frames_that_leave_and_that_come_in() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("socket");
+    let (program, socket) = (env!("CARGO_BIN_EXE_vhost-migrate"), socket.to_str().unwrap());
+    let start = format!("{program} backend net --socket {socket} --loopback --queue-pairs 2");
+    let output = command(&[socket, "--json", "--hostile", "--feed", "loop", "--restart", &start]);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{report:#}\n{}", text(&output.stderr));
+    let findings = report["report"]["findings"].as_array().unwrap();
+    let disks = |finding: &Value| finding["seen"] == "a disk is not offered";
+    // With device state there is no status (rule D1).
+    let absent = ["RING_PACKED is not offered", "STATUS is not offered"];
+    let not_offered = |finding: &Value| absent.contains(&finding["seen"].as_str().unwrap()) || finding["rule"] == "I4";
+    for finding in findings.iter().filter(|finding| !disks(finding) && !not_offered(finding)) {
+        let aside = ASIDE.contains(&finding["rule"].as_str().unwrap()) || finding["seen"] == "no check is about it";
+        assert!(finding["verdict"] == "kept" || aside, "{finding}");
+    }
+    for (rule, rings) in
+        [("L1", "split receive"), ("R3", "split receive"), ("R3", "split transmit"), ("L3", "split receive")]
+    {
+        let seen = findings.iter().any(|finding| finding["rule"] == rule && finding["rings"] == rings);
+        assert!(seen, "{rule} on {rings} was not checked: {report:#}");
+    }
+}
+
+#[test]
+fn without_frames_that_come_in_the_rest_is_checked() {
+    let folder = tempfile::tempdir().unwrap();
+    let (socket, wire) = (folder.path().join("socket"), folder.path().join("wire"));
+    let (program, socket) = (env!("CARGO_BIN_EXE_vhost-migrate"), socket.to_str().unwrap());
+    let start = format!("{program} backend net --socket {socket} --pair {}", wire.display());
+    let output = command(&[socket, "--json", "--restart", &start]);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{report:#}\n{}", text(&output.stderr));
+    assert_eq!((&report["rules"]["L1"], &report["rules"]["L3"]), (&"not-tested".into(), &"kept".into()), "{report:#}");
+    // The other end of the wire is a feed.
+    let other = folder.path().join("other");
+    let other = other.to_str().unwrap();
+    let arguments = ["backend", "net", "--socket", other, "--pair", wire.to_str().unwrap()];
+    let mut peer = serving(&arguments, Path::new(other));
+    let output = command(&[socket, "--json", "--feed", other, "--restart", &start]);
+    peer.kill().unwrap();
+    peer.wait().unwrap();
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{report:#}\n{}", text(&output.stderr));
+    for rule in ["L1", "L2", "L9", "M1"] {
+        assert_eq!(report["rules"][rule], "kept", "{report:#}");
+    }
+}

@@ -1,0 +1,174 @@
+//! Every rule that has a check has a back-end that breaks it, which the check finds, and nothing else.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use rstest::rstest;
+use vhost_migrate::check::{Options, RULES, Report, Rings, Verdict};
+
+use crate::bent::{Bend, checked};
+
+/// A bend, the rules that are checked, as ids or as what ids begin with, and those of them that it breaks.
+type Row = (Bend, &'static str, &'static [&'static str]);
+
+const FRAMING: &[Row] = &[
+    (Bend::WholeMessages, "F", &["F1"]),
+    (Bend::ReplyFlags, "F", &["F2"]),
+    (Bend::SecondReply, "F", &["F3"]),
+    (Bend::Overtaken, "F", &["F4"]),
+    (Bend::NoRefusal, "F", &["F5"]),
+    (Bend::KeepsFds, "F", &["F5"]),
+    (Bend::ExactTable, "F", &["F6"]),
+    (Bend::LongLogReply, "F L2", &["F7"]),
+    (Bend::NoSockets, "F", &["F8"]),
+    (Bend::ConfigOffset, "F C", &["C1"]),
+];
+
+/// All of them but R3, whose check is long.
+const ORDER: &str = "R1 R2 R4 R5 R6 R7 R8 R9 R10 I7 F8 L3";
+
+const RINGS: &[Row] = &[
+    (Bend::NeedsEnable, ORDER, &["R1"]),
+    // Written before the log is there, pages are lost too.
+    (Bend::Enabled, "R1 R2 R4 R5 R6 R7 L8", &["R2", "L8"]),
+    (Bend::EarlyBase, "R3", &["R3"]),
+    (Bend::BaseForgotten, "R4", &["R4"]),
+    (Bend::AddrGoesBack, "R1 R2 R4 R5 R6 R7", &["R5"]),
+    (Bend::MemoryFirst, "R6 R7 I1 I2 I3 I4", &["R6"]),
+    (Bend::LogAddressChecked, ORDER, &["R7"]),
+    (Bend::StatusNoted, ORDER, &["R8"]),
+    (Bend::ResetIgnored, ORDER, &["R8", "I7"]),
+    (Bend::OwnerHangsUp, ORDER, &["R8"]),
+    (Bend::CallForgotten, ORDER, &["R10"]),
+];
+
+const LOG: &[Row] = &[
+    (Bend::NoData, "L M", &["L1", "L2", "L8", "L9", "L11", "L15", "M1"]),
+    (Bend::LogOffset, "L", &["L2"]),
+    (Bend::LogAddress, "L", &["L3", "L4"]),
+    (Bend::LogSize, "L", &["L6"]),
+    (Bend::NeverOff, "L", &["L7"]),
+    (Bend::LogFirst, "L R6", &["L8", "L15", "R6"]),
+    (Bend::OldLog, "L", &["L9"]),
+    (Bend::MemoryForgetsLog, "L M", &["L9", "M1"]),
+    (Bend::LateMarks, "L", &["L10"]),
+    (Bend::StaleMarks, "L", &["L11"]),
+    (Bend::NoSignal, "L", &["L12"]),
+    (Bend::SuccessorForgets, "L R6", &["L15"]),
+    (Bend::FewSlots, "M L9", &["M1"]),
+];
+
+const INFLIGHT: &[Row] = &[
+    (Bend::HalfRegion, "I1", &["I1"]),
+    // Where packed rings go on, only the region knows.
+    (Bend::NoInflight, "I L15", &["I2", "I4", "I6", "L15"]),
+    (Bend::ForgetsOpen, "I3", &["I3"]),
+    (Bend::FreshAtZero, "I", &["I5"]),
+    (Bend::NoCounters, "I", &["I6"]),
+    (Bend::RegionKept, "I R8", &["I7"]),
+];
+
+/// Bends that are about split rings, in the way they are made, or take all the time there is.
+const SPLIT: &[Bend] = &[
+    Bend::NeedsEnable,
+    Bend::BaseForgotten,
+    Bend::AddrGoesBack,
+    Bend::ForgetsOpen,
+    Bend::FreshAtZero,
+    Bend::NoCounters,
+];
+
+/// Rules whose breaches other tests show: a process that dies, and I/O that outlives it.
+const ELSEWHERE: &[&str] = &["R9", "I9"];
+
+/// The rules whose ids begin so.
+fn named(starts: &str) -> Vec<&'static str> {
+    let is = |id: &str| starts.split(' ').any(|start| id == start || start.len() == 1 && id.starts_with(start));
+    RULES.iter().map(|(id, _)| *id).filter(|id| is(id)).collect()
+}
+
+fn broken(report: &Report) -> BTreeSet<&'static str> {
+    let rules = report.rules().into_iter();
+    rules.filter(|(_, verdict)| *verdict == Verdict::Broken).map(|(rule, _)| rule).collect()
+}
+
+#[rstest]
+#[case::framing(FRAMING)]
+#[case::rings(RINGS)]
+#[case::log(LOG)]
+#[case::inflight(INFLIGHT)]
+fn a_back_end_that_breaks_a_rule_is_found_by_that_and_by_no_other(#[case] rows: &[Row]) {
+    for (bend, only, breaks) in rows {
+        let rings = SPLIT.contains(bend).then_some(Rings::Split);
+        let report = checked(*bend, Options { only: named(only), rings, ..Options::default() });
+        assert_eq!(broken(&report), breaks.iter().copied().collect(), "{bend:?}\n{report}");
+    }
+}
+
+#[test]
+fn a_back_end_that_breaks_nothing_is_not_blamed_and_every_check_is_one_that_somebody_fails() {
+    let report = checked(Bend::Nothing, Options::default());
+    assert_eq!(broken(&report), BTreeSet::new(), "{report}");
+    let unchecked = |rule: &str| {
+        let mut of = report.findings.iter().filter(|finding| finding.rule == rule);
+        of.all(|finding| finding.what == RULES.iter().find(|(id, _)| *id == rule).unwrap().1)
+    };
+    let checked: BTreeSet<&str> = RULES.iter().map(|(id, _)| *id).filter(|id| !unchecked(id)).collect();
+    let rows = [FRAMING, RINGS, LOG, INFLIGHT].into_iter().flatten();
+    let failed: BTreeSet<&str> = rows.flat_map(|(.., breaks)| *breaks).chain(ELSEWHERE).copied().collect();
+    // Whether in-flight requests may migrate is no duty.
+    assert_eq!(checked.difference(&failed).copied().collect::<Vec<_>>(), ["I8"], "{report}");
+}
+
+#[test]
+fn what_costs_and_breaks_nothing_is_a_warning() {
+    let report = checked(Bend::Everything, Options { only: named("L"), ..Options::default() });
+    assert!(!report.is_broken(), "{report}");
+    let data = report.findings.iter().find(|finding| finding.rule == "L1").unwrap();
+    assert!(data.verdict == Verdict::Warning && data.seen.contains("% of the marks"), "{report}");
+    let report = checked(Bend::SuccessorMarksItsOwn, Options { only: named("L15 L8"), ..Options::default() });
+    assert_eq!(report.rules().get("L15"), Some(&Verdict::Warning), "{report}");
+    assert!(!report.is_broken(), "{report}");
+    let report = checked(Bend::EmptyLog, Options { only: named("L2"), hostile: true, ..Options::default() });
+    let log = report.findings.iter().find(|finding| finding.what.starts_with("hostile")).unwrap();
+    assert_eq!(log.verdict, Verdict::Warning, "{report}");
+    assert!(log.seen.ends_with("acknowledged as done: a log of no bytes"), "{report}");
+}
+
+#[test]
+fn a_back_end_that_dies_is_a_finding_and_what_comes_after_is_not_held_against_it() {
+    let report = checked(Bend::Dies, Options::default());
+    assert_eq!(broken(&report), BTreeSet::from(["F5", "R9"]), "{report}");
+    assert_eq!(report.rules().get("R3"), Some(&Verdict::NotTested), "{report}");
+}
+
+#[test]
+fn what_a_back_end_dies_of_is_sent_only_to_who_asked_for_it() {
+    let (only, hostile) = (named("F6"), true);
+    let report = checked(Bend::DiesOfShort, Options { only: only.clone(), ..Options::default() });
+    assert_eq!(broken(&report), BTreeSet::new(), "{report}");
+    assert!(report.findings.iter().any(|finding| finding.seen == "needs --hostile"), "{report}");
+    let report = checked(Bend::DiesOfShort, Options { only, hostile, ..Options::default() });
+    assert_eq!(broken(&report), BTreeSet::from(["F6", "R9"]), "{report}");
+    let death = report.findings.iter().find(|finding| finding.verdict == Verdict::Broken).unwrap();
+    assert!(death.seen.starts_with("SET_FEATURES: "), "the message that it died of is named: {report}");
+}
+
+#[test]
+fn only_the_rules_that_were_asked_for_are_in_the_report() {
+    let report = checked(Bend::Nothing, Options { only: vec!["I4", "L13", "F2"], ..Options::default() });
+    let verdicts: Vec<_> = report.rules().into_iter().collect();
+    assert_eq!(verdicts, [("F2", Verdict::Kept), ("I4", Verdict::Kept), ("L13", Verdict::NotTested)], "{report}");
+    // What I2 and I3 are about on split rings is I4 on packed ones.
+    assert!(report.findings.iter().filter(|finding| finding.rule == "I4").all(|finding| finding.rings == "packed"));
+}
+
+#[test]
+fn every_rule_of_the_table_has_a_verdict() {
+    let table = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/protocol.md")).unwrap();
+    let table = table.split("## Where each is shown").next().unwrap();
+    let rules = table.lines().filter_map(|line| line.strip_prefix("| ")?.split_once(" | ")).map(|(id, _)| id);
+    let documented: BTreeSet<&str> = rules.filter(|id| id.ends_with(|last: char| last.is_ascii_digit())).collect();
+    let known: BTreeSet<&str> = RULES.iter().map(|(rule, _)| *rule).collect();
+    assert_eq!(known, documented);
+}
