@@ -435,7 +435,7 @@ fn counted(metrics: &str, name: &str, label: &str) -> u64 {
 }
 
 #[test]
-fn a_back_end_tells_prometheus_what_it_did() {
+fn back_end_and_front_end_tell_prometheus_what_they_did() {
     let mut host = Host::new();
     let (metrics, socket) = (host.path("metrics"), host.path("counted.vhost"));
     let mut command = program();
@@ -445,6 +445,8 @@ fn a_back_end_tells_prometheus_what_it_did() {
     let control = host.path("counted.control");
     let mut guest = program();
     guest.args(["guest", "--memory", "64MiB", "--backend"]).arg(&socket).arg("--control").arg(&control);
+    let driven = host.path("driven");
+    guest.arg("--metrics").arg(format!("unix:{}", driven.display()));
     host.running.push(Running(guest.stdout(Stdio::null()).spawn().unwrap()));
     verify(&control);
     let rate = run(&["dirty-rate", "--control", control.to_str().unwrap(), "--seconds", "0.3"]);
@@ -471,6 +473,25 @@ fn a_back_end_tells_prometheus_what_it_did() {
         0,
         "{found}"
     );
+    let found = scrape(UnixStream::connect(&driven).unwrap());
+    assert_eq!(counted(&found, "vhost_frontend_messages_total", "request=\"SET_LOG_BASE\""), 1, "{found}");
+    assert!(counted(&found, "vhost_frontend_harvested_pages_total", "") > 0, "{found}");
+    assert_eq!(counted(&found, "vhost_frontend_refused_total", ""), 0, "{found}");
+    // What it has lost and found again.
+    drop(host.running.remove(0));
+    host.running.push(Running(command.spawn().unwrap()));
+    assert_eq!(ask(&control, &json!({"command": "resume"})).unwrap()[0]["event"], "ok");
+    let deadline = Instant::now() + PATIENCE;
+    let reconnects = || {
+        let found = scrape(UnixStream::connect(&driven).unwrap());
+        counted(&found, "vhost_frontend_reconnects_total", "counted.vhost")
+    };
+    while reconnects() == 0 {
+        assert!(Instant::now() < deadline, "the back-end is not seen to be back");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    verify(&control);
+    assert_eq!(reconnects(), 1);
 }
 
 #[test]

@@ -17,6 +17,7 @@ use vhost_migrate::stream::transport::connect;
 use vhost_migrate::stream::{Cancel, Listener, Options, Uri};
 
 use crate::messages::Messages;
+use crate::metrics::Metrics;
 use crate::units;
 
 /// Run the built-in guest: a machine that writes memory and disk, and checks every byte it reads
@@ -42,6 +43,8 @@ pub(crate) struct Arguments {
     incoming: Option<Uri>,
     #[command(flatten)]
     workload: Workload,
+    #[command(flatten)]
+    metrics: Metrics,
     #[command(flatten)]
     messages: Messages,
 }
@@ -98,6 +101,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
 }
 
 fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
+    arguments.metrics.start().map_err(|error| error.to_string())?;
     let listener = control::bind(&arguments.control)?;
     let _removed = Removed(&arguments.control);
     let owner = Arc::new(Owner::default());

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use metrics_exporter_prometheus::PrometheusBuilder;
-use vhost_migrate::backend::describe_counters;
+use vhost_migrate::{backend, frontend};
 
 /// What is counted, and where it can be read.
 #[derive(Debug, clap::Args)]
@@ -54,7 +54,8 @@ impl Metrics {
             }
         };
         builder.install().map_err(|error| format!("--metrics: {error}: is the address in use?"))?;
-        describe_counters();
+        backend::describe_counters();
+        frontend::describe_counters();
         Ok(())
     }
 }

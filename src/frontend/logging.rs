@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{Device, FrontendError};
+use super::{Device, FrontendError, counters};
 use crate::dirty::{DirtyError, DirtySource, Harvest, Log, PageSet};
 
 /// A device that several threads use, none of them on a data path.
@@ -54,11 +54,15 @@ impl DirtySource for DeviceLog {
     }
 
     fn harvest(&mut self, into: &mut PageSet) -> Result<Harvest, DirtyError> {
-        Ok(self.log.as_ref().map_or_else(Harvest::default, |(log, _)| log.harvest(into)))
+        let found = self.log.as_ref().map_or_else(Harvest::default, |(log, _)| log.harvest(into));
+        counters::harvested(&self.name, found.pages);
+        Ok(found)
     }
 
     fn harvest_stopped(&mut self, into: &mut PageSet) -> Result<Harvest, DirtyError> {
-        Ok(self.log.as_ref().map_or_else(Harvest::default, |(log, _)| log.harvest_stopped(into)))
+        let found = self.log.as_ref().map_or_else(Harvest::default, |(log, _)| log.harvest_stopped(into));
+        counters::harvested(&self.name, found.pages);
+        Ok(found)
     }
 
     fn put_back(&mut self, pages: &PageSet) {

@@ -4,11 +4,13 @@
 //! vhost-user client ([`UserDevice`]). Not here: how a device serves requests, and what a guest does with one.
 #![forbid(unsafe_code)]
 
+mod counters;
 mod error;
 mod iommu;
 mod logging;
 mod user;
 
+pub use counters::describe_counters;
 pub use error::FrontendError;
 pub use iommu::{Iommu, Mapping};
 pub use logging::{DeviceLog, SharedDevice};

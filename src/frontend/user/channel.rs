@@ -14,9 +14,10 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, send};
+use tracing::debug;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::super::FrontendError;
+use super::super::{FrontendError, counters};
 use crate::abi::vhost_user::{Header, Request};
 use crate::sys::socket;
 
@@ -132,6 +133,9 @@ impl Channel {
             if code != 0 && refused.is_none() {
                 refused = Some(FrontendError::Refused { request, code });
             }
+            if code != 0 {
+                counters::refused(request);
+            }
         }
         refused.map_or(Ok(()), Err)
     }
@@ -178,6 +182,8 @@ impl Channel {
     }
 
     fn send(&self, request: Request, flags: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), FrontendError> {
+        debug!("{request}: {} bytes, {} fds", payload.len(), fds.len());
+        counters::message(request);
         let header = Header { request: request.0, flags, size: payload.len() as u32 };
         let bytes = [header.as_bytes(), payload].concat();
         // A thread that panicked meanwhile has sent all or nothing.

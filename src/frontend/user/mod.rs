@@ -27,7 +27,7 @@ use std::time::Instant;
 
 use zerocopy::IntoBytes;
 
-use super::{Device, DeviceEvent, FrontendError, InflightState, Reconnected, RingSetup};
+use super::{Device, DeviceEvent, FrontendError, InflightState, Reconnected, RingSetup, counters};
 use crate::abi::bit;
 use crate::abi::vhost_user::{
     CONFIG_TYPE_FRONTEND, ConfigHeader, InflightDescription, LogDescription, MemRegMsg, Request, VHOST_F_LOG_ALL,
@@ -446,6 +446,7 @@ impl Device for UserDevice {
         let timeout = self.options.timeout;
         let left = move || deadline.saturating_duration_since(Instant::now()).min(timeout).max(*BACK_OFF.end());
         let (resubmitted, attempts) = until(deadline, || self.reinstall(left()))?;
+        counters::reconnected(self.name(), resubmitted);
         Ok(Reconnected { resubmitted, attempts })
     }
 }

@@ -1,0 +1,38 @@
+//! What a front-end counts, through the `metrics` facade; it goes nowhere until the process installs a recorder.
+
+#![forbid(unsafe_code)]
+
+use metrics::{counter, describe_counter};
+
+use crate::abi::vhost_user::Request;
+
+/// A message was sent.
+pub(super) fn message(request: Request) {
+    counter!("vhost_frontend_messages_total", "request" => request.name().unwrap_or("unknown")).increment(1);
+}
+
+/// The back-end has refused one.
+pub(super) fn refused(request: Request) {
+    counter!("vhost_frontend_refused_total", "request" => request.name().unwrap_or("unknown")).increment(1);
+}
+
+/// A back-end that was away is back, and finds so many requests marked.
+pub(super) fn reconnected(device: &str, resubmitted: u64) {
+    let device = device.to_owned();
+    counter!("vhost_frontend_reconnects_total", "device" => device.clone()).increment(1);
+    counter!("vhost_frontend_resubmitted_total", "device" => device).increment(resubmitted);
+}
+
+/// So many pages were found in a device's log.
+pub(super) fn harvested(device: &str, pages: u64) {
+    counter!("vhost_frontend_harvested_pages_total", "device" => device.to_owned()).increment(pages);
+}
+
+/// Tells the recorder, once it is installed, what the counters mean.
+pub fn describe_counters() {
+    describe_counter!("vhost_frontend_messages_total", "Messages to back-ends, by request");
+    describe_counter!("vhost_frontend_refused_total", "Messages that back-ends refused, by request");
+    describe_counter!("vhost_frontend_reconnects_total", "Times a back-end that was away has come back");
+    describe_counter!("vhost_frontend_resubmitted_total", "Requests that were marked when it came back");
+    describe_counter!("vhost_frontend_harvested_pages_total", "Dirty pages found in the log of a device");
+}
