@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 use libfuzzer_sys::fuzz_target;
 use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
-use vhost_migrate::abi::vhost_user::{Header, InflightDescription, Request as Code};
+use vhost_migrate::abi::vhost_user::{Header, InflightDescription, Request as Code, protocol_feature};
 use vhost_migrate::dirty::Log;
-use vhost_migrate::frontend::{Device, RingSetup, UserDevice, UserOptions};
+use vhost_migrate::frontend::{Device, Iommu, Mapping, RingSetup, UserDevice, UserOptions};
 use vhost_migrate::inflight;
-use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{Access, Memory, Region, sealed_memfd};
 use vhost_migrate::ring::RingBase;
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -152,10 +152,24 @@ fn receive(socket: &UnixStream) -> Option<(Header, Option<OwnedFd>)> {
     (received.bytes == size_of::<Header>()).then_some((header, fd))
 }
 
+/// Memory where the device sees it, but for one page.
+struct Identity;
+
+impl Iommu for Identity {
+    fn translate(&self, iova: u64, _: Access) -> Option<Mapping> {
+        let page = iova & !0xfff;
+        (page != 0x3000).then_some(Mapping { iova: page, size: 0x1000, gpa: page, permission: Access::ReadWrite })
+    }
+}
+
 /// What a VMM does with a device; every error is as good as success.
-fn drive(path: PathBuf, features: u64, memory: &Memory) {
-    let options = UserOptions { timeout: PATIENCE, stop_timeout: PATIENCE, ..UserOptions::default() };
+fn drive(path: PathBuf, features: u64, in_band: bool, memory: &Memory) {
+    let usual = UserOptions::default();
+    let more = if in_band { 1 << protocol_feature::INBAND_NOTIFICATIONS } else { 0 };
+    let protocol_features = usual.protocol_features | more;
+    let options = UserOptions { timeout: PATIENCE, stop_timeout: PATIENCE, protocol_features };
     let Ok(mut device) = UserDevice::connect(path, options, Instant::now()) else { return };
+    device.set_iommu(Arc::new(Identity));
     let _ = device.set_features(features & device.features());
     let _ = device.set_inflight(2, 64, None);
     let state = device.inflight();
@@ -172,7 +186,7 @@ fn drive(path: PathBuf, features: u64, memory: &Memory) {
     }
     let (log, fd) = Log::create(memory.end()).unwrap();
     let _ = device.start_logging(&Arc::new(log), fd.as_fd());
-    let _ = (device.stop_ring(0), device.events());
+    let _ = (device.invalidate(0..=0x1fff), device.stop_ring(0), device.events());
     if device.hung_up() {
         let _ = device.reconnect(Instant::now());
     }
@@ -184,7 +198,8 @@ fn drive(path: PathBuf, features: u64, memory: &Memory) {
 
 fuzz_target!(|input: &[u8]| {
     let Some((&features, input)) = input.split_first() else { return };
-    let features = 1 << 32 | 1 << 30 | 1 << 26 | u64::from(features & 1) << 34 | u64::from(features & 6) << 27;
+    let (in_band, iommu) = (features & 8 != 0, u64::from(features >> 4 & 1) << 33);
+    let features = iommu | 1 << 32 | 1 << 30 | 1 << 26 | u64::from(features & 1) << 34 | u64::from(features & 6) << 27;
     let path = FOLDER.path().join("socket");
     let count = || std::fs::read_dir("/proc/self/fd").unwrap().count();
     let before = count();
@@ -194,7 +209,7 @@ fuzz_target!(|input: &[u8]| {
         let memory = Memory::new([Arc::new(memory)]).unwrap();
         std::thread::scope(|scope| {
             let (at, memory) = (path.clone(), &memory);
-            let driving = scope.spawn(move || drive(at, features, memory));
+            let driving = scope.spawn(move || drive(at, features, in_band, memory));
             let mut hostile = Hostile { input, features, channel: None };
             listener.set_nonblocking(true).unwrap();
             while !driving.is_finished() {
