@@ -1,9 +1,12 @@
-//! What `check` says of `qemu-storage-daemon` and of DPDK. `docs/check.md` explains each finding.
+//! What `check` says of `qemu-storage-daemon`, of DPDK, and of our own network interface on a tap, whose frames come from the
+//! host. `docs/check.md` explains each finding. Needs root, for the tap.
 
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::process::{Command, Output};
 use std::time::Duration;
 
+use serde_json::{Value, json};
 use vhost_migrate::check::{Feed, Options, Verdict, check};
 
 use crate::backend::{Backend, Kind};
@@ -66,4 +69,58 @@ fn dpdk_marks_no_used_descriptors_of_packed_rings_and_takes_the_offset_of_a_log_
     {
         assert!(kept.contains(&found), "{found:?}\n{report}");
     }
+}
+
+/// Checks our back-end on a new tap in a network namespace of its own, which goes with the check. `before` is done first.
+fn on_a_tap(lab: &Lab, before: &str, options: &str) -> Output {
+    let (program, socket) = (env!("CARGO_BIN_EXE_vhost-migrate"), lab.file("net.sock"));
+    let socket = socket.display();
+    let start = format!("{program} backend net --socket {socket} --tap tap0 --queue-pairs 2");
+    let check = format!("{program} check {socket} --json {options} --restart '{start}'");
+    let script = format!("ip tuntap add dev tap0 mode tap multi_queue && {before} && exec {check}");
+    Command::new("unshare").args(["--net", "sh", "-c", &script]).output().unwrap()
+}
+
+#[test]
+fn an_interface_of_the_host_feeds_a_back_end_on_a_tap() {
+    let output = on_a_tap(&Lab::new(), "ip link set tap0 up", "--feed tap0 --hostile");
+    let report = serde_json::from_slice::<Value>(&output.stdout);
+    let report = report.unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr)));
+    assert_eq!(output.status.code(), Some(0), "{report:#}");
+    let findings = report["report"]["findings"].as_array().unwrap();
+    let of = |rule: &str, rings: &str| {
+        let mut found = findings.iter().filter(|finding| finding["rule"] == rule && finding["rings"] == rings);
+        found.next().unwrap_or_else(|| panic!("{rule} on {rings} was not checked: {report:#}"))
+    };
+    // The kernel has frames of its own for an interface that comes up: they do no harm.
+    for rings in ["split receive", "packed receive"] {
+        for rule in ["R3", "R4", "R5", "L1", "L2", "L6", "L8", "L9", "L10", "L11", "M1"] {
+            assert_eq!(of(rule, rings)["verdict"], "kept", "{}", of(rule, rings));
+        }
+    }
+    let bad: Vec<_> =
+        findings.iter().filter(|finding| finding["verdict"] == "broken" || finding["verdict"] == "warning").collect();
+    assert_eq!(bad, Vec::<&Value>::new());
+}
+
+#[test]
+fn an_interface_that_brings_no_frames_is_said_to_be_none() {
+    let lab = Lab::new();
+    let other = "ip tuntap add dev tap1 mode tap && ip link set tap0 up && ip link set tap1 up";
+    // One that is down, one that is not there, and one that is another's.
+    for (before, feed) in [("true", "tap0"), ("true", "tap1"), (other, "tap1")] {
+        let output = on_a_tap(&lab, before, &format!("--feed {feed} --timeout 2"));
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(3), "{before}, {feed}: {said}");
+        let reason = format!("no frame comes in from Interface(\"{feed}\")");
+        assert!(said.contains(&reason) && said.contains("is that up?"), "{said}");
+    }
+}
+
+#[test]
+fn frames_of_the_host_make_no_loop_of_a_back_end_on_a_tap() {
+    let output = on_a_tap(&Lab::new(), "ip link set tap0 up", "--only R4,L1,L3");
+    let report = serde_json::from_slice::<Value>(&output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{report:#}");
+    assert_eq!(report["rules"], json!({"R4": "kept", "L1": "not-tested", "L3": "kept"}), "{report:#}");
 }

@@ -90,6 +90,8 @@ pub(super) struct Rig {
     slots: Vec<Option<Request>>,
     /// Frames brought in.
     fed: u64,
+    /// How many of them came; others may come too.
+    pub(super) came: u64,
     /// Long frames only.
     long: bool,
     /// Pages of data and status that the device may have written.
@@ -153,6 +155,7 @@ impl Rig {
             made: 0,
             slots: vec![None; SLOTS as usize],
             fed: 0,
+            came: 0,
             long: false,
             lent: Pages::new(),
             last: Buffer { gpa: 0, len: 0 },

@@ -171,7 +171,10 @@ impl Rig {
         self.last = if self.flow == Flow::Receive { Buffer { len: used.len, ..data } } else { data };
         match self.flow {
             Flow::Transmit => Ok(true),
-            Flow::Receive => net::received(&self.memory, data, used.len).map(|_| true),
+            Flow::Receive => {
+                self.came += u64::from(net::received(&self.memory, data, used.len)?);
+                Ok(true)
+            }
             Flow::Requests => {
                 let mut status = [NO_STATUS];
                 self.memory.read(STATUSES + slot as u64 * LOG_PAGE, &mut status)?;
