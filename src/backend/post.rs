@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, Sender};
+use crossbeam::channel::Receiver;
 use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 use nix::unistd::read;
@@ -17,8 +17,7 @@ use super::counters::RingCounters;
 use super::iommu::{Asker, InUse};
 use super::session::Setup;
 use super::tracker::Tracker;
-use super::worker::{Worker, timeout, wait_for};
-use super::workers::Order;
+use super::worker::{End, Left, Order, Worker, timeout, wait_for};
 use super::{BackendError, Device};
 use crate::memory::Iotlb;
 use crate::ring::{DeviceRing, RingBase};
@@ -32,29 +31,6 @@ pub(super) struct Post {
     pub(super) device: Arc<dyn Device>,
     pub(super) inbox: Receiver<Order>,
     pub(super) wake: Arc<EventFd>,
-}
-
-/// Why a ring is not served any more, and where it goes on.
-pub(super) enum End {
-    Told(RingBase),
-    /// Its areas have gone, or are needed elsewhere.
-    Unmapped(Box<Left>, Sender<()>),
-}
-
-/// What is known of a ring that is not served.
-pub(super) struct Left {
-    pub(super) setup: Setup,
-    pub(super) broken: bool,
-    pub(super) held: bool,
-}
-
-impl End {
-    pub(super) fn base(self) -> RingBase {
-        match self {
-            End::Told(base) => base,
-            End::Unmapped(left, _) => left.setup.base,
-        }
-    }
 }
 
 impl Post {
@@ -79,7 +55,8 @@ impl Post {
         }
         let queue = self.device.queue(index, setup.layout.size(), setup.features);
         let queue = queue.map_err(BackendError::system("serve a queue"))?;
-        let mut worker = Worker::new(self, ring, queue, setup, in_use);
+        let (inbox, wake) = (self.inbox.clone(), self.wake.clone());
+        let mut worker = Worker::new(index, inbox, wake, ring, queue, setup, in_use);
         let recovered = worker.recover(inflight);
         Ok((worker, recovered))
     }

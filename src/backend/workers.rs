@@ -17,6 +17,7 @@ use tracing::error;
 
 use super::post::Post;
 use super::session::{Logging, Rings, Setup};
+use super::worker::Order;
 use super::{BackendError, Device, Notifier};
 use crate::ring::RingBase;
 
@@ -32,24 +33,6 @@ struct Handle {
     wake: Arc<EventFd>,
     thread: JoinHandle<RingBase>,
     postcopy: bool,
-}
-
-pub(super) enum Order {
-    Logging(Logging, Sender<()>),
-    Invalidate(RangeInclusive<u64>, Sender<()>),
-    Notifiers {
-        call: Option<Arc<Notifier>>,
-        error: Option<Arc<Notifier>>,
-        done: Sender<()>,
-    },
-    /// Take no more requests, or take them again.
-    Hold(bool, Sender<()>),
-    /// Finish, and publish what is finished.
-    Stop,
-    /// Finish only what can't be left to a successor (rule I8).
-    Suspend,
-    /// Finish, and keep it.
-    Abandon,
 }
 
 impl Workers {

@@ -7,10 +7,9 @@ use std::sync::Arc;
 use tracing::{error, warn};
 
 use super::super::BackendError;
-use super::ring::Ring;
+use super::ring::{Ring, logs_used};
 use super::{LOG_ALL, Logging, Rings, Session};
-use crate::abi::bit;
-use crate::abi::vhost_user::{LogDescription, VHOST_VRING_F_LOG, VringAddr};
+use crate::abi::vhost_user::LogDescription;
 use crate::dirty::Log;
 
 impl Session {
@@ -59,8 +58,4 @@ impl Session {
             lost: self.lost.clone(),
         }
     }
-}
-
-pub(super) fn logs_used(addr: &VringAddr) -> bool {
-    addr.flags & bit(VHOST_VRING_F_LOG) as u32 != 0
 }

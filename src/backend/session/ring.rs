@@ -7,9 +7,11 @@ use std::sync::Arc;
 use tracing::warn;
 
 use super::super::{BackendError, Host, Message, Notifier};
-use super::log::logs_used;
 use super::{LOG_ALL, Rings, Session, Setup};
-use crate::abi::vhost_user::{Request as Code, VRING_IDX_MASK, VRING_NOFD_MASK, VringAddr, VringState, unstable};
+use crate::abi::bit;
+use crate::abi::vhost_user::{
+    Request as Code, VHOST_VRING_F_LOG, VRING_IDX_MASK, VRING_NOFD_MASK, VringAddr, VringState, unstable,
+};
 use crate::memory::Memory;
 use crate::ring::{RingBase, RingLayout};
 
@@ -241,4 +243,8 @@ fn layout(memory: &Memory, features: u64, index: u16, size: u16, addr: &VringAdd
     let driver = find("available ring or driver area", addr.avail_user_addr, driver_bytes)?;
     let device = find("used ring or device area", addr.used_user_addr, device_bytes)?;
     Ok(RingLayout::new(features, size, desc, driver, device))
+}
+
+pub(super) fn logs_used(addr: &VringAddr) -> bool {
+    addr.flags & bit(VHOST_VRING_F_LOG) as u32 != 0
 }

@@ -3,15 +3,39 @@
 
 use std::os::fd::AsFd;
 
+use crossbeam::channel::Sender;
 use nix::poll::PollTimeout;
 use tracing::warn;
 
-use super::super::Request;
+use super::super::{Request, Setup};
 use super::{Worker, wait_for};
 use crate::ring::{Chain, RingBase};
 
 /// How long a drain waits before it asks the device's queue again, in milliseconds.
 const RETRY_MS: u8 = 100;
+
+/// Why a ring is not served any more, and where it goes on.
+pub(in crate::backend) enum End {
+    Told(RingBase),
+    /// Its areas have gone, or are needed elsewhere.
+    Unmapped(Box<Left>, Sender<()>),
+}
+
+/// What is known of a ring that is not served.
+pub(in crate::backend) struct Left {
+    pub(in crate::backend) setup: Setup,
+    pub(in crate::backend) broken: bool,
+    pub(in crate::backend) held: bool,
+}
+
+impl End {
+    pub(in crate::backend) fn base(self) -> RingBase {
+        match self {
+            End::Told(base) => base,
+            End::Unmapped(left, _) => left.setup.base,
+        }
+    }
+}
 
 impl Worker {
     /// Puts the requests back into the ring that the queue has no use for: they are as if never taken.

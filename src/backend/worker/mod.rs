@@ -26,18 +26,37 @@ use tracing::{debug, error, warn};
 use super::counters::RingCounters;
 use super::device::Dropped;
 use super::iommu::{InUse, logged};
-use super::post::{End, Left, Post};
 use super::session::{Logging, Setup};
 use super::tracker::{Found, Tracker};
-use super::workers::Order;
-use super::{BackendError, Queue, Request};
+use super::{BackendError, Notifier, Queue, Request};
 use crate::abi::bit;
 use crate::abi::virtio::VIRTIO_F_IN_ORDER;
 use crate::ring::{DeviceRing, RingError, RingLog};
 use in_order::InOrder;
 
+pub(super) use ending::{End, Left};
+
 /// How often a ring without a kick is looked at, in milliseconds.
 const POLL_EVERY_MS: u8 = 1;
+
+/// What a session wants of a ring; it is told `done` when that is so.
+pub(super) enum Order {
+    Logging(Logging, Sender<()>),
+    Invalidate(RangeInclusive<u64>, Sender<()>),
+    Notifiers {
+        call: Option<Arc<Notifier>>,
+        error: Option<Arc<Notifier>>,
+        done: Sender<()>,
+    },
+    /// Take no more requests, or take them again.
+    Hold(bool, Sender<()>),
+    /// Finish, and publish what is finished.
+    Stop,
+    /// Finish only what can't be left to a successor (rule I8).
+    Suspend,
+    /// Finish, and keep it.
+    Abandon,
+}
 
 /// What a ring's thread works with.
 pub(super) struct Worker {
@@ -74,13 +93,14 @@ pub(super) struct Worker {
 
 impl Worker {
     pub(super) fn new(
-        post: &Post,
+        index: u16,
+        inbox: Receiver<Order>,
+        wake: Arc<EventFd>,
         ring: DeviceRing,
         queue: Box<dyn Queue>,
         setup: Setup,
         in_use: Option<InUse>,
     ) -> Worker {
-        let (index, inbox, wake) = (post.index, post.inbox.clone(), post.wake.clone());
         // A packed ring's driver may choose any id.
         let heads = if let DeviceRing::Split(_) = ring { setup.layout.size().into() } else { 1 << 16 };
         let busy = vec![false; heads];
