@@ -522,6 +522,7 @@ fn wrong_arguments_exit_with_2_and_say_what_is_right() {
         (&["guest", "--backend", "b", "--control", "c", "--incoming", "x"], "tcp:"),
         (&["backend", "blk", "--socket", "s"], "--image"),
         (&["inspect", "inflight", "f", "--used", "1"], "QUEUE:INDEX"),
+        (&["backend", "blk", "--socket", "s", "--image", "i", "--iommu", "--postcopy"], "cannot be used with"),
         (&["fly"], "Usage"),
     ] {
         let output = run(arguments);

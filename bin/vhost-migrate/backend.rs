@@ -90,8 +90,8 @@ struct Blk {
     #[arg(long)]
     share_rw: bool,
     /// Offer postcopy: a migrated guest runs before its memory has arrived. Front-ends then can't add memory in slots, so
-    /// there are at most 8 regions. Needs root, or vm.unprivileged_userfaultfd=1
-    #[arg(long)]
+    /// there are at most 8 regions. Needs root, or vm.unprivileged_userfaultfd=1; not together with --iommu
+    #[arg(long, conflicts_with = "iommu")]
     postcopy: bool,
     #[command(flatten)]
     seccomp: Seccomp,

@@ -300,6 +300,24 @@ fn postcopy_in_another_order_is_refused_and_the_back_end_goes_on() {
     serves(&server);
 }
 
+/// A ring in scattered pages is mapped once more, where nobody waits for pages.
+#[test]
+fn postcopy_is_not_offered_to_drivers_behind_an_iommu() {
+    let server = server(|options| options.iommu = true);
+    let client = server.connect();
+    let offered = client.ask_number(Code::GET_PROTOCOL_FEATURES);
+    assert_eq!(offered & bit(protocol_feature::PAGEFAULT), 0);
+    assert_ne!(offered & bit(protocol_feature::CONFIGURE_MEM_SLOTS), 0, "there is nothing in their way");
+    client.tell(Code::SET_PROTOCOL_FEATURES, &offered);
+    client.barrier();
+    let pagefault = offered | bit(protocol_feature::PAGEFAULT);
+    assert_ne!(client.acknowledged(Code::SET_PROTOCOL_FEATURES, pagefault.as_bytes(), &[]), 0);
+    client.send(Code::POSTCOPY_ADVISE, VERSION, &[], &[]);
+    assert!(client.is_closed(), "an answer to a request that does not exist here");
+    drop(client);
+    serves(&server);
+}
+
 #[test]
 fn a_disk_works_in_huge_pages_that_arrive_when_they_are_touched() {
     const POOL: &str = "/proc/sys/vm/nr_hugepages";

@@ -60,8 +60,8 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(i64::from(MIN_MTU)..))]
     mtu: Option<u16>,
     /// Offer postcopy: a migrated guest runs before its memory has arrived. Front-ends then can't add memory in slots, so
-    /// there are at most 8 regions. Needs root, or vm.unprivileged_userfaultfd=1
-    #[arg(long)]
+    /// there are at most 8 regions. Needs root, or vm.unprivileged_userfaultfd=1; not together with --iommu
+    #[arg(long, conflicts_with = "iommu")]
     postcopy: bool,
     #[command(flatten)]
     seccomp: Seccomp,

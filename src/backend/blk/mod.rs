@@ -77,7 +77,7 @@ pub struct DiskOptions {
     pub iommu: bool,
     /// Whether other processes may write the image at the same time: it is not locked then.
     pub share_rw: bool,
-    /// Whether to offer postcopy, and for it no memory slots (rule P1).
+    /// Whether to offer postcopy, and for it no memory slots (rule P1). Not together with `iommu`, which counts more.
     pub postcopy: bool,
 }
 

@@ -328,6 +328,10 @@ impl Session {
         if self.device.state_kind().is_some() {
             offered = offered & !bit(protocol_feature::STATUS) | bit(protocol_feature::DEVICE_STATE);
         }
+        if self.device.features() & bit(VIRTIO_F_ACCESS_PLATFORM) != 0 {
+            // Rings in scattered pages are mapped once more, where nobody waits for pages (rules P1, T4).
+            offered &= !bit(protocol_feature::PAGEFAULT);
+        }
         if offered & bit(protocol_feature::PAGEFAULT) != 0 {
             // Front-ends do not speak both (rule M1).
             offered &= !bit(protocol_feature::CONFIGURE_MEM_SLOTS);
