@@ -2,7 +2,7 @@
 //!
 //! Per request, in batches, on split and on packed rings: the device's side alone (the driver's is outside the clock), for
 //! requests of one descriptor, of a chain and of an indirect table, with and without inflight tracking and with the ring
-//! logged. Recovery: a queue of 1024 entries, half of them in flight.
+//! logged; behind an IOMMU with a translation for each page, all of which are known. Recovery: a queue of 1024 entries, half of them in flight.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use std::hint::black_box;
@@ -15,8 +15,8 @@ use vhost_migrate::abi::bit;
 use vhost_migrate::abi::virtio::{PackedDesc, VIRTIO_F_RING_PACKED, VIRTIO_RING_F_INDIRECT_DESC};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::inflight::{Kind, PackedInflight, Region as Inflight, SplitInflight, recover, recover_packed};
-use vhost_migrate::memory::{Memory, Region, sealed_memfd};
-use vhost_migrate::ring::{Buffer, Chain, DeviceRing, DriverRing, RingBase, RingLayout, RingLog};
+use vhost_migrate::memory::{Access, Iotlb, LOG_PAGE, Memory, Region, Window, sealed_memfd};
+use vhost_migrate::ring::{Buffer, Chain, DeviceRing, DriverRing, RingBase, RingIommu, RingLayout, RingLog};
 use zerocopy::FromZeros;
 
 const SIZE: u16 = 256;
@@ -25,13 +25,24 @@ const KINDS: [(&str, u64); 2] = [("split", 0), ("packed", bit(VIRTIO_F_RING_PACK
 /// Where indirect tables are.
 const TABLES: u64 = 0x2_0000;
 
-fn rings(kind: u64) -> (DriverRing, DeviceRing) {
+fn rings(kind: u64, translated: bool) -> (DriverRing, DeviceRing) {
     let fd = sealed_memfd("ring-bench", 1 << 20).unwrap();
     let memory = Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 1 << 20, 0, 0).unwrap())]).unwrap();
     let features = kind | bit(VIRTIO_RING_F_INDIRECT_DESC);
     let layout = RingLayout::new(features, SIZE, 0, 0x4000, 0x8000);
     let driver = DriverRing::new(&memory, layout, features).unwrap();
-    (driver, DeviceRing::new(&memory, layout, features, RingBase::start(features)).unwrap())
+    let start = RingBase::start(features);
+    if !translated {
+        return (driver, DeviceRing::new(&memory, layout, features, start).unwrap());
+    }
+    let iotlb = Arc::new(Iotlb::default());
+    (0..1 << 20).step_by(LOG_PAGE as usize).for_each(|at| iotlb.update(at, LOG_PAGE, at, 3).unwrap());
+    let sizes = RingLayout::area_bytes(features, SIZE);
+    let areas: Vec<_> = layout.areas().into_iter().zip(sizes).map(|(at, len)| (at, len, Access::ReadWrite)).collect();
+    let window = Arc::new(Window::open(&memory, &iotlb, &areas, None).unwrap());
+    let mut device = DeviceRing::new(window.memory(), layout, features, start).unwrap();
+    device.set_iommu(RingIommu { memory, iotlb, window });
+    (driver, device)
 }
 
 /// How requests are laid out.
@@ -40,9 +51,11 @@ struct Shape {
     /// Beside one that is read.
     writable: usize,
     indirect: bool,
+    /// Whether their addresses are translated, page by page.
+    translated: bool,
 }
 
-const CHAIN: Shape = Shape { writable: 2, indirect: false };
+const CHAIN: Shape = Shape { writable: 2, indirect: false, translated: false };
 
 enum Tracking {
     Off,
@@ -89,7 +102,7 @@ impl Tracking {
 
 /// The time the device spends on `requests` requests, in batches.
 fn serve(requests: u64, kind: u64, shape: Shape, tracking: &mut Tracking, log: Option<RingLog>) -> Duration {
-    let (mut driver, mut device) = rings(kind);
+    let (mut driver, mut device) = rings(kind, shape.translated);
     device.set_log(log);
     let buffer = Buffer { gpa: 0x1_0000, len: 4096 };
     let writable = [buffer; 2];
@@ -122,9 +135,12 @@ fn per_request(c: &mut Criterion) {
     let mut group = c.benchmark_group("request");
     group.throughput(Throughput::Elements(1));
     let shapes = [
-        ("one descriptor", Shape { writable: 0, indirect: false }),
+        ("one descriptor", Shape { writable: 0, ..CHAIN }),
         ("a chain of three", CHAIN),
         ("an indirect table of three", Shape { indirect: true, ..CHAIN }),
+        ("one descriptor behind an IOMMU", Shape { writable: 0, translated: true, ..CHAIN }),
+        ("a chain of three behind an IOMMU", Shape { translated: true, ..CHAIN }),
+        ("an indirect table of three behind an IOMMU", Shape { indirect: true, translated: true, ..CHAIN }),
     ];
     for (what, shape) in shapes {
         for (name, kind) in KINDS {
