@@ -126,7 +126,7 @@ impl Session {
             return self.memory_acknowledged(&message, rings).map_or_else(Step::Close, |()| Step::Silence);
         }
         let asked = message.flags & Header::FLAG_NEED_REPLY != 0;
-        let outcome = self.handle(message, asked && self.speaks(protocol_feature::REPLY_ACK), rings);
+        let outcome = self.handle(message, rings);
         // Asked afterwards: the message that switches acknowledgements on may want the first one (rule F4).
         let acknowledge = asked && self.speaks(protocol_feature::REPLY_ACK);
         counters::message(code, outcome.is_err());
@@ -178,12 +178,7 @@ impl Session {
         }
     }
 
-    fn handle(
-        &mut self,
-        mut message: Message,
-        acknowledge: bool,
-        rings: &mut dyn Rings,
-    ) -> Result<Option<Reply>, BackendError> {
+    fn handle(&mut self, mut message: Message, rings: &mut dyn Rings) -> Result<Option<Reply>, BackendError> {
         let code = message.code;
         if message.flags & Header::FLAG_REPLY != 0 {
             return Err(BackendError::UnexpectedReply { code });
@@ -243,9 +238,8 @@ impl Session {
             Code::SET_LOG_BASE => {
                 let description = message.body()?;
                 self.set_log_base(&description, &message.only_fd()?, rings)?;
-                // The answer that every front-end takes (rule F7).
-                let own = self.speaks(protocol_feature::LOG_SHMFD) && !acknowledge;
-                return Ok(own.then(|| Reply::new(code, &description)));
+                // The answer that every front-end takes (rule F7), asked for a number or not.
+                return Ok(self.speaks(protocol_feature::LOG_SHMFD).then(|| Reply::new(code, &description)));
             }
             Code::SET_LOG_FD => {
                 // No fd takes the last one back (rule L12).
