@@ -128,8 +128,7 @@ fn acknowledgements(bench: &mut Bench) -> Result<Outcome, Fault> {
     let index = 0u64.as_bytes();
     let size = VringState { index: 0, num: rig.ring.layout.size().into() };
     let (base, addr) = (VringState { index: 0, num: 0 }, VringAddr { index: 0, ..rig.addr(&rig.ring, None) });
-    let messages: [(Code, &[u8], Vec<_>); 9] = [
-        (Code::SET_OWNER, &[], vec![]),
+    let messages: [(Code, &[u8], Vec<_>); 8] = [
         (Code::SET_FEATURES, rig.features.as_bytes(), vec![]),
         (Code::SET_MEM_TABLE, &rig.table(), rig.fds()),
         (Code::SET_VRING_CALL, index, vec![rig.ring.call.as_fd()]),

@@ -141,13 +141,13 @@ fn reset_owner(bench: &mut Bench) -> Result<Outcome, Fault> {
     rig.load(4, Size::Mixed)?;
     rig.link.send(Code::RESET_OWNER, Header::FLAG_VERSION, &[], &[])?;
     rig.link.barrier()?;
+    rig.hello()?;
     again(&mut rig)?;
     Ok(Outcome::kept("the same connection serves rings that are started again"))
 }
 
 /// Starts over on the same connection, where the rings are, and has whatever waits served, and more.
 fn again(rig: &mut Rig) -> Result<(), Fault> {
-    rig.hello()?;
     rig.send_memory()?;
     // A reset need not stop them.
     rig.stop()?;
@@ -174,6 +174,8 @@ fn reset(bench: &mut Bench, send: impl FnOnce(&Rig) -> Result<(), Fault>) -> Res
     send(&rig)?;
     rig.link.barrier()?;
     let rested = rests(&mut rig)?;
+    // The owner is still the same.
+    rig.agree()?;
     again(&mut rig)?;
     Ok(match rested {
         Ok(_) => Outcome::kept("4 requests waited; they were served when the rings were started again"),

@@ -189,7 +189,15 @@ impl Rig {
     /// Owner, protocol features and features, on a new connection.
     pub(super) fn hello(&self) -> Result<(), Fault> {
         self.link.send(Code::SET_OWNER, Header::FLAG_VERSION, &[], &[])?;
+        self.agree()
+    }
+
+    /// The same of a back-end that has its owner.
+    pub(super) fn agree(&self) -> Result<(), Fault> {
+        // Every front-end asks, on each connection; rust-vmm's back-end acknowledges nothing to one that did not.
+        self.link.ask_number(Code::GET_FEATURES)?;
         if self.offer.has(VHOST_USER_F_PROTOCOL_FEATURES) {
+            self.link.ask_number(Code::GET_PROTOCOL_FEATURES)?;
             let agreed = self.offer.protocol & PROTOCOL;
             self.link.send(Code::SET_PROTOCOL_FEATURES, Header::FLAG_VERSION, agreed.as_bytes(), &[])?;
         }
