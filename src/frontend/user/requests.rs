@@ -54,9 +54,11 @@ impl UserDevice {
     /// [`FrontendError::Refused`]; the channel's errors.
     pub fn signal_log(&mut self, signal: Option<BorrowedFd<'_>>) -> Result<(), FrontendError> {
         let kept = signal.map(|fd| fd.try_clone_to_owned()).transpose();
-        self.log_signal = kept.map_err(FrontendError::system("keep the log's signal"))?;
-        self.post_log_signal()?;
-        self.channel.settle()
+        let kept = kept.map_err(FrontendError::system("keep the log's signal"))?;
+        let before = std::mem::replace(&mut self.log_signal, kept);
+        let done = self.post_log_signal().and_then(|()| self.channel.settle());
+        // Back-ends that don't know it hang up: connecting again must not bring it up again.
+        done.inspect_err(|_| self.log_signal = before)
     }
 
     /// Posts the signal that is noted.
