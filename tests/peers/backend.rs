@@ -1,4 +1,4 @@
-//! vhost-user-blk back-ends as processes: ours, and `qemu-storage-daemon` to show what the tests notice.
+//! vhost-user-blk back-ends as processes: ours, `qemu-storage-daemon` to show what the tests notice, and rust-vmm's crates.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,6 +20,8 @@ pub(crate) enum Kind {
     OursIommu,
     /// `qemu-storage-daemon`; with a limit in bytes per second its requests stay in flight for long.
     StorageDaemon { bytes_per_second: Option<u64> },
+    /// `examples/rust_vmm_disk.rs`, which has two queues.
+    RustVmm,
 }
 
 /// A back-end on a socket, restartable at the same place.
@@ -121,11 +123,23 @@ fn spawn(kind: Kind, socket: &Path, image: &Path, output: &Path, queues: u16) ->
             );
             Process::start("qemu-storage-daemon", "qemu-storage-daemon", &words(&args), output)
         }
+        Kind::RustVmm => {
+            let program = example("rust_vmm_disk");
+            Process::start("rust_vmm_disk", &program, &words(&format!("{socket} {image}")), output)
+        }
     }
 }
 
 /// A blank that does not end an argument.
 pub(crate) const NO_BREAK: &str = "\u{a0}";
+
+/// An example as a program, which `cargo test` builds beside the tests.
+pub(crate) fn example(name: &str) -> String {
+    let here = std::env::current_exe().unwrap();
+    let path = here.parent().unwrap().parent().unwrap().join("examples").join(name);
+    assert!(path.exists(), "build it first: cargo build --example {name}");
+    path.into_os_string().into_string().unwrap()
+}
 
 /// Splits arguments at blanks; paths of a [`Lab`] have none.
 pub(crate) fn words(line: &str) -> Vec<String> {

@@ -1,5 +1,5 @@
-//! What `check` says of `qemu-storage-daemon`, of DPDK, and of our own network interface on a tap, whose frames come from the
-//! host. `docs/check.md` explains each finding. Needs root, for the tap.
+//! What `check` says of `qemu-storage-daemon`, of a disk made of rust-vmm's crates, of DPDK, and of our own network interface on a
+//! tap, whose frames come from the host. `docs/check.md` explains each finding. Needs root, for the tap.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -40,6 +40,46 @@ fn the_storage_daemon_breaks_what_the_documentation_says_and_nothing_else() {
     // It is dead by now (rule L6); of that the report speaks too.
     let death = report.findings.iter().find(|finding| finding.rule == "R9" && finding.verdict == Verdict::Broken);
     assert!(death.unwrap().seen.contains("L6"), "{report}");
+}
+
+#[test]
+fn a_disk_of_rust_vmms_crates_breaks_what_the_documentation_says_and_nothing_else() {
+    let lab = Lab::new();
+    let image = lab.disk();
+    File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
+    let backend = Backend::start(&lab, Kind::RustVmm, "rust-vmm", &image, 2);
+    let options = Options { timeout: Duration::from_secs(5), write: true, ..Options::default() };
+    let report = check(backend.socket(), &options).unwrap();
+    let of = |verdict| {
+        let findings = report.findings.iter().filter(move |finding| finding.verdict == verdict);
+        findings.map(|finding| (finding.rule, finding.what)).collect::<BTreeSet<_>>()
+    };
+    let expected = [
+        ("F1", "header and payload may come in separate segments"),
+        ("F5", "an unknown request with need-reply is refused and the connection goes on"),
+        ("F5", "an unknown request without need-reply is passed over"),
+        ("F6", "a memory table with room for more regions than it has is taken"),
+        ("R10", "what was completed without a call fd is notified over the next"),
+        ("L3", "the used ring is marked at log_guest_addr, wherever that is"),
+        ("L3", "the avail event word is marked at log_guest_addr"),
+        ("L6", "writes outside a log that is too small are survived"),
+        ("L7", "nothing is marked before logging is on, nor after it is off"),
+        ("L9", "a repeated memory table under load: no page is lost"),
+        ("L12", "SET_LOG_FD is signalled after logging, and only then"),
+        ("M1", "a region is added and removed while requests run, and what lands in it is marked"),
+    ];
+    assert_eq!(of(Verdict::Broken), BTreeSet::from(expected), "{report}");
+    assert_eq!(of(Verdict::Warning), BTreeSet::from([("L3", "data follows LOG_ALL, the used ring follows F_LOG")]));
+    let rules = report.rules();
+    let absent: BTreeSet<_> = rules.iter().filter(|(_, v)| **v == Verdict::NotOffered).map(|(rule, _)| *rule).collect();
+    assert_eq!(absent, BTreeSet::from(["I1", "I2", "I3", "I5", "I6", "I7", "I8", "L4", "L15"]), "{report}");
+    for rule in ["F2", "F3", "F4", "F7", "F8", "C1", "R1", "R2", "R3", "R4", "R5", "R6", "R7", "R8", "R9"] {
+        assert_eq!(rules.get(rule), Some(&Verdict::Kept), "{rule}\n{report}");
+    }
+    for rule in ["L1", "L2", "L8", "L10", "L11"] {
+        assert_eq!(rules.get(rule), Some(&Verdict::Kept), "{rule}\n{report}");
+    }
+    assert!(std::fs::read(&image).unwrap().iter().all(|byte| *byte == 0));
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! Programs that are not ours, driven against ours: QEMU without a guest, QEMU with a real Linux guest, User-mode Linux, DPDK,
-//! `qemu-storage-daemon`, and block devices of the kernel.
+//! `qemu-storage-daemon`, rust-vmm's crates, and block devices of the kernel.
 //! Needs the cargo feature `peers` and what `tests/peers/install` installs; a missing peer is a failure, never a skip.
 //! The laboratory (processes, QMP, qtest, driver, proxy) is in the modules without tests; `guest_free`, `log_bitmap`, `linux_guest`, `dpdk`,
 //! `linux_net`, `linux_iommu` and `uml` hold the promises.
@@ -12,6 +12,7 @@
 mod backend;
 mod check;
 mod device_state;
+mod disk_driver;
 mod dpdk;
 mod guest_free;
 mod hugetlb;
@@ -31,5 +32,7 @@ mod qsd;
 mod qtest;
 mod qtest_blk;
 mod ram;
+mod rust_vmm;
+mod rust_vmm_disk;
 mod testpmd;
 mod uml;

@@ -1,0 +1,169 @@
+//! A disk out of a file, made of rust-vmm's crates: `vhost-user-backend` for the protocol and `virtio-queue` for the rings, used as
+//! their documentation has it. `cargo run --example rust_vmm_disk -- SOCKET IMAGE`
+//!
+//! Nothing of it is ours: it is here to be driven, migrated, killed and checked as other people's devices are. What it breaks, and
+//! why, is in `docs/check.md`. A disk that keeps all the rules is `file_disk.rs`.
+
+use std::error::Error;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use vhost::vhost_user::Listener;
+use vhost::vhost_user::message::{VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures as Transport};
+use vhost_user_backend::bitmap::BitmapMmapRegion;
+use vhost_user_backend::{VhostUserBackend, VhostUserDaemon, VringMutex, VringT};
+use virtio_bindings::virtio_blk::*;
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT, Reader, Writer};
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap, Le32, Le64};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
+
+/// Guest memory whose bitmap is the front-end's log, as soon as there is one.
+type Ram = GuestMemoryMmap<BitmapMmapRegion>;
+type Memory = GuestMemoryAtomic<Ram>;
+
+const QUEUES: u16 = 2;
+const SECTOR: u64 = 512;
+
+struct Disk {
+    image: File,
+    memory: Memory,
+}
+
+impl Disk {
+    fn bytes(&self) -> u64 {
+        self.image.metadata().map_or(0, |metadata| metadata.len())
+    }
+
+    /// Serves one request; how many bytes it has written.
+    fn serve(&self, memory: &Ram, chain: DescriptorChain<GuestMemoryLoadGuard<Ram>>) -> Result<u32, Box<dyn Error>> {
+        let (mut reader, mut writer) = (chain.clone().reader(memory)?, chain.writer(memory)?);
+        let mut status = writer.split_at(writer.available_bytes().saturating_sub(1))?;
+        let done = self.transfer(&mut reader, &mut writer);
+        status.write_obj(if done.is_ok() { VIRTIO_BLK_S_OK } else { VIRTIO_BLK_S_IOERR } as u8)?;
+        Ok((writer.bytes_written() + status.bytes_written()) as u32)
+    }
+
+    fn transfer<B: BitmapSlice>(&self, reader: &mut Reader<B>, writer: &mut Writer<B>) -> io::Result<()> {
+        let (kind, _, sector): (Le32, Le32, Le64) = (reader.read_obj()?, reader.read_obj()?, reader.read_obj()?);
+        let len = reader.available_bytes() + writer.available_bytes();
+        let at = u64::from(sector).checked_mul(SECTOR).ok_or(io::ErrorKind::InvalidInput)?;
+        if at.checked_add(len as u64).is_none_or(|end| end > self.bytes()) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let mut bytes = vec![0; len];
+        match u32::from(kind) {
+            VIRTIO_BLK_T_IN => {
+                self.image.read_exact_at(&mut bytes, at)?;
+                writer.write_all(&bytes)
+            }
+            VIRTIO_BLK_T_OUT => {
+                reader.read_exact(&mut bytes)?;
+                self.image.write_all_at(&bytes, at)
+            }
+            VIRTIO_BLK_T_FLUSH => self.image.sync_data(),
+            _ => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+}
+
+impl VhostUserBackend for Disk {
+    type Bitmap = BitmapMmapRegion;
+    type Vring = VringMutex<Memory>;
+
+    fn num_queues(&self) -> usize {
+        QUEUES.into()
+    }
+
+    fn max_queue_size(&self) -> usize {
+        1024
+    }
+
+    fn queues_per_thread(&self) -> Vec<u64> {
+        (0..QUEUES).map(|queue| 1 << queue).collect()
+    }
+
+    fn features(&self) -> u64 {
+        let bits = [
+            VIRTIO_F_VERSION_1,
+            VIRTIO_RING_F_EVENT_IDX,
+            VIRTIO_RING_F_INDIRECT_DESC,
+            VIRTIO_BLK_F_FLUSH,
+            VIRTIO_BLK_F_MQ,
+        ];
+        let transport = Transport::LOG_ALL | Transport::PROTOCOL_FEATURES;
+        bits.into_iter().fold(transport.bits(), |all, bit| all | 1 << bit)
+    }
+
+    fn protocol_features(&self) -> Protocol {
+        Protocol::MQ
+            | Protocol::LOG_SHMFD
+            | Protocol::REPLY_ACK
+            | Protocol::CONFIG
+            | Protocol::RESET_DEVICE
+            | Protocol::CONFIGURE_MEM_SLOTS
+    }
+
+    fn set_event_idx(&self, _enabled: bool) {} // the queue knows
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        let mut config = [0; size_of::<virtio_blk_config>()];
+        config[..8].copy_from_slice(&(self.bytes() / SECTOR).to_le_bytes());
+        let queues = std::mem::offset_of!(virtio_blk_config, num_queues);
+        config[queues..][..2].copy_from_slice(&QUEUES.to_le_bytes());
+        let part = config.iter().chain(std::iter::repeat(&0)).skip(offset as usize);
+        part.take(size as usize).copied().collect()
+    }
+
+    fn update_memory(&self, _memory: Memory) -> io::Result<()> {
+        Ok(()) // it is the one that the daemon was given, with other contents
+    }
+
+    fn handle_event(&self, queue: u16, _: EventSet, vrings: &[Self::Vring], _thread: usize) -> io::Result<()> {
+        let memory = self.memory.memory();
+        // Held until nothing is left to do, so GET_VRING_BASE has to wait for that.
+        let Some(mut vring) = vrings.get(usize::from(queue)).map(VringT::get_mut) else { return Ok(()) };
+        // The event may have been on its way when the ring was stopped.
+        while vring.is_enabled() && vring.get_queue().ready() {
+            vring.disable_notification().map_err(io::Error::other)?;
+            while let Some(chain) = vring.get_queue_mut().iter(memory.clone()).map_err(io::Error::other)?.next() {
+                let head = chain.head_index();
+                let written = self.serve(&memory, chain).unwrap_or(0);
+                vring.add_used(head, written).map_err(io::Error::other)?;
+                if vring.needs_notification().map_err(io::Error::other)? {
+                    vring.signal_used_queue()?;
+                }
+            }
+            if !vring.enable_notification().map_err(io::Error::other)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
+        new_event_consumer_and_notifier(EventFlag::CLOEXEC).ok()
+    }
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let arguments: Vec<String> = std::env::args().collect();
+    let [_, socket, image] = &arguments[..] else { return Err("usage: rust_vmm_disk SOCKET IMAGE".into()) };
+    let mut listener = Listener::new(socket, true)?;
+    loop {
+        // A daemon serves one connection and keeps what that has left: the next front-end gets a new one.
+        let image = File::options().read(true).write(true).open(image)?;
+        let memory = Memory::new(Ram::new());
+        let disk = Arc::new(Disk { image, memory: memory.clone() });
+        let mut daemon = VhostUserDaemon::new("disk".into(), disk, memory).map_err(|error| error.to_string())?;
+        daemon.start(&mut listener).map_err(|error| error.to_string())?;
+        if let Err(error) = daemon.wait() {
+            eprintln!("{error}");
+        }
+    }
+}

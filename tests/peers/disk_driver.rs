@@ -1,0 +1,138 @@
+//! A disk's driver on one ring, for tests that are front-ends themselves: requests of 8 KiB, and the pages that each of them makes the
+//! device write. Its memory is two regions, and the ring lies in both.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::eventfd::EventFd;
+use vhost_migrate::abi::virtio::{BlkRequestHeader, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
+use vhost_migrate::dirty::{Log, PageSet};
+use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::ring::{Buffer, DriverRing, RingLayout};
+use zerocopy::IntoBytes;
+use zerocopy::little_endian::{U32, U64};
+
+use crate::process::DEADLINE;
+
+pub(crate) const HIGH: u64 = 4 << 30;
+pub(crate) const REGION: u64 = 4 << 20;
+pub(crate) const SIZE: u16 = 64;
+/// Where tests have data read to.
+pub(crate) const DATA: u64 = 0x100000;
+const HEADERS: u64 = 0x10000;
+const STATUSES: u64 = HIGH + 0x11000;
+const BYTES: u64 = 8192;
+
+pub(crate) struct DiskDriver {
+    pub(crate) memory: Memory,
+    pub(crate) layout: RingLayout,
+    pub(crate) kick: Arc<OwnedFd>,
+    pub(crate) call: Arc<OwnedFd>,
+    ring: DriverRing,
+    completed: u64,
+}
+
+impl DiskDriver {
+    /// An empty ring in memory of its own. `features` are those that were acknowledged.
+    pub(crate) fn new(features: u64) -> DiskDriver {
+        let eventfd = || OwnedFd::from(EventFd::new().unwrap());
+        DiskDriver::with_fds(features, eventfd(), eventfd())
+    }
+
+    /// The same with eventfds that are there already.
+    pub(crate) fn with_fds(features: u64, kick: OwnedFd, call: OwnedFd) -> DiskDriver {
+        let memory = Memory::new([region(0), region(HIGH)]).unwrap();
+        let layout = RingLayout::new(features, SIZE, 0x1000, 0x2000, HIGH + 0x3000);
+        let ring = DriverRing::new(&memory, layout, features).unwrap();
+        DiskDriver { memory, layout, kick: Arc::new(kick), call: Arc::new(call), ring, completed: 0 }
+    }
+
+    /// Makes a request at `sector` available, with its data at `gpa`.
+    pub(crate) fn submit(&mut self, kind: u32, sector: u64, gpa: u64) -> u16 {
+        let slot = u64::from(self.ring.outstanding());
+        let (header, status) = (HEADERS + 16 * slot, STATUSES + slot);
+        let head = BlkRequestHeader { request_type: U32::new(kind), ioprio: U32::ZERO, sector: U64::new(sector) };
+        self.memory.write(header, head.as_bytes()).unwrap();
+        self.memory.write(status, &[0xff]).unwrap();
+        let (header, data) = (Buffer { gpa: header, len: 16 }, Buffer { gpa, len: BYTES as u32 });
+        let status = Buffer { gpa: status, len: 1 };
+        let added = match kind {
+            VIRTIO_BLK_T_OUT => self.ring.add(&[header, data], &[status], None),
+            _ => self.ring.add(&[header], &[data, status], None),
+        };
+        let head = added.unwrap().unwrap();
+        if self.ring.publish() {
+            nix::unistd::write(&self.kick, &1u64.to_ne_bytes()).unwrap();
+        }
+        head
+    }
+
+    /// Waits until nothing is outstanding.
+    pub(crate) fn drain(&mut self) {
+        let slots = u64::from(self.ring.outstanding());
+        while self.ring.outstanding() > 0 {
+            if self.ring.pop_used().unwrap().is_some() {
+                self.completed += 1;
+                continue;
+            }
+            if self.ring.enable_notifications() {
+                continue;
+            }
+            let mut ready = [PollFd::new(self.call.as_fd(), PollFlags::POLLIN)];
+            let millis = u16::try_from(DEADLINE.as_millis()).unwrap();
+            assert_eq!(poll(&mut ready, millis), Ok(1), "{} requests without an answer", self.ring.outstanding());
+            nix::unistd::read(&self.call, &mut [0; 8]).unwrap();
+        }
+        for slot in 0..slots {
+            let mut status = [0xff];
+            self.memory.read(STATUSES + slot, &mut status).unwrap();
+            assert_eq!(status, [VIRTIO_BLK_S_OK]);
+        }
+    }
+
+    pub(crate) fn write(&mut self, sector: u64, fill: u8) {
+        self.memory.write(DATA, &[fill; BYTES as usize]).unwrap();
+        self.submit(VIRTIO_BLK_T_OUT, sector, DATA);
+        self.drain();
+    }
+
+    /// Reads into `gpa` and returns the pages that the device has to have marked, if the ring is split.
+    pub(crate) fn read(&mut self, sector: u64, gpa: u64, expected: u8) -> Vec<u64> {
+        let [_, _, used] = self.layout.areas();
+        let element = used + 4 + 8 * (self.completed % u64::from(SIZE));
+        self.submit(VIRTIO_BLK_T_IN, sector, gpa);
+        self.drain();
+        self.holds(gpa, expected);
+        let data = (gpa / LOG_PAGE..).take_while(|page| page * LOG_PAGE < gpa + BYTES);
+        let mut pages: Vec<u64> = data.chain([STATUSES, element, used + 2].map(|at| at / LOG_PAGE)).collect();
+        pages.sort();
+        pages.dedup();
+        pages
+    }
+
+    /// Whether the last read brought what was written.
+    pub(crate) fn holds(&self, gpa: u64, expected: u8) {
+        let mut data = [!expected; BYTES as usize];
+        self.memory.read(gpa, &mut data).unwrap();
+        assert!(data.iter().all(|byte| *byte == expected));
+    }
+
+    /// A log for its memory.
+    pub(crate) fn new_log(&self) -> (Arc<Log>, OwnedFd) {
+        let (log, fd) = Log::create(self.memory.end()).unwrap();
+        (Arc::new(log), fd)
+    }
+}
+
+/// A region that can be shared.
+pub(crate) fn region(gpa: u64) -> Arc<Region> {
+    Arc::new(Region::share(sealed_memfd("guest", REGION).unwrap(), gpa, REGION, 0).unwrap())
+}
+
+/// The pages that are marked; then they are not any more.
+pub(crate) fn harvest(log: &Log) -> Vec<u64> {
+    let mut pages = PageSet::new(log.pages());
+    log.harvest(&mut pages);
+    pages.runs().flatten().collect()
+}

@@ -1,0 +1,364 @@
+//! rust-vmm's front-end, the `vhost` crate's, drives our back-ends: a disk started, stopped, logged, killed and taken up again, memory
+//! that comes and goes, news over the back-end channel, device state, postcopy.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread;
+
+use vhost::vhost_user::message::{
+    FrontendReq, VhostTransferStateDirection as Direction, VhostTransferStatePhase as Phase, VhostUserConfigFlags,
+    VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures as Protocol,
+};
+use vhost::vhost_user::{Frontend, FrontendReqHandler, HandlerResult, VhostUserFrontend, VhostUserFrontendReqHandler};
+use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::vhost_user::{VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VHOST_VRING_F_LOG};
+use vhost_migrate::abi::virtio::{
+    SECTOR_BYTES, VIRTIO_BLK_T_IN, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX,
+};
+use vhost_migrate::dirty::Log;
+use vhost_migrate::memory::{Memory, Region};
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use crate::backend::{Backend, Kind};
+use crate::disk_driver::{DATA, DiskDriver, HIGH, REGION, SIZE, harvest, region};
+use crate::linux_net;
+use crate::process::{DEADLINE, Lab};
+
+const IMAGE_BYTES: u64 = 8 << 20;
+const SPLIT: u64 = bit(VIRTIO_F_VERSION_1) | bit(VIRTIO_RING_F_EVENT_IDX) | bit(VHOST_USER_F_PROTOCOL_FEATURES);
+const PACKED: u64 = SPLIT | bit(VIRTIO_F_RING_PACKED);
+/// What the tests agree on, of what is offered.
+const USED: Protocol = Protocol::from_bits_truncate(
+    Protocol::MQ.bits()
+        | Protocol::LOG_SHMFD.bits()
+        | Protocol::REPLY_ACK.bits()
+        | Protocol::BACKEND_REQ.bits()
+        | Protocol::CONFIG.bits()
+        | Protocol::PAGEFAULT.bits()
+        | Protocol::INFLIGHT_SHMFD.bits()
+        | Protocol::RESET_DEVICE.bits()
+        | Protocol::CONFIGURE_MEM_SLOTS.bits()
+        | Protocol::DEVICE_STATE.bits(),
+);
+
+/// A connection on which features are agreed on, with or without an acknowledgement of every message.
+fn connect(socket: &Path, features: u64, need_reply: bool) -> Frontend {
+    let connection = UnixStream::connect(socket).unwrap();
+    // The crate waits for an answer as long as it takes: one that never comes shall fail the test, not stall it.
+    let late = connection.try_clone().unwrap();
+    thread::spawn(move || {
+        thread::sleep(DEADLINE);
+        let _ = late.shutdown(Shutdown::Both);
+    });
+    let mut frontend = Frontend::from_stream(connection, 1);
+    if need_reply {
+        frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    }
+    frontend.set_owner().unwrap();
+    assert_eq!(features & !frontend.get_features().unwrap(), 0);
+    let offered = frontend.get_protocol_features().unwrap();
+    frontend.set_protocol_features(offered & USED).unwrap();
+    frontend.set_features(features).unwrap();
+    frontend
+}
+
+fn describe(region: &Region) -> VhostUserMemoryRegionInfo {
+    let (fd, mmap_offset) = region.shared().unwrap();
+    VhostUserMemoryRegionInfo {
+        guest_phys_addr: region.gpa(),
+        memory_size: region.size(),
+        userspace_addr: region.user_addr(),
+        mmap_offset,
+        mmap_handle: fd.as_raw_fd(),
+    }
+}
+
+fn table(memory: &Memory) -> Vec<VhostUserMemoryRegionInfo> {
+    memory.regions().iter().map(|region| describe(region)).collect()
+}
+
+/// The eventfd of rust-vmm's type as one of the standard library's.
+fn share(eventfd: &EventFd) -> OwnedFd {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    ours.send_with_fd(&[0u8][..], eventfd.as_raw_fd()).unwrap();
+    theirs.recv_with_fd(&mut [0]).unwrap().1.unwrap().into()
+}
+
+fn eventfd() -> EventFd {
+    EventFd::new(0).unwrap()
+}
+
+/// One disk of ours, the front-end, and a driver of ring 0.
+struct Rig {
+    _lab: Lab,
+    backend: Backend,
+    image: PathBuf,
+    frontend: Frontend,
+    features: u64,
+    need_reply: bool,
+    inflight: (VhostUserInflight, File),
+    driver: DiskDriver,
+    kick: EventFd,
+    call: EventFd,
+}
+
+impl Rig {
+    fn new(kind: Kind, features: u64, need_reply: bool) -> Rig {
+        let lab = Lab::new();
+        let image = lab.disk();
+        File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
+        let backend = Backend::start(&lab, kind, "backend", &image, 2);
+        let mut frontend = connect(backend.socket(), features, need_reply);
+        assert_eq!(frontend.get_queue_num().unwrap(), 2);
+        let wish = VhostUserInflight { mmap_size: 0, mmap_offset: 0, num_queues: 2, queue_size: SIZE };
+        let inflight = frontend.get_inflight_fd(&wish).unwrap();
+        assert!(inflight.0.mmap_size > 0 && (inflight.0.num_queues, inflight.0.queue_size) == (2, SIZE));
+        let (kick, call) = (eventfd(), eventfd());
+        let driver = DiskDriver::with_fds(features, share(&kick), share(&call));
+        let mut rig = Rig { _lab: lab, backend, image, frontend, features, need_reply, inflight, driver, kick, call };
+        rig.install(0);
+        rig
+    }
+
+    /// Region, memory and ring for a back-end that knows nothing.
+    fn install(&mut self, base: u16) {
+        let (description, fd) = &self.inflight;
+        self.frontend.set_inflight_fd(description, fd.as_raw_fd()).unwrap();
+        self.frontend.set_mem_table(&table(&self.driver.memory)).unwrap();
+        self.start(base);
+    }
+
+    fn start(&mut self, base: u16) {
+        self.frontend.set_vring_num(0, SIZE).unwrap();
+        self.frontend.set_vring_base(0, base).unwrap();
+        self.addresses(false);
+        self.frontend.set_vring_call(0, &self.call).unwrap();
+        self.frontend.set_vring_err(0, &eventfd()).unwrap();
+        self.frontend.set_vring_kick(0, &self.kick).unwrap();
+        self.frontend.set_vring_enable(0, true).unwrap();
+    }
+
+    fn addresses(&self, logged: bool) {
+        let areas = self.driver.layout.areas();
+        let user = |gpa: u64| {
+            let region = self.driver.memory.regions().iter().rev().find(|region| region.gpa() <= gpa).unwrap();
+            region.user_addr() + gpa - region.gpa()
+        };
+        let [desc_table_addr, avail_ring_addr, used_ring_addr] = areas.map(user);
+        let addresses = VringConfigData {
+            queue_max_size: SIZE,
+            queue_size: SIZE,
+            flags: if logged { bit(VHOST_VRING_F_LOG) as u32 } else { 0 },
+            desc_table_addr,
+            used_ring_addr,
+            avail_ring_addr,
+            log_addr: logged.then_some(areas[2]),
+        };
+        self.frontend.set_vring_addr(0, &addresses).unwrap();
+    }
+
+    fn set_log(&self, log: &Log, fd: &OwnedFd) {
+        let (mmap_size, mmap_handle) = (log.size(), fd.as_raw_fd());
+        let region = VhostUserDirtyLogRegion { mmap_size, mmap_offset: 0, mmap_handle };
+        self.frontend.set_log_base(0, Some(region)).unwrap();
+    }
+
+    fn switch_log(&self, on: bool) {
+        self.frontend.set_features(self.features | if on { bit(VHOST_F_LOG_ALL) } else { 0 }).unwrap();
+        self.addresses(on);
+        self.settle();
+    }
+
+    /// Everything that was sent is done.
+    fn settle(&self) {
+        self.frontend.get_features().unwrap();
+    }
+
+    /// `kill -9`, a new back-end, and everything installed again. `base` is where the ring goes on.
+    fn crash(&mut self, meanwhile: impl FnOnce(&mut DiskDriver)) {
+        self.backend.kill();
+        meanwhile(&mut self.driver);
+        self.backend.restart();
+        self.frontend = connect(self.backend.socket(), self.features, self.need_reply);
+        // The inflight region knows more than any base (rules I3, I4).
+        self.install(0);
+    }
+
+    fn capacity(&mut self) -> u64 {
+        let (_, bytes) = self.frontend.get_config(0, 8, VhostUserConfigFlags::empty(), &[0; 8]).unwrap();
+        u64::from_le_bytes(bytes.try_into().unwrap()) * SECTOR_BYTES
+    }
+}
+
+#[test]
+fn it_drives_a_disk_and_starts_it_where_it_stopped() {
+    for (features, need_reply) in [(SPLIT, false), (SPLIT, true), (PACKED, false), (PACKED, true)] {
+        let mut rig = Rig::new(Kind::Ours, features, need_reply);
+        assert_eq!(rig.capacity(), IMAGE_BYTES);
+        let refused = rig.frontend.set_config(0, VhostUserConfigFlags::empty(), &[1; 8]);
+        assert_eq!(refused.is_err(), need_reply, "{refused:?}");
+        rig.driver.write(16, 0x5a);
+        rig.driver.read(16, DATA + 0x4000, 0x5a);
+        let base = rig.frontend.get_vring_base(0).unwrap();
+        assert_eq!(base & 0x7fff, if features == SPLIT { 2 } else { 6 }, "requests, or their descriptors");
+        rig.driver.submit(VIRTIO_BLK_T_IN, 16, DATA + 0x8000);
+        // It hands on 16 bits of a base: of a packed ring only half. The inflight region has both.
+        rig.start(base as u16);
+        rig.driver.drain();
+        rig.driver.holds(DATA + 0x8000, 0x5a);
+        assert!(fs::read(&rig.image).unwrap()[16 * 512..][..8192].iter().all(|byte| *byte == 0x5a));
+        rig.frontend.reset_device().unwrap();
+        rig.frontend.reset_owner().unwrap();
+        rig.settle();
+    }
+}
+
+#[test]
+fn the_log_that_it_gives_holds_what_the_disk_wrote_and_nothing_else() {
+    for need_reply in [false, true] {
+        let mut rig = Rig::new(Kind::Ours, SPLIT, need_reply);
+        rig.driver.write(0, 0x11);
+        let ((first, first_fd), (second, second_fd)) = (rig.driver.new_log(), rig.driver.new_log());
+        rig.set_log(&first, &first_fd);
+        rig.driver.read(0, DATA, 0x11);
+        assert_eq!(harvest(&first), [0; 0], "it has not switched logging on");
+        rig.switch_log(true);
+        let signal = eventfd();
+        rig.frontend.set_log_fd(signal.as_raw_fd()).unwrap();
+        rig.settle();
+        for gpa in [DATA + 0x4800, HIGH + 0x20000] {
+            let written = rig.driver.read(0, gpa, 0x11);
+            assert!(signal.read().unwrap() > 0);
+            assert_eq!(harvest(&first), written);
+        }
+        rig.set_log(&second, &second_fd);
+        let written = rig.driver.read(0, DATA + 0x8000, 0x11);
+        assert_eq!((harvest(&first), harvest(&second)), (Vec::new(), written));
+        rig.switch_log(false);
+        rig.driver.read(0, DATA + 0xc000, 0x11);
+        assert_eq!(harvest(&second), [0; 0]);
+    }
+}
+
+#[test]
+fn every_request_is_answered_once_however_often_the_disk_is_killed() {
+    const REQUESTS: u64 = 16;
+    for features in [SPLIT, PACKED] {
+        let mut rig = Rig::new(Kind::OursDirect, features, true);
+        rig.driver.write(0, 0x33);
+        let reads = |driver: &mut DiskDriver, from: u64| {
+            for number in from..from + REQUESTS / 2 {
+                let gpa = HIGH + 0x100000 + number * 8192;
+                driver.memory.write(gpa, &[0; 8192]).unwrap();
+                driver.submit(VIRTIO_BLK_T_IN, 0, gpa);
+            }
+        };
+        for _ in 0..10 {
+            // Some are in flight when it dies, or complete and not seen; others come while there is no back-end.
+            reads(&mut rig.driver, 0);
+            rig.crash(|driver| reads(driver, REQUESTS / 2));
+            rig.driver.drain();
+            (0..REQUESTS).for_each(|number| rig.driver.holds(HIGH + 0x100000 + number * 8192, 0x33));
+        }
+    }
+}
+
+#[test]
+fn memory_comes_and_goes_while_the_disk_works() {
+    let mut rig = Rig::new(Kind::Ours, SPLIT, true);
+    assert!(rig.frontend.get_max_mem_slots().unwrap() >= 509);
+    rig.driver.write(0, 0x44);
+    let (before, added) = (rig.driver.memory.clone(), region(2 * HIGH));
+    for _ in 0..3 {
+        rig.driver.memory = Memory::new(before.regions().iter().chain([&added]).cloned()).unwrap();
+        rig.frontend.add_mem_region(&describe(&added)).unwrap();
+        rig.driver.read(0, 2 * HIGH + REGION - 8192, 0x44);
+        rig.frontend.remove_mem_region(&describe(&added)).unwrap();
+        rig.driver.memory = before.clone();
+        rig.driver.read(0, DATA, 0x44);
+    }
+    rig.frontend.remove_mem_region(&describe(&added)).unwrap_err();
+    rig.driver.read(0, DATA, 0x44);
+}
+
+/// Counts what it is told.
+struct News(AtomicU64);
+
+impl VhostUserFrontendReqHandler for News {
+    fn handle_config_change(&self) -> HandlerResult<u64> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Ok(0)
+    }
+}
+
+#[test]
+fn it_hears_of_a_disk_that_has_grown() {
+    let mut rig = Rig::new(Kind::Ours, SPLIT, true);
+    let news = Arc::new(News(AtomicU64::new(0)));
+    let mut channel = FrontendReqHandler::new(news.clone()).unwrap();
+    channel.set_reply_ack_flag(true);
+    rig.frontend.set_backend_request_fd(&channel.get_tx_raw_fd()).unwrap();
+    let (heard, told) = mpsc::channel();
+    thread::spawn(move || while channel.handle_request().is_ok_and(|answer| heard.send(answer).is_ok()) {});
+    for times in 1..=3 {
+        let image = File::options().write(true).open(&rig.image).unwrap();
+        image.set_len(IMAGE_BYTES << times).unwrap();
+        rig.backend.look_again();
+        assert_eq!(told.recv_timeout(DEADLINE), Ok(0));
+        assert_eq!((news.0.load(Ordering::SeqCst), rig.capacity()), (times, IMAGE_BYTES << times));
+    }
+}
+
+#[test]
+fn it_moves_the_state_of_a_network_interface() {
+    let lab = Lab::new();
+    let names = ["source", "destination"];
+    let _backends = names.map(|name| linux_net::backend(&lab, name, "--loopback"));
+    let [source, destination] = names.map(|name| connect(&lab.file(&format!("{name}.sock")), SPLIT, true));
+
+    let (mut from, to) = std::io::pipe().unwrap();
+    assert!(source.set_device_state_fd(Direction::SAVE, Phase::STOPPED, to.into()).unwrap().is_none());
+    let mut state = Vec::new();
+    from.read_to_end(&mut state).unwrap();
+    source.check_device_state().unwrap();
+    assert!(!state.is_empty());
+
+    let load = |state: &[u8]| {
+        let (from, mut to) = std::io::pipe().unwrap();
+        assert!(destination.set_device_state_fd(Direction::LOAD, Phase::STOPPED, from.into()).unwrap().is_none());
+        to.write_all(state).unwrap();
+        drop(to);
+        destination.check_device_state()
+    };
+    let last = state.len() - 1;
+    let damaged: Vec<u8> = state.iter().enumerate().map(|(at, byte)| byte ^ u8::from(at == last)).collect();
+    load(&damaged).unwrap_err();
+    load(&state).unwrap();
+}
+
+#[test]
+fn its_postcopy_begins_and_ends_on_our_disk() {
+    let lab = Lab::new();
+    let image = lab.disk();
+    File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
+    let backend = Backend::start(&lab, Kind::OursPostcopy, "backend", &image, 1);
+    let mut frontend = connect(backend.socket(), SPLIT, true);
+    let driver = DiskDriver::new(SPLIT);
+    let userfault = frontend.postcopy_advise().unwrap();
+    assert!(userfault.as_raw_fd() >= 0);
+    frontend.postcopy_listen().unwrap();
+    let bases = frontend.set_mem_table(&table(&driver.memory)).unwrap().expect("addresses of the back-end's own");
+    assert!(bases.len() == 2 && bases[0] != bases[1] && !bases.contains(&0), "{bases:x?}");
+    frontend.postcopy_ack_mem_regions(FrontendReq::SET_MEM_TABLE).unwrap();
+    frontend.get_features().unwrap();
+    frontend.postcopy_end().unwrap();
+    frontend.get_features().unwrap();
+}

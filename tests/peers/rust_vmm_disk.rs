@@ -1,0 +1,206 @@
+//! A disk made of rust-vmm's crates, `examples/rust_vmm_disk.rs`, under our front-end and the built-in guest: what it does well, and what
+//! it is refused with because it can't do it.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::time::Instant;
+
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::vhost_user::{Request, protocol_feature};
+use vhost_migrate::dirty::Log;
+use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
+use vhost_migrate::guest::{Guest, GuestConfig, GuestError};
+use vhost_migrate::migrate::{GuestArrival, GuestMachine, Plan, Policy, migrate, receive};
+use vhost_migrate::stream::{Codec, Listener, Options, transport};
+
+use crate::backend::{Backend, Kind};
+use crate::disk_driver::{DATA, HIGH, harvest};
+use crate::process::{DEADLINE, Lab, wait_for};
+use crate::qsd::Rig;
+
+const MIB: u64 = 1 << 20;
+
+fn disk(lab: &Lab) -> PathBuf {
+    let image = lab.disk();
+    File::create(&image).unwrap().set_len(16 * MIB).unwrap();
+    image
+}
+
+fn device(backend: &Backend, options: UserOptions) -> Box<dyn Device> {
+    Box::new(UserDevice::connect(backend.socket(), options, Instant::now() + DEADLINE).unwrap())
+}
+
+fn config() -> GuestConfig {
+    GuestConfig { working_set: 2 * MIB, dirty_rate: 32 * MIB, disk_area: 4 * MIB, ..GuestConfig::new(32 * MIB) }
+}
+
+fn running(backend: &Backend, options: UserOptions) -> Guest {
+    let mut guest = Guest::new(config()).unwrap();
+    guest.boot(vec![device(backend, options)]).unwrap();
+    guest.resume().unwrap();
+    guest
+}
+
+/// Lets it complete `requests` requests more.
+fn works(guest: &Guest, requests: u64) {
+    let goal = guest.stats().completions + requests;
+    wait_for("the guest works", || {
+        assert!(guest.failure().is_none(), "{}", guest.failure().unwrap());
+        (guest.stats().completions >= goal).then_some(())
+    });
+}
+
+#[test]
+fn a_guest_on_it_stops_and_goes_on_and_finds_every_byte() {
+    let usual = UserOptions::default();
+    let without_acks =
+        UserOptions { protocol_features: usual.protocol_features & !bit(protocol_feature::REPLY_ACK), ..usual };
+    for options in [usual, without_acks] {
+        let lab = Lab::new();
+        let backend = Backend::start(&lab, Kind::RustVmm, "rust-vmm", &disk(&lab), 2);
+        let mut guest = running(&backend, options);
+        for _ in 0..5 {
+            works(&guest, 200);
+            guest.pause().unwrap();
+            guest.stop_devices().unwrap();
+            guest.start_devices().unwrap();
+            guest.resume().unwrap();
+        }
+        works(&guest, 200);
+        assert_eq!(guest.verify().unwrap().disk, 8 * MIB);
+        assert_eq!((guest.stats().lost, guest.stats().duplicates), (0, 0));
+    }
+}
+
+#[test]
+fn a_guest_moves_between_two_of_them_by_what_they_have_marked() {
+    let lab = Lab::new();
+    let image = disk(&lab);
+    let backends = ["a", "b"].map(|name| Backend::start(&lab, Kind::RustVmm, name, &image, 2));
+    let mut guest = running(&backends[0], UserOptions::default());
+    for trip in 1..=4 {
+        works(&guest, 200);
+        let options = || Options { deadline: Some(DEADLINE), timeout: Some(DEADLINE), ..Options::new().unwrap() };
+        let (ours, theirs) = (options(), options());
+        let socket = format!("unix:{}", lab.file(&format!("migration{trip}")).display());
+        let listener = Listener::bind(&socket.parse().unwrap()).unwrap();
+        let mut arrival = GuestArrival::new(vec![backends[trip % 2].socket().into()]);
+        let leaving = Mutex::new(Some(guest));
+        std::thread::scope(|scope| {
+            let arrived = scope.spawn(|| receive(&mut arrival, listener.accept(&theirs).unwrap(), &theirs.cancel));
+            let connection = transport::connect(listener.uri(), &ours).unwrap();
+            let plan = Plan { policy: Policy { downtime: DEADLINE, max_rounds: 100 }, codec: Codec::None };
+            let mut machine = GuestMachine::new(&leaving).unwrap();
+            migrate(&mut machine, connection, &plan, &ours.limiter, &ours.cancel, &mut |_| {}).unwrap();
+            arrived.join().unwrap().unwrap();
+        });
+        guest = arrival.into_guest().unwrap();
+        works(&guest, 200);
+        guest.verify().unwrap();
+    }
+    assert_eq!((guest.stats().lost, guest.stats().duplicates), (0, 0));
+}
+
+#[test]
+fn what_was_in_flight_when_it_died_is_not_guessed_at_and_the_guest_says_so() {
+    let lab = Lab::new();
+    let mut backend = Backend::start(&lab, Kind::RustVmm, "rust-vmm", &disk(&lab), 2);
+    let guest = running(&backend, UserOptions::default());
+    // A moment without a request is taken up again; sooner or later one is in flight.
+    let failure = wait_for("a kill meets a request", || {
+        works_or_fails(&guest);
+        backend.kill();
+        backend.restart();
+        guest.failure()
+    });
+    let text = failure.to_string();
+    assert!(text.contains("requests outstanding and no inflight region: their fate is unknown"), "{text}");
+    assert!(text.contains("use a back-end with INFLIGHT_SHMFD"), "{text}");
+}
+
+fn works_or_fails(guest: &Guest) {
+    let goal = guest.stats().completions + 20;
+    wait_for("the guest works or says why not", || {
+        (guest.stats().completions >= goal || guest.failure().is_some()).then_some(())
+    });
+}
+
+#[test]
+fn with_nothing_in_flight_its_death_is_survived() {
+    let lab = Lab::new();
+    let mut backend = Backend::start(&lab, Kind::RustVmm, "rust-vmm", &disk(&lab), 2);
+    let mut guest = running(&backend, UserOptions::default());
+    for deaths in 1..=3 {
+        works(&guest, 100);
+        guest.pause().unwrap();
+        // Drains its rings and stops them.
+        guest.stop_devices().unwrap();
+        backend.kill();
+        backend.restart();
+        guest.start_devices().unwrap();
+        guest.resume().unwrap();
+        works(&guest, 100);
+        assert_eq!(guest.stats().reconnects, deaths);
+    }
+    guest.verify().unwrap();
+}
+
+#[test]
+fn what_it_marks_is_exact_and_it_goes_on_marking_when_logging_is_off() {
+    let mut rig = Rig::on(Kind::RustVmm, UserOptions::default());
+    rig.driver.write(0, 0x11);
+    let ((first, first_fd), (second, second_fd)) = (rig.driver.new_log(), rig.driver.new_log());
+    rig.device.start_logging(&first, first_fd.as_fd()).unwrap();
+    for gpa in [DATA + 0x4800, HIGH + 0x20000] {
+        let written = rig.driver.read(0, gpa, 0x11);
+        assert_eq!(harvest(&first), written);
+    }
+    rig.device.start_logging(&second, second_fd.as_fd()).unwrap();
+    let written = rig.driver.read(0, DATA + 0x8000, 0x11);
+    assert_eq!((harvest(&first), harvest(&second)), (Vec::new(), written));
+    // It looks at neither LOG_ALL nor F_LOG (rule L7). Nobody reads that log any more.
+    rig.device.stop_logging().unwrap();
+    let written = rig.driver.read(0, DATA + 0xc000, 0x11);
+    assert_eq!(harvest(&second), written);
+}
+
+#[test]
+fn what_it_hangs_up_at_is_named_and_the_next_connection_does_without() {
+    let mut rig = Rig::on(Kind::RustVmm, UserOptions::default());
+    rig.driver.write(0, 0x22);
+    let signal = nix::sys::eventfd::EventFd::new().unwrap();
+    let (short, short_fd) = Log::create(DATA).unwrap();
+    let short = std::sync::Arc::new(short);
+    for request in [Request::SET_LOG_FD, Request::SET_LOG_BASE] {
+        let error = match request {
+            Request::SET_LOG_FD => rig.device.signal_log(Some(signal.as_fd())).unwrap_err(),
+            // A log that guest memory does not fit into.
+            _ => rig.device.start_logging(&short, short_fd.as_fd()).unwrap_err(),
+        };
+        assert!(error.is_hang_up(), "{error}");
+        rig.device.reconnect(Instant::now() + DEADLINE).unwrap();
+        rig.driver.read(0, DATA, 0x22);
+    }
+}
+
+#[test]
+fn a_guest_that_wants_more_than_it_has_is_told_before_anything_runs() {
+    let lab = Lab::new();
+    let backend = Backend::start(&lab, Kind::RustVmm, "rust-vmm", &disk(&lab), 2);
+    let refused = |config| {
+        let device = device(&backend, UserOptions::default().with_inflight_migration());
+        let refused: GuestError = Guest::new(config).unwrap().boot(vec![device]).unwrap_err();
+        refused.to_string()
+    };
+    let packed = refused(GuestConfig { packed: true, ..config() });
+    assert!(packed.contains("it has no packed rings"), "{packed}");
+    let in_flight = refused(GuestConfig { inflight_migration: true, ..config() });
+    assert!(in_flight.contains("it can't leave requests in flight"), "{in_flight}");
+    let queues = refused(GuestConfig { queues: 3, ..config() });
+    assert!(queues.contains("it has 2 queues, and the guest wants 3"), "{queues}");
+    let mut device = device(&backend, UserOptions::default());
+    let state = device.load_state(&[1; 16]).unwrap_err();
+    assert!(state.to_string().contains("does not offer DEVICE_STATE"), "{state}");
+}
