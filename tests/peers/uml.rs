@@ -200,6 +200,35 @@ fn a_guest_works_on_its_disk_with_split_rings_and_signals_over_fds() {
 }
 
 #[test]
+fn a_guest_whose_back_end_dies_loses_its_disk_for_good_and_the_next_guest_is_served() {
+    let (lab, next) = (Lab::new(), Lab::new());
+    let image = lab.disk();
+    let empty = || File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    empty();
+    let mut backend = Backend::start(&lab, Kind::Ours, "backend", &image, 1);
+    // Requests in flight are never answered: somebody without one has to look.
+    let commands = format!(
+        "{TO_THE_LOG}
+         watch() {{ while busybox head -c 1 /dev/vda >/dev/null; do busybox sleep 1; done; echo gone; }}
+         watch &"
+    );
+    let initramfs = initramfs::make(&lab, Kernel::Uml, &["virtio_blk"], &commands, "load");
+    let uml = Uml::boot(&lab, &initramfs, backend.socket(), 2);
+    uml.works(200, 200);
+    backend.kill();
+    wait_for("the guest's kernel takes the disk away", || uml.0.output().contains("\ngone").then_some(()));
+    // What was read is right; what is read now fails.
+    let output = uml.0.output();
+    let complaints = output.lines().filter(|line| line.starts_with("BAD"));
+    complaints.for_each(|line| assert!(line.starts_with("BAD read at") || line.starts_with("BAD write at"), "{line}"));
+    // It does not come back to a back-end that does: another guest finds that free.
+    empty();
+    backend.restart();
+    let other = Uml::boot(&next, &initramfs, backend.socket(), 2);
+    other.works(500, 500);
+}
+
+#[test]
 fn a_guest_talks_over_a_tap_and_what_it_receives_is_logged() {
     let (lab, network) = (Lab::new(), Network::new());
     let backend = linux_net::backend(&lab, "net", &format!("--tap {}", network.taps[0]));
