@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use std::fs::File;
+use std::io::Write;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -83,8 +85,13 @@ impl Drop for Backend {
 }
 
 fn spawn(folder: &Path, socket: &str) -> Child {
+    spawn_with(folder, socket, 2)
+}
+
+fn spawn_with(folder: &Path, socket: &str, queues: u16) -> Child {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-migrate"));
-    command.args(["--exit-with-parent", "backend", "blk", "--queues", "2", "--socket"]).arg(folder.join(socket));
+    command.args(["--exit-with-parent", "backend", "blk", "--queues", &queues.to_string(), "--socket"]);
+    command.arg(folder.join(socket));
     let log = File::options().create(true).append(true).open(folder.join("log")).unwrap();
     command.arg("--image").arg(folder.join("disk.img")).stdin(Stdio::null());
     command.stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap()
@@ -177,6 +184,35 @@ fn a_back_end_is_waited_for_as_long_as_it_takes_and_the_guest_says_so() {
     backend.child = spawn(backend.folder.path(), "s");
     wait_for(&guest, "the back-end is back", |guest| guest.stats().reconnects == 1);
     assert_eq!(guest.connections()[0].away_ms, None);
+    run_for(&guest, 100);
+    guest.verify().unwrap();
+    assert_eq!((guest.stats().lost, guest.stats().duplicates), (0, 0));
+}
+
+#[test]
+fn whatever_answers_in_the_place_of_a_back_end_the_guest_waits_for_the_right_one() {
+    let mut backend = Backend::start();
+    let mut guest = running(&backend, config());
+    run_for(&guest, 100);
+    backend.end();
+    // One that speaks something else.
+    std::fs::remove_file(backend.socket()).unwrap();
+    let other = UnixListener::bind(backend.socket()).unwrap();
+    for _ in 0..3 {
+        let (mut stranger, _) = other.accept().unwrap();
+        stranger.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").unwrap();
+    }
+    let refused = |guest: &Guest, why: &str| guest.connections()[0].refused.as_ref().is_some_and(|it| it.contains(why));
+    wait_for(&guest, "it says what is wrong", |guest| refused(guest, "GET_FEATURES"));
+    drop(other);
+    std::fs::remove_file(backend.socket()).unwrap();
+    // One with other options.
+    backend.child = spawn_with(backend.folder.path(), "s", 1);
+    wait_for(&guest, "it says what is missing", |guest| refused(guest, "restart the back-end with the options it had"));
+    assert!(guest.connections()[0].away_ms.is_some() && guest.failure().is_none());
+    backend.crash();
+    wait_for(&guest, "the back-end is back", |guest| guest.stats().reconnects == 1);
+    assert_eq!((guest.connections()[0].away_ms, guest.connections()[0].refused.clone()), (None, None));
     run_for(&guest, 100);
     guest.verify().unwrap();
     assert_eq!((guest.stats().lost, guest.stats().duplicates), (0, 0));

@@ -154,6 +154,11 @@ impl FrontendError {
         }
     }
 
+    /// Whether no back-end whatsoever can go on where the last one was.
+    pub fn is_final(&self) -> bool {
+        matches!(self, FrontendError::Unrecoverable { .. } | FrontendError::PackedUnrecoverable { .. })
+    }
+
     pub(super) fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> FrontendError {
         move |source| FrontendError::System { what, source: source.into() }
     }

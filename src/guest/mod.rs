@@ -131,6 +131,8 @@ pub struct Connection {
     pub name: String,
     /// Milliseconds since its back-end went away; `None` while it is there.
     pub away_ms: Option<u64>,
+    /// While it is away: why what answers in its place can't go on for it, if there is something.
+    pub refused: Option<String>,
     /// Times its back-end came back, in the guest's whole life.
     pub reconnects: u64,
     /// Bytes of its disk, which may have grown since the guest began to use it.
@@ -408,6 +410,7 @@ impl Guest {
         let of = |attached: &Attached| Connection {
             name: attached.unit.name.clone(),
             away_ms: attached.unit.away_for().map(|time| time.as_millis() as u64),
+            refused: attached.unit.refused_because(),
             reconnects: attached.unit.reconnects.load(Ordering::Relaxed),
             capacity: attached.unit.capacity.load(Ordering::Relaxed),
             broken_rings: (0..)

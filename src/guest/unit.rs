@@ -17,6 +17,8 @@ use crate::ring::RingLayout;
 
 /// The longest that anybody else waits for the device while its back-end is away.
 const SLICE: Duration = Duration::from_secs(2);
+/// After which time one that was refused is tried again.
+const PAUSE: Duration = Duration::from_millis(100);
 /// How long a back-end may be away while something is asked of it: whoever asks can ask again.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -28,11 +30,18 @@ pub(super) struct Unit {
     /// How long a back-end may be away before the guest gives up; else it waits for ever.
     limit: Option<Duration>,
     away: AtomicBool,
-    since: Mutex<Option<Instant>>,
+    absence: Mutex<Option<Absence>>,
     pub(super) reconnects: AtomicU64,
     pub(super) resubmitted: AtomicU64,
     /// Bytes of the disk, as the device says now.
     pub(super) capacity: AtomicU64,
+}
+
+/// What is known of a back-end that is away.
+struct Absence {
+    since: Instant,
+    /// Why what answers in its place can't go on for it, if there is something.
+    why: Option<String>,
 }
 
 /// A ring's place in memory and its doorbells.
@@ -86,7 +95,7 @@ impl Unit {
             lines,
             limit,
             away: AtomicBool::new(false),
-            since: Mutex::new(None),
+            absence: Mutex::new(None),
             reconnects: AtomicU64::new(0),
             resubmitted: AtomicU64::new(0),
             capacity: AtomicU64::new(capacity),
@@ -104,19 +113,36 @@ impl Unit {
 
     /// For how long its back-end has been away, if it is.
     pub(super) fn away_for(&self) -> Option<Duration> {
-        self.since.lock().unwrap_or_else(PoisonError::into_inner).map(|since| since.elapsed())
+        self.absence().as_ref().map(|absence| absence.since.elapsed())
     }
 
-    fn set_away(&self, away: bool) -> Option<Instant> {
-        self.away.store(away, Ordering::Relaxed);
-        let mut since = self.since.lock().unwrap_or_else(PoisonError::into_inner);
-        match away {
-            true if since.is_some() => None,
-            true => {
-                tracing::warn!("{}: the back-end has gone away; connecting again", self.name);
-                since.replace(Instant::now())
-            }
-            false => since.take(),
+    /// Why what answers in its place can't go on for it.
+    pub(super) fn refused_because(&self) -> Option<String> {
+        self.absence().as_ref()?.why.clone()
+    }
+
+    fn absence(&self) -> MutexGuard<'_, Option<Absence>> {
+        self.absence.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes note of it if this is new.
+    fn has_gone(&self) {
+        self.away.store(true, Ordering::Relaxed);
+        self.absence().get_or_insert_with(|| {
+            tracing::warn!("{}: the back-end has gone away; connecting again", self.name);
+            Absence { since: Instant::now(), why: None }
+        });
+    }
+
+    /// Takes note of why an attempt has failed. That nobody is there is no news.
+    fn is_refused(&self, error: &FrontendError) {
+        let why = (!error.is_away()).then(|| error.to_string());
+        if let Some(absence) = &mut *self.absence()
+            && why.is_some()
+            && absence.why != why
+        {
+            tracing::warn!("{}: what answers now can't go on for the back-end: {error}; connecting again", self.name);
+            absence.why = why;
         }
     }
 
@@ -138,12 +164,13 @@ impl Unit {
     }
 
     fn reconnect(&self, device: &mut dyn Device, deadline: Instant) -> Result<(), FrontendError> {
-        self.set_away(true);
+        self.has_gone();
         self.lines.iter().for_each(Line::mend);
         let found = device.reconnect(deadline)?;
         self.look(device);
-        if let Some(since) = self.set_away(false) {
-            let (name, ms, requests) = (&self.name, since.elapsed().as_millis(), found.resubmitted);
+        self.away.store(false, Ordering::Relaxed);
+        if let Some(absence) = self.absence().take() {
+            let (name, ms, requests) = (&self.name, absence.since.elapsed().as_millis(), found.resubmitted);
             tracing::info!("{name}: the back-end is back after {ms} ms, with {requests} requests to serve again");
         }
         self.reconnects.fetch_add(1, Ordering::Relaxed);
@@ -184,21 +211,31 @@ impl Unit {
         }
     }
 
-    /// Connects again as long as it takes, unless there is a limit, and lets others at the device between attempts.
-    fn revive(&self, stop: &Signal) -> Result<(), FrontendError> {
+    /// Connects again as long as it takes, unless there is a limit, and lets others at the device between attempts. Whatever
+    /// answers there in the back-end's place may be replaced by the right one.
+    fn revive(&self, stop: &Signal) -> Result<(), GuestError> {
         let deadline = self.limit.map(|limit| Instant::now() + limit);
         loop {
-            let mut device = self.lock();
-            if !device.hung_up() {
+            let error = {
+                let mut device = self.lock();
+                if !device.hung_up() {
+                    return Ok(());
+                }
+                let slice = Instant::now() + SLICE;
+                match self.reconnect(device.as_mut(), deadline.map_or(slice, |deadline| deadline.min(slice))) {
+                    Ok(()) => continue,
+                    Err(error) => error,
+                }
+            };
+            if stop.is_set() {
                 return Ok(());
             }
-            let slice = Instant::now() + SLICE;
-            match self.reconnect(device.as_mut(), deadline.map_or(slice, |deadline| deadline.min(slice))) {
-                Err(_) if stop.is_set() => return Ok(()),
-                Err(error) if !error.is_away() || deadline.is_some_and(|deadline| Instant::now() >= deadline) => {
-                    return Err(error);
-                }
-                _ => {}
+            if error.is_final() || deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Err(error.into());
+            }
+            self.is_refused(&error);
+            if !error.is_away() {
+                wait(&[stop.as_fd()], None, Some(PAUSE))?;
             }
         }
     }
