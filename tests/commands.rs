@@ -495,6 +495,37 @@ fn back_end_and_front_end_tell_prometheus_what_they_did() {
 }
 
 #[test]
+fn an_orchestrator_hears_when_a_back_end_goes_and_when_it_is_back() {
+    let mut host = Host::new();
+    let socket = host.backend("watched.vhost");
+    let control = host.guest_on(&socket, "watched", &["--memory", "64MiB"]);
+    until(&control, "running");
+    let (events, heard) = std::sync::mpsc::channel();
+    let watched = control.clone();
+    let watching = std::thread::spawn(move || {
+        let command = vhost_migrate::control::Command::Watch { seconds: 3600.0 };
+        let _ = vhost_migrate::control::call(&watched, &command, |event| drop(events.send(event)));
+    });
+    let next = || heard.recv_timeout(PATIENCE).unwrap();
+    let first = next();
+    assert_eq!((&first["event"], &first["away_ms"], &first["reconnects"]), (&json!("device"), &Value::Null, &json!(0)));
+    drop(host.running.remove(0));
+    let away = next();
+    assert!(away["away_ms"].is_u64() && away["refused"].is_null(), "{away}");
+    let device = |control| status(control).unwrap()["devices"][0].clone();
+    assert!(device(&control)["away_ms"].is_u64());
+    host.backend("watched.vhost");
+    let back = next();
+    assert_eq!((&back["away_ms"], &back["reconnects"]), (&Value::Null, &json!(1)), "{back}");
+    assert!(device(&control)["away_ms"].is_null());
+    verify(&control);
+    let refused = ask(&control, &json!({"command": "watch", "seconds": -1.0})).unwrap();
+    assert!(refused[0]["message"].as_str().unwrap().contains("watch for 0 to 86400"), "{refused:?}");
+    assert_eq!(ask(&control, &json!({"command": "quit"})).unwrap()[0]["event"], "ok");
+    watching.join().unwrap();
+}
+
+#[test]
 fn a_paused_guest_stands_still_and_a_quit_ends_it() {
     let mut host = Host::new();
     let source = host.source();

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::RecvTimeoutError;
 use serde_json::{Value, json};
@@ -27,7 +27,7 @@ use crate::units;
   vhost-migrate guest --backend b.sock --control destination.ctl --incoming tcp:0.0.0.0:4444
   vhost-migrate guest --backend a.sock --control again.ctl --incoming file:/backup/guest.vhm
 
-It takes commands, one JSON object a line, on the control socket: status, migrate, cancel, pause, resume, verify,
+It takes commands, one JSON object a line, on the control socket: status, watch, migrate, cancel, pause, resume, verify,
 dirty_rate, quit. A wrong byte is told on stderr and by status, and stops the guest.
 
 Exit status: 0 ended by quit; 1 failed, or the guest had found a wrong byte; 2 wrong arguments.")]
@@ -171,6 +171,10 @@ impl Workload {
     }
 }
 
+/// How often a watch looks for news.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+const LONGEST_WATCH: Duration = Duration::from_secs(86_400);
+
 /// Where the guest is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -259,6 +263,31 @@ impl Owner {
         status
     }
 
+    /// Tells of each device now, and whenever its connection changes.
+    fn watch(&self, seconds: f64, emit: &mut dyn FnMut(Value)) -> Result<(), String> {
+        let for_long = Duration::try_from_secs_f64(seconds).ok().filter(|time| *time <= LONGEST_WATCH);
+        let deadline = Instant::now() + for_long.ok_or(format!("{seconds} seconds: watch for 0 to 86400"))?;
+        let mut told = Vec::new();
+        loop {
+            let mut connections = lock(&self.guest).as_ref().map(Guest::connections).unwrap_or_default();
+            for (number, connection) in connections.iter_mut().enumerate() {
+                let mut event = json!(connection);
+                event["event"] = "device".into();
+                // That it has been away for longer is no news.
+                connection.away_ms = connection.away_ms.map(|_| 0);
+                if told.get(number) != Some(connection) {
+                    emit(event);
+                }
+            }
+            told = connections;
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            std::thread::sleep(LOOK_EVERY.min(left));
+        }
+    }
+
     fn migrate(&self, arguments: &MigrateArguments, emit: &mut dyn FnMut(Value)) -> Result<(), String> {
         let told = |error: &dyn std::error::Error| error.to_string();
         let uri: Uri = arguments.uri.parse().map_err(|error| told(&error))?;
@@ -338,6 +367,7 @@ impl Handler for Commands {
         let owner = &self.owner;
         match command {
             Command::Status => emit(owner.status()),
+            Command::Watch { seconds } => owner.watch(seconds, emit)?,
             Command::Migrate(arguments) => owner.migrate(&arguments, emit)?,
             Command::Cancel => owner.cancel()?,
             Command::Pause => owner.turn(State::Paused, |guest| Ok(guest.pause()?))?,

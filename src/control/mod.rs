@@ -25,6 +25,12 @@ pub const MAX_LINE: u64 = 64 << 10;
 pub enum Command {
     /// One event with the guest's state and counters.
     Status,
+    /// An event for each of the guest's devices, now and whenever its connection changes: its back-end goes away, answers in
+    /// a way that it can't go on with, comes back.
+    Watch {
+        /// For how long, seconds.
+        seconds: f64,
+    },
     /// Move the guest away; events until it is done or has failed.
     Migrate(MigrateArguments),
     /// End the running migration; the guest goes on here.

@@ -12,6 +12,7 @@ mod iommu;
 mod iommu_load;
 mod iommu_space;
 mod log;
+mod metrics;
 mod net;
 mod postcopy;
 mod race;

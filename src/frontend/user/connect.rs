@@ -112,3 +112,28 @@ pub(super) fn protocol_names(bits: u64) -> String {
         names => names.join(", "),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io;
+
+    #[test]
+    fn a_back_end_that_is_away_is_asked_for_ever_less_often_and_a_wrong_one_once() {
+        let away = || FrontendError::Connect { path: "s".into(), source: io::ErrorKind::ConnectionRefused.into() };
+        let mut attempts = 0;
+        let done = until::<()>(Instant::now() + Duration::from_millis(500), || {
+            attempts += 1;
+            Err(away())
+        });
+        assert!(done.is_err_and(|error| error.is_away()));
+        // Waits of 1, 2, 4 … 64 ms, then of 100 ms; fewer where threads run late, never more.
+        assert!((2..=13).contains(&attempts), "{attempts} attempts");
+        attempts = 0;
+        let done = until::<()>(Instant::now() + Duration::from_secs(60), || {
+            attempts += 1;
+            Err(FrontendError::NoIommu)
+        });
+        assert!(done.is_err() && attempts == 1);
+    }
+}

@@ -1,0 +1,61 @@
+//! What Prometheus is told of writes that no log holds, and of what a predecessor left.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use vhost_migrate::abi::vhost_user::{LogDescription, Request as Code};
+use vhost_migrate::dirty::Log;
+use zerocopy::IntoBytes;
+
+use crate::guest::{BASIC, Guest, Ring, begin, inflight_region, start_logging};
+use crate::raw::{Client, DEADLINE, VERSION};
+use crate::server::{Process, disk_options};
+
+/// The sum of a counter's series, as fetched over TCP.
+fn counted(address: &str, name: &str) -> u64 {
+    let mut socket = TcpStream::connect(address).unwrap();
+    socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).unwrap();
+    let lines = answer.lines().filter(|line| line.starts_with(name));
+    lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
+}
+
+#[test]
+fn writes_outside_the_log_and_requests_of_a_predecessor_are_counted() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = disk_options(folder.path(), 1 << 20, |_| {}).image;
+    // A port that was free a moment ago.
+    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let socket = folder.path().join("s");
+    let _process = Process::start(&socket, &image, &["--metrics", &format!("tcp:{address}"), "--queues", "2"]);
+    let (guest, client) = (Guest::new(), Client::connect(&socket));
+    // Three requests that somebody took and did not finish.
+    let mut ring = Ring::new(&guest, 0, 512, BASIC);
+    for slot in 0..3 {
+        ring.read(&guest, slot, 8, 512);
+    }
+    let _ = ring.driver.publish();
+    let (region, fd, description) = inflight_region(BASIC, 1, 512);
+    ring.take(&guest, &region, 3);
+    begin(&client, &guest, BASIC);
+    client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
+    ring.set_up(&client, &guest, ring.start());
+    // A log of eight pages: what is written lies behind it.
+    let (_log, fd) = Log::create(4096).unwrap();
+    let description = LogDescription { mmap_size: 1, mmap_offset: 0 };
+    client.send(Code::SET_LOG_BASE, VERSION, description.as_bytes(), &[fd.as_fd()]);
+    client.reply(Code::SET_LOG_BASE);
+    start_logging(&client, &guest, BASIC, &mut [&mut ring], 0);
+    ring.enable(&client, true);
+    ring.kick();
+    ring.completions(3);
+    assert_eq!(counted(&address, "vhost_resubmitted_total"), 3);
+    let deadline = Instant::now() + DEADLINE;
+    while counted(&address, "vhost_unlogged_pages_total") == 0 {
+        assert!(Instant::now() < deadline, "nothing was counted");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
