@@ -380,6 +380,41 @@ fn a_configuration_that_is_not_what_was_asked_for_is_refused() {
     assert!(device.config(0, &mut [0; 257]).is_err());
 }
 
+/// Rule C1.
+#[test]
+fn configuration_is_written_for_the_driver_or_for_a_migration_and_a_refusal_is_an_error() {
+    type Write = fn(&mut UserDevice, u32, &[u8]) -> Result<(), FrontendError>;
+    for (flags, write) in [(0u32, UserDevice::set_config as Write), (1, UserDevice::restore_config)] {
+        let fake = Fake::start(ALL, |message| match message.request {
+            // Its only field is at 8.
+            Request::SET_CONFIG if message.payload[..4] != 8u32.to_ne_bytes() => {
+                Answer::Raw(reply(message.request, 1u64.as_bytes()), vec![])
+            }
+            _ => Answer::Usual,
+        });
+        let mut device = fake.connect().unwrap();
+        fake.take();
+        write(&mut device, 8, b"bytes").unwrap();
+        let heard = fake.take();
+        let payload = [[8, 5, flags].as_bytes(), b"bytes"].concat();
+        let need_reply = 1 | Header::FLAG_NEED_REPLY;
+        assert_eq!(heard, [Message { request: Request::SET_CONFIG, flags: need_reply, payload }]);
+        let error = write(&mut device, 9, b"bytes").unwrap_err();
+        assert!(matches!(error, FrontendError::Refused { request: Request::SET_CONFIG, code: 1 }), "{error}");
+        assert_eq!(fake.requests(), ["SET_CONFIG"]);
+        for bytes in [&[0; 257][..], &[]] {
+            let error = write(&mut device, 8, bytes).unwrap_err();
+            assert!(matches!(error, FrontendError::NotOffered { .. }), "{error}");
+        }
+        assert_eq!(fake.requests(), [""; 0], "what can't be right is not sent");
+        assert_eq!(device.status().unwrap(), Some(7), "the connection goes on");
+
+        let fake = Fake::start(ALL & !bit(p::CONFIG), |_| Answer::Usual);
+        let error = write(&mut fake.connect().unwrap(), 8, b"bytes").unwrap_err();
+        assert!(matches!(error, FrontendError::NotOffered { .. }), "{error}");
+    }
+}
+
 #[test]
 fn an_inflight_region_that_can_not_be_one_is_refused() {
     let needed = inflight::split_queue_bytes(8) * 2;

@@ -216,7 +216,7 @@ pub trait Device: Send {
     /// [`FrontendError::NotOffered`], [`FrontendError::Refused`]; the channel's errors.
     fn config(&mut self, offset: u32, buf: &mut [u8]) -> Result<(), FrontendError>;
 
-    /// Writes configuration space from `offset`, as the driver would (rule C1).
+    /// Writes configuration space from `offset`, as the driver would (SET_CONFIG with flags 0, rule C1).
     ///
     /// # Errors
     /// As [`config`](Device::config).

@@ -403,9 +403,7 @@ impl Device for UserDevice {
     }
 
     fn set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), FrontendError> {
-        let header = self.config_header(offset, bytes.len())?;
-        self.channel.post(Request::SET_CONFIG, &[header.as_bytes(), bytes].concat(), &[])?;
-        self.channel.settle()
+        self.write_config(offset, bytes, CONFIG_TYPE_FRONTEND)
     }
 
     fn status(&mut self) -> Result<Option<u8>, FrontendError> {
@@ -474,6 +472,12 @@ impl UserDevice {
         self.ear.iter().for_each(|ear| ear.remove(index));
         self.rings.remove(&index);
         Ok(RingBase::from_bits(state.num))
+    }
+
+    fn write_config(&mut self, offset: u32, bytes: &[u8], flags: u32) -> Result<(), FrontendError> {
+        let header = ConfigHeader { flags, ..self.config_header(offset, bytes.len())? };
+        self.channel.post(Request::SET_CONFIG, &[header.as_bytes(), bytes].concat(), &[])?;
+        self.channel.settle()
     }
 
     fn config_header(&self, offset: u32, len: usize) -> Result<ConfigHeader, FrontendError> {

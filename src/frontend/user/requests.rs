@@ -1,5 +1,5 @@
-//! Requests that no [`Device`](super::super::Device) of every kind has: of network devices, of logs that signal, and the
-//! reset.
+//! Requests that no [`Device`](super::super::Device) of every kind has: of network devices, of migrations, of logs that
+//! signal, and the reset.
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, BorrowedFd};
@@ -8,7 +8,7 @@ use zerocopy::IntoBytes;
 
 use super::super::{Device, FrontendError};
 use super::UserDevice;
-use crate::abi::vhost_user::{Request, protocol_feature};
+use crate::abi::vhost_user::{CONFIG_TYPE_MIGRATION, Request, protocol_feature};
 
 impl UserDevice {
     /// Has a network device tell its network where `mac` is now, as after a migration whose driver can't do that itself
@@ -45,6 +45,15 @@ impl UserDevice {
             Some(mtu) => self.channel.post(Request::NET_SET_MTU, u64::from(mtu).as_bytes(), &[]),
             None => Ok(()),
         }
+    }
+
+    /// Writes configuration space from `offset` as a migration's destination does, for a device that carries part of its
+    /// state there: a network interface's address (SET_CONFIG with flags 1, rule C1).
+    ///
+    /// # Errors
+    /// As [`Device::set_config`].
+    pub fn restore_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), FrontendError> {
+        self.write_config(offset, bytes, CONFIG_TYPE_MIGRATION)
     }
 
     /// Has the device write `signal` after it logged, or nothing any more; also after a reconnection (SET_LOG_FD, rule
