@@ -200,7 +200,7 @@ fn a_flood_fills_nothing_and_the_device_goes_on() {
     assert!(told.contains(&DeviceEvent::ConfigChanged) && told.len() <= 1024, "{} events are kept", told.len());
 }
 
-/// Rule B3.
+/// Rule B3: an error fd that the back-end has by SET_VRING_ERR, or BACKEND_VRING_ERR after a VRING_KICK.
 #[test]
 fn a_broken_ring_signals_its_error_fd_in_band_and_out_of_band() {
     for in_band in [0, bit(protocol_feature::INBAND_NOTIFICATIONS)] {

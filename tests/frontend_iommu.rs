@@ -19,7 +19,7 @@ use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost::{VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_MISS, VHOST_IOTLB_UPDATE};
 use vhost_migrate::abi::vhost_user::{BackendRequest, Header, IotlbMsg, Request as Code, protocol_feature};
 use vhost_migrate::abi::virtio::{
-    VIRTIO_BLK_T_IN, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_BLK_T_IN, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, DeviceEvent, FrontendError, Iommu, Mapping, RingSetup, UserDevice, UserOptions};
@@ -52,7 +52,7 @@ const DISK: u64 = 4 << 20;
 const SIZE: u16 = 1024;
 const PACKED: u64 = bit(VIRTIO_F_RING_PACKED);
 const INDIRECT: u64 = bit(VIRTIO_RING_F_INDIRECT_DESC);
-const TRANSLATED: u64 = 1 << 33;
+const TRANSLATED: u64 = bit(VIRTIO_F_ACCESS_PLATFORM);
 const FEATURES: u64 = bit(VIRTIO_F_VERSION_1) | TRANSLATED;
 const PATIENCE: Duration = Duration::from_secs(60);
 

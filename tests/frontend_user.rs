@@ -13,7 +13,7 @@ use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use rstest::rstest;
 use tempfile::TempDir;
-use vhost_migrate::abi::vhost_user::{Header, Request, protocol_feature as p};
+use vhost_migrate::abi::vhost_user::{Header, Request, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature as p};
 use vhost_migrate::abi::{bit, inflight};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, FrontendError, RingSetup, UserDevice, UserOptions};
@@ -22,7 +22,7 @@ use vhost_migrate::ring::RingBase;
 use zerocopy::IntoBytes;
 
 const LOG_ALL: u64 = 1 << 26;
-const PROTOCOL: u64 = 1 << 30;
+const PROTOCOL: u64 = bit(VHOST_USER_F_PROTOCOL_FEATURES);
 const VERSION_1: u64 = 1 << 32;
 const PACKED: u64 = 1 << 34;
 const ALL: u64 = 1 << p::MQ

@@ -1,4 +1,5 @@
-//! A guest moves without waiting for its disk: requests in flight move with the inflight region (rule I8).
+//! A guest moves without waiting for its disk: requests in flight move with the inflight region (rule I8), by
+//! GET_VRING_BASE_INFLIGHT and GET_VRING_BASE_SKIP_DRAIN.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use std::collections::VecDeque;

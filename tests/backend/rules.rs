@@ -6,11 +6,11 @@ use std::path::Path;
 use rstest::rstest;
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{
-    ConfigHeader, Header, InflightDescription, LogDescription, MemoryHeader, Request as Code, VringState,
-    protocol_feature,
+    ConfigHeader, Header, InflightDescription, LogDescription, MemoryHeader, Request as Code, VHOST_F_LOG_ALL,
+    VHOST_USER_F_PROTOCOL_FEATURES, VringState, protocol_feature,
 };
 use vhost_migrate::abi::virtio::{
-    VIRTIO_BLK_F_FLUSH, VIRTIO_F_RING_PACKED, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_BLK_F_FLUSH, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use vhost_migrate::dirty::Log;
 use vhost_migrate::inflight;
@@ -18,8 +18,8 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::drain::Held;
 use crate::guest::{
-    BASIC, BIT_30, Guest, LOG_ALL, PACKED, PROTOCOL, Ring, SPLIT, begin, inflight_kind, inflight_region, places,
-    send_log, status,
+    BIT_30, Guest, LOG_ALL, PACKED, PROTOCOL, Ring, SPLIT, begin, inflight_kind, inflight_region, places, send_log,
+    status,
 };
 use crate::raw::{Client, NEED_REPLY, VERSION};
 use crate::server::Server;
@@ -51,10 +51,26 @@ fn what_is_offered_is_what_the_rules_speak_of() {
     let (server, _) = disk();
     let client = server.connect();
     let features = client.ask_number(Code::GET_FEATURES);
-    assert_eq!(features & (BASIC | LOG_ALL), BASIC | LOG_ALL);
+    let rings = [VIRTIO_F_VERSION_1, VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX, VIRTIO_F_RING_PACKED];
+    let transport = [VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES];
+    for number in rings.into_iter().chain(transport) {
+        assert_ne!(features & bit(number), 0, "bit {number}");
+    }
     let offered = client.ask_number(Code::GET_PROTOCOL_FEATURES);
-    let backend = bit(protocol_feature::BACKEND_REQ) | bit(protocol_feature::BACKEND_SEND_FD);
-    assert_eq!(offered, PROTOCOL | backend | bit(protocol_feature::INBAND_NOTIFICATIONS));
+    let expected = [
+        protocol_feature::MQ,
+        protocol_feature::LOG_SHMFD,
+        protocol_feature::REPLY_ACK,
+        protocol_feature::BACKEND_REQ,
+        protocol_feature::CONFIG,
+        protocol_feature::BACKEND_SEND_FD,
+        protocol_feature::INFLIGHT_SHMFD,
+        protocol_feature::RESET_DEVICE,
+        protocol_feature::INBAND_NOTIFICATIONS,
+        protocol_feature::CONFIGURE_MEM_SLOTS,
+        protocol_feature::STATUS,
+    ];
+    assert_eq!(offered, expected.into_iter().fold(0, |all, number| all | bit(number)));
     assert_eq!(client.ask_number(Code::GET_QUEUE_NUM), 2);
     assert!(client.ask_number(Code::GET_MAX_MEM_SLOTS) >= 509);
 }
