@@ -534,6 +534,33 @@ fn a_translation_from_before_an_invalidation_is_never_told_after_it() {
     drop(device);
 }
 
+/// Acknowledgements that the back-end takes its time with are neither lost nor the end of its channel.
+#[test]
+fn a_back_end_may_ask_faster_than_it_reads_answers() {
+    const QUESTIONS: u64 = 30_000;
+    let (hand, mut device, _guest) = Hand::shake(Arc::new(Identity));
+    let asks = raw::Client { socket: hand.channel.socket.try_clone().unwrap() };
+    let asking = std::thread::spawn(move || {
+        let asker = Hand { connection: raw::Client { socket: asks.socket.try_clone().unwrap() }, channel: asks };
+        (0..QUESTIONS).for_each(|number| asker.ask(number % 4096 * LOG_PAGE, 3, raw::NEED_REPLY));
+    });
+    // All translations that are told before the channel is full of answers, and no answer is read.
+    let mut told = 0;
+    while is_readable(&hand.connection, 500u16.into()) {
+        hand.hears();
+        told += 1;
+    }
+    assert!(told < QUESTIONS, "there was room for all answers");
+    for _ in 0..QUESTIONS {
+        while is_readable(&hand.connection, PollTimeout::ZERO) {
+            hand.hears();
+        }
+        assert_eq!(hand.answer(), 0);
+    }
+    asking.join().unwrap();
+    assert_eq!(device.events(), []);
+}
+
 /// A back-end that asks and asks, and reads nothing.
 #[test]
 fn translations_that_find_no_room_are_told_when_there_is_some() {

@@ -73,6 +73,9 @@ struct Heard {
     /// Questions that have been answered and whose translations are yet to be sent: address and permission. They are
     /// looked up when there is room, as their answer may have changed until then.
     unsent: BTreeSet<(u64, u8)>,
+    /// Acknowledgements that the channel has no room for. Nothing more is heard before they are sent: a back-end may ask
+    /// faster than it reads, and one that reads nothing is not answered.
+    answers: Vec<u8>,
 }
 
 impl Events {
@@ -149,9 +152,11 @@ impl Shared {
             let mut fds = vec![PollFd::new(self.wake.as_fd(), PollFlags::POLLIN)];
             fds.extend(rings.iter().map(|(_, ring)| PollFd::new(ring.kick.as_fd(), PollFlags::POLLIN)));
             let fixed = fds.len();
-            let hears = channel && heard.unsent.len() < MOST_UNSENT;
+            let answers = !heard.answers.is_empty();
+            let hears = channel && (answers || heard.unsent.len() < MOST_UNSENT);
             if hears {
-                fds.push(PollFd::new(self.socket.as_fd(), PollFlags::POLLIN));
+                let flags = if answers { PollFlags::POLLOUT } else { PollFlags::POLLIN };
+                fds.push(PollFd::new(self.socket.as_fd(), flags));
             }
             if full || !heard.unsent.is_empty() {
                 fds.push(PollFd::new(self.line.socket(), PollFlags::POLLOUT));
@@ -176,7 +181,8 @@ impl Shared {
                 }
             }
             if told {
-                channel = self.take(&mut heard).unwrap_or_else(|why| {
+                let taken = if answers { self.answer(&mut heard.answers) } else { self.take(&mut heard) };
+                channel = taken.map(|()| true).unwrap_or_else(|why| {
                     if let Some(why) = why {
                         warn!("the back-end channel is closed: {why} (rule B1)");
                         self.events.add(DeviceEvent::ChannelBroken(why));
@@ -189,7 +195,7 @@ impl Shared {
     }
 
     /// Takes what has come. An error ends the channel; one without words is a back-end that has hung up.
-    fn take(&self, heard: &mut Heard) -> Result<bool, Option<&'static str>> {
+    fn take(&self, heard: &mut Heard) -> Result<(), Option<&'static str>> {
         let (mut buffer, mut fds) = ([0; MAX_PAYLOAD], Vec::new());
         match socket::receive(self.socket.as_fd(), &mut buffer, &mut fds) {
             Ok(0) => return Err(None),
@@ -212,11 +218,12 @@ impl Shared {
             let done = self.message(BackendRequest(header.request), payload, &mut heard.unsent);
             let rest = rest.to_vec();
             if header.flags & Header::FLAG_NEED_REPLY != 0 {
-                self.answer(header.request, u64::from(!done))?;
+                let header = Header { flags: Header::REPLY_FLAGS, size: size_of::<u64>() as u32, ..header };
+                heard.answers.extend([header.as_bytes(), u64::from(!done).as_bytes()].concat());
             }
             heard.bytes = rest;
         }
-        Ok(true)
+        self.answer(&mut heard.answers)
     }
 
     /// Does what a message says; false if it is refused.
@@ -275,14 +282,17 @@ impl Shared {
         told.is_some_and(|told| told != Told::No)
     }
 
-    fn answer(&self, request: u32, number: u64) -> Result<(), Option<&'static str>> {
-        let header = Header { request, flags: Header::REPLY_FLAGS, size: size_of::<u64>() as u32 };
-        let bytes = [header.as_bytes(), number.as_bytes()].concat();
-        match send(self.socket.as_raw_fd(), &bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
-            Ok(count) if count == bytes.len() => Ok(()),
-            Ok(_) | Err(Errno::EAGAIN) => Err(Some("it asks for answers and doesn't read them")),
-            Err(_) => Err(None),
+    /// Sends of these acknowledgements what there is room for.
+    fn answer(&self, answers: &mut Vec<u8>) -> Result<(), Option<&'static str>> {
+        while !answers.is_empty() {
+            match send(self.socket.as_raw_fd(), answers, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
+                Ok(sent) => drop(answers.drain(..sent)),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => break,
+                Err(_) => return Err(None),
+            }
         }
+        Ok(())
     }
 }
 
