@@ -14,15 +14,17 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use tempfile::TempDir;
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{
-    BackendRequest, Header, Request as Code, VringArea, VringState, protocol_feature,
+    BackendRequest, Header, InflightDescription, Request as Code, VringArea, VringState, protocol_feature,
+    unstable::INFLIGHT_MIGRATION,
 };
 use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
 use vhost_migrate::backend::{self, Host, Listener, Queue, serve};
-use vhost_migrate::frontend::{Device, DeviceEvent, RingSetup, UserDevice, UserOptions};
+use vhost_migrate::frontend::{Device, DeviceEvent, FrontendError, RingSetup, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig};
+use vhost_migrate::inflight::{Kind, Region as Inflight};
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
 use vhost_migrate::ring::RingBase;
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 #[path = "backend/raw.rs"]
 #[allow(dead_code)]
@@ -346,4 +348,149 @@ fn a_doorbell_page_is_refused_and_its_fd_is_closed() {
     assert_eq!(device.status().unwrap(), Some(7));
     drop(device);
     backend.join().unwrap();
+}
+
+/// A back-end by hand whose kicks and calls are messages, greeted.
+struct InBand {
+    connection: raw::Client,
+    channel: raw::Client,
+}
+
+impl InBand {
+    fn shake() -> (InBand, UserDevice) {
+        let folder = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(folder.path().join("s")).unwrap();
+        let greets = std::thread::spawn(move || InBand::greet(&listener));
+        let more = bit(protocol_feature::INBAND_NOTIFICATIONS) | INFLIGHT_MIGRATION;
+        let usual = UserOptions::default();
+        let options = UserOptions { protocol_features: usual.protocol_features | more, ..usual };
+        let device = UserDevice::connect(folder.path().join("s"), options, Instant::now() + PATIENCE).unwrap();
+        (greets.join().unwrap(), device)
+    }
+
+    fn greet(listener: &UnixListener) -> InBand {
+        let own = |socket: UnixStream| {
+            socket.set_read_timeout(Some(PATIENCE)).unwrap();
+            raw::Client { socket }
+        };
+        let connection = own(listener.accept().unwrap().0);
+        loop {
+            let (header, _, fd) = connection.receive();
+            let code = Code(header.request);
+            let of_channel = [protocol_feature::REPLY_ACK, protocol_feature::BACKEND_REQ];
+            let protocol = [protocol_feature::INBAND_NOTIFICATIONS, protocol_feature::INFLIGHT_SHMFD];
+            let number = match code {
+                Code::GET_FEATURES => 1 << 32 | 1 << 30,
+                Code::GET_PROTOCOL_FEATURES => {
+                    of_channel.into_iter().chain(protocol).fold(INFLIGHT_MIGRATION, |all, number| all | bit(number))
+                }
+                _ if header.flags & Header::FLAG_NEED_REPLY != 0 => 0,
+                _ => continue,
+            };
+            connection.send(code, Header::REPLY_FLAGS, number.as_bytes(), &[]);
+            if code == Code::SET_BACKEND_REQ_FD {
+                return InBand { connection, channel: own(UnixStream::from(fd.unwrap())) };
+            }
+        }
+    }
+
+    /// Does all it is told until it is told `code`, which it leaves unanswered.
+    fn hears(&self, code: Code) {
+        loop {
+            let (header, payload, _) = self.connection.receive();
+            match Code(header.request) {
+                heard if heard == code => return,
+                Code::GET_INFLIGHT_FD => {
+                    let wish = InflightDescription::read_from_bytes(&payload).unwrap();
+                    let (queues, size) = (wish.num_queues, wish.queue_size);
+                    let mmap_size = Inflight::bytes_for(Kind::Split, queues, size).unwrap();
+                    let (_, fd) = Inflight::create(Kind::Split, queues, size).unwrap();
+                    let region = InflightDescription { mmap_size, ..wish };
+                    self.answer(Code::GET_INFLIGHT_FD, &region, &[fd.as_fd()]);
+                }
+                heard => self.answer(heard, &0u64, &[]),
+            }
+        }
+    }
+
+    fn answer(&self, code: Code, body: &(impl IntoBytes + zerocopy::Immutable), fds: &[std::os::fd::BorrowedFd<'_>]) {
+        self.connection.send(code, Header::REPLY_FLAGS, body.as_bytes(), fds);
+    }
+
+    /// What the front-end answers to a call of ring 0.
+    fn calls(&self) -> u64 {
+        let code = Code(BackendRequest::VRING_CALL.0);
+        self.channel.acknowledged(code, VringState { index: 0, num: 0 }.as_bytes(), &[])
+    }
+
+    /// Ring 0 is started; with its device come its kick and its call.
+    fn starts(&self, device: UserDevice) -> (UserDevice, RingSetup) {
+        let starts = std::thread::spawn(move || {
+            let mut device = device;
+            let (_memory, setup) = ring(&mut device);
+            assert!(device.set_inflight(1, 8, None).unwrap());
+            device.start_ring(0, setup.clone()).unwrap();
+            (device, setup)
+        });
+        self.hears(Code::SET_VRING_ENABLE);
+        // It has found requests at once, and served them.
+        assert_eq!(self.calls(), 0, "a ring that is being enabled is not known");
+        self.answer(Code::SET_VRING_ENABLE, &0u64, &[]);
+        starts.join().unwrap()
+    }
+}
+
+/// Rules B3, R10.
+#[test]
+fn calls_in_band_are_heard_while_a_ring_is_enabled_and_the_last_one_is_not_missed() {
+    let (hand, device) = InBand::shake();
+    let (device, setup) = hand.starts(device);
+    assert!(is_readable(&setup.call, PollTimeout::ZERO), "the call before the acknowledgement is lost");
+    nix::unistd::read(&setup.call, &mut [0; 8]).unwrap();
+    let mut device = device;
+    let stops = std::thread::spawn(move || device.stop_ring(0).map(|_| device));
+    hand.hears(Code::GET_VRING_BASE);
+    hand.answer(Code::GET_VRING_BASE, &VringState { index: 0, num: 1 }, &[]);
+    let _device = stops.join().unwrap().unwrap();
+    // What it said last may come over the channel when the answer has been read already.
+    assert_eq!(hand.calls(), 1);
+    assert!(is_readable(&setup.call, PollTimeout::ZERO), "the last call is lost");
+}
+
+/// Rules R3, I8: else the back-end starts the ring again, which by then is another's.
+#[test]
+fn no_kick_in_band_overtakes_what_stops_its_ring() {
+    let stop: fn(&mut UserDevice) -> Result<RingBase, FrontendError> = |device| device.stop_ring(0);
+    for (stop, code) in
+        [(stop, Code::GET_VRING_BASE), (|device| device.suspend_ring(0), Code::GET_VRING_BASE_SKIP_DRAIN)]
+    {
+        let (hand, device) = InBand::shake();
+        let (mut device, setup) = hand.starts(device);
+        let kick = || nix::unistd::write(&setup.kick, &1u64.to_ne_bytes()).unwrap();
+        kick();
+        hand.hears(Code::VRING_KICK);
+        let stops = std::thread::spawn(move || (stop(&mut device), device));
+        hand.hears(code);
+        kick();
+        assert!(!is_readable(&hand.connection, 300u16.into()), "a kick comes after {code}");
+        hand.answer(code, &VringState { index: 0, num: 1 }, &[]);
+        let (base, _device) = stops.join().unwrap();
+        assert_eq!(base.unwrap(), RingBase::split(1));
+        assert!(!is_readable(&hand.connection, 100u16.into()), "a kick comes after the answer to {code}");
+        assert!(is_readable(&setup.kick, PollTimeout::ZERO), "the kick is there for whoever starts the ring next");
+    }
+}
+
+#[test]
+fn a_ring_that_could_not_be_stopped_is_kicked_on() {
+    let (hand, device) = InBand::shake();
+    let (mut device, setup) = hand.starts(device);
+    let stops = std::thread::spawn(move || (device.stop_ring(0), device));
+    hand.hears(Code::SET_VRING_ENABLE);
+    nix::unistd::write(&setup.kick, &1u64.to_ne_bytes()).unwrap();
+    hand.answer(Code::SET_VRING_ENABLE, &1u64, &[]);
+    let (base, _device) = stops.join().unwrap();
+    assert!(matches!(base, Err(FrontendError::Refused { request: Code::SET_VRING_ENABLE, .. })));
+    hand.hears(Code::VRING_KICK);
+    assert_eq!(hand.calls(), 0);
 }

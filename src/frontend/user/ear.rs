@@ -56,13 +56,21 @@ struct Shared {
     socket: UnixStream,
     /// Tells the thread that rings have changed, or that it is over.
     wake: EventFd,
-    rings: Mutex<BTreeMap<u16, RingSetup>>,
+    rings: Mutex<BTreeMap<u16, Heeded>>,
     over: AtomicBool,
     events: Arc<Events>,
     translator: Arc<Translator>,
     /// Where translations are sent, and kicks if they are messages.
     line: Arc<Line>,
     sends_kicks: bool,
+}
+
+/// A ring whose calls are heard.
+#[derive(Clone)]
+struct Heeded {
+    setup: RingSetup,
+    /// Its kicks are passed on too.
+    kicks: bool,
 }
 
 /// What one thread has heard, and has yet to do.
@@ -120,15 +128,22 @@ impl Ear {
         Ok((Ear { shared, thread }, theirs.into()))
     }
 
-    /// A ring has been started.
+    /// A ring is about to be enabled, and may call from then on. Its kicks are not passed on yet.
     pub(super) fn add(&self, index: u16, ring: &RingSetup) {
-        lock(&self.shared.rings).insert(index, ring.clone());
+        lock(&self.shared.rings).insert(index, Heeded { setup: ring.clone(), kicks: false });
+    }
+
+    /// Whether a ring's kicks are passed on. Once that is forbidden none is sent any more, so that none overtakes what
+    /// stops the ring and starts it again (rules R3, B3); they are kept for whoever starts it next.
+    pub(super) fn set_kicks(&self, index: u16, kicks: bool) {
+        lock(&self.shared.rings).entry(index).and_modify(|ring| ring.kicks = kicks);
         let _ = self.shared.wake.write(1);
     }
 
-    /// It has been stopped.
+    /// It has been stopped. Its last call may not have been heard yet, and nobody is there for it any more.
     pub(super) fn remove(&self, index: u16) {
-        lock(&self.shared.rings).remove(&index);
+        let removed = lock(&self.shared.rings).remove(&index).filter(|_| self.shared.sends_kicks);
+        removed.iter().for_each(|ring| wake(&ring.setup.call));
         let _ = self.shared.wake.write(1);
     }
 }
@@ -148,9 +163,11 @@ impl Shared {
         let (mut heard, mut channel, mut full) = (Heard::default(), true, false);
         while !self.over.load(Ordering::Acquire) {
             let kicks = self.sends_kicks && !full;
-            let rings: Vec<_> = kicks.then(|| lock(&self.rings).clone()).into_iter().flatten().collect();
+            let rings = kicks.then(|| lock(&self.rings).clone()).into_iter().flatten();
+            let rings: Vec<_> =
+                rings.filter(|(_, ring)| ring.kicks).map(|(index, ring)| (index, ring.setup.kick)).collect();
             let mut fds = vec![PollFd::new(self.wake.as_fd(), PollFlags::POLLIN)];
-            fds.extend(rings.iter().map(|(_, ring)| PollFd::new(ring.kick.as_fd(), PollFlags::POLLIN)));
+            fds.extend(rings.iter().map(|(_, kick)| PollFd::new(kick.as_fd(), PollFlags::POLLIN)));
             let fixed = fds.len();
             let answers = !heard.answers.is_empty();
             let hears = channel && (answers || heard.unsent.len() < MOST_UNSENT);
@@ -170,8 +187,8 @@ impl Shared {
             drop(fds);
             let _ = self.wake.read();
             full = false;
-            for ((index, ring), _) in rings.iter().zip(kicked).filter(|(_, kicked)| *kicked) {
-                full |= !kick(&self.line, *index, ring);
+            for ((index, kick), _) in rings.iter().zip(kicked).filter(|(_, kicked)| *kicked) {
+                full |= !self.kick(*index, kick);
             }
             while room && let Some((iova, access)) = heard.unsent.pop_first() {
                 if !self.translate(iova, access, &mut heard.unsent) {
@@ -232,7 +249,7 @@ impl Shared {
         let ring = || {
             let (state, _) = VringState::read_from_prefix(payload).ok()?;
             let index = u16::try_from(state.index).ok()?;
-            lock(&self.rings).get(&index).map(|ring| (index, ring.clone()))
+            lock(&self.rings).get(&index).map(|ring| (index, ring.setup.clone()))
         };
         match code {
             BackendRequest::CONFIG_CHANGE_MSG => self.events.add(DeviceEvent::ConfigChanged),
@@ -273,6 +290,25 @@ impl Shared {
         true
     }
 
+    /// Passes a kick on; false if there is no room for it, and then it is still there.
+    fn kick(&self, index: u16, kick: &Arc<OwnedFd>) -> bool {
+        // Held until it is sent: whoever forbids kicks waits for it.
+        let rings = lock(&self.rings);
+        let is_heeded = |ring: &Heeded| ring.kicks && Arc::ptr_eq(&ring.setup.kick, kick);
+        // Taken before it is sent: one that comes in between is another one.
+        if !rings.get(&index).is_some_and(is_heeded) || !matches!(read(kick, &mut [0; 8]), Ok(1..)) {
+            return true;
+        }
+        let state = VringState { index: index.into(), num: 0 };
+        let header =
+            Header { request: Request::VRING_KICK.0, flags: Header::FLAG_VERSION, size: size_of_val(&state) as u32 };
+        let sent = self.line.try_send(&[header.as_bytes(), state.as_bytes()].concat());
+        if !sent {
+            wake(kick);
+        }
+        sent
+    }
+
     /// Answers a question by a translation, now or when there is room; false if there is none.
     fn translate(&self, iova: u64, permission: u8, unsent: &mut BTreeSet<(u64, u8)>) -> bool {
         let told = Access::from_permission(permission).map(|access| self.translator.tell(iova, access, &self.line));
@@ -294,22 +330,6 @@ impl Shared {
         }
         Ok(())
     }
-}
-
-/// Passes a kick on; false if there is no room for it, and then it is still there.
-fn kick(line: &Line, index: u16, ring: &RingSetup) -> bool {
-    // Taken before it is sent: one that comes in between is another one.
-    if !matches!(read(&ring.kick, &mut [0; 8]), Ok(1..)) {
-        return true;
-    }
-    let state = VringState { index: index.into(), num: 0 };
-    let header =
-        Header { request: Request::VRING_KICK.0, flags: Header::FLAG_VERSION, size: size_of_val(&state) as u32 };
-    let sent = line.try_send(&[header.as_bytes(), state.as_bytes()].concat());
-    if !sent {
-        wake(&ring.kick);
-    }
-    sent
 }
 
 fn eventfd() -> Result<EventFd, FrontendError> {

@@ -77,12 +77,13 @@ impl UserDevice {
         if self.log_signal.is_some() {
             self.post_log_signal()?;
         }
-        for &index in rings.keys() {
+        for (&index, setup) in &rings {
+            self.ear.iter().for_each(|ear| ear.add(index, setup));
             self.post_enable(index, true)?;
         }
         self.channel.settle()?;
         for (&index, setup) in &rings {
-            self.ear.iter().for_each(|ear| ear.add(index, setup));
+            self.pass_kicks(index, true);
             // It may have taken a kick with it, or died before its call.
             wake(&setup.kick);
             wake(&setup.call);

@@ -314,9 +314,11 @@ impl Device for UserDevice {
             return bad("it is started already: stop it first");
         }
         self.post_ring(index, &setup, setup.base)?;
-        self.post_enable(index, true)?;
-        self.channel.settle()?;
+        // What it finds as soon as it is enabled it may call for at once.
         self.ear.iter().for_each(|ear| ear.add(index, &setup));
+        let enabled = self.post_enable(index, true).and_then(|()| self.channel.settle());
+        enabled.inspect_err(|_| self.ear.iter().for_each(|ear| ear.remove(index)))?;
+        self.pass_kicks(index, true);
         self.rings.insert(index, setup);
         // The back-end may change it from now on.
         self.loaded = None;
@@ -455,6 +457,15 @@ impl UserDevice {
         if !self.rings.contains_key(&index) {
             return Err(FrontendError::BadRing { index, reason: "it is not started" });
         }
+        self.pass_kicks(index, false);
+        // If it lives on, so do its kicks.
+        let base = self.ask_for_base(request, index).inspect_err(|_| self.pass_kicks(index, true))?;
+        self.ear.iter().for_each(|ear| ear.remove(index));
+        self.rings.remove(&index);
+        Ok(base)
+    }
+
+    fn ask_for_base(&mut self, request: Request, index: u16) -> Result<RingBase, FrontendError> {
         // Disabling it may drain it already.
         if request == Request::GET_VRING_BASE {
             self.post_enable(index, false)?;
@@ -469,8 +480,6 @@ impl UserDevice {
             let what = format!("it answered for ring {} instead of {index}", state.index);
             return Err(FrontendError::Breach { request, what, rule: "R3" });
         }
-        self.ear.iter().for_each(|ear| ear.remove(index));
-        self.rings.remove(&index);
         Ok(RingBase::from_bits(state.num))
     }
 
@@ -478,6 +487,11 @@ impl UserDevice {
         let header = ConfigHeader { flags, ..self.config_header(offset, bytes.len())? };
         self.channel.post(Request::SET_CONFIG, &[header.as_bytes(), bytes].concat(), &[])?;
         self.channel.settle()
+    }
+
+    /// Whether a ring's kicks reach the back-end, where they are messages.
+    fn pass_kicks(&self, index: u16, yes: bool) {
+        self.ear.iter().for_each(|ear| ear.set_kicks(index, yes));
     }
 
     fn config_header(&self, offset: u32, len: usize) -> Result<ConfigHeader, FrontendError> {

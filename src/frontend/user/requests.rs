@@ -82,6 +82,16 @@ impl UserDevice {
     /// # Errors
     /// [`FrontendError::NotOffered`] if it knows neither; the channel's errors.
     pub fn reset(&mut self) -> Result<(), FrontendError> {
+        self.rings.keys().for_each(|index| self.pass_kicks(*index, false));
+        // Rings that live on are kicked on.
+        self.ask_for_reset().inspect_err(|_| self.rings.keys().for_each(|index| self.pass_kicks(*index, true)))?;
+        (self.status, self.features) = (0, 0);
+        let rings = std::mem::take(&mut self.rings);
+        rings.keys().for_each(|index| self.ear.iter().for_each(|ear| ear.remove(*index)));
+        Ok(())
+    }
+
+    fn ask_for_reset(&mut self) -> Result<(), FrontendError> {
         match self.has(protocol_feature::RESET_DEVICE) {
             true => self.channel.post(Request::RESET_DEVICE, &[], &[])?,
             false => {
@@ -89,10 +99,6 @@ impl UserDevice {
                 self.set_status(0)?;
             }
         }
-        self.channel.settle()?;
-        (self.status, self.features) = (0, 0);
-        let rings = std::mem::take(&mut self.rings);
-        rings.keys().for_each(|index| self.ear.iter().for_each(|ear| ear.remove(*index)));
-        Ok(())
+        self.channel.settle()
     }
 }
