@@ -196,10 +196,15 @@ fn a_flood_fills_nothing_and_the_device_goes_on() {
         assert!(device.status().unwrap().is_some());
     }
     flood.join().unwrap();
-    // Behind the last of them: all have been heard.
+    // Behind the last of them: all have been heard, and what is of another kind is kept.
+    let area = VringArea { u64: 1, size: 4096, offset: 0 };
+    assert_eq!(backend.ask(BackendRequest::VRING_HOST_NOTIFIER_MSG, &area), 1);
     assert_eq!(backend.ask(BackendRequest::CONFIG_CHANGE_MSG, &[0u8; 0]), 0);
     let told = device.events();
-    assert!(told.contains(&DeviceEvent::ConfigChanged) && told.len() <= 1024, "{} events are kept", told.len());
+    assert!(told.len() <= 1026, "{} events are kept", told.len());
+    for event in [DeviceEvent::ConfigChanged, DeviceEvent::HostNotifierRefused(1)] {
+        assert!(told.contains(&event), "{event:?} is lost");
+    }
 }
 
 /// Rule B3: an error fd that the back-end has by SET_VRING_ERR, or BACKEND_VRING_ERR after a VRING_KICK.

@@ -34,7 +34,8 @@ use crate::sys::socket;
 
 /// Longest message, bytes: more than any has.
 const MAX_PAYLOAD: usize = 4096;
-/// Most events that are kept: one per ring and kind, and others as far as there is room.
+/// Most events that are kept before those that a back-end can make any number of are dropped. There are few others: one
+/// per ring and kind.
 const MOST_EVENTS: usize = 1024;
 /// Most translations that wait for room on the connection; with so many of them nothing more is heard.
 const MOST_UNSENT: usize = 1024;
@@ -104,7 +105,8 @@ impl Events {
 
     fn add(&self, event: DeviceEvent) {
         let mut told = lock(&self.told);
-        if told.len() < MOST_EVENTS && told.insert(event) {
+        let any_number = matches!(event, DeviceEvent::AccessFailed(_) | DeviceEvent::Refused(_));
+        if (!any_number || told.len() < MOST_EVENTS) && told.insert(event) {
             let _ = self.ready.write(1);
         }
     }
