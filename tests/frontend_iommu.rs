@@ -597,3 +597,25 @@ fn translations_that_find_no_room_are_told_when_there_is_some() {
     assert!(table.asked.load(Ordering::SeqCst) > PAGES, "there was room for all of them");
     assert_eq!((forgotten, device.events()), (1, vec![]));
 }
+
+/// Rule T3: what it does not hear of while the feature is off.
+#[test]
+fn a_back_end_forgets_everything_when_the_iommu_is_acknowledged_anew() {
+    let (hand, mut device, _guest) = Hand::shake(Arc::new(Identity));
+    hand.ask(0x1000, 3, raw::VERSION);
+    assert_eq!(hand.hears().kind, VHOST_IOTLB_UPDATE);
+    let without = std::thread::spawn(move || {
+        device.set_features(FEATURES).unwrap();
+        device.set_features(FEATURES & !TRANSLATED).unwrap();
+        device.invalidate(0..=u64::MAX).unwrap();
+        device.set_features(FEATURES).unwrap();
+    });
+    for features in [FEATURES, FEATURES & !TRANSLATED, FEATURES] {
+        let (header, payload, _) = hand.connection.receive();
+        assert_eq!((Code(header.request), payload), (Code::SET_FEATURES, (features | 1 << 30).as_bytes().to_vec()));
+        hand.connection.send(Code::SET_FEATURES, Header::REPLY_FLAGS, 0u64.as_bytes(), &[]);
+    }
+    let said = [hand.hears(), hand.hears()].map(|told| (told.kind, told.iova, told.size));
+    assert_eq!(said, [(VHOST_IOTLB_INVALIDATE, 0, u64::MAX), (VHOST_IOTLB_INVALIDATE, u64::MAX, 1)]);
+    without.join().unwrap();
+}

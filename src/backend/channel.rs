@@ -139,6 +139,11 @@ impl Host {
         Ok(attached(Some(thread)))
     }
 
+    /// Whether there is a front-end that can be asked.
+    pub(super) fn is_attached(&self) -> bool {
+        self.lock().line.is_some()
+    }
+
     /// Says whether REPLY_ACK is agreed on.
     pub(super) fn set_acknowledges(&self, acknowledges: bool) {
         self.lock().acknowledges = acknowledges;

@@ -9,6 +9,7 @@ mod drain;
 mod guest;
 mod hostile;
 mod iommu;
+mod iommu_anew;
 mod iommu_load;
 mod iommu_space;
 mod log;

@@ -41,6 +41,8 @@ impl Session {
             self.pause(index, rings)?;
         }
         self.memory = memory;
+        // The front-end's addresses may mean other pages now.
+        self.forget_translations();
         self.check_log_size();
         self.settle_all(rings)
     }
@@ -49,6 +51,14 @@ impl Session {
     pub(super) fn memory_acknowledged(&mut self, message: &Message, rings: &mut dyn Rings) -> Result<(), BackendError> {
         let memory = self.postcopy.acknowledged(message, message.code == Code::SET_MEM_TABLE)?;
         self.replace_memory(memory, rings)
+    }
+
+    /// Forgets all translations when a front-end has reason to invalidate none of them itself; no ring runs then. One
+    /// that nobody can ask has told all beforehand, and won't again (rule T3).
+    pub(super) fn forget_translations(&self) {
+        if self.host.is_attached() {
+            self.iotlb.invalidate(&(0..=u64::MAX));
+        }
     }
 
     /// What the front-end says of its IOMMU (rules T2, T3).

@@ -340,6 +340,9 @@ impl Session {
         if changed != 0 && self.rings.iter().any(|ring| ring.running) {
             return Err(BackendError::FeaturesRun { changed });
         }
+        if changed & bit(VIRTIO_F_ACCESS_PLATFORM) != 0 {
+            self.forget_translations();
+        }
         self.features = bits;
         self.relog(rings);
         if bits & BIT_30 == 0 {

@@ -217,6 +217,9 @@ impl Session {
         let ring = self.ring(code, index)?;
         (ring.started, ring.kick) = (false, None);
         let num = ring.base.bits();
+        if !self.rings.iter().any(|ring| ring.running) {
+            self.forget_translations();
+        }
         self.report_lost_pages();
         Ok(VringState { index, num })
     }

@@ -143,6 +143,12 @@ impl UserDevice {
         if iovas.is_empty() || !self.is_translated() {
             return Ok(());
         }
+        self.post_invalidation(iovas)?;
+        self.channel.settle_within(self.options.stop_timeout)
+    }
+
+    /// Posts what has the back-end forget the translations of `iovas`.
+    pub(super) fn post_invalidation(&mut self, iovas: RangeInclusive<u64>) -> Result<(), FrontendError> {
         // The size of the whole space does not fit: its last byte goes by itself.
         let (first, last) = iovas.into_inner();
         let ranges = match last - first {
@@ -156,7 +162,7 @@ impl UserDevice {
             self.channel.post(Request::IOTLB_MSG, message.as_bytes(), &[])?;
         }
         drop(nothing_overtakes);
-        self.channel.settle_within(self.options.stop_timeout)
+        Ok(())
     }
 
     /// Whether the driver's addresses are I/O virtual.

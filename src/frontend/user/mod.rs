@@ -246,8 +246,13 @@ impl Device for UserDevice {
             return Err(FrontendError::NotOffered { what, advice: "acknowledge only what features() has" });
         }
         self.check_iommu(features)?;
+        let was_translated = self.is_translated();
         self.features = features & !TRANSPORT;
         self.post_features()?;
+        if self.is_translated() && !was_translated {
+            // Without the feature invalidate() tells nothing, and memory may have become another (rule T3).
+            self.post_invalidation(0..=u64::MAX)?;
+        }
         self.channel.settle()
     }
 

@@ -1,0 +1,116 @@
+//! Behind an IOMMU: what a front-end tells nobody to forget, since the device is stopped or its memory is another (rule T3).
+
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::vhost_user::{MemoryHeader, MemoryRegion, Request as Code};
+use vhost_migrate::abi::virtio::{VIRTIO_BLK_T_IN, VIRTIO_F_RING_PACKED};
+use vhost_migrate::memory::{LOG_PAGE, Region};
+use zerocopy::IntoBytes;
+
+use crate::guest::{BASIC, Guest, HIGH, REGION, Ring};
+use crate::iommu_load::{Slot, bytes, contents};
+use crate::iommu_space::{BASE, FEATURES, Space};
+use crate::server::Server;
+
+const DISK: u64 = 4 << 20;
+const BOTH: [u64; 2] = [0, bit(VIRTIO_F_RING_PACKED)];
+
+fn server() -> Server {
+    Server::disk(DISK, |options| options.iommu = true)
+}
+
+/// One read, whose data is looked for where the IOMMU says that it is.
+fn is_served(space: &Space, ring: &mut Ring, sector: u64) {
+    let memory = space.view(Slot(0).at(), Slot::BYTES);
+    Slot(0).add(ring, &memory, VIRTIO_BLK_T_IN, sector, 1024, false);
+    ring.kick();
+    ring.completion();
+    assert_eq!(bytes(&memory, Slot(0).data(), 1024), contents(sector, 1024));
+}
+
+/// The pages of a request go elsewhere, and nobody says so. The driver fills the old ones.
+fn moves_in_silence(space: &Space, to: u64) -> Vec<u64> {
+    let pages = Slot(0).at() / LOG_PAGE..(Slot(0).at() + Slot::BYTES) / LOG_PAGE;
+    let old: Vec<u64> = pages.clone().map(|page| space.gpa(page * LOG_PAGE)).collect();
+    let mut map = space.iommu.map.lock().unwrap();
+    for (page, free) in pages.zip(to / LOG_PAGE..) {
+        let new = map[&free];
+        map.insert(page, new);
+    }
+    drop(map);
+    old.iter().for_each(|gpa| space.guest.memory.write(*gpa, &[0xee; LOG_PAGE as usize]).unwrap());
+    old
+}
+
+fn assert_untouched(space: &Space, pages: &[u64]) {
+    for gpa in pages {
+        let is_as_it_was = space.guest.bytes(*gpa, LOG_PAGE as usize).iter().all(|byte| *byte == 0xee);
+        assert!(is_as_it_was, "{gpa:#x} was written by an old translation");
+    }
+}
+
+#[test]
+fn a_device_that_was_stopped_asks_anew_for_every_translation() {
+    for features in BOTH {
+        let server = server();
+        let space = Space::new(server.connect(), FEATURES | features);
+        let mut ring = space.ring(0, 256, features);
+        space.start(&ring, ring.start());
+        is_served(&space, &mut ring, 1);
+        ring.enable(&space.client, false);
+        let base = space.client.ring_base(0);
+        let old = moves_in_silence(&space, BASE + (12 << 20));
+        space.start(&ring, base);
+        is_served(&space, &mut ring, 7);
+        assert_untouched(&space, &old);
+    }
+}
+
+#[test]
+fn nothing_is_known_of_an_iommu_that_is_acknowledged_anew() {
+    let server = server();
+    let space = Space::new(server.connect(), FEATURES);
+    let mut ring = space.ring(0, 256, 0);
+    space.start(&ring, 0);
+    is_served(&space, &mut ring, 1);
+    // Disabled, and no more.
+    ring.enable(&space.client, false);
+    space.client.done(Code::SET_FEATURES, &BASIC, &[]);
+    let old = moves_in_silence(&space, BASE + (12 << 20));
+    space.client.done(Code::SET_FEATURES, &FEATURES, &[]);
+    ring.enable(&space.client, true);
+    is_served(&space, &mut ring, 7);
+    assert_untouched(&space, &old);
+    assert_eq!(space.client.ring_base(0), 2);
+}
+
+/// The front-end maps its regions elsewhere: each where the other was. Rings run on.
+#[test]
+fn addresses_of_a_new_memory_table_are_not_taken_for_those_of_the_old_one() {
+    for features in BOTH {
+        let server = server();
+        let space = Space::new(server.connect(), FEATURES | features);
+        let mut ring = space.ring(0, 256, features);
+        space.start(&ring, ring.start());
+        is_served(&space, &mut ring, 1);
+        let memory = space.view(Slot(0).at(), Slot::BYTES);
+        let (low, high) = (space.guest.user(0), space.guest.user(HIGH));
+        let other = |user: u64| if user == low { high } else { low };
+        for (user, _) in space.iommu.map.lock().unwrap().values_mut() {
+            let region = if (low..low + REGION).contains(user) { low } else { high };
+            *user = other(region) + (*user - region);
+        }
+        let describe = |region: &std::sync::Arc<Region>| {
+            let region = Guest::describe(region);
+            MemoryRegion { userspace_addr: other(region.userspace_addr), ..region }
+        };
+        let regions: Vec<MemoryRegion> = space.guest.memory.regions().iter().map(describe).collect();
+        let header = MemoryHeader { nregions: regions.len() as u32, padding: 0 };
+        let table = [header.as_bytes(), regions.as_bytes()].concat();
+        assert_eq!(space.client.acknowledged(Code::SET_MEM_TABLE, &table, &space.guest.fds()), 0);
+        // It still leads to the same pages of the guest.
+        Slot(0).add(&mut ring, &memory, VIRTIO_BLK_T_IN, 7, 1024, false);
+        ring.kick();
+        ring.completion();
+        assert_eq!(bytes(&memory, Slot(0).data(), 1024), contents(7, 1024));
+    }
+}
