@@ -91,8 +91,11 @@ impl Channel {
         self.acks = true;
     }
 
-    pub(super) fn set_timeout(&mut self, timeout: Duration) {
+    pub(super) fn set_timeout(&mut self, timeout: Duration) -> Result<(), FrontendError> {
+        let set = self.line.socket.set_write_timeout(Some(timeout));
+        set.map_err(FrontendError::system("set the time that sending may take"))?;
         self.timeout = timeout;
+        Ok(())
     }
 
     /// Sends a message that has no reply of its own.
@@ -124,7 +127,7 @@ impl Channel {
         let posted = std::mem::take(&mut self.posted);
         if !self.acks {
             let fence = !posted.is_empty();
-            return if fence { self.ask(Request::GET_FEATURES, &[], &[]).map(drop) } else { Ok(()) };
+            return if fence { self.ask_within(timeout, Request::GET_FEATURES, &[], &[]).map(drop) } else { Ok(()) };
         }
         let mut refused = None;
         for request in posted {
@@ -261,5 +264,46 @@ impl Channel {
 impl Drop for Channel {
     fn drop(&mut self) {
         self.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixListener;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    /// A channel that waits hardly at all, and the back-end's end.
+    fn hasty() -> (Channel, UnixStream) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let channel = Channel::connect(&path, Duration::from_millis(1)).unwrap();
+        (channel, listener.accept().unwrap().0)
+    }
+
+    #[test]
+    fn what_may_take_longer_may_do_so_without_acknowledgements_too() {
+        let (mut channel, mut back_end) = hasty();
+        channel.post(Request::SET_VRING_ENABLE, &[0; 8], &[]).unwrap();
+        let answers = std::thread::spawn(move || {
+            let mut heard = [0; 2 * size_of::<Header>() + 8];
+            back_end.read_exact(&mut heard).unwrap();
+            // The timeout of all else is over.
+            std::thread::sleep(Duration::from_millis(100));
+            let header = Header { request: Request::GET_FEATURES.0, flags: Header::REPLY_FLAGS, size: 8 };
+            back_end.write_all(&[header.as_bytes(), &[0; 8]].concat()).unwrap();
+        });
+        channel.settle_within(PATIENCE).unwrap();
+        answers.join().unwrap();
+    }
+
+    #[test]
+    fn a_new_timeout_holds_for_sending_too() {
+        let (mut channel, _back_end) = hasty();
+        channel.set_timeout(PATIENCE).unwrap();
+        assert_eq!(channel.line.socket.write_timeout().unwrap(), Some(PATIENCE));
     }
 }

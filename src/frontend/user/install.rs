@@ -115,8 +115,7 @@ impl UserDevice {
             });
         }
         let installed = self.check_iommu(self.features).and_then(|()| self.install());
-        let marked = installed.inspect_err(|_| self.channel.close())?;
-        self.channel.set_timeout(self.options.timeout);
-        Ok(marked)
+        let set = installed.and_then(|marked| self.channel.set_timeout(self.options.timeout).map(|()| marked));
+        set.inspect_err(|_| self.channel.close())
     }
 }
