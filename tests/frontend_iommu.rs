@@ -619,3 +619,38 @@ fn a_back_end_forgets_everything_when_the_iommu_is_acknowledged_anew() {
     assert_eq!(said, [(VHOST_IOTLB_INVALIDATE, 0, u64::MAX), (VHOST_IOTLB_INVALIDATE, u64::MAX, 1)]);
     without.join().unwrap();
 }
+
+/// Rule T1: what was promised, and has gone before there was room to send it.
+#[test]
+fn a_translation_that_goes_while_it_waits_for_room_is_told_to_permit_nothing() {
+    const PAGES: u64 = 1000;
+    const GONE: u64 = (PAGES - 1) * LOG_PAGE;
+    let table = Arc::new(Table::default());
+    (0..PAGES).for_each(|page| table.set(page * LOG_PAGE, Some((page * LOG_PAGE, Access::ReadWrite))));
+    let (hand, mut device, guest) = Hand::shake(table.clone());
+    for page in 0..PAGES {
+        hand.ask(page * LOG_PAGE, 3, raw::NEED_REPLY);
+        assert_eq!(hand.answer(), 0);
+    }
+    table.set(GONE, None);
+    let told: BTreeMap<u64, IotlbMsg> = (0..PAGES).map(|_| hand.hears()).map(|told| (told.iova, told)).collect();
+    assert!(table.asked.load(Ordering::SeqCst) > PAGES, "there was room for all of them");
+    let gone = &told[&GONE];
+    assert_eq!((gone.kind, gone.size, gone.perm, gone.uaddr), (VHOST_IOTLB_UPDATE, LOG_PAGE, 0, guest.user(0)));
+    assert!(told.values().filter(|told| told.iova != GONE).all(|told| told.perm == 3));
+    assert_eq!(event(&mut device), [DeviceEvent::AccessFailed(GONE)]);
+}
+
+#[test]
+fn a_translation_that_permits_less_than_was_asked_for_is_told_and_is_an_event() {
+    let table = Arc::new(Table::default());
+    table.set(0x1000, Some((0x1000, Access::Read)));
+    let (hand, mut device, _guest) = Hand::shake(table);
+    hand.ask(0x1234, 3, raw::NEED_REPLY);
+    let told = hand.hears();
+    assert_eq!((told.kind, told.iova, told.perm), (VHOST_IOTLB_UPDATE, 0x1000, 1));
+    assert_eq!(hand.answer(), 0);
+    assert_eq!(event(&mut device), [DeviceEvent::AccessFailed(0x1234)]);
+    hand.ask(0x1234, 1, raw::NEED_REPLY);
+    assert_eq!((hand.hears().perm, hand.answer(), device.events()), (1, 0, vec![]));
+}

@@ -193,10 +193,11 @@ impl Shared {
                 full |= !self.kick(*index, kick);
             }
             while room && let Some((iova, access)) = heard.unsent.pop_first() {
-                if !self.translate(iova, access, &mut heard.unsent) {
-                    debug!("the translation of {iova:#x} has gone before it could be sent");
-                } else if heard.unsent.contains(&(iova, access)) {
-                    break;
+                // It was promised: nobody else says that it has gone.
+                match self.translate(iova, access, true, &mut heard.unsent) {
+                    Told::Later => break,
+                    Told::No => self.events.add(DeviceEvent::AccessFailed(iova)),
+                    Told::Less | Told::Translation => {}
                 }
             }
             if told {
@@ -275,7 +276,7 @@ impl Shared {
                 let asked = IotlbMsg::read_from_prefix(payload).map(|(asked, _)| asked);
                 let Ok(IotlbMsg { iova, perm, kind, .. }) = asked else { return false };
                 match kind {
-                    VHOST_IOTLB_MISS if self.translate(iova, perm, unsent) => {}
+                    VHOST_IOTLB_MISS if self.translate(iova, perm, false, unsent) != Told::No => {}
                     VHOST_IOTLB_MISS => {
                         self.events.add(DeviceEvent::AccessFailed(iova));
                         return false;
@@ -311,13 +312,16 @@ impl Shared {
         sent
     }
 
-    /// Answers a question by a translation, now or when there is room; false if there is none.
-    fn translate(&self, iova: u64, permission: u8, unsent: &mut BTreeSet<(u64, u8)>) -> bool {
-        let told = Access::from_permission(permission).map(|access| self.translator.tell(iova, access, &self.line));
-        if told == Some(Told::Later) {
-            unsent.insert((iova, permission));
+    /// Answers a question by a translation, now or when there is room.
+    fn translate(&self, iova: u64, permission: u8, promised: bool, unsent: &mut BTreeSet<(u64, u8)>) -> Told {
+        let Some(access) = Access::from_permission(permission) else { return Told::No };
+        let told = self.translator.tell(iova, access, promised, &self.line);
+        match told {
+            Told::Later => drop(unsent.insert((iova, permission))),
+            Told::Less => self.events.add(DeviceEvent::AccessFailed(iova)),
+            Told::Translation | Told::No => {}
         }
-        told.is_some_and(|told| told != Told::No)
+        told
     }
 
     /// Sends of these acknowledgements what there is room for.

@@ -14,7 +14,7 @@ use crate::abi::bit;
 use crate::abi::vhost::{VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_UPDATE};
 use crate::abi::vhost_user::{Header, IotlbMsg, Request};
 use crate::abi::virtio::VIRTIO_F_ACCESS_PLATFORM;
-use crate::memory::{Access, Memory};
+use crate::memory::{Access, LOG_PAGE, Memory};
 
 /// The VMM's IOMMU, and the memory that its mappings lead to; it outlives connections.
 ///
@@ -34,7 +34,9 @@ pub(super) struct Known {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Told {
     Translation,
-    /// There is none.
+    /// One that permits less than was asked for.
+    Less,
+    /// There is none. If it had been promised, that has been told.
     No,
     /// There is no room for the answer now: look again later.
     Later,
@@ -56,15 +58,19 @@ impl Translator {
         known
     }
 
-    /// Looks for `iova` and sends what is found over `line`.
-    pub(super) fn tell(&self, iova: u64, access: Access, line: &Line) -> Told {
+    /// Looks for `iova` and sends what is found over `line`. Where it was `promised` and has gone since, an update says
+    /// so that permits nothing.
+    pub(super) fn tell(&self, iova: u64, access: Access, promised: bool, line: &Line) -> Told {
         let known = self.lock();
-        let Some(update) = known.update(iova, access) else { return Told::No };
+        let found = known.update(iova, access);
+        let Some(update) = found.or_else(|| known.no(iova).filter(|_| promised)) else { return Told::No };
         let header =
             Header { request: Request::IOTLB_MSG.0, flags: Header::FLAG_VERSION, size: size_of_val(&update) as u32 };
         match line.try_send(&[header.as_bytes(), update.as_bytes()].concat()) {
-            true => Told::Translation,
             false => Told::Later,
+            true if update.perm == 0 => Told::No,
+            true if access.permission() & !update.perm != 0 => Told::Less,
+            true => Told::Translation,
         }
     }
 
@@ -97,6 +103,13 @@ impl Known {
             warn!("the VMM's translation of {iova:#x} does not contain it: {mapping:x?} (rule T1)");
         }
         skip.map(|skip| (mapping, skip))
+    }
+
+    /// The page of an address as one that permits nothing; it leads somewhere nevertheless, as back-ends want of any.
+    fn no(&self, iova: u64) -> Option<IotlbMsg> {
+        let uaddr = self.memory.regions().first()?.user_addr();
+        let (iova, size) = (iova / LOG_PAGE * LOG_PAGE, LOG_PAGE);
+        Some(IotlbMsg { iova, size, uaddr, kind: VHOST_IOTLB_UPDATE, ..IotlbMsg::new_zeroed() })
     }
 
     /// A translation as a message, cut where its region ends: beyond that the front-end's addresses do not go on.
