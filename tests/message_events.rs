@@ -1,0 +1,168 @@
+//! Each control message is an event, once, with its name: in the session of a back-end, in the vhost-user client, and on the
+//! back-end channel.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::fmt::Debug;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::eventfd::EventFd;
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
+use tracing_subscriber::registry;
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::vhost_user::{BackendRequest, Header, Request as Code};
+use vhost_migrate::abi::virtio::VIRTIO_F_VERSION_1;
+use vhost_migrate::backend::{
+    BackendError, Device, Host, Immediate, Listener, Logging, Message, Notifier, Queue, RING_FEATURES, Request, Rings,
+    Session, Setup, serve,
+};
+use vhost_migrate::dirty::Log;
+use vhost_migrate::frontend::{Device as _, RingSetup, UserDevice, UserOptions};
+use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+use vhost_migrate::ring::RingBase;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const MIB: u64 = 1 << 20;
+const SESSION: &str = "vhost_migrate::backend::session";
+const CLIENT: &str = "vhost_migrate::frontend::user::channel";
+const CHANNEL: &str = "vhost_migrate::frontend::user::ear";
+
+/// A layer that keeps the words of all debug events, with the module that said them.
+#[derive(Clone, Default)]
+struct Heard(Arc<Mutex<Vec<(String, String)>>>);
+
+impl Heard {
+    /// What stands before the colon in each event of a module, in their order.
+    fn names(&self, module: &str) -> Vec<String> {
+        let all = self.0.lock().unwrap();
+        let of_module = all.iter().filter(|(target, _)| target == module);
+        of_module.map(|(_, words)| words.split(':').next().unwrap().to_owned()).collect()
+    }
+}
+
+impl<S: Subscriber> Layer<S> for Heard {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        struct Words(String);
+        impl Visit for Words {
+            fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
+                if field.name() == "message" {
+                    self.0 = format!("{value:?}");
+                }
+            }
+        }
+        if *event.metadata().level() == Level::DEBUG {
+            let mut words = Words(String::new());
+            event.record(&mut words);
+            self.0.lock().unwrap().push((event.metadata().target().to_owned(), words.0));
+        }
+    }
+}
+
+/// A device of one ring that completes every request as it is, and says what a test wants.
+#[derive(Default)]
+struct Plain(Mutex<Arc<Host>>);
+
+impl Device for Plain {
+    fn features(&self) -> u64 {
+        RING_FEATURES
+    }
+
+    fn config(&self) -> Vec<u8> {
+        vec![0; 8]
+    }
+
+    fn connected(&self, host: Arc<Host>) {
+        *self.0.lock().unwrap() = host;
+    }
+
+    fn queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
+        Ok(Box::new(Immediate::new(|_: &mut Request| {})))
+    }
+}
+
+/// Rings without workers.
+struct Nobody;
+
+impl Rings for Nobody {
+    fn start(&mut self, _index: u16, _setup: Setup) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    fn stop(&mut self, _index: u16) -> Result<RingBase, BackendError> {
+        Ok(RingBase::split(0))
+    }
+
+    fn set_logging(&mut self, _index: u16, _logging: Logging) {}
+
+    fn invalidate(&mut self, _range: &std::ops::RangeInclusive<u64>) {}
+
+    fn kick(&mut self, _index: u16) {}
+
+    fn set_notifiers(&mut self, _index: u16, _call: Option<Arc<Notifier>>, _error: Option<Arc<Notifier>>) {}
+}
+
+#[test]
+fn every_message_of_a_session_is_one_event_with_its_name_also_if_it_is_refused_or_unknown() {
+    let heard = Heard::default();
+    let codes: Vec<_> = (0..=64).chain([4711, u32::MAX]).map(Code).collect();
+    tracing::subscriber::with_default(registry().with(heard.clone()), || {
+        let mut session = Session::new(Arc::new(Plain::default()));
+        for &code in &codes {
+            // Without a payload most are refused.
+            let message = Message { code, flags: Header::FLAG_VERSION, payload: vec![], fds: vec![] };
+            let _ = session.message(message, &mut Nobody);
+        }
+    });
+    let expected: Vec<_> = codes.iter().map(Code::to_string).collect();
+    assert_eq!(heard.names(SESSION), expected);
+    assert!(expected.contains(&"SET_MEM_TABLE".into()) && expected.contains(&"request 4711".into()), "{expected:?}");
+}
+
+#[test]
+fn what_a_front_end_sends_is_one_event_on_either_side_and_so_is_what_it_hears() {
+    let heard = Heard::default();
+    // The back-end and the channel have threads of their own.
+    tracing::subscriber::set_global_default(registry().with(heard.clone())).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    let listener = Listener::bind(&path).unwrap();
+    let (plain, stop) = (Arc::new(Plain::default()), Arc::new(EventFd::new().unwrap()));
+    let (device, until): (Arc<dyn Device>, _) = (plain.clone(), stop.clone());
+    let server = thread::spawn(move || serve(&listener, &device, until.as_fd()).unwrap());
+
+    let mut device = UserDevice::connect(&path, UserOptions::default(), Instant::now() + PATIENCE).unwrap();
+    device.set_features(bit(VIRTIO_F_VERSION_1)).unwrap();
+    device.set_inflight(1, 8, None).unwrap();
+    let region = Region::share(sealed_memfd("guest", MIB).unwrap(), 0, MIB, 0).unwrap();
+    device.set_memory(&Memory::new([Arc::new(region)]).unwrap()).unwrap();
+    let eventfd = || Arc::new(OwnedFd::from(EventFd::new().unwrap()));
+    let (kick, call, base) = (eventfd(), eventfd(), RingBase::split(0));
+    let ring = RingSetup { size: 8, desc: 0x1000, avail: 0x2000, used: 0x3000, kick, call, error: None, base };
+    device.start_ring(0, ring).unwrap();
+    let (log, fd) = Log::create(MIB).unwrap();
+    device.start_logging(&Arc::new(log), fd.as_fd()).unwrap();
+    device.stop_logging().unwrap();
+    device.config(0, &mut [0; 8]).unwrap();
+    assert!(device.set_config(0, &[0; 8]).is_err(), "a refused one is an event too");
+    device.set_status(4).unwrap();
+    device.stop_ring(0).unwrap();
+    device.reset().unwrap();
+    let unknown = BackendRequest(4711);
+    let host = plain.0.lock().unwrap().clone();
+    assert_eq!(host.ask(unknown, &[0u8; 8]).unwrap().unwrap().recv_timeout(PATIENCE), Ok(1));
+    drop(device);
+    stop.write(1).unwrap();
+    server.join().unwrap();
+
+    let sent = heard.names(CLIENT);
+    assert_eq!(heard.names(SESSION), sent, "each has come once, in its order");
+    assert!(sent.len() > 25, "{sent:?}");
+    let known = |name: &String| (1..=64).any(|number| Code(number).name() == Some(name.as_str()));
+    assert!(sent.iter().all(known), "names, no numbers: {sent:?}");
+    assert_eq!(heard.names(CHANNEL), [unknown.to_string()]);
+}
