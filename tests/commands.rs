@@ -203,11 +203,12 @@ fn assert_completed(output: &Output) {
     assert!(output.status.success() && completed, "{}\n{}", text(&output.stdout), text(&output.stderr));
 }
 
-#[test]
-fn demo_ends_verified_with_all_its_figures() {
+#[rstest]
+fn demo_ends_verified_with_all_its_figures(#[values(&[][..], &["--packed"])] rings: &[&str]) {
     let _alone = alone();
-    let output =
-        run(&["demo", "--memory", "64MiB", "--disk", "16MiB", "--seconds", "1", "--dirty-rate", "20MiB/s", "--json"]);
+    let arguments =
+        ["demo", "--memory", "64MiB", "--disk", "16MiB", "--seconds", "1", "--dirty-rate", "20MiB/s", "--json"];
+    let output = run(&[&arguments[..], rings].concat());
     assert!(output.status.success(), "{}", text(&output.stderr));
     let done = events(&output).pop().unwrap();
     assert_eq!((&done["event"], &done["verified"], &done["lost"]), (&json!("done"), &json!(true), &json!(0)), "{done}");

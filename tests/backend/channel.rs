@@ -7,16 +7,17 @@ use std::sync::{Arc, Mutex};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt::SndBuf};
+use rstest::rstest;
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{BackendRequest, Header, Request as Code, VringState, protocol_feature};
-use vhost_migrate::abi::virtio::VIRTIO_F_VERSION_1;
+use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, PACKED_DESC_F_AVAIL, PackedDesc, VIRTIO_F_VERSION_1};
 use vhost_migrate::backend::{
     BackendError, Device, Host, Logging, Message, Notifier, Queue, Request, Rings, Session, Setup, Step,
 };
-use vhost_migrate::ring::{Buffer, RingBase};
+use vhost_migrate::ring::{Buffer, DriverRing, RingBase};
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::guest::{BASIC, Guest, HIGH, PROTOCOL, Ring, status};
+use crate::guest::{BASIC, Guest, HIGH, PACKED, PROTOCOL, Ring, SPLIT, status};
 use crate::raw::{Client, DEADLINE, VERSION};
 use crate::server::Server;
 
@@ -55,25 +56,40 @@ impl Ear {
     }
 }
 
-fn agree(client: &Client, guest: &Guest, protocol: u64) {
+fn agree(client: &Client, guest: &Guest, features: u64, protocol: u64) {
     client.tell(Code::SET_OWNER, &[0u8; 0]);
     client.tell(Code::SET_PROTOCOL_FEATURES, &protocol);
-    client.done(Code::SET_FEATURES, &BASIC, &[]);
+    client.done(Code::SET_FEATURES, &features, &[]);
     guest.send_table(client);
 }
 
 /// A running ring whose kicks, calls and errors are messages.
-fn in_band(client: &Client, guest: &Guest, index: u32) -> Ring {
-    let ring = Ring::new(guest, index, 256, BASIC);
+fn in_band(client: &Client, guest: &Guest, index: u32, features: u64) -> Ring {
+    let ring = Ring::new(guest, index, 256, features);
     for code in [Code::SET_VRING_CALL, Code::SET_VRING_ERR] {
         client.done(code, &(u64::from(index) | NO_FD), &[]);
     }
     client.tell(Code::SET_VRING_NUM, &VringState { index, num: ring.layout.size.into() });
-    client.tell(Code::SET_VRING_BASE, &VringState { index, num: 0 });
+    client.tell(Code::SET_VRING_BASE, &VringState { index, num: ring.start() });
     client.tell(Code::SET_VRING_ADDR, &ring.addr(guest));
     client.tell(Code::SET_VRING_KICK, &(u64::from(index) | NO_FD));
     ring.enable(client, true);
     ring
+}
+
+/// Breaks a ring that was never used, as its driver might, and kicks in-band.
+fn break_ring(client: &Client, guest: &Guest, ring: &Ring) {
+    match ring.driver {
+        // An index that ran away.
+        DriverRing::Split(_) => guest.memory.write(ring.layout.avail + 2, &9999u16.to_le_bytes()).unwrap(),
+        // A table, which was not agreed on.
+        DriverRing::Packed(_) => {
+            let flags = (DESC_F_INDIRECT | 1 << PACKED_DESC_F_AVAIL).into();
+            let desc = PackedDesc { addr: HIGH.into(), len: 16.into(), id: 0.into(), flags };
+            guest.memory.write(ring.layout.desc, desc.as_bytes()).unwrap();
+        }
+    }
+    client.done(Code::VRING_KICK, &VringState { index: ring.index, num: 0 }, &[]);
 }
 
 /// Makes one read visible and kicks in-band.
@@ -84,13 +100,13 @@ fn read(client: &Client, guest: &Guest, ring: &mut Ring) {
 }
 
 /// Rule B3.
-#[test]
-fn kicks_and_calls_can_be_messages() {
+#[rstest]
+fn kicks_and_calls_can_be_messages(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let client = server.connect();
-    agree(&client, &guest, IN_BAND);
+    agree(&client, &guest, features, IN_BAND);
     let mut ear = Ear::give(&client);
-    let mut rings = [in_band(&client, &guest, 0), in_band(&client, &guest, 1)];
+    let mut rings = [0, 1].map(|index| in_band(&client, &guest, index, features));
     for round in 0..50 {
         let ring = &mut rings[round % 2];
         read(&client, &guest, ring);
@@ -103,14 +119,14 @@ fn kicks_and_calls_can_be_messages() {
     assert_eq!(client.acknowledged(Code::VRING_KICK, missing.as_bytes(), &[]), 1);
 }
 
-/// Rule B3: User-mode Linux sends neither SET_VRING_KICK nor SET_VRING_CALL.
-#[test]
-fn the_first_kick_starts_a_ring_whose_fds_were_never_spoken_of() {
+/// Rule B3: User-mode Linux sends neither SET_VRING_KICK nor SET_VRING_CALL, and begins packed rings at 0 too (rule R4).
+#[rstest]
+fn the_first_kick_starts_a_ring_whose_fds_were_never_spoken_of(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let client = server.connect();
-    agree(&client, &guest, IN_BAND);
+    agree(&client, &guest, features, IN_BAND);
     let mut ear = Ear::give(&client);
-    let mut ring = Ring::new(&guest, 0, 256, BASIC);
+    let mut ring = Ring::new(&guest, 0, 256, features);
     client.tell(Code::SET_VRING_NUM, &VringState { index: 0, num: ring.layout.size.into() });
     client.tell(Code::SET_VRING_BASE, &VringState { index: 0, num: 0 });
     client.tell(Code::SET_VRING_ADDR, &ring.addr(&guest));
@@ -120,8 +136,9 @@ fn the_first_kick_starts_a_ring_whose_fds_were_never_spoken_of() {
         assert_eq!(ear.hear(), (BackendRequest::VRING_CALL, Some(0)));
         assert!(ring.driver.pop_used().unwrap().is_some());
     }
-    guest.memory.write(ring.layout.avail + 2, &9999u16.to_le_bytes()).unwrap();
-    client.done(Code::VRING_KICK, &VringState { index: 0, num: 0 }, &[]);
+    client.ring_base(0);
+    let ring = in_band(&client, &guest, 0, features);
+    break_ring(&client, &guest, &ring);
     assert_eq!(ear.hear(), (BackendRequest::VRING_ERR, Some(0)));
 }
 
@@ -172,20 +189,19 @@ fn a_ring_without_a_kick_is_polled_unless_its_kicks_are_messages() {
     }
 }
 
-#[test]
-fn a_broken_ring_says_so_in_a_message_and_the_other_goes_on() {
+#[rstest]
+fn a_broken_ring_says_so_in_a_message_and_the_other_goes_on(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let client = server.connect();
-    agree(&client, &guest, IN_BAND);
+    agree(&client, &guest, features, IN_BAND);
     let mut ear = Ear::give(&client);
-    let (broken, mut good) = (in_band(&client, &guest, 0), in_band(&client, &guest, 1));
-    guest.memory.write(broken.layout.avail + 2, &9999u16.to_le_bytes()).unwrap();
-    client.done(Code::VRING_KICK, &VringState { index: 0, num: 0 }, &[]);
+    let [broken, mut good] = [0, 1].map(|index| in_band(&client, &guest, index, features));
+    break_ring(&client, &guest, &broken);
     assert_eq!(ear.hear(), (BackendRequest::VRING_ERR, Some(0)));
     read(&client, &guest, &mut good);
     assert_eq!(ear.hear(), (BackendRequest::VRING_CALL, Some(1)));
     client.ring_base(0);
-    let mut again = in_band(&client, &guest, 0);
+    let mut again = in_band(&client, &guest, 0, features);
     read(&client, &guest, &mut again);
     assert_eq!(ear.hear(), (BackendRequest::VRING_CALL, Some(0)));
 }
@@ -253,7 +269,7 @@ fn a_front_end_that_never_reads_its_channel_stalls_no_ring_and_hears_of_the_last
     let device = Arc::new(Restless::default());
     let (server, guest) = (Server::new(device.clone()), Guest::new());
     let client = server.connect();
-    agree(&client, &guest, PROTOCOL | bit(protocol_feature::BACKEND_REQ));
+    agree(&client, &guest, BASIC, PROTOCOL | bit(protocol_feature::BACKEND_REQ));
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC).unwrap();
     // As little room as the system gives.
     setsockopt(&theirs, SndBuf, &1).unwrap();
@@ -279,7 +295,7 @@ fn a_front_end_that_talks_nonsense_on_its_channel_or_closes_it_loses_the_channel
     let device = Arc::new(Restless::default());
     let (server, guest) = (Server::new(device.clone()), Guest::new());
     let client = server.connect();
-    agree(&client, &guest, PROTOCOL | bit(protocol_feature::BACKEND_REQ));
+    agree(&client, &guest, BASIC, PROTOCOL | bit(protocol_feature::BACKEND_REQ));
     let mut ring = Ring::new(&guest, 0, 256, BASIC);
     ring.set_up(&client, &guest, 0);
     ring.enable(&client, true);
