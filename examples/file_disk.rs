@@ -1,7 +1,6 @@
 //! A disk out of a file, for any vhost-user front-end: `cargo run --example file_disk -- SOCKET IMAGE`
 
 use std::{error::Error, fs::File, io, os::fd::AsFd, os::unix::fs::FileExt, os::unix::net::UnixStream, sync::Arc};
-
 use vhost_migrate::abi::{bit, virtio::*};
 use vhost_migrate::backend::{Device, Immediate, Listener, Queue, RING_FEATURES, Request, serve};
 
@@ -54,8 +53,7 @@ fn transfer(file: &File, request: &mut Request) -> Result<(), Box<dyn Error>> {
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().collect();
     let [_, socket, image] = &arguments[..] else { return Err("usage: file_disk SOCKET IMAGE".into()) };
-    let file = File::options().read(true).write(true).open(image)?;
-    let disk: Arc<dyn Device> = Arc::new(Disk(Arc::new(file)));
+    let disk: Arc<dyn Device> = Arc::new(Disk(Arc::new(File::options().read(true).write(true).open(image)?)));
     let (stop, _never) = UnixStream::pair()?;
     Ok(serve(&Listener::bind(socket.as_ref())?, &disk, stop.as_fd())?)
 }

@@ -119,6 +119,27 @@ pub trait Device: Send + Sync {
 /// [`Immediate`](super::Immediate).
 ///
 /// Requests may be completed in any order. Dropping a queue waits for whatever still reaches into guest memory.
+///
+/// A request is handed back once:
+///
+/// ```
+/// use vhost_migrate::backend::Request;
+///
+/// fn complete(request: Request, done: &mut Vec<Request>) {
+///     done.push(request);
+/// }
+/// ```
+///
+/// and not again, which does not compile:
+///
+/// ```compile_fail,E0382
+/// use vhost_migrate::backend::Request;
+///
+/// fn complete(request: Request, done: &mut Vec<Request>) {
+///     done.push(request);
+///     done.push(request);
+/// }
+/// ```
 pub trait Queue {
     /// Whether it can use a request now; asked before each one is taken from the ring. A queue of buffers for what is yet
     /// to come wants none before it has come; then [`Queue::completion_fd`] says when to ask again.
@@ -156,6 +177,36 @@ pub trait Queue {
 /// A request of the driver: buffers to read, buffers to write, and what was written.
 ///
 /// It goes back to the driver whatever happens: one that is dropped counts as complete, with what was written until then.
+///
+/// Guest memory is reached through it, which notes what is written:
+///
+/// ```
+/// use vhost_migrate::backend::Request;
+///
+/// fn clear(request: &mut Request) {
+///     let _ = request.write(0, &[0; 8]);
+/// }
+/// ```
+///
+/// and not past it:
+///
+/// ```compile_fail,E0616
+/// use vhost_migrate::backend::Request;
+///
+/// fn clear(request: &mut Request) {
+///     let _ = request.memory.write(0, &[0; 8]);
+/// }
+/// ```
+///
+/// There is one of each:
+///
+/// ```compile_fail,E0599
+/// use vhost_migrate::backend::Request;
+///
+/// fn twice(request: Request) -> [Request; 2] {
+///     [request.clone(), request]
+/// }
+/// ```
 #[derive(Debug)]
 #[must_use = "dropped, it goes back to the driver as it is"]
 pub struct Request {
