@@ -10,7 +10,7 @@ use std::thread;
 use zerocopy::{Immutable, IntoBytes};
 
 use super::rig::{HIGH, Rig, Size, describe};
-use super::{Bench, Check, Fault, Outcome, When};
+use super::{Bench, Check, Fault, Outcome, Verdict, When};
 use crate::abi::inflight::{PACKED_HEADER_BYTES, SPLIT_HEADER_BYTES, VERSION};
 use crate::abi::vhost_user::{
     ConfigHeader, Header, InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, Request as Code,
@@ -126,6 +126,10 @@ fn attack_rings<T>(
         // Whether it answers on a broken ring is its affair.
         rig.link.barrier().map(|_| answer)
     })?;
+    if outcome.0 == Verdict::Broken {
+        // What it was of is known; behind it nobody is served.
+        return Ok(outcome);
+    }
     thread::sleep(bench.options.settle);
     Ok(match serves(bench) {
         Ok(()) => outcome,
