@@ -8,10 +8,12 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
-use vhost_migrate::check::{Feed, Kind, Options, Rings, Step, check_watched, rule};
+use vhost_migrate::check::{Feed, Kind, Options, Report, Rings, Step, Verdict, check_watched, rule};
 
 /// Nothing could be checked.
 const UNCHECKED: u8 = 3;
+/// With `--strict`: nothing is broken, but there are warnings.
+const WARNED: u8 = 4;
 
 /// Check which rules a running vhost-user back-end keeps: a disk or a network interface
 #[derive(Debug, clap::Args)]
@@ -26,7 +28,8 @@ const UNCHECKED: u8 = 3;
 The back-end must have no other front-end. Nothing is written to its disk without --write. The rules are those of docs/protocol.md;
 docs/check.md explains what is done for each, and how to read what was found.
 
-Exit status: 0 nothing is broken; 1 a rule is broken; 2 wrong arguments; 3 it could not be checked.")]
+Exit status: 0 nothing is broken; 1 a rule is broken; 2 wrong arguments; 3 it could not be checked; 4 with --strict, nothing is
+broken, but there are warnings.")]
 pub(crate) struct Arguments {
     /// The back-end's socket
     socket: PathBuf,
@@ -46,6 +49,9 @@ pub(crate) struct Arguments {
     /// socket of another vhost-user back-end whose frames arrive at this one. Without it a loop is tried
     #[arg(long, value_name = "loop|INTERFACE|SOCKET", value_parser = feed)]
     feed: Option<Feed>,
+    /// Warnings have an exit status of their own, 4, if nothing is broken; else they are 0
+    #[arg(long)]
+    strict: bool,
     /// Print one JSON object instead of the table
     #[arg(long)]
     json: bool,
@@ -110,9 +116,11 @@ fn unwritable(path: &Path) -> impl Fn(io::Error) -> String {
 
 /// Runs the command.
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
+    let strict = arguments.strict;
     match arguments.run() {
-        Ok(true) => ExitCode::FAILURE,
-        Ok(false) => ExitCode::SUCCESS,
+        Ok(report) if report.is_broken() => ExitCode::FAILURE,
+        Ok(report) if strict && report.count(Verdict::Warning) > 0 => ExitCode::from(WARNED),
+        Ok(_) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("vhost-migrate: {error}");
             ExitCode::from(UNCHECKED)
@@ -121,8 +129,8 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
 }
 
 impl Arguments {
-    /// Whether something is broken.
-    fn run(self) -> Result<bool, Box<dyn std::error::Error>> {
+    /// Checks, and tells what was found.
+    fn run(self) -> Result<Report, Box<dyn std::error::Error>> {
         let timeout = Duration::from_secs(self.timeout);
         let options = Options {
             device: self.device.map(|device| match device {
@@ -164,6 +172,6 @@ impl Arguments {
         if let Some((mut file, path)) = junit {
             file.write_all(report.junit().as_bytes()).map_err(unwritable(&path))?;
         }
-        Ok(report.is_broken())
+        Ok(report)
     }
 }

@@ -106,6 +106,21 @@ fn what_is_broken_is_exit_status_1_and_a_failure_in_junit_and_warnings_are_neith
 }
 
 #[test]
+fn warnings_have_an_exit_status_of_their_own_for_who_is_strict_and_what_is_broken_has_the_usual() {
+    for (bend, only, strict, usual) in
+        [(Bend::Nothing, "L1", 0, 0), (Bend::Everything, "L1", 4, 0), (Bend::ConfigOffset, "C1", 1, 1)]
+    {
+        let backend = Backend::start(bend);
+        let socket = backend.socket();
+        let arguments = [socket.to_str().unwrap(), "--rings", "split", "--only", only];
+        let (found, status) = report(&[&arguments[..], &["--strict"]].concat());
+        assert_eq!(status, Some(strict), "{bend:?} {found:#}");
+        let (found, status) = report(&arguments);
+        assert_eq!(status, Some(usual), "{bend:?} {found:#}");
+    }
+}
+
+#[test]
 fn findings_that_can_not_be_written_are_known_before_the_back_end_is_touched() {
     let folder = tempfile::tempdir().unwrap();
     let nowhere = folder.path().join("missing/check.xml");
