@@ -1,9 +1,10 @@
 //! Back-ends of ours that break one rule on purpose: what they are told, what they answer, and how they serve rings.
 
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::ops::RangeInclusive;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -11,22 +12,23 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recv, recvmsg, sendmsg};
+use nix::sys::socket::{MsgFlags, recv};
 use nix::sys::stat::{SFlag, fstat};
 use tempfile::TempDir;
 use vhost_migrate::abi::inflight::{SPLIT_HEADER_BYTES, SplitEntry};
 use vhost_migrate::abi::vhost_user::{Header, Request as Code};
 use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
+use vhost_migrate::backend::net::{Net, NetOptions, Peer};
 use vhost_migrate::backend::{BackendError, Device, Logging, Message, Notifier, Rings, Session, Setup, Step, Workers};
 use vhost_migrate::check::{Options, Report, check};
 use vhost_migrate::dirty::{Log, PageSet};
 use vhost_migrate::memory::LOG_PAGE;
 use vhost_migrate::ring::RingBase;
-use zerocopy::{FromZeros, IntoBytes};
+use zerocopy::IntoBytes;
 
 use crate::clumsy::{Clumsy, Files};
+use crate::wire::{is_known, more_follows, receive, send};
 
 const DISK: u64 = 8 << 20;
 /// Bit 30 of the features: protocol features.
@@ -54,6 +56,14 @@ pub(crate) enum Bend {
     ExactTable,
     /// A payload of 3 bytes ends the process.
     DiesOfShort,
+    /// A header of another version ends the process.
+    DiesOfVersion,
+    /// A request whose payload begins with these bytes ends the process.
+    DiesOf(Code, &'static [u8]),
+    /// An inflight region that begins with noise ends the process.
+    DiesOfNoise,
+    /// A descriptor that leads to itself ends the process.
+    DiesOfLoop,
     /// SET_LOG_BASE is answered with 24 bytes.
     LongLogReply,
     /// Call fds that are sockets are not signalled.
@@ -134,7 +144,8 @@ pub(crate) enum Bend {
 struct Bent {
     bend: Bend,
     workers: Arc<Mutex<Workers>>,
-    setup: Option<Setup>,
+    /// Of each ring that was started.
+    setups: BTreeMap<u16, Setup>,
     /// The message that is being done.
     code: Code,
     files: Arc<Files>,
@@ -145,11 +156,11 @@ struct Bent {
 impl Bent {
     fn new(bend: Bend, device: &Arc<dyn Device>, files: Arc<Files>) -> Bent {
         let workers = Arc::new(Mutex::new(Workers::new(device.clone())));
-        Bent { bend, workers, setup: None, code: Code(0), files, late: None }
+        Bent { bend, workers, setups: BTreeMap::new(), code: Code(0), files, late: None }
     }
 
-    fn bent(&mut self, mut logging: Logging) -> Logging {
-        let Some(setup) = &self.setup else { return logging };
+    fn bent(&mut self, index: u16, mut logging: Logging) -> Logging {
+        let Some(setup) = self.setups.get(&index) else { return logging };
         match self.bend {
             Bend::NoData => logging.data = None,
             Bend::NoSignal => logging.signal = None,
@@ -188,7 +199,7 @@ impl Bent {
     /// Starts a ring that runs over, at `base` or where it is.
     fn start_over(&mut self, index: u16, base: impl FnOnce(RingBase) -> RingBase) {
         let mut workers = self.workers.lock().unwrap();
-        let setup = self.setup.as_mut().unwrap();
+        let setup = self.setups.get_mut(&index).unwrap();
         setup.base = base(workers.stop(index).unwrap());
         workers.start(index, setup.clone()).unwrap();
     }
@@ -203,6 +214,13 @@ fn catch_up(late: Option<&(Arc<Log>, Arc<Log>)>) {
     }
 }
 
+/// Whether the first descriptor of a split ring leads to itself.
+fn loops(setup: &Setup) -> bool {
+    let mut links = [0; 4];
+    setup.memory.read(setup.layout.areas()[0] + 12, &mut links).unwrap();
+    links == [1, 0, 0, 0]
+}
+
 /// How far the driver of a split ring has come.
 fn avail_index(setup: &Setup) -> RingBase {
     let mut avail = [0; 2];
@@ -212,8 +230,8 @@ fn avail_index(setup: &Setup) -> RingBase {
 
 impl Rings for Bent {
     fn start(&mut self, index: u16, mut setup: Setup) -> Result<(), BackendError> {
-        self.setup = Some(setup.clone());
-        setup.logging = self.bent(setup.logging);
+        self.setups.insert(index, setup.clone());
+        setup.logging = self.bent(index, setup.logging);
         let fresh = self.files.region(|region| region.is_fresh());
         match self.bend {
             Bend::NoInflight => setup.inflight = None,
@@ -234,7 +252,7 @@ impl Rings for Bent {
         if self.bend != Bend::EarlyBase {
             return self.workers.lock().unwrap().stop(index);
         }
-        let base = avail_index(self.setup.as_ref().unwrap());
+        let base = avail_index(&self.setups[&index]);
         let workers = self.workers.clone();
         thread::spawn(move || {
             thread::sleep(Duration::from_millis(20));
@@ -253,8 +271,8 @@ impl Rings for Bent {
 
     fn set_logging(&mut self, index: u16, logging: Logging) {
         let before = self.late.clone();
-        let bent = self.bent(logging);
-        if let Some(setup) = &mut self.setup {
+        let bent = self.bent(index, logging);
+        if let Some(setup) = self.setups.get_mut(&index) {
             setup.logging = bent.clone();
         }
         self.workers.lock().unwrap().set_logging(index, bent);
@@ -267,7 +285,7 @@ impl Rings for Bent {
 
     fn set_notifiers(&mut self, index: u16, call: Option<Arc<Notifier>>, error: Option<Arc<Notifier>>) {
         if self.bend == Bend::CallForgotten {
-            let setup = self.setup.as_mut().unwrap();
+            let setup = self.setups.get_mut(&index).unwrap();
             (setup.call, setup.error) = (call, error);
             return self.start_over(index, |base| base);
         }
@@ -300,6 +318,9 @@ fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<Files>, b
         match (bend, code) {
             (Bend::Dies, code) if code.name().is_none() => return End::Died,
             (Bend::DiesOfShort, _) if payload.len() == 3 => return End::Died,
+            (Bend::DiesOfVersion, _) if !is_known(flags) => return End::Died,
+            (Bend::DiesOf(of, bytes), _) if code == of && payload.starts_with(bytes) => return End::Died,
+            (Bend::DiesOfLoop, _) if rings.setups.values().any(loops) => return End::Died,
             (Bend::OwnerHangsUp, Code::RESET_OWNER) => return End::HungUp,
             (Bend::NoRefusal, code) if code.name().is_none() => continue,
             (Bend::ResetIgnored, Code::RESET_DEVICE) => continue,
@@ -332,6 +353,9 @@ fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<Files>, b
         seen_memory |= code == Code::SET_MEM_TABLE;
         seen_log |= code == Code::SET_LOG_BASE;
         files.note(&message);
+        if bend == Bend::DiesOfNoise && files.region(Region::is_noise) == Some(true) {
+            return End::Died;
+        }
         let kept_region = if bend == Bend::RegionKept { files.region(|region| region.header()) } else { None };
         let step = session.message(message, &mut rings);
         if let Some(header) = kept_region.filter(|_| code == Code::RESET_DEVICE) {
@@ -377,49 +401,6 @@ fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<Files>, b
     }
 }
 
-/// Whether another message is there, or is soon.
-fn more_follows(socket: &UnixStream) -> bool {
-    let mut polled = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-    poll(&mut polled, PollTimeout::from(50u8)) == Ok(1)
-}
-
-/// Whoever has hung up is found out by the next read.
-fn send(socket: &UnixStream, bytes: &[u8], fd: Option<&OwnedFd>) {
-    let raw: Vec<_> = fd.iter().map(|fd| fd.as_raw_fd()).collect();
-    let rights = [ControlMessage::ScmRights(&raw)];
-    let control = if raw.is_empty() { &[][..] } else { &rights[..] };
-    let iov = [std::io::IoSlice::new(bytes)];
-    let _ = sendmsg::<()>(socket.as_raw_fd(), &iov, control, MsgFlags::MSG_NOSIGNAL, None);
-}
-
-fn receive(socket: &mut UnixStream, bend: Bend) -> Option<Message> {
-    let mut header = Header::new_zeroed();
-    let mut space = nix::cmsg_space!([i32; 8]);
-    let mut fds = Vec::new();
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_WAITALL;
-    let mut iov = [std::io::IoSliceMut::new(header.as_mut_bytes())];
-    let received = recvmsg::<()>(socket.as_raw_fd(), &mut iov, Some(&mut space), flags).ok()?;
-    for control in received.cmsgs().ok()? {
-        if let ControlMessageOwned::ScmRights(rights) = control {
-            // SAFETY: the system has just opened these fds for us.
-            fds.extend(rights.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-        }
-    }
-    if received.bytes != size_of::<Header>() {
-        return None;
-    }
-    let mut payload = vec![0; Message::payload_size(&header).ok()?];
-    if bend == Bend::WholeMessages && !payload.is_empty() {
-        let there = recv(socket.as_raw_fd(), &mut payload, MsgFlags::MSG_DONTWAIT).ok()?;
-        if there != payload.len() {
-            return None;
-        }
-    } else {
-        socket.read_exact(&mut payload).ok()?;
-    }
-    Some(Message { code: Code(header.request), flags: header.flags, payload, fds })
-}
-
 pub(crate) fn image(folder: &Path) -> DiskOptions {
     let image = folder.join("image");
     let bytes: Vec<u8> = (0..DISK as u32).map(|byte| (byte / 97) as u8).collect();
@@ -447,11 +428,22 @@ pub(crate) struct Backend {
 }
 
 impl Backend {
+    /// A disk.
     pub(crate) fn start(bend: Bend) -> Backend {
         let folder = tempfile::tempdir().unwrap();
         let disk = Disk::open(image(folder.path())).unwrap();
         let files = Arc::new(Files::default());
         let device: Arc<dyn Device> = Arc::new(Clumsy { disk, bend, files: files.clone() });
+        Backend::serving(folder, device, files, bend)
+    }
+
+    /// A network interface that sends back what it is sent.
+    pub(crate) fn net(bend: Bend) -> Backend {
+        let net = Net::open(NetOptions::new(Peer::Loopback, [2, 0, 0, 0, 0, 1])).unwrap();
+        Backend::serving(tempfile::tempdir().unwrap(), Arc::new(net), Arc::default(), bend)
+    }
+
+    fn serving(folder: TempDir, device: Arc<dyn Device>, files: Arc<Files>, bend: Bend) -> Backend {
         let listener = UnixListener::bind(folder.path().join("socket")).unwrap();
         let server = thread::spawn(move || {
             for connection in listener.incoming() {
@@ -470,6 +462,11 @@ impl Backend {
     pub(crate) fn socket(&self) -> PathBuf {
         self.folder.path().join("socket")
     }
+
+    /// What a check says of it.
+    pub(crate) fn checked(&self, options: Options) -> Report {
+        check(&self.socket(), &Options { timeout: Duration::from_secs(4), ..options }).unwrap()
+    }
 }
 
 impl Drop for Backend {
@@ -483,10 +480,9 @@ impl Drop for Backend {
     }
 }
 
-/// What a check says of a back-end with a bend.
+/// What a check says of a disk with a bend.
 pub(crate) fn checked(bend: Bend, options: Options) -> Report {
-    let backend = Backend::start(bend);
-    check(&backend.socket(), &Options { timeout: Duration::from_secs(4), ..options }).unwrap()
+    Backend::start(bend).checked(options)
 }
 
 /// An inflight region of a split ring, as a file.
@@ -497,6 +493,11 @@ impl Region {
         let mut header = [0; SPLIT_HEADER_BYTES as usize];
         self.0.read_exact_at(&mut header, 0).unwrap();
         header
+    }
+
+    /// Whether it begins with features, of which there are none.
+    fn is_noise(&self) -> bool {
+        self.header()[..8] != [0; 8]
     }
 
     /// Whether nobody has used it.

@@ -6,3 +6,4 @@ mod clumsy;
 mod command;
 mod healthy;
 mod rules;
+mod wire;

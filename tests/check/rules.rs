@@ -5,9 +5,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use rstest::rstest;
-use vhost_migrate::check::{Options, RULES, Report, Rings, Verdict};
+use vhost_migrate::abi::vhost_user::Request as Code;
+use vhost_migrate::check::{Feed, Options, RULES, Report, Rings, Verdict};
 
-use crate::bent::{Bend, checked};
+use crate::bent::{Backend, Bend, checked};
 
 /// A bend, the rules that are checked, as ids or as what ids begin with, and those of them that it breaks.
 type Row = (Bend, &'static str, &'static [&'static str]);
@@ -148,16 +149,58 @@ fn a_back_end_that_dies_is_a_finding_and_what_comes_after_is_not_held_against_it
     assert_eq!(report.rules().get("R3"), Some(&Verdict::NotTested), "{report}");
 }
 
+/// What a back-end dies of, the rule whose check sends it, and how the finding begins.
+const DEADLY: &[(Bend, &str, &str)] = &[
+    (Bend::DiesOfVersion, "F1", "version 0: "),
+    (Bend::DiesOfShort, "F6", "SET_FEATURES: "),
+    (Bend::DiesOf(Code::SET_MEM_TABLE, &[0xff; 4]), "M1", "2^32 - 1 regions: "),
+    (Bend::DiesOf(Code::SET_VRING_NUM, &[0x0f, 0x27, 0, 0]), "R2", "the size of ring 9999: "),
+    (Bend::DiesOf(Code::SET_LOG_BASE, &[0, 0xf0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]), "L2", "a log that wraps: "),
+    (Bend::DiesOf(Code::GET_CONFIG, &[0xff; 4]), "C1", "configuration that wraps: "),
+    (
+        Bend::DiesOf(Code::SET_INFLIGHT_FD, &[0, 0xf0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]),
+        "I1",
+        "a region that wraps: ",
+    ),
+    (Bend::DiesOfNoise, "I3", "a region of noise: "),
+    (Bend::DiesOfLoop, "R9", "a loop of one: "),
+];
+
 #[test]
 fn what_a_back_end_dies_of_is_sent_only_to_who_asked_for_it() {
-    let (only, hostile) = (named("F6"), true);
-    let report = checked(Bend::DiesOfShort, Options { only: only.clone(), ..Options::default() });
-    assert_eq!(broken(&report), BTreeSet::new(), "{report}");
-    assert!(report.findings.iter().any(|finding| finding.seen == "needs --hostile"), "{report}");
-    let report = checked(Bend::DiesOfShort, Options { only, hostile, ..Options::default() });
-    assert_eq!(broken(&report), BTreeSet::from(["F6", "R9"]), "{report}");
-    let death = report.findings.iter().find(|finding| finding.verdict == Verdict::Broken).unwrap();
-    assert!(death.seen.starts_with("SET_FEATURES: "), "the message that it died of is named: {report}");
+    for (bend, rule, message) in DEADLY {
+        let usual = Options { only: vec![*rule], rings: Some(Rings::Split), ..Options::default() };
+        let usual = Options { settle: Duration::from_millis(50), ..usual };
+        let report = checked(*bend, usual.clone());
+        assert_eq!(broken(&report), BTreeSet::new(), "{bend:?}\n{report}");
+        let hostile = |report: &Report| {
+            let mut hostile = report.findings.iter().filter(|finding| finding.what.starts_with("hostile"));
+            hostile.next().unwrap().clone()
+        };
+        assert_eq!(hostile(&report).seen, "needs --hostile", "{bend:?}\n{report}");
+        let report = checked(*bend, Options { hostile: true, ..usual });
+        assert_eq!(broken(&report), BTreeSet::from([*rule, "R9"]), "{bend:?}\n{report}");
+        let death = hostile(&report);
+        let named = death.verdict == Verdict::Broken && death.seen.starts_with(message);
+        assert!(named, "the message that it died of is named, {message:?}: {report}");
+    }
+}
+
+#[test]
+fn a_network_interface_that_logs_nothing_or_goes_on_receiving_is_found_by_what_it_received() {
+    let found = |bend: Bend, only: &[&'static str]| {
+        let (only, rings) = (only.to_vec(), Some(Rings::Split));
+        let report = Backend::net(bend).checked(Options { only, rings, feed: Some(Feed::Loop), ..Options::default() });
+        let broken = report.findings.iter().filter(|finding| finding.verdict == Verdict::Broken);
+        (broken.map(|finding| (finding.rule, finding.rings)).collect::<BTreeSet<_>>(), report)
+    };
+    let rules = ["L1", "L3", "R3"];
+    let (broken, report) = found(Bend::Nothing, &rules);
+    assert_eq!(broken, BTreeSet::new(), "{report}");
+    let (broken, report) = found(Bend::NoData, &rules);
+    assert_eq!(broken, BTreeSet::from([("L1", "split receive")]), "{report}");
+    let (broken, report) = found(Bend::EarlyBase, &["R3"]);
+    assert!(broken.contains(&("R3", "split receive")), "{report}");
 }
 
 #[test]

@@ -1,0 +1,65 @@
+//! Messages as they travel over a bent back-end's socket.
+
+use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recv, recvmsg, sendmsg};
+use vhost_migrate::abi::vhost_user::{Header, Request as Code};
+use vhost_migrate::backend::Message;
+use zerocopy::{FromZeros, IntoBytes};
+
+use crate::bent::Bend;
+
+/// Whether a header with these flags is of the one version there is.
+pub(crate) fn is_known(flags: u32) -> bool {
+    flags & Header::FLAG_VERSION_MASK == Header::FLAG_VERSION
+}
+
+/// Whether another message is there, or is soon.
+pub(crate) fn more_follows(socket: &UnixStream) -> bool {
+    let mut polled = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+    poll(&mut polled, PollTimeout::from(50u8)) == Ok(1)
+}
+
+/// Whoever has hung up is found out by the next read.
+pub(crate) fn send(socket: &UnixStream, bytes: &[u8], fd: Option<&OwnedFd>) {
+    let raw: Vec<_> = fd.iter().map(|fd| fd.as_raw_fd()).collect();
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let control = if raw.is_empty() { &[][..] } else { &rights[..] };
+    let iov = [std::io::IoSlice::new(bytes)];
+    let _ = sendmsg::<()>(socket.as_raw_fd(), &iov, control, MsgFlags::MSG_NOSIGNAL, None);
+}
+
+/// The next message; none if the front-end has hung up, or the bend makes no sense of it.
+pub(crate) fn receive(socket: &mut UnixStream, bend: Bend) -> Option<Message> {
+    let mut header = Header::new_zeroed();
+    let mut space = nix::cmsg_space!([i32; 8]);
+    let mut fds = Vec::new();
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_WAITALL;
+    let mut iov = [std::io::IoSliceMut::new(header.as_mut_bytes())];
+    let received = recvmsg::<()>(socket.as_raw_fd(), &mut iov, Some(&mut space), flags).ok()?;
+    for control in received.cmsgs().ok()? {
+        if let ControlMessageOwned::ScmRights(rights) = control {
+            // SAFETY: the system has just opened these fds for us.
+            fds.extend(rights.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    if received.bytes != size_of::<Header>() {
+        return None;
+    }
+    if bend == Bend::DiesOfVersion && !is_known(header.flags) {
+        return Some(Message { code: Code(header.request), flags: header.flags, payload: Vec::new(), fds });
+    }
+    let mut payload = vec![0; Message::payload_size(&header).ok()?];
+    if bend == Bend::WholeMessages && !payload.is_empty() {
+        let there = recv(socket.as_raw_fd(), &mut payload, MsgFlags::MSG_DONTWAIT).ok()?;
+        if there != payload.len() {
+            return None;
+        }
+    } else {
+        socket.read_exact(&mut payload).ok()?;
+    }
+    Some(Message { code: Code(header.request), flags: header.flags, payload, fds })
+}
