@@ -165,13 +165,19 @@ impl Arguments {
         });
         bar.finish_and_clear();
         let report = report?;
-        match self.json {
-            true => println!("{}", json!({"report": report, "rules": report.rules(), "broken": report.is_broken()})),
-            false => println!("{report}"),
-        }
+        // Before what may be cut short: whoever reads the table may have gone.
         if let Some((mut file, path)) = junit {
             file.write_all(report.junit().as_bytes()).map_err(unwritable(&path))?;
         }
-        Ok(report)
+        let printed = match self.json {
+            true => json!({"report": report, "rules": report.rules(), "broken": report.is_broken()}).to_string(),
+            false => report.to_string(),
+        };
+        match writeln!(io::stdout(), "{printed}") {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                Err(format!("can't print the findings: {error}").into())
+            }
+            _ => Ok(report),
+        }
     }
 }

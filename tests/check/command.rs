@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -117,6 +117,24 @@ fn warnings_have_an_exit_status_of_their_own_for_who_is_strict_and_what_is_broke
         assert_eq!(status, Some(strict), "{bend:?} {found:#}");
         let (found, status) = report(&arguments);
         assert_eq!(status, Some(usual), "{bend:?} {found:#}");
+    }
+}
+
+#[test]
+fn findings_are_written_and_the_exit_status_is_right_when_nobody_reads_what_is_printed() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("check.xml");
+    let backend = Backend::start(Bend::ConfigOffset);
+    for more in [&[][..], &["--json"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = Command::new(PROGRAM);
+        command.arg("check").arg(backend.socket()).args(["--only", "C1", "--junit"]).arg(&file).args(more);
+        let output = command.stdout(writer).stderr(Stdio::piped()).spawn().unwrap().wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+        let xml = std::fs::read_to_string(&file).unwrap();
+        assert!(Document::parse(&xml).unwrap().descendants().any(|node| node.has_tag_name("failure")), "{xml}");
+        std::fs::remove_file(&file).unwrap();
     }
 }
 
