@@ -23,7 +23,7 @@ use vhost_migrate::abi::virtio::{
 };
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, DeviceEvent, FrontendError, Iommu, Mapping, RingSetup, UserDevice, UserOptions};
-use vhost_migrate::memory::{Access, Iotlb, LOG_PAGE, Memory, Window};
+use vhost_migrate::memory::{Access, Iotlb, LOG_PAGE, Memory, Region, Window, sealed_memfd};
 use vhost_migrate::ring::RingBase;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
@@ -382,6 +382,10 @@ fn access_platform_takes_an_iommu_and_a_channel() {
     device.set_features(FEATURES & !TRANSLATED).unwrap();
 }
 
+/// What a back-end by hand speaks.
+const PROTOCOL: [u32; 3] =
+    [protocol_feature::REPLY_ACK, protocol_feature::BACKEND_REQ, protocol_feature::CONFIGURE_MEM_SLOTS];
+
 /// A back-end by hand: a connection that has been greeted and told of memory, and its channel.
 struct Hand {
     connection: raw::Client,
@@ -415,7 +419,8 @@ impl Hand {
             let code = Code(header.request);
             let number = match code {
                 Code::GET_FEATURES => FEATURES | 1 << 30,
-                Code::GET_PROTOCOL_FEATURES => bit(protocol_feature::REPLY_ACK) | bit(protocol_feature::BACKEND_REQ),
+                Code::GET_PROTOCOL_FEATURES => PROTOCOL.into_iter().fold(0, |all, number| all | bit(number)),
+                Code::GET_MAX_MEM_SLOTS => 128,
                 _ if header.flags & Header::FLAG_NEED_REPLY != 0 => 0,
                 _ => continue,
             };
@@ -653,4 +658,29 @@ fn a_translation_that_permits_less_than_was_asked_for_is_told_and_is_an_event() 
     assert_eq!(event(&mut device), [DeviceEvent::AccessFailed(0x1234)]);
     hand.ask(0x1234, 1, raw::NEED_REPLY);
     assert_eq!((hand.hears().perm, hand.answer(), device.events()), (1, 0, vec![]));
+}
+
+/// A memory table of many messages: the back-end may have something to ask before it goes on.
+#[test]
+fn translations_wait_for_a_memory_table_and_nobody_waits_for_them() {
+    const MORE: u64 = 70;
+    const FIRST: u64 = 1 << 36;
+    let (hand, mut device, guest) = Hand::shake(Arc::new(Identity));
+    let share = |number| Region::share(sealed_memfd("more", LOG_PAGE).unwrap(), FIRST + number * REGION, LOG_PAGE, 0);
+    let more = (0..MORE).map(|number| Arc::new(share(number).unwrap()));
+    let memory = Memory::new(guest.memory.regions().iter().cloned().chain(more)).unwrap();
+    let user = memory.regions().last().unwrap().user_addr();
+    let gives = std::thread::spawn(move || device.set_memory(&memory).map(|()| device));
+    let region = || assert_eq!(Code(hand.connection.receive().0.request), Code::ADD_MEM_REG);
+    let acknowledge = || hand.connection.send(Code::ADD_MEM_REG, Header::REPLY_FLAGS, 0u64.as_bytes(), &[]);
+    // The front-end sends no more before these are acknowledged.
+    (0..64).for_each(|_| region());
+    hand.ask(FIRST + (MORE - 1) * REGION, 3, raw::NEED_REPLY);
+    assert_eq!(hand.answer(), 0);
+    (0..64).for_each(|_| acknowledge());
+    (64..MORE).for_each(|_| region());
+    (64..MORE).for_each(|_| acknowledge());
+    let told = hand.hears();
+    assert_eq!((told.kind, told.size, told.uaddr), (VHOST_IOTLB_UPDATE, LOG_PAGE, user));
+    gives.join().unwrap().unwrap();
 }

@@ -142,6 +142,11 @@ impl Ear {
         let _ = self.shared.wake.write(1);
     }
 
+    /// Translations may find what they waited for.
+    pub(super) fn look(&self) {
+        let _ = self.shared.wake.write(1);
+    }
+
     /// It has been stopped. Its last call may not have been heard yet, and nobody is there for it any more.
     pub(super) fn remove(&self, index: u16) {
         let removed = lock(&self.shared.rings).remove(&index).filter(|_| self.shared.sends_kicks);
@@ -177,7 +182,7 @@ impl Shared {
                 let flags = if answers { PollFlags::POLLOUT } else { PollFlags::POLLIN };
                 fds.push(PollFd::new(self.socket.as_fd(), flags));
             }
-            if full || !heard.unsent.is_empty() {
+            if full || !heard.unsent.is_empty() && !self.translator.is_waiting() {
                 fds.push(PollFd::new(self.line.socket(), PollFlags::POLLOUT));
             }
             if poll(&mut fds, PollTimeout::NONE).is_err_and(|errno| errno != Errno::EINTR) {

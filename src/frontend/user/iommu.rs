@@ -10,6 +10,7 @@ use zerocopy::{FromZeros, IntoBytes};
 use super::super::{FrontendError, Iommu, Mapping};
 use super::UserDevice;
 use super::channel::Line;
+use super::ear::Ear;
 use crate::abi::bit;
 use crate::abi::vhost::{VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_UPDATE};
 use crate::abi::vhost_user::{Header, IotlbMsg, Request};
@@ -20,14 +21,12 @@ use crate::memory::{Access, LOG_PAGE, Memory};
 ///
 /// One lock is held from the look at the VMM's table until what was found is sent, and while an invalidation is sent. So
 /// what is sent after an invalidation was found after the table had changed (rule T3).
-#[derive(Default)]
 pub(super) struct Translator(Mutex<Known>);
 
-#[derive(Default)]
-pub(super) struct Known {
+struct Known {
     iommu: Option<Arc<dyn Iommu>>,
-    /// What the back-end has been given.
-    memory: Memory,
+    /// What the back-end has been given; `None` while it is being given something else.
+    memory: Option<Memory>,
 }
 
 /// What has become of a question.
@@ -42,6 +41,12 @@ pub(super) enum Told {
     Later,
 }
 
+impl Default for Translator {
+    fn default() -> Translator {
+        Translator(Mutex::new(Known { iommu: None, memory: Some(Memory::default()) }))
+    }
+}
+
 impl Translator {
     pub(super) fn set(&self, iommu: Arc<dyn Iommu>) {
         self.lock().iommu = Some(iommu);
@@ -51,19 +56,24 @@ impl Translator {
         self.lock().iommu.is_some()
     }
 
-    /// From now on mappings lead to `memory`. No translation is sent while the answer is kept.
-    pub(super) fn change(&self, memory: &Memory) -> MutexGuard<'_, Known> {
-        let mut known = self.lock();
-        known.memory = memory.clone();
-        known
+    /// From now on mappings lead to `memory`, or wait: while a table is on its way nothing is sent that was found with
+    /// the one before or with this one, for the back-end has neither as a whole.
+    pub(super) fn change(&self, memory: Option<&Memory>) {
+        self.lock().memory = memory.cloned();
+    }
+
+    /// Whether translations wait for memory.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.lock().memory.is_none()
     }
 
     /// Looks for `iova` and sends what is found over `line`. Where it was `promised` and has gone since, an update says
     /// so that permits nothing.
     pub(super) fn tell(&self, iova: u64, access: Access, promised: bool, line: &Line) -> Told {
         let known = self.lock();
-        let found = known.update(iova, access);
-        let Some(update) = found.or_else(|| known.no(iova).filter(|_| promised)) else { return Told::No };
+        let Some(memory) = &known.memory else { return Told::Later };
+        let found = known.update(memory, iova, access);
+        let Some(update) = found.or_else(|| no(memory, iova).filter(|_| promised)) else { return Told::No };
         let header =
             Header { request: Request::IOTLB_MSG.0, flags: Header::FLAG_VERSION, size: size_of_val(&update) as u32 };
         match line.try_send(&[header.as_bytes(), update.as_bytes()].concat()) {
@@ -105,19 +115,12 @@ impl Known {
         skip.map(|skip| (mapping, skip))
     }
 
-    /// The page of an address as one that permits nothing; it leads somewhere nevertheless, as back-ends want of any.
-    fn no(&self, iova: u64) -> Option<IotlbMsg> {
-        let uaddr = self.memory.regions().first()?.user_addr();
-        let (iova, size) = (iova / LOG_PAGE * LOG_PAGE, LOG_PAGE);
-        Some(IotlbMsg { iova, size, uaddr, kind: VHOST_IOTLB_UPDATE, ..IotlbMsg::new_zeroed() })
-    }
-
     /// A translation as a message, cut where its region ends: beyond that the front-end's addresses do not go on.
-    fn update(&self, iova: u64, access: Access) -> Option<IotlbMsg> {
+    fn update(&self, memory: &Memory, iova: u64, access: Access) -> Option<IotlbMsg> {
         let (mapping, skip) = self.mapping(iova, access)?;
         let gpa = mapping.gpa.checked_add(skip)?;
         let offset_in = |gpa: u64, start: u64, size: u64| gpa.checked_sub(start).filter(|offset| *offset < size);
-        let found = self.memory.regions().iter().find_map(|r| Some((r, offset_in(gpa, r.gpa(), r.size())?)));
+        let found = memory.regions().iter().find_map(|r| Some((r, offset_in(gpa, r.gpa(), r.size())?)));
         let Some((region, offset)) = found else {
             warn!("the VMM's translation of {iova:#x} leads to {gpa:#x}, where the back-end has no memory (rule T2)");
             return None;
@@ -134,6 +137,13 @@ impl Known {
             ..IotlbMsg::new_zeroed()
         })
     }
+}
+
+/// The page of an address as one that permits nothing; it leads somewhere nevertheless, as back-ends want of any.
+fn no(memory: &Memory, iova: u64) -> Option<IotlbMsg> {
+    let uaddr = memory.regions().first()?.user_addr();
+    let (iova, size) = (iova / LOG_PAGE * LOG_PAGE, LOG_PAGE);
+    Some(IotlbMsg { iova, size, uaddr, kind: VHOST_IOTLB_UPDATE, ..IotlbMsg::new_zeroed() })
 }
 
 impl UserDevice {
@@ -176,6 +186,12 @@ impl UserDevice {
         }
         drop(nothing_overtakes);
         Ok(())
+    }
+
+    /// What mappings lead to changes; see [`Translator::change`].
+    pub(super) fn change_translations(&self, memory: Option<&Memory>) {
+        self.translator.change(memory);
+        self.ear.iter().for_each(Ear::look);
     }
 
     /// Whether the driver's addresses are I/O virtual.

@@ -127,15 +127,25 @@ impl UserDevice {
     }
 
     /// Makes the back-end's memory what is noted, given that it has `before`.
+    ///
+    /// Translations are found with the old table and sent before the first message of the new one, or found with the new
+    /// one and sent behind its last message; in between they wait, and nobody waits for them: acknowledgements may be
+    /// due, while the back-end can't go on before it has been heard.
     fn post_memory(&mut self, before: &Memory) -> Result<(), FrontendError> {
-        let (memory, translator) = (self.memory.clone(), self.translator.clone());
-        let _no_translation_meanwhile = translator.change(&memory);
+        let memory = self.memory.clone();
+        self.change_translations(None);
+        let posted = self.post_regions(before, &memory);
+        self.change_translations(Some(&memory));
+        posted
+    }
+
+    fn post_regions(&mut self, before: &Memory, memory: &Memory) -> Result<(), FrontendError> {
         if memory.regions().len() <= VHOST_MEMORY_BASELINE_NREGIONS {
-            let (payload, fds) = table(&memory)?;
+            let (payload, fds) = table(memory)?;
             return self.channel.post(Request::SET_MEM_TABLE, &payload, &fds);
         }
         let has = |memory: &Memory, region: &Arc<Region>| memory.regions().iter().any(|r| Arc::ptr_eq(r, region));
-        for region in before.regions().iter().filter(|region| !has(&memory, region)) {
+        for region in before.regions().iter().filter(|region| !has(memory, region)) {
             let message = MemRegMsg { padding: 0, region: describe(region)?.0 };
             self.channel.post(Request::REM_MEM_REG, message.as_bytes(), &[])?;
         }
@@ -275,7 +285,7 @@ impl Device for UserDevice {
         let done = self.post_memory(&before).and_then(|()| self.channel.settle());
         done.inspect_err(|error| {
             if !error.is_hang_up() {
-                drop(self.translator.change(&before));
+                self.change_translations(Some(&before));
                 self.memory = before;
             }
         })

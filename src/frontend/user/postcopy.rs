@@ -80,7 +80,7 @@ impl UserDevice {
             return Err(FrontendError::Breach { request, what, rule: "P1" });
         };
         self.memory = memory.clone();
-        drop(self.translator.change(memory));
+        self.change_translations(Some(memory));
         ready(BackendAddresses(theirs));
         self.channel.tell(request, 0u64.as_bytes())
     }
