@@ -116,14 +116,11 @@ impl Host {
         self.queue(code, body.as_bytes(), Some(answer)).map(|()| Some(answered))
     }
 
-    /// Takes over the socket of SET_BACKEND_REQ_FD.
+    /// Takes over the socket of SET_BACKEND_REQ_FD, once it is [`checked`].
     ///
     /// # Errors
-    /// [`BackendError::Channel`] if it is no socket; what the system says. There is no channel then.
+    /// What the system says. There is no channel then.
     pub(super) fn attach(self: &Arc<Host>, socket: OwnedFd) -> Result<Attached, BackendError> {
-        if getsockopt(&socket, SockType).is_err() {
-            return Err(BackendError::Channel { why: "it is no socket, and nothing else can be answered" });
-        }
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wake = EventFd::from_flags(flags).map_err(BackendError::system("make an eventfd"))?;
         let line = Line { socket: Arc::new(socket), wake: Arc::new(wake) };
@@ -336,6 +333,17 @@ impl Drop for Attached {
     }
 }
 
+/// What SET_BACKEND_REQ_FD brought, if it can be a channel.
+///
+/// # Errors
+/// [`BackendError::Channel`] if it is no socket.
+pub(super) fn checked(fd: OwnedFd) -> Result<OwnedFd, BackendError> {
+    match getsockopt(&fd, SockType) {
+        Ok(_) => Ok(fd),
+        Err(_) => Err(BackendError::Channel { why: "it is no socket, and nothing else can be answered" }),
+    }
+}
+
 /// Reads what has come, at most a little more than one acknowledgement: `heard` never grows. Fds are left to the system,
 /// which closes them.
 fn hear(socket: &OwnedFd, heard: &mut Vec<u8>) -> Result<(), &'static str> {
@@ -482,7 +490,7 @@ mod tests {
         wait_until(|| host.lock().line.is_none());
         host.call(0);
         let file = tempfile::tempfile().unwrap();
-        let error = Arc::new(Host::default()).attach(file.into()).unwrap_err();
+        let error = checked(file.into()).unwrap_err();
         assert!(error.to_string().contains("no socket"), "{error}");
         // Sockets that nothing can be sent over.
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();

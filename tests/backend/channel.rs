@@ -119,6 +119,35 @@ fn kicks_and_calls_can_be_messages(#[values(SPLIT, PACKED)] features: u64) {
     assert_eq!(client.acknowledged(Code::VRING_KICK, missing.as_bytes(), &[]), 1);
 }
 
+/// Cut short, with and without need-reply; and a second channel that is none takes the first one away from nobody.
+#[rstest]
+fn wrong_kicks_and_channels_are_refused_and_leave_both_as_they_were(#[values(SPLIT, PACKED)] features: u64) {
+    let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
+    let client = server.connect();
+    agree(&client, &guest, features, IN_BAND);
+    let mut ear = Ear::give(&client);
+    let mut ring = in_band(&client, &guest, 0, features);
+    let file = tempfile::tempfile().unwrap();
+    let (file, socket) = (file.as_fd(), client.as_fd());
+    let wrong: [(Code, &[u8], &[BorrowedFd<'_>]); 7] = [
+        (Code::VRING_KICK, &[], &[]),
+        (Code::VRING_KICK, &[0; 3], &[file]),
+        (Code::VRING_KICK, &[0; 7], &[]),
+        (Code::SET_BACKEND_REQ_FD, &[], &[]),
+        (Code::SET_BACKEND_REQ_FD, &[], &[socket, socket]),
+        (Code::SET_BACKEND_REQ_FD, &[], &[file]),
+        (Code::SET_BACKEND_REQ_FD, &[0; 8], &[file]),
+    ];
+    for (code, payload, fds) in wrong {
+        assert_eq!(client.acknowledged(code, payload, fds), 1, "{code} of {} bytes was taken", payload.len());
+        client.send(code, VERSION, payload, fds);
+        read(&client, &guest, &mut ring);
+        assert_eq!(ear.hear(), (BackendRequest::VRING_CALL, Some(0)));
+        assert!(ring.driver.pop_used().unwrap().is_some());
+    }
+    assert!(ear.is_silent());
+}
+
 /// Rule B3: User-mode Linux sends neither SET_VRING_KICK nor SET_VRING_CALL, and begins packed rings at 0 too (rule R4).
 #[rstest]
 fn the_first_kick_starts_a_ring_whose_fds_were_never_spoken_of(#[values(SPLIT, PACKED)] features: u64) {

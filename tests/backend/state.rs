@@ -20,7 +20,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::drain::Held;
 use crate::guest::{BASIC, Guest, Ring, begin};
-use crate::raw::{Client, DEADLINE, VERSION};
+use crate::raw::{Client, DEADLINE, NEED_REPLY, VERSION};
 use crate::server::Server;
 
 const NO_FD: u64 = 0x100;
@@ -161,6 +161,38 @@ fn whatever_is_not_whole_or_not_for_this_device_is_refused_and_changes_nothing()
     assert_eq!(client.ask_number(Code::CHECK_DEVICE_STATE), 1, "each transfer is asked about once");
     assert_eq!(load(&client, &good), 0);
     assert_eq!(device.state(), b"as it was");
+}
+
+/// Cut short, without an fd, with two, with a phase that is not known.
+#[test]
+fn a_message_that_begins_no_transfer_ends_none() {
+    let device = Keeper::new("keeper", b"as it was");
+    let server = Server::new(device.clone());
+    let client = greeted(&server);
+    let good = save(&client);
+    device.reset();
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    assert_eq!(transfer(&client, DEVICE_STATE_LOAD, 0, reader.as_fd()), NO_FD);
+    let body = |phase| DeviceStateTransfer { direction: DEVICE_STATE_LOAD, phase };
+    let (load, later, fd) = (body(0), body(1), reader.as_fd());
+    let (load, later) = (load.as_bytes(), later.as_bytes());
+    let wrong: [(&[u8], &[BorrowedFd<'_>]); 5] =
+        [(&load[..7], &[fd]), (&[], &[fd]), (load, &[]), (load, &[fd, fd]), (later, &[fd])];
+    for (payload, fds) in wrong {
+        for flags in [VERSION, NEED_REPLY] {
+            client.send(Code::SET_DEVICE_STATE_FD, flags, payload, fds);
+            let answer = u64::read_from_bytes(&client.reply(Code::SET_DEVICE_STATE_FD)).unwrap();
+            assert_eq!(answer, REFUSED, "{} bytes, {} fds", payload.len(), fds.len());
+        }
+    }
+    drop(reader);
+    writer.write_all(&good).unwrap();
+    drop(writer);
+    // The question has no payload; what it brings says nothing.
+    client.send(Code::CHECK_DEVICE_STATE, NEED_REPLY, &[1; 3], &[client.as_fd()]);
+    assert_eq!(client.reply(Code::CHECK_DEVICE_STATE), [0; 8]);
+    assert_eq!(device.state(), b"as it was", "the transfer was lost");
+    assert_eq!(client.ask_number(Code::CHECK_DEVICE_STATE), 1, "each transfer is asked about once");
 }
 
 #[test]

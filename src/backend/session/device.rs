@@ -70,9 +70,8 @@ impl Session {
         }
     }
 
-    /// SET_DEVICE_STATE_FD; a transfer that nobody asked the result of is given up.
+    /// SET_DEVICE_STATE_FD; a transfer that nobody asked the result of is given up for the new one.
     pub(super) fn begin_transfer(&mut self, message: &mut Message) -> Result<(), BackendError> {
-        self.transfer = None;
         self.all_stopped(message.code, "D1")?;
         self.transfer = Some(Transfer::begin(self.device.as_ref(), message.body()?, message.only_fd()?)?);
         Ok(())

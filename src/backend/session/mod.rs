@@ -19,7 +19,7 @@ use std::sync::atomic::AtomicU64;
 
 use tracing::{debug, error};
 
-use super::channel::Attached;
+use super::channel::{Attached, checked};
 use super::postcopy::{Postcopy, own_addresses};
 use super::transfer::Transfer;
 use super::{BackendError, Device, Host, Message, Notifier, Reply, counters};
@@ -302,7 +302,7 @@ impl Session {
             }
             Code::SEND_RARP | Code::NET_SET_MTU => self.device.message(code, message.body()?)?,
             Code::SET_BACKEND_REQ_FD => {
-                let socket = message.only_fd()?;
+                let socket = checked(message.only_fd()?)?;
                 // The old one ends first.
                 self.channel = None;
                 self.channel = Some(self.host.attach(socket)?);
