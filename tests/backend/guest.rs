@@ -275,6 +275,12 @@ impl Ring {
     }
 }
 
+/// Waits until a ring says over its error fd that it is broken.
+pub(crate) fn wait_for_error(error: &EventFd, what: &str) {
+    let mut fds = [PollFd::new(error.as_fd(), PollFlags::POLLIN)];
+    assert_eq!(poll(&mut fds, DEADLINE.as_millis() as u16), Ok(1), "the ring did not break: {what}");
+}
+
 /// Connects far enough for rings to be set up: protocol features, owner, features, memory.
 pub(crate) fn begin(client: &Client, guest: &Guest, features: u64) {
     begin_with(client, guest, features, PROTOCOL);

@@ -19,7 +19,7 @@ use vhost_migrate::ring::{Buffer, DriverRing, RingLayout};
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::drain::Held;
-use crate::guest::{Guest, LOG_ALL, Ring, harvest, install_log};
+use crate::guest::{Guest, LOG_ALL, Ring, harvest, install_log, wait_for_error};
 use crate::iommu_load::{Load, Slot, bytes, contents};
 use crate::iommu_space::{BASE, CHANNEL, DATA, Dice, FEATURES, Space, invalidate, update};
 use crate::raw::{Client, DEADLINE, NEED_REPLY, VERSION};
@@ -31,11 +31,6 @@ const INDIRECT: u64 = bit(VIRTIO_RING_F_INDIRECT_DESC) | bit(VIRTIO_RING_F_EVENT
 
 fn server() -> Server {
     Server::disk(DISK, |options| options.iommu = true)
-}
-
-fn wait_for_error(error: &EventFd) {
-    let mut fds = [PollFd::new(error.as_fd(), PollFlags::POLLIN)];
-    assert_eq!(poll(&mut fds, DEADLINE.as_millis() as u16), Ok(1), "the ring did not break");
 }
 
 /// Random reads and writes; what changed is in the log, by guest-physical address, and nothing else is.
@@ -295,10 +290,26 @@ fn read(space: &Space, ring: &mut Ring, slot: u64) {
     ring.kick();
 }
 
-fn is_served(space: &Space, ring: &mut Ring, slot: u64) {
+pub(crate) fn is_served(space: &Space, ring: &mut Ring, slot: u64) {
     read(space, ring, slot);
     ring.completion();
     assert_eq!(bytes(&space.view(Slot(slot).data(), 1024), Slot(slot).data(), 1024), contents(1, 1024));
+}
+
+#[test]
+fn a_translation_cut_short_is_refused_and_the_ring_goes_on() {
+    let server = server();
+    let space = Space::new(server.connect(), FEATURES);
+    let mut ring = space.ring(0, 256, 0);
+    space.start(&ring, 0);
+    let whole = invalidate(0, 0);
+    for len in [0, 3, 31] {
+        let payload = &whole.as_bytes()[..len];
+        assert_eq!(space.client.acknowledged(Code::IOTLB_MSG, payload, &[]), 1, "{len} bytes");
+        space.client.send(Code::IOTLB_MSG, VERSION, payload, &[space.client.as_fd()]);
+        is_served(&space, &mut ring, len as u64);
+    }
+    assert_eq!(space.client.ring_base(0), 3);
 }
 
 /// Rule T1: a page that may only be read, and one that is nobody's.
@@ -318,7 +329,7 @@ fn what_the_iommu_refuses_ends_the_ring_that_asked_and_no_other() {
         Slot(0).add(&mut bad, &space.view(DATA, 8 << 20), VIRTIO_BLK_T_IN, 77, 2048, false);
         space.remap([(page, permission.map(|permission| (user, permission)))]);
         bad.kick();
-        wait_for_error(&error);
+        wait_for_error(&error, "the ring");
         assert_eq!(space.guest.bytes(gpa, 4096), before, "it was written");
         is_served(&space, &mut good, 1);
         let refused = space.iommu.failures.load(Ordering::SeqCst);
@@ -448,7 +459,7 @@ fn without_a_channel_only_what_was_told_is_known() {
     ring.completion();
     assert_eq!(guest.bytes(0x90_0000, 512), contents(3, 512));
     add(&mut ring, 0x4000_0000);
-    wait_for_error(&error);
+    wait_for_error(&error, "the ring");
     assert_eq!(client.ring_base(0), 1);
 }
 

@@ -2,16 +2,19 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod blk;
+mod broken;
 mod channel;
 mod confined;
 mod crash;
 mod drain;
 mod guest;
 mod hostile;
+mod interface;
 mod iommu;
 mod iommu_anew;
 mod iommu_load;
 mod iommu_space;
+mod leaks;
 mod log;
 mod metrics;
 mod net;

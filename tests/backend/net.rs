@@ -23,8 +23,8 @@ use crate::guest::{
     BASIC, Guest, HIGH, PACKED, Ring, SPLIT, begin, harvest, inflight_region, install_log, start_logging,
 };
 use crate::log::{LOG_AT, Oracle, check};
-use crate::raw::{Client, DEADLINE};
-use crate::server::Server;
+use crate::raw::{Client, DEADLINE, VERSION};
+use crate::server::{Process, Server};
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const MERGEABLE: u64 = BASIC | bit(VIRTIO_NET_F_MRG_RXBUF);
@@ -500,6 +500,23 @@ fn what_a_front_end_asks_about_the_device_is_answered() {
 }
 
 #[rstest]
+fn an_announcement_or_an_mtu_cut_short_is_refused_and_packets_go_on(#[values(SPLIT, PACKED)] rings: u64) {
+    let mut rig = Rig::new(rings | MERGEABLE | CONTROL, |options| options.mtu = Some(9000));
+    let mut seed = 0;
+    for code in [Code::SEND_RARP, Code::NET_SET_MTU] {
+        for payload in [&[][..], &[2; 3], &[2; 7]] {
+            assert_eq!(rig.client.acknowledged(code, payload, &[]), 1, "{code} of {} bytes", payload.len());
+            rig.client.send(code, VERSION, payload, &[rig.client.as_fd()]);
+            assert_eq!(config(&rig.client), (MAC, 1), "the driver is asked to announce itself");
+            seed += 1;
+            rig.provide_kicked(0, &[2000]);
+            rig.send(0, &frame(1500, seed));
+            assert_eq!(rig.receive(0), frame(1500, seed));
+        }
+    }
+}
+
+#[rstest]
 fn packets_that_can_not_be_are_dropped_and_counted_and_the_queue_goes_on(#[values(SPLIT, PACKED)] rings: u64) {
     let mut rig = Rig::new(rings | MERGEABLE, |_| {});
     rig.provide_kicked(0, &[2000; 3]);
@@ -609,9 +626,8 @@ fn two_ends_of_a_pair_hear_each_other_and_their_successors(#[values(SPLIT, PACKE
 #[test]
 fn two_processes_are_a_pair_whichever_comes_first() {
     let folder = tempfile::tempdir().unwrap();
-    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-    let start =
-        |socket: &str| NetProcess::start(&["--socket", &at(socket), "--pair", &at("wire"), "--log-level", "error"]);
+    let wire = folder.path().join("wire");
+    let start = |socket: &str| Process::net(&folder.path().join(socket), &["--pair", wire.to_str().unwrap()]);
     // One after the other, and then again with what the killed ones have left.
     for _ in 0..2 {
         let (_a, _b) = (start("a"), start("b"));
@@ -629,29 +645,6 @@ fn two_processes_are_a_pair_whichever_comes_first() {
                 }
             }
         }
-    }
-}
-
-/// `vhost-migrate backend net` as a process; killed when dropped.
-struct NetProcess(std::process::Child);
-
-impl NetProcess {
-    fn start(arguments: &[&str]) -> NetProcess {
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vhost-migrate"));
-        command.args(["backend", "net"]).args(arguments).env_remove("RUST_LOG").stdout(std::process::Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let mut line = String::new();
-        let stdout = child.stdout.take().unwrap();
-        std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut line).unwrap();
-        assert!(line.starts_with("serves a pair at "), "{line}");
-        NetProcess(child)
-    }
-}
-
-impl Drop for NetProcess {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
     }
 }
 

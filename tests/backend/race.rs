@@ -2,16 +2,23 @@
 //! the device write ever changes, and the back-end is there for the next front-end.
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{Request as Code, VringState};
-use vhost_migrate::abi::virtio::{VIRTIO_F_RING_PACKED, VIRTIO_RING_F_INDIRECT_DESC};
-use vhost_migrate::ring::RingBase;
+use vhost_migrate::abi::virtio::{
+    VIRTIO_F_RING_PACKED, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VQ,
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_INDIRECT_DESC,
+};
+use vhost_migrate::backend::net::{Net, NetOptions, Peer};
+use vhost_migrate::ring::{Buffer, RingBase};
 
-use crate::guest::{BASIC, Guest, HIGH, Ring, begin, places, status};
+use crate::guest::{BASIC, Guest, HIGH, Ring, begin, status};
+use crate::raw::DEADLINE;
 use crate::server::Server;
 
 const SIZE: u16 = 64;
@@ -26,10 +33,11 @@ const INDIRECT: u16 = 4;
 /// The guest's hand: writes what a random number says, tame enough that it is known what may change.
 struct Scribbler<'a> {
     guest: &'a Guest,
-    ring: &'a Ring,
+    rings: &'a [Ring],
     packed: bool,
     random: u64,
-    avail: u16,
+    /// Of each ring.
+    avail: Vec<u16>,
 }
 
 impl Scribbler<'_> {
@@ -68,8 +76,10 @@ impl Scribbler<'_> {
 
     fn step(&mut self) {
         let random = self.next();
+        let number = (random >> 55) as usize % self.rings.len();
+        let layout = self.rings[number].layout;
         let slot = random >> 8 & 0x3f;
-        let (at, flags, next) = (self.ring.layout.desc + slot * 16, (random >> 16) as u16, (random >> 40) as u16);
+        let (at, flags, next) = (layout.desc + slot * 16, (random >> 16) as u16, (random >> 40) as u16);
         let marks = if random >> 60 & 1 == 0 { 1 << 7 } else { 1 << 15 };
         match random % 8 {
             0 => self.desc(at, flags & 7 | flags & 0x8080, next % (SIZE + 2)),
@@ -77,95 +87,156 @@ impl Scribbler<'_> {
             2 => self.header(),
             3 if !self.packed => {
                 let ahead = if random >> 50 & 0xff == 0 { next } else { next % 4 };
-                self.avail = self.avail.wrapping_add(ahead);
-                self.guest.memory.write(self.ring.layout.avail + 2, &self.avail.to_le_bytes()).unwrap();
+                self.avail[number] = self.avail[number].wrapping_add(ahead);
+                self.guest.memory.write(layout.avail + 2, &self.avail[number].to_le_bytes()).unwrap();
             }
             4 if !self.packed => {
                 let head = next % (SIZE + 1);
-                self.guest.memory.write(self.ring.layout.avail + 4 + slot * 2, &head.to_le_bytes()).unwrap();
+                self.guest.memory.write(layout.avail + 4 + slot * 2, &head.to_le_bytes()).unwrap();
             }
             _ => {
                 // A chain that makes sense as long as it stays: a header, data, a byte for the status.
                 let first = slot & !3 | 1;
                 let chain = [(0, NEXT), (1, NEXT | WRITE), (2, WRITE)];
                 for (number, flags) in chain.into_iter().rev() {
-                    let at = self.ring.layout.desc + (first + number) * 16;
+                    let at = layout.desc + (first + number) * 16;
                     self.desc(at, flags | if self.packed { marks } else { 0 }, (first + number) as u16 + 1);
                 }
                 if !self.packed {
-                    let entry = self.ring.layout.avail + 4 + u64::from(self.avail % SIZE) * 2;
+                    let entry = layout.avail + 4 + u64::from(self.avail[number] % SIZE) * 2;
                     self.guest.memory.write(entry, &(first as u16).to_le_bytes()).unwrap();
-                    self.avail = self.avail.wrapping_add(1);
-                    self.guest.memory.write(self.ring.layout.avail + 2, &self.avail.to_le_bytes()).unwrap();
+                    self.avail[number] = self.avail[number].wrapping_add(1);
+                    self.guest.memory.write(layout.avail + 2, &self.avail[number].to_le_bytes()).unwrap();
                 }
             }
         }
-        let _ = self.ring.kick.write(1);
+        let _ = self.rings[number].kick.write(1);
     }
 }
 
-fn race(features: u64) {
+/// Scribbles on the first `count` rings of a device until each has served much and broken often.
+fn race(server: &Server, features: u64, count: u32) {
     let packed = features & bit(VIRTIO_F_RING_PACKED) != 0;
-    let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
+    let guest = Guest::new();
     guest.memory.write(HIGH, &[0xa5; 1 << 20]).unwrap();
     let client = server.connect();
     begin(&client, &guest, features);
-    let ring = Ring::new(&guest, 0, SIZE, features);
-    let error = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
-    client.done(Code::SET_VRING_ERR, &0u64, &[error.as_fd()]);
-    // What the guest writes itself lies below the buffers, and so do the device's areas of the ring.
-    let fixed = [(BUFFERS.end, 0x100_0000 - BUFFERS.end), (HIGH, 0x100_0000), (0x20_0000, HEADERS - 0x20_0000)];
+    let rings: Vec<Ring> = (0..count).map(|index| Ring::new(&guest, index, SIZE, features)).collect();
+    let errors: Vec<EventFd> = rings.iter().map(|_| EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap()).collect();
+    for (ring, error) in rings.iter().zip(&errors) {
+        client.done(Code::SET_VRING_ERR, &u64::from(ring.index), &[error.as_fd()]);
+    }
+    // What the guest writes itself lies below the buffers, and so do the device's areas of the rings.
+    let above = (u64::from(count) + 1) << 20;
+    let fixed = [(BUFFERS.end, 0x100_0000 - BUFFERS.end), (HIGH, 0x100_0000), (above, HEADERS - above)];
     let snapshot = || fixed.map(|(gpa, len)| guest.bytes(gpa, len as usize));
     let before = snapshot();
     let stop = AtomicBool::new(false);
-    let (mut served, mut broken, mut round) = (0, 0, 0u16);
+    // By ring.
+    let (mut served, mut broken, mut round) = (vec![0; rings.len()], vec![0; rings.len()], 0u16);
+    let end = Instant::now() + 6 * DEADLINE;
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            let mut scribbler = Scribbler { guest: &guest, ring: &ring, packed, random: 0x9e37_79b9, avail: 0 };
+            let (random, avail) = (0x9e37_79b9, vec![0; rings.len()]);
+            let mut scribbler = Scribbler { guest: &guest, rings: &rings, packed, random, avail };
             while !stop.load(Ordering::Relaxed) {
                 scribbler.step();
             }
         });
-        while served < 500 || broken < 50 {
-            let avail = u16::from_le_bytes(guest.bytes(ring.layout.avail + 2, 2).try_into().unwrap());
-            let base = if packed { RingBase::start(features) } else { RingBase::split(avail) };
-            if !packed {
-                guest.memory.write(ring.layout.used + 2, &avail.to_le_bytes()).unwrap();
+        while served.iter().any(|served| *served < 500) || broken.iter().any(|broken| *broken < 50) {
+            if Instant::now() > end {
+                stop.store(true, Ordering::Relaxed);
+                panic!("hardly anything happens: {served:?} served, {broken:?} broken");
             }
-            ring.set_up(&client, &guest, base.bits());
-            ring.enable(&client, true);
-            // Until it breaks, or for a while; a guest may also be harmless by chance.
-            let mut waiting = [PollFd::new(error.as_fd(), PollFlags::POLLIN)];
-            poll(&mut waiting, 1 + round % 20).unwrap();
+            for ring in &rings {
+                let avail = u16::from_le_bytes(guest.bytes(ring.layout.avail + 2, 2).try_into().unwrap());
+                let base = if packed { RingBase::start(features) } else { RingBase::split(avail) };
+                if !packed {
+                    guest.memory.write(ring.layout.used + 2, &avail.to_le_bytes()).unwrap();
+                }
+                ring.set_up(&client, &guest, base.bits());
+                ring.enable(&client, true);
+            }
+            // Until each breaks, or for a while; a guest may also be harmless by chance.
+            for error in &errors {
+                let mut waiting = [PollFd::new(error.as_fd(), PollFlags::POLLIN)];
+                poll(&mut waiting, 1 + round % 20).unwrap();
+            }
             round += 1;
-            client.ring_base(0);
-            broken += error.read().is_ok() as u32;
-            served += ring.call.read().unwrap_or(0);
-            client.tell(Code::SET_VRING_ENABLE, &VringState { index: 0, num: 0 });
+            for (number, ring) in rings.iter().enumerate() {
+                client.ring_base(ring.index);
+                broken[number] += errors[number].read().is_ok() as u32;
+                served[number] += ring.call.read().unwrap_or(0);
+                client.tell(Code::SET_VRING_ENABLE, &VringState { index: ring.index, num: 0 });
+            }
         }
         stop.store(true, Ordering::Relaxed);
     });
     assert!(snapshot() == before, "memory that no descriptor let the device write has changed");
-    drop(client);
+}
 
-    let client = server.connect();
+fn race_on_a_disk(features: u64) {
+    let server = Server::disk(1 << 20, |_| {});
+    race(&server, features, 1);
+    let (client, guest) = (server.connect(), Guest::new());
     begin(&client, &guest, BASIC);
     let mut fresh = Ring::new(&guest, 1, SIZE, BASIC);
     fresh.set_up(&client, &guest, 0);
     fresh.enable(&client, true);
+    // The guest before this one wrote to the disk too.
     fresh.read(&guest, 0, 1, 512);
     fresh.kick();
     fresh.completion();
     assert_eq!(status(&guest, 0), 0);
-    assert_eq!(guest.bytes(places(0).2, 512).len(), 512);
+}
+
+/// Receive, transmit and control queue.
+fn race_on_an_interface(features: u64) {
+    let device = Net::open(NetOptions::new(Peer::Loopback, [2, 0, 0, 0, 0, 1])).unwrap();
+    let server = Server::new(Arc::new(device));
+    let control = [VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_MRG_RXBUF];
+    race(&server, control.into_iter().fold(features, |features, feature| features | bit(feature)), 3);
+
+    let (client, guest) = (server.connect(), Guest::new());
+    begin(&client, &guest, BASIC);
+    let [mut rx, mut tx] = [0, 1].map(|index| Ring::new(&guest, index, SIZE, BASIC));
+    for ring in [&rx, &tx] {
+        ring.set_up(&client, &guest, 0);
+        ring.enable(&client, true);
+    }
+    // What the guest before this one sent last still comes, and may have left no room.
+    let frame = [0xff; 60];
+    let sent = [&[0; 12][..], &frame].concat();
+    guest.memory.write(BUFFERS.start, &sent).unwrap();
+    loop {
+        tx.driver.add(&[Buffer { gpa: BUFFERS.start, len: sent.len() as u32 }], &[], None).unwrap().unwrap();
+        tx.kick();
+        tx.completion();
+        rx.driver.add(&[], &[Buffer { gpa: HIGH, len: 0x2_0000 }], None).unwrap().unwrap();
+        rx.kick();
+        let (_, len) = rx.completion();
+        if guest.bytes(HIGH, len as usize)[12..] == frame {
+            break;
+        }
+    }
 }
 
 #[test]
 fn a_guest_that_rewrites_a_split_ring_while_requests_run_gets_nothing_out_of_it() {
-    race(BASIC | bit(VIRTIO_RING_F_INDIRECT_DESC));
+    race_on_a_disk(BASIC | bit(VIRTIO_RING_F_INDIRECT_DESC));
 }
 
 #[test]
 fn a_guest_that_rewrites_a_packed_ring_while_requests_run_gets_nothing_out_of_it() {
-    race(BASIC | bit(VIRTIO_RING_F_INDIRECT_DESC) | bit(VIRTIO_F_RING_PACKED));
+    race_on_a_disk(BASIC | bit(VIRTIO_RING_F_INDIRECT_DESC) | bit(VIRTIO_F_RING_PACKED));
+}
+
+#[test]
+fn a_guest_that_rewrites_the_split_rings_of_an_interface_gets_nothing_out_of_it() {
+    race_on_an_interface(BASIC | bit(VIRTIO_RING_F_INDIRECT_DESC));
+}
+
+#[test]
+fn a_guest_that_rewrites_the_packed_rings_of_an_interface_gets_nothing_out_of_it() {
+    race_on_an_interface(BASIC | bit(VIRTIO_RING_F_INDIRECT_DESC) | bit(VIRTIO_F_RING_PACKED));
 }

@@ -81,22 +81,36 @@ pub(crate) fn disk_options(folder: &Path, bytes: u64, change: impl FnOnce(&mut D
     options
 }
 
-/// `vhost-migrate backend blk` as a process; killed when dropped.
+/// `vhost-migrate backend` as a process; killed when dropped.
 pub(crate) struct Process {
     pub(crate) child: Child,
 }
 
 impl Process {
     pub(crate) fn command(arguments: &[&str]) -> Command {
+        Process::command_of("blk", arguments)
+    }
+
+    fn command_of(device: &str, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-migrate"));
-        command.args(["backend", "blk"]).args(arguments).env_remove("RUST_LOG");
+        command.args(["backend", device]).args(arguments).env_remove("RUST_LOG");
         command
     }
 
-    /// Starts it, and waits for the line that says it listens.
+    /// Starts a disk, and waits for the line that says it listens.
     pub(crate) fn start(socket: &Path, image: &Path, more: &[&str]) -> Process {
-        let (socket, image) = (socket.to_str().unwrap(), image.to_str().unwrap());
-        let mut command = Process::command(&["--socket", socket, "--image", image, "--log-level", "error"]);
+        let image = image.to_str().unwrap();
+        Process::spawn("blk", socket, &[&["--image", image][..], more].concat())
+    }
+
+    /// The same with a network interface.
+    pub(crate) fn net(socket: &Path, more: &[&str]) -> Process {
+        Process::spawn("net", socket, more)
+    }
+
+    fn spawn(device: &str, socket: &Path, more: &[&str]) -> Process {
+        let socket = socket.to_str().unwrap();
+        let mut command = Process::command_of(device, &["--socket", socket, "--log-level", "error"]);
         let mut child = command.args(more).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
@@ -113,6 +127,18 @@ impl Process {
 
     pub(crate) fn open_fds(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
+    }
+
+    pub(crate) fn threads(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap().count()
+    }
+
+    /// Lets it have fds with numbers below `limit`, and no others, from now on.
+    pub(crate) fn limit_fds(&self, limit: u64) {
+        let limit = libc::rlimit { rlim_cur: limit, rlim_max: 4096 };
+        // SAFETY: of the two structures one is alive and the other is not asked for.
+        let done = unsafe { libc::prlimit(self.child.id() as i32, libc::RLIMIT_NOFILE, &limit, std::ptr::null_mut()) };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
     }
 
     /// Mappings of files, which guest memory, logs and inflight regions are.

@@ -111,6 +111,26 @@ impl Scene {
 }
 
 #[test]
+fn a_stop_cut_short_or_of_no_ring_stops_nothing() {
+    for features in BOTH {
+        let mut scene = Scene::new(features, INFLIGHT_MIGRATION);
+        let (code, none) = (Code::GET_VRING_BASE_SKIP_DRAIN, VringState { index: 9, num: 0 });
+        for payload in [&[][..], &[0; 3], &[0; 7], none.as_bytes()] {
+            assert_eq!(scene.client.acknowledged(code, payload, &[]), 1, "{} bytes", payload.len());
+        }
+        assert_eq!(scene.marked(), COUNT);
+        scene.add(COUNT..COUNT + 3);
+        assert_eq!(scene.marked(), COUNT + 3);
+        scene.gate.write(1).unwrap();
+        assert_eq!(scene.ring.completions(COUNT as usize + 3).len(), COUNT as usize + 3);
+        // Without need-reply there is no answer that says no.
+        scene.client.send(code, VERSION, &[0; 3], &[]);
+        assert!(scene.client.is_closed());
+        scene.server.connect().barrier();
+    }
+}
+
+#[test]
 fn what_is_in_flight_is_left_in_the_region_logged_and_unpublished_and_served_elsewhere() {
     for features in BOTH {
         let mut scene = Scene::new(features, INFLIGHT_MIGRATION);

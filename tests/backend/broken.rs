@@ -1,0 +1,239 @@
+//! Rings that their driver breaks: descriptors are the driver's, who may be as hostile as the front-end. Such a ring stops
+//! alone, says so over its error fd and in the log, and can be set up again.
+
+use std::os::fd::AsFd;
+
+use nix::sys::eventfd::EventFd;
+use rstest::rstest;
+use vhost_migrate::abi::vhost_user::Request as Code;
+use vhost_migrate::abi::virtio::{Desc, PackedDesc};
+use vhost_migrate::ring::Buffer;
+use zerocopy::IntoBytes;
+
+use crate::guest::{Guest, HIGH, PACKED, Ring, SPLIT, begin, wait_for_error};
+use crate::hostile::works;
+use crate::interface::{CONTROL, Interface, interface_features};
+use crate::raw::Client;
+use crate::server::{Process, Server, disk_options};
+
+/// What a driver may write to break its ring: into the descriptors, and into the avail ring or its event area.
+struct Breakage {
+    what: &'static str,
+    /// What the log says of it.
+    why: &'static str,
+    descs: Vec<u8>,
+    avail: Vec<u8>,
+}
+
+fn split_breakages() -> Vec<Breakage> {
+    let desc = |addr: u64, len: u32, flags: u16, next: u16| Desc {
+        addr: addr.into(),
+        len: len.into(),
+        flags: flags.into(),
+        next: next.into(),
+    };
+    let breakage = |what, why, descs: [Desc; 2], head: u16, index: u16| Breakage {
+        what,
+        why,
+        descs: descs.as_bytes().to_vec(),
+        avail: [0, index, head].as_bytes().to_vec(),
+    };
+    let none = desc(0, 0, 0, 0);
+    let (at, len) = (0x60_0000, 16);
+    vec![
+        breakage("a chain that is a loop", "chain 0 loops", [desc(at, len, 1, 1), desc(at, len, 1, 0)], 0, 1),
+        breakage(
+            "a next outside the table",
+            "chain 0: descriptor 999 in a table of 256",
+            [desc(at, len, 1, 999), none],
+            0,
+            1,
+        ),
+        breakage("a head outside the table", "chain 256: descriptor 256 in a table of 256", [none, none], 256, 1),
+        breakage(
+            "an index that ran away",
+            "avail index 9999 with 0 next and used index 0: more requests than the 256 entries",
+            [none, none],
+            0,
+            9999,
+        ),
+        breakage(
+            "a readable buffer behind a writable one",
+            "chain 0: a device-readable buffer follows a device-writable one",
+            [desc(at, len, 3, 1), desc(at, len, 0, 0)],
+            0,
+            1,
+        ),
+        breakage("an indirect table without INDIRECT_DESC", UNWANTED_TABLE, [desc(at, len, 4, 0), none], 0, 1),
+    ]
+}
+
+const UNWANTED_TABLE: &str = "chain 0: indirect descriptor without INDIRECT_DESC being negotiated";
+
+fn packed_breakages() -> Vec<Breakage> {
+    let desc = |flags: u16| PackedDesc {
+        addr: 0x60_0000.into(),
+        len: 16.into(),
+        id: 3.into(),
+        // Available in the first round.
+        flags: (flags | 0x80).into(),
+    };
+    let breakage = |what, why, descs: Vec<PackedDesc>| Breakage {
+        what,
+        why,
+        descs: descs.as_bytes().to_vec(),
+        avail: vec![0xff; 4],
+    };
+    vec![
+        breakage(
+            "a chain without an end",
+            "chain at 0 with 0 descriptors in flight: more than the 256 of the ring",
+            vec![desc(1); 256],
+        ),
+        breakage(
+            "a readable buffer behind a writable one",
+            "chain 0: a device-readable buffer follows a device-writable one",
+            vec![desc(3), desc(0)],
+        ),
+        breakage("an indirect table without INDIRECT_DESC", UNWANTED_TABLE, vec![desc(4)]),
+    ]
+}
+
+fn breakages(features: u64) -> Vec<Breakage> {
+    if features & (SPLIT ^ PACKED) == 0 { split_breakages() } else { packed_breakages() }
+}
+
+/// Sets up ring `index`, stopped before, as a driver that breaks it; the fd over which it says so.
+fn set_up_broken(client: &Client, guest: &Guest, index: u32, features: u64, breakage: &Breakage) -> (Ring, EventFd) {
+    let ring = Ring::new(guest, index, 256, features);
+    guest.memory.write(ring.layout.desc, &breakage.descs).unwrap();
+    guest.memory.write(ring.layout.avail, &breakage.avail).unwrap();
+    let error = EventFd::new().unwrap();
+    client.done(Code::SET_VRING_ERR, &u64::from(index), &[error.as_fd()]);
+    ring.set_up(client, guest, ring.start());
+    ring.enable(client, true);
+    (ring, error)
+}
+
+/// What the process said of broken rings is this, once each and in this order.
+fn said(mut process: Process, expected: &[(u32, &str)]) {
+    process.child.kill().unwrap();
+    let errors = process.errors();
+    let lines: Vec<&str> = errors.lines().filter(|line| line.contains("is broken")).collect();
+    assert_eq!(lines.len(), expected.len(), "{errors}");
+    for (line, (index, why)) in lines.into_iter().zip(expected) {
+        let whole = format!("ring {index} is broken and stops until it is set up again: {why}");
+        assert!(line.contains(&whole), "{line:?} instead of {whole:?}");
+    }
+    assert!(!errors.contains("panicked"), "{errors}");
+}
+
+#[rstest]
+fn a_broken_ring_stops_alone_says_so_and_can_be_set_up_again(#[values(SPLIT, PACKED)] features: u64) {
+    let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
+    let options = disk_options(folder.path(), 1 << 20, |_| {});
+    let socket = folder.path().join("socket");
+    let process = Process::start(&socket, &options.image, &["--queues", "2"]);
+    let client = Client::connect(&socket);
+    begin(&client, &guest, features);
+    let mut good = Ring::new(&guest, 1, 256, features);
+    good.set_up(&client, &guest, good.start());
+    good.enable(&client, true);
+    let mut expected = Vec::new();
+    for breakage in breakages(features) {
+        let (_ring, error) = set_up_broken(&client, &guest, 0, features, &breakage);
+        wait_for_error(&error, breakage.what);
+        expected.push((0, breakage.why));
+        works(&guest, &mut good);
+        client.ring_base(0);
+        let mut again = Ring::new(&guest, 0, 256, features);
+        again.set_up(&client, &guest, again.start());
+        works(&guest, &mut again);
+        client.ring_base(0);
+    }
+    said(process, &expected);
+}
+
+/// Receive, transmit and control queue: each stops alone, and all others go on.
+#[rstest]
+fn each_broken_ring_of_an_interface_stops_alone_and_says_so(
+    #[values(SPLIT, PACKED)] rings: u64,
+    #[values(0, 1, CONTROL)] broken: u32,
+) {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("socket");
+    let process = Process::net(&socket, &["--loopback", "--queue-pairs", "2"]);
+    let features = interface_features(rings);
+    let mut net = Interface::new(Client::connect(&socket), features);
+    let mut expected = Vec::new();
+    for breakage in breakages(rings) {
+        net.client.ring_base(broken);
+        let (_ring, error) = set_up_broken(&net.client, &net.guest, broken, features, &breakage);
+        // Buffers are looked at when there is a packet for them.
+        let waiting = (broken == 0).then(|| net.send(0));
+        wait_for_error(&error, breakage.what);
+        expected.push((broken, breakage.why));
+        // The other pair, and what is left of this one.
+        let packet = net.send(1);
+        assert_eq!(net.receive(1), packet, "{}", breakage.what);
+        if broken != CONTROL {
+            net.command();
+        }
+        match broken {
+            // It transmits; its packets wait, for this ring alone if no other is enabled.
+            0 => {
+                let next = net.send(0);
+                net.rings[2].enable(&net.client, false);
+                net.client.ring_base(0);
+                net.renew(0);
+                assert_eq!([net.receive(0), net.receive(0)], [waiting.unwrap(), next], "{}", breakage.what);
+                net.rings[2].enable(&net.client, true);
+                continue;
+            }
+            // It receives what comes for the other pair, whose own ring is disabled.
+            1 => {
+                net.rings[2].enable(&net.client, false);
+                let packet = net.send(1);
+                assert_eq!(net.receive(0), packet, "{}", breakage.what);
+                net.rings[2].enable(&net.client, true);
+            }
+            _ => {
+                let packet = net.send(0);
+                assert_eq!(net.receive(0), packet, "{}", breakage.what);
+            }
+        }
+        net.client.ring_base(broken);
+        net.renew(broken);
+        let packet = net.send(0);
+        assert_eq!(net.receive(0), packet, "{}", breakage.what);
+        net.command();
+    }
+    said(process, &expected);
+}
+
+#[rstest]
+fn a_descriptor_that_is_made_available_twice_breaks_the_ring_and_not_the_process(
+    #[values(SPLIT, PACKED)] features: u64,
+) {
+    let (device, gate) = crate::drain::Held::new();
+    let (server, guest) = (Server::new(device), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, features);
+    let mut ring = Ring::new(&guest, 0, 256, features);
+    ring.driver.add(&[], &[Buffer { gpa: HIGH, len: 8 }], None).unwrap().unwrap();
+    let _ = ring.driver.publish();
+    if features == SPLIT {
+        guest.memory.write(ring.layout.avail + 2, &2u16.to_le_bytes()).unwrap();
+    } else {
+        // The same buffer id, while it is in flight.
+        guest.memory.write(ring.layout.desc + 16, &guest.bytes(ring.layout.desc, 16)).unwrap();
+    }
+    let error = EventFd::new().unwrap();
+    client.done(Code::SET_VRING_ERR, &0u64, &[error.as_fd()]);
+    ring.set_up(&client, &guest, ring.start());
+    ring.enable(&client, true);
+    wait_for_error(&error, "twice");
+    gate.write(1).unwrap();
+    client.ring_base(0);
+    ring.completion();
+}

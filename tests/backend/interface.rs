@@ -1,0 +1,90 @@
+//! The driver of a network interface that hears itself: two pairs of rings and a control queue, and what goes over them.
+
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::virtio::{VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF};
+use vhost_migrate::ring::Buffer;
+
+use crate::guest::{Guest, HIGH, Ring, begin};
+use crate::raw::Client;
+
+/// The ring behind both pairs.
+pub(crate) const CONTROL: u32 = 4;
+const HEADER: usize = 12;
+/// Where packets and commands are put, and where they are received.
+const SENT: u64 = 0xc0_0000;
+const RECEIVED: u64 = HIGH;
+
+/// What its driver acknowledges, besides the kind of its rings.
+pub(crate) fn interface_features(rings: u64) -> u64 {
+    let features = [VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_CTRL_RX];
+    features.into_iter().fold(rings, |features, feature| features | bit(feature))
+}
+
+/// An interface of two pairs that hear themselves, and its control queue behind them.
+pub(crate) struct Interface {
+    pub(crate) client: Client,
+    pub(crate) guest: Guest,
+    features: u64,
+    pub(crate) rings: Vec<Ring>,
+    seed: u8,
+}
+
+impl Interface {
+    pub(crate) fn new(client: Client, features: u64) -> Interface {
+        let guest = Guest::new();
+        begin(&client, &guest, features);
+        Interface::begun(client, guest, features)
+    }
+
+    /// The same on a connection that has memory and features.
+    pub(crate) fn begun(client: Client, guest: Guest, features: u64) -> Interface {
+        let rings = (0..=CONTROL).map(|index| {
+            let ring = Ring::new(&guest, index, 256, features);
+            ring.set_up(&client, &guest, ring.start());
+            ring.enable(&client, true);
+            ring
+        });
+        let rings = rings.collect();
+        Interface { client, guest, features, rings, seed: 0 }
+    }
+
+    pub(crate) fn renew(&mut self, index: u32) {
+        let ring = Ring::new(&self.guest, index, 256, self.features);
+        ring.set_up(&self.client, &self.guest, ring.start());
+        self.rings[index as usize] = ring;
+    }
+
+    /// Sends a packet that no other is like on `pair`, and returns it.
+    pub(crate) fn send(&mut self, pair: usize) -> Vec<u8> {
+        self.seed += 1;
+        // Broadcast: whatever the filter, it is wanted.
+        let packet = [&[0xff; 6][..], &[self.seed; 700]].concat();
+        self.guest.memory.write(SENT, &[&[0; HEADER], packet.as_slice()].concat()).unwrap();
+        let tx = &mut self.rings[2 * pair + 1];
+        let len = (HEADER + packet.len()) as u32;
+        tx.driver.add(&[Buffer { gpa: SENT, len }], &[], None).unwrap().unwrap();
+        tx.kick();
+        tx.completion();
+        packet
+    }
+
+    pub(crate) fn receive(&mut self, pair: usize) -> Vec<u8> {
+        let rx = &mut self.rings[2 * pair];
+        rx.driver.add(&[], &[Buffer { gpa: RECEIVED, len: 2000 }], None).unwrap().unwrap();
+        rx.kick();
+        let (_, len) = rx.completion();
+        self.guest.bytes(RECEIVED, len as usize).split_off(HEADER)
+    }
+
+    /// Switches a receive mode, which changes nothing for broadcasts.
+    pub(crate) fn command(&mut self) {
+        self.guest.memory.write(SENT, &[0, 1, 1]).unwrap();
+        self.guest.memory.write(RECEIVED, &[0xff]).unwrap();
+        let control = &mut self.rings[CONTROL as usize];
+        let (command, answer) = (Buffer { gpa: SENT, len: 3 }, Buffer { gpa: RECEIVED, len: 1 });
+        control.driver.add(&[command], &[answer], None).unwrap().unwrap();
+        control.kick();
+        control.completion();
+        assert_eq!(self.guest.bytes(RECEIVED, 1), [0]);
+    }
+}

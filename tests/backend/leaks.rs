@@ -1,0 +1,212 @@
+//! What front-ends leave behind in the process that served them: nothing, however many they are, whatever they had agreed
+//! on, and also where fds run out.
+
+use std::io::{BufRead, BufReader, Read};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+
+use rstest::rstest;
+use vhost_migrate::abi::vhost_user::{Header, InflightDescription, Request as Code, VringState};
+use vhost_migrate::backend::MAX_FDS;
+use vhost_migrate::memory::sealed_memfd;
+use zerocopy::IntoBytes;
+
+use crate::channel::Ear;
+use crate::guest::{Guest, PACKED, Ring, SPLIT, begin_with, inflight_region, install_log};
+use crate::hostile::{with_running_ring, works};
+use crate::interface::{Interface, interface_features};
+use crate::iommu::is_served;
+use crate::iommu_space::{CHANNEL, FEATURES, Space};
+use crate::raw::{Client, NEED_REPLY, VERSION};
+use crate::server::{Process, disk_options};
+
+/// What a process has while a front-end is connected that has said nothing yet: fds, mappings of files, threads.
+fn holdings(process: &Process, socket: &Path) -> [usize; 3] {
+    let client = Client::connect(socket);
+    client.barrier();
+    [process.open_fds(), process.mapped_files(), process.threads()]
+}
+
+/// Connects as far as rings can be started: on some connections with a back-end channel, an inflight region, both.
+fn greet(client: &Client, guest: &Guest, features: u64, queues: u16, number: u32) -> Option<Ear> {
+    begin_with(client, guest, features, CHANNEL);
+    if number.is_multiple_of(3) {
+        let (_, fd, description) = inflight_region(features, queues, 256);
+        client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
+    }
+    number.is_multiple_of(5).then(|| Ear::give(client))
+}
+
+fn visit_disk(client: Client, guest: &Guest, number: u32) {
+    let features = if number.is_multiple_of(2) { SPLIT } else { PACKED };
+    if number.is_multiple_of(11) {
+        let space = Space::new(client, FEATURES | features);
+        let mut ring = space.ring(0, 256, features);
+        space.start(&ring, ring.start());
+        return is_served(&space, &mut ring, 0);
+    }
+    let _ear = greet(&client, guest, features, 2, number);
+    let mut ring = Ring::new(guest, 0, 256, features);
+    ring.set_up(&client, guest, ring.start());
+    ring.enable(&client, true);
+    let _log = install_log(&client, guest);
+    match number / 2 % 4 {
+        0 => works(guest, &mut ring),
+        1 => client.send_bytes(&[1, 0, 0], &[]),
+        2 => ring.kick.write(1).map(drop).unwrap(),
+        _ => drop(client.ring_base(0)),
+    }
+}
+
+fn visit_interface(client: Client, number: u32) {
+    let features = interface_features(if number.is_multiple_of(2) { SPLIT } else { PACKED });
+    let guest = Guest::new();
+    let _ear = greet(&client, &guest, features, 5, number);
+    let mut net = Interface::begun(client, guest, features);
+    let _log = install_log(&net.client, &net.guest);
+    match number / 2 % 4 {
+        0 => {
+            let packet = net.send(0);
+            // Behind what others have sent and not received.
+            while net.receive(0) != packet {}
+        }
+        1 => net.client.send_bytes(&[1, 0, 0], &[]),
+        2 => drop(net.send(1)),
+        _ => {
+            net.command();
+            net.client.ring_base(4);
+        }
+    }
+}
+
+fn a_thousand(process: &Process, socket: &Path, visit: impl Fn(Client, u32)) {
+    let connect = |count: u32| {
+        (0..count).for_each(|number| visit(Client::connect(socket), number));
+        (holdings(process, socket), process.memory_kib())
+    };
+    // What is allocated once, and kept.
+    let (before, kib_before) = connect(100);
+    let (after, kib_after) = connect(1000);
+    assert_eq!(after, before, "fds, mappings, threads");
+    assert!(kib_after < kib_before + 2048, "{kib_before} KiB before, {kib_after} KiB after");
+}
+
+#[test]
+fn a_thousand_connections_leave_no_fd_no_mapping_no_thread_and_no_memory_behind() {
+    let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
+    let options = disk_options(folder.path(), 1 << 20, |_| {});
+    let socket = folder.path().join("socket");
+    let process = Process::start(&socket, &options.image, &["--queues", "2", "--iommu"]);
+    a_thousand(&process, &socket, |client, number| visit_disk(client, &guest, number));
+}
+
+#[test]
+fn a_thousand_connections_leave_nothing_behind_in_an_interface() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("socket");
+    let process = Process::net(&socket, &["--loopback", "--queue-pairs", "2"]);
+    a_thousand(&process, &socket, visit_interface);
+}
+
+/// Sends what starts a ring, whatever the answers, and waits until the back-end has read it all or hung up.
+fn insist(client: &Client, guest: &Guest, ring: &Ring) {
+    let [size, base, on] = [256, 0, 1].map(|num| VringState { index: 0, num });
+    let wish = InflightDescription { mmap_size: 0, mmap_offset: 0, num_queues: 2, queue_size: 256, padding: [0; 4] };
+    let (call, kick, channel) =
+        (ring.call.as_fd(), ring.kick.as_fd(), std::os::unix::net::UnixStream::pair().unwrap().0);
+    let (number, addr) = (0u64, ring.addr(guest));
+    let messages: [(Code, &[u8], &[BorrowedFd<'_>]); 11] = [
+        (Code::SET_PROTOCOL_FEATURES, CHANNEL.as_bytes(), &[]),
+        (Code::SET_FEATURES, SPLIT.as_bytes(), &[]),
+        (Code::SET_BACKEND_REQ_FD, &[], &[channel.as_fd()]),
+        (Code::SET_MEM_TABLE, &guest.table(), &guest.fds()),
+        (Code::GET_INFLIGHT_FD, wish.as_bytes(), &[]),
+        (Code::SET_VRING_CALL, number.as_bytes(), &[call]),
+        (Code::SET_VRING_NUM, size.as_bytes(), &[]),
+        (Code::SET_VRING_BASE, base.as_bytes(), &[]),
+        (Code::SET_VRING_ADDR, addr.as_bytes(), &[]),
+        (Code::SET_VRING_KICK, number.as_bytes(), &[kick]),
+        (Code::SET_VRING_ENABLE, on.as_bytes(), &[]),
+    ];
+    for (code, payload, fds) in messages {
+        let header = Header { request: code.0, flags: NEED_REPLY, size: payload.len() as u32 };
+        let _ = client.try_send_bytes(&[header.as_bytes(), payload].concat(), fds);
+    }
+    let _ = client.socket.shutdown(std::net::Shutdown::Write);
+    while !client.is_closed() {}
+}
+
+/// Whatever the fd is for that there is none left for: the message is refused, or the connection ends.
+#[test]
+fn fds_that_run_out_anywhere_cost_one_connection_and_no_more() {
+    let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
+    let options = disk_options(folder.path(), 1 << 20, |_| {});
+    let socket = folder.path().join("socket");
+    let mut process = Process::start(&socket, &options.image, &["--queues", "2"]);
+    let before = holdings(&process, &socket);
+    for spare in 0..24 {
+        let client = Client::connect(&socket);
+        client.barrier();
+        process.limit_fds(before[0] as u64 + spare);
+        insist(&client, &guest, &Ring::new(&guest, 0, 256, SPLIT));
+        process.limit_fds(4096);
+        let next = Client::connect(&socket);
+        let mut ring = with_running_ring(&next, &guest, SPLIT);
+        works(&guest, &mut ring);
+        drop(next);
+        assert_eq!(holdings(&process, &socket), before, "with {spare} left");
+    }
+    // Not even for a connection: it waits until there is one.
+    let mut said = BufReader::new(process.child.stderr.take().unwrap());
+    process.limit_fds(3);
+    let client = Client::connect(&socket);
+    client.send(Code::GET_FEATURES, VERSION, &[], &[]);
+    let mut line = String::new();
+    while !line.contains("can't accept a connection") {
+        line.clear();
+        assert_ne!(said.read_line(&mut line).unwrap(), 0, "it has ended");
+        assert!(!line.contains("panicked"), "{line}");
+    }
+    process.limit_fds(4096);
+    client.reply(Code::GET_FEATURES);
+    process.child.kill().unwrap();
+    let mut rest = String::new();
+    said.read_to_string(&mut rest).unwrap();
+    assert!(!rest.contains("panicked"), "{rest}");
+}
+
+/// Messages full of fds, by the byte too, to a process that can't have as many.
+#[rstest]
+fn a_flood_of_fds_leaves_the_process_as_it_was(#[values(SPLIT, PACKED)] features: u64) {
+    let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
+    let options = disk_options(folder.path(), 1 << 20, |_| {});
+    let socket = folder.path().join("socket");
+    let mut process = Process::start(&socket, &options.image, &["--queues", "2"]);
+    let before = holdings(&process, &socket);
+    process.limit_fds(64);
+    let file = sealed_memfd("hostile", 1 << 20).unwrap();
+    let fds = vec![file.as_fd(); MAX_FDS];
+    for code in (0..=45).map(Code) {
+        let client = Client::connect(&socket);
+        let _ring = with_running_ring(&client, &guest, features);
+        let header = Header { request: code.0, flags: VERSION, size: 8 };
+        let message = [header.as_bytes(), &[0; 8]].concat();
+        for _ in 0..10 {
+            let _ = client.try_send_bytes(&message, &fds);
+        }
+        // One whose every byte brings more.
+        for byte in &message {
+            let _ = client.try_send_bytes(&[*byte], &fds);
+        }
+        let _ = client.socket.shutdown(std::net::Shutdown::Write);
+        while !client.is_closed() {}
+        drop(client);
+        let client = Client::connect(&socket);
+        let mut ring = with_running_ring(&client, &guest, features);
+        works(&guest, &mut ring);
+    }
+    assert_eq!(holdings(&process, &socket), before);
+    process.child.kill().unwrap();
+    let errors = process.errors();
+    assert!(!errors.contains("panicked"), "{errors}");
+}
