@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -9,17 +10,21 @@ use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use rstest::rstest;
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{Request as Code, protocol_feature};
+use vhost_migrate::abi::virtio::VIRTIO_NET_F_MRG_RXBUF;
 use vhost_migrate::backend::blk::Aio;
+use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{BackendAddresses, Device as _, RingSetup, UserDevice, UserOptions};
-use vhost_migrate::memory::{Memory, Region, Userfault, sealed_memfd};
-use vhost_migrate::ring::RingBase;
+use vhost_migrate::memory::{LOG_PAGE, Memory, Region, Userfault, sealed_memfd};
+use vhost_migrate::ring::{Buffer, DriverRing, RingBase, SplitLayout};
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::guest::{BASIC, Guest, HIGH, REGION, Ring, begin, places};
+use crate::guest::{BASIC, BIT_30, Guest, HIGH, PACKED, REGION, Ring, SPLIT, begin, harvest, pages, places};
+use crate::hostile::works;
 use crate::raw::{Client, DEADLINE, NEED_REPLY, VERSION};
-use crate::server::Server;
+use crate::server::{Process, Server};
 
 const DISK: u64 = 1 << 20;
 const LENGTH: u32 = 0x3000;
@@ -32,8 +37,8 @@ fn server(change: impl FnOnce(&mut vhost_migrate::backend::blk::DiskOptions)) ->
     })
 }
 
-fn driver(server: &Server) -> UserDevice {
-    let path = server.folder.path().join("socket");
+fn driver(folder: &Path) -> UserDevice {
+    let path = folder.join("socket");
     let mut options = UserOptions::default();
     options.protocol_features |= bit(protocol_feature::PAGEFAULT);
     UserDevice::connect(path, options, Instant::now() + DEADLINE).unwrap()
@@ -79,6 +84,15 @@ impl Postman<'_> {
         asked
     }
 
+    /// What nobody has asked for too.
+    fn bring_all(&self, addresses: &BackendAddresses) {
+        for region in self.to.regions() {
+            for offset in (0..region.size()).step_by(region.page_size() as usize) {
+                self.bring(region.gpa() + offset, addresses);
+            }
+        }
+    }
+
     /// The page around `gpa`.
     fn bring(&self, gpa: u64, addresses: &BackendAddresses) -> u64 {
         let region = self.to.regions().iter().find(|region| gpa.wrapping_sub(region.gpa()) < region.size()).unwrap();
@@ -94,10 +108,68 @@ impl Postman<'_> {
     }
 }
 
+/// How to start a ring that was never used.
+fn setup(ring: &Ring) -> RingSetup {
+    let eventfd = |eventfd: &nix::sys::eventfd::EventFd| Arc::new(eventfd.as_fd().try_clone_to_owned().unwrap());
+    let SplitLayout { size, desc, avail, used } = ring.layout;
+    let (kick, call, base) = (eventfd(&ring.kick), eventfd(&ring.call), RingBase::from_bits(ring.start()));
+    RingSetup { size, desc, avail, used, kick, call, error: None, base }
+}
+
+/// Waits until the first `requests` of a ring, each of `slots` descriptors, are complete in memory `to`.
+fn wait_for_requests(to: &Memory, ring: &Ring, requests: u16, slots: u16) {
+    let (at, enough): (_, fn(u16, u16) -> bool) = match ring.driver {
+        DriverRing::Split(_) => (ring.layout.used + 2, |index, requests| index >= requests),
+        // The last one's flags, in the ring's first round.
+        DriverRing::Packed(_) => {
+            (ring.layout.desc + 16 * u64::from((requests - 1) * slots) + 14, |flags, _| flags & 0x8080 == 0x8080)
+        }
+    };
+    let (end, mut bytes) = (Instant::now() + DEADLINE, [0; 2]);
+    while !enough(u16::from_le_bytes(bytes), requests) && Instant::now() < end {
+        to.read(at, &mut bytes).unwrap();
+    }
+}
+
+/// Takes the completions that the device has written to a ring over to what is expected; head and length of each.
+fn completions(found: &[u8], expected: &mut [u8], ring: &Ring, requests: u16, slots: u16) -> Vec<(u16, u32)> {
+    let SplitLayout { desc, used, .. } = ring.layout;
+    let (at, step, head, len) = match ring.driver {
+        DriverRing::Split(_) => (used as usize + 4, 8, 0, 4),
+        DriverRing::Packed(_) => (desc as usize, 16 * usize::from(slots), 12, 8),
+    };
+    let bytes = if step == 8 { 8 } else { 16 };
+    // Its flags and its index, or its event area.
+    expected[used as usize..][..4].copy_from_slice(&found[used as usize..][..4]);
+    let completion = |number: u16| {
+        let element = at + step * usize::from(number);
+        expected[element..][..bytes].copy_from_slice(&found[element..][..bytes]);
+        let number = |at: usize| u32::from_le_bytes(found[element + at..][..4].try_into().unwrap());
+        (number(head) as u16, number(len))
+    };
+    let completions = (0..requests).map(completion).collect();
+    if step == 8 {
+        // Where it wants to be kicked.
+        let event = used as usize + 4 + 8 * usize::from(ring.layout.size);
+        expected[event..][..2].copy_from_slice(&found[event..][..2]);
+    }
+    completions
+}
+
+/// All of a memory, by region.
+fn contents(memory: &Memory) -> Vec<Vec<u8>> {
+    let read = |region: &Arc<Region>| {
+        let mut bytes = vec![0; region.size() as usize];
+        memory.read(region.gpa(), &mut bytes).unwrap();
+        bytes
+    };
+    memory.regions().iter().map(read).collect()
+}
+
 /// The disk serves requests that were made in `from`, in memory `to` which has nothing yet.
-fn every_byte_arrives(server: &Server, to: &Memory) {
+fn every_byte_arrives(server: &Server, to: &Memory, features: u64) {
     let guest = Guest::new();
-    let mut ring = Ring::new(&guest, 0, 128, BASIC);
+    let mut ring = Ring::new(&guest, 0, 128, features);
     let heads: Vec<u16> = (0..REQUESTS)
         .map(|slot| match slot % 2 {
             0 => ring.read(&guest, slot, slot * 24, LENGTH),
@@ -106,8 +178,8 @@ fn every_byte_arrives(server: &Server, to: &Memory) {
         .collect();
     let _ = ring.driver.publish();
 
-    let mut device = driver(server);
-    device.set_features(bit(vhost_migrate::abi::virtio::VIRTIO_F_VERSION_1)).unwrap();
+    let mut device = driver(server.folder.path());
+    device.set_features(features & !BIT_30).unwrap();
     let (own, theirs) = (Userfault::new().unwrap(), device.postcopy_advise().unwrap());
     for region in to.regions() {
         own.register(region).unwrap();
@@ -118,37 +190,14 @@ fn every_byte_arrives(server: &Server, to: &Memory) {
         let mut serving = None;
         let ready = |addresses| serving = Some(scope.spawn(|| (postman.serve(&addresses), addresses)));
         device.postcopy_set_memory(to, ready).unwrap();
-        let eventfd = |eventfd: &nix::sys::eventfd::EventFd| Arc::new(eventfd.as_fd().try_clone_to_owned().unwrap());
-        let (kick, call) = (eventfd(&ring.kick), eventfd(&ring.call));
-        let layout = ring.layout;
-        let (base, size) = (RingBase::split(0), layout.size);
-        let setup = RingSetup {
-            size,
-            desc: layout.desc,
-            avail: layout.avail,
-            used: layout.used,
-            kick,
-            call,
-            error: None,
-            base,
-        };
-        device.start_ring(0, setup).unwrap();
+        device.start_ring(0, setup(&ring)).unwrap();
         ring.kick.write(1).unwrap();
-        let end = Instant::now() + DEADLINE;
-        let mut used = [0; 2];
-        while u16::from_le_bytes(used) < REQUESTS as u16 && Instant::now() < end {
-            to.read(layout.used + 2, &mut used).unwrap();
-        }
+        wait_for_requests(to, &ring, REQUESTS as u16, 3);
         let base = device.stop_ring(0);
         postman.stop.store(true, Ordering::Relaxed);
-        assert_eq!(base.unwrap(), RingBase::split(REQUESTS as u16));
+        assert_eq!(base.unwrap().bits(), ring.base_after(REQUESTS as u16, 3));
         let (asked, addresses) = serving.unwrap().join().unwrap();
-        // The rest.
-        for region in to.regions() {
-            for offset in (0..region.size()).step_by(region.page_size() as usize) {
-                postman.bring(region.gpa() + offset, &addresses);
-            }
-        }
+        postman.bring_all(&addresses);
         asked
     });
     device.postcopy_end().unwrap();
@@ -161,17 +210,9 @@ fn every_byte_arrives(server: &Server, to: &Memory) {
 
     // Memory is the old one with what the disk has done to it, and nothing else.
     let mut expected = guest.snapshot();
-    let mut found: Vec<Vec<u8>> = to.regions().iter().map(|region| vec![0; region.size() as usize]).collect();
-    for (region, found) in to.regions().iter().zip(&mut found) {
-        to.read(region.gpa(), found).unwrap();
-    }
-    let used = ring.layout.used as usize;
-    let elements = used..used + 6 + 8 * 128;
-    let completed: BTreeSet<u16> = (0..REQUESTS as usize)
-        .map(|n| u16::from_le_bytes(found[0][used + 4 + 8 * n..][..2].try_into().unwrap()))
-        .collect();
-    assert_eq!(completed, heads.into_iter().collect());
-    expected[0][elements.clone()].copy_from_slice(&found[0][elements]);
+    let found = contents(to);
+    let completed = completions(&found[0], &mut expected[0], &ring, REQUESTS as u16, 3);
+    assert_eq!(completed.into_iter().map(|(head, _)| head).collect::<BTreeSet<_>>(), heads.into_iter().collect());
     let image = std::fs::read(server.image()).unwrap();
     for slot in 0..REQUESTS {
         let (_, status, data) = places(slot);
@@ -186,13 +227,105 @@ fn every_byte_arrives(server: &Server, to: &Memory) {
     assert!(found == expected, "memory differs");
 }
 
-#[test]
-fn a_disk_works_in_memory_that_arrives_when_it_is_touched() {
+#[rstest]
+fn a_disk_works_in_memory_that_arrives_when_it_is_touched(#[values(SPLIT, PACKED)] features: u64) {
     let changes: [fn(&mut vhost_migrate::backend::blk::DiskOptions); 3] =
         [|_| {}, |options| options.aio = Aio::Threads, |options| options.direct = true];
     for change in changes {
-        every_byte_arrives(&server(change), &memory_of(|| sealed_memfd("guest", REGION).unwrap()));
+        every_byte_arrives(&server(change), &memory_of(|| sealed_memfd("guest", REGION).unwrap()), features);
     }
+}
+
+/// Packets in buffers over the ends of pages, each of which lies among what is the guest's.
+#[rstest]
+fn packets_received_into_pages_that_are_missing_arrive_whole_and_are_logged(#[values(SPLIT, PACKED)] rings: u64) {
+    const PACKETS: u16 = 8;
+    const LENGTHS: [usize; 3] = [4000, 4000, 1012];
+    const HEADER: usize = 12;
+    let folder = tempfile::tempdir().unwrap();
+    // A front-end that knows nothing of pairs takes their number for that of rings: with two it has both of the first.
+    let _process = Process::net(&folder.path().join("socket"), &["--loopback", "--queue-pairs", "2", "--postcopy"]);
+    let features = rings | bit(VIRTIO_NET_F_MRG_RXBUF);
+    let guest = Guest::new();
+    guest.memory.write(HIGH, &[0xee; 1 << 20]).unwrap();
+    let [mut rx, mut tx] = [0, 1].map(|index| Ring::new(&guest, index, 128, features));
+    let buffer = |number: usize| HIGH + number as u64 * 0x3000 + 0xf00;
+    let mut heads = Vec::new();
+    for packet in 0..usize::from(PACKETS) {
+        let message = [vec![0; HEADER], vec![packet as u8 + 1; 9000]].concat();
+        let sent = Buffer { gpa: 0xc0_0000 + packet as u64 * 0x4000, len: message.len() as u32 };
+        guest.memory.write(sent.gpa, &message).unwrap();
+        tx.driver.add(&[sent], &[], None).unwrap().unwrap();
+        for number in 3 * packet..3 * packet + 3 {
+            let buffer = Buffer { gpa: buffer(number), len: 4000 };
+            heads.push(rx.driver.add(&[], &[buffer], None).unwrap().unwrap());
+        }
+    }
+    let _ = (rx.driver.publish(), tx.driver.publish());
+    let buffers = heads.len() as u16;
+
+    let to = memory_of(|| sealed_memfd("guest", REGION).unwrap());
+    let mut device = driver(folder.path());
+    device.set_features(features & !BIT_30).unwrap();
+    let (own, theirs) = (Userfault::new().unwrap(), device.postcopy_advise().unwrap());
+    for region in to.regions() {
+        own.register(region).unwrap();
+    }
+    device.postcopy_listen().unwrap();
+    let (log, log_fd) = Log::create(to.end()).unwrap();
+    let log = Arc::new(log);
+    let postman = Postman { from: &guest.memory, to: &to, own, theirs, stop: AtomicBool::new(false) };
+    let asked = thread::scope(|scope| {
+        let mut serving = None;
+        let ready = |addresses| serving = Some(scope.spawn(|| (postman.serve(&addresses), addresses)));
+        device.postcopy_set_memory(&to, ready).unwrap();
+        device.start_logging(&log, log_fd.as_fd()).unwrap();
+        for ring in [&rx, &tx] {
+            device.start_ring(ring.index as u16, setup(ring)).unwrap();
+            ring.kick.write(1).unwrap();
+        }
+        wait_for_requests(&to, &tx, PACKETS, 1);
+        wait_for_requests(&to, &rx, buffers, 1);
+        let bases = [0, 1].map(|index| device.stop_ring(index).map(RingBase::bits));
+        postman.stop.store(true, Ordering::Relaxed);
+        let [received, sent] = bases.map(Result::unwrap);
+        assert_eq!((received, sent), (rx.base_after(buffers, 1), tx.base_after(PACKETS, 1)));
+        let (asked, addresses) = serving.unwrap().join().unwrap();
+        postman.bring_all(&addresses);
+        asked
+    });
+    device.postcopy_end().unwrap();
+
+    let (mut expected, found) = (guest.snapshot(), contents(&to));
+    let lengths: Vec<(u16, u32)> = completions(&found[0], &mut expected[0], &rx, buffers, 1);
+    let whole = heads.iter().copied().zip(LENGTHS.map(|len| len as u32).into_iter().cycle());
+    assert_eq!(lengths, whole.collect::<Vec<_>>());
+    completions(&found[0], &mut expected[0], &tx, PACKETS, 1);
+    let mut written = BTreeSet::new();
+    for packet in 0..usize::from(PACKETS) {
+        let mut message = [vec![0; HEADER], vec![packet as u8 + 1; 9000]].concat();
+        message[HEADER - 2] = 3;
+        for (number, len) in (3 * packet..).zip(LENGTHS) {
+            let part: Vec<u8> = message.drain(..len).collect();
+            expected[1][(buffer(number) - HIGH) as usize..][..len].copy_from_slice(&part);
+            written.extend(pages(buffer(number), len as u64));
+        }
+    }
+    assert!(found == expected, "memory differs");
+    assert!(written.iter().all(|page| asked.contains(&(page * LOG_PAGE))), "a page was not asked for");
+    let marked = harvest(&log);
+    assert_eq!(written.difference(&marked).count(), 0, "written and not logged");
+    let of_rings: BTreeSet<u64> = [&rx, &tx]
+        .into_iter()
+        .flat_map(|ring| match ring.driver {
+            DriverRing::Split(_) => vec![(ring.layout.used, 6 + 8 * 128)],
+            DriverRing::Packed(_) => vec![(ring.layout.desc, 16 * 128), (ring.layout.used, 4)],
+        })
+        .flat_map(|(gpa, len)| pages(gpa, len))
+        .collect();
+    let others: Vec<_> = marked.difference(&written).filter(|page| !of_rings.contains(page)).collect();
+    assert!(others.is_empty(), "{others:?} logged and not written");
+    assert!(marked.intersection(&of_rings).count() >= 2, "the rings are logged too");
 }
 
 /// Serves `server` nothing but a postcopy whose pages never come, as far as `rings` run.
@@ -300,6 +433,50 @@ fn postcopy_in_another_order_is_refused_and_the_back_end_goes_on() {
     serves(&server);
 }
 
+#[test]
+fn postcopy_messages_that_are_wrong_are_refused_and_the_connection_goes_on_unless_it_waits_for_pages() {
+    let (server, guest) = (server(|_| {}), Guest::new());
+    let client = advised(&server);
+    guest.send_table(&client);
+    let mut ring = Ring::new(&guest, 0, 128, BASIC);
+    ring.set_up(&client, &guest, 0);
+    ring.enable(&client, true);
+    // Rings run, and go on; what has no payload may come with one.
+    for flags in [VERSION, NEED_REPLY] {
+        client.send(Code::POSTCOPY_LISTEN, flags, &[0; 3], &[client.as_fd()]);
+        assert_eq!(client.reply(Code::POSTCOPY_LISTEN), 1u64.to_le_bytes(), "a ring runs");
+        works(&guest, &mut ring);
+    }
+    client.ring_base(0);
+    client.send(Code::POSTCOPY_LISTEN, VERSION, &[0; 3], &[client.as_fd()]);
+    assert_eq!(client.reply(Code::POSTCOPY_LISTEN), [0; 8]);
+    // A table cut short, or without its fds, offers nothing.
+    let table = guest.table();
+    for (payload, fds) in [(&table[..3], guest.fds()), (&table[..60], guest.fds()), (&table[..], Vec::new())] {
+        assert_eq!(client.acknowledged(Code::SET_MEM_TABLE, payload, &fds), 1, "{} bytes", payload.len());
+    }
+    client.send(Code::POSTCOPY_END, NEED_REPLY, &[0; 3], &[client.as_fd()]);
+    assert_eq!(client.reply(Code::POSTCOPY_END), [0; 8]);
+    guest.send_table(&client);
+    drop(client);
+    serves(&server);
+    // Where an answer is owed that has no number to say no.
+    let client = advised(&server);
+    assert_eq!(client.ask_number(Code::POSTCOPY_LISTEN), 0);
+    client.send(Code::SET_MEM_TABLE, VERSION, &table[..60], &guest.fds());
+    assert!(client.is_closed());
+    drop(client);
+    serves(&server);
+    // An acknowledgement that is cut short.
+    let client = advised(&server);
+    assert_eq!(client.ask_number(Code::POSTCOPY_LISTEN), 0);
+    client.ask_with(Code::SET_MEM_TABLE, &table, &guest.fds());
+    client.send(Code::SET_MEM_TABLE, VERSION, &[0; 7], &[]);
+    assert!(client.is_closed());
+    drop(client);
+    serves(&server);
+}
+
 /// A ring in scattered pages is mapped once more, where nobody waits for pages.
 #[test]
 fn postcopy_is_not_offered_to_drivers_behind_an_iommu() {
@@ -325,7 +502,9 @@ fn a_disk_works_in_huge_pages_that_arrive_when_they_are_touched() {
     if pages < 24 {
         std::fs::write(POOL, "24").expect("as root, or after `sysctl vm.nr_hugepages=24`");
     }
-    every_byte_arrives(&server(|_| {}), &memory_of(|| huge(c"guest")));
+    for features in [SPLIT, PACKED] {
+        every_byte_arrives(&server(|_| {}), &memory_of(|| huge(c"guest")), features);
+    }
 }
 
 #[test]
