@@ -19,7 +19,7 @@ use crate::process::{Lab, Process, wait_for};
 
 /// More pairs than the guest has CPUs: it uses one of them, and what the tap has for the others must not be lost.
 const DEVICE: &str = "-netdev vhost-user,id=net,chardev=vu,queues=2 \
-                      -device virtio-net-pci,netdev=net,mq=on,mac=52:54:00:47:47:47,packed=";
+                      -device virtio-net-pci,netdev=net,mq=on,mac=52:54:00:47:47:47";
 
 /// Where datagrams come back from.
 const ECHO: &str = "10.213.47.1:4747";
@@ -92,13 +92,18 @@ pub(crate) fn backend(lab: &Lab, name: &str, args: &str) -> Process {
 }
 
 #[rstest]
-#[case::split("off", 4)]
-#[case::packed("on", 2)]
-fn a_linux_guest_goes_on_talking_through_taps_while_it_moves_there_and_back(#[case] packed: &str, #[case] moves: u32) {
-    let (lab, network, device) = (Lab::new(), Network::new(), format!("{DEVICE}{packed}"));
+#[case::split("packed=off", 4, false)]
+#[case::packed_with_a_driver_that_can_not_announce_itself("packed=on,guest_announce=off", 2, true)]
+fn a_linux_guest_goes_on_talking_through_taps_while_it_moves_there_and_back(
+    #[case] more: &str,
+    #[case] moves: u32,
+    #[case] announced_by_its_device: bool,
+) {
+    let (lab, network, device) = (Lab::new(), Network::new(), format!("{DEVICE},{more}"));
     let mut backends: Vec<Process> = (0..2)
         .map(|number| {
-            backend(&lab, &format!("net-{number}"), &format!("--tap {} --queue-pairs 2", network.taps[number]))
+            let args = format!("--tap {} --queue-pairs 2 --log-level debug", network.taps[number]);
+            backend(&lab, &format!("net-{number}"), &args)
         })
         .collect();
     let boot = format!(
@@ -110,13 +115,17 @@ fn a_linux_guest_goes_on_talking_through_taps_while_it_moves_there_and_back(#[ca
     source.works(200, 0);
     for number in 1..=moves {
         let name = format!("host-{number}");
-        let there = lab.file(&format!("net-{}.sock", number % 2));
+        let index = number as usize % 2;
+        let there = lab.file(&format!("net-{index}.sock"));
+        let announced = |net: &Process| net.output().matches(" SEND_RARP: ").count();
+        let before = announced(&backends[index]);
         let mut destination = Host::start(&lab, &name, "-incoming defer", &there, &device);
         let socket = lab.file(&format!("{name}.migration"));
         migration::begin(&mut source.qemu, &mut destination.qemu, &socket, false, GENTLE);
         migration::finish(&mut source.qemu, &mut destination.qemu);
         source.qemu.quit();
         destination.works(200, 0);
+        assert_eq!(announced(&backends[index]) > before, announced_by_its_device, "SEND_RARP at the destination");
         eprintln!("migration {number}: {:?} answered and lost", destination.counts());
         source = destination;
     }

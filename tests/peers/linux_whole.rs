@@ -1,5 +1,6 @@
 //! A real Linux guest in QEMU with both of our devices, several queues each: it moves there and back, is stopped and continued, gets more
-//! memory and another disk while it works, and is reset.
+//! memory and another disk while it works, and is reset. Its disk has packed rings and its network split ones, so that both kinds go
+//! through all of it.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -29,7 +30,7 @@ impl Host {
         let consoles = SERIALS.map(|serial| lab.file(&format!("{name}.{serial}")));
         let arguments = format!(
             "-machine q35,memory-backend=ram -smp 2 -m 256,slots=2,maxmem=1G -object memory-backend-memfd,id=ram,size=256M,share=on \
-             {boot} -chardev socket,id=vu,path={},reconnect-ms=100 -device vhost-user-blk-pci,chardev=vu,num-queues=2 \
+             {boot} -chardev socket,id=vu,path={},reconnect-ms=100 -device vhost-user-blk-pci,chardev=vu,num-queues=2,packed=on \
              -chardev socket,id=vn,path={},reconnect-ms=100 -netdev vhost-user,id=net,chardev=vn,queues=2 \
              -device virtio-net-pci,netdev=net,mq=on,mac=52:54:00:47:47:48 -device pcie-root-port,id=spare,chassis=1 \
              -serial file:{} -serial file:{}",
@@ -70,7 +71,7 @@ fn a_linux_guest_with_a_disk_and_a_network_goes_through_all_that_qemu_can_do_to_
     let mut nets: Vec<Process> = ["net-a", "net-b"]
         .iter()
         .zip(&network.taps)
-        .map(|(name, tap)| backend(&lab, name, &format!("--tap {tap} --queue-pairs 2")))
+        .map(|(name, tap)| backend(&lab, name, &format!("--tap {tap} --queue-pairs 2 --log-level debug")))
         .collect();
     let net_sockets = ["net-a", "net-b"].map(|name| lab.file(&format!("{name}.sock")));
     let commands = format!("{UP}\n/net >/dev/ttyS1 2>&1 &");
@@ -102,11 +103,14 @@ fn a_linux_guest_with_a_disk_and_a_network_goes_through_all_that_qemu_can_do_to_
     }
 
     // More memory: slots are added while both devices work.
+    let added = |net: &Process| net.output().matches(" ADD_MEM_REG: ").count();
     for (memory, dimm) in [("more-1", "dimm-1"), ("more-2", "dimm-2")] {
+        let before = added(&nets[0]);
         let object = json!({"qom-type": "memory-backend-memfd", "id": memory, "size": 128 << 20, "share": true});
         host.qemu.qmp("object-add", object);
         host.qemu.qmp("device_add", json!({"driver": "pc-dimm", "id": dimm, "memdev": memory}));
         host.works();
+        assert!(added(&nets[0]) > before, "the back-end got no ADD_MEM_REG for {dimm}");
     }
 
     // Another disk comes and goes.
