@@ -95,18 +95,24 @@ fn dpdk_marks_no_used_descriptors_of_packed_rings_and_takes_the_offset_of_a_log_
         findings.map(|finding| (finding.rule, finding.rings)).collect::<BTreeSet<_>>()
     };
     let broken = of(Verdict::Broken);
-    for found in
-        [("L4", "packed receive"), ("L4", "packed transmit"), ("L2", "split receive"), ("L2", "packed receive")]
-    {
+    let on = |rule, rings: [&'static str; 2]| rings.map(|rings| (rule, rings));
+    let packed = ["packed receive", "packed transmit"];
+    // R3 only for the marks of all rings at once, which are those of L4.
+    let unmarked = [on("L4", packed), on("L2", ["split receive", "packed receive"]), on("R3", packed)].concat();
+    for found in unmarked {
         assert!(broken.contains(&found), "{found:?}\n{report}");
     }
+    for finding in report.findings.iter().filter(|finding| finding.rule == "R3" && finding.verdict == Verdict::Broken) {
+        let marks = finding.seen.contains("are not marked") && finding.seen.ends_with("all published");
+        assert!(marks && packed.contains(&finding.rings), "{finding:?}");
+    }
     let rules = broken.iter().map(|(rule, _)| *rule).collect::<BTreeSet<_>>();
-    let known = BTreeSet::from(["F1", "F5", "R3", "R8", "L2", "L4", "L8", "L12"]);
-    assert!(rules.is_subset(&known), "{rules:?}\n{report}");
+    assert_eq!(rules, BTreeSet::from(["F1", "F5", "R3", "R8", "L2", "L4", "L8", "L12"]), "{report}");
+    let warned = [&[("F7", "")], &on("L3", ["split receive", "split transmit"])[..]].concat();
+    assert_eq!(of(Verdict::Warning), warned.into_iter().collect(), "{report}");
     // Split rings are logged exactly, and every kind of rings is served.
     let kept = of(Verdict::Kept);
-    for found in [("L1", "split receive"), ("L8", "split receive"), ("L3", "split transmit"), ("R4", "packed receive")]
-    {
+    for found in [("L1", "split receive"), ("L8", "split receive"), ("R3", "split receive"), ("R4", "packed receive")] {
         assert!(kept.contains(&found), "{found:?}\n{report}");
     }
 }
