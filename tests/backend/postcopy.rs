@@ -37,9 +37,9 @@ fn server(change: impl FnOnce(&mut vhost_migrate::backend::blk::DiskOptions)) ->
     })
 }
 
-fn driver(folder: &Path) -> UserDevice {
+fn driver(folder: &Path, queue_pairs: bool) -> UserDevice {
     let path = folder.join("socket");
-    let mut options = UserOptions::default();
+    let mut options = UserOptions { queue_pairs, ..UserOptions::default() };
     options.protocol_features |= bit(protocol_feature::PAGEFAULT);
     UserDevice::connect(path, options, Instant::now() + DEADLINE).unwrap()
 }
@@ -178,7 +178,7 @@ fn every_byte_arrives(server: &Server, to: &Memory, features: u64) {
         .collect();
     let _ = ring.driver.publish();
 
-    let mut device = driver(server.folder.path());
+    let mut device = driver(server.folder.path(), false);
     device.set_features(features & !BIT_30).unwrap();
     let (own, theirs) = (Userfault::new().unwrap(), device.postcopy_advise().unwrap());
     for region in to.regions() {
@@ -243,8 +243,7 @@ fn packets_received_into_pages_that_are_missing_arrive_whole_and_are_logged(#[va
     const LENGTHS: [usize; 3] = [4000, 4000, 1012];
     const HEADER: usize = 12;
     let folder = tempfile::tempdir().unwrap();
-    // A front-end that knows nothing of pairs takes their number for that of rings: with two it has both of the first.
-    let _process = Process::net(&folder.path().join("socket"), &["--loopback", "--queue-pairs", "2", "--postcopy"]);
+    let _process = Process::net(&folder.path().join("socket"), &["--loopback", "--postcopy"]);
     let features = rings | bit(VIRTIO_NET_F_MRG_RXBUF);
     let guest = Guest::new();
     guest.memory.write(HIGH, &[0xee; 1 << 20]).unwrap();
@@ -265,7 +264,7 @@ fn packets_received_into_pages_that_are_missing_arrive_whole_and_are_logged(#[va
     let buffers = heads.len() as u16;
 
     let to = memory_of(|| sealed_memfd("guest", REGION).unwrap());
-    let mut device = driver(folder.path());
+    let mut device = driver(folder.path(), true);
     device.set_features(features & !BIT_30).unwrap();
     let (own, theirs) = (Userfault::new().unwrap(), device.postcopy_advise().unwrap());
     for region in to.regions() {

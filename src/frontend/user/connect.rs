@@ -59,6 +59,9 @@ pub(super) fn greet(
     if has(protocol_feature::MQ) {
         offer.queues = u16::try_from(number(&mut channel, Request::GET_QUEUE_NUM)?).unwrap_or(u16::MAX);
     }
+    if options.queue_pairs {
+        offer.queues = offer.queues.saturating_mul(2).saturating_add(1);
+    }
     if has(protocol_feature::CONFIGURE_MEM_SLOTS) {
         let slots = number(&mut channel, Request::GET_MAX_MEM_SLOTS)?;
         offer.slots = offer.slots.max(usize::try_from(slots).unwrap_or(usize::MAX));

@@ -15,6 +15,8 @@ pub struct UserOptions {
     /// Protocol features that may be used (bits of [`protocol_feature`]), of those that are offered. INBAND_NOTIFICATIONS,
     /// which is not among the usual ones, makes kicks and calls messages; drivers see nothing of it.
     pub protocol_features: u64,
+    /// Whether it is a network interface: GET_QUEUE_NUM counts pairs of rings there, and a control ring comes after them.
+    pub queue_pairs: bool,
 }
 
 impl Default for UserOptions {
@@ -39,6 +41,7 @@ impl Default for UserOptions {
             ]
             .into_iter()
             .fold(0, |all, number| all | bit(number)),
+            queue_pairs: false,
         }
     }
 }
