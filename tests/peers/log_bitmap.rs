@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 
+use rstest::rstest;
+
 use crate::backend::{Backend, Kind};
 use crate::load::{Load, make_image};
 use crate::process::Lab;
@@ -50,50 +52,47 @@ impl Logged {
     /// Some requests from beginning to end; what the device wrote for them, with the used rings logged `moved` bytes further.
     fn requests(&mut self, moved: u64) -> Expected {
         let mut expected = Expected::default();
-        let avail_events = self.avail_events();
-        let seen = self.seen();
+        let (seen, events) = (self.seen(), self.events());
         self.load.submit(&mut self.machine, 7);
         for (start, len) in self.load.device_writes() {
             expected.must.extend(pages(start..start + len));
         }
         self.load.drain(&mut self.machine);
-        self.expect_rings(&mut expected, &seen, &avail_events, moved);
+        self.expect_rings(&mut expected, &seen, &events, moved);
         expected
     }
 
-    /// The writes into the used rings since they were at `seen`.
-    fn expect_rings(&self, expected: &mut Expected, seen: &[u16], avail_events: &[u16], moved: u64) {
-        let size = self.load.driver.options.queue_size;
-        for (queue, (&seen, &before)) in (0..).zip(seen.iter().zip(avail_events)) {
-            let ring = self.load.driver.used_ring(queue) + moved;
-            let mut index = seen;
-            while index != self.load.driver.seen(queue) {
-                let element = ring + 4 + 8 * u64::from(index % size);
-                expected.must.extend(pages(element..element + 8));
-                index = index.wrapping_add(1);
+    /// The writes into the rings since they were at `seen` and the device waited for `events`. A used ring and an event area are
+    /// logged `moved` bytes further, the descriptors of a packed ring where they are (rule L4).
+    fn expect_rings(&self, expected: &mut Expected, seen: &[u64], events: &[Vec<u8>], moved: u64) {
+        let driver = &self.load.driver;
+        let on_descriptors = driver.options.packed;
+        for (queue, (&seen, before)) in (0..).zip(seen.iter().zip(events)) {
+            let moved_elements = if on_descriptors { 0 } else { moved };
+            for (at, len) in driver.used_since(queue, seen) {
+                expected.must.extend(pages(at + moved_elements..at + moved_elements + len));
             }
-            expected.must.extend(pages(ring + 2..ring + 4));
-            expected.may.extend(pages(ring..ring + 2));
-            let event = pages(self.avail_event(queue) + moved..self.avail_event(queue) + moved + 2);
-            if self.machine.ram.u16(self.avail_event(queue)) != before {
-                &mut expected.must
-            } else {
-                &mut expected.may
+            if !on_descriptors {
+                let flags = driver.used_ring(queue) + moved;
+                expected.may.extend(pages(flags..flags + 2));
             }
-            .extend(event);
+            let (at, len) = driver.device_event(queue);
+            let event = pages(at + moved..at + moved + len);
+            let changed = self.machine.ram.read(at, len as usize) != *before;
+            if changed { &mut expected.must } else { &mut expected.may }.extend(event);
         }
     }
 
-    fn seen(&self) -> Vec<u16> {
+    fn seen(&self) -> Vec<u64> {
         (0..self.load.driver.options.queues).map(|queue| self.load.driver.seen(queue)).collect()
     }
 
-    fn avail_events(&self) -> Vec<u16> {
-        (0..self.load.driver.options.queues).map(|queue| self.machine.ram.u16(self.avail_event(queue))).collect()
-    }
-
-    fn avail_event(&self, queue: u16) -> u64 {
-        self.load.driver.used_ring(queue) + 4 + 8 * u64::from(self.load.driver.options.queue_size)
+    fn events(&self) -> Vec<Vec<u8>> {
+        let event = |queue| {
+            let (at, len) = self.load.driver.device_event(queue);
+            self.machine.ram.read(at, len as usize)
+        };
+        (0..self.load.driver.options.queues).map(event).collect()
     }
 }
 
@@ -111,8 +110,16 @@ fn compare(log: &TestLog, expected: &Expected) -> (Vec<u64>, Vec<u64>) {
     (missed, extra)
 }
 
-fn the_log_holds_exactly_what_the_device_wrote(options: Options, moved: u64) {
-    let mut logged = Logged::start(Kind::Ours, options);
+#[rstest]
+#[case::plain_rings(PLAIN, 0)]
+#[case::avail_event_on_a_page_of_its_own(EVENTS, 0)]
+#[case::two_queues_logged_elsewhere(MANY, 0x1234_5004)]
+fn the_log_holds_exactly_what_the_device_wrote(
+    #[case] options: Options,
+    #[case] moved: u64,
+    #[values(false, true)] packed: bool,
+) {
+    let mut logged = Logged::start(Kind::Ours, Options { packed, ..options });
     for _ in 0..20 {
         let log = TestLog::new();
         logged.proxy.log_on(&log, moved);
@@ -127,29 +134,14 @@ fn the_log_holds_exactly_what_the_device_wrote(options: Options, moved: u64) {
     }
 }
 
-#[test]
-fn the_log_holds_exactly_what_the_device_wrote_with_plain_rings() {
-    the_log_holds_exactly_what_the_device_wrote(PLAIN, 0);
-}
-
-#[test]
-fn the_log_holds_exactly_what_the_device_wrote_with_avail_event_on_a_page_of_its_own() {
-    the_log_holds_exactly_what_the_device_wrote(EVENTS, 0);
-}
-
-#[test]
-fn the_log_holds_exactly_what_the_device_wrote_with_two_queues_logged_elsewhere() {
-    the_log_holds_exactly_what_the_device_wrote(MANY, 0x1234_5004);
-}
-
-#[test]
-fn a_switch_of_the_log_under_load_loses_nothing_and_leaves_the_old_one_alone() {
+#[rstest]
+fn a_switch_of_the_log_under_load_loses_nothing_and_leaves_the_old_one_alone(#[values(false, true)] packed: bool) {
     for options in [PLAIN, EVENTS, MANY] {
-        let mut logged = Logged::start(Kind::Ours, options);
+        let mut logged = Logged::start(Kind::Ours, Options { packed, ..options });
         let mut old = TestLog::new();
         logged.proxy.log_on(&old, 0);
         for _ in 0..20 {
-            let (seen, avail_events) = (logged.seen(), logged.avail_events());
+            let (seen, events) = (logged.seen(), logged.events());
             logged.load.flood(&mut logged.machine);
             let mut expected = Expected::default();
             for (start, len) in logged.load.device_writes() {
@@ -159,7 +151,7 @@ fn a_switch_of_the_log_under_load_loses_nothing_and_leaves_the_old_one_alone() {
             logged.proxy.switch_log(&new);
             let switched = old.pages();
             logged.load.drain(&mut logged.machine);
-            logged.expect_rings(&mut expected, &seen, &avail_events, 0);
+            logged.expect_rings(&mut expected, &seen, &events, 0);
 
             assert_eq!(old.pages(), switched, "the old log was written after the switch");
             let both: BTreeSet<u64> = switched.union(&new.pages()).copied().collect();
@@ -179,6 +171,6 @@ fn a_back_end_that_does_not_log_avail_event_is_noticed() {
     logged.proxy.log_on(&log, 0);
     let expected = logged.requests(0);
     logged.proxy.log_off();
-    let event = logged.avail_event(0) / PAGE;
+    let event = logged.load.driver.device_event(0).0 / PAGE;
     assert_eq!(compare(&log, &expected), (vec![event], vec![]));
 }

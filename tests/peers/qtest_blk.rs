@@ -139,14 +139,36 @@ impl Driver {
         queue_base(queue) + STATUS + u64::from(slot)
     }
 
-    /// Where the used ring of a queue is.
+    /// Where the used ring of a queue is, or its device event area.
     pub(crate) fn used_ring(&self, queue: u16) -> u64 {
         queue_base(queue) + USED
     }
 
-    /// The next index that the device will publish in the used ring, as far as the driver has seen.
-    pub(crate) fn seen(&self, queue: u16) -> u16 {
-        self.queues[usize::from(queue)].used
+    /// How far the driver has seen the device: elements of the used ring, modulo 2^16, or descriptors of a packed ring.
+    pub(crate) fn seen(&self, queue: u16) -> u64 {
+        let queue = &self.queues[usize::from(queue)];
+        if self.options.packed { queue.positions[2] } else { queue.used.into() }
+    }
+
+    /// The bytes of a ring that the device has written to use buffers since the driver had seen as much as `since`.
+    pub(crate) fn used_since(&self, queue: u16, since: u64) -> Vec<(u64, u64)> {
+        let (size, seen) = (u64::from(self.options.queue_size), self.seen(queue));
+        if self.options.packed {
+            // Of a chain only the first descriptor is written.
+            let positions = (since..seen).step_by(self.per_request().into());
+            return positions.map(|position| (queue_base(queue) + position % size * 16, 16)).collect();
+        }
+        let count = (seen as u16).wrapping_sub(since as u16);
+        let elements = (0..u64::from(count)).map(|number| self.used_ring(queue) + 4 + 8 * ((since + number) % size));
+        elements.map(|at| (at, 8)).chain([(self.used_ring(queue) + 2, 2)]).collect()
+    }
+
+    /// Where the device says which event it waits for: avail_event, or the event area of a packed ring.
+    pub(crate) fn device_event(&self, queue: u16) -> (u64, u64) {
+        match self.options.packed {
+            true => (self.used_ring(queue), 4),
+            false => (self.used_ring(queue) + 4 + 8 * u64::from(self.options.queue_size), 2),
+        }
     }
 
     /// Requests that were made available and have not been seen completed.
