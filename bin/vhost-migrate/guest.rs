@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::RecvTimeoutError;
 use serde_json::{Value, json};
-use vhost_migrate::control::{self, Command, Handler, MigrateArguments};
+use vhost_migrate::control::{self, Client, Command, Handler, MigrateArguments};
 use vhost_migrate::dirty::forecast;
 use vhost_migrate::guest::{Guest, GuestConfig};
 use vhost_migrate::migrate::{
@@ -264,7 +264,7 @@ impl Owner {
     }
 
     /// Tells of each device now, and whenever its connection changes.
-    fn watch(&self, seconds: f64, emit: &mut dyn FnMut(Value)) -> Result<(), String> {
+    fn watch(&self, seconds: f64, client: &Client<'_>) -> Result<(), String> {
         let for_long = Duration::try_from_secs_f64(seconds).ok().filter(|time| *time <= LONGEST_WATCH);
         let deadline = Instant::now() + for_long.ok_or(format!("{seconds} seconds: watch for 0 to 86400"))?;
         let mut told = Vec::new();
@@ -276,12 +276,12 @@ impl Owner {
                 // That it has been away for longer is no news.
                 connection.away_ms = connection.away_ms.map(|_| 0);
                 if told.get(number) != Some(connection) {
-                    emit(event);
+                    client.tell(&event);
                 }
             }
             told = connections;
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if left.is_zero() || client.is_gone() {
                 return Ok(());
             }
             std::thread::sleep(LOOK_EVERY.min(left));
@@ -363,12 +363,12 @@ struct Commands {
 }
 
 impl Handler for Commands {
-    fn command(&self, command: Command, emit: &mut dyn FnMut(Value)) -> Result<(), String> {
+    fn command(&self, command: Command, client: &Client<'_>) -> Result<(), String> {
         let owner = &self.owner;
         match command {
-            Command::Status => emit(owner.status()),
-            Command::Watch { seconds } => owner.watch(seconds, emit)?,
-            Command::Migrate(arguments) => owner.migrate(&arguments, emit)?,
+            Command::Status => client.tell(&owner.status()),
+            Command::Watch { seconds } => owner.watch(seconds, client)?,
+            Command::Migrate(arguments) => owner.migrate(&arguments, &mut |event| client.tell(&event))?,
             Command::Cancel => owner.cancel()?,
             Command::Pause => owner.turn(State::Paused, |guest| Ok(guest.pause()?))?,
             Command::Resume => owner.turn(State::Running, |guest| Ok(guest.resume()?))?,
@@ -377,10 +377,10 @@ impl Handler for Commands {
                 let mut status = owner.status();
                 status["verified_memory_bytes"] = verified.memory.into();
                 status["verified_disk_bytes"] = verified.disk.into();
-                emit(status);
+                client.tell(&status);
             }
             Command::DirtyRate { seconds, bandwidth, downtime_ms } => {
-                emit(owner.dirty_rate(seconds, bandwidth, downtime_ms)?);
+                client.tell(&owner.dirty_rate(seconds, bandwidth, downtime_ms)?);
             }
             Command::Quit => {}
             other => return Err(format!("{other:?} is not for a built-in guest")),

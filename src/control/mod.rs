@@ -6,10 +6,12 @@
 #![forbid(unsafe_code)]
 
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -28,7 +30,7 @@ pub enum Command {
     /// An event for each of the guest's devices, now and whenever its connection changes: its back-end goes away, answers in
     /// a way that it can't go on with, comes back.
     Watch {
-        /// For how long, seconds.
+        /// For how long, seconds; it ends with the client too.
         seconds: f64,
     },
     /// Move the guest away; events until it is done or has failed.
@@ -74,14 +76,30 @@ pub struct MigrateArguments {
 
 /// Carries out commands. Called from one thread per connection.
 pub trait Handler: Send + Sync + 'static {
-    /// Carries out `command`, handing events to `emit` as they come.
+    /// Carries out `command`, telling `client` of events as they come.
     ///
     /// # Errors
     /// A message for the client: what failed and what to do.
-    fn command(&self, command: Command, emit: &mut dyn FnMut(Value)) -> Result<(), String>;
+    fn command(&self, command: Command, client: &Client<'_>) -> Result<(), String>;
 
     /// Ends the process, after a successful [`Command::Quit`] was answered.
     fn quit(&self);
+}
+
+/// Who has sent a command.
+pub struct Client<'a>(&'a UnixStream);
+
+impl Client<'_> {
+    /// Sends an event. One that went away does not end what it started; its events just have no reader.
+    pub fn tell(&self, event: &Value) {
+        let _ = write_line(self.0, event);
+    }
+
+    /// Whether it went away. One that only sends nothing more still reads.
+    pub fn is_gone(&self) -> bool {
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::empty())];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
 }
 
 /// Listens for control connections at `path`; a socket that a dead process left there is replaced.
@@ -118,12 +136,10 @@ pub fn serve(listener: UnixListener, handler: Arc<dyn Handler>) {
 fn converse(stream: &UnixStream, handler: &dyn Handler) -> io::Result<()> {
     let mut lines = BufReader::new(stream);
     while let Some(line) = read_line(&mut lines)? {
-        // A client that went away does not end what it started; its events just have no reader.
-        let mut send = |event: Value| drop(write_line(stream, &event));
         let command = serde_json::from_str(&line);
         let quits = matches!(command, Ok(Command::Quit));
         let answer = match command {
-            Ok(command) => handler.command(command, &mut send),
+            Ok(command) => handler.command(command, &Client(stream)),
             Err(error) => Err(format!("not a command: {error}")),
         };
         let (done, answer) = match answer {
@@ -192,11 +208,11 @@ mod tests {
     struct Echo;
 
     impl Handler for Echo {
-        fn command(&self, command: Command, emit: &mut dyn FnMut(Value)) -> Result<(), String> {
+        fn command(&self, command: Command, client: &Client<'_>) -> Result<(), String> {
             match command {
                 Command::Quit => Err("not today".into()),
                 other => {
-                    emit(json!({"event": "saw", "command": serde_json::to_value(other).unwrap()}));
+                    client.tell(&json!({"event": "saw", "command": serde_json::to_value(other).unwrap()}));
                     Ok(())
                 }
             }
@@ -222,6 +238,17 @@ mod tests {
         call(&dir.path().join("c"), &command, |event| events.push(event)).unwrap();
         assert_eq!(events.len(), 1);
         assert_eq!(serde_json::from_value::<Command>(events[0]["command"].clone()).unwrap(), command);
+    }
+
+    #[test]
+    fn a_client_that_only_sends_nothing_more_is_not_gone() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let client = Client(&ours);
+        assert!(!client.is_gone());
+        theirs.shutdown(std::net::Shutdown::Write).unwrap();
+        assert!(!client.is_gone());
+        drop(theirs);
+        assert!(client.is_gone());
     }
 
     #[test]

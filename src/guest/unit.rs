@@ -137,11 +137,10 @@ impl Unit {
     /// Takes note of why an attempt has failed. That nobody is there is no news.
     fn is_refused(&self, error: &FrontendError) {
         let why = (!error.is_away()).then(|| error.to_string());
-        if let Some(absence) = &mut *self.absence()
-            && why.is_some()
-            && absence.why != why
-        {
-            tracing::warn!("{}: what answers now can't go on for the back-end: {error}; connecting again", self.name);
+        if let Some(absence) = self.absence().as_mut().filter(|absence| absence.why != why) {
+            if why.is_some() {
+                tracing::warn!("{}: what answers can't go on for the back-end: {error}; connecting again", self.name);
+            }
             absence.why = why;
         }
     }

@@ -18,7 +18,7 @@ use nix::sys::stat::{SFlag, fstat};
 use tempfile::TempDir;
 use vhost_migrate::abi::inflight::{SPLIT_HEADER_BYTES, SplitEntry};
 use vhost_migrate::abi::vhost_user::{Header, Request as Code};
-use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
+use vhost_migrate::backend::blk::{Disk, DiskOptions};
 use vhost_migrate::backend::net::{Net, NetOptions, Peer};
 use vhost_migrate::backend::{BackendError, Device, Logging, Message, Notifier, Rings, Session, Setup, Step, Workers};
 use vhost_migrate::check::{Options, Report, check};
@@ -405,20 +405,7 @@ pub(crate) fn image(folder: &Path) -> DiskOptions {
     let image = folder.join("image");
     let bytes: Vec<u8> = (0..DISK as u32).map(|byte| (byte / 97) as u8).collect();
     std::fs::write(&image, bytes).unwrap();
-    DiskOptions {
-        image,
-        read_only: false,
-        queues: 1,
-        max_queue_size: 256,
-        serial: "check".into(),
-        aio: Aio::IoUring,
-        direct: false,
-        in_order: false,
-        inflight_migration: false,
-        iommu: false,
-        share_rw: false,
-        postcopy: false,
-    }
+    DiskOptions { max_queue_size: 256, serial: "check".into(), ..DiskOptions::new(image) }
 }
 
 /// A back-end with a bend, at a socket of its own until it is dropped.
