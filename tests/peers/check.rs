@@ -3,11 +3,12 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Output};
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use vhost_migrate::check::{Feed, Options, Verdict, check};
+use vhost_migrate::check::{Feed, Options, Report, Verdict, check};
 
 use crate::backend::{Backend, Kind};
 use crate::process::Lab;
@@ -82,14 +83,27 @@ fn a_disk_of_rust_vmms_crates_breaks_what_the_documentation_says_and_nothing_els
     assert!(std::fs::read(&image).unwrap().iter().all(|byte| *byte == 0));
 }
 
+/// The report on a testpmd that outlived it. Now and then one doesn't: its worker is not done with a ring that is stopped, and
+/// faults. The report says so, and another one is started.
+fn of_testpmd() -> Report {
+    for _ in 0..5 {
+        let lab = Lab::new();
+        let socket = lab.file("testpmd.sock");
+        let mut testpmd = Testpmd::backend(&lab, &socket, 2);
+        let options =
+            Options { feed: Some(Feed::Loop), pairs: Some(2), timeout: Duration::from_secs(20), ..Options::default() };
+        let report = check(&socket, &options).unwrap();
+        if report.rules().get("R9") != Some(&Verdict::Broken) {
+            return report;
+        }
+        assert_eq!(testpmd.wait().signal(), Some(libc::SIGSEGV), "{report}");
+    }
+    panic!("every testpmd has faulted");
+}
+
 #[test]
 fn dpdk_marks_no_used_descriptors_of_packed_rings_and_takes_the_offset_of_a_log_twice() {
-    let lab = Lab::new();
-    let socket = lab.file("testpmd.sock");
-    let _testpmd = Testpmd::backend(&lab, &socket, 2);
-    let options =
-        Options { feed: Some(Feed::Loop), pairs: Some(2), timeout: Duration::from_secs(20), ..Options::default() };
-    let report = check(&socket, &options).unwrap();
+    let report = of_testpmd();
     let of = |verdict| {
         let findings = report.findings.iter().filter(move |finding| finding.verdict == verdict);
         findings.map(|finding| (finding.rule, finding.rings)).collect::<BTreeSet<_>>()

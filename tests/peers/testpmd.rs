@@ -1,6 +1,7 @@
 //! DPDK's testpmd as a process: with a port that is a vhost-user back-end, or one that is a front-end.
 
 use std::path::Path;
+use std::process::ExitStatus;
 
 use crate::backend::{listens, words};
 use crate::process::{Lab, Process, wait_for};
@@ -60,6 +61,11 @@ impl Testpmd {
             sent: number("TX-packets:")?,
             errors: number("RX-errors:")? + number("TX-errors:")?,
         })
+    }
+
+    /// Waits until it has ended by itself.
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        self.0.wait()
     }
 
     /// Stops forwarding, then all rings, and ends.
