@@ -117,6 +117,11 @@ fn enabled(bench: &mut Bench) -> Result<Outcome, Fault> {
 }
 
 fn drain(bench: &mut Bench) -> Result<Outcome, Fault> {
+    if bench.shape.flow == Flow::Receive
+        && let Some(late) = late_frames(bench)?
+    {
+        return Ok(Outcome::broken(late));
+    }
     let mut in_flight = 0;
     for round in 1..=DRAINS {
         let mut rig = bench.rig(0)?;
@@ -164,6 +169,30 @@ fn drain(bench: &mut Bench) -> Result<Outcome, Fault> {
             Outcome::kept(format!("{taken} requests taken and published in {DRAINS} rounds, no page changed later"))
         }
     })
+}
+
+/// What is wrong with a ring that is stopped with buffers in it, for frames that come in only then.
+fn late_frames(bench: &Bench) -> Result<Option<String>, Fault> {
+    let mut rig = bench.rig(0)?;
+    rig.start()?;
+    rig.add(SLOTS, Size::Large)?;
+    rig.ring.publish();
+    let base = rig.stop_first()?;
+    let before = rig.hashes()?;
+    rig.pop_all()?;
+    if !rig.ring.same(base, rig.ring.position()) {
+        let (base, used) = (rig.ring.show(base), rig.ring.show(rig.ring.position()));
+        return Ok(Some(format!(
+            "buffers that nothing came for: it answers with base {base}, but has used up to {used}"
+        )));
+    }
+    rig.feed()?;
+    rig.watch();
+    let written = changed(&before, &rig.hashes()?).intersection(&rig.lent).count();
+    let late = rig.pop_all()?;
+    Ok((late > 0 || written > 0).then(|| {
+        format!("frames that came in after the answer: {late} buffers were used, {written} of their pages written")
+    }))
 }
 
 fn everywhere(bench: &mut Bench) -> Result<Outcome, Fault> {

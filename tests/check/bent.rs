@@ -76,6 +76,8 @@ pub(crate) enum Bend {
     Enabled,
     /// GET_VRING_BASE is answered while requests are under way.
     EarlyBase,
+    /// GET_VRING_BASE is answered with what is complete, and the ring goes on.
+    GoesOn,
     /// The base counts from 0 on every start.
     BaseForgotten,
     /// SET_VRING_ADDR has a running ring serve its last request again.
@@ -223,9 +225,14 @@ fn loops(setup: &Setup) -> bool {
 
 /// How far the driver of a split ring has come.
 fn avail_index(setup: &Setup) -> RingBase {
-    let mut avail = [0; 2];
-    setup.memory.read(setup.layout.areas()[1] + 2, &mut avail).unwrap();
-    RingBase::split(u16::from_le_bytes(avail))
+    index_in(setup, 1)
+}
+
+/// The index in an area of a split ring: 1 is the avail ring, 2 the used ring.
+fn index_in(setup: &Setup, area: usize) -> RingBase {
+    let mut index = [0; 2];
+    setup.memory.read(setup.layout.areas()[area] + 2, &mut index).unwrap();
+    RingBase::split(u16::from_le_bytes(index))
 }
 
 impl Rings for Bent {
@@ -249,13 +256,15 @@ impl Rings for Bent {
     }
 
     fn stop(&mut self, index: u16) -> Result<RingBase, BackendError> {
-        if self.bend != Bend::EarlyBase {
-            return self.workers.lock().unwrap().stop(index);
-        }
-        let base = avail_index(&self.setups[&index]);
+        let (area, late) = match self.bend {
+            Bend::EarlyBase => (1, 20),
+            Bend::GoesOn => (2, 300),
+            _ => return self.workers.lock().unwrap().stop(index),
+        };
+        let base = index_in(&self.setups[&index], area);
         let workers = self.workers.clone();
         thread::spawn(move || {
-            thread::sleep(Duration::from_millis(20));
+            thread::sleep(Duration::from_millis(late));
             workers.lock().unwrap().stop(index)
         });
         Ok(base)

@@ -199,8 +199,10 @@ fn a_network_interface_that_logs_nothing_or_goes_on_receiving_is_found_by_what_i
     assert_eq!(broken, BTreeSet::new(), "{report}");
     let (broken, report) = found(Bend::NoData, &rules);
     assert_eq!(broken, BTreeSet::from([("L1", "split receive")]), "{report}");
-    let (broken, report) = found(Bend::EarlyBase, &["R3"]);
-    assert!(broken.contains(&("R3", "split receive")), "{report}");
+    for bend in [Bend::EarlyBase, Bend::GoesOn] {
+        let (broken, report) = found(bend, &["R3"]);
+        assert!(broken.contains(&("R3", "split receive")), "{report}");
+    }
 }
 
 #[test]

@@ -115,6 +115,7 @@ impl Rig {
     }
 
     fn start(&mut self, bases: [RingBase; 2]) {
+        let before = self.testpmd.link_changes();
         for (index, base) in (0..).zip(bases) {
             let layout = self.layouts[usize::from(index)];
             let ([desc, avail, used], [kick, call]) = (layout.areas(), self.fds[usize::from(index)].clone());
@@ -123,6 +124,8 @@ impl Rig {
         }
         // It works for drivers that are ready, not for rings that run.
         self.device.set_status(READY).unwrap();
+        // Until its link is up it takes packets from one ring already that it can't put into the other, and drops them.
+        wait_for("its link is up", || (self.testpmd.link_changes() > before).then_some(()));
     }
 
     fn stop(&mut self) -> [RingBase; 2] {

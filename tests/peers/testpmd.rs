@@ -63,6 +63,11 @@ impl Testpmd {
         })
     }
 
+    /// How often its port's link went up or down.
+    pub(crate) fn link_changes(&self) -> usize {
+        self.0.output().matches("link state change event").count()
+    }
+
     /// Waits until it has ended by itself.
     pub(crate) fn wait(&mut self) -> ExitStatus {
         self.0.wait()

@@ -327,16 +327,15 @@ impl Rig {
 
     /// Stops the rings; the base of the first one (rule R3). Where they start again is where they were.
     pub(super) fn stop(&mut self) -> Result<RingBase, Fault> {
-        let link = &self.link;
         for queue in std::iter::once(&mut self.ring).chain(&mut self.more).chain(&mut self.others) {
-            let reply = link.ask(Code::GET_VRING_BASE, VringState { index: queue.index, num: 0 }.as_bytes())?;
-            let VringState { index, num } = reply.read()?;
-            if index != queue.index {
-                let asked = queue.index;
-                return Err(Fault::Breach(format!("GET_VRING_BASE of ring {asked} was answered for ring {index}")));
-            }
-            queue.base = RingBase::from_bits(num);
+            stop_ring(&self.link, queue)?;
         }
+        Ok(self.ring.base)
+    }
+
+    /// The same of the first ring alone.
+    pub(super) fn stop_first(&mut self) -> Result<RingBase, Fault> {
+        stop_ring(&self.link, &mut self.ring)?;
         Ok(self.ring.base)
     }
 
@@ -388,6 +387,17 @@ impl Rig {
     pub(super) fn patience(&self) -> Duration {
         self.settle.max(self.timeout / 4)
     }
+}
+
+fn stop_ring(link: &Link, queue: &mut Queue) -> Result<(), Fault> {
+    let reply = link.ask(Code::GET_VRING_BASE, VringState { index: queue.index, num: 0 }.as_bytes())?;
+    let VringState { index, num } = reply.read()?;
+    if index != queue.index {
+        let asked = queue.index;
+        return Err(Fault::Breach(format!("GET_VRING_BASE of ring {asked} was answered for ring {index}")));
+    }
+    queue.base = RingBase::from_bits(num);
+    Ok(())
 }
 
 /// Looks again and again whether something has come true, until `patience` is over.
