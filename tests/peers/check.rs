@@ -27,15 +27,21 @@ fn the_storage_daemon_breaks_what_the_documentation_says_and_nothing_else() {
     let rules = report.rules();
     let of = |verdict| rules.iter().filter(|(_, v)| **v == verdict).map(|(rule, _)| *rule).collect::<BTreeSet<_>>();
     let expected = ["F2", "F5", "C1", "R2", "R3", "R9", "R10", "L3", "L6", "L8", "L12"];
-    // How soon it looks at a ring that is disabled is its affair, and may be too late to be seen.
-    let broken: BTreeSet<_> = of(Verdict::Broken).into_iter().filter(|rule| *rule != "R7").collect();
+    // How soon it looks at a ring that is disabled is its affair, and may be too late to be seen; and whether it is at a request
+    // when a memory table comes again, which then fails.
+    let is_sure = |rule: &&str| !["R7", "L9"].contains(rule);
+    let broken: BTreeSet<_> = of(Verdict::Broken).into_iter().filter(is_sure).collect();
     assert_eq!(broken, BTreeSet::from(expected), "{report}");
     assert_eq!(of(Verdict::Warning), BTreeSet::from(["F7", "R1"]), "{report}");
     let absent = ["I1", "I2", "I3", "I5", "I6", "I7", "I8", "L4", "L15"];
     assert_eq!(of(Verdict::NotOffered), BTreeSet::from(absent), "{report}");
     // The log is what a migration rests on, and the disk is as it was.
-    for rule in ["L1", "L2", "L7", "L9", "L10", "L11", "M1", "R4", "R5", "R6", "R8"] {
+    for rule in ["L1", "L2", "L7", "L10", "L11", "M1", "R4", "R5", "R6", "R8"] {
         assert_eq!(rules.get(rule), Some(&Verdict::Kept), "{rule}\n{report}");
+    }
+    for finding in report.findings.iter().filter(|finding| finding.rule == "L9") {
+        let failed = finding.what.starts_with("a repeated memory table") && finding.seen.starts_with("a read failed");
+        assert!(finding.verdict == Verdict::Kept || failed, "{finding:?}");
     }
     assert!(std::fs::read(&image).unwrap().iter().all(|byte| *byte == 0));
     // It is dead by now (rule L6); of that the report speaks too.
