@@ -98,6 +98,15 @@ impl Bench {
         Rig::new(self.connect()?, self.offer, &self.options, Plan { subject, shape, features, rings, source })
     }
 
+    /// The same as [`rig`](Bench::rig), with more protocol features agreed on.
+    pub(super) fn rig_with(&self, protocol: &[u32]) -> Result<Rig, Fault> {
+        protocol.iter().try_for_each(|feature| self.offer.need(*feature))?;
+        let mut rig = self.rig(0)?;
+        rig.protocol |= protocol.iter().fold(0, |all, feature| all | bit(*feature));
+        rig.reconnect(self.connect()?)?;
+        Ok(rig)
+    }
+
     /// Somebody to bring frames in.
     pub(super) fn source(&self) -> Result<Option<Source>, Fault> {
         Ok(match &self.feed {

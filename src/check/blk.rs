@@ -263,7 +263,7 @@ fn keep(contents: &[Vec<u8>]) -> io::Result<PathBuf> {
 }
 
 /// Bytes of configuration space, out of an answer that is checked (rule C1).
-fn read_config(link: &Link, offset: u32, size: u32) -> Result<Vec<u8>, Fault> {
+pub(super) fn read_config(link: &Link, offset: u32, size: u32) -> Result<Vec<u8>, Fault> {
     let header = ConfigHeader { offset, size, flags: CONFIG_TYPE_FRONTEND };
     let reply = link.ask(Code::GET_CONFIG, &[header.as_bytes(), &vec![0; size as usize]].concat())?;
     let Ok((echo, bytes)) = ConfigHeader::read_from_prefix(&reply.payload) else {

@@ -10,7 +10,7 @@ use std::thread;
 use zerocopy::{Immutable, IntoBytes};
 
 use super::rig::{HIGH, Rig, Size, describe};
-use super::{Bench, Check, Fault, Outcome, Verdict, When};
+use super::{Bench, Check, Fault, Outcome, Verdict, When, state};
 use crate::abi::inflight::{PACKED_HEADER_BYTES, SPLIT_HEADER_BYTES, VERSION};
 use crate::abi::vhost_user::{
     ConfigHeader, Header, InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, Request as Code,
@@ -40,6 +40,7 @@ pub(super) const CHECKS: &[Check] = &[
     Check { rule: "R2", what: "hostile: rings that can't be", when: When::Once, run: rings },
     Check { rule: "L2", what: "hostile: logs that can't be", when: When::Once, run: logs },
     Check { rule: "C1", what: "hostile: configuration that is not there", when: When::Once, run: config },
+    Check { rule: "D1", what: "hostile: states that were changed, and noise", when: When::Once, run: state::changed },
     Check { rule: "I1", what: "hostile: inflight regions that can't be", when: When::Once, run: regions },
     Check { rule: "I3", what: "hostile: inflight regions full of noise", when: When::Rings, run: noise },
     Check { rule: "R9", what: "hostile: descriptors that loop or lead astray", when: When::Rings, run: descriptors },
@@ -84,7 +85,7 @@ fn serves(bench: &Bench) -> Result<(), Fault> {
 }
 
 /// Tries one thing after the other, each with a front-end of its own.
-fn attack<T>(
+pub(super) fn attack<T>(
     bench: &Bench,
     all: impl IntoIterator<Item = T>,
     name: impl Fn(&T) -> &'static str,

@@ -128,6 +128,11 @@ impl Link {
         Ok(Reply { code: answered, payload, fds })
     }
 
+    /// Whether something comes within `patience`.
+    pub(super) fn answers(&self, patience: Duration) -> bool {
+        readable(&[self.socket.as_fd()], Instant::now() + patience)
+    }
+
     /// The reply to `code`, which must be the next message.
     pub(super) fn reply(&self, code: Code) -> Result<Reply, Fault> {
         let reply = self.receive(code)?;

@@ -1,7 +1,6 @@
 //! Back-ends of ours that break one rule on purpose: what they are told, what they answer, and how they serve rings.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::Write;
 use std::ops::RangeInclusive;
 use std::os::fd::AsRawFd;
@@ -16,18 +15,20 @@ use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{MsgFlags, recv};
 use nix::sys::stat::{SFlag, fstat};
 use tempfile::TempDir;
-use vhost_migrate::abi::inflight::{SPLIT_HEADER_BYTES, SplitEntry};
 use vhost_migrate::abi::vhost_user::{Header, Request as Code};
 use vhost_migrate::backend::blk::{Disk, DiskOptions};
 use vhost_migrate::backend::net::{Net, NetOptions, Peer};
 use vhost_migrate::backend::{BackendError, Device, Logging, Message, Notifier, Rings, Session, Setup, Step, Workers};
-use vhost_migrate::check::{Options, Report, check};
+use vhost_migrate::check::{Feed, Options, Report, check};
 use vhost_migrate::dirty::{Log, PageSet};
 use vhost_migrate::memory::LOG_PAGE;
 use vhost_migrate::ring::RingBase;
 use zerocopy::IntoBytes;
 
-use crate::clumsy::{Clumsy, Files};
+use crate::bend::Bend;
+use crate::channel::{Channel, Line};
+use crate::clumsy::{Clumsy, Files, Region};
+use crate::state::{Passing, State};
 use crate::wire::{is_known, more_follows, receive, send};
 
 const DISK: u64 = 8 << 20;
@@ -35,112 +36,6 @@ const DISK: u64 = 8 << 20;
 const BIT_30: u64 = 1 << 30;
 /// Bit 26: LOG_ALL.
 const LOG_ALL: u64 = 1 << 26;
-
-/// What a back-end does wrong.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Bend {
-    Nothing,
-    /// A payload that is not there with its header ends the connection.
-    WholeMessages,
-    /// Need-reply stays in the flags of replies.
-    ReplyFlags,
-    /// Need-reply brings a second reply to what has one.
-    SecondReply,
-    /// The protocol features are told after what was asked next.
-    Overtaken,
-    /// Unknown requests are left without an answer.
-    NoRefusal,
-    /// The fds of what is refused are kept.
-    KeepsFds,
-    /// A memory table must have the size of its regions.
-    ExactTable,
-    /// A payload of 3 bytes ends the process.
-    DiesOfShort,
-    /// A header of another version ends the process.
-    DiesOfVersion,
-    /// A request whose payload begins with these bytes ends the process.
-    DiesOf(Code, &'static [u8]),
-    /// An inflight region that begins with noise ends the process.
-    DiesOfNoise,
-    /// A descriptor that leads to itself ends the process.
-    DiesOfLoop,
-    /// SET_LOG_BASE is answered with 24 bytes.
-    LongLogReply,
-    /// Call fds that are sockets are not signalled.
-    NoSockets,
-    /// Configuration space is always read from its start.
-    ConfigOffset,
-    /// Without protocol features no ring is enabled.
-    NeedsEnable,
-    /// Rings run although they are not enabled.
-    Enabled,
-    /// GET_VRING_BASE is answered while requests are under way.
-    EarlyBase,
-    /// GET_VRING_BASE is answered with what is complete, and the ring goes on.
-    GoesOn,
-    /// The base counts from 0 on every start.
-    BaseForgotten,
-    /// SET_VRING_ADDR has a running ring serve its last request again.
-    AddrGoesBack,
-    /// No inflight region before the memory table.
-    MemoryFirst,
-    /// A log address is checked where it is not one.
-    LogAddressChecked,
-    /// SET_STATUS 0 is noted, and that is all.
-    StatusNoted,
-    /// RESET_DEVICE is done as if it were not there.
-    ResetIgnored,
-    /// RESET_OWNER ends the connection.
-    OwnerHangsUp,
-    /// A new call fd has to wait for the next completion.
-    CallForgotten,
-    /// An unknown request ends the process.
-    Dies,
-    /// Data is not logged.
-    NoData,
-    /// A log begins where its file does.
-    LogOffset,
-    /// A log ends where its file does.
-    LogSize,
-    /// The used ring is logged where it is, whatever `log_guest_addr` says.
-    LogAddress,
-    /// Whatever is logged, all of memory is.
-    Everything,
-    /// Another log is not taken over.
-    OldLog,
-    /// Logging is never switched off.
-    NeverOff,
-    /// LOG_ALL is refused while there is no log.
-    LogFirst,
-    /// Data is marked with the next message.
-    LateMarks,
-    /// Words of the log are written back as they were read a moment ago.
-    StaleMarks,
-    /// Nothing is ever signalled after logging.
-    NoSignal,
-    /// Who takes over a ring with a past logs nothing of what it does.
-    SuccessorForgets,
-    /// Who takes over a ring with a past logs what it does, and no more.
-    SuccessorMarksItsOwn,
-    /// Nothing is logged after the memory table changed.
-    MemoryForgetsLog,
-    /// There are 8 memory slots.
-    FewSlots,
-    /// A log of no bytes is fine.
-    EmptyLog,
-    /// The inflight region is said to have half its size.
-    HalfRegion,
-    /// The inflight region is not written.
-    NoInflight,
-    /// A successor takes up a ring behind what was open.
-    ForgetsOpen,
-    /// A fresh region begins at 0 wherever its ring is.
-    FreshAtZero,
-    /// Counters in the region stay 0.
-    NoCounters,
-    /// A reset leaves the region as it is.
-    RegionKept,
-}
 
 /// Workers that are told something else than the session said.
 struct Bent {
@@ -246,6 +141,7 @@ impl Rings for Bent {
             Bend::BaseForgotten => setup.base = RingBase::default(),
             Bend::SuccessorForgets if setup.inflight.is_some() => setup.logging = Logging::default(),
             Bend::SuccessorMarksItsOwn => setup.first = false,
+            Bend::Channel(Channel::NoCalls) if setup.kick.is_none() => setup.call = None,
             _ => {}
         }
         self.workers.lock().unwrap().start(index, setup)?;
@@ -275,6 +171,9 @@ impl Rings for Bent {
     }
 
     fn kick(&mut self, index: u16) {
+        if self.bend == Bend::Channel(Channel::NoKicks) {
+            return;
+        }
         self.workers.lock().unwrap().kick(index);
     }
 
@@ -314,7 +213,7 @@ enum End {
 fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<Files>, bend: Bend) -> End {
     let mut session = Session::new(device.clone());
     let mut rings = Bent::new(bend, device, files.clone());
-    let (mut seen_memory, mut seen_log, mut kept) = (false, false, Vec::new());
+    let (mut seen_memory, mut seen_log, mut kept, mut passing) = (false, false, Vec::new(), Passing::default());
     files.forget();
     loop {
         let Some(mut message) = receive(&mut socket, bend) else { return End::HungUp };
@@ -330,7 +229,19 @@ fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<Files>, b
             (Bend::DiesOfVersion, _) if !is_known(flags) => return End::Died,
             (Bend::DiesOf(of, bytes), _) if code == of && payload.starts_with(bytes) => return End::Died,
             (Bend::DiesOfLoop, _) if rings.setups.values().any(loops) => return End::Died,
+            (Bend::State(State::DiesOfOnes), Code::CHECK_DEVICE_STATE) if passing.whole().starts_with(&[0xff; 8]) => {
+                return End::Died;
+            }
             (Bend::OwnerHangsUp, Code::RESET_OWNER) => return End::HungUp,
+            (Bend::Channel(Channel::EndsConnection), _) if files.channel(Line::is_over) == Some(true) => {
+                return End::HungUp;
+            }
+            (Bend::Channel(Channel::FirstOnly), Code::SET_BACKEND_REQ_FD) if files.channel(|_| ()).is_some() => {
+                message.fds = vec![UnixStream::pair().unwrap().0.into()];
+            }
+            (Bend::Channel(Channel::KicksStartNothing), Code::VRING_KICK) => refuse = rings.setups.is_empty(),
+            (Bend::State(State::NeverRan), Code::SET_DEVICE_STATE_FD) => refuse = rings.setups.is_empty(),
+            (Bend::State(bend), Code::SET_DEVICE_STATE_FD) => passing.begin(bend, &mut message),
             (Bend::NoRefusal, code) if code.name().is_none() => continue,
             (Bend::ResetIgnored, Code::RESET_DEVICE) => continue,
             (Bend::KeepsFds, code) if code.name().is_none() => kept.append(&mut message.fds),
@@ -393,6 +304,13 @@ fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<Files>, b
                 let size = u64::from_ne_bytes(bytes[12..20].try_into().unwrap());
                 bytes[12..20].copy_from_slice((size / 2).as_bytes());
             }
+            (Bend::State(bend), Code::CHECK_DEVICE_STATE) => match (bend, bytes[12] != 0) {
+                (State::Credulous, _) => bytes[12] = 0,
+                (State::HangsUp, true) => return End::HungUp,
+                (State::Resets, true) => device.reset(),
+                (State::Forgets, false) if passing.loads() => device.reset(),
+                _ => {}
+            },
             (Bend::Overtaken, Code::GET_PROTOCOL_FEATURES) if more_follows(&socket) => {
                 // What comes next is asked and answered in between.
                 let Some(next) = receive(&mut socket, bend) else { return End::HungUp };
@@ -403,6 +321,9 @@ fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<Files>, b
             _ => {}
         }
         send(&socket, &bytes, reply.fd.as_ref());
+        if (bend, code) == (Bend::State(State::Stalls), Code::SET_DEVICE_STATE_FD) && bytes[12] == 0 {
+            passing.whole();
+        }
         if bend == Bend::SecondReply && flags & 8 != 0 && code.name().is_some_and(|name| name.starts_with("GET_")) {
             let header = Header { request: code.0, flags: 5, size: 8 };
             send(&socket, &[header.as_bytes(), &[0; 8]].concat(), None);
@@ -476,36 +397,10 @@ impl Drop for Backend {
     }
 }
 
-/// What a check says of a disk with a bend.
+/// What a check says of a back-end with a bend: a disk, where that can have it.
 pub(crate) fn checked(bend: Bend, options: Options) -> Report {
-    Backend::start(bend).checked(options)
-}
-
-/// An inflight region of a split ring, as a file.
-pub(crate) struct Region(pub(crate) File);
-
-impl Region {
-    fn header(&self) -> [u8; SPLIT_HEADER_BYTES as usize] {
-        let mut header = [0; SPLIT_HEADER_BYTES as usize];
-        self.0.read_exact_at(&mut header, 0).unwrap();
-        header
-    }
-
-    /// Whether it begins with features, of which there are none.
-    fn is_noise(&self) -> bool {
-        self.header()[..8] != [0; 8]
-    }
-
-    /// Whether nobody has used it.
-    fn is_fresh(&self) -> bool {
-        self.header()[8..10] == [0; 2]
-    }
-
-    /// Sets all counters to 0.
-    pub(crate) fn forget_counters(&self) {
-        let entries = (self.0.metadata().unwrap().len() - SPLIT_HEADER_BYTES) / size_of::<SplitEntry>() as u64;
-        for entry in 0..entries.min(256) {
-            self.0.write_all_at(&[0; 8], SPLIT_HEADER_BYTES + 16 * entry + 8).unwrap();
-        }
+    match bend {
+        Bend::State(_) => Backend::net(bend).checked(Options { feed: Some(Feed::Loop), ..options }),
+        _ => Backend::start(bend).checked(options),
     }
 }

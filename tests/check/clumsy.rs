@@ -1,4 +1,4 @@
-//! A disk whose queues write where they should not: into the log, and into the inflight region.
+//! A disk whose queues write where they should not: into the log, into the inflight region, to the channel.
 
 use std::fs::File;
 use std::io;
@@ -8,11 +8,13 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use vhost_migrate::abi::inflight::{SPLIT_HEADER_BYTES, SplitEntry};
 use vhost_migrate::abi::vhost_user::Request as Code;
 use vhost_migrate::backend::blk::Disk;
 use vhost_migrate::backend::{BackendError, Device, Host, Message, Queue, Request};
 
-use crate::bent::{Bend, Region};
+use crate::bend::Bend;
+use crate::channel::{Channel, Line};
 
 /// Where the log has the pages above 4 GiB, and how many bytes of it are written back.
 const HIGH: (u64, usize) = ((1 << 32) / 4096 / 8, 320);
@@ -26,6 +28,7 @@ const HELD: Duration = Duration::from_micros(50);
 pub(crate) struct Files {
     log: Mutex<Option<File>>,
     region: Mutex<Option<Region>>,
+    channel: Mutex<Option<Line>>,
 }
 
 impl Files {
@@ -33,14 +36,17 @@ impl Files {
     pub(crate) fn forget(&self) {
         *self.log.lock().unwrap() = None;
         *self.region.lock().unwrap() = None;
+        *self.channel.lock().unwrap() = None;
     }
 
     /// Takes note of what a message shares.
     pub(crate) fn note(&self, message: &Message) {
-        let file = || Some(File::from(message.fds.first()?.try_clone().unwrap()));
+        let fd = || Some(message.fds.first()?.try_clone().unwrap());
+        let file = || fd().map(File::from);
         match message.code {
             Code::SET_LOG_BASE => *self.log.lock().unwrap() = file(),
             Code::SET_INFLIGHT_FD => *self.region.lock().unwrap() = file().map(Region),
+            Code::SET_BACKEND_REQ_FD => *self.channel.lock().unwrap() = fd().map(Line::new),
             _ => {}
         }
     }
@@ -48,6 +54,11 @@ impl Files {
     /// Does something with the inflight region, if there is one.
     pub(crate) fn region<T>(&self, with: impl FnOnce(&Region) -> T) -> Option<T> {
         self.region.lock().unwrap().as_ref().map(with)
+    }
+
+    /// Does something with the channel, if there is one.
+    pub(crate) fn channel<T>(&self, with: impl FnOnce(&Line) -> T) -> Option<T> {
+        self.channel.lock().unwrap().as_ref().map(with)
     }
 }
 
@@ -116,6 +127,9 @@ impl Queue for ClumsyQueue {
             Bend::NoCounters => {
                 self.files.region(Region::forget_counters);
             }
+            Bend::Channel(Channel::Blocks) => {
+                self.files.channel(Line::call);
+            }
             Bend::StaleMarks => {
                 if let Some(log) = &*self.files.log.lock().unwrap() {
                     write_back(log);
@@ -146,6 +160,35 @@ fn write_back(log: &File) {
         if log.read_exact_at(&mut words, at).is_ok() {
             thread::sleep(HELD);
             let _ = log.write_all_at(&words, at);
+        }
+    }
+}
+
+/// An inflight region of a split ring, as a file.
+pub(crate) struct Region(pub(crate) File);
+
+impl Region {
+    pub(crate) fn header(&self) -> [u8; SPLIT_HEADER_BYTES as usize] {
+        let mut header = [0; SPLIT_HEADER_BYTES as usize];
+        self.0.read_exact_at(&mut header, 0).unwrap();
+        header
+    }
+
+    /// Whether it begins with features, of which there are none.
+    pub(crate) fn is_noise(&self) -> bool {
+        self.header()[..8] != [0; 8]
+    }
+
+    /// Whether nobody has used it.
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.header()[8..10] == [0; 2]
+    }
+
+    /// Sets all counters to 0.
+    fn forget_counters(&self) {
+        let entries = (self.0.metadata().unwrap().len() - SPLIT_HEADER_BYTES) / size_of::<SplitEntry>() as u64;
+        for entry in 0..entries.min(256) {
+            self.0.write_all_at(&[0; 8], SPLIT_HEADER_BYTES + 16 * entry + 8).unwrap();
         }
     }
 }

@@ -16,7 +16,8 @@ use nix::sys::signal::Signal;
 use roxmltree::Document;
 use serde_json::Value;
 
-use crate::bent::{Backend, Bend, image};
+use crate::bend::Bend;
+use crate::bent::{Backend, image};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-migrate");
 

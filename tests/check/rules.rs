@@ -8,7 +8,10 @@ use rstest::rstest;
 use vhost_migrate::abi::vhost_user::Request as Code;
 use vhost_migrate::check::{Feed, Options, RULES, Report, Rings, Verdict};
 
-use crate::bent::{Backend, Bend, checked};
+use crate::bend::Bend;
+use crate::bent::{Backend, checked};
+use crate::channel::Channel;
+use crate::state::State;
 
 /// A bend, the rules that are checked, as ids or as what ids begin with, and those of them that it breaks.
 type Row = (Bend, &'static str, &'static [&'static str]);
@@ -70,6 +73,25 @@ const INFLIGHT: &[Row] = &[
     (Bend::RegionKept, "I R8", &["I7"]),
 ];
 
+const CHANNEL: &[Row] = &[
+    (Bend::Channel(Channel::EndsConnection), "B", &["B1"]),
+    (Bend::Channel(Channel::FirstOnly), "B", &["B1"]),
+    (Bend::Channel(Channel::Blocks), "B", &["B1"]),
+    // A channel is seen to be another one by what it brings.
+    (Bend::Channel(Channel::NoCalls), "B", &["B1", "B3"]),
+    (Bend::Channel(Channel::NoKicks), "B", &["B1", "B3"]),
+    (Bend::Channel(Channel::KicksStartNothing), "B", &["B3"]),
+];
+
+const STATE: &[Row] = &[
+    (Bend::State(State::NeverRan), "D", &["D1"]),
+    (Bend::State(State::Credulous), "D", &["D1"]),
+    (Bend::State(State::Forgets), "D", &["D1"]),
+    (Bend::State(State::Resets), "D", &["D1"]),
+    (Bend::State(State::HangsUp), "D", &["D1"]),
+    (Bend::State(State::AnyDirection), "D", &["D1"]),
+];
+
 /// Bends that are about split rings, in the way they are made, or take all the time there is.
 const SPLIT: &[Bend] = &[
     Bend::NeedsEnable,
@@ -78,6 +100,8 @@ const SPLIT: &[Bend] = &[
     Bend::ForgetsOpen,
     Bend::FreshAtZero,
     Bend::NoCounters,
+    Bend::Channel(Channel::NoCalls),
+    Bend::Channel(Channel::NoKicks),
 ];
 
 /// Bends that show by what happens where nothing may: only they are watched for as long as usual.
@@ -98,18 +122,28 @@ fn broken(report: &Report) -> BTreeSet<&'static str> {
 }
 
 #[rstest]
-#[case::framing(FRAMING)]
-#[case::rings(RINGS)]
-#[case::log(LOG)]
-#[case::inflight(INFLIGHT)]
-fn a_back_end_that_breaks_a_rule_is_found_by_that_and_by_no_other(#[case] rows: &[Row]) {
+#[case::framing(FRAMING, false)]
+#[case::rings(RINGS, false)]
+#[case::log(LOG, false)]
+#[case::inflight(INFLIGHT, false)]
+#[case::channel(CHANNEL, true)]
+#[case::state(STATE, true)]
+fn a_back_end_that_breaks_a_rule_is_found_by_that_and_by_no_other(#[case] rows: &[Row], #[case] every_check: bool) {
+    let mut passed = BTreeSet::new();
+    let mut failed = BTreeSet::new();
     for (bend, only, breaks) in rows {
         let rings = SPLIT.contains(bend).then_some(Rings::Split);
         let usual = Options::default();
         let settle = if WATCHED.contains(bend) { usual.settle } else { Duration::from_millis(50) };
         let report = checked(*bend, Options { only: named(only), rings, settle, ..usual });
         assert_eq!(broken(&report), breaks.iter().copied().collect(), "{bend:?}\n{report}");
+        for finding in report.findings.iter().filter(|finding| breaks.contains(&finding.rule)) {
+            let checks = if finding.verdict == Verdict::Broken { &mut failed } else { &mut passed };
+            checks.insert(finding.what);
+        }
     }
+    passed.retain(|what| !what.starts_with("hostile") && !failed.contains(what));
+    assert!(!every_check || passed.is_empty(), "nobody fails {passed:?}");
 }
 
 #[test]
@@ -121,7 +155,7 @@ fn a_back_end_that_breaks_nothing_is_not_blamed_and_every_check_is_one_that_some
         of.all(|finding| finding.what == RULES.iter().find(|(id, _)| *id == rule).unwrap().1)
     };
     let checked: BTreeSet<&str> = RULES.iter().map(|(id, _)| *id).filter(|id| !unchecked(id)).collect();
-    let rows = [FRAMING, RINGS, LOG, INFLIGHT].into_iter().flatten();
+    let rows = [FRAMING, RINGS, LOG, INFLIGHT, CHANNEL, STATE].into_iter().flatten();
     let failed: BTreeSet<&str> = rows.flat_map(|(.., breaks)| *breaks).chain(ELSEWHERE).copied().collect();
     // Whether in-flight requests may migrate is no duty.
     assert_eq!(checked.difference(&failed).copied().collect::<Vec<_>>(), ["I8"], "{report}");
@@ -140,6 +174,8 @@ fn what_costs_and_breaks_nothing_is_a_warning() {
     let log = report.findings.iter().find(|finding| finding.what.starts_with("hostile")).unwrap();
     assert_eq!(log.verdict, Verdict::Warning, "{report}");
     assert!(log.seen.ends_with("acknowledged as done: a log of no bytes"), "{report}");
+    let report = checked(Bend::State(State::Stalls), Options { only: named("D"), ..Options::default() });
+    assert_eq!(report.rules().get("D1"), Some(&Verdict::Warning), "{report}");
 }
 
 #[test]
@@ -164,6 +200,7 @@ const DEADLY: &[(Bend, &str, &str)] = &[
     ),
     (Bend::DiesOfNoise, "I3", "a region of noise: "),
     (Bend::DiesOfLoop, "R9", "a loop of one: "),
+    (Bend::State(State::DiesOfOnes), "D1", "a MiB of ones: "),
 ];
 
 #[test]

@@ -69,6 +69,8 @@ const LOOK: Duration = Duration::from_millis(1);
 pub(super) struct Rig {
     pub(super) link: Link,
     pub(super) offer: Offer,
+    /// Protocol features to agree on.
+    pub(super) protocol: u64,
     subject: Subject,
     flow: Flow,
     pub(super) timeout: Duration,
@@ -142,6 +144,7 @@ impl Rig {
         let rig = Rig {
             link,
             offer,
+            protocol: offer.protocol & PROTOCOL,
             subject,
             flow,
             timeout: options.timeout,
@@ -198,8 +201,7 @@ impl Rig {
         self.link.ask_number(Code::GET_FEATURES)?;
         if self.offer.has(VHOST_USER_F_PROTOCOL_FEATURES) {
             self.link.ask_number(Code::GET_PROTOCOL_FEATURES)?;
-            let agreed = self.offer.protocol & PROTOCOL;
-            self.link.send(Code::SET_PROTOCOL_FEATURES, Header::FLAG_VERSION, agreed.as_bytes(), &[])?;
+            self.link.send(Code::SET_PROTOCOL_FEATURES, Header::FLAG_VERSION, self.protocol.as_bytes(), &[])?;
         }
         self.done(Code::SET_FEATURES, self.features.as_bytes(), &[])
     }
@@ -269,11 +271,16 @@ impl Rig {
 
     /// NUM, BASE, ADDR and KICK of a ring.
     pub(super) fn start_silent(&self, queue: &Queue, log_at: Option<u64>) -> Result<(), Fault> {
+        self.set_up(queue, log_at)?;
+        self.done(Code::SET_VRING_KICK, u64::from(queue.index).as_bytes(), &[queue.kick.as_fd()])
+    }
+
+    /// NUM, BASE and ADDR of a ring.
+    pub(super) fn set_up(&self, queue: &Queue, log_at: Option<u64>) -> Result<(), Fault> {
         let state = |num| VringState { index: queue.index, num };
         self.done(Code::SET_VRING_NUM, state(queue.layout.size().into()).as_bytes(), &[])?;
         self.done(Code::SET_VRING_BASE, state(queue.base.bits()).as_bytes(), &[])?;
-        self.done(Code::SET_VRING_ADDR, self.addr(queue, log_at).as_bytes(), &[])?;
-        self.done(Code::SET_VRING_KICK, u64::from(queue.index).as_bytes(), &[queue.kick.as_fd()])
+        self.done(Code::SET_VRING_ADDR, self.addr(queue, log_at).as_bytes(), &[])
     }
 
     /// Where a ring is logged: only the first one may be anywhere.

@@ -1,0 +1,47 @@
+//! What a back-end can do wrong with its channel, and with notifications that are messages (rules B1, B3).
+
+use std::io::Write;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vhost_migrate::abi::vhost_user::{BackendRequest, Header, VringState};
+use zerocopy::IntoBytes;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Channel {
+    /// Who closes it, or sends noise over it, loses the connection.
+    EndsConnection,
+    /// Another one is closed.
+    FirstOnly,
+    /// Every completion is told over it, and room is waited for.
+    Blocks,
+    /// No calls by messages.
+    NoCalls,
+    /// Kicks by messages are acknowledged, and that is all.
+    NoKicks,
+    /// Kicks by messages start no ring.
+    KicksStartNothing,
+}
+
+/// The back-end's end of a channel, once more.
+pub(crate) struct Line(UnixStream);
+
+impl Line {
+    pub(crate) fn new(socket: OwnedFd) -> Line {
+        Line(socket.into())
+    }
+
+    /// Whether it is closed, or something has come over it.
+    pub(crate) fn is_over(&self) -> bool {
+        let mut polled = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        poll(&mut polled, PollTimeout::ZERO) == Ok(1)
+    }
+
+    /// Calls for ring 0, as soon as there is room.
+    pub(crate) fn call(&self) {
+        let body = VringState { index: 0, num: 0 };
+        let header = Header { request: BackendRequest::VRING_CALL.0, flags: 1, size: size_of_val(&body) as u32 };
+        let _ = (&self.0).write_all(&[header.as_bytes(), body.as_bytes()].concat());
+    }
+}
