@@ -246,7 +246,10 @@ pub(super) fn changed(bench: &mut Bench) -> Result<Outcome, Fault> {
             rig.protocol |= bit(protocol_feature::DEVICE_STATE);
             rig.reconnect(bench.connect()?)?;
             let answer = load(rig, &change(&good))?;
-            load_good(rig, &good).map(|()| answer)
+            match load(rig, &good)? {
+                0 => Ok(answer),
+                _ => Err(Fault::Breach("after it the state itself is refused".into())),
+            }
         },
     )?;
     if outcome.0 != Verdict::Broken {

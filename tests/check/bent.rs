@@ -308,6 +308,8 @@ fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<Files>, b
                 (State::Credulous, _) => bytes[12] = 0,
                 (State::HangsUp, true) => return End::HungUp,
                 (State::Resets, true) => device.reset(),
+                (State::Spoilt, true) => passing.spoilt = true,
+                (State::Spoilt, false) if passing.loads() => bytes[12] = passing.spoilt.into(),
                 (State::Forgets, false) if passing.loads() => device.reset(),
                 _ => {}
             },

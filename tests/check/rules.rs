@@ -89,6 +89,7 @@ const STATE: &[Row] = &[
     (Bend::State(State::Forgets), "D", &["D1"]),
     (Bend::State(State::Resets), "D", &["D1"]),
     (Bend::State(State::HangsUp), "D", &["D1"]),
+    (Bend::State(State::Spoilt), "D", &["D1"]),
     (Bend::State(State::AnyDirection), "D", &["D1"]),
 ];
 

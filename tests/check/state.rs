@@ -18,6 +18,8 @@ pub(crate) enum State {
     Resets,
     /// What is refused ends the connection.
     HangsUp,
+    /// After one that is refused no other is taken.
+    Spoilt,
     /// Whatever direction and phase there are not, it saves.
     AnyDirection,
     /// Nothing else is done until all of a state has come.
@@ -30,6 +32,8 @@ pub(crate) enum State {
 #[derive(Default)]
 pub(crate) struct Passing {
     loads: bool,
+    /// One was refused.
+    pub(crate) spoilt: bool,
     thread: Option<JoinHandle<Vec<u8>>>,
 }
 
