@@ -154,11 +154,12 @@ fn cut(bench: &mut Bench) -> Result<Outcome, Fault> {
     }
     let here = other(bench, &rig)?;
     let found = refuses(&rig, &good, here.as_deref());
-    // What was there comes back in any case.
-    let back = load_good(&rig, &good).or_else(|fault| {
+    let back = load_good(&rig, &good);
+    if back.is_err() {
+        // What was there comes back in any case, as far as it can.
+        rig.link.end();
         let _ = ready(bench).and_then(|rig| load_good(&rig, &good));
-        Err(fault)
-    });
+    }
     let Outcome(verdict, seen) = found.unwrap_or_else(Outcome::from);
     Ok(match back {
         Err(fault) if verdict != Verdict::Broken => Outcome::broken(format!("{seen}, but the whole one: {fault}")),
