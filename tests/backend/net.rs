@@ -391,6 +391,28 @@ fn table(macs: &[[u8; 6]]) -> Vec<u8> {
     [&(macs.len() as u32).to_le_bytes()[..], macs.as_flattened()].concat()
 }
 
+#[test]
+fn a_frame_sent_after_an_answer_meets_the_filter_that_was_answered() {
+    let mut rig = Rig::new(SPLIT | MERGEABLE | CONTROL, |options| options.pairs = 1);
+    let mut control = Controls::new(&rig, 2);
+    rig.provide_kicked(0, &[2000; 20]);
+    assert_eq!(control.ask(&rig.guest, 0, 0, &[0]), 0);
+    let other = [2, 0, 0, 0, 0, 9];
+    for round in 1..=5000 {
+        // The first change wakes the receive queue, which may be anywhere when the second comes.
+        for mac in [MAC, other] {
+            assert_eq!(control.ask(&rig.guest, 1, 1, &mac), 0);
+        }
+        rig.send(0, &[&MAC[..], &frame(54, 1)].concat());
+        let mut counts = rig.device.counts();
+        while counts.received + counts.received_filtered < round {
+            std::thread::yield_now();
+            counts = rig.device.counts();
+        }
+        assert_eq!(counts.received, 0, "round {round}");
+    }
+}
+
 #[rstest]
 fn the_control_queue_does_what_the_specification_says_and_refuses_the_rest(#[values(SPLIT, PACKED)] rings: u64) {
     const OK: u8 = 0;

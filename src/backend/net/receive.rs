@@ -90,18 +90,19 @@ impl Receive {
     /// Gets the next packet that the driver wants; false if there is none for now.
     fn receive(&mut self) -> bool {
         self.refresh();
-        let counters = &self.view.hub.counters;
         for _ in 0..BATCH {
             let (before, after) = self.wires.split_at(self.next.min(self.wires.len()));
             let mut turn = after.iter().chain(before);
             let Some(len) = turn.find_map(|wire| wire.receive(&mut self.buffer)) else { return false };
             self.next = (self.next + 1) % self.wires.len();
+            // It may have come after an answer that this queue has not heard of.
+            self.refresh();
             let Some(frame) = self.buffer.get(HEADER..len).filter(|frame| frame.len() <= MAX_FRAME) else {
-                count(&counters.received_malformed);
+                count(&self.view.hub.counters.received_malformed);
                 continue;
             };
             if !self.view.state.filter.wants(frame) {
-                count(&counters.received_filtered);
+                count(&self.view.hub.counters.received_filtered);
                 continue;
             }
             self.packet = Some(len);
