@@ -9,13 +9,13 @@ use super::link::{self, Link, Replies};
 use super::net::{self, Source};
 use super::process::Process;
 use super::queue::MAX_RINGS;
-use super::rig::{PROTOCOL, Plan, Rig};
+use super::rig::{PROTOCOL, Plan, Rig, Scatter};
 use super::{CheckError, Fault, Feed, Flow, Kind, Options, Outcome, Rings, Shape, When};
 use crate::abi::bit;
 use crate::abi::vhost_user::{Request as Code, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature};
 use crate::abi::virtio::{
-    VIRTIO_F_RING_PACKED, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_GUEST_ANNOUNCE,
-    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX,
+    VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
 };
 
 /// The device under test.
@@ -56,6 +56,14 @@ impl Offer {
         self.protocol & bit(feature) != 0
     }
 
+    /// Fails with "not offered" without translation and a channel to ask over.
+    pub(super) fn need_iommu(&self) -> Result<(), Fault> {
+        match self.has(VIRTIO_F_ACCESS_PLATFORM) {
+            true => self.need(protocol_feature::BACKEND_REQ),
+            false => Err(Fault::NotOffered("ACCESS_PLATFORM".into())),
+        }
+    }
+
     /// Fails with "not offered" without the protocol feature.
     pub(super) fn need(&self, feature: u32) -> Result<(), Fault> {
         match self.speaks(feature) {
@@ -93,9 +101,19 @@ impl Bench {
 
     /// The same with several rings for requests.
     pub(super) fn rigged(&self, features: u64, rings: usize) -> Result<Rig, Fault> {
+        self.planned(features, rings, None)
+    }
+
+    /// The same behind an IOMMU.
+    pub(super) fn behind(&self, features: u64, scatter: Scatter, rings: usize) -> Result<Rig, Fault> {
+        self.offer.need_iommu()?;
+        self.planned(features, rings, Some(scatter))
+    }
+
+    fn planned(&self, features: u64, rings: usize, iommu: Option<Scatter>) -> Result<Rig, Fault> {
         let Bench { subject, shape, .. } = *self;
         let source = if shape.flow == Flow::Receive { self.source()? } else { None };
-        Rig::new(self.connect()?, self.offer, &self.options, Plan { subject, shape, features, rings, source })
+        Rig::new(self.connect()?, self.offer, &self.options, Plan { subject, shape, features, rings, source, iommu })
     }
 
     /// The same as [`rig`](Bench::rig), with more protocol features agreed on.
@@ -119,7 +137,7 @@ impl Bench {
                 let offer = greet(&link)?;
                 drop(link);
                 let shape = Shape { packed: false, flow: Flow::Transmit };
-                let plan = Plan { subject: Subject::Net, shape, features: 0, rings: 1, source: None };
+                let plan = Plan { subject: Subject::Net, shape, features: 0, rings: 1, source: None, iommu: None };
                 let rig = Rig::new(connect()?, offer, &self.options, plan)?;
                 rig.start()?;
                 Some(Source::Backend(Box::new(rig)))

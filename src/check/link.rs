@@ -77,6 +77,11 @@ impl Link {
         Ok(Link { socket: connect(path, timeout)?, timeout, replies })
     }
 
+    /// The same connection once more, for messages that nothing answers.
+    pub(super) fn another(&self) -> Result<UnixStream, Fault> {
+        Ok(self.socket.try_clone()?)
+    }
+
     /// Any request with any flags, payload and fds.
     pub(super) fn send(&self, code: Code, flags: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Fault> {
         let header = Header { request: code.0, flags, size: payload.len() as u32 };

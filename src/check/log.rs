@@ -207,7 +207,7 @@ fn used(bench: &mut Bench) -> Result<Outcome, Fault> {
     // The index may be marked after it was seen; it is when the ring has stopped (rule R3).
     rig.stop()?;
     let marked = harvest(&log);
-    let missed = missing(&marked, at);
+    let missed = missing(&marked, at, |page| page);
     let at_ring = rig.ring.written().intersection(&marked).count();
     Ok(match (missed.is_empty(), at_ring) {
         (true, 0) => Outcome::kept(format!("index and elements, at {at:#x}")),
@@ -217,10 +217,12 @@ fn used(bench: &mut Bench) -> Result<Outcome, Fault> {
     })
 }
 
-/// Which parts of a used ring are not marked at `at`, after a batch from index 0 on.
-fn missing(marked: &Pages, at: u64) -> String {
+/// Which parts of a used ring are not marked at `at`, after a batch from index 0 on. The log has the pages that `place`
+/// says.
+pub(super) fn missing(marked: &Pages, at: u64, place: impl Fn(u64) -> u64) -> String {
     let parts = [("index", RING_IDX_OFFSET, 2), ("elements", RING_ELEMENTS_OFFSET, 8 * SLOTS)];
-    let lost = |(_, offset, len): &(&str, u64, u64)| pages(at + offset, *len).any(|page| !marked.contains(&page));
+    let lost =
+        |(_, offset, len): &(&str, u64, u64)| pages(at + offset, *len).any(|page| !marked.contains(&place(page)));
     parts.into_iter().filter(lost).map(|(name, ..)| name).collect::<Vec<_>>().join(" and ")
 }
 
@@ -239,7 +241,7 @@ fn switches(bench: &mut Bench) -> Result<Outcome, Fault> {
     rig.link.barrier()?;
     let log_all = harvest(&log);
     let mut odd = Vec::new();
-    if !missing(&f_log, at).is_empty() {
+    if !missing(&f_log, at, |page| page).is_empty() {
         odd.push("with F_LOG alone the used ring is not marked");
     }
     if f_log.iter().any(|page| rig.lent.contains(page)) {

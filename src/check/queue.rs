@@ -5,16 +5,18 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::Fault;
 use super::rig::{Pages, pages};
 use crate::abi::bit;
-use crate::abi::virtio::VIRTIO_F_RING_PACKED;
+use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED};
 use crate::memory::{LOG_PAGE, Memory};
 use crate::ring::{DriverRing, DriverState, PackedDriverState, Position, RingBase, RingLayout, SplitDriverState};
 
 /// The rings of a guest, one behind the other in the lower region.
 const RINGS: u64 = 0x10_0000;
 /// Room for a ring of 1024 entries, each of its areas on pages of its own.
-const RING: u64 = 0x1_0000;
+pub(super) const RING: u64 = 0x1_0000;
 const DRIVER: u64 = 0x5000;
 const DEVICE: u64 = 0x8000;
+/// Behind an IOMMU areas begin so far into their pages that they reach into the next, however few entries they have.
+const BEHIND: [u64; 3] = [0xe00, 0xff0, 0xfc0];
 /// Most rings there is room for.
 pub(super) const MAX_RINGS: usize = 32;
 
@@ -37,7 +39,8 @@ impl Queue {
     /// An empty ring in the `place`th room for one.
     pub(super) fn new(memory: &Memory, index: u32, place: usize, size: u16, features: u64) -> Result<Queue, Fault> {
         let at = RINGS + place as u64 * RING;
-        let layout = RingLayout::new(features, size, at, at + DRIVER, at + DEVICE);
+        let [desc, driver, device] = if features & bit(VIRTIO_F_ACCESS_PLATFORM) != 0 { BEHIND } else { [0; 3] };
+        let layout = RingLayout::new(features, size, at + desc, at + DRIVER + driver, at + DEVICE + device);
         let eventfd = || EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
         Ok(Queue {
             index,
@@ -53,6 +56,18 @@ impl Queue {
 
     pub(super) fn is_packed(&self) -> bool {
         self.features & bit(VIRTIO_F_RING_PACKED) != 0
+    }
+
+    /// The driver goes on with a ring whose pages have moved.
+    pub(super) fn follow(&mut self, memory: &Memory) -> Result<(), Fault> {
+        self.driver = DriverRing::restore(memory, self.layout, self.features, &self.driver.state())?;
+        Ok(())
+    }
+
+    /// The room that its areas are in.
+    pub(super) fn room(&self) -> u64 {
+        let [desc, ..] = self.layout.areas();
+        desc - desc % RING
     }
 
     /// Starts the driver over, `at` requests from the start of a split ring, or at that descriptor of a packed one.

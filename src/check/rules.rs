@@ -65,7 +65,6 @@ pub const RULES: &[(&str, &str)] = &[
 pub(super) const ASIDE: &[(&str, &str)] = &[
     ("B2", "nothing that a front-end does obliges a back-end to tell of a change"),
     ("B4", "is about hardware"),
-    ("L5", "needs an IOMMU, which this front-end is not"),
     ("L13", "is the front-end's; that marks survive it is checked with L11"),
     ("L14", "is the front-end's"),
 ];

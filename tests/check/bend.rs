@@ -3,6 +3,7 @@
 use vhost_migrate::abi::vhost_user::Request as Code;
 
 use crate::channel::Channel;
+use crate::iommu::Iommu;
 use crate::state::State;
 
 /// What a back-end does wrong.
@@ -109,6 +110,7 @@ pub(crate) enum Bend {
     NoCounters,
     /// A reset leaves the region as it is.
     RegionKept,
+    Iommu(Iommu),
     Channel(Channel),
     /// Of a network interface, as a disk has no state.
     State(State),

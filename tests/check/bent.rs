@@ -28,6 +28,7 @@ use zerocopy::IntoBytes;
 use crate::bend::Bend;
 use crate::channel::{Channel, Line};
 use crate::clumsy::{Clumsy, Files, Region};
+use crate::iommu::{Iommu, Translations, wait_for_all};
 use crate::state::{Passing, State};
 use crate::wire::{is_known, more_follows, receive, send};
 
@@ -48,12 +49,21 @@ struct Bent {
     files: Arc<Files>,
     /// The log of data, and what stands in for it until the next message.
     late: Option<(Arc<Log>, Arc<Log>)>,
+    translations: Translations,
 }
 
 impl Bent {
     fn new(bend: Bend, device: &Arc<dyn Device>, files: Arc<Files>) -> Bent {
         let workers = Arc::new(Mutex::new(Workers::new(device.clone())));
-        Bent { bend, workers, setups: BTreeMap::new(), code: Code(0), files, late: None }
+        Bent {
+            bend,
+            workers,
+            setups: BTreeMap::new(),
+            code: Code(0),
+            files,
+            late: None,
+            translations: Translations::default(),
+        }
     }
 
     fn bent(&mut self, index: u16, mut logging: Logging) -> Logging {
@@ -78,7 +88,7 @@ impl Bent {
             {
                 return Logging::default();
             }
-            Bend::LateMarks => {
+            Bend::LateMarks | Bend::Iommu(Iommu::MarksIova) => {
                 logging.data = logging.data.map(|log| match &self.late {
                     Some((known, late)) if Arc::ptr_eq(known, &log) => late.clone(),
                     _ => {
@@ -93,21 +103,21 @@ impl Bent {
         logging
     }
 
+    /// Marks what was written to `late` since the last message.
+    fn catch_up(&self, late: Option<&(Arc<Log>, Arc<Log>)>) {
+        if let Some((log, late)) = late {
+            let mut pages = PageSet::new(late.pages());
+            late.harvest(&mut pages);
+            pages.runs().flatten().for_each(|page| log.mark(self.translations.marked(page) * LOG_PAGE, 1));
+        }
+    }
+
     /// Starts a ring that runs over, at `base` or where it is.
     fn start_over(&mut self, index: u16, base: impl FnOnce(RingBase) -> RingBase) {
         let mut workers = self.workers.lock().unwrap();
         let setup = self.setups.get_mut(&index).unwrap();
         setup.base = base(workers.stop(index).unwrap());
         workers.start(index, setup.clone()).unwrap();
-    }
-}
-
-/// Marks what was written since the last message.
-fn catch_up(late: Option<&(Arc<Log>, Arc<Log>)>) {
-    if let Some((log, late)) = late {
-        let mut pages = PageSet::new(late.pages());
-        late.harvest(&mut pages);
-        log.put_back(&pages);
     }
 }
 
@@ -152,6 +162,9 @@ impl Rings for Bent {
     }
 
     fn stop(&mut self, index: u16) -> Result<RingBase, BackendError> {
+        if self.bend == Bend::Iommu(Iommu::BaseWaits) {
+            wait_for_all(&self.setups[&index]);
+        }
         let (area, late) = match self.bend {
             Bend::EarlyBase => (1, 20),
             Bend::GoesOn => (2, 300),
@@ -167,6 +180,11 @@ impl Rings for Bent {
     }
 
     fn invalidate(&mut self, iovas: &RangeInclusive<u64>) {
+        if self.bend == Bend::Iommu(Iommu::Hasty) {
+            let (workers, iovas) = (self.workers.clone(), iovas.clone());
+            thread::spawn(move || workers.lock().unwrap().invalidate(&iovas));
+            return;
+        }
         self.workers.lock().unwrap().invalidate(iovas);
     }
 
@@ -185,7 +203,7 @@ impl Rings for Bent {
         }
         self.workers.lock().unwrap().set_logging(index, bent);
         // What went into the old log's stand-in meanwhile.
-        catch_up(before.as_ref());
+        self.catch_up(before.as_ref());
         if self.bend == Bend::AddrGoesBack && self.code == Code::SET_VRING_ADDR {
             self.start_over(index, |base| RingBase::split(base.split_index().saturating_sub(1)));
         }
@@ -219,7 +237,7 @@ fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<Files>, b
         let Some(mut message) = receive(&mut socket, bend) else { return End::HungUp };
         let (code, flags, payload) = (message.code, message.flags, message.payload.clone());
         rings.code = code;
-        catch_up(rings.late.as_ref());
+        rings.catch_up(rings.late.as_ref());
         let number = || payload.first_chunk().map_or(0, |bytes| u64::from_ne_bytes(*bytes));
         // Whatever is cut is refused.
         let mut refuse = false;
@@ -242,6 +260,7 @@ fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<Files>, b
             (Bend::Channel(Channel::KicksStartNothing), Code::VRING_KICK) => refuse = rings.setups.is_empty(),
             (Bend::State(State::NeverRan), Code::SET_DEVICE_STATE_FD) => refuse = rings.setups.is_empty(),
             (Bend::State(bend), Code::SET_DEVICE_STATE_FD) => passing.begin(bend, &mut message),
+            (Bend::Iommu(bend), _) if !rings.translations.bend(bend, &mut message) => return End::HungUp,
             (Bend::NoRefusal, code) if code.name().is_none() => continue,
             (Bend::ResetIgnored, Code::RESET_DEVICE) => continue,
             (Bend::KeepsFds, code) if code.name().is_none() => kept.append(&mut message.fds),
@@ -299,6 +318,7 @@ fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<Files>, b
                 bytes.extend([0; 8]);
                 bytes[8] = 24;
             }
+            (Bend::Iommu(Iommu::Strict), Code::IOTLB_MSG) if bytes[12] != 0 => return End::HungUp,
             (Bend::FewSlots, Code::GET_MAX_MEM_SLOTS) => bytes[12..].copy_from_slice(8u64.as_bytes()),
             (Bend::HalfRegion, Code::GET_INFLIGHT_FD) => {
                 let size = u64::from_ne_bytes(bytes[12..20].try_into().unwrap());
@@ -350,7 +370,8 @@ impl Backend {
     /// A disk.
     pub(crate) fn start(bend: Bend) -> Backend {
         let folder = tempfile::tempdir().unwrap();
-        let disk = Disk::open(image(folder.path())).unwrap();
+        let iommu = matches!(bend, Bend::Iommu(_));
+        let disk = Disk::open(DiskOptions { iommu, ..image(folder.path()) }).unwrap();
         let files = Arc::new(Files::default());
         let device: Arc<dyn Device> = Arc::new(Clumsy { disk, bend, files: files.clone() });
         Backend::serving(folder, device, files, bend)

@@ -15,6 +15,7 @@ use vhost_migrate::backend::{BackendError, Device, Host, Message, Queue, Request
 
 use crate::bend::Bend;
 use crate::channel::{Channel, Line};
+use crate::iommu::Iommu;
 
 /// Where the log has the pages above 4 GiB, and how many bytes of it are written back.
 const HIGH: (u64, usize) = ((1 << 32) / 4096 / 8, 320);
@@ -22,6 +23,8 @@ const HIGH: (u64, usize) = ((1 << 32) / 4096 / 8, 320);
 const TURNS: u32 = 100;
 /// How long a word is held before it is written back.
 const HELD: Duration = Duration::from_micros(50);
+/// How long a request is on its way to the disk that shall be late.
+const LONG: Duration = Duration::from_millis(50);
 
 /// The files that the front-end has shared.
 #[derive(Default)]
@@ -115,6 +118,10 @@ impl Queue for ClumsyQueue {
     }
 
     fn submit(&mut self, request: Request) {
+        if self.bend == Bend::Iommu(Iommu::Hasty) {
+            // In the meantime its translations may go.
+            thread::sleep(LONG);
+        }
         self.queue.submit(request);
     }
 

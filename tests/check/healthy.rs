@@ -16,7 +16,7 @@ const KEPT: &[&str] = &[
     "I4", "I5", "I6", "I7", "I9",
 ];
 /// What can't be seen from outside, or is behind an option that is off.
-const ASIDE: &[&str] = &["B2", "B4", "L5", "L13", "L14", "I8"];
+const ASIDE: &[&str] = &["B2", "B4", "L13", "L14", "T5", "I8"];
 
 #[test]
 fn our_own_back_end_keeps_every_rule_killed_and_attacked() {
@@ -36,8 +36,9 @@ fn our_own_back_end_keeps_every_rule_killed_and_attacked() {
     let of =
         |verdict: &str| rules.iter().filter(|(_, v)| *v == verdict).map(|(rule, _)| &**rule).collect::<BTreeSet<_>>();
     // What is left is what no check is about: nothing is passed over for want of an option.
-    // A disk has no state beside its rings.
-    let not_offered = |finding: &Value| finding["rule"] == "D1" && finding["seen"] == "DEVICE_STATE is not offered";
+    // A disk has no state beside its rings, and this one no IOMMU.
+    let absent = ["DEVICE_STATE is not offered", "ACCESS_PLATFORM is not offered"];
+    let not_offered = |finding: &Value| absent.contains(&finding["seen"].as_str().unwrap());
     for finding in report["report"]["findings"].as_array().unwrap().iter().filter(|finding| !not_offered(finding)) {
         let aside = ASIDE.contains(&finding["rule"].as_str().unwrap()) || finding["seen"] == "no check is about it";
         assert!(finding["verdict"] == "kept" || aside, "{finding}");
@@ -62,7 +63,8 @@ fn our_own_network_interface_keeps_every_rule_with_frames_that_leave_and_that_co
     let findings = report["report"]["findings"].as_array().unwrap();
     let disks = |finding: &Value| finding["seen"] == "a disk is not offered";
     // With device state there is no status (rule D1).
-    let not_offered = |finding: &Value| finding["seen"] == "STATUS is not offered";
+    let absent = ["STATUS is not offered", "ACCESS_PLATFORM is not offered"];
+    let not_offered = |finding: &Value| absent.contains(&finding["seen"].as_str().unwrap());
     for finding in findings.iter().filter(|finding| !disks(finding) && !not_offered(finding)) {
         let aside = ASIDE.contains(&finding["rule"].as_str().unwrap()) || finding["seen"] == "no check is about it";
         assert!(finding["verdict"] == "kept" || aside, "{finding}");
@@ -82,6 +84,35 @@ fn our_own_network_interface_keeps_every_rule_with_frames_that_leave_and_that_co
         assert_eq!(report["rules"][rule], "kept", "{report:#}");
     }
     assert_eq!((&report["rules"]["I3"], &report["rules"]["I4"]), (&"kept".into(), &"kept".into()), "{report:#}");
+}
+
+#[test]
+fn our_own_back_ends_keep_the_rules_of_an_iommu() {
+    let folder = tempfile::tempdir().unwrap();
+    let (image, program) = (image(folder.path()).image, env!("CARGO_BIN_EXE_vhost-migrate"));
+    let disk = (format!("blk --image {} --queues 2", image.display()), "", ["split", "packed"].as_slice());
+    let frames = ["split transmit", "split receive", "packed transmit", "packed receive"].as_slice();
+    let net = ("net --loopback --queue-pairs 2".to_string(), "--feed=loop", frames);
+    for (kind, feed, all) in [disk, net] {
+        let socket = folder.path().join("iommu");
+        let socket = socket.to_str().unwrap();
+        let start = format!("{program} backend {kind} --iommu --socket {socket}");
+        let mut arguments = vec![socket, "--json", "--only", "T1,T2,T3,T4,T5,L5", "--restart", &start];
+        arguments.extend((!feed.is_empty()).then_some(feed));
+        let output = command(&arguments);
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(output.status.code(), Some(0), "{report:#}\n{}", text(&output.stderr));
+        let findings = report["report"]["findings"].as_array().unwrap();
+        for finding in findings {
+            assert!(finding["verdict"] == "kept" || finding["rule"] == "T5", "{finding}");
+        }
+        for (rule, rings) in ["T1", "T4", "L5"].iter().flat_map(|rule| all.iter().map(move |rings| (rule, rings))) {
+            let seen = findings.iter().any(|finding| finding["rule"] == *rule && finding["rings"] == *rings);
+            assert!(seen, "{rule} on {rings} was not checked: {report:#}");
+        }
+        assert_eq!((&report["rules"]["T2"], &report["rules"]["T3"]), (&"kept".into(), &"kept".into()), "{report:#}");
+        assert_eq!(report["rules"]["T5"], "not-tested", "it is offered");
+    }
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod channel;
 mod clumsy;
 mod command;
 mod healthy;
+mod iommu;
 mod rules;
 mod state;
 mod wire;

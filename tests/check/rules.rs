@@ -11,6 +11,7 @@ use vhost_migrate::check::{Feed, Options, RULES, Report, Rings, Verdict};
 use crate::bend::Bend;
 use crate::bent::{Backend, checked};
 use crate::channel::Channel;
+use crate::iommu::Iommu;
 use crate::state::State;
 
 /// A bend, the rules that are checked, as ids or as what ids begin with, and those of them that it breaks.
@@ -93,6 +94,17 @@ const STATE: &[Row] = &[
     (Bend::State(State::AnyDirection), "D", &["D1"]),
 ];
 
+const IOMMU: &[Row] = &[
+    (Bend::Iommu(Iommu::Untranslated), "T1 T4", &["T1", "T4"]),
+    (Bend::Iommu(Iommu::Offended), "T L5", &["T1"]),
+    (Bend::Iommu(Iommu::BaseWaits), "T1 T2 T3 L5", &["T1"]),
+    (Bend::Iommu(Iommu::Strict), "T L5", &["T2"]),
+    (Bend::Iommu(Iommu::Stale), "T L5", &["T3"]),
+    (Bend::Iommu(Iommu::Hasty), "T3", &["T3"]),
+    (Bend::Iommu(Iommu::Contiguous), "T L5", &["T4"]),
+    (Bend::Iommu(Iommu::MarksIova), "T1 T3 L5", &["L5"]),
+];
+
 /// Bends that are about split rings, in the way they are made, or take all the time there is.
 const SPLIT: &[Bend] = &[
     Bend::NeedsEnable,
@@ -103,6 +115,8 @@ const SPLIT: &[Bend] = &[
     Bend::NoCounters,
     Bend::Channel(Channel::NoCalls),
     Bend::Channel(Channel::NoKicks),
+    Bend::Iommu(Iommu::BaseWaits),
+    Bend::Iommu(Iommu::Hasty),
 ];
 
 /// Bends that show by what happens where nothing may: only they are watched for as long as usual.
@@ -129,6 +143,7 @@ fn broken(report: &Report) -> BTreeSet<&'static str> {
 #[case::inflight(INFLIGHT, false)]
 #[case::channel(CHANNEL, true)]
 #[case::state(STATE, true)]
+#[case::iommu(IOMMU, true)]
 fn a_back_end_that_breaks_a_rule_is_found_by_that_and_by_no_other(#[case] rows: &[Row], #[case] every_check: bool) {
     let mut passed = BTreeSet::new();
     let mut failed = BTreeSet::new();
@@ -156,10 +171,10 @@ fn a_back_end_that_breaks_nothing_is_not_blamed_and_every_check_is_one_that_some
         of.all(|finding| finding.what == RULES.iter().find(|(id, _)| *id == rule).unwrap().1)
     };
     let checked: BTreeSet<&str> = RULES.iter().map(|(id, _)| *id).filter(|id| !unchecked(id)).collect();
-    let rows = [FRAMING, RINGS, LOG, INFLIGHT, CHANNEL, STATE].into_iter().flatten();
+    let rows = [FRAMING, RINGS, LOG, INFLIGHT, CHANNEL, STATE, IOMMU].into_iter().flatten();
     let failed: BTreeSet<&str> = rows.flat_map(|(.., breaks)| *breaks).chain(ELSEWHERE).copied().collect();
-    // Whether in-flight requests may migrate is no duty.
-    assert_eq!(checked.difference(&failed).copied().collect::<Vec<_>>(), ["I8"], "{report}");
+    // Whether in-flight requests may migrate is no duty, nor is an IOMMU.
+    assert_eq!(checked.difference(&failed).copied().collect::<Vec<_>>(), ["I8", "T5"], "{report}");
 }
 
 #[test]
@@ -171,6 +186,9 @@ fn what_costs_and_breaks_nothing_is_a_warning() {
     let report = checked(Bend::SuccessorMarksItsOwn, Options { only: named("L15 L8"), ..Options::default() });
     assert_eq!(report.rules().get("L15"), Some(&Verdict::Warning), "{report}");
     assert!(!report.is_broken(), "{report}");
+    let report = checked(Bend::Iommu(Iommu::Lenient), Options { only: named("T"), ..Options::default() });
+    assert!(!report.is_broken(), "{report}");
+    assert_eq!(report.rules().get("T2"), Some(&Verdict::Warning), "{report}");
     let report = checked(Bend::EmptyLog, Options { only: named("L2"), hostile: true, ..Options::default() });
     let log = report.findings.iter().find(|finding| finding.what.starts_with("hostile")).unwrap();
     assert_eq!(log.verdict, Verdict::Warning, "{report}");

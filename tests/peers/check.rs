@@ -15,6 +15,8 @@ use crate::process::Lab;
 use crate::testpmd::Testpmd;
 
 const IMAGE_BYTES: u64 = 16 << 20;
+/// Rules about an IOMMU.
+const IOMMU: [&str; 6] = ["T1", "T2", "T3", "T4", "T5", "L5"];
 
 #[test]
 fn the_storage_daemon_breaks_what_the_documentation_says_and_nothing_else() {
@@ -33,8 +35,8 @@ fn the_storage_daemon_breaks_what_the_documentation_says_and_nothing_else() {
     let broken: BTreeSet<_> = of(Verdict::Broken).into_iter().filter(is_sure).collect();
     assert_eq!(broken, BTreeSet::from(expected), "{report}");
     assert_eq!(of(Verdict::Warning), BTreeSet::from(["F7", "R1"]), "{report}");
-    let absent = ["I1", "I2", "I3", "I5", "I6", "I7", "I8", "L4", "L15", "B3", "D1"];
-    assert_eq!(of(Verdict::NotOffered), BTreeSet::from(absent), "{report}");
+    let absent = ["I1", "I2", "I3", "I5", "I6", "I7", "I8", "L4", "L15", "B3", "D1"].into_iter().chain(IOMMU);
+    assert_eq!(of(Verdict::NotOffered), absent.collect(), "{report}");
     // The log is what a migration rests on, and the disk is as it was.
     for rule in ["L1", "L2", "L7", "L10", "L11", "M1", "R4", "R5", "R6", "R8", "B1"] {
         assert_eq!(rules.get(rule), Some(&Verdict::Kept), "{rule}\n{report}");
@@ -79,8 +81,8 @@ fn a_disk_of_rust_vmms_crates_breaks_what_the_documentation_says_and_nothing_els
     assert_eq!(of(Verdict::Warning), BTreeSet::from([("L3", "data follows LOG_ALL, the used ring follows F_LOG")]));
     let rules = report.rules();
     let absent: BTreeSet<_> = rules.iter().filter(|(_, v)| **v == Verdict::NotOffered).map(|(rule, _)| *rule).collect();
-    let expected = ["I1", "I2", "I3", "I5", "I6", "I7", "I8", "L4", "L15", "B1", "B3", "D1"];
-    assert_eq!(absent, BTreeSet::from(expected), "{report}");
+    let expected = ["I1", "I2", "I3", "I5", "I6", "I7", "I8", "L4", "L15", "B1", "B3", "D1"].into_iter().chain(IOMMU);
+    assert_eq!(absent, expected.collect(), "{report}");
     for rule in ["F2", "F3", "F4", "F7", "F8", "C1", "R1", "R2", "R3", "R4", "R5", "R6", "R7", "R8", "R9"] {
         assert_eq!(rules.get(rule), Some(&Verdict::Kept), "{rule}\n{report}");
     }
@@ -92,13 +94,14 @@ fn a_disk_of_rust_vmms_crates_breaks_what_the_documentation_says_and_nothing_els
 
 /// The report on a testpmd that outlived it. Now and then one doesn't: its worker is not done with a ring that is stopped, and
 /// faults. The report says so, and another one is started.
-fn of_testpmd() -> Report {
+fn of_testpmd(port: &str, only: &[&'static str], seconds: u64) -> Report {
     for _ in 0..5 {
         let lab = Lab::new();
         let socket = lab.file("testpmd.sock");
-        let mut testpmd = Testpmd::backend(&lab, &socket, 2);
-        let options =
-            Options { feed: Some(Feed::Loop), pairs: Some(2), timeout: Duration::from_secs(20), ..Options::default() };
+        let mut testpmd = Testpmd::backend(&lab, &socket, 2, port);
+        let (feed, pairs) = (Some(Feed::Loop), Some(2));
+        let (only, timeout) = (only.to_vec(), Duration::from_secs(seconds));
+        let options = Options { feed, pairs, only, timeout, ..Options::default() };
         let report = check(&socket, &options).unwrap();
         if report.rules().get("R9") != Some(&Verdict::Broken) {
             return report;
@@ -110,7 +113,7 @@ fn of_testpmd() -> Report {
 
 #[test]
 fn dpdk_marks_no_used_descriptors_of_packed_rings_and_takes_the_offset_of_a_log_twice() {
-    let report = of_testpmd();
+    let report = of_testpmd("", &[], 20);
     let of = |verdict| {
         let findings = report.findings.iter().filter(move |finding| finding.verdict == verdict);
         findings.map(|finding| (finding.rule, finding.rings)).collect::<BTreeSet<_>>()
@@ -142,6 +145,31 @@ fn dpdk_marks_no_used_descriptors_of_packed_rings_and_takes_the_offset_of_a_log_
     ] {
         assert!(kept.contains(&found), "{found:?}\n{report}");
     }
+}
+
+#[test]
+fn dpdk_behind_an_iommu_takes_what_is_contiguous_for_the_driver_to_be_so_in_memory() {
+    let report = of_testpmd(",iommu-support=1", &IOMMU, 8);
+    let of = |verdict| {
+        let findings = report.findings.iter().filter(move |finding| finding.verdict == verdict);
+        findings.map(|finding| (finding.rule, finding.rings)).collect::<BTreeSet<_>>()
+    };
+    let broken = of(Verdict::Broken);
+    for rings in ["split receive", "packed receive"] {
+        assert!(broken.contains(&("T1", rings)) && broken.contains(&("T4", rings)), "{rings}\n{report}");
+    }
+    for rings in ["split transmit", "packed transmit"] {
+        assert!(broken.contains(&("T4", rings)), "{rings}\n{report}");
+    }
+    // Where rings lie in one piece and no data is written, it does as it should.
+    let split_transmit = broken.iter().filter(|(_, rings)| *rings == "split transmit");
+    assert_eq!(split_transmit.collect::<Vec<_>>(), [&("T4", "split transmit")], "{report}");
+    let kept = of(Verdict::Kept);
+    for found in [("T1", "split transmit"), ("T3", "split transmit"), ("L5", "split transmit")] {
+        assert!(kept.contains(&found), "{found:?}\n{report}");
+    }
+    let warned = ["split transmit", "packed transmit"].map(|rings| ("T2", rings));
+    assert_eq!(of(Verdict::Warning), BTreeSet::from(warned), "{report}");
 }
 
 /// Checks our back-end on a new tap in a network namespace of its own, which goes with the check. `before` is done first.

@@ -91,7 +91,7 @@ impl Rig {
     fn new(packed: bool) -> Rig {
         let lab = Lab::new();
         let socket = lab.file("dpdk.sock");
-        let testpmd = Testpmd::backend(&lab, &socket, 1);
+        let testpmd = Testpmd::backend(&lab, &socket, 1, "");
         let features =
             bit(VIRTIO_F_VERSION_1) | bit(VIRTIO_NET_F_MRG_RXBUF) | if packed { bit(VIRTIO_F_RING_PACKED) } else { 0 };
         let region = Region::share(sealed_memfd("guest", REGION).unwrap(), 0, REGION, 0).unwrap();

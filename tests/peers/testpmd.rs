@@ -19,9 +19,9 @@ pub(crate) struct Counters {
 }
 
 impl Testpmd {
-    /// A back-end that listens at `socket` and sends back what it receives.
-    pub(crate) fn backend(lab: &Lab, socket: &Path, queues: u16) -> Testpmd {
-        let port = format!("net_vhost0,iface={},queues={queues}", socket.display());
+    /// A back-end that listens at `socket` and sends back what it receives. `options` are its port's.
+    pub(crate) fn backend(lab: &Lab, socket: &Path, queues: u16, options: &str) -> Testpmd {
+        let port = format!("net_vhost0,iface={},queues={queues}{options}", socket.display());
         let mut testpmd = Testpmd::start(lab, "librte_net_vhost.so", &port, queues, "--forward-mode=io");
         wait_for("testpmd listens", || {
             testpmd.0.assert_running();

@@ -3,9 +3,11 @@
 //! The lower region holds the rings, the heads of requests and their status bytes; the upper one, above 4 GiB, holds
 //! data. A request has a slot: its place for each of these. No page is written by both sides, but those of rings.
 
+mod iommu;
 mod pages;
 mod requests;
 
+pub(super) use iommu::{Iommu, Scatter};
 pub(super) use pages::{Pages, changed, harvest, noise, pages};
 pub(super) use requests::Size;
 
@@ -26,7 +28,7 @@ use crate::abi::vhost_user::{
     Header, LogDescription, MemoryHeader, MemoryRegion, Request as Code, VHOST_F_LOG_ALL,
     VHOST_USER_F_PROTOCOL_FEATURES, VHOST_VRING_F_LOG, VringAddr, VringState, protocol_feature,
 };
-use crate::abi::virtio::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MQ};
+use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MQ};
 use crate::dirty::Log;
 use crate::memory::{Memory, Region, sealed_memfd};
 use crate::ring::{Buffer, RingBase};
@@ -76,6 +78,8 @@ pub(super) struct Rig {
     pub(super) timeout: Duration,
     pub(super) settle: Duration,
     pub(super) memory: Memory,
+    /// What stands between the device and guest memory: all addresses but those of regions are I/O virtual then.
+    iommu: Option<Iommu>,
     /// The ring that requests go to.
     pub(super) ring: Queue,
     /// More of them.
@@ -111,18 +115,26 @@ pub(super) struct Plan {
     /// Rings for requests.
     pub(super) rings: usize,
     pub(super) source: Option<Source>,
+    /// Whether there is an IOMMU, and how.
+    pub(super) iommu: Option<Scatter>,
 }
 
 impl Rig {
     /// Greets, acknowledges features as far as they are offered, and hands memory over.
     pub(super) fn new(link: Link, offer: Offer, options: &Options, plan: Plan) -> Result<Rig, Fault> {
-        let Plan { subject, shape: Shape { packed, flow }, features, rings, source } = plan;
+        let Plan { subject, shape: Shape { packed, flow }, features, rings, source, iommu } = plan;
         let share = |gpa, bytes| {
             let fd = sealed_memfd("check", bytes)?;
             Ok::<_, Fault>(Arc::new(Region::share(fd, gpa, bytes, 0)?))
         };
         let memory = Memory::new([share(0, LOW_BYTES)?, share(HIGH, HIGH_BYTES)?])?;
+        let iommu = iommu.map(|scatter| Iommu::new(&memory, scatter)).transpose()?;
+        let mut protocol = PROTOCOL;
         let mut wanted = bit(VIRTIO_F_VERSION_1) | bit(VHOST_USER_F_PROTOCOL_FEATURES) | features;
+        if iommu.is_some() {
+            wanted |= bit(VIRTIO_F_ACCESS_PLATFORM);
+            protocol |= bit(protocol_feature::BACKEND_REQ);
+        }
         wanted |= u64::from(packed) << VIRTIO_F_RING_PACKED;
         // Of a disk, queues need no feature of the device.
         wanted |= u64::from(rings > 1 && flow != Flow::Requests) << VIRTIO_NET_F_MQ;
@@ -131,7 +143,8 @@ impl Rig {
         if places > MAX_RINGS {
             return Err(Fault::System(std::io::Error::other("no room for so many rings")));
         }
-        let queue = |index: u32| Queue::new(&memory, index, index as usize, options.queue_size, features);
+        let view = iommu.as_ref().map_or(&memory, |iommu| &iommu.view).clone();
+        let queue = |index: u32| Queue::new(&view, index, index as usize, options.queue_size, features);
         let (main, other) = match flow {
             Flow::Requests => (0, None),
             Flow::Receive => (0, Some(1)),
@@ -144,7 +157,7 @@ impl Rig {
         let rig = Rig {
             link,
             offer,
-            protocol: offer.protocol & PROTOCOL,
+            protocol: offer.protocol & protocol,
             subject,
             flow,
             timeout: options.timeout,
@@ -153,6 +166,7 @@ impl Rig {
             more,
             others: others.transpose()?.unwrap_or_default(),
             memory,
+            iommu,
             source,
             features,
             made: 0,
@@ -203,6 +217,10 @@ impl Rig {
             self.link.ask_number(Code::GET_PROTOCOL_FEATURES)?;
             self.link.send(Code::SET_PROTOCOL_FEATURES, Header::FLAG_VERSION, self.protocol.as_bytes(), &[])?;
         }
+        if let Some(iommu) = &self.iommu {
+            let channel = iommu.channel(self.link.another()?)?;
+            self.done(Code::SET_BACKEND_REQ_FD, &[], &[channel.as_fd()])?;
+        }
         self.done(Code::SET_FEATURES, self.features.as_bytes(), &[])
     }
 
@@ -240,10 +258,9 @@ impl Rig {
         self.done(Code::SET_MEM_TABLE, &self.table(), &self.fds())
     }
 
-    /// The front-end's address of a guest-physical one.
-    fn user(&self, gpa: u64) -> u64 {
-        let region = self.memory.regions().iter().rev().find(|region| region.gpa() <= gpa);
-        region.map_or(0, |region| region.user_addr().wrapping_add(gpa - region.gpa()))
+    /// How messages speak of a part of a ring: behind an IOMMU as the driver does.
+    fn ring_addr(&self, at: u64) -> u64 {
+        if self.iommu.is_some() { at } else { user_addr(&self.memory, at) }
     }
 
     /// The payload of SET_VRING_ADDR; `log_at` is `log_guest_addr`, with which F_LOG is set.
@@ -252,9 +269,9 @@ impl Rig {
         VringAddr {
             index: queue.index,
             flags: u32::from(log_at.is_some()) << VHOST_VRING_F_LOG,
-            desc_user_addr: self.user(desc),
-            used_user_addr: self.user(device),
-            avail_user_addr: self.user(driver),
+            desc_user_addr: self.ring_addr(desc),
+            used_user_addr: self.ring_addr(device),
+            avail_user_addr: self.ring_addr(driver),
             log_guest_addr: log_at.unwrap_or(device),
         }
     }
@@ -318,7 +335,8 @@ impl Rig {
 
     /// Starts the driver of the first ring over, elsewhere; nothing may be in flight.
     pub(super) fn move_to(&mut self, at: u16) -> Result<(), Fault> {
-        self.ring.move_to(&self.memory, at)
+        let view = self.view().clone();
+        self.ring.move_to(&view, at)
     }
 
     /// All rings start where their drivers are, whatever was answered.
@@ -417,6 +435,12 @@ pub(super) fn soon(patience: Duration, mut is_so: impl FnMut() -> Result<bool, F
         thread::sleep(LOOK);
     }
     Ok(true)
+}
+
+/// The front-end's address of a guest-physical one.
+fn user_addr(memory: &Memory, gpa: u64) -> u64 {
+    let region = memory.regions().iter().rev().find(|region| region.gpa() <= gpa);
+    region.map_or(0, |region| region.user_addr().wrapping_add(gpa - region.gpa()))
 }
 
 /// A region as messages describe it.

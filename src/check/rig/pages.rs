@@ -8,39 +8,52 @@ use super::{FRAMES, FRAMES_BYTES, HEAD, HEADS, Rig, SLOTS};
 use crate::check::Fault;
 use crate::check::queue::Queue;
 use crate::dirty::{Log, PageSet};
-use crate::memory::LOG_PAGE;
+use crate::memory::{LOG_PAGE, Memory};
 
 pub(in crate::check) type Pages = BTreeSet<u64>;
 
 impl Rig {
     /// A hash of every page of guest memory.
     pub(in crate::check) fn hashes(&self) -> Result<Vec<(u64, u64)>, Fault> {
-        let mut hashes = Vec::new();
-        let mut page = [0; LOG_PAGE as usize];
-        for region in self.memory.regions() {
-            for gpa in (region.gpa()..region.gpa() + region.size()).step_by(LOG_PAGE as usize) {
-                self.memory.read(gpa, &mut page)?;
-                hashes.push((gpa / LOG_PAGE, XxHash3_64::oneshot(&page)));
-            }
-        }
-        Ok(hashes)
+        let regions = self.memory.regions().iter();
+        hashes(&self.memory, regions.flat_map(|region| pages(region.gpa(), region.size())))
+    }
+
+    /// The same of some pages.
+    pub(in crate::check) fn hashes_of(&self, pages: &Pages) -> Result<Vec<(u64, u64)>, Fault> {
+        hashes(&self.memory, pages.iter().copied())
+    }
+
+    /// The same as the driver sees them.
+    pub(in crate::check) fn seen(&self) -> Result<Vec<(u64, u64)>, Fault> {
+        let regions = self.view().regions().iter();
+        hashes(self.view(), regions.flat_map(|region| pages(region.gpa(), region.size())))
     }
 
     /// Pages that only the driver writes, and so has changed itself.
     pub(in crate::check) fn own(&self) -> Pages {
         let rings = self.all().flat_map(Queue::own);
-        rings.chain(pages(HEADS, SLOTS * HEAD)).chain(pages(FRAMES, FRAMES_BYTES)).collect()
+        self.places(rings.chain(pages(HEADS, SLOTS * HEAD)).chain(pages(FRAMES, FRAMES_BYTES))).collect()
     }
 
     /// Pages of the rings that the device writes.
     pub(in crate::check) fn used_ring(&self) -> Pages {
-        self.all().flat_map(Queue::written).collect()
+        self.places(self.all().flat_map(Queue::written)).collect()
     }
 
     /// Those of the rings that requests go to.
     pub(in crate::check) fn used_rings(&self) -> Pages {
-        self.rings().flat_map(Queue::written).collect()
+        self.places(self.rings().flat_map(Queue::written)).collect()
     }
+}
+
+fn hashes(memory: &Memory, pages: impl Iterator<Item = u64>) -> Result<Vec<(u64, u64)>, Fault> {
+    let mut bytes = [0; LOG_PAGE as usize];
+    let mut hash = |page| {
+        memory.read(page * LOG_PAGE, &mut bytes)?;
+        Ok((page, XxHash3_64::oneshot(&bytes)))
+    };
+    pages.map(&mut hash).collect()
 }
 
 /// The pages of a range of bytes, which is not empty.

@@ -65,18 +65,18 @@ impl Rig {
         match (self.flow, &self.subject) {
             (Flow::Requests, Subject::Disk(disk)) => {
                 let (head, len) = disk.read(self.made, wanted);
-                self.memory.write(gpa, &noise(self.made + 1, len))?;
+                self.view().write(gpa, &noise(self.made + 1, len))?;
                 self.add_request(slot, head, Buffer { gpa, len })
             }
             (Flow::Receive, _) => {
                 let data = Buffer { gpa, len: (HEADER + LONGEST) as u32 };
-                self.memory.write(gpa, &noise(self.made + 1, data.len))?;
-                self.lent.extend(pages(gpa, data.len.into()));
+                self.view().write(gpa, &noise(self.made + 1, data.len))?;
+                self.lend(data);
                 self.give(slot, data, &[], &[data])
             }
             (Flow::Transmit, _) | (Flow::Requests, Subject::Net) => {
                 let packet = [&[0; HEADER], net::frame(&net::payload(self.made, self.long)).as_slice()].concat();
-                self.memory.write(gpa, &packet)?;
+                self.view().write(gpa, &packet)?;
                 let data = Buffer { gpa, len: packet.len() as u32 };
                 self.give(slot, data, &[data], &[])
             }
@@ -91,17 +91,23 @@ impl Rig {
         data: Buffer,
     ) -> Result<(), Fault> {
         let (head_at, status) = (HEADS + slot as u64 * HEAD, STATUSES + slot as u64 * LOG_PAGE);
-        self.memory.write(head_at, head.as_bytes())?;
-        self.memory.write(status, &[NO_STATUS])?;
+        self.view().write(head_at, head.as_bytes())?;
+        self.view().write(status, &[NO_STATUS])?;
         let reads = head.request_type.get() == VIRTIO_BLK_T_IN;
         let head = Buffer { gpa: head_at, len: size_of_val(&head) as u32 };
         let status = Buffer { gpa: status, len: 1 };
-        self.lent.insert(status.gpa / LOG_PAGE);
+        self.lend(status);
         if !reads {
             return self.give(slot, data, &[head, data], &[status]);
         }
-        self.lent.extend(pages(data.gpa, data.len.into()));
+        self.lend(data);
         self.give(slot, data, &[head], &[data, status])
+    }
+
+    /// The device may write here.
+    fn lend(&mut self, buffer: Buffer) {
+        let places: Vec<u64> = self.places(pages(buffer.gpa, buffer.len.into())).collect();
+        self.lent.extend(places);
     }
 
     /// Adds a request to the ring whose turn it is.
@@ -129,6 +135,7 @@ impl Rig {
 
     /// Brings in the frames that are due.
     pub(in crate::check) fn feed(&mut self) -> Result<(), Fault> {
+        let view = self.view().clone();
         let rings = std::iter::once(&mut self.ring).chain(&mut self.more);
         for (number, queue) in rings.enumerate() {
             while queue.due > 0 {
@@ -136,7 +143,7 @@ impl Rig {
                 let sent = match &mut self.source {
                     None => break,
                     Some(Source::Loop) => match self.others.get_mut(number) {
-                        Some(other) => net::send(other, &self.memory, self.fed, &payload)?,
+                        Some(other) => net::send(other, &view, self.fed, &payload)?,
                         None => false,
                     },
                     Some(Source::Interface(socket)) => {
@@ -172,12 +179,12 @@ impl Rig {
         match self.flow {
             Flow::Transmit => Ok(true),
             Flow::Receive => {
-                self.came += u64::from(net::received(&self.memory, data, used.len)?);
+                self.came += u64::from(net::received(self.view(), data, used.len)?);
                 Ok(true)
             }
             Flow::Requests => {
                 let mut status = [NO_STATUS];
-                self.memory.read(STATUSES + slot as u64 * LOG_PAGE, &mut status)?;
+                self.view().read(STATUSES + slot as u64 * LOG_PAGE, &mut status)?;
                 match status {
                     [NO_STATUS] => Err(Fault::Breach("a request was completed without a status".into())),
                     [status] if Disk::worked(status) => Ok(true),

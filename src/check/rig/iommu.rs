@@ -1,0 +1,299 @@
+//! The IOMMU of the guest: what its driver says are I/O virtual addresses, and misses of the device are answered
+//! (rule T1).
+//!
+//! They have the numbers of guest-physical addresses, but each page is in the place of another: an access that is not
+//! translated lands in guest memory, where nothing is expected. A thread answers, whatever else is waited for.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+use super::{HIGH, HIGH_BYTES, LOW_BYTES, Rig, user_addr};
+use crate::abi::vhost::{
+    VHOST_ACCESS_RW, VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_MISS, VHOST_IOTLB_UPDATE,
+};
+use crate::abi::vhost_user::{BackendRequest, Header, IotlbMsg, Request as Code};
+use crate::check::Fault;
+use crate::check::queue::RING;
+use crate::memory::{Access, Iotlb, LOG_PAGE, Memory, Window};
+use crate::sys::socket;
+
+/// Pages that keep their order where rings shall lie in one piece: those of one ring.
+const BLOCK: u64 = RING / LOG_PAGE;
+/// Longest message of a back-end over its channel.
+const MAX_MESSAGE: u32 = 4096;
+
+/// How the lower region, with the rings in it, is scattered; data always is by pages.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(in crate::check) enum Scatter {
+    /// Each ring lies in one piece, somewhere else.
+    Rings,
+    /// Each page lies somewhere else.
+    Pages,
+}
+
+/// The IOMMU of a rig.
+pub(in crate::check) struct Iommu {
+    state: Arc<Mutex<State>>,
+    /// Guest memory as the driver sees it.
+    pub(in crate::check) view: Memory,
+    /// Hears the device over the channel that it was given last.
+    ear: RefCell<Option<Ear>>,
+}
+
+/// What the driver has mapped, and what the device has asked for.
+struct State {
+    memory: Memory,
+    /// Guest-physical page and permission, by I/O virtual page.
+    map: BTreeMap<u64, (u64, u8)>,
+    /// Pages whose misses are answered later, and those of them that were asked for.
+    held: BTreeSet<u64>,
+    due: BTreeSet<u64>,
+    /// How often each page was asked for.
+    asked: BTreeMap<u64, u64>,
+    /// What a device may not say.
+    odd: Option<String>,
+}
+
+/// The front-end's end of the channel; the thread ends when it is dropped.
+struct Ear {
+    socket: UnixStream,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Ear {
+    fn drop(&mut self) {
+        let _ = self.socket.shutdown(Shutdown::Both);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Iommu {
+    pub(super) fn new(memory: &Memory, scatter: Scatter) -> Result<Iommu, Fault> {
+        let block = if scatter == Scatter::Rings { BLOCK } else { 1 };
+        let (low, high) = (shuffled(0, LOW_BYTES, block), shuffled(HIGH, HIGH_BYTES, 1));
+        let map = low.chain(high).map(|(page, place)| (page, (place, VHOST_ACCESS_RW))).collect();
+        let (held, due, asked) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
+        let state = State { memory: memory.clone(), map, held, due, asked, odd: None };
+        let view = state.view()?;
+        Ok(Iommu { state: Arc::new(Mutex::new(state)), view, ear: RefCell::default() })
+    }
+
+    /// A channel to be given to the device, whose misses are answered over `connection` from now on.
+    pub(super) fn channel(&self, connection: UnixStream) -> Result<OwnedFd, Fault> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let (heard, state) = (ours.try_clone()?, self.state.clone());
+        let thread = thread::Builder::new().name("iommu".into()).spawn(move || answer(heard, &connection, &state))?;
+        *self.ear.borrow_mut() = Some(Ear { socket: ours, thread: Some(thread) });
+        Ok(theirs.into())
+    }
+
+    /// The guest-physical page of an I/O virtual one.
+    pub(in crate::check) fn place(&self, page: u64) -> u64 {
+        self.lock().map.get(&page).map_or(page, |(place, _)| *place)
+    }
+
+    /// Changes what the device may do in a page. It is not told.
+    pub(in crate::check) fn permit(&self, page: u64, permission: u8) {
+        if let Some((_, permitted)) = self.lock().map.get_mut(&page) {
+            *permitted = permission;
+        }
+    }
+
+    /// Puts off answers about these pages, until they are [released](Rig::release).
+    pub(in crate::check) fn hold(&self, pages: impl IntoIterator<Item = u64>) {
+        self.lock().held.extend(pages);
+    }
+
+    /// How often the device has asked for a page.
+    pub(in crate::check) fn asked(&self, page: u64) -> u64 {
+        self.lock().asked.get(&page).copied().unwrap_or_default()
+    }
+
+    /// How often it has asked at all, if it has said nothing else.
+    ///
+    /// # Errors
+    /// [`Fault::Breach`] with what it said.
+    pub(in crate::check) fn misses(&self) -> Result<u64, Fault> {
+        let state = self.lock();
+        match &state.odd {
+            None => Ok(state.asked.values().sum()),
+            Some(odd) => Err(Fault::Breach(odd.clone())),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+}
+
+impl Rig {
+    /// Guest memory as the driver sees it.
+    pub(in crate::check) fn view(&self) -> &Memory {
+        self.iommu.as_ref().map_or(&self.memory, |iommu| &iommu.view)
+    }
+
+    /// The IOMMU that there has to be.
+    pub(in crate::check) fn iommu(&self) -> Result<&Iommu, Fault> {
+        self.iommu.as_ref().ok_or_else(|| Fault::NotOffered("ACCESS_PLATFORM".into()))
+    }
+
+    /// The guest-physical pages of pages of the driver's.
+    pub(in crate::check) fn places(&self, pages: impl Iterator<Item = u64>) -> impl Iterator<Item = u64> {
+        pages.map(|page| self.iommu.as_ref().map_or(page, |iommu| iommu.place(page)))
+    }
+
+    /// Says that `bytes` at `iova` are not where they were; nobody uses the old place when it returns (rule T3).
+    pub(in crate::check) fn invalidate(&self, iova: u64, bytes: u64) -> Result<(), Fault> {
+        let message = IotlbMsg { iova, size: bytes, kind: VHOST_IOTLB_INVALIDATE, ..IotlbMsg::new_zeroed() };
+        self.done(Code::IOTLB_MSG, message.as_bytes(), &[])
+    }
+
+    /// Pages trade places, two by two, with their contents left where they are. Neither the device is told nor does the
+    /// driver see it before it [looks again](Rig::look_again).
+    pub(in crate::check) fn trade(&self, pairs: impl IntoIterator<Item = (u64, u64)>) -> Result<(), Fault> {
+        let map = &mut self.iommu()?.lock().map;
+        for (one, other) in pairs {
+            if let (Some(here), Some(there)) = (map.get(&one).copied(), map.get(&other).copied()) {
+                map.insert(one, there);
+                map.insert(other, here);
+            }
+        }
+        Ok(())
+    }
+
+    /// Has the driver see what is mapped now.
+    pub(in crate::check) fn look_again(&mut self) -> Result<(), Fault> {
+        if let Some(iommu) = &mut self.iommu {
+            let view = iommu.lock().view()?;
+            iommu.view = view;
+        }
+        Ok(())
+    }
+
+    /// Answers what was put off, and puts off nothing more.
+    pub(in crate::check) fn release(&self) -> Result<(), Fault> {
+        let mut state = self.iommu()?.lock();
+        state.held.clear();
+        for page in std::mem::take(&mut state.due) {
+            let message = state.update(page);
+            self.link.send(Code::IOTLB_MSG, Header::FLAG_VERSION, message.as_bytes(), &[])?;
+        }
+        Ok(())
+    }
+}
+
+impl State {
+    /// The translation of a page; it permits nothing where nothing is mapped.
+    fn update(&self, page: u64) -> IotlbMsg {
+        let (place, perm) = self.map.get(&page).copied().unwrap_or_default();
+        let uaddr = user_addr(&self.memory, place * LOG_PAGE);
+        let iova = page * LOG_PAGE;
+        IotlbMsg { iova, size: LOG_PAGE, uaddr, perm, kind: VHOST_IOTLB_UPDATE, ..IotlbMsg::new_zeroed() }
+    }
+
+    /// Guest memory in the order of I/O virtual addresses.
+    fn view(&self) -> Result<Memory, Fault> {
+        let iotlb = Iotlb::default();
+        for (page, (place, _)) in &self.map {
+            let user = user_addr(&self.memory, place * LOG_PAGE);
+            let known = iotlb.update(page * LOG_PAGE, LOG_PAGE, user, VHOST_ACCESS_RW);
+            known.map_err(|error| Fault::System(std::io::Error::other(error)))?;
+        }
+        let areas = [(0, LOW_BYTES, Access::ReadWrite), (HIGH, HIGH_BYTES, Access::ReadWrite)];
+        let window = Window::open(&self.memory, &iotlb, &areas, None);
+        Ok(window.map_err(|error| Fault::System(std::io::Error::other(error)))?.memory().clone())
+    }
+
+    /// What to say to a miss: what is acknowledged, and the translation, if it is told now.
+    fn missed(&mut self, asked: &IotlbMsg, acknowledged: bool) -> (u64, Option<IotlbMsg>) {
+        let page = asked.iova / LOG_PAGE;
+        *self.asked.entry(page).or_default() += 1;
+        if self.held.contains(&page) {
+            self.due.insert(page);
+            return (0, None);
+        }
+        let update = self.update(page);
+        match update.perm {
+            0 if acknowledged => (1, None),
+            _ => (0, Some(update)),
+        }
+    }
+}
+
+/// Answers the device until the channel ends.
+fn answer(mut channel: UnixStream, connection: &UnixStream, state: &Mutex<State>) {
+    let mut header = Header::new_zeroed();
+    while channel.read_exact(header.as_mut_bytes()).is_ok() {
+        let code = BackendRequest(header.request);
+        let mut body = vec![0; header.size.min(MAX_MESSAGE) as usize];
+        if channel.read_exact(&mut body).is_err() {
+            return;
+        }
+        let acknowledged = header.flags & Header::FLAG_NEED_REPLY != 0;
+        let asked = (code == BackendRequest::IOTLB_MSG).then(|| IotlbMsg::read_from_bytes(&body));
+        let mut answer = 0;
+        // A translation is on its way before anybody can change it (rule T3).
+        let mut state = lock(state);
+        match asked {
+            Some(Ok(asked)) if asked.kind == VHOST_IOTLB_MISS => {
+                let (acknowledgement, update) = state.missed(&asked, acknowledged);
+                answer = acknowledgement;
+                if let Some(update) = update {
+                    let size = size_of_val(&update) as u32;
+                    let header = Header { request: Code::IOTLB_MSG.0, flags: Header::FLAG_VERSION, size };
+                    let _ = socket::send(connection.as_fd(), &[header.as_bytes(), update.as_bytes()].concat(), &[]);
+                }
+            }
+            Some(Ok(asked)) if asked.kind == VHOST_IOTLB_ACCESS_FAIL => {}
+            Some(Ok(IotlbMsg { kind, .. })) => state.odd = Some(format!("it sent {code} of kind {kind}")),
+            Some(Err(_)) => state.odd = Some(format!("it sent {code} of {} bytes", body.len())),
+            // Others are about something else.
+            None => {}
+        }
+        if acknowledged {
+            let reply = Header { request: code.0, flags: Header::REPLY_FLAGS, size: size_of_val(&answer) as u32 };
+            let _ = channel.write_all(&[reply.as_bytes(), answer.as_bytes()].concat());
+        }
+    }
+}
+
+/// The pages of a region, and others of it in their place: blocks of pages change places, and none stays.
+fn shuffled(at: u64, bytes: u64, block: u64) -> impl Iterator<Item = (u64, u64)> {
+    let (first, blocks) = (at / LOG_PAGE, bytes / LOG_PAGE / block);
+    let place = move |page: u64| (page / block * 1001 + 333) % blocks * block + page % block;
+    (0..blocks * block).map(move |page| (first + page, first + place(page)))
+}
+
+/// What a thread has left that panicked with the lock is whole.
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_page_has_another_place_and_each_place_one_page() {
+        for (at, bytes, block) in [(0, LOW_BYTES, BLOCK), (0, LOW_BYTES, 1), (HIGH, HIGH_BYTES, 1)] {
+            let pages: BTreeMap<u64, u64> = shuffled(at, bytes, block).collect();
+            assert!(pages.iter().all(|(page, place)| page != place));
+            let places: BTreeSet<u64> = pages.values().copied().collect();
+            assert_eq!(places, pages.keys().copied().collect());
+            assert_eq!(places.len() as u64, bytes / LOG_PAGE);
+            let next = |page: u64, place: u64| pages.get(&(page + 1)) == Some(&(place + 1));
+            let neighbours = pages.iter().filter(|(page, place)| next(**page, **place)).count() as u64;
+            assert_eq!(neighbours, bytes / LOG_PAGE / block * (block - 1), "only blocks stay in one piece");
+        }
+    }
+}
