@@ -8,7 +8,8 @@
 //! | `queue` | one ring of it, split or packed |
 //! | `bench`, `shape` | the back-end under test, and the rings that a check is run on |
 //! | `blk`, `net` | what only a disk has, and only a network interface: requests and frames, rules of their own |
-//! | `framing`, `rings`, `order`, `log`, `marks`, `memory`, `inflight`, `iommu`, `state`, `channel`, `hostile` | the checks, a file per group of rules |
+//! | `framing`, `rings`, `order`, `log`, `marks`, `memory`, `inflight`, `iommu`, `state`, `channel`, `postcopy`, `hostile` | the checks, a file per group of rules |
+//! | `postman` | guest memory that was taken away, and who brings its pages |
 //! | `process` | the back-end's process, where it may be killed and started again |
 //! | `outcome`, `report` | what a check came to, and what was found in all |
 //!
@@ -34,6 +35,8 @@ mod net;
 mod options;
 mod order;
 mod outcome;
+mod postcopy;
+mod postman;
 mod process;
 mod queue;
 mod report;
@@ -116,8 +119,8 @@ pub fn check_watched(socket: &Path, options: &Options, watch: &mut dyn FnMut(&St
     let mut runs = Vec::new();
     let groups = [framing::CHECKS, blk::CHECKS, rings::CHECKS, order::CHECKS, log::CHECKS];
     let groups = groups.into_iter().chain([marks::CHECKS, memory::CHECKS, inflight::CHECKS]);
-    let groups = groups.chain([iommu::CHECKS, state::CHECKS, channel::CHECKS]);
-    for check in groups.chain([log::DEADLY, hostile::CHECKS]).flatten() {
+    let groups = groups.chain([iommu::CHECKS, state::CHECKS, channel::CHECKS, postcopy::CHECKS]);
+    for check in groups.chain([log::DEADLY, postcopy::DEADLY, hostile::CHECKS]).flatten() {
         let mut shapes: Vec<Option<Shape>> = bench.shapes(check.when).into_iter().map(Some).collect();
         if shapes.is_empty() {
             shapes.push(None);

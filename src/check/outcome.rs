@@ -14,6 +14,9 @@ use crate::ring::RingError;
 pub(super) enum Fault {
     #[error("{0} is not offered")]
     NotOffered(String),
+    /// The system does not let the back-end do it.
+    #[error("{0}")]
+    NotPossible(&'static str),
     #[error("no connection: {0}")]
     Connect(io::Error),
     #[error("the back-end hung up at {code}")]
@@ -65,8 +68,8 @@ impl From<Fault> for Outcome {
     fn from(fault: Fault) -> Outcome {
         let verdict = match &fault {
             Fault::NotOffered(_) => Verdict::NotOffered,
-            // Our own trouble says nothing of the back-end.
-            Fault::Memory(_) | Fault::Log(_) | Fault::System(_) => Verdict::NotTested,
+            // Our own trouble, or the system's, says nothing of the back-end.
+            Fault::NotPossible(_) | Fault::Memory(_) | Fault::Log(_) | Fault::System(_) => Verdict::NotTested,
             _ => Verdict::Broken,
         };
         Outcome(verdict, fault.to_string())

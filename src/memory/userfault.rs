@@ -103,11 +103,17 @@ impl Userfault {
         if !region.holds(offset, len) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let dst = region.host_ptr().addr() as u64 + offset;
+        self.place_at(region.host_ptr().addr() as u64 + offset, page)
+    }
+
+    /// The same at `address` in the process that made this, which may be another one. There is nothing to be placed but
+    /// where memory is registered and not there yet: `NotFound` elsewhere.
+    pub(crate) fn place_at(&self, address: u64, page: &[u8]) -> io::Result<bool> {
+        let (src, len) = (page.as_ptr().addr() as u64, page.len() as u64);
         loop {
-            let mut copy = abi::Copy { dst, src: page.as_ptr().addr() as u64, len, mode: 0, copied: 0 };
+            let mut copy = abi::Copy { dst: address, src, len, mode: 0, copied: 0 };
             // SAFETY: the struct is the one this ioctl reads and writes; the source is a slice of `len` bytes, and the
-            // destination is guest memory, which is only looked at through volatile views.
+            // destination is registered, so guest memory, which is only looked at through volatile views.
             match unsafe { abi::copy(self.0.as_raw_fd(), &mut copy) } {
                 Ok(_) => return Ok(true),
                 Err(Errno::EEXIST) => return Ok(false),

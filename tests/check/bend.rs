@@ -4,6 +4,7 @@ use vhost_migrate::abi::vhost_user::Request as Code;
 
 use crate::channel::Channel;
 use crate::iommu::Iommu;
+use crate::late::Late;
 use crate::state::State;
 
 /// What a back-end does wrong.
@@ -112,6 +113,8 @@ pub(crate) enum Bend {
     RegionKept,
     Iommu(Iommu),
     Channel(Channel),
+    /// Something in postcopy.
+    Postcopy(Late),
     /// Of a network interface, as a disk has no state.
     State(State),
 }

@@ -29,6 +29,7 @@ use crate::bend::Bend;
 use crate::channel::{Channel, Line};
 use crate::clumsy::{Clumsy, Files, Region};
 use crate::iommu::{Iommu, Translations, wait_for_all};
+use crate::late::Postcopy;
 use crate::state::{Passing, State};
 use crate::wire::{is_known, more_follows, receive, send};
 
@@ -229,12 +230,16 @@ enum End {
 
 /// Connects a front-end, and serves it with a bend until it is over.
 fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<Files>, bend: Bend) -> End {
-    let mut session = Session::new(device.clone());
     let mut rings = Bent::new(bend, device, files.clone());
+    // Ends first: workers that wait for pages are let go.
+    let mut session = Session::new(device.clone());
+    let mut postcopy = Postcopy::new(bend);
     let (mut seen_memory, mut seen_log, mut kept, mut passing) = (false, false, Vec::new(), Passing::default());
     files.forget();
     loop {
-        let Some(mut message) = receive(&mut socket, bend) else { return End::HungUp };
+        let Some(mut message) = receive(&mut socket, bend) else {
+            return if postcopy.hung_up() { End::Died } else { End::HungUp };
+        };
         let (code, flags, payload) = (message.code, message.flags, message.payload.clone());
         rings.code = code;
         rings.catch_up(rings.late.as_ref());
@@ -286,6 +291,10 @@ fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<Files>, b
             }),
             _ => {}
         }
+        if let Some((bytes, fd)) = postcopy.message(&mut message) {
+            send(&socket, &bytes, fd.as_ref());
+            continue;
+        }
         if refuse {
             message.payload.truncate(2);
         }
@@ -305,8 +314,12 @@ fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<Files>, b
                 Message { code: Code::SET_VRING_ENABLE, flags: 1, payload: vec![0, 0, 0, 0, 1, 0, 0, 0], fds: vec![] };
             session.message(enable, &mut rings);
         }
-        let reply = match step {
-            Step::Silence => continue,
+        let more = postcopy.more(code, flags, &payload);
+        let mut reply = match step {
+            Step::Silence => {
+                more.iter().for_each(|bytes| send(&socket, bytes, None));
+                continue;
+            }
             Step::Reply(reply) => reply,
             Step::Close(_) => return End::HungUp,
         };
@@ -342,7 +355,9 @@ fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<Files>, b
             }
             _ => {}
         }
+        postcopy.reply(code, &payload, &mut bytes, &mut reply.fd);
         send(&socket, &bytes, reply.fd.as_ref());
+        more.iter().for_each(|bytes| send(&socket, bytes, None));
         if (bend, code) == (Bend::State(State::Stalls), Code::SET_DEVICE_STATE_FD) && bytes[12] == 0 {
             passing.whole();
         }
@@ -370,8 +385,8 @@ impl Backend {
     /// A disk.
     pub(crate) fn start(bend: Bend) -> Backend {
         let folder = tempfile::tempdir().unwrap();
-        let iommu = matches!(bend, Bend::Iommu(_));
-        let disk = Disk::open(DiskOptions { iommu, ..image(folder.path()) }).unwrap();
+        let (iommu, postcopy) = (matches!(bend, Bend::Iommu(_)), matches!(bend, Bend::Postcopy(_)));
+        let disk = Disk::open(DiskOptions { iommu, postcopy, ..image(folder.path()) }).unwrap();
         let files = Arc::new(Files::default());
         let device: Arc<dyn Device> = Arc::new(Clumsy { disk, bend, files: files.clone() });
         Backend::serving(folder, device, files, bend)

@@ -15,6 +15,8 @@ const KEPT: &[&str] = &[
     "R10", "L1", "L2", "L3", "L4", "L6", "L7", "L8", "L9", "L10", "L11", "L12", "L15", "M1", "C1", "I1", "I2", "I3",
     "I4", "I5", "I6", "I7", "I9",
 ];
+/// Without --postcopy there is none.
+const NO_POSTCOPY: &str = "PAGEFAULT is not offered";
 /// What can't be seen from outside, or is behind an option that is off.
 const ASIDE: &[&str] = &["B2", "B4", "L13", "L14", "T5", "I8"];
 
@@ -38,7 +40,7 @@ fn our_own_back_end_keeps_every_rule_killed_and_attacked() {
     // What is left is what no check is about: nothing is passed over for want of an option.
     // A disk has no state beside its rings, and this one no IOMMU.
     let absent = ["DEVICE_STATE is not offered", "ACCESS_PLATFORM is not offered"];
-    let not_offered = |finding: &Value| absent.contains(&finding["seen"].as_str().unwrap());
+    let not_offered = |finding: &Value| absent.contains(&text_of(finding)) || text_of(finding).starts_with(NO_POSTCOPY);
     for finding in report["report"]["findings"].as_array().unwrap().iter().filter(|finding| !not_offered(finding)) {
         let aside = ASIDE.contains(&finding["rule"].as_str().unwrap()) || finding["seen"] == "no check is about it";
         assert!(finding["verdict"] == "kept" || aside, "{finding}");
@@ -64,7 +66,7 @@ fn our_own_network_interface_keeps_every_rule_with_frames_that_leave_and_that_co
     let disks = |finding: &Value| finding["seen"] == "a disk is not offered";
     // With device state there is no status (rule D1).
     let absent = ["STATUS is not offered", "ACCESS_PLATFORM is not offered"];
-    let not_offered = |finding: &Value| absent.contains(&finding["seen"].as_str().unwrap());
+    let not_offered = |finding: &Value| absent.contains(&text_of(finding)) || text_of(finding).starts_with(NO_POSTCOPY);
     for finding in findings.iter().filter(|finding| !disks(finding) && !not_offered(finding)) {
         let aside = ASIDE.contains(&finding["rule"].as_str().unwrap()) || finding["seen"] == "no check is about it";
         assert!(finding["verdict"] == "kept" || aside, "{finding}");
@@ -116,6 +118,34 @@ fn our_own_back_ends_keep_the_rules_of_an_iommu() {
 }
 
 #[test]
+fn our_own_back_ends_keep_the_rules_of_postcopy() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = image(folder.path()).image;
+    let (program, image) = (env!("CARGO_BIN_EXE_vhost-migrate"), image.to_str().unwrap());
+    let blk = (format!("blk --image {image}"), vec!["split", "packed"]);
+    let direct = (format!("blk --image {image} --direct --queues 2"), vec!["split", "packed"]);
+    let rings = ["split receive", "split transmit", "packed receive", "packed transmit"];
+    for (number, (device, rings)) in [blk, direct, ("net --loopback".into(), rings.to_vec())].into_iter().enumerate() {
+        let socket = folder.path().join(format!("postcopy-{number}"));
+        let socket = socket.to_str().unwrap();
+        let start = format!("{program} backend {device} --socket {socket} --postcopy");
+        let output = command(&[socket, "--json", "--only", "P1,M1,F3", "--restart", &start]);
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(output.status.code(), Some(0), "{report:#}\n{}", text(&output.stderr));
+        let findings = report["report"]["findings"].as_array().unwrap();
+        let of_postcopy = findings.iter().filter(|finding| finding["rule"] == "P1");
+        assert!(of_postcopy.clone().all(|finding| finding["verdict"] == "kept"), "{report:#}");
+        let seen_on: BTreeSet<&str> = of_postcopy.filter_map(|finding| finding["rings"].as_str()).collect();
+        assert_eq!(seen_on, rings.into_iter().chain([""]).collect(), "{report:#}");
+        let kept = |rule: &str| {
+            let mut of = findings.iter().filter(|finding| finding["rule"] == rule && finding["verdict"] == "kept");
+            of.any(|finding| finding["what"].as_str().unwrap().contains("postcopy"))
+        };
+        assert!(kept("M1") && kept("F3"), "{report:#}");
+    }
+}
+
+#[test]
 fn without_frames_that_come_in_the_rest_is_checked() {
     let folder = tempfile::tempdir().unwrap();
     let (socket, wire) = (folder.path().join("socket"), folder.path().join("wire"));
@@ -139,4 +169,9 @@ fn without_frames_that_come_in_the_rest_is_checked() {
     for rule in rules {
         assert_eq!(report["rules"][rule], "kept", "{report:#}");
     }
+}
+
+/// What a finding saw.
+fn text_of(finding: &Value) -> &str {
+    finding["seen"].as_str().unwrap()
 }

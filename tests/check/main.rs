@@ -8,6 +8,7 @@ mod clumsy;
 mod command;
 mod healthy;
 mod iommu;
+mod late;
 mod rules;
 mod state;
 mod wire;

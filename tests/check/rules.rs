@@ -12,6 +12,7 @@ use crate::bend::Bend;
 use crate::bent::{Backend, checked};
 use crate::channel::Channel;
 use crate::iommu::Iommu;
+use crate::late::Late;
 use crate::state::State;
 
 /// A bend, the rules that are checked, as ids or as what ids begin with, and those of them that it breaks.
@@ -105,6 +106,18 @@ const IOMMU: &[Row] = &[
     (Bend::Iommu(Iommu::MarksIova), "T1 T3 L5", &["L5"]),
 ];
 
+const POSTCOPY: &[Row] = &[
+    (Bend::Postcopy(Late::Nothing), "P F3 M1", &[]),
+    (Bend::Postcopy(Late::OtherFd), "P", &["P1"]),
+    (Bend::Postcopy(Late::FrontendAddresses), "P F3", &["P1"]),
+    (Bend::Postcopy(Late::SecondAnswer), "P F3", &["F3"]),
+    (Bend::Postcopy(Late::AnswersAcknowledgement), "P F3", &["F3"]),
+    (Bend::Postcopy(Late::TouchesFirst), "P F3", &["P1"]),
+    (Bend::Postcopy(Late::Rests), "P F3", &["P1"]),
+    (Bend::Postcopy(Late::EndRefused), "P", &["P1"]),
+    (Bend::Postcopy(Late::DiesOfHangUp), "P F3", &["P1", "R9"]),
+];
+
 /// Bends that are about split rings, in the way they are made, or take all the time there is.
 const SPLIT: &[Bend] = &[
     Bend::NeedsEnable,
@@ -144,11 +157,13 @@ fn broken(report: &Report) -> BTreeSet<&'static str> {
 #[case::channel(CHANNEL, true)]
 #[case::state(STATE, true)]
 #[case::iommu(IOMMU, true)]
+#[case::postcopy(POSTCOPY, false)]
 fn a_back_end_that_breaks_a_rule_is_found_by_that_and_by_no_other(#[case] rows: &[Row], #[case] every_check: bool) {
     let mut passed = BTreeSet::new();
     let mut failed = BTreeSet::new();
     for (bend, only, breaks) in rows {
-        let rings = SPLIT.contains(bend).then_some(Rings::Split);
+        let is_split = SPLIT.contains(bend) || matches!(bend, Bend::Postcopy(_));
+        let rings = is_split.then_some(Rings::Split);
         let usual = Options::default();
         let settle = if WATCHED.contains(bend) { usual.settle } else { Duration::from_millis(50) };
         let report = checked(*bend, Options { only: named(only), rings, settle, ..usual });
@@ -171,7 +186,7 @@ fn a_back_end_that_breaks_nothing_is_not_blamed_and_every_check_is_one_that_some
         of.all(|finding| finding.what == RULES.iter().find(|(id, _)| *id == rule).unwrap().1)
     };
     let checked: BTreeSet<&str> = RULES.iter().map(|(id, _)| *id).filter(|id| !unchecked(id)).collect();
-    let rows = [FRAMING, RINGS, LOG, INFLIGHT, CHANNEL, STATE, IOMMU].into_iter().flatten();
+    let rows = [FRAMING, RINGS, LOG, INFLIGHT, CHANNEL, STATE, IOMMU, POSTCOPY].into_iter().flatten();
     let failed: BTreeSet<&str> = rows.flat_map(|(.., breaks)| *breaks).chain(ELSEWHERE).copied().collect();
     // Whether in-flight requests may migrate is no duty, nor is an IOMMU.
     assert_eq!(checked.difference(&failed).copied().collect::<Vec<_>>(), ["I8", "T5"], "{report}");
@@ -195,6 +210,31 @@ fn what_costs_and_breaks_nothing_is_a_warning() {
     assert!(log.seen.ends_with("acknowledged as done: a log of no bytes"), "{report}");
     let report = checked(Bend::State(State::Stalls), Options { only: named("D"), ..Options::default() });
     assert_eq!(report.rules().get("D1"), Some(&Verdict::Warning), "{report}");
+}
+
+#[test]
+fn postcopy_that_is_odd_and_loses_nothing_is_a_warning_and_one_that_is_not_possible_is_not_tested() {
+    let odd = [
+        (Late::WithSlots, "M1", "PAGEFAULT and CONFIGURE_MEM_SLOTS"),
+        (Late::AdvisesAnybody, "P1", "answered with an fd"),
+        (Late::ListensAnyway, "P1", "acknowledged as done"),
+        (Late::MadeUp, "P1", "the next was served; "),
+    ];
+    for (late, rule, seen) in odd {
+        let options = Options { only: named("P F3 M1"), rings: Some(Rings::Split), ..Options::default() };
+        let report = checked(Bend::Postcopy(late), options);
+        assert!(!report.is_broken(), "{late:?}\n{report}");
+        let mut warned = report.findings.iter().filter(|finding| finding.verdict == Verdict::Warning);
+        let found = warned.next().unwrap();
+        assert!(found.rule == rule && found.seen.starts_with(seen) && warned.next().is_none(), "{late:?}\n{report}");
+    }
+    let report = checked(Bend::Postcopy(Late::NoFd), Options { only: named("P"), ..Options::default() });
+    assert_eq!(report.rules().get("P1"), Some(&Verdict::NotTested), "{report}");
+    assert!(report.findings.iter().all(|finding| finding.seen.contains("unprivileged_userfaultfd")), "{report}");
+    // Who does not offer it refuses it.
+    let report = checked(Bend::Nothing, Options { only: named("P"), ..Options::default() });
+    assert_eq!(report.rules().get("P1"), Some(&Verdict::NotOffered), "{report}");
+    assert!(report.findings.iter().any(|finding| finding.seen.contains("POSTCOPY_ADVISE is refused")), "{report}");
 }
 
 #[test]

@@ -9,7 +9,7 @@ mod requests;
 
 pub(super) use iommu::{Iommu, Scatter};
 pub(super) use pages::{Pages, changed, harvest, noise, pages};
-pub(super) use requests::Size;
+pub(super) use requests::{AGAIN, Size};
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -74,7 +74,7 @@ pub(super) struct Rig {
     /// Protocol features to agree on.
     pub(super) protocol: u64,
     subject: Subject,
-    flow: Flow,
+    pub(super) flow: Flow,
     pub(super) timeout: Duration,
     pub(super) settle: Duration,
     pub(super) memory: Memory,

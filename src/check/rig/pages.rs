@@ -36,6 +36,12 @@ impl Rig {
         self.places(rings.chain(pages(HEADS, SLOTS * HEAD)).chain(pages(FRAMES, FRAMES_BYTES))).collect()
     }
 
+    /// Pages that are written to bring frames in: those of the other rings, and frames.
+    pub(in crate::check) fn sending(&self) -> Pages {
+        let rings = self.others.iter().flat_map(|queue| &queue.own() | &queue.written());
+        rings.chain(pages(FRAMES, FRAMES_BYTES)).collect()
+    }
+
     /// Pages of the rings that the device writes.
     pub(in crate::check) fn used_ring(&self) -> Pages {
         self.places(self.all().flat_map(Queue::written)).collect()

@@ -18,7 +18,7 @@ use crate::memory::LOG_PAGE;
 use crate::ring::Buffer;
 
 /// A frame that has not come in by then is sent again: a back-end may drop what it has no room for.
-const AGAIN: Duration = Duration::from_millis(200);
+pub(in crate::check) const AGAIN: Duration = Duration::from_millis(200);
 
 /// A request in flight.
 #[derive(Clone, Copy)]

@@ -1,0 +1,172 @@
+//! Guest memory that was taken away, and who brings its pages to a back-end that waits for them (rule P1): through the
+//! userfaultfd that the back-end handed out, at the addresses that it answered with.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::Fault;
+use super::link::readable;
+use super::rig::{Pages, Rig};
+use crate::abi::vhost_user::MemoryRegion;
+use crate::memory::{LOG_PAGE, Memory, Userfault};
+
+/// Between two looks whether anything is left to do; nobody waits for that.
+const LOOK: Duration = Duration::from_secs(60);
+
+/// All bytes of a guest's memory, by region.
+#[derive(Clone)]
+pub(super) struct Contents(Vec<(u64, Vec<u8>)>);
+
+impl Contents {
+    pub(super) fn of(memory: &Memory) -> Result<Contents, Fault> {
+        let region = |gpa, size: u64| {
+            let mut bytes = vec![0; size as usize];
+            memory.read(gpa, &mut bytes).map(|()| (gpa, bytes))
+        };
+        let regions = memory.regions().iter().map(|it| region(it.gpa(), it.size()));
+        Ok(Contents(regions.collect::<Result<_, _>>()?))
+    }
+
+    /// Takes the memory of a guest away: its files have no page any more.
+    pub(super) fn take(rig: &Rig) -> Result<Contents, Fault> {
+        let contents = Contents::of(&rig.memory)?;
+        for (fd, (_, bytes)) in rig.fds().into_iter().zip(&contents.0) {
+            let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            fallocate(fd, hole, 0, bytes.len() as i64)?;
+        }
+        Ok(contents)
+    }
+
+    /// The page that `gpa` is in.
+    pub(super) fn page(&self, gpa: u64) -> Option<&[u8]> {
+        self.pages().find(|(page, _)| *page == gpa / LOG_PAGE).map(|(_, bytes)| bytes)
+    }
+
+    /// Every page, with its number.
+    pub(super) fn pages(&self) -> impl Iterator<Item = (u64, &[u8])> {
+        self.0.iter().flat_map(|(gpa, bytes)| (gpa / LOG_PAGE..).zip(bytes.chunks(LOG_PAGE as usize)))
+    }
+
+    /// Changes `bytes.len()` bytes at `gpa`, as far as they are there.
+    pub(super) fn put(&mut self, gpa: u64, bytes: &[u8]) {
+        let within = |(start, held): &&mut (u64, Vec<u8>)| gpa.wrapping_sub(*start) < held.len() as u64;
+        let Some((start, held)) = self.0.iter_mut().find(within) else { return };
+        let offset = (gpa - *start) as usize;
+        if let Some(place) = held.get_mut(offset..offset + bytes.len()) {
+            place.copy_from_slice(bytes);
+        }
+    }
+}
+
+/// Brings pages to a back-end.
+pub(super) struct Postman {
+    userfault: Userfault,
+    /// Where the back-end says that it has guest memory.
+    regions: Vec<MemoryRegion>,
+    contents: Contents,
+    /// Pages from this guest-physical address on are not brought to who asks for them.
+    until: u64,
+    /// Signalled when such a page was asked for.
+    pub(super) held: EventFd,
+    stop: EventFd,
+}
+
+impl Postman {
+    pub(super) fn new(
+        userfault: Userfault,
+        regions: Vec<MemoryRegion>,
+        contents: Contents,
+        until: u64,
+    ) -> Result<Postman, Fault> {
+        let eventfd = || EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
+        Ok(Postman { userfault, regions, contents, until, held: eventfd()?, stop: eventfd()? })
+    }
+
+    /// Brings what is asked for until told to stop; the pages that were.
+    pub(super) fn serve(&self) -> Result<Pages, Fault> {
+        let mut asked = Pages::new();
+        loop {
+            readable(&[self.userfault.as_fd(), self.stop.as_fd()], Instant::now() + LOOK);
+            while let Some(address) = self.userfault.fault()? {
+                let Some(gpa) = self.gpa(address) else {
+                    return Err(Fault::Breach(format!(
+                        "it waits for a page at {address:#x}, which is in no region that it answered with"
+                    )));
+                };
+                asked.insert(gpa / LOG_PAGE);
+                if gpa < self.until {
+                    self.bring(gpa)?;
+                } else {
+                    self.held.write(1)?;
+                }
+            }
+            if self.stop.read().is_ok() {
+                return Ok(asked);
+            }
+        }
+    }
+
+    /// What it brings.
+    pub(super) fn contents(&self) -> &Contents {
+        &self.contents
+    }
+
+    /// Ends [`serve`](Postman::serve).
+    pub(super) fn stop(&self) {
+        // One that is full is signalled already.
+        let _ = self.stop.write(1);
+    }
+
+    /// Brings all pages, asked for or not.
+    pub(super) fn bring_all(&self) -> Result<(), Fault> {
+        self.contents.pages().try_for_each(|(page, bytes)| self.place(page * LOG_PAGE, bytes))
+    }
+
+    /// Brings the page that `gpa` is in.
+    pub(super) fn bring(&self, gpa: u64) -> Result<(), Fault> {
+        self.contents.page(gpa).map_or(Ok(()), |bytes| self.place(gpa / LOG_PAGE * LOG_PAGE, bytes))
+    }
+
+    /// Places a page, and wakes those who wait for it.
+    fn place(&self, gpa: u64, bytes: &[u8]) -> Result<(), Fault> {
+        let Some(address) = self.address(gpa) else { return Ok(()) };
+        let placed = self.userfault.place_at(address, bytes).and_then(|placed| match placed {
+            true => Ok(()),
+            // Somebody may wait for it all the same.
+            false => self.userfault.wake(address, bytes.len() as u64),
+        });
+        placed.map_err(|error| unplaced(error, gpa, address))
+    }
+
+    /// The guest-physical address of one in the back-end.
+    fn gpa(&self, address: u64) -> Option<u64> {
+        self.regions.iter().find_map(|region| {
+            let offset = address.checked_sub(region.userspace_addr)?;
+            (offset < region.memory_size).then(|| region.guest_phys_addr + offset)
+        })
+    }
+
+    /// The address in the back-end of a guest-physical one.
+    fn address(&self, gpa: u64) -> Option<u64> {
+        self.regions.iter().find_map(|region| {
+            let offset = gpa.checked_sub(region.guest_phys_addr)?;
+            (offset < region.memory_size).then(|| region.userspace_addr.wrapping_add(offset))
+        })
+    }
+}
+
+/// Why a page can't be placed. What is said of addresses is for the back-end to get right.
+fn unplaced(error: io::Error, gpa: u64, address: u64) -> Fault {
+    match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::ENOENT | Errno::EINVAL | Errno::EFAULT) => Fault::Breach(format!(
+            "the page {gpa:#x} can't be placed at {address:#x}, where it says that it waits for it ({error})"
+        )),
+        Some(Errno::ESRCH) => Fault::Breach("the process that made the userfaultfd is gone".into()),
+        _ => Fault::System(error),
+    }
+}

@@ -1,0 +1,145 @@
+//! What back-ends of ours do wrong on purpose in postcopy (rule P1): all of them offer it.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+
+use nix::sys::eventfd::EventFd;
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::vhost_user::{Header, Request as Code, protocol_feature};
+use vhost_migrate::backend::Message;
+use zerocopy::IntoBytes;
+
+use crate::bend::Bend;
+
+/// Bytes of an acknowledgement, and where the payload of a reply begins.
+const NUMBER: usize = 8;
+const HEADER: usize = size_of::<Header>();
+const SLOTS: u64 = bit(protocol_feature::CONFIGURE_MEM_SLOTS);
+
+/// What goes wrong.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Late {
+    Nothing,
+    /// Memory slots are offered too.
+    WithSlots,
+    /// There is no userfaultfd.
+    NoFd,
+    /// An fd that is none.
+    OtherFd,
+    /// POSTCOPY_ADVISE is answered with an fd where PAGEFAULT was not agreed on.
+    AdvisesAnybody,
+    /// POSTCOPY_LISTEN is done without POSTCOPY_ADVISE.
+    ListensAnyway,
+    /// A memory table is answered with the addresses that came with it.
+    FrontendAddresses,
+    /// Need-reply brings a second answer to a memory table.
+    SecondAnswer,
+    /// Need-reply brings an answer to the acknowledgement of a memory table.
+    AnswersAcknowledgement,
+    /// A page is written to before it has come.
+    TouchesFirst,
+    /// Rings rest until POSTCOPY_END.
+    Rests,
+    /// POSTCOPY_END is refused.
+    EndRefused,
+    /// A front-end that hangs up before POSTCOPY_END ends the process.
+    DiesOfHangUp,
+    /// Pages are made up for a front-end that hangs up before POSTCOPY_END.
+    MadeUp,
+}
+
+/// One connection of such a back-end.
+pub(crate) struct Postcopy {
+    late: Option<Late>,
+    agreed: bool,
+    advised: bool,
+    listening: bool,
+    /// What the memory table shared, the data last.
+    memory: Vec<File>,
+}
+
+impl Postcopy {
+    pub(crate) fn new(bend: Bend) -> Postcopy {
+        let late = if let Bend::Postcopy(late) = bend { Some(late) } else { None };
+        Postcopy { late, agreed: false, advised: false, listening: false, memory: Vec::new() }
+    }
+
+    /// Takes note of a message, and changes it; what is answered at once, if the session is not to know of it.
+    pub(crate) fn message(&mut self, message: &mut Message) -> Option<(Vec<u8>, Option<OwnedFd>)> {
+        let (late, code) = (self.late?, message.code);
+        match code {
+            Code::SET_PROTOCOL_FEATURES => {
+                let bits = u64::from_ne_bytes(*message.payload.first_chunk()?);
+                self.agreed = bits & bit(protocol_feature::PAGEFAULT) != 0;
+                if late == Late::WithSlots {
+                    message.payload = (bits & !SLOTS).as_bytes().to_vec();
+                }
+            }
+            Code::POSTCOPY_END => self.listening = false,
+            Code::SET_MEM_TABLE if !message.fds.is_empty() => {
+                self.memory = message.fds.iter().map(|fd| fd.try_clone().unwrap().into()).collect();
+                if self.listening && late == Late::TouchesFirst {
+                    self.touch();
+                }
+            }
+            _ => {}
+        }
+        match (late, code) {
+            (Late::AdvisesAnybody, Code::POSTCOPY_ADVISE) if !self.agreed => {
+                let header = Header { request: code.0, flags: 5, size: 0 };
+                Some((header.as_bytes().to_vec(), Some(EventFd::new().unwrap().into())))
+            }
+            (Late::Rests, Code::SET_VRING_KICK) if self.listening => Some((number(code, 0), None)),
+            _ => None,
+        }
+    }
+
+    /// Changes the answer of the session.
+    pub(crate) fn reply(&mut self, code: Code, payload: &[u8], bytes: &mut Vec<u8>, fd: &mut Option<OwnedFd>) {
+        match (self.late, code) {
+            (Some(Late::WithSlots), Code::GET_PROTOCOL_FEATURES) => bytes[HEADER + 1] |= (SLOTS >> 8) as u8,
+            (Some(Late::NoFd), Code::POSTCOPY_ADVISE) => *fd = None,
+            (Some(Late::OtherFd), Code::POSTCOPY_ADVISE) => *fd = Some(EventFd::new().unwrap().into()),
+            (Some(Late::ListensAnyway), Code::POSTCOPY_LISTEN) if !self.advised => *bytes = number(code, 0),
+            (Some(Late::EndRefused), Code::POSTCOPY_END) => *bytes = number(code, 1),
+            (Some(Late::FrontendAddresses), Code::SET_MEM_TABLE) if bytes.len() > HEADER + NUMBER => {
+                bytes.splice(HEADER.., payload.iter().copied());
+            }
+            _ => {}
+        }
+        self.advised |= code == Code::POSTCOPY_ADVISE;
+        self.listening |= code == Code::POSTCOPY_LISTEN && self.advised;
+    }
+
+    /// What is answered after that, to a message with these flags.
+    pub(crate) fn more(&self, code: Code, flags: u32, payload: &[u8]) -> Option<Vec<u8>> {
+        let of_table = code == Code::SET_MEM_TABLE && self.listening && flags & Header::FLAG_NEED_REPLY != 0;
+        let is_acknowledgement = payload.len() == NUMBER;
+        match self.late? {
+            Late::SecondAnswer => of_table && !is_acknowledgement,
+            Late::AnswersAcknowledgement => of_table && is_acknowledgement,
+            _ => false,
+        }
+        .then(|| number(code, 0))
+    }
+
+    /// The front-end has hung up: whether that ends the process.
+    pub(crate) fn hung_up(&self) -> bool {
+        if self.listening && self.late == Some(Late::MadeUp) {
+            self.touch();
+        }
+        self.listening && self.late == Some(Late::DiesOfHangUp)
+    }
+
+    /// Makes up the first page of data.
+    fn touch(&self) {
+        self.memory.last().into_iter().for_each(|data| data.write_all_at(&[0], 0).unwrap());
+    }
+}
+
+/// A reply that is a number.
+fn number(code: Code, number: u64) -> Vec<u8> {
+    let header = Header { request: code.0, flags: 5, size: NUMBER as u32 };
+    [header.as_bytes(), number.as_bytes()].concat()
+}
