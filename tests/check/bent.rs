@@ -168,7 +168,7 @@ impl Rings for Bent {
         }
         let (area, late) = match self.bend {
             Bend::EarlyBase => (1, 20),
-            Bend::GoesOn => (2, 300),
+            Bend::GoesOn => (2, 3000),
             _ => return self.workers.lock().unwrap().stop(index),
         };
         let base = index_in(&self.setups[&index], area);
