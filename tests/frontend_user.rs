@@ -725,8 +725,12 @@ fn postcopy_with_a_back_end_that_answers_about_other_memory_ends_before_it_begin
         }
         done.unwrap();
         device.postcopy_end().unwrap();
-        let sent = fake.take().into_iter().rfind(|message| message.request == Request::SET_MEM_TABLE).unwrap();
+        let messages = fake.take();
+        let last = |request| messages.iter().rfind(|message| message.request == request).unwrap();
+        let sent = last(Request::SET_MEM_TABLE);
         assert_eq!((sent.flags, &sent.payload[..]), (1, 0u64.as_bytes()), "the acknowledgement");
+        let need_reply = [Request::POSTCOPY_LISTEN, Request::POSTCOPY_END].map(|request| last(request).flags);
+        assert_eq!(need_reply, [9, 9], "some answer only then");
         let (told, user) = (told.unwrap(), memory.regions()[0].user_addr() ^ u64::from(change == 16));
         assert_eq!((told.gpa(user + 5), told.address(5)), (Some(5), Some(user + 5)));
         assert_eq!((told.gpa(user + 0x10000), told.address(0x10000)), (None, None));

@@ -31,7 +31,7 @@ pub(super) struct Channel {
     line: Arc<Line>,
     timeout: Duration,
     /// REPLY_ACK is agreed on.
-    acks: bool,
+    pub(super) acks: bool,
     /// Posted and not yet settled.
     posted: Vec<Request>,
 }

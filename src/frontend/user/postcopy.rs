@@ -97,6 +97,11 @@ impl UserDevice {
         if self.offer.protocol & bit(protocol_feature::PAGEFAULT) == 0 {
             return Err(FrontendError::NotOffered { what: "PAGEFAULT".into(), advice: "start it with --postcopy" });
         }
+        // DPDK answers LISTEN only where need-reply asks for it, libvhost-user in any case, and once.
+        if self.channel.acks {
+            self.channel.post(request, &[], &[])?;
+            return self.channel.settle();
+        }
         match self.channel.ask(request, &[], &[])?.read::<u64>("P1").inspect_err(|_| self.channel.close())? {
             0 => Ok(()),
             code => Err(FrontendError::Refused { request, code }),
