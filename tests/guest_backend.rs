@@ -198,13 +198,16 @@ fn whatever_answers_in_the_place_of_a_back_end_the_guest_waits_for_the_right_one
     // One that speaks something else.
     std::fs::remove_file(backend.socket()).unwrap();
     let other = UnixListener::bind(backend.socket()).unwrap();
-    for _ in 0..3 {
+    // They don't hang up: that would be another reason to wait.
+    let answering = |_| {
         let (mut stranger, _) = other.accept().unwrap();
         stranger.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").unwrap();
-    }
+        stranger
+    };
+    let strangers = [(); 3].map(answering);
     let refused = |guest: &Guest, why: &str| guest.connections()[0].refused.as_ref().is_some_and(|it| it.contains(why));
     wait_for(&guest, "it says what is wrong", |guest| refused(guest, "GET_FEATURES"));
-    drop(other);
+    drop((other, strangers));
     std::fs::remove_file(backend.socket()).unwrap();
     // One with other options.
     backend.child = spawn_with(backend.folder.path(), "s", 1);

@@ -19,8 +19,8 @@ fn works_behind_an_iommu(packed: &str) {
         let (asked, told) = (count(": asks for "), count("DEBUG IOTLB_MSG"));
         eprintln!("{asked} misses, {told} updates and invalidations");
         assert!(asked > 100, "only {asked} translations were asked for");
-        // An update for each, and an invalidation of most.
-        assert!(told > asked + asked / 2, "{told} updates and invalidations for {asked} misses");
+        // An update for each, and invalidations, of which one may be of many pages.
+        assert!(told > asked + 100, "{told} updates and invalidations for {asked} misses");
         assert!(!said.contains("refused"), "{said}");
     }
 }
