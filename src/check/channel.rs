@@ -9,20 +9,20 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use nix::sys::socket::{setsockopt, sockopt::SndBuf};
-use zerocopy::{FromBytes, FromZeros, IntoBytes};
+use zerocopy::{FromBytes, IntoBytes};
 
-use super::link::readable;
+use super::link::{Word, readable};
 use super::rig::{Rig, SLOTS, Size, soon};
 use super::{Bench, Check, Fault, Outcome, When};
 use crate::abi::vhost_user::{BackendRequest, Header, Request as Code, VRING_NOFD_MASK, VringState, protocol_feature};
 
-/// Longest message on the channel. The longest there is has 40 bytes.
-const MAX_MESSAGE: u32 = 4096;
 /// Batches of requests whose notifications nobody reads: more than find room.
 const UNREAD: u32 = 64;
 /// Batches of requests with kicks and calls in messages.
 const BATCHES: u32 = 20;
 const BATCH: u64 = 4;
+/// Looks at a channel for its end: more than what can be unread.
+const LOOKS: u32 = 1024;
 
 pub(super) const CHECKS: &[Check] = &[
     Check { rule: "B1", what: "another channel replaces the first", when: When::Once, run: replaced },
@@ -59,6 +59,7 @@ impl Channel {
 
     fn give_ends(rig: &Rig, ours: UnixStream, theirs: &UnixStream) -> Result<Channel, Fault> {
         ours.set_read_timeout(Some(rig.timeout))?;
+        ours.set_write_timeout(Some(rig.timeout))?;
         rig.done(Code::SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()])?;
         Ok(Channel(ours))
     }
@@ -69,28 +70,21 @@ impl Channel {
         if !readable(&[self.0.as_fd()], deadline) {
             return Ok(None);
         }
-        let over = |_| Fault::Breach("the back-end has closed the channel".into());
-        let mut header = Header::new_zeroed();
-        (&self.0).read_exact(header.as_mut_bytes()).map_err(over)?;
-        let (code, Header { flags, size, .. }) = (BackendRequest(header.request), header);
-        if flags & !Header::FLAG_NEED_REPLY != Header::FLAG_VERSION || size > MAX_MESSAGE {
-            return Err(Fault::Breach(format!("{code} has flags {flags:#x} and {size} bytes")));
-        }
-        let mut body = vec![0; size as usize];
-        (&self.0).read_exact(&mut body).map_err(over)?;
-        if flags & Header::FLAG_NEED_REPLY != 0 {
-            let known = [BackendRequest::VRING_CALL, BackendRequest::VRING_ERR, BackendRequest::CONFIG_CHANGE_MSG];
-            let reply = Header { flags: Header::REPLY_FLAGS, size: size_of::<u64>() as u32, ..header };
-            let refused = u64::from(!known.contains(&code));
-            (&self.0).write_all(&[reply.as_bytes(), refused.as_bytes()].concat()).map_err(over)?;
-        }
-        Ok(Some((code, body)))
+        let Some(word) = Word::hear(&self.0)? else {
+            return Err(Fault::Breach("the back-end has closed the channel".into()));
+        };
+        let known = [BackendRequest::VRING_CALL, BackendRequest::VRING_ERR, BackendRequest::CONFIG_CHANGE_MSG];
+        word.acknowledge(&self.0, u64::from(!known.contains(&word.code)))?;
+        Ok(Some((word.code, word.body)))
     }
 
     /// Whether the back-end ends it until `deadline`, whatever it says before.
     fn ends(&self, deadline: Instant) -> bool {
         let mut said = [0; 4096];
-        while readable(&[self.0.as_fd()], deadline) {
+        for _ in 0..LOOKS {
+            if !readable(&[self.0.as_fd()], deadline) {
+                return false;
+            }
             // One that went away with something unread resets it.
             if !(&self.0).read(&mut said).is_ok_and(|count| count > 0) {
                 return true;
@@ -198,7 +192,9 @@ fn finish(rig: &mut Rig, channel: &Channel) -> Result<u64, Fault> {
         if rig.pop()? || rig.ring.driver.enable_notifications() {
             continue;
         }
-        let Some((code, body)) = channel.hear(deadline)? else {
+        // Whoever says something else all the time has no more of it.
+        let heard = if Instant::now() < deadline { channel.hear(deadline)? } else { None };
+        let Some((code, body)) = heard else {
             let (left, waited) = (rig.outstanding(), rig.timeout);
             return Err(Fault::Breach(format!("no BACKEND_VRING_CALL within {waited:?}, {left} requests are open")));
         };
@@ -296,9 +292,12 @@ fn unread(bench: &mut Bench) -> Result<Outcome, Fault> {
         ask(&mut rig, true)?;
         poll(&mut rig)?;
     }
-    let mut calls = 0;
+    let (deadline, mut calls) = (Instant::now() + rig.timeout, 0);
     while channel.hear(Instant::now())?.is_some() {
         calls += 1;
+        if Instant::now() >= deadline {
+            return Ok(Outcome::broken(format!("{calls} messages, and no end of them")));
+        }
     }
     serve(&mut rig, &channel)?;
     Ok(Outcome::kept(format!(

@@ -78,7 +78,7 @@ impl Taken {
 }
 
 /// Whether the next front-end gets its data.
-fn serves(bench: &Bench) -> Result<(), Fault> {
+pub(super) fn serves(bench: &Bench) -> Result<(), Fault> {
     let mut rig = bench.rig(0)?;
     rig.start()?;
     rig.load(2, Size::Mixed)

@@ -1,11 +1,11 @@
-//! The front-end's side of one connection, message by message, with nothing in between that could be polite.
+//! The front-end's side of one connection and of the channel beside it, message by message, with nothing in between that could be polite.
 //!
 //! What an answer should be is the checks' business; here is only what can happen to a message. The header of every
 //! reply is noted ([`Replies`]), so that rule F2 is judged by all of them.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -18,11 +18,13 @@ use nix::sys::socket::{self as net, AddressFamily, SockFlag, SockType, UnixAddr}
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::{Fault, Outcome};
-use crate::abi::vhost_user::{Header, Request as Code};
+use crate::abi::vhost_user::{BackendRequest, Header, Request as Code};
 use crate::sys::socket;
 
 /// Longest reply that is read. The longest there is has 268 bytes (GET_CONFIG).
 const MAX_REPLY: u32 = 1 << 16;
+/// Longest message on the channel. The longest there is has 40 bytes.
+const MAX_WORD: u32 = 4096;
 /// Between two segments of a message that is cut, so that the system does not join them again.
 const BETWEEN_SEGMENTS: Duration = Duration::from_millis(20);
 
@@ -183,6 +185,46 @@ impl Link {
             }
         }
         Ok(())
+    }
+}
+
+/// What a back-end says over its channel (rule B1).
+pub(super) struct Word {
+    pub(super) code: BackendRequest,
+    pub(super) body: Vec<u8>,
+    /// Whether it is to be acknowledged.
+    pub(super) asks: bool,
+}
+
+impl Word {
+    /// The next one; `None` when the channel is over.
+    pub(super) fn hear(mut channel: &UnixStream) -> Result<Option<Word>, Fault> {
+        let mut header = Header::new_zeroed();
+        if channel.read_exact(header.as_mut_bytes()).is_err() {
+            return Ok(None);
+        }
+        let (code, Header { flags, size, .. }) = (BackendRequest(header.request), header);
+        if flags & !Header::FLAG_NEED_REPLY != Header::FLAG_VERSION || size > MAX_WORD {
+            return Err(Fault::Breach(format!("{code} has flags {flags:#x} and {size} bytes")));
+        }
+        let mut body = vec![0; size as usize];
+        let whole = channel.read_exact(&mut body);
+        Ok(whole.ok().map(|()| Word { code, body, asks: flags & Header::FLAG_NEED_REPLY != 0 }))
+    }
+
+    /// Answers it, if it asks for that.
+    pub(super) fn acknowledge(&self, mut channel: &UnixStream, answer: u64) -> Result<(), Fault> {
+        if !self.asks {
+            return Ok(());
+        }
+        let reply = Header { request: self.code.0, flags: Header::REPLY_FLAGS, size: size_of_val(&answer) as u32 };
+        match channel.write_all(&[reply.as_bytes(), answer.as_bytes()].concat()) {
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                Err(Fault::Breach(format!("it asks for acknowledgements of {} and does not read them", self.code)))
+            }
+            // If the channel is over, the next word says so.
+            _ => Ok(()),
+        }
     }
 }
 

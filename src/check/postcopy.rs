@@ -10,6 +10,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::fstat;
 use zerocopy::{FromBytes, IntoBytes};
 
+use super::hostile::serves;
 use super::link::{Reply, readable};
 use super::postman::{Contents, Postman};
 use super::rig::{AGAIN, HIGH, PROTOCOL, Pages, Rig, SLOTS, Size, noise};
@@ -182,13 +183,6 @@ fn regions(table: &[u8]) -> Vec<MemoryRegion> {
 fn acknowledge(rig: &Rig, flags: u32) -> Result<(), Fault> {
     rig.link.send(Code::SET_MEM_TABLE, flags, 0u64.as_bytes(), &[])?;
     rig.link.barrier().map(|_| ())
-}
-
-/// Whether the next front-end is served.
-fn serves(bench: &Bench) -> Result<(), Fault> {
-    let mut rig = bench.rig(0)?;
-    rig.start()?;
-    rig.load(2, Size::Mixed)
 }
 
 /// Says so if `after` something the next front-end is not.

@@ -262,6 +262,10 @@ fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<Files>, b
             (Bend::Channel(Channel::FirstOnly), Code::SET_BACKEND_REQ_FD) if files.channel(|_| ()).is_some() => {
                 message.fds = vec![UnixStream::pair().unwrap().0.into()];
             }
+            (Bend::Channel(Channel::Floods), Code::SET_BACKEND_REQ_FD) => {
+                let theirs = std::mem::replace(&mut message.fds, vec![UnixStream::pair().unwrap().0.into()]);
+                theirs.into_iter().for_each(|fd| Line::new(fd).flood());
+            }
             (Bend::Channel(Channel::KicksStartNothing), Code::VRING_KICK) => refuse = rings.setups.is_empty(),
             (Bend::State(State::NeverRan), Code::SET_DEVICE_STATE_FD) => refuse = rings.setups.is_empty(),
             (Bend::State(bend), Code::SET_DEVICE_STATE_FD) => passing.begin(bend, &mut message),
@@ -385,7 +389,8 @@ impl Backend {
     /// A disk.
     pub(crate) fn start(bend: Bend) -> Backend {
         let folder = tempfile::tempdir().unwrap();
-        let (iommu, postcopy) = (matches!(bend, Bend::Iommu(_)), matches!(bend, Bend::Postcopy(_)));
+        let iommu = matches!(bend, Bend::Iommu(_) | Bend::Channel(Channel::Floods));
+        let postcopy = matches!(bend, Bend::Postcopy(_));
         let disk = Disk::open(DiskOptions { iommu, postcopy, ..image(folder.path()) }).unwrap();
         let files = Arc::new(Files::default());
         let device: Arc<dyn Device> = Arc::new(Clumsy { disk, bend, files: files.clone() });

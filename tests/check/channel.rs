@@ -5,8 +5,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use vhost_migrate::abi::vhost_user::{BackendRequest, Header, VringState};
-use zerocopy::IntoBytes;
+use vhost_migrate::abi::vhost::{VHOST_ACCESS_RO, VHOST_IOTLB_MISS};
+use vhost_migrate::abi::vhost_user::{BackendRequest, Header, IotlbMsg, VringState};
+use zerocopy::{FromZeros, IntoBytes};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Channel {
@@ -22,6 +23,8 @@ pub(crate) enum Channel {
     NoKicks,
     /// Kicks by messages start no ring.
     KicksStartNothing,
+    /// Misses without end go over every channel, and nobody reads how they are acknowledged.
+    Floods,
 }
 
 /// The back-end's end of a channel, once more.
@@ -36,6 +39,14 @@ impl Line {
     pub(crate) fn is_over(&self) -> bool {
         let mut polled = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
         poll(&mut polled, PollTimeout::ZERO) == Ok(1)
+    }
+
+    /// Asks for translations until the channel is over.
+    pub(crate) fn flood(mut self) {
+        let body = IotlbMsg { iova: 1 << 32, perm: VHOST_ACCESS_RO, kind: VHOST_IOTLB_MISS, ..IotlbMsg::new_zeroed() };
+        let header = Header { request: BackendRequest::IOTLB_MSG.0, flags: 9, size: size_of_val(&body) as u32 };
+        let message = [header.as_bytes(), body.as_bytes()].concat();
+        std::thread::spawn(move || while self.0.write_all(&message).is_ok() {});
     }
 
     /// Calls for ring 0, as soon as there is room.

@@ -238,6 +238,17 @@ fn postcopy_that_is_odd_and_loses_nothing_is_a_warning_and_one_that_is_not_possi
 }
 
 #[test]
+fn a_back_end_that_says_the_same_without_end_and_reads_nothing_does_not_hold_up_the_check() {
+    for (rule, only) in [("B1", vec!["B1"]), ("T2", vec!["T2"])] {
+        let options = Options { only, rings: Some(Rings::Split), ..Options::default() };
+        let report = checked(Bend::Channel(Channel::Floods), options);
+        assert_eq!(broken(&report), BTreeSet::from([rule]), "{report}");
+        let why = |seen: &str| seen.contains("does not read them") || seen.contains("no end of them");
+        assert!(report.findings.iter().any(|finding| why(&finding.seen)), "{report}");
+    }
+}
+
+#[test]
 fn a_back_end_that_dies_is_a_finding_and_what_comes_after_is_not_held_against_it() {
     let report = checked(Bend::Dies, Options::default());
     assert_eq!(broken(&report), BTreeSet::from(["F5", "R9"]), "{report}");

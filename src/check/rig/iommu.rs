@@ -6,12 +6,13 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{Read, Write};
+use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
@@ -21,14 +22,13 @@ use crate::abi::vhost::{
 };
 use crate::abi::vhost_user::{BackendRequest, Header, IotlbMsg, Request as Code};
 use crate::check::Fault;
+use crate::check::link::Word;
 use crate::check::queue::RING;
 use crate::memory::{Access, Iotlb, LOG_PAGE, Memory, Window};
 use crate::sys::socket;
 
 /// Pages that keep their order where rings shall lie in one piece: those of one ring.
 const BLOCK: u64 = RING / LOG_PAGE;
-/// Longest message of a back-end over its channel.
-const MAX_MESSAGE: u32 = 4096;
 
 /// How the lower region, with the rings in it, is scattered; data always is by pages.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -88,11 +88,13 @@ impl Iommu {
         Ok(Iommu { state: Arc::new(Mutex::new(state)), view, ear: RefCell::default() })
     }
 
-    /// A channel to be given to the device, whose misses are answered over `connection` from now on.
-    pub(super) fn channel(&self, connection: UnixStream) -> Result<OwnedFd, Fault> {
+    /// A channel to be given to the device, whose misses are answered over `connection` from now on. An acknowledgement
+    /// takes half of `timeout`, so that whoever waits for the device hears of one that is not read.
+    pub(super) fn channel(&self, connection: UnixStream, timeout: Duration) -> Result<OwnedFd, Fault> {
         let (ours, theirs) = UnixStream::pair()?;
+        ours.set_write_timeout(Some(timeout / 2))?;
         let (heard, state) = (ours.try_clone()?, self.state.clone());
-        let thread = thread::Builder::new().name("iommu".into()).spawn(move || answer(heard, &connection, &state))?;
+        let thread = thread::Builder::new().name("iommu".into()).spawn(move || answer(&heard, &connection, &state))?;
         *self.ear.borrow_mut() = Some(Ear { socket: ours, thread: Some(thread) });
         Ok(theirs.into())
     }
@@ -214,55 +216,60 @@ impl State {
         Ok(window.map_err(|error| Fault::System(std::io::Error::other(error)))?.memory().clone())
     }
 
-    /// What to say to a miss: what is acknowledged, and the translation, if it is told now.
-    fn missed(&mut self, asked: &IotlbMsg, acknowledged: bool) -> (u64, Option<IotlbMsg>) {
+    /// What the device has said; how to acknowledge it. A translation is told over `connection` before anybody can change
+    /// it (rule T3).
+    fn heard(&mut self, word: &Word, connection: &UnixStream) -> Result<u64, Fault> {
+        let (code, body) = (word.code, &word.body);
+        if code != BackendRequest::IOTLB_MSG {
+            // It is about something else.
+            return Ok(0);
+        }
+        let asked = match IotlbMsg::read_from_bytes(body) {
+            Ok(asked) if asked.kind == VHOST_IOTLB_MISS => asked,
+            Ok(IotlbMsg { kind: VHOST_IOTLB_ACCESS_FAIL, .. }) => return Ok(0),
+            Ok(IotlbMsg { kind, .. }) => {
+                self.odd = Some(format!("it sent {code} of kind {kind}"));
+                return Ok(0);
+            }
+            Err(_) => {
+                self.odd = Some(format!("it sent {code} of {} bytes", body.len()));
+                return Ok(0);
+            }
+        };
         let page = asked.iova / LOG_PAGE;
         *self.asked.entry(page).or_default() += 1;
         if self.held.contains(&page) {
             self.due.insert(page);
-            return (0, None);
+            return Ok(0);
         }
         let update = self.update(page);
-        match update.perm {
-            0 if acknowledged => (1, None),
-            _ => (0, Some(update)),
+        if update.perm == 0 && word.asks {
+            return Ok(1);
+        }
+        let size = size_of_val(&update) as u32;
+        let header = Header { request: Code::IOTLB_MSG.0, flags: Header::FLAG_VERSION, size };
+        match socket::send(connection.as_fd(), &[header.as_bytes(), update.as_bytes()].concat(), &[]) {
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                Err(Fault::Breach("it asks for translations and does not read them".into()))
+            }
+            // If the connection is over, nobody waits for it.
+            _ => Ok(0),
         }
     }
 }
 
-/// Answers the device until the channel ends.
-fn answer(mut channel: UnixStream, connection: &UnixStream, state: &Mutex<State>) {
-    let mut header = Header::new_zeroed();
-    while channel.read_exact(header.as_mut_bytes()).is_ok() {
-        let code = BackendRequest(header.request);
-        let mut body = vec![0; header.size.min(MAX_MESSAGE) as usize];
-        if channel.read_exact(&mut body).is_err() {
-            return;
-        }
-        let acknowledged = header.flags & Header::FLAG_NEED_REPLY != 0;
-        let asked = (code == BackendRequest::IOTLB_MSG).then(|| IotlbMsg::read_from_bytes(&body));
-        let mut answer = 0;
-        // A translation is on its way before anybody can change it (rule T3).
-        let mut state = lock(state);
-        match asked {
-            Some(Ok(asked)) if asked.kind == VHOST_IOTLB_MISS => {
-                let (acknowledgement, update) = state.missed(&asked, acknowledged);
-                answer = acknowledgement;
-                if let Some(update) = update {
-                    let size = size_of_val(&update) as u32;
-                    let header = Header { request: Code::IOTLB_MSG.0, flags: Header::FLAG_VERSION, size };
-                    let _ = socket::send(connection.as_fd(), &[header.as_bytes(), update.as_bytes()].concat(), &[]);
-                }
-            }
-            Some(Ok(asked)) if asked.kind == VHOST_IOTLB_ACCESS_FAIL => {}
-            Some(Ok(IotlbMsg { kind, .. })) => state.odd = Some(format!("it sent {code} of kind {kind}")),
-            Some(Err(_)) => state.odd = Some(format!("it sent {code} of {} bytes", body.len())),
-            // Others are about something else.
-            None => {}
-        }
-        if acknowledged {
-            let reply = Header { request: code.0, flags: Header::REPLY_FLAGS, size: size_of_val(&answer) as u32 };
-            let _ = channel.write_all(&[reply.as_bytes(), answer.as_bytes()].concat());
+/// Answers the device until the channel ends, or it does what it may not.
+fn answer(channel: &UnixStream, connection: &UnixStream, state: &Mutex<State>) {
+    let next = || {
+        let Some(word) = Word::hear(channel)? else { return Ok(false) };
+        let answer = lock(state).heard(&word, connection)?;
+        word.acknowledge(channel, answer).map(|()| true)
+    };
+    loop {
+        match next() {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(fault) => return lock(state).odd = Some(fault.to_string()),
         }
     }
 }

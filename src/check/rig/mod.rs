@@ -218,7 +218,7 @@ impl Rig {
             self.link.send(Code::SET_PROTOCOL_FEATURES, Header::FLAG_VERSION, self.protocol.as_bytes(), &[])?;
         }
         if let Some(iommu) = &self.iommu {
-            let channel = iommu.channel(self.link.another()?)?;
+            let channel = iommu.channel(self.link.another()?, self.timeout)?;
             self.done(Code::SET_BACKEND_REQ_FD, &[], &[channel.as_fd()])?;
         }
         self.done(Code::SET_FEATURES, self.features.as_bytes(), &[])

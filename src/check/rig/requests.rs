@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use zerocopy::IntoBytes;
 
 use super::pages::{noise, pages};
-use super::{HEAD, HEADS, HIGH, Rig, SLOT, STATUSES};
+use super::{HEAD, HEADS, HIGH, Iommu, Rig, SLOT, STATUSES};
 use crate::abi::virtio::{BlkRequestHeader, VIRTIO_BLK_T_IN};
 use crate::check::blk::{Disk, NO_STATUS};
 use crate::check::link::readable;
@@ -216,6 +216,8 @@ impl Rig {
             }
             let left = self.outstanding();
             if Instant::now() >= deadline {
+                // What is wrong with the channel is the reason.
+                self.iommu.as_ref().map(Iommu::misses).transpose()?;
                 let late = self.pop()?;
                 let what = if late { "notification" } else { "answer" };
                 let waited = self.timeout;
