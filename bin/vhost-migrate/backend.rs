@@ -89,6 +89,10 @@ struct Blk {
     /// Let other processes write the image at the same time, as cluster file systems want it
     #[arg(long)]
     share_rw: bool,
+    /// Let other processes with this option read a read-only image at the same time. A read that a killed process has left
+    /// to the disk may then overwrite what its driver has put into that memory since (see docs/limits.md)
+    #[arg(long, requires = "read_only", conflicts_with = "share_rw")]
+    share_readers: bool,
     /// Offer postcopy: a migrated guest runs before its memory has arrived. Front-ends then can't add memory in slots, so
     /// there are at most 8 regions. Needs root, or vm.unprivileged_userfaultfd=1; not together with --iommu
     #[arg(long, conflicts_with = "iommu")]
@@ -187,6 +191,7 @@ impl Blk {
             inflight_migration: self.inflight_migration,
             iommu: self.iommu,
             share_rw: self.share_rw,
+            share_readers: self.share_readers,
             postcopy: self.postcopy,
         })?;
         let disk = Arc::new(disk);

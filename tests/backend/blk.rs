@@ -362,12 +362,13 @@ fn what_can_not_be_a_disk_is_explained_in_one_line() {
     assert_eq!(output.status.code(), Some(2), "wrong arguments");
 }
 
-/// As at a migration on one host, or when the I/O of a killed process has not ended.
-#[test]
-fn a_ring_waits_until_whoever_has_the_image_lets_go_of_it() {
-    let first = Rig::new(|_| {});
+/// As at a migration on one host, or when the I/O of a killed process has not ended; also if it only reads (rule I9).
+#[rstest]
+fn a_ring_waits_until_whoever_has_the_image_lets_go_of_it(#[values(false, true)] read_only: bool) {
+    let first = Rig::new(|options| options.read_only = read_only);
     let image = first.server.image();
-    let (server, guest) = (Server::disk(DISK, |options| options.image = image.clone()), Guest::new());
+    let share = |options: &mut DiskOptions| (options.image, options.read_only) = (image.clone(), read_only);
+    let (server, guest) = (Server::disk(DISK, share), Guest::new());
     let client = server.connect();
     begin(&client, &guest, BASIC);
     let mut ring = Ring::new(&guest, 0, 256, BASIC);
@@ -384,9 +385,24 @@ fn a_ring_waits_until_whoever_has_the_image_lets_go_of_it() {
         first.client.ring_base(0);
         assert_eq!(served.join().unwrap().1, 513);
     });
-    // Who says that he knows what he does need not wait.
+    // Writers that all ask for it need not wait.
     let other = Rig::new(|options| (options.image, options.share_rw) = (image, true));
     drop(other);
+}
+
+#[test]
+fn readers_that_ask_for_it_serve_an_image_at_the_same_time() {
+    let readers = |options: &mut DiskOptions| (options.read_only, options.share_readers) = (true, true);
+    let mut first = Rig::new(readers);
+    let image = first.server.image();
+    let mut second = Rig::new(|options| {
+        readers(options);
+        options.image = image;
+    });
+    for rig in [&mut first, &mut second] {
+        assert_eq!(rig.simple(0, 7, &[], 512), (OK, 513));
+        assert_eq!(rig.data(8), 7u64.to_le_bytes());
+    }
 }
 
 #[test]

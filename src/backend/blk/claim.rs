@@ -1,9 +1,10 @@
 //! Who may use an image: one writer at a time, and nobody before the I/O of a back-end that died has ended.
 //!
 //! A process that is killed can leave I/O in the kernel: with io_uring and O_DIRECT it outlives the process, and a write
-//! that lands after its successor has served it again, and later ones, would undo those. A lock of the open file lives
-//! as long as such I/O does (flock(2)): it is held while queues run, so that a successor, or the destination of a
-//! migration, waits for it.
+//! that lands after its successor has served it again, and later ones, would undo those. A read that lands late writes
+//! into guest memory which its driver has used for something else since. A lock of the open file lives as long as such
+//! I/O does (flock(2)): it is held while queues run, so that a successor, or the destination of a migration, waits for
+//! it. The lock is exclusive for readers too (rule I9).
 
 use std::fs::{File, TryLockError};
 use std::io;
@@ -17,20 +18,28 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How often to look.
 const NAP: Duration = Duration::from_millis(1);
 
+/// Who else may use an image that is claimed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sharing {
+    /// Nobody.
+    Exclusive,
+    /// Others that share it in the same way, and only read.
+    Readers,
+}
+
 /// The lock of one opened image.
 #[derive(Debug)]
 pub(super) struct Image {
     file: File,
-    /// Whether others may read it meanwhile.
-    shared: bool,
+    sharing: Sharing,
     /// Claims that are held.
     claims: Mutex<usize>,
 }
 
 impl Image {
     /// For the image that `file` is: the open file through which I/O may outlive the process.
-    pub(super) fn new(file: &File, shared: bool) -> io::Result<Image> {
-        Ok(Image { file: file.try_clone()?, shared, claims: Mutex::new(0) })
+    pub(super) fn new(file: &File, sharing: Sharing) -> io::Result<Image> {
+        Ok(Image { file: file.try_clone()?, sharing, claims: Mutex::new(0) })
     }
 
     /// Waits until the image is free and claims it.
@@ -49,14 +58,18 @@ impl Image {
     fn lock(&self) -> io::Result<()> {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let tried = if self.shared { self.file.try_lock_shared() } else { self.file.try_lock() };
+            let tried = match self.sharing {
+                Sharing::Exclusive => self.file.try_lock(),
+                Sharing::Readers => self.file.try_lock_shared(),
+            };
             match tried {
                 Ok(()) => return Ok(()),
                 Err(TryLockError::WouldBlock) if Instant::now() < deadline => std::thread::sleep(NAP),
                 Err(TryLockError::WouldBlock) => {
                     return Err(io::Error::new(
                         io::ErrorKind::ResourceBusy,
-                        "another process has locked the image: stop it, or use --share-rw if both may write",
+                        "another process has locked the image: stop it, or use --share-readers if both only read it, or \
+                         --share-rw if both may write it",
                     ));
                 }
                 Err(TryLockError::Error(error)) => {
@@ -88,8 +101,8 @@ impl Drop for Claim {
 mod tests {
     use super::*;
 
-    fn open(path: &std::path::Path, shared: bool) -> Arc<Image> {
-        Arc::new(Image::new(&File::open(path).unwrap(), shared).unwrap())
+    fn open(path: &std::path::Path, sharing: Sharing) -> Arc<Image> {
+        Arc::new(Image::new(&File::open(path).unwrap(), sharing).unwrap())
     }
 
     fn is_free(path: &std::path::Path) -> bool {
@@ -99,7 +112,7 @@ mod tests {
     #[test]
     fn an_image_is_locked_from_the_first_claim_to_the_last() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let image = open(file.path(), false);
+        let image = open(file.path(), Sharing::Exclusive);
         assert!(is_free(file.path()));
         let (first, second) = (image.claim().unwrap(), image.claim().unwrap());
         drop(first);
@@ -117,7 +130,7 @@ mod tests {
         // Stands for I/O in the kernel: it keeps the open file after its process has closed it.
         let lingering = predecessor.try_clone().unwrap();
         drop(predecessor);
-        let image = open(file.path(), false);
+        let image = open(file.path(), Sharing::Exclusive);
         let waiting = std::thread::spawn(move || image.claim().map(|_| Instant::now()));
         std::thread::sleep(Duration::from_millis(50));
         let ended = Instant::now();
@@ -126,9 +139,9 @@ mod tests {
     }
 
     #[test]
-    fn readers_share_an_image() {
+    fn readers_that_ask_for_it_share_an_image() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let (one, other) = (open(file.path(), true), open(file.path(), true));
+        let (one, other) = (open(file.path(), Sharing::Readers), open(file.path(), Sharing::Readers));
         let _claims = (one.claim().unwrap(), other.claim().unwrap());
         assert!(!is_free(file.path()));
     }

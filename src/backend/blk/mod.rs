@@ -21,7 +21,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use tracing::{info, warn};
 use zerocopy::{FromZeros, IntoBytes};
 
-use self::claim::Image;
+use self::claim::{Image, Sharing};
 use self::queue::DiskQueue;
 use super::{Device, Host, Queue, RING_FEATURES};
 use crate::abi::bit;
@@ -77,6 +77,9 @@ pub struct DiskOptions {
     pub iommu: bool,
     /// Whether other processes may write the image at the same time: it is not locked then.
     pub share_rw: bool,
+    /// Whether other processes may read a read-only image at the same time; they must ask for it too. A read of a process
+    /// that was killed then lands in guest memory at any time after its successor has begun (rule I9).
+    pub share_readers: bool,
     /// Whether to offer postcopy, and for it no memory slots (rule P1). Not together with `iommu`, which counts more.
     pub postcopy: bool,
 }
@@ -96,6 +99,7 @@ impl DiskOptions {
             inflight_migration: false,
             iommu: false,
             share_rw: false,
+            share_readers: false,
             postcopy: false,
         }
     }
@@ -208,7 +212,8 @@ impl Disk {
         let direct = if options.direct { Some(open(&image, options.read_only, libc::O_DIRECT)?) } else { None };
         let block_size = if kind.is_block_device() { disk_io::block_size(buffered.as_fd()) } else { 512 };
         let clears = !options.read_only && (kind.is_block_device() || punches_holes(&buffered, bytes));
-        let lock = Image::new(direct.as_ref().unwrap_or(&buffered), options.read_only);
+        let sharing = if options.read_only && options.share_readers { Sharing::Readers } else { Sharing::Exclusive };
+        let lock = Image::new(direct.as_ref().unwrap_or(&buffered), sharing);
         let lock = lock.map_err(|source| refused(&image, source))?;
         let image = (!options.share_rw).then(|| Arc::new(lock));
         let (files, capacity) = (Arc::new(Files { buffered, direct }), Arc::new(AtomicU64::new(capacity)));
