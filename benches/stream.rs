@@ -25,12 +25,14 @@ use nix::time::{ClockId, clock_gettime};
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::stream::transport::connect;
 use vhost_migrate::stream::{
-    Codec, Decoder, Encoder, FrameReader, FrameWriter, Listener, Options, StreamError, Target, Uri, owned_by,
+    ChannelId, Codec, Decoder, Encoder, FrameReader, FrameWriter, Listener, MigrationId, Options, StreamError, Target,
+    Uri, owned_by,
 };
 
 const TEXT: [&[u8; 8]; 8] =
     [b"guest   ", b"memory  ", b"is mostl", b"y text, ", b"pointers", b" and zer", b"o bytes ", b"in rows\n"];
 const CHANNELS: u16 = 2;
+const ID: ChannelId = ChannelId { migration: MigrationId(1), channel: 0 };
 const IMAGES: [&str; 3] = ["data", "mix", "zero"];
 
 static CPU_TIME: AtomicBool = AtomicBool::new(false);
@@ -132,7 +134,7 @@ impl Guest {
     }
 
     fn wire(&self, codec: Codec) -> u64 {
-        let mut writer = FrameWriter::new(std::io::sink());
+        let mut writer = FrameWriter::new(std::io::sink(), ID);
         Encoder::new(codec).unwrap().send(&self.source, [0..self.pages], &mut writer).unwrap().wire_bytes
     }
 
@@ -200,7 +202,7 @@ impl Write for Sink {
 
 fn encode(guest: &Guest, codec: Codec) -> f64 {
     let mut encoder = Encoder::new(codec).unwrap();
-    let mut writer = FrameWriter::new(Sink);
+    let mut writer = FrameWriter::new(Sink, ID);
     let start = seconds();
     encoder.send(&guest.source, [0..guest.pages], &mut writer).unwrap();
     seconds() - start
@@ -209,12 +211,12 @@ fn encode(guest: &Guest, codec: Codec) -> f64 {
 fn decode(guest: &Guest, codec: Codec) -> f64 {
     // A part is enough, and keeps the wire's copy small.
     let pages = guest.pages / 8;
-    let mut writer = FrameWriter::new(Vec::new());
+    let mut writer = FrameWriter::new(Vec::new(), ID);
     Encoder::new(codec).unwrap().send(&guest.source, [0..pages], &mut writer).unwrap();
     let wire = writer.into_inner();
     let target = Arc::new(Target::fresh(guest.destination.clone()));
     let mut decoder = Decoder::new(target, 0, 1).unwrap();
-    let mut reader = FrameReader::new(wire.as_slice());
+    let mut reader = FrameReader::new(wire.as_slice(), ID);
     let start = seconds();
     while let Ok(header) = reader.next_frame() {
         decoder.receive(&header, &mut reader).unwrap();
@@ -231,19 +233,17 @@ fn end_to_end(guest: &Guest, listener: &Listener, codec: Codec) -> f64 {
         let to = accepting.join().unwrap();
         let start = seconds();
         thread::scope(|scope| {
-            for (channel, number) in from.channels.into_iter().zip(0..) {
+            for (mut writer, number) in from.writers().into_iter().zip(0..) {
                 scope.spawn(move || {
                     let runs = owned_by([0..guest.pages], number, CHANNELS);
-                    let mut writer = FrameWriter::new(channel);
                     Encoder::new(codec).unwrap().send(&guest.source, runs, &mut writer).unwrap();
                     writer.into_inner().shutdown();
                 });
             }
-            for (channel, number) in to.channels.into_iter().zip(0..) {
+            for (mut reader, number) in to.readers().into_iter().zip(0..) {
                 let target = target.clone();
                 scope.spawn(move || {
                     let mut decoder = Decoder::new(target, number, CHANNELS).unwrap();
-                    let mut reader = FrameReader::new(channel);
                     loop {
                         match reader.next_frame() {
                             Ok(header) => decoder.receive(&header, &mut reader).map(|_| ()).unwrap(),

@@ -14,10 +14,12 @@ use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::stream::frame::{FRAME_HEADER_BYTES, Kind};
 use vhost_migrate::stream::pages::{Batch, CHUNK_PAGES, MAX_BATCH_PAGES, MAX_ENTRIES};
 use vhost_migrate::stream::{
-    Codec, Decoder, Encoder, FrameReader, FrameWriter, PageStats, Plain, StreamError, Target, channel_of, owned_by,
+    ChannelId, Codec, Decoder, Encoder, FrameReader, FrameWriter, MigrationId, PageStats, Plain, StreamError, Target,
+    channel_of, owned_by,
 };
 
 const PAGE: usize = LOG_PAGE as usize;
+const ID: ChannelId = ChannelId { migration: MigrationId(1), channel: 0 };
 
 /// Memory with regions given as first page and number of pages.
 fn memory(regions: &[(u64, u64)]) -> Memory {
@@ -74,7 +76,7 @@ fn runs_of(pages: &BTreeSet<u64>) -> Vec<Range<u64>> {
 }
 
 fn send(memory: &Memory, runs: Vec<Range<u64>>, codec: Codec) -> (Vec<u8>, PageStats) {
-    let mut writer = FrameWriter::new(Vec::new());
+    let mut writer = FrameWriter::new(Vec::new(), ID);
     let stats = Encoder::new(codec).unwrap().send(memory, runs, &mut writer).unwrap();
     (writer.into_inner(), stats)
 }
@@ -86,7 +88,7 @@ fn receive(target: &Arc<Target>, from: impl Read) -> Result<PageStats, StreamErr
 /// Reads page frames to the end of the stream.
 fn receive_on(target: &Arc<Target>, from: impl Read, channel: u16, channels: u16) -> Result<PageStats, StreamError> {
     let mut decoder = Decoder::new(target.clone(), channel, channels)?;
-    let mut reader = FrameReader::new(Plain(from));
+    let mut reader = FrameReader::new(Plain(from), ID);
     let mut stats = PageStats::default();
     loop {
         match reader.next_frame() {
@@ -187,7 +189,7 @@ proptest! {
         if let Some(head) = body.first_chunk_mut() {
             *head = [head[0] % 9, 0, 0, 0, head[4] % 2, 0, 0, 0];
         }
-        let mut writer = FrameWriter::new(Vec::new());
+        let mut writer = FrameWriter::new(Vec::new(), ID);
         writer.write(Kind::Pages, [&body, &[]]).unwrap();
         prop_assert!(receive(&target, writer.into_inner().as_slice()).is_err());
         prop_assert!(Batch::parse(&body).is_err());
@@ -200,7 +202,7 @@ fn sample(codec: Codec) -> (Vec<u8>, Arc<Target>) {
     for (number, how) in (16..28).zip([2, 0, 0, 2, 1, 0, 3, 2, 0, 2, 2, 0]) {
         fill(&source, number, how);
     }
-    let mut writer = FrameWriter::new(Vec::new());
+    let mut writer = FrameWriter::new(Vec::new(), ID);
     let mut encoder = Encoder::new(codec).unwrap();
     for run in [16..19, 20..28, 17..18] {
         encoder.send(&source, [run], &mut writer).unwrap();
@@ -248,7 +250,7 @@ fn frame(table: &[u64], codec: u8, data: &[u8]) -> Vec<u8> {
     let mut body = (table.len() as u32).to_le_bytes().to_vec();
     body.extend([codec, 0, 0, 0]);
     table.iter().for_each(|entry| body.extend(entry.to_le_bytes()));
-    let mut writer = FrameWriter::new(Vec::new());
+    let mut writer = FrameWriter::new(Vec::new(), ID);
     writer.write(Kind::Pages, [&body, data]).unwrap();
     writer.into_inner()
 }

@@ -14,11 +14,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
-use vhost_migrate::stream::frame::{ConnectionHeader, HEADER_BYTES, Kind, MigrationId};
+use vhost_migrate::stream::frame::{ConnectionHeader, HEADER_BYTES, Kind, MigrationId, VERSION};
 use vhost_migrate::stream::transport::connect;
 use vhost_migrate::stream::{
-    Cancel, Channel, Codec, Connection, Decoder, Encoder, FrameReader, FrameWriter, Limiter, Listener, Options,
-    StreamError, Target, ToDestination, ToSource, Uri, owned_by,
+    Cancel, Channel, Codec, Connection, Decoder, Encoder, FrameReader, Limiter, Listener, Options, StreamError, Target,
+    ToDestination, ToSource, Uri, owned_by,
 };
 
 fn options(channels: u16) -> Options {
@@ -61,9 +61,8 @@ fn source(connection: &Connection, memory: &Memory, codec: Codec) {
     let pages = memory.size() / LOG_PAGE;
     let channels = connection.channels.len() as u16;
     thread::scope(|scope| {
-        for (channel, number) in connection.channels.iter().zip(0..) {
+        for (mut writer, number) in connection.writers().into_iter().zip(0..) {
             scope.spawn(move || {
-                let mut writer = FrameWriter::new(channel.clone());
                 let runs = owned_by([0..pages], number, channels);
                 let sent = Encoder::new(codec).unwrap().send(memory, runs, &mut writer).unwrap();
                 let end = vhost_migrate::stream::record::RoundEnd::new(0, true, &sent);
@@ -72,14 +71,18 @@ fn source(connection: &Connection, memory: &Memory, codec: Codec) {
         }
     });
     if !connection.one_way {
-        let mut answers = FrameReader::new(connection.channels[0].clone());
+        let mut answers = connection.readers().remove(0);
         assert_eq!(ToSource::next(&mut answers).unwrap(), ToSource::Ready);
     }
 }
 
-fn receive(channel: &Channel, target: &Arc<Target>, number: u16, channels: u16) -> Result<(), StreamError> {
+fn receive(
+    mut reader: FrameReader<Channel>,
+    target: &Arc<Target>,
+    number: u16,
+    channels: u16,
+) -> Result<(), StreamError> {
     let mut decoder = Decoder::new(target.clone(), number, channels)?;
-    let mut reader = FrameReader::new(channel.clone());
     let mut received = vhost_migrate::stream::PageStats::default();
     loop {
         let header = reader.next_frame()?;
@@ -95,15 +98,15 @@ fn destination(connection: &Connection, target: &Arc<Target>) -> Result<(), Stre
     let channels = connection.channels.len() as u16;
     thread::scope(|scope| {
         let receivers = connection
-            .channels
-            .iter()
+            .readers()
+            .into_iter()
             .zip(0..)
-            .map(|(channel, number)| scope.spawn(move || receive(channel, target, number, channels)));
+            .map(|(reader, number)| scope.spawn(move || receive(reader, target, number, channels)));
         let receivers: Vec<_> = receivers.collect();
         receivers.into_iter().try_for_each(|receiver| receiver.join().unwrap())
     })?;
     if !connection.one_way {
-        ToSource::Ready.write(&mut FrameWriter::new(connection.channels[0].clone()))?;
+        ToSource::Ready.write(&mut connection.writers().remove(0))?;
     }
     Ok(())
 }
@@ -301,12 +304,12 @@ fn both_sides_learn_which_of_them_is_too_old() {
     // A newer source finds our version in the answer.
     let mut newer = UnixStream::connect(path).unwrap();
     let mut header = ConnectionHeader { id: MigrationId(7), channel: 0, channels: 1, one_way: false }.encode();
-    header[8] = 2;
+    header[8] += 1;
     newer.write_all(&header).unwrap();
     migrate(&listener, &to, options(1), Codec::None);
     let mut answer = [0; HEADER_BYTES];
     newer.read_exact(&mut answer).unwrap();
-    assert_eq!(answer[8..10], [1, 0]);
+    assert_eq!(answer[8..10], VERSION.to_le_bytes());
     // Our source meets a newer destination.
     let newer = UnixListener::bind(folder.path().join("newer")).unwrap();
     let source = thread::spawn(move || connect(&uri(format!("unix:{}/newer", folder.path().display())), &options(1)));
@@ -492,7 +495,7 @@ fn a_peer_that_resets_the_connection_is_told_as_gone() {
     let connection = listener.accept(&options(1)).unwrap();
     let mut channel = connection.channels[0].clone();
     drop(source);
-    let mut reader = FrameReader::new(channel.clone());
+    let mut reader = connection.readers().remove(0);
     assert!(matches!(reader.next_frame(), Err(StreamError::Ended)));
     let error = loop {
         if let Err(error) = channel.write_all(&[0; 4096]) {

@@ -15,7 +15,7 @@ use vhost_migrate::memory::LOG_PAGE;
 use vhost_migrate::ring::RingBase;
 use vhost_migrate::stream::frame::ConnectionHeader;
 use vhost_migrate::stream::pages::Batch;
-use vhost_migrate::stream::{FrameReader, Kind, StreamError, ToDestination};
+use vhost_migrate::stream::{ChannelId, FrameReader, Kind, StreamError, ToDestination};
 use zerocopy::FromBytes;
 
 use crate::units::show;
@@ -275,7 +275,7 @@ fn stream(file: &Path) -> Result<Found, String> {
     let mut bytes = BufReader::with_capacity(1 << 20, open);
     let told = |error: StreamError| format!("{}: {error}", file.display());
     let header = ConnectionHeader::read(&mut bytes).map_err(told)?;
-    let mut reader = FrameReader::new(bytes);
+    let mut reader = FrameReader::new(bytes, ChannelId { migration: header.id, channel: header.channel });
     let mut text = vec![format!("migration {}, channel {} of {}", header.id, header.channel, header.channels)];
     let (mut frames, mut data_pages, mut zero_pages, mut rounds, mut state_bytes) = (0u64, 0, 0, 0u32, 0);
     let mut committed = false;

@@ -11,7 +11,9 @@ use libfuzzer_sys::fuzz_target;
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
 use vhost_migrate::stream::frame::{ConnectionHeader, Kind};
 use vhost_migrate::stream::pages::Batch;
-use vhost_migrate::stream::{Decoder, FrameReader, FrameWriter, Target, ToDestination, ToSource};
+use vhost_migrate::stream::{ChannelId, Decoder, FrameReader, FrameWriter, MigrationId, Target, ToDestination, ToSource};
+
+const ID: ChannelId = ChannelId { migration: MigrationId(1), channel: 0 };
 
 fuzz_target!(|input: &[u8]| {
     read(input);
@@ -19,7 +21,7 @@ fuzz_target!(|input: &[u8]| {
     let kind = Kind::ALL[usize::from(first) % Kind::ALL.len()];
     // Pages twice as often as one in ten: they are what writes memory.
     let kind = if first >= 128 { Kind::Pages } else { kind };
-    let mut writer = FrameWriter::new(Vec::new());
+    let mut writer = FrameWriter::new(Vec::new(), ID);
     if writer.write(kind, [body, &[]]).is_ok() {
         read_frames(&writer.into_inner());
     }
@@ -35,7 +37,7 @@ fn read(mut stream: &[u8]) {
 
 fn read_frames(stream: &[u8]) {
     let mut decoder = Decoder::new(target().clone(), 0, 1).expect("codecs can be set up");
-    let mut reader = FrameReader::new(stream);
+    let mut reader = FrameReader::new(stream, ID);
     while let Ok(header) = reader.next_frame() {
         let good = match header.kind {
             Kind::Pages => decoder.receive(&header, &mut reader).is_ok(),

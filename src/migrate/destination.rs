@@ -31,9 +31,9 @@ pub struct Received {
 /// # Errors
 /// [`MigrateError`]: the guest does not run here. The source has been told why if it still listens.
 pub fn receive(arrival: &mut dyn Arrival, connection: Connection, cancel: &Cancel) -> Result<Received, MigrateError> {
-    let first = connection.channels.first().ok_or(StreamError::Ended)?.clone();
-    let mut answers = Answers { to: FrameWriter::new(first), one_way: connection.one_way };
-    let mut readers: Vec<_> = connection.channels.iter().cloned().map(FrameReader::new).collect();
+    let first = connection.writers().into_iter().next().ok_or(StreamError::Ended)?;
+    let mut answers = Answers { to: first, one_way: connection.one_way };
+    let mut readers = connection.readers();
     let outcome = take_in(arrival, &mut readers, &mut answers, cancel);
     if let Err(error) = &outcome {
         // The source may be gone; it goes on by itself then.

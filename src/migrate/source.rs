@@ -126,6 +126,8 @@ impl Migration<'_> {
             let begun = Instant::now();
             let wire_before = self.wire.bytes();
             let sent = self.send(round, false)?;
+            // What is on disk now need not be waited for while the guest is stopped.
+            self.wire.sync()?;
             let sending = begun.elapsed();
             // Sent and accounted for; what was written since is in the harvest, also in one that fails half-way.
             self.pending = PageSet::new(self.pending.capacity());
@@ -337,13 +339,10 @@ impl Sender {
 
 impl Wire {
     fn new(connection: Connection, codec: Codec) -> Result<Wire, MigrateError> {
-        let senders = connection
-            .channels
-            .iter()
-            .map(|channel| Ok(Sender { writer: FrameWriter::new(channel.clone()), encoder: Encoder::new(codec)? }));
+        let senders =
+            connection.writers().into_iter().map(|writer| Ok(Sender { writer, encoder: Encoder::new(codec)? }));
         let channels = senders.collect::<Result<Vec<_>, StreamError>>()?;
-        let first = connection.channels.first().ok_or(StreamError::Ended)?;
-        let replies = FrameReader::new(first.clone());
+        let replies = connection.readers().into_iter().next().ok_or(StreamError::Ended)?;
         Ok(Wire { channels, replies, one_way: connection.one_way, connection: Some(connection) })
     }
 
@@ -401,6 +400,11 @@ impl Wire {
             // It notices the closed connection if not this.
             let _ = self.tell(&ToDestination::Cancel { reason: error.to_string() });
         }
+    }
+
+    /// Waits until what was written to a file or device is on disk.
+    fn sync(&self) -> Result<(), MigrateError> {
+        Ok(self.connection.as_ref().map_or(Ok(()), Connection::sync)?)
     }
 
     /// What goes into a file or a filter is only safe when it is all there.

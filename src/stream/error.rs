@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::frame::Kind;
@@ -22,6 +23,12 @@ pub enum StreamError {
         /// Version found in the peer's header.
         theirs: u16,
     },
+    /// A save to this file or device was cancelled, failed or was killed before its end.
+    #[error("this save was not finished: the source was killed, cancelled or failed. Save the guest again")]
+    Unfinished,
+    /// The name of a `file:` was given to another file since this save began.
+    #[error("{}: another save has taken this name since this one began: save under another name", .0.display())]
+    NameTaken(PathBuf),
     /// A record has a version that this program does not read.
     #[error("{}", version_advice(.record, *.ours, *.theirs))]
     RecordVersion {

@@ -16,7 +16,7 @@ use super::sys::{ReadMemory, Window};
 /// First bytes of every connection and file. Not ASCII, with both line ends: a text-mode copy is noticed.
 pub const MAGIC: [u8; 8] = *b"\x89VHM\r\n\x1a\n";
 /// Version of the stream that this program writes and reads.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Bytes of a connection header.
 pub const HEADER_BYTES: usize = size_of::<RawConnection>();
 /// Bytes of a frame header.
@@ -46,6 +46,16 @@ impl fmt::Display for MigrationId {
     }
 }
 
+/// One channel of one migration. It is part of every frame's hash, so a frame is valid on this channel only. The
+/// direction needs no field: kinds of frames from the source and from the destination differ.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ChannelId {
+    /// The migration.
+    pub migration: MigrationId,
+    /// The channel's number.
+    pub channel: u16,
+}
+
 /// What each side of each channel sends first. The destination answers with its own, unless `one_way`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ConnectionHeader {
@@ -59,13 +69,32 @@ pub struct ConnectionHeader {
     pub one_way: bool,
 }
 
+/// Flags of a connection header.
+mod flags {
+    /// [`ConnectionHeader::one_way`](super::ConnectionHeader::one_way).
+    pub(super) const ONE_WAY: u16 = 1 << 0;
+    /// A file or device onto which a save has begun and not been completed.
+    pub(super) const UNFINISHED: u16 = 1 << 1;
+}
+
 impl ConnectionHeader {
     /// The bytes on the wire.
     pub fn encode(&self) -> [u8; HEADER_BYTES] {
+        self.encode_with(0)
+    }
+
+    /// The bytes that stand in place of the header while a save to a file or device is under way. Decoding them yields
+    /// [`StreamError::Unfinished`].
+    pub fn encode_unfinished(&self) -> [u8; HEADER_BYTES] {
+        self.encode_with(flags::UNFINISHED)
+    }
+
+    fn encode_with(&self, more: u16) -> [u8; HEADER_BYTES] {
+        let one_way = if self.one_way { flags::ONE_WAY } else { 0 };
         let mut raw = RawConnection {
             magic: MAGIC,
             version: VERSION.into(),
-            flags: u16::from(self.one_way).into(),
+            flags: (one_way | more).into(),
             channel: self.channel.into(),
             channels: self.channels.into(),
             id: self.id.0.into(),
@@ -79,7 +108,7 @@ impl ConnectionHeader {
     ///
     /// # Errors
     /// `NotAStream`, `Version` (looked at before anything else that a later version may change), `Checksum`,
-    /// or `Malformed` for unknown flags and channel numbers out of range.
+    /// `Unfinished`, or `Malformed` for unknown flags and channel numbers out of range.
     pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<ConnectionHeader, StreamError> {
         let raw: RawConnection = zerocopy::transmute!(*bytes);
         if raw.magic != MAGIC {
@@ -92,11 +121,14 @@ impl ConnectionHeader {
             return Err(StreamError::Checksum { what: "the connection header", sequence: 0 });
         }
         let (flags, channel, channels) = (raw.flags.get(), raw.channel.get(), raw.channels.get());
-        if flags > 1 || channels == 0 || channels > MAX_CHANNELS || channel >= channels {
+        if flags & flags::UNFINISHED != 0 {
+            return Err(StreamError::Unfinished);
+        }
+        if flags > flags::ONE_WAY || channels == 0 || channels > MAX_CHANNELS || channel >= channels {
             let why = format!("flags {flags:#x}, channel {channel} of {channels} (at most {MAX_CHANNELS})");
             return Err(StreamError::Malformed { what: "connection header", why });
         }
-        Ok(ConnectionHeader { id: MigrationId(raw.id.get()), channel, channels, one_way: flags == 1 })
+        Ok(ConnectionHeader { id: MigrationId(raw.id.get()), channel, channels, one_way: flags == flags::ONE_WAY })
     }
 
     /// Reads and decodes a header.
@@ -182,7 +214,7 @@ pub struct FrameHeader {
     pub length: u32,
     /// Number of this frame on its channel and direction, from 0.
     pub sequence: u64,
-    /// xxh3-64 over the first 16 bytes of the header, then the body.
+    /// xxh3-64 over migration id, channel, the first 16 bytes of the header, then the body.
     pub hash: u64,
 }
 
@@ -190,14 +222,15 @@ pub struct FrameHeader {
 #[derive(Debug)]
 pub struct FrameWriter<W> {
     to: W,
+    id: ChannelId,
     sequence: u64,
     bytes: u64,
 }
 
 impl<W: Write> FrameWriter<W> {
-    /// A writer whose next frame has number 0; the connection header is already written.
-    pub fn new(to: W) -> FrameWriter<W> {
-        FrameWriter { to, sequence: 0, bytes: 0 }
+    /// A writer of channel `id` whose next frame has number 0; the connection header is already written.
+    pub fn new(to: W, id: ChannelId) -> FrameWriter<W> {
+        FrameWriter { to, id, sequence: 0, bytes: 0 }
     }
 
     /// Writes one frame whose body is `parts` one after the other. Returns the bytes written, header included.
@@ -219,7 +252,7 @@ impl<W: Write> FrameWriter<W> {
             sequence: self.sequence.into(),
             hash: U64::ZERO,
         };
-        let mut hash = raw.hasher();
+        let mut hash = raw.hasher(self.id);
         for part in parts {
             hash.write(part);
         }
@@ -252,14 +285,15 @@ impl<W: Write> FrameWriter<W> {
 #[derive(Debug)]
 pub struct FrameReader<R> {
     from: R,
+    id: ChannelId,
     sequence: u64,
     bytes: u64,
 }
 
 impl<R: Read> FrameReader<R> {
-    /// A reader that expects frame 0 next; the connection header is already read.
-    pub fn new(from: R) -> FrameReader<R> {
-        FrameReader { from, sequence: 0, bytes: 0 }
+    /// A reader of channel `id` that expects frame 0 next; the connection header is already read.
+    pub fn new(from: R, id: ChannelId) -> FrameReader<R> {
+        FrameReader { from, id, sequence: 0, bytes: 0 }
     }
 
     /// Reads the next frame's header. Its body must be read before the next call.
@@ -337,7 +371,7 @@ impl<'r, R: Read> Body<'r, R> {
             sequence: header.sequence.into(),
             hash: U64::ZERO,
         };
-        let hash = raw.hasher();
+        let hash = raw.hasher(reader.id);
         Body { from: &mut reader.from, header: *header, left: header.length as usize, hash }
     }
 
@@ -422,9 +456,11 @@ struct RawFrame {
 }
 
 impl RawFrame {
-    /// Hashes everything before the hash itself.
-    fn hasher(&self) -> XxHash3_64 {
+    /// Hashes the channel's id and everything before the hash itself.
+    fn hasher(&self, id: ChannelId) -> XxHash3_64 {
         let mut hash = XxHash3_64::new();
+        hash.write(&id.migration.0.to_le_bytes());
+        hash.write(&id.channel.to_le_bytes());
         hash.write(self.as_bytes().get(..16).unwrap_or_default());
         hash
     }
@@ -455,8 +491,10 @@ fn write_all(to: &mut impl Write, mut parts: &mut [IoSlice<'_>]) -> Result<(), S
 mod tests {
     use super::*;
 
+    const ID: ChannelId = ChannelId { migration: MigrationId(0x0123_4567_89ab_cdef), channel: 1 };
+
     fn header() -> ConnectionHeader {
-        ConnectionHeader { id: MigrationId(0x0123_4567_89ab_cdef), channel: 1, channels: 3, one_way: true }
+        ConnectionHeader { id: ID.migration, channel: 1, channels: 3, one_way: true }
     }
 
     #[test]
@@ -475,6 +513,12 @@ mod tests {
     }
 
     #[test]
+    fn an_unfinished_save_is_called_that() {
+        let refused = ConnectionHeader::decode(&header().encode_unfinished());
+        assert!(matches!(refused, Err(StreamError::Unfinished)), "{refused:?}");
+    }
+
+    #[test]
     fn a_version_mismatch_says_who_must_be_updated() {
         let mut bytes = header().encode();
         bytes[8] = 9;
@@ -487,13 +531,13 @@ mod tests {
 
     #[test]
     fn frames_come_back_in_order_and_then_the_stream_has_ended() {
-        let mut writer = FrameWriter::new(Vec::new());
+        let mut writer = FrameWriter::new(Vec::new(), ID);
         writer.write(Kind::Commit, [b"", b""]).unwrap();
         writer.write(Kind::Cancel, [b"first", b"second"]).unwrap();
         let bytes = writer.bytes();
         let wire = writer.into_inner();
         assert_eq!(wire.len() as u64, bytes);
-        let mut reader = FrameReader::new(wire.as_slice());
+        let mut reader = FrameReader::new(wire.as_slice(), ID);
         let mut body = Vec::new();
         let frame = reader.next_frame().unwrap();
         assert_eq!((frame.kind, frame.length), (Kind::Commit, 0));
@@ -506,12 +550,32 @@ mod tests {
     }
 
     #[test]
+    fn a_frame_is_valid_only_on_its_own_channel_of_its_own_migration() {
+        let mut writer = FrameWriter::new(Vec::new(), ID);
+        writer.write(Kind::Cancel, [b"body", b""]).unwrap();
+        let wire = writer.into_inner();
+        let read = |id| {
+            let mut reader = FrameReader::new(wire.as_slice(), id);
+            let frame = reader.next_frame()?;
+            reader.body(&frame, &mut Vec::new())
+        };
+        read(ID).unwrap();
+        for other in [
+            ChannelId { migration: MigrationId(ID.migration.0 + 1), ..ID },
+            ChannelId { migration: MigrationId(ID.migration.0 ^ 1 << 127), ..ID },
+            ChannelId { channel: 0, ..ID },
+        ] {
+            assert!(matches!(read(other), Err(StreamError::Checksum { .. })), "{other:?}");
+        }
+    }
+
+    #[test]
     fn a_repeated_or_lost_frame_is_noticed() {
-        let mut writer = FrameWriter::new(Vec::new());
+        let mut writer = FrameWriter::new(Vec::new(), ID);
         writer.write(Kind::Commit, [b"", b""]).unwrap();
         let one = writer.into_inner();
         let twice = [one.clone(), one].concat();
-        let mut reader = FrameReader::new(twice.as_slice());
+        let mut reader = FrameReader::new(twice.as_slice(), ID);
         let frame = reader.next_frame().unwrap();
         reader.body(&frame, &mut Vec::new()).unwrap();
         assert!(matches!(reader.next_frame(), Err(StreamError::Sequence { wanted: 1, found: 0 })));
@@ -526,9 +590,9 @@ mod tests {
             sequence: U64::ZERO,
             hash: U64::ZERO,
         };
-        let refused = FrameReader::new(raw.as_bytes()).next_frame();
+        let refused = FrameReader::new(raw.as_bytes(), ID).next_frame();
         assert!(matches!(refused, Err(StreamError::TooLong { .. })));
-        let mut writer = FrameWriter::new(Vec::new());
+        let mut writer = FrameWriter::new(Vec::new(), ID);
         let long = vec![0; Kind::Cancel.limit() as usize + 1];
         assert!(matches!(writer.write(Kind::Cancel, [&long, b""]), Err(StreamError::TooLong { .. })));
         assert!(writer.into_inner().is_empty());
@@ -536,10 +600,10 @@ mod tests {
 
     #[test]
     fn a_long_body_that_never_comes_costs_no_memory() {
-        let mut writer = FrameWriter::new(Vec::new());
+        let mut writer = FrameWriter::new(Vec::new(), ID);
         writer.write(Kind::State, [&vec![7; 60 << 20], b""]).unwrap();
         let wire = writer.into_inner();
-        let mut reader = FrameReader::new(&wire[..1000]);
+        let mut reader = FrameReader::new(&wire[..1000], ID);
         let frame = reader.next_frame().unwrap();
         let mut body = Vec::new();
         assert!(matches!(reader.body(&frame, &mut body), Err(StreamError::Truncated(_))));

@@ -22,7 +22,7 @@ pub mod transport;
 
 pub use codec::Codec;
 pub use error::StreamError;
-pub use frame::{FrameHeader, FrameReader, FrameWriter, Kind, MigrationId};
+pub use frame::{ChannelId, FrameHeader, FrameReader, FrameWriter, Kind, MigrationId};
 pub use limiter::Limiter;
 pub use pages::{Decoder, Encoder, PageStats, Target, channel_of, owned_by};
 pub use record::{ToDestination, ToSource};

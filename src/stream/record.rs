@@ -346,6 +346,9 @@ fn merged(regions: &[RegionLayout]) -> Result<Vec<(u64, u64)>, StreamError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::stream::{ChannelId, MigrationId};
+
+    const ID: ChannelId = ChannelId { migration: MigrationId(1), channel: 0 };
 
     #[derive(Debug, PartialEq, Serialize, Deserialize)]
     struct State {
@@ -405,12 +408,12 @@ mod tests {
             ToDestination::Cancel { reason: "user".into() },
             ToDestination::Commit,
         ];
-        let mut writer = FrameWriter::new(Vec::new());
+        let mut writer = FrameWriter::new(Vec::new(), ID);
         for message in &out {
             message.write(&mut writer).unwrap();
         }
         let wire = writer.into_inner();
-        let mut reader = FrameReader::new(wire.as_slice());
+        let mut reader = FrameReader::new(wire.as_slice(), ID);
         for message in &out {
             let header = reader.next_frame().unwrap();
             assert_eq!(ToDestination::read(&header, &mut reader).unwrap(), *message);
@@ -421,16 +424,16 @@ mod tests {
             ToSource::Started(Started { observed_downtime_ns: Some(3), start_ns: 4 }),
             ToSource::Failed { message: "disk full".into() },
         ];
-        let mut writer = FrameWriter::new(Vec::new());
+        let mut writer = FrameWriter::new(Vec::new(), ID);
         for message in &back {
             message.write(&mut writer).unwrap();
         }
         let wire = writer.into_inner();
-        let mut reader = FrameReader::new(wire.as_slice());
+        let mut reader = FrameReader::new(wire.as_slice(), ID);
         for message in &back {
             assert_eq!(ToSource::next(&mut reader).unwrap(), *message);
         }
-        let mut reader = FrameReader::new(wire.as_slice());
+        let mut reader = FrameReader::new(wire.as_slice(), ID);
         let header = reader.next_frame().unwrap();
         let wrong_way = ToDestination::read(&header, &mut reader);
         assert!(matches!(wrong_way, Err(StreamError::Unexpected { found: Kind::Accepted, .. })));
@@ -438,10 +441,10 @@ mod tests {
 
     #[test]
     fn a_reason_of_any_length_is_sent() {
-        let mut writer = FrameWriter::new(Vec::new());
+        let mut writer = FrameWriter::new(Vec::new(), ID);
         ToSource::Failed { message: "é".repeat(100_000) }.write(&mut writer).unwrap();
         let wire = writer.into_inner();
-        let ToSource::Failed { message } = ToSource::next(&mut FrameReader::new(wire.as_slice())).unwrap() else {
+        let ToSource::Failed { message } = ToSource::next(&mut FrameReader::new(wire.as_slice(), ID)).unwrap() else {
             panic!("another message");
         };
         assert_eq!(message, "é".repeat(2048));

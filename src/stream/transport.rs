@@ -21,16 +21,18 @@ use nix::sys::time::TimeVal;
 use nix::unistd::Pid;
 
 use super::StreamError;
-use super::frame::MigrationId;
+use super::frame::{ChannelId, ConnectionHeader, FrameReader, FrameWriter, HEADER_BYTES, MigrationId};
 use super::limiter::{Interrupt, lock, poll_until};
 use super::sys::{ReadMemory, Window};
 
 mod accept;
 mod connect;
+mod save;
 
 pub use super::limiter::{Cancel, Limiter};
 pub use accept::Listener;
 pub use connect::connect;
+use save::{Partial, Save};
 
 /// Where a migration goes to or comes from.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -154,8 +156,31 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Makes sure that what was written has arrived where this end can see it: a file is on disk under its own name, a
-    /// command has ended well. Until this is called a `file:` destination does not appear.
+    /// A writer of frames for each channel.
+    pub fn writers(&self) -> Vec<FrameWriter<Channel>> {
+        self.with_ids().map(|(channel, id)| FrameWriter::new(channel, id)).collect()
+    }
+
+    /// A reader of frames for each channel.
+    pub fn readers(&self) -> Vec<FrameReader<Channel>> {
+        self.with_ids().map(|(channel, id)| FrameReader::new(channel, id)).collect()
+    }
+
+    fn with_ids(&self) -> impl Iterator<Item = (Channel, ChannelId)> {
+        let migration = self.id;
+        self.channels.iter().cloned().zip(0..).map(move |(it, channel)| (it, ChannelId { migration, channel }))
+    }
+
+    /// Waits until what was written to a file or device is on disk. Does nothing to other transports.
+    ///
+    /// # Errors
+    /// `DiskFull`, and what the system says.
+    pub fn sync(&self) -> Result<(), StreamError> {
+        self.channels.iter().try_for_each(|channel| channel.0.sync())
+    }
+
+    /// Makes sure that what was written has arrived where this end can see it: a file or device is complete and on disk,
+    /// a file under its own name; a command has ended well. Until this is called a save is unfinished.
     ///
     /// # Errors
     /// `Command`, `DiskFull`, `Timeout`, `Cancelled`, and what the system says.
@@ -212,7 +237,7 @@ const LOCAL_BUFFER: usize = 160 << 10;
 /// What is left to do when the last byte is written.
 enum End {
     Nothing,
-    Rename { from: PathBuf, to: PathBuf },
+    Save(Save),
     Wait { child: Child, command: String },
 }
 
@@ -268,6 +293,24 @@ impl Channel {
     /// Bytes read so far, headers included.
     pub fn received(&self) -> u64 {
         self.0.received.load(Ordering::Relaxed)
+    }
+
+    /// Bytes written to a file or device that may not be on its disk yet; 0 for other transports.
+    pub fn unsynced(&self) -> u64 {
+        match &*lock(&self.0.end) {
+            End::Save(save) => save.unsynced(),
+            _ => 0,
+        }
+    }
+
+    /// Sends the header, or begins a save with it.
+    fn begin(&mut self, uri: &Uri, name: Option<Partial>, header: ConnectionHeader) -> Result<(), StreamError> {
+        if self.0.kind == FdKind::File {
+            *lock(&self.0.end) = End::Save(Save::begin(uri, &self.0.fd, name, header)?);
+            self.0.sent.fetch_add(HEADER_BYTES as u64, Ordering::Relaxed);
+            return Ok(());
+        }
+        Ok(self.write_all(&header.encode())?)
     }
 
     /// Ends this channel alone: whoever blocks on it, here or at the peer, goes on with an error. Does nothing to pipes
@@ -350,6 +393,9 @@ impl Inner {
             _ => Ok(nix::sys::uio::writev(&self.fd, from)?),
         })?;
         self.sent.fetch_add(count as u64, Ordering::Relaxed);
+        if let End::Save(save) = &mut *lock(&self.end) {
+            save.wrote(&self.fd, count)?;
+        }
         Ok(count)
     }
 
@@ -389,6 +435,13 @@ impl Inner {
         }
     }
 
+    fn sync(&self) -> Result<(), StreamError> {
+        match &mut *lock(&self.end) {
+            End::Save(save) => Ok(save.sync(&self.fd)?),
+            _ => Ok(()),
+        }
+    }
+
     fn finish(&self) -> Result<(), StreamError> {
         /// How often a command is looked at while it ends.
         const NAP: Duration = Duration::from_millis(5);
@@ -402,13 +455,9 @@ impl Inner {
             self.cancel.check()?;
             match &mut *lock(&self.end) {
                 End::Nothing => return Ok(()),
-                end @ End::Rename { .. } => {
-                    nix::unistd::fdatasync(&self.fd).map_err(io::Error::from)?;
-                    if let End::Rename { from, to } = end {
-                        std::fs::rename(from, to)?;
-                    }
-                    *end = End::Nothing;
-                    return Ok(());
+                end @ End::Save(_) => {
+                    let End::Save(save) = std::mem::replace(end, End::Nothing) else { return Ok(()) };
+                    return Ok(save.complete(&self.fd)?);
                 }
                 end @ End::Wait { .. } => {
                     if let End::Wait { child, command } = end
@@ -439,10 +488,7 @@ impl Drop for Inner {
     /// A migration that was not finished leaves neither half a file nor a running command.
     fn drop(&mut self) {
         match &mut *lock(&self.end) {
-            End::Nothing => {}
-            End::Rename { from, .. } => {
-                let _ = std::fs::remove_file(from);
-            }
+            End::Nothing | End::Save(_) => {}
             End::Wait { child, .. } => {
                 self.shutdown(Shutdown::Both);
                 // The command is the leader of its own process group.

@@ -2,8 +2,8 @@
 
 use std::process::Command;
 
-use vhost_migrate::migrate::MigrateError;
-use vhost_migrate::stream::StreamError;
+use vhost_migrate::migrate::{Event, MigrateError, migrate};
+use vhost_migrate::stream::{Options, StreamError, transport};
 
 use crate::guest::{Guest, Trouble};
 use crate::trip::{Destination, How, Place, assert_nothing_happened, leave, stream_error, uri};
@@ -69,6 +69,26 @@ fn a_disk_that_fills_up_half_way_leaves_neither_half_a_file_nor_a_stopped_guest(
     assert!(matches!(stream_error(&failure), StreamError::Io(_) | StreamError::DiskFull), "{failure}");
     assert!(place.is_empty());
     assert_nothing_happened(guest, &failure);
+}
+
+#[test]
+fn what_was_sent_while_the_guest_ran_is_on_disk_when_it_stops() {
+    let place = Place::new();
+    let how = How::new();
+    let Options { limiter, cancel, .. } = &how.options;
+    let connection = transport::connect(&uri(&format!("file:{}", place.path("guest"))), &how.options).unwrap();
+    let channel = connection.channels[0].clone();
+    let (mut sent, mut left) = (0, None);
+    let mut guest = Guest::running(PAGES);
+    migrate(&mut guest, connection, &how.plan, limiter, cancel, &mut |event| match event {
+        Event::Round(_) => sent = channel.sent(),
+        Event::Switchover { .. } => left = Some(channel.unsynced()),
+        _ => {}
+    })
+    .unwrap();
+    assert!(sent > 1 << 20, "{sent}");
+    assert_eq!(left, Some(0), "bytes left to sync with the guest stopped, of {sent}");
+    assert_eq!(channel.unsynced(), 0);
 }
 
 #[test]

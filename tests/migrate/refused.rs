@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use vhost_migrate::migrate::{Failure, MigrateError};
 use vhost_migrate::stream::frame::{ConnectionHeader, HEADER_BYTES, VERSION};
 use vhost_migrate::stream::record::{MemoryLayout, RoundEnd, Started};
-use vhost_migrate::stream::{FrameReader, FrameWriter, Listener, MigrationId, PageStats, StreamError};
+use vhost_migrate::stream::{Listener, MigrationId, PageStats, StreamError};
 use vhost_migrate::stream::{ToDestination, ToSource, Uri, transport};
 
 use crate::guest::{Guest, NO_ROOM, Refusal, Trouble, layout};
@@ -69,8 +69,8 @@ fn answers(first: ToSource, second: Option<ToSource>) -> Failure {
     let at = listener.uri().clone();
     let peer = std::thread::spawn(move || {
         let connection = listener.accept(&options()).unwrap();
-        let mut reader = FrameReader::new(connection.channels[0].clone());
-        let mut writer = FrameWriter::new(connection.channels[0].clone());
+        let mut reader = connection.readers().remove(0);
+        let mut writer = connection.writers().remove(0);
         let layout = reader.next_frame().unwrap();
         ToDestination::read(&layout, &mut reader).unwrap();
         first.write(&mut writer).unwrap();
@@ -129,12 +129,12 @@ fn a_source_that_speaks_out_of_turn_starts_nothing() {
         let place = Place::new();
         let destination = Destination::at(&place.unix("socket"));
         let connection = transport::connect(&destination.uri, &options()).unwrap();
-        let mut writer = FrameWriter::new(connection.channels[0].clone());
+        let mut writer = connection.writers().remove(0);
         for message in &script {
             // It may have had enough before the end.
             let _ = message.write(&mut writer);
         }
-        let mut reader = FrameReader::new(connection.channels[0].clone());
+        let mut reader = connection.readers().remove(0);
         let words = loop {
             match ToSource::next(&mut reader).unwrap() {
                 ToSource::Failed { message } => break message,
@@ -178,7 +178,7 @@ fn answered_with(bytes: &[u8]) -> Failure {
 #[test]
 fn a_source_says_what_is_wrong_with_a_destination_that_is_none() {
     let failure = answered_with(&from_the_future());
-    assert!(matches!(stream_error(&failure), StreamError::Version { theirs: 2, .. }), "{failure}");
+    assert!(matches!(stream_error(&failure), StreamError::Version { theirs: 3, .. }), "{failure}");
     let failure = answered_with(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n");
     assert!(matches!(stream_error(&failure), StreamError::NotAStream), "{failure}");
     let failure = answered_with(b"short");

@@ -34,5 +34,6 @@ mod qtest_blk;
 mod ram;
 mod rust_vmm;
 mod rust_vmm_disk;
+mod saved;
 mod testpmd;
 mod uml;

@@ -1,11 +1,9 @@
 //! The source's side of opening a migration's channels.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -16,7 +14,7 @@ use nix::sys::socket::{
 };
 
 use super::{Channel, Connection, End, FdKind, Options, Uri, check_single, check_socket_path, inherited, kind_of};
-use super::{open_error, spawn};
+use super::{open_error, save, spawn};
 use crate::stream::StreamError;
 use crate::stream::frame::{ConnectionHeader, MAX_CHANNELS, MigrationId};
 use crate::stream::limiter::poll_until;
@@ -34,12 +32,18 @@ pub fn connect(uri: &Uri, options: &Options) -> Result<Connection, StreamError> 
     if uri.is_single() {
         check_single(uri, channels)?;
     }
+    let id = MigrationId::random()?;
+    let mut name = None;
     let mut fds = Vec::new();
     for _ in 0..channels {
         fds.push(match uri {
             Uri::Tcp { host, port } => (tcp(uri, host, *port, options, deadline)?, End::Nothing),
             Uri::Unix(path) => (unix(uri, path, options, deadline)?, End::Nothing),
-            Uri::File(path) => file(uri, path)?,
+            Uri::File(path) => {
+                let (file, partial) = save::open(uri, path, id)?;
+                name = partial;
+                (file, End::Nothing)
+            }
             Uri::Exec(command) => spawn(uri, command)?,
             Uri::Fd(number) => (inherited(uri, *number)?, End::Nothing),
         });
@@ -48,12 +52,11 @@ pub fn connect(uri: &Uri, options: &Options) -> Result<Connection, StreamError> 
     for (fd, _) in &fds {
         one_way |= kind_of(fd)? != FdKind::Socket;
     }
-    let id = MigrationId::random()?;
     let header = |channel| ConnectionHeader { id, channel, channels, one_way };
     let mut open = Vec::new();
     for ((fd, end), number) in fds.into_iter().zip(0..) {
         let mut channel = Channel::new(fd, end, options)?;
-        channel.write_all(&header(number).encode())?;
+        channel.begin(uri, name.take(), header(number))?;
         open.push(channel);
     }
     if !one_way {
@@ -168,24 +171,4 @@ fn open(
         Err(error) => return Err(StreamError::Io(error.into())),
     }
     Ok(fd)
-}
-
-/// A new file gets its name when all is written. It holds a guest's memory: nobody else may read it.
-fn file(uri: &Uri, path: &Path) -> Result<(OwnedFd, End), StreamError> {
-    match std::fs::metadata(path) {
-        Ok(found) if found.file_type().is_fifo() => {
-            return Err(uri.error("this is a pipe: open it in the shell and use fd:N", None));
-        }
-        Ok(found) if !found.is_file() => {
-            let device = File::options().write(true).open(path).map_err(open_error(uri))?;
-            return Ok((device.into(), End::Nothing));
-        }
-        _ => {}
-    }
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(".partial");
-    let partial = PathBuf::from(partial);
-    let mut how = OpenOptions::new();
-    let file = how.write(true).create(true).truncate(true).mode(0o600).open(&partial).map_err(open_error(uri))?;
-    Ok((file.into(), End::Rename { from: partial, to: path.into() }))
 }

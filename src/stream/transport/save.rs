@@ -1,0 +1,260 @@
+//! Saving a stream to a file, a block device or an inherited descriptor of one.
+//!
+//! The header is written last, so a save that was cancelled, killed or failed is never taken for a complete one; until
+//! then a header marked as unfinished stands in its place. A `file:` that is not a device is a new file without a name,
+//! which it gets when it is complete and on disk: a process that ends before leaves nothing behind. Writing back begins
+//! while the guest runs, so that completing a save only waits for the rest.
+#![forbid(unsafe_code)]
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{AT_FDCWD, AtFlags, FcntlArg, OFlag, RenameFlags, fcntl, renameat2};
+use nix::unistd::{Whence, fdatasync, linkat, lseek};
+
+use super::{Uri, open_error};
+use crate::stream::StreamError;
+use crate::stream::frame::{ConnectionHeader, HEADER_BYTES, MigrationId};
+use crate::stream::sys::write_back;
+
+/// Bytes after which a new piece is handed to the disk and the piece before it is waited for.
+const PIECE: u64 = 16 << 20;
+
+/// This process's descriptors as paths.
+const OPEN_FILES: &str = "/proc/self/fd";
+
+/// A save under way.
+pub(super) struct Save {
+    header: ConnectionHeader,
+    /// Offset of the header.
+    start: u64,
+    /// Bytes written, counted from `start`.
+    written: u64,
+    /// The disk has these bytes, counted from `start`.
+    synced: u64,
+    /// The disk is writing the bytes up to here.
+    started: u64,
+    name: Option<Partial>,
+}
+
+impl Save {
+    /// Begins a save at the current offset of `fd`, in place of what may be there.
+    pub(super) fn begin(
+        uri: &Uri,
+        fd: &OwnedFd,
+        name: Option<Partial>,
+        header: ConnectionHeader,
+    ) -> Result<Save, StreamError> {
+        let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL).map_err(io::Error::from)?);
+        if flags.contains(OFlag::O_APPEND) {
+            let advice = "it is opened for appending, and the header is written last: open it with > or <> instead";
+            return Err(uri.error(advice, None));
+        }
+        let start = lseek(fd, 0, Whence::SeekCur).map_err(io::Error::from)?.cast_unsigned();
+        let mut save = Save { header, start, written: 0, synced: 0, started: 0, name };
+        save.put(fd, &header.encode_unfinished())?;
+        save.written = HEADER_BYTES as u64;
+        lseek(fd, (start + save.written).cast_signed(), Whence::SeekSet).map_err(io::Error::from)?;
+        Ok(save)
+    }
+
+    /// Accounts for bytes written and has the disk keep up.
+    pub(super) fn wrote(&mut self, fd: &OwnedFd, count: usize) -> io::Result<()> {
+        self.written += count as u64;
+        if self.written - self.started >= PIECE {
+            write_back(fd.as_fd(), self.start + self.synced, self.started - self.synced, true)?;
+            self.synced = self.started;
+            write_back(fd.as_fd(), self.start + self.started, self.written - self.started, false)?;
+            self.started = self.written;
+        }
+        Ok(())
+    }
+
+    /// Bytes that the disk may not have yet.
+    pub(super) fn unsynced(&self) -> u64 {
+        self.written - self.synced
+    }
+
+    /// Waits until all that was written is on disk.
+    pub(super) fn sync(&mut self, fd: &OwnedFd) -> io::Result<()> {
+        fdatasync(fd)?;
+        (self.synced, self.started) = (self.written, self.written);
+        Ok(())
+    }
+
+    /// Makes the save complete and durable; one that fails is unfinished.
+    pub(super) fn complete(mut self, fd: &OwnedFd) -> io::Result<()> {
+        self.sync(fd)?;
+        let header = self.header.encode();
+        let whole = self.put(fd, &header).and_then(|()| Ok(fdatasync(fd)?));
+        let whole = whole.and_then(|()| self.name.take().map_or(Ok(()), |name| name.publish(fd)));
+        whole.inspect_err(|_| {
+            // The disk fails: nothing better can be done.
+            let _ = self.put(fd, &self.header.encode_unfinished());
+        })
+    }
+
+    fn put(&self, fd: &OwnedFd, header: &[u8]) -> io::Result<()> {
+        let mut done = 0;
+        while let Some(rest) = header.get(done..).filter(|rest| !rest.is_empty()) {
+            match nix::sys::uio::pwrite(fd, rest, (self.start + done as u64).cast_signed()) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => done += count,
+                Err(nix::Error::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A new file that has no name yet or, where the file system knows no such files, one of its own. It is removed unless it
+/// is published.
+pub(super) struct Partial {
+    /// Its own name, which a file without one gets just before it is renamed.
+    from: PathBuf,
+    named: bool,
+    to: PathBuf,
+    /// Device and inode of the file that is to be replaced, if there is one.
+    replaces: Option<(u64, u64)>,
+}
+
+impl Partial {
+    fn create(path: &Path, id: MigrationId) -> io::Result<(OwnedFd, Partial)> {
+        let replaces = identity(path)?;
+        let mut how = OpenOptions::new();
+        let unnamed = how.write(true).mode(0o600).custom_flags(libc::O_TMPFILE).open(folder_of(path));
+        match unnamed {
+            // It can only be named through this folder.
+            Ok(file) if Path::new(OPEN_FILES).is_dir() => {
+                let from = partial_path(path, id);
+                Ok((file.into(), Partial { from, named: false, to: path.into(), replaces }))
+            }
+            _ => Partial::create_named(path, id, replaces),
+        }
+    }
+
+    fn create_named(path: &Path, id: MigrationId, replaces: Option<(u64, u64)>) -> io::Result<(OwnedFd, Partial)> {
+        let from = partial_path(path, id);
+        let mut how = OpenOptions::new();
+        let file = how.write(true).create_new(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(&from)?;
+        Ok((file.into(), Partial { from, named: true, to: path.into(), replaces }))
+    }
+
+    /// Gives the file its name, unless another save has taken it since this one began.
+    fn publish(mut self, fd: &OwnedFd) -> io::Result<()> {
+        let taken = || StreamError::NameTaken(self.to.clone());
+        if self.replaces != identity(&self.to)? {
+            return Err(taken().into());
+        }
+        if !self.named {
+            let open = format!("{OPEN_FILES}/{}", fd.as_raw_fd());
+            linkat(AT_FDCWD, open.as_str(), AT_FDCWD, &self.from, AtFlags::AT_SYMLINK_FOLLOW)?;
+            self.named = true;
+        }
+        let flags = if self.replaces.is_some() { RenameFlags::empty() } else { RenameFlags::RENAME_NOREPLACE };
+        match renameat2(AT_FDCWD, &self.from, AT_FDCWD, &self.to, flags) {
+            Ok(()) => {}
+            Err(nix::Error::EEXIST) => return Err(taken().into()),
+            // A file system that knows no flags.
+            Err(nix::Error::EINVAL) => std::fs::rename(&self.from, &self.to)?,
+            Err(error) => return Err(error.into()),
+        }
+        let synced = File::open(folder_of(&self.to)).and_then(|folder| folder.sync_all());
+        synced.inspect_err(|_| {
+            // The guest goes on at its source: its save must not seem to be good.
+            let _ = std::fs::remove_file(&self.to);
+        })
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        if self.named {
+            // Once it is published there is none.
+            let _ = std::fs::remove_file(&self.from);
+        }
+    }
+}
+
+/// Opens the target of `file:`. It will hold a guest's memory, so only its owner may read a new file.
+pub(super) fn open(uri: &Uri, path: &Path, id: MigrationId) -> Result<(OwnedFd, Option<Partial>), StreamError> {
+    match std::fs::metadata(path) {
+        Ok(found) if found.file_type().is_fifo() => {
+            return Err(uri.error("this is a pipe: open it in the shell and use fd:N", None));
+        }
+        Ok(found) if !found.is_file() => {
+            // O_EXCL keeps others from a block device that is in use, also by another save.
+            let device = OpenOptions::new().write(true).custom_flags(libc::O_EXCL | libc::O_NONBLOCK).open(path);
+            let device = device.map_err(|error| match error.kind() {
+                io::ErrorKind::ResourceBusy => uri.error("the device is in use: mounted, or saved to", error),
+                _ => open_error(uri)(error),
+            })?;
+            return Ok((device.into(), None));
+        }
+        _ => {}
+    }
+    let (file, partial) = Partial::create(path, id).map_err(open_error(uri))?;
+    Ok((file, Some(partial)))
+}
+
+fn partial_path(path: &Path, id: MigrationId) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    // Short, since names are limited; that it is new is checked.
+    name.push(format!(".{:08x}.partial", id.0 as u32));
+    name.into()
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Device and inode of what has this name, or `None`.
+fn identity(path: &Path) -> io::Result<Option<(u64, u64)>> {
+    match std::fs::symlink_metadata(path) {
+        Ok(found) => Ok(Some((found.dev(), found.ino()))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+
+    /// What a file system without unnamed files gets.
+    fn named(path: &Path) -> io::Result<(OwnedFd, Partial)> {
+        Partial::create_named(path, MigrationId(0xabc), identity(path)?)
+    }
+
+    #[test]
+    fn a_file_with_a_name_of_its_own_is_new_and_renamed_or_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("saved");
+        let own = folder.path().join("saved.00000abc.partial");
+        let (fd, partial) = named(&path).unwrap();
+        assert_eq!(std::fs::metadata(&own).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(named(&path).err().map(|error| error.kind()), Some(io::ErrorKind::AlreadyExists));
+        drop(partial);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+
+        let victim = folder.path().join("victim");
+        symlink(&victim, &own).unwrap();
+        assert!(named(&path).is_err());
+        assert!(!victim.exists());
+        std::fs::remove_file(&own).unwrap();
+
+        drop(fd);
+        let (fd, partial) = named(&path).unwrap();
+        File::from(fd.try_clone().unwrap()).write_all(b"whole").unwrap();
+        partial.publish(&fd).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"whole");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+}

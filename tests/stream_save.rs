@@ -1,0 +1,373 @@
+//! What a save to a file, a block device or an inherited descriptor promises: it is whole and on disk, or it is refused,
+//! whatever happened half-way and whatever was there before.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::single_range_in_vec_init)]
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::thread;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::stream::frame::{ConnectionHeader, FRAME_HEADER_BYTES, HEADER_BYTES, Kind};
+use vhost_migrate::stream::record::RoundEnd;
+use vhost_migrate::stream::transport::connect;
+use vhost_migrate::stream::{
+    Codec, Connection, Decoder, Encoder, Listener, Options, PageStats, StreamError, Target, ToDestination, Uri,
+};
+
+const PAGES: u64 = 3072;
+/// Bytes of a save, and a little more.
+const SAVE_BYTES: u64 = PAGES * (LOG_PAGE + 8) + 4096;
+
+fn uri(text: impl AsRef<str>) -> Uri {
+    text.as_ref().parse().unwrap()
+}
+
+fn file(path: &Path) -> Uri {
+    uri(format!("file:{}", path.display()))
+}
+
+/// A folder on a disk, which not every system's folder for temporary files is.
+fn folder() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+fn memory(pages: u64) -> Memory {
+    let fd = sealed_memfd("guest", pages * LOG_PAGE).unwrap();
+    Memory::new([Arc::new(Region::share(fd, 0, pages * LOG_PAGE, 0).unwrap())]).unwrap()
+}
+
+/// Memory whose every page says which memory it belongs to.
+fn filled(pages: u64, name: u32) -> Memory {
+    let memory = memory(pages);
+    for page in 0..pages {
+        let text = format!("page {page:8} of {name:8} ").repeat(160);
+        memory.write(page * LOG_PAGE, &text.as_bytes()[..LOG_PAGE as usize]).unwrap();
+    }
+    memory
+}
+
+fn bytes(memory: &Memory) -> Vec<u8> {
+    let mut bytes = vec![0; memory.size() as usize];
+    memory.read(0, &mut bytes).unwrap();
+    bytes
+}
+
+fn send(connection: &Connection, memory: &Memory) -> Result<(), StreamError> {
+    let mut writer = connection.writers().remove(0);
+    let sent = Encoder::new(Codec::None)?.send(memory, [0..memory.size() / LOG_PAGE], &mut writer)?;
+    ToDestination::RoundEnd(RoundEnd::new(0, true, &sent)).write(&mut writer)?;
+    ToDestination::Commit.write(&mut writer)?;
+    Ok(())
+}
+
+fn save(to: &Uri, memory: &Memory) -> Result<(), StreamError> {
+    let connection = connect(to, &Options::new()?)?;
+    send(&connection, memory)?;
+    connection.finish()
+}
+
+/// Restores what was saved, at most `most` frames of it.
+fn restore(from: &Uri, most: usize) -> Result<Memory, StreamError> {
+    let connection = Listener::bind(from)?.accept(&Options::new()?)?;
+    let target = Arc::new(Target::fresh(memory(PAGES)));
+    let mut decoder = Decoder::new(target.clone(), 0, 1)?;
+    let mut reader = connection.readers().remove(0);
+    let mut received = PageStats::default();
+    for _ in 0..most {
+        let header = reader.next_frame()?;
+        if header.kind == Kind::Pages {
+            received += decoder.receive(&header, &mut reader)?;
+            continue;
+        }
+        match ToDestination::read(&header, &mut reader)? {
+            ToDestination::RoundEnd(end) => end.check(&received)?,
+            ToDestination::Commit => break,
+            other => panic!("{other:?}"),
+        }
+    }
+    Ok(target.memory().clone())
+}
+
+/// A loop device, until dropped.
+struct Loop(PathBuf);
+
+impl Loop {
+    fn of(file: &Path) -> Loop {
+        let made = Command::new("losetup").args(["--find", "--show"]).arg(file).output().unwrap();
+        assert!(made.status.success(), "losetup needs root: {}", String::from_utf8_lossy(&made.stderr));
+        Loop(String::from_utf8(made.stdout).unwrap().trim().into())
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
+}
+
+fn disk(folder: &Path) -> Loop {
+    let image = folder.join("disk");
+    File::create(&image).unwrap().set_len(2 * SAVE_BYTES).unwrap();
+    Loop::of(&image)
+}
+
+/// Set in a process that saves and is killed on the way: URI, number of the memory, bytes until it is killed.
+const KILLED: &str = "VHOST_MIGRATE_TEST_SAVE";
+
+/// The process that is killed.
+fn save_until_killed(orders: &str) {
+    let [to, name, most] = orders.split(' ').collect::<Vec<_>>()[..] else { panic!("{orders}") };
+    let (memory, most) = (filled(PAGES, name.parse().unwrap()), most.parse::<u64>().unwrap());
+    let connection = connect(&uri(to), &Options::new().unwrap()).unwrap();
+    let channel = connection.channels[0].clone();
+    thread::spawn(move || {
+        while channel.sent() < most {
+            std::hint::spin_loop();
+        }
+        kill(Pid::this(), Signal::SIGKILL).unwrap();
+    });
+    send(&connection, &memory).unwrap();
+    connection.finish().unwrap();
+}
+
+/// Saves to `device` in a process that is killed after about `most` bytes.
+fn killed_save(test: &str, device: &Path, name: u32, most: u64) {
+    let to = format!("file:{} {name} {most}", device.display());
+    let child = Command::new(std::env::current_exe().unwrap()).arg("--exact").arg(test).env(KILLED, to).output();
+    let child = child.unwrap();
+    let words = String::from_utf8_lossy(&child.stdout).into_owned() + &String::from_utf8_lossy(&child.stderr);
+    assert!(child.status.success() || child.status.code().is_none(), "{words}");
+}
+
+#[test]
+fn a_second_save_onto_a_device_that_is_killed_anywhere_is_whole_or_refused() {
+    if let Ok(orders) = std::env::var(KILLED) {
+        return save_until_killed(&orders);
+    }
+    const KILLS: u64 = 50;
+    let folder = folder();
+    let disk = disk(folder.path());
+    let to = file(&disk.0);
+    let name = "a_second_save_onto_a_device_that_is_killed_anywhere_is_whole_or_refused";
+    let (mut whole, mut refused) = (0, 0);
+    for number in 0..KILLS {
+        // What an earlier save has left fits: every frame is where the new one's will be.
+        let old = filled(PAGES, 2 * number as u32);
+        save(&to, &old).unwrap();
+        assert!(bytes(&restore(&to, usize::MAX).unwrap()) == bytes(&old));
+        // Not in the order of the bytes; the last ones are behind the end.
+        let most = (number * 17 % KILLS) * SAVE_BYTES / (KILLS - 3);
+        killed_save(name, &disk.0, 2 * number as u32 + 1, most);
+        match restore(&to, usize::MAX) {
+            Ok(found) => {
+                let found = bytes(&found);
+                // One that was killed before it began has changed nothing.
+                let untouched = most == 0 && found == bytes(&old);
+                assert!(
+                    untouched || found == bytes(&filled(PAGES, 2 * number as u32 + 1)),
+                    "a mix, after {most} bytes"
+                );
+                whole += 1;
+            }
+            Err(error) => {
+                assert!(matches!(error, StreamError::Unfinished), "after {most} bytes: {error}");
+                refused += 1;
+            }
+        }
+    }
+    assert!(refused >= KILLS / 2, "{refused} refused, {whole} whole: the kills came too late");
+}
+
+#[test]
+fn a_save_to_a_file_that_is_killed_leaves_nothing_behind() {
+    if let Ok(orders) = std::env::var(KILLED) {
+        return save_until_killed(&orders);
+    }
+    let folder = folder();
+    let path = folder.path().join("saved");
+    let name = "a_save_to_a_file_that_is_killed_leaves_nothing_behind";
+    for there_before in [false, true] {
+        if there_before {
+            save(&file(&path), &filled(PAGES, 1)).unwrap();
+        }
+        for part in 0..4 {
+            killed_save(name, &path, 2, part * SAVE_BYTES / 5);
+            assert_eq!(fs::read_dir(folder.path()).unwrap().count(), usize::from(there_before));
+        }
+    }
+    assert!(bytes(&restore(&file(&path), usize::MAX).unwrap()) == bytes(&filled(PAGES, 1)));
+}
+
+/// The header alone does not protect a save: what is under it may be another's.
+#[test]
+fn frames_of_an_earlier_save_are_refused_under_a_new_header() {
+    let folder = folder();
+    let path = folder.path().join("saved");
+    save(&file(&path), &filled(PAGES, 1)).unwrap();
+    let one = fs::read(&path).unwrap();
+    save(&file(&path), &filled(PAGES, 2)).unwrap();
+    let mut mix = fs::read(&path).unwrap();
+    assert_eq!(one.len(), mix.len());
+    let border = (0..5).fold(HEADER_BYTES, |at, _| {
+        let length: [u8; 4] = one[at + 4..at + 8].try_into().unwrap();
+        at + FRAME_HEADER_BYTES + u32::from_le_bytes(length) as usize
+    });
+    mix[border..].copy_from_slice(&one[border..]);
+    fs::write(&path, mix).unwrap();
+    let refused = restore(&file(&path), usize::MAX);
+    assert!(matches!(refused, Err(StreamError::Checksum { sequence: 5, .. })), "{:?}", refused.err());
+}
+
+#[test]
+fn a_save_that_is_given_up_is_called_unfinished_and_the_next_one_is_whole() {
+    let folder = folder();
+    let disk = disk(folder.path());
+    let image = folder.path().join("disk");
+    let opened = OpenOptions::new().write(true).open(&image).unwrap();
+    for (to, from) in [(file(&disk.0), file(&disk.0)), (Uri::Fd(opened.as_raw_fd()), file(&image))] {
+        let rewind = || nix::unistd::lseek(&opened, 0, nix::unistd::Whence::SeekSet).unwrap();
+        rewind();
+        save(&to, &filled(PAGES, 1)).unwrap();
+        restore(&from, usize::MAX).unwrap();
+
+        rewind();
+        let options = Options::new().unwrap();
+        let connection = connect(&to, &options).unwrap();
+        send(&connection, &filled(PAGES, 2)).unwrap();
+        options.cancel.cancel();
+        assert!(matches!(connection.finish(), Err(StreamError::Cancelled)));
+        let refused = restore(&from, usize::MAX).unwrap_err();
+        assert!(matches!(refused, StreamError::Unfinished), "{refused}");
+        assert!(refused.to_string().contains("Save the guest again"), "{refused}");
+
+        rewind();
+        save(&to, &filled(PAGES, 3)).unwrap();
+        // A restore that ends half-way takes nothing away.
+        restore(&from, 4).unwrap();
+        assert!(bytes(&restore(&from, usize::MAX).unwrap()) == bytes(&filled(PAGES, 3)), "{from}");
+    }
+}
+
+#[test]
+fn a_save_begins_where_its_descriptor_is_and_may_not_append() {
+    let folder = folder();
+    let path = folder.path().join("saved");
+    let mut opened = File::create(&path).unwrap();
+    opened.write_all(b"a head").unwrap();
+    let connection = connect(&Uri::Fd(opened.as_raw_fd()), &Options::new().unwrap()).unwrap();
+    send(&connection, &filled(16, 1)).unwrap();
+    connection.finish().unwrap();
+    let saved = fs::read(&path).unwrap();
+    let (head, stream) = saved.split_at(6);
+    assert_eq!(head, b"a head");
+    ConnectionHeader::decode(stream.first_chunk().unwrap()).unwrap();
+
+    let appending = OpenOptions::new().append(true).open(&path).unwrap();
+    let refused = connect(&Uri::Fd(appending.as_raw_fd()), &Options::new().unwrap()).unwrap_err();
+    assert!(refused.to_string().contains("opened for appending"), "{refused}");
+}
+
+#[test]
+fn a_save_writes_a_new_file_that_only_its_owner_can_read() {
+    let folder = folder();
+    let (path, victim) = (folder.path().join("saved"), folder.path().join("victim"));
+    fs::write(&victim, "precious").unwrap();
+    fs::write(&path, "an older save").unwrap();
+    fs::set_permissions(&path, PermissionsExt::from_mode(0o666)).unwrap();
+    symlink(&victim, folder.path().join("saved.partial")).unwrap();
+    let before = fs::read_dir(folder.path()).unwrap().count();
+    save(&file(&path), &filled(64, 1)).unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(fs::read_to_string(&victim).unwrap(), "precious");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), before);
+
+    // A name that leads elsewhere is replaced, not followed.
+    fs::remove_file(&path).unwrap();
+    symlink(&victim, &path).unwrap();
+    save(&file(&path), &filled(64, 2)).unwrap();
+    assert_eq!(fs::read_to_string(&victim).unwrap(), "precious");
+    assert!(fs::symlink_metadata(&path).unwrap().is_file());
+}
+
+#[test]
+fn of_two_saves_to_one_name_the_first_to_end_has_it_and_the_other_is_refused() {
+    for there_before in [false, true] {
+        let folder = folder();
+        let path = folder.path().join("saved");
+        if there_before {
+            save(&file(&path), &filled(64, 0)).unwrap();
+        }
+        let begin = |name| {
+            let connection = connect(&file(&path), &Options::new().unwrap()).unwrap();
+            send(&connection, &filled(PAGES, name)).unwrap();
+            connection
+        };
+        let (one, two) = (begin(1), begin(2));
+        two.finish().unwrap();
+        let refused = one.finish().unwrap_err();
+        assert!(matches!(refused, StreamError::NameTaken(_)), "{refused}");
+        assert!(refused.to_string().contains("save under another name"), "{refused}");
+        assert!(bytes(&restore(&file(&path), usize::MAX).unwrap()) == bytes(&filled(PAGES, 2)));
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+}
+
+#[test]
+fn a_second_save_onto_a_device_that_is_being_saved_to_is_refused() {
+    let folder = folder();
+    let disk = disk(folder.path());
+    let first = connect(&file(&disk.0), &Options::new().unwrap()).unwrap();
+    let refused = connect(&file(&disk.0), &Options::new().unwrap()).unwrap_err();
+    assert!(refused.to_string().contains("the device is in use"), "{refused}");
+    send(&first, &filled(PAGES, 1)).unwrap();
+    first.finish().unwrap();
+    restore(&file(&disk.0), usize::MAX).unwrap();
+}
+
+/// Pages of a file that are not on its disk.
+fn unwritten(fd: BorrowedFd<'_>) -> u64 {
+    const SYS_CACHESTAT: libc::c_long = 451;
+    let range = [0u64; 2];
+    // Cached, dirty, being written, evicted, recently evicted.
+    let mut found = [0u64; 5];
+    // SAFETY: both are as large as the kernel's structures, and live.
+    let result = unsafe { libc::syscall(SYS_CACHESTAT, fd.as_raw_fd(), range.as_ptr(), found.as_mut_ptr(), 0) };
+    assert_eq!(result, 0, "cachestat needs Linux 6.5: {}", io::Error::last_os_error());
+    found[1] + found[2]
+}
+
+#[test]
+fn the_disk_keeps_up_with_a_save_and_has_all_of_it_at_the_end() {
+    /// Two pieces and what one write adds to each.
+    const MOST: u64 = 34 << 20;
+    let folder = folder();
+    let memory = filled(6144, 1);
+    let path = folder.path().join("inherited");
+    let inherited = OpenOptions::new().create_new(true).write(true).read(true).open(&path).unwrap();
+    let named = folder.path().join("named");
+    for to in [Uri::Fd(inherited.as_raw_fd()), file(&named)] {
+        let connection = connect(&to, &Options::new().unwrap()).unwrap();
+        let channel = connection.channels[0].clone();
+        let mut most = 0;
+        for _ in 0..4 {
+            send(&connection, &memory).unwrap();
+            let dirty = unwritten(channel.fd()) * LOG_PAGE;
+            assert!(dirty <= channel.unsynced() + 2 * LOG_PAGE, "{dirty} bytes of {}", channel.unsynced());
+            most = most.max(dirty);
+        }
+        assert!(channel.sent() > 2 * MOST, "{}", channel.sent());
+        assert!(most <= MOST, "{most} bytes are not on disk");
+        connection.sync().unwrap();
+        assert_eq!((unwritten(channel.fd()), channel.unsynced()), (0, 0));
+        send(&connection, &memory).unwrap();
+        connection.finish().unwrap();
+        assert_eq!(unwritten(channel.fd()), 0, "the end of {to} is not on disk");
+    }
+}
