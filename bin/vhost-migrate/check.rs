@@ -25,7 +25,8 @@ const WARNED: u8 = 4;
   vhost-migrate check /run/net.sock --feed tap0
   vhost-migrate check /run/disk.sock --only R3,L1
 
-The back-end must have no other front-end. Nothing is written to its disk without --write. The rules are those of docs/protocol.md;
+The back-end must have no other front-end. Without options nothing is done that back-ends are known to die of, and nothing is
+written to the disk. The rules are those of docs/protocol.md;
 docs/check.md explains what is done for each, and how to read what was found.
 
 Exit status: 0 nothing is broken; 1 a rule is broken; 2 wrong arguments; 3 it could not be checked; 4 with --strict, nothing is
@@ -61,9 +62,12 @@ pub(crate) struct Arguments {
     /// Seconds that the back-end may take for any step
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     timeout: u64,
-    /// Entries of the ring, a power of two
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = queue_size)]
-    queue_size: u16,
+    /// Entries of the ring, a power of two from 64 to 1024; without it 256, or as many as the back-end takes
+    #[arg(long, value_name = "N", value_parser = queue_size)]
+    queue_size: Option<u16>,
+    /// The back-end may die: also make the checks that some back-ends do not survive. --hostile and --restart imply it
+    #[arg(long)]
+    may_kill: bool,
     /// Also send what must be refused; a back-end that is not up to it dies of it
     #[arg(long)]
     hostile: bool,
@@ -146,6 +150,7 @@ impl Arguments {
             feed: self.feed,
             timeout,
             queue_size: self.queue_size,
+            may_kill: self.may_kill,
             hostile: self.hostile,
             write: self.write,
             restart: self.restart,

@@ -1,6 +1,7 @@
 //! The back-end under test: what it says of itself, and connections to it.
 
 use std::cell::RefCell;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -17,6 +18,11 @@ use crate::abi::virtio::{
     VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX,
     VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
 };
+
+/// Entries of a ring where the back-end takes so many.
+const MOST_ENTRIES: u16 = 256;
+/// Entries that all requests of a batch need.
+const LEAST_ENTRIES: u16 = 64;
 
 /// The device under test.
 #[derive(Clone, Copy, Debug)]
@@ -84,6 +90,8 @@ pub(super) struct Bench {
     pub(super) feed: Option<Feed>,
     /// The rings of the check that runs.
     pub(super) shape: Shape,
+    /// Entries of a ring.
+    pub(super) size: u16,
     /// What may be killed and started again.
     pub(super) process: Option<Process>,
 }
@@ -111,9 +119,26 @@ impl Bench {
     }
 
     fn planned(&self, features: u64, rings: usize, iommu: Option<Scatter>) -> Result<Rig, Fault> {
-        let Bench { subject, shape, .. } = *self;
+        let Bench { subject, shape, size, .. } = *self;
         let source = if shape.flow == Flow::Receive { self.source()? } else { None };
-        Rig::new(self.connect()?, self.offer, &self.options, Plan { subject, shape, features, rings, source, iommu })
+        let plan = Plan { subject, shape, size, features, rings, source, iommu };
+        Rig::new(self.connect()?, self.offer, &self.options, plan)
+    }
+
+    /// Entries of the largest ring that the back-end takes, or of the one that was asked for.
+    fn ring_size(&mut self) -> Result<u16, CheckError> {
+        loop {
+            let (size, smaller) = (self.size, self.size / 2);
+            match self.rig(0).and_then(|rig| rig.all().try_for_each(|queue| rig.send_size(queue))) {
+                Ok(()) => return Ok(size),
+                Err(Fault::Refused { .. } | Fault::HungUp { .. })
+                    if self.options.queue_size.is_none() && smaller >= LEAST_ENTRIES =>
+                {
+                    self.size = smaller;
+                }
+                Err(fault) => return Err(CheckError::QueueSizeRefused(size, fault.to_string())),
+            }
+        }
     }
 
     /// The same as [`rig`](Bench::rig), with more protocol features agreed on.
@@ -137,7 +162,8 @@ impl Bench {
                 let offer = greet(&link)?;
                 drop(link);
                 let shape = Shape { packed: false, flow: Flow::Transmit };
-                let plan = Plan { subject: Subject::Net, shape, features: 0, rings: 1, source: None, iommu: None };
+                let (subject, size) = (Subject::Net, LEAST_ENTRIES);
+                let plan = Plan { subject, shape, size, features: 0, rings: 1, source: None, iommu: None };
                 let rig = Rig::new(connect()?, offer, &self.options, plan)?;
                 rig.start()?;
                 Some(Source::Backend(Box::new(rig)))
@@ -214,11 +240,18 @@ impl Bench {
 pub(super) fn prepare(socket: &Path, options: &Options) -> Result<Bench, CheckError> {
     let process = start(socket, options)?;
     let replies = Rc::new(RefCell::new(Replies::default()));
-    let link = Link::connect(socket, options.timeout, replies.clone())
-        .map_err(|source| CheckError::Connect { path: socket.into(), source })?;
+    let busy = || CheckError::Busy { path: socket.into(), waited: options.timeout };
+    let link = Link::connect(socket, options.timeout, replies.clone()).map_err(|source| match source.kind() {
+        // There is no room for another one that waits to be accepted.
+        io::ErrorKind::WouldBlock => busy(),
+        _ => CheckError::Connect { path: socket.into(), source },
+    })?;
     let greeted = greet(&link).and_then(|offer| Ok((offer, Subject::of(&link, offer, options.device)?)));
     let greeting = |fault: Fault| CheckError::Greeting { path: socket.into(), why: fault.to_string() };
-    let (offer, subject) = greeted.map_err(greeting)?;
+    let (offer, subject) = greeted.map_err(|fault| match fault {
+        Fault::Silent { .. } if link.is_unread() => busy(),
+        fault => greeting(fault),
+    })?;
     drop(link);
     if options.rings == Some(Rings::Packed) && !offer.has(VIRTIO_F_RING_PACKED) {
         return Err(CheckError::NotPacked);
@@ -227,10 +260,12 @@ pub(super) fn prepare(socket: &Path, options: &Options) -> Result<Bench, CheckEr
     let flow = if let Subject::Disk(_) = subject { Flow::Requests } else { Flow::Receive };
     let shape = Shape { packed, flow };
     let feed = options.feed.clone();
-    let mut bench =
-        Bench { socket: socket.into(), options: options.clone(), replies, offer, subject, feed, shape, process };
+    let socket = socket.into();
+    let (options, size) = (options.clone(), options.queue_size.unwrap_or(MOST_ENTRIES));
+    let mut bench = Bench { socket, options, replies, offer, subject, feed, shape, size, process };
+    bench.size = bench.ring_size()?;
     if let Subject::Net = subject {
-        match &options.feed {
+        match &bench.options.feed {
             Some(feed) => {
                 net::arrives(&bench).map_err(|fault| CheckError::Feed { feed: feed.clone(), why: fault.to_string() })?
             }
@@ -283,7 +318,8 @@ pub(super) fn offers(bench: &Bench) -> String {
         (Subject::Net, Some(feed)) => format!("a network interface, frames come from {feed:?}"),
         (Subject::Net, None) => "a network interface".into(),
     };
-    format!("{device}, {queues} queues, features {features:#x}, protocol features {names}")
+    let size = bench.size;
+    format!("{device}, {queues} queues, rings of {size}, features {features:#x}, protocol features {names}")
 }
 
 pub(super) fn protocol_name(feature: u32) -> String {

@@ -2,23 +2,29 @@
 //! that is allowed, writes to its last MiB.
 
 use std::io::{self, Write};
+
 use std::path::PathBuf;
 use std::thread;
 use std::time::Instant;
 
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::link::Link;
 use super::rig::{HIGH, Rig, SLOT, SLOTS, noise};
 use super::{Bench, Check, Fault, Offer, Outcome, Subject, When};
 use crate::abi::vhost_user::{CONFIG_TYPE_FRONTEND, ConfigHeader, Request as Code, protocol_feature};
 use crate::abi::virtio::{
-    BlkRequestHeader, SECTOR_BYTES, VIRTIO_BLK_F_RO, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    BlkConfig, BlkRequestHeader, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_RO, VIRTIO_BLK_S_OK,
+    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
 };
 use crate::ring::Buffer;
 
 /// Bytes that a read takes of a disk whose size is not told: nobody makes a smaller one.
 const AT_LEAST: u64 = 4096;
+/// Bytes of configuration that every disk has.
+const CONFIG_BYTES: u32 = 36;
+/// The largest blocks for whose requests there is room everywhere, bytes.
+const LARGEST_BLOCK: u64 = 64 << 10;
 /// Bytes at the end of the disk that may be written where writing is allowed.
 const LAST: u64 = 1 << 20;
 /// How often a back-end is killed with writes in flight.
@@ -53,19 +59,33 @@ pub(super) const CHECKS: &[Check] = &[
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Disk {
     sectors: u64,
+    /// Sectors of a block: requests are of whole blocks.
+    block: u64,
 }
 
 impl Disk {
     /// Asks a connection with agreed protocol features how large its disk is.
     pub(super) fn of(link: &Link, offer: Offer) -> Result<Disk, Fault> {
         if !offer.speaks(protocol_feature::CONFIG) {
-            return Ok(Disk { sectors: AT_LEAST / SECTOR_BYTES });
+            let sectors = AT_LEAST / SECTOR_BYTES;
+            return Ok(Disk { sectors, block: sectors });
         }
-        let capacity = read_config(link, 0, 8)?;
-        let sectors = u64::read_from_bytes(&capacity).map_err(|_| short(8, capacity.len()))?;
-        match sectors {
-            0 => Err(Fault::Breach("the disk has no sectors".into())),
-            sectors => Ok(Disk { sectors: u64::from_le(sectors) }),
+        // All of it from the start: some send the bytes at 0 whatever the offset is (rule C1).
+        let mut config = BlkConfig::new_zeroed();
+        let told = read_config(link, 0, CONFIG_BYTES)?;
+        config.as_mut_bytes().iter_mut().zip(told).for_each(|(byte, told)| *byte = told);
+        let sectors = config.capacity.get();
+        let block = match offer.has(VIRTIO_BLK_F_BLK_SIZE) {
+            true => u64::from(config.blk_size.get()),
+            false => SECTOR_BYTES,
+        };
+        if !block.is_power_of_two() || !(SECTOR_BYTES..=LARGEST_BLOCK).contains(&block) {
+            return Err(Fault::Breach(format!("a disk in blocks of {block} bytes can't be checked")));
+        }
+        let block = block / SECTOR_BYTES;
+        match sectors / block * block {
+            0 => Err(Fault::Breach(format!("the disk has {sectors} sectors, in blocks of {block}"))),
+            sectors => Ok(Disk { sectors, block }),
         }
     }
 
@@ -73,10 +93,12 @@ impl Disk {
         self.sectors.saturating_mul(SECTOR_BYTES)
     }
 
-    /// The head of read number `number`, and how many of `len` bytes it can have.
+    /// The head of read number `number`, and how many of `len` bytes it can have, in whole blocks.
     pub(super) fn read(&self, number: u64, len: u64) -> (BlkRequestHeader, u32) {
-        let len = len.min(self.bytes()).max(SECTOR_BYTES) / SECTOR_BYTES;
-        let sector = number.wrapping_mul(97) % (self.sectors - len + 1);
+        let (blocks, block) = (self.sectors / self.block, self.block * SECTOR_BYTES);
+        let count = (len.max(block) / block).min(blocks);
+        let sector = number.wrapping_mul(97) % (blocks - count + 1) * self.block;
+        let len = count * self.block;
         let head = BlkRequestHeader { request_type: VIRTIO_BLK_T_IN.into(), ioprio: 0.into(), sector: sector.into() };
         (head, (len * SECTOR_BYTES) as u32)
     }
@@ -84,6 +106,7 @@ impl Disk {
     /// The parts of the last MiB that may be written: first sector, and where in guest memory the data is.
     fn last(&self) -> Vec<(u64, Buffer)> {
         let sectors = (LAST / SECTOR_BYTES / SLOTS).min(self.sectors / SLOTS);
+        let sectors = sectors / self.block * self.block;
         let first = self.sectors - sectors * SLOTS;
         let len = (sectors * SECTOR_BYTES) as u32;
         (0..SLOTS).map(|slot| (first + slot * sectors, Buffer { gpa: HIGH + slot * SLOT, len })).collect()
@@ -292,7 +315,7 @@ fn config(bench: &mut Bench) -> Result<Outcome, Fault> {
     let rig = bench.rig(0)?;
     // As much as the oldest front-ends read, of a disk; all that most network interfaces have.
     let (len, parts) = match bench.subject {
-        Subject::Disk(_) => (36, [(0u32, 8u32), (8, 4), (20, 4), (4, 12), (35, 1)]),
+        Subject::Disk(_) => (CONFIG_BYTES, [(0u32, 8u32), (8, 4), (20, 4), (4, 12), (35, 1)]),
         Subject::Net => (12, [(0, 6), (6, 2), (8, 2), (2, 8), (11, 1)]),
     };
     let whole = read_config(&rig.link, 0, len)?;

@@ -25,9 +25,6 @@ const VERSION_FLAG: u32 = Header::FLAG_VERSION;
 /// Regions of noise that are tried.
 const NOISES: u64 = 20;
 
-/// What the names of these checks begin with.
-pub(super) const PREFIX: &str = "hostile";
-
 pub(super) const CHECKS: &[Check] = &[
     Check {
         rule: "F1",

@@ -135,6 +135,11 @@ impl Link {
         Ok(Reply { code: answered, payload, fds })
     }
 
+    /// Returns true if the back-end has not read what was sent to it.
+    pub(super) fn is_unread(&self) -> bool {
+        socket::is_unread(self.socket.as_fd()).unwrap_or(false)
+    }
+
     /// Whether something comes within `patience`.
     pub(super) fn answers(&self, patience: Duration) -> bool {
         readable(&[self.socket.as_fd()], Instant::now() + patience)

@@ -110,8 +110,8 @@ pub fn check(socket: &Path, options: &Options) -> Result<Report, CheckError> {
 /// # Errors
 /// As [`check`].
 pub fn check_watched(socket: &Path, options: &Options, watch: &mut dyn FnMut(&Step)) -> Result<Report, CheckError> {
-    if !options.queue_size.is_power_of_two() || !(64..=1024).contains(&options.queue_size) {
-        return Err(CheckError::QueueSize(options.queue_size));
+    if let Some(size) = options.queue_size.filter(|size| !size.is_power_of_two() || !(64..=1024).contains(size)) {
+        return Err(CheckError::QueueSize(size));
     }
     options.only.iter().try_for_each(|id| rule(id).map(drop))?;
     let wanted = |rule: &str| options.only.is_empty() || options.only.contains(&rule);
@@ -120,35 +120,40 @@ pub fn check_watched(socket: &Path, options: &Options, watch: &mut dyn FnMut(&St
     let groups = [framing::CHECKS, blk::CHECKS, rings::CHECKS, order::CHECKS, log::CHECKS];
     let groups = groups.into_iter().chain([marks::CHECKS, memory::CHECKS, inflight::CHECKS]);
     let groups = groups.chain([iommu::CHECKS, state::CHECKS, channel::CHECKS, postcopy::CHECKS]);
-    for check in groups.chain([log::DEADLY, postcopy::DEADLY, hostile::CHECKS]).flatten() {
+    let may_kill = options.may_kill || options.hostile || options.restart.is_some();
+    let needs_leave = (!may_kill).then_some("needs --may-kill: some back-ends do not survive it");
+    let needs_hostile = (!options.hostile).then_some("needs --hostile");
+    let groups = groups.map(|group| (None, group));
+    let deadly = [(needs_leave, log::DEADLY), (needs_leave, postcopy::DEADLY), (needs_hostile, hostile::CHECKS)];
+    for (needs, check) in groups.chain(deadly).flat_map(|(needs, group)| group.iter().map(move |check| (needs, check)))
+    {
         let mut shapes: Vec<Option<Shape>> = bench.shapes(check.when).into_iter().map(Some).collect();
         if shapes.is_empty() {
             shapes.push(None);
         }
-        let named = shapes.into_iter().map(|shape| (check, check.rule_on(shape), shape));
-        runs.extend(named.filter(|(_, rule, _)| wanted(rule)));
+        let named = shapes.into_iter().map(|shape| (needs, check, check.rule_on(shape), shape));
+        runs.extend(named.filter(|(_, _, rule, _)| wanted(rule)));
     }
     let mut findings = Vec::new();
     let mut gone = None;
     let (mut slow, all) = (0, runs.len());
-    for (done, (check, rule, shape)) in runs.into_iter().enumerate() {
+    for (done, (needs, check, rule, shape)) in runs.into_iter().enumerate() {
         let Check { what, when, run, .. } = *check;
         let rings = if when == When::Once { "" } else { shape.map_or("", Shape::name) };
         watch(&Step { done, all, rule, what, rings });
         let began = Instant::now();
-        let unasked = what.starts_with(hostile::PREFIX) && !options.hostile;
-        let Outcome(verdict, seen) = match (&gone, shape) {
-            _ if unasked => Outcome::not_tested("needs --hostile"),
-            (_, None) => bench.left_out(when),
-            (Some(reason), _) => Outcome::not_tested(reason),
-            (None, Some(shape)) => {
+        let Outcome(verdict, seen) = match (needs, &gone, shape) {
+            (Some(needs), ..) => Outcome::not_tested(needs),
+            (_, _, None) => bench.left_out(when),
+            (_, Some(reason), _) => Outcome::not_tested(reason),
+            (None, None, Some(shape)) => {
                 bench.shape = shape;
                 run(&mut bench).unwrap_or_else(Outcome::from)
             }
         };
         let took = began.elapsed();
         findings.push(Finding { rule, what, rings, verdict, seen, seconds: took.as_secs_f64() });
-        if gone.is_some() || unasked || shape.is_none() {
+        if gone.is_some() || needs.is_some() || shape.is_none() {
             continue;
         }
         // Who was given all the time there is again and again, and did not answer, is given less.

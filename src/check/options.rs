@@ -41,8 +41,10 @@ pub struct Options {
     pub timeout: Duration,
     /// How long to watch whether something happens that must not.
     pub settle: Duration,
-    /// Entries of the ring, a power of two from 64 on.
-    pub queue_size: u16,
+    /// Entries of the ring, a power of two from 64 to 1024. If not given, 256 or as many as the back-end takes.
+    pub queue_size: Option<u16>,
+    /// Also make the checks that some back-ends do not survive. Implied by `hostile` and `restart`.
+    pub may_kill: bool,
     /// Also send what must be refused. A back-end that is not up to it dies of it.
     pub hostile: bool,
     /// Also write to the last MiB of the disk, and put back what was there.
@@ -64,7 +66,8 @@ impl Default for Options {
             feed: None,
             timeout: Duration::from_secs(10),
             settle: Duration::from_millis(300),
-            queue_size: 256,
+            queue_size: None,
+            may_kill: false,
             hostile: false,
             write: false,
             restart: None,
@@ -84,6 +87,18 @@ pub enum CheckError {
         path: PathBuf,
         /// What the system said.
         source: io::Error,
+    },
+    /// A connection that nobody reads.
+    #[error(
+        "{}: the back-end has not read GET_FEATURES within {waited:?}: it serves another front-end, or hangs. Most serve one \
+         front-end at a time: stop that one, or check another instance",
+        path.display()
+    )]
+    Busy {
+        /// The socket.
+        path: PathBuf,
+        /// How long it had.
+        waited: Duration,
     },
     /// A connection, and nothing behind it that a check could be made with.
     #[error("{} does not speak vhost-user, or not with us: {why}", path.display())]
@@ -110,6 +125,9 @@ pub enum CheckError {
     /// A ring size that no split ring can have, or that is too small to check with.
     #[error("a ring of {0} entries: use a power of two from 64 to 1024")]
     QueueSize(u16),
+    /// A ring size that the back-end refuses.
+    #[error("the back-end takes no ring of {0} entries: {1}")]
+    QueueSizeRefused(u16, String),
     /// Something listens where the back-end was to be started.
     #[error("{} is served already: give --kill-pid if that may be killed, or another socket", path.display())]
     Served {

@@ -88,6 +88,16 @@ pub(crate) fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>])
     Ok(())
 }
 
+/// Returns true if the peer has not yet read everything that was sent to it. It has read nothing while it has not accepted.
+pub(crate) fn is_unread(socket: BorrowedFd<'_>) -> io::Result<bool> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: SIOCOUTQ, which TIOCOUTQ is of sockets, writes an int to where it points.
+    match unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) } {
+        0 => Ok(bytes > 0),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Takes ownership of an fd that this process was started with.
 pub(crate) fn inherit(number: RawFd) -> io::Result<OwnedFd> {
     if number < 0 {

@@ -13,6 +13,8 @@ pub(crate) enum Bend {
     Nothing,
     /// A payload that is not there with its header ends the connection.
     WholeMessages,
+    /// Blocks of 4096 bytes; requests for less break the ring.
+    LargeBlocks,
     /// Need-reply stays in the flags of replies.
     ReplyFlags,
     /// Need-reply brings a second reply to what has one.

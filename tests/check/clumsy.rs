@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::mem::offset_of;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
@@ -10,6 +11,7 @@ use std::time::Duration;
 
 use vhost_migrate::abi::inflight::{SPLIT_HEADER_BYTES, SplitEntry};
 use vhost_migrate::abi::vhost_user::Request as Code;
+use vhost_migrate::abi::virtio::{BlkConfig, BlkRequestHeader};
 use vhost_migrate::backend::blk::Disk;
 use vhost_migrate::backend::{BackendError, Device, Host, Message, Queue, Request};
 
@@ -19,6 +21,9 @@ use crate::iommu::Iommu;
 
 /// Where the log has the pages above 4 GiB, and how many bytes of it are written back.
 const HIGH: (u64, usize) = ((1 << 32) / 4096 / 8, 320);
+/// Bytes of a large block, and where the configuration says so.
+const LARGE: u64 = 4096;
+const BLOCK_SIZE_AT: usize = offset_of!(BlkConfig, blk_size);
 /// How often, for each batch that is complete.
 const TURNS: u32 = 100;
 /// How long a word is held before it is written back.
@@ -85,7 +90,11 @@ impl Device for Clumsy {
     }
 
     fn config(&self) -> Vec<u8> {
-        self.disk.config()
+        let mut config = self.disk.config();
+        if self.bend == Bend::LargeBlocks {
+            config[BLOCK_SIZE_AT..][..4].copy_from_slice(&(LARGE as u32).to_le_bytes());
+        }
+        config
     }
 
     fn set_config(&self, offset: u32, bytes: &[u8], flags: u32) -> Result<(), BackendError> {
@@ -121,6 +130,11 @@ impl Queue for ClumsyQueue {
         if self.bend == Bend::Iommu(Iommu::Hasty) {
             // In the meantime its translations may go.
             thread::sleep(LONG);
+        }
+        if self.bend == Bend::LargeBlocks {
+            let head: BlkRequestHeader = request.object(0).unwrap();
+            let data = (request.readable_len() - size_of_val(&head) as u64) + (request.writable_len() - 1);
+            assert_eq!((head.sector.get() * 512 % LARGE, data % LARGE), (0, 0), "not a whole block");
         }
         self.queue.submit(request);
     }

@@ -187,6 +187,26 @@ fn the_exit_status_says_what_kind_of_trouble_it_is() {
 }
 
 #[test]
+fn a_back_end_that_serves_another_front_end_is_not_said_to_speak_something_else() {
+    let backend = Backend::start(Bend::Nothing);
+    let socket = backend.socket();
+    let front_end = UnixStream::connect(&socket).unwrap();
+    let output = command(&[socket.to_str().unwrap(), "--timeout", "1"]);
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{said}");
+    assert!(said.contains("it serves another front-end, or hangs") && !said.contains("does not speak"), "{said}");
+    drop(front_end);
+    // One that reads, and does not answer, does not speak it.
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("mute");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let mute = thread::spawn(move || listener.accept().unwrap().0.read_to_end(&mut Vec::new()));
+    let said = text(&command(&[socket.to_str().unwrap(), "--timeout", "1"]).stderr);
+    assert!(said.contains("does not speak vhost-user"), "{said}");
+    mute.join().unwrap().unwrap();
+}
+
+#[test]
 fn a_back_end_that_runs_is_killed_only_if_it_may_be() {
     let folder = tempfile::tempdir().unwrap();
     let image = image(folder.path()).image;

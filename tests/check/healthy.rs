@@ -54,6 +54,37 @@ fn our_own_back_end_keeps_every_rule_killed_and_attacked() {
 }
 
 #[test]
+fn a_back_end_whose_rings_are_small_is_checked_on_small_rings() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = image(folder.path()).image;
+    let (program, rules) = (env!("CARGO_BIN_EXE_vhost-migrate"), "F3,R1,R3,R4,R9,L1,L3,L4,L9,I1,I3,I4,M1");
+    for (entries, of) in [("64", "rings of 64"), ("128", "rings of 128"), ("512", "rings of 256")] {
+        let socket = folder.path().join(entries);
+        let socket = socket.to_str().unwrap();
+        let start =
+            format!("{program} backend blk --socket {socket} --image {} --queue-size {entries}", image.display());
+        let output = command(&[socket, "--json", "--only", rules, "--restart", &start]);
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(output.status.code(), Some(0), "{report:#}\n{}", text(&output.stderr));
+        assert!(report["report"]["offers"].as_str().unwrap().contains(of), "{report:#}");
+        for rule in rules.split(',') {
+            assert_eq!(report["rules"][rule], "kept", "{report:#}");
+        }
+    }
+    // What was asked for is not changed, and none that is too small for a batch is tried.
+    for (entries, asked) in [("128", "256"), ("32", "")] {
+        let socket = folder.path().join("refused");
+        let socket = socket.to_str().unwrap();
+        let start =
+            format!("{program} backend blk --socket {socket} --image {} --queue-size {entries}", image.display());
+        let asked = (!asked.is_empty()).then_some(["--queue-size", asked]);
+        let output = command(&[&[socket, "--restart", &start][..], asked.as_ref().map_or(&[], |asked| asked)].concat());
+        assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
+        assert!(text(&output.stderr).contains("takes no ring of"), "{}", text(&output.stderr));
+    }
+}
+
+#[test]
 fn our_own_network_interface_keeps_every_rule_with_frames_that_leave_and_that_come_in() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("socket");

@@ -166,7 +166,7 @@ fn a_back_end_that_breaks_a_rule_is_found_by_that_and_by_no_other(#[case] rows: 
         let rings = is_split.then_some(Rings::Split);
         let usual = Options::default();
         let settle = if WATCHED.contains(bend) { usual.settle } else { Duration::from_millis(50) };
-        let report = checked(*bend, Options { only: named(only), rings, settle, ..usual });
+        let report = checked(*bend, Options { only: named(only), rings, settle, may_kill: true, ..usual });
         assert_eq!(broken(&report), breaks.iter().copied().collect(), "{bend:?}\n{report}");
         for finding in report.findings.iter().filter(|finding| breaks.contains(&finding.rule)) {
             let checks = if finding.verdict == Verdict::Broken { &mut failed } else { &mut passed };
@@ -246,6 +246,28 @@ fn a_back_end_that_says_the_same_without_end_and_reads_nothing_does_not_hold_up_
         let why = |seen: &str| seen.contains("does not read them") || seen.contains("no end of them");
         assert!(report.findings.iter().any(|finding| why(&finding.seen)), "{report}");
     }
+}
+
+#[test]
+fn a_disk_of_large_blocks_is_asked_for_whole_blocks() {
+    let (only, rings) = (named("C L1 R3 R9"), Some(Rings::Split));
+    let report = checked(Bend::LargeBlocks, Options { only, rings, write: true, ..Options::default() });
+    assert_eq!(broken(&report), BTreeSet::new(), "{report}");
+    let written = report.findings.iter().find(|finding| finding.what.starts_with("writes that were taken")).unwrap();
+    assert_eq!(written.verdict, Verdict::Kept, "{report}");
+}
+
+/// A back-end that does not survive a log that is too small: one with bits for the lower region only.
+#[test]
+fn what_a_back_end_may_die_of_is_done_only_if_it_may() {
+    let fragile = Bend::DiesOf(Code::SET_LOG_BASE, &[128, 0, 0, 0, 0, 0, 0, 0]);
+    let usual = Options { only: vec!["L6", "P1"], rings: Some(Rings::Split), ..Options::default() };
+    let report = checked(fragile, usual.clone());
+    assert_eq!(broken(&report), BTreeSet::new(), "{report}");
+    let left_out = report.findings.iter().filter(|finding| finding.seen.starts_with("needs --may-kill"));
+    assert_eq!(left_out.map(|finding| finding.rule).collect::<Vec<_>>(), ["L6", "P1"], "{report}");
+    let report = checked(fragile, Options { may_kill: true, ..usual });
+    assert_eq!(broken(&report), BTreeSet::from(["L6", "R9"]), "{report}");
 }
 
 #[test]

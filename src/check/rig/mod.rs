@@ -110,6 +110,8 @@ pub(super) struct Rig {
 pub(super) struct Plan {
     pub(super) subject: Subject,
     pub(super) shape: Shape,
+    /// Entries of each ring.
+    pub(super) size: u16,
     /// To be acknowledged beside what always is, as far as offered.
     pub(super) features: u64,
     /// Rings for requests.
@@ -122,7 +124,7 @@ pub(super) struct Plan {
 impl Rig {
     /// Greets, acknowledges features as far as they are offered, and hands memory over.
     pub(super) fn new(link: Link, offer: Offer, options: &Options, plan: Plan) -> Result<Rig, Fault> {
-        let Plan { subject, shape: Shape { packed, flow }, features, rings, source, iommu } = plan;
+        let Plan { subject, shape: Shape { packed, flow }, size, features, rings, source, iommu } = plan;
         let share = |gpa, bytes| {
             let fd = sealed_memfd("check", bytes)?;
             Ok::<_, Fault>(Arc::new(Region::share(fd, gpa, bytes, 0)?))
@@ -144,7 +146,7 @@ impl Rig {
             return Err(Fault::System(std::io::Error::other("no room for so many rings")));
         }
         let view = iommu.as_ref().map_or(&memory, |iommu| &iommu.view).clone();
-        let queue = |index: u32| Queue::new(&view, index, index as usize, options.queue_size, features);
+        let queue = |index: u32| Queue::new(&view, index, index as usize, size, features);
         let (main, other) = match flow {
             Flow::Requests => (0, None),
             Flow::Receive => (0, Some(1)),
@@ -292,11 +294,17 @@ impl Rig {
         self.done(Code::SET_VRING_KICK, u64::from(queue.index).as_bytes(), &[queue.kick.as_fd()])
     }
 
+    /// SET_VRING_NUM.
+    pub(super) fn send_size(&self, queue: &Queue) -> Result<(), Fault> {
+        let size = VringState { index: queue.index, num: queue.layout.size().into() };
+        self.done(Code::SET_VRING_NUM, size.as_bytes(), &[])
+    }
+
     /// NUM, BASE and ADDR of a ring.
     pub(super) fn set_up(&self, queue: &Queue, log_at: Option<u64>) -> Result<(), Fault> {
-        let state = |num| VringState { index: queue.index, num };
-        self.done(Code::SET_VRING_NUM, state(queue.layout.size().into()).as_bytes(), &[])?;
-        self.done(Code::SET_VRING_BASE, state(queue.base.bits()).as_bytes(), &[])?;
+        self.send_size(queue)?;
+        let base = VringState { index: queue.index, num: queue.base.bits() };
+        self.done(Code::SET_VRING_BASE, base.as_bytes(), &[])?;
         self.done(Code::SET_VRING_ADDR, self.addr(queue, log_at).as_bytes(), &[])
     }
 
