@@ -549,7 +549,7 @@ fn a_paused_guest_stands_still_and_a_quit_ends_it() {
 #[test]
 fn wrong_arguments_exit_with_2_and_say_what_is_right() {
     for (arguments, hint) in [
-        (&["demo", "--memory", "lots"][..], "200MiB/s"),
+        (&["demo", "--memory", "lots"][..], "1.5M or 1G"),
         (&["migrate", "unix:x"], "--control"),
         (&["guest", "--backend", "b", "--control", "c", "--incoming", "x"], "tcp:"),
         (&["backend", "blk", "--socket", "s"], "--image"),

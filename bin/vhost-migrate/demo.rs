@@ -3,7 +3,8 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command as Process, ExitCode, Stdio};
+use std::process::{Child, Command as Process, ExitCode, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -25,16 +26,16 @@ use crate::units;
 Needs no root, and no files but a temporary folder. Exit status: 0 if every byte was right, 1 if not.")]
 pub(crate) struct Arguments {
     /// Guest memory
-    #[arg(long, default_value = "1GiB", value_parser = units::bytes, value_name = "SIZE")]
+    #[arg(long, default_value = "1GiB", value_parser = units::size, value_name = "SIZE")]
     memory: u64,
     /// Size of the guest's disk
-    #[arg(long, default_value = "64MiB", value_parser = units::bytes, value_name = "SIZE")]
+    #[arg(long, default_value = "64MiB", value_parser = units::size, value_name = "SIZE")]
     disk: u64,
     /// How long the guest runs, before and after the migration together
-    #[arg(long, default_value_t = 10.0, value_name = "SECONDS")]
-    seconds: f64,
+    #[arg(long, default_value = "10", value_parser = units::seconds, value_name = "SECONDS")]
+    seconds: Duration,
     /// Memory the guest's CPUs write
-    #[arg(long, default_value = "200MiB/s", value_parser = units::bytes, value_name = "RATE")]
+    #[arg(long, default_value = "200MiB/s", value_parser = units::rate, value_name = "RATE")]
     dirty_rate: u64,
     /// Packed rings instead of split ones
     #[arg(long)]
@@ -55,54 +56,121 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Runs the command.
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
-    // The processes end with this one, and the folder is removed when they are gone.
-    let stop = || {
-        eprintln!("interrupted");
-        std::process::exit(1);
+    let processes = match Processes::new(arguments.output) {
+        Ok(processes) => Arc::new(processes),
+        Err(error) => {
+            eprintln!("demo: can't make a temporary folder: {error}");
+            return ExitCode::FAILURE;
+        }
     };
-    if let Err(error) = on_interrupt(stop) {
+    let interrupted = processes.clone();
+    if let Err(error) = on_interrupt(move || interrupted.finish(Err(io::Error::other("interrupted")))) {
         eprintln!("signals: {error}");
         return ExitCode::FAILURE;
     }
-    match Demo::new(&arguments).and_then(|mut demo| demo.play()) {
-        Ok(done) => {
-            if arguments.output.json {
-                println!("{done}");
-            }
-            ExitCode::SUCCESS
+    let watched = processes.clone();
+    std::thread::spawn(move || watched.watch());
+    let outcome = Demo::new(&arguments, processes.clone()).play();
+    processes.finish(outcome)
+}
+
+/// How often the processes are looked at.
+const WATCH_INTERVAL: Duration = Duration::from_millis(20);
+
+/// The processes of the demo and the folder of their files. They end together, whatever ends the demo.
+struct Processes {
+    output: Output,
+    folder: Mutex<tempfile::TempDir>,
+    /// Names and processes.
+    running: Mutex<Vec<(String, Child)>>,
+}
+
+impl Processes {
+    fn new(output: Output) -> io::Result<Processes> {
+        let folder = tempfile::Builder::new().prefix("vhost-migrate-").tempdir()?;
+        Ok(Processes { output, folder: Mutex::new(folder), running: Mutex::default() })
+    }
+
+    fn folder(&self) -> PathBuf {
+        lock(&self.folder).path().to_owned()
+    }
+
+    fn start(&self, name: &str, process: &mut Process) -> io::Result<()> {
+        let mut running = lock(&self.running);
+        running.push((name.into(), process.spawn()?));
+        Ok(())
+    }
+
+    /// Kills one process with SIGKILL and waits for its end.
+    fn kill(&self, name: &str) {
+        let mut running = lock(&self.running);
+        if let Some(place) = running.iter().position(|(other, _)| other == name) {
+            end(&mut running.swap_remove(place).1);
         }
-        Err(error) => {
+    }
+
+    /// Ends the demo when a process ends that was not killed by it.
+    fn watch(&self) {
+        loop {
+            std::thread::sleep(WATCH_INTERVAL);
+            let ended = lock(&self.running).iter_mut().find_map(|(name, child)| {
+                let status: Option<ExitStatus> = child.try_wait().ok().flatten();
+                status.map(|status| format!("{name} has ended: {status}"))
+            });
+            if let Some(message) = ended {
+                self.finish(Err(io::Error::other(message)));
+            }
+        }
+    }
+
+    /// Ends all processes, removes their folder, says how it went and exits.
+    fn finish(&self, outcome: io::Result<Value>) -> ! {
+        // Both locks are kept until the exit: no process can be started any more, and no other thread can finish.
+        let mut running = lock(&self.running);
+        running.iter_mut().for_each(|(_, child)| end(child));
+        let folder = lock(&self.folder);
+        if let Err(error) = std::fs::remove_dir_all(folder.path()) {
+            eprintln!("demo: can't remove {}: {error}", folder.path().display());
+        }
+        let failed = outcome.is_err();
+        let done = outcome.unwrap_or_else(|error| {
             eprintln!("demo failed: {error}");
-            if arguments.output.json {
-                println!("{}", json!({"event": "done", "verified": false, "message": error.to_string()}));
-            }
-            ExitCode::FAILURE
+            json!({"event": "done", "verified": false, "message": error.to_string()})
+        });
+        if self.output.json {
+            println!("{done}");
         }
+        std::process::exit(failed.into())
     }
 }
 
-/// One side: a back-end and a guest's process, and where their sockets are.
+fn end(child: &mut Child) {
+    // It may have ended by itself.
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The sockets of a back-end and of a guest's process.
 struct Side {
+    name: &'static str,
     socket: PathBuf,
     control: PathBuf,
-    backend: Option<Running>,
-    guest: Option<Running>,
 }
 
 impl Side {
-    fn new(folder: &Path, name: &str) -> Side {
-        Side {
-            socket: folder.join(format!("{name}.vhost")),
-            control: folder.join(format!("{name}.control")),
-            backend: None,
-            guest: None,
-        }
+    fn new(folder: &Path, name: &'static str) -> Side {
+        Side { name, socket: folder.join(format!("{name}.vhost")), control: folder.join(format!("{name}.control")) }
     }
 }
 
 struct Demo<'a> {
     arguments: &'a Arguments,
-    folder: tempfile::TempDir,
+    processes: Arc<Processes>,
+    folder: PathBuf,
     source: Side,
     destination: Side,
     progress: Progress,
@@ -110,35 +178,36 @@ struct Demo<'a> {
 }
 
 impl<'a> Demo<'a> {
-    fn new(arguments: &'a Arguments) -> io::Result<Demo<'a>> {
-        let folder = tempfile::Builder::new().prefix("vhost-migrate-").tempdir()?;
-        let (source, destination) = (Side::new(folder.path(), "source"), Side::new(folder.path(), "destination"));
-        Ok(Demo { arguments, source, destination, progress: Progress::new(arguments.output), kills: 0, folder })
+    fn new(arguments: &'a Arguments, processes: Arc<Processes>) -> Demo<'a> {
+        let folder = processes.folder();
+        let (source, destination) = (Side::new(&folder, "source"), Side::new(&folder, "destination"));
+        let progress = Progress::new(arguments.output);
+        Demo { arguments, processes, folder, source, destination, progress, kills: 0 }
     }
 
     fn play(&mut self) -> io::Result<Value> {
         let begun = Instant::now();
-        let image = self.folder.path().join("disk.img");
+        let image = self.folder.join("disk.img");
         std::fs::File::create(&image)?.set_len(self.arguments.disk)?;
-        let incoming = format!("unix:{}", self.folder.path().join("migration").display());
+        let incoming = format!("unix:{}", self.folder.join("migration").display());
 
-        self.source.backend = Some(self.start_backend(&self.source.socket)?);
-        self.destination.backend = Some(self.start_backend(&self.destination.socket)?);
-        let rate = format!("{}", self.arguments.dirty_rate);
+        self.start_backend(&self.source)?;
+        self.start_backend(&self.destination)?;
+        let rate = format!("{}B/s", self.arguments.dirty_rate);
         let memory = format!("{}", self.arguments.memory);
         let mut workload = vec!["--memory", &memory, "--dirty-rate", &rate, "--queues", QUEUES];
         if self.arguments.packed {
             workload.push("--packed");
         }
-        self.destination.guest = Some(start_guest(&self.destination, &["--incoming", &incoming])?);
-        self.source.guest = Some(start_guest(&self.source, &workload)?);
+        self.start_guest(&self.destination, &["--incoming", &incoming])?;
+        self.start_guest(&self.source, &workload)?;
         wait_for(&self.source.control, "running")?;
         self.progress.say(&format!("guest up after {:.1} s: it writes memory and disk, and checks", seconds(begun)));
 
-        let each = Duration::from_secs_f64(self.arguments.seconds.max(0.2) / 2.0);
-        self.run_guest(each, |demo| &mut demo.source)?;
+        let each = self.arguments.seconds / 2;
+        self.run_guest(each, |demo| &demo.source)?;
         let report = self.migrate(&incoming)?;
-        self.run_guest(each, |demo| &mut demo.destination)?;
+        self.run_guest(each, |demo| &demo.destination)?;
 
         let status = self.verify()?;
         let kills = self.kills;
@@ -150,10 +219,6 @@ impl<'a> Demo<'a> {
             status["resubmitted"],
             seconds(begun)
         ));
-        for side in [&self.source, &self.destination] {
-            // The source's guest has ended by itself if the migration let it.
-            let _ = control::call(&side.control, &Command::Quit, |_| ());
-        }
         Ok(json!({
             "event": "done",
             "verified": true,
@@ -175,7 +240,7 @@ impl<'a> Demo<'a> {
     }
 
     /// Lets the guest of one side run, killing its back-end in the middle if asked.
-    fn run_guest(&mut self, time: Duration, side: fn(&mut Self) -> &mut Side) -> io::Result<()> {
+    fn run_guest(&mut self, time: Duration, side: fn(&Self) -> &Side) -> io::Result<()> {
         std::thread::sleep(time / 2);
         if self.arguments.kill {
             self.kill_backend(side)?;
@@ -184,12 +249,9 @@ impl<'a> Demo<'a> {
         Ok(())
     }
 
-    fn kill_backend(&mut self, side: fn(&mut Self) -> &mut Side) -> io::Result<()> {
-        let socket = side(self).socket.clone();
-        // Dropping the process kills it with SIGKILL and waits for its end.
-        side(self).backend = None;
-        let again = self.start_backend(&socket)?;
-        side(self).backend = Some(again);
+    fn kill_backend(&mut self, side: fn(&Self) -> &Side) -> io::Result<()> {
+        self.processes.kill(&backend_name(side(self)));
+        self.start_backend(side(self))?;
         self.kills += 1;
         self.progress.say("killed the back-end and started it again");
         Ok(())
@@ -205,7 +267,7 @@ impl<'a> Demo<'a> {
             match serde_json::from_value(value) {
                 // In the middle of the migration: logging is on and most memory is still to be sent.
                 Ok(Event::Progress { .. } | Event::Round(_)) if matches!(kill, Some(Ok(()))) => {
-                    kill = self.kill_backend(|demo| &mut demo.source).err().map(Err);
+                    kill = self.kill_backend(|demo| &demo.source).err().map(Err);
                 }
                 Ok(Event::Completed(report)) => completed = Some(report),
                 _ => {}
@@ -226,33 +288,23 @@ impl<'a> Demo<'a> {
         Ok(status)
     }
 
-    fn start_backend(&self, socket: &Path) -> io::Result<Running> {
-        let image = self.folder.path().join("disk.img");
-        let arguments = ["backend", "blk", "--exit-with-parent", "--log-level", "warn", "--queues", QUEUES];
-        let child = program()?.args(arguments).arg("--image").arg(image).arg("--socket").arg(socket).spawn()?;
-        Ok(Running(child))
+    fn start_backend(&self, side: &Side) -> io::Result<()> {
+        let arguments = ["backend", "blk", "--exit-with-parent", "--log-level", "warn", "--queues", QUEUES, "--image"];
+        let mut process = program()?;
+        process.args(arguments).arg(self.folder.join("disk.img")).arg("--socket").arg(&side.socket);
+        self.processes.start(&backend_name(side), &mut process)
+    }
+
+    fn start_guest(&self, side: &Side, more: &[&str]) -> io::Result<()> {
+        let mut process = program()?;
+        let arguments = ["guest", "--exit-with-parent", "--log-level", "warn", "--backend"];
+        process.args(arguments).arg(&side.socket).arg("--control").arg(&side.control).args(more);
+        self.processes.start(&format!("the guest's process at the {}", side.name), &mut process)
     }
 }
 
-/// A process that is killed when it is dropped.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn start_guest(side: &Side, more: &[&str]) -> io::Result<Running> {
-    let mut process = program()?;
-    process
-        .args(["guest", "--exit-with-parent", "--log-level", "warn", "--backend"])
-        .arg(&side.socket)
-        .arg("--control")
-        .arg(&side.control);
-    Ok(Running(process.args(more).spawn()?))
+fn backend_name(side: &Side) -> String {
+    format!("the {}'s back-end", side.name)
 }
 
 fn program() -> io::Result<Process> {

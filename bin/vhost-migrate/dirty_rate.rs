@@ -24,10 +24,10 @@ pub(crate) struct Arguments {
     #[arg(long, default_value_t = 1.0, value_name = "SECONDS")]
     seconds: f64,
     /// Bandwidth to forecast for, in guest memory per second
-    #[arg(long, value_parser = units::bytes, default_value = "1GiB/s", value_name = "RATE")]
+    #[arg(long, value_parser = units::rate_limit, default_value = "1GiB/s", value_name = "RATE")]
     bandwidth: u64,
-    /// Longest stop of the guest to forecast for, milliseconds
-    #[arg(long, default_value_t = 300, value_name = "MS")]
+    /// Longest stop of the guest to forecast for, for example 50ms; a number alone is milliseconds
+    #[arg(long, default_value = "300ms", value_parser = units::milliseconds, value_name = "TIME")]
     downtime: u64,
     /// Print one JSON object
     #[arg(long)]

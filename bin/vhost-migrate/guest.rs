@@ -23,7 +23,9 @@ use crate::units;
 /// Run the built-in guest: a machine that writes memory and disk, and checks every byte it reads
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
-  vhost-migrate guest --backend a.sock --control source.ctl --memory 1GiB --dirty-rate 100MiB/s
+  truncate -s 64M disk.img
+  vhost-migrate backend blk --socket a.sock --image disk.img --queues 2 &
+  vhost-migrate guest --backend a.sock --control source.ctl --memory 1G --dirty-rate 100MiB/s &
   vhost-migrate guest --backend b.sock --control destination.ctl --incoming tcp:0.0.0.0:4444
   vhost-migrate guest --backend a.sock --control again.ctl --incoming file:/backup/guest.vhm
 
@@ -53,16 +55,16 @@ pub(crate) struct Arguments {
 #[derive(Debug, clap::Args)]
 struct Workload {
     /// Guest memory; a quarter of it lies above 4 GiB
-    #[arg(long, default_value = "1GiB", value_parser = units::bytes, value_name = "SIZE")]
+    #[arg(long, default_value = "1GiB", value_parser = units::size, value_name = "SIZE")]
     memory: u64,
     /// CPUs that write memory
     #[arg(long, default_value_t = 1, value_name = "N")]
     cpus: usize,
     /// What all CPUs together write
-    #[arg(long, default_value = "200MiB/s", value_parser = units::bytes, value_name = "RATE")]
+    #[arg(long, default_value = "200MiB/s", value_parser = units::rate, value_name = "RATE")]
     dirty_rate: u64,
     /// Memory that the CPUs write again and again; a quarter of the guest's by default
-    #[arg(long, value_parser = units::bytes, value_name = "SIZE")]
+    #[arg(long, value_parser = units::size, value_name = "SIZE")]
     working_set: Option<u64>,
     /// Queues of each disk
     #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]

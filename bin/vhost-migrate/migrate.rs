@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use serde_json::Value;
 use vhost_migrate::control::{self, Command, MigrateArguments};
+use vhost_migrate::stream::Codec;
 
 use crate::interrupt::on_interrupt;
 use crate::progress::{Output, Progress};
@@ -35,16 +36,16 @@ pub(crate) struct Arguments {
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Transfer {
     /// How pages are compressed: none, zstd or zstd:LEVEL
-    #[arg(long, default_value = "none")]
-    pub(crate) codec: String,
+    #[arg(long, default_value_t = Codec::None)]
+    pub(crate) codec: Codec,
     /// Connections that carry pages
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) channels: u16,
-    /// Longest stop of the guest that is acceptable, milliseconds
-    #[arg(long, default_value_t = 300, value_name = "MS")]
+    /// Longest stop of the guest that is acceptable, for example 50ms; a number alone is milliseconds
+    #[arg(long, default_value = "300ms", value_parser = units::milliseconds, value_name = "TIME")]
     pub(crate) downtime: u64,
     /// Limit while the guest runs, for example 500MiB/s
-    #[arg(long, value_parser = units::bytes, value_name = "RATE")]
+    #[arg(long, value_parser = units::rate_limit, value_name = "RATE")]
     pub(crate) bandwidth: Option<u64>,
     /// Rounds after which a migration that does not converge is given up
     #[arg(long, default_value_t = 100)]
@@ -56,7 +57,7 @@ impl Transfer {
     pub(crate) fn to(&self, uri: impl Into<String>) -> Command {
         Command::Migrate(MigrateArguments {
             uri: uri.into(),
-            codec: self.codec.clone(),
+            codec: self.codec.to_string(),
             channels: self.channels,
             downtime_ms: self.downtime,
             bandwidth: self.bandwidth,

@@ -1,21 +1,79 @@
-//! Sizes and rates as users write them, and as they like to read them.
+//! Sizes, rates and times on the command line, and sizes in output.
 
-/// Parses `4096`, `64KiB`, `1.5MiB`, `1GiB`, and with a trailing `/s` a rate, to bytes (per second).
-pub(crate) fn bytes(text: &str) -> Result<u64, String> {
-    let number = text.strip_suffix("/s").unwrap_or(text).trim();
-    let units = [("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40), ("B", 0)];
-    let (digits, shift) =
-        units.iter().find_map(|(unit, shift)| Some((number.strip_suffix(unit)?, *shift))).unwrap_or((number, 0));
-    let value: f64 = digits.trim().parse().map_err(|_| advice(text))?;
-    let bytes = value * f64::from(1u32 << (shift % 32)) * if shift >= 32 { 4_294_967_296.0 } else { 1.0 };
-    if !(0.0..=9e18).contains(&bytes) {
-        return Err(advice(text));
-    }
-    Ok(bytes as u64)
+use std::time::Duration;
+
+/// Powers of 1024, by the letter that stands for them.
+const LETTERS: &str = "BKMGTPE";
+
+/// Parses a size in bytes as `qemu-img` does: `4096`, `64K`, `1.5M`, `1G`, and also `64KiB`, `1GiB`. Units are powers of 1024.
+pub(crate) fn size(text: &str) -> Result<u64, String> {
+    parse(text).map(|(bytes, _)| bytes).ok_or_else(|| {
+        format!("'{text}' is not a size: write for example 4096, 64K, 1.5M or 1G (powers of 1024; KiB, MiB and GiB mean the same)")
+    })
 }
 
-fn advice(text: &str) -> String {
-    format!("'{text}' is not a size: write for example 4096, 64KiB, 200MiB/s or 1GiB")
+/// Parses a rate in bytes per second: a size with a unit, and `/s` if wanted: `500MiB/s`, `1G/s`, `64K`. A number alone is
+/// refused, because it is rarely meant as bytes; `0` is allowed.
+pub(crate) fn rate(text: &str) -> Result<u64, String> {
+    let example = "write for example 500MiB/s, 1G/s or 4096B/s";
+    match parse(text.strip_suffix("/s").unwrap_or(text)) {
+        Some((bytes, has_unit)) if has_unit || bytes == 0 => Ok(bytes),
+        Some(_) => Err(format!("'{text}' has no unit: {example}")),
+        None => Err(format!("'{text}' is not a rate: {example}")),
+    }
+}
+
+/// Parses a limit of a rate, which can't be 0.
+pub(crate) fn rate_limit(text: &str) -> Result<u64, String> {
+    match rate(text)? {
+        0 => Err("a limit of 0 lets nothing pass: leave the option out for no limit".into()),
+        bytes => Ok(bytes),
+    }
+}
+
+/// Parses a time in milliseconds: `50`, `50ms` or `0.5s`.
+pub(crate) fn milliseconds(text: &str) -> Result<u64, String> {
+    let (number, factor) = match (text.strip_suffix("ms"), text.strip_suffix('s')) {
+        (Some(number), _) => (number, 1.0),
+        (None, Some(number)) => (number, 1e3),
+        (None, None) => (text, 1.0),
+    };
+    let value: Option<f64> = number.trim_end().parse().ok();
+    // A week: longer is a mistake, and clocks count on.
+    let milliseconds = value.map(|value| value * factor).filter(|ms| (0.0..=604_800_000.0).contains(ms));
+    milliseconds.map(|ms| ms.round() as u64).ok_or_else(|| {
+        format!("'{text}' is not a time: write a number of milliseconds, for example 50, 50ms or 0.5s, up to a week")
+    })
+}
+
+/// Parses a time in seconds, fractions allowed, up to a day.
+pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
+    let value: Option<f64> = text.strip_suffix('s').unwrap_or(text).trim_end().parse().ok();
+    value
+        .filter(|seconds| (0.0..=86_400.0).contains(seconds))
+        .map(Duration::from_secs_f64)
+        .ok_or_else(|| format!("'{text}' is not a time: write a number of seconds, for example 10 or 0.5, up to a day"))
+}
+
+/// The bytes that a number with or without a unit stands for, and whether it has a unit.
+fn parse(text: &str) -> Option<(u64, bool)> {
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at_checked(end)?;
+    let unit = unit.trim_start();
+    let letter = unit.strip_suffix("iB").filter(|letter| *letter != "B").unwrap_or(unit);
+    let shift = match letter {
+        "" if unit.is_empty() => 0,
+        _ => 10 * LETTERS.find(letter.to_ascii_uppercase().as_str()).filter(|_| letter.len() == 1)?,
+    };
+    let bytes = match number.parse::<u64>() {
+        Ok(whole) => whole.checked_mul(1 << shift)?,
+        Err(_) if number.contains('.') => {
+            let bytes = number.parse::<f64>().ok()? * (1u64 << shift) as f64;
+            (bytes < 9e18).then_some(bytes as u64)?
+        }
+        Err(_) => return None,
+    };
+    Some((bytes, !unit.is_empty()))
 }
 
 /// `1536` as `1.5 KiB`.
@@ -37,13 +95,41 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_parse_as_people_write_them() {
-        let cases = [("4096", 4096), ("64KiB", 65536), ("1.5MiB", 1_572_864), ("200MiB/s", 209_715_200)];
-        for (text, expected) in cases.into_iter().chain([("1GiB", 1 << 30), ("1TiB", 1 << 40), ("7 B", 7)]) {
-            assert_eq!(bytes(text), Ok(expected), "{text}");
+    fn sizes_parse_as_qemu_img_takes_them() {
+        let cases =
+            [("4096", 4096), ("64K", 65536), ("64k", 65536), ("64KiB", 65536), ("1.5M", 1_572_864), ("1G", 1 << 30)];
+        for (text, expected) in
+            cases.into_iter().chain([("1GiB", 1 << 30), ("1T", 1 << 40), ("7 B", 7), ("7E", 7 << 60)])
+        {
+            assert_eq!(size(text), Ok(expected), "{text}");
         }
-        for wrong in ["", "GiB", "-1", "1GB", "1e99", "nan", "12 parsecs"] {
-            assert!(bytes(wrong).is_err(), "{wrong}");
+        for wrong in
+            ["", "GiB", "-1", "1GB", "1e99", "nan", "12 parsecs", "1..5M", "1iB", "1BiB", "16E", "200MiB/s", "1KM"]
+        {
+            let message = size(wrong).unwrap_err();
+            assert!(message.starts_with(&format!("'{wrong}' is not a size")), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_rate_needs_a_unit() {
+        for (text, expected) in [("500MiB/s", 500 << 20), ("1G/s", 1 << 30), ("64K", 65536), ("500B/s", 500), ("0", 0)]
+        {
+            assert_eq!(rate(text), Ok(expected), "{text}");
+        }
+        assert!(rate("500").unwrap_err().contains("'500' has no unit"));
+        assert!(rate("500/s").unwrap_err().contains("has no unit"));
+        assert!(rate("fast").unwrap_err().contains("is not a rate"));
+        assert!(rate_limit("0").unwrap_err().contains("leave the option out"));
+    }
+
+    #[test]
+    fn times_are_milliseconds_with_or_without_their_unit() {
+        for (text, expected) in [("50", 50), ("50ms", 50), ("50 ms", 50), ("0.5s", 500), ("2s", 2000), ("0", 0)] {
+            assert_eq!(milliseconds(text), Ok(expected), "{text}");
+        }
+        for wrong in ["", "ms", "-1", "fifty", "5m", "nan", "inf", "1e99s"] {
+            assert!(milliseconds(wrong).unwrap_err().contains("is not a time"), "{wrong}");
         }
     }
 

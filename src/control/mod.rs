@@ -10,15 +10,21 @@ use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use zerocopy::{FromZeros, IntoBytes};
 
+use crate::abi::vhost_user::{Header, Request};
 use crate::sys::listen::listen;
 
 /// The longest line that is read, bytes.
 pub const MAX_LINE: u64 = 64 << 10;
+
+/// Longest wait for the answer that tells a back-end's socket from a control socket.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What a client may ask.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -172,7 +178,9 @@ pub fn call(path: &Path, command: &Command, mut each: impl FnMut(Value)) -> io::
     let stream = UnixStream::connect(path).map_err(advise)?;
     write_line(&stream, &serde_json::to_value(command)?)?;
     let mut lines = BufReader::new(&stream);
-    while let Some(line) = read_line(&mut lines)? {
+    // A peer that does not read what it was sent resets the connection when it closes it.
+    let reset = |error: &io::Error| error.kind() == io::ErrorKind::ConnectionReset;
+    while let Some(line) = read_line(&mut lines).or_else(|error| if reset(&error) { Ok(None) } else { Err(error) })? {
         let event: Value = serde_json::from_str(&line)?;
         match event.get("event").and_then(Value::as_str) {
             Some("ok") => return Ok(()),
@@ -183,7 +191,27 @@ pub fn call(path: &Path, command: &Command, mut each: impl FnMut(Value)) -> io::
             _ => each(event),
         }
     }
-    Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the guest's process ended before it answered"))
+    let message = if speaks_vhost_user(path) {
+        "this is the vhost-user socket of a back-end: --control takes the control socket of the guest's process"
+    } else {
+        "the connection was closed before the answer: has the guest's process ended, and is this its control socket?"
+    };
+    Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("{}: {message}", path.display())))
+}
+
+/// Returns true if GET_FEATURES is answered at the socket.
+fn speaks_vhost_user(path: &Path) -> bool {
+    let header = |flags, size| Header { request: Request::GET_FEATURES.0, flags, size };
+    let ask = || {
+        let mut stream = UnixStream::connect(path)?;
+        stream.set_read_timeout(Some(PROBE_TIMEOUT))?;
+        stream.set_write_timeout(Some(PROBE_TIMEOUT))?;
+        stream.write_all(header(Header::FLAG_VERSION, 0).as_bytes())?;
+        let mut answer = Header::new_zeroed();
+        stream.read_exact(answer.as_mut_bytes())?;
+        io::Result::Ok(answer)
+    };
+    ask().is_ok_and(|answer| answer.as_bytes() == header(Header::REPLY_FLAGS, size_of::<u64>() as u32).as_bytes())
 }
 
 fn read_line(lines: &mut BufReader<&UnixStream>) -> io::Result<Option<String>> {

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::backend::NO_BREAK;
 use crate::process::Lab;
 
 /// Where `tests/peers/install` puts the guest kernel and its modules.
@@ -34,11 +35,13 @@ impl Kernel {
     }
 }
 
-/// The guest kernel.
-pub(crate) fn kernel() -> PathBuf {
+/// QEMU's arguments that boot the guest kernel with `initramfs` and `more` words on its command line.
+pub(crate) fn boot(initramfs: &Path, more: &[&str]) -> String {
     let kernel = Path::new(KERNEL).join("vmlinuz");
     assert!(kernel.exists(), "no guest kernel: run tests/peers/install");
-    kernel
+    // On a busy machine emulated timer interrupts come too late for the kernel's check of them, and it would panic.
+    let words = [&["console=ttyS0", "no_timer_check"], more].concat().join(NO_BREAK);
+    format!("-kernel {} -initrd {} -append {words}", kernel.display(), initramfs.display())
 }
 
 /// Makes the initramfs: loads `drivers`, runs `commands` and then the program that `tests/peers/guest/PROGRAM.rs` is. The

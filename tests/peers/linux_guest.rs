@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use crate::backend::{Backend, Kind, NO_BREAK};
+use crate::backend::{Backend, Kind};
 use crate::initramfs::{self, Kernel};
 use crate::migration::{self, GENTLE, NEVER_CONVERGES};
 use crate::process::{Lab, wait_for};
@@ -73,12 +73,7 @@ fn boot(lab: &Lab) -> String {
 
 /// The same, with more words for its kernel.
 pub(crate) fn boot_with(lab: &Lab, more: &[&str]) -> String {
-    let words = [&["console=ttyS0"], more].concat().join(NO_BREAK);
-    format!(
-        "-kernel {} -initrd {} -append {words}",
-        initramfs::kernel().display(),
-        initramfs::make(lab, Kernel::Pc, &["virtio_pci", "virtio_blk"], "", "load").display()
-    )
+    initramfs::boot(&initramfs::make(lab, Kernel::Pc, &["virtio_pci", "virtio_blk"], "", "load"), more)
 }
 
 #[test]
@@ -104,11 +99,8 @@ fn a_linux_guest_sees_its_disk_grow_and_works_on() {
     let image = File::create(lab.disk()).unwrap();
     image.set_len(DISK_BYTES).unwrap();
     let mut backend = Backend::start(&lab, Kind::Ours, "backend", &lab.disk(), 1);
-    let boot = format!(
-        "-kernel {} -initrd {} -append console=ttyS0",
-        initramfs::kernel().display(),
-        initramfs::make(&lab, Kernel::Pc, &["virtio_pci", "virtio_blk"], TELLS_SIZE, "load").display()
-    );
+    let initramfs = initramfs::make(&lab, Kernel::Pc, &["virtio_pci", "virtio_blk"], TELLS_SIZE, "load");
+    let boot = initramfs::boot(&initramfs, &[]);
     let host = Host::start(&lab, "host", &boot, backend.socket(), DISK);
     let sees = |bytes: u64| {
         let line = format!("size {}", bytes / 512);

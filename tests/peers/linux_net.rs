@@ -106,11 +106,7 @@ fn a_linux_guest_goes_on_talking_through_taps_while_it_moves_there_and_back(
             backend(&lab, &format!("net-{number}"), &args)
         })
         .collect();
-    let boot = format!(
-        "-kernel {} -initrd {} -append console=ttyS0",
-        initramfs::kernel().display(),
-        initramfs::make(&lab, Kernel::Pc, &["virtio_pci", "virtio_net"], UP, "net").display()
-    );
+    let boot = initramfs::boot(&initramfs::make(&lab, Kernel::Pc, &["virtio_pci", "virtio_net"], UP, "net"), &[]);
     let mut source = Host::start(&lab, "host-0", &boot, &lab.file("net-0.sock"), &device);
     source.works(200, 0);
     for number in 1..=moves {

@@ -77,8 +77,7 @@ fn a_linux_guest_with_a_disk_and_a_network_goes_through_all_that_qemu_can_do_to_
     let commands = format!("{UP}\n/net >/dev/ttyS1 2>&1 &");
     let drivers = ["virtio_pci", "virtio_blk", "virtio_net"];
     let initramfs = initramfs::make_with(&lab, Kernel::Pc, &drivers, &commands, &["net"], "load");
-    let boot =
-        format!("-kernel {} -initrd {} -append console=ttyS0", initramfs::kernel().display(), initramfs.display());
+    let boot = initramfs::boot(&initramfs, &[]);
     let mut host = Host::start(&lab, "host-0", &boot, disks[0].socket(), &net_sockets[0]);
     host.works();
 

@@ -32,6 +32,7 @@ mod qsd;
 mod qtest;
 mod qtest_blk;
 mod ram;
+mod readme;
 mod rust_vmm;
 mod rust_vmm_disk;
 mod saved;
