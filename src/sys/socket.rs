@@ -35,7 +35,9 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buf: &mut [u8], fds: &mut Vec<Owne
         // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR return null or a whole header inside the control buffer.
         let (message, data) = unsafe { (next.read(), libc::CMSG_DATA(next)) };
         if message.cmsg_level == libc::SOL_SOCKET && message.cmsg_type == libc::SCM_RIGHTS {
-            let bytes = (message.cmsg_len as usize).saturating_sub(data as usize - next as usize);
+            #[allow(clippy::unnecessary_cast, reason = "musl has 32 bits for it")]
+            let length = message.cmsg_len as usize;
+            let bytes = length.saturating_sub(data as usize - next as usize);
             for index in 0..bytes / size_of::<RawFd>() {
                 // SAFETY: the system filled cmsg_len bytes with fds, each of which it opened for this process.
                 fds.push(unsafe { OwnedFd::from_raw_fd(data.cast::<RawFd>().add(index).read_unaligned()) });
