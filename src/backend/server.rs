@@ -140,6 +140,9 @@ fn serve_connection(
     counters::connected();
     let mut channel = Channel { socket: connection.as_fd(), stop, next };
     let mut rings = Workers::new(device.clone());
+    if let Err(error) = rings.watch(connection.as_fd()) {
+        warn!("can't watch the connection: {error}");
+    }
     // Ends before the rings, which may wait for pages that nobody brings any more (rule P1).
     let mut session = Session::new(device.clone());
     let ended = converse(&mut channel, &mut session, &mut rings);

@@ -8,10 +8,13 @@
 
 use std::io;
 use std::ops::RangeInclusive;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
-use crossbeam::channel::{Sender, bounded, unbounded};
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tracing::error;
 
@@ -21,17 +24,24 @@ use super::worker::Order;
 use super::{BackendError, Device, Notifier};
 use crate::ring::RingBase;
 
+/// How often to look for the front-end while a ring is being stopped.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
 /// The rings of one connection. Dropping it abandons those that run: what is under way ends, but is not published, so
 /// that a front-end which has gone on without us finds its rings as it left them.
 pub struct Workers {
     device: Arc<dyn Device>,
     running: Vec<Option<Handle>>,
+    /// The connection to the front-end, to see it hang up while a ring is being stopped.
+    connection: Option<OwnedFd>,
 }
 
 struct Handle {
     orders: Sender<Order>,
     wake: Arc<EventFd>,
     thread: JoinHandle<RingBase>,
+    /// Disconnected when the thread has ended.
+    ended: Receiver<()>,
     postcopy: bool,
 }
 
@@ -39,7 +49,24 @@ impl Workers {
     /// No ring runs yet.
     pub fn new(device: Arc<dyn Device>) -> Workers {
         let running = (0..device.queues()).map(|_| None).collect();
-        Workers { device, running }
+        Workers { device, running, connection: None }
+    }
+
+    /// Watches the connection to the front-end from now on. If the front-end hangs up while a ring is being stopped, what
+    /// the ring has is abandoned: the front-end's next back-end may have taken the ring up (rule I10).
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn watch(&mut self, connection: BorrowedFd<'_>) -> io::Result<()> {
+        self.connection = Some(connection.try_clone_to_owned()?);
+        Ok(())
+    }
+
+    fn has_hung_up(&self) -> bool {
+        let Some(connection) = &self.connection else { return false };
+        // Also without events asked for, the system reports the end.
+        let mut fds = [PollFd::new(connection.as_fd(), PollFlags::empty())];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
     /// Stops all rings as [`Rings::stop`] does.
@@ -60,6 +87,12 @@ impl Workers {
         let lost = BackendError::RingLost { index };
         let Some(handle) = self.running.get_mut(usize::from(index)).and_then(Option::take) else { return Err(lost) };
         handle.order(order);
+        while handle.ended.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
+            if self.has_hung_up() {
+                handle.order(Order::Abandon);
+                break;
+            }
+        }
         handle.thread.join().map_err(|_| lost)
     }
 
@@ -89,7 +122,9 @@ impl Rings for Workers {
         let (orders, inbox) = unbounded();
         let (ready, is_ready) = bounded(1);
         let (device, woken, postcopy) = (self.device.clone(), wake.clone(), setup.postcopy);
+        let (ending, ended) = bounded(0);
         let serve = move || {
+            let _ending: Sender<()> = ending;
             let post = Post { index, device, inbox, wake: woken };
             if let Some(iotlb) = setup.iotlb.clone() {
                 // What is wrong with it is found out when its areas are there.
@@ -119,7 +154,7 @@ impl Rings for Workers {
             is_ready.recv().unwrap_or_else(|_| Err(ended()))?;
         }
         if let Some(slot) = self.running.get_mut(usize::from(index)) {
-            *slot = Some(Handle { orders, wake, thread, postcopy });
+            *slot = Some(Handle { orders, wake, thread, ended, postcopy });
         }
         Ok(())
     }

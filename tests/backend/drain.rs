@@ -17,7 +17,7 @@ use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
 use crate::guest::{Guest, HIGH, PACKED, Ring, SPLIT, add_region, begin, harvest, install_log, pages, start_logging};
-use crate::raw::{Client, NEED_REPLY, VERSION};
+use crate::raw::{Client, DEADLINE, NEED_REPLY, VERSION};
 use crate::server::Server;
 
 /// Fills what it may write with 0x5a at once, and completes it while its gate is open.
@@ -239,6 +239,75 @@ fn when_the_next_front_end_is_heard_the_last_ones_rings_move_no_more(#[values(SP
     server.end();
     assert!(before == guest.snapshot());
     assert!(ring.call.read().is_err());
+}
+
+/// Rule I10: nothing that it left is published behind the back of its next back-end, and that need not wait.
+#[rstest]
+fn a_front_end_that_hangs_up_while_a_ring_is_being_stopped_is_noticed(#[values(SPLIT, PACKED)] features: u64) {
+    let (device, gate) = Held::new();
+    let (server, guest) = (Server::new(device), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, features);
+    let ring = held(&client, &guest, features, 5);
+    client.tell(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
+    drop(client);
+    let next = server.connect();
+    next.send(Code::GET_FEATURES, VERSION, &[], &[]);
+    let heard = poll(&mut [PollFd::new(next.as_fd(), PollFlags::POLLIN)], DEADLINE.as_millis() as u16);
+    gate.write(1).unwrap();
+    assert_eq!(heard, Ok(1), "the ring was waited for although nobody hears of its base");
+    assert!(!ring.is_answered(&guest), "a request was published although the front-end has gone");
+}
+
+/// A device that gives its oldest request back when the ring stops, and only then completes later ones.
+struct GivesBackTheOldest(Arc<Held>);
+
+struct GivesBackQueue(HeldQueue);
+
+impl Device for GivesBackTheOldest {
+    fn features(&self) -> u64 {
+        self.0.features()
+    }
+
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
+        Ok(Box::new(GivesBackQueue(HeldQueue { gate: self.0.gate.clone(), held: Vec::new() })))
+    }
+}
+
+impl Queue for GivesBackQueue {
+    fn submit(&mut self, request: Request) {
+        self.0.submit(request);
+    }
+
+    fn completions(&mut self, done: &mut Vec<Request>) {
+        self.0.completions(done);
+    }
+
+    fn put_back(&mut self, unused: &mut Vec<Request>) {
+        unused.push(self.0.held.remove(0));
+        self.0.gate.write(1).unwrap();
+    }
+
+    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.0.completion_fd()
+    }
+}
+
+/// What is given back and can't go back into the ring is used in its turn.
+#[rstest]
+fn in_order_a_request_that_is_given_back_before_later_ones_ends_with_them(#[values(SPLIT, PACKED)] features: u64) {
+    let (device, _) = Held::new();
+    let features = features | bit(VIRTIO_F_IN_ORDER);
+    let (server, guest) = (Server::new(Arc::new(GivesBackTheOldest(device))), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, features);
+    let mut ring = held(&client, &guest, features, 3);
+    assert_eq!(client.ring_base(0), ring.drained());
+    assert_eq!(ring.completions(3).len(), 3);
 }
 
 #[rstest]

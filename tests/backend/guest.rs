@@ -1,6 +1,6 @@
 //! A guest without a CPU: memory in memfds, rings in it, and the messages that hand both to a back-end.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -171,29 +171,7 @@ impl Ring {
 
     /// Notes the first `count` requests of this ring as taken, in a region that is fresh: as a back-end which dies then.
     pub(crate) fn take(&self, guest: &Guest, region: &inflight::Region, count: usize) {
-        let SplitLayout { size, desc, avail, used } = self.layout;
-        let layout = RingLayout::new(self.features, size, desc, avail, used);
-        let base = RingBase::start(self.features);
-        let mut device = DeviceRing::new(&guest.memory, layout, self.features, base).unwrap();
-        let (index, mut chain) = (self.index as u16, Chain::default());
-        let mut taken = Vec::new();
-        for _ in 0..count {
-            assert!(device.pop(&mut chain).unwrap());
-            match &device {
-                DeviceRing::Split(_) => taken.push((chain.head, Vec::new())),
-                DeviceRing::Packed(ring) => taken.push((chain.head, ring.descs().to_vec())),
-            }
-        }
-        match &device {
-            DeviceRing::Split(_) => {
-                let mut tracker = region.split(index, size, 0).unwrap().0;
-                taken.iter().for_each(|(head, _)| tracker.take(*head));
-            }
-            DeviceRing::Packed(ring) => {
-                let mut tracker = region.packed(index, size, base, |index| ring.flags(index)).unwrap().0;
-                taken.iter().for_each(|(_, descs)| _ = tracker.take(descs).unwrap());
-            }
-        }
+        Predecessor::of(self, guest, region, count);
     }
 
     /// How many requests of this ring a region has in flight; `None` while it changes.
@@ -272,6 +250,67 @@ impl Ring {
 
     pub(crate) fn completions(&mut self, count: usize) -> BTreeSet<u16> {
         (0..count).map(|_| self.completion().0).collect()
+    }
+}
+
+/// A back-end that serves a ring before another one does.
+pub(crate) struct Predecessor {
+    device: DeviceRing,
+    region: Tracker,
+    /// Requests under way, with what names them in the region.
+    taken: VecDeque<(Chain, u16)>,
+}
+
+enum Tracker {
+    Split(inflight::SplitInflight),
+    Packed(inflight::PackedInflight),
+}
+
+impl Predecessor {
+    /// One that takes the first `count` requests of `ring`, and notes them in a region that is fresh.
+    pub(crate) fn of(ring: &Ring, guest: &Guest, region: &inflight::Region, count: usize) -> Predecessor {
+        let SplitLayout { size, desc, avail, used } = ring.layout;
+        let layout = RingLayout::new(ring.features, size, desc, avail, used);
+        let (index, base) = (ring.index as u16, RingBase::start(ring.features));
+        let mut device = DeviceRing::new(&guest.memory, layout, ring.features, base).unwrap();
+        let mut region = match &device {
+            DeviceRing::Split(_) => Tracker::Split(region.split(index, size, 0).unwrap().0),
+            DeviceRing::Packed(ring) => {
+                Tracker::Packed(region.packed(index, size, base, |index| ring.flags(index)).unwrap().0)
+            }
+        };
+        let mut taken = VecDeque::new();
+        for _ in 0..count {
+            let mut chain = Chain::default();
+            assert!(device.pop(&mut chain).unwrap());
+            let name = match (&mut region, &device) {
+                (Tracker::Packed(region), DeviceRing::Packed(ring)) => region.take(ring.descs()).unwrap(),
+                (Tracker::Split(region), _) => {
+                    region.take(chain.head);
+                    chain.head
+                }
+                _ => unreachable!(),
+            };
+            taken.push_back((chain, name));
+        }
+        Predecessor { device, region, taken }
+    }
+
+    /// Completes the oldest request, as one that was well, and publishes it.
+    pub(crate) fn complete_one(&mut self, guest: &Guest) {
+        let (chain, name) = self.taken.pop_front().unwrap();
+        guest.memory.write(chain.writable.last().unwrap().gpa, &[0]).unwrap();
+        match &mut self.region {
+            Tracker::Split(region) => region.stage(name),
+            Tracker::Packed(region) => region.stage(name),
+        }
+        self.device.push(&chain, 1);
+        let _ = self.device.publish();
+        match (&mut self.region, &self.device) {
+            (Tracker::Split(region), DeviceRing::Split(ring)) => region.commit(ring.used_index()),
+            (Tracker::Packed(region), _) => region.commit(),
+            _ => unreachable!(),
+        }
     }
 }
 

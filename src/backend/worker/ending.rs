@@ -8,7 +8,7 @@ use nix::poll::PollTimeout;
 use tracing::warn;
 
 use super::super::{Request, Setup};
-use super::{Worker, wait_for};
+use super::{Order, Worker, wait_for};
 use crate::ring::{Chain, RingBase};
 
 /// How long a drain waits before it asks the device's queue again, in milliseconds.
@@ -50,6 +50,12 @@ impl Worker {
         if !self.ring.put_back(&chains) {
             // Others were taken after them: all that is left is to use them with nothing in them.
             self.done.append(&mut unused);
+            if let Some(order) = &mut self.order {
+                order.hold_back(&mut self.done);
+            }
+            if self.done.is_empty() {
+                return;
+            }
             self.settle_done();
             self.publish();
             return self.spare.append(&mut self.done);
@@ -72,15 +78,14 @@ impl Worker {
         self.spare.append(&mut unused);
     }
 
-    /// Waits for everything under way.
-    pub(super) fn drain(mut self, publish: bool) -> RingBase {
+    /// Waits for everything under way. If it is not to be published, or the front-end has gone meanwhile, what the queue
+    /// need not complete is left to a successor.
+    pub(super) fn drain(mut self, mut publish: bool) -> RingBase {
+        let mut unserved = Vec::new();
         if publish {
             self.put_back();
         } else {
-            let mut unused = Vec::new();
-            self.queue.put_back(&mut unused);
-            unused.iter_mut().for_each(|request| request.lent_out = false);
-            self.in_flight -= unused.len();
+            self.queue.put_back(&mut unserved);
         }
         if let Some((found, next)) = &self.left {
             let count = found.len() - next;
@@ -89,24 +94,41 @@ impl Worker {
                 self.index
             );
         }
-        while self.in_flight > 0 {
-            if !self.complete(publish) {
+        while self.in_flight > unserved.len() + self.early(publish) {
+            let before = unserved.len();
+            publish = publish && !self.is_abandoned();
+            if !publish {
+                self.queue.suspend(&mut unserved);
+            }
+            if unserved.len() == before && !self.complete(publish) {
                 self.wait_for_queue();
             }
         }
+        unserved.iter_mut().for_each(|request| request.lent_out = false);
         self.ring.base()
+    }
+
+    /// Whether what is complete is not to be published any more: the front-end has gone.
+    fn is_abandoned(&self) -> bool {
+        self.inbox.try_iter().any(|order| matches!(order, Order::Abandon))
+    }
+
+    /// How many requests wait for their turn, which does not come if those before them are left to a successor.
+    fn early(&self, publish: bool) -> usize {
+        self.order.as_ref().filter(|_| !publish).map_or(0, |order| order.early.len())
     }
 
     /// Waits for what can't be left to a successor. The rest stays marked in the inflight region, and unpublished, but
     /// what was written of it already is in the log: the successor may write other bytes.
     pub(super) fn suspend(mut self) -> RingBase {
         self.put_back();
-        let mut unserved = Vec::new();
+        let (mut unserved, mut publish) = (Vec::new(), true);
         // With IN_ORDER, what is complete behind a request that is not is left to the successor too.
-        while self.in_flight > unserved.len() + self.order.as_ref().map_or(0, |order| order.early.len()) {
+        while self.in_flight > unserved.len() + self.early(false) {
             let before = unserved.len();
+            publish = publish && !self.is_abandoned();
             self.queue.suspend(&mut unserved);
-            if unserved.len() == before && !self.complete(true) {
+            if unserved.len() == before && !self.complete(publish) {
                 self.wait_for_queue();
             }
         }
