@@ -42,19 +42,22 @@ impl Post {
     ) -> Result<(Worker, Result<(), BackendError>), BackendError> {
         let index = self.index;
         let broken = |source| BackendError::Ring { index, source };
+        // Before the first look at the ring and the inflight region: a predecessor that still has what the queue works on
+        // may go on with both until then (rule I10).
+        let queue = self.device.queue(index, setup.layout.size(), setup.features);
+        let queue = queue.map_err(BackendError::system("serve a queue"))?;
         let areas = in_use.as_ref().map_or(&setup.memory, |in_use| in_use.window.memory());
         let mut ring = DeviceRing::new(areas, setup.layout, setup.features, setup.base).map_err(broken)?;
         if let Some(in_use) = &in_use {
             ring.set_iommu(in_use.ring(&setup));
         }
+        ring.set_log(setup.logging.of_ring());
         let goes_on = !ring.base().is_start(setup.features);
         let inflight = setup.inflight.as_ref().map(|region| Tracker::start(region, index, &mut ring)).transpose()?;
         let has_a_past = inflight.as_ref().is_some_and(|(_, found)| found.has_a_past());
         if setup.first && (has_a_past || goes_on) {
-            relog_memory(index, &setup);
+            relog_memory(index, &setup, &ring);
         }
-        let queue = self.device.queue(index, setup.layout.size(), setup.features);
-        let queue = queue.map_err(BackendError::system("serve a queue"))?;
         let (inbox, wake) = (self.inbox.clone(), self.wake.clone());
         let mut worker = Worker::new(index, inbox, wake, ring, queue, setup, in_use);
         let recovered = worker.recover(inflight);
@@ -139,12 +142,11 @@ impl Post {
     }
 }
 
-/// An empty log that comes with a ring which others served before is a new one: what they marked in the old one, the
-/// front-end may have thrown away with it. All guest memory may have been written (rule L15).
-fn relog_memory(index: u16, setup: &Setup) {
-    let Some(log) = setup.logging.data.as_ref().filter(|log| log.is_clear()) else { return };
+/// A log without the marks of a ring that others served before is a new one, whatever other devices have marked in it:
+/// what the last back-end marked in the old one, the front-end may have thrown away with it. All guest memory may have
+/// been written (rule L15).
+fn relog_memory(index: u16, setup: &Setup, ring: &DeviceRing) {
+    let Some(log) = setup.logging.data.as_ref().filter(|_| !ring.is_used_marked()) else { return };
     warn!("ring {index}: its last back-end's log is gone: all guest memory is logged as written (rule L15)");
-    for region in setup.memory.regions() {
-        log.mark(region.gpa(), region.size());
-    }
+    log.mark_memory(&setup.memory);
 }

@@ -18,7 +18,7 @@ use nix::unistd::{Whence, lseek};
 
 use super::harvest::{self, Harvest};
 use super::page_set::{PageSet, word_masks};
-use crate::memory::{LOG_PAGE, sealed_memfd};
+use crate::memory::{LOG_PAGE, Memory, sealed_memfd};
 
 /// Bytes of log under which looking for holes costs more than reading them.
 const SPARSE_MIN: u64 = 256 << 10;
@@ -167,22 +167,47 @@ impl Log {
         let page = gpa / LOG_PAGE;
         let word = match self.words().get((page / 64) as usize) {
             Some(word) => u64::from_le(word.load(Ordering::Acquire)),
-            None if page < self.pages() => {
-                self.tail().iter().rev().fold(0, |all, byte| all << 8 | u64::from(byte.load(Ordering::Acquire)))
-            }
+            None if page < self.pages() => self.tail_bits(),
             None => 0,
         };
         word >> (page % 64) & 1 != 0
     }
 
-    /// Whether no page is marked. Marks that come in meanwhile may be missed.
-    pub fn is_clear(&self) -> bool {
-        let mut clear = true;
+    /// Returns true if every page of the guest-physical bytes `gpa..gpa + len` is marked; also if there are none.
+    pub fn are_marked(&self, gpa: u64, len: u64) -> bool {
+        let Some(last) = len.checked_sub(1) else { return true };
+        let Some(end) = gpa.checked_add(last) else { return false };
+        (gpa / LOG_PAGE..=end / LOG_PAGE).all(|page| self.is_marked(page * LOG_PAGE))
+    }
+
+    /// Marks all of guest memory, where it is not known what was written.
+    pub fn mark_memory(&self, memory: &Memory) {
+        let burst = self.burst();
+        memory.regions().iter().for_each(|region| burst.mark(region.gpa(), region.size()));
+    }
+
+    /// Marks in `new` the pages that are marked here. This log does not change, so that whoever still reads it finds the
+    /// same marks (rule L9).
+    pub fn copy_to(&self, new: &Log) {
+        let (burst, words) = (new.burst(), self.words());
+        let copy = |index: usize, mut bits: u64| {
+            while bits != 0 {
+                let first = bits.trailing_zeros();
+                let count = (bits >> first).trailing_ones();
+                burst.mark((index as u64 * 64 + u64::from(first)) * LOG_PAGE, u64::from(count) * LOG_PAGE);
+                bits &= u64::MAX.checked_shl(first + count).unwrap_or(0);
+            }
+        };
         self.populated(|bytes| {
-            let words = self.words().get(bytes.start / 8..bytes.end / 8).unwrap_or_default();
-            clear = clear && words.iter().all(|word| word.load(Ordering::Relaxed) == 0);
+            let first = bytes.start / 8;
+            let whole = words.get(first..bytes.end.div_ceil(8).min(words.len())).unwrap_or_default();
+            for (index, word) in (first..).zip(whole) {
+                copy(index, u64::from_le(word.load(Ordering::Acquire)));
+            }
+            if bytes.end > words.len() * 8 {
+                copy(words.len(), self.tail_bits());
+            }
         });
-        clear && self.tail().iter().all(|byte| byte.load(Ordering::Relaxed) == 0)
     }
 
     /// How many pages outside the log were to be marked so far (rule L6); each is a page that a migration would lose.
@@ -328,6 +353,10 @@ impl Log {
         let rest = (self.size % 8) as usize;
         // SAFETY: the last `size % 8` bytes of the mapping, which lives as long as `self`; accessed atomically only.
         unsafe { std::slice::from_raw_parts(self.map.as_mut_ptr().add(self.size as usize - rest).cast(), rest) }
+    }
+
+    fn tail_bits(&self) -> u64 {
+        self.tail().iter().rev().fold(0, |all, byte| all << 8 | u64::from(byte.load(Ordering::Acquire)))
     }
 }
 

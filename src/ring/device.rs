@@ -167,6 +167,14 @@ impl DeviceRing {
         }
     }
 
+    /// Returns true if all that the device may write of the ring is marked in its log (rule L15).
+    pub fn is_used_marked(&self) -> bool {
+        match self {
+            DeviceRing::Split(ring) => ring.is_used_marked(),
+            DeviceRing::Packed(ring) => ring.is_used_marked(),
+        }
+    }
+
     /// The base that GET_VRING_BASE answers (rule R4).
     pub fn base(&self) -> RingBase {
         match self {

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use crate::dirty::Burst;
+use crate::dirty::{Burst, Log};
 use crate::memory::{Access, Iotlb, Memory, Miss, TranslationError, Window};
 
 use super::{Buffer, RingError};
@@ -69,6 +69,14 @@ impl RingIommu {
     pub(super) fn mark(&self, burst: &Burst<'_>, iova: u64, len: u64) {
         self.window.each(iova, len, |gpa, len| burst.mark(gpa, len));
     }
+}
+
+/// Returns true if all pages of a part of a ring are marked, given by the address that the ring has for it.
+pub(super) fn are_marked(log: &Log, iommu: Option<&RingIommu>, at: u64, len: u64) -> bool {
+    let Some(iommu) = iommu else { return log.are_marked(at, len) };
+    let mut all = iommu.window.holds(at, len);
+    iommu.window.each(at, len, |gpa, len| all &= log.are_marked(gpa, len));
+    all
 }
 
 fn untranslated(head: u16, source: TranslationError) -> RingError {

@@ -1,27 +1,30 @@
 //! `kill -9` at any moment: the successor answers every request exactly once, with the right data, and logs it.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use rstest::rstest;
 use vhost_migrate::abi::bit;
-use vhost_migrate::abi::vhost_user::{InflightDescription, LogDescription, Request as Code};
+use vhost_migrate::abi::vhost_user::{InflightDescription, LogDescription, Request as Code, VringState};
 use vhost_migrate::abi::virtio::{VIRTIO_F_IN_ORDER, VIRTIO_RING_F_EVENT_IDX};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::inflight;
 use zerocopy::IntoBytes;
 
 use crate::guest::{
-    BASIC, Guest, LOG_ALL, PACKED, Ring, SPLIT, begin, harvest, inflight_kind, inflight_region, pages, places, status,
+    BASIC, Guest, LOG_ALL, PACKED, Predecessor, Ring, SPLIT, begin, harvest, inflight_kind, inflight_region, pages,
+    places, status,
 };
-use crate::raw::{Client, VERSION};
+use crate::raw::{Client, DEADLINE, VERSION};
 use crate::server::{Process, disk_options};
 
 const SLOTS: u64 = 20;
@@ -249,4 +252,50 @@ fn an_inherited_connection_is_served_until_it_ends() {
     client.barrier();
     drop(client);
     assert!(child.wait().unwrap().success());
+}
+
+/// How often the thread of a ring has slept, once there is one.
+fn naps(process: &Process) -> u64 {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", process.child.id())).unwrap();
+    let read = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();
+    let ring = tasks.map(|task| task.unwrap().path()).find(|task| read(task.join("comm")).trim() == "ring 0");
+    let status = ring.map(|task| read(task.join("status"))).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+    line.map_or(0, |count| count.trim().parse().unwrap())
+}
+
+/// Rule I10: as long as a predecessor has the image it may go on with the ring.
+#[rstest]
+fn a_successor_looks_at_ring_and_region_when_it_has_the_image(#[values(SPLIT, PACKED)] features: u64) {
+    let folder = tempfile::tempdir().unwrap();
+    let (socket, image) = (folder.path().join("socket"), disk_options(folder.path(), 1 << 20, |_| {}).image);
+    let guest = Guest::new();
+    let mut ring = Ring::new(&guest, 0, 64, features);
+    (0..3).for_each(|slot| _ = ring.read(&guest, slot, slot, 512));
+    let _ = ring.driver.publish();
+    let (region, fd, description) = inflight_region(features, 1, 64);
+    let mut predecessor = Predecessor::of(&ring, &guest, &region, 3);
+    let claim = File::open(&image).unwrap();
+    claim.lock().unwrap();
+    let process = Process::start(&socket, &image, &[]);
+    let client = Client::connect(&socket);
+    begin(&client, &guest, features);
+    client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
+    ring.set_up(&client, &guest, ring.start());
+    client.tell(Code::SET_VRING_ENABLE, &VringState { index: 0, num: 1 });
+    let end = Instant::now() + DEADLINE;
+    while naps(&process) < 20 {
+        assert!(Instant::now() < end, "the successor does not wait for the image");
+        thread::sleep(Duration::from_millis(1));
+    }
+    // It is frozen no more, and goes on.
+    predecessor.complete_one(&guest);
+    claim.unlock().unwrap();
+    let heads = ring.completions(3);
+    assert_eq!(heads.len(), 3, "a request was served twice");
+    assert_eq!(client.ring_base(0), ring.drained());
+    assert!(!ring.is_answered(&guest), "a request was served twice");
+    // The predecessor did not read anything.
+    assert!(guest.bytes(places(0).2, 512).iter().all(|byte| *byte == 0), "a request was served twice");
+    assert!((1..3).all(|slot| status(&guest, slot) == 0));
 }

@@ -141,7 +141,7 @@ fn load(guest: &Guest, ring: &mut Ring, first: u64, oracle: &mut Oracle, meanwhi
     }
 }
 
-fn running(client: &Client, guest: &Guest, features: u64) -> Ring {
+pub(crate) fn running(client: &Client, guest: &Guest, features: u64) -> Ring {
     begin(client, guest, features);
     let ring = Ring::new(guest, 0, 512, features);
     ring.set_up(client, guest, ring.start());
@@ -392,8 +392,8 @@ fn the_log_fd_is_signalled_after_logging_and_not_when_it_is_taken_back(#[values(
 }
 
 /// A guest with two requests, whose back-end died with the first of them taken; up to enabling the ring of a successor, that
-/// gets a log with the mark of `marked`.
-fn succeeded(guest: &Guest, client: &Client, features: u64, marked: Option<u64>) -> (Ring, Log) {
+/// gets a log with the marks of the ring if it was `kept`.
+fn succeeded(guest: &Guest, client: &Client, features: u64, kept: bool) -> (Ring, Log) {
     let mut ring = Ring::new(guest, 0, 512, features);
     ring.read(guest, 0, 5, 512);
     ring.read(guest, 1, 6, 512);
@@ -405,7 +405,11 @@ fn succeeded(guest: &Guest, client: &Client, features: u64, marked: Option<u64>)
     ring.log_at = Some(LOG_AT);
     ring.set_up(client, guest, ring.start());
     let log = install_log(client, guest);
-    marked.into_iter().for_each(|gpa| log.mark(gpa, 1));
+    if kept {
+        let mut oracle = Oracle::new(guest, &ring);
+        oracle.whole_ring(&ring, LOG_AT);
+        oracle.pages.iter().for_each(|page| log.mark(page << 12, 1));
+    }
     client.done(Code::SET_FEATURES, &(features | LOG_ALL), &[]);
     (ring, log)
 }
@@ -415,7 +419,7 @@ fn succeeded(guest: &Guest, client: &Client, features: u64, marked: Option<u64>)
 fn a_successor_logs_the_whole_used_ring_again_if_its_predecessor_died_at_work(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
-    let (mut ring, log) = succeeded(&guest, &client, features, Some(LOG_AT));
+    let (mut ring, log) = succeeded(&guest, &client, features, true);
     ring.enable(&client, true);
     assert_eq!(ring.completions(2).len(), 2);
     assert_eq!(client.ring_base(0), ring.drained());
@@ -433,7 +437,7 @@ fn a_successor_logs_the_whole_used_ring_again_if_its_predecessor_died_at_work(#[
 fn a_successor_with_a_new_log_logs_all_memory_because_the_old_one_is_gone(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
-    let (mut ring, log) = succeeded(&guest, &client, features, None);
+    let (mut ring, log) = succeeded(&guest, &client, features, false);
     assert!(harvest(&log).is_empty(), "marked before the ring runs");
     ring.enable(&client, true);
     assert_eq!(ring.completions(2).len(), 2);

@@ -16,6 +16,7 @@ mod iommu_load;
 mod iommu_space;
 mod leaks;
 mod log;
+mod log_order;
 mod metrics;
 mod net;
 mod postcopy;

@@ -19,12 +19,34 @@ impl Session {
         fd: &OwnedFd,
         rings: &mut dyn Rings,
     ) -> Result<(), BackendError> {
-        let log = Log::map(fd.as_fd(), description.mmap_size, description.mmap_offset)?;
+        let log = Arc::new(Log::map(fd.as_fd(), description.mmap_size, description.mmap_offset)?);
         self.report_lost_pages();
-        (self.log, self.lost) = (Some(Arc::new(log)), Arc::default());
+        let old = self.log.replace(log.clone());
+        self.lost = Arc::default();
         self.check_log_size();
         self.relog(rings);
+        // Nothing writes the old log any more. If the front-end released it before a ring was started, nobody reads what
+        // was marked in it since (rule L9).
+        if let Some(old) = old.filter(|_| self.is_logging()) {
+            old.copy_to(&log);
+        }
+        if std::mem::take(&mut self.unlogged) {
+            warn!("rings ran before there was a log: all guest memory is logged as written (rule L8)");
+            log.mark_memory(&self.memory);
+        }
         Ok(())
+    }
+
+    /// Whether the front-end wants to know what is written.
+    fn is_logging(&self) -> bool {
+        self.features & LOG_ALL != 0 || self.rings.iter().any(Ring::logs)
+    }
+
+    /// Notes that a ring runs whose writes should be logged, and there is no log (rule L8).
+    pub(super) fn note_unlogged(&mut self) {
+        let log_all = self.features & LOG_ALL != 0;
+        let runs = self.rings.iter().any(|ring| ring.running && (log_all || ring.logs()));
+        self.unlogged |= runs && self.log.is_none();
     }
 
     pub(super) fn check_log_size(&self) {

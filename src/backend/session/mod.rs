@@ -77,6 +77,8 @@ pub struct Session {
     log: Option<Arc<Log>>,
     log_signal: Option<Arc<LogSignal>>,
     lost: Arc<AtomicU64>,
+    /// A ring has run whose writes should have been logged, and there was no log yet (rule L8).
+    unlogged: bool,
     inflight: Option<Arc<inflight::Region>>,
     rings: Vec<Ring>,
     postcopy: Postcopy,
@@ -103,6 +105,7 @@ impl Session {
             log: None,
             log_signal: None,
             lost: Arc::default(),
+            unlogged: false,
             inflight: None,
             rings,
             postcopy: Postcopy::default(),
@@ -344,7 +347,10 @@ impl Session {
             self.forget_translations();
         }
         self.features = bits;
+        // What was written is of no interest any more (rule L7).
+        self.unlogged &= bits & LOG_ALL != 0;
         self.relog(rings);
+        self.note_unlogged();
         if bits & BIT_30 == 0 {
             self.rings.iter_mut().for_each(|ring| ring.enabled = true);
             self.settle_all(rings)?;

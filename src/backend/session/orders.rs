@@ -10,7 +10,7 @@ use super::super::{BackendError, Host, Notifier};
 use crate::dirty::{Log, LogSignal};
 use crate::inflight;
 use crate::memory::{Iotlb, Memory};
-use crate::ring::{RingBase, RingLayout};
+use crate::ring::{RingBase, RingLayout, RingLog};
 
 /// Everything a ring needs to run.
 #[derive(Debug, Clone)]
@@ -56,6 +56,13 @@ pub struct Logging {
     pub signal: Option<Arc<LogSignal>>,
     /// How many pages outside the log have been reported; one for all rings (rule L6).
     pub lost: Arc<AtomicU64>,
+}
+
+impl Logging {
+    /// The log as a ring needs it for its own writes.
+    pub(in crate::backend) fn of_ring(&self) -> Option<RingLog> {
+        self.used.clone().map(|(log, used_gpa)| RingLog { log, used_gpa })
+    }
 }
 
 /// The rings of a device, as a session commands them. Every call returns when it has taken effect: what a ring wrote

@@ -33,6 +33,13 @@ pub(super) struct Ring {
     pub(super) ran: bool,
 }
 
+impl Ring {
+    /// Whether the used ring is to be logged (rule L3).
+    pub(super) fn logs(&self) -> bool {
+        self.addr.as_ref().is_some_and(logs_used)
+    }
+}
+
 impl Session {
     pub(super) fn ring(&mut self, code: Code, index: u32) -> Result<&mut Ring, BackendError> {
         let queues = self.device.queues();
@@ -82,6 +89,7 @@ impl Session {
         }
         self.ring(Code::SET_VRING_ADDR, addr.index)?.addr = Some(addr);
         self.relog(rings);
+        self.note_unlogged();
         self.settle(index, rings)
     }
 
@@ -108,7 +116,7 @@ impl Session {
         }
         let addr = ring.addr.as_ref().ok_or(incomplete("SET_VRING_ADDR"))?;
         if self.features & LOG_ALL != 0 && self.log.is_none() {
-            warn!("ring {index} starts with LOG_ALL but without SET_LOG_BASE: nothing is logged (rule L8)");
+            warn!("ring {index} starts with LOG_ALL but without SET_LOG_BASE: nothing is logged before it (rule L8)");
         }
         let (call, error) = self.notifiers(index, ring);
         let iotlb = self.is_translated().then(|| self.iotlb.clone());
@@ -152,6 +160,7 @@ impl Session {
             if let Some(ring) = self.rings.get_mut(usize::from(index)) {
                 (ring.running, ring.ran) = (true, true);
             }
+            self.note_unlogged();
         }
         Ok(())
     }

@@ -31,7 +31,7 @@ use super::tracker::{Found, Tracker};
 use super::{BackendError, Notifier, Queue, Request};
 use crate::abi::bit;
 use crate::abi::virtio::VIRTIO_F_IN_ORDER;
-use crate::ring::{DeviceRing, RingError, RingLog};
+use crate::ring::{DeviceRing, RingError};
 use in_order::InOrder;
 
 pub(super) use ending::{End, Left};
@@ -420,8 +420,7 @@ impl Worker {
     }
 
     fn log_to(&mut self, logging: Logging) {
-        let used = logging.used.clone();
-        self.ring.set_log(used.map(|(log, used_gpa)| RingLog { log, used_gpa }));
+        self.ring.set_log(logging.of_ring());
         self.setup.logging = logging;
     }
 

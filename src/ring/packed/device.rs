@@ -9,6 +9,7 @@ use crate::abi::virtio::{
 };
 use crate::memory::Memory;
 use crate::ring::chain::copy_table;
+use crate::ring::iommu::are_marked;
 use crate::ring::{Buffer, Chain, RingBase, RingError, RingIommu, RingLog};
 
 use super::{
@@ -211,6 +212,14 @@ impl PackedDevice {
     pub fn relog_used(&self) {
         let ring = (self.layout.desc, desc_table_bytes(self.layout.size.into()));
         self.fence_and_log([ring].into_iter().chain(self.event_area()));
+    }
+
+    /// Returns true if all that [`relog_used`](PackedDevice::relog_used) marks is marked already.
+    pub fn is_used_marked(&self) -> bool {
+        let Some(RingLog { log, .. }) = &self.log else { return false };
+        let ring = (self.layout.desc, desc_table_bytes(self.layout.size.into()));
+        let mut parts = [ring].into_iter().chain(self.event_area());
+        parts.all(|(at, len)| are_marked(log, self.iommu.as_ref(), at, len))
     }
 
     /// Goes on at these positions, as recovery found them (rule I4). What was pushed and not published is forgotten.

@@ -10,6 +10,7 @@ use crate::abi::virtio::{
 };
 use crate::memory::Memory;
 use crate::ring::chain::copy_table;
+use crate::ring::iommu::are_marked;
 use crate::ring::{Buffer, Chain, RingBase, RingError, RingIommu, RingLog, passes};
 
 use super::{Areas, SplitLayout, load, store};
@@ -190,6 +191,12 @@ impl SplitDevice {
     /// Marks the whole used ring in its log: after a crash nobody knows which marks of the last writes were made.
     pub fn relog_used(&self) {
         self.fence_and_log(&[(RING_FLAGS_OFFSET, used_ring_bytes(self.layout.size.into()))]);
+    }
+
+    /// Returns true if all that [`relog_used`](SplitDevice::relog_used) marks is marked already.
+    pub fn is_used_marked(&self) -> bool {
+        let Some(RingLog { log, used_gpa }) = &self.log else { return false };
+        are_marked(log, self.iommu.as_ref(), *used_gpa, used_ring_bytes(self.layout.size.into()))
     }
 
     /// Goes on at `next_avail`, as recovery found it (rule I3).

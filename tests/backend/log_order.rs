@@ -1,0 +1,260 @@
+//! The log is complete in whatever order a front-end starts a ring, with requests that arrive in between (rules L8, L9,
+//! L15). The oracle is all of guest memory: every byte that the device changed since the front-end last read the log is on
+//! a page that the log has.
+
+use std::collections::BTreeSet;
+use std::os::fd::AsFd;
+
+use rstest::rstest;
+use vhost_migrate::abi::vhost_user::{Request as Code, VringState};
+use vhost_migrate::dirty::Log;
+use vhost_migrate::memory::LOG_PAGE;
+use zerocopy::IntoBytes;
+
+use crate::guest::{
+    Guest, LOG_ALL, PACKED, Ring, SPLIT, begin, harvest, install_log, places, send_log, start_logging, stop_logging,
+};
+use crate::log::running;
+use crate::raw::{Client, VERSION};
+use crate::server::Server;
+
+const DISK: u64 = 1 << 18;
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Step {
+    Enable,
+    Addr,
+    Kick,
+    Log,
+}
+
+/// Every order of the four.
+fn orders() -> Vec<Vec<Step>> {
+    let mut orders = vec![Vec::new()];
+    for step in [Step::Enable, Step::Addr, Step::Kick, Step::Log] {
+        let place = |order: &Vec<Step>, at: usize| [&order[..at], &[step], &order[at..]].concat();
+        orders = orders.iter().flat_map(|order| (0..=order.len()).map(move |at| place(order, at))).collect();
+    }
+    assert_eq!(orders.len(), 24);
+    orders
+}
+
+/// Guest memory as a destination has it: as it was when the log was read, with all that the driver wrote since.
+struct Copy(Vec<(u64, Vec<u8>)>);
+
+impl Copy {
+    fn of(guest: &Guest) -> Copy {
+        let regions = guest.memory.regions().iter().map(|region| region.gpa());
+        Copy(regions.zip(guest.snapshot()).collect())
+    }
+
+    fn driver_wrote(&mut self, guest: &Guest, gpa: u64, len: usize) {
+        let (start, bytes) = self.0.iter_mut().rfind(|(start, _)| *start <= gpa).unwrap();
+        let at = (gpa - *start) as usize;
+        bytes[at..at + len].copy_from_slice(&guest.bytes(gpa, len));
+    }
+
+    /// What has changed and is in no log.
+    fn lost(&self, guest: &Guest, log: &BTreeSet<u64>) -> Vec<u64> {
+        let page = LOG_PAGE as usize;
+        let changed = self.0.iter().zip(guest.snapshot()).flat_map(|((start, before), now)| {
+            let pairs = before.chunks(page).zip(now.chunks(page)).map(|(before, now)| before != now);
+            let numbers = (start / LOG_PAGE..).zip(pairs.collect::<Vec<_>>());
+            numbers.filter_map(|(number, differs)| differs.then_some(number)).collect::<Vec<_>>()
+        });
+        changed.filter(|number| !log.contains(number)).collect()
+    }
+}
+
+/// A ring and its requests, each in a slot of its own.
+struct Load {
+    ring: Ring,
+    slot: u64,
+    open: usize,
+}
+
+impl Load {
+    fn add(&mut self, guest: &Guest, copy: &mut Copy) {
+        let (header, status, _) = places(self.slot);
+        self.ring.read(guest, self.slot, 1 + self.slot % 100, 512);
+        copy.driver_wrote(guest, header, 16);
+        copy.driver_wrote(guest, status, 1);
+        let _ = self.ring.driver.publish();
+        // A ring that does not run yet has said nothing about kicks.
+        self.ring.kick.write(1).unwrap();
+        (self.slot, self.open) = (self.slot + 1, self.open + 1);
+    }
+
+    fn complete(&mut self) {
+        assert_eq!(self.ring.completions(self.open).len(), self.open);
+        self.open = 0;
+    }
+
+    /// Serves a request from beginning to end.
+    fn serve(&mut self, guest: &Guest, copy: &mut Copy) {
+        self.add(guest, copy);
+        self.complete();
+    }
+
+    /// The steps in their order, a request after each; `ready` are those that have been taken already.
+    fn start(&mut self, client: &Client, guest: &Guest, copy: &mut Copy, order: &[Step], ready: &[Step], log: impl Fn()) {
+        let index = self.ring.index;
+        let mut taken = ready.to_vec();
+        for step in order {
+            match step {
+                Step::Enable => client.tell(Code::SET_VRING_ENABLE, &VringState { index, num: 1 }),
+                Step::Addr => client.tell(Code::SET_VRING_ADDR, &self.ring.addr(guest)),
+                Step::Kick => {
+                    let (kick, ring) = (self.ring.kick.as_fd(), u64::from(index));
+                    client.send(Code::SET_VRING_KICK, VERSION, ring.as_bytes(), &[kick]);
+                }
+                Step::Log => log(),
+            }
+            taken.push(*step);
+            client.barrier();
+            self.add(guest, copy);
+            if [Step::Enable, Step::Addr, Step::Kick].iter().all(|step| taken.contains(step)) {
+                self.complete();
+            }
+        }
+    }
+
+    /// What comes before the steps: CALL, NUM and BASE.
+    fn prepare(&self, client: &Client, base: u32) {
+        let index = self.ring.index;
+        client.send(Code::SET_VRING_CALL, VERSION, u64::from(index).as_bytes(), &[self.ring.call.as_fd()]);
+        client.tell(Code::SET_VRING_NUM, &VringState { index, num: self.ring.layout.size.into() });
+        client.tell(Code::SET_VRING_BASE, &VringState { index, num: base });
+    }
+
+    /// Where the driver writes alone.
+    fn driver_areas(&self, guest: &Guest, copy: &mut Copy, features: u64) {
+        if features == SPLIT {
+            copy.driver_wrote(guest, self.ring.layout.desc, 16 * 512);
+        }
+        copy.driver_wrote(guest, self.ring.layout.avail, 6 + 2 * 512);
+    }
+}
+
+/// A disk whose ring has run and logged, its front-end, and what the front-end has read of the log so far.
+fn logging(server: &Server, guest: &Guest, features: u64) -> (Client, Load, Log, Copy) {
+    let client = server.connect();
+    let mut load = Load { ring: running(&client, guest, features), slot: 0, open: 0 };
+    let log = install_log(&client, guest);
+    let used = load.ring.layout.used;
+    start_logging(&client, guest, features, &mut [&mut load.ring], used);
+    let mut copy = Copy::of(guest);
+    (0..4).for_each(|_| load.serve(guest, &mut copy));
+    harvest(&log);
+    (client, load, log, Copy::of(guest))
+}
+
+/// Another device that logs into `log`, and has done so.
+fn neighbour(server: &Server, guest: &Guest, copy: &mut Copy, features: u64, log: &(Log, std::os::fd::OwnedFd)) -> Load {
+    let client = server.connect();
+    begin(&client, guest, features);
+    let ring = Ring::new(guest, 1, 512, features);
+    ring.set_up(&client, guest, ring.start());
+    ring.enable(&client, true);
+    send_log(&client, &log.0, &log.1);
+    let mut load = Load { ring, slot: 100, open: 0 };
+    let first_used = load.ring.layout.used - 0x10_0000;
+    start_logging(&client, guest, features, &mut [&mut load.ring], first_used);
+    load.serve(guest, copy);
+    client.ring_base(1);
+    load
+}
+
+/// Rules L8 and L15: the log of the back-end that died is gone, and with it what was not yet read.
+#[rstest]
+fn a_restarted_back_end_loses_no_page_in_any_order_of_start(
+    #[values(SPLIT, PACKED)] features: u64,
+    #[values(false, true)] shared: bool,
+) {
+    let servers = [Server::disk(DISK, |_| {}), Server::disk(DISK, |_| {})];
+    for order in orders() {
+        let guest = Guest::new();
+        let (client, mut load, old, mut copy) = logging(&servers[0], &guest, features);
+        (0..4).for_each(|_| load.serve(&guest, &mut copy));
+        drop((client, old));
+        let log = Log::create(guest.memory.end()).unwrap();
+        let other = shared.then(|| neighbour(&servers[1], &guest, &mut copy, features, &log));
+        let client = servers[0].connect();
+        begin(&client, &guest, features | LOG_ALL);
+        load.prepare(&client, load.ring.drained());
+        load.start(&client, &guest, &mut copy, &order, &[], || send_log(&client, &log.0, &log.1));
+        assert_eq!(client.ring_base(0), load.ring.drained());
+        [Some(&load), other.as_ref()].iter().flatten().for_each(|load| load.driver_areas(&guest, &mut copy, features));
+        let lost = copy.lost(&guest, &harvest(&log.0));
+        assert!(lost.is_empty(), "{order:?}: not in the log: {lost:x?}");
+    }
+}
+
+/// Rule L9: a front-end that stops a ring releases its log, and gives a new one when the ring may run already.
+#[rstest]
+fn a_ring_that_is_stopped_and_continued_loses_no_page_in_any_order_of_start(
+    #[values(SPLIT, PACKED)] features: u64,
+    #[values(false, true)] shared: bool,
+    #[values(false, true)] disabled: bool,
+) {
+    let servers = [Server::disk(DISK, |_| {}), Server::disk(DISK, |_| {})];
+    for order in orders() {
+        let guest = Guest::new();
+        let (client, mut load, old, _) = logging(&servers[0], &guest, features);
+        if disabled {
+            load.ring.enable(&client, false);
+        }
+        let base = client.ring_base(0);
+        harvest(&old);
+        let mut copy = Copy::of(&guest);
+        drop(old);
+        let log = Log::create(guest.memory.end()).unwrap();
+        let other = shared.then(|| neighbour(&servers[1], &guest, &mut copy, features, &log));
+        client.done(Code::SET_FEATURES, &(features | LOG_ALL), &[]);
+        load.prepare(&client, base);
+        let ready = if disabled { &[Step::Addr][..] } else { &[Step::Addr, Step::Enable] };
+        load.start(&client, &guest, &mut copy, &order, ready, || send_log(&client, &log.0, &log.1));
+        assert_eq!(client.ring_base(0), load.ring.drained());
+        [Some(&load), other.as_ref()].iter().flatten().for_each(|load| load.driver_areas(&guest, &mut copy, features));
+        let marked = harvest(&log.0);
+        let lost = copy.lost(&guest, &marked);
+        assert!(lost.is_empty(), "{order:?}: not in the log: {lost:x?}");
+        assert!(marked.len() < 40, "{order:?}: all memory was marked although nothing was lost");
+    }
+}
+
+/// Rules L7 and L9: marks are carried over once, and not at all from a migration that has ended.
+#[rstest]
+fn marks_that_were_carried_over_or_are_of_another_migration_do_not_come_again(#[values(SPLIT, PACKED)] features: u64) {
+    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
+    let (client, mut load, old, mut copy) = logging(&server, &guest, features);
+    load.serve(&guest, &mut copy);
+    // A log that is given while logging is on has the marks of the one before, which keeps them.
+    let (log, fd) = Log::create(guest.memory.end()).unwrap();
+    send_log(&client, &log, &fd);
+    let marked = harvest(&log);
+    assert!(!marked.is_empty());
+    assert_eq!(harvest(&old), marked);
+    send_log(&client, &log, &fd);
+    assert!(harvest(&log).is_empty(), "the same log was given again");
+    // That migration is cancelled with marks that nobody has read.
+    load.serve(&guest, &mut copy);
+    stop_logging(&client, &guest, features, &mut [&mut load.ring]);
+    let next = install_log(&client, &guest);
+    let used = load.ring.layout.used;
+    start_logging(&client, &guest, features, &mut [&mut load.ring], used);
+    client.barrier();
+    assert!(harvest(&next).is_empty(), "marks of a migration that has ended");
+    // One that wanted to log and had no log marks all memory once.
+    drop(client);
+    let client = server.connect();
+    begin(&client, &guest, features | LOG_ALL);
+    load.prepare(&client, load.ring.drained());
+    let steps = [Step::Addr, Step::Kick, Step::Enable];
+    load.start(&client, &guest, &mut copy, &steps, &[], || {});
+    let log = install_log(&client, &guest);
+    let pages: u64 = guest.memory.regions().iter().map(|region| region.size() / LOG_PAGE).sum();
+    assert_eq!(harvest(&log).len() as u64, pages);
+    let next = install_log(&client, &guest);
+    assert!(harvest(&next).is_empty(), "all memory was marked twice");
+}
