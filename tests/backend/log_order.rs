@@ -3,7 +3,7 @@
 //! a page that the log has.
 
 use std::collections::BTreeSet;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use rstest::rstest;
 use vhost_migrate::abi::vhost_user::{Request as Code, VringState};
@@ -97,7 +97,15 @@ impl Load {
     }
 
     /// The steps in their order, a request after each; `ready` are those that have been taken already.
-    fn start(&mut self, client: &Client, guest: &Guest, copy: &mut Copy, order: &[Step], ready: &[Step], log: impl Fn()) {
+    fn start(
+        &mut self,
+        client: &Client,
+        guest: &Guest,
+        copy: &mut Copy,
+        order: &[Step],
+        ready: &[Step],
+        log: impl Fn(),
+    ) {
         let index = self.ring.index;
         let mut taken = ready.to_vec();
         for step in order {
@@ -150,7 +158,7 @@ fn logging(server: &Server, guest: &Guest, features: u64) -> (Client, Load, Log,
 }
 
 /// Another device that logs into `log`, and has done so.
-fn neighbour(server: &Server, guest: &Guest, copy: &mut Copy, features: u64, log: &(Log, std::os::fd::OwnedFd)) -> Load {
+fn neighbour(server: &Server, guest: &Guest, copy: &mut Copy, features: u64, log: &(Log, OwnedFd)) -> Load {
     let client = server.connect();
     begin(&client, guest, features);
     let ring = Ring::new(guest, 1, 512, features);
