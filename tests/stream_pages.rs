@@ -9,6 +9,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::fcntl::{FallocateFlags, fallocate};
 use proptest::prelude::*;
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::stream::frame::{FRAME_HEADER_BYTES, Kind};
@@ -352,6 +353,43 @@ fn a_zero_page_of_fresh_memory_is_not_touched() {
     assert_eq!(nix::sys::stat::fstat(&fd).unwrap().st_blocks, 0);
     receive(&target, frame(&[entry(7, 1, 0)], 0, &[1; PAGE]).as_slice()).unwrap();
     assert_ne!(nix::sys::stat::fstat(&fd).unwrap().st_blocks, 0);
+}
+
+#[test]
+fn a_hole_is_told_as_zero_without_being_filled() {
+    const PAGES: u64 = 5 * CHUNK_PAGES;
+    let discard = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    for channels in [1, 2] {
+        let files = ["source", "destination"].map(|name| sealed_memfd(name, PAGES * LOG_PAGE).unwrap());
+        let [source, destination] = files.each_ref().map(|fd| {
+            let region = Region::share(fd.try_clone().unwrap(), 0, PAGES * LOG_PAGE, 0).unwrap();
+            Memory::new([Arc::new(region)]).unwrap()
+        });
+        let taken = || files.each_ref().map(|fd| nix::sys::stat::fstat(fd).unwrap().st_blocks / 8);
+        let target = Arc::new(Target::fresh(destination));
+        let round = |runs: &[Range<u64>]| {
+            (0..channels).fold(PageStats::default(), |mut all, channel| {
+                let runs = owned_by(runs.iter().cloned(), channel, channels).collect();
+                let (wire, sent) = send(&source, runs, Codec::None);
+                assert_eq!(receive_on(&target, wire.as_slice(), channel, channels).unwrap(), sent);
+                all += sent;
+                all
+            })
+        };
+        let used = [0, 3, CHUNK_PAGES - 1, CHUNK_PAGES, 4 * CHUNK_PAGES + 9];
+        used.iter().for_each(|&page| fill(&source, page, 3));
+        let sent = round(&[0..PAGES]);
+        assert_eq!((sent.data_pages, sent.zero_pages), (5, PAGES - 5));
+        assert_eq!(taken(), [5, 5], "pages in use here and there");
+        // Named again: one that was discarded, one that was filled, and a hole.
+        fallocate(&files[0], discard, 3 * 4096, 4096).unwrap();
+        fill(&source, 100, 3);
+        let sent = round(&[3..4, 100..102]);
+        assert_eq!((sent.data_pages, sent.zero_pages), (1, 2));
+        assert_eq!(taken(), [5, 6], "it is written with zeros where it was");
+        let pages: Vec<u64> = (0..PAGES).collect();
+        assert!(pages.into_iter().all(|number| page(&source, number) == page(target.memory(), number)));
+    }
 }
 
 #[test]

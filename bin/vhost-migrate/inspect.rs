@@ -300,6 +300,10 @@ fn stream(file: &Path) -> Result<Found, String> {
                     text.push(format!("  region {:#x}, {}", region.gpa, show(region.size as f64)));
                 }
             }
+            ToDestination::DataRuns(data) => {
+                let pages: u64 = data.runs.iter().map(|run| run.end.saturating_sub(run.start)).sum();
+                text.push(format!("  {pages} pages in use at the start, in {} runs", data.runs.len()));
+            }
             ToDestination::RoundEnd(end) => {
                 rounds += 1;
                 text.push(format!(

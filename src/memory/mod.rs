@@ -4,17 +4,21 @@
 //! What a peer or a guest says is never believed: mappings are checked against the file behind them, and no range is
 //! handed out that leaves its region. Who writes pages, and how that is logged, lives in [`crate::dirty`].
 
+mod extent;
 mod iotlb;
 mod region;
 pub(crate) mod userfault;
 mod window;
 
+pub use extent::{Extent, Extents};
 pub use iotlb::{Access, Iotlb, IotlbError, Miss, TranslationError, invalidated};
 pub use region::{Region, sealed_memfd};
 pub use userfault::{Userfault, UserfaultError};
 pub use window::{Area, Window, overlap};
 
 use std::fmt;
+use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
@@ -245,6 +249,40 @@ impl Memory {
             let (here, after) = rest.split_at(slice.len());
             slice.copy_from(here);
             rest = after;
+        })
+    }
+
+    /// Has the system provide the memory of `pages` (page numbers) for writing, as far as they are memory; contents stay.
+    ///
+    /// # Errors
+    /// What the system says: no memory, or a kernel before Linux 5.14.
+    pub fn populate(&self, pages: &Range<u64>) -> io::Result<()> {
+        self.parts(pages).try_for_each(|(region, range)| region.populate(range))
+    }
+
+    /// Advises the system to use huge pages for `pages` (page numbers), where it has them for this kind of memory.
+    pub fn advise_huge_pages(&self, pages: &Range<u64>) {
+        for (region, range) in self.parts(pages) {
+            if let Err(error) = region.advise_huge_pages(range) {
+                tracing::debug!(%error, ?region, "no huge pages");
+            }
+        }
+    }
+
+    /// The parts of `pages` (page numbers) that are memory, region by region.
+    pub fn pages(&self, pages: &Range<u64>) -> impl Iterator<Item = Range<u64>> {
+        self.parts(pages).filter_map(|(region, range)| {
+            let pages = (region.gpa() + range.start).div_ceil(LOG_PAGE)..(region.gpa() + range.end) / LOG_PAGE;
+            (!pages.is_empty()).then_some(pages)
+        })
+    }
+
+    /// The parts of `pages` (page numbers) that are memory: regions, and ranges of offsets in them, bytes.
+    fn parts(&self, pages: &Range<u64>) -> impl Iterator<Item = (&Region, Range<u64>)> {
+        let (start, end) = (pages.start.saturating_mul(LOG_PAGE), pages.end.saturating_mul(LOG_PAGE));
+        self.0.iter().filter_map(move |region| {
+            let here = start.max(region.gpa())..end.min(region.gpa() + region.size());
+            (!here.is_empty()).then(|| (region.as_ref(), here.start - region.gpa()..here.end - region.gpa()))
         })
     }
 

@@ -3,6 +3,7 @@
 use std::ffi::CString;
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
@@ -13,6 +14,7 @@ use nix::sys::stat::{SFlag, fstat};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use vm_memory::VolatileSlice;
 
+use super::extent::{Extent, HoleSearch};
 use super::{LOG_PAGE, MemoryError};
 
 /// A shared, writable mapping of guest memory.
@@ -27,7 +29,14 @@ pub struct Region {
     mapping: Arc<MmapRaw>,
     page: u64,
     /// Kept only by who shares the region with a device.
-    shared: Option<(OwnedFd, u64)>,
+    shared: Option<Shared>,
+}
+
+/// The file of a region that is shared.
+struct Shared {
+    fd: OwnedFd,
+    offset: u64,
+    holes: HoleSearch,
 }
 
 // SAFETY: the pointer is to memory that `_mapping` (Send and Sync) keeps mapped, and all access to it is made for memory
@@ -132,13 +141,23 @@ impl Region {
     pub fn share(fd: OwnedFd, gpa: u64, size: u64, mmap_offset: u64) -> Result<Region, MemoryError> {
         let mut region = Region::map(fd.as_fd(), gpa, size, 0, mmap_offset)?;
         region.user_addr = region.host_ptr() as u64;
-        region.shared = Some((fd, mmap_offset));
+        region.shared = Some(Shared { holes: HoleSearch::of(fd.as_fd()), fd, offset: mmap_offset });
         Ok(region)
     }
 
     /// The fd and the offset into it, in bytes, of a region made by [`Region::share`].
     pub fn shared(&self) -> Option<(BorrowedFd<'_>, u64)> {
-        self.shared.as_ref().map(|(fd, offset)| (fd.as_fd(), *offset))
+        self.shared.as_ref().map(|shared| (shared.fd.as_fd(), shared.offset))
+    }
+
+    /// The extent that begins `offset` bytes into the region. Only a region made by [`Region::share`] knows its holes, on
+    /// tmpfs (memfds), hugetlbfs, ext4, XFS and Btrfs; of every other all is data. The position of the fd moves.
+    pub fn extent(&self, offset: u64) -> Extent {
+        let size = self.size.saturating_sub(offset);
+        match &self.shared {
+            Some(shared) => shared.holes.extent(shared.fd.as_fd(), shared.offset + offset..shared.offset + self.size),
+            None => Extent { len: size, hole: false },
+        }
     }
 
     /// Guest-physical address of the first byte.
@@ -177,6 +196,35 @@ impl Region {
         let (start, len) = (self.mapping.as_mut_ptr().cast(), self.mapping.len());
         // SAFETY: the range is this mapping, and the advice changes no contents. Where it means nothing it is refused.
         unsafe { libc::madvise(start, len, libc::MADV_NOHUGEPAGE) };
+    }
+
+    /// Has the system provide the memory of `range` (offsets, bytes) for writing, contents unchanged.
+    pub(super) fn populate(&self, range: Range<u64>) -> io::Result<()> {
+        self.advise(range, LOG_PAGE, libc::MADV_POPULATE_WRITE)
+    }
+
+    /// Advises the system to use huge pages for the whole ones in `range` (offsets, bytes).
+    pub(super) fn advise_huge_pages(&self, range: Range<u64>) -> io::Result<()> {
+        self.advise(range, 2 << 20, libc::MADV_HUGEPAGE)
+    }
+
+    /// Gives an advice that changes no contents for the whole `unit`s of this process's addresses in `range`.
+    fn advise(&self, range: Range<u64>, unit: u64, advice: libc::c_int) -> io::Result<()> {
+        if range.end > self.size {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let base = self.host.addr() as u64;
+        let start = (base + range.start).next_multiple_of(unit);
+        let end = (base + range.end) / unit * unit;
+        if start >= end {
+            return Ok(());
+        }
+        let at = self.host.with_addr(start as usize).cast();
+        // SAFETY: the range is inside this mapping, and the caller's advice changes no contents.
+        match unsafe { libc::madvise(at, (end - start) as usize, advice) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     /// Puts blank memory of this process alone in place of the file's: what is written from now on reaches nobody, and

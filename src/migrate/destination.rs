@@ -3,13 +3,15 @@
 //! Nothing runs before the commit. Whatever fails until then is told to the source, which goes on.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::bounded;
+use crossbeam::channel::{Sender, bounded};
 
 use super::error::MigrateError;
 use super::machine::Arrival;
-use crate::stream::record::{MemoryLayout, Started};
+use super::populate::populate;
+use crate::stream::record::{DataRuns, MemoryLayout, Started};
 use crate::stream::{Cancel, Channel, Connection, Decoder, FrameReader, FrameWriter, Kind, PageStats};
 use crate::stream::{StreamError, Target, ToDestination, ToSource};
 
@@ -109,14 +111,19 @@ fn take_in(
 fn receive_pages(target: &Arc<Target>, readers: &mut [FrameReader<Channel>]) -> Result<PageStats, MigrateError> {
     let channels = readers.len() as u16;
     let sockets: Vec<Channel> = readers.iter_mut().map(|reader| reader.get_mut().clone()).collect();
+    let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let (done, ended) = bounded(readers.len());
+        let (announce, announced) = bounded::<DataRuns>(1);
+        // Ends when nobody can announce anything any more.
+        scope.spawn(|| announced.into_iter().for_each(|data| populate(target, &data.runs, &over)));
+        let mut announce = Some(announce);
         for (number, reader) in readers.iter_mut().enumerate() {
-            let (done, target) = (done.clone(), target.clone());
+            let (done, target, announce) = (done.clone(), target.clone(), announce.take());
             scope.spawn(move || {
                 let result = Decoder::new(target, number as u16, channels)
                     .map_err(MigrateError::from)
-                    .and_then(|mut decoder| receive_channel(&mut decoder, reader));
+                    .and_then(|mut decoder| receive_channel(&mut decoder, reader, announce));
                 // The receiver outlives all senders.
                 let _ = done.send(result);
             });
@@ -137,11 +144,18 @@ fn receive_pages(target: &Arc<Target>, readers: &mut [FrameReader<Channel>]) -> 
                 (Err(_), Err(_)) => {}
             }
         }
+        over.store(true, Ordering::Relaxed);
         outcome
     })
 }
 
-fn receive_channel(decoder: &mut Decoder, reader: &mut FrameReader<Channel>) -> Result<PageStats, MigrateError> {
+/// Reads pages until the last round ends. `announce` takes what the source says, once and on channel 0, of the pages that
+/// will come.
+fn receive_channel(
+    decoder: &mut Decoder,
+    reader: &mut FrameReader<Channel>,
+    mut announce: Option<Sender<DataRuns>>,
+) -> Result<PageStats, MigrateError> {
     let mut all = PageStats::default();
     let mut round = PageStats::default();
     loop {
@@ -150,16 +164,18 @@ fn receive_channel(decoder: &mut Decoder, reader: &mut FrameReader<Channel>) -> 
             round += decoder.receive(&header, reader)?;
             continue;
         }
-        match ToDestination::read(&header, reader)? {
-            ToDestination::RoundEnd(end) => {
+        match (ToDestination::read(&header, reader)?, announce.take()) {
+            // Nobody else sends, and this only once: there is room for it.
+            (ToDestination::DataRuns(data), Some(announce)) => drop(announce.try_send(data)),
+            (ToDestination::RoundEnd(end), _) => {
                 end.check(&round)?;
                 all += std::mem::take(&mut round);
                 if end.last {
                     return Ok(all);
                 }
             }
-            ToDestination::Cancel { reason } => return Err(MigrateError::Source(reason)),
-            other => {
+            (ToDestination::Cancel { reason }, _) => return Err(MigrateError::Source(reason)),
+            (other, _) => {
                 return Err(MigrateError::Handshake { found: format!("{other:?}"), wanted: "pages or a round's end" });
             }
         }

@@ -5,6 +5,7 @@
 //! | `machine` | what a migration needs from whoever owns the guest |
 //! | `source` | rounds, switchover, and the way back when something fails |
 //! | `destination` | pages into place, restore, start |
+//! | `populate` | the destination's memory, provided ahead |
 //! | `converge` | when to stop the guest: a pure decision |
 //! | `report` | events and figures |
 //! | `builtin` | the built-in guest as a machine |
@@ -20,6 +21,7 @@ mod destination;
 mod error;
 mod machine;
 mod measure;
+mod populate;
 mod report;
 mod source;
 

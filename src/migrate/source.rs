@@ -20,7 +20,7 @@ use super::machine::Machine;
 use super::report::{Event, Report, RoundReport};
 use crate::dirty::{DirtySource, PageSet};
 use crate::memory::{LOG_PAGE, Memory};
-use crate::stream::record::{MemoryLayout, RoundEnd};
+use crate::stream::record::{DataRuns, MemoryLayout, RoundEnd};
 use crate::stream::{Cancel, Channel, Codec, Connection, Encoder, FrameReader, FrameWriter, Limiter, PageStats};
 use crate::stream::{StreamError, ToDestination, ToSource, owned_by};
 
@@ -86,7 +86,11 @@ fn open(
     wire.open(memory)?;
     let dirty = machine.dirty_source().map_err(|cause| MigrateError::Machine { doing: "tracking dirty pages", cause });
     let tracking = dirty.and_then(|mut dirty| Ok(dirty.start().map(|()| dirty)?));
-    let dirty = tracking.inspect_err(|error| wire.call_off(error))?;
+    let mut dirty = tracking.inspect_err(|error| wire.call_off(error))?;
+    if let Err(error) = wire.tell(&ToDestination::DataRuns(DataRuns::of(memory))) {
+        stop_tracking(dirty.as_mut());
+        return Err(wire.reason(error));
+    }
     Ok((wire, dirty))
 }
 
@@ -228,7 +232,7 @@ impl Migration<'_> {
         };
         machine.release();
         self.wire.leave();
-        self.stop_tracking();
+        stop_tracking(self.dirty.as_mut());
         self.report.total_ms = milliseconds(begun.elapsed());
         self.report.downtime_ms = milliseconds(downtime);
         self.report.wire_bytes = self.wire.bytes();
@@ -237,15 +241,9 @@ impl Migration<'_> {
     }
 
     fn failed(&mut self, error: MigrateError, source_running: bool) -> Failure {
-        self.stop_tracking();
+        stop_tracking(self.dirty.as_mut());
         (self.tell)(Event::Failed { message: error.to_string(), source_running });
         Failure { error, source_running }
-    }
-
-    fn stop_tracking(&mut self) {
-        if let Err(error) = self.dirty.stop() {
-            tracing::warn!(%error, "dirty tracking could not be switched off");
-        }
     }
 
     /// Sends all pending pages and ends the round on every channel.
@@ -289,6 +287,12 @@ impl Migration<'_> {
         self.report.pages_sent += sent.pages();
         self.report.zero_pages += sent.zero_pages;
         Ok(sent)
+    }
+}
+
+fn stop_tracking(dirty: &mut dyn DirtySource) {
+    if let Err(error) = dirty.stop() {
+        tracing::warn!(%error, "dirty tracking could not be switched off");
     }
 }
 

@@ -158,6 +158,8 @@ pub enum Kind {
     Commit = 0x05,
     /// The source gave up; the guest stays there.
     Cancel = 0x06,
+    /// Pages for which data will come, for the destination to provide memory ahead.
+    DataRuns = 0x07,
     /// The destination has the same memory and takes the migration.
     Accepted = 0x81,
     /// The destination has restored the state and waits for the commit.
@@ -170,13 +172,14 @@ pub enum Kind {
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Kind; 10] = [
+    pub const ALL: [Kind; 11] = [
         Kind::Layout,
         Kind::Pages,
         Kind::RoundEnd,
         Kind::State,
         Kind::Commit,
         Kind::Cancel,
+        Kind::DataRuns,
         Kind::Accepted,
         Kind::Ready,
         Kind::Started,
@@ -188,7 +191,7 @@ impl Kind {
         match self {
             Kind::Pages => super::pages::MAX_BODY as u32,
             Kind::State => super::record::MAX_STATE as u32,
-            Kind::Layout => 1 << 20,
+            Kind::Layout | Kind::DataRuns => 1 << 20,
             Kind::Commit | Kind::Accepted | Kind::Ready => 0,
             _ => 64 << 10,
         }

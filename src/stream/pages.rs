@@ -2,7 +2,8 @@
 //!
 //! Sending, a page is read from guest memory once, into the batch, and looked at there: the guest runs meanwhile, and a
 //! page that is judged by one read and sent by another could be lost as zero. Whatever is written after that one read
-//! is in the dirty log and comes again. Receiving, uncompressed pages go from the socket to guest memory in place; a
+//! is in the dirty log and comes again. A hole, memory that was never used, is told as zero and not read, which would
+//! fill it. Receiving, uncompressed pages go from the socket to guest memory in place; a
 //! checksum that does not fit then fails the migration, at a time when the source still has the guest.
 #![forbid(unsafe_code)]
 
@@ -11,13 +12,11 @@ use std::ops::{AddAssign, Range};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use vm_memory::VolatileSlice;
-
 use super::codec::{Compressor, Decompressor};
 use super::frame::{Body, FrameHeader, FrameReader, FrameWriter, Kind};
 use super::sys::{ReadMemory, Window, copy_page};
 use super::{Codec, StreamError};
-use crate::memory::{LOG_PAGE, Memory};
+use crate::memory::{Extents, LOG_PAGE, Memory, Region};
 
 /// Pages that belong to one channel together: 1 MiB.
 pub const CHUNK_PAGES: u64 = 256;
@@ -138,11 +137,20 @@ impl Encoder {
     ) -> Result<PageStats, StreamError> {
         self.clear();
         let mut stats = PageStats::default();
+        let mut extents = Extents::new();
         for run in runs {
             let mut inside = 0;
-            for (pages, slice) in in_memory(memory, &run) {
+            for (region, mut pages) in in_memory(memory, &run) {
                 inside += pages.end - pages.start;
-                self.add(pages, slice, to, &mut stats)?;
+                while !pages.is_empty() {
+                    let (part, hole) = extents.first(region, &pages);
+                    pages.start = part.end;
+                    if hole {
+                        self.add_hole(part, to, &mut stats)?;
+                    } else {
+                        self.add(region, part, to, &mut stats)?;
+                    }
+                }
             }
             stats.outside += (run.end.saturating_sub(run.start)).saturating_sub(inside);
         }
@@ -152,11 +160,13 @@ impl Encoder {
 
     fn add<W: Write>(
         &mut self,
+        region: &Region,
         pages: Range<u64>,
-        slice: VolatileSlice<'_>,
         to: &mut FrameWriter<W>,
         stats: &mut PageStats,
     ) -> Result<(), StreamError> {
+        let (start, length) = (pages.start * LOG_PAGE, (pages.end - pages.start) * LOG_PAGE);
+        let slice = region.slice(start - region.gpa(), length).ok_or_else(|| outside(&pages))?;
         let mut offset = 0;
         for page in pages.clone() {
             if self.used == BATCH_BYTES || self.entries.len() == MAX_ENTRIES {
@@ -177,6 +187,24 @@ impl Encoder {
                 }
                 _ => self.entries.push(Entry { pages: page..page + 1, zero }),
             }
+        }
+        Ok(())
+    }
+
+    /// Tells `pages` as zero without reading them.
+    fn add_hole<W: Write>(
+        &mut self,
+        mut pages: Range<u64>,
+        to: &mut FrameWriter<W>,
+        stats: &mut PageStats,
+    ) -> Result<(), StreamError> {
+        while !pages.is_empty() {
+            if self.entries.len() == MAX_ENTRIES {
+                self.flush(to, stats)?;
+            }
+            let end = pages.end.min(pages.start + Entry::MAX_COUNT);
+            self.entries.push(Entry { pages: pages.start..end, zero: true });
+            pages.start = end;
         }
         Ok(())
     }
@@ -235,6 +263,13 @@ impl Target {
     /// The memory.
     pub fn memory(&self) -> &Memory {
         &self.memory
+    }
+
+    /// Returns true if `page` may hold something else than zeros.
+    pub fn has_data(&self, page: u64) -> bool {
+        let mut data = false;
+        self.words(&(page..page.saturating_add(1)), |word, mask, _| data = word.load(Ordering::Relaxed) & mask != 0);
+        data
     }
 
     fn new(memory: Memory, bits: u64) -> Target {
@@ -503,22 +538,15 @@ fn head_of(head: &[u8; HEAD], follow: usize) -> Result<(usize, u8), StreamError>
 }
 
 /// The parts of `run` that are in memory.
-fn in_memory<'m>(
-    memory: &'m Memory,
-    run: &Range<u64>,
-) -> impl Iterator<Item = (Range<u64>, VolatileSlice<'m>)> + use<'m> {
+fn in_memory<'m>(memory: &'m Memory, run: &Range<u64>) -> impl Iterator<Item = (&'m Region, Range<u64>)> + use<'m> {
     let run = run.clone();
     let regions = memory.regions();
     let first = regions.partition_point(|region| whole_pages(region.gpa(), region.size()).end <= run.start);
     let regions = regions.get(first..).unwrap_or_default();
-    let pieces = regions.iter().map_while(move |region| {
+    regions.iter().map_while(move |region| {
         let pages = whole_pages(region.gpa(), region.size());
         let pages = run.start.max(pages.start)..run.end.min(pages.end);
-        (!pages.is_empty()).then_some((region, pages))
-    });
-    pieces.filter_map(|(region, pages)| {
-        let (start, length) = (pages.start * LOG_PAGE, (pages.end - pages.start) * LOG_PAGE);
-        region.slice(start - region.gpa(), length).map(|slice| (pages, slice))
+        (!pages.is_empty()).then_some((region.as_ref(), pages))
     })
 }
 

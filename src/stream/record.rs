@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 use std::io::{Read, Write};
+use std::ops::Range;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -161,6 +162,32 @@ impl MemoryLayout {
     }
 }
 
+/// Most runs of a [`DataRuns`].
+pub const MAX_DATA_RUNS: usize = 32 << 10;
+
+/// Pages for which the source will send data, so that the destination can provide memory ahead: a hint, as complete as
+/// the frame has room for. Version 1.
+#[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+pub struct DataRuns {
+    /// Page numbers, by rising number.
+    pub runs: Vec<Range<u64>>,
+}
+
+impl DataRuns {
+    /// The first runs of pages of `memory` that are in use.
+    pub fn of(memory: &Memory) -> DataRuns {
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        memory.data(|run| {
+            match runs.last_mut() {
+                Some(last) if last.end == run.start => last.end = run.end,
+                _ => runs.push(run),
+            }
+            runs.len() < MAX_DATA_RUNS
+        });
+        DataRuns { runs }
+    }
+}
+
 /// End of a round, sent on every channel after its pages. Version 1.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct RoundEnd {
@@ -201,6 +228,8 @@ impl RoundEnd {
 pub enum ToDestination {
     /// Opens channel 0.
     Layout(MemoryLayout),
+    /// Says which pages will have data; on channel 0, once, before the end of the first round.
+    DataRuns(DataRuns),
     /// Ends a round; on every channel.
     RoundEnd(RoundEnd),
     /// Saved state, made with [`encode`]; opaque to the stream.
@@ -248,6 +277,7 @@ impl ToDestination {
     pub fn write<W: Write>(&self, to: &mut FrameWriter<W>) -> Result<u64, StreamError> {
         match self {
             ToDestination::Layout(layout) => to.write(Kind::Layout, [&encode(1, layout)?, &[]]),
+            ToDestination::DataRuns(runs) => to.write(Kind::DataRuns, [&encode(1, runs)?, &[]]),
             ToDestination::RoundEnd(end) => to.write(Kind::RoundEnd, [&encode(1, end)?, &[]]),
             ToDestination::State(state) => to.write(Kind::State, [state, &[]]),
             ToDestination::Commit => to.write(Kind::Commit, [&[], &[]]),
@@ -264,6 +294,7 @@ impl ToDestination {
         let limit = header.kind.limit() as usize;
         Ok(match header.kind {
             Kind::Layout => ToDestination::Layout(decode("memory layout", 1, &body, limit)?),
+            Kind::DataRuns => ToDestination::DataRuns(decode("data runs", 1, &body, limit)?),
             Kind::RoundEnd => ToDestination::RoundEnd(decode("round end", 1, &body, limit)?),
             Kind::State => ToDestination::State(body),
             Kind::Commit => ToDestination::Commit,

@@ -1,0 +1,241 @@
+//! Data and holes of guest memory, found without touching it: to read a page that was never used makes the system
+//! provide one.
+//!
+//! Here: what a file or this process's page table knows. Not here: what is done with a hole (`stream`, `guest`).
+
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::statfs::{
+    BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs,
+};
+use nix::sys::uio::pread;
+use nix::unistd::{Whence, lseek};
+
+use super::{LOG_PAGE, Memory, Region};
+
+/// Bytes from one offset of a region on that are all data or all hole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Length, bytes: whole pages, or to the end of the region.
+    pub len: u64,
+    /// The bytes read as zero. Otherwise they may hold anything, also zeros.
+    pub hole: bool,
+}
+
+/// The way to find the holes of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum HoleSearch {
+    /// SEEK_DATA and SEEK_HOLE see every page that was ever written, mapped or not.
+    Seek,
+    /// A hole is not filled by `read`, and only data differs from zero. For hugetlbfs, which has no SEEK_DATA.
+    Read,
+    /// The file system may not know of pages that were written through a mapping: everything is data.
+    None,
+}
+
+impl HoleSearch {
+    pub(super) fn of(fd: BorrowedFd<'_>) -> HoleSearch {
+        const SEEKING: [FsType; 4] = [TMPFS_MAGIC, EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC];
+        match fstatfs(fd).map(|fs| fs.filesystem_type()) {
+            Ok(HUGETLBFS_MAGIC) => HoleSearch::Read,
+            Ok(fs) if SEEKING.contains(&fs) => HoleSearch::Seek,
+            _ => HoleSearch::None,
+        }
+    }
+
+    /// The extent at the start of `range` of the file, in pages counted from there.
+    pub(super) fn extent(self, fd: BorrowedFd<'_>, range: Range<u64>) -> Extent {
+        let size = range.end.saturating_sub(range.start);
+        match self {
+            HoleSearch::Seek => seek(fd, range),
+            HoleSearch::Read => read(fd, range.start, size),
+            HoleSearch::None => Err(Errno::ENOTSUP),
+        }
+        // What can't be found out is read.
+        .unwrap_or(Extent { len: size, hole: false })
+    }
+}
+
+fn seek(fd: BorrowedFd<'_>, Range { start, end }: Range<u64>) -> nix::Result<Extent> {
+    let find = |from: u64, whence| match lseek(fd, from as libc::off_t, whence) {
+        Ok(found) => Ok((found as u64).clamp(from, end)),
+        // Nothing of the kind up to the end of the file.
+        Err(Errno::ENXIO) => Ok(end),
+        Err(error) => Err(error),
+    };
+    let data = find(start, Whence::SeekData)?;
+    if data == end {
+        return Ok(Extent { len: end - start, hole: true });
+    }
+    match (data - start) / LOG_PAGE * LOG_PAGE {
+        0 => {
+            let hole = find(data, Whence::SeekHole)?.max(data + 1);
+            Ok(Extent { len: (hole - start).next_multiple_of(LOG_PAGE).min(end - start), hole: false })
+        }
+        len => Ok(Extent { len, hole: true }),
+    }
+}
+
+fn read(fd: BorrowedFd<'_>, start: u64, size: u64) -> nix::Result<Extent> {
+    /// Most pages of hugetlbfs that are data show it here.
+    const FIRST: usize = LOG_PAGE as usize;
+    const PIECE: usize = 64 << 10;
+    let mut buffer = [0; PIECE];
+    let mut known = 0;
+    for want in [FIRST, PIECE] {
+        let want = want.min(usize::try_from(size).unwrap_or(PIECE));
+        let part = buffer.get_mut(..want).unwrap_or_default();
+        let count = pread(fd, part, start as libc::off_t)?;
+        if count < want || part.iter().any(|byte| *byte != 0) {
+            // Only this piece was looked at; what follows is looked at when it is asked for.
+            return Ok(Extent { len: (PIECE as u64).min(size), hole: false });
+        }
+        known = want as u64;
+    }
+    Ok(Extent { len: known, hole: true })
+}
+
+/// Splits runs of pages into data and holes, and remembers the extent that was found last.
+///
+/// What is a hole was one at some time since this was made, and the pages read as zero then: whoever clears the dirty
+/// bits of pages before makes a new `Extents` afterwards and takes holes for zeros loses nothing (rule L13).
+#[derive(Debug, Default)]
+pub struct Extents {
+    last: Range<u64>,
+    hole: bool,
+}
+
+impl Extents {
+    /// Knows nothing yet.
+    pub fn new() -> Extents {
+        Extents::default()
+    }
+
+    /// The longest start of `pages` (page numbers, whole pages of `region`) that is alike; whether it is a hole.
+    pub fn first(&mut self, region: &Region, pages: &Range<u64>) -> (Range<u64>, bool) {
+        if !self.last.contains(&pages.start) {
+            let extent = region.extent(pages.start * LOG_PAGE - region.gpa());
+            // A region may end inside a page; whole ones are asked for.
+            let count = (extent.len / LOG_PAGE).max(1);
+            (self.last, self.hole) = (pages.start..pages.start + count, extent.hole);
+        }
+        (pages.start..pages.end.min(self.last.end), self.hole)
+    }
+
+    /// Returns true if `page` is a hole of `memory`.
+    pub fn is_hole(&mut self, memory: &Memory, page: u64) -> bool {
+        let pages = page..page + 1;
+        memory.region_at(page * LOG_PAGE).is_some_and(|region| self.first(region, &pages).1)
+    }
+}
+
+impl Memory {
+    /// Calls `each` with the runs of pages that may hold something else than zeros, by rising number, until it returns
+    /// false. Pages that were never used are not touched by this, as far as regions know their holes.
+    pub fn data(&self, mut each: impl FnMut(Range<u64>) -> bool) {
+        let mut extents = Extents::new();
+        for region in self.regions() {
+            let mut pages = region.gpa().div_ceil(LOG_PAGE)..(region.gpa() + region.size()) / LOG_PAGE;
+            while !pages.is_empty() {
+                let (part, hole) = extents.first(region, &pages);
+                pages.start = part.end;
+                if !hole && !each(part) {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsFd, OwnedFd};
+    use std::sync::Arc;
+
+    use nix::fcntl::{FallocateFlags, fallocate};
+    use nix::sys::stat::fstat;
+
+    use super::*;
+    use crate::memory::sealed_memfd;
+
+    const PAGES: u64 = 1024;
+
+    /// Memory of a file, half of it above 4 GiB; all of it 8 bytes into its pages if it is `askew`.
+    fn memory(askew: bool) -> (OwnedFd, Memory) {
+        let skip = if askew { 8 } else { 0 };
+        let fd = sealed_memfd("extent-test", (PAGES + 1) * LOG_PAGE).unwrap();
+        let half = PAGES / 2 * LOG_PAGE;
+        let share = |gpa, offset| Region::share(fd.try_clone().unwrap(), gpa, half, offset + skip).unwrap();
+        let memory = Memory::new([share(0, 0), share(4 << 30, half)].map(Arc::new)).unwrap();
+        (fd, memory)
+    }
+
+    fn data(memory: &Memory) -> Vec<Range<u64>> {
+        let mut runs = Vec::new();
+        memory.data(|run| {
+            runs.push(run);
+            true
+        });
+        runs
+    }
+
+    fn pages_of(fd: &OwnedFd) -> i64 {
+        fstat(fd).unwrap().st_blocks / 8
+    }
+
+    #[test]
+    fn what_was_written_is_data_and_the_rest_is_not_touched() {
+        const HIGH: u64 = (4 << 30) / LOG_PAGE;
+        let (fd, memory) = memory(false);
+        assert_eq!(data(&memory), []);
+        for page in [0, 3, 4, 511, HIGH, HIGH + 511] {
+            memory.write(page * LOG_PAGE + 77, &[1]).unwrap();
+        }
+        assert_eq!(data(&memory), [0..1, 3..5, 511..512, HIGH..HIGH + 1, HIGH + 511..HIGH + 512]);
+        assert_eq!(pages_of(&fd), 6);
+        let mut extents = Extents::new();
+        assert!(extents.is_hole(&memory, 1) && extents.is_hole(&memory, 2) && !extents.is_hole(&memory, 3));
+        assert!(!extents.is_hole(&memory, HIGH + 512), "no memory is there");
+        // A page that its owner discards is a hole again, also for who has it mapped.
+        let discard = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(&fd, discard, 3 * 4096, 4096).unwrap();
+        assert_eq!(data(&memory)[..2], [0..1, 4..5]);
+        // Memory that is only set aside is a hole, too.
+        fallocate(&fd, FallocateFlags::empty(), 0, (PAGES * LOG_PAGE) as i64).unwrap();
+        assert_eq!(data(&memory)[..2], [0..1, 4..5]);
+    }
+
+    #[test]
+    fn a_page_is_data_if_any_byte_of_it_is() {
+        let (_, memory) = memory(true);
+        // The page's last 8 bytes lie in the next page of the file, and the page after it shares that.
+        memory.write(2 * LOG_PAGE - 8, &[1]).unwrap();
+        assert_eq!(data(&memory), [1..3]);
+        memory.write(5 * LOG_PAGE, &[1]).unwrap();
+        assert_eq!(data(&memory), [1..3, 4..6]);
+    }
+
+    #[test]
+    fn memory_without_its_file_is_all_data() {
+        let fd = sealed_memfd("extent-test", PAGES * LOG_PAGE).unwrap();
+        let region = Region::map(fd.as_fd(), 0, PAGES * LOG_PAGE, 0, 0).unwrap();
+        assert_eq!(region.extent(LOG_PAGE), Extent { len: (PAGES - 1) * LOG_PAGE, hole: false });
+        assert_eq!(HoleSearch::of(std::fs::File::open("/proc/self/maps").unwrap().as_fd()), HoleSearch::None);
+    }
+
+    #[test]
+    fn a_search_by_reading_fills_no_hole_and_finds_every_byte() {
+        let (fd, memory) = memory(false);
+        let search = |from: u64| HoleSearch::Read.extent(fd.as_fd(), from..PAGES * LOG_PAGE);
+        assert_eq!(search(0), Extent { len: 64 << 10, hole: true });
+        memory.write(20 * LOG_PAGE - 1, &[1]).unwrap();
+        assert!(
+            search(0).hole && !search(16 * LOG_PAGE).hole && !search(19 * LOG_PAGE).hole && search(20 * LOG_PAGE).hole
+        );
+        assert_eq!(search((PAGES - 1) * LOG_PAGE), Extent { len: LOG_PAGE, hole: true });
+        assert_eq!(pages_of(&fd), 1);
+    }
+}
