@@ -3,8 +3,12 @@
 //!
 //! ```text
 //! cargo bench --bench stream [-- --size-mib 1024 --runs 5 --cpu-time 1 --only unix]
-//! cargo bench --bench stream -- --image data|mix|zero PATH [--size-mib 1024]     write an image, to feed a peer with it
+//! cargo bench --bench stream -- --image data|mix|zero PATH [--size-mib 1024 --used-mib 1024]     write an image, to feed a
+//!                                                                                     peer with it
+//! cargo bench --bench stream -- --untouched 1 --size-mib 4096 --used-mib 1024     one whole migration, milliseconds
 //! ```
+//! `--used-mib` leaves the rest of guest and image holes, between runs of 16 MiB that are used. `--untouched` moves the `data`
+//! image by `migrate` and `receive` over a UNIX socket, into memory that was never touched.
 //! `--cpu-time 1` divides by the CPU time of all threads, both sides, instead of the time that passed: GB per core
 //! second, which other users of the machine change less. Images are made of 4096-byte pages, page `p` of 512 words `w`, `r = splitmix64(512 p + w)`:
 //! - `data`: word `w` is `r` if `w % 16 < 5`, else the text word `TEXT[w % 8]`: zstd:1 makes about a third of it.
@@ -13,7 +17,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::single_range_in_vec_init, missing_docs)]
 
 use std::hint::black_box;
-use std::io::{IoSlice, Read, Write};
+use std::io::{IoSlice, Read, Seek, SeekFrom, Write};
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -22,7 +27,10 @@ use std::thread;
 
 use nix::time::{ClockId, clock_gettime};
 
+use vhost_migrate::dirty::{DirtySource, Union};
+use vhost_migrate::guest::make_memory;
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::migrate::{Arrival, Machine, MachineError, Plan, Policy, RegionLayout, migrate, receive};
 use vhost_migrate::stream::transport::connect;
 use vhost_migrate::stream::{
     ChannelId, Codec, Decoder, Encoder, FrameReader, FrameWriter, Listener, MigrationId, Options, StreamError, Target,
@@ -67,8 +75,12 @@ fn main() {
     let pages = number("--size-mib", 1024) * 256;
     let runs = number("--runs", 5);
     CPU_TIME.store(number("--cpu-time", 0) == 1, Ordering::Relaxed);
+    let used = (number("--used-mib", pages / 256) * 256).min(pages);
     if let Some([image, path, ..]) = option("--image") {
-        return write_image(image, path, pages);
+        return write_image(image, path, pages, used);
+    }
+    if number("--untouched", 0) == 1 {
+        return println!("{:.1}", untouched(pages, used));
     }
     println!("guest of {} MiB, {CHANNELS} channels, medians of {runs} runs, guest GB/s\n", pages / 256);
     println!("| what | {} |\n|---|{}", IMAGES.join(" | "), "---|".repeat(IMAGES.len()));
@@ -258,13 +270,103 @@ fn end_to_end(guest: &Guest, listener: &Listener, codec: Codec) -> f64 {
     })
 }
 
-fn write_image(image: &str, path: &str, pages: u64) {
+/// The pages that are used: runs of 16 MiB, spread evenly.
+fn used_runs(pages: u64, used: u64) -> impl Iterator<Item = Range<u64>> {
+    const RUN: u64 = 4096;
+    let runs = used.div_ceil(RUN).max(1);
+    (0..runs).map(move |run| {
+        let start = pages / runs * run;
+        start..start + RUN.min(used - run * RUN)
+    })
+}
+
+fn write_image(image: &str, path: &str, pages: u64, used: u64) {
     assert!(IMAGES.contains(&image), "images are {IMAGES:?}");
     let mut file = std::io::BufWriter::new(std::fs::File::create(path).unwrap());
     let mut bytes = [0; 4096];
-    for page in 0..pages {
-        page_of(image, page, &mut bytes);
-        file.write_all(&bytes).unwrap();
+    for run in used_runs(pages, used) {
+        file.seek(SeekFrom::Start(run.start * LOG_PAGE)).unwrap();
+        for page in run {
+            page_of(image, page, &mut bytes);
+            file.write_all(&bytes).unwrap();
+        }
     }
     file.flush().unwrap();
+    file.get_ref().set_len(pages * LOG_PAGE).unwrap();
+}
+
+/// A guest that stands still.
+struct Still(Memory);
+
+impl Machine for Still {
+    fn memory(&self) -> Memory {
+        self.0.clone()
+    }
+
+    fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, MachineError> {
+        Ok(Box::new(Union::new([])))
+    }
+
+    fn pause(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn state(&mut self) -> Result<Vec<u8>, MachineError> {
+        Ok(Vec::new())
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn release(&mut self) {}
+}
+
+#[derive(Default)]
+struct Destination(Option<Memory>);
+
+impl Arrival for Destination {
+    fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, MachineError> {
+        let memory = make_memory(regions.iter().map(|region| (region.gpa, region.size)), false)?;
+        Ok(self.0.insert(memory).clone())
+    }
+
+    fn restore(&mut self, _: &[u8]) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn start(&mut self) -> Result<Option<u64>, MachineError> {
+        Ok(None)
+    }
+}
+
+/// Moves a guest of which `used` pages are in use. Returns what the source reports, milliseconds.
+fn untouched(pages: u64, used: u64) -> f64 {
+    let source = make_memory([(0, pages * LOG_PAGE)], false).unwrap();
+    let mut bytes = [0; 4096];
+    for page in used_runs(pages, used).flatten() {
+        page_of("data", page, &mut bytes);
+        source.write(page * LOG_PAGE, &bytes).unwrap();
+    }
+    let socket = std::env::temp_dir().join(format!("stream-bench-{}", std::process::id()));
+    let listener = Listener::bind(&Uri::Unix(socket)).unwrap();
+    let options = Options { channels: CHANNELS, ..Options::new().unwrap() };
+    let mut destination = Destination::default();
+    let report = thread::scope(|scope| {
+        scope.spawn(|| {
+            let options = Options { channels: CHANNELS, ..Options::new().unwrap() };
+            receive(&mut destination, listener.accept(&options).unwrap(), &options.cancel).unwrap();
+        });
+        let connection = connect(listener.uri(), &options).unwrap();
+        let plan = Plan { policy: Policy::default(), codec: Codec::None, verify: false };
+        migrate(&mut Still(source.clone()), connection, &plan, &options.limiter, &options.cancel, &mut |_| ()).unwrap()
+    });
+    let destination = destination.0.unwrap();
+    let mut arrived = [0; 4096];
+    for page in used_runs(pages, used).flatten() {
+        source.read(page * LOG_PAGE, &mut bytes).unwrap();
+        destination.read(page * LOG_PAGE, &mut arrived).unwrap();
+        assert!(bytes == arrived, "page {page} differs");
+    }
+    report.total_ms
 }

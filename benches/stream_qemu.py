@@ -1,14 +1,20 @@
 #!/usr/bin/env python3
-"""QEMU moving the images of the stream bench: a stopped guest, multifd, 2 channels, memory faulted in on both sides.
+"""QEMU moving the images of the stream bench: a stopped guest, multifd, 2 channels, memory faulted in on both sides; and a
+guest of which a quarter is in use, into memory that was never touched.
 
-    benches/stream_qemu.py [MIB] [RUNS]       after `cargo bench --bench stream --no-run`
+    benches/stream_qemu.py [MIB] [RUNS]                after `cargo bench --bench stream --no-run`
+    benches/stream_qemu.py --untouched [MIB] [RUNS]    only the last row, of a guest of 4096 MiB unless MIB is given
 
-Prints guest GB/s, medians. Runs of our bench and of QEMU take turns, so that both see the same machine.
+Prints guest GB/s, or the whole migration's milliseconds, medians. Runs of our bench and of QEMU take turns, so that both see
+the same machine.
 """
 import glob, json, os, re, socket, statistics, subprocess, sys, tempfile, time
 
-MIB = int(sys.argv[1]) if len(sys.argv) > 1 else 1024
-RUNS = int(sys.argv[2]) if len(sys.argv) > 2 else 5
+ONLY_UNTOUCHED = "--untouched" in sys.argv
+NUMBERS = [int(word) for word in sys.argv[1:] if word.isdigit()]
+MIB = NUMBERS[0] if NUMBERS else 1024
+RUNS = NUMBERS[1] if len(NUMBERS) > 1 else 5
+UNTOUCHED = NUMBERS[0] if NUMBERS and ONLY_UNTOUCHED else 4096
 IMAGES = ["data", "mix", "zero"]
 CASES = [("unix", "none"), ("tcp", "none"), ("unix", "zstd:1")]
 BENCHES = [path for path in glob.glob("target/release/deps/stream-*") if not path.endswith(".d")]
@@ -16,11 +22,11 @@ OURS = max(BENCHES, key=os.path.getmtime)
 
 
 class Qemu:
-    def __init__(self, folder, name, memory, *more):
+    def __init__(self, folder, name, memory, mib, *more):
         path = f"{folder}/{name}.qmp"
         self.process = subprocess.Popen(
-            ["qemu-system-x86_64", "-machine", "pc,accel=tcg,memory-backend=m", "-m", f"{MIB}M", "-S", "-nodefaults"]
-            + ["-display", "none", "-object", f"{memory},id=m,size={MIB}M,share=on,prealloc=on"]
+            ["qemu-system-x86_64", "-machine", "pc,accel=tcg,memory-backend=m", "-m", f"{mib}M", "-S", "-nodefaults"]
+            + ["-display", "none", "-object", f"{memory},id=m,size={mib}M,share=on"]
             + ["-qmp", f"unix:{path},server=on,wait=off", *more]
         )
         self.socket = socket.socket(socket.AF_UNIX)
@@ -53,9 +59,9 @@ class Qemu:
         self.process.wait()
 
 
-def qemu(folder, image, transport, codec):
-    source = Qemu(folder, "source", f"memory-backend-file,mem-path={image}")
-    target = Qemu(folder, "target", "memory-backend-memfd", "-incoming", "defer")
+def qemu(folder, image, transport, codec, mib=MIB, prealloc="on"):
+    source = Qemu(folder, "source", f"memory-backend-file,mem-path={image},prealloc={prealloc}", mib)
+    target = Qemu(folder, "target", f"memory-backend-memfd,prealloc={prealloc}", mib, "-incoming", "defer")
     try:
         for side in (source, target):
             side.prepare(codec)
@@ -65,7 +71,7 @@ def qemu(folder, image, transport, codec):
         while (status := source.ask("query-migrate"))["status"] not in ("completed", "failed"):
             time.sleep(0.02)
         assert status["status"] == "completed", status
-        return (MIB << 20) / 1e6 / status["total-time"], status["ram"]["transferred"] / 1e6
+        return status["total-time"], status["ram"]["transferred"] / 1e6
     finally:
         source.end()
         target.end()
@@ -79,7 +85,21 @@ def ours():
     return figures, rows["MB on the wire, zstd:1"]
 
 
-with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+def untouched(folder):
+    """QEMU reads the holes of its source, which fills them: the image is made anew for each run."""
+    size, image = ["--size-mib", str(UNTOUCHED), "--used-mib", str(UNTOUCHED // 4)], f"{folder}/sparse"
+    mine, theirs = [], []
+    for _ in range(RUNS):
+        mine.append(float(subprocess.run([OURS, "--untouched", "1", *size], capture_output=True, check=True).stdout))
+        subprocess.run([OURS, "--image", "data", image, *size], check=True)
+        theirs.append(qemu(folder, image, "unix", "none", UNTOUCHED, "off")[0])
+        os.remove(image)
+    a, b = statistics.median(mine), statistics.median(theirs)
+    ratio = statistics.median(ours / qemu for ours, qemu in zip(mine, theirs))
+    print(f"{UNTOUCHED} MiB, a quarter in use, unix, none: ours {a:.0f} ms, QEMU {b:.0f} ms, median of the runs' ratios {ratio:.2f}x")
+
+
+def faulted_in(folder):
     for image in IMAGES:
         subprocess.run([OURS, "--image", image, f"{folder}/{image}", "--size-mib", str(MIB)], check=True)
     theirs, mine, wire = {}, {}, {}
@@ -87,8 +107,8 @@ with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         figures, our_wire = ours()
         for case in CASES:
             for at, image in enumerate(IMAGES):
-                rate, wire[case, image] = qemu(folder, f"{folder}/{image}", *case)
-                theirs.setdefault((case, image), []).append(rate)
+                ms, wire[case, image] = qemu(folder, f"{folder}/{image}", *case)
+                theirs.setdefault((case, image), []).append((MIB << 20) / 1e6 / ms)
                 mine.setdefault((case, image), []).append(figures[case][at])
     print(f"guest of {MIB} MiB, medians of {RUNS}, GB/s: ours / QEMU (ratio)")
     for case in CASES:
@@ -98,3 +118,9 @@ with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
             cells.append(f"{image} {a:.2f} / {b:.2f} ({a / b:.2f}x)")
         print(", ".join(case), "|", " | ".join(cells))
     print("MB on the wire with zstd:1: ours", our_wire, "QEMU", [round(wire[CASES[2], image]) for image in IMAGES])
+
+
+with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+    if not ONLY_UNTOUCHED:
+        faulted_in(folder)
+    untouched(folder)

@@ -444,7 +444,7 @@ fn the_state_of_a_device_travels_with_its_guest_and_one_that_is_refused_keeps_th
             });
             let connection = transport::connect(listener.uri(), &options).unwrap();
             let policy = Policy { downtime: PATIENCE, max_rounds: 100 };
-            let plan = Plan { policy, codec: Codec::None };
+            let plan = Plan { policy, codec: Codec::None, verify: false };
             let mut machine = GuestMachine::new(&guest).unwrap();
             let left = migrate(&mut machine, connection, &plan, &options.limiter, &options.cancel, &mut |_| {});
             (left, arrived.join().unwrap())

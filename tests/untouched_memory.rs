@@ -77,18 +77,21 @@ fn ask(control: &Path, command: Value, each: impl FnMut(Value)) -> std::io::Resu
     control::call(control, &serde_json::from_value(command).unwrap(), each)
 }
 
-fn until_running(control: &Path) {
+fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
-    loop {
+    while !holds() {
+        assert!(Instant::now() < deadline, "never: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn until_running(control: &Path) {
+    until("a guest runs", || {
         let mut runs = false;
         let asked =
             ask(control, serde_json::json!({"command": "status"}), |status| runs = status["state"] == "running");
-        if asked.is_ok() && runs {
-            return;
-        }
-        assert!(Instant::now() < deadline, "no guest runs at {}: {asked:?}", control.display());
-        std::thread::sleep(Duration::from_millis(20));
-    }
+        asked.is_ok() && runs
+    });
 }
 
 fn migrate(control: &Path, uri: &str, more: Value, each: impl FnMut(Value)) {

@@ -301,7 +301,7 @@ impl Owner {
         options.limiter.set(arguments.bandwidth);
         let policy =
             Policy { downtime: Duration::from_millis(arguments.downtime_ms), max_rounds: arguments.max_rounds };
-        let plan = Plan { policy, codec };
+        let plan = Plan { policy, codec, verify: arguments.verify };
         self.alone("a migration", Some(options.cancel.clone()), || {
             if self.state() != State::Running {
                 return Err("the guest does not run here".into());

@@ -14,6 +14,7 @@ use vhost_migrate::inflight::{Kind as RingKind, recover, recover_packed};
 use vhost_migrate::memory::LOG_PAGE;
 use vhost_migrate::ring::RingBase;
 use vhost_migrate::stream::frame::ConnectionHeader;
+use vhost_migrate::stream::hashes::pages_in;
 use vhost_migrate::stream::pages::Batch;
 use vhost_migrate::stream::{ChannelId, FrameReader, Kind, StreamError, ToDestination};
 use zerocopy::FromBytes;
@@ -278,7 +279,7 @@ fn stream(file: &Path) -> Result<Found, String> {
     let mut reader = FrameReader::new(bytes, ChannelId { migration: header.id, channel: header.channel });
     let mut text = vec![format!("migration {}, channel {} of {}", header.id, header.channel, header.channels)];
     let (mut frames, mut data_pages, mut zero_pages, mut rounds, mut state_bytes) = (0u64, 0, 0, 0u32, 0);
-    let mut committed = false;
+    let (mut committed, mut hashed_pages) = (false, 0);
     let mut body = Vec::new();
     loop {
         let frame = match reader.next_frame() {
@@ -292,6 +293,11 @@ fn stream(file: &Path) -> Result<Found, String> {
             let batch = Batch::parse(&body).map_err(told)?;
             data_pages += batch.data_pages();
             zero_pages += batch.zero_pages();
+            continue;
+        }
+        if frame.kind == Kind::Hashes {
+            reader.body(&frame, &mut body).map_err(told)?;
+            hashed_pages += pages_in(&body).map_err(told)?;
             continue;
         }
         match ToDestination::read(&frame, &mut reader).map_err(told)? {
@@ -325,6 +331,9 @@ fn stream(file: &Path) -> Result<Found, String> {
             ToDestination::Cancel { reason } => text.push(format!("  cancelled: {reason}")),
         }
     }
+    if hashed_pages > 0 {
+        text.push(format!("  hashes of {hashed_pages} pages, to verify them by"));
+    }
     // Nothing may follow.
     let mut rest = Vec::new();
     let left = reader.get_mut().read_to_end(&mut rest).map_err(|error| error.to_string())?;
@@ -336,7 +345,8 @@ fn stream(file: &Path) -> Result<Found, String> {
     }
     let json = json!({
         "migration": header.id.to_string(), "channels": header.channels, "frames": frames, "rounds": rounds,
-        "data_pages": data_pages, "zero_pages": zero_pages, "state_bytes": state_bytes, "committed": committed,
+        "data_pages": data_pages, "zero_pages": zero_pages, "hashed_pages": hashed_pages, "state_bytes": state_bytes,
+        "committed": committed,
     });
     Ok(Found { text, json })
 }

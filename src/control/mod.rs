@@ -78,6 +78,9 @@ pub struct MigrateArguments {
     pub bandwidth: Option<u64>,
     /// Rounds after which a migration that does not converge is given up.
     pub max_rounds: u32,
+    /// Compare all memory with what has arrived, while the guest is stopped and before it is handed over.
+    #[serde(default)]
+    pub verify: bool,
 }
 
 /// Carries out commands. Called from one thread per connection.

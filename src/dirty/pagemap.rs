@@ -46,6 +46,16 @@ pub enum PagemapError {
 
 /// The pages that this process writes in guest memory.
 ///
+/// A write is seen only if it goes through this process's page table. Not seen are writes
+/// - of other processes through their own mappings, as of a vhost-user back-end;
+/// - through pages that were pinned before, by the kernel or a device: io_uring fixed buffers, an O_DIRECT read that was in
+///   flight at a harvest, VFIO. They change memory and leave no trace in any page table;
+/// - of KVM vCPUs, which have page tables of their own.
+///
+/// Whoever makes such writes must mark them in a [`Log`](super::Log), harvested beside this source in a
+/// [`Union`](super::Union). [`Plan::verify`](crate::migrate::Plan::verify) finds writers that were forgotten: it compares
+/// all memory by hashes before the guest is handed over.
+///
 /// A clean GiB costs 0.7 ms per harvest; a thread pays 1.4 µs at its first write to a page after one.
 #[derive(Debug)]
 pub struct Pagemap {

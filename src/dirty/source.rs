@@ -26,6 +26,10 @@ pub enum DirtyError {
 }
 
 /// A source of dirty pages: a vhost log, KVM, pagemap, content hashes, or several as one.
+///
+/// To discard a page (a balloon, free page reporting, MADV_REMOVE, FALLOC_FL_PUNCH_HOLE) turns it to zero without a write: no
+/// source reports it, and a destination keeps the contents that it has received. Where the guest relies on the zeros, mark
+/// discarded pages as dirty; they are then sent as zero, and not read. A verified migration fails at pages that were not.
 pub trait DirtySource: Send {
     /// Begins to track: from its return on, every write is reported by a later harvest.
     ///

@@ -270,7 +270,7 @@ impl Memory {
     }
 
     /// The parts of `pages` (page numbers) that are memory, region by region.
-    pub fn pages(&self, pages: &Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    pub fn pages(&self, pages: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<'_> {
         self.parts(pages).filter_map(|(region, range)| {
             let pages = (region.gpa() + range.start).div_ceil(LOG_PAGE)..(region.gpa() + range.end) / LOG_PAGE;
             (!pages.is_empty()).then_some(pages)
@@ -278,7 +278,7 @@ impl Memory {
     }
 
     /// The parts of `pages` (page numbers) that are memory: regions, and ranges of offsets in them, bytes.
-    fn parts(&self, pages: &Range<u64>) -> impl Iterator<Item = (&Region, Range<u64>)> {
+    fn parts(&self, pages: &Range<u64>) -> impl Iterator<Item = (&Region, Range<u64>)> + use<'_> {
         let (start, end) = (pages.start.saturating_mul(LOG_PAGE), pages.end.saturating_mul(LOG_PAGE));
         self.0.iter().filter_map(move |region| {
             let here = start.max(region.gpa())..end.min(region.gpa() + region.size());

@@ -28,7 +28,9 @@ impl Default for Policy {
 pub struct Round {
     /// Pages sent with their contents; zero pages cost next to nothing and would flatter the rate.
     pub data_pages: u64,
-    /// How long sending took.
+    /// Pages sent as zero.
+    pub zero_pages: u64,
+    /// How long sending took, without what was waited for a bandwidth limit: that is lifted when the guest stops.
     pub duration: Duration,
     /// Pages found dirty since, which are left to send.
     pub left: u64,
@@ -61,6 +63,9 @@ pub const STALL_ROUNDS: u32 = 5;
 
 /// The rate is only taken from rounds of at least this many pages (8 MiB): shorter ones measure their own overhead.
 const RATED_PAGES: u64 = 2048;
+/// The rate, pages per second, until a round has shown one: 10 MiB/s, less than most links have, so that nothing unknown
+/// is taken for fast.
+const ASSUMED: f64 = 2560.0;
 /// Stopping devices, the last harvest and the handshake.
 const SWITCHOVER: Duration = Duration::from_millis(2);
 /// Below this, another round has nothing to win.
@@ -75,6 +80,8 @@ pub struct Convergence {
     rounds: u32,
     polished: u32,
     pages_per_second: Option<f64>,
+    /// Of a round of dirty pages that were all zero, as long as no page with contents has gone out.
+    zeros_per_second: Option<f64>,
     rated: bool,
     last_left: u64,
     best_left: u64,
@@ -89,6 +96,7 @@ impl Convergence {
             rounds: 0,
             polished: 0,
             pages_per_second: None,
+            zeros_per_second: None,
             rated: false,
             last_left: pages,
             best_left: pages,
@@ -129,10 +137,15 @@ impl Convergence {
 
     fn rate(&mut self, round: Round) {
         let long = round.data_pages >= RATED_PAGES;
+        let per_second = |pages: u64| pages as f64 / round.duration.as_secs_f64().max(1e-6);
+        // The first round says nothing of pages that are written again.
+        if round.data_pages == 0 && round.zero_pages > 0 && self.rounds > 1 {
+            self.zeros_per_second = Some(per_second(round.zero_pages));
+        }
         if round.data_pages == 0 || (self.rated && !long) {
             return;
         }
-        let now = round.data_pages as f64 / round.duration.as_secs_f64().max(1e-6);
+        let now = per_second(round.data_pages);
         // The newest long round counts half: what else runs on both hosts changes while a guest moves.
         self.pages_per_second = Some(match self.pages_per_second {
             Some(before) if self.rated => (before + now) / 2.0,
@@ -142,8 +155,8 @@ impl Convergence {
     }
 
     fn expected(&self, left: u64) -> Duration {
-        let sending = self.pages_per_second.map_or(0.0, |rate| left as f64 / rate);
-        SWITCHOVER + Duration::try_from_secs_f64(sending).unwrap_or(Duration::MAX / 2)
+        let rate = self.pages_per_second.or(self.zeros_per_second).unwrap_or(ASSUMED);
+        SWITCHOVER + Duration::try_from_secs_f64(left as f64 / rate).unwrap_or(Duration::MAX / 2)
     }
 }
 
@@ -157,10 +170,15 @@ mod tests {
         Policy { downtime: MS * downtime_ms, max_rounds: 20 }
     }
 
+    /// A round of pages with contents.
+    fn sent(data_pages: u64, duration: Duration, left: u64) -> Round {
+        Round { data_pages, zero_pages: 0, duration, left }
+    }
+
     #[test]
     fn an_idle_guest_stops_after_its_first_round() {
         let mut rounds = Convergence::new(policy(300), 262_144);
-        let first = Round { data_pages: 200_000, duration: MS * 400, left: 0 };
+        let first = sent(200_000, MS * 400, 0);
         assert_eq!(rounds.after(first), Next::Switchover { expected: SWITCHOVER });
     }
 
@@ -168,26 +186,26 @@ mod tests {
     fn rounds_go_on_while_they_halve_what_is_left_even_below_the_target() {
         let mut rounds = Convergence::new(policy(300), 262_144);
         // 500 pages a millisecond: 25 600 left are 51 ms, 2 560 left 5 ms, 256 left under one.
-        for (sent, left) in [(262_144, 25_600), (25_600, 2_560)] {
-            let next = rounds.after(Round { data_pages: sent, duration: MS * (sent as u32 / 500), left });
+        for (pages, left) in [(262_144, 25_600), (25_600, 2_560)] {
+            let next = rounds.after(sent(pages, MS * (pages as u32 / 500), left));
             assert!(matches!(next, Next::Round { .. }), "{left}: {next:?}");
         }
-        let next = rounds.after(Round { data_pages: 2_560, duration: MS * 5, left: 256 });
+        let next = rounds.after(sent(2_560, MS * 5, 256));
         assert!(matches!(next, Next::Switchover { expected } if expected < MS * 4), "{next:?}");
     }
 
     #[test]
     fn a_rest_that_no_longer_shrinks_is_sent_with_the_guest_stopped_if_the_target_allows() {
         let mut rounds = Convergence::new(policy(300), 100_000);
-        rounds.after(Round { data_pages: 100_000, duration: MS * 1000, left: 20_000 });
-        let next = rounds.after(Round { data_pages: 20_000, duration: MS * 200, left: 19_000 });
+        rounds.after(sent(100_000, MS * 1000, 20_000));
+        let next = rounds.after(sent(20_000, MS * 200, 19_000));
         assert!(matches!(next, Next::Switchover { expected } if expected > MS * 150), "{next:?}");
     }
 
     #[test]
     fn a_guest_that_dirties_faster_than_the_wire_stalls_and_is_given_up_running() {
         let mut rounds = Convergence::new(policy(50), 100_000);
-        let round = Round { data_pages: 100_000, duration: MS * 1000, left: 100_000 };
+        let round = sent(100_000, MS * 1000, 100_000);
         for n in 1..20 {
             match rounds.after(round) {
                 Next::Round { without_progress, .. } => assert_eq!(without_progress, n),
@@ -200,17 +218,41 @@ mod tests {
     #[test]
     fn a_tiny_round_does_not_spoil_the_measured_rate() {
         let mut rounds = Convergence::new(policy(1), 100_000);
-        rounds.after(Round { data_pages: 100_000, duration: MS * 100, left: 50_000 });
+        rounds.after(sent(100_000, MS * 100, 50_000));
         let before = rounds.bytes_per_second();
-        rounds.after(Round { data_pages: 10, duration: MS * 10, left: 50_000 });
+        rounds.after(sent(10, MS * 10, 50_000));
         assert_eq!(rounds.bytes_per_second(), before);
     }
 
     #[test]
     fn only_zero_pages_sent_leaves_the_rate_unknown_and_does_not_divide_by_zero() {
         let mut rounds = Convergence::new(policy(300), 100_000);
-        let next = rounds.after(Round { data_pages: 0, duration: Duration::ZERO, left: 0 });
+        let next = rounds.after(sent(0, Duration::ZERO, 0));
         assert_eq!(next, Next::Switchover { expected: SWITCHOVER });
         assert_eq!(rounds.bytes_per_second(), None);
+    }
+
+    #[test]
+    fn what_is_left_at_a_rate_that_nobody_knows_is_not_taken_for_nothing() {
+        let mut rounds = Convergence::new(policy(300), 1 << 20);
+        // A guest of 4 GiB that was all zero has written all of it meanwhile.
+        let zeros = |left| Round { data_pages: 0, zero_pages: 1 << 20, duration: MS * 130, left };
+        let next = rounds.after(zeros(1 << 20));
+        assert!(matches!(next, Next::Round { expected, .. } if expected > MS * 100_000), "{next:?}");
+        // A handful of pages is sent in time over any link.
+        let mut rounds = Convergence::new(policy(300), 1 << 20);
+        assert!(matches!(rounds.after(zeros(4)), Next::Switchover { expected } if expected < MS * 4));
+    }
+
+    #[test]
+    fn a_guest_that_only_writes_zeros_gets_away() {
+        let mut rounds = Convergence::new(policy(300), 100_000);
+        let zeros = Round { data_pages: 0, zero_pages: 100_000, duration: MS * 20, left: 100_000 };
+        assert!(matches!(rounds.after(zeros), Next::Round { .. }));
+        assert!(matches!(rounds.after(zeros), Next::Switchover { expected } if expected < MS * 30));
+        // Once contents have gone out, they say how fast the rest goes.
+        let mut rounds = Convergence::new(policy(300), 100_000);
+        rounds.after(sent(10_000, MS * 1000, 100_000));
+        assert!(matches!(rounds.after(zeros), Next::Round { expected, .. } if expected > MS * 9000));
     }
 }

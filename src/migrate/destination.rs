@@ -11,8 +11,9 @@ use crossbeam::channel::{Sender, bounded};
 use super::error::MigrateError;
 use super::machine::Arrival;
 use super::populate::populate;
+use crate::memory::LOG_PAGE;
 use crate::stream::record::{DataRuns, MemoryLayout, Started};
-use crate::stream::{Cancel, Channel, Connection, Decoder, FrameReader, FrameWriter, Kind, PageStats};
+use crate::stream::{Cancel, Channel, Comparison, Connection, Decoder, FrameReader, FrameWriter, Kind, PageStats};
 use crate::stream::{StreamError, Target, ToDestination, ToSource};
 
 /// How long what carries the stream may take to end.
@@ -23,6 +24,8 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 pub struct Received {
     /// Pages, zero pages included, over all rounds.
     pub pages: PageStats,
+    /// Pages whose hashes were compared with the source's: all of them or, unless the source verifies, none.
+    pub compared: u64,
     /// How long the guest stood still by its own clock, nanoseconds, if that clock is the source's too.
     pub observed_downtime_ns: Option<u64>,
 }
@@ -85,7 +88,9 @@ fn take_in(
     MemoryLayout::check(&layout, &memory)?;
     answers.say(&ToSource::Accepted)?;
 
-    let pages = receive_pages(&Arc::new(Target::fresh(memory)), readers)?;
+    let guest_pages = memory.size() / LOG_PAGE;
+    let (pages, compared) = receive_pages(&Arc::new(Target::fresh(memory)), readers)?;
+    check_comparison(&compared, guest_pages)?;
 
     let state = next(readers, "the guest's state", |message| match message {
         ToDestination::State(state) => Some(state),
@@ -104,11 +109,26 @@ fn take_in(
     if let Err(error) = answers.say(&ToSource::Started(Started { observed_downtime_ns, start_ns })) {
         tracing::warn!(%error, "the guest runs here, but its source could not be told");
     }
-    Ok(Received { pages, observed_downtime_ns })
+    Ok(Received { pages, compared: compared.pages, observed_downtime_ns })
 }
 
-/// Reads pages on all channels until each has ended the last round.
-fn receive_pages(target: &Arc<Target>, readers: &mut [FrameReader<Channel>]) -> Result<PageStats, MigrateError> {
+/// Whether all pages are as they are at the source, if it has sent hashes at all.
+fn check_comparison(compared: &Comparison, guest_pages: u64) -> Result<(), MigrateError> {
+    if compared.different > 0 {
+        return Err(MigrateError::Different { pages: compared.different, named: compared.named.clone() });
+    }
+    if compared.pages > 0 && compared.pages != guest_pages {
+        let why = format!("they are of {} pages, the guest has {guest_pages}", compared.pages);
+        return Err(StreamError::Malformed { what: "hashes", why }.into());
+    }
+    Ok(())
+}
+
+/// Reads pages, and hashes, on all channels until each has ended the last round.
+fn receive_pages(
+    target: &Arc<Target>,
+    readers: &mut [FrameReader<Channel>],
+) -> Result<(PageStats, Comparison), MigrateError> {
     let channels = readers.len() as u16;
     let sockets: Vec<Channel> = readers.iter_mut().map(|reader| reader.get_mut().clone()).collect();
     let over = AtomicBool::new(false);
@@ -129,10 +149,13 @@ fn receive_pages(target: &Arc<Target>, readers: &mut [FrameReader<Channel>]) -> 
             });
         }
         drop(done);
-        let mut outcome = Ok(PageStats::default());
+        let mut outcome = Ok(<(PageStats, Comparison)>::default());
         for result in ended {
             match (result, &mut outcome) {
-                (Ok(stats), Ok(all)) => *all += stats,
+                (Ok((stats, found)), Ok((all, compared))) => {
+                    *all += stats;
+                    *compared += found;
+                }
                 (Ok(_), Err(_)) => {}
                 (Err(error), Ok(_)) => {
                     // The other threads wait for pages that will not come. Channel 0 can still carry the reason back.
@@ -155,13 +178,18 @@ fn receive_channel(
     decoder: &mut Decoder,
     reader: &mut FrameReader<Channel>,
     mut announce: Option<Sender<DataRuns>>,
-) -> Result<PageStats, MigrateError> {
+) -> Result<(PageStats, Comparison), MigrateError> {
     let mut all = PageStats::default();
     let mut round = PageStats::default();
+    let mut compared = Comparison::default();
     loop {
         let header = reader.next_frame()?;
         if header.kind == Kind::Pages {
             round += decoder.receive(&header, reader)?;
+            continue;
+        }
+        if header.kind == Kind::Hashes {
+            compared += decoder.compare(&header, reader)?;
             continue;
         }
         match (ToDestination::read(&header, reader)?, announce.take()) {
@@ -171,7 +199,7 @@ fn receive_channel(
                 end.check(&round)?;
                 all += std::mem::take(&mut round);
                 if end.last {
-                    return Ok(all);
+                    return Ok((all, compared));
                 }
             }
             (ToDestination::Cancel { reason }, _) => return Err(MigrateError::Source(reason)),

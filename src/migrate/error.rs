@@ -1,6 +1,7 @@
 //! Why a migration failed, and what that means for the guest.
 
 use crate::dirty::DirtyError;
+use crate::memory::LOG_PAGE;
 use crate::stream::StreamError;
 
 use super::machine::MachineError;
@@ -32,6 +33,19 @@ pub enum MigrateError {
     /// Dirty pages can't be tracked.
     #[error("can't track dirty pages: {0}")]
     Dirty(#[from] DirtyError),
+    /// The comparison of all memory, which the source had asked for, found differences.
+    #[error(
+        "{pages} pages differ from the source's after the last round, at {}{}: something writes guest memory that no \
+         dirty source sees",
+        addresses(named),
+        if named.len() as u64 == *pages { "" } else { ", …" }
+    )]
+    Different {
+        /// Pages that differ.
+        pages: u64,
+        /// The first of them, by page number.
+        named: Vec<u64>,
+    },
     /// The machine could not do its part.
     #[error("{doing}: {cause}")]
     Machine {
@@ -51,6 +65,11 @@ pub enum MigrateError {
         /// What stopping the guest would have cost, milliseconds.
         expected_ms: f64,
     },
+}
+
+/// The guest-physical addresses of pages, in words.
+fn addresses(pages: &[u64]) -> String {
+    pages.iter().map(|page| format!("{:#x}", page * LOG_PAGE)).collect::<Vec<_>>().join(", ")
 }
 
 impl From<StreamError> for MigrateError {

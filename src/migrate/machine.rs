@@ -13,6 +13,9 @@ pub type MachineError = Box<dyn std::error::Error + Send + Sync>;
 /// final.
 pub trait Machine {
     /// The guest's memory. It must not change until the migration has ended.
+    ///
+    /// Holes are found in regions made by [`Region::share`](crate::memory::Region::share). Others are read as a whole, and
+    /// take all their memory from then on.
     fn memory(&self) -> Memory;
 
     /// Everything that can dirty guest memory, as one source: the migration starts and stops it.

@@ -94,4 +94,7 @@ pub struct Report {
     pub zero_pages: u64,
     /// Bytes of pages dirtied per second while the guest ran, over all rounds.
     pub dirty_rate_bytes_per_s: f64,
+    /// How long hashing all memory took, while the guest was stopped, milliseconds; only if that was asked for.
+    #[serde(default)]
+    pub verify_ms: Option<f64>,
 }

@@ -8,6 +8,7 @@
 //!
 //! A page's bit is harvested before the page is read. What a failed round may not have sent is put back (rule L14).
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -22,7 +23,7 @@ use crate::dirty::{DirtySource, PageSet};
 use crate::memory::{LOG_PAGE, Memory};
 use crate::stream::record::{DataRuns, MemoryLayout, RoundEnd};
 use crate::stream::{Cancel, Channel, Codec, Connection, Encoder, FrameReader, FrameWriter, Limiter, PageStats};
-use crate::stream::{StreamError, ToDestination, ToSource, owned_by};
+use crate::stream::{StreamError, ToDestination, ToSource, owned_by, send_hashes};
 
 /// How often [`Event::Progress`] is told.
 const PROGRESS: Duration = Duration::from_millis(200);
@@ -37,6 +38,9 @@ pub struct Plan {
     pub policy: Policy,
     /// How pages are compressed.
     pub codec: Codec,
+    /// Compare all memory of the stopped guest with what has arrived, by hashes, before the commit. Then a dirty source that
+    /// was forgotten, or that misses a writer, fails the migration, and the guest goes on here.
+    pub verify: bool,
 }
 
 /// Moves the guest of `machine` over `connection`. `limiter` is the connection's; its limit holds until the guest is
@@ -71,7 +75,7 @@ pub fn migrate(
     let mut migration =
         Migration { wire, memory, dirty, pending, report: Report::default(), cancel, limiter, tell, running: 0.0 };
     migration.report.guest_bytes = migration.memory.size();
-    let outcome = migration.run(machine, plan.policy);
+    let outcome = migration.run(machine, plan);
     migration.finish(machine, outcome, begun)
 }
 
@@ -116,9 +120,9 @@ struct Migration<'a> {
 }
 
 impl Migration<'_> {
-    fn run(&mut self, machine: &mut dyn Machine, policy: Policy) -> Result<Duration, (Stage, MigrateError)> {
-        let rounds = self.rounds(policy).map_err(|error| (Stage::Running, error))?;
-        self.switchover(machine, rounds)
+    fn run(&mut self, machine: &mut dyn Machine, plan: &Plan) -> Result<Duration, (Stage, MigrateError)> {
+        let rounds = self.rounds(plan.policy).map_err(|error| (Stage::Running, error))?;
+        self.switchover(machine, rounds, plan.verify)
     }
 
     /// Sends rounds until it is time to stop the guest; returns how many.
@@ -129,10 +133,11 @@ impl Migration<'_> {
         loop {
             let begun = Instant::now();
             let wire_before = self.wire.bytes();
-            let sent = self.send(round, false)?;
+            let (sent, busy) = self.send(round, false, false)?;
             // What is on disk now need not be waited for while the guest is stopped.
+            let syncing = Instant::now();
             self.wire.sync()?;
-            let sending = begun.elapsed();
+            let sending = busy + syncing.elapsed();
             // Sent and accounted for; what was written since is in the harvest, also in one that fails half-way.
             self.pending = PageSet::new(self.pending.capacity());
             self.dirty.harvest(&mut self.pending)?;
@@ -141,7 +146,12 @@ impl Migration<'_> {
             dirtied += self.pending.len();
             self.report.dirty_rate_bytes_per_s = (dirtied * LOG_PAGE) as f64 / self.running;
             let left = self.pending.len();
-            let next = convergence.after(Round { data_pages: sent.data_pages, duration: sending, left });
+            let next = convergence.after(Round {
+                data_pages: sent.data_pages,
+                zero_pages: sent.zero_pages,
+                duration: sending,
+                left,
+            });
             let (Next::Round { expected, .. } | Next::Switchover { expected } | Next::GiveUp { expected }) = next;
             let expected_downtime_ms = milliseconds(expected);
             (self.tell)(Event::Round(RoundReport {
@@ -173,14 +183,19 @@ impl Migration<'_> {
     }
 
     /// Stops the guest and hands it over; returns how long that took.
-    fn switchover(&mut self, machine: &mut dyn Machine, round: u32) -> Result<Duration, (Stage, MigrateError)> {
+    fn switchover(
+        &mut self,
+        machine: &mut dyn Machine,
+        round: u32,
+        verify: bool,
+    ) -> Result<Duration, (Stage, MigrateError)> {
         let asked = |doing| move |cause| MigrateError::Machine { doing, cause };
         let begun = Instant::now();
         let paused = (|| {
             self.limiter.set(None);
             machine.pause().map_err(asked("stopping the guest"))?;
             self.dirty.harvest_stopped(&mut self.pending)?;
-            self.send(round, true)?;
+            self.send(round, true, verify)?;
             self.report.rounds = round + 1;
             let state = machine.state().map_err(asked("saving the guest's state"))?;
             self.wire.tell(&ToDestination::State(state))?;
@@ -246,12 +261,13 @@ impl Migration<'_> {
         Failure { error, source_running }
     }
 
-    /// Sends all pending pages and ends the round on every channel.
-    fn send(&mut self, round: u32, last: bool) -> Result<PageStats, MigrateError> {
+    /// Sends all pending pages, with `verify` then hashes of all memory, and ends the round on every channel. Returns
+    /// how long the slowest channel took, without its waits for the bandwidth limit.
+    fn send(&mut self, round: u32, last: bool, verify: bool) -> Result<(PageStats, Duration), MigrateError> {
         let (memory, pending, tell) = (&self.memory, &self.pending, &mut self.tell);
         let channels = self.wire.channels.len() as u16;
         let total = pending.len();
-        let mut sent = PageStats::default();
+        let (mut sent, mut longest) = (PageStats::default(), (Duration::ZERO, Duration::ZERO));
         std::thread::scope(|scope| {
             let (done, ended) = bounded(usize::from(channels));
             let before: u64 = self.wire.progress();
@@ -260,7 +276,9 @@ impl Migration<'_> {
                 let done = done.clone();
                 scope.spawn(move || {
                     let runs = owned_by(pending.runs(), number as u16, channels);
-                    let result = channel.send(memory, runs, round, last);
+                    let hashed = verify.then_some(0..memory.end() / LOG_PAGE);
+                    let hashed = owned_by(hashed, number as u16, channels);
+                    let result = channel.send(memory, runs, hashed, round, last);
                     // The receiver outlives all senders.
                     let _ = done.send(result);
                 });
@@ -269,7 +287,11 @@ impl Migration<'_> {
             let (mut told, mut when) = (0, Instant::now());
             loop {
                 match ended.recv_timeout(PROGRESS) {
-                    Ok(result) => sent += result?,
+                    Ok(result) => {
+                        let (pages, busy, hashing) = result?;
+                        sent += pages;
+                        longest = (longest.0.max(busy), longest.1.max(hashing));
+                    }
                     Err(RecvTimeoutError::Disconnected) => return Ok(()),
                     Err(RecvTimeoutError::Timeout) if last => {}
                     Err(RecvTimeoutError::Timeout) => {
@@ -286,7 +308,8 @@ impl Migration<'_> {
         .map_err(|error: StreamError| MigrateError::from(error))?;
         self.report.pages_sent += sent.pages();
         self.report.zero_pages += sent.zero_pages;
-        Ok(sent)
+        self.report.verify_ms = verify.then(|| milliseconds(longest.1));
+        Ok((sent, longest.0))
     }
 }
 
@@ -328,16 +351,24 @@ struct Sender {
 }
 
 impl Sender {
+    /// Sends pages, then hashes, and ends the round. Returns how long pages took, without waits for the bandwidth limit, and
+    /// how long hashes.
     fn send(
         &mut self,
         memory: &Memory,
-        runs: impl Iterator<Item = std::ops::Range<u64>>,
+        runs: impl Iterator<Item = Range<u64>>,
+        hashed: impl Iterator<Item = Range<u64>>,
         round: u32,
         last: bool,
-    ) -> Result<PageStats, StreamError> {
+    ) -> Result<(PageStats, Duration, Duration), StreamError> {
+        let (begun, waited) = (Instant::now(), self.writer.get_mut().waited());
         let sent = self.encoder.send(memory, runs, &mut self.writer)?;
+        let sending = begun.elapsed();
+        send_hashes(memory, hashed, &mut self.writer)?;
+        let hashing = begun.elapsed().saturating_sub(sending);
         ToDestination::RoundEnd(RoundEnd::new(round, last, &sent)).write(&mut self.writer)?;
-        Ok(sent)
+        let waited = self.writer.get_mut().waited().saturating_sub(waited);
+        Ok((sent, sending.saturating_sub(waited), hashing))
     }
 }
 

@@ -160,6 +160,8 @@ pub enum Kind {
     Cancel = 0x06,
     /// Pages for which data will come, for the destination to provide memory ahead.
     DataRuns = 0x07,
+    /// Hashes of the pages of a stopped guest.
+    Hashes = 0x08,
     /// The destination has the same memory and takes the migration.
     Accepted = 0x81,
     /// The destination has restored the state and waits for the commit.
@@ -172,7 +174,7 @@ pub enum Kind {
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Kind; 11] = [
+    pub const ALL: [Kind; 12] = [
         Kind::Layout,
         Kind::Pages,
         Kind::RoundEnd,
@@ -180,6 +182,7 @@ impl Kind {
         Kind::Commit,
         Kind::Cancel,
         Kind::DataRuns,
+        Kind::Hashes,
         Kind::Accepted,
         Kind::Ready,
         Kind::Started,
@@ -190,6 +193,7 @@ impl Kind {
     pub const fn limit(self) -> u32 {
         match self {
             Kind::Pages => super::pages::MAX_BODY as u32,
+            Kind::Hashes => super::hashes::MAX_BODY as u32,
             Kind::State => super::record::MAX_STATE as u32,
             Kind::Layout | Kind::DataRuns => 1 << 20,
             Kind::Commit | Kind::Accepted | Kind::Ready => 0,

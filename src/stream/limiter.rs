@@ -145,16 +145,18 @@ impl Limiter {
         }
     }
 
-    /// Waits until the rate allows a write, then accounts for `bytes`.
-    pub(super) fn take(&self, bytes: usize, cancel: &Cancel) -> Result<(), StreamError> {
+    /// Waits until the rate allows a write, then accounts for `bytes`. Returns how long it has waited.
+    pub(super) fn take(&self, bytes: usize, cancel: &Cancel) -> Result<Duration, StreamError> {
         /// A writer looks up this often, so that a new rate applies soon.
         const NAP: Duration = Duration::from_millis(20);
+        let mut begun = None;
+        let waited = |begun: Option<Instant>| begun.map_or(Duration::ZERO, |begun| begun.elapsed());
         loop {
             let wait = {
                 let mut bucket = lock(&self.0);
                 if bucket.rate == 0 {
                     bucket.debt = 0.0;
-                    return Ok(());
+                    return Ok(waited(begun));
                 }
                 let rate = bucket.rate as f64;
                 let now = Instant::now();
@@ -162,10 +164,11 @@ impl Limiter {
                 bucket.updated = now;
                 if bucket.debt <= 0.0 {
                     bucket.debt = bytes as f64;
-                    return Ok(());
+                    return Ok(waited(begun));
                 }
                 Duration::try_from_secs_f64(bucket.debt / rate).unwrap_or(NAP)
             };
+            begun.get_or_insert_with(Instant::now);
             cancel.wait(wait.min(NAP))?;
         }
     }
@@ -208,7 +211,7 @@ mod tests {
         let start = Instant::now();
         std::thread::scope(|scope| {
             for _ in 0..2 {
-                scope.spawn(|| (0..10).for_each(|_| limiter.take(50 << 10, &cancel).unwrap()));
+                scope.spawn(|| (0..10).for_each(|_| assert!(limiter.take(50 << 10, &cancel).is_ok())));
             }
         });
         // 1000 KiB at 10 MiB/s are 98 ms, of which the last piece is not waited for.

@@ -6,6 +6,7 @@
 //! | [`frame`] | connection header and self-contained, checksummed frames |
 //! | [`record`] | everything that is not a page: the handshake and saved state, each with its version |
 //! | [`pages`] | guest memory to page batches and back |
+//! | [`hashes`] | hashes of guest memory, and their comparison |
 //! | [`codec`] | none or zstd |
 //! | [`transport`] | `tcp:`, `unix:`, `file:`, `exec:`, `fd:` as channels |
 //!
@@ -14,6 +15,7 @@
 pub mod codec;
 mod error;
 pub mod frame;
+pub mod hashes;
 mod limiter;
 pub mod pages;
 pub mod record;
@@ -23,6 +25,7 @@ pub mod transport;
 pub use codec::Codec;
 pub use error::StreamError;
 pub use frame::{ChannelId, FrameHeader, FrameReader, FrameWriter, Kind, MigrationId};
+pub use hashes::{Comparison, send_hashes};
 pub use limiter::Limiter;
 pub use pages::{Decoder, Encoder, PageStats, Target, channel_of, owned_by};
 pub use record::{ToDestination, ToSource};

@@ -27,11 +27,11 @@ pub const MAX_ENTRIES: usize = 2048;
 /// Most bytes of a page frame's body.
 pub const MAX_BODY: usize = HEAD + MAX_ENTRIES * ENTRY + MAX_BATCH_PAGES as usize * PAGE;
 
-const PAGE: usize = LOG_PAGE as usize;
+pub(super) const PAGE: usize = LOG_PAGE as usize;
 /// Bytes of contents in a batch that is sent: few enough to stay in the cache until they have left.
 const BATCH_BYTES: usize = 256 << 10;
 const HEAD: usize = 8;
-const ENTRY: usize = 8;
+pub(super) const ENTRY: usize = 8;
 const RAW: u8 = 0;
 const ZSTD: u8 = 1;
 
@@ -181,12 +181,7 @@ impl Encoder {
             if !zero {
                 self.used += PAGE;
             }
-            match self.entries.last_mut() {
-                Some(last) if last.zero == zero && last.pages.end == page && last.count() < Entry::MAX_COUNT => {
-                    last.pages.end += 1;
-                }
-                _ => self.entries.push(Entry { pages: page..page + 1, zero }),
-            }
+            push(&mut self.entries, page, zero);
         }
         Ok(())
     }
@@ -409,7 +404,11 @@ impl Decoder {
         })
     }
 
-    fn check(&self, pages: &Range<u64>) -> Result<(), StreamError> {
+    pub(super) fn target(&self) -> &Target {
+        &self.target
+    }
+
+    pub(super) fn check(&self, pages: &Range<u64>) -> Result<(), StreamError> {
         if !self.target.holds(pages) {
             return Err(outside(pages));
         }
@@ -440,18 +439,18 @@ impl Entry {
     const PAGE_BITS: u32 = 40;
     const COUNT_BITS: u32 = 22;
 
-    fn count(&self) -> u64 {
+    pub(super) fn count(&self) -> u64 {
         self.pages.end.saturating_sub(self.pages.start)
     }
 
     /// 40 bits of page number, 22 bits of count less one, 2 bits of kind. 40 bits are all that 52-bit physical
     /// addresses need.
-    fn encode(&self) -> u64 {
+    pub(super) fn encode(&self) -> u64 {
         let count = self.count().wrapping_sub(1) << Entry::PAGE_BITS;
         self.pages.start | count | u64::from(self.zero) << (Entry::PAGE_BITS + Entry::COUNT_BITS)
     }
 
-    fn decode(bits: u64) -> Result<Entry, StreamError> {
+    pub(super) fn decode(bits: u64) -> Result<Entry, StreamError> {
         let start = bits & ((1 << Entry::PAGE_BITS) - 1);
         let count = ((bits >> Entry::PAGE_BITS) & (Entry::MAX_COUNT - 1)) + 1;
         let zero = match bits >> (Entry::PAGE_BITS + Entry::COUNT_BITS) {
@@ -460,6 +459,16 @@ impl Entry {
             kind => return Err(malformed(format!("entry of unknown kind {kind}"))),
         };
         Ok(Entry { pages: start..start + count, zero })
+    }
+}
+
+/// Adds `page` to the last of `entries` if it goes on there, else as one of its own.
+pub(super) fn push(entries: &mut Vec<Entry>, page: u64, zero: bool) {
+    match entries.last_mut() {
+        Some(last) if last.zero == zero && last.pages.end == page && last.count() < Entry::MAX_COUNT => {
+            last.pages.end += 1;
+        }
+        _ => entries.push(Entry { pages: page..page + 1, zero }),
     }
 }
 

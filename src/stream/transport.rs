@@ -214,6 +214,8 @@ struct Inner {
     cancel: Cancel,
     limiter: Limiter,
     timeout_ms: AtomicU64,
+    /// Nanoseconds that writers have waited for the bandwidth limit.
+    waited_ns: AtomicU64,
     sent: AtomicU64,
     received: AtomicU64,
     end: Mutex<End>,
@@ -260,6 +262,7 @@ impl Channel {
             limiter: options.limiter.clone(),
             timeout_ms: AtomicU64::new(0),
             sent: AtomicU64::new(0),
+            waited_ns: AtomicU64::new(0),
             received: AtomicU64::new(0),
             end: Mutex::new(end),
         });
@@ -283,6 +286,11 @@ impl Channel {
             setsockopt(&self.0.fd, sockopt::SendTimeout, &value).map_err(io::Error::from)?;
         }
         Ok(())
+    }
+
+    /// How long writers have waited for the bandwidth limit so far.
+    pub fn waited(&self) -> Duration {
+        Duration::from_nanos(self.0.waited_ns.load(Ordering::Relaxed))
     }
 
     /// Bytes written so far, headers included; for others to look at meanwhile.
@@ -383,7 +391,8 @@ impl Inner {
             &first
         };
         let length = from.iter().map(|part| part.len()).sum::<usize>();
-        self.limiter.take(length, &self.cancel)?;
+        let waited = self.limiter.take(length, &self.cancel)?;
+        self.waited_ns.fetch_add(waited.as_nanos() as u64, Ordering::Relaxed);
         let count = self.transfer(PollFlags::POLLOUT, || match self.kind {
             // No SIGPIPE from a peer that is gone.
             FdKind::Socket => {

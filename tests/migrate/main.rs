@@ -8,6 +8,7 @@
 //! | `refused` | one side says no, is of another version or no migration at all |
 //! | `commit` | after the commit, and called off at any moment: the guest runs once |
 //! | `disk` | files and commands that can't take it |
+//! | `verify` | memory compared before it is handed over; writers that nobody tracks |
 //! | `rounds` | when it ends by itself and when not; the bandwidth limit |
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -21,3 +22,4 @@ mod refused;
 mod relay;
 mod rounds;
 mod trip;
+mod verify;

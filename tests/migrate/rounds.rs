@@ -54,6 +54,21 @@ fn the_same_guest_arrives_when_its_downtime_may_be_long_enough() {
 }
 
 #[test]
+fn a_bandwidth_limit_which_the_switchover_lifts_is_not_part_of_its_forecast() {
+    let place = Place::new();
+    let mut guest = Guest::running(PAGES).with(Trouble::Relentless);
+    let destination = Destination::at(&place.unix("socket"));
+    // All pages are dirty all the time: 2 s within the limit, some milliseconds without.
+    let mut how = How::new();
+    how.plan.policy = Policy { downtime: Duration::from_secs(1), max_rounds: 2 };
+    how.options.limiter = Limiter::new(Some(1 << 20));
+    let left = leave(&mut guest, &destination.uri, &how);
+    left.outcome.unwrap();
+    guest.assert_gone();
+    destination.join().guest();
+}
+
+#[test]
 fn no_more_goes_out_than_the_bandwidth_limit_allows() {
     const RATE: u64 = 8 << 20;
     for channels in [1, 3] {

@@ -20,7 +20,7 @@ impl How {
     /// Patient, and with a downtime that any writer here allows.
     pub(crate) fn new() -> How {
         let policy = Policy { downtime: PATIENCE, max_rounds: 100 };
-        How { plan: Plan { policy, codec: Codec::None }, options: options() }
+        How { plan: Plan { policy, codec: Codec::None, verify: false }, options: options() }
     }
 
     pub(crate) fn channels(mut self, channels: u16) -> How {
@@ -30,6 +30,11 @@ impl How {
 
     pub(crate) fn codec(mut self, codec: &str) -> How {
         self.plan.codec = codec.parse().unwrap();
+        self
+    }
+
+    pub(crate) fn verify(mut self) -> How {
+        self.plan.verify = true;
         self
     }
 

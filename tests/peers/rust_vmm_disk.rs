@@ -91,7 +91,8 @@ fn a_guest_moves_between_two_of_them_by_what_they_have_marked() {
         std::thread::scope(|scope| {
             let arrived = scope.spawn(|| receive(&mut arrival, listener.accept(&theirs).unwrap(), &theirs.cancel));
             let connection = transport::connect(listener.uri(), &ours).unwrap();
-            let plan = Plan { policy: Policy { downtime: DEADLINE, max_rounds: 100 }, codec: Codec::None };
+            let plan =
+                Plan { policy: Policy { downtime: DEADLINE, max_rounds: 100 }, codec: Codec::None, verify: false };
             let mut machine = GuestMachine::new(&leaving).unwrap();
             migrate(&mut machine, connection, &plan, &ours.limiter, &ours.cancel, &mut |_| {}).unwrap();
             arrived.join().unwrap().unwrap();

@@ -1,0 +1,163 @@
+//! Hashes of guest memory, to compare what a stopped guest has with what has arrived. When that is done, and what a
+//! difference means, is decided in `migrate`.
+//!
+//! As with pages, one channel sends the hashes of its own pages, after them: so it compares what is there to stay.
+#![forbid(unsafe_code)]
+
+use std::io::{Read, Write};
+use std::ops::{AddAssign, Range};
+
+use twox_hash::XxHash3_64;
+
+use super::StreamError;
+use super::frame::{Body, FrameHeader, FrameReader, FrameWriter, Kind};
+use super::pages::{Decoder, ENTRY, Entry, MAX_ENTRIES, PAGE, push};
+use super::sys::copy_page;
+use crate::memory::{Extents, LOG_PAGE, Memory};
+
+/// Most hashes of one frame, those of 64 MiB.
+pub const MAX_HASHES: usize = 16 << 10;
+/// Most bytes of a hash frame's body.
+pub const MAX_BODY: usize = HEAD + MAX_ENTRIES * ENTRY + MAX_HASHES * HASH;
+
+const HEAD: usize = 8;
+const HASH: usize = 8;
+/// Most pages that a [`Comparison`] names.
+const NAMED: usize = 16;
+
+/// Writes hashes of all pages of `runs` (page numbers) that are in `memory`. Zero pages have none, and holes are not
+/// touched.
+///
+/// # Errors
+/// What the transport reports.
+pub fn send_hashes<W: Write>(
+    memory: &Memory,
+    runs: impl IntoIterator<Item = Range<u64>>,
+    to: &mut FrameWriter<W>,
+) -> Result<(), StreamError> {
+    let mut pages = Pages::new(memory);
+    let (mut entries, mut hashes) = (Vec::new(), Vec::new());
+    for page in runs.into_iter().flat_map(|run| memory.pages(&run)).flatten() {
+        let hash = pages.hash(page)?;
+        push(&mut entries, page, hash.is_none());
+        hashes.extend(hash);
+        if entries.len() == MAX_ENTRIES || hashes.len() == MAX_HASHES {
+            flush(&mut entries, &mut hashes, to)?;
+        }
+    }
+    flush(&mut entries, &mut hashes, to)
+}
+
+fn flush<W: Write>(
+    entries: &mut Vec<Entry>,
+    hashes: &mut Vec<u64>,
+    to: &mut FrameWriter<W>,
+) -> Result<(), StreamError> {
+    if entries.is_empty() {
+        return Ok(());
+    }
+    let mut head = (entries.len() as u64).to_le_bytes().to_vec();
+    head.extend(entries.drain(..).flat_map(|entry| entry.encode().to_le_bytes()));
+    let hashes: Vec<u8> = hashes.drain(..).flat_map(u64::to_le_bytes).collect();
+    to.write(Kind::Hashes, [&head, &hashes])?;
+    Ok(())
+}
+
+/// What a comparison has found.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Comparison {
+    /// Pages compared.
+    pub pages: u64,
+    /// Pages that differ.
+    pub different: u64,
+    /// The first of them, by page number.
+    pub named: Vec<u64>,
+}
+
+impl AddAssign for Comparison {
+    fn add_assign(&mut self, other: Comparison) {
+        self.pages += other.pages;
+        self.different += other.different;
+        self.named.extend(other.named);
+        self.named.sort_unstable();
+        self.named.truncate(NAMED);
+    }
+}
+
+impl Decoder {
+    /// Reads the body of a hash frame whose header was just read, and compares the pages that have arrived with it.
+    ///
+    /// # Errors
+    /// `Malformed`, `OutsideMemory`, `Truncated`, `Checksum`, and what the transport reports.
+    pub fn compare<R: Read>(&self, header: &FrameHeader, from: &mut FrameReader<R>) -> Result<Comparison, StreamError> {
+        let mut bytes = Vec::new();
+        let mut body = Body::new(from, header);
+        body.take(header.length as usize, &mut bytes)?;
+        body.finish()?;
+        let (entries, hashes) = parse(&bytes)?;
+        let mut pages = Pages::new(self.target().memory());
+        let mut hashes = hashes.iter().map(|hash| u64::from_le_bytes(*hash));
+        let mut found = Comparison::default();
+        for entry in entries {
+            self.check(&entry.pages)?;
+            for page in entry.pages {
+                found.pages += 1;
+                let theirs = if entry.zero { None } else { hashes.next() };
+                if pages.hash(page)? != theirs {
+                    found.different += 1;
+                    if found.named.len() < NAMED {
+                        found.named.push(page);
+                    }
+                }
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// The number of pages that a whole body of hashes is about, for whoever looks at a stream without having the memory.
+///
+/// # Errors
+/// `Malformed` and `Truncated`.
+pub fn pages_in(body: &[u8]) -> Result<u64, StreamError> {
+    Ok(parse(body)?.0.iter().map(Entry::count).sum())
+}
+
+/// Entries and hashes of a frame's body, as many as belong together.
+fn parse(body: &[u8]) -> Result<(Vec<Entry>, &[[u8; HASH]]), StreamError> {
+    let malformed = |why: &str| StreamError::Malformed { what: "hashes", why: why.into() };
+    let (head, rest) = body.split_first_chunk().ok_or(StreamError::Truncated("hashes"))?;
+    let count = usize::try_from(u64::from_le_bytes(*head)).ok().filter(|count| (1..=MAX_ENTRIES).contains(count));
+    let table = count.and_then(|count| rest.split_at_checked(count * ENTRY));
+    let (table, hashes) = table.ok_or_else(|| malformed("the table has no entry, too many, or is cut off"))?;
+    let (words, _) = table.as_chunks();
+    let entries = words.iter().map(|word| Entry::decode(u64::from_le_bytes(*word))).collect::<Result<Vec<_>, _>>()?;
+    let wanted: u64 = entries.iter().filter(|entry| !entry.zero).map(Entry::count).sum();
+    match hashes.as_chunks() {
+        (hashes, []) if hashes.len() as u64 == wanted => Ok((entries, hashes)),
+        _ => Err(malformed("there is not one hash for each page")),
+    }
+}
+
+/// Reads pages without touching holes.
+struct Pages<'m> {
+    memory: &'m Memory,
+    extents: Extents,
+    copy: [u8; PAGE],
+}
+
+impl<'m> Pages<'m> {
+    fn new(memory: &'m Memory) -> Pages<'m> {
+        Pages { memory, extents: Extents::new(), copy: [0; PAGE] }
+    }
+
+    /// The hash of `page`, none if it is zero.
+    fn hash(&mut self, page: u64) -> Result<Option<u64>, StreamError> {
+        if self.extents.is_hole(self.memory, page) {
+            return Ok(None);
+        }
+        let slice = self.memory.slice(page * LOG_PAGE, LOG_PAGE)?;
+        let zero = copy_page(&slice, &mut self.copy, false);
+        Ok((!zero).then(|| XxHash3_64::oneshot(&self.copy)))
+    }
+}

@@ -1,0 +1,227 @@
+//! Memory is compared before the guest is handed over, if that was asked for: a writer that no dirty source sees then
+//! fails the migration instead of the guest.
+
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use io_uring::{IoUring, opcode, types};
+use vhost_migrate::dirty::{DirtySource, Log, LogSource, PageSet, Pagemap, Union};
+use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::migrate::{Event, Machine, MachineError, MigrateError, migrate};
+use vhost_migrate::stream::transport;
+
+use crate::guest::{Guest, HIGH, Refusal, Trouble};
+use crate::trip::{Destination, How, Place, assert_nothing_happened, leave, options, travel, uri};
+
+const PAGES: u64 = 2048;
+
+#[test]
+fn a_guest_whose_memory_is_right_arrives_verified() {
+    for (channels, codec) in [(1, "none"), (3, "zstd:1")] {
+        let place = Place::new();
+        let mut guest = Guest::running(PAGES);
+        let destination = Destination::at(&place.unix("socket"));
+        let left = leave(&mut guest, &destination.uri, &How::new().channels(channels).codec(codec).verify());
+        assert!(left.outcome.unwrap().verify_ms.is_some());
+        let arrived = destination.join();
+        assert_eq!(arrived.outcome.as_ref().unwrap().compared, PAGES);
+        arrived.guest();
+    }
+    let place = Place::new();
+    let file = uri(&format!("file:{}", place.path("saved")));
+    let mut guest = Guest::running(PAGES);
+    leave(&mut guest, &file, &How::new().one_way().verify()).outcome.unwrap();
+    assert_eq!(Destination::at(&file).join().outcome.unwrap().compared, PAGES);
+    let (_, report) = travel(Guest::running(PAGES), &place.unix("socket"), &How::new());
+    assert_eq!(report.verify_ms, None);
+}
+
+#[test]
+fn a_dirty_source_that_sees_nothing_fails_the_migration_and_the_guest_goes_on() {
+    let place = Place::new();
+    let mut guest = Guest::running(PAGES).with(Trouble::Blind);
+    let destination = Destination::at(&place.unix("socket"));
+    let failure = leave(&mut guest, &destination.uri, &How::new().channels(2).verify()).failure();
+    assert!(matches!(&failure.error, MigrateError::Destination(words) if words.contains("differ")), "{failure}");
+    assert!(matches!(destination.join().nobody(), MigrateError::Different { .. }));
+    assert_nothing_happened(guest, &failure);
+}
+
+/// A guest that nothing writes but the test.
+struct Still {
+    memory: Memory,
+    sources: Vec<Box<dyn DirtySource>>,
+    paused: bool,
+}
+
+impl Still {
+    /// All pages but every fourth have contents.
+    fn new() -> Still {
+        let memory = Memory::new([0, HIGH].map(|gpa| {
+            let size = PAGES / 2 * LOG_PAGE;
+            Arc::new(Region::share(sealed_memfd("still", size).unwrap(), gpa, size, 0).unwrap())
+        }));
+        let memory = memory.unwrap();
+        for page in (0..PAGES / 2).filter(|page| page % 4 != 0) {
+            memory.write(page * LOG_PAGE, &[1; 100]).unwrap();
+            memory.write(HIGH + page * LOG_PAGE, &[2; 100]).unwrap();
+        }
+        Still { memory, sources: Vec::new(), paused: false }
+    }
+
+    /// Leaves for a destination, and is written by `write` after its first round. Returns the pages that are different
+    /// there, and what the source says of it.
+    fn found(mut self, mut write: impl FnMut(&Memory)) -> Option<(u64, Vec<u64>, String)> {
+        let place = Place::new();
+        let destination = Destination::new(&place.unix("socket"), Some(Refusal::Restore), options());
+        let how = How::new().channels(2).verify();
+        let connection = transport::connect(&destination.uri, &how.options).unwrap();
+        let (memory, mut rounds) = (self.memory.clone(), 0);
+        let (limiter, cancel) = (&how.options.limiter, &how.options.cancel);
+        let outcome = migrate(&mut self, connection, &how.plan, limiter, cancel, &mut |event| {
+            if let Event::Switchover { .. } = event {
+                write(&memory);
+                rounds += 1;
+            }
+        });
+        assert_eq!(rounds, 1);
+        match destination.join().outcome {
+            Err(MigrateError::Different { pages, named }) => {
+                let failure = outcome.unwrap_err();
+                assert!(failure.source_running && !self.paused, "{failure}");
+                Some((pages, named, failure.to_string()))
+            }
+            // It always refuses the state, and gets as far as that if memory is right.
+            Err(MigrateError::Machine { .. }) => None,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+impl Machine for Still {
+    fn memory(&self) -> Memory {
+        self.memory.clone()
+    }
+
+    fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, MachineError> {
+        Ok(Box::new(Union::new(std::mem::take(&mut self.sources))))
+    }
+
+    fn pause(&mut self) -> Result<(), MachineError> {
+        self.paused = true;
+        Ok(())
+    }
+
+    fn state(&mut self) -> Result<Vec<u8>, MachineError> {
+        Ok(Vec::new())
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        self.paused = false;
+        Ok(())
+    }
+
+    fn release(&mut self) {}
+}
+
+#[test]
+fn the_pages_that_a_forgotten_writer_has_written_are_named() {
+    let first = HIGH / LOG_PAGE;
+    // One with contents, one that was a hole, and one of each region's ends.
+    let written = [0, 5, 8, PAGES / 2 - 1, first, first + 600];
+    let (pages, named, words) = Still::new()
+        .found(|memory| written.iter().for_each(|page| memory.write(page * LOG_PAGE + 200, &[7]).unwrap()))
+        .unwrap();
+    assert_eq!((pages, named.as_slice()), (6, written.as_slice()));
+    assert!(words.contains("6 pages differ") && words.contains("at 0x0, 0x5000, 0x8000, "), "{words}");
+    // Many are counted, and the first are named.
+    let (pages, named, words) =
+        Still::new().found(|memory| (0..600).for_each(|page| memory.write(page * LOG_PAGE, &[9]).unwrap())).unwrap();
+    assert_eq!((pages, named), (600, (0..16).collect()));
+    assert!(words.contains(", …"), "{words}");
+    // A page that was given back is zero, and the destination still has its contents.
+    let found = Still::new().found(|memory| memory.write(LOG_PAGE, &[0; 100]).unwrap()).unwrap();
+    assert_eq!((found.0, found.1), (1, vec![1]));
+    assert_eq!(Still::new().found(|_| ()), None);
+}
+
+/// A device that reads into guest memory through pages which the kernel has pinned for it.
+struct Pinned {
+    ring: IoUring,
+    file: std::fs::File,
+    buffer: libc::iovec,
+}
+
+impl Pinned {
+    fn new(memory: &Memory, gpa: u64) -> Pinned {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[0x5a; 4096]).unwrap();
+        let ring = IoUring::new(2).unwrap();
+        let mut buffers = Vec::new();
+        memory.iovecs(gpa, LOG_PAGE, &mut buffers).unwrap();
+        // SAFETY: the buffer is guest memory, which the caller keeps mapped longer than this device.
+        unsafe { ring.submitter().register_buffers(&buffers) }.unwrap();
+        Pinned { ring, file, buffer: buffers[0] }
+    }
+
+    fn write(&mut self) {
+        let fd = types::Fd(self.file.as_raw_fd());
+        let read = opcode::ReadFixed::new(fd, self.buffer.iov_base.cast(), 4096, 0).build();
+        // SAFETY: file and buffer outlive the request, which is waited for.
+        unsafe { self.ring.submission().push(&read) }.unwrap();
+        self.ring.submit_and_wait(1).unwrap();
+        assert_eq!(self.ring.completion().next().unwrap().result(), 4096);
+    }
+}
+
+/// The page that it writes.
+const PINNED: u64 = 9;
+
+#[test]
+fn no_page_table_sees_a_write_through_pinned_pages_but_the_log_of_its_device_does() {
+    let Still { memory, .. } = Still::new();
+    let mut device = Pinned::new(&memory, PINNED * LOG_PAGE);
+    let log = Arc::new(Log::create(memory.end()).unwrap().0);
+    let mut blind = Pagemap::new("cpus", memory.clone());
+    blind.start().unwrap();
+    device.write();
+    let mut byte = [0];
+    memory.read(PINNED * LOG_PAGE, &mut byte).unwrap();
+    assert_eq!(byte, [0x5a]);
+    let mut set = PageSet::default();
+    blind.harvest(&mut set).unwrap();
+    assert!(set.is_empty(), "{set:?}");
+    blind.stop().unwrap();
+
+    let mut both =
+        Union::new([Box::new(blind) as Box<dyn DirtySource>, Box::new(LogSource::new("device", log.clone()))]);
+    both.start().unwrap();
+    device.write();
+    log.mark(PINNED * LOG_PAGE, LOG_PAGE);
+    both.harvest(&mut set).unwrap();
+    assert!(set.iter().eq([PINNED]), "{set:?}");
+    both.stop().unwrap();
+}
+
+#[test]
+fn verification_finds_what_was_written_through_pinned_pages() {
+    let mut guest = Still::new();
+    let memory = guest.memory.clone();
+    guest.sources.push(Box::new(Pagemap::new("cpus", memory.clone())));
+    let mut device = Pinned::new(&memory, PINNED * LOG_PAGE);
+    let (pages, named, _) = guest.found(|_| device.write()).unwrap();
+    assert_eq!((pages, named), (1, vec![PINNED]));
+    // The same with the log of the device beside it.
+    let mut guest = Still::new();
+    let memory = guest.memory.clone();
+    let log = Arc::new(Log::create(memory.end()).unwrap().0);
+    guest.sources.push(Box::new(Pagemap::new("cpus", memory.clone())));
+    guest.sources.push(Box::new(LogSource::new("device", log.clone())));
+    let mut device = Pinned::new(&memory, PINNED * LOG_PAGE);
+    let found = guest.found(|_| {
+        device.write();
+        log.mark(PINNED * LOG_PAGE, LOG_PAGE);
+    });
+    assert_eq!(found, None);
+}
