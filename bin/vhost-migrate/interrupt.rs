@@ -21,6 +21,19 @@ pub(crate) fn on_interrupt(then: impl FnOnce() + Send + 'static) -> io::Result<(
     })
 }
 
+/// Has `then` called on a thread of its own at every SIGINT and SIGTERM, with their number so far, this one included.
+///
+/// # Errors
+/// What the system says.
+pub(crate) fn on_every_interrupt(mut then: impl FnMut(u32) + Send + 'static) -> io::Result<()> {
+    let mut count = 0u32;
+    on([Signal::SIGINT, Signal::SIGTERM], move || {
+        count = count.saturating_add(1);
+        then(count);
+        ControlFlow::Continue(())
+    })
+}
+
 /// Has `then` called on a thread of its own at every SIGHUP.
 ///
 /// # Errors

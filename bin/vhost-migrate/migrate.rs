@@ -1,13 +1,15 @@
 //! `vhost-migrate migrate`: asks the process that owns a guest to move it, and tells how it goes.
 
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use serde_json::Value;
 use vhost_migrate::control::{self, Command, MigrateArguments};
 use vhost_migrate::stream::Codec;
 
-use crate::interrupt::on_interrupt;
+use crate::interrupt::on_every_interrupt;
 use crate::progress::{Output, Progress};
 use crate::units;
 
@@ -19,7 +21,7 @@ use crate::units;
   vhost-migrate migrate --control guest.ctl file:/backup/guest.vhm
 
 Exit status: 0 done; 1 failed, the guest still runs here; 2 wrong arguments; 3 failed after the commit.
-Ctrl-C cancels: the guest goes on here.")]
+Ctrl-C cancels: the guest goes on here. A second one ends this command alone.")]
 pub(crate) struct Arguments {
     /// Control socket of the process that owns the guest
     #[arg(long, value_name = "SOCKET")]
@@ -70,15 +72,12 @@ impl Transfer {
     }
 }
 
+/// Exit status when the guest's process does not answer.
+const NO_CONTACT: i32 = 1;
+
 /// Runs the command.
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
-    let control = arguments.control.clone();
-    let cancel = move || {
-        if let Err(error) = control::call(&control, &Command::Cancel, |_| ()) {
-            eprintln!("can't cancel: {error}");
-        }
-    };
-    if let Err(error) = on_interrupt(cancel) {
+    if let Err(error) = cancel_on_interrupt(&arguments.control) {
         eprintln!("signals: {error}");
         return ExitCode::FAILURE;
     }
@@ -101,4 +100,36 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
             ExitCode::from(3)
         }
     }
+}
+
+/// How long a migration may take to end once it is cancelled.
+const LAST_WORDS: Duration = Duration::from_secs(30);
+
+/// Has the first SIGINT or SIGTERM cancel the migration and the second end this process, which also ends by itself when the
+/// guest's process does not answer.
+fn cancel_on_interrupt(control: &Path) -> io::Result<()> {
+    let control = control.to_owned();
+    on_every_interrupt(move |count| {
+        let control = control.clone();
+        let cancel = move || cancel(&control);
+        // On a thread of its own, so that the next signal finds this one free.
+        let waits = count == 1 && std::thread::Builder::new().name("cancel".into()).spawn(cancel).is_ok();
+        if !waits {
+            std::process::exit(NO_CONTACT);
+        }
+    })
+}
+
+fn cancel(control: &Path) {
+    match control::call(control, &Command::Cancel, |_| ()) {
+        Ok(()) => {
+            std::thread::sleep(LAST_WORDS);
+            eprintln!("cancelled, but the migration has not ended within {LAST_WORDS:?}");
+        }
+        // It is too late, or something else is under way: its own end tells.
+        Err(error) if error.kind() == io::ErrorKind::Other => return eprintln!("can't cancel: {error}"),
+        Err(error) => eprintln!("can't cancel: {error}"),
+    }
+    eprintln!("no contact with the guest's process: it is not known where the guest runs");
+    std::process::exit(NO_CONTACT);
 }

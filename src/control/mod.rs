@@ -3,25 +3,38 @@
 //! A client sends [`Command`]s and reads events, objects with an `event` field, until `ok` or `error` ends the answer;
 //! then it may send the next command. Connections are independent: `cancel` is sent on a second one. What the
 //! commands do is up to the [`Handler`].
+//!
+//! A client that does not read delays nothing: its events are kept up to a limit and dropped beyond it, and a client that
+//! does not take the end of an answer within seconds loses its connection.
 #![forbid(unsafe_code)]
 
-use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::fd::AsFd;
+use std::io::{self, BufRead, BufReader, Read};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, send};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::abi::vhost_user::{Header, Request};
 use crate::sys::listen::listen;
+use crate::sys::socket;
 
 /// The longest line that is read, bytes.
 pub const MAX_LINE: u64 = 64 << 10;
+/// Bytes of events that are kept for a client that does not read, beyond what its socket holds.
+const MAX_UNSENT: usize = 64 << 10;
+/// How long the other side may take to read what ends an answer, to accept a connection, to take a command, and to answer one
+/// that is answered at once.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often a full queue of connections is tried again.
+const RETRY: Duration = Duration::from_millis(20);
 
 /// Longest wait for the answer that tells a back-end's socket from a control socket.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -95,18 +108,97 @@ pub trait Handler: Send + Sync + 'static {
     fn quit(&self);
 }
 
-/// Who has sent a command.
-pub struct Client<'a>(&'a UnixStream);
+impl Command {
+    /// Returns true if the process that owns the guest answers this without waiting for anything.
+    fn is_answered_at_once(&self) -> bool {
+        matches!(self, Command::Status | Command::Cancel | Command::Quit)
+    }
+}
 
-impl Client<'_> {
-    /// Sends an event. One that went away does not end what it started; its events just have no reader.
+/// The connection that a command came over.
+pub struct Client<'a> {
+    stream: &'a UnixStream,
+    unsent: Mutex<Unsent>,
+}
+
+/// What a client has not read yet and its socket has no room for.
+#[derive(Default)]
+struct Unsent {
+    /// Whole lines, but for the first, of which a part may have been sent.
+    bytes: Vec<u8>,
+    /// Events that were dropped since the last line that was kept.
+    dropped: u64,
+}
+
+impl Unsent {
+    /// Adds a line, behind one that says how many were dropped.
+    fn add(&mut self, value: &Value) {
+        let dropped = std::mem::take(&mut self.dropped);
+        let notice = (dropped > 0).then(|| json!({"event": "dropped", "events": dropped}));
+        for value in notice.iter().chain([value]) {
+            self.bytes.extend(value.to_string().into_bytes());
+            self.bytes.push(b'\n');
+        }
+    }
+
+    /// Sends what there is room for.
+    fn flush(&mut self, stream: &UnixStream) -> io::Result<()> {
+        let mut sent = 0;
+        let result = loop {
+            let rest = self.bytes.get(sent..).unwrap_or_default();
+            if rest.is_empty() {
+                break Ok(());
+            }
+            match send(stream.as_raw_fd(), rest, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
+                Ok(count) => sent += count,
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => break Ok(()),
+                Err(errno) => break Err(errno.into()),
+            }
+        };
+        self.bytes.drain(..sent);
+        result
+    }
+}
+
+impl<'a> Client<'a> {
+    fn new(stream: &'a UnixStream) -> Client<'a> {
+        Client { stream, unsent: Mutex::default() }
+    }
+
+    /// Sends an event; never waits. Events for a client that does not read are dropped beyond a limit, of which it is told by
+    /// an event `dropped`. A client that went away does not end what it started; its events just have no reader.
     pub fn tell(&self, event: &Value) {
-        let _ = write_line(self.0, event);
+        let mut unsent = self.unsent.lock().unwrap_or_else(PoisonError::into_inner);
+        let gone = unsent.flush(self.stream).is_err();
+        if gone || unsent.bytes.len() > MAX_UNSENT {
+            unsent.dropped += 1;
+            return;
+        }
+        unsent.add(event);
+        // One that is gone is noticed at the next event.
+        let _ = unsent.flush(self.stream);
+    }
+
+    /// Sends what ends an answer, and all before it. The client has some time to read it.
+    fn end_answer(&self, answer: &Value) -> io::Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut unsent = self.unsent.lock().unwrap_or_else(PoisonError::into_inner);
+        unsent.add(answer);
+        loop {
+            unsent.flush(self.stream)?;
+            if unsent.bytes.is_empty() {
+                return Ok(());
+            }
+            if !socket::ready(self.stream.as_fd(), PollFlags::POLLOUT, deadline)? {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "the client does not read"));
+            }
+        }
     }
 
     /// Whether it went away. One that only sends nothing more still reads.
     pub fn is_gone(&self) -> bool {
-        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::empty())];
+        let mut fds = [PollFd::new(self.stream.as_fd(), PollFlags::empty())];
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 }
@@ -128,11 +220,14 @@ pub fn serve(listener: UnixListener, handler: Arc<dyn Handler>) {
         match stream {
             Ok(stream) => {
                 let handler = Arc::clone(&handler);
-                std::thread::spawn(move || {
+                let answer = move || {
                     if let Err(error) = converse(&stream, handler.as_ref()) {
                         tracing::debug!(%error, "control connection ended");
                     }
-                });
+                };
+                if let Err(error) = std::thread::Builder::new().name("control".into()).spawn(answer) {
+                    tracing::warn!(%error, "control socket: no thread for a connection");
+                }
             }
             Err(error) => {
                 tracing::warn!(%error, "control socket: can't accept");
@@ -144,18 +239,19 @@ pub fn serve(listener: UnixListener, handler: Arc<dyn Handler>) {
 
 fn converse(stream: &UnixStream, handler: &dyn Handler) -> io::Result<()> {
     let mut lines = BufReader::new(stream);
+    let client = Client::new(stream);
     while let Some(line) = read_line(&mut lines)? {
         let command = serde_json::from_str(&line);
         let quits = matches!(command, Ok(Command::Quit));
         let answer = match command {
-            Ok(command) => handler.command(command, &Client(stream)),
+            Ok(command) => handler.command(command, &client),
             Err(error) => Err(format!("not a command: {error}")),
         };
         let (done, answer) = match answer {
             Ok(()) => (true, json!({"event": "ok"})),
             Err(message) => (false, json!({"event": "error", "message": message})),
         };
-        let answered = write_line(stream, &answer);
+        let answered = client.end_answer(&answer);
         if quits && done {
             handler.quit();
         }
@@ -167,24 +263,17 @@ fn converse(stream: &UnixStream, handler: &dyn Handler) -> io::Result<()> {
 /// Sends one command and hands each event to `each` until the answer ends.
 ///
 /// # Errors
-/// [`io::ErrorKind::Other`] with the message of an `error` answer; else what the socket says.
+/// [`io::ErrorKind::Other`] with the message of an `error` answer; [`io::ErrorKind::TimedOut`] if the process does not take
+/// the command, or does not answer one that is answered at once; else what the socket says.
 pub fn call(path: &Path, command: &Command, mut each: impl FnMut(Value)) -> io::Result<()> {
-    let advise = |error: io::Error| {
-        let advice = match error.kind() {
-            io::ErrorKind::NotFound => "no such socket: is the guest running, and is --control its socket?",
-            io::ErrorKind::ConnectionRefused => "nobody listens there any more: has the guest ended?",
-            io::ErrorKind::PermissionDenied => "no permission: run as the guest's user",
-            _ => "can't connect",
-        };
-        io::Error::new(error.kind(), format!("{}: {advice} ({error})", path.display()))
-    };
-    let stream = UnixStream::connect(path).map_err(advise)?;
-    write_line(&stream, &serde_json::to_value(command)?)?;
-    let mut lines = BufReader::new(&stream);
-    // A peer that does not read what it was sent resets the connection when it closes it.
-    let reset = |error: &io::Error| error.kind() == io::ErrorKind::ConnectionReset;
-    while let Some(line) = read_line(&mut lines).or_else(|error| if reset(&error) { Ok(None) } else { Err(error) })? {
-        let event: Value = serde_json::from_str(&line)?;
+    let deadline = Instant::now() + PATIENCE;
+    let stream = connect(path, deadline)?;
+    let line = format!("{}\n", serde_json::to_value(command)?);
+    socket::send_until(stream.as_fd(), line.as_bytes(), &[], deadline).map_err(|error| silent(path, error))?;
+    let mut events = Events { stream: &stream, bytes: Vec::new() };
+    let silence = command.is_answered_at_once().then_some(PATIENCE);
+    while let Some(line) = events.next(silence).map_err(|error| silent(path, error))? {
+        let event: Value = serde_json::from_slice(&line)?;
         match event.get("event").and_then(Value::as_str) {
             Some("ok") => return Ok(()),
             Some("error") => {
@@ -206,15 +295,91 @@ pub fn call(path: &Path, command: &Command, mut each: impl FnMut(Value)) -> io::
 fn speaks_vhost_user(path: &Path) -> bool {
     let header = |flags, size| Header { request: Request::GET_FEATURES.0, flags, size };
     let ask = || {
-        let mut stream = UnixStream::connect(path)?;
-        stream.set_read_timeout(Some(PROBE_TIMEOUT))?;
-        stream.set_write_timeout(Some(PROBE_TIMEOUT))?;
-        stream.write_all(header(Header::FLAG_VERSION, 0).as_bytes())?;
+        let deadline = Instant::now() + PROBE_TIMEOUT;
+        let mut stream = socket::connect(path)?;
+        socket::send_until(stream.as_fd(), header(Header::FLAG_VERSION, 0).as_bytes(), &[], deadline)?;
         let mut answer = Header::new_zeroed();
-        stream.read_exact(answer.as_mut_bytes())?;
+        // The answer comes as one: a part of it is not the answer.
+        if socket::ready(stream.as_fd(), PollFlags::POLLIN, deadline)? {
+            stream.read_exact(answer.as_mut_bytes())?;
+        }
         io::Result::Ok(answer)
     };
     ask().is_ok_and(|answer| answer.as_bytes() == header(Header::REPLY_FLAGS, size_of::<u64>() as u32).as_bytes())
+}
+
+/// Says whose silence a timeout was.
+fn silent(path: &Path, error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::TimedOut => {
+            let text = format!("{}: no answer within {PATIENCE:?}: the guest's process hangs", path.display());
+            io::Error::new(error.kind(), text)
+        }
+        _ => error,
+    }
+}
+
+fn connect(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
+    loop {
+        let error = match socket::connect(path) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => error,
+        };
+        let advice = match error.kind() {
+            io::ErrorKind::WouldBlock if Instant::now() < deadline => {
+                std::thread::sleep(RETRY);
+                continue;
+            }
+            io::ErrorKind::WouldBlock => "no connection is accepted: the guest's process hangs",
+            io::ErrorKind::NotFound => "no such socket: is the guest running, and is --control its socket?",
+            io::ErrorKind::ConnectionRefused => "nobody listens there any more: has the guest ended?",
+            io::ErrorKind::PermissionDenied => "no permission: run as the guest's user",
+            _ => "can't connect",
+        };
+        return Err(io::Error::new(error.kind(), format!("{}: {advice} ({error})", path.display())));
+    }
+}
+
+/// What the process that owns the guest says, line by line.
+struct Events<'a> {
+    stream: &'a UnixStream,
+    /// Received and not yet handed out.
+    bytes: Vec<u8>,
+}
+
+impl Events<'_> {
+    /// The next line; `None` at the end. `silence` limits how long it may take.
+    fn next(&mut self, silence: Option<Duration>) -> io::Result<Option<Vec<u8>>> {
+        let deadline = silence.map(|silence| Instant::now() + silence);
+        let mut chunk = vec![0; 4096];
+        loop {
+            if let Some(end) = self.bytes.iter().position(|byte| *byte == b'\n') {
+                return Ok(Some(self.bytes.drain(..=end).collect()));
+            }
+            if self.bytes.len() as u64 >= MAX_LINE {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    format!("a line of more than {MAX_LINE} bytes"),
+                ));
+            }
+            // Without a limit it looks once in a while, which changes nothing.
+            let until = deadline.unwrap_or_else(|| Instant::now() + PATIENCE);
+            if !socket::ready(self.stream.as_fd(), PollFlags::POLLIN, until)? {
+                match deadline {
+                    Some(_) => return Err(io::ErrorKind::TimedOut.into()),
+                    None => continue,
+                }
+            }
+            match self.stream.read(&mut chunk) {
+                Ok(0) => return Ok(None),
+                Ok(count) => self.bytes.extend(chunk.get(..count).unwrap_or_default()),
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                // A peer that does not read what it was sent resets the connection when it closes it.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
+                Err(error) => return Err(error),
+            }
+        }
+    }
 }
 
 fn read_line(lines: &mut BufReader<&UnixStream>) -> io::Result<Option<String>> {
@@ -226,15 +391,10 @@ fn read_line(lines: &mut BufReader<&UnixStream>) -> io::Result<Option<String>> {
     Ok((read > 0).then_some(line))
 }
 
-fn write_line(mut stream: &UnixStream, value: &Value) -> io::Result<()> {
-    let mut line = value.to_string();
-    line.push('\n');
-    stream.write_all(line.as_bytes())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
 
     struct Echo;
 
@@ -274,7 +434,7 @@ mod tests {
     #[test]
     fn a_client_that_only_sends_nothing_more_is_not_gone() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let client = Client(&ours);
+        let client = Client::new(&ours);
         assert!(!client.is_gone());
         theirs.shutdown(std::net::Shutdown::Write).unwrap();
         assert!(!client.is_gone());
@@ -299,7 +459,7 @@ mod tests {
             let answer = read_line(&mut lines).unwrap().unwrap();
             assert!(answer.contains(r#""event":"error""#), "{nonsense}: {answer}");
         }
-        write_line(&stream, &json!({"command": "status"})).unwrap();
+        (&stream).write_all(b"{\"command\":\"status\"}\n").unwrap();
         assert!(read_line(&mut lines).unwrap().unwrap().contains("saw"));
     }
 
@@ -319,5 +479,44 @@ mod tests {
     fn a_missing_socket_says_what_to_do() {
         let error = call(Path::new("/nonexistent/socket"), &Command::Status, |_| ()).unwrap_err();
         assert!(error.to_string().contains("is the guest running"), "{error}");
+    }
+
+    #[test]
+    fn a_client_that_does_not_read_delays_no_event_and_is_told_how_many_it_missed() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let client = Client::new(&ours);
+        // More than its socket and what is kept for it hold.
+        let events = 40_000u64;
+        (0..events).for_each(|number| client.tell(&json!({"event": "round", "number": number})));
+        let reader = std::thread::spawn(move || {
+            let lines =
+                BufReader::new(theirs).lines().map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap());
+            lines.collect::<Vec<_>>()
+        });
+        client.end_answer(&json!({"event": "ok"})).unwrap();
+        drop(client);
+        drop(ours);
+        let seen = reader.join().unwrap();
+        let numbers: Vec<u64> = seen.iter().filter_map(|event| event["number"].as_u64()).collect();
+        assert!(numbers.iter().copied().eq(0..numbers.len() as u64), "the first arrive whole and in order");
+        let rest = [json!({"event": "dropped", "events": events - numbers.len() as u64}), json!({"event": "ok"})];
+        assert_eq!(seen[numbers.len()..], rest);
+    }
+
+    #[test]
+    fn a_process_that_hangs_is_said_to_whether_or_not_it_accepts_connections() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("c");
+        // It never accepts, and two connections fit into its queue.
+        let listener = bind(&path).unwrap();
+        nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(1).unwrap()).unwrap();
+        std::thread::scope(|scope| {
+            // More than there is room for.
+            let asked: Vec<_> = (0..4).map(|_| scope.spawn(|| call(&path, &Command::Cancel, |_| ()))).collect();
+            for asked in asked {
+                let error = asked.join().unwrap().unwrap_err();
+                assert!(error.to_string().contains("the guest's process hangs"), "{error}");
+            }
+        });
     }
 }

@@ -2,8 +2,10 @@
 
 use std::io;
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
+
+use super::socket;
 
 /// Longest path of a UNIX socket, bytes.
 pub(crate) const MAX_SOCKET_PATH: usize = 107;
@@ -27,7 +29,7 @@ pub(crate) fn listen(path: &Path) -> Result<UnixListener, NotListening> {
             if !std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
                 return Err(refused("a file that is no socket is there, move it or use another path", None));
             }
-            if !matches!(UnixStream::connect(path), Err(e) if e.kind() == io::ErrorKind::ConnectionRefused) {
+            if !matches!(socket::connect(path), Err(e) if e.kind() == io::ErrorKind::ConnectionRefused) {
                 return Err(refused("another process listens there, end it or use another path", None));
             }
             tracing::info!("{}: replaces a socket that nobody listens on", path.display());

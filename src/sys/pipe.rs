@@ -20,6 +20,8 @@ pub(crate) enum Until<'a> {
     Deadline(Instant),
     /// As soon as this fd is readable.
     Stop(BorrowedFd<'a>),
+    /// At this moment, or as soon as the fd is readable.
+    Either(Instant, BorrowedFd<'a>),
 }
 
 /// Reads to the end.
@@ -69,19 +71,18 @@ fn never_block(pipe: BorrowedFd<'_>) -> io::Result<()> {
 impl Until<'_> {
     fn wait(&self, pipe: BorrowedFd<'_>, flags: PollFlags) -> io::Result<()> {
         let pipe = PollFd::new(pipe, flags);
-        let over = match self {
-            Until::Stop(stop) => {
-                let mut fds = [PollFd::new(*stop, PollFlags::POLLIN), pipe];
-                let polled = poll(&mut fds, PollTimeout::NONE);
-                retried(polled)?;
-                fds[0].any() == Some(true)
-            }
-            Until::Deadline(deadline) => {
-                let left = deadline.saturating_duration_since(Instant::now()).as_millis() + 1;
-                retried(poll(&mut [pipe], u16::try_from(left).unwrap_or(u16::MAX)))?;
-                Instant::now() >= *deadline
-            }
+        let (deadline, stop) = match self {
+            Until::Deadline(deadline) => (Some(*deadline), None),
+            Until::Stop(stop) => (None, Some(*stop)),
+            Until::Either(deadline, stop) => (Some(*deadline), Some(*stop)),
         };
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()).as_millis() + 1);
+        let timeout = left.map_or(PollTimeout::NONE, |left| PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX));
+        let stop = stop.map(|stop| PollFd::new(stop, PollFlags::POLLIN));
+        let mut fds: Vec<PollFd<'_>> = std::iter::once(pipe).chain(stop).collect();
+        retried(poll(&mut fds, timeout))?;
+        let stopped = fds.get(1).is_some_and(|stop| stop.any() == Some(true));
+        let over = stopped || deadline.is_some_and(|deadline| Instant::now() >= deadline);
         if over { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
     }
 }
