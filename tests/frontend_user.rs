@@ -6,6 +6,7 @@ use std::io::{IoSlice, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -16,7 +17,7 @@ use tempfile::TempDir;
 use vhost_migrate::abi::vhost_user::{Header, Request, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature as p};
 use vhost_migrate::abi::{bit, inflight};
 use vhost_migrate::dirty::Log;
-use vhost_migrate::frontend::{Device, FrontendError, RingSetup, UserDevice, UserOptions};
+use vhost_migrate::frontend::{Device, FrontendError, Reconnected, RingSetup, UserDevice, UserOptions};
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
 use vhost_migrate::ring::RingBase;
 use zerocopy::IntoBytes;
@@ -329,6 +330,126 @@ fn a_silent_back_end_is_an_error_after_the_deadline() {
     let error = device.stop_ring(0).unwrap_err();
     assert!(matches!(error, FrontendError::Timeout { waited, .. } if waited == 2 * timeout), "{error}");
     assert!(device.hung_up(), "a late answer must not be taken for the next");
+}
+
+/// Answers the request to stop a ring, or its disabling, when it is told to.
+fn slow_to(request: Request, protocol: u64) -> (Fake, Sender<()>) {
+    let (go, gone) = channel();
+    let mut held = false;
+    let fake = Fake::start(protocol, move |message| {
+        let disables = request != Request::SET_VRING_ENABLE || message.payload.get(4) == Some(&0);
+        if message.request == request && disables && !std::mem::replace(&mut held, true) {
+            gone.recv().unwrap();
+        }
+        Answer::Usual
+    });
+    (fake, go)
+}
+
+#[rstest]
+fn a_ring_whose_stop_is_not_waited_for_runs_again_when_the_back_end_answers(
+    #[values(Request::SET_VRING_ENABLE, Request::GET_VRING_BASE)] slow: Request,
+    #[values(ALL, ALL & !bit(p::INFLIGHT_SHMFD), ALL & !bit(p::REPLY_ACK) & !bit(p::INFLIGHT_SHMFD))] protocol: u64,
+) {
+    let (fake, go) = slow_to(slow, protocol);
+    let mut device = running(&fake, UserOptions::default());
+    let interrupt = device.interrupt().unwrap();
+    fake.take();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let start = Instant::now();
+            while !fake.heard.lock().unwrap().iter().any(|message| message.request == slow) {
+                assert!(start.elapsed() < Duration::from_secs(60));
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            interrupt.set();
+        });
+        let error = device.stop_ring(0).unwrap_err();
+        assert!(matches!(error, FrontendError::Interrupted { .. }), "{error}");
+    });
+    assert!(device.hung_up());
+    fake.take();
+    // Nothing is sent meanwhile, and nobody waits.
+    let (log, fd) = log();
+    assert!(matches!(device.start_logging(&log, fd.as_fd()).unwrap_err(), FrontendError::Interrupted { .. }));
+    let late = || Instant::now() + Duration::from_secs(3600);
+    assert!(matches!(device.reconnect(late()).unwrap_err(), FrontendError::Interrupted { .. }));
+    interrupt.clear();
+    let error = device.reconnect(Instant::now() + Duration::from_millis(20)).unwrap_err();
+    assert!(matches!(error, FrontendError::Timeout { .. }) && fake.take().is_empty(), "{error}");
+
+    go.send(()).unwrap();
+    let back = device.reconnect(late()).unwrap();
+    assert_eq!(back, Reconnected::default(), "the connection is the old one");
+    assert!(!device.hung_up());
+    let heard = fake.take();
+    let index = |request| heard.iter().position(|message| message.request == request);
+    let enabled = index(Request::SET_VRING_ENABLE).unwrap();
+    assert_eq!(heard[enabled].payload[4], 1, "{heard:?}");
+    // One that has been stopped is started where the answer said; one that was only disabled is enabled.
+    assert_eq!(index(Request::SET_VRING_KICK).is_some_and(|kick| kick < enabled), slow == Request::GET_VRING_BASE);
+    assert_eq!(device.stop_ring(0).unwrap().bits(), 0);
+}
+
+#[test]
+fn a_back_end_that_stops_a_ring_too_slowly_is_not_given_up_if_only_its_connection_knows_the_ring() {
+    let (fake, go) = slow_to(Request::GET_VRING_BASE, ALL & !bit(p::INFLIGHT_SHMFD));
+    let options = UserOptions { stop_timeout: Duration::from_millis(30), ..UserOptions::default() };
+    let mut device = running(&fake, options);
+    let error = device.stop_ring(0).unwrap_err();
+    assert!(matches!(error, FrontendError::Timeout { .. }), "{error}");
+    go.send(()).unwrap();
+    assert_eq!(device.reconnect(Instant::now() + Duration::from_secs(60)).unwrap(), Reconnected::default());
+    assert!(!device.hung_up());
+}
+
+#[test]
+fn a_back_end_that_serves_another_front_end_is_known_from_one_that_hangs() {
+    let fake = Fake::start(ALL, |_| Answer::Usual);
+    let options = UserOptions { timeout: Duration::from_millis(30), ..UserOptions::default() };
+    let first = fake.connect().unwrap();
+    let error = fake.connect_with(options).err().unwrap();
+    assert!(matches!(error, FrontendError::NotServed { busy: true, .. }) && error.is_away(), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("serves another front-end") && !text.contains("hangs"), "{text}");
+    drop(first);
+    // Nobody is served, and it is not known why.
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    let error = UserDevice::connect(&path, options, Instant::now()).err().unwrap();
+    assert!(matches!(error, FrontendError::NotServed { busy: false, .. }), "{error}");
+    assert!(error.to_string().contains("before it is restarted"), "{error}");
+    // One that has read the request and does not answer hangs.
+    let reader = std::thread::spawn(move || {
+        let mut stream = listener.incoming().nth(1).unwrap().unwrap();
+        let mut bytes = [0; 24];
+        stream.read_exact(&mut bytes).unwrap();
+        stream
+    });
+    let longer = UserOptions { timeout: Duration::from_secs(5), ..options };
+    let error = UserDevice::connect(&path, longer, Instant::now()).err().unwrap();
+    assert!(matches!(error, FrontendError::Timeout { .. }), "{error}");
+    drop(reader.join().unwrap());
+}
+
+#[test]
+fn a_full_queue_of_connections_is_waited_for_until_the_deadline_and_no_longer() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
+    let filler = UnixStream::connect(&path).unwrap();
+    let connect = |wait| UserDevice::connect(&path, UserOptions::default(), Instant::now() + wait);
+    let error = connect(Duration::from_millis(30)).err().unwrap();
+    assert!(error.to_string().contains("queue of connections is full"), "{error}");
+    std::thread::scope(|scope| {
+        let connected = scope.spawn(|| connect(Duration::from_secs(60)).map(drop));
+        drop((listener.accept().unwrap(), filler));
+        let mut script: Script = Box::new(|_| Answer::Usual);
+        serve(listener.accept().unwrap().0, ALL, &Mutex::default(), &mut script);
+        connected.join().unwrap().unwrap();
+    });
 }
 
 #[test]

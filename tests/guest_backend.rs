@@ -20,11 +20,11 @@ use vhost_migrate::abi::vhost_user::protocol_feature;
 use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
 use vhost_migrate::backend::{self, BackendError, Listener};
 use vhost_migrate::dirty::{DirtyError, DirtySource, Log, PageSet, Pagemap};
-use vhost_migrate::frontend::{UserDevice, UserOptions};
+use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestError, make_memory};
 use vhost_migrate::memory::{LOG_PAGE, Memory};
-use vhost_migrate::migrate::{GuestArrival, GuestMachine, Plan, Policy, migrate, receive};
-use vhost_migrate::stream::{Codec, Options, transport};
+use vhost_migrate::migrate::{GuestArrival, GuestMachine, Machine, Plan, Policy, migrate, receive};
+use vhost_migrate::stream::{Cancel, Codec, Options, transport};
 
 const MIB: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -239,6 +239,62 @@ fn a_disk_grows_under_its_guest_and_never_shrinks() {
     wait_for(&guest, "a smaller image is refused", |_| backend.log().contains("make it as large again"));
     assert_eq!(guest.connections()[0].capacity, 1000 * MIB);
     guest.verify().unwrap();
+}
+
+fn signal(backend: &Backend, signal: Signal) {
+    kill(Pid::from_raw(backend.child.id() as i32), signal).unwrap();
+}
+
+#[rstest]
+#[case::the_first_answers_later(0, false, false)]
+#[case::the_last_answers_later(1, false, false)]
+#[case::cancelled_before_it_is_asked(0, false, true)]
+#[case::the_first_dies(0, true, false)]
+fn a_switchover_that_is_cancelled_while_a_disk_hangs_lets_all_else_go_on_at_once(
+    #[case] hung: usize,
+    #[case] dies: bool,
+    #[case] early: bool,
+) {
+    let mut backends = [Backend::start(), Backend::start()];
+    let mut guest = Guest::new(GuestConfig { disks: 2, request_timeout: 5, ..config() }).unwrap();
+    guest.boot(backends.iter().map(|backend| Box::new(backend.device()) as Box<dyn Device>).collect()).unwrap();
+    guest.resume().unwrap();
+    run_for(&guest, 100);
+    signal(&backends[hung], Signal::SIGSTOP);
+    let (guest, cancel) = (Mutex::new(Some(guest)), Cancel::new().unwrap());
+    let mut machine = GuestMachine::new(&guest).unwrap().with_cancel(&cancel);
+    std::thread::scope(|scope| {
+        let paused = scope.spawn(|| machine.pause());
+        if !early {
+            std::thread::sleep(Duration::from_millis(300));
+            assert!(!paused.is_finished());
+        }
+        assert!(cancel.cancel());
+        let error = paused.join().unwrap().unwrap_err();
+        assert!(error.downcast_ref::<GuestError>().is_some(), "{error}");
+    });
+    machine.resume().unwrap();
+    drop(machine);
+    let mut guest = guest.into_inner().unwrap().unwrap();
+    assert!(guest.is_running());
+    let before = guest.stats().pages;
+    wait_for(&guest, "CPUs go on", |guest| guest.stats().pages > before);
+    // Only the other disk answers, for longer than a request may take otherwise.
+    let away = guest.connections()[hung].clone();
+    assert!(away.away_ms.is_some() && away.refused.is_some(), "{away:?}");
+    assert_eq!(guest.connections()[1 - hung].away_ms, None);
+    run_for(&guest, 200);
+    wait_for(&guest, "it has been silent for a while", |guest| guest.connections()[hung].away_ms > Some(6000));
+    if dies {
+        backends[hung].crash();
+    } else {
+        signal(&backends[hung], Signal::SIGCONT);
+    }
+    wait_for(&guest, "the disk is back", |guest| guest.connections()[hung].away_ms.is_none());
+    assert_eq!(guest.stats().reconnects, u64::from(dies));
+    run_for(&guest, 200);
+    guest.verify().unwrap();
+    assert_eq!((guest.stats().lost, guest.stats().duplicates), (0, 0));
 }
 
 /// Copies pages as they are now, as a migration sends them.

@@ -33,6 +33,37 @@ pub enum FrontendError {
         /// How long it was waited for.
         waited: Duration,
     },
+    /// The back-end has not read the first message of this connection: it serves another front-end, or hangs.
+    #[error(
+        "{}: no answer to {request} within {waited:?}: the back-end has not taken up this connection. {}",
+        path.display(),
+        if *busy { BUSY } else { UNSERVED }
+    )]
+    NotServed {
+        /// The socket.
+        path: PathBuf,
+        /// The message without an answer.
+        request: Request,
+        /// How long it was waited for.
+        waited: Duration,
+        /// Another front-end is known to be connected.
+        busy: bool,
+    },
+    /// The wait for an answer was ended by [`Interrupt::set`](super::Interrupt::set). The answer is still owed:
+    /// [`reconnect`](super::Device::reconnect) gets it.
+    #[error("the wait for the answer to {request} was ended: reconnect before anything else")]
+    Interrupted {
+        /// The message whose answer is owed.
+        request: Request,
+    },
+    /// The back-end has been away, or silent, for too long, or nothing waits for it any more.
+    #[error("{device}: its back-end is away{}: start it again, or wait until it answers", why(.reason))]
+    Away {
+        /// The device.
+        device: String,
+        /// Why what answers in the back-end's place can't go on for it, if there is something.
+        reason: Option<String>,
+    },
     /// The back-end understood and said no.
     #[error("the back-end refused {request} (answer {code:#x}): its log says why (rule F4)")]
     Refused {
@@ -140,7 +171,14 @@ pub enum FrontendError {
 impl FrontendError {
     /// Whether the connection is gone, so that [`reconnect`](super::Device::reconnect) and a second try may help.
     pub fn is_hang_up(&self) -> bool {
-        matches!(self, FrontendError::HungUp { .. } | FrontendError::Timeout { .. })
+        use FrontendError::{HungUp, NotServed, Timeout};
+        matches!(self, HungUp { .. } | Timeout { .. } | NotServed { .. })
+    }
+
+    /// Returns true if the device is to be reconnected before it can be used again: the connection is gone, or answers are
+    /// owed on it.
+    pub(crate) fn needs_reconnect(&self) -> bool {
+        self.is_hang_up() || matches!(self, FrontendError::Interrupted { .. })
     }
 
     /// Whether the back-end is merely not there, yet or any more, so that waiting for it may help.
@@ -164,8 +202,18 @@ impl FrontendError {
     }
 }
 
+const BUSY: &str = "It serves another front-end, and serves one at a time: end that one, or start a back-end for each. \
+                    A restart would disturb the other one's guest";
+const UNSERVED: &str = "It may be serving another front-end, one at a time, or be stuck: see what it does before it is \
+                        restarted";
+
+fn why(reason: &Option<String>) -> String {
+    reason.as_ref().map(|reason| format!(" ({reason})")).unwrap_or_default()
+}
+
 fn advice(source: &io::Error) -> &'static str {
     match source.kind() {
+        io::ErrorKind::WouldBlock => "its queue of connections is full: it accepts none, see what it does",
         io::ErrorKind::NotFound => "is the back-end running, and is this its socket?",
         io::ErrorKind::ConnectionRefused => "a stale socket: start the back-end again",
         io::ErrorKind::PermissionDenied => "run as the back-end's user, or change the socket's permissions",

@@ -13,6 +13,14 @@ pub trait SharedDevice: Send {
     /// # Errors
     /// What `ask` reports.
     fn with(&self, ask: &mut dyn FnMut(&mut dyn Device) -> Result<(), FrontendError>) -> Result<(), FrontendError>;
+
+    /// Ends logging. A device whose back-end is away is not waited for: it logs nothing when it is back.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn stop_logging(&self) -> Result<(), FrontendError> {
+        self.with(&mut |device| device.stop_logging())
+    }
 }
 
 /// A device whose back-end is not restarted.
@@ -73,7 +81,7 @@ impl DirtySource for DeviceLog {
 
     fn stop(&mut self) -> Result<(), DirtyError> {
         self.log = None;
-        self.device.with(&mut |device| device.stop_logging()).map_err(|cause| self.failed(cause))
+        self.device.stop_logging().map_err(|cause| self.failed(cause))
     }
 
     fn name(&self) -> &str {

@@ -6,12 +6,14 @@
 
 mod counters;
 mod error;
+mod interrupt;
 mod iommu;
 mod logging;
 mod user;
 
 pub use counters::describe_counters;
 pub use error::FrontendError;
+pub use interrupt::Interrupt;
 pub use iommu::{Iommu, Mapping};
 pub use logging::{DeviceLog, SharedDevice};
 pub use user::{BackendAddresses, UserDevice, UserOptions};
@@ -86,7 +88,7 @@ pub struct Reconnected {
     /// Requests that the inflight region had marked: those the new back-end executes again, and at most one batch
     /// whose completion the guest has already seen.
     pub resubmitted: u64,
-    /// Connections that were tried until one held.
+    /// Connections that were tried until one held; 0 if the old one still does.
     pub attempts: u32,
 }
 
@@ -94,7 +96,8 @@ pub struct Reconnected {
 ///
 /// The device remembers what it was told. When a call fails with [`FrontendError::is_hang_up`], memory, features,
 /// started rings, the inflight region and the log stay noted (a log that was being installed is not, a ring that was
-/// being stopped counts as running): [`reconnect`](Device::reconnect), then repeat the call.
+/// being stopped counts as running): [`reconnect`](Device::reconnect), then repeat the call. The same holds for
+/// [`FrontendError::Interrupted`].
 pub trait Device: Send {
     /// What to call it in messages: a path.
     fn name(&self) -> &str;
@@ -181,10 +184,11 @@ pub trait Device: Send {
     /// [`FrontendError::NotOffered`] if the device can't log; the channel's errors.
     fn start_logging(&mut self, log: &Arc<Log>, fd: BorrowedFd<'_>) -> Result<(), FrontendError>;
 
-    /// Ends logging: no write to the log after its return.
+    /// Ends logging: no write to the log after its return. A back-end that is away, or does not answer in time, has nothing
+    /// to log to when it is back.
     ///
     /// # Errors
-    /// The channel's errors.
+    /// [`FrontendError::Refused`] and other errors of the channel.
     fn stop_logging(&mut self) -> Result<(), FrontendError>;
 
     /// What the device knows beside its rings and configuration, to be loaded into its like; `None` if it keeps no such
@@ -253,15 +257,27 @@ pub trait Device: Send {
         Ok(None)
     }
 
-    /// Whether the connection has ended, by either side.
+    /// Returns true if the device can't be used before [`reconnect`](Device::reconnect): the connection has ended, by
+    /// either side, or an answer is still owed because the wait for it was interrupted.
     fn hung_up(&self) -> bool;
 
-    /// Connects again and installs everything that is noted: memory, inflight region, rings (going on where the inflight
+    /// The switch that ends this device's longer waits: those that stop a ring, save the state, start or stop logging, or
+    /// connect again. `None` if it never waits.
+    ///
+    /// A wait that it ends leaves the device as [`hung_up`](Device::hung_up), with the connection kept:
+    /// [`reconnect`](Device::reconnect) gets the answers that are owed and undoes the call, so that a ring that was being
+    /// stopped runs again.
+    fn interrupt(&self) -> Option<Interrupt> {
+        None
+    }
+
+    /// Makes the device usable again. Where answers are owed on a connection that holds, gets them and undoes the call that
+    /// was interrupted. Else connects again and installs everything that is noted: memory, inflight region, rings (going on where the inflight
     /// region and the used ring say), the log. Then kicks and calls every ring, so that nothing waits (rules R6, L8, I3).
     /// Tries until `deadline`, also if the back-end falls over meanwhile.
     ///
     /// # Errors
-    /// The last error when `deadline` is over; [`FrontendError::NotOffered`] if the new back-end is a lesser one,
+    /// The last error when `deadline` is over; [`FrontendError::Interrupted`]; [`FrontendError::NotOffered`] if the new back-end is a lesser one,
     /// [`FrontendError::Unrecoverable`] if requests would get lost.
     fn reconnect(&mut self, deadline: Instant) -> Result<Reconnected, FrontendError>;
 }

@@ -19,6 +19,7 @@ mod pattern;
 mod signal;
 mod state;
 mod unit;
+mod view;
 
 pub use error::{GuestError, Place, WrongByte};
 pub use layout::GuestConfig;
@@ -26,6 +27,7 @@ pub use state::{
     CpuState, DeviceState, DriverState, GuestState, HeldState, Moment, RequestKind, RequestState, STATE_VERSION,
     SlotState,
 };
+pub use view::{Connection, GuestStats, GuestView};
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -41,7 +43,7 @@ use crate::abi::virtio::{
     self, BlkConfig, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use crate::frontend::{Device, DeviceLog, FrontendError, RingSetup};
+use crate::frontend::{Device, DeviceLog, FrontendError, Interrupt};
 use crate::memory::{Extents, LOG_PAGE, Memory, Region, sealed_memfd};
 use crate::ring::RingBase;
 use cpu::Cpu;
@@ -99,46 +101,6 @@ struct Attached {
     _supervisor: Supervisor,
     unit: Arc<Unit>,
     disk: Disk,
-    /// By ring: where it goes on, while it is stopped.
-    stopped: Vec<Option<RingBase>>,
-}
-
-/// What a guest has done so far, here and on hosts before.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct GuestStats {
-    /// Disk requests made.
-    pub requests: u64,
-    /// Disk requests completed.
-    pub completions: u64,
-    /// Disk requests under way.
-    pub outstanding: u64,
-    /// Completions of what was no request.
-    pub duplicates: u64,
-    /// Requests that never got an answer, when that has stopped the guest.
-    pub lost: u64,
-    /// Pages that CPUs have written.
-    pub pages: u64,
-    /// Times a back-end came back.
-    pub reconnects: u64,
-    /// Requests that restarted back-ends found unfinished.
-    pub resubmitted: u64,
-}
-
-/// The connection to a device's back-end.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Connection {
-    /// What the device is called.
-    pub name: String,
-    /// Milliseconds since its back-end went away; `None` while it is there.
-    pub away_ms: Option<u64>,
-    /// While it is away: why what answers in its place can't go on for it, if there is something.
-    pub refused: Option<String>,
-    /// Times its back-end came back, in the guest's whole life.
-    pub reconnects: u64,
-    /// Bytes of its disk, which may have grown since the guest began to use it.
-    pub capacity: u64,
-    /// Rings that are broken: nothing more comes from them until they are started anew.
-    pub broken_rings: Vec<u16>,
 }
 
 /// What [`Guest::verify`] has looked at.
@@ -297,21 +259,21 @@ impl Guest {
         }
     }
 
-    /// Stops all rings of a paused guest; then no device writes to its memory any more (rules R3, I8).
+    /// Stops all rings of a paused guest; then no device writes to its memory any more (rules R3, I8). A back-end that is away
+    /// is not waited for.
     ///
     /// # Errors
-    /// If the guest runs, or a device can't be stopped; [`start_devices`](Guest::start_devices) undoes it.
+    /// If the guest runs, or a device can't be stopped; [`go_on`](Guest::go_on) undoes it.
     pub fn stop_devices(&mut self) -> Result<(), GuestError> {
         if matches!(self.work, Work::Running(_)) {
             return Err(self.order());
         }
-        for Attached { unit, stopped, .. } in &mut self.units {
-            for (index, base) in (0..).zip(stopped).filter(|(_, base)| base.is_none()) {
-                *base = Some(unit.with(|device| match self.config.inflight_migration {
-                    true => device.suspend_ring(index),
-                    false => device.stop_ring(index),
-                })?);
-            }
+        let suspend = self.config.inflight_migration;
+        for attached in &self.units {
+            attached.unit.stop_rings(|device, index| match suspend {
+                true => device.suspend_ring(index),
+                false => device.stop_ring(index),
+            })?;
         }
         Ok(())
     }
@@ -321,17 +283,22 @@ impl Guest {
     /// # Errors
     /// If a device can't be started; to try again does no harm.
     pub fn start_devices(&mut self) -> Result<(), GuestError> {
-        for Attached { unit, stopped, .. } in &mut self.units {
-            for ((index, line), stopped) in (0..).zip(&unit.lines).zip(stopped) {
-                let Some(base) = *stopped else { continue };
-                line.mend();
-                unit.with(|device| device.start_ring(index, setup(line, base)))?;
-                // What was added while it was stopped, or whose kick was lost with another host.
-                line.kick();
-                *stopped = None;
-            }
+        for Attached { unit, .. } in &self.units {
+            unit.with(|device| unit.start_rings(device))?;
         }
         Ok(())
+    }
+
+    /// Undoes [`pause`](Guest::pause) and [`stop_devices`](Guest::stop_devices), also those that failed half-way, without
+    /// waiting for any device: rings that are stopped are started as soon as their back-end answers. The guest has failed if
+    /// one refuses.
+    ///
+    /// # Errors
+    /// If the guest has failed, or is broken.
+    pub fn go_on(&mut self) -> Result<(), GuestError> {
+        let resumed = if self.is_running() { Ok(()) } else { self.resume() };
+        self.units.iter().for_each(|attached| attached.unit.order_start());
+        resumed
     }
 
     /// All that a paused guest with stopped devices is, but its memory and disks.
@@ -342,15 +309,15 @@ impl Guest {
         let Work::Paused(cpus, drivers) = &self.work else { return Err(self.order()) };
         let save = |attached: &Attached| {
             let running = GuestError::Order { is: "using its devices", advice: "stop them first" };
-            let own = attached.unit.with(|device| device.save_state())?;
-            let device = attached.unit.lock();
+            let own = attached.unit.at_once(|device| device.save_state())?;
+            let inflight = attached.unit.at_once(|device| device.inflight())?;
             Ok(DeviceState {
                 features: attached.disk.features,
                 capacity: attached.unit.capacity.load(Ordering::Relaxed),
                 segments: attached.disk.segments,
                 block_size: (attached.disk.block * SECTOR_BYTES) as u32,
-                bases: attached.stopped.iter().copied().collect::<Option<_>>().ok_or(running)?,
-                inflight: device.inflight()?,
+                bases: attached.unit.stopped().into_iter().collect::<Option<_>>().ok_or(running)?,
+                inflight,
                 own,
                 reconnects: attached.unit.reconnects.load(Ordering::Relaxed),
                 resubmitted: attached.unit.resubmitted.load(Ordering::Relaxed),
@@ -384,42 +351,25 @@ impl Guest {
         Ok(verified)
     }
 
+    /// What can be known of it while it is at work, also while it waits for a device.
+    pub fn view(&self) -> GuestView {
+        GuestView {
+            steps: self.steps.clone(),
+            counters: self.counters.clone(),
+            units: self.units.iter().map(|attached| Arc::downgrade(&attached.unit)).collect(),
+            failure: self.failure.clone(),
+            memory_bytes: self.memory.size(),
+        }
+    }
+
     /// What it has done so far.
     pub fn stats(&self) -> GuestStats {
-        let sum = |of: fn(&Counters) -> &AtomicU64| {
-            self.counters.iter().map(|counters| of(counters).load(Ordering::Relaxed)).sum()
-        };
-        let units = || self.units.iter().map(|attached| &attached.unit);
-        GuestStats {
-            requests: sum(|counters| &counters.requests),
-            completions: sum(|counters| &counters.completions),
-            outstanding: sum(|counters| &counters.outstanding),
-            duplicates: sum(|counters| &counters.duplicates),
-            lost: match self.failure().as_deref() {
-                Some(GuestError::Lost { outstanding, .. }) => u64::from(*outstanding),
-                _ => 0,
-            },
-            pages: self.steps.iter().map(|steps| steps.load(Ordering::Relaxed)).sum(),
-            reconnects: units().map(|unit| unit.reconnects.load(Ordering::Relaxed)).sum(),
-            resubmitted: units().map(|unit| unit.resubmitted.load(Ordering::Relaxed)).sum(),
-        }
+        self.view().stats()
     }
 
     /// How its devices' connections are, disk by disk.
     pub fn connections(&self) -> Vec<Connection> {
-        let of = |attached: &Attached| Connection {
-            name: attached.unit.name.clone(),
-            away_ms: attached.unit.away_for().map(|time| time.as_millis() as u64),
-            refused: attached.unit.refused_because(),
-            reconnects: attached.unit.reconnects.load(Ordering::Relaxed),
-            capacity: attached.unit.capacity.load(Ordering::Relaxed),
-            broken_rings: (0..)
-                .zip(&attached.unit.lines)
-                .filter(|(_, line)| line.broken.load(Ordering::Relaxed))
-                .map(|(index, _)| index)
-                .collect(),
-        };
-        self.units.iter().map(of).collect()
+        self.view().connections()
     }
 
     /// Why it has stopped by itself, if it has: it never runs again then.
@@ -445,11 +395,14 @@ impl Guest {
 
     /// The dirty pages of each device, as sources that outlast a restart of its back-end.
     pub fn logs(&self) -> impl Iterator<Item = DeviceLog> {
-        let log = |attached: &Attached| {
-            let name = attached.unit.lock().name().to_owned();
-            DeviceLog::new(attached.unit.clone(), name, self.memory.end())
-        };
+        let log =
+            |attached: &Attached| DeviceLog::new(attached.unit.clone(), attached.unit.name.clone(), self.memory.end());
         self.units.iter().map(log)
+    }
+
+    /// The switches that end waits for its devices.
+    pub fn interrupts(&self) -> Vec<Interrupt> {
+        self.units.iter().filter_map(|attached| attached.unit.interrupt().cloned()).collect()
     }
 
     /// Whether its CPUs and drivers run.
@@ -508,18 +461,14 @@ impl Guest {
                 Some(state) => state.bases.iter().copied().map(Some).collect(),
                 None => vec![Some(RingBase::start(self.config.ring_features())); per_disk],
             };
-            let unit = Arc::new(Unit::new(
-                device,
-                lines,
-                disk.capacity,
-                self.config.reconnect_timeout.map(|s| Duration::from_secs(s.min(FOREVER))),
-            ));
+            let limit = self.config.reconnect_timeout.map(|s| Duration::from_secs(s.min(FOREVER)));
+            let unit = Arc::new(Unit::new(device, lines, stopped, disk.capacity, limit)?);
             if let Some(state) = expected {
                 unit.reconnects.store(state.reconnects, Ordering::Relaxed);
                 unit.resubmitted.store(state.resubmitted, Ordering::Relaxed);
             }
             let supervisor = Supervisor::start(unit.clone(), self.failure.clone())?;
-            units.push(Attached { _supervisor: supervisor, unit, disk, stopped });
+            units.push(Attached { _supervisor: supervisor, unit, disk });
         }
         self.units = units;
         Ok(())
@@ -595,7 +544,8 @@ impl Guest {
                 })
             })?;
         }
-        if self.units.iter().any(|attached| attached.stopped.iter().any(Option::is_some)) {
+        self.units.iter().try_for_each(|attached| attached.unit.settle())?;
+        if self.units.iter().any(|attached| attached.unit.stopped().iter().any(Option::is_some)) {
             return Err(GuestError::Order { is: "without its disks", advice: "start its devices first" });
         }
         let lines =
@@ -625,20 +575,6 @@ impl Drop for Guest {
         if let Work::Running(crew) = std::mem::replace(&mut self.work, Work::Gone) {
             let _ = crew.stop();
         }
-    }
-}
-
-fn setup(line: &Line, base: RingBase) -> RingSetup {
-    let (size, [desc, avail, used]) = (line.ring.size(), line.ring.areas());
-    RingSetup {
-        size,
-        desc,
-        avail,
-        used,
-        kick: line.kick.clone(),
-        call: line.call.clone(),
-        error: Some(line.error.clone()),
-        base,
     }
 }
 

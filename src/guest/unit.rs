@@ -3,7 +3,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -12,25 +12,38 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::error::GuestError;
 use super::signal::{Failure, Signal, wait};
 use crate::abi::virtio::SECTOR_BYTES;
-use crate::frontend::{Device, DeviceEvent, FrontendError, SharedDevice};
-use crate::ring::RingLayout;
+use crate::frontend::{Device, DeviceEvent, FrontendError, Interrupt, RingSetup, SharedDevice};
+use crate::ring::{RingBase, RingLayout};
 
-/// The longest that anybody else waits for the device while its back-end is away.
+/// How long one attempt to connect again may take.
 const SLICE: Duration = Duration::from_secs(2);
 /// After which time one that was refused is tried again.
 const PAUSE: Duration = Duration::from_millis(100);
 /// How long a back-end may be away while something is asked of it: whoever asks can ask again.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How often a wait for a back-end that is away looks whether it is back.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// A device, and what the guest knows of its connection.
+///
+/// Only the supervisor connects again. Whatever else is asked of the device waits until it has, or is left to it.
 pub(super) struct Unit {
-    pub(super) device: Arc<Mutex<Box<dyn Device>>>,
+    device: Mutex<Box<dyn Device>>,
+    interrupt: Option<Interrupt>,
     pub(super) lines: Vec<Line>,
+    /// By ring: where it goes on, while it is stopped. Changes only with the device locked.
+    stopped: Mutex<Vec<Option<RingBase>>>,
     pub(super) name: String,
     /// How long a back-end may be away before the guest gives up; else it waits for ever.
     limit: Option<Duration>,
     away: AtomicBool,
     absence: Mutex<Option<Absence>>,
+    /// What the supervisor shall do as soon as the back-end is there.
+    orders: Mutex<Orders>,
+    /// Tells the supervisor of orders, and that the back-end has been found away.
+    wake: EventFd,
+    /// No supervisor looks after it any more.
+    abandoned: AtomicBool,
     pub(super) reconnects: AtomicU64,
     pub(super) resubmitted: AtomicU64,
     /// Bytes of the disk, as the device says now.
@@ -40,8 +53,14 @@ pub(super) struct Unit {
 /// What is known of a back-end that is away.
 struct Absence {
     since: Instant,
-    /// Why what answers in its place can't go on for it, if there is something.
+    /// Why what answers in its place can't go on for it, or what the back-end has not answered yet.
     why: Option<String>,
+}
+
+#[derive(Clone, Copy, Default, PartialEq)]
+struct Orders {
+    start_rings: bool,
+    stop_logging: bool,
 }
 
 /// A ring's place in memory and its doorbells.
@@ -63,6 +82,21 @@ impl Line {
         };
         let broken = AtomicBool::new(false);
         Ok(Line { ring, kick: eventfd()?, call: eventfd()?, error: eventfd()?, broken })
+    }
+
+    /// What a device needs to go on at `base`.
+    pub(super) fn setup(&self, base: RingBase) -> RingSetup {
+        let (size, [desc, avail, used]) = (self.ring.size(), self.ring.areas());
+        RingSetup {
+            size,
+            desc,
+            avail,
+            used,
+            kick: self.kick.clone(),
+            call: self.call.clone(),
+            error: Some(self.error.clone()),
+            base,
+        }
     }
 
     pub(super) fn kick(&self) {
@@ -88,22 +122,44 @@ impl Line {
 }
 
 impl Unit {
-    pub(super) fn new(device: Box<dyn Device>, lines: Vec<Line>, capacity: u64, limit: Option<Duration>) -> Unit {
-        Unit {
+    pub(super) fn new(
+        device: Box<dyn Device>,
+        lines: Vec<Line>,
+        stopped: Vec<Option<RingBase>>,
+        capacity: u64,
+        limit: Option<Duration>,
+    ) -> Result<Unit, GuestError> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        Ok(Unit {
             name: device.name().to_owned(),
-            device: Arc::new(Mutex::new(device)),
+            interrupt: device.interrupt(),
+            device: Mutex::new(device),
             lines,
+            stopped: Mutex::new(stopped),
             limit,
             away: AtomicBool::new(false),
             absence: Mutex::new(None),
+            orders: Mutex::default(),
+            wake: EventFd::from_value_and_flags(0, flags).map_err(GuestError::system("make an eventfd"))?,
+            abandoned: AtomicBool::new(false),
             reconnects: AtomicU64::new(0),
             resubmitted: AtomicU64::new(0),
             capacity: AtomicU64::new(capacity),
-        }
+        })
     }
 
-    pub(super) fn lock(&self) -> MutexGuard<'_, Box<dyn Device>> {
-        self.device.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Box<dyn Device>> {
+        lock(&self.device)
+    }
+
+    /// Ends what waits for the device's back-end.
+    pub(super) fn interrupt(&self) -> Option<&Interrupt> {
+        self.interrupt.as_ref()
+    }
+
+    /// By ring: where it goes on, while it is stopped.
+    pub(super) fn stopped(&self) -> Vec<Option<RingBase>> {
+        lock(&self.stopped).clone()
     }
 
     /// Whether the back-end is known to be away.
@@ -113,31 +169,41 @@ impl Unit {
 
     /// For how long its back-end has been away, if it is.
     pub(super) fn away_for(&self) -> Option<Duration> {
-        self.absence().as_ref().map(|absence| absence.since.elapsed())
+        lock(&self.absence).as_ref().map(|absence| absence.since.elapsed())
     }
 
     /// Why what answers in its place can't go on for it.
     pub(super) fn refused_because(&self) -> Option<String> {
-        self.absence().as_ref()?.why.clone()
+        lock(&self.absence).as_ref()?.why.clone()
     }
 
-    fn absence(&self) -> MutexGuard<'_, Option<Absence>> {
-        self.absence.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Takes note of it if this is new.
-    fn has_gone(&self) {
+    /// Takes note of it if this is new, and lets the supervisor know.
+    fn has_gone(&self, error: Option<&FrontendError>) {
+        let silent = error.filter(|error| matches!(error, FrontendError::Interrupted { .. }));
         self.away.store(true, Ordering::Relaxed);
-        self.absence().get_or_insert_with(|| {
-            tracing::warn!("{}: the back-end has gone away; connecting again", self.name);
-            Absence { since: Instant::now(), why: None }
-        });
+        let mut absence = lock(&self.absence);
+        if absence.is_none() {
+            let why = silent.map(|error| error.to_string());
+            *absence = Some(Absence { since: Instant::now(), why });
+            drop(absence);
+            match silent {
+                Some(error) => tracing::warn!("{}: {error}", self.name),
+                None => tracing::warn!("{}: the back-end has gone away; connecting again", self.name),
+            }
+        }
+        self.wake();
+    }
+
+    fn wake(&self) {
+        // One that is full has been set already.
+        let _ = self.wake.write(1);
     }
 
     /// Takes note of why an attempt has failed. That nobody is there is no news.
     fn is_refused(&self, error: &FrontendError) {
-        let why = (!error.is_away()).then(|| error.to_string());
-        if let Some(absence) = self.absence().as_mut().filter(|absence| absence.why != why) {
+        let is_there = matches!(error, FrontendError::Timeout { .. } | FrontendError::NotServed { .. });
+        let why = (is_there || !error.is_away()).then(|| error.to_string());
+        if let Some(absence) = lock(&self.absence).as_mut().filter(|absence| absence.why != why) {
             if why.is_some() {
                 tracing::warn!("{}: what answers can't go on for the back-end: {error}; connecting again", self.name);
             }
@@ -145,35 +211,138 @@ impl Unit {
         }
     }
 
-    /// Calls `f`, again after a reconnection if the back-end goes away meanwhile.
+    /// Calls `f`, again if the back-end goes away meanwhile and comes back.
     pub(super) fn with<T>(
         &self,
         mut f: impl FnMut(&mut dyn Device) -> Result<T, FrontendError>,
     ) -> Result<T, FrontendError> {
         let deadline = Instant::now() + PATIENCE.min(self.limit.unwrap_or(PATIENCE));
         loop {
-            let mut device = self.lock();
-            match f(device.as_mut()) {
-                Err(error) if error.is_hang_up() && Instant::now() < deadline => {
-                    self.reconnect(device.as_mut(), deadline)?;
+            match self.at_once(&mut f) {
+                Err(error) if error.is_hang_up() || matches!(error, FrontendError::Away { .. }) => {
+                    let over = self.abandoned.load(Ordering::Relaxed) || Instant::now() >= deadline;
+                    if over || self.is_interrupted() {
+                        return Err(self.is_missing());
+                    }
+                    std::thread::sleep(LOOK);
                 }
                 done => return done,
             }
         }
     }
 
+    /// Calls `f` unless the back-end is away.
+    pub(super) fn at_once<T>(
+        &self,
+        f: impl FnOnce(&mut dyn Device) -> Result<T, FrontendError>,
+    ) -> Result<T, FrontendError> {
+        let mut device = loop {
+            if self.is_away() {
+                return Err(self.is_missing());
+            }
+            // The supervisor has it for as long as an attempt to connect takes.
+            match self.device.try_lock() {
+                Ok(device) => break device,
+                Err(TryLockError::Poisoned(poisoned)) => break poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) if self.is_interrupted() => return Err(self.is_missing()),
+                Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(1)),
+            }
+        };
+        f(device.as_mut()).inspect_err(|error| {
+            if error.needs_reconnect() {
+                self.has_gone(Some(error));
+            }
+        })
+    }
+
+    fn is_interrupted(&self) -> bool {
+        self.interrupt.as_ref().is_some_and(Interrupt::is_set)
+    }
+
+    fn is_missing(&self) -> FrontendError {
+        FrontendError::Away { device: self.name.clone(), reason: self.refused_because() }
+    }
+
+    /// Starts all rings that are stopped.
+    pub(super) fn start_rings(&self, device: &mut dyn Device) -> Result<(), FrontendError> {
+        for ((index, line), stopped) in (0..).zip(&self.lines).zip(lock(&self.stopped).iter_mut()) {
+            let Some(base) = *stopped else { continue };
+            line.mend();
+            device.start_ring(index, line.setup(base))?;
+            // What was added while it was stopped, or whose kick was lost with another host.
+            line.kick();
+            *stopped = None;
+        }
+        Ok(())
+    }
+
+    /// Stops all rings, unless the back-end is away: `stop` stops one.
+    pub(super) fn stop_rings(
+        &self,
+        stop: impl Fn(&mut dyn Device, u16) -> Result<RingBase, FrontendError>,
+    ) -> Result<(), FrontendError> {
+        self.at_once(|device| {
+            lock(&self.orders).start_rings = false;
+            for (index, stopped) in (0..).zip(lock(&self.stopped).iter_mut()).filter(|(_, base)| base.is_none()) {
+                *stopped = Some(stop(device, index)?);
+            }
+            Ok(())
+        })
+    }
+
+    /// Has the supervisor start all rings that are stopped, as soon as the back-end is there.
+    pub(super) fn order_start(&self) {
+        lock(&self.orders).start_rings = true;
+        self.wake();
+    }
+
+    /// Waits until all that was left to the supervisor is done.
+    pub(super) fn settle(&self) -> Result<(), FrontendError> {
+        let deadline = Instant::now() + PATIENCE;
+        while *lock(&self.orders) != Orders::default() {
+            if Instant::now() >= deadline || self.abandoned.load(Ordering::Relaxed) {
+                return Err(self.is_missing());
+            }
+            std::thread::sleep(LOOK);
+        }
+        Ok(())
+    }
+
     fn reconnect(&self, device: &mut dyn Device, deadline: Instant) -> Result<(), FrontendError> {
-        self.has_gone();
         self.lines.iter().for_each(Line::mend);
         let found = device.reconnect(deadline)?;
         self.look(device);
-        self.away.store(false, Ordering::Relaxed);
-        if let Some(absence) = self.absence().take() {
-            let (name, ms, requests) = (&self.name, absence.since.elapsed().as_millis(), found.resubmitted);
-            tracing::info!("{name}: the back-end is back after {ms} ms, with {requests} requests to serve again");
+        if found.attempts > 0 {
+            self.reconnects.fetch_add(1, Ordering::Relaxed);
+            self.resubmitted.fetch_add(found.resubmitted, Ordering::Relaxed);
+            let requests = found.resubmitted;
+            tracing::info!("{}: connected to the back-end again, with {requests} requests to serve again", self.name);
         }
-        self.reconnects.fetch_add(1, Ordering::Relaxed);
-        self.resubmitted.fetch_add(found.resubmitted, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Takes note that the back-end is there.
+    fn is_back(&self) {
+        self.away.store(false, Ordering::Relaxed);
+        if let Some(absence) = lock(&self.absence).take() {
+            tracing::info!("{}: the back-end is back after {} ms", self.name, absence.since.elapsed().as_millis());
+        }
+    }
+
+    /// Does what was left to the supervisor.
+    fn obey(&self, device: &mut dyn Device) -> Result<(), FrontendError> {
+        if lock(&self.orders).stop_logging {
+            match device.stop_logging() {
+                Err(error) if error.needs_reconnect() => return Err(error),
+                Err(error) => tracing::warn!("{}: logging could not be switched off: {error}", self.name),
+                Ok(()) => {}
+            }
+            lock(&self.orders).stop_logging = false;
+        }
+        if lock(&self.orders).start_rings {
+            self.start_rings(device)?;
+            lock(&self.orders).start_rings = false;
+        }
         Ok(())
     }
 
@@ -210,27 +379,40 @@ impl Unit {
         }
     }
 
-    /// Connects again as long as it takes, unless there is a limit, and lets others at the device between attempts. Whatever
-    /// answers there in the back-end's place may be replaced by the right one.
+    /// Connects again as long as it takes, unless there is a limit, and carries out what was left to the supervisor. Lets
+    /// others at the device between attempts. Whatever answers there in the back-end's place may be replaced by the right one.
     fn revive(&self, stop: &Signal) -> Result<(), GuestError> {
         let deadline = self.limit.map(|limit| Instant::now() + limit);
         loop {
-            let error = {
+            let (error, connected) = {
                 let mut device = self.lock();
-                if !device.hung_up() {
-                    return Ok(());
-                }
-                let slice = Instant::now() + SLICE;
-                match self.reconnect(device.as_mut(), deadline.map_or(slice, |deadline| deadline.min(slice))) {
-                    Ok(()) => continue,
-                    Err(error) => error,
+                let connected = match device.hung_up() {
+                    true => {
+                        self.has_gone(None);
+                        let slice = Instant::now() + SLICE;
+                        self.reconnect(device.as_mut(), deadline.map_or(slice, |deadline| deadline.min(slice)))
+                    }
+                    false => Ok(()),
+                };
+                let is_connected = connected.is_ok();
+                match connected.and_then(|()| self.obey(device.as_mut())) {
+                    Ok(()) => {
+                        self.is_back();
+                        return Ok(());
+                    }
+                    Err(error) => (error, is_connected),
                 }
             };
             if stop.is_set() {
                 return Ok(());
             }
-            if error.is_final() || deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            let over = deadline.is_some_and(|deadline| Instant::now() >= deadline);
+            if error.is_final() || over || connected && !error.needs_reconnect() {
                 return Err(error.into());
+            }
+            if matches!(error, FrontendError::Interrupted { .. }) {
+                wait(&[stop.as_fd()], None, Some(LOOK))?;
+                continue;
             }
             self.is_refused(&error);
             if !error.is_away() {
@@ -244,34 +426,55 @@ impl SharedDevice for Arc<Unit> {
     fn with(&self, ask: &mut dyn FnMut(&mut dyn Device) -> Result<(), FrontendError>) -> Result<(), FrontendError> {
         Unit::with(self, ask)
     }
+
+    fn stop_logging(&self) -> Result<(), FrontendError> {
+        match self.at_once(|device| device.stop_logging()) {
+            Err(FrontendError::Away { .. }) => {
+                lock(&self.orders).stop_logging = true;
+                self.wake();
+                Ok(())
+            }
+            done => done,
+        }
+    }
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The thread that watches a device's connection; it ends when this is dropped.
 pub(super) struct Supervisor {
     stop: Arc<Signal>,
+    interrupt: Option<Interrupt>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Supervisor {
     pub(super) fn start(unit: Arc<Unit>, failure: Arc<Failure>) -> Result<Supervisor, GuestError> {
         let stop = Arc::new(Signal::new()?);
-        let stopped = stop.clone();
+        let (stopped, interrupt) = (stop.clone(), unit.interrupt.clone());
         let watch = move || {
-            if let Err(error) = watch(&unit, &stopped) {
+            let watched = watch(&unit, &stopped);
+            unit.abandoned.store(true, Ordering::Relaxed);
+            if let Err(error) = watched {
                 failure.report(error);
             }
         };
         let thread = std::thread::Builder::new().name("supervisor".into()).spawn(watch);
-        Ok(Supervisor { stop, thread: Some(thread.map_err(GuestError::system("start a thread"))?) })
+        Ok(Supervisor { stop, interrupt, thread: Some(thread.map_err(GuestError::system("start a thread"))?) })
     }
 }
 
 impl Drop for Supervisor {
     fn drop(&mut self) {
         self.stop.set();
+        self.interrupt.iter().for_each(Interrupt::set);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+        // Whoever still has the device may wait for it.
+        self.interrupt.iter().for_each(Interrupt::clear);
     }
 }
 
@@ -281,11 +484,13 @@ fn watch(unit: &Unit, stop: &Signal) -> Result<(), GuestError> {
             let device = unit.lock();
             (device.watch()?, device.watch_events()?)
         };
-        let Some(connection) = connection else { return Ok(()) };
         let errors = unit.lines.iter().map(|line| line.error.as_fd());
-        let readable: Vec<_> = errors.chain([stop.as_fd()]).chain(events.iter().map(AsFd::as_fd)).collect();
-        wait(&readable, Some(connection.as_fd()), None)?;
+        let readable: Vec<_> =
+            errors.chain([stop.as_fd(), unit.wake.as_fd()]).chain(events.iter().map(AsFd::as_fd)).collect();
+        wait(&readable, connection.as_ref().map(AsFd::as_fd), None)?;
         if !stop.is_set() {
+            // Whatever comes after this is looked at again.
+            let _ = unit.wake.read();
             unit.hear();
             unit.revive(stop)?;
         }

@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 
 use super::machine::{Arrival, Machine, MachineError, RegionLayout};
 use crate::dirty::{DirtySource, Pagemap, Union};
-use crate::frontend::{Device, UserDevice, UserOptions};
+use crate::frontend::{Device, Interrupt, UserDevice, UserOptions};
 use crate::guest::{Guest, GuestError, GuestState, make_memory};
 use crate::memory::Memory;
 use crate::stream::record::{self, MAX_STATE};
+use crate::stream::transport::{Cancel, OnCancel};
 
 /// Version of the record that carries [`GuestState`].
 const STATE_RECORD: u16 = 1;
@@ -18,13 +19,31 @@ const STATE_RECORD: u16 = 1;
 pub struct GuestMachine<'a> {
     guest: &'a Mutex<Option<Guest>>,
     memory: Memory,
+    interrupts: Vec<Interrupt>,
+    /// Sets them.
+    cancelled: Option<OnCancel>,
 }
 
 impl<'a> GuestMachine<'a> {
     /// The guest in `guest`, or `None` if there is none.
     pub fn new(guest: &'a Mutex<Option<Guest>>) -> Option<GuestMachine<'a>> {
-        let memory = lock(guest).as_ref()?.memory().clone();
-        Some(GuestMachine { guest, memory })
+        let (memory, interrupts) = lock(guest).as_ref().map(|guest| (guest.memory().clone(), guest.interrupts()))?;
+        Some(GuestMachine { guest, memory, interrupts, cancelled: None })
+    }
+
+    /// Has `cancel` end waits for the guest's devices too: a disk that hangs while its queues are stopped does not keep the
+    /// guest's CPUs and other devices from going on. It goes on itself as soon as it answers.
+    pub fn with_cancel(mut self, cancel: &Cancel) -> GuestMachine<'a> {
+        let interrupts = self.interrupts.clone();
+        self.cancelled = Some(cancel.on_cancel(move || interrupts.iter().for_each(Interrupt::set)));
+        self
+    }
+
+    /// Lets the devices wait again, and cancels no more.
+    fn clear_interrupts(&mut self) {
+        if self.cancelled.take().is_some() {
+            self.interrupts.iter().for_each(Interrupt::clear);
+        }
     }
 
     fn with<T>(&self, ask: impl FnOnce(&mut Guest) -> Result<T, GuestError>) -> Result<T, MachineError> {
@@ -66,17 +85,23 @@ impl Machine for GuestMachine<'_> {
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
+        self.clear_interrupts();
         self.with(|guest| {
             if guest.is_running() {
                 return Ok(());
             }
-            guest.start_devices()?;
-            guest.resume()
+            guest.go_on()
         })
     }
 
     fn release(&mut self) {
         *lock(self.guest) = None;
+    }
+}
+
+impl Drop for GuestMachine<'_> {
+    fn drop(&mut self) {
+        self.clear_interrupts();
     }
 }
 

@@ -31,6 +31,29 @@ pub(super) trait Interrupt: Send + Sync {
     fn interrupt(&self);
 }
 
+/// What [`Cancel::on_cancel`] was given, for as long as it is kept.
+pub struct OnCancel {
+    call: Option<Arc<dyn Interrupt>>,
+    cancel: Cancel,
+}
+
+impl Drop for OnCancel {
+    /// After this the call neither happens nor is under way.
+    fn drop(&mut self) {
+        self.call = None;
+        // Calls are made with this locked.
+        drop(lock(&self.cancel.0.targets));
+    }
+}
+
+struct Call<F>(F);
+
+impl<F: Fn() + Send + Sync> Interrupt for Call<F> {
+    fn interrupt(&self) {
+        (self.0)();
+    }
+}
+
 impl Cancel {
     /// A switch that is off.
     ///
@@ -93,6 +116,14 @@ impl Cancel {
         let mut fds = [PollFd::new(self.fd(), PollFlags::POLLIN)];
         poll_until(&mut fds, Some(Instant::now() + time))?;
         self.check()
+    }
+
+    /// Has `then` called when this is cancelled, at once if it has been, unless the returned value was dropped before.
+    /// `then` must not wait for anything.
+    pub fn on_cancel(&self, then: impl Fn() + Send + Sync + 'static) -> OnCancel {
+        let call: Arc<dyn Interrupt> = Arc::new(Call(then));
+        self.register(Arc::downgrade(&call));
+        OnCancel { call: Some(call), cancel: self.clone() }
     }
 
     /// Readable once cancelled.
@@ -228,6 +259,24 @@ mod tests {
             limiter.set(None);
             waiting.join().unwrap().unwrap();
         });
+    }
+
+    #[test]
+    fn what_hangs_on_a_switch_is_called_once_at_once_if_late_and_not_when_dropped() {
+        let (cancel, called) = (Cancel::new().unwrap(), Arc::new(std::sync::atomic::AtomicU32::new(0)));
+        let count = || {
+            let called = called.clone();
+            cancel.on_cancel(move || {
+                called.fetch_add(1, Ordering::SeqCst);
+            })
+        };
+        let _kept = count();
+        drop(count());
+        cancel.cancel();
+        cancel.cancel();
+        assert_eq!(called.load(Ordering::SeqCst), 1);
+        drop(count());
+        assert_eq!(called.load(Ordering::SeqCst), 2);
     }
 
     #[test]

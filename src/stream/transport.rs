@@ -29,7 +29,7 @@ mod accept;
 mod connect;
 mod save;
 
-pub use super::limiter::{Cancel, Limiter};
+pub use super::limiter::{Cancel, Limiter, OnCancel};
 pub use accept::Listener;
 pub use connect::connect;
 use save::{Partial, Save};

@@ -1,4 +1,5 @@
 //! One connection to a vhost-user back-end: messages out, acknowledgements and replies in, each before a deadline.
+//! Nothing here blocks: the socket does not, and every wait is a poll.
 //!
 //! Messages without a reply of their own are posted, and settled together: by their acknowledgements, or by a
 //! GET_FEATURES round trip where the back-end does not acknowledge (rule F4). What messages mean is not known here.
@@ -7,7 +8,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,7 @@ use nix::sys::socket::{MsgFlags, send};
 use tracing::debug;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::super::{FrontendError, counters};
+use super::super::{FrontendError, Interrupt, counters};
 use crate::abi::vhost_user::{Header, Request};
 use crate::sys::socket;
 
@@ -29,7 +30,15 @@ const MOST_POSTED: usize = 64;
 
 pub(super) struct Channel {
     line: Arc<Line>,
+    path: PathBuf,
     timeout: Duration,
+    interrupt: Interrupt,
+    /// The interrupt ends waits for answers.
+    heeds_interrupt: bool,
+    /// The back-end has answered something: it has taken the connection up.
+    served: bool,
+    /// Requests whose answers come later than it was waited for. Nothing is sent while there are any.
+    owed: Vec<Request>,
     /// REPLY_ACK is agreed on.
     pub(super) acks: bool,
     /// Posted and not yet settled.
@@ -73,12 +82,21 @@ impl Reply {
 }
 
 impl Channel {
-    pub(super) fn connect(path: &Path, timeout: Duration) -> Result<Channel, FrontendError> {
-        let failed = |source| FrontendError::Connect { path: path.into(), source };
-        let socket = UnixStream::connect(path).map_err(failed)?;
-        socket.set_write_timeout(Some(timeout)).map_err(failed)?;
+    /// Connects, or says at once why that is not possible.
+    pub(super) fn connect(path: &Path, timeout: Duration, interrupt: &Interrupt) -> Result<Channel, FrontendError> {
+        let socket = socket::connect(path).map_err(|source| FrontendError::Connect { path: path.into(), source })?;
         let line = Arc::new(Line { socket, sends: Mutex::default() });
-        Ok(Channel { line, timeout, acks: false, posted: Vec::new() })
+        Ok(Channel {
+            line,
+            path: path.into(),
+            timeout,
+            interrupt: interrupt.clone(),
+            heeds_interrupt: false,
+            served: false,
+            owed: Vec::new(),
+            acks: false,
+            posted: Vec::new(),
+        })
     }
 
     /// The connection, for short messages beside those of the channel.
@@ -91,11 +109,35 @@ impl Channel {
         self.acks = true;
     }
 
-    pub(super) fn set_timeout(&mut self, timeout: Duration) -> Result<(), FrontendError> {
-        let set = self.line.socket.set_write_timeout(Some(timeout));
-        set.map_err(FrontendError::system("set the time that sending may take"))?;
+    pub(super) fn set_timeout(&mut self, timeout: Duration) {
         self.timeout = timeout;
-        Ok(())
+    }
+
+    /// Whether the interrupt ends waits for answers. An answer that was not waited for, or for too long, then stays owed,
+    /// and the connection holds.
+    pub(super) fn heed_interrupt(&mut self, yes: bool) {
+        self.heeds_interrupt = yes;
+    }
+
+    /// Returns true if answers are owed.
+    pub(super) fn owes(&self) -> bool {
+        !self.owed.is_empty()
+    }
+
+    /// Gets the answers that are owed, until `deadline`; returns the one that says where a ring has stopped.
+    pub(super) fn catch_up(&mut self, deadline: Instant) -> Result<Option<Reply>, FrontendError> {
+        let (begun, mut base) = (Instant::now(), None);
+        while let Some(&request) = self.owed.first() {
+            if !self.wait(request, deadline)? {
+                return Err(FrontendError::Timeout { request, waited: begun.elapsed() });
+            }
+            let reply = self.receive_now(request, self.timeout)?;
+            self.owed.remove(0);
+            if matches!(request, Request::GET_VRING_BASE | Request::GET_VRING_BASE_SKIP_DRAIN) {
+                base = Some(reply);
+            }
+        }
+        Ok(base)
     }
 
     /// Sends a message that has no reply of its own.
@@ -130,8 +172,13 @@ impl Channel {
             return if fence { self.ask_within(timeout, Request::GET_FEATURES, &[], &[]).map(drop) } else { Ok(()) };
         }
         let mut refused = None;
-        for request in posted {
-            let reply = self.receive(request, timeout)?;
+        let mut rest = posted.into_iter();
+        while let Some(request) = rest.next() {
+            let received = self.receive(request, timeout);
+            if self.owes() {
+                self.owed.extend(rest.by_ref());
+            }
+            let reply = received?;
             let code: u64 = reply.read("F4").inspect_err(|_| self.close())?;
             if code != 0 && refused.is_none() {
                 refused = Some(FrontendError::Refused { request, code });
@@ -189,12 +236,53 @@ impl Channel {
         counters::message(request);
         let header = Header { request: request.0, flags, size: payload.len() as u32 };
         let bytes = [header.as_bytes(), payload].concat();
+        if self.owes() {
+            return Err(FrontendError::Interrupted { request });
+        }
         // A thread that panicked meanwhile has sent all or nothing.
         let _alone = self.line.sends.lock().unwrap_or_else(PoisonError::into_inner);
-        socket::send(self.line.socket(), &bytes, fds).map_err(|error| self.failed(request, self.timeout, error))
+        let sent = socket::send_until(self.line.socket(), &bytes, fds, Instant::now() + self.timeout);
+        sent.map_err(|error| self.failed(request, self.timeout, error))
     }
 
-    fn receive(&self, request: Request, timeout: Duration) -> Result<Reply, FrontendError> {
+    /// Receives the answer to `request`, the next that comes.
+    fn receive(&mut self, request: Request, timeout: Duration) -> Result<Reply, FrontendError> {
+        if self.heeds_interrupt {
+            match self.wait(request, Instant::now() + timeout) {
+                Ok(true) => {}
+                Ok(false) => {
+                    self.owed.push(request);
+                    return Err(self.silent(request, timeout));
+                }
+                Err(error) => {
+                    self.owed.push(request);
+                    return Err(error);
+                }
+            }
+        }
+        self.receive_now(request, timeout)
+    }
+
+    /// Waits until something has come, or the other side has hung up; false at the deadline.
+    fn wait(&self, request: Request, deadline: Instant) -> Result<bool, FrontendError> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX);
+            let mut fds = [self.line.socket(), self.interrupt.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            match poll(&mut fds, if left.is_zero() { PollTimeout::ZERO } else { timeout }) {
+                Ok(0) if left.is_zero() => return Ok(false),
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(FrontendError::system("wait for the back-end")(errno)),
+            }
+            match fds.map(|fd| fd.any() == Some(true)) {
+                [true, _] => return Ok(true),
+                [_, true] => return Err(FrontendError::Interrupted { request }),
+                _ => {}
+            }
+        }
+    }
+
+    fn receive_now(&mut self, request: Request, timeout: Duration) -> Result<Reply, FrontendError> {
         let deadline = Instant::now() + timeout;
         let mut fds = Vec::new();
         let mut header = [0; size_of::<Header>()];
@@ -216,6 +304,7 @@ impl Channel {
         }
         let mut payload = vec![0; size];
         self.fill(&mut payload, &mut fds, request, deadline, timeout)?;
+        self.served = true;
         Ok(Reply { request, payload, fds })
     }
 
@@ -229,19 +318,15 @@ impl Channel {
     ) -> Result<(), FrontendError> {
         let mut rest = buf;
         while !rest.is_empty() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let millis = u16::try_from(left.as_millis() + 1).unwrap_or(u16::MAX);
-            let mut fd = [PollFd::new(self.line.socket(), PollFlags::POLLIN)];
-            let received = match poll(&mut fd, PollTimeout::from(millis)) {
-                Ok(0) if left.is_zero() => Err(io::ErrorKind::WouldBlock.into()),
-                Ok(0) => continue,
-                Ok(_) => socket::receive(self.line.socket(), rest, fds),
-                Err(errno) => Err(errno.into()),
+            let received = match socket::ready(self.line.socket(), PollFlags::POLLIN, deadline) {
+                Ok(true) => socket::receive(self.line.socket(), rest, fds),
+                Ok(false) => Err(io::ErrorKind::TimedOut.into()),
+                Err(error) => Err(error),
             };
             match received {
                 Ok(0) => return Err(FrontendError::HungUp { request }),
                 Ok(received) => rest = rest.get_mut(received..).unwrap_or_default(),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
                 Err(error) => return Err(self.failed(request, timeout, error)),
             }
         }
@@ -249,15 +334,25 @@ impl Channel {
     }
 
     fn failed(&self, request: Request, waited: Duration, error: io::Error) -> FrontendError {
-        use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected, WouldBlock};
+        use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected, TimedOut};
         match error.kind() {
             BrokenPipe | ConnectionReset | NotConnected => FrontendError::HungUp { request },
-            WouldBlock => {
+            TimedOut => {
+                let error = self.silent(request, waited);
                 self.close();
-                FrontendError::Timeout { request, waited }
+                error
             }
             _ => FrontendError::System { what: "talk to the back-end", source: error },
         }
+    }
+
+    /// What a back-end that has not answered in time does, as far as it can be known.
+    fn silent(&self, request: Request, waited: Duration) -> FrontendError {
+        if self.served || !socket::is_unread(self.line.socket()).unwrap_or(false) {
+            return FrontendError::Timeout { request, waited };
+        }
+        let busy = socket::has_accepted(&self.path);
+        FrontendError::NotServed { path: self.path.clone(), request, waited, busy }
     }
 }
 
@@ -280,7 +375,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
-        let channel = Channel::connect(&path, Duration::from_millis(1)).unwrap();
+        let channel = Channel::connect(&path, Duration::from_millis(1), &Interrupt::new().unwrap()).unwrap();
         (channel, listener.accept().unwrap().0)
     }
 
@@ -298,12 +393,5 @@ mod tests {
         });
         channel.settle_within(PATIENCE).unwrap();
         answers.join().unwrap();
-    }
-
-    #[test]
-    fn a_new_timeout_holds_for_sending_too() {
-        let (mut channel, _back_end) = hasty();
-        channel.set_timeout(PATIENCE).unwrap();
-        assert_eq!(channel.line.socket.write_timeout().unwrap(), Some(PATIENCE));
     }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use zerocopy::IntoBytes;
 
-use super::super::FrontendError;
+use super::super::{FrontendError, Interrupt};
 use super::UserOptions;
 use super::channel::Channel;
 use super::ear::{Ear, Events};
@@ -39,8 +39,10 @@ pub(super) fn greet(
     options: UserOptions,
     events: &Arc<Events>,
     translator: &Arc<Translator>,
+    interrupt: &Interrupt,
 ) -> Result<(Channel, Offer, Option<Ear>), FrontendError> {
-    let mut channel = Channel::connect(path, options.timeout)?;
+    let mut channel = Channel::connect(path, options.timeout, interrupt)?;
+    channel.heed_interrupt(true);
     let number = |channel: &mut Channel, request| channel.ask(request, &[], &[])?.read::<u64>("F3");
     channel.post(Request::SET_OWNER, &[], &[])?;
     let features = number(&mut channel, Request::GET_FEATURES)?;
@@ -86,9 +88,11 @@ pub(super) fn greet(
     }
 }
 
-/// Tries until it works, waiting helps no more, or the deadline is over. Returns also how many attempts that took.
+/// Tries until it works, waiting helps no more, the deadline is over or the interrupt is set. Returns also how many attempts
+/// that took.
 pub(super) fn until<T>(
     deadline: Instant,
+    interrupt: &Interrupt,
     mut attempt: impl FnMut() -> Result<T, FrontendError>,
 ) -> Result<(T, u32), FrontendError> {
     let (mut wait, mut attempts) = (*BACK_OFF.start(), 1);
@@ -98,10 +102,9 @@ pub(super) fn until<T>(
             Err(error) => error,
         };
         let left = deadline.saturating_duration_since(Instant::now());
-        if !error.is_away() || left.is_zero() {
+        if !error.is_away() || left.is_zero() || interrupt.wait(wait.min(left)) {
             return Err(error);
         }
-        std::thread::sleep(wait.min(left));
         wait = (wait * 2).min(*BACK_OFF.end());
         attempts += 1;
     }
@@ -125,7 +128,8 @@ mod tests {
     fn a_back_end_that_is_away_is_asked_for_ever_less_often_and_a_wrong_one_once() {
         let away = || FrontendError::Connect { path: "s".into(), source: io::ErrorKind::ConnectionRefused.into() };
         let mut attempts = 0;
-        let done = until::<()>(Instant::now() + Duration::from_millis(500), || {
+        let interrupt = Interrupt::new().unwrap();
+        let done = until::<()>(Instant::now() + Duration::from_millis(500), &interrupt, || {
             attempts += 1;
             Err(away())
         });
@@ -133,10 +137,13 @@ mod tests {
         // Waits of 1, 2, 4 … 64 ms, then of 100 ms; fewer where threads run late, never more.
         assert!((2..=13).contains(&attempts), "{attempts} attempts");
         attempts = 0;
-        let done = until::<()>(Instant::now() + Duration::from_secs(60), || {
+        let done = until::<()>(Instant::now() + Duration::from_secs(60), &interrupt, || {
             attempts += 1;
             Err(FrontendError::NoIommu)
         });
         assert!(done.is_err() && attempts == 1);
+        interrupt.set();
+        let done = until::<()>(Instant::now() + Duration::from_secs(3600), &interrupt, || Err(away()));
+        assert!(done.is_err_and(|error| error.is_away()));
     }
 }

@@ -58,7 +58,7 @@ impl UserDevice {
             self.post_memory(&Memory::default())?;
         }
         if let Some(state) = &self.loaded {
-            state::load(&mut self.channel, self.options.stop_timeout, state)?;
+            state::load(&mut self.channel, self.options.stop_timeout, &self.interrupt, state)?;
         }
         for (&index, setup) in &rings {
             let base = self.base_after_crash(index, setup)?;
@@ -96,7 +96,8 @@ impl UserDevice {
         // The old connection must be gone before the new one asks for the same device.
         self.channel.close();
         self.ear = None;
-        let (channel, offer, ear) = greet(&self.path, options, &self.events, &self.translator)?;
+        self.stopping = None;
+        let (channel, offer, ear) = greet(&self.path, options, &self.events, &self.translator, &self.interrupt)?;
         let old = std::mem::replace(&mut self.offer, offer);
         (self.channel, self.ear) = (channel, ear);
         let lost = self.features & !offer.features;
@@ -115,7 +116,8 @@ impl UserDevice {
             });
         }
         let installed = self.check_iommu(self.features).and_then(|()| self.install());
-        let set = installed.and_then(|marked| self.channel.set_timeout(self.options.timeout).map(|()| marked));
-        set.inspect_err(|_| self.channel.close())
+        self.channel.set_timeout(self.options.timeout);
+        self.channel.heed_interrupt(false);
+        installed.inspect_err(|_| self.channel.close())
     }
 }

@@ -27,7 +27,7 @@ use std::time::Instant;
 
 use zerocopy::IntoBytes;
 
-use super::{Device, DeviceEvent, FrontendError, InflightState, Reconnected, RingSetup, counters};
+use super::{Device, DeviceEvent, FrontendError, InflightState, Interrupt, Reconnected, RingSetup, counters};
 use crate::abi::bit;
 use crate::abi::vhost_user::{
     CONFIG_TYPE_FRONTEND, ConfigHeader, InflightDescription, LogDescription, MemRegMsg, Request, VHOST_F_LOG_ALL,
@@ -38,7 +38,7 @@ use crate::abi::virtio::VIRTIO_F_RING_PACKED;
 use crate::dirty::Log;
 use crate::memory::{Memory, MemoryError, Region};
 use crate::ring::{RingBase, RingLayout};
-use channel::Channel;
+use channel::{Channel, Reply};
 use connect::{BACK_OFF, Offer, greet, until};
 use ear::{Ear, Events};
 use inflight::Inflight;
@@ -58,6 +58,9 @@ pub struct UserDevice {
     ear: Option<Ear>,
     events: Arc<Events>,
     translator: Arc<Translator>,
+    interrupt: Interrupt,
+    /// The ring that was being stopped when the wait for it ended.
+    stopping: Option<u16>,
     offer: Offer,
     features: u64,
     memory: Memory,
@@ -85,7 +88,10 @@ impl UserDevice {
         let path = path.as_ref();
         let events = Arc::new(Events::new()?);
         let translator = Arc::default();
-        let ((channel, offer, ear), _) = until(deadline, || greet(path, options, &events, &translator))?;
+        let interrupt = Interrupt::new()?;
+        let greeted = until(deadline, &interrupt, || greet(path, options, &events, &translator, &interrupt))?;
+        let ((mut channel, offer, ear), _) = greeted;
+        channel.heed_interrupt(false);
         Ok(UserDevice {
             path: path.into(),
             options,
@@ -93,6 +99,8 @@ impl UserDevice {
             ear,
             events,
             translator,
+            interrupt,
+            stopping: None,
             offer,
             features: 0,
             memory: Memory::default(),
@@ -366,15 +374,22 @@ impl Device for UserDevice {
         let fd = fd.try_clone_to_owned().map_err(FrontendError::system("keep the log's fd"))?;
         let before = self.log.replace((log.clone(), fd));
         let was_on = before.is_some();
-        let done = self.install_log().and_then(|()| if was_on { Ok(()) } else { self.switch_logging() });
+        let done = self.interruptible(|device| {
+            device.install_log()?;
+            if was_on { Ok(()) } else { device.switch_logging() }
+        });
         // A back-end may hang up because of this very log: connecting again must not depend on it.
         done.inspect_err(|_| self.log = before)
     }
 
     fn stop_logging(&mut self) -> Result<(), FrontendError> {
-        match self.log.take() {
-            Some(_) => self.switch_logging(),
-            None => Ok(()),
+        if self.log.take().is_none() || self.hung_up() {
+            return Ok(());
+        }
+        match self.interruptible(UserDevice::switch_logging) {
+            // It is noted: connecting again switches nothing on.
+            Err(error) if error.needs_reconnect() => Ok(()),
+            done => done,
         }
     }
 
@@ -382,13 +397,14 @@ impl Device for UserDevice {
         if !self.has(protocol_feature::DEVICE_STATE) {
             return Ok(None);
         }
-        state::save(&mut self.channel, self.options.stop_timeout).map(Some)
+        let (patience, interrupt) = (self.options.stop_timeout, self.interrupt.clone());
+        self.interruptible(|device| state::save(&mut device.channel, patience, &interrupt)).map(Some)
     }
 
     fn load_state(&mut self, state: &[u8]) -> Result<(), FrontendError> {
         let advice = "the guest's device has a state; use a back-end of the same kind";
         self.need(protocol_feature::DEVICE_STATE, "DEVICE_STATE", advice)?;
-        state::load(&mut self.channel, self.options.stop_timeout, state)?;
+        state::load(&mut self.channel, self.options.stop_timeout, &self.interrupt, state)?;
         self.loaded = Some(state.to_vec());
         Ok(())
     }
@@ -454,13 +470,24 @@ impl Device for UserDevice {
     }
 
     fn hung_up(&self) -> bool {
-        self.channel.hung_up()
+        self.channel.hung_up() || self.channel.owes()
+    }
+
+    fn interrupt(&self) -> Option<Interrupt> {
+        Some(self.interrupt.clone())
     }
 
     fn reconnect(&mut self, deadline: Instant) -> Result<Reconnected, FrontendError> {
+        if self.channel.owes() && !self.channel.hung_up() {
+            match self.catch_up(deadline) {
+                Err(error) if self.channel.hung_up() => tracing::debug!("{}: {error}", self.path.display()),
+                done => return done.map(|()| Reconnected::default()),
+            }
+        }
         let timeout = self.options.timeout;
         let left = move || deadline.saturating_duration_since(Instant::now()).min(timeout).max(*BACK_OFF.end());
-        let (resubmitted, attempts) = until(deadline, || self.reinstall(left()))?;
+        let interrupt = self.interrupt.clone();
+        let (resubmitted, attempts) = until(deadline, &interrupt, || self.reinstall(left()))?;
         counters::reconnected(self.name(), resubmitted);
         Ok(Reconnected { resubmitted, attempts })
     }
@@ -473,8 +500,12 @@ impl UserDevice {
             return Err(FrontendError::BadRing { index, reason: "it is not started" });
         }
         self.pass_kicks(index, false);
-        // If it lives on, so do its kicks.
-        let base = self.ask_for_base(request, index).inspect_err(|_| self.pass_kicks(index, true))?;
+        let asked = self.interruptible(|device| device.ask_for_base(request, index));
+        let base = asked.inspect_err(|_| match self.channel.owes() {
+            true => self.stopping = Some(index),
+            // If it lives on, so do its kicks.
+            false => self.pass_kicks(index, true),
+        })?;
         self.ear.iter().for_each(|ear| ear.remove(index));
         self.rings.remove(&index);
         Ok(base)
@@ -488,14 +519,62 @@ impl UserDevice {
         }
         let state = VringState { index: index.into(), num: 0 };
         let reply = self.channel.ask_within(self.options.stop_timeout, request, state.as_bytes(), &[])?;
+        self.base_of(&reply, index)
+    }
+
+    fn base_of(&self, reply: &Reply, index: u16) -> Result<RingBase, FrontendError> {
         // Whether the ring runs is not known after a wrong answer; connecting again starts it where it was.
         let state: VringState = reply.read("R3").inspect_err(|_| self.channel.close())?;
         if state.index != u32::from(index) {
             self.channel.close();
             let what = format!("it answered for ring {} instead of {index}", state.index);
-            return Err(FrontendError::Breach { request, what, rule: "R3" });
+            return Err(FrontendError::Breach { request: reply.request, what, rule: "R3" });
         }
         Ok(RingBase::from_bits(state.num))
+    }
+
+    /// Does what the interrupt may end. A back-end that is silent for too long is given up, unless only this connection
+    /// knows where its rings are.
+    fn interruptible<T>(
+        &mut self,
+        work: impl FnOnce(&mut UserDevice) -> Result<T, FrontendError>,
+    ) -> Result<T, FrontendError> {
+        self.channel.heed_interrupt(true);
+        let done = work(self);
+        self.channel.heed_interrupt(false);
+        if done.as_ref().is_err_and(FrontendError::is_hang_up) && self.inflight.is_some() {
+            self.channel.close();
+        }
+        done
+    }
+
+    /// Gets the answers that are owed, and makes the back-end what is noted: the ring that was being stopped runs again, and
+    /// what is logged is as if the call that was interrupted had never been made.
+    fn catch_up(&mut self, deadline: Instant) -> Result<(), FrontendError> {
+        let reply = self.channel.catch_up(deadline)?;
+        // What goes wrong now leaves a connection of which nothing is known.
+        self.undo(reply).inspect_err(|_| self.channel.close())
+    }
+
+    fn undo(&mut self, stopped: Option<Reply>) -> Result<(), FrontendError> {
+        self.install_log()?;
+        self.switch_logging()?;
+        let Some((index, setup)) =
+            self.stopping.take().and_then(|index| Some((index, self.rings.get(&index)?.clone())))
+        else {
+            return Ok(());
+        };
+        if let Some(reply) = stopped {
+            let base = self.base_of(&reply, index)?;
+            self.post_ring(index, &setup, base)?;
+            self.rings.insert(index, RingSetup { base, ..setup.clone() });
+        }
+        self.post_enable(index, true)?;
+        self.channel.settle()?;
+        self.pass_kicks(index, true);
+        // What was added meanwhile.
+        wake(&setup.kick);
+        Ok(())
     }
 
     fn write_config(&mut self, offset: u32, bytes: &[u8], flags: u32) -> Result<(), FrontendError> {

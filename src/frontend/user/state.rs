@@ -8,7 +8,7 @@ use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 use zerocopy::IntoBytes;
 
-use super::super::FrontendError;
+use super::super::{FrontendError, Interrupt};
 use super::channel::Channel;
 use crate::abi::vhost_user::{
     DEVICE_STATE_ERROR_MASK, DEVICE_STATE_LOAD, DEVICE_STATE_NOFD_MASK, DEVICE_STATE_PHASE_STOPPED, DEVICE_STATE_SAVE,
@@ -17,21 +17,26 @@ use crate::abi::vhost_user::{
 use crate::sys::pipe::{Until, read_all, write_all};
 
 /// Reads what the back-end writes, for at most `patience`.
-pub(super) fn save(channel: &mut Channel, patience: Duration) -> Result<Vec<u8>, FrontendError> {
+pub(super) fn save(channel: &mut Channel, patience: Duration, interrupt: &Interrupt) -> Result<Vec<u8>, FrontendError> {
     let (reader, writer) = pipe()?;
     let own = begin(channel, DEVICE_STATE_SAVE, writer)?.unwrap_or(reader);
-    let state = read_all(own.as_fd(), &Until::Deadline(Instant::now() + patience));
-    let state = state.map_err(|source| FrontendError::State { doing: "save", source })?;
+    let state = read_all(own.as_fd(), &Until::Either(Instant::now() + patience, interrupt.as_fd()));
+    let state = state.map_err(|source| failed("save", source, interrupt))?;
     drop(own);
     check(channel, patience)?;
     Ok(state)
 }
 
 /// Writes what the back-end reads, for at most `patience`.
-pub(super) fn load(channel: &mut Channel, patience: Duration, state: &[u8]) -> Result<(), FrontendError> {
+pub(super) fn load(
+    channel: &mut Channel,
+    patience: Duration,
+    interrupt: &Interrupt,
+    state: &[u8],
+) -> Result<(), FrontendError> {
     let (reader, writer) = pipe()?;
     let own = begin(channel, DEVICE_STATE_LOAD, reader)?.unwrap_or(writer);
-    let written = write_all(own.as_fd(), state, &Until::Deadline(Instant::now() + patience));
+    let written = write_all(own.as_fd(), state, &Until::Either(Instant::now() + patience, interrupt.as_fd()));
     drop(own);
     match written {
         // A back-end that reads no further knows why.
@@ -39,8 +44,17 @@ pub(super) fn load(channel: &mut Channel, patience: Duration, state: &[u8]) -> R
             check(channel, patience)?;
             Err(FrontendError::State { doing: "load", source: error })
         }
-        Err(source) => Err(FrontendError::State { doing: "load", source }),
+        Err(source) => Err(failed("load", source, interrupt)),
         Ok(()) => check(channel, patience),
+    }
+}
+
+fn failed(doing: &'static str, source: std::io::Error, interrupt: &Interrupt) -> FrontendError {
+    match source.kind() {
+        std::io::ErrorKind::TimedOut if interrupt.is_set() => {
+            FrontendError::Interrupted { request: Request::SET_DEVICE_STATE_FD }
+        }
+        _ => FrontendError::State { doing, source },
     }
 }
 
