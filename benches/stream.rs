@@ -30,7 +30,9 @@ use nix::time::{ClockId, clock_gettime};
 use vhost_migrate::dirty::{DirtySource, Union};
 use vhost_migrate::guest::make_memory;
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
-use vhost_migrate::migrate::{Arrival, Machine, MachineError, Plan, Policy, RegionLayout, migrate, receive};
+use vhost_migrate::migrate::{
+    ASK_FOR, Arrival, Machine, MachineError, Outcomes, Plan, Policy, RegionLayout, migrate, receive,
+};
 use vhost_migrate::stream::transport::connect;
 use vhost_migrate::stream::{
     ChannelId, Codec, Decoder, Encoder, FrameReader, FrameWriter, Listener, MigrationId, Options, StreamError, Target,
@@ -335,7 +337,7 @@ impl Arrival for Destination {
         Ok(())
     }
 
-    fn start(&mut self) -> Result<Option<u64>, MachineError> {
+    fn start(&mut self, _run: bool) -> Result<Option<u64>, MachineError> {
         Ok(None)
     }
 }
@@ -355,10 +357,11 @@ fn untouched(pages: u64, used: u64) -> f64 {
     let report = thread::scope(|scope| {
         scope.spawn(|| {
             let options = Options { channels: CHANNELS, ..Options::new().unwrap() };
-            receive(&mut destination, listener.accept(&options).unwrap(), &options.cancel).unwrap();
+            receive(&mut destination, listener.accept(&options).unwrap(), &options.cancel, &Outcomes::default())
+                .unwrap();
         });
         let connection = connect(listener.uri(), &options).unwrap();
-        let plan = Plan { policy: Policy::default(), codec: Codec::None, verify: false };
+        let plan = Plan { policy: Policy::default(), codec: Codec::None, verify: false, ask_for: ASK_FOR };
         migrate(&mut Still(source.clone()), connection, &plan, &options.limiter, &options.cancel, &mut |_| ()).unwrap()
     });
     let destination = destination.0.unwrap();

@@ -574,7 +574,7 @@ fn what_is_in_the_way_is_told_in_one_line() {
         (&["backend", "blk", "--socket", "/nonexistent/s", "--image", disk], "directory"),
         (&["backend", "blk", "--socket", disk, "--image", disk], "no socket"),
         (&["guest", "--backend", "b", "--control", &long], "shorter"),
-        (&["migrate", "--control", "/nonexistent/c", "unix:x"], "is the guest running"),
+        (&["dirty-rate", "--control", "/nonexistent/c"], "is the guest running"),
         (&["inspect", "log", "/nonexistent/log"], "/nonexistent/log"),
         (&["inspect", "stream", disk], "not a migration stream"),
     ] {

@@ -23,7 +23,9 @@ use vhost_migrate::dirty::{DirtyError, DirtySource, Log, PageSet, Pagemap};
 use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestError, make_memory};
 use vhost_migrate::memory::{LOG_PAGE, Memory};
-use vhost_migrate::migrate::{GuestArrival, GuestMachine, Machine, Plan, Policy, migrate, receive};
+use vhost_migrate::migrate::{
+    ASK_FOR, GuestArrival, GuestLocation, GuestMachine, Machine, Outcomes, Plan, Policy, migrate, receive,
+};
 use vhost_migrate::stream::{Cancel, Codec, Options, transport};
 
 const MIB: u64 = 1 << 20;
@@ -496,18 +498,19 @@ fn the_state_of_a_device_travels_with_its_guest_and_one_that_is_refused_keeps_th
         let (left, arrived) = std::thread::scope(|scope| {
             let arrived = scope.spawn(|| {
                 let connection = listener.accept(&theirs).unwrap();
-                receive(&mut arrival, connection, &theirs.cancel)
+                receive(&mut arrival, connection, &theirs.cancel, &Outcomes::default())
             });
             let connection = transport::connect(listener.uri(), &options).unwrap();
             let policy = Policy { downtime: PATIENCE, max_rounds: 100 };
-            let plan = Plan { policy, codec: Codec::None, verify: false };
+            let plan = Plan { policy, codec: Codec::None, verify: false, ask_for: ASK_FOR };
             let mut machine = GuestMachine::new(&guest).unwrap();
             let left = migrate(&mut machine, connection, &plan, &options.limiter, &options.cancel, &mut |_| {});
             (left, arrived.join().unwrap())
         });
         if refuses {
             let failure = left.unwrap_err();
-            assert!(failure.source_running && failure.to_string().contains("CHECK_DEVICE_STATE"), "{failure}");
+            assert_eq!(failure.location, GuestLocation::RunningHere, "{failure}");
+            assert!(failure.to_string().contains("CHECK_DEVICE_STATE"), "{failure}");
             assert!(arrived.is_err() && arrival.into_guest().is_none());
             run_for(guest.lock().unwrap().as_ref().unwrap(), 100);
             assert_eq!(*destination.state.lock().unwrap(), b"");

@@ -15,7 +15,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::stream::frame::{ConnectionHeader, FRAME_HEADER_BYTES, HEADER_BYTES, Kind};
-use vhost_migrate::stream::record::RoundEnd;
+use vhost_migrate::stream::record::{Commit, RoundEnd};
 use vhost_migrate::stream::transport::connect;
 use vhost_migrate::stream::{
     Codec, Connection, Decoder, Encoder, Listener, Options, PageStats, StreamError, Target, ToDestination, Uri,
@@ -63,7 +63,7 @@ fn send(connection: &Connection, memory: &Memory) -> Result<(), StreamError> {
     let mut writer = connection.writers().remove(0);
     let sent = Encoder::new(Codec::None)?.send(memory, [0..memory.size() / LOG_PAGE], &mut writer)?;
     ToDestination::RoundEnd(RoundEnd::new(0, true, &sent)).write(&mut writer)?;
-    ToDestination::Commit.write(&mut writer)?;
+    ToDestination::Commit(Commit { run: true }).write(&mut writer)?;
     Ok(())
 }
 
@@ -88,7 +88,7 @@ fn restore(from: &Uri, most: usize) -> Result<Memory, StreamError> {
         }
         match ToDestination::read(&header, &mut reader)? {
             ToDestination::RoundEnd(end) => end.check(&received)?,
-            ToDestination::Commit => break,
+            ToDestination::Commit(_) => break,
             other => panic!("{other:?}"),
         }
     }

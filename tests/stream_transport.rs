@@ -269,7 +269,7 @@ fn strangers_are_dropped_and_the_migration_goes_on() {
     let _silent = UnixStream::connect(path).unwrap();
     let mut http = UnixStream::connect(path).unwrap();
     http.write_all(b"GET / HTTP/1.1\r\nHost: somebody.example\r\n\r\n").unwrap();
-    let header = ConnectionHeader { id: MigrationId(7), channel: 0, channels: 2, one_way: false };
+    let header = ConnectionHeader { id: MigrationId(7), channel: 0, channels: 2, one_way: false, question: false };
     let mut half = [UnixStream::connect(path).unwrap(), UnixStream::connect(path).unwrap()];
     half.iter_mut().for_each(|stream| stream.write_all(&header.encode()).unwrap());
     let mut gone = UnixStream::connect(path).unwrap();
@@ -286,7 +286,7 @@ fn a_migration_whose_source_has_left_does_not_stop_the_next() {
     let to = unix(folder.path());
     let listener = Listener::bind(&to).unwrap();
     let Uri::Unix(path) = &to else { panic!() };
-    let header = ConnectionHeader { id: MigrationId(7), channel: 0, channels: 2, one_way: false };
+    let header = ConnectionHeader { id: MigrationId(7), channel: 0, channels: 2, one_way: false, question: false };
     let mut dead = UnixStream::connect(path).unwrap();
     dead.write_all(&header.encode()).unwrap();
     drop(dead);
@@ -303,7 +303,8 @@ fn both_sides_learn_which_of_them_is_too_old() {
     let Uri::Unix(path) = &to else { panic!() };
     // A newer source finds our version in the answer.
     let mut newer = UnixStream::connect(path).unwrap();
-    let mut header = ConnectionHeader { id: MigrationId(7), channel: 0, channels: 1, one_way: false }.encode();
+    let mut header =
+        ConnectionHeader { id: MigrationId(7), channel: 0, channels: 1, one_way: false, question: false }.encode();
     header[8] += 1;
     newer.write_all(&header).unwrap();
     migrate(&listener, &to, options(1), Codec::None);
@@ -490,7 +491,7 @@ fn a_peer_that_resets_the_connection_is_told_as_gone() {
     let listener = Listener::bind(&uri("tcp:127.0.0.1:0")).unwrap();
     let Uri::Tcp { port, .. } = listener.uri() else { panic!() };
     let mut source = TcpStream::connect(("127.0.0.1", *port)).unwrap();
-    let header = ConnectionHeader { id: MigrationId(7), channel: 0, channels: 1, one_way: true };
+    let header = ConnectionHeader { id: MigrationId(7), channel: 0, channels: 1, one_way: true, question: false };
     source.write_all(&header.encode()).unwrap();
     let connection = listener.accept(&options(1)).unwrap();
     let mut channel = connection.channels[0].clone();

@@ -11,10 +11,12 @@ use vhost_migrate::control::{self, Client, Command, Handler, MigrateArguments};
 use vhost_migrate::dirty::forecast;
 use vhost_migrate::guest::{Guest, GuestConfig};
 use vhost_migrate::migrate::{
-    GuestArrival, GuestMachine, MachineError, Plan, Policy, connect_all, dirty_sources, measure, migrate, receive,
+    ASK_FOR, GuestArrival, GuestLocation, GuestMachine, Incoming, MachineError, MigrateError, Outcomes, Plan, Policy,
+    connect_all, dirty_sources, measure, migrate, receive,
 };
-use vhost_migrate::stream::transport::connect;
-use vhost_migrate::stream::{Cancel, Listener, Options, Uri};
+use vhost_migrate::stream::record::Started;
+use vhost_migrate::stream::transport::{ask, connect};
+use vhost_migrate::stream::{Cancel, Listener, MigrationId, Options, ToSource, Uri};
 
 use crate::messages::Messages;
 use crate::metrics::Metrics;
@@ -29,8 +31,9 @@ use crate::units;
   vhost-migrate guest --backend b.sock --control destination.ctl --incoming tcp:0.0.0.0:4444
   vhost-migrate guest --backend a.sock --control again.ctl --incoming file:/backup/guest.vhm
 
-It takes commands, one JSON object a line, on the control socket: status, watch, migrate, cancel, pause, resume, verify,
-dirty_rate, quit. A wrong byte is told on stderr and by status, and stops the guest.
+It takes commands, one JSON object a line, on the control socket: status, watch, migrate, cancel, pause, resume, forget,
+verify, dirty_rate, quit. A wrong byte is told on stderr and by status, and stops the guest. A guest that has arrived and
+can't be started stays here, paused: resume tries again.
 
 Exit status: 0 ended by quit; 1 failed, or the guest had found a wrong byte; 2 wrong arguments.")]
 pub(crate) struct Arguments {
@@ -112,7 +115,15 @@ fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
     std::thread::spawn(move || control::serve(listener, handler));
 
     match &arguments.incoming {
-        Some(uri) => wait_for_arrival(&owner, uri, &arguments.backend)?,
+        Some(uri) => {
+            // Held to the end: a source may still ask what came of its migration.
+            let incoming = Incoming::start(Listener::bind(uri)?, owner.outcomes.clone())?;
+            println!("waits for a guest at {uri}");
+            let incoming = Arc::new(incoming);
+            *lock(&owner.incoming) = Some(incoming.clone());
+            wait_for_arrival(&owner, &incoming, uri, &arguments.backend)?;
+            incoming.close_after(2 * ASK_FOR);
+        }
         None => {
             let config = arguments.workload.config(arguments.backend.len());
             let devices = connect_all(&arguments.backend, config.inflight_migration)?;
@@ -127,30 +138,32 @@ fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
         owner.notice_failure();
     }
     owner.notice_failure();
+    // Listens no more, and removes its socket.
+    *lock(&owner.incoming) = None;
     Ok(if owner.state() == State::Failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-/// Takes in a guest; a migration that fails leaves the source running, so the next one is waited for.
-fn wait_for_arrival(owner: &Owner, uri: &Uri, backends: &[PathBuf]) -> Result<(), MachineError> {
-    let listener = Listener::bind(uri)?;
-    println!("waits for a guest at {}", listener.uri());
-    loop {
-        // A source may have nothing to say on a channel for long; one that is gone is noticed by its connection.
-        let options = Options { deadline: None, timeout: None, ..Options::new()? };
+/// Takes in a guest; a migration that fails leaves the source running, so the next one is waited for, until quit.
+fn wait_for_arrival(owner: &Owner, incoming: &Incoming, uri: &Uri, backends: &[PathBuf]) -> Result<(), MachineError> {
+    while let Some(arriving) = incoming.next()? {
+        let id = arriving.connection.id;
         let mut arrival = GuestArrival::new(backends.to_vec());
-        let received = listener
-            .accept(&options)
-            .map_err(MachineError::from)
-            .and_then(|connection| Ok(receive(&mut arrival, connection, &options.cancel)?));
-        match received {
-            Ok(_) => {
-                owner.set(arrival.into_guest(), State::Running);
+        match receive(&mut arrival, arriving.connection, &arriving.cancel, &owner.outcomes) {
+            Ok(received) => {
+                owner.set(arrival.into_guest(), if received.running { State::Running } else { State::Paused });
                 return Ok(());
             }
-            Err(error) if uri.is_single() => return Err(error),
+            Err(error @ MigrateError::NotStarted(_)) => {
+                eprintln!("guest: {error}");
+                *lock(&owner.held) = Some(id);
+                owner.set(arrival.into_guest(), State::Paused);
+                return Ok(());
+            }
+            Err(error) if uri.is_single() => return Err(error.into()),
             Err(error) => tracing::warn!("no guest arrived: {error}; waiting for the next"),
         }
     }
+    Ok(())
 }
 
 impl Workload {
@@ -173,6 +186,8 @@ impl Workload {
     }
 }
 
+/// How long a destination is asked before a guest is resumed that it may run.
+const ASK_BEFORE_RESUME: Duration = Duration::from_secs(2);
 /// How often a watch looks for news.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 const LONGEST_WATCH: Duration = Duration::from_secs(86_400);
@@ -186,10 +201,50 @@ enum State {
     Absent,
     Running,
     Paused,
-    /// It runs elsewhere.
+    /// It was handed over.
     Migrated,
+    /// It was sent away, and what came of that is not known. It is whole and paused.
+    OutcomeUnknown,
     /// It found a wrong byte, or could not go on.
     Failed,
+}
+
+impl State {
+    /// Where the guest is, if there is one.
+    fn location(self) -> Option<GuestLocation> {
+        match self {
+            State::Running => Some(GuestLocation::RunningHere),
+            State::Paused => Some(GuestLocation::PausedHere),
+            State::Migrated => Some(GuestLocation::HandedOver),
+            State::OutcomeUnknown => Some(GuestLocation::OutcomeUnknown),
+            State::Absent | State::Failed => None,
+        }
+    }
+
+    fn at(location: GuestLocation) -> State {
+        match location {
+            GuestLocation::RunningHere => State::Running,
+            GuestLocation::PausedHere => State::Paused,
+            GuestLocation::HandedOver => State::Migrated,
+            _ => State::OutcomeUnknown,
+        }
+    }
+
+    /// What a command that needs another state is told.
+    fn refusal(self) -> String {
+        match self {
+            State::Absent => "there is no guest here yet",
+            State::Running => "the guest runs here: pause it first",
+            State::Paused => "the guest is paused here: resume it first",
+            State::Migrated => "the guest was handed over: there is none here any more",
+            State::OutcomeUnknown => {
+                "what came of the guest's migration is not known: resume it if the destination does not run it, \
+                 or forget it if the destination does"
+            }
+            State::Failed => "the guest has failed and never runs again: status says why",
+        }
+        .into()
+    }
 }
 
 /// The guest and who is at it.
@@ -197,6 +252,14 @@ enum State {
 struct Owner {
     guest: Mutex<Option<Guest>>,
     state: Mutex<State>,
+    /// What came of migrations to here.
+    outcomes: Outcomes,
+    /// Where a guest is waited for, and sources that ask.
+    incoming: Mutex<Option<Arc<Incoming>>>,
+    /// The migration that brought a guest which could not be started.
+    held: Mutex<Option<MigrationId>>,
+    /// Whom to ask about a migration from here whose outcome is not known.
+    unknown: Mutex<Option<(Uri, MigrationId)>>,
     /// What takes the guest for longer: a migration, with its switch, or a measurement.
     busy: Mutex<Option<(&'static str, Option<Cancel>)>>,
 }
@@ -251,8 +314,8 @@ impl Owner {
 
     fn status(&self) -> Value {
         self.notice_failure();
-        let mut status =
-            json!({"event": "status", "state": self.state(), "busy": lock(&self.busy).as_ref().map(|b| b.0)});
+        let (state, busy) = (self.state(), lock(&self.busy).as_ref().map(|b| b.0));
+        let mut status = json!({"event": "status", "state": state, "location": state.location(), "busy": busy});
         if let Some(guest) = &*lock(&self.guest)
             && let (Some(into), Ok(Value::Object(stats))) =
                 (status.as_object_mut(), serde_json::to_value(guest.stats()))
@@ -296,38 +359,102 @@ impl Owner {
         let codec = arguments.codec.parse().map_err(|error| told(&error))?;
         let options = Options {
             channels: if uri.is_single() { 1 } else { arguments.channels },
+            one_way: arguments.one_way,
             ..Options::new().map_err(|error| told(&error))?
         };
         options.limiter.set(arguments.bandwidth);
         let policy =
             Policy { downtime: Duration::from_millis(arguments.downtime_ms), max_rounds: arguments.max_rounds };
-        let plan = Plan { policy, codec, verify: arguments.verify };
+        let plan = Plan { policy, codec, verify: arguments.verify, ask_for: ASK_FOR };
         self.alone("a migration", Some(options.cancel.clone()), || {
-            if self.state() != State::Running {
-                return Err("the guest does not run here".into());
+            let state = self.state();
+            if !matches!(state, State::Running | State::Paused) {
+                return Err(state.refusal());
             }
             let mut machine = GuestMachine::new(&self.guest).ok_or("there is no guest here")?;
             let connection = connect(&uri, &options).map_err(|error| told(&error))?;
+            *lock(&self.unknown) = Some((uri, connection.id));
             let mut tell = |event| emit(serde_json::to_value(event).unwrap_or_default());
-            match migrate(&mut machine, connection, &plan, &options.limiter, &options.cancel, &mut tell) {
-                Ok(_) => {
-                    *lock(&self.state) = State::Migrated;
-                    Ok(())
-                }
-                Err(failure) => {
-                    if !failure.source_running {
-                        *lock(&self.state) = State::Failed;
-                    }
-                    Err(failure.to_string())
-                }
-            }
+            let left = migrate(&mut machine, connection, &plan, &options.limiter, &options.cancel, &mut tell);
+            let location = left.as_ref().map_or_else(|failure| failure.location, |_| GuestLocation::HandedOver);
+            *lock(&self.state) = State::at(location);
+            left.map(drop).map_err(|failure| told(&failure))
         })
+    }
+
+    /// Has a paused guest go on, or one that the operator says does not run at the destination.
+    fn resume(&self) -> Result<(), String> {
+        self.alone("a resume", None, || {
+            match self.state() {
+                State::Paused => {}
+                State::OutcomeUnknown => self.ask_before_resume()?,
+                State::Running => return Err("the guest runs here already".into()),
+                other => return Err(other.refusal()),
+            }
+            let downtime = self.with(|guest| {
+                guest.start()?;
+                Ok(guest.downtime_ns())
+            })?;
+            *lock(&self.state) = State::Running;
+            if let Some(id) = lock(&self.held).take() {
+                self.outcomes.started(id, Started { observed_downtime_ns: downtime, start_ns: 0 });
+            }
+            Ok(())
+        })
+    }
+
+    /// The operator says that the destination does not run the guest. It is believed if nobody there says otherwise.
+    fn ask_before_resume(&self) -> Result<(), String> {
+        let Some((uri, id)) = lock(&self.unknown).clone() else { return Ok(()) };
+        match ask(&uri, id, ASK_BEFORE_RESUME) {
+            Ok(ToSource::Started(_)) => {
+                self.set(None, State::Migrated);
+                Err("the destination says that it runs the guest: it was let go of here".into())
+            }
+            Ok(ToSource::Held(held)) => {
+                Err(format!("the destination has the guest ({}): end its process first", held.message))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Lets go of a guest that the operator says runs at the destination.
+    fn forget(&self) -> Result<(), String> {
+        self.alone("a forget", None, || match self.state() {
+            State::OutcomeUnknown => {
+                self.set(None, State::Migrated);
+                Ok(())
+            }
+            State::Running | State::Paused => {
+                Err("the guest is here: only one whose migration's outcome is not known \
+                                                   can be forgotten; quit ends this one"
+                    .into())
+            }
+            other => Err(other.refusal()),
+        })
+    }
+
+    /// Whether the process may end: never with a guest that has arrived since it was asked to wait for one, and not with
+    /// one that may be the only one.
+    fn may_quit(&self) -> Result<(), String> {
+        match (self.state(), &*lock(&self.incoming)) {
+            (State::OutcomeUnknown, _) => Err(State::OutcomeUnknown.refusal()),
+            (State::Absent, Some(incoming)) => {
+                if !self.outcomes.close("the destination's process was told to quit") {
+                    return Err("a guest has arrived meanwhile: quit again to end it".into());
+                }
+                incoming.close();
+                Ok(())
+            }
+            _ => Ok(()),
+        }
     }
 
     fn cancel(&self) -> Result<(), String> {
         match &*lock(&self.busy) {
             Some((_, Some(cancel))) if cancel.cancel() => Ok(()),
-            Some((_, Some(_))) => Err("too late: the guest has been handed over".into()),
+            Some((_, Some(_))) => Err("too late: the commit has been sent, and the destination decides".into()),
+            _ if self.outcomes.give_up_all("it was cancelled at the destination") => Ok(()),
             _ => Err("no migration is under way".into()),
         }
     }
@@ -350,10 +477,14 @@ impl Owner {
         })
     }
 
-    fn turn(&self, to: State, turn: fn(&mut Guest) -> Result<(), MachineError>) -> Result<(), String> {
-        self.alone("a pause or resume", None, || {
-            self.with(turn)?;
-            *lock(&self.state) = to;
+    fn pause(&self) -> Result<(), String> {
+        self.alone("a pause", None, || {
+            match self.state() {
+                State::Running => self.with(|guest| Ok(guest.pause()?))?,
+                State::Paused => return Err("the guest is paused already".into()),
+                other => return Err(other.refusal()),
+            }
+            *lock(&self.state) = State::Paused;
             Ok(())
         })
     }
@@ -372,8 +503,9 @@ impl Handler for Commands {
             Command::Watch { seconds } => owner.watch(seconds, client)?,
             Command::Migrate(arguments) => owner.migrate(&arguments, &mut |event| client.tell(&event))?,
             Command::Cancel => owner.cancel()?,
-            Command::Pause => owner.turn(State::Paused, |guest| Ok(guest.pause()?))?,
-            Command::Resume => owner.turn(State::Running, |guest| Ok(guest.resume()?))?,
+            Command::Pause => owner.pause()?,
+            Command::Resume => owner.resume()?,
+            Command::Forget => owner.forget()?,
             Command::Verify => {
                 let verified = owner.alone("a verification", None, || owner.with(|guest| Ok(guest.verify()?)))?;
                 let mut status = owner.status();
@@ -384,7 +516,7 @@ impl Handler for Commands {
             Command::DirtyRate { seconds, bandwidth, downtime_ms } => {
                 client.tell(&owner.dirty_rate(seconds, bandwidth, downtime_ms)?);
             }
-            Command::Quit => {}
+            Command::Quit => owner.may_quit()?,
             other => return Err(format!("{other:?} is not for a built-in guest")),
         }
         Ok(())

@@ -324,7 +324,7 @@ fn stream(file: &Path) -> Result<Found, String> {
                 state_bytes = state.len();
                 text.push(format!("  state of {state_bytes} bytes"));
             }
-            ToDestination::Commit => {
+            ToDestination::Commit(_) => {
                 committed = true;
                 text.push("  commit".into());
             }

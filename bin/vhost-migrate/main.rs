@@ -2,6 +2,7 @@
 
 mod backend;
 mod check;
+mod decide;
 mod demo;
 mod dirty_rate;
 mod guest;
@@ -16,6 +17,7 @@ mod units;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use vhost_migrate::control;
 
 /// Live migration, dirty logging and crash-resume for vhost devices
 #[derive(Debug, Parser)]
@@ -34,6 +36,23 @@ enum Action {
     Backend(backend::Arguments),
     Guest(guest::Arguments),
     Migrate(migrate::Arguments),
+    /// Let a paused guest go on; after a migration of unknown outcome, say that the destination does not run it
+    #[command(
+        after_help = "After a migration whose outcome is not known (exit status 3 of migrate), the source keeps its guest
+paused. Resume it only if you know that the destination does not run it and never will: its process has ended, or says
+so. The destination is asked first, if it can be reached; one that has the guest is believed.
+
+Exit status: 0 the guest runs; 1 it does not, and why; 2 wrong arguments."
+    )]
+    Resume(decide::Arguments),
+    /// Let go of a guest whose migration's outcome is not known: the destination runs it
+    #[command(
+        after_help = "After a migration whose outcome is not known (exit status 3 of migrate), the source keeps its guest
+paused. Forget it only if you know that the destination runs it, or that a complete file has it: it ends here.
+
+Exit status: 0 the guest is gone from here; 1 it is not, and why; 2 wrong arguments."
+    )]
+    Forget(decide::Arguments),
     DirtyRate(dirty_rate::Arguments),
     Inspect(inspect::Arguments),
     Check(check::Arguments),
@@ -52,6 +71,8 @@ fn main() -> ExitCode {
         Action::Backend(arguments) => backend::run(arguments),
         Action::Guest(arguments) => guest::run(arguments),
         Action::Migrate(arguments) => migrate::run(arguments),
+        Action::Resume(arguments) => decide::run(&arguments, &control::Command::Resume),
+        Action::Forget(arguments) => decide::run(&arguments, &control::Command::Forget),
         Action::DirtyRate(arguments) => dirty_rate::run(arguments),
         Action::Inspect(arguments) => inspect::run(arguments),
         Action::Check(arguments) => check::run(arguments),

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use vhost_migrate::control::{self, Command, MigrateArguments};
+use vhost_migrate::migrate::GuestLocation;
 use vhost_migrate::stream::Codec;
 
 use crate::interrupt::on_every_interrupt;
@@ -20,7 +21,9 @@ use crate::units;
   vhost-migrate migrate --control guest.ctl tcp:host-b:4444 --codec zstd:1 --channels 4 --downtime 50
   vhost-migrate migrate --control guest.ctl file:/backup/guest.vhm
 
-Exit status: 0 done; 1 failed, the guest still runs here; 2 wrong arguments; 3 failed after the commit.
+Exit status: 0 handed over: the destination runs the guest, or a complete file holds it; 1 failed, the guest runs here;
+2 wrong arguments; 3 outcome unknown: the guest is kept here, paused, until `resume` or `forget`; 4 failed, the guest is
+paused here; 5 no contact with the guest's process, so that nothing is known; 6 failed, and no guest here can run.
 Ctrl-C cancels: the guest goes on here. A second one ends this command alone.")]
 pub(crate) struct Arguments {
     /// Control socket of the process that owns the guest
@@ -30,6 +33,10 @@ pub(crate) struct Arguments {
     uri: String,
     #[command(flatten)]
     transfer: Transfer,
+    /// Want no answers, as over a pipe or a command that is a filter: the outcome stays unknown, and the guest is kept here
+    /// until `forget`
+    #[arg(long)]
+    one_way: bool,
     #[command(flatten)]
     output: Output,
 }
@@ -59,7 +66,7 @@ pub(crate) struct Transfer {
 
 impl Transfer {
     /// The order to the guest's process.
-    pub(crate) fn to(&self, uri: impl Into<String>) -> Command {
+    pub(crate) fn to(&self, uri: impl Into<String>, one_way: bool) -> Command {
         Command::Migrate(MigrateArguments {
             uri: uri.into(),
             codec: self.codec.to_string(),
@@ -68,12 +75,13 @@ impl Transfer {
             bandwidth: self.bandwidth,
             max_rounds: self.max_rounds,
             verify: self.verify,
+            one_way,
         })
     }
 }
 
 /// Exit status when the guest's process does not answer.
-const NO_CONTACT: i32 = 1;
+const NO_CONTACT: u8 = 5;
 
 /// Runs the command.
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
@@ -82,23 +90,10 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
         return ExitCode::FAILURE;
     }
     let mut progress = Progress::new(arguments.output);
-    let mut source_running = true;
-    let outcome = control::call(&arguments.control, &arguments.transfer.to(&arguments.uri), |event| {
-        if event["event"] == "failed" {
-            source_running = event["source_running"] != Value::Bool(false);
-        }
-        progress.event(&event);
-    });
-    match outcome {
+    let order = arguments.transfer.to(&arguments.uri, arguments.one_way);
+    match control::call(&arguments.control, &order, |event| progress.event(&event)) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) if source_running => {
-            eprintln!("migration failed, the guest still runs here: {error}");
-            ExitCode::FAILURE
-        }
-        Err(error) => {
-            eprintln!("migration failed after the commit, the guest does not run here any more: {error}");
-            ExitCode::from(3)
-        }
+        Err(error) => whereabouts(&arguments.control, &error),
     }
 }
 
@@ -115,7 +110,7 @@ fn cancel_on_interrupt(control: &Path) -> io::Result<()> {
         // On a thread of its own, so that the next signal finds this one free.
         let waits = count == 1 && std::thread::Builder::new().name("cancel".into()).spawn(cancel).is_ok();
         if !waits {
-            std::process::exit(NO_CONTACT);
+            std::process::exit(NO_CONTACT.into());
         }
     })
 }
@@ -131,5 +126,38 @@ fn cancel(control: &Path) {
         Err(error) => eprintln!("can't cancel: {error}"),
     }
     eprintln!("no contact with the guest's process: it is not known where the guest runs");
-    std::process::exit(NO_CONTACT);
+    std::process::exit(NO_CONTACT.into());
+}
+
+/// Says where the guest is after a migration that did not end well, or whose end was not heard.
+fn whereabouts(control: &Path, error: &io::Error) -> ExitCode {
+    let mut status = Value::Null;
+    if let Err(silent) = control::call(control, &Command::Status, |event| status = event) {
+        eprintln!("no contact with the guest's process, nothing is known of the guest: {error}");
+        if silent.to_string() != error.to_string() {
+            eprintln!("its status can't be had: {silent}");
+        }
+        return ExitCode::from(NO_CONTACT);
+    }
+    let (busy, state) = (&status["busy"], &status["state"]);
+    let (says, code) = match serde_json::from_value(status["location"].clone()) {
+        // The answer was an error: then it was another migration that did it.
+        Ok(GuestLocation::HandedOver) if error.kind() == io::ErrorKind::Other => ("there is no guest here".into(), 6),
+        Ok(GuestLocation::HandedOver) => {
+            eprintln!("the guest was handed over; the migration's report is lost: {error}");
+            return ExitCode::SUCCESS;
+        }
+        Ok(GuestLocation::RunningHere) => ("the guest still runs here".into(), 1),
+        Ok(GuestLocation::PausedHere) => ("the guest is paused here".into(), 4),
+        Ok(GuestLocation::OutcomeUnknown) => (
+            "the outcome is unknown: the guest is kept here, paused. Run `vhost-migrate forget` if the destination runs \
+             it, `vhost-migrate resume` if it does not and never will"
+                .into(),
+            3,
+        ),
+        _ => (format!("no guest here can run ({})", state.as_str().unwrap_or("unknown")), 6),
+    };
+    let still = busy.as_str().map_or(String::new(), |busy| format!(" ({busy} is under way)"));
+    eprintln!("migration failed, {says}{still}: {error}");
+    ExitCode::from(code)
 }

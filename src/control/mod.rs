@@ -58,8 +58,11 @@ pub enum Command {
     Cancel,
     /// Stop the guest between two actions.
     Pause,
-    /// Let a paused guest go on.
+    /// Let a paused guest go on. After a migration whose outcome is not known: the operator says that the destination does
+    /// not run the guest.
     Resume,
+    /// Let go of a guest after a migration whose outcome is not known: the operator says that the destination runs it.
+    Forget,
     /// Compare every byte of the guest's memory and disk with what it must be.
     Verify,
     /// Measure what is dirtied and forecast a migration.
@@ -94,6 +97,9 @@ pub struct MigrateArguments {
     /// Compare all memory with what has arrived, while the guest is stopped and before it is handed over.
     #[serde(default)]
     pub verify: bool,
+    /// Want no answers. Then nothing can say that the guest runs at the other end.
+    #[serde(default)]
+    pub one_way: bool,
 }
 
 /// Carries out commands. Called from one thread per connection.
@@ -111,7 +117,7 @@ pub trait Handler: Send + Sync + 'static {
 impl Command {
     /// Returns true if the process that owns the guest answers this without waiting for anything.
     fn is_answered_at_once(&self) -> bool {
-        matches!(self, Command::Status | Command::Cancel | Command::Quit)
+        matches!(self, Command::Status | Command::Cancel | Command::Forget | Command::Quit)
     }
 }
 
@@ -231,7 +237,7 @@ pub fn serve(listener: UnixListener, handler: Arc<dyn Handler>) {
             }
             Err(error) => {
                 tracing::warn!(%error, "control socket: can't accept");
-                std::thread::sleep(std::time::Duration::from_millis(50));
+                std::thread::sleep(Duration::from_millis(50));
             }
         }
     }

@@ -150,6 +150,16 @@ pub trait Device: Send {
     /// [`FrontendError::System`] if it can't be read.
     fn inflight(&self) -> Result<Option<InflightState>, FrontendError>;
 
+    /// Tells the device all that [`start_ring`](Device::start_ring) does but what starts the ring, to find out whether it
+    /// would be refused: its size, its place, and what the device needs to serve it.
+    ///
+    /// # Errors
+    /// As [`start_ring`](Device::start_ring).
+    fn try_ring(&mut self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
+        let _ = (index, setup);
+        Ok(())
+    }
+
     /// Starts and enables ring `index`.
     ///
     /// # Errors

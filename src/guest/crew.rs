@@ -28,8 +28,14 @@ const LOOK: Duration = Duration::from_secs(1);
 /// Threads that run.
 pub(super) struct Crew {
     stop: Arc<Signal>,
-    cpus: Vec<JoinHandle<(Cpu, u64)>>,
-    drivers: Vec<JoinHandle<(Driver, u64)>>,
+    cpus: Vec<JoinHandle<Option<(Cpu, u64)>>>,
+    drivers: Vec<JoinHandle<Option<(Driver, u64)>>>,
+}
+
+/// Where threads that have been started wait for their work.
+struct Inboxes {
+    cpus: Vec<Sender<Cpu>>,
+    drivers: Vec<Sender<Driver>>,
 }
 
 /// What a thread needs beside its work.
@@ -47,57 +53,83 @@ impl Duty {
     }
 }
 
+/// What was to run, and why it could not be started.
+pub(super) struct NotStarted {
+    pub(super) error: GuestError,
+    pub(super) cpus: Vec<Cpu>,
+    pub(super) drivers: Vec<Driver>,
+}
+
 impl Crew {
     /// Starts all threads. Returns also when the first of them acted (CLOCK_MONOTONIC, nanoseconds), if there is any.
+    /// `queues` has the unit and the line of each driver.
     pub(super) fn start(
         cpus: Vec<Cpu>,
-        drivers: Vec<(Driver, Arc<Unit>, usize)>,
+        drivers: Vec<Driver>,
+        queues: Vec<(Arc<Unit>, usize)>,
         config: &GuestConfig,
         failure: &Arc<Failure>,
-    ) -> Result<(Crew, Option<u64>), GuestError> {
-        let stop = Arc::new(Signal::new()?);
+    ) -> Result<(Crew, Option<u64>), Box<NotStarted>> {
         let (first, firsts) = channel();
-        let duty = Duty { stop: stop.clone(), failure: failure.clone(), first };
-        let mut crew = Crew { stop, cpus: Vec::new(), drivers: Vec::new() };
-        let rate = config.dirty_rate / LOG_PAGE / cpus.len().max(1) as u64;
-        let started = (|| -> std::io::Result<()> {
-            for mut cpu in cpus {
-                let duty = duty.clone();
-                let work = move || {
-                    let last = run(&duty, || compute(&mut cpu, rate, &duty));
-                    (cpu, last)
-                };
-                crew.cpus.push(std::thread::Builder::new().name("guest-cpu".into()).spawn(work)?);
-            }
-            let (rate, patience) = (config.request_rate, Duration::from_secs(config.request_timeout));
-            for (mut driver, unit, line) in drivers {
-                let duty = duty.clone();
-                let work = move || {
-                    let last = run(&duty, || match unit.lines.get(line) {
-                        Some(line) => drive(&mut driver, &unit, line, rate, patience, &duty),
-                        None => Ok(0),
-                    });
-                    (driver, last)
-                };
-                crew.drivers.push(std::thread::Builder::new().name("guest-disk".into()).spawn(work)?);
-            }
-            Ok(())
-        })();
-        if let Err(error) = started {
-            crew.stop.set();
-            return Err(GuestError::system("start a thread")(error));
-        }
-        drop(duty);
+        let crew = Signal::new().and_then(|stop| {
+            let duty = Duty { stop: Arc::new(stop), failure: failure.clone(), first };
+            Crew::spawn(cpus.len(), queues, config, duty).map_err(GuestError::system("start a thread"))
+        });
+        let (crew, work) = match crew {
+            Ok(started) => started,
+            Err(error) => return Err(Box::new(NotStarted { error, cpus, drivers })),
+        };
+        // All of them are there now, so that each gets its work.
+        work.cpus.iter().zip(cpus).for_each(|(to, cpu)| drop(to.send(cpu)));
+        work.drivers.iter().zip(drivers).for_each(|(to, driver)| drop(to.send(driver)));
         let acted = firsts.iter().take(crew.cpus.len() + crew.drivers.len()).min();
         Ok((crew, acted))
+    }
+
+    /// Threads that wait for their work, and end without it.
+    fn spawn(
+        cpus: usize,
+        queues: Vec<(Arc<Unit>, usize)>,
+        config: &GuestConfig,
+        duty: Duty,
+    ) -> std::io::Result<(Crew, Inboxes)> {
+        let mut crew = Crew { stop: duty.stop.clone(), cpus: Vec::new(), drivers: Vec::new() };
+        let mut work = Inboxes { cpus: Vec::new(), drivers: Vec::new() };
+        let rate = config.dirty_rate / LOG_PAGE / cpus.max(1) as u64;
+        for _ in 0..cpus {
+            let (duty, (to, inbox)) = (duty.clone(), channel());
+            let live = move || {
+                let mut cpu: Cpu = inbox.recv().ok()?;
+                let last = run(&duty, || compute(&mut cpu, rate, &duty));
+                Some((cpu, last))
+            };
+            crew.cpus.push(std::thread::Builder::new().name("guest-cpu".into()).spawn(live)?);
+            work.cpus.push(to);
+        }
+        let (rate, patience) = (config.request_rate, Duration::from_secs(config.request_timeout));
+        for (unit, line) in queues {
+            let (duty, (to, inbox)) = (duty.clone(), channel());
+            let live = move || {
+                let mut driver: Driver = inbox.recv().ok()?;
+                let last = run(&duty, || match unit.lines.get(line) {
+                    Some(line) => drive(&mut driver, &unit, line, rate, patience, &duty),
+                    None => Ok(0),
+                });
+                Some((driver, last))
+            };
+            crew.drivers.push(std::thread::Builder::new().name("guest-disk".into()).spawn(live)?);
+            work.drivers.push(to);
+        }
+        Ok((crew, work))
     }
 
     /// Stops all threads and gets their work back, with the moment of the last action (CLOCK_MONOTONIC, nanoseconds).
     pub(super) fn stop(self) -> Result<(Vec<Cpu>, Vec<Driver>, u64), GuestError> {
         self.stop.set();
-        let lost = |_| GuestError::State("one of its threads has panicked".into());
-        let cpus = self.cpus.into_iter().map(|thread| thread.join().map_err(lost)).collect::<Result<Vec<_>, _>>()?;
-        let drivers = self.drivers.into_iter().map(|thread| thread.join().map_err(lost));
+        let lost = || GuestError::State("one of its threads has panicked".into());
+        let cpus = self.cpus.into_iter().map(|thread| thread.join().ok().flatten().ok_or_else(lost));
+        let cpus = cpus.collect::<Result<Vec<_>, _>>()?;
+        let drivers = self.drivers.into_iter().map(|thread| thread.join().ok().flatten().ok_or_else(lost));
         let drivers = drivers.collect::<Result<Vec<_>, _>>()?;
         let last = cpus.iter().map(|(_, last)| *last).chain(drivers.iter().map(|(_, last)| *last)).max();
         let (cpus, _): (Vec<_>, Vec<_>) = cpus.into_iter().unzip();

@@ -47,7 +47,7 @@ use crate::frontend::{Device, DeviceLog, FrontendError, Interrupt};
 use crate::memory::{Extents, LOG_PAGE, Memory, Region, sealed_memfd};
 use crate::ring::RingBase;
 use cpu::Cpu;
-use crew::Crew;
+use crew::{Crew, NotStarted};
 use driver::{Counters, Disk, Driver};
 use layout::{BUFFER_BYTES, Layout};
 use pattern::Pattern;
@@ -229,15 +229,33 @@ impl Guest {
                 return Err(self.order());
             }
         };
-        let lines = drivers
-            .into_iter()
-            .zip(self.units.iter().flat_map(|attached| (0..per_disk).map(|line| (attached.unit.clone(), line))));
-        let drivers = lines.map(|(driver, (unit, line))| (driver, unit, line)).collect();
-        let (crew, first) = Crew::start(cpus, drivers, &self.config, &self.failure)?;
+        let queues = self.units.iter().flat_map(|attached| (0..per_disk).map(|line| (attached.unit.clone(), line)));
+        let queues = queues.take(drivers.len()).collect();
+        let (crew, first) = match Crew::start(cpus, drivers, queues, &self.config, &self.failure) {
+            Ok(started) => started,
+            Err(not) => {
+                let NotStarted { error, cpus, drivers } = *not;
+                self.work = Work::Paused(cpus, drivers);
+                return Err(error);
+            }
+        };
         self.work = Work::Running(crew);
         let first = first.map(crew::moment);
         self.downtime_ns = self.last_action.take().zip(first).map(|(last, first)| last.until(&first));
         self.check_failure()
+    }
+
+    /// Starts all that is stopped: devices first, which are waited for, then CPUs and drivers. A guest that runs is left
+    /// alone.
+    ///
+    /// # Errors
+    /// If something can't be started, or the guest has failed; to try again does no harm.
+    pub fn start(&mut self) -> Result<(), GuestError> {
+        if self.is_running() {
+            return self.check_failure();
+        }
+        self.start_devices()?;
+        self.resume()
     }
 
     /// Stops CPUs and drivers between two of their actions. Requests stay outstanding, and devices go on with them.
@@ -297,8 +315,28 @@ impl Guest {
     /// If the guest has failed, or is broken.
     pub fn go_on(&mut self) -> Result<(), GuestError> {
         let resumed = if self.is_running() { Ok(()) } else { self.resume() };
-        self.units.iter().for_each(|attached| attached.unit.order_start());
+        self.restart_devices();
         resumed
+    }
+
+    /// Undoes [`stop_devices`](Guest::stop_devices) as [`go_on`](Guest::go_on) does, and leaves CPUs and drivers as they are.
+    pub fn restart_devices(&mut self) {
+        self.units.iter().for_each(|attached| attached.unit.order_start());
+    }
+
+    /// Gives devices all that they are told before a stopped ring is started, to find out whether they refuse it.
+    ///
+    /// # Errors
+    /// What a device refuses.
+    pub fn try_devices(&self) -> Result<(), GuestError> {
+        for Attached { unit, .. } in &self.units {
+            for ((index, line), stopped) in (0..).zip(&unit.lines).zip(unit.stopped()) {
+                if let Some(base) = stopped {
+                    unit.with(|device| device.try_ring(index, &line.setup(base)))?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// All that a paused guest with stopped devices is, but its memory and disks.

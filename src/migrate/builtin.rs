@@ -22,13 +22,16 @@ pub struct GuestMachine<'a> {
     interrupts: Vec<Interrupt>,
     /// Sets them.
     cancelled: Option<OnCancel>,
+    /// Whether its CPUs ran before the migration.
+    running: bool,
 }
 
 impl<'a> GuestMachine<'a> {
     /// The guest in `guest`, or `None` if there is none.
     pub fn new(guest: &'a Mutex<Option<Guest>>) -> Option<GuestMachine<'a>> {
-        let (memory, interrupts) = lock(guest).as_ref().map(|guest| (guest.memory().clone(), guest.interrupts()))?;
-        Some(GuestMachine { guest, memory, interrupts, cancelled: None })
+        let of = |guest: &Guest| (guest.memory().clone(), guest.interrupts(), guest.is_running());
+        let (memory, interrupts, running) = lock(guest).as_ref().map(of)?;
+        Some(GuestMachine { guest, memory, interrupts, cancelled: None, running })
     }
 
     /// Has `cancel` end waits for the guest's devices too: a disk that hangs while its queues are stopped does not keep the
@@ -68,13 +71,19 @@ impl Machine for GuestMachine<'_> {
         self.memory.clone()
     }
 
+    fn is_running(&self) -> bool {
+        self.running
+    }
+
     fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, MachineError> {
         self.with(|guest| Ok(Box::new(Union::new(dirty_sources(guest))) as Box<dyn DirtySource>))
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {
         self.with(|guest| {
-            guest.pause()?;
+            if guest.is_running() {
+                guest.pause()?;
+            }
             guest.stop_devices()
         })
     }
@@ -86,11 +95,13 @@ impl Machine for GuestMachine<'_> {
 
     fn resume(&mut self) -> Result<(), MachineError> {
         self.clear_interrupts();
+        let running = self.running;
         self.with(|guest| {
-            if guest.is_running() {
-                return Ok(());
+            if running {
+                return guest.go_on();
             }
-            guest.go_on()
+            guest.restart_devices();
+            Ok(())
         })
     }
 
@@ -152,14 +163,18 @@ impl Arrival for GuestArrival {
         let state: GuestState = record::decode("guest state", STATE_RECORD, state, MAX_STATE)?;
         let mut guest = Guest::restore(memory, state)?;
         guest.attach(connect_all(&self.backends, guest.config().inflight_migration)?)?;
+        guest.try_devices()?;
         self.guest = Some(guest);
         Ok(())
     }
 
-    fn start(&mut self) -> Result<Option<u64>, MachineError> {
+    fn start(&mut self, run: bool) -> Result<Option<u64>, MachineError> {
         let guest = self.guest.as_mut().ok_or("no guest was restored")?;
-        guest.start_devices()?;
-        guest.resume()?;
+        if let Err(error) = if run { guest.start() } else { guest.start_devices() } {
+            // Nothing of it runs until it is tried again. What can't be stopped has not been started.
+            let _ = guest.stop_devices();
+            return Err(error.into());
+        }
         Ok(guest.downtime_ns())
     }
 }

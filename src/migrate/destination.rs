@@ -1,6 +1,7 @@
 //! The destination's side: pages into place, state restored, READY, and on the commit the guest goes on here.
 //!
-//! Nothing runs before the commit. Whatever fails until then is told to the source, which goes on.
+//! Nothing runs before the commit. Whatever fails until then is told to the source, which goes on. From the commit on
+//! the guest belongs to this side, also if it can't be started or the connection ends.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,15 +10,20 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Sender, bounded};
 
 use super::error::MigrateError;
-use super::machine::Arrival;
+use super::machine::{Arrival, MachineError};
+use super::outcomes::Outcomes;
 use super::populate::populate;
 use crate::memory::LOG_PAGE;
-use crate::stream::record::{DataRuns, MemoryLayout, Started};
-use crate::stream::{Cancel, Channel, Comparison, Connection, Decoder, FrameReader, FrameWriter, Kind, PageStats};
-use crate::stream::{StreamError, Target, ToDestination, ToSource};
+use crate::stream::record::{Commit, DataRuns, MemoryLayout, Started};
+use crate::stream::{Cancel, Channel, Comparison, Connection, Decoder, FrameReader, FrameWriter, Kind, MigrationId};
+use crate::stream::{PageStats, StreamError, Target, ToDestination, ToSource};
 
 /// How long what carries the stream may take to end.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// How often a guest that can't be started is tried, and how long after the time before.
+const START_TRIES: u32 = 3;
+const START_PAUSE: Duration = Duration::from_secs(1);
 
 /// What arrived.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -28,27 +34,90 @@ pub struct Received {
     pub compared: u64,
     /// How long the guest stood still by its own clock, nanoseconds, if that clock is the source's too.
     pub observed_downtime_ns: Option<u64>,
+    /// Whether its CPUs run. They do not in a guest that was paused before the migration.
+    pub running: bool,
 }
 
 /// Takes in the guest that comes over `connection`, and starts it. `cancel` is the connection's; it has no effect any
-/// more once the source has been told that this side is ready.
+/// more once the source has been told that this side is ready, but [`Outcomes::give_up`] has until the commit is read.
+///
+/// `outcomes` learns what comes of it. Keep it, and answer sources that ask ([`Outcomes::answer`]), for at least
+/// [`ASK_FOR`](super::ASK_FOR) after this has returned.
 ///
 /// # Errors
-/// [`MigrateError`]: the guest does not run here. The source has been told why if it still listens.
-pub fn receive(arrival: &mut dyn Arrival, connection: Connection, cancel: &Cancel) -> Result<Received, MigrateError> {
+/// [`MigrateError::NotStarted`]: the guest belongs to this side and is in `arrival`, paused: keep it. All others: the
+/// guest never runs here. The source has been told why if it still listens.
+pub fn receive(
+    arrival: &mut dyn Arrival,
+    connection: Connection,
+    cancel: &Cancel,
+    outcomes: &Outcomes,
+) -> Result<Received, MigrateError> {
     let first = connection.writers().into_iter().next().ok_or(StreamError::Ended)?;
     let mut answers = Answers { to: first, one_way: connection.one_way };
     let mut readers = connection.readers();
-    let outcome = take_in(arrival, &mut readers, &mut answers, cancel);
-    if let Err(error) = &outcome {
-        // The source may be gone; it goes on by itself then.
-        let _ = answers.say(&ToSource::Failed { message: error.to_string() });
-    }
+    let id = connection.id;
+    outcomes.begin(&connection, cancel)?;
+    let outcome = match take_in(arrival, &mut readers, &mut answers, cancel, &|| outcomes.commit(id)) {
+        Ok((pages, compared, commit)) => {
+            start(arrival, id, commit.run, outcomes, &mut answers).map(|observed_downtime_ns| {
+                let running = commit.run;
+                Received { pages, compared, observed_downtime_ns, running }
+            })
+        }
+        Err(error) => {
+            let error = outcomes.failed(id, error);
+            // The source may be gone; it asks if it has sent a commit.
+            let _ = answers.say(&ToSource::Failed { message: error.to_string() });
+            Err(error)
+        }
+    };
     deliver(connection);
     if outcome.is_err() {
         cancel.cancel();
     }
     outcome
+}
+
+/// Starts a guest that this side owns. Whatever comes of it, the guest stays here.
+fn start(
+    arrival: &mut dyn Arrival,
+    id: MigrationId,
+    run: bool,
+    outcomes: &Outcomes,
+    answers: &mut Answers,
+) -> Result<Option<u64>, MigrateError> {
+    let committed = Instant::now();
+    match try_start(arrival, run) {
+        Ok(observed_downtime_ns) => {
+            let start_ns = committed.elapsed().as_nanos() as u64;
+            let started = Started { observed_downtime_ns, start_ns };
+            outcomes.started(id, started);
+            // The guest runs, whether or not the source hears of it.
+            if let Err(error) = answers.say(&ToSource::Started(started)) {
+                tracing::warn!(%error, "the guest runs here, but its source could not be told: it will ask");
+            }
+            Ok(observed_downtime_ns)
+        }
+        Err(cause) => {
+            let held = outcomes.held(id, &cause.to_string());
+            if let Err(error) = answers.say(&ToSource::Held(held)) {
+                tracing::warn!(%error, "the guest is paused here, but its source could not be told: it will ask");
+            }
+            Err(MigrateError::NotStarted(cause))
+        }
+    }
+}
+
+fn try_start(arrival: &mut dyn Arrival, run: bool) -> Result<Option<u64>, MachineError> {
+    for _ in 1..START_TRIES {
+        match arrival.start(run) {
+            Ok(downtime) => return Ok(downtime),
+            Err(error) => tracing::warn!("the guest has arrived and can't be started: {error}; trying again"),
+        }
+        std::thread::sleep(START_PAUSE);
+    }
+    arrival.start(run)
 }
 
 /// A command that carries the stream may still hold what was said last. It ends when the source hangs up.
@@ -73,12 +142,14 @@ impl Answers {
     }
 }
 
+/// Everything up to the commit, which has effect if `own` agrees.
 fn take_in(
     arrival: &mut dyn Arrival,
     readers: &mut [FrameReader<Channel>],
     answers: &mut Answers,
     cancel: &Cancel,
-) -> Result<Received, MigrateError> {
+    own: &dyn Fn() -> Result<(), MigrateError>,
+) -> Result<(PageStats, u64, Commit), MigrateError> {
     let asked = |doing| move |cause| MigrateError::Machine { doing, cause };
     let layout = next(readers, "the memory layout", |message| match message {
         ToDestination::Layout(layout) => Some(layout),
@@ -97,19 +168,20 @@ fn take_in(
         _ => None,
     })?;
     arrival.restore(&state).map_err(asked("restoring the guest"))?;
-    // From here on the source decides: it may have committed by the time that anybody calls it off here.
-    cancel.disarm()?;
-    answers.say(&ToSource::Ready)?;
-    next(readers, "the commit", |message| matches!(message, ToDestination::Commit).then_some(()))?;
-
-    let committed = Instant::now();
-    let observed_downtime_ns = arrival.start().map_err(asked("starting the guest after the commit"))?;
-    let start_ns = committed.elapsed().as_nanos() as u64;
-    // The guest runs, whether or not the source hears of it.
-    if let Err(error) = answers.say(&ToSource::Started(Started { observed_downtime_ns, start_ns })) {
-        tracing::warn!(%error, "the guest runs here, but its source could not be told");
+    if !answers.one_way {
+        // From here on the source decides: it may have committed by the time that anybody calls it off here.
+        cancel.disarm()?;
+        answers.say(&ToSource::Ready)?;
     }
-    Ok(Received { pages, compared: compared.pages, observed_downtime_ns })
+    let commit = next(readers, "the commit", |message| match message {
+        ToDestination::Commit(commit) => Some(commit),
+        _ => None,
+    })?;
+    if answers.one_way {
+        cancel.disarm()?;
+    }
+    own()?;
+    Ok((pages, compared.pages, commit))
 }
 
 /// Whether all pages are as they are at the source, if it has sent hashes at all.

@@ -5,6 +5,7 @@ use crate::memory::LOG_PAGE;
 use crate::stream::StreamError;
 
 use super::machine::MachineError;
+use super::report::GuestLocation;
 
 /// Why a migration failed.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +55,37 @@ pub enum MigrateError {
         /// Its own words.
         cause: MachineError,
     },
+    /// The migration failed, and the guest could not be made to go on here.
+    #[error("{error}; the guest could not go on here: {cause}. It is paused here: \"resume\" tries again")]
+    NotResumed {
+        /// Why the migration failed.
+        error: Box<MigrateError>,
+        /// Why the guest can't go on, in the machine's words.
+        cause: MachineError,
+    },
+    /// This destination has given the migration up, for good.
+    #[error("the migration was given up: {0}")]
+    GivenUp(String),
+    /// The guest has arrived and belongs to this destination, but could not be started. It is whole and paused.
+    #[error("the guest has arrived and is paused here: {0}. \"resume\" tries again")]
+    NotStarted(MachineError),
+    /// The destination has the guest and could not start it.
+    #[error(
+        "the destination has the guest, paused, and can't start it: {0}. Resume it there, then \"forget\" it here; \
+         or end the destination's process, then \"resume\" it here"
+    )]
+    Held(String),
+    /// The connection failed after the commit was sent, and the destination could not be asked.
+    #[error("{error}; whether the destination runs the guest is not known: {asked}")]
+    Unresolved {
+        /// What went wrong after the commit.
+        error: Box<MigrateError>,
+        /// Why the destination did not resolve it.
+        asked: String,
+    },
+    /// Everything was sent one way: nothing can say that the guest runs at the other end.
+    #[error("everything was sent, but one way: nothing says that the guest runs at the other end")]
+    OneWay,
     /// All rounds are used up and the guest still dirties memory faster than it can be sent.
     #[error(
         "no convergence after {rounds} rounds: stopping the guest now would take {expected_ms:.0} ms. \
@@ -88,6 +120,6 @@ pub struct Failure {
     /// Why.
     #[source]
     pub error: MigrateError,
-    /// Whether the guest runs here. If not, the failure came after the commit, or the guest could not be resumed.
-    pub source_running: bool,
+    /// Where the guest is.
+    pub location: GuestLocation,
 }

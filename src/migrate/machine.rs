@@ -8,15 +8,22 @@ pub type MachineError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A guest at the source.
 ///
-/// Calls come in this order: [`memory`](Machine::memory), [`dirty_source`](Machine::dirty_source), then at most once
-/// [`pause`](Machine::pause), which either [`resume`](Machine::resume) undoes or [`release`](Machine::release) makes
-/// final.
+/// Calls come in this order: [`memory`](Machine::memory), [`is_running`](Machine::is_running),
+/// [`dirty_source`](Machine::dirty_source), then at most once [`pause`](Machine::pause). A migration that fails before
+/// its commit has it undone by [`resume`](Machine::resume), one whose destination has said that it runs the guest ends
+/// with [`release`](Machine::release). If what came of the commit stays unknown, neither is called: the guest stays
+/// paused, and whoever owns it decides.
 pub trait Machine {
     /// The guest's memory. It must not change until the migration has ended.
     ///
     /// Holes are found in regions made by [`Region::share`](crate::memory::Region::share). Others are read as a whole, and
     /// take all their memory from then on.
     fn memory(&self) -> Memory;
+
+    /// Returns true if the guest's CPUs run. Those of a guest that was paused before are not started at the destination.
+    fn is_running(&self) -> bool {
+        true
+    }
 
     /// Everything that can dirty guest memory, as one source: the migration starts and stops it.
     ///
@@ -37,13 +44,14 @@ pub trait Machine {
     /// If it can't be had; [`resume`](Machine::resume) is called then.
     fn state(&mut self) -> Result<Vec<u8>, MachineError>;
 
-    /// Undoes [`pause`](Machine::pause), also one that failed half-way: the guest goes on as if nothing had happened.
+    /// Undoes all of [`pause`](Machine::pause), also of one that failed half-way: the guest goes on as if nothing had
+    /// happened. A guest that was paused before stays so.
     ///
     /// # Errors
-    /// If the guest can't go on here.
+    /// If the guest can't go on here. It must stay whole: this is tried again.
     fn resume(&mut self) -> Result<(), MachineError>;
 
-    /// The migration is committed: the guest belongs to the destination and must never run here again.
+    /// The guest runs at the destination, or is in a file, and must never run here again.
     fn release(&mut self);
 }
 
@@ -53,7 +61,7 @@ pub use crate::stream::record::RegionLayout;
 /// A guest at the destination.
 ///
 /// Calls come in this order: [`prepare`](Arrival::prepare), [`restore`](Arrival::restore), [`start`](Arrival::start).
-/// Until `start` everything can still be dropped, and the source goes on.
+/// Until `start` everything can still be dropped, and the source goes on. From then on the guest belongs here.
 pub trait Arrival {
     /// Makes the guest's memory, zeroed, with exactly these regions.
     ///
@@ -62,15 +70,16 @@ pub trait Arrival {
     fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, MachineError>;
 
     /// Restores CPUs and devices from what [`Machine::state`] saved; all memory is in place. Nothing may run yet.
+    /// Everything that could make [`start`](Arrival::start) fail is to be tried here: the source still has the guest.
     ///
     /// # Errors
     /// If the state does not fit; the source is told why and goes on.
     fn restore(&mut self, state: &[u8]) -> Result<(), MachineError>;
 
-    /// The migration is committed: the guest goes on here. Returns how long it stood still by its own clock, in
-    /// nanoseconds, if that clock is the source's too.
+    /// The migration is committed: the guest goes on here, its CPUs only if `run` says so. Returns how long it stood
+    /// still by its own clock, in nanoseconds, if that clock is the source's too.
     ///
     /// # Errors
-    /// If the guest can't be started; it is lost then, and both sides say so.
-    fn start(&mut self) -> Result<Option<u64>, MachineError>;
+    /// If the guest can't be started. It must stay whole and paused: this is tried again, and then up to the operator.
+    fn start(&mut self, run: bool) -> Result<Option<u64>, MachineError>;
 }

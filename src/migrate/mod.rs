@@ -6,6 +6,8 @@
 //! | `source` | rounds, switchover, and the way back when something fails |
 //! | `destination` | pages into place, restore, start |
 //! | `populate` | the destination's memory, provided ahead |
+//! | `incoming` | listening for guests and for sources that ask |
+//! | `outcomes` | what a destination answers to a source that asks what came of a migration |
 //! | `converge` | when to stop the guest: a pure decision |
 //! | `report` | events and figures |
 //! | `builtin` | the built-in guest as a machine |
@@ -19,8 +21,10 @@ mod builtin;
 mod converge;
 mod destination;
 mod error;
+mod incoming;
 mod machine;
 mod measure;
+mod outcomes;
 mod populate;
 mod report;
 mod source;
@@ -29,7 +33,9 @@ pub use builtin::{GuestArrival, GuestMachine, connect_all, dirty_sources};
 pub use converge::{Convergence, Next, Policy, Round, STALL_ROUNDS};
 pub use destination::{Received, receive};
 pub use error::{Failure, MigrateError};
+pub use incoming::{Arriving, Incoming};
 pub use machine::{Arrival, Machine, MachineError, RegionLayout};
 pub use measure::measure;
-pub use report::{Event, Report, RoundReport};
-pub use source::{Plan, migrate};
+pub use outcomes::Outcomes;
+pub use report::{Event, GuestLocation, Report, RoundReport};
+pub use source::{ASK_FOR, Plan, migrate};

@@ -2,6 +2,22 @@
 
 use serde::{Deserialize, Serialize};
 
+/// Where the guest is, as far as the source of a migration knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum GuestLocation {
+    /// It runs at the source.
+    RunningHere,
+    /// It is at the source, paused, and nowhere else.
+    PausedHere,
+    /// The destination runs it, or a complete file holds it. The source has let go of it.
+    HandedOver,
+    /// The commit was sent and the destination has not said what came of it. The source keeps the guest, paused, until
+    /// the operator decides.
+    OutcomeUnknown,
+}
+
 /// One step of a migration, as an orchestrator reads it: a JSON object with an `event` field.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
@@ -39,14 +55,19 @@ pub enum Event {
         /// Predicted stop of the guest, milliseconds.
         expected_downtime_ms: f64,
     },
-    /// The guest runs at the destination.
+    /// The connection failed after the commit was sent: the destination is asked what came of it.
+    Asking {
+        /// What went wrong.
+        message: String,
+    },
+    /// The guest is handed over.
     Completed(Report),
     /// The migration ended without success.
     Failed {
         /// Why, and what to do about it.
         message: String,
-        /// Whether the guest still runs here. If not, the failure came after the commit.
-        source_running: bool,
+        /// Where the guest is.
+        location: GuestLocation,
     },
 }
 

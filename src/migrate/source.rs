@@ -1,10 +1,14 @@
 //! The source's side: rounds while the guest runs, then the switchover.
 //!
 //! ```text
-//! connected → accepted → tracking ⟲ round → paused → last pages → state → READY → COMMIT → started
-//!     └──────────┴──────────┴─────────┴────────┴──────────┴────────┴───────┘         │
-//!            every failure: guest resumed, bits put back, tracking stopped        point of no return
+//! connected → accepted → tracking ⟲ round → paused → last pages → state → READY → COMMIT → STARTED
+//!     └──────────┴──────────┴─────────┴────────┴──────────┴────────┴───────┘ ↑        │        │
+//!            every failure: guest resumed, bits put back, tracking stopped   └ FAILED ┤    released
+//!                                                             HELD, no answer: paused ┘
 //! ```
+//!
+//! The source keeps the guest, paused, from the commit until the destination has said that it runs it. If the connection
+//! ends in between, the destination is asked over another one.
 //!
 //! A page's bit is harvested before the page is read. What a failed round may not have sent is put back (rule L14).
 
@@ -18,10 +22,10 @@ use crossbeam::channel::{RecvTimeoutError, bounded};
 use super::converge::{Convergence, Next, Policy, Round, STALL_ROUNDS};
 use super::error::{Failure, MigrateError};
 use super::machine::Machine;
-use super::report::{Event, Report, RoundReport};
+use super::report::{Event, GuestLocation, Report, RoundReport};
 use crate::dirty::{DirtySource, PageSet};
 use crate::memory::{LOG_PAGE, Memory};
-use crate::stream::record::{DataRuns, MemoryLayout, RoundEnd};
+use crate::stream::record::{Commit, DataRuns, MemoryLayout, RoundEnd, Started};
 use crate::stream::{Cancel, Channel, Codec, Connection, Encoder, FrameReader, FrameWriter, Limiter, PageStats};
 use crate::stream::{StreamError, ToDestination, ToSource, owned_by, send_hashes};
 
@@ -30,6 +34,13 @@ const PROGRESS: Duration = Duration::from_millis(200);
 
 /// How long a peer that has hung up may take to say why.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// How long a destination is asked what came of a commit when its connection has failed.
+pub const ASK_FOR: Duration = Duration::from_secs(30);
+
+/// How long one such question may take, and the pause before the next.
+const ASK_TIME: Duration = Duration::from_secs(5);
+const ASK_PAUSE: Duration = Duration::from_millis(100);
 
 /// How to migrate.
 #[derive(Clone, Debug)]
@@ -41,14 +52,15 @@ pub struct Plan {
     /// Compare all memory of the stopped guest with what has arrived, by hashes, before the commit. Then a dirty source that
     /// was forgotten, or that misses a writer, fails the migration, and the guest goes on here.
     pub verify: bool,
+    /// How long to ask the destination what came of the commit if the connection fails then: [`ASK_FOR`].
+    pub ask_for: Duration,
 }
 
 /// Moves the guest of `machine` over `connection`. `limiter` is the connection's; its limit holds until the guest is
 /// stopped. Another thread may call the migration off through `cancel`, which must be the connection's too.
 ///
 /// # Errors
-/// [`Failure`], which tells whether the guest runs here. Before the commit it always does, as long as the machine can
-/// resume.
+/// [`Failure`], which tells where the guest is. Before the commit it goes on here, as long as the machine can resume.
 pub fn migrate(
     machine: &mut dyn Machine,
     connection: Connection,
@@ -59,9 +71,11 @@ pub fn migrate(
 ) -> Result<Report, Failure> {
     let begun = Instant::now();
     let memory = machine.memory();
+    let run = machine.is_running();
     let (wire, dirty) = open(machine, &memory, connection, plan.codec).map_err(|error| {
-        tell(Event::Failed { message: error.to_string(), source_running: true });
-        Failure { error, source_running: true }
+        let location = at_home(run);
+        tell(Event::Failed { message: error.to_string(), location });
+        Failure { error, location }
     })?;
     let mut pending = PageSet::new(memory.end() / LOG_PAGE);
     for region in memory.regions() {
@@ -73,10 +87,15 @@ pub fn migrate(
         codec: plan.codec.to_string(),
     });
     let mut migration =
-        Migration { wire, memory, dirty, pending, report: Report::default(), cancel, limiter, tell, running: 0.0 };
+        Migration { wire, memory, dirty, pending, report: Report::default(), cancel, limiter, tell, running: 0.0, run };
     migration.report.guest_bytes = migration.memory.size();
     let outcome = migration.run(machine, plan);
-    migration.finish(machine, outcome, begun)
+    migration.finish(machine, outcome, plan.ask_for, begun)
+}
+
+/// Where a guest is that has not left.
+fn at_home(run: bool) -> GuestLocation {
+    if run { GuestLocation::RunningHere } else { GuestLocation::PausedHere }
 }
 
 /// Has the guest's memory accepted, and begins to track it.
@@ -98,10 +117,13 @@ fn open(
     Ok((wire, dirty))
 }
 
-/// Where the guest is when something fails.
+/// How far a migration came that has failed.
 enum Stage {
+    /// The guest was not touched.
     Running,
+    /// The guest is paused, and no commit has left whole.
     Paused,
+    /// The commit may have arrived.
     Committed,
 }
 
@@ -117,6 +139,8 @@ struct Migration<'a> {
     tell: &'a mut dyn FnMut(Event),
     /// Seconds during which dirty pages were counted.
     running: f64,
+    /// Whether the guest's CPUs run before and after the migration.
+    run: bool,
 }
 
 impl Migration<'_> {
@@ -204,19 +228,23 @@ impl Migration<'_> {
             }
             // From here on nobody can call it off: either the commit leaves whole, or not at all.
             self.cancel.disarm()?;
-            self.wire.tell(&ToDestination::Commit)?;
-            self.wire.finish_if_one_way()
+            self.wire.tell(&ToDestination::Commit(Commit { run: self.run }))
         })();
         paused.map_err(|error: MigrateError| (Stage::Paused, error))?;
-        if !self.wire.one_way {
-            let started = self.wire.expect("the word that the guest runs", |message| match message {
-                ToSource::Started(started) => Some(*started),
-                _ => None,
-            });
-            let started = started.map_err(|error| (Stage::Committed, error))?;
-            self.report.observed_downtime_ms = started.observed_downtime_ns.map(|ns| ns as f64 / 1e6);
+        if self.wire.one_way {
+            self.wire.finish_one_way()?;
+        } else {
+            let started = self.wire.outcome().map_err(|error| match error {
+                MigrateError::Destination(_) => (Stage::Paused, error),
+                error => (Stage::Committed, error),
+            })?;
+            self.observed(started);
         }
         Ok(begun.elapsed())
+    }
+
+    fn observed(&mut self, started: Started) {
+        self.report.observed_downtime_ms = started.observed_downtime_ns.map(|ns| ns as f64 / 1e6);
     }
 
     /// Brings the machine to where `outcome` says, and makes the report.
@@ -224,25 +252,33 @@ impl Migration<'_> {
         mut self,
         machine: &mut dyn Machine,
         outcome: Result<Duration, (Stage, MigrateError)>,
+        ask_for: Duration,
         begun: Instant,
     ) -> Result<Report, Failure> {
+        let outcome = outcome.or_else(|(stage, error)| match stage {
+            Stage::Committed => self.resolve(error, ask_for),
+            stage => Err((stage, error)),
+        });
         let downtime = match outcome {
             Ok(downtime) => downtime,
             Err((Stage::Committed, error)) => {
-                machine.release();
+                self.dirty.put_back(&self.pending);
                 self.wire.leave();
-                return Err(self.failed(error, false));
+                return Err(self.failed(error, GuestLocation::OutcomeUnknown));
             }
             Err((stage, error)) => {
                 let error = self.wire.reason(error);
                 self.wire.call_off(&error);
-                if let Stage::Paused = stage
-                    && let Err(cause) = machine.resume()
-                {
-                    return Err(self.failed(MigrateError::Machine { doing: "resuming the guest", cause }, false));
-                }
+                let resumed = if let Stage::Paused = stage { machine.resume() } else { Ok(()) };
                 self.dirty.put_back(&self.pending);
-                return Err(self.failed(error, true));
+                let location = at_home(self.run);
+                return Err(match resumed {
+                    Ok(()) => self.failed(error, location),
+                    Err(cause) => {
+                        let error = MigrateError::NotResumed { error: error.into(), cause };
+                        self.failed(error, GuestLocation::PausedHere)
+                    }
+                });
             }
         };
         machine.release();
@@ -255,10 +291,45 @@ impl Migration<'_> {
         Ok(self.report)
     }
 
-    fn failed(&mut self, error: MigrateError, source_running: bool) -> Failure {
+    /// Asks the destination what came of a commit that it has not answered, until it knows or `ask_for` is over.
+    fn resolve(&mut self, error: MigrateError, ask_for: Duration) -> Result<Duration, (Stage, MigrateError)> {
+        let begun = Instant::now();
+        let answered = matches!(error, MigrateError::Held(_));
+        let Some(connection) = self.wire.connection.as_ref().filter(|to| !answered && !to.one_way) else {
+            return Err((Stage::Committed, error));
+        };
+        (self.tell)(Event::Asking { message: error.to_string() });
+        // It can't be the old connection that brings an answer now.
+        connection.channels.iter().for_each(Channel::shutdown);
+        let asked = loop {
+            let left = ask_for.saturating_sub(begun.elapsed());
+            let (asked, last) = match connection.ask(left.min(ASK_TIME)) {
+                Ok(ToSource::Started(started)) => {
+                    self.observed(started);
+                    return Ok(begun.elapsed());
+                }
+                Ok(ToSource::Failed { message }) => return Err((Stage::Paused, MigrateError::Destination(message))),
+                Ok(ToSource::Held(held)) if !held.starting => {
+                    return Err((Stage::Committed, MigrateError::Held(held.message)));
+                }
+                Ok(ToSource::Held(_)) => ("it is starting the guest".into(), false),
+                Ok(ToSource::Unknown) => ("another process answers, which knows nothing of it".into(), true),
+                Ok(other) => (format!("it answered with {other:?}"), true),
+                Err(error @ StreamError::NoReturnPath) => (error.to_string(), true),
+                Err(error) => (error.to_string(), false),
+            };
+            if last || begun.elapsed() >= ask_for {
+                break asked;
+            }
+            std::thread::sleep(ASK_PAUSE);
+        };
+        Err((Stage::Committed, MigrateError::Unresolved { error: error.into(), asked }))
+    }
+
+    fn failed(&mut self, error: MigrateError, location: GuestLocation) -> Failure {
         stop_tracking(self.dirty.as_mut());
-        (self.tell)(Event::Failed { message: error.to_string(), source_running });
-        Failure { error, source_running }
+        (self.tell)(Event::Failed { message: error.to_string(), location });
+        Failure { error, location }
     }
 
     /// Sends all pending pages, with `verify` then hashes of all memory, and ends the round on every channel. Returns
@@ -442,15 +513,30 @@ impl Wire {
         Ok(self.connection.as_ref().map_or(Ok(()), Connection::sync)?)
     }
 
-    /// What goes into a file or a filter is only safe when it is all there.
-    fn finish_if_one_way(&mut self) -> Result<(), MigrateError> {
-        match self.connection.take_if(|connection| connection.one_way) {
-            Some(connection) => Ok(connection.finish()?),
-            None => Ok(()),
+    /// Waits for the destination's word on the commit: that the guest runs, or why it does not.
+    fn outcome(&mut self) -> Result<Started, MigrateError> {
+        match ToSource::next(&mut self.replies)? {
+            ToSource::Started(started) => Ok(started),
+            ToSource::Failed { message } => Err(MigrateError::Destination(message)),
+            ToSource::Held(held) => Err(MigrateError::Held(held.message)),
+            other => Err(MigrateError::Handshake { found: format!("{other:?}"), wanted: "word of the guest" }),
         }
     }
 
-    /// The guest has its new home, which a command may be.
+    /// What is sent one way is handed over only if it is a file that is complete and durable.
+    fn finish_one_way(&mut self) -> Result<(), (Stage, MigrateError)> {
+        let Some(connection) = &self.connection else { return Ok(()) };
+        let is_file = connection.is_to_file();
+        match connection.finish() {
+            Ok(()) if is_file => Ok(()),
+            Ok(()) => Err((Stage::Committed, MigrateError::OneWay)),
+            // An unfinished save is refused by its readers.
+            Err(error) if is_file => Err((Stage::Paused, error.into())),
+            Err(error) => Err((Stage::Committed, error.into())),
+        }
+    }
+
+    /// Lets go of the connection; a command that leads to the guest's destination goes on.
     fn leave(&mut self) {
         if let Some(connection) = self.connection.take() {
             connection.leave();

@@ -142,6 +142,9 @@ pub enum StreamError {
         /// Exit status or signal.
         status: String,
     },
+    /// A question about a migration that came or went over a connection which can't be made again.
+    #[error("the destination can't be asked again: only tcp: and unix: can be connected to a second time")]
+    NoReturnPath,
     /// The peer closed its end.
     #[error("the peer closed the connection: its own log says why")]
     PeerGone,

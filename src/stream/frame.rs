@@ -67,6 +67,8 @@ pub struct ConnectionHeader {
     pub channels: u16,
     /// The destination can't or must not answer: a file, a pipe, a filter command.
     pub one_way: bool,
+    /// A question of the source instead of a migration: what has become of the migration `id`? It has one channel.
+    pub question: bool,
 }
 
 /// Flags of a connection header.
@@ -75,6 +77,8 @@ mod flags {
     pub(super) const ONE_WAY: u16 = 1 << 0;
     /// A file or device onto which a save has begun and not been completed.
     pub(super) const UNFINISHED: u16 = 1 << 1;
+    /// [`ConnectionHeader::question`](super::ConnectionHeader::question).
+    pub(super) const QUESTION: u16 = 1 << 2;
 }
 
 impl ConnectionHeader {
@@ -91,10 +95,11 @@ impl ConnectionHeader {
 
     fn encode_with(&self, more: u16) -> [u8; HEADER_BYTES] {
         let one_way = if self.one_way { flags::ONE_WAY } else { 0 };
+        let flags = one_way | if self.question { flags::QUESTION } else { 0 };
         let mut raw = RawConnection {
             magic: MAGIC,
             version: VERSION.into(),
-            flags: (one_way | more).into(),
+            flags: (flags | more).into(),
             channel: self.channel.into(),
             channels: self.channels.into(),
             id: self.id.0.into(),
@@ -124,11 +129,13 @@ impl ConnectionHeader {
         if flags & flags::UNFINISHED != 0 {
             return Err(StreamError::Unfinished);
         }
-        if flags > flags::ONE_WAY || channels == 0 || channels > MAX_CHANNELS || channel >= channels {
+        let (one_way, question) = (flags & flags::ONE_WAY != 0, flags & flags::QUESTION != 0);
+        let known = flags & !(flags::ONE_WAY | flags::QUESTION) == 0 && (!question || !one_way && channels == 1);
+        if !known || channels == 0 || channels > MAX_CHANNELS || channel >= channels {
             let why = format!("flags {flags:#x}, channel {channel} of {channels} (at most {MAX_CHANNELS})");
             return Err(StreamError::Malformed { what: "connection header", why });
         }
-        Ok(ConnectionHeader { id: MigrationId(raw.id.get()), channel, channels, one_way: flags == flags::ONE_WAY })
+        Ok(ConnectionHeader { id: MigrationId(raw.id.get()), channel, channels, one_way, question })
     }
 
     /// Reads and decodes a header.
@@ -154,7 +161,7 @@ pub enum Kind {
     RoundEnd = 0x03,
     /// Everything that is not memory: device and guest state, opaque here.
     State = 0x04,
-    /// The source has stopped for good; the destination owns the guest.
+    /// The destination owns the guest.
     Commit = 0x05,
     /// The source gave up; the guest stays there.
     Cancel = 0x06,
@@ -168,13 +175,17 @@ pub enum Kind {
     Ready = 0x82,
     /// The guest runs at the destination.
     Started = 0x83,
-    /// The destination gave up, with its reason.
+    /// The destination has given up for good and never starts the guest, with its reason.
     Failed = 0x84,
+    /// The destination owns the guest and has not started it, with its reason.
+    Held = 0x85,
+    /// The destination knows nothing of the migration that it was asked about.
+    Unknown = 0x86,
 }
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Kind; 12] = [
+    pub const ALL: [Kind; 14] = [
         Kind::Layout,
         Kind::Pages,
         Kind::RoundEnd,
@@ -187,6 +198,8 @@ impl Kind {
         Kind::Ready,
         Kind::Started,
         Kind::Failed,
+        Kind::Held,
+        Kind::Unknown,
     ];
 
     /// Most bytes of a body of this kind; checked before anything is allocated or read.
@@ -196,7 +209,7 @@ impl Kind {
             Kind::Hashes => super::hashes::MAX_BODY as u32,
             Kind::State => super::record::MAX_STATE as u32,
             Kind::Layout | Kind::DataRuns => 1 << 20,
-            Kind::Commit | Kind::Accepted | Kind::Ready => 0,
+            Kind::Accepted | Kind::Ready | Kind::Unknown => 0,
             _ => 64 << 10,
         }
     }
@@ -501,7 +514,7 @@ mod tests {
     const ID: ChannelId = ChannelId { migration: MigrationId(0x0123_4567_89ab_cdef), channel: 1 };
 
     fn header() -> ConnectionHeader {
-        ConnectionHeader { id: ID.migration, channel: 1, channels: 3, one_way: true }
+        ConnectionHeader { id: ID.migration, channel: 1, channels: 3, one_way: true, question: false }
     }
 
     #[test]

@@ -30,4 +30,4 @@ pub use limiter::Limiter;
 pub use pages::{Decoder, Encoder, PageStats, Target, channel_of, owned_by};
 pub use record::{ToDestination, ToSource};
 pub use sys::{Plain, ReadMemory, Window};
-pub use transport::{Cancel, Channel, Connection, Listener, Options, Uri};
+pub use transport::{Cancel, Channel, Connection, Incoming, Listener, Options, Question, Uri};

@@ -234,8 +234,8 @@ pub enum ToDestination {
     RoundEnd(RoundEnd),
     /// Saved state, made with [`encode`]; opaque to the stream.
     State(Vec<u8>),
-    /// Start the guest; the source never runs it again.
-    Commit,
+    /// The destination owns the guest from now on.
+    Commit(Commit),
     /// The migration is off; the guest stays at the source.
     Cancel {
         /// Why.
@@ -252,11 +252,31 @@ pub enum ToSource {
     Ready,
     /// The guest runs.
     Started(Started),
-    /// The migration is off, for this reason; before the commit the source goes on.
+    /// The migration is off: the destination never starts the guest, also if it is sent a commit. The source goes on.
     Failed {
         /// Why.
         message: String,
     },
+    /// The destination has received the commit and owns the guest, but does not run it.
+    Held(Held),
+    /// The destination knows nothing of the migration that it was asked about.
+    Unknown,
+}
+
+/// The order to take over the guest. Version 1.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Commit {
+    /// Whether its CPUs are to run. They are not in a guest that was paused before the migration.
+    pub run: bool,
+}
+
+/// Why the destination does not run a guest that it owns. Version 1.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Held {
+    /// Whether it is still being started: then another answer comes.
+    pub starting: bool,
+    /// The reason, at most 4096 bytes.
+    pub message: String,
 }
 
 /// What the destination saw when it started the guest. Version 1.
@@ -280,7 +300,7 @@ impl ToDestination {
             ToDestination::DataRuns(runs) => to.write(Kind::DataRuns, [&encode(1, runs)?, &[]]),
             ToDestination::RoundEnd(end) => to.write(Kind::RoundEnd, [&encode(1, end)?, &[]]),
             ToDestination::State(state) => to.write(Kind::State, [state, &[]]),
-            ToDestination::Commit => to.write(Kind::Commit, [&[], &[]]),
+            ToDestination::Commit(commit) => to.write(Kind::Commit, [&encode(1, commit)?, &[]]),
             ToDestination::Cancel { reason } => to.write(Kind::Cancel, [&encode(1, shortened(reason))?, &[]]),
         }
     }
@@ -297,7 +317,7 @@ impl ToDestination {
             Kind::DataRuns => ToDestination::DataRuns(decode("data runs", 1, &body, limit)?),
             Kind::RoundEnd => ToDestination::RoundEnd(decode("round end", 1, &body, limit)?),
             Kind::State => ToDestination::State(body),
-            Kind::Commit => ToDestination::Commit,
+            Kind::Commit => ToDestination::Commit(decode("commit", 1, &body, limit)?),
             Kind::Cancel => ToDestination::Cancel { reason: decode("cancel", 1, &body, limit)? },
             found => return Err(StreamError::Unexpected { found, wanted: "a message of the source" }),
         })
@@ -315,6 +335,11 @@ impl ToSource {
             ToSource::Ready => to.write(Kind::Ready, [&[], &[]]),
             ToSource::Started(started) => to.write(Kind::Started, [&encode(1, started)?, &[]]),
             ToSource::Failed { message } => to.write(Kind::Failed, [&encode(1, shortened(message))?, &[]]),
+            ToSource::Held(held) => {
+                let held = Held { message: shortened(&held.message).into(), ..*held };
+                to.write(Kind::Held, [&encode(1, &held)?, &[]])
+            }
+            ToSource::Unknown => to.write(Kind::Unknown, [&[], &[]]),
         }
     }
 
@@ -330,6 +355,8 @@ impl ToSource {
             Kind::Ready => ToSource::Ready,
             Kind::Started => ToSource::Started(decode("started", 1, &body, limit)?),
             Kind::Failed => ToSource::Failed { message: decode("failed", 1, &body, limit)? },
+            Kind::Held => ToSource::Held(decode("held", 1, &body, limit)?),
+            Kind::Unknown => ToSource::Unknown,
             found => return Err(StreamError::Unexpected { found, wanted: "a message of the destination" }),
         })
     }
@@ -437,7 +464,7 @@ mod tests {
             ToDestination::RoundEnd(end),
             ToDestination::State(vec![1; 100_000]),
             ToDestination::Cancel { reason: "user".into() },
-            ToDestination::Commit,
+            ToDestination::Commit(Commit { run: true }),
         ];
         let mut writer = FrameWriter::new(Vec::new(), ID);
         for message in &out {
@@ -454,6 +481,8 @@ mod tests {
             ToSource::Ready,
             ToSource::Started(Started { observed_downtime_ns: Some(3), start_ns: 4 }),
             ToSource::Failed { message: "disk full".into() },
+            ToSource::Held(Held { starting: false, message: "no lock".into() }),
+            ToSource::Unknown,
         ];
         let mut writer = FrameWriter::new(Vec::new(), ID);
         for message in &back {

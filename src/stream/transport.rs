@@ -20,18 +20,18 @@ use nix::sys::socket::{self, MsgFlags, Shutdown, setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 use nix::unistd::Pid;
 
-use super::StreamError;
 use super::frame::{ChannelId, ConnectionHeader, FrameReader, FrameWriter, HEADER_BYTES, MigrationId};
 use super::limiter::{Interrupt, lock, poll_until};
 use super::sys::{ReadMemory, Window};
+use super::{StreamError, ToSource};
 
 mod accept;
 mod connect;
 mod save;
 
 pub use super::limiter::{Cancel, Limiter, OnCancel};
-pub use accept::Listener;
-pub use connect::connect;
+pub use accept::{Incoming, Listener, Question};
+pub use connect::{ask, connect};
 use save::{Partial, Save};
 
 /// Where a migration goes to or comes from.
@@ -116,7 +116,7 @@ impl Uri {
 pub struct Options {
     /// Channels to open, 1 to [`MAX_CHANNELS`](super::frame::MAX_CHANNELS). A destination takes the source's number.
     pub channels: u16,
-    /// The source wants no answers: for `exec:` filters such as a compressor. Files and pipes are always one way.
+    /// The source wants no answers: for `exec:` filters such as a compressor, and for pipes. Files are always one way.
     pub one_way: bool,
     /// How long connecting, or accepting, may take altogether; `None` waits until cancelled.
     pub deadline: Option<Duration>,
@@ -153,6 +153,8 @@ pub struct Connection {
     pub one_way: bool,
     /// The channels by number, at least one.
     pub channels: Vec<Channel>,
+    /// Where the source can connect again to ask about the migration.
+    again: Option<Uri>,
 }
 
 impl Connection {
@@ -184,12 +186,30 @@ impl Connection {
     ///
     /// # Errors
     /// `Command`, `DiskFull`, `Timeout`, `Cancelled`, and what the system says.
-    pub fn finish(self) -> Result<(), StreamError> {
+    pub fn finish(&self) -> Result<(), StreamError> {
         self.channels.iter().try_for_each(|channel| channel.0.finish())
     }
 }
 
 impl Connection {
+    /// Returns true if what is written ends in a file or block device, which is complete and durable once
+    /// [`finish`](Self::finish) has returned, and is no migration for anybody before.
+    pub fn is_to_file(&self) -> bool {
+        self.channels.iter().all(|channel| channel.0.kind == FdKind::File)
+    }
+
+    /// Asks the destination, over a new connection to the same URI, what has become of this migration. The answer is
+    /// STARTED, FAILED, HELD or UNKNOWN.
+    ///
+    /// # Errors
+    /// As [`ask`].
+    pub fn ask(&self, deadline: Duration) -> Result<ToSource, StreamError> {
+        match &self.again {
+            Some(uri) => ask(uri, self.id, deadline),
+            None => Err(StreamError::NoReturnPath),
+        }
+    }
+
     /// Lets go of a connection whose other end goes on by itself: a command that has become the guest's new home, or
     /// leads there, is not ended.
     pub fn leave(self) {

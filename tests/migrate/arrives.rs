@@ -3,10 +3,10 @@
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
-use vhost_migrate::migrate::{Event, MigrateError};
+use vhost_migrate::migrate::{Event, GuestLocation, MigrateError};
 use vhost_migrate::stream::Uri;
 
-use crate::guest::{Guest, NO_ROOM, Trouble};
+use crate::guest::{Guest, NO_ROOM, Refusal, Trouble};
 use crate::trip::{Arrived, Destination, How, Place, assert_nothing_happened, leave, travel, uri};
 
 /// 6 MiB. The fifth of five channels has none of it.
@@ -40,7 +40,7 @@ fn a_writing_guest_arrives_compressed_over_five_tcp_channels() {
 
 #[test]
 fn a_writing_guest_arrives_over_inherited_sockets() {
-    for how in [How::new(), How::new().codec("zstd:1"), How::new().one_way()] {
+    for how in [How::new(), How::new().codec("zstd:1")] {
         let mut guest = Guest::running(PAGES);
         let (ours, theirs) = UnixStream::pair().unwrap();
         let fd = |socket: &UnixStream| Uri::Fd(socket.as_raw_fd());
@@ -96,17 +96,75 @@ fn a_writing_guest_is_saved_by_a_command_and_restored_by_another() {
     let place = Place::new();
     let (to, from) = (uri(&format!("exec:cat >{}", place.path("guest"))), place.path("guest"));
     for how in [How::new(), How::new().codec("zstd:1")] {
-        save_and_restore(&to, &uri(&format!("exec:cat {from}")), &how.one_way()).guest();
+        let mut guest = Guest::running(PAGES);
+        // That the command has ended well says nothing of what it has done with the guest.
+        let failure = leave(&mut guest, &to, &how.one_way()).failure();
+        assert_eq!(failure.location, GuestLocation::OutcomeUnknown, "{failure}");
+        guest.assert_kept();
+        Destination::at(&uri(&format!("exec:cat {from}"))).join().guest();
     }
 }
 
 #[test]
-fn an_idle_guest_arrives_too() {
-    let mut guest = Guest::idle(PAGES);
+fn a_paused_guest_arrives_paused_also_through_a_file() {
     let place = Place::new();
+    let mut guest = Guest::idle(PAGES);
     let destination = Destination::at(&place.unix("socket"));
     leave(&mut guest, &destination.uri, &How::new()).outcome.unwrap();
-    destination.join().guest();
+    let mut guest = destination.join().paused();
+    let file = uri(&format!("file:{}", place.path("guest")));
+    leave(&mut guest, &file, &How::new()).outcome.unwrap();
+    let mut guest = Destination::at(&file).join().paused();
+    guest.start();
+    let (guest, _) = travel(guest, &place.unix("on"), &How::new());
+    guest.beat();
+}
+
+#[test]
+fn a_paused_guest_whose_migration_fails_stays_paused() {
+    let place = Place::new();
+    let mut guest = Guest::idle(PAGES);
+    let destination = Destination::new(&place.unix("socket"), Some(Refusal::Restore));
+    let failure = leave(&mut guest, &destination.uri, &How::new()).failure();
+    assert_eq!(failure.location, GuestLocation::PausedHere, "{failure}");
+    assert_eq!((guest.calls.pauses, guest.calls.resumes, guest.is_running()), (1, 1, false));
+    destination.join().nobody();
+    guest.check().unwrap();
+}
+
+/// What is sent one way may run at the other end, or not: the source keeps the guest, and decides nothing.
+#[test]
+fn what_arrives_one_way_is_not_known_to_have_arrived() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (reader, writer) = nix::unistd::pipe().unwrap();
+    for (to, from) in [(ours.as_raw_fd(), theirs.as_raw_fd()), (writer.as_raw_fd(), reader.as_raw_fd())] {
+        let mut guest = Guest::running(PAGES);
+        let destination = Destination::at(&Uri::Fd(from));
+        let failure = leave(&mut guest, &Uri::Fd(to), &How::new().one_way()).failure();
+        assert_eq!(failure.location, GuestLocation::OutcomeUnknown, "{failure}");
+        assert!(matches!(failure.error, MigrateError::OneWay), "{failure}");
+        guest.assert_kept();
+        destination.join().guest();
+    }
+}
+
+#[test]
+fn a_pipe_is_refused_unless_one_way_was_asked_for() {
+    let (_reader, writer) = nix::unistd::pipe().unwrap();
+    let mut guest = Guest::running(PAGES);
+    let failure = leave(&mut guest, &Uri::Fd(writer.as_raw_fd()), &How::new()).failure();
+    assert!(failure.to_string().contains("--one-way"), "{failure}");
+    assert_nothing_happened(guest, &failure);
+}
+
+#[test]
+fn a_file_behind_a_descriptor_holds_the_guest_when_it_is_complete() {
+    let place = Place::new();
+    let file = std::fs::File::create(place.path("guest")).unwrap();
+    let mut guest = Guest::running(PAGES);
+    leave(&mut guest, &Uri::Fd(file.as_raw_fd()), &How::new()).outcome.unwrap();
+    guest.assert_gone();
+    Destination::at(&uri(&format!("file:{}", place.path("guest")))).join().guest();
 }
 
 #[test]

@@ -49,6 +49,8 @@ pub(crate) enum Trouble {
     NoTracking,
     PauseFails,
     StateFails,
+    /// Neither is it paused, nor does it go on.
+    ResumeFails,
 }
 
 /// A guest, running or not.
@@ -57,6 +59,8 @@ pub(crate) struct Guest {
     tracker: Arc<Mutex<Tracker>>,
     trouble: Trouble,
     pub(crate) calls: Calls,
+    /// Whether the last pause has stopped it.
+    paused: bool,
     vcpu: Vcpu,
 }
 
@@ -122,7 +126,7 @@ impl Guest {
         };
         let vcpu = Vcpu::Stopped(Box::new(Writer { memory: memory.clone(), log, versions, random }));
         let tracker = Arc::new(Mutex::new(tracker));
-        Guest { memory, tracker, trouble: Trouble::None, calls: Calls::default(), vcpu }
+        Guest { memory, tracker, trouble: Trouble::None, calls: Calls::default(), paused: false, vcpu }
     }
 
     fn writer(&mut self) -> &mut Writer {
@@ -201,6 +205,21 @@ impl Guest {
         assert_eq!(self.calls, Calls { pauses: 1, resumes: 0, releases: 1 });
         assert!(!self.tracker.lock().unwrap().tracking);
     }
+
+    /// The end of every migration whose outcome is not known: the guest is here, paused and whole, and goes on if it is
+    /// told to.
+    pub(crate) fn assert_kept(&mut self) {
+        assert!(!self.is_running());
+        assert_eq!(self.calls, Calls { pauses: 1, resumes: 0, releases: 0 });
+        assert!(!self.tracker.lock().unwrap().tracking);
+        self.check().unwrap();
+    }
+
+    /// What an operator tells a guest that was kept.
+    pub(crate) fn go_on(&mut self) {
+        self.resume().unwrap();
+        self.assert_here();
+    }
 }
 
 impl Drop for Guest {
@@ -216,6 +235,10 @@ impl Machine for Guest {
         self.memory.clone()
     }
 
+    fn is_running(&self) -> bool {
+        Guest::is_running(self)
+    }
+
     fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, MachineError> {
         let orders = match &self.vcpu {
             Vcpu::Running { orders, .. } => Some(orders.clone()),
@@ -227,10 +250,15 @@ impl Machine for Guest {
 
     fn pause(&mut self) -> Result<(), MachineError> {
         self.calls.pauses += 1;
-        if self.is_running() {
+        self.paused = self.is_running();
+        if self.paused {
             self.stop();
         }
-        if self.trouble == Trouble::PauseFails { Err("a ring does not drain".into()) } else { Ok(()) }
+        if matches!(self.trouble, Trouble::PauseFails | Trouble::ResumeFails) {
+            Err("a ring does not drain".into())
+        } else {
+            Ok(())
+        }
     }
 
     /// The versions, then the random state.
@@ -246,7 +274,12 @@ impl Machine for Guest {
 
     fn resume(&mut self) -> Result<(), MachineError> {
         self.calls.resumes += 1;
-        self.start();
+        if self.trouble == Trouble::ResumeFails {
+            return Err("a ring does not start".into());
+        }
+        if std::mem::take(&mut self.paused) {
+            self.start();
+        }
         Ok(())
     }
 
@@ -466,8 +499,16 @@ pub(crate) enum Refusal {
     Prepare,
     OtherMemory,
     Restore,
+    /// At every try.
     Start,
+    /// At the first try.
+    FirstStart,
+    /// Not at all, but it takes longer than any source waits.
+    SlowStart,
 }
+
+/// How long a slow start takes.
+pub(crate) const SLOW: Duration = Duration::from_secs(2);
 
 /// What a destination says when it refuses.
 pub(crate) const NO_ROOM: &str = "no room at this inn";
@@ -504,9 +545,18 @@ impl Arrival for Cradle {
         Ok(())
     }
 
-    fn start(&mut self) -> Result<Option<u64>, MachineError> {
+    fn start(&mut self, run: bool) -> Result<Option<u64>, MachineError> {
         self.refuse(Refusal::Start)?;
-        self.guest.as_mut().unwrap().start();
+        if self.refuse == Some(Refusal::FirstStart) {
+            self.refuse = None;
+            return Err(NO_ROOM.into());
+        }
+        if self.refuse == Some(Refusal::SlowStart) {
+            std::thread::sleep(SLOW);
+        }
+        if run {
+            self.guest.as_mut().unwrap().start();
+        }
         Ok(None)
     }
 }

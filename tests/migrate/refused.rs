@@ -6,7 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 use vhost_migrate::migrate::{Failure, MigrateError};
 use vhost_migrate::stream::frame::{ConnectionHeader, HEADER_BYTES, VERSION};
-use vhost_migrate::stream::record::{MemoryLayout, RoundEnd, Started};
+use vhost_migrate::stream::record::{Commit, MemoryLayout, RoundEnd, Started};
 use vhost_migrate::stream::{Listener, MigrationId, PageStats, StreamError};
 use vhost_migrate::stream::{ToDestination, ToSource, Uri, transport};
 
@@ -18,7 +18,7 @@ const PAGES: u64 = 128;
 fn refused(refusal: Refusal) -> Failure {
     let place = Place::new();
     let mut guest = Guest::running(PAGES);
-    let destination = Destination::new(&place.unix("socket"), Some(refusal), options());
+    let destination = Destination::new(&place.unix("socket"), Some(refusal));
     let failure = leave(&mut guest, &destination.uri, &How::new()).failure();
     destination.join().nobody();
     assert!(matches!(failure.error, MigrateError::Destination(_)), "{failure}");
@@ -113,15 +113,16 @@ fn a_destination_that_speaks_out_of_turn_gets_no_guest() {
 #[test]
 fn a_source_that_speaks_out_of_turn_starts_nothing() {
     let end = |last| ToDestination::RoundEnd(RoundEnd::new(0, last, &PageStats::default()));
+    let commit = ToDestination::Commit(Commit { run: true });
     let regions = layout(PAGES).to_vec();
     let opening = ToDestination::Layout(MemoryLayout { regions });
     let scripts = [
-        vec![ToDestination::Commit],
+        vec![commit.clone()],
         vec![end(true)],
-        vec![opening.clone(), ToDestination::Commit],
+        vec![opening.clone(), commit.clone()],
         vec![opening.clone(), ToDestination::State(vec![0; 8])],
-        vec![opening.clone(), end(false), ToDestination::Commit],
-        vec![opening.clone(), end(true), ToDestination::Commit],
+        vec![opening.clone(), end(false), commit.clone()],
+        vec![opening.clone(), end(true), commit],
         vec![opening.clone(), end(true), end(true)],
         vec![opening, end(true), ToDestination::State(vec![0; PAGES as usize * 4 + 8]), end(true)],
     ];
@@ -149,7 +150,7 @@ fn a_source_that_speaks_out_of_turn_starts_nothing() {
 
 /// A header of the next version.
 fn from_the_future() -> [u8; HEADER_BYTES] {
-    let header = ConnectionHeader { id: MigrationId(1), channel: 0, channels: 1, one_way: false };
+    let header = ConnectionHeader { id: MigrationId(1), channel: 0, channels: 1, one_way: false, question: false };
     let mut bytes = header.encode();
     assert_eq!(bytes[8..10], VERSION.to_le_bytes());
     bytes[8..10].copy_from_slice(&(VERSION + 1).to_le_bytes());

@@ -2,7 +2,7 @@
 //! of any of them, either way.
 
 use std::convert::Infallible;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,6 +35,8 @@ pub(crate) enum Deed {
     Flip,
     /// The connection is closed on both sides.
     Cut,
+    /// The same, and nobody gets through any more.
+    CutForGood,
     /// Nothing goes on in this direction.
     Hold,
 }
@@ -77,7 +79,8 @@ impl Relay {
             std::thread::scope(|scope| {
                 for source in listener.incoming() {
                     let (source, shared) = (source.unwrap(), &*its);
-                    let destination = UnixStream::connect(&target);
+                    let lost = shared.fault.deed == Deed::CutForGood && shared.struck.load(Ordering::SeqCst);
+                    let destination = if lost { Err(ErrorKind::Other.into()) } else { UnixStream::connect(&target) };
                     match (&mut *shared.open.lock().unwrap(), &destination) {
                         (None, _) => break,
                         (Some(open), Ok(destination)) => {
@@ -124,7 +127,9 @@ fn carry<'scope>(
         return;
     }
     let channel = ConnectionHeader::decode(&header).unwrap().channel;
-    let fault = |way| Some(shared.fault).filter(|fault| fault.channel == channel && fault.way == way);
+    // It strikes once: what comes later gets through.
+    let struck = shared.struck.load(Ordering::SeqCst);
+    let fault = |way| Some(shared.fault).filter(|fault| !struck && fault.channel == channel && fault.way == way);
     let back = (destination.try_clone().unwrap(), source.try_clone().unwrap());
     let (forth, back_fault) = (fault(Way::ToDestination), fault(Way::ToSource));
     scope.spawn(move || pump(back.0, back.1, None, back_fault, shared));
@@ -203,7 +208,7 @@ impl Pass<'_> {
             return self.to.write_all(bytes);
         }
         self.to.write_all(&bytes[..here])?;
-        if fault.deed == Deed::Cut {
+        if matches!(fault.deed, Deed::Cut | Deed::CutForGood) {
             for end in self.ends {
                 let _ = end.shutdown(Shutdown::Both);
             }

@@ -85,6 +85,6 @@ fn no_more_goes_out_than_the_bandwidth_limit_allows() {
         // What is written at once, a tenth of a second's worth at the most, is waited for afterwards.
         let least = (round.wire_bytes - RATE / 10) as f64 / RATE as f64;
         assert!(round.wire_bytes > 5 << 20 && round.ms >= least * 1e3, "{round:?}, at least {least} s");
-        destination.join().guest();
+        destination.join().paused();
     }
 }

@@ -1,10 +1,13 @@
 //! One migration with both its ends in this process, over any transport.
 
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tempfile::TempDir;
-use vhost_migrate::migrate::{Event, Failure, MigrateError, Plan, Policy, Received, Report, migrate, receive};
+use vhost_migrate::migrate::{
+    Event, Failure, GuestLocation, Incoming, MigrateError, Outcomes, Plan, Policy, Received, Report, migrate, receive,
+};
 use vhost_migrate::stream::{Codec, Listener, Options, StreamError, Uri, transport};
 
 use crate::guest::{Cradle, Guest, PATIENCE, Refusal};
@@ -20,7 +23,7 @@ impl How {
     /// Patient, and with a downtime that any writer here allows.
     pub(crate) fn new() -> How {
         let policy = Policy { downtime: PATIENCE, max_rounds: 100 };
-        How { plan: Plan { policy, codec: Codec::None, verify: false }, options: options() }
+        How { plan: Plan { policy, codec: Codec::None, verify: false, ask_for: PATIENCE }, options: options() }
     }
 
     pub(crate) fn channels(mut self, channels: u16) -> How {
@@ -40,6 +43,11 @@ impl How {
 
     pub(crate) fn one_way(mut self) -> How {
         self.options.one_way = true;
+        self
+    }
+
+    pub(crate) fn ask_for(mut self, time: Duration) -> How {
+        self.plan.ask_for = time;
         self
     }
 
@@ -82,12 +90,12 @@ pub(crate) fn leave_telling(guest: &mut Guest, uri: &Uri, how: &How, mut tell: i
             });
             let last = match &outcome {
                 Ok(report) => Event::Completed(report.clone()),
-                Err(failure) => Event::Failed { message: failure.to_string(), source_running: failure.source_running },
+                Err(failure) => Event::Failed { message: failure.to_string(), location: failure.location },
             };
             assert_eq!(events.last(), Some(&last), "the last event says how it ended");
             outcome
         }
-        Err(error) => Err(Failure { error: error.into(), source_running: true }),
+        Err(error) => Err(Failure { error: error.into(), location: GuestLocation::RunningHere }),
     };
     Left { outcome, events }
 }
@@ -101,11 +109,24 @@ pub(crate) struct Arrived {
 }
 
 impl Arrived {
+    fn none(error: MigrateError) -> Arrived {
+        Arrived { outcome: Err(error), bytes: 0, guest: None }
+    }
+
     /// The guest, which runs here.
     pub(crate) fn guest(self) -> Guest {
         self.outcome.unwrap();
         let guest = self.guest.unwrap();
         guest.beat();
+        guest
+    }
+
+    /// The guest, which is here and does not run.
+    pub(crate) fn paused(self) -> Guest {
+        assert!(matches!(self.outcome, Ok(Received { running: false, .. }) | Err(MigrateError::NotStarted(_))));
+        let mut guest = self.guest.unwrap();
+        assert!(!guest.is_running());
+        guest.check().unwrap();
         guest
     }
 
@@ -116,34 +137,37 @@ impl Arrived {
     }
 }
 
-/// A destination in a thread of its own.
+/// A destination in a thread of its own, which takes in one guest and answers sources that ask until it is joined.
 pub(crate) struct Destination {
     pub(crate) uri: Uri,
-    pub(crate) options: Options,
+    pub(crate) outcomes: Outcomes,
+    incoming: Arc<Incoming>,
     thread: JoinHandle<Arrived>,
 }
 
 impl Destination {
     pub(crate) fn at(uri: &Uri) -> Destination {
-        Destination::new(uri, None, options())
+        Destination::new(uri, None)
     }
 
-    pub(crate) fn new(uri: &Uri, refuse: Option<Refusal>, options: Options) -> Destination {
+    pub(crate) fn new(uri: &Uri, refuse: Option<Refusal>) -> Destination {
         let listener = Listener::bind(uri).unwrap();
-        let uri = listener.uri().clone();
-        let its = options.clone();
+        let (uri, outcomes) = (listener.uri().clone(), Outcomes::default());
+        let incoming = Arc::new(Incoming::start(listener, outcomes.clone()).unwrap());
+        let (its, waits) = (outcomes.clone(), incoming.clone());
         let thread = std::thread::spawn(move || {
-            let connection = match listener.accept(&its) {
-                Ok(connection) => connection,
-                Err(error) => return Arrived { outcome: Err(error.into()), bytes: 0, guest: None },
+            let arriving = match waits.next() {
+                Ok(Some(arriving)) => arriving,
+                Ok(None) => return Arrived::none(MigrateError::Cancelled),
+                Err(error) => return Arrived::none(error.into()),
             };
-            let channels = connection.channels.clone();
+            let channels = arriving.connection.channels.clone();
             let mut cradle = Cradle::new(refuse);
-            let outcome = receive(&mut cradle, connection, &its.cancel);
+            let outcome = receive(&mut cradle, arriving.connection, &arriving.cancel, &its);
             let bytes = channels.iter().map(|channel| channel.received()).sum();
             Arrived { outcome, bytes, guest: cradle.guest }
         });
-        Destination { uri, options, thread }
+        Destination { uri, outcomes, incoming, thread }
     }
 
     /// Waits for the end.
@@ -151,9 +175,18 @@ impl Destination {
         self.thread.join().unwrap()
     }
 
+    /// What calls it off, wherever it is. False says that it was too late.
+    pub(crate) fn call_off(&self) -> impl FnOnce() -> bool + Send + use<> {
+        let (outcomes, incoming) = (self.outcomes.clone(), self.incoming.clone());
+        move || {
+            incoming.close();
+            outcomes.close("the test calls it off")
+        }
+    }
+
     /// Calls it off, wherever it is, and waits for the end.
     pub(crate) fn cancel(self) -> Arrived {
-        self.options.cancel.cancel();
+        self.call_off()();
         self.join()
     }
 }
@@ -196,7 +229,7 @@ pub(crate) fn travel(mut guest: Guest, to: &Uri, how: &How) -> (Guest, Report) {
 /// What must hold after every migration that failed before its commit: the guest is here, whole, and goes elsewhere
 /// the next time, where it is returned from.
 pub(crate) fn assert_nothing_happened(mut guest: Guest, failure: &Failure) -> Guest {
-    assert!(failure.source_running, "{failure}");
+    assert_eq!(failure.location, GuestLocation::RunningHere, "{failure}");
     guest.assert_here();
     let place = Place::new();
     travel(guest, &place.unix("second"), &How::new().channels(2)).0

@@ -8,11 +8,11 @@ use std::sync::Arc;
 use io_uring::{IoUring, opcode, types};
 use vhost_migrate::dirty::{DirtySource, Log, LogSource, PageSet, Pagemap, Union};
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
-use vhost_migrate::migrate::{Event, Machine, MachineError, MigrateError, migrate};
+use vhost_migrate::migrate::{Event, GuestLocation, Machine, MachineError, MigrateError, migrate};
 use vhost_migrate::stream::transport;
 
 use crate::guest::{Guest, HIGH, Refusal, Trouble};
-use crate::trip::{Destination, How, Place, assert_nothing_happened, leave, options, travel, uri};
+use crate::trip::{Destination, How, Place, assert_nothing_happened, leave, travel, uri};
 
 const PAGES: u64 = 2048;
 
@@ -74,7 +74,7 @@ impl Still {
     /// there, and what the source says of it.
     fn found(mut self, mut write: impl FnMut(&Memory)) -> Option<(u64, Vec<u64>, String)> {
         let place = Place::new();
-        let destination = Destination::new(&place.unix("socket"), Some(Refusal::Restore), options());
+        let destination = Destination::new(&place.unix("socket"), Some(Refusal::Restore));
         let how = How::new().channels(2).verify();
         let connection = transport::connect(&destination.uri, &how.options).unwrap();
         let (memory, mut rounds) = (self.memory.clone(), 0);
@@ -89,7 +89,7 @@ impl Still {
         match destination.join().outcome {
             Err(MigrateError::Different { pages, named }) => {
                 let failure = outcome.unwrap_err();
-                assert!(failure.source_running && !self.paused, "{failure}");
+                assert!(failure.location == GuestLocation::RunningHere && !self.paused, "{failure}");
                 Some((pages, named, failure.to_string()))
             }
             // It always refuses the state, and gets as far as that if memory is right.

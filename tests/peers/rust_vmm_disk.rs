@@ -12,7 +12,7 @@ use vhost_migrate::abi::vhost_user::{Request, protocol_feature};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestError};
-use vhost_migrate::migrate::{GuestArrival, GuestMachine, Plan, Policy, migrate, receive};
+use vhost_migrate::migrate::{ASK_FOR, GuestArrival, GuestMachine, Outcomes, Plan, Policy, migrate, receive};
 use vhost_migrate::stream::{Codec, Listener, Options, transport};
 
 use crate::backend::{Backend, Kind};
@@ -89,10 +89,17 @@ fn a_guest_moves_between_two_of_them_by_what_they_have_marked() {
         let mut arrival = GuestArrival::new(vec![backends[trip % 2].socket().into()]);
         let leaving = Mutex::new(Some(guest));
         std::thread::scope(|scope| {
-            let arrived = scope.spawn(|| receive(&mut arrival, listener.accept(&theirs).unwrap(), &theirs.cancel));
+            let arrived = scope.spawn(|| {
+                let connection = listener.accept(&theirs).unwrap();
+                receive(&mut arrival, connection, &theirs.cancel, &Outcomes::default())
+            });
             let connection = transport::connect(listener.uri(), &ours).unwrap();
-            let plan =
-                Plan { policy: Policy { downtime: DEADLINE, max_rounds: 100 }, codec: Codec::None, verify: false };
+            let plan = Plan {
+                policy: Policy { downtime: DEADLINE, max_rounds: 100 },
+                codec: Codec::None,
+                verify: false,
+                ask_for: ASK_FOR,
+            };
             let mut machine = GuestMachine::new(&leaving).unwrap();
             migrate(&mut machine, connection, &plan, &ours.limiter, &ours.cancel, &mut |_| {}).unwrap();
             arrived.join().unwrap().unwrap();

@@ -181,14 +181,33 @@ impl UserDevice {
 
     /// Everything that starts a ring, but does not enable it yet.
     fn post_ring(&mut self, index: u16, setup: &RingSetup, base: RingBase) -> Result<(), FrontendError> {
-        let addresses = self.addresses(index, setup)?;
-        let state = |num| VringState { index: index.into(), num };
         self.post_fd(Request::SET_VRING_CALL, index, Some(&setup.call))?;
         self.post_fd(Request::SET_VRING_ERR, index, setup.error.as_ref())?;
+        self.post_place(index, setup, base)?;
+        self.post_fd(Request::SET_VRING_KICK, index, Some(&setup.kick))
+    }
+
+    /// A ring's size, base and addresses.
+    fn post_place(&mut self, index: u16, setup: &RingSetup, base: RingBase) -> Result<(), FrontendError> {
+        let addresses = self.addresses(index, setup)?;
+        let state = |num| VringState { index: index.into(), num };
         self.channel.post(Request::SET_VRING_NUM, state(setup.size.into()).as_bytes(), &[])?;
         self.channel.post(Request::SET_VRING_BASE, state(base.bits()).as_bytes(), &[])?;
-        self.channel.post(Request::SET_VRING_ADDR, addresses.as_bytes(), &[])?;
-        self.post_fd(Request::SET_VRING_KICK, index, Some(&setup.kick))
+        self.channel.post(Request::SET_VRING_ADDR, addresses.as_bytes(), &[])
+    }
+
+    fn check_ring(&self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
+        let bad = |reason| Err(FrontendError::BadRing { index, reason });
+        if index >= self.offer.queues || index > 0xff {
+            return bad("the device has fewer rings");
+        }
+        if setup.size == 0 || !self.is_packed() && !setup.size.is_power_of_two() {
+            return bad("its size must be a power of two");
+        }
+        if self.rings.contains_key(&index) {
+            return bad("it is started already: stop it first");
+        }
+        Ok(())
     }
 
     /// A ring's kick, call or error fd, or what stands for it where they are messages (rule B3).
@@ -325,17 +344,17 @@ impl Device for UserDevice {
         self.inflight.as_ref().map(Inflight::state).transpose()
     }
 
+    fn try_ring(&mut self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
+        self.check_ring(index, setup)?;
+        self.post_place(index, setup, setup.base)?;
+        // Without a kick it does not run: it is not started (rule R2).
+        self.post_enable(index, true)?;
+        self.post_enable(index, false)?;
+        self.channel.settle()
+    }
+
     fn start_ring(&mut self, index: u16, setup: RingSetup) -> Result<(), FrontendError> {
-        let bad = |reason| Err(FrontendError::BadRing { index, reason });
-        if index >= self.offer.queues || index > 0xff {
-            return bad("the device has fewer rings");
-        }
-        if setup.size == 0 || !self.is_packed() && !setup.size.is_power_of_two() {
-            return bad("its size must be a power of two");
-        }
-        if self.rings.contains_key(&index) {
-            return bad("it is started already: stop it first");
-        }
+        self.check_ring(index, &setup)?;
         self.post_ring(index, &setup, setup.base)?;
         // What it finds as soon as it is enabled it may call for at once.
         self.ear.iter().for_each(|ear| ear.add(index, &setup));

@@ -14,9 +14,9 @@ use nix::poll::{PollFd, PollFlags};
 use super::connect::resolve;
 use super::{Channel, Connection, End, FdKind, Options, Uri, check_single, inherited, kind_of};
 use super::{open_error, set_nonblocking, spawn};
-use crate::stream::StreamError;
-use crate::stream::frame::{ConnectionHeader, HEADER_BYTES, MAX_CHANNELS};
+use crate::stream::frame::{ChannelId, ConnectionHeader, FrameWriter, HEADER_BYTES, MAX_CHANNELS, MigrationId};
 use crate::stream::limiter::poll_until;
+use crate::stream::{StreamError, ToSource};
 use crate::sys::listen::listen;
 
 /// Most connections that may wait to become a migration.
@@ -41,6 +41,34 @@ enum Socket {
     },
     /// Opened when accepting.
     Single,
+}
+
+/// A connection that a [`Listener`] has accepted.
+#[derive(Debug)]
+pub enum Incoming {
+    /// All channels of a migration.
+    Migration(Connection),
+    /// A source asks what has become of a migration.
+    Question(Question),
+}
+
+/// A source that waits to hear what has become of a migration.
+#[derive(Debug)]
+pub struct Question {
+    /// The migration.
+    pub id: MigrationId,
+    channel: Channel,
+}
+
+impl Question {
+    /// Answers with STARTED, FAILED, HELD or UNKNOWN.
+    ///
+    /// # Errors
+    /// What the connection reports; the source asks again then.
+    pub fn answer(self, answer: &ToSource) -> Result<(), StreamError> {
+        let id = ChannelId { migration: self.id, channel: 0 };
+        answer.write(&mut FrameWriter::new(self.channel, id)).map(drop)
+    }
 }
 
 impl Listener {
@@ -79,14 +107,32 @@ impl Listener {
         &self.uri
     }
 
-    /// Waits until all channels of one migration are there and answers their headers. Connections that are not part of
-    /// it are dropped with a warning, and waiting goes on. `options.channels` and `one_way` are not used: the source
-    /// says.
+    /// Waits until all channels of one migration are there, as [`next`](Self::next). Sources that ask about another
+    /// migration are told that it is not known here.
+    ///
+    /// # Errors
+    /// As [`next`](Self::next).
+    pub fn accept(&self, options: &Options) -> Result<Connection, StreamError> {
+        loop {
+            match self.next(options)? {
+                Incoming::Migration(connection) => return Ok(connection),
+                Incoming::Question(question) => {
+                    if let Err(error) = question.answer(&ToSource::Unknown) {
+                        tracing::warn!("a source that asks about a migration went away: {error}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Waits until all channels of one migration are there, or a source asks about one, and answers their headers.
+    /// Connections that are not part of it are dropped with a warning, and waiting goes on. `options.channels` and
+    /// `one_way` are not used: the source says.
     ///
     /// # Errors
     /// `Timeout` after `options.deadline`, `Cancelled`, and for transports with a single channel whatever is wrong with
     /// it.
-    pub fn accept(&self, options: &Options) -> Result<Connection, StreamError> {
+    pub fn next(&self, options: &Options) -> Result<Incoming, StreamError> {
         let single = match &self.uri {
             Uri::Tcp { .. } | Uri::Unix(_) => return self.accept_sockets(options),
             Uri::File(path) => (File::open(path).map_err(open_error(&self.uri))?.into(), End::Nothing),
@@ -110,16 +156,16 @@ impl Listener {
             channel.write_all(&header.encode())?;
         }
         channel.set_timeout(options.timeout)?;
-        Ok(Connection { id: header.id, one_way: header.one_way, channels: vec![channel] })
+        Ok(incoming(header, vec![channel]))
     }
 
-    fn accept_sockets(&self, options: &Options) -> Result<Connection, StreamError> {
+    fn accept_sockets(&self, options: &Options) -> Result<Incoming, StreamError> {
         let deadline = options.deadline.map(|time| Instant::now() + time);
         let mut waiting: Vec<Waiting> = Vec::new();
         loop {
             if let Some(complete) = complete(&mut waiting) {
                 match answer(complete, options) {
-                    Ok(connection) => return Ok(connection),
+                    Ok(incoming) => return Ok(incoming),
                     Err(StreamError::Cancelled) => return Err(StreamError::Cancelled),
                     Err(error) => tracing::warn!("a migration went away before it began: {error}"),
                 }
@@ -273,7 +319,7 @@ fn complete(waiting: &mut Vec<Waiting>) -> Option<Vec<Waiting>> {
 }
 
 /// Answers every channel. Others of the same migration can't hold it up: forty bytes fit any socket's buffer.
-fn answer(waiting: Vec<Waiting>, options: &Options) -> Result<Connection, StreamError> {
+fn answer(waiting: Vec<Waiting>, options: &Options) -> Result<Incoming, StreamError> {
     let mut channels = Vec::new();
     let mut first = None;
     for waiting in waiting {
@@ -286,12 +332,24 @@ fn answer(waiting: Vec<Waiting>, options: &Options) -> Result<Connection, Stream
         first.get_or_insert(header);
     }
     let header = first.ok_or(StreamError::NotAStream)?;
-    Ok(Connection { id: header.id, one_way: header.one_way, channels })
+    Ok(incoming(header, channels))
+}
+
+/// Connected channels as what `header`, the first one's, says that they are.
+fn incoming(header: ConnectionHeader, mut channels: Vec<Channel>) -> Incoming {
+    match channels.pop() {
+        Some(channel) if header.question => Incoming::Question(Question { id: header.id, channel }),
+        last => {
+            channels.extend(last);
+            Incoming::Migration(Connection { id: header.id, one_way: header.one_way, channels, again: None })
+        }
+    }
 }
 
 /// Tells a source of another version which version this is; it knows the rest.
 fn refuse(to: &mut impl Write) {
-    let header = ConnectionHeader { id: crate::stream::MigrationId(0), channel: 0, channels: 1, one_way: false };
+    let id = MigrationId(0);
+    let header = ConnectionHeader { id, channel: 0, channels: 1, one_way: false, question: false };
     // The source may be gone, or be a file.
     let _ = to.write_all(&header.encode());
 }

@@ -15,9 +15,9 @@ use nix::sys::socket::{
 
 use super::{Channel, Connection, End, FdKind, Options, Uri, check_single, check_socket_path, inherited, kind_of};
 use super::{open_error, save, spawn};
-use crate::stream::StreamError;
-use crate::stream::frame::{ConnectionHeader, MAX_CHANNELS, MigrationId};
+use crate::stream::frame::{ChannelId, ConnectionHeader, FrameReader, MAX_CHANNELS, MigrationId};
 use crate::stream::limiter::poll_until;
+use crate::stream::{StreamError, ToSource};
 
 /// Opens the channels of a new migration, sends their headers and waits for the destination's, if it answers.
 ///
@@ -50,9 +50,16 @@ pub fn connect(uri: &Uri, options: &Options) -> Result<Connection, StreamError> 
     }
     let mut one_way = options.one_way;
     for (fd, _) in &fds {
-        one_way |= kind_of(fd)? != FdKind::Socket;
+        match (uri, kind_of(fd)?) {
+            (Uri::File(_), _) | (_, FdKind::File) => one_way = true,
+            (_, FdKind::Pipe) if !one_way => {
+                let advice = "this is a pipe, which carries no answers: use a socket, or --one-way if that is meant";
+                return Err(uri.error(advice, None));
+            }
+            _ => {}
+        }
     }
-    let header = |channel| ConnectionHeader { id, channel, channels, one_way };
+    let header = |channel| ConnectionHeader { id, channel, channels, one_way, question: false };
     let mut open = Vec::new();
     for ((fd, end), number) in fds.into_iter().zip(0..) {
         let mut channel = Channel::new(fd, end, options)?;
@@ -65,7 +72,28 @@ pub fn connect(uri: &Uri, options: &Options) -> Result<Connection, StreamError> 
             channel.set_timeout(options.timeout)?;
         }
     }
-    Ok(Connection { id, one_way, channels: open })
+    let again = matches!(uri, Uri::Tcp { .. } | Uri::Unix(_)).then(|| uri.clone());
+    Ok(Connection { id, one_way, channels: open, again })
+}
+
+/// Asks the destination at `uri` what has become of the migration `id`. The answer is STARTED, FAILED, HELD or UNKNOWN.
+///
+/// # Errors
+/// `NoReturnPath` if the URI is not of a kind that can be connected to again; `Open` or `Timeout` if nobody answers within
+/// `time`; whatever else connecting and reading report.
+pub fn ask(uri: &Uri, id: MigrationId, time: Duration) -> Result<ToSource, StreamError> {
+    let options = Options { deadline: Some(time), timeout: Some(time), ..Options::new()? };
+    let deadline = Some(Instant::now() + time);
+    let fd = match uri {
+        Uri::Tcp { host, port } => tcp(uri, host, *port, &options, deadline)?,
+        Uri::Unix(path) => unix(uri, path, &options, deadline)?,
+        _ => return Err(StreamError::NoReturnPath),
+    };
+    let mut channel = Channel::new(fd, End::Nothing, &options)?;
+    let header = ConnectionHeader { id, channel: 0, channels: 1, one_way: false, question: true };
+    channel.begin(uri, None, header)?;
+    answer(uri, &mut channel, header, deadline)?;
+    ToSource::next(&mut FrameReader::new(channel, ChannelId { migration: id, channel: 0 }))
 }
 
 fn answer(

@@ -1,0 +1,25 @@
+//! `vhost-migrate resume` and `vhost-migrate forget`: what an operator knows of a guest whose migration did not end well.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use vhost_migrate::control::{self, Command};
+
+/// Which guest.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// Control socket of the process that owns the guest
+    #[arg(long, value_name = "SOCKET")]
+    control: PathBuf,
+}
+
+/// Sends the operator's decision.
+pub(crate) fn run(arguments: &Arguments, decision: &Command) -> ExitCode {
+    match control::call(&arguments.control, decision, |_| ()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}

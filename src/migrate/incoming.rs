@@ -1,0 +1,135 @@
+//! Listening for guests, and for sources that ask what came of a migration, on a thread of its own: a question must be
+//! answered while a guest is on its way or has just arrived.
+#![forbid(unsafe_code)]
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
+
+use super::outcomes::Outcomes;
+use crate::stream::{self, Cancel, Connection, Listener, Options, StreamError};
+
+/// A migration that has connected.
+pub struct Arriving {
+    /// Its channels.
+    pub connection: Connection,
+    /// Ends it.
+    pub cancel: Cancel,
+}
+
+/// Takes connections at one URI until it is dropped.
+pub struct Incoming {
+    migrations: Receiver<Result<Arriving, StreamError>>,
+    shared: Arc<Mutex<Shared>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    /// Of the wait for the next connection.
+    cancel: Cancel,
+    /// When to listen no more.
+    until: Option<Instant>,
+}
+
+impl Incoming {
+    /// Takes connections of `listener`. Questions are answered by `outcomes`.
+    ///
+    /// # Errors
+    /// If the system has no thread or file descriptor left.
+    pub fn start(listener: Listener, outcomes: Outcomes) -> Result<Incoming, StreamError> {
+        // One is taken in; one may wait, in case that fails.
+        let (to, migrations) = bounded(1);
+        let shared = Arc::new(Mutex::new(Shared { cancel: Cancel::new()?, until: None }));
+        let its = shared.clone();
+        let listen = move || {
+            if let Err(error) = listen(&listener, &outcomes, &to, &its) {
+                // Whoever waits for a migration reads it; after that it is of no interest.
+                let _ = to.try_send(Err(error));
+            }
+        };
+        let thread = Some(std::thread::Builder::new().name("incoming".into()).spawn(listen)?);
+        Ok(Incoming { migrations, shared, thread })
+    }
+
+    /// Waits for the next migration. Returns `None` if there will be none: after [`close`](Self::close), or if what was
+    /// listened at carries only one.
+    ///
+    /// # Errors
+    /// What [`Listener::next`] reports.
+    pub fn next(&self) -> Result<Option<Arriving>, StreamError> {
+        self.migrations.recv().map_or(Ok(None), |arriving| arriving.map(Some))
+    }
+
+    /// Listens no more.
+    pub fn close(&self) {
+        self.close_after(Duration::ZERO);
+    }
+
+    /// Listens no more after `time`.
+    pub fn close_after(&self, time: Duration) {
+        let mut shared = lock(&self.shared);
+        shared.until = Some(Instant::now() + time);
+        // The wait begins anew, for this long.
+        shared.cancel.cancel();
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        self.close();
+        // It ends at once, and its socket with it.
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn listen(
+    listener: &Listener,
+    outcomes: &Outcomes,
+    to: &Sender<Result<Arriving, StreamError>>,
+    shared: &Mutex<Shared>,
+) -> Result<(), StreamError> {
+    loop {
+        let cancel = Cancel::new()?;
+        let until = {
+            let mut shared = lock(shared);
+            shared.cancel = cancel.clone();
+            shared.until
+        };
+        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) {
+            return Ok(());
+        }
+        // A source may have nothing to say on a channel for long; one that is gone is noticed by its connection.
+        let options = Options { deadline: left, timeout: None, cancel: cancel.clone(), ..Options::new()? };
+        match listener.next(&options) {
+            Ok(stream::Incoming::Question(question)) => {
+                let (id, answer) = (question.id, outcomes.answer(question.id));
+                tracing::info!("the source of migration {id} asks what came of it: {answer:?}");
+                if let Err(error) = question.answer(&answer) {
+                    tracing::warn!("a source that asks about a migration went away: {error}");
+                }
+            }
+            Ok(stream::Incoming::Migration(connection)) => {
+                match to.try_send(Ok(Arriving { connection, cancel })) {
+                    Ok(()) => {}
+                    Err(TrySendError::Full(_)) => tracing::warn!("refused a migration: others are under way"),
+                    Err(TrySendError::Disconnected(_)) => tracing::warn!("refused a migration: a guest has arrived"),
+                }
+                if listener.uri().is_single() {
+                    return Ok(());
+                }
+            }
+            // It is closed, or to be closed later.
+            Err(_) if lock(shared).until.is_some() => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}

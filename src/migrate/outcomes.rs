@@ -1,0 +1,164 @@
+//! What a destination knows of each migration, by its id: the one place that decides between a commit and giving up.
+//!
+//! ```text
+//! receiving ──commit──→ held ──started──→ started
+//!     └──────give_up──→ given up
+//! ```
+//!
+//! A source that loses its connection around the commit asks for the outcome over another one. A migration that is
+//! asked about before its commit was read is given up then: a commit that is still on its way takes no effect.
+#![forbid(unsafe_code)]
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::error::MigrateError;
+use crate::stream::record::{Held, Started};
+use crate::stream::{Cancel, Channel, Connection, MigrationId, ToSource};
+
+/// The migrations that a destination has taken part in. Clones are one.
+#[derive(Clone, Default)]
+pub struct Outcomes(Arc<Mutex<Known>>);
+
+#[derive(Default)]
+struct Known {
+    by_id: HashMap<MigrationId, Outcome>,
+    /// No migration begins any more.
+    closed: bool,
+}
+
+/// Most migrations that are remembered. A source asks soon or never.
+const MOST: usize = 1024;
+
+enum Outcome {
+    /// Not committed.
+    Receiving { channels: Vec<Channel>, cancel: Cancel },
+    /// Never to be committed, and why.
+    GivenUp(String),
+    /// Committed: the guest is owned here, and does not run yet.
+    Held(Held),
+    /// The guest runs here, or ran before it went on.
+    Started(Started),
+}
+
+impl Outcomes {
+    /// The answer to a source that asks. A migration that is not committed by now is given up.
+    pub fn answer(&self, id: MigrationId) -> ToSource {
+        self.give_up(id, "its source lost the connection and asked for the outcome before the commit had arrived");
+        match self.lock().by_id.get(&id) {
+            Some(Outcome::GivenUp(message)) => ToSource::Failed { message: message.clone() },
+            Some(Outcome::Held(held)) => ToSource::Held(held.clone()),
+            Some(Outcome::Started(started)) => ToSource::Started(*started),
+            Some(Outcome::Receiving { .. }) | None => ToSource::Unknown,
+        }
+    }
+
+    /// Gives up the migration `id`, for good, if it is under way and not committed. Returns false if it is not, or
+    /// no longer: its guest is owned here then, or was never on its way.
+    pub fn give_up(&self, id: MigrationId, why: &str) -> bool {
+        self.lock().by_id.get_mut(&id).is_some_and(|outcome| abandon(outcome, why))
+    }
+
+    /// The migration `id` has failed here: it is given up, and its source is told by whoever has found out. Returns the
+    /// reason that counts: it may have been given up before, which has ended its stream.
+    pub(super) fn failed(&self, id: MigrationId, error: MigrateError) -> MigrateError {
+        match self.lock().by_id.get_mut(&id) {
+            Some(Outcome::GivenUp(why)) => MigrateError::GivenUp(why.clone()),
+            Some(outcome @ Outcome::Receiving { .. }) => {
+                *outcome = Outcome::GivenUp(error.to_string());
+                error
+            }
+            _ => error,
+        }
+    }
+
+    /// Gives up every migration that is under way and not committed. Returns true if there was one.
+    pub fn give_up_all(&self, why: &str) -> bool {
+        self.lock().by_id.values_mut().fold(false, |any, outcome| abandon(outcome, why) | any)
+    }
+
+    /// Gives up every migration that is not committed, and begins no other. Returns false, and leaves everything as it
+    /// is, if a guest has arrived.
+    pub fn close(&self, why: &str) -> bool {
+        let mut known = self.lock();
+        if known.by_id.values().any(|outcome| matches!(outcome, Outcome::Held(_) | Outcome::Started(_))) {
+            return false;
+        }
+        known.closed = true;
+        for outcome in known.by_id.values_mut() {
+            abandon(outcome, why);
+        }
+        true
+    }
+
+    /// The guest of the migration `id`, which was held, runs now.
+    pub fn started(&self, id: MigrationId, started: Started) {
+        self.lock().by_id.insert(id, Outcome::Started(started));
+    }
+
+    /// A migration begins.
+    ///
+    /// # Errors
+    /// If its id was used before, or after [`close`](Self::close).
+    pub(super) fn begin(&self, connection: &Connection, cancel: &Cancel) -> Result<(), MigrateError> {
+        let mut known = self.lock();
+        if known.closed {
+            return Err(MigrateError::GivenUp("this destination ends".into()));
+        }
+        if known.by_id.len() >= MOST {
+            known.by_id.retain(|_, outcome| !matches!(outcome, Outcome::GivenUp(_)));
+        }
+        let begun = Outcome::Receiving { channels: connection.channels.clone(), cancel: cancel.clone() };
+        match known.by_id.entry(connection.id) {
+            // A file may be read again.
+            Entry::Occupied(_) if !connection.one_way => Err(MigrateError::GivenUp("its id was used before".into())),
+            Entry::Occupied(mut known) => {
+                known.insert(begun);
+                Ok(())
+            }
+            Entry::Vacant(new) => {
+                new.insert(begun);
+                Ok(())
+            }
+        }
+    }
+
+    /// The commit has arrived: the guest is owned here, unless the migration was given up.
+    ///
+    /// # Errors
+    /// [`MigrateError::GivenUp`].
+    pub(super) fn commit(&self, id: MigrationId) -> Result<(), MigrateError> {
+        let mut known = self.lock();
+        match known.by_id.get_mut(&id) {
+            Some(outcome @ Outcome::Receiving { .. }) => {
+                *outcome = Outcome::Held(Held { starting: true, message: "it is being started".into() });
+                Ok(())
+            }
+            Some(Outcome::GivenUp(why)) => Err(MigrateError::GivenUp(why.clone())),
+            _ => Err(MigrateError::GivenUp("it is not under way".into())),
+        }
+    }
+
+    /// The guest can't be started, for now.
+    pub(super) fn held(&self, id: MigrationId, message: &str) -> Held {
+        let held = Held { starting: false, message: message.into() };
+        self.lock().by_id.insert(id, Outcome::Held(held.clone()));
+        held
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Gives up a migration that is not committed, and ends what waits for the rest of it. Returns false for others.
+fn abandon(outcome: &mut Outcome, why: &str) -> bool {
+    let Outcome::Receiving { channels, cancel } = outcome else { return false };
+    // A source that waits for an answer to its commit can still be told.
+    if !cancel.cancel() {
+        channels.iter().for_each(Channel::shutdown_read);
+    }
+    *outcome = Outcome::GivenUp(why.into());
+    true
+}
