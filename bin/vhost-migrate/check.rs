@@ -15,7 +15,7 @@ const UNCHECKED: u8 = 3;
 /// With `--strict`: nothing is broken, but there are warnings.
 const WARNED: u8 = 4;
 
-/// Check which rules a running vhost-user back-end keeps: a disk or a network interface
+/// Check which rules a running vhost-user back-end keeps
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   vhost-migrate check /run/disk.sock
@@ -37,7 +37,7 @@ pub(crate) struct Arguments {
     /// Check only these rules, by their ids in docs/protocol.md: for example R3,L1
     #[arg(long, value_name = "RULE,...", value_delimiter = ',', value_parser = known)]
     only: Vec<&'static str>,
-    /// What the device is, where its features don't tell
+    /// What the device is, where what it says of itself doesn't tell
     #[arg(long)]
     device: Option<Device>,
     /// Check only on these rings; else on split ones, and on packed ones if they are offered
@@ -46,9 +46,10 @@ pub(crate) struct Arguments {
     /// Queue pairs that a network interface serves, if fewer than it says, as with DPDK
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     queue_pairs: Option<u16>,
-    /// What brings frames to a network interface: 'loop' if it sends back what it is sent, an interface of the host, or the
-    /// socket of another vhost-user back-end whose frames arrive at this one. Without it a loop is tried
-    #[arg(long, value_name = "loop|INTERFACE|SOCKET", value_parser = feed)]
+    /// What brings something in. To a network interface: 'loop' if it sends back what it is sent, an interface of the host,
+    /// or the socket of another vhost-user back-end whose frames arrive at this one. To vsock: the socket of the host's side.
+    /// To a console: the address that it is typed at. Without it a loop is tried
+    #[arg(long, value_name = "loop|INTERFACE|SOCKET|tcp:HOST:PORT", value_parser = feed)]
     feed: Option<Feed>,
     /// Warnings have an exit status of their own, 4, if nothing is broken; else they are 0
     #[arg(long)]
@@ -75,7 +76,8 @@ pub(crate) struct Arguments {
     #[arg(long)]
     write: bool,
     /// Simple shell command that starts the back-end: kill it with requests in flight, and see whether its successor
-    /// answers each once. Without --kill-pid it is also started with this; what the check starts it also ends
+    /// answers each once. Without --kill-pid it is also started with this; what the check starts it also ends. One that ends
+    /// with its front-end is started again each time
     #[arg(long, value_name = "COMMAND")]
     restart: Option<String>,
     /// Process id of the running back-end, which may be killed
@@ -87,6 +89,10 @@ pub(crate) struct Arguments {
 enum Device {
     Blk,
     Net,
+    Rng,
+    Fs,
+    Vsock,
+    Console,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -104,6 +110,7 @@ fn feed(text: &str) -> Result<Feed, String> {
     match text {
         "" => Err("give 'loop', an interface or a socket".into()),
         "loop" => Ok(Feed::Loop),
+        address if address.starts_with("tcp:") => Ok(Feed::Tcp(address.trim_start_matches("tcp:").into())),
         path if path.contains('/') => Ok(Feed::Backend(path.into())),
         name => Ok(Feed::Interface(name.into())),
     }
@@ -140,6 +147,10 @@ impl Arguments {
             device: self.device.map(|device| match device {
                 Device::Blk => Kind::Blk,
                 Device::Net => Kind::Net,
+                Device::Rng => Kind::Rng,
+                Device::Fs => Kind::Fs,
+                Device::Vsock => Kind::Vsock,
+                Device::Console => Kind::Console,
             }),
             rings: self.rings.map(|rings| match rings {
                 RingKind::Split => Rings::Split,

@@ -1,49 +1,30 @@
 //! The back-end under test: what it says of itself, and connections to it.
 
 use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::io;
+use std::net::{Shutdown, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::thread;
+use std::time::Instant;
 
-use super::blk::Disk;
+use super::device::Subject;
 use super::link::{self, Link, Replies};
 use super::net::{self, Source};
-use super::process::Process;
+use super::process::{LOOK, Process};
 use super::queue::MAX_RINGS;
 use super::rig::{PROTOCOL, Plan, Rig, Scatter};
-use super::{CheckError, Fault, Feed, Flow, Kind, Options, Outcome, Rings, Shape, When};
+use super::{CheckError, Fault, Feed, Flow, Options, Outcome, Rings, Shape, When};
 use crate::abi::bit;
 use crate::abi::vhost_user::{Request as Code, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature};
-use crate::abi::virtio::{
-    VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX,
-    VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
-};
+use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_NET_F_MQ};
 
 /// Entries of a ring where the back-end takes so many.
 const MOST_ENTRIES: u16 = 256;
 /// Entries that all requests of a batch need.
 const LEAST_ENTRIES: u16 = 64;
-
-/// The device under test.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Subject {
-    Disk(Disk),
-    Net,
-}
-
-impl Subject {
-    /// A disk, or a network interface; the features that only one of them has tell.
-    pub(super) fn of(link: &Link, offer: Offer, given: Option<Kind>) -> Result<Subject, Fault> {
-        let of_net = [VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_GUEST_ANNOUNCE]
-            .into_iter()
-            .chain([VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_MAC_ADDR])
-            .any(|feature| offer.has(feature));
-        match given.unwrap_or(if of_net { Kind::Net } else { Kind::Blk }) {
-            Kind::Blk => Disk::of(link, offer).map(Subject::Disk),
-            Kind::Net => Ok(Subject::Net),
-        }
-    }
-}
 
 /// What the back-end said when it was greeted.
 #[derive(Clone, Copy, Debug)]
@@ -94,12 +75,45 @@ pub(super) struct Bench {
     pub(super) size: u16,
     /// What may be killed and started again.
     pub(super) process: Option<Process>,
+    /// The last connection. It ends before another one begins: many back-ends serve one at a time.
+    last: RefCell<Option<UnixStream>>,
 }
 
 impl Bench {
-    /// A new connection on which nothing was said.
+    /// A new connection on which only GET_FEATURES was said.
     pub(super) fn connect(&self) -> Result<Link, Fault> {
-        Link::connect(&self.socket, self.options.timeout, self.replies.clone()).map_err(Fault::Connect)
+        if let Some(last) = self.last.take() {
+            // It may have ended by itself.
+            let _ = last.shutdown(Shutdown::Both);
+        }
+        let deadline = Instant::now() + self.options.timeout / 4;
+        loop {
+            let stream = match &self.process {
+                Some(process) => process.connect(),
+                None => self.connect_soon(),
+            };
+            let link = Link::over(stream.map_err(Fault::Connect)?, self.options.timeout, self.replies.clone());
+            match link.barrier() {
+                // One that listens for each connection anew hangs up at those that come before it has stopped listening.
+                Err(Fault::HungUp { .. }) if Instant::now() < deadline => thread::sleep(LOOK),
+                answer => {
+                    answer?;
+                    *self.last.borrow_mut() = Some(link.another()?);
+                    return Ok(link);
+                }
+            }
+        }
+    }
+
+    /// Connects to a back-end that may listen again only after its last connection has ended.
+    fn connect_soon(&self) -> io::Result<UnixStream> {
+        let deadline = Instant::now() + self.options.timeout / 4;
+        loop {
+            match link::connect(&self.socket, self.options.timeout) {
+                Err(error) if is_absent(&error) && Instant::now() < deadline => thread::sleep(LOOK),
+                connected => return connected,
+            }
+        }
     }
 
     /// A new connection with features, memory and a ring that is not started.
@@ -120,9 +134,13 @@ impl Bench {
 
     fn planned(&self, features: u64, rings: usize, iommu: Option<Scatter>) -> Result<Rig, Fault> {
         let Bench { subject, shape, size, .. } = *self;
+        // First, for what feeds a device may begin with its connection.
+        let link = self.connect()?;
         let source = if shape.flow == Flow::Receive { self.source()? } else { None };
         let plan = Plan { subject, shape, size, features, rings, source, iommu };
-        Rig::new(self.connect()?, self.offer, &self.options, plan)
+        let mut rig = Rig::new(link, self.offer, &self.options, plan)?;
+        rig.begin_session()?;
+        Ok(rig)
     }
 
     /// Entries of the largest ring that the back-end takes, or of the one that was asked for.
@@ -135,6 +153,11 @@ impl Bench {
                     if self.options.queue_size.is_none() && smaller >= LEAST_ENTRIES =>
                 {
                     self.size = smaller;
+                    if self.lives().is_err() {
+                        // It may end when it refuses something.
+                        let again = self.replace().and_then(|()| self.lives());
+                        again.map_err(|fault| CheckError::QueueSizeRefused(size, fault.to_string()))?;
+                    }
                 }
                 Err(fault) => return Err(CheckError::QueueSizeRefused(size, fault.to_string())),
             }
@@ -156,6 +179,10 @@ impl Bench {
             None => None,
             Some(Feed::Loop) => Some(Source::Loop),
             Some(Feed::Interface(name)) => Some(Source::interface(name)?),
+            Some(Feed::Tcp(address)) => Some(Source::Typed(TcpStream::connect(address)?)),
+            Some(Feed::Backend(socket)) if matches!(self.subject, Subject::Vsock(_)) => {
+                Some(Source::Host(socket.clone(), VecDeque::new()))
+            }
             Some(Feed::Backend(socket)) => {
                 let connect = || Link::connect(socket, self.options.timeout, Rc::default()).map_err(Fault::Connect);
                 let link = connect()?;
@@ -176,6 +203,9 @@ impl Bench {
         let offered = usize::try_from(self.offer.queues).unwrap_or(MAX_RINGS);
         match self.subject {
             Subject::Disk(_) => offered.min(MAX_RINGS),
+            // One has a priority of its own.
+            Subject::Fs => offered.saturating_sub(1).clamp(1, MAX_RINGS - 1),
+            Subject::Rng | Subject::Vsock(_) | Subject::Console => 1,
             // Pairs, of which the device says how many it has.
             Subject::Net if !self.offer.has(VIRTIO_NET_F_MQ) => 1,
             Subject::Net => self.options.pairs.map_or(offered, usize::from).min(offered).min(MAX_RINGS / 2),
@@ -184,7 +214,7 @@ impl Bench {
 
     /// Whether the back-end serves another front-end.
     pub(super) fn lives(&self) -> Result<(), Fault> {
-        self.connect()?.barrier().map(|_| ())
+        self.connect().map(|_| ())
     }
 
     /// Kills the back-end, and starts its successor.
@@ -196,12 +226,25 @@ impl Bench {
         Ok(())
     }
 
+    /// Learns whether the back-end serves a second front-end, or ends with its first.
+    fn meet_again(&self) -> Result<(), Fault> {
+        let deadline = Instant::now() + self.options.timeout;
+        while let Err(fault) = self.lives() {
+            if self.process.is_none() || Instant::now() >= deadline {
+                return Err(fault);
+            }
+            thread::sleep(LOOK);
+        }
+        self.process.iter().for_each(Process::is_known);
+        Ok(())
+    }
+
     /// The rings that a check is run on.
     pub(super) fn shapes(&self, when: When) -> Vec<Shape> {
         let main = self.main_flow();
-        let data = match self.subject {
-            Subject::Disk(_) => Some(main),
-            Subject::Net => self.feed.as_ref().map(|_| Flow::Receive),
+        let data = match self.subject.has_requests() {
+            true => Some(main),
+            false => self.feed.as_ref().map(|_| Flow::Receive),
         };
         let flows = match when {
             When::Once | When::Rings => vec![main],
@@ -224,14 +267,14 @@ impl Bench {
         match when {
             When::Packed if !self.offer.has(VIRTIO_F_RING_PACKED) => Fault::NotOffered("RING_PACKED".into()).into(),
             When::Split | When::Packed => Outcome::not_tested("--rings leaves it out"),
-            _ => Outcome::not_tested("only frames that come in are written to memory: --feed brings some"),
+            _ => Outcome::not_tested("only what comes in is written to memory: --feed brings something"),
         }
     }
 
     pub(super) fn main_flow(&self) -> Flow {
-        match self.subject {
-            Subject::Disk(_) => Flow::Requests,
-            Subject::Net => Flow::Transmit,
+        match self.subject.has_requests() {
+            true => Flow::Requests,
+            false => Flow::Transmit,
         }
     }
 }
@@ -240,16 +283,22 @@ impl Bench {
 pub(super) fn prepare(socket: &Path, options: &Options) -> Result<Bench, CheckError> {
     let process = start(socket, options)?;
     let replies = Rc::new(RefCell::new(Replies::default()));
-    let busy = || CheckError::Busy { path: socket.into(), waited: options.timeout };
-    let link = Link::connect(socket, options.timeout, replies.clone()).map_err(|source| match source.kind() {
-        // There is no room for another one that waits to be accepted.
-        io::ErrorKind::WouldBlock => busy(),
-        _ => CheckError::Connect { path: socket.into(), source },
-    })?;
+    let path = || socket.to_path_buf();
+    let busy = || CheckError::Busy { path: path(), waited: options.timeout };
+    let stream = match &process {
+        Some(process) => process.connect().map_err(CheckError::Start)?,
+        None => link::connect(socket, options.timeout).map_err(|source| match source.kind() {
+            // There is no room for another one that waits to be accepted.
+            io::ErrorKind::WouldBlock => busy(),
+            _ => CheckError::Connect { path: path(), source },
+        })?,
+    };
+    let link = Link::over(stream, options.timeout, replies.clone());
     let greeted = greet(&link).and_then(|offer| Ok((offer, Subject::of(&link, offer, options.device)?)));
-    let greeting = |fault: Fault| CheckError::Greeting { path: socket.into(), why: fault.to_string() };
+    let greeting = |fault: Fault| CheckError::Greeting { path: path(), why: fault.to_string() };
     let (offer, subject) = greeted.map_err(|fault| match fault {
         Fault::Silent { .. } if link.is_unread() => busy(),
+        Fault::UnknownDevice(why) => CheckError::UnknownDevice { path: path(), why },
         fault => greeting(fault),
     })?;
     drop(link);
@@ -257,23 +306,25 @@ pub(super) fn prepare(socket: &Path, options: &Options) -> Result<Bench, CheckEr
         return Err(CheckError::NotPacked);
     }
     let packed = options.rings == Some(Rings::Packed);
-    let flow = if let Subject::Disk(_) = subject { Flow::Requests } else { Flow::Receive };
+    let flow = if subject.has_requests() { Flow::Requests } else { Flow::Transmit };
     let shape = Shape { packed, flow };
-    let feed = options.feed.clone();
-    let socket = socket.into();
-    let (options, size) = (options.clone(), options.queue_size.unwrap_or(MOST_ENTRIES));
-    let mut bench = Bench { socket, options, replies, offer, subject, feed, shape, size, process };
+    let (feed, size) = (options.feed.clone(), options.queue_size.unwrap_or(MOST_ENTRIES));
+    let (socket, options, last) = (path(), options.clone(), RefCell::default());
+    let mut bench = Bench { socket, options, replies, offer, subject, feed, shape, size, process, last };
+    bench.meet_again().map_err(|fault| CheckError::Once { path: path(), why: fault.to_string() })?;
     bench.size = bench.ring_size()?;
-    if let Subject::Net = subject {
-        match &bench.options.feed {
-            Some(feed) => {
-                net::arrives(&bench).map_err(|fault| CheckError::Feed { feed: feed.clone(), why: fault.to_string() })?
-            }
-            None => {
-                bench.feed = Some(Feed::Loop);
-                if !net::loops(&bench).map_err(greeting)? {
-                    bench.feed = None;
-                }
+    if bench.subject.has_requests() {
+        return Ok(bench);
+    }
+    bench.shape.flow = Flow::Receive;
+    match &bench.options.feed {
+        Some(feed) => {
+            net::arrives(&bench).map_err(|fault| CheckError::Feed { feed: feed.clone(), why: fault.to_string() })?
+        }
+        None => {
+            bench.feed = Some(Feed::Loop);
+            if !net::loops(&bench).map_err(greeting)? {
+                bench.feed = None;
             }
         }
     }
@@ -284,7 +335,7 @@ pub(super) fn prepare(socket: &Path, options: &Options) -> Result<Bench, CheckEr
 pub(super) fn start(socket: &Path, options: &Options) -> Result<Option<Process>, CheckError> {
     let Some(command) = &options.restart else { return Ok(None) };
     let given = options.kill_pid.map(nix::unistd::Pid::from_raw);
-    let mut process = Process::new(command, socket, options.timeout, given);
+    let process = Process::new(command, socket, options.timeout, given);
     if given.is_none() {
         if link::connect(socket, options.timeout).is_ok() {
             return Err(CheckError::Served { path: socket.into() });
@@ -313,11 +364,10 @@ pub(super) fn offers(bench: &Bench) -> String {
     let Offer { features, protocol, queues } = bench.offer;
     let names: Vec<String> = (0..64).filter(|number| protocol & bit(*number) != 0).map(protocol_name).collect();
     let names = if names.is_empty() { "none".into() } else { names.join(" ") };
-    let device = match (bench.subject, &bench.feed) {
-        (Subject::Disk(disk), _) => format!("a disk of {} bytes", disk.bytes()),
-        (Subject::Net, Some(feed)) => format!("a network interface, frames come from {feed:?}"),
-        (Subject::Net, None) => "a network interface".into(),
-    };
+    let mut device = bench.subject.name();
+    if let Some(feed) = &bench.feed {
+        device += &format!(", fed by {feed:?}");
+    }
     let size = bench.size;
     format!("{device}, {queues} queues, rings of {size}, features {features:#x}, protocol features {names}")
 }
@@ -325,4 +375,9 @@ pub(super) fn offers(bench: &Bench) -> String {
 pub(super) fn protocol_name(feature: u32) -> String {
     let known = protocol_feature::NAMES.iter().find(|(number, _)| *number == feature);
     known.map_or_else(|| format!("bit {feature}"), |(_, name)| (*name).into())
+}
+
+/// Returns true for errors of a socket that nobody listens at.
+fn is_absent(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound)
 }

@@ -313,13 +313,12 @@ fn short(needed: usize, got: usize) -> Fault {
 fn config(bench: &mut Bench) -> Result<Outcome, Fault> {
     bench.offer.need(protocol_feature::CONFIG)?;
     let rig = bench.rig(0)?;
-    // As much as the oldest front-ends read, of a disk; all that most network interfaces have.
-    let (len, parts) = match bench.subject {
-        Subject::Disk(_) => (CONFIG_BYTES, [(0u32, 8u32), (8, 4), (20, 4), (4, 12), (35, 1)]),
-        Subject::Net => (12, [(0, 6), (6, 2), (8, 2), (2, 8), (11, 1)]),
-    };
+    let (len, parts) = bench.subject.config();
+    if len == 0 {
+        return Err(Fault::NotOffered("a configuration of such a device".into()));
+    }
     let whole = read_config(&rig.link, 0, len)?;
-    for (offset, size) in parts {
+    for &(offset, size) in parts {
         let part = read_config(&rig.link, offset, size)?;
         if whole.get(offset as usize..(offset + size) as usize) != Some(&part) {
             return Ok(Outcome::broken(format!("{size} bytes at {offset} differ from those in the whole")));

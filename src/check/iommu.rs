@@ -73,7 +73,7 @@ fn batches(rig: &mut Rig, sizes: &[Size]) -> Result<(), Fault> {
 
 /// What a disk reads into memory by these batches without an IOMMU. Frames tell themselves whether they are right.
 fn expected(bench: &Bench, sizes: &[Size]) -> Result<Vec<(u64, u64)>, Fault> {
-    if bench.shape.flow != Flow::Requests {
+    if !bench.subject.is_stable() {
         return Ok(Vec::new());
     }
     let mut rig = bench.rig(0)?;

@@ -76,7 +76,12 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) fn connect(path: &Path, timeout: Duration, replies: Rc<RefCell<Replies>>) -> io::Result<Link> {
-        Ok(Link { socket: connect(path, timeout)?, timeout, replies })
+        Ok(Link::over(connect(path, timeout)?, timeout, replies))
+    }
+
+    /// A connection that was made already.
+    pub(super) fn over(socket: UnixStream, timeout: Duration, replies: Rc<RefCell<Replies>>) -> Link {
+        Link { socket, timeout, replies }
     }
 
     /// The same connection once more, for messages that nothing answers.

@@ -7,7 +7,8 @@
 //! | `rig` | a guest without a CPU: memory, rings in it, logs, and the messages that hand them to a back-end |
 //! | `queue` | one ring of it, split or packed |
 //! | `bench`, `shape` | the back-end under test, and the rings that a check is run on |
-//! | `blk`, `net` | what only a disk has, and only a network interface: requests and frames, rules of their own |
+//! | `device` | the kinds of devices, and how they are told apart |
+//! | `blk`, `net`, `fs`, `vsock`, `console` | what only one kind has: requests, frames, packets, text, and rules of its own |
 //! | `framing`, `rings`, `order`, `log`, `marks`, `memory`, `inflight`, `iommu`, `state`, `channel`, `postcopy`, `hostile` | the checks, a file per group of rules |
 //! | `postman` | guest memory that was taken away, and who brings its pages |
 //! | `process` | the back-end's process, where it may be killed and started again |
@@ -23,7 +24,10 @@
 mod bench;
 mod blk;
 mod channel;
+mod console;
+mod device;
 mod framing;
+mod fs;
 mod hostile;
 mod inflight;
 mod iommu;
@@ -45,6 +49,7 @@ mod rings;
 mod rules;
 mod shape;
 mod state;
+mod vsock;
 
 pub use net::Feed;
 pub use options::{CheckError, Kind, Options, Rings};
@@ -54,7 +59,8 @@ pub use rules::{RULES, rule};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use bench::{Bench, Offer, Subject, offers, prepare};
+use bench::{Bench, Offer, offers, prepare};
+use device::Subject;
 use outcome::{Fault, Outcome};
 use rules::ASIDE;
 use shape::{Flow, Shape, When};
@@ -168,6 +174,14 @@ pub fn check_watched(socket: &Path, options: &Options, watch: &mut dyn FnMut(&St
             let again = if bench.process.is_some() { bench.replace() } else { Err(fault) };
             gone = again.err().map(|fault| format!("the back-end is gone since \"{rule} {}\": {fault}", check.what));
         }
+    }
+    if let Some((status, times)) =
+        bench.process.as_ref().and_then(|process| Some((process.ends()?, process.restarts.get())))
+        && wanted("R9")
+    {
+        let (what, rings) = ("the back-end outlives its front-end", "");
+        let seen = format!("it ends with each connection ({status}): it was started again {times} times");
+        findings.push(Finding { rule: "R9", what, rings, verdict: Verdict::Warning, seen, seconds: 0.0 });
     }
     if wanted("F2") {
         let Outcome(verdict, seen) = bench.replies.borrow().outcome();

@@ -3,7 +3,9 @@
 //! What is sent changes no page but the ring's. Frames that come in do, so the checks of the log need somebody who brings
 //! them: the back-end itself, if it sends back what it is sent, an interface of the host, or another back-end.
 
-use std::net::{Ipv4Addr, UdpSocket};
+use std::collections::VecDeque;
+use std::net::{Ipv4Addr, TcpStream, UdpSocket};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -36,17 +38,24 @@ pub enum Feed {
     Loop,
     /// From this interface of the host, on whose other side the device is: a tap.
     Interface(String),
-    /// From another vhost-user back-end at this socket, whose frames arrive at the device.
+    /// From another vhost-user back-end at this socket, whose frames arrive at the device. Of vsock, the socket of the host's
+    /// side, which CONNECT and a port are said to.
     Backend(PathBuf),
+    /// From a TCP connection to this address, whose bytes a console has typed.
+    Tcp(String),
 }
 
-/// What brings frames in.
+/// What brings something in.
 pub(super) enum Source {
     /// The transmit rings of the same rig.
     Loop,
     Interface(UdpSocket),
     /// The transmit ring of a rig of its own.
     Backend(Box<Rig>),
+    /// The host's side of vsock, and its connections: one that ends at once is not heard.
+    Host(PathBuf, VecDeque<UnixStream>),
+    /// Whoever types at a console.
+    Typed(TcpStream),
 }
 
 impl Source {
@@ -77,29 +86,30 @@ pub(super) fn frame(payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// Sends a frame over a transmit ring that is for nothing else; false while that is full.
-pub(super) fn send(queue: &mut Queue, memory: &Memory, number: u64, payload: &[u8]) -> Result<bool, Fault> {
+/// A frame with this payload, as it lies in a ring.
+pub(super) fn packet(payload: &[u8]) -> Vec<u8> {
+    [&[0; HEADER], frame(payload).as_slice()].concat()
+}
+
+/// Sends a packet over a transmit ring that is for nothing else; false while that is full.
+pub(super) fn send(queue: &mut Queue, memory: &Memory, number: u64, packet: &[u8]) -> Result<bool, Fault> {
     while queue.driver.pop_used()?.is_some() {}
     if u64::from(queue.driver.outstanding()) >= ROOM {
         return Ok(false);
     }
-    let packet = [&[0; HEADER], frame(payload).as_slice()].concat();
     let gpa = FRAMES + number % (2 * ROOM) * LOG_PAGE;
-    memory.write(gpa, &packet)?;
+    memory.write(gpa, packet)?;
     let sent = queue.driver.add(&[Buffer { gpa, len: packet.len() as u32 }], &[], None)?.is_some();
     queue.publish();
     queue.wake();
     Ok(sent)
 }
 
-/// Checks a packet in a receive buffer: if it is one of ours, it is as it was sent; true if it is.
-pub(super) fn received(memory: &Memory, buffer: Buffer, written: u32) -> Result<bool, Fault> {
-    if written > buffer.len || (written as usize) < HEADER {
-        let len = buffer.len;
-        return Err(Fault::Breach(format!("a packet of {written} bytes in a buffer of {len}")));
+/// Checks a packet that came in: if it is one of ours, it is as it was sent; true if it is.
+pub(super) fn received(packet: &[u8]) -> Result<bool, Fault> {
+    if packet.len() < HEADER {
+        return Err(Fault::Breach(format!("a packet of {} bytes came in", packet.len())));
     }
-    let mut packet = vec![0; written as usize];
-    memory.read(buffer.gpa, &mut packet)?;
     let Some(ours) = packet.get(HEADER + HEADERS..).filter(|rest| rest.starts_with(&TAG.to_le_bytes())) else {
         return Ok(false);
     };

@@ -13,6 +13,31 @@ pub enum Kind {
     Blk,
     /// A network interface.
     Net,
+    /// A source of random numbers.
+    Rng,
+    /// A file system, which FUSE is spoken with.
+    Fs,
+    /// Sockets between guest and host.
+    Vsock,
+    /// A console.
+    Console,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: &[Kind] = &[Kind::Blk, Kind::Net, Kind::Rng, Kind::Fs, Kind::Vsock, Kind::Console];
+
+    /// The name, as the command line has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Blk => "blk",
+            Kind::Net => "net",
+            Kind::Rng => "rng",
+            Kind::Fs => "fs",
+            Kind::Vsock => "vsock",
+            Kind::Console => "console",
+        }
+    }
 }
 
 /// Rings to check on.
@@ -27,7 +52,7 @@ pub enum Rings {
 /// How to check.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// What the device is, where its features don't tell.
+    /// What the device is, where what it says of itself doesn't tell.
     pub device: Option<Kind>,
     /// Only these rules, by their ids ([`rule`](super::rule)); all of them if empty.
     pub only: Vec<&'static str>,
@@ -35,7 +60,7 @@ pub struct Options {
     pub rings: Option<Rings>,
     /// Queue pairs that a network interface serves, if fewer than it says: DPDK says 128 whatever it was started with.
     pub pairs: Option<u16>,
-    /// What brings frames to a network interface. Without it, what is sent is watched for.
+    /// What brings something in: frames, connections or text. Without it, what is sent is watched for.
     pub feed: Option<Feed>,
     /// How long the back-end may take for any step.
     pub timeout: Duration,
@@ -49,8 +74,8 @@ pub struct Options {
     pub hostile: bool,
     /// Also write to the last MiB of the disk, and put back what was there.
     pub write: bool,
-    /// A simple shell command that starts the back-end. It is run whenever the back-end died, killed by a check or not;
-    /// and first of all, unless [`kill_pid`](Options::kill_pid) says that one runs already.
+    /// A simple shell command that starts the back-end. It is run whenever the back-end has ended, killed by a check, with
+    /// its front-end or otherwise; and first of all, unless [`kill_pid`](Options::kill_pid) says that one runs already.
     pub restart: Option<String>,
     /// The back-end's process, to be killed with requests in flight. Needs `restart`.
     pub kill_pid: Option<i32>,
@@ -108,6 +133,26 @@ pub enum CheckError {
         /// What happened.
         why: String,
     },
+    /// A device that can be several kinds, or none that is known.
+    #[error("{}: can't tell what device it is ({why}): give --device", path.display())]
+    UnknownDevice {
+        /// The socket.
+        path: PathBuf,
+        /// What it says of itself.
+        why: String,
+    },
+    /// A back-end that serves no second front-end.
+    #[error(
+        "{}: after its first connection the back-end serves no other ({why}): give --restart COMMAND, with which it is started \
+         again each time it ends",
+        path.display()
+    )]
+    Once {
+        /// The socket.
+        path: PathBuf,
+        /// What happened.
+        why: String,
+    },
     /// A rule that is to be checked and does not exist.
     #[error("there is no rule {0:?}: there are {known}", known = rules::ids())]
     NoSuchRule(String),
@@ -115,7 +160,7 @@ pub enum CheckError {
     #[error("packed rings are not offered: leave --rings out, or start the back-end with them")]
     NotPacked,
     /// Frames that don't come.
-    #[error("no frame comes in from {feed:?}: {why}: is it the other end of this back-end, and is that up?")]
+    #[error("nothing comes in from {feed:?}: {why}: is it the other end of this back-end, and is that up?")]
     Feed {
         /// Where they were to come from.
         feed: Feed,

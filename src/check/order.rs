@@ -46,6 +46,7 @@ pub(super) const CHECKS: &[Check] = &[
 /// A guest with requests that wait, on a new connection where only features are agreed on.
 fn fresh(bench: &Bench, requests: u64) -> Result<Rig, Fault> {
     let mut rig = bench.rig(0)?;
+    rig.forget_session();
     rig.add(requests, Size::Mixed)?;
     rig.publish();
     rig.link = bench.connect()?;
@@ -173,6 +174,7 @@ fn reset(bench: &mut Bench, send: impl FnOnce(&Rig) -> Result<(), Fault>) -> Res
     rig.load(4, Size::Mixed)?;
     send(&rig)?;
     rig.link.barrier()?;
+    rig.forget_session();
     let rested = rests(&mut rig)?;
     // The owner is still the same.
     rig.agree()?;

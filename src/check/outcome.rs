@@ -14,6 +14,8 @@ use crate::ring::RingError;
 pub(super) enum Fault {
     #[error("{0} is not offered")]
     NotOffered(String),
+    #[error("can't tell what device it is ({0})")]
+    UnknownDevice(String),
     /// The system does not let the back-end do it.
     #[error("{0}")]
     NotPossible(&'static str),

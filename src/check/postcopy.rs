@@ -246,7 +246,7 @@ fn differing(rig: &Rig, expected: &Contents, aside: &Pages) -> Result<Pages, Fau
 
 fn served(bench: &mut Bench) -> Result<Outcome, Fault> {
     bench.offer.need(protocol_feature::PAGEFAULT)?;
-    let known = if bench.shape.flow == Flow::Requests { Some(answered(bench)?) } else { None };
+    let known = if bench.subject.is_stable() { Some(answered(bench)?) } else { None };
     let mut rig = guest(bench, SLOTS)?;
     let userfault = listen(&rig, PLAIN)?;
     let contents = Contents::take(&rig)?;

@@ -1,8 +1,10 @@
 //! The back-end's process, where the check may kill it and start another.
 
+use std::cell::{Cell, RefCell};
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,8 +13,8 @@ use nix::unistd::Pid;
 
 use super::link::connect;
 
-/// Between two looks at a socket.
-const LOOK: Duration = Duration::from_millis(5);
+/// Between two looks at a socket or a process.
+pub(super) const LOOK: Duration = Duration::from_millis(5);
 
 /// A back-end that may be killed. One that was started here is killed when this is dropped.
 #[derive(Debug)]
@@ -21,42 +23,132 @@ pub(super) struct Process {
     socket: PathBuf,
     timeout: Duration,
     /// The one to be killed that somebody else started.
-    given: Option<Pid>,
-    child: Option<Child>,
+    given: Cell<Option<Pid>>,
+    child: RefCell<Option<Child>>,
+    /// True once somebody has connected to the one that runs.
+    served: Cell<bool>,
+    /// False until it is known whether it ends with its front-end.
+    known: Cell<bool>,
+    /// How it ends when its front-end has left, if it does.
+    ends: Cell<Option<ExitStatus>>,
+    /// How often it was started again after it had ended so.
+    pub(super) restarts: Cell<u32>,
 }
 
 impl Process {
     pub(super) fn new(command: &str, socket: &Path, timeout: Duration, given: Option<Pid>) -> Process {
-        Process { command: command.into(), socket: socket.into(), timeout, given, child: None }
+        Process {
+            command: command.into(),
+            socket: socket.into(),
+            timeout,
+            given: Cell::new(given),
+            child: RefCell::default(),
+            served: Cell::new(given.is_some()),
+            known: Cell::default(),
+            ends: Cell::default(),
+            restarts: Cell::default(),
+        }
     }
 
-    /// Starts one, and waits until it listens.
-    pub(super) fn start(&mut self) -> io::Result<()> {
+    /// Starts one, and waits until it listens, if it bears being asked.
+    ///
+    /// # Errors
+    /// If it does not start. One that ends with its first connection is only asked by who has something to say.
+    pub(super) fn start(&self) -> io::Result<()> {
         let shell = format!("exec {}", self.command);
         let mut command = Command::new("/bin/sh");
         command.args(["-c", &shell]).stdin(Stdio::null()).stdout(Stdio::null());
-        self.child = Some(command.spawn()?);
-        let deadline = Instant::now() + self.timeout;
-        while connect(&self.socket, self.timeout).is_err() {
-            if let Some(status) = self.child.as_mut().map(Child::try_wait).transpose()?.flatten() {
-                self.child = None;
-                return Err(io::Error::other(format!("'{}' ended with {status}", self.command)));
-            }
-            if Instant::now() > deadline {
-                let waited = self.timeout;
-                return Err(io::Error::other(format!("'{}' does not listen within {waited:?}", self.command)));
-            }
-            thread::sleep(LOOK);
+        *self.child.borrow_mut() = Some(command.spawn()?);
+        self.served.set(false);
+        if self.known.get() && self.ends.get().is_none() {
+            self.connect()?;
         }
         Ok(())
     }
 
+    /// The second connection was served: from now on an end of another kind is a crash.
+    pub(super) fn is_known(&self) {
+        self.known.set(true);
+    }
+
+    /// How the one that runs has ended, if it has. Of one that somebody else started only that it has is known.
+    fn ended(&self) -> io::Result<Option<ExitStatus>> {
+        match (self.child.borrow_mut().as_mut(), self.given.get()) {
+            (Some(child), _) => child.try_wait(),
+            (None, Some(pid)) if kill(pid, None).is_err() => Ok(Some(ExitStatus::default())),
+            _ => Ok(None),
+        }
+    }
+
+    /// Connects to the back-end, as soon as it listens. One that has ended with its last connection is started again.
+    pub(super) fn connect(&self) -> io::Result<UnixStream> {
+        if self.served.get() && self.ends.get().is_some() {
+            self.wait_for_end()?;
+        }
+        let deadline = Instant::now() + self.timeout;
+        loop {
+            let error = match connect(&self.socket, self.timeout) {
+                Ok(stream) => {
+                    self.served.set(true);
+                    return Ok(stream);
+                }
+                Err(error) => error,
+            };
+            match (self.ended()?, self.served.get()) {
+                (Some(status), false) => {
+                    *self.child.borrow_mut() = None;
+                    return Err(io::Error::other(format!("'{}' ended with {status}", self.command)));
+                }
+                (Some(status), true) if self.ends.get().is_some() || !self.known.get() => self.start_again(status)?,
+                (Some(status), true) => return Err(crash(status)),
+                (None, _) if Instant::now() > deadline => {
+                    let (command, waited) = (&self.command, self.timeout);
+                    let late = format!("'{command}' does not listen within {waited:?}: {error}");
+                    return Err(io::Error::other(late));
+                }
+                (None, _) => thread::sleep(LOOK),
+            }
+        }
+    }
+
+    /// Waits for the end that comes with that of a connection. Another end than the first is a crash.
+    fn wait_for_end(&self) -> io::Result<()> {
+        let deadline = Instant::now() + self.timeout;
+        loop {
+            if let Some(status) = self.ended()? {
+                return self.start_again(status);
+            }
+            if Instant::now() > deadline {
+                return Err(io::Error::other("it ends with its first connection, but not with this one"));
+            }
+            thread::sleep(LOOK);
+        }
+    }
+
+    fn start_again(&self, status: ExitStatus) -> io::Result<()> {
+        self.given.set(None);
+        let usual = self.ends.get().unwrap_or(status);
+        self.ends.set(Some(usual));
+        self.restarts.set(self.restarts.get() + 1);
+        self.start()?;
+        match status == usual {
+            true => Ok(()),
+            false => Err(crash(status)),
+        }
+    }
+
+    /// How it ends with each of its connections, if it does.
+    pub(super) fn ends(&self) -> Option<ExitStatus> {
+        self.ends.get()
+    }
+
     /// SIGKILL, and waits until its socket is dead.
-    pub(super) fn kill(&mut self) -> io::Result<()> {
-        match (self.child.take(), self.given.take()) {
+    pub(super) fn kill(&self) -> io::Result<()> {
+        match (self.child.borrow_mut().take(), self.given.take()) {
             (Some(mut child), _) => {
                 child.kill()?;
                 child.wait()?;
+                return Ok(());
             }
             (None, Some(pid)) => kill(pid, Signal::SIGKILL)?,
             (None, None) => {}
@@ -72,9 +164,13 @@ impl Process {
     }
 }
 
+fn crash(status: ExitStatus) -> io::Error {
+    io::Error::other(format!("the back-end ended with {status}"))
+}
+
 impl Drop for Process {
     fn drop(&mut self) {
-        if let Some(mut child) = self.child.take() {
+        if let Some(mut child) = self.child.borrow_mut().take() {
             let _ = child.kill();
             let _ = child.wait();
         }

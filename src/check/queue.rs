@@ -95,6 +95,14 @@ impl Queue {
         Ok(())
     }
 
+    /// Makes the ring as it was when it was made.
+    pub(super) fn renew(&mut self, memory: &Memory) -> Result<(), Fault> {
+        for (area, bytes) in self.layout.areas().into_iter().zip(self.bytes()) {
+            memory.write(area, &vec![0; bytes as usize])?;
+        }
+        self.move_to(memory, 0)
+    }
+
     /// The base of a device that has completed what was taken off the ring, and no more.
     pub(super) fn position(&self) -> RingBase {
         match self.driver.state() {

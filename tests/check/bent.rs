@@ -403,7 +403,7 @@ impl Backend {
         Backend::serving(tempfile::tempdir().unwrap(), Arc::new(net), Arc::default(), bend)
     }
 
-    fn serving(folder: TempDir, device: Arc<dyn Device>, files: Arc<Files>, bend: Bend) -> Backend {
+    pub(crate) fn serving(folder: TempDir, device: Arc<dyn Device>, files: Arc<Files>, bend: Bend) -> Backend {
         let listener = UnixListener::bind(folder.path().join("socket")).unwrap();
         let server = thread::spawn(move || {
             for connection in listener.incoming() {

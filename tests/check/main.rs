@@ -6,6 +6,7 @@ mod bent;
 mod channel;
 mod clumsy;
 mod command;
+mod devices;
 mod healthy;
 mod iommu;
 mod late;

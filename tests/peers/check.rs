@@ -8,10 +8,10 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use vhost_migrate::check::{Feed, Options, Report, Verdict, check};
+use vhost_migrate::check::{CheckError, Feed, Kind as Device, Options, Report, Verdict, check};
 
 use crate::backend::{Backend, Kind};
-use crate::process::Lab;
+use crate::process::{Lab, wait_for};
 use crate::testpmd::Testpmd;
 
 const IMAGE_BYTES: u64 = 16 << 20;
@@ -113,6 +113,116 @@ fn a_disk_of_rust_vmms_crates_breaks_what_the_documentation_says_and_nothing_els
         assert_eq!(rules.get(rule), Some(&Verdict::Kept), "{rule}\n{report}");
     }
     assert!(std::fs::read(&image).unwrap().iter().all(|byte| *byte == 0));
+}
+
+/// The command that starts a back-end of the crate registry, which `tests/peers/install` has built.
+fn built(program: &str, arguments: &str) -> Option<String> {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/target/peers/bin");
+    Some(format!("{path}/{program} {arguments}"))
+}
+
+/// The rules that a report says to be broken, and those with a warning; what is not sure to be seen is left out.
+fn verdicts(report: &Report, unsure: &[&str]) -> [BTreeSet<&'static str>; 2] {
+    [Verdict::Broken, Verdict::Warning].map(|verdict| {
+        let rules = report.rules().into_iter().filter(|(rule, v)| *v == verdict && !unsure.contains(rule));
+        rules.map(|(rule, _)| rule).collect()
+    })
+}
+
+fn kept(report: &Report, rules: &[&str]) {
+    for rule in rules {
+        assert_eq!(report.rules().get(rule), Some(&Verdict::Kept), "{rule}\n{report}");
+    }
+}
+
+#[test]
+fn virtiofsd_loses_pages_that_are_added_later_and_is_started_again_each_time_it_ends() {
+    let lab = Lab::new();
+    let (socket, shared) = (lab.file("fs.sock"), lab.file("shared"));
+    std::fs::create_dir(&shared).unwrap();
+    std::fs::write(shared.join("file"), (0..2u32 << 20).map(|at| (at / 97) as u8).collect::<Vec<_>>()).unwrap();
+    let (at, folder) = (socket.display(), shared.display());
+    let restart =
+        built("virtiofsd", &format!("--socket-path={at} --shared-dir {folder} --sandbox none --log-level off"));
+    // Nothing that it says tells a file system from others with two queues.
+    let unknown = check(&socket, &Options { restart: restart.clone(), ..Options::default() }).unwrap_err();
+    assert!(matches!(unknown, CheckError::UnknownDevice { .. }), "{unknown}");
+    let options = Options { device: Some(Device::Fs), restart, timeout: Duration::from_secs(5), ..Options::default() };
+    let report = check(&socket, &options).unwrap();
+    let broken = ["F1", "F5", "F6", "R10", "L3", "L6", "L7", "L9", "L12", "M1"];
+    assert_eq!(verdicts(&report, &[]), [BTreeSet::from(broken), BTreeSet::from(["R2", "R9", "D1"])], "{report}");
+    kept(&report, &["F2", "F3", "F4", "F7", "F8", "B1", "R1", "R3", "R4", "R5", "R6", "R7", "R8", "L1", "L2", "L8"]);
+    kept(&report, &["L10", "L11"]);
+    let ends = report.findings.iter().find(|finding| finding.seen.contains("it was started again")).unwrap();
+    assert!(ends.rule == "R9" && ends.seen.contains("exit status: 0"), "{report}");
+}
+
+#[test]
+fn a_back_end_that_ends_with_its_first_connection_needs_somebody_to_start_it_again() {
+    let lab = Lab::new();
+    let socket = lab.file("fs.sock");
+    let arguments = format!("--socket-path={} --shared-dir / --sandbox none --log-level off", socket.display());
+    let command = built("virtiofsd", &arguments).unwrap();
+    let mut daemon = Command::new("sh").args(["-c", &format!("exec {command}")]).spawn().unwrap();
+    let options = Options { device: Some(Device::Fs), timeout: Duration::from_secs(5), ..Options::default() };
+    let once = wait_for("a connection", || match check(&socket, &options) {
+        Err(CheckError::Connect { .. }) => None,
+        other => Some(other),
+    });
+    assert!(matches!(once, Err(CheckError::Once { .. })), "{once:?}");
+    assert!(daemon.wait().unwrap().success());
+}
+
+#[test]
+fn the_random_numbers_of_rust_vmm_are_neither_drained_nor_go_on_where_they_were() {
+    let lab = Lab::new();
+    let restart = built("vhost-device-rng", &format!("--socket-path {}", lab.file("rng.sock").display()));
+    let options = Options { restart, timeout: Duration::from_secs(5), ..Options::default() };
+    // It adds the number of the guest.
+    let report = check(&lab.file("rng.sock0"), &options).unwrap();
+    assert!(report.offers.starts_with("a source of random numbers"), "{report}");
+    // Whether a call fd that comes late is signalled depends on how far the batch is by then.
+    let broken = BTreeSet::from(["F1", "F5", "F6", "R3", "R4"]);
+    assert_eq!(verdicts(&report, &["R10"]), [broken, BTreeSet::from(["R2"])], "{report}");
+    kept(&report, &["F2", "F3", "F4", "F8", "R1", "R5", "R6", "R7", "R8", "R9"]);
+    assert!(["L1", "L8", "I3", "M1"].iter().all(|rule| report.rules()[rule] == Verdict::NotOffered), "{report}");
+}
+
+#[test]
+fn the_vsock_of_rust_vmm_forgets_a_notification() {
+    let lab = Lab::new();
+    let (socket, host) = (lab.file("vsock.sock"), lab.file("host.sock"));
+    let arguments = format!("--guest-cid 3 --socket {} --uds-path {}", socket.display(), host.display());
+    let restart = built("vhost-device-vsock", &arguments);
+    let (feed, timeout) = (Some(Feed::Backend(host)), Duration::from_secs(5));
+    let report = check(&socket, &Options { restart, feed, timeout, ..Options::default() }).unwrap();
+    assert!(report.offers.starts_with("vsock with context id 3"), "{report}");
+    // Completions are another thread's: they may come after the answer to GET_VRING_BASE. A connection of the host's that
+    // comes before the rings has been seen to stop its thread.
+    let broken = BTreeSet::from(["F1", "F5", "F6", "R10"]);
+    assert_eq!(verdicts(&report, &["R2", "R3"])[0], broken, "{report}");
+    kept(&report, &["F2", "F3", "F4", "F8", "C1", "R1", "R4", "R5", "R6", "R7", "R8", "R9"]);
+    let came_in = |rule: &str| report.findings.iter().any(|it| (it.rule, it.rings) == (rule, "split receive"));
+    assert!(came_in("R3") && came_in("R4"), "{report}");
+}
+
+#[test]
+fn the_console_of_rust_vmm_ends_when_it_refuses_something() {
+    let lab = Lab::new();
+    let socket = lab.file("console.sock");
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let arguments = format!("--socket-path {} --backend network --tcp-port {port}", socket.display());
+    let (restart, timeout) = (built("vhost-device-console", &arguments), Duration::from_secs(5));
+    let options = Options { restart, timeout, ..Options::default() };
+    let socket = lab.file("console.sock0");
+    // Its configuration goes on with whatever lies behind it: it can be a disk.
+    let unknown = check(&socket, &options).unwrap_err().to_string();
+    assert!(unknown.contains("blk, console"), "{unknown}");
+    let report = check(&socket, &Options { device: Some(Device::Console), ..options }).unwrap();
+    assert!(report.offers.starts_with("a console, 4 queues, rings of 128"), "{report}");
+    let broken = BTreeSet::from(["F1", "F5", "F6", "R9", "R10", "P1"]);
+    assert_eq!(verdicts(&report, &[]), [broken, BTreeSet::from(["R2"])], "{report}");
+    kept(&report, &["F2", "F3", "F4", "F8", "C1", "R1", "R3", "R4", "R5", "R6", "R7", "R8"]);
 }
 
 /// The report on a testpmd that outlived it. Now and then one doesn't: its worker is not done with a ring that is stopped, and
@@ -236,7 +346,7 @@ fn an_interface_that_brings_no_frames_is_said_to_be_none() {
         let output = on_a_tap(&lab, before, &format!("--feed {feed} --timeout 2"));
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(3), "{before}, {feed}: {said}");
-        let reason = format!("no frame comes in from Interface(\"{feed}\")");
+        let reason = format!("nothing comes in from Interface(\"{feed}\")");
         assert!(said.contains(&reason) && said.contains("is that up?"), "{said}");
     }
 }

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use zerocopy::IntoBytes;
 
 use self::requests::Request;
+use super::fs::{self, OpenFile};
 use super::link::Link;
 use super::net::Source;
 use super::queue::{MAX_RINGS, Queue};
@@ -57,7 +58,7 @@ pub(super) const NOWHERE: u64 = 0x30_0000;
 const STATUSES: u64 = 0x38_0000;
 const HEADS: u64 = 0x3a_0000;
 /// Room for the head of a request, bytes.
-const HEAD: u64 = 16;
+const HEAD: u64 = 128;
 /// Frames on their way out, to come back in.
 pub(super) const FRAMES: u64 = 0x3c_0000;
 const FRAMES_BYTES: u64 = 0x4_0000;
@@ -94,6 +95,8 @@ pub(super) struct Rig {
     made: u64,
     /// By slot: what is in flight.
     slots: Vec<Option<Request>>,
+    /// The file that is read, of a file system.
+    file: Option<OpenFile>,
     /// Frames brought in.
     fed: u64,
     /// How many of them came; others may come too.
@@ -141,21 +144,27 @@ impl Rig {
         // Of a disk, queues need no feature of the device.
         wanted |= u64::from(rings > 1 && flow != Flow::Requests) << VIRTIO_NET_F_MQ;
         let features = offer.features & wanted;
-        let places = if flow == Flow::Requests { rings } else { 2 * rings };
+        let places = match (flow, subject) {
+            (Flow::Requests, Subject::Fs) => 1 + rings,
+            (Flow::Requests, _) => rings,
+            _ => 2 * rings,
+        };
         if places > MAX_RINGS {
             return Err(Fault::System(std::io::Error::other("no room for so many rings")));
         }
         let view = iommu.as_ref().map_or(&memory, |iommu| &iommu.view).clone();
         let queue = |index: u32| Queue::new(&view, index, index as usize, size, features);
-        let (main, other) = match flow {
-            Flow::Requests => (0, None),
-            Flow::Receive => (0, Some(1)),
-            Flow::Transmit => (1, Some(0)),
+        let rings = rings as u32;
+        // The first ring, how far the next one is, and the rings beside them that somebody serves too.
+        let (main, step, others) = match (flow, subject) {
+            // Before the rings for requests is that of high priority.
+            (Flow::Requests, Subject::Fs) => (1, 1, vec![0]),
+            (Flow::Requests, _) => (0, 1, Vec::new()),
+            (Flow::Receive, _) => (0, 2, (0..rings).map(|pair| 2 * pair + 1).collect()),
+            (Flow::Transmit, _) => (1, 2, (0..rings).map(|pair| 2 * pair).collect()),
         };
-        let step = 1 + u32::from(other.is_some());
-        let number = 0..rings as u32;
-        let more = number.clone().skip(1).map(|pair| queue(main + pair * step)).collect::<Result<_, _>>()?;
-        let others = other.map(|other| number.map(|pair| queue(other + pair * step)).collect::<Result<_, _>>());
+        let more = (1..rings).map(|number| queue(main + number * step)).collect::<Result<_, _>>()?;
+        let others = others.into_iter().map(queue).collect::<Result<_, _>>()?;
         let rig = Rig {
             link,
             offer,
@@ -166,13 +175,14 @@ impl Rig {
             settle: options.settle,
             ring: queue(main)?,
             more,
-            others: others.transpose()?.unwrap_or_default(),
+            others,
             memory,
             iommu,
             source,
             features,
             made: 0,
             slots: vec![None; SLOTS as usize],
+            file: None,
             fed: 0,
             came: 0,
             long: false,
@@ -194,7 +204,7 @@ impl Rig {
 
     /// All rings, in the order of their indexes as far as it matters to anybody.
     pub(super) fn all(&self) -> impl Iterator<Item = &Queue> {
-        let others_first = self.flow == Flow::Transmit;
+        let others_first = self.ring.index > 0;
         let (first, last) = if others_first { (Some(&self.others), None) } else { (None, Some(&self.others)) };
         first.into_iter().flatten().chain(self.rings()).chain(last.into_iter().flatten())
     }
@@ -229,7 +239,38 @@ impl Rig {
     /// Goes on with the same guest on another connection; requests in flight stay so.
     pub(super) fn reconnect(&mut self, link: Link) -> Result<(), Fault> {
         self.link = link;
-        self.greet()
+        self.greet()?;
+        match self.made {
+            0 => self.begin_session(),
+            // The ring goes on, and the session may be another process's.
+            _ => {
+                self.forget_session();
+                Ok(())
+            }
+        }
+    }
+
+    /// The device has no session any more: of a file system only requests are made that need none.
+    pub(super) fn forget_session(&mut self) {
+        self.file = None;
+    }
+
+    /// Has a file open, of a file system; then all is as it was before.
+    pub(super) fn begin_session(&mut self) -> Result<(), Fault> {
+        if !matches!(self.subject, Subject::Fs) {
+            return Ok(());
+        }
+        let (made, lent) = (self.made, self.lent.clone());
+        self.start()?;
+        self.file = Some(fs::open(self)?);
+        self.enable(false)?;
+        self.stop()?;
+        (self.made, self.lent) = (made, lent);
+        let view = self.view().clone();
+        for queue in std::iter::once(&mut self.ring).chain(&mut self.more).chain(&mut self.others) {
+            queue.renew(&view)?;
+        }
+        Ok(())
     }
 
     /// A request without a reply of its own, until it is done (rule F4).
@@ -381,17 +422,26 @@ impl Rig {
 
     /// SET_LOG_BASE; bytes of the reply (rule F7).
     pub(super) fn send_log(&self, fd: &OwnedFd, mmap_size: u64, mmap_offset: u64) -> Result<usize, Fault> {
-        self.offer.need(protocol_feature::LOG_SHMFD)?;
-        if !self.offer.has(VHOST_F_LOG_ALL) {
-            return Err(Fault::NotOffered("VHOST_F_LOG_ALL".into()));
-        }
+        self.need_log()?;
         let description = LogDescription { mmap_size, mmap_offset };
         self.link.send(Code::SET_LOG_BASE, Header::FLAG_VERSION, description.as_bytes(), &[fd.as_fd()])?;
         Ok(self.link.reply(Code::SET_LOG_BASE)?.payload.len())
     }
 
+    /// Fails with "not offered" without a dirty log.
+    fn need_log(&self) -> Result<(), Fault> {
+        self.offer.need(protocol_feature::LOG_SHMFD)?;
+        match self.offer.has(VHOST_F_LOG_ALL) {
+            true => Ok(()),
+            false => Err(Fault::NotOffered("VHOST_F_LOG_ALL".into())),
+        }
+    }
+
     /// LOG_ALL on or off.
     pub(super) fn log_data(&self, yes: bool) -> Result<(), Fault> {
+        if yes {
+            self.need_log()?;
+        }
         let features = self.features | u64::from(yes) << VHOST_F_LOG_ALL;
         self.done(Code::SET_FEATURES, features.as_bytes(), &[])
     }

@@ -1,24 +1,29 @@
 //! What the guest asks of its device, requests to a disk or frames, and what comes back.
 
+use std::io::Write;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use zerocopy::IntoBytes;
+use zerocopy::{FromZeros, IntoBytes};
 
 use super::pages::{noise, pages};
 use super::{HEAD, HEADS, HIGH, Iommu, Rig, SLOT, STATUSES};
 use crate::abi::virtio::{BlkRequestHeader, VIRTIO_BLK_T_IN};
 use crate::check::blk::{Disk, NO_STATUS};
+use crate::check::fs::OutHeader;
 use crate::check::link::readable;
 use crate::check::net::{self, HEADER, LONGEST, Source};
 use crate::check::queue::Queue;
-use crate::check::{Fault, Flow, Subject};
+use crate::check::{Fault, Flow, Subject, console, fs, vsock};
 use crate::memory::LOG_PAGE;
 use crate::ring::Buffer;
 
 /// A frame that has not come in by then is sent again: a back-end may drop what it has no room for.
 pub(in crate::check) const AGAIN: Duration = Duration::from_millis(200);
+
+/// Connections of the host's that are kept open.
+const MOST_OPEN: usize = 256;
 
 /// A request in flight.
 #[derive(Clone, Copy)]
@@ -68,14 +73,33 @@ impl Rig {
                 self.view().write(gpa, &noise(self.made + 1, len))?;
                 self.add_request(slot, head, Buffer { gpa, len })
             }
-            (Flow::Receive, _) => {
-                let data = Buffer { gpa, len: (HEADER + LONGEST) as u32 };
+            (Flow::Requests, Subject::Fs) => {
+                let (head, len) = match self.file {
+                    Some(file) => file.read(self.made, wanted),
+                    None => fs::first(self.made),
+                };
+                self.view().write(gpa, &noise(self.made + 1, len))?;
+                self.add_fuse(slot, &head, Buffer { gpa, len })
+            }
+            (Flow::Requests, _) => {
+                let data = Buffer { gpa, len: wanted as u32 };
                 self.view().write(gpa, &noise(self.made + 1, data.len))?;
                 self.lend(data);
                 self.give(slot, data, &[], &[data])
             }
-            (Flow::Transmit, _) | (Flow::Requests, Subject::Net) => {
-                let packet = [&[0; HEADER], net::frame(&net::payload(self.made, self.long)).as_slice()].concat();
+            (Flow::Receive, subject) => {
+                let len = match subject {
+                    Subject::Vsock(_) => vsock::ROOM,
+                    Subject::Console => console::ROOM,
+                    _ => (HEADER + LONGEST) as u32,
+                };
+                let data = Buffer { gpa, len };
+                self.view().write(gpa, &noise(self.made + 1, data.len))?;
+                self.lend(data);
+                self.give(slot, data, &[], &[data])
+            }
+            (Flow::Transmit, _) => {
+                let packet = packet(self.subject, self.made, self.long);
                 self.view().write(gpa, &packet)?;
                 let data = Buffer { gpa, len: packet.len() as u32 };
                 self.give(slot, data, &[data], &[])
@@ -102,6 +126,36 @@ impl Rig {
         }
         self.lend(data);
         self.give(slot, data, &[head], &[data, status])
+    }
+
+    /// Adds a FUSE request whose answer's data goes to `data`, in `slot`.
+    fn add_fuse(&mut self, slot: usize, head: &[u8], data: Buffer) -> Result<(), Fault> {
+        let (head_at, status_at) = (HEADS + slot as u64 * HEAD, STATUSES + slot as u64 * LOG_PAGE);
+        self.view().write(head_at, head)?;
+        let no_answer = [NO_STATUS; size_of::<OutHeader>()];
+        self.view().write(status_at, &no_answer)?;
+        let head = Buffer { gpa: head_at, len: head.len() as u32 };
+        let status = Buffer { gpa: status_at, len: no_answer.len() as u32 };
+        self.lend(status);
+        self.lend(data);
+        self.give(slot, data, &[head], &[status, data])
+    }
+
+    /// Makes a FUSE request and waits for its answer of up to `room` bytes. Nothing else may be in flight.
+    pub(in crate::check) fn exchange(&mut self, head: &[u8], unique: u64, room: u32) -> Result<Vec<u8>, Fault> {
+        self.add_fuse(0, head, Buffer { gpa: HIGH, len: room })?;
+        self.publish();
+        self.finish()?;
+        let mut answer = OutHeader::new_zeroed();
+        self.view().read(STATUSES, answer.as_mut_bytes())?;
+        let len = (answer.len.get() as usize).checked_sub(size_of_val(&answer)).filter(|len| *len <= room as usize);
+        let Some(len) = len.filter(|_| answer.unique.get() == unique) else {
+            let (len, named) = (answer.len.get(), answer.unique.get());
+            return Err(Fault::Breach(format!("FUSE request {unique} was answered as {named} with {len} bytes")));
+        };
+        let mut data = vec![0; len];
+        self.view().read(HIGH, &mut data)?;
+        Ok(data)
     }
 
     /// The device may write here.
@@ -135,7 +189,7 @@ impl Rig {
 
     /// Brings in the frames that are due.
     pub(in crate::check) fn feed(&mut self) -> Result<(), Fault> {
-        let view = self.view().clone();
+        let (view, subject, long) = (self.view().clone(), self.subject, self.long);
         let rings = std::iter::once(&mut self.ring).chain(&mut self.more);
         for (number, queue) in rings.enumerate() {
             while queue.due > 0 {
@@ -143,13 +197,24 @@ impl Rig {
                 let sent = match &mut self.source {
                     None => break,
                     Some(Source::Loop) => match self.others.get_mut(number) {
-                        Some(other) => net::send(other, &view, self.fed, &payload)?,
+                        Some(other) => net::send(other, &view, self.fed, &packet(subject, self.fed, long))?,
                         None => false,
                     },
                     Some(Source::Interface(socket)) => {
                         socket.send_to(&payload, (Ipv4Addr::BROADCAST, 9))? == payload.len()
                     }
-                    Some(Source::Backend(rig)) => net::send(&mut rig.ring, &rig.memory, self.fed, &payload)?,
+                    Some(Source::Backend(rig)) => {
+                        net::send(&mut rig.ring, &rig.memory, self.fed, &net::packet(&payload))?
+                    }
+                    Some(Source::Host(path, open)) => {
+                        open.truncate(MOST_OPEN - 1);
+                        open.push_front(vsock::connect(path, self.fed)?);
+                        true
+                    }
+                    Some(Source::Typed(stream)) => {
+                        let typed = console::typed(self.fed, 1);
+                        stream.write(&typed)? == typed.len()
+                    }
                 };
                 if !sent {
                     break;
@@ -179,8 +244,34 @@ impl Rig {
         match self.flow {
             Flow::Transmit => Ok(true),
             Flow::Receive => {
-                self.came += u64::from(net::received(self.view(), data, used.len)?);
+                if used.len > data.len {
+                    let (written, len) = (used.len, data.len);
+                    return Err(Fault::Breach(format!("{written} bytes came in to a buffer of {len}")));
+                }
+                let mut bytes = vec![0; used.len as usize];
+                self.view().read(data.gpa, &mut bytes)?;
+                self.came += u64::from(match self.subject {
+                    Subject::Vsock(cid) => vsock::received(cid, &bytes)?,
+                    Subject::Console => console::received(&bytes)?,
+                    _ => net::received(&bytes)?,
+                });
                 Ok(true)
+            }
+            Flow::Requests if matches!(self.subject, Subject::Rng) => {
+                self.last.len = used.len;
+                match (1..=data.len).contains(&used.len) {
+                    true => Ok(true),
+                    false => Err(Fault::Breach(format!("a buffer of {} bytes was used for {}", data.len, used.len))),
+                }
+            }
+            Flow::Requests if matches!(self.subject, Subject::Fs) => {
+                let mut answer = OutHeader::new_zeroed();
+                self.view().read(STATUSES + slot as u64 * LOG_PAGE, answer.as_mut_bytes())?;
+                match (answer.error.get().cast_signed(), answer.len.get()) {
+                    (0, _) => Ok(true),
+                    (-1, u32::MAX) => Err(Fault::Breach("a request was completed without an answer".into())),
+                    (error, _) => Err(Fault::Breach(format!("a FUSE request failed with error {error}"))),
+                }
             }
             Flow::Requests => {
                 let mut status = [NO_STATUS];
@@ -242,5 +333,14 @@ impl Rig {
             count += 1;
         }
         Ok(count)
+    }
+}
+
+/// What leaves as packet `number`.
+fn packet(subject: Subject, number: u64, long: bool) -> Vec<u8> {
+    match subject {
+        Subject::Vsock(cid) => vsock::packet(cid, number),
+        Subject::Console => console::packet(number),
+        _ => net::packet(&net::payload(number, long)),
     }
 }

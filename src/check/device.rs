@@ -1,0 +1,239 @@
+//! The kinds of devices, and how they are told apart by what a back-end says of itself.
+//!
+//! The protocol has no question for the kind. Features of the device, the number of queues and the configuration space leave
+//! several kinds or one: only one is taken, else the user has to say it.
+
+use super::blk::{Disk, read_config};
+use super::link::Link;
+use super::options::Kind;
+use super::{Fault, Offer, vsock};
+use crate::abi::vhost_user::protocol_feature;
+use crate::abi::virtio::VIRTIO_NET_F_MAC;
+
+/// The device under test.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Subject {
+    Disk(Disk),
+    Net,
+    Rng,
+    Fs,
+    /// With its context id.
+    Vsock(u64),
+    Console,
+}
+
+impl Subject {
+    /// The device of a connection that has agreed on protocol features: what it was said to be, or what it can only be.
+    pub(super) fn of(link: &Link, offer: Offer, given: Option<Kind>) -> Result<Subject, Fault> {
+        let kind = match given {
+            Some(kind) => kind,
+            None => find(link, offer)?,
+        };
+        Ok(match kind {
+            Kind::Blk => Subject::Disk(Disk::of(link, offer)?),
+            Kind::Net => Subject::Net,
+            Kind::Rng => Subject::Rng,
+            Kind::Fs => Subject::Fs,
+            Kind::Vsock => Subject::Vsock(vsock::context_id(link, offer)?),
+            Kind::Console => Subject::Console,
+        })
+    }
+
+    /// Returns true if the device answers requests, which have all they need; other devices send and receive.
+    pub(super) fn has_requests(&self) -> bool {
+        matches!(self, Subject::Disk(_) | Subject::Rng | Subject::Fs)
+    }
+
+    /// Returns true if the same requests bring the same data.
+    pub(super) fn is_stable(&self) -> bool {
+        matches!(self, Subject::Disk(_) | Subject::Fs)
+    }
+
+    /// The name of the kind, as people write it.
+    pub(super) fn name(&self) -> String {
+        match self {
+            Subject::Disk(disk) => format!("a disk of {} bytes", disk.bytes()),
+            Subject::Net => "a network interface".into(),
+            Subject::Rng => "a source of random numbers".into(),
+            Subject::Fs => "a file system".into(),
+            Subject::Vsock(cid) => format!("vsock with context id {cid}"),
+            Subject::Console => "a console".into(),
+        }
+    }
+
+    /// Bytes of configuration that every device of the kind has, and parts of them.
+    pub(super) fn config(&self) -> (u32, &'static [(u32, u32)]) {
+        match self {
+            // As much as the oldest front-ends read, of a disk; all that most network interfaces have.
+            Subject::Disk(_) => (36, &[(0, 8), (8, 4), (20, 4), (4, 12), (35, 1)]),
+            Subject::Net => (12, &[(0, 6), (6, 2), (8, 2), (2, 8), (11, 1)]),
+            Subject::Rng => (0, &[]),
+            Subject::Fs => (40, &[(0, 36), (36, 4), (8, 16), (39, 1)]),
+            Subject::Vsock(_) | Subject::Console => (8, &[(0, 4), (4, 4), (2, 4), (7, 1)]),
+        }
+    }
+}
+
+/// Features that belong to the kind of device: the others are the transport's.
+const OF_DEVICES: u64 = 0xff_ffff | !0 << 50;
+const OF_BLK: u64 = mask(&[0, 1, 2, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 16, 17]);
+const OF_NET: u64 = OF_DEVICES & !mask(&[4]);
+const OF_FS: u64 = mask(&[0]);
+const OF_VSOCK: u64 = mask(&[0, 1, 2]);
+const OF_CONSOLE: u64 = mask(&[0, 1, 2]);
+/// Features that network interfaces alone have.
+const NET_ALONE: u64 = OF_NET & !(OF_BLK | OF_FS | OF_VSOCK | OF_CONSOLE);
+
+const fn mask(bits: &[u32]) -> u64 {
+    let (mut mask, mut rest) = (0, bits);
+    while let [bit, others @ ..] = rest {
+        mask |= 1 << *bit;
+        rest = others;
+    }
+    mask
+}
+
+/// What a back-end says of itself.
+#[derive(Clone, Debug, Default)]
+struct Traits {
+    /// Features of the device.
+    features: u64,
+    /// How many queues, if it says so.
+    queues: Option<u64>,
+    /// Configuration space, as much of it as 40 bytes; `None` without one.
+    config: Option<Vec<u8>>,
+}
+
+impl Traits {
+    fn ask(link: &Link, offer: Offer) -> Result<Traits, Fault> {
+        let features = offer.features & OF_DEVICES;
+        let queues = offer.speaks(protocol_feature::MQ).then_some(offer.queues);
+        // Of a network interface the configuration tells nothing more.
+        if !offer.speaks(protocol_feature::CONFIG) || features & NET_ALONE != 0 {
+            return Ok(Traits { features, queues, config: None });
+        }
+        let mut config = Vec::new();
+        // A length that is not there is answered without bytes.
+        for size in [40, 36, 12, 8, 1] {
+            match read_config(link, 0, size) {
+                Ok(bytes) => {
+                    config = bytes;
+                    break;
+                }
+                Err(Fault::Breach(_)) => {}
+                Err(fault) => return Err(fault),
+            }
+        }
+        Ok(Traits { features, queues, config: Some(config) })
+    }
+
+    fn may_be(&self, kind: Kind) -> bool {
+        let Traits { features, queues, ref config } = *self;
+        let only = |known: u64| features & !known == 0;
+        let number = |least: u64, most: u64| queues.is_none_or(|queues| (least..=most).contains(&queues));
+        let len = config.as_ref().map(Vec::len);
+        let start =
+            config.as_ref().and_then(|config| config.first_chunk()).map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        match kind {
+            // Its capacity is there, so there is a configuration.
+            Kind::Blk => only(OF_BLK) && len.is_some_and(|len| len >= 36) && start > 0 && !self.has_tag(),
+            // An address is there where the feature says so.
+            Kind::Net => {
+                let has_address = features & 1 << VIRTIO_NET_F_MAC != 0;
+                // Who counts pairs and not queues has features of its own.
+                let one_pair = features & NET_ALONE != 0 || number(2, u64::MAX);
+                only(OF_NET) && one_pair && len.is_none_or(|len| len < 36) && (has_address || start << 16 == 0)
+            }
+            Kind::Rng => features == 0 && queues == Some(1) && config.iter().flatten().all(|byte| *byte == 0),
+            Kind::Fs => only(OF_FS) && number(2, u64::MAX) && (config.is_none() || self.has_tag()),
+            // Low numbers are other machines'. That a configuration goes on says nothing: some read what is behind theirs.
+            Kind::Vsock => {
+                let is_cid = len.is_some_and(|len| len >= 8) && (3..u64::from(u32::MAX)).contains(&start);
+                only(OF_VSOCK) && number(2, 3) && (config.is_none() || is_cid)
+            }
+            // Without a feature nothing in its configuration is valid.
+            Kind::Console => {
+                let has_fields = features != 0 && len.is_some_and(|len| len >= 8);
+                only(OF_CONSOLE) && number(2, u64::MAX) && (config.is_none() || has_fields)
+            }
+        }
+    }
+
+    /// Returns true if the configuration is that of a file system: a tag, padded with zeroes, and how many request queues.
+    fn has_tag(&self) -> bool {
+        let Some((tag, queues)) = self.config.as_ref().and_then(|config| config.split_first_chunk::<36>()) else {
+            return false;
+        };
+        let text = tag.split(|byte| *byte == 0).next().unwrap_or_default();
+        let padded = tag.iter().skip(text.len()).all(|byte| *byte == 0);
+        let is_text = std::str::from_utf8(text).is_ok_and(|text| !text.is_empty() && !text.contains(char::is_control));
+        is_text && padded && queues.first_chunk().is_some_and(|queues| u32::from_le_bytes(*queues) > 0)
+    }
+}
+
+/// The one kind that it can be.
+fn find(link: &Link, offer: Offer) -> Result<Kind, Fault> {
+    let traits = Traits::ask(link, offer)?;
+    let may_be: Vec<Kind> = Kind::ALL.iter().copied().filter(|kind| traits.may_be(*kind)).collect();
+    match may_be.as_slice() {
+        [kind] => Ok(*kind),
+        _ => {
+            let Traits { features, queues, config } = traits;
+            let queues = queues.map_or("an unknown number of".into(), |queues| queues.to_string());
+            let config = config.map_or("none".into(), |config| format!("{} bytes", config.len()));
+            let names: Vec<&str> = may_be.iter().map(|kind| kind.name()).collect();
+            let names = if names.is_empty() { "none that is known".into() } else { names.join(", ") };
+            Err(Fault::UnknownDevice(format!(
+                "device features {features:#x}, {queues} queues, configuration: {config}; that can be {names}"
+            )))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::abi::virtio::VIRTIO_RING_F_EVENT_IDX;
+
+    /// The kinds that a back-end of these traits can be.
+    fn kinds(features: u64, queues: u64, config: Option<&[u8]>) -> Vec<&'static str> {
+        let traits =
+            Traits { features: features & OF_DEVICES, queues: Some(queues), config: config.map(<[u8]>::to_vec) };
+        Kind::ALL.iter().filter(|kind| traits.may_be(**kind)).map(|kind| kind.name()).collect()
+    }
+
+    fn padded(text: &[u8], queues: u32) -> Vec<u8> {
+        let mut config = text.to_vec();
+        config.resize(36, 0);
+        [config.as_slice(), &queues.to_le_bytes()].concat()
+    }
+
+    #[test]
+    fn a_device_is_found_where_it_can_be_no_other() {
+        let transport = 1 << VIRTIO_RING_F_EVENT_IDX | 1 << 30 | 1 << 32;
+        let mut disk = vec![0; 40];
+        disk[1] = 0x40;
+        disk[21] = 2;
+        assert_eq!(kinds(0x7e46 | transport, 2, Some(&disk)), ["blk"], "qemu-storage-daemon's");
+        assert_eq!(kinds(transport, 1, Some(&disk)), ["blk"]);
+        assert_eq!(kinds(0x1_8020 | transport, 128, None), ["net"], "DPDK's");
+        assert_eq!(kinds(transport, 1, None), ["rng"]);
+        assert_eq!(kinds(transport, 2, Some(&padded(b"myfs", 1))), ["fs"]);
+        assert_eq!(kinds(transport, 3, Some(&[3, 0, 0, 0, 0, 0, 0, 0])), ["vsock"]);
+        assert_eq!(kinds(2 | transport, 4, Some(&[20, 0, 20, 0, 1, 0, 0, 0, 64, 0, 0, 0])), ["console"]);
+    }
+
+    #[test]
+    fn what_can_be_several_is_not_guessed() {
+        assert_eq!(kinds(0, 2, None), ["net", "fs", "vsock", "console"]);
+        assert_eq!(kinds(0, 2, Some(&[0; 40])), Vec::<&str>::new());
+        // vhost-device-console answers for as many bytes as are asked for.
+        let mut console = vec![20, 0, 20, 0, 1, 0, 0, 0, 64, 0, 0, 0];
+        console.resize(40, 0x5a);
+        assert_eq!(kinds(2, 4, Some(&console)), ["blk", "console"]);
+        // A disk whose capacity reads as a tag, with blocks that are no text.
+        let mut disk = padded(b"myfs", 1);
+        disk[21] = 2;
+        assert_eq!(kinds(0, 2, Some(&disk)), ["blk"]);
+    }
+}

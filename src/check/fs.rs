@@ -1,0 +1,173 @@
+//! A file system: a FUSE session over the request queue, and a file in its root to read.
+//!
+//! Every driver begins with INIT; then a regular file that is not empty is looked for, and opened. Checks read it.
+
+use std::io;
+
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+
+use super::Fault;
+use super::rig::{Rig, SLOT};
+
+const LOOKUP: u32 = 1;
+const OPEN: u32 = 14;
+const READ: u32 = 15;
+const INIT: u32 = 26;
+const OPENDIR: u32 = 27;
+const READDIR: u32 = 28;
+/// The version of the protocol that is spoken: 7.31 needs none of the newer flags.
+const VERSION: [u32; 2] = [7, 31];
+/// Bytes of the answer to INIT.
+const INIT_ANSWER: u32 = 64;
+const ROOT: u64 = 1;
+const DIRECTORY_BYTES: u32 = 64 << 10;
+const REGULAR: u32 = 8;
+/// Where an answer to LOOKUP has the size of the file.
+const SIZE_AT: usize = 48;
+
+/// `struct fuse_in_header`.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct InHeader {
+    len: U32,
+    opcode: U32,
+    unique: U64,
+    nodeid: U64,
+    uid: U32,
+    gid: U32,
+    pid: U32,
+    extensions: U16,
+    padding: U16,
+}
+
+/// `struct fuse_out_header`.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct OutHeader {
+    pub(super) len: U32,
+    pub(super) error: U32,
+    pub(super) unique: U64,
+}
+
+/// `struct fuse_read_in`.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct ReadIn {
+    fh: U64,
+    offset: U64,
+    size: U32,
+    read_flags: U32,
+    lock_owner: U64,
+    flags: U32,
+    padding: U32,
+}
+
+/// `struct fuse_dirent`, before the name.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct Entry {
+    ino: U64,
+    off: U64,
+    name_len: U32,
+    kind: U32,
+}
+
+/// A file that was opened.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct OpenFile {
+    node: u64,
+    handle: u64,
+    size: u64,
+}
+
+impl OpenFile {
+    /// The head of read number `number`, and how many of `len` bytes it can have.
+    pub(super) fn read(&self, number: u64, len: u64) -> (Vec<u8>, u32) {
+        let len = len.min(self.size);
+        let offset = number.wrapping_mul(97 * 512) % (self.size - len + 1);
+        (read(READ, self.node, self.handle, offset, len as u32, number), len as u32)
+    }
+}
+
+/// The first request of a session, which needs none, and the bytes of its answer.
+pub(super) fn first(number: u64) -> (Vec<u8>, u32) {
+    (request(INIT, 0, number, [VERSION[0], VERSION[1], 1 << 17, 0].as_bytes()), INIT_ANSWER)
+}
+
+/// A request with its arguments.
+fn request(opcode: u32, nodeid: u64, unique: u64, arguments: &[u8]) -> Vec<u8> {
+    let len = (size_of::<InHeader>() + arguments.len()) as u32;
+    let (opcode, nodeid, unique) = (opcode.into(), nodeid.into(), unique.into());
+    let header = InHeader { len: len.into(), opcode, unique, nodeid, ..InHeader::new_zeroed() };
+    [header.as_bytes(), arguments].concat()
+}
+
+fn read(opcode: u32, node: u64, handle: u64, offset: u64, len: u32, unique: u64) -> Vec<u8> {
+    let read = ReadIn { fh: handle.into(), offset: offset.into(), size: len.into(), ..ReadIn::new_zeroed() };
+    request(opcode, node, unique, read.as_bytes())
+}
+
+/// Begins a session on a ring that runs, and opens a file. Nothing else may be in flight.
+pub(super) fn open(rig: &mut Rig) -> Result<OpenFile, Fault> {
+    let (init, room) = first(0);
+    rig.exchange(&init, 0, room)?;
+    let mut unique = 0;
+    let mut ask = |opcode, nodeid, arguments: &[u8], room| {
+        unique += 1;
+        rig.exchange(&request(opcode, nodeid, unique, arguments), unique, room)
+    };
+    let directory = number_at(&ask(OPENDIR, ROOT, &[0; 8], 16)?, 0)?;
+    let listing = ReadIn { fh: directory.into(), size: DIRECTORY_BYTES.into(), ..ReadIn::new_zeroed() };
+    let entries = ask(READDIR, ROOT, listing.as_bytes(), DIRECTORY_BYTES)?;
+    for name in regular_files(&entries) {
+        let entry = ask(LOOKUP, ROOT, &[name, &[0]].concat(), 128)?;
+        let (node, size) = (number_at(&entry, 0)?, number_at(&entry, SIZE_AT)?);
+        if size > 0 {
+            let handle = number_at(&ask(OPEN, node, &[0; 8], 16)?, 0)?;
+            return Ok(OpenFile { node, handle, size: size.min(SLOT * 1024) });
+        }
+    }
+    Err(Fault::System(io::Error::other("no file in the root of the file system can be read: put one with a MiB there")))
+}
+
+fn number_at(answer: &[u8], at: usize) -> Result<u64, Fault> {
+    let bytes = answer.get(at..).and_then(<[u8]>::first_chunk);
+    let number = bytes.map(|bytes| u64::from_le_bytes(*bytes));
+    number.ok_or_else(|| Fault::Breach(format!("an answer of {} bytes is too short", answer.len())))
+}
+
+/// The names of regular files in a listing.
+fn regular_files(mut listing: &[u8]) -> Vec<&[u8]> {
+    let mut names = Vec::new();
+    while let Ok((entry, rest)) = Entry::read_from_prefix(listing) {
+        let len = entry.name_len.get() as usize;
+        let Some(name) = rest.get(..len).filter(|name| !name.is_empty()) else { break };
+        if entry.kind.get() == REGULAR {
+            names.push(name);
+        }
+        listing = rest.get(len.next_multiple_of(8)..).unwrap_or_default();
+    }
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_listing_has_names_in_it_and_may_be_cut_anywhere() {
+        let entry = |name: &[u8], kind: u32| {
+            let entry = Entry { ino: 1.into(), off: 1.into(), name_len: (name.len() as u32).into(), kind: kind.into() };
+            let mut bytes = [entry.as_bytes(), name].concat();
+            bytes.resize(bytes.len().next_multiple_of(8), 0);
+            bytes
+        };
+        let listing = [entry(b"..", 4), entry(b"a file", REGULAR), entry(b"another", REGULAR)].concat();
+        assert_eq!(regular_files(&listing), [b"a file".as_slice(), b"another"]);
+        for end in 0..listing.len() {
+            assert!(regular_files(&listing[..end]).len() <= 2);
+        }
+        assert!(regular_files(&[0xff; 100]).is_empty());
+    }
+}

@@ -1,0 +1,364 @@
+//! Devices of other kinds than disks and network interfaces: each is found for what it is, or asked for, and the rules of
+//! rings, log, region and memory are checked on it. Ours keep them; one that logs nothing is found by the log.
+
+use std::collections::BTreeSet;
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use vhost_migrate::backend::{Device, Immediate, Queue, RING_FEATURES, Request};
+use vhost_migrate::check::{CheckError, Feed, Kind, Options, Report, Rings, Verdict, check};
+
+use crate::bend::Bend;
+use crate::bent::Backend;
+
+/// Bytes of the file that is shared.
+const FILE: usize = 1 << 20;
+/// Bytes of a vsock packet without data.
+const PACKET: usize = 44;
+/// The guest's context id.
+const CID: u64 = 42;
+
+/// Numbers that are not very random.
+struct Rng;
+
+impl Device for Rng {
+    fn features(&self) -> u64 {
+        RING_FEATURES
+    }
+
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn queue(&self, _: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
+        let mut number = 7u8;
+        Ok(Box::new(Immediate::new(move |request: &mut Request| {
+            let bytes: Vec<u8> = (0..request.writable_len()).map(|_| next(&mut number)).collect();
+            request.write(0, &bytes).unwrap();
+        })))
+    }
+}
+
+fn next(number: &mut u8) -> u8 {
+    *number = number.wrapping_mul(5).wrapping_add(41);
+    *number
+}
+
+/// A file system with one file, whose requests say nothing wrong.
+struct Fs {
+    tag: bool,
+}
+
+impl Device for Fs {
+    fn features(&self) -> u64 {
+        RING_FEATURES
+    }
+
+    fn queues(&self) -> u16 {
+        2
+    }
+
+    fn config(&self) -> Vec<u8> {
+        let mut config = if self.tag { b"shared".to_vec() } else { Vec::new() };
+        config.resize(36, 0);
+        [config.as_slice(), &u32::from(self.tag).to_le_bytes()].concat()
+    }
+
+    fn queue(&self, _: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
+        Ok(Box::new(Immediate::new(fuse)))
+    }
+}
+
+/// Answers a FUSE request.
+fn fuse(request: &mut Request) {
+    let number = |at: u64| request.object::<u64>(at).unwrap();
+    let (opcode, unique) = (request.object::<u32>(4).unwrap(), number(8));
+    let answer = match opcode {
+        26 => [7u32, 31].iter().flat_map(|number| number.to_le_bytes()).chain([0; 56]).collect(),
+        27 | 14 => vec![1; 16],
+        28 => {
+            let name = b"a file..";
+            let entry = [1u64.to_le_bytes(), 1u64.to_le_bytes(), [6, 0, 0, 0, 8, 0, 0, 0]].concat();
+            [entry.as_slice(), name].concat()
+        }
+        1 => {
+            let mut entry = vec![0; 128];
+            entry[0] = 2;
+            entry[48..56].copy_from_slice(&(FILE as u64).to_le_bytes());
+            entry
+        }
+        15 => {
+            let (offset, size) = (number(48) as usize, request.object::<u32>(56).unwrap() as usize);
+            (offset..(offset + size).min(FILE)).map(|at| (at / 97) as u8).collect()
+        }
+        opcode => panic!("FUSE request {opcode}"),
+    };
+    let head = [&(16 + answer.len() as u32).to_le_bytes()[..], &[0; 4], &unique.to_le_bytes()].concat();
+    request.write(0, &[head, answer].concat()).unwrap();
+}
+
+/// Sockets of which none is listened on.
+struct Vsock {
+    /// Answers on their way to the guest: who reads them, and who writes.
+    answers: (UnixStream, UnixStream),
+}
+
+impl Vsock {
+    fn new() -> Vsock {
+        let answers = UnixStream::pair().unwrap();
+        [&answers.0, &answers.1].iter().for_each(|end| end.set_nonblocking(true).unwrap());
+        Vsock { answers }
+    }
+}
+
+impl Device for Vsock {
+    fn features(&self) -> u64 {
+        RING_FEATURES
+    }
+
+    fn queues(&self) -> u16 {
+        3
+    }
+
+    fn config(&self) -> Vec<u8> {
+        CID.to_le_bytes().to_vec()
+    }
+
+    fn queue(&self, index: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
+        if index == 0 {
+            return Ok(Box::new(Incoming { from: Stream(self.answers.0.try_clone()?), done: Vec::new() }));
+        }
+        let answers = self.answers.1.try_clone()?;
+        Ok(Box::new(Immediate::new(move |request: &mut Request| reset(request, &answers))))
+    }
+}
+
+/// A request for a connection is answered with a reset.
+fn reset(request: &mut Request, mut answers: &UnixStream) {
+    let mut packet = [0; PACKET];
+    request.read(0, &mut packet).unwrap();
+    assert_eq!((packet[0], packet[8], packet[30]), (CID as u8, 2, 1), "it asks for a connection");
+    let swapped = [&packet[8..16], &packet[..8], &packet[20..24], &packet[16..20], &[0; 4], &[1, 0, 3, 0], &[0; 12]];
+    // Where too many wait, more are asked for later.
+    let _ = answers.write(&swapped.concat());
+}
+
+/// A queue for what comes in over something that can be read.
+struct Incoming<T> {
+    from: T,
+    done: Vec<Request>,
+}
+
+/// Something that can be read when it is readable.
+trait Readable: AsFd {
+    /// The next bytes, if there are some.
+    fn next(&mut self, most: usize) -> Option<Vec<u8>>;
+    /// True if there are some.
+    fn has_more(&mut self) -> bool;
+}
+
+struct Stream(UnixStream);
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Readable for Stream {
+    fn next(&mut self, _: usize) -> Option<Vec<u8>> {
+        let mut packet = vec![0; PACKET];
+        self.0.read_exact(&mut packet).ok().map(|()| packet)
+    }
+
+    fn has_more(&mut self) -> bool {
+        is_readable(&self.0)
+    }
+}
+
+fn is_readable(fd: &impl AsFd) -> bool {
+    let mut polled = [nix::poll::PollFd::new(fd.as_fd(), nix::poll::PollFlags::POLLIN)];
+    nix::poll::poll(&mut polled, nix::poll::PollTimeout::ZERO) == Ok(1)
+}
+
+impl<T: Readable> Queue for Incoming<T> {
+    fn wants(&mut self) -> bool {
+        self.from.has_more()
+    }
+
+    fn submit(&mut self, mut request: Request) {
+        if let Some(bytes) = self.from.next(request.writable_len() as usize) {
+            request.write(0, &bytes).unwrap();
+        }
+        self.done.push(request);
+    }
+
+    fn completions(&mut self, done: &mut Vec<Request>) {
+        done.append(&mut self.done);
+    }
+
+    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.from.as_fd())
+    }
+}
+
+/// A console that is typed at over TCP.
+struct Console {
+    listener: TcpListener,
+    typed: Arc<Mutex<Option<TcpStream>>>,
+}
+
+impl Console {
+    fn new() -> Console {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        Console { listener, typed: Arc::default() }
+    }
+}
+
+impl Device for Console {
+    fn features(&self) -> u64 {
+        RING_FEATURES | 1
+    }
+
+    fn queues(&self) -> u16 {
+        2
+    }
+
+    fn config(&self) -> Vec<u8> {
+        vec![80, 0, 25, 0, 0, 0, 0, 0]
+    }
+
+    fn queue(&self, index: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
+        if index == 0 {
+            let from = Keyboard { listener: self.listener.try_clone()?, typed: None, kept: self.typed.clone() };
+            return Ok(Box::new(Incoming { from, done: Vec::new() }));
+        }
+        Ok(Box::new(Immediate::new(|request: &mut Request| {
+            let mut text = vec![0; request.readable_len() as usize];
+            request.read(0, &mut text).unwrap();
+            assert!(text.is_ascii(), "text leaves a console");
+        })))
+    }
+}
+
+/// Whoever types at a console now; kept while no ring runs.
+struct Keyboard {
+    listener: TcpListener,
+    typed: Option<TcpStream>,
+    kept: Arc<Mutex<Option<TcpStream>>>,
+}
+
+impl AsFd for Keyboard {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.typed.as_ref().map_or(self.listener.as_fd(), AsFd::as_fd)
+    }
+}
+
+impl Readable for Keyboard {
+    fn next(&mut self, most: usize) -> Option<Vec<u8>> {
+        let mut bytes = vec![0; most];
+        let count = self.typed.as_ref()?.read(&mut bytes).ok()?;
+        bytes.truncate(count);
+        Some(bytes)
+    }
+
+    fn has_more(&mut self) -> bool {
+        self.typed = self.typed.take().or_else(|| self.kept.lock().unwrap().take());
+        loop {
+            let Some(typed) = &self.typed else {
+                let Ok((stream, _)) = self.listener.accept() else { return false };
+                self.typed = Some(stream);
+                continue;
+            };
+            match is_readable(typed).then(|| typed.peek(&mut [0])) {
+                None => return false,
+                Some(Ok(1)) => return true,
+                // Whoever it was has gone.
+                Some(_) => self.typed = None,
+            }
+        }
+    }
+}
+
+impl Drop for Keyboard {
+    fn drop(&mut self) {
+        *self.kept.lock().unwrap() = self.typed.take();
+    }
+}
+
+fn checked(device: Arc<dyn Device>, bend: Bend, options: Options) -> Report {
+    let options = Options { settle: Duration::from_millis(50), ..options };
+    Backend::serving(tempfile::tempdir().unwrap(), device, Arc::default(), bend).checked(options)
+}
+
+fn of(report: &Report, verdict: Verdict) -> BTreeSet<&'static str> {
+    report.rules().into_iter().filter(|(_, v)| *v == verdict).map(|(rule, _)| rule).collect()
+}
+
+/// Rules about what every device has: rings, a log, an inflight region, memory.
+const COMMON: &[&str] = &[
+    "R1", "R2", "R3", "R4", "R5", "R6", "R7", "R8", "R9", "R10", "L1", "L2", "L3", "L4", "L6", "L7", "L8", "L9", "L10",
+    "L11", "L12", "L15", "I1", "I2", "I3", "I4", "I5", "I6", "I7", "M1",
+];
+
+fn keeps_all_and_is_found_where_it_logs_nothing(device: &dyn Fn() -> (Arc<dyn Device>, Options), is: &str) {
+    let (rules, (known, options)) = (COMMON.to_vec(), device());
+    let report = checked(known, Bend::Nothing, Options { only: rules.clone(), may_kill: true, ..options });
+    assert!(report.offers.contains(is), "{report}");
+    assert_eq!(of(&report, Verdict::Kept), rules.into_iter().collect(), "{report}");
+    let (known, options) = device();
+    let only = vec!["L1", "L9", "M1", "L3", "R3"];
+    let rings = Some(Rings::Split);
+    let report = checked(known, Bend::NoData, Options { only, rings, ..options });
+    assert_eq!(of(&report, Verdict::Broken), BTreeSet::from(["L1", "L9", "M1"]), "{report}");
+}
+
+#[test]
+fn the_rules_are_checked_on_a_source_of_random_numbers() {
+    let device = || -> (Arc<dyn Device>, Options) { (Arc::new(Rng), Options::default()) };
+    keeps_all_and_is_found_where_it_logs_nothing(&device, "a source of random numbers");
+}
+
+#[test]
+fn the_rules_are_checked_on_a_file_system() {
+    let device = || -> (Arc<dyn Device>, Options) { (Arc::new(Fs { tag: true }), Options::default()) };
+    keeps_all_and_is_found_where_it_logs_nothing(&device, "a file system");
+}
+
+#[test]
+fn the_rules_are_checked_on_vsock() {
+    let options = Options { device: Some(Kind::Vsock), ..Options::default() };
+    let device = || -> (Arc<dyn Device>, Options) { (Arc::new(Vsock::new()), options.clone()) };
+    keeps_all_and_is_found_where_it_logs_nothing(&device, "vsock with context id 42, fed by Loop");
+}
+
+#[test]
+fn the_rules_are_checked_on_a_console() {
+    let device = || -> (Arc<dyn Device>, Options) {
+        let console = Console::new();
+        let feed = Some(Feed::Tcp(console.listener.local_addr().unwrap().to_string()));
+        (Arc::new(console), Options { device: Some(Kind::Console), feed, ..Options::default() })
+    };
+    keeps_all_and_is_found_where_it_logs_nothing(&device, "a console, fed by Tcp");
+}
+
+#[test]
+fn a_device_that_can_be_several_kinds_is_asked_for_and_not_guessed() {
+    let devices: [(Arc<dyn Device>, &str); 3] = [
+        (Arc::new(Fs { tag: false }), "none that is known"),
+        (Arc::new(Vsock::new()), "blk, vsock"),
+        (Arc::new(Console::new()), "console"),
+    ];
+    for (device, may_be) in devices {
+        let backend = Backend::serving(tempfile::tempdir().unwrap(), device, Arc::default(), Bend::Nothing);
+        let refused = check(&backend.socket(), &Options::default()).unwrap_err();
+        let said = refused.to_string();
+        assert!(matches!(refused, CheckError::UnknownDevice { .. }), "{said}");
+        assert!(said.contains(may_be) && said.ends_with("give --device"), "{said}");
+    }
+}
