@@ -590,7 +590,7 @@ fn a_saved_log_shows_its_pages() {
     let host = Host::new();
     let log = host.path("log");
     std::fs::write(&log, [0b0000_0110, 0, 0x80]).unwrap();
-    let output = run(&["inspect", "--json", "log", log.to_str().unwrap()]);
+    let output = run(&["inspect", "--json", "log", log.to_str().unwrap(), "--memory", "96KiB"]);
     let found: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!((&found["pages"], &found["runs"]), (&json!(3), &json!(2)), "{found}");
     assert_eq!(found["first"], json!([{"gpa": 0x1000, "pages": 2}, {"gpa": 23 * 4096, "pages": 1}]));

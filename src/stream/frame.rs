@@ -358,6 +358,21 @@ impl<R: Read> FrameReader<R> {
         body.finish()
     }
 
+    /// Reads past a body and checks its hash. No more than a small part of it is in memory at any time.
+    ///
+    /// # Errors
+    /// As [`body`](Self::body).
+    pub fn skip(&mut self, header: &FrameHeader) -> Result<(), StreamError> {
+        const PIECE: usize = 64 << 10;
+        let mut body = Body::new(self, header);
+        let mut piece = Vec::new();
+        while body.left() > 0 {
+            piece.clear();
+            body.take(body.left().min(PIECE), &mut piece)?;
+        }
+        body.finish()
+    }
+
     /// Bytes read so far, frame headers included.
     pub fn bytes(&self) -> u64 {
         self.bytes

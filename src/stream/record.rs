@@ -156,6 +156,19 @@ impl MemoryLayout {
         Ok(())
     }
 
+    /// Returns true if all of `pages` are memory.
+    pub fn contains(&self, pages: &Range<u64>) -> bool {
+        let (mut at, end) = (pages.start.saturating_mul(LOG_PAGE), pages.end.saturating_mul(LOG_PAGE));
+        let first = self.regions.partition_point(|region| region.gpa.saturating_add(region.size) <= at);
+        for region in self.regions.get(first..).unwrap_or_default() {
+            if at >= end || region.gpa > at {
+                break;
+            }
+            at = region.gpa.saturating_add(region.size);
+        }
+        at >= end
+    }
+
     /// Pages of memory, holes not counted.
     pub fn pages(&self) -> u64 {
         self.regions.iter().fold(0, |sum: u64, region| sum.saturating_add(region.size / LOG_PAGE))
@@ -417,6 +430,18 @@ mod tests {
 
     fn state() -> State {
         State { name: "disk0".into(), words: vec![1, 2, 3], inflight: Bytes(vec![7; 1000]) }
+    }
+
+    #[test]
+    fn pages_are_in_a_layout_over_the_border_of_regions_but_not_over_a_hole() {
+        let region = |gpa, pages| RegionLayout { gpa: gpa * LOG_PAGE, size: pages * LOG_PAGE };
+        let layout = MemoryLayout { regions: vec![region(1, 4), region(5, 5), region(20, 1)] };
+        for inside in [1..2, 4..6, 1..10, 20..21, 9..10] {
+            assert!(layout.contains(&inside), "{inside:?}");
+        }
+        for outside in [0..1, 0..2, 9..11, 10..11, 19..21, 20..22, 1..21, 21..22, u64::MAX / 2..u64::MAX] {
+            assert!(!layout.contains(&outside), "{outside:?}");
+        }
     }
 
     #[test]

@@ -1,0 +1,210 @@
+//! `inspect inflight`: the requests in flight in an inflight region, and what a restarted back-end would do.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use serde_json::{Value, json};
+use vhost_migrate::abi::inflight::{PackedEntry, PackedHeader, SplitEntry, SplitHeader};
+use vhost_migrate::abi::virtio::PACKED_DESC_F_USED;
+use vhost_migrate::inflight::{Kind as RingKind, recover, recover_packed};
+use vhost_migrate::ring::RingBase;
+use zerocopy::FromBytes;
+
+use super::{Found, Lines, open};
+
+/// How the region is to be read.
+#[derive(Debug, clap::Args)]
+pub(super) struct Region {
+    /// Queues of the region
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    queues: u16,
+    /// Entries of each queue; found from the region if left out
+    #[arg(long)]
+    queue_size: Option<u16>,
+    /// The used index in a queue's ring, as QUEUE:INDEX; without it the region's own is taken
+    #[arg(long, value_name = "QUEUE:INDEX", value_parser = used_index)]
+    used: Vec<(u16, u16)>,
+    /// The region is for packed rings
+    #[arg(long, conflicts_with = "used")]
+    packed: bool,
+    /// A queue whose last batch stands in its packed ring; without it a batch under way is taken for lost
+    #[arg(long, value_name = "QUEUE", requires = "packed")]
+    published: Vec<u16>,
+    /// Most requests to list, of all queues together
+    #[arg(long, default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
+    requests: u32,
+}
+
+fn used_index(text: &str) -> Result<(u16, u16), String> {
+    let pair = text.split_once(':').and_then(|(queue, index)| Some((queue.parse().ok()?, index.parse().ok()?)));
+    pair.ok_or_else(|| format!("'{text}' is not QUEUE:INDEX, for example 0:1234"))
+}
+
+pub(super) fn inspect(file: &Path, region: &Region, lines: &Lines) -> Result<Found, String> {
+    let bytes = Bytes { file: open(file)? };
+    let queues = if region.packed { packed(&bytes, region, lines) } else { split(&bytes, region, lines) };
+    let queues = queues.map_err(|error| format!("{}: {error}", file.display()))?;
+    Ok(json!({"queues": queues}).into())
+}
+
+/// Requests that may still be listed.
+struct Listed {
+    left: u32,
+}
+
+impl Listed {
+    /// Prints and returns those of `requests` that may be listed. `describe` makes the line and the JSON of one.
+    fn list<T>(
+        &mut self,
+        requests: &[T],
+        lines: &Lines,
+        mut describe: impl FnMut(&T) -> (String, Value),
+    ) -> Vec<Value> {
+        let most = requests.len().min(self.left as usize);
+        self.left -= most as u32;
+        let list = requests.iter().take(most).map(|request| {
+            let (line, json) = describe(request);
+            lines.print(format_args!("  {line}: would be executed again"));
+            json
+        });
+        let list = list.collect();
+        if most < requests.len() {
+            lines.print(format_args!("  … {} more (--requests)", requests.len() - most));
+        }
+        list
+    }
+}
+
+fn split(bytes: &Bytes, region: &Region, lines: &Lines) -> Result<Vec<Value>, String> {
+    let (mut list, mut listed) = (Vec::new(), Listed { left: region.requests });
+    let queue_size = match region.queue_size {
+        Some(queue_size) => queue_size,
+        None => bytes.header::<SplitHeader>()?.desc_num.get(),
+    };
+    for queue in 0..region.queues {
+        let part = bytes.part(RingKind::Split, queue, queue_size)?;
+        let header: SplitHeader = header_of(&part)?;
+        let given = region.used.iter().find(|(of, _)| *of == queue);
+        let used_idx = given.map_or(header.used_idx.get(), |(_, index)| *index);
+        let recovery = recover(&part, used_idx, queue_size).map_err(|error| format!("queue {queue}: {error}"))?;
+        lines.print(format_args!(
+            "queue {queue}: version {}, {} entries, used index {} in the region and {used_idx} in the ring, last batch at {}",
+            header.version.get(),
+            header.desc_num.get(),
+            header.used_idx.get(),
+            header.last_batch_head.get()
+        ));
+        let resubmit = listed.list(&recovery.resubmit, lines, |&head| {
+            let counter = entry_of::<SplitHeader, SplitEntry>(&part, head).map_or(0, |entry| entry.counter.get());
+            (format!("head {head:>5}  counter {counter}"), json!({"head": head, "counter": counter}))
+        });
+        in_flight(lines, recovery.resubmit.len(), recovery.next_avail.map(|next| format!("avail index {next}")));
+        list.push(json!({
+            "queue": queue,
+            "version": header.version.get(),
+            "desc_num": header.desc_num.get(),
+            "region_used_idx": header.used_idx.get(),
+            "ring_used_idx": used_idx,
+            "next_avail": recovery.next_avail,
+            "in_flight": recovery.resubmit.len(),
+            "resubmit": resubmit,
+        }));
+    }
+    Ok(list)
+}
+
+fn packed(bytes: &Bytes, region: &Region, lines: &Lines) -> Result<Vec<Value>, String> {
+    let (mut list, mut listed) = (Vec::new(), Listed { left: region.requests });
+    let queue_size = match region.queue_size {
+        Some(queue_size) => queue_size,
+        None => bytes.header::<PackedHeader>()?.desc_num.get(),
+    };
+    for queue in 0..region.queues {
+        let part = bytes.part(RingKind::Packed, queue, queue_size)?;
+        let header: PackedHeader = header_of(&part)?;
+        // The ring itself is not at hand: its descriptors look as they are said to.
+        let used = (header.old_used_wrap_counter == 1) == region.published.contains(&queue);
+        let flags = u16::from(used) << PACKED_DESC_F_USED;
+        let recovery = recover_packed(&part, queue_size, queue_size, RingBase::default(), |_| flags)
+            .map_err(|error| format!("queue {queue}: {error}"))?;
+        let now = (header.used_idx.get(), header.used_wrap_counter);
+        let committed = (header.old_used_idx.get(), header.old_used_wrap_counter);
+        lines.print(format_args!(
+            "queue {queue}: version {}, {} entries, used position {} wrap {}, committed {} wrap {}",
+            header.version.get(),
+            header.desc_num.get(),
+            now.0,
+            now.1,
+            committed.0,
+            committed.1
+        ));
+        let resubmit = listed.list(&recovery.resubmit, lines, |request| {
+            let (entry, descs) = (request.entry, request.descs.len());
+            let counter = entry_of::<PackedHeader, PackedEntry>(&part, entry).map_or(0, |entry| entry.counter.get());
+            let id = request.descs.last().map_or(0, |desc| desc.id.get());
+            (
+                format!("entry {entry:>5}  counter {counter}, buffer {id}, {descs} descriptors"),
+                json!({"entry": entry, "counter": counter, "id": id, "descriptors": descs}),
+            )
+        });
+        in_flight(lines, recovery.resubmit.len(), recovery.base.map(|base| format!("base {base:?}")));
+        list.push(json!({
+            "queue": queue,
+            "version": header.version.get(),
+            "desc_num": header.desc_num.get(),
+            "used_idx": now.0,
+            "used_wrap_counter": now.1,
+            "old_used_idx": committed.0,
+            "old_used_wrap_counter": committed.1,
+            "base": recovery.base.map(RingBase::bits),
+            "in_flight": recovery.resubmit.len(),
+            "resubmit": resubmit,
+        }));
+    }
+    Ok(list)
+}
+
+fn in_flight(lines: &Lines, count: usize, goes_on: Option<String>) {
+    match goes_on {
+        Some(at) => lines.print(format_args!("  {count} in flight; goes on at {at}")),
+        None => lines.print(format_args!("  fresh: nothing in flight; goes on where the front-end says")),
+    }
+}
+
+/// A region, of which one queue's part is read at a time.
+struct Bytes {
+    file: File,
+}
+
+impl Bytes {
+    fn header<H: FromBytes>(&self) -> Result<H, String> {
+        let mut bytes = vec![0; size_of::<H>()];
+        let read = self.file.read_exact_at(&mut bytes, 0);
+        read.map_err(|error| format!("no header of an inflight region can be read: {error}"))?;
+        header_of(&bytes)
+    }
+
+    fn part(&self, kind: RingKind, queue: u16, queue_size: u16) -> Result<Vec<u8>, String> {
+        let stride = kind.queue_bytes(queue_size);
+        let mut bytes = vec![0; stride as usize];
+        self.file.read_exact_at(&mut bytes, u64::from(queue) * stride).map_err(|error| {
+            format!(
+                "queue {queue} of {queue_size} entries can't be read ({error}): pass --queues and --queue-size as the \
+                 device had them"
+            )
+        })?;
+        Ok(bytes)
+    }
+}
+
+fn header_of<H: FromBytes>(bytes: &[u8]) -> Result<H, String> {
+    let (header, _) =
+        H::read_from_prefix(bytes).map_err(|_| format!("{} bytes are too few for an inflight region", bytes.len()))?;
+    Ok(header)
+}
+
+fn entry_of<H, E: FromBytes>(part: &[u8], index: u16) -> Option<E> {
+    let rest = part.get(size_of::<H>() + usize::from(index) * size_of::<E>()..)?;
+    Some(E::read_from_prefix(rest).ok()?.0)
+}

@@ -1,0 +1,149 @@
+//! `inspect stream`: the frames of a saved migration, and whether a guest can be restored from them. Every frame that
+//! restoring needs must be there, in order, and whole.
+
+use std::io::{BufReader, Seek};
+use std::path::Path;
+
+use serde_json::json;
+use vhost_migrate::stream::frame::ConnectionHeader;
+use vhost_migrate::stream::hashes::pages_in;
+use vhost_migrate::stream::pages::Batch;
+use vhost_migrate::stream::record::MemoryLayout;
+use vhost_migrate::stream::{ChannelId, FrameReader, Kind, PageStats, StreamError, ToDestination};
+
+use super::{Found, Lines, open};
+use crate::units::show;
+
+/// What a restore needs next.
+#[derive(Clone, Copy, PartialEq)]
+enum Due {
+    Layout,
+    Pages,
+    State,
+    Commit,
+}
+
+impl Due {
+    fn name(self) -> &'static str {
+        match self {
+            Due::Layout => "memory layout",
+            Due::Pages => "end of the last round",
+            Due::State => "state",
+            Due::Commit => "commit",
+        }
+    }
+}
+
+pub(super) fn inspect(file: &Path, lines: &Lines) -> Result<Found, String> {
+    let told = |error: StreamError| format!("{}: {error}", file.display());
+    let lacks = |what: &str| format!("{}: {what}: no guest can be restored from it", file.display());
+    let mut bytes = BufReader::with_capacity(1 << 20, open(file)?);
+    let header = ConnectionHeader::read(&mut bytes).map_err(told)?;
+    let mut reader = FrameReader::new(bytes, ChannelId { migration: header.id, channel: header.channel });
+    lines.print(format_args!("migration {}, channel {} of {}", header.id, header.channel, header.channels));
+    let mut due = Due::Layout;
+    let mut layout = MemoryLayout { regions: Vec::new() };
+    let (mut pages, mut round) = (PageStats::default(), PageStats::default());
+    let (mut frames, mut rounds, mut hashed_pages, mut state_bytes) = (0u64, 0u64, 0, 0);
+    let mut body = Vec::new();
+    loop {
+        let frame = match reader.next_frame() {
+            Ok(frame) => frame,
+            Err(StreamError::Ended) => return Err(lacks(&format!("it ends without a {}", due.name()))),
+            Err(error) => return Err(told(error)),
+        };
+        frames += 1;
+        let wanted = match frame.kind {
+            Kind::Layout => Due::Layout,
+            Kind::DataRuns | Kind::Pages | Kind::Hashes | Kind::RoundEnd => Due::Pages,
+            Kind::State => Due::State,
+            Kind::Commit => Due::Commit,
+            _ => due,
+        };
+        if wanted != due {
+            return Err(lacks(&format!("frame {} is a {}, and its {} is missing", frames - 1, frame.kind, due.name())));
+        }
+        match frame.kind {
+            Kind::Pages => {
+                reader.body(&frame, &mut body).map_err(told)?;
+                let batch = Batch::parse(&body).map_err(told)?;
+                if let Some(entry) = batch.entries.iter().find(|entry| !layout.contains(&entry.pages)) {
+                    let (first, end) = (entry.pages.start, entry.pages.end);
+                    return Err(told(StreamError::OutsideMemory { first, end }));
+                }
+                round.data_pages += batch.data_pages();
+                round.zero_pages += batch.zero_pages();
+                continue;
+            }
+            Kind::Hashes => {
+                reader.body(&frame, &mut body).map_err(told)?;
+                hashed_pages += pages_in(&body).map_err(told)?;
+                continue;
+            }
+            Kind::State => {
+                reader.skip(&frame).map_err(told)?;
+                state_bytes = frame.length;
+                lines.print(format_args!("  state of {state_bytes} bytes"));
+                due = Due::Commit;
+                continue;
+            }
+            _ => {}
+        }
+        match ToDestination::read(&frame, &mut reader).map_err(told)? {
+            ToDestination::Layout(found) => {
+                for region in &found.regions {
+                    lines.print(format_args!("  region {:#x}, {}", region.gpa, show(region.size as f64)));
+                }
+                layout = found;
+                due = Due::Pages;
+            }
+            ToDestination::DataRuns(data) => {
+                let pages: u64 = data.runs.iter().map(|run| run.end.saturating_sub(run.start)).sum();
+                lines.print(format_args!("  {pages} pages in use at the start, in {} runs", data.runs.len()));
+            }
+            ToDestination::RoundEnd(end) => {
+                end.check(&round).map_err(told)?;
+                pages += std::mem::take(&mut round);
+                rounds += 1;
+                let last = if end.last { ", the last" } else { "" };
+                let (number, data, zero) = (end.round, end.data_pages, end.zero_pages);
+                lines.print(format_args!("  round {number}: {data} pages with contents, {zero} zero{last}"));
+                if end.last {
+                    due = Due::State;
+                }
+            }
+            ToDestination::Commit(_) => break,
+            ToDestination::Cancel { reason } => return Err(lacks(&format!("the migration was cancelled ({reason})"))),
+            ToDestination::State(_) => {}
+        }
+    }
+    lines.print(format_args!("  commit"));
+    if header.channels > 1 {
+        return Err(lacks(&format!("it is one of {} channels", header.channels)));
+    }
+    let PageStats { data_pages, zero_pages, .. } = pages;
+    if hashed_pages > 0 {
+        lines.print(format_args!("  hashes of {hashed_pages} pages, to verify them by"));
+    }
+    lines.print(format_args!(
+        "{frames} frames, complete, all checksums right: {data_pages} pages with contents and {zero_pages} zero in {rounds} rounds"
+    ));
+    // A device has what was on it before; the stream ends with its commit.
+    let rest = rest_of(reader.into_inner());
+    if let Some(rest) = rest.filter(|rest| *rest > 0) {
+        lines.print(format_args!("{rest} bytes follow, which are not part of it"));
+    }
+    let json = json!({
+        "migration": header.id.to_string(), "channels": header.channels, "frames": frames, "rounds": rounds,
+        "data_pages": data_pages, "zero_pages": zero_pages, "hashed_pages": hashed_pages, "state_bytes": state_bytes,
+        "committed": true, "bytes_after": rest,
+    });
+    Ok(json.into())
+}
+
+/// Bytes of a file that were not read; `None` if that can't be told.
+fn rest_of(mut bytes: BufReader<std::fs::File>) -> Option<u64> {
+    let at = bytes.stream_position().ok()?;
+    let metadata = bytes.get_ref().metadata().ok()?;
+    metadata.is_file().then(|| metadata.len().saturating_sub(at))
+}

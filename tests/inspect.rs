@@ -1,0 +1,259 @@
+//! What `inspect` says of files: complete only what a guest can be restored from, a log only what is one, and memory that
+//! does not grow with the file.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::fs::{self, File};
+use std::io::{Seek, SeekFrom, Write};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::{Value, json};
+use vhost_migrate::dirty::Log;
+use vhost_migrate::memory::LOG_PAGE;
+use vhost_migrate::stream::frame::ConnectionHeader;
+use vhost_migrate::stream::record::{Commit, MemoryLayout, RegionLayout, RoundEnd};
+use vhost_migrate::stream::{ChannelId, FrameWriter, Kind, MigrationId, PageStats, ToDestination};
+
+fn inspect(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_vhost-migrate")).arg("inspect").args(arguments).output().unwrap()
+}
+
+/// The same with so much address space as this program needs for itself, and a little more.
+fn inspect_in_little_memory(arguments: &[&str]) -> Output {
+    const KIB: u32 = 64 << 10;
+    let mut command = Command::new("sh");
+    command.args(["-c", &format!("ulimit -v {KIB}; exec \"$0\" inspect \"$@\"")]);
+    command.arg(env!("CARGO_BIN_EXE_vhost-migrate")).args(arguments).output().unwrap()
+}
+
+fn words(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+}
+
+fn found(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", words(output)))
+}
+
+struct Folder(tempfile::TempDir);
+
+impl Folder {
+    fn new() -> Folder {
+        Folder(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn file(&self, name: &str, contents: &[u8]) -> String {
+        let path = self.path(name);
+        fs::write(&path, contents).unwrap();
+        path.to_str().unwrap().into()
+    }
+
+    /// A file of so many bytes of zeros that takes no room.
+    fn zeros(&self, name: &str, bytes: u64) -> String {
+        let path = self.path(name);
+        File::create(&path).unwrap().set_len(bytes).unwrap();
+        path.to_str().unwrap().into()
+    }
+}
+
+const HEADER: ConnectionHeader =
+    ConnectionHeader { id: MigrationId(7), channel: 0, channels: 1, one_way: true, question: false };
+
+/// A frame of a saved stream.
+#[derive(Clone)]
+enum Frame {
+    Message(ToDestination),
+    /// One page with contents.
+    Page(u64),
+}
+
+fn layout() -> Frame {
+    Frame::Message(ToDestination::Layout(MemoryLayout { regions: vec![RegionLayout { gpa: 0, size: 8 * LOG_PAGE }] }))
+}
+
+fn round(round: u32, last: bool, data_pages: u64) -> Frame {
+    let sent = PageStats { data_pages, ..PageStats::default() };
+    Frame::Message(ToDestination::RoundEnd(RoundEnd::new(round, last, &sent)))
+}
+
+fn state(bytes: usize) -> Frame {
+    Frame::Message(ToDestination::State(vec![7; bytes]))
+}
+
+/// A stream that a guest can be restored from.
+fn whole() -> Vec<Frame> {
+    let commit = Frame::Message(ToDestination::Commit(Commit { run: true }));
+    vec![
+        layout(),
+        Frame::Page(3),
+        Frame::Page(7),
+        round(0, false, 2),
+        Frame::Page(3),
+        round(1, true, 1),
+        state(9),
+        commit,
+    ]
+}
+
+fn stream(header: ConnectionHeader, frames: &[Frame]) -> Vec<u8> {
+    let mut writer = FrameWriter::new(Vec::new(), ChannelId { migration: header.id, channel: header.channel });
+    for frame in frames {
+        match frame {
+            Frame::Message(message) => message.write(&mut writer).unwrap(),
+            Frame::Page(page) => {
+                let mut table = [1u32.to_le_bytes(), [0; 4]].concat();
+                table.extend(page.to_le_bytes());
+                writer.write(Kind::Pages, [&table, &[1; LOG_PAGE as usize]]).unwrap()
+            }
+        };
+    }
+    [header.encode().to_vec(), writer.into_inner()].concat()
+}
+
+#[test]
+fn a_stream_is_complete_only_if_nothing_that_a_restore_needs_is_missing() {
+    let folder = Folder::new();
+    let good = folder.file("good", &stream(HEADER, &whole()));
+    let output = inspect(&["--json", "stream", &good]);
+    assert_eq!(output.status.code(), Some(0), "{}", words(&output));
+    let told = found(&output);
+    assert_eq!(
+        (&told["committed"], &told["data_pages"], &told["frames"]),
+        (&json!(true), &json!(3), &json!(8)),
+        "{told}"
+    );
+
+    let refused = |what: &str, header, frames: &[Frame], hint: &str| {
+        let file = folder.file("bad", &stream(header, frames));
+        let output = inspect(&["stream", &file]);
+        let told = words(&output);
+        assert!(output.status.code() == Some(1) && told.contains(hint), "{what}: {told}");
+        assert!(!told.contains("complete"), "{what}: {told}");
+    };
+    let without = |gone: usize| {
+        let mut frames = whole();
+        frames.remove(gone);
+        frames
+    };
+    for end in 0..whole().len() {
+        refused("an end", HEADER, &whole()[..end], "it ends without a");
+    }
+    let commit = whole().pop().unwrap();
+    refused("a commit alone", HEADER, std::slice::from_ref(&commit), "memory layout is missing");
+    refused("no pages", HEADER, &[layout(), state(1), commit.clone()], "end of the last round is missing");
+    refused("no layout", HEADER, &without(0), "memory layout is missing");
+    refused("a page lost", HEADER, &without(1), "pages came");
+    refused("no last round", HEADER, &without(5), "end of the last round is missing");
+    refused("no state", HEADER, &without(6), "state is missing");
+    let mut outside = whole();
+    outside[1] = Frame::Page(8);
+    refused("a page outside", HEADER, &outside, "not all in guest memory");
+    let mut cancelled = whole();
+    cancelled[7] = Frame::Message(ToDestination::Cancel { reason: "not today".into() });
+    refused("cancelled", HEADER, &cancelled, "not today");
+    refused("one of two channels", ConnectionHeader { channels: 2, ..HEADER }, &whole(), "one of 2 channels");
+
+    // As on a device that was used before.
+    let longer = folder.file("longer", &[stream(HEADER, &whole()), vec![9; 1000]].concat());
+    let output = inspect(&["--json", "stream", &longer]);
+    assert_eq!((output.status.code(), &found(&output)["bytes_after"]), (Some(0), &json!(1000)), "{}", words(&output));
+    let mut unfinished = stream(HEADER, &whole());
+    unfinished[..40].copy_from_slice(&HEADER.encode_unfinished());
+    let output = inspect(&["stream", &folder.file("unfinished", &unfinished)]);
+    assert!(output.status.code() == Some(1) && words(&output).contains("was not finished"), "{}", words(&output));
+}
+
+#[test]
+fn memory_is_bounded_whatever_the_file() {
+    let folder = Folder::new();
+    // Every second page: as many runs as there can be.
+    let log = folder.file("log", &vec![0x55; 64 << 20]);
+    let output = inspect_in_little_memory(&["--json", "log", &log, "--memory", "2TiB"]);
+    assert_eq!(output.status.code(), Some(0), "{}", words(&output));
+    assert_eq!(found(&output)["runs"], 256 << 20);
+    assert_eq!(found(&output)["first"].as_array().unwrap().len(), 20);
+
+    let huge = folder.zeros("huge", 1 << 30);
+    assert_eq!(inspect_in_little_memory(&["log", &huge, "--memory", "1GiB"]).status.code(), Some(0));
+    for kind in ["log", "inflight", "stream"] {
+        let output = inspect_in_little_memory(&[kind, "/dev/zero"]);
+        let told = words(&output);
+        assert!(output.status.code() == Some(1) && told.contains("no end"), "{kind}: {told}");
+    }
+    assert_eq!(inspect_in_little_memory(&["inflight", &huge]).status.code(), Some(0), "a fresh region");
+
+    let mut frames = whole();
+    frames[6] = state(64 << 20);
+    let many = (1..20_000).map(|number| round(number, false, 0));
+    frames.splice(4..4, many);
+    let path = folder.file("stream", &stream(HEADER, &frames));
+    File::options().write(true).open(&path).unwrap().set_len(1 << 30).unwrap();
+    let output = inspect_in_little_memory(&["--json", "stream", &path]);
+    assert_eq!(output.status.code(), Some(0), "{}", words(&output));
+    assert_eq!(found(&output)["state_bytes"], 64 << 20);
+}
+
+#[test]
+fn what_is_no_log_is_called_what_it_is_and_what_can_not_be_told_is_not_called_a_log() {
+    let folder = Folder::new();
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
+    for (file, hint) in [
+        (folder.file("empty", b""), "empty"),
+        (folder.file("text", b"some notes\nof mine\n"), "text"),
+        (manifest.to_str().unwrap().into(), "text"),
+        (env!("CARGO_BIN_EXE_vhost-migrate").into(), "a program"),
+        (folder.file("stream", &stream(HEADER, &whole())), "inspect stream"),
+        (folder.file("image", b"QFI\xfb\0\0\0\x03 and so on"), "qcow2"),
+    ] {
+        let output = inspect(&["log", &file]);
+        let told = words(&output);
+        assert!(output.status.code() == Some(1) && told.contains(hint), "{file}: {told}");
+    }
+
+    // Bits that may be anything: shown, but not called a log.
+    let file = folder.file("bits", &[0b0000_0110, 0, 0x80, 0, 0, 0, 0, 0]);
+    let output = inspect(&["--json", "log", &file]);
+    assert_eq!(output.status.code(), Some(4), "{}", words(&output));
+    assert!(words(&output).contains("can't be told") && words(&output).contains("--memory"), "{}", words(&output));
+    let told = found(&output);
+    assert_eq!((&told["pages"], &told["is_log"]), (&json!(3), &json!(false)), "{told}");
+    let output = inspect(&["--json", "log", &file, "--memory", "256KiB"]);
+    assert_eq!((output.status.code(), &found(&output)["is_log"]), (Some(0), &json!(true)), "{}", words(&output));
+    let beyond = inspect(&["log", &file, "--memory", "64KiB"]);
+    assert!(beyond.status.code() == Some(1) && words(&beyond).contains("it marks 0x17000"), "{}", words(&beyond));
+    let short = inspect(&["log", &file, "--memory", "1GiB"]);
+    assert!(short.status.code() == Some(1) && words(&short).contains("it ends at"), "{}", words(&short));
+
+    // The log of a front-end is known by its memfd.
+    let (log, fd) = Log::create(1 << 30).unwrap();
+    log.mark(0x5000, 1);
+    let output = inspect(&["--json", "log", &format!("/proc/{}/fd/{}", std::process::id(), fd.as_raw_fd())]);
+    assert_eq!(output.status.code(), Some(0), "{}", words(&output));
+    assert_eq!(found(&output)["first"], json!([{"gpa": 0x5000, "pages": 1}]));
+}
+
+#[test]
+fn a_region_of_many_requests_is_listed_in_part() {
+    const ENTRIES: u16 = 1024;
+    let folder = Folder::new();
+    let mut file = File::create(folder.path("region")).unwrap();
+    let mut header = [0u8; 16];
+    header[8..10].copy_from_slice(&1u16.to_le_bytes());
+    header[10..12].copy_from_slice(&ENTRIES.to_le_bytes());
+    file.write_all(&header).unwrap();
+    for counter in 0..u64::from(ENTRIES) {
+        file.write_all(&[1, 0, 0, 0, 0, 0, 0, 0]).unwrap();
+        file.write_all(&counter.to_le_bytes()).unwrap();
+    }
+    file.seek(SeekFrom::End(0)).unwrap();
+    file.set_len(64 << 10).unwrap();
+    let path = folder.path("region");
+    let output = inspect(&["--json", "inflight", path.to_str().unwrap(), "--requests", "3"]);
+    let told = found(&output);
+    assert_eq!(told["queues"][0]["in_flight"], ENTRIES, "{told}");
+    assert_eq!(told["queues"][0]["resubmit"].as_array().unwrap().len(), 3);
+}
