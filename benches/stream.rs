@@ -31,7 +31,7 @@ use vhost_migrate::dirty::{DirtySource, Union};
 use vhost_migrate::guest::make_memory;
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::migrate::{
-    ASK_FOR, Arrival, Machine, MachineError, Outcomes, Plan, Policy, RegionLayout, migrate, receive,
+    ASK_FOR, Arrival, Machine, MachineError, Outcomes, Plan, Policy, RegionLayout, SWITCHOVER_TIMEOUT, migrate, receive,
 };
 use vhost_migrate::stream::transport::connect;
 use vhost_migrate::stream::{
@@ -357,11 +357,23 @@ fn untouched(pages: u64, used: u64) -> f64 {
     let report = thread::scope(|scope| {
         scope.spawn(|| {
             let options = Options { channels: CHANNELS, ..Options::new().unwrap() };
-            receive(&mut destination, listener.accept(&options).unwrap(), &options.cancel, &Outcomes::default())
-                .unwrap();
+            receive(
+                &mut destination,
+                listener.accept(&options).unwrap(),
+                &options.cancel,
+                &Outcomes::default(),
+                SWITCHOVER_TIMEOUT,
+            )
+            .unwrap();
         });
         let connection = connect(listener.uri(), &options).unwrap();
-        let plan = Plan { policy: Policy::default(), codec: Codec::None, verify: false, ask_for: ASK_FOR };
+        let plan = Plan {
+            policy: Policy::default(),
+            codec: Codec::None,
+            verify: false,
+            ask_for: ASK_FOR,
+            switchover_timeout: None,
+        };
         migrate(&mut Still(source.clone()), connection, &plan, &options.limiter, &options.cancel, &mut |_| ()).unwrap()
     });
     let destination = destination.0.unwrap();

@@ -586,6 +586,17 @@ fn what_is_in_the_way_is_told_in_one_line() {
 }
 
 #[test]
+fn a_destination_that_only_waits_says_so_when_it_is_told_to_cancel() {
+    let mut host = Host::new();
+    let uri = format!("unix:{}", host.path("incoming").display());
+    let waiting = host.arriving("waiting", &uri);
+    until(&waiting, "absent");
+    let answer = ask(&waiting, &json!({"command": "cancel"})).unwrap();
+    let message = answer.last().unwrap()["message"].as_str().unwrap();
+    assert!(message.contains("no migration has come yet") && message.contains("waits for one"), "{message}");
+}
+
+#[test]
 fn a_saved_log_shows_its_pages() {
     let host = Host::new();
     let log = host.path("log");

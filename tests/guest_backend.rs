@@ -24,7 +24,8 @@ use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestError, make_memory};
 use vhost_migrate::memory::{LOG_PAGE, Memory};
 use vhost_migrate::migrate::{
-    ASK_FOR, GuestArrival, GuestLocation, GuestMachine, Machine, Outcomes, Plan, Policy, migrate, receive,
+    ASK_FOR, GuestArrival, GuestLocation, GuestMachine, Machine, Outcomes, Plan, Policy, SWITCHOVER_TIMEOUT, migrate,
+    receive,
 };
 use vhost_migrate::stream::{Cancel, Codec, Options, transport};
 
@@ -498,11 +499,11 @@ fn the_state_of_a_device_travels_with_its_guest_and_one_that_is_refused_keeps_th
         let (left, arrived) = std::thread::scope(|scope| {
             let arrived = scope.spawn(|| {
                 let connection = listener.accept(&theirs).unwrap();
-                receive(&mut arrival, connection, &theirs.cancel, &Outcomes::default())
+                receive(&mut arrival, connection, &theirs.cancel, &Outcomes::default(), SWITCHOVER_TIMEOUT)
             });
             let connection = transport::connect(listener.uri(), &options).unwrap();
             let policy = Policy { downtime: PATIENCE, max_rounds: 100 };
-            let plan = Plan { policy, codec: Codec::None, verify: false, ask_for: ASK_FOR };
+            let plan = Plan { policy, codec: Codec::None, verify: false, ask_for: ASK_FOR, switchover_timeout: None };
             let mut machine = GuestMachine::new(&guest).unwrap();
             let left = migrate(&mut machine, connection, &plan, &options.limiter, &options.cancel, &mut |_| {});
             (left, arrived.join().unwrap())

@@ -454,6 +454,36 @@ fn a_peer_that_hangs_is_a_timeout_and_one_that_leaves_is_told() {
 }
 
 #[test]
+fn a_channel_may_be_silent_while_another_is_not() {
+    const TIMEOUT: Duration = Duration::from_secs(3);
+    let folder = tempfile::tempdir().unwrap();
+    let listener = Listener::bind(&unix(folder.path())).unwrap();
+    let accepting = Options { timeout: Some(TIMEOUT), ..options(1) };
+    thread::scope(|scope| {
+        let source = scope.spawn(|| connect(listener.uri(), &options(2)).unwrap());
+        let connection = listener.accept(&accepting).unwrap();
+        let source = source.join().unwrap();
+        let read = |number: usize, bytes: usize| {
+            let mut channel = connection.channels[number].clone();
+            scope.spawn(move || channel.read_exact(&mut vec![0; bytes]).map_err(StreamError::from))
+        };
+        let (silent, busy) = (read(0, 1), read(1, 20));
+        let [mut first, mut second] = [0, 1].map(|number| source.channels[number].clone());
+        for _ in 0..20 {
+            // A pause is what is wanted here: together they are longer than the timeout.
+            thread::sleep(TIMEOUT / 12);
+            second.write_all(&[1]).unwrap();
+        }
+        busy.join().unwrap().unwrap();
+        first.write_all(&[1]).unwrap();
+        silent.join().unwrap().unwrap();
+        // When both are silent it is over.
+        let timeout = read(0, 1).join().unwrap();
+        assert!(matches!(timeout, Err(StreamError::Timeout(TIMEOUT))), "{timeout:?}");
+    });
+}
+
+#[test]
 fn a_destination_that_nobody_comes_to_says_so() {
     let folder = tempfile::tempdir().unwrap();
     let to = unix(folder.path());

@@ -46,6 +46,10 @@ pub(crate) struct Arguments {
     /// Wait for a guest to arrive here: tcp:HOST:PORT, unix:PATH, file:PATH, exec:COMMAND or fd:N
     #[arg(long, value_name = "URI", conflicts_with = "Workload")]
     incoming: Option<Uri>,
+    /// Longest switchover of a guest that arrives, from the end of a last round to the commit; then it is given up, and its
+    /// source goes on. The source has a limit of its own
+    #[arg(long, default_value = "30s", value_parser = units::seconds, value_name = "TIME")]
+    switchover_timeout: Duration,
     #[command(flatten)]
     workload: Workload,
     #[command(flatten)]
@@ -121,7 +125,7 @@ fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
             println!("waits for a guest at {uri}");
             let incoming = Arc::new(incoming);
             *lock(&owner.incoming) = Some(incoming.clone());
-            wait_for_arrival(&owner, &incoming, uri, &arguments.backend)?;
+            wait_for_arrival(&owner, &incoming, uri, arguments)?;
             incoming.close_after(2 * ASK_FOR);
         }
         None => {
@@ -144,11 +148,17 @@ fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
 }
 
 /// Takes in a guest; a migration that fails leaves the source running, so the next one is waited for, until quit.
-fn wait_for_arrival(owner: &Owner, incoming: &Incoming, uri: &Uri, backends: &[PathBuf]) -> Result<(), MachineError> {
+fn wait_for_arrival(owner: &Owner, incoming: &Incoming, uri: &Uri, arguments: &Arguments) -> Result<(), MachineError> {
     while let Some(arriving) = incoming.next()? {
         let id = arriving.connection.id;
-        let mut arrival = GuestArrival::new(backends.to_vec());
-        match receive(&mut arrival, arriving.connection, &arriving.cancel, &owner.outcomes) {
+        let mut arrival = GuestArrival::new(arguments.backend.clone());
+        match receive(
+            &mut arrival,
+            arriving.connection,
+            &arriving.cancel,
+            &owner.outcomes,
+            arguments.switchover_timeout,
+        ) {
             Ok(received) => {
                 owner.set(arrival.into_guest(), if received.running { State::Running } else { State::Paused });
                 return Ok(());
@@ -365,7 +375,13 @@ impl Owner {
         options.limiter.set(arguments.bandwidth);
         let policy =
             Policy { downtime: Duration::from_millis(arguments.downtime_ms), max_rounds: arguments.max_rounds };
-        let plan = Plan { policy, codec, verify: arguments.verify, ask_for: ASK_FOR };
+        let plan = Plan {
+            policy,
+            codec,
+            verify: arguments.verify,
+            ask_for: ASK_FOR,
+            switchover_timeout: arguments.switchover_timeout_ms.map(Duration::from_millis),
+        };
         self.alone("a migration", Some(options.cancel.clone()), || {
             let state = self.state();
             if !matches!(state, State::Running | State::Paused) {
@@ -455,6 +471,9 @@ impl Owner {
             Some((_, Some(cancel))) if cancel.cancel() => Ok(()),
             Some((_, Some(_))) => Err("too late: the commit has been sent, and the destination decides".into()),
             _ if self.outcomes.give_up_all("it was cancelled at the destination") => Ok(()),
+            _ if self.state() == State::Absent && lock(&self.incoming).is_some() => {
+                Err("no migration has come yet: this process waits for one, and quit ends it".into())
+            }
             _ => Err("no migration is under way".into()),
         }
     }

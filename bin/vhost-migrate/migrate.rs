@@ -53,6 +53,10 @@ pub(crate) struct Transfer {
     /// Longest stop of the guest that is acceptable, for example 50ms; a number alone is milliseconds
     #[arg(long, default_value = "300ms", value_parser = units::milliseconds, value_name = "TIME")]
     pub(crate) downtime: u64,
+    /// Longest switchover, from stopping the guest to its start at the destination; then the guest goes on here. By
+    /// default four times the downtime, at least 10s
+    #[arg(long, value_parser = units::milliseconds, value_name = "TIME")]
+    pub(crate) switchover_timeout: Option<u64>,
     /// Limit while the guest runs, for example 500MiB/s
     #[arg(long, value_parser = units::rate_limit, value_name = "RATE")]
     pub(crate) bandwidth: Option<u64>,
@@ -72,6 +76,7 @@ impl Transfer {
             codec: self.codec.to_string(),
             channels: self.channels,
             downtime_ms: self.downtime,
+            switchover_timeout_ms: self.switchover_timeout,
             bandwidth: self.bandwidth,
             max_rounds: self.max_rounds,
             verify: self.verify,

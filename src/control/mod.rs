@@ -97,6 +97,9 @@ pub struct MigrateArguments {
     /// Compare all memory with what has arrived, while the guest is stopped and before it is handed over.
     #[serde(default)]
     pub verify: bool,
+    /// Longest switchover, milliseconds; then the guest goes on here. By default four times the downtime, at least 10 000.
+    #[serde(default)]
+    pub switchover_timeout_ms: Option<u64>,
     /// Want no answers. Then nothing can say that the guest runs at the other end.
     #[serde(default)]
     pub one_way: bool,

@@ -3,6 +3,7 @@
 //! Nothing runs before the commit. Whatever fails until then is told to the source, which goes on. From the commit on
 //! the guest belongs to this side, also if it can't be started or the connection ends.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -13,6 +14,7 @@ use super::error::MigrateError;
 use super::machine::{Arrival, MachineError};
 use super::outcomes::Outcomes;
 use super::populate::populate;
+use super::time_limit::TimeLimit;
 use crate::memory::LOG_PAGE;
 use crate::stream::record::{Commit, DataRuns, MemoryLayout, Started};
 use crate::stream::{Cancel, Channel, Comparison, Connection, Decoder, FrameReader, FrameWriter, Kind, MigrationId};
@@ -20,6 +22,10 @@ use crate::stream::{PageStats, StreamError, Target, ToDestination, ToSource};
 
 /// How long what carries the stream may take to end.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// The longest that a switchover may take, from the end of the last round on any channel to the commit, unless another
+/// limit is asked for.
+pub const SWITCHOVER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How often a guest that can't be started is tried, and how long after the time before.
 const START_TRIES: u32 = 3;
@@ -42,7 +48,8 @@ pub struct Received {
 /// more once the source has been told that this side is ready, but [`Outcomes::give_up`] has until the commit is read.
 ///
 /// `outcomes` learns what comes of it. Keep it, and answer sources that ask ([`Outcomes::answer`]), for at least
-/// [`ASK_FOR`](super::ASK_FOR) after this has returned.
+/// [`ASK_FOR`](super::ASK_FOR) after this has returned. A migration whose source stops its guest and does not commit
+/// within `switchover_timeout` ([`SWITCHOVER_TIMEOUT`]) is given up.
 ///
 /// # Errors
 /// [`MigrateError::NotStarted`]: the guest belongs to this side and is in `arrival`, paused: keep it. All others: the
@@ -52,13 +59,21 @@ pub fn receive(
     connection: Connection,
     cancel: &Cancel,
     outcomes: &Outcomes,
+    switchover_timeout: Duration,
 ) -> Result<Received, MigrateError> {
     let first = connection.writers().into_iter().next().ok_or(StreamError::Ended)?;
     let mut answers = Answers { to: first, one_way: connection.one_way };
     let mut readers = connection.readers();
     let id = connection.id;
     outcomes.begin(&connection, cancel)?;
-    let outcome = match take_in(arrival, &mut readers, &mut answers, cancel, &|| outcomes.commit(id)) {
+    let timer = || {
+        let (outcomes, why) = (outcomes.clone(), format!("its switchover took longer than {switchover_timeout:?}"));
+        TimeLimit::start(switchover_timeout, move || {
+            // One that is committed has made it in time.
+            let _ = outcomes.give_up(id, &why);
+        })
+    };
+    let outcome = match take_in(arrival, &mut readers, &mut answers, cancel, &timer, &|| outcomes.commit(id)) {
         Ok((pages, compared, commit)) => {
             start(arrival, id, commit.run, outcomes, &mut answers).map(|observed_downtime_ns| {
                 let running = commit.run;
@@ -142,12 +157,13 @@ impl Answers {
     }
 }
 
-/// Everything up to the commit, which has effect if `own` agrees.
+/// Everything up to the commit, which has effect if `own` agrees. `timer` limits the switchover.
 fn take_in(
     arrival: &mut dyn Arrival,
     readers: &mut [FrameReader<Channel>],
     answers: &mut Answers,
     cancel: &Cancel,
+    timer: &dyn Fn() -> io::Result<TimeLimit>,
     own: &dyn Fn() -> Result<(), MigrateError>,
 ) -> Result<(PageStats, u64, Commit), MigrateError> {
     let asked = |doing| move |cause| MigrateError::Machine { doing, cause };
@@ -160,7 +176,14 @@ fn take_in(
     answers.say(&ToSource::Accepted)?;
 
     let guest_pages = memory.size() / LOG_PAGE;
-    let (pages, compared) = receive_pages(&Arc::new(Target::fresh(memory)), readers)?;
+    let mut limit = None;
+    let (pages, compared) = receive_pages(&Arc::new(Target::fresh(memory)), readers, &mut || {
+        // Where nobody answers, no guest stands still.
+        if limit.is_none() && !answers.one_way {
+            limit = Some(timer().map_err(StreamError::from)?);
+        }
+        Ok(())
+    })?;
     check_comparison(&compared, guest_pages)?;
 
     let state = next(readers, "the guest's state", |message| match message {
@@ -196,10 +219,11 @@ fn check_comparison(compared: &Comparison, guest_pages: u64) -> Result<(), Migra
     Ok(())
 }
 
-/// Reads pages, and hashes, on all channels until each has ended the last round.
+/// Reads pages, and hashes, on all channels until each has ended the last round; `one_ended` hears of each that has.
 fn receive_pages(
     target: &Arc<Target>,
     readers: &mut [FrameReader<Channel>],
+    one_ended: &mut dyn FnMut() -> Result<(), MigrateError>,
 ) -> Result<(PageStats, Comparison), MigrateError> {
     let channels = readers.len() as u16;
     let sockets: Vec<Channel> = readers.iter_mut().map(|reader| reader.get_mut().clone()).collect();
@@ -223,6 +247,7 @@ fn receive_pages(
         drop(done);
         let mut outcome = Ok(<(PageStats, Comparison)>::default());
         for result in ended {
+            let result = result.and_then(|received| one_ended().map(|()| received));
             match (result, &mut outcome) {
                 (Ok((stats, found)), Ok((all, compared))) => {
                     *all += stats;

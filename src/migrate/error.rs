@@ -1,5 +1,7 @@
 //! Why a migration failed, and what that means for the guest.
 
+use std::time::Duration;
+
 use crate::dirty::DirtyError;
 use crate::memory::LOG_PAGE;
 use crate::stream::StreamError;
@@ -54,6 +56,14 @@ pub enum MigrateError {
         doing: &'static str,
         /// Its own words.
         cause: MachineError,
+    },
+    /// The switchover took longer than the source allows.
+    #[error("the switchover took longer than {limit:?}, while {doing}: allow it more time, or look for what is slow")]
+    SwitchoverTimeout {
+        /// The limit.
+        limit: Duration,
+        /// What took the time at its end.
+        doing: &'static str,
     },
     /// The migration failed, and the guest could not be made to go on here.
     #[error("{error}; the guest could not go on here: {cause}. It is paused here: \"resume\" tries again")]

@@ -2,6 +2,7 @@
 //! answered while a guest is on its way or has just arrived.
 #![forbid(unsafe_code)]
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -11,7 +12,19 @@ use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
 use super::outcomes::Outcomes;
 use crate::stream::{self, Cancel, Connection, Listener, Options, StreamError};
 
-/// A migration that has connected.
+/// How long a migration that has connected may take to send its first frame, the memory layout.
+const FIRST_FRAME_TIME: Duration = Duration::from_secs(10);
+
+/// Most migrations that may be expected to send it. The oldest is dropped for another.
+const MOST_EXPECTED: usize = 64;
+
+/// Most migrations that have begun and wait for one under way to fail.
+const MOST_WAITING: usize = 8;
+
+/// How long nothing may come on any channel of a migration.
+const IDLE_TIME: Duration = Duration::from_secs(60);
+
+/// A migration that has begun.
 pub struct Arriving {
     /// Its channels.
     pub connection: Connection,
@@ -39,8 +52,7 @@ impl Incoming {
     /// # Errors
     /// If the system has no thread or file descriptor left.
     pub fn start(listener: Listener, outcomes: Outcomes) -> Result<Incoming, StreamError> {
-        // One is taken in; one may wait, in case that fails.
-        let (to, migrations) = bounded(1);
+        let (to, migrations) = bounded(MOST_WAITING);
         let shared = Arc::new(Mutex::new(Shared { cancel: Cancel::new()?, until: None }));
         let its = shared.clone();
         let listen = move || {
@@ -92,6 +104,7 @@ fn listen(
     to: &Sender<Result<Arriving, StreamError>>,
     shared: &Mutex<Shared>,
 ) -> Result<(), StreamError> {
+    let mut expected = Expected::default();
     loop {
         let cancel = Cancel::new()?;
         let until = {
@@ -103,8 +116,7 @@ fn listen(
         if left.is_some_and(|left| left.is_zero()) {
             return Ok(());
         }
-        // A source may have nothing to say on a channel for long; one that is gone is noticed by its connection.
-        let options = Options { deadline: left, timeout: None, cancel: cancel.clone(), ..Options::new()? };
+        let options = Options { deadline: left, timeout: Some(IDLE_TIME), cancel: cancel.clone(), ..Options::new()? };
         match listener.next(&options) {
             Ok(stream::Incoming::Question(question)) => {
                 let (id, answer) = (question.id, outcomes.answer(question.id));
@@ -113,19 +125,64 @@ fn listen(
                     tracing::warn!("a source that asks about a migration went away: {error}");
                 }
             }
+            Ok(stream::Incoming::Migration(connection)) if listener.uri().is_single() => {
+                hand_on(to, Arriving { connection, cancel });
+                return Ok(());
+            }
             Ok(stream::Incoming::Migration(connection)) => {
-                match to.try_send(Ok(Arriving { connection, cancel })) {
-                    Ok(()) => {}
-                    Err(TrySendError::Full(_)) => tracing::warn!("refused a migration: others are under way"),
-                    Err(TrySendError::Disconnected(_)) => tracing::warn!("refused a migration: a guest has arrived"),
-                }
-                if listener.uri().is_single() {
-                    return Ok(());
-                }
+                expected.admit(Arriving { connection, cancel }, to.clone())?;
             }
             // It is closed, or to be closed later.
             Err(_) if lock(shared).until.is_some() => {}
             Err(error) => return Err(error),
+        }
+    }
+}
+
+fn hand_on(to: &Sender<Result<Arriving, StreamError>>, arriving: Arriving) {
+    match to.try_send(Ok(arriving)) {
+        Ok(()) => {}
+        Err(TrySendError::Full(_)) => tracing::warn!("refused a migration: others are under way"),
+        Err(TrySendError::Disconnected(_)) => tracing::warn!("refused a migration: a guest has arrived"),
+    }
+}
+
+/// Migrations that have connected and not sent a frame: strangers, or sources that are about to. Each has a thread, so
+/// that none holds up another.
+#[derive(Default)]
+struct Expected(VecDeque<(Cancel, JoinHandle<()>)>);
+
+impl Expected {
+    /// Hands `arriving` on to `to` once it has begun.
+    fn admit(&mut self, arriving: Arriving, to: Sender<Result<Arriving, StreamError>>) -> Result<(), StreamError> {
+        self.0.retain(|(_, thread)| !thread.is_finished());
+        if self.0.len() >= MOST_EXPECTED
+            && let Some((oldest, thread)) = self.0.pop_front()
+        {
+            tracing::warn!("too many migrations that do not begin: dropping the oldest");
+            oldest.cancel();
+            // It ends at once.
+            let _ = thread.join();
+        }
+        let cancel = arriving.cancel.clone();
+        let wait = move || match arriving.connection.wait_for_frame(FIRST_FRAME_TIME) {
+            Ok(()) => hand_on(&to, arriving),
+            Err(error) => tracing::warn!("dropping a migration that has not begun: {error}"),
+        };
+        let thread = std::thread::Builder::new().name("expected migration".into()).spawn(wait)?;
+        self.0.push_back((cancel, thread));
+        Ok(())
+    }
+}
+
+impl Drop for Expected {
+    fn drop(&mut self) {
+        for (cancel, thread) in self.0.drain(..) {
+            // One that has begun is not called off by this: its thread has ended.
+            if !thread.is_finished() {
+                cancel.cancel();
+            }
+            let _ = thread.join();
         }
     }
 }

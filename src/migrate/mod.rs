@@ -28,10 +28,11 @@ mod outcomes;
 mod populate;
 mod report;
 mod source;
+mod time_limit;
 
 pub use builtin::{GuestArrival, GuestMachine, connect_all, dirty_sources};
 pub use converge::{Convergence, Next, Policy, Round, STALL_ROUNDS};
-pub use destination::{Received, receive};
+pub use destination::{Received, SWITCHOVER_TIMEOUT, receive};
 pub use error::{Failure, MigrateError};
 pub use incoming::{Arriving, Incoming};
 pub use machine::{Arrival, Machine, MachineError, RegionLayout};

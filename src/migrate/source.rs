@@ -23,6 +23,7 @@ use super::converge::{Convergence, Next, Policy, Round, STALL_ROUNDS};
 use super::error::{Failure, MigrateError};
 use super::machine::Machine;
 use super::report::{Event, GuestLocation, Report, RoundReport};
+use super::time_limit::TimeLimit;
 use crate::dirty::{DirtySource, PageSet};
 use crate::memory::{LOG_PAGE, Memory};
 use crate::stream::record::{Commit, DataRuns, MemoryLayout, RoundEnd, Started};
@@ -42,6 +43,9 @@ pub const ASK_FOR: Duration = Duration::from_secs(30);
 const ASK_TIME: Duration = Duration::from_secs(5);
 const ASK_PAUSE: Duration = Duration::from_millis(100);
 
+/// The least limit of a switchover, unless another is asked for.
+const LEAST_SWITCHOVER: Duration = Duration::from_secs(10);
+
 /// How to migrate.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -54,6 +58,20 @@ pub struct Plan {
     pub verify: bool,
     /// How long to ask the destination what came of the commit if the connection fails then: [`ASK_FOR`].
     pub ask_for: Duration,
+    /// The longest that the whole switchover may take, from stopping the guest to the destination's word that it runs.
+    /// Before the commit the guest goes on here after that; after the commit the destination is asked. `None` is four
+    /// times the policy's downtime and at least ten seconds; with `verify` a second more for each 256 MiB of memory.
+    pub switchover_timeout: Option<Duration>,
+}
+
+impl Plan {
+    /// The limit of the switchover of a guest with so many bytes of memory.
+    fn switchover_limit(&self, memory: u64) -> Duration {
+        self.switchover_timeout.unwrap_or_else(|| {
+            let verifying = if self.verify { memory >> 28 } else { 0 };
+            (4 * self.policy.downtime).max(LEAST_SWITCHOVER) + Duration::from_secs(verifying)
+        })
+    }
 }
 
 /// Moves the guest of `machine` over `connection`. `limiter` is the connection's; its limit holds until the guest is
@@ -146,7 +164,7 @@ struct Migration<'a> {
 impl Migration<'_> {
     fn run(&mut self, machine: &mut dyn Machine, plan: &Plan) -> Result<Duration, (Stage, MigrateError)> {
         let rounds = self.rounds(plan.policy).map_err(|error| (Stage::Running, error))?;
-        self.switchover(machine, rounds, plan.verify)
+        self.switchover(machine, rounds, plan)
     }
 
     /// Sends rounds until it is time to stop the guest; returns how many.
@@ -206,8 +224,27 @@ impl Migration<'_> {
         }
     }
 
-    /// Stops the guest and hands it over; returns how long that took.
+    /// Stops the guest and hands it over within the plan's limit; returns how long that took.
     fn switchover(
+        &mut self,
+        machine: &mut dyn Machine,
+        round: u32,
+        plan: &Plan,
+    ) -> Result<Duration, (Stage, MigrateError)> {
+        let limit = plan.switchover_limit(self.memory.size());
+        let timer = self.wire.limit(limit, self.cancel).map_err(|error| (Stage::Running, error))?;
+        self.hand_over(machine, round, plan.verify).map_err(|(stage, error)| match error {
+            MigrateError::Cancelled | MigrateError::Stream(_) if timer.has_passed() => {
+                (stage, MigrateError::SwitchoverTimeout { limit, doing: "sending what was left and hearing of it" })
+            }
+            MigrateError::Machine { doing, .. } if timer.has_passed() => {
+                (stage, MigrateError::SwitchoverTimeout { limit, doing })
+            }
+            error => (stage, error),
+        })
+    }
+
+    fn hand_over(
         &mut self,
         machine: &mut dyn Machine,
         round: u32,
@@ -226,6 +263,8 @@ impl Migration<'_> {
             if !self.wire.one_way {
                 self.wire.expect("READY", |message| matches!(message, ToSource::Ready).then_some(()))?;
             }
+            // A slow disk can't be interrupted; the guest still goes on here if the time has passed meanwhile.
+            self.wire.sync()?;
             // From here on nobody can call it off: either the commit leaves whole, or not at all.
             self.cancel.disarm()?;
             self.wire.tell(&ToDestination::Commit(Commit { run: self.run }))
@@ -335,7 +374,8 @@ impl Migration<'_> {
     /// Sends all pending pages, with `verify` then hashes of all memory, and ends the round on every channel. Returns
     /// how long the slowest channel took, without its waits for the bandwidth limit.
     fn send(&mut self, round: u32, last: bool, verify: bool) -> Result<(PageStats, Duration), MigrateError> {
-        let (memory, pending, tell) = (&self.memory, &self.pending, &mut self.tell);
+        let (memory, pending, limiter, tell) = (&self.memory, &self.pending, self.limiter, &mut self.tell);
+        let siblings: Vec<Channel> = self.wire.channels.iter_mut().map(|c| c.writer.get_mut().clone()).collect();
         let channels = self.wire.channels.len() as u16;
         let total = pending.len();
         let (mut sent, mut longest) = (PageStats::default(), (Duration::ZERO, Duration::ZERO));
@@ -358,8 +398,13 @@ impl Migration<'_> {
             let (mut told, mut when) = (0, Instant::now());
             loop {
                 match ended.recv_timeout(PROGRESS) {
-                    Ok(result) => {
-                        let (pages, busy, hashing) = result?;
+                    Ok(Err(error)) => {
+                        // What the others send is of no use any more. Channel 0 can still bring the reason.
+                        limiter.set(None);
+                        siblings.iter().for_each(Channel::shutdown_write);
+                        return Err(error);
+                    }
+                    Ok(Ok((pages, busy, hashing))) => {
                         sent += pages;
                         longest = (longest.0.max(busy), longest.1.max(hashing));
                     }
@@ -450,6 +495,19 @@ impl Wire {
         let channels = senders.collect::<Result<Vec<_>, StreamError>>()?;
         let replies = connection.readers().into_iter().next().ok_or(StreamError::Ended)?;
         Ok(Wire { channels, replies, one_way: connection.one_way, connection: Some(connection) })
+    }
+
+    /// Ends the switchover when it takes too long: it is called off, or if it is committed, its answer is waited for no
+    /// more.
+    fn limit(&self, limit: Duration, cancel: &Cancel) -> Result<TimeLimit, MigrateError> {
+        let channels = self.connection.as_ref().map(|connection| connection.channels.clone()).unwrap_or_default();
+        let cancel = cancel.clone();
+        let over = move || {
+            if !cancel.cancel() {
+                channels.iter().for_each(Channel::shutdown);
+            }
+        };
+        Ok(TimeLimit::start(limit, over).map_err(StreamError::from)?)
     }
 
     /// Offers the memory layout and waits until it is accepted.

@@ -20,7 +20,9 @@ use nix::sys::socket::{self, MsgFlags, Shutdown, setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 use nix::unistd::Pid;
 
-use super::frame::{ChannelId, ConnectionHeader, FrameReader, FrameWriter, HEADER_BYTES, MigrationId};
+use super::frame::{
+    ChannelId, ConnectionHeader, FRAME_HEADER_BYTES, FrameReader, FrameWriter, HEADER_BYTES, MigrationId,
+};
 use super::limiter::{Interrupt, lock, poll_until};
 use super::sys::{ReadMemory, Window};
 use super::{StreamError, ToSource};
@@ -120,7 +122,8 @@ pub struct Options {
     pub one_way: bool,
     /// How long connecting, or accepting, may take altogether; `None` waits until cancelled.
     pub deadline: Option<Duration>,
-    /// How long a read or write may make no progress; `None` waits until cancelled.
+    /// How long a write may make no progress, and how long nothing may come on any channel while something is read;
+    /// `None` waits until cancelled.
     pub timeout: Option<Duration>,
     /// Ends everything.
     pub cancel: Cancel,
@@ -171,6 +174,16 @@ impl Connection {
     fn with_ids(&self) -> impl Iterator<Item = (Channel, ChannelId)> {
         let migration = self.id;
         self.channels.iter().cloned().zip(0..).map(move |(it, channel)| (it, ChannelId { migration, channel }))
+    }
+
+    /// Waits at most `limit` until the first frame has come on channel 0, or as much of a long one as stays in the socket.
+    /// Reads nothing; returns at once for pipes and files.
+    ///
+    /// # Errors
+    /// `Timeout`, `Ended` if the source hangs up, `Cancelled`, and what the system says.
+    pub fn wait_for_frame(&self, limit: Duration) -> Result<(), StreamError> {
+        let first = self.channels.first().ok_or(StreamError::Ended)?;
+        if first.0.kind == FdKind::Socket { first.0.wait_for_frame(limit) } else { Ok(()) }
     }
 
     /// Waits until what was written to a file or device is on disk. Does nothing to other transports.
@@ -230,6 +243,8 @@ pub struct Channel(Arc<Inner>);
 
 struct Inner {
     fd: OwnedFd,
+    /// Of all channels of the connection.
+    activity: Arc<Activity>,
     kind: FdKind,
     cancel: Cancel,
     limiter: Limiter,
@@ -239,6 +254,29 @@ struct Inner {
     sent: AtomicU64,
     received: AtomicU64,
     end: Mutex<End>,
+}
+
+/// When something was received last.
+#[derive(Debug)]
+struct Activity {
+    begun: Instant,
+    /// After `begun`, milliseconds.
+    last: AtomicU64,
+}
+
+impl Activity {
+    fn new() -> Arc<Activity> {
+        Arc::new(Activity { begun: Instant::now(), last: AtomicU64::new(0) })
+    }
+
+    fn note(&self) {
+        self.last.store(self.begun.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    fn is_within(&self, time: Duration) -> bool {
+        let last = Duration::from_millis(self.last.load(Ordering::Relaxed));
+        self.begun.elapsed().saturating_sub(last) < time
+    }
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -264,7 +302,7 @@ enum End {
 }
 
 impl Channel {
-    fn new(fd: OwnedFd, end: End, options: &Options) -> Result<Channel, StreamError> {
+    fn new(fd: OwnedFd, end: End, options: &Options, activity: &Arc<Activity>) -> Result<Channel, StreamError> {
         let kind = kind_of(&fd)?;
         set_nonblocking(fd.as_fd(), kind == FdKind::Pipe)?;
         if kind == FdKind::Socket {
@@ -277,6 +315,7 @@ impl Channel {
         }
         let inner = Arc::new(Inner {
             fd,
+            activity: activity.clone(),
             kind,
             cancel: options.cancel.clone(),
             limiter: options.limiter.clone(),
@@ -353,6 +392,12 @@ impl Channel {
         self.0.shutdown(Shutdown::Read);
     }
 
+    /// Ends writing alone: whoever blocks on a write here goes on with an error, and what the peer says still arrives.
+    /// Does nothing to pipes and files.
+    pub fn shutdown_write(&self) {
+        self.0.shutdown(Shutdown::Write);
+    }
+
     /// The descriptor, to poll it for readability.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.0.fd.as_fd()
@@ -395,6 +440,7 @@ impl Inner {
     fn read(&self, mut read: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>) -> io::Result<usize> {
         let count = self.transfer(PollFlags::POLLIN, || read(self.fd.as_fd()))?;
         self.received.fetch_add(count as u64, Ordering::Relaxed);
+        self.activity.note();
         Ok(count)
     }
 
@@ -443,9 +489,37 @@ impl Inner {
                 other => return other,
             }
             let mut fds = [PollFd::new(self.fd.as_fd(), events), PollFd::new(self.cancel.fd(), PollFlags::POLLIN)];
+            // One channel may have nothing to say for long while others have.
+            if self.kind == FdKind::Socket && events == PollFlags::POLLIN && self.activity.is_within(timeout) {
+                continue;
+            }
             if self.kind == FdKind::Socket || !poll_until(&mut fds, deadline)? {
                 return Err(StreamError::Timeout(timeout).into());
             }
+        }
+    }
+
+    fn wait_for_frame(&self, limit: Duration) -> Result<(), StreamError> {
+        /// What any socket holds.
+        const MOST: usize = 4096;
+        /// How often a frame is looked at that has come in part.
+        const NAP: Duration = Duration::from_millis(5);
+        let deadline = Instant::now() + limit;
+        let mut bytes = [0; MOST];
+        loop {
+            let mut fds = [self.fd.as_fd(), self.cancel.fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            if !poll_until(&mut fds, Some(deadline))? || Instant::now() >= deadline {
+                return Err(StreamError::Timeout(limit));
+            }
+            self.cancel.check()?;
+            let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+            match socket::recv(self.fd.as_raw_fd(), &mut bytes, flags) {
+                Ok(0) => return Err(StreamError::Ended),
+                Ok(count) if count >= frame_bytes(bytes.get(..count).unwrap_or_default()).min(MOST) => return Ok(()),
+                Ok(_) | Err(Errno::EAGAIN | Errno::EINTR) => {}
+                Err(error) => return Err(io::Error::from(error).into()),
+            }
+            self.cancel.wait(NAP)?;
         }
     }
 
@@ -526,6 +600,12 @@ impl Drop for Inner {
             }
         }
     }
+}
+
+/// Bytes of the frame that begins with `bytes`, as far as they say; at least a header's.
+fn frame_bytes(bytes: &[u8]) -> usize {
+    let length = bytes.get(4..8).and_then(|length| length.try_into().ok()).map_or(0, u32::from_le_bytes);
+    FRAME_HEADER_BYTES + length as usize
 }
 
 /// Whether a socket is a TCP connection to a process on the same host.

@@ -1,12 +1,12 @@
 //! The connection breaks, hangs or is damaged at any step before the commit: the guest goes on at the source, nothing
 //! runs at the destination, and the next migration works.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vhost_migrate::migrate::{Failure, MigrateError};
 use vhost_migrate::stream::frame::{FRAME_HEADER_BYTES, HEADER_BYTES, Kind};
 
-use crate::guest::Guest;
+use crate::guest::{Guest, PATIENCE};
 use crate::relay::{At, Deed, Fault, Relay, Way};
 use crate::trip::{Destination, How, Place, assert_nothing_happened, leave};
 
@@ -146,4 +146,67 @@ fn the_source_learns_why_the_destination_hung_up_in_the_middle_of_its_pages() {
     let (_, failure) = survives(Guest::running(3072), fault, &How::new());
     let MigrateError::Destination(words) = &failure.error else { panic!("{failure}") };
     assert!(words.contains("checksum"), "{words}");
+}
+
+/// A switchover that is never at rest and takes minutes.
+const SLOW: Deed = Deed::Trickle(Duration::from_secs(1));
+
+#[test]
+fn a_switchover_that_only_trickles_is_given_up_by_the_source_in_its_own_time() {
+    let mut guest = Guest::running(128);
+    for (way, at) in [(ToDestination, At::Frame(Kind::State, 0)), (ToSource, At::Frame(Kind::Ready, 0))] {
+        let mut how = How::new();
+        how.plan.switchover_timeout = Some(Duration::from_millis(300));
+        let failure;
+        (guest, failure) = survives(guest, Fault::new(way, at, SLOW), &how);
+        assert!(matches!(failure.error, MigrateError::SwitchoverTimeout { .. }), "{way:?}: {failure}");
+        assert!(failure.to_string().contains("took longer than 300ms"), "{failure}");
+    }
+}
+
+#[test]
+fn a_source_that_trickles_its_state_is_given_up_by_the_destination_in_its_own_time() {
+    let place = Place::new();
+    let mut guest = Guest::running(128);
+    let destination = Destination::limited(&place.unix("destination"), None, Duration::from_millis(300));
+    let fault = Fault::new(ToDestination, At::Frame(Kind::State, 0), SLOW);
+    let relay = Relay::new(place.unix("relay"), &destination.uri, fault);
+    let failure = leave(&mut guest, &relay.uri, &How::new()).failure();
+    drop(relay);
+    let error = destination.join().nobody();
+    assert!(error.to_string().contains("took longer than 300ms"), "{error}");
+    assert_nothing_happened(guest, &failure);
+}
+
+#[test]
+fn a_destination_that_waits_for_a_commit_gives_up_in_its_own_time() {
+    let place = Place::new();
+    let mut guest = Guest::running(128);
+    let destination = Destination::limited(&place.unix("destination"), None, Duration::from_millis(300));
+    let fault = Fault::new(ToSource, At::Frame(Kind::Ready, 0), SLOW);
+    let relay = Relay::new(place.unix("relay"), &destination.uri, fault);
+    let mut how = How::new();
+    how.plan.switchover_timeout = Some(Duration::from_secs(1));
+    let failure = leave(&mut guest, &relay.uri, &how).failure();
+    drop(relay);
+    let error = destination.join().nobody();
+    assert!(error.to_string().contains("took longer than 300ms"), "{error}");
+    assert_nothing_happened(guest, &failure);
+}
+
+#[test]
+fn one_connection_that_breaks_ends_others_at_once_that_hang() {
+    // More than the buffers hold: a channel that hangs blocks its writer, for a minute if nothing ends it.
+    let place = Place::new();
+    let mut guest = Guest::running(6144);
+    let destination = Destination::at(&place.unix("destination"));
+    let hang = Fault { channel: 0, ..Fault::new(ToDestination, At::Byte(500_000), Deed::Hold) };
+    let cut = Fault { channel: 1, ..Fault::new(ToDestination, At::Byte(1_000_000), Deed::Cut) };
+    let relay = Relay::with_faults(place.unix("relay"), &destination.uri, [hang, cut]);
+    let begun = Instant::now();
+    let failure = leave(&mut guest, &relay.uri, &How::new().channels(2)).failure();
+    assert!(begun.elapsed() < PATIENCE / 2, "{:?}: {failure}", begun.elapsed());
+    drop(relay);
+    destination.cancel().nobody();
+    assert_nothing_happened(guest, &failure);
 }

@@ -9,6 +9,7 @@
 //! | `commit` | after the commit, and called off at any moment: the guest runs once |
 //! | `disk` | files and commands that can't take it |
 //! | `verify` | memory compared before it is handed over; writers that nobody tracks |
+//! | `strangers` | what connects and is no migration keeps no source out |
 //! | `rounds` | when it ends by itself and when not; the bandwidth limit |
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -21,5 +22,6 @@ mod guest;
 mod refused;
 mod relay;
 mod rounds;
+mod strangers;
 mod trip;
 mod verify;

@@ -8,6 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use vhost_migrate::stream::Uri;
 use vhost_migrate::stream::frame::{ConnectionHeader, FRAME_HEADER_BYTES, HEADER_BYTES, Kind};
@@ -39,6 +40,8 @@ pub(crate) enum Deed {
     CutForGood,
     /// Nothing goes on in this direction.
     Hold,
+    /// One byte at a time goes on in this direction, with a pause before each.
+    Trickle(Duration),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -63,23 +66,29 @@ pub(crate) struct Relay {
 }
 
 struct Shared {
-    fault: Fault,
+    faults: Vec<Fault>,
     struck: AtomicBool,
     open: Mutex<Option<Vec<UnixStream>>>,
 }
 
 impl Relay {
     pub(crate) fn new(uri: Uri, to: &Uri, fault: Fault) -> Relay {
+        Relay::with_faults(uri, to, [fault])
+    }
+
+    pub(crate) fn with_faults(uri: Uri, to: &Uri, faults: impl IntoIterator<Item = Fault>) -> Relay {
+        let faults: Vec<Fault> = faults.into_iter().collect();
         let Uri::Unix(path) = &uri else { panic!("{uri} is no socket") };
         let Uri::Unix(target) = to.clone() else { panic!("{to} is no socket") };
         let listener = UnixListener::bind(path).unwrap();
-        let shared = Arc::new(Shared { fault, struck: AtomicBool::new(false), open: Mutex::new(Some(Vec::new())) });
+        let shared = Arc::new(Shared { faults, struck: AtomicBool::new(false), open: Mutex::new(Some(Vec::new())) });
         let its = shared.clone();
         let thread = std::thread::spawn(move || {
             std::thread::scope(|scope| {
                 for source in listener.incoming() {
                     let (source, shared) = (source.unwrap(), &*its);
-                    let lost = shared.fault.deed == Deed::CutForGood && shared.struck.load(Ordering::SeqCst);
+                    let for_good = |fault: &Fault| fault.deed == Deed::CutForGood;
+                    let lost = shared.faults.iter().any(for_good) && shared.struck.load(Ordering::SeqCst);
                     let destination = if lost { Err(ErrorKind::Other.into()) } else { UnixStream::connect(&target) };
                     match (&mut *shared.open.lock().unwrap(), &destination) {
                         (None, _) => break,
@@ -129,7 +138,8 @@ fn carry<'scope>(
     let channel = ConnectionHeader::decode(&header).unwrap().channel;
     // It strikes once: what comes later gets through.
     let struck = shared.struck.load(Ordering::SeqCst);
-    let fault = |way| Some(shared.fault).filter(|fault| !struck && fault.channel == channel && fault.way == way);
+    let here = |fault: &&Fault, way| !struck && fault.channel == channel && fault.way == way;
+    let fault = |way| shared.faults.iter().find(|fault| here(fault, way)).copied();
     let back = (destination.try_clone().unwrap(), source.try_clone().unwrap());
     let (forth, back_fault) = (fault(Way::ToDestination), fault(Way::ToSource));
     scope.spawn(move || pump(back.0, back.1, None, back_fault, shared));
@@ -145,7 +155,7 @@ fn pump(
     shared: &Shared,
 ) {
     let ends = [from.try_clone().unwrap(), to.try_clone().unwrap()];
-    let mut pass = Pass { to: &mut to, offset: 0, seen: Vec::new(), fault, shared, ends: &ends };
+    let mut pass = Pass { to: &mut to, offset: 0, seen: Vec::new(), fault, trickle: None, shared, ends: &ends };
     let end = (|| -> std::io::Result<Infallible> {
         let mut buffer = header.map_or_else(|| vec![0; HEADER_BYTES], Vec::from);
         if header.is_none() {
@@ -179,11 +189,22 @@ struct Pass<'a> {
     /// Kinds of frames seen, and where they began.
     seen: Vec<(u16, u64)>,
     fault: Option<Fault>,
+    /// The pause before each byte, once it trickles.
+    trickle: Option<Duration>,
     shared: &'a Shared,
     ends: &'a [UnixStream; 2],
 }
 
 impl Pass<'_> {
+    fn pass_on(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        let Some(pause) = self.trickle else { return self.to.write_all(bytes) };
+        for byte in bytes {
+            std::thread::sleep(pause);
+            self.to.write_all(&[*byte])?;
+        }
+        Ok(())
+    }
+
     /// Passes on `bytes`, which begin a frame if it has a kind here.
     fn on(&mut self, kind: Option<u16>, bytes: &mut [u8]) -> std::io::Result<()> {
         if let Some(kind) = kind.filter(|kind| self.seen.iter().all(|(seen, _)| seen != kind)) {
@@ -199,9 +220,15 @@ impl Pass<'_> {
         let here = at.and_then(|at| at.checked_sub(self.offset)).filter(|at| *at < bytes.len() as u64);
         self.offset += bytes.len() as u64;
         let (Some(here), Some(fault)) = (here.map(|here| here as usize), self.fault) else {
-            return self.to.write_all(bytes);
+            return self.pass_on(bytes);
         };
         self.shared.struck.store(true, Ordering::SeqCst);
+        if let Deed::Trickle(pause) = fault.deed {
+            self.trickle = Some(pause);
+            self.fault = None;
+            self.to.write_all(&bytes[..here])?;
+            return self.pass_on(&bytes[here..]);
+        }
         if fault.deed == Deed::Flip {
             bytes[here] ^= 1;
             self.fault = None;

@@ -23,7 +23,10 @@ impl How {
     /// Patient, and with a downtime that any writer here allows.
     pub(crate) fn new() -> How {
         let policy = Policy { downtime: PATIENCE, max_rounds: 100 };
-        How { plan: Plan { policy, codec: Codec::None, verify: false, ask_for: PATIENCE }, options: options() }
+        How {
+            plan: Plan { policy, codec: Codec::None, verify: false, ask_for: PATIENCE, switchover_timeout: None },
+            options: options(),
+        }
     }
 
     pub(crate) fn channels(mut self, channels: u16) -> How {
@@ -151,6 +154,11 @@ impl Destination {
     }
 
     pub(crate) fn new(uri: &Uri, refuse: Option<Refusal>) -> Destination {
+        Destination::limited(uri, refuse, PATIENCE)
+    }
+
+    /// The same with a limit to the switchover.
+    pub(crate) fn limited(uri: &Uri, refuse: Option<Refusal>, switchover_timeout: Duration) -> Destination {
         let listener = Listener::bind(uri).unwrap();
         let (uri, outcomes) = (listener.uri().clone(), Outcomes::default());
         let incoming = Arc::new(Incoming::start(listener, outcomes.clone()).unwrap());
@@ -163,7 +171,7 @@ impl Destination {
             };
             let channels = arriving.connection.channels.clone();
             let mut cradle = Cradle::new(refuse);
-            let outcome = receive(&mut cradle, arriving.connection, &arriving.cancel, &its);
+            let outcome = receive(&mut cradle, arriving.connection, &arriving.cancel, &its, switchover_timeout);
             let bytes = channels.iter().map(|channel| channel.received()).sum();
             Arrived { outcome, bytes, guest: cradle.guest }
         });

@@ -12,7 +12,9 @@ use vhost_migrate::abi::vhost_user::{Request, protocol_feature};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestError};
-use vhost_migrate::migrate::{ASK_FOR, GuestArrival, GuestMachine, Outcomes, Plan, Policy, migrate, receive};
+use vhost_migrate::migrate::{
+    ASK_FOR, GuestArrival, GuestMachine, Outcomes, Plan, Policy, SWITCHOVER_TIMEOUT, migrate, receive,
+};
 use vhost_migrate::stream::{Codec, Listener, Options, transport};
 
 use crate::backend::{Backend, Kind};
@@ -91,7 +93,7 @@ fn a_guest_moves_between_two_of_them_by_what_they_have_marked() {
         std::thread::scope(|scope| {
             let arrived = scope.spawn(|| {
                 let connection = listener.accept(&theirs).unwrap();
-                receive(&mut arrival, connection, &theirs.cancel, &Outcomes::default())
+                receive(&mut arrival, connection, &theirs.cancel, &Outcomes::default(), SWITCHOVER_TIMEOUT)
             });
             let connection = transport::connect(listener.uri(), &ours).unwrap();
             let plan = Plan {
@@ -99,6 +101,7 @@ fn a_guest_moves_between_two_of_them_by_what_they_have_marked() {
                 codec: Codec::None,
                 verify: false,
                 ask_for: ASK_FOR,
+                switchover_timeout: None,
             };
             let mut machine = GuestMachine::new(&leaving).unwrap();
             migrate(&mut machine, connection, &plan, &ours.limiter, &ours.cancel, &mut |_| {}).unwrap();

@@ -7,28 +7,33 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags};
 
 use super::connect::resolve;
-use super::{Channel, Connection, End, FdKind, Options, Uri, check_single, inherited, kind_of};
+use super::{Activity, Channel, Connection, End, FdKind, Options, Uri, check_single, inherited, kind_of};
 use super::{open_error, set_nonblocking, spawn};
 use crate::stream::frame::{ChannelId, ConnectionHeader, FrameWriter, HEADER_BYTES, MAX_CHANNELS, MigrationId};
-use crate::stream::limiter::poll_until;
+use crate::stream::limiter::{lock, poll_until};
 use crate::stream::{StreamError, ToSource};
 use crate::sys::listen::listen;
 
 /// Most connections that may wait to become a migration.
 const MAX_WAITING: usize = 2 * MAX_CHANNELS as usize;
 /// How long a connection may take to send its header.
-const HEADER_TIME: Duration = Duration::from_secs(10);
+const HEADER_TIME: Duration = Duration::from_secs(5);
+/// How long a connection may wait for the others of its migration.
+const WHOLE_TIME: Duration = Duration::from_secs(10);
 
 /// Waits for a migration at a URI. Dropping it removes the socket file it has made.
 #[derive(Debug)]
 pub struct Listener {
     uri: Uri,
     socket: Socket,
+    /// Connections that are not part of a complete migration yet.
+    waiting: Mutex<Vec<Waiting>>,
 }
 
 #[derive(Debug)]
@@ -99,7 +104,7 @@ impl Listener {
                 Socket::Single
             }
         };
-        Ok(Listener { uri, socket })
+        Ok(Listener { uri, socket, waiting: Mutex::default() })
     }
 
     /// Where this listens, with the port that the system chose.
@@ -141,7 +146,7 @@ impl Listener {
         };
         let (fd, end) = single;
         let answers = kind_of(&fd)? == FdKind::Socket;
-        let mut channel = Channel::new(fd, end, options)?;
+        let mut channel = Channel::new(fd, end, options, &Activity::new())?;
         channel.set_timeout(options.deadline)?;
         let header = ConnectionHeader::read(&mut channel);
         if let Err(StreamError::Version { .. }) = header {
@@ -161,7 +166,7 @@ impl Listener {
 
     fn accept_sockets(&self, options: &Options) -> Result<Incoming, StreamError> {
         let deadline = options.deadline.map(|time| Instant::now() + time);
-        let mut waiting: Vec<Waiting> = Vec::new();
+        let mut waiting = lock(&self.waiting);
         loop {
             if let Some(complete) = complete(&mut waiting) {
                 match answer(complete, options) {
@@ -170,8 +175,8 @@ impl Listener {
                     Err(error) => tracing::warn!("a migration went away before it began: {error}"),
                 }
             }
-            let header_due = waiting.iter().filter(|w| w.header.is_none()).map(|w| w.since + HEADER_TIME).min();
-            let wake = deadline.into_iter().chain(header_due).min();
+            let due = waiting.iter().map(|waiting| waiting.since + waiting.limit().0);
+            let wake = due.chain(deadline).min();
             let (ready, listening) = self.poll(&waiting, options, wake)?;
             for (connection, _) in waiting.iter_mut().zip(&ready).filter(|(_, ready)| **ready) {
                 connection.read();
@@ -180,7 +185,9 @@ impl Listener {
             if listening && let Some(fd) = self.accept_one()? {
                 if waiting.len() == MAX_WAITING {
                     tracing::warn!("too many connections at {}: dropping the oldest", self.uri);
-                    waiting.remove(0);
+                    // A source sends its header at once.
+                    let oldest = waiting.iter().position(|waiting| waiting.header.is_none()).unwrap_or_default();
+                    waiting.remove(oldest);
                 }
                 waiting.push(Waiting::new(fd));
             }
@@ -246,6 +253,7 @@ impl Drop for Listener {
 }
 
 /// A connection that is not part of a complete migration yet.
+#[derive(Debug)]
 struct Waiting {
     fd: OwnedFd,
     since: Instant,
@@ -287,10 +295,19 @@ impl Waiting {
         }
     }
 
+    /// How long it may wait, and for what.
+    fn limit(&self) -> (Duration, &'static str) {
+        match self.header {
+            None => (HEADER_TIME, "no header"),
+            Some(_) => (WHOLE_TIME, "not all channels of its migration"),
+        }
+    }
+
     fn keep(&self) -> bool {
-        let late = self.header.is_none() && self.since.elapsed() >= HEADER_TIME;
+        let (limit, what) = self.limit();
+        let late = self.since.elapsed() >= limit;
         if late {
-            tracing::warn!("dropping a connection: no header came within {HEADER_TIME:?}");
+            tracing::warn!("dropping a connection: {what} came within {limit:?}");
         }
         !self.gone && !late
     }
@@ -320,10 +337,10 @@ fn complete(waiting: &mut Vec<Waiting>) -> Option<Vec<Waiting>> {
 
 /// Answers every channel. Others of the same migration can't hold it up: forty bytes fit any socket's buffer.
 fn answer(waiting: Vec<Waiting>, options: &Options) -> Result<Incoming, StreamError> {
-    let mut channels = Vec::new();
+    let (mut channels, activity) = (Vec::new(), Activity::new());
     let mut first = None;
     for waiting in waiting {
-        let mut channel = Channel::new(waiting.fd, End::Nothing, options)?;
+        let mut channel = Channel::new(waiting.fd, End::Nothing, options, &activity)?;
         let header = waiting.header.ok_or(StreamError::NotAStream)?;
         if !header.one_way {
             channel.write_all(&header.encode())?;

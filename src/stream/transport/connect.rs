@@ -13,7 +13,9 @@ use nix::sys::socket::{
     getsockopt, socket, sockopt,
 };
 
-use super::{Channel, Connection, End, FdKind, Options, Uri, check_single, check_socket_path, inherited, kind_of};
+use super::{
+    Activity, Channel, Connection, End, FdKind, Options, Uri, check_single, check_socket_path, inherited, kind_of,
+};
 use super::{open_error, save, spawn};
 use crate::stream::frame::{ChannelId, ConnectionHeader, FrameReader, MAX_CHANNELS, MigrationId};
 use crate::stream::limiter::poll_until;
@@ -60,9 +62,9 @@ pub fn connect(uri: &Uri, options: &Options) -> Result<Connection, StreamError> 
         }
     }
     let header = |channel| ConnectionHeader { id, channel, channels, one_way, question: false };
-    let mut open = Vec::new();
+    let (mut open, activity) = (Vec::new(), Activity::new());
     for ((fd, end), number) in fds.into_iter().zip(0..) {
-        let mut channel = Channel::new(fd, end, options)?;
+        let mut channel = Channel::new(fd, end, options, &activity)?;
         channel.begin(uri, name.take(), header(number))?;
         open.push(channel);
     }
@@ -89,7 +91,7 @@ pub fn ask(uri: &Uri, id: MigrationId, time: Duration) -> Result<ToSource, Strea
         Uri::Unix(path) => unix(uri, path, &options, deadline)?,
         _ => return Err(StreamError::NoReturnPath),
     };
-    let mut channel = Channel::new(fd, End::Nothing, &options)?;
+    let mut channel = Channel::new(fd, End::Nothing, &options, &Activity::new())?;
     let header = ConnectionHeader { id, channel: 0, channels: 1, one_way: false, question: true };
     channel.begin(uri, None, header)?;
     answer(uri, &mut channel, header, deadline)?;

@@ -1,0 +1,67 @@
+//! A limit to something that can be ended from outside.
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam::channel::{RecvTimeoutError, Sender, bounded};
+
+/// Calls a function once a time has passed, unless it is dropped before.
+pub(super) struct TimeLimit {
+    passed: Arc<AtomicBool>,
+    ended: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl TimeLimit {
+    /// `then` is called on a thread of its own when `limit` has passed. It must not wait for anything.
+    ///
+    /// # Errors
+    /// If the system has no thread left.
+    pub(super) fn start(limit: Duration, then: impl FnOnce() + Send + 'static) -> io::Result<TimeLimit> {
+        let passed = Arc::new(AtomicBool::new(false));
+        let (ended, end) = bounded(1);
+        let its = passed.clone();
+        let wait = move || {
+            if let Err(RecvTimeoutError::Timeout) = end.recv_timeout(limit) {
+                its.store(true, Ordering::SeqCst);
+                then();
+            }
+        };
+        let thread = std::thread::Builder::new().name("time limit".into()).spawn(wait)?;
+        Ok(TimeLimit { passed, ended: Some(ended), thread: Some(thread) })
+    }
+
+    /// Returns true if the time has passed.
+    pub(super) fn has_passed(&self) -> bool {
+        self.passed.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for TimeLimit {
+    fn drop(&mut self) {
+        self.ended = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_function_is_called_after_the_time_and_not_after_the_end() {
+        let (done, called) = bounded(1);
+        let limit = TimeLimit::start(Duration::from_millis(1), move || done.send(()).unwrap()).unwrap();
+        called.recv_timeout(Duration::from_secs(60)).unwrap();
+        assert!(limit.has_passed());
+        let limit = TimeLimit::start(Duration::from_secs(3600), || unreachable!()).unwrap();
+        assert!(!limit.has_passed());
+        drop(limit);
+    }
+}
