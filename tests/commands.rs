@@ -310,6 +310,21 @@ fn a_guest_moves_without_waiting_for_its_disk() {
 }
 
 #[test]
+fn a_guest_writes_over_what_a_disk_holds_only_if_told_to() {
+    let mut host = Host::new();
+    std::fs::write(host.path("disk"), vec![7; 16 << 20]).unwrap();
+    let (backend, control) = (host.backend("vhost"), host.path("refused"));
+    let arguments = ["guest", "--memory", "32MiB", "--backend", backend.to_str().unwrap(), "--control"];
+    let refused = run(&[&arguments[..], &[control.to_str().unwrap()]].concat());
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(text(&refused.stderr).contains("--overwrite"), "{}", text(&refused.stderr));
+    assert!(std::fs::read(host.path("disk")).unwrap() == vec![7; 16 << 20]);
+    let control = host.guest_on(&backend, "told", &["--memory", "32MiB", "--overwrite"]);
+    until(&control, "running");
+    verify(&control);
+}
+
+#[test]
 fn a_guest_moves_through_a_command_that_carries_both_directions() {
     let mut host = Host::new();
     let source = host.source();

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -134,6 +135,41 @@ fn wait_for(guest: &Guest, what: &str, mut is_so: impl FnMut(&Guest) -> bool) {
 fn run_for(guest: &Guest, requests: u64) {
     let before = guest.stats().completions;
     wait_for(guest, "requests are answered", |guest| guest.stats().completions >= before + requests);
+}
+
+#[test]
+fn a_guest_leaves_disks_alone_that_hold_what_it_has_not_written() {
+    let backend = Backend::start();
+    let booted = || {
+        let mut guest = Guest::new(config()).unwrap();
+        guest.boot(vec![Box::new(backend.device())]).unwrap();
+        guest
+    };
+    let works = |mut guest: Guest| {
+        guest.resume().unwrap();
+        run_for(&guest, 200);
+        guest.verify().unwrap();
+    };
+    let mut guest = booted();
+    guest.survey(false).unwrap();
+    assert!(guest.config().blank_disks);
+    works(guest);
+    // What it has written itself, it may write again.
+    let mut guest = booted();
+    guest.survey(false).unwrap();
+    assert!(!guest.config().blank_disks);
+    works(guest);
+    let image = File::options().read(true).write(true).open(backend.folder.path().join("disk.img")).unwrap();
+    image.write_all_at(b"somebody's", 9 * 512 + 100).unwrap();
+    let before = std::fs::read(backend.folder.path().join("disk.img")).unwrap();
+    let mut guest = booted();
+    let refused = guest.survey(false).unwrap_err();
+    assert!(matches!(refused, GuestError::Foreign { sector: 9, .. }), "{refused}");
+    drop(guest);
+    assert!(std::fs::read(backend.folder.path().join("disk.img")).unwrap() == before);
+    let mut guest = booted();
+    guest.survey(true).unwrap();
+    works(guest);
 }
 
 #[rstest]

@@ -92,6 +92,9 @@ struct Workload {
     /// Give up a back-end that stays away for so many seconds; by default it is waited for as long as it takes
     #[arg(long, value_name = "SECONDS")]
     reconnect_timeout: Option<u64>,
+    /// Write over disks whatever they hold; without this, one is refused that is neither blank nor from such a guest
+    #[arg(long)]
+    overwrite: bool,
     /// Disk requests per second of each queue; as many as possible by default
     #[arg(long, value_name = "N")]
     request_rate: Option<u64>,
@@ -133,6 +136,7 @@ fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
             let devices = connect_all(&arguments.backend, config.inflight_migration)?;
             let mut guest = Guest::new(config)?;
             guest.boot(devices)?;
+            guest.survey(arguments.workload.overwrite)?;
             guest.resume()?;
             owner.set(Some(guest), State::Running);
         }

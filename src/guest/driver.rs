@@ -50,6 +50,15 @@ pub(super) struct Disk {
     pub(super) block: u64,
 }
 
+/// What the disk held before the guest wrote to it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Survey {
+    /// Whether a guest like this one has written some of it.
+    pub(super) own: bool,
+    /// The first sector that was found to be neither that nor blank.
+    pub(super) foreign: Option<u64>,
+}
+
 pub(super) struct Driver {
     /// Counted through all disks.
     queue: usize,
@@ -57,6 +66,8 @@ pub(super) struct Driver {
     layout: QueueLayout,
     pattern: Pattern,
     blank: bool,
+    /// What its part of the disk holds, while that is looked at.
+    survey: Option<Survey>,
     depth: u16,
     disk: Disk,
     ring: DriverRing,
@@ -98,6 +109,7 @@ impl Driver {
             layout,
             pattern,
             blank: config.blank_disks,
+            survey: None,
             depth: config.depth,
             disk,
             ring,
@@ -154,6 +166,7 @@ impl Driver {
             layout,
             pattern,
             blank: config.blank_disks,
+            survey: None,
             depth: config.depth,
             disk,
             ring,
@@ -265,6 +278,20 @@ impl Driver {
         let sectors = (self.versions.len() as u64 - sector).min(BUFFER_BYTES / SECTOR_BYTES);
         self.add(slot, RequestKind::Read, sector, sectors)?;
         Ok(Some(sector + sectors))
+    }
+
+    /// From here on, what is read is looked at, and need not be what the guest wrote.
+    pub(super) fn begin_survey(&mut self) {
+        self.survey = Some(Survey::default());
+    }
+
+    pub(super) fn end_survey(&mut self) -> Survey {
+        self.survey.take().unwrap_or_default()
+    }
+
+    /// Sets whether the disk is zero where the guest has not written.
+    pub(super) fn set_blank(&mut self, blank: bool) {
+        self.blank = blank;
     }
 
     /// Sectors of its part of the disk.
@@ -393,9 +420,27 @@ impl Driver {
         let range = request.sector as usize..request.sector as usize + sectors as usize;
         let versions = self.versions.get(range).unwrap_or_default().to_vec();
         let gpa = layout.data + request.offset;
+        if self.survey.is_some() {
+            return self.look(gpa, request.sector, sectors);
+        }
         self.check(gpa, request.sector, &versions)?;
         if let Some(state) = self.slots.get_mut(slot) {
             state.held = Some(HeldState { sector: request.sector, offset: request.offset, versions });
+        }
+        Ok(())
+    }
+
+    /// Takes note of what the sectors from `sector` on hold, which lie at `gpa`.
+    fn look(&mut self, gpa: u64, sector: u64, sectors: u32) -> Result<(), GuestError> {
+        let mut words = [0; SECTOR_WORDS];
+        for at in 0..sectors.into() {
+            self.memory.read(gpa + at * SECTOR_BYTES, words.as_mut_bytes())?;
+            let own = self.pattern.has_written(self.disk_offset(sector + at), &words);
+            let Some(survey) = self.survey.as_mut().filter(|_| words != [0; SECTOR_WORDS]) else { continue };
+            match own {
+                true => survey.own = true,
+                false => survey.foreign = survey.foreign.or(Some(self.first_sector + sector + at)),
+            }
         }
         Ok(())
     }

@@ -18,6 +18,15 @@ pub enum GuestError {
     /// A byte is not what the guest wrote.
     #[error(transparent)]
     Wrong(#[from] Box<WrongByte>),
+    /// A disk holds something that the guest would write over.
+    #[error("{name}: sector {sector} of the disk holds something that no such guest has written: give it a blank disk, or \
+        --overwrite to lose that")]
+    Foreign {
+        /// Where the disk comes from.
+        name: String,
+        /// The first such sector that was found.
+        sector: u64,
+    },
     /// A request was answered with an error.
     #[error("the disk answered status {status} to {kind} of {sectors} sectors at sector {sector}")]
     Io {

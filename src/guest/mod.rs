@@ -48,7 +48,7 @@ use crate::memory::{Extents, LOG_PAGE, Memory, Region, sealed_memfd};
 use crate::ring::RingBase;
 use cpu::Cpu;
 use crew::{Crew, NotStarted};
-use driver::{Counters, Disk, Driver};
+use driver::{Counters, Disk, Driver, Survey};
 use layout::{BUFFER_BYTES, Layout};
 use pattern::Pattern;
 use signal::Failure;
@@ -199,6 +199,32 @@ impl Guest {
         }
         self.counters = drivers.iter().map(|driver| driver.counters().clone()).collect();
         self.start_devices()
+    }
+
+    /// Looks at the parts of its disks that a new guest is going to use, before it runs. Those that a guest with this seed has
+    /// written before are taken over: what is on them is checked once it has been written again.
+    ///
+    /// # Errors
+    /// [`GuestError::Foreign`] for what is neither blank nor from such a guest, unless that is to be overwritten; and whatever
+    /// keeps it from looking.
+    pub fn survey(&mut self, overwrite: bool) -> Result<(), GuestError> {
+        let Work::Paused(_, drivers) = &mut self.work else { return Err(self.order()) };
+        drivers.iter_mut().for_each(Driver::begin_survey);
+        self.scan()?;
+        let Work::Paused(_, drivers) = &mut self.work else { return Err(self.order()) };
+        let per_disk = usize::from(self.config.queues);
+        let names = self.units.iter().flat_map(|attached| (0..per_disk).map(|_| &attached.unit.name));
+        let surveys: Vec<Survey> = drivers.iter_mut().map(Driver::end_survey).collect();
+        let mut blank = true;
+        for (Survey { own, foreign }, name) in surveys.into_iter().zip(names) {
+            if let Some(sector) = foreign.filter(|_| !overwrite) {
+                return Err(GuestError::Foreign { name: name.clone(), sector });
+            }
+            blank &= !own && foreign.is_none();
+        }
+        self.config.blank_disks &= blank;
+        drivers.iter_mut().for_each(|driver| driver.set_blank(self.config.blank_disks));
+        Ok(())
     }
 
     /// Gives a restored guest its disks, prepared as those it had, but not started.
@@ -567,9 +593,22 @@ impl Guest {
         disk(expected.unwrap_or(&now))
     }
 
-    fn verify_paused(&mut self) -> Result<Verified, GuestError> {
+    /// Reads all of the disks' parts that it uses. Returns how many bytes they are.
+    fn scan(&mut self) -> Result<u64, GuestError> {
         let patience = Duration::from_secs(self.config.request_timeout);
-        let Work::Paused(cpus, drivers) = &mut self.work else { return Err(self.order()) };
+        let Work::Paused(_, drivers) = &mut self.work else { return Err(self.order()) };
+        self.units.iter().try_for_each(|attached| attached.unit.settle())?;
+        if self.units.iter().any(|attached| attached.unit.stopped().iter().any(Option::is_some)) {
+            return Err(GuestError::Order { is: "without its disks", advice: "start its devices first" });
+        }
+        let lines =
+            self.units.iter().flat_map(|attached| attached.unit.lines.iter().map(|line| (&attached.unit, line)));
+        in_parallel(drivers.iter_mut().zip(lines), |(driver, (unit, line))| crew::scan(driver, unit, line, patience))?;
+        Ok(drivers.iter().map(|driver| driver.sectors() * SECTOR_BYTES).sum())
+    }
+
+    fn verify_paused(&mut self) -> Result<Verified, GuestError> {
+        let Work::Paused(cpus, _) = &self.work else { return Err(self.order()) };
         in_parallel(cpus.iter(), |cpu| cpu.verify())?;
         let (memory, pattern) = (&self.memory, &self.pattern);
         for (area, blank) in [(&self.layout.cold, false), (&self.layout.zero, true)] {
@@ -582,14 +621,7 @@ impl Guest {
                 })
             })?;
         }
-        self.units.iter().try_for_each(|attached| attached.unit.settle())?;
-        if self.units.iter().any(|attached| attached.unit.stopped().iter().any(Option::is_some)) {
-            return Err(GuestError::Order { is: "without its disks", advice: "start its devices first" });
-        }
-        let lines =
-            self.units.iter().flat_map(|attached| attached.unit.lines.iter().map(|line| (&attached.unit, line)));
-        let disk = drivers.iter().map(|driver| driver.sectors() * SECTOR_BYTES).sum();
-        in_parallel(drivers.iter_mut().zip(lines), |(driver, (unit, line))| crew::scan(driver, unit, line, patience))?;
+        let disk = self.scan()?;
         let areas = self.layout.cpus.iter().chain([&self.layout.cold, &self.layout.zero]);
         Ok(Verified { memory: areas.map(|area| area.pages() * LOG_PAGE).sum(), disk })
     }

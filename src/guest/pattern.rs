@@ -68,6 +68,15 @@ impl Pattern {
         }
     }
 
+    /// Whether `found` is, as a whole, a version of the block at `address`.
+    pub(super) fn has_written(&self, address: u64, found: &[u64]) -> bool {
+        let [head, version, ..] = found else { return false };
+        let mut whole = [0; PAGE_WORDS];
+        let whole = whole.get_mut(..found.len()).unwrap_or_default();
+        self.fill(*head, *version, whole);
+        *head == address && whole == found
+    }
+
     /// What a block that should be another one is.
     fn judge(&self, found: &[u64]) -> String {
         if found.iter().all(|word| *word == 0) {
@@ -142,6 +151,18 @@ mod tests {
         page[100] += 1;
         let torn = PATTERN.check(0x5000, 2, false, &page, Place::Memory).unwrap_err();
         assert!(torn.to_string().contains("mix"), "{torn}");
+    }
+
+    #[test]
+    fn a_block_is_known_as_its_own_only_where_it_belongs_and_as_a_whole() {
+        let mut sector = [0; SECTOR_WORDS];
+        assert!(!PATTERN.has_written(0x200, &sector));
+        PATTERN.fill(0x200, 9, &mut sector);
+        assert!(PATTERN.has_written(0x200, &sector));
+        assert!(!PATTERN.has_written(0x400, &sector));
+        assert!(!Pattern { seed: 8, ..PATTERN }.has_written(0x200, &sector));
+        sector[63] ^= 1;
+        assert!(!PATTERN.has_written(0x200, &sector));
     }
 
     #[test]
