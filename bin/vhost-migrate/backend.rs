@@ -58,13 +58,17 @@ struct Blk {
     /// Raw image or block device
     #[arg(long, value_name = "FILE")]
     image: PathBuf,
+    /// Take the image for a raw one whatever it begins with. Without this, what looks like qcow2, qed, vmdk, vdi, vhdx, vpc,
+    /// luks or parallels is refused; a guest can make its disk look like that
+    #[arg(long, value_name = "FORMAT")]
+    format: Option<Format>,
     /// The guest may only read
     #[arg(long)]
     read_only: bool,
     /// Request queues
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     queues: u16,
-    /// Most entries of a queue, a power of two
+    /// Most entries of a queue, a power of two; at most what the front-end chooses, if that is less than 128
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u16).range(2..=32768))]
     queue_size: u16,
     /// What the guest reads as the disk's identity, at most 20 bytes
@@ -73,7 +77,7 @@ struct Blk {
     /// How the image is read and written
     #[arg(long, value_name = "HOW", default_value = "io_uring")]
     aio: How,
-    /// Go past the page cache (O_DIRECT) where a request's buffers are aligned for it
+    /// Go past the page cache (O_DIRECT); the guest is told the block size that this needs
     #[arg(long)]
     direct: bool,
     /// Offer drivers to complete their requests in order; a slow one then holds up those after it
@@ -139,6 +143,12 @@ impl Seccomp {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
+enum Format {
+    /// The disk's bytes, and nothing else
+    Raw,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
 enum How {
     /// io_uring where the system has it, else threads
     #[value(name = "io_uring")]
@@ -178,6 +188,7 @@ impl Blk {
         self.messages.start();
         let disk = Disk::open(DiskOptions {
             image: self.image.clone(),
+            raw: matches!(self.format, Some(Format::Raw)),
             read_only: self.read_only,
             queues: self.queues,
             max_queue_size: self.queue_size,

@@ -81,6 +81,22 @@ pub trait Device: Send + Sync {
         let _ = host;
     }
 
+    /// A ring is about to run for the first time since the front-end has connected, with these features. It goes on if its
+    /// base or the inflight region say that a back-end has served it before; else the driver is a new one.
+    fn taken_up(&self, goes_on: bool, features: u64) {
+        let _ = (goes_on, features);
+    }
+
+    /// No ring runs any more: the front-end has stopped the last one, and may let the guest go on elsewhere as soon as it
+    /// is answered, which is after this returns (rule I11). Also called when the back-end itself ends.
+    ///
+    /// # Errors
+    /// What keeps another back-end from finding everything that requests have done. The connection then ends, for
+    /// GET_VRING_BASE has no answer that means "no".
+    fn stopped(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Forgets what the driver has set, as a reset of the device wants it. No queue runs.
     fn reset(&self) {}
 

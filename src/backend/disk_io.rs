@@ -1,17 +1,24 @@
 //! Disk I/O straight from and to the guest memory of a request: through io_uring, or by threads. The room's only
 //! `unsafe`.
 //!
+//! | file | purpose |
+//! |---|---|
+//! | `files` | the open image, and what of it is not on the disk yet |
+//! | `attempt` | the way that an attempt goes: past the page cache, through aligned memory, or through the page cache |
+//!
 //! An [`Engine`] makes one attempt per [`Io`] and hands it back with what the system said. Retries, short transfers and
 //! what an error means are the caller's. An `Io` owns its request, and with it the guest memory, until then: that is
 //! what makes it safe to let the kernel write there.
 
+mod attempt;
+mod files;
+
 use std::collections::VecDeque;
 use std::fmt;
-use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
@@ -23,10 +30,10 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::fdatasync;
 
+use self::attempt::Attempt;
+pub(crate) use self::files::{Alignment, Files, block_size};
 use super::Request;
 
-/// Most ranges that one call takes (IOV_MAX); what is left over is left to the next attempt.
-const MAX_IOVECS: usize = 1024;
 /// Most pieces of I/O that are passed to the kernel in one go.
 const MAX_BATCH: u32 = 1024;
 /// Threads per queue, where io_uring is not to be had.
@@ -55,6 +62,27 @@ pub(crate) enum Op {
     },
 }
 
+/// How data gets from and to the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// Past the page cache, straight from and to the request's memory.
+    Direct,
+    /// Past the page cache, by way of aligned memory.
+    Bounced,
+    /// Through the page cache.
+    Cached,
+}
+
+impl Way {
+    /// The next one to try when the system refuses this one.
+    pub(crate) fn next(self) -> Way {
+        match self {
+            Way::Direct => Way::Bounced,
+            Way::Bounced | Way::Cached => Way::Cached,
+        }
+    }
+}
+
 /// A piece of disk I/O and the request it is for.
 #[derive(Debug)]
 pub(crate) struct Io {
@@ -64,8 +92,8 @@ pub(crate) struct Io {
     pub(crate) disk: Range<u64>,
     /// Where in the request the data of `disk.start` is.
     pub(crate) at: u64,
-    /// Whether to go past the page cache, if the disk was opened for it.
-    pub(crate) direct: bool,
+    /// The best way to try, if the disk was opened for it.
+    pub(crate) way: Way,
 }
 
 impl Io {
@@ -73,17 +101,9 @@ impl Io {
         self.disk.end - self.disk.start
     }
 
-    fn iovecs(&mut self, out: &mut Vec<libc::iovec>) -> io::Result<()> {
-        out.clear();
-        let range = self.at..self.at.saturating_add(self.len());
-        match self.op {
-            Op::Read => self.request.lend_writable(range, out),
-            Op::Write { .. } => self.request.lend_readable(range, out),
-            Op::Flush | Op::Discard | Op::Zero { .. } => Ok(()),
-        }
-        .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
-        out.truncate(MAX_IOVECS);
-        Ok(())
+    /// Whether it is about data, and moves on by what is transferred.
+    pub(crate) fn moves_data(&self) -> bool {
+        matches!(self.op, Op::Read | Op::Write { .. })
     }
 
     fn fallocate_flags(&self) -> FallocateFlags {
@@ -91,20 +111,6 @@ impl Io {
             Op::Zero { unmap: false, .. } => FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE,
             _ => FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE,
         }
-    }
-}
-
-/// One image, opened in every way that is needed.
-#[derive(Debug)]
-pub(crate) struct Files {
-    pub(crate) buffered: File,
-    /// With O_DIRECT.
-    pub(crate) direct: Option<File>,
-}
-
-impl Files {
-    fn of(&self, io: &Io) -> &File {
-        self.direct.as_ref().filter(|_| io.direct).unwrap_or(&self.buffered)
     }
 }
 
@@ -124,16 +130,6 @@ pub(crate) trait Engine {
 
     /// Readable while completions wait.
     fn fd(&self) -> BorrowedFd<'_>;
-}
-
-nix::ioctl_read_bad!(blksszget, libc::BLKSSZGET, libc::c_int);
-
-/// The logical block size of a block device, in bytes.
-pub(crate) fn block_size(device: BorrowedFd<'_>) -> u32 {
-    let mut size = 0;
-    // SAFETY: this request writes one int, which `size` is.
-    let asked = unsafe { blksszget(device.as_raw_fd(), &raw mut size) };
-    asked.ok().and_then(|_| u32::try_from(size).ok()).unwrap_or(512)
 }
 
 /// Rings of io_uring, made before anybody is served: each takes disk I/O and nothing else from then on. A process whose
@@ -188,7 +184,7 @@ pub(crate) struct Uring {
 #[derive(Default)]
 struct Slot {
     io: Option<Io>,
-    iovecs: Vec<libc::iovec>,
+    attempt: Attempt,
 }
 
 impl Uring {
@@ -198,23 +194,21 @@ impl Uring {
         Some(Uring { ring, home: home.clone(), files, slots: Vec::new(), free: Vec::new(), failed: Vec::new() })
     }
 
-    fn entry(slot: &Slot, io: &Io, files: &Files) -> squeue::Entry {
-        let fd = types::Fd(files.of(io).as_raw_fd());
-        let flags = if io.op == (Op::Write { durable: true }) { libc::RWF_DSYNC } else { 0 };
-        let many = slot.iovecs.len() as u32;
-        match (io.op, slot.iovecs.as_slice()) {
-            (Op::Read, [one]) => opcode::Read::new(fd, one.iov_base.cast(), length(one)).offset(io.disk.start).build(),
-            (Op::Read, all) => opcode::Readv::new(fd, all.as_ptr(), many).offset(io.disk.start).build(),
+    fn entry(&Attempt { fd, start, ref iovecs, flags, .. }: &Attempt, io: &Io) -> squeue::Entry {
+        let (fd, many) = (types::Fd(fd), iovecs.len() as u32);
+        match (io.op, iovecs.as_slice()) {
+            (Op::Read, [one]) => opcode::Read::new(fd, one.iov_base.cast(), length(one)).offset(start).build(),
+            (Op::Read, all) => opcode::Readv::new(fd, all.as_ptr(), many).offset(start).build(),
             (Op::Write { .. }, [one]) => opcode::Write::new(fd, one.iov_base.cast_const().cast(), length(one))
-                .offset(io.disk.start)
+                .offset(start)
                 .rw_flags(flags)
                 .build(),
             (Op::Write { .. }, all) => {
-                opcode::Writev::new(fd, all.as_ptr(), many).offset(io.disk.start).rw_flags(flags).build()
+                opcode::Writev::new(fd, all.as_ptr(), many).offset(start).rw_flags(flags).build()
             }
             (Op::Flush, _) => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
             (Op::Discard | Op::Zero { .. }, _) => {
-                opcode::Fallocate::new(fd, io.len()).offset(io.disk.start).mode(io.fallocate_flags().bits()).build()
+                opcode::Fallocate::new(fd, io.len()).offset(start).mode(io.fallocate_flags().bits()).build()
             }
         }
     }
@@ -247,24 +241,27 @@ impl Engine for Uring {
             self.slots.len() - 1
         });
         let Some(slot) = self.slots.get_mut(index) else { return };
-        if let Err(error) = io.iovecs(&mut slot.iovecs) {
+        if let Err(error) = slot.attempt.prepare(&self.files, &mut io) {
             self.free.push(index);
             self.failed.push((io, Err(error)));
             return;
         }
-        let entry = Uring::entry(slot, &io, &self.files).user_data(index as u64);
+        let entry = Uring::entry(&slot.attempt, &io).user_data(index as u64);
         slot.io = Some(io);
-        // SAFETY: the buffers are guest memory of the request in `slot.io`, and the list of them is `slot.iovecs`;
-        // neither is touched until the completion with this index has been taken, for which `drop` waits too. The
+        // SAFETY: the buffers are guest memory of the request in `slot.io` or what stands for it in `slot.attempt`, which
+        // has the list of them too; neither is touched until the completion with this index has been taken, for which `drop` waits too. The
         // file is open as long as `self.files` lives.
         while unsafe { self.ring.submission().push(&entry) }.is_err() {
             // The queue is full, and the kernel is about to take what is in it.
             if let Err(error) = self.ring.submit()
                 && error.raw_os_error() != Some(libc::EINTR)
             {
-                if let Some(io) = self.slots.get_mut(index).and_then(|slot| slot.io.take()) {
+                if let Some(slot) = self.slots.get_mut(index)
+                    && let Some(io) = slot.io.take()
+                {
                     self.free.push(index);
-                    self.failed.push((io, Err(error)));
+                    let result = slot.attempt.end(&self.files, &io, Err(error));
+                    self.failed.push((io, result));
                 }
                 return;
             }
@@ -284,10 +281,13 @@ impl Engine for Uring {
         done.extend(self.failed.drain(..));
         for completion in self.ring.completion() {
             let index = completion.user_data() as usize;
-            let Some(io) = self.slots.get_mut(index).and_then(|slot| slot.io.take()) else { continue };
+            let Some(slot) = self.slots.get_mut(index) else { continue };
+            let Some(io) = slot.io.take() else { continue };
             self.free.push(index);
             let result = u64::try_from(completion.result());
-            done.push_back((io, result.map_err(|_| io::Error::from_raw_os_error(-completion.result()))));
+            let result = result.map_err(|_| io::Error::from_raw_os_error(-completion.result()));
+            let result = slot.attempt.end(&self.files, &io, result);
+            done.push_back((io, result));
         }
     }
 
@@ -379,30 +379,26 @@ impl Drop for Threads {
 
 /// One blocking attempt.
 fn attempt(files: &Files, io: &mut Io) -> io::Result<u64> {
-    let mut iovecs = Vec::new();
-    io.iovecs(&mut iovecs)?;
-    let file = files.of(io);
-    let offset = i64::try_from(io.disk.start).map_err(|_| Errno::EFBIG)?;
-    let len = i64::try_from(io.len()).map_err(|_| Errno::EFBIG)?;
-    match io.op {
-        Op::Read => transfer(file.as_raw_fd(), &iovecs, offset, None),
-        Op::Write { durable } => {
-            transfer(file.as_raw_fd(), &iovecs, offset, Some(if durable { libc::RWF_DSYNC } else { 0 }))
-        }
-        Op::Flush => Ok(fdatasync(file).map(|()| 0)?),
-        Op::Discard | Op::Zero { .. } => Ok(fallocate(file, io.fallocate_flags(), offset, len).map(|()| 0)?),
-    }
+    let mut attempt = Attempt::default();
+    attempt.prepare(files, io)?;
+    let result = transfer(files, &attempt, io);
+    attempt.end(files, io, result)
 }
 
-/// `preadv`, or `pwritev2` with these flags.
-fn transfer(fd: RawFd, iovecs: &[libc::iovec], offset: i64, write: Option<i32>) -> io::Result<u64> {
-    let count = iovecs.len() as i32;
-    // SAFETY: the ranges are guest memory of the request that the caller holds; writing there from outside Rust is what
-    // guest memory is for.
+fn transfer(files: &Files, attempt: &Attempt, io: &Io) -> io::Result<u64> {
+    let offset = i64::try_from(attempt.start).map_err(|_| Errno::EFBIG)?;
+    let len = i64::try_from(io.len()).map_err(|_| Errno::EFBIG)?;
+    let (iovecs, count) = (attempt.iovecs.as_ptr(), attempt.iovecs.len() as i32);
+    // SAFETY: the ranges are guest memory of the request in `io`, or what stands for it in `attempt`; writing there from
+    // outside Rust is what both are for.
     let result = unsafe {
-        match write {
-            None => libc::preadv(fd, iovecs.as_ptr(), count, offset),
-            Some(flags) => libc::pwritev2(fd, iovecs.as_ptr(), count, offset, flags),
+        match io.op {
+            Op::Read => libc::preadv(attempt.fd, iovecs, count, offset),
+            Op::Write { .. } => libc::pwritev2(attempt.fd, iovecs, count, offset, attempt.flags),
+            Op::Flush => return Ok(fdatasync(files.main()).map(|()| 0)?),
+            Op::Discard | Op::Zero { .. } => {
+                return Ok(fallocate(files.main(), io.fallocate_flags(), offset, len).map(|()| 0)?);
+            }
         }
     };
     u64::try_from(result).map_err(|_| io::Error::last_os_error())
@@ -410,6 +406,11 @@ fn transfer(fd: RawFd, iovecs: &[libc::iovec], offset: i64, write: Option<i32>) 
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::OpenOptionsExt;
+
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
     use super::*;
     use crate::memory::{Memory, Region, sealed_memfd};
     use crate::ring::Buffer;
@@ -431,17 +432,119 @@ mod tests {
         assert_eq!(results, [-libc::EACCES, -libc::EACCES, -libc::EINVAL], "/dev/null can't be synced");
     }
 
+    /// A direct disk of 16 KiB, served in each way, and what it holds.
+    fn direct_disks(each: impl Fn(&Files, &mut dyn FnMut(Io) -> (Io, u64), &mut Vec<u8>)) {
+        for uring in [true, false] {
+            let image = tempfile::NamedTempFile::new().unwrap();
+            let mut contents: Vec<u8> = (0..0x4000u32).map(|at| (at % 251) as u8).collect();
+            std::fs::write(image.path(), &contents).unwrap();
+            let open = |flags| File::options().read(true).write(true).custom_flags(flags).open(image.path()).unwrap();
+            let files = Arc::new(Files::new(open(0), Some(open(libc::O_DIRECT))).unwrap().with_blocks(4096));
+            let mut engine: Box<dyn Engine> = match uring {
+                true => Box::new(Uring::new(files.clone(), &Arc::new(Urings::new(1, 4).unwrap())).unwrap()),
+                false => Box::new(Threads::new(&files).unwrap()),
+            };
+            let mut serve = |io| {
+                engine.submit(io);
+                let mut done = VecDeque::new();
+                while done.is_empty() {
+                    let mut fds = [PollFd::new(engine.fd(), PollFlags::POLLIN)];
+                    poll(&mut fds, PollTimeout::from(10u8)).unwrap();
+                    engine.completions(&mut done);
+                }
+                let (io, result) = done.pop_front().unwrap();
+                (io, result.unwrap())
+            };
+            each(&files, &mut serve, &mut contents);
+            assert!(std::fs::read(image.path()).unwrap() == contents);
+        }
+    }
+
+    fn memory() -> Memory {
+        let fd = sealed_memfd("disk-io-test", 0x8000).unwrap();
+        Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 0x8000, 0, 0).unwrap())]).unwrap()
+    }
+
+    fn io(memory: &Memory, op: Op, gpa: u64, disk: Range<u64>) -> Io {
+        let mut request = Request::new(memory.clone(), None);
+        let (first, buffer) = (100, Buffer { gpa, len: (disk.end - disk.start) as u32 });
+        let chain = request.renew();
+        let buffers = if op == Op::Read { &mut chain.writable } else { &mut chain.readable };
+        match gpa.is_multiple_of(4096) {
+            true => buffers.push(buffer),
+            false => buffers.extend([
+                Buffer { len: first, ..buffer },
+                Buffer { gpa: gpa + u64::from(first), len: buffer.len - first },
+            ]),
+        }
+        Io { request, op, disk, at: 0, way: Way::Direct }
+    }
+
+    #[test]
+    fn what_is_not_aligned_goes_past_the_page_cache_all_the_same_unless_it_is_part_of_a_block_to_write() {
+        let write = Op::Write { durable: false };
+        direct_disks(|files, serve, contents| {
+            let memory = memory();
+            let mut read = |gpa: u64, disk: Range<u64>, way| {
+                let (at, len) = (disk.start as usize, (disk.end - disk.start) as usize);
+                let (io, count) = serve(io(&memory, Op::Read, gpa, disk));
+                let mut bytes = vec![0; len];
+                memory.read(gpa, &mut bytes).unwrap();
+                assert_eq!((io.way, count), (way, len as u64));
+                assert_eq!(io.request.written_len() as usize, len);
+                assert!(bytes == contents[at..at + len]);
+            };
+            read(0, 4096..0x3000, Way::Direct);
+            read(3, 4096..0x3000, Way::Bounced);
+            read(0, 512..1024, Way::Bounced);
+            read(3, 0x1e00..0x2200, Way::Bounced);
+            read(4096, 0x3e00..0x4000, Way::Bounced);
+            assert!(!files.is_unsynced());
+            for (gpa, disk, way) in
+                [(0, 0..4096, Way::Direct), (7, 4096..0x3000, Way::Bounced), (4096, 0x3200..0x3400, Way::Cached)]
+            {
+                let data = vec![0xa0 | gpa as u8; (disk.end - disk.start) as usize];
+                memory.write(gpa, &data).unwrap();
+                contents[disk.start as usize..disk.end as usize].copy_from_slice(&data);
+                let (io, count) = serve(io(&memory, write, gpa, disk));
+                assert_eq!((io.way, count), (way, data.len() as u64));
+            }
+        });
+    }
+
+    #[test]
+    fn what_was_changed_is_unsynced_until_a_flush_that_began_afterwards() {
+        direct_disks(|files, serve, contents| {
+            let memory = memory();
+            contents[..4096].fill(0);
+            serve(io(&memory, Op::Write { durable: true }, 0, 0..4096));
+            assert!(!files.is_unsynced());
+            serve(io(&memory, Op::Write { durable: false }, 0, 0..4096));
+            assert!(files.is_unsynced());
+            serve(Io { disk: 0..0, ..io(&memory, Op::Flush, 0, 0..4096) });
+            assert!(!files.is_unsynced());
+            contents[4096..0x2000].fill(0);
+            serve(io(&memory, Op::Discard, 0, 4096..0x2000));
+            assert!(files.is_unsynced());
+            files.sync().unwrap();
+            assert!(!files.is_unsynced());
+            files.begins(Op::Flush, Way::Direct);
+            files.ended(Op::Flush, false);
+            assert!(files.is_unsynced(), "a flush that fails leaves it to be done");
+        });
+    }
+
     #[test]
     fn io_that_takes_for_ever_comes_back_when_it_is_canceled() {
         let (empty, _keeps_it_open) = nix::unistd::pipe().unwrap();
-        let files = Arc::new(Files { buffered: empty.into(), direct: None });
+        let files = Arc::new(Files::new(empty.into(), None).unwrap());
         let fd = sealed_memfd("disk-io-test", 0x2000).unwrap();
         let memory = Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 0x2000, 0, 0).unwrap())]).unwrap();
         let mut engine = Uring::new(files, &Arc::new(Urings::new(1, 4).unwrap())).unwrap();
         for gpa in [0, 0x1000] {
             let mut request = Request::new(memory.clone(), None);
             request.renew().writable.push(Buffer { gpa, len: 0x1000 });
-            engine.submit(Io { request, op: Op::Read, disk: 0..0x1000, at: 0, direct: false });
+            engine.submit(Io { request, op: Op::Read, disk: 0..0x1000, at: 0, way: Way::Cached });
         }
         let mut done = VecDeque::new();
         engine.completions(&mut done);

@@ -70,6 +70,7 @@ const ALLOWED: &[i64] = &[
     libc::SYS_fdatasync,
     libc::SYS_fsync,
     libc::SYS_fallocate,
+    libc::SYS_fadvise64,
     libc::SYS_ftruncate,
     libc::SYS_lseek,
     libc::SYS_flock,

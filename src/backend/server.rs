@@ -147,7 +147,12 @@ fn serve_connection(
     let mut session = Session::new(device.clone());
     let ended = converse(&mut channel, &mut session, &mut rings);
     match &ended {
-        Ok(Heard::Stop) => rings.stop_all(),
+        Ok(Heard::Stop) => {
+            rings.stop_all();
+            if let Err(error) = device.stopped() {
+                error!("what the guest has written may not be on stable storage: {error}");
+            }
+        }
         Ok(_) => info!("the front-end has hung up"),
         Err(error) => error!("the connection is closed: {error}"),
     }

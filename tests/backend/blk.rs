@@ -21,27 +21,32 @@ use crate::guest::{BASIC, Guest, HIGH, PACKED, REGION, Ring, SPLIT, add_region, 
 use crate::raw::Client;
 use crate::server::{Process, Server, disk_options};
 
-const DISK: u64 = 4 << 20;
-const OK: u8 = 0;
-const IOERR: u8 = 1;
+pub(crate) const DISK: u64 = 4 << 20;
+pub(crate) const OK: u8 = 0;
+pub(crate) const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
 
-struct Rig {
-    server: Server,
-    client: Client,
-    guest: Guest,
+/// A disk, its front-end, and the guest behind that with one ring.
+pub(crate) struct Rig {
+    pub(crate) server: Server,
+    pub(crate) client: Client,
+    pub(crate) guest: Guest,
     ring: Ring,
 }
 
 impl Rig {
-    fn new(change: impl FnOnce(&mut DiskOptions)) -> Rig {
+    pub(crate) fn new(change: impl FnOnce(&mut DiskOptions)) -> Rig {
         Rig::with(SPLIT, change)
     }
 
     fn with(features: u64, change: impl FnOnce(&mut DiskOptions)) -> Rig {
+        Rig::negotiated(features | bit(VIRTIO_BLK_F_FLUSH) | bit(VIRTIO_RING_F_INDIRECT_DESC), change)
+    }
+
+    /// With these features and no others.
+    pub(crate) fn negotiated(features: u64, change: impl FnOnce(&mut DiskOptions)) -> Rig {
         let (server, guest) = (Server::disk(DISK, change), Guest::new());
         let client = server.connect();
-        let features = features | bit(VIRTIO_BLK_F_FLUSH) | bit(VIRTIO_RING_F_INDIRECT_DESC);
         begin(&client, &guest, features);
         let ring = Ring::new(&guest, 0, 256, features);
         ring.set_up(&client, &guest, ring.start());
@@ -50,7 +55,7 @@ impl Rig {
     }
 
     /// Any request; its status, from the last writable byte, and the length in the used ring.
-    fn request(&mut self, readable: &[Buffer], writable: &[Buffer]) -> (u8, u32) {
+    pub(crate) fn request(&mut self, readable: &[Buffer], writable: &[Buffer]) -> (u8, u32) {
         let last = writable.last().map(|buffer| buffer.gpa + u64::from(buffer.len) - 1);
         if let Some(last) = last {
             self.guest.memory.write(last, &[0xff]).unwrap();
@@ -61,7 +66,7 @@ impl Rig {
         (last.map_or(0xff, |last| self.guest.bytes(last, 1)[0]), len)
     }
 
-    fn simple(&mut self, kind: u32, sector: u64, data: &[u8], room: u32) -> (u8, u32) {
+    pub(crate) fn simple(&mut self, kind: u32, sector: u64, data: &[u8], room: u32) -> (u8, u32) {
         let (head, status, at) = places(0);
         self.guest.memory.write(at, data).unwrap();
         let mut readable = vec![header(&self.guest, head, kind, sector)];
@@ -76,7 +81,7 @@ impl Rig {
         self.request(&readable, &writable)
     }
 
-    fn data(&self, len: usize) -> Vec<u8> {
+    pub(crate) fn data(&self, len: usize) -> Vec<u8> {
         self.guest.bytes(places(0).2 + 0x8000, len)
     }
 
@@ -269,6 +274,23 @@ fn discarded_and_zeroed_ranges_read_as_zeroes_and_their_neighbours_stay() {
 }
 
 #[test]
+fn no_more_sectors_are_cleared_at_a_time_than_were_offered() {
+    let mut rig = Rig::new(|options| {
+        std::fs::OpenOptions::new().write(true).open(&options.image).unwrap().set_len(3 << 30).unwrap();
+    });
+    for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
+        for sectors in [(1 << 21) + 1, 5 << 20] {
+            let range = BlkDiscardWriteZeroes { sector: 8.into(), num_sectors: sectors.into(), flags: 0.into() };
+            assert_eq!(rig.simple(kind, 0, range.as_bytes(), 0), (IOERR, 1));
+        }
+        assert_eq!(rig.on_disk(8 * 512, 8), 8u64.to_le_bytes(), "a refused request has cleared something");
+    }
+    let range = BlkDiscardWriteZeroes { sector: 8.into(), num_sectors: (1 << 21).into(), flags: 0.into() };
+    assert_eq!(rig.simple(VIRTIO_BLK_T_DISCARD, 0, range.as_bytes(), 0), (OK, 1));
+    assert_eq!(rig.on_disk(8 * 512, 8), [0; 8]);
+}
+
+#[test]
 fn a_read_only_disk_is_never_written() {
     let mut rig = Rig::new(|options| options.read_only = true);
     let before = rig.on_disk(0, DISK as usize);
@@ -312,6 +334,17 @@ fn queues_work_side_by_side(#[values(SPLIT, PACKED)] features: u64) {
     }
     for ring in &rings {
         assert_eq!(client.ring_base(ring.index), ring.drained());
+    }
+}
+
+/// Without indirect descriptors a request takes a descriptor for each segment, one for its header and one for its status.
+#[test]
+fn a_request_of_as_many_segments_as_are_offered_fits_the_ring() {
+    for (size, segments) in [(4, 2), (64, 62), (128, 126), (256, 126), (2, 0)] {
+        let server = Server::disk(DISK, |options| options.max_queue_size = size);
+        let question = ConfigHeader { offset: 0, size: 72, flags: 0 };
+        let answer = server.connect().ask(Code::GET_CONFIG, &[question.as_bytes(), &[0; 72]].concat());
+        assert_eq!(BlkConfig::read_from_bytes(&answer[12..]).unwrap().seg_max.get(), segments, "{size} entries");
     }
 }
 
@@ -360,6 +393,18 @@ fn what_can_not_be_a_disk_is_explained_in_one_line() {
     }
     let output = Process::command(&["--image", &at("image")]).output().unwrap();
     assert_eq!(output.status.code(), Some(2), "wrong arguments");
+}
+
+#[test]
+fn an_image_that_does_not_look_raw_is_refused_unless_told_otherwise() {
+    let folder = tempfile::tempdir().unwrap();
+    let (image, socket) = (folder.path().join("image"), folder.path().join("s"));
+    std::fs::write(&image, [b"QFI\xfb", &[0; 4092][..]].concat()).unwrap();
+    let arguments = ["--image", image.to_str().unwrap(), "--socket", socket.to_str().unwrap()];
+    let refused = Process::command(&arguments).output().unwrap();
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(refused.status.code() == Some(1) && said.contains("qcow2") && said.contains("--format raw"), "{said}");
+    drop(Process::start(&socket, &image, &["--format", "raw"]));
 }
 
 /// As at a migration on one host, or when the I/O of a killed process has not ended; also if it only reads (rule I9).

@@ -6,6 +6,7 @@ mod broken;
 mod channel;
 mod confined;
 mod crash;
+mod direct;
 mod drain;
 mod guest;
 mod hostile;

@@ -50,12 +50,17 @@ impl DiskDriver {
 
     /// Makes a request at `sector` available, with its data at `gpa`.
     pub(crate) fn submit(&mut self, kind: u32, sector: u64, gpa: u64) -> u16 {
+        self.submit_bytes(kind, sector, gpa, BYTES as u32)
+    }
+
+    /// The same with another length than usual.
+    pub(crate) fn submit_bytes(&mut self, kind: u32, sector: u64, gpa: u64, len: u32) -> u16 {
         let slot = u64::from(self.ring.outstanding());
         let (header, status) = (HEADERS + 16 * slot, STATUSES + slot);
         let head = BlkRequestHeader { request_type: U32::new(kind), ioprio: U32::ZERO, sector: U64::new(sector) };
         self.memory.write(header, head.as_bytes()).unwrap();
         self.memory.write(status, &[0xff]).unwrap();
-        let (header, data) = (Buffer { gpa: header, len: 16 }, Buffer { gpa, len: BYTES as u32 });
+        let (header, data) = (Buffer { gpa: header, len: 16 }, Buffer { gpa, len });
         let status = Buffer { gpa: status, len: 1 };
         let added = match kind {
             VIRTIO_BLK_T_OUT => self.ring.add(&[header, data], &[status], None),

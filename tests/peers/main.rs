@@ -16,6 +16,7 @@ mod disk_driver;
 mod dpdk;
 mod guest_free;
 mod hugetlb;
+mod image_formats;
 mod initramfs;
 mod linux_guest;
 mod linux_iommu;

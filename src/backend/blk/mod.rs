@@ -1,11 +1,12 @@
 //! A disk: a raw image file or a block device as a virtio-blk device.
 //!
 //! Here: opening the image, what is offered, configuration space. How requests are served is in `queue`, who may use the
-//! image when in `claim`.
+//! image when in `claim`, what is no raw image in `format`.
 
 #![forbid(unsafe_code)]
 
 mod claim;
+mod format;
 mod queue;
 
 use std::fs::{File, OpenOptions};
@@ -15,10 +16,11 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 use zerocopy::{FromZeros, IntoBytes};
 
 use self::claim::{Image, Sharing};
@@ -32,12 +34,14 @@ use crate::abi::virtio::{
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_F_ACCESS_PLATFORM,
     VIRTIO_F_IN_ORDER,
 };
-use crate::backend::disk_io::{self, Engine, Files, Threads, Uring, Urings};
+use crate::backend::disk_io::{self, Alignment, Engine, Files, Threads, Uring, Urings};
 
-/// Most data segments of a request: what fits a ring of 128 entries, beside the header and the status.
-const SEG_MAX: u32 = 126;
+/// Most data segments of a request, if rings are large enough.
+const MAX_SEGMENTS: u16 = 126;
 /// Most sectors of one discard or write-zeroes: 1 GiB.
 const MAX_CLEAR_SECTORS: u32 = 1 << 21;
+/// Largest block that guests are told of, in bytes: Linux takes none that is larger than its pages.
+const MAX_BLOCK: u64 = 4096;
 
 /// How the disk is read and written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -54,6 +58,9 @@ pub enum Aio {
 pub struct DiskOptions {
     /// The raw image, or a block device.
     pub image: PathBuf,
+    /// Whether to take the image for a raw one whatever it begins with. A guest can write anything to the beginning of its
+    /// disk.
+    pub raw: bool,
     /// Whether the guest may only read.
     pub read_only: bool,
     /// Queues.
@@ -64,7 +71,8 @@ pub struct DiskOptions {
     pub serial: String,
     /// How to read and write.
     pub aio: Aio,
-    /// Whether to go past the page cache (O_DIRECT) where a request's buffers allow it.
+    /// Whether to go past the page cache (O_DIRECT). The guest is told the block size that this needs; if it writes less
+    /// than a block all the same, that goes through the page cache to stable storage.
     pub direct: bool,
     /// Whether drivers are offered completions in the order of their requests. A slow request then holds up those after
     /// it.
@@ -89,6 +97,7 @@ impl DiskOptions {
     pub fn new(image: impl Into<PathBuf>) -> DiskOptions {
         DiskOptions {
             image: image.into(),
+            raw: false,
             read_only: false,
             queues: 1,
             max_queue_size: 1024,
@@ -124,6 +133,22 @@ pub enum DiskError {
     NotADisk {
         /// The image.
         image: PathBuf,
+    },
+    /// A file system that reads and writes through the page cache whatever it is asked for.
+    #[error("{image} can't be used past the page cache, its file system does not do that: leave out --direct, or move it",
+        image = image.display())]
+    NotDirect {
+        /// The image.
+        image: PathBuf,
+    },
+    /// An image in another format than raw.
+    #[error("{image} looks like a {format} image, and only raw ones are served: convert it with qemu-img convert -O raw, or \
+        use --format raw if the guest itself has written that", image = image.display())]
+    Format {
+        /// The image.
+        image: PathBuf,
+        /// What it looks like, by qemu-img's name.
+        format: &'static str,
     },
     /// An image of less than a sector.
     #[error("image {image} has {bytes} bytes: make it at least 512 bytes large, for example with truncate -s 1G",
@@ -202,6 +227,11 @@ impl Disk {
             return Err(DiskError::NotADisk { image });
         }
         let bytes = size(&image, &buffered)?;
+        if !options.raw
+            && let Some(format) = format::find(&buffered, bytes).map_err(|source| refused(&image, source))?
+        {
+            return Err(DiskError::Format { image, format });
+        }
         let capacity = bytes / SECTOR_BYTES;
         if capacity == 0 {
             return Err(DiskError::TooSmall { image, bytes });
@@ -210,13 +240,21 @@ impl Disk {
             warn!("{}: the last {} bytes are no whole sector and left out", image.display(), bytes % SECTOR_BYTES);
         }
         let direct = if options.direct { Some(open(&image, options.read_only, libc::O_DIRECT)?) } else { None };
-        let block_size = if kind.is_block_device() { disk_io::block_size(buffered.as_fd()) } else { 512 };
         let clears = !options.read_only && (kind.is_block_device() || punches_holes(&buffered, bytes));
         let sharing = if options.read_only && options.share_readers { Sharing::Readers } else { Sharing::Exclusive };
-        let lock = Image::new(direct.as_ref().unwrap_or(&buffered), sharing);
-        let lock = lock.map_err(|source| refused(&image, source))?;
+        let files = Files::new(buffered, direct).map_err(|source| match source.kind() {
+            io::ErrorKind::Unsupported => DiskError::NotDirect { image: image.clone() },
+            _ => refused(&image, source),
+        })?;
+        let block_size = match files.alignment() {
+            // A larger one is more than drivers know: what they write of its blocks goes through the page cache.
+            Some(Alignment { block, .. }) => block.min(MAX_BLOCK) as u32,
+            None if kind.is_block_device() => disk_io::block_size(files.buffered.as_fd()),
+            None => 512,
+        };
+        let (files, capacity) = (Arc::new(files), Arc::new(AtomicU64::new(capacity)));
+        let lock = Image::new(files.main(), sharing).map_err(|source| refused(&image, source))?;
         let image = (!options.share_rw).then(|| Arc::new(lock));
-        let (files, capacity) = (Arc::new(Files { buffered, direct }), Arc::new(AtomicU64::new(capacity)));
         let urings = match options.aio {
             Aio::IoUring => Urings::new(queues, entries)
                 .inspect_err(|error| info!("io_uring is not to be had ({error}): disk I/O is done by threads")),
@@ -299,7 +337,9 @@ impl Device for Disk {
     fn config(&self) -> Vec<u8> {
         let mut config = BlkConfig::new_zeroed();
         config.capacity = self.capacity().into();
-        config.seg_max = SEG_MAX.into();
+        // A driver without indirect descriptors needs one of the ring for each, beside the header and the status.
+        let segments = self.options.max_queue_size.saturating_sub(2).min(MAX_SEGMENTS);
+        config.seg_max = u32::from(segments).into();
         config.blk_size = self.block_size.into();
         config.num_queues = self.options.queues.into();
         if self.clears {
@@ -317,8 +357,18 @@ impl Device for Disk {
         *self.host.lock().unwrap_or_else(PoisonError::into_inner) = host;
     }
 
+    fn stopped(&self) -> io::Result<()> {
+        let begin = Instant::now();
+        self.files.sync()?;
+        self.files.drop_used_cache();
+        debug!("{}: on stable storage after {:?}", self.options.image.display(), begin.elapsed());
+        Ok(())
+    }
+
     fn queue(&self, index: u16, _size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
         let claim = self.image.as_ref().map(Image::claim).transpose()?;
+        // Others may have changed the image until now.
+        self.files.drop_cache();
         Ok(Box::new(DiskQueue::new(self, index, features, self.engine()?, claim)))
     }
 }

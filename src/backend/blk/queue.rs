@@ -12,15 +12,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use nix::errno::Errno;
 use tracing::{debug, error};
 
-use super::Disk;
 use super::claim::Claim;
+use super::{Disk, MAX_CLEAR_SECTORS};
 use crate::abi::bit;
 use crate::abi::virtio::{
     BlkDiscardWriteZeroes, BlkRequestHeader, SECTOR_BYTES, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR,
     VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
     VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
-use crate::backend::disk_io::{Engine, Io, Op};
+use crate::backend::disk_io::{Engine, Io, Op, Way};
 use crate::backend::{Queue, Request};
 
 const HEADER: u64 = size_of::<BlkRequestHeader>() as u64;
@@ -31,8 +31,9 @@ pub(super) struct DiskQueue {
     capacity: Arc<AtomicU64>,
     clears: bool,
     read_only: bool,
-    direct: bool,
-    /// Whether a write is complete only when it is on stable storage: for drivers that never flush.
+    /// The best way for data.
+    way: Way,
+    /// Whether what is written or zeroed is complete only when it is on stable storage: for drivers that never flush.
     durable: bool,
     serial: [u8; VIRTIO_BLK_ID_BYTES],
     engine: Box<dyn Engine>,
@@ -67,7 +68,7 @@ impl DiskQueue {
             capacity: disk.capacity.clone(),
             clears: disk.clears,
             read_only: disk.options.read_only,
-            direct: disk.files.direct.is_some(),
+            way: if disk.files.alignment().is_some() { Way::Direct } else { Way::Cached },
             durable: features & bit(VIRTIO_BLK_F_FLUSH) == 0,
             serial: disk.serial,
             engine,
@@ -134,16 +135,23 @@ impl DiskQueue {
             (VIRTIO_BLK_T_WRITE_ZEROES, 0) => Op::Zero { unmap, last: false },
             _ => return Plan::Answer(VIRTIO_BLK_S_UNSUPP),
         };
-        let len = u64::from(range.num_sectors.get()) * SECTOR_BYTES;
-        self.transfer(op, range.sector.get(), len, 0)
+        let sectors = range.num_sectors.get();
+        if sectors > MAX_CLEAR_SECTORS {
+            debug!("queue {}: {op:?} of {sectors} sectors, and {MAX_CLEAR_SECTORS} were offered", self.index);
+            return Plan::Answer(VIRTIO_BLK_S_IOERR);
+        }
+        self.transfer(op, range.sector.get(), u64::from(sectors) * SECTOR_BYTES, 0)
     }
 
     /// Finishes a request after an attempt, or makes the next one.
     fn conclude(&mut self, mut io: Io, result: io::Result<u64>) {
         let status = match result {
+            // The zeroes are there; without FLUSH the driver counts on that they stay (virtio 1.2, 5.2.6.2).
+            Ok(_) if matches!(io.op, Op::Zero { .. }) && self.durable => {
+                return self.try_again(Io { op: Op::Flush, ..io });
+            }
             Ok(count) => {
-                let moves = matches!(io.op, Op::Read | Op::Write { .. });
-                io.disk.start += if moves { count } else { io.disk.end - io.disk.start };
+                io.disk.start += if io.moves_data() { count } else { io.disk.end - io.disk.start };
                 io.at += count;
                 match io.disk.is_empty() {
                     true => VIRTIO_BLK_S_OK,
@@ -154,8 +162,10 @@ impl DiskQueue {
             Err(error) => match error.raw_os_error().map(Errno::from_raw) {
                 Some(Errno::EINTR | Errno::EAGAIN) => return self.try_again(io),
                 Some(Errno::ECANCELED) if self.unserved.is_some() => return self.try_again(io),
-                // The buffers are not aligned as O_DIRECT needs them.
-                Some(Errno::EINVAL) if io.direct => return self.try_again(Io { direct: false, ..io }),
+                // Direct I/O needs more than the file has told.
+                Some(Errno::EINVAL) if io.way != Way::Cached => {
+                    return self.try_again(Io { way: io.way.next(), ..io });
+                }
                 // A discard is a hint; zeroes can be had the other way.
                 Some(Errno::EOPNOTSUPP) => match io.op {
                     Op::Discard => VIRTIO_BLK_S_OK,
@@ -217,7 +227,7 @@ impl Queue for DiskQueue {
         match self.plan(&mut request) {
             Plan::Answer(status) => self.finish(request, status),
             Plan::Disk { op, start, len, at } => {
-                self.engine.submit(Io { request, op, disk: start..start + len, at, direct: self.direct });
+                self.engine.submit(Io { request, op, disk: start..start + len, at, way: self.way });
             }
         }
     }

@@ -1,0 +1,165 @@
+//! The open files of one image: what direct I/O needs of them, and what of them may be in the page cache alone.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use nix::unistd::fdatasync;
+use tracing::warn;
+
+use super::{Op, Way};
+
+/// Smallest unit of direct I/O anywhere, and the largest that is assumed of a file that doesn't tell, in bytes.
+const ASSUMED: std::ops::RangeInclusive<u64> = 512..=4096;
+
+/// The alignment that direct I/O on a file needs, in bytes; powers of two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Alignment {
+    /// Of buffers.
+    pub(crate) memory: u64,
+    /// Of offsets and lengths.
+    pub(crate) block: u64,
+}
+
+/// One image, opened in every way that is needed.
+#[derive(Debug)]
+pub(crate) struct Files {
+    pub(crate) buffered: File,
+    /// With O_DIRECT.
+    direct: Option<(File, Alignment)>,
+    /// Whether something was changed that no flush was started after.
+    unsynced: AtomicBool,
+    /// Whether I/O that should have been direct went through the page cache.
+    cached: AtomicBool,
+}
+
+impl Files {
+    /// # Errors
+    /// What the system says of `direct`, which was opened with O_DIRECT; [`io::ErrorKind::Unsupported`] if its I/O would go
+    /// through the page cache all the same.
+    pub(crate) fn new(buffered: File, direct: Option<File>) -> io::Result<Files> {
+        let direct = direct.map(|file| alignment(&file).map(|alignment| (file, alignment))).transpose()?;
+        Ok(Files { buffered, direct, unsynced: AtomicBool::new(false), cached: AtomicBool::new(false) })
+    }
+
+    /// The alignment that direct I/O needs, if the image is opened for it.
+    pub(crate) fn alignment(&self) -> Option<Alignment> {
+        self.direct.as_ref().map(|(_, alignment)| *alignment)
+    }
+
+    /// The file for I/O that should go past the page cache.
+    pub(crate) fn main(&self) -> &File {
+        self.direct.as_ref().map_or(&self.buffered, |(file, _)| file)
+    }
+
+    /// The file that I/O goes through.
+    pub(super) fn of(&self, way: Way) -> &File {
+        if way == Way::Cached { &self.buffered } else { self.main() }
+    }
+
+    /// Notes that an attempt begins.
+    pub(super) fn begins(&self, op: Op, way: Way) {
+        match op {
+            // What completes while it is under way may not be in it.
+            Op::Flush => self.unsynced.store(false, Ordering::Release),
+            // File systems zero the parts of a block through the page cache.
+            Op::Discard | Op::Zero { .. } => self.cached.store(true, Ordering::Release),
+            Op::Read | Op::Write { .. } if way == Way::Cached => self.cached.store(true, Ordering::Release),
+            Op::Read | Op::Write { .. } => {}
+        }
+    }
+
+    /// Notes that an attempt has ended.
+    pub(super) fn ended(&self, op: Op, succeeded: bool) {
+        let unsynced = match op {
+            Op::Flush => !succeeded,
+            Op::Write { durable } => !durable,
+            Op::Discard | Op::Zero { .. } => true,
+            Op::Read => false,
+        };
+        if unsynced {
+            self.unsynced.store(true, Ordering::Release);
+        }
+    }
+
+    /// Puts everything that was changed on stable storage, unless it is there.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        if self.unsynced.swap(false, Ordering::AcqRel)
+            && let Err(errno) = fdatasync(self.main())
+        {
+            self.unsynced.store(true, Ordering::Release);
+            return Err(errno.into());
+        }
+        Ok(())
+    }
+
+    /// Forgets what the page cache has of an image that is opened for direct I/O: another host may have changed the image
+    /// since, or may do so from now on.
+    pub(crate) fn drop_cache(&self) {
+        if self.direct.is_some()
+            && let Err(errno) = posix_fadvise(&self.buffered, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)
+        {
+            warn!("the image's page cache can't be dropped: {errno}");
+        }
+    }
+
+    /// The same, if I/O has gone through it since the last time.
+    pub(crate) fn drop_used_cache(&self) {
+        if self.cached.swap(false, Ordering::AcqRel) {
+            self.drop_cache();
+        }
+    }
+}
+
+#[cfg(test)]
+impl Files {
+    /// As if direct I/O needed blocks of that many bytes.
+    pub(super) fn with_blocks(mut self, bytes: u64) -> Files {
+        if let Some((_, alignment)) = &mut self.direct {
+            alignment.block = bytes;
+        }
+        self
+    }
+
+    pub(super) fn is_unsynced(&self) -> bool {
+        self.unsynced.load(Ordering::Relaxed)
+    }
+}
+
+/// What direct I/O on this file needs (STATX_DIOALIGN), as far as its file system tells.
+fn alignment(file: &File) -> io::Result<Alignment> {
+    // SAFETY: all of its fields are integers.
+    let mut status: libc::statx = unsafe { std::mem::zeroed() };
+    let (fd, flags) = (file.as_raw_fd(), libc::AT_EMPTY_PATH);
+    // SAFETY: the path is a constant, and the structure is this call's.
+    let asked = unsafe { libc::statx(fd, c"".as_ptr(), flags, libc::STATX_DIOALIGN, &raw mut status) };
+    if asked == 0 && status.stx_mask & libc::STATX_DIOALIGN != 0 {
+        let (memory, block) = (status.stx_dio_mem_align.into(), u64::from(status.stx_dio_offset_align));
+        return match block {
+            0 => Err(io::ErrorKind::Unsupported.into()),
+            _ => Ok(Alignment { memory, block }),
+        };
+    }
+    let metadata = file.metadata()?;
+    let block = match metadata.file_type().is_block_device() {
+        true => block_size(file.as_fd()).into(),
+        false => metadata.blksize().clamp(*ASSUMED.start(), *ASSUMED.end()),
+    };
+    Ok(Alignment { memory: block, block })
+}
+
+nix::ioctl_read_bad!(blksszget, libc::BLKSSZGET, libc::c_int);
+
+/// The logical block size of a block device, in bytes.
+pub(crate) fn block_size(device: BorrowedFd<'_>) -> u32 {
+    let mut size = 0;
+    // SAFETY: this request writes one int, which `size` is.
+    let asked = unsafe { blksszget(device.as_raw_fd(), &raw mut size) };
+    asked.ok().and_then(|_| u32::try_from(size).ok()).unwrap_or(512)
+}

@@ -1,0 +1,149 @@
+//! What of a disk is in the host's page cache, and what on stable storage.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use vhost_migrate::abi::vhost_user::{Request as Code, VringState};
+use vhost_migrate::abi::virtio::{
+    BlkDiscardWriteZeroes, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+};
+use vhost_migrate::backend::blk::{Aio, DiskOptions};
+use vhost_migrate::backend::{Device, Immediate, Queue, Request};
+use vhost_migrate::ring::Buffer;
+use zerocopy::IntoBytes;
+
+use crate::blk::{DISK, OK, Rig};
+use crate::guest::{BASIC, Guest, HIGH, Ring, begin, header};
+use crate::server::{Server, disk_options};
+
+/// An image on a file system that has a disk, which that of temporary files may not have.
+struct OnDisk(tempfile::TempDir);
+
+impl OnDisk {
+    fn new() -> OnDisk {
+        OnDisk(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap())
+    }
+
+    /// The image that tests begin with, in place of the one in `options`. Nothing of it is in the page cache.
+    fn image(&self, options: &mut DiskOptions) {
+        *options = DiskOptions { image: disk_options(self.0.path(), DISK, |_| {}).image, ..options.clone() };
+        let file = File::open(&options.image).unwrap();
+        file.sync_all().unwrap();
+        posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+    }
+
+    fn path(&self) -> PathBuf {
+        self.0.path().join("image")
+    }
+}
+
+/// Pages of a file in the page cache, and how many of those are not on the disk yet (cachestat, Linux 6.5).
+fn cached(path: &Path) -> (u64, u64) {
+    const SYS_CACHESTAT: libc::c_long = 451;
+    let (file, all, mut found) = (File::open(path).unwrap(), [0u64; 2], [0u64; 5]);
+    // SAFETY: the two structures are of two and of five 64-bit numbers.
+    let done = unsafe { libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), all.as_ptr(), found.as_mut_ptr(), 0) };
+    assert_eq!(done, 0, "{}", io::Error::last_os_error());
+    let [pages, dirty, written_back, ..] = found;
+    (pages, dirty + written_back)
+}
+
+#[test]
+fn nothing_of_a_direct_disk_is_in_the_page_cache_whatever_the_buffers_are() {
+    for aio in [Aio::IoUring, Aio::Threads] {
+        let disk = OnDisk::new();
+        let mut rig = Rig::new(|options| {
+            (options.aio, options.direct) = (aio, true);
+            disk.image(options);
+        });
+        // More than bounces at a time, and none of it aligned for anything.
+        let data: Vec<u8> = (0..40 * 4096u32).map(|at| (at % 253) as u8).collect();
+        let (place, len) = (HIGH + 1, data.len() as u32);
+        let cut = |gpa| [Buffer { gpa, len: 4097 }, Buffer { gpa: gpa + 4097, len: len - 4097 }];
+        let status = Buffer { gpa: 0x80_0000, len: 1 };
+        rig.guest.memory.write(place, &data).unwrap();
+        let readable = [&[header(&rig.guest, 0x61_0000, VIRTIO_BLK_T_OUT, 8)][..], &cut(place)].concat();
+        assert_eq!(rig.request(&readable, &[status]), (OK, 1));
+        let head = header(&rig.guest, 0x61_0000, VIRTIO_BLK_T_IN, 8);
+        let place = HIGH + 0x10_0003;
+        assert_eq!(rig.request(&[head], &[&cut(place)[..], &[status]].concat()), (OK, len + 1));
+        assert_eq!(cached(&disk.path()).0, 0, "it went through the page cache");
+        assert!(rig.guest.bytes(place, data.len()) == data);
+        assert!(std::fs::read(disk.path()).unwrap()[4096..][..data.len()] == data);
+    }
+}
+
+#[test]
+fn what_was_written_is_on_stable_storage_when_the_last_ring_has_stopped() {
+    for aio in [Aio::IoUring, Aio::Threads] {
+        let disk = OnDisk::new();
+        let mut rig = Rig::new(|options| {
+            options.aio = aio;
+            disk.image(options);
+        });
+        let other = Ring::new(&rig.guest, 1, 64, BASIC);
+        other.set_up(&rig.client, &rig.guest, other.start());
+        other.enable(&rig.client, true);
+        assert_eq!(rig.simple(VIRTIO_BLK_T_OUT, 0, &[7; 0x8000], 0), (OK, 1));
+        rig.client.ring_base(1);
+        rig.client.ring_base(0);
+        assert_eq!(cached(&disk.path()).1, 0, "pages that are not on the disk");
+        assert_eq!(std::fs::read(disk.path()).unwrap()[..0x8000], [7; 0x8000]);
+    }
+}
+
+#[test]
+fn zeroes_are_stable_for_a_driver_that_does_not_flush() {
+    for aio in [Aio::IoUring, Aio::Threads] {
+        for (flags, sector) in [(0, 9u64), (1, 17)] {
+            let disk = OnDisk::new();
+            let mut rig = Rig::negotiated(BASIC, |options| {
+                options.aio = aio;
+                disk.image(options);
+            });
+            // A part of a page, which file systems clear in the page cache.
+            let range = BlkDiscardWriteZeroes { sector: sector.into(), num_sectors: 1.into(), flags: flags.into() };
+            assert_eq!(rig.simple(VIRTIO_BLK_T_WRITE_ZEROES, 0, range.as_bytes(), 0), (OK, 1));
+            assert_eq!(cached(&disk.path()).1, 0, "zeroes that are not on the disk");
+            let image = std::fs::read(disk.path()).unwrap();
+            assert!(image[sector as usize * 512..][..512].iter().all(|byte| *byte == 0));
+        }
+    }
+}
+
+/// Completes everything, and fails to put it where others find it.
+struct Lossy;
+
+impl Device for Lossy {
+    fn features(&self) -> u64 {
+        BASIC
+    }
+
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn stopped(&self) -> io::Result<()> {
+        Err(io::ErrorKind::StorageFull.into())
+    }
+
+    fn queue(&self, _: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
+        Ok(Box::new(Immediate::new(|_: &mut Request| ())))
+    }
+}
+
+#[test]
+fn a_front_end_is_not_told_that_a_disk_has_stopped_which_could_not_be_synced() {
+    let (server, guest) = (Server::new(Arc::new(Lossy)), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, BASIC);
+    let ring = Ring::new(&guest, 0, 64, BASIC);
+    ring.set_up(&client, &guest, ring.start());
+    ring.enable(&client, true);
+    client.tell(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
+    assert!(client.is_closed());
+}
