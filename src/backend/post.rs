@@ -55,6 +55,9 @@ impl Post {
         let goes_on = !ring.base().is_start(setup.features);
         let inflight = setup.inflight.as_ref().map(|region| Tracker::start(region, index, &mut ring)).transpose()?;
         let has_a_past = inflight.as_ref().is_some_and(|(_, found)| found.has_a_past());
+        if setup.first {
+            self.device.taken_up(has_a_past || goes_on, setup.features);
+        }
         if setup.first && (has_a_past || goes_on) {
             relog_memory(index, &setup, &ring);
         }

@@ -1,7 +1,10 @@
 //! The driver of a network interface that hears itself: two pairs of rings and a control queue, and what goes over them.
 
 use vhost_migrate::abi::bit;
-use vhost_migrate::abi::virtio::{VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF};
+use vhost_migrate::abi::virtio::{
+    VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ,
+    VIRTIO_NET_F_MRG_RXBUF,
+};
 use vhost_migrate::ring::Buffer;
 
 use crate::guest::{Guest, HIGH, Ring, begin};
@@ -45,7 +48,9 @@ impl Interface {
             ring
         });
         let rings = rings.collect();
-        Interface { client, guest, features, rings, seed: 0 }
+        let mut net = Interface { client, guest, features, rings, seed: 0 };
+        net.ask(&[VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, 2, 0]);
+        net
     }
 
     pub(crate) fn renew(&mut self, index: u32) {
@@ -78,10 +83,16 @@ impl Interface {
 
     /// Switches a receive mode, which changes nothing for broadcasts.
     pub(crate) fn command(&mut self) {
-        self.guest.memory.write(SENT, &[0, 1, 1]).unwrap();
+        self.ask(&[0, 1, 1]);
+    }
+
+    /// A command that is done.
+    fn ask(&mut self, command: &[u8]) {
+        self.guest.memory.write(SENT, command).unwrap();
         self.guest.memory.write(RECEIVED, &[0xff]).unwrap();
         let control = &mut self.rings[CONTROL as usize];
-        let (command, answer) = (Buffer { gpa: SENT, len: 3 }, Buffer { gpa: RECEIVED, len: 1 });
+        let len = command.len() as u32;
+        let (command, answer) = (Buffer { gpa: SENT, len }, Buffer { gpa: RECEIVED, len: 1 });
         control.driver.add(&[command], &[answer], None).unwrap().unwrap();
         control.kick();
         control.completion();

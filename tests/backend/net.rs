@@ -20,7 +20,7 @@ use zerocopy::IntoBytes;
 
 use crate::channel::Ear;
 use crate::guest::{
-    BASIC, Guest, HIGH, PACKED, Ring, SPLIT, begin, harvest, inflight_region, install_log, start_logging,
+    BASIC, BIT_30, Guest, HIGH, PACKED, Ring, SPLIT, begin, harvest, inflight_region, install_log, start_logging,
 };
 use crate::log::{LOG_AT, Oracle, check};
 use crate::raw::{Client, DEADLINE, VERSION};
@@ -45,7 +45,7 @@ fn options(peer: Peer) -> NetOptions {
 /// An interface, its front-end, and the guest behind that.
 struct Rig {
     device: Arc<Net>,
-    _server: Server,
+    _server: Option<Server>,
     client: Client,
     guest: Guest,
     features: u64,
@@ -60,15 +60,21 @@ impl Rig {
     fn new(features: u64, change: impl FnOnce(&mut NetOptions)) -> Rig {
         let mut options = options(Peer::Loopback);
         change(&mut options);
-        let pairs = u32::from(options.pairs);
-        let (device, guest) = (Arc::new(Net::open(options).unwrap()), Guest::new());
+        let pairs = options.pairs.into();
+        let device = Arc::new(Net::open(options).unwrap());
         let server = Server::new(device.clone());
-        let client = server.connect();
+        let rig = Rig::on(&server, &device, features, pairs);
+        Rig { _server: Some(server), ..rig }
+    }
+
+    /// A new front-end and its guest, on a server that goes on after it.
+    fn on(server: &Server, device: &Arc<Net>, features: u64, pairs: u32) -> Rig {
+        let (client, guest) = (server.connect(), Guest::new());
         begin(&client, &guest, features);
         let ring = |index| Ring::new(&guest, index, 256, features);
         let (rx, tx) = (0..pairs).map(|pair| (ring(2 * pair), ring(2 * pair + 1))).unzip();
-        let rig =
-            Rig { device, _server: server, client, guest, features, rx, tx, provided: HashMap::new(), next: BUFFERS };
+        let (provided, device) = (HashMap::new(), device.clone());
+        let rig = Rig { device, _server: None, client, guest, features, rx, tx, provided, next: BUFFERS };
         for ring in rig.rx.iter().chain(&rig.tx) {
             ring.set_up(&rig.client, &rig.guest, ring.start());
             ring.enable(&rig.client, true);
@@ -360,6 +366,97 @@ fn packets_for_a_pair_whose_ring_is_disabled_are_received_by_another(#[values(SP
     rig.rx[1].enable(&rig.client, true);
     rig.send(1, &frame(100, 9));
     assert_eq!(rig.receive(1), frame(100, 9));
+}
+
+/// Rule R11: the driver could say how many pairs it uses, and has not.
+#[rstest]
+fn a_driver_with_a_control_queue_receives_on_one_pair_until_it_wants_more(#[values(SPLIT, PACKED)] rings: u64) {
+    let mut rig = Rig::new(rings | MERGEABLE | CONTROL | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 4);
+    let mut control = Controls::new(&rig, 8);
+    (0..4).for_each(|pair| rig.provide_kicked(pair, &[700; 30]));
+    for number in 0..20 {
+        rig.send(number % 4, &frame(100, number as u8));
+        assert_eq!(rig.receive(0), frame(100, number as u8));
+    }
+    for used in [4, 2] {
+        assert_eq!(control.ask(&rig.guest, 4, 0, &(used as u16).to_le_bytes()), 0);
+        for pair in 0..used {
+            rig.send(pair, &frame(100, pair as u8));
+            assert_eq!(rig.receive(pair), frame(100, pair as u8));
+        }
+    }
+    // One that comes to a ring without buffers is not delivered there after the pair is not used any more.
+    rig.provided.clear();
+    let (client, guest) = (&rig.client, &rig.guest);
+    client.ring_base(2);
+    guest.memory.write(rig.rx[1].layout.desc, &vec![0; 1 << 20]).unwrap();
+    rig.rx[1] = Ring::new(guest, 2, 256, rig.features);
+    rig.rx[1].set_up(client, guest, rig.rx[1].start());
+    rig.rx[1].enable(client, true);
+    let before = rig.device.counts();
+    rig.send(1, &frame(100, 77));
+    assert_eq!(control.ask(&rig.guest, 4, 0, &1u16.to_le_bytes()), 0);
+    rig.provide_kicked(1, &[700]);
+    let arrived = |counts: Counts| counts.received + counts.received_dropped - before.received - before.received_dropped;
+    rig.wait_for("the frame has gone somewhere", |counts| arrived(counts) == 1);
+    assert!(!rig.rx[1].is_answered(&rig.guest), "a pair that is not used has received something");
+}
+
+/// What a driver sets is its own: the next one must not inherit it, with a control queue or without.
+#[rstest]
+fn another_driver_begins_without_the_filter_of_the_last(#[values(0, CONTROL)] next: u64) {
+    let device = Arc::new(Net::open(options(Peer::Loopback)).unwrap());
+    let (server, strange) = (Server::new(device.clone()), [2, 0, 0, 0, 0, 9]);
+    {
+        let mut rig = Rig::on(&server, &device, MERGEABLE | CONTROL, 1);
+        let mut control = Controls::new(&rig, 2);
+        assert_eq!(control.ask(&rig.guest, 0, 0, &[0]), 0);
+        assert_eq!(control.ask(&rig.guest, 1, 1, &strange), 0);
+        rig.send(0, &frame(60, 1));
+        rig.wait_for("the frame is filtered", |counts| counts.received_filtered == 1);
+        assert_eq!(config(&rig.client).0, strange);
+    }
+    let mut rig = Rig::on(&server, &device, MERGEABLE | next, 1);
+    rig.provide_kicked(0, &[700]);
+    rig.send(0, &frame(60, 2));
+    assert_eq!(rig.receive(0), frame(60, 2));
+    assert_eq!(config(&rig.client).0, MAC);
+}
+
+/// As a front-end that comes back while its guest runs: rings go on where they were.
+#[test]
+fn the_same_driver_goes_on_with_its_filter() {
+    let device = Arc::new(Net::open(options(Peer::Loopback)).unwrap());
+    let server = Server::new(device.clone());
+    let mut rig = Rig::on(&server, &device, MERGEABLE | CONTROL, 1);
+    let mut control = Controls::new(&rig, 2);
+    assert_eq!(control.ask(&rig.guest, 0, 0, &[0]), 0);
+    rig.provide_kicked(0, &[700; 3]);
+    rig.send(0, &[&MAC[..], &frame(54, 1)].concat());
+    rig.receive(0);
+    let bases: Vec<u32> = (0..3).map(|index| rig.client.ring_base(index)).collect();
+    rig.client = server.connect();
+    begin(&rig.client, &rig.guest, rig.features);
+    for (ring, base) in [&rig.rx[0], &rig.tx[0], &control.0].into_iter().zip(bases) {
+        ring.set_up(&rig.client, &rig.guest, base);
+        ring.enable(&rig.client, true);
+    }
+    rig.send(0, &frame(60, 2));
+    rig.wait_for("the frame is filtered", |counts| counts.received_filtered == 1);
+}
+
+/// Before version 1 a driver without mergeable buffers has a header of 10 bytes: it ends where the number of buffers would be.
+#[test]
+fn a_short_header_has_no_number_of_buffers() {
+    let mut rig = Rig::new(BIT_30, |_| {});
+    let frame = frame(60, 3);
+    rig.guest.memory.write(SENT, &[&[0; 10], &frame[..]].concat()).unwrap();
+    let buffer = Buffer { gpa: BUFFERS, len: 100 };
+    rig.rx[0].driver.add(&[], &[buffer], None).unwrap().unwrap();
+    rig.rx[0].kick();
+    rig.transmit(0, &[Buffer { gpa: SENT, len: 70 }], &[]);
+    assert_eq!(rig.rx[0].completion().1, 70);
+    assert_eq!(rig.guest.bytes(BUFFERS, 70), [&[0; 10], &frame[..]].concat());
 }
 
 /// A control queue at `index`, and its commands.

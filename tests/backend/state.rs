@@ -307,10 +307,9 @@ fn what_a_driver_has_set_on_its_interface_arrives_and_stays_until_it_is_reset() 
     let (_other, other_server) = net(Some(1400));
     assert_eq!(load(&greeted(&other_server), &state), 1, "the driver was not told this MTU");
     let (destination, server) = net(None);
-    assert_eq!(load(&greeted(&server), &state), 0);
-    let guest = Guest::new();
-    let client = server.connect();
-    begin(&client, &guest, BASIC);
+    let (client, guest) = (greeted(&server), Guest::new());
+    assert_eq!(load(&client, &state), 0);
+    guest.send_table(&client);
     let ring = Ring::new(&guest, 0, 256, BASIC);
     ring.set_up(&client, &guest, 0);
     ring.enable(&client, true);

@@ -1,7 +1,10 @@
 //! A real Linux guest in QEMU with our back-end under its network: taps on a bridge of the host, an echo at the bridge, and a guest that
 //! goes on talking to it while it moves from host to host. Needs root, for the taps.
 
+use std::io::{Read, Write};
 use std::net::{SocketAddr, UdpSocket};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{self, Command};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -89,6 +92,42 @@ pub(crate) fn backend(lab: &Lab, name: &str, args: &str) -> Process {
     let process = Process::start(name, program, &words(&args), &lab.file(&format!("{name}.log")));
     wait_for("the back-end listens", || process.output().contains("serves ").then_some(()));
     process
+}
+
+/// Requests that a ring has completed, as `--metrics` at this socket says.
+fn completed(metrics: &Path, ring: u32) -> u64 {
+    let mut socket = UnixStream::connect(metrics).unwrap();
+    socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).unwrap();
+    let name = format!("vhost_requests_total{{ring=\"{ring}\"}} ");
+    answer.lines().find_map(|line| line.strip_prefix(&name)).map_or(0, |count| count.parse().unwrap())
+}
+
+/// QEMU serves the control queue itself: the back-end never hears how many pairs the driver uses, and goes by the rings that
+/// QEMU enables (rule R11).
+#[test]
+fn every_pair_that_qemu_enables_receives() {
+    let (lab, network) = (Lab::new(), Network::new());
+    let metrics = lab.file("metrics");
+    let args = format!("--tap {} --queue-pairs 2 --metrics unix:{}", network.taps[0], metrics.display());
+    let mut net = backend(&lab, "net", &args);
+    let boot = format!(
+        "-smp 2 -kernel {} -initrd {} -append console=ttyS0",
+        initramfs::kernel().display(),
+        initramfs::make(&lab, Kernel::Pc, &["virtio_pci", "virtio_net"], UP, "net").display()
+    );
+    let host = Host::start(&lab, "host", &boot, &lab.file("net.sock"), DEVICE);
+    host.works(50, 0);
+    // The tap spreads flows over its queues.
+    let flows: Vec<UdpSocket> = (0..64).map(|_| UdpSocket::bind("10.213.47.1:0").unwrap()).collect();
+    let before = [0, 2].map(|ring| completed(&metrics, ring));
+    wait_for("both receive queues get some", || {
+        flows.iter().for_each(|flow| _ = flow.send_to(b"hello", "10.213.47.2:9"));
+        let now = [0, 2].map(|ring| completed(&metrics, ring));
+        (now[0] > before[0] && now[1] > before[1]).then_some(())
+    });
+    net.assert_running();
 }
 
 #[rstest]

@@ -36,6 +36,7 @@ pub(super) struct Control {
 
 impl Control {
     pub(super) fn new(hub: Arc<Hub>, pairs: u16, features: u64) -> Control {
+        hub.change(|state| state.controlled = true);
         Control { hub, pairs, features, done: Vec::new() }
     }
 
@@ -85,7 +86,7 @@ impl Control {
                 negotiated(VIRTIO_NET_F_MQ)?;
                 let pairs = U16::read_from_bytes(data).ok()?.get();
                 (1..=self.pairs).contains(&pairs).then_some(())?;
-                self.hub.change(|state| state.pairs = pairs);
+                self.hub.change(|state| state.pairs = Some(pairs));
             }
             _ => return None,
         }

@@ -299,12 +299,13 @@ impl Device for Net {
         let Some(mac) = bytes.first_chunk::<6>().filter(|_| offset == 0) else {
             return refused("a migration brings it from its start on, with the address");
         };
-        self.hub.change(|state| (state.filter.mac, state.announce) = (*mac, true));
+        self.hub.change(|state| (state.filter.mac, state.announce, state.inherited) = (*mac, true, false));
         self.config_changed();
         Ok(())
     }
 
     fn connected(&self, host: Arc<Host>) {
+        self.hub.change(|state| (state.inherited, state.controlled) = (true, false));
         *self.host.lock().unwrap_or_else(PoisonError::into_inner) = host;
     }
 
@@ -331,15 +332,30 @@ impl Device for Net {
     fn load_state(&self, state: &[u8]) -> Result<(), BackendError> {
         let (filter, pairs) = saved::load(state, self.options.pairs, self.options.mtu)?;
         // It is somewhere else now, and its driver, once it runs, has to say so.
-        self.hub.change(|state| (state.filter, state.pairs, state.announce) = (filter, pairs, true));
+        self.hub.change(|state| {
+            (state.filter, state.pairs, state.announce, state.inherited) = (filter, Some(pairs), true, false);
+        });
         self.config_changed();
         Ok(())
     }
 
     fn reset(&self) {
-        let (mac, pairs) = (self.options.mac, self.options.pairs);
         self.hub.change(|state| {
-            (state.filter, state.pairs, state.announce) = (Filter::new(mac), pairs, false);
+            state.forget(self.options.mac);
+            (state.controlled, state.announce) = (false, false);
+        });
+    }
+
+    /// What another driver has set is not for one that begins anew, or has no control queue to say otherwise.
+    fn taken_up(&self, goes_on: bool, features: u64) {
+        if !self.hub.state().inherited {
+            return;
+        }
+        let keeps = goes_on && features & bit(VIRTIO_NET_F_CTRL_VQ) != 0;
+        self.hub.change(|state| {
+            if std::mem::take(&mut state.inherited) && !keeps {
+                state.forget(self.options.mac);
+            }
         });
     }
 

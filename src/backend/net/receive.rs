@@ -114,6 +114,13 @@ impl Receive {
     /// Puts the packet into the buffers held, or drops it if no buffers can ever hold it. It stays if more are needed.
     fn place(&mut self) {
         let Some(len) = self.packet else { return };
+        self.refresh();
+        if self.pair >= self.view.state.pairs_in_use() {
+            // It came before the driver had said so (rule R11).
+            count(&self.view.hub.counters.received_dropped);
+            self.packet = None;
+            return;
+        }
         // The driver's header, which may be shorter than ours, ends where ours does.
         let needed = (len - HEADER + self.header) as u64;
         let enough = match (self.mergeable, self.held.front()) {
@@ -138,10 +145,12 @@ impl Receive {
                 break;
             }
         }
-        // Nothing is offloaded: all of the header is zero but the number of buffers, its last field.
+        // Nothing is offloaded: all of the header is zero but the number of buffers, which is the last field of the longer one.
         if let Some(header) = self.buffer.first_chunk_mut::<HEADER>() {
             *header = [0; HEADER];
-            header[HEADER - 2..].copy_from_slice(&buffers.to_le_bytes());
+            if self.header == HEADER {
+                header[HEADER - 2..].copy_from_slice(&buffers.to_le_bytes());
+            }
         }
         let mut rest = self.buffer.get(HEADER - self.header..len).unwrap_or_default();
         for mut request in self.held.drain(..usize::from(buffers)) {

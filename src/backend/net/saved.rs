@@ -57,7 +57,7 @@ pub(super) fn save(state: &State, mtu: Option<u16>) -> Result<Vec<u8>, BackendEr
         no_broadcast,
         unicast: table(unicast),
         multicast: table(multicast),
-        pairs: state.pairs,
+        pairs: state.pairs_in_use(),
         mtu,
     };
     record::encode(VERSION, &saved).map_err(|error| BackendError::State { why: error.to_string() })
@@ -107,7 +107,7 @@ mod tests {
             let filter = &mut state.filter;
             (filter.promiscuous, filter.all_multicast, filter.no_broadcast) = (false, true, true);
             filter.set_tables(Addresses::new(&[[2, 0, 0, 0, 0, 9]; 3]), Addresses::All);
-            state.pairs = 2;
+            state.pairs = Some(2);
         });
         hub.state()
     }

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 use nix::unistd::{read, write};
 
-use super::filter::Filter;
+use super::filter::{Filter, Mac};
 use crate::abi::virtio::NetHeader;
 
 /// Bytes of the header before each frame on a wire.
@@ -66,18 +66,33 @@ pub(super) struct State {
     pub(super) wires: Vec<Option<Arc<Wire>>>,
     /// Which frames the driver wants.
     pub(super) filter: Filter,
-    /// Pairs that the driver uses, from the first on.
-    pub(super) pairs: u16,
+    /// Pairs that the driver has said it uses, from the first on.
+    pub(super) pairs: Option<u16>,
+    /// Whether the control queue has run since the front-end connected, so that the driver can say that.
+    pub(super) controlled: bool,
     /// Whether the driver shall announce itself.
     pub(super) announce: bool,
+    /// Whether what was set is from before the front-end connected, and no ring has run since.
+    pub(super) inherited: bool,
     /// The pairs whose receive queues run, with what wakes them when this changes.
     ears: BTreeMap<u16, Arc<EventFd>>,
 }
 
 impl State {
+    /// How many pairs may receive, from the first on: what the driver has said, one until it does, or as many as run if it
+    /// can't say it here (rule R11).
+    pub(super) fn pairs_in_use(&self) -> u16 {
+        self.pairs.unwrap_or(if self.controlled { 1 } else { self.wires.len() as u16 })
+    }
+
+    /// Forgets all that a driver has set.
+    pub(super) fn forget(&mut self, mac: Mac) {
+        (self.filter, self.pairs) = (Filter::new(mac), None);
+    }
+
     /// The wires that the receive queue of `pair` hears: its own, and a share of those whose own queue doesn't run.
     pub(super) fn heard_by(&self, pair: u16) -> Vec<Arc<Wire>> {
-        let listening: Vec<u16> = self.ears.keys().copied().filter(|ear| *ear < self.pairs).collect();
+        let listening: Vec<u16> = self.ears.keys().copied().filter(|ear| *ear < self.pairs_in_use()).collect();
         if listening.is_empty() {
             return Vec::new();
         }
@@ -163,8 +178,8 @@ pub(super) struct Hub {
 
 impl Hub {
     pub(super) fn new(wires: Vec<Option<Arc<Wire>>>, filter: Filter) -> Hub {
-        let pairs = wires.len() as u16;
-        let state = State { wires, filter, pairs, announce: false, ears: BTreeMap::new() };
+        let (pairs, ears) = (None, BTreeMap::new());
+        let state = State { wires, filter, pairs, controlled: false, announce: false, inherited: false, ears };
         Hub {
             state: Mutex::new(Arc::new(state)),
             generation: AtomicU64::new(0),
