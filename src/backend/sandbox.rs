@@ -86,10 +86,12 @@ const ALLOWED: &[i64] = &[
     libc::SYS_getsockname,
     libc::SYS_getpeername,
     // Waiting.
+    #[cfg(target_arch = "x86_64")]
     libc::SYS_poll,
     libc::SYS_ppoll,
     libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,
+    #[cfg(target_arch = "x86_64")]
     libc::SYS_epoll_wait,
     libc::SYS_epoll_pwait,
     libc::SYS_eventfd2,
@@ -124,8 +126,17 @@ const ALLOWED: &[i64] = &[
 ];
 
 /// Refused with EACCES rather than punished: what libraries try and can do without, as when a panic prints where it was.
-const LOOKING_AROUND: &[i64] =
-    &[libc::SYS_readlink, libc::SYS_readlinkat, libc::SYS_getcwd, libc::SYS_access, libc::SYS_stat];
+const LOOKING_AROUND: &[i64] = &[
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_readlink,
+    libc::SYS_readlinkat,
+    libc::SYS_getcwd,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_access,
+    libc::SYS_faccessat,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_stat,
+];
 /// Calls that ask about a file, by its fd or by its path, and which argument says so.
 const STAT: [(i64, u8); 2] = [(libc::SYS_newfstatat, 3), (libc::SYS_statx, 2)];
 
@@ -178,7 +189,8 @@ impl Sandbox {
             only(call, vec![]);
         }
         let ioctls = [libc::FIONBIO].into_iter().chain(userfault::IOCTLS.into_iter().filter(|_| self.postcopy));
-        only(libc::SYS_ioctl, ioctls.map(|number| rule(&[(1, Eq, number)])).collect::<Result<_, _>>()?);
+        // Their numbers are of 32 bits, in types that differ from libc to libc.
+        only(libc::SYS_ioctl, ioctls.map(|number| rule(&[(1, Eq, u64::from(number as u32))])).collect::<Result<_, _>>()?);
         only(
             libc::SYS_prctl,
             vec![rule(&[(0, Eq, libc::PR_SET_NAME as u64)])?, rule(&[(0, Eq, libc::PR_SET_VMA as u64)])?],
@@ -189,7 +201,8 @@ impl Sandbox {
             only(call, rules);
         }
         if self.unlink || self.pair {
-            only(libc::SYS_unlink, vec![]);
+            let (call, rules) = removing()?;
+            only(call, rules);
         }
         if self.postcopy {
             only(libc::SYS_userfaultfd, vec![]);
@@ -229,7 +242,20 @@ fn no_clone3() -> Result<BpfProgram, seccompiler::Error> {
 fn reading_open() -> Result<Rules, seccompiler::Error> {
     let changes = (libc::O_ACCMODE | libc::O_CREAT | libc::O_TRUNC) as u64;
     let reads = |flags| Ok::<_, seccompiler::Error>(vec![rule(&[(flags, MaskedEq(changes), 0)])?]);
-    Ok(Rules::from([(libc::SYS_open, reads(1)?), (libc::SYS_openat, reads(2)?)]))
+    Ok(Rules::from([
+        #[cfg(target_arch = "x86_64")]
+        (libc::SYS_open, reads(1)?),
+        (libc::SYS_openat, reads(2)?),
+    ]))
+}
+
+/// The call that removes a file, and no folder.
+fn removing() -> Result<(i64, Vec<SeccompRule>), seccompiler::Error> {
+    #[cfg(target_arch = "x86_64")]
+    let call = (libc::SYS_unlink, vec![]);
+    #[cfg(not(target_arch = "x86_64"))]
+    let call = (libc::SYS_unlinkat, vec![rule(&[(2, Eq, 0)])?]);
+    Ok(call)
 }
 
 /// All conditions together: number of the argument, how it is compared, and with what.
@@ -241,5 +267,6 @@ fn rule(conditions: &[(u8, SeccompCmpOp, u64)]) -> Result<SeccompRule, seccompil
 }
 
 fn compile(rules: Rules, other: SeccompAction, matching: SeccompAction) -> Result<BpfProgram, seccompiler::Error> {
-    Ok(SeccompFilter::new(rules, other, matching, TargetArch::x86_64)?.try_into()?)
+    let arch: TargetArch = std::env::consts::ARCH.try_into()?;
+    Ok(SeccompFilter::new(rules, other, matching, arch)?.try_into()?)
 }

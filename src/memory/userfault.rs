@@ -152,7 +152,7 @@ impl AsFd for Userfault {
 }
 
 /// What it takes, beside the system call that makes one, to have the pages of one's memory come: ioctls.
-pub(crate) const IOCTLS: [u64; 4] = [
+pub(crate) const IOCTLS: [libc::Ioctl; 4] = [
     nix::request_code_readwrite!(0xaa, 0x3f, size_of::<abi::Api>()),
     nix::request_code_readwrite!(0xaa, 0x00, size_of::<abi::Register>()),
     nix::request_code_read!(0xaa, 0x01, size_of::<abi::Range>()),

@@ -112,11 +112,8 @@ fn every_pair_that_qemu_enables_receives() {
     let metrics = lab.file("metrics");
     let args = format!("--tap {} --queue-pairs 2 --metrics unix:{}", network.taps[0], metrics.display());
     let mut net = backend(&lab, "net", &args);
-    let boot = format!(
-        "-smp 2 -kernel {} -initrd {} -append console=ttyS0",
-        initramfs::kernel().display(),
-        initramfs::make(&lab, Kernel::Pc, &["virtio_pci", "virtio_net"], UP, "net").display()
-    );
+    let initramfs = initramfs::make(&lab, Kernel::Pc, &["virtio_pci", "virtio_net"], UP, "net");
+    let boot = format!("-smp 2 {}", initramfs::boot(&initramfs, &[]));
     let host = Host::start(&lab, "host", &boot, &lab.file("net.sock"), DEVICE);
     host.works(50, 0);
     // The tap spreads flows over its queues.
