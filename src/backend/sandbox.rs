@@ -190,7 +190,10 @@ impl Sandbox {
         }
         let ioctls = [libc::FIONBIO].into_iter().chain(userfault::IOCTLS.into_iter().filter(|_| self.postcopy));
         // Their numbers are of 32 bits, in types that differ from libc to libc.
-        only(libc::SYS_ioctl, ioctls.map(|number| rule(&[(1, Eq, u64::from(number as u32))])).collect::<Result<_, _>>()?);
+        only(
+            libc::SYS_ioctl,
+            ioctls.map(|number| rule(&[(1, Eq, u64::from(number as u32))])).collect::<Result<_, _>>()?,
+        );
         only(
             libc::SYS_prctl,
             vec![rule(&[(0, Eq, libc::PR_SET_NAME as u64)])?, rule(&[(0, Eq, libc::PR_SET_VMA as u64)])?],

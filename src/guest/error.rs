@@ -19,8 +19,10 @@ pub enum GuestError {
     #[error(transparent)]
     Wrong(#[from] Box<WrongByte>),
     /// A disk holds something that the guest would write over.
-    #[error("{name}: sector {sector} of the disk holds something that no such guest has written: give it a blank disk, or \
-        --overwrite to lose that")]
+    #[error(
+        "{name}: sector {sector} of the disk holds something that no such guest has written: give it a blank disk, or \
+        --overwrite to lose that"
+    )]
     Foreign {
         /// Where the disk comes from.
         name: String,

@@ -8,9 +8,7 @@ use std::sync::Arc;
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use vhost_migrate::abi::vhost_user::{Request as Code, VringState};
-use vhost_migrate::abi::virtio::{
-    BlkDiscardWriteZeroes, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
-};
+use vhost_migrate::abi::virtio::{BlkDiscardWriteZeroes, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES};
 use vhost_migrate::backend::blk::{Aio, DiskOptions};
 use vhost_migrate::backend::{Device, Immediate, Queue, Request};
 use vhost_migrate::ring::Buffer;

@@ -397,7 +397,8 @@ fn a_driver_with_a_control_queue_receives_on_one_pair_until_it_wants_more(#[valu
     rig.send(1, &frame(100, 77));
     assert_eq!(control.ask(&rig.guest, 4, 0, &1u16.to_le_bytes()), 0);
     rig.provide_kicked(1, &[700]);
-    let arrived = |counts: Counts| counts.received + counts.received_dropped - before.received - before.received_dropped;
+    let arrived =
+        |counts: Counts| counts.received + counts.received_dropped - before.received - before.received_dropped;
     rig.wait_for("the frame has gone somewhere", |counts| arrived(counts) == 1);
     assert!(!rig.rx[1].is_answered(&rig.guest), "a pair that is not used has received something");
 }
