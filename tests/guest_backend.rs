@@ -25,8 +25,8 @@ use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestError, make_memory};
 use vhost_migrate::memory::{LOG_PAGE, Memory};
 use vhost_migrate::migrate::{
-    ASK_FOR, GuestArrival, GuestLocation, GuestMachine, Machine, Outcomes, Plan, Policy, SWITCHOVER_TIMEOUT, migrate,
-    receive,
+    ASK_FOR, Failure, GuestArrival, GuestLocation, GuestMachine, Machine, MigrateError, Outcomes, Plan, Policy,
+    Received, Report, SWITCHOVER_TIMEOUT, migrate, receive,
 };
 use vhost_migrate::stream::{Cancel, Codec, Options, transport};
 
@@ -453,6 +453,8 @@ struct Stateful {
     disk: Disk,
     state: Mutex<Vec<u8>>,
     refuses: AtomicBool,
+    /// Whether it can't serve its rings.
+    idles: AtomicBool,
 }
 
 impl backend::Device for Stateful {
@@ -489,6 +491,9 @@ impl backend::Device for Stateful {
     }
 
     fn queue(&self, index: u16, size: u16, features: u64) -> std::io::Result<Box<dyn backend::Queue>> {
+        if self.idles.load(Ordering::Relaxed) {
+            return Err(std::io::Error::other("not now"));
+        }
         self.disk.queue(index, size, features)
     }
 }
@@ -500,15 +505,51 @@ fn stateful(folder: &Path, socket: &str, state: &[u8]) -> Arc<Stateful> {
         disk: Disk::open(options).unwrap(),
         state: Mutex::new(state.to_vec()),
         refuses: AtomicBool::new(false),
+        idles: AtomicBool::new(false),
     };
     let device = Arc::new(device);
+    serve(folder, socket, device.clone());
+    device
+}
+
+/// Serves a device in this process until it ends.
+fn serve(folder: &Path, socket: &str, device: Arc<dyn backend::Device>) {
     let listener = Listener::bind(&folder.join(socket)).unwrap();
-    let served = device.clone() as Arc<dyn backend::Device>;
     std::thread::spawn(move || {
         let never = nix::sys::eventfd::EventFd::new().unwrap();
-        backend::serve(&listener, &served, never.as_fd()).unwrap();
+        backend::serve(&listener, &device, never.as_fd()).unwrap();
     });
-    device
+}
+
+fn connected(folder: &Path, socket: &str) -> Box<dyn Device> {
+    let device = UserDevice::connect(folder.join(socket), UserOptions::default(), Instant::now() + PATIENCE);
+    Box::new(device.unwrap())
+}
+
+/// Moves a guest to the back-end at `to`, with both ends in this process.
+fn move_to(
+    folder: &Path,
+    guest: &Mutex<Option<Guest>>,
+    to: &str,
+) -> (Result<Report, Failure>, Result<Received, MigrateError>, GuestArrival) {
+    let options = || Options { deadline: Some(PATIENCE), timeout: Some(PATIENCE), ..Options::new().unwrap() };
+    let (options, theirs) = (options(), options());
+    let socket = format!("unix:{}", folder.join("migration").display());
+    let listener = vhost_migrate::stream::Listener::bind(&socket.parse().unwrap()).unwrap();
+    let mut arrival = GuestArrival::new(vec![folder.join(to)]);
+    let (left, arrived) = std::thread::scope(|scope| {
+        let arrived = scope.spawn(|| {
+            let connection = listener.accept(&theirs).unwrap();
+            receive(&mut arrival, connection, &theirs.cancel, &Outcomes::default(), SWITCHOVER_TIMEOUT)
+        });
+        let connection = transport::connect(listener.uri(), &options).unwrap();
+        let policy = Policy { downtime: PATIENCE, max_rounds: 100 };
+        let plan = Plan { policy, codec: Codec::None, verify: false, ask_for: ASK_FOR, switchover_timeout: None };
+        let mut machine = GuestMachine::new(guest).unwrap();
+        let left = migrate(&mut machine, connection, &plan, &options.limiter, &options.cancel, &mut |_| {});
+        (left, arrived.join().unwrap())
+    });
+    (left, arrived, arrival)
 }
 
 #[test]
@@ -517,33 +558,13 @@ fn the_state_of_a_device_travels_with_its_guest_and_one_that_is_refused_keeps_th
     File::create(folder.path().join("disk.img")).unwrap().set_len(16 * MIB).unwrap();
     let _source = stateful(folder.path(), "a", b"set by the driver");
     let destination = stateful(folder.path(), "b", b"");
-    let connect = |name| {
-        let device = UserDevice::connect(folder.path().join(name), UserOptions::default(), Instant::now() + PATIENCE);
-        Box::new(device.unwrap()) as Box<dyn vhost_migrate::frontend::Device>
-    };
     let mut guest = Guest::new(config()).unwrap();
-    guest.boot(vec![connect("a")]).unwrap();
+    guest.boot(vec![connected(folder.path(), "a")]).unwrap();
     guest.resume().unwrap();
     let guest = Mutex::new(Some(guest));
     for refuses in [true, false] {
         destination.refuses.store(refuses, Ordering::Relaxed);
-        let options = || Options { deadline: Some(PATIENCE), timeout: Some(PATIENCE), ..Options::new().unwrap() };
-        let (options, theirs) = (options(), options());
-        let socket = format!("unix:{}", folder.path().join("migration").display());
-        let listener = vhost_migrate::stream::Listener::bind(&socket.parse().unwrap()).unwrap();
-        let mut arrival = GuestArrival::new(vec![folder.path().join("b")]);
-        let (left, arrived) = std::thread::scope(|scope| {
-            let arrived = scope.spawn(|| {
-                let connection = listener.accept(&theirs).unwrap();
-                receive(&mut arrival, connection, &theirs.cancel, &Outcomes::default(), SWITCHOVER_TIMEOUT)
-            });
-            let connection = transport::connect(listener.uri(), &options).unwrap();
-            let policy = Policy { downtime: PATIENCE, max_rounds: 100 };
-            let plan = Plan { policy, codec: Codec::None, verify: false, ask_for: ASK_FOR, switchover_timeout: None };
-            let mut machine = GuestMachine::new(&guest).unwrap();
-            let left = migrate(&mut machine, connection, &plan, &options.limiter, &options.cancel, &mut |_| {});
-            (left, arrived.join().unwrap())
-        });
+        let (left, arrived, arrival) = move_to(folder.path(), &guest, "b");
         if refuses {
             let failure = left.unwrap_err();
             assert_eq!(failure.location, GuestLocation::RunningHere, "{failure}");
@@ -560,4 +581,111 @@ fn the_state_of_a_device_travels_with_its_guest_and_one_that_is_refused_keeps_th
             guest.verify().unwrap();
         }
     }
+}
+
+#[test]
+fn what_a_back_end_would_refuse_after_the_commit_is_refused_before_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    for image in ["disk.img", "other.img"] {
+        File::create(folder.join(image)).unwrap().set_len(16 * MIB).unwrap();
+    }
+    let disk = |image: &str, max_queue_size| {
+        let image = folder.join(image);
+        let options = DiskOptions { queues: 2, max_queue_size, aio: Aio::Threads, ..DiskOptions::new(image) };
+        Arc::new(Disk::open(options).unwrap())
+    };
+    let size = config().queue_size;
+    serve(folder, "a", disk("disk.img", size));
+    serve(folder, "small", disk("disk.img", size / 2));
+    serve(folder, "locked", disk("other.img", size));
+    serve(folder, "b", disk("disk.img", size));
+    let lock = File::open(folder.join("other.img")).unwrap();
+    lock.lock().unwrap();
+    let mut guest = Guest::new(config()).unwrap();
+    guest.boot(vec![connected(folder, "a")]).unwrap();
+    guest.resume().unwrap();
+    let guest = Mutex::new(Some(guest));
+    for (to, why) in [("small", "SET_VRING_NUM"), ("locked", "SET_VRING_ENABLE")] {
+        let (left, arrived, arrival) = move_to(folder, &guest, to);
+        let failure = left.unwrap_err();
+        assert!(failure.to_string().contains(why), "{to}: {failure}");
+        assert_eq!(failure.location, GuestLocation::RunningHere, "{to}: {failure}");
+        assert!(arrived.is_err() && arrival.into_guest().is_none());
+        run_for(guest.lock().unwrap().as_ref().unwrap(), 100);
+    }
+    // What was tried was not kept: the source's own image is free, and its successor takes it.
+    let (left, arrived, arrival) = move_to(folder, &guest, "b");
+    left.unwrap();
+    arrived.unwrap();
+    let mut guest = arrival.into_guest().unwrap();
+    run_for(&guest, 100);
+    guest.verify().unwrap();
+}
+
+#[test]
+fn rings_that_are_refused_when_a_guest_goes_on_run_as_soon_as_they_can() {
+    let folder = tempfile::tempdir().unwrap();
+    File::create(folder.path().join("disk.img")).unwrap().set_len(16 * MIB).unwrap();
+    let device = stateful(folder.path(), "a", b"");
+    let mut guest = Guest::new(config()).unwrap();
+    guest.boot(vec![connected(folder.path(), "a")]).unwrap();
+    guest.resume().unwrap();
+    run_for(&guest, 100);
+
+    // As the end of a migration that has failed, which waits for no device.
+    guest.pause().unwrap();
+    guest.stop_devices().unwrap();
+    device.idles.store(true, Ordering::Relaxed);
+    guest.go_on().unwrap();
+    wait_for(&guest, "it says why its disk stands still", |guest| guest.connections()[0].refused.is_some());
+    assert!(guest.is_running() && guest.failure().is_none());
+    device.idles.store(false, Ordering::Relaxed);
+    run_for(&guest, 100);
+    guest.verify().unwrap();
+
+    // As an operator's order, which is answered when all runs.
+    guest.pause().unwrap();
+    guest.stop_devices().unwrap();
+    device.idles.store(true, Ordering::Relaxed);
+    guest.start().unwrap_err();
+    assert!(!guest.is_running() && guest.failure().is_none());
+    device.idles.store(false, Ordering::Relaxed);
+    guest.start().unwrap();
+    run_for(&guest, 100);
+    guest.verify().unwrap();
+}
+
+/// Runs itself again, alone: no file descriptor is to be had meanwhile.
+#[test]
+fn a_guest_whose_threads_cannot_be_started_stays_whole() {
+    const ALONE: &str = "VHOST_MIGRATE_TEST_ALONE";
+    if std::env::var_os(ALONE).is_none() {
+        let name = "a_guest_whose_threads_cannot_be_started_stays_whole";
+        let mut again = Command::new(std::env::current_exe().unwrap());
+        let output = again.args(["--exact", name]).env(ALONE, "1").output().unwrap();
+        let words = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && words.contains("1 passed"), "{words}");
+        return;
+    }
+    let backend = Backend::start();
+    let mut guest = Guest::new(config()).unwrap();
+    guest.boot(vec![Box::new(backend.device())]).unwrap();
+    guest.resume().unwrap();
+    guest.pause().unwrap();
+    let limit = |files: Option<libc::rlimit>| {
+        let (new, mut before) = (files, libc::rlimit { rlim_cur: 0, rlim_max: 0 });
+        let new = new.as_ref().map_or(std::ptr::null(), |files| files as *const _);
+        // SAFETY: the pointers are null or to structures of this function.
+        assert_eq!(unsafe { libc::prlimit(0, libc::RLIMIT_NOFILE, new, &mut before) }, 0);
+        before
+    };
+    let before = limit(None);
+    limit(Some(libc::rlimit { rlim_cur: 0, ..before }));
+    let refused = guest.resume();
+    limit(Some(before));
+    assert!(refused.unwrap_err().to_string().contains("make an eventfd"));
+    guest.resume().unwrap();
+    run_for(&guest, 100);
+    guest.verify().unwrap();
 }

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use vhost_migrate::control::{self, Command, MigrateArguments};
@@ -134,16 +134,33 @@ fn cancel(control: &Path) {
     std::process::exit(NO_CONTACT.into());
 }
 
+/// How long a migration whose reports are lost is waited for.
+const END: Duration = Duration::from_secs(60);
+const ASK_AGAIN: Duration = Duration::from_millis(100);
+
 /// Says where the guest is after a migration that did not end well, or whose end was not heard.
 fn whereabouts(control: &Path, error: &io::Error) -> ExitCode {
-    let mut status = Value::Null;
-    if let Err(silent) = control::call(control, &Command::Status, |event| status = event) {
-        eprintln!("no contact with the guest's process, nothing is known of the guest: {error}");
-        if silent.to_string() != error.to_string() {
-            eprintln!("its status can't be had: {silent}");
+    let begun = Instant::now();
+    let status = loop {
+        let mut status = Value::Null;
+        if let Err(silent) = control::call(control, &Command::Status, |event| status = event) {
+            eprintln!("no contact with the guest's process, nothing is known of the guest: {error}");
+            if silent.to_string() != error.to_string() {
+                eprintln!("its status can't be had: {silent}");
+            }
+            return ExitCode::from(NO_CONTACT);
         }
-        return ExitCode::from(NO_CONTACT);
-    }
+        // An answer is the end; a connection that has broken is none.
+        let is_over = error.kind() == io::ErrorKind::Other || status["busy"] != "a migration";
+        if is_over {
+            break status;
+        }
+        if begun.elapsed() >= END {
+            eprintln!("no contact with the migration, which is still under way: {error}");
+            return ExitCode::from(NO_CONTACT);
+        }
+        std::thread::sleep(ASK_AGAIN);
+    };
     let (busy, state) = (&status["busy"], &status["state"]);
     let (says, code) = match serde_json::from_value(status["location"].clone()) {
         // The answer was an error: then it was another migration that did it.

@@ -124,6 +124,15 @@ pub trait Device: Send + Sync {
         Err(BackendError::State { why: "this device has none".into() })
     }
 
+    /// Finds out whether a ring could be served now, without serving one: a front-end asks before it depends on it
+    /// (rule D2).
+    ///
+    /// # Errors
+    /// What would keep [`Device::queue`] from it.
+    fn try_queue(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Begins to serve a ring, in the thread that will do it, with the features that the driver accepted.
     ///
     /// # Errors

@@ -151,7 +151,7 @@ pub trait Device: Send {
     fn inflight(&self) -> Result<Option<InflightState>, FrontendError>;
 
     /// Tells the device all that [`start_ring`](Device::start_ring) does but what starts the ring, to find out whether it
-    /// would be refused: its size, its place, and what the device needs to serve it.
+    /// would be refused: its size, its place, and what the device needs to serve it (rule D2).
     ///
     /// # Errors
     /// As [`start_ring`](Device::start_ring).

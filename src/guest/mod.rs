@@ -334,8 +334,8 @@ impl Guest {
     }
 
     /// Undoes [`pause`](Guest::pause) and [`stop_devices`](Guest::stop_devices), also those that failed half-way, without
-    /// waiting for any device: rings that are stopped are started as soon as their back-end answers. The guest has failed if
-    /// one refuses.
+    /// waiting for any device: rings that are stopped are started as soon as their back-end answers, and tried again if it
+    /// refuses them.
     ///
     /// # Errors
     /// If the guest has failed, or is broken.

@@ -407,8 +407,12 @@ impl Unit {
                 return Ok(());
             }
             let over = deadline.is_some_and(|deadline| Instant::now() >= deadline);
-            if error.is_final() || over || connected && !error.needs_reconnect() {
+            if error.is_final() || over {
                 return Err(error.into());
+            }
+            if connected && !error.needs_reconnect() {
+                // It may take its rings later: when its image is free, or another back-end is in its place.
+                self.has_gone(Some(&error));
             }
             if matches!(error, FrontendError::Interrupted { .. }) {
                 wait(&[stop.as_fd()], None, Some(LOOK))?;

@@ -104,8 +104,19 @@ pub fn migrate(
         channels: wire.channels.len() as u16,
         codec: plan.codec.to_string(),
     });
-    let mut migration =
-        Migration { wire, memory, dirty, pending, report: Report::default(), cancel, limiter, tell, running: 0.0, run };
+    let mut migration = Migration {
+        wire,
+        memory,
+        dirty,
+        pending,
+        report: Report::default(),
+        cancel,
+        limiter,
+        tell,
+        running: 0.0,
+        stopped: None,
+        run,
+    };
     migration.report.guest_bytes = migration.memory.size();
     let outcome = migration.run(machine, plan);
     migration.finish(machine, outcome, plan.ask_for, begun)
@@ -157,12 +168,14 @@ struct Migration<'a> {
     tell: &'a mut dyn FnMut(Event),
     /// Seconds during which dirty pages were counted.
     running: f64,
+    /// When the order to stop the guest was given.
+    stopped: Option<Instant>,
     /// Whether the guest's CPUs run before and after the migration.
     run: bool,
 }
 
 impl Migration<'_> {
-    fn run(&mut self, machine: &mut dyn Machine, plan: &Plan) -> Result<Duration, (Stage, MigrateError)> {
+    fn run(&mut self, machine: &mut dyn Machine, plan: &Plan) -> Result<(), (Stage, MigrateError)> {
         let rounds = self.rounds(plan.policy).map_err(|error| (Stage::Running, error))?;
         self.switchover(machine, rounds, plan)
     }
@@ -224,13 +237,8 @@ impl Migration<'_> {
         }
     }
 
-    /// Stops the guest and hands it over within the plan's limit; returns how long that took.
-    fn switchover(
-        &mut self,
-        machine: &mut dyn Machine,
-        round: u32,
-        plan: &Plan,
-    ) -> Result<Duration, (Stage, MigrateError)> {
+    /// Stops the guest and hands it over within the plan's limit.
+    fn switchover(&mut self, machine: &mut dyn Machine, round: u32, plan: &Plan) -> Result<(), (Stage, MigrateError)> {
         let limit = plan.switchover_limit(self.memory.size());
         let timer = self.wire.limit(limit, self.cancel).map_err(|error| (Stage::Running, error))?;
         self.hand_over(machine, round, plan.verify).map_err(|(stage, error)| match error {
@@ -244,14 +252,9 @@ impl Migration<'_> {
         })
     }
 
-    fn hand_over(
-        &mut self,
-        machine: &mut dyn Machine,
-        round: u32,
-        verify: bool,
-    ) -> Result<Duration, (Stage, MigrateError)> {
+    fn hand_over(&mut self, machine: &mut dyn Machine, round: u32, verify: bool) -> Result<(), (Stage, MigrateError)> {
         let asked = |doing| move |cause| MigrateError::Machine { doing, cause };
-        let begun = Instant::now();
+        self.stopped = Some(Instant::now());
         let paused = (|| {
             self.limiter.set(None);
             machine.pause().map_err(asked("stopping the guest"))?;
@@ -279,7 +282,7 @@ impl Migration<'_> {
             })?;
             self.observed(started);
         }
-        Ok(begun.elapsed())
+        Ok(())
     }
 
     fn observed(&mut self, started: Started) {
@@ -290,7 +293,7 @@ impl Migration<'_> {
     fn finish(
         mut self,
         machine: &mut dyn Machine,
-        outcome: Result<Duration, (Stage, MigrateError)>,
+        outcome: Result<(), (Stage, MigrateError)>,
         ask_for: Duration,
         begun: Instant,
     ) -> Result<Report, Failure> {
@@ -299,7 +302,7 @@ impl Migration<'_> {
             stage => Err((stage, error)),
         });
         let downtime = match outcome {
-            Ok(downtime) => downtime,
+            Ok(()) => self.stopped.map(|stopped| stopped.elapsed()).unwrap_or_default(),
             Err((Stage::Committed, error)) => {
                 self.dirty.put_back(&self.pending);
                 self.wire.leave();
@@ -331,7 +334,7 @@ impl Migration<'_> {
     }
 
     /// Asks the destination what came of a commit that it has not answered, until it knows or `ask_for` is over.
-    fn resolve(&mut self, error: MigrateError, ask_for: Duration) -> Result<Duration, (Stage, MigrateError)> {
+    fn resolve(&mut self, error: MigrateError, ask_for: Duration) -> Result<(), (Stage, MigrateError)> {
         let begun = Instant::now();
         let answered = matches!(error, MigrateError::Held(_));
         let Some(connection) = self.wire.connection.as_ref().filter(|to| !answered && !to.one_way) else {
@@ -345,7 +348,7 @@ impl Migration<'_> {
             let (asked, last) = match connection.ask(left.min(ASK_TIME)) {
                 Ok(ToSource::Started(started)) => {
                     self.observed(started);
-                    return Ok(begun.elapsed());
+                    return Ok(());
                 }
                 Ok(ToSource::Failed { message }) => return Err((Stage::Paused, MigrateError::Destination(message))),
                 Ok(ToSource::Held(held)) if !held.starting => {

@@ -15,6 +15,8 @@ use tracing::warn;
 
 /// How long to wait for whoever has the image.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long to wait where the image is only tried: a predecessor that has stopped may still have I/O under way.
+const TRIAL: Duration = Duration::from_secs(1);
 /// How often to look.
 const NAP: Duration = Duration::from_millis(1);
 
@@ -47,16 +49,27 @@ impl Image {
     /// # Errors
     /// When somebody else has it for too long.
     pub(super) fn claim(self: &Arc<Image>) -> io::Result<Claim> {
+        self.claim_within(PATIENCE)
+    }
+
+    /// Finds out whether it could be claimed, and leaves it to others.
+    ///
+    /// # Errors
+    /// When somebody else has it.
+    pub(super) fn try_claim(self: &Arc<Image>) -> io::Result<()> {
+        self.claim_within(TRIAL).map(drop)
+    }
+
+    fn claim_within(self: &Arc<Image>, time: Duration) -> io::Result<Claim> {
         let mut claims = self.claims.lock().unwrap_or_else(PoisonError::into_inner);
         if *claims == 0 {
-            self.lock()?;
+            self.lock(Instant::now() + time)?;
         }
         *claims += 1;
         Ok(Claim(self.clone()))
     }
 
-    fn lock(&self) -> io::Result<()> {
-        let deadline = Instant::now() + PATIENCE;
+    fn lock(&self, deadline: Instant) -> io::Result<()> {
         loop {
             let tried = match self.sharing {
                 Sharing::Exclusive => self.file.try_lock(),
@@ -120,6 +133,22 @@ mod tests {
         drop(second);
         assert!(is_free(file.path()));
         drop(image.claim().unwrap());
+    }
+
+    #[test]
+    fn an_image_that_is_tried_is_free_afterwards() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let image = open(file.path(), Sharing::Exclusive);
+        image.try_claim().unwrap();
+        assert!(is_free(file.path()));
+        let other = File::open(file.path()).unwrap();
+        other.lock().unwrap();
+        assert!(image.try_claim().unwrap_err().to_string().contains("another process has locked the image"));
+        drop(other);
+        let claim = image.claim().unwrap();
+        image.try_claim().unwrap();
+        assert!(!is_free(file.path()));
+        drop(claim);
     }
 
     #[test]

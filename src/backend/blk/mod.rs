@@ -365,6 +365,10 @@ impl Device for Disk {
         Ok(())
     }
 
+    fn try_queue(&self) -> io::Result<()> {
+        self.image.as_ref().map_or(Ok(()), Image::try_claim)
+    }
+
     fn queue(&self, index: u16, _size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
         let claim = self.image.as_ref().map(Image::claim).transpose()?;
         // Others may have changed the image until now.

@@ -276,8 +276,13 @@ impl Session {
             Code::VRING_KICK if self.is_in_band() => self.kicked(message.body()?, rings)?,
             Code::SET_VRING_ENABLE => {
                 let state: VringState = message.body()?;
-                self.ring(code, state.index)?.enabled = state.num != 0;
+                let ring = self.ring(code, state.index)?;
+                ring.enabled = state.num != 0;
+                let is_tried = ring.enabled && !ring.started;
                 self.settle(state.index as u16, rings)?;
+                if is_tried {
+                    self.device.try_queue().map_err(BackendError::system("serve a queue"))?;
+                }
             }
             Code::GET_VRING_BASE_SKIP_DRAIN if !self.speaks(unstable::F_GET_VRING_BASE_SKIP_DRAIN) => {
                 return Err(BackendError::Unsupported { code });

@@ -1,6 +1,11 @@
 //! The command as its users run it: real processes, sockets and files.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // also in the helpers of these tests
 
+mod outcome;
+#[path = "../migrate/relay.rs"]
+#[allow(dead_code)] // not all that it can break is broken here
+mod relay;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
@@ -176,7 +181,7 @@ fn migrate(control: &Path, uri: &str, more: &[&str]) -> Output {
 }
 
 /// A migration that has started and has so little bandwidth that it stays in the middle.
-fn slow_migration(control: &Path, uri: &str) -> (Running, impl Iterator) {
+fn slow_migration(control: &Path, uri: &str) -> (Running, impl Iterator + use<>) {
     let mut slow = program();
     slow.args(["migrate", "--json", "--bandwidth", "1MiB/s", uri, "--control"]).arg(control);
     let mut slow = Running(slow.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
@@ -548,12 +553,6 @@ fn a_paused_guest_stands_still_and_a_quit_ends_it() {
     assert_eq!(ask(&source, &json!({"command": "pause"})).unwrap()[0]["event"], "ok");
     let (first, second) = (status(&source).unwrap(), status(&source).unwrap());
     assert_eq!((&first["state"], &first["pages"]), (&json!("paused"), &second["pages"]));
-    let refused = ask(
-        &source,
-        &json!({"command": "migrate", "uri": "unix:x", "codec": "none", "channels": 1,
-        "downtime_ms": 1, "max_rounds": 1}),
-    );
-    assert_eq!(refused.unwrap()[0]["event"], "error");
     assert_eq!(ask(&source, &json!({"command": "resume"})).unwrap()[0]["event"], "ok");
     verify(&source);
     assert_eq!(ask(&source, &json!({"command": "quit"})).unwrap()[0]["event"], "ok");

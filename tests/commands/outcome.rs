@@ -1,0 +1,325 @@
+//! Where the guest is after a migration, what the operator is told of it, and what the operator can do.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::Output;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+
+use serde_json::{Value, json};
+use vhost_migrate::stream::record::{Held, Started};
+use vhost_migrate::stream::{Incoming, Kind, Listener, Options, ToSource, Uri};
+
+use crate::relay::{At, Deed, Fault, Relay, Way};
+use crate::{Host, PATIENCE, ask, assert_completed, failed, migrate, run, slow_migration, status, text, until, verify};
+
+/// A destination that is gone once it has read the commit, and another process in its place that answers questions, one
+/// after the other, with `answers`.
+fn vanishing(uri: &str, answers: impl IntoIterator<Item = ToSource, IntoIter: Send> + 'static) -> Receiver<()> {
+    let (ready, is_ready) = channel();
+    let listener = Listener::bind(&uri.parse().unwrap()).unwrap();
+    let mut answers = answers.into_iter();
+    std::thread::spawn(move || {
+        ready.send(()).unwrap();
+        let options = Options { deadline: Some(PATIENCE), timeout: Some(PATIENCE), ..Options::new().unwrap() };
+        while let Ok(incoming) = listener.next(&options) {
+            match incoming {
+                Incoming::Question(question) => {
+                    let Some(answer) = answers.next() else { return };
+                    question.answer(&answer).unwrap();
+                }
+                Incoming::Migration(connection) => {
+                    // All but channel 0 carry pages alone.
+                    for mut reader in connection.readers().into_iter().skip(1) {
+                        std::thread::spawn(move || {
+                            while reader.next_frame().is_ok_and(|header| reader.body(&header, &mut Vec::new()).is_ok())
+                            {
+                            }
+                        });
+                    }
+                    let (mut reader, mut writer) = (connection.readers().remove(0), connection.writers().remove(0));
+                    let mut body = Vec::new();
+                    loop {
+                        let header = reader.next_frame().unwrap();
+                        reader.body(&header, &mut body).unwrap();
+                        match header.kind {
+                            Kind::Layout => drop(ToSource::Accepted.write(&mut writer).unwrap()),
+                            Kind::State => drop(ToSource::Ready.write(&mut writer).unwrap()),
+                            Kind::Commit => break,
+                            _ => {}
+                        }
+                    }
+                    connection.channels.iter().for_each(|channel| channel.shutdown());
+                }
+            }
+        }
+    });
+    is_ready
+}
+
+fn unix(host: &Host, name: &str) -> String {
+    format!("unix:{}", host.path(name).display())
+}
+
+fn command(name: &str, control: &Path) -> Output {
+    run(&[name, "--control", control.to_str().unwrap()])
+}
+
+/// The control command fails; its words.
+fn refused(control: &Path, command: Value) -> String {
+    let answer = ask(control, &command).unwrap().pop().unwrap();
+    assert_eq!(answer["event"], "error", "{answer}");
+    answer["message"].as_str().unwrap().to_owned()
+}
+
+fn done(control: &Path, command: &str) {
+    let answer = ask(control, &json!({"command": command})).unwrap();
+    assert_eq!(answer.last().unwrap()["event"], "ok", "{answer:?}");
+}
+
+/// A source whose guest has been sent to a destination of which nothing is known.
+fn of_unknown_outcome(
+    host: &mut Host,
+    answers: impl IntoIterator<Item = ToSource, IntoIter: Send> + 'static,
+) -> PathBuf {
+    let source = host.source();
+    send_to_nowhere(host, &source, answers);
+    source
+}
+
+fn send_to_nowhere(host: &Host, source: &Path, answers: impl IntoIterator<Item = ToSource, IntoIter: Send> + 'static) {
+    let uri = unix(host, "nowhere");
+    let _ = std::fs::remove_file(host.path("nowhere"));
+    vanishing(&uri, answers).recv().unwrap();
+    let output = migrate(source, &uri, &[]);
+    let words = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{words}");
+    assert!(words.contains("the outcome is unknown") && words.contains("vhost-migrate forget"), "{words}");
+    let last: Value = serde_json::from_str(text(&output.stdout).lines().last().unwrap()).unwrap();
+    assert_eq!((&last["event"], &last["location"]), (&json!("failed"), &json!("outcome_unknown")));
+    let status = status(source).unwrap();
+    assert_eq!((&status["state"], &status["location"]), (&json!("outcome_unknown"), &json!("outcome_unknown")));
+}
+
+#[test]
+fn a_guest_of_unknown_outcome_is_kept_until_the_operator_decides() {
+    let mut host = Host::new();
+    let source = of_unknown_outcome(&mut host, [ToSource::Unknown, ToSource::Unknown]);
+    for command in ["pause", "quit"] {
+        let words = refused(&source, json!({"command": command}));
+        assert!(words.contains("resume it if the destination does not run it"), "{command}: {words}");
+    }
+    assert_eq!(migrate(&source, "unix:/nonexistent/socket", &[]).status.code(), Some(3));
+    // The destination does not run it.
+    let output = command("resume", &source);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    verify(&source);
+    let words = refused(&source, json!({"command": "forget"}));
+    assert!(words.contains("the guest is here"), "{words}");
+    // The destination runs it.
+    send_to_nowhere(&host, &source, [ToSource::Unknown]);
+    let output = command("forget", &source);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(status(&source).unwrap()["location"], "handed_over");
+    for name in ["resume", "forget"] {
+        let output = command(name, &source);
+        assert!(output.status.code() == Some(1) && text(&output.stderr).contains("handed over"), "{output:?}");
+    }
+    assert_eq!(migrate(&source, "unix:/nonexistent/socket", &[]).status.code(), Some(6));
+    done(&source, "quit");
+}
+
+#[test]
+fn a_guest_is_not_resumed_where_the_destination_says_that_it_has_it() {
+    let mut host = Host::new();
+    let held = ToSource::Held(Held { starting: false, message: "its disk is away".into() });
+    let answers = [ToSource::Unknown, held, ToSource::Started(Started::default())];
+    let source = of_unknown_outcome(&mut host, answers);
+    let output = command("resume", &source);
+    assert!(text(&output.stderr).contains("its disk is away"), "{}", text(&output.stderr));
+    assert_eq!((output.status.code(), &status(&source).unwrap()["state"]), (Some(1), &json!("outcome_unknown")));
+    let output = command("resume", &source);
+    assert!(text(&output.stderr).contains("the destination says that it runs the guest"), "{}", text(&output.stderr));
+    assert_eq!((output.status.code(), &status(&source).unwrap()["state"]), (Some(1), &json!("migrated")));
+}
+
+#[test]
+fn a_source_that_does_not_hear_that_the_guest_runs_finds_out() {
+    let mut host = Host::new();
+    let source = host.source();
+    let destination = host.arriving("destination", &unix(&host, "incoming"));
+    until(&destination, "absent");
+    let fault = Fault::new(Way::ToSource, At::Frame(Kind::Started, 0), Deed::Cut);
+    let there: Uri = unix(&host, "incoming").parse().unwrap();
+    let relay = Relay::new(unix(&host, "relay").parse().unwrap(), &there, fault);
+    let output = migrate(&source, &unix(&host, "relay"), &[]);
+    assert!(relay.struck());
+    assert!(text(&output.stdout).contains("\"asking\""), "{}", text(&output.stdout));
+    assert_completed(&output);
+    drop(relay);
+    assert_eq!(status(&source).unwrap()["location"], "handed_over");
+    verify(&destination);
+}
+
+#[test]
+fn a_destination_that_is_killed_when_it_is_ready_leaves_the_guest_to_its_operator() {
+    let mut host = Host::new();
+    let source = host.source();
+    let destination = host.arriving("destination", &unix(&host, "incoming"));
+    until(&destination, "absent");
+    let fault = Fault::new(Way::ToDestination, At::Frame(Kind::Commit, 0), Deed::CutForGood);
+    let there: Uri = unix(&host, "incoming").parse().unwrap();
+    let relay = Relay::new(unix(&host, "relay").parse().unwrap(), &there, fault);
+    let mut sent = std::thread::scope(|scope| {
+        let sent = scope.spawn(|| migrate(&source, &unix(&host, "relay"), &[]));
+        while !relay.struck() && !sent.is_finished() {
+            std::thread::yield_now();
+        }
+        sent.join().unwrap()
+    });
+    // With SIGKILL, its back-end too.
+    host.running.truncate(host.running.len() - 2);
+    drop(relay);
+    assert_eq!(sent.status.code(), Some(3), "{}", text(&sent.stderr));
+    sent = command("resume", &source);
+    assert!(sent.status.success(), "{}", text(&sent.stderr));
+    verify(&source);
+}
+
+#[test]
+fn a_paused_guest_moves_and_is_saved_and_arrives_paused() {
+    let mut host = Host::new();
+    let source = host.source();
+    done(&source, "pause");
+    let second = host.arriving("second", &unix(&host, "incoming"));
+    until(&second, "absent");
+    assert_completed(&migrate(&source, &unix(&host, "incoming"), &[]));
+    assert_eq!(until(&second, "paused")["location"], "paused_here");
+    let (before, after) = (status(&second).unwrap(), status(&second).unwrap());
+    assert_eq!(before["pages"], after["pages"]);
+    let words = migrate(&second, "unix:/nonexistent/socket", &[]);
+    assert!(words.status.code() == Some(4) && text(&words.stderr).contains("is paused here"), "{words:?}");
+    done(&second, "resume");
+    verify(&second);
+    done(&second, "pause");
+    let file = format!("file:{}", host.path("guest.vhm").display());
+    assert_completed(&migrate(&second, &file, &[]));
+    let third = host.arriving("third", &file);
+    until(&third, "paused");
+    done(&third, "resume");
+    verify(&third);
+}
+
+#[test]
+fn quit_ends_a_destination_that_waits_at_once() {
+    let mut host = Host::new();
+    let destination = host.arriving("destination", &unix(&host, "incoming"));
+    until(&destination, "absent");
+    done(&destination, "quit");
+    assert_eq!(host.running.last_mut().unwrap().0.wait().unwrap().code(), Some(0));
+    assert!(!destination.exists() && !host.path("incoming").exists(), "its sockets are removed");
+}
+
+#[test]
+fn quit_ends_a_destination_in_the_middle_of_a_migration_and_not_the_guest() {
+    let mut host = Host::new();
+    let source = host.source();
+    let destination = host.arriving("destination", &unix(&host, "incoming"));
+    until(&destination, "absent");
+    let (mut slow, _events) = slow_migration(&source, &unix(&host, "incoming"));
+    done(&destination, "quit");
+    assert_eq!(host.running.last_mut().unwrap().0.wait().unwrap().code(), Some(0));
+    let why = failed(&mut slow);
+    assert!(why.contains("the guest still runs here"), "{why}");
+    verify(&source);
+}
+
+#[test]
+fn cancel_at_the_destination_ends_a_migration_and_the_next_one_arrives() {
+    let mut host = Host::new();
+    let source = host.source();
+    let destination = host.arriving("destination", &unix(&host, "incoming"));
+    until(&destination, "absent");
+    assert!(refused(&destination, json!({"command": "cancel"})).contains("no migration is under way"));
+    let (mut slow, _events) = slow_migration(&source, &unix(&host, "incoming"));
+    done(&destination, "cancel");
+    failed(&mut slow);
+    assert_completed(&migrate(&source, &unix(&host, "incoming"), &[]));
+    verify(&destination);
+}
+
+#[test]
+fn without_contact_to_the_guests_process_nothing_is_claimed() {
+    let mut host = Host::new();
+    let output = migrate(&host.path("nothing"), "unix:x", &[]);
+    let words = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(5), "{words}");
+    assert!(
+        words.contains("no contact") && words.contains("is the guest running") && !words.contains("runs here"),
+        "{words}"
+    );
+
+    let source = host.source();
+    let destination = host.arriving("destination", &unix(&host, "incoming"));
+    until(&destination, "absent");
+    let (mut slow, _events) = slow_migration(&source, &unix(&host, "incoming"));
+    // Back-end and guest of the source, with SIGKILL.
+    host.running.drain(..2);
+    assert_eq!(slow.0.wait().unwrap().code(), Some(5));
+    assert_eq!(status(&destination).unwrap()["state"], "absent");
+}
+
+/// A way to the control socket that breaks, once, when an event of this kind passes.
+fn fragile(host: &Host, control: &Path, event: &'static str) -> PathBuf {
+    let path = host.path("fragile");
+    let listener = UnixListener::bind(&path).unwrap();
+    let (control, broken) = (control.to_owned(), Arc::new(AtomicBool::new(false)));
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            let (client, server) = (client.unwrap(), UnixStream::connect(&control));
+            let (broken, there) = (broken.clone(), client.try_clone().unwrap());
+            let Ok(server) = server else { return };
+            let (mut asks, mut to) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+            std::thread::spawn(move || std::io::copy(&mut asks, &mut to));
+            std::thread::spawn(move || {
+                for line in BufReader::new(server).lines().map_while(Result::ok) {
+                    if line.contains(event) && !broken.swap(true, Ordering::Relaxed) {
+                        break;
+                    }
+                    let _ = (&client).write_all(format!("{line}\n").as_bytes());
+                }
+                let _ = there.shutdown(Shutdown::Both);
+            });
+        }
+    });
+    path
+}
+
+#[test]
+fn a_migration_whose_report_is_lost_is_asked_for_its_end() {
+    let mut host = Host::new();
+    let source = host.source();
+    let destination = host.arriving("destination", &unix(&host, "incoming"));
+    until(&destination, "absent");
+    let fragile = fragile(&host, &source, "\"switchover\"");
+    let output = migrate(&fragile, &unix(&host, "incoming"), &[]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("the guest was handed over"), "{}", text(&output.stderr));
+    verify(&destination);
+}
+
+#[test]
+fn one_way_must_be_asked_for_and_leaves_the_outcome_open() {
+    let mut host = Host::new();
+    let source = host.source();
+    let saved = host.path("saved");
+    let output = migrate(&source, &format!("exec:cat >{}", saved.display()), &["--one-way"]);
+    assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("one way"), "{}", text(&output.stderr));
+    // The operator knows what the command does.
+    assert!(command("forget", &source).status.success());
+    verify(&host.arriving("restored", &format!("exec:cat {}", saved.display())));
+}
