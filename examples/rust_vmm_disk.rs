@@ -1,8 +1,10 @@
 //! A disk out of a file, made of rust-vmm's crates: `vhost-user-backend` for the protocol and `virtio-queue` for the rings, used as
-//! their documentation has it. `cargo run --example rust_vmm_disk -- SOCKET IMAGE`
+//! their documentation has it. `cargo run --features vhost-user-backend --example rust_vmm_disk -- SOCKET IMAGE [logged]`
 //!
 //! Nothing of it is ours: it is here to be driven, migrated, killed and checked as other people's devices are. What it breaks, and
-//! why, is in `docs/check.md`. A disk that keeps all the rules is `file_disk.rs`.
+//! why, is in `docs/check.md`. With `logged` its memory has our bitmap instead of the crates' own, which keeps those rules of the
+//! dirty log that a device can keep under `vhost-user-backend`: a [`DeviceLog`] is told of features and memory, and that is all. A
+//! disk that keeps all the rules is `file_disk.rs`.
 
 use std::error::Error;
 use std::fs::File;
@@ -12,36 +14,69 @@ use std::sync::Arc;
 
 use vhost::vhost_user::Listener;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures as Transport};
-use vhost_user_backend::bitmap::BitmapMmapRegion;
+use vhost_migrate::dirty::{DeviceLog, RegionBitmap};
+use vhost_user_backend::bitmap::{BitmapMmapRegion, BitmapReplace};
 use vhost_user_backend::{VhostUserBackend, VhostUserDaemon, VringMutex, VringT};
 use virtio_bindings::virtio_blk::*;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT, Reader, Writer};
-use vm_memory::bitmap::BitmapSlice;
+use vm_memory::bitmap::{BitmapSlice, NewBitmap};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap, Le32, Le64};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
-/// Guest memory whose bitmap is the front-end's log, as soon as there is one.
-type Ram = GuestMemoryMmap<BitmapMmapRegion>;
-type Memory = GuestMemoryAtomic<Ram>;
+/// Guest memory whose bitmap `B` leads to the front-end's log, as soon as there is one.
+type Ram<B> = GuestMemoryMmap<B>;
+type Memory<B> = GuestMemoryAtomic<Ram<B>>;
+
+/// A bitmap for guest memory, and what has to be passed on to its log.
+trait Logged: BitmapReplace + NewBitmap + Clone + Send + Sync + 'static {
+    type Log: Default + Send + Sync + 'static;
+
+    fn features(log: &Self::Log, features: u64);
+    fn memory(log: &Self::Log, memory: &Ram<Self>);
+}
+
+impl Logged for BitmapMmapRegion {
+    type Log = ();
+
+    fn features(_: &(), _: u64) {}
+    fn memory(_: &(), _: &Ram<Self>) {}
+}
+
+impl Logged for RegionBitmap {
+    type Log = DeviceLog;
+
+    fn features(log: &DeviceLog, features: u64) {
+        log.acked_features(features);
+    }
+
+    fn memory(log: &DeviceLog, memory: &Ram<Self>) {
+        log.update_memory(memory);
+    }
+}
 
 const QUEUES: u16 = 2;
 const SECTOR: u64 = 512;
 
-struct Disk {
+struct Disk<B: Logged> {
     image: File,
-    memory: Memory,
+    memory: Memory<B>,
+    log: B::Log,
 }
 
-impl Disk {
+impl<B: Logged> Disk<B> {
     fn bytes(&self) -> u64 {
         self.image.metadata().map_or(0, |metadata| metadata.len())
     }
 
     /// Serves one request; how many bytes it has written.
-    fn serve(&self, memory: &Ram, chain: DescriptorChain<GuestMemoryLoadGuard<Ram>>) -> Result<u32, Box<dyn Error>> {
+    fn serve(
+        &self,
+        memory: &Ram<B>,
+        chain: DescriptorChain<GuestMemoryLoadGuard<Ram<B>>>,
+    ) -> Result<u32, Box<dyn Error>> {
         let (mut reader, mut writer) = (chain.clone().reader(memory)?, chain.writer(memory)?);
         let mut status = writer.split_at(writer.available_bytes().saturating_sub(1))?;
         let done = self.transfer(&mut reader, &mut writer);
@@ -49,7 +84,7 @@ impl Disk {
         Ok((writer.bytes_written() + status.bytes_written()) as u32)
     }
 
-    fn transfer<B: BitmapSlice>(&self, reader: &mut Reader<B>, writer: &mut Writer<B>) -> io::Result<()> {
+    fn transfer<S: BitmapSlice>(&self, reader: &mut Reader<S>, writer: &mut Writer<S>) -> io::Result<()> {
         let (kind, _, sector): (Le32, Le32, Le64) = (reader.read_obj()?, reader.read_obj()?, reader.read_obj()?);
         let len = reader.available_bytes() + writer.available_bytes();
         let at = u64::from(sector).checked_mul(SECTOR).ok_or(io::ErrorKind::InvalidInput)?;
@@ -72,9 +107,9 @@ impl Disk {
     }
 }
 
-impl VhostUserBackend for Disk {
-    type Bitmap = BitmapMmapRegion;
-    type Vring = VringMutex<Memory>;
+impl<B: Logged> VhostUserBackend for Disk<B> {
+    type Bitmap = B;
+    type Vring = VringMutex<Memory<B>>;
 
     fn num_queues(&self) -> usize {
         QUEUES.into()
@@ -120,8 +155,14 @@ impl VhostUserBackend for Disk {
         part.take(size as usize).copied().collect()
     }
 
-    fn update_memory(&self, _memory: Memory) -> io::Result<()> {
-        Ok(()) // it is the one that the daemon was given, with other contents
+    fn acked_features(&self, features: u64) {
+        B::features(&self.log, features);
+    }
+
+    fn update_memory(&self, memory: Memory<B>) -> io::Result<()> {
+        // It is the one that the daemon was given, with other contents.
+        B::memory(&self.log, &memory.memory());
+        Ok(())
     }
 
     fn handle_event(&self, queue: u16, _: EventSet, vrings: &[Self::Vring], _thread: usize) -> io::Result<()> {
@@ -152,14 +193,22 @@ impl VhostUserBackend for Disk {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let arguments: Vec<String> = std::env::args().collect();
-    let [_, socket, image] = &arguments[..] else { return Err("usage: rust_vmm_disk SOCKET IMAGE".into()) };
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments[..] {
+        [socket, image] => serve::<BitmapMmapRegion>(socket, image),
+        [socket, image, "logged"] => serve::<RegionBitmap>(socket, image),
+        _ => Err("usage: rust_vmm_disk SOCKET IMAGE [logged]".into()),
+    }
+}
+
+fn serve<B: Logged>(socket: &str, image: &str) -> Result<(), Box<dyn Error>> {
     let mut listener = Listener::new(socket, true)?;
     loop {
         // A daemon serves one connection and keeps what that has left: the next front-end gets a new one.
         let image = File::options().read(true).write(true).open(image)?;
-        let memory = Memory::new(Ram::new());
-        let disk = Arc::new(Disk { image, memory: memory.clone() });
+        let memory = Memory::<B>::new(Ram::new());
+        let disk = Arc::new(Disk { image, memory: memory.clone(), log: B::Log::default() });
         let mut daemon = VhostUserDaemon::new("disk".into(), disk, memory).map_err(|error| error.to_string())?;
         daemon.start(&mut listener).map_err(|error| error.to_string())?;
         if let Err(error) = daemon.wait() {

@@ -41,6 +41,7 @@ fn read_frames(stream: &[u8]) {
     while let Ok(header) = reader.next_frame() {
         let good = match header.kind {
             Kind::Pages => decoder.receive(&header, &mut reader).is_ok(),
+            Kind::Hashes => decoder.compare(&header, &mut reader).is_ok(),
             kind if (kind as u16) < 0x80 => ToDestination::read(&header, &mut reader).is_ok(),
             _ => ToSource::read(&header, &mut reader).is_ok(),
         };

@@ -10,6 +10,8 @@ mod log;
 mod page_set;
 mod pagemap;
 mod rate;
+#[cfg(feature = "vhost-user-backend")]
+mod region_bitmap;
 mod source;
 mod vector;
 
@@ -19,4 +21,6 @@ pub use log::{Burst, Log, LogError, LogSignal};
 pub use page_set::{PageSet, Runs};
 pub use pagemap::{Pagemap, PagemapError};
 pub use rate::{DirtyModel, DirtyRate, Forecast, RateMeter, SourceRate, forecast};
+#[cfg(feature = "vhost-user-backend")]
+pub use region_bitmap::{DeviceLog, LogMemory, RegionBitmap, RegionSlice};
 pub use source::{DirtyError, DirtySource, LogSource, Share, Union};

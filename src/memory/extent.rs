@@ -3,6 +3,7 @@
 //!
 //! Here: what a file or this process's page table knows. Not here: what is done with a hole (`stream`, `guest`).
 
+use std::fs::File;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
@@ -96,6 +97,36 @@ fn read(fd: BorrowedFd<'_>, start: u64, size: u64) -> nix::Result<Extent> {
         known = want as u64;
     }
     Ok(Extent { len: known, hole: true })
+}
+
+/// The pages of private anonymous memory, as this process's page table has them.
+#[derive(Debug)]
+pub(super) struct PageTable(File);
+
+impl PageTable {
+    pub(super) fn open() -> std::io::Result<PageTable> {
+        Ok(PageTable(File::open("/proc/self/pagemap")?))
+    }
+
+    /// The extent at the start of `size` bytes at `address` of this process. A page that userfaultfd protects against
+    /// writes counts as data even if it was never touched.
+    pub(super) fn extent(&self, address: u64, size: u64) -> Extent {
+        /// Entries looked at in one go: those of 2 MiB.
+        const ENTRIES: usize = 512;
+        /// Present, or in swap, which a marker of userfaultfd looks like.
+        const USED: u64 = 1 << 63 | 1 << 62;
+        let mut buffer = [0; 8 * ENTRIES];
+        let pages = (address % LOG_PAGE + size).div_ceil(LOG_PAGE).min(ENTRIES as u64);
+        let part = buffer.get_mut(..8 * pages as usize).unwrap_or_default();
+        let read = pread(&self.0, part, (address / LOG_PAGE * 8) as libc::off_t);
+        let (entries, _) = buffer.get(..read.unwrap_or(0)).unwrap_or_default().as_chunks();
+        let mut hole = entries.iter().map(|entry| u64::from_ne_bytes(*entry) & USED == 0);
+        let Some(first) = hole.next().filter(|_| address.is_multiple_of(LOG_PAGE)) else {
+            return Extent { len: size, hole: false };
+        };
+        let alike = 1 + hole.take_while(|hole| *hole == first).count() as u64;
+        Extent { len: (alike * LOG_PAGE).min(size), hole: first }
+    }
 }
 
 /// Splits runs of pages into data and holes, and remembers the extent that was found last.

@@ -21,7 +21,8 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use vm_memory::VolatileSlice;
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, VolatileSlice};
 
 /// The unit of every dirty log and of every page this crate moves: 4096 bytes of guest-physical memory, whatever the
 /// page size of the host or the guest (rule L1).
@@ -298,6 +299,22 @@ impl Memory {
     }
 }
 
+impl<B: Bitmap + Send + Sync + 'static> TryFrom<&GuestMemoryMmap<B>> for Memory {
+    type Error = MemoryError;
+
+    /// Guest memory of a VMM built from rust-vmm's crates, to migrate it. It stays mapped as long as this lives. What this
+    /// crate writes is not in the bitmap `B`. Its holes are found if vm-memory has mapped it itself; a
+    /// [`Pagemap`](crate::dirty::Pagemap) makes private anonymous memory look used.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn try_from(memory: &GuestMemoryMmap<B>) -> Result<Memory, MemoryError> {
+        let region =
+            |region: &GuestRegionMmap<B>| Region::of_mapping(region.start_addr().0, region.get_mmap()).map(Arc::new);
+        Memory::new(memory.iter().map(region).collect::<Result<Vec<_>, _>>()?)
+    }
+}
+
 impl fmt::Debug for Memory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_list().entries(self.0.iter()).finish()
@@ -308,6 +325,8 @@ impl fmt::Debug for Memory {
 mod tests {
     use super::*;
     use std::os::fd::AsFd;
+
+    use vm_memory::{Bytes, FileOffset, GuestAddress};
 
     const HIGH: u64 = 1 << 32;
 
@@ -391,5 +410,58 @@ mod tests {
         let mut found = [0; 4];
         part.read(4, &mut found).unwrap();
         assert_eq!(&found, b"here");
+    }
+
+    /// Pages that may hold something.
+    fn data(memory: &Memory) -> Vec<Range<u64>> {
+        let mut runs = Vec::new();
+        memory.data(|run| {
+            runs.push(run);
+            true
+        });
+        runs
+    }
+
+    #[test]
+    fn guest_memory_of_vm_memory_keeps_its_contents_its_files_and_its_holes() {
+        const SIZE: usize = 2 << 20;
+        let fd = sealed_memfd("memory-test", SIZE as u64 + 0x4000).unwrap();
+        let file = |start| Some(FileOffset::new(std::fs::File::from(fd.try_clone().unwrap()), start));
+        let ranges = [(GuestAddress(0), SIZE, None), (GuestAddress(HIGH), SIZE, file(0x4000))];
+        let theirs = GuestMemoryMmap::<()>::from_ranges_with_files(ranges).unwrap();
+        let written = [0x3000, SIZE as u64 - 1, HIGH, HIGH + 0x7008];
+        for gpa in written {
+            theirs.write_obj(7u8, GuestAddress(gpa)).unwrap();
+        }
+        let ours = Memory::try_from(&theirs).unwrap();
+        drop(theirs);
+        let (last, high) = (SIZE as u64 / LOG_PAGE - 1, HIGH / LOG_PAGE);
+        assert_eq!(data(&ours), [3..4, last..last + 1, high..high + 1, high + 7..high + 8]);
+        for gpa in written {
+            let mut byte = [0];
+            ours.read(gpa, &mut byte).unwrap();
+            assert_eq!(byte, [7], "{gpa:#x}");
+        }
+        let shared = ours.regions().iter().map(|region| region.shared().map(|(_, offset)| offset));
+        assert!(shared.eq([None, Some(0x4000)]));
+        ours.write(HIGH + 0x1000, b"here").unwrap();
+        let file = Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 0x6000, 0, 0).unwrap())]).unwrap();
+        let mut found = [0; 4];
+        file.read(0x5000, &mut found).unwrap();
+        assert_eq!(&found, b"here", "it is the same memory");
+        assert_eq!(ours.gpa_of_user(ours.regions()[1].host_ptr() as u64 + 5, 1).unwrap(), HIGH + 5);
+    }
+
+    #[test]
+    fn of_memory_that_vm_memory_has_not_mapped_itself_all_is_data() {
+        let fd = sealed_memfd("memory-test", 0x4000).unwrap();
+        let region = Region::map(fd.as_fd(), 0, 0x4000, 0, 0).unwrap();
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE;
+        // SAFETY: the mapping is `region`'s, which outlives it.
+        let raw = unsafe { vm_memory::MmapRegion::<()>::build_raw(region.host_ptr(), 0x4000, prot, flags) }.unwrap();
+        let theirs = GuestRegionMmap::new(raw, GuestAddress(0)).unwrap();
+        let ours = Memory::try_from(&GuestMemoryMmap::from_regions(vec![theirs]).unwrap()).unwrap();
+        assert_eq!(data(&ours), [0..4]);
     }
 }

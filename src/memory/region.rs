@@ -1,5 +1,6 @@
 //! One region: a mapping of part of a file, with the addresses the guest and the front-end know it by.
 
+use std::any::Any;
 use std::ffi::CString;
 use std::fmt;
 use std::io;
@@ -12,9 +13,10 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{SFlag, fstat};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
-use vm_memory::VolatileSlice;
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{MmapRegion, VolatileSlice};
 
-use super::extent::{Extent, HoleSearch};
+use super::extent::{Extent, HoleSearch, PageTable};
 use super::{LOG_PAGE, MemoryError};
 
 /// A shared, writable mapping of guest memory.
@@ -26,10 +28,50 @@ pub struct Region {
     user_addr: u64,
     /// Where the first byte is here, which need not be where the mapping begins: that is of whole pages.
     host: *mut u8,
-    mapping: Arc<MmapRaw>,
+    mapping: Arc<Mapping>,
     page: u64,
-    /// Kept only by who shares the region with a device.
-    shared: Option<Shared>,
+    backing: Backing,
+}
+
+/// What keeps the memory of a region mapped.
+enum Mapping {
+    Own(MmapRaw),
+    /// Mapped by somebody else, for as long as the owner lives.
+    Other {
+        start: *mut u8,
+        len: usize,
+        _owner: Arc<dyn Any + Send + Sync>,
+    },
+}
+
+// SAFETY: the pointer is only handed out; what it points to stays mapped until the owner, which is `Send`, is dropped.
+unsafe impl Send for Mapping {}
+// SAFETY: as for `Send`; the owner is `Sync`.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn as_mut_ptr(&self) -> *mut u8 {
+        match self {
+            Mapping::Own(mapping) => mapping.as_mut_ptr(),
+            Mapping::Other { start, .. } => *start,
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Mapping::Own(mapping) => mapping.len(),
+            Mapping::Other { len, .. } => *len,
+        }
+    }
+}
+
+/// What is known of where a region's memory comes from.
+enum Backing {
+    Unknown,
+    /// A file, kept by who shares the region with a device.
+    Shared(Shared),
+    /// Anonymous memory of this process alone.
+    Private(PageTable),
 }
 
 /// The file of a region that is shared.
@@ -39,8 +81,8 @@ struct Shared {
     holes: HoleSearch,
 }
 
-// SAFETY: the pointer is to memory that `_mapping` (Send and Sync) keeps mapped, and all access to it is made for memory
-// that others write.
+// SAFETY: the pointers are to memory that `mapping` keeps mapped, whoever has mapped it, and all access to it is made for
+// memory that others write.
 unsafe impl Send for Region {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Region {}
@@ -79,7 +121,15 @@ impl Region {
         let Ok(len) = usize::try_from(stop - start) else { return Err(bad) };
         let mapping = MmapOptions::new().offset(start).len(len).map_raw(fd.as_raw_fd()).map_err(refused)?;
         let host = mapping.as_mut_ptr().wrapping_add(skip);
-        Ok(Region { gpa, size, user_addr, host, mapping: Arc::new(mapping), page, shared: None })
+        Ok(Region {
+            gpa,
+            size,
+            user_addr,
+            host,
+            mapping: Arc::new(Mapping::Own(mapping)),
+            page,
+            backing: Backing::Unknown,
+        })
     }
 
     /// `size` bytes of this region from `offset` on, as a region at another address, also for the front-end.
@@ -88,7 +138,15 @@ impl Region {
             return Err(MemoryError::BadRange { gpa: at, size });
         }
         let host = self.host.wrapping_add(offset as usize);
-        Ok(Region { gpa: at, size, user_addr: at, host, mapping: self.mapping.clone(), page: self.page, shared: None })
+        Ok(Region {
+            gpa: at,
+            size,
+            user_addr: at,
+            host,
+            mapping: self.mapping.clone(),
+            page: self.page,
+            backing: Backing::Unknown,
+        })
     }
 
     /// A region of `size` bytes at `at` made of parts, each a region with an offset and a length in bytes: their pages are
@@ -130,7 +188,15 @@ impl Region {
             return Err(scattered);
         }
         let host = mapping.as_mut_ptr().wrapping_add(skip);
-        Ok(Region { gpa: at, size, user_addr: at, host, mapping: Arc::new(mapping), page: LOG_PAGE, shared: None })
+        Ok(Region {
+            gpa: at,
+            size,
+            user_addr: at,
+            host,
+            mapping: Arc::new(Mapping::Own(mapping)),
+            page: LOG_PAGE,
+            backing: Backing::Unknown,
+        })
     }
 
     /// Maps a region of this process's own guest memory and keeps `fd` so that devices can be given it. Its front-end
@@ -141,23 +207,59 @@ impl Region {
     pub fn share(fd: OwnedFd, gpa: u64, size: u64, mmap_offset: u64) -> Result<Region, MemoryError> {
         let mut region = Region::map(fd.as_fd(), gpa, size, 0, mmap_offset)?;
         region.user_addr = region.host_ptr() as u64;
-        region.shared = Some(Shared { holes: HoleSearch::of(fd.as_fd()), fd, offset: mmap_offset });
+        region.backing = Backing::Shared(Shared { holes: HoleSearch::of(fd.as_fd()), fd, offset: mmap_offset });
         Ok(region)
     }
 
     /// The fd and the offset into it, in bytes, of a region made by [`Region::share`].
     pub fn shared(&self) -> Option<(BorrowedFd<'_>, u64)> {
-        self.shared.as_ref().map(|shared| (shared.fd.as_fd(), shared.offset))
+        match &self.backing {
+            Backing::Shared(shared) => Some((shared.fd.as_fd(), shared.offset)),
+            _ => None,
+        }
     }
 
-    /// The extent that begins `offset` bytes into the region. Only a region made by [`Region::share`] knows its holes, on
-    /// tmpfs (memfds), hugetlbfs, ext4, XFS and Btrfs; of every other all is data. The position of the fd moves.
+    /// The extent that begins `offset` bytes into the region. Holes are known of regions that have their file
+    /// ([`Region::share`]) on tmpfs (memfds), hugetlbfs, ext4, XFS and Btrfs, whose fd is moved by this, and of private
+    /// anonymous memory; of every other all is data.
     pub fn extent(&self, offset: u64) -> Extent {
         let size = self.size.saturating_sub(offset);
-        match &self.shared {
-            Some(shared) => shared.holes.extent(shared.fd.as_fd(), shared.offset + offset..shared.offset + self.size),
-            None => Extent { len: size, hole: false },
+        match &self.backing {
+            Backing::Shared(shared) => {
+                shared.holes.extent(shared.fd.as_fd(), shared.offset + offset..shared.offset + self.size)
+            }
+            Backing::Private(table) => table.extent(self.host.addr() as u64 + offset, size),
+            Backing::Unknown => Extent { len: size, hole: false },
         }
+    }
+
+    /// The region of a mapping that rust-vmm's `vm-memory` has made, for the guest at `gpa`. Its front-end address is its
+    /// address in this process. A shared mapping of a file can be given to devices.
+    pub(super) fn of_mapping<B: Bitmap + Send + Sync + 'static>(
+        gpa: u64,
+        other: Arc<MmapRegion<B>>,
+    ) -> Result<Region, MemoryError> {
+        let (start, len) = (other.as_ptr(), other.size());
+        let size = len as u64;
+        let refused = |source: io::Error| MemoryError::Map { gpa, size, source };
+        if size == 0 || gpa.checked_add(size).is_none() {
+            return Err(MemoryError::BadRange { gpa, size });
+        }
+        let mut page = LOG_PAGE;
+        // What a mapping is that it has not made itself vm-memory does not know.
+        let backing = match other.file_offset() {
+            Some(file) if other.owned() && other.flags() & libc::MAP_SHARED != 0 => {
+                let fd = OwnedFd::from(file.file().try_clone().map_err(refused)?);
+                page = mapping_unit(fd.as_fd()).map_err(refused)?;
+                Backing::Shared(Shared { holes: HoleSearch::of(fd.as_fd()), fd, offset: file.start() })
+            }
+            None if other.owned() && other.flags() & libc::MAP_PRIVATE != 0 => {
+                Backing::Private(PageTable::open().map_err(refused)?)
+            }
+            _ => Backing::Unknown,
+        };
+        let mapping = Arc::new(Mapping::Other { start, len, _owner: other });
+        Ok(Region { gpa, size, user_addr: start.addr() as u64, host: start, mapping, page, backing })
     }
 
     /// Guest-physical address of the first byte.

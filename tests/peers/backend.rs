@@ -22,6 +22,8 @@ pub(crate) enum Kind {
     StorageDaemon { bytes_per_second: Option<u64> },
     /// `examples/rust_vmm_disk.rs`, which has two queues.
     RustVmm,
+    /// The same with our bitmap on its memory.
+    RustVmmLogged,
 }
 
 /// A back-end on a socket, restartable at the same place.
@@ -123,9 +125,10 @@ fn spawn(kind: Kind, socket: &Path, image: &Path, output: &Path, queues: u16) ->
             );
             Process::start("qemu-storage-daemon", "qemu-storage-daemon", &words(&args), output)
         }
-        Kind::RustVmm => {
+        Kind::RustVmm | Kind::RustVmmLogged => {
             let program = example("rust_vmm_disk");
-            Process::start("rust_vmm_disk", &program, &words(&format!("{socket} {image}")), output)
+            let how = if let Kind::RustVmmLogged = kind { "logged" } else { "" };
+            Process::start("rust_vmm_disk", &program, &words(&format!("{socket} {image} {how}")), output)
         }
     }
 }

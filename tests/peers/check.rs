@@ -225,6 +225,29 @@ fn the_console_of_rust_vmm_ends_when_it_refuses_something() {
     kept(&report, &["F2", "F3", "F4", "F8", "C1", "R1", "R3", "R4", "R5", "R6", "R7", "R8"]);
 }
 
+#[test]
+fn the_same_disk_with_our_bitmap_keeps_what_a_device_under_those_crates_can_keep_of_the_log() {
+    let lab = Lab::new();
+    let image = lab.disk();
+    File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
+    let backend = Backend::start(&lab, Kind::RustVmmLogged, "rust-vmm", &image, 2);
+    let options = Options { timeout: Duration::from_secs(5), write: true, may_kill: true, ..Options::default() };
+    let report = check(backend.socket(), &options).unwrap();
+    let rules = report.rules();
+    for rule in ["L1", "L2", "L6", "L7", "L8", "L9", "L10", "L11", "M1"] {
+        assert_eq!(rules.get(rule), Some(&Verdict::Kept), "{rule}\n{report}");
+    }
+    // The crates tell a device neither of log_guest_addr and F_LOG nor of SET_LOG_FD.
+    let broken = report.findings.iter().filter(|found| found.verdict == Verdict::Broken && found.rule.starts_with('L'));
+    let broken: BTreeSet<_> = broken.map(|finding| (finding.rule, finding.what)).collect();
+    let expected = [
+        ("L3", "the used ring is marked at log_guest_addr, wherever that is"),
+        ("L3", "the avail event word is marked at log_guest_addr"),
+        ("L12", "SET_LOG_FD is signalled after logging, and only then"),
+    ];
+    assert_eq!(broken, BTreeSet::from(expected), "{report}");
+}
+
 /// The report on a testpmd that outlived it. Now and then one doesn't: its worker is not done with a ring that is stopped, and
 /// faults. The report says so, and another one is started.
 fn of_testpmd(port: &str, only: &[&'static str], seconds: u64) -> Report {
