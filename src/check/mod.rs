@@ -12,7 +12,7 @@
 //! | `framing`, `rings`, `order`, `log`, `marks`, `memory`, `inflight`, `iommu`, `state`, `channel`, `postcopy`, `hostile` | the checks, a file per group of rules |
 //! | `postman` | guest memory that was taken away, and who brings its pages |
 //! | `process` | the back-end's process, where it may be killed and started again |
-//! | `outcome`, `report` | what a check came to, and what was found in all |
+//! | `outcome`, `report`, `explain` | what a check came to, what was found in all, and what each rule is for |
 //!
 //! [`check`] makes one connection after the other, and each check has one of its own. Whatever the back-end does, hanging
 //! and dying included, is a finding. Nothing is written to a disk, unless [`Options::write`] allows it.
@@ -26,6 +26,7 @@ mod blk;
 mod channel;
 mod console;
 mod device;
+mod explain;
 mod framing;
 mod fs;
 mod hostile;
@@ -51,6 +52,7 @@ mod shape;
 mod state;
 mod vsock;
 
+pub use explain::{Consequence, Explanation, explain};
 pub use net::Feed;
 pub use options::{CheckError, Kind, Options, Rings};
 pub use report::{Finding, Report, Verdict};
@@ -168,7 +170,7 @@ pub fn check_watched(socket: &Path, options: &Options, watch: &mut dyn FnMut(&St
             bench.options.timeout = bench.options.timeout.min(IMPATIENT);
         }
         if let Err(fault) = bench.lives() {
-            let seen = format!("after \"{rule} {what}\": {fault}");
+            let seen = format!("{}{rule} {what}\": {fault}", report::AFTER);
             let what = "the next front-end is served";
             findings.push(Finding { rule: "R9", what, rings, verdict: Verdict::Broken, seen, seconds: 0.0 });
             let again = if bench.process.is_some() { bench.replace() } else { Err(fault) };

@@ -6,6 +6,15 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use super::explain::{Consequence, consequence};
+
+/// What the names of checks begin with that send what must be refused.
+const HOSTILE: &str = "hostile";
+/// How a finding begins that is about what came after a check, whose rule and name follow in quotes.
+pub(super) const AFTER: &str = "after \"";
+/// Checks that are named in a row.
+const NAMED: usize = 2;
+
 /// What became of a promise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -115,17 +124,141 @@ impl Report {
     }
 }
 
-/// The table for people.
-impl fmt::Display for Report {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{}: {}", self.socket.display(), self.offers)?;
-        writeln!(f, "{:5} {:12} {:15} what was checked: what was seen", "rule", "verdict", "rings")?;
-        for Finding { rule, what, rings, verdict, seen, .. } in &self.findings {
-            writeln!(f, "{rule:5} {verdict:12} {rings:15} {what}: {seen}")?;
+/// Findings of one cause: the same check on several rings, or the same seen by several checks.
+struct Row<'a> {
+    verdict: Verdict,
+    consequence: Option<Consequence>,
+    /// What was seen, without its numbers.
+    cause: String,
+    rules: Vec<&'a str>,
+    rings: Vec<&'a str>,
+    whats: Vec<&'a str>,
+    seen: &'a str,
+}
+
+impl<'a> Row<'a> {
+    fn of(finding: &'a Finding) -> Row<'a> {
+        let Finding { rule, what, rings, verdict, ref seen, .. } = *finding;
+        let mut row = Row {
+            verdict,
+            consequence: None,
+            cause: String::new(),
+            rules: vec![rule],
+            rings: Vec::new(),
+            whats: vec![what],
+            seen,
+        };
+        row.rings.extend((!rings.is_empty()).then_some(rings));
+        if matches!(verdict, Verdict::Broken | Verdict::Warning) {
+            row.consequence = Some(match what.starts_with(HOSTILE) {
+                true => Consequence::Killed,
+                false => consequence(rule),
+            });
+        }
+        // What came after a check is the matter of that: the check is named, and the end is its own cause.
+        if let Some((check, end)) = seen.strip_prefix(AFTER).and_then(|seen| seen.split_once("\": ")) {
+            (row.whats, row.seen) = (vec![check], end);
+        }
+        // Every number is the same one.
+        let parts = row.seen.split(|c: char| c.is_ascii_digit()).filter(|part| !part.is_empty());
+        row.cause = parts.collect::<Vec<_>>().join("0");
+        row
+    }
+
+    /// Returns true if both are of one cause. What was kept is said of each check.
+    fn is_of(&self, other: &Row<'_>) -> bool {
+        let same = |one: &[&str], other: &[&str]| one.iter().any(|it| other.contains(it));
+        let same_check = same(&self.rules, &other.rules) && same(&self.whats, &other.whats);
+        let same_cause =
+            self.verdict != Verdict::Kept && self.cause == other.cause && self.consequence == other.consequence;
+        self.verdict == other.verdict && (same_check || same_cause)
+    }
+
+    fn join(&mut self, other: Row<'a>) {
+        for (all, more) in
+            [(&mut self.rules, other.rules), (&mut self.rings, other.rings), (&mut self.whats, other.whats)]
+        {
+            more.into_iter().for_each(|it| {
+                if !all.contains(&it) {
+                    all.push(it)
+                }
+            });
+        }
+    }
+}
+
+/// The colour of a verdict on a terminal.
+fn colour(verdict: Verdict) -> u8 {
+    match verdict {
+        Verdict::Broken => 31,
+        Verdict::Warning => 33,
+        Verdict::Kept => 32,
+        Verdict::NotOffered | Verdict::NotTested => 2,
+    }
+}
+
+impl Report {
+    /// One row per cause: what is broken first, by what comes of it; then warnings, and the rest.
+    fn rows(&self) -> Vec<Row<'_>> {
+        let mut rows: Vec<Row<'_>> = Vec::new();
+        for finding in &self.findings {
+            let row = Row::of(finding);
+            match rows.iter_mut().find(|known| known.is_of(&row)) {
+                Some(known) => known.join(row),
+                None => rows.push(row),
+            }
+        }
+        // A stable sort: within a group they stay in the order in which they were found.
+        let order = [Verdict::Broken, Verdict::Warning, Verdict::Kept, Verdict::NotOffered, Verdict::NotTested];
+        rows.sort_by_key(|row| (order.iter().position(|verdict| *verdict == row.verdict), row.consequence));
+        rows
+    }
+
+    /// The report for people, in colours for a terminal or without.
+    pub fn text(&self, colours: bool) -> String {
+        let paint = |code: u8, text: &str| match colours {
+            true => format!("\x1b[{code}m{text}\x1b[0m"),
+            false => text.into(),
+        };
+        let mut text = format!("{}: {}\n", self.socket.display(), self.offers);
+        let mut group = None;
+        for row in self.rows() {
+            let here = Some((row.verdict, row.consequence));
+            if group != here {
+                let title = match (row.verdict, row.consequence) {
+                    (Verdict::Warning, Some(consequence)) => {
+                        format!("at a price, or for some ({})", consequence.words())
+                    }
+                    (_, Some(consequence)) => consequence.words().into(),
+                    (verdict, None) => verdict.to_string(),
+                };
+                let _ = writeln!(text, "\n{}", paint(1, &title));
+                group = here;
+            }
+            let verdict = paint(colour(row.verdict), &format!("{:12}", row.verdict));
+            let (rules, rings) = (row.rules.join(","), row.rings.join(", "));
+            let more = row.whats.len().saturating_sub(NAMED);
+            let mut whats = row.whats.iter().take(NAMED).copied().collect::<Vec<_>>().join("; ");
+            if more > 0 {
+                let _ = write!(whats, "; and {more} more checks");
+            }
+            let _ = writeln!(text, "{rules:5} {verdict} {rings:15} {whats}: {}", row.seen);
         }
         let all = [Verdict::Broken, Verdict::Warning, Verdict::Kept, Verdict::NotOffered, Verdict::NotTested];
         let counts: Vec<String> = all.iter().map(|verdict| format!("{} {verdict}", self.count(*verdict))).collect();
-        write!(f, "{}", counts.join(", "))
+        let _ = write!(text, "\nchecks: {}", counts.join(", "));
+        if let Some(broken) = self.rows().iter().find(|row| row.verdict == Verdict::Broken) {
+            let rule = broken.rules.first().copied().unwrap_or_default();
+            let _ = write!(text, "\n'vhost-migrate check --explain {rule}' says what the rule is for and what to do");
+        }
+        text
+    }
+}
+
+/// The report for people, without colours.
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text(false))
     }
 }
 
@@ -166,6 +299,59 @@ mod tests {
         report.findings.retain(|finding| finding.verdict != Verdict::Broken);
         assert_eq!(report.rules(), BTreeMap::from([("R3", Verdict::Kept)]));
         assert!(!report.is_broken());
+    }
+
+    #[test]
+    fn one_cause_is_one_row_and_failures_come_first_by_their_consequence() {
+        let found = |rule, what, rings, verdict, seen: &str| Finding {
+            rule,
+            what,
+            rings,
+            verdict,
+            seen: seen.into(),
+            seconds: 0.0,
+        };
+        let mut findings = vec![
+            found("F2", "flags", "", Verdict::Kept, "22 replies"),
+            found("F5", "unknown", "", Verdict::Broken, "it hung up"),
+            found("R9", "the next front-end is served", "", Verdict::Broken, "after \"F5 unknown\": it ended with 1"),
+            found("R9", "the next front-end is served", "", Verdict::Broken, "after \"P1 postcopy\": it ended with 1"),
+            found("C1", "hostile: configuration", "", Verdict::Broken, "no answer"),
+            found("I3", "hang-ups", "split", Verdict::Broken, "20 requests without answer"),
+            found("I3", "hang-ups", "packed", Verdict::Broken, "7 requests were answered twice"),
+            found("L1", "data", "split", Verdict::Broken, "5 of 9 changed pages are not marked"),
+            found("L9", "another log", "packed", Verdict::Broken, "31 of 90 changed pages are not marked"),
+            found("L2", "offset", "split", Verdict::Warning, "7 pages for nothing"),
+        ];
+        for rule in ["T1", "T2", "T3", "T4", "T5"] {
+            findings.push(found(rule, rule, "split", Verdict::NotOffered, "ACCESS_PLATFORM is not offered"));
+        }
+        let report = Report { socket: "s".into(), offers: "o".into(), findings };
+        let text = report.text(false);
+        let lines: Vec<&str> = text.lines().filter(|line| !line.is_empty()).collect();
+        let expected = [
+            "s: o",
+            "live migration loses pages",
+            "L1,L9 broken       split, packed   data; another log: 5 of 9 changed pages are not marked",
+            "a restart loses requests",
+            "R9    broken                       F5 unknown; P1 postcopy: it ended with 1",
+            "I3    broken       split, packed   hang-ups: 20 requests without answer",
+            "a hostile guest or front-end kills it",
+            "C1    broken                       hostile: configuration: no answer",
+            "front-ends can't work with it",
+            "F5    broken                       unknown: it hung up",
+            "at a price, or for some (live migration loses pages)",
+            "L2    warning      split           offset: 7 pages for nothing",
+            "kept",
+            "F2    kept                         flags: 22 replies",
+            "not offered",
+            "T1,T2,T3,T4,T5 not offered  split           T1; T2; and 3 more checks: ACCESS_PLATFORM is not offered",
+            "checks: 8 broken, 1 warning, 1 kept, 5 not offered, 0 not tested",
+            "'vhost-migrate check --explain L1' says what the rule is for and what to do",
+        ];
+        assert_eq!(lines, expected, "{text}");
+        let coloured = report.text(true);
+        assert!(coloured.contains("\x1b[31mbroken      \x1b[0m") && !text.contains('\x1b'), "{coloured}");
     }
 
     #[test]

@@ -187,6 +187,39 @@ fn the_exit_status_says_what_kind_of_trouble_it_is() {
 }
 
 #[test]
+fn a_rule_is_explained_without_a_back_end() {
+    for id in ["R3", "r3"] {
+        let output = command(&["--explain", id]);
+        let said = text(&output.stdout);
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        let parts = ["R3: GET_VRING_BASE stops the ring.", "If broken: live migration loses pages.", "Remedy: "];
+        assert!(parts.iter().all(|part| said.contains(part)), "{said}");
+    }
+    let unknown = command(&["--explain", "X1"]);
+    assert_eq!(unknown.status.code(), Some(2));
+    assert!(text(&unknown.stderr).contains("there is no rule \"X1\""), "{}", text(&unknown.stderr));
+    assert_eq!(command(&["--explain", "R3", "/nobody"]).status.code(), Some(2));
+}
+
+#[test]
+fn a_terminal_has_colours_unless_its_user_wants_none() {
+    let backend = Backend::start(Bend::ConfigOffset);
+    let check = format!("{PROGRAM} check {} --only C1", backend.socket().display());
+    // What script(1) runs has a terminal.
+    for (no_color, coloured) in [(None, true), (Some(""), true), (Some("1"), false)] {
+        let mut script = Command::new("script");
+        script.args(["-qec", &check, "/dev/null"]).env_remove("NO_COLOR").stdin(Stdio::null());
+        script.envs(no_color.map(|value| ("NO_COLOR", value)));
+        let output = script.output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{}", text(&output.stdout));
+        let said = text(&output.stdout);
+        assert_eq!(said.contains("\x1b[31mbroken"), coloured, "{no_color:?}: {said:?}");
+    }
+    let piped = command(&[backend.socket().to_str().unwrap(), "--only", "C1"]);
+    assert!(!text(&piped.stdout).contains('\x1b'), "{}", text(&piped.stdout));
+}
+
+#[test]
 fn a_back_end_that_serves_another_front_end_is_not_said_to_speak_something_else() {
     let backend = Backend::start(Bend::Nothing);
     let socket = backend.socket();

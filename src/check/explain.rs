@@ -1,0 +1,425 @@
+//! What each rule is for: what is lost when it is broken, and what the author or the user of a back-end can do.
+
+use super::{CheckError, rule};
+
+/// What comes of a broken rule, the worst first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Consequence {
+    /// Pages that were written are not marked, or written after they were sent.
+    LosesPages,
+    /// Guest memory is written or read where it should not be.
+    Corrupts,
+    /// Requests in flight are lost, or served twice.
+    LosesRequests,
+    /// A message, a ring or a state ends it, or has it take what can't be.
+    Killed,
+    /// The driver waits for good.
+    Stalls,
+    /// The device arrives with other properties than it left with.
+    ArrivesChanged,
+    /// Some front-ends can't work with it.
+    Refused,
+}
+
+impl Consequence {
+    /// In words.
+    pub fn words(self) -> &'static str {
+        match self {
+            Consequence::LosesPages => "live migration loses pages",
+            Consequence::Corrupts => "guest memory is damaged",
+            Consequence::LosesRequests => "a restart loses requests",
+            Consequence::Killed => "a hostile guest or front-end kills it",
+            Consequence::Stalls => "a guest stalls",
+            Consequence::ArrivesChanged => "a device is another one after a migration",
+            Consequence::Refused => "front-ends can't work with it",
+        }
+    }
+}
+
+/// What a rule is for.
+#[derive(Clone, Copy, Debug)]
+pub struct Explanation {
+    /// Its id.
+    pub rule: &'static str,
+    /// What comes of it when it is broken.
+    pub consequence: Consequence,
+    /// What that means.
+    pub meaning: &'static str,
+    /// What can be done.
+    pub remedy: &'static str,
+}
+
+use Consequence::{ArrivesChanged, Corrupts, Killed, LosesPages, LosesRequests, Refused, Stalls};
+
+const fn of(rule: &'static str, consequence: Consequence, meaning: &'static str, remedy: &'static str) -> Explanation {
+    Explanation { rule, consequence, meaning, remedy }
+}
+
+const EXPLANATIONS: &[Explanation] = &[
+    of(
+        "F1",
+        Refused,
+        "A message that arrives in pieces ends the connection. A front-end that writes header and payload separately, or a loaded host, is enough.",
+        "Read until header.size bytes of payload have arrived; one recvmsg is not a message.",
+    ),
+    of(
+        "F2",
+        Refused,
+        "QEMU and User-mode Linux refuse replies with other flags and close the connection.",
+        "Set a reply's flags to 0x5; do not copy them from the request.",
+    ),
+    of(
+        "F3",
+        Refused,
+        "A second reply is taken for the reply to the next request: from there on every answer is wrong.",
+        "Ignore need-reply for requests that have a reply of their own.",
+    ),
+    of(
+        "F4",
+        Refused,
+        "The front-end waits for an acknowledgement that does not come, or takes a message for done that is not.",
+        "With REPLY_ACK answer every need-reply with a u64, 0 for success, in the order of the requests.",
+    ),
+    of(
+        "F5",
+        Refused,
+        "A newer front-end loses its device with the first request that the back-end does not know. Descriptors that are kept leak.",
+        "Answer an unknown request that has need-reply with a non-zero u64, skip others, go on, and close the descriptors that came along.",
+    ),
+    of(
+        "F6",
+        Refused,
+        "User-mode Linux pads SET_MEM_TABLE; a back-end that wants the exact size refuses it.",
+        "Take every payload that is at least as long as its content.",
+    ),
+    of(
+        "F7",
+        Refused,
+        "rust-vmm's front-end waits for 16 bytes and hangs when logging is switched on; others take any length.",
+        "Echo the 16 bytes of the request, once.",
+    ),
+    of(
+        "F8",
+        Stalls,
+        "User-mode Linux passes sockets and pipes as call fds. If they are not signalled, its driver waits for good.",
+        "Write 8 bytes to a call fd, whatever it is, and expect EAGAIN.",
+    ),
+    of(
+        "B1",
+        Stalls,
+        "A front-end that does not read its channel, or closes it, stalls the rings or loses the connection.",
+        "Write to the channel without blocking, and drop the channel alone when it fails. A second SET_BACKEND_REQ_FD replaces the first.",
+    ),
+    of(
+        "B2",
+        ArrivesChanged,
+        "The guest does not see that a disk has grown or a link is down.",
+        "Send CONFIG_CHANGE_MSG after the configuration has changed.",
+    ),
+    of(
+        "B3",
+        Stalls,
+        "With in-band notifications a kick or a call is lost: requests are not started, or completions are not seen.",
+        "Take VRING_KICK as the kick fd, also to start a ring, and send VRING_CALL for each batch when there is no call fd.",
+    ),
+    of(
+        "B4",
+        Refused,
+        "A doorbell page of hardware is expected where there is none.",
+        "Do not offer HOST_NOTIFIER without hardware.",
+    ),
+    of(
+        "R1",
+        Refused,
+        "Features that were not offered are taken as agreed on, or a front-end without protocol features gets no service.",
+        "Refuse SET_FEATURES with bits that were not offered. Without bit 30 enable all rings at once.",
+    ),
+    of(
+        "R2",
+        LosesPages,
+        "A ring that runs before it is enabled writes guest memory while the front-end has not installed the log, or after it has taken its last look.",
+        "Keep started and enabled apart; serve a ring when it is both, and look at its avail ring then, without another kick.",
+    ),
+    of(
+        "R3",
+        LosesPages,
+        "The front-end takes the answer to GET_VRING_BASE for the end of all writes: it reads memory and sends the rest. What is written later is missing at the destination, and requests that are not published are lost.",
+        "Before the answer: stop taking requests, wait for those in flight, mark and publish them. No timeout that gives up.",
+    ),
+    of(
+        "R4",
+        LosesRequests,
+        "A ring goes on at another place than where it stopped: requests are skipped or served twice, or its driver finds used entries that it did not expect.",
+        "Take SET_VRING_BASE as the next avail index, and the used index from the ring's memory; packed rings have both in the base.",
+    ),
+    of(
+        "R5",
+        LosesRequests,
+        "Switching the log on or off moves a running ring: requests are served again or skipped.",
+        "Take only F_LOG from a SET_VRING_ADDR on a running ring.",
+    ),
+    of(
+        "R6",
+        Stalls,
+        "A device does not start under QEMU, which sends the inflight region before memory and the log after the kick.",
+        "Accept messages in any order; look at rings only when they are started and enabled.",
+    ),
+    of(
+        "R7",
+        Stalls,
+        "A device does not start under User-mode Linux, or runs on when that has disabled it.",
+        "Do not check log_guest_addr without F_LOG; stop serving at ENABLE 0.",
+    ),
+    of(
+        "R8",
+        LosesPages,
+        "After a reset the device still writes to memory that its guest uses for something else.",
+        "Stop and disable all rings at RESET_DEVICE and at SET_STATUS 0, and let them be started again.",
+    ),
+    of(
+        "R9",
+        LosesRequests,
+        "After a front-end has left, or after the check that is named, no other is served: a guest can't reconnect.",
+        "Listen again when a connection ends, with the device as it was. If the back-end ends by design, have a supervisor start it each time.",
+    ),
+    of(
+        "R10",
+        Stalls,
+        "A completion that had no call fd is notified to nobody: the driver waits for good. Seen at migration destinations of QEMU.",
+        "Note that a notification is due, and signal every new call fd then.",
+    ),
+    of(
+        "T1",
+        Corrupts,
+        "An address of the guest's IOMMU is used as a guest-physical one, or a page that is not permitted is accessed.",
+        "Translate every address; ask with a MISS for what is not known, and do not block the connection meanwhile.",
+    ),
+    of(
+        "T2",
+        Corrupts,
+        "A message that can't be changes what is known of addresses in use, or ends the connection.",
+        "Check kind and range of each IOTLB_MSG, and refuse it without an effect.",
+    ),
+    of(
+        "T3",
+        Corrupts,
+        "The device uses a translation after the front-end was told that it does not: it writes to memory of somebody else.",
+        "Wait for the requests that use the range, then acknowledge INVALIDATE.",
+    ),
+    of(
+        "T4",
+        Corrupts,
+        "A ring or a buffer is taken to be contiguous in memory because it is for the driver.",
+        "Translate page by page.",
+    ),
+    of(
+        "T5",
+        Refused,
+        "It says only whether an IOMMU is supported.",
+        "Offer ACCESS_PLATFORM only where somebody translates.",
+    ),
+    of(
+        "L1",
+        LosesPages,
+        "A page that the device has written is not marked: it is not sent again, and the guest finds old data after the migration. Marks for nothing make the migration longer.",
+        "Mark gpa >> 12 to (gpa + len - 1) >> 12 of every write, and no others.",
+    ),
+    of(
+        "L2",
+        LosesPages,
+        "Marks are set at another place than the front-end reads, or behind the end of the log.",
+        "Map the file from its beginning or at the offset, not both; use every byte of the size, and check the file's length.",
+    ),
+    of(
+        "L3",
+        LosesPages,
+        "The used ring at the destination is older than the driver's view of it: completions are missing. QEMU hides this, others do not.",
+        "With F_LOG mark flags, idx, elements and avail_event at log_guest_addr.",
+    ),
+    of(
+        "L4",
+        LosesPages,
+        "Used descriptors of a packed ring are missing at the destination: the ring is dead or goes on in the wrong place.",
+        "Mark each descriptor that is written where the ring lies, and the event area at log_guest_addr.",
+    ),
+    of(
+        "L5",
+        LosesPages,
+        "Behind an IOMMU the wrong pages are marked.",
+        "Translate log_guest_addr, and mark data by guest-physical addresses.",
+    ),
+    of(
+        "L6",
+        Killed,
+        "A write to a page that the log has no bit for ends the process or damages memory behind the log.",
+        "Compare each page with the size of the log; count and report what is outside.",
+    ),
+    of(
+        "L7",
+        LosesPages,
+        "Writes after logging was switched on are not marked, or the log is written after it was taken away.",
+        "Follow LOG_ALL for data and F_LOG for used rings, from the acknowledgement on.",
+    ),
+    of(
+        "L8",
+        LosesPages,
+        "A back-end that is restarted during a migration writes memory before the log is there: those pages are lost.",
+        "Touch no guest memory before the ring is enabled; accept LOG_ALL before SET_LOG_BASE.",
+    ),
+    of(
+        "L9",
+        LosesPages,
+        "After memory was plugged or the log was replaced, writes are not marked, or are in a log that nobody reads.",
+        "Carry logging over every change of memory and log; answer SET_LOG_BASE when nobody uses the old one.",
+    ),
+    of(
+        "L10",
+        LosesPages,
+        "The driver sees a completion whose page is not marked: it changes or frees the buffer, and a harvest in between misses it.",
+        "Write data, then the mark, then the used index; a fence before a mark is skipped.",
+    ),
+    of("L11", LosesPages, "Marks of other devices in the same log are lost.", "Set marks with an atomic OR."),
+    of(
+        "L12",
+        Refused,
+        "A front-end that uses SET_LOG_FD loses the connection or is not signalled. QEMU does not use it.",
+        "Accept SET_LOG_FD with and without an fd; signal at most once per batch.",
+    ),
+    of(
+        "L13",
+        LosesPages,
+        "Concerns front-ends: a page is read before its mark is cleared.",
+        "Take the mark first, then read the page.",
+    ),
+    of(
+        "L14",
+        LosesPages,
+        "Concerns front-ends: a page that could not be sent is forgotten.",
+        "Put its mark back into the log.",
+    ),
+    of(
+        "L15",
+        LosesPages,
+        "A back-end dies during a migration; what it marked is lost with the log that QEMU makes anew.",
+        "When a ring with a past meets an empty log, mark all guest memory.",
+    ),
+    of(
+        "I1",
+        LosesRequests,
+        "Without a region of the right shape nobody knows which requests were in flight when the back-end died.",
+        "Answer GET_INFLIGHT_FD with size, queues and a memfd; check all of it in SET_INFLIGHT_FD.",
+    ),
+    of(
+        "I2",
+        LosesRequests,
+        "The region does not say what is in flight: after a crash requests are lost or served twice.",
+        "Mark a request before it is started; publish the batch; then clear its marks.",
+    ),
+    of(
+        "I3",
+        LosesRequests,
+        "Requests that were open when the back-end died are never answered, answered twice, or without data.",
+        "At the start clear the batch that was published, and serve what is still marked, in the order of the counters.",
+    ),
+    of(
+        "I4",
+        LosesRequests,
+        "The same for packed rings.",
+        "Stage a batch, publish it, commit the old_* fields; at the start roll back or forward by comparing them with the ring.",
+    ),
+    of(
+        "I5",
+        LosesRequests,
+        "At a migration's destination a crash loses the request in the first descriptor.",
+        "Set used_idx of a fresh region from the ring.",
+    ),
+    of(
+        "I6",
+        LosesRequests,
+        "Requests are served again in another order than they were made.",
+        "Go on counting above the largest counter in the region.",
+    ),
+    of("I7", LosesRequests, "After a reset the requests of the driver before are served.", "Set version 0 at a reset."),
+    of(
+        "I8",
+        Refused,
+        "It says only whether in-flight requests can migrate undrained; the numbers may still change.",
+        "Do not offer it unless asked for.",
+    ),
+    of(
+        "I9",
+        LosesRequests,
+        "I/O of a killed process lands after its successor's and undoes it.",
+        "Lock the image as long as I/O may be under way, and have the successor wait for the lock.",
+    ),
+    of(
+        "M1",
+        LosesPages,
+        "Memory that is plugged while the guest runs is not served or not logged, or a wrong table is taken.",
+        "Implement ADD_MEM_REG and REM_MEM_REG for 509 slots with logging; check offset and size against the fd; do not offer PAGEFAULT with it.",
+    ),
+    of(
+        "C1",
+        ArrivesChanged,
+        "The driver reads wrong properties of its device.",
+        "Return exactly the bytes at the offset that was asked for, and echo offset and size.",
+    ),
+    of(
+        "D1",
+        ArrivesChanged,
+        "What the device knows beside its rings is lost or damaged by a migration.",
+        "Save and load whole states; refuse what is cut short, and change nothing then.",
+    ),
+    of(
+        "P1",
+        Corrupts,
+        "In postcopy the device sees empty pages, or waits for pages that nobody can bring.",
+        "Register memory with the userfaultfd before rings run, return your own addresses, and give waiting workers up when the front-end leaves.",
+    ),
+];
+
+/// The rules as `docs/protocol.md` has them.
+const PROTOCOL: &str = include_str!("../../docs/protocol.md");
+
+/// What a rule is for; its id in any case.
+///
+/// # Errors
+/// [`CheckError::NoSuchRule`], which lists the rules that there are.
+pub fn explain(id: &str) -> Result<Explanation, CheckError> {
+    let id = rule(id)?;
+    let known = EXPLANATIONS.iter().find(|explanation| explanation.rule == id);
+    known.copied().ok_or_else(|| CheckError::NoSuchRule(id.into()))
+}
+
+impl Explanation {
+    /// The rule, word by word.
+    pub fn text(&self) -> &'static str {
+        let mut rows = PROTOCOL.lines().filter_map(|line| line.strip_prefix("| ")?.split_once(" | "));
+        let text = rows.find(|(id, _)| *id == self.rule).map_or("", |(_, text)| text);
+        text.trim_end_matches('|').trim_end()
+    }
+}
+
+/// What comes of a broken rule.
+pub(super) fn consequence(rule: &str) -> Consequence {
+    EXPLANATIONS.iter().find(|known| known.rule == rule).map_or(Refused, |known| known.consequence)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check::RULES;
+
+    #[test]
+    fn every_rule_has_its_text_its_meaning_and_its_remedy() {
+        for (id, _) in RULES {
+            let explanation = explain(&id.to_lowercase()).unwrap();
+            for part in [explanation.text(), explanation.meaning, explanation.remedy] {
+                assert!(part.len() > 20 && part.ends_with(['.', ')']), "{id}: {part}");
+            }
+        }
+        assert_eq!(EXPLANATIONS.len(), RULES.len());
+        assert!(explain("R3").unwrap().text().starts_with("GET_VRING_BASE stops the ring."));
+        assert!(explain("X1").is_err());
+    }
+}
