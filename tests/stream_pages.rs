@@ -446,3 +446,26 @@ fn a_page_is_judged_by_the_bytes_that_are_sent() {
     });
     assert_eq!(send(&source, vec![0..1], Codec::None).1.data_pages, 1);
 }
+
+/// KiB of memory of this process that is no file's.
+fn anonymous_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// A source says in 50 bytes how much memory there is. What that costs is bounded before a page comes, also if all of them
+/// come as zero.
+#[test]
+fn memory_without_pages_costs_almost_nothing() {
+    const GIB: u64 = (1 << 30) / LOG_PAGE;
+    let vast = || memory(&[(0, 16 << 10 << 30 >> 12)]);
+    let (wire, sent) = send(&vast(), (0..16 << 10).map(|gib| gib * GIB..gib * GIB + 1).collect(), Codec::None);
+    assert_eq!(sent.zero_pages, 16 << 10);
+    let before = anonymous_kib();
+    let target = Arc::new(Target::fresh(vast()));
+    receive(&target, wire.as_slice()).unwrap();
+    let grown = anonymous_kib().saturating_sub(before);
+    // A bit for each page would be 512 MiB.
+    assert!(grown < 128 << 10, "{grown} KiB");
+}

@@ -171,6 +171,7 @@ fn take_in(
         ToDestination::Layout(layout) => Some(layout),
         _ => None,
     })?;
+    layout.check_regions()?;
     let memory = arrival.prepare(&layout.regions).map_err(asked("making guest memory"))?;
     MemoryLayout::check(&layout, &memory)?;
     answers.say(&ToSource::Accepted)?;

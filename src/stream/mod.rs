@@ -21,6 +21,7 @@ pub mod pages;
 pub mod record;
 mod sys;
 pub mod transport;
+mod zeros;
 
 pub use codec::Codec;
 pub use error::StreamError;

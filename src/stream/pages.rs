@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::codec::{Compressor, Decompressor};
 use super::frame::{Body, FrameHeader, FrameReader, FrameWriter, Kind};
 use super::sys::{ReadMemory, Window, copy_page};
+use super::zeros::MayHoldData;
 use super::{Codec, StreamError};
 use crate::memory::{Extents, LOG_PAGE, Memory, Region};
 
@@ -241,7 +242,7 @@ impl Encoder {
 pub struct Target {
     memory: Memory,
     /// Per region: its pages, and a bit for each that may hold something else than zeros.
-    regions: Vec<(Range<u64>, Vec<AtomicU64>)>,
+    regions: Vec<(Range<u64>, MayHoldData)>,
 }
 
 impl Target {
@@ -263,7 +264,9 @@ impl Target {
     /// Returns true if `page` may hold something else than zeros.
     pub fn has_data(&self, page: u64) -> bool {
         let mut data = false;
-        self.words(&(page..page.saturating_add(1)), |word, mask, _| data = word.load(Ordering::Relaxed) & mask != 0);
+        self.words(&(page..page.saturating_add(1)), MayHoldData::set_word, |word, mask, _| {
+            data = word.load(Ordering::Relaxed) & mask != 0
+        });
         data
     }
 
@@ -271,7 +274,7 @@ impl Target {
         let regions = memory.regions().iter().map(|region| {
             let pages = whole_pages(region.gpa(), region.size());
             let words = pages.end.saturating_sub(pages.start).div_ceil(64);
-            (pages, (0..words).map(|_| AtomicU64::new(bits)).collect())
+            (pages, MayHoldData::new(words, bits))
         });
         let regions = regions.collect();
         Target { memory, regions }
@@ -289,14 +292,19 @@ impl Target {
         true
     }
 
-    fn region(&self, page: u64) -> Option<&(Range<u64>, Vec<AtomicU64>)> {
+    fn region(&self, page: u64) -> Option<&(Range<u64>, MayHoldData)> {
         let index = self.regions.partition_point(|(pages, _)| pages.end <= page);
         self.regions.get(index).filter(|(pages, _)| pages.contains(&page))
     }
 
-    /// Calls `each` with every word of the bitmap that covers `pages`, the mask of their bits in it and the page of
-    /// its bit 0.
-    fn words(&self, pages: &Range<u64>, mut each: impl FnMut(&AtomicU64, u64, u64)) {
+    /// Calls `each` with every word of the bitmap that covers `pages` and that `find` finds, the mask of their bits in it
+    /// and the page of its bit 0.
+    fn words<'a>(
+        &'a self,
+        pages: &Range<u64>,
+        find: impl Fn(&'a MayHoldData, u64) -> Option<&'a AtomicU64>,
+        mut each: impl FnMut(&AtomicU64, u64, u64),
+    ) {
         let mut page = pages.start;
         while page < pages.end {
             let Some((region, words)) = self.region(page) else { return };
@@ -304,7 +312,7 @@ impl Target {
             let first = page - bit % 64;
             let end = pages.end.min(region.end).min(first + 64);
             let mask = (u64::MAX >> (64 - (end - page))) << (bit % 64);
-            if let Some(word) = words.get((bit / 64) as usize) {
+            if let Some(word) = find(words, bit / 64) {
                 each(word, mask, first);
             }
             page = end;
@@ -312,14 +320,14 @@ impl Target {
     }
 
     fn will_hold_data(&self, pages: &Range<u64>) {
-        self.words(pages, |word, mask, _| {
+        self.words(pages, MayHoldData::word, |word, mask, _| {
             word.fetch_or(mask, Ordering::Relaxed);
         });
     }
 
     fn zero(&self, pages: &Range<u64>) -> Result<(), StreamError> {
         let mut result = Ok(());
-        self.words(pages, |word, mask, first| {
+        self.words(pages, MayHoldData::set_word, |word, mask, first| {
             // Relaxed: only this page's channel ever looks at its bit.
             let mut dirty = word.load(Ordering::Relaxed) & mask;
             if dirty == 0 || result.is_err() {

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::frame::{FrameHeader, FrameReader, FrameWriter, Kind};
 use super::{PageStats, StreamError};
+use crate::abi::vhost_user::VHOST_USER_MAX_RAM_SLOTS_TODAY;
 use crate::memory::{LOG_PAGE, Memory};
 
 /// Most bytes of a [`ToDestination::State`].
@@ -103,6 +104,9 @@ impl<'de> Deserialize<'de> for Bytes {
     }
 }
 
+/// Most regions of a guest's memory: what vhost-user devices take.
+pub const MAX_REGIONS: usize = VHOST_USER_MAX_RAM_SLOTS_TODAY;
+
 /// One region of guest memory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct RegionLayout {
@@ -120,6 +124,17 @@ pub struct MemoryLayout {
 }
 
 impl MemoryLayout {
+    /// Whether it can be a guest's: every region costs a descriptor and a mapping, whatever its size.
+    ///
+    /// # Errors
+    /// `Layout` for more than [`MAX_REGIONS`].
+    pub fn check_regions(&self) -> Result<(), StreamError> {
+        match self.regions.len() {
+            ..=MAX_REGIONS => Ok(()),
+            count => Err(StreamError::Layout(format!("{count} regions, and no guest has more than {MAX_REGIONS}"))),
+        }
+    }
+
     /// The layout of `memory`.
     ///
     /// # Errors
