@@ -2,14 +2,17 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr};
+use rstest::rstest;
 use vhost_migrate::abi::vhost_user::{LogDescription, Request as Code};
 use vhost_migrate::dirty::Log;
 use zerocopy::IntoBytes;
 
 use crate::guest::{BASIC, Guest, Ring, begin, inflight_region, start_logging};
+use crate::hostile::works;
 use crate::raw::{Client, DEADLINE, VERSION};
 use crate::server::{Process, disk_options};
 
@@ -58,4 +61,46 @@ fn writes_outside_the_log_and_requests_of_a_predecessor_are_counted() {
         assert!(Instant::now() < deadline, "nothing was counted");
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// Who connects to the counters and asks for nothing takes the back-end's descriptors from nobody, and fills no log.
+#[rstest]
+fn idle_connections_to_the_counters_leave_front_ends_alone(#[values("tcp", "unix")] kind: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    let image = disk_options(folder.path(), 1 << 20, |_| {}).image;
+    let address = match kind {
+        "tcp" => TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string(),
+        _ => folder.path().join("metrics").to_str().unwrap().to_owned(),
+    };
+    let socket = folder.path().join("s");
+    let mut process = Process::start(&socket, &image, &["--metrics", &format!("{kind}:{address}"), "--queues", "2"]);
+    process.limit_fds(100);
+    let connect = || -> Box<dyn std::any::Any> {
+        match kind {
+            "tcp" => Box::new(TcpStream::connect(&address).unwrap()),
+            _ => {
+                let socket =
+                    nix::sys::socket::socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_NONBLOCK, None);
+                let socket = socket.unwrap();
+                // The queue of those that wait may be full.
+                let _ = nix::sys::socket::connect(socket.as_raw_fd(), &UnixAddr::new(address.as_str()).unwrap());
+                Box::new(socket)
+            }
+        }
+    };
+    let idle: Vec<_> = (0..120).map(|_| connect()).collect();
+    let (guest, client) = (Guest::new(), Client::connect(&socket));
+    begin(&client, &guest, BASIC);
+    let mut ring = Ring::new(&guest, 0, 256, BASIC);
+    ring.set_up(&client, &guest, ring.start());
+    ring.enable(&client, true);
+    works(&guest, &mut ring);
+    assert!(process.open_fds() < 60, "{}", process.open_fds());
+    drop(idle);
+    if kind == "tcp" {
+        assert!(counted(&address, "vhost_connections_total") > 0);
+    }
+    process.child.kill().unwrap();
+    let said = process.errors();
+    assert!(said.len() < 1000, "{said}");
 }
