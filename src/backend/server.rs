@@ -5,7 +5,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ use zerocopy::{FromZeros, IntoBytes};
 use super::session::{Session, Step};
 use super::{BackendError, Device, MAX_FDS, Message, Workers, counters};
 use crate::abi::vhost_user::{Header, Request as Code};
-use crate::sys::listen::listen;
+use crate::sys::listen::{Place, listen};
 use crate::sys::socket;
 
 /// How long to wait, in milliseconds, when the system has no fd left for a new connection.
@@ -27,11 +27,12 @@ const RETRY_MS: u16 = 1000;
 /// messages it may be silent as long as it likes.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Where front-ends connect. A socket that was made here is removed with it.
+/// Where front-ends connect. A socket that was made here is removed with it, unless another process has replaced it.
 #[derive(Debug)]
 pub struct Listener {
+    // Removed before nobody listens there any more.
+    _place: Option<Place>,
     socket: UnixListener,
-    path: Option<PathBuf>,
 }
 
 /// A connected socket, the fd that says when to stop, and where the next front-end may come.
@@ -57,22 +58,14 @@ impl Listener {
     /// # Errors
     /// [`BackendError::Listen`], which says what to do.
     pub fn bind(path: &Path) -> Result<Listener, BackendError> {
-        let socket = listen(path)
+        let (socket, place) = listen(path)
             .map_err(|refused| BackendError::Listen { path: path.display().to_string(), advice: refused.advice })?;
-        Ok(Listener { socket, path: Some(path.to_owned()) })
+        Ok(Listener { socket, _place: Some(place) })
     }
 
     /// Takes over a listening socket, for example one that a service manager made.
     pub fn from_socket(socket: UnixListener) -> Listener {
-        Listener { socket, path: None }
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        if let Some(path) = &self.path {
-            let _ = std::fs::remove_file(path);
-        }
+        Listener { socket, _place: None }
     }
 }
 
@@ -103,19 +96,23 @@ pub enum Inherited {
 /// # Errors
 /// What the system says of the listening socket. What goes wrong with a connection ends that one, and is logged.
 pub fn serve(listener: &Listener, device: &Arc<dyn Device>, stop: BorrowedFd<'_>) -> Result<(), BackendError> {
+    let mut failing = false;
     loop {
         if let Heard::Stop = wait(listener.socket.as_fd(), PollFlags::POLLIN, stop, PollTimeout::NONE)? {
             return Ok(());
         }
         match listener.socket.accept() {
             Ok((connection, _)) => {
+                failing = false;
                 if serve_connection(&connection, device, stop, Some(listener.socket.as_fd())) {
                     return Ok(());
                 }
             }
             Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
             Err(e) => {
-                error!("can't accept a connection: {e}");
+                if !std::mem::replace(&mut failing, true) {
+                    error!("can't accept a connection, and goes on trying: {e}");
+                }
                 if let Heard::Stop = wait(stop, PollFlags::POLLIN, stop, RETRY_MS.into())? {
                     return Ok(());
                 }
@@ -253,10 +250,7 @@ impl Channel<'_> {
             if let Heard::Stop = self.wait(PollFlags::POLLIN, *deadline)? {
                 return Ok(Heard::Stop);
             }
-            let received = socket::receive(self.socket, rest, fds);
-            // More than one segment can carry are closed.
-            fds.truncate(MAX_FDS);
-            match received {
+            match socket::receive(self.socket, rest, fds, MAX_FDS) {
                 Ok(0) => break,
                 Ok(count) => {
                     filled += count;

@@ -25,6 +25,8 @@ use crate::sys::socket;
 const MAX_REPLY: u32 = 1 << 16;
 /// Longest message on the channel. The longest there is has 40 bytes.
 const MAX_WORD: u32 = 4096;
+/// Most fds of a reply that are kept: more than any may have.
+const MAX_FDS: usize = 16;
 /// Between two segments of a message that is cut, so that the system does not join them again.
 const BETWEEN_SEGMENTS: Duration = Duration::from_millis(20);
 
@@ -187,7 +189,7 @@ impl Link {
             if !readable(&[self.socket.as_fd()], deadline) {
                 return Err(Fault::Silent { code, waited: self.timeout });
             }
-            match socket::receive(self.socket.as_fd(), rest, fds) {
+            match socket::receive(self.socket.as_fd(), rest, fds, MAX_FDS) {
                 Ok(0) => return Err(Fault::HungUp { code }),
                 Ok(count) => filled += count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::abi::vhost_user::{Header, Request};
-use crate::sys::listen::listen;
+use crate::sys::listen::{Place, listen};
 use crate::sys::socket;
 
 /// The longest line that is read, bytes.
@@ -212,12 +212,18 @@ impl<'a> Client<'a> {
     }
 }
 
+/// The path of a control socket. The socket there is removed with this, unless another process has replaced it.
+#[derive(Debug)]
+pub struct SocketPath {
+    _place: Place,
+}
+
 /// Listens for control connections at `path`; a socket that a dead process left there is replaced.
 ///
 /// # Errors
 /// What is in the way, and what to do.
-pub fn bind(path: &Path) -> io::Result<UnixListener> {
-    listen(path).map_err(|refused| {
+pub fn bind(path: &Path) -> io::Result<(UnixListener, SocketPath)> {
+    listen(path).map(|(listener, place)| (listener, SocketPath { _place: place })).map_err(|refused| {
         let kind = refused.source.map_or(io::ErrorKind::AddrInUse, |error| error.kind());
         io::Error::new(kind, format!("control socket {}: {}", path.display(), refused.advice))
     })
@@ -225,9 +231,11 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
 
 /// Answers connections until the process ends. A connection that breaks or sends nonsense ends alone.
 pub fn serve(listener: UnixListener, handler: Arc<dyn Handler>) {
+    let mut failing = false;
     for stream in listener.incoming() {
         match stream {
             Ok(stream) => {
+                failing = false;
                 let handler = Arc::clone(&handler);
                 let answer = move || {
                     if let Err(error) = converse(&stream, handler.as_ref()) {
@@ -239,8 +247,10 @@ pub fn serve(listener: UnixListener, handler: Arc<dyn Handler>) {
                 }
             }
             Err(error) => {
-                tracing::warn!(%error, "control socket: can't accept");
-                std::thread::sleep(Duration::from_millis(50));
+                if !std::mem::replace(&mut failing, true) {
+                    tracing::warn!(%error, "control socket: can't accept a connection, and goes on trying");
+                }
+                std::thread::sleep(Duration::from_secs(1));
             }
         }
     }
@@ -425,8 +435,11 @@ mod tests {
 
     fn served(name: &str) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
-        let listener = bind(&dir.path().join(name)).unwrap();
-        std::thread::spawn(|| serve(listener, Arc::new(Echo)));
+        let (listener, path) = bind(&dir.path().join(name)).unwrap();
+        std::thread::spawn(move || {
+            serve(listener, Arc::new(Echo));
+            drop(path);
+        });
         dir
     }
 
@@ -517,7 +530,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("c");
         // It never accepts, and two connections fit into its queue.
-        let listener = bind(&path).unwrap();
+        let (listener, _path) = bind(&path).unwrap();
         nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(1).unwrap()).unwrap();
         std::thread::scope(|scope| {
             // More than there is room for.

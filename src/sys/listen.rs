@@ -1,14 +1,23 @@
 //! Listening on a UNIX socket path, with words for everything that can be in the way.
+//!
+//! A path is taken and given back under a lock of its directory (flock): between the look at what is there and the change
+//! no other process that does the same can come.
 
+use std::fs::{File, TryLockError};
 use std::io;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::socket;
 
 /// Longest path of a UNIX socket, bytes.
 pub(crate) const MAX_SOCKET_PATH: usize = 107;
+/// Longest wait for other processes that take a path in the same directory.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often to look.
+const NAP: Duration = Duration::from_millis(1);
 
 /// Why a path can't be listened on, and what to do.
 #[derive(Debug)]
@@ -17,14 +26,45 @@ pub(crate) struct NotListening {
     pub(crate) source: Option<io::Error>,
 }
 
-/// Listens at `path`. A socket that a dead process left there is replaced; a living one, or another file, is not.
-pub(crate) fn listen(path: &Path) -> Result<UnixListener, NotListening> {
-    let refused = |advice: &str, source| NotListening { advice: advice.into(), source };
-    if path.as_os_str().len() > MAX_SOCKET_PATH {
-        let advice = format!("the path is longer than {MAX_SOCKET_PATH} bytes, use a shorter one");
-        return Err(refused(&advice, None));
+/// A path that this process listens on. The socket there is removed with it.
+#[derive(Debug)]
+pub(crate) struct Place {
+    path: PathBuf,
+    /// Device and inode of the socket there.
+    made: (u64, u64),
+    directory: File,
+}
+
+impl Drop for Place {
+    /// Removes the socket, unless another process has replaced it since.
+    fn drop(&mut self) {
+        if lock(&self.directory) {
+            if inode(&self.path).is_ok_and(|now| now == self.made) {
+                let _ = std::fs::remove_file(&self.path);
+            }
+            let _ = self.directory.unlock();
+        }
     }
-    let bound = match UnixListener::bind(path) {
+}
+
+/// Listens at `path`. A socket that a dead process left there is replaced; a living one, or another file, is not.
+pub(crate) fn listen(path: &Path) -> Result<(UnixListener, Place), NotListening> {
+    if path.as_os_str().len() > MAX_SOCKET_PATH {
+        return Err(refused(&format!("the path is longer than {MAX_SOCKET_PATH} bytes, use a shorter one"), None));
+    }
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let directory = File::open(parent).map_err(explained)?;
+    if !lock(&directory) {
+        return Err(refused("its directory is locked by another process, end that", None));
+    }
+    let bound = bind(path).and_then(|listener| Ok((listener, inode(path).map_err(explained)?)));
+    let _ = directory.unlock();
+    let (listener, made) = bound?;
+    Ok((listener, Place { path: path.into(), made, directory }))
+}
+
+fn bind(path: &Path) -> Result<UnixListener, NotListening> {
+    match UnixListener::bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             if !std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
                 return Err(refused("a file that is no socket is there, move it or use another path", None));
@@ -33,16 +73,95 @@ pub(crate) fn listen(path: &Path) -> Result<UnixListener, NotListening> {
                 return Err(refused("another process listens there, end it or use another path", None));
             }
             tracing::info!("{}: replaces a socket that nobody listens on", path.display());
-            std::fs::remove_file(path).and_then(|()| UnixListener::bind(path))
+            std::fs::remove_file(path).and_then(|()| UnixListener::bind(path)).map_err(explained)
         }
-        other => other,
+        other => other.map_err(explained),
+    }
+}
+
+fn refused(advice: &str, source: Option<io::Error>) -> NotListening {
+    NotListening { advice: advice.into(), source }
+}
+
+fn explained(error: io::Error) -> NotListening {
+    let advice = match error.kind() {
+        io::ErrorKind::NotFound => "its directory doesn't exist, make it first".into(),
+        io::ErrorKind::PermissionDenied => "no permission, use a directory you may read and write".into(),
+        _ => error.to_string(),
     };
-    bound.map_err(|error| {
-        let advice = match error.kind() {
-            io::ErrorKind::NotFound => "its directory doesn't exist, make it first".into(),
-            io::ErrorKind::PermissionDenied => "no permission, use a directory you may write to".into(),
-            _ => error.to_string(),
-        };
-        NotListening { advice, source: Some(error) }
-    })
+    NotListening { advice, source: Some(error) }
+}
+
+/// Takes the lock of a directory, which whoever has it gives back at once; false if that does not happen. A file system that
+/// has no such locks is done without.
+fn lock(directory: &File) -> bool {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match directory.try_lock() {
+            Ok(()) => return true,
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => std::thread::sleep(NAP),
+            Err(TryLockError::WouldBlock) => return false,
+            Err(TryLockError::Error(error)) => {
+                tracing::debug!("flock of a directory: {error}");
+                return true;
+            }
+        }
+    }
+}
+
+fn inode(path: &Path) -> io::Result<(u64, u64)> {
+    let found = std::fs::symlink_metadata(path)?;
+    Ok((found.dev(), found.ino()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::sync::Barrier;
+
+    use super::*;
+
+    /// What a process leaves that is killed.
+    fn leave_stale(path: &Path) {
+        let _ = std::fs::remove_file(path);
+        drop(UnixListener::bind(path).unwrap());
+    }
+
+    #[test]
+    fn of_those_that_start_at_once_exactly_one_listens_whatever_was_left_there() {
+        const STARTS: usize = 4;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        for round in 0..200 {
+            leave_stale(&path);
+            let barrier = Barrier::new(STARTS);
+            let start = || {
+                barrier.wait();
+                listen(&path)
+            };
+            let started: Vec<_> = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..STARTS).map(|_| scope.spawn(start)).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            let listening: Vec<_> = started.into_iter().filter_map(Result::ok).collect();
+            let [(listener, _place)] = listening.as_slice() else { panic!("{} in round {round}", listening.len()) };
+            let _client = UnixStream::connect(&path).unwrap();
+            listener.set_nonblocking(true).unwrap();
+            listener.accept().unwrap();
+        }
+    }
+
+    #[test]
+    fn whoever_ends_leaves_its_successors_socket_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let first = listen(&path).unwrap();
+        // As an operator makes room for a successor.
+        std::fs::rename(&path, folder.path().join("old")).unwrap();
+        let second = listen(&path).unwrap();
+        drop(first);
+        UnixStream::connect(&path).unwrap();
+        drop(second);
+        assert!(!path.exists());
+    }
 }

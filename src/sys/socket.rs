@@ -23,8 +23,14 @@ struct Control([u8; 1040]);
 // SAFETY: CMSG_SPACE only computes.
 const _: () = assert!(unsafe { libc::CMSG_SPACE((MAX_FDS * size_of::<RawFd>()) as u32) } as usize <= 1040);
 
-/// Receives at most `buf.len()` bytes; fds that came along are appended to `fds`, close-on-exec. 0 is the end.
-pub(crate) fn receive(socket: BorrowedFd<'_>, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<usize> {
+/// Receives at most `buf.len()` bytes; fds that came along are appended to `fds`, close-on-exec. Those that make them more
+/// than `most` are closed: every byte may bring [`MAX_FDS`] new ones. 0 is the end.
+pub(crate) fn receive(
+    socket: BorrowedFd<'_>,
+    buf: &mut [u8],
+    fds: &mut Vec<OwnedFd>,
+    most: usize,
+) -> io::Result<usize> {
     let mut control = Control([0; 1040]);
     let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
     // SAFETY: all zeroes is a valid msghdr.
@@ -53,6 +59,7 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buf: &mut [u8], fds: &mut Vec<Owne
         // SAFETY: as for CMSG_FIRSTHDR; `next` is a header inside the buffer.
         next = unsafe { libc::CMSG_NXTHDR(&raw const header, next) };
     }
+    fds.truncate(most);
     Ok(received)
 }
 

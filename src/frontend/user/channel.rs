@@ -25,6 +25,9 @@ use crate::sys::socket;
 /// Longest reply: GET_CONFIG's 268 bytes, with room for what is to come.
 const MAX_REPLY: usize = 4096;
 
+/// Most fds of a reply: none has more than one, and one too many is to be seen.
+const MAX_FDS: usize = 2;
+
 /// Messages sent before their acknowledgements are read.
 const MOST_POSTED: usize = 64;
 
@@ -319,7 +322,7 @@ impl Channel {
         let mut rest = buf;
         while !rest.is_empty() {
             let received = match socket::ready(self.line.socket(), PollFlags::POLLIN, deadline) {
-                Ok(true) => socket::receive(self.line.socket(), rest, fds),
+                Ok(true) => socket::receive(self.line.socket(), rest, fds, MAX_FDS),
                 Ok(false) => Err(io::ErrorKind::TimedOut.into()),
                 Err(error) => Err(error),
             };
@@ -392,6 +395,22 @@ mod tests {
             back_end.write_all(&[header.as_bytes(), &[0; 8]].concat()).unwrap();
         });
         channel.settle_within(PATIENCE).unwrap();
+        answers.join().unwrap();
+    }
+
+    /// Every byte may bring as many fds as a message of a socket carries.
+    #[test]
+    fn a_reply_in_pieces_does_not_pile_fds_up() {
+        let (mut channel, back_end) = hasty();
+        let answers = std::thread::spawn(move || {
+            let header = Header { request: Request::GET_QUEUE_NUM.0, flags: Header::REPLY_FLAGS, size: 8 };
+            for byte in [header.as_bytes(), &[0; 8]].concat() {
+                socket::send(back_end.as_fd(), &[byte], &[back_end.as_fd(); 20]).unwrap();
+            }
+            back_end
+        });
+        let reply = channel.ask_within(PATIENCE, Request::GET_QUEUE_NUM, &[], &[]).unwrap();
+        assert!(reply.fds.len() <= MAX_FDS, "{}", reply.fds.len());
         answers.join().unwrap();
     }
 }

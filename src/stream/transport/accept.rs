@@ -4,12 +4,12 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags};
 
 use super::connect::resolve;
@@ -18,7 +18,7 @@ use super::{open_error, set_nonblocking, spawn};
 use crate::stream::frame::{ChannelId, ConnectionHeader, FrameWriter, HEADER_BYTES, MAX_CHANNELS, MigrationId};
 use crate::stream::limiter::{lock, poll_until};
 use crate::stream::{StreamError, ToSource};
-use crate::sys::listen::listen;
+use crate::sys::listen::{Place, listen};
 
 /// Most connections that may wait to become a migration.
 const MAX_WAITING: usize = 2 * MAX_CHANNELS as usize;
@@ -26,6 +26,8 @@ const MAX_WAITING: usize = 2 * MAX_CHANNELS as usize;
 const HEADER_TIME: Duration = Duration::from_secs(5);
 /// How long a connection may wait for the others of its migration.
 const WHOLE_TIME: Duration = Duration::from_secs(10);
+/// How long to wait when the system has no descriptor left.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// Waits for a migration at a URI. Dropping it removes the socket file it has made.
 #[derive(Debug)]
@@ -40,9 +42,9 @@ pub struct Listener {
 enum Socket {
     Tcp(TcpListener),
     Unix {
+        // Removed before nobody listens there any more.
+        _place: Place,
         listener: UnixListener,
-        path: PathBuf,
-        inode: (u64, u64),
     },
     /// Opened when accepting.
     Single,
@@ -182,7 +184,7 @@ impl Listener {
                 connection.read();
             }
             waiting.retain(Waiting::keep);
-            if listening && let Some(fd) = self.accept_one()? {
+            if listening && let Some(fd) = self.accept_one(options)? {
                 if waiting.len() == MAX_WAITING {
                     tracing::warn!("too many connections at {}: dropping the oldest", self.uri);
                     // A source sends its header at once.
@@ -222,7 +224,7 @@ impl Listener {
         Ok((ready, listening))
     }
 
-    fn accept_one(&self) -> Result<Option<OwnedFd>, StreamError> {
+    fn accept_one(&self, options: &Options) -> Result<Option<OwnedFd>, StreamError> {
         let accepted = match &self.socket {
             Socket::Tcp(listener) => listener.accept().map(|(stream, _)| OwnedFd::from(stream)),
             Socket::Unix { listener, .. } => listener.accept().map(|(stream, _)| OwnedFd::from(stream)),
@@ -237,19 +239,19 @@ impl Listener {
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => {
                 Ok(None)
             }
+            // Who waits for a guest goes on waiting when others take what the system has.
+            Err(error) if [Errno::EMFILE, Errno::ENFILE, Errno::ENOMEM, Errno::ENOBUFS].contains(&errno_of(&error)) => {
+                tracing::warn!("can't accept a connection now: {error}");
+                options.cancel.wait(RETRY)?;
+                Ok(None)
+            }
             Err(error) => Err(open_error(&self.uri)(error)),
         }
     }
 }
 
-impl Drop for Listener {
-    fn drop(&mut self) {
-        if let Socket::Unix { path, inode, .. } = &self.socket
-            && inode_of(path).is_ok_and(|now| now == *inode)
-        {
-            let _ = std::fs::remove_file(path);
-        }
-    }
+fn errno_of(error: &io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or_default())
 }
 
 /// A connection that is not part of a complete migration yet.
@@ -389,13 +391,7 @@ fn bind_tcp(uri: &Uri) -> Result<(TcpListener, Uri), StreamError> {
 }
 
 fn bind_unix(uri: &Uri, path: PathBuf) -> Result<Socket, StreamError> {
-    let listener = listen(&path).map_err(|refused| uri.error(refused.advice, refused.source))?;
+    let (listener, place) = listen(&path).map_err(|refused| uri.error(refused.advice, refused.source))?;
     listener.set_nonblocking(true)?;
-    let inode = inode_of(&path)?;
-    Ok(Socket::Unix { listener, path, inode })
-}
-
-fn inode_of(path: &Path) -> io::Result<(u64, u64)> {
-    let found = std::fs::symlink_metadata(path)?;
-    Ok((found.dev(), found.ino()))
+    Ok(Socket::Unix { listener, _place: place })
 }
