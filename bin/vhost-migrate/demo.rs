@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use vhost_migrate::control::{self, Command};
 use vhost_migrate::migrate::{Event, Report};
 
-use crate::interrupt::on_interrupt;
+use crate::interrupt::on_interrupt_or_hangup;
 use crate::migrate::Transfer;
 use crate::progress::{Output, Progress};
 use crate::units;
@@ -64,7 +64,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
         }
     };
     let interrupted = processes.clone();
-    if let Err(error) = on_interrupt(move || interrupted.finish(Err(io::Error::other("interrupted")))) {
+    if let Err(error) = on_interrupt_or_hangup(move || interrupted.finish(Err(io::Error::other("interrupted")))) {
         eprintln!("signals: {error}");
         return ExitCode::FAILURE;
     }

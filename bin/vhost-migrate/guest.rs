@@ -1,6 +1,6 @@
 //! `vhost-migrate guest`: a process that owns a built-in guest, or waits for one to arrive.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -18,6 +18,7 @@ use vhost_migrate::stream::record::Started;
 use vhost_migrate::stream::transport::{ask, connect};
 use vhost_migrate::stream::{Cancel, Listener, MigrationId, Options, ToSource, Uri};
 
+use crate::interrupt::ignore_hangup;
 use crate::messages::Messages;
 use crate::metrics::Metrics;
 use crate::units;
@@ -103,6 +104,10 @@ struct Workload {
 /// Runs the command.
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
     arguments.messages.start();
+    if let Err(error) = ignore_hangup() {
+        eprintln!("guest: SIGHUP: {error}");
+        return ExitCode::FAILURE;
+    }
     match own(&arguments) {
         Ok(code) => code,
         Err(error) => {
@@ -114,8 +119,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
 
 fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
     arguments.metrics.start().map_err(|error| error.to_string())?;
-    let listener = control::bind(&arguments.control)?;
-    let _removed = Removed(&arguments.control);
+    let (listener, _path) = control::bind(&arguments.control)?;
     let owner = Arc::new(Owner::default());
     let (quit, quitting) = crossbeam::channel::bounded(1);
     let handler = Arc::new(Commands { owner: owner.clone(), quit });
@@ -548,15 +552,5 @@ impl Handler for Commands {
     fn quit(&self) {
         // Full means that somebody has asked already.
         let _ = self.quit.try_send(());
-    }
-}
-
-/// Removes a socket file when the process ends by itself.
-struct Removed<'a>(&'a Path);
-
-impl Drop for Removed<'_> {
-    fn drop(&mut self) {
-        // A file that is gone already needs no removal.
-        let _ = std::fs::remove_file(self.0);
     }
 }

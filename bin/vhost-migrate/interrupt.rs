@@ -1,6 +1,6 @@
 //! Signals as events on threads, without signal handlers.
 //!
-//! Both are to be called before other threads are started, which inherit the blocked signals.
+//! All are to be called before other threads are started, which inherit the blocked signals.
 
 use std::io;
 use std::ops::ControlFlow;
@@ -12,8 +12,28 @@ use nix::sys::signal::{SigSet, Signal};
 /// # Errors
 /// What the system says.
 pub(crate) fn on_interrupt(then: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    on_first([Signal::SIGINT, Signal::SIGTERM], then)
+}
+
+/// The same for what ends with its terminal as well, at SIGHUP.
+///
+/// # Errors
+/// What the system says.
+pub(crate) fn on_interrupt_or_hangup(then: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    on_first([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP], then)
+}
+
+/// Lets SIGHUP do nothing to this process. Programs that it starts take it as usual.
+///
+/// # Errors
+/// What the system says.
+pub(crate) fn ignore_hangup() -> io::Result<()> {
+    Ok(SigSet::from(Signal::SIGHUP).thread_block()?)
+}
+
+fn on_first(signals: impl IntoIterator<Item = Signal>, then: impl FnOnce() + Send + 'static) -> io::Result<()> {
     let mut then = Some(then);
-    on([Signal::SIGINT, Signal::SIGTERM], move || {
+    on(signals, move || {
         then.take().map_or(ControlFlow::Continue(()), |then| {
             then();
             ControlFlow::Break(())

@@ -440,6 +440,31 @@ fn a_dirty_rate_names_the_cpus_and_the_disk_and_forecasts() {
     verify(&source);
 }
 
+/// Only a disk looks at its image's size then.
+#[test]
+fn a_guest_and_an_interface_take_no_notice_of_sighup() {
+    let mut host = Host::new();
+    let source = host.source();
+    let (net, mut command) = (host.path("net"), program());
+    command.args(["backend", "net", "--loopback", "--socket"]).arg(&net);
+    host.running.push(Running(command.stdout(Stdio::null()).spawn().unwrap()));
+    let deadline = Instant::now() + PATIENCE;
+    while UnixStream::connect(&net).is_err() {
+        assert!(Instant::now() < deadline, "the interface does not come up");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    // The guest and the interface; its disk is one that does.
+    for process in &host.running {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.0.id() as i32), nix::sys::signal::Signal::SIGHUP)
+            .unwrap();
+    }
+    verify(&source);
+    UnixStream::connect(&net).unwrap();
+    for process in &mut host.running {
+        assert_eq!(process.0.try_wait().unwrap(), None);
+    }
+}
+
 /// What a Prometheus server would get.
 fn scrape(mut at: impl Read + Write) -> String {
     at.write_all(b"GET /metrics HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").unwrap();
