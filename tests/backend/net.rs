@@ -1,10 +1,12 @@
 //! What a guest's network driver may rely on, and what a hostile one can't do.
 
 use std::collections::HashMap;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, UnixAddr, shutdown};
 use rstest::rstest;
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{
@@ -852,4 +854,86 @@ fn what_a_ring_had_to_notify_without_a_call_fd_is_said_over_the_next(#[values(SP
     }
     assert!(renew(&mut rig), "the driver never hears of its packet");
     assert_eq!(rig.receive(0), frame(100, 1));
+}
+
+/// The other end of a pair that says it will send nothing more, and stays: it would be readable for ever.
+#[test]
+fn a_pair_that_ends_in_one_direction_is_hung_up_and_connected_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("pair");
+    let _rig = Rig::new(BASIC, |options| options.peer = Peer::Pair(path.clone()));
+    let connect = || {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let socket = nix::sys::socket::socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
+        nix::sys::socket::connect(socket.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+        // The first message: for pair 0 of 1.
+        nix::unistd::write(&socket, b"vm-pair1\0\0\x01\0").unwrap();
+        socket
+    };
+    for _ in 0..2 {
+        let socket = connect();
+        shutdown(socket.as_raw_fd(), Shutdown::Write).unwrap();
+        let mut fds = [PollFd::new(socket.as_fd(), PollFlags::empty())];
+        assert_eq!(poll(&mut fds, DEADLINE.as_millis() as u16), Ok(1), "it is not hung up");
+    }
+}
+
+/// A tap that is deleted while the interface runs: its queues read from it no more, one line says so, and all else goes on.
+#[cfg(feature = "peers")]
+#[test]
+fn a_tap_that_is_deleted_is_taken_out() {
+    use std::io::{BufRead, BufReader, Write};
+    use std::process::{Command, Stdio};
+
+    use crate::interface::{Interface, interface_features};
+
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("socket");
+    let program = env!("CARGO_BIN_EXE_vhost-migrate");
+    let backend = format!("{program} backend net --socket {} --tap tap0 --queue-pairs 2", socket.display());
+    // Without packets of the host's own, which would wait for buffers.
+    let quiet = "echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6";
+    let tap = format!("{quiet}; ip tuntap add dev tap0 mode tap multi_queue && ip link set tap0 up");
+    // The shell deletes the tap when it is told to, and then becomes the back-end's end.
+    let script = format!("{tap} && {{ {backend} --log-level warn & }} && read go && ip link del tap0 && wait");
+    let mut command = Command::new("unshare");
+    command.args(["--map-root-user", "--net", "sh", "-c", &script]);
+    let mut shell = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut said = String::new();
+    BufReader::new(shell.stdout.take().unwrap()).read_line(&mut said).unwrap();
+    assert!(said.starts_with("serves "), "{said}");
+    let mut net = Interface::new(Client::connect(&socket), interface_features(SPLIT));
+    net.send(0);
+    shell.stdin.take().unwrap().write_all(b"go\n").unwrap();
+    let mut lines = BufReader::new(shell.stderr.take().unwrap()).lines().map(Result::unwrap);
+    for _ in 0..2 {
+        let line = lines.next().unwrap();
+        assert!(line.contains("is gone"), "{line}");
+    }
+    let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", shell.id())).unwrap();
+    // What deletes the tap may not have ended yet.
+    let backend: i32 = children.split(' ').next().unwrap().parse().unwrap();
+    // Threads that find nothing to do sleep.
+    let is_asleep = || {
+        let tasks = std::fs::read_dir(format!("/proc/{backend}/task")).unwrap();
+        tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap_or_default()).all(|stat| {
+            let after_name = stat.rsplit_once(") ").map(|(_, rest)| rest.starts_with('S'));
+            after_name.unwrap_or(true)
+        })
+    };
+    let (end, mut times) = (std::time::Instant::now() + DEADLINE, 0);
+    while times < 50 {
+        assert!(std::time::Instant::now() < end, "a thread has something to do all the time");
+        times = if is_asleep() { times + 1 } else { 0 };
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    // What is sent is dropped, and commands are done.
+    (0..3).for_each(|_| _ = net.send(0));
+    net.command();
+    drop(net);
+    let mut net = Interface::new(Client::connect(&socket), interface_features(SPLIT));
+    net.send(1);
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(backend), nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert_eq!(lines.next(), None, "one line is enough");
+    shell.wait().unwrap();
 }

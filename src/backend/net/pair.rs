@@ -5,6 +5,7 @@
 //! until one of the two is gone; what it sends meanwhile is kept as far as it fits. The first message of a connection says
 //! which pair it is for; all others are packets.
 
+use std::cell::Cell;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -24,11 +25,17 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::NetError;
 use super::wire::{Hub, Wire};
+use crate::sys::join::join;
 
 /// How long to wait before the other end is looked for again, in milliseconds.
 const RETRY_MS: u16 = 100;
 /// How long whoever has connected may take to say for which pair.
 const PATIENCE: Duration = Duration::from_secs(1);
+
+/// What the system says when a connection has to wait.
+const EXHAUSTED: [Errno; 4] = [Errno::EMFILE, Errno::ENFILE, Errno::ENOMEM, Errno::ENOBUFS];
+/// How long it waits then, in milliseconds.
+const LATER_MS: u16 = 1000;
 
 /// First message of a connection.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -59,7 +66,15 @@ impl Link {
         lock.push(".lock");
         let lock = OpenOptions::new().create(true).truncate(false).write(true).open(lock).map_err(refused)?;
         UnixAddr::new(path).map_err(|errno| refused(errno.into()))?;
-        let mut end = End { path: path.to_owned(), lock, pairs, hub, stop: stop.clone(), listener: None };
+        let mut end = End {
+            path: path.to_owned(),
+            lock,
+            pairs,
+            hub,
+            stop: stop.clone(),
+            listener: None,
+            exhausted: Cell::default(),
+        };
         // Who is first listens, before anybody is told that this end is there.
         end.meet();
         let thread = thread::Builder::new().name("pair".into()).spawn(move || end.run()).map_err(refused)?;
@@ -71,7 +86,7 @@ impl Drop for Link {
     fn drop(&mut self) {
         let _ = self.stop.write(1);
         if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+            join(thread);
         }
     }
 }
@@ -85,6 +100,8 @@ struct End {
     stop: Arc<EventFd>,
     /// While this end is the one that listens.
     listener: Option<UnixListener>,
+    /// The last connection could not be accepted, as there was no descriptor for it.
+    exhausted: Cell<bool>,
 }
 
 impl End {
@@ -208,13 +225,27 @@ impl End {
             && ready.next() == Some(true)
             && let Err(refused) = self.accept(listener)
         {
-            error!("{}: {refused}", self.path.display());
+            self.refuse(&refused);
         }
         for ((pair, _), _) in wires().zip(ready).filter(|(_, gone)| *gone) {
             info!("{}: the other end of pair {pair} is gone", self.path.display());
             self.set(pair, None);
         }
         false
+    }
+}
+
+impl End {
+    /// Says why a connection is not taken. Without descriptors it can't be, and stays: that is said once and tried later.
+    fn refuse(&self, refused: &io::Error) {
+        let exhausted = refused.raw_os_error().is_some_and(|errno| EXHAUSTED.contains(&Errno::from_raw(errno)));
+        if !self.exhausted.replace(exhausted) || !exhausted {
+            error!("{}: {refused}", self.path.display());
+        }
+        if exhausted {
+            // The result is looked at by the next wait.
+            let _ = poll(&mut [PollFd::new(self.stop.as_fd(), PollFlags::POLLIN)], LATER_MS);
+        }
     }
 }
 

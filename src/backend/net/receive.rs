@@ -93,7 +93,13 @@ impl Receive {
         for _ in 0..BATCH {
             let (before, after) = self.wires.split_at(self.next.min(self.wires.len()));
             let mut turn = after.iter().chain(before);
-            let Some(len) = turn.find_map(|wire| wire.receive(&mut self.buffer)) else { return false };
+            let received = turn.find_map(|wire| {
+                wire.receive(&mut self.buffer).unwrap_or_else(|why| {
+                    self.view.hub.take_out(wire, why);
+                    None
+                })
+            });
+            let Some(len) = received else { return false };
             self.next = (self.next + 1) % self.wires.len();
             // It may have come after an answer that this queue has not heard of.
             self.refresh();

@@ -4,13 +4,15 @@
 //! what was sent and not read yet, and drops what is too much; so nothing here grows with what others send.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
+use nix::sys::socket::{Shutdown, shutdown};
 use nix::unistd::{read, write};
+use tracing::warn;
 
 use super::filter::{Filter, Mac};
 use crate::abi::virtio::NetHeader;
@@ -45,11 +47,16 @@ impl Wire {
 
     /// Receives a header and a frame, or what somebody else sent; the number of bytes, `None` if there is nothing. What is
     /// longer than `buffer` fills it.
-    pub(super) fn receive(&self, buffer: &mut [u8]) -> Option<usize> {
+    ///
+    /// # Errors
+    /// Why nothing will ever come: the other end is closed, or the tap has been deleted.
+    pub(super) fn receive(&self, buffer: &mut [u8]) -> nix::Result<Option<usize>> {
         loop {
             match read(&self.input, buffer) {
                 Err(Errno::EINTR) => {}
-                received => return received.ok().filter(|count| *count > 0),
+                Err(Errno::EAGAIN) => return Ok(None),
+                Ok(0) => return Err(Errno::ENOTCONN),
+                received => return received.map(Some),
             }
         }
     }
@@ -200,6 +207,23 @@ impl Hub {
         for ear in state.ears.values() {
             let _ = ear.write(1);
         }
+    }
+
+    /// Takes out a wire over which nothing comes any more, whoever finds that first.
+    pub(super) fn take_out(&self, wire: &Arc<Wire>, why: Errno) {
+        let is_this = |there: &Option<Arc<Wire>>| there.as_ref().is_some_and(|there| Arc::ptr_eq(there, wire));
+        let Some(pair) = self.state().wires.iter().position(is_this) else { return };
+        self.change(|state| {
+            for there in state.wires.iter_mut().filter(|there| is_this(there)) {
+                *there = None;
+                warn!(
+                    "queue pair {pair}: its tap or other end is gone ({}): no packets until it is there again",
+                    why.desc()
+                );
+            }
+        });
+        // Whoever watches a connection sees that it has ended; a tap is none.
+        let _ = shutdown(wire.output.as_raw_fd(), Shutdown::Both);
     }
 
     /// A receive queue begins to run; the packet that its predecessor left.
