@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use metrics_exporter_prometheus::PrometheusBuilder;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use vhost_migrate::backend::{Device, Immediate, Logging, Queue, RING_FEATURES, Rings, Setup, Workers};
+use vhost_migrate::backend::{Device, Immediate, Kick, Logging, Queue, RING_FEATURES, Rings, Setup, Workers};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
 use vhost_migrate::ring::{Buffer, DriverRing, RingBase, RingLayout};
@@ -53,7 +53,7 @@ fn serve(requests: u64, log: Option<Arc<Log>>) -> Duration {
         features: FEATURES,
         memory,
         logging: Logging { data: log.clone(), used: log.map(|log| (log, 0x8000)), ..Logging::default() },
-        kick: Some(Arc::new(kick.as_fd().try_clone_to_owned().unwrap())),
+        kick: Some(Arc::new(Kick::new(0, kick.as_fd().try_clone_to_owned().unwrap()).unwrap())),
         polled: false,
         call: None,
         error: None,

@@ -4,6 +4,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Output};
@@ -15,8 +16,8 @@ use vhost_migrate::memory::sealed_memfd;
 /// Exit status of a child that has done what it was told to.
 const DONE: i32 = 42;
 
-/// What a child does, by name; `folder` is its own.
-fn act(what: &str, folder: &str) {
+/// What a child does, by name; `folder` is its own, and `socket` is open already.
+fn act(what: &str, folder: &str, socket: &UnixStream) {
     let path = |name: &str| format!("{folder}/{name}");
     match what {
         "nothing" => {}
@@ -41,6 +42,19 @@ fn act(what: &str, folder: &str) {
         "make an io_uring" => drop(io_uring::IoUring::new(4)),
         "map memory to execute" => drop(memmap2::MmapMut::map_anon(4096).unwrap().make_exec()),
         "be a root of its own" => drop(nix::unistd::chroot("/tmp")),
+        "attach a program to a socket" => {
+            let accept = libc::sock_filter { code: 6, jt: 0, jf: 0, k: u32::MAX };
+            let program = libc::sock_fprog { len: 1, filter: (&raw const accept).cast_mut() };
+            // SAFETY: a whole sock_fprog, whose one instruction is alive.
+            let attached = unsafe {
+                let (at, len) = ((&raw const program).cast(), size_of_val(&program) as u32);
+                libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, at, len)
+            };
+            assert_eq!(attached, 0);
+        }
+        "ask who is at the other end" => {
+            let _ = nix::sys::socket::getsockopt(socket, nix::sys::socket::sockopt::PeerCredentials).unwrap();
+        }
         "work" => {
             // Threads that make threads, as rings that start do, with names; memory, messages, time, and a panic.
             let memory = sealed_memfd("sandbox", 1 << 20).unwrap();
@@ -49,6 +63,8 @@ fn act(what: &str, folder: &str) {
             memmap2::MmapOptions::new().map_raw(&memory).unwrap();
             std::thread::sleep(std::time::Duration::from_millis(1));
             assert!(std::thread::spawn(|| panic!("on purpose")).join().is_err());
+            socket.set_read_timeout(Some(std::time::Duration::from_secs(1))).unwrap();
+            socket.take_error().unwrap();
             std::io::stderr().write_all(b"still here\n").unwrap();
             for refused in [File::open("/etc/passwd").map(drop), std::fs::read_dir("/").map(drop)] {
                 assert_eq!(refused.unwrap_err().kind(), std::io::ErrorKind::PermissionDenied);
@@ -67,7 +83,7 @@ fn mode(bits: u32) -> std::fs::Permissions {
 #[ignore = "it is the others' child"]
 fn child() {
     let [sandbox, what, folder] = ["SANDBOX", "ACT", "FOLDER"].map(|name| std::env::var(name).unwrap());
-    let confined = Sandbox::default();
+    let (confined, (socket, _other)) = (Sandbox::default(), UnixStream::pair().unwrap());
     match sandbox.as_str() {
         "none" => {}
         "kill" => confined.install().unwrap(),
@@ -76,7 +92,7 @@ fn child() {
         "pair" => Sandbox { pair: true, ..confined }.install().unwrap(),
         other => unreachable!("{other}"),
     }
-    act(&what, &folder);
+    act(&what, &folder, &socket);
     std::process::exit(DONE);
 }
 
@@ -108,6 +124,8 @@ const FORBIDDEN: &[&str] = &[
     "make an io_uring",
     "map memory to execute",
     "be a root of its own",
+    "attach a program to a socket",
+    "ask who is at the other end",
 ];
 
 #[test]

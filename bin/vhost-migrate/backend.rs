@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::{Subcommand, ValueEnum};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -27,6 +28,23 @@ pub(crate) struct Arguments {
 enum Kind {
     Blk(Blk),
     Net(net::Arguments),
+}
+
+impl Kind {
+    fn stop_timeout(&self) -> u64 {
+        match self {
+            Kind::Blk(blk) => blk.stopping.stop_timeout,
+            Kind::Net(net) => net.stopping.stop_timeout,
+        }
+    }
+}
+
+/// How the process ends.
+#[derive(Debug, clap::Args)]
+struct Stopping {
+    /// Longest wait for requests under way after SIGTERM or Ctrl-C, seconds; then they are left to a successor
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86400))]
+    stop_timeout: u64,
 }
 
 /// A disk: serves a raw image file or a block device
@@ -102,6 +120,8 @@ struct Blk {
     #[arg(long, conflicts_with = "iommu")]
     postcopy: bool,
     #[command(flatten)]
+    stopping: Stopping,
+    #[command(flatten)]
     seccomp: Seccomp,
     #[command(flatten)]
     metrics: Metrics,
@@ -160,7 +180,8 @@ enum How {
 /// Runs the subcommand.
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
     // First of all: threads that are started later don't take the signals.
-    let ended = stop_on_interrupt().and_then(|stop| match arguments.device {
+    let limit = Duration::from_secs(arguments.device.stop_timeout());
+    let ended = stop_on_interrupt(limit).and_then(|stop| match arguments.device {
         Kind::Blk(blk) => blk.run(&stop),
         Kind::Net(net) => net.run(&stop),
     });
@@ -173,12 +194,21 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     }
 }
 
-/// An event that a signal to end sets.
-fn stop_on_interrupt() -> Result<Arc<EventFd>, Box<dyn std::error::Error>> {
+/// An event that a signal to end sets. What is under way is completed after it, but not waited for longer than `limit`: a
+/// successor serves again what is marked in the inflight region.
+fn stop_on_interrupt(limit: Duration) -> Result<Arc<EventFd>, Box<dyn std::error::Error>> {
     let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
     let signalled = stop.clone();
     on_interrupt(move || {
         let _ = signalled.write(1);
+        std::thread::sleep(limit);
+        // Whoever should read this may have stopped to.
+        let seconds = limit.as_secs();
+        std::thread::spawn(move || {
+            tracing::error!("requests are under way {seconds} s after the signal: they are left")
+        });
+        std::thread::sleep(Duration::from_millis(100));
+        std::process::exit(1);
     })?;
     Ok(stop)
 }

@@ -16,12 +16,13 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{MsgFlags, Shutdown, getsockopt, recv, send, shutdown, sockopt::SockType};
+use nix::sys::socket::{MsgFlags, Shutdown, UnixAddr, getsockname, recv, send, shutdown};
 use tracing::{debug, info, warn};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::BackendError;
 use crate::abi::vhost_user::{BackendRequest as Code, Header, VringState};
+use crate::sys::join::join;
 
 /// Most messages that wait for room or for their acknowledgement.
 const MOST_WAITING: usize = 1024;
@@ -328,7 +329,7 @@ impl Drop for Attached {
     fn drop(&mut self) {
         self.host.lock().hang_up("the connection does, or another one comes");
         if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+            join(thread);
         }
     }
 }
@@ -336,11 +337,12 @@ impl Drop for Attached {
 /// What SET_BACKEND_REQ_FD brought, if it can be a channel.
 ///
 /// # Errors
-/// [`BackendError::Channel`] if it is no socket.
+/// [`BackendError::Channel`] if it is no UNIX socket: others may be readable for ever without anything to read, as those
+/// are whose errors nobody fetches (rule F9).
 pub(super) fn checked(fd: OwnedFd) -> Result<OwnedFd, BackendError> {
-    match getsockopt(&fd, SockType) {
+    match getsockname::<UnixAddr>(fd.as_raw_fd()) {
         Ok(_) => Ok(fd),
-        Err(_) => Err(BackendError::Channel { why: "it is no socket, and nothing else can be answered" }),
+        Err(_) => Err(BackendError::Channel { why: "it is no UNIX socket, and nothing else can be answered" }),
     }
 }
 
@@ -491,13 +493,16 @@ mod tests {
         host.call(0);
         let file = tempfile::tempfile().unwrap();
         let error = checked(file.into()).unwrap_err();
-        assert!(error.to_string().contains("no socket"), "{error}");
+        assert!(error.to_string().contains("no UNIX socket"), "{error}");
         // Sockets that nothing can be sent over.
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        assert!(checked(tcp.into()).is_err(), "its errors may keep it readable");
+        let folder = tempfile::tempdir().unwrap();
+        let listener = std::os::unix::net::UnixListener::bind(folder.path().join("socket")).unwrap();
         let datagrams = std::os::unix::net::UnixDatagram::unbound().unwrap();
         for socket in [OwnedFd::from(listener), OwnedFd::from(datagrams)] {
             let host = Arc::new(Host::default());
-            let _attached = host.attach(socket).unwrap();
+            let _attached = host.attach(checked(socket).unwrap()).unwrap();
             host.config_changed();
             wait_until(|| host.lock().line.is_none());
         }

@@ -275,7 +275,7 @@ pub enum BackendError {
         why: String,
     },
     /// The kick of a ring can't be waited for.
-    #[error("ring {index}: its kick is no eventfd or its other end is closed: send SET_VRING_KICK again (rule F8)")]
+    #[error("ring {index}: its kick is no eventfd: send SET_VRING_KICK with one (rule F9)")]
     Kick {
         /// The ring.
         index: u16,

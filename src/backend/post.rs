@@ -8,9 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam::channel::Receiver;
-use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
-use nix::unistd::read;
 use tracing::{error, warn};
 
 use super::counters::RingCounters;
@@ -137,7 +135,7 @@ impl Post {
         let [_, kicked] = wait_for(fds, timeout(patience));
         let _ = self.wake.read();
         if let Some(kick) = kick.filter(|_| kicked)
-            && matches!(read(&kick, &mut [0; 8]), Ok(0) | Err(Errno::EBADF | Errno::EINVAL))
+            && kick.take(self.index, &self.wake).is_err()
         {
             // Nothing will ever come from there.
             setup.kick = None;

@@ -17,6 +17,7 @@ use seccompiler::{
 };
 
 use crate::memory::userfault;
+use crate::sys::shared;
 
 /// What happens to a process that asks for what it may not have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -67,6 +68,9 @@ const ALLOWED: &[i64] = &[
     libc::SYS_sendmsg,
     libc::SYS_sendto,
     libc::SYS_io_uring_enter,
+    // Signals of eventfds (rule F9): over the context that was made before.
+    libc::SYS_io_submit,
+    libc::SYS_io_getevents,
     libc::SYS_fdatasync,
     libc::SYS_fsync,
     libc::SYS_fallocate,
@@ -81,8 +85,6 @@ const ALLOWED: &[i64] = &[
     libc::SYS_accept,
     libc::SYS_accept4,
     libc::SYS_shutdown,
-    libc::SYS_getsockopt,
-    libc::SYS_setsockopt,
     libc::SYS_getsockname,
     libc::SYS_getpeername,
     // Waiting.
@@ -140,6 +142,11 @@ const LOOKING_AROUND: &[i64] = &[
 /// Calls that ask about a file, by its fd or by its path, and which argument says so.
 const STAT: [(i64, u8); 2] = [(libc::SYS_newfstatat, 3), (libc::SYS_statx, 2)];
 
+/// Options that may be asked for: what kind of socket it is, and what went wrong with it.
+const GETSOCKOPT: [i32; 3] = [libc::SO_TYPE, libc::SO_ERROR, libc::SO_ACCEPTCONN];
+/// Options that may be set: time limits. Others attach programs (SO_ATTACH_FILTER, SO_ATTACH_BPF) or reach deep into protocols.
+const SETSOCKOPT: [i32; 2] = [libc::SO_RCVTIMEO, libc::SO_SNDTIMEO];
+
 /// Commands of fcntl: flags, seals, and another number for what is open.
 const FCNTL: &[i32] = &[
     libc::F_GETFD,
@@ -168,8 +175,9 @@ impl Sandbox {
     /// # Errors
     /// [`SandboxError`] when the kernel doesn't filter, or not for this process.
     pub fn install(self) -> Result<(), SandboxError> {
+        shared::prepare();
         // The one that forbids to install others comes last.
-        let programs = || Ok::<_, seccompiler::Error>([no_clone3()?, quiet()?, self.main()?]);
+        let programs = || Ok::<_, seccompiler::Error>([no_clone3()?, self.quiet()?, self.main()?]);
         let install =
             |programs: [BpfProgram; 3]| programs.iter().try_for_each(|program| apply_filter_all_threads(program));
         programs().and_then(install).map_err(SandboxError)
@@ -184,10 +192,15 @@ impl Sandbox {
         only(libc::SYS_mprotect, vec![not_executable()?]);
         only(libc::SYS_clone, vec![rule(&[(0, MaskedEq((THREAD | NAMESPACES) as u64), THREAD as u64)])?]);
         only(libc::SYS_clone3, vec![]);
-        only(libc::SYS_tgkill, vec![rule(&[(0, Eq, std::process::id().into())])?]);
+        let own = u64::from(std::process::id());
+        only(libc::SYS_tgkill, vec![rule(&[(0, Eq, own)])?]);
+        only(libc::SYS_kcmp, vec![rule(&[(0, Eq, own), (1, Eq, own)])?]);
         for (call, _) in STAT {
             only(call, vec![]);
         }
+        let option = |name: &i32| rule(&[(1, Eq, libc::SOL_SOCKET as u64), (2, Eq, *name as u64)]);
+        only(libc::SYS_getsockopt, GETSOCKOPT.iter().map(option).collect::<Result<_, _>>()?);
+        only(libc::SYS_setsockopt, SETSOCKOPT.iter().map(option).collect::<Result<_, _>>()?);
         let ioctls = [libc::FIONBIO].into_iter().chain(userfault::IOCTLS.into_iter().filter(|_| self.postcopy));
         // Their numbers are of 32 bits, in types that differ from libc to libc.
         only(
@@ -223,16 +236,18 @@ impl Sandbox {
         };
         compile(rules, violation, SeccompAction::Allow)
     }
-}
 
-/// Refusals of what is no reason to end.
-fn quiet() -> Result<BpfProgram, seccompiler::Error> {
-    let mut rules: Rules = LOOKING_AROUND.iter().map(|call| (*call, vec![])).collect();
-    rules.extend(reading_open()?);
-    for (call, flags) in STAT {
-        rules.insert(call, vec![rule(&[(flags, MaskedEq(libc::AT_EMPTY_PATH as u64), 0)])?]);
+    /// Refusals of what is no reason to end.
+    fn quiet(self) -> Result<BpfProgram, seccompiler::Error> {
+        let mut rules: Rules = LOOKING_AROUND.iter().map(|call| (*call, vec![])).collect();
+        rules.extend(reading_open()?);
+        // Whoever removes a socket looks first whether it is still the own one, and so follows no link.
+        let allowed = if self.unlink { libc::AT_EMPTY_PATH | libc::AT_SYMLINK_NOFOLLOW } else { libc::AT_EMPTY_PATH };
+        for (call, flags) in STAT {
+            rules.insert(call, vec![rule(&[(flags, MaskedEq(allowed as u64), 0)])?]);
+        }
+        compile(rules, SeccompAction::Allow, SeccompAction::Errno(libc::EACCES as u32))
     }
-    compile(rules, SeccompAction::Allow, SeccompAction::Errno(libc::EACCES as u32))
 }
 
 /// The flags of clone3 are in memory, where no filter can see them: told that there is no such call, libc uses clone.

@@ -21,6 +21,7 @@ use crate::abi::vhost_user::{
     DEVICE_STATE_LOAD, DEVICE_STATE_PHASE_STOPPED, DEVICE_STATE_SAVE, DeviceStateTransfer, Request as Code,
 };
 use crate::stream::record::{self, Bytes};
+use crate::sys::join::join;
 use crate::sys::pipe::{MAX_STATE, Until, read_all, write_all};
 
 /// How long CHECK_DEVICE_STATE waits for the end of a transfer that its sender must have ended before.
@@ -100,7 +101,7 @@ impl Drop for Transfer {
     fn drop(&mut self) {
         let _ = self.stop.write(1);
         if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+            join(thread);
         }
     }
 }

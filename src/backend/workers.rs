@@ -121,6 +121,7 @@ impl Rings for Workers {
         let wake = Arc::new(EventFd::from_flags(flags).map_err(BackendError::system("make an eventfd"))?);
         let (orders, inbox) = unbounded();
         let (ready, is_ready) = bounded(1);
+        setup.kick.iter().for_each(|kick| kick.add(&wake));
         let (device, woken, postcopy) = (self.device.clone(), wake.clone(), setup.postcopy);
         let (ending, ended) = bounded(0);
         let serve = move || {

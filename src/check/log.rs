@@ -18,6 +18,7 @@ use crate::abi::virtio::{
 };
 use crate::dirty::Log;
 use crate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use crate::sys::shared;
 
 const ROUNDS: u64 = 8;
 
@@ -434,19 +435,19 @@ fn signalled(bench: &mut Bench) -> Result<Outcome, Fault> {
     }
     rig.load(SLOTS, Size::Mixed)?;
     rig.link.barrier()?;
-    let early = signal.read().unwrap_or(0);
+    let early = shared::take(signal.as_fd()).unwrap_or(0);
     rig.log_on(rig.ring.device_at())?;
     rig.load(SLOTS, Size::Mixed)?;
     // The last signal may follow the last completion.
     rig.stop()?;
-    let count = signal.read().unwrap_or(0);
+    let count = shared::take(signal.as_fd()).unwrap_or(0);
     rig.start_logged(Some(rig.ring.device_at()))?;
     let mut without_fd = || {
         rig.done(Code::SET_LOG_FD, &[], &[])?;
-        let _ = signal.read();
+        let _ = shared::take(signal.as_fd());
         rig.load(SLOTS, Size::Mixed)?;
         rig.stop()?;
-        Ok::<_, Fault>(signal.read().unwrap_or(0))
+        Ok::<_, Fault>(shared::take(signal.as_fd()).unwrap_or(0))
     };
     let late = match without_fd() {
         Ok(late) => late,

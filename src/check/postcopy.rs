@@ -319,7 +319,7 @@ fn complete(rig: &mut Rig) -> Result<Vec<Buffer>, Fault> {
         rig.feed()?;
         if readable(&[rig.ring.call.as_fd()], deadline.min(Instant::now() + AGAIN)) {
             // Whatever it counts.
-            let _ = rig.ring.call.read();
+            rig.ring.ack_call();
             while rig.pop()? {
                 filled.push(rig.last);
             }

@@ -1,5 +1,7 @@
 //! One ring of the guest without a CPU: where it lies, its driver, its fds, and where it goes on.
 
+use std::os::fd::AsFd;
+
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::Fault;
@@ -8,6 +10,7 @@ use crate::abi::bit;
 use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED};
 use crate::memory::{LOG_PAGE, Memory};
 use crate::ring::{DriverRing, DriverState, PackedDriverState, Position, RingBase, RingLayout, SplitDriverState};
+use crate::sys::shared;
 
 /// The rings of a guest, one behind the other in the lower region.
 const RINGS: u64 = 0x10_0000;
@@ -193,7 +196,12 @@ impl Queue {
     /// Signals the kick fd, wanted or not.
     pub(super) fn wake(&self) {
         // One that is full is signalled already.
-        let _ = self.kick.write(1);
+        let _ = shared::signal(self.kick.as_fd());
+    }
+
+    /// Takes a call back; false if there was none.
+    pub(super) fn ack_call(&self) -> bool {
+        shared::take(self.call.as_fd()).is_ok()
     }
 
     /// Makes what was added visible, and kicks if the device wants it.

@@ -14,6 +14,7 @@ use super::signal::{Failure, Signal, wait};
 use crate::abi::virtio::SECTOR_BYTES;
 use crate::frontend::{Device, DeviceEvent, FrontendError, Interrupt, RingSetup, SharedDevice};
 use crate::ring::{RingBase, RingLayout};
+use crate::sys::shared;
 
 /// How long one attempt to connect again may take.
 const SLICE: Duration = Duration::from_secs(2);
@@ -100,18 +101,17 @@ impl Line {
     }
 
     pub(super) fn kick(&self) {
-        // A full eventfd is a kick that nobody has looked at yet.
-        let _ = nix::unistd::write(&self.kick, &1u64.to_ne_bytes());
+        let _ = shared::signal(self.kick.as_fd());
     }
 
     /// Takes a call back, if there is one.
     pub(super) fn answer(&self) {
-        let _ = nix::unistd::read(&self.call, &mut [0; 8]);
+        let _ = shared::take(self.call.as_fd());
     }
 
     /// Takes a signal of a broken ring back; false if there was none.
     pub(super) fn complaint(&self) -> bool {
-        nix::unistd::read(&self.error, &mut [0; 8]).is_ok()
+        shared::take(self.error.as_fd()).is_ok()
     }
 
     /// The ring begins anew.
@@ -500,4 +500,27 @@ fn watch(unit: &Unit, stop: &Signal) -> Result<(), GuestError> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every fd of a queue is the back-end's, too.
+    #[test]
+    fn doorbells_that_a_back_end_makes_blocking_hold_nobody_up() {
+        let line = Line::new(RingLayout::new(0, 64, 0, 0x1000, 0x2000)).unwrap();
+        for fd in [&line.kick, &line.call, &line.error] {
+            nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty())).unwrap();
+        }
+        nix::unistd::write(&line.kick, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        let (done, is_done) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            line.kick();
+            line.answer();
+            let complained = line.complaint();
+            done.send(complained)
+        });
+        assert_eq!(is_done.recv_timeout(Duration::from_secs(60)), Ok(false));
+    }
 }

@@ -558,4 +558,12 @@ mod tests {
             assert!(merged(&regions).is_err());
         }
     }
+
+    #[test]
+    fn a_layout_of_more_regions_than_a_guest_has_is_refused() {
+        let layout = |count| MemoryLayout { regions: vec![RegionLayout { gpa: 0, size: LOG_PAGE }; count] };
+        layout(MAX_REGIONS).check_regions().unwrap();
+        let why = layout(MAX_REGIONS + 1).check_regions().unwrap_err().to_string();
+        assert!(why.contains("510 regions"), "{why}");
+    }
 }

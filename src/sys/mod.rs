@@ -1,6 +1,8 @@
 //! The corner for system calls that the safe wrappers in use don't cover and that several rooms need: fd passing,
 //! listening at a path, all that comes through a pipe. Each is behind a safe function.
 
+pub(crate) mod join;
 pub(crate) mod listen;
 pub(crate) mod pipe;
+pub(crate) mod shared;
 pub(crate) mod socket;

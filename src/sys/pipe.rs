@@ -7,9 +7,9 @@ use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::unistd::{read, write};
+
+use super::shared::{is_stream, read, write};
 
 /// Most bytes of a device's state.
 pub(crate) const MAX_STATE: usize = 16 << 20;
@@ -27,11 +27,11 @@ pub(crate) enum Until<'a> {
 /// Reads to the end.
 ///
 /// # Errors
-/// `FileTooLarge` for more than [`MAX_STATE`] bytes, `TimedOut` when it was time to give up, and what the system says.
+/// `InvalidInput` for a file of a file system, `FileTooLarge` for more than [`MAX_STATE`] bytes, `TimedOut` when it was time to give up, and what the system says.
 pub(crate) fn read_all(pipe: BorrowedFd<'_>, until: &Until<'_>) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let mut chunk = vec![0; 64 << 10];
-    never_block(pipe)?;
+    let pipe = stream(pipe)?;
     loop {
         match read(pipe, &mut chunk) {
             Ok(0) => return Ok(bytes),
@@ -47,10 +47,10 @@ pub(crate) fn read_all(pipe: BorrowedFd<'_>, until: &Until<'_>) -> io::Result<Ve
 /// Writes all of `bytes`.
 ///
 /// # Errors
-/// `BrokenPipe` when nobody reads any more, `TimedOut` when it was time to give up, and what the system says.
+/// `InvalidInput` for a file of a file system, `BrokenPipe` when nobody reads any more, `TimedOut` when it was time to give up, and what the system says.
 pub(crate) fn write_all(pipe: BorrowedFd<'_>, bytes: &[u8], until: &Until<'_>) -> io::Result<()> {
     let mut rest = bytes;
-    never_block(pipe)?;
+    let pipe = stream(pipe)?;
     while !rest.is_empty() {
         match write(pipe, rest) {
             Ok(count) => rest = rest.get(count..).unwrap_or_default(),
@@ -62,10 +62,10 @@ pub(crate) fn write_all(pipe: BorrowedFd<'_>, bytes: &[u8], until: &Until<'_>) -
     Ok(())
 }
 
-fn never_block(pipe: BorrowedFd<'_>) -> io::Result<()> {
-    let flags = OFlag::from_bits_retain(fcntl(pipe, FcntlArg::F_GETFL)?);
-    fcntl(pipe, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-    Ok(())
+/// Of a file no poll says whether a read would wait.
+fn stream(pipe: BorrowedFd<'_>) -> io::Result<BorrowedFd<'_>> {
+    let refused = || io::Error::new(io::ErrorKind::InvalidInput, "it is no pipe and no socket");
+    if is_stream(pipe) { Ok(pipe) } else { Err(refused()) }
 }
 
 impl Until<'_> {

@@ -25,5 +25,6 @@ mod race;
 mod raw;
 mod rules;
 mod server;
+mod shared;
 mod state;
 mod suspend;

@@ -7,7 +7,8 @@ use nix::sys::eventfd::EventFd;
 use vhost_migrate::backend::Sandbox;
 use vhost_migrate::backend::net::{MAX_PAIRS, MIN_MTU, Mac, Net, NetOptions, Peer};
 
-use super::{Seccomp, serve};
+use super::{Seccomp, Stopping, serve};
+use crate::interrupt::ignore_hangup;
 use crate::messages::Messages;
 use crate::metrics::Metrics;
 
@@ -64,6 +65,8 @@ pub(super) struct Arguments {
     #[arg(long, conflicts_with = "iommu")]
     postcopy: bool,
     #[command(flatten)]
+    pub(super) stopping: Stopping,
+    #[command(flatten)]
     seccomp: Seccomp,
     #[command(flatten)]
     metrics: Metrics,
@@ -87,6 +90,7 @@ struct PeerArguments {
 
 impl Arguments {
     pub(super) fn run(self, stop: &EventFd) -> Result<(), Box<dyn std::error::Error>> {
+        ignore_hangup()?;
         self.messages.start();
         self.metrics.start()?;
         let sandbox =

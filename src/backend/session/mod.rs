@@ -256,10 +256,11 @@ impl Session {
             }
             Code::SET_VRING_ADDR => self.set_addr(message.body()?, rings)?,
             Code::SET_VRING_KICK => {
-                let (index, kick) = self.ring_fd(&mut message)?;
+                let (index, fd) = self.ring_fd(&mut message)?;
+                let kick = fd.map(|fd| self.kick(index, fd)).transpose()?;
                 self.pause(index, rings)?;
                 if let Some(ring) = self.rings.get_mut(usize::from(index)) {
-                    (ring.kick, ring.started) = (kick.map(Arc::new), true);
+                    (ring.kick, ring.started) = (kick, true);
                 }
                 self.settle(index, rings)?;
             }

@@ -2,11 +2,10 @@
 #![forbid(unsafe_code)]
 
 use std::ops::RangeInclusive;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use super::super::{BackendError, Host, Notifier};
+use super::super::{BackendError, Host, Kick, Notifier};
 use crate::dirty::{Log, LogSignal};
 use crate::inflight;
 use crate::memory::{Iotlb, Memory};
@@ -26,7 +25,7 @@ pub struct Setup {
     /// Where writes are logged.
     pub logging: Logging,
     /// Readable when there are new requests.
-    pub kick: Option<Arc<OwnedFd>>,
+    pub kick: Option<Arc<Kick>>,
     /// Whether the ring is to be looked at every now and then: there is no kick, and [`Rings::kick`] isn't called either.
     pub polled: bool,
     /// Signalled when requests were used.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use tracing::warn;
 
-use super::super::{BackendError, Host, Message, Notifier};
+use super::super::{BackendError, Host, Kick, Message, Notifier};
 use super::{LOG_ALL, Rings, Session, Setup};
 use crate::abi::bit;
 use crate::abi::vhost_user::{
@@ -21,7 +21,7 @@ pub(super) struct Ring {
     pub(super) size: u16,
     pub(super) base: RingBase,
     pub(super) addr: Option<VringAddr>,
-    pub(super) kick: Option<Arc<OwnedFd>>,
+    pub(super) kick: Option<Arc<Kick>>,
     pub(super) call: Option<Arc<Notifier>>,
     pub(super) error: Option<Arc<Notifier>>,
     /// SET_VRING_KICK or a kick in-band came, and no GET_VRING_BASE since (rules R2, B3).
@@ -100,6 +100,12 @@ impl Session {
         self.ring(message.code, index.into())?;
         let fd = if bits & VRING_NOFD_MASK != 0 { None } else { Some(message.only_fd()?) };
         Ok((index, fd))
+    }
+
+    /// The kick of ring `index`, which may be another ring's as well.
+    pub(super) fn kick(&self, index: u16, fd: OwnedFd) -> Result<Arc<Kick>, BackendError> {
+        let known = self.rings.iter().filter_map(|ring| ring.kick.as_ref()).find(|kick| kick.is(&fd));
+        known.cloned().map_or_else(|| Kick::new(index, fd).map(Arc::new), Ok)
     }
 
     /// What a ring signals for calls and errors: where no fd was given, the front-end itself if messages stand for it.

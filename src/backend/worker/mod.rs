@@ -11,7 +11,7 @@ mod ending;
 mod in_order;
 
 use std::ops::RangeInclusive;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -20,7 +20,6 @@ use crossbeam::channel::{Receiver, Sender};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
-use nix::unistd::read;
 use tracing::{debug, error, warn};
 
 use super::counters::RingCounters;
@@ -28,7 +27,7 @@ use super::device::Dropped;
 use super::iommu::{InUse, logged};
 use super::session::{Logging, Setup};
 use super::tracker::{Found, Tracker};
-use super::{BackendError, Notifier, Queue, Request};
+use super::{BackendError, Kick, Notifier, Queue, Request};
 use crate::abi::bit;
 use crate::abi::virtio::VIRTIO_F_IN_ORDER;
 use crate::ring::{DeviceRing, RingError};
@@ -454,12 +453,12 @@ impl Worker {
         }
     }
 
-    fn kicked(&mut self, kick: &OwnedFd) {
-        match read(kick, &mut [0; 8]) {
-            Ok(1..) => self.ring.disable_notifications(),
-            Err(Errno::EAGAIN | Errno::EINTR) => {}
-            // Nothing will ever come from there, but polling it would always return at once.
-            Ok(0) | Err(_) => self.broke(&BackendError::Kick { index: self.index }),
+    fn kicked(&mut self, kick: &Kick) {
+        match kick.take(self.index, &self.wake) {
+            Ok(true) => self.ring.disable_notifications(),
+            Ok(false) => {}
+            // Polling it would always return at once.
+            Err(error) => self.broke(&error),
         }
     }
 

@@ -301,7 +301,7 @@ impl Rig {
             let until = if self.source.is_some() { deadline.min(Instant::now() + AGAIN) } else { deadline };
             let calls: Vec<BorrowedFd<'_>> = self.rings().map(|queue| queue.call.as_fd()).collect();
             let notified = readable(&calls, until);
-            self.rings().for_each(|queue| _ = queue.call.read());
+            self.rings().for_each(|queue| _ = queue.ack_call());
             if notified {
                 continue;
             }

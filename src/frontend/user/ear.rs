@@ -19,7 +19,6 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{MsgFlags, send};
-use nix::unistd::read;
 use tracing::{debug, warn};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -30,7 +29,7 @@ use super::wake;
 use crate::abi::vhost::{VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_MISS};
 use crate::abi::vhost_user::{BackendRequest, Header, IotlbMsg, Request, VRING_IDX_MASK, VringArea, VringState};
 use crate::memory::Access;
-use crate::sys::socket;
+use crate::sys::{join::join, shared, socket};
 
 /// Longest message, bytes: more than any has.
 const MAX_PAYLOAD: usize = 4096;
@@ -160,7 +159,7 @@ impl Drop for Ear {
         self.shared.over.store(true, Ordering::Release);
         let _ = self.shared.wake.write(1);
         if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+            join(thread);
         }
     }
 }
@@ -221,15 +220,14 @@ impl Shared {
 
     /// Takes what has come. An error ends the channel; one without words is a back-end that has hung up.
     fn take(&self, heard: &mut Heard) -> Result<(), Option<&'static str>> {
-        let (mut buffer, mut fds) = ([0; MAX_PAYLOAD], Vec::new());
-        match socket::receive(self.socket.as_fd(), &mut buffer, &mut fds) {
+        let mut buffer = [0; MAX_PAYLOAD];
+        // Nothing that is heard here comes with an fd of use.
+        match socket::receive(self.socket.as_fd(), &mut buffer, &mut Vec::new(), 0) {
             Ok(0) => return Err(None),
             Ok(count) => heard.bytes.extend(buffer.get(..count).unwrap_or_default()),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(_) => return Err(None),
         }
-        // Nothing that is heard here comes with an fd of use.
-        drop(fds);
         while let Some((head, rest)) = heard.bytes.split_first_chunk::<{ size_of::<Header>() }>() {
             let header: Header = zerocopy::transmute!(*head);
             if header.flags & !Header::FLAG_NEED_REPLY != Header::FLAG_VERSION {
@@ -304,7 +302,7 @@ impl Shared {
         let rings = lock(&self.rings);
         let is_heeded = |ring: &Heeded| ring.kicks && Arc::ptr_eq(&ring.setup.kick, kick);
         // Taken before it is sent: one that comes in between is another one.
-        if !rings.get(&index).is_some_and(is_heeded) || !matches!(read(kick, &mut [0; 8]), Ok(1..)) {
+        if !rings.get(&index).is_some_and(is_heeded) || shared::take(kick.as_fd()).is_err() {
             return true;
         }
         let state = VringState { index: index.into(), num: 0 };

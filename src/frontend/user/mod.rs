@@ -38,6 +38,7 @@ use crate::abi::virtio::VIRTIO_F_RING_PACKED;
 use crate::dirty::Log;
 use crate::memory::{Memory, MemoryError, Region};
 use crate::ring::{RingBase, RingLayout};
+use crate::sys::shared;
 use channel::{Channel, Reply};
 use connect::{BACK_OFF, Offer, greet, until};
 use ear::{Ear, Events};
@@ -617,7 +618,7 @@ impl UserDevice {
     }
 }
 
-/// Signals an eventfd. One that is full is signalled already.
+/// Signals an eventfd of a ring, which the back-end has too.
 fn wake(eventfd: &OwnedFd) {
-    let _ = nix::unistd::write(eventfd, &1u64.to_ne_bytes());
+    let _ = shared::signal(eventfd.as_fd());
 }

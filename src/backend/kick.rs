@@ -1,0 +1,68 @@
+//! The eventfd of SET_VRING_KICK, which several rings may share.
+
+#![forbid(unsafe_code)]
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use nix::errno::Errno;
+use nix::sys::eventfd::EventFd;
+
+use super::BackendError;
+use crate::sys::shared;
+
+/// The kick of one or more rings.
+///
+/// A kick that one ring takes is gone for the others, of which one may have been meant: all are woken.
+#[derive(Debug)]
+pub struct Kick {
+    eventfd: OwnedFd,
+    /// What wakes the rings that wait for it.
+    rings: Mutex<Vec<Weak<EventFd>>>,
+}
+
+impl Kick {
+    /// Takes the fd of SET_VRING_KICK for ring `index`.
+    ///
+    /// # Errors
+    /// [`BackendError::Kick`] if it is no eventfd: of anything else a poll and a read may disagree for ever (rule F9).
+    pub fn new(index: u16, fd: OwnedFd) -> Result<Kick, BackendError> {
+        match shared::is_eventfd(fd.as_fd()) {
+            true => Ok(Kick { eventfd: fd, rings: Mutex::default() }),
+            false => Err(BackendError::Kick { index }),
+        }
+    }
+
+    /// Returns true if this is another number of the same eventfd.
+    pub(super) fn is(&self, fd: &OwnedFd) -> bool {
+        shared::is_same_file(self.eventfd.as_fd(), fd.as_fd())
+    }
+
+    /// Adds a ring that is woken by `wake` when another one takes a kick.
+    pub(super) fn add(&self, wake: &Arc<EventFd>) {
+        let mut rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner);
+        rings.retain(|ring| ring.strong_count() > 0);
+        rings.push(Arc::downgrade(wake));
+    }
+
+    /// Takes a kick, if there is one, for all rings; `own` wakes the one that takes it.
+    ///
+    /// # Errors
+    /// [`BackendError::Kick`] if none will ever come.
+    pub(super) fn take(&self, index: u16, own: &Arc<EventFd>) -> Result<bool, BackendError> {
+        match shared::take(self.eventfd.as_fd()) {
+            Err(Errno::EAGAIN | Errno::EINTR) => return Ok(false),
+            taken => taken.map_err(|_| BackendError::Kick { index })?,
+        };
+        let rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner);
+        let others = rings.iter().filter_map(Weak::upgrade).filter(|ring| !Arc::ptr_eq(ring, own));
+        others.for_each(|ring| _ = ring.write(1));
+        Ok(true)
+    }
+}
+
+impl AsFd for Kick {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.eventfd.as_fd()
+    }
+}

@@ -1,0 +1,288 @@
+//! Descriptors that the front-end has, too: whatever it does to the open files behind them, the next front-end is served and
+//! SIGTERM ends the process (rule F9).
+
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, pipe, write};
+use rstest::rstest;
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::vhost_user::{DEVICE_STATE_LOAD, DeviceStateTransfer, Request as Code, protocol_feature};
+use zerocopy::IntoBytes;
+
+use crate::guest::{BASIC, Guest, PACKED, Ring, SPLIT, begin, begin_with};
+use crate::hostile::works;
+use crate::raw::{Client, DEADLINE};
+use crate::server::{Process, disk_options};
+
+/// A disk of two queues in a process.
+struct Rig {
+    _folder: tempfile::TempDir,
+    socket: PathBuf,
+    process: Process,
+    guest: Guest,
+}
+
+impl Rig {
+    fn new(more: &[&str]) -> Rig {
+        let folder = tempfile::tempdir().unwrap();
+        let image = disk_options(folder.path(), 1 << 20, |_| {}).image;
+        let socket = folder.path().join("socket");
+        let process = Process::start(&socket, &image, &[&["--queues", "2"], more].concat());
+        Rig { _folder: folder, socket, process, guest: Guest::new() }
+    }
+
+    fn interface() -> Rig {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("socket");
+        let process = Process::net(&socket, &["--loopback"]);
+        Rig { _folder: folder, socket, process, guest: Guest::new() }
+    }
+
+    fn begin(&self, features: u64) -> Client {
+        let client = Client::connect(&self.socket);
+        begin(&client, &self.guest, features);
+        client
+    }
+
+    fn ring(&self, client: &Client, index: u32, features: u64) -> Ring {
+        let ring = Ring::new(&self.guest, index, 256, features);
+        ring.set_up(client, &self.guest, ring.start());
+        ring.enable(client, true);
+        ring
+    }
+
+    /// The front-end that has behaved so hangs up; the next one is served, and the process ends when told to.
+    fn goes_on(mut self, client: Client) {
+        drop(client);
+        let client = self.begin(SPLIT);
+        let mut ring = self.ring(&client, 1, SPLIT);
+        works(&self.guest, &mut ring);
+        self.ends(true);
+    }
+
+    fn ends(&mut self, in_good_order: bool) {
+        self.terminate();
+        let end = Instant::now() + DEADLINE;
+        loop {
+            match self.process.child.try_wait().unwrap() {
+                Some(status) => return assert_eq!(status.success(), in_good_order, "{status}"),
+                None => assert!(Instant::now() < end, "SIGTERM does not end it"),
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    fn terminate(&self) {
+        kill(Pid::from_raw(self.process.child.id() as i32), Signal::SIGTERM).unwrap();
+    }
+}
+
+fn set_blocking(fd: BorrowedFd<'_>, blocking: bool) {
+    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL).unwrap());
+    let flags = if blocking { flags - OFlag::O_NONBLOCK } else { flags | OFlag::O_NONBLOCK };
+    fcntl(fd, FcntlArg::F_SETFL(flags)).unwrap();
+}
+
+/// What takes signals, and does not block yet: one end for the back-end, and the other, which must stay open.
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    EventFd,
+    Socket,
+    Pipe,
+}
+
+impl Kind {
+    fn open(self) -> (OwnedFd, Option<OwnedFd>) {
+        let (theirs, ours) = match self {
+            Kind::EventFd => (EventFd::new().unwrap().into(), None),
+            Kind::Socket => UnixStream::pair().map(|(theirs, ours)| (theirs.into(), Some(ours.into()))).unwrap(),
+            Kind::Pipe => pipe().map(|(ours, theirs)| (theirs, Some(ours))).unwrap(),
+        };
+        set_blocking(theirs.as_fd(), false);
+        (theirs, ours)
+    }
+}
+
+/// Leaves no room, and takes the flag back that would make a write return.
+fn fill(fd: BorrowedFd<'_>) {
+    while write(fd, (u64::MAX - 1).as_bytes()).is_ok() {}
+    while write(fd, &[0]).is_ok() {}
+    set_blocking(fd, true);
+}
+
+#[rstest]
+fn a_call_without_room_that_blocks_stops_no_ring(
+    #[values(Kind::EventFd, Kind::Socket, Kind::Pipe)] kind: Kind,
+    #[values(SPLIT, PACKED)] features: u64,
+) {
+    let rig = Rig::new(&[]);
+    let client = rig.begin(features);
+    let mut ring = rig.ring(&client, 0, features);
+    let (call, _other) = kind.open();
+    client.done(Code::SET_VRING_CALL, &0u64, &[call.as_fd()]);
+    fill(call.as_fd());
+    for _ in 0..3 {
+        ring.read(&rig.guest, 0, 1, 512);
+        ring.kick();
+        let end = Instant::now() + DEADLINE;
+        while ring.driver.pop_used().unwrap().is_none() {
+            assert!(Instant::now() < end, "the ring waits for room");
+            std::thread::yield_now();
+        }
+    }
+    client.ring_base(0);
+    rig.goes_on(client);
+}
+
+#[rstest]
+fn an_error_fd_without_room_that_blocks_stops_nothing(#[values(Kind::EventFd, Kind::Socket, Kind::Pipe)] kind: Kind) {
+    let rig = Rig::new(&[]);
+    let client = rig.begin(SPLIT);
+    let (error, _other) = kind.open();
+    client.done(Code::SET_VRING_ERR, &0u64, &[error.as_fd()]);
+    fill(error.as_fd());
+    let ring = Ring::new(&rig.guest, 0, 256, SPLIT);
+    // An index that ran away.
+    rig.guest.memory.write(ring.layout.avail, [0u16, 9999].as_bytes()).unwrap();
+    ring.set_up(&client, &rig.guest, ring.start());
+    ring.enable(&client, true);
+    client.ring_base(0);
+    rig.goes_on(client);
+}
+
+/// A kick that a poll says is there and that can't be read: for ever, or as long as nobody sends the other 7 bytes.
+#[rstest]
+fn a_kick_that_is_no_eventfd_is_refused(#[values("socket", "pipe", "file", "epoll")] what: &str) {
+    let rig = Rig::new(&[]);
+    let client = rig.begin(SPLIT);
+    let mut ring = rig.ring(&client, 0, SPLIT);
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (output, input) = pipe().unwrap();
+    let low = 8;
+    // SAFETY: an int, which is only read.
+    let set = unsafe {
+        let at = (&raw const low).cast();
+        libc::setsockopt(theirs.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVLOWAT, at, size_of_val(&low) as u32)
+    };
+    assert_eq!(set, 0);
+    (&ours).write_all(&[1]).unwrap();
+    write(&input, &[1]).unwrap();
+    let file = tempfile::tempfile().unwrap();
+    let epoll = nix::sys::epoll::Epoll::new(nix::sys::epoll::EpollCreateFlags::empty()).unwrap();
+    let kick = match what {
+        "socket" => theirs.as_fd(),
+        "pipe" => output.as_fd(),
+        "file" => file.as_fd(),
+        _ => epoll.0.as_fd(),
+    };
+    assert_ne!(client.acknowledged(Code::SET_VRING_KICK, 0u64.as_bytes(), &[kick]), 0, "a {what} was taken");
+    // It changes nothing.
+    works(&rig.guest, &mut ring);
+    rig.goes_on(client);
+}
+
+#[rstest]
+fn one_blocking_kick_serves_two_rings(#[values(SPLIT, PACKED)] features: u64) {
+    let rig = Rig::new(&[]);
+    let client = rig.begin(features);
+    let kick = EventFd::from_flags(EfdFlags::empty()).unwrap();
+    let mut rings = [0, 1].map(|index| rig.ring(&client, index, features));
+    for index in [0u64, 1] {
+        client.done(Code::SET_VRING_KICK, &index, &[kick.as_fd()]);
+    }
+    for round in 0..2000 {
+        for ring in &mut rings {
+            ring.read(&rig.guest, 0, 1, 512);
+            // Whatever the device wants: one of them has nothing else to wake it.
+            let _ = ring.driver.publish();
+            // Rings share the places of requests.
+            if round % 2 == 0 {
+                kick.write(1).unwrap();
+                ring.completion();
+            }
+        }
+        if round % 2 == 1 {
+            kick.write(1).unwrap();
+            rings.iter_mut().for_each(|ring| _ = ring.completion());
+        }
+    }
+    rig.goes_on(client);
+}
+
+/// A back-end that has read the first bytes waits for the next ones, and for nothing else.
+#[rstest]
+fn a_state_that_does_not_come_blocks_nobody(#[values("pipe", "socket")] kind: &str) {
+    let mut rig = Rig::interface();
+    let client = Client::connect(&rig.socket);
+    begin_with(&client, &rig.guest, BASIC, bit(protocol_feature::REPLY_ACK) | bit(protocol_feature::DEVICE_STATE));
+    let (theirs, ours): (OwnedFd, OwnedFd) = match kind {
+        "pipe" => pipe().unwrap(),
+        _ => UnixStream::pair().map(|(theirs, ours)| (theirs.into(), ours.into())).unwrap(),
+    };
+    let transfer = DeviceStateTransfer { direction: DEVICE_STATE_LOAD, phase: 0 };
+    let answer = client.ask_with(Code::SET_DEVICE_STATE_FD, transfer.as_bytes(), &[theirs.as_fd()]);
+    assert_eq!(answer, 0x100u64.to_le_bytes());
+    for _ in 0..3 {
+        write(&ours, &[1]).unwrap();
+        let end = Instant::now() + DEADLINE;
+        while unread(theirs.as_fd()) > 0 {
+            assert!(Instant::now() < end, "nobody reads it");
+            std::thread::yield_now();
+        }
+        set_blocking(theirs.as_fd(), true);
+    }
+    drop(client);
+    rig.begin(BASIC).barrier();
+    rig.ends(true);
+}
+
+fn unread(fd: BorrowedFd<'_>) -> i32 {
+    let mut count = 0;
+    // SAFETY: an int for the answer.
+    assert_eq!(unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut count) }, 0);
+    count
+}
+
+/// A thread that can't go on for any reason, here because it is held by ptrace.
+#[test]
+fn sigterm_ends_a_process_that_hangs() {
+    let mut rig = Rig::new(&["--stop-timeout", "1"]);
+    let client = rig.begin(SPLIT);
+    let mut ring = rig.ring(&client, 0, SPLIT);
+    works(&rig.guest, &mut ring);
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", rig.process.child.id())).unwrap();
+    let thread = tasks.map(|task| task.unwrap().path()).find(|task| {
+        let name = std::fs::read_to_string(task.join("comm"));
+        name.is_ok_and(|name| name.trim() == "ring 0")
+    });
+    let id: i32 = thread.unwrap().file_name().unwrap().to_str().unwrap().parse().unwrap();
+    // SAFETY: takes no pointers that are used.
+    let held = [libc::PTRACE_SEIZE, libc::PTRACE_INTERRUPT].map(|request| unsafe { libc::ptrace(request, id, 0, 0) });
+    assert_eq!(held, [0, 0], "{}", std::io::Error::last_os_error());
+    let wait = || {
+        let mut status = 0;
+        // SAFETY: a number, and an int for the answer.
+        assert_eq!(unsafe { libc::waitpid(id, &raw mut status, libc::__WALL) }, id);
+        status
+    };
+    assert!(libc::WIFSTOPPED(wait()));
+    rig.terminate();
+    // It is told of the end of what it holds before the process can be gone.
+    let (sender, over) = std::sync::mpsc::channel();
+    let pid = rig.process.child.id() as i32;
+    std::thread::spawn(move || {
+        if over.recv_timeout(DEADLINE).is_err() {
+            kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+        }
+    });
+    assert_eq!(libc::WEXITSTATUS(wait()), 1);
+    sender.send(()).unwrap();
+    assert_eq!(rig.process.child.wait().unwrap().code(), Some(1));
+}
