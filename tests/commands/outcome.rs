@@ -243,7 +243,7 @@ fn cancel_at_the_destination_ends_a_migration_and_the_next_one_arrives() {
     let source = host.source();
     let destination = host.arriving("destination", &unix(&host, "incoming"));
     until(&destination, "absent");
-    assert!(refused(&destination, json!({"command": "cancel"})).contains("no migration is under way"));
+    assert!(refused(&destination, json!({"command": "cancel"})).contains("no migration has come yet"));
     let (mut slow, _events) = slow_migration(&source, &unix(&host, "incoming"));
     done(&destination, "cancel");
     failed(&mut slow);
