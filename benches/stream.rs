@@ -373,6 +373,7 @@ fn untouched(pages: u64, used: u64) -> f64 {
             verify: false,
             ask_for: ASK_FOR,
             switchover_timeout: None,
+            continue_here: false,
         };
         migrate(&mut Still(source.clone()), connection, &plan, &options.limiter, &options.cancel, &mut |_| ()).unwrap()
     });

@@ -544,7 +544,14 @@ fn move_to(
         });
         let connection = transport::connect(listener.uri(), &options).unwrap();
         let policy = Policy { downtime: PATIENCE, max_rounds: 100 };
-        let plan = Plan { policy, codec: Codec::None, verify: false, ask_for: ASK_FOR, switchover_timeout: None };
+        let plan = Plan {
+            policy,
+            codec: Codec::None,
+            verify: false,
+            ask_for: ASK_FOR,
+            switchover_timeout: None,
+            continue_here: false,
+        };
         let mut machine = GuestMachine::new(guest).unwrap();
         let left = migrate(&mut machine, connection, &plan, &options.limiter, &options.cancel, &mut |_| {});
         (left, arrived.join().unwrap())

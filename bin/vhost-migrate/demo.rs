@@ -261,7 +261,7 @@ impl<'a> Demo<'a> {
         let mut completed = None;
         let mut kill = if self.arguments.kill { Some(Ok(())) } else { None };
         let control = self.source.control.clone();
-        let order = self.arguments.transfer.to(uri, false);
+        let order = Command::Migrate(self.arguments.transfer.to(uri));
         control::call(&control, &order, |value| {
             self.progress.event(&value);
             match serde_json::from_value(value) {

@@ -389,6 +389,7 @@ impl Owner {
             verify: arguments.verify,
             ask_for: ASK_FOR,
             switchover_timeout: arguments.switchover_timeout_ms.map(Duration::from_millis),
+            continue_here: arguments.continue_here,
         };
         self.alone("a migration", Some(options.cancel.clone()), || {
             let state = self.state();
@@ -400,8 +401,11 @@ impl Owner {
             *lock(&self.unknown) = Some((uri, connection.id));
             let mut tell = |event| emit(serde_json::to_value(event).unwrap_or_default());
             let left = migrate(&mut machine, connection, &plan, &options.limiter, &options.cancel, &mut tell);
-            let location = left.as_ref().map_or_else(|failure| failure.location, |_| GuestLocation::HandedOver);
-            *lock(&self.state) = State::at(location);
+            *lock(&self.state) = match &left {
+                Ok(_) if plan.continue_here => state,
+                Ok(_) => State::Migrated,
+                Err(failure) => State::at(failure.location),
+            };
             left.map(drop).map_err(|failure| told(&failure))
         })
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use vhost_migrate::control::{self, Command, MigrateArguments};
 use vhost_migrate::migrate::GuestLocation;
-use vhost_migrate::stream::Codec;
+use vhost_migrate::stream::{Codec, Uri};
 
 use crate::interrupt::on_every_interrupt;
 use crate::progress::{Output, Progress};
@@ -19,7 +19,12 @@ use crate::units;
 #[command(after_help = "Examples:
   vhost-migrate migrate --control guest.ctl unix:/run/migration.sock
   vhost-migrate migrate --control guest.ctl tcp:host-b:4444 --codec zstd:1 --channels 4 --downtime 50
-  vhost-migrate migrate --control guest.ctl file:/backup/guest.vhm
+  vhost-migrate migrate --control guest.ctl file:guest.vhm               moves the guest into the file
+  vhost-migrate migrate --control guest.ctl file:guest.vhm --continue    saves it, and it goes on here
+
+A file holds the guest's memory, CPUs and the state of its devices, not its disks. To keep both: pause the guest, save it with
+--continue, copy its disks, resume it. Restore it onto the copies: a disk that has gone on is not what the guest remembers, and
+nothing compares them.
 
 Exit status: 0 handed over: the destination runs the guest, or a complete file holds it; 1 failed, the guest runs here;
 2 wrong arguments; 3 outcome unknown: the guest is kept here, paused, until `resume` or `forget`; 4 failed, the guest is
@@ -37,6 +42,9 @@ pub(crate) struct Arguments {
     /// until `forget`
     #[arg(long)]
     one_way: bool,
+    /// Let the guest go on here once a file or device holds it, as a snapshot; without this it is moved there
+    #[arg(long = "continue", conflicts_with = "one_way")]
+    continue_here: bool,
     #[command(flatten)]
     output: Output,
 }
@@ -70,8 +78,8 @@ pub(crate) struct Transfer {
 
 impl Transfer {
     /// The order to the guest's process.
-    pub(crate) fn to(&self, uri: impl Into<String>, one_way: bool) -> Command {
-        Command::Migrate(MigrateArguments {
+    pub(crate) fn to(&self, uri: impl Into<String>) -> MigrateArguments {
+        MigrateArguments {
             uri: uri.into(),
             codec: self.codec.to_string(),
             channels: self.channels,
@@ -80,8 +88,9 @@ impl Transfer {
             bandwidth: self.bandwidth,
             max_rounds: self.max_rounds,
             verify: self.verify,
-            one_way,
-        })
+            continue_here: false,
+            one_way: false,
+        }
     }
 }
 
@@ -95,10 +104,26 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
         return ExitCode::FAILURE;
     }
     let mut progress = Progress::new(arguments.output);
-    let order = arguments.transfer.to(&arguments.uri, arguments.one_way);
+    let uri = resolved(&arguments.uri);
+    if uri.starts_with("file:") && !arguments.continue_here {
+        eprintln!("this moves the guest into {uri}: it runs here no more then. With --continue it goes on here");
+    }
+    let (continue_here, one_way) = (arguments.continue_here, arguments.one_way);
+    let order = MigrateArguments { continue_here, one_way, ..arguments.transfer.to(uri) };
+    let order = Command::Migrate(order);
     match control::call(&arguments.control, &order, |event| progress.event(&event)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => whereabouts(&arguments.control, &error),
+    }
+}
+
+/// A URI whose path does not depend on the folder of the process that opens it.
+fn resolved(uri: &str) -> String {
+    match uri.parse() {
+        Ok(Uri::File(path)) => Uri::File(std::path::absolute(&path).unwrap_or(path)).to_string(),
+        Ok(Uri::Unix(path)) => Uri::Unix(std::path::absolute(&path).unwrap_or(path)).to_string(),
+        // The guest's process says what is wrong with it.
+        _ => uri.into(),
     }
 }
 

@@ -100,6 +100,9 @@ pub struct MigrateArguments {
     /// Longest switchover, milliseconds; then the guest goes on here. By default four times the downtime, at least 10 000.
     #[serde(default)]
     pub switchover_timeout_ms: Option<u64>,
+    /// The guest goes on here once a file holds it.
+    #[serde(default)]
+    pub continue_here: bool,
     /// Want no answers. Then nothing can say that the guest runs at the other end.
     #[serde(default)]
     pub one_way: bool,

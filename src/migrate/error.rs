@@ -73,6 +73,12 @@ pub enum MigrateError {
         /// Why the guest can't go on, in the machine's words.
         cause: MachineError,
     },
+    /// A guest shall go on here that is not saved to a file.
+    #[error("the guest can go on here only if it is saved to a file or device: anywhere else it would run twice")]
+    NoFile,
+    /// The guest was saved to go on here, and could not be made to.
+    #[error("the guest is saved, and could not go on here: {0}. It is paused here: \"resume\" tries again")]
+    SavedNotResumed(MachineError),
     /// This destination has given the migration up, for good.
     #[error("the migration was given up: {0}")]
     GivenUp(String),

@@ -62,6 +62,9 @@ pub struct Plan {
     /// Before the commit the guest goes on here after that; after the commit the destination is asked. `None` is four
     /// times the policy's downtime and at least ten seconds; with `verify` a second more for each 256 MiB of memory.
     pub switchover_timeout: Option<Duration>,
+    /// The guest goes on here, as it was before, once a complete file or device holds it: a snapshot. Its disks are not part
+    /// of that. Refused for all other destinations, where the guest would run twice.
+    pub continue_here: bool,
 }
 
 impl Plan {
@@ -90,6 +93,11 @@ pub fn migrate(
     let begun = Instant::now();
     let memory = machine.memory();
     let run = machine.is_running();
+    if plan.continue_here && !connection.is_to_file() {
+        let (error, location) = (MigrateError::NoFile, at_home(run));
+        tell(Event::Failed { message: error.to_string(), location });
+        return Err(Failure { error, location });
+    }
     let (wire, dirty) = open(machine, &memory, connection, plan.codec).map_err(|error| {
         let location = at_home(run);
         tell(Event::Failed { message: error.to_string(), location });
@@ -119,7 +127,7 @@ pub fn migrate(
     };
     migration.report.guest_bytes = migration.memory.size();
     let outcome = migration.run(machine, plan);
-    migration.finish(machine, outcome, plan.ask_for, begun)
+    migration.finish(machine, outcome, plan, begun)
 }
 
 /// Where a guest is that has not left.
@@ -294,15 +302,27 @@ impl Migration<'_> {
         mut self,
         machine: &mut dyn Machine,
         outcome: Result<(), (Stage, MigrateError)>,
-        ask_for: Duration,
+        plan: &Plan,
         begun: Instant,
     ) -> Result<Report, Failure> {
         let outcome = outcome.or_else(|(stage, error)| match stage {
-            Stage::Committed => self.resolve(error, ask_for),
+            Stage::Committed => self.resolve(error, plan.ask_for),
             stage => Err((stage, error)),
         });
         let downtime = match outcome {
-            Ok(()) => self.stopped.map(|stopped| stopped.elapsed()).unwrap_or_default(),
+            Ok(()) => {
+                if plan.continue_here
+                    && let Err(cause) = machine.resume()
+                {
+                    return Err(self.failed(MigrateError::SavedNotResumed(cause), GuestLocation::PausedHere));
+                }
+                let downtime = self.stopped.map(|stopped| stopped.elapsed()).unwrap_or_default();
+                if !plan.continue_here {
+                    machine.release();
+                }
+                self.wire.leave();
+                downtime
+            }
             Err((Stage::Committed, error)) => {
                 self.dirty.put_back(&self.pending);
                 self.wire.leave();
@@ -323,8 +343,6 @@ impl Migration<'_> {
                 });
             }
         };
-        machine.release();
-        self.wire.leave();
         stop_tracking(self.dirty.as_mut());
         self.report.total_ms = milliseconds(begun.elapsed());
         self.report.downtime_ms = milliseconds(downtime);

@@ -636,6 +636,45 @@ fn a_destination_that_only_waits_says_so_when_it_is_told_to_cancel() {
 }
 
 #[test]
+fn a_guest_that_is_saved_to_go_on_runs_here_and_again_on_a_copy_of_its_disk() {
+    let mut host = Host::new();
+    let source = host.source();
+    assert_eq!(ask(&source, &json!({"command": "pause"})).unwrap().last().unwrap()["event"], "ok");
+    let folder = host.path("elsewhere");
+    std::fs::create_dir(&folder).unwrap();
+    let save = |more: &[&str]| {
+        let mut command = program();
+        command.args(["migrate", "--control", source.to_str().unwrap(), "file:saved.vhm"]).args(more);
+        command.current_dir(&folder).output().unwrap()
+    };
+    let saved = save(&["--continue"]);
+    assert!(saved.status.success(), "{}", text(&saved.stderr));
+    assert!(!text(&saved.stderr).contains("moves the guest"), "{}", text(&saved.stderr));
+    assert_eq!(status(&source).unwrap()["state"], "paused");
+    std::fs::copy(host.path("disk"), host.path("copy")).unwrap();
+    assert_eq!(ask(&source, &json!({"command": "resume"})).unwrap().last().unwrap()["event"], "ok");
+    verify(&source);
+
+    // A path means what it means to who gives it.
+    let file = folder.join("saved.vhm");
+    std::fs::rename(host.path("copy"), host.path("other-disk")).unwrap();
+    let backend = host.path("copy.vhost");
+    let mut command = program();
+    command.args(["backend", "blk", "--queues", "4", "--image"]).arg(host.path("other-disk"));
+    command.arg("--socket").arg(&backend);
+    host.running.push(Running(command.stdout(Stdio::null()).spawn().unwrap()));
+    let again = host.guest_on(&backend, "again", &["--incoming", &format!("file:{}", file.display())]);
+    until(&again, "paused");
+    assert_eq!(ask(&again, &json!({"command": "resume"})).unwrap().last().unwrap()["event"], "ok");
+    verify(&again);
+
+    let moved = save(&[]);
+    assert!(moved.status.success(), "{}", text(&moved.stderr));
+    assert!(text(&moved.stderr).contains("moves the guest into file:/"), "{}", text(&moved.stderr));
+    assert_eq!(status(&source).unwrap()["state"], "migrated");
+}
+
+#[test]
 fn a_saved_log_shows_its_pages() {
     let host = Host::new();
     let log = host.path("log");

@@ -5,7 +5,7 @@ use std::process::Command;
 use vhost_migrate::migrate::{Event, GuestLocation, MigrateError, migrate};
 use vhost_migrate::stream::{Options, StreamError, transport};
 
-use crate::guest::{Guest, Trouble};
+use crate::guest::{Calls, Guest, Trouble};
 use crate::trip::{Destination, How, Place, assert_nothing_happened, leave, stream_error, uri};
 
 const PAGES: u64 = 512;
@@ -99,6 +99,29 @@ fn what_was_sent_while_the_guest_ran_is_on_disk_when_it_stops() {
     assert!(sent > 1 << 20, "{sent}");
     assert_eq!(left, Some(0), "bytes left to sync with the guest stopped, of {sent}");
     assert_eq!(channel.unsynced(), 0);
+}
+
+#[test]
+fn a_guest_that_is_saved_to_go_on_does_and_what_is_saved_is_a_guest_too() {
+    let place = Place::new();
+    let file = uri(&format!("file:{}", place.path("guest")));
+    let mut how = How::new();
+    how.plan.continue_here = true;
+    let mut guest = Guest::running(PAGES);
+    for times in 1..=2 {
+        leave(&mut guest, &file, &how).outcome.unwrap();
+        guest.beat();
+        assert_eq!(guest.calls, Calls { pauses: times, resumes: times, releases: 0 });
+        Destination::at(&file).join().guest();
+    }
+    // Over anything else it would run twice.
+    let destination = Destination::at(&place.unix("socket"));
+    let failure = leave(&mut guest, &destination.uri, &how).failure();
+    assert!(matches!(failure.error, MigrateError::NoFile), "{failure}");
+    assert_eq!(guest.calls.pauses, 2);
+    destination.cancel().nobody();
+    guest.stop();
+    guest.check().unwrap();
 }
 
 #[test]

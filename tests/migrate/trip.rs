@@ -24,7 +24,14 @@ impl How {
     pub(crate) fn new() -> How {
         let policy = Policy { downtime: PATIENCE, max_rounds: 100 };
         How {
-            plan: Plan { policy, codec: Codec::None, verify: false, ask_for: PATIENCE, switchover_timeout: None },
+            plan: Plan {
+                policy,
+                codec: Codec::None,
+                verify: false,
+                ask_for: PATIENCE,
+                switchover_timeout: None,
+                continue_here: false,
+            },
             options: options(),
         }
     }

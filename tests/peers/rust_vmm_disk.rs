@@ -102,6 +102,7 @@ fn a_guest_moves_between_two_of_them_by_what_they_have_marked() {
                 verify: false,
                 ask_for: ASK_FOR,
                 switchover_timeout: None,
+                continue_here: false,
             };
             let mut machine = GuestMachine::new(&leaving).unwrap();
             migrate(&mut machine, connection, &plan, &ours.limiter, &ours.cancel, &mut |_| {}).unwrap();
