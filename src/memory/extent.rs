@@ -9,9 +9,7 @@ use std::os::fd::BorrowedFd;
 
 use nix::errno::Errno;
 use nix::libc;
-use nix::sys::statfs::{
-    BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs,
-};
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 use nix::sys::uio::pread;
 use nix::unistd::{Whence, lseek};
 
@@ -39,6 +37,8 @@ pub(super) enum HoleSearch {
 
 impl HoleSearch {
     pub(super) fn of(fd: BorrowedFd<'_>) -> HoleSearch {
+        // Not everywhere in libc.
+        const XFS_SUPER_MAGIC: FsType = FsType(0x5846_5342);
         const SEEKING: [FsType; 4] = [TMPFS_MAGIC, EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC];
         match fstatfs(fd).map(|fs| fs.filesystem_type()) {
             Ok(HUGETLBFS_MAGIC) => HoleSearch::Read,

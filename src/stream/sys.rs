@@ -4,7 +4,10 @@
 use std::hash::Hasher;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
 
+use nix::NixPath;
+use nix::errno::Errno;
 use twox_hash::XxHash3_64;
 use vm_memory::VolatileSlice;
 
@@ -199,4 +202,14 @@ pub(super) fn duplicate(number: RawFd) -> io::Result<OwnedFd> {
     }
     // SAFETY: the descriptor was just made and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+}
+/// Renames a file; if it may not replace another one, EEXIST if there is one. By number: not every libc has the call.
+pub(super) fn rename(from: &Path, to: &Path, replace: bool) -> nix::Result<()> {
+    let flags = if replace { 0 } else { libc::RENAME_NOREPLACE };
+    let (here, call) = (libc::AT_FDCWD, libc::SYS_renameat2);
+    let renamed = from.with_nix_path(|from| {
+        // SAFETY: both paths end with a zero and live during the call.
+        to.with_nix_path(|to| unsafe { libc::syscall(call, here, from.as_ptr(), here, to.as_ptr(), flags) })
+    })??;
+    Errno::result(renamed).map(drop)
 }

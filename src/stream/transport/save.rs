@@ -12,13 +12,13 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{AT_FDCWD, AtFlags, FcntlArg, OFlag, RenameFlags, fcntl, renameat2};
+use nix::fcntl::{AT_FDCWD, AtFlags, FcntlArg, OFlag, fcntl};
 use nix::unistd::{Whence, fdatasync, linkat, lseek};
 
 use super::{Uri, open_error};
 use crate::stream::StreamError;
 use crate::stream::frame::{ConnectionHeader, HEADER_BYTES, MigrationId};
-use crate::stream::sys::write_back;
+use crate::stream::sys::{rename, write_back};
 
 /// Bytes after which a new piece is handed to the disk and the piece before it is waited for.
 const PIECE: u64 = 16 << 20;
@@ -155,8 +155,7 @@ impl Partial {
             linkat(AT_FDCWD, open.as_str(), AT_FDCWD, &self.from, AtFlags::AT_SYMLINK_FOLLOW)?;
             self.named = true;
         }
-        let flags = if self.replaces.is_some() { RenameFlags::empty() } else { RenameFlags::RENAME_NOREPLACE };
-        match renameat2(AT_FDCWD, &self.from, AT_FDCWD, &self.to, flags) {
+        match rename(&self.from, &self.to, self.replaces.is_some()) {
             Ok(()) => {}
             Err(nix::Error::EEXIST) => return Err(taken().into()),
             // A file system that knows no flags.
