@@ -144,6 +144,24 @@ fn a_saved_guest_goes_on_exactly_where_it_stopped_on_a_copy_of_its_memory(#[valu
     guest.verify().unwrap();
 }
 
+#[test]
+fn a_switchover_asks_all_devices_at_the_same_time() {
+    let (mut guest, disks) = booted(GuestConfig { disks: 5, ..config(false) });
+    guest.resume().unwrap();
+    guest.pause().unwrap();
+    // From here on each call waits until all disks have been called.
+    disks.faults.meeting.disks.store(5, Ordering::Relaxed);
+    guest.stop_devices().unwrap();
+    let mut arrived = Guest::restore(copy(guest.memory()), guest.save_state().unwrap()).unwrap();
+    arrived.attach(disks.devices()).unwrap();
+    arrived.try_devices().unwrap();
+    arrived.start_devices().unwrap();
+    arrived.resume().unwrap();
+    arrived.verify().unwrap();
+    // They are stopped one by one when they are dropped.
+    disks.faults.meeting.disks.store(0, Ordering::Relaxed);
+}
+
 #[rstest]
 fn a_switchover_that_is_called_off_leaves_the_guest_as_it_was(#[values(false, true)] packed: bool) {
     let (mut guest, _disks) = booted(config(packed));

@@ -15,6 +15,8 @@ use crate::ring::RingLayout;
 const HIGH: u64 = 4 << 30;
 /// The low region ends here at the latest; then comes the hole that machines keep for devices.
 const LOW_LIMIT: u64 = 3 << 30;
+/// Most memory a machine has, bytes.
+const MAX_MEMORY: u64 = 1 << 52;
 /// Bytes of the largest request.
 pub(super) const BUFFER_BYTES: u64 = 64 << 10;
 /// Most descriptors of a request: header, data in up to four segments, status.
@@ -94,6 +96,19 @@ impl GuestConfig {
         }
     }
 
+    /// Pages of one CPU's working set.
+    fn cpu_pages(&self) -> u64 {
+        self.working_set / self.cpus.max(1) as u64 / LOG_PAGE
+    }
+
+    /// The same guest with other memory, of which everything that is a quarter stays one.
+    fn resized(&self, memory: u64) -> GuestConfig {
+        let (before, now) = (GuestConfig::new(self.memory), GuestConfig::new(memory));
+        let part = |of: fn(&GuestConfig) -> u64| if of(self) == of(&before) { of(&now) } else { of(self) };
+        let [high, working_set, cold] = [part(|c| c.high), part(|c| c.working_set), part(|c| c.cold)];
+        GuestConfig { memory, high: high.min(memory), working_set, cold, ..self.clone() }
+    }
+
     /// The feature bits that make its rings what they are.
     pub(super) fn ring_features(&self) -> u64 {
         if self.packed { bit(VIRTIO_F_RING_PACKED) } else { 0 }
@@ -167,7 +182,7 @@ impl Layout {
         if config.memory == 0 || !config.memory.is_multiple_of(LOG_PAGE) || !config.high.is_multiple_of(LOG_PAGE) {
             return bad("memory comes in whole pages of 4 KiB");
         }
-        if config.memory > 1 << 52 {
+        if config.memory > MAX_MEMORY {
             return bad("no machine has more than 4 PiB of memory");
         }
         if config.disks > 256 || config.cpus > 4096 {
@@ -182,20 +197,48 @@ impl Layout {
         if config.disks > 0 && (!config.queue_size.is_power_of_two() || config.queue_size < CHAIN.next_power_of_two()) {
             return bad("a queue has 8 entries or more, a power of two");
         }
+        if config.cpus > 0 && config.cpu_pages() == 0 {
+            return bad("every CPU needs at least one page of working set");
+        }
+        Layout::divide(config).ok_or_else(|| GuestError::Config(does_not_fit(config)))
+    }
+
+    /// `None` if there is too little memory.
+    fn divide(config: &GuestConfig) -> Option<Layout> {
         let mut free = Free { pieces: config.regions() };
         // The first page stays free: address 0 is what a forgotten address looks like.
         free.take(0, LOG_PAGE)?;
         let queues = (0..config.disks * usize::from(config.queues)).map(|queue| free.queue(queue, config));
-        let queues = queues.collect::<Result<_, _>>()?;
-        let share = config.working_set / config.cpus.max(1) as u64 / LOG_PAGE;
-        if config.cpus > 0 && share == 0 {
-            return bad("every CPU needs at least one page of working set");
-        }
-        let cpus = (0..config.cpus).map(|_| free.spread(share)).collect::<Result<_, _>>()?;
+        let queues = queues.collect::<Option<_>>()?;
+        let cpus = (0..config.cpus).map(|_| free.spread(config.cpu_pages())).collect::<Option<_>>()?;
         let cold = free.spread(config.cold / LOG_PAGE)?;
         let zero = Area { pieces: free.pieces.iter().map(|(gpa, bytes)| (*gpa, bytes / LOG_PAGE)).collect() };
-        Ok(Layout { queues, cpus, cold, zero })
+        Some(Layout { queues, cpus, cold, zero })
     }
+}
+
+/// Says how much memory a guest needs that has too little.
+fn does_not_fit(config: &GuestConfig) -> String {
+    let fits = |mib: u64| Layout::divide(&config.resized(mib << 20)).is_some();
+    let (mut too_little, mut enough) = (config.memory >> 20, (config.memory >> 20).max(1));
+    while !fits(enough) && enough < MAX_MEMORY >> 20 {
+        (too_little, enough) = (enough, enough * 2);
+    }
+    while enough - too_little > 1 {
+        let middle = too_little + (enough - too_little) / 2;
+        if fits(middle) { enough = middle } else { too_little = middle }
+    }
+    format!(
+        "{} MiB of memory are too little: with {} disks of {} queues ({} entries, depth {}), a working set of {} MiB and {} MiB \
+         that are written once it needs {enough} MiB",
+        config.memory >> 20,
+        config.disks,
+        config.queues,
+        config.queue_size,
+        config.depth,
+        config.resized(enough << 20).working_set >> 20,
+        config.resized(enough << 20).cold >> 20
+    )
 }
 
 /// Memory that nobody has yet: address and bytes of what is left of each region.
@@ -205,7 +248,7 @@ struct Free {
 
 impl Free {
     /// Takes whole pages for `bytes` from the region `prefer` (modulo their number), or from another.
-    fn take(&mut self, prefer: usize, bytes: u64) -> Result<u64, GuestError> {
+    fn take(&mut self, prefer: usize, bytes: u64) -> Option<u64> {
         let bytes = bytes.next_multiple_of(LOG_PAGE);
         let regions = self.pieces.len();
         let from = (0..regions).map(|other| (prefer + other) % regions);
@@ -215,18 +258,18 @@ impl Free {
             {
                 let taken = *gpa;
                 (*gpa, *left) = (*gpa + bytes, *left - bytes);
-                return Ok(taken);
+                return Some(taken);
             }
         }
-        Err(GuestError::Config(format!("it needs {bytes} bytes more memory than it has, in one piece")))
+        None
     }
 
     /// Takes `pages` from all regions in proportion to what they have left.
-    fn spread(&mut self, pages: u64) -> Result<Area, GuestError> {
+    fn spread(&mut self, pages: u64) -> Option<Area> {
         let (mut area, mut pages) = (Area::default(), pages);
         let mut total: u64 = self.pieces.iter().map(|(_, left)| left / LOG_PAGE).sum();
         if pages > total {
-            return Err(GuestError::Config(format!("it needs {} pages more memory than it has", pages - total)));
+            return None;
         }
         for (gpa, left) in &mut self.pieces {
             let here = *left / LOG_PAGE;
@@ -238,10 +281,10 @@ impl Free {
             }
             (*gpa, *left) = (*gpa + part * LOG_PAGE, *left - part * LOG_PAGE);
         }
-        Ok(area)
+        Some(area)
     }
 
-    fn queue(&mut self, queue: usize, config: &GuestConfig) -> Result<QueueLayout, GuestError> {
+    fn queue(&mut self, queue: usize, config: &GuestConfig) -> Option<QueueLayout> {
         let features = config.ring_features();
         let [desc, driver, device] = RingLayout::area_bytes(features, config.queue_size);
         let (desc, driver, device) =
@@ -255,9 +298,9 @@ impl Free {
         let slot = |slot: u64| {
             let head = heads + slot * (header + table);
             let data = self.take(queue + slot as usize, BUFFER_BYTES)?;
-            Ok(SlotLayout { table: head, header: head + table, status: statuses + slot, data })
+            Some(SlotLayout { table: head, header: head + table, status: statuses + slot, data })
         };
-        Ok(QueueLayout { ring, slots: (0..slots).map(slot).collect::<Result<_, GuestError>>()? })
+        Some(QueueLayout { ring, slots: (0..slots).map(slot).collect::<Option<_>>()? })
     }
 }
 
@@ -298,11 +341,23 @@ mod tests {
             change(&mut config);
             Layout::new(&config).unwrap_err().to_string()
         };
-        assert!(too(|config| config.cold = 16 << 20).contains("pages more memory"));
-        assert!(too(|config| config.depth = 512).contains("bytes more memory"));
+        assert!(too(|config| config.cold = 16 << 20).contains("it needs"));
+        assert!(too(|config| config.depth = 512).contains("depth 512"));
         assert!(too(|config| config.queue_size = 4).contains("8 entries"));
         assert!(too(|config| config.memory += 1).contains("whole pages"));
         assert!(too(|config| config.working_set = 0).contains("working set"));
+    }
+
+    #[test]
+    fn a_guest_that_has_too_little_memory_is_told_how_much_it_needs() {
+        for (disks, cold) in [(64, None), (64, Some(1 << 30)), (1, Some(64 << 20))] {
+            let mut config = GuestConfig { disks, ..GuestConfig::new(32 << 20) };
+            config.cold = cold.unwrap_or(config.cold);
+            let message = Layout::new(&config).unwrap_err().to_string();
+            let needed: u64 = message.split("it needs ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+            assert!(Layout::new(&config.resized(needed << 20)).is_ok(), "{message}");
+            assert!(Layout::new(&config.resized((needed - 1) << 20)).is_err(), "{message}");
+        }
     }
 
     #[test]

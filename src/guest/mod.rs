@@ -29,9 +29,11 @@ pub use state::{
 };
 pub use view::{Connection, GuestStats, GuestView};
 
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::ScopedJoinHandle;
 use std::time::Duration;
 
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -139,7 +141,7 @@ impl Guest {
         let memory = make_memory(config.regions(), config.prefault)?;
         let guest = Guest::build(config, layout, memory)?;
         let Work::Paused(cpus, _) = &guest.work else { return Err(guest.order()) };
-        in_parallel(cpus.iter(), |cpu| cpu.boot())?;
+        in_parallel(cpus, Cpu::boot)?;
         cpu::fill(&guest.memory, &guest.pattern, &guest.layout.cold)?;
         Ok(guest)
     }
@@ -313,13 +315,11 @@ impl Guest {
             return Err(self.order());
         }
         let suspend = self.config.inflight_migration;
-        for attached in &self.units {
-            attached.unit.stop_rings(|device, index| match suspend {
-                true => device.suspend_ring(index),
-                false => device.stop_ring(index),
-            })?;
-        }
-        Ok(())
+        let stop = |device: &mut dyn Device, index| match suspend {
+            true => device.suspend_ring(index),
+            false => device.stop_ring(index),
+        };
+        in_parallel(&self.units, |attached| Ok(attached.unit.stop_rings(stop)?)).map(drop)
     }
 
     /// Starts all rings that are stopped.
@@ -327,10 +327,7 @@ impl Guest {
     /// # Errors
     /// If a device can't be started; to try again does no harm.
     pub fn start_devices(&mut self) -> Result<(), GuestError> {
-        for Attached { unit, .. } in &self.units {
-            unit.with(|device| unit.start_rings(device))?;
-        }
-        Ok(())
+        in_parallel(&self.units, |Attached { unit, .. }| Ok(unit.with(|device| unit.start_rings(device))?)).map(drop)
     }
 
     /// Undoes [`pause`](Guest::pause) and [`stop_devices`](Guest::stop_devices), also those that failed half-way, without
@@ -355,14 +352,15 @@ impl Guest {
     /// # Errors
     /// What a device refuses.
     pub fn try_devices(&self) -> Result<(), GuestError> {
-        for Attached { unit, .. } in &self.units {
+        let try_rings = |Attached { unit, .. }: &Attached| {
             for ((index, line), stopped) in (0..).zip(&unit.lines).zip(unit.stopped()) {
                 if let Some(base) = stopped {
                     unit.with(|device| device.try_ring(index, &line.setup(base)))?;
                 }
             }
-        }
-        Ok(())
+            Ok(())
+        };
+        in_parallel(&self.units, try_rings).map(drop)
     }
 
     /// All that a paused guest with stopped devices is, but its memory and disks.
@@ -392,7 +390,7 @@ impl Guest {
             config: self.config.clone(),
             cpus: cpus.iter().map(Cpu::state).collect(),
             drivers: drivers.iter().map(Driver::state).collect(),
-            devices: self.units.iter().map(save).collect::<Result<_, GuestError>>()?,
+            devices: in_parallel(&self.units, save)?,
             last_action: self.last_action.clone(),
         })
     }
@@ -515,8 +513,7 @@ impl Guest {
             return Err(GuestError::Config(what));
         }
         let per_disk = usize::from(self.config.queues);
-        let mut units = Vec::new();
-        for (number, mut device) in devices.into_iter().enumerate() {
+        let plug = |(number, mut device): (usize, Box<dyn Device>)| {
             let expected = expected.get(number);
             let disk = self.negotiate(device.as_mut(), expected)?;
             let rings = self.layout.queues.iter().skip(number * per_disk).take(per_disk);
@@ -532,9 +529,9 @@ impl Guest {
                 unit.resubmitted.store(state.resubmitted, Ordering::Relaxed);
             }
             let supervisor = Supervisor::start(unit.clone(), self.failure.clone())?;
-            units.push(Attached { _supervisor: supervisor, unit, disk });
-        }
-        self.units = units;
+            Ok(Attached { _supervisor: supervisor, unit, disk })
+        };
+        self.units = in_parallel(devices.into_iter().enumerate(), plug)?;
         Ok(())
     }
 
@@ -609,7 +606,7 @@ impl Guest {
 
     fn verify_paused(&mut self) -> Result<Verified, GuestError> {
         let Work::Paused(cpus, _) = &self.work else { return Err(self.order()) };
-        in_parallel(cpus.iter(), |cpu| cpu.verify())?;
+        in_parallel(cpus.iter(), Cpu::verify)?;
         let (memory, pattern) = (&self.memory, &self.pattern);
         for (area, blank) in [(&self.layout.cold, false), (&self.layout.zero, true)] {
             in_parallel(halves(area.pages()), |pages| {
@@ -657,16 +654,27 @@ fn disk(state: &DeviceState) -> Result<Disk, GuestError> {
     Ok(Disk { features: state.features, capacity: state.capacity, segments: state.segments, block })
 }
 
-/// Does `each` on a thread of its own; the first error counts.
-fn in_parallel<T: Send>(
-    items: impl IntoIterator<Item = T>,
-    each: impl Fn(T) -> Result<(), GuestError> + Sync,
-) -> Result<(), GuestError> {
-    let panicked = || GuestError::State("a thread that looked at it has panicked".into());
+/// Does `each` for every item at the same time; returns what came of it in the order of the items, or the first error in it.
+pub(crate) fn in_parallel<I: Send, T: Send>(
+    items: impl IntoIterator<Item = I>,
+    each: impl Fn(I) -> Result<T, GuestError> + Sync,
+) -> Result<Vec<T>, GuestError> {
+    let mut items: Vec<I> = items.into_iter().collect();
+    if items.len() <= 1 {
+        return items.pop().map(each).into_iter().collect();
+    }
+    let panicked = |_| Err(GuestError::State("a thread of the guest has panicked".into()));
     std::thread::scope(|scope| {
         let each = &each;
-        let threads: Vec<_> = items.into_iter().map(|item| scope.spawn(move || each(item))).collect();
-        threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(panicked())))
+        let start = |item| std::thread::Builder::new().spawn_scoped(scope, move || each(item));
+        let started: Vec<_> = items.into_iter().map(start).collect();
+        let end = |started: io::Result<ScopedJoinHandle<'_, _>>| match started {
+            Ok(thread) => thread.join().unwrap_or_else(panicked),
+            Err(source) => Err(GuestError::System { what: "start a thread", source }),
+        };
+        // All of them are waited for, also behind an error.
+        let ended: Vec<_> = started.into_iter().map(end).collect();
+        ended.into_iter().collect()
     })
 }
 

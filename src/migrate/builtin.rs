@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::machine::{Arrival, Machine, MachineError, RegionLayout};
 use crate::dirty::{DirtySource, Pagemap, Union};
 use crate::frontend::{Device, Interrupt, UserDevice, UserOptions};
-use crate::guest::{Guest, GuestError, GuestState, make_memory};
+use crate::guest::{Guest, GuestError, GuestState, in_parallel, make_memory};
 use crate::memory::Memory;
 use crate::stream::record::{self, MAX_STATE};
 use crate::stream::transport::{Cancel, OnCancel};
@@ -119,6 +119,8 @@ impl Drop for GuestMachine<'_> {
 /// A built-in guest on its way in.
 pub struct GuestArrival {
     backends: Vec<PathBuf>,
+    /// Connected while the guest still runs at its source.
+    devices: Vec<Box<dyn Device>>,
     memory: Option<Memory>,
     guest: Option<Guest>,
 }
@@ -126,7 +128,7 @@ pub struct GuestArrival {
 impl GuestArrival {
     /// Will connect to the vhost-user sockets `backends`, one for each of the guest's disks.
     pub fn new(backends: Vec<PathBuf>) -> GuestArrival {
-        GuestArrival { backends, memory: None, guest: None }
+        GuestArrival { backends, devices: Vec::new(), memory: None, guest: None }
     }
 
     /// The guest, once it has arrived.
@@ -147,14 +149,15 @@ pub fn connect_all(backends: &[PathBuf], inflight_migration: bool) -> Result<Vec
     let deadline = Instant::now() + CONNECT;
     let usual = UserOptions::default();
     let options = if inflight_migration { usual.with_inflight_migration() } else { usual };
-    let connect = |path| UserDevice::connect(path, options, deadline);
-    backends.iter().map(|path| Ok(Box::new(connect(path)?) as Box<dyn Device>)).collect()
+    let connect = |path| Ok(Box::new(UserDevice::connect(path, options, deadline)?) as Box<dyn Device>);
+    Ok(in_parallel(backends, connect)?)
 }
 
 impl Arrival for GuestArrival {
     fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, MachineError> {
         let memory = make_memory(regions.iter().map(|region| (region.gpa, region.size)), false)?;
         self.memory = Some(memory.clone());
+        self.devices = connect_all(&self.backends, false)?;
         Ok(memory)
     }
 
@@ -162,7 +165,13 @@ impl Arrival for GuestArrival {
         let memory = self.memory.take().ok_or("there is no memory to restore a guest in")?;
         let state: GuestState = record::decode("guest state", STATE_RECORD, state, MAX_STATE)?;
         let mut guest = Guest::restore(memory, state)?;
-        guest.attach(connect_all(&self.backends, guest.config().inflight_migration)?)?;
+        let mut devices = std::mem::take(&mut self.devices);
+        let inflight_migration = guest.config().inflight_migration;
+        if inflight_migration || devices.iter().any(|device| device.hung_up()) {
+            devices.clear();
+            devices = connect_all(&self.backends, inflight_migration)?;
+        }
+        guest.attach(devices)?;
         guest.try_devices()?;
         self.guest = Some(guest);
         Ok(())

@@ -1,10 +1,11 @@
 //! A disk in this process's memory behind the `Device` trait, to try the guest on, and to hurt it in chosen ways.
 
+use std::collections::BTreeMap;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vhost_migrate::abi::{bit, virtio};
 use vhost_migrate::dirty::Log;
@@ -20,6 +21,34 @@ pub(crate) struct Faults {
     pub(crate) answer_ioerr: AtomicU32,
     pub(crate) forget: AtomicU32,
     pub(crate) lose_write: AtomicU32,
+    /// Where all disks of a guest wait for each other.
+    pub(crate) meeting: Meeting,
+}
+
+/// Has calls return only when all disks have been called.
+#[derive(Default)]
+pub(crate) struct Meeting {
+    /// Disks that must come; 0 waits for none.
+    pub(crate) disks: AtomicU32,
+    /// Disks that have come, by call.
+    here: Mutex<BTreeMap<&'static str, u32>>,
+    came: Condvar,
+}
+
+impl Meeting {
+    fn come(&self, call: &'static str) -> Result<(), FrontendError> {
+        let disks = self.disks.load(Ordering::Relaxed);
+        let mut here = self.here.lock().unwrap();
+        *here.entry(call).or_default() += 1;
+        self.came.notify_all();
+        let all = |here: &mut BTreeMap<&str, u32>| here[call] < disks;
+        let (here, waited) = self.came.wait_timeout_while(here, Duration::from_secs(60), all).unwrap();
+        drop(here);
+        match waited.timed_out() {
+            true => Err(FrontendError::BadRing { index: 0, reason: "the other disks were not called meanwhile" }),
+            false => Ok(()),
+        }
+    }
 }
 
 pub(crate) struct RamDisk {
@@ -151,6 +180,7 @@ impl Device for RamDisk {
     }
 
     fn set_memory(&mut self, memory: &Memory) -> Result<(), FrontendError> {
+        self.faults.meeting.come("set_memory")?;
         self.memory = memory.clone();
         Ok(())
     }
@@ -163,7 +193,18 @@ impl Device for RamDisk {
         Ok(None)
     }
 
+    fn try_ring(&mut self, index: u16, _: &RingSetup) -> Result<(), FrontendError> {
+        if index == 0 { self.faults.meeting.come("try_ring") } else { Ok(()) }
+    }
+
+    fn save_state(&mut self) -> Result<Option<Vec<u8>>, FrontendError> {
+        self.faults.meeting.come("save_state").map(|()| None)
+    }
+
     fn start_ring(&mut self, index: u16, setup: RingSetup) -> Result<(), FrontendError> {
+        if index == 0 {
+            self.faults.meeting.come("start_ring")?;
+        }
         let layout = RingLayout::new(self.features, setup.size, setup.desc, setup.avail, setup.used);
         let ring = DeviceRing::new(&self.memory, layout, self.features, setup.base).unwrap();
         let (memory, bytes, faults) = (self.memory.clone(), self.bytes.clone(), self.faults.clone());
@@ -175,6 +216,9 @@ impl Device for RamDisk {
     }
 
     fn stop_ring(&mut self, index: u16) -> Result<RingBase, FrontendError> {
+        if index == 0 {
+            self.faults.meeting.come("stop_ring")?;
+        }
         let queue = self.queues[usize::from(index)].take().unwrap();
         queue.stop.store(true, Ordering::Release);
         nix::unistd::write(&queue.kick, &1u64.to_ne_bytes()).unwrap();
