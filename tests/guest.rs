@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use ram_disk::{Faults, RamDisk};
 use rstest::rstest;
 use vhost_migrate::frontend::Device;
-use vhost_migrate::guest::{Guest, GuestConfig, GuestError, GuestState, Place, RequestKind, make_memory};
+use vhost_migrate::guest::{DeviceState, Guest, GuestConfig, GuestError, GuestState, Place, RequestKind, make_memory};
 use vhost_migrate::memory::Memory;
 use vhost_migrate::ring::DriverState;
 
@@ -400,4 +400,31 @@ fn a_state_that_does_not_fit_is_refused(#[values(false, true)] packed: bool) {
     small.bytes.iter().for_each(|bytes| bytes.lock().unwrap().truncate(DISK / 2));
     assert!(other.attach(small.devices()).unwrap_err().to_string().contains("bytes"));
     other.attach(disks.devices()).unwrap();
+}
+
+#[test]
+fn a_disk_that_does_not_fit_is_refused_with_what_differs_and_both_values() {
+    let (mut guest, disks) = booted(config(false));
+    guest.pause().unwrap();
+    guest.stop_devices().unwrap();
+    let state = guest.save_state().unwrap();
+    let refused = |change: &dyn Fn(&mut DeviceState)| {
+        let mut state = state.clone();
+        change(&mut state.devices[0]);
+        let mut guest = Guest::restore(copy(guest.memory()), state).unwrap();
+        guest.attach(disks.devices()).unwrap_err().to_string()
+    };
+    let (capacity, block) = (state.devices[0].capacity, state.devices[0].block_size);
+    let text = refused(&|device| device.block_size = 8 * block);
+    assert!(
+        text.contains(&format!("block size in bytes differs: {block} here, {} at the source", 8 * block)),
+        "{text}"
+    );
+    let text = refused(&|device| device.capacity += 512);
+    let sizes = format!("disk size in bytes differs: {capacity} here, {} at the source", capacity + 512);
+    assert!(text.contains(&sizes), "{text}");
+    let text = refused(&|device| device.bases.truncate(1));
+    assert!(text.contains("queues differs: 2 here, 1 at the source"), "{text}");
+    let text = refused(&|device| device.features |= 1 << 13);
+    assert!(text.contains("it does not offer VIRTIO_BLK_F_DISCARD"), "{text}");
 }

@@ -4,6 +4,7 @@
 //! Not here: sockets, checks of what a peer sent, anything that changes state.
 #![forbid(unsafe_code)]
 
+pub mod features;
 pub mod inflight;
 pub mod vduse;
 pub mod vhost;

@@ -4,6 +4,7 @@
 
 use std::io;
 
+use crate::abi::features::{feature_names, protocol_feature_names};
 use crate::abi::vhost_user::Request as Code;
 use crate::dirty::LogError;
 use crate::inflight::InflightError;
@@ -79,7 +80,7 @@ pub enum BackendError {
         code: Code,
     },
     /// Features outside the offered ones.
-    #[error("{code} acknowledges {bits:#x}, of which {unknown:#x} was never offered (rule R1)")]
+    #[error("{code} acknowledges what was never offered: {} (rule R1)", feature_list(*code, *unknown))]
     Features {
         /// SET_FEATURES or SET_PROTOCOL_FEATURES.
         code: Code,
@@ -98,8 +99,11 @@ pub enum BackendError {
         /// Rings of the device.
         queues: u16,
     },
-    /// A size no split ring can have, or more than the device offers.
-    #[error("ring {index} can't have {size} entries: a power of two from 1 to {max} is needed (rule R2)")]
+    /// A size that this kind of ring can not have, or more than the device offers.
+    #[error(
+        "ring {index} can't have {size} entries: {} from 1 to {max} is needed (rule R2)",
+        if *packed { "a number" } else { "a power of two" }
+    )]
     RingSize {
         /// The ring.
         index: u16,
@@ -107,6 +111,8 @@ pub enum BackendError {
         size: u32,
         /// Most entries.
         max: u16,
+        /// It is a packed ring, which can have any number of entries.
+        packed: bool,
     },
     /// A message that may only come while the ring is stopped.
     #[error("{code} came while ring {index} runs: stop it with GET_VRING_BASE first (rule {rule})")]
@@ -119,7 +125,10 @@ pub enum BackendError {
         rule: &'static str,
     },
     /// Other features than those that the rings which run have started with.
-    #[error("SET_FEATURES changes the bits {changed:#x} while rings run: only LOG_ALL may change then (rule R1)")]
+    #[error(
+        "SET_FEATURES changes {} while rings run: only LOG_ALL may change then (rule R1)",
+        feature_names(*changed, None)
+    )]
     FeaturesRun {
         /// The bits.
         changed: u64,
@@ -310,5 +319,13 @@ pub enum BackendError {
 impl BackendError {
     pub(super) fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> BackendError {
         move |source| BackendError::System { what, source: source.into() }
+    }
+}
+
+/// The names of what SET_FEATURES or SET_PROTOCOL_FEATURES acknowledges.
+fn feature_list(code: Code, bits: u64) -> String {
+    match code {
+        Code::SET_PROTOCOL_FEATURES => protocol_feature_names(bits),
+        _ => feature_names(bits, None),
     }
 }

@@ -148,12 +148,16 @@ pub enum FrontendError {
     },
     /// Requests in flight, and another shape of inflight region here than where they came from.
     #[error(
-        "{requests} requests are in flight, and this device's inflight region has another size than the one they are in: \
+        "{requests} requests are in flight, and the inflight region differs: {here} here, {there} at the source; \
          use a back-end of the same kind, or stop rings without --inflight-migration (rule I8)"
     )]
     InflightMoved {
         /// Requests marked in the region that was to be restored.
         requests: u64,
+        /// Shape of this device's region.
+        here: String,
+        /// Shape of the region that was to be restored.
+        there: String,
     },
     /// A ring, or guest memory, is not where it was said to be.
     #[error(transparent)]

@@ -146,7 +146,7 @@ impl Driver {
         let request_fits = |r: &RequestState| fits(r.sector, r.sectors.into(), r.offset);
         let held_fits = |h: &HeldState| fits(h.sector, h.versions.len() as u64, h.offset);
         if state.slots.len() != layout.slots.len() {
-            return bad("another number of slots");
+            return bad(&format!("{} slots in the state, {} here", state.slots.len(), layout.slots.len()));
         }
         let mut slots = state.slots.iter();
         if !slots.all(|s| s.request.iter().all(request_fits) && s.held.iter().all(held_fits)) {
@@ -154,11 +154,12 @@ impl Driver {
         }
         let outstanding = state.slots.iter().filter(|slot| slot.request.is_some()).count();
         if outstanding != usize::from(ring.outstanding()) {
-            return bad("its requests are not those of its ring");
+            return bad(&format!("{outstanding} requests in the state, {} in its ring", ring.outstanding()));
         }
         let end = state.first_sector.checked_add(sectors);
         if sectors == 0 || end.is_none_or(|end| end > disk.capacity / SECTOR_BYTES) {
-            return bad("its part is not on the disk");
+            let (first, disk) = (state.first_sector, disk.capacity / SECTOR_BYTES);
+            return bad(&format!("its {sectors} sectors from {first} are not on the disk, which has {disk}"));
         }
         let driver = Driver {
             queue,

@@ -41,9 +41,10 @@ use serde::{Deserialize, Serialize};
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::abi::bit;
+use crate::abi::features::feature_names;
 use crate::abi::virtio::{
     self, BlkConfig, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_F_VERSION_1, VIRTIO_ID_BLOCK, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use crate::frontend::{Device, DeviceLog, FrontendError, Interrupt};
 use crate::memory::{Extents, LOG_PAGE, Memory, Region, sealed_memfd};
@@ -159,11 +160,19 @@ impl Guest {
         let GuestState { config, cpus, drivers, devices, last_action, .. } = state;
         let regions = memory.regions().iter().map(|region| (region.gpa(), region.size()));
         if !regions.eq(config.regions()) {
-            return bad("its memory has other regions");
+            let here: Vec<_> = memory.regions().iter().map(|region| (region.gpa(), region.size())).collect();
+            return bad(&format!("memory differs: {} here, {} in the state", show(&here), show(&config.regions())));
         }
         let layout = Layout::new(&config)?;
         if cpus.len() != config.cpus || drivers.len() != layout.queues.len() || devices.len() != config.disks {
-            return bad("the numbers of CPUs, queues or disks contradict each other");
+            let (queues, disks) = (layout.queues.len(), config.disks);
+            return bad(&format!(
+                "it has {} CPUs of {}, {} queues of {queues} and {} disks of {disks}",
+                cpus.len(),
+                config.cpus,
+                drivers.len(),
+                devices.len()
+            ));
         }
         let mut guest = Guest::build(config, layout, memory)?;
         let Work::Paused(fresh, _) = std::mem::replace(&mut guest.work, Work::Gone) else { return Err(guest.order()) };
@@ -539,6 +548,7 @@ impl Guest {
     fn negotiate(&self, device: &mut dyn Device, expected: Option<&DeviceState>) -> Result<Disk, GuestError> {
         let name = device.name().to_owned();
         let bad = |what: String| Err(GuestError::Config(format!("{name}: {what}")));
+        let unlike = |what: String| Err(GuestError::State(format!("{name}: {what}")));
         if device.queues() < self.config.queues {
             return bad(format!("it has {} queues, and the guest wants {}", device.queues(), self.config.queues));
         }
@@ -554,6 +564,11 @@ impl Guest {
             return bad("it is read-only, and the guest writes".into());
         }
         let features = expected.map_or(offered, |state| state.features);
+        let missing = features & !device.features();
+        if missing != 0 {
+            let names = feature_names(missing, Some(VIRTIO_ID_BLOCK));
+            return unlike(format!("features differ: it does not offer {names}, which the guest uses"));
+        }
         if features & bit(VIRTIO_F_VERSION_1) == 0 {
             return bad("it does not offer VIRTIO_F_VERSION_1".into());
         }
@@ -576,9 +591,14 @@ impl Guest {
             resubmitted: 0,
         };
         if let Some(state) = expected {
-            let same = (state.capacity, state.block_size) == (now.capacity, now.block_size);
-            if !same || state.bases.len() != usize::from(self.config.queues) {
-                return bad(format!("its disk has {} bytes, and the guest's had {}", now.capacity, state.capacity));
+            let queues = (u64::from(self.config.queues), state.bases.len() as u64);
+            let (size, blocks) = ((now.capacity, state.capacity), (now.block_size.into(), state.block_size.into()));
+            for (what, (here, there)) in
+                [("disk size in bytes", size), ("block size in bytes", blocks), ("queues", queues)]
+            {
+                if here != there {
+                    return unlike(format!("{what} differs: {here} here, {there} at the source"));
+                }
             }
         }
         let restored = expected.and_then(|state| state.inflight.as_ref());
@@ -652,6 +672,12 @@ fn disk(state: &DeviceState) -> Result<Disk, GuestError> {
         return Err(GuestError::State(format!("a disk can't have blocks of {} bytes", state.block_size)));
     }
     Ok(Disk { features: state.features, capacity: state.capacity, segments: state.segments, block })
+}
+
+/// Regions, by guest-physical address and size.
+fn show(regions: &[(u64, u64)]) -> String {
+    let regions: Vec<_> = regions.iter().map(|(gpa, size)| format!("{size:#x} bytes at {gpa:#x}")).collect();
+    regions.join(", ")
 }
 
 /// Does `each` for every item at the same time; returns what came of it in the order of the items, or the first error in it.

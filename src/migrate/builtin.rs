@@ -5,6 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::machine::{Arrival, Machine, MachineError, RegionLayout};
+use crate::abi::virtio::VIRTIO_ID_BLOCK;
 use crate::dirty::{DirtySource, Pagemap, Union};
 use crate::frontend::{Device, Interrupt, UserDevice, UserOptions};
 use crate::guest::{Guest, GuestError, GuestState, in_parallel, make_memory};
@@ -147,7 +148,7 @@ const CONNECT: Duration = Duration::from_secs(5);
 /// The first that can't be had.
 pub fn connect_all(backends: &[PathBuf], inflight_migration: bool) -> Result<Vec<Box<dyn Device>>, MachineError> {
     let deadline = Instant::now() + CONNECT;
-    let usual = UserOptions::default();
+    let usual = UserOptions { device: Some(VIRTIO_ID_BLOCK), ..UserOptions::default() };
     let options = if inflight_migration { usual.with_inflight_migration() } else { usual };
     let connect = |path| Ok(Box::new(UserDevice::connect(path, options, deadline)?) as Box<dyn Device>);
     Ok(in_parallel(backends, connect)?)

@@ -16,6 +16,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
@@ -253,8 +254,10 @@ fn seqpacket(flags: SockFlag) -> nix::Result<OwnedFd> {
     socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC | flags, None)
 }
 
+/// Never waits: EAGAIN is an end whose queue of connections is full.
 fn connected(path: &Path) -> nix::Result<UnixStream> {
-    let fd = seqpacket(SockFlag::empty())?;
+    let fd = seqpacket(SockFlag::SOCK_NONBLOCK)?;
     connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    fcntl(&fd, FcntlArg::F_SETFL(OFlag::empty()))?;
     Ok(fd.into())
 }

@@ -64,7 +64,7 @@ impl Session {
         let fits = |size: &u16| (1..=max).contains(size) && (packed || size.is_power_of_two());
         let size = u16::try_from(state.num).ok().filter(fits);
         let index = state.index as u16;
-        ring.size = size.ok_or(BackendError::RingSize { index, size: state.num, max })?;
+        ring.size = size.ok_or(BackendError::RingSize { index, size: state.num, max, packed })?;
         Ok(())
     }
 

@@ -110,15 +110,6 @@ pub(super) fn until<T>(
     }
 }
 
-/// What these protocol features are called.
-pub(super) fn protocol_names(bits: u64) -> String {
-    let names = protocol_feature::NAMES.iter().filter(|(number, _)| bits & bit(*number) != 0);
-    match names.map(|(_, name)| *name).collect::<Vec<_>>() {
-        names if names.is_empty() => "none".into(),
-        names => names.join(", "),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

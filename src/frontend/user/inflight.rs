@@ -82,10 +82,12 @@ impl Inflight {
     /// Takes over another region's contents, if they fit. They need not if nothing is in flight.
     pub(super) fn restore(&self, state: &InflightState, packed: bool) -> Result<(), FrontendError> {
         let fits = (state.queues, state.queue_size, state.contents.len() as u64);
-        if fits != (self.queues, self.queue_size, self.size) {
+        let own = (self.queues, self.queue_size, self.size);
+        if fits != own {
+            let shape = |(queues, size, bytes)| format!("{queues} queues of {size} entries in {bytes} bytes");
             return match marked(state, packed) {
                 0 => Ok(()),
-                requests => Err(FrontendError::InflightMoved { requests }),
+                requests => Err(FrontendError::InflightMoved { requests, here: shape(own), there: shape(fits) }),
             };
         }
         let written = self.file.write_all_at(&state.contents, self.offset);

@@ -6,8 +6,9 @@ use std::time::Duration;
 use zerocopy::IntoBytes;
 
 use super::super::{FrontendError, RingSetup};
-use super::connect::{greet, protocol_names};
+use super::connect::greet;
 use super::{UserDevice, UserOptions, state, wake};
+use crate::abi::features::{feature_names, protocol_feature_names};
 use crate::abi::vhost_user::{Request, protocol_feature};
 use crate::abi::virtio;
 use crate::memory::Memory;
@@ -105,13 +106,15 @@ impl UserDevice {
         if lost != 0 || lost_protocol != 0 || offer.queues < old.queues {
             self.channel.close();
             self.offer = old;
+            let features = feature_names(lost, self.options.device_id());
+            let differences = [
+                (lost != 0).then(|| format!("features {features}")),
+                (lost_protocol != 0).then(|| format!("protocol features {}", protocol_feature_names(lost_protocol))),
+                (offer.queues < old.queues).then(|| format!("{} queues, it has {}", old.queues, offer.queues)),
+            ];
+            let missing: Vec<_> = differences.into_iter().flatten().collect();
             return Err(FrontendError::NotOffered {
-                what: format!(
-                    "what it did before (features {lost:#x}, protocol features {}, {} of {} queues)",
-                    protocol_names(lost_protocol),
-                    offer.queues,
-                    old.queues
-                ),
+                what: format!("what it did before: {}", missing.join("; ")),
                 advice: "restart the back-end with the options it had",
             });
         }

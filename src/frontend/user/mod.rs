@@ -29,6 +29,7 @@ use zerocopy::IntoBytes;
 
 use super::{Device, DeviceEvent, FrontendError, InflightState, Interrupt, Reconnected, RingSetup, counters};
 use crate::abi::bit;
+use crate::abi::features::feature_names;
 use crate::abi::vhost_user::{
     CONFIG_TYPE_FRONTEND, ConfigHeader, InflightDescription, LogDescription, MemRegMsg, Request, VHOST_F_LOG_ALL,
     VHOST_MEMORY_BASELINE_NREGIONS, VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_CONFIG_SIZE, VHOST_VRING_F_LOG,
@@ -280,7 +281,7 @@ impl Device for UserDevice {
     fn set_features(&mut self, features: u64) -> Result<(), FrontendError> {
         let missing = features & !self.offer.features;
         if missing != 0 {
-            let what = format!("feature bits {missing:#x}");
+            let what = format!("features {}", feature_names(missing, self.options.device_id()));
             return Err(FrontendError::NotOffered { what, advice: "acknowledge only what features() has" });
         }
         self.check_iommu(features)?;

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use crate::abi::vhost_user::{protocol_feature, unstable::INFLIGHT_MIGRATION};
+use crate::abi::virtio::VIRTIO_ID_NET;
 
 /// How a vhost-user back-end is talked to.
 #[derive(Clone, Copy, Debug)]
@@ -17,6 +18,8 @@ pub struct UserOptions {
     pub protocol_features: u64,
     /// Whether it is a network interface: GET_QUEUE_NUM counts pairs of rings there, and a control ring comes after them.
     pub queue_pairs: bool,
+    /// The kind of device, if it is known (`VIRTIO_ID_BLOCK`): messages then name its own features.
+    pub device: Option<u32>,
 }
 
 impl Default for UserOptions {
@@ -42,11 +45,16 @@ impl Default for UserOptions {
             .into_iter()
             .fold(0, |all, number| all | bit(number)),
             queue_pairs: false,
+            device: None,
         }
     }
 }
 
 impl UserOptions {
+    pub(super) fn device_id(&self) -> Option<u32> {
+        self.device.or(self.queue_pairs.then_some(VIRTIO_ID_NET))
+    }
+
     /// Also uses what the specification has not settled: rings that are stopped without being drained (rule I8).
     pub fn with_inflight_migration(self) -> UserOptions {
         UserOptions { protocol_features: self.protocol_features | INFLIGHT_MIGRATION, ..self }
