@@ -3,7 +3,7 @@
 mod net;
 
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -57,6 +57,8 @@ struct Stopping {
 QEMU attaches it so:
   -object memory-backend-memfd,id=mem,size=1G,share=on -machine memory-backend=mem
   -chardev socket,id=disk,path=/tmp/disk.sock,reconnect-ms=10 -device vhost-user-blk-pci,chardev=disk
+or so, where QEMU listens and the back-end connects with --connect /tmp/disk.sock instead of --socket:
+  -chardev socket,id=disk,path=/tmp/disk.sock,server=on
 
 It serves one front-end after the other until SIGTERM or Ctrl-C. Killed and started again, it goes on where it
 was, as far as the front-end reconnects. The image is locked while a front-end runs queues: a second back-end on it
@@ -67,12 +69,8 @@ The disk can grow while a guest uses it; a smaller image is refused, and the dis
 
 Exit status: 0 ended by a signal; 1 failed; 2 wrong arguments.")]
 struct Blk {
-    /// UNIX socket to listen on
-    #[arg(long, value_name = "PATH", required_unless_present = "fd", conflicts_with = "fd")]
-    socket: Option<PathBuf>,
-    /// Inherited socket instead: one that listens, or one connection
-    #[arg(long, value_name = "N")]
-    fd: Option<i32>,
+    #[command(flatten)]
+    place: Place,
     /// Raw image or block device
     #[arg(long, value_name = "FILE")]
     image: PathBuf,
@@ -127,6 +125,22 @@ struct Blk {
     metrics: Metrics,
     #[command(flatten)]
     messages: Messages,
+}
+
+/// Where the front-end is met.
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+struct Place {
+    /// UNIX socket to listen on
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Connect to this UNIX socket instead, where the front-end listens (QEMU's server=on, OVS's dpdkvhostuserclient), and
+    /// again whenever the connection has ended
+    #[arg(long, value_name = "PATH")]
+    connect: Option<PathBuf>,
+    /// Inherited socket instead: one that listens, or one connection
+    #[arg(long, value_name = "N")]
+    fd: Option<i32>,
 }
 
 /// What becomes of a back-end that somebody has taken over.
@@ -245,23 +259,28 @@ impl Blk {
         self.metrics.start()?;
         let (bytes, image) = (disk.capacity() * 512, self.image.display());
         let what = format!("{image} ({bytes} bytes)");
-        serve(self.socket.as_deref(), self.fd, disk, &what, self.seccomp.sandbox(self.postcopy), stop)
+        serve(&self.place, disk, &what, self.seccomp.sandbox(self.postcopy), stop)
     }
 }
 
-/// Serves `device` on a socket of its own or an inherited one, until `stop` is set; `what` it is goes to stdout. Nothing else is
-/// opened from then on.
+/// Serves `device` at its place until `stop` is set; `what` it is goes to stdout. Nothing else is opened from then on.
 fn serve(
-    socket: Option<&Path>,
-    fd: Option<i32>,
+    place: &Place,
     device: Arc<dyn Device>,
     what: &str,
     sandbox: Option<Sandbox>,
     stop: &EventFd,
 ) -> Result<(), Box<dyn std::error::Error>> {
     // All that has to be opened is open by then.
-    let confine = || sandbox.map_or(Ok(()), |sandbox| Sandbox { unlink: socket.is_some(), ..sandbox }.install());
-    let listener = match (socket, fd) {
+    let Place { socket, connect, fd } = place;
+    let (unlink, connects) = (socket.is_some(), connect.is_some());
+    let confine = || sandbox.map_or(Ok(()), |sandbox| Sandbox { unlink, connect: connects, ..sandbox }.install());
+    if let Some(path) = connect {
+        confine()?;
+        println!("serves {what} at {}", path.display());
+        return Ok(backend::serve_at(path, &device, stop.as_fd())?);
+    }
+    let listener = match (socket, *fd) {
         (Some(path), _) => Listener::bind(path)?,
         (None, Some(number)) => match backend::inherited(number) {
             Ok(Inherited::Listener(listener)) => listener,
@@ -273,7 +292,7 @@ fn serve(
             }
             Err(error) => return Err(format!("--fd {number} is no socket that was passed on: {error}").into()),
         },
-        (None, None) => return Err("give --socket or --fd".into()),
+        (None, None) => return Err("give --socket, --connect or --fd".into()),
     };
     confine()?;
     match socket {

@@ -79,6 +79,14 @@ pub enum BackendError {
         /// The request.
         code: Code,
     },
+    /// The front-end's socket can't be connected to, now or later.
+    #[error("{path}: {source}: a socket's path has at most 107 bytes")]
+    Connect {
+        /// The socket.
+        path: String,
+        /// What the system said.
+        source: io::Error,
+    },
     /// Features outside the offered ones.
     #[error("{code} acknowledges what was never offered: {} (rule R1)", feature_list(*code, *unknown))]
     Features {

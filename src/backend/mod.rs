@@ -56,6 +56,6 @@ pub use kick::Kick;
 pub use message::{MAX_FDS, MAX_PAYLOAD, Message, Reply};
 pub use notify::Notifier;
 pub use sandbox::{Sandbox, SandboxError, Violation};
-pub use server::{Inherited, Listener, inherited, serve, serve_one};
+pub use server::{Inherited, Listener, inherited, serve, serve_at, serve_one};
 pub use session::{Logging, Rings, Session, Setup, Step};
 pub use workers::Workers;

@@ -39,6 +39,9 @@ pub struct Sandbox {
     /// Whether SOCK_SEQPACKET sockets of the UNIX family may be made, bound and connected: `backend net --pair` looks for
     /// its other end again and again.
     pub pair: bool,
+    /// Whether SOCK_STREAM sockets of the UNIX family may be made and connected: a back-end that connects to its front-end does
+    /// so again and again.
+    pub connect: bool,
     /// Whether userfaultfds may be made, for postcopy (rule P1).
     pub postcopy: bool,
 }
@@ -223,10 +226,16 @@ impl Sandbox {
         if self.postcopy {
             only(libc::SYS_userfaultfd, vec![]);
         }
+        let kinds = [(self.pair, libc::SOCK_SEQPACKET), (self.connect, libc::SOCK_STREAM)];
+        let kinds = kinds.into_iter().filter(|(allowed, _)| *allowed);
+        let kind = |(_, kind)| rule(&[(0, Eq, libc::AF_UNIX as u64), (1, MaskedEq(0xf), kind as u64)]);
+        let sockets = kinds.map(kind).collect::<Result<Vec<_>, _>>()?;
+        if !sockets.is_empty() {
+            only(libc::SYS_socket, sockets);
+            only(libc::SYS_connect, vec![]);
+        }
         if self.pair {
-            let kind = rule(&[(0, Eq, libc::AF_UNIX as u64), (1, MaskedEq(0xf), libc::SOCK_SEQPACKET as u64)]);
-            only(libc::SYS_socket, vec![kind?]);
-            for call in [libc::SYS_bind, libc::SYS_listen, libc::SYS_connect] {
+            for call in [libc::SYS_bind, libc::SYS_listen] {
                 only(call, vec![]);
             }
         }

@@ -23,6 +23,8 @@ use crate::sys::socket;
 
 /// How long to wait, in milliseconds, when the system has no fd left for a new connection.
 const RETRY_MS: u16 = 1000;
+/// How long to wait, in milliseconds, before the front-end is connected to again.
+const RECONNECT_MS: u16 = 100;
 /// How long a front-end may take from the first byte of a message to the last, and to make room for an answer. Between
 /// messages it may be silent as long as it likes.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -117,6 +119,36 @@ pub fn serve(listener: &Listener, device: &Arc<dyn Device>, stop: BorrowedFd<'_>
                     return Ok(());
                 }
             }
+        }
+    }
+}
+
+/// Serves `device` to the front-end that listens at `path`, as OVS and QEMU do with `server=on`: connects to it, and again
+/// whenever the connection has ended, until `stop` is readable.
+///
+/// # Errors
+/// [`BackendError::Connect`] for a path that no socket can have. A front-end that is not there is waited for.
+pub fn serve_at(path: &Path, device: &Arc<dyn Device>, stop: BorrowedFd<'_>) -> Result<(), BackendError> {
+    let mut said = None;
+    loop {
+        match socket::connect(path).and_then(|connection| connection.set_nonblocking(false).map(|()| connection)) {
+            Ok(connection) => {
+                said = None;
+                if serve_connection(&connection, device, stop, None) {
+                    return Ok(());
+                }
+            }
+            Err(source) if source.kind() == io::ErrorKind::InvalidInput => {
+                return Err(BackendError::Connect { path: path.display().to_string(), source });
+            }
+            Err(error) => {
+                if said.replace(error.kind()) != Some(error.kind()) {
+                    info!("{}: waits for a front-end that listens there ({error})", path.display());
+                }
+            }
+        }
+        if let Heard::Stop = wait(stop, PollFlags::POLLIN, stop, RECONNECT_MS.into())? {
+            return Ok(());
         }
     }
 }

@@ -5,6 +5,7 @@ mod blk;
 mod broken;
 mod channel;
 mod confined;
+mod connect;
 mod crash;
 mod direct;
 mod drain;

@@ -91,7 +91,7 @@ impl Process {
         Process::command_of("blk", arguments)
     }
 
-    fn command_of(device: &str, arguments: &[&str]) -> Command {
+    pub(crate) fn command_of(device: &str, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-migrate"));
         command.args(["backend", device]).args(arguments).env_remove("RUST_LOG");
         command

@@ -7,7 +7,7 @@ use nix::sys::eventfd::EventFd;
 use vhost_migrate::backend::Sandbox;
 use vhost_migrate::backend::net::{MAX_PAIRS, MIN_MTU, Mac, Net, NetOptions, Peer};
 
-use super::{Seccomp, Stopping, serve};
+use super::{Place, Seccomp, Stopping, serve};
 use crate::interrupt::ignore_hangup;
 use crate::messages::Messages;
 use crate::metrics::Metrics;
@@ -37,12 +37,8 @@ What it writes to stderr is chosen by --log-level or RUST_LOG.
 
 Exit status: 0 ended by a signal; 1 failed; 2 wrong arguments.")]
 pub(super) struct Arguments {
-    /// UNIX socket to listen on
-    #[arg(long, value_name = "PATH", required_unless_present = "fd", conflicts_with = "fd")]
-    socket: Option<PathBuf>,
-    /// Inherited socket instead: one that listens, or one connection
-    #[arg(long, value_name = "N")]
-    fd: Option<i32>,
+    #[command(flatten)]
+    place: Place,
     #[command(flatten)]
     peer: PeerArguments,
     /// Pairs of a receive and a transmit queue
@@ -110,7 +106,7 @@ impl Arguments {
             postcopy: self.postcopy,
         })?;
         let what = format!("{what} ({} queue pairs)", self.queue_pairs);
-        serve(self.socket.as_deref(), self.fd, Arc::new(net), &what, sandbox, stop)
+        serve(&self.place, Arc::new(net), &what, sandbox, stop)
     }
 }
 

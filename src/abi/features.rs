@@ -1,0 +1,77 @@
+//! Names of feature bits, for messages.
+
+use super::{bit, vhost, vhost_user, virtio};
+
+/// Bits below this one mean something else for each kind of device.
+const COMMON: u32 = 24;
+
+macro_rules! names {
+    ($module:ident: $($name:ident),* $(,)?) => { &[$(($module::$name, stringify!($name))),*] };
+}
+
+const TRANSPORT: &[(u32, &str)] = names![virtio:
+    VIRTIO_F_NOTIFY_ON_EMPTY, VIRTIO_F_ANY_LAYOUT, VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX, VIRTIO_F_VERSION_1,
+    VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_F_IN_ORDER, VIRTIO_F_ORDER_PLATFORM, VIRTIO_F_SR_IOV,
+    VIRTIO_F_NOTIFICATION_DATA, VIRTIO_F_RING_RESET,
+];
+const VHOST: &[(u32, &str)] = names![vhost: VHOST_F_LOG_ALL];
+const VHOST_USER: &[(u32, &str)] = names![vhost_user: VHOST_USER_F_PROTOCOL_FEATURES];
+const BLOCK: &[(u32, &str)] = names![virtio:
+    VIRTIO_BLK_F_BARRIER, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_GEOMETRY, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_SCSI, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_CONFIG_WCE,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_F_SECURE_ERASE,
+];
+const NET: &[(u32, &str)] = names![virtio:
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_MTU, VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_UFO,
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_STATUS, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_RX_EXTRA,
+    VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_SPEED_DUPLEX,
+];
+
+/// What the feature bits of a device are called. Of a device whose kind (`VIRTIO_ID_BLOCK`, `VIRTIO_ID_NET`) is not known the
+/// device's own bits are numbers.
+pub fn feature_names(bits: u64, device: Option<u32>) -> String {
+    let own = match device {
+        Some(virtio::VIRTIO_ID_BLOCK) => BLOCK,
+        Some(virtio::VIRTIO_ID_NET) => NET,
+        _ => &[],
+    };
+    let name = |number: u32| {
+        let of = |names: &[(u32, &'static str)]| names.iter().find(|(bit, _)| *bit == number).map(|(_, name)| *name);
+        let common = (number >= COMMON).then(|| of(TRANSPORT).or(of(VHOST)).or(of(VHOST_USER))).flatten();
+        of(own).or(common).map_or_else(|| format!("bit {number}"), str::to_owned)
+    };
+    named(bits, name)
+}
+
+/// What these protocol feature bits are called.
+pub fn protocol_feature_names(bits: u64) -> String {
+    named(bits, |number| {
+        let name = vhost_user::protocol_feature::NAMES.iter().find(|(bit, _)| *bit == number);
+        name.map_or_else(|| format!("bit {number}"), |(_, name)| (*name).to_owned())
+    })
+}
+
+fn named(bits: u64, name: impl Fn(u32) -> String) -> String {
+    let names: Vec<_> = (0..u64::BITS).filter(|number| bits & bit(*number) != 0).map(name).collect();
+    if names.is_empty() { "none".into() } else { names.join(", ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_have_the_names_of_their_device() {
+        let bits = bit(9) | bit(26) | bit(30) | bit(32) | bit(50);
+        let rest = "VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_F_VERSION_1, bit 50";
+        assert_eq!(feature_names(bits, Some(virtio::VIRTIO_ID_BLOCK)), format!("VIRTIO_BLK_F_FLUSH, {rest}"));
+        assert_eq!(feature_names(bits, None), format!("bit 9, {rest}"));
+        assert_eq!(feature_names(bit(17), Some(virtio::VIRTIO_ID_NET)), "VIRTIO_NET_F_CTRL_VQ");
+        assert_eq!(
+            (feature_names(0, None), protocol_feature_names(bit(12) | bit(60))),
+            ("none".into(), "INFLIGHT_SHMFD, bit 60".into())
+        );
+    }
+}

@@ -1,0 +1,75 @@
+//! A back-end that connects to its front-end (`--connect`), as QEMU's `server=on` and OVS want it.
+
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::{Child, Stdio};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rstest::rstest;
+use vhost_migrate::abi::vhost_user::Request as Code;
+
+use crate::raw::{Client, DEADLINE, VERSION};
+use crate::server::{Process, disk_options};
+
+fn start(socket: &Path, device: &[&str]) -> Process {
+    let mut command = match device {
+        ["net", more @ ..] => Process::command_of("net", more),
+        more => Process::command(more),
+    };
+    let child = command.arg("--connect").arg(socket).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    Process { child }
+}
+
+/// The back-end's next connection.
+fn accepted(listener: &UnixListener) -> Client {
+    let mut ready = [PollFd::new(std::os::fd::AsFd::as_fd(listener), PollFlags::POLLIN)];
+    assert_eq!(poll(&mut ready, PollTimeout::try_from(DEADLINE).unwrap()), Ok(1), "nobody connects");
+    let socket = listener.accept().unwrap().0;
+    socket.set_read_timeout(Some(DEADLINE)).unwrap();
+    Client { socket }
+}
+
+fn answers(client: &Client) {
+    client.send(Code::GET_FEATURES, VERSION, &[], &[]);
+    assert_eq!(client.reply(Code::GET_FEATURES).len(), 8);
+}
+
+fn ends_at_sigterm(child: &mut Child) {
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[rstest]
+#[case::disk(&[])]
+#[case::network_interface(&["net", "--loopback"])]
+fn a_back_end_connects_to_a_front_end_that_listens_and_again_when_it_has_hung_up(#[case] device: &[&str]) {
+    let folder = tempfile::tempdir().unwrap();
+    let image = disk_options(folder.path(), 1 << 20, |_| ()).image;
+    let socket = folder.path().join("front-end");
+    let image = ["--image", image.to_str().unwrap()];
+    let mut process = start(&socket, if device.is_empty() { &image } else { device });
+    // It is there before its front-end.
+    let listener = UnixListener::bind(&socket).unwrap();
+    for _ in 0..3 {
+        answers(&accepted(&listener));
+    }
+    // One front-end ends, another takes its place at the same path.
+    drop(listener);
+    std::fs::remove_file(&socket).unwrap();
+    let listener = UnixListener::bind(&socket).unwrap();
+    let connected = accepted(&listener);
+    answers(&connected);
+    ends_at_sigterm(&mut process.child);
+    drop((connected, listener));
+    // Also where there is nobody.
+    ends_at_sigterm(&mut start(&folder.path().join("nobody"), &["net", "--loopback"]).child);
+}
+
+#[test]
+fn a_path_that_no_socket_can_have_is_refused_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut process = start(&folder.path().join("x".repeat(108)), &["net", "--loopback"]);
+    assert_eq!(process.child.wait().unwrap().code(), Some(1));
+}
