@@ -106,6 +106,10 @@ struct Blk {
     /// Offer drivers to be behind an IOMMU; the front-end must translate, as QEMU does with a vIOMMU
     #[arg(long)]
     iommu: bool,
+    /// Front-ends that may be connected at the same time, of which only one has queues that run: 2 for a migration on this host
+    /// whose source and destination share this back-end
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
+    front_ends: u16,
     /// Let other processes write the image at the same time, as cluster file systems want it
     #[arg(long)]
     share_rw: bool,
@@ -245,6 +249,7 @@ impl Blk {
             in_order: self.in_order,
             inflight_migration: self.inflight_migration,
             iommu: self.iommu,
+            front_ends: self.front_ends,
             share_rw: self.share_rw,
             share_readers: self.share_readers,
             postcopy: self.postcopy,

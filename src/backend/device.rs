@@ -76,7 +76,15 @@ pub trait Device: Send + Sync {
         Err(BackendError::Unsupported { code })
     }
 
-    /// A front-end has connected; `host` is told when configuration space changes, until the next one connects.
+    /// How many front-ends may be connected at the same time, of which only one has rings that run. More than one makes a
+    /// migration possible whose source and destination are on one host and share the back-end. It takes a device that keeps
+    /// nothing of its driver's outside its queues.
+    fn front_ends(&self) -> usize {
+        1
+    }
+
+    /// A front-end has connected; `host` is told when configuration space changes, for as long as there are other references
+    /// to it.
     fn connected(&self, host: Arc<Host>) {
         let _ = host;
     }

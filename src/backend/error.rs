@@ -87,6 +87,12 @@ pub enum BackendError {
         /// What the system said.
         source: io::Error,
     },
+    /// A ring that shall run while another front-end's rings do.
+    #[error("ring {index} can't run: another front-end runs the device's rings; end that one first (rule R9)")]
+    InUse {
+        /// The ring.
+        index: u16,
+    },
     /// Features outside the offered ones.
     #[error("{code} acknowledges what was never offered: {} (rule R1)", feature_list(*code, *unknown))]
     Features {

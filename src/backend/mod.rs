@@ -44,6 +44,7 @@ mod server;
 mod session;
 mod tracker;
 mod transfer;
+mod turn;
 mod worker;
 mod workers;
 

@@ -7,15 +7,18 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
 use tracing::{error, info, warn};
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::session::{Session, Step};
+use super::turn::{Turn, Turns};
 use super::{BackendError, Device, MAX_FDS, Message, Workers, counters};
 use crate::abi::vhost_user::{Header, Request as Code};
 use crate::sys::listen::{Place, listen};
@@ -93,34 +96,85 @@ pub enum Inherited {
 }
 
 /// Serves `device` to one front-end after the other, until `stop` is readable. The next one waits meanwhile, until the
-/// one before it hangs up or stops within a message for 10 seconds.
+/// one before it hangs up or stops within a message for 10 seconds. Of a device that can have several front-ends
+/// ([`Device::front_ends`]) so many are served at the same time; only one of them has rings that run.
 ///
 /// # Errors
 /// What the system says of the listening socket. What goes wrong with a connection ends that one, and is logged.
 pub fn serve(listener: &Listener, device: &Arc<dyn Device>, stop: BorrowedFd<'_>) -> Result<(), BackendError> {
+    if device.front_ends() > 1 {
+        return serve_several(listener, device, stop);
+    }
     let mut failing = false;
     loop {
-        if let Heard::Stop = wait(listener.socket.as_fd(), PollFlags::POLLIN, stop, PollTimeout::NONE)? {
-            return Ok(());
-        }
-        match listener.socket.accept() {
-            Ok((connection, _)) => {
-                failing = false;
-                if serve_connection(&connection, device, stop, Some(listener.socket.as_fd())) {
+        match accept(listener, stop, &mut failing)? {
+            Some(Heard::This(connection)) => {
+                if serve_connection(&connection, device, stop, Some(listener.socket.as_fd()), None) {
                     return Ok(());
                 }
             }
-            Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
-            Err(e) => {
-                if !std::mem::replace(&mut failing, true) {
-                    error!("can't accept a connection, and goes on trying: {e}");
-                }
-                if let Heard::Stop = wait(stop, PollFlags::POLLIN, stop, RETRY_MS.into())? {
-                    return Ok(());
-                }
+            Some(_) => return Ok(()),
+            None => {}
+        }
+    }
+}
+
+/// Waits for a front-end; `None` is one that did not come after all. That the system has no room for it is said once.
+fn accept(
+    listener: &Listener,
+    stop: BorrowedFd<'_>,
+    failing: &mut bool,
+) -> Result<Option<Heard<UnixStream>>, BackendError> {
+    if let Heard::Stop = wait(listener.socket.as_fd(), PollFlags::POLLIN, stop, PollTimeout::NONE)? {
+        return Ok(Some(Heard::Stop));
+    }
+    match listener.socket.accept() {
+        Ok((connection, _)) => {
+            *failing = false;
+            return Ok(Some(Heard::This(connection)));
+        }
+        Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
+        Err(e) => {
+            if !std::mem::replace(failing, true) {
+                error!("can't accept a connection, and goes on trying: {e}");
+            }
+            if let Heard::Stop = wait(stop, PollFlags::POLLIN, stop, RETRY_MS.into())? {
+                return Ok(Some(Heard::Stop));
             }
         }
     }
+    Ok(None)
+}
+
+/// Serves as many front-ends at the same time as the device can have, each on a thread of its own.
+fn serve_several(listener: &Listener, device: &Arc<dyn Device>, stop: BorrowedFd<'_>) -> Result<(), BackendError> {
+    let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE;
+    let seats = u32::try_from(device.front_ends()).unwrap_or(u32::MAX);
+    // Readable while there is room for one more.
+    let free = EventFd::from_value_and_flags(seats, flags).map_err(BackendError::system("make an eventfd"))?;
+    let (free, turns, mut failing) = (&free, &Arc::new(Turns::default()), false);
+    thread::scope(|scope| {
+        for number in 0.. {
+            if let Heard::Stop = wait(free.as_fd(), PollFlags::POLLIN, stop, PollTimeout::NONE)? {
+                break;
+            }
+            let connection = match accept(listener, stop, &mut failing)? {
+                Some(Heard::This(connection)) => connection,
+                Some(_) => break,
+                None => continue,
+            };
+            let _ = free.read();
+            let serve = move || {
+                serve_connection(&connection, device, stop, None, Some(Turn::new(turns, number)));
+                let _ = free.write(1);
+            };
+            if let Err(e) = thread::Builder::new().name("front-end".into()).spawn_scoped(scope, serve) {
+                error!("can't start a thread for a connection: {e}");
+                let _ = free.write(1);
+            }
+        }
+        Ok(())
+    })
 }
 
 /// Serves `device` to the front-end that listens at `path`, as OVS and QEMU do with `server=on`: connects to it, and again
@@ -134,7 +188,7 @@ pub fn serve_at(path: &Path, device: &Arc<dyn Device>, stop: BorrowedFd<'_>) -> 
         match socket::connect(path).and_then(|connection| connection.set_nonblocking(false).map(|()| connection)) {
             Ok(connection) => {
                 said = None;
-                if serve_connection(&connection, device, stop, None) {
+                if serve_connection(&connection, device, stop, None, None) {
                     return Ok(());
                 }
             }
@@ -156,7 +210,7 @@ pub fn serve_at(path: &Path, device: &Arc<dyn Device>, stop: BorrowedFd<'_>) -> 
 /// Serves `device` to one front-end until it hangs up, or until `stop` is readable: then everything under way is
 /// completed first. True if it was told to stop.
 pub fn serve_one(connection: &UnixStream, device: &Arc<dyn Device>, stop: BorrowedFd<'_>) -> bool {
-    serve_connection(connection, device, stop, None)
+    serve_connection(connection, device, stop, None, None)
 }
 
 fn serve_connection(
@@ -164,11 +218,13 @@ fn serve_connection(
     device: &Arc<dyn Device>,
     stop: BorrowedFd<'_>,
     next: Option<BorrowedFd<'_>>,
+    turn: Option<Turn>,
 ) -> bool {
     info!("a front-end has connected");
     counters::connected();
     let mut channel = Channel { socket: connection.as_fd(), stop, next };
     let mut rings = Workers::new(device.clone());
+    turn.into_iter().for_each(|turn| rings.take_turns(turn));
     if let Err(error) = rings.watch(connection.as_fd()) {
         warn!("can't watch the connection: {error}");
     }
@@ -196,7 +252,9 @@ fn converse(channel: &mut Channel<'_>, session: &mut Session, rings: &mut Worker
             Heard::End => return Ok(Heard::End),
             Heard::Stop => return Ok(Heard::Stop),
         };
-        let reply = match session.message(message, rings) {
+        let step = session.message(message, rings);
+        rings.rest();
+        let reply = match step {
             Step::Silence => continue,
             Step::Reply(reply) => reply,
             Step::Close(error) => return Err(error),

@@ -20,6 +20,7 @@ use tracing::error;
 
 use super::post::Post;
 use super::session::{Logging, Rings, Setup};
+use super::turn::Turn;
 use super::worker::Order;
 use super::{BackendError, Device, Notifier};
 use crate::ring::RingBase;
@@ -34,6 +35,8 @@ pub struct Workers {
     running: Vec<Option<Handle>>,
     /// The connection to the front-end, to see it hang up while a ring is being stopped.
     connection: Option<OwnedFd>,
+    /// Where several front-ends may be connected: only one has rings that run.
+    turn: Option<Turn>,
 }
 
 struct Handle {
@@ -49,7 +52,7 @@ impl Workers {
     /// No ring runs yet.
     pub fn new(device: Arc<dyn Device>) -> Workers {
         let running = (0..device.queues()).map(|_| None).collect();
-        Workers { device, running, connection: None }
+        Workers { device, running, connection: None, turn: None }
     }
 
     /// Watches the connection to the front-end from now on. If the front-end hangs up while a ring is being stopped, what
@@ -60,6 +63,18 @@ impl Workers {
     pub fn watch(&mut self, connection: BorrowedFd<'_>) -> io::Result<()> {
         self.connection = Some(connection.try_clone_to_owned()?);
         Ok(())
+    }
+
+    /// Runs rings only while no other connection does.
+    pub(super) fn take_turns(&mut self, turn: Turn) {
+        self.turn = Some(turn);
+    }
+
+    /// Between two messages: lets other connections run rings, if none runs here.
+    pub(super) fn rest(&self) {
+        if self.running.iter().all(Option::is_none) {
+            self.turn.iter().for_each(Turn::release);
+        }
     }
 
     fn has_hung_up(&self) -> bool {
@@ -111,12 +126,17 @@ impl Handle {
 
 impl Drop for Workers {
     fn drop(&mut self) {
+        self.turn.iter().for_each(Turn::leave);
         self.end(|| Order::Abandon);
+        self.turn.iter().for_each(Turn::release);
     }
 }
 
 impl Rings for Workers {
     fn start(&mut self, index: u16, setup: Setup) -> Result<(), BackendError> {
+        if self.turn.as_ref().is_some_and(|turn| !turn.take(|| self.has_hung_up())) {
+            return Err(BackendError::InUse { index });
+        }
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wake = Arc::new(EventFd::from_flags(flags).map_err(BackendError::system("make an eventfd"))?);
         let (orders, inbox) = unbounded();

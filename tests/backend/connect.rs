@@ -1,5 +1,6 @@
 //! A back-end that connects to its front-end (`--connect`), as QEMU's `server=on` and OVS want it.
 
+use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Child, Stdio};
@@ -18,7 +19,12 @@ fn start(socket: &Path, device: &[&str]) -> Process {
         ["net", more @ ..] => Process::command_of("net", more),
         more => Process::command(more),
     };
-    let child = command.arg("--connect").arg(socket).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    command.arg("--connect").arg(socket).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    // From then on it takes signals.
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert!(line.starts_with("serves "), "{line}");
     Process { child }
 }
 

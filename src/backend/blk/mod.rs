@@ -15,7 +15,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Instant;
 
 use nix::errno::Errno;
@@ -90,6 +90,8 @@ pub struct DiskOptions {
     pub share_readers: bool,
     /// Whether to offer postcopy, and for it no memory slots (rule P1). Not together with `iommu`, which counts more.
     pub postcopy: bool,
+    /// How many front-ends may be connected at the same time; only one of them has rings that run.
+    pub front_ends: u16,
 }
 
 impl DiskOptions {
@@ -110,6 +112,7 @@ impl DiskOptions {
             share_rw: false,
             share_readers: false,
             postcopy: false,
+            front_ends: 1,
         }
     }
 }
@@ -195,7 +198,7 @@ pub struct Disk {
     /// In sectors of 512 bytes; it only grows.
     capacity: Arc<AtomicU64>,
     /// Who is to be told when it does.
-    host: Mutex<Arc<Host>>,
+    hosts: Mutex<Vec<Weak<Host>>>,
     block_size: u32,
     /// Whether parts of it can be deallocated or zeroed.
     clears: bool,
@@ -261,8 +264,8 @@ impl Disk {
             Aio::Threads => Err(io::ErrorKind::Unsupported.into()),
         };
         let urings = urings.ok().map(Arc::new);
-        let host = Mutex::default();
-        Ok(Disk { files, urings, capacity, host, block_size, clears, serial, image, options })
+        let hosts = Mutex::default();
+        Ok(Disk { files, urings, capacity, hosts, block_size, clears, serial, image, options })
     }
 
     /// Its size, in sectors of 512 bytes.
@@ -277,7 +280,7 @@ impl Disk {
     /// [`DiskError::Shrunk`], and whatever keeps it from looking; the disk stays as it is.
     pub fn grow(&self) -> Result<u64, DiskError> {
         // Held meanwhile, so that the last of several is the last to be told.
-        let host = self.host.lock().unwrap_or_else(PoisonError::into_inner);
+        let hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
         let image = &self.options.image;
         let bytes = size(image, &self.files.buffered)?;
         let (before, now) = (self.capacity(), bytes / SECTOR_BYTES);
@@ -292,7 +295,7 @@ impl Disk {
                 now * SECTOR_BYTES,
                 before * SECTOR_BYTES
             );
-            host.config_changed();
+            hosts.iter().filter_map(Weak::upgrade).for_each(|host| host.config_changed());
         }
         Ok(now)
     }
@@ -353,8 +356,14 @@ impl Device for Disk {
         config.as_bytes().to_vec()
     }
 
+    fn front_ends(&self) -> usize {
+        self.options.front_ends.into()
+    }
+
     fn connected(&self, host: Arc<Host>) {
-        *self.host.lock().unwrap_or_else(PoisonError::into_inner) = host;
+        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        hosts.retain(|host| host.strong_count() > 0);
+        hosts.push(Arc::downgrade(&host));
     }
 
     fn stopped(&self) -> io::Result<()> {
