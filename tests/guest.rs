@@ -405,7 +405,6 @@ fn a_state_that_does_not_fit_is_refused(#[values(false, true)] packed: bool) {
 #[test]
 fn a_disk_that_does_not_fit_is_refused_with_what_differs_and_both_values() {
     let (mut guest, disks) = booted(config(false));
-    guest.pause().unwrap();
     guest.stop_devices().unwrap();
     let state = guest.save_state().unwrap();
     let refused = |change: &dyn Fn(&mut DeviceState)| {

@@ -9,7 +9,7 @@ use crossbeam::channel::RecvTimeoutError;
 use serde_json::{Value, json};
 use vhost_migrate::control::{self, Client, Command, Handler, MigrateArguments};
 use vhost_migrate::dirty::forecast;
-use vhost_migrate::guest::{Guest, GuestConfig};
+use vhost_migrate::guest::{Guest, GuestConfig, GuestView};
 use vhost_migrate::migrate::{
     ASK_FOR, GuestArrival, GuestLocation, GuestMachine, Incoming, MachineError, MigrateError, Outcomes, Plan, Policy,
     connect_all, dirty_sources, measure, migrate, receive,
@@ -206,6 +206,10 @@ impl Workload {
 
 /// How long a destination is asked before a guest is resumed that it may run.
 const ASK_BEFORE_RESUME: Duration = Duration::from_secs(2);
+const MIGRATION: &str = "a migration";
+const MEASUREMENT: &str = "a measurement";
+/// How long a measurement may take to end for a migration.
+const MEASUREMENT_END: Duration = Duration::from_secs(15);
 /// How often a watch looks for news.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 const LONGEST_WATCH: Duration = Duration::from_secs(86_400);
@@ -269,6 +273,8 @@ impl State {
 #[derive(Default)]
 struct Owner {
     guest: Mutex<Option<Guest>>,
+    /// What is told of the guest: never waits, while the guest may wait for a device.
+    view: Mutex<Option<GuestView>>,
     state: Mutex<State>,
     /// What came of migrations to here.
     outcomes: Outcomes,
@@ -288,6 +294,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Owner {
     fn set(&self, guest: Option<Guest>, state: State) {
+        *lock(&self.view) = guest.as_ref().map(Guest::view);
         *lock(&self.guest) = guest;
         *lock(&self.state) = state;
     }
@@ -297,7 +304,7 @@ impl Owner {
     }
 
     fn notice_failure(&self) {
-        let failure = lock(&self.guest).as_ref().and_then(Guest::failure);
+        let failure = lock(&self.view).as_ref().and_then(GuestView::failure);
         if let Some(failure) = failure
             && std::mem::replace(&mut *lock(&self.state), State::Failed) != State::Failed
         {
@@ -311,19 +318,28 @@ impl Owner {
         ask(guest).map_err(|error| error.to_string())
     }
 
-    /// Does `work` unless something else is under way.
+    /// Does `work` unless something else is under way. A migration goes first: it ends a measurement.
     fn alone<T>(
         &self,
         what: &'static str,
         cancel: Option<Cancel>,
         work: impl FnOnce() -> Result<T, String>,
     ) -> Result<T, String> {
-        {
+        let deadline = Instant::now() + MEASUREMENT_END;
+        loop {
             let mut busy = lock(&self.busy);
-            if let Some((other, _)) = *busy {
-                return Err(format!("{other} is under way: wait for its end, or cancel it"));
+            match &*busy {
+                None => {
+                    *busy = Some((what, cancel));
+                    break;
+                }
+                Some((MEASUREMENT, Some(other))) if what == MIGRATION && Instant::now() < deadline => {
+                    other.cancel();
+                }
+                Some((other, _)) => return Err(format!("{other} is under way: wait for its end, or cancel it")),
             }
-            *busy = Some((what, cancel));
+            drop(busy);
+            std::thread::sleep(Duration::from_millis(1));
         }
         let done = work();
         *lock(&self.busy) = None;
@@ -334,12 +350,12 @@ impl Owner {
         self.notice_failure();
         let (state, busy) = (self.state(), lock(&self.busy).as_ref().map(|b| b.0));
         let mut status = json!({"event": "status", "state": state, "location": state.location(), "busy": busy});
-        if let Some(guest) = &*lock(&self.guest)
+        if let Some(guest) = &*lock(&self.view)
             && let (Some(into), Ok(Value::Object(stats))) =
                 (status.as_object_mut(), serde_json::to_value(guest.stats()))
         {
             into.extend(stats);
-            into.insert("guest_bytes".into(), guest.memory().size().into());
+            into.insert("guest_bytes".into(), guest.memory_bytes().into());
             into.insert("devices".into(), serde_json::to_value(guest.connections()).unwrap_or_default());
             into.insert("failure".into(), guest.failure().map(|failure| failure.to_string()).into());
         }
@@ -352,7 +368,7 @@ impl Owner {
         let deadline = Instant::now() + for_long.ok_or(format!("{seconds} seconds: watch for 0 to 86400"))?;
         let mut told = Vec::new();
         loop {
-            let mut connections = lock(&self.guest).as_ref().map(Guest::connections).unwrap_or_default();
+            let mut connections = lock(&self.view).as_ref().map(GuestView::connections).unwrap_or_default();
             for (number, connection) in connections.iter_mut().enumerate() {
                 let mut event = json!(connection);
                 event["event"] = "device".into();
@@ -391,12 +407,13 @@ impl Owner {
             switchover_timeout: arguments.switchover_timeout_ms.map(Duration::from_millis),
             continue_here: arguments.continue_here,
         };
-        self.alone("a migration", Some(options.cancel.clone()), || {
+        self.alone(MIGRATION, Some(options.cancel.clone()), || {
             let state = self.state();
             if !matches!(state, State::Running | State::Paused) {
                 return Err(state.refusal());
             }
-            let mut machine = GuestMachine::new(&self.guest).ok_or("there is no guest here")?;
+            let machine = GuestMachine::new(&self.guest).ok_or("there is no guest here")?;
+            let mut machine = machine.with_cancel(&options.cancel);
             let connection = connect(&uri, &options).map_err(|error| told(&error))?;
             *lock(&self.unknown) = Some((uri, connection.id));
             let mut tell = |event| emit(serde_json::to_value(event).unwrap_or_default());
@@ -406,6 +423,9 @@ impl Owner {
                 Ok(_) => State::Migrated,
                 Err(failure) => State::at(failure.location),
             };
+            if self.state() == State::Migrated {
+                *lock(&self.view) = None;
+            }
             left.map(drop).map_err(|failure| told(&failure))
         })
     }
@@ -494,15 +514,16 @@ impl Owner {
         if !(0.01..=3600.0).contains(&seconds) {
             return Err(format!("{seconds} seconds: measure for 0.01 to 3600"));
         }
-        self.alone("a measurement", None, || {
+        let cancel = Cancel::new().map_err(|error| error.to_string())?;
+        self.alone(MEASUREMENT, Some(cancel.clone()), || {
             let (mut sources, bytes) = self.with(|guest| Ok((dirty_sources(guest), guest.memory().size())))?;
             let interval = Duration::from_millis(100);
-            let wait = |time| {
-                std::thread::sleep(time);
-                true
-            };
-            let rate = measure(&mut sources, Duration::from_secs_f64(seconds), interval, wait)
-                .map_err(|error| error.to_string())?;
+            let rate =
+                measure(&mut sources, Duration::from_secs_f64(seconds), interval, |time| cancel.wait(time).is_ok())
+                    .map_err(|error| error.to_string())?;
+            if cancel.is_cancelled() {
+                return Err("the measurement was ended: by a migration, which goes first, or by cancel".into());
+            }
             let forecast = forecast(&(&rate).into(), bandwidth as f64, downtime_ms as f64, bytes);
             Ok(json!({"event": "dirty_rate", "rate": rate, "bandwidth": bandwidth, "forecast": forecast}))
         })

@@ -26,7 +26,10 @@ pub enum FrontendError {
         request: Request,
     },
     /// The back-end is silent. The connection is given up, since a late answer could be taken for another one.
-    #[error("no answer to {request} within {waited:?}: the back-end hangs; restart it and reconnect")]
+    #[error(
+        "no answer to {request} within {waited:?}: the back-end hangs, or what it serves from does; see which before it is \
+         restarted"
+    )]
     Timeout {
         /// The message without an answer.
         request: Request,
@@ -96,7 +99,7 @@ pub enum FrontendError {
         /// Ring index.
         index: u16,
         /// Why not.
-        reason: &'static str,
+        reason: String,
     },
     /// A region without an fd, which no device can map.
     #[error("the region at {gpa:#x} has no fd to share: make guest memory with Region::share (rule M1)")]

@@ -271,7 +271,7 @@ pub trait Device: Send {
     /// either side, or an answer is still owed because the wait for it was interrupted.
     fn hung_up(&self) -> bool;
 
-    /// The switch that ends this device's longer waits: those that stop a ring, save the state, start or stop logging, or
+    /// The switch that ends this device's longer waits: those that stop a ring, save the state, start logging, or
     /// connect again. `None` if it never waits.
     ///
     /// A wait that it ends leaves the device as [`hung_up`](Device::hung_up), with the connection kept:

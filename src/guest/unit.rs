@@ -179,16 +179,20 @@ impl Unit {
 
     /// Takes note of it if this is new, and lets the supervisor know.
     fn has_gone(&self, error: Option<&FrontendError>) {
-        let silent = error.filter(|error| matches!(error, FrontendError::Interrupted { .. }));
+        let silent = error.and_then(|error| match error {
+            FrontendError::Interrupted { request } => Some(format!("{request} is not answered yet")),
+            _ => None,
+        });
         self.away.store(true, Ordering::Relaxed);
         let mut absence = lock(&self.absence);
         if absence.is_none() {
-            let why = silent.map(|error| error.to_string());
-            *absence = Some(Absence { since: Instant::now(), why });
+            *absence = Some(Absence { since: Instant::now(), why: silent.clone() });
             drop(absence);
             match silent {
-                Some(error) => tracing::warn!("{}: {error}", self.name),
-                None => tracing::warn!("{}: the back-end has gone away; connecting again", self.name),
+                Some(why) => tracing::warn!("{}: {why}; the guest goes on without this device", self.name),
+                None => {
+                    tracing::warn!("{}: the back-end has gone away or does not answer; connecting again", self.name)
+                }
             }
         }
         self.wake();
@@ -201,9 +205,11 @@ impl Unit {
 
     /// Takes note of why an attempt has failed. That nobody is there is no news.
     fn is_refused(&self, error: &FrontendError) {
-        let is_there = matches!(error, FrontendError::Timeout { .. } | FrontendError::NotServed { .. });
-        let why = (is_there || !error.is_away()).then(|| error.to_string());
-        if let Some(absence) = lock(&self.absence).as_mut().filter(|absence| absence.why != why) {
+        let is_silent = matches!(error, FrontendError::Timeout { .. } | FrontendError::NotServed { .. });
+        let why = (is_silent || !error.is_away()).then(|| error.to_string());
+        // That it is still silent is no news either.
+        let is_new = |absence: &&mut Absence| absence.why != why && !(is_silent && absence.why.is_some());
+        if let Some(absence) = lock(&self.absence).as_mut().filter(is_new) {
             if why.is_some() {
                 tracing::warn!("{}: what answers can't go on for the back-end: {error}; connecting again", self.name);
             }
@@ -248,11 +254,13 @@ impl Unit {
                 Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(1)),
             }
         };
-        f(device.as_mut()).inspect_err(|error| {
-            if error.needs_reconnect() {
-                self.has_gone(Some(error));
-            }
-        })
+        let done = f(device.as_mut());
+        match &done {
+            Err(error) if error.needs_reconnect() => self.has_gone(Some(error)),
+            Ok(_) if device.hung_up() => self.has_gone(None),
+            _ => {}
+        }
+        done
     }
 
     fn is_interrupted(&self) -> bool {

@@ -21,8 +21,8 @@ pub struct GuestMachine<'a> {
     guest: &'a Mutex<Option<Guest>>,
     memory: Memory,
     interrupts: Vec<Interrupt>,
-    /// Sets them.
-    cancelled: Option<OnCancel>,
+    /// What sets them, and for how long.
+    cancel: Option<(Cancel, OnCancel)>,
     /// Whether its CPUs ran before the migration.
     running: bool,
 }
@@ -32,20 +32,21 @@ impl<'a> GuestMachine<'a> {
     pub fn new(guest: &'a Mutex<Option<Guest>>) -> Option<GuestMachine<'a>> {
         let of = |guest: &Guest| (guest.memory().clone(), guest.interrupts(), guest.is_running());
         let (memory, interrupts, running) = lock(guest).as_ref().map(of)?;
-        Some(GuestMachine { guest, memory, interrupts, cancelled: None, running })
+        Some(GuestMachine { guest, memory, interrupts, cancel: None, running })
     }
 
     /// Has `cancel` end waits for the guest's devices too: a disk that hangs while its queues are stopped does not keep the
     /// guest's CPUs and other devices from going on. It goes on itself as soon as it answers.
     pub fn with_cancel(mut self, cancel: &Cancel) -> GuestMachine<'a> {
         let interrupts = self.interrupts.clone();
-        self.cancelled = Some(cancel.on_cancel(move || interrupts.iter().for_each(Interrupt::set)));
+        let call = cancel.on_cancel(move || interrupts.iter().for_each(Interrupt::set));
+        self.cancel = Some((cancel.clone(), call));
         self
     }
 
     /// Lets the devices wait again, and cancels no more.
     fn clear_interrupts(&mut self) {
-        if self.cancelled.take().is_some() {
+        if self.cancel.take().is_some() {
             self.interrupts.iter().for_each(Interrupt::clear);
         }
     }
@@ -76,6 +77,14 @@ impl Machine for GuestMachine<'_> {
         self.running
     }
 
+    fn obstacle(&self) -> Option<String> {
+        let connections = lock(self.guest).as_ref().map(Guest::connections).unwrap_or_default();
+        connections.into_iter().find(|connection| connection.away_ms.is_some()).map(|away| {
+            let why = away.refused.map(|why| format!(" ({why})")).unwrap_or_default();
+            format!("{}: its back-end is away{why}", away.name)
+        })
+    }
+
     fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, MachineError> {
         self.with(|guest| Ok(Box::new(Union::new(dirty_sources(guest))) as Box<dyn DirtySource>))
     }
@@ -95,7 +104,9 @@ impl Machine for GuestMachine<'_> {
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
-        self.clear_interrupts();
+        if self.cancel.as_ref().is_some_and(|(cancel, _)| cancel.is_cancelled()) {
+            self.clear_interrupts();
+        }
         let running = self.running;
         self.with(|guest| {
             if running {

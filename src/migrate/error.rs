@@ -65,6 +65,9 @@ pub enum MigrateError {
         /// What took the time at its end.
         doing: &'static str,
     },
+    /// A device was away for too long when the guest was to be stopped.
+    #[error("the guest can't be stopped: {0}; it goes on here. Migrate again when the device is back")]
+    DeviceAway(String),
     /// The migration failed, and the guest could not be made to go on here.
     #[error("{error}; the guest could not go on here: {cause}. It is paused here: \"resume\" tries again")]
     NotResumed {

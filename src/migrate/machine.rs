@@ -9,7 +9,7 @@ pub type MachineError = Box<dyn std::error::Error + Send + Sync>;
 /// A guest at the source.
 ///
 /// Calls come in this order: [`memory`](Machine::memory), [`is_running`](Machine::is_running),
-/// [`dirty_source`](Machine::dirty_source), then at most once [`pause`](Machine::pause). A migration that fails before
+/// [`dirty_source`](Machine::dirty_source), then [`pause`](Machine::pause), again only after [`resume`](Machine::resume). A migration that fails before
 /// its commit has it undone by [`resume`](Machine::resume), one whose destination has said that it runs the guest ends
 /// with [`release`](Machine::release). If what came of the commit stays unknown, neither is called: the guest stays
 /// paused, and whoever owns it decides.
@@ -25,6 +25,12 @@ pub trait Machine {
         true
     }
 
+    /// What keeps the guest from being stopped now, in words for its user: a device whose back-end is away. The migration then
+    /// sends further rounds, for some time, instead of stopping the guest.
+    fn obstacle(&self) -> Option<String> {
+        None
+    }
+
     /// Everything that can dirty guest memory, as one source: the migration starts and stops it.
     ///
     /// # Errors
@@ -32,10 +38,11 @@ pub trait Machine {
     fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, MachineError>;
 
     /// Stops everything that can write guest memory: CPUs and drivers first, then every ring of every device, drained
-    /// (rule R3).
+    /// (rule R3). A device that hangs must not keep this from returning once the migration is cancelled.
     ///
     /// # Errors
-    /// If something can't be stopped; [`resume`](Machine::resume) is called then.
+    /// If something can't be stopped; [`resume`](Machine::resume) is called then. If there is an
+    /// [`obstacle`](Machine::obstacle) by then, the migration goes on with further rounds and calls this again.
     fn pause(&mut self) -> Result<(), MachineError>;
 
     /// The state of CPUs and devices of a paused guest, in whatever form the destination's [`Arrival`] reads.

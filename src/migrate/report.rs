@@ -55,6 +55,11 @@ pub enum Event {
         /// Predicted stop of the guest, milliseconds.
         expected_downtime_ms: f64,
     },
+    /// The guest can't be stopped yet: a device's back-end is away. Rounds go on until it is back.
+    Waiting {
+        /// Which device, and why.
+        message: String,
+    },
     /// The connection failed after the commit was sent: the destination is asked what came of it.
     Asking {
         /// What went wrong.

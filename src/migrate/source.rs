@@ -46,6 +46,15 @@ const ASK_PAUSE: Duration = Duration::from_millis(100);
 /// The least limit of a switchover, unless another is asked for.
 const LEAST_SWITCHOVER: Duration = Duration::from_secs(10);
 
+/// What may fail because a device goes away, and is tried again then.
+const STOPPING: &str = "stopping the guest";
+
+/// How long a device may be away when the guest is to be stopped.
+const AWAY: Duration = Duration::from_secs(60);
+/// How long the next round waits while a device is away, and how often it looks.
+const AWAY_ROUND: Duration = Duration::from_secs(2);
+const AWAY_LOOK: Duration = Duration::from_millis(20);
+
 /// How to migrate.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -182,18 +191,40 @@ struct Migration<'a> {
     run: bool,
 }
 
+/// What rounds have come to, over several attempts to stop the guest.
+struct Rounds {
+    convergence: Convergence,
+    /// Pages that were dirtied.
+    dirtied: u64,
+    count: u32,
+    /// When a device was first found away that keeps the guest from being stopped.
+    away_since: Option<Instant>,
+}
+
 impl Migration<'_> {
     fn run(&mut self, machine: &mut dyn Machine, plan: &Plan) -> Result<(), (Stage, MigrateError)> {
-        let rounds = self.rounds(plan.policy).map_err(|error| (Stage::Running, error))?;
-        self.switchover(machine, rounds, plan)
+        let convergence = Convergence::new(plan.policy, self.pending.len());
+        let mut rounds = Rounds { convergence, dirtied: 0, count: 0, away_since: None };
+        loop {
+            self.rounds(machine, &mut rounds).map_err(|error| (Stage::Running, error))?;
+            let failed = match self.switchover(machine, rounds.count, plan) {
+                Err((Stage::Paused, error @ MigrateError::Machine { doing: STOPPING, .. })) => error,
+                done => return done,
+            };
+            if self.cancel.is_cancelled() || machine.obstacle().is_none() {
+                return Err((Stage::Paused, failed));
+            }
+            // A device went away at this very moment.
+            if let Err(cause) = machine.resume() {
+                return Err((Stage::Paused, MigrateError::NotResumed { error: failed.into(), cause }));
+            }
+        }
     }
 
-    /// Sends rounds until it is time to stop the guest; returns how many.
-    fn rounds(&mut self, policy: Policy) -> Result<u32, MigrateError> {
-        let mut convergence = Convergence::new(policy, self.pending.len());
-        let mut dirtied = 0;
-        let mut round = 0;
+    /// Sends rounds until it is time to stop the guest, and nothing keeps it from being stopped.
+    fn rounds(&mut self, machine: &mut dyn Machine, rounds: &mut Rounds) -> Result<(), MigrateError> {
         loop {
+            let round = rounds.count;
             let begun = Instant::now();
             let wire_before = self.wire.bytes();
             let (sent, busy) = self.send(round, false, false)?;
@@ -206,10 +237,10 @@ impl Migration<'_> {
             self.dirty.harvest(&mut self.pending)?;
             let took = begun.elapsed().as_secs_f64();
             self.running += took;
-            dirtied += self.pending.len();
-            self.report.dirty_rate_bytes_per_s = (dirtied * LOG_PAGE) as f64 / self.running;
+            rounds.dirtied += self.pending.len();
+            self.report.dirty_rate_bytes_per_s = (rounds.dirtied * LOG_PAGE) as f64 / self.running;
             let left = self.pending.len();
-            let next = convergence.after(Round {
+            let next = rounds.convergence.after(Round {
                 data_pages: sent.data_pages,
                 zero_pages: sent.zero_pages,
                 duration: sending,
@@ -227,22 +258,51 @@ impl Migration<'_> {
                 dirty_bytes_per_second: (left * LOG_PAGE) as f64 / took,
                 expected_downtime_ms,
             }));
+            rounds.count += 1;
             match next {
                 Next::Round { without_progress, .. } => {
                     if without_progress == STALL_ROUNDS {
-                        (self.tell)(Event::Stalled { message: stalled(&convergence, left, took, expected) });
+                        (self.tell)(Event::Stalled { message: stalled(&rounds.convergence, left, took, expected) });
                     }
                 }
                 Next::Switchover { .. } => {
+                    if let Some(message) = machine.obstacle() {
+                        self.wait_for_devices(machine, rounds, message)?;
+                        continue;
+                    }
+                    rounds.away_since = None;
                     (self.tell)(Event::Switchover { pages_left: left, expected_downtime_ms });
-                    return Ok(round + 1);
+                    return Ok(());
                 }
                 Next::GiveUp { .. } => {
-                    return Err(MigrateError::NoConvergence { rounds: round + 1, expected_ms: expected_downtime_ms });
+                    return Err(MigrateError::NoConvergence {
+                        rounds: rounds.count,
+                        expected_ms: expected_downtime_ms,
+                    });
                 }
             }
-            round += 1;
         }
+    }
+
+    /// Waits for a device that is away, but no longer than until the next round is due.
+    fn wait_for_devices(
+        &mut self,
+        machine: &dyn Machine,
+        rounds: &mut Rounds,
+        message: String,
+    ) -> Result<(), MigrateError> {
+        if rounds.away_since.is_none() {
+            (self.tell)(Event::Waiting { message: message.clone() });
+        }
+        let since = *rounds.away_since.get_or_insert_with(Instant::now);
+        if since.elapsed() >= AWAY {
+            return Err(MigrateError::DeviceAway(message));
+        }
+        let begun = Instant::now();
+        while begun.elapsed() < AWAY_ROUND && machine.obstacle().is_some() {
+            self.cancel.wait(AWAY_LOOK)?;
+        }
+        Ok(())
     }
 
     /// Stops the guest and hands it over within the plan's limit.
@@ -264,8 +324,8 @@ impl Migration<'_> {
         let asked = |doing| move |cause| MigrateError::Machine { doing, cause };
         self.stopped = Some(Instant::now());
         let paused = (|| {
+            machine.pause().map_err(asked(STOPPING))?;
             self.limiter.set(None);
-            machine.pause().map_err(asked("stopping the guest"))?;
             self.dirty.harvest_stopped(&mut self.pending)?;
             self.send(round, true, verify)?;
             self.report.rounds = round + 1;
@@ -329,9 +389,12 @@ impl Migration<'_> {
                 return Err(self.failed(error, GuestLocation::OutcomeUnknown));
             }
             Err((stage, error)) => {
-                let error = self.wire.reason(error);
-                self.wire.call_off(&error);
+                // First of all: what follows may wait for the destination.
                 let resumed = if let Stage::Paused = stage { machine.resume() } else { Ok(()) };
+                let cancelled = self.cancel.is_cancelled()
+                    && matches!(error, MigrateError::Machine { .. } | MigrateError::Dirty(_));
+                let error = if cancelled { MigrateError::Cancelled } else { self.wire.reason(error) };
+                self.wire.call_off(&error);
                 self.dirty.put_back(&self.pending);
                 let location = at_home(self.run);
                 return Err(match resumed {
@@ -579,8 +642,13 @@ impl Wire {
 
     /// Tells the destination of a failure that is not the stream's: it would have to guess otherwise.
     fn call_off(&mut self, error: &MigrateError) {
-        let local =
-            matches!(error, MigrateError::Machine { .. } | MigrateError::Dirty(_) | MigrateError::NoConvergence { .. });
+        let local = matches!(
+            error,
+            MigrateError::Machine { .. }
+                | MigrateError::Dirty(_)
+                | MigrateError::NoConvergence { .. }
+                | MigrateError::DeviceAway(_)
+        );
         if local && !self.one_way {
             // It notices the closed connection if not this.
             let _ = self.tell(&ToDestination::Cancel { reason: error.to_string() });

@@ -14,6 +14,8 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use rstest::rstest;
 use serde_json::{Value, json};
 
@@ -733,4 +735,161 @@ fn a_packed_inflight_region_shows_what_would_be_executed_again() {
     let again = json!([{"entry": 0, "counter": 7, "id": 5, "descriptors": 2}]);
     assert_eq!(shown(&[]), (again, json!(0x8000_8002u32)));
     assert_eq!(shown(&["--published", "0"]), (json!([]), json!(0x8002_8002u32)));
+}
+
+fn signal(process: &Running, signal: Signal) {
+    kill(Pid::from_raw(process.0.id() as i32), signal).unwrap();
+}
+
+/// A migration that takes a few seconds until it stops the guest, and its events from the second on.
+fn migrating(control: &Path, uri: &str) -> (Running, impl Iterator<Item = Value>) {
+    let mut command = program();
+    command.args(["migrate", "--json", "--bandwidth", "20MiB/s", "--downtime", "3000", uri, "--control"]).arg(control);
+    let mut migration = Running(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
+    let lines = BufReader::new(migration.0.stdout.take().unwrap()).lines();
+    let mut events = lines.map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap());
+    assert_eq!(events.next().unwrap()["event"], "started");
+    (migration, events)
+}
+
+/// Its CPUs write.
+fn works(control: &Path) {
+    let pages = |status: Option<Value>| status.unwrap()["pages"].as_u64().unwrap();
+    let (before, deadline) = (pages(status(control)), Instant::now() + PATIENCE);
+    while pages(status(control)) == before {
+        assert!(Instant::now() < deadline, "its CPUs do nothing");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn status_and_cancel_answer_while_a_disk_hangs_at_the_switchover_and_all_but_the_disk_goes_on() {
+    let mut host = Host::new();
+    let source = host.source();
+    let [.., backend, _] = &host.running[..] else { panic!() };
+    let backend = Pid::from_raw(backend.0.id() as i32);
+    let unix = format!("unix:{}", host.path("incoming").display());
+    let destination = host.arriving("destination", &unix);
+    until(&destination, "absent");
+    let (mut migration, mut events) = migrating(&source, &unix);
+    kill(backend, Signal::SIGSTOP).unwrap();
+    // It does not notice that the disk hangs before it stops it.
+    assert!(events.any(|event| event["event"] == "switchover"));
+    let seen = status(&source).unwrap();
+    assert_eq!(seen["busy"], "a migration", "{seen}");
+    assert_eq!(ask(&source, &json!({"command": "cancel"})).unwrap(), [json!({"event": "ok"})]);
+    let why = failed(&mut migration);
+    assert!(why.contains("cancelled") && why.contains("still runs here"), "{why}");
+    works(&source);
+    let seen = status(&source).unwrap();
+    assert!(seen["devices"][0]["away_ms"].is_u64() && seen["busy"].is_null(), "{seen}");
+    kill(backend, Signal::SIGCONT).unwrap();
+    verify(&source);
+    // What was owed is settled: the next one works.
+    assert_completed(&migrate(&source, &unix, &[]));
+    verify(&destination);
+}
+
+#[rstest]
+#[case::it_comes_back(true)]
+#[case::it_is_cancelled(false)]
+fn a_guest_is_not_stopped_while_a_back_end_is_away(#[case] returns: bool) {
+    let mut host = Host::new();
+    let source = host.source();
+    let unix = format!("unix:{}", host.path("incoming").display());
+    let destination = host.arriving("destination", &unix);
+    until(&destination, "absent");
+    let (mut migration, mut events) = migrating(&source, &unix);
+    drop(host.running.remove(0));
+    let waiting = events.find(|event| event["event"] == "waiting").unwrap();
+    assert!(waiting["message"].as_str().unwrap().contains("source.vhost: its back-end is away"), "{waiting}");
+    works(&source);
+    if returns {
+        host.backend("source.vhost");
+        assert_eq!(events.last().unwrap()["event"], "completed");
+        verify(&destination);
+    } else {
+        assert_eq!(ask(&source, &json!({"command": "cancel"})).unwrap(), [json!({"event": "ok"})]);
+        assert!(failed(&mut migration).contains("cancelled"));
+        works(&source);
+        host.backend("source.vhost");
+        verify(&source);
+    }
+}
+
+#[test]
+fn a_measurement_gives_way_to_a_migration() {
+    let mut host = Host::new();
+    let source = host.source();
+    let unix = format!("unix:{}", host.path("incoming").display());
+    let destination = host.arriving("destination", &unix);
+    until(&destination, "absent");
+    let mut measuring = program();
+    measuring.args(["dirty-rate", "--seconds", "3600", "--control"]).arg(&source);
+    let mut measuring = Running(measuring.stderr(Stdio::piped()).spawn().unwrap());
+    let deadline = Instant::now() + PATIENCE;
+    while status(&source).unwrap()["busy"] != "a measurement" {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_completed(&migrate(&source, &unix, &[]));
+    let why = failed(&mut measuring);
+    assert!(why.contains("by a migration"), "{why}");
+    verify(&destination);
+}
+
+#[rstest]
+#[case::one_signal_and_no_answer(1)]
+#[case::two_signals(2)]
+fn migrate_ends_at_signals_although_the_guests_process_hangs(#[case] signals: u32) {
+    let mut host = Host::new();
+    let source = host.source();
+    let [.., guest] = &host.running[..] else { panic!() };
+    let guest = Pid::from_raw(guest.0.id() as i32);
+    let unix = format!("unix:{}", host.path("incoming").display());
+    let destination = host.arriving("destination", &unix);
+    until(&destination, "absent");
+    let (mut migration, events) = migrating(&source, &unix);
+    kill(guest, Signal::SIGSTOP).unwrap();
+    for number in 0..signals {
+        signal(&migration, [Signal::SIGTERM, Signal::SIGINT][number as usize]);
+        // Two that come at once may be one.
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    assert_eq!(migration.0.wait().unwrap().code(), Some(5));
+    drop(events);
+    kill(guest, Signal::SIGCONT).unwrap();
+    // Whether the word to cancel had left is up to chance.
+    let deadline = Instant::now() + PATIENCE;
+    while !status(&source).unwrap()["busy"].is_null() {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let left = status(&source).unwrap()["state"] == "migrated";
+    verify(if left { &destination } else { &source });
+}
+
+#[test]
+fn a_guest_moves_between_two_processes_on_one_back_end_and_stays_if_it_is_cancelled() {
+    let mut host = Host::new();
+    let backend = host.backend_with("disk.vhost", &["--front-ends", "2"]);
+    let unix = format!("unix:{}", host.path("incoming").display());
+    let small = ["--memory", "64MiB", "--dirty-rate", "8MiB/s", "--request-rate", "50"];
+    let source = host.guest_on(&backend, "source", &small);
+    until(&source, "running");
+    let destination = host.guest_on(&backend, "destination", &["--incoming", &unix]);
+    until(&destination, "absent");
+    let (mut migration, events) = migrating(&source, &unix);
+    assert_eq!(ask(&source, &json!({"command": "cancel"})).unwrap(), [json!({"event": "ok"})]);
+    assert!(failed(&mut migration).contains("cancelled"));
+    drop(events);
+    verify(&source);
+    assert_completed(&migrate(&source, &unix, &[]));
+    verify(&destination);
+    // A third guest's disk is not given away.
+    let mut third = program();
+    third.args(["guest", "--memory", "64MiB", "--backend"]).arg(&backend);
+    let third = third.arg("--control").arg(host.path("third.control")).output().unwrap();
+    assert_eq!(third.status.code(), Some(1), "{}", text(&third.stderr));
+    verify(&destination);
 }

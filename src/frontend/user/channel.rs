@@ -36,8 +36,8 @@ pub(super) struct Channel {
     path: PathBuf,
     timeout: Duration,
     interrupt: Interrupt,
-    /// The interrupt ends waits for answers.
-    heeds_interrupt: bool,
+    /// What becomes of a connection on which an answer is late.
+    late: Late,
     /// The back-end has answered something: it has taken the connection up.
     served: bool,
     /// Requests whose answers come later than it was waited for. Nothing is sent while there are any.
@@ -46,6 +46,17 @@ pub(super) struct Channel {
     pub(super) acks: bool,
     /// Posted and not yet settled.
     posted: Vec<Request>,
+}
+
+/// What becomes of a connection on which an answer is late.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Late {
+    /// It is given up: the answer could be taken for another one.
+    GivenUp,
+    /// The answer stays owed.
+    Owed,
+    /// The answer stays owed, and the interrupt ends the wait for it.
+    Interruptible,
 }
 
 /// The socket, on which messages don't mix.
@@ -94,7 +105,7 @@ impl Channel {
             path: path.into(),
             timeout,
             interrupt: interrupt.clone(),
-            heeds_interrupt: false,
+            late: Late::GivenUp,
             served: false,
             owed: Vec::new(),
             acks: false,
@@ -116,10 +127,9 @@ impl Channel {
         self.timeout = timeout;
     }
 
-    /// Whether the interrupt ends waits for answers. An answer that was not waited for, or for too long, then stays owed,
-    /// and the connection holds.
-    pub(super) fn heed_interrupt(&mut self, yes: bool) {
-        self.heeds_interrupt = yes;
+    /// Says what becomes of late answers from now on.
+    pub(super) fn set_late(&mut self, late: Late) {
+        self.late = late;
     }
 
     /// Returns true if answers are owed.
@@ -131,7 +141,7 @@ impl Channel {
     pub(super) fn catch_up(&mut self, deadline: Instant) -> Result<Option<Reply>, FrontendError> {
         let (begun, mut base) = (Instant::now(), None);
         while let Some(&request) = self.owed.first() {
-            if !self.wait(request, deadline)? {
+            if !self.wait(request, deadline, true)? {
                 return Err(FrontendError::Timeout { request, waited: begun.elapsed() });
             }
             let reply = self.receive_now(request, self.timeout)?;
@@ -250,8 +260,8 @@ impl Channel {
 
     /// Receives the answer to `request`, the next that comes.
     fn receive(&mut self, request: Request, timeout: Duration) -> Result<Reply, FrontendError> {
-        if self.heeds_interrupt {
-            match self.wait(request, Instant::now() + timeout) {
+        if self.late != Late::GivenUp {
+            match self.wait(request, Instant::now() + timeout, self.late == Late::Interruptible) {
                 Ok(true) => {}
                 Ok(false) => {
                     self.owed.push(request);
@@ -267,11 +277,13 @@ impl Channel {
     }
 
     /// Waits until something has come, or the other side has hung up; false at the deadline.
-    fn wait(&self, request: Request, deadline: Instant) -> Result<bool, FrontendError> {
+    fn wait(&self, request: Request, deadline: Instant, interruptible: bool) -> Result<bool, FrontendError> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let timeout = PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX);
-            let mut fds = [self.line.socket(), self.interrupt.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            let events = if interruptible { PollFlags::POLLIN } else { PollFlags::empty() };
+            let mut fds =
+                [PollFd::new(self.line.socket(), PollFlags::POLLIN), PollFd::new(self.interrupt.as_fd(), events)];
             match poll(&mut fds, if left.is_zero() { PollTimeout::ZERO } else { timeout }) {
                 Ok(0) if left.is_zero() => return Ok(false),
                 Ok(_) | Err(Errno::EINTR) => {}
@@ -279,7 +291,7 @@ impl Channel {
             }
             match fds.map(|fd| fd.any() == Some(true)) {
                 [true, _] => return Ok(true),
-                [_, true] => return Err(FrontendError::Interrupted { request }),
+                [_, true] if interruptible => return Err(FrontendError::Interrupted { request }),
                 _ => {}
             }
         }

@@ -10,7 +10,7 @@ use zerocopy::IntoBytes;
 
 use super::super::{FrontendError, Interrupt};
 use super::UserOptions;
-use super::channel::Channel;
+use super::channel::{Channel, Late};
 use super::ear::{Ear, Events};
 use super::iommu::Translator;
 use crate::abi::bit;
@@ -42,7 +42,7 @@ pub(super) fn greet(
     interrupt: &Interrupt,
 ) -> Result<(Channel, Offer, Option<Ear>), FrontendError> {
     let mut channel = Channel::connect(path, options.timeout, interrupt)?;
-    channel.heed_interrupt(true);
+    channel.set_late(Late::Interruptible);
     let number = |channel: &mut Channel, request| channel.ask(request, &[], &[])?.read::<u64>("F3");
     channel.post(Request::SET_OWNER, &[], &[])?;
     let features = number(&mut channel, Request::GET_FEATURES)?;

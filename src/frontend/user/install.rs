@@ -6,6 +6,7 @@ use std::time::Duration;
 use zerocopy::IntoBytes;
 
 use super::super::{FrontendError, RingSetup};
+use super::channel::Late;
 use super::connect::greet;
 use super::{UserDevice, UserOptions, state, wake};
 use crate::abi::features::{feature_names, protocol_feature_names};
@@ -120,7 +121,7 @@ impl UserDevice {
         }
         let installed = self.check_iommu(self.features).and_then(|()| self.install());
         self.channel.set_timeout(self.options.timeout);
-        self.channel.heed_interrupt(false);
+        self.channel.set_late(Late::GivenUp);
         installed.inspect_err(|_| self.channel.close())
     }
 }

@@ -40,7 +40,7 @@ use crate::dirty::Log;
 use crate::memory::{Memory, MemoryError, Region};
 use crate::ring::{RingBase, RingLayout};
 use crate::sys::shared;
-use channel::{Channel, Reply};
+use channel::{Channel, Late, Reply};
 use connect::{BACK_OFF, Offer, greet, until};
 use ear::{Ear, Events};
 use inflight::Inflight;
@@ -93,7 +93,7 @@ impl UserDevice {
         let interrupt = Interrupt::new()?;
         let greeted = until(deadline, &interrupt, || greet(path, options, &events, &translator, &interrupt))?;
         let ((mut channel, offer, ear), _) = greeted;
-        channel.heed_interrupt(false);
+        channel.set_late(Late::GivenUp);
         Ok(UserDevice {
             path: path.into(),
             options,
@@ -201,14 +201,16 @@ impl UserDevice {
     fn check_ring(&self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
         let bad = |reason| Err(FrontendError::BadRing { index, reason });
         if index >= self.offer.queues || index > 0xff {
-            return bad("the device has fewer rings");
+            return bad(format!("the device has {} rings", self.offer.queues));
         }
         if setup.size == 0 || !self.is_packed() && !setup.size.is_power_of_two() {
-            return bad("its size must be a power of two");
+            let what = if self.is_packed() { "packed ring has 1 or more" } else { "split ring has a power of two" };
+            return bad(format!("it has {} entries, a {what}", setup.size));
         }
         if self.rings.contains_key(&index) {
-            return bad("it is started already: stop it first");
+            return bad("it is started already: stop it first".into());
         }
+        self.addresses(index, setup)?;
         Ok(())
     }
 
@@ -407,7 +409,7 @@ impl Device for UserDevice {
         if self.log.take().is_none() || self.hung_up() {
             return Ok(());
         }
-        match self.interruptible(UserDevice::switch_logging) {
+        match self.patiently(Late::Owed, UserDevice::switch_logging) {
             // It is noted: connecting again switches nothing on.
             Err(error) if error.needs_reconnect() => Ok(()),
             done => done,
@@ -518,7 +520,7 @@ impl UserDevice {
     /// Stops a ring with one of the requests that do.
     fn end_ring(&mut self, request: Request, index: u16) -> Result<RingBase, FrontendError> {
         if !self.rings.contains_key(&index) {
-            return Err(FrontendError::BadRing { index, reason: "it is not started" });
+            return Err(FrontendError::BadRing { index, reason: "it is not started".into() });
         }
         self.pass_kicks(index, false);
         let asked = self.interruptible(|device| device.ask_for_base(request, index));
@@ -560,9 +562,17 @@ impl UserDevice {
         &mut self,
         work: impl FnOnce(&mut UserDevice) -> Result<T, FrontendError>,
     ) -> Result<T, FrontendError> {
-        self.channel.heed_interrupt(true);
+        self.patiently(Late::Interruptible, work)
+    }
+
+    fn patiently<T>(
+        &mut self,
+        late: Late,
+        work: impl FnOnce(&mut UserDevice) -> Result<T, FrontendError>,
+    ) -> Result<T, FrontendError> {
+        self.channel.set_late(late);
         let done = work(self);
-        self.channel.heed_interrupt(false);
+        self.channel.set_late(Late::GivenUp);
         if done.as_ref().is_err_and(FrontendError::is_hang_up) && self.inflight.is_some() {
             self.channel.close();
         }
