@@ -109,7 +109,8 @@ pub fn serve(listener: &Listener, device: &Arc<dyn Device>, stop: BorrowedFd<'_>
     loop {
         match accept(listener, stop, &mut failing)? {
             Some(Heard::This(connection)) => {
-                if serve_connection(&connection, device, stop, Some(listener.socket.as_fd()), None) {
+                let stopped = serve_connection(&connection, device, stop, Some(listener.socket.as_fd()), None);
+                if stopped {
                     return Ok(());
                 }
             }

@@ -45,7 +45,9 @@ impl Meeting {
         let (here, waited) = self.came.wait_timeout_while(here, Duration::from_secs(60), all).unwrap();
         drop(here);
         match waited.timed_out() {
-            true => Err(FrontendError::BadRing { index: 0, reason: "the other disks were not called meanwhile" }),
+            true => {
+                Err(FrontendError::BadRing { index: 0, reason: "the other disks were not called meanwhile".into() })
+            }
             false => Ok(()),
         }
     }
