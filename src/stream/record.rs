@@ -173,7 +173,9 @@ impl MemoryLayout {
 
     /// Returns true if all of `pages` are memory.
     pub fn contains(&self, pages: &Range<u64>) -> bool {
-        let (mut at, end) = (pages.start.saturating_mul(LOG_PAGE), pages.end.saturating_mul(LOG_PAGE));
+        let (Some(mut at), Some(end)) = (pages.start.checked_mul(LOG_PAGE), pages.end.checked_mul(LOG_PAGE)) else {
+            return false;
+        };
         let first = self.regions.partition_point(|region| region.gpa.saturating_add(region.size) <= at);
         for region in self.regions.get(first..).unwrap_or_default() {
             if at >= end || region.gpa > at {
