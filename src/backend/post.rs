@@ -17,6 +17,8 @@ use super::session::Setup;
 use super::tracker::Tracker;
 use super::worker::{End, Left, Order, Worker, timeout, wait_for};
 use super::{BackendError, Device};
+use crate::abi::bit;
+use crate::abi::virtio::VIRTIO_F_IN_ORDER;
 use crate::memory::Iotlb;
 use crate::ring::{DeviceRing, RingBase};
 
@@ -50,8 +52,14 @@ impl Post {
             ring.set_iommu(in_use.ring(&setup));
         }
         ring.set_log(setup.logging.of_ring());
+        if let (None, true, DeviceRing::Packed(ring)) = (&setup.inflight, setup.first, &mut ring)
+            && setup.features & bit(VIRTIO_F_IN_ORDER) == 0
+            && ring.find_position().map_err(broken)?
+        {
+            warn!("ring {index} goes on at {:?}, as its descriptors tell, and not at its base (rule I11)", ring.base());
+        }
         let goes_on = !ring.base().is_start(setup.features);
-        let inflight = setup.inflight.as_ref().map(|region| Tracker::start(region, index, &mut ring)).transpose()?;
+        let inflight = setup.inflight.as_ref().map(|region| Tracker::start(region, index, &mut ring, setup.first)).transpose()?;
         let has_a_past = inflight.as_ref().is_some_and(|(_, found)| found.has_a_past());
         if setup.first {
             self.device.taken_up(has_a_past || goes_on, setup.features);

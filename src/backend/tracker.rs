@@ -19,11 +19,18 @@ pub(super) enum Found {
 }
 
 impl Tracker {
-    /// Starts tracking ring `index`, which goes on where the region says if that has been in use (rules I3, I4).
+    /// Starts tracking ring `index`, which goes on where the region says if that has been in use (rules I3, I4). If its
+    /// driver has started afresh and nothing is in flight, the base counts; of a ring that has run on this connection, not
+    /// for the `first` time, any base does (rule I11).
     ///
     /// # Errors
     /// A region that is not for this ring, or has contents that can't be true.
-    pub(super) fn start(region: &Region, index: u16, ring: &mut DeviceRing) -> Result<(Tracker, Found), BackendError> {
+    pub(super) fn start(
+        region: &Region,
+        index: u16,
+        ring: &mut DeviceRing,
+        first: bool,
+    ) -> Result<(Tracker, Found), BackendError> {
         let broken = |source| BackendError::Ring { index, source };
         match ring {
             DeviceRing::Split(ring) => {
@@ -34,8 +41,14 @@ impl Tracker {
                 Ok((Tracker::Split(tracker), Found::Split(recovery)))
             }
             DeviceRing::Packed(ring) => {
+                let (size, given) = (ring.layout().size, ring.base());
                 let flags_of = |position| ring.flags(position);
-                let (tracker, recovery) = region.packed(index, ring.layout().size, ring.base(), flags_of)?;
+                let (mut tracker, mut recovery) = region.packed(index, size, given, flags_of)?;
+                let moved = recovery.base.is_some_and(|base| base != given) && recovery.resubmit.is_empty();
+                if moved && (!first || ring.standing_at() == Some(ring.used_position())) {
+                    tracker.reset();
+                    (tracker, recovery) = region.packed(index, size, given, flags_of)?;
+                }
                 if let Some(base) = recovery.base {
                     let (avail, used) = base.packed_positions();
                     ring.set_positions(avail, used).map_err(broken)?;

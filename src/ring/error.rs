@@ -65,6 +65,18 @@ pub enum RingError {
         /// Entries.
         size: u16,
     },
+    /// A packed ring that does not stand at its base.
+    #[error(
+        "the ring was given the base {index} with wrap counter {wrap}, but its descriptors say that it has gone on, and \
+         not to where: reset the device in the guest, or use a front-end with an inflight region (rule I11)",
+        wrap = u8::from(*.wrap)
+    )]
+    StaleBase {
+        /// Used position of the base.
+        index: u16,
+        /// Its wrap counter.
+        wrap: bool,
+    },
     /// The driver makes more descriptors available than the ring holds, in a chain without an end or over others.
     #[error(
         "chain at {index} with {in_flight} descriptors in flight: more than the {size} of the ring (virtio 1.2, \"Next Flag: Descriptor Chaining\")"

@@ -1,6 +1,7 @@
 //! Promises of the vhost-user back-end, kept towards a front-end that speaks the protocol by hand.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod afresh;
 mod blk;
 mod broken;
 mod channel;

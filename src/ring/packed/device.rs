@@ -14,7 +14,7 @@ use crate::ring::{Buffer, Chain, RingBase, RingError, RingIommu, RingLog};
 
 use super::{
     Areas, EVENT_ALIGN, PackedLayout, Place, Position, Wish, event_at, event_bits, half_bits, is_avail,
-    passes_position, wish,
+    passes_position, position, wish,
 };
 
 const DESC_BYTES: u64 = size_of::<PackedDesc>() as u64;
@@ -231,6 +231,28 @@ impl PackedDevice {
         (self.avail, self.next_used, self.published, self.decided) = (avail.into(), used.into(), used.into(), false);
         self.staged.clear();
         Ok(())
+    }
+
+    /// Returns the position at which the ring stands, as its descriptors tell (rule I11); `None` if they do not tell. The
+    /// ring has to be drained, and its device has used every request by a descriptor of its own, not as IN_ORDER allows.
+    pub fn standing_at(&self) -> Option<Position> {
+        position::of(&self.areas.descs(self.layout.size))
+    }
+
+    /// Goes on where the descriptors tell, if that is elsewhere (rule I11): for a front-end that may have lost the base.
+    /// Returns true if it is.
+    ///
+    /// # Errors
+    /// [`RingError::StaleBase`] if the descriptors contradict the base and do not tell the position.
+    pub fn find_position(&mut self) -> Result<bool, RingError> {
+        let used = self.published.get();
+        match self.standing_at() {
+            Some(position) if position != used => self.set_positions(position, position).map(|()| true),
+            None if position::contradicts(&self.areas.descs(self.layout.size), used) => {
+                Err(RingError::StaleBase { index: used.index, wrap: used.wrap })
+            }
+            _ => Ok(false),
+        }
     }
 
     /// Puts requests back that were taken, given by buffer id and number of descriptors, in the order of taking; false if

@@ -4,6 +4,7 @@
 
 mod device;
 mod driver;
+mod position;
 
 pub use device::PackedDevice;
 pub use driver::{PackedDriver, PackedDriverState, PackedRequest};
@@ -191,6 +192,11 @@ impl Areas {
     /// a round, and the driver keeps the bit when it makes the descriptor available in the second round.
     fn is_untouched(&self, size: u16) -> bool {
         (0..size).all(|index| self.half(index, Ordering::Relaxed).flags.get() & USED == 0)
+    }
+
+    /// A copy of the descriptor ring.
+    fn descs(&self, size: u16) -> Vec<PackedDesc> {
+        (0..size).map(|index| self.desc(index, Ordering::Acquire)).collect()
     }
 
     /// Whether the descriptor at `position` is available in the position's round.

@@ -1,0 +1,130 @@
+//! The position at which a packed ring stands, told from its descriptors alone: for front-ends that have lost the base
+//! (rule I11).
+//!
+//! A drained ring in which every request has one descriptor has four runs, the round's wrap counter being `w`:
+//!
+//! | descriptors | avail bit | used bit |
+//! |---|---|---|
+//! | made available again, for the next round | `!w` | `w` |
+//! | used in this round | `w` | `w` |
+//! | available in this round | `w` | `!w` |
+//! | used in the round before, or never | `!w` | `!w` |
+//!
+//! The position is the beginning of the third run. A used chain keeps the driver's flags in all descriptors but the first:
+//! where it might have had one, nothing is told.
+
+use super::{AVAIL, Position, USED};
+use crate::abi::virtio::{DESC_F_NEXT, PackedDesc};
+
+/// Returns the position that the ring of these descriptors stands at if it can be nothing else.
+pub(super) fn of(descs: &[PackedDesc]) -> Option<Position> {
+    let bits: Vec<(bool, bool)> = descs.iter().map(bits).collect();
+    let &(_, first) = bits.first()?;
+    let (index, wrap) = match bits.iter().position(|(_, used)| *used != first) {
+        Some(index) => (index, first),
+        None => (0, !first),
+    };
+    let (before, after) = bits.split_at_checked(index)?;
+    let again = before.iter().take_while(|(avail, _)| *avail != wrap).count();
+    let available = after.iter().take_while(|(avail, _)| *avail == wrap).count();
+    let is_regular = before.iter().skip(again).all(|(avail, _)| *avail == wrap)
+        && after.iter().skip(available).all(|(avail, _)| *avail != wrap)
+        && after.iter().all(|(_, used)| *used != wrap)
+        && (again == 0 || available == after.len());
+    let position = Position { index: index as u16, wrap };
+    let chains = descs.iter().any(|desc| desc.flags.get() & DESC_F_NEXT != 0);
+    let tells = is_regular && (position == Position::START || !chains) && !may_be_rest(descs, position);
+    tells.then_some(position)
+}
+
+/// Returns true if the descriptors say that the ring can't stand at `used`.
+pub(super) fn contradicts(descs: &[PackedDesc], used: Position) -> bool {
+    let before = |index: usize| index < usize::from(used.index);
+    descs.iter().map(bits).enumerate().any(|(index, bits)| match before(index) {
+        true => bits == (!used.wrap, !used.wrap),
+        false => bits == (used.wrap, used.wrap),
+    })
+}
+
+/// Returns true if what is available at `position` may be the rest of a used chain, which has the same buffer id.
+fn may_be_rest(descs: &[PackedDesc], position: Position) -> bool {
+    let before = position.before(1, descs.len() as u16);
+    let (Some(last), Some(rest)) =
+        (descs.get(usize::from(before.index)), descs.get(usize::from(position.index)..).and_then(end_of_chain))
+    else {
+        return false;
+    };
+    let is_used = bits(last) == (before.wrap, before.wrap) && (last.addr.get(), last.len.get()) != (0, 0);
+    is_used && bits(rest) == (position.wrap, !position.wrap) && last.id == rest.id
+}
+
+fn end_of_chain(descs: &[PackedDesc]) -> Option<&PackedDesc> {
+    descs.iter().find(|desc| desc.flags.get() & DESC_F_NEXT == 0)
+}
+
+/// The avail bit and the used bit.
+fn bits(desc: &PackedDesc) -> (bool, bool) {
+    (desc.flags.get() & AVAIL != 0, desc.flags.get() & USED != 0)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::indexing_slicing)]
+mod tests {
+    use super::*;
+    use zerocopy::FromZeros;
+
+    /// A ring of `size` whose device has used `used` requests of one descriptor, all of which the driver has taken, and
+    /// that has `available` more.
+    fn ring(size: u16, used: u32, available: u32) -> Vec<PackedDesc> {
+        let mut descs = vec![PackedDesc::new_zeroed(); size.into()];
+        let mut at = Position::START;
+        for number in 0..used + available {
+            let flags = if number < used { at.used_flags() } else { at.avail_flags() };
+            let id = (number % (u32::from(size) - 1)) as u16;
+            descs[usize::from(at.index)] =
+                PackedDesc { addr: 4096.into(), len: 1.into(), id: id.into(), flags: flags.into() };
+            at = at.after(1, size);
+        }
+        descs
+    }
+
+    #[test]
+    fn a_ring_of_single_descriptors_tells_where_it_stands() {
+        for size in [2, 3, 8] {
+            for used in 0..4 * u32::from(size) {
+                for available in 0..=u32::from(size) {
+                    let (round, index) = (used / u32::from(size), (used % u32::from(size)) as u16);
+                    let position = Position { index, wrap: round.is_multiple_of(2) };
+                    let descs = ring(size, used, available);
+                    let found = of(&descs);
+                    // With ids that come again at once, it can't be told from the rest of a chain.
+                    assert!(found == Some(position) || size == 2 && found.is_none(), "{size} {used} {available}");
+                    assert!(!contradicts(&descs, position));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_may_be_the_rest_of_a_chain_tells_nothing() {
+        let mut descs = ring(8, 3, 1);
+        assert_eq!(of(&descs), Some(Position { index: 3, wrap: true }));
+        descs[3].id = descs[2].id;
+        assert_eq!(of(&descs), None);
+        let mut descs = ring(8, 3, 2);
+        descs[4].flags = (descs[4].flags.get() | DESC_F_NEXT).into();
+        assert_eq!(of(&descs), None);
+        // A used request that stands behind what is available.
+        let mut descs = ring(8, 11, 0);
+        descs.swap(2, 5);
+        assert_eq!(of(&descs), None);
+    }
+
+    #[test]
+    fn a_base_from_another_round_is_contradicted() {
+        assert!(contradicts(&ring(8, 5, 0), Position::START));
+        assert!(contradicts(&ring(8, 5, 0), Position { index: 6, wrap: true }));
+        assert!(contradicts(&ring(8, 11, 0), Position::START));
+        assert!(!contradicts(&ring(8, 0, 4), Position::START));
+    }
+}

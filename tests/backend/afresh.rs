@@ -1,0 +1,109 @@
+//! Where a ring goes on whose driver has started afresh, or whose front-end has lost the base (rule I11).
+
+use std::os::fd::AsFd;
+
+use rstest::rstest;
+use vhost_migrate::abi::vhost_user::{Request as Code, VringState};
+use vhost_migrate::ring::{Chain, DeviceRing, RingBase, RingLayout, SplitLayout};
+use zerocopy::IntoBytes;
+
+use crate::drain::{Held, page};
+use crate::guest::{Guest, PACKED, Ring, SPLIT, begin, inflight_region, status};
+use crate::raw::Client;
+use crate::server::Server;
+
+/// The guest was reset, and its driver begins with empty rings; the front-end keeps the region.
+#[rstest]
+fn a_driver_that_starts_afresh_is_served_though_the_region_was_kept(
+    #[values(SPLIT, PACKED)] features: u64,
+    #[values(false, true)] reconnects: bool,
+    #[values(1, 5, 13, 21)] before: u64,
+) {
+    let (server, guest) = (Server::disk(1 << 18, |_| {}), Guest::new());
+    let (_region, fd, description) = inflight_region(features, 1, 16);
+    let connect = || {
+        let client = server.connect();
+        begin(&client, &guest, features);
+        client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
+        client
+    };
+    let serve = |client: &Client, ring: &mut Ring, slots: std::ops::Range<u64>| {
+        ring.set_up(client, &guest, ring.start());
+        ring.enable(client, true);
+        for slot in slots {
+            ring.read(&guest, slot, slot, 512);
+            ring.kick();
+            ring.completion();
+            assert_eq!(status(&guest, slot), 0);
+        }
+        assert_eq!(client.ring_base(0), ring.drained());
+    };
+    let mut client = connect();
+    serve(&client, &mut Ring::new(&guest, 0, 16, features), 0..before);
+    let fresh = Ring::new(&guest, 0, 16, features);
+    let SplitLayout { desc, avail, used, .. } = fresh.layout;
+    for (area, bytes) in [(desc, 256), (avail, 64), (used, 256)] {
+        guest.memory.write(area, &vec![0; bytes]).unwrap();
+    }
+    if reconnects {
+        drop(client);
+        client = connect();
+    }
+    serve(&client, &mut { fresh }, 30..50);
+}
+
+/// Serves `count` requests of one page each, as a device that then dies; the driver always has `ahead` more available.
+fn serve_and_die(guest: &Guest, ring: &mut Ring, ahead: u64, count: u64) {
+    let SplitLayout { size, desc, avail, used } = ring.layout;
+    let layout = RingLayout::new(PACKED, size, desc, avail, used);
+    let mut device = DeviceRing::new(&guest.memory, layout, PACKED, RingBase::PACKED_START).unwrap();
+    let mut chain = Chain::default();
+    let add = |ring: &mut Ring, slot| {
+        ring.driver.add(&[], &[page(slot)], None).unwrap().unwrap();
+        let _ = ring.driver.publish();
+    };
+    (0..ahead).for_each(|slot| add(ring, slot));
+    for slot in 0..count {
+        assert!(device.pop(&mut chain).unwrap());
+        device.push(&chain, 4096);
+        let _ = device.publish();
+        ring.driver.pop_used().unwrap().unwrap();
+        add(ring, ahead + slot);
+    }
+}
+
+/// QEMU's network devices have no region, and a base that was right long ago.
+#[test]
+fn a_packed_ring_without_a_region_goes_on_where_its_descriptors_tell() {
+    let (device, gate) = Held::new();
+    gate.write(1).unwrap();
+    let server = Server::new(device);
+    for ahead in [2, 5, 8] {
+        for count in 0..=33 {
+            let guest = Guest::new();
+            let mut ring = Ring::new(&guest, 0, 8, PACKED);
+            serve_and_die(&guest, &mut ring, ahead, count);
+            let client = server.connect();
+            begin(&client, &guest, PACKED);
+            ring.set_up(&client, &guest, ring.start());
+            ring.enable(&client, true);
+            assert_eq!(ring.completions(ahead as usize).len(), ahead as usize, "{ahead} {count}");
+            assert_eq!(client.ring_base(0), ring.drained());
+        }
+    }
+}
+
+#[test]
+fn a_packed_ring_that_does_not_stand_at_its_base_is_refused_if_it_does_not_tell_where() {
+    let (device, gate) = Held::new();
+    gate.write(1).unwrap();
+    let (server, guest) = (Server::new(device), Guest::new());
+    let mut ring = Ring::new(&guest, 0, 8, PACKED);
+    // With an id that comes again at once, what is available may be the rest of a chain.
+    serve_and_die(&guest, &mut ring, 1, 5);
+    let client = server.connect();
+    begin(&client, &guest, PACKED);
+    ring.set_up(&client, &guest, ring.start());
+    let enable = VringState { index: 0, num: 1 };
+    assert_eq!(client.acknowledged(Code::SET_VRING_ENABLE, enable.as_bytes(), &[]), 1, "a dead ring was started");
+}
