@@ -17,12 +17,13 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{MsgFlags, Shutdown, UnixAddr, getsockname, recv, send, shutdown};
-use tracing::{debug, info, warn};
+use tracing::debug;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::BackendError;
 use crate::abi::vhost_user::{BackendRequest as Code, Header, VringState};
 use crate::sys::join::join;
+use crate::sys::lines::limited;
 
 /// Most messages that wait for room or for their acknowledgement.
 const MOST_WAITING: usize = 1024;
@@ -313,9 +314,9 @@ impl State {
     fn hang_up(&mut self, why: &str) {
         let Some(line) = self.line.take() else { return };
         if self.messages.is_empty() && self.unanswered.is_empty() {
-            info!("the back-end channel ends: {why}");
+            limited!(info, "the back-end channel ends: {why}");
         } else {
-            warn!("the back-end channel ends: {why}");
+            limited!(warn, "the back-end channel ends: {why}");
         }
         self.messages.clear();
         self.unanswered.clear();

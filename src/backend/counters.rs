@@ -74,6 +74,11 @@ impl RingCounters {
     }
 }
 
+/// A request was answered by an error.
+pub(super) fn failed(ring: u16) {
+    counter!("vhost_failed_requests_total", "ring" => ring.to_string()).increment(1);
+}
+
 /// Another front-end has connected.
 pub(super) fn connected() {
     counter!("vhost_connections_total").increment(1);
@@ -95,6 +100,11 @@ pub fn describe_counters() {
     describe_counter!("vhost_unlogged_pages_total", "Pages written outside the dirty log, which a migration loses");
     describe_counter!("vhost_resubmitted_total", "Requests of a back-end that died, served again");
     describe_counter!("vhost_notifications_total", "Notifications of the driver");
+    describe_counter!(
+        "vhost_failed_requests_total",
+        "Requests of a disk answered by an error, the driver's or the disk's"
+    );
+    describe_counter!("vhost_log_lines_left_out_total", "Lines of the log left out because too many were alike");
     describe_counter!("vhost_broken_rings_total", "Rings that stopped because the driver or front-end broke them");
     describe_counter!("vhost_connections_total", "Connections of front-ends");
     describe_counter!("vhost_messages_total", "Messages of front-ends, by request and result");

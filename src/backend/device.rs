@@ -247,6 +247,8 @@ pub struct Request {
     memory: Memory,
     /// Parts of the writable bytes that were lent, in the order they were lent.
     written: Vec<Range<u64>>,
+    /// Most bytes that the driver is told of.
+    reported: u64,
     /// What names it in the inflight region.
     pub(super) name: u16,
     /// Whether the device has it.
@@ -283,8 +285,8 @@ impl Drop for Request {
     fn drop(&mut self) {
         let Some(dropped) = self.dropped.take().filter(|_| self.lent_out) else { return };
         let (chain, written) = (std::mem::take(&mut self.chain), std::mem::take(&mut self.written));
-        let request =
-            Request { chain, memory: self.memory.clone(), written, name: self.name, lent_out: false, dropped: None };
+        let (memory, reported, name) = (self.memory.clone(), self.reported, self.name);
+        let request = Request { chain, memory, written, reported, name, lent_out: false, dropped: None };
         dropped.requests.lock().unwrap_or_else(PoisonError::into_inner).push(request);
         dropped.any.store(true, Ordering::Release);
         let _ = dropped.wake.write(1);
@@ -293,7 +295,8 @@ impl Drop for Request {
 
 impl Request {
     pub(super) fn new(memory: Memory, dropped: Option<Arc<Dropped>>) -> Request {
-        Request { chain: Chain::default(), memory, written: Vec::new(), name: 0, lent_out: false, dropped }
+        let (chain, written) = (Chain::default(), Vec::new());
+        Request { chain, memory, written, reported: u64::MAX, name: 0, lent_out: false, dropped }
     }
 
     fn returned_to(mut self, dropped: &Arc<Dropped>) -> Request {
@@ -304,6 +307,7 @@ impl Request {
     /// Forgets the last request; the buffers of the next are put in the chain.
     pub(super) fn renew(&mut self) -> &mut Chain {
         self.written.clear();
+        self.reported = u64::MAX;
         &mut self.chain
     }
 
@@ -397,10 +401,24 @@ impl Request {
         Ok(())
     }
 
-    /// Bytes written, for the used ring.
+    /// Tells the driver of at most the first `len` writable bytes that they were written: for what was lent and then not
+    /// written. All that was lent is logged all the same.
+    pub fn report_at_most(&mut self, len: u64) {
+        self.reported = len;
+    }
+
+    /// Bytes written from the first one on, for the used ring: the driver may rely on as many, and knows nothing of
+    /// others (virtio 1.2, "The Virtqueue Used Ring").
     pub(super) fn written_len(&self) -> u32 {
-        let sum: u64 = self.written.iter().map(|range| range.end - range.start).sum();
-        u32::try_from(sum).unwrap_or(u32::MAX)
+        let mut end = 0;
+        // Nearly always in order: then one pass finds all.
+        while let Some(more) = self.written.iter().fold(None, |found, range| {
+            let from = found.unwrap_or(end);
+            if range.start <= from && from < range.end { Some(range.end) } else { found }
+        }) {
+            end = more;
+        }
+        u32::try_from(end.min(self.reported)).unwrap_or(u32::MAX)
     }
 
     /// Calls `each` with the guest-physical ranges that were written.

@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use crossbeam::channel::Receiver;
 use nix::sys::eventfd::EventFd;
-use tracing::{error, warn};
 
 use super::counters::RingCounters;
 use super::iommu::{Asker, InUse};
@@ -21,6 +20,7 @@ use crate::abi::bit;
 use crate::abi::virtio::VIRTIO_F_IN_ORDER;
 use crate::memory::Iotlb;
 use crate::ring::{DeviceRing, RingBase};
+use crate::sys::lines::limited;
 
 /// How long a ring waits that may not use its areas, before it asks again.
 const REFUSED_FOR: Duration = Duration::from_secs(1);
@@ -56,10 +56,15 @@ impl Post {
             && setup.features & bit(VIRTIO_F_IN_ORDER) == 0
             && ring.find_position().map_err(broken)?
         {
-            warn!("ring {index} goes on at {:?}, as its descriptors tell, and not at its base (rule I11)", ring.base());
+            limited!(
+                warn,
+                "ring {index} goes on at {:?}, as its descriptors tell, and not at its base (rule I11)",
+                ring.base()
+            );
         }
         let goes_on = !ring.base().is_start(setup.features);
-        let inflight = setup.inflight.as_ref().map(|region| Tracker::start(region, index, &mut ring, setup.first)).transpose()?;
+        let inflight =
+            setup.inflight.as_ref().map(|region| Tracker::start(region, index, &mut ring, setup.first)).transpose()?;
         let has_a_past = inflight.as_ref().is_some_and(|(_, found)| found.has_a_past());
         if setup.first {
             self.device.taken_up(has_a_past || goes_on, setup.features);
@@ -85,7 +90,7 @@ impl Post {
                         let _ = done.send(());
                     }
                     Order::Notifiers { call, error, done } => {
-                        (setup.call, setup.error) = (call, error);
+                        (setup.call, setup.error, setup.call_is_new) = (call, error, true);
                         let _ = done.send(());
                     }
                     Order::Invalidate(_, done) => drop(done.send(())),
@@ -121,7 +126,7 @@ impl Post {
                     // The areas may come yet: the driver has lost nothing. It is told once.
                     broken = !matches!(error, BackendError::Translation { .. });
                     if broken || !std::mem::replace(&mut refused, true) {
-                        error!("{error}");
+                        limited!(warn, "{error}");
                         RingCounters::new(index).broke();
                         if let Some(notifier) = &setup.error {
                             notifier.signal();
@@ -156,6 +161,6 @@ impl Post {
 /// been written (rule L15).
 fn relog_memory(index: u16, setup: &Setup, ring: &DeviceRing) {
     let Some(log) = setup.logging.data.as_ref().filter(|_| !ring.is_used_marked()) else { return };
-    warn!("ring {index}: its last back-end's log is gone: all guest memory is logged as written (rule L15)");
+    limited!(warn, "ring {index}: its last back-end's log is gone: all guest memory is logged as written (rule L15)");
     log.mark_memory(&setup.memory);
 }

@@ -7,12 +7,13 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use tracing::{debug, warn};
+use tracing::debug;
 use zerocopy::IntoBytes;
 
 use super::{BackendError, Message};
 use crate::abi::vhost_user::{MemoryHeader, MemoryRegion};
 use crate::memory::{Memory, Userfault};
+use crate::sys::lines::limited;
 
 /// How far the postcopy of a connection is. Dropping it gives up guest memory that is not complete.
 #[derive(Default)]
@@ -83,7 +84,7 @@ impl Postcopy {
         };
         for region in std::mem::take(&mut self.memory).regions() {
             if let Err(error) = userfault.unregister(region) {
-                warn!("{error}");
+                limited!(warn, "{error}");
             }
         }
         self.listening = false;
@@ -107,7 +108,7 @@ fn give_up(userfault: Option<&Userfault>, memory: &Memory) {
         debug!("memory at {:#x} is given up: its pages will not come", region.gpa());
         let (start, len) = region.mapped();
         if let Err(error) = region.blank().and_then(|()| userfault.wake(start, len)) {
-            warn!("can't give up memory at {:#x}: {error}", region.gpa());
+            limited!(warn, "can't give up memory at {:#x}: {error}", region.gpa());
         }
     }
 }

@@ -14,13 +14,13 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
-use tracing::{error, info, warn};
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::session::{Session, Step};
 use super::turn::{Turn, Turns};
 use super::{BackendError, Device, MAX_FDS, Message, Workers, counters};
 use crate::abi::vhost_user::{Header, Request as Code};
+use crate::sys::lines::limited;
 use crate::sys::listen::{Place, listen};
 use crate::sys::socket;
 
@@ -137,7 +137,7 @@ fn accept(
         Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
         Err(e) => {
             if !std::mem::replace(failing, true) {
-                error!("can't accept a connection, and goes on trying: {e}");
+                limited!(error, "can't accept a connection, and goes on trying: {e}");
             }
             if let Heard::Stop = wait(stop, PollFlags::POLLIN, stop, RETRY_MS.into())? {
                 return Ok(Some(Heard::Stop));
@@ -198,7 +198,7 @@ pub fn serve_at(path: &Path, device: &Arc<dyn Device>, stop: BorrowedFd<'_>) -> 
             }
             Err(error) => {
                 if said.replace(error.kind()) != Some(error.kind()) {
-                    info!("{}: waits for a front-end that listens there ({error})", path.display());
+                    limited!(info, "{}: waits for a front-end that listens there ({error})", path.display());
                 }
             }
         }
@@ -221,13 +221,13 @@ fn serve_connection(
     next: Option<BorrowedFd<'_>>,
     turn: Option<Turn>,
 ) -> bool {
-    info!("a front-end has connected");
+    limited!(info, "a front-end has connected");
     counters::connected();
     let mut channel = Channel { socket: connection.as_fd(), stop, next };
     let mut rings = Workers::new(device.clone());
     turn.into_iter().for_each(|turn| rings.take_turns(turn));
     if let Err(error) = rings.watch(connection.as_fd()) {
-        warn!("can't watch the connection: {error}");
+        limited!(warn, "can't watch the connection: {error}");
     }
     // Ends before the rings, which may wait for pages that nobody brings any more (rule P1).
     let mut session = Session::new(device.clone());
@@ -236,11 +236,11 @@ fn serve_connection(
         Ok(Heard::Stop) => {
             rings.stop_all();
             if let Err(error) = device.stopped() {
-                error!("what the guest has written may not be on stable storage: {error}");
+                limited!(error, "what the guest has written may not be on stable storage: {error}");
             }
         }
-        Ok(_) => info!("the front-end has hung up"),
-        Err(error) => error!("the connection is closed: {error}"),
+        Ok(_) => limited!(info, "the front-end has hung up"),
+        Err(error) => limited!(error, "the connection is closed: {error}"),
     }
     matches!(ended, Ok(Heard::Stop))
 }
@@ -320,7 +320,7 @@ impl Channel<'_> {
                 return Ok(Heard::Stop);
             }
             if next && self.next.take().is_some() {
-                warn!("another front-end has connected: it is served when this one hangs up (rule R9)");
+                limited!(warn, "another front-end has connected: it is served when this one hangs up (rule R9)");
             }
             if socket {
                 return Ok(Heard::This(()));

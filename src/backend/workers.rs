@@ -16,7 +16,6 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use tracing::error;
 
 use super::post::Post;
 use super::session::{Logging, Rings, Setup};
@@ -24,6 +23,7 @@ use super::turn::Turn;
 use super::worker::Order;
 use super::{BackendError, Device, Notifier};
 use crate::ring::RingBase;
+use crate::sys::lines::limited;
 
 /// How often to look for the front-end while a ring is being stopped.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -156,7 +156,7 @@ impl Rings for Workers {
             match post.open(setup, None) {
                 Err(error) => {
                     if postcopy {
-                        error!("{error}");
+                        limited!(warn, "{error}");
                         failed.iter().for_each(|failed| failed.signal());
                     }
                     let _ = ready.send(Err(error));

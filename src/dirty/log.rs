@@ -18,6 +18,7 @@ use nix::unistd::{Whence, lseek};
 use super::harvest::{self, Harvest};
 use super::page_set::{PageSet, word_masks};
 use crate::memory::{LOG_PAGE, Memory, sealed_memfd};
+use crate::sys::lines::limited;
 use crate::sys::shared;
 
 /// Bytes of log under which looking for holes costs more than reading them.
@@ -334,7 +335,8 @@ impl Log {
     fn refuse(&self, gpa: u64, pages: u64) {
         let more = |so_far: u64| Some(so_far.saturating_add(pages));
         if self.out_of_range.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more) == Ok(0) {
-            tracing::warn!(
+            limited!(
+                warn,
                 "write at guest-physical {gpa:#x} reaches outside the dirty log of {} pages: not marked (rule L6)",
                 self.pages()
             );

@@ -16,6 +16,11 @@ pub(super) fn refused(request: Request) {
     counter!("vhost_frontend_refused_total", "request" => request.name().unwrap_or("unknown")).increment(1);
 }
 
+/// A request of the back-end was refused.
+pub(super) fn refused_backend() {
+    counter!("vhost_frontend_backend_requests_refused_total").increment(1);
+}
+
 /// A back-end that was away is back, and finds so many requests marked.
 pub(super) fn reconnected(device: &str, resubmitted: u64) {
     let device = device.to_owned();
@@ -32,6 +37,10 @@ pub(super) fn harvested(device: &str, pages: u64) {
 pub fn describe_counters() {
     describe_counter!("vhost_frontend_messages_total", "Messages to back-ends, by request");
     describe_counter!("vhost_frontend_refused_total", "Messages that back-ends refused, by request");
+    describe_counter!(
+        "vhost_frontend_backend_requests_refused_total",
+        "Requests on the back-end channel that were refused"
+    );
     describe_counter!("vhost_frontend_reconnects_total", "Times a back-end that was away has come back");
     describe_counter!("vhost_frontend_resubmitted_total", "Requests that were marked when it came back");
     describe_counter!("vhost_frontend_harvested_pages_total", "Dirty pages found in the log of a device");

@@ -14,6 +14,7 @@ use super::signal::{Failure, Signal, wait};
 use crate::abi::virtio::SECTOR_BYTES;
 use crate::frontend::{Device, DeviceEvent, FrontendError, Interrupt, RingSetup, SharedDevice};
 use crate::ring::{RingBase, RingLayout};
+use crate::sys::lines::limited;
 use crate::sys::shared;
 
 /// How long one attempt to connect again may take.
@@ -189,9 +190,9 @@ impl Unit {
             *absence = Some(Absence { since: Instant::now(), why: silent.clone() });
             drop(absence);
             match silent {
-                Some(why) => tracing::warn!("{}: {why}; the guest goes on without this device", self.name),
+                Some(why) => limited!(warn, "{}: {why}; the guest goes on without this device", self.name),
                 None => {
-                    tracing::warn!("{}: the back-end has gone away or does not answer; connecting again", self.name)
+                    limited!(warn, "{}: the back-end has gone away or does not answer; connecting again", self.name)
                 }
             }
         }
@@ -211,7 +212,7 @@ impl Unit {
         let is_new = |absence: &&mut Absence| absence.why != why && !(is_silent && absence.why.is_some());
         if let Some(absence) = lock(&self.absence).as_mut().filter(is_new) {
             if why.is_some() {
-                tracing::warn!("{}: what answers can't go on for the back-end: {error}; connecting again", self.name);
+                limited!(warn, "{}: what answers can't go on for the back-end: {error}; connecting again", self.name);
             }
             absence.why = why;
         }
@@ -324,7 +325,7 @@ impl Unit {
             self.reconnects.fetch_add(1, Ordering::Relaxed);
             self.resubmitted.fetch_add(found.resubmitted, Ordering::Relaxed);
             let requests = found.resubmitted;
-            tracing::info!("{}: connected to the back-end again, with {requests} requests to serve again", self.name);
+            limited!(info, "{}: connected to the back-end again, with {requests} requests to serve again", self.name);
         }
         Ok(())
     }
@@ -333,7 +334,7 @@ impl Unit {
     fn is_back(&self) {
         self.away.store(false, Ordering::Relaxed);
         if let Some(absence) = lock(&self.absence).take() {
-            tracing::info!("{}: the back-end is back after {} ms", self.name, absence.since.elapsed().as_millis());
+            limited!(info, "{}: the back-end is back after {} ms", self.name, absence.since.elapsed().as_millis());
         }
     }
 
@@ -342,7 +343,7 @@ impl Unit {
         if lock(&self.orders).stop_logging {
             match device.stop_logging() {
                 Err(error) if error.needs_reconnect() => return Err(error),
-                Err(error) => tracing::warn!("{}: logging could not be switched off: {error}", self.name),
+                Err(error) => limited!(warn, "{}: logging could not be switched off: {error}", self.name),
                 Ok(()) => {}
             }
             lock(&self.orders).stop_logging = false;
@@ -362,18 +363,18 @@ impl Unit {
                 let now = u64::from_le_bytes(capacity).saturating_mul(SECTOR_BYTES);
                 let before = self.capacity.swap(now, Ordering::Relaxed);
                 if before != now {
-                    tracing::info!("{}: the disk has {now} bytes now, it had {before}", self.name);
+                    limited!(info, "{}: the disk has {now} bytes now, it had {before}", self.name);
                 }
             }
             // One that has gone away is looked at when it is back.
-            Err(error) => tracing::warn!("{}: its capacity can't be read: {error}", self.name),
+            Err(error) => limited!(warn, "{}: its capacity can't be read: {error}", self.name),
         }
     }
 
     /// Takes note of what the device has said without having been asked.
     fn hear(&self) {
         for (index, line) in self.lines.iter().enumerate().filter(|(_, line)| line.complaint()) {
-            tracing::error!("{}: ring {index} is broken, and nothing more comes from it", self.name);
+            limited!(warn, "{}: ring {index} is broken, and nothing more comes from it", self.name);
             line.broken.store(true, Ordering::Relaxed);
         }
         let mut device = self.lock();
@@ -382,7 +383,7 @@ impl Unit {
                 DeviceEvent::ConfigChanged => self.look(device.as_mut()),
                 // The error fd has said so.
                 DeviceEvent::RingBroken(_) => {}
-                other => tracing::warn!("{}: {other:?}", self.name),
+                other => limited!(warn, "{}: {other:?}", self.name),
             }
         }
     }

@@ -2,6 +2,7 @@
 //! listening at a path, all that comes through a pipe. Each is behind a safe function.
 
 pub(crate) mod join;
+pub(crate) mod lines;
 pub(crate) mod listen;
 pub(crate) mod pipe;
 pub(crate) mod shared;

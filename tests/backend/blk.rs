@@ -1,5 +1,6 @@
 //! What a guest's block driver may rely on.
 
+use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::fs::MetadataExt;
 
@@ -8,8 +9,8 @@ use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{ConfigHeader, Request as Code};
 use vhost_migrate::abi::virtio::{
     BlkConfig, BlkDiscardWriteZeroes, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_OUT,
-    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_F_IN_ORDER, VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_F_IN_ORDER, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use vhost_migrate::backend::Device;
 use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
@@ -183,7 +184,7 @@ fn what_is_no_range_of_the_disk_is_refused_and_touches_nothing() {
         for (sector, room) in
             [(end, 512), (end - 1, 1024), (u64::MAX, 512), (u64::MAX / 512 + 1, 512), (0, 513), (0, 1)]
         {
-            assert_eq!(rig.simple(0, sector, &[], room), (IOERR, 1), "{room} bytes at {sector}");
+            assert_eq!(rig.simple(0, sector, &[], room), (IOERR, 0), "{room} bytes at {sector}");
         }
         assert_eq!(rig.guest.bytes(HIGH, 0x1_0000), before);
         let image = rig.on_disk(0, DISK as usize);
@@ -212,7 +213,7 @@ fn a_request_without_header_or_status_does_not_stop_the_queue() {
         let outside = Buffer { gpa: 1 << 40, len: 512 };
         assert_eq!(rig.request(&[head, outside], &[all]), (IOERR, 1));
         let read = header(&rig.guest, 0x61_0000, 0, 0);
-        assert_eq!(rig.request(&[read], &[outside, all]), (IOERR, 1));
+        assert_eq!(rig.request(&[read], &[outside, all]), (IOERR, 0));
         assert_eq!(rig.request(&[Buffer { gpa: u64::MAX - 7, len: 16 }], &[all]), (IOERR, 1));
         rig.ring.driver.add(&[read], &[Buffer { gpa: HIGH, len: 512 }, Buffer { len: 1, ..outside }], None).unwrap();
         rig.ring.kick();
@@ -309,7 +310,7 @@ fn an_error_of_the_disk_reaches_the_guest_and_the_queue_goes_on() {
         std::fs::OpenOptions::new().write(true).open(rig.server.image()).unwrap().set_len(1 << 20).unwrap();
         assert_eq!(rig.simple(0, 4096, &[], 4096).0, IOERR);
         // Half of it is there: what was transferred counts as written.
-        assert_eq!(rig.simple(0, 2044, &[], 4096), (IOERR, 4097));
+        assert_eq!(rig.simple(0, 2044, &[], 4096), (IOERR, 2048));
         assert_eq!(rig.simple(0, 0, &[], 512), (OK, 513));
     });
 }
@@ -476,4 +477,69 @@ fn with_in_order_completions_come_in_the_order_of_the_requests() {
             }
         }
     }
+}
+
+/// The used length: what the driver may rely on, from the first byte on (virtio 1.2, "The Virtqueue Used Ring").
+#[rstest]
+fn the_used_length_is_of_what_was_written_from_the_first_byte_on(#[values(SPLIT, PACKED)] features: u64) {
+    let mut rig = Rig::with(features, |_| {});
+    assert_eq!(rig.simple(VIRTIO_BLK_T_GET_ID, 0, &[], 100), (OK, 20), "the serial number, and then nothing");
+    assert_eq!(rig.simple(VIRTIO_BLK_T_GET_ID, 0, &[], 20), (OK, 21));
+    assert_eq!(rig.simple(VIRTIO_BLK_T_FLUSH, 0, &[], 0), (OK, 1));
+    assert_eq!(rig.simple(VIRTIO_BLK_T_IN, 1, &[], 512), (OK, 513));
+    assert_eq!(rig.simple(VIRTIO_BLK_T_IN, 1 << 40, &[], 512), (IOERR, 0), "behind the disk's end");
+    assert_eq!(rig.simple(99, 0, &[], 512), (UNSUPP, 0));
+    // The image is cut off within the request: so much has been read.
+    let image = std::fs::OpenOptions::new().write(true).open(rig.server.image()).unwrap();
+    image.set_len(1024).unwrap();
+    assert_eq!(rig.simple(VIRTIO_BLK_T_IN, 1, &[], 1024), (IOERR, 512));
+    assert_eq!(rig.simple(VIRTIO_BLK_T_IN, 4, &[], 512), (IOERR, 0));
+}
+
+/// A guest writes no lines at will, and none at all that look like a fault of the host.
+#[test]
+fn requests_without_memory_are_answered_and_counted_and_no_line_says_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let (socket, image) = (folder.path().join("socket"), disk_options(folder.path(), 1 << 20, |_| {}).image);
+    let metrics = folder.path().join("metrics");
+    let more = ["--metrics", &format!("unix:{}", metrics.display())];
+    let mut process = Process::start(&socket, &image, &more);
+    let (guest, client) = (Guest::new(), Client::connect(&socket));
+    begin(&client, &guest, SPLIT);
+    let mut ring = Ring::new(&guest, 0, 256, SPLIT);
+    ring.set_up(&client, &guest, ring.start());
+    ring.enable(&client, true);
+    for slot in 0..200 {
+        let (head, status, _) = places(slot);
+        let head = header(&guest, head, VIRTIO_BLK_T_IN, 0);
+        let outside = [Buffer { gpa: 1 << 50, len: 512 }, Buffer { gpa: status, len: 1 }];
+        ring.driver.add(&[head], &outside, None).unwrap().unwrap();
+        ring.kick();
+        assert_eq!(ring.completion().1, 0);
+        assert_eq!(crate::guest::status(&guest, slot), IOERR);
+    }
+    let mut socket = std::os::unix::net::UnixStream::connect(&metrics).unwrap();
+    socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").unwrap();
+    let mut counted = String::new();
+    socket.read_to_string(&mut counted).unwrap();
+    assert!(counted.contains("vhost_failed_requests_total{ring=\"0\"} 200"), "{counted}");
+    process.child.kill().unwrap();
+    let said = process.errors();
+    assert!(!said.contains("ERROR") && said.lines().count() < 60, "{said}");
+}
+
+/// Neither does a front-end: messages that are refused are a number of lines, and counted.
+#[test]
+fn a_flood_of_refused_messages_is_a_few_lines() {
+    let folder = tempfile::tempdir().unwrap();
+    let (socket, image) = (folder.path().join("socket"), disk_options(folder.path(), 1 << 20, |_| {}).image);
+    let mut process = Process::start(&socket, &image, &[]);
+    let client = Client::connect(&socket);
+    for _ in 0..5000 {
+        client.tell(Code(4711), &0u64);
+    }
+    client.barrier();
+    process.child.kill().unwrap();
+    let said = process.errors();
+    assert!(said.contains("4711") && said.lines().count() < 1000, "{} lines", said.lines().count());
 }

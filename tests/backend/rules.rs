@@ -3,11 +3,12 @@
 use std::os::fd::AsFd;
 use std::path::Path;
 
+use nix::poll::{PollFd, PollFlags, poll};
 use rstest::rstest;
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{
     ConfigHeader, Header, InflightDescription, LogDescription, MemoryHeader, Request as Code, VHOST_F_LOG_ALL,
-    VHOST_USER_F_PROTOCOL_FEATURES, VringState, protocol_feature,
+    VHOST_USER_F_PROTOCOL_FEATURES, VRING_NOFD_MASK, VringState, protocol_feature,
 };
 use vhost_migrate::abi::virtio::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
@@ -21,7 +22,7 @@ use crate::guest::{
     BIT_30, Guest, LOG_ALL, PACKED, PROTOCOL, Ring, SPLIT, begin, inflight_kind, inflight_region, places, send_log,
     status,
 };
-use crate::raw::{Client, NEED_REPLY, VERSION};
+use crate::raw::{Client, DEADLINE, NEED_REPLY, VERSION};
 use crate::server::Server;
 
 const DISK: u64 = 1 << 20;
@@ -460,4 +461,67 @@ fn a_socket_that_a_dead_process_left_is_replaced_and_others_are_explained() {
     assert_eq!(std::fs::read(at("file")).unwrap(), b"precious");
     assert!(explain(&at("no/such/folder")).contains("make it first"));
     assert!(explain(&at(&"long".repeat(40))).contains("use a shorter one"));
+}
+
+/// Rules F5 and R4: as a state, the number that refuses must not be a ring's.
+#[test]
+fn a_refused_get_vring_base_reads_as_the_base_of_no_ring() {
+    let server = Server::disk(DISK, |_| {});
+    let client = server.connect();
+    begin(&client, &Guest::new(), SPLIT);
+    client.send(Code::GET_VRING_BASE, NEED_REPLY, VringState { index: 9, num: 0 }.as_bytes(), &[]);
+    assert_eq!(client.reply(Code::GET_VRING_BASE), [0xff; 8]);
+}
+
+/// Rule R8: whom to signal is the front-end's, and not the driver's.
+#[rstest]
+fn a_reset_keeps_the_call_fd(#[values(SPLIT, PACKED)] features: u64) {
+    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, features);
+    let mut ring = Ring::new(&guest, 0, 64, features);
+    let index = ring.index;
+    client.send(Code::SET_VRING_CALL, VERSION, u64::from(index).as_bytes(), &[ring.call.as_fd()]);
+    client.done(Code::RESET_DEVICE, &[0u8; 0], &[]);
+    client.done(Code::SET_FEATURES, &features, &[]);
+    client.tell(Code::SET_VRING_NUM, &VringState { index, num: 64 });
+    client.tell(Code::SET_VRING_BASE, &VringState { index, num: ring.start() });
+    client.tell(Code::SET_VRING_ADDR, &ring.addr(&guest));
+    client.send(Code::SET_VRING_KICK, VERSION, u64::from(index).as_bytes(), &[ring.kick.as_fd()]);
+    ring.enable(&client, true);
+    ring.read(&guest, 0, 1, 512);
+    ring.kick();
+    assert_eq!(ring.completion().1, 513);
+}
+
+/// Rule R10: also if the ring was started again in between.
+#[rstest]
+fn what_was_to_be_notified_without_a_call_fd_is_signalled_also_after_a_restart(
+    #[values(SPLIT, PACKED)] features: u64,
+    #[values(false, true)] stopped: bool,
+) {
+    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, features);
+    let mut ring = Ring::new(&guest, 0, 64, features);
+    ring.set_up(&client, &guest, ring.start());
+    let (index, no_fd) = (u64::from(ring.index), VRING_NOFD_MASK);
+    client.tell(Code::SET_VRING_CALL, &(index | no_fd));
+    ring.enable(&client, true);
+    ring.read(&guest, 0, 1, 512);
+    ring.kick();
+    while !ring.is_answered(&guest) {
+        client.barrier();
+    }
+    let call = |client: &Client| client.done(Code::SET_VRING_CALL, &index, &[ring.call.as_fd()]);
+    if stopped {
+        ring.enable(&client, false);
+        call(&client);
+        ring.enable(&client, true);
+    } else {
+        guest.send_table(&client);
+        call(&client);
+    }
+    let mut fds = [PollFd::new(ring.call.as_fd(), PollFlags::POLLIN)];
+    assert_eq!(poll(&mut fds, DEADLINE.as_millis() as u16), Ok(1), "the driver was never notified");
 }

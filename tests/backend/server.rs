@@ -110,7 +110,7 @@ impl Process {
 
     fn spawn(device: &str, socket: &Path, more: &[&str]) -> Process {
         let socket = socket.to_str().unwrap();
-        let mut command = Process::command_of(device, &["--socket", socket, "--log-level", "error"]);
+        let mut command = Process::command_of(device, &["--socket", socket, "--log-level", "warn"]);
         let mut child = command.args(more).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();

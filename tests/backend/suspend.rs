@@ -116,7 +116,7 @@ fn a_stop_cut_short_or_of_no_ring_stops_nothing() {
         let mut scene = Scene::new(features, INFLIGHT_MIGRATION);
         let (code, none) = (Code::GET_VRING_BASE_SKIP_DRAIN, VringState { index: 9, num: 0 });
         for payload in [&[][..], &[0; 3], &[0; 7], none.as_bytes()] {
-            assert_eq!(scene.client.acknowledged(code, payload, &[]), 1, "{} bytes", payload.len());
+            assert_eq!(scene.client.acknowledged(code, payload, &[]), u64::MAX, "{} bytes", payload.len());
         }
         assert_eq!(scene.marked(), COUNT);
         scene.add(COUNT..COUNT + 3);

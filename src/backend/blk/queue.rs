@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
-use tracing::{debug, error};
+use tracing::debug;
 
 use super::claim::Claim;
 use super::{Disk, MAX_CLEAR_SECTORS};
@@ -21,7 +21,8 @@ use crate::abi::virtio::{
     VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 use crate::backend::disk_io::{Engine, Io, Op, Way};
-use crate::backend::{Queue, Request};
+use crate::backend::{Queue, Request, counters};
+use crate::sys::lines::limited;
 
 const HEADER: u64 = size_of::<BlkRequestHeader>() as u64;
 
@@ -159,6 +160,11 @@ impl DiskQueue {
                     false => self.disk_error(&io, "the image ends here: was it truncated?"),
                 }
             }
+            // No call was made: the driver's buffers are not in guest memory.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput && error.raw_os_error().is_none() => {
+                debug!("queue {}: {error}", self.index);
+                VIRTIO_BLK_S_IOERR
+            }
             Err(error) => match error.raw_os_error().map(Errno::from_raw) {
                 Some(Errno::EINTR | Errno::EAGAIN) => return self.try_again(io),
                 Some(Errno::ECANCELED) if self.unserved.is_some() => return self.try_again(io),
@@ -177,6 +183,10 @@ impl DiskQueue {
                 _ => self.disk_error(&io, &error.to_string()),
             },
         };
+        if io.op == Op::Read && status != VIRTIO_BLK_S_OK {
+            // All of the buffer was lent, and the rest of it has not been read.
+            io.request.report_at_most(io.at);
+        }
         self.finish(io.request, status);
     }
 
@@ -204,6 +214,9 @@ impl DiskQueue {
 
     /// Puts the status into the last byte and gives the request back.
     fn finish(&mut self, mut request: Request, status: u8) {
+        if status != VIRTIO_BLK_S_OK {
+            counters::failed(self.index);
+        }
         match request.writable_len().checked_sub(1).map(|last| request.write(last, &[status])) {
             Some(Ok(())) => {}
             _ => debug!("queue {}: a request without room for its status", self.index),
@@ -213,7 +226,7 @@ impl DiskQueue {
 
     fn disk_error(&self, io: &Io, why: &str) -> u8 {
         let (from, len) = (io.disk.start / SECTOR_BYTES, (io.disk.end - io.disk.start) / SECTOR_BYTES);
-        error!("queue {}: the disk failed: {:?} of {len} sectors at sector {from}: {why}", self.index, io.op);
+        limited!(error, "queue {}: the disk failed: {:?} of {len} sectors at sector {from}: {why}", self.index, io.op);
         VIRTIO_BLK_S_IOERR
     }
 }

@@ -25,7 +25,6 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-use tracing::warn;
 use zerocopy::{FromZeros, IntoBytes};
 
 use self::control::Control;
@@ -44,6 +43,7 @@ use crate::abi::virtio::{
     VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ,
     VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
 };
+use crate::sys::lines::limited;
 
 /// Most queue pairs: a vhost-user message names one of 256 rings.
 pub const MAX_PAIRS: u16 = 127;
@@ -220,7 +220,7 @@ impl Net {
         }
         let state = self.hub.state();
         if !state.out_of(0).is_some_and(|wire| wire.send(&rarp(mac))) {
-            warn!("nobody hears that {mac:02x?} is here now: the other end is not there or has no room");
+            limited!(warn, "nobody hears that {mac:02x?} is here now: the other end is not there or has no room");
         }
     }
 

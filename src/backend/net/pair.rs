@@ -20,13 +20,14 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
-use tracing::{debug, error, info};
+use tracing::debug;
 use zerocopy::little_endian::U16;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::NetError;
 use super::wire::{Hub, Wire};
 use crate::sys::join::join;
+use crate::sys::lines::limited;
 
 /// How long to wait before the other end is looked for again, in milliseconds.
 const RETRY_MS: u16 = 100;
@@ -153,7 +154,7 @@ impl End {
         let fd = seqpacket(SockFlag::SOCK_NONBLOCK)?;
         bind(fd.as_raw_fd(), &UnixAddr::new(&self.path)?)?;
         listen(&fd, Backlog::MAXCONN)?;
-        info!("{}: waits for the other end", self.path.display());
+        limited!(info, "{}: waits for the other end", self.path.display());
         self.listener = Some(fd.into());
         Ok(())
     }
@@ -183,7 +184,7 @@ impl End {
     fn add(&self, pair: u16, stream: UnixStream) -> io::Result<()> {
         stream.set_nonblocking(true)?;
         let wire = Arc::new(Wire::new(stream.try_clone()?.into(), stream.into()));
-        info!("{}: pair {pair} is connected", self.path.display());
+        limited!(info, "{}: pair {pair} is connected", self.path.display());
         self.set(pair, Some(wire));
         Ok(())
     }
@@ -215,7 +216,7 @@ impl End {
         if let Err(errno) = poll(&mut fds, timeout)
             && errno != Errno::EINTR
         {
-            error!("{}: poll: {errno}", self.path.display());
+            limited!(error, "{}: poll: {errno}", self.path.display());
             return true;
         }
         let mut ready = fds.iter().map(|fd| fd.revents().is_some_and(|events| !events.is_empty()));
@@ -229,7 +230,7 @@ impl End {
             self.refuse(&refused);
         }
         for ((pair, _), _) in wires().zip(ready).filter(|(_, gone)| *gone) {
-            info!("{}: the other end of pair {pair} is gone", self.path.display());
+            limited!(info, "{}: the other end of pair {pair} is gone", self.path.display());
             self.set(pair, None);
         }
         false
@@ -241,7 +242,7 @@ impl End {
     fn refuse(&self, refused: &io::Error) {
         let exhausted = refused.raw_os_error().is_some_and(|errno| EXHAUSTED.contains(&Errno::from_raw(errno)));
         if !self.exhausted.replace(exhausted) || !exhausted {
-            error!("{}: {refused}", self.path.display());
+            limited!(error, "{}: {refused}", self.path.display());
         }
         if exhausted {
             // The result is looked at by the next wait.

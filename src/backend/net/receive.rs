@@ -11,10 +11,11 @@ use std::sync::Arc;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use tracing::{debug, warn};
+use tracing::debug;
 
 use super::wire::{HEADER, Hub, MAX_FRAME, View, Wire, count};
 use crate::backend::{Queue, Request};
+use crate::sys::lines::limited;
 
 /// Packets looked at before orders are: more than that may not be for the guest.
 const BATCH: usize = 256;
@@ -83,7 +84,7 @@ impl Receive {
         self.wires = self.view.state.heard_by(self.pair);
         match listen_to(&self.ear, &self.wires) {
             Ok(epoll) => self.ready_to_read = epoll,
-            Err(error) => warn!("receive queue {}: can't wait for packets: {error}", self.pair),
+            Err(error) => limited!(warn, "receive queue {}: can't wait for packets: {error}", self.pair),
         }
     }
 
@@ -166,7 +167,7 @@ impl Receive {
             rest = later;
             if let Err(error) = request.write(0, now) {
                 // Checked when it came.
-                warn!("receive queue {}: {error}", self.pair);
+                limited!(warn, "receive queue {}: {error}", self.pair);
             }
             self.done.push(request);
         }

@@ -4,12 +4,11 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use tracing::error;
-
 use super::super::transfer::Transfer;
 use super::super::{BackendError, Message, Reply};
 use super::Session;
 use crate::abi::vhost_user::{ConfigHeader, InflightDescription, Request as Code, VHOST_USER_MAX_CONFIG_SIZE};
+use crate::sys::lines::limited;
 use crate::{abi::virtio, inflight};
 
 impl Session {
@@ -25,7 +24,7 @@ impl Session {
             }
             Err(error) => {
                 // This request has an answer that means "no": no payload.
-                error!("{error}");
+                limited!(warn, "{error}");
                 reply.payload.clear();
             }
         }
@@ -41,7 +40,7 @@ impl Session {
         };
         let (mmap_size, fd) = make().unwrap_or_else(|error| {
             // This request has an answer that means "no": a region of no bytes.
-            error!("{error}");
+            limited!(warn, "{error}");
             (0, None)
         });
         let description = InflightDescription { mmap_size, mmap_offset: 0, ..wanted };

@@ -4,13 +4,12 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use tracing::{error, warn};
-
 use super::super::BackendError;
 use super::ring::{Ring, logs_used};
 use super::{LOG_ALL, Logging, Rings, Session};
 use crate::abi::vhost_user::LogDescription;
 use crate::dirty::Log;
+use crate::sys::lines::limited;
 
 impl Session {
     pub(super) fn set_log_base(
@@ -31,7 +30,7 @@ impl Session {
             old.copy_to(&log);
         }
         if std::mem::take(&mut self.unlogged) {
-            warn!("rings ran before there was a log: all guest memory is logged as written (rule L8)");
+            limited!(warn, "rings ran before there was a log: all guest memory is logged as written (rule L8)");
             log.mark_memory(&self.memory);
         }
         Ok(())
@@ -54,13 +53,16 @@ impl Session {
             && log.pages().saturating_mul(crate::memory::LOG_PAGE) < self.memory.end()
         {
             let (pages, end) = (log.pages(), self.memory.end());
-            warn!("the log has {pages} pages, memory ends at {end:#x}: writes behind the log are lost (rule L6)");
+            limited!(
+                warn,
+                "the log has {pages} pages, memory ends at {end:#x}: writes behind the log are lost (rule L6)"
+            );
         }
     }
 
     pub(super) fn report_lost_pages(&self) {
         if let Some(lost) = self.log.as_ref().map(|log| log.out_of_range()).filter(|&lost| lost > 0) {
-            error!("{lost} pages outside the log were written and not logged (rule L6)");
+            limited!(error, "{lost} pages outside the log were written and not logged (rule L6)");
         }
     }
 

@@ -17,7 +17,7 @@ pub use orders::{Logging, Rings, Setup};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use tracing::{debug, error};
+use tracing::debug;
 
 use super::channel::{Attached, checked};
 use super::postcopy::{Postcopy, own_addresses};
@@ -33,6 +33,7 @@ use crate::dirty::{Log, LogSignal};
 use crate::inflight;
 use crate::memory::{Iotlb, Memory};
 use crate::ring::RingBase;
+use crate::sys::lines::limited;
 use device::config_bytes;
 use memory::regions_of;
 use ring::Ring;
@@ -140,12 +141,14 @@ impl Session {
             // The front-end takes up its rings from guest memory and the inflight region, with the next connection.
             Err(error @ BackendError::RingLost { .. }) => Step::Close(error),
             Err(error) if acknowledge => {
-                error!("{code} refused: {error}");
-                Step::Reply(Reply::new(code, &1u64))
+                limited!(warn, "{code} refused: {error}");
+                let states = matches!(code, Code::GET_VRING_BASE | Code::GET_VRING_BASE_SKIP_DRAIN);
+                // There its place is a ring's and its base's: this is that of no ring (rule F5).
+                Step::Reply(Reply::new(code, &if states { u64::MAX } else { 1 }))
             }
             Err(error) if self.always_answers(code) => Step::Close(error),
             Err(error) => {
-                error!("{code} refused: {error}");
+                limited!(warn, "{code} refused: {error}");
                 Step::Silence
             }
         }
@@ -222,7 +225,7 @@ impl Session {
             }
             Code::POSTCOPY_ADVISE if self.speaks(protocol_feature::PAGEFAULT) => {
                 // An answer without an fd is the one that means "no".
-                let fd = self.postcopy.advise().map_err(|error| error!("{error}")).ok();
+                let fd = self.postcopy.advise().map_err(|error| limited!(warn, "{error}")).ok();
                 return Ok(Some(Reply { code, payload: Vec::new(), fd }));
             }
             Code::POSTCOPY_LISTEN if self.speaks(protocol_feature::PAGEFAULT) => {
@@ -268,6 +271,7 @@ impl Session {
                 let (index, fd) = self.ring_fd(&mut message)?;
                 let notifier = fd.map(|fd| Arc::new(Notifier::new(fd)));
                 let ring = self.ring(code, index.into())?;
+                ring.call_is_new |= code == Code::SET_VRING_CALL && notifier.is_some() && !ring.running;
                 *(if code == Code::SET_VRING_CALL { &mut ring.call } else { &mut ring.error }) = notifier;
                 if let Some(ring) = self.rings.get(usize::from(index)).filter(|ring| ring.running) {
                     let (call, error) = self.notifiers(index, ring);
@@ -371,7 +375,7 @@ impl Session {
     /// Back to the state before the driver came: the owner, its memory and protocol features stay (rules R8, I7).
     fn reset(&mut self, rings: &mut dyn Rings) -> Result<(), BackendError> {
         self.disable(rings)?;
-        self.rings.iter_mut().for_each(|ring| *ring = Ring::default());
+        self.rings.iter_mut().for_each(Ring::reset);
         (self.features, self.status) = (0, 0);
         self.iotlb.invalidate(&(0..=u64::MAX));
         self.device.reset();
@@ -403,7 +407,7 @@ fn acknowledged(code: Code, bits: u64, offered: u64) -> Result<u64, BackendError
 fn answer(done: Result<(), BackendError>) -> u64 {
     done.map_or_else(
         |error| {
-            error!("{error}");
+            limited!(warn, "{error}");
             1
         },
         |()| 0,

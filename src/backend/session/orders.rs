@@ -3,7 +3,7 @@
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use super::super::{BackendError, Host, Kick, Notifier};
 use crate::dirty::{Log, LogSignal};
@@ -30,6 +30,10 @@ pub struct Setup {
     pub polled: bool,
     /// Signalled when requests were used.
     pub call: Option<Arc<Notifier>>,
+    /// Whether `call` came while the ring did not run.
+    pub call_is_new: bool,
+    /// Whether the driver was to be notified before, also when the ring ran the last time (rule R10).
+    pub notified: Arc<AtomicBool>,
     /// Signalled when the ring breaks.
     pub error: Option<Arc<Notifier>>,
     /// Where requests in flight are noted.

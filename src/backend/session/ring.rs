@@ -3,8 +3,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-
-use tracing::warn;
+use std::sync::atomic::AtomicBool;
 
 use super::super::{BackendError, Host, Kick, Message, Notifier};
 use super::{LOG_ALL, Rings, Session, Setup};
@@ -14,6 +13,7 @@ use crate::abi::vhost_user::{
 };
 use crate::memory::Memory;
 use crate::ring::{RingBase, RingLayout};
+use crate::sys::lines::limited;
 
 /// One ring, as the front-end set it up; addresses are the front-end's.
 #[derive(Debug, Default)]
@@ -31,9 +31,19 @@ pub(super) struct Ring {
     pub(super) running: bool,
     /// [`Rings::start`] was called before.
     pub(super) ran: bool,
+    /// `call` came since the ring ran.
+    pub(super) call_is_new: bool,
+    /// The driver was to be notified.
+    pub(super) notified: Arc<AtomicBool>,
 }
 
 impl Ring {
+    /// Forgets all that the driver has to do with; whom to signal is the front-end's (rule R8).
+    pub(super) fn reset(&mut self) {
+        let (call, error) = (self.call.take(), self.error.take());
+        *self = Ring { call, error, ran: self.ran, ..Ring::default() };
+    }
+
     /// Whether the used ring is to be logged (rule L3).
     pub(super) fn logs(&self) -> bool {
         self.addr.as_ref().is_some_and(logs_used)
@@ -122,7 +132,10 @@ impl Session {
         }
         let addr = ring.addr.as_ref().ok_or(incomplete("SET_VRING_ADDR"))?;
         if self.features & LOG_ALL != 0 && self.log.is_none() {
-            warn!("ring {index} starts with LOG_ALL but without SET_LOG_BASE: nothing is logged before it (rule L8)");
+            limited!(
+                warn,
+                "ring {index} starts with LOG_ALL but without SET_LOG_BASE: nothing is logged before it (rule L8)"
+            );
         }
         let (call, error) = self.notifiers(index, ring);
         let iotlb = self.is_translated().then(|| self.iotlb.clone());
@@ -142,6 +155,8 @@ impl Session {
             kick: ring.kick.clone(),
             polled: ring.kick.is_none() && !self.is_in_band(),
             call,
+            call_is_new: ring.call_is_new,
+            notified: ring.notified.clone(),
             error,
             inflight: self.inflight.clone(),
             first: !ring.ran,
@@ -164,7 +179,7 @@ impl Session {
             let setup = self.setup(index, ring)?;
             rings.start(index, setup)?;
             if let Some(ring) = self.rings.get_mut(usize::from(index)) {
-                (ring.running, ring.ran) = (true, true);
+                (ring.running, ring.ran, ring.call_is_new) = (true, true, false);
             }
             self.note_unlogged();
         }
@@ -176,7 +191,7 @@ impl Session {
         for index in 0..self.device.queues() {
             match self.settle(index, rings) {
                 Err(error @ BackendError::RingLost { .. }) => return Err(error),
-                Err(error) => warn!("{error}"),
+                Err(error) => limited!(warn, "{error}"),
                 Ok(()) => {}
             }
         }

@@ -5,11 +5,11 @@ use std::os::fd::AsFd;
 
 use crossbeam::channel::Sender;
 use nix::poll::PollTimeout;
-use tracing::warn;
 
 use super::super::{Request, Setup};
 use super::{Order, Worker, wait_for};
 use crate::ring::{Chain, RingBase};
+use crate::sys::lines::limited;
 
 /// How long a drain waits before it asks the device's queue again, in milliseconds.
 const RETRY_MS: u8 = 100;
@@ -89,7 +89,8 @@ impl Worker {
         }
         if let Some((found, next)) = &self.left {
             let count = found.len() - next;
-            warn!(
+            limited!(
+                warn,
                 "ring {}: {count} requests of a predecessor can't be translated and stay marked (rule I3)",
                 self.index
             );

@@ -20,7 +20,7 @@ use crossbeam::channel::{Receiver, Sender};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
-use tracing::{debug, error, warn};
+use tracing::debug;
 
 use super::counters::RingCounters;
 use super::device::Dropped;
@@ -31,6 +31,7 @@ use super::{BackendError, Kick, Notifier, Queue, Request};
 use crate::abi::bit;
 use crate::abi::virtio::VIRTIO_F_IN_ORDER;
 use crate::ring::{DeviceRing, RingError};
+use crate::sys::lines::limited;
 use in_order::InOrder;
 
 pub(super) use ending::{End, Left};
@@ -86,8 +87,6 @@ pub(super) struct Worker {
     /// No more requests are taken until the ring is enabled again.
     pub(super) held: bool,
     counters: RingCounters,
-    /// Whether the driver was to be notified, over this call fd or without one.
-    notified: bool,
 }
 
 impl Worker {
@@ -124,7 +123,6 @@ impl Worker {
             broken: false,
             held: false,
             counters: RingCounters::new(index),
-            notified: false,
         };
         worker.log_to(worker.setup.logging.clone());
         worker
@@ -185,6 +183,10 @@ impl Worker {
     /// Serves the ring until told to end; tells where it goes on.
     pub(super) fn run(mut self, recovered: Result<(), BackendError>) -> End {
         recovered.unwrap_or_else(|error| self.broke(&error));
+        // Its call fd came while it did not run.
+        if std::mem::take(&mut self.setup.call_is_new) {
+            self.notify_again();
+        }
         loop {
             while let Ok(order) = self.inbox.try_recv() {
                 match order {
@@ -204,9 +206,7 @@ impl Worker {
                     Order::Notifiers { call, error, done } => {
                         (self.setup.call, self.setup.error) = (call, error);
                         // There may have been none, or nobody who heard it (rule R10).
-                        if self.notified {
-                            self.notify();
-                        }
+                        self.notify_again();
                         let _ = done.send(());
                     }
                     Order::Hold(yes, done) => {
@@ -405,13 +405,24 @@ impl Worker {
         if lost > known {
             self.counters.unlogged(lost - known);
             if known == 0 {
-                error!("ring {}: {lost} pages outside the log were written and not logged (rule L6)", self.index);
+                limited!(
+                    error,
+                    "ring {}: {lost} pages outside the log were written and not logged (rule L6)",
+                    self.index
+                );
             }
         }
     }
 
+    /// Notifies the driver if there ever was something to notify: nobody may have heard it (rule R10).
+    fn notify_again(&mut self) {
+        if self.setup.notified.load(Ordering::Relaxed) {
+            self.notify();
+        }
+    }
+
     fn notify(&mut self) {
-        self.notified = true;
+        self.setup.notified.store(true, Ordering::Relaxed);
         self.counters.notified();
         if let Some(call) = &self.setup.call {
             call.signal();
@@ -425,7 +436,7 @@ impl Worker {
 
     /// Only this ring ends; what is under way is still completed.
     fn broke(&mut self, error: &BackendError) {
-        error!("{error}");
+        limited!(warn, "{error}");
         self.counters.broke();
         self.put_back();
         self.broken = true;
@@ -477,7 +488,7 @@ pub(super) fn wait_for<const N: usize>(fds: [Option<BorrowedFd<'_>>; N], timeout
     if let Err(errno) = poll(&mut polled, timeout)
         && errno != Errno::EINTR
     {
-        warn!("poll: {errno}");
+        limited!(warn, "poll: {errno}");
     }
     let mut results = polled.iter().map(|fd| fd.any() == Some(true));
     fds.map(|fd| fd.is_some() && results.next() == Some(true))

@@ -17,6 +17,7 @@ use crate::abi::bit;
 use crate::abi::vhost_user::{
     Request, VHOST_MEMORY_BASELINE_NREGIONS, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature,
 };
+use crate::sys::lines::limited;
 
 /// Waits between attempts to connect.
 pub(super) const BACK_OFF: std::ops::RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_millis(100);
@@ -81,7 +82,7 @@ pub(super) fn greet(
     match channel.settle() {
         Ok(()) => Ok((channel, offer, Some(ear))),
         Err(error @ FrontendError::Refused { .. }) if !has(protocol_feature::INBAND_NOTIFICATIONS) => {
-            tracing::warn!("{}: changes of its configuration won't be heard of: {error}", path.display());
+            limited!(warn, "{}: changes of its configuration won't be heard of: {error}", path.display());
             Ok((channel, offer, None))
         }
         Err(error) => Err(error),

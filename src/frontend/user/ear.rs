@@ -19,16 +19,17 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{MsgFlags, send};
-use tracing::{debug, warn};
+use tracing::debug;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::super::{DeviceEvent, FrontendError, RingSetup};
+use super::super::{DeviceEvent, FrontendError, RingSetup, counters};
 use super::channel::Line;
 use super::iommu::{Told, Translator};
 use super::wake;
 use crate::abi::vhost::{VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_MISS};
 use crate::abi::vhost_user::{BackendRequest, Header, IotlbMsg, Request, VRING_IDX_MASK, VringArea, VringState};
 use crate::memory::Access;
+use crate::sys::lines::limited;
 use crate::sys::{join::join, shared, socket};
 
 /// Longest message, bytes: more than any has.
@@ -208,7 +209,7 @@ impl Shared {
                 let taken = if answers { self.answer(&mut heard.answers) } else { self.take(&mut heard) };
                 channel = taken.map(|()| true).unwrap_or_else(|why| {
                     if let Some(why) = why {
-                        warn!("the back-end channel is closed: {why} (rule B1)");
+                        limited!(warn, "the back-end channel is closed: {why} (rule B1)");
                         self.events.add(DeviceEvent::ChannelBroken(why));
                     }
                     let _ = self.socket.shutdown(Shutdown::Both);
@@ -239,6 +240,9 @@ impl Shared {
             }
             let Some((payload, rest)) = rest.split_at_checked(size) else { break };
             let done = self.message(BackendRequest(header.request), payload, &mut heard.unsent);
+            if !done {
+                counters::refused_backend();
+            }
             let rest = rest.to_vec();
             if header.flags & Header::FLAG_NEED_REPLY != 0 {
                 let header = Header { flags: Header::REPLY_FLAGS, size: size_of::<u64>() as u32, ..header };

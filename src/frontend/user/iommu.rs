@@ -4,7 +4,6 @@
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tracing::warn;
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::super::{FrontendError, Iommu, Mapping};
@@ -16,6 +15,7 @@ use crate::abi::vhost::{VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_UPDATE};
 use crate::abi::vhost_user::{Header, IotlbMsg, Request};
 use crate::abi::virtio::VIRTIO_F_ACCESS_PLATFORM;
 use crate::memory::{Access, LOG_PAGE, Memory};
+use crate::sys::lines::limited;
 
 /// The VMM's IOMMU, and the memory that its mappings lead to; it outlives connections.
 ///
@@ -110,7 +110,7 @@ impl Known {
         let mapping = self.iommu.as_ref()?.translate(iova, access)?;
         let skip = iova.checked_sub(mapping.iova).filter(|skip| *skip < mapping.size);
         if skip.is_none() {
-            warn!("the VMM's translation of {iova:#x} does not contain it: {mapping:x?} (rule T1)");
+            limited!(warn, "the VMM's translation of {iova:#x} does not contain it: {mapping:x?} (rule T1)");
         }
         skip.map(|skip| (mapping, skip))
     }
@@ -122,7 +122,10 @@ impl Known {
         let offset_in = |gpa: u64, start: u64, size: u64| gpa.checked_sub(start).filter(|offset| *offset < size);
         let found = memory.regions().iter().find_map(|r| Some((r, offset_in(gpa, r.gpa(), r.size())?)));
         let Some((region, offset)) = found else {
-            warn!("the VMM's translation of {iova:#x} leads to {gpa:#x}, where the back-end has no memory (rule T2)");
+            limited!(
+                warn,
+                "the VMM's translation of {iova:#x} leads to {gpa:#x}, where the back-end has no memory (rule T2)"
+            );
             return None;
         };
         let before = skip.min(offset);
