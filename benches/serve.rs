@@ -48,6 +48,8 @@ fn serve(requests: u64, log: Option<Arc<Log>>) -> Duration {
     let mut driver = DriverRing::new(&memory, layout, FEATURES).unwrap();
     let kick = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap());
     let setup = Setup {
+        call_is_new: false,
+        notified: Arc::default(),
         layout,
         base: RingBase::start(FEATURES),
         features: FEATURES,

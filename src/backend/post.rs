@@ -19,7 +19,7 @@ use super::{BackendError, Device};
 use crate::abi::bit;
 use crate::abi::virtio::VIRTIO_F_IN_ORDER;
 use crate::memory::Iotlb;
-use crate::ring::{DeviceRing, RingBase};
+use crate::ring::{DeviceRing, PackedDevice, RingBase};
 use crate::sys::lines::limited;
 
 /// How long a ring waits that may not use its areas, before it asks again.
@@ -52,16 +52,10 @@ impl Post {
             ring.set_iommu(in_use.ring(&setup));
         }
         ring.set_log(setup.logging.of_ring());
-        if let (None, true, DeviceRing::Packed(ring)) = (&setup.inflight, setup.first, &mut ring)
-            && setup.features & bit(VIRTIO_F_IN_ORDER) == 0
-            && ring.find_position().map_err(broken)?
-        {
-            limited!(
-                warn,
-                "ring {index} goes on at {:?}, as its descriptors tell, and not at its base (rule I11)",
-                ring.base()
-            );
-        }
+        let found = match &mut ring {
+            DeviceRing::Packed(ring) if setup.first && setup.inflight.is_none() => find_position(index, &setup, ring),
+            _ => Ok(()),
+        };
         let goes_on = !ring.base().is_start(setup.features);
         let inflight =
             setup.inflight.as_ref().map(|region| Tracker::start(region, index, &mut ring, setup.first)).transpose()?;
@@ -74,7 +68,8 @@ impl Post {
         }
         let (inbox, wake) = (self.inbox.clone(), self.wake.clone());
         let mut worker = Worker::new(index, inbox, wake, ring, queue, setup, in_use);
-        let recovered = worker.recover(inflight);
+        // A ring that stands nobody knows where is as one that its driver broke.
+        let recovered = found.and_then(|()| worker.recover(inflight));
         Ok((worker, recovered))
     }
 
@@ -163,4 +158,14 @@ fn relog_memory(index: u16, setup: &Setup, ring: &DeviceRing) {
     let Some(log) = setup.logging.data.as_ref().filter(|_| !ring.is_used_marked()) else { return };
     limited!(warn, "ring {index}: its last back-end's log is gone: all guest memory is logged as written (rule L15)");
     log.mark_memory(&setup.memory);
+}
+
+/// A base that was right long ago is not where a packed ring without a region goes on (rule I12).
+fn find_position(index: u16, setup: &Setup, ring: &mut PackedDevice) -> Result<(), BackendError> {
+    let in_order = setup.features & bit(VIRTIO_F_IN_ORDER) != 0;
+    if !in_order && ring.find_position().map_err(|source| BackendError::Ring { index, source })? {
+        let base = ring.base();
+        limited!(warn, "ring {index} goes on at {base:?}, as its descriptors tell, and not at its base (rule I12)");
+    }
+    Ok(())
 }

@@ -68,7 +68,7 @@ pub enum RingError {
     /// A packed ring that does not stand at its base.
     #[error(
         "the ring was given the base {index} with wrap counter {wrap}, but its descriptors say that it has gone on, and \
-         not to where: reset the device in the guest, or use a front-end with an inflight region (rule I11)",
+         not to where: reset the device in the guest, or use a front-end with an inflight region (rule I12)",
         wrap = u8::from(*.wrap)
     )]
     StaleBase {

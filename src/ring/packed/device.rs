@@ -233,13 +233,13 @@ impl PackedDevice {
         Ok(())
     }
 
-    /// Returns the position at which the ring stands, as its descriptors tell (rule I11); `None` if they do not tell. The
+    /// Returns the position at which the ring stands, as its descriptors tell (rule I12); `None` if they do not tell. The
     /// ring has to be drained, and its device has used every request by a descriptor of its own, not as IN_ORDER allows.
     pub fn standing_at(&self) -> Option<Position> {
         position::of(&self.areas.descs(self.layout.size))
     }
 
-    /// Goes on where the descriptors tell, if that is elsewhere (rule I11): for a front-end that may have lost the base.
+    /// Goes on where the descriptors tell, if that is elsewhere (rule I12): for a front-end that may have lost the base.
     /// Returns true if it is.
     ///
     /// # Errors
