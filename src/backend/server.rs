@@ -170,7 +170,7 @@ fn serve_several(listener: &Listener, device: &Arc<dyn Device>, stop: BorrowedFd
                 let _ = free.write(1);
             };
             if let Err(e) = thread::Builder::new().name("front-end".into()).spawn_scoped(scope, serve) {
-                error!("can't start a thread for a connection: {e}");
+                limited!(error, "can't start a thread for a connection: {e}");
                 let _ = free.write(1);
             }
         }
