@@ -11,7 +11,9 @@ use libfuzzer_sys::fuzz_target;
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
 use vhost_migrate::stream::frame::{ConnectionHeader, Kind};
 use vhost_migrate::stream::pages::Batch;
-use vhost_migrate::stream::{ChannelId, Decoder, FrameReader, FrameWriter, MigrationId, Target, ToDestination, ToSource};
+use vhost_migrate::stream::{
+    ChannelId, Decoder, FrameReader, FrameWriter, MigrationId, Target, ToDestination, ToSource,
+};
 
 const ID: ChannelId = ChannelId { migration: MigrationId(1), channel: 0 };
 
