@@ -321,7 +321,7 @@ fn a_switchover_that_is_cancelled_while_a_disk_hangs_lets_all_else_go_on_at_once
     // Only the other disk answers, for longer than a request may take otherwise.
     let away = guest.connections()[hung].clone();
     assert!(away.away_ms.is_some() && away.refused.is_some(), "{away:?}");
-    assert_eq!(guest.connections()[1 - hung].away_ms, None);
+    wait_for(&guest, "the other disk is there", |guest| guest.connections()[1 - hung].away_ms.is_none());
     run_for(&guest, 200);
     wait_for(&guest, "it has been silent for a while", |guest| guest.connections()[hung].away_ms > Some(6000));
     if dies {

@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use nix::sys::signal::{Signal, kill};
@@ -95,14 +95,17 @@ fn restore(from: &Uri, most: usize) -> Result<Memory, StreamError> {
     Ok(target.memory().clone())
 }
 
-/// A loop device, until dropped.
-struct Loop(PathBuf);
+/// A loop device, until dropped. One test at a time has one: while another is set up, the system may hold a device that
+/// is taken already.
+struct Loop(PathBuf, #[allow(dead_code)] MutexGuard<'static, ()>);
 
 impl Loop {
     fn of(file: &Path) -> Loop {
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let made = Command::new("losetup").args(["--find", "--show"]).arg(file).output().unwrap();
         assert!(made.status.success(), "losetup needs root: {}", String::from_utf8_lossy(&made.stderr));
-        Loop(String::from_utf8(made.stdout).unwrap().trim().into())
+        Loop(String::from_utf8(made.stdout).unwrap().trim().into(), alone)
     }
 }
 

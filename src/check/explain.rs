@@ -105,6 +105,18 @@ const EXPLANATIONS: &[Explanation] = &[
         "Write 8 bytes to a call fd, whatever it is, and expect EAGAIN.",
     ),
     of(
+        "F9",
+        Killed,
+        "A descriptor from the other side blocks a thread for good: no further front-end is served, and a signal does not end the process.",
+        "Read and write such descriptors with RWF_NOWAIT or MSG_DONTWAIT; take only eventfds as kicks.",
+    ),
+    of(
+        "F10",
+        LosesRequests,
+        "A front-end that gives up waiting for GET_VRING_BASE no longer knows where the ring goes on.",
+        "Keep the connection, and send nothing more before the reply has come.",
+    ),
+    of(
         "B1",
         Stalls,
         "A front-end that does not read its channel, or closes it, stalls the rings or loses the connection.",
@@ -187,6 +199,18 @@ const EXPLANATIONS: &[Explanation] = &[
         Stalls,
         "A completion that had no call fd is notified to nobody: the driver waits for good. Seen at migration destinations of QEMU.",
         "Note that a notification is due, and signal every new call fd then.",
+    ),
+    of(
+        "R11",
+        Stalls,
+        "Frames are spread over queue pairs that the driver does not use yet, and get lost.",
+        "Use one pair until VQ_PAIRS_SET, where the control queue is served here.",
+    ),
+    of(
+        "R12",
+        Corrupts,
+        "A used length that counts more than what was written has the driver take old bytes for an answer.",
+        "Report the bytes that were written from the first writable byte on.",
     ),
     of(
         "T1",
@@ -353,6 +377,24 @@ const EXPLANATIONS: &[Explanation] = &[
         "Lock the image as long as I/O may be under way, and have the successor wait for the lock.",
     ),
     of(
+        "I10",
+        LosesRequests,
+        "A predecessor that still runs completes requests that its successor serves again.",
+        "Take the lock of the image before the first look at ring and inflight region.",
+    ),
+    of(
+        "I11",
+        LosesRequests,
+        "A host that fails after a migration has lost writes that the guest at its destination relies on.",
+        "Sync the image before GET_VRING_BASE is answered for the last running ring.",
+    ),
+    of(
+        "I12",
+        Stalls,
+        "A packed ring that goes on at a position of long ago never sees another request.",
+        "Compare the base with the descriptors; break the ring with words if they contradict it.",
+    ),
+    of(
         "M1",
         LosesPages,
         "Memory that is plugged while the guest runs is not served or not logged, or a wrong table is taken.",
@@ -369,6 +411,12 @@ const EXPLANATIONS: &[Explanation] = &[
         ArrivesChanged,
         "What the device knows beside its rings is lost or damaged by a migration.",
         "Save and load whole states; refuse what is cut short, and change nothing then.",
+    ),
+    of(
+        "D2",
+        Stalls,
+        "A refusal that comes after the commit leaves the guest standing still.",
+        "Refuse SET_VRING_ENABLE before the kick if the ring could not be served.",
     ),
     of(
         "P1",

@@ -153,13 +153,12 @@ fn open(
 ) -> Result<(Wire, Box<dyn DirtySource>), MigrateError> {
     let mut wire = Wire::new(connection, codec)?;
     wire.open(memory)?;
+    // A hint: what is written from now on is found by the rounds.
+    let told = wire.tell(&ToDestination::DataRuns(DataRuns::of(memory)));
+    told.map_err(|error| wire.reason(error))?;
     let dirty = machine.dirty_source().map_err(|cause| MigrateError::Machine { doing: "tracking dirty pages", cause });
     let tracking = dirty.and_then(|mut dirty| Ok(dirty.start().map(|()| dirty)?));
-    let mut dirty = tracking.inspect_err(|error| wire.call_off(error))?;
-    if let Err(error) = wire.tell(&ToDestination::DataRuns(DataRuns::of(memory))) {
-        stop_tracking(dirty.as_mut());
-        return Err(wire.reason(error));
-    }
+    let dirty = tracking.inspect_err(|error| wire.call_off(error))?;
     Ok((wire, dirty))
 }
 

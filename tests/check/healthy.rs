@@ -18,7 +18,7 @@ const KEPT: &[&str] = &[
 /// Without --postcopy there is none.
 const NO_POSTCOPY: &str = "PAGEFAULT is not offered";
 /// What can't be seen from outside, or is behind an option that is off.
-const ASIDE: &[&str] = &["B2", "B4", "L13", "L14", "T5", "I8"];
+const ASIDE: &[&str] = &["B2", "B4", "F9", "F10", "R11", "R12", "L13", "L14", "T5", "I8", "I10", "I11", "I12", "D2"];
 
 #[test]
 fn our_own_back_end_keeps_every_rule_killed_and_attacked() {

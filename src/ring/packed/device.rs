@@ -246,9 +246,13 @@ impl PackedDevice {
     /// [`RingError::StaleBase`] if the descriptors contradict the base and do not tell the position.
     pub fn find_position(&mut self) -> Result<bool, RingError> {
         let used = self.published.get();
-        match self.standing_at() {
-            Some(position) if position != used => self.set_positions(position, position).map(|()| true),
-            None if position::contradicts(&self.areas.descs(self.layout.size), used) => {
+        let descs = self.areas.descs(self.layout.size);
+        match position::of(&descs) {
+            // A ring that no driver has written to tells nothing.
+            Some(position) if position != used && !descs.iter().all(position::is_blank) => {
+                self.set_positions(position, position).map(|()| true)
+            }
+            None if position::contradicts(&descs, used) => {
                 Err(RingError::StaleBase { index: used.index, wrap: used.wrap })
             }
             _ => Ok(false),

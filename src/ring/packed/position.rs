@@ -37,13 +37,18 @@ pub(super) fn of(descs: &[PackedDesc]) -> Option<Position> {
     tells.then_some(position)
 }
 
-/// Returns true if the descriptors say that the ring can't stand at `used`.
+/// Returns true if no driver has written the descriptor.
+pub(super) fn is_blank(desc: &PackedDesc) -> bool {
+    (desc.addr.get(), desc.len.get(), desc.id.get(), desc.flags.get()) == (0, 0, 0, 0)
+}
+
+/// Returns true if the descriptors say that the ring can't stand at `used`. A ring says nothing in which no driver has
+/// written anything before that.
 pub(super) fn contradicts(descs: &[PackedDesc], used: Position) -> bool {
-    let before = |index: usize| index < usize::from(used.index);
-    descs.iter().map(bits).enumerate().any(|(index, bits)| match before(index) {
-        true => bits == (!used.wrap, !used.wrap),
-        false => bits == (used.wrap, used.wrap),
-    })
+    let Some((before, after)) = descs.split_at_checked(used.index.into()) else { return true };
+    let is_unwritten = before.iter().all(is_blank);
+    let in_round_before = |desc: &PackedDesc| bits(desc) == (!used.wrap, !used.wrap);
+    !is_unwritten && before.iter().any(in_round_before) || after.iter().any(|desc| bits(desc) == (used.wrap, used.wrap))
 }
 
 /// Returns true if what is available at `position` may be the rest of a used chain, which has the same buffer id.
@@ -126,5 +131,15 @@ mod tests {
         assert!(contradicts(&ring(8, 5, 0), Position { index: 6, wrap: true }));
         assert!(contradicts(&ring(8, 11, 0), Position::START));
         assert!(!contradicts(&ring(8, 0, 4), Position::START));
+    }
+
+    #[test]
+    fn what_no_driver_has_written_contradicts_no_base() {
+        let base = Position { index: 5, wrap: true };
+        let mut descs = ring(8, 0, 0);
+        assert!(!contradicts(&descs, base));
+        descs[5] = PackedDesc { addr: 4096.into(), len: 1.into(), id: 0.into(), flags: base.avail_flags().into() };
+        assert!(!contradicts(&descs, base));
+        assert_eq!(of(&descs), None);
     }
 }
