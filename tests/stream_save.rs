@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread;
 
 use nix::sys::signal::{Signal, kill};
@@ -95,17 +95,14 @@ fn restore(from: &Uri, most: usize) -> Result<Memory, StreamError> {
     Ok(target.memory().clone())
 }
 
-/// A loop device, until dropped. One test at a time has one: while another is set up, the system may hold a device that
-/// is taken already.
-struct Loop(PathBuf, #[allow(dead_code)] MutexGuard<'static, ()>);
+/// A loop device, until dropped.
+struct Loop(PathBuf);
 
 impl Loop {
     fn of(file: &Path) -> Loop {
-        static ALONE: Mutex<()> = Mutex::new(());
-        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let made = Command::new("losetup").args(["--find", "--show"]).arg(file).output().unwrap();
         assert!(made.status.success(), "losetup needs root: {}", String::from_utf8_lossy(&made.stderr));
-        Loop(String::from_utf8(made.stdout).unwrap().trim().into(), alone)
+        Loop(String::from_utf8(made.stdout).unwrap().trim().into())
     }
 }
 
@@ -246,6 +243,7 @@ fn a_save_that_is_given_up_is_called_unfinished_and_the_next_one_is_whole() {
         send(&connection, &filled(PAGES, 2)).unwrap();
         options.cancel.cancel();
         assert!(matches!(connection.finish(), Err(StreamError::Cancelled)));
+        drop(connection);
         let refused = restore(&from, usize::MAX).unwrap_err();
         assert!(matches!(refused, StreamError::Unfinished), "{refused}");
         assert!(refused.to_string().contains("Save the guest again"), "{refused}");

@@ -231,7 +231,8 @@ fn postcopy_that_is_odd_and_loses_nothing_is_a_warning_and_one_that_is_not_possi
         let found = warned.next().unwrap();
         assert!(found.rule == rule && found.seen.starts_with(seen) && warned.next().is_none(), "{late:?}\n{report}");
     }
-    let report = checked(Bend::Postcopy(Late::NoFd), Options { only: named("P"), ..Options::default() });
+    let options = Options { only: named("P"), may_kill: true, ..Options::default() };
+    let report = checked(Bend::Postcopy(Late::NoFd), options);
     assert_eq!(report.rules().get("P1"), Some(&Verdict::NotTested), "{report}");
     assert!(report.findings.iter().all(|finding| finding.seen.contains("unprivileged_userfaultfd")), "{report}");
     // Who does not offer it refuses it.
