@@ -39,7 +39,7 @@ impl Kind {
     }
 }
 
-/// How the process ends.
+/// The end of the process after a signal.
 #[derive(Debug, clap::Args)]
 struct Stopping {
     /// Longest wait for requests under way after SIGTERM or Ctrl-C, seconds; then they are left to a successor
@@ -131,7 +131,7 @@ struct Blk {
     messages: Messages,
 }
 
-/// Where the front-end is met.
+/// The socket over which the front-end is reached.
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 struct Place {
@@ -220,7 +220,7 @@ fn stop_on_interrupt(limit: Duration) -> Result<Arc<EventFd>, Box<dyn std::error
     on_interrupt(move || {
         let _ = signalled.write(1);
         std::thread::sleep(limit);
-        // Whoever should read this may have stopped to.
+        // The reader may have stopped reading.
         let seconds = limit.as_secs();
         std::thread::spawn(move || {
             tracing::error!("requests are under way {seconds} s after the signal: they are left")

@@ -44,7 +44,7 @@ pub(crate) struct Arguments {
     /// Check only these rules, by their ids in docs/protocol.md: for example R3,L1
     #[arg(long, value_name = "RULE,...", value_delimiter = ',', value_parser = known)]
     only: Vec<&'static str>,
-    /// What the device is, where what it says of itself doesn't tell
+    /// The kind of the device, where its answers do not tell
     #[arg(long)]
     device: Option<Device>,
     /// Check only on these rings; else on split ones, and on packed ones if they are offered
@@ -53,7 +53,7 @@ pub(crate) struct Arguments {
     /// Queue pairs that a network interface serves, if fewer than it says, as with DPDK
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     queue_pairs: Option<u16>,
-    /// What brings something in. To a network interface: 'loop' if it sends back what it is sent, an interface of the host,
+    /// The source of what comes in. For a network interface: 'loop' if it sends back what it is sent, an interface of the host,
     /// or the socket of another vhost-user back-end whose frames arrive at this one. To vsock: the socket of the host's side.
     /// To a console: the address that it is typed at. Without it a loop is tried
     #[arg(long, value_name = "loop|INTERFACE|SOCKET|tcp:HOST:PORT", value_parser = feed)]
@@ -146,7 +146,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     if let Some(explanation) = &arguments.explain {
         let Explanation { rule, consequence, meaning, remedy } = explanation;
         let (text, broken) = (explanation.text(), consequence.words());
-        // Nobody may be reading it.
+        // The reader may have gone.
         let _ = writeln!(io::stdout(), "{rule}: {text}\n\nIf broken: {broken}. {meaning}\n\nRemedy: {remedy}");
         return ExitCode::SUCCESS;
     }

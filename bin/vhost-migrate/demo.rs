@@ -74,7 +74,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     processes.finish(outcome)
 }
 
-/// How often the processes are looked at.
+/// The interval at which the processes are polled.
 const WATCH_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The processes of the demo and the folder of their files. They end together, whatever ends the demo.

@@ -204,11 +204,11 @@ impl Workload {
     }
 }
 
-/// How long a destination is asked before a guest is resumed that it may run.
+/// The time for which a destination is asked before a guest is resumed that it may run.
 const ASK_BEFORE_RESUME: Duration = Duration::from_secs(2);
 const MIGRATION: &str = "a migration";
 const MEASUREMENT: &str = "a measurement";
-/// How long a measurement may take to end for a migration.
+/// The longest time that a measurement may take to end for a migration.
 const MEASUREMENT_END: Duration = Duration::from_secs(15);
 /// How often a watch looks for news.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -232,7 +232,7 @@ enum State {
 }
 
 impl State {
-    /// Where the guest is, if there is one.
+    /// The location of the guest, if there is one.
     fn location(self) -> Option<GuestLocation> {
         match self {
             State::Running => Some(GuestLocation::RunningHere),

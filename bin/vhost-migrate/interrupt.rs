@@ -10,7 +10,7 @@ use nix::sys::signal::{SigSet, Signal};
 /// Has `then` called on a thread of its own at the first SIGINT or SIGTERM.
 ///
 /// # Errors
-/// What the system says.
+/// The error of the system.
 pub(crate) fn on_interrupt(then: impl FnOnce() + Send + 'static) -> io::Result<()> {
     on_first([Signal::SIGINT, Signal::SIGTERM], then)
 }
@@ -18,7 +18,7 @@ pub(crate) fn on_interrupt(then: impl FnOnce() + Send + 'static) -> io::Result<(
 /// The same for what ends with its terminal as well, at SIGHUP.
 ///
 /// # Errors
-/// What the system says.
+/// The error of the system.
 pub(crate) fn on_interrupt_or_hangup(then: impl FnOnce() + Send + 'static) -> io::Result<()> {
     on_first([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP], then)
 }
@@ -26,7 +26,7 @@ pub(crate) fn on_interrupt_or_hangup(then: impl FnOnce() + Send + 'static) -> io
 /// Lets SIGHUP do nothing to this process. Programs that it starts take it as usual.
 ///
 /// # Errors
-/// What the system says.
+/// The error of the system.
 pub(crate) fn ignore_hangup() -> io::Result<()> {
     Ok(SigSet::from(Signal::SIGHUP).thread_block()?)
 }
@@ -44,7 +44,7 @@ fn on_first(signals: impl IntoIterator<Item = Signal>, then: impl FnOnce() + Sen
 /// Has `then` called on a thread of its own at every SIGINT and SIGTERM, with their number so far, this one included.
 ///
 /// # Errors
-/// What the system says.
+/// The error of the system.
 pub(crate) fn on_every_interrupt(mut then: impl FnMut(u32) + Send + 'static) -> io::Result<()> {
     let mut count = 0u32;
     on([Signal::SIGINT, Signal::SIGTERM], move || {
@@ -57,7 +57,7 @@ pub(crate) fn on_every_interrupt(mut then: impl FnMut(u32) + Send + 'static) -> 
 /// Has `then` called on a thread of its own at every SIGHUP.
 ///
 /// # Errors
-/// What the system says.
+/// The error of the system.
 pub(crate) fn on_hangup(mut then: impl FnMut() + Send + 'static) -> io::Result<()> {
     on([Signal::SIGHUP], move || {
         then();

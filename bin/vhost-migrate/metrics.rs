@@ -18,7 +18,7 @@ use vhost_migrate::{backend, control, frontend};
 const CONNECTIONS: usize = 4;
 /// Longest time from a connection to the end of its answer.
 const LIMIT: Duration = Duration::from_secs(2);
-/// How long to wait when the system has no descriptor left.
+/// The pause when the system has no descriptor left.
 const RETRY: Duration = Duration::from_secs(1);
 /// Longest request, bytes.
 const MAX_REQUEST: usize = 8 << 10;

@@ -127,7 +127,7 @@ fn resolved(uri: &str) -> String {
     }
 }
 
-/// How long a migration may take to end once it is cancelled.
+/// The longest time that a migration may take to end once it is cancelled.
 const LAST_WORDS: Duration = Duration::from_secs(30);
 
 /// Has the first SIGINT or SIGTERM cancel the migration and the second end this process, which also ends by itself when the
@@ -159,7 +159,7 @@ fn cancel(control: &Path) {
     std::process::exit(NO_CONTACT.into());
 }
 
-/// How long a migration whose reports are lost is waited for.
+/// The longest wait for a migration whose reports are lost.
 const END: Duration = Duration::from_secs(60);
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 

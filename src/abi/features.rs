@@ -45,7 +45,7 @@ pub fn feature_names(bits: u64, device: Option<u32>) -> String {
     named(bits, name)
 }
 
-/// What these protocol feature bits are called.
+/// The names of these protocol feature bits.
 pub fn protocol_feature_names(bits: u64) -> String {
     named(bits, |number| {
         let name = vhost_user::protocol_feature::NAMES.iter().find(|(bit, _)| *bit == number);

@@ -62,7 +62,7 @@ pub(crate) enum Op {
     },
 }
 
-/// How data gets from and to the disk.
+/// The ways of data from and to the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Way {
     /// Past the page cache, straight from and to the request's memory.

@@ -17,7 +17,7 @@ use crate::sys::shared;
 #[derive(Debug)]
 pub struct Kick {
     eventfd: OwnedFd,
-    /// What wakes the rings that wait for it.
+    /// Wakes the rings that wait for it.
     rings: Mutex<Vec<Weak<EventFd>>>,
 }
 

@@ -35,7 +35,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Where front-ends connect. A socket that was made here is removed with it, unless another process has replaced it.
 #[derive(Debug)]
 pub struct Listener {
-    // Removed before nobody listens there any more.
+    // Removed while it is still listened at.
     _place: Option<Place>,
     socket: UnixListener,
 }

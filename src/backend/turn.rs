@@ -5,9 +5,9 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long a front-end waits for another one's rings to be stopped.
+/// The longest wait of a front-end for another one's rings to be stopped.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How often it looks whether it is still wanted.
+/// The interval at which it looks whether it is still wanted.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// Lets one connection at a time run rings.

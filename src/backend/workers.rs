@@ -25,7 +25,7 @@ use super::{BackendError, Device, Notifier};
 use crate::ring::RingBase;
 use crate::sys::lines::limited;
 
-/// How often to look for the front-end while a ring is being stopped.
+/// The interval at which the front-end is polled while a ring is being stopped.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// The rings of one connection. Dropping it abandons those that run: what is under way ends, but is not published, so
@@ -59,7 +59,7 @@ impl Workers {
     /// the ring has is abandoned: the front-end's next back-end may have taken the ring up (rule I10).
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the system.
     pub fn watch(&mut self, connection: BorrowedFd<'_>) -> io::Result<()> {
         self.connection = Some(connection.try_clone_to_owned()?);
         Ok(())

@@ -377,7 +377,7 @@ pub(super) fn protocol_name(feature: u32) -> String {
     known.map_or_else(|| format!("bit {feature}"), |(_, name)| (*name).into())
 }
 
-/// Returns true for errors of a socket that nobody listens at.
+/// Returns true for errors of a socket at which no process listens.
 fn is_absent(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound)
 }

@@ -98,7 +98,7 @@ const fn mask(bits: &[u32]) -> u64 {
 struct Traits {
     /// Features of the device.
     features: u64,
-    /// How many queues, if it says so.
+    /// The number of queues, if it says so.
     queues: Option<u64>,
     /// Configuration space, as much of it as 40 bytes; `None` without one.
     config: Option<Vec<u8>>,

@@ -52,7 +52,7 @@ pub enum Rings {
 /// How to check.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// What the device is, where what it says of itself doesn't tell.
+    /// The kind of the device, where its answers do not tell.
     pub device: Option<Kind>,
     /// Only these rules, by their ids ([`rule`](super::rule)); all of them if empty.
     pub only: Vec<&'static str>,
@@ -113,7 +113,7 @@ pub enum CheckError {
         /// What the system said.
         source: io::Error,
     },
-    /// A connection that nobody reads.
+    /// A connection that is not read.
     #[error(
         "{}: the back-end has not read GET_FEATURES within {waited:?}: it serves another front-end, or hangs. Most serve one \
          front-end at a time: stop that one, or check another instance",

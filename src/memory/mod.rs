@@ -307,7 +307,7 @@ impl<B: Bitmap + Send + Sync + 'static> TryFrom<&GuestMemoryMmap<B>> for Memory 
     /// [`Pagemap`](crate::dirty::Pagemap) makes private anonymous memory look used.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the system.
     fn try_from(memory: &GuestMemoryMmap<B>) -> Result<Memory, MemoryError> {
         let region =
             |region: &GuestRegionMmap<B>| Region::of_mapping(region.start_addr().0, region.get_mmap()).map(Arc::new);

@@ -51,7 +51,7 @@ impl<'m> Window<'m> {
     /// One `readv` to the front of the window. Returns the bytes read, 0 at the end of the file.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the system.
     pub fn readv(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         let guards: Vec<_> = self.waiting().iter().take(IOV_MAX).map(VolatileSlice::ptr_guard_mut).collect();
         let iovecs: Vec<_> =
@@ -172,7 +172,7 @@ unsafe fn copy_page_avx2(from: *const u8, into: &mut [u8; PAGE], more: bool) -> 
 /// that can't leaves that to the next fdatasync.
 ///
 /// # Errors
-/// What the system says.
+/// The error of the system.
 pub(super) fn write_back(fd: BorrowedFd<'_>, offset: u64, count: u64, wait: bool) -> io::Result<()> {
     let before_and_after = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
     let flags = libc::SYNC_FILE_RANGE_WRITE | if wait { before_and_after } else { 0 };

@@ -13,7 +13,7 @@ use zerocopy::FromBytes;
 
 use super::{Found, Lines, open};
 
-/// How the region is to be read.
+/// The way to read the region.
 #[derive(Debug, clap::Args)]
 pub(super) struct Region {
     /// Queues of the region

@@ -14,7 +14,7 @@ use vhost_migrate::stream::{ChannelId, FrameReader, Kind, PageStats, StreamError
 use super::{Found, Lines, open};
 use crate::units::show;
 
-/// What a restore needs next.
+/// The frame that a restore needs next.
 #[derive(Clone, Copy, PartialEq)]
 enum Due {
     Layout,

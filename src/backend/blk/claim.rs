@@ -20,7 +20,7 @@ const TRIAL: Duration = Duration::from_secs(1);
 /// How often to look.
 const NAP: Duration = Duration::from_millis(1);
 
-/// Who else may use an image that is claimed.
+/// The other processes that may use an image that is claimed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Sharing {
     /// Nobody.
@@ -55,7 +55,7 @@ impl Image {
     /// Finds out whether it could be claimed, and leaves it to others.
     ///
     /// # Errors
-    /// When somebody else has it.
+    /// When another process has it.
     pub(super) fn try_claim(self: &Arc<Image>) -> io::Result<()> {
         self.claim_within(TRIAL).map(drop)
     }

@@ -20,7 +20,7 @@ const BEGINNINGS: [(&str, usize, &[u8]); 11] = [
 ];
 /// In the last sector of a vpc image of fixed size, and in the first one of others.
 const VPC: &[u8] = b"conectix";
-/// Where the last sector begins, from the end.
+/// The beginning of the last sector, counted from the end.
 const LAST: u64 = 512;
 
 /// The format of an image of `bytes` bytes, by the name that qemu-img has for it; `None` for a raw one.

@@ -88,7 +88,7 @@ impl Files {
     /// Puts everything that was changed on stable storage, unless it is there.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the system.
     pub(crate) fn sync(&self) -> io::Result<()> {
         if self.unsynced.swap(false, Ordering::AcqRel)
             && let Err(errno) = fdatasync(self.main())

@@ -36,7 +36,7 @@ impl Session {
         Ok(())
     }
 
-    /// Whether the front-end wants to know what is written.
+    /// True if the front-end wants to know what is written.
     fn is_logging(&self) -> bool {
         self.features & LOG_ALL != 0 || self.rings.iter().any(Ring::logs)
     }

@@ -30,7 +30,7 @@ pub struct Setup {
     pub polled: bool,
     /// Signalled when requests were used.
     pub call: Option<Arc<Notifier>>,
-    /// Whether `call` came while the ring did not run.
+    /// True if `call` came while the ring did not run.
     pub call_is_new: bool,
     /// Whether the driver was to be notified before, also when the ring ran the last time (rule R10).
     pub notified: Arc<AtomicBool>,

@@ -44,7 +44,7 @@ impl Ring {
         *self = Ring { call, error, ran: self.ran, ..Ring::default() };
     }
 
-    /// Whether the used ring is to be logged (rule L3).
+    /// True if the used ring is to be logged (rule L3).
     pub(super) fn logs(&self) -> bool {
         self.addr.as_ref().is_some_and(logs_used)
     }

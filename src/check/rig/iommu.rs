@@ -252,7 +252,7 @@ impl State {
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
                 Err(Fault::Breach("it asks for translations and does not read them".into()))
             }
-            // If the connection is over, nobody waits for it.
+            // If the connection is over, no process waits for it.
             _ => Ok(0),
         }
     }

@@ -26,7 +26,7 @@ const MAX_WAITING: usize = 2 * MAX_CHANNELS as usize;
 const HEADER_TIME: Duration = Duration::from_secs(5);
 /// How long a connection may wait for the others of its migration.
 const WHOLE_TIME: Duration = Duration::from_secs(10);
-/// How long to wait when the system has no descriptor left.
+/// The pause when the system has no descriptor left.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Waits for a migration at a URI. Dropping it removes the socket file it has made.
@@ -42,7 +42,7 @@ pub struct Listener {
 enum Socket {
     Tcp(TcpListener),
     Unix {
-        // Removed before nobody listens there any more.
+        // Removed while it is still listened at.
         _place: Place,
         listener: UnixListener,
     },
