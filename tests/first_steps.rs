@@ -90,6 +90,17 @@ fn failure(demo: &mut Running) -> String {
     errors
 }
 
+#[test]
+fn a_demo_that_ends_well_reports_no_trouble() {
+    for kill in [&[][..], &["--kill"]] {
+        let mut demo = program();
+        demo.args(["demo", "--memory", "64M", "--disk", "16M", "--seconds", "1", "--dirty-rate", "1M/s"]).args(kill);
+        let output = demo.output().unwrap();
+        assert!(output.status.success() && text(&output.stdout).contains("verified"), "{}", text(&output.stderr));
+        assert!(kill.len() == 1 || output.stderr.is_empty(), "{}", text(&output.stderr));
+    }
+}
+
 #[rstest]
 #[case::source_back_end(&["backend", "source.vhost"], "the source's back-end has ended")]
 #[case::destination_back_end(&["backend", "destination.vhost"], "the destination's back-end has ended")]

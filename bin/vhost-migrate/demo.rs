@@ -127,6 +127,8 @@ impl Processes {
     fn finish(&self, outcome: io::Result<Value>) -> ! {
         // Both locks are kept until the exit: no process can be started any more, and no other thread can finish.
         let mut running = lock(&self.running);
+        // Guests first, so that none reports that its back-end has gone away.
+        running.sort_by_key(|(name, _)| name.ends_with("back-end"));
         running.iter_mut().for_each(|(_, child)| end(child));
         let folder = lock(&self.folder);
         if let Err(error) = std::fs::remove_dir_all(folder.path()) {
