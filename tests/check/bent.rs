@@ -22,7 +22,7 @@ use vhost_migrate::backend::{BackendError, Device, Logging, Message, Notifier, R
 use vhost_migrate::check::{Feed, Options, Report, check};
 use vhost_migrate::dirty::{Log, PageSet};
 use vhost_migrate::memory::LOG_PAGE;
-use vhost_migrate::ring::RingBase;
+use vhost_migrate::ring::{RingBase, RingLayout};
 use zerocopy::IntoBytes;
 
 use crate::bend::Bend;
@@ -141,6 +141,13 @@ fn index_in(setup: &Setup, area: usize) -> RingBase {
     RingBase::split(u16::from_le_bytes(index))
 }
 
+/// Marks all of a ring in the log.
+fn mark_ring(setup: &Setup) {
+    let Some(log) = &setup.logging.data else { return };
+    let bytes = RingLayout::area_bytes(setup.features, setup.layout.size());
+    setup.layout.areas().into_iter().zip(bytes).for_each(|(gpa, bytes)| log.mark(gpa, bytes));
+}
+
 impl Rings for Bent {
     fn start(&mut self, index: u16, mut setup: Setup) -> Result<(), BackendError> {
         self.setups.insert(index, setup.clone());
@@ -151,7 +158,8 @@ impl Rings for Bent {
             Bend::ForgetsOpen => (setup.inflight, setup.base) = (None, avail_index(&setup)),
             Bend::BaseForgotten => setup.base = RingBase::default(),
             Bend::SuccessorForgets if setup.inflight.is_some() => setup.logging = Logging::default(),
-            Bend::SuccessorMarksItsOwn => setup.first = false,
+            // Then the log seems to be the one that its predecessor wrote to.
+            Bend::SuccessorMarksItsOwn => mark_ring(&setup),
             Bend::Channel(Channel::NoCalls) if setup.kick.is_none() => setup.call = None,
             _ => {}
         }

@@ -198,9 +198,7 @@ fn what_costs_and_breaks_nothing_is_a_warning() {
     assert!(!report.is_broken(), "{report}");
     let data = report.findings.iter().find(|finding| finding.rule == "L1").unwrap();
     assert!(data.verdict == Verdict::Warning && data.seen.contains("% of the marks"), "{report}");
-    // On a packed ring what this back-end forgets decides where it goes on, too (rule I12).
-    let options = Options { only: named("L15 L8"), rings: Some(Rings::Split), ..Options::default() };
-    let report = checked(Bend::SuccessorMarksItsOwn, options);
+    let report = checked(Bend::SuccessorMarksItsOwn, Options { only: named("L15 L8"), ..Options::default() });
     assert_eq!(report.rules().get("L15"), Some(&Verdict::Warning), "{report}");
     assert!(!report.is_broken(), "{report}");
     let report = checked(Bend::Iommu(Iommu::Lenient), Options { only: named("T"), ..Options::default() });
