@@ -175,8 +175,18 @@ fn drain(bench: &mut Bench) -> Result<Outcome, Fault> {
 fn late_frames(bench: &Bench) -> Result<Option<String>, Fault> {
     let mut rig = bench.rig(0)?;
     rig.start()?;
+    // A frame that has come in shows that the ring runs: a message may overtake the first kick.
+    rig.add(1, Size::Large)?;
+    rig.publish();
+    rig.finish()?;
     rig.add(SLOTS, Size::Large)?;
     rig.ring.publish();
+    // What is left of earlier connections takes the first of the buffers.
+    let deadline = Instant::now() + rig.timeout;
+    while soon(rig.settle, || rig.pop())? && Instant::now() < deadline {
+        rig.add(SLOTS - u64::from(rig.outstanding()), Size::Large)?;
+        rig.ring.publish();
+    }
     let base = rig.stop_first()?;
     let before = rig.hashes()?;
     rig.pop_all()?;

@@ -176,15 +176,15 @@ impl Rings for Bent {
         }
         let (area, late) = match self.bend {
             Bend::EarlyBase => (1, 20),
-            // Of an interface the receive rings alone: an earlier connection's transmit rings would send into the next ones.
-            Bend::GoesOn if index.is_multiple_of(2) => (2, 3000),
+            Bend::GoesOn => (2, 3000),
             _ => return self.workers.lock().unwrap().stop(index),
         };
         let base = index_in(&self.setups[&index], area);
-        let workers = self.workers.clone();
+        // Its connection's end ends it: an interface that went on would take the frames of the next one.
+        let workers = Arc::downgrade(&self.workers);
         thread::spawn(move || {
             thread::sleep(Duration::from_millis(late));
-            workers.lock().unwrap().stop(index)
+            workers.upgrade().map(|workers| workers.lock().unwrap().stop(index))
         });
         Ok(base)
     }

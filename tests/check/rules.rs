@@ -332,7 +332,7 @@ fn a_network_interface_that_logs_nothing_or_goes_on_receiving_is_found_by_what_i
     assert_eq!(broken, BTreeSet::from([("L1", "split receive")]), "{report}");
     for bend in [Bend::EarlyBase, Bend::GoesOn] {
         let (broken, report) = found(bend, &["R3"]);
-        assert!(broken.contains(&("R3", "split receive")), "{report}");
+        assert!(broken.contains(&("R3", "split receive")), "{bend:?}\n{report}");
     }
 }
 
