@@ -5,7 +5,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Sender, bounded};
@@ -13,7 +12,7 @@ use crossbeam::channel::{Sender, bounded};
 use super::error::MigrateError;
 use super::machine::{Arrival, MachineError};
 use super::outcomes::Outcomes;
-use super::populate::populate;
+use super::populate::{Arrived, populate};
 use super::time_limit::TimeLimit;
 use crate::memory::LOG_PAGE;
 use crate::stream::record::{Commit, DataRuns, MemoryLayout, Started};
@@ -228,19 +227,20 @@ fn receive_pages(
 ) -> Result<(PageStats, Comparison), MigrateError> {
     let channels = readers.len() as u16;
     let sockets: Vec<Channel> = readers.iter_mut().map(|reader| reader.get_mut().clone()).collect();
-    let over = AtomicBool::new(false);
+    let arrived = Arrived::default();
     std::thread::scope(|scope| {
         let (done, ended) = bounded(readers.len());
         let (announce, announced) = bounded::<DataRuns>(1);
         // Ends when nobody can announce anything any more.
-        scope.spawn(|| announced.into_iter().for_each(|data| populate(target, &data.runs, &over)));
+        let arrived = &arrived;
+        scope.spawn(move || announced.into_iter().for_each(|data| populate(target, &data.runs, arrived)));
         let mut announce = Some(announce);
         for (number, reader) in readers.iter_mut().enumerate() {
             let (done, target, announce) = (done.clone(), target.clone(), announce.take());
             scope.spawn(move || {
                 let result = Decoder::new(target, number as u16, channels)
                     .map_err(MigrateError::from)
-                    .and_then(|mut decoder| receive_channel(&mut decoder, reader, announce));
+                    .and_then(|mut decoder| receive_channel(&mut decoder, reader, announce, arrived));
                 // The receiver outlives all senders.
                 let _ = done.send(result);
             });
@@ -265,7 +265,7 @@ fn receive_pages(
                 (Err(_), Err(_)) => {}
             }
         }
-        over.store(true, Ordering::Relaxed);
+        arrived.end();
         outcome
     })
 }
@@ -276,6 +276,7 @@ fn receive_channel(
     decoder: &mut Decoder,
     reader: &mut FrameReader<Channel>,
     mut announce: Option<Sender<DataRuns>>,
+    arrived: &Arrived,
 ) -> Result<(PageStats, Comparison), MigrateError> {
     let mut all = PageStats::default();
     let mut round = PageStats::default();
@@ -283,7 +284,9 @@ fn receive_channel(
     loop {
         let header = reader.next_frame()?;
         if header.kind == Kind::Pages {
-            round += decoder.receive(&header, reader)?;
+            let received = decoder.receive(&header, reader)?;
+            arrived.add(received.data_pages);
+            round += received;
             continue;
         }
         if header.kind == Kind::Hashes {

@@ -1,8 +1,11 @@
 //! Memory of the destination provided ahead of the pages that arrive: in large pieces it costs the system less than page
 //! by page in the midst of a read, and somebody else's time.
+//!
+//! What a source announces is a hint, and costs it nothing. So no more is provided than a window, and some pages for each
+//! one that has arrived with data.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::memory::LOG_PAGE;
 use crate::stream::Target;
@@ -11,12 +14,63 @@ use crate::stream::Target;
 const PIECE: u64 = (4 << 20) / LOG_PAGE;
 /// Runs of at least this many pages are worth an advice to use huge pages, each of which splits a mapping.
 const HUGE: u64 = (64 << 20) / LOG_PAGE;
+/// Pages that may be populated before any has arrived: 64 MiB.
+const WINDOW: u64 = (64 << 20) / LOG_PAGE;
+/// Pages that may be populated for each that has arrived with data. More than one, as announced pages can arrive as zero.
+const PER_PAGE: u64 = 4;
 
-/// Populates `runs`, the pages for which the source has announced data, until all are done or `over` is set. Pieces that
-/// pages have reached already are left out. Populates no other page: no more than the source uses.
-pub(super) fn populate(target: &Target, runs: &[Range<u64>], over: &AtomicBool) {
+/// How far a migration's pages have come.
+#[derive(Debug, Default)]
+pub(super) struct Arrived {
+    progress: Mutex<Progress>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Progress {
+    /// With data.
+    pages: u64,
+    /// No more come.
+    over: bool,
+    /// Pages that are not populated before more have arrived; 0 if nobody waits.
+    wanted: u64,
+}
+
+impl Arrived {
+    /// Notes pages that have arrived with data.
+    pub(super) fn add(&self, pages: u64) {
+        self.lock().pages += pages;
+        self.changed.notify_all();
+    }
+
+    /// No more pages come.
+    pub(super) fn end(&self) {
+        self.lock().over = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until `pages` more than the window have arrived; false if they never will.
+    fn wait_to_populate(&self, pages: u64) -> bool {
+        let mut progress = self.lock();
+        while !progress.over && WINDOW + PER_PAGE * progress.pages < pages {
+            progress.wanted = pages;
+            progress = self.changed.wait(progress).unwrap_or_else(PoisonError::into_inner);
+        }
+        progress.wanted = 0;
+        !progress.over
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Populates `runs`, the pages for which the source has announced data, until all are done or no more pages arrive, and
+/// waits for pages to arrive where it has come too far. Pieces that pages have reached already are left out. Populates no
+/// other page: no more than the source uses.
+pub(super) fn populate(target: &Target, runs: &[Range<u64>], arrived: &Arrived) {
     let memory = target.memory();
-    let mut done = 0;
+    let (mut done, mut populated) = (0, 0);
     for run in runs {
         // What is not memory, or not in order, is not believed.
         for part in memory.pages(&(run.start.max(done)..run.end)) {
@@ -25,10 +79,12 @@ pub(super) fn populate(target: &Target, runs: &[Range<u64>], over: &AtomicBool) 
             }
             for start in (part.start / PIECE..part.end.div_ceil(PIECE)).map(|piece| piece * PIECE) {
                 let piece = part.start.max(start)..part.end.min(start + PIECE);
-                if over.load(Ordering::Relaxed) {
+                populated += piece.end - piece.start;
+                if !arrived.wait_to_populate(populated) {
                     return;
                 }
                 if target.has_data(piece.end - 1) {
+                    populated -= piece.end - piece.start;
                     continue;
                 }
                 if let Err(error) = memory.populate(&piece) {
@@ -44,21 +100,34 @@ pub(super) fn populate(target: &Target, runs: &[Range<u64>], over: &AtomicBool) 
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd;
+    use std::os::fd::{AsFd, OwnedFd};
     use std::sync::Arc;
+    use std::time::{Duration, Instant};
 
     use super::*;
     use crate::memory::{Memory, Region, sealed_memfd};
 
     const PAGES: u64 = 8 << 10;
 
+    fn target(pages: u64) -> (Target, OwnedFd) {
+        let fd = sealed_memfd("populate-test", pages * LOG_PAGE).unwrap();
+        let region = Region::map(fd.as_fd(), 0, pages * LOG_PAGE, 0, 0).unwrap();
+        (Target::fresh(Memory::new([Arc::new(region)]).unwrap()), fd)
+    }
+
+    fn resident(fd: &OwnedFd) -> u64 {
+        nix::sys::stat::fstat(fd).unwrap().st_blocks as u64 / 8
+    }
+
     /// The pages that a file of `PAGES` pages takes after `runs` were announced for it.
     fn taken(runs: &[Range<u64>], over: bool) -> u64 {
-        let fd = sealed_memfd("populate-test", PAGES * LOG_PAGE).unwrap();
-        let region = Region::map(fd.as_fd(), 0, PAGES * LOG_PAGE, 0, 0).unwrap();
-        let target = Target::fresh(Memory::new([Arc::new(region)]).unwrap());
-        populate(&target, runs, &AtomicBool::new(over));
-        nix::sys::stat::fstat(&fd).unwrap().st_blocks as u64 / 8
+        let (target, fd) = target(PAGES);
+        let arrived = Arrived::default();
+        if over {
+            arrived.end();
+        }
+        populate(&target, runs, &arrived);
+        resident(&fd)
     }
 
     #[test]
@@ -73,5 +142,43 @@ mod tests {
         assert_eq!(taken(&[ends(PAGES - 1), ends(0), 0..PAGES], false), 1, "runs that come back are ignored");
         assert_eq!(taken(&[PAGES..PAGES + 9, 7..8], false), 0);
         assert_eq!(taken(&[ends(0)], false), PAGES);
+    }
+
+    #[test]
+    fn what_is_only_announced_is_provided_as_far_as_a_window_and_then_with_the_pages_that_arrive() {
+        const ALL: u64 = 4 * WINDOW;
+        let (target, fd) = target(ALL);
+        let arrived = Arrived::default();
+        // It has populated so many, and the next piece is too much.
+        let until_it_waits_after = |pages| {
+            let deadline = Instant::now() + Duration::from_secs(60);
+            while arrived.lock().wanted != pages + PIECE {
+                assert!(Instant::now() < deadline, "{} pages", resident(&fd));
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            resident(&fd)
+        };
+        std::thread::scope(|scope| {
+            let populating = scope.spawn(|| populate(&target, &[0..ALL], &arrived));
+            assert_eq!(until_it_waits_after(WINDOW), WINDOW);
+            arrived.add(PIECE);
+            let more = WINDOW + PER_PAGE * PIECE;
+            assert_eq!(until_it_waits_after(more), more);
+            arrived.add(ALL);
+            populating.join().unwrap();
+            assert_eq!(resident(&fd), ALL);
+        });
+    }
+
+    #[test]
+    fn nobody_is_waited_for_when_no_more_pages_come() {
+        let (target, fd) = target(2 * WINDOW);
+        let arrived = Arrived::default();
+        std::thread::scope(|scope| {
+            let populating = scope.spawn(|| populate(&target, &[0..2 * WINDOW], &arrived));
+            arrived.end();
+            populating.join().unwrap();
+        });
+        assert!(resident(&fd) <= WINDOW);
     }
 }
