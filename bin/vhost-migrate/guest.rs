@@ -15,10 +15,10 @@ use vhost_migrate::migrate::{
     connect_all, dirty_sources, measure, migrate, receive,
 };
 use vhost_migrate::stream::record::Started;
-use vhost_migrate::stream::transport::{ask, connect};
+use vhost_migrate::stream::transport::{ask, connect, remove_unfinished_saves};
 use vhost_migrate::stream::{Cancel, Listener, MigrationId, Options, ToSource, Uri};
 
-use crate::interrupt::ignore_hangup;
+use crate::interrupt::{before_the_end, ignore_hangup};
 use crate::messages::Messages;
 use crate::metrics::Metrics;
 use crate::units;
@@ -104,8 +104,9 @@ struct Workload {
 /// Runs the command.
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
     arguments.messages.start();
-    if let Err(error) = ignore_hangup() {
-        eprintln!("guest: SIGHUP: {error}");
+    let signals = ignore_hangup().and_then(|()| before_the_end(CLEANING, remove_unfinished_saves));
+    if let Err(error) = signals {
+        eprintln!("guest: signals: {error}");
         return ExitCode::FAILURE;
     }
     match own(&arguments) {
@@ -204,6 +205,8 @@ impl Workload {
     }
 }
 
+/// The time that SIGTERM leaves for files of saves under way to be removed.
+const CLEANING: Duration = Duration::from_secs(2);
 /// The time for which a destination is asked before a guest is resumed that it may run.
 const ASK_BEFORE_RESUME: Duration = Duration::from_secs(2);
 const MIGRATION: &str = "a migration";

@@ -4,8 +4,9 @@
 
 use std::io;
 use std::ops::ControlFlow;
+use std::time::Duration;
 
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigSet, Signal, raise};
 
 /// Has `then` called on a thread of its own at the first SIGINT or SIGTERM.
 ///
@@ -23,6 +24,31 @@ pub(crate) fn on_interrupt_or_hangup(then: impl FnOnce() + Send + 'static) -> io
     on_first([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP], then)
 }
 
+/// Has `before` called, and no longer waited for than `limit`, before the first SIGINT or SIGTERM ends the process as it always
+/// does.
+///
+/// # Errors
+/// The error of the system.
+pub(crate) fn before_the_end(limit: Duration, before: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let mut before = Some(before);
+    on([Signal::SIGINT, Signal::SIGTERM], move |signal| {
+        let (done, is_done) = crossbeam::channel::bounded(1);
+        if let Some(before) = before.take() {
+            let work = move || {
+                before();
+                let _ = done.send(());
+            };
+            // Without a thread it is left undone.
+            if std::thread::Builder::new().spawn(work).is_ok() {
+                let _ = is_done.recv_timeout(limit);
+            }
+        }
+        let _ = SigSet::from(signal).thread_unblock().and_then(|()| raise(signal));
+        // It was ignored when this process was started.
+        std::process::exit(128 + signal as i32)
+    })
+}
+
 /// Lets SIGHUP do nothing to this process. Programs that it starts take it as usual.
 ///
 /// # Errors
@@ -33,7 +59,7 @@ pub(crate) fn ignore_hangup() -> io::Result<()> {
 
 fn on_first(signals: impl IntoIterator<Item = Signal>, then: impl FnOnce() + Send + 'static) -> io::Result<()> {
     let mut then = Some(then);
-    on(signals, move || {
+    on(signals, move |_| {
         then.take().map_or(ControlFlow::Continue(()), |then| {
             then();
             ControlFlow::Break(())
@@ -47,7 +73,7 @@ fn on_first(signals: impl IntoIterator<Item = Signal>, then: impl FnOnce() + Sen
 /// The error of the system.
 pub(crate) fn on_every_interrupt(mut then: impl FnMut(u32) + Send + 'static) -> io::Result<()> {
     let mut count = 0u32;
-    on([Signal::SIGINT, Signal::SIGTERM], move || {
+    on([Signal::SIGINT, Signal::SIGTERM], move |_| {
         count = count.saturating_add(1);
         then(count);
         ControlFlow::Continue(())
@@ -59,7 +85,7 @@ pub(crate) fn on_every_interrupt(mut then: impl FnMut(u32) + Send + 'static) -> 
 /// # Errors
 /// The error of the system.
 pub(crate) fn on_hangup(mut then: impl FnMut() + Send + 'static) -> io::Result<()> {
-    on([Signal::SIGHUP], move || {
+    on([Signal::SIGHUP], move |_| {
         then();
         ControlFlow::Continue(())
     })
@@ -67,14 +93,14 @@ pub(crate) fn on_hangup(mut then: impl FnMut() + Send + 'static) -> io::Result<(
 
 fn on(
     signals: impl IntoIterator<Item = Signal>,
-    mut then: impl FnMut() -> ControlFlow<()> + Send + 'static,
+    mut then: impl FnMut(Signal) -> ControlFlow<()> + Send + 'static,
 ) -> io::Result<()> {
     let signals: SigSet = signals.into_iter().collect();
     signals.thread_block()?;
     let wait = move || {
         // It is no thread for other signals to be delivered to, among which one may be waited for elsewhere.
         let _ = SigSet::all().thread_block();
-        while signals.wait().is_ok() && then().is_continue() {}
+        while signals.wait().is_ok_and(|signal| then(signal).is_continue()) {}
     };
     std::thread::Builder::new().name("signals".into()).spawn(wait)?;
     Ok(())

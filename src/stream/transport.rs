@@ -34,6 +34,7 @@ mod save;
 pub use super::limiter::{Cancel, Limiter, OnCancel};
 pub use accept::{Incoming, Listener, Question};
 pub use connect::{ask, connect};
+pub use save::remove_unfinished_saves;
 use save::{Partial, Save};
 
 /// Where a migration goes to or comes from.

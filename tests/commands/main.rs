@@ -5,6 +5,7 @@ mod outcome;
 #[path = "../migrate/relay.rs"]
 #[allow(dead_code)] // not all that it can break is broken here
 mod relay;
+mod saves;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;

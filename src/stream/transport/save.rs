@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::fcntl::{AT_FDCWD, AtFlags, FcntlArg, OFlag, fcntl};
 use nix::unistd::{Whence, fdatasync, linkat, lseek};
@@ -25,6 +26,32 @@ const PIECE: u64 = 16 << 20;
 
 /// This process's descriptors as paths.
 const OPEN_FILES: &str = "/proc/self/fd";
+
+/// Names of files that hold a part of a save, in this process.
+static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// Removes the files of saves that are under way, for a process that is about to end without waiting for them. They fail, and
+/// only a save to a file system without unnamed files (O_TMPFILE) leaves anything behind at all.
+pub fn remove_unfinished_saves() {
+    // No longer held than to take them out: whoever notes or forgets a name must not wait for a disk.
+    let paths = std::mem::take(&mut *unfinished());
+    for path in paths {
+        // One that was published in between is not there any more.
+        let _ = std::fs::remove_file(path);
+    }
+}
+
+fn unfinished() -> MutexGuard<'static, Vec<PathBuf>> {
+    UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Takes one mention of `path` out of them.
+fn forget(path: &Path) {
+    let mut paths = unfinished();
+    if let Some(place) = paths.iter().position(|noted| noted == path) {
+        paths.swap_remove(place);
+    }
+}
 
 /// A save under way.
 pub(super) struct Save {
@@ -140,7 +167,10 @@ impl Partial {
     fn create_named(path: &Path, id: MigrationId, replaces: Option<(u64, u64)>) -> io::Result<(OwnedFd, Partial)> {
         let from = partial_path(path, id);
         let mut how = OpenOptions::new();
-        let file = how.write(true).create_new(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(&from)?;
+        // Before it is there: the process may end at any moment.
+        unfinished().push(from.clone());
+        let file = how.write(true).create_new(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(&from);
+        let file = file.inspect_err(|_| forget(&from))?;
         Ok((file.into(), Partial { from, named: true, to: path.into(), replaces }))
     }
 
@@ -152,7 +182,9 @@ impl Partial {
         }
         if !self.named {
             let open = format!("{OPEN_FILES}/{}", fd.as_raw_fd());
-            linkat(AT_FDCWD, open.as_str(), AT_FDCWD, &self.from, AtFlags::AT_SYMLINK_FOLLOW)?;
+            unfinished().push(self.from.clone());
+            let linked = linkat(AT_FDCWD, open.as_str(), AT_FDCWD, &self.from, AtFlags::AT_SYMLINK_FOLLOW);
+            linked.inspect_err(|_| forget(&self.from))?;
             self.named = true;
         }
         match rename(&self.from, &self.to, self.replaces.is_some()) {
@@ -175,6 +207,7 @@ impl Drop for Partial {
         if self.named {
             // Once it is published there is none.
             let _ = std::fs::remove_file(&self.from);
+            forget(&self.from);
         }
     }
 }
@@ -227,13 +260,37 @@ mod tests {
 
     use super::*;
 
+    /// All saves of this process are one list.
+    fn alone() -> MutexGuard<'static, ()> {
+        static ALONE: Mutex<()> = Mutex::new(());
+        ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// What a file system without unnamed files gets.
     fn named(path: &Path) -> io::Result<(OwnedFd, Partial)> {
         Partial::create_named(path, MigrationId(0xabc), identity(path)?)
     }
 
     #[test]
+    fn a_process_that_ends_takes_along_what_it_has_not_saved_yet_and_nothing_else() {
+        let _alone = alone();
+        let folder = tempfile::tempdir().unwrap();
+        let names = ["one", "two", "three"].map(|name| folder.path().join(name));
+        let [one, two, three] = names.each_ref().map(|path| {
+            let id = MigrationId(0xdef);
+            Partial::create_named(path, id, None).unwrap()
+        });
+        one.1.publish(&one.0).unwrap();
+        drop(two.1);
+        remove_unfinished_saves();
+        let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left, ["one"]);
+        assert!(three.1.publish(&three.0).is_err());
+    }
+
+    #[test]
     fn a_file_with_a_name_of_its_own_is_new_and_renamed_or_removed() {
+        let _alone = alone();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("saved");
         let own = folder.path().join("saved.00000abc.partial");

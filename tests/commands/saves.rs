@@ -1,0 +1,53 @@
+//! Files that a guest is being saved to when its process ends.
+
+use std::io;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Command, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rstest::rstest;
+
+use super::{Host, Running, program, slow_migration, until};
+
+/// Has openat fail with O_TMPFILE in a program to be started, as on a file system that knows no unnamed files.
+fn without_unnamed_files(command: &mut Command) {
+    use seccompiler::SeccompCmpArgLen::Dword;
+    use seccompiler::SeccompCmpOp::MaskedEq;
+    use seccompiler::{BpfProgram, SeccompAction, SeccompCondition, SeccompFilter, SeccompRule, TargetArch};
+    let tmpfile = libc::O_TMPFILE as u64;
+    let unnamed = SeccompCondition::new(2, Dword, MaskedEq(tmpfile), tmpfile).unwrap();
+    let rules = [(libc::SYS_openat, vec![SeccompRule::new(vec![unnamed]).unwrap()])].into();
+    let refused = SeccompAction::Errno(libc::EOPNOTSUPP as u32);
+    let arch = TargetArch::try_from(std::env::consts::ARCH).unwrap();
+    let filter: BpfProgram =
+        SeccompFilter::new(rules, SeccompAction::Allow, refused, arch).unwrap().try_into().unwrap();
+    // SAFETY: between fork and exec it makes system calls, and nothing else.
+    unsafe {
+        command.pre_exec(move || seccompiler::apply_filter(&filter).map_err(|_| io::ErrorKind::Other.into()));
+    }
+}
+
+#[rstest]
+fn a_guest_that_is_ended_while_it_is_saved_leaves_no_part_of_the_file_behind(
+    #[values(Signal::SIGTERM, Signal::SIGINT)] signal: Signal,
+) {
+    let mut host = Host::new();
+    let backend = host.backend("source.vhost");
+    let source = host.path("source.control");
+    let mut command = program();
+    command.args(["guest", "--memory", "64MiB", "--backend"]).arg(backend).arg("--control").arg(&source);
+    without_unnamed_files(&mut command);
+    let mut guest = Running(command.stdout(Stdio::null()).spawn().unwrap());
+    until(&source, "running");
+    let folder = host.path("saves");
+    std::fs::create_dir(&folder).unwrap();
+    let (_slow, _events) = slow_migration(&source, &format!("file:{}", folder.join("guest.vhm").display()));
+    let names = || std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>();
+    assert!(names().len() == 1 && names()[0].to_str().unwrap().ends_with(".partial"), "{:?}", names());
+    kill(Pid::from_raw(guest.0.id() as i32), signal).unwrap();
+    let ended = guest.0.wait().unwrap();
+    // By a code where the signal was ignored when this test was started.
+    assert!(ended.signal() == Some(signal as i32) || ended.code() == Some(128 + signal as i32), "{ended:?}");
+    assert_eq!(names(), Vec::<std::ffi::OsString>::new());
+}
