@@ -2,9 +2,11 @@
 //! whatever happened half-way and whatever was there before.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::single_range_in_vec_init)]
 
+mod page_cache;
+
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,6 +15,7 @@ use std::thread;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use page_cache::unwritten;
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::stream::frame::{ConnectionHeader, FRAME_HEADER_BYTES, HEADER_BYTES, Kind};
 use vhost_migrate::stream::record::{Commit, RoundEnd};
@@ -330,18 +333,6 @@ fn a_second_save_onto_a_device_that_is_being_saved_to_is_refused() {
     send(&first, &filled(PAGES, 1)).unwrap();
     first.finish().unwrap();
     restore(&file(&disk.0), usize::MAX).unwrap();
-}
-
-/// Pages of a file that are not on its disk.
-fn unwritten(fd: BorrowedFd<'_>) -> u64 {
-    const SYS_CACHESTAT: libc::c_long = 451;
-    let range = [0u64; 2];
-    // Cached, dirty, being written, evicted, recently evicted.
-    let mut found = [0u64; 5];
-    // SAFETY: both are as large as the kernel's structures, and live.
-    let result = unsafe { libc::syscall(SYS_CACHESTAT, fd.as_raw_fd(), range.as_ptr(), found.as_mut_ptr(), 0) };
-    assert_eq!(result, 0, "cachestat needs Linux 6.5: {}", io::Error::last_os_error());
-    found[1] + found[2]
 }
 
 #[test]

@@ -95,6 +95,12 @@ pub trait Device: Send + Sync {
         let _ = (goes_on, features);
     }
 
+    /// The front-end has begun to log what is written, as before a migration: what would take long in
+    /// [`stopped`](Device::stopped) can begin, on another thread. It ends when what this returns is dropped, which must not wait.
+    fn prepare_to_stop(&self) -> Option<Box<dyn Send>> {
+        None
+    }
+
     /// No ring runs any more: the front-end has stopped the last one, and may let the guest go on elsewhere as soon as it
     /// is answered, which is after this returns (rule I11). Also called when the back-end itself ends.
     ///

@@ -4,6 +4,7 @@
 //! | file | purpose |
 //! |---|---|
 //! | `files` | the open image, and what of it is not on the disk yet |
+//! | `write_back` | the page cache written back ahead of the end of a migration |
 //! | `attempt` | the way that an attempt goes: past the page cache, through aligned memory, or through the page cache |
 //!
 //! An [`Engine`] makes one attempt per [`Io`] and hands it back with what the system said. Retries, short transfers and
@@ -12,6 +13,7 @@
 
 mod attempt;
 mod files;
+mod write_back;
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -32,6 +34,7 @@ use nix::unistd::fdatasync;
 
 use self::attempt::Attempt;
 pub(crate) use self::files::{Alignment, Files, block_size};
+pub(crate) use self::write_back::WriteBack;
 use super::Request;
 
 /// Most pieces of I/O that are passed to the kernel in one go.

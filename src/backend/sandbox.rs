@@ -76,6 +76,7 @@ const ALLOWED: &[i64] = &[
     libc::SYS_io_getevents,
     libc::SYS_fdatasync,
     libc::SYS_fsync,
+    libc::SYS_sync_file_range,
     libc::SYS_fallocate,
     libc::SYS_fadvise64,
     libc::SYS_ftruncate,

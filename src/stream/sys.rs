@@ -168,28 +168,6 @@ unsafe fn copy_page_avx2(from: *const u8, into: &mut [u8; PAGE], more: bool) -> 
     _mm256_testz_si256(any, any) == 1
 }
 
-/// Has the disk write `count` bytes of a file that begin at `offset`; with `wait`, until it has them. A kernel or sandbox
-/// that can't leaves that to the next fdatasync.
-///
-/// # Errors
-/// The error of the system.
-pub(super) fn write_back(fd: BorrowedFd<'_>, offset: u64, count: u64, wait: bool) -> io::Result<()> {
-    let before_and_after = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
-    let flags = libc::SYNC_FILE_RANGE_WRITE | if wait { before_and_after } else { 0 };
-    if count == 0 {
-        // It would mean all of the file.
-        return Ok(());
-    }
-    // SAFETY: it touches no memory.
-    match unsafe { libc::sync_file_range(fd.as_raw_fd(), offset.cast_signed(), count.cast_signed(), flags) } {
-        0 => Ok(()),
-        _ => match io::Error::last_os_error() {
-            error if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => Ok(()),
-            error => Err(error),
-        },
-    }
-}
-
 /// A copy of the descriptor `number` that this process has inherited, closed on exec.
 ///
 /// # Errors

@@ -7,3 +7,4 @@ pub(crate) mod listen;
 pub(crate) mod pipe;
 pub(crate) mod shared;
 pub(crate) mod socket;
+pub(crate) mod write_back;

@@ -1,12 +1,15 @@
 //! What a guest's block driver may rely on.
 
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::fs::MetadataExt;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rstest::rstest;
 use vhost_migrate::abi::bit;
-use vhost_migrate::abi::vhost_user::{ConfigHeader, Request as Code};
+use vhost_migrate::abi::vhost_user::{ConfigHeader, Request as Code, VHOST_F_LOG_ALL};
 use vhost_migrate::abi::virtio::{
     BlkConfig, BlkDiscardWriteZeroes, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
@@ -19,6 +22,7 @@ use vhost_migrate::ring::Buffer;
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::guest::{BASIC, Guest, HIGH, PACKED, REGION, Ring, SPLIT, add_region, begin, header, places, status};
+use crate::page_cache::unwritten;
 use crate::raw::Client;
 use crate::server::{Process, Server, disk_options};
 
@@ -366,6 +370,39 @@ fn configuration_space_and_features_say_what_the_disk_is() {
     let options = disk_options(folder.path(), DISK, |options| (options.read_only, options.queues) = (true, 1));
     let features = Disk::open(options).unwrap().features();
     assert_eq!(features & (bit(VIRTIO_BLK_F_RO) | bit(VIRTIO_BLK_F_MQ) | clears), bit(VIRTIO_BLK_F_RO));
+}
+
+/// A file of `bytes` on a disk, with extended attributes: not every system's folder for temporary files is there.
+fn image_on_disk(bytes: u64) -> tempfile::NamedTempFile {
+    let image = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    image.as_file().set_len(bytes).unwrap();
+    image
+}
+
+/// Well before the system writes it back by itself (vm.dirty_expire_centisecs).
+const WRITE_BACK: Duration = Duration::from_secs(15);
+
+#[test]
+fn what_the_guest_writes_is_written_back_while_its_pages_are_logged() {
+    let image = image_on_disk(DISK);
+    let features = SPLIT | bit(VIRTIO_BLK_F_FLUSH);
+    let mut rig = Rig::negotiated(features, |options| options.image = image.path().to_owned());
+    let dirty = || unwritten(image.as_fd());
+    // Twice: it goes on for as long as they are.
+    for logged in [false, true] {
+        for sector in (0..DISK / 512).step_by(16) {
+            assert_eq!(rig.simple(VIRTIO_BLK_T_OUT, sector, &[9; 8192], 0).0, OK);
+        }
+        if !logged {
+            assert!(dirty() > 0, "the system has written it back already: the test shows nothing");
+            rig.client.done(Code::SET_FEATURES, &(features | bit(VHOST_F_LOG_ALL)), &[]);
+        }
+        let deadline = Instant::now() + WRITE_BACK;
+        while dirty() > 0 {
+            assert!(Instant::now() < deadline, "{} pages are left to GET_VRING_BASE", dirty());
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
 }
 
 #[test]

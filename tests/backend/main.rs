@@ -22,6 +22,8 @@ mod log;
 mod log_order;
 mod metrics;
 mod net;
+#[path = "../page_cache/mod.rs"]
+mod page_cache;
 mod postcopy;
 mod race;
 mod raw;

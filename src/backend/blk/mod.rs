@@ -34,7 +34,7 @@ use crate::abi::virtio::{
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_F_ACCESS_PLATFORM,
     VIRTIO_F_IN_ORDER,
 };
-use crate::backend::disk_io::{self, Alignment, Engine, Files, Threads, Uring, Urings};
+use crate::backend::disk_io::{self, Alignment, Engine, Files, Threads, Uring, Urings, WriteBack};
 
 /// Most data segments of a request, if rings are large enough.
 const MAX_SEGMENTS: u16 = 126;
@@ -364,6 +364,16 @@ impl Device for Disk {
         let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
         hosts.retain(|host| host.strong_count() > 0);
         hosts.push(Arc::downgrade(&host));
+    }
+
+    fn prepare_to_stop(&self) -> Option<Box<dyn Send>> {
+        // Past the page cache there is nothing to write back.
+        if self.options.read_only || self.files.alignment().is_some() {
+            return None;
+        }
+        let write_back = WriteBack::start(self.files.clone());
+        let write_back = write_back.inspect_err(|error| warn!("the image is not written back ahead: {error}"));
+        write_back.ok().map(|write_back| Box::new(write_back) as Box<dyn Send>)
     }
 
     fn stopped(&self) -> io::Result<()> {

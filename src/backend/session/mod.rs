@@ -80,6 +80,8 @@ pub struct Session {
     lost: Arc<AtomicU64>,
     /// A ring has run whose writes should have been logged, and there was no log yet (rule L8).
     unlogged: bool,
+    /// While logging is wanted: what the device does to be stopped soon.
+    preparing: Option<Box<dyn Send>>,
     inflight: Option<Arc<inflight::Region>>,
     rings: Vec<Ring>,
     postcopy: Postcopy,
@@ -107,6 +109,7 @@ impl Session {
             log_signal: None,
             lost: Arc::default(),
             unlogged: false,
+            preparing: None,
             inflight: None,
             rings,
             postcopy: Postcopy::default(),
@@ -361,6 +364,11 @@ impl Session {
         self.unlogged &= bits & LOG_ALL != 0;
         self.relog(rings);
         self.note_unlogged();
+        match self.preparing.take() {
+            _ if bits & LOG_ALL == 0 => {}
+            None => self.preparing = self.device.prepare_to_stop(),
+            preparing => self.preparing = preparing,
+        }
         if bits & BIT_30 == 0 {
             self.rings.iter_mut().for_each(|ring| ring.enabled = true);
             self.settle_all(rings)?;
@@ -377,6 +385,7 @@ impl Session {
         self.disable(rings)?;
         self.rings.iter_mut().for_each(Ring::reset);
         (self.features, self.status) = (0, 0);
+        self.preparing = None;
         self.iotlb.invalidate(&(0..=u64::MAX));
         self.device.reset();
         if let Some(region) = &self.inflight {

@@ -19,7 +19,8 @@ use nix::unistd::{Whence, fdatasync, linkat, lseek};
 use super::{Uri, open_error};
 use crate::stream::StreamError;
 use crate::stream::frame::{ConnectionHeader, HEADER_BYTES, MigrationId};
-use crate::stream::sys::{rename, write_back};
+use crate::stream::sys::rename;
+use crate::sys::write_back::write_back;
 
 /// Bytes after which a new piece is handed to the disk and the piece before it is waited for.
 const PIECE: u64 = 16 << 20;

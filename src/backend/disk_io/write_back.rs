@@ -1,0 +1,44 @@
+//! Writing the page cache back while a migration goes on, so that little is left when the rings stop (rule I11).
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
+
+use super::Files;
+use crate::sys::lines::limited;
+use crate::sys::write_back::begin_write_back;
+
+/// How often the disk is made to begin with what has been written since.
+const PERIOD: Duration = Duration::from_millis(100);
+
+/// A thread that has the disk keep up with what is written, until this is dropped. It is not waited for then: a disk that
+/// hangs holds up nobody but it.
+pub(crate) struct WriteBack {
+    _running: Sender<()>,
+}
+
+impl WriteBack {
+    /// Starts the thread.
+    pub(crate) fn start(files: Arc<Files>) -> io::Result<WriteBack> {
+        let (_running, ended) = bounded(0);
+        thread::Builder::new().name("write back".into()).spawn(move || keep_up(&files, &ended))?;
+        Ok(WriteBack { _running })
+    }
+}
+
+fn keep_up(files: &Files, ended: &Receiver<()>) {
+    loop {
+        // The flush at the end says what could not be written.
+        if let Err(error) = begin_write_back(files.buffered.as_fd()) {
+            return limited!(warn, "the image is not written back ahead of a migration's end: {error}");
+        }
+        match ended.recv_timeout(PERIOD) {
+            Err(RecvTimeoutError::Timeout) => {}
+            Ok(()) | Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
