@@ -51,6 +51,10 @@ pub(crate) struct Arguments {
     /// source goes on. The source has a limit of its own
     #[arg(long, default_value = "30s", value_parser = units::seconds, value_name = "TIME")]
     switchover_timeout: Duration,
+    /// Restore a saved guest although its disks are not what they were when it was saved, or that can't be told. It then reads
+    /// what it did not write
+    #[arg(long, requires = "incoming")]
+    ignore_disk_generation: bool,
     #[command(flatten)]
     workload: Workload,
     #[command(flatten)]
@@ -160,7 +164,8 @@ fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
 fn wait_for_arrival(owner: &Owner, incoming: &Incoming, uri: &Uri, arguments: &Arguments) -> Result<(), MachineError> {
     while let Some(arriving) = incoming.next()? {
         let id = arriving.connection.id;
-        let mut arrival = GuestArrival::new(arguments.backend.clone());
+        let (was_saved, any_disks) = (arriving.connection.one_way, arguments.ignore_disk_generation);
+        let mut arrival = GuestArrival::new(arguments.backend.clone()).restoring(was_saved, any_disks);
         match receive(
             &mut arrival,
             arriving.connection,
@@ -416,8 +421,9 @@ impl Owner {
                 return Err(state.refusal());
             }
             let machine = GuestMachine::new(&self.guest).ok_or("there is no guest here")?;
-            let mut machine = machine.with_cancel(&options.cancel);
             let connection = connect(&uri, &options).map_err(|error| told(&error))?;
+            // What nobody answers may be kept, and restored at any time.
+            let mut machine = machine.with_cancel(&options.cancel).to_save(connection.one_way);
             *lock(&self.unknown) = Some((uri, connection.id));
             let mut tell = |event| emit(serde_json::to_value(event).unwrap_or_default());
             let left = migrate(&mut machine, connection, &plan, &options.limiter, &options.cancel, &mut tell);

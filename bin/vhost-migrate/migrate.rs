@@ -22,9 +22,9 @@ use crate::units;
   vhost-migrate migrate --control guest.ctl file:guest.vhm               moves the guest into the file
   vhost-migrate migrate --control guest.ctl file:guest.vhm --continue    saves it, and it goes on here
 
-A file holds the guest's memory, CPUs and the state of its devices, not its disks. To keep both: pause the guest, save it with
---continue, copy its disks, resume it. Restore it onto the copies: a disk that has gone on is not what the guest remembers, and
-nothing compares them.
+A file holds the guest's memory, CPUs and the state of its devices, not its disks: of those it records which they are and what
+state they are in, and a restore onto a disk that has gone on, or another, is refused. To keep both: pause the guest, save it
+with --continue, copy its disks with their extended attributes (cp --preserve=xattr), resume it, restore it onto the copies.
 
 Exit status: 0 handed over: the destination runs the guest, or a complete file holds it; 1 failed, the guest runs here;
 2 wrong arguments; 3 outcome unknown: the guest is kept here, paused, until `resume` or `forget`; 4 failed, the guest is

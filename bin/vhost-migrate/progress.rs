@@ -85,6 +85,7 @@ impl Progress {
             }
             Event::Stalled { message } => self.say(&format!("stalled: {message}")),
             Event::Waiting { message } => self.say(&format!("waits, the guest goes on here: {message}")),
+            Event::Warning { message } => self.say(&format!("warning: {message}")),
             Event::Switchover { pages_left, expected_downtime_ms } => {
                 self.say(&format!("stopping the guest: {pages_left} pages left, expect {expected_downtime_ms:.1} ms"));
             }

@@ -47,10 +47,17 @@ pub fn feature_names(bits: u64, device: Option<u32>) -> String {
 
 /// The names of these protocol feature bits.
 pub fn protocol_feature_names(bits: u64) -> String {
-    named(bits, |number| {
-        let name = vhost_user::protocol_feature::NAMES.iter().find(|(bit, _)| *bit == number);
-        name.map_or_else(|| format!("bit {number}"), |(_, name)| (*name).to_owned())
-    })
+    named(bits, protocol_feature_name)
+}
+
+/// The name of a protocol feature bit, or its number.
+pub fn protocol_feature_name(number: u32) -> String {
+    let name = vhost_user::protocol_feature::NAMES.iter().find(|(bit, _)| *bit == number);
+    match name {
+        Some((_, name)) => (*name).to_owned(),
+        None if number == vhost_user::own::F_DISK_GENERATION => "DISK_GENERATION".to_owned(),
+        None => format!("bit {number}"),
+    }
 }
 
 fn named(bits: u64, name: impl Fn(u32) -> String) -> String {

@@ -72,6 +72,15 @@ pub mod unstable {
     pub const GET_VRING_BASE_SKIP_DRAIN_OTHER: u32 = 44;
 }
 
+/// Numbers of this project that no specification has. Other programs ignore the feature, and never see the request.
+pub mod own {
+    /// Protocol feature: the request below. At the other end of the word from those that the specification adds.
+    pub const F_DISK_GENERATION: u32 = 62;
+    /// Asks a disk that no ring uses for its [`DiskGeneration`](super::DiskGeneration). An answer without payload means
+    /// that it can't be told (GET_DISK_GENERATION).
+    pub const GET_DISK_GENERATION: super::Request = super::Request(0x7664_0001);
+}
+
 /// Protocol feature bits of GET_PROTOCOL_FEATURES and SET_PROTOCOL_FEATURES: bit numbers, and [`NAMES`] for people.
 ///
 /// [`NAMES`]: protocol_feature::NAMES
@@ -321,6 +330,15 @@ wire! {
         flags: u32 => 4,
         /// Bytes of payload that follow.
         size: u32 => 8,
+    }
+
+    /// Reply of [`own::GET_DISK_GENERATION`]: which disk it is, and the state of its contents (GET_DISK_GENERATION).
+    #[derive(serde::Serialize, serde::Deserialize)]
+    DiskGeneration, 32 bytes {
+        /// Random number of the disk, kept for as long as it lives.
+        identity: u128 => 0,
+        /// Random number of its contents, replaced before they change.
+        generation: u128 => 16,
     }
 
     /// Head of SET_MEM_TABLE; the regions follow.

@@ -15,7 +15,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::{BackendError, Host};
 use crate::abi::bit;
-use crate::abi::vhost_user::Request as Code;
+use crate::abi::vhost_user::{DiskGeneration, Request as Code};
 use crate::abi::virtio::{
     VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
@@ -136,6 +136,16 @@ pub trait Device: Send + Sync {
     fn load_state(&self, state: &[u8]) -> Result<(), BackendError> {
         let _ = state;
         Err(BackendError::State { why: "this device has none".into() })
+    }
+
+    /// Which disk it is and the state of its contents, as they stay until a ring runs (GET_DISK_GENERATION). No queue of this front-end
+    /// runs. A device that has one offers [`own::F_DISK_GENERATION`](crate::abi::vhost_user::own) among its
+    /// [`protocol_features`](Device::protocol_features).
+    ///
+    /// # Errors
+    /// [`BackendError::Generation`] if it can't be told; also from the default implementation.
+    fn generation(&self) -> Result<DiskGeneration, BackendError> {
+        Err(BackendError::Generation { why: "this device has none".into() })
     }
 
     /// Finds out whether a ring could be served now, without serving one: a front-end asks before it depends on it

@@ -65,6 +65,16 @@ pub(crate) enum Op {
     },
 }
 
+impl Op {
+    /// Whether it changes what the disk holds.
+    pub(crate) fn changes(self) -> bool {
+        match self {
+            Op::Write { .. } | Op::Discard | Op::Zero { .. } => true,
+            Op::Read | Op::Flush => false,
+        }
+    }
+}
+
 /// The ways of data from and to the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Way {

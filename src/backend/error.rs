@@ -297,6 +297,12 @@ pub enum BackendError {
         /// What is wrong, and what to do.
         why: String,
     },
+    /// The generation of a disk can't be told.
+    #[error("the disk's generation can't be told: {why} (GET_DISK_GENERATION)")]
+    Generation {
+        /// What keeps it from it.
+        why: String,
+    },
     /// The kick of a ring can't be waited for.
     #[error("ring {index}: its kick is no eventfd: send SET_VRING_KICK with one (rule F9)")]
     Kick {

@@ -84,6 +84,9 @@ const ALLOWED: &[i64] = &[
     libc::SYS_flock,
     libc::SYS_fstat,
     libc::SYS_fstatfs,
+    // The generation of an image (GET_DISK_GENERATION): of what is open.
+    libc::SYS_fgetxattr,
+    libc::SYS_fsetxattr,
     libc::SYS_close,
     // Connections: only over sockets that listen already.
     libc::SYS_accept,

@@ -18,6 +18,7 @@ use super::queue::MAX_RINGS;
 use super::rig::{PROTOCOL, Plan, Rig, Scatter};
 use super::{CheckError, Fault, Feed, Flow, Options, Outcome, Rings, Shape, When};
 use crate::abi::bit;
+use crate::abi::features::protocol_feature_name;
 use crate::abi::vhost_user::{Request as Code, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature};
 use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_NET_F_MQ};
 
@@ -55,7 +56,7 @@ impl Offer {
     pub(super) fn need(&self, feature: u32) -> Result<(), Fault> {
         match self.speaks(feature) {
             true => Ok(()),
-            false => Err(Fault::NotOffered(protocol_name(feature))),
+            false => Err(Fault::NotOffered(protocol_feature_name(feature))),
         }
     }
 }
@@ -362,7 +363,7 @@ pub(super) fn greet(link: &Link) -> Result<Offer, Fault> {
 
 pub(super) fn offers(bench: &Bench) -> String {
     let Offer { features, protocol, queues } = bench.offer;
-    let names: Vec<String> = (0..64).filter(|number| protocol & bit(*number) != 0).map(protocol_name).collect();
+    let names: Vec<String> = (0..64).filter(|number| protocol & bit(*number) != 0).map(protocol_feature_name).collect();
     let names = if names.is_empty() { "none".into() } else { names.join(" ") };
     let mut device = bench.subject.name();
     if let Some(feed) = &bench.feed {
@@ -370,11 +371,6 @@ pub(super) fn offers(bench: &Bench) -> String {
     }
     let size = bench.size;
     format!("{device}, {queues} queues, rings of {size}, features {features:#x}, protocol features {names}")
-}
-
-pub(super) fn protocol_name(feature: u32) -> String {
-    let known = protocol_feature::NAMES.iter().find(|(number, _)| *number == feature);
-    known.map_or_else(|| format!("bit {feature}"), |(_, name)| (*name).into())
 }
 
 /// Returns true for errors of a socket at which no process listens.

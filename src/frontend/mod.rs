@@ -24,7 +24,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use crate::abi::vhost_user::BackendRequest;
+use crate::abi::vhost_user::{BackendRequest, DiskGeneration};
 use crate::dirty::Log;
 use crate::memory::Memory;
 use crate::ring::RingBase;
@@ -219,6 +219,15 @@ pub trait Device: Send {
         let _ = state;
         let advice = "the guest's device has a state; give it a device of the same kind";
         Err(FrontendError::NotOffered { what: "DEVICE_STATE".into(), advice })
+    }
+
+    /// Which disk it is and the state of its contents, as they stay until a ring runs; `None` if the device can't tell. All
+    /// rings must be stopped (GET_DISK_GENERATION).
+    ///
+    /// # Errors
+    /// The channel's errors.
+    fn generation(&mut self) -> Result<Option<DiskGeneration>, FrontendError> {
+        Ok(None)
     }
 
     /// The log in use.

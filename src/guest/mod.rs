@@ -12,6 +12,7 @@
 
 mod cpu;
 mod crew;
+mod disks;
 mod driver;
 mod error;
 mod layout;
@@ -24,8 +25,8 @@ mod view;
 pub use error::{GuestError, Place, WrongByte};
 pub use layout::GuestConfig;
 pub use state::{
-    CpuState, DeviceState, DriverState, GuestState, HeldState, Moment, RequestKind, RequestState, STATE_VERSION,
-    SlotState,
+    CpuState, DeviceState, DiskGenerations, DriverState, GuestState, HeldState, Moment, RequestKind, RequestState,
+    STATE_VERSION, SavedGuest, SlotState,
 };
 pub use view::{Connection, GuestStats, GuestView};
 

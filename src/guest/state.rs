@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::layout::GuestConfig;
+use crate::abi::vhost_user::DiskGeneration;
 use crate::frontend::InflightState;
 use crate::ring::{self, RingBase};
 
@@ -24,6 +25,19 @@ pub struct GuestState {
     pub devices: Vec<DeviceState>,
     /// When it did something last, after which it stood still.
     pub last_action: Option<Moment>,
+}
+
+/// Which disks a guest has and the state of their contents, disk by disk (GET_DISK_GENERATION); `None` for one whose
+/// back-end can't tell.
+pub type DiskGenerations = Vec<Option<DiskGeneration>>;
+
+/// A guest that was saved to be restored at any time, while its disks can go on without it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SavedGuest {
+    /// Its disks as they were.
+    pub disks: DiskGenerations,
+    /// The guest.
+    pub guest: GuestState,
 }
 
 /// A CPU: all it knows follows from how far it is.

@@ -8,13 +8,39 @@ use super::machine::{Arrival, Machine, MachineError, RegionLayout};
 use crate::abi::virtio::VIRTIO_ID_BLOCK;
 use crate::dirty::{DirtySource, Pagemap, Union};
 use crate::frontend::{Device, Interrupt, UserDevice, UserOptions};
-use crate::guest::{Guest, GuestError, GuestState, in_parallel, make_memory};
+use crate::guest::{DiskGenerations, Guest, GuestError, GuestState, SavedGuest, in_parallel, make_memory};
 use crate::memory::Memory;
+use crate::stream::StreamError;
 use crate::stream::record::{self, MAX_STATE};
 use crate::stream::transport::{Cancel, OnCancel};
 
-/// Version of the record that carries [`GuestState`].
+/// Version of the record that carries a [`GuestState`], as of a guest that goes on elsewhere at once.
 const STATE_RECORD: u16 = 1;
+/// Version of the record that carries a [`SavedGuest`].
+const SAVED_RECORD: u16 = 2;
+
+/// Reads the state of a built-in guest, and its disks if it was saved to be restored later.
+///
+/// # Errors
+/// As [`record::decode`]: it is another machine's state, or of a version that this program does not know.
+pub fn decode_state(state: &[u8]) -> Result<(GuestState, Option<DiskGenerations>), StreamError> {
+    const NAME: &str = "guest state";
+    if record::version(state)? == SAVED_RECORD {
+        let SavedGuest { guest, disks } = record::decode(NAME, SAVED_RECORD, state, MAX_STATE)?;
+        return Ok((guest, Some(disks)));
+    }
+    Ok((record::decode(NAME, STATE_RECORD, state, MAX_STATE)?, None))
+}
+
+/// The disks in the state of a built-in guest that was saved to be restored later, found in the beginning of the state:
+/// 64 KiB are enough. `None` if it is another state.
+pub fn saved_disks(beginning: &[u8]) -> Option<DiskGenerations> {
+    record::decode_first(SAVED_RECORD, beginning).ok()
+}
+
+/// What a user is told of such a disk.
+const NOT_COMPARED: &str = "a restore can't compare this disk with what it is now: its back-end, or the image's file system, \
+                            knows no generations. Keep a copy of it, and restore onto that";
 
 /// A running built-in guest, which others may look at meanwhile. It is gone once it was released.
 pub struct GuestMachine<'a> {
@@ -25,6 +51,10 @@ pub struct GuestMachine<'a> {
     cancel: Option<(Cancel, OnCancel)>,
     /// Whether its CPUs ran before the migration.
     running: bool,
+    /// Whether it is saved to be restored later.
+    to_save: bool,
+    /// What its user should know of what was saved.
+    warnings: Vec<String>,
 }
 
 impl<'a> GuestMachine<'a> {
@@ -32,7 +62,7 @@ impl<'a> GuestMachine<'a> {
     pub fn new(guest: &'a Mutex<Option<Guest>>) -> Option<GuestMachine<'a>> {
         let of = |guest: &Guest| (guest.memory().clone(), guest.interrupts(), guest.is_running());
         let (memory, interrupts, running) = lock(guest).as_ref().map(of)?;
-        Some(GuestMachine { guest, memory, interrupts, cancel: None, running })
+        Some(GuestMachine { guest, memory, interrupts, cancel: None, running, to_save: false, warnings: Vec::new() })
     }
 
     /// Has `cancel` end waits for the guest's devices too: a disk that hangs while its queues are stopped does not keep the
@@ -41,6 +71,12 @@ impl<'a> GuestMachine<'a> {
         let interrupts = self.interrupts.clone();
         let call = cancel.on_cancel(move || interrupts.iter().for_each(Interrupt::set));
         self.cancel = Some((cancel.clone(), call));
+        self
+    }
+
+    /// With `to_save` the guest is to be restored later: which disks it has, and what they hold, is saved with it.
+    pub fn to_save(mut self, to_save: bool) -> GuestMachine<'a> {
+        self.to_save = to_save;
         self
     }
 
@@ -99,8 +135,20 @@ impl Machine for GuestMachine<'_> {
     }
 
     fn state(&mut self) -> Result<Vec<u8>, MachineError> {
-        let state = self.with(|guest| guest.save_state())?;
-        Ok(record::encode(STATE_RECORD, &state)?)
+        let to_save = self.to_save;
+        let (guest, disks, unknown) = self.with(|guest| {
+            let disks = if to_save { guest.disk_generations()? } else { Vec::new() };
+            Ok((guest.save_state()?, disks.clone(), guest.unknown_disks(&disks)))
+        })?;
+        if !to_save {
+            return Ok(record::encode(STATE_RECORD, &guest)?);
+        }
+        self.warnings = unknown.into_iter().map(|name| format!("{name}: {NOT_COMPARED}")).collect();
+        Ok(record::encode(SAVED_RECORD, &SavedGuest { guest, disks })?)
+    }
+
+    fn warnings(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.warnings)
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
@@ -135,12 +183,43 @@ pub struct GuestArrival {
     devices: Vec<Box<dyn Device>>,
     memory: Option<Memory>,
     guest: Option<Guest>,
+    /// Whether it was saved some time ago, so that its disks are to be what they were.
+    was_saved: bool,
+    /// Whether disks may be others than they were.
+    any_disks: bool,
 }
 
 impl GuestArrival {
     /// Will connect to the vhost-user sockets `backends`, one for each of the guest's disks.
     pub fn new(backends: Vec<PathBuf>) -> GuestArrival {
-        GuestArrival { backends, devices: Vec::new(), memory: None, guest: None }
+        let (was_saved, any_disks) = (false, false);
+        GuestArrival { backends, devices: Vec::new(), memory: None, guest: None, was_saved, any_disks }
+    }
+
+    /// With `was_saved` the guest comes from where it was saved, and disks that can't be compared with what they were then are
+    /// warned of. With `any_disks` those that differ are, too, instead of being refused.
+    pub fn restoring(self, was_saved: bool, any_disks: bool) -> GuestArrival {
+        GuestArrival { was_saved, any_disks, ..self }
+    }
+
+    /// Refuses disks that are not what they were when the guest was saved, and says which are not compared.
+    fn compare_disks(&self, guest: &Guest, saved: Option<DiskGenerations>) -> Result<(), GuestError> {
+        let Some(saved) = saved else {
+            if self.was_saved {
+                tracing::warn!("disks are not compared: the guest was saved without a record of them");
+            }
+            return Ok(());
+        };
+        for name in guest.unknown_disks(&saved) {
+            tracing::warn!("{name}: this disk is not compared: it could not be told when the guest was saved");
+        }
+        match guest.compare_disks(&saved) {
+            Err(GuestError::State(difference)) if self.any_disks => {
+                tracing::warn!("restoring all the same: {difference}");
+                Ok(())
+            }
+            compared => compared,
+        }
     }
 
     /// The guest, once it has arrived.
@@ -175,7 +254,7 @@ impl Arrival for GuestArrival {
 
     fn restore(&mut self, state: &[u8]) -> Result<(), MachineError> {
         let memory = self.memory.take().ok_or("there is no memory to restore a guest in")?;
-        let state: GuestState = record::decode("guest state", STATE_RECORD, state, MAX_STATE)?;
+        let (state, disks) = decode_state(state)?;
         let mut guest = Guest::restore(memory, state)?;
         let mut devices = std::mem::take(&mut self.devices);
         let inflight_migration = guest.config().inflight_migration;
@@ -185,6 +264,7 @@ impl Arrival for GuestArrival {
         }
         guest.attach(devices)?;
         guest.try_devices()?;
+        self.compare_disks(&guest, disks)?;
         self.guest = Some(guest);
         Ok(())
     }

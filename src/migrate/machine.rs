@@ -51,6 +51,11 @@ pub trait Machine {
     /// If it can't be had; [`resume`](Machine::resume) is called then.
     fn state(&mut self) -> Result<Vec<u8>, MachineError>;
 
+    /// What the user should know of the state that was saved last, in words; told as [`Event::Warning`](super::Event::Warning).
+    fn warnings(&mut self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Undoes all of [`pause`](Machine::pause), also of one that failed half-way: the guest goes on as if nothing had
     /// happened. A guest that was paused before stays so.
     ///

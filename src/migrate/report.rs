@@ -60,6 +60,11 @@ pub enum Event {
         /// Which device, and why.
         message: String,
     },
+    /// What the user should know of the guest that is handed over: a disk that a restore can't compare.
+    Warning {
+        /// In words.
+        message: String,
+    },
     /// The connection failed after the commit was sent: the destination is asked what came of it.
     Asking {
         /// What went wrong.

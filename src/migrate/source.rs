@@ -329,6 +329,7 @@ impl Migration<'_> {
             self.send(round, true, verify)?;
             self.report.rounds = round + 1;
             let state = machine.state().map_err(asked("saving the guest's state"))?;
+            machine.warnings().into_iter().for_each(|message| (self.tell)(Event::Warning { message }));
             self.wire.tell(&ToDestination::State(state))?;
             if !self.wire.one_way {
                 self.wire.expect("READY", |message| matches!(message, ToSource::Ready).then_some(()))?;

@@ -12,6 +12,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::StreamError;
 use super::sys::{ReadMemory, Window};
+use crate::sys::random::random;
 
 /// First bytes of every connection and file. Not ASCII, with both line ends: a text-mode copy is noticed.
 pub const MAGIC: [u8; 8] = *b"\x89VHM\r\n\x1a\n";
@@ -32,11 +33,9 @@ impl MigrationId {
     /// A random id, from the kernel.
     ///
     /// # Errors
-    /// When `/dev/urandom` can't be read.
+    /// The error of the system.
     pub fn random() -> Result<MigrationId, StreamError> {
-        let mut bytes = [0; 16];
-        std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-        Ok(MigrationId(u128::from_le_bytes(bytes)))
+        Ok(MigrationId(random()?))
     }
 }
 
@@ -363,8 +362,18 @@ impl<R: Read> FrameReader<R> {
     /// # Errors
     /// As [`body`](Self::body).
     pub fn skip(&mut self, header: &FrameHeader) -> Result<(), StreamError> {
+        self.beginning(header, &mut Vec::new())
+    }
+
+    /// The same, and leaves the first bytes of the body in `beginning`, at most 64 KiB.
+    ///
+    /// # Errors
+    /// As [`body`](Self::body).
+    pub fn beginning(&mut self, header: &FrameHeader, beginning: &mut Vec<u8>) -> Result<(), StreamError> {
         const PIECE: usize = 64 << 10;
         let mut body = Body::new(self, header);
+        beginning.clear();
+        body.take(body.left().min(PIECE), beginning)?;
         let mut piece = Vec::new();
         while body.left() > 0 {
             piece.clear();

@@ -39,6 +39,21 @@ pub fn version(bytes: &[u8]) -> Result<u16, StreamError> {
     Ok(u16::from_le_bytes(*version))
 }
 
+/// Decodes the first field of a record of version `wanted`; `beginning` may lack what follows it. The field may take as much
+/// memory as a record of 64 KiB.
+///
+/// # Errors
+/// `RecordVersion` and `Malformed`.
+pub fn decode_first<T: DeserializeOwned>(wanted: u16, beginning: &[u8]) -> Result<T, StreamError> {
+    let theirs = version(beginning)?;
+    if theirs != wanted {
+        return Err(StreamError::RecordVersion { record: "record", ours: wanted, theirs });
+    }
+    let config = bincode::config::legacy().with_limit::<{ 64 << 10 }>();
+    let decoded = bincode::serde::decode_from_slice(beginning.get(2..).unwrap_or_default(), config);
+    decoded.map(|(value, _)| value).map_err(|error| StreamError::Malformed { what: "record", why: error.to_string() })
+}
+
 /// Decodes a record called `name` of at most `limit` bytes, which must be of version `wanted` and end where its bytes
 /// end. Lengths inside it are bounded by 16 times its own size (at least 64 KiB) or 64 MiB before anything is allocated.
 ///

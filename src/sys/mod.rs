@@ -5,6 +5,8 @@ pub(crate) mod join;
 pub(crate) mod lines;
 pub(crate) mod listen;
 pub(crate) mod pipe;
+pub(crate) mod random;
 pub(crate) mod shared;
 pub(crate) mod socket;
 pub(crate) mod write_back;
+pub(crate) mod xattr;

@@ -379,6 +379,46 @@ fn image_on_disk(bytes: u64) -> tempfile::NamedTempFile {
     image
 }
 
+#[test]
+fn the_generation_is_told_while_no_ring_runs_and_changes_with_what_the_disk_holds() {
+    const GET_DISK_GENERATION: Code = Code(0x7664_0001);
+    let image = image_on_disk(DISK);
+    let options = |options: &mut DiskOptions| options.image = image.path().to_owned();
+    let mut rig = Rig::new(options);
+    let offered = rig.client.ask_number(Code::GET_PROTOCOL_FEATURES);
+    assert_eq!(offered >> 62, 1);
+    rig.client.tell(Code::SET_PROTOCOL_FEATURES, &offered);
+    let ask = |rig: &Rig| rig.client.ask(GET_DISK_GENERATION, &[]);
+    assert!(ask(&rig).is_empty(), "a ring runs");
+    let base = rig.client.ring_base(0);
+    let mut before = ask(&rig);
+    assert_eq!((before.len(), &before), (32, &ask(&rig)));
+    let other = Rig::new(|options| options.share_rw = true);
+    other.client.tell(Code::SET_PROTOCOL_FEATURES, &offered);
+    other.client.ring_base(0);
+    assert!(ask(&other).is_empty(), "others may write it at any time");
+
+    let range = BlkDiscardWriteZeroes { sector: 8.into(), num_sectors: 8.into(), flags: 0.into() };
+    let mut base = base;
+    for (kind, data, changes) in [
+        (VIRTIO_BLK_T_IN, &[][..], false),
+        (VIRTIO_BLK_T_FLUSH, &[], false),
+        (VIRTIO_BLK_T_OUT, &[7; 512], true),
+        (VIRTIO_BLK_T_DISCARD, range.as_bytes(), true),
+        (VIRTIO_BLK_T_WRITE_ZEROES, range.as_bytes(), true),
+    ] {
+        rig.ring.set_up(&rig.client, &rig.guest, base);
+        rig.ring.enable(&rig.client, true);
+        for _ in 0..2 {
+            assert_eq!(rig.simple(kind, 0, data, if kind == VIRTIO_BLK_T_IN { 512 } else { 0 }).0, OK);
+        }
+        base = rig.client.ring_base(0);
+        let after = ask(&rig);
+        assert_eq!((after[..16] == before[..16], after[16..] != before[16..]), (true, changes), "request {kind}");
+        before = after;
+    }
+}
+
 /// Well before the system writes it back by itself (vm.dirty_expire_centisecs).
 const WRITE_BACK: Duration = Duration::from_secs(15);
 

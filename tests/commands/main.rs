@@ -1,6 +1,7 @@
 //! The command as its users run it: real processes, sockets and files.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // also in the helpers of these tests
 
+mod disks;
 mod outcome;
 #[path = "../migrate/relay.rs"]
 #[allow(dead_code)] // not all that it can break is broken here
@@ -668,7 +669,8 @@ fn a_guest_that_is_saved_to_go_on_runs_here_and_again_on_a_copy_of_its_disk() {
     assert!(saved.status.success(), "{}", text(&saved.stderr));
     assert!(!text(&saved.stderr).contains("moves the guest"), "{}", text(&saved.stderr));
     assert_eq!(status(&source).unwrap()["state"], "paused");
-    std::fs::copy(host.path("disk"), host.path("copy")).unwrap();
+    let (disk, copy) = (host.path("disk"), host.path("copy"));
+    assert!(Command::new("cp").arg("--preserve=xattr").args([disk, copy]).status().unwrap().success());
     assert_eq!(ask(&source, &json!({"command": "resume"})).unwrap().last().unwrap()["event"], "ok");
     verify(&source);
 

@@ -78,7 +78,7 @@ fn refused(control: &Path, command: Value) -> String {
     answer["message"].as_str().unwrap().to_owned()
 }
 
-fn done(control: &Path, command: &str) {
+pub(super) fn done(control: &Path, command: &str) {
     let answer = ask(control, &json!({"command": command})).unwrap();
     assert_eq!(answer.last().unwrap()["event"], "ok", "{answer:?}");
 }

@@ -4,7 +4,9 @@
 use std::io::{BufReader, Seek};
 use std::path::Path;
 
-use serde_json::json;
+use serde_json::{Value, json};
+use vhost_migrate::abi::vhost_user::DiskGeneration;
+use vhost_migrate::migrate::saved_disks;
 use vhost_migrate::stream::frame::ConnectionHeader;
 use vhost_migrate::stream::hashes::pages_in;
 use vhost_migrate::stream::pages::Batch;
@@ -46,6 +48,7 @@ pub(super) fn inspect(file: &Path, lines: &Lines) -> Result<Found, String> {
     let (mut pages, mut round) = (PageStats::default(), PageStats::default());
     let (mut frames, mut rounds, mut hashed_pages, mut state_bytes) = (0u64, 0u64, 0, 0);
     let mut body = Vec::new();
+    let mut disks = None;
     loop {
         let frame = match reader.next_frame() {
             Ok(frame) => frame,
@@ -81,9 +84,21 @@ pub(super) fn inspect(file: &Path, lines: &Lines) -> Result<Found, String> {
                 continue;
             }
             Kind::State => {
-                reader.skip(&frame).map_err(told)?;
+                reader.beginning(&frame, &mut body).map_err(told)?;
                 state_bytes = frame.length;
                 lines.print(format_args!("  state of {state_bytes} bytes"));
+                disks = saved_disks(&body);
+                for (number, disk) in disks.iter().flatten().enumerate() {
+                    match disk {
+                        Some(disk) => lines.print(format_args!(
+                            "  disk {number}: {:032x}, generation {:032x}",
+                            disk.identity, disk.generation
+                        )),
+                        None => {
+                            lines.print(format_args!("  disk {number}: not known, so that a restore can't compare it"))
+                        }
+                    }
+                }
                 due = Due::Commit;
                 continue;
             }
@@ -136,9 +151,16 @@ pub(super) fn inspect(file: &Path, lines: &Lines) -> Result<Found, String> {
     let json = json!({
         "migration": header.id.to_string(), "channels": header.channels, "frames": frames, "rounds": rounds,
         "data_pages": data_pages, "zero_pages": zero_pages, "hashed_pages": hashed_pages, "state_bytes": state_bytes,
-        "committed": true, "bytes_after": rest,
+        "committed": true, "bytes_after": rest, "disks": disks.map(|disks| json_of(&disks)),
     });
     Ok(json.into())
+}
+
+/// Numbers of 128 bits as text: not every reader of JSON has them.
+fn json_of(disks: &[Option<DiskGeneration>]) -> Value {
+    let hex = |number| format!("{number:032x}");
+    let json = |disk: &DiskGeneration| json!({"identity": hex(disk.identity), "generation": hex(disk.generation)});
+    disks.iter().map(|disk| disk.as_ref().map_or(Value::Null, json)).collect()
 }
 
 /// Bytes of a file that were not read; `None` if that can't be told.

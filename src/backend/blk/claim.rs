@@ -57,7 +57,15 @@ impl Image {
     /// # Errors
     /// When another process has it.
     pub(super) fn try_claim(self: &Arc<Image>) -> io::Result<()> {
-        self.claim_within(TRIAL).map(drop)
+        self.claim_soon().map(drop)
+    }
+
+    /// Claims the image unless another process goes on using it.
+    ///
+    /// # Errors
+    /// When another process has it.
+    pub(super) fn claim_soon(self: &Arc<Image>) -> io::Result<Claim> {
+        self.claim_within(TRIAL)
     }
 
     fn claim_within(self: &Arc<Image>, time: Duration) -> io::Result<Claim> {

@@ -1,12 +1,13 @@
 //! A disk: a raw image file or a block device as a virtio-blk device.
 //!
 //! Here: opening the image, what is offered, configuration space. How requests are served is in `queue`, who may use the
-//! image when in `claim`, what is no raw image in `format`.
+//! image when in `claim`, what a saved guest compares it by in `generation`, what is no raw image in `format`.
 
 #![forbid(unsafe_code)]
 
 mod claim;
 mod format;
+mod generation;
 mod queue;
 
 use std::fs::{File, OpenOptions};
@@ -24,11 +25,12 @@ use tracing::{debug, info, warn};
 use zerocopy::{FromZeros, IntoBytes};
 
 use self::claim::{Image, Sharing};
+use self::generation::Generation;
 use self::queue::DiskQueue;
-use super::{Device, Host, Queue, RING_FEATURES};
+use super::{BackendError, Device, Host, Queue, RING_FEATURES};
 use crate::abi::bit;
-use crate::abi::vhost_user::protocol_feature;
 use crate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
+use crate::abi::vhost_user::{DiskGeneration, own, protocol_feature};
 use crate::abi::virtio::{
     BlkConfig, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_F_ACCESS_PLATFORM,
@@ -205,6 +207,8 @@ pub struct Disk {
     serial: [u8; VIRTIO_BLK_ID_BYTES],
     /// Locked while queues run.
     image: Option<Arc<Image>>,
+    /// Unless the image can't have one.
+    generation: Option<Arc<Generation>>,
     options: DiskOptions,
 }
 
@@ -257,6 +261,7 @@ impl Disk {
         };
         let (files, capacity) = (Arc::new(files), Arc::new(AtomicU64::new(capacity)));
         let lock = Image::new(files.main(), sharing).map_err(|source| refused(&image, source))?;
+        let generation = Generation::new(files.main(), !options.read_only).map_err(|source| refused(&image, source))?;
         let image = (!options.share_rw).then(|| Arc::new(lock));
         let urings = match options.aio {
             Aio::IoUring => Urings::new(queues, entries)
@@ -265,7 +270,7 @@ impl Disk {
         };
         let urings = urings.ok().map(Arc::new);
         let hosts = Mutex::default();
-        Ok(Disk { files, urings, capacity, hosts, block_size, clears, serial, image, options })
+        Ok(Disk { files, urings, capacity, hosts, block_size, clears, serial, image, generation, options })
     }
 
     /// Its size, in sectors of 512 bytes.
@@ -326,7 +331,8 @@ impl Device for Disk {
     fn protocol_features(&self) -> u64 {
         let postcopy = if self.options.postcopy { bit(protocol_feature::PAGEFAULT) } else { 0 };
         let inflight_migration = if self.options.inflight_migration { INFLIGHT_MIGRATION } else { 0 };
-        postcopy | inflight_migration
+        let generation = if self.generation.is_some() { bit(own::F_DISK_GENERATION) } else { 0 };
+        postcopy | inflight_migration | generation
     }
 
     fn queues(&self) -> u16 {
@@ -382,6 +388,12 @@ impl Device for Disk {
         self.files.drop_used_cache();
         debug!("{}: on stable storage after {:?}", self.options.image.display(), begin.elapsed());
         Ok(())
+    }
+
+    fn generation(&self) -> Result<DiskGeneration, BackendError> {
+        let generation = self.generation.as_ref().ok_or_else(|| io::Error::other("the image can't have one"));
+        let told = generation.and_then(|generation| generation.report(self.image.as_ref()));
+        told.map_err(|error| BackendError::Generation { why: error.to_string() })
     }
 
     fn try_queue(&self) -> io::Result<()> {

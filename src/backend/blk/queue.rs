@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use tracing::debug;
 
 use super::claim::Claim;
+use super::generation::{Generation, InUse};
 use super::{Disk, MAX_CLEAR_SECTORS};
 use crate::abi::bit;
 use crate::abi::virtio::{
@@ -38,7 +39,8 @@ pub(super) struct DiskQueue {
     durable: bool,
     serial: [u8; VIRTIO_BLK_ID_BYTES],
     engine: Box<dyn Engine>,
-    /// Given up after the engine, which waits for its I/O.
+    /// Given up after the engine, which waits for its I/O, and before the claim.
+    generation: Option<InUse>,
     _claim: Option<Claim>,
     /// Requests that are complete.
     ready: Vec<Request>,
@@ -73,6 +75,7 @@ impl DiskQueue {
             durable: features & bit(VIRTIO_BLK_F_FLUSH) == 0,
             serial: disk.serial,
             engine,
+            generation: disk.generation.as_ref().map(Generation::use_by_queue),
             _claim: claim,
             ready: Vec::new(),
             unserved: None,
@@ -142,6 +145,14 @@ impl DiskQueue {
             return Plan::Answer(VIRTIO_BLK_S_IOERR);
         }
         self.transfer(op, range.sector.get(), u64::from(sectors) * SECTOR_BYTES, 0)
+    }
+
+    /// What is due before the first attempt at an operation (GET_DISK_GENERATION).
+    fn before(&self, op: Op) -> io::Result<()> {
+        match &self.generation {
+            Some(generation) if op.changes() => generation.before_change(),
+            _ => Ok(()),
+        }
     }
 
     /// Finishes a request after an attempt, or makes the next one.
@@ -239,6 +250,10 @@ impl Queue for DiskQueue {
         }
         match self.plan(&mut request) {
             Plan::Answer(status) => self.finish(request, status),
+            Plan::Disk { op, .. } if let Err(error) = self.before(op) => {
+                limited!(error, "queue {}: {op:?}: the image's generation can't be replaced: {error}", self.index);
+                self.finish(request, VIRTIO_BLK_S_IOERR);
+            }
             Plan::Disk { op, start, len, at } => {
                 self.engine.submit(Io { request, op, disk: start..start + len, at, way: self.way });
             }

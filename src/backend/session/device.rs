@@ -1,4 +1,4 @@
-//! What messages read and write of a device beside its rings: configuration, inflight region, state (rules C1, I1, D1).
+//! What messages read and write of a device beside its rings: configuration, inflight region, state (rules C1, I1, D1; GET_DISK_GENERATION).
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::super::transfer::Transfer;
 use super::super::{BackendError, Message, Reply};
 use super::Session;
-use crate::abi::vhost_user::{ConfigHeader, InflightDescription, Request as Code, VHOST_USER_MAX_CONFIG_SIZE};
+use crate::abi::vhost_user::{ConfigHeader, InflightDescription, Request as Code, VHOST_USER_MAX_CONFIG_SIZE, own};
 use crate::sys::lines::limited;
 use crate::{abi::virtio, inflight};
 
@@ -45,6 +45,18 @@ impl Session {
         });
         let description = InflightDescription { mmap_size, mmap_offset: 0, ..wanted };
         Reply { fd, ..Reply::new(Code::GET_INFLIGHT_FD, &description) }
+    }
+
+    pub(super) fn get_generation(&mut self) -> Reply {
+        let code = own::GET_DISK_GENERATION;
+        match self.all_stopped(code, "D1").and_then(|()| self.device.generation()) {
+            Ok(generation) => Reply::new(code, &generation),
+            Err(error) => {
+                // This request has an answer that means "no": no payload.
+                limited!(warn, "{error}");
+                Reply { code, payload: Vec::new(), fd: None }
+            }
+        }
     }
 
     pub(super) fn set_inflight(&mut self, description: &InflightDescription, fd: &OwnedFd) -> Result<(), BackendError> {

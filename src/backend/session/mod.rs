@@ -26,7 +26,7 @@ use super::{BackendError, Device, Host, Message, Notifier, Reply, counters};
 use crate::abi::bit;
 use crate::abi::vhost_user::{
     ConfigHeader, DEVICE_STATE_NOFD_MASK, Header, MemRegMsg, Request as Code, VHOST_F_LOG_ALL,
-    VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_RAM_SLOTS_TODAY, VringState, protocol_feature, unstable,
+    VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_RAM_SLOTS_TODAY, VringState, own, protocol_feature, unstable,
 };
 use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED};
 use crate::dirty::{Log, LogSignal};
@@ -316,6 +316,7 @@ impl Session {
             Code::CHECK_DEVICE_STATE if self.speaks(protocol_feature::DEVICE_STATE) => {
                 return number(answer(self.check_transfer()));
             }
+            own::GET_DISK_GENERATION if self.speaks(own::F_DISK_GENERATION) => return Ok(Some(self.get_generation())),
             Code::SEND_RARP | Code::NET_SET_MTU => self.device.message(code, message.body()?)?,
             Code::SET_BACKEND_REQ_FD => {
                 let socket = checked(message.only_fd()?)?;

@@ -9,8 +9,9 @@ use super::super::{FrontendError, RingSetup};
 use super::channel::Late;
 use super::connect::greet;
 use super::{UserDevice, UserOptions, state, wake};
+use crate::abi::bit;
 use crate::abi::features::{feature_names, protocol_feature_names};
-use crate::abi::vhost_user::{Request, protocol_feature};
+use crate::abi::vhost_user::{Request, own, protocol_feature};
 use crate::abi::virtio;
 use crate::memory::Memory;
 use crate::ring::RingBase;
@@ -103,7 +104,8 @@ impl UserDevice {
         let old = std::mem::replace(&mut self.offer, offer);
         (self.channel, self.ear) = (channel, ear);
         let lost = self.features & !offer.features;
-        let lost_protocol = old.protocol & !offer.protocol;
+        // A successor whose image can't have a generation serves it all the same.
+        let lost_protocol = old.protocol & !offer.protocol & !bit(own::F_DISK_GENERATION);
         if lost != 0 || lost_protocol != 0 || offer.queues < old.queues {
             self.channel.close();
             self.offer = old;

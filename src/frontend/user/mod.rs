@@ -31,9 +31,9 @@ use super::{Device, DeviceEvent, FrontendError, InflightState, Interrupt, Reconn
 use crate::abi::bit;
 use crate::abi::features::feature_names;
 use crate::abi::vhost_user::{
-    CONFIG_TYPE_FRONTEND, ConfigHeader, InflightDescription, LogDescription, MemRegMsg, Request, VHOST_F_LOG_ALL,
-    VHOST_MEMORY_BASELINE_NREGIONS, VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_CONFIG_SIZE, VHOST_VRING_F_LOG,
-    VRING_NOFD_MASK, VringAddr, VringState, protocol_feature, unstable::INFLIGHT_MIGRATION,
+    CONFIG_TYPE_FRONTEND, ConfigHeader, DiskGeneration, InflightDescription, LogDescription, MemRegMsg, Request,
+    VHOST_F_LOG_ALL, VHOST_MEMORY_BASELINE_NREGIONS, VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_CONFIG_SIZE,
+    VHOST_VRING_F_LOG, VRING_NOFD_MASK, VringAddr, VringState, own, protocol_feature, unstable::INFLIGHT_MIGRATION,
 };
 use crate::abi::virtio::VIRTIO_F_RING_PACKED;
 use crate::dirty::Log;
@@ -430,6 +430,14 @@ impl Device for UserDevice {
         state::load(&mut self.channel, self.options.stop_timeout, &self.interrupt, state)?;
         self.loaded = Some(state.to_vec());
         Ok(())
+    }
+
+    fn generation(&mut self) -> Result<Option<DiskGeneration>, FrontendError> {
+        if !self.has(own::F_DISK_GENERATION) {
+            return Ok(None);
+        }
+        let reply = self.channel.ask(own::GET_DISK_GENERATION, &[], &[])?;
+        if reply.payload.is_empty() { Ok(None) } else { reply.read("F3").map(Some) }
     }
 
     fn log(&self) -> Option<&Arc<Log>> {

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::abi::vhost_user::{protocol_feature, unstable::INFLIGHT_MIGRATION};
+use crate::abi::vhost_user::{own, protocol_feature, unstable::INFLIGHT_MIGRATION};
 use crate::abi::virtio::VIRTIO_ID_NET;
 
 /// How a vhost-user back-end is talked to.
@@ -41,6 +41,7 @@ impl Default for UserOptions {
                 CONFIGURE_MEM_SLOTS,
                 STATUS,
                 DEVICE_STATE,
+                own::F_DISK_GENERATION,
             ]
             .into_iter()
             .fold(0, |all, number| all | bit(number)),

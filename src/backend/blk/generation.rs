@@ -1,0 +1,225 @@
+//! The generation of an image, by which a saved guest is told whether its disk still holds what it held then (GET_DISK_GENERATION).
+//!
+//! It is an extended attribute of the image: a random number that names the disk, and one that names its contents. The
+//! second is replaced, on stable storage, before the first change after rings have started. Nobody can learn it while
+//! they run, so one replacement is enough for as long as they do.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::claim::Image;
+use crate::abi::vhost_user::DiskGeneration;
+use crate::sys::random::random;
+use crate::sys::xattr;
+
+/// The attribute: two numbers of 32 hexadecimal digits with a colon between them.
+const NAME: &CStr = c"user.vhost-migrate.generation";
+const TEXT_BYTES: usize = 65;
+
+/// The generation of one opened image.
+#[derive(Debug)]
+pub(super) struct Generation {
+    file: File,
+    writable: bool,
+    /// Running queues.
+    queues: Mutex<usize>,
+    /// Whether the generation was replaced since the first of them has started.
+    replaced: AtomicBool,
+    /// Held while it is replaced.
+    replacing: Mutex<()>,
+}
+
+impl Generation {
+    /// For the image that `file` is; `None` if it can't have attributes.
+    pub(super) fn new(file: &File, writable: bool) -> io::Result<Option<Arc<Generation>>> {
+        if !file.metadata()?.is_file() || xattr::get::<TEXT_BYTES>(file, NAME).is_err_and(|error| !is_too_long(&error))
+        {
+            return Ok(None);
+        }
+        let (file, queues, replaced) = (file.try_clone()?, Mutex::new(0), AtomicBool::new(false));
+        Ok(Some(Arc::new(Generation { file, writable, queues, replaced, replacing: Mutex::default() })))
+    }
+
+    /// The present one; an image that has none gets one. `image` keeps other processes from changing it meanwhile.
+    ///
+    /// # Errors
+    /// If rings run here or in another process, or it can't be read or made.
+    pub(super) fn report(&self, image: Option<&Arc<Image>>) -> io::Result<DiskGeneration> {
+        let queues = lock(&self.queues);
+        let image = image.ok_or_else(|| io::Error::other("other processes may write the image at any time"))?;
+        if *queues > 0 {
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, "another front-end runs rings"));
+        }
+        let _claim = image.claim_soon()?;
+        match self.read()? {
+            Some(generation) => Ok(generation),
+            None if self.writable => self.write(random()?),
+            None => Err(io::Error::other("the image has none, and is open for reading only")),
+        }
+    }
+
+    /// Notes a queue that is going to run. The image must be claimed for at least as long.
+    pub(super) fn use_by_queue(self: &Arc<Generation>) -> InUse {
+        *lock(&self.queues) += 1;
+        InUse(self.clone())
+    }
+
+    fn read(&self) -> io::Result<Option<DiskGeneration>> {
+        let text = match xattr::get::<TEXT_BYTES>(&self.file, NAME) {
+            Ok(text) => text,
+            // Not ours.
+            Err(error) if is_too_long(&error) => None,
+            Err(error) => return Err(error),
+        };
+        Ok(text.as_deref().and_then(parse))
+    }
+
+    fn write(&self, identity: u128) -> io::Result<DiskGeneration> {
+        let generation = DiskGeneration { identity, generation: random()? };
+        xattr::set(&self.file, NAME, format!("{identity:032x}:{:032x}", generation.generation).as_bytes())?;
+        self.file.sync_all()?;
+        Ok(generation)
+    }
+
+    /// Replaces the generation, unless that was done meanwhile.
+    fn replace(&self) -> io::Result<()> {
+        let _alone = lock(&self.replacing);
+        if !self.replaced.load(Ordering::Relaxed) {
+            let identity = self.read()?.map_or_else(random, |before| Ok(before.identity))?;
+            self.write(identity)?;
+            self.replaced.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+}
+
+/// A running queue's use of the image, until dropped.
+#[derive(Debug)]
+pub(super) struct InUse(Arc<Generation>);
+
+impl InUse {
+    /// To be called before every change of the image.
+    ///
+    /// # Errors
+    /// If the generation can't be replaced: the image must not be changed then.
+    pub(super) fn before_change(&self) -> io::Result<()> {
+        if self.0.replaced.load(Ordering::Relaxed) { Ok(()) } else { self.0.replace() }
+    }
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        let mut queues = lock(&self.0.queues);
+        *queues -= 1;
+        if *queues == 0 {
+            // Anybody may ask for it from now on, also another process.
+            self.0.replaced.store(false, Ordering::Relaxed);
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn is_too_long(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ERANGE)
+}
+
+fn parse(text: &[u8]) -> Option<DiskGeneration> {
+    let (identity, generation) = std::str::from_utf8(text).ok()?.split_once(':')?;
+    let number = |digits: &str| u128::from_str_radix(digits, 16).ok();
+    Some(DiskGeneration { identity: number(identity)?, generation: number(generation)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::claim::Sharing;
+    use super::*;
+
+    /// On a disk: not every system's folder for temporary files has attributes.
+    fn image() -> tempfile::NamedTempFile {
+        tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR").to_owned() + "/target").unwrap()
+    }
+
+    fn open(file: &tempfile::NamedTempFile, writable: bool) -> (Arc<Generation>, Arc<Image>) {
+        let file = File::options().read(true).write(writable).open(file.path()).unwrap();
+        let image = Arc::new(Image::new(&file, Sharing::Exclusive).unwrap());
+        (Generation::new(&file, writable).unwrap().expect("a file system with attributes"), image)
+    }
+
+    #[test]
+    fn it_stays_until_the_first_change_after_rings_have_started_and_the_identity_for_good() {
+        let file = image();
+        let (generation, image) = open(&file, true);
+        let report = |generation: &Generation| generation.report(Some(&image)).unwrap();
+        let first = report(&generation);
+        assert_eq!(report(&generation), first);
+        assert_eq!(report(&open(&file, true).0), first, "another process");
+
+        let queues = [generation.use_by_queue(), generation.use_by_queue()];
+        assert!(generation.report(Some(&image)).is_err(), "it may change at any moment");
+        drop(queues);
+        assert_eq!(report(&generation), first, "nothing was changed");
+
+        let queue = generation.use_by_queue();
+        queue.before_change().unwrap();
+        let while_it_runs = generation.read().unwrap();
+        queue.before_change().unwrap();
+        assert_eq!(generation.read().unwrap(), while_it_runs, "once is enough");
+        drop(queue);
+        let second = report(&generation);
+        assert_eq!((second.identity, Some(second)), (first.identity, while_it_runs));
+        assert_ne!(second.generation, first.generation);
+
+        let queue = generation.use_by_queue();
+        queue.before_change().unwrap();
+        drop(queue);
+        assert_ne!(report(&generation), second, "it was reported in between");
+    }
+
+    #[test]
+    fn it_is_not_told_while_another_process_may_change_the_image() {
+        let file = image();
+        let (generation, mine) = open(&file, true);
+        assert!(generation.report(None).is_err(), "shared with other writers");
+        let (_, theirs) = open(&file, true);
+        let claim = theirs.claim().unwrap();
+        assert!(generation.report(Some(&mine)).is_err());
+        drop(claim);
+        assert!(generation.report(Some(&mine)).is_ok());
+    }
+
+    #[test]
+    fn a_disk_that_is_only_read_gets_none() {
+        let file = image();
+        let (reader, image) = open(&file, false);
+        assert!(reader.report(Some(&image)).is_err());
+        let (writer, _) = open(&file, true);
+        let made = writer.report(Some(&image)).unwrap();
+        assert_eq!(reader.report(Some(&image)).unwrap(), made);
+    }
+
+    #[test]
+    fn what_is_no_generation_is_replaced() {
+        let file = image();
+        let (generation, image) = open(&file, true);
+        for junk in ["", ":", "7", "x:y", &"9".repeat(TEXT_BYTES + 1)] {
+            xattr::set(&generation.file, NAME, junk.as_bytes()).unwrap();
+            let found = open(&file, true).0.report(Some(&image)).unwrap();
+            assert_eq!(generation.read().unwrap(), Some(found));
+        }
+    }
+
+    #[test]
+    fn files_without_attributes_have_none() {
+        let memfd = File::from(crate::memory::sealed_memfd("generation-test", 4096).unwrap());
+        let without = Generation::new(&File::open("/dev/null").unwrap(), true).unwrap();
+        assert!(without.is_none());
+        // Linux 6.6 and later know attributes of users on tmpfs.
+        let _ = Generation::new(&memfd, true).unwrap();
+    }
+}

@@ -1,0 +1,163 @@
+//! The disks of a guest that is restored: they are what they were when it was saved, or the restore is refused (GET_DISK_GENERATION).
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::{Value, json};
+
+use super::outcome::done;
+use super::{Host, Running, assert_completed, events, migrate, program, run, status, text, until, verify};
+
+/// A paused guest, saved to a file, which is told as a URI. It is gone here unless `more` says otherwise.
+fn saved(host: &Host, source: &Path, more: &[&str]) -> String {
+    done(source, "pause");
+    let file = format!("file:{}", host.path("guest.vhm").display());
+    let output = migrate(source, &file, more);
+    assert_completed(&output);
+    assert!(!events(&output).iter().any(|event| event["event"] == "warning"), "{}", text(&output.stdout));
+    file
+}
+
+fn inspected(host: &Host) -> Value {
+    let output = run(&["inspect", "--json", "stream", host.path("guest.vhm").to_str().unwrap()]);
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", text(&output.stderr)))
+}
+
+fn backend_on(host: &mut Host, image: &Path, name: &str, more: &[&str]) -> PathBuf {
+    let socket = host.path(name);
+    let mut command = program();
+    command.args(["backend", "blk", "--queues", "4", "--image"]).arg(image).arg("--socket").arg(&socket).args(more);
+    host.running.push(Running(command.stdout(Stdio::null()).spawn().unwrap()));
+    socket
+}
+
+fn copy(host: &Host, from: &str, to: &str, options: &[&str]) -> PathBuf {
+    let to = host.path(to);
+    assert!(Command::new("cp").args(options).arg(host.path(from)).arg(&to).status().unwrap().success());
+    to
+}
+
+/// A restore that is to fail.
+fn refused(host: &Host, backend: &Path, file: &str) -> String {
+    let control = host.path("refused.control");
+    let mut command = program();
+    command.args(["guest", "--incoming", file, "--backend"]).arg(backend).arg("--control").arg(&control);
+    let output: Output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    text(&output.stderr)
+}
+
+/// Restores it, has it write to its disk, and ends it.
+fn restored(host: &mut Host, backend: &Path, name: &str, more: &[&str]) {
+    let guest = host.guest_on(backend, name, more);
+    until(&guest, "paused");
+    done(&guest, "resume");
+    verify(&guest);
+    done(&guest, "quit");
+    assert_eq!(host.running.last_mut().unwrap().0.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_guest_is_restored_onto_its_disk_once_and_onto_a_disk_that_went_on_only_if_told_to() {
+    let mut host = Host::new();
+    let source = host.source();
+    let file = saved(&host, &source, &[]);
+    let found = inspected(&host);
+    let generation = found["disks"][0]["generation"].as_str().unwrap_or_default();
+    assert!(generation.len() == 32 && found["disks"][0]["identity"].as_str().unwrap().len() == 32, "{found}");
+
+    let backend = host.backend("again.vhost");
+    // One that does not get as far as to run changes nothing.
+    let unused = host.guest_on(&backend, "unused", &["--incoming", &file]);
+    until(&unused, "paused");
+    done(&unused, "quit");
+    host.running.last_mut().unwrap().0.wait().unwrap();
+    restored(&mut host, &backend, "first", &["--incoming", &file]);
+
+    let words = refused(&host, &backend, &file);
+    assert!(words.contains("again.vhost: it has gone on since the guest was saved"), "{words}");
+    assert!(words.contains("--ignore-disk-generation"), "{words}");
+    // Nor by a back-end that was started since.
+    let later = host.backend("later.vhost");
+    assert!(refused(&host, &later, &file).contains("has gone on since the guest was saved"));
+    let forced = host.guest_on(&later, "forced", &["--incoming", &file, "--ignore-disk-generation"]);
+    until(&forced, "paused");
+}
+
+#[test]
+fn a_snapshot_fits_the_copy_that_was_made_with_it_and_not_the_disk_that_its_guest_went_on_with() {
+    let mut host = Host::new();
+    let source = host.source();
+    let file = saved(&host, &source, &["--continue"]);
+    copy(&host, "disk", "copy", &["--preserve=xattr"]);
+    let bare = copy(&host, "disk", "bare", &[]);
+    done(&source, "resume");
+    verify(&source);
+    let late = copy(&host, "disk", "late", &["--preserve=xattr"]);
+    done(&source, "quit");
+
+    let [bare, late, other] = [(bare, "bare"), (late, "late"), (host.path("other"), "other")].map(|(image, name)| {
+        if name == "other" {
+            std::fs::File::create(&image).unwrap().set_len(16 << 20).unwrap();
+        }
+        backend_on(&mut host, &image, &format!("{name}.vhost"), &[])
+    });
+    let backend = host.backend("disk.vhost");
+    assert!(refused(&host, &backend, &file).contains("has gone on since the guest was saved"));
+    assert!(refused(&host, &late, &file).contains("has gone on since the guest was saved"));
+    for another in [&bare, &other] {
+        let words = refused(&host, another, &file);
+        assert!(words.contains("another disk than the one that the guest was saved with"), "{words}");
+        assert!(words.contains("cp --preserve=xattr"), "{words}");
+    }
+    let image = host.path("copy");
+    let copy = backend_on(&mut host, &image, "copy.vhost", &[]);
+    restored(&mut host, &copy, "again", &["--incoming", &file]);
+}
+
+#[test]
+fn a_disk_that_can_not_be_compared_is_said_to_be_so_when_it_is_saved_inspected_and_restored() {
+    let mut host = Host::new();
+    let image = host.path("disk");
+    // Others may write it at any time.
+    let shared = backend_on(&mut host, &image, "shared.vhost", &["--share-rw"]);
+    let source = host.guest_on(&shared, "source", &["--memory", "64MiB", "--request-rate", "50"]);
+    until(&source, "running");
+    done(&source, "pause");
+    let file = format!("file:{}", host.path("guest.vhm").display());
+    let output = migrate(&source, &file, &[]);
+    assert_completed(&output);
+    let warning = events(&output).into_iter().find(|event| event["event"] == "warning").unwrap();
+    assert!(
+        warning["message"].as_str().unwrap().contains("shared.vhost: a restore can't compare this disk"),
+        "{warning}"
+    );
+    assert_eq!(inspected(&host)["disks"], json!([null]));
+    let words = run(&["inspect", "stream", host.path("guest.vhm").to_str().unwrap()]);
+    assert!(text(&words.stdout).contains("disk 0: not known, so that a restore can't compare it"));
+
+    let backend = host.backend("again.vhost");
+    let mut command = program();
+    let control = host.path("again.control");
+    command.args(["guest", "--incoming", &file, "--backend"]).arg(&backend).arg("--control").arg(&control);
+    let mut guest = Running(command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap());
+    until(&control, "paused");
+    done(&control, "quit");
+    let mut said = String::new();
+    std::io::Read::read_to_string(guest.0.stderr.as_mut().unwrap(), &mut said).unwrap();
+    assert!(said.contains("again.vhost: this disk is not compared"), "{said}");
+}
+
+#[test]
+fn a_live_migration_compares_no_disks() {
+    let mut host = Host::new();
+    let source = host.source();
+    let uri = format!("unix:{}", host.path("incoming").display());
+    let other = copy(&host, "disk", "other", &[]);
+    let backend = backend_on(&mut host, &other, "other.vhost", &[]);
+    let destination = host.guest_on(&backend, "destination", &["--incoming", &uri]);
+    until(&destination, "absent");
+    done(&source, "pause");
+    assert_completed(&migrate(&source, &uri, &[]));
+    assert_eq!(status(&destination).unwrap()["state"], "paused");
+}
