@@ -227,6 +227,20 @@ mod tests {
     }
 
     #[test]
+    fn a_bitmap_and_its_slices_tell_the_marks_at_their_place() {
+        let log = Arc::new(Log::create(5 << 30).unwrap().0);
+        let bitmap = LogBitmap::new(Arc::clone(&log), BASES[1]);
+        bitmap.mark_dirty(0x3000, 1);
+        bitmap.slice_at(0x4000).slice_at(0x1000).mark_dirty(0xfff, 2);
+        let high = BASES[1] >> 12;
+        let marked = [0x2fff, 0x3000, 0x3fff, 0x4000, 0x5000, 0x6fff, 0x7000].map(|offset| bitmap.dirty_at(offset));
+        assert_eq!(marked, [false, true, true, false, true, true, false]);
+        let slice = bitmap.slice_at(0x2000).slice_at(0x1000);
+        assert_eq!([0, 0xfff, 0x1000, usize::MAX].map(|offset| slice.dirty_at(offset)), [true, true, false, false]);
+        assert_eq!(harvested(&log), [high + 3, high + 5, high + 6]);
+    }
+
+    #[test]
     fn a_switch_marks_in_the_log_that_is_installed_and_in_no_other() {
         let switch = Arc::new(LogSwitch::new().unwrap());
         let logs = [(); 2].map(|()| Arc::new(Log::create(5 << 30).unwrap().0));

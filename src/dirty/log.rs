@@ -572,6 +572,56 @@ mod tests {
     }
 
     #[test]
+    fn a_range_is_marked_when_each_of_its_pages_is() {
+        let (log, _) = Log::create(1 << 20).unwrap();
+        log.mark(2 * LOG_PAGE, 2 * LOG_PAGE);
+        assert!(log.are_marked(2 * LOG_PAGE, 2 * LOG_PAGE));
+        assert!(log.are_marked(3 * LOG_PAGE - 1, 2));
+        assert!(log.are_marked(0, 0), "no page at all");
+        assert!(!log.are_marked(2 * LOG_PAGE - 1, 2), "the page before");
+        assert!(!log.are_marked(2 * LOG_PAGE, 2 * LOG_PAGE + 1), "the page behind");
+        assert!(!log.are_marked(u64::MAX, 2), "a range that wraps around");
+    }
+
+    #[test]
+    fn all_of_memory_can_be_marked() {
+        let region = |gpa, pages| {
+            let fd = sealed_memfd("test", pages * LOG_PAGE).unwrap();
+            Arc::new(crate::memory::Region::share(fd, gpa, pages * LOG_PAGE, 0).unwrap())
+        };
+        let memory = Memory::new([region(LOG_PAGE, 3), region(1 << 30, 2)]).unwrap();
+        let (log, _) = Log::create(memory.end()).unwrap();
+        log.mark_memory(&memory);
+        let mut set = PageSet::default();
+        assert_eq!(log.harvest(&mut set).pages, 5);
+        assert_eq!(set.runs().collect::<Vec<_>>(), [1..4, 1 << 18..(1 << 18) + 2]);
+    }
+
+    #[test]
+    fn a_copied_log_adds_its_marks_to_the_other_and_keeps_them() {
+        // A small log with bytes behind its last word, and a large one with holes.
+        for (size, runs) in [
+            (100, &[0..1, 3..5, 63..65, 128..256, 700..701, 799..800][..]),
+            (104, &[64..65, 831..832]),
+            (8 << 20, &[5..6, 1 << 22..(1 << 22) + 65, (64 << 20) - 1..64 << 20]),
+        ] {
+            let [old_fd, new_fd] = [memfd(size), memfd(size + 8)];
+            let [old, new] =
+                [(&old_fd, size), (&new_fd, size + 8)].map(|(fd, size)| Log::map(fd.as_fd(), size, 0).unwrap());
+            runs.iter().for_each(|run| old.mark(run.start * LOG_PAGE, (run.end - run.start) * LOG_PAGE));
+            new.mark(9 * LOG_PAGE, 1);
+            let before = bytes(&old_fd);
+            old.copy_to(&new);
+            assert_eq!(bytes(&old_fd), before, "{size} bytes");
+            assert_eq!(new.out_of_range(), 0, "{size} bytes");
+            let mut set = PageSet::default();
+            new.harvest(&mut set);
+            assert!(set.remove(9));
+            assert_eq!(set.runs().collect::<Vec<_>>(), runs, "{size} bytes");
+        }
+    }
+
+    #[test]
     fn nothing_is_touched_beyond_the_last_byte() {
         // A log that ends with its page, and after it memory that may not be touched: SIGSEGV if it is. New mappings
         // are placed below the last one, unless another thread is in between: then the next attempt will do.
