@@ -36,6 +36,7 @@ fn resubmit(bytes: &[u8], used_idx: u16, size: u16) -> Vec<u16> {
 #[test]
 fn a_successor_that_maps_the_same_file_finds_what_was_taken() {
     let (first, fd) = Region::create(Kind::Split, 2, 8).unwrap();
+    assert_eq!((first.kind(), first.queues(), first.queue_size()), (Kind::Split, 2, 8));
     let (mut inflight, fresh) = first.split(1, 8, 0).unwrap();
     assert_eq!((fresh.next_avail, fresh.resubmit), (None, vec![]));
     for head in [5, 2, 7] {
@@ -104,6 +105,32 @@ fn a_region_at_an_offset_of_its_file_leaves_the_rest_alone() {
     let bytes = [whole.copy(0).unwrap(), whole.copy(1).unwrap()].concat();
     assert_eq!(bytes[8 + HEADER + 3 * ENTRY], 1);
     assert!(bytes[..16].iter().chain(&bytes[8 + needed as usize..]).all(|byte| *byte == 0));
+}
+
+#[test]
+fn the_last_entry_of_a_queue_is_kept_and_the_next_queue_is_left_alone() {
+    // Three entries and their header fill the queue's part to the last byte.
+    let (region, _fd) = Region::create(Kind::Split, 2, 3).unwrap();
+    assert_eq!(region.copy(0).unwrap().len(), HEADER + 3 * ENTRY);
+    let (mut inflight, _) = region.split(0, 3, 0).unwrap();
+    for head in [0, 2, 1, 3] {
+        inflight.take(head);
+    }
+    assert_eq!(resubmit(&region.copy(0).unwrap(), 0, 3), [0, 2, 1], "in the order of their counters");
+    assert!(region.copy(1).unwrap().iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn a_reset_makes_every_queue_fresh() {
+    let (region, _fd) = Region::create(Kind::Split, 3, 8).unwrap();
+    for queue in 0..3 {
+        region.split(queue, 8, 0).unwrap().0.take(queue);
+    }
+    region.reset();
+    for queue in 0..3 {
+        let (_, found) = region.split(queue, 8, 7).unwrap();
+        assert_eq!((found.next_avail, found.resubmit), (None, vec![]), "queue {queue}");
+    }
 }
 
 #[test]
@@ -258,10 +285,12 @@ fn packed_contents_that_cannot_be_true_are_refused_with_their_rule() {
     assert_eq!(recover_packed(&good, 4, 4, FRESH, unused).unwrap().resubmit.len(), 2);
     let cut = recover_packed(&good[..159], 4, 4, FRESH, unused).unwrap_err();
     assert!(matches!(cut, InflightError::TooSmall { size: 159, needed: 160 }));
-    for (queue_size, ring_size) in [(4, 0), (40_000, 4), (u16::MAX, u16::MAX)] {
+    for (queue_size, ring_size, refused) in [(4, 0, 0), (40_000, 4, 40_000), (u16::MAX, u16::MAX, u16::MAX)] {
         let shape = recover_packed(&good, queue_size, ring_size, FRESH, unused).unwrap_err();
-        assert!(matches!(shape, InflightError::Shape { .. }));
+        assert!(matches!(shape, InflightError::Shape { queues: 1, queue_size } if queue_size == refused));
     }
+    let largest = recover_packed(&good, 32768, 32768, FRESH, unused).unwrap_err();
+    assert!(matches!(largest, InflightError::TooSmall { .. }), "a size that rings have");
     let large = recover_packed(&good, 4, 5, FRESH, unused).unwrap_err();
     assert!(matches!(large, InflightError::RingTooLarge { .. }));
     assert!(matches!(refused(&|b| b.u16(8, 7)), InflightError::Version { version: 7 }));

@@ -7,7 +7,8 @@ use std::collections::VecDeque;
 
 use proptest::prelude::*;
 use ring_common::{EVENT_IDX, IN_ORDER, INDIRECT, TABLES, buffer, memory, packed_at, packed_layout, put_desc};
-use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE};
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, VIRTIO_F_RING_PACKED};
 use vhost_migrate::ring::{
     Buffer, Chain, InOrderState, PackedDevice, PackedDriver, PackedDriverState, PackedLayout, PackedRequest, Position,
     RingBase, RingError, Used,
@@ -363,6 +364,20 @@ fn a_base_says_where_both_positions_are() {
     // Told by recovery, a used position of 0 in an even round is what it says.
     device.set_positions(at(3, false), at(0, false)).unwrap();
     assert_eq!(device.used_position(), at(0, false));
+}
+
+#[test]
+fn a_ring_that_was_never_used_has_the_base_of_its_kind() {
+    let packed = bit(VIRTIO_F_RING_PACKED);
+    assert_eq!(RingBase::start(0), RingBase::split(0));
+    assert_eq!(RingBase::start(packed), RingBase::PACKED_START);
+    let starts = |features| {
+        // The third is that of a front-end that knows the avail position alone (rule R4).
+        [0, 0x8000_8000, 0x0000_8000, 1, 0x8000_8001, 0x8001_8000]
+            .map(|bits| RingBase::from_bits(bits).is_start(features))
+    };
+    assert_eq!(starts(0), [true, false, false, false, false, false]);
+    assert_eq!(starts(packed), [false, true, true, false, false, false]);
 }
 
 /// User-mode Linux begins every ring at 0.
