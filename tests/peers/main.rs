@@ -1,8 +1,8 @@
 //! Programs that are not ours, driven against ours: QEMU without a guest, QEMU with a real Linux guest, User-mode Linux, DPDK,
 //! `qemu-storage-daemon`, rust-vmm's crates, and block devices of the kernel.
 //! Needs the cargo feature `peers` and what `tests/peers/install` installs; a missing peer is a failure, never a skip.
-//! The laboratory (processes, QMP, qtest, driver, proxy) is in the modules without tests; `guest_free`, `log_bitmap`, `linux_guest`, `dpdk`,
-//! `linux_net`, `linux_iommu` and `uml` hold the promises.
+//! The laboratory (processes, QMP, qtest, drivers, proxy) is in the modules without tests; `guest_free`, `guest_free_net`, `log_bitmap`,
+//! `linux_guest`, `dpdk`, `linux_net`, `linux_iommu` and `uml` hold the promises.
 
 // Everything here is test code: a failed expectation is a failed test.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -15,6 +15,7 @@ mod device_state;
 mod disk_driver;
 mod dpdk;
 mod guest_free;
+mod guest_free_net;
 mod hugetlb;
 mod image_formats;
 mod initramfs;
@@ -25,6 +26,7 @@ mod linux_whole;
 mod load;
 mod log_bitmap;
 mod loop_device;
+mod message;
 mod migration;
 mod process;
 mod proxy;
@@ -32,6 +34,8 @@ mod qemu;
 mod qsd;
 mod qtest;
 mod qtest_blk;
+mod qtest_net;
+mod qtest_virtio;
 mod ram;
 mod readme;
 mod rust_vmm;

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -16,8 +16,6 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
-use nix::unistd::close;
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{
     Header, LogDescription, MemoryHeader, MemoryRegion, Request, VHOST_F_LOG_ALL, VHOST_VRING_F_LOG, VringAddr,
@@ -25,10 +23,8 @@ use vhost_migrate::abi::vhost_user::{
 };
 use zerocopy::{FromBytes, IntoBytes};
 
+use crate::message::{Message, has_reply, pass_on, receive, send};
 use crate::process::{DEADLINE, Lab};
-
-const MAX_FDS: usize = 8;
-const MAX_PAYLOAD: u32 = 1 << 16;
 
 /// A dirty log of the test's own, for the first 4 GiB of guest memory.
 pub(crate) struct TestLog(File);
@@ -74,12 +70,16 @@ pub(crate) struct Hidden {
     pub(crate) protocol_features: u64,
 }
 
+/// What is to be done before the next SET_LOG_BASE of the front-end reaches the back-end.
+type BeforeLog = Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>>;
+
 /// Guest memory as the front-end gave it to the back-end.
 type Memory = Arc<Mutex<Vec<(MemoryRegion, File)>>>;
 
 pub(crate) struct Proxy {
     socket: PathBuf,
     memory: Memory,
+    before_log: BeforeLog,
     orders: Sender<(Order, Sender<()>)>,
     wake: UnixStream,
 }
@@ -97,22 +97,27 @@ impl Proxy {
         let (wake, woken) = UnixStream::pair().unwrap();
         let (orders, receiver) = mpsc::channel();
         let backend = backend.to_owned();
-        let memory = Memory::default();
-        let seen = memory.clone();
+        let (memory, before_log) = (Memory::default(), BeforeLog::default());
+        let (seen, held) = (memory.clone(), before_log.clone());
         thread::spawn(move || {
             for frontend in listener.incoming() {
                 let Ok(backend) = UnixStream::connect(&backend) else { continue };
-                let session = Session::new(frontend.unwrap(), backend, hidden, seen.clone());
+                let session = Session::new(frontend.unwrap(), backend, hidden, seen.clone(), held.clone());
                 if session.serve(&woken, &receiver).is_none() {
                     break;
                 }
             }
         });
-        Proxy { socket, memory, orders, wake }
+        Proxy { socket, memory, before_log, orders, wake }
     }
 
     pub(crate) fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// Holds the front-end's next SET_LOG_BASE back until `done` has returned.
+    pub(crate) fn before_next_log(&self, done: impl FnOnce() + Send + 'static) {
+        *self.before_log.lock().unwrap() = Some(Box::new(done));
     }
 
     /// Switches logging on; when it returns, the back-end has acknowledged. The used rings are logged `moved` bytes behind where they are.
@@ -158,12 +163,6 @@ impl Proxy {
     }
 }
 
-struct Message {
-    header: Header,
-    payload: Vec<u8>,
-    fds: Vec<RawFd>,
-}
-
 /// One front-end's connection.
 struct Session {
     frontend: UnixStream,
@@ -173,15 +172,22 @@ struct Session {
     rings: Vec<VringAddr>,
     hidden: Hidden,
     memory: Memory,
+    before_log: BeforeLog,
 }
 
 impl Session {
-    fn new(frontend: UnixStream, backend: UnixStream, hidden: Hidden, memory: Memory) -> Session {
+    fn new(
+        frontend: UnixStream,
+        backend: UnixStream,
+        hidden: Hidden,
+        memory: Memory,
+        before_log: BeforeLog,
+    ) -> Session {
         for stream in [&frontend, &backend] {
             stream.set_read_timeout(Some(DEADLINE)).unwrap();
             stream.set_write_timeout(Some(Duration::from_secs(10))).unwrap();
         }
-        Session { frontend, backend, features: 0, reply_ack: false, rings: Vec::new(), hidden, memory }
+        Session { frontend, backend, features: 0, reply_ack: false, rings: Vec::new(), hidden, memory, before_log }
     }
 
     /// Forwards messages and obeys orders until one side hangs up; `None` when the test is over.
@@ -222,6 +228,10 @@ impl Session {
                 self.rings.push(ring);
             }
             Request::SET_MEM_TABLE => *self.memory.lock().unwrap() = memory_table(&message)?,
+            Request::SET_LOG_BASE => {
+                let done = self.before_log.lock().unwrap().take();
+                done.into_iter().for_each(|done| done());
+            }
             _ => {}
         }
         pass_on(&self.backend, &message)?;
@@ -294,22 +304,6 @@ impl Session {
     }
 }
 
-/// Whether the back-end answers this message (rules F3 and F4).
-fn has_reply(header: &Header) -> bool {
-    const ANSWERED: &[Request] = &[
-        Request::GET_FEATURES,
-        Request::GET_PROTOCOL_FEATURES,
-        Request::GET_QUEUE_NUM,
-        Request::GET_VRING_BASE,
-        Request::SET_LOG_BASE,
-        Request::GET_CONFIG,
-        Request::GET_INFLIGHT_FD,
-        Request::GET_MAX_MEM_SLOTS,
-        Request::GET_STATUS,
-    ];
-    header.flags & Header::FLAG_NEED_REPLY != 0 || ANSWERED.contains(&Request(header.request))
-}
-
 /// The regions of SET_MEM_TABLE with files of the proxy's own.
 fn memory_table(message: &Message) -> Option<Vec<(MemoryRegion, File)>> {
     let regions = message.payload.get(size_of::<MemoryHeader>()..)?.chunks_exact(size_of::<MemoryRegion>());
@@ -318,51 +312,4 @@ fn memory_table(message: &Message) -> Option<Vec<(MemoryRegion, File)>> {
         Some((MemoryRegion::read_from_bytes(bytes).ok()?, file.ok()?))
     });
     with_files.collect()
-}
-
-fn receive(mut stream: &UnixStream) -> Option<Message> {
-    let mut head = [0; size_of::<Header>()];
-    let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
-    let mut fds = Vec::new();
-    let read = loop {
-        let mut buffers = [IoSliceMut::new(&mut head)];
-        match recvmsg::<()>(stream.as_raw_fd(), &mut buffers, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC) {
-            Ok(message) => {
-                for control in message.cmsgs().ok()? {
-                    if let ControlMessageOwned::ScmRights(rights) = control {
-                        fds.extend(rights);
-                    }
-                }
-                break message.bytes;
-            }
-            Err(nix::Error::EINTR) => {}
-            Err(_) => return None,
-        }
-    };
-    if read == 0 {
-        return None;
-    }
-    stream.read_exact(&mut head[read..]).ok()?;
-    let header = Header::read_from_bytes(&head).ok()?;
-    assert!(header.size <= MAX_PAYLOAD, "a payload of {} bytes", header.size);
-    let mut payload = vec![0; header.size as usize];
-    stream.read_exact(&mut payload).ok()?;
-    Some(Message { header, payload, fds })
-}
-
-/// Sends a received message and closes its fds, which the other side has now.
-fn pass_on(stream: &UnixStream, message: &Message) -> Option<()> {
-    let sent = send(stream, message);
-    for &fd in &message.fds {
-        let _ = close(fd);
-    }
-    sent
-}
-
-fn send(mut stream: &UnixStream, message: &Message) -> Option<()> {
-    let bytes = [message.header.as_bytes(), &message.payload].concat();
-    let rights = [ControlMessage::ScmRights(&message.fds)];
-    let control = if message.fds.is_empty() { &rights[..0] } else { &rights[..] };
-    let sent = sendmsg::<()>(stream.as_raw_fd(), &[IoSlice::new(&bytes)], control, MsgFlags::MSG_NOSIGNAL, None);
-    stream.write_all(&bytes[sent.ok()?..]).ok()
 }

@@ -1,7 +1,8 @@
-//! A virtio-blk driver on the other side of qtest: finds the PCI function, maps its BAR, sets up rings in guest memory, submits
-//! requests and takes completions. What it reads and writes on the disk is `load`'s business.
+//! A virtio-blk driver on the other side of qtest: sets up rings in guest memory, submits requests and takes completions.
+//! What it reads and writes on the disk is `load`'s business.
 
 use crate::qtest::Qtest;
+use crate::qtest_virtio::{AVAIL_BIT, USED_BIT, VirtioPci, descriptor};
 use crate::ram::Ram;
 
 /// Bytes of data that one request can carry.
@@ -19,7 +20,6 @@ const DATA: u64 = 64 << 20;
 /// Data does not start at a page: a chain's pages must be rounded outwards to be logged right.
 const DATA_SKEW: u64 = 512;
 
-const BAR: u64 = 0xe000_0000;
 const DESCRIPTORS_PER_REQUEST: u16 = 4;
 
 const F_RING_INDIRECT: u64 = 1 << 28;
@@ -67,8 +67,7 @@ struct Queue {
 pub(crate) struct Driver {
     pub(crate) options: Options,
     queues: Vec<Queue>,
-    notify: u64,
-    notify_multiplier: u64,
+    function: VirtioPci,
 }
 
 /// The machine that a driver runs on: it changes at a migration.
@@ -81,47 +80,24 @@ impl Driver {
     /// Sets up the device in PCI slot 3 and starts its queues.
     pub(crate) fn start(machine: &mut Machine, options: Options) -> Driver {
         let qtest = &mut machine.qtest;
-        let caps = find_capabilities(qtest);
-        let common = caps.common;
-
-        qtest.store("writeb", common + 20, 0);
-        qtest.store("writeb", common + 20, 1 | 2); // ACKNOWLEDGE, DRIVER
         let mut features = F_VERSION_1;
         features |= if options.event_idx { F_RING_EVENT_IDX } else { 0 };
         features |= if options.indirect { F_RING_INDIRECT } else { 0 };
         features |= if options.queues > 1 { F_BLK_MQ } else { 0 };
         features |= if options.packed { F_RING_PACKED } else { 0 };
-        let mut offered = 0;
-        for word in 0..2 {
-            qtest.store("writel", common, word);
-            offered |= qtest.load("readl", common + 4) << (32 * word);
-        }
-        assert_eq!(features & !offered, 0, "the device does not offer {:#x}", features & !offered);
-        for word in 0..2 {
-            qtest.store("writel", common + 8, word);
-            qtest.store("writel", common + 12, (features >> (32 * word)) & 0xffff_ffff);
-        }
-        qtest.store("writeb", common + 20, 1 | 2 | 8); // FEATURES_OK
-        assert_ne!(qtest.load("readb", common + 20) & 8, 0, "features {features:#x} refused");
-
+        let function = VirtioPci::find(qtest);
+        function.acknowledge(qtest, features);
         for queue in 0..options.queues {
-            qtest.store("writew", common + 22, queue.into());
-            qtest.store("writew", common + 24, options.queue_size.into());
-            let base = QUEUES + u64::from(queue) * QUEUE_STRIDE;
-            for (register, gpa) in [(32, base), (40, base + AVAIL), (48, base + USED)] {
-                qtest.store("writel", common + register, gpa & 0xffff_ffff);
-                qtest.store("writel", common + register + 4, gpa >> 32);
-            }
+            let base = queue_base(queue);
             if options.packed {
                 qtest.write(base + AVAIL, &[0, 0, 1, 0]); // RING_EVENT_FLAGS_DISABLE
             } else if !options.event_idx {
                 qtest.write(base + AVAIL, &1u16.to_le_bytes()); // VIRTQ_AVAIL_F_NO_INTERRUPT
             }
-            qtest.store("writew", common + 28, 1);
+            function.enable_queue(qtest, queue, options.queue_size, [base, base + AVAIL, base + USED]);
         }
-        qtest.store("writeb", common + 20, 1 | 2 | 4 | 8); // DRIVER_OK
-        let queues = vec![Queue::default(); options.queues.into()];
-        Driver { options, queues, notify: caps.notify, notify_multiplier: caps.notify_multiplier }
+        function.driver_ok(qtest);
+        Driver { options, queues: vec![Queue::default(); options.queues.into()], function }
     }
 
     /// How many requests fit into a queue at once.
@@ -284,8 +260,7 @@ impl Driver {
         };
         state.kicked = state.avail;
         if wanted {
-            let address = self.notify + u64::from(queue) * self.notify_multiplier;
-            machine.qtest.store("writew", address, queue.into());
+            self.function.notify(&mut machine.qtest, queue);
         }
     }
 
@@ -353,64 +328,7 @@ fn queue_base(queue: u16) -> u64 {
     QUEUES + u64::from(queue) * QUEUE_STRIDE
 }
 
-const AVAIL_BIT: u16 = 1 << 7;
-const USED_BIT: u16 = 1 << 15;
-
 /// Whether the wrap counter is 0 at a position of a packed ring that counts on from round to round.
 fn round_is_odd(position: u64, size: u64) -> bool {
     position / size % 2 == 1
-}
-
-/// Of a split ring; of a packed one the last two are the id and the flags.
-fn descriptor(address: u64, len: u32, flags: u16, next: u16) -> [u8; 16] {
-    let mut bytes = [0; 16];
-    bytes[..8].copy_from_slice(&address.to_le_bytes());
-    bytes[8..12].copy_from_slice(&len.to_le_bytes());
-    bytes[12..14].copy_from_slice(&flags.to_le_bytes());
-    bytes[14..].copy_from_slice(&next.to_le_bytes());
-    bytes
-}
-
-struct Capabilities {
-    common: u64,
-    notify: u64,
-    notify_multiplier: u64,
-}
-
-/// Enables the function, maps its memory BAR and walks its virtio capabilities.
-fn find_capabilities(qtest: &mut Qtest) -> Capabilities {
-    assert_eq!(config(qtest, 0) & 0xffff, 0x1af4, "no virtio function in PCI slot 3");
-    let mut pointer = config(qtest, 0x34) & 0xff;
-    let (mut common, mut notify, mut notify_multiplier, mut bar) = (None, None, 0, 0);
-    while pointer != 0 {
-        let head = config(qtest, pointer);
-        if head & 0xff == 9 {
-            let offset = config(qtest, pointer + 8);
-            match head >> 24 {
-                1 => (common, bar) = (Some(BAR + offset), config(qtest, pointer + 4) & 0xff),
-                2 => (notify, notify_multiplier) = (Some(BAR + offset), config(qtest, pointer + 16)),
-                _ => {}
-            }
-        }
-        pointer = (head >> 8) & 0xff;
-    }
-    select(qtest, 0x10 + 4 * bar);
-    qtest.store("outl", 0xcfc, BAR);
-    select(qtest, 0x14 + 4 * bar);
-    qtest.store("outl", 0xcfc, 0);
-    select(qtest, 4);
-    qtest.store("outw", 0xcfc, 2 | 4); // memory space, bus master
-    let (Some(common), Some(notify)) = (common, notify) else { panic!("no modern virtio capabilities") };
-    Capabilities { common, notify, notify_multiplier }
-}
-
-fn select(qtest: &mut Qtest, register: u64) {
-    const SLOT_3: u64 = 1 << 31 | 3 << 11;
-    qtest.store("outl", 0xcf8, SLOT_3 | register);
-}
-
-fn config(qtest: &mut Qtest, register: u64) -> u64 {
-    let aligned = register & !3;
-    select(qtest, aligned);
-    qtest.load("inl", 0xcfc) >> (8 * (register & 3))
 }
