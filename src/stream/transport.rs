@@ -29,6 +29,7 @@ use super::{StreamError, ToSource};
 
 mod accept;
 mod connect;
+mod resolve;
 mod save;
 
 pub use super::limiter::{Cancel, Limiter, OnCancel};

@@ -12,11 +12,11 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags};
 
-use super::connect::resolve;
+use super::resolve::resolve;
 use super::{Activity, Channel, Connection, End, FdKind, Options, Uri, check_single, inherited, kind_of};
 use super::{open_error, set_nonblocking, spawn};
 use crate::stream::frame::{ChannelId, ConnectionHeader, FrameWriter, HEADER_BYTES, MAX_CHANNELS, MigrationId};
-use crate::stream::limiter::{lock, poll_until};
+use crate::stream::limiter::{Cancel, lock, poll_until};
 use crate::stream::{StreamError, ToSource};
 use crate::sys::listen::{Place, listen};
 
@@ -26,6 +26,8 @@ const MAX_WAITING: usize = 2 * MAX_CHANNELS as usize;
 const HEADER_TIME: Duration = Duration::from_secs(5);
 /// How long a connection may wait for the others of its migration.
 const WHOLE_TIME: Duration = Duration::from_secs(10);
+/// How long the look-up of the name to listen at may take.
+const LOOK_UP_TIME: Duration = Duration::from_secs(10);
 /// The pause when the system has no descriptor left.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -378,7 +380,7 @@ fn bind_tcp(uri: &Uri) -> Result<(TcpListener, Uri), StreamError> {
         return Err(uri.error("not a TCP address", None));
     };
     let host = if host.is_empty() { "0.0.0.0" } else { host };
-    let addresses = resolve(uri, host, *port)?;
+    let addresses = resolve(uri, host, *port, &Cancel::new()?, Some(Instant::now() + LOOK_UP_TIME))?;
     let listener = TcpListener::bind(addresses.as_slice()).map_err(|error| match error.kind() {
         io::ErrorKind::AddrInUse => uri.error("the port is in use: stop what listens there or choose another", error),
         io::ErrorKind::AddrNotAvailable => uri.error("this machine has no such address", error),

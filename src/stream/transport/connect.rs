@@ -1,7 +1,7 @@
 //! The source's side of opening a migration's channels.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -13,6 +13,7 @@ use nix::sys::socket::{
     getsockopt, socket, sockopt,
 };
 
+use super::resolve::resolve;
 use super::{
     Activity, Channel, Connection, End, FdKind, Options, Uri, check_single, check_socket_path, inherited, kind_of,
 };
@@ -124,7 +125,7 @@ fn answer(
 fn tcp(uri: &Uri, host: &str, port: u16, options: &Options, deadline: Option<Instant>) -> Result<OwnedFd, StreamError> {
     let host = if host.is_empty() { "localhost" } else { host };
     let mut last = None;
-    for address in resolve(uri, host, port)? {
+    for address in resolve(uri, host, port, &options.cancel, deadline)? {
         let opened = match address {
             SocketAddr::V4(address) => open(AddressFamily::Inet, &SockaddrIn::from(address), options, deadline),
             SocketAddr::V6(address) => open(AddressFamily::Inet6, &SockaddrIn6::from(address), options, deadline),
@@ -143,14 +144,6 @@ fn tcp(uri: &Uri, host: &str, port: u16, options: &Options, deadline: Option<Ins
         Some(error) => open_error(uri)(error),
         None => uri.error("this host has no address", None),
     })
-}
-
-pub(super) fn resolve(uri: &Uri, host: &str, port: u16) -> Result<Vec<SocketAddr>, StreamError> {
-    if let Ok(address) = host.parse::<IpAddr>() {
-        return Ok(vec![(address, port).into()]);
-    }
-    let found = (host, port).to_socket_addrs();
-    Ok(found.map_err(|error| uri.error(format!("the host name \"{host}\" is not known"), error))?.collect())
 }
 
 fn unix(uri: &Uri, path: &Path, options: &Options, deadline: Option<Instant>) -> Result<OwnedFd, StreamError> {
