@@ -35,8 +35,8 @@ use vhost_migrate::migrate::{
 };
 use vhost_migrate::stream::transport::connect;
 use vhost_migrate::stream::{
-    ChannelId, Codec, Decoder, Encoder, FrameReader, FrameWriter, Listener, MigrationId, Options, StreamError, Target,
-    Uri, owned_by,
+    Cancel, ChannelId, Codec, Decoder, Encoder, FrameReader, FrameWriter, Listener, MigrationId, Options, StreamError,
+    Target, Uri, owned_by,
 };
 
 const TEXT: [&[u8; 8]; 8] =
@@ -337,7 +337,7 @@ impl Arrival for Destination {
         Ok(())
     }
 
-    fn start(&mut self, _run: bool) -> Result<Option<u64>, MachineError> {
+    fn start(&mut self, _run: bool, _: &Cancel) -> Result<Option<u64>, MachineError> {
         Ok(None)
     }
 }

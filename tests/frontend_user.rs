@@ -6,6 +6,7 @@ use std::io::{IoSlice, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -346,15 +347,14 @@ fn slow_to(request: Request, protocol: u64) -> (Fake, Sender<()>) {
     (fake, go)
 }
 
-#[rstest]
-fn a_ring_whose_stop_is_not_waited_for_runs_again_when_the_back_end_answers(
-    #[values(Request::SET_VRING_ENABLE, Request::GET_VRING_BASE)] slow: Request,
-    #[values(ALL, ALL & !bit(p::INFLIGHT_SHMFD), ALL & !bit(p::REPLY_ACK) & !bit(p::INFLIGHT_SHMFD))] protocol: u64,
+/// Has `call` wait for an answer that does not come, and ends that by the interrupt.
+fn interrupted(
+    fake: &Fake,
+    slow: Request,
+    device: &mut UserDevice,
+    call: impl FnOnce(&mut UserDevice) -> Result<(), FrontendError>,
 ) {
-    let (fake, go) = slow_to(slow, protocol);
-    let mut device = running(&fake, UserOptions::default());
     let interrupt = device.interrupt().unwrap();
-    fake.take();
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let start = Instant::now();
@@ -364,10 +364,22 @@ fn a_ring_whose_stop_is_not_waited_for_runs_again_when_the_back_end_answers(
             }
             interrupt.set();
         });
-        let error = device.stop_ring(0).unwrap_err();
+        let error = call(device).unwrap_err();
         assert!(matches!(error, FrontendError::Interrupted { .. }), "{error}");
     });
     assert!(device.hung_up());
+}
+
+#[rstest]
+fn a_ring_whose_stop_is_not_waited_for_runs_again_when_the_back_end_answers(
+    #[values(Request::SET_VRING_ENABLE, Request::GET_VRING_BASE)] slow: Request,
+    #[values(ALL, ALL & !bit(p::INFLIGHT_SHMFD), ALL & !bit(p::REPLY_ACK) & !bit(p::INFLIGHT_SHMFD))] protocol: u64,
+) {
+    let (fake, go) = slow_to(slow, protocol);
+    let mut device = running(&fake, UserOptions::default());
+    let interrupt = device.interrupt().unwrap();
+    fake.take();
+    interrupted(&fake, slow, &mut device, |device| device.stop_ring(0).map(drop));
     fake.take();
     // Nothing is sent meanwhile, and nobody waits.
     let (log, fd) = log();
@@ -389,6 +401,97 @@ fn a_ring_whose_stop_is_not_waited_for_runs_again_when_the_back_end_answers(
     // One that has been stopped is started where the answer said; one that was only disabled is enabled.
     assert_eq!(index(Request::SET_VRING_KICK).is_some_and(|kick| kick < enabled), slow == Request::GET_VRING_BASE);
     assert_eq!(device.stop_ring(0).unwrap().bits(), 0);
+}
+
+/// Holds its answer to the next such request, from when it is told to until it is told to go on. Then it answers `code`.
+fn held_at(request: Request, protocol: u64, code: u64) -> (Fake, impl Fn(&Fake), Sender<()>) {
+    let ((go, gone), holds) = (channel(), Arc::new(AtomicBool::new(false)));
+    let hold = {
+        let holds = holds.clone();
+        move |fake: &Fake| {
+            fake.take();
+            holds.store(true, Ordering::Relaxed);
+        }
+    };
+    let fake = Fake::start(protocol, move |message| {
+        let is_held = message.request == request && holds.swap(false, Ordering::Relaxed);
+        if is_held {
+            gone.recv().unwrap();
+        }
+        match is_held && code != 0 {
+            true => Answer::Raw(reply(request, code.as_bytes()), vec![]),
+            false => Answer::Usual,
+        }
+    });
+    (fake, hold, go)
+}
+
+type Call = fn(&mut UserDevice) -> Result<(), FrontendError>;
+
+const LONG: Duration = Duration::from_secs(3600);
+
+/// Waits for an answer as long as it takes.
+fn unhurried() -> UserOptions {
+    UserOptions { timeout: LONG, ..UserOptions::default() }
+}
+
+#[rstest]
+#[case::features(Request::SET_FEATURES, |device: &mut UserDevice| device.set_features(VERSION_1))]
+#[case::memory(Request::SET_MEM_TABLE, |device: &mut UserDevice| device.set_memory(&memory(2)))]
+#[case::memory_slots(Request::ADD_MEM_REG, |device: &mut UserDevice| device.set_memory(&memory(20)))]
+#[case::inflight(Request::GET_INFLIGHT_FD, |device: &mut UserDevice| device.set_inflight(1, 8, None).map(drop))]
+#[case::inflight_fd(Request::SET_INFLIGHT_FD, |device: &mut UserDevice| device.set_inflight(1, 8, None).map(drop))]
+#[case::configuration(Request::GET_CONFIG, |device: &mut UserDevice| device.config(0, &mut [0; 8]))]
+#[case::status(Request::SET_STATUS, |device: &mut UserDevice| device.set_status(1))]
+#[case::trial_of_a_ring(Request::SET_VRING_NUM, |device: &mut UserDevice| device.try_ring(1, &setup()))]
+fn the_interrupt_ends_the_wait_for_any_answer_and_the_call_can_be_repeated(
+    #[case] slow: Request,
+    #[case] call: Call,
+    #[values(ALL, ALL & !bit(p::REPLY_ACK))] protocol: u64,
+) {
+    let (fake, hold, go) = held_at(slow, protocol, 0);
+    let mut device = running(&fake, unhurried());
+    hold(&fake);
+    interrupted(&fake, slow, &mut device, call);
+    device.interrupt().unwrap().clear();
+    go.send(()).unwrap();
+    let back = device.reconnect(Instant::now() + LONG).unwrap();
+    assert_eq!(back, Reconnected::default(), "the connection is the old one");
+    assert!(!device.hung_up());
+    call(&mut device).unwrap();
+    device.stop_ring(0).unwrap();
+}
+
+#[rstest]
+fn a_ring_whose_start_is_not_waited_for_runs_when_the_back_end_answers(
+    #[values(ALL, ALL & !bit(p::REPLY_ACK))] protocol: u64,
+) {
+    let (fake, hold, go) = held_at(Request::SET_VRING_KICK, protocol, 0);
+    let mut device = running(&fake, unhurried());
+    let call: Call = |device| device.start_ring(1, setup());
+    hold(&fake);
+    interrupted(&fake, Request::SET_VRING_KICK, &mut device, call);
+    device.interrupt().unwrap().clear();
+    assert!(matches!(call(&mut device).unwrap_err(), FrontendError::Away { .. }), "nothing is known of it");
+    go.send(()).unwrap();
+    assert_eq!(device.reconnect(Instant::now() + LONG).unwrap(), Reconnected::default());
+    assert!(matches!(call(&mut device).unwrap_err(), FrontendError::BadRing { .. }), "it runs");
+    assert!(!fake.requests().contains(&"GET_VRING_BASE".to_owned()));
+    device.stop_ring(1).unwrap();
+    call(&mut device).unwrap();
+}
+
+#[test]
+fn a_start_that_is_refused_when_nobody_waits_for_it_is_tried_again() {
+    let (fake, hold, go) = held_at(Request::SET_VRING_KICK, ALL, 1);
+    let mut device = running(&fake, unhurried());
+    hold(&fake);
+    interrupted(&fake, Request::SET_VRING_KICK, &mut device, |device| device.start_ring(1, setup()));
+    device.interrupt().unwrap().clear();
+    go.send(()).unwrap();
+    assert_eq!(device.reconnect(Instant::now() + LONG).unwrap().attempts, 1, "over a new connection");
+    assert_eq!(fake.requests().iter().filter(|request| *request == "SET_VRING_KICK").count(), 3);
+    device.stop_ring(1).unwrap();
 }
 
 #[test]

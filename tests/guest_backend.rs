@@ -9,6 +9,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -25,8 +26,8 @@ use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestError, make_memory};
 use vhost_migrate::memory::{LOG_PAGE, Memory};
 use vhost_migrate::migrate::{
-    ASK_FOR, Failure, GuestArrival, GuestLocation, GuestMachine, Machine, MigrateError, Outcomes, Plan, Policy,
-    Received, Report, SWITCHOVER_TIMEOUT, migrate, receive,
+    ASK_FOR, Arrival, Failure, GuestArrival, GuestLocation, GuestMachine, Machine, MachineError, MigrateError,
+    Outcomes, Plan, Policy, Received, RegionLayout, Report, SWITCHOVER_TIMEOUT, migrate, receive,
 };
 use vhost_migrate::stream::{Cancel, Codec, Options, transport};
 
@@ -532,15 +533,31 @@ fn move_to(
     guest: &Mutex<Option<Guest>>,
     to: &str,
 ) -> (Result<Report, Failure>, Result<Received, MigrateError>, GuestArrival) {
-    let options = || Options { deadline: Some(PATIENCE), timeout: Some(PATIENCE), ..Options::new().unwrap() };
-    let (options, theirs) = (options(), options());
+    let mut arrival = GuestArrival::new(vec![folder.join(to)]).unwrap();
+    let (left, arrived) = move_into(folder, guest, &mut arrival, &patient(), &Outcomes::default());
+    (left, arrived, arrival)
+}
+
+/// Options that wait for as long as a test does.
+fn patient() -> Options {
+    Options { deadline: Some(PATIENCE), timeout: Some(PATIENCE), ..Options::new().unwrap() }
+}
+
+/// The same, with an arrival of the test's own and what its side of the connection goes by.
+fn move_into(
+    folder: &Path,
+    guest: &Mutex<Option<Guest>>,
+    arrival: &mut (dyn Arrival + Send),
+    theirs: &Options,
+    outcomes: &Outcomes,
+) -> (Result<Report, Failure>, Result<Received, MigrateError>) {
+    let options = patient();
     let socket = format!("unix:{}", folder.join("migration").display());
     let listener = vhost_migrate::stream::Listener::bind(&socket.parse().unwrap()).unwrap();
-    let mut arrival = GuestArrival::new(vec![folder.join(to)]);
-    let (left, arrived) = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         let arrived = scope.spawn(|| {
-            let connection = listener.accept(&theirs).unwrap();
-            receive(&mut arrival, connection, &theirs.cancel, &Outcomes::default(), SWITCHOVER_TIMEOUT)
+            let connection = listener.accept(theirs).unwrap();
+            receive(arrival, connection, &theirs.cancel, outcomes, SWITCHOVER_TIMEOUT)
         });
         let connection = transport::connect(listener.uri(), &options).unwrap();
         let policy = Policy { downtime: PATIENCE, max_rounds: 100 };
@@ -555,8 +572,7 @@ fn move_to(
         let mut machine = GuestMachine::new(guest).unwrap();
         let left = migrate(&mut machine, connection, &plan, &options.limiter, &options.cancel, &mut |_| {});
         (left, arrived.join().unwrap())
-    });
-    (left, arrived, arrival)
+    })
 }
 
 #[test]
@@ -602,18 +618,21 @@ fn what_a_back_end_would_refuse_after_the_commit_is_refused_before_it() {
         let options = DiskOptions { queues: 2, max_queue_size, aio: Aio::Threads, ..DiskOptions::new(image) };
         Arc::new(Disk::open(options).unwrap())
     };
-    let size = config().queue_size;
+    let size = 256;
     serve(folder, "a", disk("disk.img", size));
     serve(folder, "small", disk("disk.img", size / 2));
+    // It says so in its configuration: with fewer than 128 entries not all segments have room.
+    serve(folder, "smaller", disk("disk.img", size / 4));
     serve(folder, "locked", disk("other.img", size));
     serve(folder, "b", disk("disk.img", size));
     let lock = File::open(folder.join("other.img")).unwrap();
     lock.lock().unwrap();
-    let mut guest = Guest::new(config()).unwrap();
+    let mut guest = Guest::new(GuestConfig { queue_size: size, ..config() }).unwrap();
     guest.boot(vec![connected(folder, "a")]).unwrap();
     guest.resume().unwrap();
     let guest = Mutex::new(Some(guest));
-    for (to, why) in [("small", "SET_VRING_NUM"), ("locked", "SET_VRING_ENABLE")] {
+    let segments = "largest number of segments differs: 62 here, 126 at the source";
+    for (to, why) in [("small", "SET_VRING_NUM"), ("smaller", segments), ("locked", "SET_VRING_ENABLE")] {
         let (left, arrived, arrival) = move_to(folder, &guest, to);
         let failure = left.unwrap_err();
         assert!(failure.to_string().contains(why), "{to}: {failure}");
@@ -626,6 +645,109 @@ fn what_a_back_end_would_refuse_after_the_commit_is_refused_before_it() {
     left.unwrap();
     arrived.unwrap();
     let mut guest = arrival.into_guest().unwrap();
+    run_for(&guest, 100);
+    guest.verify().unwrap();
+}
+
+/// An arrival whose back-end is stopped before a step of it.
+struct Stalled<'a> {
+    arrival: GuestArrival,
+    backend: &'a Backend,
+    before: Step,
+    /// Told when it is stopped.
+    stopped: Sender<()>,
+    starts: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Step {
+    Prepare,
+    Restore,
+    Start,
+}
+
+impl Stalled<'_> {
+    fn step(&mut self, step: Step) {
+        if step == self.before {
+            signal(self.backend, Signal::SIGSTOP);
+            self.stopped.send(()).unwrap();
+        }
+    }
+}
+
+impl Arrival for Stalled<'_> {
+    fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, MachineError> {
+        self.step(Step::Prepare);
+        self.arrival.prepare(regions)
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), MachineError> {
+        self.step(Step::Restore);
+        self.arrival.restore(state)
+    }
+
+    fn start(&mut self, run: bool, cancel: &Cancel) -> Result<Option<u64>, MachineError> {
+        self.starts += 1;
+        self.step(Step::Start);
+        self.arrival.start(run, cancel)
+    }
+}
+
+/// Moves a guest to a back-end that is stopped before `step`, and has `cancel` called then.
+fn stalled<'a>(
+    source: &Backend,
+    backend: &'a Backend,
+    guest: &Mutex<Option<Guest>>,
+    before: Step,
+    cancel: impl FnOnce(&Cancel, &Outcomes) -> bool + Send,
+) -> (Result<Report, Failure>, Result<Received, MigrateError>, Stalled<'a>) {
+    let (theirs, outcomes, (stopped, is_stopped)) = (patient(), Outcomes::default(), channel());
+    let arrival = GuestArrival::new(vec![backend.socket()]).unwrap().with_cancel(&theirs.cancel);
+    let mut arrival = Stalled { arrival, backend, before, stopped, starts: 0 };
+    let (left, arrived) = std::thread::scope(|scope| {
+        let (switch, known) = (&theirs.cancel, &outcomes);
+        scope.spawn(move || {
+            is_stopped.recv_timeout(PATIENCE).unwrap();
+            assert!(cancel(switch, known), "it is not too late");
+        });
+        move_into(source.folder.path(), guest, &mut arrival, &theirs, &outcomes)
+    });
+    (left, arrived, arrival)
+}
+
+#[rstest]
+fn a_destination_whose_back_end_hangs_ends_at_cancel(#[values(Step::Prepare, Step::Restore)] step: Step) {
+    let backends = [Backend::start(), Backend::start()];
+    let guest = Mutex::new(Some(running(&backends[0], config())));
+    let (left, arrived, _) = stalled(&backends[0], &backends[1], &guest, step, |cancel, _| cancel.cancel());
+    // Not because the back-end was silent for too long.
+    let error = arrived.unwrap_err().to_string();
+    assert!(error.contains("was ended"), "{error}");
+    assert_eq!(left.unwrap_err().location, GuestLocation::RunningHere);
+    signal(&backends[1], Signal::SIGCONT);
+    run_for(guest.lock().unwrap().as_ref().unwrap(), 100);
+}
+
+#[test]
+fn a_guest_that_has_arrived_and_whose_back_end_hangs_is_kept_at_cancel_and_goes_on_when_it_is_told_to() {
+    let mut backends = [Backend::start(), Backend::start()];
+    let guest = Mutex::new(Some(running(&backends[0], config())));
+    let image = |backend: &Backend| backend.folder.path().join("disk.img");
+    // One disk for both.
+    backends[1].end();
+    std::fs::remove_file(image(&backends[1])).unwrap();
+    std::fs::hard_link(image(&backends[0]), image(&backends[1])).unwrap();
+    backends[1].child = spawn(backends[1].folder.path(), "s");
+    let stop = |_: &Cancel, outcomes: &Outcomes| outcomes.stop_starting();
+    let (left, arrived, stalled) = stalled(&backends[0], &backends[1], &guest, Step::Start, stop);
+    let error = arrived.unwrap_err();
+    assert!(matches!(error, MigrateError::NotStarted(_)) && error.to_string().contains("was ended"), "{error}");
+    assert_eq!(stalled.starts, 1, "it was not tried again");
+    assert_eq!(left.unwrap_err().location, GuestLocation::OutcomeUnknown);
+    *guest.lock().unwrap() = None;
+    let mut guest = stalled.arrival.into_guest().unwrap();
+    signal(&backends[1], Signal::SIGCONT);
+    guest.start().unwrap();
     run_for(&guest, 100);
     guest.verify().unwrap();
 }

@@ -9,6 +9,7 @@ use crossbeam::channel::RecvTimeoutError;
 use serde_json::{Value, json};
 use vhost_migrate::control::{self, Client, Command, Handler, MigrateArguments};
 use vhost_migrate::dirty::forecast;
+use vhost_migrate::frontend::Interrupt;
 use vhost_migrate::guest::{Guest, GuestConfig, GuestView};
 use vhost_migrate::migrate::{
     ASK_FOR, GuestArrival, GuestLocation, GuestMachine, Incoming, MachineError, MigrateError, Outcomes, Plan, Policy,
@@ -142,7 +143,7 @@ fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
         }
         None => {
             let config = arguments.workload.config(arguments.backend.len());
-            let devices = connect_all(&arguments.backend, config.inflight_migration)?;
+            let devices = connect_all(&arguments.backend, config.inflight_migration, &Interrupt::new()?)?;
             let mut guest = Guest::new(config)?;
             guest.boot(devices)?;
             guest.survey(arguments.workload.overwrite)?;
@@ -165,7 +166,8 @@ fn wait_for_arrival(owner: &Owner, incoming: &Incoming, uri: &Uri, arguments: &A
     while let Some(arriving) = incoming.next()? {
         let id = arriving.connection.id;
         let (was_saved, any_disks) = (arriving.connection.one_way, arguments.ignore_disk_generation);
-        let mut arrival = GuestArrival::new(arguments.backend.clone()).restoring(was_saved, any_disks);
+        let arrival = GuestArrival::new(arguments.backend.clone())?.with_cancel(&arriving.cancel);
+        let mut arrival = arrival.restoring(was_saved, any_disks);
         match receive(
             &mut arrival,
             arriving.connection,
@@ -512,6 +514,7 @@ impl Owner {
             Some((_, Some(cancel))) if cancel.cancel() => Ok(()),
             Some((_, Some(_))) => Err("too late: the commit has been sent, and the destination decides".into()),
             _ if self.outcomes.give_up_all("it was cancelled at the destination") => Ok(()),
+            _ if self.outcomes.stop_starting() => Ok(()),
             _ if self.state() == State::Absent && lock(&self.incoming).is_some() => {
                 Err("no migration has come yet: this process waits for one, and quit ends it".into())
             }

@@ -97,7 +97,7 @@ pub struct Reconnected {
 /// The device remembers what it was told. When a call fails with [`FrontendError::is_hang_up`], memory, features,
 /// started rings, the inflight region and the log stay noted (a log that was being installed is not, a ring that was
 /// being stopped counts as running): [`reconnect`](Device::reconnect), then repeat the call. The same holds for
-/// [`FrontendError::Interrupted`].
+/// [`FrontendError::Interrupted`], but a ring that was being started counts as running then: it is not started again.
 pub trait Device: Send {
     /// What to call it in messages: a path.
     fn name(&self) -> &str;
@@ -163,7 +163,8 @@ pub trait Device: Send {
     /// Starts and enables ring `index`.
     ///
     /// # Errors
-    /// [`FrontendError::BadRing`], [`FrontendError::Memory`] for a ring outside memory; the channel's errors.
+    /// [`FrontendError::BadRing`], [`FrontendError::Memory`] for a ring outside memory; the channel's errors. After
+    /// [`FrontendError::Interrupted`] the ring counts as running.
     fn start_ring(&mut self, index: u16, setup: RingSetup) -> Result<(), FrontendError>;
 
     /// Stops ring `index` when all its requests are complete, and says where it would go on (rule R3).
@@ -280,18 +281,16 @@ pub trait Device: Send {
     /// either side, or an answer is still owed because the wait for it was interrupted.
     fn hung_up(&self) -> bool;
 
-    /// The switch that ends this device's longer waits: those that stop a ring, save the state, start logging, or
-    /// connect again. `None` if it never waits.
+    /// The switch that ends this device's waits, but that of [`stop_logging`](Device::stop_logging), which has a limit of
+    /// its own. `None` if it never waits.
     ///
     /// A wait that it ends leaves the device as [`hung_up`](Device::hung_up), with the connection kept:
-    /// [`reconnect`](Device::reconnect) gets the answers that are owed and undoes the call, so that a ring that was being
-    /// stopped runs again.
+    /// [`reconnect`](Device::reconnect) gets the answers that are owed. A ring that was being stopped or started runs then.
     fn interrupt(&self) -> Option<Interrupt> {
         None
     }
 
-    /// Makes the device usable again. Where answers are owed on a connection that holds, gets them and undoes the call that
-    /// was interrupted. Else connects again and installs everything that is noted: memory, inflight region, rings (going on where the inflight
+    /// Makes the device usable again. Where answers are owed on a connection that holds, gets them. Else connects again and installs everything that is noted: memory, inflight region, rings (going on where the inflight
     /// region and the used ring say), the log. Then kicks and calls every ring, so that nothing waits (rules R6, L8, I3).
     /// Tries until `deadline`, also if the back-end falls over meanwhile.
     ///

@@ -594,9 +594,13 @@ impl Guest {
         if let Some(state) = expected {
             let queues = (u64::from(self.config.queues), state.bases.len() as u64);
             let (size, blocks) = ((now.capacity, state.capacity), (now.block_size.into(), state.block_size.into()));
-            for (what, (here, there)) in
-                [("disk size in bytes", size), ("block size in bytes", blocks), ("queues", queues)]
-            {
+            let segments = (now.segments.into(), state.segments.into());
+            for (what, (here, there)) in [
+                ("disk size in bytes", size),
+                ("block size in bytes", blocks),
+                ("largest number of segments", segments),
+                ("queues", queues),
+            ] {
                 if here != there {
                     return unlike(format!("{what} differs: {here} here, {there} at the source"));
                 }

@@ -277,7 +277,14 @@ impl Unit {
         for ((index, line), stopped) in (0..).zip(&self.lines).zip(lock(&self.stopped).iter_mut()) {
             let Some(base) = *stopped else { continue };
             line.mend();
-            device.start_ring(index, line.setup(base))?;
+            match device.start_ring(index, line.setup(base)) {
+                // It counts as running.
+                Err(error @ FrontendError::Interrupted { .. }) => {
+                    *stopped = None;
+                    return Err(error);
+                }
+                done => done?,
+            }
             // What was added while it was stopped, or whose kick was lost with another host.
             line.kick();
             *stopped = None;

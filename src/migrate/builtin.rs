@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::machine::{Arrival, Machine, MachineError, RegionLayout};
 use crate::abi::virtio::VIRTIO_ID_BLOCK;
 use crate::dirty::{DirtySource, Pagemap, Union};
-use crate::frontend::{Device, Interrupt, UserDevice, UserOptions};
+use crate::frontend::{Device, FrontendError, Interrupt, UserDevice, UserOptions};
 use crate::guest::{DiskGenerations, Guest, GuestError, GuestState, SavedGuest, in_parallel, make_memory};
 use crate::memory::Memory;
 use crate::stream::StreamError;
@@ -187,13 +187,22 @@ pub struct GuestArrival {
     was_saved: bool,
     /// Whether disks may be others than they were.
     any_disks: bool,
+    /// Of all its devices.
+    interrupt: Interrupt,
+    /// What sets it until the commit.
+    cancel: Option<OnCancel>,
 }
 
 impl GuestArrival {
     /// Will connect to the vhost-user sockets `backends`, one for each of the guest's disks.
-    pub fn new(backends: Vec<PathBuf>) -> GuestArrival {
+    ///
+    /// # Errors
+    /// [`FrontendError::System`] when the process is out of file descriptors.
+    pub fn new(backends: Vec<PathBuf>) -> Result<GuestArrival, FrontendError> {
+        let interrupt = Interrupt::new()?;
         let (was_saved, any_disks) = (false, false);
-        GuestArrival { backends, devices: Vec::new(), memory: None, guest: None, was_saved, any_disks }
+        let (devices, memory, guest, cancel) = (Vec::new(), None, None, None);
+        Ok(GuestArrival { backends, devices, memory, guest, was_saved, any_disks, interrupt, cancel })
     }
 
     /// With `was_saved` the guest comes from where it was saved, and disks that can't be compared with what they were then are
@@ -222,6 +231,17 @@ impl GuestArrival {
         }
     }
 
+    /// Has `cancel`, the connection's, end waits for back-ends too.
+    pub fn with_cancel(mut self, cancel: &Cancel) -> GuestArrival {
+        self.cancel = Some(self.interrupted_by(cancel));
+        self
+    }
+
+    fn interrupted_by(&self, cancel: &Cancel) -> OnCancel {
+        let interrupt = self.interrupt.clone();
+        cancel.on_cancel(move || interrupt.set())
+    }
+
     /// The guest, once it has arrived.
     pub fn into_guest(self) -> Option<Guest> {
         self.guest
@@ -232,15 +252,22 @@ impl GuestArrival {
 const CONNECT: Duration = Duration::from_secs(5);
 
 /// Connects to vhost-user back-ends, and waits a little for those that are being started. `inflight_migration` is
-/// [`GuestConfig`](crate::guest::GuestConfig)'s.
+/// [`GuestConfig`](crate::guest::GuestConfig)'s; `interrupt` ends waits, also later ones.
 ///
 /// # Errors
 /// The first that can't be had.
-pub fn connect_all(backends: &[PathBuf], inflight_migration: bool) -> Result<Vec<Box<dyn Device>>, MachineError> {
+pub fn connect_all(
+    backends: &[PathBuf],
+    inflight_migration: bool,
+    interrupt: &Interrupt,
+) -> Result<Vec<Box<dyn Device>>, MachineError> {
     let deadline = Instant::now() + CONNECT;
     let usual = UserOptions { device: Some(VIRTIO_ID_BLOCK), ..UserOptions::default() };
     let options = if inflight_migration { usual.with_inflight_migration() } else { usual };
-    let connect = |path| Ok(Box::new(UserDevice::connect(path, options, deadline)?) as Box<dyn Device>);
+    let connect = |path| {
+        let device = UserDevice::connect_interruptible(path, options, deadline, interrupt.clone())?;
+        Ok(Box::new(device) as Box<dyn Device>)
+    };
     Ok(in_parallel(backends, connect)?)
 }
 
@@ -248,7 +275,7 @@ impl Arrival for GuestArrival {
     fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, MachineError> {
         let memory = make_memory(regions.iter().map(|region| (region.gpa, region.size)), false)?;
         self.memory = Some(memory.clone());
-        self.devices = connect_all(&self.backends, false)?;
+        self.devices = connect_all(&self.backends, false, &self.interrupt)?;
         Ok(memory)
     }
 
@@ -260,7 +287,7 @@ impl Arrival for GuestArrival {
         let inflight_migration = guest.config().inflight_migration;
         if inflight_migration || devices.iter().any(|device| device.hung_up()) {
             devices.clear();
-            devices = connect_all(&self.backends, inflight_migration)?;
+            devices = connect_all(&self.backends, inflight_migration, &self.interrupt)?;
         }
         guest.attach(devices)?;
         guest.try_devices()?;
@@ -269,13 +296,20 @@ impl Arrival for GuestArrival {
         Ok(())
     }
 
-    fn start(&mut self, run: bool) -> Result<Option<u64>, MachineError> {
+    fn start(&mut self, run: bool, cancel: &Cancel) -> Result<Option<u64>, MachineError> {
+        self.cancel = None;
+        let interrupted = self.interrupted_by(cancel);
         let guest = self.guest.as_mut().ok_or("no guest was restored")?;
-        if let Err(error) = if run { guest.start() } else { guest.start_devices() } {
-            // Nothing of it runs until it is tried again. What can't be stopped has not been started.
+        let started = if run { guest.start() } else { guest.start_devices() };
+        if started.is_err() {
+            // Nothing of it runs until it is tried again. What can't be stopped has not been started, or is a disk whose
+            // requests are served while the guest is paused.
             let _ = guest.stop_devices();
-            return Err(error.into());
         }
+        drop(interrupted);
+        // The guest's owner may wait for devices again.
+        self.interrupt.clear();
+        started?;
         Ok(guest.downtime_ns())
     }
 }

@@ -73,8 +73,8 @@ pub fn receive(
         })
     };
     let outcome = match take_in(arrival, &mut readers, &mut answers, cancel, &timer, &|| outcomes.commit(id)) {
-        Ok((pages, compared, commit)) => {
-            start(arrival, id, commit.run, outcomes, &mut answers).map(|observed_downtime_ns| {
+        Ok(Committed { pages, compared, commit, starting }) => {
+            start(arrival, id, commit.run, &starting, outcomes, &mut answers).map(|observed_downtime_ns| {
                 let running = commit.run;
                 Received { pages, compared, observed_downtime_ns, running }
             })
@@ -93,16 +93,26 @@ pub fn receive(
     outcome
 }
 
+/// What has come by the commit.
+struct Committed {
+    pages: PageStats,
+    compared: u64,
+    commit: Commit,
+    /// Ends the tries to start the guest.
+    starting: Cancel,
+}
+
 /// Starts a guest that this side owns. Whatever comes of it, the guest stays here.
 fn start(
     arrival: &mut dyn Arrival,
     id: MigrationId,
     run: bool,
+    cancel: &Cancel,
     outcomes: &Outcomes,
     answers: &mut Answers,
 ) -> Result<Option<u64>, MigrateError> {
     let committed = Instant::now();
-    match try_start(arrival, run) {
+    match try_start(arrival, run, cancel) {
         Ok(observed_downtime_ns) => {
             let start_ns = committed.elapsed().as_nanos() as u64;
             let started = Started { observed_downtime_ns, start_ns };
@@ -123,15 +133,21 @@ fn start(
     }
 }
 
-fn try_start(arrival: &mut dyn Arrival, run: bool) -> Result<Option<u64>, MachineError> {
+fn try_start(arrival: &mut dyn Arrival, run: bool, cancel: &Cancel) -> Result<Option<u64>, MachineError> {
     for _ in 1..START_TRIES {
-        match arrival.start(run) {
+        let error = match arrival.start(run, cancel) {
             Ok(downtime) => return Ok(downtime),
-            Err(error) => tracing::warn!("the guest has arrived and can't be started: {error}; trying again"),
+            Err(error) => error,
+        };
+        if cancel.is_cancelled() {
+            return Err(error);
         }
-        std::thread::sleep(START_PAUSE);
+        tracing::warn!("the guest has arrived and can't be started: {error}; trying again");
+        if cancel.wait(START_PAUSE).is_err() {
+            return Err(error);
+        }
     }
-    arrival.start(run)
+    arrival.start(run, cancel)
 }
 
 /// A command that carries the stream may still hold what was said last. It ends when the source hangs up.
@@ -156,15 +172,15 @@ impl Answers {
     }
 }
 
-/// Everything up to the commit, which has effect if `own` agrees. `timer` limits the switchover.
+/// Everything up to the commit, which has effect if `own` agrees and says what ends the tries to start. `timer` limits the switchover.
 fn take_in(
     arrival: &mut dyn Arrival,
     readers: &mut [FrameReader<Channel>],
     answers: &mut Answers,
     cancel: &Cancel,
     timer: &dyn Fn() -> io::Result<TimeLimit>,
-    own: &dyn Fn() -> Result<(), MigrateError>,
-) -> Result<(PageStats, u64, Commit), MigrateError> {
+    own: &dyn Fn() -> Result<Cancel, MigrateError>,
+) -> Result<Committed, MigrateError> {
     let asked = |doing| move |cause| MigrateError::Machine { doing, cause };
     let layout = next(readers, "the memory layout", |message| match message {
         ToDestination::Layout(layout) => Some(layout),
@@ -203,8 +219,8 @@ fn take_in(
     if answers.one_way {
         cancel.disarm()?;
     }
-    own()?;
-    Ok((pages, compared.pages, commit))
+    let starting = own()?;
+    Ok(Committed { pages, compared: compared.pages, commit, starting })
 }
 
 /// Whether all pages are as they are at the source, if it has sent hashes at all.

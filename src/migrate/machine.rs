@@ -2,6 +2,7 @@
 
 use crate::dirty::DirtySource;
 use crate::memory::Memory;
+use crate::stream::Cancel;
 
 /// What went wrong inside the machine, in words for its user.
 pub type MachineError = Box<dyn std::error::Error + Send + Sync>;
@@ -73,7 +74,8 @@ pub use crate::stream::record::RegionLayout;
 /// A guest at the destination.
 ///
 /// Calls come in this order: [`prepare`](Arrival::prepare), [`restore`](Arrival::restore), [`start`](Arrival::start).
-/// Until `start` everything can still be dropped, and the source goes on. From then on the guest belongs here.
+/// Until `start` everything can still be dropped, and the source goes on. From then on the guest belongs here. A device
+/// that hangs must not keep any of them from returning once the migration is cancelled.
 pub trait Arrival {
     /// Makes the guest's memory, zeroed, with exactly these regions.
     ///
@@ -89,9 +91,11 @@ pub trait Arrival {
     fn restore(&mut self, state: &[u8]) -> Result<(), MachineError>;
 
     /// The migration is committed: the guest goes on here, its CPUs only if `run` says so. Returns how long it stood
-    /// still by its own clock, in nanoseconds, if that clock is the source's too.
+    /// still by its own clock, in nanoseconds, if that clock is the source's too. A device that hangs must not keep this
+    /// from returning once `cancel` is used.
     ///
     /// # Errors
-    /// If the guest can't be started. It must stay whole and paused: this is tried again, and then up to the operator.
-    fn start(&mut self, run: bool) -> Result<Option<u64>, MachineError>;
+    /// If the guest can't be started. It must stay whole and paused: this is tried again, unless it was cancelled, and
+    /// then up to the operator.
+    fn start(&mut self, run: bool, cancel: &Cancel) -> Result<Option<u64>, MachineError>;
 }

@@ -1,7 +1,7 @@
 //! What a destination knows of each migration, by its id: the one place that decides between a commit and giving up.
 //!
 //! ```text
-//! receiving ──commit──→ held ──started──→ started
+//! receiving ──commit──→ starting, then held ──started──→ started
 //!     └──────give_up──→ given up
 //! ```
 //!
@@ -36,6 +36,8 @@ enum Outcome {
     Receiving { channels: Vec<Channel>, cancel: Cancel },
     /// Never to be committed, and why.
     GivenUp(String),
+    /// Committed: the guest is owned here and is being started, until this is cancelled.
+    Starting(Cancel),
     /// Committed: the guest is owned here, and does not run yet.
     Held(Held),
     /// The guest runs here, or ran before it went on.
@@ -48,6 +50,9 @@ impl Outcomes {
         self.give_up(id, "its source lost the connection and asked for the outcome before the commit had arrived");
         match self.lock().by_id.get(&id) {
             Some(Outcome::GivenUp(message)) => ToSource::Failed { message: message.clone() },
+            Some(Outcome::Starting(_)) => {
+                ToSource::Held(Held { starting: true, message: "it is being started".into() })
+            }
             Some(Outcome::Held(held)) => ToSource::Held(held.clone()),
             Some(Outcome::Started(started)) => ToSource::Started(*started),
             Some(Outcome::Receiving { .. }) | None => ToSource::Unknown,
@@ -78,11 +83,21 @@ impl Outcomes {
         self.lock().by_id.values_mut().fold(false, |any, outcome| abandon(outcome, why) | any)
     }
 
+    /// Ends the tries to start a guest that has arrived: it is kept, paused. Returns true if one was being started.
+    pub fn stop_starting(&self) -> bool {
+        let known = self.lock();
+        known.by_id.values().any(|outcome| matches!(outcome, Outcome::Starting(cancel) if cancel.cancel()))
+    }
+
     /// Gives up every migration that is not committed, and begins no other. Returns false, and leaves everything as it
     /// is, if a guest has arrived.
     pub fn close(&self, why: &str) -> bool {
         let mut known = self.lock();
-        if known.by_id.values().any(|outcome| matches!(outcome, Outcome::Held(_) | Outcome::Started(_))) {
+        if known
+            .by_id
+            .values()
+            .any(|outcome| matches!(outcome, Outcome::Starting(_) | Outcome::Held(_) | Outcome::Started(_)))
+        {
             return false;
         }
         known.closed = true;
@@ -124,16 +139,18 @@ impl Outcomes {
         }
     }
 
-    /// The commit has arrived: the guest is owned here, unless the migration was given up.
+    /// The commit has arrived: the guest is owned here, unless the migration was given up. Returns what
+    /// [`stop_starting`](Outcomes::stop_starting) cancels.
     ///
     /// # Errors
     /// [`MigrateError::GivenUp`].
-    pub(super) fn commit(&self, id: MigrationId) -> Result<(), MigrateError> {
+    pub(super) fn commit(&self, id: MigrationId) -> Result<Cancel, MigrateError> {
+        let starting = Cancel::new()?;
         let mut known = self.lock();
         match known.by_id.get_mut(&id) {
             Some(outcome @ Outcome::Receiving { .. }) => {
-                *outcome = Outcome::Held(Held { starting: true, message: "it is being started".into() });
-                Ok(())
+                *outcome = Outcome::Starting(starting.clone());
+                Ok(starting)
             }
             Some(Outcome::GivenUp(why)) => Err(MigrateError::GivenUp(why.clone())),
             _ => Err(MigrateError::GivenUp("it is not under way".into())),

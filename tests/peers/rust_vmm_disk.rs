@@ -88,7 +88,7 @@ fn a_guest_moves_between_two_of_them_by_what_they_have_marked() {
         let (ours, theirs) = (options(), options());
         let socket = format!("unix:{}", lab.file(&format!("migration{trip}")).display());
         let listener = Listener::bind(&socket.parse().unwrap()).unwrap();
-        let mut arrival = GuestArrival::new(vec![backends[trip % 2].socket().into()]);
+        let mut arrival = GuestArrival::new(vec![backends[trip % 2].socket().into()]).unwrap();
         let leaving = Mutex::new(Some(guest));
         std::thread::scope(|scope| {
             let arrived = scope.spawn(|| {

@@ -40,23 +40,31 @@ pub(super) struct Channel {
     late: Late,
     /// The back-end has answered something: it has taken the connection up.
     served: bool,
-    /// Requests whose answers come later than it was waited for. Nothing is sent while there are any.
-    owed: Vec<Request>,
+    /// Answers that come later than they were waited for. Nothing is sent while there are any.
+    owed: Vec<Owed>,
     /// REPLY_ACK is agreed on.
     pub(super) acks: bool,
     /// Posted and not yet settled.
     posted: Vec<Request>,
 }
 
-/// What becomes of a connection on which an answer is late.
+/// What becomes of a connection on which an answer is late. An answer stays owed where the interrupt has ended the wait.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Late {
     /// It is given up: the answer could be taken for another one.
     GivenUp,
+    /// The answer stays owed. The interrupt does not end the wait.
+    Uninterruptible,
     /// The answer stays owed.
     Owed,
-    /// The answer stays owed, and the interrupt ends the wait for it.
-    Interruptible,
+}
+
+/// An answer that is owed.
+#[derive(Clone, Copy)]
+struct Owed {
+    request: Request,
+    /// It is the acknowledgement of a message without a reply of its own.
+    is_ack: bool,
 }
 
 /// The socket, on which messages don't mix.
@@ -137,20 +145,24 @@ impl Channel {
         !self.owed.is_empty()
     }
 
-    /// Gets the answers that are owed, until `deadline`; returns the one that says where a ring has stopped.
+    /// Gets the answers that are owed, until `deadline`; returns the one that says where a ring has stopped. On refusals the
+    /// first is reported, when all are in.
     pub(super) fn catch_up(&mut self, deadline: Instant) -> Result<Option<Reply>, FrontendError> {
-        let (begun, mut base) = (Instant::now(), None);
-        while let Some(&request) = self.owed.first() {
+        let (begun, mut base, mut refused) = (Instant::now(), None, None);
+        while let Some(&Owed { request, is_ack }) = self.owed.first() {
             if !self.wait(request, deadline, true)? {
                 return Err(FrontendError::Timeout { request, waited: begun.elapsed() });
             }
             let reply = self.receive_now(request, self.timeout)?;
             self.owed.remove(0);
-            if matches!(request, Request::GET_VRING_BASE | Request::GET_VRING_BASE_SKIP_DRAIN) {
+            if is_ack {
+                let acknowledged = self.acknowledged(&reply);
+                refused = refused.or(acknowledged.err());
+            } else if matches!(request, Request::GET_VRING_BASE | Request::GET_VRING_BASE_SKIP_DRAIN) {
                 base = Some(reply);
             }
         }
-        Ok(base)
+        refused.map_or(Ok(base), Err)
     }
 
     /// Sends a message that has no reply of its own.
@@ -187,20 +199,28 @@ impl Channel {
         let mut refused = None;
         let mut rest = posted.into_iter();
         while let Some(request) = rest.next() {
-            let received = self.receive(request, timeout);
+            let received = self.receive(Owed { request, is_ack: true }, timeout);
             if self.owes() {
-                self.owed.extend(rest.by_ref());
+                self.owed.extend(rest.by_ref().map(|request| Owed { request, is_ack: true }));
             }
-            let reply = received?;
-            let code: u64 = reply.read("F4").inspect_err(|_| self.close())?;
-            if code != 0 && refused.is_none() {
-                refused = Some(FrontendError::Refused { request, code });
-            }
-            if code != 0 {
-                counters::refused(request);
+            match self.acknowledged(&received?) {
+                Err(error @ FrontendError::Refused { .. }) => refused = refused.or(Some(error)),
+                done => done?,
             }
         }
         refused.map_or(Ok(()), Err)
+    }
+
+    /// What an acknowledgement says.
+    fn acknowledged(&self, reply: &Reply) -> Result<(), FrontendError> {
+        let request = reply.request;
+        match reply.read("F4").inspect_err(|_| self.close())? {
+            0 => Ok(()),
+            code => {
+                counters::refused(request);
+                Err(FrontendError::Refused { request, code })
+            }
+        }
     }
 
     /// Sends a message that has a reply of its own and waits for that (rule F3).
@@ -226,7 +246,7 @@ impl Channel {
         }
         self.posted.clear();
         self.send(request, Header::FLAG_VERSION, payload, fds)?;
-        self.receive(request, timeout)
+        self.receive(Owed { request, is_ack: false }, timeout)
     }
 
     /// Ends the connection; also wakes whoever watches it.
@@ -258,22 +278,23 @@ impl Channel {
         sent.map_err(|error| self.failed(request, self.timeout, error))
     }
 
-    /// Receives the answer to `request`, the next that comes.
-    fn receive(&mut self, request: Request, timeout: Duration) -> Result<Reply, FrontendError> {
-        if self.late != Late::GivenUp {
-            match self.wait(request, Instant::now() + timeout, self.late == Late::Interruptible) {
-                Ok(true) => {}
-                Ok(false) => {
-                    self.owed.push(request);
-                    return Err(self.silent(request, timeout));
-                }
-                Err(error) => {
-                    self.owed.push(request);
-                    return Err(error);
-                }
+    /// Receives an answer, the next that comes.
+    fn receive(&mut self, answer: Owed, timeout: Duration) -> Result<Reply, FrontendError> {
+        let request = answer.request;
+        match self.wait(request, Instant::now() + timeout, self.late != Late::Uninterruptible) {
+            Ok(true) => self.receive_now(request, timeout),
+            Ok(false) if self.late == Late::GivenUp => {
+                Err(self.failed(request, timeout, io::ErrorKind::TimedOut.into()))
+            }
+            Ok(false) => {
+                self.owed.push(answer);
+                Err(self.silent(request, timeout))
+            }
+            Err(error) => {
+                self.owed.push(answer);
+                Err(error)
             }
         }
-        self.receive_now(request, timeout)
     }
 
     /// Waits until something has come, or the other side has hung up; false at the deadline.

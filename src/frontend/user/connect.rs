@@ -43,7 +43,7 @@ pub(super) fn greet(
     interrupt: &Interrupt,
 ) -> Result<(Channel, Offer, Option<Ear>), FrontendError> {
     let mut channel = Channel::connect(path, options.timeout, interrupt)?;
-    channel.set_late(Late::Interruptible);
+    channel.set_late(Late::Owed);
     let number = |channel: &mut Channel, request| channel.ask(request, &[], &[])?.read::<u64>("F3");
     channel.post(Request::SET_OWNER, &[], &[])?;
     let features = number(&mut channel, Request::GET_FEATURES)?;

@@ -23,7 +23,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use zerocopy::IntoBytes;
 
@@ -50,6 +50,8 @@ use payload::{describe, table, user_addr};
 /// Feature bits that belong to the transport, not to the driver.
 const TRANSPORT: u64 = bit(VHOST_F_LOG_ALL) | bit(VHOST_USER_F_PROTOCOL_FEATURES);
 const SET_LOG_BASE: Request = Request::SET_LOG_BASE;
+/// How long a back-end may take to end logging once the interrupt is set. It owes the answer then.
+const BRIEFLY: Duration = Duration::from_millis(500);
 
 /// A device behind a vhost-user socket.
 pub struct UserDevice {
@@ -63,6 +65,8 @@ pub struct UserDevice {
     interrupt: Interrupt,
     /// The ring that was being stopped when the wait for it ended.
     stopping: Option<u16>,
+    /// The ring that was being started when the wait for it ended.
+    starting: Option<u16>,
     offer: Offer,
     features: u64,
     memory: Memory,
@@ -87,10 +91,22 @@ impl UserDevice {
         options: UserOptions,
         deadline: Instant,
     ) -> Result<UserDevice, FrontendError> {
+        UserDevice::connect_interruptible(path, options, deadline, Interrupt::new()?)
+    }
+
+    /// The same, with a switch that ends this too. It is the device's from then on ([`Device::interrupt`]).
+    ///
+    /// # Errors
+    /// As [`connect`](UserDevice::connect); [`FrontendError::Interrupted`].
+    pub fn connect_interruptible(
+        path: impl AsRef<Path>,
+        options: UserOptions,
+        deadline: Instant,
+        interrupt: Interrupt,
+    ) -> Result<UserDevice, FrontendError> {
         let path = path.as_ref();
         let events = Arc::new(Events::new()?);
         let translator = Arc::default();
-        let interrupt = Interrupt::new()?;
         let greeted = until(deadline, &interrupt, || greet(path, options, &events, &translator, &interrupt))?;
         let ((mut channel, offer, ear), _) = greeted;
         channel.set_late(Late::GivenUp);
@@ -103,6 +119,7 @@ impl UserDevice {
             translator,
             interrupt,
             stopping: None,
+            starting: None,
             offer,
             features: 0,
             memory: Memory::default(),
@@ -315,7 +332,7 @@ impl Device for UserDevice {
         let before = std::mem::replace(&mut self.memory, memory.clone());
         let done = self.post_memory(&before).and_then(|()| self.channel.settle());
         done.inspect_err(|error| {
-            if !error.is_hang_up() {
+            if !error.needs_reconnect() {
                 self.change_translations(Some(&before));
                 self.memory = before;
             }
@@ -358,17 +375,28 @@ impl Device for UserDevice {
     }
 
     fn start_ring(&mut self, index: u16, setup: RingSetup) -> Result<(), FrontendError> {
+        if self.channel.owes() {
+            // Else nobody could tell an interrupted start from one that has not begun.
+            return Err(FrontendError::Away { device: self.name().into(), reason: Some("an answer is owed".into()) });
+        }
         self.check_ring(index, &setup)?;
         self.post_ring(index, &setup, setup.base)?;
         // What it finds as soon as it is enabled it may call for at once.
         self.ear.iter().for_each(|ear| ear.add(index, &setup));
         let enabled = self.post_enable(index, true).and_then(|()| self.channel.settle());
-        enabled.inspect_err(|_| self.ear.iter().for_each(|ear| ear.remove(index)))?;
-        self.pass_kicks(index, true);
+        match &enabled {
+            Ok(()) => self.pass_kicks(index, true),
+            // It starts when the back-end gets to it.
+            Err(FrontendError::Interrupted { .. }) => self.starting = Some(index),
+            Err(_) => {
+                self.ear.iter().for_each(|ear| ear.remove(index));
+                return enabled;
+            }
+        }
         self.rings.insert(index, setup);
         // The back-end may change it from now on.
         self.loaded = None;
-        Ok(())
+        enabled
     }
 
     fn stop_ring(&mut self, index: u16) -> Result<RingBase, FrontendError> {
@@ -397,7 +425,7 @@ impl Device for UserDevice {
         let fd = fd.try_clone_to_owned().map_err(FrontendError::system("keep the log's fd"))?;
         let before = self.log.replace((log.clone(), fd));
         let was_on = before.is_some();
-        let done = self.interruptible(|device| {
+        let done = self.owed(|device| {
             device.install_log()?;
             if was_on { Ok(()) } else { device.switch_logging() }
         });
@@ -409,7 +437,12 @@ impl Device for UserDevice {
         if self.log.take().is_none() || self.hung_up() {
             return Ok(());
         }
-        match self.patiently(Late::Owed, UserDevice::switch_logging) {
+        // Whoever has interrupted the rest waits for this, too.
+        let timeout = if self.interrupt.is_set() { self.options.timeout.min(BRIEFLY) } else { self.options.timeout };
+        self.channel.set_timeout(timeout);
+        let stopped = self.patiently(Late::Uninterruptible, UserDevice::switch_logging);
+        self.channel.set_timeout(self.options.timeout);
+        match stopped {
             // It is noted: connecting again switches nothing on.
             Err(error) if error.needs_reconnect() => Ok(()),
             done => done,
@@ -421,7 +454,7 @@ impl Device for UserDevice {
             return Ok(None);
         }
         let (patience, interrupt) = (self.options.stop_timeout, self.interrupt.clone());
-        self.interruptible(|device| state::save(&mut device.channel, patience, &interrupt)).map(Some)
+        self.owed(|device| state::save(&mut device.channel, patience, &interrupt)).map(Some)
     }
 
     fn load_state(&mut self, state: &[u8]) -> Result<(), FrontendError> {
@@ -531,7 +564,7 @@ impl UserDevice {
             return Err(FrontendError::BadRing { index, reason: "it is not started".into() });
         }
         self.pass_kicks(index, false);
-        let asked = self.interruptible(|device| device.ask_for_base(request, index));
+        let asked = self.owed(|device| device.ask_for_base(request, index));
         let base = asked.inspect_err(|_| match self.channel.owes() {
             true => self.stopping = Some(index),
             // If it lives on, so do its kicks.
@@ -564,13 +597,10 @@ impl UserDevice {
         Ok(RingBase::from_bits(state.num))
     }
 
-    /// Does what the interrupt may end. A back-end that is silent for too long is given up, unless only this connection
-    /// knows where its rings are.
-    fn interruptible<T>(
-        &mut self,
-        work: impl FnOnce(&mut UserDevice) -> Result<T, FrontendError>,
-    ) -> Result<T, FrontendError> {
-        self.patiently(Late::Interruptible, work)
+    /// Does what only this connection knows the outcome of: a back-end that is silent for too long is given up if there is
+    /// an inflight region, which knows where its rings are.
+    fn owed<T>(&mut self, work: impl FnOnce(&mut UserDevice) -> Result<T, FrontendError>) -> Result<T, FrontendError> {
+        self.patiently(Late::Owed, work)
     }
 
     fn patiently<T>(
@@ -587,10 +617,19 @@ impl UserDevice {
         done
     }
 
-    /// Gets the answers that are owed, and makes the back-end what is noted: the ring that was being stopped runs again, and
-    /// what is logged is as if the call that was interrupted had never been made.
+    /// Gets the answers that are owed, and makes the back-end what is noted: the ring that was being stopped or started
+    /// runs, and what is logged is as if the call that was interrupted had never been made. A ring whose start is refused is
+    /// started again over another connection.
     fn catch_up(&mut self, deadline: Instant) -> Result<(), FrontendError> {
-        let reply = self.channel.catch_up(deadline)?;
+        let reply = match self.channel.catch_up(deadline) {
+            Err(error @ FrontendError::Refused { .. }) if self.starting.is_some() => {
+                self.channel.close();
+                return Err(error);
+            }
+            // Whoever repeats the call finds out.
+            Err(FrontendError::Refused { .. }) => None,
+            done => done?,
+        };
         // What goes wrong now leaves a connection of which nothing is known.
         self.undo(reply).inspect_err(|_| self.channel.close())
     }
@@ -598,6 +637,10 @@ impl UserDevice {
     fn undo(&mut self, stopped: Option<Reply>) -> Result<(), FrontendError> {
         self.install_log()?;
         self.switch_logging()?;
+        if let Some((index, setup)) = self.starting.take().and_then(|index| Some((index, self.rings.get(&index)?))) {
+            self.pass_kicks(index, true);
+            wake(&setup.kick);
+        }
         let Some((index, setup)) =
             self.stopping.take().and_then(|index| Some((index, self.rings.get(&index)?.clone())))
         else {

@@ -33,7 +33,7 @@ impl UserDevice {
         self.mtu = Some(mtu);
         self.post_mtu()?;
         self.channel.settle().inspect_err(|error| {
-            if !error.is_hang_up() {
+            if !error.needs_reconnect() {
                 self.mtu = None;
             }
         })
@@ -83,12 +83,16 @@ impl UserDevice {
     /// [`FrontendError::NotOffered`] if it knows neither; the channel's errors.
     pub fn reset(&mut self) -> Result<(), FrontendError> {
         self.rings.keys().for_each(|index| self.pass_kicks(*index, false));
-        // Rings that live on are kicked on.
-        self.ask_for_reset().inspect_err(|_| self.rings.keys().for_each(|index| self.pass_kicks(*index, true)))?;
+        let asked = self.ask_for_reset();
+        if asked.as_ref().is_err_and(|error| !matches!(error, FrontendError::Interrupted { .. })) {
+            // Rings that live on are kicked on.
+            self.rings.keys().for_each(|index| self.pass_kicks(*index, true));
+            return asked;
+        }
         (self.status, self.features) = (0, 0);
         let rings = std::mem::take(&mut self.rings);
         rings.keys().for_each(|index| self.ear.iter().for_each(|ear| ear.remove(*index)));
-        Ok(())
+        asked
     }
 
     fn ask_for_reset(&mut self) -> Result<(), FrontendError> {
