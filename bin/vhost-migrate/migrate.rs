@@ -129,6 +129,8 @@ fn resolved(uri: &str) -> String {
 
 /// The longest time that a migration may take to end once it is cancelled.
 const LAST_WORDS: Duration = Duration::from_secs(30);
+/// The longest time that the guest's process may take to answer meanwhile; then it hangs.
+const ALIVE: Duration = Duration::from_millis(1500);
 
 /// Has the first SIGINT or SIGTERM cancel the migration and the second end this process, which also ends by itself when the
 /// guest's process does not answer.
@@ -146,10 +148,15 @@ fn cancel_on_interrupt(control: &Path) -> io::Result<()> {
 }
 
 fn cancel(control: &Path) {
-    match control::call(control, &Command::Cancel, |_| ()) {
+    match control::call_within(control, &Command::Cancel, ALIVE, |_| ()) {
         Ok(()) => {
-            std::thread::sleep(LAST_WORDS);
-            eprintln!("cancelled, but the migration has not ended within {LAST_WORDS:?}");
+            let begun = Instant::now();
+            let answers = || control::call_within(control, &Command::Status, ALIVE, |_| ()).is_ok();
+            // The end of the migration is the end of this process.
+            while begun.elapsed() < LAST_WORDS && answers() {
+                std::thread::sleep(ASK_AGAIN);
+            }
+            eprintln!("cancelled, but the migration has not ended within {:?}", begun.elapsed());
         }
         // It is too late, or something else is under way: its own end tells.
         Err(error) if error.kind() == io::ErrorKind::Other => return eprintln!("can't cancel: {error}"),

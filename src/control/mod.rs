@@ -287,14 +287,24 @@ fn converse(stream: &UnixStream, handler: &dyn Handler) -> io::Result<()> {
 /// # Errors
 /// [`io::ErrorKind::Other`] with the message of an `error` answer; [`io::ErrorKind::TimedOut`] if the process does not take
 /// the command, or does not answer one that is answered at once; else what the socket says.
-pub fn call(path: &Path, command: &Command, mut each: impl FnMut(Value)) -> io::Result<()> {
-    let deadline = Instant::now() + PATIENCE;
+pub fn call(path: &Path, command: &Command, each: impl FnMut(Value)) -> io::Result<()> {
+    call_within(path, command, PATIENCE, each)
+}
+
+/// The same, with another limit for what the process does at once: to take the command, and to answer one that is answered at
+/// once.
+///
+/// # Errors
+/// As [`call`].
+pub fn call_within(path: &Path, command: &Command, patience: Duration, mut each: impl FnMut(Value)) -> io::Result<()> {
+    let silent = |error| silent(path, patience, error);
+    let deadline = Instant::now() + patience;
     let stream = connect(path, deadline)?;
     let line = format!("{}\n", serde_json::to_value(command)?);
-    socket::send_until(stream.as_fd(), line.as_bytes(), &[], deadline).map_err(|error| silent(path, error))?;
+    socket::send_until(stream.as_fd(), line.as_bytes(), &[], deadline).map_err(silent)?;
     let mut events = Events { stream: &stream, bytes: Vec::new() };
-    let silence = command.is_answered_at_once().then_some(PATIENCE);
-    while let Some(line) = events.next(silence).map_err(|error| silent(path, error))? {
+    let silence = command.is_answered_at_once().then_some(patience);
+    while let Some(line) = events.next(silence).map_err(silent)? {
         let event: Value = serde_json::from_slice(&line)?;
         match event.get("event").and_then(Value::as_str) {
             Some("ok") => return Ok(()),
@@ -331,10 +341,10 @@ fn speaks_vhost_user(path: &Path) -> bool {
 }
 
 /// Says whose silence a timeout was.
-fn silent(path: &Path, error: io::Error) -> io::Error {
+fn silent(path: &Path, patience: Duration, error: io::Error) -> io::Error {
     match error.kind() {
         io::ErrorKind::TimedOut => {
-            let text = format!("{}: no answer within {PATIENCE:?}: the guest's process hangs", path.display());
+            let text = format!("{}: no answer within {patience:?}: the guest's process hangs", path.display());
             io::Error::new(error.kind(), text)
         }
         _ => error,

@@ -2,11 +2,15 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // also in the helpers of these tests
 
 mod disks;
+mod flood;
+#[path = "../peers/message.rs"]
+mod message;
 mod outcome;
 #[path = "../migrate/relay.rs"]
 #[allow(dead_code)] // not all that it can break is broken here
 mod relay;
 mod saves;
+mod signals;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
@@ -613,6 +617,7 @@ fn wrong_arguments_exit_with_2_and_say_what_is_right() {
         (&["backend", "blk", "--socket", "s"], "--image"),
         (&["inspect", "inflight", "f", "--used", "1"], "QUEUE:INDEX"),
         (&["backend", "blk", "--socket", "s", "--image", "i", "--iommu", "--postcopy"], "cannot be used with"),
+        (&["backend", "net", "--socket", "s", "--loopback", "--front-ends", "2"], "start a back-end for each"),
         (&["fly"], "Usage"),
     ] {
         let output = run(arguments);

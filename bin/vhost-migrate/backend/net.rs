@@ -53,6 +53,9 @@ pub(super) struct Arguments {
     /// Offer drivers to be behind an IOMMU; the front-end must translate, as QEMU does with a vIOMMU
     #[arg(long)]
     iommu: bool,
+    /// Refused with words: it is known from disks
+    #[arg(long = "front-ends", hide = true, value_name = "N", default_value = "1", value_parser = one_front_end)]
+    _front_ends: OneFrontEnd,
     /// The largest IP packet in bytes, if the guest shall be told
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(i64::from(MIN_MTU)..))]
     mtu: Option<u16>,
@@ -68,6 +71,16 @@ pub(super) struct Arguments {
     metrics: Metrics,
     #[command(flatten)]
     messages: Messages,
+}
+
+/// The number of front-ends, which says nothing.
+#[derive(Clone, Debug)]
+struct OneFrontEnd;
+
+fn one_front_end(text: &str) -> Result<OneFrontEnd, &'static str> {
+    let advice = "an interface keeps what its driver has set, which two front-ends would mix: start a back-end for each; \
+                  only a disk can be shared";
+    if text == "1" { Ok(OneFrontEnd) } else { Err(advice) }
 }
 
 #[derive(Debug, clap::Args)]

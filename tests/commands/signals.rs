@@ -1,0 +1,232 @@
+//! SIGTERM ends every command soon, whatever it waits for: its peers are stopped, or never answer.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::sys::stat::Mode;
+use nix::unistd::Pid;
+use rstest::rstest;
+
+use super::{Host, PATIENCE, Running, migrating, program, signal, until, until_it_waits, verify};
+
+/// Long enough for a busy machine, and shorter than any limit of a wait for a peer.
+const SOON: Duration = Duration::from_secs(8);
+
+/// How a process ends at SIGTERM, which must be soon.
+fn terminated(process: &mut Running, what: &str) -> ExitStatus {
+    signal(process, Signal::SIGTERM);
+    let begun = Instant::now();
+    loop {
+        if let Some(status) = process.0.try_wait().unwrap() {
+            return status;
+        }
+        assert!(begun.elapsed() < SOON, "{what}: not within {SOON:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn start(arguments: &[&str]) -> Running {
+    let mut command = program();
+    Running(command.args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
+}
+
+/// It may do something until it waits; whenever the signal comes, it ends.
+fn settle() {
+    std::thread::sleep(Duration::from_millis(300));
+}
+
+fn stop(process: &Running) {
+    signal(process, Signal::SIGSTOP);
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// A back-end that accepts a connection and never answers is one whose queue of connections takes it.
+fn silent(host: &Host) -> (UnixListener, String) {
+    let path = host.path("silent");
+    let listener = UnixListener::bind(&path).unwrap();
+    (listener, text(&path).into())
+}
+
+#[rstest]
+#[case::boots(&["guest", "--control", "CONTROL", "--backend", "PEER", "--memory", "64MiB"])]
+#[case::checks(&["check", "PEER"])]
+#[case::measures(&["dirty-rate", "--control", "PEER"])]
+#[case::migrates(&["migrate", "--control", "PEER", "unix:x"])]
+#[case::resumes(&["resume", "--control", "PEER"])]
+#[case::forgets(&["forget", "--control", "PEER"])]
+fn a_command_whose_peer_never_answers_ends(#[case] arguments: &[&str]) {
+    let host = Host::new();
+    let (_listener, peer) = silent(&host);
+    let control = host.path("control");
+    let words: Vec<&str> = arguments
+        .iter()
+        .map(|word| match *word {
+            "PEER" => peer.as_str(),
+            "CONTROL" => text(&control),
+            other => other,
+        })
+        .collect();
+    let mut process = start(&words);
+    settle();
+    assert!(process.0.try_wait().unwrap().is_none(), "{arguments:?} does not wait");
+    terminated(&mut process, arguments[0]);
+}
+
+#[test]
+fn an_inspection_of_what_nobody_writes_ends() {
+    let host = Host::new();
+    let pipe = host.path("pipe");
+    nix::unistd::mkfifo(&pipe, Mode::S_IRWXU).unwrap();
+    let mut process = start(&["inspect", "stream", text(&pipe)]);
+    settle();
+    assert_eq!(terminated(&mut process, "inspect").signal(), Some(Signal::SIGTERM as i32));
+}
+
+#[test]
+fn a_guest_whose_back_end_hangs_ends() {
+    let mut host = Host::new();
+    host.source();
+    let [backend, guest] = &mut host.running[..] else { panic!() };
+    stop(backend);
+    settle();
+    terminated(guest, "guest");
+    signal(backend, Signal::SIGCONT);
+}
+
+/// Its source has said half of what it has to say first, and then the back-end hangs when the guest arrives.
+#[test]
+fn a_destination_that_waits_for_the_rest_of_a_source_or_for_its_back_end_ends() {
+    let mut host = Host::new();
+    let unix = format!("unix:{}", host.path("incoming").display());
+    let destination = host.arriving("destination", &unix);
+    until(&destination, "absent");
+    until_it_waits(&destination);
+    let mut half = UnixStream::connect(host.path("incoming")).unwrap();
+    half.write_all(b"VH").unwrap();
+    settle();
+    terminated(host.running.last_mut().unwrap(), "guest --incoming");
+
+    let destination = host.arriving("another", &unix);
+    until(&destination, "absent");
+    let [.., backend, _] = &host.running[..] else { panic!() };
+    stop(backend);
+    let (at, stopped) = (host.running.len() - 1, Pid::from_raw(backend.0.id() as i32));
+    let source = host.source();
+    let _migration = start(&["migrate", &unix, "--control", text(&source)]);
+    settle();
+    terminated(&mut host.running[at], "guest --incoming");
+    kill(stopped, Signal::SIGCONT).unwrap();
+}
+
+/// Neither what hangs nor what it has of the guest's device keeps a back-end.
+#[test]
+fn a_back_end_whose_front_end_hangs_ends() {
+    let mut host = Host::new();
+    host.source();
+    let [backend, guest] = &mut host.running[..] else { panic!() };
+    stop(guest);
+    assert_eq!(terminated(backend, "backend").code(), Some(0));
+    signal(guest, Signal::SIGCONT);
+}
+
+#[rstest]
+#[case::disk(&["blk", "--image", "DISK"])]
+#[case::interface(&["net", "--loopback"])]
+fn a_back_end_that_waits_for_the_rest_of_a_message_or_of_the_greeting_ends(#[case] device: &[&str]) {
+    let host = Host::new();
+    let (disk, socket) = (host.path("disk"), host.path("socket"));
+    let device = device.iter().map(|word| if *word == "DISK" { text(&disk) } else { word });
+    let words: Vec<&str> = ["backend"].into_iter().chain(device).collect();
+    let mut process = start(&[&words[..], &["--socket", text(&socket)]].concat());
+    let deadline = Instant::now() + PATIENCE;
+    let mut half = loop {
+        match UnixStream::connect(&socket) {
+            Ok(stream) => break stream,
+            Err(error) => assert!(Instant::now() < deadline, "{error}"),
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    half.write_all(&[1, 0, 0]).unwrap();
+    settle();
+    assert_eq!(terminated(&mut process, "backend").code(), Some(0));
+
+    // It connects, and nobody accepts.
+    let (listener, peer) = silent(&host);
+    nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
+    let _filler = UnixStream::connect(&peer).unwrap();
+    let mut command = program();
+    command.args(&words).args(["--connect", &peer]).stdout(Stdio::piped());
+    let mut process = Running(command.spawn().unwrap());
+    // Once it says so, it takes signals.
+    BufReader::new(process.0.stdout.take().unwrap()).read_line(&mut String::new()).unwrap();
+    settle();
+    assert_eq!(terminated(&mut process, "backend --connect").code(), Some(0));
+}
+
+/// Logging can't be switched off while the back-end hangs.
+#[test]
+fn a_migration_whose_source_has_a_back_end_that_hangs_ends_and_the_guest_goes_on() {
+    let mut host = Host::new();
+    let source = host.source();
+    let unix = format!("unix:{}", host.path("incoming").display());
+    let destination = host.arriving("destination", &unix);
+    until(&destination, "absent");
+    let (mut migration, mut events) = migrating(&source, &unix);
+    events.find(|event| ["progress", "round"].contains(&event["event"].as_str().unwrap())).unwrap();
+    stop(&host.running[0]);
+    assert_eq!(terminated(&mut migration, "migrate").code(), Some(1));
+    signal(&host.running[0], Signal::SIGCONT);
+    verify(&source);
+}
+
+/// The worst place: the guest's process has agreed to cancel, and then hangs.
+#[test]
+fn a_migration_whose_guest_hangs_after_the_cancellation_was_taken_ends() {
+    let host = Host::new();
+    let (listener, peer) = silent(&host);
+    let mut process = start(&["migrate", "--control", &peer, "unix:x"]);
+    let (_migrates, _) = listener.accept().unwrap();
+    signal(&process, Signal::SIGTERM);
+    let (mut cancels, _) = listener.accept().unwrap();
+    cancels.write_all(b"{\"event\":\"ok\"}\n").unwrap();
+    let begun = Instant::now();
+    let status = loop {
+        match process.0.try_wait().unwrap() {
+            Some(status) => break status,
+            None => assert!(begun.elapsed() < SOON, "not within {SOON:?}"),
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    assert_eq!(status.code(), Some(5));
+}
+
+#[test]
+fn a_demo_whose_processes_hang_ends_with_them() {
+    let _host = Host::new(); // one at a time
+    let mut demo = start(&["demo", "--memory", "64MiB", "--seconds", "1000"]);
+    let children = || -> Vec<i32> {
+        let list = format!("/proc/{0}/task/{0}/children", demo.0.id());
+        let text = std::fs::read_to_string(list).unwrap();
+        text.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
+    };
+    let deadline = Instant::now() + PATIENCE;
+    while children().len() < 4 {
+        assert!(Instant::now() < deadline, "two back-ends and two guests");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    settle();
+    let children = children();
+    children.iter().for_each(|pid| kill(Pid::from_raw(*pid), Signal::SIGSTOP).unwrap());
+    assert_eq!(terminated(&mut demo, "demo").code(), Some(1));
+    for pid in children {
+        assert!(!Path::new(&format!("/proc/{pid}")).exists(), "it has left {pid} behind");
+    }
+}
