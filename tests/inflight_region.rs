@@ -72,6 +72,34 @@ fn a_fresh_region_on_a_used_ring_takes_its_index_and_marks_no_batch() {
 }
 
 #[test]
+fn a_fresh_region_keeps_nothing_of_what_was_in_it() {
+    let header = |bytes: &[u8], words: [usize; 4]| words.map(|at| u16::from_le_bytes([bytes[at], bytes[at + 1]]));
+    let mut bytes = region(4, 0, 3, &[(0, 1, 2, u64::MAX), (2, 9, 3, 7), (3, 1, 0, 0)]);
+    bytes.u16(8, 0);
+    recover(&bytes, 1234, 4).unwrap().stores.iter().for_each(|store| store.to(&mut bytes[..]));
+    assert_eq!(header(&bytes, [8, 10, 12, 14]), [1, 4, 0, 1234], "version, entries, last batch, used index");
+    for entry in bytes[HEADER..HEADER + 4 * ENTRY].chunks_exact(ENTRY) {
+        assert_eq!((entry[0], &entry[8..]), (0, &[0; 8][..]), "mark and counter");
+    }
+
+    let mut bytes = vec![0; packed_queue_bytes(4) as usize];
+    let to = &mut bytes[..];
+    for (index, mark, next, counter) in [(0, 1, 7, 3), (1, 0, 2, u64::MAX), (3, 9, 0, 0)] {
+        let at = PACKED_HEADER + index * PACKED_ENTRY;
+        to.u8(at, mark);
+        to.u16(at + 2, next);
+        to.u64(at + 8, counter);
+    }
+    let found = recover_packed(&bytes, 4, 4, RingBase::from_bits(0x0003_8003), unused).unwrap();
+    found.stores.iter().for_each(|store| store.to(&mut bytes[..]));
+    assert_eq!(header(&bytes, [8, 10, 12, 14]), [1, 4, 0, 0], "version, entries, head of the free list, twice");
+    assert_eq!(bytes[16..22], [3, 0, 3, 0, 0, 0], "used position and wrap counter, twice");
+    for (entry, next) in bytes[PACKED_HEADER..].chunks_exact(PACKED_ENTRY).take(4).zip(1..) {
+        assert_eq!((entry[0], entry[2], &entry[8..16]), (0, next, &[0; 8][..]), "mark, next and counter");
+    }
+}
+
+#[test]
 fn a_region_that_does_not_fit_is_refused_before_it_is_touched() {
     let needed = Region::bytes_for(Kind::Split, 2, 128).unwrap();
     assert_eq!(needed, 2 * 2112);
@@ -271,6 +299,25 @@ fn a_packed_successor_that_maps_the_same_file_finds_what_was_taken() {
     assert_eq!((fresh.base, fresh.resubmit.len()), (None, 0), "after a reset the region is fresh");
     let (_, found) = second.packed(1, 8, FRESH, unused).unwrap();
     assert_eq!(found.base, Some(RingBase::from_bits(0x0005_0005)), "a fresh region takes the position it is given");
+}
+
+#[test]
+fn a_packed_request_that_is_not_in_flight_is_neither_staged_nor_put_back() {
+    let (region, _fd) = Region::create(Kind::Packed, 1, 4).unwrap();
+    let (mut inflight, _) = region.packed(0, 4, FRESH, unused).unwrap();
+    let one = inflight.take(&[packed_desc(1)]).unwrap();
+    let taken = region.copy(0).unwrap();
+    for other in [one + 1, 4, u16::MAX] {
+        inflight.stage(other);
+        inflight.put_back(other);
+    }
+    inflight.commit();
+    assert_eq!(region.copy(0).unwrap(), taken);
+    inflight.put_back(one);
+    let free = region.copy(0).unwrap();
+    assert_eq!((taken[PACKED_HEADER], free[PACKED_HEADER]), (1, 0), "successors of other kinds go by the mark alone");
+    inflight.put_back(one);
+    assert_eq!(region.copy(0).unwrap(), free);
 }
 
 #[test]

@@ -178,7 +178,9 @@ fn after_a_crash_the_whole_packed_ring_is_logged_again_and_nothing_beside_it() {
     let log = Arc::new(Log::create(LOG_END).unwrap().0);
     for (used_gpa, pages) in [(0x9000, [9, 9]), (0x9ffe, [9, 10]), (0x1000, [1, 1])] {
         device.set_log(Some(RingLog { log: log.clone(), used_gpa }));
+        assert!(!device.is_used_marked());
         device.relog_used();
+        assert!(device.is_used_marked());
         assert_eq!(harvest(&log), (1..=4).chain(pages).collect(), "{used_gpa:#x}");
     }
 }
@@ -211,7 +213,9 @@ fn after_a_crash_the_whole_used_ring_is_logged_again_and_nothing_beside_it() {
     let log = Arc::new(Log::create(LOG_END).unwrap().0);
     for (used_gpa, pages) in [(0x5000, 5..=7), (0x5ffc, 5..=8), (0x5000 - 8, 4..=6)] {
         device.set_log(Some(RingLog { log: log.clone(), used_gpa }));
+        assert!(!device.is_used_marked());
         device.relog_used();
+        assert!(device.is_used_marked());
         assert_eq!(harvest(&log), pages.collect(), "{used_gpa:#x}");
     }
 }

@@ -424,3 +424,22 @@ fn flags_suppress_and_allow() {
         assert_eq!(round(&mut driver, &mut device), (true, true));
     }
 }
+
+#[test]
+fn enabling_notifications_tells_of_what_is_there_already() {
+    for (packed, features) in [(false, 0), (false, EVENT_IDX), (true, 0), (true, EVENT_IDX)] {
+        let (mut driver, mut device) = either(&memory(), packed, 4, features);
+        let mut chain = Chain::default();
+        for round in 0..9 {
+            assert!(!device.enable_notifications() && !driver.enable_notifications(), "round {round}");
+            driver.add(&[buffer(1, 1)], &[], None).unwrap().unwrap();
+            let _ = driver.publish();
+            assert!(device.enable_notifications(), "round {round}: a request");
+            assert!(device.pop(&mut chain).unwrap());
+            device.push(&chain, 0);
+            let _ = device.publish();
+            assert!(!device.enable_notifications() && driver.enable_notifications(), "round {round}: a completion");
+            assert!(driver.pop_used().unwrap().is_some());
+        }
+    }
+}

@@ -4,13 +4,18 @@
 mod ring_common;
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use proptest::prelude::*;
 use ring_common::{EVENT_IDX, IN_ORDER, INDIRECT, TABLES, buffer, layout, memory, put_desc, ring_at};
-use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE};
-use vhost_migrate::memory::Memory;
+use vhost_migrate::abi::bit;
+use vhost_migrate::abi::vhost::{VHOST_ACCESS_RO, VHOST_ACCESS_RW};
+use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, VIRTIO_F_RING_PACKED};
+use vhost_migrate::dirty::Log;
+use vhost_migrate::memory::{Access, Iotlb, Memory, Miss, Window};
 use vhost_migrate::ring::{
-    Buffer, Chain, InOrderState, RingBase, RingError, SplitDevice, SplitDriver, SplitDriverState, SplitLayout,
+    Buffer, Chain, InOrderState, PackedLayout, RingBase, RingError, RingIommu, RingLayout, RingLog, SplitDevice,
+    SplitDriver, SplitDriverState, SplitLayout,
 };
 
 #[derive(Clone, Debug)]
@@ -251,6 +256,109 @@ fn a_chain_against_the_rules_is_refused_by_name() {
     assert!(matches!(one_chain(&[(0, TABLES, 1025 * 16, I, 0)]), Err(TooManyBuffers { limit: 1024, .. })));
     assert!(matches!(one_chain(&[(0, u64::MAX - 15, 32, I, 0)]), Err(IndirectOutside { .. })));
     assert!(matches!(one_chain(&[(0, u64::MAX, 16, I, 0)]), Err(IndirectOutside { .. })));
+}
+
+/// Where the driver's addresses begin in the tests behind an IOMMU.
+const IOVA: u64 = 1 << 40;
+
+/// A ring of 8 behind an IOMMU. Its driver has the areas at their own addresses but for the used ring, at `IOVA / 2`.
+/// From `IOVA` on there are four pages: at 0x6000, 0x7000, 0x9000, and one that may only be read, at 0xb000.
+fn behind_an_iommu(memory: &Memory) -> (SplitDevice, Arc<Iotlb>) {
+    let at = SplitLayout { used: IOVA / 2, ..layout(8) };
+    let iotlb = Arc::new(Iotlb::default());
+    for (iova, gpa, permission) in [
+        (at.desc, at.desc, VHOST_ACCESS_RO),
+        (at.avail, at.avail, VHOST_ACCESS_RO),
+        (at.used, layout(8).used, VHOST_ACCESS_RW),
+        (IOVA, 0x6000, VHOST_ACCESS_RW),
+        (IOVA + 0x1000, 0x7000, VHOST_ACCESS_RW),
+        (IOVA + 0x2000, 0x9000, VHOST_ACCESS_RW),
+        (IOVA + 0x3000, 0xb000, VHOST_ACCESS_RO),
+    ] {
+        iotlb.update(iova, 0x1000, gpa, permission).unwrap();
+    }
+    let [desc, avail, used] = RingLayout::area_bytes(0, 8);
+    let areas = [(at.desc, desc, Access::Read), (at.avail, avail, Access::Read), (at.used, used, Access::ReadWrite)];
+    let window = Arc::new(Window::open(memory, &iotlb, &areas, None).unwrap());
+    let mut device = SplitDevice::new(window.memory(), at, INDIRECT, RingBase::split(0)).unwrap();
+    device.set_iommu(RingIommu { memory: memory.clone(), iotlb: iotlb.clone(), window });
+    (device, iotlb)
+}
+
+#[test]
+fn buffers_behind_an_iommu_are_the_pages_that_they_lie_in() {
+    let memory = memory();
+    let (mut device, iotlb) = behind_an_iommu(&memory);
+    let mut driver = SplitDriver::new(&memory, layout(8), 0).unwrap();
+    let mut add = |readable: &[Buffer], writable: &[Buffer]| {
+        driver.add(readable, writable, None).unwrap();
+        let _ = driver.publish();
+    };
+    let mut chain = Chain::default();
+    // Pages that are neighbours in guest memory are one buffer; two buffers stay two.
+    add(&[buffer(IOVA + 0x800, 0x1900), buffer(IOVA + 0x2100, 0xf10)], &[buffer(IOVA + 0x10, 0x20)]);
+    assert!(device.pop(&mut chain).unwrap());
+    assert_eq!(
+        chain.readable,
+        [buffer(0x6800, 0x1800), buffer(0x9000, 0x100), buffer(0x9100, 0xf00), buffer(0xb000, 0x10)]
+    );
+    assert_eq!(chain.writable, [buffer(0x6010, 0x20)]);
+
+    let misses = |error: RingError| error.miss();
+    let miss = |offset, access, denied| Some(Miss { iova: IOVA + offset, access, denied });
+    add(&[], &[buffer(IOVA + 0x2ff0, 0x20)]);
+    assert_eq!(device.pop(&mut chain).map_err(misses), Err(miss(0x3000, Access::Write, true)), "not to be written");
+    iotlb.update(IOVA + 0x3000, 0x1000, 0xb000, VHOST_ACCESS_RW).unwrap();
+    assert!(device.pop(&mut chain).unwrap(), "nothing was taken");
+    assert_eq!(chain.writable, [buffer(0x9ff0, 0x10), buffer(0xb000, 0x10)]);
+    add(&[buffer(IOVA + 0x3ff0, 0x20)], &[]);
+    assert_eq!(device.pop(&mut chain).map_err(misses), Err(miss(0x4000, Access::Read, false)), "no translation");
+    // The front-end says that it is where there is no memory.
+    iotlb.update(IOVA + 0x4000, 0x1000, 1 << 30, VHOST_ACCESS_RW).unwrap();
+    let outside = device.pop(&mut chain).unwrap_err();
+    assert!(matches!(outside, RingError::Translation { head: 4, .. }) && outside.miss().is_none(), "{outside}");
+}
+
+#[test]
+fn an_indirect_table_behind_an_iommu_is_read_page_by_page() {
+    let memory = memory();
+    let (mut device, _) = behind_an_iommu(&memory);
+    put_desc(&memory, layout(8).desc, IOVA + 0x1ff0, 32, I, 0);
+    put_desc(&memory, 0x7ff0, IOVA + 5, 8, N, 1);
+    put_desc(&memory, 0x9000, IOVA + 0x2006, 9, W, 0);
+    memory.write(layout(8).avail + 2, &1u16.to_le_bytes()).unwrap();
+    let mut chain = Chain::default();
+    assert!(device.pop(&mut chain).unwrap());
+    assert_eq!((chain.readable, chain.writable), (vec![buffer(0x6005, 8)], vec![buffer(0x9006, 9)]));
+}
+
+#[test]
+fn the_used_ring_behind_an_iommu_is_logged_where_it_lies() {
+    let memory = memory();
+    let (mut device, _) = behind_an_iommu(&memory);
+    let log = Arc::new(Log::create(1 << 30).unwrap().0);
+    assert!(!device.is_used_marked(), "there is no log");
+    device.set_log(Some(RingLog { log: log.clone(), used_gpa: IOVA / 2 }));
+    assert!(!device.is_used_marked());
+    device.relog_used();
+    assert!(device.is_used_marked() && log.is_marked(layout(8).used));
+    assert_eq!(log.out_of_range(), 0);
+    device.set_log(Some(RingLog { log, used_gpa: IOVA }));
+    assert!(!device.is_used_marked(), "an address that is not in the window");
+}
+
+#[test]
+fn the_areas_of_a_ring_are_those_of_its_kind() {
+    // 16 bytes a descriptor; flags, index and event word beside 2 bytes an entry and 8; packed, two event areas.
+    assert_eq!(RingLayout::area_bytes(0, 8), [128, 22, 70]);
+    assert_eq!(RingLayout::area_bytes(bit(VIRTIO_F_RING_PACKED), 8), [128, 4, 4]);
+    let split = SplitLayout { size: 8, desc: 1, avail: 2, used: 3 };
+    let packed = PackedLayout { size: 7, desc: 1, driver: 2, device: 3 };
+    assert_eq!(RingLayout::new(0, 8, 1, 2, 3), RingLayout::Split(split));
+    assert_eq!(RingLayout::new(bit(VIRTIO_F_RING_PACKED), 7, 1, 2, 3), RingLayout::Packed(packed));
+    for (layout, size) in [(RingLayout::Split(split), 8), (RingLayout::Packed(packed), 7)] {
+        assert_eq!((layout.areas(), layout.size()), ([1, 2, 3], size));
+    }
 }
 
 #[test]

@@ -220,6 +220,7 @@ mod tests {
         let mut rounds = Convergence::new(policy(1), 100_000);
         rounds.after(sent(100_000, MS * 100, 50_000));
         let before = rounds.bytes_per_second();
+        assert!(before.is_some_and(|rate| (rate / (1e6 * LOG_PAGE as f64) - 1.0).abs() < 1e-9), "{before:?}");
         rounds.after(sent(10, MS * 10, 50_000));
         assert_eq!(rounds.bytes_per_second(), before);
     }
