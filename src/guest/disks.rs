@@ -3,7 +3,7 @@
 use super::{Attached, DiskGenerations, Guest, GuestError, in_parallel};
 use crate::abi::vhost_user::DiskGeneration;
 
-/// What to do about it, wherever a disk is not what it was.
+/// Remedies for a disk that is not what it was.
 const ADVICE: &str = "Restore the guest onto its disk as it was, or a copy that was made then with its extended attributes \
                       (cp --preserve=xattr). With --ignore-disk-generation it is restored all the same, and reads what it \
                       did not write";

@@ -19,7 +19,7 @@ const WINDOW: u64 = (64 << 20) / LOG_PAGE;
 /// Pages that may be populated for each that has arrived with data. More than one, as announced pages can arrive as zero.
 const PER_PAGE: u64 = 4;
 
-/// How far a migration's pages have come.
+/// The pages of a migration that have arrived so far.
 #[derive(Debug, Default)]
 pub(super) struct Arrived {
     progress: Mutex<Progress>,
@@ -32,7 +32,7 @@ struct Progress {
     pages: u64,
     /// No more come.
     over: bool,
-    /// Pages that are not populated before more have arrived; 0 if nobody waits.
+    /// Pages that are not populated before more have arrived; 0 if none is waited for.
     wanted: u64,
 }
 

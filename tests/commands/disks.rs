@@ -1,12 +1,14 @@
 //! The disks of a guest that is restored: they are what they were when it was saved, or the restore is refused (GET_DISK_GENERATION).
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use super::outcome::done;
-use super::{Host, Running, assert_completed, events, migrate, program, run, status, text, until, verify};
+use super::{Host, PATIENCE, Running, assert_completed, events, migrate, program, run, status, text, until, verify};
 
 /// A paused guest, saved to a file, which is told as a URI. It is gone here unless `more` says otherwise.
 fn saved(host: &Host, source: &Path, more: &[&str]) -> String {
@@ -42,9 +44,19 @@ fn refused(host: &Host, backend: &Path, file: &str) -> String {
     let control = host.path("refused.control");
     let mut command = program();
     command.args(["guest", "--incoming", file, "--backend"]).arg(backend).arg("--control").arg(&control);
-    let output: Output = command.output().unwrap();
-    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
-    text(&output.stderr)
+    let mut guest = Running(command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap());
+    let deadline = Instant::now() + PATIENCE;
+    let ended = loop {
+        if let Some(ended) = guest.0.try_wait().unwrap() {
+            break ended;
+        }
+        assert!(Instant::now() < deadline, "it was restored");
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    let mut words = String::new();
+    guest.0.stderr.as_mut().unwrap().read_to_string(&mut words).unwrap();
+    assert_eq!(ended.code(), Some(1), "{words}");
+    words
 }
 
 /// Restores it, has it write to its disk, and ends it.
@@ -144,7 +156,7 @@ fn a_disk_that_can_not_be_compared_is_said_to_be_so_when_it_is_saved_inspected_a
     until(&control, "paused");
     done(&control, "quit");
     let mut said = String::new();
-    std::io::Read::read_to_string(guest.0.stderr.as_mut().unwrap(), &mut said).unwrap();
+    guest.0.stderr.as_mut().unwrap().read_to_string(&mut said).unwrap();
     assert!(said.contains("again.vhost: this disk is not compared"), "{said}");
 }
 

@@ -1,8 +1,8 @@
 //! The generation of an image, by which a saved guest is told whether its disk still holds what it held then (GET_DISK_GENERATION).
 //!
 //! It is an extended attribute of the image: a random number that names the disk, and one that names its contents. The
-//! second is replaced, on stable storage, before the first change after rings have started. Nobody can learn it while
-//! they run, so one replacement is enough for as long as they do.
+//! second is replaced, on stable storage, before the first change after rings have started. It is not told while they
+//! run, so one replacement is enough for as long as they do.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -26,7 +26,7 @@ pub(super) struct Generation {
     writable: bool,
     /// Running queues.
     queues: Mutex<usize>,
-    /// Whether the generation was replaced since the first of them has started.
+    /// The generation was replaced since the first of them has started.
     replaced: AtomicBool,
     /// Held while it is replaced.
     replacing: Mutex<()>,

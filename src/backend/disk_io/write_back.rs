@@ -12,11 +12,11 @@ use super::Files;
 use crate::sys::lines::limited;
 use crate::sys::write_back::begin_write_back;
 
-/// How often the disk is made to begin with what has been written since.
+/// Pause between two orders to the disk to begin with what has been written since.
 const PERIOD: Duration = Duration::from_millis(100);
 
 /// A thread that has the disk keep up with what is written, until this is dropped. It is not waited for then: a disk that
-/// hangs holds up nobody but it.
+/// hangs holds up this thread alone.
 pub(crate) struct WriteBack {
     _running: Sender<()>,
 }
