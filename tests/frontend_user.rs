@@ -428,7 +428,7 @@ fn held_at(request: Request, protocol: u64, code: u64) -> (Fake, impl Fn(&Fake),
 
 type Call = fn(&mut UserDevice) -> Result<(), FrontendError>;
 
-const LONG: Duration = Duration::from_secs(3600);
+const LONG: Duration = Duration::from_secs(60);
 
 /// Waits for an answer as long as it takes.
 fn unhurried() -> UserOptions {
