@@ -398,8 +398,8 @@ fn a_ring_whose_stop_is_not_waited_for_runs_again_when_the_back_end_answers(
     let index = |request| heard.iter().position(|message| message.request == request);
     let enabled = index(Request::SET_VRING_ENABLE).unwrap();
     assert_eq!(heard[enabled].payload[4], 1, "{heard:?}");
-    // One that has been stopped is started where the answer said; one that was only disabled is enabled.
-    assert_eq!(index(Request::SET_VRING_KICK).is_some_and(|kick| kick < enabled), slow == Request::GET_VRING_BASE);
+    // What stops it was sent behind what disables it: it is started where the answer said.
+    assert!(index(Request::SET_VRING_KICK).is_some_and(|kick| kick < enabled), "{heard:?}");
     assert_eq!(device.stop_ring(0).unwrap().bits(), 0);
 }
 
@@ -504,6 +504,132 @@ fn a_back_end_that_stops_a_ring_too_slowly_is_not_given_up_if_only_its_connectio
     go.send(()).unwrap();
     assert_eq!(device.reconnect(Instant::now() + Duration::from_secs(60)).unwrap(), Reconnected::default());
     assert!(!device.hung_up());
+}
+
+/// Two rings with a base of their own each.
+fn two_rings() -> [(u16, RingSetup); 2] {
+    [0, 1].map(|index| (index, RingSetup { base: RingBase::split(10 + index), ..setup() }))
+}
+
+/// A back-end that answers nothing before it has heard the last message of those to ring 1 that are called `last`.
+fn answers_behind(last: &[Request], protocol: u64) -> Fake {
+    let (last, mut kept) = (last.to_vec(), Vec::new());
+    let rings = [Request::SET_VRING_CALL, Request::SET_VRING_KICK, Request::SET_VRING_NUM, Request::SET_VRING_BASE];
+    let more = [Request::SET_VRING_ADDR, Request::SET_VRING_ENABLE, Request::GET_VRING_BASE];
+    Fake::start(protocol, move |message| {
+        if !rings.iter().chain(&more).any(|request| *request == message.request) {
+            return Answer::Usual;
+        }
+        kept.extend(usual(message, protocol).0);
+        match last.contains(&message.request) && message.payload.first() == Some(&1) {
+            true => Answer::Raw(std::mem::take(&mut kept), vec![]),
+            false => Answer::Silence,
+        }
+    })
+}
+
+#[rstest]
+fn messages_that_start_and_stop_rings_do_not_wait_for_each_other(
+    #[values(ALL, ALL & !bit(p::REPLY_ACK))] protocol: u64,
+) {
+    let fake = answers_behind(&[Request::SET_VRING_ENABLE], protocol);
+    let mut device = fake.connect().unwrap();
+    device.set_features(VERSION_1).unwrap();
+    device.set_memory(&memory(1)).unwrap();
+    let mut started = Vec::new();
+    device.start_rings(&two_rings(), &mut |index| started.push(index)).unwrap();
+    assert_eq!(started, [0, 1]);
+    drop(device);
+
+    let fake = answers_behind(&[Request::SET_VRING_ENABLE, Request::GET_VRING_BASE], protocol);
+    let mut device = fake.connect().unwrap();
+    device.set_features(VERSION_1).unwrap();
+    device.set_memory(&memory(1)).unwrap();
+    device.start_rings(&two_rings(), &mut |_| {}).unwrap();
+    fake.take();
+    let mut stopped = Vec::new();
+    device.stop_rings(&[0, 1], &mut |index, base| stopped.push((index, base.bits()))).unwrap();
+    // The fake one says 0.
+    assert_eq!(stopped, [(0, 0), (1, 0)]);
+    let (enable, base) = (Request::SET_VRING_ENABLE, Request::GET_VRING_BASE);
+    let heard: Vec<_> = fake.take().iter().map(|message| (message.request, message.payload[0])).collect();
+    assert_eq!(heard, [(enable, 0), (enable, 1), (base, 0), (base, 1)]);
+    // Both may be started again.
+    device.start_rings(&two_rings(), &mut |_| {}).unwrap();
+}
+
+#[test]
+fn of_several_rings_those_that_are_not_refused_run() {
+    let fake = Fake::start(ALL, |message| match (message.request, message.payload.first()) {
+        (Request::SET_VRING_ADDR, Some(0)) => Answer::Raw(reply(message.request, &1u64.to_ne_bytes()), vec![]),
+        _ => Answer::Usual,
+    });
+    let mut device = fake.connect().unwrap();
+    device.set_features(VERSION_1).unwrap();
+    device.set_memory(&memory(1)).unwrap();
+    let mut started = Vec::new();
+    let refused = device.start_rings(&two_rings(), &mut |index| started.push(index)).unwrap_err();
+    assert!(matches!(refused, FrontendError::Refused { request: Request::SET_VRING_ADDR, code: 1 }), "{refused}");
+    assert_eq!(started, [1]);
+    assert!(matches!(device.stop_ring(0).unwrap_err(), FrontendError::BadRing { index: 0, .. }));
+    device.stop_ring(1).unwrap();
+}
+
+#[test]
+fn rings_that_have_stopped_stay_so_when_the_wait_for_the_next_ends() {
+    let (go, gone) = channel();
+    let (asked, is_asked) = channel();
+    let fake = Fake::start(ALL, move |message| {
+        if (message.request, message.payload.first()) == (Request::GET_VRING_BASE, Some(&1)) {
+            let _ = asked.send(());
+            gone.recv().unwrap();
+        }
+        Answer::Usual
+    });
+    let mut device = fake.connect().unwrap();
+    device.set_features(VERSION_1).unwrap();
+    device.set_memory(&memory(1)).unwrap();
+    let rings: Vec<_> = (0..3).map(|index| (index, setup())).collect();
+    device.start_rings(&rings, &mut |_| {}).unwrap();
+    let interrupt = device.interrupt().unwrap();
+    let mut stopped = Vec::new();
+    std::thread::scope(|scope| {
+        let interrupt = &interrupt;
+        scope.spawn(move || {
+            is_asked.recv().unwrap();
+            interrupt.set();
+        });
+        let error = device.stop_rings(&[0, 1, 2], &mut |index, _| stopped.push(index)).unwrap_err();
+        assert!(matches!(error, FrontendError::Interrupted { request: Request::GET_VRING_BASE }), "{error}");
+    });
+    assert_eq!(stopped, [0]);
+    interrupt.clear();
+    fake.take();
+    go.send(()).unwrap();
+    assert_eq!(device.reconnect(Instant::now() + Duration::from_secs(60)).unwrap(), Reconnected::default());
+    let started = fake.take().into_iter().filter(|message| message.request == Request::SET_VRING_KICK);
+    assert_eq!(started.map(|message| message.payload[0]).collect::<Vec<_>>(), [1, 2]);
+    assert!(matches!(device.stop_ring(0).unwrap_err(), FrontendError::BadRing { index: 0, .. }));
+    go.send(()).unwrap();
+    device.stop_rings(&[1, 2], &mut |index, _| stopped.push(index)).unwrap();
+    assert_eq!(stopped, [0, 1, 2]);
+}
+
+#[test]
+fn each_ring_that_is_stopped_has_its_limit() {
+    let fake = Fake::start(ALL & !bit(p::INFLIGHT_SHMFD), |message| match (message.request, message.payload.first()) {
+        (Request::GET_VRING_BASE, Some(1)) => Answer::Silence,
+        _ => Answer::Usual,
+    });
+    let options = UserOptions { stop_timeout: Duration::from_millis(30), ..UserOptions::default() };
+    let mut device = fake.connect_with(options).unwrap();
+    device.set_features(VERSION_1).unwrap();
+    device.set_memory(&memory(1)).unwrap();
+    device.start_rings(&two_rings(), &mut |_| {}).unwrap();
+    let mut stopped = Vec::new();
+    let error = device.stop_rings(&[0, 1], &mut |index, _| stopped.push(index)).unwrap_err();
+    assert!(matches!(error, FrontendError::Timeout { request: Request::GET_VRING_BASE, .. }), "{error}");
+    assert_eq!(stopped, [0]);
 }
 
 #[test]

@@ -677,8 +677,12 @@ impl Stalled<'_> {
 
 impl Arrival for Stalled<'_> {
     fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, MachineError> {
-        self.step(Step::Prepare);
         self.arrival.prepare(regions)
+    }
+
+    fn prepare_devices(&mut self, devices: &[u8]) -> Result<(), MachineError> {
+        self.step(Step::Prepare);
+        self.arrival.prepare_devices(devices)
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), MachineError> {
@@ -750,6 +754,39 @@ fn a_guest_that_has_arrived_and_whose_back_end_hangs_is_kept_at_cancel_and_goes_
     guest.start().unwrap();
     run_for(&guest, 100);
     guest.verify().unwrap();
+}
+
+#[test]
+fn the_disk_of_a_destination_is_prepared_and_compared_while_the_guest_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    for (image, mib) in [("disk.img", 16), ("other.img", 32)] {
+        File::create(folder.join(image)).unwrap().set_len(mib * MIB).unwrap();
+    }
+    let disk = |image: &str| {
+        let options = DiskOptions { queues: 2, aio: Aio::Threads, ..DiskOptions::new(folder.join(image)) };
+        Arc::new(Disk::open(options).unwrap())
+    };
+    serve(folder, "a", disk("disk.img"));
+    serve(folder, "b", disk("disk.img"));
+    serve(folder, "other", disk("other.img"));
+    let mut guest = Guest::new(config()).unwrap();
+    guest.boot(vec![connected(folder, "a")]).unwrap();
+    guest.resume().unwrap();
+    let regions: Vec<_> =
+        guest.memory().regions().iter().map(|r| RegionLayout { gpa: r.gpa(), size: r.size() }).collect();
+    let guest = Mutex::new(Some(guest));
+    let devices = GuestMachine::new(&guest).unwrap().devices().unwrap().unwrap();
+    for (to, refused) in [("other", Some("disk size in bytes differs")), ("b", None)] {
+        let mut arrival = GuestArrival::new(vec![folder.join(to)]).unwrap();
+        arrival.prepare(&regions).unwrap();
+        let prepared = arrival.prepare_devices(&devices).map_err(|error| error.to_string());
+        match refused {
+            Some(why) => assert!(prepared.unwrap_err().contains(why), "{why}"),
+            None => prepared.unwrap(),
+        }
+    }
+    run_for(guest.lock().unwrap().as_ref().unwrap(), 100);
 }
 
 #[test]

@@ -144,6 +144,18 @@ pub trait Device: Send {
         restored: Option<&InflightState>,
     ) -> Result<bool, FrontendError>;
 
+    /// Gives the inflight region that was agreed on, before any ring is started, the contents that
+    /// [`inflight`](Device::inflight) said on another host, as [`set_inflight`](Device::set_inflight) does.
+    ///
+    /// # Errors
+    /// [`FrontendError::InflightMoved`] for another size with requests in flight; [`FrontendError::NotOffered`] if there is no
+    /// region, also from the default implementation.
+    fn restore_inflight(&mut self, restored: &InflightState) -> Result<(), FrontendError> {
+        let _ = restored;
+        let advice = "requests that are in flight can't be moved to it";
+        Err(FrontendError::NotOffered { what: "INFLIGHT_SHMFD".into(), advice })
+    }
+
     /// The inflight region as it is now; to be moved when all rings are stopped.
     ///
     /// # Errors
@@ -167,11 +179,33 @@ pub trait Device: Send {
     /// [`FrontendError::Interrupted`] the ring counts as running.
     fn start_ring(&mut self, index: u16, setup: RingSetup) -> Result<(), FrontendError>;
 
+    /// Starts and enables rings, and tells `started` of each as soon as it is known. Their messages need not wait for each
+    /// other.
+    ///
+    /// # Errors
+    /// As [`start_ring`](Device::start_ring): the first, when it is known what became of all.
+    fn start_rings(&mut self, rings: &[(u16, RingSetup)], started: &mut dyn FnMut(u16)) -> Result<(), FrontendError> {
+        rings.iter().try_for_each(|(index, setup)| {
+            self.start_ring(*index, setup.clone())?;
+            started(*index);
+            Ok(())
+        })
+    }
+
     /// Stops ring `index` when all its requests are complete, and says where it would go on (rule R3).
     ///
     /// # Errors
     /// [`FrontendError::BadRing`] if it is not started; the channel's errors.
     fn stop_ring(&mut self, index: u16) -> Result<RingBase, FrontendError>;
+
+    /// Stops rings as [`stop_ring`](Device::stop_ring) does, and tells `stopped` where each would go on. The requests need not
+    /// wait for each other.
+    ///
+    /// # Errors
+    /// As [`stop_ring`](Device::stop_ring); rings that `stopped` was told of are stopped all the same.
+    fn stop_rings(&mut self, indices: &[u16], stopped: &mut dyn FnMut(u16, RingBase)) -> Result<(), FrontendError> {
+        indices.iter().try_for_each(|index| self.stop_ring(*index).map(|base| stopped(*index, base)))
+    }
 
     /// Whether [`suspend_ring`](Device::suspend_ring) works, once there is an inflight region.
     fn can_suspend(&self) -> bool {
@@ -186,6 +220,14 @@ pub trait Device: Send {
     fn suspend_ring(&mut self, index: u16) -> Result<RingBase, FrontendError> {
         let _ = index;
         Err(FrontendError::NotOffered { what: "suspending a ring".into(), advice: "stop it" })
+    }
+
+    /// Stops rings as [`suspend_ring`](Device::suspend_ring) does, and tells `stopped` where each would go on.
+    ///
+    /// # Errors
+    /// As [`suspend_ring`](Device::suspend_ring); rings that `stopped` was told of are stopped all the same.
+    fn suspend_rings(&mut self, indices: &[u16], stopped: &mut dyn FnMut(u16, RingBase)) -> Result<(), FrontendError> {
+        indices.iter().try_for_each(|index| self.suspend_ring(*index).map(|base| stopped(*index, base)))
     }
 
     /// Has every write to guest memory logged to `log`, which the device maps from `fd`. From its return on all writes

@@ -17,6 +17,7 @@ mod driver;
 mod error;
 mod layout;
 mod pattern;
+mod prepared;
 mod signal;
 mod state;
 mod unit;
@@ -24,9 +25,10 @@ mod view;
 
 pub use error::{GuestError, Place, WrongByte};
 pub use layout::GuestConfig;
+pub use prepared::PreparedDevice;
 pub use state::{
-    CpuState, DeviceState, DiskGenerations, DriverState, GuestState, HeldState, Moment, RequestKind, RequestState,
-    STATE_VERSION, SavedGuest, SlotState,
+    CpuState, DeviceSetup, DeviceState, DiskGenerations, DriverState, GuestState, HeldState, Moment, RequestKind,
+    RequestState, STATE_VERSION, SavedGuest, SlotState,
 };
 pub use view::{Connection, GuestStats, GuestView};
 
@@ -39,40 +41,22 @@ use std::time::Duration;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use serde::{Deserialize, Serialize};
-use zerocopy::{FromZeros, IntoBytes};
 
-use crate::abi::bit;
-use crate::abi::features::feature_names;
-use crate::abi::virtio::{
-    self, BlkConfig, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX, VIRTIO_F_VERSION_1, VIRTIO_ID_BLOCK, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
-};
+use crate::abi::virtio::SECTOR_BYTES;
 use crate::frontend::{Device, DeviceLog, FrontendError, Interrupt};
 use crate::memory::{Extents, LOG_PAGE, Memory, Region, sealed_memfd};
 use crate::ring::RingBase;
 use cpu::Cpu;
 use crew::{Crew, NotStarted};
 use driver::{Counters, Disk, Driver, Survey};
-use layout::{BUFFER_BYTES, Layout};
+use layout::Layout;
 use pattern::Pattern;
+use prepared::{count, disk};
 use signal::Failure;
 use unit::{Line, Supervisor, Unit};
 
-/// Features the driver wants, of those that are offered.
-const FEATURES: [u32; 7] = [
-    VIRTIO_F_VERSION_1,
-    VIRTIO_RING_F_EVENT_IDX,
-    VIRTIO_RING_F_INDIRECT_DESC,
-    VIRTIO_BLK_F_FLUSH,
-    VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_F_BLK_SIZE,
-    VIRTIO_BLK_F_MQ,
-];
 /// Seconds that nobody waits for; beyond them clocks may overflow.
 const FOREVER: u64 = 1 << 30;
-/// Bytes of configuration space that the driver reads: up to `num_queues`.
-const CONFIG_BYTES: usize = 36;
-
 /// A guest.
 pub struct Guest {
     config: GuestConfig,
@@ -105,6 +89,21 @@ struct Attached {
     _supervisor: Supervisor,
     unit: Arc<Unit>,
     disk: Disk,
+}
+
+impl Attached {
+    /// What is known of it while it runs.
+    fn state(&self) -> DeviceState {
+        DeviceState {
+            features: self.disk.features,
+            capacity: self.unit.capacity.load(Ordering::Relaxed),
+            segments: self.disk.segments,
+            block_size: (self.disk.block * SECTOR_BYTES) as u32,
+            reconnects: self.unit.reconnects.load(Ordering::Relaxed),
+            resubmitted: self.unit.resubmitted.load(Ordering::Relaxed),
+            ..DeviceState::default()
+        }
+    }
 }
 
 /// What [`Guest::verify`] has looked at.
@@ -199,7 +198,8 @@ impl Guest {
         if !self.expected.is_empty() {
             return Err(GuestError::Order { is: "restored", advice: "attach its disks, don't boot it" });
         }
-        self.plug(devices, &[])?;
+        let setup = DeviceSetup { version: STATE_VERSION, config: self.config.clone(), devices: Vec::new() };
+        self.plug(PreparedDevice::all(&setup, &self.memory, devices)?, &[])?;
         let Work::Paused(_, drivers) = &mut self.work else { return Err(self.order()) };
         drivers.clear();
         for (number, attached) in self.units.iter().enumerate() {
@@ -244,6 +244,15 @@ impl Guest {
     /// # Errors
     /// Disks that are not like those it had, or can't be reached.
     pub fn attach(&mut self, devices: Vec<Box<dyn Device>>) -> Result<(), GuestError> {
+        let setup = DeviceSetup { version: STATE_VERSION, config: self.config.clone(), devices: self.expected.clone() };
+        self.attach_prepared(PreparedDevice::all(&setup, &self.memory, devices)?)
+    }
+
+    /// The same with disks that are prepared already.
+    ///
+    /// # Errors
+    /// As [`attach`](Guest::attach).
+    pub fn attach_prepared(&mut self, devices: Vec<PreparedDevice>) -> Result<(), GuestError> {
         if self.expected.len() != self.config.disks {
             return Err(GuestError::Order { is: "new", advice: "boot it, only a restored one is attached to disks" });
         }
@@ -251,6 +260,17 @@ impl Guest {
         let plugged = self.plug(devices, &expected);
         self.expected = expected;
         plugged
+    }
+
+    /// What its devices are like, for others to be prepared in their place.
+    pub fn device_setup(&self) -> DeviceSetup {
+        let devices = self.units.iter().map(Attached::state).collect();
+        DeviceSetup { version: STATE_VERSION, config: self.config.clone(), devices }
+    }
+
+    /// What its devices were like, if it is a restored one.
+    pub fn expected_devices(&self) -> &[DeviceState] {
+        &self.expected
     }
 
     /// Lets CPUs and drivers run. Returns when each of them has acted.
@@ -325,11 +345,7 @@ impl Guest {
             return Err(self.order());
         }
         let suspend = self.config.inflight_migration;
-        let stop = |device: &mut dyn Device, index| match suspend {
-            true => device.suspend_ring(index),
-            false => device.stop_ring(index),
-        };
-        in_parallel(&self.units, |attached| Ok(attached.unit.stop_rings(stop)?)).map(drop)
+        in_parallel(&self.units, |attached| Ok(attached.unit.stop_rings(suspend)?)).map(drop)
     }
 
     /// Starts all rings that are stopped.
@@ -383,17 +399,8 @@ impl Guest {
             let running = GuestError::Order { is: "using its devices", advice: "stop them first" };
             let own = attached.unit.at_once(|device| device.save_state())?;
             let inflight = attached.unit.at_once(|device| device.inflight())?;
-            Ok(DeviceState {
-                features: attached.disk.features,
-                capacity: attached.unit.capacity.load(Ordering::Relaxed),
-                segments: attached.disk.segments,
-                block_size: (attached.disk.block * SECTOR_BYTES) as u32,
-                bases: attached.unit.stopped().into_iter().collect::<Option<_>>().ok_or(running)?,
-                inflight,
-                own,
-                reconnects: attached.unit.reconnects.load(Ordering::Relaxed),
-                resubmitted: attached.unit.resubmitted.load(Ordering::Relaxed),
-            })
+            let bases = attached.unit.stopped().into_iter().collect::<Option<_>>().ok_or(running)?;
+            Ok(DeviceState { bases, inflight, own, ..attached.state() })
         };
         Ok(GuestState {
             version: STATE_VERSION,
@@ -514,18 +521,16 @@ impl Guest {
     }
 
     /// Makes devices ready, all rings stopped at where `expected` says, or at their beginning.
-    fn plug(&mut self, devices: Vec<Box<dyn Device>>, expected: &[DeviceState]) -> Result<(), GuestError> {
+    fn plug(&mut self, devices: Vec<PreparedDevice>, expected: &[DeviceState]) -> Result<(), GuestError> {
         if !self.units.is_empty() {
             return Err(GuestError::Order { is: "using its disks", advice: "it can't be given others" });
         }
-        if devices.len() != self.config.disks {
-            let what = format!("it has {} disks, not {}", self.config.disks, devices.len());
-            return Err(GuestError::Config(what));
-        }
+        count(devices.len(), &self.config)?;
         let per_disk = usize::from(self.config.queues);
-        let plug = |(number, mut device): (usize, Box<dyn Device>)| {
+        let plug = |(number, mut prepared): (usize, PreparedDevice)| {
             let expected = expected.get(number);
-            let disk = self.negotiate(device.as_mut(), expected)?;
+            expected.map_or(Ok(()), |state| prepared.restore(&self.config, state))?;
+            let disk = expected.map_or_else(|| prepared.disk(), disk)?;
             let rings = self.layout.queues.iter().skip(number * per_disk).take(per_disk);
             let lines = rings.map(|queue| Line::new(queue.ring)).collect::<Result<Vec<_>, _>>()?;
             let stopped = match expected {
@@ -533,7 +538,7 @@ impl Guest {
                 None => vec![Some(RingBase::start(self.config.ring_features())); per_disk],
             };
             let limit = self.config.reconnect_timeout.map(|s| Duration::from_secs(s.min(FOREVER)));
-            let unit = Arc::new(Unit::new(device, lines, stopped, disk.capacity, limit)?);
+            let unit = Arc::new(Unit::new(prepared.device, lines, stopped, disk.capacity, limit)?);
             if let Some(state) = expected {
                 unit.reconnects.store(state.reconnects, Ordering::Relaxed);
                 unit.resubmitted.store(state.resubmitted, Ordering::Relaxed);
@@ -543,76 +548,6 @@ impl Guest {
         };
         self.units = in_parallel(devices.into_iter().enumerate(), plug)?;
         Ok(())
-    }
-
-    /// Agrees on everything but rings with a device, as a driver and a VMM do.
-    fn negotiate(&self, device: &mut dyn Device, expected: Option<&DeviceState>) -> Result<Disk, GuestError> {
-        let name = device.name().to_owned();
-        let bad = |what: String| Err(GuestError::Config(format!("{name}: {what}")));
-        let unlike = |what: String| Err(GuestError::State(format!("{name}: {what}")));
-        if device.queues() < self.config.queues {
-            return bad(format!("it has {} queues, and the guest wants {}", device.queues(), self.config.queues));
-        }
-        let ring_features = self.config.ring_features();
-        if ring_features & !device.features() != 0 {
-            return bad("it has no packed rings".into());
-        }
-        if self.config.inflight_migration && !device.can_suspend() {
-            return bad("it can't leave requests in flight: start it with --inflight-migration".into());
-        }
-        let offered = FEATURES.iter().fold(ring_features, |all, number| all | bit(*number)) & device.features();
-        if device.features() & bit(VIRTIO_BLK_F_RO) != 0 {
-            return bad("it is read-only, and the guest writes".into());
-        }
-        let features = expected.map_or(offered, |state| state.features);
-        let missing = features & !device.features();
-        if missing != 0 {
-            let names = feature_names(missing, Some(VIRTIO_ID_BLOCK));
-            return unlike(format!("features differ: it does not offer {names}, which the guest uses"));
-        }
-        if features & bit(VIRTIO_F_VERSION_1) == 0 {
-            return bad("it does not offer VIRTIO_F_VERSION_1".into());
-        }
-        device.set_features(features)?;
-        let [acknowledge, driver] = [virtio::VIRTIO_CONFIG_S_ACKNOWLEDGE, virtio::VIRTIO_CONFIG_S_DRIVER];
-        let ready = acknowledge | driver | virtio::VIRTIO_CONFIG_S_FEATURES_OK | virtio::VIRTIO_CONFIG_S_DRIVER_OK;
-        device.set_status(ready)?;
-        let mut space = BlkConfig::new_zeroed();
-        device.config(0, space.as_mut_bytes().get_mut(..CONFIG_BYTES).unwrap_or_default())?;
-        let (has, sector) = (|number| features & bit(number) != 0, SECTOR_BYTES as u32);
-        let now = DeviceState {
-            features,
-            capacity: space.capacity.get().saturating_mul(SECTOR_BYTES),
-            segments: if has(VIRTIO_BLK_F_SEG_MAX) { space.seg_max.get() } else { 1 },
-            block_size: if has(VIRTIO_BLK_F_BLK_SIZE) { space.blk_size.get() } else { sector },
-            bases: Vec::new(),
-            inflight: None,
-            own: None,
-            reconnects: 0,
-            resubmitted: 0,
-        };
-        if let Some(state) = expected {
-            let queues = (u64::from(self.config.queues), state.bases.len() as u64);
-            let (size, blocks) = ((now.capacity, state.capacity), (now.block_size.into(), state.block_size.into()));
-            let segments = (now.segments.into(), state.segments.into());
-            for (what, (here, there)) in [
-                ("disk size in bytes", size),
-                ("block size in bytes", blocks),
-                ("largest number of segments", segments),
-                ("queues", queues),
-            ] {
-                if here != there {
-                    return unlike(format!("{what} differs: {here} here, {there} at the source"));
-                }
-            }
-        }
-        let restored = expected.and_then(|state| state.inflight.as_ref());
-        device.set_inflight(self.config.queues, self.config.queue_size, restored)?;
-        device.set_memory(&self.memory)?;
-        if let Some(own) = expected.and_then(|state| state.own.as_ref()) {
-            device.load_state(own)?;
-        }
-        disk(expected.unwrap_or(&now))
     }
 
     /// Reads all of the disks' parts that it uses. Returns how many bytes they are.
@@ -668,15 +603,6 @@ impl Drop for Guest {
             let _ = crew.stop();
         }
     }
-}
-
-/// What a driver has to know of a device.
-fn disk(state: &DeviceState) -> Result<Disk, GuestError> {
-    let block = u64::from(state.block_size) / SECTOR_BYTES;
-    if !block.is_power_of_two() || block > BUFFER_BYTES / SECTOR_BYTES {
-        return Err(GuestError::State(format!("a disk can't have blocks of {} bytes", state.block_size)));
-    }
-    Ok(Disk { features: state.features, capacity: state.capacity, segments: state.segments, block })
 }
 
 /// Regions, by guest-physical address and size.

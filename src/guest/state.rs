@@ -40,6 +40,17 @@ pub struct SavedGuest {
     pub guest: GuestState,
 }
 
+/// What is known of a guest's devices while it runs, so that others can be prepared in their place.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DeviceSetup {
+    /// [`STATE_VERSION`].
+    pub version: u32,
+    /// What kind of guest it is.
+    pub config: GuestConfig,
+    /// Its devices, which say nothing of their rings, of what is in flight, and of their own state.
+    pub devices: Vec<DeviceState>,
+}
+
 /// A CPU: all it knows follows from how far it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpuState {
@@ -115,7 +126,7 @@ pub struct HeldState {
 }
 
 /// A device whose rings are stopped.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceState {
     /// Virtio features agreed on.
     pub features: u64,

@@ -274,35 +274,34 @@ impl Unit {
 
     /// Starts all rings that are stopped.
     pub(super) fn start_rings(&self, device: &mut dyn Device) -> Result<(), FrontendError> {
-        for ((index, line), stopped) in (0..).zip(&self.lines).zip(lock(&self.stopped).iter_mut()) {
-            let Some(base) = *stopped else { continue };
+        let mut bases = lock(&self.stopped);
+        let stopped = (0..).zip(&self.lines).zip(bases.iter());
+        let rings = stopped.filter_map(|((index, line), base)| {
+            let base = (*base)?;
             line.mend();
-            match device.start_ring(index, line.setup(base)) {
-                // It counts as running.
-                Err(error @ FrontendError::Interrupted { .. }) => {
-                    *stopped = None;
-                    return Err(error);
-                }
-                done => done?,
-            }
+            Some((index, line.setup(base)))
+        });
+        let rings: Vec<(u16, RingSetup)> = rings.collect();
+        device.start_rings(&rings, &mut |index| {
             // What was added while it was stopped, or whose kick was lost with another host.
-            line.kick();
-            *stopped = None;
-        }
-        Ok(())
+            self.lines.get(usize::from(index)).iter().for_each(|line| line.kick());
+            bases.get_mut(usize::from(index)).into_iter().for_each(|base| *base = None);
+        })
     }
 
-    /// Stops all rings, unless the back-end is away: `stop` stops one.
-    pub(super) fn stop_rings(
-        &self,
-        stop: impl Fn(&mut dyn Device, u16) -> Result<RingBase, FrontendError>,
-    ) -> Result<(), FrontendError> {
+    /// Stops all rings, unless the back-end is away, with `suspend` without waiting for their requests.
+    pub(super) fn stop_rings(&self, suspend: bool) -> Result<(), FrontendError> {
         self.at_once(|device| {
             lock(&self.orders).start_rings = false;
-            for (index, stopped) in (0..).zip(lock(&self.stopped).iter_mut()).filter(|(_, base)| base.is_none()) {
-                *stopped = Some(stop(device, index)?);
+            let mut bases = lock(&self.stopped);
+            let running: Vec<u16> =
+                (0..).zip(bases.iter()).filter(|(_, base)| base.is_none()).map(|(index, _)| index).collect();
+            let mut stopped =
+                |index, base| bases.get_mut(usize::from(index)).into_iter().for_each(|known| *known = Some(base));
+            match suspend {
+                true => device.suspend_rings(&running, &mut stopped),
+                false => device.stop_rings(&running, &mut stopped),
             }
-            Ok(())
         })
     }
 

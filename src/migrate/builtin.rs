@@ -8,7 +8,10 @@ use super::machine::{Arrival, Machine, MachineError, RegionLayout};
 use crate::abi::virtio::VIRTIO_ID_BLOCK;
 use crate::dirty::{DirtySource, Pagemap, Union};
 use crate::frontend::{Device, FrontendError, Interrupt, UserDevice, UserOptions};
-use crate::guest::{DiskGenerations, Guest, GuestError, GuestState, SavedGuest, in_parallel, make_memory};
+use crate::guest::{
+    DeviceSetup, DeviceState, DiskGenerations, Guest, GuestError, GuestState, PreparedDevice, SavedGuest, in_parallel,
+    make_memory,
+};
 use crate::memory::Memory;
 use crate::stream::StreamError;
 use crate::stream::record::{self, MAX_STATE};
@@ -18,6 +21,8 @@ use crate::stream::transport::{Cancel, OnCancel};
 const STATE_RECORD: u16 = 1;
 /// Version of the record that carries a [`SavedGuest`].
 const SAVED_RECORD: u16 = 2;
+/// Version of the record that carries a [`DeviceSetup`].
+const DEVICES_RECORD: u16 = 1;
 
 /// Reads the state of a built-in guest, and its disks if it was saved to be restored later.
 ///
@@ -125,6 +130,11 @@ impl Machine for GuestMachine<'_> {
         self.with(|guest| Ok(Box::new(Union::new(dirty_sources(guest))) as Box<dyn DirtySource>))
     }
 
+    fn devices(&mut self) -> Result<Option<Vec<u8>>, MachineError> {
+        let setup = self.with(|guest| Ok(guest.device_setup()))?;
+        Ok(Some(record::encode(DEVICES_RECORD, &setup)?))
+    }
+
     fn pause(&mut self) -> Result<(), MachineError> {
         self.with(|guest| {
             if guest.is_running() {
@@ -179,8 +189,8 @@ impl Drop for GuestMachine<'_> {
 /// A built-in guest on its way in.
 pub struct GuestArrival {
     backends: Vec<PathBuf>,
-    /// Connected while the guest still runs at its source.
-    devices: Vec<Box<dyn Device>>,
+    /// Made ready while the guest still runs at its source.
+    devices: Vec<PreparedDevice>,
     memory: Option<Memory>,
     guest: Option<Guest>,
     /// Whether it was saved some time ago, so that its disks are to be what they were.
@@ -248,6 +258,11 @@ impl GuestArrival {
     }
 }
 
+/// Whether devices that were prepared can take the place of those that a guest had.
+fn fit(devices: &[PreparedDevice], expected: &[DeviceState]) -> bool {
+    devices.len() == expected.len() && devices.iter().zip(expected).all(|(device, expected)| device.fits(expected))
+}
+
 /// How long to wait for a back-end that is being started.
 const CONNECT: Duration = Duration::from_secs(5);
 
@@ -275,21 +290,30 @@ impl Arrival for GuestArrival {
     fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, MachineError> {
         let memory = make_memory(regions.iter().map(|region| (region.gpa, region.size)), false)?;
         self.memory = Some(memory.clone());
-        self.devices = connect_all(&self.backends, false, &self.interrupt)?;
         Ok(memory)
+    }
+
+    fn prepare_devices(&mut self, devices: &[u8]) -> Result<(), MachineError> {
+        let setup: DeviceSetup = record::decode("devices", DEVICES_RECORD, devices, MAX_STATE)?;
+        let memory = self.memory.as_ref().ok_or("there is no memory for devices")?;
+        let devices = connect_all(&self.backends, setup.config.inflight_migration, &self.interrupt)?;
+        self.devices = PreparedDevice::all(&setup, memory, devices)?;
+        Ok(())
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), MachineError> {
         let memory = self.memory.take().ok_or("there is no memory to restore a guest in")?;
         let (state, disks) = decode_state(state)?;
         let mut guest = Guest::restore(memory, state)?;
-        let mut devices = std::mem::take(&mut self.devices);
-        let inflight_migration = guest.config().inflight_migration;
-        if inflight_migration || devices.iter().any(|device| device.hung_up()) {
-            devices.clear();
-            devices = connect_all(&self.backends, inflight_migration, &self.interrupt)?;
+        let devices = std::mem::take(&mut self.devices);
+        match fit(&devices, guest.expected_devices()) {
+            true => guest.attach_prepared(devices)?,
+            false => {
+                // The old connections must have ended before there are new ones.
+                drop(devices);
+                guest.attach(connect_all(&self.backends, guest.config().inflight_migration, &self.interrupt)?)?;
+            }
         }
-        guest.attach(devices)?;
         guest.try_devices()?;
         self.compare_disks(&guest, disks)?;
         self.guest = Some(guest);

@@ -26,6 +26,9 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 /// limit is asked for.
 pub const SWITCHOVER_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// What a channel brings until its last round has ended.
+const UNTIL_THE_END: &str = "pages or a round's end";
+
 /// How often a guest that can't be started is tried, and how long after the time before.
 const START_TRIES: u32 = 3;
 const START_PAUSE: Duration = Duration::from_secs(1);
@@ -193,13 +196,16 @@ fn take_in(
 
     let guest_pages = memory.size() / LOG_PAGE;
     let mut limit = None;
-    let (pages, compared) = receive_pages(&Arc::new(Target::fresh(memory)), readers, &mut || {
+    let mut one_ended = || {
         // Where nobody answers, no guest stands still.
         if limit.is_none() && !answers.one_way {
             limit = Some(timer().map_err(StreamError::from)?);
         }
         Ok(())
-    })?;
+    };
+    let mut prepare = |devices: &[u8]| arrival.prepare_devices(devices).map_err(asked("preparing the devices"));
+    let target = Arc::new(Target::fresh(memory));
+    let (pages, compared) = receive_pages(&target, readers, &mut one_ended, &mut prepare)?;
     check_comparison(&compared, guest_pages)?;
 
     let state = next(readers, "the guest's state", |message| match message {
@@ -235,42 +241,57 @@ fn check_comparison(compared: &Comparison, guest_pages: u64) -> Result<(), Migra
     Ok(())
 }
 
-/// Reads pages, and hashes, on all channels until each has ended the last round; `one_ended` hears of each that has.
+/// What a channel's thread tells.
+enum Told {
+    /// What the source knows of its devices.
+    Devices(Vec<u8>),
+    /// How the channel ended: all that it has brought, or why not.
+    Ended(Result<(PageStats, Comparison), MigrateError>),
+}
+
+/// Reads pages, and hashes, on all channels until each has ended the last round; `one_ended` hears of each that has, and
+/// `prepare` of what the source knows of its devices.
 fn receive_pages(
     target: &Arc<Target>,
     readers: &mut [FrameReader<Channel>],
     one_ended: &mut dyn FnMut() -> Result<(), MigrateError>,
+    prepare: &mut dyn FnMut(&[u8]) -> Result<(), MigrateError>,
 ) -> Result<(PageStats, Comparison), MigrateError> {
     let channels = readers.len() as u16;
     let sockets: Vec<Channel> = readers.iter_mut().map(|reader| reader.get_mut().clone()).collect();
     let arrived = Arrived::default();
     std::thread::scope(|scope| {
-        let (done, ended) = bounded(readers.len());
+        // Room for all that is told: each channel's end, and on one of them the devices.
+        let (tell, told) = bounded(readers.len() + 1);
         let (announce, announced) = bounded::<DataRuns>(1);
         // Ends when nobody can announce anything any more.
         let arrived = &arrived;
         scope.spawn(move || announced.into_iter().for_each(|data| populate(target, &data.runs, arrived)));
-        let mut announce = Some(announce);
+        let mut hints = Some(Hints { announce: Some(announce), devices: Some(tell.clone()) });
         for (number, reader) in readers.iter_mut().enumerate() {
-            let (done, target, announce) = (done.clone(), target.clone(), announce.take());
+            let (tell, target, hints) = (tell.clone(), target.clone(), hints.take());
             scope.spawn(move || {
                 let result = Decoder::new(target, number as u16, channels)
                     .map_err(MigrateError::from)
-                    .and_then(|mut decoder| receive_channel(&mut decoder, reader, announce, arrived));
+                    .and_then(|mut decoder| receive_channel(&mut decoder, reader, hints, arrived));
                 // The receiver outlives all senders.
-                let _ = done.send(result);
+                let _ = tell.send(Told::Ended(result));
             });
         }
-        drop(done);
+        drop(tell);
         let mut outcome = Ok(<(PageStats, Comparison)>::default());
-        for result in ended {
-            let result = result.and_then(|received| one_ended().map(|()| received));
+        for told in told {
+            let result = match told {
+                Told::Devices(devices) if outcome.is_ok() => prepare(&devices).map(|()| None),
+                Told::Devices(_) => Ok(None),
+                Told::Ended(result) => result.and_then(|received| one_ended().map(|()| Some(received))),
+            };
             match (result, &mut outcome) {
-                (Ok((stats, found)), Ok((all, compared))) => {
+                (Ok(Some((stats, found))), Ok((all, compared))) => {
                     *all += stats;
                     *compared += found;
                 }
-                (Ok(_), Err(_)) => {}
+                (Ok(_), _) => {}
                 (Err(error), Ok(_)) => {
                     // The other threads wait for pages that will not come. Channel 0 can still carry the reason back.
                     sockets.iter().for_each(Channel::shutdown_read);
@@ -286,17 +307,24 @@ fn receive_pages(
     })
 }
 
-/// Reads pages until the last round ends. `announce` takes what the source says, once and on channel 0, of the pages that
-/// will come.
+/// Where channel 0 tells what it brings to prepare with, each thing once.
+struct Hints {
+    /// The pages that will come.
+    announce: Option<Sender<DataRuns>>,
+    devices: Option<Sender<Told>>,
+}
+
+/// Reads pages until the last round ends.
 fn receive_channel(
     decoder: &mut Decoder,
     reader: &mut FrameReader<Channel>,
-    mut announce: Option<Sender<DataRuns>>,
+    hints: Option<Hints>,
     arrived: &Arrived,
 ) -> Result<(PageStats, Comparison), MigrateError> {
     let mut all = PageStats::default();
     let mut round = PageStats::default();
     let mut compared = Comparison::default();
+    let Hints { mut announce, mut devices } = hints.unwrap_or(Hints { announce: None, devices: None });
     loop {
         let header = reader.next_frame()?;
         if header.kind == Kind::Pages {
@@ -309,20 +337,20 @@ fn receive_channel(
             compared += decoder.compare(&header, reader)?;
             continue;
         }
-        match (ToDestination::read(&header, reader)?, announce.take()) {
-            // Nobody else sends, and this only once: there is room for it.
-            (ToDestination::DataRuns(data), Some(announce)) => drop(announce.try_send(data)),
-            (ToDestination::RoundEnd(end), _) => {
+        // Nobody else sends these, and each only once: there is room for it.
+        let again = || MigrateError::Handshake { found: format!("a {} frame", header.kind), wanted: UNTIL_THE_END };
+        match ToDestination::read(&header, reader)? {
+            ToDestination::DataRuns(data) => drop(announce.take().ok_or_else(again)?.try_send(data)),
+            ToDestination::Devices(said) => drop(devices.take().ok_or_else(again)?.try_send(Told::Devices(said))),
+            ToDestination::RoundEnd(end) => {
                 end.check(&round)?;
                 all += std::mem::take(&mut round);
                 if end.last {
                     return Ok((all, compared));
                 }
             }
-            (ToDestination::Cancel { reason }, _) => return Err(MigrateError::Source(reason)),
-            (other, _) => {
-                return Err(MigrateError::Handshake { found: format!("{other:?}"), wanted: "pages or a round's end" });
-            }
+            ToDestination::Cancel { reason } => return Err(MigrateError::Source(reason)),
+            other => return Err(MigrateError::Handshake { found: format!("{other:?}"), wanted: UNTIL_THE_END }),
         }
     }
 }

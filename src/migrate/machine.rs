@@ -38,6 +38,15 @@ pub trait Machine {
     /// If dirty pages can't be tracked; the migration then ends and the guest goes on.
     fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, MachineError>;
 
+    /// What is known of the guest's devices while it runs, in whatever form the destination's
+    /// [`Arrival::prepare_devices`] reads, at most 1 MiB; `None` if nothing needs to be prepared.
+    ///
+    /// # Errors
+    /// If it can't be had; the migration then ends and the guest goes on.
+    fn devices(&mut self) -> Result<Option<Vec<u8>>, MachineError> {
+        Ok(None)
+    }
+
     /// Stops everything that can write guest memory: CPUs and drivers first, then every ring of every device, drained
     /// (rule R3). A device that hangs must not keep this from returning once the migration is cancelled.
     ///
@@ -73,15 +82,26 @@ pub use crate::stream::record::RegionLayout;
 
 /// A guest at the destination.
 ///
-/// Calls come in this order: [`prepare`](Arrival::prepare), [`restore`](Arrival::restore), [`start`](Arrival::start).
-/// Until `start` everything can still be dropped, and the source goes on. From then on the guest belongs here. A device
-/// that hangs must not keep any of them from returning once the migration is cancelled.
+/// Calls come in this order: [`prepare`](Arrival::prepare), [`prepare_devices`](Arrival::prepare_devices) if the source has said
+/// something of them, [`restore`](Arrival::restore), [`start`](Arrival::start).
+/// Until `start` everything can still be dropped, and the source goes on. From then on the guest belongs here.
+/// A device that hangs must not keep any of them from returning once the migration is cancelled.
 pub trait Arrival {
     /// Makes the guest's memory, zeroed, with exactly these regions.
     ///
     /// # Errors
     /// If this host can't; the source is told why.
     fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, MachineError>;
+
+    /// Prepares devices, as far as [`Machine::devices`] tells, while the guest runs at the source and memory arrives: what is done
+    /// here does not count as downtime. Nothing may be restored or run yet.
+    ///
+    /// # Errors
+    /// If the devices here don't fit; the source is told why and goes on.
+    fn prepare_devices(&mut self, devices: &[u8]) -> Result<(), MachineError> {
+        let _ = devices;
+        Ok(())
+    }
 
     /// Restores CPUs and devices from what [`Machine::state`] saved; all memory is in place. Nothing may run yet.
     /// Everything that could make [`start`](Arrival::start) fail is to be tried here: the source still has the guest.

@@ -156,6 +156,11 @@ fn open(
     // A hint: what is written from now on is found by the rounds.
     let told = wire.tell(&ToDestination::DataRuns(DataRuns::of(memory)));
     told.map_err(|error| wire.reason(error))?;
+    let devices = machine.devices().map_err(|cause| MigrateError::Machine { doing: "describing the devices", cause });
+    if let Some(devices) = devices.inspect_err(|error| wire.call_off(error))? {
+        let told = wire.tell(&ToDestination::Devices(devices));
+        told.map_err(|error| wire.reason(error))?;
+    }
     let dirty = machine.dirty_source().map_err(|cause| MigrateError::Machine { doing: "tracking dirty pages", cause });
     let tracking = dirty.and_then(|mut dirty| Ok(dirty.start().map(|()| dirty)?));
     let dirty = tracking.inspect_err(|error| wire.call_off(error))?;

@@ -168,6 +168,8 @@ pub enum Kind {
     DataRuns = 0x07,
     /// Hashes of the pages of a stopped guest.
     Hashes = 0x08,
+    /// What is known of the guest's devices before it is stopped, opaque here.
+    Devices = 0x09,
     /// The destination has the same memory and takes the migration.
     Accepted = 0x81,
     /// The destination has restored the state and waits for the commit.
@@ -184,7 +186,7 @@ pub enum Kind {
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Kind; 14] = [
+    pub const ALL: [Kind; 15] = [
         Kind::Layout,
         Kind::Pages,
         Kind::RoundEnd,
@@ -193,6 +195,7 @@ impl Kind {
         Kind::Cancel,
         Kind::DataRuns,
         Kind::Hashes,
+        Kind::Devices,
         Kind::Accepted,
         Kind::Ready,
         Kind::Started,
@@ -207,7 +210,7 @@ impl Kind {
             Kind::Pages => super::pages::MAX_BODY as u32,
             Kind::Hashes => super::hashes::MAX_BODY as u32,
             Kind::State => super::record::MAX_STATE as u32,
-            Kind::Layout | Kind::DataRuns => 1 << 20,
+            Kind::Layout | Kind::DataRuns | Kind::Devices => 1 << 20,
             Kind::Accepted | Kind::Ready | Kind::Unknown => 0,
             _ => 64 << 10,
         }

@@ -275,6 +275,9 @@ pub enum ToDestination {
     Layout(MemoryLayout),
     /// Says which pages will have data; on channel 0, once, before the end of the first round.
     DataRuns(DataRuns),
+    /// What is known of the guest's devices while it runs; on channel 0, once, before the end of the first round. Opaque to
+    /// the stream.
+    Devices(Vec<u8>),
     /// Ends a round; on every channel.
     RoundEnd(RoundEnd),
     /// Saved state, made with [`encode`]; opaque to the stream.
@@ -343,6 +346,7 @@ impl ToDestination {
         match self {
             ToDestination::Layout(layout) => to.write(Kind::Layout, [&encode(1, layout)?, &[]]),
             ToDestination::DataRuns(runs) => to.write(Kind::DataRuns, [&encode(1, runs)?, &[]]),
+            ToDestination::Devices(devices) => to.write(Kind::Devices, [devices, &[]]),
             ToDestination::RoundEnd(end) => to.write(Kind::RoundEnd, [&encode(1, end)?, &[]]),
             ToDestination::State(state) => to.write(Kind::State, [state, &[]]),
             ToDestination::Commit(commit) => to.write(Kind::Commit, [&encode(1, commit)?, &[]]),
@@ -362,6 +366,7 @@ impl ToDestination {
             Kind::DataRuns => ToDestination::DataRuns(decode("data runs", 1, &body, limit)?),
             Kind::RoundEnd => ToDestination::RoundEnd(decode("round end", 1, &body, limit)?),
             Kind::State => ToDestination::State(body),
+            Kind::Devices => ToDestination::Devices(body),
             Kind::Commit => ToDestination::Commit(decode("commit", 1, &body, limit)?),
             Kind::Cancel => ToDestination::Cancel { reason: decode("cancel", 1, &body, limit)? },
             found => return Err(StreamError::Unexpected { found, wanted: "a message of the source" }),

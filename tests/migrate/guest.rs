@@ -249,6 +249,10 @@ impl Machine for Guest {
         Ok(Box::new(Tracked { tracker: self.tracker.clone(), memory, trouble: self.trouble, orders }))
     }
 
+    fn devices(&mut self) -> Result<Option<Vec<u8>>, MachineError> {
+        Ok(Some(DEVICES.into()))
+    }
+
     fn pause(&mut self) -> Result<(), MachineError> {
         self.calls.pauses += 1;
         self.paused = self.is_running();
@@ -499,6 +503,7 @@ pub(crate) struct Cradle {
 pub(crate) enum Refusal {
     Prepare,
     OtherMemory,
+    Devices,
     Restore,
     /// At every try.
     Start,
@@ -507,6 +512,9 @@ pub(crate) enum Refusal {
     /// Not at all, but it takes longer than any source waits.
     SlowStart,
 }
+
+/// What the guest says of its devices.
+const DEVICES: &[u8] = b"a writer";
 
 /// How long a slow start takes.
 pub(crate) const SLOW: Duration = Duration::from_secs(2);
@@ -533,6 +541,11 @@ impl Arrival for Cradle {
         };
         self.memory = Some(memory.clone());
         Ok(memory)
+    }
+
+    fn prepare_devices(&mut self, devices: &[u8]) -> Result<(), MachineError> {
+        assert!(self.memory.is_some() && devices == DEVICES);
+        self.refuse(Refusal::Devices)
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), MachineError> {

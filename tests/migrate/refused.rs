@@ -3,8 +3,9 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Duration;
 
-use vhost_migrate::migrate::{Failure, MigrateError};
+use vhost_migrate::migrate::{Failure, MigrateError, Policy};
 use vhost_migrate::stream::frame::{ConnectionHeader, HEADER_BYTES, VERSION};
 use vhost_migrate::stream::record::{Commit, MemoryLayout, RoundEnd, Started};
 use vhost_migrate::stream::{Listener, MigrationId, PageStats, StreamError};
@@ -37,6 +38,39 @@ fn a_destination_that_refuses_is_quoted_and_the_guest_goes_on() {
 }
 
 #[test]
+fn a_destination_whose_devices_do_not_fit_says_so_while_the_guest_runs() {
+    let place = Place::new();
+    let mut guest = Guest::running(PAGES).with(Trouble::Relentless);
+    let destination = Destination::new(&place.unix("socket"), Some(Refusal::Devices));
+    let mut how = How::new();
+    // Nothing else ends it.
+    how.plan.policy = Policy { downtime: Duration::ZERO, max_rounds: u32::MAX };
+    let failure = leave(&mut guest, &destination.uri, &how).failure();
+    assert!(failure.to_string().contains(NO_ROOM), "{failure}");
+    destination.join().nobody();
+    assert_eq!(guest.calls.pauses, 0);
+    assert_nothing_happened(guest, &failure);
+}
+
+/// They are prepared once.
+#[test]
+fn devices_that_are_described_twice_are_refused() {
+    let place = Place::new();
+    let destination = Destination::at(&place.unix("socket"));
+    let connection = transport::connect(&destination.uri, &options()).unwrap();
+    let (mut reader, mut writer) = (connection.readers().remove(0), connection.writers().remove(0));
+    let regions = layout(PAGES).to_vec();
+    ToDestination::Layout(MemoryLayout { regions }).write(&mut writer).unwrap();
+    assert_eq!(ToSource::next(&mut reader).unwrap(), ToSource::Accepted);
+    for _ in 0..2 {
+        ToDestination::Devices(b"a writer".into()).write(&mut writer).unwrap();
+    }
+    let answer = ToSource::next(&mut reader).unwrap();
+    assert!(matches!(&answer, ToSource::Failed { message } if message.contains("Devices")), "{answer:?}");
+    destination.join().nobody();
+}
+
+#[test]
 fn a_source_whose_machine_fails_goes_on_and_tells_the_destination_why() {
     for (trouble, why) in [
         (Trouble::NoTracking, "no log here"),
@@ -51,7 +85,7 @@ fn a_source_whose_machine_fails_goes_on_and_tells_the_destination_why() {
             let mut how = How::new().channels(channels);
             if trouble == Trouble::HarvestFails {
                 // So that there are enough rounds.
-                how.plan.policy.downtime = std::time::Duration::ZERO;
+                how.plan.policy.downtime = Duration::ZERO;
             }
             let failure = leave(&mut guest, &destination.uri, &how).failure();
             assert!(failure.to_string().contains(why), "{failure}");

@@ -58,7 +58,7 @@ pub(super) fn inspect(file: &Path, lines: &Lines) -> Result<Found, String> {
         frames += 1;
         let wanted = match frame.kind {
             Kind::Layout => Due::Layout,
-            Kind::DataRuns | Kind::Pages | Kind::Hashes | Kind::RoundEnd => Due::Pages,
+            Kind::DataRuns | Kind::Devices | Kind::Pages | Kind::Hashes | Kind::RoundEnd => Due::Pages,
             Kind::State => Due::State,
             Kind::Commit => Due::Commit,
             _ => due,
@@ -115,6 +115,9 @@ pub(super) fn inspect(file: &Path, lines: &Lines) -> Result<Found, String> {
             ToDestination::DataRuns(data) => {
                 let pages: u64 = data.runs.iter().map(|run| run.end.saturating_sub(run.start)).sum();
                 lines.print(format_args!("  {pages} pages in use at the start, in {} runs", data.runs.len()));
+            }
+            ToDestination::Devices(devices) => {
+                lines.print(format_args!("  devices described in {} bytes", devices.len()));
             }
             ToDestination::RoundEnd(end) => {
                 end.check(&round).map_err(told)?;

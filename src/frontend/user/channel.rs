@@ -28,8 +28,20 @@ const MAX_REPLY: usize = 4096;
 /// Most fds of a reply: none has more than one, and one too many is to be seen.
 const MAX_FDS: usize = 2;
 
-/// Messages sent before their acknowledgements are read.
-const MOST_POSTED: usize = 64;
+/// Messages sent before their answers are read.
+pub(super) const MOST_POSTED: usize = 64;
+
+/// Which of several messages were refused, and how.
+type Refusals = Vec<(usize, FrontendError)>;
+
+/// What has come of answers that were owed.
+#[derive(Default)]
+pub(super) struct Caught {
+    /// Where rings have stopped.
+    pub(super) bases: Vec<Reply>,
+    /// The first refusal.
+    pub(super) refused: Option<FrontendError>,
+}
 
 pub(super) struct Channel {
     line: Arc<Line>,
@@ -42,6 +54,8 @@ pub(super) struct Channel {
     served: bool,
     /// Answers that come later than they were waited for. Nothing is sent while there are any.
     owed: Vec<Owed>,
+    /// What has come of answers that were owed.
+    caught: Caught,
     /// REPLY_ACK is agreed on.
     pub(super) acks: bool,
     /// Posted and not yet settled.
@@ -116,6 +130,7 @@ impl Channel {
             late: Late::GivenUp,
             served: false,
             owed: Vec::new(),
+            caught: Caught::default(),
             acks: false,
             posted: Vec::new(),
         })
@@ -145,10 +160,9 @@ impl Channel {
         !self.owed.is_empty()
     }
 
-    /// Gets the answers that are owed, until `deadline`; returns the one that says where a ring has stopped. On refusals the
-    /// first is reported, when all are in.
-    pub(super) fn catch_up(&mut self, deadline: Instant) -> Result<Option<Reply>, FrontendError> {
-        let (begun, mut base, mut refused) = (Instant::now(), None, None);
+    /// Gets the answers that are owed, until `deadline`.
+    pub(super) fn catch_up(&mut self, deadline: Instant) -> Result<Caught, FrontendError> {
+        let begun = Instant::now();
         while let Some(&Owed { request, is_ack }) = self.owed.first() {
             if !self.wait(request, deadline, true)? {
                 return Err(FrontendError::Timeout { request, waited: begun.elapsed() });
@@ -157,12 +171,12 @@ impl Channel {
             self.owed.remove(0);
             if is_ack {
                 let acknowledged = self.acknowledged(&reply);
-                refused = refused.or(acknowledged.err());
+                self.caught.refused = self.caught.refused.take().or(acknowledged.err());
             } else if matches!(request, Request::GET_VRING_BASE | Request::GET_VRING_BASE_SKIP_DRAIN) {
-                base = Some(reply);
+                self.caught.bases.push(reply);
             }
         }
-        refused.map_or(Ok(base), Err)
+        Ok(std::mem::take(&mut self.caught))
     }
 
     /// Sends a message that has no reply of its own.
@@ -191,24 +205,71 @@ impl Channel {
 
     /// The same, for requests that may take longer.
     pub(super) fn settle_within(&mut self, timeout: Duration) -> Result<(), FrontendError> {
-        let posted = std::mem::take(&mut self.posted);
-        if !self.acks {
-            let fence = !posted.is_empty();
-            return if fence { self.ask_within(timeout, Request::GET_FEATURES, &[], &[]).map(drop) } else { Ok(()) };
+        self.settle_each(timeout)?.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))
+    }
+
+    /// Waits until everything posted is done. Returns the refusals: which of the messages posted since the last time it was,
+    /// counted from 0.
+    pub(super) fn settle_each(&mut self, timeout: Duration) -> Result<Refusals, FrontendError> {
+        if !self.acks && !self.posted.is_empty() {
+            self.ask_within(timeout, Request::GET_FEATURES, &[], &[])?;
         }
-        let mut refused = None;
-        let mut rest = posted.into_iter();
-        while let Some(request) = rest.next() {
-            let received = self.receive(Owed { request, is_ack: true }, timeout);
+        self.receive_all(timeout, &[], &mut Vec::new())
+    }
+
+    /// How many messages are posted and not settled.
+    pub(super) fn posted(&self) -> usize {
+        self.posted.len()
+    }
+
+    /// Receives the acknowledgements of what is posted and then replies to `asked`, which are added to `replies` also when a
+    /// later answer does not come. Returns the refusals among the acknowledgements.
+    fn receive_all(
+        &mut self,
+        timeout: Duration,
+        asked: &[Request],
+        replies: &mut Vec<Reply>,
+    ) -> Result<Refusals, FrontendError> {
+        let posted = std::mem::take(&mut self.posted).into_iter().filter(|_| self.acks);
+        let posted = posted.map(|request| Owed { request, is_ack: true });
+        let asked = asked.iter().map(|request| Owed { request: *request, is_ack: false });
+        let expected: Vec<Owed> = posted.chain(asked).collect();
+        let mut refused = Vec::new();
+        for (number, answer) in expected.iter().enumerate() {
+            let received = self.receive(*answer, timeout);
             if self.owes() {
-                self.owed.extend(rest.by_ref().map(|request| Owed { request, is_ack: true }));
+                self.owed.extend(expected.iter().skip(number + 1));
+                self.caught.refused = refused.into_iter().next().map(|(_, error)| error);
+                return received.map(|_| Vec::new());
+            }
+            if !answer.is_ack {
+                replies.push(received?);
+                continue;
             }
             match self.acknowledged(&received?) {
-                Err(error @ FrontendError::Refused { .. }) => refused = refused.or(Some(error)),
+                Err(error @ FrontendError::Refused { .. }) => refused.push((number, error)),
                 done => done?,
             }
         }
-        refused.map_or(Ok(()), Err)
+        Ok(refused)
+    }
+
+    /// Sends messages that have replies of their own behind what is posted, all before the first answer is read; the replies
+    /// are added to `replies`, also those before one that does not come. With what is posted they may be no more than
+    /// [`MOST_POSTED`]. Returns the refusals of what was posted.
+    pub(super) fn ask_each<'a>(
+        &mut self,
+        timeout: Duration,
+        request: Request,
+        payloads: impl IntoIterator<Item = &'a [u8]>,
+        replies: &mut Vec<Reply>,
+    ) -> Result<Refusals, FrontendError> {
+        let mut asked = Vec::new();
+        for payload in payloads {
+            self.send(request, Header::FLAG_VERSION, payload, &[])?;
+            asked.push(request);
+        }
+        self.receive_all(timeout, &asked, replies)
     }
 
     /// What an acknowledgement says.
@@ -419,15 +480,18 @@ mod tests {
     fn what_may_take_longer_may_do_so_without_acknowledgements_too() {
         let (mut channel, mut back_end) = hasty();
         channel.post(Request::SET_VRING_ENABLE, &[0; 8], &[]).unwrap();
+        let request = Request::GET_VRING_BASE;
         let answers = std::thread::spawn(move || {
-            let mut heard = [0; 2 * size_of::<Header>() + 8];
+            let mut heard = [0; 3 * (size_of::<Header>() + 8)];
             back_end.read_exact(&mut heard).unwrap();
             // The timeout of all else is over.
             std::thread::sleep(Duration::from_millis(100));
-            let header = Header { request: Request::GET_FEATURES.0, flags: Header::REPLY_FLAGS, size: 8 };
-            back_end.write_all(&[header.as_bytes(), &[0; 8]].concat()).unwrap();
+            let header = Header { request: request.0, flags: Header::REPLY_FLAGS, size: 8 };
+            back_end.write_all(&[header.as_bytes(), &[1; 8], header.as_bytes(), &[2; 8]].concat()).unwrap();
         });
-        channel.settle_within(PATIENCE).unwrap();
+        let mut replies = Vec::new();
+        channel.ask_each(PATIENCE, request, [[0; 8].as_slice(); 2], &mut replies).unwrap();
+        assert_eq!(replies.iter().map(|reply| reply.payload[0]).collect::<Vec<_>>(), [1, 2]);
         answers.join().unwrap();
     }
 

@@ -99,7 +99,8 @@ impl UserDevice {
         // The old connection must be gone before the new one asks for the same device.
         self.channel.close();
         self.ear = None;
-        (self.stopping, self.starting) = (None, None);
+        self.stopping.clear();
+        self.starting.clear();
         let (channel, offer, ear) = greet(&self.path, options, &self.events, &self.translator, &self.interrupt)?;
         let old = std::mem::replace(&mut self.offer, offer);
         (self.channel, self.ear) = (channel, ear);

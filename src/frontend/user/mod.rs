@@ -39,8 +39,9 @@ use crate::abi::virtio::VIRTIO_F_RING_PACKED;
 use crate::dirty::Log;
 use crate::memory::{Memory, MemoryError, Region};
 use crate::ring::{RingBase, RingLayout};
+use crate::sys::lines::limited;
 use crate::sys::shared;
-use channel::{Channel, Late, Reply};
+use channel::{Caught, Channel, Late, MOST_POSTED, Reply};
 use connect::{BACK_OFF, Offer, greet, until};
 use ear::{Ear, Events};
 use inflight::Inflight;
@@ -52,6 +53,8 @@ const TRANSPORT: u64 = bit(VHOST_F_LOG_ALL) | bit(VHOST_USER_F_PROTOCOL_FEATURES
 const SET_LOG_BASE: Request = Request::SET_LOG_BASE;
 /// How long a back-end may take to end logging once the interrupt is set. It owes the answer then.
 const BRIEFLY: Duration = Duration::from_millis(500);
+/// Messages that start a ring: CALL, ERR, NUM, BASE, ADDR, KICK and ENABLE.
+const START_MESSAGES: usize = 7;
 
 /// A device behind a vhost-user socket.
 pub struct UserDevice {
@@ -63,10 +66,10 @@ pub struct UserDevice {
     events: Arc<Events>,
     translator: Arc<Translator>,
     interrupt: Interrupt,
-    /// The ring that was being stopped when the wait for it ended.
-    stopping: Option<u16>,
-    /// The ring that was being started when the wait for it ended.
-    starting: Option<u16>,
+    /// The rings that were being stopped when the wait for them ended.
+    stopping: Vec<u16>,
+    /// The rings that were being started when the wait for them ended. They count as running.
+    starting: Vec<u16>,
     offer: Offer,
     features: u64,
     memory: Memory,
@@ -118,8 +121,8 @@ impl UserDevice {
             events,
             translator,
             interrupt,
-            stopping: None,
-            starting: None,
+            stopping: Vec::new(),
+            starting: Vec::new(),
             offer,
             features: 0,
             memory: Memory::default(),
@@ -361,6 +364,12 @@ impl Device for UserDevice {
         Ok(true)
     }
 
+    fn restore_inflight(&mut self, restored: &InflightState) -> Result<(), FrontendError> {
+        let advice = "requests that are in flight can't be moved to it";
+        let none = || FrontendError::NotOffered { what: "INFLIGHT_SHMFD".into(), advice };
+        self.inflight.as_ref().ok_or_else(none)?.restore(restored, self.is_packed())
+    }
+
     fn inflight(&self) -> Result<Option<InflightState>, FrontendError> {
         self.inflight.as_ref().map(Inflight::state).transpose()
     }
@@ -375,32 +384,25 @@ impl Device for UserDevice {
     }
 
     fn start_ring(&mut self, index: u16, setup: RingSetup) -> Result<(), FrontendError> {
+        self.start_rings(&[(index, setup)], &mut |_| {})
+    }
+
+    fn start_rings(&mut self, rings: &[(u16, RingSetup)], started: &mut dyn FnMut(u16)) -> Result<(), FrontendError> {
         if self.channel.owes() {
             // Else nobody could tell an interrupted start from one that has not begun.
             return Err(FrontendError::Away { device: self.name().into(), reason: Some("an answer is owed".into()) });
         }
-        self.check_ring(index, &setup)?;
-        self.post_ring(index, &setup, setup.base)?;
-        // What it finds as soon as it is enabled it may call for at once.
-        self.ear.iter().for_each(|ear| ear.add(index, &setup));
-        let enabled = self.post_enable(index, true).and_then(|()| self.channel.settle());
-        match &enabled {
-            Ok(()) => self.pass_kicks(index, true),
-            // It starts when the back-end gets to it.
-            Err(FrontendError::Interrupted { .. }) => self.starting = Some(index),
-            Err(_) => {
-                self.ear.iter().for_each(|ear| ear.remove(index));
-                return enabled;
-            }
-        }
-        self.rings.insert(index, setup);
-        // The back-end may change it from now on.
-        self.loaded = None;
-        enabled
+        rings.iter().try_for_each(|(index, setup)| self.check_ring(*index, setup))?;
+        self.channel.settle()?;
+        rings.chunks(MOST_POSTED / START_MESSAGES).try_for_each(|rings| self.start_some(rings, started))
     }
 
     fn stop_ring(&mut self, index: u16) -> Result<RingBase, FrontendError> {
         self.end_ring(Request::GET_VRING_BASE, index)
+    }
+
+    fn stop_rings(&mut self, indices: &[u16], stopped: &mut dyn FnMut(u16, RingBase)) -> Result<(), FrontendError> {
+        self.end_rings(Request::GET_VRING_BASE, indices, stopped)
     }
 
     fn can_suspend(&self) -> bool {
@@ -409,11 +411,13 @@ impl Device for UserDevice {
     }
 
     fn suspend_ring(&mut self, index: u16) -> Result<RingBase, FrontendError> {
-        if !self.can_suspend() || self.inflight.is_none() {
-            let advice = "start its back-end with --inflight-migration, or stop rings the usual way";
-            return Err(FrontendError::NotOffered { what: "GET_VRING_BASE_SKIP_DRAIN".into(), advice });
-        }
+        self.check_suspend()?;
         self.end_ring(Request::GET_VRING_BASE_SKIP_DRAIN, index)
+    }
+
+    fn suspend_rings(&mut self, indices: &[u16], stopped: &mut dyn FnMut(u16, RingBase)) -> Result<(), FrontendError> {
+        self.check_suspend()?;
+        self.end_rings(Request::GET_VRING_BASE_SKIP_DRAIN, indices, stopped)
     }
 
     fn start_logging(&mut self, log: &Arc<Log>, fd: BorrowedFd<'_>) -> Result<(), FrontendError> {
@@ -558,32 +562,123 @@ impl Device for UserDevice {
 }
 
 impl UserDevice {
-    /// Stops a ring with one of the requests that do.
-    fn end_ring(&mut self, request: Request, index: u16) -> Result<RingBase, FrontendError> {
-        if !self.rings.contains_key(&index) {
-            return Err(FrontendError::BadRing { index, reason: "it is not started".into() });
+    /// Starts so many rings that their messages need not wait for each other.
+    fn start_some(&mut self, rings: &[(u16, RingSetup)], started: &mut dyn FnMut(u16)) -> Result<(), FrontendError> {
+        let mut ends = Vec::new();
+        let posted = rings.iter().try_for_each(|(index, setup)| {
+            self.post_ring(*index, setup, setup.base)?;
+            // What it finds as soon as it is enabled it may call for at once.
+            self.ear.iter().for_each(|ear| ear.add(*index, setup));
+            self.post_enable(*index, true)?;
+            ends.push(self.channel.posted());
+            Ok(())
+        });
+        let settled = posted.and_then(|()| self.channel.settle_each(self.options.timeout));
+        let interrupted = match &settled {
+            Ok(_) => None,
+            // They start when the back-end gets to them.
+            Err(FrontendError::Interrupted { request }) => {
+                self.starting = rings.iter().map(|(index, _)| *index).collect();
+                Some(FrontendError::Interrupted { request: *request })
+            }
+            Err(_) => {
+                self.ear.iter().for_each(|ear| rings.iter().for_each(|(index, _)| ear.remove(*index)));
+                None
+            }
+        };
+        let mut refused = match interrupted.is_some() {
+            true => Vec::new(),
+            false => settled?,
         }
-        self.pass_kicks(index, false);
-        let asked = self.owed(|device| device.ask_for_base(request, index));
-        let base = asked.inspect_err(|_| match self.channel.owes() {
-            true => self.stopping = Some(index),
-            // If it lives on, so do its kicks.
-            false => self.pass_kicks(index, true),
-        })?;
-        self.ear.iter().for_each(|ear| ear.remove(index));
-        self.rings.remove(&index);
-        Ok(base)
+        .into_iter()
+        .peekable();
+        let mut first = None;
+        for ((index, setup), end) in rings.iter().zip(ends) {
+            let mut is_refused = false;
+            while let Some((_, error)) = refused.next_if(|(number, _)| *number < end) {
+                is_refused = true;
+                first.get_or_insert(error);
+            }
+            if is_refused {
+                self.ear.iter().for_each(|ear| ear.remove(*index));
+                continue;
+            }
+            if interrupted.is_none() {
+                self.pass_kicks(*index, true);
+            }
+            self.rings.insert(*index, setup.clone());
+            // The back-end may change it from now on.
+            self.loaded = None;
+            started(*index);
+        }
+        interrupted.or(first).map_or(Ok(()), Err)
     }
 
-    fn ask_for_base(&mut self, request: Request, index: u16) -> Result<RingBase, FrontendError> {
+    fn check_suspend(&self) -> Result<(), FrontendError> {
+        if self.can_suspend() && self.inflight.is_some() {
+            return Ok(());
+        }
+        let advice = "start its back-end with --inflight-migration, or stop rings the usual way";
+        Err(FrontendError::NotOffered { what: "GET_VRING_BASE_SKIP_DRAIN".into(), advice })
+    }
+
+    /// Stops a ring with one of the requests that do.
+    fn end_ring(&mut self, request: Request, index: u16) -> Result<RingBase, FrontendError> {
+        let mut stopped = None;
+        self.end_rings(request, &[index], &mut |_, base| stopped = Some(base))?;
+        stopped.ok_or_else(|| FrontendError::BadRing { index, reason: "it is not started".into() })
+    }
+
+    /// Stops rings with one of the requests that do; `stopped` is told of each that has stopped.
+    fn end_rings(
+        &mut self,
+        request: Request,
+        indices: &[u16],
+        stopped: &mut dyn FnMut(u16, RingBase),
+    ) -> Result<(), FrontendError> {
+        if let Some(index) = indices.iter().copied().find(|index| !self.rings.contains_key(index)) {
+            return Err(FrontendError::BadRing { index, reason: "it is not started".into() });
+        }
+        indices.iter().for_each(|index| self.pass_kicks(*index, false));
+        let ended = self.owed(|device| {
+            // Two messages for each.
+            let mut chunks = indices.chunks(MOST_POSTED / 2);
+            chunks.try_for_each(|indices| device.ask_for_bases(request, indices, stopped))
+        });
+        let running = indices.iter().copied().filter(|index| self.rings.contains_key(index)).collect::<Vec<_>>();
+        match self.channel.owes() {
+            true => self.stopping = running,
+            // If they live on, so do their kicks.
+            false => running.into_iter().for_each(|index| self.pass_kicks(index, true)),
+        }
+        ended
+    }
+
+    fn ask_for_bases(
+        &mut self,
+        request: Request,
+        indices: &[u16],
+        stopped: &mut dyn FnMut(u16, RingBase),
+    ) -> Result<(), FrontendError> {
+        self.channel.settle()?;
         // Disabling it may drain it already.
         if request == Request::GET_VRING_BASE {
-            self.post_enable(index, false)?;
-            self.channel.settle_within(self.options.stop_timeout)?;
+            indices.iter().try_for_each(|index| self.post_enable(*index, false))?;
         }
-        let state = VringState { index: index.into(), num: 0 };
-        let reply = self.channel.ask_within(self.options.stop_timeout, request, state.as_bytes(), &[])?;
-        self.base_of(&reply, index)
+        let states: Vec<_> = indices.iter().map(|index| VringState { index: (*index).into(), num: 0 }).collect();
+        let mut replies = Vec::new();
+        let payloads = states.iter().map(IntoBytes::as_bytes);
+        let asked = self.channel.ask_each(self.options.stop_timeout, request, payloads, &mut replies);
+        for (index, reply) in indices.iter().copied().zip(replies) {
+            let base = self.base_of(&reply, index)?;
+            self.ear.iter().for_each(|ear| ear.remove(index));
+            self.rings.remove(&index);
+            stopped(index, base);
+        }
+        for (_, error) in asked? {
+            limited!(warn, "{}: {error}; GET_VRING_BASE has stopped the ring all the same", self.path.display());
+        }
+        Ok(())
     }
 
     fn base_of(&self, reply: &Reply, index: u16) -> Result<RingBase, FrontendError> {
@@ -621,41 +716,40 @@ impl UserDevice {
     /// runs, and what is logged is as if the call that was interrupted had never been made. A ring whose start is refused is
     /// started again over another connection.
     fn catch_up(&mut self, deadline: Instant) -> Result<(), FrontendError> {
-        let reply = match self.channel.catch_up(deadline) {
-            Err(error @ FrontendError::Refused { .. }) if self.starting.is_some() => {
-                self.channel.close();
-                return Err(error);
-            }
-            // Whoever repeats the call finds out.
-            Err(FrontendError::Refused { .. }) => None,
-            done => done?,
-        };
+        let Caught { bases, refused } = self.channel.catch_up(deadline)?;
+        if let Some(error) = refused.filter(|_| !self.starting.is_empty()) {
+            self.channel.close();
+            return Err(error);
+        }
+        // Of another refusal whoever repeats the call finds out.
         // What goes wrong now leaves a connection of which nothing is known.
-        self.undo(reply).inspect_err(|_| self.channel.close())
+        self.undo(&bases).inspect_err(|_| self.channel.close())
     }
 
-    fn undo(&mut self, stopped: Option<Reply>) -> Result<(), FrontendError> {
+    fn undo(&mut self, stopped: &[Reply]) -> Result<(), FrontendError> {
         self.install_log()?;
         self.switch_logging()?;
-        if let Some((index, setup)) = self.starting.take().and_then(|index| Some((index, self.rings.get(&index)?))) {
+        for index in std::mem::take(&mut self.starting) {
+            let Some(setup) = self.rings.get(&index) else { continue };
             self.pass_kicks(index, true);
             wake(&setup.kick);
         }
-        let Some((index, setup)) =
-            self.stopping.take().and_then(|index| Some((index, self.rings.get(&index)?.clone())))
-        else {
-            return Ok(());
-        };
-        if let Some(reply) = stopped {
-            let base = self.base_of(&reply, index)?;
-            self.post_ring(index, &setup, base)?;
-            self.rings.insert(index, RingSetup { base, ..setup.clone() });
+        let stopping = std::mem::take(&mut self.stopping);
+        // Those whose answers were owed are the next ones that were being stopped.
+        let mut replies = stopped.iter();
+        for index in stopping {
+            let Some(setup) = self.rings.get(&index).cloned() else { continue };
+            if let Some(reply) = replies.next() {
+                let base = self.base_of(reply, index)?;
+                self.post_ring(index, &setup, base)?;
+                self.rings.insert(index, RingSetup { base, ..setup.clone() });
+            }
+            self.post_enable(index, true)?;
+            self.channel.settle()?;
+            self.pass_kicks(index, true);
+            // What was added meanwhile.
+            wake(&setup.kick);
         }
-        self.post_enable(index, true)?;
-        self.channel.settle()?;
-        self.pass_kicks(index, true);
-        // What was added meanwhile.
-        wake(&setup.kick);
         Ok(())
     }
 

@@ -1,0 +1,168 @@
+//! A device before its rings: what a driver and a VMM agree on with it. All of that can be done while the guest runs elsewhere, but what
+//! only a stopped device knows.
+
+use zerocopy::{FromZeros, IntoBytes};
+
+use super::driver::Disk;
+use super::error::GuestError;
+use super::in_parallel;
+use super::layout::{BUFFER_BYTES, GuestConfig};
+use super::state::{DeviceSetup, DeviceState, STATE_VERSION};
+use crate::abi::bit;
+use crate::abi::features::feature_names;
+use crate::abi::virtio::{
+    self, BlkConfig, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_F_VERSION_1, VIRTIO_ID_BLOCK, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+};
+use crate::frontend::Device;
+use crate::memory::Memory;
+
+/// Features the driver wants, of those that are offered.
+const FEATURES: [u32; 7] = [
+    VIRTIO_F_VERSION_1,
+    VIRTIO_RING_F_EVENT_IDX,
+    VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_BLK_SIZE,
+    VIRTIO_BLK_F_MQ,
+];
+/// Bytes of configuration space that the driver reads: up to `num_queues`.
+const CONFIG_BYTES: usize = 36;
+
+/// A device that has agreed on everything but its rings, and has not been given what another one has saved.
+pub struct PreparedDevice {
+    pub(super) device: Box<dyn Device>,
+    /// What it is here.
+    found: DeviceState,
+    has_inflight: bool,
+}
+
+impl PreparedDevice {
+    /// Prepares devices for a guest on `memory` that has devices like `setup`'s.
+    ///
+    /// # Errors
+    /// A setup of another version; devices that are not like those of the guest, or can't be reached.
+    pub fn all(
+        setup: &DeviceSetup,
+        memory: &Memory,
+        devices: Vec<Box<dyn Device>>,
+    ) -> Result<Vec<PreparedDevice>, GuestError> {
+        if setup.version != STATE_VERSION {
+            return Err(GuestError::State("it was saved by another version of this program".into()));
+        }
+        count(devices.len(), &setup.config)?;
+        let expected = setup.devices.iter().map(Some).chain(std::iter::repeat(None));
+        let agree = |(device, expected)| PreparedDevice::new(device, &setup.config, memory, expected);
+        in_parallel(devices.into_iter().zip(expected), agree)
+    }
+
+    /// Returns true if the device can still be used for a guest of this kind whose device was `expected`.
+    pub fn fits(&self, expected: &DeviceState) -> bool {
+        !self.device.hung_up() && self.found.features == expected.features
+    }
+
+    /// Agrees with a device, which must be like `expected` if that is there.
+    pub(super) fn new(
+        mut device: Box<dyn Device>,
+        config: &GuestConfig,
+        memory: &Memory,
+        expected: Option<&DeviceState>,
+    ) -> Result<PreparedDevice, GuestError> {
+        let name = device.name().to_owned();
+        let bad = |what: String| Err(GuestError::Config(format!("{name}: {what}")));
+        if device.queues() < config.queues {
+            return bad(format!("it has {} queues, and the guest wants {}", device.queues(), config.queues));
+        }
+        let ring_features = config.ring_features();
+        if ring_features & !device.features() != 0 {
+            return bad("it has no packed rings".into());
+        }
+        if config.inflight_migration && !device.can_suspend() {
+            return bad("it can't leave requests in flight: start it with --inflight-migration".into());
+        }
+        let offered = FEATURES.iter().fold(ring_features, |all, number| all | bit(*number)) & device.features();
+        if device.features() & bit(VIRTIO_BLK_F_RO) != 0 {
+            return bad("it is read-only, and the guest writes".into());
+        }
+        let features = expected.map_or(offered, |state| state.features);
+        let missing = features & !device.features();
+        if missing != 0 {
+            let names = feature_names(missing, Some(VIRTIO_ID_BLOCK));
+            let what = format!("{name}: features differ: it does not offer {names}, which the guest uses");
+            return Err(GuestError::State(what));
+        }
+        if features & bit(VIRTIO_F_VERSION_1) == 0 {
+            return bad("it does not offer VIRTIO_F_VERSION_1".into());
+        }
+        device.set_features(features)?;
+        let [acknowledge, driver] = [virtio::VIRTIO_CONFIG_S_ACKNOWLEDGE, virtio::VIRTIO_CONFIG_S_DRIVER];
+        let ready = acknowledge | driver | virtio::VIRTIO_CONFIG_S_FEATURES_OK | virtio::VIRTIO_CONFIG_S_DRIVER_OK;
+        device.set_status(ready)?;
+        let mut space = BlkConfig::new_zeroed();
+        device.config(0, space.as_mut_bytes().get_mut(..CONFIG_BYTES).unwrap_or_default())?;
+        let (has, sector) = (|number| features & bit(number) != 0, SECTOR_BYTES as u32);
+        let found = DeviceState {
+            features,
+            capacity: space.capacity.get().saturating_mul(SECTOR_BYTES),
+            segments: if has(VIRTIO_BLK_F_SEG_MAX) { space.seg_max.get() } else { 1 },
+            block_size: if has(VIRTIO_BLK_F_BLK_SIZE) { space.blk_size.get() } else { sector },
+            ..DeviceState::default()
+        };
+        let has_inflight = device.set_inflight(config.queues, config.queue_size, None)?;
+        device.set_memory(memory)?;
+        let prepared = PreparedDevice { device, found, has_inflight };
+        expected.map_or(Ok(()), |expected| prepared.compare(expected))?;
+        Ok(prepared)
+    }
+
+    fn compare(&self, expected: &DeviceState) -> Result<(), GuestError> {
+        let (found, name) = (&self.found, self.device.name());
+        for (what, here, there) in [
+            ("disk size in bytes", found.capacity, expected.capacity),
+            ("block size in bytes", found.block_size.into(), expected.block_size.into()),
+            ("largest number of segments", found.segments.into(), expected.segments.into()),
+        ] {
+            if here != there {
+                return Err(GuestError::State(format!("{name}: {what} differs: {here} here, {there} at the source")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the device what its like has left.
+    pub(super) fn restore(&mut self, config: &GuestConfig, state: &DeviceState) -> Result<(), GuestError> {
+        self.compare(state)?;
+        let (here, there) = (usize::from(config.queues), state.bases.len());
+        if here != there {
+            let name = self.device.name();
+            return Err(GuestError::State(format!("{name}: queues differs: {here} here, {there} at the source")));
+        }
+        if let Some(inflight) = state.inflight.as_ref().filter(|_| self.has_inflight) {
+            self.device.restore_inflight(inflight)?;
+        }
+        state.own.as_ref().map_or(Ok(()), |own| Ok(self.device.load_state(own)?))
+    }
+
+    /// What a driver has to know of it.
+    pub(super) fn disk(&self) -> Result<Disk, GuestError> {
+        disk(&self.found)
+    }
+}
+
+/// What a driver has to know of a device.
+pub(super) fn disk(state: &DeviceState) -> Result<Disk, GuestError> {
+    let block = u64::from(state.block_size) / SECTOR_BYTES;
+    if !block.is_power_of_two() || block > BUFFER_BYTES / SECTOR_BYTES {
+        return Err(GuestError::State(format!("a disk can't have blocks of {} bytes", state.block_size)));
+    }
+    Ok(Disk { features: state.features, capacity: state.capacity, segments: state.segments, block })
+}
+
+/// Whether there are as many devices as the guest has disks.
+pub(super) fn count(devices: usize, config: &GuestConfig) -> Result<(), GuestError> {
+    match devices == config.disks {
+        true => Ok(()),
+        false => Err(GuestError::Config(format!("it has {} disks, not {devices}", config.disks))),
+    }
+}
