@@ -2,7 +2,8 @@
 //!
 //! A device that does nothing, a ring of 256, batches of 64 requests of three descriptors: the driver publishes a batch,
 //! kicks, and waits in a loop until all of it is used; all of that is in the clock. First as it is in a process without
-//! `--metrics`, then with the recorder that `--metrics` installs.
+//! `--metrics`, then with the recorder that `--metrics` installs. Then a signal to the driver alone, beside a write to the same eventfd,
+//! which a peer can make wait (rule F9).
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use std::io;
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use metrics_exporter_prometheus::PrometheusBuilder;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use vhost_migrate::backend::{Device, Immediate, Kick, Logging, Queue, RING_FEATURES, Rings, Setup, Workers};
+use vhost_migrate::backend::{Device, Immediate, Kick, Logging, Notifier, Queue, RING_FEATURES, Rings, Setup, Workers};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
 use vhost_migrate::ring::{Buffer, DriverRing, RingBase, RingLayout};
@@ -105,5 +106,13 @@ fn counters(c: &mut Criterion) {
     run("counted");
 }
 
-criterion_group!(benches, counters);
+fn signals(c: &mut Criterion) {
+    let mut group = c.benchmark_group("signal");
+    let eventfd = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+    group.bench_function("write", |b| b.iter(|| eventfd.write(1)));
+    let notifier = Notifier::new(eventfd.as_fd().try_clone_to_owned().unwrap());
+    group.bench_function("Notifier", |b| b.iter(|| notifier.signal()));
+}
+
+criterion_group!(benches, counters, signals);
 criterion_main!(benches);
