@@ -17,7 +17,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use page_cache::unwritten;
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
-use vhost_migrate::stream::frame::{ConnectionHeader, FRAME_HEADER_BYTES, HEADER_BYTES, Kind};
+use vhost_migrate::stream::frame::{ConnectionHeader, FRAME_HEADER_BYTES, HEADER_BYTES, Kind, MAGIC};
 use vhost_migrate::stream::record::{Commit, RoundEnd};
 use vhost_migrate::stream::transport::connect;
 use vhost_migrate::stream::{
@@ -279,11 +279,26 @@ fn a_save_begins_where_its_descriptor_is_and_may_not_append() {
 }
 
 #[test]
+fn a_save_leaves_a_file_alone_that_is_no_save() {
+    let folder = folder();
+    let path = folder.path().join("disk.img");
+    for contents in ["x", "an image of a disk"] {
+        fs::write(&path, contents).unwrap();
+        let refused = connect(&file(&path), &Options::new().unwrap()).unwrap_err();
+        assert!(refused.to_string().contains("what is there is no saved guest"), "{refused}");
+        assert_eq!(fs::read_to_string(&path).unwrap(), contents);
+    }
+    fs::write(&path, "").unwrap();
+    save(&file(&path), &filled(64, 1)).unwrap();
+    save(&file(&path), &filled(64, 2)).unwrap();
+}
+
+#[test]
 fn a_save_writes_a_new_file_that_only_its_owner_can_read() {
     let folder = folder();
     let (path, victim) = (folder.path().join("saved"), folder.path().join("victim"));
     fs::write(&victim, "precious").unwrap();
-    fs::write(&path, "an older save").unwrap();
+    fs::write(&path, MAGIC).unwrap();
     fs::set_permissions(&path, PermissionsExt::from_mode(0o666)).unwrap();
     symlink(&victim, folder.path().join("saved.partial")).unwrap();
     let before = fs::read_dir(folder.path()).unwrap().count();

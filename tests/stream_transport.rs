@@ -14,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
-use vhost_migrate::stream::frame::{ConnectionHeader, HEADER_BYTES, Kind, MigrationId, VERSION};
+use vhost_migrate::stream::frame::{ConnectionHeader, HEADER_BYTES, Kind, MAGIC, MigrationId, VERSION};
 use vhost_migrate::stream::transport::connect;
 use vhost_migrate::stream::{
     Cancel, Channel, Codec, Connection, Decoder, Encoder, FrameReader, Limiter, Listener, Options, StreamError, Target,
@@ -174,11 +174,11 @@ fn memory_is_saved_to_a_file_only_its_owner_can_read_and_restored() {
 fn a_save_that_is_given_up_leaves_the_older_file_as_it_was() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("saved");
-    fs::write(&path, "older").unwrap();
+    fs::write(&path, MAGIC).unwrap();
     let connection = connect(&uri(format!("file:{}", path.display())), &options(1)).unwrap();
     source(&connection, &filled(10), Codec::None);
     drop(connection);
-    assert_eq!(fs::read_to_string(&path).unwrap(), "older");
+    assert_eq!(fs::read(&path).unwrap(), MAGIC);
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
 }
 

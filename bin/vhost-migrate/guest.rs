@@ -400,6 +400,12 @@ impl Owner {
     fn migrate(&self, arguments: &MigrateArguments, emit: &mut dyn FnMut(Value)) -> Result<(), String> {
         let told = |error: &dyn std::error::Error| error.to_string();
         let uri: Uri = arguments.uri.parse().map_err(|error| told(&error))?;
+        if let Uri::Fd(number) = &uri
+            && is_own(*number)
+        {
+            let advice = "pass one on when the guest is started, not to this command";
+            return Err(format!("{uri}: the guest's process has opened this descriptor for itself: {advice}"));
+        }
         let codec = arguments.codec.parse().map_err(|error| told(&error))?;
         let options = Options {
             channels: if uri.is_single() { 1 } else { arguments.channels },
@@ -557,6 +563,13 @@ impl Owner {
 struct Commands {
     owner: Arc<Owner>,
     quit: crossbeam::channel::Sender<()>,
+}
+
+/// True of a descriptor that does not outlive the start of another program: none that was passed on to this one.
+fn is_own(number: i32) -> bool {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{number}")).unwrap_or_default();
+    let flags = info.lines().find_map(|line| i32::from_str_radix(line.strip_prefix("flags:")?.trim(), 8).ok());
+    flags.is_some_and(|flags| flags & libc::O_CLOEXEC != 0)
 }
 
 impl Handler for Commands {

@@ -34,7 +34,8 @@ pub(crate) struct Arguments {
     /// Control socket of the process that owns the guest
     #[arg(long, value_name = "SOCKET")]
     control: PathBuf,
-    /// Where to: tcp:HOST:PORT, unix:PATH, file:PATH, exec:COMMAND or fd:N
+    /// Where to: tcp:HOST:PORT, unix:PATH, file:PATH, exec:COMMAND or fd:N, a descriptor that the guest's process was
+    /// started with
     uri: String,
     #[command(flatten)]
     transfer: Transfer,

@@ -8,7 +8,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rstest::rstest;
 
-use super::{Host, Running, program, slow_migration, until};
+use super::{Host, Running, migrate, program, slow_migration, text, until, verify};
 
 /// Has openat fail with O_TMPFILE in a program to be started, as on a file system that knows no unnamed files.
 fn without_unnamed_files(command: &mut Command) {
@@ -50,4 +50,28 @@ fn a_guest_that_is_ended_while_it_is_saved_leaves_no_part_of_the_file_behind(
     // By a code where the signal was ignored when this test was started.
     assert!(ended.signal() == Some(signal as i32) || ended.code() == Some(128 + signal as i32), "{ended:?}");
     assert_eq!(names(), Vec::<std::ffi::OsString>::new());
+}
+
+#[test]
+fn a_guest_is_not_saved_over_what_its_own_process_has_open_nor_over_a_disk() {
+    let mut host = Host::new();
+    let source = host.source();
+    let guest = host.running.last().unwrap().0.id();
+    let mut own = 0;
+    for entry in std::fs::read_dir(format!("/proc/{guest}/fd")).unwrap() {
+        let number: u32 = entry.unwrap().file_name().to_str().unwrap().parse().unwrap();
+        if number > 2 {
+            let refused = migrate(&source, &format!("fd:{number}"), &["--one-way"]);
+            // A connection to its control socket can have ended meanwhile.
+            assert_eq!(refused.status.code(), Some(1), "{}", text(&refused.stderr));
+            own += usize::from(text(&refused.stderr).contains("has opened this descriptor for itself"));
+        }
+    }
+    assert!(own > 5, "{own} descriptors");
+    let image = host.path("other.img");
+    std::fs::write(&image, "a disk").unwrap();
+    let refused = migrate(&source, &format!("file:{}", image.display()), &["--continue"]);
+    assert!(text(&refused.stderr).contains("what is there is no saved guest"), "{}", text(&refused.stderr));
+    assert_eq!(std::fs::read_to_string(&image).unwrap(), "a disk");
+    verify(&source);
 }

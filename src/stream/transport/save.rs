@@ -7,7 +7,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use nix::unistd::{Whence, fdatasync, linkat, lseek};
 
 use super::{Uri, open_error};
 use crate::stream::StreamError;
-use crate::stream::frame::{ConnectionHeader, HEADER_BYTES, MigrationId};
+use crate::stream::frame::{ConnectionHeader, HEADER_BYTES, MAGIC, MigrationId};
 use crate::stream::sys::rename;
 use crate::sys::write_back::write_back;
 
@@ -230,8 +230,26 @@ pub(super) fn open(uri: &Uri, path: &Path, id: MigrationId) -> Result<(OwnedFd, 
         }
         _ => {}
     }
+    if holds_something_else(path).map_err(open_error(uri))? {
+        return Err(uri.error("what is there is no saved guest: remove it first, or save to another name", None));
+    }
     let (file, partial) = Partial::create(path, id).map_err(open_error(uri))?;
     Ok((file, Some(partial)))
+}
+
+/// True of a file whose contents no save has written, complete or not: an image of a disk, say.
+fn holds_something_else(path: &Path) -> io::Result<bool> {
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.is_file() && found.len() > 0 => {
+            let mut magic = Vec::new();
+            File::open(path)?.take(MAGIC.len() as u64).read_to_end(&mut magic)?;
+            Ok(magic != MAGIC)
+        }
+        // A link is replaced, not followed.
+        Ok(_) => Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 fn partial_path(path: &Path, id: MigrationId) -> PathBuf {
