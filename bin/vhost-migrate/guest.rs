@@ -129,15 +129,18 @@ fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
     let owner = Arc::new(Owner::default());
     let (quit, quitting) = crossbeam::channel::bounded(1);
     let handler = Arc::new(Commands { owner: owner.clone(), quit });
+    // Before the first answer: whoever hears that there is no guest yet can send one.
+    let incoming = match &arguments.incoming {
+        Some(uri) => Some((uri, Arc::new(Incoming::start(Listener::bind(uri)?, owner.outcomes.clone())?))),
+        None => None,
+    };
+    *lock(&owner.incoming) = incoming.as_ref().map(|(_, incoming)| incoming.clone());
     std::thread::spawn(move || control::serve(listener, handler));
 
-    match &arguments.incoming {
-        Some(uri) => {
-            // Held to the end: a source may still ask what came of its migration.
-            let incoming = Incoming::start(Listener::bind(uri)?, owner.outcomes.clone())?;
+    match incoming {
+        // Held to the end: a source may still ask what came of its migration.
+        Some((uri, incoming)) => {
             println!("waits for a guest at {uri}");
-            let incoming = Arc::new(incoming);
-            *lock(&owner.incoming) = Some(incoming.clone());
             wait_for_arrival(&owner, &incoming, uri, arguments)?;
             incoming.close_after(2 * ASK_FOR);
         }
