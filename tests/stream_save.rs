@@ -316,6 +316,17 @@ fn a_save_writes_a_new_file_that_only_its_owner_can_read() {
 }
 
 #[test]
+fn what_can_not_be_the_name_of_a_file_is_refused_before_anything_is_saved() {
+    let folder = folder();
+    // One that leaves no room for what is added to it meanwhile, too.
+    for name in ["name/", &"n".repeat(256), &"n".repeat(245)] {
+        let refused = connect(&file(&folder.path().join(name)), &Options::new().unwrap());
+        assert!(matches!(refused, Err(StreamError::Open { .. })), "{name}: {:?}", refused.err());
+    }
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
 fn of_two_saves_to_one_name_the_first_to_end_has_it_and_the_other_is_refused() {
     for there_before in [false, true] {
         let folder = folder();

@@ -57,6 +57,15 @@ pub(crate) fn ignore_hangup() -> io::Result<()> {
     Ok(SigSet::from(Signal::SIGHUP).thread_block()?)
 }
 
+/// Has a write fail that makes a file larger than the process's limit (`ulimit -f`), instead of ending this process by SIGXFSZ.
+/// Programs that it starts take the signal as usual.
+///
+/// # Errors
+/// The error of the system.
+pub(crate) fn survive_file_size_limit() -> io::Result<()> {
+    Ok(SigSet::from(Signal::SIGXFSZ).thread_block()?)
+}
+
 fn on_first(signals: impl IntoIterator<Item = Signal>, then: impl FnOnce() + Send + 'static) -> io::Result<()> {
     let mut then = Some(then);
     on(signals, move |_| {

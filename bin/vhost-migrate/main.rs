@@ -66,6 +66,10 @@ fn main() -> ExitCode {
         eprintln!("vhost-migrate: --exit-with-parent: {error}");
         return ExitCode::FAILURE;
     }
+    if let Err(error) = interrupt::survive_file_size_limit() {
+        eprintln!("vhost-migrate: signals: {error}");
+        return ExitCode::FAILURE;
+    }
     match command.action {
         Action::Demo(arguments) => demo::run(arguments),
         Action::Backend(arguments) => backend::run(arguments),

@@ -34,7 +34,8 @@ pub struct Arriving {
 
 /// Takes connections at one URI until it is dropped.
 pub struct Incoming {
-    migrations: Receiver<Result<Arriving, StreamError>>,
+    /// None when no migration is taken any more.
+    migrations: Mutex<Option<Receiver<Result<Arriving, StreamError>>>>,
     shared: Arc<Mutex<Shared>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -62,7 +63,7 @@ impl Incoming {
             }
         };
         let thread = Some(std::thread::Builder::new().name("incoming".into()).spawn(listen)?);
-        Ok(Incoming { migrations, shared, thread })
+        Ok(Incoming { migrations: Mutex::new(Some(migrations)), shared, thread })
     }
 
     /// Waits for the next migration. Returns `None` if there will be none: after [`close`](Self::close), or if what was
@@ -71,7 +72,8 @@ impl Incoming {
     /// # Errors
     /// What [`Listener::next`] reports.
     pub fn next(&self) -> Result<Option<Arriving>, StreamError> {
-        self.migrations.recv().map_or(Ok(None), |arriving| arriving.map(Some))
+        let migrations = lock(&self.migrations).clone();
+        migrations.and_then(|migrations| migrations.recv().ok()).transpose()
     }
 
     /// Listens no more.
@@ -79,8 +81,9 @@ impl Incoming {
         self.close_after(Duration::ZERO);
     }
 
-    /// Listens no more after `time`.
+    /// Listens no more after `time`. Until then questions are answered, and migrations refused, those that wait too.
     pub fn close_after(&self, time: Duration) {
+        *lock(&self.migrations) = None;
         let mut shared = lock(&self.shared);
         shared.until = Some(Instant::now() + time);
         // The wait begins anew, for this long.
@@ -143,7 +146,7 @@ fn hand_on(to: &Sender<Result<Arriving, StreamError>>, arriving: Arriving) {
     match to.try_send(Ok(arriving)) {
         Ok(()) => {}
         Err(TrySendError::Full(_)) => tracing::warn!("refused a migration: others are under way"),
-        Err(TrySendError::Disconnected(_)) => tracing::warn!("refused a migration: a guest has arrived"),
+        Err(TrySendError::Disconnected(_)) => tracing::warn!("refused a migration: none is waited for any more"),
     }
 }
 
@@ -187,6 +190,6 @@ impl Drop for Expected {
     }
 }
 
-fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
-    shared.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

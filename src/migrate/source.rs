@@ -108,7 +108,7 @@ pub fn migrate(
         return Err(Failure { error, location });
     }
     let (wire, dirty) = open(machine, &memory, connection, plan.codec).map_err(|error| {
-        let location = at_home(run);
+        let (error, location) = (or_cancelled(error, cancel), at_home(run));
         tell(Event::Failed { message: error.to_string(), location });
         Failure { error, location }
     })?;
@@ -142,6 +142,14 @@ pub fn migrate(
 /// Where a guest is that has not left.
 fn at_home(run: bool) -> GuestLocation {
     if run { GuestLocation::RunningHere } else { GuestLocation::PausedHere }
+}
+
+/// What a device says of a wait that was cancelled is no reason of its own.
+fn or_cancelled(error: MigrateError, cancel: &Cancel) -> MigrateError {
+    match error {
+        MigrateError::Machine { .. } | MigrateError::Dirty(_) if cancel.is_cancelled() => MigrateError::Cancelled,
+        error => error,
+    }
 }
 
 /// Has the guest's memory accepted, and begins to track it.
@@ -396,9 +404,10 @@ impl Migration<'_> {
             Err((stage, error)) => {
                 // First of all: what follows may wait for the destination.
                 let resumed = if let Stage::Paused = stage { machine.resume() } else { Ok(()) };
-                let cancelled = self.cancel.is_cancelled()
-                    && matches!(error, MigrateError::Machine { .. } | MigrateError::Dirty(_));
-                let error = if cancelled { MigrateError::Cancelled } else { self.wire.reason(error) };
+                let error = match or_cancelled(error, self.cancel) {
+                    MigrateError::Cancelled => MigrateError::Cancelled,
+                    error => self.wire.reason(error),
+                };
                 self.wire.call_off(&error);
                 self.dirty.put_back(&self.pending);
                 let location = at_home(self.run);

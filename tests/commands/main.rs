@@ -812,6 +812,30 @@ fn status_and_cancel_answer_while_a_disk_hangs_at_the_switchover_and_all_but_the
     verify(&destination);
 }
 
+#[test]
+fn a_migration_that_is_cancelled_before_a_disk_that_hangs_logs_says_so() {
+    let mut host = Host::new();
+    let source = host.source();
+    let [.., backend, _] = &host.running[..] else { panic!() };
+    let backend = Pid::from_raw(backend.0.id() as i32);
+    kill(backend, Signal::SIGSTOP).unwrap();
+    let file = format!("file:{}", host.path("guest.vhm").display());
+    let output = std::thread::scope(|scope| {
+        let migration = scope.spawn(|| migrate(&source, &file, &[]));
+        while status(&source).unwrap()["busy"] != "a migration" {
+            std::thread::yield_now();
+        }
+        // It soon waits for the disk. One that is cancelled before says the same.
+        std::thread::sleep(Duration::from_millis(300));
+        assert_eq!(ask(&source, &json!({"command": "cancel"})).unwrap(), [json!({"event": "ok"})]);
+        migration.join().unwrap()
+    });
+    kill(backend, Signal::SIGCONT).unwrap();
+    let why = text(&output.stderr);
+    assert!(output.status.code() == Some(1) && why.trim_end().ends_with("runs here: cancelled"), "{why}");
+    verify(&source);
+}
+
 #[rstest]
 #[case::it_comes_back(true)]
 #[case::it_is_cancelled(false)]

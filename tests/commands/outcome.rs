@@ -193,6 +193,21 @@ fn a_destination_that_is_killed_when_it_is_ready_leaves_the_guest_to_its_operato
 }
 
 #[test]
+fn a_source_that_comes_after_a_guest_has_arrived_is_refused_at_once() {
+    let mut host = Host::new();
+    let source = host.source();
+    let destination = host.arriving("destination", &unix(&host, "incoming"));
+    until(&destination, "absent");
+    assert_completed(&migrate(&source, &unix(&host, "incoming"), &[]));
+    until(&destination, "running");
+    let output = migrate(&destination, &unix(&host, "incoming"), &[]);
+    let words = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{words}");
+    assert!(words.contains("the peer closed the connection"), "{words}");
+    verify(&destination);
+}
+
+#[test]
 fn a_paused_guest_moves_and_is_saved_and_arrives_paused() {
     let mut host = Host::new();
     let source = host.source();

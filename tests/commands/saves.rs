@@ -75,3 +75,16 @@ fn a_guest_is_not_saved_over_what_its_own_process_has_open_nor_over_a_disk() {
     assert_eq!(std::fs::read_to_string(&image).unwrap(), "a disk");
     verify(&source);
 }
+
+#[test]
+fn a_limit_of_file_sizes_fails_a_save_and_ends_no_guest() {
+    let mut host = Host::new();
+    let source = host.source();
+    let guest = host.running.last().unwrap().0.id().to_string();
+    // 4 MB, of which the memory of a running guest takes no notice.
+    assert!(Command::new("prlimit").args(["--pid", &guest, "--fsize=4000000"]).status().unwrap().success());
+    let output = migrate(&source, &format!("file:{}", host.path("guest.vhm").display()), &[]);
+    let words = text(&output.stderr);
+    assert!(output.status.code() == Some(1) && words.contains("File too large"), "{words}");
+    verify(&source);
+}

@@ -9,6 +9,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -152,13 +153,17 @@ pub(super) struct Partial {
 
 impl Partial {
     fn create(path: &Path, id: MigrationId) -> io::Result<(OwnedFd, Partial)> {
-        let replaces = identity(path)?;
+        let (from, replaces) = (partial_path(path, id), identity(path)?);
+        // What a name can't be is known now, not when everything was saved.
+        if path.as_os_str().as_bytes().ends_with(b"/") {
+            return Err(io::Error::from_raw_os_error(libc::EISDIR));
+        }
+        identity(&from)?;
         let mut how = OpenOptions::new();
         let unnamed = how.write(true).mode(0o600).custom_flags(libc::O_TMPFILE).open(folder_of(path));
         match unnamed {
             // It can only be named through this folder.
             Ok(file) if Path::new(OPEN_FILES).is_dir() => {
-                let from = partial_path(path, id);
                 Ok((file.into(), Partial { from, named: false, to: path.into(), replaces }))
             }
             _ => Partial::create_named(path, id, replaces),
