@@ -225,6 +225,10 @@ fn take_in(
     if answers.one_way {
         cancel.disarm()?;
     }
+    if let Some(limit) = &limit {
+        // The source may have been told by now that this side never starts the guest.
+        limit.check("waiting for the commit")?;
+    }
     let starting = own()?;
     Ok(Committed { pages, compared: compared.pages, commit, starting })
 }

@@ -5,12 +5,16 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{RecvTimeoutError, Sender, bounded};
 
+use super::error::MigrateError;
+
 /// Calls a function once a time has passed, unless it is dropped before.
 pub(super) struct TimeLimit {
+    limit: Duration,
+    begun: Instant,
     passed: Arc<AtomicBool>,
     ended: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
@@ -22,7 +26,7 @@ impl TimeLimit {
     /// # Errors
     /// If the system has no thread left.
     pub(super) fn start(limit: Duration, then: impl FnOnce() + Send + 'static) -> io::Result<TimeLimit> {
-        let passed = Arc::new(AtomicBool::new(false));
+        let (begun, passed) = (Instant::now(), Arc::new(AtomicBool::new(false)));
         let (ended, end) = bounded(1);
         let its = passed.clone();
         let wait = move || {
@@ -32,10 +36,22 @@ impl TimeLimit {
             }
         };
         let thread = std::thread::Builder::new().name("time limit".into()).spawn(wait)?;
-        Ok(TimeLimit { passed, ended: Some(ended), thread: Some(thread) })
+        Ok(TimeLimit { limit, begun, passed, ended: Some(ended), thread: Some(thread) })
     }
 
-    /// Returns true if the time has passed.
+    /// Fails if the time has passed by the clock. A process that was stopped and goes on may do anything else before the
+    /// function is called.
+    ///
+    /// # Errors
+    /// [`MigrateError::SwitchoverTimeout`], with what the process was `doing`.
+    pub(super) fn check(&self, doing: &'static str) -> Result<(), MigrateError> {
+        if self.begun.elapsed() < self.limit {
+            return Ok(());
+        }
+        Err(MigrateError::SwitchoverTimeout { limit: self.limit, doing })
+    }
+
+    /// Returns true if the function is called.
     pub(super) fn has_passed(&self) -> bool {
         self.passed.load(Ordering::SeqCst)
     }

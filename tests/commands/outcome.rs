@@ -8,15 +8,17 @@ use std::process::Output;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use vhost_migrate::stream::record::{Held, Started};
 use vhost_migrate::stream::{Incoming, Kind, Listener, Options, ToSource, Uri};
 
 use crate::relay::{At, Deed, Fault, Relay, Way};
 use crate::{
-    Host, PATIENCE, ask, assert_completed, failed, migrate, run, slow_migration, status, text, until, until_it_waits,
-    verify,
+    Host, PATIENCE, ask, assert_completed, failed, migrate, migrating, run, signal, slow_migration, status, text,
+    until, until_it_waits, verify,
 };
 
 /// A destination that is gone once it has read the commit, and another process in its place that answers questions, one
@@ -189,6 +191,32 @@ fn a_destination_that_is_killed_when_it_is_ready_leaves_the_guest_to_its_operato
     assert_eq!(sent.status.code(), Some(3), "{}", text(&sent.stderr));
     sent = command("resume", &source);
     assert!(sent.status.success(), "{}", text(&sent.stderr));
+    verify(&source);
+}
+
+#[test]
+fn a_commit_that_a_stopped_destination_finds_too_late_has_no_effect() {
+    let mut host = Host::new();
+    let source = host.source();
+    let destination =
+        host.guest("destination", &["--incoming", &unix(&host, "incoming"), "--switchover-timeout", "1s"]);
+    until(&destination, "absent");
+    let there: Uri = unix(&host, "incoming").parse().unwrap();
+    let slowly = Fault::new(Way::ToSource, At::Frame(Kind::Ready, 0), Deed::Trickle(Duration::from_millis(20)));
+    let relay = Relay::new(unix(&host, "relay").parse().unwrap(), &there, slowly);
+    let through = unix(&host, "relay");
+    let (mut migration, _events) = migrating(&source, &through);
+    while !relay.struck() {
+        std::thread::yield_now();
+    }
+    let process = host.running.last().unwrap();
+    signal(process, Signal::SIGSTOP);
+    // The source hears that it is ready and sends the commit meanwhile, and the destination's time passes.
+    std::thread::sleep(Duration::from_secs(2));
+    signal(process, Signal::SIGCONT);
+    let why = failed(&mut migration);
+    assert!(why.contains("the guest still runs here") && why.contains("took longer than 1s"), "{why}");
+    assert_eq!(status(&destination).unwrap()["state"], "absent");
     verify(&source);
 }
 
