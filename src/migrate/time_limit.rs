@@ -80,4 +80,16 @@ mod tests {
         assert!(!limit.has_passed());
         drop(limit);
     }
+    #[test]
+    fn a_check_goes_by_the_clock() {
+        // As a process that was stopped finds it: the thread has not run yet.
+        let past = |seconds| {
+            let mut limit = TimeLimit::start(Duration::from_secs(3600), || unreachable!()).unwrap();
+            limit.begun = Instant::now().checked_sub(Duration::from_secs(seconds)).unwrap();
+            limit.limit = Duration::from_secs(60);
+            limit.check("waiting")
+        };
+        assert!(past(1).is_ok());
+        assert!(matches!(past(61), Err(MigrateError::SwitchoverTimeout { .. })));
+    }
 }
