@@ -158,8 +158,9 @@ fn virtiofsd_loses_pages_that_are_added_later_and_is_started_again_each_time_it_
     let options = Options { device: Some(Device::Fs), restart, timeout: Duration::from_secs(5), ..Options::default() };
     let report = check(&socket, &options).unwrap();
     let broken = ["F1", "F5", "F6", "R10", "L3", "L6", "L7", "L9", "L12", "M1"];
-    assert_eq!(verdicts(&report, &[]), [BTreeSet::from(broken), BTreeSet::from(["R2", "R9", "D1"])], "{report}");
-    kept(&report, &["F2", "F3", "F4", "F7", "F8", "B1", "R1", "R3", "R4", "R5", "R6", "R7", "R8", "L1", "L2", "L8"]);
+    // GET_VRING_BASE is another thread's than the requests: what comes after it has not been seen, and can't be excluded.
+    assert_eq!(verdicts(&report, &["R3"]), [BTreeSet::from(broken), BTreeSet::from(["R2", "R9", "D1"])], "{report}");
+    kept(&report, &["F2", "F3", "F4", "F7", "F8", "B1", "R1", "R4", "R5", "R6", "R7", "R8", "L1", "L2", "L8"]);
     kept(&report, &["L10", "L11"]);
     let ends = report.findings.iter().find(|finding| finding.seen.contains("it was started again")).unwrap();
     assert!(ends.rule == "R9" && ends.seen.contains("exit status: 0"), "{report}");
@@ -228,8 +229,9 @@ fn the_console_of_rust_vmm_ends_when_it_refuses_something() {
     let report = check(&socket, &Options { device: Some(Device::Console), ..options }).unwrap();
     assert!(report.offers.starts_with("a console, 4 queues, rings of 128"), "{report}");
     let broken = BTreeSet::from(["F1", "F5", "F6", "R9", "R10", "P1"]);
-    assert_eq!(verdicts(&report, &[]), [broken, BTreeSet::from(["R2"])], "{report}");
-    kept(&report, &["F2", "F3", "F4", "F8", "C1", "R1", "R3", "R4", "R5", "R6", "R7", "R8"]);
+    // Seldom, and on a busy machine, it publishes after GET_VRING_BASE: another thread answers that.
+    assert_eq!(verdicts(&report, &["R3"]), [broken, BTreeSet::from(["R2"])], "{report}");
+    kept(&report, &["F2", "F3", "F4", "F8", "C1", "R1", "R4", "R5", "R6", "R7", "R8"]);
 }
 
 #[test]
