@@ -129,7 +129,7 @@ fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
     let owner = Arc::new(Owner::default());
     let (quit, quitting) = crossbeam::channel::bounded(1);
     let handler = Arc::new(Commands { owner: owner.clone(), quit });
-    // Before the first answer: whoever hears that there is no guest yet can send one.
+    // Before the first answer: a client that is told that there is no guest yet can have one sent.
     let incoming = match &arguments.incoming {
         Some(uri) => Some((uri, Arc::new(Incoming::start(Listener::bind(uri)?, owner.outcomes.clone())?))),
         None => None,

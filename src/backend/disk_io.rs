@@ -66,7 +66,7 @@ pub(crate) enum Op {
 }
 
 impl Op {
-    /// Whether it changes what the disk holds.
+    /// True of operations that change the contents of the disk.
     pub(crate) fn changes(self) -> bool {
         match self {
             Op::Write { .. } | Op::Discard | Op::Zero { .. } => true,

@@ -300,7 +300,7 @@ pub enum BackendError {
     /// The generation of a disk can't be told.
     #[error("the disk's generation can't be told: {why} (GET_DISK_GENERATION)")]
     Generation {
-        /// What keeps it from it.
+        /// The reason, as the image or the system gives it.
         why: String,
     },
     /// The kick of a ring can't be waited for.

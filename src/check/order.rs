@@ -185,7 +185,7 @@ fn reset(bench: &mut Bench, send: impl FnOnce(&Rig) -> Result<(), Fault>) -> Res
     })
 }
 
-/// How often completion and SET_VRING_CALL are brought together: a back-end that publishes and then looks for the call fd can find a
+/// Number of attempts to bring completion and SET_VRING_CALL together: a back-end that publishes and then looks for the call fd can find a
 /// late one in time by chance, and one that keeps the rule signals each time.
 const LATE_CALLS: usize = 5;
 

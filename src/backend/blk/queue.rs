@@ -147,7 +147,7 @@ impl DiskQueue {
         self.transfer(op, range.sector.get(), u64::from(sectors) * SECTOR_BYTES, 0)
     }
 
-    /// What is due before the first attempt at an operation (GET_DISK_GENERATION).
+    /// Replaces the generation before the first operation that changes the image (GET_DISK_GENERATION).
     fn before(&self, op: Op) -> io::Result<()> {
         match &self.generation {
             Some(generation) if op.changes() => generation.before_change(),

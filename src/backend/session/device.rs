@@ -1,4 +1,4 @@
-//! What messages read and write of a device beside its rings: configuration, inflight region, state (rules C1, I1, D1; GET_DISK_GENERATION).
+//! Messages about a device itself: configuration, inflight region, state (rules C1, I1, D1), generation (GET_DISK_GENERATION).
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, OwnedFd};
