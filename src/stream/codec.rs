@@ -140,4 +140,11 @@ mod tests {
         assert!(decompressor.decompress(small, text.len() - 1).is_err());
         assert!(decompressor.decompress(small, text.len() + 1).is_err());
     }
+
+    /// Their decoders have had holes, and no version of this program has sent them.
+    #[test]
+    fn formats_before_zstd_0_8_are_refused() {
+        let frame_of_0_7 = b"\x27\xb5\x2f\xfd\x20\x04\x40\x00\x04page\xc0\x00\x00";
+        assert!(Decompressor::new().unwrap().decompress(frame_of_0_7, 4).is_err());
+    }
 }
