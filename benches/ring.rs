@@ -5,12 +5,14 @@
 //! logged; behind an IOMMU with a translation for each page, all of which are known. Recovery: a queue of 1024 entries, half of them in flight.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+mod race;
+
 use std::hint::black_box;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use race::{Contender, race, time};
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::virtio::{PackedDesc, VIRTIO_F_RING_PACKED, VIRTIO_RING_F_INDIRECT_DESC};
 use vhost_migrate::dirty::Log;
@@ -21,6 +23,9 @@ use zerocopy::FromZeros;
 
 const SIZE: u16 = 256;
 const BATCH: u16 = 16;
+/// Of one turn.
+const BATCHES: u64 = 2000;
+const TURNS: usize = 9;
 const KINDS: [(&str, u64); 2] = [("split", 0), ("packed", bit(VIRTIO_F_RING_PACKED))];
 /// Where indirect tables are.
 const TABLES: u64 = 0x2_0000;
@@ -100,15 +105,15 @@ impl Tracking {
     }
 }
 
-/// The time the device spends on `requests` requests, in batches.
-fn serve(requests: u64, kind: u64, shape: Shape, tracking: &mut Tracking, log: Option<RingLog>) -> Duration {
+/// Nanoseconds that the device spends on a request of many, in batches.
+fn serve(kind: u64, shape: Shape, tracking: &mut Tracking, log: Option<RingLog>) -> f64 {
     let (mut driver, mut device) = rings(kind, shape.translated);
     device.set_log(log);
     let buffer = Buffer { gpa: 0x1_0000, len: 4096 };
     let writable = [buffer; 2];
     let mut chains: Vec<(Chain, u16)> = (0..BATCH).map(|_| Default::default()).collect();
     let mut spent = Duration::ZERO;
-    for _ in 0..requests.div_ceil(BATCH.into()) {
+    for _ in 0..BATCHES {
         for number in 0..u64::from(BATCH) {
             let table = shape.indirect.then_some(TABLES + number * 64);
             driver.add(&[buffer], &writable[..shape.writable], table).unwrap().unwrap();
@@ -128,12 +133,16 @@ fn serve(requests: u64, kind: u64, shape: Shape, tracking: &mut Tracking, log: O
         spent += begin.elapsed();
         while driver.pop_used().unwrap().is_some() {}
     }
-    spent
+    spent.as_nanos() as f64 / (BATCHES * u64::from(BATCH)) as f64
 }
 
-fn per_request(c: &mut Criterion) {
-    let mut group = c.benchmark_group("request");
-    group.throughput(Throughput::Elements(1));
+fn main() {
+    per_request();
+    inflight_alone();
+    recovery();
+}
+
+fn per_request() {
     let shapes = [
         ("one descriptor", Shape { writable: 0, ..CHAIN }),
         ("a chain of three", CHAIN),
@@ -142,59 +151,58 @@ fn per_request(c: &mut Criterion) {
         ("a chain of three behind an IOMMU", Shape { translated: true, ..CHAIN }),
         ("an indirect table of three behind an IOMMU", Shape { indirect: true, translated: true, ..CHAIN }),
     ];
-    for (what, shape) in shapes {
-        for (name, kind) in KINDS {
-            group.bench_function(format!("{what}, {name}"), |b| {
-                b.iter_custom(|requests| serve(requests, kind, shape, &mut Tracking::Off, None));
-            });
+    for (name, kind) in KINDS {
+        let mut contenders: Vec<Contender<'_>> = Vec::new();
+        for (what, shape) in shapes {
+            contenders.push((what, Box::new(move || serve(kind, shape, &mut Tracking::Off, None))));
         }
-    }
-    for (name, kind) in KINDS {
         let mut inflight = Tracking::new(kind);
-        group.bench_function(format!("a chain of three with inflight, {name}"), |b| {
-            b.iter_custom(|requests| serve(requests, kind, CHAIN, &mut inflight, None));
-        });
-    }
-    for (name, kind) in KINDS {
+        contenders.push(("a chain of three with inflight", Box::new(move || serve(kind, CHAIN, &mut inflight, None))));
         let log = RingLog { log: Arc::new(Log::create(1 << 20).unwrap().0), used_gpa: 0x8000 };
-        group.bench_function(format!("a chain of three with the log, {name}"), |b| {
-            b.iter_custom(|requests| serve(requests, kind, CHAIN, &mut Tracking::Off, Some(log.clone())));
-        });
+        let logged = move || serve(kind, CHAIN, &mut Tracking::Off, Some(log.clone()));
+        contenders.push(("a chain of three with the log", Box::new(logged)));
+        race(&format!("request, {name}"), TURNS, contenders);
     }
-    group.bench_function("inflight alone, split", |b| {
-        let (region, _fd) = Inflight::create(Kind::Split, 1, SIZE).unwrap();
-        let (mut inflight, _) = region.split(0, SIZE, 0).unwrap();
-        let heads = [3u16, 9, 1, 200, 77, 4, 5, 6, 90, 91, 92, 255, 0, 128, 64, 32];
-        b.iter_custom(|requests| {
-            let begin = Instant::now();
-            for _ in 0..requests.div_ceil(heads.len() as u64) {
-                heads.iter().for_each(|head| inflight.take(*head));
-                heads.iter().for_each(|head| inflight.stage(*head));
-                inflight.commit(black_box(16));
-            }
-            begin.elapsed()
-        });
-    });
 }
 
-fn recovery(c: &mut Criterion) {
-    let (region, _fd) = Inflight::create(Kind::Split, 1, 1024).unwrap();
-    let (mut inflight, _) = region.split(0, 1024, 0).unwrap();
+fn inflight_alone() {
+    let (region, _fd) = Inflight::create(Kind::Split, 1, SIZE).unwrap();
+    let (mut inflight, _) = region.split(0, SIZE, 0).unwrap();
+    let heads = [3u16, 9, 1, 200, 77, 4, 5, 6, 90, 91, 92, 255, 0, 128, 64, 32];
+    let batch = move || {
+        heads.iter().for_each(|head| inflight.take(*head));
+        heads.iter().for_each(|head| inflight.stage(*head));
+        inflight.commit(black_box(16));
+    };
+    race("request, inflight alone", TURNS, vec![("split", each(BATCHES, heads.len() as u64, batch))]);
+}
+
+fn recovery() {
+    const TIMES: u64 = 100;
+    let (split, _fd) = Inflight::create(Kind::Split, 1, 1024).unwrap();
+    let (mut inflight, _) = split.split(0, 1024, 0).unwrap();
     (0..512).for_each(|i| inflight.take(i * 5 % 1024));
-    let bytes = region.copy(0).unwrap();
-    c.bench_function("recover 512 of 1024, split", |b| b.iter(|| recover(black_box(&bytes), 0, 1024).unwrap()));
-    c.bench_function("take over 512 of 1024, split", |b| b.iter(|| region.split(0, 1024, 0).unwrap()));
-    let (region, _fd) = Inflight::create(Kind::Packed, 1, 1024).unwrap();
+    let split_bytes = split.copy(0).unwrap();
+    let (packed, _fd) = Inflight::create(Kind::Packed, 1, 1024).unwrap();
     let unused = |_| 0x80;
-    let (mut inflight, _) = region.packed(0, 1024, RingBase::PACKED_START, unused).unwrap();
-    (0..512u16).for_each(|_| _ = inflight.take(&[PackedDesc::new_zeroed()]).unwrap());
-    let bytes = region.copy(0).unwrap();
     let start = RingBase::PACKED_START;
-    c.bench_function("recover 512 of 1024, packed", |b| {
-        b.iter(|| recover_packed(black_box(&bytes), 1024, 1024, start, unused).unwrap());
-    });
-    c.bench_function("take over 512 of 1024, packed", |b| b.iter(|| region.packed(0, 1024, start, unused).unwrap()));
+    let (mut inflight, _) = packed.packed(0, 1024, start, unused).unwrap();
+    (0..512u16).for_each(|_| _ = inflight.take(&[PackedDesc::new_zeroed()]).unwrap());
+    let packed_bytes = packed.copy(0).unwrap();
+    let recover_packed = || recover_packed(black_box(&packed_bytes), 1024, 1024, start, unused).unwrap();
+    race(
+        "recovery of 512 requests of 1024",
+        TURNS,
+        vec![
+            ("recover, split", each(TIMES, 1, || recover(black_box(&split_bytes), 0, 1024).unwrap())),
+            ("take over, split", each(TIMES, 1, || split.split(0, 1024, 0).unwrap())),
+            ("recover, packed", each(TIMES, 1, recover_packed)),
+            ("take over, packed", each(TIMES, 1, || packed.packed(0, 1024, start, unused).unwrap())),
+        ],
+    );
 }
 
-criterion_group!(benches, per_request, recovery);
-criterion_main!(benches);
+/// A turn of `times` times `work`, which is `units` units of work.
+fn each<'a, T>(times: u64, units: u64, mut work: impl FnMut() -> T + 'a) -> Box<dyn FnMut() -> f64 + 'a> {
+    Box::new(move || time(|| (0..times).for_each(|_| _ = black_box(work()))) / (times * units) as f64)
+}

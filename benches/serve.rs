@@ -6,14 +6,15 @@
 //! which a peer can make wait (rule F9).
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+mod race;
+
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use metrics_exporter_prometheus::PrometheusBuilder;
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use race::{race, time};
 use vhost_migrate::backend::{Device, Immediate, Kick, Logging, Notifier, Queue, RING_FEATURES, Rings, Setup, Workers};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
@@ -21,6 +22,10 @@ use vhost_migrate::ring::{Buffer, DriverRing, RingBase, RingLayout};
 
 const SIZE: u16 = 256;
 const BATCH: u64 = 64;
+/// Of one turn.
+const BATCHES: u64 = 500;
+const SIGNALS: u64 = 20_000;
+const TURNS: usize = 9;
 const FEATURES: u64 = 1 << 32;
 
 struct Nothing;
@@ -41,8 +46,8 @@ impl Device for Nothing {
     }
 }
 
-/// The time from the first of `requests` to the last.
-fn serve(requests: u64, log: Option<Arc<Log>>) -> Duration {
+/// Nanoseconds that a request of many takes.
+fn serve(log: Option<Arc<Log>>) -> f64 {
     let fd = sealed_memfd("serve-bench", 1 << 20).unwrap();
     let memory = Memory::new([Arc::new(Region::share(fd, 0, 1 << 20, 0).unwrap())]).unwrap();
     let layout = RingLayout::new(FEATURES, SIZE, 0, 0x4000, 0x8000);
@@ -69,8 +74,7 @@ fn serve(requests: u64, log: Option<Arc<Log>>) -> Duration {
     let mut workers = Workers::new(Arc::new(Nothing));
     workers.start(0, setup).unwrap();
     let buffer = Buffer { gpa: 0x1_0000, len: 4096 };
-    let begin = Instant::now();
-    for _ in 0..requests.div_ceil(BATCH) {
+    let mut batch = || {
         for _ in 0..BATCH {
             driver.add(&[buffer], &[buffer; 2], None).unwrap().unwrap();
         }
@@ -84,35 +88,32 @@ fn serve(requests: u64, log: Option<Arc<Log>>) -> Duration {
                 None => std::hint::spin_loop(),
             }
         }
-    }
-    let spent = begin.elapsed();
+    };
+    let spent = time(|| (0..BATCHES).for_each(|_| batch()));
     workers.stop_all();
-    spent
+    spent / (BATCHES * BATCH) as f64
 }
 
-fn counters(c: &mut Criterion) {
-    let mut group = c.benchmark_group("serve");
-    group.throughput(Throughput::Elements(1));
-    let mut run = |what: &str| {
-        group.bench_function(what, |b| b.iter_custom(|requests| serve(requests, None)));
-        let log = Arc::new(Log::create(1 << 20).unwrap().0);
-        group.bench_function(format!("{what}, logged"), |b| {
-            b.iter_custom(|requests| serve(requests, Some(log.clone())))
-        });
+fn main() {
+    let log = &Arc::new(Log::create(1 << 20).unwrap().0);
+    let served = |title| {
+        let logged = move || serve(Some(log.clone()));
+        race(title, TURNS, vec![("without a log", Box::new(|| serve(None))), ("logged", Box::new(logged))]);
     };
-    run("counted for nobody");
+    served("a request, counted for nobody");
     // The one of `--metrics`; nobody reads it meanwhile.
     metrics::set_global_recorder(PrometheusBuilder::new().build_recorder()).unwrap();
-    run("counted");
-}
+    served("a request, counted");
 
-fn signals(c: &mut Criterion) {
-    let mut group = c.benchmark_group("signal");
     let eventfd = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
-    group.bench_function("write", |b| b.iter(|| eventfd.write(1)));
     let notifier = Notifier::new(eventfd.as_fd().try_clone_to_owned().unwrap());
-    group.bench_function("Notifier", |b| b.iter(|| notifier.signal()));
+    let each = |signal: &dyn Fn()| time(|| (0..SIGNALS).for_each(|_| signal())) / SIGNALS as f64;
+    race(
+        "a signal",
+        TURNS,
+        vec![
+            ("write", Box::new(|| each(&|| _ = eventfd.write(1)))),
+            ("Notifier", Box::new(|| each(&|| notifier.signal()))),
+        ],
+    );
 }
-
-criterion_group!(benches, counters, signals);
-criterion_main!(benches);
