@@ -1,0 +1,68 @@
+//! Writes inputs for the target `stream` to begin with: streams of this version with a frame of every kind, once with raw
+//! and once with compressed pages, and the body of each frame on its own.
+//!
+//! `cargo run --example stream_seeds FOLDER`
+
+use std::error::Error;
+use std::fs;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::stream::frame::{ConnectionHeader, HEADER_BYTES};
+use vhost_migrate::stream::record::{Commit, DataRuns, Held, MemoryLayout, RoundEnd, Started};
+use vhost_migrate::stream::{
+    ChannelId, Codec, Encoder, FrameReader, FrameWriter, Kind, MigrationId, ToDestination, ToSource, send_hashes,
+};
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let folder = std::env::args_os().nth(1).ok_or("name the folder to write to")?;
+    let write = |name: String, bytes: &[u8]| fs::write(Path::new(&folder).join(name), bytes);
+    let header = ConnectionHeader { id: MigrationId(1), channel: 0, channels: 1, one_way: false, question: false };
+    write("question".into(), &ConnectionHeader { question: true, ..header }.encode())?;
+    write("unfinished".into(), &ConnectionHeader { one_way: true, ..header }.encode_unfinished())?;
+    for (name, codec) in [("raw", Codec::None), ("zstd", Codec::Zstd(1))] {
+        let stream = [&header.encode(), frames(codec)?.as_slice()].concat();
+        write(name.into(), &stream)?;
+        let mut reader = FrameReader::new(&stream[HEADER_BYTES..], CHANNEL);
+        let mut body = Vec::new();
+        while let Ok(frame) = reader.next_frame() {
+            reader.body(&frame, &mut body)?;
+            let kind = Kind::ALL.iter().position(|kind| *kind == frame.kind).ok_or("a kind that is not in ALL")?;
+            write(format!("{name}-{}", frame.kind), &[&[kind as u8], body.as_slice()].concat())?;
+        }
+    }
+    Ok(())
+}
+
+/// As in the target.
+const CHANNEL: ChannelId = ChannelId { migration: MigrationId(1), channel: 0 };
+
+/// A frame of every kind, pages for the memory that the target has.
+fn frames(codec: Codec) -> Result<Vec<u8>, Box<dyn Error>> {
+    let region = |gpa| -> Result<_, Box<dyn Error>> {
+        let fd = sealed_memfd("seeds", 32 * LOG_PAGE)?;
+        Ok(Arc::new(Region::map(fd.as_fd(), gpa, 32 * LOG_PAGE, gpa, 0)?))
+    };
+    let memory = Memory::new([region(0)?, region(48 * LOG_PAGE)?])?;
+    memory.write(LOG_PAGE, &b"a page of text  ".repeat(256))?;
+    let mut writer = FrameWriter::new(Vec::new(), CHANNEL);
+    let to = &mut writer;
+    ToDestination::Layout(MemoryLayout::of(&memory)?).write(to)?;
+    ToDestination::DataRuns(DataRuns::of(&memory)).write(to)?;
+    ToDestination::Devices(b"devices".into()).write(to)?;
+    let sent = Encoder::new(codec)?.send(&memory, [1..3, 48..50], to)?;
+    send_hashes(&memory, [1..3, 48..50], to)?;
+    ToDestination::RoundEnd(RoundEnd::new(0, true, &sent)).write(to)?;
+    ToDestination::State(b"state".into()).write(to)?;
+    ToDestination::Commit(Commit { run: true }).write(to)?;
+    ToDestination::Cancel { reason: "cancelled".into() }.write(to)?;
+    ToSource::Accepted.write(to)?;
+    ToSource::Ready.write(to)?;
+    ToSource::Started(Started { observed_downtime_ns: Some(1), start_ns: 2 }).write(to)?;
+    ToSource::Failed { message: "failed".into() }.write(to)?;
+    ToSource::Held(Held { starting: false, message: "held".into() }).write(to)?;
+    ToSource::Unknown.write(to)?;
+    Ok(writer.into_inner())
+}

@@ -1,0 +1,42 @@
+//! The inputs that the fuzz target `stream` begins with are streams of this version, with a frame of every kind: a fuzzer
+//! does not find the hashes of frames by itself.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::HashSet;
+use std::fs;
+use std::process::Command;
+
+use vhost_migrate::stream::frame::ConnectionHeader;
+use vhost_migrate::stream::{ChannelId, FrameReader, Kind, MigrationId};
+
+#[test]
+fn seeds_have_whole_streams_of_this_version() {
+    let folder = tempfile::tempdir().unwrap();
+    let seeds = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/seeds/stream.tar.gz");
+    let unpacked = Command::new("tar").args(["-xzf", seeds, "-C"]).arg(folder.path()).status().unwrap();
+    assert!(unpacked.success());
+    let kinds: HashSet<Kind> = fs::read_dir(folder.path())
+        .unwrap()
+        .flat_map(|file| kinds_of_frames(&fs::read(file.unwrap().path()).unwrap()))
+        .collect();
+    let missing: Vec<Kind> = Kind::ALL.into_iter().filter(|kind| !kinds.contains(kind)).collect();
+    assert!(
+        missing.is_empty(),
+        "no input has a valid frame of the kinds {missing:?}: tests/fuzz says how to select anew"
+    );
+}
+
+/// Of the valid frames after a valid connection header, as the target reads them.
+fn kinds_of_frames(mut stream: &[u8]) -> Vec<Kind> {
+    let mut kinds = Vec::new();
+    if ConnectionHeader::read(&mut stream).is_ok() {
+        let mut reader = FrameReader::new(stream, ChannelId { migration: MigrationId(1), channel: 0 });
+        while let Ok(frame) = reader.next_frame() {
+            if reader.body(&frame, &mut Vec::new()).is_err() {
+                break;
+            }
+            kinds.push(frame.kind);
+        }
+    }
+    kinds
+}
