@@ -18,7 +18,7 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use super::session::{Session, Step};
 use super::turn::{Turn, Turns};
-use super::{BackendError, Device, MAX_FDS, Message, Workers, counters};
+use super::{BackendError, Device, MAX_FDS, Message, Reply, Workers, counters};
 use crate::abi::vhost_user::{Header, Request as Code};
 use crate::sys::lines::limited;
 use crate::sys::listen::{Place, listen};
@@ -31,6 +31,11 @@ const RECONNECT_MS: u16 = 100;
 /// How long a front-end may take from the first byte of a message to the last, and to make room for an answer. Between
 /// messages it may be silent as long as it likes.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Most messages that are taken without waiting between two looks at whether to stop.
+const MOST_UNWATCHED: usize = 64;
+/// Bytes of answers that are sent together.
+const MOST_ANSWERS: usize = 4096;
 
 /// Where front-ends connect. A socket that was made here is removed with it, unless another process has replaced it.
 #[derive(Debug)]
@@ -46,6 +51,10 @@ struct Channel<'a> {
     stop: BorrowedFd<'a>,
     /// Until one has come.
     next: Option<BorrowedFd<'a>>,
+    /// Messages that were there without waiting since `stop` and `next` were last looked at.
+    unwatched: usize,
+    /// Answers that are to be sent together.
+    answers: Vec<u8>,
 }
 
 /// What a wait came to.
@@ -223,7 +232,7 @@ fn serve_connection(
 ) -> bool {
     limited!(info, "a front-end has connected");
     counters::connected();
-    let mut channel = Channel { socket: connection.as_fd(), stop, next };
+    let mut channel = Channel { socket: connection.as_fd(), stop, next, unwatched: 0, answers: Vec::new() };
     let mut rings = Workers::new(device.clone());
     turn.into_iter().for_each(|turn| rings.take_turns(turn));
     if let Err(error) = rings.watch(connection.as_fd()) {
@@ -258,19 +267,14 @@ fn converse(channel: &mut Channel<'_>, session: &mut Session, rings: &mut Worker
         let reply = match step {
             Step::Silence => continue,
             Step::Reply(reply) => reply,
-            Step::Close(error) => return Err(error),
-        };
-        // A front-end that doesn't read its answers must keep nobody waiting.
-        if let Heard::Stop = channel.wait(PollFlags::POLLOUT, Some(Instant::now() + PATIENCE))? {
-            return Ok(Heard::Stop);
-        }
-        let fds: Vec<_> = reply.fd.iter().map(AsFd::as_fd).collect();
-        match socket::send(channel.socket, &reply.to_bytes(), &fds) {
-            Ok(()) => {}
-            Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {
-                return Ok(Heard::End);
+            Step::Close(error) => {
+                channel.flush()?;
+                return Err(error);
             }
-            Err(e) => return Err(BackendError::system("answer the front-end")(e)),
+        };
+        match channel.answer(&reply)? {
+            Heard::This(()) => {}
+            ended => return Ok(ended),
         }
     }
 }
@@ -281,6 +285,12 @@ fn receive(channel: &mut Channel<'_>) -> Result<Heard<Message>, BackendError> {
     let mut fds = Vec::new();
     let head = size_of::<Header>();
     let mut deadline = None;
+    channel.unwatched += 1;
+    if channel.unwatched > MOST_UNWATCHED
+        && let Heard::Stop = channel.wait_for_more(None)?
+    {
+        return Ok(Heard::Stop);
+    }
     match channel.fill(header.as_mut_bytes(), &mut fds, &mut deadline)? {
         Heard::Stop => return Ok(Heard::Stop),
         Heard::End | Heard::This(0) => return Ok(Heard::End),
@@ -299,8 +309,52 @@ fn receive(channel: &mut Channel<'_>) -> Result<Heard<Message>, BackendError> {
 }
 
 impl Channel<'_> {
+    /// Sends an answer, those of messages that have come already together.
+    fn answer(&mut self, reply: &Reply) -> Result<Heard<()>, BackendError> {
+        // An fd travels with the first byte of what is sent.
+        if reply.fd.is_some()
+            && let ended @ (Heard::Stop | Heard::End) = self.flush()?
+        {
+            return Ok(ended);
+        }
+        self.answers.extend(reply.to_bytes());
+        match reply.fd.is_some() || self.answers.len() >= MOST_ANSWERS {
+            true => self.send(reply.fd.as_ref()),
+            false => Ok(Heard::This(())),
+        }
+    }
+
+    /// Sends the answers that wait.
+    fn flush(&mut self) -> Result<Heard<()>, BackendError> {
+        if self.answers.is_empty() { Ok(Heard::This(())) } else { self.send(None) }
+    }
+
+    fn send(&mut self, fd: Option<&OwnedFd>) -> Result<Heard<()>, BackendError> {
+        // A front-end that doesn't read its answers must keep nobody waiting.
+        if let Heard::Stop = self.wait(PollFlags::POLLOUT, Some(Instant::now() + PATIENCE))? {
+            return Ok(Heard::Stop);
+        }
+        let fds: Vec<_> = fd.into_iter().map(AsFd::as_fd).collect();
+        let sent = socket::send(self.socket, &self.answers, &fds);
+        self.answers.clear();
+        match sent {
+            Ok(()) => Ok(Heard::This(())),
+            Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => Ok(Heard::End),
+            Err(e) => Err(BackendError::system("answer the front-end")(e)),
+        }
+    }
+
+    /// Waits for more of the front-end, which has all answers first.
+    fn wait_for_more(&mut self, deadline: Option<Instant>) -> Result<Heard<()>, BackendError> {
+        match self.flush()? {
+            Heard::This(()) => self.wait(PollFlags::POLLIN, deadline),
+            ended => Ok(ended),
+        }
+    }
+
     /// Waits for the front-end until `deadline`. That another one has come is said once.
     fn wait(&mut self, flags: PollFlags, deadline: Option<Instant>) -> Result<Heard<()>, BackendError> {
+        self.unwatched = 0;
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             // Rounded up: a wait that is over is over.
@@ -338,11 +392,13 @@ impl Channel<'_> {
     ) -> Result<Heard<usize>, BackendError> {
         let mut filled = 0;
         while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-            if let Heard::Stop = self.wait(PollFlags::POLLIN, *deadline)? {
-                return Ok(Heard::Stop);
-            }
             match socket::receive(self.socket, rest, fds, MAX_FDS) {
                 Ok(0) => break,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => match self.wait_for_more(*deadline)? {
+                    Heard::This(()) => {}
+                    Heard::End => break,
+                    Heard::Stop => return Ok(Heard::Stop),
+                },
                 Ok(count) => {
                     filled += count;
                     deadline.get_or_insert_with(|| Instant::now() + PATIENCE);

@@ -23,6 +23,7 @@ use super::turn::Turn;
 use super::worker::Order;
 use super::{BackendError, Device, Notifier};
 use crate::ring::RingBase;
+use crate::sys::join::join;
 use crate::sys::lines::limited;
 
 /// The interval at which the front-end is polled while a ring is being stopped.
@@ -32,6 +33,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// that a front-end which has gone on without us finds its rings as it left them.
 pub struct Workers {
     device: Arc<dyn Device>,
+    /// The thread of each ring, once it has run.
+    threads: Vec<Option<RingThread>>,
     running: Vec<Option<Handle>>,
     /// The connection to the front-end, to see it hang up while a ring is being stopped.
     connection: Option<OwnedFd>,
@@ -42,17 +45,45 @@ pub struct Workers {
 struct Handle {
     orders: Sender<Order>,
     wake: Arc<EventFd>,
-    thread: JoinHandle<RingBase>,
-    /// Disconnected when the thread has ended.
-    ended: Receiver<()>,
+    /// Where the ring goes on, when it has ended.
+    ended: Receiver<RingBase>,
     postcopy: bool,
+}
+
+/// A thread that serves a ring whenever that runs: to wake one takes a fraction of the time that it takes to make one, which
+/// is time for which a guest that is migrated stands still. It ends when this is dropped.
+struct RingThread {
+    work: Option<Sender<Box<dyn FnOnce() + Send>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl RingThread {
+    fn new(index: u16) -> io::Result<RingThread> {
+        let (work, works) = unbounded::<Box<dyn FnOnce() + Send>>();
+        let serve = move || works.into_iter().for_each(|work| work());
+        let thread = thread::Builder::new().name(format!("ring {index}")).spawn(serve)?;
+        Ok(RingThread { work: Some(work), thread: Some(thread) })
+    }
+
+    /// Returns false if it has panicked: it does nothing any more.
+    fn is_alive(&self) -> bool {
+        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+}
+
+impl Drop for RingThread {
+    fn drop(&mut self) {
+        self.work = None;
+        self.thread.take().into_iter().for_each(join);
+    }
 }
 
 impl Workers {
     /// No ring runs yet.
     pub fn new(device: Arc<dyn Device>) -> Workers {
-        let running = (0..device.queues()).map(|_| None).collect();
-        Workers { device, running, connection: None, turn: None }
+        let queues = 0..device.queues();
+        let (threads, running) = (queues.clone().map(|_| None).collect(), queues.map(|_| None).collect());
+        Workers { device, threads, running, connection: None, turn: None }
     }
 
     /// Watches the connection to the front-end from now on. If the front-end hangs up while a ring is being stopped, what
@@ -94,7 +125,7 @@ impl Workers {
             handle.order(order());
         }
         for handle in self.running.iter_mut().filter_map(Option::take) {
-            let _ = handle.thread.join();
+            let _ = handle.ended.recv();
         }
     }
 
@@ -102,13 +133,33 @@ impl Workers {
         let lost = BackendError::RingLost { index };
         let Some(handle) = self.running.get_mut(usize::from(index)).and_then(Option::take) else { return Err(lost) };
         handle.order(order);
-        while handle.ended.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
-            if self.has_hung_up() {
-                handle.order(Order::Abandon);
-                break;
+        loop {
+            match handle.ended.recv_timeout(LOOK_EVERY) {
+                Err(RecvTimeoutError::Timeout) if self.has_hung_up() => {
+                    handle.order(Order::Abandon);
+                    return handle.ended.recv().map_err(|_| lost);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                ended => return ended.map_err(|_| lost),
             }
         }
-        handle.thread.join().map_err(|_| lost)
+    }
+
+    /// The thread of ring `index`, which is made if there is none.
+    fn thread(&mut self, index: u16) -> Result<&RingThread, BackendError> {
+        let slot = self.threads.get_mut(usize::from(index)).ok_or(BackendError::RingLost { index })?;
+        let thread = match slot.take().filter(RingThread::is_alive) {
+            Some(thread) => thread,
+            None => RingThread::new(index).map_err(BackendError::system("start a thread"))?,
+        };
+        Ok(slot.insert(thread))
+    }
+
+    /// Has the thread of ring `index` work.
+    fn run(&mut self, index: u16, work: impl FnOnce() + Send + 'static) -> Result<(), BackendError> {
+        let to = self.thread(index)?.work.as_ref();
+        let sent = to.is_some_and(|to| to.send(Box::new(work)).is_ok());
+        if sent { Ok(()) } else { Err(BackendError::RingLost { index }) }
     }
 
     fn handle(&self, index: u16) -> Option<&Handle> {
@@ -133,6 +184,12 @@ impl Drop for Workers {
 }
 
 impl Rings for Workers {
+    fn expect(&mut self, index: u16) {
+        if let Err(error) = self.thread(index) {
+            limited!(debug, "ring {index}: {error}");
+        }
+    }
+
     fn start(&mut self, index: u16, setup: Setup) -> Result<(), BackendError> {
         if self.turn.as_ref().is_some_and(|turn| !turn.take(|| self.has_hung_up())) {
             return Err(BackendError::InUse { index });
@@ -143,9 +200,8 @@ impl Rings for Workers {
         let (ready, is_ready) = bounded(1);
         setup.kick.iter().for_each(|kick| kick.add(&wake));
         let (device, woken, postcopy) = (self.device.clone(), wake.clone(), setup.postcopy);
-        let (ending, ended) = bounded(0);
+        let (ending, ended) = bounded(1);
         let serve = move || {
-            let _ending: Sender<()> = ending;
             let post = Post { index, device, inbox, wake: woken };
             if let Some(iotlb) = setup.iotlb.clone() {
                 // What is wrong with it is found out when its areas are there.
@@ -168,14 +224,17 @@ impl Rings for Workers {
                 }
             }
         };
-        let thread = thread::Builder::new().name(format!("ring {index}")).spawn(serve);
-        let thread = thread.map_err(BackendError::system("start a thread"))?;
+        self.run(index, move || {
+            // Nothing of the ring is left when it is said to have ended.
+            let base = serve();
+            let _ = ending.send(base);
+        })?;
         if !postcopy {
             let ended = || BackendError::system("serve a queue")(io::Error::other("its thread ended"));
             is_ready.recv().unwrap_or_else(|_| Err(ended()))?;
         }
         if let Some(slot) = self.running.get_mut(usize::from(index)) {
-            *slot = Some(Handle { orders, wake, thread, ended, postcopy });
+            *slot = Some(Handle { orders, wake, ended, postcopy });
         }
         Ok(())
     }

@@ -192,7 +192,7 @@ impl Link {
             match socket::receive(self.socket.as_fd(), rest, fds, MAX_FDS) {
                 Ok(0) => return Err(Fault::HungUp { code }),
                 Ok(count) => filled += count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
                 Err(_) => return Err(Fault::HungUp { code }),
             }
         }

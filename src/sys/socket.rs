@@ -24,7 +24,8 @@ struct Control([u8; 1040]);
 const _: () = assert!(unsafe { libc::CMSG_SPACE((MAX_FDS * size_of::<RawFd>()) as u32) } as usize <= 1040);
 
 /// Receives at most `buf.len()` bytes; fds that came along are appended to `fds`, close-on-exec. Those that make them more
-/// than `most` are closed: every byte may bring [`MAX_FDS`] new ones. 0 is the end.
+/// than `most` are closed: every byte may bring [`MAX_FDS`] new ones. 0 is the end. Never waits: `WouldBlock` is a socket
+/// without anything to receive.
 pub(crate) fn receive(
     socket: BorrowedFd<'_>,
     buf: &mut [u8],
@@ -40,7 +41,8 @@ pub(crate) fn receive(
     header.msg_control = control.0.as_mut_ptr().cast();
     header.msg_controllen = control.0.len() as _;
     // SAFETY: the header points to buffers that live across the call, with their true lengths.
-    let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, libc::MSG_CMSG_CLOEXEC) };
+    let received =
+        unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT) };
     let received = usize::try_from(received).map_err(|_| io::Error::last_os_error())?;
     // SAFETY: the header is as the system left it, and its control buffer is alive.
     let mut next = unsafe { libc::CMSG_FIRSTHDR(&raw const header) };

@@ -481,9 +481,19 @@ fn who_stalls_within_a_message_gives_way_and_who_is_idle_stays() {
             let (stalled, next) = (patient(&deaf), patient(&deaf));
             stalled.socket.set_nonblocking(true).unwrap();
             let ask = Header { request: Code::GET_FEATURES.0, flags: VERSION, size: 0 };
-            // Asks until neither side has room for more, and reads nothing.
-            while stalled.try_send_bytes(ask.as_bytes(), &[]).is_ok() {}
-            next.barrier();
+            let cut_off = std::sync::atomic::AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    // Asks until neither side has room for more, and reads nothing.
+                    while !cut_off.load(Relaxed) {
+                        if stalled.try_send_bytes(ask.as_bytes(), &[]).is_err() {
+                            std::thread::sleep(std::time::Duration::from_millis(1));
+                        }
+                    }
+                });
+                next.barrier();
+                cut_off.store(true, Relaxed);
+            });
         });
     });
     // More than any deadline has passed.

@@ -255,7 +255,7 @@ impl Session {
                 self.log_signal = message.fds.pop().map(|fd| Arc::new(LogSignal::new(fd)));
                 self.relog(rings);
             }
-            Code::SET_VRING_NUM => self.set_size(message.body()?)?,
+            Code::SET_VRING_NUM => self.set_size(message.body()?, rings)?,
             Code::SET_VRING_BASE => {
                 let state: VringState = message.body()?;
                 self.stopped(code, state.index, "R4")?.base = RingBase::from_bits(state.num);

@@ -68,13 +68,14 @@ impl Session {
         (0..self.device.queues()).try_for_each(|index| self.stopped(code, index.into(), rule).map(drop))
     }
 
-    pub(super) fn set_size(&mut self, state: VringState) -> Result<(), BackendError> {
+    pub(super) fn set_size(&mut self, state: VringState, rings: &mut dyn Rings) -> Result<(), BackendError> {
         let (max, packed) = (self.device.max_queue_size(), self.is_packed());
         let ring = self.stopped(Code::SET_VRING_NUM, state.index, "R2")?;
         let fits = |size: &u16| (1..=max).contains(size) && (packed || size.is_power_of_two());
         let size = u16::try_from(state.num).ok().filter(fits);
         let index = state.index as u16;
         ring.size = size.ok_or(BackendError::RingSize { index, size: state.num, max, packed })?;
+        rings.expect(index);
         Ok(())
     }
 

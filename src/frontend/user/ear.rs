@@ -226,7 +226,7 @@ impl Shared {
         match socket::receive(self.socket.as_fd(), &mut buffer, &mut Vec::new(), 0) {
             Ok(0) => return Err(None),
             Ok(count) => heard.bytes.extend(buffer.get(..count).unwrap_or_default()),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
             Err(_) => return Err(None),
         }
         while let Some((head, rest)) = heard.bytes.split_first_chunk::<{ size_of::<Header>() }>() {
