@@ -537,7 +537,7 @@ fn messages_that_start_and_stop_rings_do_not_wait_for_each_other(
     device.set_features(VERSION_1).unwrap();
     device.set_memory(&memory(1)).unwrap();
     let mut started = Vec::new();
-    device.start_rings(&two_rings(), &mut |index| started.push(index)).unwrap();
+    device.start_rings(&two_rings(), &mut || {}, &mut |index| started.push(index)).unwrap();
     assert_eq!(started, [0, 1]);
     drop(device);
 
@@ -545,17 +545,99 @@ fn messages_that_start_and_stop_rings_do_not_wait_for_each_other(
     let mut device = fake.connect().unwrap();
     device.set_features(VERSION_1).unwrap();
     device.set_memory(&memory(1)).unwrap();
-    device.start_rings(&two_rings(), &mut |_| {}).unwrap();
+    device.start_rings(&two_rings(), &mut || {}, &mut |_| {}).unwrap();
     fake.take();
     let mut stopped = Vec::new();
-    device.stop_rings(&[0, 1], &mut |index, base| stopped.push((index, base.bits()))).unwrap();
+    device.stop_rings(&[0, 1], &mut || {}, &mut |index, base| stopped.push((index, base.bits()))).unwrap();
     // The fake one says 0.
     assert_eq!(stopped, [(0, 0), (1, 0)]);
     let (enable, base) = (Request::SET_VRING_ENABLE, Request::GET_VRING_BASE);
     let heard: Vec<_> = fake.take().iter().map(|message| (message.request, message.payload[0])).collect();
     assert_eq!(heard, [(enable, 0), (enable, 1), (base, 0), (base, 1)]);
     // Both may be started again.
-    device.start_rings(&two_rings(), &mut |_| {}).unwrap();
+    device.start_rings(&two_rings(), &mut || {}, &mut |_| {}).unwrap();
+}
+
+/// The back-end of each device answers when both devices have been asked.
+#[test]
+fn one_thread_asks_two_devices_before_it_waits_for_either() {
+    let last = [Request::SET_VRING_NUM, Request::SET_VRING_ENABLE, Request::GET_VRING_BASE];
+    let asked = std::sync::Arc::new(std::sync::Mutex::new(std::collections::HashMap::new()));
+    let both_are_asked = std::sync::Arc::new(std::sync::Condvar::new());
+    let fakes = [0, 1].map(|_| {
+        let (asked, both_are_asked, mut heard) = (asked.clone(), both_are_asked.clone(), 0);
+        Fake::start(ALL, move |message| {
+            if last.contains(&message.request) {
+                heard += 1;
+                let mut asked = asked.lock().unwrap();
+                *asked.entry(heard).or_insert(0) += 1;
+                both_are_asked.notify_all();
+                let waited = both_are_asked.wait_timeout_while(asked, LONG, |asked| asked[&heard] < 2).unwrap();
+                assert!(!waited.1.timed_out(), "{}: the other device is not asked", message.request);
+            }
+            Answer::Usual
+        })
+    });
+    let [mut one, mut other] = fakes.each_ref().map(|fake| {
+        let mut device = fake.connect_with(unhurried()).unwrap();
+        device.set_features(VERSION_1).unwrap();
+        device.set_memory(&memory(1)).unwrap();
+        device
+    });
+    assert!(one.says_when_it_waits());
+    let rings = [(0, setup())];
+    one.try_rings(&rings, &mut || other.try_rings(&rings, &mut || {}).unwrap()).unwrap();
+    let (mut started, mut stopped) = (Vec::new(), Vec::new());
+    let mut sent = || other.start_rings(&rings, &mut || {}, &mut |_| {}).unwrap();
+    one.start_rings(&rings, &mut sent, &mut |index| started.push(index)).unwrap();
+    let mut sent = || other.stop_rings(&[0], &mut || {}, &mut |_, _| {}).unwrap();
+    one.stop_rings(&[0], &mut sent, &mut |index, _| stopped.push(index)).unwrap();
+    assert_eq!((started, stopped), (vec![0], vec![0]));
+}
+
+#[test]
+fn what_a_back_end_has_been_told_of_a_ring_is_not_told_again_unless_it_has_changed() {
+    let fake = Fake::start(ALL, |_| Answer::Usual);
+    let mut device = fake.connect().unwrap();
+    device.set_features(VERSION_1).unwrap();
+    device.set_memory(&memory(1)).unwrap();
+    let rings = [(0, setup())];
+    let told =
+        |of: &str| -> Vec<String> { fake.requests().into_iter().filter(|request| request.contains(of)).collect() };
+    let size = ["SET_VRING_CALL", "SET_VRING_NUM"];
+    let place = ["SET_VRING_BASE", "SET_VRING_ADDR"];
+    let trial = ["SET_VRING_ENABLE"; 2];
+    let start = ["SET_VRING_KICK", "SET_VRING_ENABLE"];
+    fake.take();
+    device.announce_rings(&rings).unwrap();
+    assert_eq!(told("VRING"), size);
+    fake.take();
+    device.try_rings(&rings, &mut || {}).unwrap();
+    assert_eq!(told("VRING"), [&place[..], &trial].concat());
+    fake.take();
+    device.start_ring(0, setup_like(&rings)).unwrap();
+    assert_eq!(told("VRING"), start);
+    device.stop_ring(0).unwrap();
+    fake.take();
+    // A back-end may forget a ring that has been stopped.
+    device.try_rings(&rings, &mut || {}).unwrap();
+    assert_eq!(told("VRING"), [&size[..], &place, &trial].concat());
+    fake.take();
+    // Its place in the back-end is another one then.
+    device.set_memory(&memory(2)).unwrap();
+    device.start_ring(0, setup_like(&rings)).unwrap();
+    assert_eq!(told("VRING"), [&place[..], &start].concat());
+    device.stop_ring(0).unwrap();
+    device.announce_rings(&rings).unwrap();
+    device.try_rings(&rings, &mut || {}).unwrap();
+    fake.take();
+    let other = RingSetup { base: RingBase::split(7), call: setup().call, ..setup_like(&rings) };
+    device.start_ring(0, other).unwrap();
+    assert_eq!(told("VRING"), [&size[..], &place, &start].concat());
+}
+
+fn setup_like(rings: &[(u16, RingSetup); 1]) -> RingSetup {
+    rings[0].1.clone()
 }
 
 #[test]
@@ -568,7 +650,7 @@ fn of_several_rings_those_that_are_not_refused_run() {
     device.set_features(VERSION_1).unwrap();
     device.set_memory(&memory(1)).unwrap();
     let mut started = Vec::new();
-    let refused = device.start_rings(&two_rings(), &mut |index| started.push(index)).unwrap_err();
+    let refused = device.start_rings(&two_rings(), &mut || {}, &mut |index| started.push(index)).unwrap_err();
     assert!(matches!(refused, FrontendError::Refused { request: Request::SET_VRING_ADDR, code: 1 }), "{refused}");
     assert_eq!(started, [1]);
     assert!(matches!(device.stop_ring(0).unwrap_err(), FrontendError::BadRing { index: 0, .. }));
@@ -590,7 +672,7 @@ fn rings_that_have_stopped_stay_so_when_the_wait_for_the_next_ends() {
     device.set_features(VERSION_1).unwrap();
     device.set_memory(&memory(1)).unwrap();
     let rings: Vec<_> = (0..3).map(|index| (index, setup())).collect();
-    device.start_rings(&rings, &mut |_| {}).unwrap();
+    device.start_rings(&rings, &mut || {}, &mut |_| {}).unwrap();
     let interrupt = device.interrupt().unwrap();
     let mut stopped = Vec::new();
     std::thread::scope(|scope| {
@@ -599,7 +681,7 @@ fn rings_that_have_stopped_stay_so_when_the_wait_for_the_next_ends() {
             is_asked.recv().unwrap();
             interrupt.set();
         });
-        let error = device.stop_rings(&[0, 1, 2], &mut |index, _| stopped.push(index)).unwrap_err();
+        let error = device.stop_rings(&[0, 1, 2], &mut || {}, &mut |index, _| stopped.push(index)).unwrap_err();
         assert!(matches!(error, FrontendError::Interrupted { request: Request::GET_VRING_BASE }), "{error}");
     });
     assert_eq!(stopped, [0]);
@@ -611,7 +693,7 @@ fn rings_that_have_stopped_stay_so_when_the_wait_for_the_next_ends() {
     assert_eq!(started.map(|message| message.payload[0]).collect::<Vec<_>>(), [1, 2]);
     assert!(matches!(device.stop_ring(0).unwrap_err(), FrontendError::BadRing { index: 0, .. }));
     go.send(()).unwrap();
-    device.stop_rings(&[1, 2], &mut |index, _| stopped.push(index)).unwrap();
+    device.stop_rings(&[1, 2], &mut || {}, &mut |index, _| stopped.push(index)).unwrap();
     assert_eq!(stopped, [0, 1, 2]);
 }
 
@@ -625,9 +707,9 @@ fn each_ring_that_is_stopped_has_its_limit() {
     let mut device = fake.connect_with(options).unwrap();
     device.set_features(VERSION_1).unwrap();
     device.set_memory(&memory(1)).unwrap();
-    device.start_rings(&two_rings(), &mut |_| {}).unwrap();
+    device.start_rings(&two_rings(), &mut || {}, &mut |_| {}).unwrap();
     let mut stopped = Vec::new();
-    let error = device.stop_rings(&[0, 1], &mut |index, _| stopped.push(index)).unwrap_err();
+    let error = device.stop_rings(&[0, 1], &mut || {}, &mut |index, _| stopped.push(index)).unwrap_err();
     assert!(matches!(error, FrontendError::Timeout { request: Request::GET_VRING_BASE, .. }), "{error}");
     assert_eq!(stopped, [0]);
 }

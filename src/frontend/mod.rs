@@ -162,6 +162,16 @@ pub trait Device: Send {
     /// [`FrontendError::System`] if it can't be read.
     fn inflight(&self) -> Result<Option<InflightState>, FrontendError>;
 
+    /// Tells the device what can be told of rings while their memory is still on its way: how large they are, and what the device
+    /// signals. What is told now takes no time when they are tried and started.
+    ///
+    /// # Errors
+    /// [`FrontendError::BadRing`]; the channel's errors.
+    fn announce_rings(&mut self, rings: &[(u16, RingSetup)]) -> Result<(), FrontendError> {
+        let _ = rings;
+        Ok(())
+    }
+
     /// Tells the device all that [`start_ring`](Device::start_ring) does but what starts the ring, to find out whether it
     /// would be refused: its size, its place, and what the device needs to serve it (rule D2).
     ///
@@ -172,6 +182,22 @@ pub trait Device: Send {
         Ok(())
     }
 
+    /// Returns true if the calls for several rings at once say when nothing is left to do but to wait, so that one thread can call
+    /// those of many devices. They call their argument `sent` then, unless they fail before.
+    fn says_when_it_waits(&self) -> bool {
+        false
+    }
+
+    /// Does so for several rings. Their messages need not wait for each other; `sent` is as of
+    /// [`says_when_it_waits`](Device::says_when_it_waits).
+    ///
+    /// # Errors
+    /// As [`try_ring`](Device::try_ring): the first.
+    fn try_rings(&mut self, rings: &[(u16, RingSetup)], sent: &mut dyn FnMut()) -> Result<(), FrontendError> {
+        let _ = sent;
+        rings.iter().try_for_each(|(index, setup)| self.try_ring(*index, setup))
+    }
+
     /// Starts and enables ring `index`.
     ///
     /// # Errors
@@ -180,11 +206,17 @@ pub trait Device: Send {
     fn start_ring(&mut self, index: u16, setup: RingSetup) -> Result<(), FrontendError>;
 
     /// Starts and enables rings, and tells `started` of each as soon as it is known. Their messages need not wait for each
-    /// other.
+    /// other; `sent` is as of [`says_when_it_waits`](Device::says_when_it_waits).
     ///
     /// # Errors
     /// As [`start_ring`](Device::start_ring): the first, when it is known what became of all.
-    fn start_rings(&mut self, rings: &[(u16, RingSetup)], started: &mut dyn FnMut(u16)) -> Result<(), FrontendError> {
+    fn start_rings(
+        &mut self,
+        rings: &[(u16, RingSetup)],
+        sent: &mut dyn FnMut(),
+        started: &mut dyn FnMut(u16),
+    ) -> Result<(), FrontendError> {
+        let _ = sent;
         rings.iter().try_for_each(|(index, setup)| {
             self.start_ring(*index, setup.clone())?;
             started(*index);
@@ -199,11 +231,17 @@ pub trait Device: Send {
     fn stop_ring(&mut self, index: u16) -> Result<RingBase, FrontendError>;
 
     /// Stops rings as [`stop_ring`](Device::stop_ring) does, and tells `stopped` where each would go on. The requests need not
-    /// wait for each other.
+    /// wait for each other; `sent` is as of [`says_when_it_waits`](Device::says_when_it_waits).
     ///
     /// # Errors
     /// As [`stop_ring`](Device::stop_ring); rings that `stopped` was told of are stopped all the same.
-    fn stop_rings(&mut self, indices: &[u16], stopped: &mut dyn FnMut(u16, RingBase)) -> Result<(), FrontendError> {
+    fn stop_rings(
+        &mut self,
+        indices: &[u16],
+        sent: &mut dyn FnMut(),
+        stopped: &mut dyn FnMut(u16, RingBase),
+    ) -> Result<(), FrontendError> {
+        let _ = sent;
         indices.iter().try_for_each(|index| self.stop_ring(*index).map(|base| stopped(*index, base)))
     }
 
@@ -222,11 +260,18 @@ pub trait Device: Send {
         Err(FrontendError::NotOffered { what: "suspending a ring".into(), advice: "stop it" })
     }
 
-    /// Stops rings as [`suspend_ring`](Device::suspend_ring) does, and tells `stopped` where each would go on.
+    /// Stops rings as [`suspend_ring`](Device::suspend_ring) does, and tells `stopped` where each would go on; `sent` is as of
+    /// [`says_when_it_waits`](Device::says_when_it_waits).
     ///
     /// # Errors
     /// As [`suspend_ring`](Device::suspend_ring); rings that `stopped` was told of are stopped all the same.
-    fn suspend_rings(&mut self, indices: &[u16], stopped: &mut dyn FnMut(u16, RingBase)) -> Result<(), FrontendError> {
+    fn suspend_rings(
+        &mut self,
+        indices: &[u16],
+        sent: &mut dyn FnMut(),
+        stopped: &mut dyn FnMut(u16, RingBase),
+    ) -> Result<(), FrontendError> {
+        let _ = sent;
         indices.iter().try_for_each(|index| self.suspend_ring(*index).map(|base| stopped(*index, base)))
     }
 
@@ -243,6 +288,11 @@ pub trait Device: Send {
     /// # Errors
     /// [`FrontendError::Refused`] and other errors of the channel.
     fn stop_logging(&mut self) -> Result<(), FrontendError>;
+
+    /// Returns false if [`save_state`](Device::save_state) returns `None` at once.
+    fn has_state(&self) -> bool {
+        true
+    }
 
     /// What the device knows beside its rings and configuration, to be loaded into its like; `None` if it keeps no such
     /// thing. All rings must be stopped (rule D1).

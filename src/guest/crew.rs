@@ -1,4 +1,4 @@
-//! The guest's threads: one per CPU and one per queue, from resume to pause.
+//! The guest's threads: one per CPU, and a few that drive its queues, from resume to pause.
 //!
 //! Each acts as soon as it starts and once more when it is told to stop, and says when that was: the time between is what
 //! the guest sees of a migration.
@@ -25,17 +25,23 @@ const TICK: Duration = Duration::from_millis(1);
 /// How often a waiting driver looks whether its requests are lost.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// Threads that drive queues even where there are fewer CPUs.
+const FEWEST_DRIVING: usize = 4;
+
+/// A thread and what it gives back: its work, and the moment of its last action.
+type Running<T> = JoinHandle<Option<(T, u64)>>;
+
 /// Threads that run.
 pub(super) struct Crew {
     stop: Arc<Signal>,
-    cpus: Vec<JoinHandle<Option<(Cpu, u64)>>>,
-    drivers: Vec<JoinHandle<Option<(Driver, u64)>>>,
+    cpus: Vec<Running<Cpu>>,
+    drivers: Vec<Running<Vec<Driver>>>,
 }
 
 /// Where threads that have been started wait for their work.
 struct Inboxes {
     cpus: Vec<Sender<Cpu>>,
-    drivers: Vec<Sender<Driver>>,
+    drivers: Vec<Sender<Vec<Driver>>>,
 }
 
 /// What a thread needs beside its work.
@@ -43,7 +49,7 @@ struct Inboxes {
 struct Duty {
     stop: Arc<Signal>,
     failure: Arc<Failure>,
-    /// Takes the moment of the first action.
+    /// Takes the moment of the thread's first action.
     first: Sender<u64>,
 }
 
@@ -81,7 +87,9 @@ impl Crew {
         };
         // All of them are there now, so that each gets its work.
         work.cpus.iter().zip(cpus).for_each(|(to, cpu)| drop(to.send(cpu)));
-        work.drivers.iter().zip(drivers).for_each(|(to, driver)| drop(to.send(driver)));
+        let share = share(drivers.len());
+        let mut drivers = drivers.into_iter();
+        work.drivers.iter().for_each(|to| drop(to.send(drivers.by_ref().take(share).collect())));
         let acted = firsts.iter().take(crew.cpus.len() + crew.drivers.len()).min();
         Ok((crew, acted))
     }
@@ -107,15 +115,13 @@ impl Crew {
             work.cpus.push(to);
         }
         let (rate, patience) = (config.request_rate, Duration::from_secs(config.request_timeout));
-        for (unit, line) in queues {
+        for queues in queues.chunks(share(queues.len())) {
             let (duty, (to, inbox)) = (duty.clone(), channel());
+            let queues = queues.to_vec();
             let live = move || {
-                let mut driver: Driver = inbox.recv().ok()?;
-                let last = run(&duty, || match unit.lines.get(line) {
-                    Some(line) => drive(&mut driver, &unit, line, rate, patience, &duty),
-                    None => Ok(0),
-                });
-                Some((driver, last))
+                let mut drivers: Vec<Driver> = inbox.recv().ok()?;
+                let last = run(&duty, || drive(&mut drivers, &queues, rate, patience, &duty));
+                Some((drivers, last))
             };
             crew.drivers.push(std::thread::Builder::new().name("guest-disk".into()).spawn(live)?);
             work.drivers.push(to);
@@ -133,9 +139,16 @@ impl Crew {
         let drivers = drivers.collect::<Result<Vec<_>, _>>()?;
         let last = cpus.iter().map(|(_, last)| *last).chain(drivers.iter().map(|(_, last)| *last)).max();
         let (cpus, _): (Vec<_>, Vec<_>) = cpus.into_iter().unzip();
-        let (drivers, _): (Vec<_>, Vec<_>) = drivers.into_iter().unzip();
+        let drivers = drivers.into_iter().flat_map(|(drivers, _)| drivers).collect();
         Ok((cpus, drivers, last.unwrap_or_default()))
     }
+}
+
+/// How many of so many queues a thread drives. A thread for each of a hundred queues on two CPUs would have them all wait for each
+/// other whenever the guest is stopped or started.
+fn share(queues: usize) -> usize {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    queues.div_ceil(cpus.max(FEWEST_DRIVING)).max(1)
 }
 
 /// Does `work`, and lets nobody wait for a first action that an error has prevented.
@@ -164,47 +177,72 @@ fn compute(cpu: &mut Cpu, rate: u64, duty: &Duty) -> Result<u64, GuestError> {
     Ok(now())
 }
 
-/// A driver's life: requests at `rate` per second, or as fast as the disk answers. Returns when it acted last.
+/// A driver at work.
+struct Driving<'a> {
+    driver: &'a mut Driver,
+    unit: &'a Unit,
+    line: &'a Line,
+    /// Requests that it had made before.
+    before: u64,
+    /// When it was last looked whether a request is lost.
+    looked: Instant,
+}
+
+/// The life of some drivers: requests at `rate` per second of each, or as fast as the disk answers. Returns when they acted
+/// last.
 fn drive(
-    driver: &mut Driver,
-    unit: &Unit,
-    line: &Line,
+    drivers: &mut [Driver],
+    queues: &[(Arc<Unit>, usize)],
     rate: Option<u64>,
     patience: Duration,
     duty: &Duty,
 ) -> Result<u64, GuestError> {
-    let (start, begun, mut looked) = (Instant::now(), driver.requests(), Instant::now());
+    let start = Instant::now();
+    let at_work = drivers.iter_mut().zip(queues).filter_map(|(driver, (unit, line))| {
+        driver.forgive();
+        let (before, line) = (driver.requests(), unit.lines.get(*line)?);
+        Some(Driving { driver, unit, line, before, looked: start })
+    });
+    let mut at_work: Vec<Driving<'_>> = at_work.collect();
     let mut first = Some(&duty.first);
-    driver.forgive();
     loop {
-        driver.reap()?;
         let over = duty.is_over();
-        let allowed = match rate {
-            _ if over => 1,
-            Some(rate) => (due(rate, start.elapsed()) + 1).saturating_sub(driver.requests() - begun),
-            None => u64::MAX,
-        };
-        for _ in 0..allowed {
-            if !driver.submit()? || !over && duty.is_over() {
-                break;
+        for Driving { driver, line, before, .. } in &mut at_work {
+            driver.reap()?;
+            let allowed = match rate {
+                _ if over => 1,
+                Some(rate) => (due(rate, start.elapsed()) + 1).saturating_sub(driver.requests() - *before),
+                None => u64::MAX,
+            };
+            for _ in 0..allowed {
+                if !driver.submit()? || !over && duty.is_over() {
+                    break;
+                }
             }
-        }
-        if driver.publish() {
-            line.kick();
-        }
-        if let Some(first) = first.take() {
-            let _ = first.send(now());
+            if driver.publish() {
+                line.kick();
+            }
+            if let Some(first) = first.take() {
+                let _ = first.send(now());
+            }
         }
         if over {
             return Ok(now());
         }
-        look(driver, unit, patience, &mut looked)?;
-        if driver.listen() {
+        let (mut pause, mut called) = (LOOK, false);
+        for Driving { driver, unit, before, looked, .. } in &mut at_work {
+            look(driver, unit, patience, looked)?;
+            called |= driver.listen();
+            let next = rate.and_then(|rate| next(rate, driver.requests() - *before, start));
+            pause = next.map_or(pause, |next| next.min(pause));
+        }
+        if called {
             continue;
         }
-        let pause = rate.and_then(|rate| next(rate, driver.requests() - begun, start)).unwrap_or(LOOK).min(LOOK);
-        wait(&[line.call.as_fd(), duty.stop.as_fd(), duty.failure.signal().as_fd()], None, Some(pause))?;
-        line.answer();
+        let calls = at_work.iter().map(|driving| driving.line.call.as_fd());
+        let fds: Vec<_> = calls.chain([duty.stop.as_fd(), duty.failure.signal().as_fd()]).collect();
+        let readable = wait(&fds, None, Some(pause))?;
+        at_work.iter().zip(readable).filter(|(_, called)| *called).for_each(|(driving, _)| driving.line.answer());
     }
 }
 

@@ -53,7 +53,7 @@ use layout::Layout;
 use pattern::Pattern;
 use prepared::{count, disk};
 use signal::Failure;
-use unit::{Line, Supervisor, Unit};
+use unit::{Supervisor, Unit};
 
 /// Seconds that nobody waits for; beyond them clocks may overflow.
 const FOREVER: u64 = 1 << 30;
@@ -345,7 +345,8 @@ impl Guest {
             return Err(self.order());
         }
         let suspend = self.config.inflight_migration;
-        in_parallel(&self.units, |attached| Ok(attached.unit.stop_rings(suspend)?)).map(drop)
+        let stopped = self.with_all(&|unit, device, sent| unit.stop_rings(device, suspend, sent))?;
+        Ok(stopped.into_iter().collect::<Result<_, _>>()?)
     }
 
     /// Starts all rings that are stopped.
@@ -353,7 +354,7 @@ impl Guest {
     /// # Errors
     /// If a device can't be started; to try again does no harm.
     pub fn start_devices(&mut self) -> Result<(), GuestError> {
-        in_parallel(&self.units, |Attached { unit, .. }| Ok(unit.with(|device| unit.start_rings(device))?)).map(drop)
+        self.with_all_back(&|unit, device, sent| unit.start_rings(device, sent))
     }
 
     /// Undoes [`pause`](Guest::pause) and [`stop_devices`](Guest::stop_devices), also those that failed half-way, without
@@ -378,15 +379,7 @@ impl Guest {
     /// # Errors
     /// What a device refuses.
     pub fn try_devices(&self) -> Result<(), GuestError> {
-        let try_rings = |Attached { unit, .. }: &Attached| {
-            for ((index, line), stopped) in (0..).zip(&unit.lines).zip(unit.stopped()) {
-                if let Some(base) = stopped {
-                    unit.with(|device| device.try_ring(index, &line.setup(base)))?;
-                }
-            }
-            Ok(())
-        };
-        in_parallel(&self.units, try_rings).map(drop)
+        self.with_all_back(&|unit, device, sent| device.try_rings(&unit.stopped_rings(), sent))
     }
 
     /// All that a paused guest with stopped devices is, but its memory and disks.
@@ -402,12 +395,16 @@ impl Guest {
             let bases = attached.unit.stopped().into_iter().collect::<Option<_>>().ok_or(running)?;
             Ok(DeviceState { bases, inflight, own, ..attached.state() })
         };
+        let mut waits = false;
+        for attached in &self.units {
+            waits |= attached.unit.at_once(|device| Ok(device.has_state()))?;
+        }
         Ok(GuestState {
             version: STATE_VERSION,
             config: self.config.clone(),
             cpus: cpus.iter().map(Cpu::state).collect(),
             drivers: drivers.iter().map(Driver::state).collect(),
-            devices: in_parallel(&self.units, save)?,
+            devices: if_it_waits(waits, &self.units, save)?,
             last_action: self.last_action.clone(),
         })
     }
@@ -520,6 +517,39 @@ impl Guest {
         })
     }
 
+    /// Calls `each` for all devices, of which none waits for another. If they all say when they wait, by calling the last argument of
+    /// `each`, that takes no threads: each is called while the one before it waits. One that is away is an error.
+    fn with_all(&self, each: &Order<'_>) -> Result<Vec<Ordered>, GuestError> {
+        fn nest(units: &[Attached], each: &Order<'_>, done: &mut Vec<Ordered>) {
+            let Some((Attached { unit, .. }, rest)) = units.split_first() else { return };
+            let mut rest = Some(rest);
+            let mut go_on = || rest.take().into_iter().for_each(|rest| nest(rest, each, done));
+            let ended = unit.at_once(|device| each(unit, device, &mut go_on));
+            go_on();
+            done.push(ended);
+        }
+        let say =
+            |Attached { unit, .. }: &Attached| unit.at_once(|device| Ok(device.says_when_it_waits())).unwrap_or(true);
+        if !self.units.iter().all(say) {
+            let alone = |Attached { unit, .. }: &Attached| Ok(unit.at_once(|device| each(unit, device, &mut || {})));
+            return in_parallel(&self.units, alone);
+        }
+        let mut done = Vec::new();
+        nest(&self.units, each, &mut done);
+        done.reverse();
+        Ok(done)
+    }
+
+    /// The same; for those that are away, or go away meanwhile, again when they are back.
+    fn with_all_back(&self, each: &Order<'_>) -> Result<(), GuestError> {
+        let ended = self.with_all(each)?;
+        let is_away = |ended: &Ordered| ended.as_ref().is_err_and(unit::is_away);
+        let away = self.units.iter().zip(&ended).filter(|(_, ended)| is_away(ended)).map(|(attached, _)| attached);
+        in_parallel(away, |Attached { unit, .. }| Ok(unit.with(|device| each(unit, device, &mut || {}))?))?;
+        ended.into_iter().filter(|ended| !is_away(ended)).collect::<Result<(), _>>()?;
+        Ok(())
+    }
+
     /// Makes devices ready, all rings stopped at where `expected` says, or at their beginning.
     fn plug(&mut self, devices: Vec<PreparedDevice>, expected: &[DeviceState]) -> Result<(), GuestError> {
         if !self.units.is_empty() {
@@ -531,14 +561,12 @@ impl Guest {
             let expected = expected.get(number);
             expected.map_or(Ok(()), |state| prepared.restore(&self.config, state))?;
             let disk = expected.map_or_else(|| prepared.disk(), disk)?;
-            let rings = self.layout.queues.iter().skip(number * per_disk).take(per_disk);
-            let lines = rings.map(|queue| Line::new(queue.ring)).collect::<Result<Vec<_>, _>>()?;
             let stopped = match expected {
                 Some(state) => state.bases.iter().copied().map(Some).collect(),
                 None => vec![Some(RingBase::start(self.config.ring_features())); per_disk],
             };
             let limit = self.config.reconnect_timeout.map(|s| Duration::from_secs(s.min(FOREVER)));
-            let unit = Arc::new(Unit::new(prepared.device, lines, stopped, disk.capacity, limit)?);
+            let unit = Arc::new(Unit::new(prepared.device, prepared.lines, stopped, disk.capacity, limit)?);
             if let Some(state) = expected {
                 unit.reconnects.store(state.reconnects, Ordering::Relaxed);
                 unit.resubmitted.store(state.resubmitted, Ordering::Relaxed);
@@ -546,7 +574,8 @@ impl Guest {
             let supervisor = Supervisor::start(unit.clone(), self.failure.clone())?;
             Ok(Attached { _supervisor: supervisor, unit, disk })
         };
-        self.units = in_parallel(devices.into_iter().enumerate(), plug)?;
+        let waits = expected.iter().any(|state| state.own.is_some());
+        self.units = if_it_waits(waits, devices.into_iter().enumerate(), plug)?;
         Ok(())
     }
 
@@ -634,6 +663,20 @@ pub(crate) fn in_parallel<I: Send, T: Send>(
         ended.into_iter().collect()
     })
 }
+
+/// Does `each` for every item: at the same time if it may wait for something, else one by one, which is quicker.
+fn if_it_waits<I: Send, T: Send>(
+    waits: bool,
+    items: impl IntoIterator<Item = I>,
+    each: impl Fn(I) -> Result<T, GuestError> + Sync,
+) -> Result<Vec<T>, GuestError> {
+    if waits { in_parallel(items, each) } else { items.into_iter().map(each).collect() }
+}
+
+/// What is done with a device, and what of it is called when only the device is waited for.
+type Order<'a> = dyn Fn(&Unit, &mut dyn Device, &mut dyn FnMut()) -> Ordered + Sync + 'a;
+/// What has come of it.
+type Ordered = Result<(), FrontendError>;
 
 /// `0..count` for two threads.
 fn halves(count: u64) -> [Range<u64>; 2] {

@@ -6,8 +6,9 @@ use zerocopy::{FromZeros, IntoBytes};
 use super::driver::Disk;
 use super::error::GuestError;
 use super::in_parallel;
-use super::layout::{BUFFER_BYTES, GuestConfig};
+use super::layout::{BUFFER_BYTES, GuestConfig, Layout, QueueLayout};
 use super::state::{DeviceSetup, DeviceState, STATE_VERSION};
+use super::unit::Line;
 use crate::abi::bit;
 use crate::abi::features::feature_names;
 use crate::abi::virtio::{
@@ -16,6 +17,7 @@ use crate::abi::virtio::{
 };
 use crate::frontend::Device;
 use crate::memory::Memory;
+use crate::ring::RingBase;
 
 /// Features the driver wants, of those that are offered.
 const FEATURES: [u32; 7] = [
@@ -36,6 +38,7 @@ pub struct PreparedDevice {
     /// What it is here.
     found: DeviceState,
     has_inflight: bool,
+    pub(super) lines: Vec<Line>,
 }
 
 impl PreparedDevice {
@@ -52,9 +55,11 @@ impl PreparedDevice {
             return Err(GuestError::State("it was saved by another version of this program".into()));
         }
         count(devices.len(), &setup.config)?;
+        let layout = Layout::new(&setup.config)?;
+        let queues = layout.queues.chunks(setup.config.queues.max(1).into());
         let expected = setup.devices.iter().map(Some).chain(std::iter::repeat(None));
-        let agree = |(device, expected)| PreparedDevice::new(device, &setup.config, memory, expected);
-        in_parallel(devices.into_iter().zip(expected), agree)
+        let agree = |((device, queues), expected)| PreparedDevice::new(device, &setup.config, queues, memory, expected);
+        in_parallel(devices.into_iter().zip(queues).zip(expected), agree)
     }
 
     /// Returns true if the device can still be used for a guest of this kind whose device was `expected`.
@@ -66,6 +71,7 @@ impl PreparedDevice {
     pub(super) fn new(
         mut device: Box<dyn Device>,
         config: &GuestConfig,
+        queues: &[QueueLayout],
         memory: &Memory,
         expected: Option<&DeviceState>,
     ) -> Result<PreparedDevice, GuestError> {
@@ -111,8 +117,12 @@ impl PreparedDevice {
         };
         let has_inflight = device.set_inflight(config.queues, config.queue_size, None)?;
         device.set_memory(memory)?;
-        let prepared = PreparedDevice { device, found, has_inflight };
+        let lines = queues.iter().map(|queue| Line::new(queue.ring)).collect::<Result<Vec<_>, _>>()?;
+        let start = RingBase::start(config.ring_features());
+        let rings: Vec<_> = (0..).zip(lines.iter().map(|line| line.setup(start))).collect();
+        let mut prepared = PreparedDevice { device, found, has_inflight, lines };
         expected.map_or(Ok(()), |expected| prepared.compare(expected))?;
+        prepared.device.announce_rings(&rings)?;
         Ok(prepared)
     }
 

@@ -69,20 +69,20 @@ impl Failure {
     }
 }
 
-/// Waits until one of `readable` can be read, `hung_up` is so, or `timeout` is over.
+/// Waits until one of `readable` can be read, `hung_up` is so, or `timeout` is over. Returns which of `readable` can be read.
 pub(super) fn wait(
     readable: &[BorrowedFd<'_>],
     hung_up: Option<BorrowedFd<'_>>,
     timeout: Option<Duration>,
-) -> Result<(), GuestError> {
+) -> Result<Vec<bool>, GuestError> {
     let timeout = match timeout {
         Some(timeout) => PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX),
         None => PollTimeout::NONE,
     };
-    let readable = readable.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN));
-    let mut fds: Vec<PollFd<'_>> = readable.chain(hung_up.map(|fd| PollFd::new(fd, PollFlags::empty()))).collect();
+    let to_read = readable.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN));
+    let mut fds: Vec<PollFd<'_>> = to_read.chain(hung_up.map(|fd| PollFd::new(fd, PollFlags::empty()))).collect();
     match poll(&mut fds, timeout) {
-        Ok(_) | Err(Errno::EINTR) => Ok(()),
+        Ok(_) | Err(Errno::EINTR) => Ok(fds.iter().take(readable.len()).map(|fd| fd.any() == Some(true)).collect()),
         Err(errno) => Err(GuestError::system("wait for events")(errno)),
     }
 }

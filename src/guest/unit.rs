@@ -226,7 +226,7 @@ impl Unit {
         let deadline = Instant::now() + PATIENCE.min(self.limit.unwrap_or(PATIENCE));
         loop {
             match self.at_once(&mut f) {
-                Err(error) if error.is_hang_up() || matches!(error, FrontendError::Away { .. }) => {
+                Err(error) if is_away(&error) => {
                     let over = self.abandoned.load(Ordering::Relaxed) || Instant::now() >= deadline;
                     if over || self.is_interrupted() {
                         return Err(self.is_missing());
@@ -272,37 +272,41 @@ impl Unit {
         FrontendError::Away { device: self.name.clone(), reason: self.refused_because() }
     }
 
+    /// The rings that are stopped, as they are to be started.
+    pub(super) fn stopped_rings(&self) -> Vec<(u16, RingSetup)> {
+        let stopped = (0..).zip(&self.lines).zip(self.stopped());
+        stopped.filter_map(|((index, line), base)| Some((index, line.setup(base?)))).collect()
+    }
+
     /// Starts all rings that are stopped.
-    pub(super) fn start_rings(&self, device: &mut dyn Device) -> Result<(), FrontendError> {
+    pub(super) fn start_rings(&self, device: &mut dyn Device, sent: &mut dyn FnMut()) -> Result<(), FrontendError> {
+        let rings = self.stopped_rings();
         let mut bases = lock(&self.stopped);
-        let stopped = (0..).zip(&self.lines).zip(bases.iter());
-        let rings = stopped.filter_map(|((index, line), base)| {
-            let base = (*base)?;
-            line.mend();
-            Some((index, line.setup(base)))
-        });
-        let rings: Vec<(u16, RingSetup)> = rings.collect();
-        device.start_rings(&rings, &mut |index| {
+        rings.iter().filter_map(|(index, _)| self.lines.get(usize::from(*index))).for_each(Line::mend);
+        device.start_rings(&rings, sent, &mut |index| {
             // What was added while it was stopped, or whose kick was lost with another host.
             self.lines.get(usize::from(index)).iter().for_each(|line| line.kick());
             bases.get_mut(usize::from(index)).into_iter().for_each(|base| *base = None);
         })
     }
 
-    /// Stops all rings, unless the back-end is away, with `suspend` without waiting for their requests.
-    pub(super) fn stop_rings(&self, suspend: bool) -> Result<(), FrontendError> {
-        self.at_once(|device| {
-            lock(&self.orders).start_rings = false;
-            let mut bases = lock(&self.stopped);
-            let running: Vec<u16> =
-                (0..).zip(bases.iter()).filter(|(_, base)| base.is_none()).map(|(index, _)| index).collect();
-            let mut stopped =
-                |index, base| bases.get_mut(usize::from(index)).into_iter().for_each(|known| *known = Some(base));
-            match suspend {
-                true => device.suspend_rings(&running, &mut stopped),
-                false => device.stop_rings(&running, &mut stopped),
-            }
-        })
+    /// Stops all rings, with `suspend` without waiting for their requests.
+    pub(super) fn stop_rings(
+        &self,
+        device: &mut dyn Device,
+        suspend: bool,
+        sent: &mut dyn FnMut(),
+    ) -> Result<(), FrontendError> {
+        lock(&self.orders).start_rings = false;
+        let mut bases = lock(&self.stopped);
+        let running: Vec<u16> =
+            (0..).zip(bases.iter()).filter(|(_, base)| base.is_none()).map(|(index, _)| index).collect();
+        let mut stopped =
+            |index, base| bases.get_mut(usize::from(index)).into_iter().for_each(|known| *known = Some(base));
+        match suspend {
+            true => device.suspend_rings(&running, sent, &mut stopped),
+            false => device.stop_rings(&running, sent, &mut stopped),
+        }
     }
 
     /// Has the supervisor start all rings that are stopped, as soon as the back-end is there.
@@ -355,7 +359,7 @@ impl Unit {
             lock(&self.orders).stop_logging = false;
         }
         if lock(&self.orders).start_rings {
-            self.start_rings(device)?;
+            self.start_rings(device, &mut || {})?;
             lock(&self.orders).start_rings = false;
         }
         Ok(())
@@ -460,6 +464,11 @@ impl SharedDevice for Arc<Unit> {
 
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Returns true if the back-end may come back.
+pub(super) fn is_away(error: &FrontendError) -> bool {
+    error.is_hang_up() || matches!(error, FrontendError::Away { .. })
 }
 
 /// The thread that watches a device's connection; it ends when this is dropped.

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, send};
+use nix::sys::socket::{MsgFlags, recv, send};
 use tracing::debug;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -205,16 +205,17 @@ impl Channel {
 
     /// The same, for requests that may take longer.
     pub(super) fn settle_within(&mut self, timeout: Duration) -> Result<(), FrontendError> {
-        self.settle_each(timeout)?.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))
+        self.settle_each(timeout, &mut || {})?.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))
     }
 
-    /// Waits until everything posted is done. Returns the refusals: which of the messages posted since the last time it was,
-    /// counted from 0.
-    pub(super) fn settle_each(&mut self, timeout: Duration) -> Result<Refusals, FrontendError> {
+    /// Waits until everything posted is done, after `sent`, whose time is part of `timeout`. Returns the refusals: which of the
+    /// messages posted since the last time it was, counted from 0.
+    pub(super) fn settle_each(&mut self, timeout: Duration, sent: &mut dyn FnMut()) -> Result<Refusals, FrontendError> {
+        let spent = time(sent);
         if !self.acks && !self.posted.is_empty() {
             self.ask_within(timeout, Request::GET_FEATURES, &[], &[])?;
         }
-        self.receive_all(timeout, &[], &mut Vec::new())
+        self.receive_all(timeout, spent, &[], &mut Vec::new())
     }
 
     /// How many messages are posted and not settled.
@@ -223,10 +224,12 @@ impl Channel {
     }
 
     /// Receives the acknowledgements of what is posted and then replies to `asked`, which are added to `replies` also when a
-    /// later answer does not come. Returns the refusals among the acknowledgements.
+    /// later answer does not come. Each may take `timeout`, of which `spent` has passed. Returns the refusals among the
+    /// acknowledgements.
     fn receive_all(
         &mut self,
         timeout: Duration,
+        spent: Duration,
         asked: &[Request],
         replies: &mut Vec<Reply>,
     ) -> Result<Refusals, FrontendError> {
@@ -236,7 +239,7 @@ impl Channel {
         let expected: Vec<Owed> = posted.chain(asked).collect();
         let mut refused = Vec::new();
         for (number, answer) in expected.iter().enumerate() {
-            let received = self.receive(*answer, timeout);
+            let received = self.receive(*answer, timeout, spent);
             if self.owes() {
                 self.owed.extend(expected.iter().skip(number + 1));
                 self.caught.refused = refused.into_iter().next().map(|(_, error)| error);
@@ -256,12 +259,14 @@ impl Channel {
 
     /// Sends messages that have replies of their own behind what is posted, all before the first answer is read; the replies
     /// are added to `replies`, also those before one that does not come. With what is posted they may be no more than
-    /// [`MOST_POSTED`]. Returns the refusals of what was posted.
+    /// [`MOST_POSTED`]. `sent` is called in between; what it takes is part of `timeout`. Returns the refusals of what was
+    /// posted.
     pub(super) fn ask_each<'a>(
         &mut self,
         timeout: Duration,
         request: Request,
         payloads: impl IntoIterator<Item = &'a [u8]>,
+        sent: &mut dyn FnMut(),
         replies: &mut Vec<Reply>,
     ) -> Result<Refusals, FrontendError> {
         let mut asked = Vec::new();
@@ -269,7 +274,8 @@ impl Channel {
             self.send(request, Header::FLAG_VERSION, payload, &[])?;
             asked.push(request);
         }
-        self.receive_all(timeout, &asked, replies)
+        let spent = time(sent);
+        self.receive_all(timeout, spent, &asked, replies)
     }
 
     /// What an acknowledgement says.
@@ -307,7 +313,7 @@ impl Channel {
         }
         self.posted.clear();
         self.send(request, Header::FLAG_VERSION, payload, fds)?;
-        self.receive(Owed { request, is_ack: false }, timeout)
+        self.receive(Owed { request, is_ack: false }, timeout, Duration::ZERO)
     }
 
     /// Ends the connection; also wakes whoever watches it.
@@ -339,10 +345,13 @@ impl Channel {
         sent.map_err(|error| self.failed(request, self.timeout, error))
     }
 
-    /// Receives an answer, the next that comes.
-    fn receive(&mut self, answer: Owed, timeout: Duration) -> Result<Reply, FrontendError> {
+    /// Receives an answer, the next that comes within `timeout`, of which `spent` has passed.
+    fn receive(&mut self, answer: Owed, timeout: Duration, spent: Duration) -> Result<Reply, FrontendError> {
         let request = answer.request;
-        match self.wait(request, Instant::now() + timeout, self.late != Late::Uninterruptible) {
+        if self.has_heard() {
+            return self.receive_now(request, timeout);
+        }
+        match self.wait(request, Instant::now() + timeout.saturating_sub(spent), self.late != Late::Uninterruptible) {
             Ok(true) => self.receive_now(request, timeout),
             Ok(false) if self.late == Late::GivenUp => {
                 Err(self.failed(request, timeout, io::ErrorKind::TimedOut.into()))
@@ -356,6 +365,11 @@ impl Channel {
                 Err(error)
             }
         }
+    }
+
+    /// Returns true if something has come already.
+    fn has_heard(&self) -> bool {
+        recv(self.line.socket.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) == Ok(1)
     }
 
     /// Waits until something has come, or the other side has hung up; false at the deadline.
@@ -415,17 +429,23 @@ impl Channel {
     ) -> Result<(), FrontendError> {
         let mut rest = buf;
         while !rest.is_empty() {
-            let received = match socket::ready(self.line.socket(), PollFlags::POLLIN, deadline) {
-                Ok(true) => socket::receive(self.line.socket(), rest, fds, MAX_FDS),
-                Ok(false) => Err(io::ErrorKind::TimedOut.into()),
-                Err(error) => Err(error),
-            };
-            match received {
+            let failed = match socket::receive(self.line.socket(), rest, fds, MAX_FDS) {
                 Ok(0) => return Err(FrontendError::HungUp { request }),
-                Ok(received) => rest = rest.get_mut(received..).unwrap_or_default(),
-                Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
-                Err(error) => return Err(self.failed(request, timeout, error)),
-            }
+                Ok(received) => {
+                    rest = rest.get_mut(received..).unwrap_or_default();
+                    continue;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    match socket::ready(self.line.socket(), PollFlags::POLLIN, deadline) {
+                        Ok(true) => continue,
+                        Ok(false) => io::ErrorKind::TimedOut.into(),
+                        Err(error) => error,
+                    }
+                }
+                Err(error) => error,
+            };
+            return Err(self.failed(request, timeout, failed));
         }
         Ok(())
     }
@@ -451,6 +471,13 @@ impl Channel {
         let busy = socket::has_accepted(&self.path);
         FrontendError::NotServed { path: self.path.clone(), request, waited, busy }
     }
+}
+
+/// How long `work` takes.
+fn time(work: &mut dyn FnMut()) -> Duration {
+    let begun = Instant::now();
+    work();
+    begun.elapsed()
 }
 
 impl Drop for Channel {
@@ -490,7 +517,7 @@ mod tests {
             back_end.write_all(&[header.as_bytes(), &[1; 8], header.as_bytes(), &[2; 8]].concat()).unwrap();
         });
         let mut replies = Vec::new();
-        channel.ask_each(PATIENCE, request, [[0; 8].as_slice(); 2], &mut replies).unwrap();
+        channel.ask_each(PATIENCE, request, [[0; 8].as_slice(); 2], &mut || {}, &mut replies).unwrap();
         assert_eq!(replies.iter().map(|reply| reply.payload[0]).collect::<Vec<_>>(), [1, 2]);
         answers.join().unwrap();
     }

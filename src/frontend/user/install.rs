@@ -66,6 +66,7 @@ impl UserDevice {
         for (&index, setup) in &rings {
             let base = self.base_after_crash(index, setup)?;
             self.post_ring(index, setup, base)?;
+            self.post_kick(index, setup)?;
             if let Some((log, _)) = &self.log {
                 // The back-end that died may have written the used ring and not yet logged it. The next one also sees
                 // by these marks that the old one's are not lost (rule L15).
@@ -100,6 +101,7 @@ impl UserDevice {
         self.channel.close();
         self.ear = None;
         self.stopping.clear();
+        self.known.clear();
         self.starting.clear();
         let (channel, offer, ear) = greet(&self.path, options, &self.events, &self.translator, &self.interrupt)?;
         let old = std::mem::replace(&mut self.offer, offer);

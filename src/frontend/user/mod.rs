@@ -55,6 +55,19 @@ const SET_LOG_BASE: Request = Request::SET_LOG_BASE;
 const BRIEFLY: Duration = Duration::from_millis(500);
 /// Messages that start a ring: CALL, ERR, NUM, BASE, ADDR, KICK and ENABLE.
 const START_MESSAGES: usize = 7;
+/// Messages that try one.
+const TRY_MESSAGES: usize = 7;
+
+/// What a back-end knows of a ring that is not started.
+struct Known {
+    size: u16,
+    call: Arc<OwnedFd>,
+    error: Option<Arc<OwnedFd>>,
+    place: Option<Place>,
+}
+
+/// Descriptor, driver and device area of a ring, and where it goes on.
+type Place = ([u64; 3], RingBase);
 
 /// A device behind a vhost-user socket.
 pub struct UserDevice {
@@ -75,6 +88,8 @@ pub struct UserDevice {
     memory: Memory,
     inflight: Option<Inflight>,
     rings: BTreeMap<u16, RingSetup>,
+    /// What the back-end knows of rings that are not started.
+    known: BTreeMap<u16, Known>,
     log: Option<(Arc<Log>, OwnedFd)>,
     log_signal: Option<OwnedFd>,
     status: u8,
@@ -128,6 +143,7 @@ impl UserDevice {
             memory: Memory::default(),
             inflight: None,
             rings: BTreeMap::new(),
+            known: BTreeMap::new(),
             log: None,
             log_signal: None,
             status: 0,
@@ -151,6 +167,8 @@ impl UserDevice {
     }
 
     fn post_features(&mut self) -> Result<(), FrontendError> {
+        // The addresses of rings say whether they are logged.
+        self.forget_places();
         let logging = if self.log.is_some() { bit(VHOST_F_LOG_ALL) } else { 0 };
         let features = self.features | logging | self.offer.features & bit(VHOST_USER_F_PROTOCOL_FEATURES);
         self.channel.post(Request::SET_FEATURES, features.as_bytes(), &[])
@@ -163,6 +181,7 @@ impl UserDevice {
     /// due, while the back-end can't go on before it has been heard.
     fn post_memory(&mut self, before: &Memory) -> Result<(), FrontendError> {
         let memory = self.memory.clone();
+        self.forget_places();
         self.change_translations(None);
         let posted = self.post_regions(before, &memory);
         self.change_translations(Some(&memory));
@@ -201,21 +220,67 @@ impl UserDevice {
         })
     }
 
-    /// Everything that starts a ring, but does not enable it yet.
-    fn post_ring(&mut self, index: u16, setup: &RingSetup, base: RingBase) -> Result<(), FrontendError> {
-        self.post_fd(Request::SET_VRING_CALL, index, Some(&setup.call))?;
-        self.post_fd(Request::SET_VRING_ERR, index, setup.error.as_ref())?;
-        self.post_place(index, setup, base)?;
+    fn post_kick(&mut self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
+        // Stopping it may make the back-end forget it.
+        self.known.remove(&index);
         self.post_fd(Request::SET_VRING_KICK, index, Some(&setup.kick))
     }
 
-    /// A ring's size, base and addresses.
-    fn post_place(&mut self, index: u16, setup: &RingSetup, base: RingBase) -> Result<(), FrontendError> {
+    /// Everything that starts a ring, but its kick and that it is enabled: what the back-end does not know yet.
+    fn post_ring(&mut self, index: u16, setup: &RingSetup, base: RingBase) -> Result<(), FrontendError> {
+        self.post_size(index, setup)?;
+        let place = Some(([setup.desc, setup.avail, setup.used], base));
+        if self.known.get(&index).is_some_and(|known| known.place == place) {
+            return Ok(());
+        }
         let addresses = self.addresses(index, setup)?;
-        let state = |num| VringState { index: index.into(), num };
-        self.channel.post(Request::SET_VRING_NUM, state(setup.size.into()).as_bytes(), &[])?;
-        self.channel.post(Request::SET_VRING_BASE, state(base.bits()).as_bytes(), &[])?;
-        self.channel.post(Request::SET_VRING_ADDR, addresses.as_bytes(), &[])
+        let state = VringState { index: index.into(), num: base.bits() };
+        self.channel.post(Request::SET_VRING_BASE, state.as_bytes(), &[])?;
+        self.channel.post(Request::SET_VRING_ADDR, addresses.as_bytes(), &[])?;
+        self.known.get_mut(&index).into_iter().for_each(|known| known.place = place);
+        Ok(())
+    }
+
+    /// How large a ring is, and what the back-end signals.
+    fn post_size(&mut self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
+        let fds =
+            |call: &Arc<OwnedFd>, error: &Option<Arc<OwnedFd>>| (Arc::as_ptr(call), error.as_ref().map(Arc::as_ptr));
+        let is_known = |known: &Known| {
+            known.size == setup.size && fds(&known.call, &known.error) == fds(&setup.call, &setup.error)
+        };
+        if self.known.get(&index).is_some_and(is_known) {
+            return Ok(());
+        }
+        self.post_fd(Request::SET_VRING_CALL, index, Some(&setup.call))?;
+        self.post_fd(Request::SET_VRING_ERR, index, setup.error.as_ref())?;
+        let state = VringState { index: index.into(), num: setup.size.into() };
+        self.channel.post(Request::SET_VRING_NUM, state.as_bytes(), &[])?;
+        let known = Known { size: setup.size, call: setup.call.clone(), error: setup.error.clone(), place: None };
+        self.known.insert(index, known);
+        Ok(())
+    }
+
+    fn forget_places(&mut self) {
+        self.known.values_mut().for_each(|known| known.place = None);
+    }
+
+    /// Posts something for each of several rings, and waits for what is posted. If something is refused, nothing is known of them.
+    fn post_each(
+        &mut self,
+        rings: &[(u16, RingSetup)],
+        sent: &mut dyn FnMut(),
+        post: impl Fn(&mut UserDevice, u16, &RingSetup) -> Result<(), FrontendError>,
+    ) -> Result<(), FrontendError> {
+        rings.iter().try_for_each(|(index, setup)| self.check_ring(*index, setup))?;
+        self.channel.settle()?;
+        for rings in rings.chunks(MOST_POSTED / TRY_MESSAGES) {
+            let posted = rings.iter().try_for_each(|(index, setup)| post(self, *index, setup));
+            let settled = posted.and_then(|()| self.channel.settle_each(self.options.timeout, sent));
+            let settled =
+                settled.and_then(|refused| refused.into_iter().next().map_or(Ok(()), |(_, error)| Err(error)));
+            settled.inspect_err(|_| rings.iter().for_each(|(index, _)| drop(self.known.remove(index))))?;
+        }
+        Ok(())
     }
 
     fn check_ring(&self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
@@ -374,35 +439,57 @@ impl Device for UserDevice {
         self.inflight.as_ref().map(Inflight::state).transpose()
     }
 
+    fn says_when_it_waits(&self) -> bool {
+        true
+    }
+
+    fn announce_rings(&mut self, rings: &[(u16, RingSetup)]) -> Result<(), FrontendError> {
+        self.post_each(rings, &mut || {}, UserDevice::post_size)
+    }
+
     fn try_ring(&mut self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
-        self.check_ring(index, setup)?;
-        self.post_place(index, setup, setup.base)?;
-        // Without a kick it does not run: it is not started (rule R2).
-        self.post_enable(index, true)?;
-        self.post_enable(index, false)?;
-        self.channel.settle()
+        self.try_rings(&[(index, setup.clone())], &mut || {})
+    }
+
+    fn try_rings(&mut self, rings: &[(u16, RingSetup)], sent: &mut dyn FnMut()) -> Result<(), FrontendError> {
+        self.post_each(rings, sent, |device, index, setup| {
+            device.post_ring(index, setup, setup.base)?;
+            // Without a kick it does not run: it is not started (rule R2).
+            device.post_enable(index, true)?;
+            device.post_enable(index, false)
+        })
     }
 
     fn start_ring(&mut self, index: u16, setup: RingSetup) -> Result<(), FrontendError> {
-        self.start_rings(&[(index, setup)], &mut |_| {})
+        self.start_rings(&[(index, setup)], &mut || {}, &mut |_| {})
     }
 
-    fn start_rings(&mut self, rings: &[(u16, RingSetup)], started: &mut dyn FnMut(u16)) -> Result<(), FrontendError> {
+    fn start_rings(
+        &mut self,
+        rings: &[(u16, RingSetup)],
+        sent: &mut dyn FnMut(),
+        started: &mut dyn FnMut(u16),
+    ) -> Result<(), FrontendError> {
         if self.channel.owes() {
             // Else nobody could tell an interrupted start from one that has not begun.
             return Err(FrontendError::Away { device: self.name().into(), reason: Some("an answer is owed".into()) });
         }
         rings.iter().try_for_each(|(index, setup)| self.check_ring(*index, setup))?;
         self.channel.settle()?;
-        rings.chunks(MOST_POSTED / START_MESSAGES).try_for_each(|rings| self.start_some(rings, started))
+        rings.chunks(MOST_POSTED / START_MESSAGES).try_for_each(|rings| self.start_some(rings, sent, started))
     }
 
     fn stop_ring(&mut self, index: u16) -> Result<RingBase, FrontendError> {
         self.end_ring(Request::GET_VRING_BASE, index)
     }
 
-    fn stop_rings(&mut self, indices: &[u16], stopped: &mut dyn FnMut(u16, RingBase)) -> Result<(), FrontendError> {
-        self.end_rings(Request::GET_VRING_BASE, indices, stopped)
+    fn stop_rings(
+        &mut self,
+        indices: &[u16],
+        sent: &mut dyn FnMut(),
+        stopped: &mut dyn FnMut(u16, RingBase),
+    ) -> Result<(), FrontendError> {
+        self.end_rings(Request::GET_VRING_BASE, indices, sent, stopped)
     }
 
     fn can_suspend(&self) -> bool {
@@ -415,9 +502,14 @@ impl Device for UserDevice {
         self.end_ring(Request::GET_VRING_BASE_SKIP_DRAIN, index)
     }
 
-    fn suspend_rings(&mut self, indices: &[u16], stopped: &mut dyn FnMut(u16, RingBase)) -> Result<(), FrontendError> {
+    fn suspend_rings(
+        &mut self,
+        indices: &[u16],
+        sent: &mut dyn FnMut(),
+        stopped: &mut dyn FnMut(u16, RingBase),
+    ) -> Result<(), FrontendError> {
         self.check_suspend()?;
-        self.end_rings(Request::GET_VRING_BASE_SKIP_DRAIN, indices, stopped)
+        self.end_rings(Request::GET_VRING_BASE_SKIP_DRAIN, indices, sent, stopped)
     }
 
     fn start_logging(&mut self, log: &Arc<Log>, fd: BorrowedFd<'_>) -> Result<(), FrontendError> {
@@ -451,6 +543,10 @@ impl Device for UserDevice {
             Err(error) if error.needs_reconnect() => Ok(()),
             done => done,
         }
+    }
+
+    fn has_state(&self) -> bool {
+        self.has(protocol_feature::DEVICE_STATE)
     }
 
     fn save_state(&mut self) -> Result<Option<Vec<u8>>, FrontendError> {
@@ -563,17 +659,23 @@ impl Device for UserDevice {
 
 impl UserDevice {
     /// Starts so many rings that their messages need not wait for each other.
-    fn start_some(&mut self, rings: &[(u16, RingSetup)], started: &mut dyn FnMut(u16)) -> Result<(), FrontendError> {
+    fn start_some(
+        &mut self,
+        rings: &[(u16, RingSetup)],
+        sent: &mut dyn FnMut(),
+        started: &mut dyn FnMut(u16),
+    ) -> Result<(), FrontendError> {
         let mut ends = Vec::new();
         let posted = rings.iter().try_for_each(|(index, setup)| {
             self.post_ring(*index, setup, setup.base)?;
+            self.post_kick(*index, setup)?;
             // What it finds as soon as it is enabled it may call for at once.
             self.ear.iter().for_each(|ear| ear.add(*index, setup));
             self.post_enable(*index, true)?;
             ends.push(self.channel.posted());
             Ok(())
         });
-        let settled = posted.and_then(|()| self.channel.settle_each(self.options.timeout));
+        let settled = posted.and_then(|()| self.channel.settle_each(self.options.timeout, sent));
         let interrupted = match &settled {
             Ok(_) => None,
             // They start when the back-end gets to them.
@@ -625,7 +727,7 @@ impl UserDevice {
     /// Stops a ring with one of the requests that do.
     fn end_ring(&mut self, request: Request, index: u16) -> Result<RingBase, FrontendError> {
         let mut stopped = None;
-        self.end_rings(request, &[index], &mut |_, base| stopped = Some(base))?;
+        self.end_rings(request, &[index], &mut || {}, &mut |_, base| stopped = Some(base))?;
         stopped.ok_or_else(|| FrontendError::BadRing { index, reason: "it is not started".into() })
     }
 
@@ -634,6 +736,7 @@ impl UserDevice {
         &mut self,
         request: Request,
         indices: &[u16],
+        sent: &mut dyn FnMut(),
         stopped: &mut dyn FnMut(u16, RingBase),
     ) -> Result<(), FrontendError> {
         if let Some(index) = indices.iter().copied().find(|index| !self.rings.contains_key(index)) {
@@ -643,7 +746,7 @@ impl UserDevice {
         let ended = self.owed(|device| {
             // Two messages for each.
             let mut chunks = indices.chunks(MOST_POSTED / 2);
-            chunks.try_for_each(|indices| device.ask_for_bases(request, indices, stopped))
+            chunks.try_for_each(|indices| device.ask_for_bases(request, indices, sent, stopped))
         });
         let running = indices.iter().copied().filter(|index| self.rings.contains_key(index)).collect::<Vec<_>>();
         match self.channel.owes() {
@@ -658,6 +761,7 @@ impl UserDevice {
         &mut self,
         request: Request,
         indices: &[u16],
+        sent: &mut dyn FnMut(),
         stopped: &mut dyn FnMut(u16, RingBase),
     ) -> Result<(), FrontendError> {
         self.channel.settle()?;
@@ -668,7 +772,7 @@ impl UserDevice {
         let states: Vec<_> = indices.iter().map(|index| VringState { index: (*index).into(), num: 0 }).collect();
         let mut replies = Vec::new();
         let payloads = states.iter().map(IntoBytes::as_bytes);
-        let asked = self.channel.ask_each(self.options.stop_timeout, request, payloads, &mut replies);
+        let asked = self.channel.ask_each(self.options.stop_timeout, request, payloads, sent, &mut replies);
         for (index, reply) in indices.iter().copied().zip(replies) {
             let base = self.base_of(&reply, index)?;
             self.ear.iter().for_each(|ear| ear.remove(index));
@@ -742,6 +846,7 @@ impl UserDevice {
             if let Some(reply) = replies.next() {
                 let base = self.base_of(reply, index)?;
                 self.post_ring(index, &setup, base)?;
+                self.post_kick(index, &setup)?;
                 self.rings.insert(index, RingSetup { base, ..setup.clone() });
             }
             self.post_enable(index, true)?;
