@@ -12,6 +12,7 @@ use clap::{Subcommand, ValueEnum};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
 use vhost_migrate::backend::{self, Device, Inherited, Listener, Sandbox, Violation};
+use vhost_migrate::control;
 
 use crate::interrupt::{on_hangup, on_interrupt};
 use crate::messages::Messages;
@@ -169,14 +170,14 @@ enum Consequence {
 }
 
 impl Seccomp {
-    fn sandbox(&self, postcopy: bool) -> Option<Sandbox> {
+    fn sandbox(&self, postcopy: bool, metrics: &Metrics) -> Option<Sandbox> {
         let violation = match self.seccomp {
             _ if self.no_seccomp => return None,
             Consequence::Kill => Violation::Kill,
             Consequence::Log => Violation::Log,
             Consequence::Off => return None,
         };
-        Some(Sandbox { violation, postcopy, ..Sandbox::default() })
+        Some(Sandbox { violation, postcopy, unlink: metrics.has_socket(), ..Sandbox::default() })
     }
 }
 
@@ -203,6 +204,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
         Kind::Blk(blk) => blk.run(&stop),
         Kind::Net(net) => net.run(&stop),
     });
+    control::remove_sockets();
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -226,6 +228,7 @@ fn stop_on_interrupt(limit: Duration) -> Result<Arc<EventFd>, Box<dyn std::error
             tracing::error!("requests are under way {seconds} s after the signal: they are left")
         });
         std::thread::sleep(Duration::from_millis(100));
+        control::remove_sockets();
         std::process::exit(1);
     })?;
     Ok(stop)
@@ -264,7 +267,7 @@ impl Blk {
         self.metrics.start()?;
         let (bytes, image) = (disk.capacity() * 512, self.image.display());
         let what = format!("{image} ({bytes} bytes)");
-        serve(&self.place, disk, &what, self.seccomp.sandbox(self.postcopy), stop)
+        serve(&self.place, disk, &what, self.seccomp.sandbox(self.postcopy, &self.metrics), stop)
     }
 }
 
@@ -278,8 +281,11 @@ fn serve(
 ) -> Result<(), Box<dyn std::error::Error>> {
     // All that has to be opened is open by then.
     let Place { socket, connect, fd } = place;
-    let (unlink, connects) = (socket.is_some(), connect.is_some());
-    let confine = || sandbox.map_or(Ok(()), |sandbox| Sandbox { unlink, connect: connects, ..sandbox }.install());
+    let confine = || {
+        sandbox.map_or(Ok(()), |sandbox| {
+            Sandbox { unlink: sandbox.unlink || socket.is_some(), connect: connect.is_some(), ..sandbox }.install()
+        })
+    };
     if let Some(path) = connect {
         confine()?;
         println!("serves {what} at {}", path.display());

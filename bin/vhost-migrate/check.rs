@@ -6,16 +6,21 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use crossbeam::channel::RecvTimeoutError;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use vhost_migrate::check::{
-    Explanation, Feed, Kind, Options, Report, Rings, Step, Verdict, check_watched, explain, rule,
+    CheckError, Explanation, Feed, Kind, Options, Report, Rings, Step, Stop, Verdict, check_watched, explain, rule,
 };
+
+use crate::interrupt::{before_the_end, interrupts_and_hangup};
 
 /// Nothing could be checked.
 const UNCHECKED: u8 = 3;
 /// With `--strict`: nothing is broken, but there are warnings.
 const WARNED: u8 = 4;
+/// The longest time from a signal to the end. What the check has to put back takes less.
+const STOPPING: Duration = Duration::from_secs(20);
 
 /// Check which rules a running vhost-user back-end keeps
 #[derive(Debug, clap::Args)]
@@ -33,7 +38,7 @@ written to the disk. The rules are those of docs/protocol.md;
 docs/check.md explains what is done for each, and how to read what was found.
 
 Exit status: 0 nothing is broken; 1 a rule is broken; 2 wrong arguments; 3 it could not be checked; 4 with --strict, nothing is
-broken, but there are warnings.")]
+broken, but there are warnings. SIGINT, SIGTERM and SIGHUP end it within seconds, after it has put back what it has changed.")]
 pub(crate) struct Arguments {
     /// The back-end's socket
     #[arg(required_unless_present = "explain")]
@@ -150,8 +155,28 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
         let _ = writeln!(io::stdout(), "{rule}: {text}\n\nIf broken: {broken}. {meaning}\n\nRemedy: {remedy}");
         return ExitCode::SUCCESS;
     }
-    let strict = arguments.strict;
-    match arguments.run() {
+    let (strict, stop) = (arguments.strict, Stop::default());
+    // Disconnected when the check has ended.
+    let (checking, checked) = crossbeam::channel::bounded::<()>(0);
+    let stopping = stop.clone();
+    let signals = before_the_end(interrupts_and_hangup(), 2 * STOPPING, move || {
+        stopping.set();
+        if checked.recv_timeout(STOPPING) == Err(RecvTimeoutError::Timeout) {
+            eprintln!("vhost-migrate: the check does not end: the back-end may run on, and the end of its disk be overwritten");
+        }
+    });
+    if let Err(error) = signals {
+        eprintln!("vhost-migrate: signals: {error}");
+        return ExitCode::from(UNCHECKED);
+    }
+    match arguments.run(stop) {
+        Err(error) if matches!(error.downcast_ref(), Some(CheckError::Stopped { .. })) => {
+            eprintln!("vhost-migrate: {error}");
+            drop(checking);
+            // The signal is about to end this process.
+            std::thread::sleep(2 * STOPPING);
+            ExitCode::from(UNCHECKED)
+        }
         Ok(report) if report.is_broken() => ExitCode::FAILURE,
         Ok(report) if strict && report.count(Verdict::Warning) > 0 => ExitCode::from(WARNED),
         Ok(_) => ExitCode::SUCCESS,
@@ -164,7 +189,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
 
 impl Arguments {
     /// Checks, and tells what was found.
-    fn run(self) -> Result<Report, Box<dyn std::error::Error>> {
+    fn run(self, stop: Stop) -> Result<Report, Box<dyn std::error::Error>> {
         let timeout = Duration::from_secs(self.timeout);
         let options = Options {
             device: self.device.map(|device| match device {
@@ -189,6 +214,7 @@ impl Arguments {
             write: self.write,
             restart: self.restart,
             kill_pid: self.kill_pid,
+            stop,
             ..Options::default()
         };
         // Before a long run, whose findings would be lost.

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::RecvTimeoutError;
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use vhost_migrate::control::{self, Client, Command, Handler, MigrateArguments};
 use vhost_migrate::dirty::forecast;
@@ -109,18 +110,21 @@ struct Workload {
 /// Runs the command.
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
     arguments.messages.start();
-    let signals = ignore_hangup().and_then(|()| before_the_end(CLEANING, remove_unfinished_saves));
+    let clean = || {
+        control::remove_sockets();
+        remove_unfinished_saves();
+    };
+    let signals = ignore_hangup().and_then(|()| before_the_end([Signal::SIGINT, Signal::SIGTERM], CLEANING, clean));
     if let Err(error) = signals {
         eprintln!("guest: signals: {error}");
         return ExitCode::FAILURE;
     }
-    match own(&arguments) {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("guest: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    let ended = own(&arguments).unwrap_or_else(|error| {
+        eprintln!("guest: {error}");
+        ExitCode::FAILURE
+    });
+    control::remove_sockets();
+    ended
 }
 
 fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
@@ -215,7 +219,7 @@ impl Workload {
     }
 }
 
-/// The time that SIGTERM leaves for files of saves under way to be removed.
+/// The time that SIGTERM leaves for sockets and for files of saves under way to be removed.
 const CLEANING: Duration = Duration::from_secs(2);
 /// The time for which a destination is asked before a guest is resumed that it may run.
 const ASK_BEFORE_RESUME: Duration = Duration::from_secs(2);

@@ -21,17 +21,27 @@ pub(crate) fn on_interrupt(then: impl FnOnce() + Send + 'static) -> io::Result<(
 /// # Errors
 /// The error of the system.
 pub(crate) fn on_interrupt_or_hangup(then: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    on_first([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP], then)
+    on_first(interrupts_and_hangup(), then)
 }
 
-/// Has `before` called, and no longer waited for than `limit`, before the first SIGINT or SIGTERM ends the process as it always
-/// does.
+/// The signals that end a process which ends with its terminal: SIGINT, SIGTERM and, unless it was ignored when the process was
+/// started (nohup), SIGHUP.
+pub(crate) fn interrupts_and_hangup() -> Vec<Signal> {
+    let hangup = (!is_ignored(Signal::SIGHUP)).then_some(Signal::SIGHUP);
+    [Signal::SIGINT, Signal::SIGTERM].into_iter().chain(hangup).collect()
+}
+
+/// Has `before` called, and no longer waited for than `limit`, before the first of `signals` ends the process as it always does.
 ///
 /// # Errors
 /// The error of the system.
-pub(crate) fn before_the_end(limit: Duration, before: impl FnOnce() + Send + 'static) -> io::Result<()> {
+pub(crate) fn before_the_end(
+    signals: impl IntoIterator<Item = Signal>,
+    limit: Duration,
+    before: impl FnOnce() + Send + 'static,
+) -> io::Result<()> {
     let mut before = Some(before);
-    on([Signal::SIGINT, Signal::SIGTERM], move |signal| {
+    on(signals, move |signal| {
         let (done, is_done) = crossbeam::channel::bounded(1);
         if let Some(before) = before.take() {
             let work = move || {
@@ -47,6 +57,13 @@ pub(crate) fn before_the_end(limit: Duration, before: impl FnOnce() + Send + 'st
         // It was ignored when this process was started.
         std::process::exit(128 + signal as i32)
     })
+}
+
+/// Returns true if the signal was ignored when this process was started; false if that can't be told.
+fn is_ignored(signal: Signal) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());
+    ignored.is_some_and(|ignored| ignored >> (signal as i32 - 1) & 1 != 0)
 }
 
 /// Lets SIGHUP do nothing to this process. Programs that it starts take it as usual.

@@ -50,6 +50,11 @@ impl FromStr for Place {
 }
 
 impl Metrics {
+    /// Returns true if they are served at a socket that has a path.
+    pub(crate) fn has_socket(&self) -> bool {
+        matches!(self.metrics, Some(Place::Unix(_)))
+    }
+
     /// Begins to count and to serve, if that is wanted.
     ///
     /// # Errors
@@ -60,7 +65,7 @@ impl Metrics {
             Place::Unix(path) => {
                 let (listener, path) = control::bind(path)?;
                 serve(&Listener::Unix(listener))?;
-                // It is there as long as this process.
+                // It is there as long as this process, which removes it at its end.
                 std::mem::forget(path);
             }
             Place::Tcp(address) => {

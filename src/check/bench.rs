@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::thread;
-use std::time::Instant;
+use std::time::Duration;
 
 use super::device::Subject;
 use super::link::{self, Link, Replies};
@@ -16,7 +16,7 @@ use super::net::{self, Source};
 use super::process::{LOOK, Process};
 use super::queue::MAX_RINGS;
 use super::rig::{PROTOCOL, Plan, Rig, Scatter};
-use super::{CheckError, Fault, Feed, Flow, Options, Outcome, Rings, Shape, When};
+use super::{CheckError, Fault, Feed, Flow, Options, Outcome, Rings, Shape, Stop, When};
 use crate::abi::bit;
 use crate::abi::features::protocol_feature_name;
 use crate::abi::vhost_user::{Request as Code, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature};
@@ -26,6 +26,8 @@ use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_
 const MOST_ENTRIES: u16 = 256;
 /// Entries that all requests of a batch need.
 const LEAST_ENTRIES: u16 = 64;
+/// The time that a stopped check has to put back what it has changed.
+const UNDO: Duration = Duration::from_secs(5);
 
 /// What the back-end said when it was greeted.
 #[derive(Clone, Copy, Debug)]
@@ -78,6 +80,8 @@ pub(super) struct Bench {
     pub(super) process: Option<Process>,
     /// The last connection. It ends before another one begins: many back-ends serve one at a time.
     last: RefCell<Option<UnixStream>>,
+    /// What a check has changed and could not put back, in words.
+    pub(super) left: Vec<String>,
 }
 
 impl Bench {
@@ -87,16 +91,16 @@ impl Bench {
             // It may have ended by itself.
             let _ = last.shutdown(Shutdown::Both);
         }
-        let deadline = Instant::now() + self.options.timeout / 4;
+        let deadline = self.options.stop.deadline(self.options.timeout / 4);
         loop {
             let stream = match &self.process {
                 Some(process) => process.connect(),
                 None => self.connect_soon(),
             };
-            let link = Link::over(stream.map_err(Fault::Connect)?, self.options.timeout, self.replies.clone());
+            let link = Link::over(stream.map_err(Fault::Connect)?, &self.options, self.replies.clone());
             match link.barrier() {
                 // One that listens for each connection anew hangs up at those that come before it has stopped listening.
-                Err(Fault::HungUp { .. }) if Instant::now() < deadline => thread::sleep(LOOK),
+                Err(Fault::HungUp { .. }) if !deadline.is_over() => thread::sleep(LOOK),
                 answer => {
                     answer?;
                     *self.last.borrow_mut() = Some(link.another()?);
@@ -108,10 +112,10 @@ impl Bench {
 
     /// Connects to a back-end that may listen again only after its last connection has ended.
     fn connect_soon(&self) -> io::Result<UnixStream> {
-        let deadline = Instant::now() + self.options.timeout / 4;
+        let deadline = self.options.stop.deadline(self.options.timeout / 4);
         loop {
-            match link::connect(&self.socket, self.options.timeout) {
-                Err(error) if is_absent(&error) && Instant::now() < deadline => thread::sleep(LOOK),
+            match link::connect(&self.socket, self.options.timeout, &self.options.stop) {
+                Err(error) if is_absent(&error) && !deadline.is_over() => thread::sleep(LOOK),
                 connected => return connected,
             }
         }
@@ -185,7 +189,7 @@ impl Bench {
                 Some(Source::Host(socket.clone(), VecDeque::new()))
             }
             Some(Feed::Backend(socket)) => {
-                let connect = || Link::connect(socket, self.options.timeout, Rc::default()).map_err(Fault::Connect);
+                let connect = || Link::connect(socket, &self.options, Rc::default()).map_err(Fault::Connect);
                 let link = connect()?;
                 let offer = greet(&link)?;
                 drop(link);
@@ -227,11 +231,40 @@ impl Bench {
         Ok(())
     }
 
+    /// Has `undo` put back what a check has changed, after a stop too. Where the back-end may be killed, its successor has another
+    /// try.
+    pub(super) fn undo(&mut self, undo: impl Fn(&Bench) -> Result<(), Fault>) -> Result<(), Fault> {
+        let stop = self.options.stop.clone();
+        self.waits_until(stop.delayed(UNDO));
+        let mut done = undo(self);
+        if done.is_err() && self.process.is_some() {
+            self.waits_until(stop.delayed(2 * UNDO));
+            done = self.replace().and_then(|()| undo(self));
+        }
+        self.waits_until(stop);
+        done
+    }
+
+    /// Fails once the check is to stop.
+    pub(super) fn goes_on(&mut self) -> Result<(), CheckError> {
+        match self.options.stop.is_set() {
+            true => Err(CheckError::Stopped { left: std::mem::take(&mut self.left) }),
+            false => Ok(()),
+        }
+    }
+
+    fn waits_until(&mut self, stop: Stop) {
+        if let Some(process) = &mut self.process {
+            process.stop = stop.clone();
+        }
+        self.options.stop = stop;
+    }
+
     /// Learns whether the back-end serves a second front-end, or ends with its first.
     fn meet_again(&self) -> Result<(), Fault> {
-        let deadline = Instant::now() + self.options.timeout;
+        let deadline = self.options.stop.deadline(self.options.timeout);
         while let Err(fault) = self.lives() {
-            if self.process.is_none() || Instant::now() >= deadline {
+            if self.process.is_none() || deadline.is_over() {
                 return Err(fault);
             }
             thread::sleep(LOOK);
@@ -288,13 +321,12 @@ pub(super) fn prepare(socket: &Path, options: &Options) -> Result<Bench, CheckEr
     let busy = || CheckError::Busy { path: path(), waited: options.timeout };
     let stream = match &process {
         Some(process) => process.connect().map_err(CheckError::Start)?,
-        None => link::connect(socket, options.timeout).map_err(|source| match source.kind() {
-            // There is no room for another one that waits to be accepted.
+        None => link::connect(socket, options.timeout, &options.stop).map_err(|source| match source.kind() {
             io::ErrorKind::WouldBlock => busy(),
             _ => CheckError::Connect { path: path(), source },
         })?,
     };
-    let link = Link::over(stream, options.timeout, replies.clone());
+    let link = Link::over(stream, options, replies.clone());
     let greeted = greet(&link).and_then(|offer| Ok((offer, Subject::of(&link, offer, options.device)?)));
     let greeting = |fault: Fault| CheckError::Greeting { path: path(), why: fault.to_string() };
     let (offer, subject) = greeted.map_err(|fault| match fault {
@@ -310,8 +342,8 @@ pub(super) fn prepare(socket: &Path, options: &Options) -> Result<Bench, CheckEr
     let flow = if subject.has_requests() { Flow::Requests } else { Flow::Transmit };
     let shape = Shape { packed, flow };
     let (feed, size) = (options.feed.clone(), options.queue_size.unwrap_or(MOST_ENTRIES));
-    let (socket, options, last) = (path(), options.clone(), RefCell::default());
-    let mut bench = Bench { socket, options, replies, offer, subject, feed, shape, size, process, last };
+    let (socket, options, last, left) = (path(), options.clone(), RefCell::default(), Vec::new());
+    let mut bench = Bench { socket, options, replies, offer, subject, feed, shape, size, process, last, left };
     bench.meet_again().map_err(|fault| CheckError::Once { path: path(), why: fault.to_string() })?;
     bench.size = bench.ring_size()?;
     if bench.subject.has_requests() {
@@ -335,10 +367,9 @@ pub(super) fn prepare(socket: &Path, options: &Options) -> Result<Bench, CheckEr
 /// Starts the back-end, if that is ours to do.
 pub(super) fn start(socket: &Path, options: &Options) -> Result<Option<Process>, CheckError> {
     let Some(command) = &options.restart else { return Ok(None) };
-    let given = options.kill_pid.map(nix::unistd::Pid::from_raw);
-    let process = Process::new(command, socket, options.timeout, given);
-    if given.is_none() {
-        if link::connect(socket, options.timeout).is_ok() {
+    let process = Process::new(command, socket, options);
+    if options.kill_pid.is_none() {
+        if link::connect(socket, options.timeout, &options.stop).is_ok() {
             return Err(CheckError::Served { path: socket.into() });
         }
         process.start().map_err(CheckError::Start)?;

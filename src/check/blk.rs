@@ -5,7 +5,6 @@ use std::io::{self, Write};
 
 use std::path::PathBuf;
 use std::thread;
-use std::time::Instant;
 
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
@@ -177,15 +176,18 @@ fn borrowing(
     }
     let before = read_all(bench, &parts)?;
     let outcome = run(bench, &parts).unwrap_or_else(Outcome::from);
-    match restore(bench, &parts, &before) {
+    match bench.undo(|bench| restore(bench, &parts, &before)) {
         Ok(()) => Ok(outcome),
         Err(fault) => {
-            let (sector, Outcome(_, seen)) = (parts.first().map_or(0, |(sector, _)| *sector), outcome);
+            let (first, Outcome(_, seen)) = (parts.first().map_or(0, |(sector, _)| *sector), outcome);
+            let end = parts.last().map_or(0, |(sector, data)| sector + u64::from(data.len) / SECTOR_BYTES);
             let kept = match keep(&before) {
-                Ok(path) => format!("its bytes are in {}", path.display()),
-                Err(error) => format!("its bytes can't be kept ({error})"),
+                Ok(path) => format!("their bytes are in {}", path.display()),
+                Err(error) => format!("their bytes can't be kept ({error})"),
             };
-            Ok(Outcome::broken(format!("{seen}; the disk from sector {sector} on can't be restored ({fault}): {kept}")))
+            let left = format!("sectors {first} to {} of the disk could not be put back ({fault}): {kept}", end - 1);
+            bench.left.push(left.clone());
+            Ok(Outcome::broken(format!("{seen}; {left}")))
         }
     }
 }
@@ -196,14 +198,14 @@ fn overwrite(bench: &Bench, parts: &[(u64, Buffer)]) -> Result<Outcome, Fault> {
     let contents = contents(parts, 0);
     prepare(&mut rig, parts, &contents)?;
     rig.publish();
-    let deadline = Instant::now() + rig.timeout;
-    while !rig.pop()? && Instant::now() < deadline {
+    let deadline = rig.deadline(rig.timeout);
+    while !rig.pop()? && !deadline.is_over() {
         thread::yield_now();
     }
     let base = rig.stop()?;
     // What a back-end has not drained must not come after what is put back.
-    let deadline = Instant::now() + rig.timeout;
-    while !rig.ring.same(base, rig.ring.position()) && Instant::now() < deadline {
+    let deadline = rig.deadline(rig.timeout);
+    while !rig.ring.same(base, rig.ring.position()) && !deadline.is_over() {
         rig.pop()?;
         thread::yield_now();
     }

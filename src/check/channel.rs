@@ -6,13 +6,14 @@
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
+use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt::SndBuf};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::link::{Word, readable};
 use super::rig::{Rig, SLOTS, Size, soon};
+use super::stop::Deadline;
 use super::{Bench, Check, Fault, Outcome, When};
 use crate::abi::vhost_user::{BackendRequest, Header, Request as Code, VRING_NOFD_MASK, VringState, protocol_feature};
 
@@ -66,7 +67,7 @@ impl Channel {
 
     /// The next message and what it carries, if one comes until `deadline`. It is acknowledged if that is asked for: with 0
     /// where there is nothing to be done.
-    pub(super) fn hear(&self, deadline: Instant) -> Result<Option<(BackendRequest, Vec<u8>)>, Fault> {
+    pub(super) fn hear(&self, deadline: &Deadline) -> Result<Option<(BackendRequest, Vec<u8>)>, Fault> {
         if !readable(&[self.0.as_fd()], deadline) {
             return Ok(None);
         }
@@ -79,7 +80,7 @@ impl Channel {
     }
 
     /// Whether the back-end ends it until `deadline`, whatever it says before.
-    fn ends(&self, deadline: Instant) -> bool {
+    fn ends(&self, deadline: &Deadline) -> bool {
         let mut said = [0; 4096];
         for _ in 0..LOOKS {
             if !readable(&[self.0.as_fd()], deadline) {
@@ -186,14 +187,14 @@ fn serve(rig: &mut Rig, channel: &Channel) -> Result<u64, Fault> {
 
 /// Waits for the calls of requests until nothing is in flight.
 fn finish(rig: &mut Rig, channel: &Channel) -> Result<u64, Fault> {
-    let (deadline, mut calls) = (Instant::now() + rig.timeout, 0);
+    let (deadline, mut calls) = (rig.deadline(rig.timeout), 0);
     // Nobody has asked not to be called: there is a call even if everything is complete by now.
     while rig.outstanding() > 0 || calls == 0 {
         if rig.pop()? || rig.ring.driver.enable_notifications() {
             continue;
         }
         // Whoever says something else all the time has no more of it.
-        let heard = if Instant::now() < deadline { channel.hear(deadline)? } else { None };
+        let heard = if !deadline.is_over() { channel.hear(&deadline)? } else { None };
         let Some((code, body)) = heard else {
             let (left, waited) = (rig.outstanding(), rig.timeout);
             return Err(Fault::Breach(format!("no BACKEND_VRING_CALL within {waited:?}, {left} requests are open")));
@@ -217,7 +218,7 @@ fn finish(rig: &mut Rig, channel: &Channel) -> Result<u64, Fault> {
 /// Waits for the completions themselves.
 fn poll(rig: &mut Rig) -> Result<(), Fault> {
     let timeout = rig.timeout;
-    if soon(timeout, || Ok(rig.pop_all()? == 0 && rig.outstanding() == 0))? {
+    if soon(&rig.deadline(timeout), || Ok(rig.pop_all()? == 0 && rig.outstanding() == 0))? {
         return Ok(());
     }
     Err(Fault::Breach(format!("{} requests are open after {timeout:?}", rig.outstanding())))
@@ -232,8 +233,8 @@ fn replaced(bench: &mut Bench) -> Result<Outcome, Fault> {
         way.serve(&mut rig, &first)?;
         let second = Channel::give(&rig)?;
         way.serve(&mut rig, &second)?;
-        kept_open |= !first.ends(Instant::now() + rig.patience());
-        if second.ends(Instant::now()) {
+        kept_open |= !first.ends(&rig.deadline(rig.patience()));
+        if second.ends(&rig.deadline(Duration::ZERO)) {
             return Ok(Outcome::broken("the second channel was closed"));
         }
         names.push(way.name());
@@ -255,7 +256,7 @@ fn lost(bench: &mut Bench) -> Result<Outcome, Fault> {
         if noise {
             // Where it is at an end already, there is nothing to be said.
             let _ = (&channel.0).write_all(&[0xff; 64]);
-            ignored |= !channel.ends(Instant::now() + rig.settle);
+            ignored |= !channel.ends(&rig.deadline(rig.settle));
         } else {
             drop(channel);
             rig.watch();
@@ -292,10 +293,10 @@ fn unread(bench: &mut Bench) -> Result<Outcome, Fault> {
         ask(&mut rig, true)?;
         poll(&mut rig)?;
     }
-    let (deadline, mut calls) = (Instant::now() + rig.timeout, 0);
-    while channel.hear(Instant::now())?.is_some() {
+    let (deadline, mut calls) = (rig.deadline(rig.timeout), 0);
+    while channel.hear(&rig.deadline(Duration::ZERO))?.is_some() {
         calls += 1;
-        if Instant::now() >= deadline {
+        if deadline.is_over() {
             return Ok(Outcome::broken(format!("{calls} messages, and no end of them")));
         }
     }

@@ -3,7 +3,6 @@
 use std::io::Read;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
 
 use zerocopy::IntoBytes;
 
@@ -183,7 +182,7 @@ fn refused(bench: &mut Bench) -> Result<Outcome, Fault> {
 }
 
 fn closed(rig: &Rig, mut pipe: std::io::PipeReader) -> bool {
-    readable(&[pipe.as_fd()], Instant::now() + rig.patience()) && pipe.read(&mut [0]).is_ok_and(|count| count == 0)
+    readable(&[pipe.as_fd()], &rig.deadline(rig.patience())) && pipe.read(&mut [0]).is_ok_and(|count| count == 0)
 }
 
 fn passed_over(bench: &mut Bench) -> Result<Outcome, Fault> {
@@ -213,14 +212,14 @@ fn socket_call(bench: &mut Bench) -> Result<Outcome, Fault> {
     drop(theirs);
     rig.add(4, Size::Mixed)?;
     rig.publish();
-    let deadline = Instant::now() + rig.timeout;
+    let deadline = rig.deadline(rig.timeout);
     let (mut buf, mut bytes) = ([0; 4096], 0);
     // Nobody has asked not to be notified: there is a notification even if everything is complete by now.
     while rig.outstanding() > 0 || bytes == 0 {
         if rig.pop()? {
             continue;
         }
-        if !readable(&[ours.as_fd()], deadline) {
+        if !readable(&[ours.as_fd()], &deadline) {
             return Ok(Outcome::broken(format!("no notification within {:?}", rig.timeout)));
         }
         match (&ours).read(&mut buf)? {

@@ -6,7 +6,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::stat::fstat;
 use zerocopy::{FromBytes, IntoBytes};
@@ -202,8 +202,8 @@ fn contents(bench: &mut Bench) -> Result<Outcome, Fault> {
         }
         rig.add(SLOTS, Size::Large)?;
         rig.publish();
-        let deadline = Instant::now() + rig.timeout;
-        while rig.outstanding() > 0 && Instant::now() < deadline {
+        let deadline = rig.deadline(rig.timeout);
+        while rig.outstanding() > 0 && !deadline.is_over() {
             most = most.max(region.read()?.marked);
             rig.pop_all()?;
         }
@@ -306,7 +306,7 @@ fn fresh(bench: &mut Bench) -> Result<Outcome, Fault> {
     rig.move_to(1)?;
     region.install(&rig)?;
     rig.start()?;
-    let touched = soon(rig.patience(), || region.read().map(|found| found.version != 0))?;
+    let touched = soon(&rig.deadline(rig.patience()), || region.read().map(|found| found.version != 0))?;
     let found = region.read()?;
     if !touched {
         return Ok(Outcome::not_tested("the region is not touched before there is a request"));

@@ -5,7 +5,6 @@
 //! what it was.
 
 use std::thread;
-use std::time::Instant;
 
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -136,7 +135,7 @@ fn fresh(slot: u64, number: u64) -> u64 {
 
 /// Waits until the device has asked for a page.
 fn asked(rig: &mut Rig, iova: u64) -> Result<bool, Fault> {
-    soon(rig.timeout, || {
+    soon(&rig.deadline(rig.timeout), || {
         rig.feed()?;
         Ok(rig.iommu()?.asked(iova / LOG_PAGE) > 0)
     })
@@ -166,7 +165,7 @@ fn forbidden(bench: &mut Bench) -> Result<Outcome, Fault> {
             return Ok(Outcome::broken(format!("it did not ask for the page at {iova:#x}, which it did not know")));
         }
         let with = format!("with permission {permission}");
-        if !soon(rig.timeout, || rig.pop_all().map(|_| rig.outstanding() <= 1))? {
+        if !soon(&rig.deadline(rig.timeout), || rig.pop_all().map(|_| rig.outstanding() <= 1))? {
             return Ok(Outcome::broken(format!("{with}: a request of another ring was not served")));
         }
         rig.link.barrier()?;
@@ -290,8 +289,8 @@ fn moved(bench: &mut Bench) -> Result<Outcome, Fault> {
         rig.publish();
         if round % 2 == 0 {
             // With the first one complete, the others are under way.
-            let deadline = Instant::now() + rig.timeout;
-            while !rig.pop()? && Instant::now() < deadline {
+            let deadline = rig.deadline(rig.timeout);
+            while !rig.pop()? && !deadline.is_over() {
                 rig.feed()?;
                 thread::yield_now();
             }

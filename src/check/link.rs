@@ -6,18 +6,19 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::rc::Rc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{self as net, AddressFamily, SockFlag, SockType, UnixAddr};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-use super::{Fault, Outcome};
+use super::process::LOOK;
+use super::stop::Deadline;
+use super::{Fault, Options, Outcome, Stop};
 use crate::abi::vhost_user::{BackendRequest, Header, Request as Code};
 use crate::sys::socket;
 
@@ -29,6 +30,8 @@ const MAX_WORD: u32 = 4096;
 const MAX_FDS: usize = 16;
 /// Between two segments of a message that is cut, so that the system does not join them again.
 const BETWEEN_SEGMENTS: Duration = Duration::from_millis(20);
+/// How often a wait looks whether the check is to stop.
+const STOP_LOOK: Duration = Duration::from_millis(20);
 
 /// The headers of all replies of a run.
 #[derive(Debug, Default)]
@@ -73,17 +76,23 @@ impl Reply {
 pub(super) struct Link {
     socket: UnixStream,
     timeout: Duration,
+    stop: Stop,
     replies: Rc<RefCell<Replies>>,
 }
 
 impl Link {
-    pub(super) fn connect(path: &Path, timeout: Duration, replies: Rc<RefCell<Replies>>) -> io::Result<Link> {
-        Ok(Link::over(connect(path, timeout)?, timeout, replies))
+    pub(super) fn connect(path: &Path, options: &Options, replies: Rc<RefCell<Replies>>) -> io::Result<Link> {
+        Ok(Link::over(connect(path, options.timeout, &options.stop)?, options, replies))
     }
 
     /// A connection that was made already.
-    pub(super) fn over(socket: UnixStream, timeout: Duration, replies: Rc<RefCell<Replies>>) -> Link {
-        Link { socket, timeout, replies }
+    pub(super) fn over(socket: UnixStream, options: &Options, replies: Rc<RefCell<Replies>>) -> Link {
+        Link { socket, timeout: options.timeout, stop: options.stop.clone(), replies }
+    }
+
+    /// The end of a wait for the back-end that takes at most `time`.
+    pub(super) fn deadline(&self, time: Duration) -> Deadline {
+        self.stop.deadline(time)
     }
 
     /// The same connection once more, for messages that nothing answers.
@@ -111,8 +120,10 @@ impl Link {
 
     /// Any bytes at all; `code` is what to call them.
     pub(super) fn send_bytes(&self, code: Code, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Fault> {
-        socket::send(self.socket.as_fd(), bytes, fds).map_err(|error| match error.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Fault::Silent { code, waited: self.timeout },
+        let (socket, deadline) = (self.socket.as_fd(), self.deadline(self.timeout));
+        let has_room = || Ok(ready(&[socket], PollFlags::POLLOUT, &deadline));
+        socket::send_with(socket, bytes, fds, has_room).map_err(|error| match error.kind() {
+            io::ErrorKind::TimedOut => Fault::Silent { code, waited: self.timeout },
             _ => Fault::HungUp { code },
         })
     }
@@ -124,15 +135,15 @@ impl Link {
 
     /// The next message of the back-end, while the answer to `code` is due.
     pub(super) fn receive(&self, code: Code) -> Result<Reply, Fault> {
-        let deadline = Instant::now() + self.timeout;
+        let deadline = self.deadline(self.timeout);
         let mut header = Header::new_zeroed();
         let mut fds = Vec::new();
-        self.fill(code, header.as_mut_bytes(), &mut fds, deadline)?;
+        self.fill(code, header.as_mut_bytes(), &mut fds, &deadline)?;
         if header.size > MAX_REPLY {
             return Err(Fault::Breach(format!("the answer to {code} claims {} bytes", header.size)));
         }
         let mut payload = vec![0; header.size as usize];
-        self.fill(code, &mut payload, &mut fds, deadline)?;
+        self.fill(code, &mut payload, &mut fds, &deadline)?;
         let mut replies = self.replies.borrow_mut();
         replies.count += 1;
         let answered = Code(header.request);
@@ -149,7 +160,7 @@ impl Link {
 
     /// Whether something comes within `patience`.
     pub(super) fn answers(&self, patience: Duration) -> bool {
-        readable(&[self.socket.as_fd()], Instant::now() + patience)
+        readable(&[self.socket.as_fd()], &self.deadline(patience))
     }
 
     /// The reply to `code`, which must be the next message.
@@ -183,7 +194,7 @@ impl Link {
         self.ask_number(Code::GET_FEATURES)
     }
 
-    fn fill(&self, code: Code, buf: &mut [u8], fds: &mut Vec<OwnedFd>, deadline: Instant) -> Result<(), Fault> {
+    fn fill(&self, code: Code, buf: &mut [u8], fds: &mut Vec<OwnedFd>, deadline: &Deadline) -> Result<(), Fault> {
         let mut filled = 0;
         while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
             if !readable(&[self.socket.as_fd()], deadline) {
@@ -241,23 +252,32 @@ impl Word {
 }
 
 /// Connects to a socket whose owner may have stopped accepting; sending on it has the same limit.
-pub(super) fn connect(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
-    let fd = net::socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    let socket = UnixStream::from(fd);
-    // This limits connecting too.
+pub(super) fn connect(path: &Path, timeout: Duration, stop: &Stop) -> io::Result<UnixStream> {
+    let deadline = stop.deadline(timeout);
+    let socket = loop {
+        match socket::connect(path) {
+            // There is no room for another one that waits to be accepted.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && !deadline.is_over() => thread::sleep(LOOK),
+            connected => break connected?,
+        }
+    };
+    socket.set_nonblocking(false)?;
     socket.set_write_timeout(Some(timeout))?;
-    net::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
     Ok(socket)
 }
 
 /// Waits until there is something to read from one of them, at most until `deadline`.
-pub(super) fn readable(fds: &[BorrowedFd<'_>], deadline: Instant) -> bool {
-    let mut polled: Vec<PollFd<'_>> = fds.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
+pub(super) fn readable(fds: &[BorrowedFd<'_>], deadline: &Deadline) -> bool {
+    ready(fds, PollFlags::POLLIN, deadline)
+}
+
+fn ready(fds: &[BorrowedFd<'_>], events: PollFlags, deadline: &Deadline) -> bool {
+    let mut polled: Vec<PollFd<'_>> = fds.iter().map(|fd| PollFd::new(*fd, events)).collect();
     loop {
-        let left = deadline.saturating_duration_since(Instant::now());
+        let left = deadline.left();
         // Rounded up: the last part of a millisecond is waited for too, and not spun through.
-        let timeout = PollTimeout::try_from(left + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX);
-        match poll(&mut polled, timeout) {
+        let timeout = left.min(STOP_LOOK) + Duration::from_micros(999);
+        match poll(&mut polled, PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX)) {
             Ok(0) if left.is_zero() => return false,
             Ok(0) | Err(nix::Error::EINTR) => {}
             Ok(_) => return true,

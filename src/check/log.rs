@@ -279,7 +279,7 @@ fn avail_event(bench: &mut Bench) -> Result<Outcome, Fault> {
         rig.load(SLOTS, Size::Mixed)?;
     }
     // It may be written after the last notification, and marked after that.
-    soon(rig.patience(), || Ok(read(&rig)? != before))?;
+    soon(&rig.deadline(rig.patience()), || Ok(read(&rig)? != before))?;
     rig.stop()?;
     let (after, marked) = (read(&rig)?, harvest(&log).contains(&((at + word) / LOG_PAGE)));
     let (before, after) = (u16::from_le_bytes(before), u16::from_le_bytes(after));
@@ -334,7 +334,7 @@ fn event_area(bench: &mut Bench) -> Result<Outcome, Fault> {
         rig.load(SLOTS, Size::Mixed)?;
     }
     // It may be written after the last notification, and marked after that.
-    soon(rig.patience(), || Ok(read(&rig)? != before))?;
+    soon(&rig.deadline(rig.patience()), || Ok(read(&rig)? != before))?;
     rig.stop()?;
     let (after, marked) = (read(&rig)?, harvest(&log).contains(&(NOWHERE / LOG_PAGE)));
     let seen = format!("it went from {before:#x} to {after:#x}");

@@ -11,6 +11,7 @@
 //! | `blk`, `net`, `fs`, `vsock`, `console` | what only one kind has: requests, frames, packets, text, and rules of its own |
 //! | `framing`, `rings`, `order`, `log`, `marks`, `memory`, `inflight`, `iommu`, `state`, `channel`, `postcopy`, `hostile` | the checks, a file per group of rules |
 //! | `postman` | guest memory that was taken away, and who brings its pages |
+//! | `stop` | the end of a check before its time, and of its waits |
 //! | `process` | the back-end's process, where it may be killed and started again |
 //! | `outcome`, `report`, `explain` | what a check came to, what was found in all, and what each rule is for |
 //!
@@ -50,6 +51,7 @@ mod rings;
 mod rules;
 mod shape;
 mod state;
+mod stop;
 mod vsock;
 
 pub use explain::{Consequence, Explanation, explain};
@@ -57,6 +59,7 @@ pub use net::Feed;
 pub use options::{CheckError, Kind, Options, Rings};
 pub use report::{Finding, Report, Verdict};
 pub use rules::{RULES, rule};
+pub use stop::Stop;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -108,7 +111,7 @@ pub struct Step {
 /// Checks the back-end at `socket`.
 ///
 /// # Errors
-/// When there is nothing to be checked. What goes wrong later is a finding.
+/// When there is nothing to be checked, or [`Options::stop`] is set. What goes wrong later is a finding.
 pub fn check(socket: &Path, options: &Options) -> Result<Report, CheckError> {
     check_watched(socket, options, &mut |_| {})
 }
@@ -123,7 +126,10 @@ pub fn check_watched(socket: &Path, options: &Options, watch: &mut dyn FnMut(&St
     }
     options.only.iter().try_for_each(|id| rule(id).map(drop))?;
     let wanted = |rule: &str| options.only.is_empty() || options.only.contains(&rule);
-    let mut bench = prepare(socket, options)?;
+    let mut bench = prepare(socket, options).map_err(|error| match options.stop.is_set() {
+        true => CheckError::Stopped { left: Vec::new() },
+        false => error,
+    })?;
     let mut runs = Vec::new();
     let groups = [framing::CHECKS, blk::CHECKS, rings::CHECKS, order::CHECKS, log::CHECKS];
     let groups = groups.into_iter().chain([marks::CHECKS, memory::CHECKS, inflight::CHECKS]);
@@ -169,7 +175,9 @@ pub fn check_watched(socket: &Path, options: &Options, watch: &mut dyn FnMut(&St
         if slow == PATIENCE {
             bench.options.timeout = bench.options.timeout.min(IMPATIENT);
         }
-        if let Err(fault) = bench.lives() {
+        let lives = bench.lives();
+        bench.goes_on()?;
+        if let Err(fault) = lives {
             let seen = format!("{}{rule} {what}\": {fault}", report::AFTER);
             let what = "the next front-end is served";
             findings.push(Finding { rule: "R9", what, rings, verdict: Verdict::Broken, seen, seconds: 0.0 });
@@ -177,6 +185,7 @@ pub fn check_watched(socket: &Path, options: &Options, watch: &mut dyn FnMut(&St
             gone = again.err().map(|fault| format!("the back-end is gone since \"{rule} {}\": {fault}", check.what));
         }
     }
+    bench.goes_on()?;
     if let Some((status, times)) =
         bench.process.as_ref().and_then(|process| Some((process.ends()?, process.restarts.get())))
         && wanted("R9")

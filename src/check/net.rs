@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::net::{Ipv4Addr, TcpStream, UdpSocket};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt::BindToDevice};
 
@@ -133,10 +133,10 @@ fn waiting(bench: &Bench) -> Result<Rig, Fault> {
 /// Whether frames come in that were brought; an interface of the host has others of its own.
 pub(super) fn arrives(bench: &Bench) -> Result<(), Fault> {
     let mut rig = waiting(bench)?;
-    let deadline = Instant::now() + rig.timeout;
+    let deadline = rig.deadline(rig.timeout);
     rig.finish()?;
     while rig.came == 0 {
-        if Instant::now() >= deadline {
+        if deadline.is_over() {
             return Err(Fault::Breach(format!("only frames of others within {:?}", rig.timeout)));
         }
         rig.load(1, Size::Mixed)?;
@@ -147,7 +147,7 @@ pub(super) fn arrives(bench: &Bench) -> Result<(), Fault> {
 /// Whether the back-end sends back what it is sent.
 pub(super) fn loops(bench: &Bench) -> Result<bool, Fault> {
     let mut rig = waiting(bench)?;
-    soon(LOOPS, || {
+    soon(&rig.deadline(LOOPS), || {
         if rig.pop()? && rig.came == 0 {
             rig.add(1, Size::Mixed)?;
             rig.publish();

@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{Feed, rules};
+use super::{Feed, Stop, rules};
 
 /// Kinds of devices that can be checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,6 +79,8 @@ pub struct Options {
     pub restart: Option<String>,
     /// The back-end's process, to be killed with requests in flight. Needs `restart`.
     pub kill_pid: Option<i32>,
+    /// Ends the check before its time.
+    pub stop: Stop,
 }
 
 impl Default for Options {
@@ -97,6 +99,7 @@ impl Default for Options {
             write: false,
             restart: None,
             kill_pid: None,
+            stop: Stop::default(),
         }
     }
 }
@@ -182,4 +185,10 @@ pub enum CheckError {
     /// The back-end can't be started.
     #[error("can't start the back-end: {0}")]
     Start(io::Error),
+    /// [`Options::stop`] was set.
+    #[error("the check was stopped{}", .left.iter().map(|left| format!("; {left}")).collect::<String>())]
+    Stopped {
+        /// What the check has changed and could not put back, in words; usually nothing.
+        left: Vec<String>,
+    },
 }

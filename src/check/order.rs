@@ -1,7 +1,7 @@
 //! Rules R6 to R8 and R10: the orders in which front-ends start rings and stop them, and resets.
 
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use zerocopy::IntoBytes;
 
@@ -202,7 +202,7 @@ fn late_call(bench: &mut Bench) -> Result<Outcome, Fault> {
         rig.add(4, Size::Mixed)?;
         rig.publish();
         rig.wake();
-        let done = soon(rig.patience(), || rig.pop_all().map(|_| rig.outstanding() == 0))?;
+        let done = soon(&rig.deadline(rig.patience()), || rig.pop_all().map(|_| rig.outstanding() == 0))?;
         // It may have published the last element and not yet looked for its call fd.
         std::thread::sleep(Duration::from_millis(20));
         rig.done(Code::SET_VRING_CALL, u64::from(rig.ring.index).as_bytes(), &[rig.ring.call.as_fd()])?;
@@ -210,7 +210,7 @@ fn late_call(bench: &mut Bench) -> Result<Outcome, Fault> {
             rig.finish()?;
             return Ok(Outcome::kept("requests were completed once it had a call fd, and notified"));
         }
-        if !readable(&[rig.ring.call.as_fd()], Instant::now() + rig.patience()) {
+        if !readable(&[rig.ring.call.as_fd()], &rig.deadline(rig.patience())) {
             return Ok(Outcome::broken(
                 "4 requests were completed before, and the new fd was not signalled: the driver waits for good",
             ));

@@ -4,7 +4,6 @@
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::thread;
-use std::time::Instant;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::fstat;
@@ -313,11 +312,11 @@ fn serve(rig: &mut Rig, postman: &Postman, known: Option<Contents>) -> Result<Op
 
 /// Takes completions where the device has said that there are some: a look at the ring before would make its pages up.
 fn complete(rig: &mut Rig) -> Result<Vec<Buffer>, Fault> {
-    let deadline = Instant::now() + rig.timeout;
+    let deadline = rig.deadline(rig.timeout);
     let mut filled = Vec::new();
     while rig.outstanding() > 0 {
         rig.feed()?;
-        if readable(&[rig.ring.call.as_fd()], deadline.min(Instant::now() + AGAIN)) {
+        if readable(&[rig.ring.call.as_fd()], &deadline.within(AGAIN)) {
             // Whatever it counts.
             rig.ring.ack_call();
             while rig.pop()? {
@@ -326,7 +325,7 @@ fn complete(rig: &mut Rig) -> Result<Vec<Buffer>, Fault> {
             continue;
         }
         let left = rig.outstanding();
-        if Instant::now() >= deadline {
+        if deadline.is_over() {
             let waited = rig.timeout;
             return Err(Fault::Breach(format!("{left} requests without answer and notification within {waited:?}")));
         }
@@ -351,7 +350,7 @@ fn hung_up(bench: &mut Bench) -> Result<Outcome, Fault> {
     let (started, is_held) = thread::scope(|scope| {
         let serving = scope.spawn(|| postman.serve());
         let started = acknowledge(&rig, PLAIN).and_then(|()| rig.start());
-        let is_held = readable(&[postman.held.as_fd()], Instant::now() + rig.timeout);
+        let is_held = readable(&[postman.held.as_fd()], &rig.deadline(rig.timeout));
         rig.link.end();
         postman.stop();
         (serving.join().unwrap_or_else(|_| Ok(Pages::new())).and(started), is_held)

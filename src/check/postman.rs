@@ -3,15 +3,15 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::Fault;
 use super::link::readable;
 use super::rig::{Pages, Rig};
+use super::{Fault, Stop};
 use crate::abi::vhost_user::MemoryRegion;
 use crate::memory::{LOG_PAGE, Memory, Userfault};
 
@@ -91,7 +91,7 @@ impl Postman {
     pub(super) fn serve(&self) -> Result<Pages, Fault> {
         let mut asked = Pages::new();
         loop {
-            readable(&[self.userfault.as_fd(), self.stop.as_fd()], Instant::now() + LOOK);
+            readable(&[self.userfault.as_fd(), self.stop.as_fd()], &Stop::default().deadline(LOOK));
             while let Some(address) = self.userfault.fault()? {
                 let Some(gpa) = self.gpa(address) else {
                     return Err(Fault::Breach(format!(

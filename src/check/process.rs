@@ -3,15 +3,17 @@
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::link::connect;
+use super::{Options, Stop};
 
 /// Between two looks at a socket or a process.
 pub(super) const LOOK: Duration = Duration::from_millis(5);
@@ -22,6 +24,7 @@ pub(super) struct Process {
     command: String,
     socket: PathBuf,
     timeout: Duration,
+    pub(super) stop: Stop,
     /// The one to be killed that somebody else started.
     given: Cell<Option<Pid>>,
     child: RefCell<Option<Child>>,
@@ -36,11 +39,13 @@ pub(super) struct Process {
 }
 
 impl Process {
-    pub(super) fn new(command: &str, socket: &Path, timeout: Duration, given: Option<Pid>) -> Process {
+    pub(super) fn new(command: &str, socket: &Path, options: &Options) -> Process {
+        let given = options.kill_pid.map(Pid::from_raw);
         Process {
             command: command.into(),
             socket: socket.into(),
-            timeout,
+            timeout: options.timeout,
+            stop: options.stop.clone(),
             given: Cell::new(given),
             child: RefCell::default(),
             served: Cell::new(given.is_some()),
@@ -57,7 +62,8 @@ impl Process {
     pub(super) fn start(&self) -> io::Result<()> {
         let shell = format!("exec {}", self.command);
         let mut command = Command::new("/bin/sh");
-        command.args(["-c", &shell]).stdin(Stdio::null()).stdout(Stdio::null());
+        // In a process group of its own, so that Ctrl-C ends the check, which needs the back-end to put back what it has changed.
+        command.args(["-c", &shell]).stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
         *self.child.borrow_mut() = Some(command.spawn()?);
         self.served.set(false);
         if self.known.get() && self.ends.get().is_none() {
@@ -85,9 +91,9 @@ impl Process {
         if self.served.get() && self.ends.get().is_some() {
             self.wait_for_end()?;
         }
-        let deadline = Instant::now() + self.timeout;
+        let deadline = self.stop.deadline(self.timeout);
         loop {
-            let error = match connect(&self.socket, self.timeout) {
+            let error = match connect(&self.socket, self.timeout, &self.stop) {
                 Ok(stream) => {
                     self.served.set(true);
                     return Ok(stream);
@@ -101,7 +107,7 @@ impl Process {
                 }
                 (Some(status), true) if self.ends.get().is_some() || !self.known.get() => self.start_again(status)?,
                 (Some(status), true) => return Err(crash(status)),
-                (None, _) if Instant::now() > deadline => {
+                (None, _) if deadline.is_over() => {
                     let (command, waited) = (&self.command, self.timeout);
                     let late = format!("'{command}' does not listen within {waited:?}: {error}");
                     return Err(io::Error::other(late));
@@ -113,12 +119,12 @@ impl Process {
 
     /// Waits for the end that comes with that of a connection. Another end than the first is a crash.
     fn wait_for_end(&self) -> io::Result<()> {
-        let deadline = Instant::now() + self.timeout;
+        let deadline = self.stop.deadline(self.timeout);
         loop {
             if let Some(status) = self.ended()? {
                 return self.start_again(status);
             }
-            if Instant::now() > deadline {
+            if deadline.is_over() {
                 return Err(io::Error::other("it ends with its first connection, but not with this one"));
             }
             thread::sleep(LOOK);
@@ -153,9 +159,9 @@ impl Process {
             (None, Some(pid)) => kill(pid, Signal::SIGKILL)?,
             (None, None) => {}
         }
-        let deadline = Instant::now() + self.timeout;
-        while connect(&self.socket, self.timeout).is_ok() {
-            if Instant::now() > deadline {
+        let deadline = self.stop.deadline(self.timeout);
+        while connect(&self.socket, self.timeout, &self.stop).is_ok() {
+            if deadline.is_over() {
                 return Err(io::Error::other("the socket is still served after SIGKILL: is it the right process?"));
             }
             thread::sleep(LOOK);

@@ -1,7 +1,6 @@
 //! Rules R1 to R5 and R9: rings that start, stop and go on.
 
 use std::thread;
-use std::time::Instant;
 
 use zerocopy::IntoBytes;
 
@@ -107,7 +106,7 @@ fn enabled(bench: &mut Bench) -> Result<Outcome, Fault> {
     rig.feed()?;
     rig.start_disabled(None)?;
     rig.enable(true)?;
-    if !soon(rig.patience(), || rig.pop())? {
+    if !soon(&rig.deadline(rig.patience()), || rig.pop())? {
         rig.wake();
         rig.finish()?;
         return Ok(Outcome::warning("only after another kick, as an older specification has it"));
@@ -130,8 +129,8 @@ fn drain(bench: &mut Bench) -> Result<Outcome, Fault> {
         rig.publish();
         if round % 2 == 0 {
             // With the first one complete, the others are under way.
-            let deadline = Instant::now() + rig.timeout;
-            while !rig.pop()? && Instant::now() < deadline {
+            let deadline = rig.deadline(rig.timeout);
+            while !rig.pop()? && !deadline.is_over() {
                 thread::yield_now();
             }
         }
@@ -182,8 +181,8 @@ fn late_frames(bench: &Bench) -> Result<Option<String>, Fault> {
     rig.add(SLOTS, Size::Large)?;
     rig.ring.publish();
     // What is left of earlier connections takes the first of the buffers.
-    let deadline = Instant::now() + rig.timeout;
-    while soon(rig.settle, || rig.pop())? && Instant::now() < deadline {
+    let deadline = rig.deadline(rig.timeout);
+    while soon(&rig.deadline(rig.settle), || rig.pop())? && !deadline.is_over() {
         rig.add(SLOTS - u64::from(rig.outstanding()), Size::Large)?;
         rig.ring.publish();
     }

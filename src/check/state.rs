@@ -2,7 +2,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Instant;
 
 use zerocopy::IntoBytes;
 
@@ -60,8 +59,8 @@ fn save(rig: &Rig) -> Result<Vec<u8>, Fault> {
     let other = begin(rig, DEVICE_STATE_SAVE, DEVICE_STATE_PHASE_STOPPED, writer.as_fd())?;
     drop(writer);
     let from = other.unwrap_or_else(|| reader.into());
-    let state =
-        read_all(from.as_fd(), &Until::Deadline(Instant::now() + rig.timeout)).map_err(|error| late(rig, error))?;
+    let deadline = rig.deadline(rig.timeout);
+    let state = read_all(from.as_fd(), &Until::Left(&|| deadline.left())).map_err(|error| late(rig, error))?;
     match rig.link.ask_number(CHECK)? {
         0 => Ok(state),
         answer => Err(Fault::Refused { code: CHECK, answer }),
@@ -74,7 +73,8 @@ fn load(rig: &Rig, state: &[u8]) -> Result<u64, Fault> {
     let other = begin(rig, DEVICE_STATE_LOAD, DEVICE_STATE_PHASE_STOPPED, reader.as_fd())?;
     drop(reader);
     let into = other.unwrap_or_else(|| writer.into());
-    match write_all(into.as_fd(), state, &Until::Deadline(Instant::now() + rig.timeout)) {
+    let deadline = rig.deadline(rig.timeout);
+    match write_all(into.as_fd(), state, &Until::Left(&|| deadline.left())) {
         // It need not read on when it knows what to say.
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(late(rig, error)),
         _ => drop(into),
@@ -123,6 +123,25 @@ fn never_ran(bench: &mut Bench) -> Result<Outcome, Fault> {
 }
 
 fn moved(bench: &mut Bench) -> Result<Outcome, Fault> {
+    if !matches!(bench.subject, Subject::Net) {
+        return takes_over(bench);
+    }
+    let good = save(&ready(bench)?)?;
+    let outcome = takes_over(bench);
+    if outcome.is_err() {
+        put_back(bench, &good);
+    }
+    outcome
+}
+
+/// Has the device load the state that it had before the check.
+fn put_back(bench: &mut Bench, good: &[u8]) {
+    if let Err(fault) = bench.undo(|bench| load_good(&ready(bench)?, good)) {
+        bench.left.push(format!("the state of the device could not be put back ({fault})"));
+    }
+}
+
+fn takes_over(bench: &Bench) -> Result<Outcome, Fault> {
     let mut rig = ready(bench)?;
     rig.start()?;
     rig.load(SLOTS, Size::Mixed)?;
@@ -157,8 +176,8 @@ fn cut(bench: &mut Bench) -> Result<Outcome, Fault> {
     let back = load_good(&rig, &good);
     if back.is_err() {
         // What was there comes back in any case, as far as it can.
-        rig.link.end();
-        let _ = ready(bench).and_then(|rig| load_good(&rig, &good));
+        drop(rig);
+        put_back(bench, &good);
     }
     let Outcome(verdict, seen) = found.unwrap_or_else(Outcome::from);
     Ok(match back {
@@ -253,7 +272,9 @@ pub(super) fn changed(bench: &mut Bench) -> Result<Outcome, Fault> {
             }
         },
     )?;
-    if outcome.0 != Verdict::Broken {
+    if bench.options.stop.is_set() {
+        put_back(bench, &good);
+    } else if outcome.0 != Verdict::Broken {
         load_good(&ready(bench)?, &good)?;
     }
     Ok(outcome)

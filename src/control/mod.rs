@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::abi::vhost_user::{Header, Request};
-use crate::sys::listen::{Place, listen};
+use crate::sys::listen::{self, Place, listen};
 use crate::sys::socket;
 
 /// The longest line that is read, bytes.
@@ -230,6 +230,12 @@ pub fn bind(path: &Path) -> io::Result<(UnixListener, SocketPath)> {
         let kind = refused.source.map_or(io::ErrorKind::AddrInUse, |error| error.kind());
         io::Error::new(kind, format!("control socket {}: {}", path.display(), refused.advice))
     })
+}
+
+/// Removes the sockets that this process has made to listen on, of back-ends and migrations too, for a process that is about to
+/// end. Those of other processes stay.
+pub fn remove_sockets() {
+    listen::remove_all();
 }
 
 /// Answers connections until the process ends. A connection that breaks or sends nonsense ends alone.

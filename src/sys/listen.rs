@@ -8,6 +8,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::socket;
@@ -26,20 +27,47 @@ pub(crate) struct NotListening {
     pub(crate) source: Option<io::Error>,
 }
 
+/// The sockets of this process that are there.
+static MADE: Mutex<Vec<Arc<Made>>> = Mutex::new(Vec::new());
+
 /// A path that this process listens on. The socket there is removed with it.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub(crate) struct Place(Arc<Made>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut all = made();
+        let ours = all.iter().position(|other| Arc::ptr_eq(other, &self.0)).map(|at| all.swap_remove(at));
+        // No longer held: another one waits for no directory.
+        drop(all);
+        // One that is not among them was removed by `remove_all`.
+        ours.iter().for_each(|made| made.remove());
+    }
+}
+
+/// Removes all sockets of this process, for one that is about to end.
+pub(crate) fn remove_all() {
+    let all = std::mem::take(&mut *made());
+    all.iter().for_each(|made| made.remove());
+}
+
+fn made() -> MutexGuard<'static, Vec<Arc<Made>>> {
+    MADE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[derive(Debug)]
+struct Made {
     path: PathBuf,
     /// Device and inode of the socket there.
-    made: (u64, u64),
+    inode: (u64, u64),
     directory: File,
 }
 
-impl Drop for Place {
+impl Made {
     /// Removes the socket, unless another process has replaced it since.
-    fn drop(&mut self) {
+    fn remove(&self) {
         if lock(&self.directory) {
-            if inode(&self.path).is_ok_and(|now| now == self.made) {
+            if inode(&self.path).is_ok_and(|now| now == self.inode) {
                 let _ = std::fs::remove_file(&self.path);
             }
             let _ = self.directory.unlock();
@@ -59,8 +87,10 @@ pub(crate) fn listen(path: &Path) -> Result<(UnixListener, Place), NotListening>
     }
     let bound = bind(path).and_then(|listener| Ok((listener, inode(path).map_err(explained)?)));
     let _ = directory.unlock();
-    let (listener, made) = bound?;
-    Ok((listener, Place { path: path.into(), made, directory }))
+    let (listener, inode) = bound?;
+    let place = Arc::new(Made { path: path.into(), inode, directory });
+    made().push(place.clone());
+    Ok((listener, Place(place)))
 }
 
 fn bind(path: &Path) -> Result<UnixListener, NotListening> {

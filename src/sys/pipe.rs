@@ -4,7 +4,7 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -13,11 +13,13 @@ use super::shared::{is_stream, read, write};
 
 /// Most bytes of a device's state.
 pub(crate) const MAX_STATE: usize = 16 << 20;
+/// How often [`Until::Left`] is asked.
+const ASK_AGAIN: Duration = Duration::from_millis(20);
 
 /// When to give up.
 pub(crate) enum Until<'a> {
-    /// At this moment.
-    Deadline(Instant),
+    /// When this says that no time is left; it is asked again and again.
+    Left(&'a dyn Fn() -> Duration),
     /// As soon as this fd is readable.
     Stop(BorrowedFd<'a>),
     /// At this moment, or as soon as the fd is readable.
@@ -71,18 +73,22 @@ fn stream(pipe: BorrowedFd<'_>) -> io::Result<BorrowedFd<'_>> {
 impl Until<'_> {
     fn wait(&self, pipe: BorrowedFd<'_>, flags: PollFlags) -> io::Result<()> {
         let pipe = PollFd::new(pipe, flags);
-        let (deadline, stop) = match self {
-            Until::Deadline(deadline) => (Some(*deadline), None),
-            Until::Stop(stop) => (None, Some(*stop)),
-            Until::Either(deadline, stop) => (Some(*deadline), Some(*stop)),
+        let stop = match self {
+            Until::Left(_) => None,
+            Until::Stop(stop) | Until::Either(_, stop) => Some(*stop),
         };
-        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()).as_millis() + 1);
-        let timeout = left.map_or(PollTimeout::NONE, |left| PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX));
+        let left = || match self {
+            Until::Left(left) => Some(left().min(ASK_AGAIN)),
+            Until::Stop(_) => None,
+            Until::Either(deadline, _) => Some(deadline.saturating_duration_since(Instant::now())),
+        };
+        let timeout = left()
+            .map_or(PollTimeout::NONE, |left| PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX));
         let stop = stop.map(|stop| PollFd::new(stop, PollFlags::POLLIN));
         let mut fds: Vec<PollFd<'_>> = std::iter::once(pipe).chain(stop).collect();
         retried(poll(&mut fds, timeout))?;
         let stopped = fds.get(1).is_some_and(|stop| stop.any() == Some(true));
-        let over = stopped || deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        let over = stopped || left().is_some_and(|left| left.is_zero());
         if over { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
     }
 }

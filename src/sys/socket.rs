@@ -122,7 +122,17 @@ pub(crate) fn send_until(
     fds: &[BorrowedFd<'_>],
     deadline: Instant,
 ) -> io::Result<()> {
-    transmit(socket, bytes, fds, libc::MSG_DONTWAIT, || match ready(socket, PollFlags::POLLOUT, deadline)? {
+    send_with(socket, bytes, fds, || ready(socket, PollFlags::POLLOUT, deadline))
+}
+
+/// As [`send`], but where the socket has no room `has_room` waits for it; `TimedOut` if it returns false.
+pub(crate) fn send_with(
+    socket: BorrowedFd<'_>,
+    bytes: &[u8],
+    fds: &[BorrowedFd<'_>],
+    mut has_room: impl FnMut() -> io::Result<bool>,
+) -> io::Result<()> {
+    transmit(socket, bytes, fds, libc::MSG_DONTWAIT, || match has_room()? {
         true => Ok(()),
         false => Err(io::ErrorKind::TimedOut.into()),
     })

@@ -1,9 +1,9 @@
 //! SIGTERM ends every command soon, whatever it waits for: its peers are stopped, or never answer.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -11,8 +11,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 use rstest::rstest;
+use serde_json::json;
 
-use super::{Host, PATIENCE, Running, migrating, program, signal, until, until_it_waits, verify};
+use super::{Host, PATIENCE, Running, ask, migrating, program, signal, until, until_it_waits, verify};
 
 /// Long enough for a busy machine, and shorter than any limit of a wait for a peer.
 const SOON: Duration = Duration::from_secs(8);
@@ -20,12 +21,16 @@ const SOON: Duration = Duration::from_secs(8);
 /// How a process ends at SIGTERM, which must be soon.
 fn terminated(process: &mut Running, what: &str) -> ExitStatus {
     signal(process, Signal::SIGTERM);
+    ended(process, what, SOON)
+}
+
+fn ended(process: &mut Running, what: &str, limit: Duration) -> ExitStatus {
     let begun = Instant::now();
     loop {
         if let Some(status) = process.0.try_wait().unwrap() {
             return status;
         }
-        assert!(begun.elapsed() < SOON, "{what}: not within {SOON:?}");
+        assert!(begun.elapsed() < limit, "{what}: not within {limit:?}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -197,15 +202,7 @@ fn a_migration_whose_guest_hangs_after_the_cancellation_was_taken_ends() {
     signal(&process, Signal::SIGTERM);
     let (mut cancels, _) = listener.accept().unwrap();
     cancels.write_all(b"{\"event\":\"ok\"}\n").unwrap();
-    let begun = Instant::now();
-    let status = loop {
-        match process.0.try_wait().unwrap() {
-            Some(status) => break status,
-            None => assert!(begun.elapsed() < SOON, "not within {SOON:?}"),
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    };
-    assert_eq!(status.code(), Some(5));
+    assert_eq!(ended(&mut process, "migrate", SOON).code(), Some(5));
 }
 
 #[test]
@@ -229,4 +226,134 @@ fn a_demo_whose_processes_hang_ends_with_them() {
     for pid in children {
         assert!(!Path::new(&format!("/proc/{pid}")).exists(), "it has left {pid} behind");
     }
+}
+
+/// A script that starts a back-end on the host's disk, and the pids of those that it has started.
+struct Restarts {
+    command: String,
+    pids: PathBuf,
+}
+
+impl Restarts {
+    /// `before` is done before the back-end is started.
+    fn new(host: &Host, socket: &Path, before: &str) -> Restarts {
+        let (script, pids) = (host.path("restart"), host.path("pids"));
+        let backend = format!("{} backend blk", env!("CARGO_BIN_EXE_vhost-migrate"));
+        let (disk, list, socket) = (host.path("disk"), pids.display(), socket.display());
+        let backend = format!("exec {backend} --image {} --socket {socket}", disk.display());
+        std::fs::write(&script, format!("echo $$ >> {list}\n{before}\n{backend}\n")).unwrap();
+        Restarts { command: format!("sh {}", script.display()), pids }
+    }
+
+    fn pids(&self) -> Vec<i32> {
+        let text = std::fs::read_to_string(&self.pids).unwrap_or_default();
+        text.lines().map(|pid| pid.parse().unwrap()).collect()
+    }
+
+    /// Ends those that run yet; how many they were.
+    fn end(&self) -> usize {
+        self.pids().into_iter().filter(|pid| kill(Pid::from_raw(*pid), Signal::SIGKILL).is_ok()).count()
+    }
+}
+
+/// Starts `check --write --restart` with a process group of its own.
+fn writes(host: &Host, socket: &Path, restarts: &Restarts) -> Running {
+    let mut command = program();
+    command.args(["check", "--write", "--only", "I9", "--timeout", "600", "--restart", &restarts.command]).arg(socket);
+    command.env("TMPDIR", host.path("")).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
+    Running(command.spawn().unwrap())
+}
+
+/// Fills the disk of the host, so that it can be seen what is written to it.
+fn fill(host: &Host) -> Vec<u8> {
+    let bytes: Vec<u8> = (0..16 << 20u32).map(|at: u32| (at / 512 % 251) as u8).collect();
+    std::fs::write(host.path("disk"), &bytes).unwrap();
+    bytes
+}
+
+#[rstest]
+#[case::terminated(Signal::SIGTERM, false)]
+#[case::interrupted_from_the_terminal(Signal::SIGINT, true)]
+#[case::its_terminal_has_gone(Signal::SIGHUP, true)]
+fn a_check_that_ends_by_a_signal_puts_back_what_was_on_the_disk_and_ends_its_back_end(
+    #[case] signal: Signal,
+    #[case] whole_group: bool,
+) {
+    let host = Host::new();
+    let socket = host.path("socket");
+    let before = fill(&host);
+    let disk = || std::fs::read(host.path("disk")).unwrap();
+    let deadline = Instant::now() + 2 * PATIENCE;
+    // Until the signal comes before the check has put its bytes back by itself.
+    loop {
+        let restarts = Restarts::new(&host, &socket, "");
+        let mut check = writes(&host, &socket, &restarts);
+        while disk() == before && check.0.try_wait().unwrap().is_none() {
+            assert!(Instant::now() < deadline, "it writes nothing");
+        }
+        let pid = check.0.id() as i32;
+        kill(Pid::from_raw(if whole_group { -pid } else { pid }), signal).unwrap();
+        let status = ended(&mut check, "check", PATIENCE);
+        let left = restarts.end();
+        assert!(disk() == before, "{status}: its bytes are on the disk");
+        assert_eq!(left, 0, "{status}: its back-end runs on");
+        if status.signal() == Some(signal as i32) {
+            break;
+        }
+        assert!(Instant::now() < deadline, "it always ends before: {status}");
+    }
+}
+
+/// The back-end was killed with writes on the disk, and its successor does not come up.
+#[test]
+fn a_check_that_ends_by_a_signal_and_can_not_put_back_what_was_on_the_disk_says_what_and_where_it_is() {
+    let host = Host::new();
+    let socket = host.path("socket");
+    let before = fill(&host);
+    let once = host.path("once");
+    let restarts = Restarts::new(&host, &socket, &format!("mkdir {} || exec sleep 1000", once.display()));
+    let mut check = writes(&host, &socket, &restarts);
+    let deadline = Instant::now() + PATIENCE;
+    while restarts.pids().len() < 2 {
+        assert!(Instant::now() < deadline && check.0.try_wait().unwrap().is_none(), "it was not killed");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    signal(&check, Signal::SIGTERM);
+    let (status, left, mut told) = (ended(&mut check, "check", PATIENCE), restarts.end(), String::new());
+    check.0.stderr.take().unwrap().read_to_string(&mut told).unwrap();
+    assert_eq!(status.signal(), Some(Signal::SIGTERM as i32), "{told}");
+    assert_eq!(left, 0, "what it has started runs on");
+    // Of 32768 sectors, 20 parts of 102.
+    let (_, told) =
+        told.split_once("the check was stopped; sectors 30728 to 32767 of the disk could not be put back").unwrap();
+    let (_, kept) = told.trim_end().rsplit_once("their bytes are in ").unwrap();
+    assert!(std::fs::read(kept).unwrap() == before[30728 * 512..], "{kept}");
+}
+
+#[test]
+fn a_guest_and_its_back_end_leave_no_socket_behind_however_they_end() {
+    let mut host = Host::new();
+    let [guest, incoming, disk] = ["guest", "incoming", "disk"].map(|name| host.path(&format!("{name}.sock")));
+    let [of_guest, of_disk] = [&guest, &disk].map(|path| format!("unix:{}.metrics", path.display()));
+    let backend = host.backend_with("disk.sock", &["--metrics", &of_disk]);
+    for quits in [false, true] {
+        let (control, unix) = (host.path("guest.control"), format!("unix:{}", incoming.display()));
+        host.guest_on(&backend, "guest", &["--incoming", &unix, "--metrics", &of_guest]);
+        until(&control, "absent");
+        until_it_waits(&control);
+        let sockets = [control.clone(), incoming.clone(), of_guest["unix:".len()..].into()];
+        sockets.iter().for_each(|path| assert!(path.exists(), "{}", path.display()));
+        let mut process = host.running.pop().unwrap();
+        if quits {
+            assert_eq!(ask(&control, &json!({"command": "quit"})).unwrap(), [json!({"event": "ok"})]);
+            process.0.wait().unwrap();
+        } else {
+            assert_eq!(terminated(&mut process, "guest").signal(), Some(Signal::SIGTERM as i32));
+        }
+        sockets.iter().for_each(|path| assert!(!path.exists(), "{} is left behind", path.display()));
+    }
+    let sockets = [backend, of_disk["unix:".len()..].into()];
+    sockets.iter().for_each(|path| assert!(path.exists(), "{}", path.display()));
+    assert_eq!(terminated(&mut host.running[0], "backend").code(), Some(0));
+    sockets.iter().for_each(|path| assert!(!path.exists(), "{} is left behind", path.display()));
 }

@@ -102,8 +102,8 @@ impl Arguments {
         ignore_hangup()?;
         self.messages.start();
         self.metrics.start()?;
-        let sandbox =
-            self.seccomp.sandbox(self.postcopy).map(|sandbox| Sandbox { pair: self.peer.pair.is_some(), ..sandbox });
+        let sandbox = self.seccomp.sandbox(self.postcopy, &self.metrics);
+        let sandbox = sandbox.map(|sandbox| Sandbox { pair: self.peer.pair.is_some(), ..sandbox });
         let (peer, what) = match (self.peer.tap, self.peer.pair) {
             (Some(name), _) => (Peer::Tap(name.clone()), format!("tap {name}")),
             (None, Some(path)) => (Peer::Pair(path.clone()), format!("a pair at {}", path.display())),

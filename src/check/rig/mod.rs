@@ -14,7 +14,7 @@ pub(super) use requests::{AGAIN, Size};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use zerocopy::IntoBytes;
 
@@ -23,6 +23,7 @@ use super::fs::{self, OpenFile};
 use super::link::Link;
 use super::net::Source;
 use super::queue::{MAX_RINGS, Queue};
+use super::stop::Deadline;
 use super::{Fault, Flow, Offer, Options, Shape, Subject};
 use crate::abi::bit;
 use crate::abi::vhost_user::{
@@ -466,6 +467,11 @@ impl Rig {
         thread::sleep(self.settle);
     }
 
+    /// The end of a wait for the back-end that takes at most `time`.
+    pub(super) fn deadline(&self, time: Duration) -> Deadline {
+        self.link.deadline(time)
+    }
+
     /// How long to wait for what happens soon, or not at all. It is far more than a busy machine needs.
     pub(super) fn patience(&self) -> Duration {
         self.settle.max(self.timeout / 4)
@@ -483,11 +489,10 @@ fn stop_ring(link: &Link, queue: &mut Queue) -> Result<(), Fault> {
     Ok(())
 }
 
-/// Looks again and again whether something has come true, until `patience` is over.
-pub(super) fn soon(patience: Duration, mut is_so: impl FnMut() -> Result<bool, Fault>) -> Result<bool, Fault> {
-    let deadline = Instant::now() + patience;
+/// Looks again and again whether something has come true, until `deadline`.
+pub(super) fn soon(deadline: &Deadline, mut is_so: impl FnMut() -> Result<bool, Fault>) -> Result<bool, Fault> {
     while !is_so()? {
-        if Instant::now() >= deadline {
+        if deadline.is_over() {
             return Ok(false);
         }
         thread::sleep(LOOK);

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -292,21 +292,21 @@ impl Rig {
 
     /// Waits until nothing is in flight.
     pub(in crate::check) fn finish(&mut self) -> Result<(), Fault> {
-        let deadline = Instant::now() + self.timeout;
+        let deadline = self.deadline(self.timeout);
         while self.outstanding() > 0 {
             if self.pop()? || self.rings_mut().any(|queue| queue.driver.enable_notifications()) {
                 continue;
             }
             self.feed()?;
-            let until = if self.source.is_some() { deadline.min(Instant::now() + AGAIN) } else { deadline };
+            let until = if self.source.is_some() { deadline.within(AGAIN) } else { deadline.clone() };
             let calls: Vec<BorrowedFd<'_>> = self.rings().map(|queue| queue.call.as_fd()).collect();
-            let notified = readable(&calls, until);
+            let notified = readable(&calls, &until);
             self.rings().for_each(|queue| _ = queue.ack_call());
             if notified {
                 continue;
             }
             let left = self.outstanding();
-            if Instant::now() >= deadline {
+            if deadline.is_over() {
                 // What is wrong with the channel is the reason.
                 self.iommu.as_ref().map(Iommu::misses).transpose()?;
                 let late = self.pop()?;
