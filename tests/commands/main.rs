@@ -131,6 +131,16 @@ impl Host {
     fn arriving(&mut self, name: &str, uri: &str) -> PathBuf {
         self.guest(name, &["--incoming", uri])
     }
+
+    /// Starts a guest, and a process that waits for it; returns the control sockets of both and where it waits. Each has a back-end
+    /// that is started before it.
+    fn pair(&mut self) -> (PathBuf, PathBuf, String) {
+        let source = self.source();
+        let unix = format!("unix:{}", self.path("incoming").display());
+        let destination = self.arriving("destination", &unix);
+        until(&destination, "absent");
+        (source, destination, unix)
+    }
 }
 
 /// Sends a control command; events and how it ended.
@@ -787,12 +797,9 @@ fn works(control: &Path) {
 #[test]
 fn status_and_cancel_answer_while_a_disk_hangs_at_the_switchover_and_all_but_the_disk_goes_on() {
     let mut host = Host::new();
-    let source = host.source();
-    let [.., backend, _] = &host.running[..] else { panic!() };
+    let (source, destination, unix) = host.pair();
+    let [backend, ..] = &host.running[..] else { panic!() };
     let backend = Pid::from_raw(backend.0.id() as i32);
-    let unix = format!("unix:{}", host.path("incoming").display());
-    let destination = host.arriving("destination", &unix);
-    until(&destination, "absent");
     let (mut migration, mut events) = migrating(&source, &unix);
     kill(backend, Signal::SIGSTOP).unwrap();
     // It does not notice that the disk hangs before it stops it.
@@ -841,10 +848,7 @@ fn a_migration_that_is_cancelled_before_a_disk_that_hangs_logs_says_so() {
 #[case::it_is_cancelled(false)]
 fn a_guest_is_not_stopped_while_a_back_end_is_away(#[case] returns: bool) {
     let mut host = Host::new();
-    let source = host.source();
-    let unix = format!("unix:{}", host.path("incoming").display());
-    let destination = host.arriving("destination", &unix);
-    until(&destination, "absent");
+    let (source, destination, unix) = host.pair();
     let (mut migration, mut events) = migrating(&source, &unix);
     drop(host.running.remove(0));
     let waiting = events.find(|event| event["event"] == "waiting").unwrap();
@@ -866,10 +870,7 @@ fn a_guest_is_not_stopped_while_a_back_end_is_away(#[case] returns: bool) {
 #[test]
 fn a_measurement_gives_way_to_a_migration() {
     let mut host = Host::new();
-    let source = host.source();
-    let unix = format!("unix:{}", host.path("incoming").display());
-    let destination = host.arriving("destination", &unix);
-    until(&destination, "absent");
+    let (source, destination, unix) = host.pair();
     let mut measuring = program();
     measuring.args(["dirty-rate", "--seconds", "3600", "--control"]).arg(&source);
     let mut measuring = Running(measuring.stderr(Stdio::piped()).spawn().unwrap());
@@ -889,12 +890,9 @@ fn a_measurement_gives_way_to_a_migration() {
 #[case::two_signals(2)]
 fn migrate_ends_at_signals_although_the_guests_process_hangs(#[case] signals: u32) {
     let mut host = Host::new();
-    let source = host.source();
-    let [.., guest] = &host.running[..] else { panic!() };
+    let (source, destination, unix) = host.pair();
+    let [_, guest, ..] = &host.running[..] else { panic!() };
     let guest = Pid::from_raw(guest.0.id() as i32);
-    let unix = format!("unix:{}", host.path("incoming").display());
-    let destination = host.arriving("destination", &unix);
-    until(&destination, "absent");
     let (mut migration, events) = migrating(&source, &unix);
     kill(guest, Signal::SIGSTOP).unwrap();
     for number in 0..signals {

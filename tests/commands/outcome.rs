@@ -154,11 +154,9 @@ fn a_guest_is_not_resumed_where_the_destination_says_that_it_has_it() {
 #[test]
 fn a_source_that_does_not_hear_that_the_guest_runs_finds_out() {
     let mut host = Host::new();
-    let source = host.source();
-    let destination = host.arriving("destination", &unix(&host, "incoming"));
-    until(&destination, "absent");
+    let (source, destination, incoming) = host.pair();
     let fault = Fault::new(Way::ToSource, At::Frame(Kind::Started, 0), Deed::Cut);
-    let there: Uri = unix(&host, "incoming").parse().unwrap();
+    let there: Uri = incoming.parse().unwrap();
     let relay = Relay::new(unix(&host, "relay").parse().unwrap(), &there, fault);
     let output = migrate(&source, &unix(&host, "relay"), &[]);
     assert!(relay.struck());
@@ -172,11 +170,9 @@ fn a_source_that_does_not_hear_that_the_guest_runs_finds_out() {
 #[test]
 fn a_destination_that_is_killed_when_it_is_ready_leaves_the_guest_to_its_operator() {
     let mut host = Host::new();
-    let source = host.source();
-    let destination = host.arriving("destination", &unix(&host, "incoming"));
-    until(&destination, "absent");
+    let (source, _, incoming) = host.pair();
     let fault = Fault::new(Way::ToDestination, At::Frame(Kind::Commit, 0), Deed::CutForGood);
-    let there: Uri = unix(&host, "incoming").parse().unwrap();
+    let there: Uri = incoming.parse().unwrap();
     let relay = Relay::new(unix(&host, "relay").parse().unwrap(), &there, fault);
     let mut sent = std::thread::scope(|scope| {
         let sent = scope.spawn(|| migrate(&source, &unix(&host, "relay"), &[]));
@@ -223,12 +219,10 @@ fn a_commit_that_a_stopped_destination_finds_too_late_has_no_effect() {
 #[test]
 fn a_source_that_comes_after_a_guest_has_arrived_is_refused_at_once() {
     let mut host = Host::new();
-    let source = host.source();
-    let destination = host.arriving("destination", &unix(&host, "incoming"));
-    until(&destination, "absent");
-    assert_completed(&migrate(&source, &unix(&host, "incoming"), &[]));
+    let (source, destination, incoming) = host.pair();
+    assert_completed(&migrate(&source, &incoming, &[]));
     until(&destination, "running");
-    let output = migrate(&destination, &unix(&host, "incoming"), &[]);
+    let output = migrate(&destination, &incoming, &[]);
     let words = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{words}");
     assert!(words.contains("the peer closed the connection"), "{words}");
@@ -272,10 +266,8 @@ fn quit_ends_a_destination_that_waits_at_once() {
 #[test]
 fn quit_ends_a_destination_in_the_middle_of_a_migration_and_not_the_guest() {
     let mut host = Host::new();
-    let source = host.source();
-    let destination = host.arriving("destination", &unix(&host, "incoming"));
-    until(&destination, "absent");
-    let (mut slow, _events) = slow_migration(&source, &unix(&host, "incoming"));
+    let (source, destination, incoming) = host.pair();
+    let (mut slow, _events) = slow_migration(&source, &incoming);
     done(&destination, "quit");
     assert_eq!(host.running.last_mut().unwrap().0.wait().unwrap().code(), Some(0));
     let why = failed(&mut slow);
@@ -286,14 +278,12 @@ fn quit_ends_a_destination_in_the_middle_of_a_migration_and_not_the_guest() {
 #[test]
 fn cancel_at_the_destination_ends_a_migration_and_the_next_one_arrives() {
     let mut host = Host::new();
-    let source = host.source();
-    let destination = host.arriving("destination", &unix(&host, "incoming"));
-    until(&destination, "absent");
+    let (source, destination, incoming) = host.pair();
     until_it_waits(&destination);
-    let (mut slow, _events) = slow_migration(&source, &unix(&host, "incoming"));
+    let (mut slow, _events) = slow_migration(&source, &incoming);
     done(&destination, "cancel");
     failed(&mut slow);
-    assert_completed(&migrate(&source, &unix(&host, "incoming"), &[]));
+    assert_completed(&migrate(&source, &incoming, &[]));
     verify(&destination);
 }
 
@@ -308,10 +298,8 @@ fn without_contact_to_the_guests_process_nothing_is_claimed() {
         "{words}"
     );
 
-    let source = host.source();
-    let destination = host.arriving("destination", &unix(&host, "incoming"));
-    until(&destination, "absent");
-    let (mut slow, _events) = slow_migration(&source, &unix(&host, "incoming"));
+    let (source, destination, incoming) = host.pair();
+    let (mut slow, _events) = slow_migration(&source, &incoming);
     // Back-end and guest of the source, with SIGKILL.
     host.running.drain(..2);
     assert_eq!(slow.0.wait().unwrap().code(), Some(5));
@@ -347,11 +335,9 @@ fn fragile(host: &Host, control: &Path, event: &'static str) -> PathBuf {
 #[test]
 fn a_migration_whose_report_is_lost_is_asked_for_its_end() {
     let mut host = Host::new();
-    let source = host.source();
-    let destination = host.arriving("destination", &unix(&host, "incoming"));
-    until(&destination, "absent");
+    let (source, destination, incoming) = host.pair();
     let fragile = fragile(&host, &source, "\"switchover\"");
-    let output = migrate(&fragile, &unix(&host, "incoming"), &[]);
+    let output = migrate(&fragile, &incoming, &[]);
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert!(text(&output.stderr).contains("the guest was handed over"), "{}", text(&output.stderr));
     verify(&destination);
