@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use clap::{Subcommand, ValueEnum};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use vhost_migrate::abi::virtio::VIRTIO_BLK_ID_BYTES;
 use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
 use vhost_migrate::backend::{self, Device, Inherited, Listener, Sandbox, Violation};
 use vhost_migrate::control;
@@ -17,6 +18,7 @@ use vhost_migrate::control;
 use crate::interrupt::{on_hangup, on_interrupt};
 use crate::messages::Messages;
 use crate::metrics::Metrics;
+use crate::values;
 
 /// Be a vhost-user device
 #[derive(Debug, clap::Args)]
@@ -86,10 +88,10 @@ struct Blk {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     queues: u16,
     /// Most entries of a queue, a power of two; at most what the front-end chooses, if that is less than 128
-    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u16).range(2..=32768))]
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = values::queue_size(2, 32768))]
     queue_size: u16,
     /// What the guest reads as the disk's identity, at most 20 bytes
-    #[arg(long, value_name = "TEXT", default_value = "vhost-migrate")]
+    #[arg(long, value_name = "TEXT", default_value = "vhost-migrate", value_parser = serial)]
     serial: String,
     /// How the image is read and written
     #[arg(long, value_name = "HOW", default_value = "io_uring")]
@@ -137,14 +139,14 @@ struct Blk {
 #[group(required = true, multiple = false)]
 struct Place {
     /// UNIX socket to listen on
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = values::socket())]
     socket: Option<PathBuf>,
     /// Connect to this UNIX socket instead, where the front-end listens (QEMU's server=on, OVS's dpdkvhostuserclient), and
     /// again whenever the connection has ended
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = values::socket())]
     connect: Option<PathBuf>,
     /// Inherited socket instead: one that listens, or one connection
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(0..))]
     fd: Option<i32>,
 }
 
@@ -194,6 +196,14 @@ enum How {
     IoUring,
     /// Threads
     Threads,
+}
+
+/// Parses the identity of a disk.
+fn serial(text: &str) -> Result<String, String> {
+    match text.len() {
+        ..=VIRTIO_BLK_ID_BYTES => Ok(text.into()),
+        len => Err(format!("it has {len} bytes: at most {VIRTIO_BLK_ID_BYTES} fit")),
+    }
 }
 
 /// Runs the subcommand.

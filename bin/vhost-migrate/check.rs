@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use clap::builder::NonEmptyStringValueParser;
 use crossbeam::channel::RecvTimeoutError;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
@@ -14,6 +15,7 @@ use vhost_migrate::check::{
 };
 
 use crate::interrupt::{before_the_end, interrupts_and_hangup};
+use crate::values;
 
 /// Nothing could be checked.
 const UNCHECKED: u8 = 3;
@@ -41,7 +43,7 @@ Exit status: 0 nothing is broken; 1 a rule is broken; 2 wrong arguments; 3 it co
 broken, but there are warnings. SIGINT, SIGTERM and SIGHUP end it within seconds, after it has put back what it has changed.")]
 pub(crate) struct Arguments {
     /// The back-end's socket
-    #[arg(required_unless_present = "explain")]
+    #[arg(required_unless_present = "explain", value_parser = values::socket())]
     socket: Option<PathBuf>,
     /// Print a rule, what it is for and what to do when it is broken
     #[arg(long, value_name = "RULE", value_parser = explained, exclusive = true)]
@@ -76,7 +78,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     timeout: u64,
     /// Entries of the ring, a power of two from 64 to 1024; without it 256, or as many as the back-end takes
-    #[arg(long, value_name = "N", value_parser = queue_size)]
+    #[arg(long, value_name = "N", value_parser = values::queue_size(64, 1024))]
     queue_size: Option<u16>,
     /// The back-end may die: also make the checks that some back-ends do not survive. --hostile and --restart imply it
     #[arg(long)]
@@ -90,7 +92,7 @@ pub(crate) struct Arguments {
     /// Simple shell command that starts the back-end: kill it with requests in flight, and see whether its successor
     /// answers each once. Without --kill-pid it is also started with this; what the check starts it also ends. One that ends
     /// with its front-end is started again each time
-    #[arg(long, value_name = "COMMAND")]
+    #[arg(long, value_name = "COMMAND", value_parser = NonEmptyStringValueParser::new())]
     restart: Option<String>,
     /// Process id of the running back-end, which may be killed
     #[arg(long, value_name = "PID", requires = "restart", value_parser = clap::value_parser!(i32).range(2..))]
@@ -126,15 +128,12 @@ fn feed(text: &str) -> Result<Feed, String> {
     match text {
         "" => Err("give 'loop', an interface or a socket".into()),
         "loop" => Ok(Feed::Loop),
-        address if address.starts_with("tcp:") => Ok(Feed::Tcp(address.trim_start_matches("tcp:").into())),
-        path if path.contains('/') => Ok(Feed::Backend(path.into())),
-        name => Ok(Feed::Interface(name.into())),
+        path if path.contains('/') && !path.starts_with("tcp:") => Ok(Feed::Backend(path.into())),
+        name => match name.strip_prefix("tcp:") {
+            Some(address) => values::address(address).map(Feed::Tcp),
+            None => Ok(Feed::Interface(name.into())),
+        },
     }
-}
-
-fn queue_size(text: &str) -> Result<u16, String> {
-    let size = text.parse().ok().filter(|size: &u16| size.is_power_of_two() && (64..=1024).contains(size));
-    size.ok_or_else(|| format!("'{text}' is not a power of two from 64 to 1024"))
 }
 
 fn unwritable(path: &Path) -> impl Fn(io::Error) -> String {
@@ -162,7 +161,9 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     let signals = before_the_end(interrupts_and_hangup(), 2 * STOPPING, move || {
         stopping.set();
         if checked.recv_timeout(STOPPING) == Err(RecvTimeoutError::Timeout) {
-            eprintln!("vhost-migrate: the check does not end: the back-end may run on, and the end of its disk be overwritten");
+            eprintln!(
+                "vhost-migrate: the check does not end: the back-end may run on, and the end of its disk be overwritten"
+            );
         }
     });
     if let Err(error) = signals {

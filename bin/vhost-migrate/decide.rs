@@ -5,11 +5,13 @@ use std::process::ExitCode;
 
 use vhost_migrate::control::{self, Command};
 
+use crate::values;
+
 /// Which guest.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     /// Control socket of the process that owns the guest
-    #[arg(long, value_name = "SOCKET")]
+    #[arg(long, value_name = "SOCKET", value_parser = values::socket())]
     control: PathBuf,
 }
 

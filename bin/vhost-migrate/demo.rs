@@ -8,13 +8,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use vhost_migrate::abi::virtio::SECTOR_BYTES;
 use vhost_migrate::control::{self, Command};
+use vhost_migrate::guest::GuestConfig;
 use vhost_migrate::migrate::{Event, Report};
 
 use crate::interrupt::on_interrupt_or_hangup;
 use crate::migrate::Transfer;
 use crate::progress::{Output, Progress};
 use crate::units;
+use crate::wrong_arguments;
 
 /// Live-migrate a built-in guest between two processes on this machine, checking every byte
 #[derive(Debug, clap::Args)]
@@ -23,13 +26,13 @@ use crate::units;
   vhost-migrate demo --memory 4GiB --dirty-rate 500MiB/s --codec zstd:1
   vhost-migrate demo --kill --json
 
-Needs no root, and no files but a temporary folder. Exit status: 0 if every byte was right, 1 if not.")]
+Needs no root, and no files but a temporary folder. Exit status: 0 if every byte was right, 1 if not, 2 wrong arguments.")]
 pub(crate) struct Arguments {
     /// Guest memory
     #[arg(long, default_value = "1GiB", value_parser = units::size, value_name = "SIZE")]
     memory: u64,
     /// Size of the guest's disk
-    #[arg(long, default_value = "64MiB", value_parser = units::size, value_name = "SIZE")]
+    #[arg(long, default_value = "64MiB", value_parser = disk_size, value_name = "SIZE")]
     disk: u64,
     /// How long the guest runs, before and after the migration together
     #[arg(long, default_value = "10", value_parser = units::seconds, value_name = "SECONDS")]
@@ -50,12 +53,27 @@ pub(crate) struct Arguments {
 }
 
 /// Queues of the guest's disk.
-const QUEUES: &str = "2";
+const QUEUES: u16 = 2;
 /// Longest wait for a process to come up or to answer.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// Parses the size of the disk: each queue uses a part of it, and no file is longer than its offsets.
+fn disk_size(text: &str) -> Result<u64, String> {
+    let range = u64::from(QUEUES) * SECTOR_BYTES..=i64::MAX.cast_unsigned();
+    let bytes = units::size(text)?;
+    if range.contains(&bytes) {
+        Ok(bytes)
+    } else {
+        Err(format!("a disk has {} to {} bytes", range.start(), range.end()))
+    }
+}
+
 /// Runs the command.
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
+    let guest = GuestConfig { queues: QUEUES, packed: arguments.packed, ..GuestConfig::new(arguments.memory) };
+    if let Err(error) = guest.check() {
+        wrong_arguments(error);
+    }
     let processes = match Processes::new(arguments.output) {
         Ok(processes) => Arc::new(processes),
         Err(error) => {
@@ -197,7 +215,8 @@ impl<'a> Demo<'a> {
         self.start_backend(&self.destination)?;
         let rate = format!("{}B/s", self.arguments.dirty_rate);
         let memory = format!("{}", self.arguments.memory);
-        let mut workload = vec!["--memory", &memory, "--dirty-rate", &rate, "--queues", QUEUES];
+        let queues = QUEUES.to_string();
+        let mut workload = vec!["--memory", &memory, "--dirty-rate", &rate, "--queues", &queues];
         if self.arguments.packed {
             workload.push("--packed");
         }
@@ -291,7 +310,8 @@ impl<'a> Demo<'a> {
     }
 
     fn start_backend(&self, side: &Side) -> io::Result<()> {
-        let arguments = ["backend", "blk", "--exit-with-parent", "--log-level", "warn", "--queues", QUEUES, "--image"];
+        let queues = QUEUES.to_string();
+        let arguments = ["backend", "blk", "--exit-with-parent", "--log-level", "warn", "--queues", &queues, "--image"];
         let mut process = program()?;
         process.args(arguments).arg(self.folder.join("disk.img")).arg("--socket").arg(&side.socket);
         self.processes.start(&backend_name(side), &mut process)

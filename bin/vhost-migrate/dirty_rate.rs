@@ -2,11 +2,13 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use serde_json::Value;
 use vhost_migrate::control::{self, Command};
 
 use crate::units::{self, show};
+use crate::values;
 
 /// Measure how fast a guest dirties memory, and forecast its migration
 #[derive(Debug, clap::Args)]
@@ -18,11 +20,11 @@ Each device is counted by its dirty log, and the CPUs by write-protected pages: 
 table. A page that is written again within a tenth of a second counts once.")]
 pub(crate) struct Arguments {
     /// Control socket of the process that owns the guest
-    #[arg(long, value_name = "SOCKET")]
+    #[arg(long, value_name = "SOCKET", value_parser = values::socket())]
     control: PathBuf,
-    /// How long to measure
-    #[arg(long, default_value_t = 1.0, value_name = "SECONDS")]
-    seconds: f64,
+    /// How long to measure, 0.01 to 3600 seconds
+    #[arg(long, default_value = "1", value_parser = measured, value_name = "SECONDS")]
+    seconds: Duration,
     /// Bandwidth to forecast for, in guest memory per second
     #[arg(long, value_parser = units::rate_limit, default_value = "1GiB/s", value_name = "RATE")]
     bandwidth: u64,
@@ -34,10 +36,17 @@ pub(crate) struct Arguments {
     json: bool,
 }
 
+/// Parses the length of a measurement.
+fn measured(text: &str) -> Result<Duration, String> {
+    let range = Duration::from_millis(10)..=Duration::from_secs(3600);
+    let time = units::seconds(text)?;
+    if range.contains(&time) { Ok(time) } else { Err("measure for 0.01 to 3600 seconds".into()) }
+}
+
 /// Runs the command.
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
     let order = Command::DirtyRate {
-        seconds: arguments.seconds,
+        seconds: arguments.seconds.as_secs_f64(),
         bandwidth: arguments.bandwidth,
         downtime_ms: arguments.downtime,
     };

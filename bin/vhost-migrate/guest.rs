@@ -24,6 +24,8 @@ use crate::interrupt::{before_the_end, ignore_hangup};
 use crate::messages::Messages;
 use crate::metrics::Metrics;
 use crate::units;
+use crate::values;
+use crate::wrong_arguments;
 
 /// Run the built-in guest: a machine that writes memory and disk, and checks every byte it reads
 #[derive(Debug, clap::Args)]
@@ -41,17 +43,17 @@ can't be started stays here, paused: resume tries again.
 Exit status: 0 ended by quit; 1 failed, or the guest had found a wrong byte; 2 wrong arguments.")]
 pub(crate) struct Arguments {
     /// vhost-user socket of a block back-end; once for each disk
-    #[arg(long, required = true, value_name = "SOCKET")]
+    #[arg(long, required = true, value_name = "SOCKET", value_parser = values::socket())]
     backend: Vec<PathBuf>,
     /// Control socket to listen on
-    #[arg(long, value_name = "SOCKET")]
+    #[arg(long, value_name = "SOCKET", value_parser = values::socket())]
     control: PathBuf,
     /// Wait for a guest to arrive here: tcp:HOST:PORT, unix:PATH, file:PATH, exec:COMMAND or fd:N
     #[arg(long, value_name = "URI", conflicts_with = "Workload")]
     incoming: Option<Uri>,
     /// Longest switchover of a guest that arrives, from the end of a last round to the commit; then it is given up, and its
     /// source goes on. The source has a limit of its own
-    #[arg(long, default_value = "30s", value_parser = units::seconds, value_name = "TIME")]
+    #[arg(long, default_value = "30s", value_parser = units::seconds_limit, value_name = "TIME")]
     switchover_timeout: Duration,
     /// Restore a saved guest although its disks are not what they were when it was saved, or that can't be told. It then reads
     /// what it did not write
@@ -81,10 +83,10 @@ struct Workload {
     #[arg(long, value_parser = units::size, value_name = "SIZE")]
     working_set: Option<u64>,
     /// Queues of each disk
-    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     queues: u16,
     /// Entries of each queue, a power of two
-    #[arg(long, default_value_t = 128, value_name = "N", value_parser = clap::value_parser!(u16).range(2..=32768))]
+    #[arg(long, default_value_t = 128, value_name = "N", value_parser = values::queue_size(8, 32768))]
     queue_size: u16,
     /// Packed rings instead of split ones
     #[arg(long)]
@@ -109,6 +111,11 @@ struct Workload {
 
 /// Runs the command.
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
+    if arguments.incoming.is_none()
+        && let Err(error) = arguments.config().check()
+    {
+        wrong_arguments(error);
+    }
     arguments.messages.start();
     let clean = || {
         control::remove_sockets();
@@ -149,7 +156,7 @@ fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
             incoming.close_after(2 * ASK_FOR);
         }
         None => {
-            let config = arguments.workload.config(arguments.backend.len());
+            let config = arguments.config();
             let devices = connect_all(&arguments.backend, config.inflight_migration, &Interrupt::new()?)?;
             let mut guest = Guest::new(config)?;
             guest.boot(devices)?;
@@ -197,6 +204,13 @@ fn wait_for_arrival(owner: &Owner, incoming: &Incoming, uri: &Uri, arguments: &A
         }
     }
     Ok(())
+}
+
+impl Arguments {
+    /// The guest that is not waited for.
+    fn config(&self) -> GuestConfig {
+        self.workload.config(self.backend.len())
+    }
 }
 
 impl Workload {

@@ -40,7 +40,7 @@ enum What {
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
         runs: u32,
         /// Where guest memory ends, holes included. The file is a log only if it reaches this far and marks nothing beyond
-        #[arg(long, value_parser = units::size, value_name = "SIZE")]
+        #[arg(long, value_parser = units::some_size, value_name = "SIZE")]
         memory: Option<u64>,
     },
     /// The requests in flight in a region, and what a restarted back-end would do

@@ -13,10 +13,13 @@ mod metrics;
 mod migrate;
 mod progress;
 mod units;
+mod values;
 
+use std::fmt::Display;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand};
 use vhost_migrate::control;
 
 /// Live migration, dirty logging and crash-resume for vhost devices
@@ -56,6 +59,11 @@ Exit status: 0 the guest is gone from here; 1 it is not, and why; 2 wrong argume
     DirtyRate(dirty_rate::Arguments),
     Inspect(inspect::Arguments),
     Check(check::Arguments),
+}
+
+/// Ends the process as the parser of the command line does, with exit status 2: for arguments that are wrong together.
+fn wrong_arguments(why: impl Display) -> ! {
+    Command::command().error(ErrorKind::ValueValidation, why).exit()
 }
 
 fn main() -> ExitCode {

@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use vhost_migrate::{backend, control, frontend};
 
+use crate::values;
+
 /// Connections that are answered at the same time.
 const CONNECTIONS: usize = 4;
 /// Longest time from a connection to the end of its answer.
@@ -43,7 +45,7 @@ impl FromStr for Place {
     fn from_str(text: &str) -> Result<Place, String> {
         match text.split_once(':') {
             Some(("unix", path)) if !path.is_empty() => Ok(Place::Unix(path.into())),
-            Some(("tcp", address)) if address.contains(':') => Ok(Place::Tcp(address.into())),
+            Some(("tcp", address)) => values::address(address).map(Place::Tcp),
             _ => Err("use unix:PATH or tcp:HOST:PORT".into()),
         }
     }

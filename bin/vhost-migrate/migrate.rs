@@ -13,6 +13,8 @@ use vhost_migrate::stream::{Codec, Uri};
 use crate::interrupt::on_every_interrupt;
 use crate::progress::{Output, Progress};
 use crate::units;
+use crate::values;
+use crate::wrong_arguments;
 
 /// Move a running guest to another process or host
 #[derive(Debug, clap::Args)]
@@ -32,11 +34,12 @@ paused here; 5 no contact with the guest's process, so that nothing is known; 6 
 Ctrl-C cancels: the guest goes on here. A second one ends this command alone.")]
 pub(crate) struct Arguments {
     /// Control socket of the process that owns the guest
-    #[arg(long, value_name = "SOCKET")]
+    #[arg(long, value_name = "SOCKET", value_parser = values::socket())]
     control: PathBuf,
     /// Where to: tcp:HOST:PORT, unix:PATH, file:PATH, exec:COMMAND or fd:N, a descriptor that the guest's process was
     /// started with
-    uri: String,
+    #[arg(value_parser = values::target)]
+    uri: Uri,
     #[command(flatten)]
     transfer: Transfer,
     /// Want no answers, as over a pipe or a command that is a filter: the outcome stays unknown, and the guest is kept here
@@ -64,7 +67,7 @@ pub(crate) struct Transfer {
     pub(crate) downtime: u64,
     /// Longest switchover, from stopping the guest to its start at the destination; then the guest goes on here. By
     /// default four times the downtime, at least 10s
-    #[arg(long, value_parser = units::milliseconds, value_name = "TIME")]
+    #[arg(long, value_parser = units::milliseconds_limit, value_name = "TIME")]
     pub(crate) switchover_timeout: Option<u64>,
     /// Limit while the guest runs, for example 500MiB/s
     #[arg(long, value_parser = units::rate_limit, value_name = "RATE")]
@@ -100,12 +103,15 @@ const NO_CONTACT: u8 = 5;
 
 /// Runs the command.
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
+    if arguments.continue_here && matches!(arguments.uri, Uri::Tcp { .. } | Uri::Unix(_) | Uri::Exec(_)) {
+        wrong_arguments("--continue saves to a file or device: give file:PATH, or fd:N for one that is open");
+    }
     if let Err(error) = cancel_on_interrupt(&arguments.control) {
         eprintln!("signals: {error}");
         return ExitCode::FAILURE;
     }
     let mut progress = Progress::new(arguments.output);
-    let uri = resolved(&arguments.uri);
+    let uri = resolved(arguments.uri);
     if uri.starts_with("file:") && !arguments.continue_here {
         eprintln!("this moves the guest into {uri}: it runs here no more then. With --continue it goes on here");
     }
@@ -119,13 +125,13 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
 }
 
 /// A URI whose path does not depend on the folder of the process that opens it.
-fn resolved(uri: &str) -> String {
-    match uri.parse() {
-        Ok(Uri::File(path)) => Uri::File(std::path::absolute(&path).unwrap_or(path)).to_string(),
-        Ok(Uri::Unix(path)) => Uri::Unix(std::path::absolute(&path).unwrap_or(path)).to_string(),
-        // The guest's process says what is wrong with it.
-        _ => uri.into(),
+fn resolved(uri: Uri) -> String {
+    match uri {
+        Uri::File(path) => Uri::File(std::path::absolute(&path).unwrap_or(path)),
+        Uri::Unix(path) => Uri::Unix(std::path::absolute(&path).unwrap_or(path)),
+        uri => uri,
     }
+    .to_string()
 }
 
 /// The longest time that a migration may take to end once it is cancelled.

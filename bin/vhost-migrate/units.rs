@@ -5,6 +5,8 @@ use std::time::Duration;
 /// Powers of 1024, by the letter that stands for them.
 const LETTERS: &str = "BKMGTPE";
 
+const NO_TIME: &str = "nothing is done within no time: leave the option out for the usual limit";
+
 /// Parses a size in bytes as `qemu-img` does: `4096`, `64K`, `1.5M`, `1G`, and also `64KiB`, `1GiB`. Units are powers of 1024.
 pub(crate) fn size(text: &str) -> Result<u64, String> {
     parse(text).map(|(bytes, _)| bytes).ok_or_else(|| {
@@ -20,6 +22,14 @@ pub(crate) fn rate(text: &str) -> Result<u64, String> {
         Some((bytes, has_unit)) if has_unit || bytes == 0 => Ok(bytes),
         Some(_) => Err(format!("'{text}' has no unit: {example}")),
         None => Err(format!("'{text}' is not a rate: {example}")),
+    }
+}
+
+/// Parses a size that can't be 0.
+pub(crate) fn some_size(text: &str) -> Result<u64, String> {
+    match size(text)? {
+        0 => Err("a size of 0 is none".into()),
+        bytes => Ok(bytes),
     }
 }
 
@@ -44,6 +54,22 @@ pub(crate) fn milliseconds(text: &str) -> Result<u64, String> {
     milliseconds.map(|ms| ms.round() as u64).ok_or_else(|| {
         format!("'{text}' is not a time: write a number of milliseconds, for example 50, 50ms or 0.5s, up to a week")
     })
+}
+
+/// Parses a limit of a time in milliseconds, which can't be 0.
+pub(crate) fn milliseconds_limit(text: &str) -> Result<u64, String> {
+    match milliseconds(text)? {
+        0 => Err(NO_TIME.into()),
+        milliseconds => Ok(milliseconds),
+    }
+}
+
+/// Parses a limit of a time in seconds, which can't be 0.
+pub(crate) fn seconds_limit(text: &str) -> Result<Duration, String> {
+    match seconds(text)? {
+        Duration::ZERO => Err(NO_TIME.into()),
+        time => Ok(time),
+    }
 }
 
 /// Parses a time in seconds, fractions allowed, up to a day.

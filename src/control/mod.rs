@@ -26,6 +26,8 @@ use crate::abi::vhost_user::{Header, Request};
 use crate::sys::listen::{self, Place, listen};
 use crate::sys::socket;
 
+pub use crate::sys::listen::MAX_SOCKET_PATH;
+
 /// The longest line that is read, bytes.
 pub const MAX_LINE: u64 = 64 << 10;
 /// Bytes of events that are kept for a client that does not read, beyond what its socket holds.

@@ -96,6 +96,14 @@ impl GuestConfig {
         }
     }
 
+    /// Checks that there can be such a guest.
+    ///
+    /// # Errors
+    /// [`GuestError::Config`], in words for whoever gave the options.
+    pub fn check(&self) -> Result<(), GuestError> {
+        Layout::new(self).map(drop)
+    }
+
     /// Pages of one CPU's working set.
     fn cpu_pages(&self) -> u64 {
         self.working_set / self.cpus.max(1) as u64 / LOG_PAGE
@@ -180,7 +188,7 @@ impl Layout {
     pub(super) fn new(config: &GuestConfig) -> Result<Layout, GuestError> {
         let bad = |what: &str| Err(GuestError::Config(what.into()));
         if config.memory == 0 || !config.memory.is_multiple_of(LOG_PAGE) || !config.high.is_multiple_of(LOG_PAGE) {
-            return bad("memory comes in whole pages of 4 KiB");
+            return bad("memory comes in whole pages of 4 KiB, of which there is at least one");
         }
         if config.memory > MAX_MEMORY {
             return bad("no machine has more than 4 PiB of memory");

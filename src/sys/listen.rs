@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use super::socket;
 
 /// Longest path of a UNIX socket, bytes.
-pub(crate) const MAX_SOCKET_PATH: usize = 107;
+pub const MAX_SOCKET_PATH: usize = 107;
 /// Longest wait for other processes that take a path in the same directory.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How often to look.

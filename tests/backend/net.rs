@@ -818,9 +818,9 @@ fn what_can_not_be_an_interface_is_explained_in_one_line() {
         (output.status.code(), String::from_utf8(output.stderr).unwrap())
     };
     let cases: [(&[&str], i32, &str); 6] = [
-        (&["--loopback", "--mac", "01:00:00:00:00:00"], 1, "first byte is even"),
-        (&["--loopback", "--queue-size", "1000"], 1, "a power of two"),
-        (&["--tap", "sixteen-bytes-xx"], 1, "1 to 15 bytes"),
+        (&["--loopback", "--mac", "01:00:00:00:00:00"], 2, "first byte is even"),
+        (&["--loopback", "--queue-size", "1000"], 2, "a power of two"),
+        (&["--tap", "sixteen-bytes-xx"], 2, "1 to 15 bytes"),
         (&["--pair", "/nowhere/at/all"], 1, "that you may write to"),
         (&["--loopback", "--mac", "52:54:00"], 2, "write it as"),
         (&["--loopback", "--pair", "x"], 2, "cannot be used with"),

@@ -418,7 +418,7 @@ fn a_failed_migration_leaves_the_guest_running_and_the_next_one_works() {
     assert!(text(&output.stderr).contains("still runs here"), "{}", text(&output.stderr));
     verify(&source);
     let wrong = migrate(&source, "smoke:signals", &[]);
-    assert_eq!(wrong.status.code(), Some(1));
+    assert_eq!(wrong.status.code(), Some(2));
     assert!(text(&wrong.stderr).contains("tcp:HOST:PORT"), "{}", text(&wrong.stderr));
 
     let unix = format!("unix:{}", host.path("incoming").display());
@@ -636,17 +636,80 @@ fn wrong_arguments_exit_with_2_and_say_what_is_right() {
     }
 }
 
+/// Each value is the only thing that is wrong, as far as the command line goes.
+#[test]
+fn a_value_that_can_never_be_right_is_refused_when_the_command_line_is_read() {
+    let long = "x".repeat(108);
+    let [guest, blk, net] = [
+        &["guest", "--backend", "b", "--control", "/nonexistent/c"][..],
+        &["backend", "blk", "--socket", "/nonexistent/s", "--image", "/nonexistent/i"],
+        &["backend", "net", "--socket", "/nonexistent/s"],
+    ];
+    let [migrate, rate] =
+        [&["migrate", "--control", "/nonexistent/c"][..], &["dirty-rate", "--control", "/nonexistent/c"]];
+    let unix = format!("unix:{long}");
+    for (command, more, hint) in [
+        (migrate, &["smoke:signals"][..], "tcp:HOST:PORT"),
+        (migrate, &["tcp:host"], "a port is missing"),
+        (migrate, &["tcp:host:0"], "port 0"),
+        (migrate, &["fd:-1"], "open file descriptor"),
+        (migrate, &[&unix], "use a shorter one"),
+        (migrate, &["unix:x", "--switchover-timeout", "0"], "within no time"),
+        (migrate, &["unix:x", "--continue"], "file:PATH"),
+        (guest, &["--queue-size", "100"], "a power of two from 8 to 32768"),
+        (guest, &["--queue-size", "4"], "a power of two from 8 to 32768"),
+        (guest, &["--queues", "257"], "1..=256"),
+        (guest, &["--memory", "1000"], "whole pages of 4 KiB"),
+        (guest, &["--memory", "1MiB"], "1 MiB of memory are too little"),
+        (guest, &["--memory", "64MiB", "--working-set", "1G"], "too little"),
+        (guest, &["--working-set", "0"], "at least one page of working set"),
+        (guest, &["--switchover-timeout", "0", "--incoming", "unix:x"], "within no time"),
+        (guest, &["--metrics", "tcp:host:high"], "HOST:PORT"),
+        (guest, &["--backend", &long], "use a shorter one"),
+        (blk, &["--queue-size", "100"], "a power of two from 2 to 32768"),
+        (blk, &["--serial", "more than twenty bytes"], "at most 20 fit"),
+        (blk, &["--metrics", "tcp:9100"], "HOST:PORT"),
+        (net, &["--loopback", "--queue-size", "1000"], "a power of two from 2 to 32768"),
+        (net, &["--loopback", "--mac", "01:00:00:00:00:00"], "first byte is even"),
+        (net, &["--loopback", "--mac", "0:0:0:0:0:0"], "zeroes"),
+        (net, &["--loopback", "--mac", "+2:54:00:12:34:56"], "52:54:00:12:34:56"),
+        (net, &["--tap", "sixteen-bytes-xx"], "1 to 15 bytes"),
+        (net, &["--pair", &long], "use a shorter one"),
+        (&["backend", "net", "--loopback"], &["--socket", &long], "use a shorter one"),
+        (&["backend", "net", "--loopback"], &["--fd=-1"], "-1 is not in 0.."),
+        (rate, &["--seconds", "0"], "0.01 to 3600"),
+        (rate, &["--seconds", "3601"], "0.01 to 3600"),
+        (rate, &["--seconds", "nan"], "number of seconds"),
+        (&["demo"], &["--memory", "1000"], "whole pages of 4 KiB"),
+        (&["demo"], &["--disk", "1000"], "a disk has 1024 to"),
+        (&["demo"], &["--switchover-timeout", "0.1"], "within no time"),
+        (&["resume"], &["--control", &long], "use a shorter one"),
+        (&["check"], &[&long], "use a shorter one"),
+        (&["check", "/nonexistent/s"], &["--restart", ""], "a value is required"),
+        (&["check", "/nonexistent/s"], &["--feed", "tcp:host"], "HOST:PORT"),
+        (&["check", "/nonexistent/s"], &["--queue-size", "2048"], "a power of two from 64 to 1024"),
+        (&["inspect", "log", "/nonexistent/f"], &["--memory", "0"], "a size of 0"),
+        (&["inspect", "inflight", "/nonexistent/f"], &["--queue-size", "0"], "0 is not in 1..=32768"),
+        (&["inspect", "inflight", "/nonexistent/f"], &["--used", "1:5"], "no queue 1"),
+        (&["inspect", "inflight", "/nonexistent/f", "--packed"], &["--published", "1"], "no queue 1"),
+    ] {
+        let arguments = [command, more].concat();
+        let output = run(&arguments);
+        let told = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {told}");
+        assert!(told.starts_with("error: ") && told.contains(hint), "{arguments:?}: {told}");
+    }
+}
+
 #[test]
 fn what_is_in_the_way_is_told_in_one_line() {
     let host = Host::new();
     let disk = host.path("disk");
-    let (disk, long) = (disk.to_str().unwrap(), "x".repeat(200));
+    let disk = disk.to_str().unwrap();
     for (arguments, hint) in [
         (&["backend", "blk", "--socket", "/tmp/s", "--image", "/nonexistent/image"][..], "/nonexistent/image"),
-        (&["backend", "blk", "--socket", &long, "--image", disk], "shorter"),
         (&["backend", "blk", "--socket", "/nonexistent/s", "--image", disk], "directory"),
         (&["backend", "blk", "--socket", disk, "--image", disk], "no socket"),
-        (&["guest", "--backend", "b", "--control", &long], "shorter"),
         (&["dirty-rate", "--control", "/nonexistent/c"], "is the guest running"),
         (&["inspect", "log", "/nonexistent/log"], "/nonexistent/log"),
         (&["inspect", "stream", disk], "not a migration stream"),

@@ -11,6 +11,7 @@ use super::{Place, Seccomp, Stopping, serve};
 use crate::interrupt::ignore_hangup;
 use crate::messages::Messages;
 use crate::metrics::Metrics;
+use crate::values;
 
 /// A network interface: on a tap of the host, on another such process, or on itself
 #[derive(Debug, clap::Args)]
@@ -45,7 +46,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_PAIRS)))]
     queue_pairs: u16,
     /// Most entries of a queue, a power of two
-    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u16).range(2..=32768))]
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = values::queue_size(2, 32768))]
     queue_size: u16,
     /// The guest's address
     #[arg(long, value_name = "ADDRESS", default_value = "52:54:00:00:00:01", value_parser = mac)]
@@ -87,13 +88,13 @@ fn one_front_end(text: &str) -> Result<OneFrontEnd, &'static str> {
 #[group(required = true, multiple = false)]
 struct PeerArguments {
     /// Tap of the host; made if it doesn't exist, for which root or CAP_NET_ADMIN is needed
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = tap)]
     tap: Option<String>,
     /// What the guest sends comes back to it
     #[arg(long)]
     loopback: bool,
     /// Socket where another such process is met
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = values::socket())]
     pair: Option<PathBuf>,
 }
 
@@ -125,7 +126,21 @@ impl Arguments {
 
 /// Six bytes in hexadecimal.
 fn mac(text: &str) -> Result<Mac, String> {
-    let bytes: Result<Vec<u8>, _> = text.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect();
-    let mac = bytes.ok().and_then(|bytes| Mac::try_from(bytes).ok());
-    mac.ok_or_else(|| "write it as 52:54:00:12:34:56".into())
+    let byte =
+        |digits: &str| digits.chars().all(|digit| digit.is_ascii_hexdigit()).then(|| u8::from_str_radix(digits, 16));
+    let bytes: Option<Vec<u8>> = text.split(':').map(|digits| byte(digits)?.ok()).collect();
+    let mac = bytes.and_then(|bytes| Mac::try_from(bytes).ok()).ok_or("write it as 52:54:00:12:34:56")?;
+    match mac {
+        [0, 0, 0, 0, 0, 0] => Err("an interface has no address of zeroes".into()),
+        [first, ..] if first & 1 != 0 => Err("it is a group's: use one whose first byte is even".into()),
+        mac => Ok(mac),
+    }
+}
+
+/// Parses the name of a tap.
+fn tap(text: &str) -> Result<String, String> {
+    match (1..libc::IFNAMSIZ).contains(&text.len()) && !text.contains(['/', '%']) {
+        true => Ok(text.into()),
+        false => Err(format!("an interface's name has 1 to {} bytes, and no '/' or '%'", libc::IFNAMSIZ - 1)),
+    }
 }
