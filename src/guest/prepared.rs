@@ -78,7 +78,12 @@ impl PreparedDevice {
         let name = device.name().to_owned();
         let bad = |what: String| Err(GuestError::Config(format!("{name}: {what}")));
         if device.queues() < config.queues {
-            return bad(format!("it has {} queues, and the guest wants {}", device.queues(), config.queues));
+            let (has, wants) = (device.queues(), config.queues);
+            // A guest that arrives has its queues.
+            let or = if expected.is_none() { format!(", or the guest with --queues {has}") } else { String::new() };
+            return bad(format!(
+                "it has {has} queues, and the guest wants {wants}: start the back-end with --queues {wants}{or}"
+            ));
         }
         let ring_features = config.ring_features();
         if ring_features & !device.features() != 0 {

@@ -806,6 +806,53 @@ fn an_inflight_region_shows_what_would_be_executed_again() {
     assert_eq!(refused.status.code(), Some(1), "a version that nobody wrote");
 }
 
+/// Rule I7: a part of zeros has version 0 and holds no request, but not its size either.
+#[rstest]
+#[case::no_part(0, &[], Err("0 bytes are no inflight region"))]
+#[case::no_whole_part(100, &[], Err("100 bytes are no inflight region"))]
+#[case::no_queue_has_that(448, &[], Err("no queue size makes a region of 448 bytes with --queues 1"))]
+#[case::eight_entries(192, &[], Ok("room for 8 entries"))]
+#[case::two_queues(384, &["--queues", "2"], Ok("room for 8 entries"))]
+#[case::told(448, &["--queue-size", "16"], Ok("room for 16 entries"))]
+#[case::packed(192, &["--packed"], Ok("room for 5 entries"))]
+#[case::too_small(192, &["--queue-size", "16"], Err("pass --queues and --queue-size"))]
+fn an_inflight_region_that_was_never_used_is_told_from_what_is_no_region(
+    #[case] bytes: usize,
+    #[case] more: &[&str],
+    #[case] said: Result<&str, &str>,
+) {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(bytes as u64).unwrap();
+    let output = run(&[&["inspect", "inflight", file.path().to_str().unwrap()], more].concat());
+    let (shown, told) = (text(&output.stdout), text(&output.stderr));
+    match said {
+        Ok(room) => {
+            assert!(output.status.success(), "{told}");
+            assert!(shown.contains("version 0: never used, or reset") && shown.contains(room), "{shown}");
+        }
+        Err(why) => {
+            assert_eq!(output.status.code(), Some(1), "{shown}");
+            assert!(told.contains(why) && shown.is_empty(), "{told}");
+        }
+    }
+}
+
+#[test]
+fn a_back_end_with_too_few_queues_is_told_by_the_options_of_both_commands() {
+    let mut host = Host::new();
+    let backend = host.path("one.vhost");
+    let mut one = program();
+    one.args(["backend", "blk", "--image"]).arg(host.path("disk")).arg("--socket").arg(&backend);
+    host.running.push(Running(one.stdout(Stdio::null()).spawn().unwrap()));
+    let mut guest = program();
+    guest.args(["guest", "--memory", "64MiB", "--backend"]).arg(&backend).arg("--control").arg(host.path("control"));
+    let output = guest.output().unwrap();
+    let told = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    let advice = "start the back-end with --queues 2, or the guest with --queues 1";
+    assert!(told.contains("it has 1 queues, and the guest wants 2") && told.contains(advice), "{told}");
+}
+
 #[test]
 fn a_packed_inflight_region_shows_what_would_be_executed_again() {
     let host = Host::new();

@@ -1,17 +1,19 @@
 //! `inspect inflight`: the requests in flight in an inflight region, and what a restarted back-end would do.
 
 use std::fs::File;
+use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use serde_json::{Value, json};
-use vhost_migrate::abi::inflight::{PackedEntry, PackedHeader, SplitEntry, SplitHeader};
-use vhost_migrate::abi::virtio::PACKED_DESC_F_USED;
+use vhost_migrate::abi::inflight::{PackedEntry, PackedHeader, QUEUE_ALIGN, SplitEntry, SplitHeader};
+use vhost_migrate::abi::virtio::{MAX_QUEUE_SIZE, PACKED_DESC_F_USED};
 use vhost_migrate::inflight::{Kind as RingKind, recover, recover_packed};
 use vhost_migrate::ring::RingBase;
 use zerocopy::FromBytes;
 
 use super::{Found, Lines, open};
+use crate::wrong_arguments;
 
 /// The way to read the region.
 #[derive(Debug, clap::Args)]
@@ -19,8 +21,8 @@ pub(super) struct Region {
     /// Queues of the region
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     queues: u16,
-    /// Entries of each queue; found from the region if left out
-    #[arg(long)]
+    /// Entries of each queue; found from the region if left out, or from its size while no queue has been used
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUE_SIZE)))]
     queue_size: Option<u16>,
     /// The used index in a queue's ring, as QUEUE:INDEX; without it the region's own is taken
     #[arg(long, value_name = "QUEUE:INDEX", value_parser = used_index)]
@@ -42,7 +44,11 @@ fn used_index(text: &str) -> Result<(u16, u16), String> {
 }
 
 pub(super) fn inspect(file: &Path, region: &Region, lines: &Lines) -> Result<Found, String> {
-    let bytes = Bytes { file: open(file)? };
+    let named = region.used.iter().map(|(queue, _)| queue).chain(&region.published);
+    if let Some(queue) = named.copied().find(|queue| *queue >= region.queues) {
+        wrong_arguments(format!("there is no queue {queue}: the region has {} (--queues)", region.queues));
+    }
+    let bytes = Bytes::of(open(file)?).map_err(|error| format!("{}: {error}", file.display()))?;
     let queues = if region.packed { packed(&bytes, region, lines) } else { split(&bytes, region, lines) };
     let queues = queues.map_err(|error| format!("{}: {error}", file.display()))?;
     Ok(json!({"queues": queues}).into())
@@ -78,10 +84,8 @@ impl Listed {
 
 fn split(bytes: &Bytes, region: &Region, lines: &Lines) -> Result<Vec<Value>, String> {
     let (mut list, mut listed) = (Vec::new(), Listed { left: region.requests });
-    let queue_size = match region.queue_size {
-        Some(queue_size) => queue_size,
-        None => bytes.header::<SplitHeader>()?.desc_num.get(),
-    };
+    let told = bytes.header::<SplitHeader>()?.desc_num.get();
+    let queue_size = bytes.queue_size(RingKind::Split, region, told)?;
     for queue in 0..region.queues {
         let part = bytes.part(RingKind::Split, queue, queue_size)?;
         let header: SplitHeader = header_of(&part)?;
@@ -99,7 +103,12 @@ fn split(bytes: &Bytes, region: &Region, lines: &Lines) -> Result<Vec<Value>, St
             let counter = entry_of::<SplitHeader, SplitEntry>(&part, head).map_or(0, |entry| entry.counter.get());
             (format!("head {head:>5}  counter {counter}"), json!({"head": head, "counter": counter}))
         });
-        in_flight(lines, recovery.resubmit.len(), recovery.next_avail.map(|next| format!("avail index {next}")));
+        in_flight(
+            lines,
+            queue_size,
+            recovery.resubmit.len(),
+            recovery.next_avail.map(|next| format!("avail index {next}")),
+        );
         list.push(json!({
             "queue": queue,
             "version": header.version.get(),
@@ -116,10 +125,8 @@ fn split(bytes: &Bytes, region: &Region, lines: &Lines) -> Result<Vec<Value>, St
 
 fn packed(bytes: &Bytes, region: &Region, lines: &Lines) -> Result<Vec<Value>, String> {
     let (mut list, mut listed) = (Vec::new(), Listed { left: region.requests });
-    let queue_size = match region.queue_size {
-        Some(queue_size) => queue_size,
-        None => bytes.header::<PackedHeader>()?.desc_num.get(),
-    };
+    let told = bytes.header::<PackedHeader>()?.desc_num.get();
+    let queue_size = bytes.queue_size(RingKind::Packed, region, told)?;
     for queue in 0..region.queues {
         let part = bytes.part(RingKind::Packed, queue, queue_size)?;
         let header: PackedHeader = header_of(&part)?;
@@ -148,7 +155,7 @@ fn packed(bytes: &Bytes, region: &Region, lines: &Lines) -> Result<Vec<Value>, S
                 json!({"entry": entry, "counter": counter, "id": id, "descriptors": descs}),
             )
         });
-        in_flight(lines, recovery.resubmit.len(), recovery.base.map(|base| format!("base {base:?}")));
+        in_flight(lines, queue_size, recovery.resubmit.len(), recovery.base.map(|base| format!("base {base:?}")));
         list.push(json!({
             "queue": queue,
             "version": header.version.get(),
@@ -165,19 +172,52 @@ fn packed(bytes: &Bytes, region: &Region, lines: &Lines) -> Result<Vec<Value>, S
     Ok(list)
 }
 
-fn in_flight(lines: &Lines, count: usize, goes_on: Option<String>) {
+fn in_flight(lines: &Lines, queue_size: u16, count: usize, goes_on: Option<String>) {
     match goes_on {
         Some(at) => lines.print(format_args!("  {count} in flight; goes on at {at}")),
-        None => lines.print(format_args!("  fresh: nothing in flight; goes on where the front-end says")),
+        // Rule I7. A file of zeros can't be told from a region that was never used.
+        None => lines.print(format_args!(
+            "  version 0: never used, or reset. Nothing is in flight; room for {queue_size} entries; goes on where the \
+             front-end says"
+        )),
     }
 }
 
 /// A region, of which one queue's part is read at a time.
 struct Bytes {
     file: File,
+    len: u64,
 }
 
 impl Bytes {
+    fn of(mut file: File) -> Result<Bytes, String> {
+        let len = file.seek(SeekFrom::End(0)).map_err(|error| error.to_string())?;
+        match len > 0 && len.is_multiple_of(QUEUE_ALIGN) {
+            true => Ok(Bytes { file, len }),
+            false => Err(format!(
+                "{len} bytes are no inflight region: it has a part for each queue, of a multiple of {QUEUE_ALIGN} bytes"
+            )),
+        }
+    }
+
+    /// Entries of each queue, where the first one has `told` them, or 0 while it was not used.
+    fn queue_size(&self, kind: RingKind, region: &Region, told: u16) -> Result<u16, String> {
+        let mut sizes = (1..=MAX_QUEUE_SIZE as u16).filter(|size| kind == RingKind::Packed || size.is_power_of_two());
+        let fits = |size: &u16| kind.queue_bytes(*size) * u64::from(region.queues) == self.len;
+        match (region.queue_size, told) {
+            (Some(size), _) => Ok(size),
+            (None, 0) => sizes.rfind(fits).ok_or_else(|| {
+                let Bytes { len, .. } = self;
+                format!(
+                    "no queue has been used, which would tell its size, and no queue size makes a region of {len} bytes with \
+                     --queues {}: pass --queues and --queue-size as the device had them",
+                    region.queues
+                )
+            }),
+            (None, told) => Ok(told),
+        }
+    }
+
     fn header<H: FromBytes>(&self) -> Result<H, String> {
         let mut bytes = vec![0; size_of::<H>()];
         let read = self.file.read_exact_at(&mut bytes, 0);
