@@ -209,6 +209,27 @@ fn the_commands_of_readme_move_a_guest() {
     wait_for("the guest at its destination", || is_in_state(&folder.path().join("destination.ctl"), "running"));
 }
 
+/// As a block that is pasted into a shell. To be quick, each check is of few rules.
+#[test]
+fn the_checks_of_readme_follow_each_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let readme = include_str!("../README.md");
+    let blocks =
+        ["truncate -s 64M check.img", "vhost-migrate check disk.sock --junit"].map(|first| commands(readme, first));
+    let listens = "until grep -q '00010000 .* disk.sock$' /proc/net/unix; do sleep 0.01; done";
+    let script = blocks.concat().join("\n").replace("sleep 1", listens);
+    let script =
+        script.replace("check disk.sock\n", "check disk.sock --only F1\n").replace("--junit", "--only F1,I3 --junit");
+    let path = Path::new(env!("CARGO_BIN_EXE_vhost-migrate")).parent().unwrap().display().to_string();
+    let mut shell = Command::new("sh");
+    shell.args(["-ec", &script]).current_dir(folder.path()).env_remove("RUST_LOG");
+    let output = shell.env("PATH", format!("{path}:{}", std::env::var("PATH").unwrap())).output().unwrap();
+    let (told, errors) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success() && errors.is_empty(), "{script}\n{told}\n{errors}");
+    assert!(told.matches(" kept ").count() >= 4, "{told}");
+    assert!(std::fs::read_to_string(folder.path().join("check.xml")).unwrap().contains("I3"));
+}
+
 #[test]
 fn the_commands_of_help_fit_each_other() {
     let folder = tempfile::tempdir().unwrap();

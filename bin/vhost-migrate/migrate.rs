@@ -112,13 +112,21 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     }
     let mut progress = Progress::new(arguments.output);
     let uri = resolved(arguments.uri);
-    if uri.starts_with("file:") && !arguments.continue_here {
-        eprintln!("this moves the guest into {uri}: it runs here no more then. With --continue it goes on here");
-    }
+    let moves = uri.starts_with("file:") && !arguments.continue_here;
+    let mut advice = moves.then(|| {
+        format!("this moves the guest into {uri}: it runs here no more then. With --continue it goes on here")
+    });
     let (continue_here, one_way) = (arguments.continue_here, arguments.one_way);
     let order = MigrateArguments { continue_here, one_way, ..arguments.transfer.to(uri) };
     let order = Command::Migrate(order);
-    match control::call(&arguments.control, &order, |event| progress.event(&event)) {
+    let tell = |event: Value| {
+        // There is a guest that can be moved.
+        if event["event"] == "started" {
+            advice.take().iter().for_each(|advice| eprintln!("{advice}"));
+        }
+        progress.event(&event);
+    };
+    match control::call(&arguments.control, &order, tell) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => whereabouts(&arguments.control, &error),
     }

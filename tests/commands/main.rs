@@ -769,6 +769,15 @@ fn a_guest_that_is_saved_to_go_on_runs_here_and_again_on_a_copy_of_its_disk() {
     assert!(moved.status.success(), "{}", text(&moved.stderr));
     assert!(text(&moved.stderr).contains("moves the guest into file:/"), "{}", text(&moved.stderr));
     assert_eq!(status(&source).unwrap()["state"], "migrated");
+    // There is none any more, nor where nobody listens.
+    let nowhere = run(&["migrate", "--control", "/nonexistent/control", "file:saved.vhm"]);
+    for output in [save(&[]), nowhere] {
+        assert!(
+            !output.status.success() && !text(&output.stderr).contains("moves the guest"),
+            "{}",
+            text(&output.stderr)
+        );
+    }
 }
 
 #[test]
