@@ -6,7 +6,7 @@ use std::io;
 use std::ops::ControlFlow;
 use std::time::Duration;
 
-use nix::sys::signal::{SigSet, Signal, raise};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, raise};
 
 /// Has `then` called on a thread of its own at the first SIGINT or SIGTERM.
 ///
@@ -122,12 +122,12 @@ fn on(
     mut then: impl FnMut(Signal) -> ControlFlow<()> + Send + 'static,
 ) -> io::Result<()> {
     let signals: SigSet = signals.into_iter().collect();
-    signals.thread_block()?;
-    let wait = move || {
-        // It is no thread for other signals to be delivered to, among which one may be waited for elsewhere.
-        let _ = SigSet::all().thread_block();
-        while signals.wait().is_ok_and(|signal| then(signal).is_continue()) {}
-    };
-    std::thread::Builder::new().name("signals".into()).spawn(wait)?;
+    // The new thread is never one for other signals to be delivered to, among which one may be ignored or waited for elsewhere.
+    let mut mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
+    let wait = move || while signals.wait().is_ok_and(|signal| then(signal).is_continue()) {};
+    let started = std::thread::Builder::new().name("signals".into()).spawn(wait);
+    mask.extend(&signals);
+    mask.thread_set_mask()?;
+    started?;
     Ok(())
 }
