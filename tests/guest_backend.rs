@@ -708,6 +708,8 @@ fn stalled<'a>(
 ) -> (Result<Report, Failure>, Result<Received, MigrateError>, Stalled<'a>) {
     let (theirs, outcomes, (stopped, is_stopped)) = (patient(), Outcomes::default(), channel());
     let arrival = GuestArrival::new(vec![backend.socket()]).unwrap().with_cancel(&theirs.cancel);
+    // Its disk is another one.
+    let arrival = arrival.restoring(false, true);
     let mut arrival = Stalled { arrival, backend, before, stopped, starts: 0 };
     let (left, arrived) = std::thread::scope(|scope| {
         let (switch, known) = (&theirs.cancel, &outcomes);

@@ -55,8 +55,8 @@ pub(crate) struct Arguments {
     /// source goes on. The source has a limit of its own
     #[arg(long, default_value = "30s", value_parser = units::seconds_limit, value_name = "TIME")]
     switchover_timeout: Duration,
-    /// Restore a saved guest although its disks are not what they were when it was saved, or that can't be told. It then reads
-    /// what it did not write
+    /// Restore a saved guest although its disks are not what they were when it was saved, or that can't be told; take in a
+    /// guest that moves although its disks here are others. It then reads what it did not write
     #[arg(long, requires = "incoming")]
     ignore_disk_generation: bool,
     #[command(flatten)]

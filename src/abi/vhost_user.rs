@@ -72,13 +72,16 @@ pub mod unstable {
     pub const GET_VRING_BASE_SKIP_DRAIN_OTHER: u32 = 44;
 }
 
-/// Numbers of this project that no specification has. Other programs ignore the feature, and never see the request.
+/// Numbers of this project that no specification has. Other programs ignore the feature, and never see the requests.
 pub mod own {
-    /// Protocol feature: the request below. At the other end of the word from those that the specification adds.
+    /// Protocol feature: the requests below. At the other end of the word from those that the specification adds.
     pub const F_DISK_GENERATION: u32 = 62;
     /// Asks a disk that no ring uses for its [`DiskGeneration`](super::DiskGeneration). An answer without payload means
     /// that it can't be told (GET_DISK_GENERATION).
     pub const GET_DISK_GENERATION: super::Request = super::Request(0x7664_0001);
+    /// Asks a disk for the identity in its [`DiskGeneration`](super::DiskGeneration) alone, a `u128`, also while rings run. An
+    /// answer without payload means that it can't be told.
+    pub const GET_DISK_IDENTITY: super::Request = super::Request(0x7664_0002);
 }
 
 /// Protocol feature bits of GET_PROTOCOL_FEATURES and SET_PROTOCOL_FEATURES: bit numbers, and [`NAMES`] for people.

@@ -148,6 +148,15 @@ pub trait Device: Send + Sync {
         Err(BackendError::Generation { why: "this device has none".into() })
     }
 
+    /// Which disk it is, as it stays for good; also while rings run (GET_DISK_IDENTITY). It is the identity of
+    /// [`generation`](Device::generation).
+    ///
+    /// # Errors
+    /// [`BackendError::Identity`] if it can't be told; also from the default implementation.
+    fn identity(&self) -> Result<u128, BackendError> {
+        Err(BackendError::Identity { why: "this device has none".into() })
+    }
+
     /// Finds out whether a ring could be served now, without serving one: a front-end asks before it depends on it
     /// (rule D2).
     ///

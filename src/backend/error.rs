@@ -303,6 +303,12 @@ pub enum BackendError {
         /// The reason, as the image or the system gives it.
         why: String,
     },
+    /// The identity of a disk can't be told.
+    #[error("the disk's identity can't be told: {why} (GET_DISK_IDENTITY)")]
+    Identity {
+        /// The reason, as the image or the system gives it.
+        why: String,
+    },
     /// The kick of a ring can't be waited for.
     #[error("ring {index}: its kick is no eventfd: send SET_VRING_KICK with one (rule F9)")]
     Kick {

@@ -323,6 +323,14 @@ pub trait Device: Send {
         Ok(None)
     }
 
+    /// Which disk it is, also while rings run; `None` if the device can't tell (GET_DISK_IDENTITY).
+    ///
+    /// # Errors
+    /// The channel's errors.
+    fn identity(&mut self) -> Result<Option<u128>, FrontendError> {
+        Ok(None)
+    }
+
     /// The log in use.
     fn log(&self) -> Option<&Arc<Log>>;
 

@@ -1,6 +1,7 @@
-//! Disks of a guest that is saved, and restored while they may have gone on without it (GET_DISK_GENERATION).
+//! Disks of a guest that is saved, and restored while they may have gone on without it (GET_DISK_GENERATION), or that moves
+//! (GET_DISK_IDENTITY).
 
-use super::{Attached, DiskGenerations, Guest, GuestError, in_parallel};
+use super::{Attached, DiskGenerations, DiskIdentities, Guest, GuestError, in_parallel};
 use crate::abi::vhost_user::DiskGeneration;
 
 /// Remedies for a disk that is not what it was.
@@ -15,6 +16,14 @@ impl Guest {
     /// If a device can't be asked.
     pub fn disk_generations(&self) -> Result<DiskGenerations, GuestError> {
         in_parallel(&self.units, |attached| Ok(attached.unit.at_once(|device| device.generation())?))
+    }
+
+    /// The identities of its disks, also while it runs.
+    ///
+    /// # Errors
+    /// If a device can't be asked.
+    pub fn disk_identities(&self) -> Result<DiskIdentities, GuestError> {
+        in_parallel(&self.units, |attached| Ok(attached.unit.with(|device| device.identity())?))
     }
 
     /// The disks that can't be told in `generations`.

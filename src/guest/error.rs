@@ -74,7 +74,7 @@ pub enum GuestError {
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// A saved state that does not fit.
-    #[error("the saved guest can't go on here: {0}")]
+    #[error("the guest can't go on here: {0}")]
     State(String),
     /// Called at the wrong time.
     #[error("the guest is {is}: {advice}")]

@@ -27,7 +27,7 @@ pub use error::{GuestError, Place, WrongByte};
 pub use layout::GuestConfig;
 pub use prepared::PreparedDevice;
 pub use state::{
-    CpuState, DeviceSetup, DeviceState, DiskGenerations, DriverState, GuestState, HeldState, Moment, RequestKind,
+    CpuState, DeviceSetup, DeviceState, DiskGenerations, DiskIdentities, DriverState, GuestState, HeldState, Moment, RequestKind,
     RequestState, STATE_VERSION, SavedGuest, SlotState,
 };
 pub use view::{Connection, GuestStats, GuestView};
@@ -244,8 +244,7 @@ impl Guest {
     /// # Errors
     /// Disks that are not like those it had, or can't be reached.
     pub fn attach(&mut self, devices: Vec<Box<dyn Device>>) -> Result<(), GuestError> {
-        let setup = DeviceSetup { version: STATE_VERSION, config: self.config.clone(), devices: self.expected.clone() };
-        self.attach_prepared(PreparedDevice::all(&setup, &self.memory, devices)?)
+        self.attach_prepared(PreparedDevice::all(&self.expected_setup(), &self.memory, devices)?)
     }
 
     /// The same with disks that are prepared already.
@@ -266,6 +265,11 @@ impl Guest {
     pub fn device_setup(&self) -> DeviceSetup {
         let devices = self.units.iter().map(Attached::state).collect();
         DeviceSetup { version: STATE_VERSION, config: self.config.clone(), devices }
+    }
+
+    /// The same of what they were like, if it is a restored one.
+    pub fn expected_setup(&self) -> DeviceSetup {
+        DeviceSetup { version: STATE_VERSION, config: self.config.clone(), devices: self.expected.clone() }
     }
 
     /// What its devices were like, if it is a restored one.

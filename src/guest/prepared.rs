@@ -29,6 +29,10 @@ const FEATURES: [u32; 7] = [
     VIRTIO_BLK_F_BLK_SIZE,
     VIRTIO_BLK_F_MQ,
 ];
+/// Remedies for another disk than the one at the source.
+const ADVICE: &str = "Give the destination's back-end the image that the source's has, or a copy that is kept equal to it and has \
+                      its extended attributes. With guest --ignore-disk-generation the guest is taken in all the same, and \
+                      reads what it did not write";
 /// Bytes of configuration space that the driver reads: up to `num_queues`.
 const CONFIG_BYTES: usize = 36;
 
@@ -65,6 +69,22 @@ impl PreparedDevice {
     /// Returns true if the device can still be used for a guest of this kind whose device was `expected`.
     pub fn fits(&self, expected: &DeviceState) -> bool {
         !self.device.hung_up() && self.found.features == expected.features
+    }
+
+    /// Compares its disk with the one that the guest has at its source, which has the identity `there`, unless either can't be
+    /// told.
+    ///
+    /// # Errors
+    /// [`GuestError::State`] if it is another disk, and if the device can't be asked.
+    pub fn compare_disk(&mut self, there: Option<u128>) -> Result<(), GuestError> {
+        let here = if there.is_some() { self.device.identity()? } else { None };
+        match here.zip(there) {
+            Some((here, there)) if here != there => {
+                let name = self.device.name();
+                Err(GuestError::State(format!("{name}: it is another disk than the guest's at the source. {ADVICE}")))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Agrees with a device, which must be like `expected` if that is there.

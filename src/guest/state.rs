@@ -31,6 +31,9 @@ pub struct GuestState {
 /// back-end can't tell.
 pub type DiskGenerations = Vec<Option<DiskGeneration>>;
 
+/// Which disks a guest has, disk by disk (GET_DISK_IDENTITY); `None` for one whose back-end can't tell.
+pub type DiskIdentities = Vec<Option<u128>>;
+
 /// A guest that was saved to be restored at any time, while its disks can go on without it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SavedGuest {

@@ -9,7 +9,7 @@ use crate::abi::virtio::VIRTIO_ID_BLOCK;
 use crate::dirty::{DirtySource, Pagemap, Union};
 use crate::frontend::{Device, FrontendError, Interrupt, UserDevice, UserOptions};
 use crate::guest::{
-    DeviceSetup, DeviceState, DiskGenerations, Guest, GuestError, GuestState, PreparedDevice, SavedGuest, in_parallel,
+    DeviceSetup, DeviceState, DiskGenerations, DiskIdentities, Guest, GuestError, GuestState, PreparedDevice, SavedGuest, in_parallel,
     make_memory,
 };
 use crate::memory::Memory;
@@ -21,8 +21,10 @@ use crate::stream::transport::{Cancel, OnCancel};
 const STATE_RECORD: u16 = 1;
 /// Version of the record that carries a [`SavedGuest`].
 const SAVED_RECORD: u16 = 2;
-/// Version of the record that carries a [`DeviceSetup`].
+/// Version of the record that carries a [`DeviceSetup`], as of a guest that is saved.
 const DEVICES_RECORD: u16 = 1;
+/// Version of the record that carries a [`DeviceSetup`] and [`DiskIdentities`].
+const MOVING_RECORD: u16 = 2;
 
 /// Reads the state of a built-in guest, and its disks if it was saved to be restored later.
 ///
@@ -131,8 +133,12 @@ impl Machine for GuestMachine<'_> {
     }
 
     fn devices(&mut self) -> Result<Option<Vec<u8>>, MachineError> {
-        let setup = self.with(|guest| Ok(guest.device_setup()))?;
-        Ok(Some(record::encode(DEVICES_RECORD, &setup)?))
+        if self.to_save {
+            let setup = self.with(|guest| Ok(guest.device_setup()))?;
+            return Ok(Some(record::encode(DEVICES_RECORD, &setup)?));
+        }
+        let moving = self.with(|guest| Ok((guest.device_setup(), guest.disk_identities()?)))?;
+        Ok(Some(record::encode(MOVING_RECORD, &moving)?))
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {
@@ -191,6 +197,8 @@ pub struct GuestArrival {
     backends: Vec<PathBuf>,
     /// Made ready while the guest still runs at its source.
     devices: Vec<PreparedDevice>,
+    /// The disks at the source.
+    disks: DiskIdentities,
     memory: Option<Memory>,
     guest: Option<Guest>,
     /// Whether it was saved some time ago, so that its disks are to be what they were.
@@ -211,12 +219,12 @@ impl GuestArrival {
     pub fn new(backends: Vec<PathBuf>) -> Result<GuestArrival, FrontendError> {
         let interrupt = Interrupt::new()?;
         let (was_saved, any_disks) = (false, false);
-        let (devices, memory, guest, cancel) = (Vec::new(), None, None, None);
-        Ok(GuestArrival { backends, devices, memory, guest, was_saved, any_disks, interrupt, cancel })
+        let (devices, disks, memory, guest, cancel) = (Vec::new(), Vec::new(), None, None, None);
+        Ok(GuestArrival { backends, devices, disks, memory, guest, was_saved, any_disks, interrupt, cancel })
     }
 
     /// With `was_saved` the guest comes from where it was saved, and disks that can't be compared with what they were then are
-    /// warned of. With `any_disks` those that differ are, too, instead of being refused.
+    /// warned of. With `any_disks` those that differ from the guest's are, too, instead of being refused.
     pub fn restoring(self, was_saved: bool, any_disks: bool) -> GuestArrival {
         GuestArrival { was_saved, any_disks, ..self }
     }
@@ -232,13 +240,19 @@ impl GuestArrival {
         for name in guest.unknown_disks(&saved) {
             tracing::warn!("{name}: this disk is not compared: it could not be told when the guest was saved");
         }
-        match guest.compare_disks(&saved) {
-            Err(GuestError::State(difference)) if self.any_disks => {
-                tracing::warn!("restoring all the same: {difference}");
-                Ok(())
-            }
-            compared => compared,
-        }
+        forgive(self.any_disks, guest.compare_disks(&saved))
+    }
+
+    /// Connects to the back-ends, and prepares them in the place of the devices of `setup`. Their disks are the same as those at
+    /// the source, as far as that can be told.
+    fn connect(&self, setup: &DeviceSetup, memory: &Memory) -> Result<Vec<PreparedDevice>, MachineError> {
+        let devices = connect_all(&self.backends, setup.config.inflight_migration, &self.interrupt)?;
+        let mut devices = PreparedDevice::all(setup, memory, devices)?;
+        let there = self.disks.iter().copied().chain(std::iter::repeat(None));
+        let any = self.any_disks;
+        let compare = |(device, there): (&mut PreparedDevice, _)| forgive(any, device.compare_disk(there));
+        in_parallel(devices.iter_mut().zip(there), compare)?;
+        Ok(devices)
     }
 
     /// Has `cancel`, the connection's, end waits for back-ends too.
@@ -255,6 +269,17 @@ impl GuestArrival {
     /// The guest, once it has arrived.
     pub fn into_guest(self) -> Option<Guest> {
         self.guest
+    }
+}
+
+/// Warns of a disk that differs, instead of refusing it, if `any` disk may be taken.
+fn forgive(any: bool, compared: Result<(), GuestError>) -> Result<(), GuestError> {
+    match compared {
+        Err(GuestError::State(difference)) if any => {
+            tracing::warn!("taking the guest in all the same: {difference}");
+            Ok(())
+        }
+        compared => compared,
     }
 }
 
@@ -294,10 +319,14 @@ impl Arrival for GuestArrival {
     }
 
     fn prepare_devices(&mut self, devices: &[u8]) -> Result<(), MachineError> {
-        let setup: DeviceSetup = record::decode("devices", DEVICES_RECORD, devices, MAX_STATE)?;
+        const NAME: &str = "devices";
+        let setup: DeviceSetup;
+        (setup, self.disks) = match record::version(devices)? {
+            MOVING_RECORD => record::decode(NAME, MOVING_RECORD, devices, MAX_STATE)?,
+            _ => (record::decode(NAME, DEVICES_RECORD, devices, MAX_STATE)?, Vec::new()),
+        };
         let memory = self.memory.as_ref().ok_or("there is no memory for devices")?;
-        let devices = connect_all(&self.backends, setup.config.inflight_migration, &self.interrupt)?;
-        self.devices = PreparedDevice::all(&setup, memory, devices)?;
+        self.devices = self.connect(&setup, memory)?;
         Ok(())
     }
 
@@ -305,15 +334,13 @@ impl Arrival for GuestArrival {
         let memory = self.memory.take().ok_or("there is no memory to restore a guest in")?;
         let (state, disks) = decode_state(state)?;
         let mut guest = Guest::restore(memory, state)?;
-        let devices = std::mem::take(&mut self.devices);
-        match fit(&devices, guest.expected_devices()) {
-            true => guest.attach_prepared(devices)?,
-            false => {
-                // The old connections must have ended before there are new ones.
-                drop(devices);
-                guest.attach(connect_all(&self.backends, guest.config().inflight_migration, &self.interrupt)?)?;
-            }
+        let mut devices = std::mem::take(&mut self.devices);
+        if !fit(&devices, guest.expected_devices()) {
+            // The old connections must have ended before there are new ones.
+            drop(devices);
+            devices = self.connect(&guest.expected_setup(), guest.memory())?;
         }
+        guest.attach_prepared(devices)?;
         guest.try_devices()?;
         self.compare_disks(&guest, disks)?;
         self.guest = Some(guest);

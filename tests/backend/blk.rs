@@ -382,6 +382,7 @@ fn image_on_disk(bytes: u64) -> tempfile::NamedTempFile {
 #[test]
 fn the_generation_is_told_while_no_ring_runs_and_changes_with_what_the_disk_holds() {
     const GET_DISK_GENERATION: Code = Code(0x7664_0001);
+    const GET_DISK_IDENTITY: Code = Code(0x7664_0002);
     let image = image_on_disk(DISK);
     let options = |options: &mut DiskOptions| options.image = image.path().to_owned();
     let mut rig = Rig::new(options);
@@ -390,9 +391,11 @@ fn the_generation_is_told_while_no_ring_runs_and_changes_with_what_the_disk_hold
     rig.client.tell(Code::SET_PROTOCOL_FEATURES, &offered);
     let ask = |rig: &Rig| rig.client.ask(GET_DISK_GENERATION, &[]);
     assert!(ask(&rig).is_empty(), "a ring runs");
+    let identity = rig.client.ask(GET_DISK_IDENTITY, &[]);
     let base = rig.client.ring_base(0);
     let mut before = ask(&rig);
     assert_eq!((before.len(), &before), (32, &ask(&rig)));
+    assert_eq!(before[..16], identity[..]);
     let other = Rig::new(|options| options.share_rw = true);
     other.client.tell(Code::SET_PROTOCOL_FEATURES, &offered);
     other.client.ring_base(0);

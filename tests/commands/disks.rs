@@ -160,16 +160,53 @@ fn a_disk_that_can_not_be_compared_is_said_to_be_so_when_it_is_saved_inspected_a
     assert!(said.contains("again.vhost: this disk is not compared"), "{said}");
 }
 
+/// A destination with this back-end.
+fn arriving_on(host: &mut Host, backend: &Path, name: &str, more: &[&str]) -> (PathBuf, String) {
+    let uri = format!("unix:{}.incoming", host.path(name).display());
+    let destination = host.guest_on(backend, name, &[&["--incoming", &uri], more].concat());
+    until(&destination, "absent");
+    (destination, uri)
+}
+
 #[test]
-fn a_live_migration_compares_no_disks() {
+fn a_guest_does_not_move_to_another_disk_unless_told_to() {
     let mut host = Host::new();
     let source = host.source();
-    let uri = format!("unix:{}", host.path("incoming").display());
+    // Of the same size, and with the same contents as far as a copy of a disk in use has them.
     let other = copy(&host, "disk", "other", &[]);
     let backend = backend_on(&mut host, &other, "other.vhost", &[]);
-    let destination = host.guest_on(&backend, "destination", &["--incoming", &uri]);
-    until(&destination, "absent");
+    let (destination, uri) = arriving_on(&mut host, &backend, "refusing", &[]);
+    let refused = migrate(&source, &uri, &[]);
+    let why = text(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1), "{why}");
+    assert!(why.contains("other.vhost: it is another disk than the guest's at the source"), "{why}");
+    assert!(why.contains("--ignore-disk-generation"), "{why}");
+    verify(&source);
+    assert_eq!(status(&destination).unwrap()["state"], "absent");
+    done(&destination, "quit");
+
+    // What it does not write is equal in both.
     done(&source, "pause");
+    let (destination, uri) = arriving_on(&mut host, &backend, "forced", &["--ignore-disk-generation"]);
     assert_completed(&migrate(&source, &uri, &[]));
     assert_eq!(status(&destination).unwrap()["state"], "paused");
+}
+
+#[test]
+fn a_guest_moves_to_a_disk_that_can_not_be_told_or_has_its_identity() {
+    let mut host = Host::new();
+    let source = host.source();
+    done(&source, "pause");
+    let copy = copy(&host, "disk", "copy", &["--preserve=xattr"]);
+    let backend = backend_on(&mut host, &copy, "copy.vhost", &[]);
+    let (second, uri) = arriving_on(&mut host, &backend, "second", &[]);
+    assert_completed(&migrate(&source, &uri, &[]));
+    until(&second, "paused");
+    // Others may write it at any time: it gets no identity.
+    let bare = host.path("bare");
+    std::fs::File::create(&bare).unwrap().set_len(16 << 20).unwrap();
+    let backend = backend_on(&mut host, &bare, "bare.vhost", &["--share-rw"]);
+    let (third, uri) = arriving_on(&mut host, &backend, "third", &[]);
+    assert_completed(&migrate(&second, &uri, &[]));
+    until(&third, "paused");
 }

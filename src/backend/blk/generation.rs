@@ -1,4 +1,5 @@
-//! The generation of an image, by which a saved guest is told whether its disk still holds what it held then (GET_DISK_GENERATION).
+//! The generation of an image, by which a saved guest is told whether its disk still holds what it held then (GET_DISK_GENERATION),
+//! and its identity, by which a guest that moves is told whether its disk is the same at the destination (GET_DISK_IDENTITY).
 //!
 //! It is an extended attribute of the image: a random number that names the disk, and one that names its contents. The
 //! second is replaced, on stable storage, before the first change after rings have started. It is not told while they
@@ -49,22 +50,41 @@ impl Generation {
     /// If rings run here or in another process, or it can't be read or made.
     pub(super) fn report(&self, image: Option<&Arc<Image>>) -> io::Result<DiskGeneration> {
         let queues = lock(&self.queues);
-        let image = image.ok_or_else(|| io::Error::other("other processes may write the image at any time"))?;
+        let image = image.ok_or_else(shared)?;
         if *queues > 0 {
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, "another front-end runs rings"));
         }
         let _claim = image.claim_soon()?;
-        match self.read()? {
-            Some(generation) => Ok(generation),
-            None if self.writable => self.write(random()?),
-            None => Err(io::Error::other("the image has none, and is open for reading only")),
+        self.read_or_make()
+    }
+
+    /// The identity alone, which stays while rings run, here or in another process. An image that has none gets one, unless
+    /// another process uses it.
+    ///
+    /// # Errors
+    /// If it can't be read or made.
+    pub(super) fn identity(&self, image: Option<&Arc<Image>>) -> io::Result<u128> {
+        if let Some(generation) = self.read()? {
+            return Ok(generation.identity);
         }
+        let _claim = image.ok_or_else(shared)?.claim_soon()?;
+        let _alone = lock(&self.replacing);
+        self.read_or_make().map(|generation| generation.identity)
     }
 
     /// Notes a queue that is going to run. The image must be claimed for at least as long.
     pub(super) fn use_by_queue(self: &Arc<Generation>) -> InUse {
         *lock(&self.queues) += 1;
         InUse(self.clone())
+    }
+
+    /// The present one; an image that has none gets one.
+    fn read_or_make(&self) -> io::Result<DiskGeneration> {
+        match self.read()? {
+            Some(generation) => Ok(generation),
+            None if self.writable => self.write(random()?),
+            None => Err(io::Error::other("the image has none, and is open for reading only")),
+        }
     }
 
     fn read(&self) -> io::Result<Option<DiskGeneration>> {
@@ -123,6 +143,11 @@ impl Drop for InUse {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The reason that an image is not told which has no lock.
+fn shared() -> io::Error {
+    io::Error::other("other processes may write the image at any time")
 }
 
 fn is_too_long(error: &io::Error) -> bool {
@@ -194,10 +219,32 @@ mod tests {
     }
 
     #[test]
+    fn the_identity_is_told_while_rings_run_here_or_in_another_process() {
+        let file = image();
+        let (generation, mine) = open(&file, true);
+        let queue = generation.use_by_queue();
+        let claim = mine.claim().unwrap();
+        let (other, theirs) = open(&file, true);
+        assert!(other.identity(Some(&theirs)).is_err(), "another process may be about to give it one");
+        let identity = generation.identity(Some(&mine)).unwrap();
+        assert_eq!(other.identity(Some(&theirs)).unwrap(), identity);
+        assert_eq!(other.identity(None).unwrap(), identity, "shared with other writers");
+        queue.before_change().unwrap();
+        assert_eq!(other.identity(Some(&theirs)).unwrap(), identity);
+        drop((queue, claim));
+        assert_eq!(generation.report(Some(&mine)).unwrap().identity, identity);
+
+        let another = image();
+        let (generation, image) = open(&another, true);
+        assert_ne!(generation.identity(Some(&image)).unwrap(), identity, "nobody uses it: it gets one");
+    }
+
+    #[test]
     fn a_disk_that_is_only_read_gets_none() {
         let file = image();
         let (reader, image) = open(&file, false);
         assert!(reader.report(Some(&image)).is_err());
+        assert!(reader.identity(Some(&image)).is_err());
         let (writer, _) = open(&file, true);
         let made = writer.report(Some(&image)).unwrap();
         assert_eq!(reader.report(Some(&image)).unwrap(), made);

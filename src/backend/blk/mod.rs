@@ -396,6 +396,12 @@ impl Device for Disk {
         told.map_err(|error| BackendError::Generation { why: error.to_string() })
     }
 
+    fn identity(&self) -> Result<u128, BackendError> {
+        let generation = self.generation.as_ref().ok_or_else(|| io::Error::other("the image can't have one"));
+        let told = generation.and_then(|generation| generation.identity(self.image.as_ref()));
+        told.map_err(|error| BackendError::Identity { why: error.to_string() })
+    }
+
     fn try_queue(&self) -> io::Result<()> {
         self.image.as_ref().map_or(Ok(()), Image::try_claim)
     }

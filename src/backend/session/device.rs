@@ -1,8 +1,11 @@
-//! Messages about a device itself: configuration, inflight region, state (rules C1, I1, D1), generation (GET_DISK_GENERATION).
+//! Messages about a device itself: configuration, inflight region, state (rules C1, I1, D1), and which disk it is
+//! (GET_DISK_GENERATION, GET_DISK_IDENTITY).
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+
+use zerocopy::{Immutable, IntoBytes};
 
 use super::super::transfer::Transfer;
 use super::super::{BackendError, Message, Reply};
@@ -49,14 +52,11 @@ impl Session {
 
     pub(super) fn get_generation(&mut self) -> Reply {
         let code = own::GET_DISK_GENERATION;
-        match self.all_stopped(code, "D1").and_then(|()| self.device.generation()) {
-            Ok(generation) => Reply::new(code, &generation),
-            Err(error) => {
-                // This request has an answer that means "no": no payload.
-                limited!(warn, "{error}");
-                Reply { code, payload: Vec::new(), fd: None }
-            }
-        }
+        told(code, self.all_stopped(code, "D1").and_then(|()| self.device.generation()))
+    }
+
+    pub(super) fn get_identity(&self) -> Reply {
+        told(own::GET_DISK_IDENTITY, self.device.identity())
     }
 
     pub(super) fn set_inflight(&mut self, description: &InflightDescription, fd: &OwnedFd) -> Result<(), BackendError> {
@@ -94,6 +94,14 @@ impl Session {
         self.all_stopped(Code::CHECK_DEVICE_STATE, "D1")?;
         transfer.check(self.device.as_ref())
     }
+}
+
+/// The reply to a request that has an answer that means "no": no payload.
+fn told<T: IntoBytes + Immutable>(code: Code, told: Result<T, BackendError>) -> Reply {
+    told.map(|told| Reply::new(code, &told)).unwrap_or_else(|error| {
+        limited!(warn, "{error}");
+        Reply { code, payload: Vec::new(), fd: None }
+    })
 }
 
 /// One past the last byte of configuration space that a message is about.

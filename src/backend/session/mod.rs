@@ -317,6 +317,7 @@ impl Session {
                 return number(answer(self.check_transfer()));
             }
             own::GET_DISK_GENERATION if self.speaks(own::F_DISK_GENERATION) => return Ok(Some(self.get_generation())),
+            own::GET_DISK_IDENTITY if self.speaks(own::F_DISK_GENERATION) => return Ok(Some(self.get_identity())),
             Code::SEND_RARP | Code::NET_SET_MTU => self.device.message(code, message.body()?)?,
             Code::SET_BACKEND_REQ_FD => {
                 let socket = checked(message.only_fd()?)?;

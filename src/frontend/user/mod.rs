@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 use super::{Device, DeviceEvent, FrontendError, InflightState, Interrupt, Reconnected, RingSetup, counters};
 use crate::abi::bit;
@@ -566,11 +566,11 @@ impl Device for UserDevice {
     }
 
     fn generation(&mut self) -> Result<Option<DiskGeneration>, FrontendError> {
-        if !self.has(own::F_DISK_GENERATION) {
-            return Ok(None);
-        }
-        let reply = self.channel.ask(own::GET_DISK_GENERATION, &[], &[])?;
-        if reply.payload.is_empty() { Ok(None) } else { reply.read("F3").map(Some) }
+        self.ask_disk(own::GET_DISK_GENERATION)
+    }
+
+    fn identity(&mut self) -> Result<Option<u128>, FrontendError> {
+        self.ask_disk(own::GET_DISK_IDENTITY)
     }
 
     fn log(&self) -> Option<&Arc<Log>> {
@@ -867,6 +867,15 @@ impl UserDevice {
     /// Whether a ring's kicks reach the back-end, where they are messages.
     fn pass_kicks(&self, index: u16, yes: bool) {
         self.ear.iter().for_each(|ear| ear.set_kicks(index, yes));
+    }
+
+    /// Asks a disk what names it, or its contents.
+    fn ask_disk<T: FromBytes>(&mut self, request: Request) -> Result<Option<T>, FrontendError> {
+        if !self.has(own::F_DISK_GENERATION) {
+            return Ok(None);
+        }
+        let reply = self.channel.ask(request, &[], &[])?;
+        if reply.payload.is_empty() { Ok(None) } else { reply.read("F3").map(Some) }
     }
 
     fn config_header(&self, offset: u32, len: usize) -> Result<ConfigHeader, FrontendError> {
