@@ -84,6 +84,9 @@ pub enum GuestError {
         /// What to do first.
         advice: &'static str,
     },
+    /// A check was ended by an [`Interrupt`](crate::frontend::Interrupt).
+    #[error("the check was ended before all was looked at; nothing wrong was found until then")]
+    Interrupted,
     /// The system refused.
     #[error("can't {what}: {source}")]
     System {
@@ -98,6 +101,13 @@ pub enum GuestError {
 }
 
 impl GuestError {
+    /// Returns true if something is wrong with the guest, its memory or its disks, and false for the obstacles to a
+    /// check.
+    pub(super) fn is_failure(&self) -> bool {
+        use GuestError::{Device, Interrupted, Order, System};
+        !matches!(self, Device(_) | Interrupted | Order { .. } | System { .. })
+    }
+
     pub(super) fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> GuestError {
         move |source| GuestError::System { what, source: source.into() }
     }

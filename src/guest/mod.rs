@@ -414,21 +414,28 @@ impl Guest {
     }
 
     /// Checks every byte of memory, and of the disks' parts that it uses, against what must be there. A guest that runs
-    /// stands still meanwhile; its devices must be started.
+    /// stands still meanwhile; its devices must be started. The [`interrupts`](Guest::interrupts) end it.
     ///
     /// # Errors
-    /// [`GuestError::Wrong`] for the first byte that is wrong, and whatever keeps it from looking.
+    /// The guest's [`failure`](Guest::failure), [`GuestError::Wrong`] for the first byte that is wrong; then it never runs again.
+    /// Whatever else keeps it from looking, after which the guest goes on.
     pub fn verify(&mut self) -> Result<Verified, GuestError> {
         self.check_failure()?;
         let was_running = matches!(self.work, Work::Running(_));
         if was_running {
             self.pause()?;
         }
-        let verified = self.verify_paused()?;
-        if was_running {
+        let verified = self.verify_paused().or_else(|error| {
+            if error.is_failure() {
+                self.failure.report(error);
+                return self.check_failure().map(|()| Verified::default());
+            }
+            Err(error)
+        });
+        if was_running && self.failure().is_none() {
             self.resume()?;
         }
-        Ok(verified)
+        verified
     }
 
     /// What can be known of it while it is at work, also while it waits for a device.
