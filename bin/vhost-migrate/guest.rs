@@ -5,15 +5,16 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::RecvTimeoutError;
+use crossbeam::channel::{RecvTimeoutError, bounded};
+use crossbeam::select;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use vhost_migrate::control::{self, Client, Command, Handler, MigrateArguments};
 use vhost_migrate::dirty::forecast;
 use vhost_migrate::frontend::Interrupt;
-use vhost_migrate::guest::{Guest, GuestConfig, GuestView};
+use vhost_migrate::guest::{Guest, GuestConfig, GuestView, Verified};
 use vhost_migrate::migrate::{
-    ASK_FOR, GuestArrival, GuestLocation, GuestMachine, Incoming, MachineError, MigrateError, Outcomes, Plan, Policy,
+    ASK_FOR, GuestArrival, GuestLocation, GuestMachine, Incoming, InterruptOnCancel, MachineError, MigrateError, Outcomes, Plan, Policy,
     connect_all, dirty_sources, measure, migrate, receive,
 };
 use vhost_migrate::stream::record::Started;
@@ -138,7 +139,7 @@ fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
     arguments.metrics.start().map_err(|error| error.to_string())?;
     let (listener, _path) = control::bind(&arguments.control)?;
     let owner = Arc::new(Owner::default());
-    let (quit, quitting) = crossbeam::channel::bounded(1);
+    let (quit, quitting) = bounded(1);
     let handler = Arc::new(Commands { owner: owner.clone(), quit });
     // Before the first answer: a client that is told that there is no guest yet can have one sent.
     let incoming = match &arguments.incoming {
@@ -157,12 +158,15 @@ fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
         }
         None => {
             let config = arguments.config();
-            let devices = connect_all(&arguments.backend, config.inflight_migration, &Interrupt::new()?)?;
-            let mut guest = Guest::new(config)?;
-            guest.boot(devices)?;
-            guest.survey(arguments.workload.overwrite)?;
-            guest.resume()?;
-            owner.set(Some(guest), State::Running);
+            let (backends, overwrite) = (arguments.backend.clone(), arguments.workload.overwrite);
+            let (done, booted) = bounded(1);
+            // On a thread of its own, so that quit ends this process at once whatever a back-end does.
+            let boot = move || drop(done.send(boot(config, &backends, overwrite)));
+            std::thread::Builder::new().name("boot".into()).spawn(boot)?;
+            select! {
+                recv(booted) -> guest => owner.set(Some(guest??), State::Running),
+                recv(quitting) -> _ => return Ok(ExitCode::SUCCESS),
+            }
         }
     }
     // A failure of the guest is told at once, not when somebody asks.
@@ -173,6 +177,16 @@ fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
     // Listens no more, and removes its socket.
     *lock(&owner.incoming) = None;
     Ok(if owner.state() == State::Failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// A new guest that runs.
+fn boot(config: GuestConfig, backends: &[PathBuf], overwrite: bool) -> Result<Guest, MachineError> {
+    let devices = connect_all(backends, config.inflight_migration, &Interrupt::new()?)?;
+    let mut guest = Guest::new(config)?;
+    guest.boot(devices)?;
+    guest.survey(overwrite)?;
+    guest.resume()?;
+    Ok(guest)
 }
 
 /// Takes in a guest; a migration that fails leaves the source running, so the next one is waited for, until quit.
@@ -377,6 +391,11 @@ impl Owner {
         done
     }
 
+    /// Has `cancel` end waits for the guest's devices.
+    fn interrupt_on(&self, cancel: &Cancel) -> Result<InterruptOnCancel, String> {
+        Ok(InterruptOnCancel::new(self.with(|guest| Ok(guest.interrupts()))?, cancel))
+    }
+
     fn status(&self) -> Value {
         self.notice_failure();
         let (state, busy) = (self.state(), lock(&self.busy).as_ref().map(|b| b.0));
@@ -470,17 +489,20 @@ impl Owner {
 
     /// Has a paused guest go on, or one that the operator says does not run at the destination.
     fn resume(&self) -> Result<(), String> {
-        self.alone("a resume", None, || {
+        let cancel = Cancel::new().map_err(|error| error.to_string())?;
+        self.alone("a resume", Some(cancel.clone()), || {
             match self.state() {
                 State::Paused => {}
                 State::OutcomeUnknown => self.ask_before_resume()?,
                 State::Running => return Err("the guest runs here already".into()),
                 other => return Err(other.refusal()),
             }
+            let interrupt = self.interrupt_on(&cancel)?;
             let downtime = self.with(|guest| {
                 guest.start()?;
                 Ok(guest.downtime_ns())
             })?;
+            drop(interrupt);
             *lock(&self.state) = State::Running;
             if let Some(id) = lock(&self.held).take() {
                 self.outcomes.started(id, Started { observed_downtime_ns: downtime, start_ns: 0 });
@@ -557,14 +579,26 @@ impl Owner {
         self.alone(MEASUREMENT, Some(cancel.clone()), || {
             let (mut sources, bytes) = self.with(|guest| Ok((dirty_sources(guest), guest.memory().size())))?;
             let interval = Duration::from_millis(100);
-            let rate =
-                measure(&mut sources, Duration::from_secs_f64(seconds), interval, |time| cancel.wait(time).is_ok())
-                    .map_err(|error| error.to_string())?;
+            // Devices that log are stopped logging in order.
+            let mut starting = Some(self.interrupt_on(&cancel)?);
+            let rate = measure(&mut sources, Duration::from_secs_f64(seconds), interval, |time| {
+                starting = None;
+                cancel.wait(time).is_ok()
+            });
             if cancel.is_cancelled() {
                 return Err("the measurement was ended: by a migration, which goes first, or by cancel".into());
             }
+            let rate = rate.map_err(|error| error.to_string())?;
             let forecast = forecast(&(&rate).into(), bandwidth as f64, downtime_ms as f64, bytes);
             Ok(json!({"event": "dirty_rate", "rate": rate, "bandwidth": bandwidth, "forecast": forecast}))
+        })
+    }
+
+    fn verify(&self) -> Result<Verified, String> {
+        let cancel = Cancel::new().map_err(|error| error.to_string())?;
+        self.alone("a verification", Some(cancel.clone()), || {
+            let _interrupt = self.interrupt_on(&cancel)?;
+            self.with(|guest| Ok(guest.verify()?))
         })
     }
 
@@ -605,7 +639,7 @@ impl Handler for Commands {
             Command::Resume => owner.resume()?,
             Command::Forget => owner.forget()?,
             Command::Verify => {
-                let verified = owner.alone("a verification", None, || owner.with(|guest| Ok(guest.verify()?)))?;
+                let verified = owner.verify()?;
                 let mut status = owner.status();
                 status["verified_memory_bytes"] = verified.memory.into();
                 status["verified_disk_bytes"] = verified.disk.into();

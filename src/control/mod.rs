@@ -56,7 +56,7 @@ pub enum Command {
     },
     /// Move the guest away; events until it is done or has failed.
     Migrate(MigrateArguments),
-    /// End the running migration; the guest goes on here.
+    /// End the migration that is under way, or a measurement, a verification or a resume; the guest goes on here.
     Cancel,
     /// Stop the guest between two actions.
     Pause,
@@ -65,7 +65,7 @@ pub enum Command {
     Resume,
     /// Let go of a guest after a migration whose outcome is not known: the operator says that the destination runs it.
     Forget,
-    /// Compare every byte of the guest's memory and disk with what it must be.
+    /// Compare every byte of the guest's memory and disk with what it must be. A wrong byte is the guest's failure.
     Verify,
     /// Measure what is dirtied and forecast a migration.
     DirtyRate {

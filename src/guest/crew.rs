@@ -246,7 +246,8 @@ fn drive(
     }
 }
 
-/// Completes what is outstanding and reads the queue's whole part of the disk, checking every byte.
+/// Completes what is outstanding and reads the queue's whole part of the disk, checking every byte, unless the device's
+/// interrupt ends it.
 pub(super) fn scan(driver: &mut Driver, unit: &Unit, line: &Line, patience: Duration) -> Result<(), GuestError> {
     driver.verify_held()?;
     driver.forgive();
@@ -271,8 +272,13 @@ pub(super) fn scan(driver: &mut Driver, unit: &Unit, line: &Line, patience: Dura
             line.kick();
         }
         look(driver, unit, patience, &mut looked)?;
+        if unit.is_interrupted() {
+            return Err(GuestError::Interrupted);
+        }
         if driver.outstanding() > 0 && !driver.listen() {
-            wait(&[line.call.as_fd()], None, Some(LOOK))?;
+            let interrupt = unit.interrupt().map(AsFd::as_fd);
+            let ends: Vec<_> = [line.call.as_fd()].into_iter().chain(interrupt).collect();
+            wait(&ends, None, Some(LOOK))?;
             line.answer();
         }
     }

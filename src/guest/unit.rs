@@ -264,7 +264,8 @@ impl Unit {
         done
     }
 
-    fn is_interrupted(&self) -> bool {
+    /// Returns true if waits for its back-end are to end.
+    pub(super) fn is_interrupted(&self) -> bool {
         self.interrupt.as_ref().is_some_and(Interrupt::is_set)
     }
 
@@ -319,7 +320,8 @@ impl Unit {
     pub(super) fn settle(&self) -> Result<(), FrontendError> {
         let deadline = Instant::now() + PATIENCE;
         while *lock(&self.orders) != Orders::default() {
-            if Instant::now() >= deadline || self.abandoned.load(Ordering::Relaxed) {
+            let over = self.abandoned.load(Ordering::Relaxed) || Instant::now() >= deadline;
+            if over || self.is_interrupted() {
                 return Err(self.is_missing());
             }
             std::thread::sleep(LOOK);

@@ -49,13 +49,35 @@ pub fn saved_disks(beginning: &[u8]) -> Option<DiskGenerations> {
 const NOT_COMPARED: &str = "a restore can't compare this disk with what it is now: its back-end, or the image's file system, \
                             knows no generations. Keep a copy of it, and restore onto that";
 
+/// Has a cancellation end waits for a guest's devices. When this is dropped, they can wait again.
+pub struct InterruptOnCancel {
+    interrupts: Vec<Interrupt>,
+    call: Option<OnCancel>,
+}
+
+impl InterruptOnCancel {
+    /// Of the devices of `interrupts` ([`Guest::interrupts`]).
+    pub fn new(interrupts: Vec<Interrupt>, cancel: &Cancel) -> InterruptOnCancel {
+        let set = interrupts.clone();
+        let call = cancel.on_cancel(move || set.iter().for_each(Interrupt::set));
+        InterruptOnCancel { interrupts, call: Some(call) }
+    }
+}
+
+impl Drop for InterruptOnCancel {
+    fn drop(&mut self) {
+        self.call = None;
+        self.interrupts.iter().for_each(Interrupt::clear);
+    }
+}
+
 /// A running built-in guest, which others may look at meanwhile. It is gone once it was released.
 pub struct GuestMachine<'a> {
     guest: &'a Mutex<Option<Guest>>,
     memory: Memory,
     interrupts: Vec<Interrupt>,
-    /// What sets them, and for how long.
-    cancel: Option<(Cancel, OnCancel)>,
+    /// What sets them, as long as it does.
+    cancel: Option<(Cancel, InterruptOnCancel)>,
     /// Whether its CPUs ran before the migration.
     running: bool,
     /// Whether it is saved to be restored later.
@@ -75,9 +97,7 @@ impl<'a> GuestMachine<'a> {
     /// Has `cancel` end waits for the guest's devices too: a disk that hangs while its queues are stopped does not keep the
     /// guest's CPUs and other devices from going on. It goes on itself as soon as it answers.
     pub fn with_cancel(mut self, cancel: &Cancel) -> GuestMachine<'a> {
-        let interrupts = self.interrupts.clone();
-        let call = cancel.on_cancel(move || interrupts.iter().for_each(Interrupt::set));
-        self.cancel = Some((cancel.clone(), call));
+        self.cancel = Some((cancel.clone(), InterruptOnCancel::new(self.interrupts.clone(), cancel)));
         self
     }
 
@@ -85,13 +105,6 @@ impl<'a> GuestMachine<'a> {
     pub fn to_save(mut self, to_save: bool) -> GuestMachine<'a> {
         self.to_save = to_save;
         self
-    }
-
-    /// Lets the devices wait again, and cancels no more.
-    fn clear_interrupts(&mut self) {
-        if self.cancel.take().is_some() {
-            self.interrupts.iter().for_each(Interrupt::clear);
-        }
     }
 
     fn with<T>(&self, ask: impl FnOnce(&mut Guest) -> Result<T, GuestError>) -> Result<T, MachineError> {
@@ -169,7 +182,7 @@ impl Machine for GuestMachine<'_> {
 
     fn resume(&mut self) -> Result<(), MachineError> {
         if self.cancel.as_ref().is_some_and(|(cancel, _)| cancel.is_cancelled()) {
-            self.clear_interrupts();
+            self.cancel = None;
         }
         let running = self.running;
         self.with(|guest| {
@@ -183,12 +196,6 @@ impl Machine for GuestMachine<'_> {
 
     fn release(&mut self) {
         *lock(self.guest) = None;
-    }
-}
-
-impl Drop for GuestMachine<'_> {
-    fn drop(&mut self) {
-        self.clear_interrupts();
     }
 }
 

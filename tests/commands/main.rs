@@ -11,6 +11,7 @@ mod outcome;
 mod relay;
 mod saves;
 mod signals;
+mod waits;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;

@@ -1,0 +1,83 @@
+//! Commands to a guest whose disk holds something else, or whose back-end hangs.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use super::outcome::done;
+use super::{Host, PATIENCE, ask, migrate, signal, status, until, verify};
+
+/// Sends a command that is to take long, and waits until it is under way.
+fn under_way<T>(control: &Path, command: Value, busy: &str, meanwhile: impl FnOnce() -> T) -> (Option<Vec<Value>>, T) {
+    std::thread::scope(|scope| {
+        let asked = scope.spawn(|| ask(control, &command));
+        let deadline = Instant::now() + PATIENCE;
+        while status(control).unwrap()["busy"] != busy {
+            assert!(!asked.is_finished() && Instant::now() < deadline, "it is not under way");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let done = meanwhile();
+        (asked.join().unwrap(), done)
+    })
+}
+
+#[test]
+fn a_wrong_byte_that_a_verification_finds_is_the_guests_failure() {
+    let mut host = Host::new();
+    let source = host.source();
+    done(&source, "pause");
+    // Nothing of the guest looks at its disk now.
+    File::options().write(true).open(host.path("disk")).unwrap().write_all(&vec![0xff; 16 << 20]).unwrap();
+    let answer = ask(&source, &json!({"command": "verify"})).unwrap().pop().unwrap();
+    let words = answer["message"].as_str().unwrap();
+    assert!(words.contains("WRONG BYTE"), "{answer}");
+    let status = status(&source).unwrap();
+    assert_eq!((&status["state"], &status["location"]), (&json!("failed"), &json!(null)));
+    assert_eq!(status["failure"], words);
+    assert_eq!(migrate(&source, "unix:/nonexistent/socket", &[]).status.code(), Some(6));
+    done(&source, "quit");
+    assert_eq!(host.running.last_mut().unwrap().0.wait().unwrap().code(), Some(1));
+}
+
+#[test]
+fn cancel_ends_what_waits_for_a_back_end_that_hangs_and_the_guest_goes_on() {
+    let mut host = Host::new();
+    let source = host.source();
+    let rate = json!({"command": "dirty_rate", "seconds": 1.0, "bandwidth": 1 << 30, "downtime_ms": 300});
+    for (command, busy, words) in [
+        (json!({"command": "verify"}), "a verification", "ended before all was looked at"),
+        (rate, "a measurement", "the measurement was ended"),
+    ] {
+        signal(&host.running[0], Signal::SIGSTOP);
+        let (answer, ()) = under_way(&source, command, busy, || done(&source, "cancel"));
+        let last = answer.unwrap().pop().unwrap();
+        assert!(last["message"].as_str().unwrap_or_default().contains(words), "{last}");
+        signal(&host.running[0], Signal::SIGCONT);
+        verify(&source);
+    }
+}
+
+#[test]
+fn quit_ends_a_guest_that_verifies_and_one_that_boots_while_its_back_end_hangs() {
+    let mut host = Host::new();
+    let source = host.source();
+    signal(&host.running[0], Signal::SIGSTOP);
+    under_way(&source, json!({"command": "verify"}), "a verification", || done(&source, "quit"));
+    assert_eq!(host.running.last_mut().unwrap().0.wait().unwrap().code(), Some(0));
+    signal(&host.running[0], Signal::SIGCONT);
+
+    let silent = host.path("silent");
+    // It accepts nothing, so that the guest waits for the answer to its first message.
+    let _listener = UnixListener::bind(&silent).unwrap();
+    let booting = host.guest_on(&silent, "booting", &["--memory", "64MiB"]);
+    until(&booting, "absent");
+    done(&booting, "quit");
+    // Its connection would have failed.
+    assert_eq!(host.running.last_mut().unwrap().0.wait().unwrap().code(), Some(0));
+    assert!(!booting.exists(), "its socket is removed");
+}
