@@ -212,7 +212,7 @@ fn a_flipped_byte_is_found_in_hot_cold_and_untouched_memory(#[values(false, true
     }
 }
 
-/// What a check has found wrong is the guest's failure.
+/// The error of a check is the guest's failure.
 fn has_failed(guest: &mut Guest, error: &GuestError) {
     assert_eq!(guest.failure().map(|failure| failure.to_string()), Some(error.to_string()));
     assert!(guest.resume().is_err() && !guest.is_running(), "it never runs again");

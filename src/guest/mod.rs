@@ -27,8 +27,8 @@ pub use error::{GuestError, Place, WrongByte};
 pub use layout::GuestConfig;
 pub use prepared::PreparedDevice;
 pub use state::{
-    CpuState, DeviceSetup, DeviceState, DiskGenerations, DiskIdentities, DriverState, GuestState, HeldState, Moment, RequestKind,
-    RequestState, STATE_VERSION, SavedGuest, SlotState,
+    CpuState, DeviceSetup, DeviceState, DiskGenerations, DiskIdentities, DriverState, GuestState, HeldState, Moment,
+    RequestKind, RequestState, STATE_VERSION, SavedGuest, SlotState,
 };
 pub use view::{Connection, GuestStats, GuestView};
 

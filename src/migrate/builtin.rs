@@ -9,8 +9,8 @@ use crate::abi::virtio::VIRTIO_ID_BLOCK;
 use crate::dirty::{DirtySource, Pagemap, Union};
 use crate::frontend::{Device, FrontendError, Interrupt, UserDevice, UserOptions};
 use crate::guest::{
-    DeviceSetup, DeviceState, DiskGenerations, DiskIdentities, Guest, GuestError, GuestState, PreparedDevice, SavedGuest, in_parallel,
-    make_memory,
+    DeviceSetup, DeviceState, DiskGenerations, DiskIdentities, Guest, GuestError, GuestState, PreparedDevice,
+    SavedGuest, in_parallel, make_memory,
 };
 use crate::memory::Memory;
 use crate::stream::StreamError;
@@ -76,7 +76,7 @@ pub struct GuestMachine<'a> {
     guest: &'a Mutex<Option<Guest>>,
     memory: Memory,
     interrupts: Vec<Interrupt>,
-    /// What sets them, as long as it does.
+    /// The switch that sets them, and its effect for as long as it is kept.
     cancel: Option<(Cancel, InterruptOnCancel)>,
     /// Whether its CPUs ran before the migration.
     running: bool,

@@ -26,6 +26,9 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 /// limit is asked for.
 pub const SWITCHOVER_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Limit to the silence of a source whose memory layout was just accepted. It has more to say at once.
+const NEXT_FRAME_TIME: Duration = Duration::from_secs(10);
+
 /// What a channel brings until its last round has ended.
 const UNTIL_THE_END: &str = "pages or a round's end";
 
@@ -75,7 +78,9 @@ pub fn receive(
             let _ = outcomes.give_up(id, &why);
         })
     };
-    let outcome = match take_in(arrival, &mut readers, &mut answers, cancel, &timer, &|| outcomes.commit(id)) {
+    let goes_on = || connection.wait_for_frame(NEXT_FRAME_TIME);
+    let own = || outcomes.commit(id);
+    let outcome = match take_in(arrival, &mut readers, &mut answers, cancel, &goes_on, &timer, &own) {
         Ok(Committed { pages, compared, commit, starting }) => {
             start(arrival, id, commit.run, &starting, outcomes, &mut answers).map(|observed_downtime_ns| {
                 let running = commit.run;
@@ -85,6 +90,7 @@ pub fn receive(
         Err(error) => {
             let error = outcomes.failed(id, error);
             // The source may be gone; it asks if it has sent a commit.
+            answers.to.get_mut().allow_last_words();
             let _ = answers.say(&ToSource::Failed { message: error.to_string() });
             Err(error)
         }
@@ -175,12 +181,14 @@ impl Answers {
     }
 }
 
-/// Everything up to the commit, which has effect if `own` agrees and says what ends the tries to start. `timer` limits the switchover.
+/// Everything up to the commit, which has effect if `own` agrees and says what ends the tries to start. `goes_on` waits until
+/// the source goes on once its memory layout is accepted, `timer` limits the switchover.
 fn take_in(
     arrival: &mut dyn Arrival,
     readers: &mut [FrameReader<Channel>],
     answers: &mut Answers,
     cancel: &Cancel,
+    goes_on: &dyn Fn() -> Result<(), StreamError>,
     timer: &dyn Fn() -> io::Result<TimeLimit>,
     own: &dyn Fn() -> Result<Cancel, MigrateError>,
 ) -> Result<Committed, MigrateError> {
@@ -193,6 +201,10 @@ fn take_in(
     let memory = arrival.prepare(&layout.regions).map_err(asked("making guest memory"))?;
     MemoryLayout::check(&layout, &memory)?;
     answers.say(&ToSource::Accepted)?;
+    if !answers.one_way {
+        // Others wait meanwhile.
+        goes_on()?;
+    }
 
     let guest_pages = memory.size() / LOG_PAGE;
     let mut limit = None;

@@ -60,7 +60,8 @@ pub enum Event {
         /// Which device, and why.
         message: String,
     },
-    /// What the user should know of the guest that is handed over: a disk that a restore can't compare.
+    /// Something that the user should know: of the guest that is handed over, as a disk that a restore can't compare, or of an
+    /// obstacle to the migration.
     Warning {
         /// In words.
         message: String,

@@ -33,6 +33,9 @@ use crate::stream::{StreamError, ToDestination, ToSource, owned_by, send_hashes}
 /// How often [`Event::Progress`] is told.
 const PROGRESS: Duration = Duration::from_millis(200);
 
+/// The time for which nothing leaves in a round before that is told.
+const SILENCE: Duration = Duration::from_secs(5);
+
 /// How long a peer that has hung up may take to say why.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -107,8 +110,8 @@ pub fn migrate(
         tell(Event::Failed { message: error.to_string(), location });
         return Err(Failure { error, location });
     }
-    let (wire, dirty) = open(machine, &memory, connection, plan.codec).map_err(|error| {
-        let (error, location) = (or_cancelled(error, cancel), at_home(run));
+    let (wire, dirty) = open(machine, &memory, connection, plan.codec, cancel).map_err(|error| {
+        let location = at_home(run);
         tell(Event::Failed { message: error.to_string(), location });
         Failure { error, location }
     })?;
@@ -158,21 +161,27 @@ fn open(
     memory: &Memory,
     connection: Connection,
     codec: Codec,
+    cancel: &Cancel,
 ) -> Result<(Wire, Box<dyn DirtySource>), MigrateError> {
     let mut wire = Wire::new(connection, codec)?;
+    let dirty = begin(machine, memory, &mut wire).map_err(|error| or_cancelled(error, cancel));
+    let dirty = dirty.inspect_err(|error| wire.call_off(error))?;
+    Ok((wire, dirty))
+}
+
+/// The same over `wire`.
+fn begin(machine: &mut dyn Machine, memory: &Memory, wire: &mut Wire) -> Result<Box<dyn DirtySource>, MigrateError> {
     wire.open(memory)?;
     // A hint: what is written from now on is found by the rounds.
     let told = wire.tell(&ToDestination::DataRuns(DataRuns::of(memory)));
     told.map_err(|error| wire.reason(error))?;
     let devices = machine.devices().map_err(|cause| MigrateError::Machine { doing: "describing the devices", cause });
-    if let Some(devices) = devices.inspect_err(|error| wire.call_off(error))? {
+    if let Some(devices) = devices? {
         let told = wire.tell(&ToDestination::Devices(devices));
         told.map_err(|error| wire.reason(error))?;
     }
     let dirty = machine.dirty_source().map_err(|cause| MigrateError::Machine { doing: "tracking dirty pages", cause });
-    let tracking = dirty.and_then(|mut dirty| Ok(dirty.start().map(|()| dirty)?));
-    let dirty = tracking.inspect_err(|error| wire.call_off(error))?;
-    Ok((wire, dirty))
+    dirty.and_then(|mut dirty| Ok(dirty.start().map(|()| dirty)?))
 }
 
 /// How far a migration came that has failed.
@@ -494,12 +503,16 @@ impl Migration<'_> {
             }
             drop(done);
             let (mut told, mut when) = (0, Instant::now());
+            let mut silence = Silence::default();
             loop {
                 match ended.recv_timeout(PROGRESS) {
                     Ok(Err(error)) => {
-                        // What the others send is of no use any more. Channel 0 can still bring the reason.
+                        // What the others send is of no use any more. Channel 0 can still bring the reason. Once this is
+                        // cancelled they end by themselves, between two frames, so that it can say so.
                         limiter.set(None);
-                        siblings.iter().for_each(Channel::shutdown_write);
+                        if !self.cancel.is_cancelled() {
+                            siblings.iter().for_each(Channel::shutdown_write);
+                        }
                         return Err(error);
                     }
                     Ok(Ok((pages, busy, hashing))) => {
@@ -515,6 +528,13 @@ impl Migration<'_> {
                         let pages_left = total.saturating_sub(so_far);
                         tell(Event::Progress { round, pages_left, bytes_per_second });
                         (told, when) = (so_far, Instant::now());
+                        if silence.begins(siblings.iter().map(Channel::sent).sum()) {
+                            let message = format!(
+                                "nothing was taken for {SILENCE:?}: the other end hangs, or the way to it does. The guest \
+                                 runs here, and goes on here if that lasts"
+                            );
+                            tell(Event::Warning { message });
+                        }
                     }
                 }
             }
@@ -524,6 +544,30 @@ impl Migration<'_> {
         self.report.zero_pages += sent.zero_pages;
         self.report.verify_ms = verify.then(|| milliseconds(longest.1));
         Ok((sent, longest.0))
+    }
+}
+
+/// Finds out that nothing leaves any more.
+struct Silence {
+    sent: u64,
+    since: Instant,
+    told: bool,
+}
+
+impl Default for Silence {
+    fn default() -> Silence {
+        Silence { sent: 0, since: Instant::now(), told: false }
+    }
+}
+
+impl Silence {
+    /// Returns true once when the bytes `sent` have not become more for [`SILENCE`], and again after they have.
+    fn begins(&mut self, sent: u64) -> bool {
+        if sent != self.sent {
+            *self = Silence { sent, ..Silence::default() };
+        }
+        let over = self.since.elapsed() >= SILENCE;
+        over && !std::mem::replace(&mut self.told, over)
     }
 }
 
@@ -662,8 +706,11 @@ impl Wire {
                 | MigrateError::Dirty(_)
                 | MigrateError::NoConvergence { .. }
                 | MigrateError::DeviceAway(_)
+                | MigrateError::Cancelled
+                | MigrateError::SwitchoverTimeout { .. }
         );
         if local && !self.one_way {
+            self.channels.iter_mut().take(1).for_each(|first| first.writer.get_mut().allow_last_words());
             // It notices the closed connection if not this.
             let _ = self.tell(&ToDestination::Cancel { reason: error.to_string() });
         }

@@ -281,6 +281,8 @@ impl<W: Write> FrameWriter<W> {
         raw.hash = hash.finish().into();
         let [first, second] = parts;
         write_all(&mut self.to, &mut [raw.as_bytes(), first, second].map(IoSlice::new))?;
+        // A channel that is cancelled ends here.
+        self.to.flush()?;
         self.sequence += 1;
         let written = FRAME_HEADER_BYTES as u64 + u64::from(length);
         self.bytes += written;

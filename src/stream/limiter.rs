@@ -26,9 +26,15 @@ enum Targets {
     Disarmed,
 }
 
+/// The time in which a target that was interrupted ends by itself: it writes the rest of a frame, and the reason.
+const GRACE: Duration = Duration::from_millis(500);
+
 /// Something that may block on a peer and can be stopped from outside.
 pub(super) trait Interrupt: Send + Sync {
     fn interrupt(&self);
+
+    /// Called some time later.
+    fn end(&self) {}
 }
 
 /// What [`Cancel::on_cancel`] was given, for as long as it is kept.
@@ -68,17 +74,28 @@ impl Cancel {
     }
 
     /// Ends every connect, accept, read, write and wait of the channels that belong to this switch, now and later;
-    /// they return [`StreamError::Cancelled`]. Returns false, and does nothing, if it came too late: after
+    /// they return [`StreamError::Cancelled`]. A frame that is being written to a socket is written whole if the peer takes it
+    /// within half a second. Returns false, and does nothing, if it came too late: after
     /// [`disarm`](Self::disarm).
     pub fn cancel(&self) -> bool {
         let Targets::Armed(targets) = &mut *lock(&self.0.targets) else { return false };
         self.0.cancelled.store(true, Ordering::SeqCst);
         // The counter can't overflow by being set once more per call.
         let _ = self.0.event.write(1);
-        for target in targets.drain(..) {
-            if let Some(target) = target.upgrade() {
-                target.interrupt();
-            }
+        let targets = std::mem::take(targets);
+        let interrupt = |target: &Weak<dyn Interrupt>| target.upgrade().inspect(|target| target.interrupt()).is_some();
+        let left: Arc<[_]> = targets.into_iter().filter(interrupt).collect();
+        if left.is_empty() {
+            return true;
+        }
+        let end = |left: &[Weak<dyn Interrupt>]| left.iter().filter_map(Weak::upgrade).for_each(|target| target.end());
+        let its = left.clone();
+        let later = move || {
+            std::thread::sleep(GRACE);
+            end(&its);
+        };
+        if std::thread::Builder::new().name("cancel".into()).spawn(later).is_err() {
+            end(&left);
         }
         true
     }

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::str::FromStr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
@@ -259,6 +259,10 @@ struct Inner {
     waited_ns: AtomicU64,
     sent: AtomicU64,
     received: AtomicU64,
+    /// A part of a frame has been written.
+    in_frame: AtomicBool,
+    /// Frames are still written once it is cancelled.
+    last_words: AtomicBool,
     end: Mutex<End>,
 }
 
@@ -329,6 +333,8 @@ impl Channel {
             sent: AtomicU64::new(0),
             waited_ns: AtomicU64::new(0),
             received: AtomicU64::new(0),
+            in_frame: AtomicBool::new(false),
+            last_words: AtomicBool::new(false),
             end: Mutex::new(end),
         });
         let target: Weak<Inner> = Arc::downgrade(&inner);
@@ -383,7 +389,13 @@ impl Channel {
             self.0.sent.fetch_add(HEADER_BYTES as u64, Ordering::Relaxed);
             return Ok(());
         }
-        Ok(self.write_all(&header.encode())?)
+        self.write_all(&header.encode())?;
+        Ok(self.flush()?)
+    }
+
+    /// Lets a reason be written that the peer is to read: also to a socket that was cancelled a moment ago.
+    pub fn allow_last_words(&self) {
+        self.0.last_words.store(true, Ordering::Relaxed);
     }
 
     /// Ends this channel alone: whoever blocks on it, here or at the peer, goes on with an error. Does nothing to pipes
@@ -437,7 +449,9 @@ impl Write for Channel {
         self.0.write(from)
     }
 
+    /// A frame, or a header, has been written whole.
     fn flush(&mut self) -> io::Result<()> {
+        self.0.in_frame.store(false, Ordering::Relaxed);
         Ok(())
     }
 }
@@ -451,6 +465,7 @@ impl Inner {
     }
 
     fn write(&self, from: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.check(PollFlags::POLLOUT)?;
         let total = from.iter().map(|part| part.len()).sum::<usize>();
         let piece = self.limiter.piece();
         let first;
@@ -463,7 +478,12 @@ impl Inner {
             &first
         };
         let length = from.iter().map(|part| part.len()).sum::<usize>();
-        let waited = self.limiter.take(length, &self.cancel)?;
+        let waited = match self.limiter.take(length, &self.cancel) {
+            Err(StreamError::Cancelled) => self.check(PollFlags::POLLOUT).map(|()| Duration::ZERO),
+            waited => waited,
+        };
+        let waited = waited?;
+        self.in_frame.store(true, Ordering::Relaxed);
         self.waited_ns.fetch_add(waited.as_nanos() as u64, Ordering::Relaxed);
         let count = self.transfer(PollFlags::POLLOUT, || match self.kind {
             // No SIGPIPE from a peer that is gone.
@@ -484,11 +504,11 @@ impl Inner {
     fn transfer(&self, events: PollFlags, mut io: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
         let timeout = Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed));
         let deadline = (!timeout.is_zero()).then(|| Instant::now() + timeout);
-        self.cancel.check()?;
+        self.check(events)?;
         loop {
             let result = io();
             // A shutdown by the cancel switch looks like an end of file or a broken pipe.
-            self.cancel.check()?;
+            if result.is_err() { self.cancel.check() } else { self.check(events) }?;
             match result {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -503,6 +523,15 @@ impl Inner {
                 return Err(StreamError::Timeout(timeout).into());
             }
         }
+    }
+
+    /// Fails once cancelled, but for a writer to a socket in the middle of a frame: the peer could read nothing after it.
+    fn check(&self, events: PollFlags) -> Result<(), StreamError> {
+        let goes_on = self.in_frame.load(Ordering::Relaxed) || self.last_words.load(Ordering::Relaxed);
+        if events == PollFlags::POLLOUT && self.kind == FdKind::Socket && goes_on {
+            return Ok(());
+        }
+        self.cancel.check()
     }
 
     fn wait_for_frame(&self, limit: Duration) -> Result<(), StreamError> {
@@ -588,7 +617,12 @@ impl Inner {
 }
 
 impl Interrupt for Inner {
+    /// Ends reads. Writers end between two frames.
     fn interrupt(&self) {
+        self.shutdown(Shutdown::Read);
+    }
+
+    fn end(&self) {
         self.shutdown(Shutdown::Both);
     }
 }

@@ -1,13 +1,14 @@
 //! What connects to a destination and is no migration: it keeps no source out, however it goes about it.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
-use vhost_migrate::stream::frame::ConnectionHeader;
+use vhost_migrate::migrate::{Incoming, MigrateError, Outcomes, receive};
+use vhost_migrate::stream::frame::{ConnectionHeader, FRAME_HEADER_BYTES, HEADER_BYTES};
 use vhost_migrate::stream::record::MemoryLayout;
-use vhost_migrate::stream::{ChannelId, FrameWriter, MigrationId, ToDestination, Uri};
+use vhost_migrate::stream::{ChannelId, FrameWriter, Listener, MigrationId, Options, StreamError, ToDestination, Uri};
 
-use crate::guest::{Guest, layout};
+use crate::guest::{Cradle, Guest, PATIENCE, layout};
 use crate::trip::{Destination, How, Place, leave};
 
 const PAGES: u64 = 128;
@@ -61,4 +62,34 @@ fn strangers_that_send_nothing_or_part_of_a_migration_keep_no_source_out() {
 fn a_stranger_that_begins_its_memory_layout_and_does_not_end_it_keeps_no_source_out() {
     passes(3, 2, |id| [&header(id, 1).encode()[..], &opening(id)[..40]].concat());
     passes(3, 2, |id| [&header(id, 1).encode()[..], &[0xff; 24]].concat());
+}
+
+/// It is the one that is taken in, as its layout has come.
+#[test]
+fn a_stranger_whose_memory_layout_is_accepted_and_that_does_not_go_on_keeps_no_source_out() {
+    let place = Place::new();
+    let uri = place.unix("destination");
+    let incoming = Incoming::start(Listener::bind(&uri).unwrap(), Outcomes::default()).unwrap();
+    let Uri::Unix(path) = &uri else { panic!() };
+    let mut stranger = UnixStream::connect(path).unwrap();
+    stranger.write_all(&[&header(1, 1).encode()[..], &opening(1)].concat()).unwrap();
+    let take_in = || {
+        let arriving = incoming.next().unwrap().unwrap();
+        let mut cradle = Cradle::new(None);
+        let outcome = receive(&mut cradle, arriving.connection, &arriving.cancel, &Outcomes::default(), PATIENCE);
+        outcome.map(|_| cradle.guest.unwrap())
+    };
+    std::thread::scope(|scope| {
+        let destination = scope.spawn(|| (take_in(), take_in()));
+        // The answers to header and layout.
+        stranger.read_exact(&mut [0; HEADER_BYTES + FRAME_HEADER_BYTES]).unwrap();
+        let mut guest = Guest::running(PAGES);
+        // As long as a source waits unless it is told otherwise.
+        let how = How { options: Options::new().unwrap(), ..How::new() };
+        leave(&mut guest, &uri, &how).outcome.unwrap();
+        guest.assert_gone();
+        let (failed, arrived) = destination.join().unwrap();
+        assert!(matches!(failed.err().unwrap(), MigrateError::Stream(StreamError::Timeout(_))));
+        arrived.unwrap().beat();
+    });
 }
