@@ -3,6 +3,7 @@
 //! The expected downtime is what the pages left would take at the rate seen. Once it is within the target, further
 //! rounds are made only while each halves what is left: they cost the guest nothing and shorten its stop.
 
+use std::ops::AddAssign;
 use std::time::Duration;
 
 use crate::memory::LOG_PAGE;
@@ -34,6 +35,38 @@ pub struct Round {
     pub duration: Duration,
     /// Pages found dirty since, which are left to send.
     pub left: u64,
+}
+
+/// The time that rounds have taken, by what it was used for.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Spent {
+    /// Sending, compression included.
+    pub sending: Duration,
+    /// Compressing.
+    pub coding: Duration,
+    /// Waiting for the bandwidth limit, beside that.
+    pub waiting: Duration,
+}
+
+impl Spent {
+    /// The remedy for what takes most of the time, in words that follow "or".
+    pub fn remedy(&self) -> &'static str {
+        if self.waiting > self.sending {
+            "raise the bandwidth limit, which rounds wait for most of their time"
+        } else if self.coding > self.sending / 2 {
+            "use a faster codec, none or more channels: compressing takes most of the time"
+        } else {
+            "give it more bandwidth"
+        }
+    }
+}
+
+impl AddAssign for Spent {
+    fn add_assign(&mut self, other: Spent) {
+        self.sending += other.sending;
+        self.coding += other.coding;
+        self.waiting += other.waiting;
+    }
 }
 
 /// What to do after a round.
@@ -173,6 +206,20 @@ mod tests {
     /// A round of pages with contents.
     fn sent(data_pages: u64, duration: Duration, left: u64) -> Round {
         Round { data_pages, zero_pages: 0, duration, left }
+    }
+
+    #[test]
+    fn the_remedy_is_for_what_takes_most_of_the_time() {
+        let spent =
+            |sending, coding, waiting| Spent { sending: MS * sending, coding: MS * coding, waiting: MS * waiting };
+        for (spent, words) in [
+            (spent(100, 0, 0), "more bandwidth"),
+            (spent(100, 40, 90), "more bandwidth"),
+            (spent(100, 60, 0), "a faster codec"),
+            (spent(100, 60, 900), "the bandwidth limit"),
+        ] {
+            assert!(spent.remedy().contains(words), "{spent:?}");
+        }
     }
 
     #[test]

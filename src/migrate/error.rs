@@ -108,13 +108,15 @@ pub enum MigrateError {
     /// All rounds are used up and the guest still dirties memory faster than it can be sent.
     #[error(
         "no convergence after {rounds} rounds: stopping the guest now would take {expected_ms:.0} ms. \
-         Allow that with a longer downtime, or give it more bandwidth, or have the guest write less"
+         Allow that with a longer downtime, or {remedy}, or have the guest write less"
     )]
     NoConvergence {
         /// Rounds made.
         rounds: u32,
         /// What stopping the guest would have cost, milliseconds.
         expected_ms: f64,
+        /// The remedy for what has limited the rounds ([`Spent::remedy`](super::Spent::remedy)).
+        remedy: &'static str,
     },
 }
 

@@ -30,8 +30,10 @@ mod report;
 mod source;
 mod time_limit;
 
-pub use builtin::{GuestArrival, GuestMachine, InterruptOnCancel, connect_all, decode_state, dirty_sources, saved_disks};
-pub use converge::{Convergence, Next, Policy, Round, STALL_ROUNDS};
+pub use builtin::{
+    GuestArrival, GuestMachine, InterruptOnCancel, connect_all, decode_state, dirty_sources, saved_disks,
+};
+pub use converge::{Convergence, Next, Policy, Round, STALL_ROUNDS, Spent};
 pub use destination::{Received, SWITCHOVER_TIMEOUT, receive};
 pub use error::{Failure, MigrateError};
 pub use incoming::{Arriving, Incoming};

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{RecvTimeoutError, bounded};
 
-use super::converge::{Convergence, Next, Policy, Round, STALL_ROUNDS};
+use super::converge::{Convergence, Next, Policy, Round, STALL_ROUNDS, Spent};
 use super::error::{Failure, MigrateError};
 use super::machine::Machine;
 use super::report::{Event, GuestLocation, Report, RoundReport};
@@ -215,6 +215,7 @@ struct Migration<'a> {
 /// What rounds have come to, over several attempts to stop the guest.
 struct Rounds {
     convergence: Convergence,
+    spent: Spent,
     /// Pages that were dirtied.
     dirtied: u64,
     count: u32,
@@ -225,7 +226,7 @@ struct Rounds {
 impl Migration<'_> {
     fn run(&mut self, machine: &mut dyn Machine, plan: &Plan) -> Result<(), (Stage, MigrateError)> {
         let convergence = Convergence::new(plan.policy, self.pending.len());
-        let mut rounds = Rounds { convergence, dirtied: 0, count: 0, away_since: None };
+        let mut rounds = Rounds { convergence, spent: Spent::default(), dirtied: 0, count: 0, away_since: None };
         loop {
             self.rounds(machine, &mut rounds).map_err(|error| (Stage::Running, error))?;
             let failed = match self.switchover(machine, rounds.count, plan) {
@@ -248,11 +249,12 @@ impl Migration<'_> {
             let round = rounds.count;
             let begun = Instant::now();
             let wire_before = self.wire.bytes();
-            let (sent, busy) = self.send(round, false, false)?;
+            let (sent, spent) = self.send(round, false, false)?;
+            rounds.spent += spent;
             // What is on disk now need not be waited for while the guest is stopped.
             let syncing = Instant::now();
             self.wire.sync()?;
-            let sending = busy + syncing.elapsed();
+            let sending = spent.sending + syncing.elapsed();
             // Sent and accounted for; what was written since is in the harvest, also in one that fails half-way.
             self.pending = PageSet::new(self.pending.capacity());
             self.dirty.harvest(&mut self.pending)?;
@@ -283,7 +285,7 @@ impl Migration<'_> {
             match next {
                 Next::Round { without_progress, .. } => {
                     if without_progress == STALL_ROUNDS {
-                        (self.tell)(Event::Stalled { message: stalled(&rounds.convergence, left, took, expected) });
+                        (self.tell)(Event::Stalled { message: stalled(rounds, left, took, expected) });
                     }
                 }
                 Next::Switchover { .. } => {
@@ -299,6 +301,7 @@ impl Migration<'_> {
                     return Err(MigrateError::NoConvergence {
                         rounds: rounds.count,
                         expected_ms: expected_downtime_ms,
+                        remedy: rounds.spent.remedy(),
                     });
                 }
             }
@@ -479,13 +482,13 @@ impl Migration<'_> {
     }
 
     /// Sends all pending pages, with `verify` then hashes of all memory, and ends the round on every channel. Returns
-    /// how long the slowest channel took, without its waits for the bandwidth limit.
-    fn send(&mut self, round: u32, last: bool, verify: bool) -> Result<(PageStats, Duration), MigrateError> {
+    /// the time that the slowest channel has taken.
+    fn send(&mut self, round: u32, last: bool, verify: bool) -> Result<(PageStats, Spent), MigrateError> {
         let (memory, pending, limiter, tell) = (&self.memory, &self.pending, self.limiter, &mut self.tell);
         let siblings: Vec<Channel> = self.wire.channels.iter_mut().map(|c| c.writer.get_mut().clone()).collect();
         let channels = self.wire.channels.len() as u16;
         let total = pending.len();
-        let (mut sent, mut longest) = (PageStats::default(), (Duration::ZERO, Duration::ZERO));
+        let (mut sent, mut longest, mut hashed_for) = (PageStats::default(), Spent::default(), Duration::ZERO);
         std::thread::scope(|scope| {
             let (done, ended) = bounded(usize::from(channels));
             let before: u64 = self.wire.progress();
@@ -515,9 +518,12 @@ impl Migration<'_> {
                         }
                         return Err(error);
                     }
-                    Ok(Ok((pages, busy, hashing))) => {
+                    Ok(Ok((pages, spent, hashing))) => {
                         sent += pages;
-                        longest = (longest.0.max(busy), longest.1.max(hashing));
+                        if spent.sending >= longest.sending {
+                            longest = spent;
+                        }
+                        hashed_for = hashed_for.max(hashing);
                     }
                     Err(RecvTimeoutError::Disconnected) => return Ok(()),
                     Err(RecvTimeoutError::Timeout) if last => {}
@@ -542,8 +548,8 @@ impl Migration<'_> {
         .map_err(|error: StreamError| MigrateError::from(error))?;
         self.report.pages_sent += sent.pages();
         self.report.zero_pages += sent.zero_pages;
-        self.report.verify_ms = verify.then(|| milliseconds(longest.1));
-        Ok((sent, longest.0))
+        self.report.verify_ms = verify.then(|| milliseconds(hashed_for));
+        Ok((sent, longest))
     }
 }
 
@@ -578,14 +584,15 @@ fn stop_tracking(dirty: &mut dyn DirtySource) {
 }
 
 /// What a user should know when rounds no longer help.
-fn stalled(convergence: &Convergence, left: u64, round_seconds: f64, expected: Duration) -> String {
+fn stalled(rounds: &Rounds, left: u64, round_seconds: f64, expected: Duration) -> String {
     let mib = |bytes: f64| bytes / f64::from(1 << 20);
     format!(
-        "{STALL_ROUNDS} rounds left no less than before: the guest dirties {:.0} MiB/s, {:.0} MiB/s go out. It ends when \
-         a downtime of {:.0} ms is allowed, when there is more bandwidth, or when the guest writes less",
+        "{STALL_ROUNDS} rounds left no less than before: the guest dirties {:.0} MiB/s, {:.0} MiB/s go out. Allow a downtime \
+         of {:.0} ms, or {}, or have the guest write less",
         mib((left * LOG_PAGE) as f64 / round_seconds),
-        mib(convergence.bytes_per_second().unwrap_or_default()),
-        milliseconds(expected).ceil()
+        mib(rounds.convergence.bytes_per_second().unwrap_or_default()),
+        milliseconds(expected).ceil(),
+        rounds.spent.remedy()
     )
 }
 
@@ -609,8 +616,7 @@ struct Sender {
 }
 
 impl Sender {
-    /// Sends pages, then hashes, and ends the round. Returns how long pages took, without waits for the bandwidth limit, and
-    /// how long hashes.
+    /// Sends pages, then hashes, and ends the round. Returns the time that pages have taken, and that of hashes.
     fn send(
         &mut self,
         memory: &Memory,
@@ -618,15 +624,16 @@ impl Sender {
         hashed: impl Iterator<Item = Range<u64>>,
         round: u32,
         last: bool,
-    ) -> Result<(PageStats, Duration, Duration), StreamError> {
-        let (begun, waited) = (Instant::now(), self.writer.get_mut().waited());
+    ) -> Result<(PageStats, Spent, Duration), StreamError> {
+        let (begun, waited, coding) = (Instant::now(), self.writer.get_mut().waited(), self.encoder.coding());
         let sent = self.encoder.send(memory, runs, &mut self.writer)?;
         let sending = begun.elapsed();
         send_hashes(memory, hashed, &mut self.writer)?;
         let hashing = begun.elapsed().saturating_sub(sending);
         ToDestination::RoundEnd(RoundEnd::new(round, last, &sent)).write(&mut self.writer)?;
-        let waited = self.writer.get_mut().waited().saturating_sub(waited);
-        Ok((sent, sending.saturating_sub(waited), hashing))
+        let waiting = self.writer.get_mut().waited().saturating_sub(waited);
+        let coding = self.encoder.coding().saturating_sub(coding);
+        Ok((sent, Spent { sending: sending.saturating_sub(waiting), coding, waiting }, hashing))
     }
 }
 

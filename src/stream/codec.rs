@@ -61,6 +61,11 @@ impl Compressor {
         Ok(Compressor(Some((context, Vec::with_capacity(batch)))))
     }
 
+    /// Returns true if it compresses at all.
+    pub(super) fn is_some(&self) -> bool {
+        self.0.is_some()
+    }
+
     /// The compressed bytes, or `None` when the codec is none or they would not be fewer.
     pub(super) fn compress(&mut self, data: &[u8]) -> Option<&[u8]> {
         let (context, out) = self.0.as_mut()?;

@@ -11,6 +11,7 @@ use std::io::{Read, Write};
 use std::ops::{AddAssign, Range};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use super::codec::{Compressor, Decompressor};
 use super::frame::{Body, FrameHeader, FrameReader, FrameWriter, Kind};
@@ -102,6 +103,8 @@ pub struct Encoder {
     entries: Vec<Entry>,
     table: Vec<u8>,
     progress: Arc<AtomicU64>,
+    /// The time that compressing has taken so far.
+    coding: Duration,
 }
 
 impl Encoder {
@@ -117,7 +120,13 @@ impl Encoder {
             entries: Vec::with_capacity(MAX_ENTRIES),
             table: Vec::with_capacity(HEAD + MAX_ENTRIES * ENTRY),
             progress: Arc::default(),
+            coding: Duration::ZERO,
         })
+    }
+
+    /// The time that compressing has taken so far.
+    pub fn coding(&self) -> Duration {
+        self.coding
     }
 
     /// Counts the pages this encoder has sent so far, for others to look at while it works.
@@ -210,10 +219,12 @@ impl Encoder {
             return Ok(());
         }
         let raw = self.data.get(..self.used).unwrap_or_default();
+        let begun = self.compressor.is_some().then(Instant::now);
         let (codec, data) = match self.compressor.compress(raw) {
             Some(packed) => (ZSTD, packed),
             None => (RAW, raw),
         };
+        self.coding += begun.map(|begun| begun.elapsed()).unwrap_or_default();
         self.table.extend_from_slice(&(self.entries.len() as u32).to_le_bytes());
         self.table.extend_from_slice(&[codec, 0, 0, 0]);
         let (mut pages, mut zero_pages) = (0, 0);

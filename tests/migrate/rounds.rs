@@ -88,3 +88,22 @@ fn no_more_goes_out_than_the_bandwidth_limit_allows() {
         destination.join().paused();
     }
 }
+
+#[test]
+fn the_advice_to_a_migration_that_does_not_converge_follows_what_limits_it() {
+    for (codec, limit, advice) in [
+        ("none", None, "give it more bandwidth"),
+        ("zstd:22", None, "use a faster codec"),
+        ("none", Some(1 << 20), "raise the bandwidth limit"),
+    ] {
+        let place = Place::new();
+        let mut guest = Guest::running(PAGES).with(Trouble::Relentless);
+        let destination = Destination::at(&place.unix("socket"));
+        let mut how = How::new().codec(codec);
+        how.plan.policy = Policy { downtime: Duration::ZERO, max_rounds: 2 };
+        how.options.limiter = Limiter::new(limit);
+        let failure = leave(&mut guest, &destination.uri, &how).failure().to_string();
+        assert!(failure.contains("no convergence") && failure.contains(advice), "{codec}, {limit:?}: {failure}");
+        destination.join().nobody();
+    }
+}
