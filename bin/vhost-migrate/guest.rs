@@ -11,11 +11,11 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use vhost_migrate::control::{self, Client, Command, Handler, MigrateArguments};
 use vhost_migrate::dirty::forecast;
-use vhost_migrate::frontend::Interrupt;
-use vhost_migrate::guest::{Guest, GuestConfig, GuestView, Verified};
+use vhost_migrate::frontend::{FrontendError, Interrupt};
+use vhost_migrate::guest::{Guest, GuestConfig, GuestError, GuestView, Verified};
 use vhost_migrate::migrate::{
-    ASK_FOR, GuestArrival, GuestLocation, GuestMachine, Incoming, InterruptOnCancel, MachineError, MigrateError, Outcomes, Plan, Policy,
-    connect_all, dirty_sources, measure, migrate, receive,
+    ASK_FOR, Event, GuestArrival, GuestLocation, GuestMachine, Incoming, InterruptOnCancel, MachineError, MigrateError,
+    Outcomes, Plan, Policy, connect_all, dirty_sources, measure, migrate, receive,
 };
 use vhost_migrate::stream::record::Started;
 use vhost_migrate::stream::transport::{ask, connect, remove_unfinished_saves};
@@ -251,6 +251,12 @@ impl Workload {
 const CLEANING: Duration = Duration::from_secs(2);
 /// The time for which a destination is asked before a guest is resumed that it may run.
 const ASK_BEFORE_RESUME: Duration = Duration::from_secs(2);
+/// The warning about a snapshot of a guest that is not paused.
+const GOES_ON: &str = "the guest is not paused and goes on with its disk once it is saved: a restore onto that disk is then refused. \
+                       For a snapshot pause the guest, save it, copy its disk with cp --preserve=xattr, and resume it";
+/// The reason that a guest probably can't be resumed for after a migration of unknown outcome.
+const TAKEN: &str =
+    "Another front-end seems to have the disk: the destination probably runs the guest. If it does, forget it here";
 const MIGRATION: &str = "a migration";
 const MEASUREMENT: &str = "a measurement";
 /// The longest time that a measurement may take to end for a migration.
@@ -266,6 +272,8 @@ enum State {
     /// Booting, or waited for.
     #[default]
     Absent,
+    /// It has arrived, belongs here, and is being started.
+    Starting,
     Running,
     Paused,
     /// It was handed over.
@@ -284,7 +292,7 @@ impl State {
             State::Paused => Some(GuestLocation::PausedHere),
             State::Migrated => Some(GuestLocation::HandedOver),
             State::OutcomeUnknown => Some(GuestLocation::OutcomeUnknown),
-            State::Absent | State::Failed => None,
+            State::Absent | State::Starting | State::Failed => None,
         }
     }
 
@@ -301,6 +309,9 @@ impl State {
     fn refusal(self) -> String {
         match self {
             State::Absent => "there is no guest here yet",
+            State::Starting => {
+                "a guest has arrived and is being started here: wait until it runs, or cancel that, which leaves it here, paused"
+            }
             State::Running => "the guest runs here: pause it first",
             State::Paused => "the guest is paused here: resume it first",
             State::Migrated => "the guest was handed over: there is none here any more",
@@ -345,7 +356,10 @@ impl Owner {
     }
 
     fn state(&self) -> State {
-        *lock(&self.state)
+        match *lock(&self.state) {
+            State::Absent if self.outcomes.has_arrived() => State::Starting,
+            state => state,
+        }
     }
 
     fn notice_failure(&self) {
@@ -359,7 +373,7 @@ impl Owner {
 
     fn with<T>(&self, ask: impl FnOnce(&mut Guest) -> Result<T, MachineError>) -> Result<T, String> {
         let mut guest = lock(&self.guest);
-        let guest = guest.as_mut().ok_or("there is no guest here")?;
+        let guest = guest.as_mut().ok_or_else(|| self.state().refusal())?;
         ask(guest).map_err(|error| error.to_string())
     }
 
@@ -474,6 +488,9 @@ impl Owner {
             let mut machine = machine.with_cancel(&options.cancel).to_save(connection.one_way);
             *lock(&self.unknown) = Some((uri, connection.id));
             let mut tell = |event| emit(serde_json::to_value(event).unwrap_or_default());
+            if plan.continue_here && state == State::Running && connection.is_to_file() {
+                tell(Event::Warning { message: GOES_ON.into() });
+            }
             let left = migrate(&mut machine, connection, &plan, &options.limiter, &options.cancel, &mut tell);
             *lock(&self.state) = match &left {
                 Ok(_) if plan.continue_here => state,
@@ -491,16 +508,22 @@ impl Owner {
     fn resume(&self) -> Result<(), String> {
         let cancel = Cancel::new().map_err(|error| error.to_string())?;
         self.alone("a resume", Some(cancel.clone()), || {
-            match self.state() {
+            let state = self.state();
+            match state {
                 State::Paused => {}
                 State::OutcomeUnknown => self.ask_before_resume()?,
                 State::Running => return Err("the guest runs here already".into()),
                 other => return Err(other.refusal()),
             }
             let interrupt = self.interrupt_on(&cancel)?;
-            let downtime = self.with(|guest| {
-                guest.start()?;
-                Ok(guest.downtime_ns())
+            let downtime = self.with(|guest| match guest.start() {
+                Ok(()) => Ok(guest.downtime_ns()),
+                Err(error @ GuestError::Device(FrontendError::Refused { .. })) if state == State::OutcomeUnknown => {
+                    // Nothing of it may run here now.
+                    let _ = guest.stop_devices();
+                    Err(format!("{error}. {TAKEN}").into())
+                }
+                Err(error) => Err(error.into()),
             })?;
             drop(interrupt);
             *lock(&self.state) = State::Running;
@@ -547,7 +570,7 @@ impl Owner {
     fn may_quit(&self) -> Result<(), String> {
         match (self.state(), &*lock(&self.incoming)) {
             (State::OutcomeUnknown, _) => Err(State::OutcomeUnknown.refusal()),
-            (State::Absent, Some(incoming)) => {
+            (State::Absent | State::Starting, Some(incoming)) => {
                 if !self.outcomes.close("the destination's process was told to quit") {
                     return Err("a guest has arrived meanwhile: quit again to end it".into());
                 }

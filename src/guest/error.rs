@@ -15,6 +15,22 @@ pub enum GuestError {
     /// A configuration that makes no guest.
     #[error("no such guest: {0}")]
     Config(String),
+    /// A device that the guest can't use.
+    #[error("{name}: the guest can't use this device: {why}")]
+    Unusable {
+        /// The device, by its back-end's socket.
+        name: String,
+        /// The reason.
+        why: String,
+    },
+    /// Another number of devices than the guest has disks.
+    #[error("the guest has {disks} disks, and {devices} back-ends are given: give one for each disk")]
+    DeviceCount {
+        /// Disks of the guest.
+        disks: usize,
+        /// Devices.
+        devices: usize,
+    },
     /// A byte is not what the guest wrote.
     #[error(transparent)]
     Wrong(#[from] Box<WrongByte>),

@@ -96,7 +96,7 @@ impl PreparedDevice {
         expected: Option<&DeviceState>,
     ) -> Result<PreparedDevice, GuestError> {
         let name = device.name().to_owned();
-        let bad = |what: String| Err(GuestError::Config(format!("{name}: {what}")));
+        let bad = |why: String| Err(GuestError::Unusable { name: name.clone(), why });
         if device.queues() < config.queues {
             let (has, wants) = (device.queues(), config.queues);
             // A guest that arrives has its queues.
@@ -198,6 +198,6 @@ pub(super) fn disk(state: &DeviceState) -> Result<Disk, GuestError> {
 pub(super) fn count(devices: usize, config: &GuestConfig) -> Result<(), GuestError> {
     match devices == config.disks {
         true => Ok(()),
-        false => Err(GuestError::Config(format!("it has {} disks, not {devices}", config.disks))),
+        false => Err(GuestError::DeviceCount { disks: config.disks, devices }),
     }
 }

@@ -28,6 +28,13 @@ struct Known {
     closed: bool,
 }
 
+impl Known {
+    fn has_arrived(&self) -> bool {
+        let arrived = |outcome: &_| matches!(outcome, Outcome::Starting(_) | Outcome::Held(_) | Outcome::Started(_));
+        self.by_id.values().any(arrived)
+    }
+}
+
 /// Most migrations that are remembered. A source asks soon or never.
 const MOST: usize = 1024;
 
@@ -93,11 +100,7 @@ impl Outcomes {
     /// is, if a guest has arrived.
     pub fn close(&self, why: &str) -> bool {
         let mut known = self.lock();
-        if known
-            .by_id
-            .values()
-            .any(|outcome| matches!(outcome, Outcome::Starting(_) | Outcome::Held(_) | Outcome::Started(_)))
-        {
+        if known.has_arrived() {
             return false;
         }
         known.closed = true;
@@ -105,6 +108,11 @@ impl Outcomes {
             abandon(outcome, why);
         }
         true
+    }
+
+    /// Returns true if a guest has arrived, whether or not it has been started by now.
+    pub fn has_arrived(&self) -> bool {
+        self.lock().has_arrived()
     }
 
     /// The guest of the migration `id`, which was held, runs now.

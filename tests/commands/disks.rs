@@ -25,7 +25,7 @@ fn inspected(host: &Host) -> Value {
     serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", text(&output.stderr)))
 }
 
-fn backend_on(host: &mut Host, image: &Path, name: &str, more: &[&str]) -> PathBuf {
+pub(super) fn backend_on(host: &mut Host, image: &Path, name: &str, more: &[&str]) -> PathBuf {
     let socket = host.path(name);
     let mut command = program();
     command.args(["backend", "blk", "--queues", "4", "--image"]).arg(image).arg("--socket").arg(&socket).args(more);
@@ -40,7 +40,7 @@ fn copy(host: &Host, from: &str, to: &str, options: &[&str]) -> PathBuf {
 }
 
 /// A restore that is to fail.
-fn refused(host: &Host, backend: &Path, file: &str) -> String {
+pub(super) fn refused(host: &Host, backend: &Path, file: &str) -> String {
     let control = host.path("refused.control");
     let mut command = program();
     command.args(["guest", "--incoming", file, "--backend"]).arg(backend).arg("--control").arg(&control);

@@ -69,12 +69,12 @@ fn unix(host: &Host, name: &str) -> String {
     format!("unix:{}", host.path(name).display())
 }
 
-fn command(name: &str, control: &Path) -> Output {
+pub(super) fn command(name: &str, control: &Path) -> Output {
     run(&[name, "--control", control.to_str().unwrap()])
 }
 
 /// The control command fails; its words.
-fn refused(control: &Path, command: Value) -> String {
+pub(super) fn refusal(control: &Path, command: Value) -> String {
     let answer = ask(control, &command).unwrap().pop().unwrap();
     assert_eq!(answer["event"], "error", "{answer}");
     answer["message"].as_str().unwrap().to_owned()
@@ -86,7 +86,7 @@ pub(super) fn done(control: &Path, command: &str) {
 }
 
 /// A source whose guest has been sent to a destination of which nothing is known.
-fn of_unknown_outcome(
+pub(super) fn of_unknown_outcome(
     host: &mut Host,
     answers: impl IntoIterator<Item = ToSource, IntoIter: Send> + 'static,
 ) -> PathBuf {
@@ -114,7 +114,7 @@ fn a_guest_of_unknown_outcome_is_kept_until_the_operator_decides() {
     let mut host = Host::new();
     let source = of_unknown_outcome(&mut host, [ToSource::Unknown, ToSource::Unknown]);
     for command in ["pause", "quit"] {
-        let words = refused(&source, json!({"command": command}));
+        let words = refusal(&source, json!({"command": command}));
         assert!(words.contains("resume it if the destination does not run it"), "{command}: {words}");
     }
     assert_eq!(migrate(&source, "unix:/nonexistent/socket", &[]).status.code(), Some(3));
@@ -122,7 +122,7 @@ fn a_guest_of_unknown_outcome_is_kept_until_the_operator_decides() {
     let output = command("resume", &source);
     assert!(output.status.success(), "{}", text(&output.stderr));
     verify(&source);
-    let words = refused(&source, json!({"command": "forget"}));
+    let words = refusal(&source, json!({"command": "forget"}));
     assert!(words.contains("the guest is here"), "{words}");
     // The destination runs it.
     send_to_nowhere(&host, &source, [ToSource::Unknown]);
