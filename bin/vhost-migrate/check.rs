@@ -158,7 +158,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     // Disconnected when the check has ended.
     let (checking, checked) = crossbeam::channel::bounded::<()>(0);
     let stopping = stop.clone();
-    let signals = before_the_end(interrupts_and_hangup(), 2 * STOPPING, move || {
+    let signals = before_the_end(interrupts_and_hangup(), 2 * STOPPING, move |_| {
         stopping.set();
         if checked.recv_timeout(STOPPING) == Err(RecvTimeoutError::Timeout) {
             eprintln!(

@@ -118,9 +118,10 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
         wrong_arguments(error);
     }
     arguments.messages.start();
-    let clean = || {
+    let clean = |signal| {
         control::remove_sockets();
         remove_unfinished_saves();
+        tracing::info!("ends by {signal}");
     };
     let signals = ignore_hangup().and_then(|()| before_the_end([Signal::SIGINT, Signal::SIGTERM], CLEANING, clean));
     if let Err(error) = signals {
@@ -164,7 +165,11 @@ fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
             let boot = move || drop(done.send(boot(config, &backends, overwrite)));
             std::thread::Builder::new().name("boot".into()).spawn(boot)?;
             select! {
-                recv(booted) -> guest => owner.set(Some(guest??), State::Running),
+                recv(booted) -> guest => {
+                    let guest = guest??;
+                    tracing::info!("the guest has started, with disks from {}", list(&arguments.backend));
+                    owner.set(Some(guest), State::Running);
+                }
                 recv(quitting) -> _ => return Ok(ExitCode::SUCCESS),
             }
         }
@@ -177,6 +182,11 @@ fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
     // Listens no more, and removes its socket.
     *lock(&owner.incoming) = None;
     Ok(if owner.state() == State::Failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// The sockets of back-ends, in words.
+fn list(backends: &[PathBuf]) -> String {
+    backends.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
 }
 
 /// A new guest that runs.
@@ -204,6 +214,11 @@ fn wait_for_arrival(owner: &Owner, incoming: &Incoming, uri: &Uri, arguments: &A
             arguments.switchover_timeout,
         ) {
             Ok(received) => {
+                let is = if received.running { "runs" } else { "is paused" };
+                tracing::info!(
+                    "a guest has arrived at {uri} and {is} here, with disks from {}",
+                    list(&arguments.backend)
+                );
                 owner.set(arrival.into_guest(), if received.running { State::Running } else { State::Paused });
                 return Ok(());
             }
@@ -499,6 +514,7 @@ impl Owner {
             };
             if self.state() == State::Migrated {
                 *lock(&self.view) = None;
+                tracing::info!("the guest has left for {}", arguments.uri);
             }
             left.map(drop).map_err(|failure| told(&failure))
         })
@@ -554,6 +570,7 @@ impl Owner {
         self.alone("a forget", None, || match self.state() {
             State::OutcomeUnknown => {
                 self.set(None, State::Migrated);
+                tracing::info!("the guest was let go of by forget");
                 Ok(())
             }
             State::Running | State::Paused => {
@@ -678,6 +695,7 @@ impl Handler for Commands {
     }
 
     fn quit(&self) {
+        tracing::info!("ends by quit");
         // Full means that somebody has asked already.
         let _ = self.quit.try_send(());
     }

@@ -31,21 +31,21 @@ pub(crate) fn interrupts_and_hangup() -> Vec<Signal> {
     [Signal::SIGINT, Signal::SIGTERM].into_iter().chain(hangup).collect()
 }
 
-/// Has `before` called, and no longer waited for than `limit`, before the first of `signals` ends the process as it always does.
+/// Has `before` called with the signal, and no longer waited for than `limit`, before the first of `signals` ends the process as it always does.
 ///
 /// # Errors
 /// The error of the system.
 pub(crate) fn before_the_end(
     signals: impl IntoIterator<Item = Signal>,
     limit: Duration,
-    before: impl FnOnce() + Send + 'static,
+    before: impl FnOnce(Signal) + Send + 'static,
 ) -> io::Result<()> {
     let mut before = Some(before);
     on(signals, move |signal| {
         let (done, is_done) = crossbeam::channel::bounded(1);
         if let Some(before) = before.take() {
             let work = move || {
-                before();
+                before(signal);
                 let _ = done.send(());
             };
             // Without a thread it is left undone.

@@ -12,6 +12,7 @@ mod relay;
 mod saves;
 mod signals;
 mod waits;
+mod words;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;

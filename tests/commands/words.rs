@@ -1,0 +1,176 @@
+//! What a guest's process says of its guest, and what each side of a migration hears of the other.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+use vhost_migrate::stream::{Kind, ToSource, Uri};
+
+use super::disks::{backend_on, refused};
+use super::outcome::{command, done, of_unknown_outcome, refusal};
+use super::relay::{At, Deed, Fault, Relay, Way};
+use super::{
+    Host, PATIENCE, Running, assert_completed, events, failed, migrate, migrating, program, signal, slow_migration,
+    status, text, until, until_it_waits, verify,
+};
+
+/// A guest whose messages go to a file.
+fn writing(host: &mut Host, name: &str, more: &[&str]) -> (PathBuf, PathBuf) {
+    let backend = host.backend(&format!("{name}.vhost"));
+    let (control, log) = (host.path(&format!("{name}.control")), host.path(&format!("{name}.log")));
+    let mut command = program();
+    command.args(["guest", "--log-level", "info", "--backend"]).arg(backend).arg("--control").arg(&control).args(more);
+    host.running.push(Running(command.stdout(Stdio::null()).stderr(File::create(&log).unwrap()).spawn().unwrap()));
+    (control, log)
+}
+
+fn read(log: &Path) -> String {
+    std::fs::read_to_string(log).unwrap()
+}
+
+fn until_it_says(log: &Path, words: &str) {
+    let deadline = Instant::now() + PATIENCE;
+    while !read(log).contains(words) {
+        assert!(Instant::now() < deadline, "not {words:?}: {}", read(log));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_guests_process_says_when_it_has_started_left_arrived_and_ends() {
+    let mut host = Host::new();
+    let uri = format!("unix:{}", host.path("incoming").display());
+    let (source, here) = writing(&mut host, "source", &["--memory", "64MiB"]);
+    until(&source, "running");
+    assert!(read(&here).contains("the guest has started, with disks from"), "{}", read(&here));
+    let (destination, there) = writing(&mut host, "destination", &["--incoming", &uri]);
+    until(&destination, "absent");
+    assert_completed(&migrate(&source, &uri, &[]));
+    assert!(read(&here).contains(&format!("the guest has left for {uri}")), "{}", read(&here));
+    until(&destination, "running");
+    assert!(read(&there).contains(&format!("a guest has arrived at {uri} and runs here")), "{}", read(&there));
+    done(&source, "quit");
+    until_it_says(&here, "ends by quit");
+    signal(host.running.last().unwrap(), Signal::SIGTERM);
+    until_it_says(&there, "ends by SIGTERM");
+}
+
+/// Each may be too late for a busy machine, where the connection is closed half a second after it was cancelled.
+#[test]
+fn each_side_hears_that_the_other_was_cancelled() {
+    let mut host = Host::new();
+    let source = host.source();
+    let uri = format!("unix:{}", host.path("incoming").display());
+    let (destination, log) = writing(&mut host, "destination", &["--incoming", &uri]);
+    until(&destination, "absent");
+    until_it_waits(&destination);
+    let deadline = Instant::now() + PATIENCE;
+    for (cancelled, words) in [(&source, "the source called the migration off: cancelled"), (&destination, "")] {
+        loop {
+            assert!(Instant::now() < deadline, "{}", read(&log));
+            let (mut slow, _events) = slow_migration(&source, &uri);
+            let before = read(&log).len();
+            done(cancelled, "cancel");
+            let why = failed(&mut slow);
+            until_it_says(&log, "no guest arrived");
+            let told = match words {
+                "" => why.contains("it was cancelled at the destination"),
+                words => read(&log)[before..].contains(words),
+            };
+            if told {
+                break;
+            }
+        }
+    }
+    verify(&source);
+}
+
+#[test]
+fn a_source_says_soon_that_its_destination_takes_nothing() {
+    let mut host = Host::new();
+    let source = host.source();
+    let uri = format!("unix:{}", host.path("incoming").display());
+    let destination = host.arriving("destination", &uri);
+    until(&destination, "absent");
+    let (mut migration, mut events) = migrating(&source, &uri);
+    signal(host.running.last().unwrap(), Signal::SIGSTOP);
+    let warning = events.find(|event| event["event"] == "warning").expect("it fails without a warning");
+    assert!(warning["message"].as_str().unwrap().contains("nothing was taken for 5s"), "{warning}");
+    signal(host.running.last().unwrap(), Signal::SIGCONT);
+    done(&source, "cancel");
+    failed(&mut migration);
+    verify(&source);
+}
+
+#[test]
+fn a_snapshot_of_a_guest_that_is_not_paused_is_warned_of() {
+    let mut host = Host::new();
+    let source = host.source();
+    let file = format!("file:{}", host.path("guest.vhm").display());
+    let output = migrate(&source, &file, &["--continue"]);
+    assert_completed(&output);
+    let warned = |event: &serde_json::Value| event["message"].as_str().is_some_and(|it| it.contains("is not paused"));
+    assert!(events(&output).iter().any(warned), "{}", text(&output.stdout));
+    verify(&source);
+    let backend = host.backend("again.vhost");
+    done(&source, "quit");
+    assert!(refused(&host, &backend, &file).contains("has gone on since the guest was saved"));
+}
+
+#[test]
+fn a_destination_that_is_starting_its_guest_says_so() {
+    let mut host = Host::new();
+    let source = host.source();
+    let there = format!("unix:{}", host.path("incoming").display());
+    let destination = host.arriving("destination", &there);
+    until(&destination, "absent");
+    let slowly = Fault::new(Way::ToSource, At::Frame(Kind::Ready, 0), Deed::Trickle(Duration::from_millis(20)));
+    let through = format!("unix:{}", host.path("relay").display());
+    let relay = Relay::new(through.parse::<Uri>().unwrap(), &there.parse().unwrap(), slowly);
+    let (mut migration, _events) = migrating(&source, &through);
+    while !relay.struck() {
+        std::thread::yield_now();
+    }
+    // It is ready, and its back-end hangs when the guest is to be started.
+    let [.., backend, _] = &host.running[..] else { panic!() };
+    signal(backend, Signal::SIGSTOP);
+    until(&destination, "starting");
+    for name in ["resume", "forget", "pause"] {
+        let words = refusal(&destination, json!({"command": name}));
+        assert!(words.contains("a guest has arrived and is being started here"), "{name}: {words}");
+    }
+    signal(backend, Signal::SIGCONT);
+    verify(&destination);
+    assert!(migration.0.wait().unwrap().success());
+    assert_eq!(status(&source).unwrap()["state"], "migrated");
+}
+
+#[test]
+fn a_restore_onto_a_disk_that_the_guest_can_not_use_names_disk_and_reason() {
+    let mut host = Host::new();
+    let source = host.source();
+    let file = format!("file:{}", host.path("guest.vhm").display());
+    assert_completed(&migrate(&source, &file, &[]));
+    let image = host.path("disk");
+    let backend = backend_on(&mut host, &image, "fixed.vhost", &["--read-only"]);
+    let words = refused(&host, &backend, &file);
+    assert!(words.contains("fixed.vhost: the guest can't use this device: it is read-only"), "{words}");
+    assert!(!words.contains("no such guest"), "{words}");
+}
+
+#[test]
+fn a_guest_of_unknown_outcome_whose_disk_another_front_end_has_probably_runs_there() {
+    let mut host = Host::new();
+    let source = of_unknown_outcome(&mut host, [ToSource::Unknown, ToSource::Unknown]);
+    // In the place of the one that runs it.
+    let other = host.guest("other", &["--memory", "64MiB", "--overwrite"]);
+    until(&other, "running");
+    let output = command("resume", &source);
+    let words = text(&output.stderr);
+    assert!(output.status.code() == Some(1) && words.contains("the destination probably runs the guest"), "{words}");
+    assert_eq!(status(&source).unwrap()["state"], "outcome_unknown");
+    done(&source, "forget");
+}
