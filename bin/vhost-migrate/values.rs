@@ -35,6 +35,9 @@ pub(crate) fn address(text: &str) -> Result<String, String> {
 pub(crate) fn target(text: &str) -> Result<Uri, String> {
     match text.parse().map_err(|error: vhost_migrate::stream::StreamError| error.to_string())? {
         Uri::Tcp { port: 0, .. } => Err(format!("'{text}': nothing listens on port 0")),
+        Uri::Unix(path) if path.as_os_str().len() > MAX_SOCKET_PATH => {
+            Err(format!("the path is longer than {MAX_SOCKET_PATH} bytes: use a shorter one"))
+        }
         uri => Ok(uri),
     }
 }

@@ -26,7 +26,6 @@ use super::frame::{
 use super::limiter::{Interrupt, lock, poll_until};
 use super::sys::{ReadMemory, Window};
 use super::{StreamError, ToSource};
-use crate::sys::listen::MAX_SOCKET_PATH;
 
 mod accept;
 mod connect;
@@ -80,9 +79,6 @@ impl FromStr for Uri {
                 Ok(Uri::Tcp { host: bare.unwrap_or(host).into(), port })
             }
             "unix" | "file" | "exec" if rest.is_empty() => wrong("nothing follows the colon"),
-            "unix" if rest.len() > MAX_SOCKET_PATH => {
-                wrong(&format!("the path is longer than {MAX_SOCKET_PATH} bytes: use a shorter one"))
-            }
             "unix" => Ok(Uri::Unix(rest.into())),
             "file" => Ok(Uri::File(rest.into())),
             "exec" => Ok(Uri::Exec(rest.into())),

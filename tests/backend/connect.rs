@@ -77,5 +77,5 @@ fn a_back_end_connects_to_a_front_end_that_listens_and_again_when_it_has_hung_up
 fn a_path_that_no_socket_can_have_is_refused_at_once() {
     let folder = tempfile::tempdir().unwrap();
     let mut process = start(&folder.path().join("x".repeat(108)), &["net", "--loopback"]);
-    assert_eq!(process.child.wait().unwrap().code(), Some(1));
+    assert_eq!(process.child.wait().unwrap().code(), Some(2));
 }
