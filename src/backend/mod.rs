@@ -25,6 +25,7 @@
 //! writing, and the worker marks that before it publishes the request. Not here: how rings and inflight regions look
 //! ([`crate::ring`], [`crate::inflight`]), and driving a device (`frontend`).
 
+mod answers;
 pub mod blk;
 mod channel;
 mod counters;

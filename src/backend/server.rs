@@ -16,6 +16,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
 use zerocopy::{FromZeros, IntoBytes};
 
+use super::answers::Answers;
 use super::session::{Session, Step};
 use super::turn::{Turn, Turns};
 use super::{BackendError, Device, MAX_FDS, Message, Reply, Workers, counters};
@@ -53,8 +54,7 @@ struct Channel<'a> {
     next: Option<BorrowedFd<'a>>,
     /// Messages that were there without waiting since `stop` and `next` were last looked at.
     unwatched: usize,
-    /// Answers that are to be sent together.
-    answers: Vec<u8>,
+    answers: Arc<Answers>,
 }
 
 /// What a wait came to.
@@ -232,8 +232,16 @@ fn serve_connection(
 ) -> bool {
     limited!(info, "a front-end has connected");
     counters::connected();
-    let mut channel = Channel { socket: connection.as_fd(), stop, next, unwatched: 0, answers: Vec::new() };
+    let answers = match Answers::new(connection.as_fd()) {
+        Ok(answers) => Arc::new(answers),
+        Err(error) => {
+            limited!(error, "the connection is closed: no fd is left for it: {error}");
+            return false;
+        }
+    };
+    let mut channel = Channel { socket: connection.as_fd(), stop, next, unwatched: 0, answers: answers.clone() };
     let mut rings = Workers::new(device.clone());
+    rings.send_before_waiting(answers);
     turn.into_iter().for_each(|turn| rings.take_turns(turn));
     if let Err(error) = rings.watch(connection.as_fd()) {
         limited!(warn, "can't watch the connection: {error}");
@@ -262,6 +270,11 @@ fn converse(channel: &mut Channel<'_>, session: &mut Session, rings: &mut Worker
             Heard::End => return Ok(Heard::End),
             Heard::Stop => return Ok(Heard::Stop),
         };
+        if !is_quick(message.code)
+            && let ended @ (Heard::Stop | Heard::End) = channel.flush()?
+        {
+            return Ok(ended);
+        }
         let step = session.message(message, rings);
         rings.rest();
         let reply = match step {
@@ -277,6 +290,22 @@ fn converse(channel: &mut Channel<'_>, session: &mut Session, rings: &mut Worker
             ended => return Ok(ended),
         }
     }
+}
+
+/// Messages whose answers may wait for those of the messages behind them. If one has to wait for something, a ring or the claim on an
+/// image, the rings send what is there before.
+fn is_quick(code: Code) -> bool {
+    use Code as C;
+    matches!(
+        code,
+        C::SET_VRING_NUM
+            | C::SET_VRING_BASE
+            | C::SET_VRING_ADDR
+            | C::SET_VRING_CALL
+            | C::SET_VRING_ERR
+            | C::SET_VRING_KICK
+            | C::SET_VRING_ENABLE
+    )
 }
 
 /// Reads one message, however it is cut into segments (rule F1).
@@ -317,8 +346,8 @@ impl Channel<'_> {
         {
             return Ok(ended);
         }
-        self.answers.extend(reply.to_bytes());
-        match reply.fd.is_some() || self.answers.len() >= MOST_ANSWERS {
+        let waiting = self.answers.add(&reply.to_bytes());
+        match reply.fd.is_some() || waiting >= MOST_ANSWERS {
             true => self.send(reply.fd.as_ref()),
             false => Ok(Heard::This(())),
         }
@@ -334,10 +363,7 @@ impl Channel<'_> {
         if let Heard::Stop = self.wait(PollFlags::POLLOUT, Some(Instant::now() + PATIENCE))? {
             return Ok(Heard::Stop);
         }
-        let fds: Vec<_> = fd.into_iter().map(AsFd::as_fd).collect();
-        let sent = socket::send(self.socket, &self.answers, &fds);
-        self.answers.clear();
-        match sent {
+        match self.answers.send(fd.map(AsFd::as_fd)) {
             Ok(()) => Ok(Heard::This(())),
             Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => Ok(Heard::End),
             Err(e) => Err(BackendError::system("answer the front-end")(e)),

@@ -17,6 +17,7 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded}
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::answers::Answers;
 use super::post::Post;
 use super::session::{Logging, Rings, Setup};
 use super::turn::Turn;
@@ -25,6 +26,9 @@ use super::{BackendError, Device, Notifier};
 use crate::ring::RingBase;
 use crate::sys::join::join;
 use crate::sys::lines::limited;
+
+/// How long answers wait for a ring.
+const MOMENT: Duration = Duration::from_millis(1);
 
 /// The interval at which the front-end is polled while a ring is being stopped.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -38,6 +42,8 @@ pub struct Workers {
     running: Vec<Option<Handle>>,
     /// The connection to the front-end, to see it hang up while a ring is being stopped.
     connection: Option<OwnedFd>,
+    /// What the front-end has not been answered yet.
+    answers: Option<Arc<Answers>>,
     /// Where several front-ends may be connected: only one has rings that run.
     turn: Option<Turn>,
 }
@@ -83,7 +89,7 @@ impl Workers {
     pub fn new(device: Arc<dyn Device>) -> Workers {
         let queues = 0..device.queues();
         let (threads, running) = (queues.clone().map(|_| None).collect(), queues.map(|_| None).collect());
-        Workers { device, threads, running, connection: None, turn: None }
+        Workers { device, threads, running, connection: None, answers: None, turn: None }
     }
 
     /// Watches the connection to the front-end from now on. If the front-end hangs up while a ring is being stopped, what
@@ -94,6 +100,22 @@ impl Workers {
     pub fn watch(&mut self, connection: BorrowedFd<'_>) -> io::Result<()> {
         self.connection = Some(connection.try_clone_to_owned()?);
         Ok(())
+    }
+
+    /// Sends `answers` from now on before a ring is waited for.
+    pub(super) fn send_before_waiting(&mut self, answers: Arc<Answers>) {
+        self.answers = Some(answers);
+    }
+
+    /// Waits for a ring, which mostly takes no time.
+    fn wait_for<T>(&self, ring: &Receiver<T>) -> Option<T> {
+        match ring.recv_timeout(MOMENT) {
+            Err(RecvTimeoutError::Timeout) => {
+                self.answers.iter().for_each(|answers| answers.send_now());
+                ring.recv().ok()
+            }
+            received => received.ok(),
+        }
     }
 
     /// Runs rings only while no other connection does.
@@ -133,13 +155,17 @@ impl Workers {
         let lost = BackendError::RingLost { index };
         let Some(handle) = self.running.get_mut(usize::from(index)).and_then(Option::take) else { return Err(lost) };
         handle.order(order);
+        let mut wait = MOMENT;
         loop {
-            match handle.ended.recv_timeout(LOOK_EVERY) {
+            match handle.ended.recv_timeout(wait) {
                 Err(RecvTimeoutError::Timeout) if self.has_hung_up() => {
                     handle.order(Order::Abandon);
                     return handle.ended.recv().map_err(|_| lost);
                 }
-                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    self.answers.iter().for_each(|answers| answers.send_now());
+                    wait = LOOK_EVERY;
+                }
                 ended => return ended.map_err(|_| lost),
             }
         }
@@ -191,7 +217,11 @@ impl Rings for Workers {
     }
 
     fn start(&mut self, index: u16, setup: Setup) -> Result<(), BackendError> {
-        if self.turn.as_ref().is_some_and(|turn| !turn.take(|| self.has_hung_up())) {
+        let take = |turn: &Turn| {
+            self.answers.iter().for_each(|answers| answers.send_now());
+            turn.take(|| self.has_hung_up())
+        };
+        if self.turn.as_ref().is_some_and(|turn| !take(turn)) {
             return Err(BackendError::InUse { index });
         }
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
@@ -231,7 +261,7 @@ impl Rings for Workers {
         })?;
         if !postcopy {
             let ended = || BackendError::system("serve a queue")(io::Error::other("its thread ended"));
-            is_ready.recv().unwrap_or_else(|_| Err(ended()))?;
+            self.wait_for(&is_ready).unwrap_or_else(|| Err(ended()))?;
         }
         if let Some(slot) = self.running.get_mut(usize::from(index)) {
             *slot = Some(Handle { orders, wake, ended, postcopy });
@@ -251,7 +281,7 @@ impl Rings for Workers {
         if let Some(handle) = self.handle(index) {
             let (done, is_done) = bounded(1);
             handle.order(Order::Hold(yes, done));
-            let _ = is_done.recv();
+            let _ = self.wait_for(&is_done);
         }
     }
 
@@ -259,7 +289,7 @@ impl Rings for Workers {
         if let Some(handle) = self.handle(index) {
             let (done, is_done) = bounded(1);
             handle.order(Order::Logging(logging, done));
-            let _ = is_done.recv();
+            let _ = self.wait_for(&is_done);
         }
     }
 
@@ -271,7 +301,7 @@ impl Rings for Workers {
         };
         let told: Vec<_> = self.running.iter().flatten().map(tell).collect();
         for is_done in told {
-            let _ = is_done.recv();
+            let _ = self.wait_for(&is_done);
         }
     }
 
@@ -287,7 +317,7 @@ impl Rings for Workers {
             handle.order(Order::Notifiers { call, error, done });
             // It may wait for a page that comes only if the front-end has its answer.
             if !handle.postcopy {
-                let _ = is_done.recv();
+                let _ = self.wait_for(&is_done);
             }
         }
     }

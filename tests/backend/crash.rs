@@ -14,7 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rstest::rstest;
 use vhost_migrate::abi::bit;
-use vhost_migrate::abi::vhost_user::{InflightDescription, LogDescription, Request as Code, VringState};
+use vhost_migrate::abi::vhost_user::{Header, InflightDescription, LogDescription, Request as Code, VringState};
 use vhost_migrate::abi::virtio::{VIRTIO_F_IN_ORDER, VIRTIO_RING_F_EVENT_IDX};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::inflight;
@@ -24,7 +24,7 @@ use crate::guest::{
     BASIC, Guest, LOG_ALL, PACKED, Predecessor, Ring, SPLIT, begin, harvest, inflight_kind, inflight_region, pages,
     places, status,
 };
-use crate::raw::{Client, DEADLINE, VERSION};
+use crate::raw::{Client, DEADLINE, NEED_REPLY, VERSION};
 use crate::server::{Process, disk_options};
 
 const SLOTS: u64 = 20;
@@ -298,4 +298,29 @@ fn a_successor_looks_at_ring_and_region_when_it_has_the_image(#[values(SPLIT, PA
     // The predecessor did not read anything.
     assert!(guest.bytes(places(0).2, 512).iter().all(|byte| *byte == 0), "a request was served twice");
     assert!((1..3).all(|slot| status(&guest, slot) == 0));
+}
+
+/// The answers to what has come already go out together, but none of them waits for an image.
+#[test]
+fn an_answer_does_not_wait_for_the_message_behind_it_to_get_an_image() {
+    let folder = tempfile::tempdir().unwrap();
+    let (socket, image) = (folder.path().join("socket"), disk_options(folder.path(), 1 << 20, |_| {}).image);
+    let guest = Guest::new();
+    let ring = Ring::new(&guest, 0, 64, SPLIT);
+    let claim = File::open(&image).unwrap();
+    claim.lock().unwrap();
+    let _process = Process::start(&socket, &image, &[]);
+    let client = Client::connect(&socket);
+    begin(&client, &guest, SPLIT);
+    ring.set_up(&client, &guest, ring.start());
+    client.barrier();
+    let message = |code: Code, num: u32| {
+        let header = Header { request: code.0, flags: NEED_REPLY, size: size_of::<VringState>() as u32 };
+        [header.as_bytes(), VringState { index: 0, num }.as_bytes()].concat()
+    };
+    client.send_bytes(&[message(Code::SET_VRING_BASE, ring.start()), message(Code::SET_VRING_ENABLE, 1)].concat(), &[]);
+    assert_eq!(client.reply(Code::SET_VRING_BASE), [0; 8]);
+    // It waits no longer than ten seconds for the image, and would refuse the ring.
+    claim.unlock().unwrap();
+    assert_eq!(client.reply(Code::SET_VRING_ENABLE), [0; 8]);
 }

@@ -1,0 +1,67 @@
+//! Answers that go out together.
+//!
+//! Acknowledgements of messages that have come already wait for each other: to send one by one is most of what it takes to start
+//! and stop the rings of many devices. They never wait for something that takes time: then they are sent before.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use nix::sys::socket::{MsgFlags, send};
+
+use crate::sys::socket;
+
+/// Answers to a front-end that are to be sent.
+#[derive(Debug)]
+pub(super) struct Answers {
+    connection: OwnedFd,
+    waiting: Mutex<Vec<u8>>,
+}
+
+impl Answers {
+    /// Answers that go over `connection`.
+    ///
+    /// # Errors
+    /// The error of the system.
+    pub(super) fn new(connection: BorrowedFd<'_>) -> io::Result<Answers> {
+        Ok(Answers { connection: connection.try_clone_to_owned()?, waiting: Mutex::default() })
+    }
+
+    /// Adds an answer. Returns how many bytes wait.
+    pub(super) fn add(&self, answer: &[u8]) -> usize {
+        let mut waiting = self.lock();
+        waiting.extend(answer);
+        waiting.len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
+    /// Sends all of them, the first with an fd. Waits for room.
+    ///
+    /// # Errors
+    /// The error of the system.
+    pub(super) fn send(&self, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        let waiting = std::mem::take(&mut *self.lock());
+        socket::send(self.connection.as_fd(), &waiting, fd.as_slice())
+    }
+
+    /// Sends what there is room for: something takes time, and nobody is to wait for that who need not.
+    pub(super) fn send_now(&self) {
+        let mut waiting = self.lock();
+        if waiting.is_empty() {
+            return;
+        }
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        // What is wrong with the connection is found out when it is used the next time.
+        let sent = send(self.connection.as_raw_fd(), &waiting, flags).unwrap_or_default();
+        waiting.drain(..sent);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
