@@ -305,6 +305,8 @@ fn is_quick(code: Code) -> bool {
             | C::SET_VRING_ERR
             | C::SET_VRING_KICK
             | C::SET_VRING_ENABLE
+            | C::GET_VRING_BASE
+            | C::GET_VRING_BASE_SKIP_DRAIN
     )
 }
 

@@ -283,10 +283,12 @@ impl Unit {
     pub(super) fn start_rings(&self, device: &mut dyn Device, sent: &mut dyn FnMut()) -> Result<(), FrontendError> {
         let rings = self.stopped_rings();
         let mut bases = lock(&self.stopped);
-        rings.iter().filter_map(|(index, _)| self.lines.get(usize::from(*index))).for_each(Line::mend);
+        for line in rings.iter().filter_map(|(index, _)| self.lines.get(usize::from(*index))) {
+            line.mend();
+            // For what was added while it was stopped, or whose kick was lost with another host: the device finds it at its start.
+            line.kick();
+        }
         device.start_rings(&rings, sent, &mut |index| {
-            // What was added while it was stopped, or whose kick was lost with another host.
-            self.lines.get(usize::from(index)).iter().for_each(|line| line.kick());
             bases.get_mut(usize::from(index)).into_iter().for_each(|base| *base = None);
         })
     }

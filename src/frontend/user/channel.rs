@@ -60,6 +60,15 @@ pub(super) struct Channel {
     pub(super) acks: bool,
     /// Posted and not yet settled.
     posted: Vec<Request>,
+    gathered: Option<Gathered>,
+}
+
+/// Messages that are to be sent together.
+struct Gathered {
+    bytes: Vec<u8>,
+    /// Goes along with the first of them.
+    fd: Option<Arc<OwnedFd>>,
+    last: Request,
 }
 
 /// What becomes of a connection on which an answer is late. An answer stays owed where the interrupt has ended the wait.
@@ -133,6 +142,7 @@ impl Channel {
             caught: Caught::default(),
             acks: false,
             posted: Vec::new(),
+            gathered: None,
         })
     }
 
@@ -186,15 +196,44 @@ impl Channel {
         payload: &[u8],
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), FrontendError> {
-        let flags = Header::FLAG_VERSION | if self.acks { Header::FLAG_NEED_REPLY } else { 0 };
-        self.send(request, flags, payload, fds)?;
+        self.send(request, self.post_flags(), payload, fds)?;
+        self.note_posted(request)
+    }
+
+    /// The same, but it may be sent together with what is posted next: at the latest before something is waited for.
+    pub(super) fn gather(
+        &mut self,
+        request: Request,
+        payload: &[u8],
+        fd: Option<&Arc<OwnedFd>>,
+    ) -> Result<(), FrontendError> {
+        // An fd belongs to the first of the messages that are sent together.
+        if fd.is_some() {
+            self.send_gathered()?;
+        }
+        self.add_gathered(request, self.post_flags(), payload, fd);
+        self.note_posted(request)
+    }
+
+    fn add_gathered(&mut self, request: Request, flags: u32, payload: &[u8], fd: Option<&Arc<OwnedFd>>) {
+        let new = || Gathered { bytes: Vec::new(), fd: fd.cloned(), last: request };
+        let gathered = self.gathered.get_or_insert_with(new);
+        gathered.bytes.extend(encode(request, flags, payload));
+        gathered.last = request;
+    }
+
+    fn post_flags(&self) -> u32 {
+        Header::FLAG_VERSION | if self.acks { Header::FLAG_NEED_REPLY } else { 0 }
+    }
+
+    fn note_posted(&mut self, request: Request) -> Result<(), FrontendError> {
         self.posted.push(request);
         // More unread acknowledgements than a socket holds would block both sides.
         if self.acks && self.posted.len() >= MOST_POSTED { self.settle() } else { Ok(()) }
     }
 
     /// Sends a message that nothing answers, whatever was agreed on.
-    pub(super) fn tell(&self, request: Request, payload: &[u8]) -> Result<(), FrontendError> {
+    pub(super) fn tell(&mut self, request: Request, payload: &[u8]) -> Result<(), FrontendError> {
         self.send(request, Header::FLAG_VERSION, payload, &[])
     }
 
@@ -211,6 +250,7 @@ impl Channel {
     /// Waits until everything posted is done, after `sent`, whose time is part of `timeout`. Returns the refusals: which of the
     /// messages posted since the last time it was, counted from 0.
     pub(super) fn settle_each(&mut self, timeout: Duration, sent: &mut dyn FnMut()) -> Result<Refusals, FrontendError> {
+        self.send_gathered()?;
         let spent = time(sent);
         if !self.acks && !self.posted.is_empty() {
             self.ask_within(timeout, Request::GET_FEATURES, &[], &[])?;
@@ -271,9 +311,10 @@ impl Channel {
     ) -> Result<Refusals, FrontendError> {
         let mut asked = Vec::new();
         for payload in payloads {
-            self.send(request, Header::FLAG_VERSION, payload, &[])?;
+            self.add_gathered(request, Header::FLAG_VERSION, payload, None);
             asked.push(request);
         }
+        self.send_gathered()?;
         let spent = time(sent);
         self.receive_all(timeout, spent, &asked, replies)
     }
@@ -331,17 +372,30 @@ impl Channel {
         self.line.socket().try_clone_to_owned().map_err(FrontendError::system("watch the connection"))
     }
 
-    fn send(&self, request: Request, flags: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), FrontendError> {
-        debug!("{request}: {} bytes, {} fds", payload.len(), fds.len());
-        counters::message(request);
-        let header = Header { request: request.0, flags, size: payload.len() as u32 };
-        let bytes = [header.as_bytes(), payload].concat();
+    fn send(
+        &mut self,
+        request: Request,
+        flags: u32,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), FrontendError> {
+        self.send_gathered()?;
+        self.send_bytes(request, &encode(request, flags, payload), fds)
+    }
+
+    fn send_gathered(&mut self) -> Result<(), FrontendError> {
+        let Some(Gathered { bytes, fd, last }) = self.gathered.take() else { return Ok(()) };
+        self.send_bytes(last, &bytes, fd.as_ref().map(AsFd::as_fd).as_slice())
+    }
+
+    /// Sends messages, the last of which is `request`.
+    fn send_bytes(&self, request: Request, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), FrontendError> {
         if self.owes() {
             return Err(FrontendError::Interrupted { request });
         }
         // A thread that panicked meanwhile has sent all or nothing.
         let _alone = self.line.sends.lock().unwrap_or_else(PoisonError::into_inner);
-        let sent = socket::send_until(self.line.socket(), &bytes, fds, Instant::now() + self.timeout);
+        let sent = socket::send_until(self.line.socket(), bytes, fds, Instant::now() + self.timeout);
         sent.map_err(|error| self.failed(request, self.timeout, error))
     }
 
@@ -471,6 +525,14 @@ impl Channel {
         let busy = socket::has_accepted(&self.path);
         FrontendError::NotServed { path: self.path.clone(), request, waited, busy }
     }
+}
+
+/// A message as it goes over the socket.
+fn encode(request: Request, flags: u32, payload: &[u8]) -> Vec<u8> {
+    debug!("{request}: {} bytes", payload.len());
+    counters::message(request);
+    let header = Header { request: request.0, flags, size: payload.len() as u32 };
+    [header.as_bytes(), payload].concat()
 }
 
 /// How long `work` takes.

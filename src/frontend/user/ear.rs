@@ -139,7 +139,14 @@ impl Ear {
     /// stops the ring and starts it again (rules R3, B3); they are kept for whoever starts it next.
     pub(super) fn set_kicks(&self, index: u16, kicks: bool) {
         lock(&self.shared.rings).entry(index).and_modify(|ring| ring.kicks = kicks);
-        let _ = self.shared.wake.write(1);
+        self.kicks_differ();
+    }
+
+    /// The thread waits for kicks of other rings from now on, if it waits for any.
+    fn kicks_differ(&self) {
+        if self.shared.sends_kicks {
+            let _ = self.shared.wake.write(1);
+        }
     }
 
     /// Translations may find what they waited for.
@@ -151,7 +158,7 @@ impl Ear {
     pub(super) fn remove(&self, index: u16) {
         let removed = lock(&self.shared.rings).remove(&index).filter(|_| self.shared.sends_kicks);
         removed.iter().for_each(|ring| wake(&ring.setup.call));
-        let _ = self.shared.wake.write(1);
+        self.kicks_differ();
     }
 }
 

@@ -235,8 +235,8 @@ impl UserDevice {
         }
         let addresses = self.addresses(index, setup)?;
         let state = VringState { index: index.into(), num: base.bits() };
-        self.channel.post(Request::SET_VRING_BASE, state.as_bytes(), &[])?;
-        self.channel.post(Request::SET_VRING_ADDR, addresses.as_bytes(), &[])?;
+        self.channel.gather(Request::SET_VRING_BASE, state.as_bytes(), None)?;
+        self.channel.gather(Request::SET_VRING_ADDR, addresses.as_bytes(), None)?;
         self.known.get_mut(&index).into_iter().for_each(|known| known.place = place);
         Ok(())
     }
@@ -254,7 +254,7 @@ impl UserDevice {
         self.post_fd(Request::SET_VRING_CALL, index, Some(&setup.call))?;
         self.post_fd(Request::SET_VRING_ERR, index, setup.error.as_ref())?;
         let state = VringState { index: index.into(), num: setup.size.into() };
-        self.channel.post(Request::SET_VRING_NUM, state.as_bytes(), &[])?;
+        self.channel.gather(Request::SET_VRING_NUM, state.as_bytes(), None)?;
         let known = Known { size: setup.size, call: setup.call.clone(), error: setup.error.clone(), place: None };
         self.known.insert(index, known);
         Ok(())
@@ -303,9 +303,9 @@ impl UserDevice {
     fn post_fd(&mut self, request: Request, index: u16, fd: Option<&Arc<OwnedFd>>) -> Result<(), FrontendError> {
         match fd {
             _ if self.has(protocol_feature::INBAND_NOTIFICATIONS) => {
-                self.channel.post(request, (u64::from(index) | VRING_NOFD_MASK).as_bytes(), &[])
+                self.channel.gather(request, (u64::from(index) | VRING_NOFD_MASK).as_bytes(), None)
             }
-            Some(fd) => self.channel.post(request, u64::from(index).as_bytes(), &[fd.as_fd()]),
+            Some(fd) => self.channel.gather(request, u64::from(index).as_bytes(), Some(fd)),
             None => Ok(()),
         }
     }
@@ -316,7 +316,7 @@ impl UserDevice {
             return Ok(());
         }
         let state = VringState { index: index.into(), num: enable.into() };
-        self.channel.post(Request::SET_VRING_ENABLE, state.as_bytes(), &[])
+        self.channel.gather(Request::SET_VRING_ENABLE, state.as_bytes(), None)
     }
 
     fn post_status(&mut self) -> Result<(), FrontendError> {
