@@ -49,7 +49,7 @@ impl Answers {
         socket::send(self.connection.as_fd(), &waiting, fd.as_slice())
     }
 
-    /// Sends what there is room for: something takes time, and nobody is to wait for that who need not.
+    /// Sends what there is room for. For use before something that takes time.
     pub(super) fn send_now(&self) {
         let mut waiting = self.lock();
         if waiting.is_empty() {

@@ -76,6 +76,9 @@ fn a_back_end_connects_to_a_front_end_that_listens_and_again_when_it_has_hung_up
 #[test]
 fn a_path_that_no_socket_can_have_is_refused_at_once() {
     let folder = tempfile::tempdir().unwrap();
-    let mut process = start(&folder.path().join("x".repeat(108)), &["net", "--loopback"]);
-    assert_eq!(process.child.wait().unwrap().code(), Some(2));
+    let path = folder.path().join("x".repeat(108));
+    let output = Process::command_of("net", &["--loopback"]).arg("--connect").arg(path).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.contains("longer than 107 bytes"), "{said}");
 }
