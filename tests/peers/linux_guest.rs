@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use crate::backend::{Backend, Kind};
+use crate::backend::{Backend, Kind, words};
 use crate::initramfs::{self, Kernel};
 use crate::migration::{self, GENTLE, NEVER_CONVERGES};
-use crate::process::{Lab, wait_for};
+use crate::process::{Lab, Process, wait_for};
 use crate::qemu::Qemu;
 
 const DISK_BYTES: u64 = 64 << 20;
@@ -26,10 +26,15 @@ pub(crate) struct Host {
 impl Host {
     /// `device` is the front-end of the back-end at `socket`, whose chardev is `vu`.
     pub(crate) fn start(lab: &Lab, name: &str, boot: &str, socket: &Path, device: &str) -> Host {
+        Host::start_with(lab, name, boot, socket, "reconnect-ms=100", device)
+    }
+
+    /// The same; `how` is how the front-end and the back-end connect.
+    fn start_with(lab: &Lab, name: &str, boot: &str, socket: &Path, how: &str, device: &str) -> Host {
         let console = lab.file(&format!("{name}.console"));
         let arguments = format!(
             "-machine q35,memory-backend=ram -m 256 -object memory-backend-memfd,id=ram,size=256M,share=on {boot} \
-             -chardev socket,id=vu,path={},reconnect-ms=100 {device} -serial file:{}",
+             -chardev socket,id=vu,path={},{how} {device} -serial file:{}",
             socket.display(),
             console.display()
         );
@@ -86,6 +91,27 @@ fn a_linux_guest_moves_there_and_back_and_its_back_ends_die_and_every_byte_is_ri
 fn a_linux_guest_with_packed_rings_moves_there_and_back_too() {
     let lab = Lab::new();
     there_and_back(&lab, Kind::Ours, &boot(&lab), &format!("{DISK},packed=on"), &MIGRATIONS);
+}
+
+/// The back-end connects to QEMU (`--connect`), and so does its successor.
+#[test]
+fn a_linux_guest_whose_front_end_listens_works_on_with_the_successor_of_its_back_end() {
+    let lab = Lab::new();
+    File::create(lab.disk()).unwrap().set_len(DISK_BYTES).unwrap();
+    let (socket, image) = (lab.file("front-end.sock"), lab.disk());
+    let arguments = format!("backend blk --connect {} --image {}", socket.display(), image.display());
+    let start = |name: &str| {
+        let program = env!("CARGO_BIN_EXE_vhost-migrate");
+        Process::start(name, program, &words(&arguments), &lab.file(&format!("{name}.log")))
+    };
+    // It waits for QEMU to listen, and QEMU for it to connect.
+    let mut backend = start("backend");
+    let host = Host::start_with(&lab, "host", &boot(&lab), &socket, "server=on", DISK);
+    host.works(100, 100);
+    backend.kill();
+    let mut successor = start("successor");
+    host.works(100, 100);
+    successor.assert_running();
 }
 
 /// Prints the disk's size, in sectors, again and again.
