@@ -634,6 +634,39 @@ fn what_a_back_end_has_been_told_of_a_ring_is_not_told_again_unless_it_has_chang
     let other = RingSetup { base: RingBase::split(7), call: setup().call, ..setup_like(&rings) };
     device.start_ring(0, other).unwrap();
     assert_eq!(told("VRING"), [&size[..], &place, &start].concat());
+    device.stop_ring(0).unwrap();
+    // What makes it forget: other features, a reset by status.
+    let forgets: [Call; 2] = [|device| device.set_features(0), |device| device.set_status(0)];
+    for forget in forgets {
+        device.announce_rings(&rings).unwrap();
+        forget(&mut device).unwrap();
+        fake.take();
+        device.announce_rings(&rings).unwrap();
+        assert_eq!(told("VRING"), size);
+    }
+}
+
+/// What is not sent is not waited for: the connection is used on.
+#[test]
+fn while_an_answer_is_owed_rings_are_neither_tried_nor_stopped_and_the_answer_is_caught_up_with() {
+    let (fake, hold, go) = held_at(Request::SET_FEATURES, ALL, 0);
+    let mut device = running(&fake, unhurried());
+    hold(&fake);
+    interrupted(&fake, Request::SET_FEATURES, &mut device, |device| device.set_features(VERSION_1));
+    device.interrupt().unwrap().clear();
+    let rings = [(1, setup())];
+    let calls: [Call; 3] = [
+        |device| device.try_rings(&[(1, setup())], &mut || {}),
+        |device| device.announce_rings(&[(1, setup())]),
+        |device| device.stop_rings(&[0], &mut || {}, &mut |_, _| {}),
+    ];
+    for call in calls {
+        assert!(matches!(call(&mut device).unwrap_err(), FrontendError::Away { .. }));
+    }
+    go.send(()).unwrap();
+    assert_eq!(device.reconnect(Instant::now() + LONG).unwrap(), Reconnected::default());
+    device.try_rings(&rings, &mut || {}).unwrap();
+    device.stop_ring(0).unwrap();
 }
 
 fn setup_like(rings: &[(u16, RingSetup); 1]) -> RingSetup {

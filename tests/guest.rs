@@ -177,6 +177,24 @@ fn a_switchover_that_is_called_off_leaves_the_guest_as_it_was(#[values(false, tr
     guest.verify().unwrap();
 }
 
+/// A back-end may take a kick before it looks at the ring, as its disks do here.
+#[test]
+fn a_ring_is_kicked_when_it_has_started() {
+    let (mut guest, disks) = booted(config(false));
+    let kicked = |starts| {
+        let rings = u32::try_from(guest_rings(&config(false)) * starts).unwrap();
+        wait_for("kicks", || disks.faults.kicked.load(Ordering::Relaxed) == rings);
+    };
+    kicked(1);
+    guest.stop_devices().unwrap();
+    guest.start_devices().unwrap();
+    kicked(2);
+}
+
+fn guest_rings(config: &GuestConfig) -> usize {
+    config.disks * usize::from(config.queues)
+}
+
 /// Finds pages by what they begin with: their own address and their version.
 fn page_of(guest: &Guest, is_it: impl Fn(u64, u64) -> bool) -> u64 {
     let pages = guest.memory().regions().iter().flat_map(|r| (r.gpa()..r.gpa() + r.size()).step_by(4096));

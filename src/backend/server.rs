@@ -249,6 +249,7 @@ fn serve_connection(
     // Ends before the rings, which may wait for pages that nobody brings any more (rule P1).
     let mut session = Session::new(device.clone());
     let ended = converse(&mut channel, &mut session, &mut rings);
+    channel.answers.send_now();
     match &ended {
         Ok(Heard::Stop) => {
             rings.stop_all();
@@ -280,10 +281,7 @@ fn converse(channel: &mut Channel<'_>, session: &mut Session, rings: &mut Worker
         let reply = match step {
             Step::Silence => continue,
             Step::Reply(reply) => reply,
-            Step::Close(error) => {
-                channel.flush()?;
-                return Err(error);
-            }
+            Step::Close(error) => return Err(error),
         };
         match channel.answer(&reply)? {
             Heard::This(()) => {}
@@ -292,8 +290,8 @@ fn converse(channel: &mut Channel<'_>, session: &mut Session, rings: &mut Worker
     }
 }
 
-/// Messages whose answers may wait for those of the messages behind them. If one has to wait for something, a ring or the claim on an
-/// image, the rings send what is there before.
+/// Messages whose answers may wait for those of the messages behind them. If one has to wait for something, what is there is sent
+/// before ([`Rings::about_to_wait`](super::session::Rings::about_to_wait)).
 fn is_quick(code: Code) -> bool {
     use Code as C;
     matches!(

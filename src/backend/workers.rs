@@ -205,11 +205,17 @@ impl Drop for Workers {
     fn drop(&mut self) {
         self.turn.iter().for_each(Turn::leave);
         self.end(|| Order::Abandon);
+        // All of them end now, before the first is waited for.
+        self.threads.iter_mut().flatten().for_each(|thread| thread.work = None);
         self.turn.iter().for_each(Turn::release);
     }
 }
 
 impl Rings for Workers {
+    fn about_to_wait(&mut self) {
+        self.answers.iter().for_each(|answers| answers.send_now());
+    }
+
     fn expect(&mut self, index: u16) {
         if let Err(error) = self.thread(index) {
             limited!(debug, "ring {index}: {error}");

@@ -255,6 +255,10 @@ impl Unit {
                 Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(1)),
             }
         };
+        // It may have gone while another had it.
+        if self.is_away() {
+            return Err(self.is_missing());
+        }
         let done = f(device.as_mut());
         match &done {
             Err(error) if error.needs_reconnect() => self.has_gone(Some(error)),
@@ -283,12 +287,11 @@ impl Unit {
     pub(super) fn start_rings(&self, device: &mut dyn Device, sent: &mut dyn FnMut()) -> Result<(), FrontendError> {
         let rings = self.stopped_rings();
         let mut bases = lock(&self.stopped);
-        for line in rings.iter().filter_map(|(index, _)| self.lines.get(usize::from(*index))) {
-            line.mend();
-            // For what was added while it was stopped, or whose kick was lost with another host: the device finds it at its start.
-            line.kick();
-        }
+        rings.iter().filter_map(|(index, _)| self.lines.get(usize::from(*index))).for_each(Line::mend);
         device.start_rings(&rings, sent, &mut |index| {
+            // For what was added while it was stopped, or whose kick was lost with another host. A kick before the start may be
+            // taken by a device that does not look at the ring yet.
+            self.lines.get(usize::from(index)).iter().for_each(|line| line.kick());
             bases.get_mut(usize::from(index)).into_iter().for_each(|base| *base = None);
         })
     }

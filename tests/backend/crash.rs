@@ -314,13 +314,58 @@ fn an_answer_does_not_wait_for_the_message_behind_it_to_get_an_image() {
     begin(&client, &guest, SPLIT);
     ring.set_up(&client, &guest, ring.start());
     client.barrier();
-    let message = |code: Code, num: u32| {
-        let header = Header { request: code.0, flags: NEED_REPLY, size: size_of::<VringState>() as u32 };
-        [header.as_bytes(), VringState { index: 0, num }.as_bytes()].concat()
-    };
     client.send_bytes(&[message(Code::SET_VRING_BASE, ring.start()), message(Code::SET_VRING_ENABLE, 1)].concat(), &[]);
     assert_eq!(client.reply(Code::SET_VRING_BASE), [0; 8]);
     // It waits no longer than ten seconds for the image, and would refuse the ring.
     claim.unlock().unwrap();
     assert_eq!(client.reply(Code::SET_VRING_ENABLE), [0; 8]);
+}
+
+/// Nor for the trial of a ring that is not started: that takes up to a second for each.
+#[test]
+fn an_answer_does_not_wait_for_the_trial_behind_it_to_get_an_image() {
+    let folder = tempfile::tempdir().unwrap();
+    let (socket, image) = (folder.path().join("socket"), disk_options(folder.path(), 1 << 20, |_| {}).image);
+    let guest = Guest::new();
+    let claim = File::open(&image).unwrap();
+    let _process = Process::start(&socket, &image, &[]);
+    let client = Client::connect(&socket);
+    begin(&client, &guest, SPLIT);
+    // A machine that is busy for a second hides it.
+    let is_free_in_time = |_| {
+        claim.lock().unwrap();
+        let messages = [message(Code::SET_VRING_NUM, 64), message(Code::SET_VRING_ENABLE, 1)];
+        client.send_bytes(&messages.concat(), &[]);
+        assert_eq!(client.reply(Code::SET_VRING_NUM), [0; 8]);
+        claim.unlock().unwrap();
+        let is_free = client.reply(Code::SET_VRING_ENABLE) == [0; 8];
+        client.done(Code::SET_VRING_ENABLE, &VringState { index: 0, num: 0 }, &[]);
+        is_free
+    };
+    assert!((0..20).any(is_free_in_time), "the answer came when the trial was over");
+}
+
+/// A message to ring 0 that is to be acknowledged.
+fn message(code: Code, num: u32) -> Vec<u8> {
+    let header = Header { request: code.0, flags: NEED_REPLY, size: size_of::<VringState>() as u32 };
+    [header.as_bytes(), VringState { index: 0, num }.as_bytes()].concat()
+}
+
+/// However the connection ends, what was done before is acknowledged.
+#[test]
+fn answers_that_wait_are_sent_before_the_connection_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let (socket, image) = (folder.path().join("socket"), disk_options(folder.path(), 1 << 20, |_| {}).image);
+    let _process = Process::start(&socket, &image, &[]);
+    let wrong = Header { request: Code::SET_VRING_NUM.0, flags: NEED_REPLY, size: u32::MAX };
+    for last in [vec![], wrong.as_bytes().to_vec(), wrong.as_bytes()[..5].to_vec()] {
+        let client = Client::connect(&socket);
+        let guest = Guest::new();
+        begin(&client, &guest, SPLIT);
+        let messages = [64, 128, 256].map(|num| message(Code::SET_VRING_NUM, num)).concat();
+        client.send_bytes(&[messages, last].concat(), &[]);
+        client.socket.shutdown(std::net::Shutdown::Write).unwrap();
+        (0..3).for_each(|_| assert_eq!(client.reply(Code::SET_VRING_NUM), [0; 8]));
+        assert!(client.is_closed());
+    }
 }

@@ -21,6 +21,8 @@ pub(crate) struct Faults {
     pub(crate) answer_ioerr: AtomicU32,
     pub(crate) forget: AtomicU32,
     pub(crate) lose_write: AtomicU32,
+    /// Rings that were kicked after their start.
+    pub(crate) kicked: AtomicU32,
     /// Where all disks of a guest wait for each other.
     pub(crate) meeting: Meeting,
 }
@@ -93,6 +95,13 @@ fn serve(
     stop: &AtomicBool,
 ) -> RingBase {
     let mut chain = Chain::default();
+    let wait = || {
+        let mut ready = [nix::poll::PollFd::new(std::os::fd::AsFd::as_fd(&setup.kick), nix::poll::PollFlags::POLLIN)];
+        nix::poll::poll(&mut ready, nix::poll::PollTimeout::NONE).unwrap();
+        let _ = nix::unistd::read(&setup.kick, &mut [0; 8]);
+    };
+    wait();
+    faults.kicked.fetch_add(1, Ordering::Relaxed);
     loop {
         loop {
             match ring.pop(&mut chain) {
@@ -140,9 +149,7 @@ fn serve(
         if stop.load(Ordering::Acquire) {
             return ring.base();
         }
-        let mut ready = [nix::poll::PollFd::new(std::os::fd::AsFd::as_fd(&setup.kick), nix::poll::PollFlags::POLLIN)];
-        nix::poll::poll(&mut ready, nix::poll::PollTimeout::NONE).unwrap();
-        let _ = nix::unistd::read(&setup.kick, &mut [0; 8]);
+        wait();
     }
 }
 
@@ -212,6 +219,8 @@ impl Device for RamDisk {
         let (memory, bytes, faults) = (self.memory.clone(), self.bytes.clone(), self.faults.clone());
         let (stop, kick) = (Arc::new(AtomicBool::new(false)), setup.kick.clone());
         let stopped = stop.clone();
+        // As a back-end may that hears of a kick before it is told that the ring is enabled.
+        let _ = nix::unistd::read(&setup.kick, &mut [0; 8]);
         let worker = std::thread::spawn(move || serve(ring, &memory, &setup, &bytes, &faults, &stopped));
         self.queues[usize::from(index)] = Some(Queue { stop, kick, worker });
         Ok(())

@@ -289,6 +289,7 @@ impl Session {
                 let is_tried = ring.enabled && !ring.started;
                 self.settle(state.index as u16, rings)?;
                 if is_tried {
+                    rings.about_to_wait();
                     self.device.try_queue().map_err(BackendError::system("serve a queue"))?;
                 }
             }

@@ -71,6 +71,9 @@ impl Logging {
 /// The rings of a device, as a session commands them. Every call returns when it has taken effect: what a ring wrote
 /// before is written, and it does nothing more by its old orders (rules R3, L9).
 pub trait Rings {
+    /// Something that is no ring is about to take time.
+    fn about_to_wait(&mut self) {}
+
     /// Makes ready what a ring takes to run, which is likely to be started.
     fn expect(&mut self, index: u16) {
         let _ = index;

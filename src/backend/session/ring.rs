@@ -250,6 +250,7 @@ impl Session {
         let num = ring.base.bits();
         if !self.rings.iter().any(|ring| ring.running) {
             self.forget_translations();
+            rings.about_to_wait();
             self.device.stopped().map_err(BackendError::system("put what the guest has written on stable storage"))?;
         }
         self.report_lost_pages();

@@ -69,6 +69,8 @@ struct Gathered {
     /// Goes along with the first of them.
     fd: Option<Arc<OwnedFd>>,
     last: Request,
+    /// How many of them are counted as posted.
+    posted: usize,
 }
 
 /// What becomes of a connection on which an answer is late. An answer stays owed where the interrupt has ended the wait.
@@ -207,19 +209,29 @@ impl Channel {
         payload: &[u8],
         fd: Option<&Arc<OwnedFd>>,
     ) -> Result<(), FrontendError> {
+        if self.owes() {
+            return Err(FrontendError::Interrupted { request });
+        }
         // An fd belongs to the first of the messages that are sent together.
         if fd.is_some() {
             self.send_gathered()?;
         }
-        self.add_gathered(request, self.post_flags(), payload, fd);
+        self.add_gathered(request, self.post_flags(), payload, fd).posted += 1;
         self.note_posted(request)
     }
 
-    fn add_gathered(&mut self, request: Request, flags: u32, payload: &[u8], fd: Option<&Arc<OwnedFd>>) {
-        let new = || Gathered { bytes: Vec::new(), fd: fd.cloned(), last: request };
+    fn add_gathered(
+        &mut self,
+        request: Request,
+        flags: u32,
+        payload: &[u8],
+        fd: Option<&Arc<OwnedFd>>,
+    ) -> &mut Gathered {
+        let new = || Gathered { bytes: Vec::new(), fd: fd.cloned(), last: request, posted: 0 };
         let gathered = self.gathered.get_or_insert_with(new);
         gathered.bytes.extend(encode(request, flags, payload));
         gathered.last = request;
+        gathered
     }
 
     fn post_flags(&self) -> u32 {
@@ -264,8 +276,8 @@ impl Channel {
     }
 
     /// Receives the acknowledgements of what is posted and then replies to `asked`, which are added to `replies` also when a
-    /// later answer does not come. Each may take `timeout`, of which `spent` has passed. Returns the refusals among the
-    /// acknowledgements.
+    /// later answer does not come. Each may take `timeout`, of which `spent` has passed for the first. Returns the refusals among
+    /// the acknowledgements.
     fn receive_all(
         &mut self,
         timeout: Duration,
@@ -278,8 +290,9 @@ impl Channel {
         let asked = asked.iter().map(|request| Owed { request: *request, is_ack: false });
         let expected: Vec<Owed> = posted.chain(asked).collect();
         let mut refused = Vec::new();
+        let mut spent = spent;
         for (number, answer) in expected.iter().enumerate() {
-            let received = self.receive(*answer, timeout, spent);
+            let received = self.receive(*answer, timeout, std::mem::take(&mut spent));
             if self.owes() {
                 self.owed.extend(expected.iter().skip(number + 1));
                 self.caught.refused = refused.into_iter().next().map(|(_, error)| error);
@@ -384,8 +397,10 @@ impl Channel {
     }
 
     fn send_gathered(&mut self) -> Result<(), FrontendError> {
-        let Some(Gathered { bytes, fd, last }) = self.gathered.take() else { return Ok(()) };
-        self.send_bytes(last, &bytes, fd.as_ref().map(AsFd::as_fd).as_slice())
+        let Some(Gathered { bytes, fd, last, posted }) = self.gathered.take() else { return Ok(()) };
+        let sent = self.send_bytes(last, &bytes, fd.as_ref().map(AsFd::as_fd).as_slice());
+        // Nothing answers what was not sent.
+        sent.inspect_err(|_| self.posted.truncate(self.posted.len().saturating_sub(posted)))
     }
 
     /// Sends messages, the last of which is `request`.
@@ -513,7 +528,11 @@ impl Channel {
                 self.close();
                 error
             }
-            _ => FrontendError::System { what: "talk to the back-end", source: error },
+            _ => {
+                // What of a message was sent is not known.
+                self.close();
+                FrontendError::System { what: "talk to the back-end", source: error }
+            }
         }
     }
 

@@ -260,6 +260,14 @@ impl UserDevice {
         Ok(())
     }
 
+    /// An error while answers are owed: the device is to be reconnected before.
+    fn check_owed(&self) -> Result<(), FrontendError> {
+        match self.channel.owes() {
+            true => Err(FrontendError::Away { device: self.name().into(), reason: Some("an answer is owed".into()) }),
+            false => Ok(()),
+        }
+    }
+
     fn forget_places(&mut self) {
         self.known.values_mut().for_each(|known| known.place = None);
     }
@@ -271,6 +279,7 @@ impl UserDevice {
         sent: &mut dyn FnMut(),
         post: impl Fn(&mut UserDevice, u16, &RingSetup) -> Result<(), FrontendError>,
     ) -> Result<(), FrontendError> {
+        self.check_owed()?;
         rings.iter().try_for_each(|(index, setup)| self.check_ring(*index, setup))?;
         self.channel.settle()?;
         for rings in rings.chunks(MOST_POSTED / TRY_MESSAGES) {
@@ -373,6 +382,8 @@ impl Device for UserDevice {
         }
         self.check_iommu(features)?;
         let was_translated = self.is_translated();
+        // A ring's kind depends on them.
+        self.known.clear();
         self.features = features & !TRANSPORT;
         self.post_features()?;
         if self.is_translated() && !was_translated {
@@ -470,10 +481,8 @@ impl Device for UserDevice {
         sent: &mut dyn FnMut(),
         started: &mut dyn FnMut(u16),
     ) -> Result<(), FrontendError> {
-        if self.channel.owes() {
-            // Else nobody could tell an interrupted start from one that has not begun.
-            return Err(FrontendError::Away { device: self.name().into(), reason: Some("an answer is owed".into()) });
-        }
+        // Else nobody could tell an interrupted start from one that has not begun.
+        self.check_owed()?;
         rings.iter().try_for_each(|(index, setup)| self.check_ring(*index, setup))?;
         self.channel.settle()?;
         rings.chunks(MOST_POSTED / START_MESSAGES).try_for_each(|rings| self.start_some(rings, sent, started))
@@ -613,6 +622,9 @@ impl Device for UserDevice {
 
     fn set_status(&mut self, status: u8) -> Result<(), FrontendError> {
         self.status = status;
+        if status == 0 {
+            self.known.clear();
+        }
         if !self.has(protocol_feature::STATUS) {
             return Ok(());
         }
@@ -739,6 +751,7 @@ impl UserDevice {
         sent: &mut dyn FnMut(),
         stopped: &mut dyn FnMut(u16, RingBase),
     ) -> Result<(), FrontendError> {
+        self.check_owed()?;
         if let Some(index) = indices.iter().copied().find(|index| !self.rings.contains_key(index)) {
             return Err(FrontendError::BadRing { index, reason: "it is not started".into() });
         }

@@ -90,6 +90,7 @@ impl UserDevice {
             return asked;
         }
         (self.status, self.features) = (0, 0);
+        self.known.clear();
         let rings = std::mem::take(&mut self.rings);
         rings.keys().for_each(|index| self.ear.iter().for_each(|ear| ear.remove(*index)));
         asked
