@@ -302,6 +302,37 @@ fn a_packed_successor_that_maps_the_same_file_finds_what_was_taken() {
 }
 
 #[test]
+fn a_free_list_that_has_lost_entries_is_made_anew_in_the_region() {
+    let mut bytes = packed_region();
+    // Both free heads at the end of the entries: the list is empty, although entry 3 is in no request.
+    bytes[12..16].copy_from_slice(&[4, 0, 4, 0]);
+    let found = recover_packed(&bytes, 4, 4, FRESH, unused).unwrap();
+    found.stores.iter().for_each(|store| store.to(&mut bytes[..]));
+    assert_eq!(bytes[12..16], [3, 0, 3, 0]);
+    assert_eq!(recover_packed(&bytes, 4, 4, FRESH, unused).unwrap().stores, []);
+}
+
+#[test]
+fn a_commit_between_index_and_wrap_counter_of_a_whole_lap_counts_as_made() {
+    let mut bytes = packed_region();
+    // The current wrap counter; the committed one and both indexes are as they were.
+    bytes[20] = 0;
+    let found = recover_packed(&bytes, 4, 4, FRESH, unused).unwrap();
+    assert_eq!(found.base, Some(RingBase::from_bits(0x0000_0003)), "used is where the next lap begins");
+}
+
+#[test]
+fn a_descriptor_that_looks_used_is_made_available_in_either_lap() {
+    for (base, looks_used, available) in [(FRESH, 0x8000, 0x80), (RingBase::from_bits(0), 0, 0x8000)] {
+        let (region, _fd) = Region::create(Kind::Packed, 1, 4).unwrap();
+        let (mut inflight, _) = region.packed(0, 4, base, |_| looks_used).unwrap();
+        inflight.take(&[packed_desc(1), packed_desc(2)]).unwrap();
+        let found = recover_packed(&region.copy(0).unwrap(), 4, 4, base, |_| looks_used).unwrap();
+        assert_eq!(found.stale, [(1, available)]);
+    }
+}
+
+#[test]
 fn a_packed_request_that_is_not_in_flight_is_neither_staged_nor_put_back() {
     let (region, _fd) = Region::create(Kind::Packed, 1, 4).unwrap();
     let (mut inflight, _) = region.packed(0, 4, FRESH, unused).unwrap();
