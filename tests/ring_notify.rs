@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use ring_common::{EVENT_IDX, buffer, either, layout, memory, packed_at, packed_layout, ring_at};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::memory::Memory;
-use vhost_migrate::ring::{Chain, DeviceRing, DriverRing, Position, RingLog};
+use vhost_migrate::ring::{Chain, DeviceRing, DriverRing, Position, RingError, RingLayout, RingLog};
 
 /// Packed or not, and features.
 const KINDS: [(bool, u64); 4] = [(false, 0), (false, EVENT_IDX), (true, 0), (true, EVENT_IDX)];
@@ -422,6 +422,30 @@ fn flags_suppress_and_allow() {
         assert_eq!(round(&mut driver, &mut device), (false, false));
         assert!(!device.enable_notifications() && !driver.enable_notifications());
         assert_eq!(round(&mut driver, &mut device), (true, true));
+    }
+}
+
+#[test]
+fn a_driver_goes_on_where_its_state_left_it_and_not_in_a_ring_of_the_other_kind() {
+    for packed in [false, true] {
+        let memory = memory();
+        let (mut driver, mut device) = either(&memory, packed, 4, 0);
+        let head = driver.add(&[buffer(1, 1)], &[], None).unwrap().unwrap();
+        let _ = driver.publish();
+        let state = driver.state();
+        drop(driver);
+        let layouts = [RingLayout::Split(layout(4)), RingLayout::Packed(packed_layout(4))];
+        let restored = |layout| DriverRing::restore(&memory, layout, 0, &state);
+        let [own, other] = if packed { [layouts[1], layouts[0]] } else { layouts };
+        let mut driver = restored(own).unwrap();
+        assert_eq!((driver.outstanding(), driver.state()), (1, state.clone()));
+        assert!(matches!(restored(other), Err(RingError::State { .. })));
+        let mut chain = Chain::default();
+        assert!(device.pop(&mut chain).unwrap());
+        device.push(&chain, 7);
+        let _ = device.publish();
+        let used = driver.pop_used().unwrap().unwrap();
+        assert_eq!((used.head, used.len, driver.outstanding()), (head, 7, 0));
     }
 }
 
