@@ -77,14 +77,14 @@ impl Receive {
 
     /// Hears the wires that are this queue's now.
     fn refresh(&mut self) {
-        if !self.view.refresh() {
-            return;
-        }
-        let _ = self.ear.read();
-        self.wires = self.view.state.heard_by(self.pair);
-        match listen_to(&self.ear, &self.wires) {
-            Ok(epoll) => self.ready_to_read = epoll,
-            Err(error) => limited!(warn, "receive queue {}: can't wait for packets: {error}", self.pair),
+        // Again until nothing has changed: a signal that is taken may be of a change after the one that was looked at.
+        while self.view.refresh() {
+            let _ = self.ear.read();
+            self.wires = self.view.state.heard_by(self.pair);
+            match listen_to(&self.ear, &self.wires) {
+                Ok(epoll) => self.ready_to_read = epoll,
+                Err(error) => limited!(warn, "receive queue {}: can't wait for packets: {error}", self.pair),
+            }
         }
     }
 
@@ -229,4 +229,32 @@ fn listen_to(ear: &EventFd, wires: &[Arc<Wire>]) -> nix::Result<Epoll> {
         epoll.add(wire.input(), event)?;
     }
     Ok(epoll)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::super::filter::Filter;
+    use super::*;
+
+    /// No buffers are asked for while there are no packets, so nothing else wakes the queue.
+    #[test]
+    fn a_change_while_an_earlier_one_is_looked_at_is_not_missed() {
+        let hub = Arc::new(Hub::new(vec![None, None], Filter::new([2; 6])));
+        let mut queue = Receive::new(hub.clone(), 0, 8, HEADER, true).unwrap();
+        for _ in 0..1000 {
+            let over = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    (0..10).for_each(|_| hub.change(|_| {}));
+                    over.store(true, Ordering::Release);
+                });
+                while !over.load(Ordering::Acquire) {
+                    queue.refresh();
+                }
+            });
+            assert!(queue.ear.read().is_ok() || !queue.view.refresh(), "the last change is not seen");
+        }
+    }
 }
