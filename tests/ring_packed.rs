@@ -367,6 +367,42 @@ fn a_base_says_where_both_positions_are() {
 }
 
 #[test]
+fn a_device_finds_where_a_ring_stands_whose_base_is_another() {
+    let (memory, layout) = (memory(), packed_layout(4));
+    let (here, there) = (Position { index: 2, wrap: false }, Position { index: 1, wrap: true });
+    let at = |position: Position| {
+        let base = RingBase::packed(position.index, position.wrap, position.index, position.wrap);
+        PackedDevice::new(&memory, layout, 0, base).unwrap()
+    };
+    // No driver has written to it: it tells nothing.
+    for index in 0..4 {
+        put_desc(&memory, layout.desc + index * 16, 0, 0, 0, 0);
+    }
+    let mut device = at(there);
+    assert_eq!((device.find_position().unwrap(), device.used_position()), (false, there));
+    drop(packed_at(&memory, layout, 0, here));
+    let mut device = at(here);
+    assert_eq!((device.find_position().unwrap(), device.used_position()), (false, here));
+    let mut device = at(there);
+    assert_eq!((device.find_position().unwrap(), device.used_position()), (true, here));
+    assert_eq!(device.avail_position(), here);
+}
+
+#[test]
+fn flags_of_descriptors_are_read_and_restored_within_the_ring_alone() {
+    let (memory, layout) = (memory(), packed_layout(4));
+    let (_driver, mut device) = packed_at(&memory, layout, 0, Position { index: 0, wrap: true });
+    put_desc(&memory, layout.desc + 3 * 16, 1, 2, 3, 0x8080);
+    put_desc(&memory, layout.desc + 4 * 16, 4, 5, 6, 7);
+    assert_eq!([2, 3, 4].map(|index| device.flags(index)), [0, 0x8080, 0]);
+    device.restore_flags(&[(3, 0x80), (4, 0xffff)]);
+    assert_eq!(device.flags(3), 0x80);
+    let mut behind = [0; 16];
+    memory.read(layout.desc + 4 * 16, &mut behind).unwrap();
+    assert_eq!(behind, [4, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 6, 0, 7, 0]);
+}
+
+#[test]
 fn a_ring_that_was_never_used_has_the_base_of_its_kind() {
     let packed = bit(VIRTIO_F_RING_PACKED);
     assert_eq!(RingBase::start(0), RingBase::split(0));
