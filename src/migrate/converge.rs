@@ -223,6 +223,16 @@ mod tests {
     }
 
     #[test]
+    fn the_rate_of_a_short_round_counts_until_a_long_one_has_shown_it() {
+        let mut rounds = Convergence::new(policy(100), 1 << 20);
+        let mut rate_after = |pages: u64| {
+            let _ = rounds.after(sent(pages, MS * 1000, 1 << 20));
+            rounds.bytes_per_second().unwrap() / LOG_PAGE as f64
+        };
+        assert_eq!([100, RATED_PAGES, 100, 3 * RATED_PAGES].map(&mut rate_after), [100.0, 2048.0, 2048.0, 4096.0]);
+    }
+
+    #[test]
     fn an_idle_guest_stops_after_its_first_round() {
         let mut rounds = Convergence::new(policy(300), 262_144);
         let first = sent(200_000, MS * 400, 0);
