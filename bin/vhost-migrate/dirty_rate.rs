@@ -22,7 +22,7 @@ pub(crate) struct Arguments {
     /// Control socket of the process that owns the guest
     #[arg(long, value_name = "SOCKET", value_parser = values::socket())]
     control: PathBuf,
-    /// How long to measure, 0.01 to 3600 seconds
+    /// Time to measure for, 0.01 to 3600 seconds
     #[arg(long, default_value = "1", value_parser = measured, value_name = "SECONDS")]
     seconds: Duration,
     /// Bandwidth to forecast for, in guest memory per second

@@ -1,7 +1,7 @@
 //! Answers that go out together.
 //!
-//! Acknowledgements of messages that have come already wait for each other: to send one by one is most of what it takes to start
-//! and stop the rings of many devices. They never wait for something that takes time: then they are sent before.
+//! Acknowledgements of messages that have come already are sent together: a system call for each is much of the time that it takes
+//! to stop and start the rings of many devices. Before anything that may take time they are sent.
 
 #![forbid(unsafe_code)]
 
@@ -40,7 +40,7 @@ impl Answers {
         self.lock().is_empty()
     }
 
-    /// Sends all of them, the first with an fd. Waits for room.
+    /// Sends all of them, with `fd` along the first byte. Waits for room.
     ///
     /// # Errors
     /// The error of the system.

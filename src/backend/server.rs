@@ -359,7 +359,7 @@ impl Channel<'_> {
     }
 
     fn send(&mut self, fd: Option<&OwnedFd>) -> Result<Heard<()>, BackendError> {
-        // A front-end that doesn't read its answers must keep nobody waiting.
+        // A front-end that does not read its answers is given up: the next one waits for this connection.
         if let Heard::Stop = self.wait(PollFlags::POLLOUT, Some(Instant::now() + PATIENCE))? {
             return Ok(Heard::Stop);
         }

@@ -27,7 +27,7 @@ use crate::ring::RingBase;
 use crate::sys::join::join;
 use crate::sys::lines::limited;
 
-/// How long answers wait for a ring.
+/// Time that answers wait for a ring.
 const MOMENT: Duration = Duration::from_millis(1);
 
 /// The interval at which the front-end is polled while a ring is being stopped.
@@ -42,7 +42,7 @@ pub struct Workers {
     running: Vec<Option<Handle>>,
     /// The connection to the front-end, to see it hang up while a ring is being stopped.
     connection: Option<OwnedFd>,
-    /// What the front-end has not been answered yet.
+    /// Answers that the front-end has not been sent yet.
     answers: Option<Arc<Answers>>,
     /// Where several front-ends may be connected: only one has rings that run.
     turn: Option<Turn>,
@@ -51,7 +51,7 @@ pub struct Workers {
 struct Handle {
     orders: Sender<Order>,
     wake: Arc<EventFd>,
-    /// Where the ring goes on, when it has ended.
+    /// Brings the base of the ring when it has ended.
     ended: Receiver<RingBase>,
     postcopy: bool,
 }

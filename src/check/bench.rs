@@ -80,7 +80,7 @@ pub(super) struct Bench {
     pub(super) process: Option<Process>,
     /// The last connection. It ends before another one begins: many back-ends serve one at a time.
     last: RefCell<Option<UnixStream>>,
-    /// What a check has changed and could not put back, in words.
+    /// Changes of a check that could not be put back, in words.
     pub(super) left: Vec<String>,
 }
 

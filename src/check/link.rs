@@ -30,7 +30,7 @@ const MAX_WORD: u32 = 4096;
 const MAX_FDS: usize = 16;
 /// Between two segments of a message that is cut, so that the system does not join them again.
 const BETWEEN_SEGMENTS: Duration = Duration::from_millis(20);
-/// How often a wait looks whether the check is to stop.
+/// The interval at which a wait looks for the stop of the check.
 const STOP_LOOK: Duration = Duration::from_millis(20);
 
 /// The headers of all replies of a run.

@@ -188,7 +188,7 @@ pub enum CheckError {
     /// [`Options::stop`] was set.
     #[error("the check was stopped{}", .left.iter().map(|left| format!("; {left}")).collect::<String>())]
     Stopped {
-        /// What the check has changed and could not put back, in words; usually nothing.
+        /// Changes of the check that could not be put back, in words; usually none.
         left: Vec<String>,
     },
 }

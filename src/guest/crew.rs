@@ -144,8 +144,8 @@ impl Crew {
     }
 }
 
-/// How many of so many queues a thread drives. A thread for each of a hundred queues on two CPUs would have them all wait for each
-/// other whenever the guest is stopped or started.
+/// The number of queues that a thread drives. With a thread for each of a hundred queues on two CPUs, all would wait for each other
+/// whenever the guest is stopped or started.
 fn share(queues: usize) -> usize {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     queues.div_ceil(cpus.max(FEWEST_DRIVING)).max(1)
@@ -184,7 +184,7 @@ struct Driving<'a> {
     line: &'a Line,
     /// Requests that it had made before.
     before: u64,
-    /// When it was last looked whether a request is lost.
+    /// The time of the last look for a lost request.
     looked: Instant,
 }
 

@@ -684,9 +684,9 @@ fn if_it_waits<I: Send, T: Send>(
     if waits { in_parallel(items, each) } else { items.into_iter().map(each).collect() }
 }
 
-/// What is done with a device, and what of it is called when only the device is waited for.
+/// A call for a device; its last argument is to be called when nothing is left to do but to wait.
 type Order<'a> = dyn Fn(&Unit, &mut dyn Device, &mut dyn FnMut()) -> Ordered + Sync + 'a;
-/// What has come of it.
+/// The result of an order.
 type Ordered = Result<(), FrontendError>;
 
 /// `0..count` for two threads.

@@ -54,7 +54,7 @@ impl Spent {
         if self.waiting > self.sending {
             "raise the bandwidth limit, which rounds wait for most of their time"
         } else if self.coding > self.sending / 2 {
-            "use a faster codec, none or more channels: compressing takes most of the time"
+            "use a faster codec, or no codec, or more channels: compressing takes most of the time"
         } else {
             "give it more bandwidth"
         }

@@ -24,7 +24,7 @@ use crate::guest::{
     BASIC, Guest, LOG_ALL, PACKED, Predecessor, Ring, SPLIT, begin, harvest, inflight_kind, inflight_region, pages,
     places, status,
 };
-use crate::raw::{Client, DEADLINE, NEED_REPLY, VERSION};
+use crate::raw::{Client, DEADLINE, NEED_REPLY, VERSION, ring_message};
 use crate::server::{Process, disk_options};
 
 const SLOTS: u64 = 20;
@@ -347,8 +347,7 @@ fn an_answer_does_not_wait_for_the_trial_behind_it_to_get_an_image() {
 
 /// A message to ring 0 that is to be acknowledged.
 fn message(code: Code, num: u32) -> Vec<u8> {
-    let header = Header { request: code.0, flags: NEED_REPLY, size: size_of::<VringState>() as u32 };
-    [header.as_bytes(), VringState { index: 0, num }.as_bytes()].concat()
+    ring_message(code, NEED_REPLY, VringState { index: 0, num })
 }
 
 /// However the connection ends, what was done before is acknowledged.

@@ -4,7 +4,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use vhost_migrate::abi::vhost_user::{Request as Code, VringState};
@@ -16,6 +17,7 @@ use zerocopy::IntoBytes;
 
 use crate::blk::{DISK, OK, Rig};
 use crate::guest::{BASIC, Guest, HIGH, Ring, begin, header};
+use crate::raw::{NEED_REPLY, VERSION, ring_message};
 use crate::server::{Server, disk_options};
 
 /// An image on a file system that has a disk, which that of temporary files may not have.
@@ -132,6 +134,56 @@ impl Device for Lossy {
     fn queue(&self, _: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
         Ok(Box::new(Immediate::new(|_: &mut Request| ())))
     }
+}
+
+/// Takes as long to sync as a test wants.
+struct Slow(Mutex<Receiver<()>>);
+
+impl Device for Slow {
+    fn features(&self) -> u64 {
+        BASIC
+    }
+
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn queues(&self) -> u16 {
+        2
+    }
+
+    fn stopped(&self) -> io::Result<()> {
+        // An error is the end of the test.
+        let _ = self.0.lock().unwrap().recv();
+        Ok(())
+    }
+
+    fn queue(&self, _: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
+        Ok(Box::new(Immediate::new(|_: &mut Request| ())))
+    }
+}
+
+#[test]
+fn only_the_base_of_the_last_ring_waits_for_the_disk() {
+    let (synced, sync) = channel();
+    let (server, guest) = (Server::new(Arc::new(Slow(Mutex::new(sync)))), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, BASIC);
+    let rings = [0, 1].map(|index| Ring::new(&guest, index, 64, BASIC));
+    for ring in &rings {
+        ring.set_up(&client, &guest, ring.start());
+        ring.enable(&client, true);
+    }
+    let [disable, base] = [Code::SET_VRING_ENABLE, Code::GET_VRING_BASE];
+    let messages = [(disable, NEED_REPLY, 0), (base, VERSION, 0), (base, VERSION, 1)];
+    let messages = messages.map(|(code, flags, index)| ring_message(code, flags, VringState { index, num: 0 }));
+    client.send_bytes(&messages.concat(), &[]);
+    assert_eq!(client.reply(disable), [0; 8]);
+    client.ring_base_reply(0);
+    synced.send(()).unwrap();
+    client.ring_base_reply(1);
+    // The server's end syncs once more.
+    drop(synced);
 }
 
 #[test]

@@ -20,6 +20,12 @@ pub(crate) struct Client {
     pub(crate) socket: UnixStream,
 }
 
+/// A message with a ring's state, as it goes over the socket.
+pub(crate) fn ring_message(code: Code, flags: u32, state: VringState) -> Vec<u8> {
+    let header = Header { request: code.0, flags, size: size_of::<VringState>() as u32 };
+    [header.as_bytes(), state.as_bytes()].concat()
+}
+
 impl Client {
     pub(crate) fn connect(path: &Path) -> Client {
         let socket = UnixStream::connect(path).unwrap();

@@ -69,7 +69,7 @@ struct Gathered {
     /// Goes along with the first of them.
     fd: Option<Arc<OwnedFd>>,
     last: Request,
-    /// How many of them are counted as posted.
+    /// The number of them that are counted as posted.
     posted: usize,
 }
 
@@ -554,7 +554,7 @@ fn encode(request: Request, flags: u32, payload: &[u8]) -> Vec<u8> {
     [header.as_bytes(), payload].concat()
 }
 
-/// How long `work` takes.
+/// The time that `work` takes.
 fn time(work: &mut dyn FnMut()) -> Duration {
     let begun = Instant::now();
     work();

@@ -58,7 +58,7 @@ const START_MESSAGES: usize = 7;
 /// Messages that try one.
 const TRY_MESSAGES: usize = 7;
 
-/// What a back-end knows of a ring that is not started.
+/// A ring that is not started, as the back-end has been told of it.
 struct Known {
     size: u16,
     call: Arc<OwnedFd>,
@@ -88,7 +88,7 @@ pub struct UserDevice {
     memory: Memory,
     inflight: Option<Inflight>,
     rings: BTreeMap<u16, RingSetup>,
-    /// What the back-end knows of rings that are not started.
+    /// Rings that are not started, as the back-end has been told of them.
     known: BTreeMap<u16, Known>,
     log: Option<(Arc<Log>, OwnedFd)>,
     log_signal: Option<OwnedFd>,
@@ -226,7 +226,7 @@ impl UserDevice {
         self.post_fd(Request::SET_VRING_KICK, index, Some(&setup.kick))
     }
 
-    /// Everything that starts a ring, but its kick and that it is enabled: what the back-end does not know yet.
+    /// Posts everything that starts a ring but its kick and its enabling, unless the back-end has been told.
     fn post_ring(&mut self, index: u16, setup: &RingSetup, base: RingBase) -> Result<(), FrontendError> {
         self.post_size(index, setup)?;
         let place = Some(([setup.desc, setup.avail, setup.used], base));
@@ -241,7 +241,7 @@ impl UserDevice {
         Ok(())
     }
 
-    /// How large a ring is, and what the back-end signals.
+    /// Posts the size of a ring and the eventfds that the back-end signals, unless it has been told.
     fn post_size(&mut self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
         let fds =
             |call: &Arc<OwnedFd>, error: &Option<Arc<OwnedFd>>| (Arc::as_ptr(call), error.as_ref().map(Arc::as_ptr));
@@ -272,7 +272,7 @@ impl UserDevice {
         self.known.values_mut().for_each(|known| known.place = None);
     }
 
-    /// Posts something for each of several rings, and waits for what is posted. If something is refused, nothing is known of them.
+    /// Posts messages for each of several rings and waits for their answers. After a refusal the rings count as untold.
     fn post_each(
         &mut self,
         rings: &[(u16, RingSetup)],
