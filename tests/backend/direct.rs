@@ -167,6 +167,8 @@ impl Device for Slow {
 fn only_the_base_of_the_last_ring_waits_for_the_disk() {
     let (synced, sync) = channel();
     let (server, guest) = (Server::new(Arc::new(Slow(Mutex::new(sync)))), Guest::new());
+    // Dropped before the server, which syncs at its end.
+    let synced = synced;
     let client = server.connect();
     begin(&client, &guest, BASIC);
     let rings = [0, 1].map(|index| Ring::new(&guest, index, 64, BASIC));
@@ -182,8 +184,6 @@ fn only_the_base_of_the_last_ring_waits_for_the_disk() {
     client.ring_base_reply(0);
     synced.send(()).unwrap();
     client.ring_base_reply(1);
-    // The server's end syncs once more.
-    drop(synced);
 }
 
 #[test]
