@@ -26,8 +26,8 @@ pub trait Machine {
         true
     }
 
-    /// What keeps the guest from being stopped now, in words for its user: a device whose back-end is away. The migration then
-    /// sends further rounds, for some time, instead of stopping the guest.
+    /// What keeps the guest from being stopped now, in words for its user: a device whose back-end is away. The migration
+    /// then sends further rounds instead of stopping the guest, one every 2 seconds, and fails after 60 seconds.
     fn obstacle(&self) -> Option<String> {
         None
     }

@@ -187,3 +187,91 @@ fn abandon(outcome: &mut Outcome, why: &str) -> bool {
     *outcome = Outcome::GivenUp(why.into());
     true
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FIRST: MigrationId = MigrationId(1);
+    const SECOND: MigrationId = MigrationId(2);
+    const STARTED: Started = Started { observed_downtime_ns: Some(7), start_ns: 8 };
+
+    /// Two migrations under way, with nothing that waits for their streams.
+    fn two_under_way() -> Outcomes {
+        let outcomes = Outcomes::default();
+        for id in [FIRST, SECOND] {
+            let receiving = Outcome::Receiving { channels: Vec::new(), cancel: Cancel::new().unwrap() };
+            outcomes.lock().by_id.insert(id, receiving);
+        }
+        outcomes
+    }
+
+    #[test]
+    fn a_commit_after_giving_up_says_why_it_has_no_effect() {
+        let outcomes = two_under_way();
+        assert!(outcomes.give_up(FIRST, "somebody said so"));
+        assert!(!outcomes.give_up(FIRST, "somebody else said so"));
+        let refusal = |id| outcomes.commit(id).map(drop).unwrap_err().to_string();
+        assert!(refusal(FIRST).contains("somebody said so"), "{}", refusal(FIRST));
+        assert!(refusal(MigrationId(3)).contains("not under way"), "{}", refusal(MigrationId(3)));
+        assert!(!outcomes.has_arrived());
+    }
+
+    #[test]
+    fn all_that_is_under_way_is_given_up_and_what_is_committed_is_not() {
+        let outcomes = two_under_way();
+        assert!(outcomes.give_up_all("it ends"));
+        assert!(!outcomes.give_up_all("it ends again"));
+        for id in [FIRST, SECOND] {
+            assert!(matches!(outcomes.answer(id), ToSource::Failed { message } if message == "it ends"));
+        }
+
+        let outcomes = two_under_way();
+        outcomes.commit(FIRST).unwrap();
+        assert!(outcomes.give_up_all("it ends"));
+        assert!(matches!(outcomes.answer(FIRST), ToSource::Held(Held { starting: true, .. })));
+        assert!(matches!(outcomes.answer(SECOND), ToSource::Failed { .. }));
+    }
+
+    #[test]
+    fn a_guest_that_has_arrived_keeps_the_destination_open() {
+        let outcomes = two_under_way();
+        let starting = outcomes.commit(FIRST).unwrap();
+        assert!(outcomes.has_arrived());
+        assert!(!outcomes.close("it ends"));
+        assert!(outcomes.commit(SECOND).is_ok(), "the other one goes on");
+        assert!(!starting.is_cancelled());
+        assert!(outcomes.stop_starting());
+        assert!(starting.is_cancelled());
+
+        outcomes.held(FIRST, "no room");
+        assert!(outcomes.has_arrived());
+        assert!(matches!(outcomes.answer(FIRST), ToSource::Held(held) if !held.starting && held.message == "no room"));
+        outcomes.started(FIRST, STARTED);
+        assert!(outcomes.has_arrived());
+        assert_eq!(outcomes.answer(FIRST), ToSource::Started(STARTED));
+    }
+
+    #[test]
+    fn a_destination_that_is_closed_gives_up_what_is_under_way() {
+        let outcomes = two_under_way();
+        assert!(outcomes.close("it ends"));
+        assert!(outcomes.commit(FIRST).is_err() && outcomes.commit(SECOND).is_err());
+        assert!(!outcomes.stop_starting());
+    }
+
+    #[test]
+    fn a_failure_after_giving_up_is_told_as_what_it_was_given_up_for() {
+        let outcomes = two_under_way();
+        let failure = || MigrateError::Destination("no room".into());
+        outcomes.give_up(FIRST, "somebody said so");
+        assert!(outcomes.failed(FIRST, failure()).to_string().contains("somebody said so"));
+        assert!(outcomes.failed(SECOND, failure()).to_string().contains("no room"));
+        assert!(matches!(outcomes.answer(SECOND), ToSource::Failed { message } if message.contains("no room")));
+    }
+
+    #[test]
+    fn a_migration_that_nobody_knows_has_no_outcome() {
+        assert_eq!(Outcomes::default().answer(FIRST), ToSource::Unknown);
+    }
+}

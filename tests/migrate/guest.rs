@@ -5,9 +5,9 @@
 //! version. The table of versions is the guest's "CPU state", so that memory is checked against what does not travel
 //! as memory.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, TryRecvError, bounded, unbounded};
 use vhost_migrate::dirty::{DirtyError, DirtySource, Harvest, Log, LogSource, PageSet, Union};
@@ -52,6 +52,8 @@ pub(crate) enum Trouble {
     StateFails,
     /// Neither is it paused, nor does it go on.
     ResumeFails,
+    /// A device is away for this long from when it is first asked about.
+    Away(Duration),
 }
 
 /// A guest, running or not.
@@ -62,6 +64,7 @@ pub(crate) struct Guest {
     pub(crate) calls: Calls,
     /// Whether the last pause has stopped it.
     paused: bool,
+    away_since: OnceLock<Instant>,
     vcpu: Vcpu,
 }
 
@@ -127,7 +130,15 @@ impl Guest {
         };
         let vcpu = Vcpu::Stopped(Box::new(Writer { memory: memory.clone(), log, versions, random }));
         let tracker = Arc::new(Mutex::new(tracker));
-        Guest { memory, tracker, trouble: Trouble::None, calls: Calls::default(), paused: false, vcpu }
+        Guest {
+            memory,
+            tracker,
+            trouble: Trouble::None,
+            calls: Calls::default(),
+            paused: false,
+            away_since: OnceLock::new(),
+            vcpu,
+        }
     }
 
     fn writer(&mut self) -> &mut Writer {
@@ -251,6 +262,12 @@ impl Machine for Guest {
 
     fn devices(&mut self) -> Result<Option<Vec<u8>>, MachineError> {
         Ok(Some(DEVICES.into()))
+    }
+
+    fn obstacle(&self) -> Option<String> {
+        let Trouble::Away(time) = self.trouble else { return None };
+        let is_away = self.away_since.get_or_init(Instant::now).elapsed() < time;
+        is_away.then(|| "its disk is away".into())
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {

@@ -1,7 +1,8 @@
 //! When a migration ends by itself, when it does not, and how fast it may go.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use vhost_migrate::memory::LOG_PAGE;
 use vhost_migrate::migrate::{Event, MigrateError, Policy, STALL_ROUNDS};
 use vhost_migrate::stream::Limiter;
 
@@ -48,7 +49,38 @@ fn the_same_guest_arrives_when_its_downtime_may_be_long_enough() {
     let mut guest = Guest::running(PAGES).with(Trouble::Relentless);
     let destination = Destination::at(&place.unix("socket"));
     let left = leave(&mut guest, &destination.uri, &limited(Policy { downtime: PATIENCE, max_rounds: 8 }));
-    assert_eq!(left.outcome.unwrap().rounds, 2);
+    let (mut pages, mut milliseconds) = (0, 0.0);
+    for event in &left.events {
+        if let Event::Round(round) = event {
+            pages += round.pages_left;
+            milliseconds += round.ms;
+        }
+    }
+    let report = left.outcome.unwrap();
+    assert_eq!(report.rounds, 2);
+    let rate = (pages * LOG_PAGE) as f64 / (milliseconds / 1e3);
+    assert!((report.dirty_rate_bytes_per_s / rate - 1.0).abs() < 1e-6, "{report:?}, by its rounds {rate} B/s");
+    guest.assert_gone();
+    destination.join().guest();
+}
+
+#[test]
+fn a_migration_waits_for_a_device_that_is_away_and_takes_rounds_at_their_time() {
+    // As in the documentation of `Machine::obstacle`.
+    const ROUND: Duration = Duration::from_secs(2);
+    let place = Place::new();
+    let mut guest = Guest::running(PAGES).with(Trouble::Away(ROUND * 3 / 2));
+    let destination = Destination::at(&place.unix("socket"));
+    let begun = Instant::now();
+    let left = leave(&mut guest, &destination.uri, &How::new());
+    let took = begun.elapsed();
+    let count = |wanted: fn(&Event) -> bool| left.events.iter().filter(|event| wanted(event)).count();
+    assert_eq!(count(|event| matches!(event, Event::Waiting { .. })), 1, "{:?}", left.events);
+    // The first that finds it away, one for each time that was waited, and the last.
+    let most = 2 + took.div_duration_f64(ROUND) as usize;
+    assert!(took >= ROUND * 3 / 2 && count(|event| matches!(event, Event::Round(_))) <= most, "{:?}", left.events);
+    assert_eq!(guest.calls.pauses, 1, "it was stopped when all devices were there");
+    left.outcome.unwrap();
     guest.assert_gone();
     destination.join().guest();
 }
