@@ -119,9 +119,9 @@ fn is_readable(fd: &impl AsFd, timeout: PollTimeout) -> bool {
 
 /// Waits for events, as somebody does who polls.
 fn events(device: &mut UserDevice) -> Vec<DeviceEvent> {
-    let fd = device.watch_events().unwrap().unwrap();
+    let fd = device.events_fd().unwrap().unwrap();
     assert!(is_readable(&fd, 60_000u16.into()), "no event came");
-    device.events()
+    device.take_events()
 }
 
 fn eventfd() -> Arc<OwnedFd> {
@@ -143,7 +143,7 @@ fn ring(device: &mut UserDevice) -> (Memory, RingSetup) {
 fn what_a_back_end_says_is_an_event_once() {
     let backend = Backend::start();
     let mut device = backend.device(0);
-    assert_eq!(device.events(), []);
+    assert_eq!(device.take_events(), []);
     for _ in 0..3 {
         backend.host().config_changed();
         assert_eq!(events(&mut device), [DeviceEvent::ConfigChanged]);
@@ -152,8 +152,8 @@ fn what_a_back_end_says_is_an_event_once() {
     device.reconnect(Instant::now() + PATIENCE).unwrap();
     backend.host().config_changed();
     assert_eq!(events(&mut device), [DeviceEvent::ConfigChanged]);
-    let fd = device.watch_events().unwrap().unwrap();
-    assert!(!is_readable(&fd, PollTimeout::ZERO) && device.events().is_empty());
+    let fd = device.events_fd().unwrap().unwrap();
+    assert!(!is_readable(&fd, PollTimeout::ZERO) && device.take_events().is_empty());
 }
 
 /// Rules F4, B4.
@@ -166,7 +166,7 @@ fn what_can_not_be_done_is_refused_if_an_answer_is_wanted() {
     assert_eq!(events(&mut device), [DeviceEvent::HostNotifierRefused(1)]);
     for code in [BackendRequest(4711), BackendRequest::SHMEM_MAP, BackendRequest(0)] {
         assert_eq!(backend.ask(code, &[0u8; 40]), 1, "{code}");
-        assert_eq!(events(&mut device), [DeviceEvent::Refused(code)]);
+        assert_eq!(events(&mut device), [DeviceEvent::RequestRefused(code)]);
     }
     // No such ring is started, and one message is cut short.
     for code in [BackendRequest::VRING_CALL, BackendRequest::VRING_ERR] {
@@ -174,7 +174,7 @@ fn what_can_not_be_done_is_refused_if_an_answer_is_wanted() {
         assert_eq!(backend.ask(code, &VringState { index: u32::MAX, num: 0 }), 1);
         assert_eq!(backend.ask(code, &[0u8; 3]), 1);
     }
-    assert_eq!(device.events(), []);
+    assert_eq!(device.take_events(), []);
     assert_eq!(backend.ask(BackendRequest::CONFIG_CHANGE_MSG, &[0u8; 0]), 0);
 }
 
@@ -200,7 +200,7 @@ fn a_flood_fills_nothing_and_the_device_goes_on() {
     let area = VringArea { u64: 1, size: 4096, offset: 0 };
     assert_eq!(backend.ask(BackendRequest::VRING_HOST_NOTIFIER_MSG, &area), 1);
     assert_eq!(backend.ask(BackendRequest::CONFIG_CHANGE_MSG, &[0u8; 0]), 0);
-    let told = device.events();
+    let told = device.take_events();
     assert!(told.len() <= 1026, "{} events are kept", told.len());
     for event in [DeviceEvent::ConfigChanged, DeviceEvent::HostNotifierRefused(1)] {
         assert!(told.contains(&event), "{event:?} is lost");

@@ -191,8 +191,8 @@ fn is_readable(fd: &impl AsFd, timeout: PollTimeout) -> bool {
 
 /// Waits for one event.
 fn event(device: &mut UserDevice) -> Vec<DeviceEvent> {
-    assert!(is_readable(&device.watch_events().unwrap().unwrap(), 60_000u16.into()), "no event came");
-    device.events()
+    assert!(is_readable(&device.events_fd().unwrap().unwrap(), 60_000u16.into()), "no event came");
+    device.take_events()
 }
 
 /// Rules T1, L5.
@@ -563,7 +563,7 @@ fn a_back_end_may_ask_faster_than_it_reads_answers() {
         assert_eq!(hand.answer(), 0);
     }
     asking.join().unwrap();
-    assert_eq!(device.events(), []);
+    assert_eq!(device.take_events(), []);
 }
 
 /// A back-end that asks and asks, and reads nothing.
@@ -600,7 +600,7 @@ fn translations_that_find_no_room_are_told_when_there_is_some() {
     asking.join().unwrap();
     let mut device = invalidates.join().unwrap();
     assert!(table.asked.load(Ordering::SeqCst) > PAGES, "there was room for all of them");
-    assert_eq!((forgotten, device.events()), (1, vec![]));
+    assert_eq!((forgotten, device.take_events()), (1, vec![]));
 }
 
 /// Rule T3: what it does not hear of while the feature is off.
@@ -657,7 +657,7 @@ fn a_translation_that_permits_less_than_was_asked_for_is_told_and_is_an_event() 
     assert_eq!(hand.answer(), 0);
     assert_eq!(event(&mut device), [DeviceEvent::AccessFailed(0x1234)]);
     hand.ask(0x1234, 1, raw::NEED_REPLY);
-    assert_eq!((hand.hears().perm, hand.answer(), device.events()), (1, 0, vec![]));
+    assert_eq!((hand.hears().perm, hand.answer(), device.take_events()), (1, 0, vec![]));
 }
 
 /// A memory table of many messages: the back-end may have something to ask before it goes on.

@@ -18,7 +18,7 @@ use tempfile::TempDir;
 use vhost_migrate::abi::vhost_user::{Header, Request, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature as p};
 use vhost_migrate::abi::{bit, inflight};
 use vhost_migrate::dirty::Log;
-use vhost_migrate::frontend::{Device, FrontendError, Reconnected, RingSetup, UserDevice, UserOptions};
+use vhost_migrate::frontend::{Device, FrontendError, Reconnection, RingSetup, UserDevice, UserOptions};
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
 use vhost_migrate::ring::RingBase;
 use zerocopy::IntoBytes;
@@ -266,7 +266,7 @@ fn a_refusal_is_an_error_and_the_connection_goes_on() {
     let mut device = running(&fake, UserOptions::default());
     let error = device.set_memory(&memory(3)).unwrap_err();
     assert!(matches!(error, FrontendError::Refused { request: Request::SET_MEM_TABLE, code: 1 }), "{error}");
-    assert!(!device.hung_up());
+    assert!(!device.needs_reconnect());
     assert_eq!(device.stop_ring(0).unwrap(), RingBase::split(0));
 }
 
@@ -290,10 +290,12 @@ fn an_answer_that_breaks_the_protocol_is_named_and_ends_the_connection() {
         });
         let mut device = fake.connect().unwrap();
         match device.status().unwrap_err() {
-            FrontendError::Breach { request: Request::GET_STATUS, rule, .. } => assert_eq!(rule, expected, "{shown}"),
+            FrontendError::ProtocolViolation { request: Request::GET_STATUS, rule, .. } => {
+                assert_eq!(rule, expected, "{shown}")
+            }
             other => panic!("{other} for {shown}"),
         }
-        assert!(expected == "S1" || device.hung_up(), "what follows can't be trusted: {shown}");
+        assert!(expected == "S1" || device.needs_reconnect(), "what follows can't be trusted: {shown}");
     }
 }
 
@@ -307,10 +309,10 @@ fn a_connection_that_ends_anywhere_is_a_hang_up() {
             _ => Answer::Usual,
         });
         let mut device = fake.connect().unwrap();
-        let watch = device.watch().unwrap().unwrap();
+        let watch = device.hang_up_fd().unwrap().unwrap();
         let error = device.status().unwrap_err();
         assert!(matches!(error, FrontendError::HungUp { request: Request::GET_STATUS }), "{error} after {len} bytes");
-        assert!(device.hung_up());
+        assert!(device.needs_reconnect());
         let mut ready = [nix::poll::PollFd::new(watch.as_fd(), nix::poll::PollFlags::empty())];
         assert_eq!(nix::poll::poll(&mut ready, 10_000u16), Ok(1), "who watches is woken");
     }
@@ -330,7 +332,7 @@ fn a_silent_back_end_is_an_error_after_the_deadline() {
     let mut device = running(&fake, options);
     let error = device.stop_ring(0).unwrap_err();
     assert!(matches!(error, FrontendError::Timeout { waited, .. } if waited == 2 * timeout), "{error}");
-    assert!(device.hung_up(), "a late answer must not be taken for the next");
+    assert!(device.needs_reconnect(), "a late answer must not be taken for the next");
 }
 
 /// Answers the request to stop a ring, or its disabling, when it is told to.
@@ -367,7 +369,7 @@ fn interrupted(
         let error = call(device).unwrap_err();
         assert!(matches!(error, FrontendError::Interrupted { .. }), "{error}");
     });
-    assert!(device.hung_up());
+    assert!(device.needs_reconnect());
 }
 
 #[rstest]
@@ -392,8 +394,8 @@ fn a_ring_whose_stop_is_not_waited_for_runs_again_when_the_back_end_answers(
 
     go.send(()).unwrap();
     let back = device.reconnect(late()).unwrap();
-    assert_eq!(back, Reconnected::default(), "the connection is the old one");
-    assert!(!device.hung_up());
+    assert_eq!(back, Reconnection::default(), "the connection is the old one");
+    assert!(!device.needs_reconnect());
     let heard = fake.take();
     let index = |request| heard.iter().position(|message| message.request == request);
     let enabled = index(Request::SET_VRING_ENABLE).unwrap();
@@ -443,7 +445,7 @@ fn unhurried() -> UserOptions {
 #[case::inflight_fd(Request::SET_INFLIGHT_FD, |device: &mut UserDevice| device.set_inflight(1, 8, None).map(drop))]
 #[case::configuration(Request::GET_CONFIG, |device: &mut UserDevice| device.config(0, &mut [0; 8]))]
 #[case::status(Request::SET_STATUS, |device: &mut UserDevice| device.set_status(1))]
-#[case::trial_of_a_ring(Request::SET_VRING_NUM, |device: &mut UserDevice| device.try_ring(1, &setup()))]
+#[case::trial_of_a_ring(Request::SET_VRING_NUM, |device: &mut UserDevice| device.validate_ring(1, &setup()))]
 fn the_interrupt_ends_the_wait_for_any_answer_and_the_call_can_be_repeated(
     #[case] slow: Request,
     #[case] call: Call,
@@ -456,8 +458,8 @@ fn the_interrupt_ends_the_wait_for_any_answer_and_the_call_can_be_repeated(
     device.interrupt().unwrap().clear();
     go.send(()).unwrap();
     let back = device.reconnect(Instant::now() + LONG).unwrap();
-    assert_eq!(back, Reconnected::default(), "the connection is the old one");
-    assert!(!device.hung_up());
+    assert_eq!(back, Reconnection::default(), "the connection is the old one");
+    assert!(!device.needs_reconnect());
     call(&mut device).unwrap();
     device.stop_ring(0).unwrap();
 }
@@ -472,10 +474,10 @@ fn a_ring_whose_start_is_not_waited_for_runs_when_the_back_end_answers(
     hold(&fake);
     interrupted(&fake, Request::SET_VRING_KICK, &mut device, call);
     device.interrupt().unwrap().clear();
-    assert!(matches!(call(&mut device).unwrap_err(), FrontendError::Away { .. }), "nothing is known of it");
+    assert!(matches!(call(&mut device).unwrap_err(), FrontendError::Unavailable { .. }), "nothing is known of it");
     go.send(()).unwrap();
-    assert_eq!(device.reconnect(Instant::now() + LONG).unwrap(), Reconnected::default());
-    assert!(matches!(call(&mut device).unwrap_err(), FrontendError::BadRing { .. }), "it runs");
+    assert_eq!(device.reconnect(Instant::now() + LONG).unwrap(), Reconnection::default());
+    assert!(matches!(call(&mut device).unwrap_err(), FrontendError::InvalidRing { .. }), "it runs");
     assert!(!fake.requests().contains(&"GET_VRING_BASE".to_owned()));
     device.stop_ring(1).unwrap();
     call(&mut device).unwrap();
@@ -502,8 +504,8 @@ fn a_back_end_that_stops_a_ring_too_slowly_is_not_given_up_if_only_its_connectio
     let error = device.stop_ring(0).unwrap_err();
     assert!(matches!(error, FrontendError::Timeout { .. }), "{error}");
     go.send(()).unwrap();
-    assert_eq!(device.reconnect(Instant::now() + Duration::from_secs(60)).unwrap(), Reconnected::default());
-    assert!(!device.hung_up());
+    assert_eq!(device.reconnect(Instant::now() + Duration::from_secs(60)).unwrap(), Reconnection::default());
+    assert!(!device.needs_reconnect());
 }
 
 /// Two rings with a base of their own each.
@@ -584,9 +586,9 @@ fn one_thread_asks_two_devices_before_it_waits_for_either() {
         device.set_memory(&memory(1)).unwrap();
         device
     });
-    assert!(one.says_when_it_waits());
+    assert!(one.reports_sent());
     let rings = [(0, setup())];
-    one.try_rings(&rings, &mut || other.try_rings(&rings, &mut || {}).unwrap()).unwrap();
+    one.validate_rings(&rings, &mut || other.validate_rings(&rings, &mut || {}).unwrap()).unwrap();
     let (mut started, mut stopped) = (Vec::new(), Vec::new());
     let mut sent = || other.start_rings(&rings, &mut || {}, &mut |_| {}).unwrap();
     one.start_rings(&rings, &mut sent, &mut |index| started.push(index)).unwrap();
@@ -609,10 +611,10 @@ fn what_a_back_end_has_been_told_of_a_ring_is_not_told_again_unless_it_has_chang
     let trial = ["SET_VRING_ENABLE"; 2];
     let start = ["SET_VRING_KICK", "SET_VRING_ENABLE"];
     fake.take();
-    device.announce_rings(&rings).unwrap();
+    device.prepare_rings(&rings).unwrap();
     assert_eq!(told("VRING"), size);
     fake.take();
-    device.try_rings(&rings, &mut || {}).unwrap();
+    device.validate_rings(&rings, &mut || {}).unwrap();
     assert_eq!(told("VRING"), [&place[..], &trial].concat());
     fake.take();
     device.start_ring(0, setup_like(&rings)).unwrap();
@@ -620,7 +622,7 @@ fn what_a_back_end_has_been_told_of_a_ring_is_not_told_again_unless_it_has_chang
     device.stop_ring(0).unwrap();
     fake.take();
     // A back-end may forget a ring that has been stopped.
-    device.try_rings(&rings, &mut || {}).unwrap();
+    device.validate_rings(&rings, &mut || {}).unwrap();
     assert_eq!(told("VRING"), [&size[..], &place, &trial].concat());
     fake.take();
     // Its place in the back-end is another one then.
@@ -628,8 +630,8 @@ fn what_a_back_end_has_been_told_of_a_ring_is_not_told_again_unless_it_has_chang
     device.start_ring(0, setup_like(&rings)).unwrap();
     assert_eq!(told("VRING"), [&place[..], &start].concat());
     device.stop_ring(0).unwrap();
-    device.announce_rings(&rings).unwrap();
-    device.try_rings(&rings, &mut || {}).unwrap();
+    device.prepare_rings(&rings).unwrap();
+    device.validate_rings(&rings, &mut || {}).unwrap();
     fake.take();
     let other = RingSetup { base: RingBase::split(7), call: setup().call, ..setup_like(&rings) };
     device.start_ring(0, other).unwrap();
@@ -638,10 +640,10 @@ fn what_a_back_end_has_been_told_of_a_ring_is_not_told_again_unless_it_has_chang
     // What makes it forget: other features, a reset by status.
     let forgets: [Call; 2] = [|device| device.set_features(0), |device| device.set_status(0)];
     for forget in forgets {
-        device.announce_rings(&rings).unwrap();
+        device.prepare_rings(&rings).unwrap();
         forget(&mut device).unwrap();
         fake.take();
-        device.announce_rings(&rings).unwrap();
+        device.prepare_rings(&rings).unwrap();
         assert_eq!(told("VRING"), size);
     }
 }
@@ -656,16 +658,16 @@ fn while_an_answer_is_owed_rings_are_neither_tried_nor_stopped_and_the_answer_is
     device.interrupt().unwrap().clear();
     let rings = [(1, setup())];
     let calls: [Call; 3] = [
-        |device| device.try_rings(&[(1, setup())], &mut || {}),
-        |device| device.announce_rings(&[(1, setup())]),
+        |device| device.validate_rings(&[(1, setup())], &mut || {}),
+        |device| device.prepare_rings(&[(1, setup())]),
         |device| device.stop_rings(&[0], &mut || {}, &mut |_, _| {}),
     ];
     for call in calls {
-        assert!(matches!(call(&mut device).unwrap_err(), FrontendError::Away { .. }));
+        assert!(matches!(call(&mut device).unwrap_err(), FrontendError::Unavailable { .. }));
     }
     go.send(()).unwrap();
-    assert_eq!(device.reconnect(Instant::now() + LONG).unwrap(), Reconnected::default());
-    device.try_rings(&rings, &mut || {}).unwrap();
+    assert_eq!(device.reconnect(Instant::now() + LONG).unwrap(), Reconnection::default());
+    device.validate_rings(&rings, &mut || {}).unwrap();
     device.stop_ring(0).unwrap();
 }
 
@@ -686,7 +688,7 @@ fn of_several_rings_those_that_are_not_refused_run() {
     let refused = device.start_rings(&two_rings(), &mut || {}, &mut |index| started.push(index)).unwrap_err();
     assert!(matches!(refused, FrontendError::Refused { request: Request::SET_VRING_ADDR, code: 1 }), "{refused}");
     assert_eq!(started, [1]);
-    assert!(matches!(device.stop_ring(0).unwrap_err(), FrontendError::BadRing { index: 0, .. }));
+    assert!(matches!(device.stop_ring(0).unwrap_err(), FrontendError::InvalidRing { index: 0, .. }));
     device.stop_ring(1).unwrap();
 }
 
@@ -721,10 +723,10 @@ fn rings_that_have_stopped_stay_so_when_the_wait_for_the_next_ends() {
     interrupt.clear();
     fake.take();
     go.send(()).unwrap();
-    assert_eq!(device.reconnect(Instant::now() + Duration::from_secs(60)).unwrap(), Reconnected::default());
+    assert_eq!(device.reconnect(Instant::now() + Duration::from_secs(60)).unwrap(), Reconnection::default());
     let started = fake.take().into_iter().filter(|message| message.request == Request::SET_VRING_KICK);
     assert_eq!(started.map(|message| message.payload[0]).collect::<Vec<_>>(), [1, 2]);
-    assert!(matches!(device.stop_ring(0).unwrap_err(), FrontendError::BadRing { index: 0, .. }));
+    assert!(matches!(device.stop_ring(0).unwrap_err(), FrontendError::InvalidRing { index: 0, .. }));
     go.send(()).unwrap();
     device.stop_rings(&[1, 2], &mut || {}, &mut |index, _| stopped.push(index)).unwrap();
     assert_eq!(stopped, [0, 1, 2]);
@@ -753,7 +755,7 @@ fn a_back_end_that_serves_another_front_end_is_known_from_one_that_hangs() {
     let options = UserOptions { timeout: Duration::from_millis(30), ..UserOptions::default() };
     let first = fake.connect().unwrap();
     let error = fake.connect_with(options).err().unwrap();
-    assert!(matches!(error, FrontendError::NotServed { busy: true, .. }) && error.is_away(), "{error}");
+    assert!(matches!(error, FrontendError::NotServed { busy: true, .. }) && error.is_transient(), "{error}");
     let text = error.to_string();
     assert!(text.contains("serves another front-end") && !text.contains("hangs"), "{text}");
     drop(first);
@@ -906,7 +908,7 @@ fn an_inflight_region_that_can_not_be_one_is_refused() {
             _ => Answer::Usual,
         });
         let error = fake.connect().unwrap().set_inflight(2, 8, None).unwrap_err();
-        assert!(matches!(error, FrontendError::Breach { rule: "I1", .. }), "{error} for {case:?}");
+        assert!(matches!(error, FrontendError::ProtocolViolation { rule: "I1", .. }), "{error} for {case:?}");
     }
 }
 
@@ -929,12 +931,12 @@ fn a_restarted_back_end_is_given_everything_in_the_order_of_qemu(#[values(0, PAC
     let inflight = started.iter().find(|message| message.request == Request::SET_INFLIGHT_FD).unwrap();
     // The guest has seen 0x1234 completions; the back-end that dies leaves three requests marked.
     memory.write(0x3002, &0x1234u16.to_le_bytes()).unwrap();
-    let mut state = device.inflight().unwrap().unwrap();
+    let mut state = device.inflight_state().unwrap().unwrap();
     for entry in [0, 3, 7] {
         state.contents[if kind == PACKED { 32 + 32 * entry } else { 16 + 16 * entry }] = 1;
     }
     assert!(device.set_inflight(1, 8, Some(&state)).unwrap());
-    assert_eq!(device.inflight().unwrap().unwrap(), state);
+    assert_eq!(device.inflight_state().unwrap().unwrap(), state);
     fake.take();
     let found = device.reconnect(Instant::now()).unwrap();
     assert_eq!((found.resubmitted, found.attempts), (3, 1));
@@ -1061,11 +1063,11 @@ fn memory_without_an_fd_and_rings_outside_memory_are_refused_before_anything_is_
     let fd = sealed_memfd("guest", 0x1000).unwrap();
     let private = Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 0x1000, 0, 0).unwrap())]).unwrap();
     assert!(matches!(device.set_memory(&private).unwrap_err(), FrontendError::NotShared { gpa: 0 }));
-    assert!(matches!(device.start_ring(4, setup()).unwrap_err(), FrontendError::BadRing { index: 4, .. }));
-    assert!(matches!(device.start_ring(0, setup()).unwrap_err(), FrontendError::BadRing { index: 0, .. }));
+    assert!(matches!(device.start_ring(4, setup()).unwrap_err(), FrontendError::InvalidRing { index: 4, .. }));
+    assert!(matches!(device.start_ring(0, setup()).unwrap_err(), FrontendError::InvalidRing { index: 0, .. }));
     let uneven = RingSetup { size: 6, ..setup() };
-    assert!(matches!(device.start_ring(1, uneven).unwrap_err(), FrontendError::BadRing { index: 1, .. }));
-    assert!(matches!(device.stop_ring(1).unwrap_err(), FrontendError::BadRing { index: 1, .. }));
+    assert!(matches!(device.start_ring(1, uneven).unwrap_err(), FrontendError::InvalidRing { index: 1, .. }));
+    assert!(matches!(device.stop_ring(1).unwrap_err(), FrontendError::InvalidRing { index: 1, .. }));
     let outside = RingSetup { used: 0xfff0, ..setup() };
     assert!(matches!(device.start_ring(1, outside).unwrap_err(), FrontendError::Memory(_)));
     assert_eq!(fake.requests(), [""; 0]);
@@ -1130,7 +1132,7 @@ fn a_back_end_may_bring_its_own_pipe_for_its_state() {
 fn a_back_end_that_keeps_a_state_from_travelling_costs_an_error_and_no_more() {
     use std::io::ErrorKind::{FileTooLarge, TimedOut};
     let failed = |error: FrontendError, kind| match error {
-        FrontendError::State { source, .. } => assert_eq!(source.kind(), kind),
+        FrontendError::DeviceState { source, .. } => assert_eq!(source.kind(), kind),
         other => panic!("{other}"),
     };
     // Never closed.
@@ -1154,7 +1156,7 @@ fn a_back_end_that_keeps_a_state_from_travelling_costs_an_error_and_no_more() {
     assert!(matches!(error, FrontendError::Refused { code: 5, .. }), "{error}");
     // An fd is announced, and none comes.
     let error = with_state(0, vec![], checked(0)).save_state().unwrap_err();
-    assert!(matches!(error, FrontendError::Breach { rule: "D1", .. }), "{error}");
+    assert!(matches!(error, FrontendError::ProtocolViolation { rule: "D1", .. }), "{error}");
     // It dies in between.
     let (reader, _) = std::io::pipe().unwrap();
     let error = with_state(0, vec![reader.into()], || Answer::HangUp(vec![])).save_state().unwrap_err();
@@ -1185,7 +1187,10 @@ fn postcopy_with_a_back_end_that_answers_about_other_memory_ends_before_it_begin
         let (mut told, memory) = (None, memory(1));
         let done = device.postcopy_set_memory(&memory, |addresses| told = Some(addresses));
         if change < 16 {
-            assert!(matches!(done, Err(FrontendError::Breach { rule: "P1", .. })) && told.is_none(), "{done:?}");
+            assert!(
+                matches!(done, Err(FrontendError::ProtocolViolation { rule: "P1", .. })) && told.is_none(),
+                "{done:?}"
+            );
             continue;
         }
         done.unwrap();
@@ -1212,10 +1217,10 @@ fn what_only_some_devices_hear_is_said_with_their_numbers_and_again_to_a_success
     let ring = setup();
     device.start_ring(0, ring.clone()).unwrap();
     fake.take();
-    device.announce([2, 1, 2, 3, 4, 5]).unwrap();
+    device.send_rarp([2, 1, 2, 3, 4, 5]).unwrap();
     device.set_mtu(9000).unwrap();
     let signal = EventFd::new().unwrap();
-    device.signal_log(Some(signal.as_fd())).unwrap();
+    device.set_log_fd(Some(signal.as_fd())).unwrap();
     let heard: Vec<_> = fake.take().into_iter().map(|message| (message.request, message.payload)).collect();
     let numbers = |number: u64| number.as_bytes().to_vec();
     let expected = [
@@ -1242,7 +1247,7 @@ fn a_device_without_them_is_not_asked_and_is_reset_by_its_status() {
     let fake = Fake::start(ALL, |_| Answer::Usual);
     let mut device = fake.connect().unwrap();
     fake.take();
-    assert!(matches!(device.announce([2; 6]), Err(FrontendError::NotOffered { .. })));
+    assert!(matches!(device.send_rarp([2; 6]), Err(FrontendError::NotOffered { .. })));
     assert!(matches!(device.set_mtu(1500), Err(FrontendError::NotOffered { .. })));
     device.reset().unwrap();
     assert_eq!(fake.requests(), ["SET_STATUS"]);

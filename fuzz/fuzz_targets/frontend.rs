@@ -172,7 +172,7 @@ fn drive(path: PathBuf, features: u64, in_band: bool, memory: &Memory) {
     device.set_iommu(Arc::new(Identity));
     let _ = device.set_features(features & device.features());
     let _ = device.set_inflight(2, 64, None);
-    let state = device.inflight();
+    let state = device.inflight_state();
     let _ = device.set_memory(memory);
     let _ = (device.config(0, &mut [0; 60]), device.status(), device.set_status(15));
     let eventfd = || Arc::new(OwnedFd::from(EventFd::new().unwrap()));
@@ -186,11 +186,11 @@ fn drive(path: PathBuf, features: u64, in_band: bool, memory: &Memory) {
     }
     let (log, fd) = Log::create(memory.end()).unwrap();
     let _ = device.start_logging(&Arc::new(log), fd.as_fd());
-    let _ = (device.invalidate(0..=0x1fff), device.stop_ring(0), device.events());
-    if device.hung_up() {
+    let _ = (device.invalidate(0..=0x1fff), device.stop_ring(0), device.take_events());
+    if device.needs_reconnect() {
         let _ = device.reconnect(Instant::now());
     }
-    let _ = (device.stop_logging(), device.stop_ring(1), device.inflight());
+    let _ = (device.stop_logging(), device.stop_ring(1), device.inflight_state());
     if let Ok(Some(state)) = state {
         let _ = device.set_inflight(2, 64, Some(&state));
     }

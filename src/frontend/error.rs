@@ -61,7 +61,7 @@ pub enum FrontendError {
     },
     /// The back-end has been away, or silent, for too long, or nothing waits for it any more.
     #[error("{device}: its back-end is away{}: start it again, or wait until it answers", why(.reason))]
-    Away {
+    Unavailable {
         /// The device.
         device: String,
         /// Why what answers in the back-end's place can't go on for it, if there is something.
@@ -77,7 +77,7 @@ pub enum FrontendError {
     },
     /// An answer that the protocol does not allow. The connection is given up.
     #[error("the back-end broke the protocol at {request}: {what} (rule {rule})")]
-    Breach {
+    ProtocolViolation {
         /// The message.
         request: Request,
         /// What was wrong with the answer.
@@ -95,7 +95,7 @@ pub enum FrontendError {
     },
     /// A ring number or size that the device does not have.
     #[error("ring {index} can't be used: {reason}")]
-    BadRing {
+    InvalidRing {
         /// Ring index.
         index: u16,
         /// Why not.
@@ -142,10 +142,10 @@ pub enum FrontendError {
         iova: u64,
     },
     /// The device's state did not get through its pipe.
-    #[error("can't {doing} the device's state: {source}: {}", state_advice(source))]
-    State {
+    #[error("can't {operation} the device's state: {source}: {}", state_advice(source))]
+    DeviceState {
         /// "save" or "load".
-        doing: &'static str,
+        operation: &'static str,
         /// What happened.
         source: io::Error,
     },
@@ -154,7 +154,7 @@ pub enum FrontendError {
         "{requests} requests are in flight, and the inflight region differs: {here} here, {there} at the source; \
          use a back-end of the same kind, or stop rings without --inflight-migration (rule I8)"
     )]
-    InflightMoved {
+    InflightMismatch {
         /// Requests marked in the region that was to be restored.
         requests: u64,
         /// Shape of this device's region.
@@ -189,7 +189,7 @@ impl FrontendError {
     }
 
     /// Whether the back-end is merely not there, yet or any more, so that waiting for it may help.
-    pub fn is_away(&self) -> bool {
+    pub fn is_transient(&self) -> bool {
         use io::ErrorKind::{ConnectionRefused, NotFound, WouldBlock};
         match self {
             FrontendError::Connect { source, .. } => {
@@ -200,7 +200,7 @@ impl FrontendError {
     }
 
     /// Whether no back-end whatsoever can go on where the last one was.
-    pub fn is_final(&self) -> bool {
+    pub fn is_unrecoverable(&self) -> bool {
         matches!(self, FrontendError::Unrecoverable { .. } | FrontendError::PackedUnrecoverable { .. })
     }
 

@@ -32,18 +32,18 @@ impl SharedDevice for Arc<Mutex<Box<dyn Device>>> {
 }
 
 /// The dirty pages of one device, from a log of its own, so that reports can tell devices apart.
-pub struct DeviceLog {
+pub struct DeviceDirtySource {
     device: Box<dyn SharedDevice>,
     name: String,
     memory_end: u64,
     log: Option<(Arc<Log>, OwnedFd)>,
 }
 
-impl DeviceLog {
+impl DeviceDirtySource {
     /// The log of `device`, called `name` in reports, whose guest memory ends at `memory_end`. Nothing happens before
     /// [`start`](DirtySource::start).
-    pub fn new(device: impl SharedDevice + 'static, name: impl Into<String>, memory_end: u64) -> DeviceLog {
-        DeviceLog { device: Box::new(device), name: name.into(), memory_end, log: None }
+    pub fn new(device: impl SharedDevice + 'static, name: impl Into<String>, memory_end: u64) -> DeviceDirtySource {
+        DeviceDirtySource { device: Box::new(device), name: name.into(), memory_end, log: None }
     }
 
     fn failed(&self, cause: FrontendError) -> DirtyError {
@@ -51,7 +51,7 @@ impl DeviceLog {
     }
 }
 
-impl DirtySource for DeviceLog {
+impl DirtySource for DeviceDirtySource {
     fn start(&mut self) -> Result<(), DirtyError> {
         let (log, fd) = Log::create(self.memory_end)?;
         let log = Arc::new(log);

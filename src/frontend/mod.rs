@@ -15,7 +15,7 @@ pub use counters::describe_counters;
 pub use error::FrontendError;
 pub use interrupt::Interrupt;
 pub use iommu::{Iommu, Mapping};
-pub use logging::{DeviceLog, SharedDevice};
+pub use logging::{DeviceDirtySource, SharedDevice};
 pub use user::{BackendAddresses, UserDevice, UserOptions};
 
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -66,7 +66,7 @@ pub enum DeviceEvent {
     /// It wanted this ring's kicks on a page of its own, and was told no (rule B4).
     HostNotifierRefused(u16),
     /// It asked for something that is not known here, and was told no.
-    Refused(BackendRequest),
+    RequestRefused(BackendRequest),
     /// It broke the protocol, and can't say anything until the next connection.
     ChannelBroken(&'static str),
 }
@@ -84,7 +84,7 @@ pub struct InflightState {
 
 /// What a reconnection found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub struct Reconnected {
+pub struct Reconnection {
     /// Requests that the inflight region had marked: those the new back-end executes again, and at most one batch
     /// whose completion the guest has already seen.
     pub resubmitted: u64,
@@ -129,14 +129,14 @@ pub trait Device: Send {
     fn set_memory(&mut self, memory: &Memory) -> Result<(), FrontendError>;
 
     /// Agrees on an inflight region for `queues` rings of up to `queue_size` entries, before any ring is started.
-    /// `restored` is what [`inflight`](Device::inflight) said on another host; it is used if this device's region has
+    /// `restored` is what [`inflight_state`](Device::inflight_state) said on another host; it is used if this device's region has
     /// the same size, else the region starts fresh, which is right for rings that were drained (rule I5)
     /// and refused for others.
     ///
     /// Returns false if the device has no such thing; then it can't be restarted with requests outstanding.
     ///
     /// # Errors
-    /// The channel's errors, and [`FrontendError::Breach`] for a region that can't be one (rule I1).
+    /// The channel's errors, and [`FrontendError::ProtocolViolation`] for a region that can't be one (rule I1).
     fn set_inflight(
         &mut self,
         queues: u16,
@@ -145,10 +145,10 @@ pub trait Device: Send {
     ) -> Result<bool, FrontendError>;
 
     /// Gives the inflight region that was agreed on, before any ring is started, the contents that
-    /// [`inflight`](Device::inflight) said on another host, as [`set_inflight`](Device::set_inflight) does.
+    /// [`inflight_state`](Device::inflight_state) said on another host, as [`set_inflight`](Device::set_inflight) does.
     ///
     /// # Errors
-    /// [`FrontendError::InflightMoved`] for another size with requests in flight; [`FrontendError::NotOffered`] if there is no
+    /// [`FrontendError::InflightMismatch`] for another size with requests in flight; [`FrontendError::NotOffered`] if there is no
     /// region, also from the default implementation.
     fn restore_inflight(&mut self, restored: &InflightState) -> Result<(), FrontendError> {
         let _ = restored;
@@ -160,14 +160,14 @@ pub trait Device: Send {
     ///
     /// # Errors
     /// [`FrontendError::System`] if it can't be read.
-    fn inflight(&self) -> Result<Option<InflightState>, FrontendError>;
+    fn inflight_state(&self) -> Result<Option<InflightState>, FrontendError>;
 
     /// Tells the device what can be told of rings while their memory is still on its way: how large they are, and what the device
     /// signals. What is told now takes no time when they are tried and started.
     ///
     /// # Errors
-    /// [`FrontendError::BadRing`]; the channel's errors.
-    fn announce_rings(&mut self, rings: &[(u16, RingSetup)]) -> Result<(), FrontendError> {
+    /// [`FrontendError::InvalidRing`]; the channel's errors.
+    fn prepare_rings(&mut self, rings: &[(u16, RingSetup)]) -> Result<(), FrontendError> {
         let _ = rings;
         Ok(())
     }
@@ -177,36 +177,36 @@ pub trait Device: Send {
     ///
     /// # Errors
     /// As [`start_ring`](Device::start_ring).
-    fn try_ring(&mut self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
+    fn validate_ring(&mut self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
         let _ = (index, setup);
         Ok(())
     }
 
     /// Returns true if the calls for several rings at once say when nothing is left to do but to wait, so that one thread can call
     /// those of many devices. They call their argument `sent` then, unless they fail before.
-    fn says_when_it_waits(&self) -> bool {
+    fn reports_sent(&self) -> bool {
         false
     }
 
     /// Does so for several rings. Their messages need not wait for each other; `sent` is as of
-    /// [`says_when_it_waits`](Device::says_when_it_waits).
+    /// [`reports_sent`](Device::reports_sent).
     ///
     /// # Errors
-    /// As [`try_ring`](Device::try_ring): the first.
-    fn try_rings(&mut self, rings: &[(u16, RingSetup)], sent: &mut dyn FnMut()) -> Result<(), FrontendError> {
+    /// As [`validate_ring`](Device::validate_ring): the first.
+    fn validate_rings(&mut self, rings: &[(u16, RingSetup)], sent: &mut dyn FnMut()) -> Result<(), FrontendError> {
         let _ = sent;
-        rings.iter().try_for_each(|(index, setup)| self.try_ring(*index, setup))
+        rings.iter().try_for_each(|(index, setup)| self.validate_ring(*index, setup))
     }
 
     /// Starts and enables ring `index`.
     ///
     /// # Errors
-    /// [`FrontendError::BadRing`], [`FrontendError::Memory`] for a ring outside memory; the channel's errors. After
+    /// [`FrontendError::InvalidRing`], [`FrontendError::Memory`] for a ring outside memory; the channel's errors. After
     /// [`FrontendError::Interrupted`] the ring counts as running.
     fn start_ring(&mut self, index: u16, setup: RingSetup) -> Result<(), FrontendError>;
 
     /// Starts and enables rings, and tells `started` of each as soon as it is known. Their messages need not wait for each
-    /// other; `sent` is as of [`says_when_it_waits`](Device::says_when_it_waits).
+    /// other; `sent` is as of [`reports_sent`](Device::reports_sent).
     ///
     /// # Errors
     /// As [`start_ring`](Device::start_ring): the first, when it is known what became of all.
@@ -227,11 +227,11 @@ pub trait Device: Send {
     /// Stops ring `index` when all its requests are complete, and says where it would go on (rule R3).
     ///
     /// # Errors
-    /// [`FrontendError::BadRing`] if it is not started; the channel's errors.
+    /// [`FrontendError::InvalidRing`] if it is not started; the channel's errors.
     fn stop_ring(&mut self, index: u16) -> Result<RingBase, FrontendError>;
 
     /// Stops rings as [`stop_ring`](Device::stop_ring) does, and tells `stopped` where each would go on. The requests need not
-    /// wait for each other; `sent` is as of [`says_when_it_waits`](Device::says_when_it_waits).
+    /// wait for each other; `sent` is as of [`reports_sent`](Device::reports_sent).
     ///
     /// # Errors
     /// As [`stop_ring`](Device::stop_ring); rings that `stopped` was told of are stopped all the same.
@@ -246,7 +246,7 @@ pub trait Device: Send {
     }
 
     /// Whether [`suspend_ring`](Device::suspend_ring) works, once there is an inflight region.
-    fn can_suspend(&self) -> bool {
+    fn can_suspend_rings(&self) -> bool {
         false
     }
 
@@ -261,7 +261,7 @@ pub trait Device: Send {
     }
 
     /// Stops rings as [`suspend_ring`](Device::suspend_ring) does, and tells `stopped` where each would go on; `sent` is as of
-    /// [`says_when_it_waits`](Device::says_when_it_waits).
+    /// [`reports_sent`](Device::reports_sent).
     ///
     /// # Errors
     /// As [`suspend_ring`](Device::suspend_ring); rings that `stopped` was told of are stopped all the same.
@@ -298,7 +298,7 @@ pub trait Device: Send {
     /// thing. All rings must be stopped (rule D1).
     ///
     /// # Errors
-    /// [`FrontendError::Refused`], [`FrontendError::State`]; the channel's errors.
+    /// [`FrontendError::Refused`], [`FrontendError::DeviceState`]; the channel's errors.
     fn save_state(&mut self) -> Result<Option<Vec<u8>>, FrontendError> {
         Ok(None)
     }
@@ -307,7 +307,7 @@ pub trait Device: Send {
     ///
     /// # Errors
     /// [`FrontendError::NotOffered`], also from the default implementation; [`FrontendError::Refused`] for a state that
-    /// is not this device's or damaged, which then changes nothing; [`FrontendError::State`]; the channel's errors.
+    /// is not this device's or damaged, which then changes nothing; [`FrontendError::DeviceState`]; the channel's errors.
     fn load_state(&mut self, state: &[u8]) -> Result<(), FrontendError> {
         let _ = state;
         let advice = "the guest's device has a state; give it a device of the same kind";
@@ -319,7 +319,7 @@ pub trait Device: Send {
     ///
     /// # Errors
     /// The channel's errors.
-    fn generation(&mut self) -> Result<Option<DiskGeneration>, FrontendError> {
+    fn disk_generation(&mut self) -> Result<Option<DiskGeneration>, FrontendError> {
         Ok(None)
     }
 
@@ -327,7 +327,7 @@ pub trait Device: Send {
     ///
     /// # Errors
     /// The channel's errors.
-    fn identity(&mut self) -> Result<Option<u128>, FrontendError> {
+    fn disk_identity(&mut self) -> Result<Option<u128>, FrontendError> {
         Ok(None)
     }
 
@@ -362,29 +362,29 @@ pub trait Device: Send {
     ///
     /// # Errors
     /// [`FrontendError::System`] if no fd is to be had.
-    fn watch(&self) -> Result<Option<OwnedFd>, FrontendError>;
+    fn hang_up_fd(&self) -> Result<Option<OwnedFd>, FrontendError>;
 
     /// Takes what it has said since the last time, each thing once.
-    fn events(&mut self) -> Vec<DeviceEvent> {
+    fn take_events(&mut self) -> Vec<DeviceEvent> {
         Vec::new()
     }
 
-    /// An fd that is readable while there are [`events`](Device::events), or `None` if there never are.
+    /// An fd that is readable while there are [events](Device::take_events), or `None` if there never are.
     ///
     /// # Errors
     /// [`FrontendError::System`] if no fd is to be had.
-    fn watch_events(&self) -> Result<Option<OwnedFd>, FrontendError> {
+    fn events_fd(&self) -> Result<Option<OwnedFd>, FrontendError> {
         Ok(None)
     }
 
     /// Returns true if the device can't be used before [`reconnect`](Device::reconnect): the connection has ended, by
     /// either side, or an answer is still owed because the wait for it was interrupted.
-    fn hung_up(&self) -> bool;
+    fn needs_reconnect(&self) -> bool;
 
     /// The switch that ends this device's waits, but that of [`stop_logging`](Device::stop_logging), which has a limit of
     /// its own. `None` if it never waits.
     ///
-    /// A wait that it ends leaves the device as [`hung_up`](Device::hung_up), with the connection kept:
+    /// A wait that it ends leaves the device as [`needs_reconnect`](Device::needs_reconnect), with the connection kept:
     /// [`reconnect`](Device::reconnect) gets the answers that are owed. A ring that was being stopped or started runs then.
     fn interrupt(&self) -> Option<Interrupt> {
         None
@@ -397,5 +397,5 @@ pub trait Device: Send {
     /// # Errors
     /// The last error when `deadline` is over; [`FrontendError::Interrupted`]; [`FrontendError::NotOffered`] if the new back-end is a lesser one,
     /// [`FrontendError::Unrecoverable`] if requests would get lost.
-    fn reconnect(&mut self, deadline: Instant) -> Result<Reconnected, FrontendError>;
+    fn reconnect(&mut self, deadline: Instant) -> Result<Reconnection, FrontendError>;
 }

@@ -15,7 +15,7 @@ impl Guest {
     /// # Errors
     /// If a device can't be asked.
     pub fn disk_generations(&self) -> Result<DiskGenerations, GuestError> {
-        in_parallel(&self.units, |attached| Ok(attached.unit.at_once(|device| device.generation())?))
+        in_parallel(&self.units, |attached| Ok(attached.unit.at_once(|device| device.disk_generation())?))
     }
 
     /// The identities of its disks, also while it runs.
@@ -23,7 +23,7 @@ impl Guest {
     /// # Errors
     /// If a device can't be asked.
     pub fn disk_identities(&self) -> Result<DiskIdentities, GuestError> {
-        in_parallel(&self.units, |attached| Ok(attached.unit.with(|device| device.identity())?))
+        in_parallel(&self.units, |attached| Ok(attached.unit.with(|device| device.disk_identity())?))
     }
 
     /// The disks that can't be told in `generations`.

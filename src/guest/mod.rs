@@ -43,7 +43,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use serde::{Deserialize, Serialize};
 
 use crate::abi::virtio::SECTOR_BYTES;
-use crate::frontend::{Device, DeviceLog, FrontendError, Interrupt};
+use crate::frontend::{Device, DeviceDirtySource, FrontendError, Interrupt};
 use crate::memory::{Extents, LOG_PAGE, Memory, Region, sealed_memfd};
 use crate::ring::RingBase;
 use cpu::Cpu;
@@ -383,7 +383,7 @@ impl Guest {
     /// # Errors
     /// What a device refuses.
     pub fn try_devices(&self) -> Result<(), GuestError> {
-        self.with_all_back(&|unit, device, sent| device.try_rings(&unit.stopped_rings(), sent))
+        self.with_all_back(&|unit, device, sent| device.validate_rings(&unit.stopped_rings(), sent))
     }
 
     /// All that a paused guest with stopped devices is, but its memory and disks.
@@ -395,7 +395,7 @@ impl Guest {
         let save = |attached: &Attached| {
             let running = GuestError::Order { is: "using its devices", advice: "stop them first" };
             let own = attached.unit.at_once(|device| device.save_state())?;
-            let inflight = attached.unit.at_once(|device| device.inflight())?;
+            let inflight = attached.unit.at_once(|device| device.inflight_state())?;
             let bases = attached.unit.stopped().into_iter().collect::<Option<_>>().ok_or(running)?;
             Ok(DeviceState { bases, inflight, own, ..attached.state() })
         };
@@ -481,9 +481,10 @@ impl Guest {
     }
 
     /// The dirty pages of each device, as sources that outlast a restart of its back-end.
-    pub fn logs(&self) -> impl Iterator<Item = DeviceLog> {
-        let log =
-            |attached: &Attached| DeviceLog::new(attached.unit.clone(), attached.unit.name.clone(), self.memory.end());
+    pub fn logs(&self) -> impl Iterator<Item = DeviceDirtySource> {
+        let log = |attached: &Attached| {
+            DeviceDirtySource::new(attached.unit.clone(), attached.unit.name.clone(), self.memory.end())
+        };
         self.units.iter().map(log)
     }
 
@@ -539,8 +540,7 @@ impl Guest {
             go_on();
             done.push(ended);
         }
-        let say =
-            |Attached { unit, .. }: &Attached| unit.at_once(|device| Ok(device.says_when_it_waits())).unwrap_or(true);
+        let say = |Attached { unit, .. }: &Attached| unit.at_once(|device| Ok(device.reports_sent())).unwrap_or(true);
         if !self.units.iter().all(say) {
             let alone = |Attached { unit, .. }: &Attached| Ok(unit.at_once(|device| each(unit, device, &mut || {})));
             return in_parallel(&self.units, alone);

@@ -68,7 +68,7 @@ impl PreparedDevice {
 
     /// Returns true if the device can still be used for a guest of this kind whose device was `expected`.
     pub fn fits(&self, expected: &DeviceState) -> bool {
-        !self.device.hung_up() && self.found.features == expected.features
+        !self.device.needs_reconnect() && self.found.features == expected.features
     }
 
     /// Compares its disk with the one that the guest has at its source, which has the identity `there`, unless either can't be
@@ -77,7 +77,7 @@ impl PreparedDevice {
     /// # Errors
     /// [`GuestError::State`] if it is another disk, and if the device can't be asked.
     pub fn compare_disk(&mut self, there: Option<u128>) -> Result<(), GuestError> {
-        let here = if there.is_some() { self.device.identity()? } else { None };
+        let here = if there.is_some() { self.device.disk_identity()? } else { None };
         match here.zip(there) {
             Some((here, there)) if here != there => {
                 let name = self.device.name();
@@ -109,7 +109,7 @@ impl PreparedDevice {
         if ring_features & !device.features() != 0 {
             return bad("it has no packed rings".into());
         }
-        if config.inflight_migration && !device.can_suspend() {
+        if config.inflight_migration && !device.can_suspend_rings() {
             return bad("it can't leave requests in flight: start it with --inflight-migration".into());
         }
         let offered = FEATURES.iter().fold(ring_features, |all, number| all | bit(*number)) & device.features();
@@ -147,7 +147,7 @@ impl PreparedDevice {
         let rings: Vec<_> = (0..).zip(lines.iter().map(|line| line.setup(start))).collect();
         let mut prepared = PreparedDevice { device, found, has_inflight, lines };
         expected.map_or(Ok(()), |expected| prepared.compare(expected))?;
-        prepared.device.announce_rings(&rings)?;
+        prepared.device.prepare_rings(&rings)?;
         Ok(prepared)
     }
 

@@ -207,7 +207,7 @@ impl Unit {
     /// Takes note of why an attempt has failed. That nobody is there is no news.
     fn is_refused(&self, error: &FrontendError) {
         let is_silent = matches!(error, FrontendError::Timeout { .. } | FrontendError::NotServed { .. });
-        let why = (is_silent || !error.is_away()).then(|| error.to_string());
+        let why = (is_silent || !error.is_transient()).then(|| error.to_string());
         // That it is still silent is no news either.
         let is_new = |absence: &&mut Absence| absence.why != why && !(is_silent && absence.why.is_some());
         if let Some(absence) = lock(&self.absence).as_mut().filter(is_new) {
@@ -262,7 +262,7 @@ impl Unit {
         let done = f(device.as_mut());
         match &done {
             Err(error) if error.needs_reconnect() => self.has_gone(Some(error)),
-            Ok(_) if device.hung_up() => self.has_gone(None),
+            Ok(_) if device.needs_reconnect() => self.has_gone(None),
             _ => {}
         }
         done
@@ -274,7 +274,7 @@ impl Unit {
     }
 
     fn is_missing(&self) -> FrontendError {
-        FrontendError::Away { device: self.name.clone(), reason: self.refused_because() }
+        FrontendError::Unavailable { device: self.name.clone(), reason: self.refused_because() }
     }
 
     /// The rings that are stopped, as they are to be started.
@@ -395,7 +395,7 @@ impl Unit {
             line.broken.store(true, Ordering::Relaxed);
         }
         let mut device = self.lock();
-        for event in device.events() {
+        for event in device.take_events() {
             match event {
                 DeviceEvent::ConfigChanged => self.look(device.as_mut()),
                 // The error fd has said so.
@@ -412,7 +412,7 @@ impl Unit {
         loop {
             let (error, connected) = {
                 let mut device = self.lock();
-                let connected = match device.hung_up() {
+                let connected = match device.needs_reconnect() {
                     true => {
                         self.has_gone(None);
                         let slice = Instant::now() + SLICE;
@@ -433,7 +433,7 @@ impl Unit {
                 return Ok(());
             }
             let over = deadline.is_some_and(|deadline| Instant::now() >= deadline);
-            if error.is_final() || over {
+            if error.is_unrecoverable() || over {
                 return Err(error.into());
             }
             if connected && !error.needs_reconnect() {
@@ -445,7 +445,7 @@ impl Unit {
                 continue;
             }
             self.is_refused(&error);
-            if !error.is_away() {
+            if !error.is_transient() {
                 wait(&[stop.as_fd()], None, Some(PAUSE))?;
             }
         }
@@ -459,7 +459,7 @@ impl SharedDevice for Arc<Unit> {
 
     fn stop_logging(&self) -> Result<(), FrontendError> {
         match self.at_once(|device| device.stop_logging()) {
-            Err(FrontendError::Away { .. }) => {
+            Err(FrontendError::Unavailable { .. }) => {
                 lock(&self.orders).stop_logging = true;
                 self.wake();
                 Ok(())
@@ -475,7 +475,7 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Returns true if the back-end may come back.
 pub(super) fn is_away(error: &FrontendError) -> bool {
-    error.is_hang_up() || matches!(error, FrontendError::Away { .. })
+    error.is_hang_up() || matches!(error, FrontendError::Unavailable { .. })
 }
 
 /// The thread that watches a device's connection; it ends when this is dropped.
@@ -517,7 +517,7 @@ fn watch(unit: &Unit, stop: &Signal) -> Result<(), GuestError> {
     while !stop.is_set() {
         let (connection, events) = {
             let device = unit.lock();
-            (device.watch()?, device.watch_events()?)
+            (device.hang_up_fd()?, device.events_fd()?)
         };
         let errors = unit.lines.iter().map(|line| line.error.as_fd());
         let readable: Vec<_> =

@@ -122,7 +122,7 @@ fn a_restarted_daemon_goes_on_with_rings_and_log() {
         let (log, fd) = rig.driver.new_log();
         rig.device.start_logging(&log, fd.as_fd()).unwrap();
         rig.backend.kill();
-        assert!(rig.device.hung_up());
+        assert!(rig.device.needs_reconnect());
         assert!(rig.device.stop_ring(0).unwrap_err().is_hang_up());
         rig.backend.restart();
         rig.device.reconnect(Instant::now() + DEADLINE).unwrap();

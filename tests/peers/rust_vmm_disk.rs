@@ -189,7 +189,7 @@ fn what_it_hangs_up_at_is_named_and_the_next_connection_does_without() {
     let short = std::sync::Arc::new(short);
     for request in [Request::SET_LOG_FD, Request::SET_LOG_BASE] {
         let error = match request {
-            Request::SET_LOG_FD => rig.device.signal_log(Some(signal.as_fd())).unwrap_err(),
+            Request::SET_LOG_FD => rig.device.set_log_fd(Some(signal.as_fd())).unwrap_err(),
             // A log that guest memory does not fit into.
             _ => rig.device.start_logging(&short, short_fd.as_fd()).unwrap_err(),
         };

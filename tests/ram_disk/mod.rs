@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use vhost_migrate::abi::{bit, virtio};
 use vhost_migrate::dirty::Log;
-use vhost_migrate::frontend::{Device, FrontendError, InflightState, Reconnected, RingSetup};
+use vhost_migrate::frontend::{Device, FrontendError, InflightState, Reconnection, RingSetup};
 use vhost_migrate::memory::Memory;
 use vhost_migrate::ring::{Chain, DeviceRing, RingBase, RingLayout};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
@@ -48,7 +48,7 @@ impl Meeting {
         drop(here);
         match waited.timed_out() {
             true => {
-                Err(FrontendError::BadRing { index: 0, reason: "the other disks were not called meanwhile".into() })
+                Err(FrontendError::InvalidRing { index: 0, reason: "the other disks were not called meanwhile".into() })
             }
             false => Ok(()),
         }
@@ -198,12 +198,12 @@ impl Device for RamDisk {
         Ok(false)
     }
 
-    fn inflight(&self) -> Result<Option<InflightState>, FrontendError> {
+    fn inflight_state(&self) -> Result<Option<InflightState>, FrontendError> {
         Ok(None)
     }
 
-    fn try_ring(&mut self, index: u16, _: &RingSetup) -> Result<(), FrontendError> {
-        if index == 0 { self.faults.meeting.come("try_ring") } else { Ok(()) }
+    fn validate_ring(&mut self, index: u16, _: &RingSetup) -> Result<(), FrontendError> {
+        if index == 0 { self.faults.meeting.come("validate_ring") } else { Ok(()) }
     }
 
     fn save_state(&mut self) -> Result<Option<Vec<u8>>, FrontendError> {
@@ -268,16 +268,16 @@ impl Device for RamDisk {
         Ok(())
     }
 
-    fn watch(&self) -> Result<Option<OwnedFd>, FrontendError> {
+    fn hang_up_fd(&self) -> Result<Option<OwnedFd>, FrontendError> {
         Ok(None)
     }
 
-    fn hung_up(&self) -> bool {
+    fn needs_reconnect(&self) -> bool {
         false
     }
 
-    fn reconnect(&mut self, _: Instant) -> Result<Reconnected, FrontendError> {
-        Ok(Reconnected::default())
+    fn reconnect(&mut self, _: Instant) -> Result<Reconnection, FrontendError> {
+        Ok(Reconnection::default())
     }
 }
 

@@ -120,7 +120,7 @@ pub(super) struct Reply {
 impl Reply {
     /// The payload as the one structure it must be.
     pub(super) fn read<T: FromBytes>(&self, rule: &'static str) -> Result<T, FrontendError> {
-        T::read_from_bytes(&self.payload).map_err(|_| FrontendError::Breach {
+        T::read_from_bytes(&self.payload).map_err(|_| FrontendError::ProtocolViolation {
             request: self.request,
             what: format!("an answer of {} bytes, not {}", self.payload.len(), size_of::<T>()),
             rule,
@@ -470,7 +470,7 @@ impl Channel {
         let header: Header = zerocopy::transmute!(header);
         let breach = |what: String, rule| {
             self.close();
-            Err(FrontendError::Breach { request, what, rule })
+            Err(FrontendError::ProtocolViolation { request, what, rule })
         };
         if header.request != request.0 {
             return breach(format!("an answer to {}", Request(header.request)), "F1");

@@ -103,7 +103,7 @@ pub(super) fn until<T>(
             Err(error) => error,
         };
         let left = deadline.saturating_duration_since(Instant::now());
-        if !error.is_away() || left.is_zero() || interrupt.wait(wait.min(left)) {
+        if !error.is_transient() || left.is_zero() || interrupt.wait(wait.min(left)) {
             return Err(error);
         }
         wait = (wait * 2).min(*BACK_OFF.end());
@@ -125,7 +125,7 @@ mod tests {
             attempts += 1;
             Err(away())
         });
-        assert!(done.is_err_and(|error| error.is_away()));
+        assert!(done.is_err_and(|error| error.is_transient()));
         // Waits of 1, 2, 4 … 64 ms, then of 100 ms; fewer where threads run late, never more.
         assert!((2..=13).contains(&attempts), "{attempts} attempts");
         attempts = 0;
@@ -136,6 +136,6 @@ mod tests {
         assert!(done.is_err() && attempts == 1);
         interrupt.set();
         let done = until::<()>(Instant::now() + Duration::from_secs(3600), &interrupt, || Err(away()));
-        assert!(done.is_err_and(|error| error.is_away()));
+        assert!(done.is_err_and(|error| error.is_transient()));
     }
 }

@@ -105,7 +105,7 @@ impl Events {
 
     fn add(&self, event: DeviceEvent) {
         let mut told = lock(&self.told);
-        let any_number = matches!(event, DeviceEvent::AccessFailed(_) | DeviceEvent::Refused(_));
+        let any_number = matches!(event, DeviceEvent::AccessFailed(_) | DeviceEvent::RequestRefused(_));
         if (!any_number || told.len() < MOST_EVENTS) && told.insert(event) {
             let _ = self.ready.write(1);
         }
@@ -300,7 +300,7 @@ impl Shared {
                 }
             }
             _ => {
-                self.events.add(DeviceEvent::Refused(code));
+                self.events.add(DeviceEvent::RequestRefused(code));
                 return false;
             }
         }

@@ -27,7 +27,7 @@ impl Inflight {
     /// The region of a GET_INFLIGHT_FD reply, checked against what was asked for (rule I1).
     pub(super) fn take(reply: Reply, queues: u16, queue_size: u16, packed: bool) -> Result<Inflight, FrontendError> {
         let request = Request::GET_INFLIGHT_FD;
-        let breach = |what: String| FrontendError::Breach { request, what, rule: "I1" };
+        let breach = |what: String| FrontendError::ProtocolViolation { request, what, rule: "I1" };
         // Four bytes of padding at the end, which some send and some don't (rule F6).
         let mut bytes = [0; size_of::<InflightDescription>()];
         match (reply.payload.len(), bytes.get_mut(..reply.payload.len())) {
@@ -87,7 +87,7 @@ impl Inflight {
             let shape = |(queues, size, bytes)| format!("{queues} queues of {size} entries in {bytes} bytes");
             return match marked(state, packed) {
                 0 => Ok(()),
-                requests => Err(FrontendError::InflightMoved { requests, here: shape(own), there: shape(fits) }),
+                requests => Err(FrontendError::InflightMismatch { requests, here: shape(own), there: shape(fits) }),
             };
         }
         let written = self.file.write_all_at(&state.contents, self.offset);

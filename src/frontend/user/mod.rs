@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::{Device, DeviceEvent, FrontendError, InflightState, Interrupt, Reconnected, RingSetup, counters};
+use super::{Device, DeviceEvent, FrontendError, InflightState, Interrupt, Reconnection, RingSetup, counters};
 use crate::abi::bit;
 use crate::abi::features::feature_names;
 use crate::abi::vhost_user::{
@@ -263,7 +263,9 @@ impl UserDevice {
     /// An error while answers are owed: the device is to be reconnected before.
     fn check_owed(&self) -> Result<(), FrontendError> {
         match self.channel.owes() {
-            true => Err(FrontendError::Away { device: self.name().into(), reason: Some("an answer is owed".into()) }),
+            true => {
+                Err(FrontendError::Unavailable { device: self.name().into(), reason: Some("an answer is owed".into()) })
+            }
             false => Ok(()),
         }
     }
@@ -293,7 +295,7 @@ impl UserDevice {
     }
 
     fn check_ring(&self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
-        let bad = |reason| Err(FrontendError::BadRing { index, reason });
+        let bad = |reason| Err(FrontendError::InvalidRing { index, reason });
         if index >= self.offer.queues || index > 0xff {
             return bad(format!("the device has {} rings", self.offer.queues));
         }
@@ -446,23 +448,23 @@ impl Device for UserDevice {
         self.inflight.as_ref().ok_or_else(none)?.restore(restored, self.is_packed())
     }
 
-    fn inflight(&self) -> Result<Option<InflightState>, FrontendError> {
+    fn inflight_state(&self) -> Result<Option<InflightState>, FrontendError> {
         self.inflight.as_ref().map(Inflight::state).transpose()
     }
 
-    fn says_when_it_waits(&self) -> bool {
+    fn reports_sent(&self) -> bool {
         true
     }
 
-    fn announce_rings(&mut self, rings: &[(u16, RingSetup)]) -> Result<(), FrontendError> {
+    fn prepare_rings(&mut self, rings: &[(u16, RingSetup)]) -> Result<(), FrontendError> {
         self.post_each(rings, &mut || {}, UserDevice::post_size)
     }
 
-    fn try_ring(&mut self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
-        self.try_rings(&[(index, setup.clone())], &mut || {})
+    fn validate_ring(&mut self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
+        self.validate_rings(&[(index, setup.clone())], &mut || {})
     }
 
-    fn try_rings(&mut self, rings: &[(u16, RingSetup)], sent: &mut dyn FnMut()) -> Result<(), FrontendError> {
+    fn validate_rings(&mut self, rings: &[(u16, RingSetup)], sent: &mut dyn FnMut()) -> Result<(), FrontendError> {
         self.post_each(rings, sent, |device, index, setup| {
             device.post_ring(index, setup, setup.base)?;
             // Without a kick it does not run: it is not started (rule R2).
@@ -501,7 +503,7 @@ impl Device for UserDevice {
         self.end_rings(Request::GET_VRING_BASE, indices, sent, stopped)
     }
 
-    fn can_suspend(&self) -> bool {
+    fn can_suspend_rings(&self) -> bool {
         let both = INFLIGHT_MIGRATION | bit(protocol_feature::INFLIGHT_SHMFD);
         self.offer.protocol & both == both
     }
@@ -539,7 +541,7 @@ impl Device for UserDevice {
     }
 
     fn stop_logging(&mut self) -> Result<(), FrontendError> {
-        if self.log.take().is_none() || self.hung_up() {
+        if self.log.take().is_none() || self.needs_reconnect() {
             return Ok(());
         }
         // Whoever has interrupted the rest waits for this, too.
@@ -574,11 +576,11 @@ impl Device for UserDevice {
         Ok(())
     }
 
-    fn generation(&mut self) -> Result<Option<DiskGeneration>, FrontendError> {
+    fn disk_generation(&mut self) -> Result<Option<DiskGeneration>, FrontendError> {
         self.ask_disk(own::GET_DISK_GENERATION)
     }
 
-    fn identity(&mut self) -> Result<Option<u128>, FrontendError> {
+    fn disk_identity(&mut self) -> Result<Option<u128>, FrontendError> {
         self.ask_disk(own::GET_DISK_IDENTITY)
     }
 
@@ -603,7 +605,7 @@ impl Device for UserDevice {
             _ => {
                 let what =
                     format!("{} bytes that are not offset {offset} and {} bytes", reply.payload.len(), buf.len());
-                Err(FrontendError::Breach { request, what, rule: "C1" })
+                Err(FrontendError::ProtocolViolation { request, what, rule: "C1" })
             }
         }
     }
@@ -632,20 +634,20 @@ impl Device for UserDevice {
         self.channel.settle()
     }
 
-    fn watch(&self) -> Result<Option<OwnedFd>, FrontendError> {
+    fn hang_up_fd(&self) -> Result<Option<OwnedFd>, FrontendError> {
         self.channel.watch().map(Some)
     }
 
-    fn events(&mut self) -> Vec<DeviceEvent> {
+    fn take_events(&mut self) -> Vec<DeviceEvent> {
         self.events.take()
     }
 
-    fn watch_events(&self) -> Result<Option<OwnedFd>, FrontendError> {
+    fn events_fd(&self) -> Result<Option<OwnedFd>, FrontendError> {
         let fd = self.events.fd().try_clone_to_owned().map_err(FrontendError::system("watch for events"))?;
         Ok(Some(fd))
     }
 
-    fn hung_up(&self) -> bool {
+    fn needs_reconnect(&self) -> bool {
         self.channel.hung_up() || self.channel.owes()
     }
 
@@ -653,11 +655,11 @@ impl Device for UserDevice {
         Some(self.interrupt.clone())
     }
 
-    fn reconnect(&mut self, deadline: Instant) -> Result<Reconnected, FrontendError> {
+    fn reconnect(&mut self, deadline: Instant) -> Result<Reconnection, FrontendError> {
         if self.channel.owes() && !self.channel.hung_up() {
             match self.catch_up(deadline) {
                 Err(error) if self.channel.hung_up() => tracing::debug!("{}: {error}", self.path.display()),
-                done => return done.map(|()| Reconnected::default()),
+                done => return done.map(|()| Reconnection::default()),
             }
         }
         let timeout = self.options.timeout;
@@ -665,7 +667,7 @@ impl Device for UserDevice {
         let interrupt = self.interrupt.clone();
         let (resubmitted, attempts) = until(deadline, &interrupt, || self.reinstall(left()))?;
         counters::reconnected(self.name(), resubmitted);
-        Ok(Reconnected { resubmitted, attempts })
+        Ok(Reconnection { resubmitted, attempts })
     }
 }
 
@@ -729,7 +731,7 @@ impl UserDevice {
     }
 
     fn check_suspend(&self) -> Result<(), FrontendError> {
-        if self.can_suspend() && self.inflight.is_some() {
+        if self.can_suspend_rings() && self.inflight.is_some() {
             return Ok(());
         }
         let advice = "start its back-end with --inflight-migration, or stop rings the usual way";
@@ -740,7 +742,7 @@ impl UserDevice {
     fn end_ring(&mut self, request: Request, index: u16) -> Result<RingBase, FrontendError> {
         let mut stopped = None;
         self.end_rings(request, &[index], &mut || {}, &mut |_, base| stopped = Some(base))?;
-        stopped.ok_or_else(|| FrontendError::BadRing { index, reason: "it is not started".into() })
+        stopped.ok_or_else(|| FrontendError::InvalidRing { index, reason: "it is not started".into() })
     }
 
     /// Stops rings with one of the requests that do; `stopped` is told of each that has stopped.
@@ -753,7 +755,7 @@ impl UserDevice {
     ) -> Result<(), FrontendError> {
         self.check_owed()?;
         if let Some(index) = indices.iter().copied().find(|index| !self.rings.contains_key(index)) {
-            return Err(FrontendError::BadRing { index, reason: "it is not started".into() });
+            return Err(FrontendError::InvalidRing { index, reason: "it is not started".into() });
         }
         indices.iter().for_each(|index| self.pass_kicks(*index, false));
         let ended = self.owed(|device| {
@@ -804,7 +806,7 @@ impl UserDevice {
         if state.index != u32::from(index) {
             self.channel.close();
             let what = format!("it answered for ring {} instead of {index}", state.index);
-            return Err(FrontendError::Breach { request: reply.request, what, rule: "R3" });
+            return Err(FrontendError::ProtocolViolation { request: reply.request, what, rule: "R3" });
         }
         Ok(RingBase::from_bits(state.num))
     }

@@ -61,7 +61,7 @@ impl UserDevice {
     /// back-end has it; when that returns, faults must be served, for the back-end goes on.
     ///
     /// # Errors
-    /// As `set_memory`, and [`FrontendError::Breach`] for an answer about other regions.
+    /// As `set_memory`, and [`FrontendError::ProtocolViolation`] for an answer about other regions.
     pub fn postcopy_set_memory(
         &mut self,
         memory: &Memory,
@@ -77,7 +77,7 @@ impl UserDevice {
         let Some(theirs) = theirs.filter(same) else {
             self.channel.close();
             let what = format!("{} bytes that are not the regions it was told of", reply.payload.len());
-            return Err(FrontendError::Breach { request, what, rule: "P1" });
+            return Err(FrontendError::ProtocolViolation { request, what, rule: "P1" });
         };
         self.memory = memory.clone();
         self.change_translations(Some(memory));

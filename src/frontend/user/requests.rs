@@ -16,7 +16,7 @@ impl UserDevice {
     ///
     /// # Errors
     /// [`FrontendError::NotOffered`], [`FrontendError::Refused`]; the channel's errors.
-    pub fn announce(&mut self, mac: [u8; 6]) -> Result<(), FrontendError> {
+    pub fn send_rarp(&mut self, mac: [u8; 6]) -> Result<(), FrontendError> {
         self.need(protocol_feature::RARP, "RARP", "let the guest's driver announce itself")?;
         let [a, b, c, d, e, f] = mac;
         let payload = u64::from_le_bytes([a, b, c, d, e, f, 0, 0]);
@@ -27,7 +27,7 @@ impl UserDevice {
     /// Tells a network device the largest packet of its driver, in bytes; also after a reconnection (NET_SET_MTU).
     ///
     /// # Errors
-    /// As [`UserDevice::announce`].
+    /// As [`UserDevice::send_rarp`].
     pub fn set_mtu(&mut self, mtu: u16) -> Result<(), FrontendError> {
         self.need(protocol_feature::MTU, "MTU", "leave it as it is")?;
         self.mtu = Some(mtu);
@@ -61,7 +61,7 @@ impl UserDevice {
     ///
     /// # Errors
     /// [`FrontendError::Refused`]; the channel's errors.
-    pub fn signal_log(&mut self, signal: Option<BorrowedFd<'_>>) -> Result<(), FrontendError> {
+    pub fn set_log_fd(&mut self, signal: Option<BorrowedFd<'_>>) -> Result<(), FrontendError> {
         let kept = signal.map(|fd| fd.try_clone_to_owned()).transpose();
         let kept = kept.map_err(FrontendError::system("keep the log's signal"))?;
         let before = std::mem::replace(&mut self.log_signal, kept);

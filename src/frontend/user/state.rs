@@ -42,19 +42,19 @@ pub(super) fn load(
         // A back-end that reads no further knows why.
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
             check(channel, patience)?;
-            Err(FrontendError::State { doing: "load", source: error })
+            Err(FrontendError::DeviceState { operation: "load", source: error })
         }
         Err(source) => Err(failed("load", source, interrupt)),
         Ok(()) => check(channel, patience),
     }
 }
 
-fn failed(doing: &'static str, source: std::io::Error, interrupt: &Interrupt) -> FrontendError {
+fn failed(operation: &'static str, source: std::io::Error, interrupt: &Interrupt) -> FrontendError {
     match source.kind() {
         std::io::ErrorKind::TimedOut if interrupt.is_set() => {
             FrontendError::Interrupted { request: Request::SET_DEVICE_STATE_FD }
         }
-        _ => FrontendError::State { doing, source },
+        _ => FrontendError::DeviceState { operation, source },
     }
 }
 
@@ -70,7 +70,8 @@ fn begin(channel: &mut Channel, direction: u32, theirs: OwnedFd) -> Result<Optio
     if code & DEVICE_STATE_NOFD_MASK != 0 {
         return Ok(None);
     }
-    let breach = || FrontendError::Breach { request, what: "it announces an fd and sends none".into(), rule: "D1" };
+    let breach =
+        || FrontendError::ProtocolViolation { request, what: "it announces an fd and sends none".into(), rule: "D1" };
     reply.fds.pop().ok_or_else(breach).map(Some).inspect_err(|_| channel.close())
 }
 
