@@ -8,8 +8,8 @@ use std::thread;
 
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-use super::link::Link;
-use super::rig::{HIGH, Rig, SLOT, SLOTS, noise};
+use super::connection::Link;
+use super::harness::{HIGH, Rig, SLOT, SLOTS, noise};
 use super::{Bench, Check, Fault, Offer, Outcome, Subject, When};
 use crate::abi::vhost_user::{CONFIG_TYPE_FRONTEND, ConfigHeader, Request as Code, protocol_feature};
 use crate::abi::virtio::{

@@ -4,7 +4,7 @@
 //! several kinds or one: only one is taken, else the user has to say it.
 
 use super::blk::{Disk, read_config};
-use super::link::Link;
+use super::connection::Link;
 use super::options::Kind;
 use super::{Fault, Offer, vsock};
 use crate::abi::vhost_user::protocol_feature;

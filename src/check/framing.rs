@@ -6,8 +6,8 @@ use std::os::unix::net::UnixStream;
 
 use zerocopy::IntoBytes;
 
-use super::link::readable;
-use super::rig::{Rig, Size, describe};
+use super::connection::readable;
+use super::harness::{Rig, Size, describe};
 use super::{Bench, Check, Fault, Outcome, When};
 use crate::abi::vhost_user::{
     ConfigHeader, Header, InflightDescription, MemoryHeader, MemoryRegion, Request as Code, VringAddr, VringState,

@@ -8,7 +8,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use super::Fault;
-use super::rig::{Rig, SLOT};
+use super::harness::{Rig, SLOT};
 
 const LOOKUP: u32 = 1;
 const OPEN: u32 = 14;

@@ -9,7 +9,7 @@ use std::thread;
 
 use zerocopy::{Immutable, IntoBytes};
 
-use super::rig::{HIGH, Rig, Size, describe};
+use super::harness::{HIGH, Rig, Size, describe};
 use super::{Bench, Check, Fault, Outcome, Verdict, When, state};
 use crate::abi::inflight::{PACKED_HEADER_BYTES, SPLIT_HEADER_BYTES, VERSION};
 use crate::abi::vhost_user::{
@@ -357,7 +357,7 @@ fn noise(bench: &mut Bench) -> Result<Outcome, Fault> {
             } as usize;
             let bytes = part as u64 * u64::from(queues);
             let fd = sealed_memfd("noise", bytes)?;
-            let mut contents = super::rig::noise(*seed, bytes as u32);
+            let mut contents = super::harness::noise(*seed, bytes as u32);
             // A version and a size that are right lead recovery to the rest.
             let head = [VERSION.to_le_bytes(), size.to_le_bytes()].concat();
             for contents in contents.chunks_exact_mut(part) {

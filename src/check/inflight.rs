@@ -11,7 +11,7 @@ use std::time::Duration;
 use nix::sys::stat::fstat;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::rig::{Rig, SLOTS, Size, changed, soon};
+use super::harness::{Rig, SLOTS, Size, changed, soon};
 use super::{Bench, Check, Fault, Outcome, When};
 use crate::abi::inflight::{PackedEntry, PackedHeader, SplitEntry, SplitHeader, VERSION};
 use crate::abi::vhost_user::{Header, InflightDescription, Request as Code, protocol_feature};

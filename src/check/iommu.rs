@@ -8,9 +8,9 @@ use std::thread;
 
 use zerocopy::{FromZeros, IntoBytes};
 
+use super::harness::{HIGH, NOWHERE, Pages, Rig, SLOT, SLOTS, Scatter, Size, changed, harvest, noise, pages, soon};
 use super::log::{Marks, missing};
 use super::queue::RING;
-use super::rig::{HIGH, NOWHERE, Pages, Rig, SLOT, SLOTS, Scatter, Size, changed, harvest, noise, pages, soon};
 use super::{Bench, Check, Fault, Flow, Outcome, Verdict, When};
 use crate::abi::bit;
 use crate::abi::vhost::{

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use zerocopy::IntoBytes;
 
-use super::rig::{LOW_BYTES, NOWHERE, Pages, Rig, SLOTS, Size, changed, harvest, pages, soon};
+use super::harness::{LOW_BYTES, NOWHERE, Pages, Rig, SLOTS, Size, changed, harvest, pages, soon};
 use super::{Bench, Check, Fault, Outcome, Verdict, When};
 use crate::abi::bit;
 use crate::abi::vhost_user::{Header, LogDescription, Request as Code};

@@ -3,9 +3,9 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use super::harness::{HIGH, Pages, SLOT, SLOTS, Size, changed, harvest, pages};
 use super::inflight::Tracked;
 use super::log::{Marks, ready};
-use super::rig::{HIGH, Pages, SLOT, SLOTS, Size, changed, harvest, pages};
 use super::{Bench, Check, Fault, Outcome, Verdict, When};
 use crate::abi::vhost_user::protocol_feature;
 use crate::dirty::Log;

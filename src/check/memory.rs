@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use zerocopy::IntoBytes;
 
+use super::harness::{HIGH, SLOTS, Size, describe, harvest};
 use super::log::{Marks, ready};
-use super::rig::{HIGH, SLOTS, Size, describe, harvest};
 use super::{Bench, Check, Fault, Outcome, Verdict, When};
 use crate::abi::vhost_user::{MemRegMsg, Request as Code, VHOST_USER_MAX_RAM_SLOTS_TODAY, protocol_feature};
 use crate::dirty::Log;

@@ -3,14 +3,14 @@
 //! | file | purpose |
 //! |---|---|
 //! | `rules`, `options` | what can be checked, and how |
-//! | `link` | one connection, message by message |
-//! | `rig` | a guest without a CPU: memory, rings in it, logs, and the messages that hand them to a back-end |
+//! | `connection` | one connection, message by message |
+//! | `harness` | a guest without a CPU: memory, rings in it, logs, and the messages that hand them to a back-end |
 //! | `queue` | one ring of it, split or packed |
-//! | `bench`, `shape` | the back-end under test, and the rings that a check is run on |
+//! | `target`, `ring_variant` | the back-end under test, and the rings that a check is run on |
 //! | `device` | the kinds of devices, and how they are told apart |
 //! | `blk`, `net`, `fs`, `vsock`, `console` | what only one kind has: requests, frames, packets, text, and rules of its own |
-//! | `framing`, `rings`, `order`, `log`, `marks`, `memory`, `inflight`, `iommu`, `state`, `channel`, `postcopy`, `hostile` | the checks, a file per group of rules |
-//! | `postman` | guest memory that was taken away, and who brings its pages |
+//! | `framing`, `rings`, `order`, `log`, `marks`, `memory`, `inflight`, `iommu`, `state`, `backend_channel`, `postcopy`, `hostile` | the checks, a file per group of rules |
+//! | `page_server` | guest memory that was taken away, and who brings its pages |
 //! | `stop` | the end of a check before its time, and of its waits |
 //! | `process` | the back-end's process, where it may be killed and started again |
 //! | `outcome`, `report`, `explain` | what a check came to, what was found in all, and what each rule is for |
@@ -22,18 +22,18 @@
 //! that come in, as far as it makes a difference: `When` says so.
 #![forbid(unsafe_code)]
 
-mod bench;
+mod backend_channel;
 mod blk;
-mod channel;
+mod connection;
 mod console;
 mod device;
 mod explain;
 mod framing;
 mod fs;
+mod harness;
 mod hostile;
 mod inflight;
 mod iommu;
-mod link;
 mod log;
 mod marks;
 mod memory;
@@ -41,17 +41,17 @@ mod net;
 mod options;
 mod order;
 mod outcome;
+mod page_server;
 mod postcopy;
-mod postman;
 mod process;
 mod queue;
 mod report;
-mod rig;
+mod ring_variant;
 mod rings;
 mod rules;
-mod shape;
 mod state;
 mod stop;
+mod target;
 mod vsock;
 
 pub use explain::{Consequence, Explanation, explain};
@@ -64,11 +64,11 @@ pub use stop::Stop;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use bench::{Bench, Offer, offers, prepare};
 use device::Subject;
 use outcome::{Fault, Outcome};
+use ring_variant::{Flow, Shape, When};
 use rules::ASIDE;
-use shape::{Flow, Shape, When};
+use target::{Bench, Offer, offers, prepare};
 
 /// After so many checks that took all the time there is, there is less.
 const PATIENCE: u32 = 3;
@@ -133,7 +133,7 @@ pub fn check_watched(socket: &Path, options: &Options, watch: &mut dyn FnMut(&St
     let mut runs = Vec::new();
     let groups = [framing::CHECKS, blk::CHECKS, rings::CHECKS, order::CHECKS, log::CHECKS];
     let groups = groups.into_iter().chain([marks::CHECKS, memory::CHECKS, inflight::CHECKS]);
-    let groups = groups.chain([iommu::CHECKS, state::CHECKS, channel::CHECKS, postcopy::CHECKS]);
+    let groups = groups.chain([iommu::CHECKS, state::CHECKS, backend_channel::CHECKS, postcopy::CHECKS]);
     let may_kill = options.may_kill || options.hostile || options.restart.is_some();
     let needs_leave = (!may_kill).then_some("needs --may-kill: some back-ends do not survive it");
     let needs_hostile = (!options.hostile).then_some("needs --hostile");

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt::BindToDevice};
 
+use super::harness::{FRAMES, Rig, Size, noise, soon};
 use super::queue::Queue;
-use super::rig::{FRAMES, Rig, Size, noise, soon};
 use super::{Bench, Fault};
 use crate::memory::{LOG_PAGE, Memory};
 use crate::ring::Buffer;

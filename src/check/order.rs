@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use zerocopy::IntoBytes;
 
+use super::connection::readable;
+use super::harness::{Rig, Size, changed, soon};
 use super::inflight::Tracked;
-use super::link::readable;
-use super::rig::{Rig, Size, changed, soon};
 use super::{Bench, Check, Fault, Flow, Outcome, When};
 use crate::abi::vhost_user::{
     Header, Request as Code, VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VringAddr, protocol_feature,

@@ -9,10 +9,10 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::fstat;
 use zerocopy::{FromBytes, IntoBytes};
 
+use super::connection::{Reply, readable};
+use super::harness::{AGAIN, HIGH, PROTOCOL, Pages, Rig, SLOTS, Size, noise};
 use super::hostile::serves;
-use super::link::{Reply, readable};
-use super::postman::{Contents, Postman};
-use super::rig::{AGAIN, HIGH, PROTOCOL, Pages, Rig, SLOTS, Size, noise};
+use super::page_server::{Contents, Postman};
 use super::{Bench, Check, Fault, Flow, Outcome, Verdict, When};
 use crate::abi::bit;
 use crate::abi::vhost_user::{Header, MemoryHeader, MemoryRegion, Request as Code, protocol_feature};

@@ -12,7 +12,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::link::connect;
+use super::connection::connect;
 use super::{Options, Stop};
 
 /// Between two looks at a socket or a process.

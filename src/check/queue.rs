@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::Fault;
-use super::rig::{Pages, pages};
+use super::harness::{Pages, pages};
 use crate::abi::bit;
 use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED};
 use crate::memory::{LOG_PAGE, Memory};

@@ -4,8 +4,8 @@ use std::thread;
 
 use zerocopy::IntoBytes;
 
+use super::harness::{SLOTS, Size, changed, harvest, soon};
 use super::log::Marks;
-use super::rig::{SLOTS, Size, changed, harvest, soon};
 use super::{Bench, Check, Fault, Feed, Flow, Offer, Outcome, When};
 use crate::abi::bit;
 use crate::abi::vhost_user::{Request as Code, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature};

@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use zerocopy::IntoBytes;
 
 use super::blk::read_config;
+use super::harness::{Rig, SLOTS, Size, noise};
 use super::hostile::attack;
-use super::rig::{Rig, SLOTS, Size, noise};
 use super::{Bench, Check, Fault, Outcome, Subject, Verdict, When};
 use crate::abi::bit;
 use crate::abi::vhost_user::{

@@ -12,7 +12,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use super::blk::read_config;
-use super::link::Link;
+use super::connection::Link;
 use super::{Fault, Offer};
 use crate::abi::vhost_user::protocol_feature;
 

@@ -16,8 +16,8 @@ use nix::sys::signal::Signal;
 use roxmltree::Document;
 use serde_json::Value;
 
-use crate::bend::Bend;
-use crate::bent::{Backend, image};
+use crate::fault::Bend;
+use crate::faulty_backend::{Backend, image};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-migrate");
 

@@ -12,8 +12,8 @@ use std::time::Duration;
 use vhost_migrate::backend::{Device, Immediate, Queue, RING_FEATURES, Request};
 use vhost_migrate::check::{CheckError, Feed, Kind, Options, Report, Rings, Verdict, check};
 
-use crate::bend::Bend;
-use crate::bent::Backend;
+use crate::fault::Bend;
+use crate::faulty_backend::Backend;
 
 /// Bytes of the file that is shared.
 const FILE: usize = 1 << 20;

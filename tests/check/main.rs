@@ -1,15 +1,15 @@
 //! `check`: our own back-ends keep every rule, and whoever breaks one is found out, by the rule.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
-mod bend;
-mod bent;
-mod channel;
-mod clumsy;
+mod backend_channel;
 mod command;
 mod devices;
-mod healthy;
+mod fault;
+mod faulty_backend;
+mod faulty_disk;
 mod iommu;
-mod late;
+mod own_backends;
+mod postcopy;
 mod rules;
 mod state;
 mod wire;

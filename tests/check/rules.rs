@@ -8,11 +8,11 @@ use rstest::rstest;
 use vhost_migrate::abi::vhost_user::Request as Code;
 use vhost_migrate::check::{Feed, Options, RULES, Report, Rings, Verdict};
 
-use crate::bend::Bend;
-use crate::bent::{Backend, checked};
-use crate::channel::Channel;
+use crate::backend_channel::Channel;
+use crate::fault::Bend;
+use crate::faulty_backend::{Backend, checked};
 use crate::iommu::Iommu;
-use crate::late::Late;
+use crate::postcopy::Late;
 use crate::state::State;
 
 /// A bend, the rules that are checked, as ids or as what ids begin with, and those of them that it breaks.

@@ -10,7 +10,7 @@ use vhost_migrate::abi::vhost_user::{Header, Request as Code};
 use vhost_migrate::backend::Message;
 use zerocopy::{FromZeros, IntoBytes};
 
-use crate::bend::Bend;
+use crate::fault::Bend;
 
 /// Whether a header with these flags is of the one version there is.
 pub(crate) fn is_known(flags: u32) -> bool {

@@ -10,8 +10,8 @@ use zerocopy::IntoBytes;
 
 use super::super::{FrontendError, Interrupt};
 use super::UserOptions;
-use super::channel::{Channel, Late};
-use super::ear::{Ear, Events};
+use super::backend_channel::{Ear, Events};
+use super::connection::{Channel, Late};
 use super::iommu::Translator;
 use crate::abi::bit;
 use crate::abi::vhost_user::{

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 
 use super::super::{FrontendError, InflightState};
-use super::channel::Reply;
+use super::connection::Reply;
 use crate::abi::inflight::{PACKED_ENTRY_BYTES, PACKED_HEADER_BYTES, SPLIT_ENTRY_BYTES, SPLIT_HEADER_BYTES};
 use crate::abi::vhost_user::{InflightDescription, Request};
 use crate::inflight::Kind;

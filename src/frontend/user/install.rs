@@ -6,9 +6,9 @@ use std::time::Duration;
 use zerocopy::IntoBytes;
 
 use super::super::{FrontendError, RingSetup};
-use super::channel::Late;
 use super::connect::greet;
-use super::{UserDevice, UserOptions, state, wake};
+use super::connection::Late;
+use super::{UserDevice, UserOptions, device_state, wake};
 use crate::abi::bit;
 use crate::abi::features::{feature_names, protocol_feature_names};
 use crate::abi::vhost_user::{Request, own, protocol_feature};
@@ -61,7 +61,7 @@ impl UserDevice {
             self.post_memory(&Memory::default())?;
         }
         if let Some(state) = &self.loaded {
-            state::load(&mut self.channel, self.options.stop_timeout, &self.interrupt, state)?;
+            device_state::load(&mut self.channel, self.options.stop_timeout, &self.interrupt, state)?;
         }
         for (&index, setup) in &rings {
             let base = self.base_after_crash(index, setup)?;

@@ -8,8 +8,8 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use super::super::{FrontendError, Iommu, Mapping};
 use super::UserDevice;
-use super::channel::Line;
-use super::ear::Ear;
+use super::backend_channel::Ear;
+use super::connection::Line;
 use crate::abi::bit;
 use crate::abi::vhost::{VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_UPDATE};
 use crate::abi::vhost_user::{Header, IotlbMsg, Request};

@@ -4,9 +4,10 @@
 //! remembered so that a restarted back-end can be given all of it again. Framing and deadlines are the channel's.
 #![forbid(unsafe_code)]
 
-mod channel;
+mod backend_channel;
 mod connect;
-mod ear;
+mod connection;
+mod device_state;
 mod inflight;
 mod install;
 mod iommu;
@@ -14,7 +15,6 @@ mod options;
 mod payload;
 mod postcopy;
 mod requests;
-mod state;
 
 pub use options::UserOptions;
 pub use postcopy::BackendAddresses;
@@ -41,9 +41,9 @@ use crate::memory::{Memory, MemoryError, Region};
 use crate::ring::{RingBase, RingLayout};
 use crate::sys::lines::limited;
 use crate::sys::shared;
-use channel::{Caught, Channel, Late, MOST_POSTED, Reply};
+use backend_channel::{Ear, Events};
 use connect::{BACK_OFF, Offer, greet, until};
-use ear::{Ear, Events};
+use connection::{Caught, Channel, Late, MOST_POSTED, Reply};
 use inflight::Inflight;
 use iommu::Translator;
 use payload::{describe, table, user_addr};
@@ -565,13 +565,13 @@ impl Device for UserDevice {
             return Ok(None);
         }
         let (patience, interrupt) = (self.options.stop_timeout, self.interrupt.clone());
-        self.owed(|device| state::save(&mut device.channel, patience, &interrupt)).map(Some)
+        self.owed(|device| device_state::save(&mut device.channel, patience, &interrupt)).map(Some)
     }
 
     fn load_state(&mut self, state: &[u8]) -> Result<(), FrontendError> {
         let advice = "the guest's device has a state; use a back-end of the same kind";
         self.need(protocol_feature::DEVICE_STATE, "DEVICE_STATE", advice)?;
-        state::load(&mut self.channel, self.options.stop_timeout, &self.interrupt, state)?;
+        device_state::load(&mut self.channel, self.options.stop_timeout, &self.interrupt, state)?;
         self.loaded = Some(state.to_vec());
         Ok(())
     }

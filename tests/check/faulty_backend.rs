@@ -25,11 +25,11 @@ use vhost_migrate::memory::LOG_PAGE;
 use vhost_migrate::ring::{RingBase, RingLayout};
 use zerocopy::IntoBytes;
 
-use crate::bend::Bend;
-use crate::channel::{Channel, Line};
-use crate::clumsy::{Clumsy, Files, Region};
+use crate::backend_channel::{Channel, Line};
+use crate::fault::Bend;
+use crate::faulty_disk::{Clumsy, Files, Region};
 use crate::iommu::{Iommu, Translations, wait_for_all};
-use crate::late::Postcopy;
+use crate::postcopy::Postcopy;
 use crate::state::{Passing, State};
 use crate::wire::{is_known, more_follows, receive, send};
 

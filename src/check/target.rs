@@ -10,12 +10,12 @@ use std::rc::Rc;
 use std::thread;
 use std::time::Duration;
 
+use super::connection::{self as link, Link, Replies};
 use super::device::Subject;
-use super::link::{self, Link, Replies};
+use super::harness::{PROTOCOL, Plan, Rig, Scatter};
 use super::net::{self, Source};
 use super::process::{LOOK, Process};
 use super::queue::MAX_RINGS;
-use super::rig::{PROTOCOL, Plan, Rig, Scatter};
 use super::{CheckError, Fault, Feed, Flow, Options, Outcome, Rings, Shape, Stop, When};
 use crate::abi::bit;
 use crate::abi::features::protocol_feature_name;

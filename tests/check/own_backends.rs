@@ -6,8 +6,8 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::bent::image;
 use crate::command::{command, same, serving, text};
+use crate::faulty_backend::image;
 
 /// Rules that the whole of `check` sees kept by our own back-end.
 const KEPT: &[&str] = &[

@@ -19,8 +19,8 @@ use std::time::Duration;
 use zerocopy::IntoBytes;
 
 use self::requests::Request;
+use super::connection::Link;
 use super::fs::{self, OpenFile};
-use super::link::Link;
 use super::net::Source;
 use super::queue::{MAX_RINGS, Queue};
 use super::stop::Deadline;

@@ -10,7 +10,7 @@ use vhost_migrate::abi::vhost_user::{Header, Request as Code, protocol_feature};
 use vhost_migrate::backend::Message;
 use zerocopy::IntoBytes;
 
-use crate::bend::Bend;
+use crate::fault::Bend;
 
 /// Bytes of an acknowledgement, and where the payload of a reply begins.
 const NUMBER: usize = 8;

@@ -23,7 +23,7 @@ use tracing::debug;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::super::{DeviceEvent, FrontendError, RingSetup, counters};
-use super::channel::Line;
+use super::connection::Line;
 use super::iommu::{Told, Translator};
 use super::wake;
 use crate::abi::vhost::{VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_MISS};

@@ -9,7 +9,7 @@ use nix::unistd::pipe2;
 use zerocopy::IntoBytes;
 
 use super::super::{FrontendError, Interrupt};
-use super::channel::Channel;
+use super::connection::Channel;
 use crate::abi::vhost_user::{
     DEVICE_STATE_ERROR_MASK, DEVICE_STATE_LOAD, DEVICE_STATE_NOFD_MASK, DEVICE_STATE_PHASE_STOPPED, DEVICE_STATE_SAVE,
     DeviceStateTransfer, Request,

@@ -22,7 +22,7 @@ use crate::abi::vhost::{
 };
 use crate::abi::vhost_user::{BackendRequest, Header, IotlbMsg, Request as Code};
 use crate::check::Fault;
-use crate::check::link::Word;
+use crate::check::connection::Word;
 use crate::check::queue::RING;
 use crate::memory::{Access, Iotlb, LOG_PAGE, Memory, Window};
 use crate::sys::socket;

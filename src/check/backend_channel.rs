@@ -11,8 +11,8 @@ use std::time::Duration;
 use nix::sys::socket::{setsockopt, sockopt::SndBuf};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::link::{Word, readable};
-use super::rig::{Rig, SLOTS, Size, soon};
+use super::connection::{Word, readable};
+use super::harness::{Rig, SLOTS, Size, soon};
 use super::stop::Deadline;
 use super::{Bench, Check, Fault, Outcome, When};
 use crate::abi::vhost_user::{BackendRequest, Header, Request as Code, VRING_NOFD_MASK, VringState, protocol_feature};

@@ -2,9 +2,9 @@
 
 use vhost_migrate::abi::vhost_user::Request as Code;
 
-use crate::channel::Channel;
+use crate::backend_channel::Channel;
 use crate::iommu::Iommu;
-use crate::late::Late;
+use crate::postcopy::Late;
 use crate::state::State;
 
 /// What a back-end does wrong.

@@ -9,8 +9,8 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::link::readable;
-use super::rig::{Pages, Rig};
+use super::connection::readable;
+use super::harness::{Pages, Rig};
 use super::{Fault, Stop};
 use crate::abi::vhost_user::MemoryRegion;
 use crate::memory::{LOG_PAGE, Memory, Userfault};

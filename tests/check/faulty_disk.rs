@@ -15,8 +15,8 @@ use vhost_migrate::abi::virtio::{BlkConfig, BlkRequestHeader};
 use vhost_migrate::backend::blk::Disk;
 use vhost_migrate::backend::{BackendError, Device, Host, Message, Queue, Request};
 
-use crate::bend::Bend;
-use crate::channel::{Channel, Line};
+use crate::backend_channel::{Channel, Line};
+use crate::fault::Bend;
 use crate::iommu::Iommu;
 
 /// Where the log has the pages above 4 GiB, and how many bytes of it are written back.
