@@ -12,7 +12,7 @@ use std::sync::{Arc, RwLock};
 
 use race::{Contender, race, time};
 use vhost_migrate::dirty::{Log, PageSet};
-use vhost_migrate::dirty::{LogBitmap, LogSwitch, Marks};
+use vhost_migrate::dirty::{LogBitmap, LogSwitch, PageMarker};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, RefSlice, WithBitmapSlice};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
@@ -108,7 +108,7 @@ fn in_bursts(gpas: &[u64], burst: usize, log: &Log) {
     }
 }
 
-fn bitmap<M: Marks + 'static>(marks: &Arc<M>) -> LogBitmap<M> {
+fn bitmap<M: PageMarker + 'static>(marks: &Arc<M>) -> LogBitmap<M> {
     LogBitmap::new(Arc::clone(marks), 0)
 }
 

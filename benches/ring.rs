@@ -16,8 +16,8 @@ use race::{Contender, race, time};
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::virtio::{PackedDesc, VIRTIO_F_RING_PACKED, VIRTIO_RING_F_INDIRECT_DESC};
 use vhost_migrate::dirty::Log;
-use vhost_migrate::inflight::{Kind, PackedInflight, Region as Inflight, SplitInflight, recover, recover_packed};
-use vhost_migrate::memory::{Access, Iotlb, LOG_PAGE, Memory, Region, Window, sealed_memfd};
+use vhost_migrate::inflight::{InflightRegion, PackedInflight, RingKind, SplitInflight, recover_packed, recover_split};
+use vhost_migrate::memory::{Access, Iotlb, IovaWindow, LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::ring::{Buffer, Chain, DeviceRing, DriverRing, RingBase, RingIommu, RingLayout, RingLog};
 use zerocopy::FromZeros;
 
@@ -44,7 +44,7 @@ fn rings(kind: u64, translated: bool) -> (DriverRing, DeviceRing) {
     (0..1 << 20).step_by(LOG_PAGE as usize).for_each(|at| iotlb.update(at, LOG_PAGE, at, 3).unwrap());
     let sizes = RingLayout::area_bytes(features, SIZE);
     let areas: Vec<_> = layout.areas().into_iter().zip(sizes).map(|(at, len)| (at, len, Access::ReadWrite)).collect();
-    let window = Arc::new(Window::open(&memory, &iotlb, &areas, None).unwrap());
+    let window = Arc::new(IovaWindow::open(&memory, &iotlb, &areas, None).unwrap());
     let mut device = DeviceRing::new(window.memory(), layout, features, start).unwrap();
     device.set_iommu(RingIommu { memory, iotlb, window });
     (driver, device)
@@ -71,9 +71,11 @@ enum Tracking {
 impl Tracking {
     fn new(kind: u64) -> Tracking {
         match kind {
-            0 => Tracking::Split(Inflight::create(Kind::Split, 1, SIZE).unwrap().0.split(0, SIZE, 0).unwrap().0),
+            0 => Tracking::Split(
+                InflightRegion::create(RingKind::Split, 1, SIZE).unwrap().0.split(0, SIZE, 0).unwrap().0,
+            ),
             _ => {
-                let (region, _) = Inflight::create(Kind::Packed, 1, SIZE).unwrap();
+                let (region, _) = InflightRegion::create(RingKind::Packed, 1, SIZE).unwrap();
                 Tracking::Packed(region.packed(0, SIZE, RingBase::PACKED_START, |_| 0).unwrap().0)
             }
         }
@@ -166,7 +168,7 @@ fn per_request() {
 }
 
 fn inflight_alone() {
-    let (region, _fd) = Inflight::create(Kind::Split, 1, SIZE).unwrap();
+    let (region, _fd) = InflightRegion::create(RingKind::Split, 1, SIZE).unwrap();
     let (mut inflight, _) = region.split(0, SIZE, 0).unwrap();
     let heads = [3u16, 9, 1, 200, 77, 4, 5, 6, 90, 91, 92, 255, 0, 128, 64, 32];
     let batch = move || {
@@ -179,11 +181,11 @@ fn inflight_alone() {
 
 fn recovery() {
     const TIMES: u64 = 100;
-    let (split, _fd) = Inflight::create(Kind::Split, 1, 1024).unwrap();
+    let (split, _fd) = InflightRegion::create(RingKind::Split, 1, 1024).unwrap();
     let (mut inflight, _) = split.split(0, 1024, 0).unwrap();
     (0..512).for_each(|i| inflight.take(i * 5 % 1024));
     let split_bytes = split.copy(0).unwrap();
-    let (packed, _fd) = Inflight::create(Kind::Packed, 1, 1024).unwrap();
+    let (packed, _fd) = InflightRegion::create(RingKind::Packed, 1, 1024).unwrap();
     let unused = |_| 0x80;
     let start = RingBase::PACKED_START;
     let (mut inflight, _) = packed.packed(0, 1024, start, unused).unwrap();
@@ -194,7 +196,7 @@ fn recovery() {
         "recovery of 512 requests of 1024",
         TURNS,
         vec![
-            ("recover, split", each(TIMES, 1, || recover(black_box(&split_bytes), 0, 1024).unwrap())),
+            ("recover, split", each(TIMES, 1, || recover_split(black_box(&split_bytes), 0, 1024).unwrap())),
             ("take over, split", each(TIMES, 1, || split.split(0, 1024, 0).unwrap())),
             ("recover, packed", each(TIMES, 1, recover_packed)),
             ("take over, packed", each(TIMES, 1, || packed.packed(0, 1024, start, unused).unwrap())),

@@ -27,7 +27,7 @@ use std::thread;
 
 use nix::time::{ClockId, clock_gettime};
 
-use vhost_migrate::dirty::{DirtySource, Union};
+use vhost_migrate::dirty::{DirtySource, UnionSource};
 use vhost_migrate::guest::make_memory;
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::migrate::{
@@ -306,7 +306,7 @@ impl Machine for Still {
     }
 
     fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, MachineError> {
-        Ok(Box::new(Union::new([])))
+        Ok(Box::new(UnionSource::new([])))
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {

@@ -21,7 +21,7 @@ use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
 use vhost_migrate::backend::{self, Host, Listener, Queue, serve};
 use vhost_migrate::frontend::{Device, DeviceEvent, FrontendError, RingSetup, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig};
-use vhost_migrate::inflight::{Kind, Region as Inflight};
+use vhost_migrate::inflight::{InflightRegion, RingKind};
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
 use vhost_migrate::ring::RingBase;
 use zerocopy::{FromBytes, IntoBytes};
@@ -408,8 +408,8 @@ impl InBand {
                 Code::GET_INFLIGHT_FD => {
                     let wish = InflightDescription::read_from_bytes(&payload).unwrap();
                     let (queues, size) = (wish.num_queues, wish.queue_size);
-                    let mmap_size = Inflight::bytes_for(Kind::Split, queues, size).unwrap();
-                    let (_, fd) = Inflight::create(Kind::Split, queues, size).unwrap();
+                    let mmap_size = InflightRegion::bytes_for(RingKind::Split, queues, size).unwrap();
+                    let (_, fd) = InflightRegion::create(RingKind::Split, queues, size).unwrap();
                     let region = InflightDescription { mmap_size, ..wish };
                     self.answer(Code::GET_INFLIGHT_FD, &region, &[fd.as_fd()]);
                 }

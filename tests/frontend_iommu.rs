@@ -23,7 +23,7 @@ use vhost_migrate::abi::virtio::{
 };
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, DeviceEvent, FrontendError, Iommu, Mapping, RingSetup, UserDevice, UserOptions};
-use vhost_migrate::memory::{Access, Iotlb, LOG_PAGE, Memory, Region, Window, sealed_memfd};
+use vhost_migrate::memory::{Access, Iotlb, IovaWindow, LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::ring::RingBase;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
@@ -130,7 +130,7 @@ impl Scene {
         for (page, (gpa, _)) in self.table.map.lock().unwrap().iter() {
             iotlb.update(page * LOG_PAGE, LOG_PAGE, self.guest.user(*gpa), 3).unwrap();
         }
-        Window::open(&self.guest.memory, &iotlb, &[(iova, len, Access::Read)], None).unwrap().memory().clone()
+        IovaWindow::open(&self.guest.memory, &iotlb, &[(iova, len, Access::Read)], None).unwrap().memory().clone()
     }
 
     /// A ring that runs, and its error fd.

@@ -12,7 +12,7 @@ use rstest::rstest;
 use vhost_migrate::frontend::Device;
 use vhost_migrate::guest::{DeviceState, Guest, GuestConfig, GuestError, GuestState, Place, RequestKind, make_memory};
 use vhost_migrate::memory::Memory;
-use vhost_migrate::ring::DriverState;
+use vhost_migrate::ring::DriverRingState;
 
 const MIB: u64 = 1 << 20;
 const DISK: usize = 8 << 20;
@@ -412,8 +412,8 @@ fn a_state_that_does_not_fit_is_refused(#[values(false, true)] packed: bool) {
     refused(|state| state.drivers[0].versions.clear());
     refused(|state| state.drivers[0].first_sector = u64::MAX);
     refused(|state| match &mut state.drivers[1].ring {
-        DriverState::Split(ring) => ring.avail = ring.avail.wrapping_add(1),
-        DriverState::Packed(ring) => ring.avail.index ^= 1,
+        DriverRingState::Split(ring) => ring.avail = ring.avail.wrapping_add(1),
+        DriverRingState::Packed(ring) => ring.avail.index ^= 1,
     });
     refused(|state| state.devices[0].block_size = 0);
     refused(|state| state.devices[0].block_size = 1 << 30);

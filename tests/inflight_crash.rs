@@ -11,7 +11,7 @@ use std::rc::Rc;
 
 use proptest::prelude::*;
 use vhost_migrate::abi::inflight::split_queue_bytes;
-use vhost_migrate::inflight::{Recovery, Sink, SplitInflight, Store, recover};
+use vhost_migrate::inflight::{SplitInflight, SplitRecovery, Store, StoreSink, recover_split};
 
 /// Ways to do it wrong, each of which the model must notice.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -105,7 +105,7 @@ impl Shared {
     }
 }
 
-impl Sink for Shared {
+impl StoreSink for Shared {
     fn u8(&mut self, offset: usize, value: u8) {
         self.put(Store::U8(offset, value));
     }
@@ -183,12 +183,12 @@ enum Step {
 }
 
 /// What a successor finds: requests to serve again, and the position of the next one to take.
-fn find(world: &World, mutation: Mutation) -> Result<(Recovery, usize), String> {
+fn find(world: &World, mutation: Mutation) -> Result<(SplitRecovery, usize), String> {
     let used_idx = match mutation {
         Mutation::UsedIndexForgottenWhenFresh if world.region[8] == 0 => 0,
         _ => world.used_idx(),
     };
-    let mut recovery = recover(&world.region, used_idx, world.size).map_err(|e| e.to_string())?;
+    let mut recovery = recover_split(&world.region, used_idx, world.size).map_err(|e| e.to_string())?;
     if mutation == Mutation::CountersStartOver {
         recovery.next_counter = 1;
     }

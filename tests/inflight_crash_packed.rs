@@ -12,7 +12,7 @@ use std::rc::Rc;
 use proptest::prelude::*;
 use vhost_migrate::abi::inflight::packed_queue_bytes;
 use vhost_migrate::abi::virtio::{DESC_F_NEXT, DESC_F_WRITE, PackedDesc};
-use vhost_migrate::inflight::{PackedInflight, PackedRecovery, Sink, Store, recover_packed};
+use vhost_migrate::inflight::{PackedInflight, PackedRecovery, Store, StoreSink, recover_packed};
 use vhost_migrate::ring::RingBase;
 
 const AVAIL: u16 = 1 << 7;
@@ -243,7 +243,7 @@ impl Shared {
     }
 }
 
-impl Sink for Shared {
+impl StoreSink for Shared {
     fn u8(&mut self, offset: usize, value: u8) {
         self.put(Store::U8(offset, value));
     }

@@ -6,7 +6,9 @@ use std::os::fd::AsFd;
 use proptest::prelude::*;
 use vhost_migrate::abi::inflight::{packed_queue_bytes, split_queue_bytes};
 use vhost_migrate::abi::virtio::PackedDesc;
-use vhost_migrate::inflight::{InflightError, Kind, Recovery, Region, Sink, Store, recover, recover_packed};
+use vhost_migrate::inflight::{
+    InflightError, InflightRegion, RingKind, SplitRecovery, Store, StoreSink, recover_packed, recover_split,
+};
 use vhost_migrate::memory::sealed_memfd;
 use vhost_migrate::ring::RingBase;
 
@@ -30,13 +32,13 @@ fn region(size: u16, used_idx: u16, last_batch_head: u16, entries: &[(u16, u8, u
 }
 
 fn resubmit(bytes: &[u8], used_idx: u16, size: u16) -> Vec<u16> {
-    recover(bytes, used_idx, size).unwrap().resubmit
+    recover_split(bytes, used_idx, size).unwrap().resubmit
 }
 
 #[test]
 fn a_successor_that_maps_the_same_file_finds_what_was_taken() {
-    let (first, fd) = Region::create(Kind::Split, 2, 8).unwrap();
-    assert_eq!((first.kind(), first.queues(), first.queue_size()), (Kind::Split, 2, 8));
+    let (first, fd) = InflightRegion::create(RingKind::Split, 2, 8).unwrap();
+    assert_eq!((first.kind(), first.queues(), first.queue_size()), (RingKind::Split, 2, 8));
     let (mut inflight, fresh) = first.split(1, 8, 0).unwrap();
     assert_eq!((fresh.next_avail, fresh.resubmit), (None, vec![]));
     for head in [5, 2, 7] {
@@ -46,14 +48,30 @@ fn a_successor_that_maps_the_same_file_finds_what_was_taken() {
     inflight.commit(1);
     drop((inflight, first));
 
-    let second = Region::map(Kind::Split, fd.as_fd(), Region::bytes_for(Kind::Split, 2, 8).unwrap(), 0, 2, 8).unwrap();
+    let second = InflightRegion::map(
+        RingKind::Split,
+        fd.as_fd(),
+        InflightRegion::bytes_for(RingKind::Split, 2, 8).unwrap(),
+        0,
+        2,
+        8,
+    )
+    .unwrap();
     let (mut inflight, found) = second.split(1, 8, 1).unwrap();
     assert_eq!((found.resubmit, found.next_avail), (vec![5, 7], Some(3)));
     inflight.take(0);
     let (_, other) = second.split(0, 8, 0).unwrap();
     assert!(other.resubmit.is_empty(), "the other queue has a part of its own");
 
-    let third = Region::map(Kind::Split, fd.as_fd(), Region::bytes_for(Kind::Split, 2, 8).unwrap(), 0, 2, 8).unwrap();
+    let third = InflightRegion::map(
+        RingKind::Split,
+        fd.as_fd(),
+        InflightRegion::bytes_for(RingKind::Split, 2, 8).unwrap(),
+        0,
+        2,
+        8,
+    )
+    .unwrap();
     let (inflight, found) = third.split(1, 8, 1).unwrap();
     assert_eq!(found.resubmit, [5, 7, 0], "counters go on above those of the predecessor");
     inflight.reset();
@@ -64,7 +82,7 @@ fn a_successor_that_maps_the_same_file_finds_what_was_taken() {
 
 #[test]
 fn a_fresh_region_on_a_used_ring_takes_its_index_and_marks_no_batch() {
-    let (region, _fd) = Region::create(Kind::Split, 1, 4).unwrap();
+    let (region, _fd) = InflightRegion::create(RingKind::Split, 1, 4).unwrap();
     let (mut inflight, _) = region.split(0, 4, 1234).unwrap();
     inflight.take(0);
     // Were the index of the region 0, descriptor 0 would count as the head of the last batch, and be lost.
@@ -76,7 +94,7 @@ fn a_fresh_region_keeps_nothing_of_what_was_in_it() {
     let header = |bytes: &[u8], words: [usize; 4]| words.map(|at| u16::from_le_bytes([bytes[at], bytes[at + 1]]));
     let mut bytes = region(4, 0, 3, &[(0, 1, 2, u64::MAX), (2, 9, 3, 7), (3, 1, 0, 0)]);
     bytes.u16(8, 0);
-    recover(&bytes, 1234, 4).unwrap().stores.iter().for_each(|store| store.to(&mut bytes[..]));
+    recover_split(&bytes, 1234, 4).unwrap().stores.iter().for_each(|store| store.to(&mut bytes[..]));
     assert_eq!(header(&bytes, [8, 10, 12, 14]), [1, 4, 0, 1234], "version, entries, last batch, used index");
     for entry in bytes[HEADER..HEADER + 4 * ENTRY].chunks_exact(ENTRY) {
         assert_eq!((entry[0], &entry[8..]), (0, &[0; 8][..]), "mark and counter");
@@ -101,10 +119,12 @@ fn a_fresh_region_keeps_nothing_of_what_was_in_it() {
 
 #[test]
 fn a_region_that_does_not_fit_is_refused_before_it_is_touched() {
-    let needed = Region::bytes_for(Kind::Split, 2, 128).unwrap();
+    let needed = InflightRegion::bytes_for(RingKind::Split, 2, 128).unwrap();
     assert_eq!(needed, 2 * 2112);
     let fd = sealed_memfd("inflight-test", needed).unwrap();
-    let map = |size, offset, queues, queue_size| Region::map(Kind::Split, fd.as_fd(), size, offset, queues, queue_size);
+    let map = |size, offset, queues, queue_size| {
+        InflightRegion::map(RingKind::Split, fd.as_fd(), size, offset, queues, queue_size)
+    };
     assert!(map(needed, 0, 2, 128).is_ok());
     assert!(matches!(map(needed - 1, 0, 2, 128), Err(InflightError::TooSmall { .. })));
     assert!(matches!(map(needed, 4, 2, 128), Err(InflightError::Misaligned { offset: 4 })));
@@ -122,14 +142,14 @@ fn a_region_that_does_not_fit_is_refused_before_it_is_touched() {
 
 #[test]
 fn a_region_at_an_offset_of_its_file_leaves_the_rest_alone() {
-    let needed = Region::bytes_for(Kind::Split, 1, 4).unwrap();
+    let needed = InflightRegion::bytes_for(RingKind::Split, 1, 4).unwrap();
     let fd = sealed_memfd("inflight-test", 8 + 2 * needed).unwrap();
-    let region = Region::map(Kind::Split, fd.as_fd(), needed, 8, 1, 4).unwrap();
+    let region = InflightRegion::map(RingKind::Split, fd.as_fd(), needed, 8, 1, 4).unwrap();
     let (mut inflight, _) = region.split(0, 4, 0).unwrap();
     inflight.take(3);
     inflight.take(4);
     inflight.take(u16::MAX);
-    let whole = Region::map(Kind::Split, fd.as_fd(), 2 * needed, 0, 2, 4).unwrap();
+    let whole = InflightRegion::map(RingKind::Split, fd.as_fd(), 2 * needed, 0, 2, 4).unwrap();
     let bytes = [whole.copy(0).unwrap(), whole.copy(1).unwrap()].concat();
     assert_eq!(bytes[8 + HEADER + 3 * ENTRY], 1);
     assert!(bytes[..16].iter().chain(&bytes[8 + needed as usize..]).all(|byte| *byte == 0));
@@ -138,7 +158,7 @@ fn a_region_at_an_offset_of_its_file_leaves_the_rest_alone() {
 #[test]
 fn the_last_entry_of_a_queue_is_kept_and_the_next_queue_is_left_alone() {
     // Three entries and their header fill the queue's part to the last byte.
-    let (region, _fd) = Region::create(Kind::Split, 2, 3).unwrap();
+    let (region, _fd) = InflightRegion::create(RingKind::Split, 2, 3).unwrap();
     assert_eq!(region.copy(0).unwrap().len(), HEADER + 3 * ENTRY);
     let (mut inflight, _) = region.split(0, 3, 0).unwrap();
     for head in [0, 2, 1, 3] {
@@ -150,7 +170,7 @@ fn the_last_entry_of_a_queue_is_kept_and_the_next_queue_is_left_alone() {
 
 #[test]
 fn a_reset_makes_every_queue_fresh() {
-    let (region, _fd) = Region::create(Kind::Split, 3, 8).unwrap();
+    let (region, _fd) = InflightRegion::create(RingKind::Split, 3, 8).unwrap();
     for queue in 0..3 {
         region.split(queue, 8, 0).unwrap().0.take(queue);
     }
@@ -165,7 +185,7 @@ fn a_reset_makes_every_queue_fresh() {
 fn a_batch_published_and_half_cleared_is_not_served_again() {
     // Published were 6, 1 and 4; the mark of 6 is cleared already; 3 and 2 are in flight.
     let bytes = region(8, 10, 4, &[(6, 0, 0, 1), (1, 1, 6, 2), (4, 1, 1, 3), (3, 1, 0, 9), (2, 1, 0, 8)]);
-    let Recovery { stores, resubmit, next_avail, next_counter, .. } = recover(&bytes, 13, 8).unwrap();
+    let SplitRecovery { stores, resubmit, next_avail, next_counter, .. } = recover_split(&bytes, 13, 8).unwrap();
     assert_eq!((resubmit, next_avail, next_counter), (vec![2, 3], Some(15), 10));
     assert_eq!(stores.last(), Some(&Store::U16(14, 13)), "the used index is stored last");
 }
@@ -180,14 +200,14 @@ fn a_region_whose_links_nobody_kept_gives_up_only_what_is_sure() {
 #[test]
 fn the_used_index_may_wrap_between_publishing_and_the_crash() {
     let bytes = region(4, u16::MAX, 1, &[(1, 1, 2, 5), (2, 1, 0, 4), (3, 1, 0, 6)]);
-    let found = recover(&bytes, 1, 4).unwrap();
+    let found = recover_split(&bytes, 1, 4).unwrap();
     assert_eq!((found.resubmit, found.next_avail), (vec![3], Some(2)));
 }
 
 #[test]
 fn contents_that_cannot_be_true_are_refused_with_their_rule() {
     let marked = [(1, 1, 0, 1)];
-    let refused = |bytes: &[u8], used_idx| recover(bytes, used_idx, 4).unwrap_err();
+    let refused = |bytes: &[u8], used_idx| recover_split(bytes, used_idx, 4).unwrap_err();
     let good = region(4, 0, 0, &marked);
     assert!(matches!(refused(&good[..79], 0), InflightError::TooSmall { size: 79, needed: 80 }));
     assert!(matches!(refused(&[], 0), InflightError::TooSmall { .. }));
@@ -207,7 +227,7 @@ fn contents_that_cannot_be_true_are_refused_with_their_rule() {
 
 #[test]
 fn a_region_with_nothing_in_flight_follows_the_ring_wherever_it_went() {
-    let found = recover(&region(4, 500, 9, &[]), 0, 4).unwrap();
+    let found = recover_split(&region(4, 500, 9, &[]), 0, 4).unwrap();
     assert_eq!((found.resubmit, found.next_avail), (vec![], Some(0)));
 }
 
@@ -228,7 +248,7 @@ proptest! {
                 entry.u16(6, u16::from(entry[6]) % size);
             }
         }
-        if let Ok(found) = recover(&bytes, used_idx, size) {
+        if let Ok(found) = recover_split(&bytes, used_idx, size) {
             prop_assert!(found.resubmit.len() <= size.into());
             prop_assert!(found.stores.len() <= 2 * usize::from(size) + 4);
             let mut heads = found.resubmit.clone();
@@ -237,7 +257,7 @@ proptest! {
             prop_assert_eq!(heads.len(), found.resubmit.len());
             prop_assert!(heads.iter().all(|head| *head < size));
             found.stores.iter().for_each(|store| store.to(&mut bytes[..]));
-            let again = recover(&bytes, used_idx, size).unwrap();
+            let again = recover_split(&bytes, used_idx, size).unwrap();
             prop_assert_eq!(again.resubmit, found.resubmit);
             if let Some(next_avail) = found.next_avail {
                 prop_assert_eq!(again.next_avail, Some(next_avail));
@@ -262,7 +282,7 @@ fn unused(_: u16) -> u16 {
 
 /// A packed region of 4 entries after two requests, of 1 and of 2 descriptors.
 fn packed_region() -> Vec<u8> {
-    let (region, _fd) = Region::create(Kind::Packed, 1, 4).unwrap();
+    let (region, _fd) = InflightRegion::create(RingKind::Packed, 1, 4).unwrap();
     let (mut inflight, _) = region.packed(0, 4, FRESH, unused).unwrap();
     assert_eq!(inflight.take(&[packed_desc(1)]), Some(0));
     assert_eq!(inflight.take(&[packed_desc(2), packed_desc(3)]), Some(1));
@@ -271,10 +291,10 @@ fn packed_region() -> Vec<u8> {
 
 #[test]
 fn a_packed_successor_that_maps_the_same_file_finds_what_was_taken() {
-    let bytes_for = |queues| Region::bytes_for(Kind::Packed, queues, 8).unwrap();
+    let bytes_for = |queues| InflightRegion::bytes_for(RingKind::Packed, queues, 8).unwrap();
     assert_eq!(bytes_for(2), 2 * packed_queue_bytes(8));
-    let (first, fd) = Region::create(Kind::Packed, 2, 8).unwrap();
-    assert!(matches!(first.split(0, 8, 0), Err(InflightError::Kind { kind: Kind::Packed })));
+    let (first, fd) = InflightRegion::create(RingKind::Packed, 2, 8).unwrap();
+    assert!(matches!(first.split(0, 8, 0), Err(InflightError::RingKind { kind: RingKind::Packed })));
     let (mut inflight, fresh) = first.packed(1, 8, FRESH, unused).unwrap();
     assert_eq!((fresh.base, fresh.resubmit.len()), (None, 0));
     let descs = [packed_desc(1), packed_desc(2), packed_desc(3)];
@@ -284,7 +304,7 @@ fn a_packed_successor_that_maps_the_same_file_finds_what_was_taken() {
     inflight.commit();
     drop((inflight, first));
 
-    let second = Region::map(Kind::Packed, fd.as_fd(), bytes_for(2), 0, 2, 8).unwrap();
+    let second = InflightRegion::map(RingKind::Packed, fd.as_fd(), bytes_for(2), 0, 2, 8).unwrap();
     let (mut inflight, found) = second.packed(1, 8, FRESH, unused).unwrap();
     assert_eq!(found.base, Some(RingBase::from_bits(0x8001_8004)), "avail is used and what is in flight");
     assert_eq!((found.resubmit.len(), found.resubmit[0].entry), (1, three));
@@ -324,7 +344,7 @@ fn a_commit_between_index_and_wrap_counter_of_a_whole_lap_counts_as_made() {
 #[test]
 fn a_descriptor_that_looks_used_is_made_available_in_either_lap() {
     for (base, looks_used, available) in [(FRESH, 0x8000, 0x80), (RingBase::from_bits(0), 0, 0x8000)] {
-        let (region, _fd) = Region::create(Kind::Packed, 1, 4).unwrap();
+        let (region, _fd) = InflightRegion::create(RingKind::Packed, 1, 4).unwrap();
         let (mut inflight, _) = region.packed(0, 4, base, |_| looks_used).unwrap();
         inflight.take(&[packed_desc(1), packed_desc(2)]).unwrap();
         let found = recover_packed(&region.copy(0).unwrap(), 4, 4, base, |_| looks_used).unwrap();
@@ -334,7 +354,7 @@ fn a_descriptor_that_looks_used_is_made_available_in_either_lap() {
 
 #[test]
 fn a_packed_request_that_is_not_in_flight_is_neither_staged_nor_put_back() {
-    let (region, _fd) = Region::create(Kind::Packed, 1, 4).unwrap();
+    let (region, _fd) = InflightRegion::create(RingKind::Packed, 1, 4).unwrap();
     let (mut inflight, _) = region.packed(0, 4, FRESH, unused).unwrap();
     let one = inflight.take(&[packed_desc(1)]).unwrap();
     let taken = region.copy(0).unwrap();

@@ -10,8 +10,8 @@ use ring_common::{EVENT_IDX, IN_ORDER, INDIRECT, TABLES, buffer, memory, packed_
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, VIRTIO_F_RING_PACKED};
 use vhost_migrate::ring::{
-    Buffer, Chain, InOrderState, PackedDevice, PackedDriver, PackedDriverState, PackedLayout, PackedRequest, Position,
-    RingBase, RingError, Used,
+    Buffer, Chain, InOrderState, PackedDevice, PackedDriver, PackedDriverRequest, PackedDriverState, PackedLayout,
+    Position, RingBase, RingError, UsedBuffer,
 };
 
 #[derive(Clone, Debug)]
@@ -482,7 +482,7 @@ fn a_driver_refuses_a_device_that_completes_what_was_not_asked() {
             assert!(matches!(driver.pop_used(), Err(RingError::UsedId { id }) if id == u32::from(other)), "{other}");
         }
         complete(id);
-        assert_eq!(driver.pop_used().unwrap(), Some(Used { head: id, len: 1 }));
+        assert_eq!(driver.pop_used().unwrap(), Some(UsedBuffer { head: id, len: 1 }));
         assert_eq!((driver.free(), driver.outstanding()), (3, 1));
         put_desc(&memory, layout.desc + 32, 0, 1, id, 0x8080);
         assert!(matches!(driver.pop_used(), Err(RingError::UsedId { .. })), "a second time");
@@ -495,11 +495,11 @@ fn a_driver_state_that_cannot_be_true_is_refused() {
     let at = |index, wrap| Position { index, wrap };
     let order = |heads: &[u16], batch: Option<u16>| InOrderState {
         queue: heads.iter().map(|head| (*head, 0)).collect(),
-        batch: batch.map(|head| Used { head, len: 0 }),
+        batch: batch.map(|head| UsedBuffer { head, len: 0 }),
     };
     let restore = |avail, published, used, requests: &[(u16, u16)], in_order: Option<InOrderState>| {
         let features = if in_order.is_some() { IN_ORDER } else { 0 };
-        let requests = requests.iter().map(|&(id, slots)| PackedRequest { id, slots }).collect();
+        let requests = requests.iter().map(|&(id, slots)| PackedDriverRequest { id, slots }).collect();
         let state = PackedDriverState { avail, published, used, requests, held: 0, in_order };
         PackedDriver::restore(&memory, layout, features, &state).map(|driver| driver.free())
     };

@@ -12,7 +12,7 @@ use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost::{VHOST_ACCESS_RO, VHOST_ACCESS_RW};
 use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, VIRTIO_F_RING_PACKED};
 use vhost_migrate::dirty::Log;
-use vhost_migrate::memory::{Access, Iotlb, Memory, Miss, Window};
+use vhost_migrate::memory::{Access, Iotlb, IotlbMiss, IovaWindow, Memory};
 use vhost_migrate::ring::{
     Buffer, Chain, InOrderState, PackedLayout, RingBase, RingError, RingIommu, RingLayout, RingLog, SplitDevice,
     SplitDriver, SplitDriverState, SplitLayout,
@@ -279,7 +279,7 @@ fn behind_an_iommu(memory: &Memory) -> (SplitDevice, Arc<Iotlb>) {
     }
     let [desc, avail, used] = RingLayout::area_bytes(0, 8);
     let areas = [(at.desc, desc, Access::Read), (at.avail, avail, Access::Read), (at.used, used, Access::ReadWrite)];
-    let window = Arc::new(Window::open(memory, &iotlb, &areas, None).unwrap());
+    let window = Arc::new(IovaWindow::open(memory, &iotlb, &areas, None).unwrap());
     let mut device = SplitDevice::new(window.memory(), at, INDIRECT, RingBase::split(0)).unwrap();
     device.set_iommu(RingIommu { memory: memory.clone(), iotlb: iotlb.clone(), window });
     (device, iotlb)
@@ -305,7 +305,7 @@ fn buffers_behind_an_iommu_are_the_pages_that_they_lie_in() {
     assert_eq!(chain.writable, [buffer(0x6010, 0x20)]);
 
     let misses = |error: RingError| error.miss();
-    let miss = |offset, access, denied| Some(Miss { iova: IOVA + offset, access, denied });
+    let miss = |offset, access, denied| Some(IotlbMiss { iova: IOVA + offset, access, denied });
     add(&[], &[buffer(IOVA + 0x2ff0, 0x20)]);
     assert_eq!(device.pop(&mut chain).map_err(misses), Err(miss(0x3000, Access::Write, true)), "not to be written");
     iotlb.update(IOVA + 0x3000, 0x1000, 0xb000, VHOST_ACCESS_RW).unwrap();

@@ -93,10 +93,11 @@ impl Hostile<'_> {
             Code::GET_STATUS => Some(7u64.as_bytes().to_vec()),
             Code::SET_LOG_BASE | Code::GET_VRING_BASE | Code::GET_CONFIG => Some(payload.to_vec()),
             Code::GET_INFLIGHT_FD => {
-                let kind = if self.features & 1 << 34 != 0 { inflight::Kind::Packed } else { inflight::Kind::Split };
-                let (_, region) = inflight::Region::create(kind, 2, 64).unwrap();
+                let kind =
+                    if self.features & 1 << 34 != 0 { inflight::RingKind::Packed } else { inflight::RingKind::Split };
+                let (_, region) = inflight::InflightRegion::create(kind, 2, 64).unwrap();
                 fd = Some(region);
-                let mmap_size = inflight::Region::bytes_for(kind, 2, 64).unwrap();
+                let mmap_size = inflight::InflightRegion::bytes_for(kind, 2, 64).unwrap();
                 let answer =
                     InflightDescription { mmap_size, mmap_offset: 0, num_queues: 2, queue_size: 64, padding: [0; 4] };
                 Some(answer.as_bytes().to_vec())

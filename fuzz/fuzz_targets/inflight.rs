@@ -5,7 +5,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use vhost_migrate::inflight::{Store, recover, recover_packed};
+use vhost_migrate::inflight::{Store, recover_packed, recover_split};
 use vhost_migrate::ring::RingBase;
 
 fuzz_target!(|input: &[u8]| {
@@ -20,14 +20,14 @@ fuzz_target!(|input: &[u8]| {
 });
 
 fn split(bytes: &[u8], size: u16, used_idx: u16) {
-    let Ok(found) = recover(bytes, used_idx, size) else { return };
+    let Ok(found) = recover_split(bytes, used_idx, size) else { return };
     let mut heads = found.resubmit.clone();
     heads.sort_unstable();
     heads.dedup();
     assert!(heads.len() == found.resubmit.len() && heads.iter().all(|head| *head < size));
     assert!(found.stores.len() <= 2 * usize::from(size) + 4);
     killed(bytes, &found.stores, |repaired| {
-        assert_eq!(recover(repaired, used_idx, size).unwrap().resubmit, found.resubmit)
+        assert_eq!(recover_split(repaired, used_idx, size).unwrap().resubmit, found.resubmit)
     });
 }
 

@@ -17,7 +17,7 @@ use super::session::Setup;
 use super::{BackendError, Host};
 use crate::abi::vhost::{VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_MISS};
 use crate::abi::vhost_user::{BackendRequest, IotlbMsg};
-use crate::memory::{Access, Iotlb, Miss, TranslationError, Window, overlap};
+use crate::memory::{Access, Iotlb, IotlbMiss, IovaWindow, TranslationError, overlap};
 use crate::ring::{Buffer, RingIommu, RingLayout};
 
 /// How often a ring looks whether the front-end has acknowledged its question.
@@ -34,7 +34,7 @@ pub(super) struct Asker {
 }
 
 struct Asked {
-    miss: Miss,
+    miss: IotlbMiss,
     answer: Option<Receiver<u64>>,
     at: Instant,
 }
@@ -48,7 +48,7 @@ impl Asker {
     ///
     /// # Errors
     /// [`BackendError::Translation`] if the front-end has refused it, [`BackendError::Channel`] if there is nobody to ask.
-    pub(super) fn ask(&mut self, miss: Miss) -> Result<(), BackendError> {
+    pub(super) fn ask(&mut self, miss: IotlbMiss) -> Result<(), BackendError> {
         let same = |asked: &&Asked| (asked.miss.iova, asked.miss.access) == (miss.iova, miss.access);
         if let Some(asked) = self.asked.as_ref().filter(same) {
             let refused = BackendError::Translation { index: self.index, iova: miss.iova, access: miss.access };
@@ -95,9 +95,9 @@ impl Asker {
     ///
     /// # Errors
     /// As [`Asker::ask`]; areas that can't be.
-    pub(super) fn window(&mut self, setup: &Setup) -> Result<Option<Window>, BackendError> {
+    pub(super) fn window(&mut self, setup: &Setup) -> Result<Option<IovaWindow>, BackendError> {
         let index = self.index;
-        match Window::open(&setup.memory, &self.iotlb, &areas(setup), logged(setup)) {
+        match IovaWindow::open(&setup.memory, &self.iotlb, &areas(setup), logged(setup)) {
             Ok(window) => {
                 self.has_all();
                 Ok(Some(window))
@@ -111,7 +111,7 @@ impl Asker {
 /// What a running ring has in use.
 pub(super) struct InUse {
     pub(super) asker: Asker,
-    pub(super) window: Arc<Window>,
+    pub(super) window: Arc<IovaWindow>,
     /// Buffers of requests in flight, by what names those.
     buffers: Vec<Vec<Buffer>>,
     /// Invalidated, and to be told when nothing uses it any more.
@@ -119,7 +119,7 @@ pub(super) struct InUse {
 }
 
 impl InUse {
-    pub(super) fn new(asker: Asker, window: Arc<Window>) -> InUse {
+    pub(super) fn new(asker: Asker, window: Arc<IovaWindow>) -> InUse {
         InUse { asker, window, buffers: Vec::new(), retiring: Vec::new() }
     }
 
@@ -187,6 +187,6 @@ pub(super) fn logged(setup: &Setup) -> Option<(u64, u64)> {
     setup.logging.used.as_ref().map(|(_, at)| (*at, bytes))
 }
 
-fn message(kind: u8, miss: &Miss) -> IotlbMsg {
+fn message(kind: u8, miss: &IotlbMiss) -> IotlbMsg {
     IotlbMsg { iova: miss.iova, perm: miss.access.permission(), kind, ..IotlbMsg::new_zeroed() }
 }

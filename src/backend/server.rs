@@ -22,7 +22,7 @@ use super::turn::{Turn, Turns};
 use super::{BackendError, Device, MAX_FDS, Message, Reply, Workers, counters};
 use crate::abi::vhost_user::{Header, Request as Code};
 use crate::sys::lines::limited;
-use crate::sys::listen::{Place, listen};
+use crate::sys::listen::{SocketPathGuard, listen};
 use crate::sys::socket;
 
 /// How long to wait, in milliseconds, when the system has no fd left for a new connection.
@@ -42,7 +42,7 @@ const MOST_ANSWERS: usize = 4096;
 #[derive(Debug)]
 pub struct Listener {
     // Removed while it is still listened at.
-    _place: Option<Place>,
+    _place: Option<SocketPathGuard>,
     socket: UnixListener,
 }
 

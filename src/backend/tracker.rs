@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::BackendError;
-use crate::inflight::{PackedInflight, PackedRecovery, Recovery, Region, SplitInflight};
+use crate::inflight::{InflightRegion, PackedInflight, PackedRecovery, SplitInflight, SplitRecovery};
 use crate::ring::{Chain, DeviceRing, RingError};
 
 /// The part of the inflight region that belongs to one ring.
@@ -14,7 +14,7 @@ pub(super) enum Tracker {
 
 /// What a predecessor left to be done.
 pub(super) enum Found {
-    Split(Recovery),
+    Split(SplitRecovery),
     Packed(PackedRecovery),
 }
 
@@ -26,7 +26,7 @@ impl Tracker {
     /// # Errors
     /// A region that is not for this ring, or has contents that can't be true.
     pub(super) fn start(
-        region: &Region,
+        region: &InflightRegion,
         index: u16,
         ring: &mut DeviceRing,
         first: bool,

@@ -22,7 +22,7 @@ use crate::abi::vhost_user::{
 };
 use crate::stream::record::{self, Bytes};
 use crate::sys::join::join;
-use crate::sys::pipe::{MAX_STATE, Until, read_all, write_all};
+use crate::sys::pipe::{MAX_STATE, WaitLimit, read_all, write_all};
 
 /// How long CHECK_DEVICE_STATE waits for the end of a transfer that its sender must have ended before.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -71,7 +71,7 @@ impl Transfer {
         let (stop, (sender, result)) = (Arc::new(stop), bounded(1));
         let (load, stopped) = (bytes.is_none(), stop.clone());
         let carry = move || {
-            let until = Until::Stop(stopped.as_fd());
+            let until = WaitLimit::StopFd(stopped.as_fd());
             let moved = match bytes {
                 Some(bytes) => write_all(pipe.as_fd(), &bytes, &until).map(|()| Vec::new()),
                 None => read_all(pipe.as_fd(), &until),

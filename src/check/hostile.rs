@@ -17,7 +17,7 @@ use crate::abi::vhost_user::{
     VringAddr, VringState, protocol_feature,
 };
 use crate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc, PACKED_DESC_F_AVAIL, PackedDesc};
-use crate::inflight::Kind;
+use crate::inflight::RingKind;
 use crate::memory::sealed_memfd;
 
 const MIB: u64 = 1 << 20;
@@ -348,12 +348,12 @@ fn noise(bench: &mut Bench) -> Result<Outcome, Fault> {
         |_| "a region of noise",
         |rig, seed| {
             let (size, queues) = (rig.ring.layout.size(), rig.ring.index as u16 + 1);
-            let kind = if rig.ring.is_packed() { Kind::Packed } else { Kind::Split };
+            let kind = if rig.ring.is_packed() { RingKind::Packed } else { RingKind::Split };
             let part = kind.queue_bytes(size) as usize;
             // As large as its entries.
             let header = match kind {
-                Kind::Split => SPLIT_HEADER_BYTES,
-                Kind::Packed => PACKED_HEADER_BYTES,
+                RingKind::Split => SPLIT_HEADER_BYTES,
+                RingKind::Packed => PACKED_HEADER_BYTES,
             } as usize;
             let bytes = part as u64 * u64::from(queues);
             let fd = sealed_memfd("noise", bytes)?;

@@ -15,7 +15,7 @@ use super::harness::{Rig, SLOTS, Size, changed, soon};
 use super::{Bench, Check, Fault, Outcome, When};
 use crate::abi::inflight::{PackedEntry, PackedHeader, SplitEntry, SplitHeader, VERSION};
 use crate::abi::vhost_user::{Header, InflightDescription, Request as Code, protocol_feature};
-use crate::inflight::Kind;
+use crate::inflight::RingKind;
 use crate::memory::{Memory, Region};
 use crate::ring::RingBase;
 
@@ -70,7 +70,7 @@ pub(super) struct Tracked {
     fd: OwnedFd,
     description: InflightDescription,
     memory: Memory,
-    kind: Kind,
+    kind: RingKind,
     /// Where the ring's part begins.
     at: u64,
 }
@@ -99,7 +99,7 @@ impl Tracked {
         let InflightDescription { mmap_size, mmap_offset, .. } = description;
         // Some leave the shape to the request.
         (description.num_queues, description.queue_size) = (num_queues, queue_size);
-        let kind = if rig.ring.is_packed() { Kind::Packed } else { Kind::Split };
+        let kind = if rig.ring.is_packed() { RingKind::Packed } else { RingKind::Split };
         let (part, number) = (kind.queue_bytes(queue_size), u64::from(num_queues));
         let needed = part * number;
         let count = reply.fds.len();
@@ -126,8 +126,8 @@ impl Tracked {
         let mut bytes = vec![0; self.kind.queue_bytes(self.description.queue_size) as usize];
         self.memory.read(self.at, &mut bytes)?;
         let contents = match self.kind {
-            Kind::Split => split(&bytes, self.description.queue_size),
-            Kind::Packed => packed(&bytes, self.description.queue_size),
+            RingKind::Split => split(&bytes, self.description.queue_size),
+            RingKind::Packed => packed(&bytes, self.description.queue_size),
         };
         contents.ok_or_else(|| Fault::Breach("the region is too small for its header".into()))
     }

@@ -9,7 +9,7 @@ use super::harness::{Pages, pages};
 use crate::abi::bit;
 use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED};
 use crate::memory::{LOG_PAGE, Memory};
-use crate::ring::{DriverRing, DriverState, PackedDriverState, Position, RingBase, RingLayout, SplitDriverState};
+use crate::ring::{DriverRing, DriverRingState, PackedDriverState, Position, RingBase, RingLayout, SplitDriverState};
 use crate::sys::shared;
 
 /// The rings of a guest, one behind the other in the lower region.
@@ -78,7 +78,7 @@ impl Queue {
         let state = if self.is_packed() {
             let here = Position { index: at % self.layout.size(), wrap: true };
             let (requests, held, in_order) = (Vec::new(), 0, None);
-            DriverState::Packed(PackedDriverState {
+            DriverRingState::Packed(PackedDriverState {
                 avail: here,
                 published: here,
                 used: here,
@@ -91,7 +91,7 @@ impl Queue {
             for area in [avail, used] {
                 memory.write(area + 2, &at.to_le_bytes())?;
             }
-            DriverState::Split(SplitDriverState { avail: at, published: at, used: at, ..Default::default() })
+            DriverRingState::Split(SplitDriverState { avail: at, published: at, used: at, ..Default::default() })
         };
         self.driver = DriverRing::restore(memory, self.layout, self.features, &state)?;
         self.base = self.position();
@@ -109,16 +109,16 @@ impl Queue {
     /// The base of a device that has completed what was taken off the ring, and no more.
     pub(super) fn position(&self) -> RingBase {
         match self.driver.state() {
-            DriverState::Split(state) => RingBase::split(state.used),
-            DriverState::Packed(PackedDriverState { used, .. }) => packed(used),
+            DriverRingState::Split(state) => RingBase::split(state.used),
+            DriverRingState::Packed(PackedDriverState { used, .. }) => packed(used),
         }
     }
 
     /// The base of a device that has completed whatever was made.
     pub(super) fn end(&self) -> RingBase {
         match self.driver.state() {
-            DriverState::Split(state) => RingBase::split(state.avail),
-            DriverState::Packed(PackedDriverState { avail, .. }) => packed(avail),
+            DriverRingState::Split(state) => RingBase::split(state.avail),
+            DriverRingState::Packed(PackedDriverState { avail, .. }) => packed(avail),
         }
     }
 

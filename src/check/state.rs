@@ -14,7 +14,7 @@ use crate::abi::vhost_user::{
     CONFIG_TYPE_MIGRATION, ConfigHeader, DEVICE_STATE_ERROR_MASK, DEVICE_STATE_LOAD, DEVICE_STATE_NOFD_MASK,
     DEVICE_STATE_PHASE_STOPPED, DEVICE_STATE_SAVE, DeviceStateTransfer, Header, Request as Code, protocol_feature,
 };
-use crate::sys::pipe::{Until, read_all, write_all};
+use crate::sys::pipe::{WaitLimit, read_all, write_all};
 
 pub(super) const CHECKS: &[Check] = &[
     Check { rule: "D1", what: "a device that never ran has a state to give", when: When::Once, run: never_ran },
@@ -60,7 +60,7 @@ fn save(rig: &Rig) -> Result<Vec<u8>, Fault> {
     drop(writer);
     let from = other.unwrap_or_else(|| reader.into());
     let deadline = rig.deadline(rig.timeout);
-    let state = read_all(from.as_fd(), &Until::Left(&|| deadline.left())).map_err(|error| late(rig, error))?;
+    let state = read_all(from.as_fd(), &WaitLimit::Remaining(&|| deadline.left())).map_err(|error| late(rig, error))?;
     match rig.link.ask_number(CHECK)? {
         0 => Ok(state),
         answer => Err(Fault::Refused { code: CHECK, answer }),
@@ -74,7 +74,7 @@ fn load(rig: &Rig, state: &[u8]) -> Result<u64, Fault> {
     drop(reader);
     let into = other.unwrap_or_else(|| writer.into());
     let deadline = rig.deadline(rig.timeout);
-    match write_all(into.as_fd(), state, &Until::Left(&|| deadline.left())) {
+    match write_all(into.as_fd(), state, &WaitLimit::Remaining(&|| deadline.left())) {
         // It need not read on when it knows what to say.
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(late(rig, error)),
         _ => drop(into),

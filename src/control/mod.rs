@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::abi::vhost_user::{Header, Request};
-use crate::sys::listen::{self, Place, listen};
+use crate::sys::listen::{self, SocketPathGuard, listen};
 use crate::sys::socket;
 
 pub use crate::sys::listen::MAX_SOCKET_PATH;
@@ -220,7 +220,7 @@ impl<'a> Client<'a> {
 /// The path of a control socket. The socket there is removed with this, unless another process has replaced it.
 #[derive(Debug)]
 pub struct SocketPath {
-    _place: Place,
+    _place: SocketPathGuard,
 }
 
 /// Listens for control connections at `path`; a socket that a dead process left there is replaced.

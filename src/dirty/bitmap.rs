@@ -12,14 +12,14 @@ use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 use super::log::{Log, LogError};
 
 /// Something that marks pages by guest-physical address.
-pub trait Marks: std::fmt::Debug {
+pub trait PageMarker: std::fmt::Debug {
     /// Marks the pages of `gpa..gpa + len` bytes, after they were written.
     fn mark(&self, gpa: u64, len: u64);
     /// Whether the page of `gpa` is marked.
     fn is_marked(&self, gpa: u64) -> bool;
 }
 
-impl Marks for Log {
+impl PageMarker for Log {
     #[inline]
     fn mark(&self, gpa: u64, len: u64) {
         Log::mark(self, gpa, len);
@@ -82,7 +82,7 @@ impl LogSwitch {
     }
 }
 
-impl Marks for LogSwitch {
+impl PageMarker for LogSwitch {
     #[inline]
     fn mark(&self, gpa: u64, len: u64) {
         if self.on.load(Ordering::Relaxed) {
@@ -121,11 +121,11 @@ impl<M> Clone for LogBitmap<M> {
     }
 }
 
-impl<'a, M: Marks + 'a> WithBitmapSlice<'a> for LogBitmap<M> {
+impl<'a, M: PageMarker + 'a> WithBitmapSlice<'a> for LogBitmap<M> {
     type S = LogSlice<'a, M>;
 }
 
-impl<M: Marks + 'static> Bitmap for LogBitmap<M> {
+impl<M: PageMarker + 'static> Bitmap for LogBitmap<M> {
     #[inline]
     fn mark_dirty(&self, offset: usize, len: usize) {
         self.slice_at(0).mark_dirty(offset, len);
@@ -155,13 +155,13 @@ impl<M> Clone for LogSlice<'_, M> {
     }
 }
 
-impl<M: Marks> WithBitmapSlice<'_> for LogSlice<'_, M> {
+impl<M: PageMarker> WithBitmapSlice<'_> for LogSlice<'_, M> {
     type S = Self;
 }
 
-impl<M: Marks> BitmapSlice for LogSlice<'_, M> {}
+impl<M: PageMarker> BitmapSlice for LogSlice<'_, M> {}
 
-impl<M: Marks> Bitmap for LogSlice<'_, M> {
+impl<M: PageMarker> Bitmap for LogSlice<'_, M> {
     #[inline]
     fn mark_dirty(&self, offset: usize, len: usize) {
         // A sum that wraps is outside every log: counted there, not marked somewhere else.
@@ -190,7 +190,7 @@ mod tests {
 
     const BASES: [u64; 2] = [0, 4 << 30];
 
-    fn memory<M: Marks + 'static>(marks: &Arc<M>) -> GuestMemoryMmap<LogBitmap<M>> {
+    fn memory<M: PageMarker + 'static>(marks: &Arc<M>) -> GuestMemoryMmap<LogBitmap<M>> {
         let region = |base| {
             let bitmap = LogBitmap::new(Arc::clone(marks), base);
             let flags = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE;

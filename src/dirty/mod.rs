@@ -15,7 +15,7 @@ mod region_bitmap;
 mod source;
 mod vector;
 
-pub use bitmap::{LogBitmap, LogSlice, LogSwitch, Marks};
+pub use bitmap::{LogBitmap, LogSlice, LogSwitch, PageMarker};
 pub use harvest::Harvest;
 pub use log::{Burst, Log, LogError, LogSignal};
 pub use page_set::{PageSet, Runs};
@@ -23,4 +23,4 @@ pub use pagemap::{Pagemap, PagemapError};
 pub use rate::{DirtyModel, DirtyRate, Forecast, RateMeter, SourceRate, forecast};
 #[cfg(feature = "vhost-user-backend")]
 pub use region_bitmap::{DeviceLog, LogMemory, RegionBitmap, RegionSlice};
-pub use source::{DirtyError, DirtySource, LogSource, Share, Union};
+pub use source::{DirtyError, DirtySource, LogSource, SourceShare, UnionSource};

@@ -301,7 +301,7 @@ mod tests {
         Insert(u64),
         InsertRange(Range<u64>),
         Remove(u64),
-        Union(Vec<u64>),
+        UnionSource(Vec<u64>),
         Difference(Vec<u64>),
         Clear,
     }
@@ -317,7 +317,7 @@ mod tests {
             4 => page().prop_map(Step::Insert),
             2 => (page(), 0..9000u64).prop_map(|(from, n)| Step::InsertRange(from..from + n)),
             3 => page().prop_map(Step::Remove),
-            1 => prop::collection::vec(page(), 0..40).prop_map(Step::Union),
+            1 => prop::collection::vec(page(), 0..40).prop_map(Step::UnionSource),
             1 => prop::collection::vec(page(), 0..40).prop_map(Step::Difference),
             1 => Just(Step::Clear),
         ]
@@ -357,7 +357,7 @@ mod tests {
                         prop_assert_eq!(set.insert_range(range), (oracle.len() - before) as u64);
                     }
                     Step::Remove(page) => prop_assert_eq!(set.remove(page), oracle.remove(&page)),
-                    Step::Union(pages) => {
+                    Step::UnionSource(pages) => {
                         set.union(&set_of(&pages));
                         oracle.extend(pages);
                     }

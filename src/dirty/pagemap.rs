@@ -53,7 +53,7 @@ pub enum PagemapError {
 /// - of KVM vCPUs, which have page tables of their own.
 ///
 /// Whoever makes such writes must mark them in a [`Log`](super::Log), harvested beside this source in a
-/// [`Union`](super::Union). [`Plan::verify`](crate::migrate::Plan::verify) finds writers that were forgotten: it compares
+/// [`UnionSource`](super::UnionSource). [`Plan::verify`](crate::migrate::Plan::verify) finds writers that were forgotten: it compares
 /// all memory by hashes before the guest is handed over.
 ///
 /// A clean GiB costs 0.7 ms per harvest; a thread pays 1.4 µs at its first write to a page after one.
@@ -61,13 +61,13 @@ pub enum PagemapError {
 pub struct Pagemap {
     name: String,
     memory: Memory,
-    tracking: Option<Tracking>,
+    tracking: Option<WriteTracking>,
     /// Put back: reported again by the next harvest.
     returned: PageSet,
 }
 
 #[derive(Debug)]
-struct Tracking {
+struct WriteTracking {
     /// Keeps the regions registered as long as it is open.
     userfaultfd: OwnedFd,
     pagemap: File,
@@ -85,7 +85,7 @@ impl Pagemap {
     }
 
     fn scan(&mut self, into: &mut PageSet) -> Result<Harvest, PagemapError> {
-        let Tracking { pagemap, found, .. } = self.tracking.as_mut().ok_or(PagemapError::NotStarted)?;
+        let WriteTracking { pagemap, found, .. } = self.tracking.as_mut().ok_or(PagemapError::NotStarted)?;
         let mut all = Harvest::default();
         into.grow(self.memory.end().div_ceil(LOG_PAGE));
         into.union(&self.returned);
@@ -112,8 +112,8 @@ impl Pagemap {
     }
 }
 
-impl Tracking {
-    fn start(memory: &Memory) -> Result<Tracking, PagemapError> {
+impl WriteTracking {
+    fn start(memory: &Memory) -> Result<WriteTracking, PagemapError> {
         let userfaultfd = userfaultfd()?;
         for region in memory.regions() {
             protect(&userfaultfd, region).map_err(|cause| PagemapError::Region {
@@ -126,7 +126,7 @@ impl Tracking {
         let mut found = vec![abi::PageRegion::default(); BATCH];
         // An empty scan tells whether the kernel knows the ioctl before anybody relies on it.
         written(&pagemap, 0, 0, &mut found).map_err(PagemapError::Kernel)?;
-        Ok(Tracking { userfaultfd, pagemap, found })
+        Ok(WriteTracking { userfaultfd, pagemap, found })
     }
 
     fn stop(self, memory: &Memory) -> Result<(), PagemapError> {
@@ -144,7 +144,7 @@ impl Tracking {
 
 impl DirtySource for Pagemap {
     fn start(&mut self) -> Result<(), DirtyError> {
-        self.tracking = Some(Tracking::start(&self.memory).map_err(|error| self.failed(error))?);
+        self.tracking = Some(WriteTracking::start(&self.memory).map_err(|error| self.failed(error))?);
         Ok(())
     }
 

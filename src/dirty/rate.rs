@@ -48,18 +48,18 @@ pub struct SourceRate {
 pub struct RateMeter {
     elapsed: Duration,
     intervals: u32,
-    all: Count,
-    sources: Vec<(String, Count)>,
+    all: PageCount,
+    sources: Vec<(String, PageCount)>,
     interval: PageSet,
 }
 
 #[derive(Debug, Default)]
-struct Count {
+struct PageCount {
     pages: u64,
     working_set: PageSet,
 }
 
-impl Count {
+impl PageCount {
     fn add(&mut self, pages: &PageSet) {
         self.pages += pages.len();
         self.working_set.union(pages);
@@ -92,7 +92,7 @@ impl RateMeter {
             match self.sources.iter_mut().find(|(known, _)| known == name) {
                 Some((_, count)) => count.add(pages),
                 None => {
-                    let mut count = Count::default();
+                    let mut count = PageCount::default();
                     count.add(pages);
                     self.sources.push((name.to_owned(), count));
                 }

@@ -21,10 +21,10 @@ use crate::memory::LOG_PAGE;
 /// A device keeps one, and passes on what its daemon tells it: call [`acked_features`](DeviceLog::acked_features) and
 /// [`update_memory`](DeviceLog::update_memory) from the methods of the same names.
 #[derive(Clone, Debug, Default)]
-pub struct DeviceLog(Arc<RwLock<State>>);
+pub struct DeviceLog(Arc<RwLock<DeviceLogState>>);
 
 #[derive(Debug, Default)]
-struct State {
+struct DeviceLogState {
     /// LOG_ALL.
     on: bool,
     log: Option<LogMemory>,
@@ -59,43 +59,43 @@ impl DeviceLog {
     /// Marks pages if it is on. Returns false if it is on and has no log yet.
     fn mark(&self, gpa: u64, len: u64) -> bool {
         match &*self.read() {
-            State { on: false, .. } => true,
-            State { log: Some(log), .. } => {
+            DeviceLogState { on: false, .. } => true,
+            DeviceLogState { log: Some(log), .. } => {
                 log.mark(gpa, len);
                 true
             }
-            State { log: None, .. } => false,
+            DeviceLogState { log: None, .. } => false,
         }
     }
 
-    fn read(&self) -> RwLockReadGuard<'_, State> {
+    fn read(&self) -> RwLockReadGuard<'_, DeviceLogState> {
         self.0.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self) -> RwLockWriteGuard<'_, State> {
+    fn write(&self) -> RwLockWriteGuard<'_, DeviceLogState> {
         self.0.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// The bitmap of one region of guest memory.
 #[derive(Clone, Debug, Default)]
-pub struct RegionBitmap(Arc<Region>);
+pub struct RegionBitmap(Arc<AttachedRegion>);
 
 /// Part of a [`RegionBitmap`], as views of guest memory carry it.
 #[derive(Clone, Debug)]
 pub struct RegionSlice {
-    region: Arc<Region>,
+    region: Arc<AttachedRegion>,
     offset: u64,
 }
 
 #[derive(Debug, Default)]
-struct Region {
+struct AttachedRegion {
     place: OnceLock<(DeviceLog, u64)>,
     /// Pages written before there was a place or a log: a bit for each.
     early: Box<[AtomicU64]>,
 }
 
-impl Region {
+impl AttachedRegion {
     fn mark(&self, offset: u64, len: u64) {
         if len == 0 || self.try_mark(offset, len) {
             return;
@@ -137,7 +137,7 @@ impl NewBitmap for RegionBitmap {
     fn with_len(len: usize) -> RegionBitmap {
         let words = (len as u64).div_ceil(64 * LOG_PAGE);
         let early = (0..words).map(|_| AtomicU64::new(0)).collect();
-        RegionBitmap(Arc::new(Region { place: OnceLock::new(), early }))
+        RegionBitmap(Arc::new(AttachedRegion { place: OnceLock::new(), early }))
     }
 }
 

@@ -114,21 +114,21 @@ impl DirtySource for LogSource {
 
 /// Several sources as one; a page is dirty if any of them says so.
 #[derive(Default)]
-pub struct Union {
-    parts: Vec<Part>,
+pub struct UnionSource {
+    parts: Vec<UnionMember>,
     /// Put back: nobody knows any more which part found them.
     returned: PageSet,
 }
 
-struct Part {
+struct UnionMember {
     source: Box<dyn DirtySource>,
     last: u64,
     total: u64,
 }
 
-/// What one source of a [`Union`] has found.
+/// What one source of a [`UnionSource`] has found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Share<'a> {
+pub struct SourceShare<'a> {
     /// The source's name.
     pub name: &'a str,
     /// Pages it reported in the last harvest.
@@ -137,22 +137,22 @@ pub struct Share<'a> {
     pub total: u64,
 }
 
-impl Union {
+impl UnionSource {
     /// A union of `sources`; more can be added until it is started.
-    pub fn new(sources: impl IntoIterator<Item = Box<dyn DirtySource>>) -> Union {
-        let mut union = Union::default();
+    pub fn new(sources: impl IntoIterator<Item = Box<dyn DirtySource>>) -> UnionSource {
+        let mut union = UnionSource::default();
         sources.into_iter().for_each(|source| union.push(source));
         union
     }
 
     /// Adds a source.
     pub fn push(&mut self, source: Box<dyn DirtySource>) {
-        self.parts.push(Part { source, last: 0, total: 0 });
+        self.parts.push(UnionMember { source, last: 0, total: 0 });
     }
 
     /// What each source has found, in the order they were added.
-    pub fn shares(&self) -> impl Iterator<Item = Share<'_>> {
-        self.parts.iter().map(|part| Share { name: part.source.name(), last: part.last, total: part.total })
+    pub fn shares(&self) -> impl Iterator<Item = SourceShare<'_>> {
+        self.parts.iter().map(|part| SourceShare { name: part.source.name(), last: part.last, total: part.total })
     }
 
     fn each(
@@ -173,7 +173,7 @@ impl Union {
     }
 }
 
-impl DirtySource for Union {
+impl DirtySource for UnionSource {
     /// Starts all sources, or none: if one fails, those already started are stopped again.
     fn start(&mut self) -> Result<(), DirtyError> {
         for at in 0..self.parts.len() {
@@ -262,13 +262,13 @@ mod tests {
         }
     }
 
-    fn union(fails: [&'static str; 3]) -> (Union, Arc<Mutex<Vec<String>>>) {
+    fn union(fails: [&'static str; 3]) -> (UnionSource, Arc<Mutex<Vec<String>>>) {
         let asked = Arc::default();
         let parts = [("a", 0..10, fails[0]), ("b", 5..25, fails[1]), ("c", 90..91, fails[2])];
         let sources = parts.map(|(name, pages, fails)| {
             Box::new(Scripted { name, pages, fails, asked: Arc::clone(&asked) }) as Box<dyn DirtySource>
         });
-        (Union::new(sources), asked)
+        (UnionSource::new(sources), asked)
     }
 
     #[test]
@@ -292,7 +292,7 @@ mod tests {
         unsent.insert(199);
         let log = Arc::new(Log::create(200 * crate::memory::LOG_PAGE).unwrap().0);
         let log: Box<dyn DirtySource> = Box::new(LogSource::new("disk", log));
-        let union: Box<dyn DirtySource> = Box::new(Union::default());
+        let union: Box<dyn DirtySource> = Box::new(UnionSource::default());
         for mut source in [log, union] {
             let mut set = PageSet::default();
             source.put_back(&unsent);

@@ -44,7 +44,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::abi::virtio::SECTOR_BYTES;
 use crate::frontend::{Device, DeviceDirtySource, FrontendError, Interrupt};
-use crate::memory::{Extents, LOG_PAGE, Memory, Region, sealed_memfd};
+use crate::memory::{ExtentFinder, LOG_PAGE, Memory, Region, sealed_memfd};
 use crate::ring::RingBase;
 use cpu::Cpu;
 use crew::{Crew, NotStarted};
@@ -611,7 +611,7 @@ impl Guest {
         for (area, blank) in [(&self.layout.cold, false), (&self.layout.zero, true)] {
             in_parallel(halves(area.pages()), |pages| {
                 // A hole is zero, and to look at it would fill it.
-                let mut extents = Extents::new();
+                let mut extents = ExtentFinder::new();
                 pages.map(|page| area.page(page)).try_for_each(|gpa| {
                     let right = blank && extents.is_hole(memory, gpa / LOG_PAGE);
                     if right { Ok(()) } else { cpu::check(memory, pattern, gpa, 0, blank) }

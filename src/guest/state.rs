@@ -65,7 +65,7 @@ pub struct CpuState {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DriverState {
     /// The ring.
-    pub ring: ring::DriverState,
+    pub ring: ring::DriverRingState,
     /// First sector of its part of the disk.
     pub first_sector: u64,
     /// The version of each sector of that part; 0 for never written.

@@ -2,8 +2,8 @@
 //! its successor after a crash serves exactly the others (vhost-user spec, "Inflight I/O tracking"; rules I1-I7).
 //!
 //! A worker wraps each ring operation: `take` after popping a request, `stage` after pushing its completion, the
-//! ring's publish, then `commit`. A successor calls [`Region::split`] with the used index of the ring, or
-//! [`Region::packed`] with its base and a look at its descriptors, serves what [`Recovery::resubmit`] or
+//! ring's publish, then `commit`. A successor calls [`InflightRegion::split`] with the used index of the ring, or
+//! [`InflightRegion::packed`] with its base and a look at its descriptors, serves what [`SplitRecovery::resubmit`] or
 //! [`PackedRecovery::resubmit`] names in that order, and notifies the driver once in any case: the notification of the
 //! last batch may have died with its sender.
 //!
@@ -14,10 +14,10 @@ mod region;
 mod sink;
 pub mod split;
 
-pub use packed::{PackedInflight, PackedRecovery, PackedRequest, recover_packed};
-pub use region::{Kind, Mapped, Region};
-pub use sink::{Sink, Store};
-pub use split::{Recovery, SplitInflight, recover};
+pub use packed::{PackedInflight, PackedInflightRequest, PackedRecovery, recover_packed};
+pub use region::{InflightRegion, QueueRegion, RingKind};
+pub use sink::{Store, StoreSink};
+pub use split::{SplitInflight, SplitRecovery, recover_split};
 
 use crate::memory::MemoryError;
 
@@ -71,9 +71,9 @@ pub enum InflightError {
     },
     /// The region is for rings of the other kind.
     #[error("the inflight region is for {kind:?} rings, the ring is of the other kind (rule I1)")]
-    Kind {
+    RingKind {
         /// Kind of the region.
-        kind: Kind,
+        kind: RingKind,
     },
     /// Written by a version that is not known here.
     #[error("inflight region of version {version}: this is for version 1, and 0 when fresh (rules I3, I4)")]

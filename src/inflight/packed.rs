@@ -24,9 +24,9 @@ use zerocopy::FromBytes;
 
 use crate::abi::inflight::{PACKED_HEADER_BYTES, PackedEntry, PackedHeader, VERSION};
 use crate::abi::virtio::{MAX_QUEUE_SIZE, PACKED_DESC_F_AVAIL, PACKED_DESC_F_USED, PackedDesc};
-use crate::ring::{Place, Position, RingBase};
+use crate::ring::{Position, PositionBits, RingBase};
 
-use super::{InflightError, Mapped, Sink, Store};
+use super::{InflightError, QueueRegion, Store, StoreSink};
 
 const VERSION_AT: usize = offset_of!(PackedHeader, version);
 const DESC_NUM_AT: usize = offset_of!(PackedHeader, desc_num);
@@ -50,17 +50,17 @@ const ADDR: usize = offset_of!(PackedEntry, addr);
 /// [`stage`](PackedInflight::stage) for each request in it, the ring's publish, [`commit`](PackedInflight::commit).
 /// The ring must publish a batch as a whole: the flags of its first descriptor are the last that it stores.
 #[derive(Debug)]
-pub struct PackedInflight<S: Sink = Mapped> {
+pub struct PackedInflight<S: StoreSink = QueueRegion> {
     sink: S,
     ring_size: u16,
     /// Of the next request to be taken.
     counter: u64,
     free_head: u16,
     /// With what is staged.
-    used: Place,
-    committed: Place,
+    used: PositionBits,
+    committed: PositionBits,
     /// What the region says of each entry, which is not believed again while the ring runs.
-    links: Vec<Link>,
+    links: Vec<EntryLink>,
     /// Descriptors in flight.
     held: u16,
     /// Staged and not committed.
@@ -68,7 +68,7 @@ pub struct PackedInflight<S: Sink = Mapped> {
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Link {
+struct EntryLink {
     /// Of a free entry the next free one, of a chain's the next of the chain.
     next: u16,
     /// Last entry of the request that starts here.
@@ -77,7 +77,7 @@ struct Link {
     num: u16,
 }
 
-impl<S: Sink> PackedInflight<S> {
+impl<S: StoreSink> PackedInflight<S> {
     /// Puts `recovery` into effect and goes on from it.
     pub fn resume(mut sink: S, recovery: &PackedRecovery) -> PackedInflight<S> {
         for store in &recovery.stores {
@@ -199,7 +199,7 @@ pub struct PackedRecovery {
     /// and recovering again comes to the same.
     pub stores: Vec<Store>,
     /// The requests to be served again, in this order.
-    pub resubmit: Vec<PackedRequest>,
+    pub resubmit: Vec<PackedInflightRequest>,
     /// Where the ring goes on, whatever base the front-end gave; `None` on a fresh region, where that base counts.
     pub base: Option<RingBase>,
     /// Descriptors of the ring, by position, and the flags to be stored there before anything is published: a
@@ -211,12 +211,12 @@ pub struct PackedRecovery {
     ring_size: u16,
     used: Position,
     free_head: u16,
-    links: Vec<Link>,
+    links: Vec<EntryLink>,
 }
 
 /// A request that was in flight.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PackedRequest {
+pub struct PackedInflightRequest {
     /// The entry that names it, for [`PackedInflight::stage`].
     pub entry: u16,
     /// Its descriptors as the ring had them.
@@ -313,7 +313,8 @@ pub fn recover_packed(
             stores.u8(entry(head) + INFLIGHT, 0);
         }
     }
-    let mut links: Vec<Link> = entries.iter().map(|entry| Link { next: entry.next.get(), ..Link::default() }).collect();
+    let mut links: Vec<EntryLink> =
+        entries.iter().map(|entry| EntryLink { next: entry.next.get(), ..EntryLink::default() }).collect();
     for request in &resubmit {
         let head = usize::from(request.entry);
         if let (Some(link), Some(entry)) = (links.get_mut(head), entries.get(head)) {
@@ -366,7 +367,7 @@ fn initialise(
         if found.next.get() != next {
             stores.u16(entry(index) + NEXT, next);
         }
-        links.push(Link { next, ..Link::default() });
+        links.push(EntryLink { next, ..EntryLink::default() });
     }
     stores.u16(DESC_NUM_AT, queue_size);
     stores.u32(FREE_HEAD_AT, 0);
@@ -415,7 +416,7 @@ fn in_flight(
     heads: &[u16],
     free: &[bool],
     ring_size: u16,
-) -> Result<(Vec<PackedRequest>, Vec<bool>), InflightError> {
+) -> Result<(Vec<PackedInflightRequest>, Vec<bool>), InflightError> {
     let is_free = |head: &u16| free.get(usize::from(*head)) != Some(&false);
     let heads: Vec<u16> = heads.iter().copied().filter(|head| !is_free(head)).collect();
     let descs = descriptors(entries, &heads);
@@ -443,14 +444,14 @@ fn in_flight(
         if last != Some(first.last.get()) {
             return Err(chain());
         }
-        requests.push(PackedRequest { entry: head, descs });
+        requests.push(PackedInflightRequest { entry: head, descs });
     }
     Ok((requests, busy))
 }
 
 /// Makes a new free list of what is not `busy`; returns its head. The list is empty while it is made, so that a crash
 /// on the way does not lead into the entries of a request.
-fn relist(busy: &[bool], links: &mut [Link], stores: &mut Vec<Store>) -> u16 {
+fn relist(busy: &[bool], links: &mut [EntryLink], stores: &mut Vec<Store>) -> u16 {
     let end = links.len() as u16;
     stores.u32(FREE_HEAD_AT, pair(end, end));
     let mut head = end;

@@ -14,8 +14,8 @@ use crate::memory::{self, sealed_memfd};
 use crate::ring::RingBase;
 
 use super::packed::{PackedInflight, PackedRecovery, recover_packed};
-use super::split::{Recovery, SplitInflight, VERSION_AT, recover};
-use super::{InflightError, Sink};
+use super::split::{SplitInflight, SplitRecovery, VERSION_AT, recover_split};
+use super::{InflightError, StoreSink};
 
 // The version stands in the same place for both kinds of ring.
 const _: () = assert!(VERSION_AT == offset_of!(PackedHeader, version));
@@ -23,38 +23,38 @@ const _: () = assert!(VERSION_AT == offset_of!(PackedHeader, version));
 /// The kind of the rings that a region is for, of which there is one on a device: packed if VIRTIO_F_RING_PACKED is
 /// negotiated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum RingKind {
     /// Split rings.
     Split,
     /// Packed rings.
     Packed,
 }
 
-impl Kind {
+impl RingKind {
     /// Bytes that the part of one queue takes.
     pub const fn queue_bytes(self, queue_size: u16) -> u64 {
         match self {
-            Kind::Split => split_queue_bytes(queue_size),
-            Kind::Packed => packed_queue_bytes(queue_size),
+            RingKind::Split => split_queue_bytes(queue_size),
+            RingKind::Packed => packed_queue_bytes(queue_size),
         }
     }
 }
 
 /// A mapped inflight region of some rings of one kind and size.
 #[derive(Clone, Debug)]
-pub struct Region {
-    kind: Kind,
+pub struct InflightRegion {
+    kind: RingKind,
     mapping: Arc<memory::Region>,
     queues: u16,
     queue_size: u16,
 }
 
-impl Region {
+impl InflightRegion {
     /// Bytes that `queues` rings of `queue_size` entries need: the mmap_size of VHOST_USER_GET_INFLIGHT_FD.
     ///
     /// # Errors
     /// [`InflightError::Shape`].
-    pub fn bytes_for(kind: Kind, queues: u16, queue_size: u16) -> Result<u64, InflightError> {
+    pub fn bytes_for(kind: RingKind, queues: u16, queue_size: u16) -> Result<u64, InflightError> {
         if queues == 0 || queue_size == 0 || u32::from(queue_size) > MAX_QUEUE_SIZE {
             return Err(InflightError::Shape { queues, queue_size });
         }
@@ -65,28 +65,28 @@ impl Region {
     ///
     /// # Errors
     /// A shape that no device has, or what the system says.
-    pub fn create(kind: Kind, queues: u16, queue_size: u16) -> Result<(Region, OwnedFd), InflightError> {
-        let size = Region::bytes_for(kind, queues, queue_size)?;
+    pub fn create(kind: RingKind, queues: u16, queue_size: u16) -> Result<(InflightRegion, OwnedFd), InflightError> {
+        let size = InflightRegion::bytes_for(kind, queues, queue_size)?;
         let fd = sealed_memfd("vhost-inflight", size)?;
-        let region = Region::map(kind, fd.as_fd(), size, 0, queues, queue_size)?;
+        let region = InflightRegion::map(kind, fd.as_fd(), size, 0, queues, queue_size)?;
         Ok((region, fd))
     }
 
     /// Maps the region that VHOST_USER_SET_INFLIGHT_FD describes: `size` bytes from `offset` of `fd` (rule I1).
     ///
-    /// What is in it is checked ring by ring, by [`Region::split`] or [`Region::packed`].
+    /// What is in it is checked ring by ring, by [`InflightRegion::split`] or [`InflightRegion::packed`].
     ///
     /// # Errors
     /// A shape that no device has, a region or a file too small for it, or what the system says.
     pub fn map(
-        kind: Kind,
+        kind: RingKind,
         fd: BorrowedFd<'_>,
         size: u64,
         offset: u64,
         queues: u16,
         queue_size: u16,
-    ) -> Result<Region, InflightError> {
-        let needed = Region::bytes_for(kind, queues, queue_size)?;
+    ) -> Result<InflightRegion, InflightError> {
+        let needed = InflightRegion::bytes_for(kind, queues, queue_size)?;
         if size < needed {
             return Err(InflightError::TooSmall { size, needed });
         }
@@ -94,11 +94,11 @@ impl Region {
             return Err(InflightError::Misaligned { offset });
         }
         let mapping = Arc::new(memory::Region::map(fd, 0, needed, 0, offset)?);
-        Ok(Region { kind, mapping, queues, queue_size })
+        Ok(InflightRegion { kind, mapping, queues, queue_size })
     }
 
     /// The kind of rings that it is for.
-    pub fn kind(&self) -> Kind {
+    pub fn kind(&self) -> RingKind {
         self.kind
     }
 
@@ -117,9 +117,14 @@ impl Region {
     ///
     /// # Errors
     /// A region for packed rings, no such queue, a larger ring than the region is for, or contents that can't be true.
-    pub fn split(&self, queue: u16, ring_size: u16, used_idx: u16) -> Result<(SplitInflight, Recovery), InflightError> {
-        let mapped = self.of(Kind::Split, queue, ring_size)?;
-        let recovery = recover(&mapped.copy(), used_idx, self.queue_size)?;
+    pub fn split(
+        &self,
+        queue: u16,
+        ring_size: u16,
+        used_idx: u16,
+    ) -> Result<(SplitInflight, SplitRecovery), InflightError> {
+        let mapped = self.of(RingKind::Split, queue, ring_size)?;
+        let recovery = recover_split(&mapped.copy(), used_idx, self.queue_size)?;
         Ok((SplitInflight::resume(mapped, &recovery), recovery))
     }
 
@@ -135,7 +140,7 @@ impl Region {
         base: RingBase,
         flags_of: impl Fn(u16) -> u16,
     ) -> Result<(PackedInflight, PackedRecovery), InflightError> {
-        let mapped = self.of(Kind::Packed, queue, ring_size)?;
+        let mapped = self.of(RingKind::Packed, queue, ring_size)?;
         let recovery = recover_packed(&mapped.copy(), self.queue_size, ring_size, base, flags_of)?;
         Ok((PackedInflight::resume(mapped, &recovery), recovery))
     }
@@ -158,10 +163,10 @@ impl Region {
     }
 
     /// The part of queue `queue` for a ring of `kind` and `ring_size`.
-    fn of(&self, kind: Kind, queue: u16, ring_size: u16) -> Result<Mapped, InflightError> {
+    fn of(&self, kind: RingKind, queue: u16, ring_size: u16) -> Result<QueueRegion, InflightError> {
         let queue_size = self.queue_size;
         if kind != self.kind {
-            return Err(InflightError::Kind { kind: self.kind });
+            return Err(InflightError::RingKind { kind: self.kind });
         }
         if ring_size > queue_size {
             return Err(InflightError::RingTooLarge { ring_size, queue_size });
@@ -169,7 +174,7 @@ impl Region {
         self.mapped(queue)
     }
 
-    fn mapped(&self, queue: u16) -> Result<Mapped, InflightError> {
+    fn mapped(&self, queue: u16) -> Result<QueueRegion, InflightError> {
         let len = self.kind.queue_bytes(self.queue_size);
         let no_queue = InflightError::NoQueue { queue, queues: self.queues };
         if queue >= self.queues {
@@ -178,7 +183,7 @@ impl Region {
         let region = self.mapping.clone();
         // Inside the mapping, whose size `map` made that of all queues together.
         let first = NonNull::new(region.host_ptr().wrapping_add(len as usize * usize::from(queue)));
-        Ok(Mapped { first: first.ok_or(no_queue)?, len: len as usize, _region: region })
+        Ok(QueueRegion { first: first.ok_or(no_queue)?, len: len as usize, _region: region })
     }
 }
 
@@ -187,7 +192,7 @@ impl Region {
 /// Program order is enough: what kills a process does not undo or reorder the stores it had executed, so only the
 /// compiler must not move them, and release stores keep it from that.
 #[derive(Debug)]
-pub struct Mapped {
+pub struct QueueRegion {
     first: NonNull<u8>,
     len: usize,
     /// Keeps the mapping alive.
@@ -195,9 +200,9 @@ pub struct Mapped {
 }
 
 // SAFETY: the pointer is to memory that `_region` keeps mapped; it belongs to no thread.
-unsafe impl Send for Mapped {}
+unsafe impl Send for QueueRegion {}
 
-impl Mapped {
+impl QueueRegion {
     /// Reads all of it once.
     fn copy(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.len];
@@ -219,7 +224,7 @@ impl Mapped {
     }
 }
 
-impl Sink for Mapped {
+impl StoreSink for QueueRegion {
     #[inline]
     fn u8(&mut self, offset: usize, value: u8) {
         if let Some(at) = self.at::<AtomicU8>(offset) {

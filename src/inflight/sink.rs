@@ -15,7 +15,7 @@ pub enum Store {
 
 impl Store {
     /// Does this store to `sink`.
-    pub fn to(self, sink: &mut (impl Sink + ?Sized)) {
+    pub fn to(self, sink: &mut (impl StoreSink + ?Sized)) {
         match self {
             Store::U8(offset, value) => sink.u8(offset, value),
             Store::U16(offset, value) => sink.u16(offset, value),
@@ -29,7 +29,7 @@ impl Store {
 ///
 /// Offsets are in bytes from the start of the queue's part and aligned; values are in host byte order. A store outside
 /// the queue's part is left out.
-pub trait Sink {
+pub trait StoreSink {
     /// Stores one byte.
     fn u8(&mut self, offset: usize, value: u8);
     /// Stores two bytes.
@@ -41,7 +41,7 @@ pub trait Sink {
 }
 
 /// Writes the stores down.
-impl Sink for Vec<Store> {
+impl StoreSink for Vec<Store> {
     fn u8(&mut self, offset: usize, value: u8) {
         self.push(Store::U8(offset, value));
     }
@@ -57,7 +57,7 @@ impl Sink for Vec<Store> {
 }
 
 /// Does the stores to a copy of the queue's part.
-impl Sink for [u8] {
+impl StoreSink for [u8] {
     fn u8(&mut self, offset: usize, value: u8) {
         copy(self, offset, [value]);
     }

@@ -1,6 +1,6 @@
 //! Split rings: the order of the stores that track a request, and recovery from wherever they stopped.
 //!
-//! Each sequence of stores is written once, over [`Sink`]; the crash model runs the same code as a device.
+//! Each sequence of stores is written once, over [`StoreSink`]; the crash model runs the same code as a device.
 
 use std::collections::HashSet;
 use std::mem::offset_of;
@@ -9,7 +9,7 @@ use zerocopy::FromBytes;
 
 use crate::abi::inflight::{SPLIT_HEADER_BYTES, SplitEntry, SplitHeader, VERSION};
 
-use super::{InflightError, Mapped, Sink, Store};
+use super::{InflightError, QueueRegion, Store, StoreSink};
 
 pub(super) const VERSION_AT: usize = offset_of!(SplitHeader, version);
 const DESC_NUM_AT: usize = offset_of!(SplitHeader, desc_num);
@@ -23,7 +23,7 @@ const COUNTER: usize = offset_of!(SplitEntry, counter);
 ///
 /// Heads must be those of a ring of at most the region's queue size; others are left out.
 #[derive(Debug)]
-pub struct SplitInflight<S: Sink = Mapped> {
+pub struct SplitInflight<S: StoreSink = QueueRegion> {
     sink: S,
     /// Of the next request to be taken.
     counter: u64,
@@ -32,13 +32,13 @@ pub struct SplitInflight<S: Sink = Mapped> {
     batch: Vec<u16>,
 }
 
-impl<S: Sink> SplitInflight<S> {
+impl<S: StoreSink> SplitInflight<S> {
     /// Puts `recovery` into effect and goes on from it.
-    pub fn resume(mut sink: S, recovery: &Recovery) -> SplitInflight<S> {
+    pub fn resume(mut sink: S, recovery: &SplitRecovery) -> SplitInflight<S> {
         for store in &recovery.stores {
             store.to(&mut sink);
         }
-        let Recovery { next_counter, last_batch_head, .. } = *recovery;
+        let SplitRecovery { next_counter, last_batch_head, .. } = *recovery;
         SplitInflight { sink, counter: next_counter, last_batch_head, batch: Vec::new() }
     }
 
@@ -83,7 +83,7 @@ impl<S: Sink> SplitInflight<S> {
 
 /// What a device finds in the region when it starts, and what it has to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Recovery {
+pub struct SplitRecovery {
     /// Stores that repair the region, in this order; [`SplitInflight::resume`] does them. Stopping after any of them
     /// and recovering again comes to the same.
     pub stores: Vec<Store>,
@@ -104,7 +104,7 @@ pub struct Recovery {
 ///
 /// # Errors
 /// Contents that can't be true: the region can't be trusted to say what was in flight. Any bytes are bearable.
-pub fn recover(bytes: &[u8], used_idx: u16, queue_size: u16) -> Result<Recovery, InflightError> {
+pub fn recover_split(bytes: &[u8], used_idx: u16, queue_size: u16) -> Result<SplitRecovery, InflightError> {
     let too_small = || InflightError::TooSmall {
         size: bytes.len() as u64,
         needed: SPLIT_HEADER_BYTES + u64::from(queue_size) * size_of::<SplitEntry>() as u64,
@@ -146,7 +146,7 @@ pub fn recover(bytes: &[u8], used_idx: u16, queue_size: u16) -> Result<Recovery,
     }
     marked.sort_unstable();
     let resubmit: Vec<u16> = marked.into_iter().map(|(_, head)| head).collect();
-    Ok(Recovery {
+    Ok(SplitRecovery {
         stores,
         next_avail: Some(used_idx.wrapping_add(resubmit.len() as u16)),
         resubmit,
@@ -156,7 +156,7 @@ pub fn recover(bytes: &[u8], used_idx: u16, queue_size: u16) -> Result<Recovery,
 }
 
 /// A fresh region: the version comes last, so that a crash on the way leaves it fresh.
-fn initialise(entries: &[SplitEntry], used_idx: u16, queue_size: u16) -> Recovery {
+fn initialise(entries: &[SplitEntry], used_idx: u16, queue_size: u16) -> SplitRecovery {
     let mut stores = Vec::new();
     for (head, found) in (0..).zip(entries) {
         if found.inflight != 0 {
@@ -170,7 +170,7 @@ fn initialise(entries: &[SplitEntry], used_idx: u16, queue_size: u16) -> Recover
     stores.u16(LAST_BATCH_HEAD_AT, 0);
     stores.u16(USED_IDX_AT, used_idx);
     stores.u16(VERSION_AT, VERSION);
-    Recovery { stores, resubmit: Vec::new(), next_avail: None, next_counter: 1, last_batch_head: 0 }
+    SplitRecovery { stores, resubmit: Vec::new(), next_avail: None, next_counter: 1, last_batch_head: 0 }
 }
 
 /// The heads of the batch that was published, but whose marks may not all be cleared yet.

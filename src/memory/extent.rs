@@ -101,11 +101,11 @@ fn read(fd: BorrowedFd<'_>, start: u64, size: u64) -> nix::Result<Extent> {
 
 /// The pages of private anonymous memory, as this process's page table has them.
 #[derive(Debug)]
-pub(super) struct PageTable(File);
+pub(super) struct OwnPageTable(File);
 
-impl PageTable {
-    pub(super) fn open() -> std::io::Result<PageTable> {
-        Ok(PageTable(File::open("/proc/self/pagemap")?))
+impl OwnPageTable {
+    pub(super) fn open() -> std::io::Result<OwnPageTable> {
+        Ok(OwnPageTable(File::open("/proc/self/pagemap")?))
     }
 
     /// The extent at the start of `size` bytes at `address` of this process. A page that userfaultfd protects against
@@ -132,17 +132,17 @@ impl PageTable {
 /// Splits runs of pages into data and holes, and remembers the extent that was found last.
 ///
 /// What is a hole was one at some time since this was made, and the pages read as zero then: whoever clears the dirty
-/// bits of pages before makes a new `Extents` afterwards and takes holes for zeros loses nothing (rule L13).
+/// bits of pages before makes a new `ExtentFinder` afterwards and takes holes for zeros loses nothing (rule L13).
 #[derive(Debug, Default)]
-pub struct Extents {
+pub struct ExtentFinder {
     last: Range<u64>,
     hole: bool,
 }
 
-impl Extents {
+impl ExtentFinder {
     /// Knows nothing yet.
-    pub fn new() -> Extents {
-        Extents::default()
+    pub fn new() -> ExtentFinder {
+        ExtentFinder::default()
     }
 
     /// The longest start of `pages` (page numbers, whole pages of `region`) that is alike; whether it is a hole.
@@ -167,7 +167,7 @@ impl Memory {
     /// Calls `each` with the runs of pages that may hold something else than zeros, by rising number, until it returns
     /// false. Pages that were never used are not touched by this, as far as regions know their holes.
     pub fn data(&self, mut each: impl FnMut(Range<u64>) -> bool) {
-        let mut extents = Extents::new();
+        let mut extents = ExtentFinder::new();
         for region in self.regions() {
             let mut pages = region.gpa().div_ceil(LOG_PAGE)..(region.gpa() + region.size()) / LOG_PAGE;
             while !pages.is_empty() {
@@ -227,7 +227,7 @@ mod tests {
         }
         assert_eq!(data(&memory), [0..1, 3..5, 511..512, HIGH..HIGH + 1, HIGH + 511..HIGH + 512]);
         assert_eq!(pages_of(&fd), 6);
-        let mut extents = Extents::new();
+        let mut extents = ExtentFinder::new();
         assert!(extents.is_hole(&memory, 1) && extents.is_hole(&memory, 2) && !extents.is_hole(&memory, 3));
         assert!(!extents.is_hole(&memory, HIGH + 512), "no memory is there");
         // A page that its owner discards is a hole again, also for who has it mapped.

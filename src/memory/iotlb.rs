@@ -13,7 +13,7 @@ use super::{Memory, MemoryError};
 use crate::abi::vhost::{VHOST_ACCESS_RO, VHOST_ACCESS_RW, VHOST_ACCESS_WO};
 
 /// Most translations that are kept. What is dropped is asked for again.
-const MOST: usize = 1 << 16;
+const MAX_ENTRIES: usize = 1 << 16;
 
 /// What a device is about to do with an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +44,7 @@ impl Access {
 
 /// An access that can't be made now: the front-end has to be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Miss {
+pub struct IotlbMiss {
     /// The first I/O virtual address that lacks a translation.
     pub iova: u64,
     /// What for.
@@ -59,7 +59,7 @@ pub struct Miss {
 pub enum TranslationError {
     /// Not known here, or not permitted.
     #[error("address {iova:#x} behind the IOMMU has no translation for {access:?}", iova = .0.iova, access = .0.access)]
-    Missing(Miss),
+    Missing(IotlbMiss),
     /// It leads to where there is no guest memory, or is no range.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -93,18 +93,18 @@ pub enum IotlbError {
 
 /// A cache of translations, shared by the rings of a device.
 #[derive(Debug, Default)]
-pub struct Iotlb(RwLock<Cache>);
+pub struct Iotlb(RwLock<IotlbEntries>);
 
 #[derive(Debug, Default)]
-struct Cache {
+struct IotlbEntries {
     /// By first address; they never overlap.
-    entries: BTreeMap<u64, Entry>,
+    entries: BTreeMap<u64, IotlbEntry>,
     /// What was dropped last: the next in the order of addresses is dropped next.
-    hand: u64,
+    last_evicted: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Entry {
+struct IotlbEntry {
     last: u64,
     user: u64,
     permission: u8,
@@ -125,10 +125,10 @@ impl Iotlb {
         let (Some(last), Some(_)) = (iova.checked_add(more), user.checked_add(more)) else { return Err(bad) };
         let mut cache = self.0.write().unwrap_or_else(PoisonError::into_inner);
         cache.cut_out(iova, last);
-        while cache.entries.len() >= MOST {
+        while cache.entries.len() >= MAX_ENTRIES {
             cache.drop_one();
         }
-        cache.entries.insert(iova, Entry { last, user, permission });
+        cache.entries.insert(iova, IotlbEntry { last, user, permission });
         Ok(())
     }
 
@@ -163,7 +163,7 @@ impl Iotlb {
         let cache = self.0.read().unwrap_or_else(PoisonError::into_inner);
         let (mut at, mut left) = (iova, len);
         while left > 0 {
-            let missing = |denied| TranslationError::Missing(Miss { iova: at, access, denied });
+            let missing = |denied| TranslationError::Missing(IotlbMiss { iova: at, access, denied });
             let (start, entry) = cache.holding(at).ok_or(missing(false))?;
             if access.permission() & !entry.permission != 0 {
                 return Err(missing(true));
@@ -181,8 +181,8 @@ impl Iotlb {
     }
 }
 
-impl Cache {
-    fn holding(&self, iova: u64) -> Option<(u64, Entry)> {
+impl IotlbEntries {
+    fn holding(&self, iova: u64) -> Option<(u64, IotlbEntry)> {
         let (start, entry) = self.entries.range(..=iova).next_back()?;
         (entry.last >= iova).then_some((*start, *entry))
     }
@@ -193,20 +193,20 @@ impl Cache {
             self.entries.remove(&start);
             if entry.last > last {
                 let user = entry.user + (last + 1 - start);
-                self.entries.insert(last + 1, Entry { user, ..entry });
+                self.entries.insert(last + 1, IotlbEntry { user, ..entry });
             }
             if start < first {
-                self.entries.insert(start, Entry { last: first - 1, ..entry });
+                self.entries.insert(start, IotlbEntry { last: first - 1, ..entry });
                 break;
             }
         }
     }
 
     fn drop_one(&mut self) {
-        let next = self.entries.range((Excluded(self.hand), Unbounded)).next();
+        let next = self.entries.range((Excluded(self.last_evicted), Unbounded)).next();
         if let Some((&start, _)) = next.or_else(|| self.entries.iter().next()) {
             self.entries.remove(&start);
-            self.hand = start;
+            self.last_evicted = start;
         }
     }
 }
@@ -242,7 +242,7 @@ mod tests {
         Memory::new([map(0x10_0000, USER, 0), map(0x90_0000, USER + 0x4000, 0x4000)]).unwrap()
     }
 
-    fn found(iotlb: &Iotlb, iova: u64, len: u64, access: Access) -> Result<Vec<(u64, u64)>, Miss> {
+    fn found(iotlb: &Iotlb, iova: u64, len: u64, access: Access) -> Result<Vec<(u64, u64)>, IotlbMiss> {
         let mut pieces = Vec::new();
         match iotlb.translate(&memory(), iova, len, access, |gpa, len| pieces.push((gpa, len))) {
             Ok(()) => Ok(pieces),
@@ -259,7 +259,7 @@ mod tests {
         let pieces = found(&iotlb, 0x1800, 0x1900, Access::Write).unwrap();
         assert_eq!(pieces, [(0x10_2800, 0x800), (0x10_3000, 0x1000), (0x90_0000, 0x100)]);
         let miss = found(&iotlb, 0x3f00, 0x101, Access::Read).unwrap_err();
-        assert_eq!(miss, Miss { iova: 0x4000, access: Access::Read, denied: false });
+        assert_eq!(miss, IotlbMiss { iova: 0x4000, access: Access::Read, denied: false });
     }
 
     #[test]
@@ -301,12 +301,12 @@ mod tests {
             iotlb.update(iova, 0x1000, USER, 3).unwrap();
             assert!(found(&iotlb, iova, 1, Access::Read).is_ok());
         }
-        assert!((MOST / 2..=MOST + 1).contains(&iotlb.len()), "{}", iotlb.len());
+        assert!((MAX_ENTRIES / 2..=MAX_ENTRIES + 1).contains(&iotlb.len()), "{}", iotlb.len());
         // One entry cut into many.
         iotlb.invalidate(&(0..=u64::MAX));
         iotlb.update(0, 1 << 40, USER, 3).unwrap();
         (0..200_000u64).for_each(|page| iotlb.update(page << 13, 0x1000, USER, 3).unwrap());
-        assert!(iotlb.len() <= MOST + 1, "{}", iotlb.len());
+        assert!(iotlb.len() <= MAX_ENTRIES + 1, "{}", iotlb.len());
     }
 
     #[test]

@@ -10,11 +10,11 @@ mod region;
 pub(crate) mod userfault;
 mod window;
 
-pub use extent::{Extent, Extents};
-pub use iotlb::{Access, Iotlb, IotlbError, Miss, TranslationError, invalidated};
+pub use extent::{Extent, ExtentFinder};
+pub use iotlb::{Access, Iotlb, IotlbError, IotlbMiss, TranslationError, invalidated};
 pub use region::{Region, sealed_memfd};
 pub use userfault::{Userfault, UserfaultError};
-pub use window::{Area, Window, overlap};
+pub use window::{IovaWindow, RingArea, overlap};
 
 use std::fmt;
 use std::io;

@@ -16,7 +16,7 @@ use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{MmapRegion, VolatileSlice};
 
-use super::extent::{Extent, HoleSearch, PageTable};
+use super::extent::{Extent, HoleSearch, OwnPageTable};
 use super::{LOG_PAGE, MemoryError};
 
 /// A shared, writable mapping of guest memory.
@@ -71,7 +71,7 @@ enum Backing {
     /// A file, kept by who shares the region with a device.
     Shared(Shared),
     /// Anonymous memory of this process alone.
-    Private(PageTable),
+    Private(OwnPageTable),
 }
 
 /// The file of a region that is shared.
@@ -254,7 +254,7 @@ impl Region {
                 Backing::Shared(Shared { holes: HoleSearch::of(fd.as_fd()), fd, offset: file.start() })
             }
             None if other.owned() && other.flags() & libc::MAP_PRIVATE != 0 => {
-                Backing::Private(PageTable::open().map_err(refused)?)
+                Backing::Private(OwnPageTable::open().map_err(refused)?)
             }
             _ => Backing::Unknown,
         };

@@ -9,23 +9,23 @@ use std::sync::Arc;
 use super::{Access, Iotlb, Memory, MemoryError, Region, TranslationError};
 
 /// An area of a ring: I/O virtual address, bytes, and what is done there.
-pub type Area = (u64, u64, Access);
+pub type RingArea = (u64, u64, Access);
 
 /// Where the areas of a ring lie. It does not change: when one of their translations does, another window is needed.
 #[derive(Debug)]
-pub struct Window {
+pub struct IovaWindow {
     memory: Memory,
-    pieces: Vec<Piece>,
+    pieces: Vec<IovaPiece>,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Piece {
+struct IovaPiece {
     iova: u64,
     len: u64,
     gpa: u64,
 }
 
-impl Window {
+impl IovaWindow {
     /// Finds `areas`, and a range that is only logged, in `memory`.
     ///
     /// # Errors
@@ -34,15 +34,15 @@ impl Window {
     pub fn open(
         memory: &Memory,
         iotlb: &Iotlb,
-        areas: &[Area],
+        areas: &[RingArea],
         logged: Option<(u64, u64)>,
-    ) -> Result<Window, TranslationError> {
+    ) -> Result<IovaWindow, TranslationError> {
         let mut pieces = Vec::new();
         let mut regions = Vec::new();
-        let find = |(iova, len, access): Area| {
+        let find = |(iova, len, access): RingArea| {
             let (mut found, mut at) = (Vec::new(), iova);
             iotlb.translate(memory, iova, len, access, |gpa, len| {
-                found.push(Piece { iova: at, len, gpa });
+                found.push(IovaPiece { iova: at, len, gpa });
                 at = at.wrapping_add(len);
             })?;
             Ok::<_, TranslationError>(found)
@@ -52,7 +52,7 @@ impl Window {
             regions.push(Arc::new(join(memory, area.0, area.1, &found)?));
             pieces.extend(found);
         }
-        let mut window = Window { memory: Memory::new(regions)?, pieces };
+        let mut window = IovaWindow { memory: Memory::new(regions)?, pieces };
         // Most often it is the device's area.
         if let Some((iova, len)) = logged.filter(|(iova, len)| !window.holds(*iova, *len)) {
             window.pieces.extend(find((iova, len, Access::Read))?);
@@ -102,8 +102,8 @@ pub fn overlap(iova: u64, len: u64, iovas: &RangeInclusive<u64>) -> bool {
 }
 
 /// One region for an area in pieces, under its I/O virtual address.
-fn join(memory: &Memory, iova: u64, len: u64, pieces: &[Piece]) -> Result<Region, MemoryError> {
-    let place = |piece: &Piece| {
+fn join(memory: &Memory, iova: u64, len: u64, pieces: &[IovaPiece]) -> Result<Region, MemoryError> {
+    let place = |piece: &IovaPiece| {
         let not_mapped = MemoryError::NotMapped { addr: piece.gpa, len: piece.len, space: "guest-physical" };
         let region = memory.region_at(piece.gpa).ok_or(not_mapped)?;
         Ok::<_, MemoryError>((region, piece.gpa - region.gpa(), piece.len))
@@ -133,7 +133,7 @@ mod tests {
             iotlb.update(iova, 0x1000, user, 3).unwrap();
         }
         let area = (0x5800, 0x2000, Access::ReadWrite);
-        let window = Window::open(&memory, &iotlb, &[area], None).unwrap();
+        let window = IovaWindow::open(&memory, &iotlb, &[area], None).unwrap();
         let data: Vec<u8> = (0..0x2000u32).map(|i| (i / 5) as u8).collect();
         window.memory().write(0x5800, &data).unwrap();
         let mut back = vec![0; 0x2000];
@@ -154,7 +154,7 @@ mod tests {
     fn a_part_in_one_piece_is_where_it_was_and_lives_on_alone() {
         let (memory, iotlb) = (memory(), Iotlb::default());
         iotlb.update(0x5008, 0x100, 0x1238, 1).unwrap();
-        let window = Window::open(&memory, &iotlb, &[(0x5008, 0x100, Access::Read)], None).unwrap();
+        let window = IovaWindow::open(&memory, &iotlb, &[(0x5008, 0x100, Access::Read)], None).unwrap();
         memory.write(0x1240, b"here").unwrap();
         drop(memory);
         let mut found = [0; 4];
@@ -167,7 +167,7 @@ mod tests {
         let (memory, iotlb) = (memory(), Iotlb::default());
         iotlb.update(0x5000, 0x800, 0x1000, 3).unwrap();
         iotlb.update(0x5800, 0x800, 0x3800, 3).unwrap();
-        let open = |areas: &[Area]| Window::open(&memory, &iotlb, areas, None).unwrap_err();
+        let open = |areas: &[RingArea]| IovaWindow::open(&memory, &iotlb, areas, None).unwrap_err();
         assert!(matches!(
             open(&[(0x5700, 0x200, Access::Read)]),
             TranslationError::Memory(MemoryError::Scattered { .. })

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::machine::{Arrival, Machine, MachineError, RegionLayout};
 use crate::abi::virtio::VIRTIO_ID_BLOCK;
-use crate::dirty::{DirtySource, Pagemap, Union};
+use crate::dirty::{DirtySource, Pagemap, UnionSource};
 use crate::frontend::{Device, FrontendError, Interrupt, UserDevice, UserOptions};
 use crate::guest::{
     DeviceSetup, DeviceState, DiskGenerations, DiskIdentities, Guest, GuestError, GuestState, PreparedDevice,
@@ -142,7 +142,7 @@ impl Machine for GuestMachine<'_> {
     }
 
     fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, MachineError> {
-        self.with(|guest| Ok(Box::new(Union::new(dirty_sources(guest))) as Box<dyn DirtySource>))
+        self.with(|guest| Ok(Box::new(UnionSource::new(dirty_sources(guest))) as Box<dyn DirtySource>))
     }
 
     fn devices(&mut self) -> Result<Option<Vec<u8>>, MachineError> {

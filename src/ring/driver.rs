@@ -8,7 +8,7 @@ use super::{Buffer, PackedDriver, PackedDriverState, RingError, RingLayout, Spli
 
 /// A completed request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Used {
+pub struct UsedBuffer {
     /// What adding it returned: the head descriptor, or the buffer id.
     pub head: u16,
     /// Bytes the device says it wrote. Not checked against the buffers.
@@ -17,7 +17,7 @@ pub struct Used {
 
 /// Where a driver is in its ring.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum DriverState {
+pub enum DriverRingState {
     /// Of a split ring.
     Split(SplitDriverState),
     /// Of a packed ring.
@@ -52,13 +52,13 @@ impl DriverRing {
         memory: &Memory,
         layout: RingLayout,
         features: u64,
-        state: &DriverState,
+        state: &DriverRingState,
     ) -> Result<DriverRing, RingError> {
         Ok(match (layout, state) {
-            (RingLayout::Split(layout), DriverState::Split(state)) => {
+            (RingLayout::Split(layout), DriverRingState::Split(state)) => {
                 DriverRing::Split(SplitDriver::restore(memory, layout, features, state)?)
             }
-            (RingLayout::Packed(layout), DriverState::Packed(state)) => {
+            (RingLayout::Packed(layout), DriverRingState::Packed(state)) => {
                 DriverRing::Packed(PackedDriver::restore(memory, layout, features, state)?)
             }
             _ => return Err(RingError::State { fault: "it is of the other kind of ring, split or packed" }),
@@ -66,10 +66,10 @@ impl DriverRing {
     }
 
     /// What [`DriverRing::restore`] needs to go on.
-    pub fn state(&self) -> DriverState {
+    pub fn state(&self) -> DriverRingState {
         match self {
-            DriverRing::Split(ring) => DriverState::Split(ring.state()),
-            DriverRing::Packed(ring) => DriverState::Packed(ring.state()),
+            DriverRing::Split(ring) => DriverRingState::Split(ring.state()),
+            DriverRing::Packed(ring) => DriverRingState::Packed(ring.state()),
         }
     }
 
@@ -102,7 +102,7 @@ impl DriverRing {
     ///
     /// # Errors
     /// The device broke the ring; nothing was taken.
-    pub fn pop_used(&mut self) -> Result<Option<Used>, RingError> {
+    pub fn pop_used(&mut self) -> Result<Option<UsedBuffer>, RingError> {
         match self {
             DriverRing::Split(ring) => ring.pop_used(),
             DriverRing::Packed(ring) => ring.pop_used(),

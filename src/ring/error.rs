@@ -1,6 +1,6 @@
 //! What can be wrong with a ring. Each of these ends this ring's service alone, never the process.
 
-use crate::memory::{MemoryError, Miss, TranslationError};
+use crate::memory::{IotlbMiss, MemoryError, TranslationError};
 
 use super::Position;
 
@@ -153,7 +153,7 @@ pub enum RingError {
     },
     /// An address behind the IOMMU without a translation; the same may be tried again when there is one.
     #[error("address {iova:#x} behind the IOMMU has no translation for {access:?} (rule T1)", iova = .0.iova, access = .0.access)]
-    Untranslated(Miss),
+    Untranslated(IotlbMiss),
     /// An address behind the IOMMU that leads to where there is no guest memory.
     #[error("chain {head}: {source}")]
     Translation {

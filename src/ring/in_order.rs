@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Buffer, Used};
+use super::{Buffer, UsedBuffer};
 
 /// The requests of a driver whose device completes them in the order in which they were added.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -12,7 +12,7 @@ pub struct InOrderState {
     /// The requests without a completion, oldest first: what names each, and the bytes its device may write.
     pub queue: VecDeque<(u16, u32)>,
     /// The last completion, while it is not yet taken for all requests that it stands for.
-    pub batch: Option<Used>,
+    pub batch: Option<UsedBuffer>,
 }
 
 impl InOrderState {
@@ -29,18 +29,18 @@ impl InOrderState {
     }
 
     /// The device completed a request in flight, and all before it. Takes the first of them.
-    pub(super) fn complete(&mut self, last: Used) -> Used {
+    pub(super) fn complete(&mut self, last: UsedBuffer) -> UsedBuffer {
         self.batch = Some(last);
         self.next().unwrap_or(last)
     }
 
     /// Takes the oldest request of a completed batch, if there is one. Only the last was reported with what was
     /// written of it; those before are taken as written completely (virtio 1.2, "In-order use of descriptors").
-    pub(super) fn next(&mut self) -> Option<Used> {
+    pub(super) fn next(&mut self) -> Option<UsedBuffer> {
         let batch = self.batch?;
         let (head, len) = self.queue.pop_front()?;
         if head != batch.head {
-            return Some(Used { head, len });
+            return Some(UsedBuffer { head, len });
         }
         self.batch.take()
     }

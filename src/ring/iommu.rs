@@ -1,10 +1,10 @@
 //! A ring whose driver speaks of I/O virtual addresses (VIRTIO_F_ACCESS_PLATFORM): its buffers, its indirect tables and
-//! its log are translated here. Its areas are in a [`Window`], so that a running ring does not notice.
+//! its log are translated here. Its areas are in a [`IovaWindow`], so that a running ring does not notice.
 
 use std::sync::Arc;
 
 use crate::dirty::{Burst, Log};
-use crate::memory::{Access, Iotlb, Memory, Miss, TranslationError, Window};
+use crate::memory::{Access, Iotlb, IotlbMiss, IovaWindow, Memory, TranslationError};
 
 use super::{Buffer, RingError};
 
@@ -19,7 +19,7 @@ pub struct RingIommu {
     /// Where buffers and indirect tables lie in it.
     pub iotlb: Arc<Iotlb>,
     /// Where the ring lies in it.
-    pub window: Arc<Window>,
+    pub window: Arc<IovaWindow>,
 }
 
 impl RingIommu {
@@ -88,7 +88,7 @@ fn untranslated(head: u16, source: TranslationError) -> RingError {
 
 impl RingError {
     /// The translation to ask for, after which this is no error any more.
-    pub fn miss(&self) -> Option<Miss> {
+    pub fn miss(&self) -> Option<IotlbMiss> {
         if let RingError::Untranslated(miss) = self { Some(*miss) } else { None }
     }
 }

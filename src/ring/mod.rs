@@ -18,12 +18,12 @@ pub mod split;
 pub use base::RingBase;
 pub use chain::{Buffer, Chain};
 pub use device::{DeviceRing, RingLayout, RingLog};
-pub use driver::{DriverRing, DriverState, Used};
+pub use driver::{DriverRing, DriverRingState, UsedBuffer};
 pub use error::RingError;
 pub use in_order::InOrderState;
 pub use iommu::RingIommu;
-pub(crate) use packed::Place;
-pub use packed::{PackedDevice, PackedDriver, PackedDriverState, PackedLayout, PackedRequest, Position};
+pub(crate) use packed::PositionBits;
+pub use packed::{PackedDevice, PackedDriver, PackedDriverRequest, PackedDriverState, PackedLayout, Position};
 pub use split::{SplitDevice, SplitDriver, SplitDriverState, SplitLayout};
 
 /// Whether moving an index from `old` to `new` passes `event` (virtio 1.2, `vring_need_event`).

@@ -13,7 +13,7 @@ use super::StreamError;
 use super::frame::{Body, FrameHeader, FrameReader, FrameWriter, Kind};
 use super::pages::{Decoder, ENTRY, Entry, MAX_ENTRIES, PAGE, push};
 use super::sys::copy_page;
-use crate::memory::{Extents, LOG_PAGE, Memory};
+use crate::memory::{ExtentFinder, LOG_PAGE, Memory};
 
 /// Most hashes of one frame, those of 64 MiB.
 pub const MAX_HASHES: usize = 16 << 10;
@@ -142,13 +142,13 @@ fn parse(body: &[u8]) -> Result<(Vec<Entry>, &[[u8; HASH]]), StreamError> {
 /// Reads pages without touching holes.
 struct Pages<'m> {
     memory: &'m Memory,
-    extents: Extents,
+    extents: ExtentFinder,
     copy: [u8; PAGE],
 }
 
 impl<'m> Pages<'m> {
     fn new(memory: &'m Memory) -> Pages<'m> {
-        Pages { memory, extents: Extents::new(), copy: [0; PAGE] }
+        Pages { memory, extents: ExtentFinder::new(), copy: [0; PAGE] }
     }
 
     /// The hash of `page`, none if it is zero.

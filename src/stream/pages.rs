@@ -18,7 +18,7 @@ use super::frame::{Body, FrameHeader, FrameReader, FrameWriter, Kind};
 use super::sys::{ReadMemory, Window, copy_page};
 use super::zeros::MayHoldData;
 use super::{Codec, StreamError};
-use crate::memory::{Extents, LOG_PAGE, Memory, Region};
+use crate::memory::{ExtentFinder, LOG_PAGE, Memory, Region};
 
 /// Pages that belong to one channel together: 1 MiB.
 pub const CHUNK_PAGES: u64 = 256;
@@ -147,7 +147,7 @@ impl Encoder {
     ) -> Result<PageStats, StreamError> {
         self.clear();
         let mut stats = PageStats::default();
-        let mut extents = Extents::new();
+        let mut extents = ExtentFinder::new();
         for run in runs {
             let mut inside = 0;
             for (region, mut pages) in in_memory(memory, &run) {

@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use metrics::counter;
 
 /// Most lines of one place in the code within [`WINDOW`].
-const MOST: u32 = 50;
+const MAX_LINES: u32 = 50;
 const WINDOW: Duration = Duration::from_secs(10);
 
 /// The lines of one place in the code.
-pub(crate) struct Lines(Mutex<State>);
+pub(crate) struct LogLimit(Mutex<LogWindow>);
 
-struct State {
+struct LogWindow {
     /// Beginning of the window, if there was a line.
     since: Option<Instant>,
     said: u32,
@@ -20,9 +20,9 @@ struct State {
     left_out: u64,
 }
 
-impl Lines {
-    pub(crate) const fn new() -> Lines {
-        Lines(Mutex::new(State { since: None, said: 0, left_out: 0 }))
+impl LogLimit {
+    pub(crate) const fn new() -> LogLimit {
+        LogLimit(Mutex::new(LogWindow { since: None, said: 0, left_out: 0 }))
     }
 
     /// Returns how many lines were left out before this one, or `None` if this one is left out too.
@@ -39,7 +39,7 @@ impl Lines {
         if state.since.is_none_or(|since| now.duration_since(since) >= WINDOW) {
             (state.since, state.said) = (Some(now), 0);
         }
-        if state.said == MOST {
+        if state.said == MAX_LINES {
             state.left_out = state.left_out.saturating_add(1);
             return None;
         }
@@ -51,8 +51,8 @@ impl Lines {
 /// A line for the log at `level`, unless too many came from this place of late.
 macro_rules! limited {
     ($level:ident, $($line:tt)+) => {{
-        static LINES: $crate::sys::lines::Lines = $crate::sys::lines::Lines::new();
-        if let Some(left_out) = LINES.admit() {
+        static LIMIT: $crate::sys::lines::LogLimit = $crate::sys::lines::LogLimit::new();
+        if let Some(left_out) = LIMIT.admit() {
             if left_out > 0 {
                 tracing::$level!("{left_out} lines like the next were left out");
             }
@@ -69,11 +69,11 @@ mod tests {
 
     #[test]
     fn a_flood_is_a_few_lines_and_a_number() {
-        let (lines, start) = (Lines::new(), Instant::now());
+        let (lines, start) = (LogLimit::new(), Instant::now());
         let flood = |at| (0..100_000).filter_map(|_| lines.admit_at(at)).collect::<Vec<_>>();
-        assert_eq!(flood(start), vec![0; MOST as usize]);
+        assert_eq!(flood(start), vec![0; MAX_LINES as usize]);
         let next = flood(start + WINDOW);
-        assert_eq!((next.len(), next.first()), (MOST as usize, Some(&(100_000 - u64::from(MOST)))));
+        assert_eq!((next.len(), next.first()), (MAX_LINES as usize, Some(&(100_000 - u64::from(MAX_LINES)))));
         assert_eq!(lines.admit_at(start + WINDOW / 2), None);
     }
 }

@@ -16,54 +16,54 @@ use super::socket;
 /// Longest path of a UNIX socket, bytes.
 pub const MAX_SOCKET_PATH: usize = 107;
 /// Longest wait for other processes that take a path in the same directory.
-const PATIENCE: Duration = Duration::from_secs(10);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often to look.
-const NAP: Duration = Duration::from_millis(1);
+const LOCK_RETRY_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Why a path can't be listened on, and what to do.
 #[derive(Debug)]
-pub(crate) struct NotListening {
+pub(crate) struct ListenError {
     pub(crate) advice: String,
     pub(crate) source: Option<io::Error>,
 }
 
 /// The sockets of this process that are there.
-static MADE: Mutex<Vec<Arc<Made>>> = Mutex::new(Vec::new());
+static BOUND_SOCKETS: Mutex<Vec<Arc<BoundSocket>>> = Mutex::new(Vec::new());
 
 /// A path that this process listens on. The socket there is removed with it.
 #[derive(Debug)]
-pub(crate) struct Place(Arc<Made>);
+pub(crate) struct SocketPathGuard(Arc<BoundSocket>);
 
-impl Drop for Place {
+impl Drop for SocketPathGuard {
     fn drop(&mut self) {
-        let mut all = made();
+        let mut all = bound_sockets();
         let ours = all.iter().position(|other| Arc::ptr_eq(other, &self.0)).map(|at| all.swap_remove(at));
         // No longer held: another one waits for no directory.
         drop(all);
         // One that is not among them was removed by `remove_all`.
-        ours.iter().for_each(|made| made.remove());
+        ours.iter().for_each(|bound_sockets| bound_sockets.remove());
     }
 }
 
 /// Removes all sockets of this process, for one that is about to end.
 pub(crate) fn remove_all() {
-    let all = std::mem::take(&mut *made());
-    all.iter().for_each(|made| made.remove());
+    let all = std::mem::take(&mut *bound_sockets());
+    all.iter().for_each(|bound_sockets| bound_sockets.remove());
 }
 
-fn made() -> MutexGuard<'static, Vec<Arc<Made>>> {
-    MADE.lock().unwrap_or_else(PoisonError::into_inner)
+fn bound_sockets() -> MutexGuard<'static, Vec<Arc<BoundSocket>>> {
+    BOUND_SOCKETS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[derive(Debug)]
-struct Made {
+struct BoundSocket {
     path: PathBuf,
     /// Device and inode of the socket there.
     inode: (u64, u64),
     directory: File,
 }
 
-impl Made {
+impl BoundSocket {
     /// Removes the socket, unless another process has replaced it since.
     fn remove(&self) {
         if lock(&self.directory) {
@@ -76,24 +76,24 @@ impl Made {
 }
 
 /// Listens at `path`. A socket that a dead process left there is replaced; a living one, or another file, is not.
-pub(crate) fn listen(path: &Path) -> Result<(UnixListener, Place), NotListening> {
+pub(crate) fn listen(path: &Path) -> Result<(UnixListener, SocketPathGuard), ListenError> {
     if path.as_os_str().len() > MAX_SOCKET_PATH {
         return Err(refused(&format!("the path is longer than {MAX_SOCKET_PATH} bytes, use a shorter one"), None));
     }
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let directory = File::open(parent).map_err(explained)?;
+    let directory = File::open(parent).map_err(system_error)?;
     if !lock(&directory) {
         return Err(refused("its directory is locked by another process, end that", None));
     }
-    let bound = bind(path).and_then(|listener| Ok((listener, inode(path).map_err(explained)?)));
+    let bound = bind(path).and_then(|listener| Ok((listener, inode(path).map_err(system_error)?)));
     let _ = directory.unlock();
     let (listener, inode) = bound?;
-    let place = Arc::new(Made { path: path.into(), inode, directory });
-    made().push(place.clone());
-    Ok((listener, Place(place)))
+    let place = Arc::new(BoundSocket { path: path.into(), inode, directory });
+    bound_sockets().push(place.clone());
+    Ok((listener, SocketPathGuard(place)))
 }
 
-fn bind(path: &Path) -> Result<UnixListener, NotListening> {
+fn bind(path: &Path) -> Result<UnixListener, ListenError> {
     match UnixListener::bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             if !std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
@@ -103,33 +103,33 @@ fn bind(path: &Path) -> Result<UnixListener, NotListening> {
                 return Err(refused("another process listens there, end it or use another path", None));
             }
             tracing::info!("{}: replaces a socket that nobody listens on", path.display());
-            std::fs::remove_file(path).and_then(|()| UnixListener::bind(path)).map_err(explained)
+            std::fs::remove_file(path).and_then(|()| UnixListener::bind(path)).map_err(system_error)
         }
-        other => other.map_err(explained),
+        other => other.map_err(system_error),
     }
 }
 
-fn refused(advice: &str, source: Option<io::Error>) -> NotListening {
-    NotListening { advice: advice.into(), source }
+fn refused(advice: &str, source: Option<io::Error>) -> ListenError {
+    ListenError { advice: advice.into(), source }
 }
 
-fn explained(error: io::Error) -> NotListening {
+fn system_error(error: io::Error) -> ListenError {
     let advice = match error.kind() {
         io::ErrorKind::NotFound => "its directory doesn't exist, make it first".into(),
         io::ErrorKind::PermissionDenied => "no permission, use a directory you may read and write".into(),
         _ => error.to_string(),
     };
-    NotListening { advice, source: Some(error) }
+    ListenError { advice, source: Some(error) }
 }
 
 /// Takes the lock of a directory, which whoever has it gives back at once; false if that does not happen. A file system that
 /// has no such locks is done without.
 fn lock(directory: &File) -> bool {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + LOCK_TIMEOUT;
     loop {
         match directory.try_lock() {
             Ok(()) => return true,
-            Err(TryLockError::WouldBlock) if Instant::now() < deadline => std::thread::sleep(NAP),
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => std::thread::sleep(LOCK_RETRY_INTERVAL),
             Err(TryLockError::WouldBlock) => return false,
             Err(TryLockError::Error(error)) => {
                 tracing::debug!("flock of a directory: {error}");

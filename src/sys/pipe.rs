@@ -13,24 +13,24 @@ use super::shared::{is_stream, read, write};
 
 /// Most bytes of a device's state.
 pub(crate) const MAX_STATE: usize = 16 << 20;
-/// How often [`Until::Left`] is asked.
-const ASK_AGAIN: Duration = Duration::from_millis(20);
+/// How often [`WaitLimit::Remaining`] is asked.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// When to give up.
-pub(crate) enum Until<'a> {
+pub(crate) enum WaitLimit<'a> {
     /// When this says that no time is left; it is asked again and again.
-    Left(&'a dyn Fn() -> Duration),
+    Remaining(&'a dyn Fn() -> Duration),
     /// As soon as this fd is readable.
-    Stop(BorrowedFd<'a>),
+    StopFd(BorrowedFd<'a>),
     /// At this moment, or as soon as the fd is readable.
-    Either(Instant, BorrowedFd<'a>),
+    DeadlineOrStop(Instant, BorrowedFd<'a>),
 }
 
 /// Reads to the end.
 ///
 /// # Errors
 /// `InvalidInput` for a file of a file system, `FileTooLarge` for more than [`MAX_STATE`] bytes, `TimedOut` when it was time to give up, and what the system says.
-pub(crate) fn read_all(pipe: BorrowedFd<'_>, until: &Until<'_>) -> io::Result<Vec<u8>> {
+pub(crate) fn read_all(pipe: BorrowedFd<'_>, until: &WaitLimit<'_>) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let mut chunk = vec![0; 64 << 10];
     let pipe = stream(pipe)?;
@@ -50,7 +50,7 @@ pub(crate) fn read_all(pipe: BorrowedFd<'_>, until: &Until<'_>) -> io::Result<Ve
 ///
 /// # Errors
 /// `InvalidInput` for a file of a file system, `BrokenPipe` when nobody reads any more, `TimedOut` when it was time to give up, and what the system says.
-pub(crate) fn write_all(pipe: BorrowedFd<'_>, bytes: &[u8], until: &Until<'_>) -> io::Result<()> {
+pub(crate) fn write_all(pipe: BorrowedFd<'_>, bytes: &[u8], until: &WaitLimit<'_>) -> io::Result<()> {
     let mut rest = bytes;
     let pipe = stream(pipe)?;
     while !rest.is_empty() {
@@ -70,17 +70,17 @@ fn stream(pipe: BorrowedFd<'_>) -> io::Result<BorrowedFd<'_>> {
     if is_stream(pipe) { Ok(pipe) } else { Err(refused()) }
 }
 
-impl Until<'_> {
+impl WaitLimit<'_> {
     fn wait(&self, pipe: BorrowedFd<'_>, flags: PollFlags) -> io::Result<()> {
         let pipe = PollFd::new(pipe, flags);
         let stop = match self {
-            Until::Left(_) => None,
-            Until::Stop(stop) | Until::Either(_, stop) => Some(*stop),
+            WaitLimit::Remaining(_) => None,
+            WaitLimit::StopFd(stop) | WaitLimit::DeadlineOrStop(_, stop) => Some(*stop),
         };
         let left = || match self {
-            Until::Left(left) => Some(left().min(ASK_AGAIN)),
-            Until::Stop(_) => None,
-            Until::Either(deadline, _) => Some(deadline.saturating_duration_since(Instant::now())),
+            WaitLimit::Remaining(left) => Some(left().min(POLL_INTERVAL)),
+            WaitLimit::StopFd(_) => None,
+            WaitLimit::DeadlineOrStop(deadline, _) => Some(deadline.saturating_duration_since(Instant::now())),
         };
         let timeout = left()
             .map_or(PollTimeout::NONE, |left| PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX));

@@ -71,8 +71,8 @@ impl Guests {
         begin(&client, &self.guest, self.features | LOG_ALL);
         client.done(Code::SET_INFLIGHT_FD, &self.inflight.1, &[self.inflight.0.as_fd()]);
         let base = match inflight_kind(self.features) {
-            inflight::Kind::Split => self.ring.used_index(&self.guest).into(),
-            inflight::Kind::Packed => self.ring.start(),
+            inflight::RingKind::Split => self.ring.used_index(&self.guest).into(),
+            inflight::RingKind::Packed => self.ring.start(),
         };
         self.ring.set_up(&client, &self.guest, base);
         let log = LogDescription { mmap_size: self.log.0.size(), mmap_offset: 0 };

@@ -16,10 +16,10 @@ use vhost_migrate::abi::virtio::{
     BlkRequestHeader, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1,
 };
 use vhost_migrate::dirty::{Log, PageSet};
-use vhost_migrate::inflight::{self, recover, recover_packed};
+use vhost_migrate::inflight::{self, recover_packed, recover_split};
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::ring::{
-    Buffer, Chain, DeviceRing, DriverRing, DriverState, Position, RingBase, RingLayout, SplitLayout,
+    Buffer, Chain, DeviceRing, DriverRing, DriverRingState, Position, RingBase, RingLayout, SplitLayout,
 };
 use zerocopy::IntoBytes;
 
@@ -164,22 +164,22 @@ impl Ring {
     /// Whether there is a completion that the driver has not taken.
     pub(crate) fn is_answered(&self, guest: &Guest) -> bool {
         match self.driver.state() {
-            DriverState::Split(state) => self.used_index(guest) != state.used,
-            DriverState::Packed(state) => self.is_used(guest, state.used),
+            DriverRingState::Split(state) => self.used_index(guest) != state.used,
+            DriverRingState::Packed(state) => self.is_used(guest, state.used),
         }
     }
 
     /// Notes the first `count` requests of this ring as taken, in a region that is fresh: as a back-end which dies then.
-    pub(crate) fn take(&self, guest: &Guest, region: &inflight::Region, count: usize) {
+    pub(crate) fn take(&self, guest: &Guest, region: &inflight::InflightRegion, count: usize) {
         Predecessor::of(self, guest, region, count);
     }
 
     /// How many requests of this ring a region has in flight; `None` while it changes.
-    pub(crate) fn in_flight(&self, guest: &Guest, region: &inflight::Region) -> Option<usize> {
+    pub(crate) fn in_flight(&self, guest: &Guest, region: &inflight::InflightRegion) -> Option<usize> {
         let (bytes, size) = (region.copy(self.index as u16).unwrap(), self.layout.size);
         match self.driver {
             DriverRing::Split(_) => {
-                recover(&bytes, self.used_index(guest), size).ok().map(|found| found.resubmit.len())
+                recover_split(&bytes, self.used_index(guest), size).ok().map(|found| found.resubmit.len())
             }
             DriverRing::Packed(_) => {
                 let flags_of = |index| self.flags(guest, index);
@@ -192,8 +192,8 @@ impl Ring {
     /// The base when all its requests are complete.
     pub(crate) fn drained(&self) -> u32 {
         match self.driver.state() {
-            DriverState::Split(state) => RingBase::split(state.avail).bits(),
-            DriverState::Packed(state) => {
+            DriverRingState::Split(state) => RingBase::split(state.avail).bits(),
+            DriverRingState::Packed(state) => {
                 let Position { index, wrap } = state.avail;
                 RingBase::packed(index, wrap, index, wrap).bits()
             }
@@ -268,7 +268,7 @@ enum Tracker {
 
 impl Predecessor {
     /// One that takes the first `count` requests of `ring`, and notes them in a region that is fresh.
-    pub(crate) fn of(ring: &Ring, guest: &Guest, region: &inflight::Region, count: usize) -> Predecessor {
+    pub(crate) fn of(ring: &Ring, guest: &Guest, region: &inflight::InflightRegion, count: usize) -> Predecessor {
         let SplitLayout { size, desc, avail, used } = ring.layout;
         let layout = RingLayout::new(ring.features, size, desc, avail, used);
         let (index, base) = (ring.index as u16, RingBase::start(ring.features));
@@ -333,8 +333,8 @@ pub(crate) fn begin_with(client: &Client, guest: &Guest, features: u64, protocol
     guest.send_table(client);
 }
 
-pub(crate) fn inflight_kind(features: u64) -> inflight::Kind {
-    if features & bit(VIRTIO_F_RING_PACKED) != 0 { inflight::Kind::Packed } else { inflight::Kind::Split }
+pub(crate) fn inflight_kind(features: u64) -> inflight::RingKind {
+    if features & bit(VIRTIO_F_RING_PACKED) != 0 { inflight::RingKind::Packed } else { inflight::RingKind::Split }
 }
 
 /// A fresh inflight region for rings of the kind that `features` say, its fd, and what SET_INFLIGHT_FD says of it.
@@ -342,10 +342,10 @@ pub(crate) fn inflight_region(
     features: u64,
     queues: u16,
     size: u16,
-) -> (inflight::Region, OwnedFd, InflightDescription) {
+) -> (inflight::InflightRegion, OwnedFd, InflightDescription) {
     let kind = inflight_kind(features);
-    let (region, fd) = inflight::Region::create(kind, queues, size).unwrap();
-    let mmap_size = inflight::Region::bytes_for(kind, queues, size).unwrap();
+    let (region, fd) = inflight::InflightRegion::create(kind, queues, size).unwrap();
+    let mmap_size = inflight::InflightRegion::bytes_for(kind, queues, size).unwrap();
     let description =
         InflightDescription { mmap_size, mmap_offset: 0, num_queues: queues, queue_size: size, padding: [0; 4] };
     (region, fd, description)

@@ -17,7 +17,7 @@ use vhost_migrate::abi::vhost_user::{
     BackendRequest, Header, IotlbMsg, Request as Code, VringAddr, VringState, protocol_feature,
 };
 use vhost_migrate::abi::virtio::VIRTIO_F_ACCESS_PLATFORM;
-use vhost_migrate::memory::{Access, Iotlb, LOG_PAGE, Memory, Window};
+use vhost_migrate::memory::{Access, Iotlb, IovaWindow, LOG_PAGE, Memory};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use crate::guest::{BASIC, Guest, HIGH, PROTOCOL, REGION, Ring};
@@ -159,7 +159,7 @@ impl Space {
         for (page, (user, _)) in self.iommu.map.lock().unwrap().iter() {
             iotlb.update(page * LOG_PAGE, LOG_PAGE, *user, 3).unwrap();
         }
-        Window::open(&self.guest.memory, &iotlb, &[(iova, len, Access::Read)], None).unwrap().memory().clone()
+        IovaWindow::open(&self.guest.memory, &iotlb, &[(iova, len, Access::Read)], None).unwrap().memory().clone()
     }
 
     /// A ring whose parts are scattered; all its buffers are addressed as [`Space::view`] has them.

@@ -10,7 +10,7 @@ use vhost_migrate::abi::vhost_user::{LogDescription, Request as Code};
 use vhost_migrate::abi::virtio::VIRTIO_RING_F_EVENT_IDX;
 use vhost_migrate::dirty::Log;
 use vhost_migrate::memory::{Region, sealed_memfd};
-use vhost_migrate::ring::{Buffer, DriverState};
+use vhost_migrate::ring::{Buffer, DriverRingState};
 use zerocopy::IntoBytes;
 
 use crate::guest::{
@@ -30,7 +30,7 @@ pub(crate) struct Oracle {
     pub(crate) pages: BTreeSet<u64>,
     /// What it may have written and written back.
     perhaps: BTreeSet<u64>,
-    seen: DriverState,
+    seen: DriverRingState,
     event: Vec<u8>,
 }
 
@@ -50,7 +50,7 @@ impl Oracle {
         let (size, now) = (ring.layout.size, ring.driver.state());
         let changed = event(guest, ring) != self.event;
         match (std::mem::replace(&mut self.seen, now.clone()), now) {
-            (DriverState::Split(before), DriverState::Split(now)) => {
+            (DriverRingState::Split(before), DriverRingState::Split(now)) => {
                 let mut index = before.used;
                 while index != now.used {
                     self.wrote(at + 2, 2);
@@ -61,7 +61,7 @@ impl Oracle {
                     self.wrote(at + 4 + 8 * u64::from(size), 2);
                 }
             }
-            (DriverState::Packed(before), DriverState::Packed(now)) => {
+            (DriverRingState::Packed(before), DriverRingState::Packed(now)) => {
                 let mut position = before.used;
                 while position != now.used {
                     if ring.is_used(guest, position) {
@@ -83,8 +83,8 @@ impl Oracle {
     fn whole_ring(&mut self, ring: &Ring, at: u64) {
         let size = u64::from(ring.layout.size);
         match self.seen {
-            DriverState::Split(_) => self.wrote(at, 6 + 8 * size),
-            DriverState::Packed(_) => {
+            DriverRingState::Split(_) => self.wrote(at, 6 + 8 * size),
+            DriverRingState::Packed(_) => {
                 self.wrote(at, 4);
                 self.wrote(ring.layout.desc, 16 * size);
             }
@@ -109,8 +109,8 @@ pub(crate) fn check<'a>(oracles: impl IntoIterator<Item = &'a Oracle>, mut marke
 /// What says when the device wants to be kicked, as far as it has a place of its own.
 fn event(guest: &Guest, ring: &Ring) -> Vec<u8> {
     match ring.driver.state() {
-        DriverState::Split(_) => guest.bytes(ring.layout.used + 4 + 8 * u64::from(ring.layout.size), 2),
-        DriverState::Packed(_) => guest.bytes(ring.layout.used, 4),
+        DriverRingState::Split(_) => guest.bytes(ring.layout.used + 4 + 8 * u64::from(ring.layout.size), 2),
+        DriverRingState::Packed(_) => guest.bytes(ring.layout.used, 4),
     }
 }
 

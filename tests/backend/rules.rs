@@ -370,7 +370,7 @@ fn an_inflight_region_is_made_as_asked_and_taken_back(#[values(SPLIT, PACKED)] f
     client.send(Code::GET_INFLIGHT_FD, VERSION, wanted.as_bytes(), &[]);
     let (_, answer, fd) = client.receive();
     let answer = InflightDescription::read_from_bytes(&answer).unwrap();
-    assert_eq!(answer.mmap_size, inflight::Region::bytes_for(inflight_kind(features), 2, 256).unwrap());
+    assert_eq!(answer.mmap_size, inflight::InflightRegion::bytes_for(inflight_kind(features), 2, 256).unwrap());
     assert_eq!((answer.mmap_offset, answer.num_queues, answer.queue_size), (0, 2, 256));
     client.done(Code::SET_INFLIGHT_FD, &answer, &[fd.unwrap().as_fd()]);
     let mut ring = running(&client, &guest, features);
@@ -399,7 +399,7 @@ fn a_fresh_inflight_region_on_a_used_ring_marks_nothing(#[values(SPLIT, PACKED)]
     read_one(&guest, &mut ring, 6);
     assert_eq!(client.ring_base(0), ring.drained());
     assert_eq!(ring.in_flight(&guest, &region), Some(0));
-    let version = |region: &inflight::Region| region.copy(0).unwrap()[8];
+    let version = |region: &inflight::InflightRegion| region.copy(0).unwrap()[8];
     assert_eq!(version(&region), 1);
     // Rule I7: a reset makes it fresh again.
     client.done(Code::RESET_DEVICE, &[0u8; 0], &[]);

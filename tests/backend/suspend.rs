@@ -11,7 +11,7 @@ use vhost_migrate::abi::vhost_user::{InflightDescription, Request as Code, Vring
 use vhost_migrate::abi::virtio::VIRTIO_F_IN_ORDER;
 use vhost_migrate::backend::{Device, Queue, RING_FEATURES, Request};
 use vhost_migrate::dirty::Log;
-use vhost_migrate::inflight::{Kind, Region};
+use vhost_migrate::inflight::{InflightRegion, RingKind};
 use vhost_migrate::ring::RingBase;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -34,7 +34,7 @@ struct Scene {
     guest: Guest,
     client: Client,
     ring: Ring,
-    region: Region,
+    region: InflightRegion,
     fd: OwnedFd,
     log: Log,
     features: u64,
@@ -49,7 +49,7 @@ impl Scene {
 
     fn on(device: Arc<dyn Device>, gate: Arc<EventFd>, features: u64, protocol: u64) -> Scene {
         let (server, guest) = (Server::new(device), Guest::new());
-        let (region, fd) = Region::create(kind(features), 1, SIZE).unwrap();
+        let (region, fd) = InflightRegion::create(kind(features), 1, SIZE).unwrap();
         let client = server.connect();
         begin_with(&client, &guest, features, PROTOCOL | protocol);
         let log = install_log(&client, &guest);
@@ -64,7 +64,7 @@ impl Scene {
     }
 
     fn give_region(&self) {
-        let mmap_size = Region::bytes_for(kind(self.features), 1, SIZE).unwrap();
+        let mmap_size = InflightRegion::bytes_for(kind(self.features), 1, SIZE).unwrap();
         let description =
             InflightDescription { mmap_size, mmap_offset: 0, num_queues: 1, queue_size: SIZE, padding: [0; 4] };
         self.client.done(Code::SET_INFLIGHT_FD, &description, &[self.fd.as_fd()]);
@@ -87,7 +87,7 @@ impl Scene {
     }
 
     fn marked(&self) -> u64 {
-        let (header, entry) = if kind(self.features) == Kind::Packed { (32, 32) } else { (16, 16) };
+        let (header, entry) = if kind(self.features) == RingKind::Packed { (32, 32) } else { (16, 16) };
         let bytes = self.region.copy(0).unwrap();
         bytes[header..].chunks_exact(entry).take(SIZE.into()).filter(|entry| entry[0] == 1).count() as u64
     }

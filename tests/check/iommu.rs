@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use vhost_migrate::abi::vhost::{VHOST_ACCESS_RW, VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_UPDATE};
 use vhost_migrate::abi::vhost_user::{Header, IotlbMsg, MemoryRegion, Request as Code};
 use vhost_migrate::backend::{Message, Setup};
-use vhost_migrate::memory::{Access, LOG_PAGE, Window};
+use vhost_migrate::memory::{Access, IovaWindow, LOG_PAGE};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 /// Where data begins.
@@ -107,7 +107,7 @@ pub(crate) fn wait_for_all(setup: &Setup) {
     let [_, avail, used] = setup.layout.areas();
     let index = |area: u64| {
         let iotlb = setup.iotlb.as_ref()?;
-        let window = Window::open(&setup.memory, iotlb, &[(area, 4, Access::Read)], None).ok()?;
+        let window = IovaWindow::open(&setup.memory, iotlb, &[(area, 4, Access::Read)], None).ok()?;
         let mut index = [0; 2];
         window.memory().read(area + 2, &mut index).ok()?;
         Some(index)

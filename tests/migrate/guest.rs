@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, TryRecvError, bounded, unbounded};
-use vhost_migrate::dirty::{DirtyError, DirtySource, Harvest, Log, LogSource, PageSet, Union};
+use vhost_migrate::dirty::{DirtyError, DirtySource, Harvest, Log, LogSource, PageSet, UnionSource};
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::migrate::{Arrival, Machine, MachineError, RegionLayout};
 use vhost_migrate::stream::Cancel;
@@ -120,7 +120,7 @@ impl Guest {
         let log = Arc::new(Log::create(memory.end()).unwrap().0);
         let devices: [Box<dyn DirtySource>; 1] = [Box::new(LogSource::new("writer", log.clone()))];
         let tracker = Tracker {
-            union: Union::new(devices),
+            union: UnionSource::new(devices),
             unsent: PageSet::default(),
             returned: PageSet::default(),
             tracking: false,
@@ -416,7 +416,7 @@ fn make_memory(regions: &[RegionLayout]) -> Memory {
 
 /// What is written down about a guest's dirty sources. It outlives the migrations.
 struct Tracker {
-    union: Union,
+    union: UnionSource,
     /// What was found dirty and may not have been sent yet.
     unsent: PageSet,
     /// What was put back.
@@ -439,7 +439,7 @@ impl Tracked {
     fn harvest_with(
         &mut self,
         into: &mut PageSet,
-        harvest: fn(&mut Union, &mut PageSet) -> Result<Harvest, DirtyError>,
+        harvest: fn(&mut UnionSource, &mut PageSet) -> Result<Harvest, DirtyError>,
     ) -> Result<Harvest, DirtyError> {
         let mut tracker = self.tracker.lock().unwrap();
         assert!(tracker.tracking, "a harvest before the start");

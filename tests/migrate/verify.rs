@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use io_uring::{IoUring, opcode, types};
-use vhost_migrate::dirty::{DirtySource, Log, LogSource, PageSet, Pagemap, Union};
+use vhost_migrate::dirty::{DirtySource, Log, LogSource, PageSet, Pagemap, UnionSource};
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::migrate::{Event, GuestLocation, Machine, MachineError, MigrateError, migrate};
 use vhost_migrate::stream::transport;
@@ -105,7 +105,7 @@ impl Machine for Still {
     }
 
     fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, MachineError> {
-        Ok(Box::new(Union::new(std::mem::take(&mut self.sources))))
+        Ok(Box::new(UnionSource::new(std::mem::take(&mut self.sources))))
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {
@@ -195,7 +195,7 @@ fn no_page_table_sees_a_write_through_pinned_pages_but_the_log_of_its_device_doe
     blind.stop().unwrap();
 
     let mut both =
-        Union::new([Box::new(blind) as Box<dyn DirtySource>, Box::new(LogSource::new("device", log.clone()))]);
+        UnionSource::new([Box::new(blind) as Box<dyn DirtySource>, Box::new(LogSource::new("device", log.clone()))]);
     both.start().unwrap();
     device.write();
     log.mark(PINNED * LOG_PAGE, LOG_PAGE);

@@ -8,7 +8,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 use vhost_migrate::abi::inflight::{PackedEntry, PackedHeader, QUEUE_ALIGN, SplitEntry, SplitHeader};
 use vhost_migrate::abi::virtio::{MAX_QUEUE_SIZE, PACKED_DESC_F_USED};
-use vhost_migrate::inflight::{Kind as RingKind, recover, recover_packed};
+use vhost_migrate::inflight::{RingKind, recover_packed, recover_split};
 use vhost_migrate::ring::RingBase;
 use zerocopy::FromBytes;
 
@@ -91,7 +91,7 @@ fn split(bytes: &Bytes, region: &Region, lines: &Lines) -> Result<Vec<Value>, St
         let header: SplitHeader = header_of(&part)?;
         let given = region.used.iter().find(|(of, _)| *of == queue);
         let used_idx = given.map_or(header.used_idx.get(), |(_, index)| *index);
-        let recovery = recover(&part, used_idx, queue_size).map_err(|error| format!("queue {queue}: {error}"))?;
+        let recovery = recover_split(&part, used_idx, queue_size).map_err(|error| format!("queue {queue}: {error}"))?;
         lines.print(format_args!(
             "queue {queue}: version {}, {} entries, used index {} in the region and {used_idx} in the ring, last batch at {}",
             header.version.get(),

@@ -37,8 +37,9 @@ impl Session {
     pub(super) fn get_inflight(&self, wanted: InflightDescription) -> Reply {
         let make = || {
             self.check_shape(&wanted)?;
-            let mmap_size = inflight::Region::bytes_for(self.inflight_kind(), wanted.num_queues, wanted.queue_size)?;
-            let (_, fd) = inflight::Region::create(self.inflight_kind(), wanted.num_queues, wanted.queue_size)?;
+            let mmap_size =
+                inflight::InflightRegion::bytes_for(self.inflight_kind(), wanted.num_queues, wanted.queue_size)?;
+            let (_, fd) = inflight::InflightRegion::create(self.inflight_kind(), wanted.num_queues, wanted.queue_size)?;
             Ok::<_, BackendError>((mmap_size, Some(fd)))
         };
         let (mmap_size, fd) = make().unwrap_or_else(|error| {
@@ -64,13 +65,13 @@ impl Session {
         self.all_stopped(Code::SET_INFLIGHT_FD, "I1")?;
         let InflightDescription { mmap_size, mmap_offset, num_queues, queue_size, .. } = *description;
         let kind = self.inflight_kind();
-        let region = inflight::Region::map(kind, fd.as_fd(), mmap_size, mmap_offset, num_queues, queue_size)?;
+        let region = inflight::InflightRegion::map(kind, fd.as_fd(), mmap_size, mmap_offset, num_queues, queue_size)?;
         self.inflight = Some(Arc::new(region));
         Ok(())
     }
 
-    pub(super) fn inflight_kind(&self) -> inflight::Kind {
-        if self.is_packed() { inflight::Kind::Packed } else { inflight::Kind::Split }
+    pub(super) fn inflight_kind(&self) -> inflight::RingKind {
+        if self.is_packed() { inflight::RingKind::Packed } else { inflight::RingKind::Split }
     }
 
     pub(super) fn check_shape(&self, wanted: &InflightDescription) -> Result<(), BackendError> {

@@ -82,7 +82,7 @@ pub struct Session {
     unlogged: bool,
     /// While logging is wanted: what the device does to be stopped soon.
     preparing: Option<Box<dyn Send>>,
-    inflight: Option<Arc<inflight::Region>>,
+    inflight: Option<Arc<inflight::InflightRegion>>,
     rings: Vec<Ring>,
     postcopy: Postcopy,
     /// A device's state on its way.

@@ -37,7 +37,7 @@ pub struct Setup {
     /// Signalled when the ring breaks.
     pub error: Option<Arc<Notifier>>,
     /// Where requests in flight are noted.
-    pub inflight: Option<Arc<inflight::Region>>,
+    pub inflight: Option<Arc<inflight::InflightRegion>>,
     /// Whether it runs on this connection for the first time: if it has a past, that was another back-end's.
     pub first: bool,
     /// Whether guest memory is still on its way: nobody may wait for the ring where pages are waited for (rule P1).

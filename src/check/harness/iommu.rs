@@ -24,7 +24,7 @@ use crate::abi::vhost_user::{BackendRequest, Header, IotlbMsg, Request as Code};
 use crate::check::Fault;
 use crate::check::connection::Word;
 use crate::check::queue::RING;
-use crate::memory::{Access, Iotlb, LOG_PAGE, Memory, Window};
+use crate::memory::{Access, Iotlb, IovaWindow, LOG_PAGE, Memory};
 use crate::sys::socket;
 
 /// Pages that keep their order where rings shall lie in one piece: those of one ring.
@@ -212,7 +212,7 @@ impl State {
             known.map_err(|error| Fault::System(std::io::Error::other(error)))?;
         }
         let areas = [(0, LOW_BYTES, Access::ReadWrite), (HIGH, HIGH_BYTES, Access::ReadWrite)];
-        let window = Window::open(&self.memory, &iotlb, &areas, None);
+        let window = IovaWindow::open(&self.memory, &iotlb, &areas, None);
         Ok(window.map_err(|error| Fault::System(std::io::Error::other(error)))?.memory().clone())
     }
 

@@ -14,13 +14,13 @@ use crate::abi::vhost_user::{
     DEVICE_STATE_ERROR_MASK, DEVICE_STATE_LOAD, DEVICE_STATE_NOFD_MASK, DEVICE_STATE_PHASE_STOPPED, DEVICE_STATE_SAVE,
     DeviceStateTransfer, Request,
 };
-use crate::sys::pipe::{Until, read_all, write_all};
+use crate::sys::pipe::{WaitLimit, read_all, write_all};
 
 /// Reads what the back-end writes, for at most `patience`.
 pub(super) fn save(channel: &mut Channel, patience: Duration, interrupt: &Interrupt) -> Result<Vec<u8>, FrontendError> {
     let (reader, writer) = pipe()?;
     let own = begin(channel, DEVICE_STATE_SAVE, writer)?.unwrap_or(reader);
-    let state = read_all(own.as_fd(), &Until::Either(Instant::now() + patience, interrupt.as_fd()));
+    let state = read_all(own.as_fd(), &WaitLimit::DeadlineOrStop(Instant::now() + patience, interrupt.as_fd()));
     let state = state.map_err(|source| failed("save", source, interrupt))?;
     drop(own);
     check(channel, patience)?;
@@ -36,7 +36,8 @@ pub(super) fn load(
 ) -> Result<(), FrontendError> {
     let (reader, writer) = pipe()?;
     let own = begin(channel, DEVICE_STATE_LOAD, reader)?.unwrap_or(writer);
-    let written = write_all(own.as_fd(), state, &Until::Either(Instant::now() + patience, interrupt.as_fd()));
+    let written =
+        write_all(own.as_fd(), state, &WaitLimit::DeadlineOrStop(Instant::now() + patience, interrupt.as_fd()));
     drop(own);
     match written {
         // A back-end that reads no further knows why.

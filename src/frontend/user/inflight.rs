@@ -10,7 +10,7 @@ use super::super::{FrontendError, InflightState};
 use super::connection::Reply;
 use crate::abi::inflight::{PACKED_ENTRY_BYTES, PACKED_HEADER_BYTES, SPLIT_ENTRY_BYTES, SPLIT_HEADER_BYTES};
 use crate::abi::vhost_user::{InflightDescription, Request};
-use crate::inflight::Kind;
+use crate::inflight::RingKind;
 
 /// More than a region needs, but not absurd: room for back-ends that round up to huge pages.
 const SLACK: u64 = 2 << 20;
@@ -113,6 +113,6 @@ fn marked(state: &InflightState, packed: bool) -> u64 {
     marks.filter(|entry| entry.first() == Some(&1)).count() as u64
 }
 
-fn kind(packed: bool) -> Kind {
-    if packed { Kind::Packed } else { Kind::Split }
+fn kind(packed: bool) -> RingKind {
+    if packed { RingKind::Packed } else { RingKind::Split }
 }

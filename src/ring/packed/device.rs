@@ -13,8 +13,8 @@ use crate::ring::iommu::are_marked;
 use crate::ring::{Buffer, Chain, RingBase, RingError, RingIommu, RingLog};
 
 use super::{
-    Areas, EVENT_ALIGN, PackedLayout, Place, Position, Wish, event_at, event_bits, half_bits, is_avail,
-    passes_position, position, wish,
+    EVENT_ALIGN, NotifyCondition, PackedAreas, PackedLayout, Position, PositionBits, event_at, event_bits, half_bits,
+    is_avail, passes_position, position, wish,
 };
 
 const DESC_BYTES: u64 = size_of::<PackedDesc>() as u64;
@@ -28,16 +28,16 @@ const HALF: u64 = 8;
 /// negotiated, whoever holds the ring pushes completions in the order in which the requests were taken.
 pub struct PackedDevice {
     memory: Memory,
-    areas: Areas,
+    areas: PackedAreas,
     layout: PackedLayout,
     event_idx: bool,
     indirect: bool,
     /// Of the next request to take.
-    avail: Place,
+    avail: PositionBits,
     /// Of the next completion, with all that was pushed.
-    next_used: Place,
+    next_used: PositionBits,
     /// Of the next completion as the driver sees it.
-    published: Place,
+    published: PositionBits,
     /// What was pushed since: place and second half of each used descriptor.
     staged: Vec<(u16, u64)>,
     /// Whether a notification was decided on before.
@@ -65,7 +65,7 @@ impl PackedDevice {
         features: u64,
         base: RingBase,
     ) -> Result<PackedDevice, RingError> {
-        let areas = Areas::new(memory, &layout)?;
+        let areas = PackedAreas::new(memory, &layout)?;
         // Some front-ends begin every ring at 0, which in a packed one is the start of its second round (rule R4).
         let base = if base.bits() == 0 && areas.is_untouched(layout.size) { RingBase::PACKED_START } else { base };
         let (avail, used) = (base.packed_avail(), base.packed_used());
@@ -185,9 +185,11 @@ impl PackedDevice {
         // Only now, after the fence: a driver that is about to sleep either sees the first descriptor or is seen here.
         let decided = std::mem::replace(&mut self.decided, true);
         match wish(&self.areas.driver, self.event_idx) {
-            Wish::Nothing => false,
-            Wish::All => true,
-            Wish::At(event) => !decided || passes_position(event, new, old.until(new, size).unwrap_or(size), size),
+            NotifyCondition::Nothing => false,
+            NotifyCondition::All => true,
+            NotifyCondition::At(event) => {
+                !decided || passes_position(event, new, old.until(new, size).unwrap_or(size), size)
+            }
         }
     }
 

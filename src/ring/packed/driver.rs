@@ -15,14 +15,17 @@ use crate::abi::virtio::{
 };
 use crate::memory::Memory;
 use crate::ring::chain::MAX_BUFFERS;
-use crate::ring::slots::Slots;
-use crate::ring::{Buffer, InOrderState, RingError, Used};
+use crate::ring::slots::SharedArray;
+use crate::ring::{Buffer, InOrderState, RingError, UsedBuffer};
 
-use super::{Areas, PackedLayout, Position, Wish, event_at, event_bits, half_bits, is_used, passes_position, wish};
+use super::{
+    NotifyCondition, PackedAreas, PackedLayout, Position, event_at, event_bits, half_bits, is_used, passes_position,
+    wish,
+};
 
 /// A request of a packed ring without a completion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PackedRequest {
+pub struct PackedDriverRequest {
     /// Its buffer id.
     pub id: u16,
     /// Descriptors that it takes.
@@ -39,7 +42,7 @@ pub struct PackedDriverState {
     /// Where the next completion is taken.
     pub used: Position,
     /// The requests without a completion.
-    pub requests: Vec<PackedRequest>,
+    pub requests: Vec<PackedDriverRequest>,
     /// Length, id and flags of the descriptor at `published`, which publishing writes; means nothing if all is published.
     pub held: u64,
     /// With IN_ORDER, the order of the requests.
@@ -52,7 +55,7 @@ pub struct PackedDriverState {
 /// again while that says there is more.
 pub struct PackedDriver {
     memory: Memory,
-    areas: Areas,
+    areas: PackedAreas,
     size: u16,
     event_idx: bool,
     /// By buffer id: how many descriptors its request has; 0 for what is no request in flight.
@@ -74,7 +77,7 @@ impl PackedDriver {
     /// # Errors
     /// A size, alignment or address that a packed ring can't have.
     pub fn new(memory: &Memory, layout: PackedLayout, features: u64) -> Result<PackedDriver, RingError> {
-        let areas = Areas::new(memory, &layout)?;
+        let areas = PackedAreas::new(memory, &layout)?;
         for index in 0..layout.size {
             areas.set_addr(index, 0);
             areas.set_half(index, 0, Ordering::Release);
@@ -107,14 +110,14 @@ impl PackedDriver {
         state: &PackedDriverState,
     ) -> Result<PackedDriver, RingError> {
         let fault = |fault| Err(RingError::State { fault });
-        let areas = Areas::new(memory, &layout)?;
+        let areas = PackedAreas::new(memory, &layout)?;
         let size = layout.size;
         let &PackedDriverState { avail, published, used, ref requests, held, ref in_order } = state;
         if [avail, published, used].iter().any(|position| position.index >= size) {
             return fault("a position is outside the ring");
         }
         let mut lengths = vec![0; size.into()];
-        for &PackedRequest { id, slots } in requests {
+        for &PackedDriverRequest { id, slots } in requests {
             match lengths.get_mut(usize::from(id)) {
                 Some(length @ 0) if slots > 0 => *length = slots,
                 _ => return fault("a request has no descriptor, or an id that another has or none can have"),
@@ -156,7 +159,7 @@ impl PackedDriver {
             avail: self.avail,
             published: self.published,
             used: self.used,
-            requests: requests.map(|(id, slots)| PackedRequest { id, slots: *slots }).collect(),
+            requests: requests.map(|(id, slots)| PackedDriverRequest { id, slots: *slots }).collect(),
             held: self.held,
             in_order: self.in_order.clone(),
         }
@@ -223,9 +226,11 @@ impl PackedDriver {
         // The device either sees the new descriptors before it sleeps, or its wish for a kick is seen here.
         fence(Ordering::SeqCst);
         match wish(&self.areas.device, self.event_idx) {
-            Wish::Nothing => false,
-            Wish::All => true,
-            Wish::At(event) => passes_position(event, new, old.until(new, self.size).unwrap_or(self.size), self.size),
+            NotifyCondition::Nothing => false,
+            NotifyCondition::All => true,
+            NotifyCondition::At(event) => {
+                passes_position(event, new, old.until(new, self.size).unwrap_or(self.size), self.size)
+            }
         }
     }
 
@@ -233,7 +238,7 @@ impl PackedDriver {
     ///
     /// # Errors
     /// The device broke the ring; nothing was taken.
-    pub fn pop_used(&mut self) -> Result<Option<Used>, RingError> {
+    pub fn pop_used(&mut self) -> Result<Option<UsedBuffer>, RingError> {
         if let Some(used) = self.in_order.as_mut().and_then(InOrderState::next) {
             self.release(used.head);
             return Ok(Some(used));
@@ -255,7 +260,7 @@ impl PackedDriver {
         if slots == 0 || slots > u32::from(visible) {
             return Err(RingError::UsedId { id: id.into() });
         }
-        let used = Used { head: id, len };
+        let used = UsedBuffer { head: id, len };
         let used = match &mut self.in_order {
             None => used,
             Some(order) => order.complete(used),
@@ -315,6 +320,6 @@ impl PackedDriver {
     }
 }
 
-fn set(area: &Slots<AtomicU32>, event: u32) {
+fn set(area: &SharedArray<AtomicU32>, event: u32) {
     area.nth(0).store(event.to_le(), Ordering::Relaxed);
 }

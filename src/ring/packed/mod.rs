@@ -7,7 +7,7 @@ mod driver;
 mod position;
 
 pub use device::PackedDevice;
-pub use driver::{PackedDriver, PackedDriverState, PackedRequest};
+pub use driver::{PackedDriver, PackedDriverRequest, PackedDriverState};
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -19,7 +19,7 @@ use crate::abi::virtio::{
 };
 use crate::memory::Memory;
 
-use super::slots::Slots;
+use super::slots::SharedArray;
 use super::{RingError, passes};
 
 const AVAIL: u16 = 1 << PACKED_DESC_F_AVAIL;
@@ -109,19 +109,19 @@ impl Position {
 /// A [`Position`] as it is kept from request to request: stored and loaded in one piece. A load of both parts after a
 /// store of each waits until the stores have left the processor's queue, which takes longer than all the rest of a request.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Place(u16);
+pub(crate) struct PositionBits(u16);
 
-impl Place {
+impl PositionBits {
     #[inline]
     pub(crate) fn get(self) -> Position {
         Position::from_bits(self.0)
     }
 }
 
-impl From<Position> for Place {
+impl From<Position> for PositionBits {
     #[inline]
-    fn from(position: Position) -> Place {
-        Place(position.to_bits())
+    fn from(position: Position) -> PositionBits {
+        PositionBits(position.to_bits())
     }
 }
 
@@ -129,14 +129,14 @@ impl From<Position> for Place {
 ///
 /// A descriptor's second half (length, id, flags) and an event area are each read and written at once: what its flags
 /// say is true of the rest.
-struct Areas {
-    desc: Slots<[AtomicU64; 2]>,
-    driver: Slots<AtomicU32>,
-    device: Slots<AtomicU32>,
+struct PackedAreas {
+    desc: SharedArray<[AtomicU64; 2]>,
+    driver: SharedArray<AtomicU32>,
+    device: SharedArray<AtomicU32>,
 }
 
-impl Areas {
-    fn new(memory: &Memory, layout: &PackedLayout) -> Result<Areas, RingError> {
+impl PackedAreas {
+    fn new(memory: &Memory, layout: &PackedLayout) -> Result<PackedAreas, RingError> {
         let PackedLayout { size, desc, driver, device } = *layout;
         if size == 0 || u32::from(size) > MAX_QUEUE_SIZE {
             return Err(RingError::PackedSize { size });
@@ -151,10 +151,10 @@ impl Areas {
                 return Err(RingError::Misaligned { area, gpa, align });
             }
         }
-        Ok(Areas {
-            desc: Slots::new(memory, DESC, desc, size)?,
-            driver: Slots::new(memory, DRIVER, driver, 1)?,
-            device: Slots::new(memory, DEVICE, device, 1)?,
+        Ok(PackedAreas {
+            desc: SharedArray::new(memory, DESC, desc, size)?,
+            driver: SharedArray::new(memory, DRIVER, driver, 1)?,
+            device: SharedArray::new(memory, DEVICE, device, 1)?,
         })
     }
 
@@ -248,7 +248,7 @@ fn event_bits(off_wrap: u16, flags: u16) -> u32 {
 }
 
 /// What an event area wants.
-enum Wish {
+enum NotifyCondition {
     Nothing,
     All,
     /// What passes this position.
@@ -257,12 +257,12 @@ enum Wish {
 
 /// Reads the event area of the other side. Values that mean nothing are taken as a wish for every notification.
 #[inline]
-fn wish(area: &Slots<AtomicU32>, event_idx: bool) -> Wish {
+fn wish(area: &SharedArray<AtomicU32>, event_idx: bool) -> NotifyCondition {
     let event = u32::from_le(area.nth(0).load(Ordering::Relaxed));
     match (event >> 16) as u16 & EVENT_FLAGS {
-        PACKED_EVENT_FLAG_DISABLE => Wish::Nothing,
-        PACKED_EVENT_FLAG_DESC if event_idx => Wish::At(Position::from_bits(event as u16)),
-        _ => Wish::All,
+        PACKED_EVENT_FLAG_DISABLE => NotifyCondition::Nothing,
+        PACKED_EVENT_FLAG_DESC if event_idx => NotifyCondition::At(Position::from_bits(event as u16)),
+        _ => NotifyCondition::All,
     }
 }
 

@@ -13,7 +13,7 @@ use crate::ring::chain::copy_table;
 use crate::ring::iommu::are_marked;
 use crate::ring::{Buffer, Chain, RingBase, RingError, RingIommu, RingLog, passes};
 
-use super::{Areas, SplitLayout, load, store};
+use super::{SplitAreas, SplitLayout, load, store};
 
 const ELEMENT_BYTES: u64 = size_of::<UsedElem>() as u64;
 
@@ -29,7 +29,7 @@ const ELEMENT_BYTES: u64 = size_of::<UsedElem>() as u64;
 /// [`publish`]: SplitDevice::publish
 pub struct SplitDevice {
     memory: Memory,
-    areas: Areas,
+    areas: SplitAreas,
     layout: SplitLayout,
     event_idx: bool,
     indirect: bool,
@@ -60,7 +60,7 @@ impl SplitDevice {
     /// # Errors
     /// A size, alignment or address that a split ring can't have.
     pub fn new(memory: &Memory, layout: SplitLayout, features: u64, base: RingBase) -> Result<SplitDevice, RingError> {
-        let areas = Areas::new(memory, &layout)?;
+        let areas = SplitAreas::new(memory, &layout)?;
         let used = load(&areas.used_idx, Ordering::Relaxed);
         Ok(SplitDevice {
             memory: memory.clone(),
@@ -89,7 +89,7 @@ impl SplitDevice {
         if layout.size != self.layout.size {
             return Err(RingError::Size { size: layout.size });
         }
-        self.areas = Areas::new(memory, &layout)?;
+        self.areas = SplitAreas::new(memory, &layout)?;
         self.memory = memory.clone();
         self.layout = layout;
         Ok(())

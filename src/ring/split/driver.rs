@@ -15,9 +15,9 @@ use crate::abi::virtio::{
 };
 use crate::memory::Memory;
 use crate::ring::chain::MAX_BUFFERS;
-use crate::ring::{Buffer, InOrderState, RingError, Used, passes};
+use crate::ring::{Buffer, InOrderState, RingError, UsedBuffer, passes};
 
-use super::{Areas, SplitLayout, load, store};
+use super::{SplitAreas, SplitLayout, load, store};
 
 /// Where a driver is in its ring, to go on with it elsewhere on the same guest memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,7 +42,7 @@ pub struct SplitDriverState {
 /// again while that says there is more.
 pub struct SplitDriver {
     memory: Memory,
-    areas: Areas,
+    areas: SplitAreas,
     size: u16,
     event_idx: bool,
     /// By descriptor: the next one of its chain, or of the free ones.
@@ -69,7 +69,7 @@ impl SplitDriver {
     /// # Errors
     /// A size, alignment or address that a split ring can't have.
     pub fn new(memory: &Memory, layout: SplitLayout, features: u64) -> Result<SplitDriver, RingError> {
-        let areas = Areas::new(memory, &layout)?;
+        let areas = SplitAreas::new(memory, &layout)?;
         let words = [&areas.avail_flags, &areas.avail_idx, &areas.used_event];
         for word in words.into_iter().chain([&areas.used_flags, &areas.used_idx, &areas.avail_event]) {
             store(word, 0, Ordering::Release);
@@ -103,7 +103,7 @@ impl SplitDriver {
         state: &SplitDriverState,
     ) -> Result<SplitDriver, RingError> {
         let fault = |fault| Err(RingError::State { fault });
-        let areas = Areas::new(memory, &layout)?;
+        let areas = SplitAreas::new(memory, &layout)?;
         let size = usize::from(layout.size);
         let SplitDriverState { avail, published, used, ref chains, first_free, ref in_order } = *state;
         if chains.len() > size || chains.len() != usize::from(avail.wrapping_sub(used)) {
@@ -259,7 +259,7 @@ impl SplitDriver {
     ///
     /// # Errors
     /// The device broke the ring; nothing was taken.
-    pub fn pop_used(&mut self) -> Result<Option<Used>, RingError> {
+    pub fn pop_used(&mut self) -> Result<Option<UsedBuffer>, RingError> {
         if let Some(used) = self.in_order.as_mut().and_then(InOrderState::next) {
             self.release(used.head);
             return Ok(Some(used));
@@ -276,7 +276,7 @@ impl SplitDriver {
         let element = self.areas.used(last);
         let id = element.id.get();
         let head = u16::try_from(id).map_err(|_| RingError::UsedId { id })?;
-        let used = Used { head, len: element.len.get() };
+        let used = UsedBuffer { head, len: element.len.get() };
         let count = match &self.in_order {
             None => usize::from(self.lengths.get(usize::from(head)).is_some_and(|length| *length > 0)),
             Some(order) => order.up_to(head).count(),

@@ -19,7 +19,7 @@ use crate::abi::virtio::{
 use crate::memory::Memory;
 
 use super::RingError;
-use super::slots::Slots;
+use super::slots::SharedArray;
 
 /// Size and guest-physical addresses of a split ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -35,20 +35,20 @@ pub struct SplitLayout {
 }
 
 /// The areas of a ring, checked to be in guest memory, event words included. Values are in host byte order.
-struct Areas {
-    desc: Slots<[AtomicU64; 2]>,
-    avail_flags: Slots<AtomicU16>,
-    avail_idx: Slots<AtomicU16>,
-    avail: Slots<AtomicU16>,
-    used_event: Slots<AtomicU16>,
-    used_flags: Slots<AtomicU16>,
-    used_idx: Slots<AtomicU16>,
-    used: Slots<[AtomicU32; 2]>,
-    avail_event: Slots<AtomicU16>,
+struct SplitAreas {
+    desc: SharedArray<[AtomicU64; 2]>,
+    avail_flags: SharedArray<AtomicU16>,
+    avail_idx: SharedArray<AtomicU16>,
+    avail: SharedArray<AtomicU16>,
+    used_event: SharedArray<AtomicU16>,
+    used_flags: SharedArray<AtomicU16>,
+    used_idx: SharedArray<AtomicU16>,
+    used: SharedArray<[AtomicU32; 2]>,
+    avail_event: SharedArray<AtomicU16>,
 }
 
-impl Areas {
-    fn new(memory: &Memory, layout: &SplitLayout) -> Result<Areas, RingError> {
+impl SplitAreas {
+    fn new(memory: &Memory, layout: &SplitLayout) -> Result<SplitAreas, RingError> {
         let SplitLayout { size, desc, avail, used } = *layout;
         if !size.is_power_of_two() {
             return Err(RingError::Size { size });
@@ -63,17 +63,17 @@ impl Areas {
             }
         }
         // An address that wraps around ends up outside guest memory, whose last byte is never that of the space.
-        let avail_at = |offset: u64, count| Slots::new(memory, AVAIL, avail.saturating_add(offset), count);
-        let used_at = |offset: u64, count| Slots::new(memory, USED, used.saturating_add(offset), count);
-        Ok(Areas {
-            desc: Slots::new(memory, DESC, desc, size)?,
+        let avail_at = |offset: u64, count| SharedArray::new(memory, AVAIL, avail.saturating_add(offset), count);
+        let used_at = |offset: u64, count| SharedArray::new(memory, USED, used.saturating_add(offset), count);
+        Ok(SplitAreas {
+            desc: SharedArray::new(memory, DESC, desc, size)?,
             avail_flags: avail_at(RING_FLAGS_OFFSET, 1)?,
             avail_idx: avail_at(RING_IDX_OFFSET, 1)?,
             avail: avail_at(RING_ELEMENTS_OFFSET, size)?,
             used_event: avail_at(used_event_offset(size.into()), 1)?,
             used_flags: used_at(RING_FLAGS_OFFSET, 1)?,
             used_idx: used_at(RING_IDX_OFFSET, 1)?,
-            used: Slots::new(memory, USED, used.saturating_add(RING_ELEMENTS_OFFSET), size)?,
+            used: SharedArray::new(memory, USED, used.saturating_add(RING_ELEMENTS_OFFSET), size)?,
             avail_event: used_at(avail_event_offset(size.into()), 1)?,
         })
     }
@@ -117,11 +117,11 @@ impl Areas {
 }
 
 #[inline]
-fn load(word: &Slots<AtomicU16>, order: Ordering) -> u16 {
+fn load(word: &SharedArray<AtomicU16>, order: Ordering) -> u16 {
     u16::from_le(word.at(0).load(order))
 }
 
 #[inline]
-fn store(word: &Slots<AtomicU16>, value: u16, order: Ordering) {
+fn store(word: &SharedArray<AtomicU16>, value: u16, order: Ordering) {
     word.at(0).store(value.to_le(), order);
 }

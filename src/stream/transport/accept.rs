@@ -18,7 +18,7 @@ use super::{open_error, set_nonblocking, spawn};
 use crate::stream::frame::{ChannelId, ConnectionHeader, FrameWriter, HEADER_BYTES, MAX_CHANNELS, MigrationId};
 use crate::stream::limiter::{Cancel, lock, poll_until};
 use crate::stream::{StreamError, ToSource};
-use crate::sys::listen::{Place, listen};
+use crate::sys::listen::{SocketPathGuard, listen};
 
 /// Most connections that may wait to become a migration.
 const MAX_WAITING: usize = 2 * MAX_CHANNELS as usize;
@@ -45,7 +45,7 @@ enum Socket {
     Tcp(TcpListener),
     Unix {
         // Removed while it is still listened at.
-        _place: Place,
+        _place: SocketPathGuard,
         listener: UnixListener,
     },
     /// Opened when accepting.
