@@ -36,7 +36,7 @@ fn rings(kind: u64, translated: bool) -> (DriverRing, DeviceRing) {
     let features = kind | bit(VIRTIO_RING_F_INDIRECT_DESC);
     let layout = RingLayout::new(features, SIZE, 0, 0x4000, 0x8000);
     let driver = DriverRing::new(&memory, layout, features).unwrap();
-    let start = RingBase::start(features);
+    let start = RingBase::initial(features);
     if !translated {
         return (driver, DeviceRing::new(&memory, layout, features, start).unwrap());
     }

@@ -57,7 +57,7 @@ fn serve(log: Option<Arc<Log>>) -> f64 {
         call_is_new: false,
         notified: Arc::default(),
         layout,
-        base: RingBase::start(FEATURES),
+        base: RingBase::initial(FEATURES),
         features: FEATURES,
         memory,
         logging: Logging { data: log.clone(), used: log.map(|log| (log, 0x8000)), ..Logging::default() },

@@ -405,12 +405,12 @@ fn flags_of_descriptors_are_read_and_restored_within_the_ring_alone() {
 #[test]
 fn a_ring_that_was_never_used_has_the_base_of_its_kind() {
     let packed = bit(VIRTIO_F_RING_PACKED);
-    assert_eq!(RingBase::start(0), RingBase::split(0));
-    assert_eq!(RingBase::start(packed), RingBase::PACKED_START);
+    assert_eq!(RingBase::initial(0), RingBase::split(0));
+    assert_eq!(RingBase::initial(packed), RingBase::PACKED_START);
     let starts = |features| {
         // The third is that of a front-end that knows the avail position alone (rule R4).
         [0, 0x8000_8000, 0x0000_8000, 1, 0x8000_8001, 0x8001_8000]
-            .map(|bits| RingBase::from_bits(bits).is_start(features))
+            .map(|bits| RingBase::from_bits(bits).is_initial(features))
     };
     assert_eq!(starts(0), [true, false, false, false, false, false]);
     assert_eq!(starts(packed), [false, true, true, false, false, false]);

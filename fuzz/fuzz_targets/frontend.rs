@@ -177,7 +177,7 @@ fn drive(path: PathBuf, features: u64, in_band: bool, memory: &Memory) {
     let _ = device.set_memory(memory);
     let _ = (device.config(0, &mut [0; 60]), device.status(), device.set_status(15));
     let eventfd = || Arc::new(OwnedFd::from(EventFd::new().unwrap()));
-    let base = RingBase::start(device.acked_features());
+    let base = RingBase::initial(device.acked_features());
     for index in 0..2 {
         let at = u64::from(index) * 0x1000;
         let (kick, call) = (eventfd(), eventfd());

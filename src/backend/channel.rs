@@ -23,7 +23,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 use super::BackendError;
 use crate::abi::vhost_user::{BackendRequest as Code, Header, VringState};
 use crate::sys::join::join;
-use crate::sys::lines::limited;
+use crate::sys::log_limit::limited;
 
 /// Most messages that wait for room or for their acknowledgement.
 const MOST_WAITING: usize = 1024;

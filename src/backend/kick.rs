@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 
 use super::BackendError;
-use crate::sys::shared;
+use crate::sys::nonblocking;
 
 /// The kick of one or more rings.
 ///
@@ -27,7 +27,7 @@ impl Kick {
     /// # Errors
     /// [`BackendError::Kick`] if it is no eventfd: of anything else a poll and a read may disagree for ever (rule F9).
     pub fn new(index: u16, fd: OwnedFd) -> Result<Kick, BackendError> {
-        match shared::is_eventfd(fd.as_fd()) {
+        match nonblocking::is_eventfd(fd.as_fd()) {
             true => Ok(Kick { eventfd: fd, rings: Mutex::default() }),
             false => Err(BackendError::Kick { index }),
         }
@@ -35,7 +35,7 @@ impl Kick {
 
     /// Returns true if this is another number of the same eventfd.
     pub(super) fn is(&self, fd: &OwnedFd) -> bool {
-        shared::is_same_file(self.eventfd.as_fd(), fd.as_fd())
+        nonblocking::is_same_file(self.eventfd.as_fd(), fd.as_fd())
     }
 
     /// Adds a ring that is woken by `wake` when another one takes a kick.
@@ -50,7 +50,7 @@ impl Kick {
     /// # Errors
     /// [`BackendError::Kick`] if none will ever come.
     pub(super) fn take(&self, index: u16, own: &Arc<EventFd>) -> Result<bool, BackendError> {
-        match shared::take(self.eventfd.as_fd()) {
+        match nonblocking::take(self.eventfd.as_fd()) {
             Err(Errno::EAGAIN | Errno::EINTR) => return Ok(false),
             taken => taken.map_err(|_| BackendError::Kick { index })?,
         };

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use super::Host;
-use crate::sys::shared;
+use crate::sys::nonblocking;
 
 /// What a ring signals: an fd that takes 8 bytes each time, an eventfd or, from user-mode Linux, a pipe or socket (rules F8, F9);
 /// or the front-end over the back-end channel (rule B3).
@@ -42,7 +42,7 @@ impl Notifier {
     pub fn signal(&self) {
         match &self.0 {
             Way::Fd(fd) => {
-                let _ = shared::signal(fd.as_fd());
+                let _ = nonblocking::signal(fd.as_fd());
             }
             Way::Call(host, index) => host.call(*index),
             Way::Error(host, index) => host.error(*index),

@@ -20,7 +20,7 @@ use crate::abi::bit;
 use crate::abi::virtio::VIRTIO_F_IN_ORDER;
 use crate::memory::Iotlb;
 use crate::ring::{DeviceRing, PackedDevice, RingBase};
-use crate::sys::lines::limited;
+use crate::sys::log_limit::limited;
 
 /// How long a ring waits that may not use its areas, before it asks again.
 const REFUSED_FOR: Duration = Duration::from_secs(1);
@@ -56,7 +56,7 @@ impl Post {
             DeviceRing::Packed(ring) if setup.first && setup.inflight.is_none() => find_position(index, &setup, ring),
             _ => Ok(()),
         };
-        let goes_on = !ring.base().is_start(setup.features);
+        let goes_on = !ring.base().is_initial(setup.features);
         let inflight =
             setup.inflight.as_ref().map(|region| Tracker::start(region, index, &mut ring, setup.first)).transpose()?;
         let has_a_past = inflight.as_ref().is_some_and(|(_, found)| found.has_a_past());

@@ -13,7 +13,7 @@ use zerocopy::IntoBytes;
 use super::{BackendError, Message};
 use crate::abi::vhost_user::{MemoryHeader, MemoryRegion};
 use crate::memory::{Memory, Userfault};
-use crate::sys::lines::limited;
+use crate::sys::log_limit::limited;
 
 /// How far the postcopy of a connection is. Dropping it gives up guest memory that is not complete.
 #[derive(Default)]

@@ -17,7 +17,7 @@ use seccompiler::{
 };
 
 use crate::memory::userfault;
-use crate::sys::shared;
+use crate::sys::nonblocking;
 
 /// What happens to a process that asks for what it may not have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -182,7 +182,7 @@ impl Sandbox {
     /// # Errors
     /// [`SandboxError`] when the kernel doesn't filter, or not for this process.
     pub fn install(self) -> Result<(), SandboxError> {
-        shared::prepare();
+        nonblocking::prepare();
         // The one that forbids to install others comes last.
         let programs = || Ok::<_, seccompiler::Error>([no_clone3()?, self.quiet()?, self.main()?]);
         let install =

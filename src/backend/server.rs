@@ -21,8 +21,8 @@ use super::session::{Session, Step};
 use super::turn::{Turn, Turns};
 use super::{BackendError, Device, MAX_FDS, Message, Reply, Workers, counters};
 use crate::abi::vhost_user::{Header, Request as Code};
-use crate::sys::lines::limited;
 use crate::sys::listen::{SocketPathGuard, listen};
+use crate::sys::log_limit::limited;
 use crate::sys::socket;
 
 /// How long to wait, in milliseconds, when the system has no fd left for a new connection.

@@ -25,7 +25,7 @@ use super::worker::Order;
 use super::{BackendError, Device, Notifier};
 use crate::ring::RingBase;
 use crate::sys::join::join;
-use crate::sys::lines::limited;
+use crate::sys::log_limit::limited;
 
 /// Time that answers wait for a ring.
 const MOMENT: Duration = Duration::from_millis(1);

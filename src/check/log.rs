@@ -18,7 +18,7 @@ use crate::abi::virtio::{
 };
 use crate::dirty::Log;
 use crate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
-use crate::sys::shared;
+use crate::sys::nonblocking;
 
 const ROUNDS: u64 = 8;
 
@@ -435,19 +435,19 @@ fn signalled(bench: &mut Bench) -> Result<Outcome, Fault> {
     }
     rig.load(SLOTS, Size::Mixed)?;
     rig.link.barrier()?;
-    let early = shared::take(signal.as_fd()).unwrap_or(0);
+    let early = nonblocking::take(signal.as_fd()).unwrap_or(0);
     rig.log_on(rig.ring.device_at())?;
     rig.load(SLOTS, Size::Mixed)?;
     // The last signal may follow the last completion.
     rig.stop()?;
-    let count = shared::take(signal.as_fd()).unwrap_or(0);
+    let count = nonblocking::take(signal.as_fd()).unwrap_or(0);
     rig.start_logged(Some(rig.ring.device_at()))?;
     let mut without_fd = || {
         rig.done(Code::SET_LOG_FD, &[], &[])?;
-        let _ = shared::take(signal.as_fd());
+        let _ = nonblocking::take(signal.as_fd());
         rig.load(SLOTS, Size::Mixed)?;
         rig.stop()?;
-        Ok::<_, Fault>(shared::take(signal.as_fd()).unwrap_or(0))
+        Ok::<_, Fault>(nonblocking::take(signal.as_fd()).unwrap_or(0))
     };
     let late = match without_fd() {
         Ok(late) => late,

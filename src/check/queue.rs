@@ -10,7 +10,7 @@ use crate::abi::bit;
 use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED};
 use crate::memory::{LOG_PAGE, Memory};
 use crate::ring::{DriverRing, DriverRingState, PackedDriverState, Position, RingBase, RingLayout, SplitDriverState};
-use crate::sys::shared;
+use crate::sys::nonblocking;
 
 /// The rings of a guest, one behind the other in the lower region.
 const RINGS: u64 = 0x10_0000;
@@ -51,7 +51,7 @@ impl Queue {
             driver: DriverRing::new(memory, layout, features)?,
             kick: eventfd()?,
             call: eventfd()?,
-            base: RingBase::start(features),
+            base: RingBase::initial(features),
             due: 0,
             features,
         })
@@ -196,12 +196,12 @@ impl Queue {
     /// Signals the kick fd, wanted or not.
     pub(super) fn wake(&self) {
         // One that is full is signalled already.
-        let _ = shared::signal(self.kick.as_fd());
+        let _ = nonblocking::signal(self.kick.as_fd());
     }
 
     /// Takes a call back; false if there was none.
     pub(super) fn ack_call(&self) -> bool {
-        shared::take(self.call.as_fd()).is_ok()
+        nonblocking::take(self.call.as_fd()).is_ok()
     }
 
     /// Makes what was added visible, and kicks if the device wants it.

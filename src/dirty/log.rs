@@ -18,8 +18,8 @@ use nix::unistd::{Whence, lseek};
 use super::harvest::{self, Harvest};
 use super::page_set::{PageSet, word_masks};
 use crate::memory::{LOG_PAGE, Memory, sealed_memfd};
-use crate::sys::lines::limited;
-use crate::sys::shared;
+use crate::sys::log_limit::limited;
+use crate::sys::nonblocking;
 
 /// Bytes of log under which looking for holes costs more than reading them.
 const SPARSE_MIN: u64 = 256 << 10;
@@ -405,7 +405,7 @@ impl LogSignal {
     /// # Errors
     /// What the system says, for example when the other end of a socket is gone.
     pub fn signal(&self) -> Result<(), LogError> {
-        shared::signal(self.0.as_fd()).map_err(LogError::system("signal for"))
+        nonblocking::signal(self.0.as_fd()).map_err(LogError::system("signal for"))
     }
 }
 

@@ -574,7 +574,7 @@ impl Guest {
             let disk = expected.map_or_else(|| prepared.disk(), disk)?;
             let stopped = match expected {
                 Some(state) => state.bases.iter().copied().map(Some).collect(),
-                None => vec![Some(RingBase::start(self.config.ring_features())); per_disk],
+                None => vec![Some(RingBase::initial(self.config.ring_features())); per_disk],
             };
             let limit = self.config.reconnect_timeout.map(|s| Duration::from_secs(s.min(FOREVER)));
             let unit = Arc::new(Unit::new(prepared.device, prepared.lines, stopped, disk.capacity, limit)?);

@@ -143,7 +143,7 @@ impl PreparedDevice {
         let has_inflight = device.set_inflight(config.queues, config.queue_size, None)?;
         device.set_memory(memory)?;
         let lines = queues.iter().map(|queue| Line::new(queue.ring)).collect::<Result<Vec<_>, _>>()?;
-        let start = RingBase::start(config.ring_features());
+        let start = RingBase::initial(config.ring_features());
         let rings: Vec<_> = (0..).zip(lines.iter().map(|line| line.setup(start))).collect();
         let mut prepared = PreparedDevice { device, found, has_inflight, lines };
         expected.map_or(Ok(()), |expected| prepared.compare(expected))?;

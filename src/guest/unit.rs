@@ -14,8 +14,8 @@ use super::signal::{Failure, Signal, wait};
 use crate::abi::virtio::SECTOR_BYTES;
 use crate::frontend::{Device, DeviceEvent, FrontendError, Interrupt, RingSetup, SharedDevice};
 use crate::ring::{RingBase, RingLayout};
-use crate::sys::lines::limited;
-use crate::sys::shared;
+use crate::sys::log_limit::limited;
+use crate::sys::nonblocking;
 
 /// How long one attempt to connect again may take.
 const SLICE: Duration = Duration::from_secs(2);
@@ -102,17 +102,17 @@ impl Line {
     }
 
     pub(super) fn kick(&self) {
-        let _ = shared::signal(self.kick.as_fd());
+        let _ = nonblocking::signal(self.kick.as_fd());
     }
 
     /// Takes a call back, if there is one.
     pub(super) fn answer(&self) {
-        let _ = shared::take(self.call.as_fd());
+        let _ = nonblocking::take(self.call.as_fd());
     }
 
     /// Takes a signal of a broken ring back; false if there was none.
     pub(super) fn complaint(&self) -> bool {
-        shared::take(self.error.as_fd()).is_ok()
+        nonblocking::take(self.error.as_fd()).is_ok()
     }
 
     /// The ring begins anew.

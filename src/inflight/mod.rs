@@ -11,13 +11,13 @@
 
 pub mod packed;
 mod region;
-mod sink;
 pub mod split;
+mod store;
 
 pub use packed::{PackedInflight, PackedInflightRequest, PackedRecovery, recover_packed};
 pub use region::{InflightRegion, QueueRegion, RingKind};
-pub use sink::{Store, StoreSink};
 pub use split::{SplitInflight, SplitRecovery, recover_split};
+pub use store::{Store, StoreSink};
 
 use crate::memory::MemoryError;
 

@@ -62,7 +62,7 @@ pub struct PackedInflight<S: StoreSink = QueueRegion> {
     /// What the region says of each entry, which is not believed again while the ring runs.
     links: Vec<EntryLink>,
     /// Descriptors in flight.
-    held: u16,
+    descs_in_flight: u16,
     /// Staged and not committed.
     batch: Vec<u16>,
 }
@@ -85,7 +85,7 @@ impl<S: StoreSink> PackedInflight<S> {
         }
         let PackedRecovery { ring_size, next_counter: counter, free_head, used, .. } = *recovery;
         let links = recovery.links.clone();
-        let held = links.iter().map(|link| link.num).sum();
+        let descs_in_flight = links.iter().map(|link| link.num).sum();
         let batch = Vec::new();
         PackedInflight {
             sink,
@@ -95,7 +95,7 @@ impl<S: StoreSink> PackedInflight<S> {
             used: used.into(),
             committed: used.into(),
             links,
-            held,
+            descs_in_flight,
             batch,
         }
     }
@@ -108,7 +108,8 @@ impl<S: StoreSink> PackedInflight<S> {
     #[inline]
     pub fn take(&mut self, descs: &[PackedDesc]) -> Option<u16> {
         let num = u16::try_from(descs.len()).ok()?;
-        let held = self.held.checked_add(num).filter(|held| *held <= self.ring_size)?;
+        let descs_in_flight =
+            self.descs_in_flight.checked_add(num).filter(|descs_in_flight| *descs_in_flight <= self.ring_size)?;
         if num == 0 || !self.batch.is_empty() {
             return None;
         }
@@ -129,7 +130,7 @@ impl<S: StoreSink> PackedInflight<S> {
         self.sink.u32(FREE_HEAD_AT, pair(free, free));
         self.sink.u8(entry(head) + INFLIGHT, 1);
         self.counter = self.counter.wrapping_add(1);
-        (self.free_head, self.held) = (free, held);
+        (self.free_head, self.descs_in_flight) = (free, descs_in_flight);
         Some(head)
     }
 
@@ -144,7 +145,7 @@ impl<S: StoreSink> PackedInflight<S> {
         let Some(num) = self.free(head) else { return };
         self.sink.u8(entry(head) + INFLIGHT, 0);
         self.sink.u32(FREE_HEAD_AT, pair(head, head));
-        self.held = self.held.saturating_sub(num);
+        self.descs_in_flight = self.descs_in_flight.saturating_sub(num);
     }
 
     /// Puts the request named `head` into the batch that the ring publishes next. Others than those in flight are left
@@ -155,7 +156,7 @@ impl<S: StoreSink> PackedInflight<S> {
         self.sink.u16(FREE_HEAD_AT, head);
         let used = self.used.get().after(num, self.ring_size);
         self.used = used.into();
-        self.held = self.held.saturating_sub(num);
+        self.descs_in_flight = self.descs_in_flight.saturating_sub(num);
         self.sink.u64(USED_AT, used_word(used, self.committed.get()));
         self.batch.push(head);
     }
@@ -325,9 +326,9 @@ pub fn recover_packed(
     if !is_list || free.iter().zip(&busy).any(|(free, busy)| free == busy) {
         free_head = relist(&busy, &mut links, &mut stores);
     }
-    let held = links.iter().map(|link| link.num).sum();
-    let avail = used.after(held, ring_size);
-    let stale = (1..held).filter_map(|offset| {
+    let descs_in_flight = links.iter().map(|link| link.num).sum();
+    let avail = used.after(descs_in_flight, ring_size);
+    let stale = (1..descs_in_flight).filter_map(|offset| {
         let Position { index, wrap } = used.after(offset, ring_size);
         let flags = flags_of(index);
         (used_bit(flags) == wrap).then(|| (index, available(flags, wrap)))

@@ -6,15 +6,15 @@
 
 mod extent;
 mod iotlb;
+mod iova_window;
 mod region;
 pub(crate) mod userfault;
-mod window;
 
 pub use extent::{Extent, ExtentFinder};
 pub use iotlb::{Access, Iotlb, IotlbError, IotlbMiss, TranslationError, invalidated};
+pub use iova_window::{IovaWindow, RingArea, overlap};
 pub use region::{Region, sealed_memfd};
 pub use userfault::{Userfault, UserfaultError};
-pub use window::{IovaWindow, RingArea, overlap};
 
 use std::fmt;
 use std::io;

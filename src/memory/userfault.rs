@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use nix::errno::Errno;
 
 use super::Region;
-use crate::sys::shared;
+use crate::sys::nonblocking;
 
 /// Why pages can't come when they are touched.
 #[derive(Debug, thiserror::Error)]
@@ -132,7 +132,7 @@ impl Userfault {
         const EVENT_PAGEFAULT: u8 = 0x12;
         let mut message = [0; 32];
         loop {
-            match shared::read(self.0.as_fd(), &mut message) {
+            match nonblocking::read(self.0.as_fd(), &mut message) {
                 Ok(_) if message.first() == Some(&EVENT_PAGEFAULT) => {
                     let address = message.get(16..24).and_then(|bytes| bytes.try_into().ok());
                     return Ok(address.map(u64::from_ne_bytes));

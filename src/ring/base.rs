@@ -32,13 +32,13 @@ impl RingBase {
     }
 
     /// The base of a ring that has never been used, of the kind that the negotiated `features` say.
-    pub fn start(features: u64) -> RingBase {
+    pub fn initial(features: u64) -> RingBase {
         if features & bit(VIRTIO_F_RING_PACKED) == 0 { RingBase::split(0) } else { RingBase::PACKED_START }
     }
 
     /// Whether a ring that has never been used may have this base.
-    pub fn is_start(self, features: u64) -> bool {
-        let (start, packed) = (RingBase::start(features), features & bit(VIRTIO_F_RING_PACKED) != 0);
+    pub fn is_initial(self, features: u64) -> bool {
+        let (start, packed) = (RingBase::initial(features), features & bit(VIRTIO_F_RING_PACKED) != 0);
         self == start
             || packed && (self.packed_avail(), self.packed_used()) == (start.packed_avail(), start.packed_used())
     }

@@ -12,7 +12,7 @@ mod error;
 mod in_order;
 mod iommu;
 pub mod packed;
-mod slots;
+mod shared_array;
 pub mod split;
 
 pub use base::RingBase;

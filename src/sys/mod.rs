@@ -2,11 +2,11 @@
 //! listening at a path, all that comes through a pipe. Each is behind a safe function.
 
 pub(crate) mod join;
-pub(crate) mod lines;
 pub(crate) mod listen;
+pub(crate) mod log_limit;
+pub(crate) mod nonblocking;
 pub(crate) mod pipe;
 pub(crate) mod random;
-pub(crate) mod shared;
 pub(crate) mod socket;
 pub(crate) mod write_back;
 pub(crate) mod xattr;

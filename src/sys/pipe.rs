@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::shared::{is_stream, read, write};
+use super::nonblocking::{is_stream, read, write};
 
 /// Most bytes of a device's state.
 pub(crate) const MAX_STATE: usize = 16 << 20;

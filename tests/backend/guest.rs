@@ -130,7 +130,7 @@ impl Ring {
 
     /// The base of a ring that was never used.
     pub(crate) fn start(&self) -> u32 {
-        RingBase::start(self.features).bits()
+        RingBase::initial(self.features).bits()
     }
 
     /// The base after the first `requests`, each of `slots` descriptors.
@@ -271,7 +271,7 @@ impl Predecessor {
     pub(crate) fn of(ring: &Ring, guest: &Guest, region: &inflight::InflightRegion, count: usize) -> Predecessor {
         let SplitLayout { size, desc, avail, used } = ring.layout;
         let layout = RingLayout::new(ring.features, size, desc, avail, used);
-        let (index, base) = (ring.index as u16, RingBase::start(ring.features));
+        let (index, base) = (ring.index as u16, RingBase::initial(ring.features));
         let mut device = DeviceRing::new(&guest.memory, layout, ring.features, base).unwrap();
         let mut region = match &device {
             DeviceRing::Split(_) => Tracker::Split(region.split(index, size, 0).unwrap().0),

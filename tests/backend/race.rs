@@ -150,7 +150,7 @@ fn race(server: &Server, features: u64, count: u32) {
             }
             for ring in &rings {
                 let avail = u16::from_le_bytes(guest.bytes(ring.layout.avail + 2, 2).try_into().unwrap());
-                let base = if packed { RingBase::start(features) } else { RingBase::split(avail) };
+                let base = if packed { RingBase::initial(features) } else { RingBase::split(avail) };
                 if !packed {
                     guest.memory.write(ring.layout.used + 2, &avail.to_le_bytes()).unwrap();
                 }

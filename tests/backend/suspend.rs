@@ -56,7 +56,7 @@ impl Scene {
         let ring = Ring::new(&guest, 0, SIZE, features);
         let mut scene = Scene { server, gate, guest, client, ring, region, fd, log, features, protocol };
         scene.give_region();
-        scene.ring.set_up(&scene.client, &scene.guest, RingBase::start(features).bits());
+        scene.ring.set_up(&scene.client, &scene.guest, RingBase::initial(features).bits());
         start_logging(&scene.client, &scene.guest, features, &mut [&mut scene.ring], 0x30_0000);
         scene.ring.enable(&scene.client, true);
         scene.add(0..COUNT);

@@ -105,7 +105,7 @@ impl Rig {
         let fds = (0..2).map(|_| [eventfd(), eventfd()]).collect();
         let device = connect(&socket, features, &memory);
         let mut rig = Rig { device, memory, rings, layouts, fds, next: 0, testpmd, socket, _lab: lab };
-        let start = RingBase::start(features);
+        let start = RingBase::initial(features);
         rig.start([start, start]);
         for slot in 0..SIZE / 2 {
             rig.offer(slot);

@@ -23,7 +23,7 @@ use crate::abi::virtio::{
 };
 use crate::backend::disk_io::{Engine, Io, Op, Way};
 use crate::backend::{Queue, Request, counters};
-use crate::sys::lines::limited;
+use crate::sys::log_limit::limited;
 
 const HEADER: u64 = size_of::<BlkRequestHeader>() as u64;
 

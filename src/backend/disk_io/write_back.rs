@@ -9,7 +9,7 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use super::Files;
-use crate::sys::lines::limited;
+use crate::sys::log_limit::limited;
 use crate::sys::write_back::begin_write_back;
 
 /// Pause between two orders to the disk to begin with what has been written since.

@@ -43,7 +43,7 @@ use crate::abi::virtio::{
     VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ,
     VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
 };
-use crate::sys::lines::limited;
+use crate::sys::log_limit::limited;
 
 /// Most queue pairs: a vhost-user message names one of 256 rings.
 pub const MAX_PAIRS: u16 = 127;

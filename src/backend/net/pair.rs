@@ -27,7 +27,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use super::NetError;
 use super::wire::{Hub, Wire};
 use crate::sys::join::join;
-use crate::sys::lines::limited;
+use crate::sys::log_limit::limited;
 
 /// How long to wait before the other end is looked for again, in milliseconds.
 const RETRY_MS: u16 = 100;

@@ -15,7 +15,7 @@ use tracing::debug;
 
 use super::wire::{HEADER, Hub, MAX_FRAME, View, Wire, count};
 use crate::backend::{Queue, Request};
-use crate::sys::lines::limited;
+use crate::sys::log_limit::limited;
 
 /// Packets looked at before orders are: more than that may not be for the guest.
 const BATCH: usize = 256;

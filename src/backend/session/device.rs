@@ -11,7 +11,7 @@ use super::super::transfer::Transfer;
 use super::super::{BackendError, Message, Reply};
 use super::Session;
 use crate::abi::vhost_user::{ConfigHeader, InflightDescription, Request as Code, VHOST_USER_MAX_CONFIG_SIZE, own};
-use crate::sys::lines::limited;
+use crate::sys::log_limit::limited;
 use crate::{abi::virtio, inflight};
 
 impl Session {

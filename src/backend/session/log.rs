@@ -9,7 +9,7 @@ use super::ring::{Ring, logs_used};
 use super::{LOG_ALL, Logging, Rings, Session};
 use crate::abi::vhost_user::LogDescription;
 use crate::dirty::Log;
-use crate::sys::lines::limited;
+use crate::sys::log_limit::limited;
 
 impl Session {
     pub(super) fn set_log_base(

@@ -33,7 +33,7 @@ use crate::dirty::{Log, LogSignal};
 use crate::inflight;
 use crate::memory::{Iotlb, Memory};
 use crate::ring::RingBase;
-use crate::sys::lines::limited;
+use crate::sys::log_limit::limited;
 use device::config_bytes;
 use memory::regions_of;
 use ring::Ring;

@@ -13,7 +13,7 @@ use crate::abi::vhost_user::{
 };
 use crate::memory::Memory;
 use crate::ring::{RingBase, RingLayout};
-use crate::sys::lines::limited;
+use crate::sys::log_limit::limited;
 
 /// One ring, as the front-end set it up; addresses are the front-end's.
 #[derive(Debug, Default)]

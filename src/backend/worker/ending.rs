@@ -9,7 +9,7 @@ use nix::poll::PollTimeout;
 use super::super::{Request, Setup};
 use super::{Order, Worker, wait_for};
 use crate::ring::{Chain, RingBase};
-use crate::sys::lines::limited;
+use crate::sys::log_limit::limited;
 
 /// How long a drain waits before it asks the device's queue again, in milliseconds.
 const RETRY_MS: u8 = 100;

@@ -31,7 +31,7 @@ use super::{BackendError, Kick, Notifier, Queue, Request};
 use crate::abi::bit;
 use crate::abi::virtio::VIRTIO_F_IN_ORDER;
 use crate::ring::{DeviceRing, RingError};
-use crate::sys::lines::limited;
+use crate::sys::log_limit::limited;
 use in_order::InOrder;
 
 pub(super) use ending::{End, Left};

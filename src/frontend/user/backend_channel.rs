@@ -29,8 +29,8 @@ use super::wake;
 use crate::abi::vhost::{VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_MISS};
 use crate::abi::vhost_user::{BackendRequest, Header, IotlbMsg, Request, VRING_IDX_MASK, VringArea, VringState};
 use crate::memory::Access;
-use crate::sys::lines::limited;
-use crate::sys::{join::join, shared, socket};
+use crate::sys::log_limit::limited;
+use crate::sys::{join::join, nonblocking, socket};
 
 /// Longest message, bytes: more than any has.
 const MAX_PAYLOAD: usize = 4096;
@@ -313,7 +313,7 @@ impl Shared {
         let rings = lock(&self.rings);
         let is_heeded = |ring: &Heeded| ring.kicks && Arc::ptr_eq(&ring.setup.kick, kick);
         // Taken before it is sent: one that comes in between is another one.
-        if !rings.get(&index).is_some_and(is_heeded) || shared::take(kick.as_fd()).is_err() {
+        if !rings.get(&index).is_some_and(is_heeded) || nonblocking::take(kick.as_fd()).is_err() {
             return true;
         }
         let state = VringState { index: index.into(), num: 0 };

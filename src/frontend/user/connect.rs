@@ -17,7 +17,7 @@ use crate::abi::bit;
 use crate::abi::vhost_user::{
     Request, VHOST_MEMORY_BASELINE_NREGIONS, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature,
 };
-use crate::sys::lines::limited;
+use crate::sys::log_limit::limited;
 
 /// Waits between attempts to connect.
 pub(super) const BACK_OFF: std::ops::RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_millis(100);

@@ -15,7 +15,7 @@ use crate::abi::vhost::{VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_UPDATE};
 use crate::abi::vhost_user::{Header, IotlbMsg, Request};
 use crate::abi::virtio::VIRTIO_F_ACCESS_PLATFORM;
 use crate::memory::{Access, LOG_PAGE, Memory};
-use crate::sys::lines::limited;
+use crate::sys::log_limit::limited;
 
 /// The VMM's IOMMU, and the memory that its mappings lead to; it outlives connections.
 ///

@@ -39,8 +39,8 @@ use crate::abi::virtio::VIRTIO_F_RING_PACKED;
 use crate::dirty::Log;
 use crate::memory::{Memory, MemoryError, Region};
 use crate::ring::{RingBase, RingLayout};
-use crate::sys::lines::limited;
-use crate::sys::shared;
+use crate::sys::log_limit::limited;
+use crate::sys::nonblocking;
 use backend_channel::{Ear, Events};
 use connect::{BACK_OFF, Offer, greet, until};
 use connection::{Caught, Channel, Late, MOST_POSTED, Reply};
@@ -905,5 +905,5 @@ impl UserDevice {
 
 /// Signals an eventfd of a ring, which the back-end has too.
 fn wake(eventfd: &OwnedFd) {
-    let _ = shared::signal(eventfd.as_fd());
+    let _ = nonblocking::signal(eventfd.as_fd());
 }

@@ -13,8 +13,8 @@ use crate::ring::iommu::are_marked;
 use crate::ring::{Buffer, Chain, RingBase, RingError, RingIommu, RingLog};
 
 use super::{
-    EVENT_ALIGN, NotifyCondition, PackedAreas, PackedLayout, Position, PositionBits, event_at, event_bits, half_bits,
-    is_avail, passes_position, position, wish,
+    EVENT_ALIGN, NotifyCondition, PackedAreas, PackedLayout, Position, PositionBits, deduce, event_at, event_bits,
+    half_bits, is_avail, notify_condition, passes_position,
 };
 
 const DESC_BYTES: u64 = size_of::<PackedDesc>() as u64;
@@ -184,7 +184,7 @@ impl PackedDevice {
         let old = std::mem::replace(&mut self.published, self.next_used).get();
         // Only now, after the fence: a driver that is about to sleep either sees the first descriptor or is seen here.
         let decided = std::mem::replace(&mut self.decided, true);
-        match wish(&self.areas.driver, self.event_idx) {
+        match notify_condition(&self.areas.driver, self.event_idx) {
             NotifyCondition::Nothing => false,
             NotifyCondition::All => true,
             NotifyCondition::At(event) => {
@@ -238,7 +238,7 @@ impl PackedDevice {
     /// Returns the position at which the ring stands, as its descriptors tell (rule I12); `None` if they do not tell. The
     /// ring has to be drained, and its device has used every request by a descriptor of its own, not as IN_ORDER allows.
     pub fn standing_at(&self) -> Option<Position> {
-        position::of(&self.areas.descs(self.layout.size))
+        deduce::used_position(&self.areas.descs(self.layout.size))
     }
 
     /// Goes on where the descriptors tell, if that is elsewhere (rule I12): for a front-end that may have lost the base.
@@ -249,12 +249,12 @@ impl PackedDevice {
     pub fn find_position(&mut self) -> Result<bool, RingError> {
         let used = self.published.get();
         let descs = self.areas.descs(self.layout.size);
-        match position::of(&descs) {
+        match deduce::used_position(&descs) {
             // A ring that no driver has written to tells nothing.
-            Some(position) if position != used && !descs.iter().all(position::is_blank) => {
+            Some(position) if position != used && !descs.iter().all(deduce::is_blank) => {
                 self.set_positions(position, position).map(|()| true)
             }
-            None if position::contradicts(&descs, used) => {
+            None if deduce::contradicts(&descs, used) => {
                 Err(RingError::StaleBase { index: used.index, wrap: used.wrap })
             }
             _ => Ok(false),

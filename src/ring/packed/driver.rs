@@ -15,12 +15,12 @@ use crate::abi::virtio::{
 };
 use crate::memory::Memory;
 use crate::ring::chain::MAX_BUFFERS;
-use crate::ring::slots::SharedArray;
+use crate::ring::shared_array::SharedArray;
 use crate::ring::{Buffer, InOrderState, RingError, UsedBuffer};
 
 use super::{
-    NotifyCondition, PackedAreas, PackedLayout, Position, event_at, event_bits, half_bits, is_used, passes_position,
-    wish,
+    NotifyCondition, PackedAreas, PackedLayout, Position, event_at, event_bits, half_bits, is_used, notify_condition,
+    passes_position,
 };
 
 /// A request of a packed ring without a completion.
@@ -225,7 +225,7 @@ impl PackedDriver {
         self.published = new;
         // The device either sees the new descriptors before it sleeps, or its wish for a kick is seen here.
         fence(Ordering::SeqCst);
-        match wish(&self.areas.device, self.event_idx) {
+        match notify_condition(&self.areas.device, self.event_idx) {
             NotifyCondition::Nothing => false,
             NotifyCondition::All => true,
             NotifyCondition::At(event) => {

@@ -2,9 +2,9 @@
 //!
 //! [`PackedDevice`] is the device's side, [`PackedDriver`] the driver's.
 
+mod deduce;
 mod device;
 mod driver;
-mod position;
 
 pub use device::PackedDevice;
 pub use driver::{PackedDriver, PackedDriverRequest, PackedDriverState};
@@ -19,7 +19,7 @@ use crate::abi::virtio::{
 };
 use crate::memory::Memory;
 
-use super::slots::SharedArray;
+use super::shared_array::SharedArray;
 use super::{RingError, passes};
 
 const AVAIL: u16 = 1 << PACKED_DESC_F_AVAIL;
@@ -257,7 +257,7 @@ enum NotifyCondition {
 
 /// Reads the event area of the other side. Values that mean nothing are taken as a wish for every notification.
 #[inline]
-fn wish(area: &SharedArray<AtomicU32>, event_idx: bool) -> NotifyCondition {
+fn notify_condition(area: &SharedArray<AtomicU32>, event_idx: bool) -> NotifyCondition {
     let event = u32::from_le(area.nth(0).load(Ordering::Relaxed));
     match (event >> 16) as u16 & EVENT_FLAGS {
         PACKED_EVENT_FLAG_DISABLE => NotifyCondition::Nothing,

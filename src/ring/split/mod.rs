@@ -19,7 +19,7 @@ use crate::abi::virtio::{
 use crate::memory::Memory;
 
 use super::RingError;
-use super::slots::SharedArray;
+use super::shared_array::SharedArray;
 
 /// Size and guest-physical addresses of a split ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

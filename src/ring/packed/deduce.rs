@@ -17,7 +17,7 @@ use super::{AVAIL, Position, USED};
 use crate::abi::virtio::{DESC_F_NEXT, PackedDesc};
 
 /// Returns the position that the ring of these descriptors stands at if it can be nothing else.
-pub(super) fn of(descs: &[PackedDesc]) -> Option<Position> {
+pub(super) fn used_position(descs: &[PackedDesc]) -> Option<Position> {
     let bits: Vec<(bool, bool)> = descs.iter().map(bits).collect();
     let &(_, first) = bits.first()?;
     let (index, wrap) = match bits.iter().position(|(_, used)| *used != first) {
@@ -101,7 +101,7 @@ mod tests {
                     let (round, index) = (used / u32::from(size), (used % u32::from(size)) as u16);
                     let position = Position { index, wrap: round.is_multiple_of(2) };
                     let descs = ring(size, used, available);
-                    let found = of(&descs);
+                    let found = used_position(&descs);
                     // With ids that come again at once, it can't be told from the rest of a chain.
                     assert!(found == Some(position) || size == 2 && found.is_none(), "{size} {used} {available}");
                     assert!(!contradicts(&descs, position));
@@ -113,16 +113,16 @@ mod tests {
     #[test]
     fn what_may_be_the_rest_of_a_chain_tells_nothing() {
         let mut descs = ring(8, 3, 1);
-        assert_eq!(of(&descs), Some(Position { index: 3, wrap: true }));
+        assert_eq!(used_position(&descs), Some(Position { index: 3, wrap: true }));
         descs[3].id = descs[2].id;
-        assert_eq!(of(&descs), None);
+        assert_eq!(used_position(&descs), None);
         let mut descs = ring(8, 3, 2);
         descs[4].flags = (descs[4].flags.get() | DESC_F_NEXT).into();
-        assert_eq!(of(&descs), None);
+        assert_eq!(used_position(&descs), None);
         // A used request that stands behind what is available.
         let mut descs = ring(8, 11, 0);
         descs.swap(2, 5);
-        assert_eq!(of(&descs), None);
+        assert_eq!(used_position(&descs), None);
     }
 
     #[test]
@@ -140,6 +140,6 @@ mod tests {
         assert!(!contradicts(&descs, base));
         descs[5] = PackedDesc { addr: 4096.into(), len: 1.into(), id: 0.into(), flags: base.avail_flags().into() };
         assert!(!contradicts(&descs, base));
-        assert_eq!(of(&descs), None);
+        assert_eq!(used_position(&descs), None);
     }
 }

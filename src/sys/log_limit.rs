@@ -51,7 +51,7 @@ impl LogLimit {
 /// A line for the log at `level`, unless too many came from this place of late.
 macro_rules! limited {
     ($level:ident, $($line:tt)+) => {{
-        static LIMIT: $crate::sys::lines::LogLimit = $crate::sys::lines::LogLimit::new();
+        static LIMIT: $crate::sys::log_limit::LogLimit = $crate::sys::log_limit::LogLimit::new();
         if let Some(left_out) = LIMIT.admit() {
             if left_out > 0 {
                 tracing::$level!("{left_out} lines like the next were left out");
