@@ -1,13 +1,14 @@
-//! The tables of `docs/protocol.md` leave out nothing that has a number, and each role that says yes names tests that are there
-//! and speak of it.
+//! `docs/protocol.md` against the tree: its tables of messages and features are complete, each obligation has a test or a
+//! reason why not, and every citation of a rule names one that exists.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use rstest::rstest;
 use vhost_migrate::abi::vhost_user::{BackendRequest, Request, protocol_feature};
+use vhost_migrate::check::RULES;
 
 const PAGE: &str = include_str!("../docs/protocol.md");
 const VIRTIO: &str = include_str!("../src/abi/virtio.rs");
@@ -117,4 +118,170 @@ fn the_files_that_are_named_are_there() {
     for name in named {
         assert!(path(name).exists(), "{name}");
     }
+}
+
+/// A rule of the page: a section with numbered obligations, their tests, and reasons for those without.
+struct Rule {
+    id: &'static str,
+    subject: &'static str,
+    text: &'static str,
+}
+
+impl Rule {
+    /// Numbers and texts of the obligations.
+    fn obligations(&self) -> Vec<(&'static str, &'static str)> {
+        let bullets = self.text.split("\n- **").skip(1);
+        bullets
+            .map(|bullet| bullet.split("\n\n").next().unwrap().split_once("** ").expect("a number and a text"))
+            .collect()
+    }
+
+    /// The obligations that a paragraph with this title names in parentheses.
+    fn named(&self, title: &str) -> BTreeSet<String> {
+        let paragraphs = self.text.split("\n\n").flat_map(|paragraph| paragraph.split("\nNot tested:"));
+        let named = paragraphs.filter(|paragraph| paragraph.starts_with(title)).flat_map(|paragraph| {
+            paragraph.split('(').skip(1).flat_map(|part| expand(part.split([')', ':']).next().unwrap()))
+        });
+        named.collect()
+    }
+
+    /// The obligations of the paragraph "Not tested", each followed by a reason in parentheses.
+    fn excused(&self) -> BTreeSet<String> {
+        let Some((_, reasons)) = self.text.split_once("\nNot tested: ") else { return BTreeSet::new() };
+        let excuses = reasons.split("\n\n").next().unwrap().split("), ");
+        let excuses = excuses.map(|excuse| excuse.split_once(" (").expect("a number and a reason"));
+        excuses
+            .inspect(|(id, reason)| assert!(reason.len() > 20, "{id} needs a reason"))
+            .flat_map(|(id, _)| expand(id))
+            .collect()
+    }
+}
+
+/// `R3.1, R3.3 to R3.5` one by one.
+fn expand(list: &str) -> Vec<String> {
+    let one = |part: &str| {
+        let ends: Vec<_> = part.split_whitespace().filter(|word| *word != "to").collect();
+        let (first, last) = (ends.first().copied().unwrap_or_default(), ends.last().copied().unwrap_or_default());
+        let numbers = number(first).zip(number(last)).into_iter().flat_map(|(first, last)| first..=last);
+        let rule = first.split('.').next().unwrap_or_default().to_owned();
+        numbers.map(move |number| format!("{rule}.{number}")).collect::<Vec<_>>()
+    };
+    list.split(", ").flat_map(one).collect()
+}
+
+/// The number of an obligation within its rule.
+fn number(id: &str) -> Option<u32> {
+    id.split_once('.')?.1.parse().ok()
+}
+
+fn rules() -> Vec<Rule> {
+    let sections = PAGE.split("\n## ").flat_map(|part| part.split("\n### ").skip(1));
+    let rules = sections.map(|section| {
+        let (title, text) = section.split_once('\n').unwrap();
+        let (id, subject) = title.split_once(' ').unwrap();
+        Rule { id, subject, text }
+    });
+    rules.collect()
+}
+
+#[test]
+fn obligations_are_numbered_without_gaps_and_have_at_most_three_lines() {
+    let rules = rules();
+    assert!(rules.len() > 50);
+    for rule in rules {
+        let obligations = rule.obligations();
+        assert!(!obligations.is_empty(), "{} has no obligations", rule.id);
+        for ((id, text), expected) in obligations.into_iter().zip(1..) {
+            assert_eq!(id, format!("{}.{expected}", rule.id));
+            let is_short = text.lines().count() <= 3 && text.lines().all(|line| line.chars().count() <= 120);
+            assert!(is_short, "{id} has more than three lines of 120 characters");
+        }
+    }
+}
+
+#[test]
+fn every_obligation_has_a_test_or_a_reason_why_not() {
+    for rule in rules() {
+        let obligations: BTreeSet<_> = rule.obligations().iter().map(|(id, _)| (*id).to_owned()).collect();
+        let (tested, excused) = (rule.named("Tests:"), rule.excused());
+        assert_eq!(&tested | &excused, obligations, "{}", rule.id);
+        assert!(tested.is_disjoint(&excused), "{}: tested and not tested", rule.id);
+    }
+}
+
+#[test]
+fn a_rule_has_the_same_subject_here_and_in_the_report_of_a_check() {
+    let lower = |text: &str| text.to_lowercase();
+    let page: BTreeMap<_, _> = rules().iter().map(|rule| (rule.id, lower(rule.subject))).collect();
+    for (id, subject) in RULES {
+        assert_eq!(page.get(id), Some(&lower(subject)), "{id}");
+    }
+}
+
+/// All Rust and Markdown files, and scripts.
+fn sources() -> Vec<PathBuf> {
+    let mut files = vec![path("README.md"), path("CHANGELOG.md")];
+    let mut folders: Vec<_> =
+        ["src", "bin", "tests", "docs", "benches", "examples", "fuzz/fuzz_targets"].map(path).to_vec();
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).unwrap().map(Result::unwrap) {
+            let (path, kind) = (entry.path(), entry.file_type().unwrap());
+            let is_text = path.extension().is_none_or(|extension| extension == "rs" || extension == "md");
+            match kind {
+                _ if kind.is_dir() => folders.push(path),
+                _ if is_text => files.push(path),
+                _ => {}
+            }
+        }
+    }
+    files
+}
+
+/// True if this has the form of a rule (`R3`) or of an obligation (`R3.2`).
+fn is_id(word: &str) -> bool {
+    let Some(numbers) = word.strip_prefix(|c: char| "FBRTLIMCDPG".contains(c)) else { return false };
+    let mut numbers = numbers.split('.');
+    let is_number = |number: &str| (1..=2).contains(&number.len()) && number.bytes().all(|byte| byte.is_ascii_digit());
+    let is_first = numbers.next().is_some_and(is_number);
+    is_first && numbers.next().is_none_or(is_number) && numbers.next().is_none()
+}
+
+/// What a text cites: obligations anywhere, and rules behind the word "rule" or "rules", alone or in a list.
+fn citations(text: &str) -> impl Iterator<Item = &str> {
+    let words = text.split(|c: char| c != '.' && !c.is_ascii_alphanumeric()).map(|word| word.trim_matches('.'));
+    let mut listed = false;
+    words.filter(|word| !word.is_empty()).filter(move |word| {
+        let is_id = is_id(word);
+        listed = matches!(*word, "rule" | "rules" | "Rule" | "Rules")
+            || listed && (is_id || matches!(*word, "and" | "to" | "or"));
+        is_id && (listed || word.contains('.'))
+    })
+}
+
+#[test]
+fn a_citation_is_found_in_every_form() {
+    let of = |text| citations(text).collect::<Vec<_>>();
+    assert_eq!(of("as it must (rule L10)."), ["L10"]);
+    assert_eq!(of("(rules B1 and B3.1), T2"), ["B1", "B3.1", "T2"]);
+    assert_eq!(of("Rule R3, and\n/// then (P1.4), but F16 is a type"), ["R3", "P1.4"]);
+    assert_eq!(of("rule: \"I3.2\", size: R8"), ["I3.2"]);
+}
+
+#[test]
+fn every_citation_names_a_rule_or_an_obligation_that_exists() {
+    let known: BTreeSet<_> =
+        rules().iter().flat_map(|rule| rule.obligations().into_iter().map(|(id, _)| id).chain([rule.id])).collect();
+    let mut count = 0;
+    for file in sources().iter().filter(|file| !file.ends_with("tests/protocol_table.rs")) {
+        let text = fs::read_to_string(file).unwrap();
+        let cited: Vec<_> = citations(&text).collect();
+        count += cited.len();
+        let unknown: BTreeSet<_> = cited.into_iter().filter(|id| !known.contains(id)).collect();
+        assert!(unknown.is_empty(), "{} cites {unknown:?}, which docs/protocol.md does not have", file.display());
+    }
+    assert!(count > 500, "only {count} citations");
+    // Within the page, rules are cited without that word.
+    let words = PAGE.split(|c: char| c != '.' && !c.is_ascii_alphanumeric()).map(|word| word.trim_matches('.'));
+    let unknown: BTreeSet<_> = words.filter(|word| is_id(word) && !known.contains(word)).collect();
+    assert_eq!(unknown, BTreeSet::new());
 }

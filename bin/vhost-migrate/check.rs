@@ -148,10 +148,10 @@ fn wants_colours() -> bool {
 /// Runs the command.
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
     if let Some(explanation) = &arguments.explain {
-        let Explanation { rule, consequence, meaning, remedy } = explanation;
+        let Explanation { consequence, meaning, remedy, .. } = explanation;
         let (text, broken) = (explanation.text(), consequence.words());
         // The reader may have gone.
-        let _ = writeln!(io::stdout(), "{rule}: {text}\n\nIf broken: {broken}. {meaning}\n\nRemedy: {remedy}");
+        let _ = writeln!(io::stdout(), "{text}\n\nIf broken: {broken}. {meaning}\n\nRemedy: {remedy}");
         return ExitCode::SUCCESS;
     }
     let (strict, stop) = (arguments.strict, Stop::default());

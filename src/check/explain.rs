@@ -440,12 +440,22 @@ pub fn explain(id: &str) -> Result<Explanation, CheckError> {
 }
 
 impl Explanation {
-    /// The rule, word by word.
-    pub fn text(&self) -> &'static str {
-        let mut rows = PROTOCOL.lines().filter_map(|line| line.strip_prefix("| ")?.split_once(" | "));
-        let text = rows.find(|(id, _)| *id == self.rule).map_or("", |(_, text)| text);
-        text.trim_end_matches('|').trim_end()
+    /// The obligations of the rule in the words of `docs/protocol.md`, each with its number and on a line of its own.
+    pub fn text(&self) -> String {
+        let heading = format!("\n### {} ", self.rule);
+        let section = PROTOCOL.split_once(&heading).map_or("", |(_, section)| section);
+        let section = section.split("\n\nTests:").next().unwrap_or_default();
+        let bullets = section.split("\n- **").skip(1);
+        let obligations = bullets.map(|bullet| plain(bullet.split("\n\n").next().unwrap_or_default()));
+        obligations.collect::<Vec<_>>().join("\n")
     }
+}
+
+/// One line, without the emphasis of Markdown.
+fn plain(markdown: &str) -> String {
+    let words: Vec<&str> = markdown.split_whitespace().collect();
+    let line = words.join(" ").replace("**", "").replace("*(seen)*", "(seen)").replace(" *", " ");
+    line.trim_end_matches('*').to_owned()
 }
 
 /// What comes of a broken rule.
@@ -462,12 +472,14 @@ mod tests {
     fn every_rule_has_its_text_its_meaning_and_its_remedy() {
         for (id, _) in RULES {
             let explanation = explain(&id.to_lowercase()).unwrap();
-            for part in [explanation.text(), explanation.meaning, explanation.remedy] {
+            for part in [&*explanation.text(), explanation.meaning, explanation.remedy] {
                 assert!(part.len() > 20 && part.ends_with(['.', ')']), "{id}: {part}");
+                assert!(!part.contains("**"), "{id}: {part}");
             }
         }
         assert_eq!(EXPLANATIONS.len(), RULES.len());
-        assert!(explain("R3").unwrap().text().starts_with("GET_VRING_BASE stops the ring."));
+        let text = explain("R3").unwrap().text();
+        assert!(text.starts_with("R3.1 GET_VRING_BASE stops the ring.\nR3.2 Before the reply"), "{text}");
         assert!(explain("X1").is_err());
     }
 }
