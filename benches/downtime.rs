@@ -22,7 +22,7 @@ use vhost_migrate::migrate::{
     ASK_FOR, Arrival, GuestArrival, GuestMachine, Incoming, Machine, MachineError, Outcomes, Plan, Policy,
     RegionLayout, Report, SWITCHOVER_TIMEOUT, migrate, receive,
 };
-use vhost_migrate::stream::{Cancel, Codec, Listener, Options, transport};
+use vhost_migrate::stream::{CancelToken, Codec, StreamListener, StreamOptions, transport};
 
 const MIB: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -87,7 +87,7 @@ impl Arrival for TimedArrival {
         timed(&mut self.1, "restore", || self.0.restore(state))
     }
 
-    fn start(&mut self, run: bool, cancel: &Cancel) -> Result<Option<u64>, MachineError> {
+    fn start(&mut self, run: bool, cancel: &CancelToken) -> Result<Option<u64>, MachineError> {
         timed(&mut self.1, "start", || self.0.start(run, cancel))
     }
 }
@@ -164,7 +164,7 @@ fn config(disks: usize) -> GuestConfig {
 fn trip(guest: Guest, hosts: &Hosts, to: usize) -> (Guest, Report, Times) {
     let uri = format!("unix:{}", hosts.folder.path().join("migration").display()).parse().unwrap();
     let outcomes = Outcomes::default();
-    let incoming = Incoming::start(Listener::bind(&uri).unwrap(), outcomes.clone()).unwrap();
+    let incoming = Incoming::start(StreamListener::bind(&uri).unwrap(), outcomes.clone()).unwrap();
     let guest = Mutex::new(Some(guest));
     let plan = Plan {
         policy: Policy { downtime: PATIENCE, max_rounds: 100 },
@@ -174,7 +174,7 @@ fn trip(guest: Guest, hosts: &Hosts, to: usize) -> (Guest, Report, Times) {
         switchover_timeout: None,
         continue_here: false,
     };
-    let options = Options { channels: 2, ..Options::new().unwrap() };
+    let options = StreamOptions { channels: 2, ..StreamOptions::new().unwrap() };
     std::thread::scope(|scope| {
         let destination = scope.spawn(|| {
             let arriving = incoming.next().unwrap().unwrap();

@@ -35,8 +35,8 @@ use vhost_migrate::migrate::{
 };
 use vhost_migrate::stream::transport::connect;
 use vhost_migrate::stream::{
-    Cancel, ChannelId, Codec, Decoder, Encoder, FrameReader, FrameWriter, Listener, MigrationId, Options, StreamError,
-    Target, Uri, owned_by,
+    CancelToken, ChannelId, Codec, FrameReader, FrameWriter, IncomingMemory, MigrationId, PageDecoder, PageEncoder,
+    StreamError, StreamListener, StreamOptions, Uri, owned_by,
 };
 
 const TEXT: [&[u8; 8]; 8] =
@@ -93,9 +93,9 @@ fn main() {
         row(&format!("encode, 1 thread, {codec}"), runs, &guests, &|guest| encode(guest, codec));
         row(&format!("decode, 1 thread, {codec}"), runs, &guests, &|guest| decode(guest, codec));
         let socket = std::env::temp_dir().join(format!("stream-bench-{}", std::process::id()));
-        let unix = Listener::bind(&Uri::Unix(socket)).unwrap();
+        let unix = StreamListener::bind(&Uri::Unix(socket)).unwrap();
         row(&format!("unix, {codec}"), runs, &guests, &|guest| end_to_end(guest, &unix, codec));
-        let tcp = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+        let tcp = StreamListener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
         row(&format!("tcp loopback, {codec}"), runs, &guests, &|guest| end_to_end(guest, &tcp, codec));
     }
     let wire: Vec<_> = guests.iter().map(|guest| format!("{:.0}", guest.wire(Codec::Zstd(1)) as f64 / 1e6)).collect();
@@ -149,7 +149,7 @@ impl Guest {
 
     fn wire(&self, codec: Codec) -> u64 {
         let mut writer = FrameWriter::new(std::io::sink(), ID);
-        Encoder::new(codec).unwrap().send(&self.source, [0..self.pages], &mut writer).unwrap().wire_bytes
+        PageEncoder::new(codec).unwrap().send(&self.source, [0..self.pages], &mut writer).unwrap().wire_bytes
     }
 
     fn verify(&self) {
@@ -215,7 +215,7 @@ impl Write for Sink {
 }
 
 fn encode(guest: &Guest, codec: Codec) -> f64 {
-    let mut encoder = Encoder::new(codec).unwrap();
+    let mut encoder = PageEncoder::new(codec).unwrap();
     let mut writer = FrameWriter::new(Sink, ID);
     let start = seconds();
     encoder.send(&guest.source, [0..guest.pages], &mut writer).unwrap();
@@ -226,10 +226,10 @@ fn decode(guest: &Guest, codec: Codec) -> f64 {
     // A part is enough, and keeps the wire's copy small.
     let pages = guest.pages / 8;
     let mut writer = FrameWriter::new(Vec::new(), ID);
-    Encoder::new(codec).unwrap().send(&guest.source, [0..pages], &mut writer).unwrap();
+    PageEncoder::new(codec).unwrap().send(&guest.source, [0..pages], &mut writer).unwrap();
     let wire = writer.into_inner();
-    let target = Arc::new(Target::fresh(guest.destination.clone()));
-    let mut decoder = Decoder::new(target, 0, 1).unwrap();
+    let target = Arc::new(IncomingMemory::zeroed(guest.destination.clone()));
+    let mut decoder = PageDecoder::new(target, 0, 1).unwrap();
     let mut reader = FrameReader::new(wire.as_slice(), ID);
     let start = seconds();
     while let Ok(header) = reader.next_frame() {
@@ -238,9 +238,9 @@ fn decode(guest: &Guest, codec: Codec) -> f64 {
     (seconds() - start) * 8.0
 }
 
-fn end_to_end(guest: &Guest, listener: &Listener, codec: Codec) -> f64 {
-    let target = Arc::new(Target::fresh(guest.destination.clone()));
-    let options = Options { channels: CHANNELS, ..Options::new().unwrap() };
+fn end_to_end(guest: &Guest, listener: &StreamListener, codec: Codec) -> f64 {
+    let target = Arc::new(IncomingMemory::zeroed(guest.destination.clone()));
+    let options = StreamOptions { channels: CHANNELS, ..StreamOptions::new().unwrap() };
     thread::scope(|scope| {
         let accepting = scope.spawn(|| listener.accept(&options).unwrap());
         let from = connect(listener.uri(), &options).unwrap();
@@ -250,14 +250,14 @@ fn end_to_end(guest: &Guest, listener: &Listener, codec: Codec) -> f64 {
             for (mut writer, number) in from.writers().into_iter().zip(0..) {
                 scope.spawn(move || {
                     let runs = owned_by([0..guest.pages], number, CHANNELS);
-                    Encoder::new(codec).unwrap().send(&guest.source, runs, &mut writer).unwrap();
+                    PageEncoder::new(codec).unwrap().send(&guest.source, runs, &mut writer).unwrap();
                     writer.into_inner().shutdown();
                 });
             }
             for (mut reader, number) in to.readers().into_iter().zip(0..) {
                 let target = target.clone();
                 scope.spawn(move || {
-                    let mut decoder = Decoder::new(target, number, CHANNELS).unwrap();
+                    let mut decoder = PageDecoder::new(target, number, CHANNELS).unwrap();
                     loop {
                         match reader.next_frame() {
                             Ok(header) => decoder.receive(&header, &mut reader).map(|_| ()).unwrap(),
@@ -337,7 +337,7 @@ impl Arrival for Destination {
         Ok(())
     }
 
-    fn start(&mut self, _run: bool, _: &Cancel) -> Result<Option<u64>, MachineError> {
+    fn start(&mut self, _run: bool, _: &CancelToken) -> Result<Option<u64>, MachineError> {
         Ok(None)
     }
 }
@@ -351,12 +351,12 @@ fn untouched(pages: u64, used: u64) -> f64 {
         source.write(page * LOG_PAGE, &bytes).unwrap();
     }
     let socket = std::env::temp_dir().join(format!("stream-bench-{}", std::process::id()));
-    let listener = Listener::bind(&Uri::Unix(socket)).unwrap();
-    let options = Options { channels: CHANNELS, ..Options::new().unwrap() };
+    let listener = StreamListener::bind(&Uri::Unix(socket)).unwrap();
+    let options = StreamOptions { channels: CHANNELS, ..StreamOptions::new().unwrap() };
     let mut destination = Destination::default();
     let report = thread::scope(|scope| {
         scope.spawn(|| {
-            let options = Options { channels: CHANNELS, ..Options::new().unwrap() };
+            let options = StreamOptions { channels: CHANNELS, ..StreamOptions::new().unwrap() };
             receive(
                 &mut destination,
                 listener.accept(&options).unwrap(),

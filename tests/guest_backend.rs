@@ -29,7 +29,7 @@ use vhost_migrate::migrate::{
     ASK_FOR, Arrival, Failure, GuestArrival, GuestLocation, GuestMachine, Machine, MachineError, MigrateError,
     Outcomes, Plan, Policy, Received, RegionLayout, Report, SWITCHOVER_TIMEOUT, migrate, receive,
 };
-use vhost_migrate::stream::{Cancel, Codec, Options, transport};
+use vhost_migrate::stream::{CancelToken, Codec, StreamOptions, transport};
 
 const MIB: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -301,7 +301,7 @@ fn a_switchover_that_is_cancelled_while_a_disk_hangs_lets_all_else_go_on_at_once
     guest.resume().unwrap();
     run_for(&guest, 100);
     signal(&backends[hung], Signal::SIGSTOP);
-    let (guest, cancel) = (Mutex::new(Some(guest)), Cancel::new().unwrap());
+    let (guest, cancel) = (Mutex::new(Some(guest)), CancelToken::new().unwrap());
     let mut machine = GuestMachine::new(&guest).unwrap().with_cancel(&cancel);
     std::thread::scope(|scope| {
         let paused = scope.spawn(|| machine.pause());
@@ -540,8 +540,8 @@ fn move_to(
 }
 
 /// Options that wait for as long as a test does.
-fn patient() -> Options {
-    Options { deadline: Some(PATIENCE), timeout: Some(PATIENCE), ..Options::new().unwrap() }
+fn patient() -> StreamOptions {
+    StreamOptions { deadline: Some(PATIENCE), timeout: Some(PATIENCE), ..StreamOptions::new().unwrap() }
 }
 
 /// The same, with an arrival of the test's own and what its side of the connection goes by.
@@ -549,12 +549,12 @@ fn move_into(
     folder: &Path,
     guest: &Mutex<Option<Guest>>,
     arrival: &mut (dyn Arrival + Send),
-    theirs: &Options,
+    theirs: &StreamOptions,
     outcomes: &Outcomes,
 ) -> (Result<Report, Failure>, Result<Received, MigrateError>) {
     let options = patient();
     let socket = format!("unix:{}", folder.join("migration").display());
-    let listener = vhost_migrate::stream::Listener::bind(&socket.parse().unwrap()).unwrap();
+    let listener = vhost_migrate::stream::StreamListener::bind(&socket.parse().unwrap()).unwrap();
     std::thread::scope(|scope| {
         let arrived = scope.spawn(|| {
             let connection = listener.accept(theirs).unwrap();
@@ -691,7 +691,7 @@ impl Arrival for Stalled<'_> {
         self.arrival.restore(state)
     }
 
-    fn start(&mut self, run: bool, cancel: &Cancel) -> Result<Option<u64>, MachineError> {
+    fn start(&mut self, run: bool, cancel: &CancelToken) -> Result<Option<u64>, MachineError> {
         self.starts += 1;
         self.step(Step::Start);
         self.arrival.start(run, cancel)
@@ -704,7 +704,7 @@ fn stalled<'a>(
     backend: &'a Backend,
     guest: &Mutex<Option<Guest>>,
     before: Step,
-    cancel: impl FnOnce(&Cancel, &Outcomes) -> bool + Send,
+    cancel: impl FnOnce(&CancelToken, &Outcomes) -> bool + Send,
 ) -> (Result<Report, Failure>, Result<Received, MigrateError>, Stalled<'a>) {
     let (theirs, outcomes, (stopped, is_stopped)) = (patient(), Outcomes::default(), channel());
     let arrival = GuestArrival::new(vec![backend.socket()]).unwrap().with_cancel(&theirs.cancel);
@@ -745,7 +745,7 @@ fn a_guest_that_has_arrived_and_whose_back_end_hangs_is_kept_at_cancel_and_goes_
     std::fs::remove_file(image(&backends[1])).unwrap();
     std::fs::hard_link(image(&backends[0]), image(&backends[1])).unwrap();
     backends[1].child = spawn(backends[1].folder.path(), "s");
-    let stop = |_: &Cancel, outcomes: &Outcomes| outcomes.stop_starting();
+    let stop = |_: &CancelToken, outcomes: &Outcomes| outcomes.stop_starting();
     let (left, arrived, stalled) = stalled(&backends[0], &backends[1], &guest, Step::Start, stop);
     let error = arrived.unwrap_err();
     assert!(matches!(error, MigrateError::NotStarted(_)) && error.to_string().contains("was ended"), "{error}");

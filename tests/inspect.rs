@@ -13,7 +13,7 @@ use vhost_migrate::dirty::Log;
 use vhost_migrate::memory::LOG_PAGE;
 use vhost_migrate::stream::frame::ConnectionHeader;
 use vhost_migrate::stream::record::{Commit, MemoryLayout, RegionLayout, RoundEnd};
-use vhost_migrate::stream::{ChannelId, FrameWriter, Kind, MigrationId, PageStats, ToDestination};
+use vhost_migrate::stream::{ChannelId, FrameKind, FrameWriter, MigrationId, PageStats, ToDestination};
 
 fn inspect(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_vhost-migrate")).arg("inspect").args(arguments).output().unwrap()
@@ -61,7 +61,7 @@ impl Folder {
 }
 
 const HEADER: ConnectionHeader =
-    ConnectionHeader { id: MigrationId(7), channel: 0, channels: 1, one_way: true, question: false };
+    ConnectionHeader { id: MigrationId(7), channel: 0, channels: 1, one_way: true, outcome_query: false };
 
 /// A frame of a saved stream.
 #[derive(Clone)]
@@ -107,7 +107,7 @@ fn stream(header: ConnectionHeader, frames: &[Frame]) -> Vec<u8> {
             Frame::Page(page) => {
                 let mut table = [1u32.to_le_bytes(), [0; 4]].concat();
                 table.extend(page.to_le_bytes());
-                writer.write(Kind::Pages, [&table, &[1; LOG_PAGE as usize]]).unwrap()
+                writer.write(FrameKind::Pages, [&table, &[1; LOG_PAGE as usize]]).unwrap()
             }
         };
     }

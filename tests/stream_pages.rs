@@ -12,11 +12,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nix::fcntl::{FallocateFlags, fallocate};
 use proptest::prelude::*;
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
-use vhost_migrate::stream::frame::{FRAME_HEADER_BYTES, Kind};
-use vhost_migrate::stream::pages::{Batch, CHUNK_PAGES, MAX_BATCH_PAGES, MAX_ENTRIES};
+use vhost_migrate::stream::frame::{FRAME_HEADER_BYTES, FrameKind};
+use vhost_migrate::stream::pages::{CHUNK_PAGES, MAX_BATCH_PAGES, MAX_ENTRIES, PageBatch};
 use vhost_migrate::stream::{
-    ChannelId, Codec, Decoder, Encoder, FrameReader, FrameWriter, MigrationId, PageStats, Plain, StreamError, Target,
-    channel_of, owned_by,
+    ChannelId, Codec, CopyingReader, FrameReader, FrameWriter, IncomingMemory, MigrationId, PageDecoder, PageEncoder,
+    PageStats, StreamError, channel_of, owned_by,
 };
 
 const PAGE: usize = LOG_PAGE as usize;
@@ -78,18 +78,23 @@ fn runs_of(pages: &BTreeSet<u64>) -> Vec<Range<u64>> {
 
 fn send(memory: &Memory, runs: Vec<Range<u64>>, codec: Codec) -> (Vec<u8>, PageStats) {
     let mut writer = FrameWriter::new(Vec::new(), ID);
-    let stats = Encoder::new(codec).unwrap().send(memory, runs, &mut writer).unwrap();
+    let stats = PageEncoder::new(codec).unwrap().send(memory, runs, &mut writer).unwrap();
     (writer.into_inner(), stats)
 }
 
-fn receive(target: &Arc<Target>, from: impl Read) -> Result<PageStats, StreamError> {
+fn receive(target: &Arc<IncomingMemory>, from: impl Read) -> Result<PageStats, StreamError> {
     receive_on(target, from, 0, 1)
 }
 
 /// Reads page frames to the end of the stream.
-fn receive_on(target: &Arc<Target>, from: impl Read, channel: u16, channels: u16) -> Result<PageStats, StreamError> {
-    let mut decoder = Decoder::new(target.clone(), channel, channels)?;
-    let mut reader = FrameReader::new(Plain(from), ID);
+fn receive_on(
+    target: &Arc<IncomingMemory>,
+    from: impl Read,
+    channel: u16,
+    channels: u16,
+) -> Result<PageStats, StreamError> {
+    let mut decoder = PageDecoder::new(target.clone(), channel, channels)?;
+    let mut reader = FrameReader::new(CopyingReader(from), ID);
     let mut stats = PageStats::default();
     loop {
         match reader.next_frame() {
@@ -145,7 +150,7 @@ proptest! {
         let picked = |(at, count): &(usize, usize)| pages[*at..(at + count).min(pages.len())].to_vec();
         let set: BTreeSet<u64> = picks.iter().flat_map(picked).collect();
         let (wire, sent) = send(&source, runs_of(&set), codec);
-        let target = Arc::new(if fresh { Target::fresh(destination) } else { Target::used(destination) });
+        let target = Arc::new(if fresh { IncomingMemory::zeroed(destination) } else { IncomingMemory::dirty(destination) });
         let received = receive(&target, Dribble { bytes: &wire, sizes, turn: 0 }).unwrap();
         for &number in &pages {
             let wanted = if set.contains(&number) { page(&source, number) } else { before.clone() };
@@ -183,7 +188,7 @@ proptest! {
 
     #[test]
     fn noise_is_never_taken_for_pages_and_never_a_panic(noise in prop::collection::vec(any::<u8>(), 0..5000)) {
-        let target = Arc::new(Target::fresh(memory(&[(0, 16)])));
+        let target = Arc::new(IncomingMemory::zeroed(memory(&[(0, 16)])));
         prop_assert!(receive(&target, noise.as_slice()).is_err() || noise.is_empty());
         // With a valid frame around it and a likely head it gets as far as the table.
         let mut body = noise;
@@ -191,24 +196,24 @@ proptest! {
             *head = [head[0] % 9, 0, 0, 0, head[4] % 2, 0, 0, 0];
         }
         let mut writer = FrameWriter::new(Vec::new(), ID);
-        writer.write(Kind::Pages, [&body, &[]]).unwrap();
+        writer.write(FrameKind::Pages, [&body, &[]]).unwrap();
         prop_assert!(receive(&target, writer.into_inner().as_slice()).is_err());
-        prop_assert!(Batch::parse(&body).is_err());
+        prop_assert!(PageBatch::parse(&body).is_err());
     }
 }
 
 /// A stream of a few frames with data, zeros and both, small enough to damage it everywhere.
-fn sample(codec: Codec) -> (Vec<u8>, Arc<Target>) {
+fn sample(codec: Codec) -> (Vec<u8>, Arc<IncomingMemory>) {
     let source = memory(&[(16, 12)]);
     for (number, how) in (16..28).zip([2, 0, 0, 2, 1, 0, 3, 2, 0, 2, 2, 0]) {
         fill(&source, number, how);
     }
     let mut writer = FrameWriter::new(Vec::new(), ID);
-    let mut encoder = Encoder::new(codec).unwrap();
+    let mut encoder = PageEncoder::new(codec).unwrap();
     for run in [16..19, 20..28, 17..18] {
         encoder.send(&source, [run], &mut writer).unwrap();
     }
-    (writer.into_inner(), Arc::new(Target::fresh(memory(&[(16, 12)]))))
+    (writer.into_inner(), Arc::new(IncomingMemory::zeroed(memory(&[(16, 12)]))))
 }
 
 #[test]
@@ -252,7 +257,7 @@ fn frame(table: &[u64], codec: u8, data: &[u8]) -> Vec<u8> {
     body.extend([codec, 0, 0, 0]);
     table.iter().for_each(|entry| body.extend(entry.to_le_bytes()));
     let mut writer = FrameWriter::new(Vec::new(), ID);
-    writer.write(Kind::Pages, [&body, data]).unwrap();
+    writer.write(FrameKind::Pages, [&body, data]).unwrap();
     writer.into_inner()
 }
 
@@ -262,7 +267,7 @@ fn entry(first: u64, count: u64, kind: u64) -> u64 {
 
 #[test]
 fn pages_outside_memory_are_refused_before_anything_is_written() {
-    let target = Arc::new(Target::used(memory(&[(16, 16), (64, 16)])));
+    let target = Arc::new(IncomingMemory::dirty(memory(&[(16, 16), (64, 16)])));
     let last = (1 << 40) - 1;
     for (first, count) in [(0, 1), (15, 2), (31, 2), (32, 1), (63, 1), (79, 2), (last, 1), (last, 1 << 22)] {
         for kind in [0, 1] {
@@ -281,7 +286,7 @@ fn pages_outside_memory_are_refused_before_anything_is_written() {
 
 #[test]
 fn malformed_tables_are_refused() {
-    let target = Arc::new(Target::fresh(memory(&[(0, 1024)])));
+    let target = Arc::new(IncomingMemory::zeroed(memory(&[(0, 1024)])));
     let good = vec![1; PAGE];
     let packed = |length| zstd::bulk::compress(&vec![3; length], 1).unwrap();
     let cases = [
@@ -310,7 +315,7 @@ fn malformed_tables_are_refused() {
 
 #[test]
 fn a_page_of_another_channel_is_refused() {
-    let target = Arc::new(Target::fresh(memory(&[(0, 1024)])));
+    let target = Arc::new(IncomingMemory::zeroed(memory(&[(0, 1024)])));
     let wire = frame(&[entry(CHUNK_PAGES, 1, 0)], 0, &[1; PAGE]);
     assert!(matches!(receive_on(&target, wire.as_slice(), 0, 2), Err(StreamError::Malformed { .. })));
     receive_on(&target, wire.as_slice(), 1, 2).unwrap();
@@ -321,7 +326,7 @@ fn a_page_of_another_channel_is_refused() {
 
 #[test]
 fn a_page_that_was_received_and_is_zero_now_becomes_zero() {
-    for target in [Target::fresh(memory(&[(3, 200)])), Target::used(memory(&[(3, 200)]))] {
+    for target in [IncomingMemory::zeroed(memory(&[(3, 200)])), IncomingMemory::dirty(memory(&[(3, 200)]))] {
         let target = Arc::new(target);
         let source = memory(&[(3, 200)]);
         for number in 3..203 {
@@ -345,7 +350,7 @@ fn a_zero_page_of_fresh_memory_is_not_touched() {
     // If it were written, the memfd would have to hold it.
     let fd = sealed_memfd("guest", 1 << 20).unwrap();
     let region = Region::map(fd.as_fd(), 0, 1 << 20, 0, 0).unwrap();
-    let target = Arc::new(Target::fresh(Memory::new([Arc::new(region)]).unwrap()));
+    let target = Arc::new(IncomingMemory::zeroed(Memory::new([Arc::new(region)]).unwrap()));
     let (wire, sent) = send(&memory(&[(0, 256)]), vec![0..256], Codec::None);
     receive(&target, wire.as_slice()).unwrap();
     assert_eq!((sent.zero_pages, sent.data_pages, sent.batches), (256, 0, 1));
@@ -366,7 +371,7 @@ fn a_hole_is_told_as_zero_without_being_filled() {
             Memory::new([Arc::new(region)]).unwrap()
         });
         let taken = || files.each_ref().map(|fd| nix::sys::stat::fstat(fd).unwrap().st_blocks / 8);
-        let target = Arc::new(Target::fresh(destination));
+        let target = Arc::new(IncomingMemory::zeroed(destination));
         let round = |runs: &[Range<u64>]| {
             (0..channels).fold(PageStats::default(), |mut all, channel| {
                 let runs = owned_by(runs.iter().cloned(), channel, channels).collect();
@@ -397,7 +402,7 @@ fn pages_that_are_not_in_memory_are_counted_and_the_rest_is_sent() {
     let source = memory(&[(16, 16), (64, 16)]);
     let (wire, sent) = send(&source, vec![0..20, 30..70, 90..95], Codec::None);
     assert_eq!((sent.pages(), sent.outside), (4 + 2 + 6, 16 + 32 + 5));
-    let target = Arc::new(Target::fresh(memory(&[(16, 16), (64, 16)])));
+    let target = Arc::new(IncomingMemory::zeroed(memory(&[(16, 16), (64, 16)])));
     assert_eq!(receive(&target, wire.as_slice()).unwrap().pages(), 12);
 }
 
@@ -411,7 +416,7 @@ fn alternating_pages_need_several_batches_and_all_arrive() {
     let every_other = (0..pages).step_by(2).map(|page| page..page + 1).collect();
     let (wire, sent) = send(&source, every_other, Codec::None);
     assert!(sent.batches >= 2);
-    let target = Arc::new(Target::fresh(memory(&[(0, pages)])));
+    let target = Arc::new(IncomingMemory::zeroed(memory(&[(0, pages)])));
     let received = receive(&target, wire.as_slice()).unwrap();
     assert_eq!((received.data_pages, received.zero_pages), (66, pages / 2 - 66));
     for number in (0..pages).step_by(2) {
@@ -424,7 +429,7 @@ fn a_page_is_judged_by_the_bytes_that_are_sent() {
     // A writer flips one word between zero and not. Judged by one read and sent by another, some page would be told as
     // data and be zero.
     let source = memory(&[(0, 1)]);
-    let target = Arc::new(Target::fresh(memory(&[(0, 1)])));
+    let target = Arc::new(IncomingMemory::zeroed(memory(&[(0, 1)])));
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -463,7 +468,7 @@ fn memory_without_pages_costs_almost_nothing() {
     let (wire, sent) = send(&vast(), (0..16 << 10).map(|gib| gib * GIB..gib * GIB + 1).collect(), Codec::None);
     assert_eq!(sent.zero_pages, 16 << 10);
     let before = anonymous_kib();
-    let target = Arc::new(Target::fresh(vast()));
+    let target = Arc::new(IncomingMemory::zeroed(vast()));
     receive(&target, wire.as_slice()).unwrap();
     let grown = anonymous_kib().saturating_sub(before);
     // A bit for each page would be 512 MiB.

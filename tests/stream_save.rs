@@ -17,11 +17,12 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use page_cache::unwritten;
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
-use vhost_migrate::stream::frame::{ConnectionHeader, FRAME_HEADER_BYTES, HEADER_BYTES, Kind, MAGIC};
+use vhost_migrate::stream::frame::{ConnectionHeader, FRAME_HEADER_BYTES, FrameKind, HEADER_BYTES, MAGIC};
 use vhost_migrate::stream::record::{Commit, RoundEnd};
 use vhost_migrate::stream::transport::connect;
 use vhost_migrate::stream::{
-    Codec, Connection, Decoder, Encoder, Listener, Options, PageStats, StreamError, Target, ToDestination, Uri,
+    Codec, IncomingMemory, PageDecoder, PageEncoder, PageStats, StreamConnection, StreamError, StreamListener,
+    StreamOptions, ToDestination, Uri,
 };
 
 const PAGES: u64 = 3072;
@@ -62,30 +63,30 @@ fn bytes(memory: &Memory) -> Vec<u8> {
     bytes
 }
 
-fn send(connection: &Connection, memory: &Memory) -> Result<(), StreamError> {
+fn send(connection: &StreamConnection, memory: &Memory) -> Result<(), StreamError> {
     let mut writer = connection.writers().remove(0);
-    let sent = Encoder::new(Codec::None)?.send(memory, [0..memory.size() / LOG_PAGE], &mut writer)?;
+    let sent = PageEncoder::new(Codec::None)?.send(memory, [0..memory.size() / LOG_PAGE], &mut writer)?;
     ToDestination::RoundEnd(RoundEnd::new(0, true, &sent)).write(&mut writer)?;
     ToDestination::Commit(Commit { run: true }).write(&mut writer)?;
     Ok(())
 }
 
 fn save(to: &Uri, memory: &Memory) -> Result<(), StreamError> {
-    let connection = connect(to, &Options::new()?)?;
+    let connection = connect(to, &StreamOptions::new()?)?;
     send(&connection, memory)?;
     connection.finish()
 }
 
 /// Restores what was saved, at most `most` frames of it.
 fn restore(from: &Uri, most: usize) -> Result<Memory, StreamError> {
-    let connection = Listener::bind(from)?.accept(&Options::new()?)?;
-    let target = Arc::new(Target::fresh(memory(PAGES)));
-    let mut decoder = Decoder::new(target.clone(), 0, 1)?;
+    let connection = StreamListener::bind(from)?.accept(&StreamOptions::new()?)?;
+    let target = Arc::new(IncomingMemory::zeroed(memory(PAGES)));
+    let mut decoder = PageDecoder::new(target.clone(), 0, 1)?;
     let mut reader = connection.readers().remove(0);
     let mut received = PageStats::default();
     for _ in 0..most {
         let header = reader.next_frame()?;
-        if header.kind == Kind::Pages {
+        if header.kind == FrameKind::Pages {
             received += decoder.receive(&header, &mut reader)?;
             continue;
         }
@@ -128,7 +129,7 @@ const KILLED: &str = "VHOST_MIGRATE_TEST_SAVE";
 fn save_until_killed(orders: &str) {
     let [to, name, most] = orders.split(' ').collect::<Vec<_>>()[..] else { panic!("{orders}") };
     let (memory, most) = (filled(PAGES, name.parse().unwrap()), most.parse::<u64>().unwrap());
-    let connection = connect(&uri(to), &Options::new().unwrap()).unwrap();
+    let connection = connect(&uri(to), &StreamOptions::new().unwrap()).unwrap();
     let channel = connection.channels[0].clone();
     thread::spawn(move || {
         while channel.sent() < most {
@@ -241,7 +242,7 @@ fn a_save_that_is_given_up_is_called_unfinished_and_the_next_one_is_whole() {
         restore(&from, usize::MAX).unwrap();
 
         rewind();
-        let options = Options::new().unwrap();
+        let options = StreamOptions::new().unwrap();
         let connection = connect(&to, &options).unwrap();
         send(&connection, &filled(PAGES, 2)).unwrap();
         options.cancel.cancel();
@@ -265,7 +266,7 @@ fn a_save_begins_where_its_descriptor_is_and_may_not_append() {
     let path = folder.path().join("saved");
     let mut opened = File::create(&path).unwrap();
     opened.write_all(b"a head").unwrap();
-    let connection = connect(&Uri::Fd(opened.as_raw_fd()), &Options::new().unwrap()).unwrap();
+    let connection = connect(&Uri::Fd(opened.as_raw_fd()), &StreamOptions::new().unwrap()).unwrap();
     send(&connection, &filled(16, 1)).unwrap();
     connection.finish().unwrap();
     let saved = fs::read(&path).unwrap();
@@ -274,7 +275,7 @@ fn a_save_begins_where_its_descriptor_is_and_may_not_append() {
     ConnectionHeader::decode(stream.first_chunk().unwrap()).unwrap();
 
     let appending = OpenOptions::new().append(true).open(&path).unwrap();
-    let refused = connect(&Uri::Fd(appending.as_raw_fd()), &Options::new().unwrap()).unwrap_err();
+    let refused = connect(&Uri::Fd(appending.as_raw_fd()), &StreamOptions::new().unwrap()).unwrap_err();
     assert!(refused.to_string().contains("opened for appending"), "{refused}");
 }
 
@@ -284,7 +285,7 @@ fn a_save_leaves_a_file_alone_that_is_no_save() {
     let path = folder.path().join("disk.img");
     for contents in ["x", "an image of a disk"] {
         fs::write(&path, contents).unwrap();
-        let refused = connect(&file(&path), &Options::new().unwrap()).unwrap_err();
+        let refused = connect(&file(&path), &StreamOptions::new().unwrap()).unwrap_err();
         assert!(refused.to_string().contains("what is there is no saved guest"), "{refused}");
         assert_eq!(fs::read_to_string(&path).unwrap(), contents);
     }
@@ -320,7 +321,7 @@ fn what_can_not_be_the_name_of_a_file_is_refused_before_anything_is_saved() {
     let folder = folder();
     // One that leaves no room for what is added to it meanwhile, too.
     for name in ["name/", &"n".repeat(256), &"n".repeat(245)] {
-        let refused = connect(&file(&folder.path().join(name)), &Options::new().unwrap());
+        let refused = connect(&file(&folder.path().join(name)), &StreamOptions::new().unwrap());
         assert!(matches!(refused, Err(StreamError::Open { .. })), "{name}: {:?}", refused.err());
     }
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
@@ -335,7 +336,7 @@ fn of_two_saves_to_one_name_the_first_to_end_has_it_and_the_other_is_refused() {
             save(&file(&path), &filled(64, 0)).unwrap();
         }
         let begin = |name| {
-            let connection = connect(&file(&path), &Options::new().unwrap()).unwrap();
+            let connection = connect(&file(&path), &StreamOptions::new().unwrap()).unwrap();
             send(&connection, &filled(PAGES, name)).unwrap();
             connection
         };
@@ -353,8 +354,8 @@ fn of_two_saves_to_one_name_the_first_to_end_has_it_and_the_other_is_refused() {
 fn a_second_save_onto_a_device_that_is_being_saved_to_is_refused() {
     let folder = folder();
     let disk = disk(folder.path());
-    let first = connect(&file(&disk.0), &Options::new().unwrap()).unwrap();
-    let refused = connect(&file(&disk.0), &Options::new().unwrap()).unwrap_err();
+    let first = connect(&file(&disk.0), &StreamOptions::new().unwrap()).unwrap();
+    let refused = connect(&file(&disk.0), &StreamOptions::new().unwrap()).unwrap_err();
     assert!(refused.to_string().contains("the device is in use"), "{refused}");
     send(&first, &filled(PAGES, 1)).unwrap();
     first.finish().unwrap();
@@ -371,7 +372,7 @@ fn the_disk_keeps_up_with_a_save_and_has_all_of_it_at_the_end() {
     let inherited = OpenOptions::new().create_new(true).write(true).read(true).open(&path).unwrap();
     let named = folder.path().join("named");
     for to in [Uri::Fd(inherited.as_raw_fd()), file(&named)] {
-        let connection = connect(&to, &Options::new().unwrap()).unwrap();
+        let connection = connect(&to, &StreamOptions::new().unwrap()).unwrap();
         let channel = connection.channels[0].clone();
         let mut most = 0;
         for _ in 0..4 {

@@ -7,7 +7,7 @@ use std::fs;
 use std::process::Command;
 
 use vhost_migrate::stream::frame::ConnectionHeader;
-use vhost_migrate::stream::{ChannelId, FrameReader, Kind, MigrationId};
+use vhost_migrate::stream::{ChannelId, FrameKind, FrameReader, MigrationId};
 
 #[test]
 fn seeds_have_whole_streams_of_this_version() {
@@ -15,11 +15,11 @@ fn seeds_have_whole_streams_of_this_version() {
     let seeds = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/seeds/stream.tar.gz");
     let unpacked = Command::new("tar").args(["-xzf", seeds, "-C"]).arg(folder.path()).status().unwrap();
     assert!(unpacked.success());
-    let kinds: HashSet<Kind> = fs::read_dir(folder.path())
+    let kinds: HashSet<FrameKind> = fs::read_dir(folder.path())
         .unwrap()
         .flat_map(|file| kinds_of_frames(&fs::read(file.unwrap().path()).unwrap()))
         .collect();
-    let missing: Vec<Kind> = Kind::ALL.into_iter().filter(|kind| !kinds.contains(kind)).collect();
+    let missing: Vec<FrameKind> = FrameKind::ALL.into_iter().filter(|kind| !kinds.contains(kind)).collect();
     assert!(
         missing.is_empty(),
         "no input has a valid frame of the kinds {missing:?}: tests/fuzz says how to select anew"
@@ -27,7 +27,7 @@ fn seeds_have_whole_streams_of_this_version() {
 }
 
 /// Of the valid frames after a valid connection header, as the target reads them.
-fn kinds_of_frames(mut stream: &[u8]) -> Vec<Kind> {
+fn kinds_of_frames(mut stream: &[u8]) -> Vec<FrameKind> {
     let mut kinds = Vec::new();
     if ConnectionHeader::read(&mut stream).is_ok() {
         let mut reader = FrameReader::new(stream, ChannelId { migration: MigrationId(1), channel: 0 });

@@ -14,15 +14,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
-use vhost_migrate::stream::frame::{ConnectionHeader, HEADER_BYTES, Kind, MAGIC, MigrationId, VERSION};
+use vhost_migrate::stream::frame::{ConnectionHeader, FrameKind, HEADER_BYTES, MAGIC, MigrationId, VERSION};
 use vhost_migrate::stream::transport::connect;
 use vhost_migrate::stream::{
-    Cancel, Channel, Codec, Connection, Decoder, Encoder, FrameReader, Limiter, Listener, Options, StreamError, Target,
-    ToDestination, ToSource, Uri, owned_by,
+    CancelToken, Codec, FrameReader, IncomingMemory, PageDecoder, PageEncoder, RateLimiter, StreamChannel,
+    StreamConnection, StreamError, StreamListener, StreamOptions, ToDestination, ToSource, Uri, owned_by,
 };
 
-fn options(channels: u16) -> Options {
-    Options { channels, ..Options::new().unwrap() }
+fn options(channels: u16) -> StreamOptions {
+    StreamOptions { channels, ..StreamOptions::new().unwrap() }
 }
 
 fn uri(text: impl AsRef<str>) -> Uri {
@@ -57,14 +57,14 @@ fn same(one: &Memory, other: &Memory) -> bool {
     bytes(one) == bytes(other)
 }
 
-fn source(connection: &Connection, memory: &Memory, codec: Codec) {
+fn source(connection: &StreamConnection, memory: &Memory, codec: Codec) {
     let pages = memory.size() / LOG_PAGE;
     let channels = connection.channels.len() as u16;
     thread::scope(|scope| {
         for (mut writer, number) in connection.writers().into_iter().zip(0..) {
             scope.spawn(move || {
                 let runs = owned_by([0..pages], number, channels);
-                let sent = Encoder::new(codec).unwrap().send(memory, runs, &mut writer).unwrap();
+                let sent = PageEncoder::new(codec).unwrap().send(memory, runs, &mut writer).unwrap();
                 let end = vhost_migrate::stream::record::RoundEnd::new(0, true, &sent);
                 ToDestination::RoundEnd(end).write(&mut writer).unwrap();
             });
@@ -77,16 +77,16 @@ fn source(connection: &Connection, memory: &Memory, codec: Codec) {
 }
 
 fn receive(
-    mut reader: FrameReader<Channel>,
-    target: &Arc<Target>,
+    mut reader: FrameReader<StreamChannel>,
+    target: &Arc<IncomingMemory>,
     number: u16,
     channels: u16,
 ) -> Result<(), StreamError> {
-    let mut decoder = Decoder::new(target.clone(), number, channels)?;
+    let mut decoder = PageDecoder::new(target.clone(), number, channels)?;
     let mut received = vhost_migrate::stream::PageStats::default();
     loop {
         let header = reader.next_frame()?;
-        if header.kind == Kind::Pages {
+        if header.kind == FrameKind::Pages {
             received += decoder.receive(&header, &mut reader)?;
         } else if let ToDestination::RoundEnd(end) = ToDestination::read(&header, &mut reader)? {
             return end.check(&received);
@@ -94,7 +94,7 @@ fn receive(
     }
 }
 
-fn destination(connection: &Connection, target: &Arc<Target>) -> Result<(), StreamError> {
+fn destination(connection: &StreamConnection, target: &Arc<IncomingMemory>) -> Result<(), StreamError> {
     let channels = connection.channels.len() as u16;
     thread::scope(|scope| {
         let receivers = connection
@@ -112,16 +112,16 @@ fn destination(connection: &Connection, target: &Arc<Target>) -> Result<(), Stre
 }
 
 /// Moves memory from a thread of its own to here.
-fn migrate(listener: &Listener, to: &Uri, options: Options, codec: Codec) {
+fn migrate(listener: &StreamListener, to: &Uri, options: StreamOptions, codec: Codec) {
     let from = filled(700);
-    let target = Arc::new(Target::fresh(memory(700)));
+    let target = Arc::new(IncomingMemory::zeroed(memory(700)));
     thread::scope(|scope| {
         scope.spawn(|| {
             let connection = connect(to, &options).unwrap();
             source(&connection, &from, codec);
             connection.finish().unwrap();
         });
-        let connection = listener.accept(&Options::new().unwrap()).unwrap();
+        let connection = listener.accept(&StreamOptions::new().unwrap()).unwrap();
         assert_eq!(connection.channels.len(), usize::from(options.channels));
         assert_eq!(connection.one_way, options.one_way);
         destination(&connection, &target).unwrap();
@@ -133,20 +133,20 @@ fn migrate(listener: &Listener, to: &Uri, options: Options, codec: Codec) {
 fn memory_moves_over_unix_sockets_and_the_socket_file_goes_away() {
     let folder = tempfile::tempdir().unwrap();
     let to = unix(folder.path());
-    let listener = Listener::bind(&to).unwrap();
+    let listener = StreamListener::bind(&to).unwrap();
     migrate(&listener, &to, options(1), Codec::None);
     migrate(&listener, &to, options(3), Codec::Zstd(1));
-    migrate(&listener, &to, Options { one_way: true, ..options(2) }, Codec::None);
+    migrate(&listener, &to, StreamOptions { one_way: true, ..options(2) }, Codec::None);
     drop(listener);
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
 #[test]
 fn memory_moves_over_tcp_to_a_port_that_the_system_chose() {
-    let listener = Listener::bind(&uri("tcp:127.0.0.1:0")).unwrap();
+    let listener = StreamListener::bind(&uri("tcp:127.0.0.1:0")).unwrap();
     migrate(&listener, listener.uri(), options(1), Codec::Zstd(3));
     migrate(&listener, listener.uri(), options(4), Codec::None);
-    if let Ok(listener) = Listener::bind(&uri("tcp:[::1]:0")) {
+    if let Ok(listener) = StreamListener::bind(&uri("tcp:[::1]:0")) {
         migrate(&listener, listener.uri(), options(2), Codec::None);
     }
 }
@@ -163,8 +163,8 @@ fn memory_is_saved_to_a_file_only_its_owner_can_read_and_restored() {
     assert!(!path.exists(), "half a file under the name of a whole one");
     connection.finish().unwrap();
     assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-    let restored = Listener::bind(&to).unwrap().accept(&options(1)).unwrap();
-    let target = Arc::new(Target::fresh(memory(700)));
+    let restored = StreamListener::bind(&to).unwrap().accept(&options(1)).unwrap();
+    let target = Arc::new(IncomingMemory::zeroed(memory(700)));
     destination(&restored, &target).unwrap();
     assert!(same(&from, target.memory()));
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
@@ -194,13 +194,13 @@ fn memory_goes_through_commands_that_filter() {
     let path = folder.path().join("saved.gz");
     let from = filled(700);
     let to = uri(format!("exec:gzip -1 > '{}'", path.display()));
-    let connection = connect(&to, &Options { one_way: true, ..options(1) }).unwrap();
+    let connection = connect(&to, &StreamOptions { one_way: true, ..options(1) }).unwrap();
     source(&connection, &from, Codec::None);
     connection.finish().unwrap();
     assert!(fs::metadata(&path).unwrap().len() < 700 * 4096 / 4);
-    let back = Listener::bind(&uri(format!("exec:gzip -dc '{}'", path.display()))).unwrap();
+    let back = StreamListener::bind(&uri(format!("exec:gzip -dc '{}'", path.display()))).unwrap();
     let restored = back.accept(&options(1)).unwrap();
-    let target = Arc::new(Target::fresh(memory(700)));
+    let target = Arc::new(IncomingMemory::zeroed(memory(700)));
     destination(&restored, &target).unwrap();
     restored.finish().unwrap();
     assert!(same(&from, target.memory()));
@@ -212,7 +212,7 @@ fn a_command_can_answer_and_its_failure_is_told() {
     let connection = connect(&uri("exec:cat"), &options(1)).unwrap();
     assert!(!connection.one_way);
     connection.finish().unwrap();
-    let one_way = Options { one_way: true, ..options(1) };
+    let one_way = StreamOptions { one_way: true, ..options(1) };
     let connection = connect(&uri("exec:cat >/dev/null; exit 3"), &one_way).unwrap();
     let error = connection.finish().unwrap_err();
     assert!(matches!(error, StreamError::Command { .. }) && error.to_string().contains("exit status: 3"), "{error}");
@@ -223,7 +223,7 @@ fn a_command_does_not_outlive_a_migration_that_is_given_up() {
     let folder = tempfile::tempdir().unwrap();
     let pid = folder.path().join("pid");
     let command = uri(format!("exec:echo $$ > '{0}.new'; mv '{0}.new' '{0}'; sleep 1000", pid.display()));
-    let connection = connect(&command, &Options { one_way: true, ..options(1) }).unwrap();
+    let connection = connect(&command, &StreamOptions { one_way: true, ..options(1) }).unwrap();
     let deadline = Instant::now() + Duration::from_secs(20);
     while !pid.exists() {
         assert!(Instant::now() < deadline, "the command has not started");
@@ -237,11 +237,11 @@ fn a_command_does_not_outlive_a_migration_that_is_given_up() {
 #[test]
 fn memory_moves_over_inherited_sockets_pipes_and_files() {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let listener = Listener::bind(&Uri::Fd(theirs.as_raw_fd())).unwrap();
+    let listener = StreamListener::bind(&Uri::Fd(theirs.as_raw_fd())).unwrap();
     migrate(&listener, &Uri::Fd(ours.as_raw_fd()), options(1), Codec::None);
     let (reader, writer) = nix::unistd::pipe().unwrap();
-    let listener = Listener::bind(&Uri::Fd(reader.as_raw_fd())).unwrap();
-    let one_way = Options { one_way: true, ..options(1) };
+    let listener = StreamListener::bind(&Uri::Fd(reader.as_raw_fd())).unwrap();
+    let one_way = StreamOptions { one_way: true, ..options(1) };
     migrate(&listener, &Uri::Fd(writer.as_raw_fd()), one_way, Codec::Zstd(1));
 }
 
@@ -263,13 +263,13 @@ fn an_fd_that_is_not_open_and_too_many_channels_are_told() {
 fn strangers_are_dropped_and_the_migration_goes_on() {
     let folder = tempfile::tempdir().unwrap();
     let to = unix(folder.path());
-    let listener = Listener::bind(&to).unwrap();
+    let listener = StreamListener::bind(&to).unwrap();
     let Uri::Unix(path) = &to else { panic!() };
     // One says nothing, one speaks HTTP, one is half a migration, one repeats a channel, one has gone.
     let _silent = UnixStream::connect(path).unwrap();
     let mut http = UnixStream::connect(path).unwrap();
     http.write_all(b"GET / HTTP/1.1\r\nHost: somebody.example\r\n\r\n").unwrap();
-    let header = ConnectionHeader { id: MigrationId(7), channel: 0, channels: 2, one_way: false, question: false };
+    let header = ConnectionHeader { id: MigrationId(7), channel: 0, channels: 2, one_way: false, outcome_query: false };
     let mut half = [UnixStream::connect(path).unwrap(), UnixStream::connect(path).unwrap()];
     half.iter_mut().for_each(|stream| stream.write_all(&header.encode()).unwrap());
     let mut gone = UnixStream::connect(path).unwrap();
@@ -284,9 +284,9 @@ fn strangers_are_dropped_and_the_migration_goes_on() {
 fn a_migration_whose_source_has_left_does_not_stop_the_next() {
     let folder = tempfile::tempdir().unwrap();
     let to = unix(folder.path());
-    let listener = Listener::bind(&to).unwrap();
+    let listener = StreamListener::bind(&to).unwrap();
     let Uri::Unix(path) = &to else { panic!() };
-    let header = ConnectionHeader { id: MigrationId(7), channel: 0, channels: 2, one_way: false, question: false };
+    let header = ConnectionHeader { id: MigrationId(7), channel: 0, channels: 2, one_way: false, outcome_query: false };
     let mut dead = UnixStream::connect(path).unwrap();
     dead.write_all(&header.encode()).unwrap();
     drop(dead);
@@ -299,12 +299,12 @@ fn a_migration_whose_source_has_left_does_not_stop_the_next() {
 fn both_sides_learn_which_of_them_is_too_old() {
     let folder = tempfile::tempdir().unwrap();
     let to = unix(folder.path());
-    let listener = Listener::bind(&to).unwrap();
+    let listener = StreamListener::bind(&to).unwrap();
     let Uri::Unix(path) = &to else { panic!() };
     // A newer source finds our version in the answer.
     let mut newer = UnixStream::connect(path).unwrap();
     let mut header =
-        ConnectionHeader { id: MigrationId(7), channel: 0, channels: 1, one_way: false, question: false }.encode();
+        ConnectionHeader { id: MigrationId(7), channel: 0, channels: 1, one_way: false, outcome_query: false }.encode();
     header[8] += 1;
     newer.write_all(&header).unwrap();
     migrate(&listener, &to, options(1), Codec::None);
@@ -328,8 +328,8 @@ fn a_stale_socket_file_is_replaced_and_a_live_one_is_not() {
     let Uri::Unix(path) = &to else { panic!() };
     drop(UnixListener::bind(path).unwrap());
     assert!(path.exists());
-    let listener = Listener::bind(&to).unwrap();
-    let error = Listener::bind(&to).unwrap_err().to_string();
+    let listener = StreamListener::bind(&to).unwrap();
+    let error = StreamListener::bind(&to).unwrap_err().to_string();
     assert!(error.contains("another process listens there"), "{error}");
     migrate(&listener, &to, options(1), Codec::None);
 }
@@ -339,11 +339,11 @@ fn every_wrong_place_is_told_with_what_to_do() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path().display();
     fs::write(format!("{folder}/plain"), "").unwrap();
-    let bind = |text: String| Listener::bind(&uri(text)).unwrap_err().to_string();
+    let bind = |text: String| StreamListener::bind(&uri(text)).unwrap_err().to_string();
     let dial = |text: String| connect(&uri(text), &options(1)).unwrap_err().to_string();
-    let taken = Listener::bind(&uri("tcp:127.0.0.1:0")).unwrap();
+    let taken = StreamListener::bind(&uri("tcp:127.0.0.1:0")).unwrap();
     let free = {
-        let listener = Listener::bind(&uri("tcp:127.0.0.1:0")).unwrap();
+        let listener = StreamListener::bind(&uri("tcp:127.0.0.1:0")).unwrap();
         listener.uri().to_string()
     };
     let cases = [
@@ -390,8 +390,8 @@ fn every_wrong_uri_is_told_with_what_to_write() {
 fn cancelling_ends_accept_read_write_and_every_wait() {
     let folder = tempfile::tempdir().unwrap();
     let to = unix(folder.path());
-    let listener = Listener::bind(&to).unwrap();
-    let forever = || Options { deadline: None, timeout: None, ..options(1) };
+    let listener = StreamListener::bind(&to).unwrap();
+    let forever = || StreamOptions { deadline: None, timeout: None, ..options(1) };
     let waiting = forever();
     thread::scope(|scope| {
         let accept = scope.spawn(|| listener.accept(&waiting));
@@ -408,7 +408,7 @@ fn cancelling_ends_accept_read_write_and_every_wait() {
     let (pipe_out, pipe_in) = nix::unistd::pipe().unwrap();
     let (one, _other) = UnixStream::pair().unwrap();
     for number in [one.as_raw_fd(), pipe_in.as_raw_fd()] {
-        let writing = Options { one_way: true, ..forever() };
+        let writing = StreamOptions { one_way: true, ..forever() };
         let connection = connect(&Uri::Fd(number), &writing).unwrap();
         thread::scope(|scope| {
             let mut channel = connection.channels[0].clone();
@@ -428,7 +428,7 @@ fn cancelling_ends_accept_read_write_and_every_wait() {
     let (mute, _other) = UnixStream::pair().unwrap();
     for number in [quiet.as_raw_fd(), mute.as_raw_fd()] {
         let reading = forever();
-        let listener = Listener::bind(&Uri::Fd(number)).unwrap();
+        let listener = StreamListener::bind(&Uri::Fd(number)).unwrap();
         thread::scope(|scope| {
             let accept = scope.spawn(|| listener.accept(&reading));
             reading.cancel.cancel();
@@ -440,7 +440,7 @@ fn cancelling_ends_accept_read_write_and_every_wait() {
 
 #[test]
 fn a_peer_that_hangs_is_a_timeout_and_one_that_leaves_is_told() {
-    let short = Options { timeout: Some(Duration::from_millis(30)), one_way: true, ..options(1) };
+    let short = StreamOptions { timeout: Some(Duration::from_millis(30)), one_way: true, ..options(1) };
     let (_kept, pipe) = nix::unistd::pipe().unwrap();
     let (socket, other) = UnixStream::pair().unwrap();
     for number in [pipe.as_raw_fd(), socket.as_raw_fd()] {
@@ -457,8 +457,8 @@ fn a_peer_that_hangs_is_a_timeout_and_one_that_leaves_is_told() {
 fn a_channel_may_be_silent_while_another_is_not() {
     const TIMEOUT: Duration = Duration::from_secs(3);
     let folder = tempfile::tempdir().unwrap();
-    let listener = Listener::bind(&unix(folder.path())).unwrap();
-    let accepting = Options { timeout: Some(TIMEOUT), ..options(1) };
+    let listener = StreamListener::bind(&unix(folder.path())).unwrap();
+    let accepting = StreamOptions { timeout: Some(TIMEOUT), ..options(1) };
     thread::scope(|scope| {
         let source = scope.spawn(|| connect(listener.uri(), &options(2)).unwrap());
         let connection = listener.accept(&accepting).unwrap();
@@ -487,8 +487,8 @@ fn a_channel_may_be_silent_while_another_is_not() {
 fn a_destination_that_nobody_comes_to_says_so() {
     let folder = tempfile::tempdir().unwrap();
     let to = unix(folder.path());
-    let listener = Listener::bind(&to).unwrap();
-    let short = Options { deadline: Some(Duration::from_millis(20)), ..options(1) };
+    let listener = StreamListener::bind(&to).unwrap();
+    let short = StreamOptions { deadline: Some(Duration::from_millis(20)), ..options(1) };
     let error = listener.accept(&short).unwrap_err().to_string();
     assert!(error.contains("no migration came within 20ms"), "{error}");
     let error = connect(&to, &short).unwrap_err().to_string();
@@ -499,8 +499,8 @@ fn a_destination_that_nobody_comes_to_says_so() {
 fn a_bandwidth_limit_holds_over_all_channels_together() {
     let folder = tempfile::tempdir().unwrap();
     let to = unix(folder.path());
-    let listener = Listener::bind(&to).unwrap();
-    let limited = Options { limiter: Limiter::new(Some(10 << 20)), ..options(2) };
+    let listener = StreamListener::bind(&to).unwrap();
+    let limited = StreamOptions { limiter: RateLimiter::new(Some(10 << 20)), ..options(2) };
     let start = Instant::now();
     migrate(&listener, &to, limited, Codec::None);
     // Two thirds of 700 pages are 1.8 MiB; the first tenth of a second's worth is free.
@@ -509,19 +509,19 @@ fn a_bandwidth_limit_holds_over_all_channels_together() {
 
 #[test]
 fn a_cancel_switch_that_was_used_lets_nothing_begin() {
-    let cancel = Cancel::new().unwrap();
+    let cancel = CancelToken::new().unwrap();
     cancel.cancel();
-    let off = Options { cancel, ..options(1) };
+    let off = StreamOptions { cancel, ..options(1) };
     let result = connect(&uri("exec:cat"), &off);
     assert!(matches!(result, Err(StreamError::Cancelled)), "{result:?}");
 }
 
 #[test]
 fn a_peer_that_resets_the_connection_is_told_as_gone() {
-    let listener = Listener::bind(&uri("tcp:127.0.0.1:0")).unwrap();
+    let listener = StreamListener::bind(&uri("tcp:127.0.0.1:0")).unwrap();
     let Uri::Tcp { port, .. } = listener.uri() else { panic!() };
     let mut source = TcpStream::connect(("127.0.0.1", *port)).unwrap();
-    let header = ConnectionHeader { id: MigrationId(7), channel: 0, channels: 1, one_way: true, question: false };
+    let header = ConnectionHeader { id: MigrationId(7), channel: 0, channels: 1, one_way: true, outcome_query: false };
     source.write_all(&header.encode()).unwrap();
     let connection = listener.accept(&options(1)).unwrap();
     let mut channel = connection.channels[0].clone();

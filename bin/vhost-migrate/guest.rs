@@ -18,8 +18,8 @@ use vhost_migrate::migrate::{
     Outcomes, Plan, Policy, connect_all, dirty_sources, measure, migrate, receive,
 };
 use vhost_migrate::stream::record::Started;
-use vhost_migrate::stream::transport::{ask, connect, remove_unfinished_saves};
-use vhost_migrate::stream::{Cancel, Listener, MigrationId, Options, ToSource, Uri};
+use vhost_migrate::stream::transport::{connect, query_outcome, remove_unfinished_saves};
+use vhost_migrate::stream::{CancelToken, MigrationId, StreamListener, StreamOptions, ToSource, Uri};
 
 use crate::interrupt::{before_the_end, ignore_hangup};
 use crate::messages::Messages;
@@ -144,7 +144,7 @@ fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
     let handler = Arc::new(Commands { owner: owner.clone(), quit });
     // Before the first answer: a client that is told that there is no guest yet can have one sent.
     let incoming = match &arguments.incoming {
-        Some(uri) => Some((uri, Arc::new(Incoming::start(Listener::bind(uri)?, owner.outcomes.clone())?))),
+        Some(uri) => Some((uri, Arc::new(Incoming::start(StreamListener::bind(uri)?, owner.outcomes.clone())?))),
         None => None,
     };
     *lock(&owner.incoming) = incoming.as_ref().map(|(_, incoming)| incoming.clone());
@@ -356,7 +356,7 @@ struct Owner {
     /// Whom to ask about a migration from here whose outcome is not known.
     unknown: Mutex<Option<(Uri, MigrationId)>>,
     /// What takes the guest for longer: a migration, with its switch, or a measurement.
-    busy: Mutex<Option<(&'static str, Option<Cancel>)>>,
+    busy: Mutex<Option<(&'static str, Option<CancelToken>)>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -396,7 +396,7 @@ impl Owner {
     fn alone<T>(
         &self,
         what: &'static str,
-        cancel: Option<Cancel>,
+        cancel: Option<CancelToken>,
         work: impl FnOnce() -> Result<T, String>,
     ) -> Result<T, String> {
         let deadline = Instant::now() + MEASUREMENT_END;
@@ -421,7 +421,7 @@ impl Owner {
     }
 
     /// Has `cancel` end waits for the guest's devices.
-    fn interrupt_on(&self, cancel: &Cancel) -> Result<InterruptOnCancel, String> {
+    fn interrupt_on(&self, cancel: &CancelToken) -> Result<InterruptOnCancel, String> {
         Ok(InterruptOnCancel::new(self.with(|guest| Ok(guest.interrupts()))?, cancel))
     }
 
@@ -476,10 +476,10 @@ impl Owner {
             return Err(format!("{uri}: the guest's process has opened this descriptor for itself: {advice}"));
         }
         let codec = arguments.codec.parse().map_err(|error| told(&error))?;
-        let options = Options {
+        let options = StreamOptions {
             channels: if uri.is_single() { 1 } else { arguments.channels },
             one_way: arguments.one_way,
-            ..Options::new().map_err(|error| told(&error))?
+            ..StreamOptions::new().map_err(|error| told(&error))?
         };
         options.limiter.set(arguments.bandwidth);
         let policy =
@@ -522,7 +522,7 @@ impl Owner {
 
     /// Has a paused guest go on, or one that the operator says does not run at the destination.
     fn resume(&self) -> Result<(), String> {
-        let cancel = Cancel::new().map_err(|error| error.to_string())?;
+        let cancel = CancelToken::new().map_err(|error| error.to_string())?;
         self.alone("a resume", Some(cancel.clone()), || {
             let state = self.state();
             match state {
@@ -553,7 +553,7 @@ impl Owner {
     /// The operator says that the destination does not run the guest. It is believed if nobody there says otherwise.
     fn ask_before_resume(&self) -> Result<(), String> {
         let Some((uri, id)) = lock(&self.unknown).clone() else { return Ok(()) };
-        match ask(&uri, id, ASK_BEFORE_RESUME) {
+        match query_outcome(&uri, id, ASK_BEFORE_RESUME) {
             Ok(ToSource::Started(_)) => {
                 self.set(None, State::Migrated);
                 Err("the destination says that it runs the guest: it was let go of here".into())
@@ -615,7 +615,7 @@ impl Owner {
         if !(0.01..=3600.0).contains(&seconds) {
             return Err(format!("{seconds} seconds: measure for 0.01 to 3600"));
         }
-        let cancel = Cancel::new().map_err(|error| error.to_string())?;
+        let cancel = CancelToken::new().map_err(|error| error.to_string())?;
         self.alone(MEASUREMENT, Some(cancel.clone()), || {
             let (mut sources, bytes) = self.with(|guest| Ok((dirty_sources(guest), guest.memory().size())))?;
             let interval = Duration::from_millis(100);
@@ -635,7 +635,7 @@ impl Owner {
     }
 
     fn verify(&self) -> Result<Verified, String> {
-        let cancel = Cancel::new().map_err(|error| error.to_string())?;
+        let cancel = CancelToken::new().map_err(|error| error.to_string())?;
         self.alone("a verification", Some(cancel.clone()), || {
             let _interrupt = self.interrupt_on(&cancel)?;
             self.with(|guest| Ok(guest.verify()?))

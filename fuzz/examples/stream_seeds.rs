@@ -13,14 +13,15 @@ use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::stream::frame::{ConnectionHeader, HEADER_BYTES};
 use vhost_migrate::stream::record::{Commit, DataRuns, Held, MemoryLayout, RoundEnd, Started};
 use vhost_migrate::stream::{
-    ChannelId, Codec, Encoder, FrameReader, FrameWriter, Kind, MigrationId, ToDestination, ToSource, send_hashes,
+    ChannelId, Codec, FrameKind, FrameReader, FrameWriter, MigrationId, PageEncoder, ToDestination, ToSource,
+    send_hashes,
 };
 
 fn main() -> Result<(), Box<dyn Error>> {
     let folder = std::env::args_os().nth(1).ok_or("name the folder to write to")?;
     let write = |name: String, bytes: &[u8]| fs::write(Path::new(&folder).join(name), bytes);
-    let header = ConnectionHeader { id: MigrationId(1), channel: 0, channels: 1, one_way: false, question: false };
-    write("question".into(), &ConnectionHeader { question: true, ..header }.encode())?;
+    let header = ConnectionHeader { id: MigrationId(1), channel: 0, channels: 1, one_way: false, outcome_query: false };
+    write("question".into(), &ConnectionHeader { outcome_query: true, ..header }.encode())?;
     write("unfinished".into(), &ConnectionHeader { one_way: true, ..header }.encode_unfinished())?;
     for (name, codec) in [("raw", Codec::None), ("zstd", Codec::Zstd(1))] {
         let stream = [&header.encode(), frames(codec)?.as_slice()].concat();
@@ -29,7 +30,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let mut body = Vec::new();
         while let Ok(frame) = reader.next_frame() {
             reader.body(&frame, &mut body)?;
-            let kind = Kind::ALL.iter().position(|kind| *kind == frame.kind).ok_or("a kind that is not in ALL")?;
+            let kind = FrameKind::ALL.iter().position(|kind| *kind == frame.kind).ok_or("a kind that is not in ALL")?;
             write(format!("{name}-{}", frame.kind), &[&[kind as u8], body.as_slice()].concat())?;
         }
     }
@@ -52,7 +53,7 @@ fn frames(codec: Codec) -> Result<Vec<u8>, Box<dyn Error>> {
     ToDestination::Layout(MemoryLayout::of(&memory)?).write(to)?;
     ToDestination::DataRuns(DataRuns::of(&memory)).write(to)?;
     ToDestination::Devices(b"devices".into()).write(to)?;
-    let sent = Encoder::new(codec)?.send(&memory, [1..3, 48..50], to)?;
+    let sent = PageEncoder::new(codec)?.send(&memory, [1..3, 48..50], to)?;
     send_hashes(&memory, [1..3, 48..50], to)?;
     ToDestination::RoundEnd(RoundEnd::new(0, true, &sent)).write(to)?;
     ToDestination::State(b"state".into()).write(to)?;

@@ -9,10 +9,10 @@ use std::sync::{Arc, OnceLock};
 
 use libfuzzer_sys::fuzz_target;
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
-use vhost_migrate::stream::frame::{ConnectionHeader, Kind};
-use vhost_migrate::stream::pages::Batch;
+use vhost_migrate::stream::frame::{ConnectionHeader, FrameKind};
+use vhost_migrate::stream::pages::PageBatch;
 use vhost_migrate::stream::{
-    ChannelId, Decoder, FrameReader, FrameWriter, MigrationId, Target, ToDestination, ToSource,
+    ChannelId, FrameReader, FrameWriter, IncomingMemory, MigrationId, PageDecoder, ToDestination, ToSource,
 };
 
 const ID: ChannelId = ChannelId { migration: MigrationId(1), channel: 0 };
@@ -20,14 +20,14 @@ const ID: ChannelId = ChannelId { migration: MigrationId(1), channel: 0 };
 fuzz_target!(|input: &[u8]| {
     read(input);
     let Some((&first, body)) = input.split_first() else { return };
-    let kind = Kind::ALL[usize::from(first) % Kind::ALL.len()];
+    let kind = FrameKind::ALL[usize::from(first) % FrameKind::ALL.len()];
     // Pages twice as often as one in ten: they are what writes memory.
-    let kind = if first >= 128 { Kind::Pages } else { kind };
+    let kind = if first >= 128 { FrameKind::Pages } else { kind };
     let mut writer = FrameWriter::new(Vec::new(), ID);
     if writer.write(kind, [body, &[]]).is_ok() {
         read_frames(&writer.into_inner());
     }
-    let _ = Batch::parse(body);
+    let _ = PageBatch::parse(body);
 });
 
 fn read(mut stream: &[u8]) {
@@ -38,12 +38,12 @@ fn read(mut stream: &[u8]) {
 }
 
 fn read_frames(stream: &[u8]) {
-    let mut decoder = Decoder::new(target().clone(), 0, 1).expect("codecs can be set up");
+    let mut decoder = PageDecoder::new(memory().clone(), 0, 1).expect("codecs can be set up");
     let mut reader = FrameReader::new(stream, ID);
     while let Ok(header) = reader.next_frame() {
         let good = match header.kind {
-            Kind::Pages => decoder.receive(&header, &mut reader).is_ok(),
-            Kind::Hashes => decoder.compare(&header, &mut reader).is_ok(),
+            FrameKind::Pages => decoder.receive(&header, &mut reader).is_ok(),
+            FrameKind::Hashes => decoder.compare(&header, &mut reader).is_ok(),
             kind if (kind as u16) < 0x80 => ToDestination::read(&header, &mut reader).is_ok(),
             _ => ToSource::read(&header, &mut reader).is_ok(),
         };
@@ -54,12 +54,12 @@ fn read_frames(stream: &[u8]) {
 }
 
 /// Two small regions and a hole, made once.
-fn target() -> &'static Arc<Target> {
-    static TARGET: OnceLock<Arc<Target>> = OnceLock::new();
-    TARGET.get_or_init(|| {
+fn memory() -> &'static Arc<IncomingMemory> {
+    static MEMORY: OnceLock<Arc<IncomingMemory>> = OnceLock::new();
+    MEMORY.get_or_init(|| {
         let fd = sealed_memfd("fuzz", 64 << 12).expect("a memfd");
         let region = |gpa, offset| Arc::new(Region::map(fd.as_fd(), gpa, 32 << 12, gpa, offset).expect("a mapping"));
         let memory = Memory::new([region(0, 0), region(48 << 12, 32 << 12)]).expect("regions apart");
-        Arc::new(Target::used(memory))
+        Arc::new(IncomingMemory::dirty(memory))
     })
 }

@@ -15,7 +15,7 @@ use crate::guest::{
 use crate::memory::Memory;
 use crate::stream::StreamError;
 use crate::stream::record::{self, MAX_STATE};
-use crate::stream::transport::{Cancel, OnCancel};
+use crate::stream::transport::{CancelCallback, CancelToken};
 
 /// Version of the record that carries a [`GuestState`], as of a guest that goes on elsewhere at once.
 const STATE_RECORD: u16 = 1;
@@ -52,12 +52,12 @@ const NOT_COMPARED: &str = "a restore can't compare this disk with what it is no
 /// Has a cancellation end waits for a guest's devices. When this is dropped, they can wait again.
 pub struct InterruptOnCancel {
     interrupts: Vec<Interrupt>,
-    call: Option<OnCancel>,
+    call: Option<CancelCallback>,
 }
 
 impl InterruptOnCancel {
     /// Of the devices of `interrupts` ([`Guest::interrupts`]).
-    pub fn new(interrupts: Vec<Interrupt>, cancel: &Cancel) -> InterruptOnCancel {
+    pub fn new(interrupts: Vec<Interrupt>, cancel: &CancelToken) -> InterruptOnCancel {
         let set = interrupts.clone();
         let call = cancel.on_cancel(move || set.iter().for_each(Interrupt::set));
         InterruptOnCancel { interrupts, call: Some(call) }
@@ -77,7 +77,7 @@ pub struct GuestMachine<'a> {
     memory: Memory,
     interrupts: Vec<Interrupt>,
     /// The switch that sets them, and its effect for as long as it is kept.
-    cancel: Option<(Cancel, InterruptOnCancel)>,
+    cancel: Option<(CancelToken, InterruptOnCancel)>,
     /// Whether its CPUs ran before the migration.
     running: bool,
     /// Whether it is saved to be restored later.
@@ -96,7 +96,7 @@ impl<'a> GuestMachine<'a> {
 
     /// Has `cancel` end waits for the guest's devices too: a disk that hangs while its queues are stopped does not keep the
     /// guest's CPUs and other devices from going on. It goes on itself as soon as it answers.
-    pub fn with_cancel(mut self, cancel: &Cancel) -> GuestMachine<'a> {
+    pub fn with_cancel(mut self, cancel: &CancelToken) -> GuestMachine<'a> {
         self.cancel = Some((cancel.clone(), InterruptOnCancel::new(self.interrupts.clone(), cancel)));
         self
     }
@@ -215,7 +215,7 @@ pub struct GuestArrival {
     /// Of all its devices.
     interrupt: Interrupt,
     /// What sets it until the commit.
-    cancel: Option<OnCancel>,
+    cancel: Option<CancelCallback>,
 }
 
 impl GuestArrival {
@@ -263,12 +263,12 @@ impl GuestArrival {
     }
 
     /// Has `cancel`, the connection's, end waits for back-ends too.
-    pub fn with_cancel(mut self, cancel: &Cancel) -> GuestArrival {
+    pub fn with_cancel(mut self, cancel: &CancelToken) -> GuestArrival {
         self.cancel = Some(self.interrupted_by(cancel));
         self
     }
 
-    fn interrupted_by(&self, cancel: &Cancel) -> OnCancel {
+    fn interrupted_by(&self, cancel: &CancelToken) -> CancelCallback {
         let interrupt = self.interrupt.clone();
         cancel.on_cancel(move || interrupt.set())
     }
@@ -354,7 +354,7 @@ impl Arrival for GuestArrival {
         Ok(())
     }
 
-    fn start(&mut self, run: bool, cancel: &Cancel) -> Result<Option<u64>, MachineError> {
+    fn start(&mut self, run: bool, cancel: &CancelToken) -> Result<Option<u64>, MachineError> {
         self.cancel = None;
         let interrupted = self.interrupted_by(cancel);
         let guest = self.guest.as_mut().ok_or("no guest was restored")?;

@@ -16,8 +16,11 @@ use super::populate::{Arrived, populate};
 use super::time_limit::TimeLimit;
 use crate::memory::LOG_PAGE;
 use crate::stream::record::{Commit, DataRuns, MemoryLayout, Started};
-use crate::stream::{Cancel, Channel, Comparison, Connection, Decoder, FrameReader, FrameWriter, Kind, MigrationId};
-use crate::stream::{PageStats, StreamError, Target, ToDestination, ToSource};
+use crate::stream::{
+    CancelToken, FrameKind, FrameReader, FrameWriter, HashComparison, MigrationId, PageDecoder, StreamChannel,
+    StreamConnection,
+};
+use crate::stream::{IncomingMemory, PageStats, StreamError, ToDestination, ToSource};
 
 /// How long what carries the stream may take to end.
 const LAST_WORDS: Duration = Duration::from_secs(2);
@@ -61,8 +64,8 @@ pub struct Received {
 /// guest never runs here. The source has been told why if it still listens.
 pub fn receive(
     arrival: &mut dyn Arrival,
-    connection: Connection,
-    cancel: &Cancel,
+    connection: StreamConnection,
+    cancel: &CancelToken,
     outcomes: &Outcomes,
     switchover_timeout: Duration,
 ) -> Result<Received, MigrateError> {
@@ -108,7 +111,7 @@ struct Committed {
     compared: u64,
     commit: Commit,
     /// Ends the tries to start the guest.
-    starting: Cancel,
+    starting: CancelToken,
 }
 
 /// Starts a guest that this side owns. Whatever comes of it, the guest stays here.
@@ -116,7 +119,7 @@ fn start(
     arrival: &mut dyn Arrival,
     id: MigrationId,
     run: bool,
-    cancel: &Cancel,
+    cancel: &CancelToken,
     outcomes: &Outcomes,
     answers: &mut Answers,
 ) -> Result<Option<u64>, MigrateError> {
@@ -142,7 +145,7 @@ fn start(
     }
 }
 
-fn try_start(arrival: &mut dyn Arrival, run: bool, cancel: &Cancel) -> Result<Option<u64>, MachineError> {
+fn try_start(arrival: &mut dyn Arrival, run: bool, cancel: &CancelToken) -> Result<Option<u64>, MachineError> {
     for _ in 1..START_TRIES {
         let error = match arrival.start(run, cancel) {
             Ok(downtime) => return Ok(downtime),
@@ -160,7 +163,7 @@ fn try_start(arrival: &mut dyn Arrival, run: bool, cancel: &Cancel) -> Result<Op
 }
 
 /// A command that carries the stream may still hold what was said last. It ends when the source hangs up.
-fn deliver(connection: Connection) {
+fn deliver(connection: StreamConnection) {
     let ended = connection.channels.iter().try_for_each(|channel| channel.set_timeout(Some(LAST_WORDS)));
     if let Err(error) = ended.and_then(|()| connection.finish()) {
         tracing::debug!(%error, "the connection did not end well");
@@ -168,7 +171,7 @@ fn deliver(connection: Connection) {
 }
 
 struct Answers {
-    to: FrameWriter<Channel>,
+    to: FrameWriter<StreamChannel>,
     one_way: bool,
 }
 
@@ -185,12 +188,12 @@ impl Answers {
 /// the source goes on once its memory layout is accepted, `timer` limits the switchover.
 fn take_in(
     arrival: &mut dyn Arrival,
-    readers: &mut [FrameReader<Channel>],
+    readers: &mut [FrameReader<StreamChannel>],
     answers: &mut Answers,
-    cancel: &Cancel,
+    cancel: &CancelToken,
     goes_on: &dyn Fn() -> Result<(), StreamError>,
     timer: &dyn Fn() -> io::Result<TimeLimit>,
-    own: &dyn Fn() -> Result<Cancel, MigrateError>,
+    own: &dyn Fn() -> Result<CancelToken, MigrateError>,
 ) -> Result<Committed, MigrateError> {
     let asked = |doing| move |cause| MigrateError::Machine { doing, cause };
     let layout = next(readers, "the memory layout", |message| match message {
@@ -216,7 +219,7 @@ fn take_in(
         Ok(())
     };
     let mut prepare = |devices: &[u8]| arrival.prepare_devices(devices).map_err(asked("preparing the devices"));
-    let target = Arc::new(Target::fresh(memory));
+    let target = Arc::new(IncomingMemory::zeroed(memory));
     let (pages, compared) = receive_pages(&target, readers, &mut one_ended, &mut prepare)?;
     check_comparison(&compared, guest_pages)?;
 
@@ -246,9 +249,9 @@ fn take_in(
 }
 
 /// Whether all pages are as they are at the source, if it has sent hashes at all.
-fn check_comparison(compared: &Comparison, guest_pages: u64) -> Result<(), MigrateError> {
+fn check_comparison(compared: &HashComparison, guest_pages: u64) -> Result<(), MigrateError> {
     if compared.different > 0 {
-        return Err(MigrateError::Different { pages: compared.different, named: compared.named.clone() });
+        return Err(MigrateError::Different { pages: compared.different, named: compared.first_different.clone() });
     }
     if compared.pages > 0 && compared.pages != guest_pages {
         let why = format!("they are of {} pages, the guest has {guest_pages}", compared.pages);
@@ -262,19 +265,19 @@ enum Told {
     /// What the source knows of its devices.
     Devices(Vec<u8>),
     /// How the channel ended: all that it has brought, or why not.
-    Ended(Result<(PageStats, Comparison), MigrateError>),
+    Ended(Result<(PageStats, HashComparison), MigrateError>),
 }
 
 /// Reads pages, and hashes, on all channels until each has ended the last round; `one_ended` hears of each that has, and
 /// `prepare` of what the source knows of its devices.
 fn receive_pages(
-    target: &Arc<Target>,
-    readers: &mut [FrameReader<Channel>],
+    target: &Arc<IncomingMemory>,
+    readers: &mut [FrameReader<StreamChannel>],
     one_ended: &mut dyn FnMut() -> Result<(), MigrateError>,
     prepare: &mut dyn FnMut(&[u8]) -> Result<(), MigrateError>,
-) -> Result<(PageStats, Comparison), MigrateError> {
+) -> Result<(PageStats, HashComparison), MigrateError> {
     let channels = readers.len() as u16;
-    let sockets: Vec<Channel> = readers.iter_mut().map(|reader| reader.get_mut().clone()).collect();
+    let sockets: Vec<StreamChannel> = readers.iter_mut().map(|reader| reader.get_mut().clone()).collect();
     let arrived = Arrived::default();
     std::thread::scope(|scope| {
         // Room for all that is told: each channel's end, and on one of them the devices.
@@ -287,7 +290,7 @@ fn receive_pages(
         for (number, reader) in readers.iter_mut().enumerate() {
             let (tell, target, hints) = (tell.clone(), target.clone(), hints.take());
             scope.spawn(move || {
-                let result = Decoder::new(target, number as u16, channels)
+                let result = PageDecoder::new(target, number as u16, channels)
                     .map_err(MigrateError::from)
                     .and_then(|mut decoder| receive_channel(&mut decoder, reader, hints, arrived));
                 // The receiver outlives all senders.
@@ -295,7 +298,7 @@ fn receive_pages(
             });
         }
         drop(tell);
-        let mut outcome = Ok(<(PageStats, Comparison)>::default());
+        let mut outcome = Ok(<(PageStats, HashComparison)>::default());
         for told in told {
             let result = match told {
                 Told::Devices(devices) if outcome.is_ok() => prepare(&devices).map(|()| None),
@@ -310,7 +313,7 @@ fn receive_pages(
                 (Ok(_), _) => {}
                 (Err(error), Ok(_)) => {
                     // The other threads wait for pages that will not come. Channel 0 can still carry the reason back.
-                    sockets.iter().for_each(Channel::shutdown_read);
+                    sockets.iter().for_each(StreamChannel::shutdown_read);
                     outcome = Err(error);
                 }
                 // What the source said before it hung up is worth more than that it did.
@@ -332,24 +335,24 @@ struct Hints {
 
 /// Reads pages until the last round ends.
 fn receive_channel(
-    decoder: &mut Decoder,
-    reader: &mut FrameReader<Channel>,
+    decoder: &mut PageDecoder,
+    reader: &mut FrameReader<StreamChannel>,
     hints: Option<Hints>,
     arrived: &Arrived,
-) -> Result<(PageStats, Comparison), MigrateError> {
+) -> Result<(PageStats, HashComparison), MigrateError> {
     let mut all = PageStats::default();
     let mut round = PageStats::default();
-    let mut compared = Comparison::default();
+    let mut compared = HashComparison::default();
     let Hints { mut announce, mut devices } = hints.unwrap_or(Hints { announce: None, devices: None });
     loop {
         let header = reader.next_frame()?;
-        if header.kind == Kind::Pages {
+        if header.kind == FrameKind::Pages {
             let received = decoder.receive(&header, reader)?;
             arrived.add(received.data_pages);
             round += received;
             continue;
         }
-        if header.kind == Kind::Hashes {
+        if header.kind == FrameKind::Hashes {
             compared += decoder.compare(&header, reader)?;
             continue;
         }
@@ -373,7 +376,7 @@ fn receive_channel(
 
 /// Reads the next message on channel 0, which must be the one that `pick` takes.
 fn next<T>(
-    readers: &mut [FrameReader<Channel>],
+    readers: &mut [FrameReader<StreamChannel>],
     wanted: &'static str,
     pick: impl FnOnce(ToDestination) -> Option<T>,
 ) -> Result<T, MigrateError> {

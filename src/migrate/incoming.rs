@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
 
 use super::outcomes::Outcomes;
-use crate::stream::{self, Cancel, Connection, Listener, Options, StreamError};
+use crate::stream::{self, CancelToken, StreamConnection, StreamError, StreamListener, StreamOptions};
 
 /// How long a migration that has connected may take to send its first frame, the memory layout.
 const FIRST_FRAME_TIME: Duration = Duration::from_secs(10);
@@ -27,9 +27,9 @@ const IDLE_TIME: Duration = Duration::from_secs(60);
 /// A migration that has begun.
 pub struct Arriving {
     /// Its channels.
-    pub connection: Connection,
+    pub connection: StreamConnection,
     /// Ends it.
-    pub cancel: Cancel,
+    pub cancel: CancelToken,
 }
 
 /// Takes connections at one URI until it is dropped.
@@ -42,7 +42,7 @@ pub struct Incoming {
 
 struct Shared {
     /// Of the wait for the next connection.
-    cancel: Cancel,
+    cancel: CancelToken,
     /// When to listen no more.
     until: Option<Instant>,
 }
@@ -52,9 +52,9 @@ impl Incoming {
     ///
     /// # Errors
     /// If the system has no thread or file descriptor left.
-    pub fn start(listener: Listener, outcomes: Outcomes) -> Result<Incoming, StreamError> {
+    pub fn start(listener: StreamListener, outcomes: Outcomes) -> Result<Incoming, StreamError> {
         let (to, migrations) = bounded(MOST_WAITING);
-        let shared = Arc::new(Mutex::new(Shared { cancel: Cancel::new()?, until: None }));
+        let shared = Arc::new(Mutex::new(Shared { cancel: CancelToken::new()?, until: None }));
         let its = shared.clone();
         let listen = move || {
             if let Err(error) = listen(&listener, &outcomes, &to, &its) {
@@ -70,7 +70,7 @@ impl Incoming {
     /// listened at carries only one.
     ///
     /// # Errors
-    /// What [`Listener::next`] reports.
+    /// What [`StreamListener::next`] reports.
     pub fn next(&self) -> Result<Option<Arriving>, StreamError> {
         let migrations = lock(&self.migrations).clone();
         migrations.and_then(|migrations| migrations.recv().ok()).transpose()
@@ -102,14 +102,14 @@ impl Drop for Incoming {
 }
 
 fn listen(
-    listener: &Listener,
+    listener: &StreamListener,
     outcomes: &Outcomes,
     to: &Sender<Result<Arriving, StreamError>>,
     shared: &Mutex<Shared>,
 ) -> Result<(), StreamError> {
     let mut expected = Expected::default();
     loop {
-        let cancel = Cancel::new()?;
+        let cancel = CancelToken::new()?;
         let until = {
             let mut shared = lock(shared);
             shared.cancel = cancel.clone();
@@ -119,20 +119,21 @@ fn listen(
         if left.is_some_and(|left| left.is_zero()) {
             return Ok(());
         }
-        let options = Options { deadline: left, timeout: Some(IDLE_TIME), cancel: cancel.clone(), ..Options::new()? };
+        let options =
+            StreamOptions { deadline: left, timeout: Some(IDLE_TIME), cancel: cancel.clone(), ..StreamOptions::new()? };
         match listener.next(&options) {
-            Ok(stream::Incoming::Question(question)) => {
-                let (id, answer) = (question.id, outcomes.answer(question.id));
+            Ok(stream::IncomingConnection::OutcomeQuery(query)) => {
+                let (id, answer) = (query.id, outcomes.answer(query.id));
                 tracing::info!("the source of migration {id} asks what came of it: {answer:?}");
-                if let Err(error) = question.answer(&answer) {
+                if let Err(error) = query.answer(&answer) {
                     tracing::warn!("a source that asks about a migration went away: {error}");
                 }
             }
-            Ok(stream::Incoming::Migration(connection)) if listener.uri().is_single() => {
+            Ok(stream::IncomingConnection::Migration(connection)) if listener.uri().is_single() => {
                 hand_on(to, Arriving { connection, cancel });
                 return Ok(());
             }
-            Ok(stream::Incoming::Migration(connection)) => {
+            Ok(stream::IncomingConnection::Migration(connection)) => {
                 expected.admit(Arriving { connection, cancel }, to.clone())?;
             }
             // It is closed, or to be closed later.
@@ -153,7 +154,7 @@ fn hand_on(to: &Sender<Result<Arriving, StreamError>>, arriving: Arriving) {
 /// Migrations that have connected and not sent a frame: strangers, or sources that are about to. Each has a thread, so
 /// that none holds up another.
 #[derive(Default)]
-struct Expected(VecDeque<(Cancel, JoinHandle<()>)>);
+struct Expected(VecDeque<(CancelToken, JoinHandle<()>)>);
 
 impl Expected {
     /// Hands `arriving` on to `to` once it has begun.

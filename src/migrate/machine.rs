@@ -2,7 +2,7 @@
 
 use crate::dirty::DirtySource;
 use crate::memory::Memory;
-use crate::stream::Cancel;
+use crate::stream::CancelToken;
 
 /// What went wrong inside the machine, in words for its user.
 pub type MachineError = Box<dyn std::error::Error + Send + Sync>;
@@ -117,5 +117,5 @@ pub trait Arrival {
     /// # Errors
     /// If the guest can't be started. It must stay whole and paused: this is tried again, unless it was cancelled, and
     /// then up to the operator.
-    fn start(&mut self, run: bool, cancel: &Cancel) -> Result<Option<u64>, MachineError>;
+    fn start(&mut self, run: bool, cancel: &CancelToken) -> Result<Option<u64>, MachineError>;
 }

@@ -14,7 +14,7 @@
 //! | `measure` | a dirty rate without a migration |
 //!
 //! A migration belongs to no particular guest or device: implement [`Machine`] and [`Arrival`], open a
-//! [`Connection`](crate::stream::Connection), and call [`migrate`] and [`receive`].
+//! [`StreamConnection`](crate::stream::StreamConnection), and call [`migrate`] and [`receive`].
 #![forbid(unsafe_code)]
 
 mod builtin;

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::error::MigrateError;
 use crate::stream::record::{Held, Started};
-use crate::stream::{Cancel, Channel, Connection, MigrationId, ToSource};
+use crate::stream::{CancelToken, MigrationId, StreamChannel, StreamConnection, ToSource};
 
 /// The migrations that a destination has taken part in. Clones are one.
 #[derive(Clone, Default)]
@@ -40,11 +40,11 @@ const MOST: usize = 1024;
 
 enum Outcome {
     /// Not committed.
-    Receiving { channels: Vec<Channel>, cancel: Cancel },
+    Receiving { channels: Vec<StreamChannel>, cancel: CancelToken },
     /// Never to be committed, and why.
     GivenUp(String),
     /// Committed: the guest is owned here and is being started, until this is cancelled.
-    Starting(Cancel),
+    Starting(CancelToken),
     /// Committed: the guest is owned here, and does not run yet.
     Held(Held),
     /// The guest runs here, or ran before it went on.
@@ -124,7 +124,7 @@ impl Outcomes {
     ///
     /// # Errors
     /// If its id was used before, or after [`close`](Self::close).
-    pub(super) fn begin(&self, connection: &Connection, cancel: &Cancel) -> Result<(), MigrateError> {
+    pub(super) fn begin(&self, connection: &StreamConnection, cancel: &CancelToken) -> Result<(), MigrateError> {
         let mut known = self.lock();
         if known.closed {
             return Err(MigrateError::GivenUp("this destination ends".into()));
@@ -152,8 +152,8 @@ impl Outcomes {
     ///
     /// # Errors
     /// [`MigrateError::GivenUp`].
-    pub(super) fn commit(&self, id: MigrationId) -> Result<Cancel, MigrateError> {
-        let starting = Cancel::new()?;
+    pub(super) fn commit(&self, id: MigrationId) -> Result<CancelToken, MigrateError> {
+        let starting = CancelToken::new()?;
         let mut known = self.lock();
         match known.by_id.get_mut(&id) {
             Some(outcome @ Outcome::Receiving { .. }) => {
@@ -182,7 +182,7 @@ fn abandon(outcome: &mut Outcome, why: &str) -> bool {
     let Outcome::Receiving { channels, cancel } = outcome else { return false };
     // A source that waits for an answer to its commit can still be told.
     if !cancel.cancel() {
-        channels.iter().for_each(Channel::shutdown_read);
+        channels.iter().for_each(StreamChannel::shutdown_read);
     }
     *outcome = Outcome::GivenUp(why.into());
     true
@@ -200,7 +200,7 @@ mod tests {
     fn two_under_way() -> Outcomes {
         let outcomes = Outcomes::default();
         for id in [FIRST, SECOND] {
-            let receiving = Outcome::Receiving { channels: Vec::new(), cancel: Cancel::new().unwrap() };
+            let receiving = Outcome::Receiving { channels: Vec::new(), cancel: CancelToken::new().unwrap() };
             outcomes.lock().by_id.insert(id, receiving);
         }
         outcomes

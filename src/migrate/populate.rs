@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::memory::LOG_PAGE;
-use crate::stream::Target;
+use crate::stream::IncomingMemory;
 
 /// Pages populated with one system call: 4 MiB, a millisecond or two.
 const PIECE: u64 = (4 << 20) / LOG_PAGE;
@@ -68,7 +68,7 @@ impl Arrived {
 /// Populates `runs`, the pages for which the source has announced data, until all are done or no more pages arrive, and
 /// waits for pages to arrive where it has come too far. Pieces that pages have reached already are left out. Populates no
 /// other page: no more than the source uses.
-pub(super) fn populate(target: &Target, runs: &[Range<u64>], arrived: &Arrived) {
+pub(super) fn populate(target: &IncomingMemory, runs: &[Range<u64>], arrived: &Arrived) {
     let memory = target.memory();
     let (mut done, mut populated) = (0, 0);
     for run in runs {
@@ -109,10 +109,10 @@ mod tests {
 
     const PAGES: u64 = 8 << 10;
 
-    fn target(pages: u64) -> (Target, OwnedFd) {
+    fn target(pages: u64) -> (IncomingMemory, OwnedFd) {
         let fd = sealed_memfd("populate-test", pages * LOG_PAGE).unwrap();
         let region = Region::map(fd.as_fd(), 0, pages * LOG_PAGE, 0, 0).unwrap();
-        (Target::fresh(Memory::new([Arc::new(region)]).unwrap()), fd)
+        (IncomingMemory::zeroed(Memory::new([Arc::new(region)]).unwrap()), fd)
     }
 
     fn resident(fd: &OwnedFd) -> u64 {

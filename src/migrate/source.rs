@@ -27,7 +27,9 @@ use super::time_limit::TimeLimit;
 use crate::dirty::{DirtySource, PageSet};
 use crate::memory::{LOG_PAGE, Memory};
 use crate::stream::record::{Commit, DataRuns, MemoryLayout, RoundEnd, Started};
-use crate::stream::{Cancel, Channel, Codec, Connection, Encoder, FrameReader, FrameWriter, Limiter, PageStats};
+use crate::stream::{
+    CancelToken, Codec, FrameReader, FrameWriter, PageEncoder, PageStats, RateLimiter, StreamChannel, StreamConnection,
+};
 use crate::stream::{StreamError, ToDestination, ToSource, owned_by, send_hashes};
 
 /// How often [`Event::Progress`] is told.
@@ -96,10 +98,10 @@ impl Plan {
 /// [`Failure`], which tells where the guest is. Before the commit it goes on here, as long as the machine can resume.
 pub fn migrate(
     machine: &mut dyn Machine,
-    connection: Connection,
+    connection: StreamConnection,
     plan: &Plan,
-    limiter: &Limiter,
-    cancel: &Cancel,
+    limiter: &RateLimiter,
+    cancel: &CancelToken,
     tell: &mut dyn FnMut(Event),
 ) -> Result<Report, Failure> {
     let begun = Instant::now();
@@ -148,7 +150,7 @@ fn at_home(run: bool) -> GuestLocation {
 }
 
 /// What a device says of a wait that was cancelled is no reason of its own.
-fn or_cancelled(error: MigrateError, cancel: &Cancel) -> MigrateError {
+fn or_cancelled(error: MigrateError, cancel: &CancelToken) -> MigrateError {
     match error {
         MigrateError::Machine { .. } | MigrateError::Dirty(_) if cancel.is_cancelled() => MigrateError::Cancelled,
         error => error,
@@ -159,9 +161,9 @@ fn or_cancelled(error: MigrateError, cancel: &Cancel) -> MigrateError {
 fn open(
     machine: &mut dyn Machine,
     memory: &Memory,
-    connection: Connection,
+    connection: StreamConnection,
     codec: Codec,
-    cancel: &Cancel,
+    cancel: &CancelToken,
 ) -> Result<(Wire, Box<dyn DirtySource>), MigrateError> {
     let mut wire = Wire::new(connection, codec)?;
     let dirty = begin(machine, memory, &mut wire).map_err(|error| or_cancelled(error, cancel));
@@ -201,8 +203,8 @@ struct Migration<'a> {
     /// Pages that the destination does not have, or has in an older version.
     pending: PageSet,
     report: Report,
-    cancel: &'a Cancel,
-    limiter: &'a Limiter,
+    cancel: &'a CancelToken,
+    limiter: &'a RateLimiter,
     tell: &'a mut dyn FnMut(Event),
     /// Seconds during which dirty pages were counted.
     running: f64,
@@ -449,10 +451,10 @@ impl Migration<'_> {
         };
         (self.tell)(Event::Asking { message: error.to_string() });
         // It can't be the old connection that brings an answer now.
-        connection.channels.iter().for_each(Channel::shutdown);
+        connection.channels.iter().for_each(StreamChannel::shutdown);
         let asked = loop {
             let left = ask_for.saturating_sub(begun.elapsed());
-            let (asked, last) = match connection.ask(left.min(ASK_TIME)) {
+            let (asked, last) = match connection.query_outcome(left.min(ASK_TIME)) {
                 Ok(ToSource::Started(started)) => {
                     self.observed(started);
                     return Ok(());
@@ -485,7 +487,7 @@ impl Migration<'_> {
     /// the time that the slowest channel has taken.
     fn send(&mut self, round: u32, last: bool, verify: bool) -> Result<(PageStats, Spent), MigrateError> {
         let (memory, pending, limiter, tell) = (&self.memory, &self.pending, self.limiter, &mut self.tell);
-        let siblings: Vec<Channel> = self.wire.channels.iter_mut().map(|c| c.writer.get_mut().clone()).collect();
+        let siblings: Vec<StreamChannel> = self.wire.channels.iter_mut().map(|c| c.writer.get_mut().clone()).collect();
         let channels = self.wire.channels.len() as u16;
         let total = pending.len();
         let (mut sent, mut longest, mut hashed_for) = (PageStats::default(), Spent::default(), Duration::ZERO);
@@ -514,7 +516,7 @@ impl Migration<'_> {
                         // cancelled they end by themselves, between two frames, so that it can say so.
                         limiter.set(None);
                         if !self.cancel.is_cancelled() {
-                            siblings.iter().for_each(Channel::shutdown_write);
+                            siblings.iter().for_each(StreamChannel::shutdown_write);
                         }
                         return Err(error);
                     }
@@ -534,7 +536,7 @@ impl Migration<'_> {
                         let pages_left = total.saturating_sub(so_far);
                         tell(Event::Progress { round, pages_left, bytes_per_second });
                         (told, when) = (so_far, Instant::now());
-                        if silence.begins(siblings.iter().map(Channel::sent).sum()) {
+                        if silence.begins(siblings.iter().map(StreamChannel::sent).sum()) {
                             let message = format!(
                                 "nothing was taken for {SILENCE:?}: the other end hangs, or the way to it does. The guest \
                                  runs here, and goes on here if that lasts"
@@ -604,15 +606,15 @@ fn milliseconds(time: Duration) -> f64 {
 struct Wire {
     channels: Vec<Sender>,
     /// What the destination says, on channel 0.
-    replies: FrameReader<Channel>,
+    replies: FrameReader<StreamChannel>,
     one_way: bool,
     /// Kept to end a file or a command properly.
-    connection: Option<Connection>,
+    connection: Option<StreamConnection>,
 }
 
 struct Sender {
-    writer: FrameWriter<Channel>,
-    encoder: Encoder,
+    writer: FrameWriter<StreamChannel>,
+    encoder: PageEncoder,
 }
 
 impl Sender {
@@ -625,22 +627,22 @@ impl Sender {
         round: u32,
         last: bool,
     ) -> Result<(PageStats, Spent, Duration), StreamError> {
-        let (begun, waited, coding) = (Instant::now(), self.writer.get_mut().waited(), self.encoder.coding());
+        let (begun, waited, coding) = (Instant::now(), self.writer.get_mut().waited(), self.encoder.compression_time());
         let sent = self.encoder.send(memory, runs, &mut self.writer)?;
         let sending = begun.elapsed();
         send_hashes(memory, hashed, &mut self.writer)?;
         let hashing = begun.elapsed().saturating_sub(sending);
         ToDestination::RoundEnd(RoundEnd::new(round, last, &sent)).write(&mut self.writer)?;
         let waiting = self.writer.get_mut().waited().saturating_sub(waited);
-        let coding = self.encoder.coding().saturating_sub(coding);
+        let coding = self.encoder.compression_time().saturating_sub(coding);
         Ok((sent, Spent { sending: sending.saturating_sub(waiting), coding, waiting }, hashing))
     }
 }
 
 impl Wire {
-    fn new(connection: Connection, codec: Codec) -> Result<Wire, MigrateError> {
+    fn new(connection: StreamConnection, codec: Codec) -> Result<Wire, MigrateError> {
         let senders =
-            connection.writers().into_iter().map(|writer| Ok(Sender { writer, encoder: Encoder::new(codec)? }));
+            connection.writers().into_iter().map(|writer| Ok(Sender { writer, encoder: PageEncoder::new(codec)? }));
         let channels = senders.collect::<Result<Vec<_>, StreamError>>()?;
         let replies = connection.readers().into_iter().next().ok_or(StreamError::Ended)?;
         Ok(Wire { channels, replies, one_way: connection.one_way, connection: Some(connection) })
@@ -648,12 +650,12 @@ impl Wire {
 
     /// Ends the switchover when it takes too long: it is called off, or if it is committed, its answer is waited for no
     /// more.
-    fn limit(&self, limit: Duration, cancel: &Cancel) -> Result<TimeLimit, MigrateError> {
+    fn limit(&self, limit: Duration, cancel: &CancelToken) -> Result<TimeLimit, MigrateError> {
         let channels = self.connection.as_ref().map(|connection| connection.channels.clone()).unwrap_or_default();
         let cancel = cancel.clone();
         let over = move || {
             if !cancel.cancel() {
-                channels.iter().for_each(Channel::shutdown);
+                channels.iter().for_each(StreamChannel::shutdown);
             }
         };
         Ok(TimeLimit::start(limit, over).map_err(StreamError::from)?)
@@ -725,7 +727,7 @@ impl Wire {
 
     /// Waits until what was written to a file or device is on disk.
     fn sync(&self) -> Result<(), MigrateError> {
-        Ok(self.connection.as_ref().map_or(Ok(()), Connection::sync)?)
+        Ok(self.connection.as_ref().map_or(Ok(()), StreamConnection::sync)?)
     }
 
     /// Waits for the destination's word on the commit: that the guest runs, or why it does not.

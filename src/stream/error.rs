@@ -5,7 +5,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::frame::Kind;
+use super::frame::FrameKind;
 use crate::memory::MemoryError;
 
 /// Why a stream could not be written, read, opened or believed.
@@ -86,7 +86,7 @@ pub enum StreamError {
     #[error("a {found} frame came where {wanted} was due")]
     Unexpected {
         /// What came.
-        found: Kind,
+        found: FrameKind,
         /// What was due.
         wanted: &'static str,
     },
@@ -154,7 +154,7 @@ pub enum StreamError {
     /// Nothing moved for the whole timeout.
     #[error("no progress on the connection for {0:?}: the peer hangs or the network is cut")]
     Timeout(Duration),
-    /// [`Cancel::cancel`](super::Cancel::cancel) was called.
+    /// [`CancelToken::cancel`](super::CancelToken::cancel) was called.
     #[error("cancelled")]
     Cancelled,
     /// Any other failure to read or write.

@@ -11,7 +11,7 @@ use zerocopy::little_endian::{U16, U32, U64, U128};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::StreamError;
-use super::sys::{ReadMemory, Window};
+use super::sys::{ReadMemory, ReceiveWindow};
 use crate::sys::random::random;
 
 /// First bytes of every connection and file. Not ASCII, with both line ends: a text-mode copy is noticed.
@@ -67,7 +67,7 @@ pub struct ConnectionHeader {
     /// The destination can't or must not answer: a file, a pipe, a filter command.
     pub one_way: bool,
     /// A question of the source instead of a migration: what has become of the migration `id`? It has one channel.
-    pub question: bool,
+    pub outcome_query: bool,
 }
 
 /// Flags of a connection header.
@@ -76,8 +76,8 @@ mod flags {
     pub(super) const ONE_WAY: u16 = 1 << 0;
     /// A file or device onto which a save has begun and not been completed.
     pub(super) const UNFINISHED: u16 = 1 << 1;
-    /// [`ConnectionHeader::question`](super::ConnectionHeader::question).
-    pub(super) const QUESTION: u16 = 1 << 2;
+    /// [`ConnectionHeader::outcome_query`](super::ConnectionHeader::outcome_query).
+    pub(super) const OUTCOME_QUERY: u16 = 1 << 2;
 }
 
 impl ConnectionHeader {
@@ -94,7 +94,7 @@ impl ConnectionHeader {
 
     fn encode_with(&self, more: u16) -> [u8; HEADER_BYTES] {
         let one_way = if self.one_way { flags::ONE_WAY } else { 0 };
-        let flags = one_way | if self.question { flags::QUESTION } else { 0 };
+        let flags = one_way | if self.outcome_query { flags::OUTCOME_QUERY } else { 0 };
         let mut raw = RawConnection {
             magic: MAGIC,
             version: VERSION.into(),
@@ -128,13 +128,14 @@ impl ConnectionHeader {
         if flags & flags::UNFINISHED != 0 {
             return Err(StreamError::Unfinished);
         }
-        let (one_way, question) = (flags & flags::ONE_WAY != 0, flags & flags::QUESTION != 0);
-        let known = flags & !(flags::ONE_WAY | flags::QUESTION) == 0 && (!question || !one_way && channels == 1);
+        let (one_way, outcome_query) = (flags & flags::ONE_WAY != 0, flags & flags::OUTCOME_QUERY != 0);
+        let known =
+            flags & !(flags::ONE_WAY | flags::OUTCOME_QUERY) == 0 && (!outcome_query || !one_way && channels == 1);
         if !known || channels == 0 || channels > MAX_CHANNELS || channel >= channels {
             let why = format!("flags {flags:#x}, channel {channel} of {channels} (at most {MAX_CHANNELS})");
             return Err(StreamError::Malformed { what: "connection header", why });
         }
-        Ok(ConnectionHeader { id: MigrationId(raw.id.get()), channel, channels, one_way, question })
+        Ok(ConnectionHeader { id: MigrationId(raw.id.get()), channel, channels, one_way, outcome_query })
     }
 
     /// Reads and decodes a header.
@@ -151,7 +152,7 @@ impl ConnectionHeader {
 /// What a frame carries.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 #[repr(u16)]
-pub enum Kind {
+pub enum FrameKind {
     /// The source's memory layout; opens channel 0.
     Layout = 0x01,
     /// A batch of pages, on any channel.
@@ -184,44 +185,44 @@ pub enum Kind {
     Unknown = 0x86,
 }
 
-impl Kind {
+impl FrameKind {
     /// All kinds.
-    pub const ALL: [Kind; 15] = [
-        Kind::Layout,
-        Kind::Pages,
-        Kind::RoundEnd,
-        Kind::State,
-        Kind::Commit,
-        Kind::Cancel,
-        Kind::DataRuns,
-        Kind::Hashes,
-        Kind::Devices,
-        Kind::Accepted,
-        Kind::Ready,
-        Kind::Started,
-        Kind::Failed,
-        Kind::Held,
-        Kind::Unknown,
+    pub const ALL: [FrameKind; 15] = [
+        FrameKind::Layout,
+        FrameKind::Pages,
+        FrameKind::RoundEnd,
+        FrameKind::State,
+        FrameKind::Commit,
+        FrameKind::Cancel,
+        FrameKind::DataRuns,
+        FrameKind::Hashes,
+        FrameKind::Devices,
+        FrameKind::Accepted,
+        FrameKind::Ready,
+        FrameKind::Started,
+        FrameKind::Failed,
+        FrameKind::Held,
+        FrameKind::Unknown,
     ];
 
     /// Most bytes of a body of this kind; checked before anything is allocated or read.
     pub const fn limit(self) -> u32 {
         match self {
-            Kind::Pages => super::pages::MAX_BODY as u32,
-            Kind::Hashes => super::hashes::MAX_BODY as u32,
-            Kind::State => super::record::MAX_STATE as u32,
-            Kind::Layout | Kind::DataRuns | Kind::Devices => 1 << 20,
-            Kind::Accepted | Kind::Ready | Kind::Unknown => 0,
+            FrameKind::Pages => super::pages::MAX_BODY as u32,
+            FrameKind::Hashes => super::hashes::MAX_BODY as u32,
+            FrameKind::State => super::record::MAX_STATE as u32,
+            FrameKind::Layout | FrameKind::DataRuns | FrameKind::Devices => 1 << 20,
+            FrameKind::Accepted | FrameKind::Ready | FrameKind::Unknown => 0,
             _ => 64 << 10,
         }
     }
 
-    fn from_wire(kind: u16) -> Result<Kind, StreamError> {
-        Kind::ALL.into_iter().find(|k| *k as u16 == kind).ok_or(StreamError::UnknownKind(kind))
+    fn from_wire(kind: u16) -> Result<FrameKind, StreamError> {
+        FrameKind::ALL.into_iter().find(|k| *k as u16 == kind).ok_or(StreamError::UnknownKind(kind))
     }
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for FrameKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Debug::fmt(self, f)
     }
@@ -231,7 +232,7 @@ impl fmt::Display for Kind {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FrameHeader {
     /// What the body is.
-    pub kind: Kind,
+    pub kind: FrameKind,
     /// Bytes of body that follow.
     pub length: u32,
     /// Number of this frame on its channel and direction, from 0.
@@ -259,7 +260,7 @@ impl<W: Write> FrameWriter<W> {
     ///
     /// # Errors
     /// `TooLong` when the body is over its kind's limit (nothing is written), and what the transport reports.
-    pub fn write(&mut self, kind: Kind, parts: [&[u8]; 2]) -> Result<u64, StreamError> {
+    pub fn write(&mut self, kind: FrameKind, parts: [&[u8]; 2]) -> Result<u64, StreamError> {
         let length = parts.iter().map(|part| part.len() as u64).sum();
         let limit = kind.limit();
         let length = u32::try_from(length).ok().filter(|length| *length <= limit).ok_or(StreamError::TooLong {
@@ -334,7 +335,7 @@ impl<R: Read> FrameReader<R> {
         }
         fill(&mut self.from, rest, "a frame header")?;
         let raw: RawFrame = zerocopy::transmute!(bytes);
-        let kind = Kind::from_wire(raw.kind.get())?;
+        let kind = FrameKind::from_wire(raw.kind.get())?;
         if raw.reserved != U16::ZERO {
             return Err(StreamError::Malformed { what: "frame header", why: "reserved bytes are not zero".into() });
         }
@@ -442,7 +443,7 @@ impl<'r, R: Read> Body<'r, R> {
     }
 
     /// Reads straight into guest memory until `window` is full.
-    pub(super) fn fill(&mut self, window: &mut Window<'_>) -> Result<(), StreamError>
+    pub(super) fn fill(&mut self, window: &mut ReceiveWindow<'_>) -> Result<(), StreamError>
     where
         R: ReadMemory,
     {
@@ -543,7 +544,7 @@ mod tests {
     const ID: ChannelId = ChannelId { migration: MigrationId(0x0123_4567_89ab_cdef), channel: 1 };
 
     fn header() -> ConnectionHeader {
-        ConnectionHeader { id: ID.migration, channel: 1, channels: 3, one_way: true, question: false }
+        ConnectionHeader { id: ID.migration, channel: 1, channels: 3, one_way: true, outcome_query: false }
     }
 
     #[test]
@@ -581,19 +582,19 @@ mod tests {
     #[test]
     fn frames_come_back_in_order_and_then_the_stream_has_ended() {
         let mut writer = FrameWriter::new(Vec::new(), ID);
-        writer.write(Kind::Commit, [b"", b""]).unwrap();
-        writer.write(Kind::Cancel, [b"first", b"second"]).unwrap();
+        writer.write(FrameKind::Commit, [b"", b""]).unwrap();
+        writer.write(FrameKind::Cancel, [b"first", b"second"]).unwrap();
         let bytes = writer.bytes();
         let wire = writer.into_inner();
         assert_eq!(wire.len() as u64, bytes);
         let mut reader = FrameReader::new(wire.as_slice(), ID);
         let mut body = Vec::new();
         let frame = reader.next_frame().unwrap();
-        assert_eq!((frame.kind, frame.length), (Kind::Commit, 0));
+        assert_eq!((frame.kind, frame.length), (FrameKind::Commit, 0));
         reader.body(&frame, &mut body).unwrap();
         let frame = reader.next_frame().unwrap();
         reader.body(&frame, &mut body).unwrap();
-        assert_eq!((frame.kind, body.as_slice()), (Kind::Cancel, b"firstsecond".as_slice()));
+        assert_eq!((frame.kind, body.as_slice()), (FrameKind::Cancel, b"firstsecond".as_slice()));
         assert!(matches!(reader.next_frame(), Err(StreamError::Ended)));
         assert_eq!(reader.bytes(), bytes);
     }
@@ -601,7 +602,7 @@ mod tests {
     #[test]
     fn a_frame_is_valid_only_on_its_own_channel_of_its_own_migration() {
         let mut writer = FrameWriter::new(Vec::new(), ID);
-        writer.write(Kind::Cancel, [b"body", b""]).unwrap();
+        writer.write(FrameKind::Cancel, [b"body", b""]).unwrap();
         let wire = writer.into_inner();
         let read = |id| {
             let mut reader = FrameReader::new(wire.as_slice(), id);
@@ -621,7 +622,7 @@ mod tests {
     #[test]
     fn a_repeated_or_lost_frame_is_noticed() {
         let mut writer = FrameWriter::new(Vec::new(), ID);
-        writer.write(Kind::Commit, [b"", b""]).unwrap();
+        writer.write(FrameKind::Commit, [b"", b""]).unwrap();
         let one = writer.into_inner();
         let twice = [one.clone(), one].concat();
         let mut reader = FrameReader::new(twice.as_slice(), ID);
@@ -633,7 +634,7 @@ mod tests {
     #[test]
     fn a_length_over_the_limit_is_refused_on_both_sides() {
         let raw = RawFrame {
-            kind: (Kind::State as u16).into(),
+            kind: (FrameKind::State as u16).into(),
             reserved: U16::ZERO,
             length: u32::MAX.into(),
             sequence: U64::ZERO,
@@ -642,15 +643,15 @@ mod tests {
         let refused = FrameReader::new(raw.as_bytes(), ID).next_frame();
         assert!(matches!(refused, Err(StreamError::TooLong { .. })));
         let mut writer = FrameWriter::new(Vec::new(), ID);
-        let long = vec![0; Kind::Cancel.limit() as usize + 1];
-        assert!(matches!(writer.write(Kind::Cancel, [&long, b""]), Err(StreamError::TooLong { .. })));
+        let long = vec![0; FrameKind::Cancel.limit() as usize + 1];
+        assert!(matches!(writer.write(FrameKind::Cancel, [&long, b""]), Err(StreamError::TooLong { .. })));
         assert!(writer.into_inner().is_empty());
     }
 
     #[test]
     fn a_long_body_that_never_comes_costs_no_memory() {
         let mut writer = FrameWriter::new(Vec::new(), ID);
-        writer.write(Kind::State, [&vec![7; 60 << 20], b""]).unwrap();
+        writer.write(FrameKind::State, [&vec![7; 60 << 20], b""]).unwrap();
         let wire = writer.into_inner();
         let mut reader = FrameReader::new(&wire[..1000], ID);
         let frame = reader.next_frame().unwrap();

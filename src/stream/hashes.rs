@@ -10,8 +10,8 @@ use std::ops::{AddAssign, Range};
 use twox_hash::XxHash3_64;
 
 use super::StreamError;
-use super::frame::{Body, FrameHeader, FrameReader, FrameWriter, Kind};
-use super::pages::{Decoder, ENTRY, Entry, MAX_ENTRIES, PAGE, push};
+use super::frame::{Body, FrameHeader, FrameKind, FrameReader, FrameWriter};
+use super::pages::{ENTRY, MAX_ENTRIES, PAGE, PageDecoder, PageRun, push};
 use super::sys::copy_page;
 use crate::memory::{ExtentFinder, LOG_PAGE, Memory};
 
@@ -22,7 +22,7 @@ pub const MAX_BODY: usize = HEAD + MAX_ENTRIES * ENTRY + MAX_HASHES * HASH;
 
 const HEAD: usize = 8;
 const HASH: usize = 8;
-/// Most pages that a [`Comparison`] names.
+/// Most pages that a [`HashComparison`] names.
 const NAMED: usize = 16;
 
 /// Writes hashes of all pages of `runs` (page numbers) that are in `memory`. Zero pages have none, and holes are not
@@ -49,7 +49,7 @@ pub fn send_hashes<W: Write>(
 }
 
 fn flush<W: Write>(
-    entries: &mut Vec<Entry>,
+    entries: &mut Vec<PageRun>,
     hashes: &mut Vec<u64>,
     to: &mut FrameWriter<W>,
 ) -> Result<(), StreamError> {
@@ -59,37 +59,41 @@ fn flush<W: Write>(
     let mut head = (entries.len() as u64).to_le_bytes().to_vec();
     head.extend(entries.drain(..).flat_map(|entry| entry.encode().to_le_bytes()));
     let hashes: Vec<u8> = hashes.drain(..).flat_map(u64::to_le_bytes).collect();
-    to.write(Kind::Hashes, [&head, &hashes])?;
+    to.write(FrameKind::Hashes, [&head, &hashes])?;
     Ok(())
 }
 
 /// What a comparison has found.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
-pub struct Comparison {
+pub struct HashComparison {
     /// Pages compared.
     pub pages: u64,
     /// Pages that differ.
     pub different: u64,
     /// The first of them, by page number.
-    pub named: Vec<u64>,
+    pub first_different: Vec<u64>,
 }
 
-impl AddAssign for Comparison {
-    fn add_assign(&mut self, other: Comparison) {
+impl AddAssign for HashComparison {
+    fn add_assign(&mut self, other: HashComparison) {
         self.pages += other.pages;
         self.different += other.different;
-        self.named.extend(other.named);
-        self.named.sort_unstable();
-        self.named.truncate(NAMED);
+        self.first_different.extend(other.first_different);
+        self.first_different.sort_unstable();
+        self.first_different.truncate(NAMED);
     }
 }
 
-impl Decoder {
+impl PageDecoder {
     /// Reads the body of a hash frame whose header was just read, and compares the pages that have arrived with it.
     ///
     /// # Errors
     /// `Malformed`, `OutsideMemory`, `Truncated`, `Checksum`, and what the transport reports.
-    pub fn compare<R: Read>(&self, header: &FrameHeader, from: &mut FrameReader<R>) -> Result<Comparison, StreamError> {
+    pub fn compare<R: Read>(
+        &self,
+        header: &FrameHeader,
+        from: &mut FrameReader<R>,
+    ) -> Result<HashComparison, StreamError> {
         let mut bytes = Vec::new();
         let mut body = Body::new(from, header);
         body.take(header.length as usize, &mut bytes)?;
@@ -97,7 +101,7 @@ impl Decoder {
         let (entries, hashes) = parse(&bytes)?;
         let mut pages = Pages::new(self.target().memory());
         let mut hashes = hashes.iter().map(|hash| u64::from_le_bytes(*hash));
-        let mut found = Comparison::default();
+        let mut found = HashComparison::default();
         for entry in entries {
             self.check(&entry.pages)?;
             for page in entry.pages {
@@ -105,8 +109,8 @@ impl Decoder {
                 let theirs = if entry.zero { None } else { hashes.next() };
                 if pages.hash(page)? != theirs {
                     found.different += 1;
-                    if found.named.len() < NAMED {
-                        found.named.push(page);
+                    if found.first_different.len() < NAMED {
+                        found.first_different.push(page);
                     }
                 }
             }
@@ -120,19 +124,19 @@ impl Decoder {
 /// # Errors
 /// `Malformed` and `Truncated`.
 pub fn pages_in(body: &[u8]) -> Result<u64, StreamError> {
-    Ok(parse(body)?.0.iter().map(Entry::count).sum())
+    Ok(parse(body)?.0.iter().map(PageRun::count).sum())
 }
 
 /// Entries and hashes of a frame's body, as many as belong together.
-fn parse(body: &[u8]) -> Result<(Vec<Entry>, &[[u8; HASH]]), StreamError> {
+fn parse(body: &[u8]) -> Result<(Vec<PageRun>, &[[u8; HASH]]), StreamError> {
     let malformed = |why: &str| StreamError::Malformed { what: "hashes", why: why.into() };
     let (head, rest) = body.split_first_chunk().ok_or(StreamError::Truncated("hashes"))?;
     let count = usize::try_from(u64::from_le_bytes(*head)).ok().filter(|count| (1..=MAX_ENTRIES).contains(count));
     let table = count.and_then(|count| rest.split_at_checked(count * ENTRY));
     let (table, hashes) = table.ok_or_else(|| malformed("the table has no entry, too many, or is cut off"))?;
     let (words, _) = table.as_chunks();
-    let entries = words.iter().map(|word| Entry::decode(u64::from_le_bytes(*word))).collect::<Result<Vec<_>, _>>()?;
-    let wanted: u64 = entries.iter().filter(|entry| !entry.zero).map(Entry::count).sum();
+    let entries = words.iter().map(|word| PageRun::decode(u64::from_le_bytes(*word))).collect::<Result<Vec<_>, _>>()?;
+    let wanted: u64 = entries.iter().filter(|entry| !entry.zero).map(PageRun::count).sum();
     match hashes.as_chunks() {
         (hashes, []) if hashes.len() as u64 == wanted => Ok((entries, hashes)),
         _ => Err(malformed("there is not one hash for each page")),

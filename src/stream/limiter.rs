@@ -13,7 +13,7 @@ use super::StreamError;
 
 /// A switch that ends everything a migration waits for, from any thread, once and for all. Clones are one switch.
 #[derive(Clone)]
-pub struct Cancel(Arc<CancelInner>);
+pub struct CancelToken(Arc<CancelInner>);
 
 struct CancelInner {
     cancelled: AtomicBool,
@@ -37,13 +37,13 @@ pub(super) trait Interrupt: Send + Sync {
     fn end(&self) {}
 }
 
-/// What [`Cancel::on_cancel`] was given, for as long as it is kept.
-pub struct OnCancel {
+/// What [`CancelToken::on_cancel`] was given, for as long as it is kept.
+pub struct CancelCallback {
     call: Option<Arc<dyn Interrupt>>,
-    cancel: Cancel,
+    cancel: CancelToken,
 }
 
-impl Drop for OnCancel {
+impl Drop for CancelCallback {
     /// After this the call neither happens nor is under way.
     fn drop(&mut self) {
         self.call = None;
@@ -60,17 +60,17 @@ impl<F: Fn() + Send + Sync> Interrupt for Call<F> {
     }
 }
 
-impl Cancel {
+impl CancelToken {
     /// A switch that is off.
     ///
     /// # Errors
     /// When the process is out of file descriptors.
-    pub fn new() -> Result<Cancel, StreamError> {
+    pub fn new() -> Result<CancelToken, StreamError> {
         let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|error| StreamError::Io(error.into()))?;
         let inner =
             CancelInner { cancelled: AtomicBool::new(false), event, targets: Mutex::new(Targets::Armed(Vec::new())) };
-        Ok(Cancel(Arc::new(inner)))
+        Ok(CancelToken(Arc::new(inner)))
     }
 
     /// Ends every connect, accept, read, write and wait of the channels that belong to this switch, now and later;
@@ -137,10 +137,10 @@ impl Cancel {
 
     /// Has `then` called when this is cancelled, at once if it has been, unless the returned value was dropped before.
     /// `then` must not wait for anything.
-    pub fn on_cancel(&self, then: impl Fn() + Send + Sync + 'static) -> OnCancel {
+    pub fn on_cancel(&self, then: impl Fn() + Send + Sync + 'static) -> CancelCallback {
         let call: Arc<dyn Interrupt> = Arc::new(Call(then));
         self.register(Arc::downgrade(&call));
-        OnCancel { call: Some(call), cancel: self.clone() }
+        CancelCallback { call: Some(call), cancel: self.clone() }
     }
 
     /// Readable once cancelled.
@@ -163,7 +163,7 @@ impl Cancel {
 
 /// A bandwidth limit that all channels of a migration share. Clones are one limit.
 #[derive(Clone)]
-pub struct Limiter(Arc<Mutex<Bucket>>);
+pub struct RateLimiter(Arc<Mutex<Bucket>>);
 
 struct Bucket {
     /// Bytes per second; 0 is no limit.
@@ -173,11 +173,11 @@ struct Bucket {
     updated: Instant,
 }
 
-impl Limiter {
+impl RateLimiter {
     /// Limits to `rate` bytes per second; `None` does not limit.
-    pub fn new(rate: Option<u64>) -> Limiter {
+    pub fn new(rate: Option<u64>) -> RateLimiter {
         let bucket = Bucket { rate: rate.unwrap_or(0), debt: 0.0, updated: Instant::now() };
-        Limiter(Arc::new(Mutex::new(bucket)))
+        RateLimiter(Arc::new(Mutex::new(bucket)))
     }
 
     /// Changes the limit, also for writers that are waiting.
@@ -194,7 +194,7 @@ impl Limiter {
     }
 
     /// Waits until the rate allows a write, then accounts for `bytes`. Returns how long it has waited.
-    pub(super) fn take(&self, bytes: usize, cancel: &Cancel) -> Result<Duration, StreamError> {
+    pub(super) fn take(&self, bytes: usize, cancel: &CancelToken) -> Result<Duration, StreamError> {
         /// A writer looks up this often, so that a new rate applies soon.
         const NAP: Duration = Duration::from_millis(20);
         let mut begun = None;
@@ -254,8 +254,8 @@ mod tests {
 
     #[test]
     fn a_limit_is_kept_over_all_who_share_it() {
-        let cancel = Cancel::new().unwrap();
-        let limiter = Limiter::new(Some(10 << 20));
+        let cancel = CancelToken::new().unwrap();
+        let limiter = RateLimiter::new(Some(10 << 20));
         let start = Instant::now();
         std::thread::scope(|scope| {
             for _ in 0..2 {
@@ -268,8 +268,8 @@ mod tests {
 
     #[test]
     fn lifting_the_limit_frees_who_waits() {
-        let cancel = Cancel::new().unwrap();
-        let limiter = Limiter::new(Some(1));
+        let cancel = CancelToken::new().unwrap();
+        let limiter = RateLimiter::new(Some(1));
         limiter.take(1 << 30, &cancel).unwrap();
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| limiter.take(1, &cancel));
@@ -280,7 +280,7 @@ mod tests {
 
     #[test]
     fn what_hangs_on_a_switch_is_called_once_at_once_if_late_and_not_when_dropped() {
-        let (cancel, called) = (Cancel::new().unwrap(), Arc::new(std::sync::atomic::AtomicU32::new(0)));
+        let (cancel, called) = (CancelToken::new().unwrap(), Arc::new(std::sync::atomic::AtomicU32::new(0)));
         let count = || {
             let called = called.clone();
             cancel.on_cancel(move || {
@@ -298,8 +298,8 @@ mod tests {
 
     #[test]
     fn cancelling_frees_who_waits() {
-        let cancel = Cancel::new().unwrap();
-        let limiter = Limiter::new(Some(1));
+        let cancel = CancelToken::new().unwrap();
+        let limiter = RateLimiter::new(Some(1));
         limiter.take(1 << 30, &cancel).unwrap();
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| limiter.take(1, &cancel));

@@ -25,10 +25,12 @@ mod zeros;
 
 pub use codec::Codec;
 pub use error::StreamError;
-pub use frame::{ChannelId, FrameHeader, FrameReader, FrameWriter, Kind, MigrationId};
-pub use hashes::{Comparison, send_hashes};
-pub use limiter::Limiter;
-pub use pages::{Decoder, Encoder, PageStats, Target, channel_of, owned_by};
+pub use frame::{ChannelId, FrameHeader, FrameKind, FrameReader, FrameWriter, MigrationId};
+pub use hashes::{HashComparison, send_hashes};
+pub use limiter::RateLimiter;
+pub use pages::{IncomingMemory, PageDecoder, PageEncoder, PageStats, channel_of, owned_by};
 pub use record::{ToDestination, ToSource};
-pub use sys::{Plain, ReadMemory, Window};
-pub use transport::{Cancel, Channel, Connection, Incoming, Listener, Options, Question, Uri};
+pub use sys::{CopyingReader, ReadMemory, ReceiveWindow};
+pub use transport::{
+    CancelToken, IncomingConnection, OutcomeQuery, StreamChannel, StreamConnection, StreamListener, StreamOptions, Uri,
+};

@@ -14,8 +14,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::codec::{Compressor, Decompressor};
-use super::frame::{Body, FrameHeader, FrameReader, FrameWriter, Kind};
-use super::sys::{ReadMemory, Window, copy_page};
+use super::frame::{Body, FrameHeader, FrameKind, FrameReader, FrameWriter};
+use super::sys::{ReadMemory, ReceiveWindow, copy_page};
 use super::zeros::MayHoldData;
 use super::{Codec, StreamError};
 use crate::memory::{ExtentFinder, LOG_PAGE, Memory, Region};
@@ -96,24 +96,24 @@ impl AddAssign for PageStats {
 }
 
 /// Turns pages into frames, for one channel. Holds its buffers: about 256 KiB, 512 KiB with a codec.
-pub struct Encoder {
+pub struct PageEncoder {
     compressor: Compressor,
     data: Vec<u8>,
     used: usize,
-    entries: Vec<Entry>,
+    entries: Vec<PageRun>,
     table: Vec<u8>,
     progress: Arc<AtomicU64>,
     /// The time that compressing has taken so far.
     coding: Duration,
 }
 
-impl Encoder {
+impl PageEncoder {
     /// An encoder with empty buffers.
     ///
     /// # Errors
     /// When the codec can't be set up.
-    pub fn new(codec: Codec) -> Result<Encoder, StreamError> {
-        Ok(Encoder {
+    pub fn new(codec: Codec) -> Result<PageEncoder, StreamError> {
+        Ok(PageEncoder {
             compressor: Compressor::new(codec, BATCH_BYTES)?,
             data: vec![0; BATCH_BYTES],
             used: 0,
@@ -125,7 +125,7 @@ impl Encoder {
     }
 
     /// The time that compressing has taken so far.
-    pub fn coding(&self) -> Duration {
+    pub fn compression_time(&self) -> Duration {
         self.coding
     }
 
@@ -207,8 +207,8 @@ impl Encoder {
             if self.entries.len() == MAX_ENTRIES {
                 self.flush(to, stats)?;
             }
-            let end = pages.end.min(pages.start + Entry::MAX_COUNT);
-            self.entries.push(Entry { pages: pages.start..end, zero: true });
+            let end = pages.end.min(pages.start + PageRun::MAX_COUNT);
+            self.entries.push(PageRun { pages: pages.start..end, zero: true });
             pages.start = end;
         }
         Ok(())
@@ -233,7 +233,7 @@ impl Encoder {
             pages += entry.count();
             zero_pages += if entry.zero { entry.count() } else { 0 };
         }
-        stats.wire_bytes += to.write(Kind::Pages, [&self.table, data])?;
+        stats.wire_bytes += to.write(FrameKind::Pages, [&self.table, data])?;
         stats.batches += 1;
         stats.zero_pages += zero_pages;
         stats.data_pages += pages - zero_pages;
@@ -250,21 +250,21 @@ impl Encoder {
 }
 
 /// The memory that a migration arrives in, shared by the decoders of all channels.
-pub struct Target {
+pub struct IncomingMemory {
     memory: Memory,
     /// Per region: its pages, and a bit for each that may hold something else than zeros.
     regions: Vec<(Range<u64>, MayHoldData)>,
 }
 
-impl Target {
+impl IncomingMemory {
     /// Memory that is all zeros now, such as a new memfd: a page that only ever comes as zero is never touched.
-    pub fn fresh(memory: Memory) -> Target {
-        Target::new(memory, 0)
+    pub fn zeroed(memory: Memory) -> IncomingMemory {
+        IncomingMemory::new(memory, 0)
     }
 
     /// Memory that may hold anything.
-    pub fn used(memory: Memory) -> Target {
-        Target::new(memory, u64::MAX)
+    pub fn dirty(memory: Memory) -> IncomingMemory {
+        IncomingMemory::new(memory, u64::MAX)
     }
 
     /// The memory.
@@ -281,14 +281,14 @@ impl Target {
         data
     }
 
-    fn new(memory: Memory, bits: u64) -> Target {
+    fn new(memory: Memory, bits: u64) -> IncomingMemory {
         let regions = memory.regions().iter().map(|region| {
             let pages = whole_pages(region.gpa(), region.size());
             let words = pages.end.saturating_sub(pages.start).div_ceil(64);
             (pages, MayHoldData::new(words, bits))
         });
         let regions = regions.collect();
-        Target { memory, regions }
+        IncomingMemory { memory, regions }
     }
 
     /// Whether all of `pages` are in memory.
@@ -356,22 +356,22 @@ impl Target {
 }
 
 /// Puts the page frames of one channel into guest memory. Holds its buffers: up to 2 MiB with a codec.
-pub struct Decoder {
-    target: Arc<Target>,
+pub struct PageDecoder {
+    target: Arc<IncomingMemory>,
     channel: u16,
     channels: u16,
     decompressor: Decompressor,
     buffer: Vec<u8>,
 }
 
-impl Decoder {
+impl PageDecoder {
     /// A decoder for channel `channel` of `channels`. Pages of other channels are refused, so that no two decoders ever
     /// write the same page.
     ///
     /// # Errors
     /// When the codecs can't be set up.
-    pub fn new(target: Arc<Target>, channel: u16, channels: u16) -> Result<Decoder, StreamError> {
-        Ok(Decoder { target, channel, channels, decompressor: Decompressor::new()?, buffer: Vec::new() })
+    pub fn new(target: Arc<IncomingMemory>, channel: u16, channels: u16) -> Result<PageDecoder, StreamError> {
+        Ok(PageDecoder { target, channel, channels, decompressor: Decompressor::new()?, buffer: Vec::new() })
     }
 
     /// Reads the body of a page frame whose header was just read, and writes its pages.
@@ -403,7 +403,7 @@ impl Decoder {
                 pages = rest;
             }
         } else {
-            let mut window = Window::default();
+            let mut window = ReceiveWindow::default();
             for entry in data() {
                 let gpa = entry.pages.start * LOG_PAGE;
                 target.memory.slices(gpa, entry.count() * LOG_PAGE, |slice| window.push(slice))?;
@@ -423,7 +423,7 @@ impl Decoder {
         })
     }
 
-    pub(super) fn target(&self) -> &Target {
+    pub(super) fn target(&self) -> &IncomingMemory {
         &self.target
     }
 
@@ -444,16 +444,16 @@ impl Decoder {
 
 /// One run of pages in a batch.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Entry {
+pub struct PageRun {
     /// Page numbers.
     pub pages: Range<u64>,
     /// All of them are zero and have no data.
     pub zero: bool,
 }
 
-impl Entry {
+impl PageRun {
     /// Most pages of one entry.
-    pub const MAX_COUNT: u64 = 1 << Entry::COUNT_BITS;
+    pub const MAX_COUNT: u64 = 1 << PageRun::COUNT_BITS;
 
     const PAGE_BITS: u32 = 40;
     const COUNT_BITS: u32 = 22;
@@ -465,53 +465,53 @@ impl Entry {
     /// 40 bits of page number, 22 bits of count less one, 2 bits of kind. 40 bits are all that 52-bit physical
     /// addresses need.
     pub(super) fn encode(&self) -> u64 {
-        let count = self.count().wrapping_sub(1) << Entry::PAGE_BITS;
-        self.pages.start | count | u64::from(self.zero) << (Entry::PAGE_BITS + Entry::COUNT_BITS)
+        let count = self.count().wrapping_sub(1) << PageRun::PAGE_BITS;
+        self.pages.start | count | u64::from(self.zero) << (PageRun::PAGE_BITS + PageRun::COUNT_BITS)
     }
 
-    pub(super) fn decode(bits: u64) -> Result<Entry, StreamError> {
-        let start = bits & ((1 << Entry::PAGE_BITS) - 1);
-        let count = ((bits >> Entry::PAGE_BITS) & (Entry::MAX_COUNT - 1)) + 1;
-        let zero = match bits >> (Entry::PAGE_BITS + Entry::COUNT_BITS) {
+    pub(super) fn decode(bits: u64) -> Result<PageRun, StreamError> {
+        let start = bits & ((1 << PageRun::PAGE_BITS) - 1);
+        let count = ((bits >> PageRun::PAGE_BITS) & (PageRun::MAX_COUNT - 1)) + 1;
+        let zero = match bits >> (PageRun::PAGE_BITS + PageRun::COUNT_BITS) {
             0 => false,
             1 => true,
             kind => return Err(malformed(format!("entry of unknown kind {kind}"))),
         };
-        Ok(Entry { pages: start..start + count, zero })
+        Ok(PageRun { pages: start..start + count, zero })
     }
 }
 
 /// Adds `page` to the last of `entries` if it goes on there, else as one of its own.
-pub(super) fn push(entries: &mut Vec<Entry>, page: u64, zero: bool) {
+pub(super) fn push(entries: &mut Vec<PageRun>, page: u64, zero: bool) {
     match entries.last_mut() {
-        Some(last) if last.zero == zero && last.pages.end == page && last.count() < Entry::MAX_COUNT => {
+        Some(last) if last.zero == zero && last.pages.end == page && last.count() < PageRun::MAX_COUNT => {
             last.pages.end += 1;
         }
-        _ => entries.push(Entry { pages: page..page + 1, zero }),
+        _ => entries.push(PageRun { pages: page..page + 1, zero }),
     }
 }
 
 /// The table of a page frame.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Batch {
+pub struct PageBatch {
     /// The runs, in the order of their data.
-    pub entries: Vec<Entry>,
+    pub entries: Vec<PageRun>,
     /// Whether the data is one zstd frame.
     pub compressed: bool,
     /// Bytes of data on the wire.
     pub data_bytes: usize,
 }
 
-impl Batch {
+impl PageBatch {
     /// Reads the table of a whole page body, for whoever looks at a stream without having the memory.
     ///
     /// # Errors
     /// `Malformed` and `Truncated`.
-    pub fn parse(body: &[u8]) -> Result<Batch, StreamError> {
+    pub fn parse(body: &[u8]) -> Result<PageBatch, StreamError> {
         let (head, rest) = body.split_first_chunk().ok_or(StreamError::Truncated("a page batch"))?;
         let (entries, codec) = head_of(head, rest.len())?;
         let (table, data) = rest.split_at_checked(entries * ENTRY).unwrap_or_default();
-        Batch::new(codec, table, data.len())
+        PageBatch::new(codec, table, data.len())
     }
 
     /// Pages that have data.
@@ -525,13 +525,13 @@ impl Batch {
     }
 
     fn count(&self, zero: bool) -> u64 {
-        self.entries.iter().filter(|entry| entry.zero == zero).map(Entry::count).sum()
+        self.entries.iter().filter(|entry| entry.zero == zero).map(PageRun::count).sum()
     }
 
-    fn new(codec: u8, table: &[u8], data_bytes: usize) -> Result<Batch, StreamError> {
+    fn new(codec: u8, table: &[u8], data_bytes: usize) -> Result<PageBatch, StreamError> {
         let (words, _) = table.as_chunks();
-        let entries = words.iter().map(|word| Entry::decode(u64::from_le_bytes(*word))).collect::<Result<_, _>>()?;
-        let batch = Batch { entries, compressed: codec == ZSTD, data_bytes };
+        let entries = words.iter().map(|word| PageRun::decode(u64::from_le_bytes(*word))).collect::<Result<_, _>>()?;
+        let batch = PageBatch { entries, compressed: codec == ZSTD, data_bytes };
         let pages = batch.data_pages();
         if pages > MAX_BATCH_PAGES {
             return Err(malformed(format!("{pages} pages of data, at most {MAX_BATCH_PAGES} may be")));
@@ -542,14 +542,14 @@ impl Batch {
     }
 }
 
-fn read_table<R: Read>(body: &mut Body<'_, R>, buffer: &mut Vec<u8>) -> Result<Batch, StreamError> {
+fn read_table<R: Read>(body: &mut Body<'_, R>, buffer: &mut Vec<u8>) -> Result<PageBatch, StreamError> {
     buffer.clear();
     body.take(HEAD, buffer)?;
     let head = buffer.first_chunk().ok_or(StreamError::Truncated("a page batch"))?;
     let (entries, codec) = head_of(head, body.left())?;
     buffer.clear();
     body.take(entries * ENTRY, buffer)?;
-    Batch::new(codec, buffer, body.left())
+    PageBatch::new(codec, buffer, body.left())
 }
 
 /// Number of entries and codec, checked against the bytes that follow.

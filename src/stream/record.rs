@@ -11,7 +11,7 @@ use std::ops::Range;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::frame::{FrameHeader, FrameReader, FrameWriter, Kind};
+use super::frame::{FrameHeader, FrameKind, FrameReader, FrameWriter};
 use super::{PageStats, StreamError};
 use crate::abi::vhost_user::VHOST_USER_MAX_RAM_SLOTS_TODAY;
 use crate::memory::{LOG_PAGE, Memory};
@@ -344,13 +344,13 @@ impl ToDestination {
     /// What [`FrameWriter::write`] reports.
     pub fn write<W: Write>(&self, to: &mut FrameWriter<W>) -> Result<u64, StreamError> {
         match self {
-            ToDestination::Layout(layout) => to.write(Kind::Layout, [&encode(1, layout)?, &[]]),
-            ToDestination::DataRuns(runs) => to.write(Kind::DataRuns, [&encode(1, runs)?, &[]]),
-            ToDestination::Devices(devices) => to.write(Kind::Devices, [devices, &[]]),
-            ToDestination::RoundEnd(end) => to.write(Kind::RoundEnd, [&encode(1, end)?, &[]]),
-            ToDestination::State(state) => to.write(Kind::State, [state, &[]]),
-            ToDestination::Commit(commit) => to.write(Kind::Commit, [&encode(1, commit)?, &[]]),
-            ToDestination::Cancel { reason } => to.write(Kind::Cancel, [&encode(1, shortened(reason))?, &[]]),
+            ToDestination::Layout(layout) => to.write(FrameKind::Layout, [&encode(1, layout)?, &[]]),
+            ToDestination::DataRuns(runs) => to.write(FrameKind::DataRuns, [&encode(1, runs)?, &[]]),
+            ToDestination::Devices(devices) => to.write(FrameKind::Devices, [devices, &[]]),
+            ToDestination::RoundEnd(end) => to.write(FrameKind::RoundEnd, [&encode(1, end)?, &[]]),
+            ToDestination::State(state) => to.write(FrameKind::State, [state, &[]]),
+            ToDestination::Commit(commit) => to.write(FrameKind::Commit, [&encode(1, commit)?, &[]]),
+            ToDestination::Cancel { reason } => to.write(FrameKind::Cancel, [&encode(1, shortened(reason))?, &[]]),
         }
     }
 
@@ -362,13 +362,13 @@ impl ToDestination {
         let body = body(header, from)?;
         let limit = header.kind.limit() as usize;
         Ok(match header.kind {
-            Kind::Layout => ToDestination::Layout(decode("memory layout", 1, &body, limit)?),
-            Kind::DataRuns => ToDestination::DataRuns(decode("data runs", 1, &body, limit)?),
-            Kind::RoundEnd => ToDestination::RoundEnd(decode("round end", 1, &body, limit)?),
-            Kind::State => ToDestination::State(body),
-            Kind::Devices => ToDestination::Devices(body),
-            Kind::Commit => ToDestination::Commit(decode("commit", 1, &body, limit)?),
-            Kind::Cancel => ToDestination::Cancel { reason: decode("cancel", 1, &body, limit)? },
+            FrameKind::Layout => ToDestination::Layout(decode("memory layout", 1, &body, limit)?),
+            FrameKind::DataRuns => ToDestination::DataRuns(decode("data runs", 1, &body, limit)?),
+            FrameKind::RoundEnd => ToDestination::RoundEnd(decode("round end", 1, &body, limit)?),
+            FrameKind::State => ToDestination::State(body),
+            FrameKind::Devices => ToDestination::Devices(body),
+            FrameKind::Commit => ToDestination::Commit(decode("commit", 1, &body, limit)?),
+            FrameKind::Cancel => ToDestination::Cancel { reason: decode("cancel", 1, &body, limit)? },
             found => return Err(StreamError::Unexpected { found, wanted: "a message of the source" }),
         })
     }
@@ -381,15 +381,15 @@ impl ToSource {
     /// What [`FrameWriter::write`] reports.
     pub fn write<W: Write>(&self, to: &mut FrameWriter<W>) -> Result<u64, StreamError> {
         match self {
-            ToSource::Accepted => to.write(Kind::Accepted, [&[], &[]]),
-            ToSource::Ready => to.write(Kind::Ready, [&[], &[]]),
-            ToSource::Started(started) => to.write(Kind::Started, [&encode(1, started)?, &[]]),
-            ToSource::Failed { message } => to.write(Kind::Failed, [&encode(1, shortened(message))?, &[]]),
+            ToSource::Accepted => to.write(FrameKind::Accepted, [&[], &[]]),
+            ToSource::Ready => to.write(FrameKind::Ready, [&[], &[]]),
+            ToSource::Started(started) => to.write(FrameKind::Started, [&encode(1, started)?, &[]]),
+            ToSource::Failed { message } => to.write(FrameKind::Failed, [&encode(1, shortened(message))?, &[]]),
             ToSource::Held(held) => {
                 let held = Held { message: shortened(&held.message).into(), ..*held };
-                to.write(Kind::Held, [&encode(1, &held)?, &[]])
+                to.write(FrameKind::Held, [&encode(1, &held)?, &[]])
             }
-            ToSource::Unknown => to.write(Kind::Unknown, [&[], &[]]),
+            ToSource::Unknown => to.write(FrameKind::Unknown, [&[], &[]]),
         }
     }
 
@@ -401,12 +401,12 @@ impl ToSource {
         let body = body(header, from)?;
         let limit = header.kind.limit() as usize;
         Ok(match header.kind {
-            Kind::Accepted => ToSource::Accepted,
-            Kind::Ready => ToSource::Ready,
-            Kind::Started => ToSource::Started(decode("started", 1, &body, limit)?),
-            Kind::Failed => ToSource::Failed { message: decode("failed", 1, &body, limit)? },
-            Kind::Held => ToSource::Held(decode("held", 1, &body, limit)?),
-            Kind::Unknown => ToSource::Unknown,
+            FrameKind::Accepted => ToSource::Accepted,
+            FrameKind::Ready => ToSource::Ready,
+            FrameKind::Started => ToSource::Started(decode("started", 1, &body, limit)?),
+            FrameKind::Failed => ToSource::Failed { message: decode("failed", 1, &body, limit)? },
+            FrameKind::Held => ToSource::Held(decode("held", 1, &body, limit)?),
+            FrameKind::Unknown => ToSource::Unknown,
             found => return Err(StreamError::Unexpected { found, wanted: "a message of the destination" }),
         })
     }
@@ -423,7 +423,7 @@ impl ToSource {
 
 fn body<R: Read>(header: &FrameHeader, from: &mut FrameReader<R>) -> Result<Vec<u8>, StreamError> {
     let mut body = Vec::new();
-    if header.kind != Kind::Pages {
+    if header.kind != FrameKind::Pages {
         from.body(header, &mut body)?;
     }
     Ok(body)
@@ -558,7 +558,7 @@ mod tests {
         let mut reader = FrameReader::new(wire.as_slice(), ID);
         let header = reader.next_frame().unwrap();
         let wrong_way = ToDestination::read(&header, &mut reader);
-        assert!(matches!(wrong_way, Err(StreamError::Unexpected { found: Kind::Accepted, .. })));
+        assert!(matches!(wrong_way, Err(StreamError::Unexpected { found: FrameKind::Accepted, .. })));
     }
 
     #[test]

@@ -18,13 +18,13 @@ const IOV_MAX: usize = 1024;
 
 /// Places in guest memory that wait for bytes, in the order the bytes come.
 #[derive(Default)]
-pub struct Window<'m> {
+pub struct ReceiveWindow<'m> {
     pieces: Vec<VolatileSlice<'m>>,
     first: usize,
     left: usize,
 }
 
-impl<'m> Window<'m> {
+impl<'m> ReceiveWindow<'m> {
     pub(super) fn push(&mut self, piece: VolatileSlice<'m>) {
         self.left += piece.len();
         self.pieces.push(piece);
@@ -90,11 +90,11 @@ pub trait ReadMemory: Read {
     ///
     /// # Errors
     /// As [`Read::read`].
-    fn read_memory(&mut self, window: &Window<'_>) -> io::Result<usize>;
+    fn read_memory(&mut self, window: &ReceiveWindow<'_>) -> io::Result<usize>;
 }
 
 impl ReadMemory for &[u8] {
-    fn read_memory(&mut self, window: &Window<'_>) -> io::Result<usize> {
+    fn read_memory(&mut self, window: &ReceiveWindow<'_>) -> io::Result<usize> {
         let count = window.store(self);
         *self = self.get(count..).unwrap_or_default();
         Ok(count)
@@ -103,16 +103,16 @@ impl ReadMemory for &[u8] {
 
 /// Any reader as a [`ReadMemory`], by way of a small buffer. For streams that are not file descriptors.
 #[derive(Debug)]
-pub struct Plain<R>(pub R);
+pub struct CopyingReader<R>(pub R);
 
-impl<R: Read> Read for Plain<R> {
+impl<R: Read> Read for CopyingReader<R> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         self.0.read(into)
     }
 }
 
-impl<R: Read> ReadMemory for Plain<R> {
-    fn read_memory(&mut self, window: &Window<'_>) -> io::Result<usize> {
+impl<R: Read> ReadMemory for CopyingReader<R> {
+    fn read_memory(&mut self, window: &ReceiveWindow<'_>) -> io::Result<usize> {
         let mut buffer = [0; 16384];
         let room = buffer.len().min(window.left());
         let count = self.0.read(buffer.get_mut(..room).unwrap_or_default())?;

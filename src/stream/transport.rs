@@ -1,4 +1,4 @@
-//! Connections: URIs as QEMU writes them, opening and accepting the channels of a migration, and the [`Channel`] that
+//! Connections: URIs as QEMU writes them, opening and accepting the channels of a migration, and the [`StreamChannel`] that
 //! every one of them becomes. What is said over a channel is not known here, beyond its first header.
 #![forbid(unsafe_code)]
 
@@ -24,7 +24,7 @@ use super::frame::{
     ChannelId, ConnectionHeader, FRAME_HEADER_BYTES, FrameReader, FrameWriter, HEADER_BYTES, MigrationId,
 };
 use super::limiter::{Interrupt, lock, poll_until};
-use super::sys::{ReadMemory, Window};
+use super::sys::{ReadMemory, ReceiveWindow};
 use super::{StreamError, ToSource};
 
 mod accept;
@@ -32,9 +32,9 @@ mod connect;
 mod resolve;
 mod save;
 
-pub use super::limiter::{Cancel, Limiter, OnCancel};
-pub use accept::{Incoming, Listener, Question};
-pub use connect::{ask, connect};
+pub use super::limiter::{CancelCallback, CancelToken, RateLimiter};
+pub use accept::{IncomingConnection, OutcomeQuery, StreamListener};
+pub use connect::{connect, query_outcome};
 pub use save::remove_unfinished_saves;
 use save::{Partial, Save};
 
@@ -117,7 +117,7 @@ impl Uri {
 
 /// How to connect or accept.
 #[derive(Clone)]
-pub struct Options {
+pub struct StreamOptions {
     /// Channels to open, 1 to [`MAX_CHANNELS`](super::frame::MAX_CHANNELS). A destination takes the source's number.
     pub channels: u16,
     /// The source wants no answers: for `exec:` filters such as a compressor, and for pipes. Files are always one way.
@@ -128,52 +128,52 @@ pub struct Options {
     /// `None` waits until cancelled.
     pub timeout: Option<Duration>,
     /// Ends everything.
-    pub cancel: Cancel,
+    pub cancel: CancelToken,
     /// Limits what is written, over all channels.
-    pub limiter: Limiter,
+    pub limiter: RateLimiter,
 }
 
-impl Options {
+impl StreamOptions {
     /// One channel, ten seconds to connect, thirty without progress, no limit, a new cancel switch.
     ///
     /// # Errors
     /// When the process is out of file descriptors.
-    pub fn new() -> Result<Options, StreamError> {
-        Ok(Options {
+    pub fn new() -> Result<StreamOptions, StreamError> {
+        Ok(StreamOptions {
             channels: 1,
             one_way: false,
             deadline: Some(Duration::from_secs(10)),
             timeout: Some(Duration::from_secs(30)),
-            cancel: Cancel::new()?,
-            limiter: Limiter::new(None),
+            cancel: CancelToken::new()?,
+            limiter: RateLimiter::new(None),
         })
     }
 }
 
 /// The channels of one migration, their headers exchanged.
-pub struct Connection {
+pub struct StreamConnection {
     /// The migration.
     pub id: MigrationId,
     /// The destination sends nothing; it starts from what it reads.
     pub one_way: bool,
     /// The channels by number, at least one.
-    pub channels: Vec<Channel>,
+    pub channels: Vec<StreamChannel>,
     /// Where the source can connect again to ask about the migration.
     again: Option<Uri>,
 }
 
-impl Connection {
+impl StreamConnection {
     /// A writer of frames for each channel.
-    pub fn writers(&self) -> Vec<FrameWriter<Channel>> {
+    pub fn writers(&self) -> Vec<FrameWriter<StreamChannel>> {
         self.with_ids().map(|(channel, id)| FrameWriter::new(channel, id)).collect()
     }
 
     /// A reader of frames for each channel.
-    pub fn readers(&self) -> Vec<FrameReader<Channel>> {
+    pub fn readers(&self) -> Vec<FrameReader<StreamChannel>> {
         self.with_ids().map(|(channel, id)| FrameReader::new(channel, id)).collect()
     }
 
-    fn with_ids(&self) -> impl Iterator<Item = (Channel, ChannelId)> {
+    fn with_ids(&self) -> impl Iterator<Item = (StreamChannel, ChannelId)> {
         let migration = self.id;
         self.channels.iter().cloned().zip(0..).map(move |(it, channel)| (it, ChannelId { migration, channel }))
     }
@@ -206,7 +206,7 @@ impl Connection {
     }
 }
 
-impl Connection {
+impl StreamConnection {
     /// Returns true if what is written ends in a file or block device, which is complete and durable once
     /// [`finish`](Self::finish) has returned, and is no migration for anybody before.
     pub fn is_to_file(&self) -> bool {
@@ -217,10 +217,10 @@ impl Connection {
     /// STARTED, FAILED, HELD or UNKNOWN.
     ///
     /// # Errors
-    /// As [`ask`].
-    pub fn ask(&self, deadline: Duration) -> Result<ToSource, StreamError> {
+    /// As [`query_outcome`].
+    pub fn query_outcome(&self, deadline: Duration) -> Result<ToSource, StreamError> {
         match &self.again {
-            Some(uri) => ask(uri, self.id, deadline),
+            Some(uri) => query_outcome(uri, self.id, deadline),
             None => Err(StreamError::NoReturnPath),
         }
     }
@@ -232,7 +232,7 @@ impl Connection {
     }
 }
 
-impl fmt::Debug for Connection {
+impl fmt::Debug for StreamConnection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let channels = self.channels.len();
         f.debug_struct("Connection").field("id", &self.id).field("channels", &channels).finish_non_exhaustive()
@@ -241,15 +241,15 @@ impl fmt::Debug for Connection {
 
 /// One connection of a migration. Clones share it, so one thread can read while another writes.
 #[derive(Clone)]
-pub struct Channel(Arc<Inner>);
+pub struct StreamChannel(Arc<Inner>);
 
 struct Inner {
     fd: OwnedFd,
     /// Of all channels of the connection.
     activity: Arc<Activity>,
     kind: FdKind,
-    cancel: Cancel,
-    limiter: Limiter,
+    cancel: CancelToken,
+    limiter: RateLimiter,
     timeout_ms: AtomicU64,
     /// Nanoseconds that writers have waited for the bandwidth limit.
     waited_ns: AtomicU64,
@@ -307,8 +307,13 @@ enum End {
     Wait { child: Child, command: String },
 }
 
-impl Channel {
-    fn new(fd: OwnedFd, end: End, options: &Options, activity: &Arc<Activity>) -> Result<Channel, StreamError> {
+impl StreamChannel {
+    fn new(
+        fd: OwnedFd,
+        end: End,
+        options: &StreamOptions,
+        activity: &Arc<Activity>,
+    ) -> Result<StreamChannel, StreamError> {
         let kind = kind_of(&fd)?;
         set_nonblocking(fd.as_fd(), kind == FdKind::Pipe)?;
         if kind == FdKind::Socket {
@@ -335,7 +340,7 @@ impl Channel {
         });
         let target: Weak<Inner> = Arc::downgrade(&inner);
         options.cancel.register(target);
-        let channel = Channel(inner);
+        let channel = StreamChannel(inner);
         channel.set_timeout(options.timeout)?;
         Ok(channel)
     }
@@ -418,25 +423,25 @@ impl Channel {
     }
 }
 
-impl fmt::Debug for Channel {
+impl fmt::Debug for StreamChannel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Channel").field("fd", &self.0.fd).finish_non_exhaustive()
     }
 }
 
-impl Read for Channel {
+impl Read for StreamChannel {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         self.0.read(|fd| Ok(nix::unistd::read(fd, into)?))
     }
 }
 
-impl ReadMemory for Channel {
-    fn read_memory(&mut self, window: &Window<'_>) -> io::Result<usize> {
+impl ReadMemory for StreamChannel {
+    fn read_memory(&mut self, window: &ReceiveWindow<'_>) -> io::Result<usize> {
         self.0.read(|fd| window.readv(fd))
     }
 }
 
-impl Write for Channel {
+impl Write for StreamChannel {
     fn write(&mut self, from: &[u8]) -> io::Result<usize> {
         self.write_vectored(&[IoSlice::new(from)])
     }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use vhost_migrate::stream::record::{Held, Started};
-use vhost_migrate::stream::{Incoming, Kind, Listener, Options, ToSource, Uri};
+use vhost_migrate::stream::{FrameKind, IncomingConnection, StreamListener, StreamOptions, ToSource, Uri};
 
 use crate::relay::{At, Deed, Fault, Relay, Way};
 use crate::{
@@ -25,18 +25,19 @@ use crate::{
 /// after the other, with `answers`.
 fn vanishing(uri: &str, answers: impl IntoIterator<Item = ToSource, IntoIter: Send> + 'static) -> Receiver<()> {
     let (ready, is_ready) = channel();
-    let listener = Listener::bind(&uri.parse().unwrap()).unwrap();
+    let listener = StreamListener::bind(&uri.parse().unwrap()).unwrap();
     let mut answers = answers.into_iter();
     std::thread::spawn(move || {
         ready.send(()).unwrap();
-        let options = Options { deadline: Some(PATIENCE), timeout: Some(PATIENCE), ..Options::new().unwrap() };
+        let options =
+            StreamOptions { deadline: Some(PATIENCE), timeout: Some(PATIENCE), ..StreamOptions::new().unwrap() };
         while let Ok(incoming) = listener.next(&options) {
             match incoming {
-                Incoming::Question(question) => {
+                IncomingConnection::OutcomeQuery(query) => {
                     let Some(answer) = answers.next() else { return };
-                    question.answer(&answer).unwrap();
+                    query.answer(&answer).unwrap();
                 }
-                Incoming::Migration(connection) => {
+                IncomingConnection::Migration(connection) => {
                     // All but channel 0 carry pages alone.
                     for mut reader in connection.readers().into_iter().skip(1) {
                         std::thread::spawn(move || {
@@ -51,9 +52,9 @@ fn vanishing(uri: &str, answers: impl IntoIterator<Item = ToSource, IntoIter: Se
                         let header = reader.next_frame().unwrap();
                         reader.body(&header, &mut body).unwrap();
                         match header.kind {
-                            Kind::Layout => drop(ToSource::Accepted.write(&mut writer).unwrap()),
-                            Kind::State => drop(ToSource::Ready.write(&mut writer).unwrap()),
-                            Kind::Commit => break,
+                            FrameKind::Layout => drop(ToSource::Accepted.write(&mut writer).unwrap()),
+                            FrameKind::State => drop(ToSource::Ready.write(&mut writer).unwrap()),
+                            FrameKind::Commit => break,
                             _ => {}
                         }
                     }
@@ -155,7 +156,7 @@ fn a_guest_is_not_resumed_where_the_destination_says_that_it_has_it() {
 fn a_source_that_does_not_hear_that_the_guest_runs_finds_out() {
     let mut host = Host::new();
     let (source, destination, incoming) = host.pair();
-    let fault = Fault::new(Way::ToSource, At::Frame(Kind::Started, 0), Deed::Cut);
+    let fault = Fault::new(Way::ToSource, At::Frame(FrameKind::Started, 0), Deed::Cut);
     let there: Uri = incoming.parse().unwrap();
     let relay = Relay::new(unix(&host, "relay").parse().unwrap(), &there, fault);
     let output = migrate(&source, &unix(&host, "relay"), &[]);
@@ -171,7 +172,7 @@ fn a_source_that_does_not_hear_that_the_guest_runs_finds_out() {
 fn a_destination_that_is_killed_when_it_is_ready_leaves_the_guest_to_its_operator() {
     let mut host = Host::new();
     let (source, _, incoming) = host.pair();
-    let fault = Fault::new(Way::ToDestination, At::Frame(Kind::Commit, 0), Deed::CutForGood);
+    let fault = Fault::new(Way::ToDestination, At::Frame(FrameKind::Commit, 0), Deed::CutForGood);
     let there: Uri = incoming.parse().unwrap();
     let relay = Relay::new(unix(&host, "relay").parse().unwrap(), &there, fault);
     let mut sent = std::thread::scope(|scope| {
@@ -198,7 +199,7 @@ fn a_commit_that_a_stopped_destination_finds_too_late_has_no_effect() {
         host.guest("destination", &["--incoming", &unix(&host, "incoming"), "--switchover-timeout", "1s"]);
     until(&destination, "absent");
     let there: Uri = unix(&host, "incoming").parse().unwrap();
-    let slowly = Fault::new(Way::ToSource, At::Frame(Kind::Ready, 0), Deed::Trickle(Duration::from_millis(20)));
+    let slowly = Fault::new(Way::ToSource, At::Frame(FrameKind::Ready, 0), Deed::Trickle(Duration::from_millis(20)));
     let relay = Relay::new(unix(&host, "relay").parse().unwrap(), &there, slowly);
     let through = unix(&host, "relay");
     let (mut migration, _events) = migrating(&source, &through);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::json;
-use vhost_migrate::stream::{Kind, ToSource, Uri};
+use vhost_migrate::stream::{FrameKind, ToSource, Uri};
 
 use super::disks::{backend_on, refused};
 use super::outcome::{command, done, of_unknown_outcome, refusal};
@@ -127,7 +127,7 @@ fn a_destination_that_is_starting_its_guest_says_so() {
     let there = format!("unix:{}", host.path("incoming").display());
     let destination = host.arriving("destination", &there);
     until(&destination, "absent");
-    let slowly = Fault::new(Way::ToSource, At::Frame(Kind::Ready, 0), Deed::Trickle(Duration::from_millis(20)));
+    let slowly = Fault::new(Way::ToSource, At::Frame(FrameKind::Ready, 0), Deed::Trickle(Duration::from_millis(20)));
     let through = format!("unix:{}", host.path("relay").display());
     let relay = Relay::new(through.parse::<Uri>().unwrap(), &there.parse().unwrap(), slowly);
     let (mut migration, _events) = migrating(&source, &through);

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use vhost_migrate::migrate::{Failure, MigrateError};
-use vhost_migrate::stream::frame::{FRAME_HEADER_BYTES, HEADER_BYTES, Kind};
+use vhost_migrate::stream::frame::{FRAME_HEADER_BYTES, FrameKind, HEADER_BYTES};
 
 use crate::guest::{Guest, PATIENCE};
 use crate::relay::{At, Deed, Fault, Relay, Way};
@@ -17,17 +17,17 @@ const STEPS: [(Way, At); 14] = [
     (ToDestination, At::Byte(20)),
     (ToSource, At::Byte(0)),
     (ToSource, At::Byte(17)),
-    (ToDestination, At::Frame(Kind::Layout, 30)),
-    (ToSource, At::Frame(Kind::Accepted, 0)),
-    (ToDestination, At::Frame(Kind::Pages, 0)),
+    (ToDestination, At::Frame(FrameKind::Layout, 30)),
+    (ToSource, At::Frame(FrameKind::Accepted, 0)),
+    (ToDestination, At::Frame(FrameKind::Pages, 0)),
     (ToDestination, At::Byte(5_000)),
     (ToDestination, At::Byte(100_000)),
     (ToDestination, At::Byte(300_000)),
-    (ToDestination, At::Frame(Kind::RoundEnd, 0)),
-    (ToDestination, At::Frame(Kind::State, 0)),
-    (ToDestination, At::Frame(Kind::State, 100)),
-    (ToSource, At::Frame(Kind::Ready, 0)),
-    (ToSource, At::Frame(Kind::Ready, 11)),
+    (ToDestination, At::Frame(FrameKind::RoundEnd, 0)),
+    (ToDestination, At::Frame(FrameKind::State, 0)),
+    (ToDestination, At::Frame(FrameKind::State, 100)),
+    (ToSource, At::Frame(FrameKind::Ready, 0)),
+    (ToSource, At::Frame(FrameKind::Ready, 11)),
 ];
 
 /// Migrates through a relay with a fault. The guest must be none the worse for it, and is returned with the failure
@@ -68,7 +68,7 @@ fn any_one_of_several_connections_being_cut_ends_the_migration() {
         (1, ToSource, At::Byte(10)),
         (2, ToDestination, At::Byte(40)),
         (3, ToDestination, At::Byte(100_000)),
-        (4, ToDestination, At::Frame(Kind::RoundEnd, 0)),
+        (4, ToDestination, At::Frame(FrameKind::RoundEnd, 0)),
     ] {
         let fault = Fault { channel, ..Fault::new(way, at, Deed::Cut) };
         (guest, _) = survives(guest, fault, &How::new().channels(5));
@@ -96,7 +96,7 @@ fn a_destination_that_reads_no_more_does_not_block_the_source_for_ever() {
 }
 
 /// Offsets into a frame: every other byte of the header, and some of what follows.
-fn of_frame(kind: Kind, body: &'static [u64]) -> impl Iterator<Item = At> {
+fn of_frame(kind: FrameKind, body: &'static [u64]) -> impl Iterator<Item = At> {
     let header = FRAME_HEADER_BYTES as u64;
     let offsets = (0..header).step_by(2).chain(body.iter().map(move |offset| header + offset));
     offsets.map(move |offset| At::Frame(kind, offset))
@@ -116,33 +116,33 @@ fn survives_damage(way: Way, places: impl Iterator<Item = At>, codec: &str) {
 
 #[test]
 fn a_damaged_byte_in_the_handshake_is_noticed_by_the_destination() {
-    let places = of_header().chain(of_frame(Kind::Layout, &[0, 1, 2, 9, 10, 18, 30]));
+    let places = of_header().chain(of_frame(FrameKind::Layout, &[0, 1, 2, 9, 10, 18, 30]));
     survives_damage(ToDestination, places, "none");
 }
 
 #[test]
 fn a_damaged_byte_in_the_pages_is_noticed() {
-    let places = of_frame(Kind::Pages, &[0, 3, 4, 7, 8, 13, 15, 16, 1_000, 50_000, 99_999]);
+    let places = of_frame(FrameKind::Pages, &[0, 3, 4, 7, 8, 13, 15, 16, 1_000, 50_000, 99_999]);
     survives_damage(ToDestination, places, "none");
-    let places = [24, 28, 32, 300, 2_000, 5_000].map(|offset| At::Frame(Kind::Pages, offset));
+    let places = [24, 28, 32, 300, 2_000, 5_000].map(|offset| At::Frame(FrameKind::Pages, offset));
     survives_damage(ToDestination, places.into_iter(), "zstd:1");
 }
 
 #[test]
 fn a_damaged_byte_in_a_rounds_end_or_in_the_state_is_noticed() {
-    let places = of_frame(Kind::RoundEnd, &[0, 1, 2, 6, 7, 15, 20]);
-    survives_damage(ToDestination, places.chain(of_frame(Kind::State, &[0, 100, 263])), "none");
+    let places = of_frame(FrameKind::RoundEnd, &[0, 1, 2, 6, 7, 15, 20]);
+    survives_damage(ToDestination, places.chain(of_frame(FrameKind::State, &[0, 100, 263])), "none");
 }
 
 #[test]
 fn a_damaged_byte_in_what_the_destination_says_is_noticed_by_the_source() {
-    let places = of_header().chain(of_frame(Kind::Accepted, &[])).chain(of_frame(Kind::Ready, &[]));
+    let places = of_header().chain(of_frame(FrameKind::Accepted, &[])).chain(of_frame(FrameKind::Ready, &[]));
     survives_damage(ToSource, places, "none");
 }
 
 #[test]
 fn the_source_learns_why_the_destination_hung_up_in_the_middle_of_its_pages() {
-    let fault = Fault::new(ToDestination, At::Frame(Kind::Pages, 3_000), Deed::Flip);
+    let fault = Fault::new(ToDestination, At::Frame(FrameKind::Pages, 3_000), Deed::Flip);
     let (_, failure) = survives(Guest::running(3072), fault, &How::new());
     let MigrateError::Destination(words) = &failure.error else { panic!("{failure}") };
     assert!(words.contains("checksum"), "{words}");
@@ -154,7 +154,7 @@ const SLOW: Deed = Deed::Trickle(Duration::from_secs(1));
 #[test]
 fn a_switchover_that_only_trickles_is_given_up_by_the_source_in_its_own_time() {
     let mut guest = Guest::running(128);
-    for (way, at) in [(ToDestination, At::Frame(Kind::State, 0)), (ToSource, At::Frame(Kind::Ready, 0))] {
+    for (way, at) in [(ToDestination, At::Frame(FrameKind::State, 0)), (ToSource, At::Frame(FrameKind::Ready, 0))] {
         let mut how = How::new();
         how.plan.switchover_timeout = Some(Duration::from_millis(300));
         let failure;
@@ -169,7 +169,7 @@ fn a_source_that_trickles_its_state_is_given_up_by_the_destination_in_its_own_ti
     let place = Place::new();
     let mut guest = Guest::running(128);
     let destination = Destination::limited(&place.unix("destination"), None, Duration::from_millis(300));
-    let fault = Fault::new(ToDestination, At::Frame(Kind::State, 0), SLOW);
+    let fault = Fault::new(ToDestination, At::Frame(FrameKind::State, 0), SLOW);
     let relay = Relay::new(place.unix("relay"), &destination.uri, fault);
     let failure = leave(&mut guest, &relay.uri, &How::new()).failure();
     drop(relay);
@@ -183,7 +183,7 @@ fn a_destination_that_waits_for_a_commit_gives_up_in_its_own_time() {
     let place = Place::new();
     let mut guest = Guest::running(128);
     let destination = Destination::limited(&place.unix("destination"), None, Duration::from_millis(300));
-    let fault = Fault::new(ToSource, At::Frame(Kind::Ready, 0), SLOW);
+    let fault = Fault::new(ToSource, At::Frame(FrameKind::Ready, 0), SLOW);
     let relay = Relay::new(place.unix("relay"), &destination.uri, fault);
     let mut how = How::new();
     how.plan.switchover_timeout = Some(Duration::from_secs(1));

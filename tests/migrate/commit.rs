@@ -3,9 +3,11 @@
 use std::time::{Duration, Instant};
 
 use vhost_migrate::migrate::{Event, Failure, GuestLocation, Machine, MigrateError};
-use vhost_migrate::stream::frame::{FRAME_HEADER_BYTES, Kind};
+use vhost_migrate::stream::frame::{FRAME_HEADER_BYTES, FrameKind};
 use vhost_migrate::stream::record::{Commit, MemoryLayout, RoundEnd};
-use vhost_migrate::stream::{Cancel, Channel, Connection, FrameReader, FrameWriter, Listener, MigrationId, PageStats};
+use vhost_migrate::stream::{
+    CancelToken, FrameReader, FrameWriter, MigrationId, PageStats, StreamChannel, StreamConnection, StreamListener,
+};
 use vhost_migrate::stream::{ToDestination, ToSource, Uri, transport};
 
 use crate::guest::{Guest, NO_ROOM, PATIENCE, Refusal, SLOW, Trouble, layout};
@@ -40,7 +42,7 @@ fn resolved_by_a_question(fault: Fault, how: &How) {
 
 #[test]
 fn a_source_that_did_not_hear_that_the_guest_runs_asks_and_lets_go() {
-    let started = |at, deed| Fault::new(Way::ToSource, At::Frame(Kind::Started, at), deed);
+    let started = |at, deed| Fault::new(Way::ToSource, At::Frame(FrameKind::Started, at), deed);
     for at in [0, 1, HEADER - 1, HEADER, HEADER + 1] {
         resolved_by_a_question(started(at, Deed::Cut), &How::new());
     }
@@ -62,7 +64,7 @@ fn taken_back(fault: Fault, how: &How) {
 
 #[test]
 fn a_commit_that_does_not_arrive_whole_starts_nothing_and_the_source_goes_on() {
-    let commit = |at, deed| Fault::new(Way::ToDestination, At::Frame(Kind::Commit, at), deed);
+    let commit = |at, deed| Fault::new(Way::ToDestination, At::Frame(FrameKind::Commit, at), deed);
     for at in [0, 1, HEADER - 1, HEADER, COMMIT_BYTES - 1] {
         taken_back(commit(at, Deed::Cut), &How::new());
     }
@@ -83,14 +85,14 @@ fn a_source_that_can_reach_nobody_keeps_the_guest_until_it_is_told() {
         assert!(matches!(failure.error, MigrateError::Unresolved { .. }), "{failure}");
     };
     // The operator finds that the destination runs the guest, and lets go of it here.
-    let fault = Fault::new(Way::ToSource, At::Frame(Kind::Started, 0), Deed::CutForGood);
+    let fault = Fault::new(Way::ToSource, At::Frame(FrameKind::Started, 0), Deed::CutForGood);
     let (mut guest, left, destination, _relay) = through(fault, &brief);
     unknown(&left.failure());
     guest.assert_kept();
     drop(guest);
     destination.join().guest();
     // The operator finds that it does not.
-    let fault = Fault::new(Way::ToDestination, At::Frame(Kind::Commit, 0), Deed::CutForGood);
+    let fault = Fault::new(Way::ToDestination, At::Frame(FrameKind::Commit, 0), Deed::CutForGood);
     let (mut guest, left, destination, _relay) = through(fault, &brief);
     unknown(&left.failure());
     guest.assert_kept();
@@ -139,7 +141,7 @@ fn a_start_that_fails_is_tried_again() {
 }
 
 /// The source's side by hand, up to READY.
-fn until_ready(uri: &Uri) -> (Connection, FrameWriter<Channel>, FrameReader<Channel>) {
+fn until_ready(uri: &Uri) -> (StreamConnection, FrameWriter<StreamChannel>, FrameReader<StreamChannel>) {
     let connection = transport::connect(uri, &options()).unwrap();
     let mut writer = connection.writers().remove(0);
     let mut reader = connection.readers().remove(0);
@@ -160,12 +162,12 @@ fn a_commit_that_arrives_after_the_question_has_no_effect() {
     let destination = Destination::at(&place.unix("socket"));
     let (connection, mut writer, _reader) = until_ready(&destination.uri);
     for _ in 0..2 {
-        let answer = connection.ask(PATIENCE).unwrap();
+        let answer = connection.query_outcome(PATIENCE).unwrap();
         assert!(matches!(answer, ToSource::Failed { .. }), "{answer:?}");
     }
     // It may be cut off already.
     let _ = ToDestination::Commit(Commit { run: true }).write(&mut writer);
-    assert!(matches!(connection.ask(PATIENCE).unwrap(), ToSource::Failed { .. }));
+    assert!(matches!(connection.query_outcome(PATIENCE).unwrap(), ToSource::Failed { .. }));
     destination.join().nobody();
 }
 
@@ -176,7 +178,7 @@ fn a_question_that_comes_with_the_commit_has_one_answer_for_good() {
         let destination = Destination::at(&place.unix("socket"));
         let (connection, mut writer, _reader) = until_ready(&destination.uri);
         let first = std::thread::scope(|scope| {
-            let asks = scope.spawn(|| connection.ask(PATIENCE).unwrap());
+            let asks = scope.spawn(|| connection.query_outcome(PATIENCE).unwrap());
             if round % 3 != 0 {
                 std::thread::yield_now();
             }
@@ -201,14 +203,14 @@ fn a_question_that_comes_with_the_commit_has_one_answer_for_good() {
 fn a_destination_that_knows_nothing_of_a_migration_says_so_and_the_source_keeps_the_guest() {
     let place = Place::new();
     let destination = Destination::at(&place.unix("socket"));
-    let answer = transport::ask(&destination.uri, MigrationId(7), PATIENCE).unwrap();
+    let answer = transport::query_outcome(&destination.uri, MigrationId(7), PATIENCE).unwrap();
     assert_eq!(answer, ToSource::Unknown);
     destination.cancel().nobody();
 
     // Another process listens where the first one did, which was killed after the commit.
     let mut guest = Guest::running(PAGES);
     let at = place.unix("killed");
-    let listener = Listener::bind(&at).unwrap();
+    let listener = StreamListener::bind(&at).unwrap();
     let (left, other) = std::thread::scope(|scope| {
         let killed = scope.spawn(|| {
             let connection = listener.accept(&options()).unwrap();
@@ -218,9 +220,9 @@ fn a_destination_that_knows_nothing_of_a_migration_says_so_and_the_source_keeps_
                 let header = reader.next_frame().unwrap();
                 reader.body(&header, &mut body).unwrap();
                 match header.kind {
-                    Kind::Layout => drop(ToSource::Accepted.write(&mut writer).unwrap()),
-                    Kind::State => drop(ToSource::Ready.write(&mut writer).unwrap()),
-                    Kind::Commit => break,
+                    FrameKind::Layout => drop(ToSource::Accepted.write(&mut writer).unwrap()),
+                    FrameKind::State => drop(ToSource::Ready.write(&mut writer).unwrap()),
+                    FrameKind::Commit => break,
                     _ => {}
                 }
             }
@@ -363,7 +365,7 @@ fn once_it_is_committed_a_migration_cannot_be_called_off() {
 fn a_migration_that_was_called_off_before_it_began_does_not_begin() {
     let place = Place::new();
     let how = How::new();
-    let cancel: &Cancel = &how.options.cancel;
+    let cancel: &CancelToken = &how.options.cancel;
     assert!(cancel.cancel());
     let mut guest = Guest::running(PAGES);
     let destination = Destination::at(&place.unix("socket"));

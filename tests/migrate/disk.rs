@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use vhost_migrate::migrate::{Event, GuestLocation, MigrateError, migrate};
-use vhost_migrate::stream::{Options, StreamError, transport};
+use vhost_migrate::stream::{StreamError, StreamOptions, transport};
 
 use crate::guest::{Calls, Guest, Trouble};
 use crate::trip::{Destination, How, Place, assert_nothing_happened, leave, stream_error, uri};
@@ -85,7 +85,7 @@ fn a_disk_that_fills_up_half_way_leaves_neither_half_a_file_nor_a_stopped_guest(
 fn what_was_sent_while_the_guest_ran_is_on_disk_when_it_stops() {
     let place = Place::new();
     let how = How::new();
-    let Options { limiter, cancel, .. } = &how.options;
+    let StreamOptions { limiter, cancel, .. } = &how.options;
     let connection = transport::connect(&uri(&format!("file:{}", place.path("guest"))), &how.options).unwrap();
     let channel = connection.channels[0].clone();
     let (mut sent, mut left) = (0, None);

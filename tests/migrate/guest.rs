@@ -13,7 +13,7 @@ use crossbeam::channel::{Receiver, Sender, TryRecvError, bounded, unbounded};
 use vhost_migrate::dirty::{DirtyError, DirtySource, Harvest, Log, LogSource, PageSet, UnionSource};
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::migrate::{Arrival, Machine, MachineError, RegionLayout};
-use vhost_migrate::stream::Cancel;
+use vhost_migrate::stream::CancelToken;
 
 /// Where the second region begins.
 pub(crate) const HIGH: u64 = 4 << 30;
@@ -576,7 +576,7 @@ impl Arrival for Cradle {
         Ok(())
     }
 
-    fn start(&mut self, run: bool, _: &Cancel) -> Result<Option<u64>, MachineError> {
+    fn start(&mut self, run: bool, _: &CancelToken) -> Result<Option<u64>, MachineError> {
         self.refuse(Refusal::Start)?;
         if self.refuse == Some(Refusal::FirstStart) {
             self.refuse = None;

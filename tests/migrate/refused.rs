@@ -8,7 +8,7 @@ use std::time::Duration;
 use vhost_migrate::migrate::{Failure, MigrateError, Policy};
 use vhost_migrate::stream::frame::{ConnectionHeader, HEADER_BYTES, VERSION};
 use vhost_migrate::stream::record::{Commit, MemoryLayout, RoundEnd, Started};
-use vhost_migrate::stream::{Listener, MigrationId, PageStats, StreamError};
+use vhost_migrate::stream::{MigrationId, PageStats, StreamError, StreamListener};
 use vhost_migrate::stream::{ToDestination, ToSource, Uri, transport};
 
 use crate::guest::{Guest, NO_ROOM, Refusal, Trouble, layout};
@@ -99,7 +99,7 @@ fn a_source_whose_machine_fails_goes_on_and_tells_the_destination_why() {
 /// A destination that answers the layout with `first`, and the state with `second`.
 fn answers(first: ToSource, second: Option<ToSource>) -> Failure {
     let place = Place::new();
-    let listener = Listener::bind(&place.unix("socket")).unwrap();
+    let listener = StreamListener::bind(&place.unix("socket")).unwrap();
     let at = listener.uri().clone();
     let peer = std::thread::spawn(move || {
         let connection = listener.accept(&options()).unwrap();
@@ -113,7 +113,7 @@ fn answers(first: ToSource, second: Option<ToSource>) -> Failure {
         loop {
             let header = reader.next_frame().unwrap();
             reader.body(&header, &mut body).unwrap();
-            if header.kind == vhost_migrate::stream::Kind::State {
+            if header.kind == vhost_migrate::stream::FrameKind::State {
                 break;
             }
         }
@@ -184,7 +184,7 @@ fn a_source_that_speaks_out_of_turn_starts_nothing() {
 
 /// A header of the next version.
 fn from_the_future() -> [u8; HEADER_BYTES] {
-    let header = ConnectionHeader { id: MigrationId(1), channel: 0, channels: 1, one_way: false, question: false };
+    let header = ConnectionHeader { id: MigrationId(1), channel: 0, channels: 1, one_way: false, outcome_query: false };
     let mut bytes = header.encode();
     assert_eq!(bytes[8..10], VERSION.to_le_bytes());
     bytes[8..10].copy_from_slice(&(VERSION + 1).to_le_bytes());

@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use vhost_migrate::stream::Uri;
-use vhost_migrate::stream::frame::{ConnectionHeader, FRAME_HEADER_BYTES, HEADER_BYTES, Kind};
+use vhost_migrate::stream::frame::{ConnectionHeader, FRAME_HEADER_BYTES, FrameKind, HEADER_BYTES};
 
 /// A direction.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -26,7 +26,7 @@ pub(crate) enum At {
     /// So many bytes after its beginning.
     Byte(u64),
     /// So many bytes after the beginning of the first frame of this kind.
-    Frame(Kind, u64),
+    Frame(FrameKind, u64),
 }
 
 /// What happens there, to this byte and, but for a flip, to all that follow.

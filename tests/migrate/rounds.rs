@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use vhost_migrate::memory::LOG_PAGE;
 use vhost_migrate::migrate::{Event, MigrateError, Policy, STALL_ROUNDS};
-use vhost_migrate::stream::Limiter;
+use vhost_migrate::stream::RateLimiter;
 
 use crate::guest::{Guest, PATIENCE, Trouble};
 use crate::trip::{Destination, How, Place, assert_nothing_happened, leave};
@@ -15,7 +15,7 @@ const PAGES: u64 = 512;
 fn limited(policy: Policy) -> How {
     let mut how = How::new();
     how.plan.policy = policy;
-    how.options.limiter = Limiter::new(Some(40 << 20));
+    how.options.limiter = RateLimiter::new(Some(40 << 20));
     how
 }
 
@@ -93,7 +93,7 @@ fn a_bandwidth_limit_which_the_switchover_lifts_is_not_part_of_its_forecast() {
     // All pages are dirty all the time: 2 s within the limit, some milliseconds without.
     let mut how = How::new();
     how.plan.policy = Policy { downtime: Duration::from_secs(1), max_rounds: 2 };
-    how.options.limiter = Limiter::new(Some(1 << 20));
+    how.options.limiter = RateLimiter::new(Some(1 << 20));
     let left = leave(&mut guest, &destination.uri, &how);
     left.outcome.unwrap();
     guest.assert_gone();
@@ -108,7 +108,7 @@ fn no_more_goes_out_than_the_bandwidth_limit_allows() {
         let mut guest = Guest::idle(4 * PAGES);
         let destination = Destination::at(&place.unix("socket"));
         let mut how = How::new().channels(channels);
-        how.options.limiter = Limiter::new(Some(RATE));
+        how.options.limiter = RateLimiter::new(Some(RATE));
         let left = leave(&mut guest, &destination.uri, &how);
         left.outcome.unwrap();
         let Some(Event::Round(round)) = left.events.iter().find(|event| matches!(event, Event::Round(_))) else {
@@ -133,7 +133,7 @@ fn the_advice_to_a_migration_that_does_not_converge_follows_what_limits_it() {
         let destination = Destination::at(&place.unix("socket"));
         let mut how = How::new().codec(codec);
         how.plan.policy = Policy { downtime: Duration::ZERO, max_rounds: 2 };
-        how.options.limiter = Limiter::new(limit);
+        how.options.limiter = RateLimiter::new(limit);
         let failure = leave(&mut guest, &destination.uri, &how).failure().to_string();
         assert!(failure.contains("no convergence") && failure.contains(advice), "{codec}, {limit:?}: {failure}");
         destination.join().nobody();

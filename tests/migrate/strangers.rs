@@ -6,7 +6,9 @@ use std::os::unix::net::UnixStream;
 use vhost_migrate::migrate::{Incoming, MigrateError, Outcomes, receive};
 use vhost_migrate::stream::frame::{ConnectionHeader, FRAME_HEADER_BYTES, HEADER_BYTES};
 use vhost_migrate::stream::record::MemoryLayout;
-use vhost_migrate::stream::{ChannelId, FrameWriter, Listener, MigrationId, Options, StreamError, ToDestination, Uri};
+use vhost_migrate::stream::{
+    ChannelId, FrameWriter, MigrationId, StreamError, StreamListener, StreamOptions, ToDestination, Uri,
+};
 
 use crate::guest::{Cradle, Guest, PATIENCE, layout};
 use crate::trip::{Destination, How, Place, leave};
@@ -14,7 +16,7 @@ use crate::trip::{Destination, How, Place, leave};
 const PAGES: u64 = 128;
 
 fn header(id: u128, channels: u16) -> ConnectionHeader {
-    ConnectionHeader { id: MigrationId(id), channel: 0, channels, one_way: false, question: false }
+    ConnectionHeader { id: MigrationId(id), channel: 0, channels, one_way: false, outcome_query: false }
 }
 
 /// A memory layout as a source sends it.
@@ -69,7 +71,7 @@ fn a_stranger_that_begins_its_memory_layout_and_does_not_end_it_keeps_no_source_
 fn a_stranger_whose_memory_layout_is_accepted_and_that_does_not_go_on_keeps_no_source_out() {
     let place = Place::new();
     let uri = place.unix("destination");
-    let incoming = Incoming::start(Listener::bind(&uri).unwrap(), Outcomes::default()).unwrap();
+    let incoming = Incoming::start(StreamListener::bind(&uri).unwrap(), Outcomes::default()).unwrap();
     let Uri::Unix(path) = &uri else { panic!() };
     let mut stranger = UnixStream::connect(path).unwrap();
     stranger.write_all(&[&header(1, 1).encode()[..], &opening(1)].concat()).unwrap();
@@ -85,7 +87,7 @@ fn a_stranger_whose_memory_layout_is_accepted_and_that_does_not_go_on_keeps_no_s
         stranger.read_exact(&mut [0; HEADER_BYTES + FRAME_HEADER_BYTES]).unwrap();
         let mut guest = Guest::running(PAGES);
         // As long as a source waits unless it is told otherwise.
-        let how = How { options: Options::new().unwrap(), ..How::new() };
+        let how = How { options: StreamOptions::new().unwrap(), ..How::new() };
         leave(&mut guest, &uri, &how).outcome.unwrap();
         guest.assert_gone();
         let (failed, arrived) = destination.join().unwrap();

@@ -8,7 +8,7 @@ use tempfile::TempDir;
 use vhost_migrate::migrate::{
     Event, Failure, GuestLocation, Incoming, MigrateError, Outcomes, Plan, Policy, Received, Report, migrate, receive,
 };
-use vhost_migrate::stream::{Codec, Listener, Options, StreamError, Uri, transport};
+use vhost_migrate::stream::{Codec, StreamError, StreamListener, StreamOptions, Uri, transport};
 
 use crate::guest::{Cradle, Guest, PATIENCE, Refusal};
 
@@ -16,7 +16,7 @@ use crate::guest::{Cradle, Guest, PATIENCE, Refusal};
 #[derive(Clone)]
 pub(crate) struct How {
     pub(crate) plan: Plan,
-    pub(crate) options: Options,
+    pub(crate) options: StreamOptions,
 }
 
 impl How {
@@ -67,8 +67,8 @@ impl How {
     }
 }
 
-pub(crate) fn options() -> Options {
-    Options { deadline: Some(PATIENCE), timeout: Some(PATIENCE), ..Options::new().unwrap() }
+pub(crate) fn options() -> StreamOptions {
+    StreamOptions { deadline: Some(PATIENCE), timeout: Some(PATIENCE), ..StreamOptions::new().unwrap() }
 }
 
 /// How a migration ended at the source.
@@ -93,7 +93,7 @@ pub(crate) fn leave_telling(guest: &mut Guest, uri: &Uri, how: &How, mut tell: i
     let mut events = Vec::new();
     let outcome = match transport::connect(uri, &how.options) {
         Ok(connection) => {
-            let Options { limiter, cancel, .. } = &how.options;
+            let StreamOptions { limiter, cancel, .. } = &how.options;
             let outcome = migrate(guest, connection, &how.plan, limiter, cancel, &mut |event| {
                 tell(&event);
                 events.push(event);
@@ -166,7 +166,7 @@ impl Destination {
 
     /// The same with a limit to the switchover.
     pub(crate) fn limited(uri: &Uri, refuse: Option<Refusal>, switchover_timeout: Duration) -> Destination {
-        let listener = Listener::bind(uri).unwrap();
+        let listener = StreamListener::bind(uri).unwrap();
         let (uri, outcomes) = (listener.uri().clone(), Outcomes::default());
         let incoming = Arc::new(Incoming::start(listener, outcomes.clone()).unwrap());
         let (its, waits) = (outcomes.clone(), incoming.clone());

@@ -15,7 +15,7 @@ use vhost_migrate::guest::{Guest, GuestConfig, GuestError};
 use vhost_migrate::migrate::{
     ASK_FOR, GuestArrival, GuestMachine, Outcomes, Plan, Policy, SWITCHOVER_TIMEOUT, migrate, receive,
 };
-use vhost_migrate::stream::{Codec, Listener, Options, transport};
+use vhost_migrate::stream::{Codec, StreamListener, StreamOptions, transport};
 
 use crate::backend::{Backend, Kind};
 use crate::disk_driver::{DATA, HIGH, harvest};
@@ -84,10 +84,11 @@ fn a_guest_moves_between_two_of_them_by_what_they_have_marked() {
     let mut guest = running(&backends[0], UserOptions::default());
     for trip in 1..=4 {
         works(&guest, 200);
-        let options = || Options { deadline: Some(DEADLINE), timeout: Some(DEADLINE), ..Options::new().unwrap() };
+        let options =
+            || StreamOptions { deadline: Some(DEADLINE), timeout: Some(DEADLINE), ..StreamOptions::new().unwrap() };
         let (ours, theirs) = (options(), options());
         let socket = format!("unix:{}", lab.file(&format!("migration{trip}")).display());
-        let listener = Listener::bind(&socket.parse().unwrap()).unwrap();
+        let listener = StreamListener::bind(&socket.parse().unwrap()).unwrap();
         let mut arrival = GuestArrival::new(vec![backends[trip % 2].socket().into()]).unwrap();
         let leaving = Mutex::new(Some(guest));
         std::thread::scope(|scope| {

@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use vhost_migrate::stream::transport::connect;
-use vhost_migrate::stream::{Options, Uri};
+use vhost_migrate::stream::{StreamOptions, Uri};
 
 /// Set in the process that strace looks at: where to save.
 const TRACED: &str = "VHOST_MIGRATE_TEST_TRACED";
@@ -12,7 +12,7 @@ const TRACED: &str = "VHOST_MIGRATE_TEST_TRACED";
 fn a_save_is_on_disk_before_it_has_its_name_and_so_is_its_name() {
     if let Ok(to) = std::env::var(TRACED) {
         let to: Uri = to.parse().unwrap();
-        return connect(&to, &Options::new().unwrap()).unwrap().finish().unwrap();
+        return connect(&to, &StreamOptions::new().unwrap()).unwrap().finish().unwrap();
     }
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let place = folder.path().canonicalize().unwrap();

@@ -9,9 +9,9 @@ use vhost_migrate::abi::vhost_user::DiskGeneration;
 use vhost_migrate::migrate::saved_disks;
 use vhost_migrate::stream::frame::ConnectionHeader;
 use vhost_migrate::stream::hashes::pages_in;
-use vhost_migrate::stream::pages::Batch;
+use vhost_migrate::stream::pages::PageBatch;
 use vhost_migrate::stream::record::MemoryLayout;
-use vhost_migrate::stream::{ChannelId, FrameReader, Kind, PageStats, StreamError, ToDestination};
+use vhost_migrate::stream::{ChannelId, FrameKind, FrameReader, PageStats, StreamError, ToDestination};
 
 use super::{Found, Lines, open};
 use crate::units::show;
@@ -57,19 +57,21 @@ pub(super) fn inspect(file: &Path, lines: &Lines) -> Result<Found, String> {
         };
         frames += 1;
         let wanted = match frame.kind {
-            Kind::Layout => Due::Layout,
-            Kind::DataRuns | Kind::Devices | Kind::Pages | Kind::Hashes | Kind::RoundEnd => Due::Pages,
-            Kind::State => Due::State,
-            Kind::Commit => Due::Commit,
+            FrameKind::Layout => Due::Layout,
+            FrameKind::DataRuns | FrameKind::Devices | FrameKind::Pages | FrameKind::Hashes | FrameKind::RoundEnd => {
+                Due::Pages
+            }
+            FrameKind::State => Due::State,
+            FrameKind::Commit => Due::Commit,
             _ => due,
         };
         if wanted != due {
             return Err(lacks(&format!("frame {} is a {}, and its {} is missing", frames - 1, frame.kind, due.name())));
         }
         match frame.kind {
-            Kind::Pages => {
+            FrameKind::Pages => {
                 reader.body(&frame, &mut body).map_err(told)?;
-                let batch = Batch::parse(&body).map_err(told)?;
+                let batch = PageBatch::parse(&body).map_err(told)?;
                 if let Some(entry) = batch.entries.iter().find(|entry| !layout.contains(&entry.pages)) {
                     let (first, end) = (entry.pages.start, entry.pages.end);
                     return Err(told(StreamError::OutsideMemory { first, end }));
@@ -78,12 +80,12 @@ pub(super) fn inspect(file: &Path, lines: &Lines) -> Result<Found, String> {
                 round.zero_pages += batch.zero_pages();
                 continue;
             }
-            Kind::Hashes => {
+            FrameKind::Hashes => {
                 reader.body(&frame, &mut body).map_err(told)?;
                 hashed_pages += pages_in(&body).map_err(told)?;
                 continue;
             }
-            Kind::State => {
+            FrameKind::State => {
                 reader.beginning(&frame, &mut body).map_err(told)?;
                 state_bytes = frame.length;
                 lines.print(format_args!("  state of {state_bytes} bytes"));

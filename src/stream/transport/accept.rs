@@ -13,10 +13,12 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags};
 
 use super::resolve::resolve;
-use super::{Activity, Channel, Connection, End, FdKind, Options, Uri, check_single, inherited, kind_of};
+use super::{
+    Activity, End, FdKind, StreamChannel, StreamConnection, StreamOptions, Uri, check_single, inherited, kind_of,
+};
 use super::{open_error, set_nonblocking, spawn};
 use crate::stream::frame::{ChannelId, ConnectionHeader, FrameWriter, HEADER_BYTES, MAX_CHANNELS, MigrationId};
-use crate::stream::limiter::{Cancel, lock, poll_until};
+use crate::stream::limiter::{CancelToken, lock, poll_until};
 use crate::stream::{StreamError, ToSource};
 use crate::sys::listen::{SocketPathGuard, listen};
 
@@ -33,7 +35,7 @@ const RETRY: Duration = Duration::from_secs(1);
 
 /// Waits for a migration at a URI. Dropping it removes the socket file it has made.
 #[derive(Debug)]
-pub struct Listener {
+pub struct StreamListener {
     uri: Uri,
     socket: Socket,
     /// Connections that are not part of a complete migration yet.
@@ -52,24 +54,24 @@ enum Socket {
     Single,
 }
 
-/// A connection that a [`Listener`] has accepted.
+/// A connection that a [`StreamListener`] has accepted.
 #[derive(Debug)]
-pub enum Incoming {
+pub enum IncomingConnection {
     /// All channels of a migration.
-    Migration(Connection),
+    Migration(StreamConnection),
     /// A source asks what has become of a migration.
-    Question(Question),
+    OutcomeQuery(OutcomeQuery),
 }
 
 /// A source that waits to hear what has become of a migration.
 #[derive(Debug)]
-pub struct Question {
+pub struct OutcomeQuery {
     /// The migration.
     pub id: MigrationId,
-    channel: Channel,
+    channel: StreamChannel,
 }
 
-impl Question {
+impl OutcomeQuery {
     /// Answers with STARTED, FAILED, HELD or UNKNOWN.
     ///
     /// # Errors
@@ -80,12 +82,12 @@ impl Question {
     }
 }
 
-impl Listener {
+impl StreamListener {
     /// Starts to listen; a source can connect from now on.
     ///
     /// # Errors
     /// `Open` with advice: port or socket in use, path too long, no permission, no such file.
-    pub fn bind(uri: &Uri) -> Result<Listener, StreamError> {
+    pub fn bind(uri: &Uri) -> Result<StreamListener, StreamError> {
         let mut uri = uri.clone();
         let socket = match &mut uri {
             Uri::Tcp { .. } => {
@@ -108,7 +110,7 @@ impl Listener {
                 Socket::Single
             }
         };
-        Ok(Listener { uri, socket, waiting: Mutex::default() })
+        Ok(StreamListener { uri, socket, waiting: Mutex::default() })
     }
 
     /// Where this listens, with the port that the system chose.
@@ -121,12 +123,12 @@ impl Listener {
     ///
     /// # Errors
     /// As [`next`](Self::next).
-    pub fn accept(&self, options: &Options) -> Result<Connection, StreamError> {
+    pub fn accept(&self, options: &StreamOptions) -> Result<StreamConnection, StreamError> {
         loop {
             match self.next(options)? {
-                Incoming::Migration(connection) => return Ok(connection),
-                Incoming::Question(question) => {
-                    if let Err(error) = question.answer(&ToSource::Unknown) {
+                IncomingConnection::Migration(connection) => return Ok(connection),
+                IncomingConnection::OutcomeQuery(query) => {
+                    if let Err(error) = query.answer(&ToSource::Unknown) {
                         tracing::warn!("a source that asks about a migration went away: {error}");
                     }
                 }
@@ -141,7 +143,7 @@ impl Listener {
     /// # Errors
     /// `Timeout` after `options.deadline`, `Cancelled`, and for transports with a single channel whatever is wrong with
     /// it.
-    pub fn next(&self, options: &Options) -> Result<Incoming, StreamError> {
+    pub fn next(&self, options: &StreamOptions) -> Result<IncomingConnection, StreamError> {
         let single = match &self.uri {
             Uri::Tcp { .. } | Uri::Unix(_) => return self.accept_sockets(options),
             Uri::File(path) => (File::open(path).map_err(open_error(&self.uri))?.into(), End::Nothing),
@@ -150,7 +152,7 @@ impl Listener {
         };
         let (fd, end) = single;
         let answers = kind_of(&fd)? == FdKind::Socket;
-        let mut channel = Channel::new(fd, end, options, &Activity::new())?;
+        let mut channel = StreamChannel::new(fd, end, options, &Activity::new())?;
         channel.set_timeout(options.deadline)?;
         let header = ConnectionHeader::read(&mut channel);
         if let Err(StreamError::Version { .. }) = header {
@@ -168,7 +170,7 @@ impl Listener {
         Ok(incoming(header, vec![channel]))
     }
 
-    fn accept_sockets(&self, options: &Options) -> Result<Incoming, StreamError> {
+    fn accept_sockets(&self, options: &StreamOptions) -> Result<IncomingConnection, StreamError> {
         let deadline = options.deadline.map(|time| Instant::now() + time);
         let mut waiting = lock(&self.waiting);
         loop {
@@ -206,7 +208,7 @@ impl Listener {
     fn poll(
         &self,
         waiting: &[Waiting],
-        options: &Options,
+        options: &StreamOptions,
         until: Option<Instant>,
     ) -> Result<(Vec<bool>, bool), StreamError> {
         let listener = match &self.socket {
@@ -226,7 +228,7 @@ impl Listener {
         Ok((ready, listening))
     }
 
-    fn accept_one(&self, options: &Options) -> Result<Option<OwnedFd>, StreamError> {
+    fn accept_one(&self, options: &StreamOptions) -> Result<Option<OwnedFd>, StreamError> {
         let accepted = match &self.socket {
             Socket::Tcp(listener) => listener.accept().map(|(stream, _)| OwnedFd::from(stream)),
             Socket::Unix { listener, .. } => listener.accept().map(|(stream, _)| OwnedFd::from(stream)),
@@ -340,11 +342,11 @@ fn complete(waiting: &mut Vec<Waiting>) -> Option<Vec<Waiting>> {
 }
 
 /// Answers every channel. Others of the same migration can't hold it up: forty bytes fit any socket's buffer.
-fn answer(waiting: Vec<Waiting>, options: &Options) -> Result<Incoming, StreamError> {
+fn answer(waiting: Vec<Waiting>, options: &StreamOptions) -> Result<IncomingConnection, StreamError> {
     let (mut channels, activity) = (Vec::new(), Activity::new());
     let mut first = None;
     for waiting in waiting {
-        let mut channel = Channel::new(waiting.fd, End::Nothing, options, &activity)?;
+        let mut channel = StreamChannel::new(waiting.fd, End::Nothing, options, &activity)?;
         let header = waiting.header.ok_or(StreamError::NotAStream)?;
         if !header.one_way {
             channel.write_all(&header.encode())?;
@@ -357,12 +359,19 @@ fn answer(waiting: Vec<Waiting>, options: &Options) -> Result<Incoming, StreamEr
 }
 
 /// Connected channels as what `header`, the first one's, says that they are.
-fn incoming(header: ConnectionHeader, mut channels: Vec<Channel>) -> Incoming {
+fn incoming(header: ConnectionHeader, mut channels: Vec<StreamChannel>) -> IncomingConnection {
     match channels.pop() {
-        Some(channel) if header.question => Incoming::Question(Question { id: header.id, channel }),
+        Some(channel) if header.outcome_query => {
+            IncomingConnection::OutcomeQuery(OutcomeQuery { id: header.id, channel })
+        }
         last => {
             channels.extend(last);
-            Incoming::Migration(Connection { id: header.id, one_way: header.one_way, channels, again: None })
+            IncomingConnection::Migration(StreamConnection {
+                id: header.id,
+                one_way: header.one_way,
+                channels,
+                again: None,
+            })
         }
     }
 }
@@ -370,7 +379,7 @@ fn incoming(header: ConnectionHeader, mut channels: Vec<Channel>) -> Incoming {
 /// Tells a source of another version which version this is; it knows the rest.
 fn refuse(to: &mut impl Write) {
     let id = MigrationId(0);
-    let header = ConnectionHeader { id, channel: 0, channels: 1, one_way: false, question: false };
+    let header = ConnectionHeader { id, channel: 0, channels: 1, one_way: false, outcome_query: false };
     // The source may be gone, or be a file.
     let _ = to.write_all(&header.encode());
 }
@@ -380,7 +389,7 @@ fn bind_tcp(uri: &Uri) -> Result<(TcpListener, Uri), StreamError> {
         return Err(uri.error("not a TCP address", None));
     };
     let host = if host.is_empty() { "0.0.0.0" } else { host };
-    let addresses = resolve(uri, host, *port, &Cancel::new()?, Some(Instant::now() + LOOK_UP_TIME))?;
+    let addresses = resolve(uri, host, *port, &CancelToken::new()?, Some(Instant::now() + LOOK_UP_TIME))?;
     let listener = TcpListener::bind(addresses.as_slice()).map_err(|error| match error.kind() {
         io::ErrorKind::AddrInUse => uri.error("the port is in use: stop what listens there or choose another", error),
         io::ErrorKind::AddrNotAvailable => uri.error("this machine has no such address", error),

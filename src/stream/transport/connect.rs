@@ -15,7 +15,8 @@ use nix::sys::socket::{
 
 use super::resolve::resolve;
 use super::{
-    Activity, Channel, Connection, End, FdKind, Options, Uri, check_single, check_socket_path, inherited, kind_of,
+    Activity, End, FdKind, StreamChannel, StreamConnection, StreamOptions, Uri, check_single, check_socket_path,
+    inherited, kind_of,
 };
 use super::{open_error, save, spawn};
 use crate::stream::frame::{ChannelId, ConnectionHeader, FrameReader, MAX_CHANNELS, MigrationId};
@@ -26,7 +27,7 @@ use crate::stream::{StreamError, ToSource};
 ///
 /// # Errors
 /// `Open` with advice, `Version`, `Timeout`, `Cancelled`, and what the system says.
-pub fn connect(uri: &Uri, options: &Options) -> Result<Connection, StreamError> {
+pub fn connect(uri: &Uri, options: &StreamOptions) -> Result<StreamConnection, StreamError> {
     let deadline = options.deadline.map(|time| Instant::now() + time);
     let channels = options.channels;
     if channels == 0 || channels > MAX_CHANNELS {
@@ -62,10 +63,10 @@ pub fn connect(uri: &Uri, options: &Options) -> Result<Connection, StreamError> 
             _ => {}
         }
     }
-    let header = |channel| ConnectionHeader { id, channel, channels, one_way, question: false };
+    let header = |channel| ConnectionHeader { id, channel, channels, one_way, outcome_query: false };
     let (mut open, activity) = (Vec::new(), Activity::new());
     for ((fd, end), number) in fds.into_iter().zip(0..) {
-        let mut channel = Channel::new(fd, end, options, &activity)?;
+        let mut channel = StreamChannel::new(fd, end, options, &activity)?;
         channel.begin(uri, name.take(), header(number))?;
         open.push(channel);
     }
@@ -76,7 +77,7 @@ pub fn connect(uri: &Uri, options: &Options) -> Result<Connection, StreamError> 
         }
     }
     let again = matches!(uri, Uri::Tcp { .. } | Uri::Unix(_)).then(|| uri.clone());
-    Ok(Connection { id, one_way, channels: open, again })
+    Ok(StreamConnection { id, one_way, channels: open, again })
 }
 
 /// Asks the destination at `uri` what has become of the migration `id`. The answer is STARTED, FAILED, HELD or UNKNOWN.
@@ -84,16 +85,16 @@ pub fn connect(uri: &Uri, options: &Options) -> Result<Connection, StreamError> 
 /// # Errors
 /// `NoReturnPath` if the URI is not of a kind that can be connected to again; `Open` or `Timeout` if nobody answers within
 /// `time`; whatever else connecting and reading report.
-pub fn ask(uri: &Uri, id: MigrationId, time: Duration) -> Result<ToSource, StreamError> {
-    let options = Options { deadline: Some(time), timeout: Some(time), ..Options::new()? };
+pub fn query_outcome(uri: &Uri, id: MigrationId, time: Duration) -> Result<ToSource, StreamError> {
+    let options = StreamOptions { deadline: Some(time), timeout: Some(time), ..StreamOptions::new()? };
     let deadline = Some(Instant::now() + time);
     let fd = match uri {
         Uri::Tcp { host, port } => tcp(uri, host, *port, &options, deadline)?,
         Uri::Unix(path) => unix(uri, path, &options, deadline)?,
         _ => return Err(StreamError::NoReturnPath),
     };
-    let mut channel = Channel::new(fd, End::Nothing, &options, &Activity::new())?;
-    let header = ConnectionHeader { id, channel: 0, channels: 1, one_way: false, question: true };
+    let mut channel = StreamChannel::new(fd, End::Nothing, &options, &Activity::new())?;
+    let header = ConnectionHeader { id, channel: 0, channels: 1, one_way: false, outcome_query: true };
     channel.begin(uri, None, header)?;
     answer(uri, &mut channel, header, deadline)?;
     ToSource::next(&mut FrameReader::new(channel, ChannelId { migration: id, channel: 0 }))
@@ -101,7 +102,7 @@ pub fn ask(uri: &Uri, id: MigrationId, time: Duration) -> Result<ToSource, Strea
 
 fn answer(
     uri: &Uri,
-    channel: &mut Channel,
+    channel: &mut StreamChannel,
     wanted: ConnectionHeader,
     deadline: Option<Instant>,
 ) -> Result<(), StreamError> {
@@ -122,7 +123,13 @@ fn answer(
     }
 }
 
-fn tcp(uri: &Uri, host: &str, port: u16, options: &Options, deadline: Option<Instant>) -> Result<OwnedFd, StreamError> {
+fn tcp(
+    uri: &Uri,
+    host: &str,
+    port: u16,
+    options: &StreamOptions,
+    deadline: Option<Instant>,
+) -> Result<OwnedFd, StreamError> {
     let host = if host.is_empty() { "localhost" } else { host };
     let mut last = None;
     for address in resolve(uri, host, port, &options.cancel, deadline)? {
@@ -146,7 +153,7 @@ fn tcp(uri: &Uri, host: &str, port: u16, options: &Options, deadline: Option<Ins
     })
 }
 
-fn unix(uri: &Uri, path: &Path, options: &Options, deadline: Option<Instant>) -> Result<OwnedFd, StreamError> {
+fn unix(uri: &Uri, path: &Path, options: &StreamOptions, deadline: Option<Instant>) -> Result<OwnedFd, StreamError> {
     check_socket_path(uri, path)?;
     let address = UnixAddr::new(path).map_err(|error| open_error(uri)(error.into()))?;
     loop {
@@ -172,7 +179,7 @@ fn unix(uri: &Uri, path: &Path, options: &Options, deadline: Option<Instant>) ->
 fn open(
     family: AddressFamily,
     address: &dyn SockaddrLike,
-    options: &Options,
+    options: &StreamOptions,
     deadline: Option<Instant>,
 ) -> Result<OwnedFd, StreamError> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;

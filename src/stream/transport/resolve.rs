@@ -8,14 +8,14 @@ use crossbeam::channel::bounded;
 
 use super::Uri;
 use crate::stream::StreamError;
-use crate::stream::limiter::Cancel;
+use crate::stream::limiter::CancelToken;
 
 /// The addresses of `host`, which may be one itself.
 pub(super) fn resolve(
     uri: &Uri,
     host: &str,
     port: u16,
-    cancel: &Cancel,
+    cancel: &CancelToken,
     deadline: Option<Instant>,
 ) -> Result<Vec<SocketAddr>, StreamError> {
     if let Ok(address) = host.parse::<IpAddr>() {
@@ -33,7 +33,7 @@ pub(super) fn resolve(
 
 /// Does `work` on a thread of its own; `None` if it takes until `deadline`.
 fn abandonable<T: Send + 'static>(
-    cancel: &Cancel,
+    cancel: &CancelToken,
     deadline: Option<Instant>,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<Option<T>, StreamError> {
@@ -67,7 +67,7 @@ mod tests {
             let held = held.clone();
             move || _ = held.lock().map(|held| held.recv())
         };
-        let cancel = Cancel::new().unwrap();
+        let cancel = CancelToken::new().unwrap();
         let soon = Some(Instant::now() + Duration::from_millis(20));
         assert!(matches!(abandonable(&cancel, soon, hang()), Ok(None)));
         assert!(matches!(abandonable(&cancel, None, || 7), Ok(Some(7))));
