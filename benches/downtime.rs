@@ -19,8 +19,9 @@ use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig};
 use vhost_migrate::memory::Memory;
 use vhost_migrate::migrate::{
-    ASK_FOR, Arrival, GuestArrival, GuestMachine, Incoming, Machine, MachineError, Outcomes, Plan, Policy,
-    RegionLayout, Report, SWITCHOVER_TIMEOUT, migrate, receive,
+    ConvergencePolicy, GuestIncomingVm, GuestSourceVm, IncomingVm, MigrationListener, MigrationParameters,
+    MigrationReport, OUTCOME_QUERY_TIMEOUT, Outcomes, RegionLayout, SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate,
+    receive,
 };
 use vhost_migrate::stream::{CancelToken, Codec, StreamListener, StreamOptions, transport};
 
@@ -39,30 +40,30 @@ fn timed<T>(times: &mut Times, part: &'static str, work: impl FnOnce() -> T) -> 
 }
 
 /// A machine whose calls are timed.
-struct Timed<'a>(GuestMachine<'a>, Times);
+struct Timed<'a>(GuestSourceVm<'a>, Times);
 
-impl Machine for Timed<'_> {
+impl SourceVm for Timed<'_> {
     fn memory(&self) -> Memory {
         self.0.memory()
     }
 
-    fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, MachineError> {
+    fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, VmError> {
         self.0.dirty_source()
     }
 
-    fn devices(&mut self) -> Result<Option<Vec<u8>>, MachineError> {
+    fn devices(&mut self) -> Result<Option<Vec<u8>>, VmError> {
         self.0.devices()
     }
 
-    fn pause(&mut self) -> Result<(), MachineError> {
+    fn pause(&mut self) -> Result<(), VmError> {
         timed(&mut self.1, "stop", || self.0.pause())
     }
 
-    fn state(&mut self) -> Result<Vec<u8>, MachineError> {
+    fn state(&mut self) -> Result<Vec<u8>, VmError> {
         timed(&mut self.1, "save", || self.0.state())
     }
 
-    fn resume(&mut self) -> Result<(), MachineError> {
+    fn resume(&mut self) -> Result<(), VmError> {
         self.0.resume()
     }
 
@@ -72,22 +73,22 @@ impl Machine for Timed<'_> {
 }
 
 /// The same of an arrival.
-struct TimedArrival(GuestArrival, Times);
+struct TimedArrival(GuestIncomingVm, Times);
 
-impl Arrival for TimedArrival {
-    fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, MachineError> {
+impl IncomingVm for TimedArrival {
+    fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, VmError> {
         self.0.prepare(regions)
     }
 
-    fn prepare_devices(&mut self, devices: &[u8]) -> Result<(), MachineError> {
+    fn prepare_devices(&mut self, devices: &[u8]) -> Result<(), VmError> {
         self.0.prepare_devices(devices)
     }
 
-    fn restore(&mut self, state: &[u8]) -> Result<(), MachineError> {
+    fn restore(&mut self, state: &[u8]) -> Result<(), VmError> {
         timed(&mut self.1, "restore", || self.0.restore(state))
     }
 
-    fn start(&mut self, run: bool, cancel: &CancelToken) -> Result<Option<u64>, MachineError> {
+    fn start(&mut self, run: bool, cancel: &CancelToken) -> Result<Option<u64>, VmError> {
         timed(&mut self.1, "start", || self.0.start(run, cancel))
     }
 }
@@ -161,16 +162,16 @@ fn config(disks: usize) -> GuestConfig {
 }
 
 /// Moves the guest to the other side.
-fn trip(guest: Guest, hosts: &Hosts, to: usize) -> (Guest, Report, Times) {
+fn trip(guest: Guest, hosts: &Hosts, to: usize) -> (Guest, MigrationReport, Times) {
     let uri = format!("unix:{}", hosts.folder.path().join("migration").display()).parse().unwrap();
     let outcomes = Outcomes::default();
-    let incoming = Incoming::start(StreamListener::bind(&uri).unwrap(), outcomes.clone()).unwrap();
+    let incoming = MigrationListener::start(StreamListener::bind(&uri).unwrap(), outcomes.clone()).unwrap();
     let guest = Mutex::new(Some(guest));
-    let plan = Plan {
-        policy: Policy { downtime: PATIENCE, max_rounds: 100 },
+    let parameters = MigrationParameters {
+        policy: ConvergencePolicy { downtime_limit: PATIENCE, max_rounds: 100 },
         codec: Codec::None,
         verify: false,
-        ask_for: ASK_FOR,
+        outcome_query_timeout: OUTCOME_QUERY_TIMEOUT,
         switchover_timeout: None,
         continue_here: false,
     };
@@ -178,13 +179,14 @@ fn trip(guest: Guest, hosts: &Hosts, to: usize) -> (Guest, Report, Times) {
     std::thread::scope(|scope| {
         let destination = scope.spawn(|| {
             let arriving = incoming.next().unwrap().unwrap();
-            let mut arrival = TimedArrival(GuestArrival::new(hosts.sockets(to)).unwrap(), Times::new());
+            let mut arrival = TimedArrival(GuestIncomingVm::new(hosts.sockets(to)).unwrap(), Times::new());
             receive(&mut arrival, arriving.connection, &arriving.cancel, &outcomes, SWITCHOVER_TIMEOUT).unwrap();
             arrival
         });
         let connection = transport::connect(&uri, &options).unwrap();
-        let mut machine = Timed(GuestMachine::new(&guest).unwrap().with_cancel(&options.cancel), Times::new());
-        let report = migrate(&mut machine, connection, &plan, &options.limiter, &options.cancel, &mut |_| {}).unwrap();
+        let mut machine = Timed(GuestSourceVm::new(&guest).unwrap().with_cancel(&options.cancel), Times::new());
+        let report =
+            migrate(&mut machine, connection, &parameters, &options.limiter, &options.cancel, &mut |_| {}).unwrap();
         let TimedArrival(arrival, mut times) = destination.join().unwrap();
         times.append(&mut machine.1);
         (arrival.into_guest().unwrap(), report, times)

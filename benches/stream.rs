@@ -31,7 +31,8 @@ use vhost_migrate::dirty::{DirtySource, UnionSource};
 use vhost_migrate::guest::make_memory;
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::migrate::{
-    ASK_FOR, Arrival, Machine, MachineError, Outcomes, Plan, Policy, RegionLayout, SWITCHOVER_TIMEOUT, migrate, receive,
+    ConvergencePolicy, IncomingVm, MigrationParameters, OUTCOME_QUERY_TIMEOUT, Outcomes, RegionLayout,
+    SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate, receive,
 };
 use vhost_migrate::stream::transport::connect;
 use vhost_migrate::stream::{
@@ -300,24 +301,24 @@ fn write_image(image: &str, path: &str, pages: u64, used: u64) {
 /// A guest that stands still.
 struct Still(Memory);
 
-impl Machine for Still {
+impl SourceVm for Still {
     fn memory(&self) -> Memory {
         self.0.clone()
     }
 
-    fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, MachineError> {
+    fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, VmError> {
         Ok(Box::new(UnionSource::new([])))
     }
 
-    fn pause(&mut self) -> Result<(), MachineError> {
+    fn pause(&mut self) -> Result<(), VmError> {
         Ok(())
     }
 
-    fn state(&mut self) -> Result<Vec<u8>, MachineError> {
+    fn state(&mut self) -> Result<Vec<u8>, VmError> {
         Ok(Vec::new())
     }
 
-    fn resume(&mut self) -> Result<(), MachineError> {
+    fn resume(&mut self) -> Result<(), VmError> {
         Ok(())
     }
 
@@ -327,17 +328,17 @@ impl Machine for Still {
 #[derive(Default)]
 struct Destination(Option<Memory>);
 
-impl Arrival for Destination {
-    fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, MachineError> {
+impl IncomingVm for Destination {
+    fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, VmError> {
         let memory = make_memory(regions.iter().map(|region| (region.gpa, region.size)), false)?;
         Ok(self.0.insert(memory).clone())
     }
 
-    fn restore(&mut self, _: &[u8]) -> Result<(), MachineError> {
+    fn restore(&mut self, _: &[u8]) -> Result<(), VmError> {
         Ok(())
     }
 
-    fn start(&mut self, _run: bool, _: &CancelToken) -> Result<Option<u64>, MachineError> {
+    fn start(&mut self, _run: bool, _: &CancelToken) -> Result<Option<u64>, VmError> {
         Ok(None)
     }
 }
@@ -367,15 +368,16 @@ fn untouched(pages: u64, used: u64) -> f64 {
             .unwrap();
         });
         let connection = connect(listener.uri(), &options).unwrap();
-        let plan = Plan {
-            policy: Policy::default(),
+        let parameters = MigrationParameters {
+            policy: ConvergencePolicy::default(),
             codec: Codec::None,
             verify: false,
-            ask_for: ASK_FOR,
+            outcome_query_timeout: OUTCOME_QUERY_TIMEOUT,
             switchover_timeout: None,
             continue_here: false,
         };
-        migrate(&mut Still(source.clone()), connection, &plan, &options.limiter, &options.cancel, &mut |_| ()).unwrap()
+        migrate(&mut Still(source.clone()), connection, &parameters, &options.limiter, &options.cancel, &mut |_| ())
+            .unwrap()
     });
     let destination = destination.0.unwrap();
     let mut arrived = [0; 4096];

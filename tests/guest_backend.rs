@@ -26,8 +26,9 @@ use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestError, make_memory};
 use vhost_migrate::memory::{LOG_PAGE, Memory};
 use vhost_migrate::migrate::{
-    ASK_FOR, Arrival, Failure, GuestArrival, GuestLocation, GuestMachine, Machine, MachineError, MigrateError,
-    Outcomes, Plan, Policy, Received, RegionLayout, Report, SWITCHOVER_TIMEOUT, migrate, receive,
+    ConvergencePolicy, GuestIncomingVm, GuestLocation, GuestSourceVm, IncomingReport, IncomingVm, MigrateError,
+    MigrationFailure, MigrationParameters, MigrationReport, OUTCOME_QUERY_TIMEOUT, Outcomes, RegionLayout,
+    SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate, receive,
 };
 use vhost_migrate::stream::{CancelToken, Codec, StreamOptions, transport};
 
@@ -302,7 +303,7 @@ fn a_switchover_that_is_cancelled_while_a_disk_hangs_lets_all_else_go_on_at_once
     run_for(&guest, 100);
     signal(&backends[hung], Signal::SIGSTOP);
     let (guest, cancel) = (Mutex::new(Some(guest)), CancelToken::new().unwrap());
-    let mut machine = GuestMachine::new(&guest).unwrap().with_cancel(&cancel);
+    let mut machine = GuestSourceVm::new(&guest).unwrap().with_cancel(&cancel);
     std::thread::scope(|scope| {
         let paused = scope.spawn(|| machine.pause());
         if !early {
@@ -533,8 +534,8 @@ fn move_to(
     folder: &Path,
     guest: &Mutex<Option<Guest>>,
     to: &str,
-) -> (Result<Report, Failure>, Result<Received, MigrateError>, GuestArrival) {
-    let mut arrival = GuestArrival::new(vec![folder.join(to)]).unwrap();
+) -> (Result<MigrationReport, MigrationFailure>, Result<IncomingReport, MigrateError>, GuestIncomingVm) {
+    let mut arrival = GuestIncomingVm::new(vec![folder.join(to)]).unwrap();
     let (left, arrived) = move_into(folder, guest, &mut arrival, &patient(), &Outcomes::default());
     (left, arrived, arrival)
 }
@@ -548,10 +549,10 @@ fn patient() -> StreamOptions {
 fn move_into(
     folder: &Path,
     guest: &Mutex<Option<Guest>>,
-    arrival: &mut (dyn Arrival + Send),
+    arrival: &mut (dyn IncomingVm + Send),
     theirs: &StreamOptions,
     outcomes: &Outcomes,
-) -> (Result<Report, Failure>, Result<Received, MigrateError>) {
+) -> (Result<MigrationReport, MigrationFailure>, Result<IncomingReport, MigrateError>) {
     let options = patient();
     let socket = format!("unix:{}", folder.join("migration").display());
     let listener = vhost_migrate::stream::StreamListener::bind(&socket.parse().unwrap()).unwrap();
@@ -561,17 +562,17 @@ fn move_into(
             receive(arrival, connection, &theirs.cancel, outcomes, SWITCHOVER_TIMEOUT)
         });
         let connection = transport::connect(listener.uri(), &options).unwrap();
-        let policy = Policy { downtime: PATIENCE, max_rounds: 100 };
-        let plan = Plan {
+        let policy = ConvergencePolicy { downtime_limit: PATIENCE, max_rounds: 100 };
+        let parameters = MigrationParameters {
             policy,
             codec: Codec::None,
             verify: false,
-            ask_for: ASK_FOR,
+            outcome_query_timeout: OUTCOME_QUERY_TIMEOUT,
             switchover_timeout: None,
             continue_here: false,
         };
-        let mut machine = GuestMachine::new(guest).unwrap();
-        let left = migrate(&mut machine, connection, &plan, &options.limiter, &options.cancel, &mut |_| {});
+        let mut machine = GuestSourceVm::new(guest).unwrap();
+        let left = migrate(&mut machine, connection, &parameters, &options.limiter, &options.cancel, &mut |_| {});
         (left, arrived.join().unwrap())
     })
 }
@@ -652,7 +653,7 @@ fn what_a_back_end_would_refuse_after_the_commit_is_refused_before_it() {
 
 /// An arrival whose back-end is stopped before a step of it.
 struct Stalled<'a> {
-    arrival: GuestArrival,
+    arrival: GuestIncomingVm,
     backend: &'a Backend,
     before: Step,
     /// Told when it is stopped.
@@ -676,22 +677,22 @@ impl Stalled<'_> {
     }
 }
 
-impl Arrival for Stalled<'_> {
-    fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, MachineError> {
+impl IncomingVm for Stalled<'_> {
+    fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, VmError> {
         self.arrival.prepare(regions)
     }
 
-    fn prepare_devices(&mut self, devices: &[u8]) -> Result<(), MachineError> {
+    fn prepare_devices(&mut self, devices: &[u8]) -> Result<(), VmError> {
         self.step(Step::Prepare);
         self.arrival.prepare_devices(devices)
     }
 
-    fn restore(&mut self, state: &[u8]) -> Result<(), MachineError> {
+    fn restore(&mut self, state: &[u8]) -> Result<(), VmError> {
         self.step(Step::Restore);
         self.arrival.restore(state)
     }
 
-    fn start(&mut self, run: bool, cancel: &CancelToken) -> Result<Option<u64>, MachineError> {
+    fn start(&mut self, run: bool, cancel: &CancelToken) -> Result<Option<u64>, VmError> {
         self.starts += 1;
         self.step(Step::Start);
         self.arrival.start(run, cancel)
@@ -705,9 +706,9 @@ fn stalled<'a>(
     guest: &Mutex<Option<Guest>>,
     before: Step,
     cancel: impl FnOnce(&CancelToken, &Outcomes) -> bool + Send,
-) -> (Result<Report, Failure>, Result<Received, MigrateError>, Stalled<'a>) {
+) -> (Result<MigrationReport, MigrationFailure>, Result<IncomingReport, MigrateError>, Stalled<'a>) {
     let (theirs, outcomes, (stopped, is_stopped)) = (patient(), Outcomes::default(), channel());
-    let arrival = GuestArrival::new(vec![backend.socket()]).unwrap().with_cancel(&theirs.cancel);
+    let arrival = GuestIncomingVm::new(vec![backend.socket()]).unwrap().with_cancel(&theirs.cancel);
     // Its disk is another one.
     let arrival = arrival.restoring(false, true);
     let mut arrival = Stalled { arrival, backend, before, stopped, starts: 0 };
@@ -779,9 +780,9 @@ fn the_disk_of_a_destination_is_prepared_and_compared_while_the_guest_runs() {
     let regions: Vec<_> =
         guest.memory().regions().iter().map(|r| RegionLayout { gpa: r.gpa(), size: r.size() }).collect();
     let guest = Mutex::new(Some(guest));
-    let devices = GuestMachine::new(&guest).unwrap().devices().unwrap().unwrap();
+    let devices = GuestSourceVm::new(&guest).unwrap().devices().unwrap().unwrap();
     for (to, refused) in [("other", Some("disk size in bytes differs")), ("b", None)] {
-        let mut arrival = GuestArrival::new(vec![folder.join(to)]).unwrap();
+        let mut arrival = GuestIncomingVm::new(vec![folder.join(to)]).unwrap();
         arrival.prepare(&regions).unwrap();
         let prepared = arrival.prepare_devices(&devices).map_err(|error| error.to_string());
         match refused {

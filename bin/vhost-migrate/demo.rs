@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use vhost_migrate::abi::virtio::SECTOR_BYTES;
 use vhost_migrate::control::{self, Command};
 use vhost_migrate::guest::GuestConfig;
-use vhost_migrate::migrate::{Event, Report};
+use vhost_migrate::migrate::{MigrationEvent, MigrationReport};
 
 use crate::interrupt::on_interrupt_or_hangup;
 use crate::migrate::Transfer;
@@ -278,7 +278,7 @@ impl<'a> Demo<'a> {
         Ok(())
     }
 
-    fn migrate(&mut self, uri: &str) -> io::Result<Report> {
+    fn migrate(&mut self, uri: &str) -> io::Result<MigrationReport> {
         let mut completed = None;
         let mut kill = if self.arguments.kill { Some(Ok(())) } else { None };
         let control = self.source.control.clone();
@@ -287,10 +287,10 @@ impl<'a> Demo<'a> {
             self.progress.event(&value);
             match serde_json::from_value(value) {
                 // In the middle of the migration: logging is on and most memory is still to be sent.
-                Ok(Event::Progress { .. } | Event::Round(_)) if matches!(kill, Some(Ok(()))) => {
+                Ok(MigrationEvent::Progress { .. } | MigrationEvent::Round(_)) if matches!(kill, Some(Ok(()))) => {
                     kill = self.kill_backend(|demo| &demo.source).err().map(Err);
                 }
-                Ok(Event::Completed(report)) => completed = Some(report),
+                Ok(MigrationEvent::Completed(report)) => completed = Some(report),
                 _ => {}
             }
         })?;

@@ -14,8 +14,9 @@ use vhost_migrate::dirty::forecast;
 use vhost_migrate::frontend::{FrontendError, Interrupt};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestError, GuestView, Verified};
 use vhost_migrate::migrate::{
-    ASK_FOR, Event, GuestArrival, GuestLocation, GuestMachine, Incoming, InterruptOnCancel, MachineError, MigrateError,
-    Outcomes, Plan, Policy, connect_all, dirty_sources, measure, migrate, receive,
+    ConvergencePolicy, GuestIncomingVm, GuestLocation, GuestSourceVm, InterruptOnCancel, MigrateError, MigrationEvent,
+    MigrationListener, MigrationParameters, OUTCOME_QUERY_TIMEOUT, Outcomes, VmError, connect_backends, dirty_sources,
+    measure_dirty_rate, migrate, receive,
 };
 use vhost_migrate::stream::record::Started;
 use vhost_migrate::stream::transport::{connect, query_outcome, remove_unfinished_saves};
@@ -136,7 +137,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     ended
 }
 
-fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
+fn own(arguments: &Arguments) -> Result<ExitCode, VmError> {
     arguments.metrics.start().map_err(|error| error.to_string())?;
     let (listener, _path) = control::bind(&arguments.control)?;
     let owner = Arc::new(Owner::default());
@@ -144,7 +145,9 @@ fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
     let handler = Arc::new(Commands { owner: owner.clone(), quit });
     // Before the first answer: a client that is told that there is no guest yet can have one sent.
     let incoming = match &arguments.incoming {
-        Some(uri) => Some((uri, Arc::new(Incoming::start(StreamListener::bind(uri)?, owner.outcomes.clone())?))),
+        Some(uri) => {
+            Some((uri, Arc::new(MigrationListener::start(StreamListener::bind(uri)?, owner.outcomes.clone())?)))
+        }
         None => None,
     };
     *lock(&owner.incoming) = incoming.as_ref().map(|(_, incoming)| incoming.clone());
@@ -155,7 +158,7 @@ fn own(arguments: &Arguments) -> Result<ExitCode, MachineError> {
         Some((uri, incoming)) => {
             println!("waits for a guest at {uri}");
             wait_for_arrival(&owner, &incoming, uri, arguments)?;
-            incoming.close_after(2 * ASK_FOR);
+            incoming.close_after(2 * OUTCOME_QUERY_TIMEOUT);
         }
         None => {
             let config = arguments.config();
@@ -190,8 +193,8 @@ fn list(backends: &[PathBuf]) -> String {
 }
 
 /// A new guest that runs.
-fn boot(config: GuestConfig, backends: &[PathBuf], overwrite: bool) -> Result<Guest, MachineError> {
-    let devices = connect_all(backends, config.inflight_migration, &Interrupt::new()?)?;
+fn boot(config: GuestConfig, backends: &[PathBuf], overwrite: bool) -> Result<Guest, VmError> {
+    let devices = connect_backends(backends, config.inflight_migration, &Interrupt::new()?)?;
     let mut guest = Guest::new(config)?;
     guest.boot(devices)?;
     guest.survey(overwrite)?;
@@ -200,11 +203,16 @@ fn boot(config: GuestConfig, backends: &[PathBuf], overwrite: bool) -> Result<Gu
 }
 
 /// Takes in a guest; a migration that fails leaves the source running, so the next one is waited for, until quit.
-fn wait_for_arrival(owner: &Owner, incoming: &Incoming, uri: &Uri, arguments: &Arguments) -> Result<(), MachineError> {
+fn wait_for_arrival(
+    owner: &Owner,
+    incoming: &MigrationListener,
+    uri: &Uri,
+    arguments: &Arguments,
+) -> Result<(), VmError> {
     while let Some(arriving) = incoming.next()? {
         let id = arriving.connection.id;
         let (was_saved, any_disks) = (arriving.connection.one_way, arguments.ignore_disk_generation);
-        let arrival = GuestArrival::new(arguments.backend.clone())?.with_cancel(&arriving.cancel);
+        let arrival = GuestIncomingVm::new(arguments.backend.clone())?.with_cancel(&arriving.cancel);
         let mut arrival = arrival.restoring(was_saved, any_disks);
         match receive(
             &mut arrival,
@@ -350,7 +358,7 @@ struct Owner {
     /// What came of migrations to here.
     outcomes: Outcomes,
     /// Where a guest is waited for, and sources that ask.
-    incoming: Mutex<Option<Arc<Incoming>>>,
+    incoming: Mutex<Option<Arc<MigrationListener>>>,
     /// The migration that brought a guest which could not be started.
     held: Mutex<Option<MigrationId>>,
     /// Whom to ask about a migration from here whose outcome is not known.
@@ -386,7 +394,7 @@ impl Owner {
         }
     }
 
-    fn with<T>(&self, ask: impl FnOnce(&mut Guest) -> Result<T, MachineError>) -> Result<T, String> {
+    fn with<T>(&self, ask: impl FnOnce(&mut Guest) -> Result<T, VmError>) -> Result<T, String> {
         let mut guest = lock(&self.guest);
         let guest = guest.as_mut().ok_or_else(|| self.state().refusal())?;
         ask(guest).map_err(|error| error.to_string())
@@ -482,13 +490,15 @@ impl Owner {
             ..StreamOptions::new().map_err(|error| told(&error))?
         };
         options.limiter.set(arguments.bandwidth);
-        let policy =
-            Policy { downtime: Duration::from_millis(arguments.downtime_ms), max_rounds: arguments.max_rounds };
-        let plan = Plan {
+        let policy = ConvergencePolicy {
+            downtime_limit: Duration::from_millis(arguments.downtime_ms),
+            max_rounds: arguments.max_rounds,
+        };
+        let parameters = MigrationParameters {
             policy,
             codec,
             verify: arguments.verify,
-            ask_for: ASK_FOR,
+            outcome_query_timeout: OUTCOME_QUERY_TIMEOUT,
             switchover_timeout: arguments.switchover_timeout_ms.map(Duration::from_millis),
             continue_here: arguments.continue_here,
         };
@@ -497,18 +507,18 @@ impl Owner {
             if !matches!(state, State::Running | State::Paused) {
                 return Err(state.refusal());
             }
-            let machine = GuestMachine::new(&self.guest).ok_or("there is no guest here")?;
+            let vm = GuestSourceVm::new(&self.guest).ok_or("there is no guest here")?;
             let connection = connect(&uri, &options).map_err(|error| told(&error))?;
             // What nobody answers may be kept, and restored at any time.
-            let mut machine = machine.with_cancel(&options.cancel).to_save(connection.one_way);
+            let mut vm = vm.with_cancel(&options.cancel).to_save(connection.one_way);
             *lock(&self.unknown) = Some((uri, connection.id));
             let mut tell = |event| emit(serde_json::to_value(event).unwrap_or_default());
-            if plan.continue_here && state == State::Running && connection.is_to_file() {
-                tell(Event::Warning { message: GOES_ON.into() });
+            if parameters.continue_here && state == State::Running && connection.is_to_file() {
+                tell(MigrationEvent::Warning { message: GOES_ON.into() });
             }
-            let left = migrate(&mut machine, connection, &plan, &options.limiter, &options.cancel, &mut tell);
+            let left = migrate(&mut vm, connection, &parameters, &options.limiter, &options.cancel, &mut tell);
             *lock(&self.state) = match &left {
-                Ok(_) if plan.continue_here => state,
+                Ok(_) if parameters.continue_here => state,
                 Ok(_) => State::Migrated,
                 Err(failure) => State::at(failure.location),
             };
@@ -621,7 +631,7 @@ impl Owner {
             let interval = Duration::from_millis(100);
             // Devices that log are stopped logging in order.
             let mut starting = Some(self.interrupt_on(&cancel)?);
-            let rate = measure(&mut sources, Duration::from_secs_f64(seconds), interval, |time| {
+            let rate = measure_dirty_rate(&mut sources, Duration::from_secs_f64(seconds), interval, |time| {
                 starting = None;
                 cancel.wait(time).is_ok()
             });

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
-use vhost_migrate::migrate::{Event, Report};
+use vhost_migrate::migrate::{MigrationEvent, MigrationReport};
 
 use crate::units::show;
 
@@ -50,9 +50,9 @@ impl Progress {
         }
     }
 
-    fn show(&mut self, event: &Event) {
+    fn show(&mut self, event: &MigrationEvent) {
         match event {
-            Event::Started { guest_bytes, channels, codec } => {
+            MigrationEvent::Started { guest_bytes, channels, codec } => {
                 let style = ProgressStyle::with_template("{spinner} {prefix} [{bar:30}] {msg}");
                 self.bar = ProgressBar::new(1).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
                 self.bar.enable_steady_tick(Duration::from_millis(120));
@@ -60,14 +60,14 @@ impl Progress {
                 let guest = show(*guest_bytes as f64);
                 self.say(&format!("migrating {guest} of guest memory, {channels} channels, codec {codec}"));
             }
-            Event::Progress { round, pages_left, bytes_per_second, .. } => {
+            MigrationEvent::Progress { round, pages_left, bytes_per_second, .. } => {
                 self.left = self.left.max(*pages_left);
                 self.bar.set_prefix(format!("round {round}"));
                 self.bar.set_length(self.left.max(1));
                 self.bar.set_position(self.left - pages_left);
                 self.bar.set_message(format!("{pages_left} pages left, {}/s", show(*bytes_per_second)));
             }
-            Event::Round(round) => {
+            MigrationEvent::Round(round) => {
                 let rate = round.wire_bytes as f64 / (round.ms / 1000.0).max(1e-6);
                 self.say(&format!(
                     "round {:>2}: {:>7} pages and {:>7} zero pages in {:>7.1} ms ({}/s); {} left, dirtied {}/s, \
@@ -83,13 +83,13 @@ impl Progress {
                 ));
                 self.left = 0;
             }
-            Event::Stalled { message } => self.say(&format!("stalled: {message}")),
-            Event::Waiting { message } => self.say(&format!("waits, the guest goes on here: {message}")),
-            Event::Warning { message } => self.say(&format!("warning: {message}")),
-            Event::Switchover { pages_left, expected_downtime_ms } => {
+            MigrationEvent::Stalled { message } => self.say(&format!("stalled: {message}")),
+            MigrationEvent::Waiting { message } => self.say(&format!("waits, the guest goes on here: {message}")),
+            MigrationEvent::Warning { message } => self.say(&format!("warning: {message}")),
+            MigrationEvent::Switchover { pages_left, expected_downtime_ms } => {
                 self.say(&format!("stopping the guest: {pages_left} pages left, expect {expected_downtime_ms:.1} ms"));
             }
-            Event::Completed(report) => {
+            MigrationEvent::Completed(report) => {
                 self.bar.finish_and_clear();
                 println!("{}", summary(report));
             }
@@ -99,7 +99,7 @@ impl Progress {
     }
 }
 
-fn summary(report: &Report) -> String {
+fn summary(report: &MigrationReport) -> String {
     let seen = report.observed_downtime_ms.map_or(String::new(), |ms| format!(", {ms:.1} ms seen by the guest"));
     format!(
         "migrated in {:.0} ms: {} rounds, downtime {:.1} ms{seen}; {} pages ({} zero), {} on the wire for {} of guest",

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::machine::{Arrival, Machine, MachineError, RegionLayout};
+use super::machine::{IncomingVm, RegionLayout, SourceVm, VmError};
 use crate::abi::virtio::VIRTIO_ID_BLOCK;
 use crate::dirty::{DirtySource, Pagemap, UnionSource};
 use crate::frontend::{Device, FrontendError, Interrupt, UserDevice, UserOptions};
@@ -30,7 +30,7 @@ const MOVING_RECORD: u16 = 2;
 ///
 /// # Errors
 /// As [`record::decode`]: it is another machine's state, or of a version that this program does not know.
-pub fn decode_state(state: &[u8]) -> Result<(GuestState, Option<DiskGenerations>), StreamError> {
+pub fn decode_guest_state(state: &[u8]) -> Result<(GuestState, Option<DiskGenerations>), StreamError> {
     const NAME: &str = "guest state";
     if record::version(state)? == SAVED_RECORD {
         let SavedGuest { guest, disks } = record::decode(NAME, SAVED_RECORD, state, MAX_STATE)?;
@@ -41,7 +41,7 @@ pub fn decode_state(state: &[u8]) -> Result<(GuestState, Option<DiskGenerations>
 
 /// The disks in the state of a built-in guest that was saved to be restored later, found in the beginning of the state:
 /// 64 KiB are enough. `None` if it is another state.
-pub fn saved_disks(beginning: &[u8]) -> Option<DiskGenerations> {
+pub fn decode_saved_disks(beginning: &[u8]) -> Option<DiskGenerations> {
     record::decode_first(SAVED_RECORD, beginning).ok()
 }
 
@@ -72,7 +72,7 @@ impl Drop for InterruptOnCancel {
 }
 
 /// A running built-in guest, which others may look at meanwhile. It is gone once it was released.
-pub struct GuestMachine<'a> {
+pub struct GuestSourceVm<'a> {
     guest: &'a Mutex<Option<Guest>>,
     memory: Memory,
     interrupts: Vec<Interrupt>,
@@ -86,28 +86,28 @@ pub struct GuestMachine<'a> {
     warnings: Vec<String>,
 }
 
-impl<'a> GuestMachine<'a> {
+impl<'a> GuestSourceVm<'a> {
     /// The guest in `guest`, or `None` if there is none.
-    pub fn new(guest: &'a Mutex<Option<Guest>>) -> Option<GuestMachine<'a>> {
+    pub fn new(guest: &'a Mutex<Option<Guest>>) -> Option<GuestSourceVm<'a>> {
         let of = |guest: &Guest| (guest.memory().clone(), guest.interrupts(), guest.is_running());
         let (memory, interrupts, running) = lock(guest).as_ref().map(of)?;
-        Some(GuestMachine { guest, memory, interrupts, cancel: None, running, to_save: false, warnings: Vec::new() })
+        Some(GuestSourceVm { guest, memory, interrupts, cancel: None, running, to_save: false, warnings: Vec::new() })
     }
 
     /// Has `cancel` end waits for the guest's devices too: a disk that hangs while its queues are stopped does not keep the
     /// guest's CPUs and other devices from going on. It goes on itself as soon as it answers.
-    pub fn with_cancel(mut self, cancel: &CancelToken) -> GuestMachine<'a> {
+    pub fn with_cancel(mut self, cancel: &CancelToken) -> GuestSourceVm<'a> {
         self.cancel = Some((cancel.clone(), InterruptOnCancel::new(self.interrupts.clone(), cancel)));
         self
     }
 
     /// With `to_save` the guest is to be restored later: which disks it has, and what they hold, is saved with it.
-    pub fn to_save(mut self, to_save: bool) -> GuestMachine<'a> {
+    pub fn to_save(mut self, to_save: bool) -> GuestSourceVm<'a> {
         self.to_save = to_save;
         self
     }
 
-    fn with<T>(&self, ask: impl FnOnce(&mut Guest) -> Result<T, GuestError>) -> Result<T, MachineError> {
+    fn with<T>(&self, ask: impl FnOnce(&mut Guest) -> Result<T, GuestError>) -> Result<T, VmError> {
         let mut guest = lock(self.guest);
         let guest = guest.as_mut().ok_or("the guest has ended")?;
         Ok(ask(guest)?)
@@ -124,7 +124,7 @@ pub fn dirty_sources(guest: &Guest) -> Vec<Box<dyn DirtySource>> {
     std::iter::once(cpus).chain(guest.logs().map(|log| Box::new(log) as Box<dyn DirtySource>)).collect()
 }
 
-impl Machine for GuestMachine<'_> {
+impl SourceVm for GuestSourceVm<'_> {
     fn memory(&self) -> Memory {
         self.memory.clone()
     }
@@ -133,7 +133,7 @@ impl Machine for GuestMachine<'_> {
         self.running
     }
 
-    fn obstacle(&self) -> Option<String> {
+    fn blocker(&self) -> Option<String> {
         let connections = lock(self.guest).as_ref().map(Guest::connections).unwrap_or_default();
         connections.into_iter().find(|connection| connection.away_ms.is_some()).map(|away| {
             let why = away.refused.map(|why| format!(" ({why})")).unwrap_or_default();
@@ -141,11 +141,11 @@ impl Machine for GuestMachine<'_> {
         })
     }
 
-    fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, MachineError> {
+    fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, VmError> {
         self.with(|guest| Ok(Box::new(UnionSource::new(dirty_sources(guest))) as Box<dyn DirtySource>))
     }
 
-    fn devices(&mut self) -> Result<Option<Vec<u8>>, MachineError> {
+    fn devices(&mut self) -> Result<Option<Vec<u8>>, VmError> {
         if self.to_save {
             let setup = self.with(|guest| Ok(guest.device_setup()))?;
             return Ok(Some(record::encode(DEVICES_RECORD, &setup)?));
@@ -154,7 +154,7 @@ impl Machine for GuestMachine<'_> {
         Ok(Some(record::encode(MOVING_RECORD, &moving)?))
     }
 
-    fn pause(&mut self) -> Result<(), MachineError> {
+    fn pause(&mut self) -> Result<(), VmError> {
         self.with(|guest| {
             if guest.is_running() {
                 guest.pause()?;
@@ -163,7 +163,7 @@ impl Machine for GuestMachine<'_> {
         })
     }
 
-    fn state(&mut self) -> Result<Vec<u8>, MachineError> {
+    fn state(&mut self) -> Result<Vec<u8>, VmError> {
         let to_save = self.to_save;
         let (guest, disks, unknown) = self.with(|guest| {
             let disks = if to_save { guest.disk_generations()? } else { Vec::new() };
@@ -180,7 +180,7 @@ impl Machine for GuestMachine<'_> {
         std::mem::take(&mut self.warnings)
     }
 
-    fn resume(&mut self) -> Result<(), MachineError> {
+    fn resume(&mut self) -> Result<(), VmError> {
         if self.cancel.as_ref().is_some_and(|(cancel, _)| cancel.is_cancelled()) {
             self.cancel = None;
         }
@@ -200,7 +200,7 @@ impl Machine for GuestMachine<'_> {
 }
 
 /// A built-in guest on its way in.
-pub struct GuestArrival {
+pub struct GuestIncomingVm {
     backends: Vec<PathBuf>,
     /// Made ready while the guest still runs at its source.
     devices: Vec<PreparedDevice>,
@@ -218,22 +218,22 @@ pub struct GuestArrival {
     cancel: Option<CancelCallback>,
 }
 
-impl GuestArrival {
+impl GuestIncomingVm {
     /// Will connect to the vhost-user sockets `backends`, one for each of the guest's disks.
     ///
     /// # Errors
     /// [`FrontendError::System`] when the process is out of file descriptors.
-    pub fn new(backends: Vec<PathBuf>) -> Result<GuestArrival, FrontendError> {
+    pub fn new(backends: Vec<PathBuf>) -> Result<GuestIncomingVm, FrontendError> {
         let interrupt = Interrupt::new()?;
         let (was_saved, any_disks) = (false, false);
         let (devices, disks, memory, guest, cancel) = (Vec::new(), Vec::new(), None, None, None);
-        Ok(GuestArrival { backends, devices, disks, memory, guest, was_saved, any_disks, interrupt, cancel })
+        Ok(GuestIncomingVm { backends, devices, disks, memory, guest, was_saved, any_disks, interrupt, cancel })
     }
 
     /// With `was_saved` the guest comes from where it was saved, and disks that can't be compared with what they were then are
     /// warned of. With `any_disks` those that differ from the guest's are, too, instead of being refused.
-    pub fn restoring(self, was_saved: bool, any_disks: bool) -> GuestArrival {
-        GuestArrival { was_saved, any_disks, ..self }
+    pub fn restoring(self, was_saved: bool, any_disks: bool) -> GuestIncomingVm {
+        GuestIncomingVm { was_saved, any_disks, ..self }
     }
 
     /// Refuses disks that are not what they were when the guest was saved, and says which are not compared.
@@ -252,8 +252,8 @@ impl GuestArrival {
 
     /// Connects to the back-ends, and prepares them in the place of the devices of `setup`. Their disks are the same as those at
     /// the source, as far as that can be told.
-    fn connect(&self, setup: &DeviceSetup, memory: &Memory) -> Result<Vec<PreparedDevice>, MachineError> {
-        let devices = connect_all(&self.backends, setup.config.inflight_migration, &self.interrupt)?;
+    fn connect(&self, setup: &DeviceSetup, memory: &Memory) -> Result<Vec<PreparedDevice>, VmError> {
+        let devices = connect_backends(&self.backends, setup.config.inflight_migration, &self.interrupt)?;
         let mut devices = PreparedDevice::all(setup, memory, devices)?;
         let there = self.disks.iter().copied().chain(std::iter::repeat(None));
         let any = self.any_disks;
@@ -263,7 +263,7 @@ impl GuestArrival {
     }
 
     /// Has `cancel`, the connection's, end waits for back-ends too.
-    pub fn with_cancel(mut self, cancel: &CancelToken) -> GuestArrival {
+    pub fn with_cancel(mut self, cancel: &CancelToken) -> GuestIncomingVm {
         self.cancel = Some(self.interrupted_by(cancel));
         self
     }
@@ -303,11 +303,11 @@ const CONNECT: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// The first that can't be had.
-pub fn connect_all(
+pub fn connect_backends(
     backends: &[PathBuf],
     inflight_migration: bool,
     interrupt: &Interrupt,
-) -> Result<Vec<Box<dyn Device>>, MachineError> {
+) -> Result<Vec<Box<dyn Device>>, VmError> {
     let deadline = Instant::now() + CONNECT;
     let usual = UserOptions { device: Some(VIRTIO_ID_BLOCK), ..UserOptions::default() };
     let options = if inflight_migration { usual.with_inflight_migration() } else { usual };
@@ -318,14 +318,14 @@ pub fn connect_all(
     Ok(in_parallel(backends, connect)?)
 }
 
-impl Arrival for GuestArrival {
-    fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, MachineError> {
+impl IncomingVm for GuestIncomingVm {
+    fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, VmError> {
         let memory = make_memory(regions.iter().map(|region| (region.gpa, region.size)), false)?;
         self.memory = Some(memory.clone());
         Ok(memory)
     }
 
-    fn prepare_devices(&mut self, devices: &[u8]) -> Result<(), MachineError> {
+    fn prepare_devices(&mut self, devices: &[u8]) -> Result<(), VmError> {
         const NAME: &str = "devices";
         let setup: DeviceSetup;
         (setup, self.disks) = match record::version(devices)? {
@@ -337,9 +337,9 @@ impl Arrival for GuestArrival {
         Ok(())
     }
 
-    fn restore(&mut self, state: &[u8]) -> Result<(), MachineError> {
+    fn restore(&mut self, state: &[u8]) -> Result<(), VmError> {
         let memory = self.memory.take().ok_or("there is no memory to restore a guest in")?;
-        let (state, disks) = decode_state(state)?;
+        let (state, disks) = decode_guest_state(state)?;
         let mut guest = Guest::restore(memory, state)?;
         let mut devices = std::mem::take(&mut self.devices);
         if !fit(&devices, guest.expected_devices()) {
@@ -354,7 +354,7 @@ impl Arrival for GuestArrival {
         Ok(())
     }
 
-    fn start(&mut self, run: bool, cancel: &CancelToken) -> Result<Option<u64>, MachineError> {
+    fn start(&mut self, run: bool, cancel: &CancelToken) -> Result<Option<u64>, VmError> {
         self.cancel = None;
         let interrupted = self.interrupted_by(cancel);
         let guest = self.guest.as_mut().ok_or("no guest was restored")?;

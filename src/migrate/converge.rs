@@ -10,23 +10,23 @@ use crate::memory::LOG_PAGE;
 
 /// What a user asks of a migration's rounds.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Policy {
+pub struct ConvergencePolicy {
     /// The longest stop of the guest that is acceptable.
-    pub downtime: Duration,
+    pub downtime_limit: Duration,
     /// Rounds after which a migration that does not converge is given up, its guest still running.
     pub max_rounds: u32,
 }
 
-impl Default for Policy {
+impl Default for ConvergencePolicy {
     /// 300 ms, as QEMU's default, and 100 rounds.
-    fn default() -> Policy {
-        Policy { downtime: Duration::from_millis(300), max_rounds: 100 }
+    fn default() -> ConvergencePolicy {
+        ConvergencePolicy { downtime_limit: Duration::from_millis(300), max_rounds: 100 }
     }
 }
 
 /// What one finished round did.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Round {
+pub struct RoundResult {
     /// Pages sent with their contents; zero pages cost next to nothing and would flatter the rate.
     pub data_pages: u64,
     /// Pages sent as zero.
@@ -39,21 +39,21 @@ pub struct Round {
 
 /// The time that rounds have taken, by what it was used for.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Spent {
+pub struct RoundTime {
     /// Sending, compression included.
     pub sending: Duration,
     /// Compressing.
-    pub coding: Duration,
+    pub compressing: Duration,
     /// Waiting for the bandwidth limit, beside that.
-    pub waiting: Duration,
+    pub rate_limited: Duration,
 }
 
-impl Spent {
+impl RoundTime {
     /// The remedy for what takes most of the time, in words that follow "or".
     pub fn remedy(&self) -> &'static str {
-        if self.waiting > self.sending {
+        if self.rate_limited > self.sending {
             "raise the bandwidth limit, which rounds wait for most of their time"
-        } else if self.coding > self.sending / 2 {
+        } else if self.compressing > self.sending / 2 {
             "use a faster codec, or no codec, or more channels: compressing takes most of the time"
         } else {
             "give it more bandwidth"
@@ -61,17 +61,17 @@ impl Spent {
     }
 }
 
-impl AddAssign for Spent {
-    fn add_assign(&mut self, other: Spent) {
+impl AddAssign for RoundTime {
+    fn add_assign(&mut self, other: RoundTime) {
         self.sending += other.sending;
-        self.coding += other.coding;
-        self.waiting += other.waiting;
+        self.compressing += other.compressing;
+        self.rate_limited += other.rate_limited;
     }
 }
 
 /// What to do after a round.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Next {
+pub enum NextStep {
     /// Send what is left while the guest runs.
     Round {
         /// What stopping now would cost.
@@ -109,7 +109,7 @@ const POLISHING_ROUNDS: u32 = 8;
 /// The rounds so far.
 #[derive(Clone, Debug)]
 pub struct Convergence {
-    policy: Policy,
+    policy: ConvergencePolicy,
     rounds: u32,
     polished: u32,
     pages_per_second: Option<f64>,
@@ -123,7 +123,7 @@ pub struct Convergence {
 
 impl Convergence {
     /// Starts before the first round of a guest of `pages` pages.
-    pub fn new(policy: Policy, pages: u64) -> Convergence {
+    pub fn new(policy: ConvergencePolicy, pages: u64) -> Convergence {
         Convergence {
             policy,
             rounds: 0,
@@ -143,7 +143,7 @@ impl Convergence {
     }
 
     /// Takes in a finished round and decides what comes next.
-    pub fn after(&mut self, round: Round) -> Next {
+    pub fn next_step(&mut self, round: RoundResult) -> NextStep {
         self.rounds += 1;
         self.rate(round);
         let expected = self.expected(round.left);
@@ -155,20 +155,20 @@ impl Convergence {
             self.without_progress += 1;
         }
         self.last_left = round.left;
-        if expected <= self.policy.downtime {
+        if expected <= self.policy.downtime_limit {
             let pays = halved && expected > SHORT && self.polished < POLISHING_ROUNDS;
             if !pays {
-                return Next::Switchover { expected };
+                return NextStep::Switchover { expected };
             }
             self.polished += 1;
         }
         if self.rounds >= self.policy.max_rounds {
-            return Next::GiveUp { expected };
+            return NextStep::GiveUp { expected };
         }
-        Next::Round { expected, without_progress: self.without_progress }
+        NextStep::Round { expected, without_progress: self.without_progress }
     }
 
-    fn rate(&mut self, round: Round) {
+    fn rate(&mut self, round: RoundResult) {
         let long = round.data_pages >= RATED_PAGES;
         let per_second = |pages: u64| pages as f64 / round.duration.as_secs_f64().max(1e-6);
         // The first round says nothing of pages that are written again.
@@ -199,19 +199,22 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
-    fn policy(downtime_ms: u32) -> Policy {
-        Policy { downtime: MS * downtime_ms, max_rounds: 20 }
+    fn policy(downtime_ms: u32) -> ConvergencePolicy {
+        ConvergencePolicy { downtime_limit: MS * downtime_ms, max_rounds: 20 }
     }
 
     /// A round of pages with contents.
-    fn sent(data_pages: u64, duration: Duration, left: u64) -> Round {
-        Round { data_pages, zero_pages: 0, duration, left }
+    fn sent(data_pages: u64, duration: Duration, left: u64) -> RoundResult {
+        RoundResult { data_pages, zero_pages: 0, duration, left }
     }
 
     #[test]
     fn the_remedy_is_for_what_takes_most_of_the_time() {
-        let spent =
-            |sending, coding, waiting| Spent { sending: MS * sending, coding: MS * coding, waiting: MS * waiting };
+        let spent = |sending, coding, waiting| RoundTime {
+            sending: MS * sending,
+            compressing: MS * coding,
+            rate_limited: MS * waiting,
+        };
         for (spent, words) in [
             (spent(100, 0, 0), "more bandwidth"),
             (spent(100, 40, 90), "more bandwidth"),
@@ -226,7 +229,7 @@ mod tests {
     fn the_rate_of_a_short_round_counts_until_a_long_one_has_shown_it() {
         let mut rounds = Convergence::new(policy(100), 1 << 20);
         let mut rate_after = |pages: u64| {
-            let _ = rounds.after(sent(pages, MS * 1000, 1 << 20));
+            let _ = rounds.next_step(sent(pages, MS * 1000, 1 << 20));
             rounds.bytes_per_second().unwrap() / LOG_PAGE as f64
         };
         assert_eq!([100, RATED_PAGES, 100, 3 * RATED_PAGES].map(&mut rate_after), [100.0, 2048.0, 2048.0, 4096.0]);
@@ -236,7 +239,7 @@ mod tests {
     fn an_idle_guest_stops_after_its_first_round() {
         let mut rounds = Convergence::new(policy(300), 262_144);
         let first = sent(200_000, MS * 400, 0);
-        assert_eq!(rounds.after(first), Next::Switchover { expected: SWITCHOVER });
+        assert_eq!(rounds.next_step(first), NextStep::Switchover { expected: SWITCHOVER });
     }
 
     #[test]
@@ -244,19 +247,19 @@ mod tests {
         let mut rounds = Convergence::new(policy(300), 262_144);
         // 500 pages a millisecond: 25 600 left are 51 ms, 2 560 left 5 ms, 256 left under one.
         for (pages, left) in [(262_144, 25_600), (25_600, 2_560)] {
-            let next = rounds.after(sent(pages, MS * (pages as u32 / 500), left));
-            assert!(matches!(next, Next::Round { .. }), "{left}: {next:?}");
+            let next = rounds.next_step(sent(pages, MS * (pages as u32 / 500), left));
+            assert!(matches!(next, NextStep::Round { .. }), "{left}: {next:?}");
         }
-        let next = rounds.after(sent(2_560, MS * 5, 256));
-        assert!(matches!(next, Next::Switchover { expected } if expected < MS * 4), "{next:?}");
+        let next = rounds.next_step(sent(2_560, MS * 5, 256));
+        assert!(matches!(next, NextStep::Switchover { expected } if expected < MS * 4), "{next:?}");
     }
 
     #[test]
     fn a_rest_that_no_longer_shrinks_is_sent_with_the_guest_stopped_if_the_target_allows() {
         let mut rounds = Convergence::new(policy(300), 100_000);
-        rounds.after(sent(100_000, MS * 1000, 20_000));
-        let next = rounds.after(sent(20_000, MS * 200, 19_000));
-        assert!(matches!(next, Next::Switchover { expected } if expected > MS * 150), "{next:?}");
+        rounds.next_step(sent(100_000, MS * 1000, 20_000));
+        let next = rounds.next_step(sent(20_000, MS * 200, 19_000));
+        assert!(matches!(next, NextStep::Switchover { expected } if expected > MS * 150), "{next:?}");
     }
 
     #[test]
@@ -264,29 +267,29 @@ mod tests {
         let mut rounds = Convergence::new(policy(50), 100_000);
         let round = sent(100_000, MS * 1000, 100_000);
         for n in 1..20 {
-            match rounds.after(round) {
-                Next::Round { without_progress, .. } => assert_eq!(without_progress, n),
+            match rounds.next_step(round) {
+                NextStep::Round { without_progress, .. } => assert_eq!(without_progress, n),
                 other => panic!("round {n}: {other:?}"),
             }
         }
-        assert!(matches!(rounds.after(round), Next::GiveUp { expected } if expected >= MS * 1000));
+        assert!(matches!(rounds.next_step(round), NextStep::GiveUp { expected } if expected >= MS * 1000));
     }
 
     #[test]
     fn a_tiny_round_does_not_spoil_the_measured_rate() {
         let mut rounds = Convergence::new(policy(1), 100_000);
-        rounds.after(sent(100_000, MS * 100, 50_000));
+        rounds.next_step(sent(100_000, MS * 100, 50_000));
         let before = rounds.bytes_per_second();
         assert!(before.is_some_and(|rate| (rate / (1e6 * LOG_PAGE as f64) - 1.0).abs() < 1e-9), "{before:?}");
-        rounds.after(sent(10, MS * 10, 50_000));
+        rounds.next_step(sent(10, MS * 10, 50_000));
         assert_eq!(rounds.bytes_per_second(), before);
     }
 
     #[test]
     fn only_zero_pages_sent_leaves_the_rate_unknown_and_does_not_divide_by_zero() {
         let mut rounds = Convergence::new(policy(300), 100_000);
-        let next = rounds.after(sent(0, Duration::ZERO, 0));
-        assert_eq!(next, Next::Switchover { expected: SWITCHOVER });
+        let next = rounds.next_step(sent(0, Duration::ZERO, 0));
+        assert_eq!(next, NextStep::Switchover { expected: SWITCHOVER });
         assert_eq!(rounds.bytes_per_second(), None);
     }
 
@@ -294,23 +297,23 @@ mod tests {
     fn what_is_left_at_a_rate_that_nobody_knows_is_not_taken_for_nothing() {
         let mut rounds = Convergence::new(policy(300), 1 << 20);
         // A guest of 4 GiB that was all zero has written all of it meanwhile.
-        let zeros = |left| Round { data_pages: 0, zero_pages: 1 << 20, duration: MS * 130, left };
-        let next = rounds.after(zeros(1 << 20));
-        assert!(matches!(next, Next::Round { expected, .. } if expected > MS * 100_000), "{next:?}");
+        let zeros = |left| RoundResult { data_pages: 0, zero_pages: 1 << 20, duration: MS * 130, left };
+        let next = rounds.next_step(zeros(1 << 20));
+        assert!(matches!(next, NextStep::Round { expected, .. } if expected > MS * 100_000), "{next:?}");
         // A handful of pages is sent in time over any link.
         let mut rounds = Convergence::new(policy(300), 1 << 20);
-        assert!(matches!(rounds.after(zeros(4)), Next::Switchover { expected } if expected < MS * 4));
+        assert!(matches!(rounds.next_step(zeros(4)), NextStep::Switchover { expected } if expected < MS * 4));
     }
 
     #[test]
     fn a_guest_that_only_writes_zeros_gets_away() {
         let mut rounds = Convergence::new(policy(300), 100_000);
-        let zeros = Round { data_pages: 0, zero_pages: 100_000, duration: MS * 20, left: 100_000 };
-        assert!(matches!(rounds.after(zeros), Next::Round { .. }));
-        assert!(matches!(rounds.after(zeros), Next::Switchover { expected } if expected < MS * 30));
+        let zeros = RoundResult { data_pages: 0, zero_pages: 100_000, duration: MS * 20, left: 100_000 };
+        assert!(matches!(rounds.next_step(zeros), NextStep::Round { .. }));
+        assert!(matches!(rounds.next_step(zeros), NextStep::Switchover { expected } if expected < MS * 30));
         // Once contents have gone out, they say how fast the rest goes.
         let mut rounds = Convergence::new(policy(300), 100_000);
-        rounds.after(sent(10_000, MS * 1000, 100_000));
-        assert!(matches!(rounds.after(zeros), Next::Round { expected, .. } if expected > MS * 9000));
+        rounds.next_step(sent(10_000, MS * 1000, 100_000));
+        assert!(matches!(rounds.next_step(zeros), NextStep::Round { expected, .. } if expected > MS * 9000));
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Sender, bounded};
 
 use super::error::MigrateError;
-use super::machine::{Arrival, MachineError};
+use super::machine::{IncomingVm, VmError};
 use super::outcomes::Outcomes;
 use super::populate::{Arrived, populate};
 use super::time_limit::TimeLimit;
@@ -41,7 +41,7 @@ const START_PAUSE: Duration = Duration::from_secs(1);
 
 /// What arrived.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Received {
+pub struct IncomingReport {
     /// Pages, zero pages included, over all rounds.
     pub pages: PageStats,
     /// Pages whose hashes were compared with the source's: all of them or, unless the source verifies, none.
@@ -56,19 +56,19 @@ pub struct Received {
 /// more once the source has been told that this side is ready, but [`Outcomes::give_up`] has until the commit is read.
 ///
 /// `outcomes` learns what comes of it. Keep it, and answer sources that ask ([`Outcomes::answer`]), for at least
-/// [`ASK_FOR`](super::ASK_FOR) after this has returned. A migration whose source stops its guest and does not commit
+/// [`OUTCOME_QUERY_TIMEOUT`](super::OUTCOME_QUERY_TIMEOUT) after this has returned. A migration whose source stops its guest and does not commit
 /// within `switchover_timeout` ([`SWITCHOVER_TIMEOUT`]) is given up.
 ///
 /// # Errors
 /// [`MigrateError::NotStarted`]: the guest belongs to this side and is in `arrival`, paused: keep it. All others: the
 /// guest never runs here. The source has been told why if it still listens.
 pub fn receive(
-    arrival: &mut dyn Arrival,
+    arrival: &mut dyn IncomingVm,
     connection: StreamConnection,
     cancel: &CancelToken,
     outcomes: &Outcomes,
     switchover_timeout: Duration,
-) -> Result<Received, MigrateError> {
+) -> Result<IncomingReport, MigrateError> {
     let first = connection.writers().into_iter().next().ok_or(StreamError::Ended)?;
     let mut answers = Answers { to: first, one_way: connection.one_way };
     let mut readers = connection.readers();
@@ -87,7 +87,7 @@ pub fn receive(
         Ok(Committed { pages, compared, commit, starting }) => {
             start(arrival, id, commit.run, &starting, outcomes, &mut answers).map(|observed_downtime_ns| {
                 let running = commit.run;
-                Received { pages, compared, observed_downtime_ns, running }
+                IncomingReport { pages, compared, observed_downtime_ns, running }
             })
         }
         Err(error) => {
@@ -116,7 +116,7 @@ struct Committed {
 
 /// Starts a guest that this side owns. Whatever comes of it, the guest stays here.
 fn start(
-    arrival: &mut dyn Arrival,
+    arrival: &mut dyn IncomingVm,
     id: MigrationId,
     run: bool,
     cancel: &CancelToken,
@@ -145,7 +145,7 @@ fn start(
     }
 }
 
-fn try_start(arrival: &mut dyn Arrival, run: bool, cancel: &CancelToken) -> Result<Option<u64>, MachineError> {
+fn try_start(arrival: &mut dyn IncomingVm, run: bool, cancel: &CancelToken) -> Result<Option<u64>, VmError> {
     for _ in 1..START_TRIES {
         let error = match arrival.start(run, cancel) {
             Ok(downtime) => return Ok(downtime),
@@ -187,7 +187,7 @@ impl Answers {
 /// Everything up to the commit, which has effect if `own` agrees and says what ends the tries to start. `goes_on` waits until
 /// the source goes on once its memory layout is accepted, `timer` limits the switchover.
 fn take_in(
-    arrival: &mut dyn Arrival,
+    arrival: &mut dyn IncomingVm,
     readers: &mut [FrameReader<StreamChannel>],
     answers: &mut Answers,
     cancel: &CancelToken,
@@ -195,7 +195,7 @@ fn take_in(
     timer: &dyn Fn() -> io::Result<TimeLimit>,
     own: &dyn Fn() -> Result<CancelToken, MigrateError>,
 ) -> Result<Committed, MigrateError> {
-    let asked = |doing| move |cause| MigrateError::Machine { doing, cause };
+    let asked = |doing| move |cause| MigrateError::Vm { doing, cause };
     let layout = next(readers, "the memory layout", |message| match message {
         ToDestination::Layout(layout) => Some(layout),
         _ => None,
@@ -251,7 +251,10 @@ fn take_in(
 /// Whether all pages are as they are at the source, if it has sent hashes at all.
 fn check_comparison(compared: &HashComparison, guest_pages: u64) -> Result<(), MigrateError> {
     if compared.different > 0 {
-        return Err(MigrateError::Different { pages: compared.different, named: compared.first_different.clone() });
+        return Err(MigrateError::MemoryDiffers {
+            pages: compared.different,
+            first_different: compared.first_different.clone(),
+        });
     }
     if compared.pages > 0 && compared.pages != guest_pages {
         let why = format!("they are of {} pages, the guest has {guest_pages}", compared.pages);

@@ -6,7 +6,7 @@ use crate::dirty::DirtyError;
 use crate::memory::LOG_PAGE;
 use crate::stream::StreamError;
 
-use super::machine::MachineError;
+use super::machine::VmError;
 use super::report::GuestLocation;
 
 /// Why a migration failed.
@@ -40,22 +40,22 @@ pub enum MigrateError {
     #[error(
         "{pages} pages differ from the source's after the last round, at {}{}: something writes guest memory that no \
          dirty source sees",
-        addresses(named),
-        if named.len() as u64 == *pages { "" } else { ", …" }
+        addresses(first_different),
+        if first_different.len() as u64 == *pages { "" } else { ", …" }
     )]
-    Different {
+    MemoryDiffers {
         /// Pages that differ.
         pages: u64,
         /// The first of them, by page number.
-        named: Vec<u64>,
+        first_different: Vec<u64>,
     },
     /// The machine could not do its part.
     #[error("{doing}: {cause}")]
-    Machine {
+    Vm {
         /// What was asked of it.
         doing: &'static str,
         /// Its own words.
-        cause: MachineError,
+        cause: VmError,
     },
     /// The switchover took longer than the source allows.
     #[error("the switchover took longer than {limit:?}, while {doing}: allow it more time, or look for what is slow")]
@@ -73,21 +73,21 @@ pub enum MigrateError {
     NotResumed {
         /// Why the migration failed.
         error: Box<MigrateError>,
-        /// Why the guest can't go on, in the machine's words.
-        cause: MachineError,
+        /// Why the guest can't go on, in the VM's words.
+        cause: VmError,
     },
     /// A guest shall go on here that is not saved to a file.
     #[error("the guest can go on here only if it is saved to a file or device: anywhere else it would run twice")]
-    NoFile,
+    NotAFile,
     /// The guest was saved to go on here, and could not be made to.
     #[error("the guest is saved, and could not go on here: {0}. It is paused here: \"resume\" tries again")]
-    SavedNotResumed(MachineError),
+    SavedNotResumed(VmError),
     /// This destination has given the migration up, for good.
     #[error("the migration was given up: {0}")]
     GivenUp(String),
     /// The guest has arrived and belongs to this destination, but could not be started. It is whole and paused.
     #[error("the guest has arrived and is paused here: {0}. \"resume\" tries again")]
-    NotStarted(MachineError),
+    NotStarted(VmError),
     /// The destination has the guest and could not start it.
     #[error(
         "the destination has the guest, paused, and can't start it: {0}. Resume it there, then \"forget\" it here; \
@@ -95,12 +95,12 @@ pub enum MigrateError {
     )]
     Held(String),
     /// The connection failed after the commit was sent, and the destination could not be asked.
-    #[error("{error}; whether the destination runs the guest is not known: {asked}")]
-    Unresolved {
+    #[error("{error}; whether the destination runs the guest is not known: {reason}")]
+    OutcomeUnknown {
         /// What went wrong after the commit.
         error: Box<MigrateError>,
         /// Why the destination did not resolve it.
-        asked: String,
+        reason: String,
     },
     /// Everything was sent one way: nothing can say that the guest runs at the other end.
     #[error("everything was sent, but one way: nothing says that the guest runs at the other end")]
@@ -115,7 +115,7 @@ pub enum MigrateError {
         rounds: u32,
         /// What stopping the guest would have cost, milliseconds.
         expected_ms: f64,
-        /// The remedy for what has limited the rounds ([`Spent::remedy`](super::Spent::remedy)).
+        /// The remedy for what has limited the rounds ([`RoundTime::remedy`](super::RoundTime::remedy)).
         remedy: &'static str,
     },
 }
@@ -137,7 +137,7 @@ impl From<StreamError> for MigrateError {
 /// A migration that failed at the source.
 #[derive(Debug, thiserror::Error)]
 #[error("{error}")]
-pub struct Failure {
+pub struct MigrationFailure {
     /// Why.
     #[source]
     pub error: MigrateError,

@@ -25,7 +25,7 @@ const MOST_WAITING: usize = 8;
 const IDLE_TIME: Duration = Duration::from_secs(60);
 
 /// A migration that has begun.
-pub struct Arriving {
+pub struct IncomingMigration {
     /// Its channels.
     pub connection: StreamConnection,
     /// Ends it.
@@ -33,9 +33,9 @@ pub struct Arriving {
 }
 
 /// Takes connections at one URI until it is dropped.
-pub struct Incoming {
+pub struct MigrationListener {
     /// None when no migration is taken any more.
-    migrations: Mutex<Option<Receiver<Result<Arriving, StreamError>>>>,
+    migrations: Mutex<Option<Receiver<Result<IncomingMigration, StreamError>>>>,
     shared: Arc<Mutex<Shared>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -47,12 +47,12 @@ struct Shared {
     until: Option<Instant>,
 }
 
-impl Incoming {
+impl MigrationListener {
     /// Takes connections of `listener`. Questions are answered by `outcomes`.
     ///
     /// # Errors
     /// If the system has no thread or file descriptor left.
-    pub fn start(listener: StreamListener, outcomes: Outcomes) -> Result<Incoming, StreamError> {
+    pub fn start(listener: StreamListener, outcomes: Outcomes) -> Result<MigrationListener, StreamError> {
         let (to, migrations) = bounded(MOST_WAITING);
         let shared = Arc::new(Mutex::new(Shared { cancel: CancelToken::new()?, until: None }));
         let its = shared.clone();
@@ -63,7 +63,7 @@ impl Incoming {
             }
         };
         let thread = Some(std::thread::Builder::new().name("incoming".into()).spawn(listen)?);
-        Ok(Incoming { migrations: Mutex::new(Some(migrations)), shared, thread })
+        Ok(MigrationListener { migrations: Mutex::new(Some(migrations)), shared, thread })
     }
 
     /// Waits for the next migration. Returns `None` if there will be none: after [`close`](Self::close), or if what was
@@ -71,7 +71,7 @@ impl Incoming {
     ///
     /// # Errors
     /// What [`StreamListener::next`] reports.
-    pub fn next(&self) -> Result<Option<Arriving>, StreamError> {
+    pub fn next(&self) -> Result<Option<IncomingMigration>, StreamError> {
         let migrations = lock(&self.migrations).clone();
         migrations.and_then(|migrations| migrations.recv().ok()).transpose()
     }
@@ -91,7 +91,7 @@ impl Incoming {
     }
 }
 
-impl Drop for Incoming {
+impl Drop for MigrationListener {
     fn drop(&mut self) {
         self.close();
         // It ends at once, and its socket with it.
@@ -104,7 +104,7 @@ impl Drop for Incoming {
 fn listen(
     listener: &StreamListener,
     outcomes: &Outcomes,
-    to: &Sender<Result<Arriving, StreamError>>,
+    to: &Sender<Result<IncomingMigration, StreamError>>,
     shared: &Mutex<Shared>,
 ) -> Result<(), StreamError> {
     let mut expected = Expected::default();
@@ -130,11 +130,11 @@ fn listen(
                 }
             }
             Ok(stream::IncomingConnection::Migration(connection)) if listener.uri().is_single() => {
-                hand_on(to, Arriving { connection, cancel });
+                hand_on(to, IncomingMigration { connection, cancel });
                 return Ok(());
             }
             Ok(stream::IncomingConnection::Migration(connection)) => {
-                expected.admit(Arriving { connection, cancel }, to.clone())?;
+                expected.admit(IncomingMigration { connection, cancel }, to.clone())?;
             }
             // It is closed, or to be closed later.
             Err(_) if lock(shared).until.is_some() => {}
@@ -143,7 +143,7 @@ fn listen(
     }
 }
 
-fn hand_on(to: &Sender<Result<Arriving, StreamError>>, arriving: Arriving) {
+fn hand_on(to: &Sender<Result<IncomingMigration, StreamError>>, arriving: IncomingMigration) {
     match to.try_send(Ok(arriving)) {
         Ok(()) => {}
         Err(TrySendError::Full(_)) => tracing::warn!("refused a migration: others are under way"),
@@ -158,7 +158,11 @@ struct Expected(VecDeque<(CancelToken, JoinHandle<()>)>);
 
 impl Expected {
     /// Hands `arriving` on to `to` once it has begun.
-    fn admit(&mut self, arriving: Arriving, to: Sender<Result<Arriving, StreamError>>) -> Result<(), StreamError> {
+    fn admit(
+        &mut self,
+        arriving: IncomingMigration,
+        to: Sender<Result<IncomingMigration, StreamError>>,
+    ) -> Result<(), StreamError> {
         self.0.retain(|(_, thread)| !thread.is_finished());
         if self.0.len() >= MOST_EXPECTED
             && let Some((oldest, thread)) = self.0.pop_front()

@@ -9,7 +9,7 @@ use crate::dirty::{DirtyError, DirtyRate, DirtySource, PageSet, RateMeter};
 ///
 /// # Errors
 /// What a source reports; the sources are stopped in any case.
-pub fn measure(
+pub fn measure_dirty_rate(
     sources: &mut [Box<dyn DirtySource>],
     time: Duration,
     interval: Duration,

@@ -13,7 +13,7 @@
 //! | `builtin` | the built-in guest as a machine |
 //! | `measure` | a dirty rate without a migration |
 //!
-//! A migration belongs to no particular guest or device: implement [`Machine`] and [`Arrival`], open a
+//! A migration belongs to no particular guest or device: implement [`SourceVm`] and [`IncomingVm`], open a
 //! [`StreamConnection`](crate::stream::StreamConnection), and call [`migrate`] and [`receive`].
 #![forbid(unsafe_code)]
 
@@ -31,14 +31,15 @@ mod source;
 mod time_limit;
 
 pub use builtin::{
-    GuestArrival, GuestMachine, InterruptOnCancel, connect_all, decode_state, dirty_sources, saved_disks,
+    GuestIncomingVm, GuestSourceVm, InterruptOnCancel, connect_backends, decode_guest_state, decode_saved_disks,
+    dirty_sources,
 };
-pub use converge::{Convergence, Next, Policy, Round, STALL_ROUNDS, Spent};
-pub use destination::{Received, SWITCHOVER_TIMEOUT, receive};
-pub use error::{Failure, MigrateError};
-pub use incoming::{Arriving, Incoming};
-pub use machine::{Arrival, Machine, MachineError, RegionLayout};
-pub use measure::measure;
+pub use converge::{Convergence, ConvergencePolicy, NextStep, RoundResult, RoundTime, STALL_ROUNDS};
+pub use destination::{IncomingReport, SWITCHOVER_TIMEOUT, receive};
+pub use error::{MigrateError, MigrationFailure};
+pub use incoming::{IncomingMigration, MigrationListener};
+pub use machine::{IncomingVm, RegionLayout, SourceVm, VmError};
+pub use measure::measure_dirty_rate;
 pub use outcomes::Outcomes;
-pub use report::{Event, GuestLocation, Report, RoundReport};
-pub use source::{ASK_FOR, Plan, migrate};
+pub use report::{GuestLocation, MigrationEvent, MigrationReport, RoundReport};
+pub use source::{MigrationParameters, OUTCOME_QUERY_TIMEOUT, migrate};

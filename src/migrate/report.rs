@@ -22,7 +22,7 @@ pub enum GuestLocation {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 #[non_exhaustive]
-pub enum Event {
+pub enum MigrationEvent {
     /// The destination has accepted the guest's memory layout.
     Started {
         /// Bytes of guest memory.
@@ -72,7 +72,7 @@ pub enum Event {
         message: String,
     },
     /// The guest is handed over.
-    Completed(Report),
+    Completed(MigrationReport),
     /// The migration ended without success.
     Failed {
         /// Why, and what to do about it.
@@ -105,7 +105,7 @@ pub struct RoundReport {
 
 /// A completed migration in figures.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Report {
+pub struct MigrationReport {
     /// From the first connection to the guest running at the destination, milliseconds.
     pub total_ms: f64,
     /// From the order to stop the guest to the destination's word that it runs, milliseconds. A file has no such

@@ -19,10 +19,10 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{RecvTimeoutError, bounded};
 
-use super::converge::{Convergence, Next, Policy, Round, STALL_ROUNDS, Spent};
-use super::error::{Failure, MigrateError};
-use super::machine::Machine;
-use super::report::{Event, GuestLocation, Report, RoundReport};
+use super::converge::{Convergence, ConvergencePolicy, NextStep, RoundResult, RoundTime, STALL_ROUNDS};
+use super::error::{MigrateError, MigrationFailure};
+use super::machine::SourceVm;
+use super::report::{GuestLocation, MigrationEvent, MigrationReport, RoundReport};
 use super::time_limit::TimeLimit;
 use crate::dirty::{DirtySource, PageSet};
 use crate::memory::{LOG_PAGE, Memory};
@@ -32,7 +32,7 @@ use crate::stream::{
 };
 use crate::stream::{StreamError, ToDestination, ToSource, owned_by, send_hashes};
 
-/// How often [`Event::Progress`] is told.
+/// How often [`MigrationEvent::Progress`] is told.
 const PROGRESS: Duration = Duration::from_millis(200);
 
 /// The time for which nothing leaves in a round before that is told.
@@ -42,7 +42,7 @@ const SILENCE: Duration = Duration::from_secs(5);
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// How long a destination is asked what came of a commit when its connection has failed.
-pub const ASK_FOR: Duration = Duration::from_secs(30);
+pub const OUTCOME_QUERY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long one such question may take, and the pause before the next.
 const ASK_TIME: Duration = Duration::from_secs(5);
@@ -62,16 +62,16 @@ const AWAY_LOOK: Duration = Duration::from_millis(20);
 
 /// How to migrate.
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub struct MigrationParameters {
     /// When to stop the guest, and when to give up.
-    pub policy: Policy,
+    pub policy: ConvergencePolicy,
     /// How pages are compressed.
     pub codec: Codec,
     /// Compare all memory of the stopped guest with what has arrived, by hashes, before the commit. Then a dirty source that
     /// was forgotten, or that misses a writer, fails the migration, and the guest goes on here.
     pub verify: bool,
-    /// How long to ask the destination what came of the commit if the connection fails then: [`ASK_FOR`].
-    pub ask_for: Duration,
+    /// How long to ask the destination what came of the commit if the connection fails then: [`OUTCOME_QUERY_TIMEOUT`].
+    pub outcome_query_timeout: Duration,
     /// The longest that the whole switchover may take, from stopping the guest to the destination's word that it runs.
     /// Before the commit the guest goes on here after that; after the commit the destination is asked. `None` is four
     /// times the policy's downtime and at least ten seconds; with `verify` a second more for each 256 MiB of memory.
@@ -81,57 +81,57 @@ pub struct Plan {
     pub continue_here: bool,
 }
 
-impl Plan {
+impl MigrationParameters {
     /// The limit of the switchover of a guest with so many bytes of memory.
     fn switchover_limit(&self, memory: u64) -> Duration {
         self.switchover_timeout.unwrap_or_else(|| {
             let verifying = if self.verify { memory >> 28 } else { 0 };
-            (4 * self.policy.downtime).max(LEAST_SWITCHOVER) + Duration::from_secs(verifying)
+            (4 * self.policy.downtime_limit).max(LEAST_SWITCHOVER) + Duration::from_secs(verifying)
         })
     }
 }
 
-/// Moves the guest of `machine` over `connection`. `limiter` is the connection's; its limit holds until the guest is
+/// Moves the guest of `vm` over `connection`. `limiter` is the connection's; its limit holds until the guest is
 /// stopped. Another thread may call the migration off through `cancel`, which must be the connection's too.
 ///
 /// # Errors
-/// [`Failure`], which tells where the guest is. Before the commit it goes on here, as long as the machine can resume.
+/// [`MigrationFailure`], which tells where the guest is. Before the commit it goes on here, as long as the VM can resume.
 pub fn migrate(
-    machine: &mut dyn Machine,
+    vm: &mut dyn SourceVm,
     connection: StreamConnection,
-    plan: &Plan,
+    parameters: &MigrationParameters,
     limiter: &RateLimiter,
     cancel: &CancelToken,
-    tell: &mut dyn FnMut(Event),
-) -> Result<Report, Failure> {
+    tell: &mut dyn FnMut(MigrationEvent),
+) -> Result<MigrationReport, MigrationFailure> {
     let begun = Instant::now();
-    let memory = machine.memory();
-    let run = machine.is_running();
-    if plan.continue_here && !connection.is_to_file() {
-        let (error, location) = (MigrateError::NoFile, at_home(run));
-        tell(Event::Failed { message: error.to_string(), location });
-        return Err(Failure { error, location });
+    let memory = vm.memory();
+    let run = vm.is_running();
+    if parameters.continue_here && !connection.is_to_file() {
+        let (error, location) = (MigrateError::NotAFile, at_home(run));
+        tell(MigrationEvent::Failed { message: error.to_string(), location });
+        return Err(MigrationFailure { error, location });
     }
-    let (wire, dirty) = open(machine, &memory, connection, plan.codec, cancel).map_err(|error| {
+    let (wire, dirty) = open(vm, &memory, connection, parameters.codec, cancel).map_err(|error| {
         let location = at_home(run);
-        tell(Event::Failed { message: error.to_string(), location });
-        Failure { error, location }
+        tell(MigrationEvent::Failed { message: error.to_string(), location });
+        MigrationFailure { error, location }
     })?;
     let mut pending = PageSet::new(memory.end() / LOG_PAGE);
     for region in memory.regions() {
         pending.insert_range(region.gpa() / LOG_PAGE..(region.gpa() + region.size()) / LOG_PAGE);
     }
-    tell(Event::Started {
+    tell(MigrationEvent::Started {
         guest_bytes: memory.size(),
         channels: wire.channels.len() as u16,
-        codec: plan.codec.to_string(),
+        codec: parameters.codec.to_string(),
     });
     let mut migration = Migration {
         wire,
         memory,
         dirty,
         pending,
-        report: Report::default(),
+        report: MigrationReport::default(),
         cancel,
         limiter,
         tell,
@@ -140,8 +140,8 @@ pub fn migrate(
         run,
     };
     migration.report.guest_bytes = migration.memory.size();
-    let outcome = migration.run(machine, plan);
-    migration.finish(machine, outcome, plan, begun)
+    let outcome = migration.run(vm, parameters);
+    migration.finish(vm, outcome, parameters, begun)
 }
 
 /// Where a guest is that has not left.
@@ -152,37 +152,37 @@ fn at_home(run: bool) -> GuestLocation {
 /// What a device says of a wait that was cancelled is no reason of its own.
 fn or_cancelled(error: MigrateError, cancel: &CancelToken) -> MigrateError {
     match error {
-        MigrateError::Machine { .. } | MigrateError::Dirty(_) if cancel.is_cancelled() => MigrateError::Cancelled,
+        MigrateError::Vm { .. } | MigrateError::Dirty(_) if cancel.is_cancelled() => MigrateError::Cancelled,
         error => error,
     }
 }
 
 /// Has the guest's memory accepted, and begins to track it.
 fn open(
-    machine: &mut dyn Machine,
+    vm: &mut dyn SourceVm,
     memory: &Memory,
     connection: StreamConnection,
     codec: Codec,
     cancel: &CancelToken,
 ) -> Result<(Wire, Box<dyn DirtySource>), MigrateError> {
     let mut wire = Wire::new(connection, codec)?;
-    let dirty = begin(machine, memory, &mut wire).map_err(|error| or_cancelled(error, cancel));
+    let dirty = begin(vm, memory, &mut wire).map_err(|error| or_cancelled(error, cancel));
     let dirty = dirty.inspect_err(|error| wire.call_off(error))?;
     Ok((wire, dirty))
 }
 
 /// The same over `wire`.
-fn begin(machine: &mut dyn Machine, memory: &Memory, wire: &mut Wire) -> Result<Box<dyn DirtySource>, MigrateError> {
+fn begin(vm: &mut dyn SourceVm, memory: &Memory, wire: &mut Wire) -> Result<Box<dyn DirtySource>, MigrateError> {
     wire.open(memory)?;
     // A hint: what is written from now on is found by the rounds.
     let told = wire.tell(&ToDestination::DataRuns(DataRuns::of(memory)));
     told.map_err(|error| wire.reason(error))?;
-    let devices = machine.devices().map_err(|cause| MigrateError::Machine { doing: "describing the devices", cause });
+    let devices = vm.devices().map_err(|cause| MigrateError::Vm { doing: "describing the devices", cause });
     if let Some(devices) = devices? {
         let told = wire.tell(&ToDestination::Devices(devices));
         told.map_err(|error| wire.reason(error))?;
     }
-    let dirty = machine.dirty_source().map_err(|cause| MigrateError::Machine { doing: "tracking dirty pages", cause });
+    let dirty = vm.dirty_source().map_err(|cause| MigrateError::Vm { doing: "tracking dirty pages", cause });
     dirty.and_then(|mut dirty| Ok(dirty.start().map(|()| dirty)?))
 }
 
@@ -202,10 +202,10 @@ struct Migration<'a> {
     dirty: Box<dyn DirtySource>,
     /// Pages that the destination does not have, or has in an older version.
     pending: PageSet,
-    report: Report,
+    report: MigrationReport,
     cancel: &'a CancelToken,
     limiter: &'a RateLimiter,
-    tell: &'a mut dyn FnMut(Event),
+    tell: &'a mut dyn FnMut(MigrationEvent),
     /// Seconds during which dirty pages were counted.
     running: f64,
     /// When the order to stop the guest was given.
@@ -217,7 +217,7 @@ struct Migration<'a> {
 /// What rounds have come to, over several attempts to stop the guest.
 struct Rounds {
     convergence: Convergence,
-    spent: Spent,
+    spent: RoundTime,
     /// Pages that were dirtied.
     dirtied: u64,
     count: u32,
@@ -226,27 +226,27 @@ struct Rounds {
 }
 
 impl Migration<'_> {
-    fn run(&mut self, machine: &mut dyn Machine, plan: &Plan) -> Result<(), (Stage, MigrateError)> {
-        let convergence = Convergence::new(plan.policy, self.pending.len());
-        let mut rounds = Rounds { convergence, spent: Spent::default(), dirtied: 0, count: 0, away_since: None };
+    fn run(&mut self, vm: &mut dyn SourceVm, parameters: &MigrationParameters) -> Result<(), (Stage, MigrateError)> {
+        let convergence = Convergence::new(parameters.policy, self.pending.len());
+        let mut rounds = Rounds { convergence, spent: RoundTime::default(), dirtied: 0, count: 0, away_since: None };
         loop {
-            self.rounds(machine, &mut rounds).map_err(|error| (Stage::Running, error))?;
-            let failed = match self.switchover(machine, rounds.count, plan) {
-                Err((Stage::Paused, error @ MigrateError::Machine { doing: STOPPING, .. })) => error,
+            self.rounds(vm, &mut rounds).map_err(|error| (Stage::Running, error))?;
+            let failed = match self.switchover(vm, rounds.count, parameters) {
+                Err((Stage::Paused, error @ MigrateError::Vm { doing: STOPPING, .. })) => error,
                 done => return done,
             };
-            if self.cancel.is_cancelled() || machine.obstacle().is_none() {
+            if self.cancel.is_cancelled() || vm.blocker().is_none() {
                 return Err((Stage::Paused, failed));
             }
             // A device went away at this very moment.
-            if let Err(cause) = machine.resume() {
+            if let Err(cause) = vm.resume() {
                 return Err((Stage::Paused, MigrateError::NotResumed { error: failed.into(), cause }));
             }
         }
     }
 
     /// Sends rounds until it is time to stop the guest, and nothing keeps it from being stopped.
-    fn rounds(&mut self, machine: &mut dyn Machine, rounds: &mut Rounds) -> Result<(), MigrateError> {
+    fn rounds(&mut self, vm: &mut dyn SourceVm, rounds: &mut Rounds) -> Result<(), MigrateError> {
         loop {
             let round = rounds.count;
             let begun = Instant::now();
@@ -265,15 +265,16 @@ impl Migration<'_> {
             rounds.dirtied += self.pending.len();
             self.report.dirty_rate_bytes_per_s = (rounds.dirtied * LOG_PAGE) as f64 / self.running;
             let left = self.pending.len();
-            let next = rounds.convergence.after(Round {
+            let next = rounds.convergence.next_step(RoundResult {
                 data_pages: sent.data_pages,
                 zero_pages: sent.zero_pages,
                 duration: sending,
                 left,
             });
-            let (Next::Round { expected, .. } | Next::Switchover { expected } | Next::GiveUp { expected }) = next;
+            let (NextStep::Round { expected, .. } | NextStep::Switchover { expected } | NextStep::GiveUp { expected }) =
+                next;
             let expected_downtime_ms = milliseconds(expected);
-            (self.tell)(Event::Round(RoundReport {
+            (self.tell)(MigrationEvent::Round(RoundReport {
                 round,
                 data_pages: sent.data_pages,
                 zero_pages: sent.zero_pages,
@@ -285,21 +286,21 @@ impl Migration<'_> {
             }));
             rounds.count += 1;
             match next {
-                Next::Round { without_progress, .. } => {
+                NextStep::Round { without_progress, .. } => {
                     if without_progress == STALL_ROUNDS {
-                        (self.tell)(Event::Stalled { message: stalled(rounds, left, took, expected) });
+                        (self.tell)(MigrationEvent::Stalled { message: stalled(rounds, left, took, expected) });
                     }
                 }
-                Next::Switchover { .. } => {
-                    if let Some(message) = machine.obstacle() {
-                        self.wait_for_devices(machine, rounds, message)?;
+                NextStep::Switchover { .. } => {
+                    if let Some(message) = vm.blocker() {
+                        self.wait_for_devices(vm, rounds, message)?;
                         continue;
                     }
                     rounds.away_since = None;
-                    (self.tell)(Event::Switchover { pages_left: left, expected_downtime_ms });
+                    (self.tell)(MigrationEvent::Switchover { pages_left: left, expected_downtime_ms });
                     return Ok(());
                 }
-                Next::GiveUp { .. } => {
+                NextStep::GiveUp { .. } => {
                     return Err(MigrateError::NoConvergence {
                         rounds: rounds.count,
                         expected_ms: expected_downtime_ms,
@@ -313,50 +314,55 @@ impl Migration<'_> {
     /// Waits for a device that is away, but no longer than until the next round is due.
     fn wait_for_devices(
         &mut self,
-        machine: &dyn Machine,
+        vm: &dyn SourceVm,
         rounds: &mut Rounds,
         message: String,
     ) -> Result<(), MigrateError> {
         if rounds.away_since.is_none() {
-            (self.tell)(Event::Waiting { message: message.clone() });
+            (self.tell)(MigrationEvent::Waiting { message: message.clone() });
         }
         let since = *rounds.away_since.get_or_insert_with(Instant::now);
         if since.elapsed() >= AWAY {
             return Err(MigrateError::DeviceAway(message));
         }
         let begun = Instant::now();
-        while begun.elapsed() < AWAY_ROUND && machine.obstacle().is_some() {
+        while begun.elapsed() < AWAY_ROUND && vm.blocker().is_some() {
             self.cancel.wait(AWAY_LOOK)?;
         }
         Ok(())
     }
 
-    /// Stops the guest and hands it over within the plan's limit.
-    fn switchover(&mut self, machine: &mut dyn Machine, round: u32, plan: &Plan) -> Result<(), (Stage, MigrateError)> {
-        let limit = plan.switchover_limit(self.memory.size());
+    /// Stops the guest and hands it over within the parameters's limit.
+    fn switchover(
+        &mut self,
+        vm: &mut dyn SourceVm,
+        round: u32,
+        parameters: &MigrationParameters,
+    ) -> Result<(), (Stage, MigrateError)> {
+        let limit = parameters.switchover_limit(self.memory.size());
         let timer = self.wire.limit(limit, self.cancel).map_err(|error| (Stage::Running, error))?;
-        self.hand_over(machine, round, plan.verify).map_err(|(stage, error)| match error {
+        self.hand_over(vm, round, parameters.verify).map_err(|(stage, error)| match error {
             MigrateError::Cancelled | MigrateError::Stream(_) if timer.has_passed() => {
                 (stage, MigrateError::SwitchoverTimeout { limit, doing: "sending what was left and hearing of it" })
             }
-            MigrateError::Machine { doing, .. } if timer.has_passed() => {
+            MigrateError::Vm { doing, .. } if timer.has_passed() => {
                 (stage, MigrateError::SwitchoverTimeout { limit, doing })
             }
             error => (stage, error),
         })
     }
 
-    fn hand_over(&mut self, machine: &mut dyn Machine, round: u32, verify: bool) -> Result<(), (Stage, MigrateError)> {
-        let asked = |doing| move |cause| MigrateError::Machine { doing, cause };
+    fn hand_over(&mut self, vm: &mut dyn SourceVm, round: u32, verify: bool) -> Result<(), (Stage, MigrateError)> {
+        let asked = |doing| move |cause| MigrateError::Vm { doing, cause };
         self.stopped = Some(Instant::now());
         let paused = (|| {
-            machine.pause().map_err(asked(STOPPING))?;
+            vm.pause().map_err(asked(STOPPING))?;
             self.limiter.set(None);
             self.dirty.harvest_stopped(&mut self.pending)?;
             self.send(round, true, verify)?;
             self.report.rounds = round + 1;
-            let state = machine.state().map_err(asked("saving the guest's state"))?;
-            machine.warnings().into_iter().for_each(|message| (self.tell)(Event::Warning { message }));
+            let state = vm.state().map_err(asked("saving the guest's state"))?;
+            vm.warnings().into_iter().for_each(|message| (self.tell)(MigrationEvent::Warning { message }));
             self.wire.tell(&ToDestination::State(state))?;
             if !self.wire.one_way {
                 self.wire.expect("READY", |message| matches!(message, ToSource::Ready).then_some(()))?;
@@ -384,28 +390,28 @@ impl Migration<'_> {
         self.report.observed_downtime_ms = started.observed_downtime_ns.map(|ns| ns as f64 / 1e6);
     }
 
-    /// Brings the machine to where `outcome` says, and makes the report.
+    /// Brings the VM to where `outcome` says, and makes the report.
     fn finish(
         mut self,
-        machine: &mut dyn Machine,
+        vm: &mut dyn SourceVm,
         outcome: Result<(), (Stage, MigrateError)>,
-        plan: &Plan,
+        parameters: &MigrationParameters,
         begun: Instant,
-    ) -> Result<Report, Failure> {
+    ) -> Result<MigrationReport, MigrationFailure> {
         let outcome = outcome.or_else(|(stage, error)| match stage {
-            Stage::Committed => self.resolve(error, plan.ask_for),
+            Stage::Committed => self.resolve(error, parameters.outcome_query_timeout),
             stage => Err((stage, error)),
         });
         let downtime = match outcome {
             Ok(()) => {
-                if plan.continue_here
-                    && let Err(cause) = machine.resume()
+                if parameters.continue_here
+                    && let Err(cause) = vm.resume()
                 {
                     return Err(self.failed(MigrateError::SavedNotResumed(cause), GuestLocation::PausedHere));
                 }
                 let downtime = self.stopped.map(|stopped| stopped.elapsed()).unwrap_or_default();
-                if !plan.continue_here {
-                    machine.release();
+                if !parameters.continue_here {
+                    vm.release();
                 }
                 self.wire.leave();
                 downtime
@@ -417,7 +423,7 @@ impl Migration<'_> {
             }
             Err((stage, error)) => {
                 // First of all: what follows may wait for the destination.
-                let resumed = if let Stage::Paused = stage { machine.resume() } else { Ok(()) };
+                let resumed = if let Stage::Paused = stage { vm.resume() } else { Ok(()) };
                 let error = match or_cancelled(error, self.cancel) {
                     MigrateError::Cancelled => MigrateError::Cancelled,
                     error => self.wire.reason(error),
@@ -438,7 +444,7 @@ impl Migration<'_> {
         self.report.total_ms = milliseconds(begun.elapsed());
         self.report.downtime_ms = milliseconds(downtime);
         self.report.wire_bytes = self.wire.bytes();
-        (self.tell)(Event::Completed(self.report.clone()));
+        (self.tell)(MigrationEvent::Completed(self.report.clone()));
         Ok(self.report)
     }
 
@@ -449,7 +455,7 @@ impl Migration<'_> {
         let Some(connection) = self.wire.connection.as_ref().filter(|to| !answered && !to.one_way) else {
             return Err((Stage::Committed, error));
         };
-        (self.tell)(Event::Asking { message: error.to_string() });
+        (self.tell)(MigrationEvent::Asking { message: error.to_string() });
         // It can't be the old connection that brings an answer now.
         connection.channels.iter().for_each(StreamChannel::shutdown);
         let asked = loop {
@@ -474,23 +480,23 @@ impl Migration<'_> {
             }
             std::thread::sleep(ASK_PAUSE);
         };
-        Err((Stage::Committed, MigrateError::Unresolved { error: error.into(), asked }))
+        Err((Stage::Committed, MigrateError::OutcomeUnknown { error: error.into(), reason: asked }))
     }
 
-    fn failed(&mut self, error: MigrateError, location: GuestLocation) -> Failure {
+    fn failed(&mut self, error: MigrateError, location: GuestLocation) -> MigrationFailure {
         stop_tracking(self.dirty.as_mut());
-        (self.tell)(Event::Failed { message: error.to_string(), location });
-        Failure { error, location }
+        (self.tell)(MigrationEvent::Failed { message: error.to_string(), location });
+        MigrationFailure { error, location }
     }
 
     /// Sends all pending pages, with `verify` then hashes of all memory, and ends the round on every channel. Returns
     /// the time that the slowest channel has taken.
-    fn send(&mut self, round: u32, last: bool, verify: bool) -> Result<(PageStats, Spent), MigrateError> {
+    fn send(&mut self, round: u32, last: bool, verify: bool) -> Result<(PageStats, RoundTime), MigrateError> {
         let (memory, pending, limiter, tell) = (&self.memory, &self.pending, self.limiter, &mut self.tell);
         let siblings: Vec<StreamChannel> = self.wire.channels.iter_mut().map(|c| c.writer.get_mut().clone()).collect();
         let channels = self.wire.channels.len() as u16;
         let total = pending.len();
-        let (mut sent, mut longest, mut hashed_for) = (PageStats::default(), Spent::default(), Duration::ZERO);
+        let (mut sent, mut longest, mut hashed_for) = (PageStats::default(), RoundTime::default(), Duration::ZERO);
         std::thread::scope(|scope| {
             let (done, ended) = bounded(usize::from(channels));
             let before: u64 = self.wire.progress();
@@ -534,14 +540,14 @@ impl Migration<'_> {
                         let so_far = now - before;
                         let bytes_per_second = ((so_far - told) * LOG_PAGE) as f64 / when.elapsed().as_secs_f64();
                         let pages_left = total.saturating_sub(so_far);
-                        tell(Event::Progress { round, pages_left, bytes_per_second });
+                        tell(MigrationEvent::Progress { round, pages_left, bytes_per_second });
                         (told, when) = (so_far, Instant::now());
                         if silence.begins(siblings.iter().map(StreamChannel::sent).sum()) {
                             let message = format!(
                                 "nothing was taken for {SILENCE:?}: the other end hangs, or the way to it does. The guest \
                                  runs here, and goes on here if that lasts"
                             );
-                            tell(Event::Warning { message });
+                            tell(MigrationEvent::Warning { message });
                         }
                     }
                 }
@@ -626,7 +632,7 @@ impl Sender {
         hashed: impl Iterator<Item = Range<u64>>,
         round: u32,
         last: bool,
-    ) -> Result<(PageStats, Spent, Duration), StreamError> {
+    ) -> Result<(PageStats, RoundTime, Duration), StreamError> {
         let (begun, waited, coding) = (Instant::now(), self.writer.get_mut().waited(), self.encoder.compression_time());
         let sent = self.encoder.send(memory, runs, &mut self.writer)?;
         let sending = begun.elapsed();
@@ -635,7 +641,11 @@ impl Sender {
         ToDestination::RoundEnd(RoundEnd::new(round, last, &sent)).write(&mut self.writer)?;
         let waiting = self.writer.get_mut().waited().saturating_sub(waited);
         let coding = self.encoder.compression_time().saturating_sub(coding);
-        Ok((sent, Spent { sending: sending.saturating_sub(waiting), coding, waiting }, hashing))
+        Ok((
+            sent,
+            RoundTime { sending: sending.saturating_sub(waiting), compressing: coding, rate_limited: waiting },
+            hashing,
+        ))
     }
 }
 
@@ -711,7 +721,7 @@ impl Wire {
     fn call_off(&mut self, error: &MigrateError) {
         let local = matches!(
             error,
-            MigrateError::Machine { .. }
+            MigrateError::Vm { .. }
                 | MigrateError::Dirty(_)
                 | MigrateError::NoConvergence { .. }
                 | MigrateError::DeviceAway(_)

@@ -34,7 +34,7 @@ impl FromStr for Codec {
             Some(("zstd", level)) => level.parse().ok().filter(|level| Codec::LEVELS.contains(level)),
             _ => None,
         };
-        level.map(Codec::Zstd).ok_or_else(|| StreamError::CodecName(text.into()))
+        level.map(Codec::Zstd).ok_or_else(|| StreamError::UnknownCodec(text.into()))
     }
 }
 

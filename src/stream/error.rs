@@ -106,7 +106,7 @@ pub enum StreamError {
     Memory(#[from] MemoryError),
     /// A codec name nobody knows, or a level zstd does not have.
     #[error("unknown codec \"{0}\": use none, zstd or zstd:LEVEL with a level from -7 to 22")]
-    CodecName(String),
+    UnknownCodec(String),
     /// The compressor or decompressor failed.
     #[error("{doing} failed: {source}")]
     Codec {

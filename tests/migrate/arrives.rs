@@ -3,7 +3,7 @@
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
-use vhost_migrate::migrate::{Event, GuestLocation, MigrateError};
+use vhost_migrate::migrate::{GuestLocation, MigrateError, MigrationEvent};
 use vhost_migrate::stream::Uri;
 
 use crate::guest::{Guest, NO_ROOM, Refusal, Trouble};
@@ -199,7 +199,7 @@ fn the_figures_of_both_sides_add_up() {
         assert!(0.0 < report.downtime_ms && report.downtime_ms < report.total_ms);
 
         let rounds = left.events.iter().filter_map(|event| match event {
-            Event::Round(round) => Some(round.clone()),
+            MigrationEvent::Round(round) => Some(round.clone()),
             _ => None,
         });
         let rounds: Vec<_> = rounds.collect();

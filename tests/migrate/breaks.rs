@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use vhost_migrate::migrate::{Failure, MigrateError};
+use vhost_migrate::migrate::{MigrateError, MigrationFailure};
 use vhost_migrate::stream::frame::{FRAME_HEADER_BYTES, FrameKind, HEADER_BYTES};
 
 use crate::guest::{Guest, PATIENCE};
@@ -32,7 +32,7 @@ const STEPS: [(Way, At); 14] = [
 
 /// Migrates through a relay with a fault. The guest must be none the worse for it, and is returned with the failure
 /// after another migration.
-fn survives(mut guest: Guest, fault: Fault, how: &How) -> (Guest, Failure) {
+fn survives(mut guest: Guest, fault: Fault, how: &How) -> (Guest, MigrationFailure) {
     let mut how = how.clone();
     loop {
         let place = Place::new();
@@ -156,7 +156,7 @@ fn a_switchover_that_only_trickles_is_given_up_by_the_source_in_its_own_time() {
     let mut guest = Guest::running(128);
     for (way, at) in [(ToDestination, At::Frame(FrameKind::State, 0)), (ToSource, At::Frame(FrameKind::Ready, 0))] {
         let mut how = How::new();
-        how.plan.switchover_timeout = Some(Duration::from_millis(300));
+        how.parameters.switchover_timeout = Some(Duration::from_millis(300));
         let failure;
         (guest, failure) = survives(guest, Fault::new(way, at, SLOW), &how);
         assert!(matches!(failure.error, MigrateError::SwitchoverTimeout { .. }), "{way:?}: {failure}");
@@ -186,7 +186,7 @@ fn a_destination_that_waits_for_a_commit_gives_up_in_its_own_time() {
     let fault = Fault::new(ToSource, At::Frame(FrameKind::Ready, 0), SLOW);
     let relay = Relay::new(place.unix("relay"), &destination.uri, fault);
     let mut how = How::new();
-    how.plan.switchover_timeout = Some(Duration::from_secs(1));
+    how.parameters.switchover_timeout = Some(Duration::from_secs(1));
     let failure = leave(&mut guest, &relay.uri, &how).failure();
     drop(relay);
     let error = destination.join().nobody();

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use vhost_migrate::migrate::{Event, Failure, GuestLocation, Machine, MigrateError};
+use vhost_migrate::migrate::{GuestLocation, MigrateError, MigrationEvent, MigrationFailure, SourceVm};
 use vhost_migrate::stream::frame::{FRAME_HEADER_BYTES, FrameKind};
 use vhost_migrate::stream::record::{Commit, MemoryLayout, RoundEnd};
 use vhost_migrate::stream::{
@@ -34,7 +34,7 @@ const COMMIT_BYTES: u64 = HEADER + 3;
 /// A migration that is committed and whose connection then fails: the source asks, and lets go.
 fn resolved_by_a_question(fault: Fault, how: &How) {
     let (guest, left, destination, _relay) = through(fault, how);
-    assert!(left.events.iter().any(|event| matches!(event, Event::Asking { .. })), "{:?}", left.events);
+    assert!(left.events.iter().any(|event| matches!(event, MigrationEvent::Asking { .. })), "{:?}", left.events);
     left.outcome.unwrap();
     guest.assert_gone();
     destination.join().guest();
@@ -80,9 +80,9 @@ fn a_commit_that_does_not_arrive_whole_starts_nothing_and_the_source_goes_on() {
 #[test]
 fn a_source_that_can_reach_nobody_keeps_the_guest_until_it_is_told() {
     let brief = How::new().ask_for(Duration::from_millis(300));
-    let unknown = |failure: &Failure| {
+    let unknown = |failure: &MigrationFailure| {
         assert_eq!(failure.location, GuestLocation::OutcomeUnknown, "{failure}");
-        assert!(matches!(failure.error, MigrateError::Unresolved { .. }), "{failure}");
+        assert!(matches!(failure.error, MigrateError::OutcomeUnknown { .. }), "{failure}");
     };
     // The operator finds that the destination runs the guest, and lets go of it here.
     let fault = Fault::new(Way::ToSource, At::Frame(FrameKind::Started, 0), Deed::CutForGood);
@@ -107,7 +107,7 @@ fn a_destination_that_is_slow_to_start_is_asked_until_it_has() {
     let destination = Destination::new(&place.unix("socket"), Some(Refusal::SlowStart));
     let how = How::new().timeout(SLOW / 4);
     let left = leave(&mut guest, &destination.uri, &how);
-    assert!(left.events.iter().any(|event| matches!(event, Event::Asking { .. })), "{:?}", left.events);
+    assert!(left.events.iter().any(|event| matches!(event, MigrationEvent::Asking { .. })), "{:?}", left.events);
     left.outcome.unwrap();
     guest.assert_gone();
     destination.join().guest();
@@ -321,11 +321,11 @@ fn a_migration_called_off_at_its_destination_at_any_moment_leaves_the_guest_in_o
 #[test]
 fn a_migration_called_off_at_any_event_before_its_end_does_not_happen() {
     let mut guest = Guest::running(PAGES);
-    let moments: [fn(&Event) -> bool; 4] = [
-        |event| matches!(event, Event::Started { .. }),
-        |event| matches!(event, Event::Round(round) if round.round == 0),
-        |event| matches!(event, Event::Round(round) if round.round == 2),
-        |event| matches!(event, Event::Switchover { .. }),
+    let moments: [fn(&MigrationEvent) -> bool; 4] = [
+        |event| matches!(event, MigrationEvent::Started { .. }),
+        |event| matches!(event, MigrationEvent::Round(round) if round.round == 0),
+        |event| matches!(event, MigrationEvent::Round(round) if round.round == 2),
+        |event| matches!(event, MigrationEvent::Switchover { .. }),
     ];
     for (number, moment) in moments.iter().enumerate() {
         let place = Place::new();
@@ -333,7 +333,7 @@ fn a_migration_called_off_at_any_event_before_its_end_does_not_happen() {
         let mut how = How::new();
         if number == 2 {
             // So that there is such a round.
-            how.plan.policy.downtime = Duration::ZERO;
+            how.parameters.policy.downtime_limit = Duration::ZERO;
         }
         let cancel = how.options.cancel.clone();
         let left = leave_telling(&mut guest, &destination.uri, &how, |event| {

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use vhost_migrate::migrate::{Event, GuestLocation, MigrateError, migrate};
+use vhost_migrate::migrate::{GuestLocation, MigrateError, MigrationEvent, migrate};
 use vhost_migrate::stream::{StreamError, StreamOptions, transport};
 
 use crate::guest::{Calls, Guest, Trouble};
@@ -90,9 +90,9 @@ fn what_was_sent_while_the_guest_ran_is_on_disk_when_it_stops() {
     let channel = connection.channels[0].clone();
     let (mut sent, mut left) = (0, None);
     let mut guest = Guest::running(PAGES);
-    migrate(&mut guest, connection, &how.plan, limiter, cancel, &mut |event| match event {
-        Event::Round(_) => sent = channel.sent(),
-        Event::Switchover { .. } => left = Some(channel.unsynced()),
+    migrate(&mut guest, connection, &how.parameters, limiter, cancel, &mut |event| match event {
+        MigrationEvent::Round(_) => sent = channel.sent(),
+        MigrationEvent::Switchover { .. } => left = Some(channel.unsynced()),
         _ => {}
     })
     .unwrap();
@@ -106,7 +106,7 @@ fn a_guest_that_is_saved_to_go_on_does_and_what_is_saved_is_a_guest_too() {
     let place = Place::new();
     let file = uri(&format!("file:{}", place.path("guest")));
     let mut how = How::new();
-    how.plan.continue_here = true;
+    how.parameters.continue_here = true;
     let mut guest = Guest::running(PAGES);
     for times in 1..=2 {
         leave(&mut guest, &file, &how).outcome.unwrap();
@@ -117,7 +117,7 @@ fn a_guest_that_is_saved_to_go_on_does_and_what_is_saved_is_a_guest_too() {
     // Over anything else it would run twice.
     let destination = Destination::at(&place.unix("socket"));
     let failure = leave(&mut guest, &destination.uri, &how).failure();
-    assert!(matches!(failure.error, MigrateError::NoFile), "{failure}");
+    assert!(matches!(failure.error, MigrateError::NotAFile), "{failure}");
     assert_eq!(guest.calls.pauses, 2);
     destination.cancel().nobody();
     guest.stop();
@@ -133,7 +133,7 @@ fn a_save_that_fails_leaves_the_file_that_was_there() {
 
     let mut guest = Guest::running(PAGES).with(Trouble::StateFails);
     let failure = leave(&mut guest, &file, &How::new()).failure();
-    assert!(matches!(failure.error, MigrateError::Machine { .. }), "{failure}");
+    assert!(matches!(failure.error, MigrateError::Vm { .. }), "{failure}");
     assert_nothing_happened(guest, &failure);
 
     let folder = std::fs::read_dir(std::path::Path::new(&place.path("guest")).parent().unwrap()).unwrap();

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, Sender, TryRecvError, bounded, unbounded};
 use vhost_migrate::dirty::{DirtyError, DirtySource, Harvest, Log, LogSource, PageSet, UnionSource};
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
-use vhost_migrate::migrate::{Arrival, Machine, MachineError, RegionLayout};
+use vhost_migrate::migrate::{IncomingVm, RegionLayout, SourceVm, VmError};
 use vhost_migrate::stream::CancelToken;
 
 /// Where the second region begins.
@@ -242,7 +242,7 @@ impl Drop for Guest {
     }
 }
 
-impl Machine for Guest {
+impl SourceVm for Guest {
     fn memory(&self) -> Memory {
         self.memory.clone()
     }
@@ -251,7 +251,7 @@ impl Machine for Guest {
         Guest::is_running(self)
     }
 
-    fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, MachineError> {
+    fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, VmError> {
         let orders = match &self.vcpu {
             Vcpu::Running { orders, .. } => Some(orders.clone()),
             Vcpu::Stopped(_) => None,
@@ -260,17 +260,17 @@ impl Machine for Guest {
         Ok(Box::new(Tracked { tracker: self.tracker.clone(), memory, trouble: self.trouble, orders }))
     }
 
-    fn devices(&mut self) -> Result<Option<Vec<u8>>, MachineError> {
+    fn devices(&mut self) -> Result<Option<Vec<u8>>, VmError> {
         Ok(Some(DEVICES.into()))
     }
 
-    fn obstacle(&self) -> Option<String> {
+    fn blocker(&self) -> Option<String> {
         let Trouble::Away(time) = self.trouble else { return None };
         let is_away = self.away_since.get_or_init(Instant::now).elapsed() < time;
         is_away.then(|| "its disk is away".into())
     }
 
-    fn pause(&mut self) -> Result<(), MachineError> {
+    fn pause(&mut self) -> Result<(), VmError> {
         self.calls.pauses += 1;
         self.paused = self.is_running();
         if self.paused {
@@ -284,7 +284,7 @@ impl Machine for Guest {
     }
 
     /// The versions, then the random state.
-    fn state(&mut self) -> Result<Vec<u8>, MachineError> {
+    fn state(&mut self) -> Result<Vec<u8>, VmError> {
         if self.trouble == Trouble::StateFails {
             return Err("a device keeps its state to itself".into());
         }
@@ -294,7 +294,7 @@ impl Machine for Guest {
         Ok(state)
     }
 
-    fn resume(&mut self) -> Result<(), MachineError> {
+    fn resume(&mut self) -> Result<(), VmError> {
         self.calls.resumes += 1;
         if self.trouble == Trouble::ResumeFails {
             return Err("a ring does not start".into());
@@ -544,13 +544,13 @@ impl Cradle {
         Cradle { refuse, ..Cradle::default() }
     }
 
-    fn refuse(&self, when: Refusal) -> Result<(), MachineError> {
+    fn refuse(&self, when: Refusal) -> Result<(), VmError> {
         if self.refuse == Some(when) { Err(NO_ROOM.into()) } else { Ok(()) }
     }
 }
 
-impl Arrival for Cradle {
-    fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, MachineError> {
+impl IncomingVm for Cradle {
+    fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, VmError> {
         self.refuse(Refusal::Prepare)?;
         let memory = match self.refuse {
             Some(Refusal::OtherMemory) => make_memory(&layout(2)),
@@ -560,12 +560,12 @@ impl Arrival for Cradle {
         Ok(memory)
     }
 
-    fn prepare_devices(&mut self, devices: &[u8]) -> Result<(), MachineError> {
+    fn prepare_devices(&mut self, devices: &[u8]) -> Result<(), VmError> {
         assert!(self.memory.is_some() && devices == DEVICES);
         self.refuse(Refusal::Devices)
     }
 
-    fn restore(&mut self, state: &[u8]) -> Result<(), MachineError> {
+    fn restore(&mut self, state: &[u8]) -> Result<(), VmError> {
         self.refuse(Refusal::Restore)?;
         let memory = self.memory.take().unwrap();
         let (versions, random) = state.split_last_chunk().unwrap();
@@ -576,7 +576,7 @@ impl Arrival for Cradle {
         Ok(())
     }
 
-    fn start(&mut self, run: bool, _: &CancelToken) -> Result<Option<u64>, MachineError> {
+    fn start(&mut self, run: bool, _: &CancelToken) -> Result<Option<u64>, VmError> {
         self.refuse(Refusal::Start)?;
         if self.refuse == Some(Refusal::FirstStart) {
             self.refuse = None;

@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
-use vhost_migrate::migrate::{Failure, MigrateError, Policy};
+use vhost_migrate::migrate::{ConvergencePolicy, MigrateError, MigrationFailure};
 use vhost_migrate::stream::frame::{ConnectionHeader, HEADER_BYTES, VERSION};
 use vhost_migrate::stream::record::{Commit, MemoryLayout, RoundEnd, Started};
 use vhost_migrate::stream::{MigrationId, PageStats, StreamError, StreamListener};
@@ -16,7 +16,7 @@ use crate::trip::{Destination, How, Place, assert_nothing_happened, leave, optio
 
 const PAGES: u64 = 128;
 
-fn refused(refusal: Refusal) -> Failure {
+fn refused(refusal: Refusal) -> MigrationFailure {
     let place = Place::new();
     let mut guest = Guest::running(PAGES);
     let destination = Destination::new(&place.unix("socket"), Some(refusal));
@@ -44,7 +44,7 @@ fn a_destination_whose_devices_do_not_fit_says_so_while_the_guest_runs() {
     let destination = Destination::new(&place.unix("socket"), Some(Refusal::Devices));
     let mut how = How::new();
     // Nothing else ends it.
-    how.plan.policy = Policy { downtime: Duration::ZERO, max_rounds: u32::MAX };
+    how.parameters.policy = ConvergencePolicy { downtime_limit: Duration::ZERO, max_rounds: u32::MAX };
     let failure = leave(&mut guest, &destination.uri, &how).failure();
     assert!(failure.to_string().contains(NO_ROOM), "{failure}");
     destination.join().nobody();
@@ -85,7 +85,7 @@ fn a_source_whose_machine_fails_goes_on_and_tells_the_destination_why() {
             let mut how = How::new().channels(channels);
             if trouble == Trouble::HarvestFails {
                 // So that there are enough rounds.
-                how.plan.policy.downtime = Duration::ZERO;
+                how.parameters.policy.downtime_limit = Duration::ZERO;
             }
             let failure = leave(&mut guest, &destination.uri, &how).failure();
             assert!(failure.to_string().contains(why), "{failure}");
@@ -97,7 +97,7 @@ fn a_source_whose_machine_fails_goes_on_and_tells_the_destination_why() {
 }
 
 /// A destination that answers the layout with `first`, and the state with `second`.
-fn answers(first: ToSource, second: Option<ToSource>) -> Failure {
+fn answers(first: ToSource, second: Option<ToSource>) -> MigrationFailure {
     let place = Place::new();
     let listener = StreamListener::bind(&place.unix("socket")).unwrap();
     let at = listener.uri().clone();
@@ -192,7 +192,7 @@ fn from_the_future() -> [u8; HEADER_BYTES] {
 }
 
 /// A peer that answers a connection with these bytes.
-fn answered_with(bytes: &[u8]) -> Failure {
+fn answered_with(bytes: &[u8]) -> MigrationFailure {
     let place = Place::new();
     let at = place.unix("socket");
     let Uri::Unix(path) = &at else { panic!() };

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use vhost_migrate::memory::LOG_PAGE;
-use vhost_migrate::migrate::{Event, MigrateError, Policy, STALL_ROUNDS};
+use vhost_migrate::migrate::{ConvergencePolicy, MigrateError, MigrationEvent, STALL_ROUNDS};
 use vhost_migrate::stream::RateLimiter;
 
 use crate::guest::{Guest, PATIENCE, Trouble};
@@ -12,9 +12,9 @@ use crate::trip::{Destination, How, Place, assert_nothing_happened, leave};
 const PAGES: u64 = 512;
 
 /// A limit that a guest of this size takes about 50 ms to get through.
-fn limited(policy: Policy) -> How {
+fn limited(policy: ConvergencePolicy) -> How {
     let mut how = How::new();
-    how.plan.policy = policy;
+    how.parameters.policy = policy;
     how.options.limiter = RateLimiter::new(Some(40 << 20));
     how
 }
@@ -24,15 +24,15 @@ fn a_guest_that_writes_faster_than_the_link_is_given_up_running_and_says_so_befo
     let place = Place::new();
     let mut guest = Guest::running(PAGES).with(Trouble::Relentless);
     let destination = Destination::at(&place.unix("socket"));
-    let how = limited(Policy { downtime: Duration::from_millis(1), max_rounds: 8 });
+    let how = limited(ConvergencePolicy { downtime_limit: Duration::from_millis(1), max_rounds: 8 });
     let left = leave(&mut guest, &destination.uri, &how);
 
-    let rounds = left.events.iter().filter(|event| matches!(event, Event::Round(_))).count();
+    let rounds = left.events.iter().filter(|event| matches!(event, MigrationEvent::Round(_))).count();
     assert_eq!(rounds, 8);
-    let stalled = |event: &Event| matches!(event, Event::Stalled { .. });
+    let stalled = |event: &MigrationEvent| matches!(event, MigrationEvent::Stalled { .. });
     assert_eq!(left.events.iter().filter(|event| stalled(event)).count(), 1);
     let before = left.events.iter().position(stalled).unwrap();
-    let before = left.events[..before].iter().filter(|event| matches!(event, Event::Round(_))).count();
+    let before = left.events[..before].iter().filter(|event| matches!(event, MigrationEvent::Round(_))).count();
     assert_eq!(before, STALL_ROUNDS as usize);
 
     assert_eq!(guest.calls.pauses, 0, "the guest was never stopped");
@@ -48,10 +48,11 @@ fn the_same_guest_arrives_when_its_downtime_may_be_long_enough() {
     let place = Place::new();
     let mut guest = Guest::running(PAGES).with(Trouble::Relentless);
     let destination = Destination::at(&place.unix("socket"));
-    let left = leave(&mut guest, &destination.uri, &limited(Policy { downtime: PATIENCE, max_rounds: 8 }));
+    let left =
+        leave(&mut guest, &destination.uri, &limited(ConvergencePolicy { downtime_limit: PATIENCE, max_rounds: 8 }));
     let (mut pages, mut milliseconds) = (0, 0.0);
     for event in &left.events {
-        if let Event::Round(round) = event {
+        if let MigrationEvent::Round(round) = event {
             pages += round.pages_left;
             milliseconds += round.ms;
         }
@@ -66,7 +67,7 @@ fn the_same_guest_arrives_when_its_downtime_may_be_long_enough() {
 
 #[test]
 fn a_migration_waits_for_a_device_that_is_away_and_takes_rounds_at_their_time() {
-    // As in the documentation of `Machine::obstacle`.
+    // As in the documentation of `SourceVm::blocker`.
     const ROUND: Duration = Duration::from_secs(2);
     let place = Place::new();
     let mut guest = Guest::running(PAGES).with(Trouble::Away(ROUND * 3 / 2));
@@ -74,11 +75,15 @@ fn a_migration_waits_for_a_device_that_is_away_and_takes_rounds_at_their_time() 
     let begun = Instant::now();
     let left = leave(&mut guest, &destination.uri, &How::new());
     let took = begun.elapsed();
-    let count = |wanted: fn(&Event) -> bool| left.events.iter().filter(|event| wanted(event)).count();
-    assert_eq!(count(|event| matches!(event, Event::Waiting { .. })), 1, "{:?}", left.events);
+    let count = |wanted: fn(&MigrationEvent) -> bool| left.events.iter().filter(|event| wanted(event)).count();
+    assert_eq!(count(|event| matches!(event, MigrationEvent::Waiting { .. })), 1, "{:?}", left.events);
     // The first that finds it away, one for each time that was waited, and the last.
     let most = 2 + took.div_duration_f64(ROUND) as usize;
-    assert!(took >= ROUND * 3 / 2 && count(|event| matches!(event, Event::Round(_))) <= most, "{:?}", left.events);
+    assert!(
+        took >= ROUND * 3 / 2 && count(|event| matches!(event, MigrationEvent::Round(_))) <= most,
+        "{:?}",
+        left.events
+    );
     assert_eq!(guest.calls.pauses, 1, "it was stopped when all devices were there");
     left.outcome.unwrap();
     guest.assert_gone();
@@ -92,7 +97,7 @@ fn a_bandwidth_limit_which_the_switchover_lifts_is_not_part_of_its_forecast() {
     let destination = Destination::at(&place.unix("socket"));
     // All pages are dirty all the time: 2 s within the limit, some milliseconds without.
     let mut how = How::new();
-    how.plan.policy = Policy { downtime: Duration::from_secs(1), max_rounds: 2 };
+    how.parameters.policy = ConvergencePolicy { downtime_limit: Duration::from_secs(1), max_rounds: 2 };
     how.options.limiter = RateLimiter::new(Some(1 << 20));
     let left = leave(&mut guest, &destination.uri, &how);
     left.outcome.unwrap();
@@ -111,7 +116,9 @@ fn no_more_goes_out_than_the_bandwidth_limit_allows() {
         how.options.limiter = RateLimiter::new(Some(RATE));
         let left = leave(&mut guest, &destination.uri, &how);
         left.outcome.unwrap();
-        let Some(Event::Round(round)) = left.events.iter().find(|event| matches!(event, Event::Round(_))) else {
+        let Some(MigrationEvent::Round(round)) =
+            left.events.iter().find(|event| matches!(event, MigrationEvent::Round(_)))
+        else {
             panic!("no round in {:?}", left.events);
         };
         // What is written at once, a tenth of a second's worth at the most, is waited for afterwards.
@@ -132,7 +139,7 @@ fn the_advice_to_a_migration_that_does_not_converge_follows_what_limits_it() {
         let mut guest = Guest::running(PAGES).with(Trouble::Relentless);
         let destination = Destination::at(&place.unix("socket"));
         let mut how = How::new().codec(codec);
-        how.plan.policy = Policy { downtime: Duration::ZERO, max_rounds: 2 };
+        how.parameters.policy = ConvergencePolicy { downtime_limit: Duration::ZERO, max_rounds: 2 };
         how.options.limiter = RateLimiter::new(limit);
         let failure = leave(&mut guest, &destination.uri, &how).failure().to_string();
         assert!(failure.contains("no convergence") && failure.contains(advice), "{codec}, {limit:?}: {failure}");

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
-use vhost_migrate::migrate::{Incoming, MigrateError, Outcomes, receive};
+use vhost_migrate::migrate::{MigrateError, MigrationListener, Outcomes, receive};
 use vhost_migrate::stream::frame::{ConnectionHeader, FRAME_HEADER_BYTES, HEADER_BYTES};
 use vhost_migrate::stream::record::MemoryLayout;
 use vhost_migrate::stream::{
@@ -71,7 +71,7 @@ fn a_stranger_that_begins_its_memory_layout_and_does_not_end_it_keeps_no_source_
 fn a_stranger_whose_memory_layout_is_accepted_and_that_does_not_go_on_keeps_no_source_out() {
     let place = Place::new();
     let uri = place.unix("destination");
-    let incoming = Incoming::start(StreamListener::bind(&uri).unwrap(), Outcomes::default()).unwrap();
+    let incoming = MigrationListener::start(StreamListener::bind(&uri).unwrap(), Outcomes::default()).unwrap();
     let Uri::Unix(path) = &uri else { panic!() };
     let mut stranger = UnixStream::connect(path).unwrap();
     stranger.write_all(&[&header(1, 1).encode()[..], &opening(1)].concat()).unwrap();

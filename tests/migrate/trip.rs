@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 use vhost_migrate::migrate::{
-    Event, Failure, GuestLocation, Incoming, MigrateError, Outcomes, Plan, Policy, Received, Report, migrate, receive,
+    ConvergencePolicy, GuestLocation, IncomingReport, MigrateError, MigrationEvent, MigrationFailure,
+    MigrationListener, MigrationParameters, MigrationReport, Outcomes, migrate, receive,
 };
 use vhost_migrate::stream::{Codec, StreamError, StreamListener, StreamOptions, Uri, transport};
 
@@ -15,20 +16,20 @@ use crate::guest::{Cradle, Guest, PATIENCE, Refusal};
 /// How to migrate.
 #[derive(Clone)]
 pub(crate) struct How {
-    pub(crate) plan: Plan,
+    pub(crate) parameters: MigrationParameters,
     pub(crate) options: StreamOptions,
 }
 
 impl How {
     /// Patient, and with a downtime that any writer here allows.
     pub(crate) fn new() -> How {
-        let policy = Policy { downtime: PATIENCE, max_rounds: 100 };
+        let policy = ConvergencePolicy { downtime_limit: PATIENCE, max_rounds: 100 };
         How {
-            plan: Plan {
+            parameters: MigrationParameters {
                 policy,
                 codec: Codec::None,
                 verify: false,
-                ask_for: PATIENCE,
+                outcome_query_timeout: PATIENCE,
                 switchover_timeout: None,
                 continue_here: false,
             },
@@ -42,12 +43,12 @@ impl How {
     }
 
     pub(crate) fn codec(mut self, codec: &str) -> How {
-        self.plan.codec = codec.parse().unwrap();
+        self.parameters.codec = codec.parse().unwrap();
         self
     }
 
     pub(crate) fn verify(mut self) -> How {
-        self.plan.verify = true;
+        self.parameters.verify = true;
         self
     }
 
@@ -57,7 +58,7 @@ impl How {
     }
 
     pub(crate) fn ask_for(mut self, time: Duration) -> How {
-        self.plan.ask_for = time;
+        self.parameters.outcome_query_timeout = time;
         self
     }
 
@@ -73,12 +74,12 @@ pub(crate) fn options() -> StreamOptions {
 
 /// How a migration ended at the source.
 pub(crate) struct Left {
-    pub(crate) outcome: Result<Report, Failure>,
-    pub(crate) events: Vec<Event>,
+    pub(crate) outcome: Result<MigrationReport, MigrationFailure>,
+    pub(crate) events: Vec<MigrationEvent>,
 }
 
 impl Left {
-    pub(crate) fn failure(self) -> Failure {
+    pub(crate) fn failure(self) -> MigrationFailure {
         self.outcome.expect_err("the migration should have failed")
     }
 }
@@ -89,30 +90,30 @@ pub(crate) fn leave(guest: &mut Guest, uri: &Uri, how: &How) -> Left {
 }
 
 /// The same, and `tell` hears of every event as it happens.
-pub(crate) fn leave_telling(guest: &mut Guest, uri: &Uri, how: &How, mut tell: impl FnMut(&Event)) -> Left {
+pub(crate) fn leave_telling(guest: &mut Guest, uri: &Uri, how: &How, mut tell: impl FnMut(&MigrationEvent)) -> Left {
     let mut events = Vec::new();
     let outcome = match transport::connect(uri, &how.options) {
         Ok(connection) => {
             let StreamOptions { limiter, cancel, .. } = &how.options;
-            let outcome = migrate(guest, connection, &how.plan, limiter, cancel, &mut |event| {
+            let outcome = migrate(guest, connection, &how.parameters, limiter, cancel, &mut |event| {
                 tell(&event);
                 events.push(event);
             });
             let last = match &outcome {
-                Ok(report) => Event::Completed(report.clone()),
-                Err(failure) => Event::Failed { message: failure.to_string(), location: failure.location },
+                Ok(report) => MigrationEvent::Completed(report.clone()),
+                Err(failure) => MigrationEvent::Failed { message: failure.to_string(), location: failure.location },
             };
             assert_eq!(events.last(), Some(&last), "the last event says how it ended");
             outcome
         }
-        Err(error) => Err(Failure { error: error.into(), location: GuestLocation::RunningHere }),
+        Err(error) => Err(MigrationFailure { error: error.into(), location: GuestLocation::RunningHere }),
     };
     Left { outcome, events }
 }
 
 /// What came out of a destination.
 pub(crate) struct Arrived {
-    pub(crate) outcome: Result<Received, MigrateError>,
+    pub(crate) outcome: Result<IncomingReport, MigrateError>,
     /// Bytes of frames read from the wire.
     pub(crate) bytes: u64,
     guest: Option<Guest>,
@@ -133,7 +134,7 @@ impl Arrived {
 
     /// The guest, which is here and does not run.
     pub(crate) fn paused(self) -> Guest {
-        assert!(matches!(self.outcome, Ok(Received { running: false, .. }) | Err(MigrateError::NotStarted(_))));
+        assert!(matches!(self.outcome, Ok(IncomingReport { running: false, .. }) | Err(MigrateError::NotStarted(_))));
         let mut guest = self.guest.unwrap();
         assert!(!guest.is_running());
         guest.check().unwrap();
@@ -151,7 +152,7 @@ impl Arrived {
 pub(crate) struct Destination {
     pub(crate) uri: Uri,
     pub(crate) outcomes: Outcomes,
-    incoming: Arc<Incoming>,
+    incoming: Arc<MigrationListener>,
     thread: JoinHandle<Arrived>,
 }
 
@@ -168,7 +169,7 @@ impl Destination {
     pub(crate) fn limited(uri: &Uri, refuse: Option<Refusal>, switchover_timeout: Duration) -> Destination {
         let listener = StreamListener::bind(uri).unwrap();
         let (uri, outcomes) = (listener.uri().clone(), Outcomes::default());
-        let incoming = Arc::new(Incoming::start(listener, outcomes.clone()).unwrap());
+        let incoming = Arc::new(MigrationListener::start(listener, outcomes.clone()).unwrap());
         let (its, waits) = (outcomes.clone(), incoming.clone());
         let thread = std::thread::spawn(move || {
             let arriving = match waits.next() {
@@ -232,7 +233,7 @@ pub(crate) fn uri(text: &str) -> Uri {
 }
 
 /// Moves a running guest to a good destination and returns it as it goes on there.
-pub(crate) fn travel(mut guest: Guest, to: &Uri, how: &How) -> (Guest, Report) {
+pub(crate) fn travel(mut guest: Guest, to: &Uri, how: &How) -> (Guest, MigrationReport) {
     let destination = Destination::at(to);
     let left = leave(&mut guest, &destination.uri, how);
     let arrived = destination.join();
@@ -243,14 +244,14 @@ pub(crate) fn travel(mut guest: Guest, to: &Uri, how: &How) -> (Guest, Report) {
 
 /// What must hold after every migration that failed before its commit: the guest is here, whole, and goes elsewhere
 /// the next time, where it is returned from.
-pub(crate) fn assert_nothing_happened(mut guest: Guest, failure: &Failure) -> Guest {
+pub(crate) fn assert_nothing_happened(mut guest: Guest, failure: &MigrationFailure) -> Guest {
     assert_eq!(failure.location, GuestLocation::RunningHere, "{failure}");
     guest.assert_here();
     let place = Place::new();
     travel(guest, &place.unix("second"), &How::new().channels(2)).0
 }
 
-pub(crate) fn stream_error(failure: &Failure) -> &StreamError {
+pub(crate) fn stream_error(failure: &MigrationFailure) -> &StreamError {
     match &failure.error {
         MigrateError::Stream(error) => error,
         other => panic!("not an error of the stream: {other}"),

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use io_uring::{IoUring, opcode, types};
 use vhost_migrate::dirty::{DirtySource, Log, LogSource, PageSet, Pagemap, UnionSource};
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
-use vhost_migrate::migrate::{Event, GuestLocation, Machine, MachineError, MigrateError, migrate};
+use vhost_migrate::migrate::{GuestLocation, MigrateError, MigrationEvent, SourceVm, VmError, migrate};
 use vhost_migrate::stream::transport;
 
 use crate::guest::{Guest, HIGH, Refusal, Trouble};
@@ -44,7 +44,7 @@ fn a_dirty_source_that_sees_nothing_fails_the_migration_and_the_guest_goes_on() 
     let destination = Destination::at(&place.unix("socket"));
     let failure = leave(&mut guest, &destination.uri, &How::new().channels(2).verify()).failure();
     assert!(matches!(&failure.error, MigrateError::Destination(words) if words.contains("differ")), "{failure}");
-    assert!(matches!(destination.join().nobody(), MigrateError::Different { .. }));
+    assert!(matches!(destination.join().nobody(), MigrateError::MemoryDiffers { .. }));
     assert_nothing_happened(guest, &failure);
 }
 
@@ -79,45 +79,45 @@ impl Still {
         let connection = transport::connect(&destination.uri, &how.options).unwrap();
         let (memory, mut rounds) = (self.memory.clone(), 0);
         let (limiter, cancel) = (&how.options.limiter, &how.options.cancel);
-        let outcome = migrate(&mut self, connection, &how.plan, limiter, cancel, &mut |event| {
-            if let Event::Switchover { .. } = event {
+        let outcome = migrate(&mut self, connection, &how.parameters, limiter, cancel, &mut |event| {
+            if let MigrationEvent::Switchover { .. } = event {
                 write(&memory);
                 rounds += 1;
             }
         });
         assert_eq!(rounds, 1);
         match destination.join().outcome {
-            Err(MigrateError::Different { pages, named }) => {
+            Err(MigrateError::MemoryDiffers { pages, first_different: named }) => {
                 let failure = outcome.unwrap_err();
                 assert!(failure.location == GuestLocation::RunningHere && !self.paused, "{failure}");
                 Some((pages, named, failure.to_string()))
             }
             // It always refuses the state, and gets as far as that if memory is right.
-            Err(MigrateError::Machine { .. }) => None,
+            Err(MigrateError::Vm { .. }) => None,
             other => panic!("{other:?}"),
         }
     }
 }
 
-impl Machine for Still {
+impl SourceVm for Still {
     fn memory(&self) -> Memory {
         self.memory.clone()
     }
 
-    fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, MachineError> {
+    fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, VmError> {
         Ok(Box::new(UnionSource::new(std::mem::take(&mut self.sources))))
     }
 
-    fn pause(&mut self) -> Result<(), MachineError> {
+    fn pause(&mut self) -> Result<(), VmError> {
         self.paused = true;
         Ok(())
     }
 
-    fn state(&mut self) -> Result<Vec<u8>, MachineError> {
+    fn state(&mut self) -> Result<Vec<u8>, VmError> {
         Ok(Vec::new())
     }
 
-    fn resume(&mut self) -> Result<(), MachineError> {
+    fn resume(&mut self) -> Result<(), VmError> {
         self.paused = false;
         Ok(())
     }

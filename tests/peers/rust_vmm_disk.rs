@@ -13,7 +13,8 @@ use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestError};
 use vhost_migrate::migrate::{
-    ASK_FOR, GuestArrival, GuestMachine, Outcomes, Plan, Policy, SWITCHOVER_TIMEOUT, migrate, receive,
+    ConvergencePolicy, GuestIncomingVm, GuestSourceVm, MigrationParameters, OUTCOME_QUERY_TIMEOUT, Outcomes,
+    SWITCHOVER_TIMEOUT, migrate, receive,
 };
 use vhost_migrate::stream::{Codec, StreamListener, StreamOptions, transport};
 
@@ -89,7 +90,7 @@ fn a_guest_moves_between_two_of_them_by_what_they_have_marked() {
         let (ours, theirs) = (options(), options());
         let socket = format!("unix:{}", lab.file(&format!("migration{trip}")).display());
         let listener = StreamListener::bind(&socket.parse().unwrap()).unwrap();
-        let mut arrival = GuestArrival::new(vec![backends[trip % 2].socket().into()]).unwrap();
+        let mut arrival = GuestIncomingVm::new(vec![backends[trip % 2].socket().into()]).unwrap();
         let leaving = Mutex::new(Some(guest));
         std::thread::scope(|scope| {
             let arrived = scope.spawn(|| {
@@ -97,15 +98,15 @@ fn a_guest_moves_between_two_of_them_by_what_they_have_marked() {
                 receive(&mut arrival, connection, &theirs.cancel, &Outcomes::default(), SWITCHOVER_TIMEOUT)
             });
             let connection = transport::connect(listener.uri(), &ours).unwrap();
-            let plan = Plan {
-                policy: Policy { downtime: DEADLINE, max_rounds: 100 },
+            let plan = MigrationParameters {
+                policy: ConvergencePolicy { downtime_limit: DEADLINE, max_rounds: 100 },
                 codec: Codec::None,
                 verify: false,
-                ask_for: ASK_FOR,
+                outcome_query_timeout: OUTCOME_QUERY_TIMEOUT,
                 switchover_timeout: None,
                 continue_here: false,
             };
-            let mut machine = GuestMachine::new(&leaving).unwrap();
+            let mut machine = GuestSourceVm::new(&leaving).unwrap();
             migrate(&mut machine, connection, &plan, &ours.limiter, &ours.cancel, &mut |_| {}).unwrap();
             arrived.join().unwrap().unwrap();
         });

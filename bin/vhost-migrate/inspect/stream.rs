@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use vhost_migrate::abi::vhost_user::DiskGeneration;
-use vhost_migrate::migrate::saved_disks;
+use vhost_migrate::migrate::decode_saved_disks;
 use vhost_migrate::stream::frame::ConnectionHeader;
 use vhost_migrate::stream::hashes::pages_in;
 use vhost_migrate::stream::pages::PageBatch;
@@ -89,7 +89,7 @@ pub(super) fn inspect(file: &Path, lines: &Lines) -> Result<Found, String> {
                 reader.beginning(&frame, &mut body).map_err(told)?;
                 state_bytes = frame.length;
                 lines.print(format_args!("  state of {state_bytes} bytes"));
-                disks = saved_disks(&body);
+                disks = decode_saved_disks(&body);
                 for (number, disk) in disks.iter().flatten().enumerate() {
                     match disk {
                         Some(disk) => lines.print(format_args!(
