@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::machine::{IncomingVm, RegionLayout, SourceVm, VmError};
+use super::vm::{IncomingVm, RegionLayout, SourceVm, VmError};
 use crate::abi::virtio::VIRTIO_ID_BLOCK;
 use crate::dirty::{DirtySource, Pagemap, UnionSource};
 use crate::frontend::{Device, FrontendError, Interrupt, UserDevice, UserOptions};

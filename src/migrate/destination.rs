@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Sender, bounded};
 
 use super::error::MigrateError;
-use super::machine::{IncomingVm, VmError};
 use super::outcomes::Outcomes;
 use super::populate::{Arrived, populate};
 use super::time_limit::TimeLimit;
+use super::vm::{IncomingVm, VmError};
 use crate::memory::LOG_PAGE;
 use crate::stream::record::{Commit, DataRuns, MemoryLayout, Started};
 use crate::stream::{

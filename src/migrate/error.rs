@@ -6,8 +6,8 @@ use crate::dirty::DirtyError;
 use crate::memory::LOG_PAGE;
 use crate::stream::StreamError;
 
-use super::machine::VmError;
 use super::report::GuestLocation;
+use super::vm::VmError;
 
 /// Why a migration failed.
 #[derive(Debug, thiserror::Error)]

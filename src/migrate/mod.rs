@@ -2,7 +2,7 @@
 //!
 //! | file | purpose |
 //! |---|---|
-//! | `machine` | what a migration needs from whoever owns the guest |
+//! | `vm` | what a migration needs from whoever owns the guest |
 //! | `source` | rounds, switchover, and the way back when something fails |
 //! | `destination` | pages into place, restore, start |
 //! | `populate` | the destination's memory, provided ahead |
@@ -22,13 +22,13 @@ mod converge;
 mod destination;
 mod error;
 mod incoming;
-mod machine;
 mod measure;
 mod outcomes;
 mod populate;
 mod report;
 mod source;
 mod time_limit;
+mod vm;
 
 pub use builtin::{
     GuestIncomingVm, GuestSourceVm, InterruptOnCancel, connect_backends, decode_guest_state, decode_saved_disks,
@@ -38,8 +38,8 @@ pub use converge::{Convergence, ConvergencePolicy, NextStep, RoundResult, RoundT
 pub use destination::{IncomingReport, SWITCHOVER_TIMEOUT, receive};
 pub use error::{MigrateError, MigrationFailure};
 pub use incoming::{IncomingMigration, MigrationListener};
-pub use machine::{IncomingVm, RegionLayout, SourceVm, VmError};
 pub use measure::measure_dirty_rate;
 pub use outcomes::Outcomes;
 pub use report::{GuestLocation, MigrationEvent, MigrationReport, RoundReport};
 pub use source::{MigrationParameters, OUTCOME_QUERY_TIMEOUT, migrate};
+pub use vm::{IncomingVm, RegionLayout, SourceVm, VmError};

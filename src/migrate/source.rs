@@ -21,9 +21,9 @@ use crossbeam::channel::{RecvTimeoutError, bounded};
 
 use super::converge::{Convergence, ConvergencePolicy, NextStep, RoundResult, RoundTime, STALL_ROUNDS};
 use super::error::{MigrateError, MigrationFailure};
-use super::machine::SourceVm;
 use super::report::{GuestLocation, MigrationEvent, MigrationReport, RoundReport};
 use super::time_limit::TimeLimit;
+use super::vm::SourceVm;
 use crate::dirty::{DirtySource, PageSet};
 use crate::memory::{LOG_PAGE, Memory};
 use crate::stream::record::{Commit, DataRuns, MemoryLayout, RoundEnd, Started};
