@@ -53,7 +53,7 @@ pub enum PagemapError {
 /// - of KVM vCPUs, which have page tables of their own.
 ///
 /// Whoever makes such writes must mark them in a [`Log`](super::Log), harvested beside this source in a
-/// [`UnionSource`](super::UnionSource). [`Plan::verify`](crate::migrate::Plan::verify) finds writers that were forgotten: it compares
+/// [`UnionSource`](super::UnionSource). [`MigrationParameters::verify`](crate::migrate::MigrationParameters::verify) finds writers that were forgotten: it compares
 /// all memory by hashes before the guest is handed over.
 ///
 /// A clean GiB costs 0.7 ms per harvest; a thread pays 1.4 µs at its first write to a page after one.
