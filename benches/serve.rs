@@ -3,7 +3,7 @@
 //! A device that does nothing, a ring of 256, batches of 64 requests of three descriptors: the driver publishes a batch,
 //! kicks, and waits in a loop until all of it is used; all of that is in the clock. First as it is in a process without
 //! `--metrics`, then with the recorder that `--metrics` installs. Then a signal to the driver alone, beside a write to the same eventfd,
-//! which a peer can make wait (rule F9).
+//! which a peer can make wait (rule F9.1).
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 mod race;

@@ -277,8 +277,8 @@ fn an_answer_that_breaks_the_protocol_is_named_and_ends_the_connection() {
         ("F2", raw(Request::GET_STATUS, 1, number.as_bytes())),
         ("F2", raw(Request::GET_STATUS, 0xd, number.as_bytes())),
         ("F1", reply(Request::GET_FEATURES, number.as_bytes())),
-        ("S1", reply(Request::GET_STATUS, &[0; 4])),
-        ("S1", reply(Request::GET_STATUS, &[0; 16])),
+        ("F3.1", reply(Request::GET_STATUS, &[0; 4])),
+        ("F3.1", reply(Request::GET_STATUS, &[0; 16])),
         ("F6", reply(Request::GET_STATUS, &vec![0; 4097])),
         ("F6", Header { request: Request::GET_STATUS.0, flags: 5, size: u32::MAX }.as_bytes().to_vec()),
     ];
@@ -295,7 +295,7 @@ fn an_answer_that_breaks_the_protocol_is_named_and_ends_the_connection() {
             }
             other => panic!("{other} for {shown}"),
         }
-        assert!(expected == "S1" || device.needs_reconnect(), "what follows can't be trusted: {shown}");
+        assert!(expected == "F3.1" || device.needs_reconnect(), "what follows can't be trusted: {shown}");
     }
 }
 

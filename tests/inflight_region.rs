@@ -222,7 +222,7 @@ fn contents_that_cannot_be_true_are_refused_with_their_rule() {
     assert!(matches!(refused(&region(4, 0, 1, &[(1, 1, 700, 1)]), 2), InflightError::Index { index: 700, .. }));
     assert!(matches!(refused(&good, 5), InflightError::UsedIndex { region: 0, ring: 5, .. }));
     assert!(matches!(refused(&region(4, 0, 0, &[(0, 0, 0, u64::MAX)]), 0), InflightError::Counter));
-    assert!(refused(&good, 5).to_string().contains("rule I3"));
+    assert!(refused(&good, 5).to_string().contains("I3.1"));
 }
 
 #[test]
@@ -404,7 +404,7 @@ fn packed_contents_that_cannot_be_true_are_refused_with_their_rule() {
     assert!(matches!(refused(&|b| b.u16(at(1) + 2, 900)), InflightError::Chain { head: 1 }), "no entry");
     assert!(matches!(refused(&|b| b.u16(at(1) + 6, 900)), InflightError::Outstanding { descs: 901, ring_size: 4 }));
     assert!(matches!(refused(&|b| b.u64(at(2) + 8, u64::MAX)), InflightError::Counter));
-    assert!(refused(&|b| b.u16(18, 4)).to_string().contains("rule I4"));
+    assert!(refused(&|b| b.u16(18, 4)).to_string().contains("I4.5"));
     let fresh = recover_packed(&vec![0; good.len()], 4, 4, RingBase::from_bits(0x8004_8004), unused).unwrap_err();
     assert!(matches!(fresh, InflightError::Position { index: 4, .. }), "a base outside the ring");
 }

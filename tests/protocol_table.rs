@@ -239,23 +239,26 @@ fn sources() -> Vec<PathBuf> {
 
 /// True if this has the form of a rule (`R3`) or of an obligation (`R3.2`).
 fn is_id(word: &str) -> bool {
-    let Some(numbers) = word.strip_prefix(|c: char| "FBRTLIMCDPG".contains(c)) else { return false };
+    // X is for rules that do not exist, in tests.
+    let Some(numbers) = word.strip_prefix(|c: char| c.is_ascii_uppercase() && c != 'X') else { return false };
     let mut numbers = numbers.split('.');
     let is_number = |number: &str| (1..=2).contains(&number.len()) && number.bytes().all(|byte| byte.is_ascii_digit());
     let is_first = numbers.next().is_some_and(is_number);
     is_first && numbers.next().is_none_or(is_number) && numbers.next().is_none()
 }
 
-/// What a text cites: obligations anywhere, and rules behind the word "rule" or "rules", alone or in a list.
+/// What a text cites: obligations anywhere, and rules behind the word "rule" or "rules", alone or in a list, or in quotes.
 fn citations(text: &str) -> impl Iterator<Item = &str> {
+    let quoted = text.split('"').filter(|quoted| is_id(quoted));
     let words = text.split(|c: char| c != '.' && !c.is_ascii_alphanumeric()).map(|word| word.trim_matches('.'));
     let mut listed = false;
-    words.filter(|word| !word.is_empty()).filter(move |word| {
+    let named = words.filter(|word| !word.is_empty()).filter(move |word| {
         let is_id = is_id(word);
         listed = matches!(*word, "rule" | "rules" | "Rule" | "Rules")
             || listed && (is_id || matches!(*word, "and" | "to" | "or"));
         is_id && (listed || word.contains('.'))
-    })
+    });
+    named.chain(quoted)
 }
 
 #[test]
@@ -264,7 +267,7 @@ fn a_citation_is_found_in_every_form() {
     assert_eq!(of("as it must (rule L10)."), ["L10"]);
     assert_eq!(of("(rules B1 and B3.1), T2"), ["B1", "B3.1", "T2"]);
     assert_eq!(of("Rule R3, and\n/// then (P1.4), but F16 is a type"), ["R3", "P1.4"]);
-    assert_eq!(of("rule: \"I3.2\", size: R8"), ["I3.2"]);
+    assert_eq!(of("read(\"F3\"), size: R8"), ["F3"]);
 }
 
 #[test]
@@ -274,12 +277,12 @@ fn every_citation_names_a_rule_or_an_obligation_that_exists() {
     let mut count = 0;
     for file in sources().iter().filter(|file| !file.ends_with("tests/protocol_table.rs")) {
         let text = fs::read_to_string(file).unwrap();
-        let cited: Vec<_> = citations(&text).collect();
+        let cited: BTreeSet<_> = citations(&text).collect();
         count += cited.len();
         let unknown: BTreeSet<_> = cited.into_iter().filter(|id| !known.contains(id)).collect();
         assert!(unknown.is_empty(), "{} cites {unknown:?}, which docs/protocol.md does not have", file.display());
     }
-    assert!(count > 500, "only {count} citations");
+    assert!(count > 300, "only {count} citations");
     // Within the page, rules are cited without that word.
     let words = PAGE.split(|c: char| c != '.' && !c.is_ascii_alphanumeric()).map(|word| word.trim_matches('.'));
     let unknown: BTreeSet<_> = words.filter(|word| is_id(word) && !known.contains(word)).collect();

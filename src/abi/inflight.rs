@@ -4,7 +4,7 @@
 use super::wire;
 use zerocopy::little_endian::{U16, U32, U64};
 
-/// Version of an initialised region; 0 means fresh or reset (rule I7).
+/// Version of an initialised region; 0 means fresh or reset (rules I5.1, I7.1).
 pub const VERSION: u16 = 1;
 /// Every queue's part of the region is rounded up to this many bytes.
 pub const QUEUE_ALIGN: u64 = 64;
@@ -54,7 +54,7 @@ wire! {
         counter: U64 => 8,
     }
 
-    /// Head of a packed ring's part; the `old_` fields are the committed state (rule I4).
+    /// Head of a packed ring's part; the `old_` fields are the committed state (rule I4.2).
     PackedHeader, 32 bytes {
         /// 0.
         features: U64 => 0,

@@ -116,7 +116,7 @@ wire! {
         driver_addr: u64 => 16,
         /// IOVA of the device area.
         device_addr: u64 => 24,
-        /// Where the ring continues (rule V3); of a split ring see [`VqStatePacked::as_split`].
+        /// Where the ring continues, as SET_VRING_BASE put it; of a split ring see [`VqStatePacked::as_split`].
         state: VqStatePacked => 32,
         /// 1 if enabled.
         ready: u8 => 40,
@@ -258,9 +258,9 @@ pub const VDUSE_IOTLB_GET_INFO: u32 = iowr::<IovaInfo>(VDUSE_BASE, 0x1a);
 
 /// Version with groups and address spaces.
 pub const VDUSE_API_VERSION_1: u64 = 1;
-/// VDUSE feature bit: the device is told when a ring is enabled (rule V2).
+/// VDUSE feature bit: the device is told when a ring is enabled (newer kernels only).
 pub const VDUSE_F_QUEUE_READY: u32 = 0;
-/// VDUSE feature bit: the device can be suspended (rule V2).
+/// VDUSE feature bit: the device can be suspended (newer kernels only).
 pub const VDUSE_F_SUSPEND: u32 = 1;
 /// Reads the VDUSE features the kernel offers, u64.
 pub const VDUSE_GET_FEATURES: u32 = ior::<u64>(VDUSE_BASE, 0x04);

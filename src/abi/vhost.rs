@@ -63,7 +63,7 @@ wire! {
         used_user_addr: u64 => 16,
         /// Available ring (packed: driver event area), likewise.
         avail_user_addr: u64 => 24,
-        /// Guest-physical address under which used-ring writes are logged (rules L3, L5).
+        /// Guest-physical address under which used-ring writes are logged (rules L3.3, L5.1).
         log_guest_addr: u64 => 32,
     }
 
@@ -184,7 +184,7 @@ pub const VHOST_FILE_UNBIND: i32 = -1;
 /// Alignment of region addresses and sizes, bytes.
 pub const VHOST_PAGE_SIZE: u64 = 0x1000;
 
-/// Feature bit: log every write to guest memory; may be changed while running (rule L3).
+/// Feature bit: log every write to guest memory; may be changed while running (rules L3.1, R1.4).
 pub const VHOST_F_LOG_ALL: u32 = 26;
 /// Feature bit of vhost-net: it adds and strips the virtio-net header itself.
 pub const VHOST_NET_F_VIRTIO_NET_HDR: u32 = 27;
@@ -232,21 +232,21 @@ pub const VHOST_BACKEND_F_SUSPEND: u32 = 4;
 pub const VHOST_GET_FEATURES: u32 = ior::<u64>(VHOST_VIRTIO, 0x00);
 /// Acknowledges feature bits, u64.
 pub const VHOST_SET_FEATURES: u32 = iow::<u64>(VHOST_VIRTIO, 0x00);
-/// Makes the calling process the owner; must come first (rule K1).
+/// Makes the calling process the owner; must come first, other calls fail with EPERM.
 pub const VHOST_SET_OWNER: u32 = io(VHOST_VIRTIO, 0x01);
 /// Gives ownership up and resets the device.
 pub const VHOST_RESET_OWNER: u32 = io(VHOST_VIRTIO, 0x02);
 /// Sets the memory table: [`MemoryHeader`] and regions.
 pub const VHOST_SET_MEM_TABLE: u32 = iow::<MemoryHeader>(VHOST_VIRTIO, 0x03);
-/// Sets the address of the dirty log, u64; there is no size (rule K1).
+/// Sets the address of the dirty log, u64; there is no size.
 pub const VHOST_SET_LOG_BASE: u32 = iow::<u64>(VHOST_VIRTIO, 0x04);
-/// Sets the eventfd signalled after logging, -1 unsets (rule L12).
+/// Sets the eventfd signalled after logging, -1 unsets (rules L12.1, L12.2).
 pub const VHOST_SET_LOG_FD: u32 = iow::<i32>(VHOST_VIRTIO, 0x07);
 /// Sets a ring's size, entries.
 pub const VHOST_SET_VRING_NUM: u32 = iow::<VringState>(VHOST_VIRTIO, 0x10);
 /// Sets a ring's addresses.
 pub const VHOST_SET_VRING_ADDR: u32 = iow::<VringAddr>(VHOST_VIRTIO, 0x11);
-/// Sets where a ring continues (rule R4).
+/// Sets where a ring continues (rules R4.1, R4.2).
 pub const VHOST_SET_VRING_BASE: u32 = iow::<VringState>(VHOST_VIRTIO, 0x12);
 /// Reads where a ring stopped.
 pub const VHOST_GET_VRING_BASE: u32 = iowr::<VringState>(VHOST_VIRTIO, 0x12);

@@ -8,7 +8,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 pub use super::vhost::{IotlbMsg, VHOST_F_LOG_ALL, VHOST_VRING_F_LOG, VringAddr, VringState};
 
-/// Feature bit of SET_FEATURES: protocol features are spoken; rings start disabled (rule R1).
+/// Feature bit of SET_FEATURES: protocol features are spoken; rings start disabled (rules R1.1, R2.1).
 pub const VHOST_USER_F_PROTOCOL_FEATURES: u32 = 30;
 /// Bytes of guest memory per bit of the dirty log.
 pub const VHOST_LOG_PAGE: u64 = 4096;
@@ -17,7 +17,7 @@ pub const VHOST_MEMORY_BASELINE_NREGIONS: usize = 8;
 /// Memory slots of libvhost-user when the seed of its header was taken; today it is
 /// [`VHOST_USER_MAX_RAM_SLOTS_TODAY`].
 pub const VHOST_USER_MAX_RAM_SLOTS: usize = 32;
-/// Memory slots that a front-end may want (rule M1).
+/// Memory slots that a front-end may want (rule M1.3).
 pub const VHOST_USER_MAX_RAM_SLOTS_TODAY: usize = 509;
 /// Largest ring of libvhost-user, entries.
 pub const VIRTQUEUE_MAX_SIZE: usize = 1024;
@@ -54,10 +54,10 @@ pub const UML_SUPPORTED_F: u64 = super::bit(VHOST_USER_F_PROTOCOL_FEATURES);
 pub const UML_SUPPORTED_PROTOCOL_F: u64 = super::bit(protocol_feature::REPLY_ACK)
     | super::bit(protocol_feature::BACKEND_REQ)
     | super::bit(protocol_feature::CONFIG);
-/// Regions in every SET_MEM_TABLE of user-mode Linux, whatever its `nregions` says (rule F6).
+/// Regions in every SET_MEM_TABLE of user-mode Linux, whatever its `nregions` says (rule F6.2).
 pub const UML_MEM_TABLE_REGIONS: usize = 2;
 
-/// Numbers that the specification has not settled (rule I8). They are off unless asked for, and only here.
+/// Numbers that the specification has not settled (rule I8.1). They are off unless asked for, and only here.
 pub mod unstable {
     /// Protocol feature: GET_VRING_BASE leaves requests marked in the inflight region.
     pub const F_GET_VRING_BASE_INFLIGHT: u32 = 20;
@@ -105,7 +105,7 @@ pub mod protocol_feature {
         LOG_SHMFD = 1;
         /// SEND_RARP.
         RARP = 2;
-        /// Need-reply and its u64 (rule F4).
+        /// Need-reply and its u64 (rule F4.1).
         REPLY_ACK = 3;
         /// NET_SET_MTU.
         MTU = 4;
@@ -137,7 +137,7 @@ pub mod protocol_feature {
         XEN_MMAP = 17;
         /// Shared objects by UUID.
         SHARED_OBJECT = 18;
-        /// SET_DEVICE_STATE_FD and CHECK_DEVICE_STATE (rule D1).
+        /// SET_DEVICE_STATE_FD and CHECK_DEVICE_STATE (rules D1.2, D1.4).
         DEVICE_STATE = 19;
         /// Unstable, see [`unstable`](super::unstable).
         GET_VRING_BASE_INFLIGHT = super::unstable::F_GET_VRING_BASE_INFLIGHT;
@@ -198,7 +198,7 @@ codes! {
         SET_FEATURES = 2;
         /// The sender owns the session.
         SET_OWNER = 3;
-        /// Deprecated (rule R8).
+        /// Deprecated (rule R8.1).
         RESET_OWNER = 4;
         /// Memory table: [`MemoryHeader`], regions, one fd each.
         SET_MEM_TABLE = 5;
@@ -212,7 +212,7 @@ codes! {
         SET_VRING_ADDR = 9;
         /// Where a ring continues: [`VringState`].
         SET_VRING_BASE = 10;
-        /// Stops a ring and tells where: [`VringState`] (rule R3).
+        /// Stops a ring and tells where: [`VringState`] (rule R3.1).
         GET_VRING_BASE = 11;
         /// Eventfd of new buffers; starts the ring: u64 of [`VRING_IDX_MASK`] and [`VRING_NOFD_MASK`].
         SET_VRING_KICK = 12;
@@ -258,7 +258,7 @@ codes! {
         SET_INFLIGHT_FD = 32;
         /// Socket of a GPU device.
         GPU_SET_SOCKET = 33;
-        /// Disables rings, resets device state, keeps the owner (rule R8).
+        /// Disables rings, resets device state, keeps the owner (rule R8.2).
         RESET_DEVICE = 34;
         /// A kick inside the connection: [`VringState`].
         VRING_KICK = 35;
@@ -318,14 +318,14 @@ impl Header {
     pub const FLAG_VERSION_MASK: u32 = 0x3;
     /// This is a reply.
     pub const FLAG_REPLY: u32 = 0x4;
-    /// The sender wants a reply also where there is none by nature (rule F4).
+    /// The sender wants a reply also where there is none by nature (rule F4.1).
     pub const FLAG_NEED_REPLY: u32 = 0x8;
-    /// The flags of every reply (rule F2).
+    /// The flags of every reply (rule F2.2).
     pub const REPLY_FLAGS: u32 = Self::FLAG_VERSION | Self::FLAG_REPLY;
 }
 
 wire! {
-    /// Header of every message (rule F1).
+    /// Header of every message (rule F1.1).
     Header, 12 bytes {
         /// A [`Request`] or, on the back-end channel, a [`BackendRequest`].
         request: u32 => 0,
@@ -400,7 +400,7 @@ wire! {
         offset: u64 => 16,
     }
 
-    /// Payload of GET_INFLIGHT_FD and SET_INFLIGHT_FD, with the tail padding that peers send (rule F6).
+    /// Payload of GET_INFLIGHT_FD and SET_INFLIGHT_FD, with the tail padding that peers send (rule F6.3).
     InflightDescription, 24 bytes {
         /// Bytes of the region.
         mmap_size: u64 => 0,

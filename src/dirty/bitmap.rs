@@ -53,8 +53,8 @@ impl LogSwitch {
 
     /// Installs `log`, or none.
     ///
-    /// When this returns, nobody marks in the former log any more (rule L9), every write that is not marked in the
-    /// new one is visible to all threads, and every later write is marked (rule L7): acknowledge now.
+    /// When this returns, nobody marks in the former log any more (rule L9.1), every write that is not marked in the
+    /// new one is visible to all threads, and every later write is marked (rule L7.2): acknowledge now.
     ///
     /// # Errors
     /// What the system says of the barrier; the log is installed, but must not be acknowledged.

@@ -1,4 +1,4 @@
-//! Taking the marks out of a log: one algorithm over a small vector trait, for whichever width the CPU has (rule L13).
+//! Taking the marks out of a log: one algorithm over a small vector trait, for whichever width the CPU has (rule L13.1).
 //!
 //! Zero blocks are skipped wide; words that are not zero are swapped for zero one by one, because others may be
 //! marking in them; after all writers have stopped, whole blocks are moved. Where the log is and which parts of it

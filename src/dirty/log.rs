@@ -1,7 +1,7 @@
 //! The shared dirty log of VHOST_SET_LOG_BASE and VHOST_USER_SET_LOG_BASE: map or create, mark, burst, signal.
 //!
-//! One bit per 4 KiB page of guest-physical memory, byte `page / 8`, bit `page % 8` (rule L1), in memory that several
-//! processes change at once (rule L11): every write here is an atomic read-modify-write. Scanning and clearing is in
+//! One bit per 4 KiB page of guest-physical memory, byte `page / 8`, bit `page % 8` (rule L1.1), in memory that several
+//! processes change at once (rule L11.1): every write here is an atomic read-modify-write. Scanning and clearing is in
 //! `harvest`; when to log and where to is the business of whoever holds the [`Log`].
 
 use std::cell::Cell;
@@ -32,11 +32,11 @@ const SPARSE_RATIO: u64 = 8;
 #[non_exhaustive]
 pub enum LogError {
     /// A log of no bytes.
-    #[error("the dirty log has size 0: give it one bit per 4 KiB page of guest memory (rule L2)")]
+    #[error("the dirty log has size 0: give it one bit per 4 KiB page of guest memory (rule L2.3)")]
     Empty,
     /// The file ends before the log does; touching the rest would be a SIGBUS.
     #[error(
-        "the dirty log needs {size} bytes at offset {offset}, but its file has {file} bytes: enlarge the file (rule L2)"
+        "the dirty log needs {size} bytes at offset {offset}, but its file has {file} bytes: enlarge the file (rule L2.2)"
     )]
     ShortFile {
         /// Bytes of log asked for.
@@ -47,7 +47,7 @@ pub enum LogError {
         file: u64,
     },
     /// The log would not start at a whole 64-bit word.
-    #[error("the dirty log starts at offset {offset}, which is no multiple of 8: align it (rule L2)")]
+    #[error("the dirty log starts at offset {offset}, which is no multiple of 8: align it (rule L2.3)")]
     Misaligned {
         /// Where in the file it would start, in bytes.
         offset: u64,
@@ -85,7 +85,7 @@ pub struct Log {
 
 impl Log {
     /// Maps a log that somebody else made: `size` bytes at `offset` of `fd` (vhost-user spec,
-    /// "VHOST_USER_SET_LOG_BASE"; rule L2).
+    /// "VHOST_USER_SET_LOG_BASE"; rule L2.1).
     ///
     /// Any size is taken: each of its bytes counts, and none beyond is written.
     ///
@@ -138,10 +138,10 @@ impl Log {
         self.size.saturating_mul(8)
     }
 
-    /// Marks the pages of the guest-physical bytes `gpa..gpa + len`, after they were written (rules L1, L10).
+    /// Marks the pages of the guest-physical bytes `gpa..gpa + len`, after they were written (rules L1.3, L10.1).
     ///
     /// One unconditional atomic or per word, which is also the barrier between the data and the bit. Pages outside
-    /// the log, and ranges that wrap around, are counted and nothing else (rule L6).
+    /// the log, and ranges that wrap around, are counted and nothing else (rules L6.1, L6.2).
     #[inline]
     pub fn mark(&self, gpa: u64, len: u64) {
         self.set::<false>(gpa, len);
@@ -150,14 +150,14 @@ impl Log {
     /// Begins a burst of marks for data that is already written: **all data writes must precede this call**.
     ///
     /// The burst may skip the atomic or where the bit is set already, because a fence stands between the data writes
-    /// and its looks at the bits (rule L10); this call is that fence. Later data needs another burst.
+    /// and its looks at the bits (rule L10.2); this call is that fence. Later data needs another burst.
     #[inline]
     pub fn burst(&self) -> Burst<'_> {
         fence(Ordering::SeqCst);
         Burst { log: self, changed: Cell::new(false) }
     }
 
-    /// Marks pages again that a harvest took out but that could not be sent (rule L14).
+    /// Marks pages again that a harvest took out but that could not be sent (rule L14.1).
     pub fn put_back(&self, pages: &PageSet) {
         let burst = self.burst();
         pages.runs().for_each(|run| burst.mark(run.start * LOG_PAGE, (run.end - run.start) * LOG_PAGE));
@@ -188,7 +188,7 @@ impl Log {
     }
 
     /// Marks in `new` the pages that are marked here. This log does not change, so that whoever still reads it finds the
-    /// same marks (rule L9).
+    /// same marks (rule L9.3).
     pub fn copy_to(&self, new: &Log) {
         let (burst, words) = (new.burst(), self.words());
         let copy = |index: usize, mut bits: u64| {
@@ -211,12 +211,12 @@ impl Log {
         });
     }
 
-    /// How many pages outside the log were to be marked so far (rule L6); each is a page that a migration would lose.
+    /// How many pages outside the log were to be marked so far (rule L6.2); each is a page that a migration would lose.
     pub fn out_of_range(&self) -> u64 {
         self.out_of_range.load(Ordering::Relaxed)
     }
 
-    /// Takes all marks out of the log and adds their pages to `into`, while others go on marking (rule L13).
+    /// Takes all marks out of the log and adds their pages to `into`, while others go on marking (rule L13.1).
     ///
     /// Read the pages only after this returns. `into` grows to the size of the log if it is smaller.
     pub fn harvest(&self, into: &mut PageSet) -> Harvest {
@@ -337,7 +337,7 @@ impl Log {
         if self.out_of_range.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more) == Ok(0) {
             limited!(
                 warn,
-                "write at guest-physical {gpa:#x} reaches outside the dirty log of {} pages: not marked (rule L6)",
+                "write at guest-physical {gpa:#x} reaches outside the dirty log of {} pages: not marked (rule L6.2)",
                 self.pages()
             );
         }
@@ -381,7 +381,7 @@ impl Burst<'_> {
     }
 
     /// Ends the burst with a signal to whoever waits for dirty pages, if it marked any page that was clean: at most
-    /// one signal for the whole burst (rule L12).
+    /// one signal for the whole burst (rule L12.1).
     ///
     /// # Errors
     /// What the system says of the write; the marks are in the log in any case.
@@ -390,7 +390,7 @@ impl Burst<'_> {
     }
 }
 
-/// The eventfd of VHOST_USER_SET_LOG_FD and VHOST_SET_LOG_FD, signalled after marking (rule L12).
+/// The eventfd of VHOST_USER_SET_LOG_FD and VHOST_SET_LOG_FD, signalled after marking (rule L12.1).
 #[derive(Debug)]
 pub struct LogSignal(OwnedFd);
 
@@ -463,7 +463,7 @@ mod tests {
         assert_eq!(nix::sys::uio::pwrite(fd, &vec![byte; size], 0).unwrap(), size);
     }
 
-    /// What rule L1 says in so many words, on a log of `size` bytes; returns the pages outside.
+    /// What rule L1.3 says in so many words, on a log of `size` bytes; returns the pages outside.
     fn oracle(log: &mut [u8], gpa: u64, len: u64) -> u128 {
         let pages = match len {
             0 => return 0,
@@ -483,14 +483,14 @@ mod tests {
     fn a_log_that_cannot_be_used_is_refused_with_its_rule() {
         let fd = memfd(100);
         let error = |size, offset| Log::map(fd.as_fd(), size, offset).unwrap_err().to_string();
-        assert!(error(0, 0).contains("L2"), "{}", error(0, 0));
+        assert!(error(0, 0).contains("L2.3"), "{}", error(0, 0));
         assert!(matches!(Log::map(fd.as_fd(), 0, 0), Err(LogError::Empty)));
         assert!(matches!(Log::map(fd.as_fd(), 8, 4), Err(LogError::Misaligned { offset: 4 })));
         assert!(matches!(Log::map(fd.as_fd(), 101, 0), Err(LogError::ShortFile { file: 100, .. })));
         assert!(matches!(Log::map(fd.as_fd(), 93, 8), Err(LogError::ShortFile { .. })));
         assert!(matches!(Log::map(fd.as_fd(), u64::MAX, 8), Err(LogError::ShortFile { .. })));
         assert!(matches!(Log::map(fd.as_fd(), u64::MAX - 7, 0), Err(LogError::ShortFile { .. })));
-        assert!(error(101, 0).contains("101 bytes at offset 0") && error(101, 0).contains("L2"));
+        assert!(error(101, 0).contains("101 bytes at offset 0") && error(101, 0).contains("L2.2"));
         assert!(Log::map(fd.as_fd(), 92, 8).is_ok());
         assert!(matches!(Log::create(0), Err(LogError::Empty)));
     }

@@ -97,7 +97,7 @@ impl PageSet {
 
     /// Adds all pages of `other`, growing if it has room for more.
     ///
-    /// This is also how pages that could not be sent are put back (rule L14).
+    /// This is also how pages that could not be sent are put back (rule L14.1).
     pub fn union(&mut self, other: &PageSet) {
         self.grow(other.capacity);
         for (index, word) in other.nonzero_words() {

@@ -36,7 +36,7 @@ impl DeviceLog {
         DeviceLog::default()
     }
 
-    /// Takes over LOG_ALL: when this returns, all later writes are marked, or none is (rule L7). The end of logging is the end
+    /// Takes over LOG_ALL: when this returns, all later writes are marked, or none is (rules L7.2, L7.3). The end of logging is the end
     /// of its log, which the front-end then releases.
     pub fn acked_features(&self, features: u64) {
         let on = features & bit(VHOST_F_LOG_ALL) != 0;
@@ -47,7 +47,7 @@ impl DeviceLog {
         state.on = on;
     }
 
-    /// Takes over a new memory table, in which a log that is there goes on (rule L9). What was written to its regions
+    /// Takes over a new memory table, in which a log that is there goes on (rule L9.2). What was written to its regions
     /// before this call is marked now.
     pub fn update_memory(&self, memory: &GuestMemoryMmap<RegionBitmap>) {
         for region in memory.iter() {
@@ -210,7 +210,7 @@ pub struct LogMemory {
 }
 
 impl MemRegionBitmap for LogMemory {
-    /// Takes a log of any size: pages outside it are not marked (rule L6).
+    /// Takes a log of any size: pages outside it are not marked (rule L6.1).
     fn new<R: GuestMemoryRegion>(region: &R, log: Arc<MmapLogReg>) -> io::Result<LogMemory> {
         // The crate does not say how long a log is, but whether memory up to a page fits.
         let fits = |pages: u64| AtomicBitmapMmap::new(&Span(pages * LOG_PAGE), Arc::clone(&log)).is_ok();
@@ -227,7 +227,7 @@ impl LogMemory {
     fn mark(&self, gpa: u64, len: u64) {
         let last = gpa.saturating_add(len.saturating_sub(1)) / LOG_PAGE;
         for page in gpa / LOG_PAGE..self.pages.min(last + 1) {
-            // After the data (rule L10).
+            // After the data (rule L10.1).
             self.log[(page / 8) as usize].fetch_or(1 << (page % 8), Ordering::Release);
         }
     }

@@ -39,7 +39,7 @@ pub trait DirtySource: Send {
 
     /// Adds the pages written since the last harvest (or the start) to `into`, and forgets them.
     ///
-    /// Read the pages only after this returns (rule L13).
+    /// Read the pages only after this returns (rule L13.1).
     ///
     /// # Errors
     /// If the source failed; `into` keeps what was found until then, and is grown where it was too small.
@@ -53,7 +53,7 @@ pub trait DirtySource: Send {
         self.harvest(into)
     }
 
-    /// Takes back pages that were harvested but could not be sent: the next harvest reports them again (rule L14).
+    /// Takes back pages that were harvested but could not be sent: the next harvest reports them again (rule L14.1).
     fn put_back(&mut self, pages: &PageSet);
 
     /// Stops to track. A source can be started again.

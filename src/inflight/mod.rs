@@ -26,7 +26,7 @@ use crate::memory::MemoryError;
 #[non_exhaustive]
 pub enum InflightError {
     /// No queues, or a size that no ring has.
-    #[error("an inflight region for {queues} queues of {queue_size} entries: use 1 or more of 1 to 32768 (rule I1)")]
+    #[error("an inflight region for {queues} queues of {queue_size} entries: use 1 or more of 1 to 32768 (rule I1.2)")]
     Shape {
         /// Queues.
         queues: u16,
@@ -34,7 +34,7 @@ pub enum InflightError {
         queue_size: u16,
     },
     /// The region is smaller than its queues need.
-    #[error("the inflight region has {size} bytes, but its queues need {needed} (rule I1)")]
+    #[error("the inflight region has {size} bytes, but its queues need {needed} (rule I1.2)")]
     TooSmall {
         /// Bytes offered.
         size: u64,
@@ -42,19 +42,19 @@ pub enum InflightError {
         needed: u64,
     },
     /// The region starts where its counters would not be aligned.
-    #[error("the inflight region starts at offset {offset}, which is no multiple of 8: align it (rule I1)")]
+    #[error("the inflight region starts at offset {offset}, which is no multiple of 8: align it (rule I1.2)")]
     Misaligned {
         /// Offset in the file, bytes.
         offset: u64,
     },
     /// The file can't be made or mapped, or is shorter than the region.
-    #[error("inflight region: {0} (rule I1)")]
+    #[error("inflight region: {0} (rule I1.1)")]
     Map(#[from] MemoryError),
     /// The system refused to make the file.
     #[error("can't make an inflight region: {0}")]
     Create(#[from] std::io::Error),
     /// A queue that the region has no part for.
-    #[error("the inflight region has no queue {queue}, only {queues} (rule I1)")]
+    #[error("the inflight region has no queue {queue}, only {queues} (rule I1.2)")]
     NoQueue {
         /// Queue.
         queue: u16,
@@ -62,7 +62,7 @@ pub enum InflightError {
         queues: u16,
     },
     /// A ring with more entries than the region tracks.
-    #[error("a ring of {ring_size} entries, but the inflight region has room for {queue_size} (rule I1)")]
+    #[error("a ring of {ring_size} entries, but the inflight region has room for {queue_size} (rule I1.2)")]
     RingTooLarge {
         /// Entries of the ring.
         ring_size: u16,
@@ -70,19 +70,19 @@ pub enum InflightError {
         queue_size: u16,
     },
     /// The region is for rings of the other kind.
-    #[error("the inflight region is for {kind:?} rings, the ring is of the other kind (rule I1)")]
+    #[error("the inflight region is for {kind:?} rings, the ring is of the other kind (rule I1.2)")]
     RingKind {
         /// Kind of the region.
         kind: RingKind,
     },
     /// Written by a version that is not known here.
-    #[error("inflight region of version {version}: this is for version 1, and 0 when fresh (rules I3, I4)")]
+    #[error("inflight region of version {version}: this is for version 1, and 0 when fresh (rules I1.2, I5.1)")]
     Version {
         /// Version found.
         version: u16,
     },
     /// The region describes a ring of another size.
-    #[error("inflight region of a ring of {desc_num} entries where {queue_size} are expected (rule I1)")]
+    #[error("inflight region of a ring of {desc_num} entries where {queue_size} are expected (rule I1.2)")]
     DescNum {
         /// Size found.
         desc_num: u16,
@@ -90,7 +90,7 @@ pub enum InflightError {
         queue_size: u16,
     },
     /// A mark that is neither set nor clear.
-    #[error("inflight entry {head} is marked with {mark}, neither 0 nor 1: the region is damaged (rules I3, I4)")]
+    #[error("inflight entry {head} is marked with {mark}, neither 0 nor 1: the region is damaged (rule I1.2)")]
     Mark {
         /// Entry.
         head: u16,
@@ -98,7 +98,9 @@ pub enum InflightError {
         mark: u8,
     },
     /// The list of the last batch leaves the entries.
-    #[error("the last batch of the inflight region names entry {index} of {queue_size}: it is damaged (rule I3)")]
+    #[error(
+        "the last batch of the inflight region names entry {index} of {queue_size}: it is damaged (rules I1.2, I3.1)"
+    )]
     Index {
         /// Entry named.
         index: u16,
@@ -108,7 +110,7 @@ pub enum InflightError {
     /// The ring has moved by more than one batch since the region was written.
     #[error(
         "the inflight region is of used index {region}, the ring is at {ring}, further than its {queue_size} entries: \
-         they don't belong together (rule I3)"
+         they don't belong together (rule I3.1)"
     )]
     UsedIndex {
         /// Used index in the region.
@@ -119,7 +121,7 @@ pub enum InflightError {
         queue_size: u16,
     },
     /// A used position outside the ring, or a wrap counter that is none.
-    #[error("used position {index} with wrap counter {wrap} in a ring of {ring_size} entries (rule I4)")]
+    #[error("used position {index} with wrap counter {wrap} in a ring of {ring_size} entries (rules I1.2, I4.5)")]
     Position {
         /// Position found.
         index: u16,
@@ -130,20 +132,22 @@ pub enum InflightError {
     },
     /// A request whose entries are none, not its own, or not as many as it says.
     #[error(
-        "the request in flight at entry {head} has no chain of entries of its own: the region is damaged (rule I4)"
+        "the request in flight at entry {head} has no chain of entries of its own: the region is damaged (rules I1.2, I4.1)"
     )]
     Chain {
         /// First entry of the request.
         head: u16,
     },
     /// The last batch was published, and can't be told from what is still in flight.
-    #[error("the list of free entries from {head} on does not hold the last batch: the region is damaged (rule I4)")]
+    #[error(
+        "the list of free entries from {head} on does not hold the last batch: the region is damaged (rules I1.2, I4.3)"
+    )]
     Batch {
         /// Head of the list.
         head: u16,
     },
     /// More in flight than the ring has.
-    #[error("{descs} descriptors in flight in a ring of {ring_size}: they don't belong together (rule I4)")]
+    #[error("{descs} descriptors in flight in a ring of {ring_size}: they don't belong together (rule I4.5)")]
     Outstanding {
         /// Descriptors marked.
         descs: u32,
@@ -151,6 +155,6 @@ pub enum InflightError {
         ring_size: u16,
     },
     /// A counter after which there is none.
-    #[error("the request counter of the inflight region is used up: it is damaged (rule I6)")]
+    #[error("the request counter of the inflight region is used up: it is damaged (rule I6.1)")]
     Counter,
 }

@@ -3,7 +3,7 @@
 //! A packed ring overwrites a request's descriptors with what is used, in any order: so each request is copied into
 //! entries of the region, which come from a list of free ones, and is known by its first entry from then on. The
 //! header has the free list and the used position twice, as they are and as last committed. Between them lies a batch
-//! that is being published, and the ring itself tells whether it was (rule I4).
+//! that is being published, and the ring itself tells whether it was (rules I4.2, I4.3).
 //!
 //! | step | stores | killed after any of them |
 //! |---|---|---|
@@ -187,7 +187,7 @@ impl<S: StoreSink> PackedInflight<S> {
         self.sink.u64(USED_AT, used_word(self.used.get(), self.used.get()));
     }
 
-    /// Forgets everything, as a reset of the device wants it: the region counts as fresh (rule I7).
+    /// Forgets everything, as a reset of the device wants it: the region counts as fresh (rule I7.1).
     pub fn reset(mut self) {
         self.sink.u16(VERSION_AT, 0);
     }
@@ -207,7 +207,7 @@ pub struct PackedRecovery {
     /// predecessor was killed while it wrote a batch, after these and before the first, which would have made them
     /// visible. As they stand the driver would come upon them when the one before them is used.
     pub stale: Vec<(u16, u16)>,
-    /// Counter of the next request taken (rule I6).
+    /// Counter of the next request taken (rule I6.1).
     pub next_counter: u64,
     ring_size: u16,
     used: Position,
@@ -346,7 +346,7 @@ pub fn recover_packed(
     })
 }
 
-/// A fresh region: the version comes last, so that a crash on the way leaves it fresh (rules I4, I5).
+/// A fresh region: the version comes last, so that a crash on the way leaves it fresh (rules I4.7, I5.2).
 fn initialise(
     entries: &[PackedEntry],
     base: RingBase,

@@ -61,7 +61,7 @@ impl InflightRegion {
         Ok(kind.queue_bytes(queue_size) * u64::from(queues))
     }
 
-    /// Makes a fresh region and the fd to share it by, a memfd that can't shrink (rule I1).
+    /// Makes a fresh region and the fd to share it by, a memfd that can't shrink (rule I1.1).
     ///
     /// # Errors
     /// A shape that no device has, or what the system says.
@@ -72,7 +72,7 @@ impl InflightRegion {
         Ok((region, fd))
     }
 
-    /// Maps the region that VHOST_USER_SET_INFLIGHT_FD describes: `size` bytes from `offset` of `fd` (rule I1).
+    /// Maps the region that VHOST_USER_SET_INFLIGHT_FD describes: `size` bytes from `offset` of `fd` (rules I1.1, I1.2).
     ///
     /// What is in it is checked ring by ring, by [`InflightRegion::split`] or [`InflightRegion::packed`].
     ///
@@ -145,7 +145,7 @@ impl InflightRegion {
         Ok((PackedInflight::resume(mapped, &recovery), recovery))
     }
 
-    /// Makes every queue count as fresh, as a reset of the device wants it (rule I7). No queue may be running.
+    /// Makes every queue count as fresh, as a reset of the device wants it (rule I7.1). No queue may be running.
     pub fn reset(&self) {
         for queue in 0..self.queues {
             if let Ok(mut mapped) = self.mapped(queue) {

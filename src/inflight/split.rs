@@ -75,7 +75,7 @@ impl<S: StoreSink> SplitInflight<S> {
         self.sink.u16(USED_IDX_AT, used_idx);
     }
 
-    /// Forgets everything, as a reset of the device wants it: the region counts as fresh (rule I7).
+    /// Forgets everything, as a reset of the device wants it: the region counts as fresh (rule I7.1).
     pub fn reset(mut self) {
         self.sink.u16(VERSION_AT, 0);
     }
@@ -91,7 +91,7 @@ pub struct SplitRecovery {
     pub resubmit: Vec<u16>,
     /// Where the avail ring goes on, whatever base the front-end gave; `None` on a fresh region, where the base counts.
     pub next_avail: Option<u16>,
-    /// Counter of the next request taken (rule I6).
+    /// Counter of the next request taken (rule I6.1).
     pub next_counter: u64,
     /// Head of the list that the next batch is put before.
     pub last_batch_head: u16,

@@ -132,7 +132,7 @@ impl OwnPageTable {
 /// Splits runs of pages into data and holes, and remembers the extent that was found last.
 ///
 /// What is a hole was one at some time since this was made, and the pages read as zero then: whoever clears the dirty
-/// bits of pages before makes a new `ExtentFinder` afterwards and takes holes for zeros loses nothing (rule L13).
+/// bits of pages before makes a new `ExtentFinder` afterwards and takes holes for zeros loses nothing (rule L13.1).
 #[derive(Debug, Default)]
 pub struct ExtentFinder {
     last: Range<u64>,

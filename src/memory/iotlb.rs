@@ -70,7 +70,7 @@ pub enum TranslationError {
 #[non_exhaustive]
 pub enum IotlbError {
     /// No bytes, or more than there are behind the address.
-    #[error("translation of {size:#x} bytes at {iova:#x} to {user:#x}: empty, or it wraps around (rule T2)")]
+    #[error("translation of {size:#x} bytes at {iova:#x} to {user:#x}: empty, or it wraps around (rule T2.2)")]
     Range {
         /// I/O virtual address.
         iova: u64,
@@ -81,7 +81,7 @@ pub enum IotlbError {
     },
     /// Bits that mean nothing.
     #[error(
-        "translation at {iova:#x} with permission {permission}: only bits 0 (read) and 1 (write) are known (rule T2)"
+        "translation at {iova:#x} with permission {permission}: only bits 0 (read) and 1 (write) are known (rule T2.2)"
     )]
     Permission {
         /// I/O virtual address.
@@ -111,7 +111,7 @@ struct IotlbEntry {
 }
 
 impl Iotlb {
-    /// Notes that `size` bytes at `iova` lie at `user` in the front-end, in place of what was known of them (rule T2).
+    /// Notes that `size` bytes at `iova` lie at `user` in the front-end, in place of what was known of them (rule T2.3).
     /// No permission at all is noted too: that is how a front-end says no.
     ///
     /// # Errors

@@ -25,17 +25,17 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, VolatileSlice};
 
 /// The unit of every dirty log and of every page this crate moves: 4096 bytes of guest-physical memory, whatever the
-/// page size of the host or the guest (rule L1).
+/// page size of the host or the guest (rule L1.1).
 pub const LOG_PAGE: u64 = 4096;
 
 /// Why memory can't be used the way that was asked.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MemoryError {
-    /// The mapping described lies outside the file (rule M1).
+    /// The mapping described lies outside the file (rule M1.5).
     #[error(
         "region at {gpa:#x}: needs bytes {offset:#x}..{end:#x} of a file that has {file_size:#x}: \
-         pass an fd of the region's full size (rule M1)"
+         pass an fd of the region's full size (rule M1.5)"
     )]
     FileTooSmall {
         /// Guest-physical start of the region.
@@ -47,16 +47,16 @@ pub enum MemoryError {
         /// Size of the file, bytes.
         file_size: u64,
     },
-    /// A region of no bytes, or one whose end leaves the 64-bit address space (rule M1).
-    #[error("region at {gpa:#x} with size {size:#x} is empty or wraps around the address space (rule M1)")]
+    /// A region of no bytes, or one whose end leaves the 64-bit address space (rule M1.4).
+    #[error("region at {gpa:#x} with size {size:#x} is empty or wraps around the address space (rule M1.4)")]
     BadRange {
         /// Guest-physical start of the region.
         gpa: u64,
         /// Size, bytes.
         size: u64,
     },
-    /// Two regions claim the same addresses (rule M1).
-    #[error("regions at {first:#x} and {second:#x} overlap in {space} addresses (rule M1)")]
+    /// Two regions claim the same addresses (rule M1.4).
+    #[error("regions at {first:#x} and {second:#x} overlap in {space} addresses (rule M1.4)")]
     Overlap {
         /// Guest-physical start of one region.
         first: u64,
@@ -78,7 +78,7 @@ pub enum MemoryError {
     /// A part of a ring behind an IOMMU that can't be mapped in one piece.
     #[error(
         "{len:#x} bytes at {addr:#x} behind the IOMMU are scattered over guest memory, and not cut between pages of 4 KiB: \
-         translate whole pages (rule T4)"
+         translate whole pages (rule T4.1)"
     )]
     Scattered {
         /// I/O virtual address.
@@ -108,7 +108,7 @@ impl Memory {
     /// Puts regions together, in any order.
     ///
     /// # Errors
-    /// [`MemoryError::Overlap`] if two of them share a guest-physical or a front-end address (rule M1).
+    /// [`MemoryError::Overlap`] if two of them share a guest-physical or a front-end address (rule M1.4).
     pub fn new(regions: impl IntoIterator<Item = Arc<Region>>) -> Result<Memory, MemoryError> {
         let mut regions: Vec<Arc<Region>> = regions.into_iter().collect();
         let overlap = |regions: &[Arc<Region>], start: fn(&Region) -> u64, space| {

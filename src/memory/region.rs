@@ -93,7 +93,7 @@ impl Region {
     ///
     /// # Errors
     /// [`MemoryError::BadRange`] and [`MemoryError::FileTooSmall`] before anything is mapped, [`MemoryError::Map`] if
-    /// the system refuses (rule M1).
+    /// the system refuses (rule M1.5).
     pub fn map(
         fd: BorrowedFd<'_>,
         gpa: u64,

@@ -1,4 +1,4 @@
-//! Memory whose pages come when somebody touches them: userfaultfd, as postcopy uses it (rule P1).
+//! Memory whose pages come when somebody touches them: userfaultfd, as postcopy uses it (rules P1.2, P1.4).
 //!
 //! Whoever touches a page of registered memory that is not there yet waits until it is placed and woken for. The fd can
 //! be handed to another process, which then hears of the faults of this one and wakes for them, by addresses of this

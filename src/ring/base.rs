@@ -8,7 +8,7 @@ use super::Position;
 use crate::abi::bit;
 use crate::abi::virtio::VIRTIO_F_RING_PACKED;
 
-/// The 32-bit state of a ring, split or packed (vhost-user spec, "Vring state"; rule R4).
+/// The 32-bit state of a ring, split or packed (vhost-user spec, "Vring state"; rules R4.1, R4.2).
 ///
 /// Split: the next avail index in the low 16 bits, free-running. Packed: bits 0-14 the avail position, bit 15 its wrap
 /// counter, bits 16-30 the used position, bit 31 its wrap counter.
@@ -16,7 +16,7 @@ use crate::abi::virtio::VIRTIO_F_RING_PACKED;
 pub struct RingBase(u32);
 
 impl RingBase {
-    /// The base of a fresh packed ring: both positions 0, both wrap counters 1 (rule R4).
+    /// The base of a fresh packed ring: both positions 0, both wrap counters 1 (rule R4.2).
     pub const PACKED_START: RingBase = RingBase::packed(0, true, 0, true);
 
     /// A split ring's base: the next avail index to be taken.
@@ -71,7 +71,7 @@ impl RingBase {
 
     /// Where the device writes the next completion, when this is a packed ring's base. May be outside the ring.
     ///
-    /// Some front-ends know the avail position alone and leave these bits 0: then it is that (rule R4).
+    /// Some front-ends know the avail position alone and leave these bits 0: then it is that (rule R4.3).
     pub const fn packed_used(self) -> Position {
         match self.0 >> 16 {
             0 => self.packed_avail(),

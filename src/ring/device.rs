@@ -9,7 +9,7 @@ use crate::memory::Memory;
 
 use super::{Chain, PackedDevice, PackedLayout, RingBase, RingError, RingIommu, SplitDevice, SplitLayout};
 
-/// Where a device's writes to a ring are logged: VHOST_VRING_F_LOG with its `log_guest_addr` (rules L3, L4).
+/// Where a device's writes to a ring are logged: VHOST_VRING_F_LOG with its `log_guest_addr` (rules L3.3, L4.1, L4.2).
 #[derive(Clone, Debug)]
 pub struct RingLog {
     /// The dirty log.
@@ -167,7 +167,7 @@ impl DeviceRing {
         }
     }
 
-    /// Returns true if all that the device may write of the ring is marked in its log (rule L15).
+    /// Returns true if all that the device may write of the ring is marked in its log (rule L15.1).
     pub fn is_used_marked(&self) -> bool {
         match self {
             DeviceRing::Split(ring) => ring.is_used_marked(),
@@ -175,7 +175,7 @@ impl DeviceRing {
         }
     }
 
-    /// The base that GET_VRING_BASE answers (rule R4).
+    /// The base that GET_VRING_BASE answers (rules R4.1, R4.2).
     pub fn base(&self) -> RingBase {
         match self {
             DeviceRing::Split(ring) => ring.base(),

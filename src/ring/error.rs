@@ -24,7 +24,7 @@ pub enum RingError {
         size: u16,
     },
     /// Positions that no packed ring of this size can have.
-    #[error("avail {avail:?} and used {used:?} in a ring of {size}: one is outside, or used is ahead (rule R4)")]
+    #[error("avail {avail:?} and used {used:?} in a ring of {size}: one is outside, or used is ahead (rule R4.5)")]
     Positions {
         /// Where the next request would be taken.
         avail: Position,
@@ -68,7 +68,7 @@ pub enum RingError {
     /// A packed ring that does not stand at its base.
     #[error(
         "the ring was given the base {index} with wrap counter {wrap}, but its descriptors say that it has gone on, and \
-         not to where: reset the device in the guest, or use a front-end with an inflight region (rule I12)",
+         not to where: reset the device in the guest, or use a front-end with an inflight region (rule I12.4)",
         wrap = u8::from(*.wrap)
     )]
     StaleBase {
@@ -90,7 +90,7 @@ pub enum RingError {
         size: u16,
     },
     /// Copies of descriptors that can't be those of a request.
-    #[error("a request that was in flight has {count} descriptors in a ring of {size} (rule I4)")]
+    #[error("a request that was in flight has {count} descriptors in a ring of {size} (rule I1.2)")]
     Copies {
         /// Descriptors.
         count: usize,
@@ -152,7 +152,7 @@ pub enum RingError {
         source: MemoryError,
     },
     /// An address behind the IOMMU without a translation; the same may be tried again when there is one.
-    #[error("address {iova:#x} behind the IOMMU has no translation for {access:?} (rule T1)", iova = .0.iova, access = .0.access)]
+    #[error("address {iova:#x} behind the IOMMU has no translation for {access:?} (rule T1.4)", iova = .0.iova, access = .0.access)]
     Untranslated(IotlbMiss),
     /// An address behind the IOMMU that leads to where there is no guest memory.
     #[error("chain {head}: {source}")]

@@ -1,7 +1,7 @@
 //! Reads and writes of descriptors that a peer has as well, which return at once whatever the peer does.
 //!
 //! O_NONBLOCK is a flag of the open file, and so the peer's, too: it can be taken back at any time. Nor does a poll help,
-//! as the peer may fill or empty the file right after it (rule F9). RWF_NOWAIT and MSG_DONTWAIT belong to one call. A write
+//! as the peer may fill or empty the file right after it (rules F9.1, F9.2). RWF_NOWAIT and MSG_DONTWAIT belong to one call. A write
 //! to an eventfd has no such flag; the kernel's own signals never wait, and asynchronous I/O (io_submit) gives one for
 //! every completion.
 

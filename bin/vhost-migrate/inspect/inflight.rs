@@ -175,7 +175,7 @@ fn packed(bytes: &Bytes, region: &Region, lines: &Lines) -> Result<Vec<Value>, S
 fn in_flight(lines: &Lines, queue_size: u16, count: usize, goes_on: Option<String>) {
     match goes_on {
         Some(at) => lines.print(format_args!("  {count} in flight; goes on at {at}")),
-        // Rule I7. A file of zeros can't be told from a region that was never used.
+        // Rule I7.1. A file of zeros can't be told from a region that was never used.
         None => lines.print(format_args!(
             "  version 0: never used, or reset. Nothing is in flight; room for {queue_size} entries; goes on where the \
              front-end says"

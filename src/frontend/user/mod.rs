@@ -618,7 +618,7 @@ impl Device for UserDevice {
         if !self.has(protocol_feature::STATUS) {
             return Ok(None);
         }
-        let status: u64 = self.channel.ask(Request::GET_STATUS, &[], &[])?.read("S1")?;
+        let status: u64 = self.channel.ask(Request::GET_STATUS, &[], &[])?.read("F3.1")?;
         Ok(Some(status as u8))
     }
 

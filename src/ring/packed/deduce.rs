@@ -1,5 +1,5 @@
 //! The position at which a packed ring stands, told from its descriptors alone: for front-ends that have lost the base
-//! (rule I12).
+//! (rules I12.2 to I12.4).
 //!
 //! A drained ring in which every request has one descriptor has four runs, the round's wrap counter being `w`:
 //!

@@ -24,7 +24,7 @@ const HALF: u64 = 8;
 /// A packed ring as its device serves it.
 ///
 /// It is used as a [`SplitDevice`](crate::ring::SplitDevice) is: drained, slept on, completed and published in the same
-/// way. The data a request writes must be logged before its completion is published (rule L10). With IN_ORDER
+/// way. The data a request writes must be logged before its completion is published (rule L10.1). With IN_ORDER
 /// negotiated, whoever holds the ring pushes completions in the order in which the requests were taken.
 pub struct PackedDevice {
     memory: Memory,
@@ -58,7 +58,7 @@ impl PackedDevice {
     /// `features` are the negotiated ones; INDIRECT_DESC and EVENT_IDX matter here.
     ///
     /// # Errors
-    /// A size, alignment or address that a packed ring can't have; a base that is not in it (rule R4).
+    /// A size, alignment or address that a packed ring can't have; a base that is not in it (rule R4.5).
     pub fn new(
         memory: &Memory,
         layout: PackedLayout,
@@ -66,7 +66,7 @@ impl PackedDevice {
         base: RingBase,
     ) -> Result<PackedDevice, RingError> {
         let areas = PackedAreas::new(memory, &layout)?;
-        // Some front-ends begin every ring at 0, which in a packed one is the start of its second round (rule R4).
+        // Some front-ends begin every ring at 0, which in a packed one is the start of its second round (rule R4.4).
         let base = if base.bits() == 0 && areas.is_untouched(layout.size) { RingBase::PACKED_START } else { base };
         let (avail, used) = (base.packed_avail(), base.packed_used());
         check(avail, used, layout.size)?;
@@ -90,7 +90,7 @@ impl PackedDevice {
     }
 
     /// Sets where writes are logged from now on; `None` is nowhere. The descriptor ring's are logged where it lies, the
-    /// device event area's at `used_gpa` (rule L4).
+    /// device event area's at `used_gpa` (rules L4.1, L4.2).
     pub fn set_log(&mut self, log: Option<RingLog>) {
         self.log = log;
     }
@@ -132,7 +132,7 @@ impl PackedDevice {
     }
 
     /// The ring's descriptors of the request that was taken last, for the inflight region: completions overwrite them
-    /// in the ring (rule I4).
+    /// in the ring (rule I4.1).
     pub fn descs(&self) -> &[PackedDesc] {
         &self.descs
     }
@@ -141,7 +141,7 @@ impl PackedDevice {
     /// matter. An indirect table is read again.
     ///
     /// # Errors
-    /// As [`PackedDevice::pop`], and a number of descriptors that no request of this ring can have (rule I4).
+    /// As [`PackedDevice::pop`], and a number of descriptors that no request of this ring can have (rule I1.2).
     pub fn resubmit(&mut self, descs: &[PackedDesc], chain: &mut Chain) -> Result<(), RingError> {
         let size = self.layout.size;
         match descs.last() {
@@ -175,7 +175,7 @@ impl PackedDevice {
         }
         self.areas.set_half(first, rest, Ordering::Release);
         let desc = self.layout.desc;
-        // Saturating: an address outside any log is for the log to count (rule L6).
+        // Saturating: an address outside any log is for the log to count (rule L6.2).
         let place = |(index, _): &(u16, u64)| desc.saturating_add(u64::from(*index) * DESC_BYTES + HALF);
         self.fence_and_log(self.staged.iter().map(|staged| (place(staged), DESC_BYTES - HALF)));
         self.staged.clear();
@@ -224,10 +224,10 @@ impl PackedDevice {
         parts.all(|(at, len)| are_marked(log, self.iommu.as_ref(), at, len))
     }
 
-    /// Goes on at these positions, as recovery found them (rule I4). What was pushed and not published is forgotten.
+    /// Goes on at these positions, as recovery found them (rule I4.5). What was pushed and not published is forgotten.
     ///
     /// # Errors
-    /// Positions that can't be those of this ring (rule R4); nothing was changed.
+    /// Positions that can't be those of this ring (rule R4.5); nothing was changed.
     pub fn set_positions(&mut self, avail: Position, used: Position) -> Result<(), RingError> {
         check(avail, used, self.layout.size)?;
         (self.avail, self.next_used, self.published, self.decided) = (avail.into(), used.into(), used.into(), false);
@@ -235,13 +235,13 @@ impl PackedDevice {
         Ok(())
     }
 
-    /// Returns the position at which the ring stands, as its descriptors tell (rule I12); `None` if they do not tell. The
+    /// Returns the position at which the ring stands, as its descriptors tell (rules I12.2, I12.3); `None` if they do not tell. The
     /// ring has to be drained, and its device has used every request by a descriptor of its own, not as IN_ORDER allows.
     pub fn standing_at(&self) -> Option<Position> {
         deduce::used_position(&self.areas.descs(self.layout.size))
     }
 
-    /// Goes on where the descriptors tell, if that is elsewhere (rule I12): for a front-end that may have lost the base.
+    /// Goes on where the descriptors tell, if that is elsewhere (rule I12.2): for a front-end that may have lost the base.
     /// Returns true if it is.
     ///
     /// # Errors
@@ -295,13 +295,13 @@ impl PackedDevice {
         self.published.get()
     }
 
-    /// The flags of the descriptor at `index`: they tell recovery whether the last batch was published (rule I4).
+    /// The flags of the descriptor at `index`: they tell recovery whether the last batch was published (rule I4.3).
     pub fn flags(&self, index: u16) -> u16 {
         if index < self.layout.size { self.areas.half(index, Ordering::Relaxed).flags.get() } else { 0 }
     }
 
     /// Stores flags of descriptors, as (index, flags): undoes what a predecessor wrote of a batch that it was killed over
-    /// (rule I4). What was there is in the log by [`relog_used`](PackedDevice::relog_used).
+    /// (rule I4.6). What was there is in the log by [`relog_used`](PackedDevice::relog_used).
     pub fn restore_flags(&mut self, stale: &[(u16, u16)]) {
         for &(index, flags) in stale.iter().filter(|(index, _)| *index < self.layout.size) {
             let PackedDesc { len, id, .. } = self.areas.half(index, Ordering::Relaxed);
@@ -309,7 +309,7 @@ impl PackedDevice {
         }
     }
 
-    /// The base that GET_VRING_BASE answers (rule R4). It has to be that of a drained ring: of others, a used position 0
+    /// The base that GET_VRING_BASE answers (rule R4.2). It has to be that of a drained ring: of others, a used position 0
     /// with wrap counter 0 gets lost on the way (see [`RingBase::packed_used`]).
     pub fn base(&self) -> RingBase {
         let (avail, used) = (self.avail.get(), self.published.get());

@@ -22,7 +22,7 @@ const ELEMENT_BYTES: u64 = size_of::<UsedElem>() as u64;
 /// A worker drains it, sleeps, and never misses a request, in this way: `disable_notifications`, [`pop`] until false,
 /// `enable_notifications`, and again from the start while that says there is more; then wait for a kick.
 /// A completion is [`push`]ed, and a batch of them made visible by [`publish`], which also says whether to notify.
-/// The data a request writes must be logged before its completion is published (rule L10).
+/// The data a request writes must be logged before its completion is published (rule L10.1).
 ///
 /// [`pop`]: SplitDevice::pop
 /// [`push`]: SplitDevice::push
@@ -121,7 +121,7 @@ impl SplitDevice {
         Ok(true)
     }
 
-    /// Reads the request `head` again, which was taken before a crash, into `chain` (rule I3).
+    /// Reads the request `head` again, which was taken before a crash, into `chain` (rule I3.3).
     ///
     /// # Errors
     /// As [`SplitDevice::pop`].
@@ -199,7 +199,7 @@ impl SplitDevice {
         are_marked(log, self.iommu.as_ref(), *used_gpa, used_ring_bytes(self.layout.size.into()))
     }
 
-    /// Goes on at `next_avail`, as recovery found it (rule I3).
+    /// Goes on at `next_avail`, as recovery found it (rule I3.4).
     pub fn set_next_avail(&mut self, next_avail: u16) {
         self.next_avail = next_avail;
         self.seen_avail = next_avail;
@@ -231,7 +231,7 @@ impl SplitDevice {
         self.published
     }
 
-    /// The base that GET_VRING_BASE answers (rule R4).
+    /// The base that GET_VRING_BASE answers (rule R4.1).
     pub fn base(&self) -> RingBase {
         RingBase::split(self.next_avail)
     }
@@ -329,7 +329,7 @@ impl SplitDevice {
         let Some(RingLog { log, used_gpa }) = &self.log else { return fence(Ordering::SeqCst) };
         let burst = log.burst();
         for (offset, len) in writes.iter().filter(|(_, len)| *len > 0) {
-            // Saturating: an address outside any log is for the log to count (rule L6).
+            // Saturating: an address outside any log is for the log to count (rule L6.2).
             let at = used_gpa.saturating_add(*offset);
             match &self.iommu {
                 None => burst.mark(at, *len),
