@@ -301,7 +301,7 @@ impl State {
                 header.flags == Header::REPLY_FLAGS && header.size == 8 && self.unanswered.front().is_some_and(is_for)
             });
             let Some((_, answer)) = expected.and_then(|_| self.unanswered.pop_front()) else {
-                return Err("the front-end sends what is no acknowledgement of a message (rule F2)");
+                return Err("the front-end sends what is no acknowledgement of a message (rule B1.5)");
             };
             // Whoever asked may have given up.
             let _ = answer.try_send(number);
@@ -339,7 +339,7 @@ impl Drop for Attached {
 ///
 /// # Errors
 /// [`BackendError::Channel`] if it is no UNIX socket: others may be readable for ever without anything to read, as those
-/// are whose errors nobody fetches (rule F9).
+/// are whose errors nobody fetches (rules F8.3, F9.2).
 pub(super) fn checked(fd: OwnedFd) -> Result<OwnedFd, BackendError> {
     match getsockname::<UnixAddr>(fd.as_raw_fd()) {
         Ok(_) => Ok(fd),

@@ -55,7 +55,7 @@ impl RingCounters {
         }
     }
 
-    /// Pages that lie outside the log (rule L6).
+    /// Pages that lie outside the log (rule L6.2).
     pub(super) fn unlogged(&self, pages: u64) {
         self.unlogged_pages.increment(pages);
     }

@@ -44,10 +44,10 @@ pub trait Device: Send + Sync {
         1024
     }
 
-    /// The configuration space. A front-end that asks for more reads zeroes behind it (rule C1).
+    /// The configuration space. A front-end that asks for more reads zeroes behind it (rule C1.1).
     fn config(&self) -> Vec<u8>;
 
-    /// Writes configuration space: `flags` is 0 for the driver, 1 for a migration (rule C1).
+    /// Writes configuration space: `flags` is 0 for the driver, 1 for a migration (rule C1.2).
     ///
     /// # Errors
     /// [`BackendError::Config`], also from the default implementation: nothing is writable.
@@ -102,7 +102,7 @@ pub trait Device: Send + Sync {
     }
 
     /// No ring runs any more: the front-end has stopped the last one, and may let the guest go on elsewhere as soon as it
-    /// is answered, which is after this returns (rule I11). Also called when the back-end itself ends.
+    /// is answered, which is after this returns (rule I11.1). Also called when the back-end itself ends.
     ///
     /// # Errors
     /// What keeps another back-end from finding everything that requests have done. The connection then ends, for
@@ -115,7 +115,7 @@ pub trait Device: Send + Sync {
     fn reset(&self) {}
 
     /// What kind of state travels with the device, by a name that other kinds of devices don't have; `None` if all there is
-    /// to it are its rings and its configuration. With a state DEVICE_STATE is offered (rule D1), and STATUS is not.
+    /// to it are its rings and its configuration. With a state DEVICE_STATE is offered (rules D1.1, D1.10), and STATUS is not.
     fn state_kind(&self) -> Option<&'static str> {
         None
     }
@@ -158,7 +158,7 @@ pub trait Device: Send + Sync {
     }
 
     /// Finds out whether a ring could be served now, without serving one: a front-end asks before it depends on it
-    /// (rule D2).
+    /// (rule D2.3).
     ///
     /// # Errors
     /// What would keep [`Device::queue`] from it.
@@ -219,7 +219,7 @@ pub trait Queue {
     }
 
     /// Hands back requests that it need not complete, for whoever takes over the inflight region serves them anew (rule
-    /// I8); nothing may reach into their memory any more. Asked again and again, until every request has come back, here
+    /// I8.2); nothing may reach into their memory any more. Asked again and again, until every request has come back, here
     /// or complete.
     fn suspend(&mut self, unserved: &mut Vec<Request>) {
         let _ = unserved;

@@ -16,7 +16,7 @@ use crate::ring::RingError;
 #[non_exhaustive]
 pub enum BackendError {
     /// The flags of a header don't say version 1.
-    #[error("message {code} has flags {flags:#x}: the protocol version in bits 0-1 must be 1 (rule F2)")]
+    #[error("message {code} has flags {flags:#x}: the protocol version in bits 0-1 must be 1 (rule F2.3)")]
     Version {
         /// The request.
         code: Code,
@@ -24,13 +24,13 @@ pub enum BackendError {
         flags: u32,
     },
     /// A front-end sent a reply on the channel of requests.
-    #[error("{code} came with the reply flag: only answers carry it (rule F2)")]
+    #[error("{code} came with the reply flag: only answers carry it (rule F2.3)")]
     UnexpectedReply {
         /// The request.
         code: Code,
     },
     /// A header announces more than any message holds.
-    #[error("{code} announces {size} bytes: no message is larger than {max} (rule F1)")]
+    #[error("{code} announces {size} bytes: no message is larger than {max} (rule F1.4)")]
     TooLong {
         /// The request.
         code: Code,
@@ -40,7 +40,7 @@ pub enum BackendError {
         max: u32,
     },
     /// The connection ended inside a message.
-    #[error("the connection ended {got} bytes into a message of {needed} (rule F1)")]
+    #[error("the connection ended {got} bytes into a message of {needed} (rule F1.4)")]
     CutShort {
         /// Bytes that came.
         got: usize,
@@ -48,13 +48,13 @@ pub enum BackendError {
         needed: usize,
     },
     /// The front-end stopped in the middle of a message, or doesn't read its answers.
-    #[error("the front-end has not ended its message, or not read its answers, for {seconds} s (rule F1)")]
+    #[error("the front-end has not ended its message, or not read its answers, for {seconds} s (rule R9.3)")]
     Stalled {
         /// How long it had, in seconds.
         seconds: u64,
     },
     /// The payload is smaller than what the request carries.
-    #[error("{code} has {got} bytes of payload: it needs {needed} (rule F6)")]
+    #[error("{code} has {got} bytes of payload: it needs {needed} (rule F6.4)")]
     Truncated {
         /// The request.
         code: Code,
@@ -64,7 +64,7 @@ pub enum BackendError {
         needed: usize,
     },
     /// The wrong number of file descriptors.
-    #[error("{code} came with {got} file descriptors: it needs {needed} (rule F1)")]
+    #[error("{code} came with {got} file descriptors: it needs {needed} (rule F1.5)")]
     Fds {
         /// The request.
         code: Code,
@@ -74,7 +74,7 @@ pub enum BackendError {
         needed: usize,
     },
     /// A request that this back-end doesn't know or has not offered.
-    #[error("{code} is not supported (rule F5)")]
+    #[error("{code} is not supported (rules F5.1, F5.2)")]
     Unsupported {
         /// The request.
         code: Code,
@@ -88,13 +88,13 @@ pub enum BackendError {
         source: io::Error,
     },
     /// A ring that shall run while another front-end's rings do.
-    #[error("ring {index} can't run: another front-end runs the device's rings; end that one first (rule R9)")]
+    #[error("ring {index} can't run: another front-end runs the device's rings; end that one first (rule R9.2)")]
     InUse {
         /// The ring.
         index: u16,
     },
     /// Features outside the offered ones.
-    #[error("{code} acknowledges what was never offered: {} (rule R1)", feature_list(*code, *unknown))]
+    #[error("{code} acknowledges what was never offered: {} (rule R1.3)", feature_list(*code, *unknown))]
     Features {
         /// SET_FEATURES or SET_PROTOCOL_FEATURES.
         code: Code,
@@ -104,7 +104,7 @@ pub enum BackendError {
         unknown: u64,
     },
     /// A ring that doesn't exist.
-    #[error("{code} names ring {index}: there are {queues} (rule R2)")]
+    #[error("{code} names ring {index}: there are {queues} (rule R2.6)")]
     NoSuchRing {
         /// The request.
         code: Code,
@@ -115,7 +115,7 @@ pub enum BackendError {
     },
     /// A size that this kind of ring can not have, or more than the device offers.
     #[error(
-        "ring {index} can't have {size} entries: {} from 1 to {max} is needed (rule R2)",
+        "ring {index} can't have {size} entries: {} from 1 to {max} is needed (rule R2.6)",
         if *packed { "a number" } else { "a power of two" }
     )]
     RingSize {
@@ -140,7 +140,7 @@ pub enum BackendError {
     },
     /// Other features than those that the rings which run have started with.
     #[error(
-        "SET_FEATURES changes {} while rings run: only LOG_ALL may change then (rule R1)",
+        "SET_FEATURES changes {} while rings run: only LOG_ALL may change then (rule R1.4)",
         feature_names(*changed, None)
     )]
     FeaturesRun {
@@ -148,7 +148,7 @@ pub enum BackendError {
         changed: u64,
     },
     /// A started and enabled ring that lacks a size, an address or memory.
-    #[error("ring {index} can't run: {missing} was not set (rule R6)")]
+    #[error("ring {index} can't run: {missing} was not set (rule R6.4)")]
     RingIncomplete {
         /// The ring.
         index: u16,
@@ -156,7 +156,7 @@ pub enum BackendError {
         missing: &'static str,
     },
     /// A ring that is not inside guest memory.
-    #[error("the {part} of ring {index}: {source}: send SET_VRING_ADDR with addresses of the memory table (rule R6)")]
+    #[error("the {part} of ring {index}: {source}: send SET_VRING_ADDR with addresses of the memory table (rule R6.4)")]
     RingAddress {
         /// The ring.
         index: u16,
@@ -166,7 +166,7 @@ pub enum BackendError {
         source: MemoryError,
     },
     /// A used ring can't be logged under this address.
-    #[error("ring {index} asks to be logged at {addr:#x}, which is not aligned to 4 or wraps around (rule L3)")]
+    #[error("ring {index} asks to be logged at {addr:#x}, which is not aligned to 4 or wraps around (rule L3.4)")]
     LogAddress {
         /// The ring.
         index: u16,
@@ -177,7 +177,7 @@ pub enum BackendError {
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// REM_MEM_REG named a region that is not there.
-    #[error("no region at {gpa:#x} with size {size:#x} and user address {user_addr:#x} to remove (rule M1)")]
+    #[error("no region at {gpa:#x} with size {size:#x} and user address {user_addr:#x} to remove (rule M1.2)")]
     NoSuchRegion {
         /// Guest-physical address.
         gpa: u64,
@@ -187,7 +187,7 @@ pub enum BackendError {
         user_addr: u64,
     },
     /// More regions than slots.
-    #[error("all {slots} memory slots are in use (rule M1)")]
+    #[error("all {slots} memory slots are in use (rule M1.3)")]
     NoSlot {
         /// Slots.
         slots: usize,
@@ -199,7 +199,9 @@ pub enum BackendError {
     #[error(transparent)]
     Inflight(#[from] InflightError),
     /// An inflight region for other queues than the device has.
-    #[error("an inflight region for {queues} queues of {size} entries doesn't fit a device of {max} queues (rule I1)")]
+    #[error(
+        "an inflight region for {queues} queues of {size} entries doesn't fit a device of {max} queues (rule I1.2)"
+    )]
     InflightShape {
         /// Queues asked for.
         queues: u16,
@@ -219,7 +221,7 @@ pub enum BackendError {
     /// The front-end has no translation for an address of a ring behind an IOMMU, or none that permits the access.
     #[error(
         "ring {index} is broken and stops until it is set up again: the front-end refuses {access:?} at {iova:#x} behind \
-         the IOMMU: map it before it is made available (rule T1)"
+         the IOMMU: map it before it is made available (rule T1.4)"
     )]
     Translation {
         /// The ring.
@@ -241,7 +243,7 @@ pub enum BackendError {
     #[error(transparent)]
     Iotlb(#[from] IotlbError),
     /// A kind of translation message that is not for a back-end.
-    #[error("IOTLB_MSG of kind {kind}: a front-end sends updates (2) and invalidations (3) (rule T2)")]
+    #[error("IOTLB_MSG of kind {kind}: a front-end sends updates (2) and invalidations (3) (rule T2.1)")]
     IotlbKind {
         /// The kind.
         kind: u8,
@@ -256,14 +258,14 @@ pub enum BackendError {
     },
     /// The thread of a ring ended by itself, so that nobody knows where the ring goes on.
     #[error(
-        "ring {index}: its thread has failed, which is a bug; the connection ends, connect again to go on (rule R9)"
+        "ring {index}: its thread has failed, which is a bug; the connection ends, connect again to go on (rule R9.1)"
     )]
     RingLost {
         /// The ring.
         index: u16,
     },
     /// Configuration space can't be read or written like that.
-    #[error("{code}: {len} bytes at {offset} of configuration space: {why} (rule C1)")]
+    #[error("{code}: {len} bytes at {offset} of configuration space: {why} (rule C1.3)")]
     Config {
         /// GET_CONFIG or SET_CONFIG.
         code: Code,
@@ -292,7 +294,7 @@ pub enum BackendError {
     #[error(transparent)]
     Userfault(#[from] UserfaultError),
     /// A device's state can't be saved or loaded.
-    #[error("the device's state is refused: {why} (rule D1)")]
+    #[error("the device's state is refused: {why} (rule D1.4)")]
     State {
         /// What is wrong, and what to do.
         why: String,
@@ -310,16 +312,16 @@ pub enum BackendError {
         why: String,
     },
     /// The kick of a ring can't be waited for.
-    #[error("ring {index}: its kick is no eventfd: send SET_VRING_KICK with one (rule F9)")]
+    #[error("ring {index}: its kick is no eventfd: send SET_VRING_KICK with one (rule F9.3)")]
     Kick {
         /// The ring.
         index: u16,
     },
     /// INBAND_NOTIFICATIONS was acknowledged alone.
-    #[error("SET_PROTOCOL_FEATURES acknowledges INBAND_NOTIFICATIONS without BACKEND_REQ and REPLY_ACK (rule B3)")]
+    #[error("SET_PROTOCOL_FEATURES acknowledges INBAND_NOTIFICATIONS without BACKEND_REQ and REPLY_ACK (rule B3.1)")]
     InBand,
     /// There is no telling the front-end.
-    #[error("the back-end channel: {why} (rule B1)")]
+    #[error("the back-end channel: {why} (rule B1.1)")]
     Channel {
         /// What is in the way.
         why: &'static str,

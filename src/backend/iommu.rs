@@ -1,4 +1,4 @@
-//! A ring behind an IOMMU: what it asks the front-end, and what it has in use (rules T1, T3).
+//! A ring behind an IOMMU: what it asks the front-end, and what it has in use (rules T1.2, T3.2).
 //!
 //! Nobody waits here. A ring that lacks a translation asks for it and takes nothing more until it comes, while its thread
 //! goes on hearing orders: updates arrive in the thread that gives them.
@@ -181,7 +181,7 @@ fn areas(setup: &Setup) -> [(u64, u64, Access); 3] {
     [(desc, desc_bytes, on_descs), (driver, driver_bytes, Access::Read), (device, device_bytes, Access::ReadWrite)]
 }
 
-/// Where the device's area is logged (rule L5).
+/// Where the device's area is logged (rule L5.1).
 pub(super) fn logged(setup: &Setup) -> Option<(u64, u64)> {
     let [_, _, bytes] = RingLayout::area_bytes(setup.features, setup.layout.size());
     setup.logging.used.as_ref().map(|(_, at)| (*at, bytes))

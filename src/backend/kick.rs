@@ -25,7 +25,7 @@ impl Kick {
     /// Takes the fd of SET_VRING_KICK for ring `index`.
     ///
     /// # Errors
-    /// [`BackendError::Kick`] if it is no eventfd: of anything else a poll and a read may disagree for ever (rule F9).
+    /// [`BackendError::Kick`] if it is no eventfd: of anything else a poll and a read may disagree for ever (rules F9.2, F9.3).
     pub fn new(index: u16, fd: OwnedFd) -> Result<Kick, BackendError> {
         match nonblocking::is_eventfd(fd.as_fd()) {
             true => Ok(Kick { eventfd: fd, rings: Mutex::default() }),

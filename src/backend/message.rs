@@ -23,7 +23,7 @@ pub const MAX_PAYLOAD: u32 = (size_of::<MemoryHeader>() + MAX_FDS * size_of::<Me
 pub struct Message {
     /// What it asks.
     pub code: Code,
-    /// The flags of its header (rule F2).
+    /// The flags of its header (rule F2.1).
     pub flags: u32,
     /// What follows the header.
     pub payload: Vec<u8>,
@@ -47,7 +47,7 @@ impl Message {
         Ok(header.size as usize)
     }
 
-    /// The payload as a wire structure; more bytes than it has are ignored (rule F6).
+    /// The payload as a wire structure; more bytes than it has are ignored (rule F6.1).
     ///
     /// # Errors
     /// [`BackendError::Truncated`].
@@ -92,7 +92,7 @@ impl Reply {
         Reply { code, payload: body.as_bytes().to_vec(), fd: None }
     }
 
-    /// Header and payload as they go over the socket; the flags are exactly 5 (rule F2).
+    /// Header and payload as they go over the socket; the flags are exactly 5 (rule F2.2).
     pub fn to_bytes(&self) -> Vec<u8> {
         let size = self.payload.len() as u32;
         let header = Header { request: self.code.0, flags: Header::REPLY_FLAGS, size };

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use super::Host;
 use crate::sys::nonblocking;
 
-/// What a ring signals: an fd that takes 8 bytes each time, an eventfd or, from user-mode Linux, a pipe or socket (rules F8, F9);
-/// or the front-end over the back-end channel (rule B3).
+/// What a ring signals: an fd that takes 8 bytes each time, an eventfd or, from user-mode Linux, a pipe or socket (rules F8.1, F9.1);
+/// or the front-end over the back-end channel (rule B3.2).
 ///
 /// A signal never blocks the ring: a receiver that lets signals pile up until nothing fits has one pending anyway.
 #[derive(Debug)]

@@ -43,7 +43,7 @@ impl Post {
         let index = self.index;
         let broken = |source| BackendError::Ring { index, source };
         // Before the first look at the ring and the inflight region: a predecessor that still has what the queue works on
-        // may go on with both until then (rule I10).
+        // may go on with both until then (rule I10.1).
         let queue = self.device.queue(index, setup.layout.size(), setup.features);
         let queue = queue.map_err(BackendError::system("serve a queue"))?;
         let areas = in_use.as_ref().map_or(&setup.memory, |in_use| in_use.window.memory());
@@ -73,7 +73,7 @@ impl Post {
         Ok((worker, recovered))
     }
 
-    /// Serves a ring behind an IOMMU whenever its areas are known, until told to end (rules T1, T3).
+    /// Serves a ring behind an IOMMU whenever its areas are known, until told to end (rules T1.5, T3.4).
     pub(super) fn serve_translated(&self, mut setup: Setup, iotlb: &Arc<Iotlb>) -> RingBase {
         let (index, mut broken, mut held, mut refused) = (self.index, false, false, false);
         let mut asking = Asker::new(index, iotlb.clone(), setup.host.clone());
@@ -153,19 +153,19 @@ impl Post {
 
 /// A log without the marks of a ring that others served before is a new one, whatever other devices have marked in it:
 /// what the last back-end marked in the old one, the front-end may have thrown away with it. All guest memory may have
-/// been written (rule L15).
+/// been written (rule L15.2).
 fn relog_memory(index: u16, setup: &Setup, ring: &DeviceRing) {
     let Some(log) = setup.logging.data.as_ref().filter(|_| !ring.is_used_marked()) else { return };
-    limited!(warn, "ring {index}: its last back-end's log is gone: all guest memory is logged as written (rule L15)");
+    limited!(warn, "ring {index}: its last back-end's log is gone: all guest memory is logged as written (rule L15.2)");
     log.mark_memory(&setup.memory);
 }
 
-/// A base that was right long ago is not where a packed ring without a region goes on (rule I12).
+/// A base that was right long ago is not where a packed ring without a region goes on (rule I12.2).
 fn find_position(index: u16, setup: &Setup, ring: &mut PackedDevice) -> Result<(), BackendError> {
     let in_order = setup.features & bit(VIRTIO_F_IN_ORDER) != 0;
     if !in_order && ring.find_position().map_err(|source| BackendError::Ring { index, source })? {
         let base = ring.base();
-        limited!(warn, "ring {index} goes on at {base:?}, as its descriptors tell, and not at its base (rule I12)");
+        limited!(warn, "ring {index} goes on at {base:?}, as its descriptors tell, and not at its base (rule I12.2)");
     }
     Ok(())
 }

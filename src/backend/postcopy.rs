@@ -1,4 +1,4 @@
-//! Guest memory that comes from the source while its rings run already (rule P1).
+//! Guest memory that comes from the source while its rings run already (rules P1.4 to P1.8).
 //!
 //! A worker that touches a page which is not there yet waits in the kernel, and the front-end, which has the userfaultfd,
 //! brings the page. Nobody else here touches guest memory meanwhile.

@@ -42,7 +42,7 @@ pub struct Sandbox {
     /// Whether SOCK_STREAM sockets of the UNIX family may be made and connected: a back-end that connects to its front-end does
     /// so again and again.
     pub connect: bool,
-    /// Whether userfaultfds may be made, for postcopy (rule P1).
+    /// Whether userfaultfds may be made, for postcopy (rule P1.2).
     pub postcopy: bool,
 }
 
@@ -71,7 +71,7 @@ const ALLOWED: &[i64] = &[
     libc::SYS_sendmsg,
     libc::SYS_sendto,
     libc::SYS_io_uring_enter,
-    // Signals of eventfds (rule F9): over the context that was made before.
+    // Signals of eventfds (rule F9.2): over the context that was made before.
     libc::SYS_io_submit,
     libc::SYS_io_getevents,
     libc::SYS_fdatasync,

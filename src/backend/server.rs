@@ -1,4 +1,4 @@
-//! The socket around a session: listens, hears one front-end after the other, and answers (rule R9).
+//! The socket around a session: listens, hears one front-end after the other, and answers (rules R9.1, R9.2).
 
 #![forbid(unsafe_code)]
 
@@ -246,7 +246,7 @@ fn serve_connection(
     if let Err(error) = rings.watch(connection.as_fd()) {
         limited!(warn, "can't watch the connection: {error}");
     }
-    // Ends before the rings, which may wait for pages that nobody brings any more (rule P1).
+    // Ends before the rings, which may wait for pages that nobody brings any more (rule P1.8).
     let mut session = Session::new(device.clone());
     let ended = converse(&mut channel, &mut session, &mut rings);
     channel.answers.send_now();
@@ -263,7 +263,7 @@ fn serve_connection(
     matches!(ended, Ok(Heard::Stop))
 }
 
-/// Answers messages strictly in order (rule F4), until there are no more.
+/// Answers messages strictly in order (rule F4.4), until there are no more.
 fn converse(channel: &mut Channel<'_>, session: &mut Session, rings: &mut Workers) -> Result<Heard<()>, BackendError> {
     loop {
         let message = match receive(channel)? {
@@ -308,7 +308,7 @@ fn is_quick(code: Code) -> bool {
     )
 }
 
-/// Reads one message, however it is cut into segments (rule F1).
+/// Reads one message, however it is cut into segments (rule F1.3).
 fn receive(channel: &mut Channel<'_>) -> Result<Heard<Message>, BackendError> {
     let mut header = Header::new_zeroed();
     let mut fds = Vec::new();
@@ -400,7 +400,7 @@ impl Channel<'_> {
                 return Ok(Heard::Stop);
             }
             if next && self.next.take().is_some() {
-                limited!(warn, "another front-end has connected: it is served when this one hangs up (rule R9)");
+                limited!(warn, "another front-end has connected: it is served when this one hangs up (rule R9.2)");
             }
             if socket {
                 return Ok(Heard::This(()));

@@ -19,9 +19,9 @@ pub(super) enum Found {
 }
 
 impl Tracker {
-    /// Starts tracking ring `index`, which goes on where the region says if that has been in use (rules I3, I4). If its
+    /// Starts tracking ring `index`, which goes on where the region says if that has been in use (rules I3.4, I4.5). If its
     /// driver has started afresh and nothing is in flight, the base counts; of a ring that has run on this connection, not
-    /// for the `first` time, any base does (rule I12).
+    /// for the `first` time, any base does (rule I12.1).
     ///
     /// # Errors
     /// A region that is not for this ring, or has contents that can't be true.

@@ -1,4 +1,4 @@
-//! A device's state on its way through a pipe (rule D1), and what protects it there.
+//! A device's state on its way through a pipe (rules D1.3, D1.5), and what protects it there.
 //!
 //! A transfer has a thread of its own: however slow the pipe, the connection goes on. The thread only moves bytes; the
 //! device is asked and told by the connection's own thread, and told only what has arrived whole.

@@ -2,7 +2,7 @@
 //!
 //! Orders come over a channel, and each is carried out between two batches of requests and then acknowledged. So
 //! whatever a ring did by its old orders is done when the order returns: that is the grace period which a new log needs
-//! (rule L9).
+//! (rule L9.1).
 
 #![forbid(unsafe_code)]
 
@@ -93,7 +93,7 @@ impl Workers {
     }
 
     /// Watches the connection to the front-end from now on. If the front-end hangs up while a ring is being stopped, what
-    /// the ring has is abandoned: the front-end's next back-end may have taken the ring up (rule I10).
+    /// the ring has is abandoned: the front-end's next back-end may have taken the ring up (rule I10.2).
     ///
     /// # Errors
     /// The error of the system.

@@ -20,7 +20,7 @@ pub enum FrontendError {
         source: io::Error,
     },
     /// The connection ended; the device's state is kept and [`reconnect`](super::Device::reconnect) installs it again.
-    #[error("the back-end closed the connection at {request}: start it again and reconnect (rule R9)")]
+    #[error("the back-end closed the connection at {request}: start it again and reconnect (rule R9.1)")]
     HungUp {
         /// The message that was under way.
         request: Request,
@@ -68,7 +68,7 @@ pub enum FrontendError {
         reason: Option<String>,
     },
     /// The back-end understood and said no.
-    #[error("the back-end refused {request} (answer {code:#x}): its log says why (rule F4)")]
+    #[error("the back-end refused {request} (answer {code:#x}): its log says why (rule F4.1)")]
     Refused {
         /// The message.
         request: Request,
@@ -102,7 +102,7 @@ pub enum FrontendError {
         reason: String,
     },
     /// A region without an fd, which no device can map.
-    #[error("the region at {gpa:#x} has no fd to share: make guest memory with Region::share (rule M1)")]
+    #[error("the region at {gpa:#x} has no fd to share: make guest memory with Region::share (rule M1.1)")]
     NotShared {
         /// Guest-physical address of the region.
         gpa: u64,
@@ -130,12 +130,12 @@ pub enum FrontendError {
     /// ACCESS_PLATFORM without an IOMMU.
     #[error(
         "ACCESS_PLATFORM is acknowledged, and nobody is there to translate: give the device the VMM's IOMMU first, with \
-         UserDevice::set_iommu (rule T1)"
+         UserDevice::set_iommu (rule T1.7)"
     )]
     NoIommu,
     /// A part of a ring that its driver has unmapped.
     #[error(
-        "address {iova:#x} of a ring that runs has no translation any more: stop the ring, or reset the device (rule T1)"
+        "address {iova:#x} of a ring that runs has no translation any more: stop the ring, or reset the device (rule T1.8)"
     )]
     Untranslated {
         /// I/O virtual address.
@@ -152,7 +152,7 @@ pub enum FrontendError {
     /// Requests in flight, and another shape of inflight region here than where they came from.
     #[error(
         "{requests} requests are in flight, and the inflight region differs: {here} here, {there} at the source; \
-         use a back-end of the same kind, or stop rings without --inflight-migration (rule I8)"
+         use a back-end of the same kind, or stop rings without --inflight-migration (rule I8.3)"
     )]
     InflightMismatch {
         /// Requests marked in the region that was to be restored.

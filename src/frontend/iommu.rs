@@ -1,4 +1,4 @@
-//! What a device behind an IOMMU must be told: the VMM's side of VIRTIO_F_ACCESS_PLATFORM (rule T1).
+//! What a device behind an IOMMU must be told: the VMM's side of VIRTIO_F_ACCESS_PLATFORM (rule T1.1).
 #![forbid(unsafe_code)]
 
 use crate::memory::Access;

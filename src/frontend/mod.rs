@@ -30,7 +30,7 @@ use crate::memory::Memory;
 use crate::ring::RingBase;
 
 /// What a ring needs to be started. All addresses are guest-physical, or I/O virtual where ACCESS_PLATFORM was acknowledged
-/// (rule T1).
+/// (rule T1.7).
 #[derive(Clone, Debug)]
 pub struct RingSetup {
     /// Entries.
@@ -48,7 +48,7 @@ pub struct RingSetup {
     /// Eventfd that the device writes when it finds the ring broken: it then does nothing more until the ring is stopped
     /// and started.
     pub error: Option<Arc<OwnedFd>>,
-    /// Where the device goes on (rule R4).
+    /// Where the device goes on (rules R4.1, R4.2).
     pub base: RingBase,
 }
 
@@ -58,12 +58,12 @@ pub struct RingSetup {
 pub enum DeviceEvent {
     /// Its configuration space has changed: read it again.
     ConfigChanged,
-    /// This ring is broken, said over the channel (rule B3); its error fd has been signalled too.
+    /// This ring is broken, said over the channel (rule B3.2); its error fd has been signalled too.
     RingBroken(u16),
     /// It may not access this I/O virtual address as it wanted to: the [`Iommu`] has no translation, or one that permits
-    /// less. The ring that needed it stands still (rule T1).
+    /// less. The ring that needed it stands still (rule T1.4).
     AccessFailed(u64),
-    /// It wanted this ring's kicks on a page of its own, and was told no (rule B4).
+    /// It wanted this ring's kicks on a page of its own, and was told no (rule B4.2).
     HostNotifierRefused(u16),
     /// It asked for something that is not known here, and was told no.
     RequestRefused(BackendRequest),
@@ -122,7 +122,7 @@ pub trait Device: Send {
     fn max_mem_slots(&self) -> usize;
 
     /// Gives the device guest memory, whose regions must have fds ([`Region::share`](crate::memory::Region::share)).
-    /// Replaces what it had, also while rings run; then what they use must be in both (rules M1, L9).
+    /// Replaces what it had, also while rings run; then what they use must be in both (rules M1.1, L9.2).
     ///
     /// # Errors
     /// [`FrontendError::NotShared`], [`FrontendError::NotOffered`] if there are too many regions; the channel's errors.
@@ -130,13 +130,13 @@ pub trait Device: Send {
 
     /// Agrees on an inflight region for `queues` rings of up to `queue_size` entries, before any ring is started.
     /// `restored` is what [`inflight_state`](Device::inflight_state) said on another host; it is used if this device's region has
-    /// the same size, else the region starts fresh, which is right for rings that were drained (rule I5)
+    /// the same size, else the region starts fresh, which is right for rings that were drained (rule I5.1)
     /// and refused for others.
     ///
     /// Returns false if the device has no such thing; then it can't be restarted with requests outstanding.
     ///
     /// # Errors
-    /// The channel's errors, and [`FrontendError::ProtocolViolation`] for a region that can't be one (rule I1).
+    /// The channel's errors, and [`FrontendError::ProtocolViolation`] for a region that can't be one (rule I1.2).
     fn set_inflight(
         &mut self,
         queues: u16,
@@ -173,7 +173,7 @@ pub trait Device: Send {
     }
 
     /// Tells the device all that [`start_ring`](Device::start_ring) does but what starts the ring, to find out whether it
-    /// would be refused: its size, its place, and what the device needs to serve it (rule D2).
+    /// would be refused: its size, its place, and what the device needs to serve it (rule D2.1).
     ///
     /// # Errors
     /// As [`start_ring`](Device::start_ring).
@@ -224,7 +224,7 @@ pub trait Device: Send {
         })
     }
 
-    /// Stops ring `index` when all its requests are complete, and says where it would go on (rule R3).
+    /// Stops ring `index` when all its requests are complete, and says where it would go on (rules R3.1, R3.2).
     ///
     /// # Errors
     /// [`FrontendError::InvalidRing`] if it is not started; the channel's errors.
@@ -251,7 +251,7 @@ pub trait Device: Send {
     }
 
     /// Stops ring `index` without waiting for its requests: those that are not complete stay in the inflight region, and
-    /// whoever starts the ring with it serves them (rule I8).
+    /// whoever starts the ring with it serves them (rule I8.3).
     ///
     /// # Errors
     /// [`FrontendError::NotOffered`] if the device can't; as [`stop_ring`](Device::stop_ring).
@@ -276,7 +276,7 @@ pub trait Device: Send {
     }
 
     /// Has every write to guest memory logged to `log`, which the device maps from `fd`. From its return on all writes
-    /// are in it; if another log was in use, none goes there any more (rules L7, L9).
+    /// are in it; if another log was in use, none goes there any more (rules L7.2, L9.1).
     ///
     /// # Errors
     /// [`FrontendError::NotOffered`] if the device can't log; the channel's errors.
@@ -295,7 +295,7 @@ pub trait Device: Send {
     }
 
     /// What the device knows beside its rings and configuration, to be loaded into its like; `None` if it keeps no such
-    /// thing. All rings must be stopped (rule D1).
+    /// thing. All rings must be stopped (rule D1.1).
     ///
     /// # Errors
     /// [`FrontendError::Refused`], [`FrontendError::DeviceState`]; the channel's errors.
@@ -303,7 +303,7 @@ pub trait Device: Send {
         Ok(None)
     }
 
-    /// Gives the device what [`save_state`](Device::save_state) said elsewhere, before any ring is started (rule D1).
+    /// Gives the device what [`save_state`](Device::save_state) said elsewhere, before any ring is started (rule D1.4).
     ///
     /// # Errors
     /// [`FrontendError::NotOffered`], also from the default implementation; [`FrontendError::Refused`] for a state that
@@ -334,13 +334,13 @@ pub trait Device: Send {
     /// The log in use.
     fn log(&self) -> Option<&Arc<Log>>;
 
-    /// Reads configuration space from `offset` (rule C1).
+    /// Reads configuration space from `offset` (rule C1.1).
     ///
     /// # Errors
     /// [`FrontendError::NotOffered`], [`FrontendError::Refused`]; the channel's errors.
     fn config(&mut self, offset: u32, buf: &mut [u8]) -> Result<(), FrontendError>;
 
-    /// Writes configuration space from `offset`, as the driver would (SET_CONFIG with flags 0, rule C1).
+    /// Writes configuration space from `offset`, as the driver would (SET_CONFIG with flags 0, rule C1.2).
     ///
     /// # Errors
     /// As [`config`](Device::config).
@@ -391,7 +391,7 @@ pub trait Device: Send {
     }
 
     /// Makes the device usable again. Where answers are owed on a connection that holds, gets them. Else connects again and installs everything that is noted: memory, inflight region, rings (going on where the inflight
-    /// region and the used ring say), the log. Then kicks and calls every ring, so that nothing waits (rules R6, L8, I3).
+    /// region and the used ring say), the log. Then kicks and calls every ring, so that nothing waits (rules R6.1, L8.1, I3.4).
     /// Tries until `deadline`, also if the back-end falls over meanwhile.
     ///
     /// # Errors

@@ -49,7 +49,7 @@ pub struct GuestConfig {
     pub queue_size: u16,
     /// Whether rings are packed.
     pub packed: bool,
-    /// Whether requests that are in flight at a stop are left to the device that takes over (rule I8).
+    /// Whether requests that are in flight at a stop are left to the device that takes over (rule I8.3).
     pub inflight_migration: bool,
     /// Most requests in flight of each queue.
     pub depth: u16,

@@ -339,7 +339,7 @@ impl Guest {
         }
     }
 
-    /// Stops all rings of a paused guest; then no device writes to its memory any more (rules R3, I8). A back-end that is away
+    /// Stops all rings of a paused guest; then no device writes to its memory any more (rules R3.3, I8.2). A back-end that is away
     /// is not waited for.
     ///
     /// # Errors

@@ -143,7 +143,7 @@ pub struct DeviceState {
     pub bases: Vec<RingBase>,
     /// Its inflight region.
     pub inflight: Option<InflightState>,
-    /// What the device itself has saved, if it has a state of its own (rule D1).
+    /// What the device itself has saved, if it has a state of its own (rule D1.1).
     pub own: Option<Vec<u8>>,
     /// How often its back-end was connected to again, in the guest's whole life.
     pub reconnects: u64,

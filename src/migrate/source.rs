@@ -10,7 +10,7 @@
 //! The source keeps the guest, paused, from the commit until the destination has said that it runs it. If the connection
 //! ends in between, the destination is asked over another one.
 //!
-//! A page's bit is harvested before the page is read. What a failed round may not have sent is put back (rule L14).
+//! A page's bit is harvested before the page is read. What a failed round may not have sent is put back (rule L14.1).
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -48,7 +48,7 @@ pub trait SourceVm {
     }
 
     /// Stops everything that can write guest memory: CPUs and drivers first, then every ring of every device, drained
-    /// (rule R3). A device that hangs must not keep this from returning once the migration is cancelled.
+    /// (rule R3.3). A device that hangs must not keep this from returning once the migration is cancelled.
     ///
     /// # Errors
     /// If something can't be stopped; [`resume`](SourceVm::resume) is called then. If there is an

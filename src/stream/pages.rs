@@ -70,7 +70,7 @@ pub struct PageStats {
     pub data_pages: u64,
     /// Pages told as zero.
     pub zero_pages: u64,
-    /// Pages asked for that are not in guest memory; they are not sent (rule L6 lets a device name them).
+    /// Pages asked for that are not in guest memory; they are not sent (rule L6.1 lets a device name them).
     pub outside: u64,
     /// Frames.
     pub batches: u64,
@@ -138,7 +138,7 @@ impl PageEncoder {
     /// included. Memory may be written meanwhile.
     ///
     /// # Errors
-    /// What the transport reports. What was not sent then is not known: all of `runs` must be put back (rule L14).
+    /// What the transport reports. What was not sent then is not known: all of `runs` must be put back (rule L14.1).
     pub fn send<W: Write>(
         &mut self,
         memory: &Memory,

@@ -4,7 +4,7 @@
 //! that lands after its successor has served it again, and later ones, would undo those. A read that lands late writes
 //! into guest memory which its driver has used for something else since. A lock of the open file lives as long as such
 //! I/O does (flock(2)): it is held while queues run, so that a successor, or the destination of a migration, waits for
-//! it. The lock is exclusive for readers too (rule I9).
+//! it. The lock is exclusive for readers too (rule I9.2).
 
 use std::fs::{File, TryLockError};
 use std::io;

@@ -80,7 +80,7 @@ pub struct DiskOptions {
     /// it.
     pub in_order: bool,
     /// Whether a front-end may stop queues without draining them and move what is in flight with the inflight region: the
-    /// unstable GET_VRING_BASE_INFLIGHT and SKIP_DRAIN (rule I8).
+    /// unstable GET_VRING_BASE_INFLIGHT and SKIP_DRAIN (rule I8.1).
     pub inflight_migration: bool,
     /// Whether drivers are offered to be behind an IOMMU (ACCESS_PLATFORM). Only for front-ends that translate: others may
     /// pass the offer on without being able to.
@@ -88,9 +88,9 @@ pub struct DiskOptions {
     /// Whether other processes may write the image at the same time: it is not locked then.
     pub share_rw: bool,
     /// Whether other processes may read a read-only image at the same time; they must ask for it too. A read of a process
-    /// that was killed then lands in guest memory at any time after its successor has begun (rule I9).
+    /// that was killed then lands in guest memory at any time after its successor has begun (rule I9.2).
     pub share_readers: bool,
-    /// Whether to offer postcopy, and for it no memory slots (rule P1). Not together with `iommu`, which counts more.
+    /// Whether to offer postcopy, and for it no memory slots (rule P1.1). Not together with `iommu`, which counts more.
     pub postcopy: bool,
     /// How many front-ends may be connected at the same time; only one of them has rings that run.
     pub front_ends: u16,

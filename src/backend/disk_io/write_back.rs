@@ -1,4 +1,4 @@
-//! Writing the page cache back while a migration goes on, so that little is left when the rings stop (rule I11).
+//! Writing the page cache back while a migration goes on, so that little is left when the rings stop (rule I11.1).
 
 use std::io;
 use std::os::fd::AsFd;

@@ -81,7 +81,7 @@ pub struct NetOptions {
     pub iommu: bool,
     /// The largest IP packet, if the driver shall be told, in bytes.
     pub mtu: Option<u16>,
-    /// Whether to offer postcopy, and for it no memory slots (rule P1). Not together with `iommu`, which counts more.
+    /// Whether to offer postcopy, and for it no memory slots (rule P1.1). Not together with `iommu`, which counts more.
     pub postcopy: bool,
 }
 

@@ -123,7 +123,7 @@ impl Receive {
         let Some(len) = self.packet else { return };
         self.refresh();
         if self.pair >= self.view.state.pairs_in_use() {
-            // It came before the driver had said so (rule R11).
+            // It came before the driver had said so (rule R11.3).
             count(&self.view.hub.counters.received_dropped);
             self.packet = None;
             return;

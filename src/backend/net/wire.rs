@@ -87,7 +87,7 @@ pub(super) struct State {
 
 impl State {
     /// How many pairs may receive, from the first on: what the driver has said, one until it does, or as many as run if it
-    /// can't say it here (rule R11).
+    /// can't say it here (rule R11.2).
     pub(super) fn pairs_in_use(&self) -> u16 {
         self.pairs.unwrap_or(if self.controlled { 1 } else { self.wires.len() as u16 })
     }

@@ -1,4 +1,4 @@
-//! Messages about a device itself: configuration, inflight region, state (rules C1, I1, D1), and which disk it is
+//! Messages about a device itself: configuration, inflight region, state (rules C1.1, I1.1, D1.2), and which disk it is
 //! (GET_DISK_GENERATION, GET_DISK_IDENTITY).
 #![forbid(unsafe_code)]
 
@@ -53,7 +53,7 @@ impl Session {
 
     pub(super) fn get_generation(&mut self) -> Reply {
         let code = own::GET_DISK_GENERATION;
-        told(code, self.all_stopped(code, "D1").and_then(|()| self.device.generation()))
+        told(code, self.all_stopped(code, "G1.4").and_then(|()| self.device.generation()))
     }
 
     pub(super) fn get_identity(&self) -> Reply {
@@ -62,7 +62,7 @@ impl Session {
 
     pub(super) fn set_inflight(&mut self, description: &InflightDescription, fd: &OwnedFd) -> Result<(), BackendError> {
         self.check_shape(description)?;
-        self.all_stopped(Code::SET_INFLIGHT_FD, "I1")?;
+        self.all_stopped(Code::SET_INFLIGHT_FD, "I1.3")?;
         let InflightDescription { mmap_size, mmap_offset, num_queues, queue_size, .. } = *description;
         let kind = self.inflight_kind();
         let region = inflight::InflightRegion::map(kind, fd.as_fd(), mmap_size, mmap_offset, num_queues, queue_size)?;
@@ -84,7 +84,7 @@ impl Session {
 
     /// SET_DEVICE_STATE_FD; a transfer that nobody asked the result of is given up for the new one.
     pub(super) fn begin_transfer(&mut self, message: &mut Message) -> Result<(), BackendError> {
-        self.all_stopped(message.code, "D1")?;
+        self.all_stopped(message.code, "D1.6")?;
         self.transfer = Some(Transfer::begin(self.device.as_ref(), message.body()?, message.only_fd()?)?);
         Ok(())
     }
@@ -92,7 +92,7 @@ impl Session {
     pub(super) fn check_transfer(&mut self) -> Result<(), BackendError> {
         let nothing = || BackendError::State { why: "SET_DEVICE_STATE_FD did not begin a transfer".into() };
         let transfer = self.transfer.take().ok_or_else(nothing)?;
-        self.all_stopped(Code::CHECK_DEVICE_STATE, "D1")?;
+        self.all_stopped(Code::CHECK_DEVICE_STATE, "D1.6")?;
         transfer.check(self.device.as_ref())
     }
 }

@@ -1,4 +1,4 @@
-//! The log as messages give it, and which ring writes what of it (rules L3, L6, L9).
+//! The log as messages give it, and which ring writes what of it (rules L3.1, L3.2, L6.2, L9.3).
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -25,12 +25,12 @@ impl Session {
         self.check_log_size();
         self.relog(rings);
         // Nothing writes the old log any more. If the front-end released it before a ring was started, nobody reads what
-        // was marked in it since (rule L9).
+        // was marked in it since (rule L9.3).
         if let Some(old) = old.filter(|_| self.is_logging()) {
             old.copy_to(&log);
         }
         if std::mem::take(&mut self.unlogged) {
-            limited!(warn, "rings ran before there was a log: all guest memory is logged as written (rule L8)");
+            limited!(warn, "rings ran before there was a log: all guest memory is logged as written (rule L8.3)");
             log.mark_memory(&self.memory);
         }
         Ok(())
@@ -41,7 +41,7 @@ impl Session {
         self.features & LOG_ALL != 0 || self.rings.iter().any(Ring::logs)
     }
 
-    /// Notes that a ring runs whose writes should be logged, and there is no log (rule L8).
+    /// Notes that a ring runs whose writes should be logged, and there is no log (rule L8.3).
     pub(super) fn note_unlogged(&mut self) {
         let log_all = self.features & LOG_ALL != 0;
         let runs = self.rings.iter().any(|ring| ring.running && (log_all || ring.logs()));
@@ -55,14 +55,14 @@ impl Session {
             let (pages, end) = (log.pages(), self.memory.end());
             limited!(
                 warn,
-                "the log has {pages} pages, memory ends at {end:#x}: writes behind the log are lost (rule L6)"
+                "the log has {pages} pages, memory ends at {end:#x}: writes behind the log are lost (rule L6.2)"
             );
         }
     }
 
     pub(super) fn report_lost_pages(&self) {
         if let Some(lost) = self.log.as_ref().map(|log| log.out_of_range()).filter(|&lost| lost > 0) {
-            limited!(error, "{lost} pages outside the log were written and not logged (rule L6)");
+            limited!(error, "{lost} pages outside the log were written and not logged (rule L6.2)");
         }
     }
 

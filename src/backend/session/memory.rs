@@ -35,7 +35,7 @@ impl Session {
         self.replace_memory(Memory::new(regions)?, rings)
     }
 
-    /// Requests that are in flight finish in the old memory; then the rings go on in the new one (rules L9, M1).
+    /// Requests that are in flight finish in the old memory; then the rings go on in the new one (rules L9.2, M1.6).
     pub(super) fn replace_memory(&mut self, memory: Memory, rings: &mut dyn Rings) -> Result<(), BackendError> {
         for index in 0..self.device.queues() {
             self.pause(index, rings)?;
@@ -47,21 +47,21 @@ impl Session {
         self.settle_all(rings)
     }
 
-    /// The front-end hears of faults from here on, so rings may run (rule P1).
+    /// The front-end hears of faults from here on, so rings may run (rule P1.5).
     pub(super) fn memory_acknowledged(&mut self, message: &Message, rings: &mut dyn Rings) -> Result<(), BackendError> {
         let memory = self.postcopy.acknowledged(message, message.code == Code::SET_MEM_TABLE)?;
         self.replace_memory(memory, rings)
     }
 
     /// Forgets all translations when a front-end has reason to invalidate none of them itself; no ring runs then. One
-    /// that nobody can ask has told all beforehand, and won't again (rule T3).
+    /// that nobody can ask has told all beforehand, and won't again (rules T3.7, T3.8).
     pub(super) fn forget_translations(&self) {
         if self.host.is_attached() {
             self.iotlb.invalidate(&(0..=u64::MAX));
         }
     }
 
-    /// What the front-end says of its IOMMU (rules T2, T3).
+    /// What the front-end says of its IOMMU (rules T2.1, T3.1).
     pub(super) fn translation(&mut self, message: &IotlbMsg, rings: &mut dyn Rings) -> Result<(), BackendError> {
         let IotlbMsg { iova, size, uaddr, perm, kind, .. } = *message;
         match kind {

@@ -1,7 +1,7 @@
 //! What the messages of a front-end mean: the protocol's state machine, without sockets and threads.
 //!
 //! [`Session::message`] takes one message, tells the rings what follows from it ([`Rings`], the workers outside of
-//! tests) and says what to answer. The order in which front-ends send things is theirs (rules R6, R7, L8): all state
+//! tests) and says what to answer. The order in which front-ends send things is theirs (rules R6.1, R7.1, L8.2): all state
 //! is kept as given, and a ring runs from the moment it is started, enabled and complete.
 
 #![forbid(unsafe_code)]
@@ -78,7 +78,7 @@ pub struct Session {
     log: Option<Arc<Log>>,
     log_signal: Option<Arc<LogSignal>>,
     lost: Arc<AtomicU64>,
-    /// A ring has run whose writes should have been logged, and there was no log yet (rule L8).
+    /// A ring has run whose writes should have been logged, and there was no log yet (rule L8.3).
     unlogged: bool,
     /// While logging is wanted: what the device does to be stopped soon.
     preparing: Option<Box<dyn Send>>,
@@ -134,7 +134,7 @@ impl Session {
         }
         let asked = message.flags & Header::FLAG_NEED_REPLY != 0;
         let outcome = self.handle(message, rings);
-        // Asked afterwards: the message that switches acknowledgements on may want the first one (rule F4).
+        // Asked afterwards: the message that switches acknowledgements on may want the first one (rule F4.2).
         let acknowledge = asked && self.speaks(protocol_feature::REPLY_ACK);
         counters::message(code, outcome.is_err());
         match outcome {
@@ -146,7 +146,7 @@ impl Session {
             Err(error) if acknowledge => {
                 limited!(warn, "{code} refused: {error}");
                 let states = matches!(code, Code::GET_VRING_BASE | Code::GET_VRING_BASE_SKIP_DRAIN);
-                // There its place is a ring's and its base's: this is that of no ring (rule F5).
+                // There its place is a ring's and its base's: this is that of no ring (rule F5.4).
                 Step::Reply(Reply::new(code, &if states { u64::MAX } else { 1 }))
             }
             Err(error) if self.always_answers(code) => Step::Close(error),
@@ -161,7 +161,7 @@ impl Session {
         self.protocol_features & bit(feature) != 0
     }
 
-    /// Whether a request has a reply of its own, whatever its flags say (rule F3).
+    /// Whether a request has a reply of its own, whatever its flags say (rule F3.1).
     fn always_answers(&self, code: Code) -> bool {
         match code {
             Code::SET_LOG_BASE => self.speaks(protocol_feature::LOG_SHMFD),
@@ -232,7 +232,7 @@ impl Session {
                 return Ok(Some(Reply { code, payload: Vec::new(), fd }));
             }
             Code::POSTCOPY_LISTEN if self.speaks(protocol_feature::PAGEFAULT) => {
-                let listening = self.all_stopped(code, "P1").and_then(|()| self.postcopy.listen());
+                let listening = self.all_stopped(code, "P1.3").and_then(|()| self.postcopy.listen());
                 return number(answer(listening));
             }
             Code::POSTCOPY_END if self.speaks(protocol_feature::PAGEFAULT) => {
@@ -247,18 +247,18 @@ impl Session {
             Code::SET_LOG_BASE => {
                 let description = message.body()?;
                 self.set_log_base(&description, &message.only_fd()?, rings)?;
-                // The answer that every front-end takes (rule F7), asked for a number or not.
+                // The answer that every front-end takes (rule F7.1), asked for a number or not.
                 return Ok(self.speaks(protocol_feature::LOG_SHMFD).then(|| Reply::new(code, &description)));
             }
             Code::SET_LOG_FD => {
-                // No fd takes the last one back (rule L12).
+                // No fd takes the last one back (rule L12.2).
                 self.log_signal = message.fds.pop().map(|fd| Arc::new(LogSignal::new(fd)));
                 self.relog(rings);
             }
             Code::SET_VRING_NUM => self.set_size(message.body()?, rings)?,
             Code::SET_VRING_BASE => {
                 let state: VringState = message.body()?;
-                self.stopped(code, state.index, "R4")?.base = RingBase::from_bits(state.num);
+                self.stopped(code, state.index, "R2.6")?.base = RingBase::from_bits(state.num);
             }
             Code::SET_VRING_ADDR => self.set_addr(message.body()?, rings)?,
             Code::SET_VRING_KICK => {
@@ -342,11 +342,11 @@ impl Session {
             offered = offered & !bit(protocol_feature::STATUS) | bit(protocol_feature::DEVICE_STATE);
         }
         if self.device.features() & bit(VIRTIO_F_ACCESS_PLATFORM) != 0 {
-            // Rings in scattered pages are mapped once more, where nobody waits for pages (rules P1, T4).
+            // Rings in scattered pages are mapped once more, where nobody waits for pages (rules P1.1, T4.2).
             offered &= !bit(protocol_feature::PAGEFAULT);
         }
         if offered & bit(protocol_feature::PAGEFAULT) != 0 {
-            // Front-ends do not speak both (rule M1).
+            // Front-ends do not speak both (rule P1.1).
             offered &= !bit(protocol_feature::CONFIGURE_MEM_SLOTS);
         }
         offered
@@ -363,7 +363,7 @@ impl Session {
             self.forget_translations();
         }
         self.features = bits;
-        // What was written is of no interest any more (rule L7).
+        // What was written is of no interest any more (rule L8.4).
         self.unlogged &= bits & LOG_ALL != 0;
         self.relog(rings);
         self.note_unlogged();
@@ -383,7 +383,7 @@ impl Session {
         self.features & bit(VIRTIO_F_ACCESS_PLATFORM) != 0
     }
 
-    /// Back to the state before the driver came: the owner, its memory and protocol features stay (rules R8, I7).
+    /// Back to the state before the driver came: the owner, its memory and protocol features stay (rules R8.2, I7.1).
     fn reset(&mut self, rings: &mut dyn Rings) -> Result<(), BackendError> {
         self.disable(rings)?;
         self.rings.iter_mut().for_each(Ring::reset);
@@ -397,7 +397,7 @@ impl Session {
         Ok(())
     }
 
-    /// Whether messages stand for the fds of kicks, calls and errors that are not given (rule B3).
+    /// Whether messages stand for the fds of kicks, calls and errors that are not given (rule B3.2).
     fn is_in_band(&self) -> bool {
         self.speaks(protocol_feature::INBAND_NOTIFICATIONS)
     }

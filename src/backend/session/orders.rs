@@ -16,7 +16,7 @@ use crate::ring::{RingBase, RingLayout, RingLog};
 pub struct Setup {
     /// Where the ring lies, guest-physical.
     pub layout: RingLayout,
-    /// Where it goes on, unless `inflight` knows better (rule I3).
+    /// Where it goes on, unless `inflight` knows better (rule I3.4).
     pub base: RingBase,
     /// Acknowledged features.
     pub features: u64,
@@ -32,7 +32,7 @@ pub struct Setup {
     pub call: Option<Arc<Notifier>>,
     /// True if `call` came while the ring did not run.
     pub call_is_new: bool,
-    /// Whether the driver was to be notified before, also when the ring ran the last time (rule R10).
+    /// Whether the driver was to be notified before, also when the ring ran the last time (rule R10.2).
     pub notified: Arc<AtomicBool>,
     /// Signalled when the ring breaks.
     pub error: Option<Arc<Notifier>>,
@@ -40,7 +40,7 @@ pub struct Setup {
     pub inflight: Option<Arc<inflight::InflightRegion>>,
     /// Whether it runs on this connection for the first time: if it has a past, that was another back-end's.
     pub first: bool,
-    /// Whether guest memory is still on its way: nobody may wait for the ring where pages are waited for (rule P1).
+    /// Whether guest memory is still on its way: nobody may wait for the ring where pages are waited for (rule P1.6).
     pub postcopy: bool,
     /// The front-end, to be told or asked something.
     pub host: Arc<Host>,
@@ -51,13 +51,13 @@ pub struct Setup {
 /// Where a ring's writes are logged. Nothing is logged by default.
 #[derive(Debug, Clone, Default)]
 pub struct Logging {
-    /// The log for data, while LOG_ALL is acknowledged (rule L3).
+    /// The log for data, while LOG_ALL is acknowledged (rule L3.1).
     pub data: Option<Arc<Log>>,
-    /// The log for the used ring, and the address it is logged under, while the ring's F_LOG is set (rule L3).
+    /// The log for the used ring, and the address it is logged under, while the ring's F_LOG is set (rules L3.2, L3.3).
     pub used: Option<(Arc<Log>, u64)>,
-    /// Signalled after logging (rule L12).
+    /// Signalled after logging (rule L12.1).
     pub signal: Option<Arc<LogSignal>>,
-    /// How many pages outside the log have been reported; one for all rings (rule L6).
+    /// How many pages outside the log have been reported; one for all rings (rule L6.2).
     pub lost: Arc<AtomicU64>,
 }
 
@@ -69,7 +69,7 @@ impl Logging {
 }
 
 /// The rings of a device, as a session commands them. Every call returns when it has taken effect: what a ring wrote
-/// before is written, and it does nothing more by its old orders (rules R3, L9).
+/// before is written, and it does nothing more by its old orders (rules R3.3, L9.1).
 pub trait Rings {
     /// Something that is no ring is about to take time.
     fn about_to_wait(&mut self) {}
@@ -85,14 +85,14 @@ pub trait Rings {
     /// What the system says; the ring then doesn't run.
     fn start(&mut self, index: u16, setup: Setup) -> Result<(), BackendError>;
 
-    /// Completes, logs and publishes all requests of a running ring, stops it, and tells where it goes on (rule R3).
+    /// Completes, logs and publishes all requests of a running ring, stops it, and tells where it goes on (rules R3.1, R3.2).
     ///
     /// # Errors
     /// When that can't be told. The ring doesn't run then either.
     fn stop(&mut self, index: u16) -> Result<RingBase, BackendError>;
 
     /// Stops a running ring as soon as nothing reaches into guest memory any more, and leaves what is not complete by then
-    /// marked in the inflight region (rule I8). Tells where the ring goes on. One without a region is drained.
+    /// marked in the inflight region (rules I8.2, I8.6). Tells where the ring goes on. One without a region is drained.
     ///
     /// # Errors
     /// As [`Rings::stop`].
@@ -105,13 +105,13 @@ pub trait Rings {
         let _ = (index, yes);
     }
 
-    /// Changes where a running ring logs (rule L9).
+    /// Changes where a running ring logs (rule L9.1).
     fn set_logging(&mut self, index: u16, logging: Logging);
 
-    /// Finishes what uses these addresses, whose translations are gone (rule T3).
+    /// Finishes what uses these addresses, whose translations are gone (rule T3.2).
     fn invalidate(&mut self, iovas: &RangeInclusive<u64>);
 
-    /// Has a running ring look for new requests (rule B3), or for translations that it lacked.
+    /// Has a running ring look for new requests (rule B3.2), or for translations that it lacked.
     fn kick(&mut self, index: u16);
 
     /// Changes what a running ring signals.

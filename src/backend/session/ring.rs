@@ -1,4 +1,4 @@
-//! A ring as messages set it up, and when it runs (rules R1, R2).
+//! A ring as messages set it up, and when it runs (rules R1.2, R2.1, R2.2).
 #![forbid(unsafe_code)]
 
 use std::os::fd::OwnedFd;
@@ -24,7 +24,7 @@ pub(super) struct Ring {
     pub(super) kick: Option<Arc<Kick>>,
     pub(super) call: Option<Arc<Notifier>>,
     pub(super) error: Option<Arc<Notifier>>,
-    /// SET_VRING_KICK or a kick in-band came, and no GET_VRING_BASE since (rules R2, B3).
+    /// SET_VRING_KICK or a kick in-band came, and no GET_VRING_BASE since (rules R2.2, B3.4).
     pub(super) started: bool,
     pub(super) enabled: bool,
     /// [`Rings::start`] was called, and no [`Rings::stop`] since.
@@ -38,13 +38,13 @@ pub(super) struct Ring {
 }
 
 impl Ring {
-    /// Forgets all that the driver has to do with; whom to signal is the front-end's (rule R8).
+    /// Forgets all that the driver has to do with; whom to signal is the front-end's (rule R8.4).
     pub(super) fn reset(&mut self) {
         let (call, error) = (self.call.take(), self.error.take());
         *self = Ring { call, error, ran: self.ran, ..Ring::default() };
     }
 
-    /// True if the used ring is to be logged (rule L3).
+    /// True if the used ring is to be logged (rule L3.2).
     pub(super) fn logs(&self) -> bool {
         self.addr.as_ref().is_some_and(logs_used)
     }
@@ -70,7 +70,7 @@ impl Session {
 
     pub(super) fn set_size(&mut self, state: VringState, rings: &mut dyn Rings) -> Result<(), BackendError> {
         let (max, packed) = (self.device.max_queue_size(), self.is_packed());
-        let ring = self.stopped(Code::SET_VRING_NUM, state.index, "R2")?;
+        let ring = self.stopped(Code::SET_VRING_NUM, state.index, "R2.6")?;
         let fits = |size: &u16| (1..=max).contains(size) && (packed || size.is_power_of_two());
         let size = u16::try_from(state.num).ok().filter(fits);
         let index = state.index as u16;
@@ -93,7 +93,7 @@ impl Session {
         if running {
             let places = |addr: &VringAddr| (addr.desc_user_addr, addr.avail_user_addr, addr.used_user_addr);
             if ring.addr.as_ref().map(places) != Some(places(&addr)) {
-                return Err(BackendError::RingRuns { code: Code::SET_VRING_ADDR, index, rule: "R5" });
+                return Err(BackendError::RingRuns { code: Code::SET_VRING_ADDR, index, rule: "R5.2" });
             }
         } else if size > 0 && !self.memory.regions().is_empty() && !self.is_translated() {
             layout(&self.memory, features, index, size, &addr)?;
@@ -135,7 +135,7 @@ impl Session {
         if self.features & LOG_ALL != 0 && self.log.is_none() {
             limited!(
                 warn,
-                "ring {index} starts with LOG_ALL but without SET_LOG_BASE: nothing is logged before it (rule L8)"
+                "ring {index} starts with LOG_ALL but without SET_LOG_BASE: nothing is logged before it (rule L8.2)"
             );
         }
         let (call, error) = self.notifiers(index, ring);
@@ -167,12 +167,12 @@ impl Session {
         })
     }
 
-    /// Makes a ring run if it should, and stop if it should not (rule R2).
+    /// Makes a ring run if it should, and stop if it should not (rules R2.2, R6.4).
     pub(super) fn settle(&mut self, index: u16, rings: &mut dyn Rings) -> Result<(), BackendError> {
         let Some(ring) = self.rings.get(usize::from(index)) else { return Ok(()) };
         let skips = self.speaks(unstable::F_GET_VRING_BASE_SKIP_DRAIN);
         if ring.running && ring.started && skips {
-            // It is disabled before it is known whether what is in flight shall be completed (rule I8).
+            // It is disabled before it is known whether what is in flight shall be completed (rule I8.5).
             rings.hold(index, !ring.enabled);
         } else if !(ring.started && ring.enabled) {
             self.pause(index, rings)?;
@@ -208,7 +208,7 @@ impl Session {
         Ok(())
     }
 
-    /// Stops a ring if it runs, without draining it, and keeps its base (rule I8).
+    /// Stops a ring if it runs, without draining it, and keeps its base (rule I8.2).
     pub(super) fn suspend(&mut self, index: u16, rings: &mut dyn Rings) -> Result<(), BackendError> {
         if let Some(ring) = self.rings.get_mut(usize::from(index)).filter(|ring| ring.running) {
             ring.running = false;
@@ -217,7 +217,7 @@ impl Session {
         Ok(())
     }
 
-    /// A kick in-band (rule B3).
+    /// A kick in-band (rule B3.4).
     pub(super) fn kicked(&mut self, state: VringState, rings: &mut dyn Rings) -> Result<(), BackendError> {
         let VringState { index, .. } = state;
         let ring = self.ring(Code::VRING_KICK, index)?;
@@ -240,7 +240,7 @@ impl Session {
         let VringState { index, .. } = state;
         self.ring(code, index)?;
         let [leaves, skips] = [unstable::F_GET_VRING_BASE_INFLIGHT, unstable::F_GET_VRING_BASE_SKIP_DRAIN];
-        // Before there was a request for it, the feature alone meant it (rule I8).
+        // Before there was a request for it, the feature alone meant it (rule I8.4).
         match self.speaks(leaves) && (code == Code::GET_VRING_BASE_SKIP_DRAIN || !self.speaks(skips)) {
             true => self.suspend(index as u16, rings)?,
             false => self.pause(index as u16, rings)?,
@@ -269,7 +269,7 @@ impl Session {
     }
 }
 
-/// Where a ring lies in guest memory (rule R6: the addresses are the front-end's).
+/// Where a ring lies in guest memory (rule R6.4: the addresses are the front-end's).
 fn layout(memory: &Memory, features: u64, index: u16, size: u16, addr: &VringAddr) -> Result<RingLayout, BackendError> {
     let find = |part, user, len| {
         memory.gpa_of_user(user, len).map_err(|source| BackendError::RingAddress { index, part, source })

@@ -1,4 +1,4 @@
-//! How a ring ends: what it has goes back, is waited for, or is left to a successor (rules R3, I8).
+//! How a ring ends: what it has goes back, is waited for, or is left to a successor (rules R3.2, R3.6, I8.2).
 #![forbid(unsafe_code)]
 
 use std::os::fd::AsFd;
@@ -91,7 +91,7 @@ impl Worker {
             let count = found.len() - next;
             limited!(
                 warn,
-                "ring {}: {count} requests of a predecessor can't be translated and stay marked (rule I3)",
+                "ring {}: {count} requests of a predecessor can't be translated and stay marked (rule I3.3)",
                 self.index
             );
         }

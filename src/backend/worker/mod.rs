@@ -3,7 +3,7 @@
 //! A ring belongs to its thread alone: nothing on the way of a request takes a lock.
 //!
 //! The way of a request, each arrow survivable by a successor that has the inflight region: taken from the ring →
-//! noted as in flight → served → marked in the log → staged → published → noted as done → notified (rules L10, I2).
+//! noted as in flight → served → marked in the log → staged → published → noted as done → notified (rules L10.1, I2.1, I2.2).
 
 #![forbid(unsafe_code)]
 
@@ -52,7 +52,7 @@ pub(super) enum Order {
     Hold(bool, Sender<()>),
     /// Finish, and publish what is finished.
     Stop,
-    /// Finish only what can't be left to a successor (rule I8).
+    /// Finish only what can't be left to a successor (rule I8.2).
     Suspend,
     /// Finish, and keep it.
     Abandon,
@@ -128,7 +128,7 @@ impl Worker {
         worker
     }
 
-    /// Takes over from a predecessor: serves again what it had under way (rules I3, I4, I6).
+    /// Takes over from a predecessor: serves again what it had under way (rules I3.3, I4.5, I6.2).
     pub(super) fn recover(&mut self, inflight: Option<(Tracker, Found)>) -> Result<(), BackendError> {
         let Some((inflight, found)) = inflight else { return Ok(()) };
         self.inflight = Some(inflight);
@@ -205,7 +205,7 @@ impl Worker {
                     }
                     Order::Notifiers { call, error, done } => {
                         (self.setup.call, self.setup.error) = (call, error);
-                        // There may have been none, or nobody who heard it (rule R10).
+                        // There may have been none, or nobody who heard it (rule R10.1).
                         self.notify_again();
                         let _ = done.send(());
                     }
@@ -370,7 +370,7 @@ impl Worker {
     fn publish(&mut self) {
         self.counters.batch(&self.done, self.setup.logging.data.is_some());
         if let Some(log) = &self.setup.logging.data {
-            // One fence for all data of the batch, which is written by now (rule L10).
+            // One fence for all data of the batch, which is written by now (rule L10.2).
             let burst = log.burst();
             for request in &self.done {
                 request.written(|gpa, len| burst.mark(gpa, len));
@@ -392,7 +392,7 @@ impl Worker {
         }
     }
 
-    /// Once per batch, whatever it marked (rule L12).
+    /// Once per batch, whatever it marked (rule L12.1).
     fn signal_log(&mut self) {
         let Logging { data, used, signal, .. } = &self.setup.logging;
         let Some(log) = data.as_ref().or(used.as_ref().map(|(log, _)| log)) else { return };
@@ -407,14 +407,14 @@ impl Worker {
             if known == 0 {
                 limited!(
                     error,
-                    "ring {}: {lost} pages outside the log were written and not logged (rule L6)",
+                    "ring {}: {lost} pages outside the log were written and not logged (rule L6.2)",
                     self.index
                 );
             }
         }
     }
 
-    /// Notifies the driver if there ever was something to notify: nobody may have heard it (rule R10).
+    /// Notifies the driver if there ever was something to notify: nobody may have heard it (rule R10.1).
     fn notify_again(&mut self) {
         if self.setup.notified.load(Ordering::Relaxed) {
             self.notify();

@@ -1,5 +1,5 @@
-//! The back-end channel: what a back-end says without having been asked, kicks where they are messages (rule B3), and the
-//! translations that it asks for (rule T1).
+//! The back-end channel: what a back-end says without having been asked, kicks where they are messages (rule B3.2), and the
+//! translations that it asks for (rule T1.3).
 //!
 //! A thread per connection hears it, so that a call reaches its driver whatever the device's owner does meanwhile. It
 //! answers what wants an answer, and keeps the rest as events, each once: a back-end that floods the channel fills
@@ -136,7 +136,7 @@ impl Ear {
     }
 
     /// Whether a ring's kicks are passed on. Once that is forbidden none is sent any more, so that none overtakes what
-    /// stops the ring and starts it again (rules R3, B3); they are kept for whoever starts it next.
+    /// stops the ring and starts it again (rules B3.5, B3.6); they are kept for whoever starts it next.
     pub(super) fn set_kicks(&self, index: u16, kicks: bool) {
         lock(&self.shared.rings).entry(index).and_modify(|ring| ring.kicks = kicks);
         self.kicks_differ();
@@ -216,7 +216,7 @@ impl Shared {
                 let taken = if answers { self.answer(&mut heard.answers) } else { self.take(&mut heard) };
                 channel = taken.map(|()| true).unwrap_or_else(|why| {
                     if let Some(why) = why {
-                        limited!(warn, "the back-end channel is closed: {why} (rule B1)");
+                        limited!(warn, "the back-end channel is closed: {why} (rule B1.1)");
                         self.events.add(DeviceEvent::ChannelBroken(why));
                     }
                     let _ = self.socket.shutdown(Shutdown::Both);

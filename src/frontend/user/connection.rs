@@ -2,7 +2,7 @@
 //! Nothing here blocks: the socket does not, and every wait is a poll.
 //!
 //! Messages without a reply of their own are posted, and settled together: by their acknowledgements, or by a
-//! GET_FEATURES round trip where the back-end does not acknowledge (rule F4). What messages mean is not known here.
+//! GET_FEATURES round trip where the back-end does not acknowledge (rule F4.4). What messages mean is not known here.
 #![forbid(unsafe_code)]
 
 use std::io;
@@ -335,7 +335,7 @@ impl Channel {
     /// What an acknowledgement says.
     fn acknowledged(&self, reply: &Reply) -> Result<(), FrontendError> {
         let request = reply.request;
-        match reply.read("F4").inspect_err(|_| self.close())? {
+        match reply.read("F4.1").inspect_err(|_| self.close())? {
             0 => Ok(()),
             code => {
                 counters::refused(request);
@@ -344,7 +344,7 @@ impl Channel {
         }
     }
 
-    /// Sends a message that has a reply of its own and waits for that (rule F3).
+    /// Sends a message that has a reply of its own and waits for that (rule F3.1).
     pub(super) fn ask(
         &mut self,
         request: Request,
@@ -473,14 +473,14 @@ impl Channel {
             Err(FrontendError::ProtocolViolation { request, what, rule })
         };
         if header.request != request.0 {
-            return breach(format!("an answer to {}", Request(header.request)), "F1");
+            return breach(format!("an answer to {}", Request(header.request)), "F10.1");
         }
         if header.flags != Header::REPLY_FLAGS {
-            return breach(format!("flags {:#x} instead of {:#x}", header.flags, Header::REPLY_FLAGS), "F2");
+            return breach(format!("flags {:#x} instead of {:#x}", header.flags, Header::REPLY_FLAGS), "F2.2");
         }
         let size = header.size as usize;
         if size > MAX_REPLY {
-            return breach(format!("an answer of {size} bytes, more than {MAX_REPLY}"), "F6");
+            return breach(format!("an answer of {size} bytes, more than {MAX_REPLY}"), "F1.4");
         }
         let mut payload = vec![0; size];
         self.fill(&mut payload, &mut fds, request, deadline, timeout)?;

@@ -1,4 +1,4 @@
-//! A device's state, through a pipe to and from the back-end (rule D1).
+//! A device's state, through a pipe to and from the back-end (rule D1.3).
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -64,7 +64,7 @@ fn begin(channel: &mut Channel, direction: u32, theirs: OwnedFd) -> Result<Optio
     let request = Request::SET_DEVICE_STATE_FD;
     let transfer = DeviceStateTransfer { direction, phase: DEVICE_STATE_PHASE_STOPPED };
     let mut reply = channel.ask(request, transfer.as_bytes(), &[theirs.as_fd()])?;
-    let code: u64 = reply.read("D1").inspect_err(|_| channel.close())?;
+    let code: u64 = reply.read("D1.2").inspect_err(|_| channel.close())?;
     if code & DEVICE_STATE_ERROR_MASK != 0 {
         return Err(FrontendError::Refused { request, code });
     }
@@ -72,7 +72,7 @@ fn begin(channel: &mut Channel, direction: u32, theirs: OwnedFd) -> Result<Optio
         return Ok(None);
     }
     let breach =
-        || FrontendError::ProtocolViolation { request, what: "it announces an fd and sends none".into(), rule: "D1" };
+        || FrontendError::ProtocolViolation { request, what: "it announces an fd and sends none".into(), rule: "D1.2" };
     reply.fds.pop().ok_or_else(breach).map(Some).inspect_err(|_| channel.close())
 }
 
@@ -80,7 +80,7 @@ fn begin(channel: &mut Channel, direction: u32, theirs: OwnedFd) -> Result<Optio
 fn check(channel: &mut Channel, patience: Duration) -> Result<(), FrontendError> {
     let request = Request::CHECK_DEVICE_STATE;
     let reply = channel.ask_within(patience, request, &[], &[])?;
-    match reply.read("D1").inspect_err(|_| channel.close())? {
+    match reply.read("D1.4").inspect_err(|_| channel.close())? {
         0 => Ok(()),
         code => Err(FrontendError::Refused { request, code }),
     }

@@ -24,11 +24,11 @@ pub(super) struct Inflight {
 }
 
 impl Inflight {
-    /// The region of a GET_INFLIGHT_FD reply, checked against what was asked for (rule I1).
+    /// The region of a GET_INFLIGHT_FD reply, checked against what was asked for (rule I1.2).
     pub(super) fn take(reply: Reply, queues: u16, queue_size: u16, packed: bool) -> Result<Inflight, FrontendError> {
         let request = Request::GET_INFLIGHT_FD;
-        let breach = |what: String| FrontendError::ProtocolViolation { request, what, rule: "I1" };
-        // Four bytes of padding at the end, which some send and some don't (rule F6).
+        let breach = |what: String| FrontendError::ProtocolViolation { request, what, rule: "I1.2" };
+        // Four bytes of padding at the end, which some send and some don't (rule F6.3).
         let mut bytes = [0; size_of::<InflightDescription>()];
         match (reply.payload.len(), bytes.get_mut(..reply.payload.len())) {
             (20.., Some(bytes)) => bytes.copy_from_slice(&reply.payload),

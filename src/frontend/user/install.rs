@@ -1,4 +1,4 @@
-//! A back-end that knows nothing is given all that is noted: after a restart (rules R6, L8, I3).
+//! A back-end that knows nothing is given all that is noted: after a restart (rules R6.1, L8.1, I3.4).
 #![forbid(unsafe_code)]
 
 use std::time::Duration;
@@ -17,8 +17,8 @@ use crate::memory::Memory;
 use crate::ring::RingBase;
 
 impl UserDevice {
-    /// Where a back-end that knows nothing goes on: a split ring at its used index (rules I3, R4). Of a packed one only
-    /// the inflight region knows, which counts more than this base (rule I4).
+    /// Where a back-end that knows nothing goes on: a split ring at its used index (rules I3.4, R4.1). Of a packed one only
+    /// the inflight region knows, which counts more than this base (rule I4.5).
     fn base_after_crash(&self, index: u16, setup: &RingSetup) -> Result<RingBase, FrontendError> {
         if self.is_packed() {
             return match self.inflight {
@@ -45,7 +45,7 @@ impl UserDevice {
         Ok(u16::from_le_bytes(bytes))
     }
 
-    /// Gives a back-end that knows nothing all that is noted (rules R6, L8). Returns how many requests it finds marked.
+    /// Gives a back-end that knows nothing all that is noted (rules R6.1, L8.1). Returns how many requests it finds marked.
     fn install(&mut self) -> Result<u64, FrontendError> {
         let marked = self.inflight.as_ref().map_or(Ok(0), |inflight| inflight.marked(self.is_packed()))?;
         let rings = self.rings.clone();
@@ -69,7 +69,7 @@ impl UserDevice {
             self.post_kick(index, setup)?;
             if let Some((log, _)) = &self.log {
                 // The back-end that died may have written the used ring and not yet logged it. The next one also sees
-                // by these marks that the old one's are not lost (rule L15).
+                // by these marks that the old one's are not lost (rule L15.4).
                 let [desc, _, used] = self.layout(setup);
                 let written = if self.is_packed() { &[desc, used][..] } else { &[used] };
                 for (addr, len) in written {

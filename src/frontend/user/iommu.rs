@@ -20,7 +20,7 @@ use crate::sys::log_limit::limited;
 /// The VMM's IOMMU, and the memory that its mappings lead to; it outlives connections.
 ///
 /// One lock is held from the look at the VMM's table until what was found is sent, and while an invalidation is sent. So
-/// what is sent after an invalidation was found after the table had changed (rule T3).
+/// what is sent after an invalidation was found after the table had changed (rule T3.5).
 pub(super) struct Translator(Mutex<Known>);
 
 struct Known {
@@ -110,7 +110,7 @@ impl Known {
         let mapping = self.iommu.as_ref()?.translate(iova, access)?;
         let skip = iova.checked_sub(mapping.iova).filter(|skip| *skip < mapping.size);
         if skip.is_none() {
-            limited!(warn, "the VMM's translation of {iova:#x} does not contain it: {mapping:x?} (rule T1)");
+            limited!(warn, "the VMM's translation of {iova:#x} does not contain it: {mapping:x?} (rule T1.3)");
         }
         skip.map(|skip| (mapping, skip))
     }
@@ -124,7 +124,7 @@ impl Known {
         let Some((region, offset)) = found else {
             limited!(
                 warn,
-                "the VMM's translation of {iova:#x} leads to {gpa:#x}, where the back-end has no memory (rule T2)"
+                "the VMM's translation of {iova:#x} leads to {gpa:#x}, where the back-end has no memory (rule T2.2)"
             );
             return None;
         };
@@ -151,13 +151,13 @@ fn no(memory: &Memory, iova: u64) -> Option<IotlbMsg> {
 
 impl UserDevice {
     /// Puts the device behind the VMM's IOMMU. Comes before ACCESS_PLATFORM is acknowledged; from then on all addresses
-    /// of [`RingSetup`](crate::frontend::RingSetup) are I/O virtual (rule T1).
+    /// of [`RingSetup`](crate::frontend::RingSetup) are I/O virtual (rule T1.1).
     pub fn set_iommu(&mut self, iommu: Arc<dyn Iommu>) {
         self.translator.set(iommu);
     }
 
     /// Has the back-end forget the translations of `iovas`, which the [`Iommu`] no longer gives. When it has
-    /// acknowledged that, nothing uses them any more: the pages may be given to others (rule T3).
+    /// acknowledged that, nothing uses them any more: the pages may be given to others (rule T3.1).
     ///
     /// A back-end without REPLY_ACK has then taken the message, and need not have finished the requests that use the old
     /// translations; our own has. After an error that [is a hang-up](FrontendError::is_hang_up) the pages may be used
@@ -213,7 +213,7 @@ impl UserDevice {
         match self.ear {
             Some(_) => Ok(()),
             None => Err(FrontendError::NotOffered {
-                what: "a back-end channel (BACKEND_REQ), which it needs to ask for translations (rule T1)".into(),
+                what: "a back-end channel (BACKEND_REQ), which it needs to ask for translations (rule T1.7)".into(),
                 advice: "don't acknowledge ACCESS_PLATFORM, or use a back-end with the channel",
             }),
         }

@@ -1,6 +1,6 @@
 //! The vhost-user client: [`UserDevice`] drives a back-end behind a UNIX socket.
 //!
-//! Here: which messages carry out what a [`Device`] promises, in the order that peers expect (rules R6, L7), and what is
+//! Here: which messages carry out what a [`Device`] promises, in the order that peers expect (rules R6.1, L7.1), and what is
 //! remembered so that a restarted back-end can be given all of it again. Framing and deadlines are the channel's.
 #![forbid(unsafe_code)]
 
@@ -206,7 +206,7 @@ impl UserDevice {
         Ok(())
     }
 
-    /// Ring addresses; on a running ring they change nothing but whether it is logged (rule R5).
+    /// Ring addresses; on a running ring they change nothing but whether it is logged (rule R5.1).
     fn addresses(&self, index: u16, setup: &RingSetup) -> Result<VringAddr, MemoryError> {
         let place = |area: (u64, u64)| if self.is_translated() { Ok(area.0) } else { user_addr(&self.memory, area) };
         let [desc, avail, used] = self.layout(setup).map(place);
@@ -310,7 +310,7 @@ impl UserDevice {
         Ok(())
     }
 
-    /// A ring's kick, call or error fd, or what stands for it where they are messages (rule B3).
+    /// A ring's kick, call or error fd, or what stands for it where they are messages (rule B3.2).
     fn post_fd(&mut self, request: Request, index: u16, fd: Option<&Arc<OwnedFd>>) -> Result<(), FrontendError> {
         match fd {
             _ if self.has(protocol_feature::INBAND_NOTIFICATIONS) => {
@@ -321,7 +321,7 @@ impl UserDevice {
         }
     }
 
-    /// Without protocol features rings have no such state: they are enabled (rule R1).
+    /// Without protocol features rings have no such state: they are enabled (rule R1.2).
     fn post_enable(&mut self, index: u16, enable: bool) -> Result<(), FrontendError> {
         if self.offer.features & bit(VHOST_USER_F_PROTOCOL_FEATURES) == 0 {
             return Ok(());
@@ -335,7 +335,7 @@ impl UserDevice {
         self.channel.post(Request::SET_STATUS, status.as_bytes(), &[])
     }
 
-    /// SET_LOG_BASE with the noted log. Its reply may have any length (rule F7).
+    /// SET_LOG_BASE with the noted log. Its reply may have any length (rule F7.2).
     fn install_log(&mut self) -> Result<(), FrontendError> {
         let Some((log, fd)) = &self.log else { return Ok(()) };
         let message = LogDescription { mmap_size: log.size(), mmap_offset: 0 };
@@ -389,7 +389,7 @@ impl Device for UserDevice {
         self.features = features & !TRANSPORT;
         self.post_features()?;
         if self.is_translated() && !was_translated {
-            // Without the feature invalidate() tells nothing, and memory may have become another (rule T3).
+            // Without the feature invalidate() tells nothing, and memory may have become another (rule T3.9).
             self.post_invalidation(0..=u64::MAX)?;
         }
         self.channel.settle()
@@ -467,7 +467,7 @@ impl Device for UserDevice {
     fn validate_rings(&mut self, rings: &[(u16, RingSetup)], sent: &mut dyn FnMut()) -> Result<(), FrontendError> {
         self.post_each(rings, sent, |device, index, setup| {
             device.post_ring(index, setup, setup.base)?;
-            // Without a kick it does not run: it is not started (rule R2).
+            // Without a kick it does not run: it is not started (rules R2.2, D2.2).
             device.post_enable(index, true)?;
             device.post_enable(index, false)
         })
@@ -605,7 +605,7 @@ impl Device for UserDevice {
             _ => {
                 let what =
                     format!("{} bytes that are not offset {offset} and {} bytes", reply.payload.len(), buf.len());
-                Err(FrontendError::ProtocolViolation { request, what, rule: "C1" })
+                Err(FrontendError::ProtocolViolation { request, what, rule: "C1.1" })
             }
         }
     }
@@ -802,11 +802,11 @@ impl UserDevice {
 
     fn base_of(&self, reply: &Reply, index: u16) -> Result<RingBase, FrontendError> {
         // Whether the ring runs is not known after a wrong answer; connecting again starts it where it was.
-        let state: VringState = reply.read("R3").inspect_err(|_| self.channel.close())?;
+        let state: VringState = reply.read("R3.1").inspect_err(|_| self.channel.close())?;
         if state.index != u32::from(index) {
             self.channel.close();
             let what = format!("it answered for ring {} instead of {index}", state.index);
-            return Err(FrontendError::ProtocolViolation { request: reply.request, what, rule: "R3" });
+            return Err(FrontendError::ProtocolViolation { request: reply.request, what, rule: "R3.1" });
         }
         Ok(RingBase::from_bits(state.num))
     }
@@ -890,7 +890,7 @@ impl UserDevice {
             return Ok(None);
         }
         let reply = self.channel.ask(request, &[], &[])?;
-        if reply.payload.is_empty() { Ok(None) } else { reply.read("F3").map(Some) }
+        if reply.payload.is_empty() { Ok(None) } else { reply.read("F3.1").map(Some) }
     }
 
     fn config_header(&self, offset: u32, len: usize) -> Result<ConfigHeader, FrontendError> {

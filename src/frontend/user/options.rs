@@ -56,7 +56,7 @@ impl UserOptions {
         self.device.or(self.queue_pairs.then_some(VIRTIO_ID_NET))
     }
 
-    /// Also uses what the specification has not settled: rings that are stopped without being drained (rule I8).
+    /// Also uses what the specification has not settled: rings that are stopped without being drained (rule I8.1).
     pub fn with_inflight_migration(self) -> UserOptions {
         UserOptions { protocol_features: self.protocol_features | INFLIGHT_MIGRATION, ..self }
     }

@@ -77,7 +77,7 @@ impl UserDevice {
         let Some(theirs) = theirs.filter(same) else {
             self.channel.close();
             let what = format!("{} bytes that are not the regions it was told of", reply.payload.len());
-            return Err(FrontendError::ProtocolViolation { request, what, rule: "P1" });
+            return Err(FrontendError::ProtocolViolation { request, what, rule: "P1.4" });
         };
         self.memory = memory.clone();
         self.change_translations(Some(memory));
@@ -102,7 +102,7 @@ impl UserDevice {
             self.channel.post(request, &[], &[])?;
             return self.channel.settle();
         }
-        match self.channel.ask(request, &[], &[])?.read::<u64>("P1").inspect_err(|_| self.channel.close())? {
+        match self.channel.ask(request, &[], &[])?.read::<u64>("P1.3").inspect_err(|_| self.channel.close())? {
             0 => Ok(()),
             code => Err(FrontendError::Refused { request, code }),
         }

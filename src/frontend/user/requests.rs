@@ -48,7 +48,7 @@ impl UserDevice {
     }
 
     /// Writes configuration space from `offset` as a migration's destination does, for a device that carries part of its
-    /// state there: a network interface's address (SET_CONFIG with flags 1, rule C1).
+    /// state there: a network interface's address (SET_CONFIG with flags 1, rule C1.2).
     ///
     /// # Errors
     /// As [`Device::set_config`].
@@ -57,7 +57,7 @@ impl UserDevice {
     }
 
     /// Has the device write `signal` after it logged, or nothing any more; also after a reconnection (SET_LOG_FD, rule
-    /// L12).
+    /// L12.1).
     ///
     /// # Errors
     /// [`FrontendError::Refused`]; the channel's errors.
@@ -77,7 +77,7 @@ impl UserDevice {
     }
 
     /// Resets the device as its driver would: rings are gone, requests in flight are not answered any more, features are
-    /// to be set anew. Memory and the log stay (RESET_DEVICE, else SET_STATUS 0; rule R8).
+    /// to be set anew. Memory and the log stay (RESET_DEVICE, else SET_STATUS 0; rules R8.2, R8.3).
     ///
     /// # Errors
     /// [`FrontendError::NotOffered`] if it knows neither; the channel's errors.
