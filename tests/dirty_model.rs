@@ -1,6 +1,6 @@
 //! Every interleaving of marking and harvesting, on a machine with store buffers: no page is ever lost.
 //!
-//! A model of the algorithms in `dirty` (rules L10 and L13), explored exhaustively: writers store data and mark, with
+//! A model of the algorithms in `dirty` (rules L10.1, L10.2 and L13.1), explored exhaustively: writers store data and mark, with
 //! and without looking at the bit first, while a harvester takes bits and copies pages. Stores wait in a buffer and
 //! reach memory at any later time, as on x86; locked operations and fences wait for the buffer. To show that the
 //! model would notice, each way to get it wrong must lose a page.

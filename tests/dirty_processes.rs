@@ -1,4 +1,4 @@
-//! Several processes mark in one log while another harvests it: nothing is lost, nothing is invented (rule L11).
+//! Several processes mark in one log while another harvests it: nothing is lost, nothing is invented (rule L11.1).
 #![allow(clippy::unwrap_used)]
 
 use std::os::fd::{AsFd, AsRawFd};

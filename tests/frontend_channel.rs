@@ -156,7 +156,7 @@ fn what_a_back_end_says_is_an_event_once() {
     assert!(!is_readable(&fd, PollTimeout::ZERO) && device.take_events().is_empty());
 }
 
-/// Rules F4, B4.
+/// Rules B1.3, B4.2.
 #[test]
 fn what_can_not_be_done_is_refused_if_an_answer_is_wanted() {
     let backend = Backend::start();
@@ -207,7 +207,7 @@ fn a_flood_fills_nothing_and_the_device_goes_on() {
     }
 }
 
-/// Rule B3: an error fd that the back-end has by SET_VRING_ERR, or BACKEND_VRING_ERR after a VRING_KICK.
+/// Rules B3.2, B3.3: an error fd that the back-end has by SET_VRING_ERR, or BACKEND_VRING_ERR after a VRING_KICK.
 #[test]
 fn a_broken_ring_signals_its_error_fd_in_band_and_out_of_band() {
     for in_band in [0, bit(protocol_feature::INBAND_NOTIFICATIONS)] {
@@ -306,7 +306,7 @@ fn odd(listener: UnixListener, mut talk: impl FnMut(raw::Client)) {
     }
 }
 
-/// Rule B1.
+/// Rule B1.1.
 #[test]
 fn a_back_end_that_breaks_the_protocol_on_its_channel_loses_it_and_the_device_goes_on() {
     let header = |flags, size| Header { request: 2, flags, size }.as_bytes().to_vec();
@@ -329,7 +329,7 @@ fn a_back_end_that_breaks_the_protocol_on_its_channel_loses_it_and_the_device_go
     }
 }
 
-/// Rule B4.
+/// Rule B4.2.
 #[test]
 fn a_doorbell_page_is_refused_and_its_fd_is_closed() {
     let folder = tempfile::tempdir().unwrap();
@@ -445,7 +445,7 @@ impl InBand {
     }
 }
 
-/// Rules B3, R10.
+/// Rules B3.2, B3.6.
 #[test]
 fn calls_in_band_are_heard_while_a_ring_is_enabled_and_the_last_one_is_not_missed() {
     let (hand, device) = InBand::shake();
@@ -462,7 +462,7 @@ fn calls_in_band_are_heard_while_a_ring_is_enabled_and_the_last_one_is_not_misse
     assert!(is_readable(&setup.call, PollTimeout::ZERO), "the last call is lost");
 }
 
-/// Rules R3, I8: else the back-end starts the ring again, which by then is another's.
+/// Rules B3.5, I8.2: else the back-end starts the ring again, which by then is another's.
 #[test]
 fn no_kick_in_band_overtakes_what_stops_its_ring() {
     let stop: fn(&mut UserDevice) -> Result<RingBase, FrontendError> = |device| device.stop_ring(0);

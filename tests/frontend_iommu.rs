@@ -195,7 +195,7 @@ fn event(device: &mut UserDevice) -> Vec<DeviceEvent> {
     device.take_events()
 }
 
-/// Rules T1, L5.
+/// Rules T1.1, L5.2.
 #[rstest]
 fn requests_through_scattered_pages_are_right_and_logged_by_guest_physical_address(
     #[values(0, PACKED)] kind: u64,
@@ -238,7 +238,7 @@ fn requests_through_scattered_pages_are_right_and_logged_by_guest_physical_addre
     assert!(std::fs::read(server.image()).unwrap() == load.disk, "other data was written");
 }
 
-/// Rule T3.
+/// Rule T3.1.
 #[rstest]
 fn nothing_touches_a_page_after_invalidate_has_returned(#[values(0, PACKED)] kind: u64) {
     let (_server, socket) = server();
@@ -284,7 +284,7 @@ fn nothing_touches_a_page_after_invalidate_has_returned(#[values(0, PACKED)] kin
     }
 }
 
-/// Rule T1: a page that is nobody's, and one that may only be read.
+/// Rule T1.4: a page that is nobody's, and one that may only be read.
 #[rstest]
 fn what_the_iommu_refuses_breaks_the_ring_that_asked_and_is_an_event(#[values(false, true)] readable: bool) {
     let (_server, socket) = server();
@@ -312,7 +312,7 @@ fn what_the_iommu_refuses_breaks_the_ring_that_asked_and_is_an_event(#[values(fa
     assert_eq!(bytes(&memory, Slot(1).data(), 1024), contents(77, 1024));
 }
 
-/// Rules L5, L15, I3, I4: the successor has no translation of anything.
+/// Rules T1.8, L5.2, L15.4, I3.3, I4.5: the successor has no translation of anything.
 #[rstest]
 fn a_back_end_that_is_killed_with_requests_under_way_is_succeeded_by_one_that_asks_anew(
     #[values(0, PACKED)] kind: u64,
@@ -510,7 +510,7 @@ impl Iommu for Slow {
     }
 }
 
-/// Rule T3: else the back-end would go on with what it was told to forget.
+/// Rule T3.5: else the back-end would go on with what it was told to forget.
 #[test]
 fn a_translation_from_before_an_invalidation_is_never_told_after_it() {
     let ((looked, has_looked), (go_on, goes_on)) = (channel(), channel());
@@ -603,7 +603,7 @@ fn translations_that_find_no_room_are_told_when_there_is_some() {
     assert_eq!((forgotten, device.take_events()), (1, vec![]));
 }
 
-/// Rule T3: what it does not hear of while the feature is off.
+/// Rule T3.9: what it does not hear of while the feature is off.
 #[test]
 fn a_back_end_forgets_everything_when_the_iommu_is_acknowledged_anew() {
     let (hand, mut device, _guest) = Hand::shake(Arc::new(Identity));
@@ -625,7 +625,7 @@ fn a_back_end_forgets_everything_when_the_iommu_is_acknowledged_anew() {
     without.join().unwrap();
 }
 
-/// Rule T1: what was promised, and has gone before there was room to send it.
+/// Rule T1.6: what was promised, and has gone before there was room to send it.
 #[test]
 fn a_translation_that_goes_while_it_waits_for_room_is_told_to_permit_nothing() {
     const PAGES: u64 = 1000;

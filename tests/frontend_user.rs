@@ -223,13 +223,13 @@ fn logging_is_switched_on_log_first_then_features_then_rings_and_off_without_the
     let on = fake.take();
     let names: Vec<_> = on.iter().map(|message| message.request).collect();
     assert_eq!(names, [Request::SET_LOG_BASE, Request::SET_FEATURES, Request::SET_VRING_ADDR]);
-    assert_eq!(on[0].flags, 1, "SET_LOG_BASE has a reply of its own (rule F3)");
+    assert_eq!(on[0].flags, 1, "SET_LOG_BASE has a reply of its own (rule F3.1)");
     assert_eq!(on[0].payload, [log.size(), 0].as_bytes());
     assert_eq!(on[1].payload, (LOG_ALL | PROTOCOL | VERSION_1).as_bytes());
     assert_eq!(on[2].payload[4..8], 1u32.to_ne_bytes(), "VHOST_VRING_F_LOG");
     assert_eq!(on[2].payload[32..], 0x3000u64.to_ne_bytes(), "log_guest_addr is guest-physical");
     device.start_logging(&log, fd.as_fd()).unwrap();
-    assert_eq!(fake.requests(), ["SET_LOG_BASE"], "a new log while logging (rule L9)");
+    assert_eq!(fake.requests(), ["SET_LOG_BASE"], "a new log while logging (rule L9.1)");
     device.stop_logging().unwrap();
     let off = fake.take();
     let names: Vec<_> = off.iter().map(|message| message.request).collect();
@@ -274,13 +274,13 @@ fn a_refusal_is_an_error_and_the_connection_goes_on() {
 fn an_answer_that_breaks_the_protocol_is_named_and_ends_the_connection() {
     let number = 0u64;
     let bad = [
-        ("F2", raw(Request::GET_STATUS, 1, number.as_bytes())),
-        ("F2", raw(Request::GET_STATUS, 0xd, number.as_bytes())),
-        ("F1", reply(Request::GET_FEATURES, number.as_bytes())),
+        ("F2.2", raw(Request::GET_STATUS, 1, number.as_bytes())),
+        ("F2.2", raw(Request::GET_STATUS, 0xd, number.as_bytes())),
+        ("F10.1", reply(Request::GET_FEATURES, number.as_bytes())),
         ("F3.1", reply(Request::GET_STATUS, &[0; 4])),
         ("F3.1", reply(Request::GET_STATUS, &[0; 16])),
-        ("F6", reply(Request::GET_STATUS, &vec![0; 4097])),
-        ("F6", Header { request: Request::GET_STATUS.0, flags: 5, size: u32::MAX }.as_bytes().to_vec()),
+        ("F1.4", reply(Request::GET_STATUS, &vec![0; 4097])),
+        ("F1.4", Header { request: Request::GET_STATUS.0, flags: 5, size: u32::MAX }.as_bytes().to_vec()),
     ];
     for (expected, bytes) in bad {
         let shown = format!("{bytes:x?}");
@@ -847,7 +847,7 @@ fn a_configuration_that_is_not_what_was_asked_for_is_refused() {
     assert!(device.config(0, &mut [0; 257]).is_err());
 }
 
-/// Rule C1.
+/// Rule C1.1.
 #[test]
 fn configuration_is_written_for_the_driver_or_for_a_migration_and_a_refusal_is_an_error() {
     type Write = fn(&mut UserDevice, u32, &[u8]) -> Result<(), FrontendError>;
@@ -908,7 +908,7 @@ fn an_inflight_region_that_can_not_be_one_is_refused() {
             _ => Answer::Usual,
         });
         let error = fake.connect().unwrap().set_inflight(2, 8, None).unwrap_err();
-        assert!(matches!(error, FrontendError::ProtocolViolation { rule: "I1", .. }), "{error} for {case:?}");
+        assert!(matches!(error, FrontendError::ProtocolViolation { rule: "I1.2", .. }), "{error} for {case:?}");
     }
 }
 
@@ -967,9 +967,13 @@ fn a_restarted_back_end_is_given_everything_in_the_order_of_qemu(#[values(0, PAC
     assert!(names.iter().zip(greeting).take(6).all(|(name, expected)| name == expected), "{names:?}");
     assert_eq!(rest_heard, rest);
     let payload = |request| &heard.iter().find(|message| message.request == request).unwrap().payload;
-    assert_eq!(payload(Request::SET_FEATURES), (LOG_ALL | PROTOCOL | VERSION_1 | kind).as_bytes(), "LOG_ALL (rule L8)");
+    assert_eq!(
+        payload(Request::SET_FEATURES),
+        (LOG_ALL | PROTOCOL | VERSION_1 | kind).as_bytes(),
+        "LOG_ALL (rule L8.1)"
+    );
     assert_eq!(payload(Request::SET_INFLIGHT_FD), &inflight.payload, "the region is kept");
-    // The used index (rule I3); of a packed ring the region alone knows it (rule I4).
+    // The used index (rule I3.4); of a packed ring the region alone knows it (rule I4.5).
     let base = if kind == PACKED { 0x8000_8000u32 } else { 0x1234 };
     assert_eq!(payload(Request::SET_VRING_BASE)[4..], base.to_ne_bytes());
     assert_eq!(payload(Request::SET_VRING_ADDR)[4..8], 1u32.to_ne_bytes(), "VHOST_VRING_F_LOG");
@@ -1156,7 +1160,7 @@ fn a_back_end_that_keeps_a_state_from_travelling_costs_an_error_and_no_more() {
     assert!(matches!(error, FrontendError::Refused { code: 5, .. }), "{error}");
     // An fd is announced, and none comes.
     let error = with_state(0, vec![], checked(0)).save_state().unwrap_err();
-    assert!(matches!(error, FrontendError::ProtocolViolation { rule: "D1", .. }), "{error}");
+    assert!(matches!(error, FrontendError::ProtocolViolation { rule: "D1.2", .. }), "{error}");
     // It dies in between.
     let (reader, _) = std::io::pipe().unwrap();
     let error = with_state(0, vec![reader.into()], || Answer::HangUp(vec![])).save_state().unwrap_err();
@@ -1188,7 +1192,7 @@ fn postcopy_with_a_back_end_that_answers_about_other_memory_ends_before_it_begin
         let done = device.postcopy_set_memory(&memory, |addresses| told = Some(addresses));
         if change < 16 {
             assert!(
-                matches!(done, Err(FrontendError::ProtocolViolation { rule: "P1", .. })) && told.is_none(),
+                matches!(done, Err(FrontendError::ProtocolViolation { rule: "P1.4", .. })) && told.is_none(),
                 "{done:?}"
             );
             continue;

@@ -352,7 +352,7 @@ enum Step {
 
 /// What a successor finds, and where it takes the next request and puts the next used one.
 fn find(world: &World, mutation: Mutation) -> Result<(PackedRecovery, At, At), String> {
-    // The base that a front-end gives is as old as the connection (rule I4).
+    // The base that a front-end gives is as old as the connection (rule I4.5).
     let mut given = base(world.start, world.start);
     if mutation == Mutation::BaseForgottenWhenFresh && world.version() == 0 {
         given = base(At(0, true), At(0, true));

@@ -350,7 +350,7 @@ fn a_base_says_where_both_positions_are() {
     assert_eq!(positions(0x8000_8000), (Position::START, Position::START));
     assert_eq!(positions(0x8003_8004), (at(4, true), at(3, true)));
     assert_eq!(positions(0x8004_0002), (at(2, false), at(4, true)));
-    // A front-end that knows the avail position alone (rule R4).
+    // A front-end that knows the avail position alone (rule R4.3).
     assert_eq!(positions(0x0000_8000), (Position::START, Position::START));
     assert_eq!(positions(0x0000_0003), (at(3, false), at(3, false)));
     for bits in [0x8000_8005, 0x8005_8000, 0xffff_ffff, 0x7fff, 0x8003_8002, 0x8002_0003] {
@@ -408,7 +408,7 @@ fn a_ring_that_was_never_used_has_the_base_of_its_kind() {
     assert_eq!(RingBase::initial(0), RingBase::split(0));
     assert_eq!(RingBase::initial(packed), RingBase::PACKED_START);
     let starts = |features| {
-        // The third is that of a front-end that knows the avail position alone (rule R4).
+        // The third is that of a front-end that knows the avail position alone (rule R4.3).
         [0, 0x8000_8000, 0x0000_8000, 1, 0x8000_8001, 0x8001_8000]
             .map(|bits| RingBase::from_bits(bits).is_initial(features))
     };

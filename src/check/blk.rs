@@ -69,7 +69,7 @@ impl Disk {
             let sectors = AT_LEAST / SECTOR_BYTES;
             return Ok(Disk { sectors, block: sectors });
         }
-        // All of it from the start: some send the bytes at 0 whatever the offset is (rule C1).
+        // All of it from the start: some send the bytes at 0 whatever the offset is (rule C1.1).
         let mut config = BlkConfig::new_zeroed();
         let told = read_config(link, 0, CONFIG_BYTES)?;
         config.as_mut_bytes().iter_mut().zip(told).for_each(|(byte, told)| *byte = told);
@@ -225,7 +225,7 @@ fn contents(parts: &[(u64, Buffer)], round: u64) -> Vec<Vec<u8>> {
 }
 
 /// Kills the back-end with writes in flight, has its successor write to the same place, and looks at what is there when
-/// it is quiet (rule I9).
+/// it is quiet (rule I9.1).
 fn overwrite_after_death(bench: &mut Bench, parts: &[(u64, Buffer)]) -> Result<Outcome, Fault> {
     let (mut open, mut round) = (0, 0);
     while round < KILLS || open == 0 && round < MOST_KILLS {
@@ -287,7 +287,7 @@ fn keep(contents: &[Vec<u8>]) -> io::Result<PathBuf> {
     Ok(path)
 }
 
-/// Bytes of configuration space, out of an answer that is checked (rule C1).
+/// Bytes of configuration space, out of an answer that is checked (rule C1.1).
 pub(super) fn read_config(link: &Link, offset: u32, size: u32) -> Result<Vec<u8>, Fault> {
     let header = ConfigHeader { offset, size, flags: CONFIG_TYPE_FRONTEND };
     let reply = link.ask(Code::GET_CONFIG, &[header.as_bytes(), &vec![0; size as usize]].concat())?;

@@ -1,7 +1,7 @@
 //! The front-end's side of one connection and of the channel beside it, message by message, with nothing in between that could be polite.
 //!
 //! What an answer should be is the checks' business; here is only what can happen to a message. The header of every
-//! reply is noted ([`Replies`]), so that rule F2 is judged by all of them.
+//! reply is noted ([`Replies`]), so that rule F2.2 is judged by all of them.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -42,7 +42,7 @@ pub(super) struct Replies {
 }
 
 impl Replies {
-    /// Rule F2, by all of them.
+    /// Rule F2.2, by all of them.
     pub(super) fn outcome(&self) -> Outcome {
         let odd: Vec<String> =
             self.odd.iter().map(|((code, flags), count)| format!("{code} {flags:#x} ({count} times)")).collect();
@@ -106,7 +106,7 @@ impl Link {
         self.send_bytes(code, &[header.as_bytes(), payload].concat(), fds)
     }
 
-    /// A request whose header, and both halves of whose payload, travel alone (rule F1).
+    /// A request whose header, and both halves of whose payload, travel alone (rule F1.3).
     pub(super) fn send_cut(&self, code: Code, flags: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Fault> {
         let header = Header { request: code.0, flags, size: payload.len() as u32 };
         self.send_bytes(code, header.as_bytes(), fds)?;
@@ -183,13 +183,13 @@ impl Link {
         self.ask(code, &[])?.read()
     }
 
-    /// Sends a request with need-reply; the answer is 0 for done (rule F4).
+    /// Sends a request with need-reply; the answer is 0 for done (rule F4.1).
     pub(super) fn acknowledged(&self, code: Code, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<u64, Fault> {
         self.send(code, Header::FLAG_VERSION | Header::FLAG_NEED_REPLY, payload, fds)?;
         self.reply(code)?.read()
     }
 
-    /// Everything that was sent is done when this returns (rule F4).
+    /// Everything that was sent is done when this returns (rule F4.4).
     pub(super) fn barrier(&self) -> Result<u64, Fault> {
         self.ask_number(Code::GET_FEATURES)
     }
@@ -211,7 +211,7 @@ impl Link {
     }
 }
 
-/// What a back-end says over its channel (rule B1).
+/// What a back-end says over its channel (rule B1.1).
 pub(super) struct Word {
     pub(super) code: BackendRequest,
     pub(super) body: Vec<u8>,

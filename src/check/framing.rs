@@ -93,7 +93,7 @@ fn flags(bench: &mut Bench) -> Result<Outcome, Fault> {
     for (code, payload, _) in own_replies(bench) {
         for flags in [VERSION].into_iter().chain(asked) {
             rig.link.send(code, flags, &payload, &[])?;
-            // Which reply it is, is rule F3.
+            // Which reply it is, is rule F3.1.
             rig.link.receive(code)?;
         }
     }

@@ -148,7 +148,7 @@ fn send(bench: &Bench, all: Vec<Message>) -> Result<Outcome, Fault> {
                 rig.link.send(*code, VERSION_FLAG | Header::FLAG_NEED_REPLY, payload, &fds)?;
                 let reply = rig.link.reply(*code)?;
                 // Replies of their own say no in their own ways.
-                // A log that is taken has an answer of its own, which is not a number (rule F7).
+                // A log that is taken has an answer of its own, which is not a number (rule F7.1).
                 let taken = *code == Code::SET_LOG_BASE && reply.payload.len() != size_of::<u64>();
                 return Ok(if taken { 0 } else { reply.read().unwrap_or(1) });
             }

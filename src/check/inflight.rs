@@ -247,7 +247,7 @@ fn survive(
         marked += region.read()?.marked;
         rig.reconnect(bench.connect()?)?;
         region.install(&rig)?;
-        // The base as QEMU sends it then: the region knows better (rules I3, I4).
+        // The base as QEMU sends it then: the region knows better (rules I3.4, I4.5).
         if !bench.shape.packed {
             rig.ring.base = rig.ring.position();
         }
@@ -302,7 +302,7 @@ fn fresh(bench: &mut Bench) -> Result<Outcome, Fault> {
     bench.offer.need(protocol_feature::INFLIGHT_SHMFD)?;
     let mut rig = bench.rig(0)?;
     let region = Tracked::ask(&rig)?;
-    // One behind the region's own: the difference that costs a request, see rule I3.
+    // One behind the region's own: the difference that costs a request, see rule I3.2.
     rig.move_to(1)?;
     region.install(&rig)?;
     rig.start()?;

@@ -376,7 +376,7 @@ fn marked(bench: &mut Bench) -> Result<Outcome, Fault> {
     let mut rig = bench.behind(bit(VIRTIO_RING_F_EVENT_IDX), Scatter::Rings, 1)?;
     rig.start()?;
     let log = rig.install_log()?;
-    // The device's area is logged under other addresses of the driver's, as in the check of rule L3.
+    // The device's area is logged under other addresses of the driver's, as in the check of rule L3.3.
     let at = NOWHERE + LOG_PAGE - 4;
     rig.log_on(at)?;
     let [_, _, device_bytes] = rig.ring.bytes();

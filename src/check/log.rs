@@ -80,7 +80,7 @@ pub(super) struct Marks {
 }
 
 impl Marks {
-    /// The device's changes since `before`; the used ring is left to rule L3.
+    /// The device's changes since `before`; the used ring is left to rule L3.3.
     pub(super) fn of(rig: &Rig, before: &[(u64, u64)], marked: Pages) -> Result<Marks, Fault> {
         let (own, used) = (rig.own(), rig.used_ring());
         let mut changed = changed(before, &rig.hashes()?);
@@ -205,7 +205,7 @@ fn used(bench: &mut Bench) -> Result<Outcome, Fault> {
     let at = NOWHERE + LOG_PAGE - 4;
     rig.log_on(at)?;
     rig.load(SLOTS, Size::Mixed)?;
-    // The index may be marked after it was seen; it is when the ring has stopped (rule R3).
+    // The index may be marked after it was seen; it is when the ring has stopped (rule R3.2).
     rig.stop()?;
     let marked = harvest(&log);
     let missed = missing(&marked, at, |page| page);

@@ -1,4 +1,4 @@
-//! Guest memory that was taken away, and who brings its pages to a back-end that waits for them (rule P1): through the
+//! Guest memory that was taken away, and who brings its pages to a back-end that waits for them (rule P1.6): through the
 //! userfaultfd that the back-end handed out, at the addresses that it answered with.
 
 use std::io;

@@ -99,7 +99,7 @@ fn ask(rig: &Rig, code: Code, flags: u32) -> Result<Reply, Fault> {
     Ok(reply)
 }
 
-/// Whether what was sent with need-reply has brought no second answer (rule F3).
+/// Whether what was sent with need-reply has brought no second answer (rule F3.2).
 fn settled(rig: &Rig, flags: u32) -> Result<(), Fault> {
     if flags & Header::FLAG_NEED_REPLY != 0 {
         rig.link.barrier()?;

@@ -225,7 +225,7 @@ fn everywhere(bench: &mut Bench) -> Result<Outcome, Fault> {
     let before = rig.hashes()?;
     rig.publish();
     rig.finish()?;
-    // The last mark of a used ring may follow the last completion; it comes before this answer (rule R3).
+    // The last mark of a used ring may follow the last completion; it comes before this answer (rule R3.2).
     rig.stop()?;
     let found = match &log {
         None => Outcome::kept("no log"),

@@ -103,7 +103,7 @@ fn other(bench: &Bench, rig: &Rig) -> Result<Option<Vec<u8>>, Fault> {
     let (Subject::Net, true) = (bench.subject, bench.offer.speaks(protocol_feature::CONFIG)) else { return Ok(None) };
     let before = save(rig)?;
     let mut address = match read_config(&rig.link, 0, 6) {
-        // That is rule C1's.
+        // That is rule C1.1's.
         Err(Fault::Breach(_)) => return Ok(None),
         address => address?,
     };
@@ -213,7 +213,7 @@ fn unknown(bench: &mut Bench) -> Result<Outcome, Fault> {
         match begin(&rig, direction, phase, end) {
             Ok(_) => return Ok(Outcome::broken(format!("direction {direction} in phase {phase} was taken"))),
             Err(Fault::Refused { .. }) => drop(rig.link.barrier()?),
-            // As of any request that it can't answer (rule F5).
+            // As of any request that it can't answer (rule F5.2).
             Err(Fault::HungUp { .. }) => hung_up += 1,
             Err(fault) => return Err(fault),
         }

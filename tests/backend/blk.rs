@@ -485,7 +485,7 @@ fn an_image_that_does_not_look_raw_is_refused_unless_told_otherwise() {
     drop(Process::start(&socket, &image, &["--format", "raw"]));
 }
 
-/// As at a migration on one host, or when the I/O of a killed process has not ended; also if it only reads (rule I9).
+/// As at a migration on one host, or when the I/O of a killed process has not ended; also if it only reads (rules I9.1, I9.2).
 #[rstest]
 fn a_ring_waits_until_whoever_has_the_image_lets_go_of_it(#[values(false, true)] read_only: bool) {
     let first = Rig::new(|options| options.read_only = read_only);

@@ -99,7 +99,7 @@ fn read(client: &Client, guest: &Guest, ring: &mut Ring) {
     client.done(Code::VRING_KICK, &VringState { index: ring.index, num: 0 }, &[]);
 }
 
-/// Rule B3.
+/// Rule B3.2.
 #[rstest]
 fn kicks_and_calls_can_be_messages(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
@@ -148,7 +148,7 @@ fn wrong_kicks_and_channels_are_refused_and_leave_both_as_they_were(#[values(SPL
     assert!(ear.is_silent());
 }
 
-/// Rule B3: User-mode Linux sends neither SET_VRING_KICK nor SET_VRING_CALL, and begins packed rings at 0 too (rule R4).
+/// Rules B3.3, B3.4: User-mode Linux sends neither SET_VRING_KICK nor SET_VRING_CALL, and begins packed rings at 0 too (rule R4.4).
 #[rstest]
 fn the_first_kick_starts_a_ring_whose_fds_were_never_spoken_of(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
@@ -194,7 +194,7 @@ impl Rings for Started {
     fn set_notifiers(&mut self, _index: u16, _call: Option<Arc<Notifier>>, _error: Option<Arc<Notifier>>) {}
 }
 
-/// Rule B3.
+/// Rule B3.7.
 #[test]
 fn a_ring_without_a_kick_is_polled_unless_its_kicks_are_messages() {
     for (protocol, polled) in [(PROTOCOL, true), (IN_BAND, false)] {
@@ -292,7 +292,7 @@ fn requests(ring: &mut Ring, count: usize) {
     }
 }
 
-/// Rules B1, B2.
+/// Rules B1.2, B1.4, B2.1.
 #[test]
 fn a_front_end_that_never_reads_its_channel_stalls_no_ring_and_hears_of_the_last_change() {
     let device = Arc::new(Restless::default());
@@ -318,7 +318,7 @@ fn a_front_end_that_never_reads_its_channel_stalls_no_ring_and_hears_of_the_last
     assert_eq!(ear.hear(), (BackendRequest::CONFIG_CHANGE_MSG, None));
 }
 
-/// Rule B1.
+/// Rule B1.5.
 #[test]
 fn a_front_end_that_talks_nonsense_on_its_channel_or_closes_it_loses_the_channel_and_nothing_else() {
     let device = Arc::new(Restless::default());

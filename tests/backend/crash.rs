@@ -65,7 +65,7 @@ impl Guests {
     }
 
     /// Connects as QEMU does on reconnect: the base is the used index, of packed rings one that was right long ago; the
-    /// inflight region knows better (rules I3, I4).
+    /// inflight region knows better (rules I3.4, I4.5).
     fn attach(&mut self, socket: &Path) -> Client {
         let client = Client::connect(socket);
         begin(&client, &self.guest, self.features | LOG_ALL);
@@ -264,7 +264,7 @@ fn naps(process: &Process) -> u64 {
     line.map_or(0, |count| count.trim().parse().unwrap())
 }
 
-/// Rule I10: as long as a predecessor has the image it may go on with the ring.
+/// Rule I10.1: as long as a predecessor has the image it may go on with the ring.
 #[rstest]
 fn a_successor_looks_at_ring_and_region_when_it_has_the_image(#[values(SPLIT, PACKED)] features: u64) {
     let folder = tempfile::tempdir().unwrap();

@@ -241,7 +241,7 @@ fn when_the_next_front_end_is_heard_the_last_ones_rings_move_no_more(#[values(SP
     assert!(ring.call.read().is_err());
 }
 
-/// Rule I10: nothing that it left is published behind the back of its next back-end, and that need not wait.
+/// Rule I10.2: nothing that it left is published behind the back of its next back-end, and that need not wait.
 #[rstest]
 fn a_front_end_that_hangs_up_while_a_ring_is_being_stopped_is_noticed(#[values(SPLIT, PACKED)] features: u64) {
     let (device, gate) = Held::new();

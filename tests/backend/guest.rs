@@ -211,7 +211,7 @@ impl Ring {
         }
     }
 
-    /// NUM, BASE, ADDR, CALL and KICK (rule R6).
+    /// NUM, BASE, ADDR, CALL and KICK (rule R6.1).
     pub(crate) fn set_up(&self, client: &Client, guest: &Guest, base: u32) {
         let index = self.index;
         client.send(Code::SET_VRING_CALL, VERSION, u64::from(index).as_bytes(), &[self.call.as_fd()]);
@@ -398,10 +398,10 @@ pub(crate) fn install_log(client: &Client, guest: &Guest) -> Log {
 pub(crate) fn send_log(client: &Client, log: &Log, fd: &OwnedFd) {
     let description = LogDescription { mmap_size: log.size(), mmap_offset: 0 };
     client.send(Code::SET_LOG_BASE, VERSION, description.as_bytes(), &[fd.as_fd()]);
-    assert_eq!(client.reply(Code::SET_LOG_BASE), description.as_bytes(), "the 16 bytes that everybody takes (F7)");
+    assert_eq!(client.reply(Code::SET_LOG_BASE), description.as_bytes(), "the 16 bytes that everybody takes (F7.1)");
 }
 
-/// LOG_ALL, then F_LOG on every ring, as front-ends do (rule L7).
+/// LOG_ALL, then F_LOG on every ring, as front-ends do (rule L7.1).
 pub(crate) fn start_logging(client: &Client, guest: &Guest, features: u64, rings: &mut [&mut Ring], at: u64) {
     client.done(Code::SET_FEATURES, &(features | LOG_ALL), &[]);
     for ring in rings {

@@ -352,7 +352,7 @@ fn nothing_hostile_leaves_an_fd_open_or_a_process_dead() {
     assert_eq!(idle(), before, "file descriptors are left open");
     process.child.kill().unwrap();
     let errors = process.errors();
-    assert!(errors.contains("(rule L2)") && errors.contains("(rule M1)"), "errors name their rules: {errors}");
+    assert!(errors.contains("(rule L2.2)") && errors.contains("(rule M1.5)"), "errors name their rules: {errors}");
     assert!(!errors.contains("panicked"), "{errors}");
 }
 
@@ -391,7 +391,7 @@ fn memory_may_change_thousands_of_times_and_fill_every_slot() {
     assert_eq!((process.open_fds(), process.mapped_files()), before);
 }
 
-/// Rule R9: those in the queue send garbage and fds, and hang up or stay.
+/// Rule R9.2: those in the queue send garbage and fds, and hang up or stay.
 #[rstest]
 fn who_waits_for_its_turn_disturbs_nobody(#[values(SPLIT, PACKED)] features: u64) {
     let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());

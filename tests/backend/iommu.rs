@@ -1,4 +1,4 @@
-//! Behind an IOMMU: every address of the driver is translated, page by scattered page (rules L5, T1-T4).
+//! Behind an IOMMU: every address of the driver is translated, page by scattered page (rules L5, T1 to T4).
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -74,7 +74,7 @@ fn traffic(features: u64, indirect: bool) {
     assert!(space.iommu.misses.load(Ordering::SeqCst) > 100, "nothing was known before");
 }
 
-/// Rules L5, T1, T4.
+/// Rules L5.2, T1.1, T4.1.
 #[test]
 fn scattered_memory_is_read_written_and_logged_by_guest_physical_address() {
     traffic(0, false);
@@ -95,7 +95,7 @@ fn packed_rings_with_indirect_tables_are_translated() {
     traffic(PACKED | INDIRECT, true);
 }
 
-/// Rule T3: pages are taken away while requests that use them run; from the reply on nothing reaches them.
+/// Rule T3.1: pages are taken away while requests that use them run; from the reply on nothing reaches them.
 fn taken_away_under_load(features: u64) {
     let server = server();
     let space = Space::new(server.connect(), FEATURES | features);
@@ -194,7 +194,7 @@ fn held(space: &Space, features: u64, count: u64) -> Ring {
     ring
 }
 
-/// Rule T3, with a device that is in no hurry.
+/// Rule T3.2, with a device that is in no hurry.
 #[test]
 fn an_invalidation_waits_for_the_requests_that_use_it_and_for_no_others() {
     let (device, gate) = Held::new();
@@ -222,7 +222,7 @@ fn an_invalidation_waits_for_the_requests_that_use_it_and_for_no_others() {
     assert!(ring.driver.pop_used().unwrap().is_some(), "it was acknowledged before the request was published");
 }
 
-/// Rules I3, I4: the region has I/O virtual addresses, and a successor no translation of any.
+/// Rules T1.1, I3.3, I4.5: the region has I/O virtual addresses, and a successor no translation of any.
 fn taken_over(features: u64) {
     let (device, gate) = Held::new();
     let server = Server::new(device);
@@ -312,7 +312,7 @@ fn a_translation_cut_short_is_refused_and_the_ring_goes_on() {
     assert_eq!(space.client.ring_base(0), 3);
 }
 
-/// Rule T1: a page that may only be read, and one that is nobody's.
+/// Rule T1.4: a page that may only be read, and one that is nobody's.
 #[test]
 fn what_the_iommu_refuses_ends_the_ring_that_asked_and_no_other() {
     for permission in [Some(1), Some(0), None] {
@@ -343,7 +343,7 @@ fn what_the_iommu_refuses_ends_the_ring_that_asked_and_no_other() {
     }
 }
 
-/// Rule T1: misses without an answer.
+/// Rule T1.5: misses without an answer.
 #[test]
 fn a_front_end_that_never_answers_holds_up_one_ring_and_nothing_else() {
     let server = server();
@@ -380,7 +380,7 @@ fn a_front_end_that_never_answers_holds_up_one_ring_and_nothing_else() {
     Space::new(server.connect(), FEATURES);
 }
 
-/// Rule T3: the pages of a ring go elsewhere while it runs.
+/// Rule T3.4: the pages of a ring go elsewhere while it runs.
 fn a_ring_moves(features: u64) {
     let server = server();
     let space = Space::new(server.connect(), FEATURES | features);

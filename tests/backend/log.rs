@@ -45,7 +45,7 @@ impl Oracle {
     }
 
     /// Adds the device's writes to the ring since the last time, all requests being complete. Of a split ring they are
-    /// logged under `at` (rule L3), of a packed one where they are, and the device event area at `at` (rule L4).
+    /// logged under `at` (rule L3.3), of a packed one where they are, and the device event area at `at` (rules L4.1, L4.2).
     pub(crate) fn used_ring(&mut self, guest: &Guest, ring: &Ring, at: u64) {
         let (size, now) = (ring.layout.size, ring.driver.state());
         let changed = event(guest, ring) != self.event;
@@ -308,7 +308,7 @@ fn a_second_migration_is_logged_as_exactly_as_the_first(#[values(SPLIT, PACKED)]
 fn on_reconnect_while_logging_no_byte_is_touched_until_the_ring_is_enabled(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
-    // The order in which QEMU does it (rule L8): LOG_ALL, F_LOG and KICK before SET_LOG_BASE and ENABLE.
+    // The order in which QEMU does it (rule L8.1): LOG_ALL, F_LOG and KICK before SET_LOG_BASE and ENABLE.
     begin(&client, &guest, features | LOG_ALL);
     let mut ring = Ring::new(&guest, 0, 512, features);
     ring.log_at = Some(LOG_AT);
@@ -414,7 +414,7 @@ fn succeeded(guest: &Guest, client: &Client, features: u64, kept: bool) -> (Ring
     (ring, log)
 }
 
-/// Rules I3 and L10: a process may die between a write to the used ring and its mark.
+/// Rules I3.3 and L10.1: a process may die between a write to the used ring and its mark.
 #[rstest]
 fn a_successor_logs_the_whole_used_ring_again_if_its_predecessor_died_at_work(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
@@ -432,7 +432,7 @@ fn a_successor_logs_the_whole_used_ring_again_if_its_predecessor_died_at_work(#[
     oracle.check(harvest(&log));
 }
 
-/// Rule L15: once, and not when this back-end itself has stopped and started the ring.
+/// Rule L15.2: once, and not when this back-end itself has stopped and started the ring.
 #[rstest]
 fn a_successor_with_a_new_log_logs_all_memory_because_the_old_one_is_gone(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());

@@ -173,7 +173,7 @@ fn neighbour(server: &Server, guest: &Guest, copy: &mut Copy, features: u64, log
     load
 }
 
-/// Rules L8 and L15: the log of the back-end that died is gone, and with it what was not yet read.
+/// Rules L15.2 and L15.3: the log of the back-end that died is gone, and with it what was not yet read.
 #[rstest]
 fn a_restarted_back_end_loses_no_page_in_any_order_of_start(
     #[values(SPLIT, PACKED)] features: u64,
@@ -198,7 +198,7 @@ fn a_restarted_back_end_loses_no_page_in_any_order_of_start(
     }
 }
 
-/// Rule L9: a front-end that stops a ring releases its log, and gives a new one when the ring may run already.
+/// Rule L9.3: a front-end that stops a ring releases its log, and gives a new one when the ring may run already.
 #[rstest]
 fn a_ring_that_is_stopped_and_continued_loses_no_page_in_any_order_of_start(
     #[values(SPLIT, PACKED)] features: u64,
@@ -231,7 +231,7 @@ fn a_ring_that_is_stopped_and_continued_loses_no_page_in_any_order_of_start(
     }
 }
 
-/// Rules L7 and L9: marks are carried over once, and not at all from a migration that has ended.
+/// Rules L9.3 and L9.4: marks are carried over once, and not at all from a migration that has ended.
 #[rstest]
 fn marks_that_were_carried_over_or_are_of_another_migration_do_not_come_again(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());

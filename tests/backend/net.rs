@@ -370,7 +370,7 @@ fn packets_for_a_pair_whose_ring_is_disabled_are_received_by_another(#[values(SP
     assert_eq!(rig.receive(1), frame(100, 9));
 }
 
-/// Rule R11: the driver could say how many pairs it uses, and has not.
+/// Rule R11.1: the driver could say how many pairs it uses, and has not.
 #[rstest]
 fn a_driver_with_a_control_queue_receives_on_one_pair_until_it_wants_more(#[values(SPLIT, PACKED)] rings: u64) {
     let mut rig = Rig::new(rings | MERGEABLE | CONTROL | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 4);
@@ -608,7 +608,7 @@ fn what_a_front_end_asks_about_the_device_is_answered() {
     assert_eq!(config(client), (MAC, 1));
     let mut ear = Ear::give(client);
     client.done(Code::SEND_RARP, &0x0000_0605_0403_0201u64, &[]);
-    assert_eq!(ear.hear(), (BackendRequest::CONFIG_CHANGE_MSG, None), "its front-end hears of it (rule B2)");
+    assert_eq!(ear.hear(), (BackendRequest::CONFIG_CHANGE_MSG, None), "its front-end hears of it (rule B2.1)");
     assert_eq!(config(client), (MAC, 3), "the driver is asked to announce itself");
     let mut control = Controls::new(&rig, 2);
     assert_eq!(control.ask(&rig.guest, 3, 0, &[]), 0);
@@ -833,7 +833,7 @@ fn what_can_not_be_an_interface_is_explained_in_one_line() {
     assert_eq!(run(&[]).0, Some(2), "what is at the other end must be said");
 }
 
-/// Rule R10: QEMU gives the call fd last, when packets may have come already.
+/// Rule R10.1: QEMU gives the call fd last, when packets may have come already.
 #[rstest]
 fn what_a_ring_had_to_notify_without_a_call_fd_is_said_over_the_next(#[values(SPLIT, PACKED)] rings: u64) {
     let mut rig = Rig::new(rings | MERGEABLE, |_| {});

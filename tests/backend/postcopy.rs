@@ -390,7 +390,7 @@ fn postcopy_in_another_order_is_refused_and_the_back_end_goes_on() {
     let server = server(|_| {});
     let client = server.connect();
     let offered = client.ask_number(Code::GET_PROTOCOL_FEATURES);
-    assert_eq!(offered & bit(protocol_feature::CONFIGURE_MEM_SLOTS), 0, "never both (rule M1)");
+    assert_eq!(offered & bit(protocol_feature::CONFIGURE_MEM_SLOTS), 0, "never both (rule P1.1)");
     client.tell(Code::SET_PROTOCOL_FEATURES, &offered);
     assert_eq!(client.ask_number(Code::POSTCOPY_LISTEN), 1, "without ADVISE");
     assert_eq!(client.ask_number(Code::POSTCOPY_END), 1, "without ADVISE");

@@ -71,7 +71,7 @@ impl Client {
         (header, payload, fd)
     }
 
-    /// The reply to `code`, whose header is checked to the bit (rule F2).
+    /// The reply to `code`, whose header is checked to the bit (rule F2.2).
     pub(crate) fn reply(&self, code: Code) -> Vec<u8> {
         let (header, payload, _) = self.receive();
         assert_eq!((Code(header.request), header.flags), (code, 5));
@@ -99,7 +99,7 @@ impl Client {
         self.send(code, VERSION, body.as_bytes(), &[]);
     }
 
-    /// A request with need-reply; 0 is done (rule F4).
+    /// A request with need-reply; 0 is done (rule F4.1).
     pub(crate) fn acknowledged(&self, code: Code, payload: &[u8], fds: &[BorrowedFd<'_>]) -> u64 {
         self.send(code, NEED_REPLY, payload, fds);
         u64::read_from_bytes(&self.reply(code)).unwrap()
@@ -120,7 +120,7 @@ impl Client {
         state.num
     }
 
-    /// Everything sent so far is done when this returns (rule F4).
+    /// Everything sent so far is done when this returns (rule F4.4).
     pub(crate) fn barrier(&self) {
         self.ask_number(Code::GET_FEATURES);
     }

@@ -78,7 +78,7 @@ fn what_is_offered_is_what_the_rules_speak_of() {
     assert!(client.ask_number(Code::GET_MAX_MEM_SLOTS) >= 509);
 }
 
-/// Rule F1.
+/// Rules F1.1 to F1.3.
 #[test]
 fn a_message_may_come_byte_by_byte_with_its_fds_on_the_first() {
     let (server, guest) = disk();
@@ -91,7 +91,7 @@ fn a_message_may_come_byte_by_byte_with_its_fds_on_the_first() {
     assert_eq!(client.reply(Code::SET_LOG_BASE), body.as_bytes());
 }
 
-/// Rule F3.
+/// Rules F3.1, F3.2.
 #[test]
 fn need_reply_adds_no_second_answer_to_a_request_that_has_one() {
     let (server, _) = disk();
@@ -103,7 +103,7 @@ fn need_reply_adds_no_second_answer_to_a_request_that_has_one() {
     client.reply(Code::GET_STATUS);
 }
 
-/// Rule F4; UML waits for this answer.
+/// Rule F4.3.2; UML waits for this answer.
 #[test]
 fn the_message_that_switches_acknowledgements_on_is_acknowledged_itself() {
     let (server, _) = disk();
@@ -114,7 +114,7 @@ fn the_message_that_switches_acknowledgements_on_is_acknowledged_itself() {
     client.barrier(); // switched off again: nothing else is answered
 }
 
-/// Rule F4.
+/// Rule F4.3.
 #[test]
 fn need_reply_means_nothing_before_reply_ack_is_acknowledged() {
     let (server, _) = disk();
@@ -125,7 +125,7 @@ fn need_reply_means_nothing_before_reply_ack_is_acknowledged() {
     assert_eq!(client.acknowledged(Code::SET_OWNER, &[], &[]), 0);
 }
 
-/// Rule F6.
+/// Rules F6.1, F6.2.
 #[test]
 fn a_memory_table_may_be_longer_than_its_regions() {
     let (server, guest) = disk();
@@ -139,7 +139,7 @@ fn a_memory_table_may_be_longer_than_its_regions() {
     assert_eq!(client.acknowledged(Code::SET_MEM_TABLE, &payload[..39], &guest.fds()[..1]), 1);
 }
 
-/// Rule F7. rust-vmm's front-end asks for acknowledgements and waits for these 16 bytes all the same.
+/// Rule F7.1. rust-vmm's front-end asks for acknowledgements and waits for these 16 bytes all the same.
 #[test]
 fn set_log_base_has_an_answer_of_its_own_also_if_a_number_is_asked_for() {
     let (server, guest) = disk();
@@ -155,7 +155,7 @@ fn set_log_base_has_an_answer_of_its_own_also_if_a_number_is_asked_for() {
     assert_eq!(client.acknowledged(Code::SET_LOG_BASE, body.as_bytes(), &[fd.as_fd()]), 0);
 }
 
-/// Rule F8.
+/// Rule F8.1.
 #[rstest]
 fn the_call_may_be_a_socket_and_the_signal_is_eight_bytes(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
@@ -184,7 +184,7 @@ fn read_polled(guest: &Guest, ring: &mut Ring) {
     }
 }
 
-/// Rule R1.
+/// Rule R1.2.
 #[rstest]
 fn without_bit_30_a_ring_runs_as_soon_as_it_is_kicked(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
@@ -195,7 +195,7 @@ fn without_bit_30_a_ring_runs_as_soon_as_it_is_kicked(#[values(SPLIT, PACKED)] f
     read_one(&guest, &mut ring, 7);
 }
 
-/// Rules R2, R6.
+/// Rule R2.2.
 #[rstest]
 fn requests_that_waited_before_the_ring_was_started_are_served_without_a_kick(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
@@ -210,7 +210,7 @@ fn requests_that_waited_before_the_ring_was_started_are_served_without_a_kick(#[
     assert_eq!(status(&guest, 0), 0);
 }
 
-/// Rules R2 and R6: the parts of a ring may come in any order.
+/// Rules R2.1 and R6.4: the parts of a ring may come in any order.
 #[rstest]
 fn a_ring_runs_when_its_last_part_has_come_whichever_that_is(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
@@ -229,7 +229,7 @@ fn a_ring_runs_when_its_last_part_has_come_whichever_that_is(#[values(SPLIT, PAC
     assert_eq!(status(&guest, 0), 0);
 }
 
-/// Rule R5.
+/// Rules R5.1, R5.2.
 #[rstest]
 fn set_vring_addr_on_a_running_ring_moves_no_index_and_no_address(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
@@ -247,7 +247,7 @@ fn set_vring_addr_on_a_running_ring_moves_no_index_and_no_address(#[values(SPLIT
     assert_eq!(client.ring_base(0), ring.drained());
 }
 
-/// Rules R2, R4.
+/// Rule R2.6.
 #[rstest]
 fn size_and_base_of_a_running_ring_can_not_be_changed(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
@@ -259,7 +259,7 @@ fn size_and_base_of_a_running_ring_can_not_be_changed(#[values(SPLIT, PACKED)] f
     read_one(&guest, &mut ring, 0);
 }
 
-/// Rule R3, and R2: a ring that was stopped starts again where it was.
+/// Rules R3.1 and R2.2: a ring that was stopped starts again where it was.
 #[rstest]
 fn a_stopped_ring_goes_on_where_it_was(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
@@ -273,7 +273,7 @@ fn a_stopped_ring_goes_on_where_it_was(#[values(SPLIT, PACKED)] features: u64) {
     read_one(&guest, &mut ring, 0);
 }
 
-/// Rule R8.
+/// Rules R8.2, R8.3.
 #[rstest]
 fn a_reset_stops_the_rings_and_keeps_the_memory(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
@@ -298,7 +298,7 @@ fn a_reset_stops_the_rings_and_keeps_the_memory(#[values(SPLIT, PACKED)] feature
     }
 }
 
-/// Rule R8.
+/// Rule R8.1.
 #[rstest]
 fn without_an_owner_all_rings_are_disabled(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
@@ -318,7 +318,7 @@ fn without_an_owner_all_rings_are_disabled(#[values(SPLIT, PACKED)] features: u6
     ring.completion();
 }
 
-/// Rule R9.
+/// Rule R9.1.
 #[rstest]
 fn the_next_front_end_finds_the_disk_and_nothing_else(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
@@ -342,7 +342,7 @@ fn the_next_front_end_finds_the_disk_and_nothing_else(#[values(SPLIT, PACKED)] f
     assert_eq!(guest.bytes(places(0).2, 512), [0x77; 512]);
 }
 
-/// Rule C1.
+/// Rule C1.1.
 #[test]
 fn configuration_space_is_echoed_with_its_offset_and_size() {
     let (device, _gate) = Held::new();
@@ -359,7 +359,7 @@ fn configuration_space_is_echoed_with_its_offset_and_size() {
     assert!(client.ask(Code::GET_CONFIG, beyond.as_bytes()).is_empty(), "no payload is how this request says no");
 }
 
-/// Rule I1.
+/// Rules I1.1, I1.3.
 #[rstest]
 fn an_inflight_region_is_made_as_asked_and_taken_back(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
@@ -383,7 +383,7 @@ fn an_inflight_region_is_made_as_asked_and_taken_back(#[values(SPLIT, PACKED)] f
     assert!(fd.is_none());
 }
 
-/// Rule I5: the destination of a migration, where the ring was used without the region.
+/// Rules I5.1, I5.3: the destination of a migration, where the ring was used without the region.
 #[rstest]
 fn a_fresh_inflight_region_on_a_used_ring_marks_nothing(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
@@ -401,12 +401,12 @@ fn a_fresh_inflight_region_on_a_used_ring_marks_nothing(#[values(SPLIT, PACKED)]
     assert_eq!(ring.in_flight(&guest, &region), Some(0));
     let version = |region: &inflight::InflightRegion| region.copy(0).unwrap()[8];
     assert_eq!(version(&region), 1);
-    // Rule I7: a reset makes it fresh again.
+    // Rule I7.1: a reset makes it fresh again.
     client.done(Code::RESET_DEVICE, &[0u8; 0], &[]);
     assert_eq!(version(&region), 0);
 }
 
-/// Rule R1: a ring keeps to what was acknowledged when it started.
+/// Rule R1.4: a ring keeps to what was acknowledged when it started.
 #[rstest]
 fn of_the_features_only_log_all_changes_while_a_ring_runs(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
@@ -465,7 +465,7 @@ fn a_socket_that_a_dead_process_left_is_replaced_and_others_are_explained() {
     assert!(explain(&at(&"long".repeat(40))).contains("use a shorter one"));
 }
 
-/// Rules F5 and R4: as a state, the number that refuses must not be a ring's.
+/// Rule F5.4: as a state, the number that refuses must not be a ring's.
 #[test]
 fn a_refused_get_vring_base_reads_as_the_base_of_no_ring() {
     let server = Server::disk(DISK, |_| {});
@@ -475,7 +475,7 @@ fn a_refused_get_vring_base_reads_as_the_base_of_no_ring() {
     assert_eq!(client.reply(Code::GET_VRING_BASE), [0xff; 8]);
 }
 
-/// Rule R8: whom to signal is the front-end's, and not the driver's.
+/// Rule R8.4: whom to signal is the front-end's, and not the driver's.
 #[rstest]
 fn a_reset_keeps_the_call_fd(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
@@ -496,7 +496,7 @@ fn a_reset_keeps_the_call_fd(#[values(SPLIT, PACKED)] features: u64) {
     assert_eq!(ring.completion().1, 513);
 }
 
-/// Rule R10: also if the ring was started again in between.
+/// Rules R10.1, R10.2: also if the ring was started again in between.
 #[rstest]
 fn what_was_to_be_notified_without_a_call_fd_is_signalled_also_after_a_restart(
     #[values(SPLIT, PACKED)] features: u64,

@@ -1,5 +1,5 @@
 //! Descriptors that the front-end has, too: whatever it does to the open files behind them, the next front-end is served and
-//! SIGTERM ends the process (rule F9).
+//! SIGTERM ends the process (rule F9.1).
 
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};

@@ -95,7 +95,7 @@ fn our_own_network_interface_keeps_every_rule_with_frames_that_leave_and_that_co
     assert_eq!(output.status.code(), Some(0), "{report:#}\n{}", text(&output.stderr));
     let findings = report["report"]["findings"].as_array().unwrap();
     let disks = |finding: &Value| finding["seen"] == "a disk is not offered";
-    // With device state there is no status (rule D1).
+    // With device state there is no status (rule D1.10).
     let absent = ["STATUS is not offered", "ACCESS_PLATFORM is not offered"];
     let not_offered = |finding: &Value| absent.contains(&text_of(finding)) || text_of(finding).starts_with(NO_POSTCOPY);
     for finding in findings.iter().filter(|finding| !disks(finding) && !not_offered(finding)) {

@@ -817,7 +817,7 @@ fn an_inflight_region_shows_what_would_be_executed_again() {
     assert_eq!(refused.status.code(), Some(1), "a version that nobody wrote");
 }
 
-/// Rule I7: a part of zeros has version 0 and holds no request, but not its size either.
+/// Rule I7.1: a part of zeros has version 0 and holds no request, but not its size either.
 #[rstest]
 #[case::no_part(0, &[], Err("0 bytes are no inflight region"))]
 #[case::no_whole_part(100, &[], Err("100 bytes are no inflight region"))]

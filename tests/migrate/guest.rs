@@ -184,7 +184,7 @@ impl Guest {
     }
 
     /// The end of every migration that failed before its commit: the guest runs here as if nothing had been, nobody
-    /// tracks it, and pages that were found dirty but not sent are found again (rule L14).
+    /// tracks it, and pages that were found dirty but not sent are found again (rule L14.1).
     pub(crate) fn assert_here(&mut self) {
         assert!(self.is_running());
         self.beat();

@@ -24,7 +24,7 @@ const PACKET: u64 = 60;
 fn testpmd_drives_a_loopback(queues: u16, options: &str) {
     let lab = Lab::new();
     let mut backend = linux_net::backend(&lab, "net", &format!("--loopback --queue-pairs {queues}"));
-    // The second one finds the back-end as the first did (rule R9).
+    // The second one finds the back-end as the first did (rule R9.1).
     for _ in 0..2 {
         let mut testpmd = Testpmd::frontend(&lab, &lab.file("net.sock"), queues, options);
         let seen = wait_for("packets go round", || testpmd.counters().filter(|seen| seen.received >= 2000));
@@ -210,7 +210,7 @@ fn testpmd_is_driven(packed: bool) {
         let missed: BTreeSet<_> = changed.difference(&marked).copied().collect();
         let extra: BTreeSet<_> = marked.difference(&changed).copied().collect();
         assert!(changed.len() > 20);
-        // It marks a packed ring's event area, which it has no reason to write, for what it writes into the descriptors (rule L4).
+        // It marks a packed ring's event area, which it has no reason to write, for what it writes into the descriptors (rule L4.2).
         let area = |which: usize| rig.layouts.iter().map(|layout| layout.areas()[which] / LOG_PAGE).collect();
         let expected = if packed { [area(0), area(2)] } else { [BTreeSet::new(), BTreeSet::new()] };
         assert_eq!([missed, extra], expected);

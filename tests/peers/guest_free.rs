@@ -242,7 +242,7 @@ fn a_back_end_killed_during_a_migration_loses_nothing() {
     }
 }
 
-/// QEMU throws the marks of a dead back-end away; its successor makes up for them (rule L15).
+/// QEMU throws the marks of a dead back-end away; its successor makes up for them (rule L15.2).
 #[test]
 fn what_a_killed_back_end_marked_reaches_the_destination() {
     for (multifd, options) in [(false, EVENTS), (true, EVENTS), (true, PACKED_EVENTS)] {

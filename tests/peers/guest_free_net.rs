@@ -1,5 +1,5 @@
 //! A network device of QEMU without a guest, whose rings start again during a migration: QEMU enables and kicks them before it
-//! sends SET_LOG_BASE (rules L8, L9), and frames come in between. The memory of both sides is compared byte by byte.
+//! sends SET_LOG_BASE (rules L8.3, L9.3), and frames come in between. The memory of both sides is compared byte by byte.
 
 use std::net::UdpSocket;
 use std::sync::Arc;
@@ -153,7 +153,7 @@ fn receive_some(sender: &UdpSocket, receiver: &Receiver) {
     });
 }
 
-/// Rule L8: the marks of the back-end that died are gone, and its successor's rings run before there is a log.
+/// Rule L8.3: the marks of the back-end that died are gone, and its successor's rings run before there is a log.
 #[test]
 fn what_a_restarted_network_back_end_received_before_there_was_a_log_reaches_the_destination() {
     let mut source = Source::migrating(false);
@@ -164,7 +164,7 @@ fn what_a_restarted_network_back_end_received_before_there_was_a_log_reaches_the
     source.hand_over();
 }
 
-/// Rule L9: QEMU has released the old log, and the rings run with it until SET_LOG_BASE.
+/// Rule L9.3: QEMU has released the old log, and the rings run with it until SET_LOG_BASE.
 #[rstest]
 fn what_a_continued_guest_received_before_there_was_a_new_log_reaches_the_destination(
     #[values(false, true)] packed: bool,

@@ -1,5 +1,5 @@
 //! A real Linux guest in QEMU with our back-end under its disk: it works on while it moves from host to host, and while its back-end
-//! dies, during a migration (rule L15) and in between.
+//! dies, during a migration (rule L15.2) and in between.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -118,7 +118,7 @@ fn a_linux_guest_whose_front_end_listens_works_on_with_the_successor_of_its_back
 const TELLS_SIZE: &str = "busybox mkdir -p /sys\nbusybox mount -t sysfs sys /sys\n\
     (while true; do busybox echo size $(busybox cat /sys/block/vda/size); busybox sleep 1; done) &";
 
-/// Rule B2.
+/// Rules B2.1, B2.2.
 #[test]
 fn a_linux_guest_sees_its_disk_grow_and_works_on() {
     let lab = Lab::new();
@@ -153,7 +153,7 @@ fn a_linux_guest_sees_its_disk_grow_and_works_on() {
     backend.assert_running();
 }
 
-/// The destination's guest reads and writes its disk while most of its memory is still at the source (rule P1).
+/// The destination's guest reads and writes its disk while most of its memory is still at the source (rule P1.6).
 #[test]
 fn a_linux_guest_works_on_its_disk_before_its_memory_has_arrived() {
     let lab = Lab::new();

@@ -1,11 +1,11 @@
 //! A real Linux guest in QEMU whose disk is behind a vIOMMU: every request of it goes through pages that its kernel maps for that
-//! request and takes away after it (rules T1-T3, L5).
+//! request and takes away after it (rules T1 to T3, L5).
 
 use crate::backend::Kind;
 use crate::linux_guest::{boot_with, there_and_back};
 use crate::process::Lab;
 
-/// The IOMMU comes before what is behind it. QEMU passes ACCESS_PLATFORM on only with both of these (rule T5).
+/// The IOMMU comes before what is behind it. QEMU passes ACCESS_PLATFORM on only with both of these (rule T5.1).
 const BEHIND: &str = "-device intel-iommu,intremap=off,device-iotlb=on \
     -device vhost-user-blk-pci,chardev=vu,num-queues=1,iommu_platform=on,ats=on,disable-legacy=on";
 

@@ -105,7 +105,7 @@ fn completed(metrics: &Path, ring: u32) -> u64 {
 }
 
 /// QEMU serves the control queue itself: the back-end never hears how many pairs the driver uses, and goes by the rings that
-/// QEMU enables (rule R11).
+/// QEMU enables (rule R11.2).
 #[test]
 fn every_pair_that_qemu_enables_receives() {
     let (lab, network) = (Lab::new(), Network::new());

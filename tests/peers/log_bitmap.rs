@@ -63,7 +63,7 @@ impl Logged {
     }
 
     /// The writes into the rings since they were at `seen` and the device waited for `events`. A used ring and an event area are
-    /// logged `moved` bytes further, the descriptors of a packed ring where they are (rule L4).
+    /// logged `moved` bytes further, the descriptors of a packed ring where they are (rule L4.1).
     fn expect_rings(&self, expected: &mut Expected, seen: &[u64], events: &[Vec<u8>], moved: u64) {
         let driver = &self.load.driver;
         let on_descriptors = driver.options.packed;

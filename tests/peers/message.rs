@@ -19,7 +19,7 @@ pub(crate) struct Message {
     pub(crate) fds: Vec<RawFd>,
 }
 
-/// Whether the back-end answers this message (rules F3 and F4).
+/// Whether the back-end answers this message (rules F3.1 and F4.1).
 pub(crate) fn has_reply(header: &Header) -> bool {
     const ANSWERED: &[Request] = &[
         Request::GET_FEATURES,

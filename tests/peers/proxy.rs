@@ -290,7 +290,7 @@ impl Session {
         Some(())
     }
 
-    /// Sends a message of the proxy's own and swallows the reply, which says that it was done (rule F4).
+    /// Sends a message of the proxy's own and swallows the reply, which says that it was done (rule F4.1).
     fn inject(&mut self, request: Request, payload: &[u8], fds: &[RawFd]) -> Option<()> {
         assert!(self.reply_ack, "the front-end has not negotiated REPLY_ACK");
         let own_reply = request == Request::SET_LOG_BASE;

@@ -103,7 +103,7 @@ fn the_log_holds_what_the_device_wrote_while_it_is_on_and_nothing_else() {
         let (second, second_fd) = rig.driver.new_log();
         rig.device.start_logging(&second, second_fd.as_fd()).unwrap();
         let written = rig.driver.read(0, DATA + 0x8000, 0x11);
-        assert_eq!(harvest(&first), [0; 0], "the old log is left alone after a switch (rule L9)");
+        assert_eq!(harvest(&first), [0; 0], "the old log is left alone after a switch (rule L9.1)");
         assert_eq!(harvest(&second), written);
         rig.device.stop_logging().unwrap();
         rig.driver.read(0, DATA + 0xc000, 0x11);

@@ -188,7 +188,7 @@ impl Rig {
         meanwhile(&mut self.driver);
         self.backend.restart();
         self.frontend = connect(self.backend.socket(), self.features, self.need_reply);
-        // The inflight region knows more than any base (rules I3, I4).
+        // The inflight region knows more than any base (rules I3.4, I4.5).
         self.install(0);
     }
 

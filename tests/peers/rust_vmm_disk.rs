@@ -176,7 +176,7 @@ fn what_it_marks_is_exact_and_it_goes_on_marking_when_logging_is_off() {
     harvest(&first);
     let written = rig.driver.read(0, DATA + 0x8000, 0x11);
     assert_eq!((harvest(&first), harvest(&second)), (Vec::new(), written));
-    // It looks at neither LOG_ALL nor F_LOG (rule L7). Nobody reads that log any more.
+    // It looks at neither LOG_ALL nor F_LOG (rule L7.3). Nobody reads that log any more.
     rig.device.stop_logging().unwrap();
     let written = rig.driver.read(0, DATA + 0xc000, 0x11);
     assert_eq!(harvest(&second), written);

@@ -1,5 +1,5 @@
 //! User-mode Linux as front-end: checked I/O on our back-ends, and the log that they keep of it. It logs nothing itself: a proxy in the
-//! middle switches that on. Its ways are rules F4, F6, F8, R4, R7 and B3.
+//! middle switches that on. Its ways are rules F4.2, F6.2, F8.1, R4.4, R7.1 and B3.3.
 
 use std::collections::BTreeSet;
 use std::fs;

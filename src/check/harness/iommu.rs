@@ -1,5 +1,5 @@
 //! The IOMMU of the guest: what its driver says are I/O virtual addresses, and misses of the device are answered
-//! (rule T1).
+//! (rule T1.3).
 //!
 //! They have the numbers of guest-physical addresses, but each page is in the place of another: an access that is not
 //! translated lands in guest memory, where nothing is expected. A thread answers, whatever else is waited for.
@@ -154,7 +154,7 @@ impl Rig {
         pages.map(|page| self.iommu.as_ref().map_or(page, |iommu| iommu.place(page)))
     }
 
-    /// Says that `bytes` at `iova` are not where they were; nobody uses the old place when it returns (rule T3).
+    /// Says that `bytes` at `iova` are not where they were; nobody uses the old place when it returns (rule T3.1).
     pub(in crate::check) fn invalidate(&self, iova: u64, bytes: u64) -> Result<(), Fault> {
         let message = IotlbMsg { iova, size: bytes, kind: VHOST_IOTLB_INVALIDATE, ..IotlbMsg::new_zeroed() };
         self.done(Code::IOTLB_MSG, message.as_bytes(), &[])
@@ -217,7 +217,7 @@ impl State {
     }
 
     /// What the device has said; how to acknowledge it. A translation is told over `connection` before anybody can change
-    /// it (rule T3).
+    /// it (rule T3.5).
     fn heard(&mut self, word: &Word, connection: &UnixStream) -> Result<u64, Fault> {
         let (code, body) = (word.code, &word.body);
         if code != BackendRequest::IOTLB_MSG {

@@ -274,7 +274,7 @@ impl Rig {
         Ok(())
     }
 
-    /// A request without a reply of its own, until it is done (rule F4).
+    /// A request without a reply of its own, until it is done (rule F4.1).
     pub(super) fn done(&self, code: Code, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Fault> {
         if !self.offer.speaks(protocol_feature::REPLY_ACK) {
             self.link.send(code, Header::FLAG_VERSION, payload, fds)?;
@@ -320,7 +320,7 @@ impl Rig {
         }
     }
 
-    /// CALL, NUM, BASE, ADDR and KICK (rule R6): the rings are started, and disabled where they can be.
+    /// CALL, NUM, BASE, ADDR and KICK (rule R6.1): the rings are started, and disabled where they can be.
     pub(super) fn start_disabled(&self, log_at: Option<u64>) -> Result<(), Fault> {
         for queue in self.all() {
             let index = u64::from(queue.index);
@@ -400,7 +400,7 @@ impl Rig {
         self.all().for_each(Queue::wake);
     }
 
-    /// Stops the rings; the base of the first one (rule R3). Where they start again is where they were.
+    /// Stops the rings; the base of the first one (rule R3.1). Where they start again is where they were.
     pub(super) fn stop(&mut self) -> Result<RingBase, Fault> {
         for queue in std::iter::once(&mut self.ring).chain(&mut self.more).chain(&mut self.others) {
             stop_ring(&self.link, queue)?;
@@ -421,7 +421,7 @@ impl Rig {
         Ok(log)
     }
 
-    /// SET_LOG_BASE; bytes of the reply (rule F7).
+    /// SET_LOG_BASE; bytes of the reply (rule F7.1).
     pub(super) fn send_log(&self, fd: &OwnedFd, mmap_size: u64, mmap_offset: u64) -> Result<usize, Fault> {
         self.need_log()?;
         let description = LogDescription { mmap_size, mmap_offset };
@@ -456,7 +456,7 @@ impl Rig {
         Ok(())
     }
 
-    /// LOG_ALL, then F_LOG with the ring at `log_at` (rule L7).
+    /// LOG_ALL, then F_LOG with the ring at `log_at` (rule L7.1).
     pub(super) fn log_on(&self, log_at: u64) -> Result<(), Fault> {
         self.log_data(true)?;
         self.log_used(Some(log_at))
