@@ -11,8 +11,10 @@ use crossbeam::channel::RecvTimeoutError;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use vhost_migrate::check::{
-    CheckError, Explanation, Feed, Kind, Options, Report, Rings, Step, Stop, Verdict, check_watched, explain, rule,
+    CheckError, CheckOptions, CheckProgress, CheckReport, DeviceKind, Explanation, FrameSource, StopToken, Verdict,
+    check_with_progress, explain, rule,
 };
+use vhost_migrate::inflight::Kind as RingKind;
 
 use crate::interrupt::{before_the_end, interrupts_and_hangup};
 use crate::values;
@@ -31,7 +33,7 @@ const STOPPING: Duration = Duration::from_secs(20);
   vhost-migrate check /run/disk.sock --json
   vhost-migrate check disk.sock --hostile --restart 'vhost-migrate backend blk --socket disk.sock --image disk.img'
   vhost-migrate check /run/disk.sock --junit check.xml
-  vhost-migrate check /run/net.sock --feed tap0
+  vhost-migrate check /run/net.sock --frame-source tap0
   vhost-migrate check /run/disk.sock --only R3,L1
   vhost-migrate check --explain R3
 
@@ -53,18 +55,18 @@ pub(crate) struct Arguments {
     only: Vec<&'static str>,
     /// The kind of the device, where its answers do not tell
     #[arg(long)]
-    device: Option<Device>,
+    device: Option<DeviceArgument>,
     /// Check only on these rings; else on split ones, and on packed ones if they are offered
     #[arg(long)]
-    rings: Option<RingKind>,
+    rings: Option<RingKindArgument>,
     /// Queue pairs that a network interface serves, if fewer than it says, as with DPDK
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     queue_pairs: Option<u16>,
     /// The source of what comes in. For a network interface: 'loop' if it sends back what it is sent, an interface of the host,
     /// or the socket of another vhost-user back-end whose frames arrive at this one. To vsock: the socket of the host's side.
     /// To a console: the address that it is typed at. Without it a loop is tried
-    #[arg(long, value_name = "loop|INTERFACE|SOCKET|tcp:HOST:PORT", value_parser = feed)]
-    feed: Option<Feed>,
+    #[arg(long, value_name = "loop|INTERFACE|SOCKET|tcp:HOST:PORT", value_parser = frame_source)]
+    frame_source: Option<FrameSource>,
     /// Warnings have an exit status of their own, 4, if nothing is broken; else they are 0
     #[arg(long)]
     strict: bool,
@@ -100,7 +102,7 @@ pub(crate) struct Arguments {
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum Device {
+enum DeviceArgument {
     Blk,
     Net,
     Rng,
@@ -110,7 +112,7 @@ enum Device {
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum RingKind {
+enum RingKindArgument {
     Split,
     Packed,
 }
@@ -124,14 +126,14 @@ fn explained(id: &str) -> Result<Explanation, String> {
 }
 
 /// A path has a slash in it.
-fn feed(text: &str) -> Result<Feed, String> {
+fn frame_source(text: &str) -> Result<FrameSource, String> {
     match text {
         "" => Err("give 'loop', an interface or a socket".into()),
-        "loop" => Ok(Feed::Loop),
-        path if path.contains('/') && !path.starts_with("tcp:") => Ok(Feed::Backend(path.into())),
+        "loop" => Ok(FrameSource::Loop),
+        path if path.contains('/') && !path.starts_with("tcp:") => Ok(FrameSource::Backend(path.into())),
         name => match name.strip_prefix("tcp:") {
-            Some(address) => values::address(address).map(Feed::Tcp),
-            None => Ok(Feed::Interface(name.into())),
+            Some(address) => values::address(address).map(FrameSource::Tcp),
+            None => Ok(FrameSource::Interface(name.into())),
         },
     }
 }
@@ -149,12 +151,12 @@ fn wants_colours() -> bool {
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
     if let Some(explanation) = &arguments.explain {
         let Explanation { consequence, meaning, remedy, .. } = explanation;
-        let (text, broken) = (explanation.text(), consequence.words());
+        let (text, broken) = (explanation.text(), consequence.description());
         // The reader may have gone.
         let _ = writeln!(io::stdout(), "{text}\n\nIf broken: {broken}. {meaning}\n\nRemedy: {remedy}");
         return ExitCode::SUCCESS;
     }
-    let (strict, stop) = (arguments.strict, Stop::default());
+    let (strict, stop) = (arguments.strict, StopToken::default());
     // Disconnected when the check has ended.
     let (checking, checked) = crossbeam::channel::bounded::<()>(0);
     let stopping = stop.clone();
@@ -178,7 +180,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
             std::thread::sleep(2 * STOPPING);
             ExitCode::from(UNCHECKED)
         }
-        Ok(report) if report.is_broken() => ExitCode::FAILURE,
+        Ok(report) if report.has_failures() => ExitCode::FAILURE,
         Ok(report) if strict && report.count(Verdict::Warning) > 0 => ExitCode::from(WARNED),
         Ok(_) => ExitCode::SUCCESS,
         Err(error) => {
@@ -190,24 +192,24 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
 
 impl Arguments {
     /// Checks, and tells what was found.
-    fn run(self, stop: Stop) -> Result<Report, Box<dyn std::error::Error>> {
+    fn run(self, stop: StopToken) -> Result<CheckReport, Box<dyn std::error::Error>> {
         let timeout = Duration::from_secs(self.timeout);
-        let options = Options {
+        let options = CheckOptions {
             device: self.device.map(|device| match device {
-                Device::Blk => Kind::Blk,
-                Device::Net => Kind::Net,
-                Device::Rng => Kind::Rng,
-                Device::Fs => Kind::Fs,
-                Device::Vsock => Kind::Vsock,
-                Device::Console => Kind::Console,
+                DeviceArgument::Blk => DeviceKind::Blk,
+                DeviceArgument::Net => DeviceKind::Net,
+                DeviceArgument::Rng => DeviceKind::Rng,
+                DeviceArgument::Fs => DeviceKind::Fs,
+                DeviceArgument::Vsock => DeviceKind::Vsock,
+                DeviceArgument::Console => DeviceKind::Console,
             }),
             rings: self.rings.map(|rings| match rings {
-                RingKind::Split => Rings::Split,
-                RingKind::Packed => Rings::Packed,
+                RingKindArgument::Split => RingKind::Split,
+                RingKindArgument::Packed => RingKind::Packed,
             }),
             only: self.only,
             pairs: self.queue_pairs,
-            feed: self.feed,
+            frame_source: self.frame_source,
             timeout,
             queue_size: self.queue_size,
             may_kill: self.may_kill,
@@ -216,7 +218,7 @@ impl Arguments {
             restart: self.restart,
             kill_pid: self.kill_pid,
             stop,
-            ..Options::default()
+            ..CheckOptions::default()
         };
         // Before a long run, whose findings would be lost.
         let junit = self.junit.map(|path| Ok::<_, String>((File::create(&path).map_err(unwritable(&path))?, path)));
@@ -225,7 +227,7 @@ impl Arguments {
         // On a terminal only.
         let bar = ProgressBar::new(1).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         let socket = self.socket.unwrap_or_default();
-        let report = check_watched(&socket, &options, &mut |step: &Step| {
+        let report = check_with_progress(&socket, &options, &mut |step: &CheckProgress| {
             bar.set_length(step.all as u64);
             bar.set_position(step.done as u64);
             bar.set_message(format!("{} {} {}", step.rule, step.what, step.rings));
@@ -237,7 +239,7 @@ impl Arguments {
             file.write_all(report.junit().as_bytes()).map_err(unwritable(&path))?;
         }
         let printed = match self.json {
-            true => json!({"report": report, "rules": report.rules(), "broken": report.is_broken()}).to_string(),
+            true => json!({"report": report, "rules": report.rules(), "failed": report.has_failures()}).to_string(),
             false => report.text(wants_colours()),
         };
         match writeln!(io::stdout(), "{printed}") {

@@ -235,13 +235,13 @@ fn replaced(bench: &mut Bench) -> Result<Outcome, Fault> {
         way.serve(&mut rig, &second)?;
         kept_open |= !first.ends(&rig.deadline(rig.patience()));
         if second.ends(&rig.deadline(Duration::ZERO)) {
-            return Ok(Outcome::broken("the second channel was closed"));
+            return Ok(Outcome::fail("the second channel was closed"));
         }
         names.push(way.name());
     }
     let seen = format!("rings with {} go on", names.join(", with "));
     Ok(match kept_open {
-        false => Outcome::kept(format!("{seen}, and the first channel was closed")),
+        false => Outcome::pass(format!("{seen}, and the first channel was closed")),
         true => Outcome::warning(format!("{seen}, but the first channel is kept open")),
     })
 }
@@ -275,7 +275,7 @@ fn lost(bench: &mut Bench) -> Result<Outcome, Fault> {
         names.push(format!("{} with {}", if noise { "noise" } else { "closed" }, way.name()));
     }
     let heard = if ignored { "noise goes unheard" } else { "noise ends the channel" };
-    Ok(Outcome::kept(format!("{}: requests are served, over another channel too; {heard}", names.join(", "))))
+    Ok(Outcome::pass(format!("{}: requests are served, over another channel too; {heard}", names.join(", "))))
 }
 
 fn unread(bench: &mut Bench) -> Result<Outcome, Fault> {
@@ -297,11 +297,11 @@ fn unread(bench: &mut Bench) -> Result<Outcome, Fault> {
     while channel.hear(&rig.deadline(Duration::ZERO))?.is_some() {
         calls += 1;
         if deadline.is_over() {
-            return Ok(Outcome::broken(format!("{calls} messages, and no end of them")));
+            return Ok(Outcome::fail(format!("{calls} messages, and no end of them")));
         }
     }
     serve(&mut rig, &channel)?;
-    Ok(Outcome::kept(format!(
+    Ok(Outcome::pass(format!(
         "{UNREAD} times {BATCH} requests, for which {calls} calls had room; then it is called again"
     )))
 }
@@ -318,13 +318,11 @@ fn messages(bench: &mut Bench) -> Result<Outcome, Fault> {
     let (base, made) = (rig.stop()?, rig.ring.end());
     Ok(match rig.ring.same(base, made) {
         true => {
-            Outcome::kept(format!("{BATCHES} times {BATCH} requests, {calls} calls; every other kick acknowledged"))
+            Outcome::pass(format!("{BATCHES} times {BATCH} requests, {calls} calls; every other kick acknowledged"))
         }
-        false => Outcome::broken(format!(
-            "what was made ends at {}, the base is {}",
-            rig.ring.show(made),
-            rig.ring.show(base)
-        )),
+        false => {
+            Outcome::fail(format!("what was made ends at {}, the base is {}", rig.ring.show(made), rig.ring.show(base)))
+        }
     })
 }
 
@@ -335,5 +333,5 @@ fn unspoken(bench: &mut Bench) -> Result<Outcome, Fault> {
     for _ in 0..2 {
         serve(&mut rig, &channel)?;
     }
-    Ok(Outcome::kept(format!("2 times {BATCH} requests without SET_VRING_KICK and SET_VRING_CALL")))
+    Ok(Outcome::pass(format!("2 times {BATCH} requests without SET_VRING_KICK and SET_VRING_CALL")))
 }

@@ -187,7 +187,7 @@ fn borrowing(
             };
             let left = format!("sectors {first} to {} of the disk could not be put back ({fault}): {kept}", end - 1);
             bench.left.push(left.clone());
-            Ok(Outcome::broken(format!("{seen}; {left}")))
+            Ok(Outcome::fail(format!("{seen}; {left}")))
         }
     }
 }
@@ -214,8 +214,8 @@ fn overwrite(bench: &Bench, parts: &[(u64, Buffer)]) -> Result<Outcome, Fault> {
     let found = read_all(bench, parts)?;
     let wrong = found.iter().zip(&contents).take(base).filter(|(found, written)| found != written).count();
     Ok(match wrong {
-        0 => Outcome::kept(format!("{base} writes, read back by the next front-end; then the old contents put back")),
-        wrong => Outcome::broken(format!("{wrong} of {base} writes are not on the disk")),
+        0 => Outcome::pass(format!("{base} writes, read back by the next front-end; then the old contents put back")),
+        wrong => Outcome::fail(format!("{wrong} of {base} writes are not on the disk")),
     })
 }
 
@@ -248,7 +248,7 @@ fn overwrite_after_death(bench: &mut Bench, parts: &[(u64, Buffer)]) -> Result<O
         let found = read_all(bench, parts)?;
         let wrong = found.iter().zip(&written).filter(|(found, written)| found != written).count();
         if wrong > 0 {
-            return Ok(Outcome::broken(format!(
+            return Ok(Outcome::fail(format!(
                 "round {round}: {wrong} of {} writes that its successor has completed are not on the disk any more",
                 parts.len()
             )));
@@ -261,7 +261,7 @@ fn overwrite_after_death(bench: &mut Bench, parts: &[(u64, Buffer)]) -> Result<O
 fn none_came_late(kills: u64, open: u64) -> Outcome {
     match open {
         0 => Outcome::not_tested(format!("killed {kills} times, and every time all writes were done already")),
-        open => Outcome::kept(format!("killed {kills} times with {open} writes open in all, none of which came later")),
+        open => Outcome::pass(format!("killed {kills} times with {open} writes open in all, none of which came later")),
     }
 }
 
@@ -323,10 +323,10 @@ fn config(bench: &mut Bench) -> Result<Outcome, Fault> {
     for &(offset, size) in parts {
         let part = read_config(&rig.link, offset, size)?;
         if whole.get(offset as usize..(offset + size) as usize) != Some(&part) {
-            return Ok(Outcome::broken(format!("{size} bytes at {offset} differ from those in the whole")));
+            return Ok(Outcome::fail(format!("{size} bytes at {offset} differ from those in the whole")));
         }
     }
-    Ok(Outcome::kept(format!("{len} bytes, read again in {} parts", parts.len())))
+    Ok(Outcome::pass(format!("{len} bytes, read again in {} parts", parts.len())))
 }
 
 #[cfg(test)]
@@ -337,6 +337,6 @@ mod tests {
     #[test]
     fn a_back_end_that_had_done_all_writes_when_it_was_killed_says_nothing_of_late_ones() {
         assert_eq!(none_came_late(10, 0).0, Verdict::NotTested);
-        assert_eq!(none_came_late(3, 1).0, Verdict::Kept);
+        assert_eq!(none_came_late(3, 1).0, Verdict::Pass);
     }
 }

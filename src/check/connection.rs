@@ -18,7 +18,7 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::process::LOOK;
 use super::stop::Deadline;
-use super::{Fault, Options, Outcome, Stop};
+use super::{CheckOptions, Fault, Outcome, StopToken};
 use crate::abi::vhost_user::{BackendRequest, Header, Request as Code};
 use crate::sys::socket;
 
@@ -47,8 +47,8 @@ impl Replies {
         let odd: Vec<String> =
             self.odd.iter().map(|((code, flags), count)| format!("{code} {flags:#x} ({count} times)")).collect();
         match odd.is_empty() {
-            true => Outcome::kept(format!("{} replies", self.count)),
-            false => Outcome::broken(format!("of {} replies: {}", self.count, odd.join(", "))),
+            true => Outcome::pass(format!("{} replies", self.count)),
+            false => Outcome::fail(format!("of {} replies: {}", self.count, odd.join(", "))),
         }
     }
 }
@@ -76,17 +76,17 @@ impl Reply {
 pub(super) struct Link {
     socket: UnixStream,
     timeout: Duration,
-    stop: Stop,
+    stop: StopToken,
     replies: Rc<RefCell<Replies>>,
 }
 
 impl Link {
-    pub(super) fn connect(path: &Path, options: &Options, replies: Rc<RefCell<Replies>>) -> io::Result<Link> {
+    pub(super) fn connect(path: &Path, options: &CheckOptions, replies: Rc<RefCell<Replies>>) -> io::Result<Link> {
         Ok(Link::over(connect(path, options.timeout, &options.stop)?, options, replies))
     }
 
     /// A connection that was made already.
-    pub(super) fn over(socket: UnixStream, options: &Options, replies: Rc<RefCell<Replies>>) -> Link {
+    pub(super) fn over(socket: UnixStream, options: &CheckOptions, replies: Rc<RefCell<Replies>>) -> Link {
         Link { socket, timeout: options.timeout, stop: options.stop.clone(), replies }
     }
 
@@ -252,7 +252,7 @@ impl Word {
 }
 
 /// Connects to a socket whose owner may have stopped accepting; sending on it has the same limit.
-pub(super) fn connect(path: &Path, timeout: Duration, stop: &Stop) -> io::Result<UnixStream> {
+pub(super) fn connect(path: &Path, timeout: Duration, stop: &StopToken) -> io::Result<UnixStream> {
     let deadline = stop.deadline(timeout);
     let socket = loop {
         match socket::connect(path) {

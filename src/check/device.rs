@@ -5,7 +5,7 @@
 
 use super::blk::{Disk, read_config};
 use super::connection::Link;
-use super::options::Kind;
+use super::options::DeviceKind;
 use super::{Fault, Offer, vsock};
 use crate::abi::vhost_user::protocol_feature;
 use crate::abi::virtio::VIRTIO_NET_F_MAC;
@@ -24,18 +24,18 @@ pub(super) enum Subject {
 
 impl Subject {
     /// The device of a connection that has agreed on protocol features: what it was said to be, or what it can only be.
-    pub(super) fn of(link: &Link, offer: Offer, given: Option<Kind>) -> Result<Subject, Fault> {
+    pub(super) fn of(link: &Link, offer: Offer, given: Option<DeviceKind>) -> Result<Subject, Fault> {
         let kind = match given {
             Some(kind) => kind,
             None => find(link, offer)?,
         };
         Ok(match kind {
-            Kind::Blk => Subject::Disk(Disk::of(link, offer)?),
-            Kind::Net => Subject::Net,
-            Kind::Rng => Subject::Rng,
-            Kind::Fs => Subject::Fs,
-            Kind::Vsock => Subject::Vsock(vsock::context_id(link, offer)?),
-            Kind::Console => Subject::Console,
+            DeviceKind::Blk => Subject::Disk(Disk::of(link, offer)?),
+            DeviceKind::Net => Subject::Net,
+            DeviceKind::Rng => Subject::Rng,
+            DeviceKind::Fs => Subject::Fs,
+            DeviceKind::Vsock => Subject::Vsock(vsock::context_id(link, offer)?),
+            DeviceKind::Console => Subject::Console,
         })
     }
 
@@ -127,7 +127,7 @@ impl Traits {
         Ok(Traits { features, queues, config: Some(config) })
     }
 
-    fn may_be(&self, kind: Kind) -> bool {
+    fn may_be(&self, kind: DeviceKind) -> bool {
         let Traits { features, queues, ref config } = *self;
         let only = |known: u64| features & !known == 0;
         let number = |least: u64, most: u64| queues.is_none_or(|queues| (least..=most).contains(&queues));
@@ -136,23 +136,23 @@ impl Traits {
             config.as_ref().and_then(|config| config.first_chunk()).map_or(0, |bytes| u64::from_le_bytes(*bytes));
         match kind {
             // Its capacity is there, so there is a configuration.
-            Kind::Blk => only(OF_BLK) && len.is_some_and(|len| len >= 36) && start > 0 && !self.has_tag(),
+            DeviceKind::Blk => only(OF_BLK) && len.is_some_and(|len| len >= 36) && start > 0 && !self.has_tag(),
             // An address is there where the feature says so.
-            Kind::Net => {
+            DeviceKind::Net => {
                 let has_address = features & 1 << VIRTIO_NET_F_MAC != 0;
                 // Who counts pairs and not queues has features of its own.
                 let one_pair = features & NET_ALONE != 0 || number(2, u64::MAX);
                 only(OF_NET) && one_pair && len.is_none_or(|len| len < 36) && (has_address || start << 16 == 0)
             }
-            Kind::Rng => features == 0 && queues == Some(1) && config.iter().flatten().all(|byte| *byte == 0),
-            Kind::Fs => only(OF_FS) && number(2, u64::MAX) && (config.is_none() || self.has_tag()),
+            DeviceKind::Rng => features == 0 && queues == Some(1) && config.iter().flatten().all(|byte| *byte == 0),
+            DeviceKind::Fs => only(OF_FS) && number(2, u64::MAX) && (config.is_none() || self.has_tag()),
             // Low numbers are other machines'. That a configuration goes on says nothing: some read what is behind theirs.
-            Kind::Vsock => {
+            DeviceKind::Vsock => {
                 let is_cid = len.is_some_and(|len| len >= 8) && (3..u64::from(u32::MAX)).contains(&start);
                 only(OF_VSOCK) && number(2, 3) && (config.is_none() || is_cid) && !self.has_tag()
             }
             // Without a feature nothing in its configuration is valid.
-            Kind::Console => {
+            DeviceKind::Console => {
                 let has_fields = features != 0 && len.is_some_and(|len| len >= 8);
                 only(OF_CONSOLE) && number(2, u64::MAX) && (config.is_none() || has_fields) && !self.has_tag()
             }
@@ -172,9 +172,9 @@ impl Traits {
 }
 
 /// The one kind that it can be.
-fn find(link: &Link, offer: Offer) -> Result<Kind, Fault> {
+fn find(link: &Link, offer: Offer) -> Result<DeviceKind, Fault> {
     let traits = Traits::ask(link, offer)?;
-    let may_be: Vec<Kind> = Kind::ALL.iter().copied().filter(|kind| traits.may_be(*kind)).collect();
+    let may_be: Vec<DeviceKind> = DeviceKind::ALL.iter().copied().filter(|kind| traits.may_be(*kind)).collect();
     match may_be.as_slice() {
         [kind] => Ok(*kind),
         _ => {
@@ -199,7 +199,7 @@ mod tests {
     fn kinds(features: u64, queues: u64, config: Option<&[u8]>) -> Vec<&'static str> {
         let traits =
             Traits { features: features & OF_DEVICES, queues: Some(queues), config: config.map(<[u8]>::to_vec) };
-        Kind::ALL.iter().filter(|kind| traits.may_be(**kind)).map(|kind| kind.name()).collect()
+        DeviceKind::ALL.iter().filter(|kind| traits.may_be(**kind)).map(|kind| kind.name()).collect()
     }
 
     fn padded(text: &[u8], queues: u32) -> Vec<u8> {

@@ -23,7 +23,7 @@ pub enum Consequence {
 
 impl Consequence {
     /// In words.
-    pub fn words(self) -> &'static str {
+    pub fn description(self) -> &'static str {
         match self {
             Consequence::LosesPages => "live migration loses pages",
             Consequence::Corrupts => "guest memory is damaged",
@@ -186,7 +186,7 @@ const EXPLANATIONS: &[Explanation] = &[
         "R8",
         LosesPages,
         "After a reset the device still writes to memory that its guest uses for something else.",
-        "Stop and disable all rings at RESET_DEVICE and at SET_STATUS 0, and let them be started again.",
+        "StopToken and disable all rings at RESET_DEVICE and at SET_STATUS 0, and let them be started again.",
     ),
     of(
         "R9",
@@ -210,7 +210,7 @@ const EXPLANATIONS: &[Explanation] = &[
         "R12",
         Corrupts,
         "A used length that counts more than what was written has the driver take old bytes for an answer.",
-        "Report the bytes that were written from the first writable byte on.",
+        "CheckReport the bytes that were written from the first writable byte on.",
     ),
     of(
         "T1",

@@ -64,7 +64,7 @@ fn segments(bench: &mut Bench) -> Result<Outcome, Fault> {
     rig.link.barrier()?;
     rig.link.send_cut(Code::GET_VRING_BASE, VERSION, VringState { index: 0, num: 0 }.as_bytes(), &[])?;
     rig.link.reply(Code::GET_VRING_BASE)?;
-    Ok(Outcome::kept("SET_FEATURES, SET_MEM_TABLE with its fds, GET_VRING_BASE"))
+    Ok(Outcome::pass("SET_FEATURES, SET_MEM_TABLE with its fds, GET_VRING_BASE"))
 }
 
 /// Requests with a reply of their own that is offered: payload, and the length of the reply.
@@ -116,8 +116,8 @@ fn replies(bench: &mut Bench) -> Result<Outcome, Fault> {
         names.push(code.to_string());
     }
     Ok(match odd.is_empty() {
-        true => Outcome::kept(names.join(", ")),
-        false => Outcome::broken(odd.join("; ")),
+        true => Outcome::pass(names.join(", ")),
+        false => Outcome::fail(odd.join("; ")),
     })
 }
 
@@ -145,7 +145,7 @@ fn acknowledgements(bench: &mut Bench) -> Result<Outcome, Fault> {
         }
         rig.link.barrier()?;
     }
-    Ok(Outcome::kept(format!("{count} messages, one answer each")))
+    Ok(Outcome::pass(format!("{count} messages, one answer each")))
 }
 
 fn order(bench: &mut Bench) -> Result<Outcome, Fault> {
@@ -158,7 +158,7 @@ fn order(bench: &mut Bench) -> Result<Outcome, Fault> {
     for code in &sent {
         rig.link.reply(*code)?;
     }
-    Ok(Outcome::kept(format!("{} requests sent before the first answer was read", sent.len())))
+    Ok(Outcome::pass(format!("{} requests sent before the first answer was read", sent.len())))
 }
 
 fn refused(bench: &mut Bench) -> Result<Outcome, Fault> {
@@ -173,11 +173,11 @@ fn refused(bench: &mut Bench) -> Result<Outcome, Fault> {
     drop(theirs);
     rig.link.barrier()?;
     if answer == 0 {
-        return Ok(Outcome::broken("it claims to have done request 4711"));
+        return Ok(Outcome::fail("it claims to have done request 4711"));
     }
     Ok(match closed(&rig, ours) {
-        true => Outcome::kept(format!("answer {answer:#x}, and the fd that came along was closed")),
-        false => Outcome::broken(format!("answer {answer:#x}, but the fd that came along was kept")),
+        true => Outcome::pass(format!("answer {answer:#x}, and the fd that came along was closed")),
+        false => Outcome::fail(format!("answer {answer:#x}, but the fd that came along was kept")),
     })
 }
 
@@ -189,7 +189,7 @@ fn passed_over(bench: &mut Bench) -> Result<Outcome, Fault> {
     let rig = bench.rig(0)?;
     rig.link.send(UNKNOWN, VERSION, &[1; 100], &[])?;
     rig.link.barrier()?;
-    Ok(Outcome::kept("the next request was answered"))
+    Ok(Outcome::pass("the next request was answered"))
 }
 
 fn roomy_table(bench: &mut Bench) -> Result<Outcome, Fault> {
@@ -201,7 +201,7 @@ fn roomy_table(bench: &mut Bench) -> Result<Outcome, Fault> {
     table.extend(describe(region).as_bytes());
     table.extend([0; size_of::<MemoryRegion>()]);
     rig.done(Code::SET_MEM_TABLE, &table, &[fd])?;
-    Ok(Outcome::kept(format!("{} bytes with one region", table.len())))
+    Ok(Outcome::pass(format!("{} bytes with one region", table.len())))
 }
 
 fn socket_call(bench: &mut Bench) -> Result<Outcome, Fault> {
@@ -220,15 +220,15 @@ fn socket_call(bench: &mut Bench) -> Result<Outcome, Fault> {
             continue;
         }
         if !readable(&[ours.as_fd()], &deadline) {
-            return Ok(Outcome::broken(format!("no notification within {:?}", rig.timeout)));
+            return Ok(Outcome::fail(format!("no notification within {:?}", rig.timeout)));
         }
         match (&ours).read(&mut buf)? {
-            0 => return Ok(Outcome::broken("it closed the socket")),
+            0 => return Ok(Outcome::fail("it closed the socket")),
             count => bytes += count,
         }
     }
     Ok(match bytes % 8 {
-        0 => Outcome::kept(format!("{} for 4 requests", bytes / 8)),
-        _ => Outcome::broken(format!("{bytes} bytes: notifications have 8")),
+        0 => Outcome::pass(format!("{} for 4 requests", bytes / 8)),
+        _ => Outcome::fail(format!("{bytes} bytes: notifications have 8")),
     })
 }

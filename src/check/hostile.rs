@@ -68,7 +68,7 @@ impl Taken {
         let Taken { refused, hung_up, believed } = self;
         let seen = format!("survived; {refused} refused or passed over, {hung_up} answered by hanging up");
         match believed.is_empty() {
-            true => Outcome::kept(seen),
+            true => Outcome::pass(seen),
             false => Outcome::warning(format!("{seen}; acknowledged as done: {}", believed.join(", "))),
         }
     }
@@ -104,7 +104,7 @@ pub(super) fn attack<T>(
         }
         drop(rig);
         if let Err(fault) = serves(bench) {
-            return Ok(Outcome::broken(format!("{what}: the next front-end is not served: {fault}")));
+            return Ok(Outcome::fail(format!("{what}: the next front-end is not served: {fault}")));
         }
     }
     Ok(taken.outcome())
@@ -124,14 +124,14 @@ fn attack_rings<T>(
         // Whether it answers on a broken ring is its affair.
         rig.link.barrier().map(|_| answer)
     })?;
-    if outcome.0 == Verdict::Broken {
+    if outcome.0 == Verdict::Fail {
         // What it was of is known; behind it nobody is served.
         return Ok(outcome);
     }
     thread::sleep(bench.options.settle);
     Ok(match serves(bench) {
         Ok(()) => outcome,
-        Err(fault) => Outcome::broken(format!("after all of them the next front-end is not served: {fault}")),
+        Err(fault) => Outcome::fail(format!("after all of them the next front-end is not served: {fault}")),
     })
 }
 

@@ -190,7 +190,7 @@ fn shape(bench: &mut Bench) -> Result<Outcome, Fault> {
     let rig = bench.rig(0)?;
     let InflightDescription { mmap_size, mmap_offset, num_queues, .. } = Tracked::ask(&rig)?.description;
     let size = rig.ring.layout.size();
-    Ok(Outcome::kept(format!("{mmap_size} bytes at {mmap_offset} for {num_queues} queues of {size} entries")))
+    Ok(Outcome::pass(format!("{mmap_size} bytes at {mmap_offset} for {num_queues} queues of {size} entries")))
 }
 
 fn contents(bench: &mut Bench) -> Result<Outcome, Fault> {
@@ -215,13 +215,13 @@ fn contents(bench: &mut Bench) -> Result<Outcome, Fault> {
     let used_at = rig.ring.show(used);
     let seen = format!("version {version}, {desc_num} entries, used at {used_at}, up to {most} requests marked");
     Ok(match wrong {
-        _ if version != VERSION || desc_num != size => Outcome::broken(format!("{seen}; the ring has {size}")),
-        _ if !rig.ring.same(used, ring) => Outcome::broken(format!("{seen}; the ring is at {}", rig.ring.show(ring))),
-        Some(wrong) => Outcome::broken(format!("{seen}; {wrong}")),
-        _ if marked > 0 => Outcome::broken(format!("{seen}; {marked} are still marked")),
+        _ if version != VERSION || desc_num != size => Outcome::fail(format!("{seen}; the ring has {size}")),
+        _ if !rig.ring.same(used, ring) => Outcome::fail(format!("{seen}; the ring is at {}", rig.ring.show(ring))),
+        Some(wrong) => Outcome::fail(format!("{seen}; {wrong}")),
+        _ if marked > 0 => Outcome::fail(format!("{seen}; {marked} are still marked")),
         // What took a request counted it first.
         _ if most == 0 && counter == 0 => Outcome::warning(format!("{seen}: none was seen in flight")),
-        _ => Outcome::kept(seen),
+        _ => Outcome::pass(seen),
     })
 }
 
@@ -253,25 +253,25 @@ fn survive(
         }
         rig.start()?;
         if let Err(fault) = rig.finish() {
-            return Ok(Outcome::broken(format!("round {round}: {fault}")));
+            return Ok(Outcome::fail(format!("round {round}: {fault}")));
         }
         let (base, made) = (rig.stop()?, rig.ring.end());
         if !rig.ring.same(base, made) {
             let (base, made) = (rig.ring.show(base), rig.ring.show(made));
-            return Ok(Outcome::broken(format!("round {round}: what was made ends at {made}, the base is {base}")));
+            return Ok(Outcome::fail(format!("round {round}: what was made ends at {made}, the base is {base}")));
         }
         if rig.ring.has_more(&rig.memory)? {
-            return Ok(Outcome::broken(format!("round {round}: more answers than requests")));
+            return Ok(Outcome::fail(format!("round {round}: more answers than requests")));
         }
         let done = changed(&before, &rig.hashes()?);
         let missing = rig.lent.iter().filter(|page| !done.contains(page)).count();
         if missing > 0 {
-            return Ok(Outcome::broken(format!("round {round}: {missing} pages of answered requests have no data")));
+            return Ok(Outcome::fail(format!("round {round}: {missing} pages of answered requests have no data")));
         }
         rig.start()?;
     }
     let seen = format!("{round} times, {open} requests open in all, {marked} of them marked");
-    Ok(if open == 0 { Outcome::not_tested(seen) } else { Outcome::kept(seen) })
+    Ok(if open == 0 { Outcome::not_tested(seen) } else { Outcome::pass(seen) })
 }
 
 /// Lets the back-end work for a moment, another one every time.
@@ -314,10 +314,10 @@ fn fresh(bench: &mut Bench) -> Result<Outcome, Fault> {
     let at = rig.ring.position();
     rig.load(SLOTS, Size::Mixed)?;
     Ok(match rig.ring.same(found.used, at) {
-        true => Outcome::kept(format!("used at {}, as the ring has it", rig.ring.show(at))),
+        true => Outcome::pass(format!("used at {}, as the ring has it", rig.ring.show(at))),
         false => {
             let (found, at) = (rig.ring.show(found.used), rig.ring.show(at));
-            Outcome::broken(format!("used at {found} on a ring that is at {at}: a crash now costs a request"))
+            Outcome::fail(format!("used at {found} on a ring that is at {at}: a crash now costs a request"))
         }
     })
 }
@@ -329,8 +329,8 @@ fn counters(bench: &mut Bench) -> Result<Outcome, Fault> {
     rig.load(SLOTS, Size::Mixed)?;
     let second = region.read()?.counter;
     Ok(match second > first {
-        true => Outcome::kept(format!("from {first} to {second} over {SLOTS} requests")),
-        false => Outcome::broken(format!("from {first} to {second} over {SLOTS} requests")),
+        true => Outcome::pass(format!("from {first} to {second} over {SLOTS} requests")),
+        false => Outcome::fail(format!("from {first} to {second} over {SLOTS} requests")),
     })
 }
 
@@ -352,7 +352,7 @@ fn reset(bench: &mut Bench) -> Result<Outcome, Fault> {
     rig.link.send(Code::RESET_DEVICE, Header::FLAG_VERSION, &[], &[])?;
     rig.link.barrier()?;
     Ok(match region.read()?.version {
-        0 => Outcome::kept("version 0"),
-        version => Outcome::broken(format!("version {version}")),
+        0 => Outcome::pass("version 0"),
+        version => Outcome::fail(format!("version {version}")),
     })
 }

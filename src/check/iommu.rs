@@ -118,10 +118,10 @@ fn served(bench: &Bench, scatter: Scatter) -> Result<Outcome, Fault> {
     let made = BATCHES as u64 * SLOTS;
     let same = rig.ring.same(base, rig.ring.end());
     Ok(match (stray, wrong, misses, same) {
-        (0, 0, 1.., true) => Outcome::kept(format!("{made} requests, {misses} translations asked for")),
-        (0, 0, 0, _) => Outcome::broken(format!("{made} requests, and no translation was asked for")),
-        (0, 0, _, false) => Outcome::broken(format!("{made} requests later it says {}", rig.ring.show(base))),
-        _ => Outcome::broken(format!(
+        (0, 0, 1.., true) => Outcome::pass(format!("{made} requests, {misses} translations asked for")),
+        (0, 0, 0, _) => Outcome::fail(format!("{made} requests, and no translation was asked for")),
+        (0, 0, _, false) => Outcome::fail(format!("{made} requests later it says {}", rig.ring.show(base))),
+        _ => Outcome::fail(format!(
             "{made} requests: {wrong} pages hold other data than without an IOMMU, {stray} pages were written that were \
              not lent"
         )),
@@ -162,21 +162,21 @@ fn forbidden(bench: &mut Bench) -> Result<Outcome, Fault> {
         let before = rig.hashes()?;
         rig.publish();
         if !asked(&mut rig, iova)? {
-            return Ok(Outcome::broken(format!("it did not ask for the page at {iova:#x}, which it did not know")));
+            return Ok(Outcome::fail(format!("it did not ask for the page at {iova:#x}, which it did not know")));
         }
         let with = format!("with permission {permission}");
         if !soon(&rig.deadline(rig.timeout), || rig.pop_all().map(|_| rig.outstanding() <= 1))? {
-            return Ok(Outcome::broken(format!("{with}: a request of another ring was not served")));
+            return Ok(Outcome::fail(format!("{with}: a request of another ring was not served")));
         }
         rig.link.barrier()?;
         let base = rig.stop()?;
         rig.pop_all()?;
         if rig.outstanding() != 1 || !rig.ring.same(base, rig.ring.position()) {
             let base = rig.ring.show(base);
-            return Ok(Outcome::broken(format!("{with}: the request was taken all the same, and the base is {base}")));
+            return Ok(Outcome::fail(format!("{with}: the request was taken all the same, and the base is {base}")));
         }
         if !changed(&before, &rig.hashes()?).is_disjoint(&place) {
-            return Ok(Outcome::broken(format!("{with}: the page was written")));
+            return Ok(Outcome::fail(format!("{with}: the page was written")));
         }
         rig.iommu()?.permit(page, VHOST_ACCESS_RW);
         rig.invalidate(iova, LOG_PAGE)?;
@@ -184,7 +184,7 @@ fn forbidden(bench: &mut Bench) -> Result<Outcome, Fault> {
         rig.finish()?;
     }
     let others = if rings > 1 { "another ring and the connection" } else { "the connection" };
-    Ok(Outcome::kept(format!(
+    Ok(Outcome::pass(format!(
         "2 pages, not mapped or not for this; {others} went on, and the ring when it was permitted"
     )))
 }
@@ -199,18 +199,18 @@ fn unanswered(bench: &mut Bench) -> Result<Outcome, Fault> {
     rig.add_at(0, iova, LOG_PAGE)?;
     rig.publish();
     if !asked(&mut rig, iova)? {
-        return Ok(Outcome::broken(format!("it did not ask for the page at {iova:#x}, which it did not know")));
+        return Ok(Outcome::fail(format!("it did not ask for the page at {iova:#x}, which it did not know")));
     }
     let base = rig.stop()?;
     rig.pop_all()?;
     if rig.outstanding() != 1 || !rig.ring.same(base, rig.ring.position()) {
         let base = rig.ring.show(base);
-        return Ok(Outcome::broken(format!("a request that could not be made was taken, and the base is {base}")));
+        return Ok(Outcome::fail(format!("a request that could not be made was taken, and the base is {base}")));
     }
     rig.release()?;
     rig.start()?;
     rig.finish()?;
-    Ok(Outcome::kept("the request was not taken; it was served when the ring went on"))
+    Ok(Outcome::pass("the request was not taken; it was served when the ring went on"))
 }
 
 /// Messages that are to be refused. What they say of addresses in use is wrong.
@@ -250,7 +250,7 @@ fn impossible(bench: &mut Bench) -> Result<Outcome, Fault> {
         match answer.and_then(|answer| rig.link.barrier().map(|_| answer)) {
             Ok(0) => taken.push(name.as_str()),
             Ok(_) => {}
-            Err(fault) => return Ok(Outcome::broken(format!("{name}: {fault}"))),
+            Err(fault) => return Ok(Outcome::fail(format!("{name}: {fault}"))),
         }
     }
     let says = match taken.is_empty() {
@@ -258,12 +258,12 @@ fn impossible(bench: &mut Bench) -> Result<Outcome, Fault> {
         false => format!("acknowledged as done: {}", taken.join(", ")),
     };
     if let Err(fault) = rig.load(SLOTS, Size::Mixed) {
-        return Ok(Outcome::broken(format!("{says}; then {fault}")));
+        return Ok(Outcome::fail(format!("{says}; then {fault}")));
     }
     Ok(match (wrong(&rig, &expected)?, taken.len()) {
-        (0, 0) => Outcome::kept(format!("{} messages, {says}", messages.len())),
+        (0, 0) => Outcome::pass(format!("{} messages, {says}", messages.len())),
         (0, _) => Outcome::warning(format!("{says}; they changed nothing")),
-        (pages, _) => Outcome::broken(format!("{says}; {pages} pages then held other data")),
+        (pages, _) => Outcome::fail(format!("{says}; {pages} pages then held other data")),
     })
 }
 
@@ -306,7 +306,7 @@ fn moved(bench: &mut Bench) -> Result<Outcome, Fault> {
         rig.link.barrier()?;
         let late = changed(&left, &rig.hashes_of(&old)?).len();
         if late > 0 {
-            return Ok(Outcome::broken(format!("round {round}: {late} pages were written where they had been before")));
+            return Ok(Outcome::fail(format!("round {round}: {late} pages were written where they had been before")));
         }
         for page in &old {
             rig.memory.write(page * LOG_PAGE, &noise(round * 1_000_000 + page, LOG_PAGE as u32))?;
@@ -318,7 +318,7 @@ fn moved(bench: &mut Bench) -> Result<Outcome, Fault> {
         rig.link.barrier()?;
         let stale = changed(&left, &rig.hashes_of(&old)?).len();
         if stale > 0 {
-            return Ok(Outcome::broken(format!(
+            return Ok(Outcome::fail(format!(
                 "round {round}: of requests that came after the answer, {stale} pages were written to the old place"
             )));
         }
@@ -326,7 +326,7 @@ fn moved(bench: &mut Bench) -> Result<Outcome, Fault> {
     rig.stop()?;
     rig.iommu()?.misses()?;
     let pages = halves.len();
-    Ok(Outcome::kept(format!("{MOVES} times {pages} pages, {open} requests were not seen complete before")))
+    Ok(Outcome::pass(format!("{MOVES} times {pages} pages, {open} requests were not seen complete before")))
 }
 
 fn ring_moved(bench: &mut Bench) -> Result<Outcome, Fault> {
@@ -355,13 +355,13 @@ fn ring_moved(bench: &mut Bench) -> Result<Outcome, Fault> {
         rig.link.barrier()?;
         let late = changed(&left, &rig.hashes_of(&old)?).len();
         if late > 0 {
-            return Ok(Outcome::broken(format!("move {round}: {late} pages were written where the ring had been")));
+            return Ok(Outcome::fail(format!("move {round}: {late} pages were written where the ring had been")));
         }
     }
     let base = rig.stop()?;
     Ok(match rig.ring.same(base, rig.ring.end()) {
-        true => Outcome::kept(format!("{RING_MOVES} moves, {SLOTS} requests after each")),
-        false => Outcome::broken(format!("after {RING_MOVES} moves it says {}", rig.ring.show(base))),
+        true => Outcome::pass(format!("{RING_MOVES} moves, {SLOTS} requests after each")),
+        false => Outcome::fail(format!("after {RING_MOVES} moves it says {}", rig.ring.show(base))),
     })
 }
 
@@ -404,12 +404,12 @@ fn marked(bench: &mut Bench) -> Result<Outcome, Fault> {
         String::new()
     };
     if !lost.is_empty() {
-        return Ok(Outcome::broken(format!("{lost} not marked where the IOMMU has them")));
+        return Ok(Outcome::fail(format!("{lost} not marked where the IOMMU has them")));
     }
     let Outcome(verdict, found) = Marks::of(&rig, &before, marked)?.allow(rig.used_ring()).allow(logged).judge();
     let ring = if packed { "used descriptors and events" } else { "the used ring" };
     Ok(match verdict {
-        Verdict::Broken => Outcome::broken(found),
+        Verdict::Fail => Outcome::fail(found),
         _ => Outcome(verdict, format!("{ring} and data: {found}")),
     })
 }

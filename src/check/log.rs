@@ -99,9 +99,7 @@ impl Marks {
         if let Some(first) = missed.first() {
             let lost = missed.len();
             let first = first * LOG_PAGE;
-            return Outcome::broken(format!(
-                "{lost} of {changed} changed pages are not marked, the first at {first:#x}"
-            ));
+            return Outcome::fail(format!("{lost} of {changed} changed pages are not marked, the first at {first:#x}"));
         }
         let needed = |page: &&u64| !self.changed.contains(page) && !self.allowed.contains(page);
         let extra = self.marked.iter().filter(needed).count();
@@ -112,7 +110,7 @@ impl Marks {
                  to be written"
             ));
         }
-        Outcome::kept(format!("{changed} pages changed, {marked} marked"))
+        Outcome::pass(format!("{changed} pages changed, {marked} marked"))
     }
 }
 
@@ -136,10 +134,10 @@ fn reply(bench: &mut Bench) -> Result<Outcome, Fault> {
     rig.link.barrier()?;
     let seen = format!("{plain} bytes, with need-reply {asked}");
     Ok(match plain {
-        16 if asked == plain => Outcome::kept(seen),
+        16 if asked == plain => Outcome::pass(seen),
         16 => Outcome::warning(format!("{seen}; rust-vmm's front-end asks, and hangs unless it gets 16")),
         0 | 8 => Outcome::warning(format!("{seen}; rust-vmm's front-end hangs unless it gets 16")),
-        _ => Outcome::broken(format!("{seen}; 0, 8 or 16 are known")),
+        _ => Outcome::fail(format!("{seen}; 0, 8 or 16 are known")),
     })
 }
 
@@ -158,7 +156,7 @@ fn data(bench: &mut Bench) -> Result<Outcome, Fault> {
         if found.0 >= worst.0 {
             worst = found;
         }
-        if worst.0 == Verdict::Broken {
+        if worst.0 == Verdict::Fail {
             break;
         }
     }
@@ -195,7 +193,7 @@ fn placed(bench: &mut Bench) -> Result<Outcome, Fault> {
     let Outcome(verdict, found) = Marks::of(&rig, &before, harvest(&log))?.allow(rig.used_ring()).judge();
     Ok(match outside {
         0 => Outcome(verdict, format!("{odd} bytes at offset {at}: {found}")),
-        bytes => Outcome::broken(format!("{odd} bytes at offset {at}: {bytes} bytes outside were written; {found}")),
+        bytes => Outcome::fail(format!("{odd} bytes at offset {at}: {bytes} bytes outside were written; {found}")),
     })
 }
 
@@ -211,10 +209,10 @@ fn used(bench: &mut Bench) -> Result<Outcome, Fault> {
     let missed = missing(&marked, at, |page| page);
     let at_ring = rig.ring.written().intersection(&marked).count();
     Ok(match (missed.is_empty(), at_ring) {
-        (true, 0) => Outcome::kept(format!("index and elements, at {at:#x}")),
+        (true, 0) => Outcome::pass(format!("index and elements, at {at:#x}")),
         (true, _) => Outcome::warning(format!("index and elements, at {at:#x}, and also where the ring lies")),
-        (false, 0) => Outcome::broken(format!("{missed} not marked at {at:#x}")),
-        (false, _) => Outcome::broken(format!("{missed} not marked at {at:#x}, but the place where the ring lies is")),
+        (false, 0) => Outcome::fail(format!("{missed} not marked at {at:#x}")),
+        (false, _) => Outcome::fail(format!("{missed} not marked at {at:#x}, but the place where the ring lies is")),
     })
 }
 
@@ -255,7 +253,7 @@ fn switches(bench: &mut Bench) -> Result<Outcome, Fault> {
         odd.push("with LOG_ALL alone data is not marked");
     }
     Ok(match odd.is_empty() {
-        true => Outcome::kept("each alone"),
+        true => Outcome::pass("each alone"),
         // Front-ends switch both, one after the other.
         false => Outcome::warning(odd.join("; ")),
     })
@@ -285,8 +283,8 @@ fn avail_event(bench: &mut Bench) -> Result<Outcome, Fault> {
     let (before, after) = (u16::from_le_bytes(before), u16::from_le_bytes(after));
     Ok(match (before == after, marked) {
         (true, _) => Outcome::not_tested("the device did not write the word"),
-        (false, true) => Outcome::kept(format!("it went from {before} to {after}")),
-        (false, false) => Outcome::broken(format!("it went from {before} to {after} without a mark")),
+        (false, true) => Outcome::pass(format!("it went from {before} to {after}")),
+        (false, false) => Outcome::fail(format!("it went from {before} to {after} without a mark")),
     })
 }
 
@@ -316,9 +314,9 @@ fn descriptors(bench: &mut Bench) -> Result<Outcome, Fault> {
     let seen =
         format!("{changed_pages} pages with used descriptors in {ROUNDS} rounds, {marks} pages of the ring marked");
     Ok(match (missed, marks > changed_pages) {
-        (0, false) => Outcome::kept(seen),
+        (0, false) => Outcome::pass(seen),
         (0, true) => Outcome::warning(format!("{seen}: some for nothing")),
-        (missed, _) => Outcome::broken(format!("{seen}: {missed} are missing")),
+        (missed, _) => Outcome::fail(format!("{seen}: {missed} are missing")),
     })
 }
 
@@ -340,8 +338,8 @@ fn event_area(bench: &mut Bench) -> Result<Outcome, Fault> {
     let seen = format!("it went from {before:#x} to {after:#x}");
     Ok(match (before == after, marked) {
         (true, _) => Outcome::not_tested("the device did not write it"),
-        (false, true) => Outcome::kept(seen),
-        (false, false) => Outcome::broken(format!("{seen} without a mark")),
+        (false, true) => Outcome::pass(seen),
+        (false, false) => Outcome::fail(format!("{seen} without a mark")),
     })
 }
 
@@ -360,9 +358,9 @@ fn off(bench: &mut Bench) -> Result<Outcome, Fault> {
     rig.stop()?;
     let late = harvest(&log).len();
     Ok(match (early, on, late) {
-        (_, 0, _) => Outcome::broken("nothing was marked while it was on"),
-        (0, on, 0) => Outcome::kept(format!("{on} pages while it was on, none otherwise")),
-        _ => Outcome::broken(format!("{early} pages marked before, {late} after")),
+        (_, 0, _) => Outcome::fail("nothing was marked while it was on"),
+        (0, on, 0) => Outcome::pass(format!("{on} pages while it was on, none otherwise")),
+        _ => Outcome::fail(format!("{early} pages marked before, {late} after")),
     })
 }
 
@@ -386,12 +384,12 @@ fn reconnecting(bench: &mut Bench) -> Result<Outcome, Fault> {
     let unmarked = ring.difference(&marked).count();
     let Outcome(verdict, found) = Marks::of(&rig, &before, marked)?.allow(rig.used_ring()).judge();
     if early == 0 && unmarked > 0 {
-        return Ok(Outcome::broken(format!("{unmarked} pages that the ring was written to are not marked; {found}")));
+        return Ok(Outcome::fail(format!("{unmarked} pages that the ring was written to are not marked; {found}")));
     }
     Ok(match early {
         0 => Outcome(verdict, found),
         pages => {
-            Outcome::broken(format!("{pages} pages were written before the log came and the ring was enabled; {found}"))
+            Outcome::fail(format!("{pages} pages were written before the log came and the ring was enabled; {found}"))
         }
     })
 }
@@ -413,7 +411,7 @@ fn switched(bench: &mut Bench) -> Result<Outcome, Fault> {
         rig.link.barrier()?;
         let late = harvest(&log).len();
         if late > 0 {
-            return Ok(Outcome::broken(format!("round {round}: {late} pages marked in the old log after the answer")));
+            return Ok(Outcome::fail(format!("round {round}: {late} pages marked in the old log after the answer")));
         }
         marked.extend(harvest(&next));
         log = next;
@@ -451,14 +449,14 @@ fn signalled(bench: &mut Bench) -> Result<Outcome, Fault> {
     };
     let late = match without_fd() {
         Ok(late) => late,
-        Err(fault) => return Ok(Outcome::broken(format!("after SET_LOG_FD without an fd: {fault}"))),
+        Err(fault) => return Ok(Outcome::fail(format!("after SET_LOG_FD without an fd: {fault}"))),
     };
     Ok(match (early, count, late) {
         // The frames that come in from a loop have left by another ring.
         (0, 1.., 0) if count <= SLOTS * rig.all().count() as u64 => {
-            Outcome::kept(format!("{count} signals for {SLOTS} requests, none before and after"))
+            Outcome::pass(format!("{count} signals for {SLOTS} requests, none before and after"))
         }
-        _ => Outcome::broken(format!(
+        _ => Outcome::fail(format!(
             "{SLOTS} requests each brought {early} signals before logging, {count} while logging, {late} without the fd"
         )),
     })
@@ -479,7 +477,7 @@ fn too_small(bench: &mut Bench) -> Result<Outcome, Fault> {
     seen.read(0, &mut bytes)?;
     let outside = bytes.iter().skip(size as usize).filter(|byte| **byte != 0).count();
     Ok(match outside {
-        0 => Outcome::kept(format!("{SLOTS} reads into pages that a log of {size} bytes has no bit for")),
-        bytes => Outcome::broken(format!("{bytes} bytes behind the log were written")),
+        0 => Outcome::pass(format!("{SLOTS} reads into pages that a log of {size} bytes has no bit for")),
+        bytes => Outcome::fail(format!("{bytes} bytes behind the log were written")),
     })
 }

@@ -58,8 +58,8 @@ fn order(bench: &mut Bench) -> Result<Outcome, Fault> {
         late += harvest(&log).intersection(&unmarked).count();
     }
     Ok(match late {
-        0 => Outcome::kept(format!("{early} pages")),
-        late => Outcome::broken(format!(
+        0 => Outcome::pass(format!("{early} pages")),
+        late => Outcome::fail(format!(
             "{late} of {early} pages were marked after the driver could see that they were written"
         )),
     })
@@ -85,7 +85,7 @@ fn shared(bench: &mut Bench) -> Result<Outcome, Fault> {
         });
         served?;
         if lost > 0 {
-            return Ok(Outcome::broken(format!(
+            return Ok(Outcome::fail(format!(
                 "{lost} marks that others had set were gone: they are not set atomically"
             )));
         }
@@ -95,7 +95,7 @@ fn shared(bench: &mut Bench) -> Result<Outcome, Fault> {
         if verdict >= worst.0 {
             worst = Outcome(verdict, format!("{turns} harvests meanwhile: {found}"));
         }
-        if worst.0 == Verdict::Broken {
+        if worst.0 == Verdict::Fail {
             break;
         }
     }
@@ -143,12 +143,12 @@ fn successor(bench: &mut Bench) -> Result<Outcome, Fault> {
     let own = rig.own();
     lost.retain(|page| !own.contains(page) && !marked.contains(page));
     if !lost.is_empty() {
-        return Ok(Outcome::broken(format!("{} pages that it wrote itself are not marked", lost.len())));
+        return Ok(Outcome::fail(format!("{} pages that it wrote itself are not marked", lost.len())));
     }
     let all: Pages = rig.memory.regions().iter().flat_map(|region| pages(region.gpa(), region.size())).collect();
     let missing = all.difference(&marked).count();
     Ok(match missing {
-        0 => Outcome::kept(format!("{} pages", all.len())),
+        0 => Outcome::pass(format!("{} pages", all.len())),
         _ => Outcome::warning(format!(
             "{} of {} pages: if it dies during a migration by QEMU 10.0, what it marked before is lost",
             marked.len(),

@@ -30,8 +30,8 @@ fn slots(bench: &mut Bench) -> Result<Outcome, Fault> {
     bench.offer.need(protocol_feature::CONFIGURE_MEM_SLOTS)?;
     let slots = bench.rig(0)?.link.ask_number(Code::GET_MAX_MEM_SLOTS)?;
     Ok(match slots >= VHOST_USER_MAX_RAM_SLOTS_TODAY as u64 {
-        true => Outcome::kept(format!("{slots}")),
-        false => Outcome::broken(format!("{slots}, fewer than {VHOST_USER_MAX_RAM_SLOTS_TODAY}")),
+        true => Outcome::pass(format!("{slots}")),
+        false => Outcome::fail(format!("{slots}, fewer than {VHOST_USER_MAX_RAM_SLOTS_TODAY}")),
     })
 }
 
@@ -82,7 +82,7 @@ fn repeated(bench: &mut Bench) -> Result<Outcome, Fault> {
     rig.finish()?;
     rig.link.barrier()?;
     let during = Marks::of(&rig, &before, harvest(&log))?.allow(rig.used_ring()).judge();
-    if during.0 == Verdict::Broken {
+    if during.0 == Verdict::Fail {
         return Ok(during);
     }
     rig.lent.clear();

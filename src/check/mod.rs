@@ -16,7 +16,7 @@
 //! | `outcome`, `report`, `explain` | what a check came to, what was found in all, and what each rule is for |
 //!
 //! [`check`] makes one connection after the other, and each check has one of its own. Whatever the back-end does, hanging
-//! and dying included, is a finding. Nothing is written to a disk, unless [`Options::write`] allows it.
+//! and dying included, is a finding. Nothing is written to a disk, unless [`CheckOptions::write`] allows it.
 //!
 //! A check is run on split rings and on packed ones, and of a network interface with frames that leave and with frames
 //! that come in, as far as it makes a difference: `When` says so.
@@ -55,11 +55,11 @@ mod target;
 mod vsock;
 
 pub use explain::{Consequence, Explanation, explain};
-pub use net::Feed;
-pub use options::{CheckError, Kind, Options, Rings};
-pub use report::{Finding, Report, Verdict};
+pub use net::FrameSource;
+pub use options::{CheckError, CheckOptions, DeviceKind};
+pub use report::{CheckReport, Finding, Verdict};
 pub use rules::{RULES, rule};
-pub use stop::Stop;
+pub use stop::StopToken;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -95,7 +95,7 @@ impl Check {
 
 /// A check that is about to be run, for whoever watches.
 #[derive(Clone, Copy, Debug)]
-pub struct Step {
+pub struct CheckProgress {
     /// Checks made.
     pub done: usize,
     /// Checks in all.
@@ -111,16 +111,20 @@ pub struct Step {
 /// Checks the back-end at `socket`.
 ///
 /// # Errors
-/// When there is nothing to be checked, or [`Options::stop`] is set. What goes wrong later is a finding.
-pub fn check(socket: &Path, options: &Options) -> Result<Report, CheckError> {
-    check_watched(socket, options, &mut |_| {})
+/// When there is nothing to be checked, or [`CheckOptions::stop`] is set. What goes wrong later is a finding.
+pub fn check(socket: &Path, options: &CheckOptions) -> Result<CheckReport, CheckError> {
+    check_with_progress(socket, options, &mut |_| {})
 }
 
 /// Checks the back-end at `socket`, and tells `watch` of every check before it is run.
 ///
 /// # Errors
 /// As [`check`].
-pub fn check_watched(socket: &Path, options: &Options, watch: &mut dyn FnMut(&Step)) -> Result<Report, CheckError> {
+pub fn check_with_progress(
+    socket: &Path,
+    options: &CheckOptions,
+    watch: &mut dyn FnMut(&CheckProgress),
+) -> Result<CheckReport, CheckError> {
     if let Some(size) = options.queue_size.filter(|size| !size.is_power_of_two() || !(64..=1024).contains(size)) {
         return Err(CheckError::QueueSize(size));
     }
@@ -154,7 +158,7 @@ pub fn check_watched(socket: &Path, options: &Options, watch: &mut dyn FnMut(&St
     for (done, (needs, check, rule, shape)) in runs.into_iter().enumerate() {
         let Check { what, when, run, .. } = *check;
         let rings = if when == When::Once { "" } else { shape.map_or("", Shape::name) };
-        watch(&Step { done, all, rule, what, rings });
+        watch(&CheckProgress { done, all, rule, what, rings });
         let began = Instant::now();
         let Outcome(verdict, seen) = match (needs, &gone, shape) {
             (Some(needs), ..) => Outcome::not_tested(needs),
@@ -171,7 +175,7 @@ pub fn check_watched(socket: &Path, options: &Options, watch: &mut dyn FnMut(&St
             continue;
         }
         // Who was given all the time there is again and again, and did not answer, is given less.
-        slow += u32::from(verdict == Verdict::Broken && took >= bench.options.timeout);
+        slow += u32::from(verdict == Verdict::Fail && took >= bench.options.timeout);
         if slow == PATIENCE {
             bench.options.timeout = bench.options.timeout.min(IMPATIENT);
         }
@@ -180,7 +184,7 @@ pub fn check_watched(socket: &Path, options: &Options, watch: &mut dyn FnMut(&St
         if let Err(fault) = lives {
             let seen = format!("{}{rule} {what}\": {fault}", report::AFTER);
             let what = "the next front-end is served";
-            findings.push(Finding { rule: "R9", what, rings, verdict: Verdict::Broken, seen, seconds: 0.0 });
+            findings.push(Finding { rule: "R9", what, rings, verdict: Verdict::Fail, seen, seconds: 0.0 });
             let again = if bench.process.is_some() { bench.replace() } else { Err(fault) };
             gone = again.err().map(|fault| format!("the back-end is gone since \"{rule} {}\": {fault}", check.what));
         }
@@ -206,5 +210,5 @@ pub fn check_watched(socket: &Path, options: &Options, watch: &mut dyn FnMut(&St
             findings.push(Finding { rule, what, rings: "", verdict: Verdict::NotTested, seen, seconds: 0.0 });
         }
     }
-    Ok(Report { socket: socket.into(), offers: offers(&bench), findings })
+    Ok(CheckReport { socket: socket.into(), offers: offers(&bench), findings })
 }

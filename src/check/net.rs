@@ -33,7 +33,7 @@ const LOOPS: Duration = Duration::from_secs(2);
 
 /// Where frames for the device under test come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Feed {
+pub enum FrameSource {
     /// From itself: it sends back what it is sent.
     Loop,
     /// From this interface of the host, on whose other side the device is: a tap.

@@ -4,11 +4,12 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{Feed, Stop, rules};
+use super::{FrameSource, StopToken, rules};
+use crate::inflight::Kind;
 
 /// Kinds of devices that can be checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum DeviceKind {
     /// A disk.
     Blk,
     /// A network interface.
@@ -23,45 +24,37 @@ pub enum Kind {
     Console,
 }
 
-impl Kind {
+impl DeviceKind {
     /// All of them.
-    pub const ALL: &[Kind] = &[Kind::Blk, Kind::Net, Kind::Rng, Kind::Fs, Kind::Vsock, Kind::Console];
+    pub const ALL: &[DeviceKind] =
+        &[DeviceKind::Blk, DeviceKind::Net, DeviceKind::Rng, DeviceKind::Fs, DeviceKind::Vsock, DeviceKind::Console];
 
     /// The name, as the command line has it.
     pub fn name(self) -> &'static str {
         match self {
-            Kind::Blk => "blk",
-            Kind::Net => "net",
-            Kind::Rng => "rng",
-            Kind::Fs => "fs",
-            Kind::Vsock => "vsock",
-            Kind::Console => "console",
+            DeviceKind::Blk => "blk",
+            DeviceKind::Net => "net",
+            DeviceKind::Rng => "rng",
+            DeviceKind::Fs => "fs",
+            DeviceKind::Vsock => "vsock",
+            DeviceKind::Console => "console",
         }
     }
 }
 
-/// Rings to check on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rings {
-    /// Split ones.
-    Split,
-    /// Packed ones.
-    Packed,
-}
-
 /// How to check.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct CheckOptions {
     /// The kind of the device, where its answers do not tell.
-    pub device: Option<Kind>,
+    pub device: Option<DeviceKind>,
     /// Only these rules, by their ids ([`rule`](super::rule)); all of them if empty.
     pub only: Vec<&'static str>,
     /// Only on these rings; otherwise on split ones, and on packed ones if those are offered.
-    pub rings: Option<Rings>,
+    pub rings: Option<Kind>,
     /// Queue pairs that a network interface serves, if fewer than it says: DPDK says 128 whatever it was started with.
     pub pairs: Option<u16>,
     /// What brings something in: frames, connections or text. Without it, what is sent is watched for.
-    pub feed: Option<Feed>,
+    pub frame_source: Option<FrameSource>,
     /// How long the back-end may take for any step.
     pub timeout: Duration,
     /// How long to watch whether something happens that must not.
@@ -75,22 +68,22 @@ pub struct Options {
     /// Also write to the last MiB of the disk, and put back what was there.
     pub write: bool,
     /// A simple shell command that starts the back-end. It is run whenever the back-end has ended, killed by a check, with
-    /// its front-end or otherwise; and first of all, unless [`kill_pid`](Options::kill_pid) says that one runs already.
+    /// its front-end or otherwise; and first of all, unless [`kill_pid`](CheckOptions::kill_pid) says that one runs already.
     pub restart: Option<String>,
     /// The back-end's process, to be killed with requests in flight. Needs `restart`.
     pub kill_pid: Option<i32>,
     /// Ends the check before its time.
-    pub stop: Stop,
+    pub stop: StopToken,
 }
 
-impl Default for Options {
-    fn default() -> Options {
-        Options {
+impl Default for CheckOptions {
+    fn default() -> CheckOptions {
+        CheckOptions {
             device: None,
             only: Vec::new(),
             rings: None,
             pairs: None,
-            feed: None,
+            frame_source: None,
             timeout: Duration::from_secs(10),
             settle: Duration::from_millis(300),
             queue_size: None,
@@ -99,7 +92,7 @@ impl Default for Options {
             write: false,
             restart: None,
             kill_pid: None,
-            stop: Stop::default(),
+            stop: StopToken::default(),
         }
     }
 }
@@ -163,10 +156,10 @@ pub enum CheckError {
     #[error("packed rings are not offered: leave --rings out, or start the back-end with them")]
     NotPacked,
     /// Frames that don't come.
-    #[error("nothing comes in from {feed:?}: {why}: is it the other end of this back-end, and is that up?")]
-    Feed {
+    #[error("nothing comes in from {frame_source:?}: {why}: is it the other end of this back-end, and is that up?")]
+    FrameSource {
         /// Where they were to come from.
-        feed: Feed,
+        frame_source: FrameSource,
         /// What happened.
         why: String,
     },
@@ -185,7 +178,7 @@ pub enum CheckError {
     /// The back-end can't be started.
     #[error("can't start the back-end: {0}")]
     Start(io::Error),
-    /// [`Options::stop`] was set.
+    /// [`CheckOptions::stop`] was set.
     #[error("the check was stopped{}", .left.iter().map(|left| format!("; {left}")).collect::<String>())]
     Stopped {
         /// Changes of the check that could not be put back, in words; usually none.

@@ -81,8 +81,8 @@ fn like_qemu(bench: &mut Bench) -> Result<Outcome, Fault> {
     rig.enable(false)?;
     let base = rig.stop()?;
     Ok(match rig.ring.same(base, rig.ring.end()) {
-        true => Outcome::kept(seen),
-        false => Outcome::broken(format!("{seen}; then it is at {}", rig.ring.show(base))),
+        true => Outcome::pass(seen),
+        false => Outcome::fail(format!("{seen}; then it is at {}", rig.ring.show(base))),
     })
 }
 
@@ -123,7 +123,7 @@ fn rests(rig: &mut Rig) -> Result<Result<Outcome, u64>, Fault> {
     let mut touched = changed(&before, &rig.hashes()?);
     touched.retain(|page| rig.lent.contains(page));
     Ok(match (rig.pop_all()?, touched.len()) {
-        (0, 0) => Ok(Outcome::kept("4 requests served, 4 left alone while it was disabled, and served then")),
+        (0, 0) => Ok(Outcome::pass("4 requests served, 4 left alone while it was disabled, and served then")),
         (served, pages) => Err(served.max(u64::from(pages > 0))),
     })
 }
@@ -132,7 +132,7 @@ fn disabled(bench: &Bench, served: u64) -> Outcome {
     match bench.shape.flow {
         // The specification wants the packets of a disabled ring discarded.
         Flow::Transmit => Outcome::warning(format!("{served} packets were discarded while it was disabled")),
-        _ => Outcome::broken(format!("{served} of 4 requests were served while it was disabled")),
+        _ => Outcome::fail(format!("{served} of 4 requests were served while it was disabled")),
     }
 }
 
@@ -144,7 +144,7 @@ fn reset_owner(bench: &mut Bench) -> Result<Outcome, Fault> {
     rig.link.barrier()?;
     rig.hello()?;
     again(&mut rig)?;
-    Ok(Outcome::kept("the same connection serves rings that are started again"))
+    Ok(Outcome::pass("the same connection serves rings that are started again"))
 }
 
 /// Starts over on the same connection, where the rings are, and has whatever waits served, and more.
@@ -180,8 +180,8 @@ fn reset(bench: &mut Bench, send: impl FnOnce(&Rig) -> Result<(), Fault>) -> Res
     rig.agree()?;
     again(&mut rig)?;
     Ok(match rested {
-        Ok(_) => Outcome::kept("4 requests waited; they were served when the rings were started again"),
-        Err(served) => Outcome::broken(format!("{served} of 4 requests were served after the reset")),
+        Ok(_) => Outcome::pass("4 requests waited; they were served when the rings were started again"),
+        Err(served) => Outcome::fail(format!("{served} of 4 requests were served after the reset")),
     })
 }
 
@@ -208,13 +208,13 @@ fn late_call(bench: &mut Bench) -> Result<Outcome, Fault> {
         rig.done(Code::SET_VRING_CALL, u64::from(rig.ring.index).as_bytes(), &[rig.ring.call.as_fd()])?;
         if !done {
             rig.finish()?;
-            return Ok(Outcome::kept("requests were completed once it had a call fd, and notified"));
+            return Ok(Outcome::pass("requests were completed once it had a call fd, and notified"));
         }
         if !readable(&[rig.ring.call.as_fd()], &rig.deadline(rig.patience())) {
-            return Ok(Outcome::broken(
+            return Ok(Outcome::fail(
                 "4 requests were completed before, and the new fd was not signalled: the driver waits for good",
             ));
         }
     }
-    Ok(Outcome::kept(format!("4 requests were completed before, and the new fd was signalled, {LATE_CALLS} times")))
+    Ok(Outcome::pass(format!("4 requests were completed before, and the new fd was signalled, {LATE_CALLS} times")))
 }

@@ -49,16 +49,16 @@ impl From<nix::Error> for Fault {
 pub(super) struct Outcome(pub(super) Verdict, pub(super) String);
 
 impl Outcome {
-    pub(super) fn kept(seen: impl Into<String>) -> Outcome {
-        Outcome(Verdict::Kept, seen.into())
+    pub(super) fn pass(seen: impl Into<String>) -> Outcome {
+        Outcome(Verdict::Pass, seen.into())
     }
 
     pub(super) fn warning(seen: impl Into<String>) -> Outcome {
         Outcome(Verdict::Warning, seen.into())
     }
 
-    pub(super) fn broken(seen: impl Into<String>) -> Outcome {
-        Outcome(Verdict::Broken, seen.into())
+    pub(super) fn fail(seen: impl Into<String>) -> Outcome {
+        Outcome(Verdict::Fail, seen.into())
     }
 
     pub(super) fn not_tested(seen: impl Into<String>) -> Outcome {
@@ -72,7 +72,7 @@ impl From<Fault> for Outcome {
             Fault::NotOffered(_) => Verdict::NotOffered,
             // Our own trouble, or the system's, says nothing of the back-end.
             Fault::NotPossible(_) | Fault::Memory(_) | Fault::Log(_) | Fault::System(_) => Verdict::NotTested,
-            _ => Verdict::Broken,
+            _ => Verdict::Fail,
         };
         Outcome(verdict, fault.to_string())
     }

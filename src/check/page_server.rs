@@ -11,7 +11,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::connection::readable;
 use super::harness::{Pages, Rig};
-use super::{Fault, Stop};
+use super::{Fault, StopToken};
 use crate::abi::vhost_user::MemoryRegion;
 use crate::memory::{LOG_PAGE, Memory, Userfault};
 
@@ -91,7 +91,7 @@ impl Postman {
     pub(super) fn serve(&self) -> Result<Pages, Fault> {
         let mut asked = Pages::new();
         loop {
-            readable(&[self.userfault.as_fd(), self.stop.as_fd()], &Stop::default().deadline(LOOK));
+            readable(&[self.userfault.as_fd(), self.stop.as_fd()], &StopToken::default().deadline(LOOK));
             while let Some(address) = self.userfault.fault()? {
                 let Some(gpa) = self.gpa(address) else {
                     return Err(Fault::Breach(format!(

@@ -192,7 +192,7 @@ fn go_on(bench: &Bench, after: &str) -> Result<(), Fault> {
 fn offered(bench: &mut Bench) -> Result<Outcome, Fault> {
     bench.offer.need(protocol_feature::PAGEFAULT)?;
     Ok(match bench.offer.speaks(protocol_feature::CONFIGURE_MEM_SLOTS) {
-        false => Outcome::kept("PAGEFAULT without CONFIGURE_MEM_SLOTS"),
+        false => Outcome::pass("PAGEFAULT without CONFIGURE_MEM_SLOTS"),
         true => Outcome::warning(
             "PAGEFAULT and CONFIGURE_MEM_SLOTS: a front-end that speaks both must wait for an answer to every ADD_MEM_REG",
         ),
@@ -206,12 +206,12 @@ fn answers(bench: &mut Bench) -> Result<Outcome, Fault> {
     send_table(&rig, ASKING)?;
     acknowledge(&rig, ASKING)?;
     granted(&rig, Code::POSTCOPY_END)?;
-    Ok(Outcome::kept("one for each of the four requests, and none for the acknowledgement of the memory table"))
+    Ok(Outcome::pass("one for each of the four requests, and none for the acknowledgement of the memory table"))
 }
 
 fn advised(bench: &mut Bench) -> Result<Outcome, Fault> {
     advise(&guest(bench, 0)?, PLAIN)?;
-    Ok(Outcome::kept("one fd, no payload"))
+    Ok(Outcome::pass("one fd, no payload"))
 }
 
 fn addresses(bench: &mut Bench) -> Result<Outcome, Fault> {
@@ -230,10 +230,10 @@ fn addresses(bench: &mut Bench) -> Result<Outcome, Fault> {
     })?;
     let wrong = differing(&rig, &contents, &Pages::new())?.len();
     if wrong > 0 {
-        return Ok(Outcome::broken(format!("{wrong} pages are not what was placed: they were made up before that")));
+        return Ok(Outcome::fail(format!("{wrong} pages are not what was placed: they were made up before that")));
     }
     granted(&rig, Code::POSTCOPY_END)?;
-    Ok(Outcome::kept(format!("{count} regions, every page of them placed")))
+    Ok(Outcome::pass(format!("{count} regions, every page of them placed")))
 }
 
 /// Pages but those `aside` whose bytes are not the expected ones.
@@ -267,8 +267,8 @@ fn served(bench: &mut Bench) -> Result<Outcome, Fault> {
         asked.iter().filter(|page| rig.ring.own().contains(page) || rig.ring.written().contains(page)).count();
     let seen = format!("{} pages were asked for, {of_ring} of them of the ring", asked.len());
     Ok(match outcome? {
-        None => Outcome::kept(format!("{seen}; {SLOTS} requests, and {SLOTS} more after POSTCOPY_END")),
-        Some(wrong) => Outcome::broken(format!("{seen}; {wrong}")),
+        None => Outcome::pass(format!("{seen}; {SLOTS} requests, and {SLOTS} more after POSTCOPY_END")),
+        Some(wrong) => Outcome::fail(format!("{seen}; {wrong}")),
     })
 }
 
@@ -357,7 +357,7 @@ fn hung_up(bench: &mut Bench) -> Result<Outcome, Fault> {
     });
     if !is_held {
         started?;
-        return Ok(Outcome::broken(
+        return Ok(Outcome::fail(
             "requests were made in memory that is not there, and no page of their data was asked for",
         ));
     }
@@ -369,7 +369,7 @@ fn hung_up(bench: &mut Bench) -> Result<Outcome, Fault> {
     let made_up = data.map_or(0, |data| data.st_blocks) * 512;
     let stages = 1 + STAGES.len();
     Ok(match made_up {
-        0 => Outcome::kept(format!(
+        0 => Outcome::pass(format!(
             "{stages} front-ends, one with requests that waited for pages: each time the next was served"
         )),
         bytes => Outcome::warning(format!(
@@ -381,12 +381,12 @@ fn hung_up(bench: &mut Bench) -> Result<Outcome, Fault> {
 /// How what must be refused was answered.
 fn refused(answer: Result<Reply, Fault>) -> Result<Outcome, Fault> {
     match answer {
-        Err(Fault::HungUp { .. }) => Ok(Outcome::kept("refused by hanging up")),
+        Err(Fault::HungUp { .. }) => Ok(Outcome::pass("refused by hanging up")),
         Err(fault) => Err(fault),
         Ok(reply) if !reply.fds.is_empty() => Ok(Outcome::warning("answered with an fd")),
         Ok(reply) => Ok(match reply.read() {
             Ok(0u64) => Outcome::warning("acknowledged as done"),
-            _ => Outcome::kept("refused"),
+            _ => Outcome::pass("refused"),
         }),
     }
 }
@@ -410,7 +410,7 @@ fn unasked(bench: &mut Bench) -> Result<Outcome, Fault> {
     drop(rig);
     go_on(bench, "POSTCOPY_ADVISE without PAGEFAULT")?;
     Ok(match outcome {
-        Outcome(Verdict::Kept, seen) if !offers => {
+        Outcome(Verdict::Pass, seen) if !offers => {
             Outcome(Verdict::NotOffered, format!("PAGEFAULT is not offered; POSTCOPY_ADVISE is {seen}"))
         }
         outcome => outcome,

@@ -13,7 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::connection::connect;
-use super::{Options, Stop};
+use super::{CheckOptions, StopToken};
 
 /// Between two looks at a socket or a process.
 pub(super) const LOOK: Duration = Duration::from_millis(5);
@@ -24,7 +24,7 @@ pub(super) struct Process {
     command: String,
     socket: PathBuf,
     timeout: Duration,
-    pub(super) stop: Stop,
+    pub(super) stop: StopToken,
     /// The one to be killed that somebody else started.
     given: Cell<Option<Pid>>,
     child: RefCell<Option<Child>>,
@@ -39,7 +39,7 @@ pub(super) struct Process {
 }
 
 impl Process {
-    pub(super) fn new(command: &str, socket: &Path, options: &Options) -> Process {
+    pub(super) fn new(command: &str, socket: &Path, options: &CheckOptions) -> Process {
         let given = options.kill_pid.map(Pid::from_raw);
         Process {
             command: command.into(),

@@ -24,11 +24,11 @@ pub enum Verdict {
     /// The back-end does not promise it.
     NotOffered,
     /// It was kept as far as was seen.
-    Kept,
+    Pass,
     /// It was kept, at a price that is worth knowing.
     Warning,
     /// It was not kept.
-    Broken,
+    Fail,
 }
 
 impl fmt::Display for Verdict {
@@ -36,9 +36,9 @@ impl fmt::Display for Verdict {
         f.pad(match self {
             Verdict::NotTested => "not tested",
             Verdict::NotOffered => "not offered",
-            Verdict::Kept => "kept",
+            Verdict::Pass => "pass",
             Verdict::Warning => "warning",
-            Verdict::Broken => "broken",
+            Verdict::Fail => "fail",
         })
     }
 }
@@ -62,7 +62,7 @@ pub struct Finding {
 
 /// Everything that a run found.
 #[derive(Clone, Debug, Serialize)]
-pub struct Report {
+pub struct CheckReport {
     /// The back-end's socket.
     pub socket: PathBuf,
     /// What the back-end says of itself: features, protocol features, queues.
@@ -71,7 +71,7 @@ pub struct Report {
     pub findings: Vec<Finding>,
 }
 
-impl Report {
+impl CheckReport {
     /// The worst verdict of each rule.
     pub fn rules(&self) -> BTreeMap<&'static str, Verdict> {
         let mut rules = BTreeMap::new();
@@ -83,8 +83,8 @@ impl Report {
     }
 
     /// Whether a rule was broken.
-    pub fn is_broken(&self) -> bool {
-        self.findings.iter().any(|finding| finding.verdict == Verdict::Broken)
+    pub fn has_failures(&self) -> bool {
+        self.findings.iter().any(|finding| finding.verdict == Verdict::Fail)
     }
 
     /// How many findings there are of a verdict.
@@ -96,7 +96,7 @@ impl Report {
     /// skipped.
     pub fn junit(&self) -> String {
         let skipped = self.count(Verdict::NotTested) + self.count(Verdict::NotOffered);
-        let (tests, failures) = (self.findings.len(), self.count(Verdict::Broken));
+        let (tests, failures) = (self.findings.len(), self.count(Verdict::Fail));
         let seconds: f64 = self.findings.iter().map(|finding| finding.seconds).sum();
         let mut xml = String::from("<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n");
         // Writing to a string can't fail.
@@ -111,9 +111,9 @@ impl Report {
             let (what, seen) = (escape(what), escape(seen));
             let rings = if rings.is_empty() { String::new() } else { format!(" ({rings})") };
             let inside = match verdict {
-                Verdict::Broken => format!("<failure message=\"{seen}\"/>"),
+                Verdict::Fail => format!("<failure message=\"{seen}\"/>"),
                 Verdict::NotTested | Verdict::NotOffered => format!("<skipped message=\"{verdict}: {seen}\"/>"),
-                Verdict::Kept | Verdict::Warning => format!("<system-out>{verdict}: {seen}</system-out>"),
+                Verdict::Pass | Verdict::Warning => format!("<system-out>{verdict}: {seen}</system-out>"),
             };
             let _ = writeln!(
                 xml,
@@ -149,7 +149,7 @@ impl<'a> Row<'a> {
             seen,
         };
         row.rings.extend((!rings.is_empty()).then_some(rings));
-        if matches!(verdict, Verdict::Broken | Verdict::Warning) {
+        if matches!(verdict, Verdict::Fail | Verdict::Warning) {
             row.consequence = Some(match what.starts_with(HOSTILE) {
                 true => Consequence::Killed,
                 false => consequence(rule),
@@ -170,7 +170,7 @@ impl<'a> Row<'a> {
         let same = |one: &[&str], other: &[&str]| one.iter().any(|it| other.contains(it));
         let same_check = same(&self.rules, &other.rules) && same(&self.whats, &other.whats);
         let same_cause =
-            self.verdict != Verdict::Kept && self.cause == other.cause && self.consequence == other.consequence;
+            self.verdict != Verdict::Pass && self.cause == other.cause && self.consequence == other.consequence;
         self.verdict == other.verdict && (same_check || same_cause)
     }
 
@@ -190,14 +190,14 @@ impl<'a> Row<'a> {
 /// The colour of a verdict on a terminal.
 fn colour(verdict: Verdict) -> u8 {
     match verdict {
-        Verdict::Broken => 31,
+        Verdict::Fail => 31,
         Verdict::Warning => 33,
-        Verdict::Kept => 32,
+        Verdict::Pass => 32,
         Verdict::NotOffered | Verdict::NotTested => 2,
     }
 }
 
-impl Report {
+impl CheckReport {
     /// One row per cause: what is broken first, by what comes of it; then warnings, and the rest.
     fn rows(&self) -> Vec<Row<'_>> {
         let mut rows: Vec<Row<'_>> = Vec::new();
@@ -209,7 +209,7 @@ impl Report {
             }
         }
         // A stable sort: within a group they stay in the order in which they were found.
-        let order = [Verdict::Broken, Verdict::Warning, Verdict::Kept, Verdict::NotOffered, Verdict::NotTested];
+        let order = [Verdict::Fail, Verdict::Warning, Verdict::Pass, Verdict::NotOffered, Verdict::NotTested];
         rows.sort_by_key(|row| (order.iter().position(|verdict| *verdict == row.verdict), row.consequence));
         rows
     }
@@ -227,9 +227,9 @@ impl Report {
             if group != here {
                 let title = match (row.verdict, row.consequence) {
                     (Verdict::Warning, Some(consequence)) => {
-                        format!("at a price, or for some ({})", consequence.words())
+                        format!("at a price, or for some ({})", consequence.description())
                     }
-                    (_, Some(consequence)) => consequence.words().into(),
+                    (_, Some(consequence)) => consequence.description().into(),
                     (verdict, None) => verdict.to_string(),
                 };
                 let _ = writeln!(text, "\n{}", paint(1, &title));
@@ -244,10 +244,10 @@ impl Report {
             }
             let _ = writeln!(text, "{rules:5} {verdict} {rings:15} {whats}: {}", row.seen);
         }
-        let all = [Verdict::Broken, Verdict::Warning, Verdict::Kept, Verdict::NotOffered, Verdict::NotTested];
+        let all = [Verdict::Fail, Verdict::Warning, Verdict::Pass, Verdict::NotOffered, Verdict::NotTested];
         let counts: Vec<String> = all.iter().map(|verdict| format!("{} {verdict}", self.count(*verdict))).collect();
         let _ = write!(text, "\nchecks: {}", counts.join(", "));
-        if let Some(broken) = self.rows().iter().find(|row| row.verdict == Verdict::Broken) {
+        if let Some(broken) = self.rows().iter().find(|row| row.verdict == Verdict::Fail) {
             let rule = broken.rules.first().copied().unwrap_or_default();
             let _ = write!(text, "\n'vhost-migrate check --explain {rule}' says what the rule is for and what to do");
         }
@@ -256,7 +256,7 @@ impl Report {
 }
 
 /// The report for people, without colours.
-impl fmt::Display for Report {
+impl fmt::Display for CheckReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.text(false))
     }
@@ -292,13 +292,13 @@ mod tests {
 
     #[test]
     fn the_worst_finding_is_the_verdict_of_its_rule() {
-        let findings = vec![finding(Verdict::Kept, ""), finding(Verdict::Broken, ""), finding(Verdict::NotTested, "")];
-        let mut report = Report { socket: "s".into(), offers: String::new(), findings };
-        assert_eq!(report.rules(), BTreeMap::from([("R3", Verdict::Broken)]));
-        assert!(report.is_broken());
-        report.findings.retain(|finding| finding.verdict != Verdict::Broken);
-        assert_eq!(report.rules(), BTreeMap::from([("R3", Verdict::Kept)]));
-        assert!(!report.is_broken());
+        let findings = vec![finding(Verdict::Pass, ""), finding(Verdict::Fail, ""), finding(Verdict::NotTested, "")];
+        let mut report = CheckReport { socket: "s".into(), offers: String::new(), findings };
+        assert_eq!(report.rules(), BTreeMap::from([("R3", Verdict::Fail)]));
+        assert!(report.has_failures());
+        report.findings.retain(|finding| finding.verdict != Verdict::Fail);
+        assert_eq!(report.rules(), BTreeMap::from([("R3", Verdict::Pass)]));
+        assert!(!report.has_failures());
     }
 
     #[test]
@@ -312,21 +312,21 @@ mod tests {
             seconds: 0.0,
         };
         let mut findings = vec![
-            found("F2", "flags", "", Verdict::Kept, "22 replies"),
-            found("F5", "unknown", "", Verdict::Broken, "it hung up"),
-            found("R9", "the next front-end is served", "", Verdict::Broken, "after \"F5 unknown\": it ended with 1"),
-            found("R9", "the next front-end is served", "", Verdict::Broken, "after \"P1 postcopy\": it ended with 1"),
-            found("C1", "hostile: configuration", "", Verdict::Broken, "no answer"),
-            found("I3", "hang-ups", "split", Verdict::Broken, "20 requests without answer"),
-            found("I3", "hang-ups", "packed", Verdict::Broken, "7 requests were answered twice"),
-            found("L1", "data", "split", Verdict::Broken, "5 of 9 changed pages are not marked"),
-            found("L9", "another log", "packed", Verdict::Broken, "31 of 90 changed pages are not marked"),
+            found("F2", "flags", "", Verdict::Pass, "22 replies"),
+            found("F5", "unknown", "", Verdict::Fail, "it hung up"),
+            found("R9", "the next front-end is served", "", Verdict::Fail, "after \"F5 unknown\": it ended with 1"),
+            found("R9", "the next front-end is served", "", Verdict::Fail, "after \"P1 postcopy\": it ended with 1"),
+            found("C1", "hostile: configuration", "", Verdict::Fail, "no answer"),
+            found("I3", "hang-ups", "split", Verdict::Fail, "20 requests without answer"),
+            found("I3", "hang-ups", "packed", Verdict::Fail, "7 requests were answered twice"),
+            found("L1", "data", "split", Verdict::Fail, "5 of 9 changed pages are not marked"),
+            found("L9", "another log", "packed", Verdict::Fail, "31 of 90 changed pages are not marked"),
             found("L2", "offset", "split", Verdict::Warning, "7 pages for nothing"),
         ];
         for rule in ["T1", "T2", "T3", "T4", "T5"] {
             findings.push(found(rule, rule, "split", Verdict::NotOffered, "ACCESS_PLATFORM is not offered"));
         }
-        let report = Report { socket: "s".into(), offers: "o".into(), findings };
+        let report = CheckReport { socket: "s".into(), offers: "o".into(), findings };
         let text = report.text(false);
         let lines: Vec<&str> = text.lines().filter(|line| !line.is_empty()).collect();
         let expected = [
@@ -342,7 +342,7 @@ mod tests {
             "F5    broken                       unknown: it hung up",
             "at a price, or for some (live migration loses pages)",
             "L2    warning      split           offset: 7 pages for nothing",
-            "kept",
+            "pass",
             "F2    kept                         flags: 22 replies",
             "not offered",
             "T1,T2,T3,T4,T5 not offered  split           T1; T2; and 3 more checks: ACCESS_PLATFORM is not offered",
@@ -356,10 +356,10 @@ mod tests {
 
     #[test]
     fn whatever_was_seen_is_escaped_in_xml() {
-        let report = Report {
+        let report = CheckReport {
             socket: "a<&>\"'".into(),
             offers: String::new(),
-            findings: vec![finding(Verdict::Broken, "<b>&\"'\n\0\u{ffff}"), finding(Verdict::Kept, "]]>")],
+            findings: vec![finding(Verdict::Fail, "<b>&\"'\n\0\u{ffff}"), finding(Verdict::Pass, "]]>")],
         };
         let xml = report.junit();
         assert!(xml.contains("name=\"vhost-migrate check a&lt;&amp;&gt;&quot;&apos;\" tests=\"2\" failures=\"1\""));

@@ -6,7 +6,7 @@ use zerocopy::IntoBytes;
 
 use super::harness::{SLOTS, Size, changed, harvest, soon};
 use super::log::Marks;
-use super::{Bench, Check, Fault, Feed, Flow, Offer, Outcome, When};
+use super::{Bench, Check, Fault, Flow, FrameSource, Offer, Outcome, When};
 use crate::abi::bit;
 use crate::abi::vhost_user::{Request as Code, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature};
 
@@ -54,7 +54,7 @@ fn features(bench: &mut Bench) -> Result<Outcome, Fault> {
     let answer = rig.link.acknowledged(Code::SET_FEATURES, (rig.features | bit(number)).as_bytes(), &[])?;
     Ok(match answer {
         0 => Outcome::warning(format!("bit {number} was acknowledged without being offered, and taken")),
-        _ => Outcome::kept(format!("bit {number} was refused")),
+        _ => Outcome::pass(format!("bit {number} was refused")),
     })
 }
 
@@ -71,8 +71,8 @@ fn plain(bench: &mut Bench) -> Result<Outcome, Fault> {
     rig.load(SLOTS, Size::Mixed)?;
     let (base, expected) = (rig.stop()?, rig.ring.end());
     Ok(match rig.ring.same(base, expected) {
-        true => Outcome::kept(format!("{SLOTS} requests without SET_VRING_ENABLE and protocol features")),
-        false => Outcome::broken(format!("{SLOTS} requests later it says {}", rig.ring.show(base))),
+        true => Outcome::pass(format!("{SLOTS} requests without SET_VRING_ENABLE and protocol features")),
+        false => Outcome::fail(format!("{SLOTS} requests later it says {}", rig.ring.show(base))),
     })
 }
 
@@ -89,12 +89,12 @@ fn disabled(bench: &mut Bench) -> Result<Outcome, Fault> {
     rig.watch();
     let touched = changed(&before, &rig.hashes()?);
     Ok(match (touched.len(), rig.pop_all()?) {
-        (0, _) => Outcome::kept(format!("4 requests waited for {:?}", rig.settle)),
+        (0, _) => Outcome::pass(format!("4 requests waited for {:?}", rig.settle)),
         // The specification wants the packets of a disabled ring discarded.
         (_, used) if bench.shape.flow == Flow::Transmit => Outcome::warning(format!(
             "{used} of 4 packets were discarded, as the specification has it: their used entries are written while no log is there"
         )),
-        (pages, used) => Outcome::broken(format!("{used} of 4 requests were served, {pages} pages written")),
+        (pages, used) => Outcome::fail(format!("{used} of 4 requests were served, {pages} pages written")),
     })
 }
 
@@ -112,14 +112,14 @@ fn enabled(bench: &mut Bench) -> Result<Outcome, Fault> {
         return Ok(Outcome::warning("only after another kick, as an older specification has it"));
     }
     rig.finish()?;
-    Ok(Outcome::kept("4 requests, without another kick"))
+    Ok(Outcome::pass("4 requests, without another kick"))
 }
 
 fn drain(bench: &mut Bench) -> Result<Outcome, Fault> {
     if bench.shape.flow == Flow::Receive
         && let Some(late) = late_frames(bench)?
     {
-        return Ok(Outcome::broken(late));
+        return Ok(Outcome::fail(late));
     }
     let mut in_flight = 0;
     for round in 1..=DRAINS {
@@ -144,7 +144,7 @@ fn drain(bench: &mut Bench) -> Result<Outcome, Fault> {
             let base = rig.ring.show(base);
             rig.watch();
             let late = changed(&before, &rig.hashes()?).len();
-            return Ok(Outcome::broken(format!(
+            return Ok(Outcome::fail(format!(
                 "round {round}: it answers with base {base}, but has published up to {used}; {lost} were not drained, and \
                  {late} pages changed later"
             )));
@@ -156,16 +156,16 @@ fn drain(bench: &mut Bench) -> Result<Outcome, Fault> {
         }
         let late = changed(&before, &rig.hashes()?).len();
         if late > 0 {
-            return Ok(Outcome::broken(format!("round {round}: {late} pages changed after the answer")));
+            return Ok(Outcome::fail(format!("round {round}: {late} pages changed after the answer")));
         }
         if rig.ring.ack_call() {
-            return Ok(Outcome::broken(format!("round {round}: it notified after the answer")));
+            return Ok(Outcome::fail(format!("round {round}: it notified after the answer")));
         }
     }
     Ok(match in_flight {
         0 => Outcome::warning(format!("{DRAINS} times no request had been taken when the ring was stopped")),
         taken => {
-            Outcome::kept(format!("{taken} requests taken and published in {DRAINS} rounds, no page changed later"))
+            Outcome::pass(format!("{taken} requests taken and published in {DRAINS} rounds, no page changed later"))
         }
     })
 }
@@ -209,7 +209,7 @@ fn everywhere(bench: &mut Bench) -> Result<Outcome, Fault> {
     if rings < 2 {
         return Ok(Outcome::not_tested("it has one"));
     }
-    if bench.shape.flow == Flow::Receive && bench.feed != Some(Feed::Loop) {
+    if bench.shape.flow == Flow::Receive && bench.frame_source != Some(FrameSource::Loop) {
         return Ok(Outcome::not_tested("frames can't be told which ring to arrive on"));
     }
     let mut rig = bench.rigged(0, rings)?;
@@ -228,13 +228,13 @@ fn everywhere(bench: &mut Bench) -> Result<Outcome, Fault> {
     // The last mark of a used ring may follow the last completion; it comes before this answer (rule R3.2).
     rig.stop()?;
     let found = match &log {
-        None => Outcome::kept("no log"),
+        None => Outcome::pass("no log"),
         Some(log) => {
             let marked = harvest(log);
             let ring = &changed(&before, &rig.hashes()?) & &rig.used_rings();
             match ring.difference(&marked).count() {
                 0 => Marks::of(&rig, &before, marked)?.allow(rig.used_ring()).judge(),
-                missed => Outcome::broken(format!("{missed} pages that rings were written to are not marked")),
+                missed => Outcome::fail(format!("{missed} pages that rings were written to are not marked")),
             }
         }
     };
@@ -246,14 +246,14 @@ fn everywhere(bench: &mut Bench) -> Result<Outcome, Fault> {
     let taken = rig.pop_all()?;
     if let Some(queue) = rig.rings().find(|queue| !queue.same(queue.base, queue.position())) {
         let (index, base, at) = (queue.index, queue.show(queue.base), queue.show(queue.position()));
-        return Ok(Outcome::broken(format!("ring {index} answers with base {base}, but has published up to {at}")));
+        return Ok(Outcome::fail(format!("ring {index} answers with base {base}, but has published up to {at}")));
     }
     rig.watch();
     let late = changed(&before, &rig.hashes()?).len();
     let Outcome(verdict, found) = found;
     Ok(match late {
         0 => Outcome(verdict, format!("{rings} rings: {found}; {taken} of {SLOTS} requests taken, all published")),
-        pages => Outcome::broken(format!("{rings} rings: {pages} pages changed after they had all been stopped")),
+        pages => Outcome::fail(format!("{rings} rings: {pages} pages changed after they had all been stopped")),
     })
 }
 
@@ -269,10 +269,10 @@ fn base(bench: &mut Bench) -> Result<Outcome, Fault> {
         let (base, expected) = (rig.stop()?, rig.ring.end());
         if !rig.ring.same(base, expected) {
             let (base, expected) = (rig.ring.show(base), rig.ring.show(expected));
-            return Ok(Outcome::broken(format!("{SLOTS} requests later it says {base}, not {expected}")));
+            return Ok(Outcome::fail(format!("{SLOTS} requests later it says {base}, not {expected}")));
         }
     }
-    Ok(Outcome::kept(format!("from {from} to {} with a stop on the way", rig.ring.show(rig.ring.base))))
+    Ok(Outcome::pass(format!("from {from} to {} with a stop on the way", rig.ring.show(rig.ring.base))))
 }
 
 fn addr(bench: &mut Bench) -> Result<Outcome, Fault> {
@@ -287,8 +287,8 @@ fn addr(bench: &mut Bench) -> Result<Outcome, Fault> {
     }
     let (base, expected, made) = (rig.stop()?, rig.ring.end(), rounds * SLOTS);
     Ok(match rig.ring.same(base, expected) {
-        true => Outcome::kept(format!("{made} requests, each answered once, over {rounds} SET_VRING_ADDR")),
-        false => Outcome::broken(format!("{made} requests were made, the base is {}", rig.ring.show(base))),
+        true => Outcome::pass(format!("{made} requests, each answered once, over {rounds} SET_VRING_ADDR")),
+        false => Outcome::fail(format!("{made} requests were made, the base is {}", rig.ring.show(base))),
     })
 }
 
@@ -307,9 +307,9 @@ fn reconnect(bench: &mut Bench) -> Result<Outcome, Fault> {
     seen.dedup();
     Ok(match seen.len() {
         _ if bench.subject.has_requests() && !bench.subject.is_stable() => {
-            Outcome::kept("3 front-ends, each gone with requests in flight; they have nothing to find")
+            Outcome::pass("3 front-ends, each gone with requests in flight; they have nothing to find")
         }
-        1 => Outcome::kept("3 front-ends, each gone with requests in flight"),
-        _ => Outcome::broken("the same sectors of the disk held something else for the next front-end"),
+        1 => Outcome::pass("3 front-ends, each gone with requests in flight"),
+        _ => Outcome::fail("the same sectors of the disk held something else for the next front-end"),
     })
 }

@@ -119,7 +119,7 @@ fn other(bench: &Bench, rig: &Rig) -> Result<Option<Vec<u8>>, Fault> {
 }
 
 fn never_ran(bench: &mut Bench) -> Result<Outcome, Fault> {
-    Ok(Outcome::kept(format!("{} bytes", save(&ready(bench)?)?.len())))
+    Ok(Outcome::pass(format!("{} bytes", save(&ready(bench)?)?.len())))
 }
 
 fn moved(bench: &mut Bench) -> Result<Outcome, Fault> {
@@ -159,9 +159,9 @@ fn takes_over(bench: &Bench) -> Result<Outcome, Fault> {
     rig.load(SLOTS, Size::Mixed)?;
     let bytes = state.len();
     Ok(match other {
-        _ if forgotten => Outcome::broken("a state was loaded, it says, and then it saves another one"),
-        Some(_) => Outcome::kept(format!("{bytes} bytes, and others, which it saves again; then the ring goes on")),
-        None => Outcome::kept(format!("{bytes} bytes; then the ring goes on")),
+        _ if forgotten => Outcome::fail("a state was loaded, it says, and then it saves another one"),
+        Some(_) => Outcome::pass(format!("{bytes} bytes, and others, which it saves again; then the ring goes on")),
+        None => Outcome::pass(format!("{bytes} bytes; then the ring goes on")),
     })
 }
 
@@ -181,7 +181,7 @@ fn cut(bench: &mut Bench) -> Result<Outcome, Fault> {
     }
     let Outcome(verdict, seen) = found.unwrap_or_else(Outcome::from);
     Ok(match back {
-        Err(fault) if verdict != Verdict::Broken => Outcome::broken(format!("{seen}, but the whole one: {fault}")),
+        Err(fault) if verdict != Verdict::Fail => Outcome::fail(format!("{seen}, but the whole one: {fault}")),
         _ => Outcome(verdict, seen),
     })
 }
@@ -192,16 +192,16 @@ fn refuses(rig: &Rig, good: &[u8], here: Option<&[u8]>) -> Result<Outcome, Fault
     for end in [bytes - 1, bytes / 2, 0] {
         let part = good.get(..end).unwrap_or_default();
         if load(rig, part)? == 0 {
-            return Ok(Outcome::broken(format!("the first {end} of {bytes} bytes were taken")));
+            return Ok(Outcome::fail(format!("the first {end} of {bytes} bytes were taken")));
         }
         if let Some(here) = here
             && save(rig)? != here
         {
-            return Ok(Outcome::broken(format!("{end} of {bytes} bytes were refused, and yet it saves another state")));
+            return Ok(Outcome::fail(format!("{end} of {bytes} bytes were refused, and yet it saves another state")));
         }
     }
     let whole = if here.is_some() { ", and it stayed as it was" } else { "" };
-    Ok(Outcome::kept(format!("without its last byte, half of it, nothing{whole}")))
+    Ok(Outcome::pass(format!("without its last byte, half of it, nothing{whole}")))
 }
 
 fn unknown(bench: &mut Bench) -> Result<Outcome, Fault> {
@@ -211,7 +211,7 @@ fn unknown(bench: &mut Bench) -> Result<Outcome, Fault> {
         let (reader, writer) = io::pipe()?;
         let end = if direction == DEVICE_STATE_LOAD { reader.as_fd() } else { writer.as_fd() };
         match begin(&rig, direction, phase, end) {
-            Ok(_) => return Ok(Outcome::broken(format!("direction {direction} in phase {phase} was taken"))),
+            Ok(_) => return Ok(Outcome::fail(format!("direction {direction} in phase {phase} was taken"))),
             Err(Fault::Refused { .. }) => drop(rig.link.barrier()?),
             // As of any request that it can't answer (rule F5.2).
             Err(Fault::HungUp { .. }) => hung_up += 1,
@@ -219,7 +219,7 @@ fn unknown(bench: &mut Bench) -> Result<Outcome, Fault> {
         }
     }
     Ok(match hung_up {
-        0 => Outcome::kept("4 were refused, and the connection went on"),
+        0 => Outcome::pass("4 were refused, and the connection went on"),
         times => Outcome::warning(format!("it hung up at {times} of 4")),
     })
 }
@@ -234,7 +234,7 @@ fn meanwhile(bench: &mut Bench) -> Result<Outcome, Fault> {
     rig.link.reply(Code::GET_FEATURES)?;
     rig.link.ask_number(CHECK)?;
     Ok(match answered {
-        true => Outcome::kept("GET_FEATURES, before the first byte came"),
+        true => Outcome::pass("GET_FEATURES, before the first byte came"),
         false => Outcome::warning("GET_FEATURES was not answered before the pipe was closed"),
     })
 }
@@ -274,7 +274,7 @@ pub(super) fn changed(bench: &mut Bench) -> Result<Outcome, Fault> {
     )?;
     if bench.options.stop.is_set() {
         put_back(bench, &good);
-    } else if outcome.0 != Verdict::Broken {
+    } else if outcome.0 != Verdict::Fail {
         load_good(&ready(bench)?, &good)?;
     }
     Ok(outcome)

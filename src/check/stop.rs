@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 
 /// Ends a check from another thread. Clones are one switch.
 #[derive(Clone, Debug, Default)]
-pub struct Stop {
+pub struct StopToken {
     since: Arc<OnceLock<Instant>>,
     /// The time after it is set for which waits go on.
     delay: Duration,
 }
 
-impl Stop {
+impl StopToken {
     /// Ends all waits of the check. What it has changed is put back, if the back-end serves that within seconds, and then
     /// it returns [`CheckError::Stopped`](super::CheckError::Stopped).
     pub fn set(&self) {
@@ -24,8 +24,8 @@ impl Stop {
     }
 
     /// The same switch for waits that may go on for `delay` after it is set.
-    pub(super) fn delayed(&self, delay: Duration) -> Stop {
-        Stop { since: self.since.clone(), delay }
+    pub(super) fn delayed(&self, delay: Duration) -> StopToken {
+        StopToken { since: self.since.clone(), delay }
     }
 
     /// The end of a wait that begins now and takes at most `time`.
@@ -38,7 +38,7 @@ impl Stop {
 #[derive(Clone, Debug)]
 pub(super) struct Deadline {
     at: Instant,
-    stop: Stop,
+    stop: StopToken,
 }
 
 impl Deadline {

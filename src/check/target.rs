@@ -16,11 +16,12 @@ use super::harness::{PROTOCOL, Plan, Rig, Scatter};
 use super::net::{self, Source};
 use super::process::{LOOK, Process};
 use super::queue::MAX_RINGS;
-use super::{CheckError, Fault, Feed, Flow, Options, Outcome, Rings, Shape, Stop, When};
+use super::{CheckError, CheckOptions, Fault, Flow, FrameSource, Outcome, Shape, StopToken, When};
 use crate::abi::bit;
 use crate::abi::features::protocol_feature_name;
 use crate::abi::vhost_user::{Request as Code, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature};
 use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_NET_F_MQ};
+use crate::inflight::Kind;
 
 /// Entries of a ring where the back-end takes so many.
 const MOST_ENTRIES: u16 = 256;
@@ -66,12 +67,12 @@ impl Offer {
 /// The back-end under test, and what every check needs.
 pub(super) struct Bench {
     pub(super) socket: PathBuf,
-    pub(super) options: Options,
+    pub(super) options: CheckOptions,
     pub(super) replies: Rc<RefCell<Replies>>,
     pub(super) offer: Offer,
     pub(super) subject: Subject,
     /// What brings frames in, if anything does.
-    pub(super) feed: Option<Feed>,
+    pub(super) frame_source: Option<FrameSource>,
     /// The rings of the check that runs.
     pub(super) shape: Shape,
     /// Entries of a ring.
@@ -180,15 +181,15 @@ impl Bench {
 
     /// Somebody to bring frames in.
     pub(super) fn source(&self) -> Result<Option<Source>, Fault> {
-        Ok(match &self.feed {
+        Ok(match &self.frame_source {
             None => None,
-            Some(Feed::Loop) => Some(Source::Loop),
-            Some(Feed::Interface(name)) => Some(Source::interface(name)?),
-            Some(Feed::Tcp(address)) => Some(Source::Typed(TcpStream::connect(address)?)),
-            Some(Feed::Backend(socket)) if matches!(self.subject, Subject::Vsock(_)) => {
+            Some(FrameSource::Loop) => Some(Source::Loop),
+            Some(FrameSource::Interface(name)) => Some(Source::interface(name)?),
+            Some(FrameSource::Tcp(address)) => Some(Source::Typed(TcpStream::connect(address)?)),
+            Some(FrameSource::Backend(socket)) if matches!(self.subject, Subject::Vsock(_)) => {
                 Some(Source::Host(socket.clone(), VecDeque::new()))
             }
-            Some(Feed::Backend(socket)) => {
+            Some(FrameSource::Backend(socket)) => {
                 let connect = || Link::connect(socket, &self.options, Rc::default()).map_err(Fault::Connect);
                 let link = connect()?;
                 let offer = greet(&link)?;
@@ -253,7 +254,7 @@ impl Bench {
         }
     }
 
-    fn waits_until(&mut self, stop: Stop) {
+    fn waits_until(&mut self, stop: StopToken) {
         if let Some(process) = &mut self.process {
             process.stop = stop.clone();
         }
@@ -278,7 +279,7 @@ impl Bench {
         let main = self.main_flow();
         let data = match self.subject.has_requests() {
             true => Some(main),
-            false => self.feed.as_ref().map(|_| Flow::Receive),
+            false => self.frame_source.as_ref().map(|_| Flow::Receive),
         };
         let flows = match when {
             When::Once | When::Rings => vec![main],
@@ -288,8 +289,8 @@ impl Bench {
                 std::iter::once(main).chain(data.filter(|data| *data != main)).collect()
             }
         };
-        let split = self.options.rings != Some(Rings::Packed) && when != When::Packed;
-        let packed = self.offer.has(VIRTIO_F_RING_PACKED) && self.options.rings != Some(Rings::Split);
+        let split = self.options.rings != Some(Kind::Packed) && when != When::Packed;
+        let packed = self.offer.has(VIRTIO_F_RING_PACKED) && self.options.rings != Some(Kind::Split);
         let packed = packed && when != When::Split;
         let kinds = split.then_some(false).into_iter().chain(packed.then_some(true));
         let kinds = kinds.take(if when == When::Once { 1 } else { 2 });
@@ -301,7 +302,7 @@ impl Bench {
         match when {
             When::Packed if !self.offer.has(VIRTIO_F_RING_PACKED) => Fault::NotOffered("RING_PACKED".into()).into(),
             When::Split | When::Packed => Outcome::not_tested("--rings leaves it out"),
-            _ => Outcome::not_tested("only what comes in is written to memory: --feed brings something"),
+            _ => Outcome::not_tested("only what comes in is written to memory: --frame-source brings something"),
         }
     }
 
@@ -314,7 +315,7 @@ impl Bench {
 }
 
 /// Meets the back-end, and whoever brings frames to it.
-pub(super) fn prepare(socket: &Path, options: &Options) -> Result<Bench, CheckError> {
+pub(super) fn prepare(socket: &Path, options: &CheckOptions) -> Result<Bench, CheckError> {
     let process = start(socket, options)?;
     let replies = Rc::new(RefCell::new(Replies::default()));
     let path = || socket.to_path_buf();
@@ -335,29 +336,28 @@ pub(super) fn prepare(socket: &Path, options: &Options) -> Result<Bench, CheckEr
         fault => greeting(fault),
     })?;
     drop(link);
-    if options.rings == Some(Rings::Packed) && !offer.has(VIRTIO_F_RING_PACKED) {
+    if options.rings == Some(Kind::Packed) && !offer.has(VIRTIO_F_RING_PACKED) {
         return Err(CheckError::NotPacked);
     }
-    let packed = options.rings == Some(Rings::Packed);
+    let packed = options.rings == Some(Kind::Packed);
     let flow = if subject.has_requests() { Flow::Requests } else { Flow::Transmit };
     let shape = Shape { packed, flow };
-    let (feed, size) = (options.feed.clone(), options.queue_size.unwrap_or(MOST_ENTRIES));
+    let (frame_source, size) = (options.frame_source.clone(), options.queue_size.unwrap_or(MOST_ENTRIES));
     let (socket, options, last, left) = (path(), options.clone(), RefCell::default(), Vec::new());
-    let mut bench = Bench { socket, options, replies, offer, subject, feed, shape, size, process, last, left };
+    let mut bench = Bench { socket, options, replies, offer, subject, frame_source, shape, size, process, last, left };
     bench.meet_again().map_err(|fault| CheckError::Once { path: path(), why: fault.to_string() })?;
     bench.size = bench.ring_size()?;
     if bench.subject.has_requests() {
         return Ok(bench);
     }
     bench.shape.flow = Flow::Receive;
-    match &bench.options.feed {
-        Some(feed) => {
-            net::arrives(&bench).map_err(|fault| CheckError::Feed { feed: feed.clone(), why: fault.to_string() })?
-        }
+    match &bench.options.frame_source {
+        Some(frame_source) => net::arrives(&bench)
+            .map_err(|fault| CheckError::FrameSource { frame_source: frame_source.clone(), why: fault.to_string() })?,
         None => {
-            bench.feed = Some(Feed::Loop);
+            bench.frame_source = Some(FrameSource::Loop);
             if !net::loops(&bench).map_err(greeting)? {
-                bench.feed = None;
+                bench.frame_source = None;
             }
         }
     }
@@ -365,7 +365,7 @@ pub(super) fn prepare(socket: &Path, options: &Options) -> Result<Bench, CheckEr
 }
 
 /// Starts the back-end, if that is ours to do.
-pub(super) fn start(socket: &Path, options: &Options) -> Result<Option<Process>, CheckError> {
+pub(super) fn start(socket: &Path, options: &CheckOptions) -> Result<Option<Process>, CheckError> {
     let Some(command) = &options.restart else { return Ok(None) };
     let process = Process::new(command, socket, options);
     if options.kill_pid.is_none() {
@@ -397,8 +397,8 @@ pub(super) fn offers(bench: &Bench) -> String {
     let names: Vec<String> = (0..64).filter(|number| protocol & bit(*number) != 0).map(protocol_feature_name).collect();
     let names = if names.is_empty() { "none".into() } else { names.join(" ") };
     let mut device = bench.subject.name();
-    if let Some(feed) = &bench.feed {
-        device += &format!(", fed by {feed:?}");
+    if let Some(frame_source) = &bench.frame_source {
+        device += &format!(", fed by {frame_source:?}");
     }
     let size = bench.size;
     format!("{device}, {queues} queues, rings of {size}, features {features:#x}, protocol features {names}")

@@ -74,7 +74,7 @@ pub(crate) fn same(xml: &str, report: &Value) {
         let (name, told) = (inside[0].tag_name().name(), inside[0].attribute("message"));
         let words = verdict.replace('-', " ");
         match verdict {
-            "broken" => assert_eq!((name, told), ("failure", Some(seen))),
+            "fail" => assert_eq!((name, told), ("failure", Some(seen))),
             "not-tested" | "not-offered" => assert_eq!((name, told), ("skipped", Some(&*format!("{words}: {seen}")))),
             _ => assert_eq!((name, inside[0].text()), ("system-out", Some(&*format!("{words}: {seen}")))),
         }
@@ -90,18 +90,18 @@ fn what_is_broken_is_exit_status_1_and_a_failure_in_junit_and_warnings_are_neith
     let backend = Backend::start(Bend::ConfigOffset);
     let socket = backend.socket();
     let (found, status) = report(&[&[socket.to_str().unwrap(), "--only", "c1,F5,l14"], &junit[..]].concat());
-    assert_eq!((status, &found["broken"]), (Some(1), &true.into()), "{found:#}");
-    assert_eq!(found["rules"], serde_json::json!({"C1": "broken", "F5": "kept", "L14": "not-tested"}));
+    assert_eq!((status, &found["failed"]), (Some(1), &true.into()), "{found:#}");
+    assert_eq!(found["rules"], serde_json::json!({"C1": "fail", "F5": "pass", "L14": "not-tested"}));
     same(&xml(), &found);
     assert!(xml().contains("failures=\"1\""), "{}", xml());
     let output = command(&[socket.to_str().unwrap(), "--only", "C1"]);
     assert_eq!(output.status.code(), Some(1));
-    assert!(text(&output.stdout).contains("C1    broken"), "{}", text(&output.stdout));
+    assert!(text(&output.stdout).contains("C1    fail"), "{}", text(&output.stdout));
 
     let backend = Backend::start(Bend::Everything);
     let socket = backend.socket();
     let (found, status) = report(&[&[socket.to_str().unwrap(), "--only", "L1"], &junit[..]].concat());
-    assert_eq!((status, &found["broken"]), (Some(0), &false.into()), "{found:#}");
+    assert_eq!((status, &found["failed"]), (Some(0), &false.into()), "{found:#}");
     assert_eq!(found["rules"], serde_json::json!({"L1": "warning"}));
     same(&xml(), &found);
 }
@@ -158,7 +158,7 @@ fn the_exit_status_says_what_kind_of_trouble_it_is() {
     assert!(text(&nothing_there.stderr).contains("is the back-end running"), "{}", text(&nothing_there.stderr));
     for wrong in [
         &[nobody, "--queue-size", "100"][..],
-        &[nobody, "--feed", ""],
+        &[nobody, "--frame-source", ""],
         &[nobody, "--kill-pid", "5"],
         &[nobody, "--timeout", "0"],
         &[],
@@ -213,7 +213,7 @@ fn a_terminal_has_colours_unless_its_user_wants_none() {
         let output = script.output().unwrap();
         assert_eq!(output.status.code(), Some(1), "{}", text(&output.stdout));
         let said = text(&output.stdout);
-        assert_eq!(said.contains("\x1b[31mbroken"), coloured, "{no_color:?}: {said:?}");
+        assert_eq!(said.contains("\x1b[31mfail"), coloured, "{no_color:?}: {said:?}");
     }
     let piped = command(&[backend.socket().to_str().unwrap(), "--only", "C1"]);
     assert!(!text(&piped.stdout).contains('\x1b'), "{}", text(&piped.stdout));
@@ -256,7 +256,7 @@ fn a_back_end_that_runs_is_killed_only_if_it_may_be() {
     let pid = backend.id().to_string();
     let (found, status) = report(&[path, "--only", "I3,I4", "--restart", &start, "--kill-pid", &pid]);
     assert_eq!(status, Some(0), "{found:#}");
-    assert_eq!(found["rules"], serde_json::json!({"I3": "kept", "I4": "kept"}), "{found:#}");
+    assert_eq!(found["rules"], serde_json::json!({"I3": "pass", "I4": "pass"}), "{found:#}");
     assert_eq!(backend.wait().unwrap().signal(), Some(Signal::SIGKILL as i32));
     assert!(UnixStream::connect(&socket).is_err(), "what the check started outlived it");
 }
@@ -294,7 +294,7 @@ fn a_back_end_that_does_not_start_again_is_a_finding() {
     std::fs::write(&script, format!("mkdir {once} || exit 7\n{backend}\n")).unwrap();
     let start = format!("sh {}", script.display());
     let (found, status) = report(&[path, "--only", "R9,I3,I6", "--rings", "split", "--restart", &start]);
-    assert_eq!((status, &found["rules"]["R9"]), (Some(1), &"broken".into()), "{found:#}");
+    assert_eq!((status, &found["rules"]["R9"]), (Some(1), &"fail".into()), "{found:#}");
     let findings = found["report"]["findings"].as_array().unwrap();
     let of = |what: &str| findings.iter().find(|finding| finding["what"].as_str().unwrap().contains(what)).unwrap();
     assert!(of("SIGKILL")["seen"].as_str().unwrap().contains("ended with exit status: 7"), "{found:#}");
@@ -329,5 +329,5 @@ fn a_write_that_comes_after_its_process_has_died_is_found() {
     let (found, status) = report(&[path, "--only", "I9", "--write", "--restart", &start]);
     over.store(true, Ordering::Relaxed);
     late.join().unwrap();
-    assert_eq!((status, &found["rules"]["I9"]), (Some(1), &"broken".into()), "{found:#}");
+    assert_eq!((status, &found["rules"]["I9"]), (Some(1), &"fail".into()), "{found:#}");
 }

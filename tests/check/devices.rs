@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use vhost_migrate::backend::{Device, Immediate, Queue, RING_FEATURES, Request};
-use vhost_migrate::check::{CheckError, Feed, Kind, Options, Report, Rings, Verdict, check};
+use vhost_migrate::check::{CheckError, CheckOptions, CheckReport, DeviceKind, FrameSource, Verdict, check};
+use vhost_migrate::inflight::Kind;
 
 use crate::fault::Bend;
 use crate::faulty_backend::Backend;
@@ -291,12 +292,12 @@ impl Drop for Keyboard {
     }
 }
 
-fn checked(device: Arc<dyn Device>, bend: Bend, options: Options) -> Report {
-    let options = Options { settle: Duration::from_millis(50), ..options };
+fn checked(device: Arc<dyn Device>, bend: Bend, options: CheckOptions) -> CheckReport {
+    let options = CheckOptions { settle: Duration::from_millis(50), ..options };
     Backend::serving(tempfile::tempdir().unwrap(), device, Arc::default(), bend).checked(options)
 }
 
-fn of(report: &Report, verdict: Verdict) -> BTreeSet<&'static str> {
+fn of(report: &CheckReport, verdict: Verdict) -> BTreeSet<&'static str> {
     report.rules().into_iter().filter(|(_, v)| *v == verdict).map(|(rule, _)| rule).collect()
 }
 
@@ -306,43 +307,43 @@ const COMMON: &[&str] = &[
     "L11", "L12", "L15", "I1", "I2", "I3", "I4", "I5", "I6", "I7", "M1",
 ];
 
-fn keeps_all_and_is_found_where_it_logs_nothing(device: &dyn Fn() -> (Arc<dyn Device>, Options), is: &str) {
+fn keeps_all_and_is_found_where_it_logs_nothing(device: &dyn Fn() -> (Arc<dyn Device>, CheckOptions), is: &str) {
     let (rules, (known, options)) = (COMMON.to_vec(), device());
-    let report = checked(known, Bend::Nothing, Options { only: rules.clone(), may_kill: true, ..options });
+    let report = checked(known, Bend::Nothing, CheckOptions { only: rules.clone(), may_kill: true, ..options });
     assert!(report.offers.contains(is), "{report}");
-    assert_eq!(of(&report, Verdict::Kept), rules.into_iter().collect(), "{report}");
+    assert_eq!(of(&report, Verdict::Pass), rules.into_iter().collect(), "{report}");
     let (known, options) = device();
     let only = vec!["L1", "L9", "M1", "L3", "R3"];
-    let rings = Some(Rings::Split);
-    let report = checked(known, Bend::NoData, Options { only, rings, ..options });
-    assert_eq!(of(&report, Verdict::Broken), BTreeSet::from(["L1", "L9", "M1"]), "{report}");
+    let rings = Some(Kind::Split);
+    let report = checked(known, Bend::NoData, CheckOptions { only, rings, ..options });
+    assert_eq!(of(&report, Verdict::Fail), BTreeSet::from(["L1", "L9", "M1"]), "{report}");
 }
 
 #[test]
 fn the_rules_are_checked_on_a_source_of_random_numbers() {
-    let device = || -> (Arc<dyn Device>, Options) { (Arc::new(Rng), Options::default()) };
+    let device = || -> (Arc<dyn Device>, CheckOptions) { (Arc::new(Rng), CheckOptions::default()) };
     keeps_all_and_is_found_where_it_logs_nothing(&device, "a source of random numbers");
 }
 
 #[test]
 fn the_rules_are_checked_on_a_file_system() {
-    let device = || -> (Arc<dyn Device>, Options) { (Arc::new(Fs { tag: true }), Options::default()) };
+    let device = || -> (Arc<dyn Device>, CheckOptions) { (Arc::new(Fs { tag: true }), CheckOptions::default()) };
     keeps_all_and_is_found_where_it_logs_nothing(&device, "a file system");
 }
 
 #[test]
 fn the_rules_are_checked_on_vsock() {
-    let options = Options { device: Some(Kind::Vsock), ..Options::default() };
-    let device = || -> (Arc<dyn Device>, Options) { (Arc::new(Vsock::new()), options.clone()) };
+    let options = CheckOptions { device: Some(DeviceKind::Vsock), ..CheckOptions::default() };
+    let device = || -> (Arc<dyn Device>, CheckOptions) { (Arc::new(Vsock::new()), options.clone()) };
     keeps_all_and_is_found_where_it_logs_nothing(&device, "vsock with context id 42, fed by Loop");
 }
 
 #[test]
 fn the_rules_are_checked_on_a_console() {
-    let device = || -> (Arc<dyn Device>, Options) {
+    let device = || -> (Arc<dyn Device>, CheckOptions) {
         let console = Console::new();
-        let feed = Some(Feed::Tcp(console.listener.local_addr().unwrap().to_string()));
-        (Arc::new(console), Options { device: Some(Kind::Console), feed, ..Options::default() })
+        let frame_source = Some(FrameSource::Tcp(console.listener.local_addr().unwrap().to_string()));
+        (Arc::new(console), CheckOptions { device: Some(DeviceKind::Console), frame_source, ..CheckOptions::default() })
     };
     keeps_all_and_is_found_where_it_logs_nothing(&device, "a console, fed by Tcp");
 }
@@ -356,7 +357,7 @@ fn a_device_that_can_be_several_kinds_is_asked_for_and_not_guessed() {
     ];
     for (device, may_be) in devices {
         let backend = Backend::serving(tempfile::tempdir().unwrap(), device, Arc::default(), Bend::Nothing);
-        let refused = check(&backend.socket(), &Options::default()).unwrap_err();
+        let refused = check(&backend.socket(), &CheckOptions::default()).unwrap_err();
         let said = refused.to_string();
         assert!(matches!(refused, CheckError::UnknownDevice { .. }), "{said}");
         assert!(said.contains(may_be) && said.ends_with("give --device"), "{said}");

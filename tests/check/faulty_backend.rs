@@ -19,7 +19,7 @@ use vhost_migrate::abi::vhost_user::{Header, Request as Code};
 use vhost_migrate::backend::blk::{Disk, DiskOptions};
 use vhost_migrate::backend::net::{Net, NetOptions, Peer};
 use vhost_migrate::backend::{BackendError, Device, Logging, Message, Notifier, Rings, Session, Setup, Step, Workers};
-use vhost_migrate::check::{Feed, Options, Report, check};
+use vhost_migrate::check::{CheckOptions, CheckReport, FrameSource, check};
 use vhost_migrate::dirty::{Log, PageSet};
 use vhost_migrate::memory::LOG_PAGE;
 use vhost_migrate::ring::{RingBase, RingLayout};
@@ -433,8 +433,8 @@ impl Backend {
     }
 
     /// What a check says of it.
-    pub(crate) fn checked(&self, options: Options) -> Report {
-        check(&self.socket(), &Options { timeout: Duration::from_secs(4), ..options }).unwrap()
+    pub(crate) fn checked(&self, options: CheckOptions) -> CheckReport {
+        check(&self.socket(), &CheckOptions { timeout: Duration::from_secs(4), ..options }).unwrap()
     }
 }
 
@@ -450,9 +450,9 @@ impl Drop for Backend {
 }
 
 /// What a check says of a back-end with a bend: a disk, where that can have it.
-pub(crate) fn checked(bend: Bend, options: Options) -> Report {
+pub(crate) fn checked(bend: Bend, options: CheckOptions) -> CheckReport {
     match bend {
-        Bend::State(_) => Backend::net(bend).checked(Options { feed: Some(Feed::Loop), ..options }),
+        Bend::State(_) => Backend::net(bend).checked(CheckOptions { frame_source: Some(FrameSource::Loop), ..options }),
         _ => Backend::start(bend).checked(options),
     }
 }

@@ -32,7 +32,7 @@ fn our_own_back_end_keeps_every_rule_killed_and_attacked() {
     let output = command(&[socket, "--json", "--hostile", "--write", "--restart", &start, "--junit", xml]);
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(0), "{report:#}\n{}", text(&output.stderr));
-    assert_eq!(report["broken"], false);
+    assert_eq!(report["failed"], false);
     assert!(std::fs::read(&image).unwrap() == before, "the disk is not as it was");
     let rules = report["rules"].as_object().unwrap();
     let of =
@@ -43,9 +43,9 @@ fn our_own_back_end_keeps_every_rule_killed_and_attacked() {
     let not_offered = |finding: &Value| absent.contains(&text_of(finding)) || text_of(finding).starts_with(NO_POSTCOPY);
     for finding in report["report"]["findings"].as_array().unwrap().iter().filter(|finding| !not_offered(finding)) {
         let aside = ASIDE.contains(&finding["rule"].as_str().unwrap()) || finding["seen"] == "no check is about it";
-        assert!(finding["verdict"] == "kept" || aside, "{finding}");
+        assert!(finding["verdict"] == "pass" || aside, "{finding}");
     }
-    assert_eq!(of("kept"), KEPT.iter().copied().collect(), "{report:#}");
+    assert_eq!(of("pass"), KEPT.iter().copied().collect(), "{report:#}");
     assert!(!text(&output.stderr).contains("panicked"));
     assert!(UnixStream::connect(socket).is_err(), "what the check started outlived it");
     let xml = std::fs::read_to_string(junit).unwrap();
@@ -68,7 +68,7 @@ fn a_back_end_whose_rings_are_small_is_checked_on_small_rings() {
         assert_eq!(output.status.code(), Some(0), "{report:#}\n{}", text(&output.stderr));
         assert!(report["report"]["offers"].as_str().unwrap().contains(of), "{report:#}");
         for rule in rules.split(',') {
-            assert_eq!(report["rules"][rule], "kept", "{report:#}");
+            assert_eq!(report["rules"][rule], "pass", "{report:#}");
         }
     }
     // What was asked for is not changed, and none that is too small for a batch is tried.
@@ -90,7 +90,7 @@ fn our_own_network_interface_keeps_every_rule_with_frames_that_leave_and_that_co
     let socket = folder.path().join("socket");
     let (program, socket) = (env!("CARGO_BIN_EXE_vhost-migrate"), socket.to_str().unwrap());
     let start = format!("{program} backend net --socket {socket} --loopback --queue-pairs 2");
-    let output = command(&[socket, "--json", "--hostile", "--feed", "loop", "--restart", &start]);
+    let output = command(&[socket, "--json", "--hostile", "--frame-source", "loop", "--restart", &start]);
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(0), "{report:#}\n{}", text(&output.stderr));
     let findings = report["report"]["findings"].as_array().unwrap();
@@ -100,11 +100,11 @@ fn our_own_network_interface_keeps_every_rule_with_frames_that_leave_and_that_co
     let not_offered = |finding: &Value| absent.contains(&text_of(finding)) || text_of(finding).starts_with(NO_POSTCOPY);
     for finding in findings.iter().filter(|finding| !disks(finding) && !not_offered(finding)) {
         let aside = ASIDE.contains(&finding["rule"].as_str().unwrap()) || finding["seen"] == "no check is about it";
-        assert!(finding["verdict"] == "kept" || aside, "{finding}");
+        assert!(finding["verdict"] == "pass" || aside, "{finding}");
     }
     let kept = |rule: &str, rings: &str| {
         let mut of = findings.iter().filter(|finding| finding["rule"] == rule && finding["rings"] == rings);
-        assert!(of.any(|finding| finding["verdict"] == "kept"), "{rule} on {rings} was not checked: {report:#}");
+        assert!(of.any(|finding| finding["verdict"] == "pass"), "{rule} on {rings} was not checked: {report:#}");
     };
     for rings in ["split receive", "split transmit", "packed receive", "packed transmit"] {
         ["R3", "R4"].iter().for_each(|rule| kept(rule, rings));
@@ -114,9 +114,9 @@ fn our_own_network_interface_keeps_every_rule_with_frames_that_leave_and_that_co
         ["L1", "L8", "L9"].iter().for_each(|rule| kept(rule, rings));
     }
     for rule in ["B1", "B3", "D1"] {
-        assert_eq!(report["rules"][rule], "kept", "{report:#}");
+        assert_eq!(report["rules"][rule], "pass", "{report:#}");
     }
-    assert_eq!((&report["rules"]["I3"], &report["rules"]["I4"]), (&"kept".into(), &"kept".into()), "{report:#}");
+    assert_eq!((&report["rules"]["I3"], &report["rules"]["I4"]), (&"pass".into(), &"pass".into()), "{report:#}");
 }
 
 #[test]
@@ -125,7 +125,7 @@ fn our_own_back_ends_keep_the_rules_of_an_iommu() {
     let (image, program) = (image(folder.path()).image, env!("CARGO_BIN_EXE_vhost-migrate"));
     let disk = (format!("blk --image {} --queues 2", image.display()), "", ["split", "packed"].as_slice());
     let frames = ["split transmit", "split receive", "packed transmit", "packed receive"].as_slice();
-    let net = ("net --loopback --queue-pairs 2".to_string(), "--feed=loop", frames);
+    let net = ("net --loopback --queue-pairs 2".to_string(), "--frame-source=loop", frames);
     for (kind, feed, all) in [disk, net] {
         let socket = folder.path().join("iommu");
         let socket = socket.to_str().unwrap();
@@ -137,13 +137,13 @@ fn our_own_back_ends_keep_the_rules_of_an_iommu() {
         assert_eq!(output.status.code(), Some(0), "{report:#}\n{}", text(&output.stderr));
         let findings = report["report"]["findings"].as_array().unwrap();
         for finding in findings {
-            assert!(finding["verdict"] == "kept" || finding["rule"] == "T5", "{finding}");
+            assert!(finding["verdict"] == "pass" || finding["rule"] == "T5", "{finding}");
         }
         for (rule, rings) in ["T1", "T4", "L5"].iter().flat_map(|rule| all.iter().map(move |rings| (rule, rings))) {
             let seen = findings.iter().any(|finding| finding["rule"] == *rule && finding["rings"] == *rings);
             assert!(seen, "{rule} on {rings} was not checked: {report:#}");
         }
-        assert_eq!((&report["rules"]["T2"], &report["rules"]["T3"]), (&"kept".into(), &"kept".into()), "{report:#}");
+        assert_eq!((&report["rules"]["T2"], &report["rules"]["T3"]), (&"pass".into(), &"pass".into()), "{report:#}");
         assert_eq!(report["rules"]["T5"], "not-tested", "it is offered");
     }
 }
@@ -165,11 +165,11 @@ fn our_own_back_ends_keep_the_rules_of_postcopy() {
         assert_eq!(output.status.code(), Some(0), "{report:#}\n{}", text(&output.stderr));
         let findings = report["report"]["findings"].as_array().unwrap();
         let of_postcopy = findings.iter().filter(|finding| finding["rule"] == "P1");
-        assert!(of_postcopy.clone().all(|finding| finding["verdict"] == "kept"), "{report:#}");
+        assert!(of_postcopy.clone().all(|finding| finding["verdict"] == "pass"), "{report:#}");
         let seen_on: BTreeSet<&str> = of_postcopy.filter_map(|finding| finding["rings"].as_str()).collect();
         assert_eq!(seen_on, rings.into_iter().chain([""]).collect(), "{report:#}");
         let kept = |rule: &str| {
-            let mut of = findings.iter().filter(|finding| finding["rule"] == rule && finding["verdict"] == "kept");
+            let mut of = findings.iter().filter(|finding| finding["rule"] == rule && finding["verdict"] == "pass");
             of.any(|finding| finding["what"].as_str().unwrap().contains("postcopy"))
         };
         assert!(kept("M1") && kept("F3"), "{report:#}");
@@ -185,20 +185,20 @@ fn without_frames_that_come_in_the_rest_is_checked() {
     let output = command(&[socket, "--json", "--only", "L1,L3,R3,R4,R10", "--restart", &start]);
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(0), "{report:#}\n{}", text(&output.stderr));
-    assert_eq!((&report["rules"]["L1"], &report["rules"]["L3"]), (&"not-tested".into(), &"kept".into()), "{report:#}");
+    assert_eq!((&report["rules"]["L1"], &report["rules"]["L3"]), (&"not-tested".into(), &"pass".into()), "{report:#}");
     // The other end of the wire is a feed.
     let other = folder.path().join("other");
     let other = other.to_str().unwrap();
     let arguments = ["backend", "net", "--socket", other, "--pair", wire.to_str().unwrap()];
     let mut peer = serving(&arguments, Path::new(other));
     let rules = ["L1", "L2", "L9", "M1", "R3", "R4"];
-    let output = command(&[socket, "--json", "--only", &rules.join(","), "--feed", other, "--restart", &start]);
+    let output = command(&[socket, "--json", "--only", &rules.join(","), "--frame-source", other, "--restart", &start]);
     peer.kill().unwrap();
     peer.wait().unwrap();
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(0), "{report:#}\n{}", text(&output.stderr));
     for rule in rules {
-        assert_eq!(report["rules"][rule], "kept", "{report:#}");
+        assert_eq!(report["rules"][rule], "pass", "{report:#}");
     }
 }
 

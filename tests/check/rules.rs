@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use rstest::rstest;
 use vhost_migrate::abi::vhost_user::Request as Code;
-use vhost_migrate::check::{Feed, Options, RULES, Report, Rings, Verdict};
+use vhost_migrate::check::{CheckOptions, CheckReport, FrameSource, RULES, Verdict};
+use vhost_migrate::inflight::Kind;
 
 use crate::backend_channel::Channel;
 use crate::fault::Bend;
@@ -144,9 +145,9 @@ fn named(starts: &str) -> Vec<&'static str> {
     RULES.iter().map(|(id, _)| *id).filter(|id| is(id)).collect()
 }
 
-fn broken(report: &Report) -> BTreeSet<&'static str> {
+fn broken(report: &CheckReport) -> BTreeSet<&'static str> {
     let rules = report.rules().into_iter();
-    rules.filter(|(_, verdict)| *verdict == Verdict::Broken).map(|(rule, _)| rule).collect()
+    rules.filter(|(_, verdict)| *verdict == Verdict::Fail).map(|(rule, _)| rule).collect()
 }
 
 #[rstest]
@@ -163,13 +164,13 @@ fn a_back_end_that_breaks_a_rule_is_found_by_that_and_by_no_other(#[case] rows: 
     let mut failed = BTreeSet::new();
     for (bend, only, breaks) in rows {
         let is_split = SPLIT.contains(bend) || matches!(bend, Bend::Postcopy(_));
-        let rings = is_split.then_some(Rings::Split);
-        let usual = Options::default();
+        let rings = is_split.then_some(Kind::Split);
+        let usual = CheckOptions::default();
         let settle = if WATCHED.contains(bend) { usual.settle } else { Duration::from_millis(50) };
-        let report = checked(*bend, Options { only: named(only), rings, settle, may_kill: true, ..usual });
+        let report = checked(*bend, CheckOptions { only: named(only), rings, settle, may_kill: true, ..usual });
         assert_eq!(broken(&report), breaks.iter().copied().collect(), "{bend:?}\n{report}");
         for finding in report.findings.iter().filter(|finding| breaks.contains(&finding.rule)) {
-            let checks = if finding.verdict == Verdict::Broken { &mut failed } else { &mut passed };
+            let checks = if finding.verdict == Verdict::Fail { &mut failed } else { &mut passed };
             checks.insert(finding.what);
         }
     }
@@ -179,7 +180,7 @@ fn a_back_end_that_breaks_a_rule_is_found_by_that_and_by_no_other(#[case] rows: 
 
 #[test]
 fn a_back_end_that_breaks_nothing_is_not_blamed_and_every_check_is_one_that_somebody_fails() {
-    let report = checked(Bend::Nothing, Options::default());
+    let report = checked(Bend::Nothing, CheckOptions::default());
     assert_eq!(broken(&report), BTreeSet::new(), "{report}");
     let unchecked = |rule: &str| {
         let mut of = report.findings.iter().filter(|finding| finding.rule == rule);
@@ -194,21 +195,21 @@ fn a_back_end_that_breaks_nothing_is_not_blamed_and_every_check_is_one_that_some
 
 #[test]
 fn what_costs_and_breaks_nothing_is_a_warning() {
-    let report = checked(Bend::Everything, Options { only: named("L"), ..Options::default() });
-    assert!(!report.is_broken(), "{report}");
+    let report = checked(Bend::Everything, CheckOptions { only: named("L"), ..CheckOptions::default() });
+    assert!(!report.has_failures(), "{report}");
     let data = report.findings.iter().find(|finding| finding.rule == "L1").unwrap();
     assert!(data.verdict == Verdict::Warning && data.seen.contains("% of the marks"), "{report}");
-    let report = checked(Bend::SuccessorMarksItsOwn, Options { only: named("L15 L8"), ..Options::default() });
+    let report = checked(Bend::SuccessorMarksItsOwn, CheckOptions { only: named("L15 L8"), ..CheckOptions::default() });
     assert_eq!(report.rules().get("L15"), Some(&Verdict::Warning), "{report}");
-    assert!(!report.is_broken(), "{report}");
-    let report = checked(Bend::Iommu(Iommu::Lenient), Options { only: named("T"), ..Options::default() });
-    assert!(!report.is_broken(), "{report}");
+    assert!(!report.has_failures(), "{report}");
+    let report = checked(Bend::Iommu(Iommu::Lenient), CheckOptions { only: named("T"), ..CheckOptions::default() });
+    assert!(!report.has_failures(), "{report}");
     assert_eq!(report.rules().get("T2"), Some(&Verdict::Warning), "{report}");
-    let report = checked(Bend::EmptyLog, Options { only: named("L2"), hostile: true, ..Options::default() });
+    let report = checked(Bend::EmptyLog, CheckOptions { only: named("L2"), hostile: true, ..CheckOptions::default() });
     let log = report.findings.iter().find(|finding| finding.what.starts_with("hostile")).unwrap();
     assert_eq!(log.verdict, Verdict::Warning, "{report}");
     assert!(log.seen.ends_with("acknowledged as done: a log of no bytes"), "{report}");
-    let report = checked(Bend::State(State::Stalls), Options { only: named("D"), ..Options::default() });
+    let report = checked(Bend::State(State::Stalls), CheckOptions { only: named("D"), ..CheckOptions::default() });
     assert_eq!(report.rules().get("D1"), Some(&Verdict::Warning), "{report}");
 }
 
@@ -221,20 +222,24 @@ fn postcopy_that_is_odd_and_loses_nothing_is_a_warning_and_one_that_is_not_possi
         (Late::MadeUp, "P1", "the next was served; "),
     ];
     for (late, rule, seen) in odd {
-        let options =
-            Options { only: named("P F3 M1"), rings: Some(Rings::Split), may_kill: true, ..Options::default() };
+        let options = CheckOptions {
+            only: named("P F3 M1"),
+            rings: Some(Kind::Split),
+            may_kill: true,
+            ..CheckOptions::default()
+        };
         let report = checked(Bend::Postcopy(late), options);
-        assert!(!report.is_broken(), "{late:?}\n{report}");
+        assert!(!report.has_failures(), "{late:?}\n{report}");
         let mut warned = report.findings.iter().filter(|finding| finding.verdict == Verdict::Warning);
         let found = warned.next().unwrap();
         assert!(found.rule == rule && found.seen.starts_with(seen) && warned.next().is_none(), "{late:?}\n{report}");
     }
-    let options = Options { only: named("P"), may_kill: true, ..Options::default() };
+    let options = CheckOptions { only: named("P"), may_kill: true, ..CheckOptions::default() };
     let report = checked(Bend::Postcopy(Late::NoFd), options);
     assert_eq!(report.rules().get("P1"), Some(&Verdict::NotTested), "{report}");
     assert!(report.findings.iter().all(|finding| finding.seen.contains("unprivileged_userfaultfd")), "{report}");
     // Who does not offer it refuses it.
-    let report = checked(Bend::Nothing, Options { only: named("P"), ..Options::default() });
+    let report = checked(Bend::Nothing, CheckOptions { only: named("P"), ..CheckOptions::default() });
     assert_eq!(report.rules().get("P1"), Some(&Verdict::NotOffered), "{report}");
     assert!(report.findings.iter().any(|finding| finding.seen.contains("POSTCOPY_ADVISE is refused")), "{report}");
 }
@@ -242,7 +247,7 @@ fn postcopy_that_is_odd_and_loses_nothing_is_a_warning_and_one_that_is_not_possi
 #[test]
 fn a_back_end_that_says_the_same_without_end_and_reads_nothing_does_not_hold_up_the_check() {
     for (rule, only) in [("B1", vec!["B1"]), ("T2", vec!["T2"])] {
-        let options = Options { only, rings: Some(Rings::Split), ..Options::default() };
+        let options = CheckOptions { only, rings: Some(Kind::Split), ..CheckOptions::default() };
         let report = checked(Bend::Channel(Channel::Floods), options);
         assert_eq!(broken(&report), BTreeSet::from([rule]), "{report}");
         let why = |seen: &str| seen.contains("does not read them") || seen.contains("no end of them");
@@ -252,29 +257,29 @@ fn a_back_end_that_says_the_same_without_end_and_reads_nothing_does_not_hold_up_
 
 #[test]
 fn a_disk_of_large_blocks_is_asked_for_whole_blocks() {
-    let (only, rings) = (named("C L1 R3 R9"), Some(Rings::Split));
-    let report = checked(Bend::LargeBlocks, Options { only, rings, write: true, ..Options::default() });
+    let (only, rings) = (named("C L1 R3 R9"), Some(Kind::Split));
+    let report = checked(Bend::LargeBlocks, CheckOptions { only, rings, write: true, ..CheckOptions::default() });
     assert_eq!(broken(&report), BTreeSet::new(), "{report}");
     let written = report.findings.iter().find(|finding| finding.what.starts_with("writes that were taken")).unwrap();
-    assert_eq!(written.verdict, Verdict::Kept, "{report}");
+    assert_eq!(written.verdict, Verdict::Pass, "{report}");
 }
 
 /// A back-end that does not survive a log that is too small: one with bits for the lower region only.
 #[test]
 fn what_a_back_end_may_die_of_is_done_only_if_it_may() {
     let fragile = Bend::DiesOf(Code::SET_LOG_BASE, &[128, 0, 0, 0, 0, 0, 0, 0]);
-    let usual = Options { only: vec!["L6", "P1"], rings: Some(Rings::Split), ..Options::default() };
+    let usual = CheckOptions { only: vec!["L6", "P1"], rings: Some(Kind::Split), ..CheckOptions::default() };
     let report = checked(fragile, usual.clone());
     assert_eq!(broken(&report), BTreeSet::new(), "{report}");
     let left_out = report.findings.iter().filter(|finding| finding.seen.starts_with("needs --may-kill"));
     assert_eq!(left_out.map(|finding| finding.rule).collect::<Vec<_>>(), ["L6", "P1"], "{report}");
-    let report = checked(fragile, Options { may_kill: true, ..usual });
+    let report = checked(fragile, CheckOptions { may_kill: true, ..usual });
     assert_eq!(broken(&report), BTreeSet::from(["L6", "R9"]), "{report}");
 }
 
 #[test]
 fn a_back_end_that_dies_is_a_finding_and_what_comes_after_is_not_held_against_it() {
-    let report = checked(Bend::Dies, Options::default());
+    let report = checked(Bend::Dies, CheckOptions::default());
     assert_eq!(broken(&report), BTreeSet::from(["F5", "R9"]), "{report}");
     assert_eq!(report.rules().get("R3"), Some(&Verdict::NotTested), "{report}");
 }
@@ -300,19 +305,19 @@ const DEADLY: &[(Bend, &str, &str)] = &[
 #[test]
 fn what_a_back_end_dies_of_is_sent_only_to_who_asked_for_it() {
     for (bend, rule, message) in DEADLY {
-        let usual = Options { only: vec![*rule], rings: Some(Rings::Split), ..Options::default() };
-        let usual = Options { settle: Duration::from_millis(50), ..usual };
+        let usual = CheckOptions { only: vec![*rule], rings: Some(Kind::Split), ..CheckOptions::default() };
+        let usual = CheckOptions { settle: Duration::from_millis(50), ..usual };
         let report = checked(*bend, usual.clone());
         assert_eq!(broken(&report), BTreeSet::new(), "{bend:?}\n{report}");
-        let hostile = |report: &Report| {
+        let hostile = |report: &CheckReport| {
             let mut hostile = report.findings.iter().filter(|finding| finding.what.starts_with("hostile"));
             hostile.next().unwrap().clone()
         };
         assert_eq!(hostile(&report).seen, "needs --hostile", "{bend:?}\n{report}");
-        let report = checked(*bend, Options { hostile: true, ..usual });
+        let report = checked(*bend, CheckOptions { hostile: true, ..usual });
         assert_eq!(broken(&report), BTreeSet::from([*rule, "R9"]), "{bend:?}\n{report}");
         let death = hostile(&report);
-        let named = death.verdict == Verdict::Broken && death.seen.starts_with(message);
+        let named = death.verdict == Verdict::Fail && death.seen.starts_with(message);
         assert!(named, "the message that it died of is named, {message:?}: {report}");
     }
 }
@@ -320,9 +325,14 @@ fn what_a_back_end_dies_of_is_sent_only_to_who_asked_for_it() {
 #[test]
 fn a_network_interface_that_logs_nothing_or_goes_on_receiving_is_found_by_what_it_received() {
     let found = |bend: Bend, only: &[&'static str]| {
-        let (only, rings) = (only.to_vec(), Some(Rings::Split));
-        let report = Backend::net(bend).checked(Options { only, rings, feed: Some(Feed::Loop), ..Options::default() });
-        let broken = report.findings.iter().filter(|finding| finding.verdict == Verdict::Broken);
+        let (only, rings) = (only.to_vec(), Some(Kind::Split));
+        let report = Backend::net(bend).checked(CheckOptions {
+            only,
+            rings,
+            frame_source: Some(FrameSource::Loop),
+            ..CheckOptions::default()
+        });
+        let broken = report.findings.iter().filter(|finding| finding.verdict == Verdict::Fail);
         (broken.map(|finding| (finding.rule, finding.rings)).collect::<BTreeSet<_>>(), report)
     };
     let rules = ["L1", "L3", "R3"];
@@ -338,9 +348,9 @@ fn a_network_interface_that_logs_nothing_or_goes_on_receiving_is_found_by_what_i
 
 #[test]
 fn only_the_rules_that_were_asked_for_are_in_the_report() {
-    let report = checked(Bend::Nothing, Options { only: vec!["I4", "L13", "F2"], ..Options::default() });
+    let report = checked(Bend::Nothing, CheckOptions { only: vec!["I4", "L13", "F2"], ..CheckOptions::default() });
     let verdicts: Vec<_> = report.rules().into_iter().collect();
-    assert_eq!(verdicts, [("F2", Verdict::Kept), ("I4", Verdict::Kept), ("L13", Verdict::NotTested)], "{report}");
+    assert_eq!(verdicts, [("F2", Verdict::Pass), ("I4", Verdict::Pass), ("L13", Verdict::NotTested)], "{report}");
     // What I2 and I3 are about on split rings is I4 on packed ones.
     assert!(report.findings.iter().filter(|finding| finding.rule == "I4").all(|finding| finding.rings == "packed"));
 }

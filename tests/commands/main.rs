@@ -688,7 +688,7 @@ fn a_value_that_can_never_be_right_is_refused_when_the_command_line_is_read() {
         (&["resume"], &["--control", &long], "use a shorter one"),
         (&["check"], &[&long], "use a shorter one"),
         (&["check", "/nonexistent/s"], &["--restart", ""], "a value is required"),
-        (&["check", "/nonexistent/s"], &["--feed", "tcp:host"], "HOST:PORT"),
+        (&["check", "/nonexistent/s"], &["--frame-source", "tcp:host"], "HOST:PORT"),
         (&["check", "/nonexistent/s"], &["--queue-size", "2048"], "a power of two from 64 to 1024"),
         (&["inspect", "log", "/nonexistent/f"], &["--memory", "0"], "a size of 0"),
         (&["inspect", "inflight", "/nonexistent/f"], &["--queue-size", "0"], "0 is not in 1..=32768"),

@@ -24,7 +24,7 @@ use super::fs::{self, OpenFile};
 use super::net::Source;
 use super::queue::{MAX_RINGS, Queue};
 use super::stop::Deadline;
-use super::{Fault, Flow, Offer, Options, Shape, Subject};
+use super::{CheckOptions, Fault, Flow, Offer, Shape, Subject};
 use crate::abi::bit;
 use crate::abi::vhost_user::{
     Header, LogDescription, MemoryHeader, MemoryRegion, Request as Code, VHOST_F_LOG_ALL,
@@ -127,7 +127,7 @@ pub(super) struct Plan {
 
 impl Rig {
     /// Greets, acknowledges features as far as they are offered, and hands memory over.
-    pub(super) fn new(link: Link, offer: Offer, options: &Options, plan: Plan) -> Result<Rig, Fault> {
+    pub(super) fn new(link: Link, offer: Offer, options: &CheckOptions, plan: Plan) -> Result<Rig, Fault> {
         let Plan { subject, shape: Shape { packed, flow }, size, features, rings, source, iommu } = plan;
         let share = |gpa, bytes| {
             let fd = sealed_memfd("check", bytes)?;
