@@ -8,9 +8,9 @@ use std::thread;
 
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-use super::connection::Link;
-use super::harness::{HIGH, Rig, SLOT, SLOTS, noise};
-use super::{Bench, Check, Fault, Offer, Outcome, Subject, When};
+use super::connection::Connection;
+use super::harness::{HIGH, Harness, MAX_REQUESTS, SLOT_BYTES, noise};
+use super::{BackendFeatures, Check, CheckAbort, Outcome, RingSelection, Target, TestedDevice};
 use crate::abi::vhost_user::{CONFIG_TYPE_FRONTEND, ConfigHeader, Request as Code, protocol_feature};
 use crate::abi::virtio::{
     BlkConfig, BlkRequestHeader, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_RO, VIRTIO_BLK_S_OK,
@@ -19,17 +19,17 @@ use crate::abi::virtio::{
 use crate::ring::Buffer;
 
 /// Bytes that a read takes of a disk whose size is not told: nobody makes a smaller one.
-const AT_LEAST: u64 = 4096;
+const MIN_DISK_BYTES: u64 = 4096;
 /// Bytes of configuration that every disk has.
 const CONFIG_BYTES: u32 = 36;
 /// The largest blocks for whose requests there is room everywhere, bytes.
-const LARGEST_BLOCK: u64 = 64 << 10;
+const MAX_BLOCK_BYTES: u64 = 64 << 10;
 /// Bytes at the end of the disk that may be written where writing is allowed.
-const LAST: u64 = 1 << 20;
+const WRITABLE_TAIL: u64 = 1 << 20;
 /// How often a back-end is killed with writes in flight.
-const KILLS: u64 = 3;
+const MIN_KILLS: u64 = 3;
 /// How often at most, if it has done all of them every time.
-const MOST_KILLS: u64 = 10;
+const MAX_KILLS: u64 = 10;
 /// A status that no device writes.
 pub(super) const NO_STATUS: u8 = 0xff;
 
@@ -37,54 +37,54 @@ pub(super) const CHECKS: &[Check] = &[
     Check {
         rule: "C1",
         what: "GET_CONFIG echoes offset and size, and parts agree with the whole",
-        when: When::Once,
+        run_on: RingSelection::Once,
         run: config,
     },
     Check {
         rule: "R3",
         what: "writes that were taken before GET_VRING_BASE are on the disk",
-        when: When::Once,
+        run_on: RingSelection::Once,
         run: written,
     },
     Check {
         rule: "I9",
         what: "writes of a back-end that was killed don't come over those of its successor",
-        when: When::Once,
+        run_on: RingSelection::Once,
         run: outlived,
     },
 ];
 
 /// The disk under test.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Disk {
+pub(super) struct BlkGeometry {
     sectors: u64,
     /// Sectors of a block: requests are of whole blocks.
     block: u64,
 }
 
-impl Disk {
+impl BlkGeometry {
     /// Asks a connection with agreed protocol features how large its disk is.
-    pub(super) fn of(link: &Link, offer: Offer) -> Result<Disk, Fault> {
-        if !offer.speaks(protocol_feature::CONFIG) {
-            let sectors = AT_LEAST / SECTOR_BYTES;
-            return Ok(Disk { sectors, block: sectors });
+    pub(super) fn of(connection: &Connection, offered: BackendFeatures) -> Result<BlkGeometry, CheckAbort> {
+        if !offered.has_protocol(protocol_feature::CONFIG) {
+            let sectors = MIN_DISK_BYTES / SECTOR_BYTES;
+            return Ok(BlkGeometry { sectors, block: sectors });
         }
         // All of it from the start: some send the bytes at 0 whatever the offset is (rule C1.1).
         let mut config = BlkConfig::new_zeroed();
-        let told = read_config(link, 0, CONFIG_BYTES)?;
+        let told = read_config(connection, 0, CONFIG_BYTES)?;
         config.as_mut_bytes().iter_mut().zip(told).for_each(|(byte, told)| *byte = told);
         let sectors = config.capacity.get();
-        let block = match offer.has(VIRTIO_BLK_F_BLK_SIZE) {
+        let block = match offered.has(VIRTIO_BLK_F_BLK_SIZE) {
             true => u64::from(config.blk_size.get()),
             false => SECTOR_BYTES,
         };
-        if !block.is_power_of_two() || !(SECTOR_BYTES..=LARGEST_BLOCK).contains(&block) {
-            return Err(Fault::Breach(format!("a disk in blocks of {block} bytes can't be checked")));
+        if !block.is_power_of_two() || !(SECTOR_BYTES..=MAX_BLOCK_BYTES).contains(&block) {
+            return Err(CheckAbort::Violation(format!("a disk in blocks of {block} bytes can't be checked")));
         }
         let block = block / SECTOR_BYTES;
         match sectors / block * block {
-            0 => Err(Fault::Breach(format!("the disk has {sectors} sectors, in blocks of {block}"))),
-            sectors => Ok(Disk { sectors, block }),
+            0 => Err(CheckAbort::Violation(format!("the disk has {sectors} sectors, in blocks of {block}"))),
+            sectors => Ok(BlkGeometry { sectors, block }),
         }
     }
 
@@ -103,12 +103,12 @@ impl Disk {
     }
 
     /// The parts of the last MiB that may be written: first sector, and where in guest memory the data is.
-    fn last(&self) -> Vec<(u64, Buffer)> {
-        let sectors = (LAST / SECTOR_BYTES / SLOTS).min(self.sectors / SLOTS);
+    fn tail_parts(&self) -> Vec<(u64, Buffer)> {
+        let sectors = (WRITABLE_TAIL / SECTOR_BYTES / MAX_REQUESTS).min(self.sectors / MAX_REQUESTS);
         let sectors = sectors / self.block * self.block;
-        let first = self.sectors - sectors * SLOTS;
+        let first = self.sectors - sectors * MAX_REQUESTS;
         let len = (sectors * SECTOR_BYTES) as u32;
-        (0..SLOTS).map(|slot| (first + slot * sectors, Buffer { gpa: HIGH + slot * SLOT, len })).collect()
+        (0..MAX_REQUESTS).map(|slot| (first + slot * sectors, Buffer { gpa: HIGH + slot * SLOT_BYTES, len })).collect()
     }
 
     /// Whether a status is that of a read that worked.
@@ -118,100 +118,100 @@ impl Disk {
 }
 
 /// Adds one request for each part of the last MiB.
-fn add_all(rig: &mut Rig, parts: &[(u64, Buffer)], request_type: u32) -> Result<(), Fault> {
+fn add_all(harness: &mut Harness, parts: &[(u64, Buffer)], request_type: u32) -> Result<(), CheckAbort> {
     for (slot, (sector, data)) in parts.iter().enumerate() {
         let head = BlkRequestHeader { request_type: request_type.into(), ioprio: 0.into(), sector: (*sector).into() };
-        rig.add_request(slot, head, *data)?;
+        harness.add_request(slot, head, *data)?;
     }
     Ok(())
 }
 
 /// Reads all parts.
-fn read_all(bench: &Bench, parts: &[(u64, Buffer)]) -> Result<Vec<Vec<u8>>, Fault> {
-    let mut rig = bench.rig(0)?;
-    rig.start()?;
-    add_all(&mut rig, parts, VIRTIO_BLK_T_IN)?;
-    rig.publish();
-    rig.finish()?;
+fn read_all(target: &Target, parts: &[(u64, Buffer)]) -> Result<Vec<Vec<u8>>, CheckAbort> {
+    let mut harness = target.harness(0)?;
+    harness.start()?;
+    add_all(&mut harness, parts, VIRTIO_BLK_T_IN)?;
+    harness.publish();
+    harness.finish()?;
     let mut read = Vec::new();
     for (_, data) in parts {
         let mut bytes = vec![0; data.len as usize];
-        rig.memory.read(data.gpa, &mut bytes)?;
+        harness.memory.read(data.gpa, &mut bytes)?;
         read.push(bytes);
     }
     Ok(read)
 }
 
 /// Puts what is to be written into guest memory, and makes the requests for it.
-fn prepare(rig: &mut Rig, parts: &[(u64, Buffer)], contents: &[Vec<u8>]) -> Result<(), Fault> {
+fn prepare(harness: &mut Harness, parts: &[(u64, Buffer)], contents: &[Vec<u8>]) -> Result<(), CheckAbort> {
     for ((_, data), bytes) in parts.iter().zip(contents) {
-        rig.memory.write(data.gpa, bytes)?;
+        harness.memory.write(data.gpa, bytes)?;
     }
-    add_all(rig, parts, VIRTIO_BLK_T_OUT)
+    add_all(harness, parts, VIRTIO_BLK_T_OUT)
 }
 
-fn written(bench: &mut Bench) -> Result<Outcome, Fault> {
-    borrowing(bench, |bench, parts| overwrite(bench, parts))
+fn written(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    with_restore(target, |target, parts| overwrite(target, parts))
 }
 
-fn outlived(bench: &mut Bench) -> Result<Outcome, Fault> {
-    if bench.process.is_none() {
+fn outlived(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    if target.process.is_none() {
         return Ok(Outcome::not_tested("needs --restart and --write"));
     }
-    borrowing(bench, overwrite_after_death)
+    with_restore(target, overwrite_after_death)
 }
 
 /// Has `run` write to the last MiB, if it may, and puts back what was there.
-fn borrowing(
-    bench: &mut Bench,
-    run: impl FnOnce(&mut Bench, &[(u64, Buffer)]) -> Result<Outcome, Fault>,
-) -> Result<Outcome, Fault> {
-    let Subject::Disk(disk) = bench.subject else { return Err(not_a_disk()) };
-    if !bench.options.write {
+fn with_restore(
+    target: &mut Target,
+    run: impl FnOnce(&mut Target, &[(u64, Buffer)]) -> Result<Outcome, CheckAbort>,
+) -> Result<Outcome, CheckAbort> {
+    let TestedDevice::Blk(disk) = target.device else { return Err(not_a_disk()) };
+    if !target.options.write {
         return Ok(Outcome::not_tested("needs --write"));
     }
-    let parts = disk.last();
-    if bench.offer.has(VIRTIO_BLK_F_RO) || parts.iter().any(|(_, data)| data.len == 0) {
+    let parts = disk.tail_parts();
+    if target.offered.has(VIRTIO_BLK_F_RO) || parts.iter().any(|(_, data)| data.len == 0) {
         return Ok(Outcome::not_tested("the disk is read-only, or too small"));
     }
-    let before = read_all(bench, &parts)?;
-    let outcome = run(bench, &parts).unwrap_or_else(Outcome::from);
-    match bench.undo(|bench| restore(bench, &parts, &before)) {
+    let before = read_all(target, &parts)?;
+    let outcome = run(target, &parts).unwrap_or_else(Outcome::from);
+    match target.restore_changes(|target| restore(target, &parts, &before)) {
         Ok(()) => Ok(outcome),
-        Err(fault) => {
+        Err(abort) => {
             let (first, Outcome(_, seen)) = (parts.first().map_or(0, |(sector, _)| *sector), outcome);
             let end = parts.last().map_or(0, |(sector, data)| sector + u64::from(data.len) / SECTOR_BYTES);
-            let kept = match keep(&before) {
+            let kept = match save_contents(&before) {
                 Ok(path) => format!("their bytes are in {}", path.display()),
                 Err(error) => format!("their bytes can't be kept ({error})"),
             };
-            let left = format!("sectors {first} to {} of the disk could not be put back ({fault}): {kept}", end - 1);
-            bench.left.push(left.clone());
+            let left = format!("sectors {first} to {} of the disk could not be put back ({abort}): {kept}", end - 1);
+            target.left.push(left.clone());
             Ok(Outcome::fail(format!("{seen}; {left}")))
         }
     }
 }
 
-fn overwrite(bench: &Bench, parts: &[(u64, Buffer)]) -> Result<Outcome, Fault> {
-    let mut rig = bench.rig(0)?;
-    rig.start()?;
+fn overwrite(target: &Target, parts: &[(u64, Buffer)]) -> Result<Outcome, CheckAbort> {
+    let mut harness = target.harness(0)?;
+    harness.start()?;
     let contents = contents(parts, 0);
-    prepare(&mut rig, parts, &contents)?;
-    rig.publish();
-    let deadline = rig.deadline(rig.timeout);
-    while !rig.pop()? && !deadline.is_over() {
+    prepare(&mut harness, parts, &contents)?;
+    harness.publish();
+    let deadline = harness.deadline(harness.timeout);
+    while !harness.pop()? && !deadline.is_over() {
         thread::yield_now();
     }
-    let base = rig.stop()?;
+    let base = harness.stop()?;
     // What a back-end has not drained must not come after what is put back.
-    let deadline = rig.deadline(rig.timeout);
-    while !rig.ring.same(base, rig.ring.position()) && !deadline.is_over() {
-        rig.pop()?;
+    let deadline = harness.deadline(harness.timeout);
+    while !harness.ring.is_same_base(base, harness.ring.current_base()) && !deadline.is_over() {
+        harness.pop()?;
         thread::yield_now();
     }
-    let base = parts.len() - usize::from(rig.outstanding());
-    drop(rig);
-    let found = read_all(bench, parts)?;
+    let base = parts.len() - usize::from(harness.outstanding());
+    drop(harness);
+    let found = read_all(target, parts)?;
     let wrong = found.iter().zip(&contents).take(base).filter(|(found, written)| found != written).count();
     Ok(match wrong {
         0 => Outcome::pass(format!("{base} writes, read back by the next front-end; then the old contents put back")),
@@ -225,27 +225,27 @@ fn contents(parts: &[(u64, Buffer)], round: u64) -> Vec<Vec<u8>> {
 }
 
 /// Kills the back-end with writes in flight, has its successor write to the same place, and looks at what is there when
-/// it is quiet (rule I9.1).
-fn overwrite_after_death(bench: &mut Bench, parts: &[(u64, Buffer)]) -> Result<Outcome, Fault> {
+/// it is quiet (rule I9).
+fn overwrite_after_death(target: &mut Target, parts: &[(u64, Buffer)]) -> Result<Outcome, CheckAbort> {
     let (mut open, mut round) = (0, 0);
-    while round < KILLS || open == 0 && round < MOST_KILLS {
+    while round < MIN_KILLS || open == 0 && round < MAX_KILLS {
         round += 1;
-        let mut rig = bench.rig(0)?;
-        rig.start()?;
-        prepare(&mut rig, parts, &contents(parts, 2 * round))?;
-        rig.publish();
-        bench.replace()?;
-        rig.pop_all()?;
-        open += u64::from(rig.outstanding());
-        let mut rig = bench.rig(0)?;
-        rig.start()?;
+        let mut harness = target.harness(0)?;
+        harness.start()?;
+        prepare(&mut harness, parts, &contents(parts, 2 * round))?;
+        harness.publish();
+        target.replace()?;
+        harness.pop_all()?;
+        open += u64::from(harness.outstanding());
+        let mut harness = target.harness(0)?;
+        harness.start()?;
         let written = contents(parts, 2 * round + 1);
-        prepare(&mut rig, parts, &written)?;
-        rig.publish();
-        rig.finish()?;
-        rig.watch();
-        drop(rig);
-        let found = read_all(bench, parts)?;
+        prepare(&mut harness, parts, &written)?;
+        harness.publish();
+        harness.finish()?;
+        harness.wait_quiet();
+        drop(harness);
+        let found = read_all(target, parts)?;
         let wrong = found.iter().zip(&written).filter(|(found, written)| found != written).count();
         if wrong > 0 {
             return Ok(Outcome::fail(format!(
@@ -265,38 +265,40 @@ fn none_came_late(kills: u64, open: u64) -> Outcome {
     }
 }
 
-fn restore(bench: &Bench, parts: &[(u64, Buffer)], before: &[Vec<u8>]) -> Result<(), Fault> {
-    let mut rig = bench.rig(0)?;
-    rig.start()?;
-    prepare(&mut rig, parts, before)?;
-    rig.publish();
-    rig.finish()?;
+fn restore(target: &Target, parts: &[(u64, Buffer)], before: &[Vec<u8>]) -> Result<(), CheckAbort> {
+    let mut harness = target.harness(0)?;
+    harness.start()?;
+    prepare(&mut harness, parts, before)?;
+    harness.publish();
+    harness.finish()?;
     // Many back-ends have but one front-end at a time.
-    drop(rig);
-    match read_all(bench, parts)? == before {
+    drop(harness);
+    match read_all(target, parts)? == before {
         true => Ok(()),
-        false => Err(Fault::Breach("what was put back is not there".into())),
+        false => Err(CheckAbort::Violation("what was put back is not there".into())),
     }
 }
 
 /// Saves what could not be put back.
-fn keep(contents: &[Vec<u8>]) -> io::Result<PathBuf> {
+fn save_contents(contents: &[Vec<u8>]) -> io::Result<PathBuf> {
     let file = tempfile::Builder::new().prefix("vhost-migrate-check-").suffix(".disk").tempfile()?;
     let (mut file, path) = file.keep().map_err(|error| error.error)?;
     contents.iter().try_for_each(|part| file.write_all(part))?;
     Ok(path)
 }
 
-/// Bytes of configuration space, out of an answer that is checked (rule C1.1).
-pub(super) fn read_config(link: &Link, offset: u32, size: u32) -> Result<Vec<u8>, Fault> {
+/// Bytes of configuration space, out of an answer that is checked (rule C1).
+pub(super) fn read_config(connection: &Connection, offset: u32, size: u32) -> Result<Vec<u8>, CheckAbort> {
     let header = ConfigHeader { offset, size, flags: CONFIG_TYPE_FRONTEND };
-    let reply = link.ask(Code::GET_CONFIG, &[header.as_bytes(), &vec![0; size as usize]].concat())?;
+    let reply = connection.request(Code::GET_CONFIG, &[header.as_bytes(), &vec![0; size as usize]].concat())?;
     let Ok((echo, bytes)) = ConfigHeader::read_from_prefix(&reply.payload) else {
         return Err(short(size_of::<ConfigHeader>() + size as usize, reply.payload.len()));
     };
     if (echo.offset, echo.size) != (offset, size) {
         let ConfigHeader { offset: at, size: len, .. } = echo;
-        return Err(Fault::Breach(format!("asked for {size} bytes at {offset}, it answers with {len} at {at}")));
+        return Err(CheckAbort::Violation(format!(
+            "asked for {size} bytes at {offset}, it answers with {len} at {at}"
+        )));
     }
     match bytes.len() == size as usize {
         true => Ok(bytes.to_vec()),
@@ -304,24 +306,24 @@ pub(super) fn read_config(link: &Link, offset: u32, size: u32) -> Result<Vec<u8>
     }
 }
 
-fn not_a_disk() -> Fault {
-    Fault::NotOffered("a disk".into())
+fn not_a_disk() -> CheckAbort {
+    CheckAbort::NotOffered("a disk".into())
 }
 
-fn short(needed: usize, got: usize) -> Fault {
-    Fault::Breach(format!("GET_CONFIG: {got} bytes where {needed} were due"))
+fn short(needed: usize, got: usize) -> CheckAbort {
+    CheckAbort::Violation(format!("GET_CONFIG: {got} bytes where {needed} were due"))
 }
 
-fn config(bench: &mut Bench) -> Result<Outcome, Fault> {
-    bench.offer.need(protocol_feature::CONFIG)?;
-    let rig = bench.rig(0)?;
-    let (len, parts) = bench.subject.config();
+fn config(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    target.offered.require_protocol(protocol_feature::CONFIG)?;
+    let harness = target.harness(0)?;
+    let (len, parts) = target.device.config();
     if len == 0 {
-        return Err(Fault::NotOffered("a configuration of such a device".into()));
+        return Err(CheckAbort::NotOffered("a configuration of such a device".into()));
     }
-    let whole = read_config(&rig.link, 0, len)?;
+    let whole = read_config(&harness.connection, 0, len)?;
     for &(offset, size) in parts {
-        let part = read_config(&rig.link, offset, size)?;
+        let part = read_config(&harness.connection, offset, size)?;
         if whole.get(offset as usize..(offset + size) as usize) != Some(&part) {
             return Ok(Outcome::fail(format!("{size} bytes at {offset} differ from those in the whole")));
         }

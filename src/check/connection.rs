@@ -1,7 +1,7 @@
 //! The front-end's side of one connection and of the channel beside it, message by message, with nothing in between that could be polite.
 //!
 //! What an answer should be is the checks' business; here is only what can happen to a message. The header of every
-//! reply is noted ([`Replies`]), so that rule F2.2 is judged by all of them.
+//! reply is noted ([`ReplyFlags`]), so that rule F2 is judged by all of them.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -16,39 +16,39 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-use super::process::LOOK;
+use super::process::RETRY_INTERVAL;
 use super::stop::Deadline;
-use super::{CheckOptions, Fault, Outcome, StopToken};
+use super::{CheckAbort, CheckOptions, Outcome, StopToken};
 use crate::abi::vhost_user::{BackendRequest, Header, Request as Code};
 use crate::sys::socket;
 
 /// Longest reply that is read. The longest there is has 268 bytes (GET_CONFIG).
 const MAX_REPLY: u32 = 1 << 16;
 /// Longest message on the channel. The longest there is has 40 bytes.
-const MAX_WORD: u32 = 4096;
+const MAX_BACKEND_MESSAGE: u32 = 4096;
 /// Most fds of a reply that are kept: more than any may have.
 const MAX_FDS: usize = 16;
 /// Between two segments of a message that is cut, so that the system does not join them again.
-const BETWEEN_SEGMENTS: Duration = Duration::from_millis(20);
+const SEGMENT_DELAY: Duration = Duration::from_millis(20);
 /// The interval at which a wait looks for the stop of the check.
-const STOP_LOOK: Duration = Duration::from_millis(20);
+const STOP_POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The headers of all replies of a run.
 #[derive(Debug, Default)]
-pub(super) struct Replies {
+pub(super) struct ReplyFlags {
     pub(super) count: u64,
     /// How many replies to a request had flags other than 5, by both.
-    pub(super) odd: BTreeMap<(Code, u32), u64>,
+    pub(super) wrong: BTreeMap<(Code, u32), u64>,
 }
 
-impl Replies {
-    /// Rule F2.2, by all of them.
+impl ReplyFlags {
+    /// Rule F2, by all of them.
     pub(super) fn outcome(&self) -> Outcome {
-        let odd: Vec<String> =
-            self.odd.iter().map(|((code, flags), count)| format!("{code} {flags:#x} ({count} times)")).collect();
-        match odd.is_empty() {
+        let wrong: Vec<String> =
+            self.wrong.iter().map(|((code, flags), count)| format!("{code} {flags:#x} ({count} times)")).collect();
+        match wrong.is_empty() {
             true => Outcome::pass(format!("{} replies", self.count)),
-            false => Outcome::fail(format!("of {} replies: {}", self.count, odd.join(", "))),
+            false => Outcome::fail(format!("of {} replies: {}", self.count, wrong.join(", "))),
         }
     }
 }
@@ -63,31 +63,39 @@ pub(super) struct Reply {
 
 impl Reply {
     /// The payload as the one structure that it must be.
-    pub(super) fn read<T: FromBytes>(&self) -> Result<T, Fault> {
+    pub(super) fn read<T: FromBytes>(&self) -> Result<T, CheckAbort> {
         T::read_from_bytes(&self.payload).map_err(|_| {
             let (got, needed) = (self.payload.len(), size_of::<T>());
-            Fault::Breach(format!("the reply to {} has {got} bytes, not {needed}", self.code))
+            CheckAbort::Violation(format!("the reply to {} has {got} bytes, not {needed}", self.code))
         })
     }
 }
 
 /// A connection to the back-end.
 #[derive(Debug)]
-pub(super) struct Link {
+pub(super) struct Connection {
     socket: UnixStream,
     timeout: Duration,
     stop: StopToken,
-    replies: Rc<RefCell<Replies>>,
+    replies: Rc<RefCell<ReplyFlags>>,
 }
 
-impl Link {
-    pub(super) fn connect(path: &Path, options: &CheckOptions, replies: Rc<RefCell<Replies>>) -> io::Result<Link> {
-        Ok(Link::over(connect(path, options.timeout, &options.stop)?, options, replies))
+impl Connection {
+    pub(super) fn connect(
+        path: &Path,
+        options: &CheckOptions,
+        replies: Rc<RefCell<ReplyFlags>>,
+    ) -> io::Result<Connection> {
+        Ok(Connection::from_stream(connect(path, options.timeout, &options.stop)?, options, replies))
     }
 
     /// A connection that was made already.
-    pub(super) fn over(socket: UnixStream, options: &CheckOptions, replies: Rc<RefCell<Replies>>) -> Link {
-        Link { socket, timeout: options.timeout, stop: options.stop.clone(), replies }
+    pub(super) fn from_stream(
+        socket: UnixStream,
+        options: &CheckOptions,
+        replies: Rc<RefCell<ReplyFlags>>,
+    ) -> Connection {
+        Connection { socket, timeout: options.timeout, stop: options.stop.clone(), replies }
     }
 
     /// The end of a wait for the back-end that takes at most `time`.
@@ -96,59 +104,71 @@ impl Link {
     }
 
     /// The same connection once more, for messages that nothing answers.
-    pub(super) fn another(&self) -> Result<UnixStream, Fault> {
+    pub(super) fn try_clone(&self) -> Result<UnixStream, CheckAbort> {
         Ok(self.socket.try_clone()?)
     }
 
     /// Any request with any flags, payload and fds.
-    pub(super) fn send(&self, code: Code, flags: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Fault> {
+    pub(super) fn send(
+        &self,
+        code: Code,
+        flags: u32,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), CheckAbort> {
         let header = Header { request: code.0, flags, size: payload.len() as u32 };
         self.send_bytes(code, &[header.as_bytes(), payload].concat(), fds)
     }
 
-    /// A request whose header, and both halves of whose payload, travel alone (rule F1.3).
-    pub(super) fn send_cut(&self, code: Code, flags: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Fault> {
+    /// A request whose header, and both halves of whose payload, travel alone (rule F1).
+    pub(super) fn send_in_parts(
+        &self,
+        code: Code,
+        flags: u32,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), CheckAbort> {
         let header = Header { request: code.0, flags, size: payload.len() as u32 };
         self.send_bytes(code, header.as_bytes(), fds)?;
         let (first, second) = payload.split_at(payload.len() / 2);
         for part in [first, second] {
-            thread::sleep(BETWEEN_SEGMENTS);
+            thread::sleep(SEGMENT_DELAY);
             self.send_bytes(code, part, &[])?;
         }
         Ok(())
     }
 
     /// Any bytes at all; `code` is what to call them.
-    pub(super) fn send_bytes(&self, code: Code, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Fault> {
+    pub(super) fn send_bytes(&self, code: Code, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), CheckAbort> {
         let (socket, deadline) = (self.socket.as_fd(), self.deadline(self.timeout));
         let has_room = || Ok(ready(&[socket], PollFlags::POLLOUT, &deadline));
         socket::send_with(socket, bytes, fds, has_room).map_err(|error| match error.kind() {
-            io::ErrorKind::TimedOut => Fault::Silent { code, waited: self.timeout },
-            _ => Fault::HungUp { code },
+            io::ErrorKind::TimedOut => CheckAbort::Timeout { code, waited: self.timeout },
+            _ => CheckAbort::HungUp { code },
         })
     }
 
     /// Hangs up.
-    pub(super) fn end(&self) {
+    pub(super) fn close(&self) {
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
     }
 
     /// The next message of the back-end, while the answer to `code` is due.
-    pub(super) fn receive(&self, code: Code) -> Result<Reply, Fault> {
+    pub(super) fn receive(&self, code: Code) -> Result<Reply, CheckAbort> {
         let deadline = self.deadline(self.timeout);
         let mut header = Header::new_zeroed();
         let mut fds = Vec::new();
-        self.fill(code, header.as_mut_bytes(), &mut fds, &deadline)?;
+        self.read_exact_with_fds(code, header.as_mut_bytes(), &mut fds, &deadline)?;
         if header.size > MAX_REPLY {
-            return Err(Fault::Breach(format!("the answer to {code} claims {} bytes", header.size)));
+            return Err(CheckAbort::Violation(format!("the answer to {code} claims {} bytes", header.size)));
         }
         let mut payload = vec![0; header.size as usize];
-        self.fill(code, &mut payload, &mut fds, &deadline)?;
+        self.read_exact_with_fds(code, &mut payload, &mut fds, &deadline)?;
         let mut replies = self.replies.borrow_mut();
         replies.count += 1;
         let answered = Code(header.request);
         if header.flags != Header::REPLY_FLAGS {
-            *replies.odd.entry((answered, header.flags)).or_default() += 1;
+            *replies.wrong.entry((answered, header.flags)).or_default() += 1;
         }
         Ok(Reply { code: answered, payload, fds })
     }
@@ -159,93 +179,102 @@ impl Link {
     }
 
     /// Whether something comes within `patience`.
-    pub(super) fn answers(&self, patience: Duration) -> bool {
+    pub(super) fn replies_within(&self, patience: Duration) -> bool {
         readable(&[self.socket.as_fd()], &self.deadline(patience))
     }
 
     /// The reply to `code`, which must be the next message.
-    pub(super) fn reply(&self, code: Code) -> Result<Reply, Fault> {
+    pub(super) fn reply(&self, code: Code) -> Result<Reply, CheckAbort> {
         let reply = self.receive(code)?;
         match reply.code == code {
             true => Ok(reply),
-            false => Err(Fault::Breach(format!("{} was answered where {code} was due", reply.code))),
+            false => Err(CheckAbort::Violation(format!("{} was answered where {code} was due", reply.code))),
         }
     }
 
     /// Sends a request that has a reply of its own, and waits for that.
-    pub(super) fn ask(&self, code: Code, payload: &[u8]) -> Result<Reply, Fault> {
+    pub(super) fn request(&self, code: Code, payload: &[u8]) -> Result<Reply, CheckAbort> {
         self.send(code, Header::FLAG_VERSION, payload, &[])?;
         self.reply(code)
     }
 
-    /// Like [`ask`](Link::ask), for the many whose reply is a u64.
-    pub(super) fn ask_number(&self, code: Code) -> Result<u64, Fault> {
-        self.ask(code, &[])?.read()
+    /// Like [`request`](Connection::request), for the many whose reply is a u64.
+    pub(super) fn request_u64(&self, code: Code) -> Result<u64, CheckAbort> {
+        self.request(code, &[])?.read()
     }
 
-    /// Sends a request with need-reply; the answer is 0 for done (rule F4.1).
-    pub(super) fn acknowledged(&self, code: Code, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<u64, Fault> {
+    /// Sends a request with need-reply; the answer is 0 for done (rule F4).
+    pub(super) fn request_ack(&self, code: Code, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<u64, CheckAbort> {
         self.send(code, Header::FLAG_VERSION | Header::FLAG_NEED_REPLY, payload, fds)?;
         self.reply(code)?.read()
     }
 
-    /// Everything that was sent is done when this returns (rule F4.4).
-    pub(super) fn barrier(&self) -> Result<u64, Fault> {
-        self.ask_number(Code::GET_FEATURES)
+    /// Everything that was sent is done when this returns (rule F4).
+    pub(super) fn barrier(&self) -> Result<u64, CheckAbort> {
+        self.request_u64(Code::GET_FEATURES)
     }
 
-    fn fill(&self, code: Code, buf: &mut [u8], fds: &mut Vec<OwnedFd>, deadline: &Deadline) -> Result<(), Fault> {
+    fn read_exact_with_fds(
+        &self,
+        code: Code,
+        buf: &mut [u8],
+        fds: &mut Vec<OwnedFd>,
+        deadline: &Deadline,
+    ) -> Result<(), CheckAbort> {
         let mut filled = 0;
         while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
             if !readable(&[self.socket.as_fd()], deadline) {
-                return Err(Fault::Silent { code, waited: self.timeout });
+                return Err(CheckAbort::Timeout { code, waited: self.timeout });
             }
             match socket::receive(self.socket.as_fd(), rest, fds, MAX_FDS) {
-                Ok(0) => return Err(Fault::HungUp { code }),
+                Ok(0) => return Err(CheckAbort::HungUp { code }),
                 Ok(count) => filled += count,
                 Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
-                Err(_) => return Err(Fault::HungUp { code }),
+                Err(_) => return Err(CheckAbort::HungUp { code }),
             }
         }
         Ok(())
     }
 }
 
-/// What a back-end says over its channel (rule B1.1).
-pub(super) struct Word {
+/// What a back-end says over its channel (rule B1).
+pub(super) struct BackendMessage {
     pub(super) code: BackendRequest,
     pub(super) body: Vec<u8>,
     /// Whether it is to be acknowledged.
-    pub(super) asks: bool,
+    pub(super) needs_reply: bool,
 }
 
-impl Word {
+impl BackendMessage {
     /// The next one; `None` when the channel is over.
-    pub(super) fn hear(mut channel: &UnixStream) -> Result<Option<Word>, Fault> {
+    pub(super) fn receive(mut channel: &UnixStream) -> Result<Option<BackendMessage>, CheckAbort> {
         let mut header = Header::new_zeroed();
         if channel.read_exact(header.as_mut_bytes()).is_err() {
             return Ok(None);
         }
         let (code, Header { flags, size, .. }) = (BackendRequest(header.request), header);
-        if flags & !Header::FLAG_NEED_REPLY != Header::FLAG_VERSION || size > MAX_WORD {
-            return Err(Fault::Breach(format!("{code} has flags {flags:#x} and {size} bytes")));
+        if flags & !Header::FLAG_NEED_REPLY != Header::FLAG_VERSION || size > MAX_BACKEND_MESSAGE {
+            return Err(CheckAbort::Violation(format!("{code} has flags {flags:#x} and {size} bytes")));
         }
         let mut body = vec![0; size as usize];
         let whole = channel.read_exact(&mut body);
-        Ok(whole.ok().map(|()| Word { code, body, asks: flags & Header::FLAG_NEED_REPLY != 0 }))
+        Ok(whole.ok().map(|()| BackendMessage { code, body, needs_reply: flags & Header::FLAG_NEED_REPLY != 0 }))
     }
 
-    /// Answers it, if it asks for that.
-    pub(super) fn acknowledge(&self, mut channel: &UnixStream, answer: u64) -> Result<(), Fault> {
-        if !self.asks {
+    /// Answers it, if it needs_reply for that.
+    pub(super) fn acknowledge(&self, mut channel: &UnixStream, answer: u64) -> Result<(), CheckAbort> {
+        if !self.needs_reply {
             return Ok(());
         }
         let reply = Header { request: self.code.0, flags: Header::REPLY_FLAGS, size: size_of_val(&answer) as u32 };
         match channel.write_all(&[reply.as_bytes(), answer.as_bytes()].concat()) {
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-                Err(Fault::Breach(format!("it asks for acknowledgements of {} and does not read them", self.code)))
+                Err(CheckAbort::Violation(format!(
+                    "it needs_reply for acknowledgements of {} and does not read them",
+                    self.code
+                )))
             }
-            // If the channel is over, the next word says so.
+            // If the channel is over, the next message says so.
             _ => Ok(()),
         }
     }
@@ -257,7 +286,9 @@ pub(super) fn connect(path: &Path, timeout: Duration, stop: &StopToken) -> io::R
     let socket = loop {
         match socket::connect(path) {
             // There is no room for another one that waits to be accepted.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock && !deadline.is_over() => thread::sleep(LOOK),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && !deadline.is_over() => {
+                thread::sleep(RETRY_INTERVAL)
+            }
             connected => break connected?,
         }
     };
@@ -276,7 +307,7 @@ fn ready(fds: &[BorrowedFd<'_>], events: PollFlags, deadline: &Deadline) -> bool
     loop {
         let left = deadline.left();
         // Rounded up: the last part of a millisecond is waited for too, and not spun through.
-        let timeout = left.min(STOP_LOOK) + Duration::from_micros(999);
+        let timeout = left.min(STOP_POLL_INTERVAL) + Duration::from_micros(999);
         match poll(&mut polled, PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX)) {
             Ok(0) if left.is_zero() => return false,
             Ok(0) | Err(nix::Error::EINTR) => {}

@@ -2,10 +2,10 @@
 //!
 //! What comes in is a stream of bytes, in buffers of any length; nobody can tell where one piece of it begins.
 
-use super::Fault;
+use super::CheckAbort;
 
 /// Room for what comes in, bytes.
-pub(super) const ROOM: u32 = 256;
+pub(super) const BUFFER_BYTES: u32 = 256;
 /// Digits, each byte the next of the last.
 const DIGITS: u64 = 10;
 
@@ -17,8 +17,8 @@ pub(super) fn packet(number: u64) -> Vec<u8> {
 }
 
 /// What is typed to fill `buffers` buffers.
-pub(super) fn typed(number: u64, buffers: u64) -> Vec<u8> {
-    (0..buffers * u64::from(ROOM)).map(|at| digit(number + at)).collect()
+pub(super) fn input(number: u64, buffers: u64) -> Vec<u8> {
+    (0..buffers * u64::from(BUFFER_BYTES)).map(|at| digit(number + at)).collect()
 }
 
 fn digit(number: u64) -> u8 {
@@ -26,9 +26,9 @@ fn digit(number: u64) -> u8 {
 }
 
 /// Checks what came in; true if it was typed here.
-pub(super) fn received(bytes: &[u8]) -> Result<bool, Fault> {
+pub(super) fn received(bytes: &[u8]) -> Result<bool, CheckAbort> {
     if bytes.is_empty() {
-        return Err(Fault::Breach("a buffer was used for nothing".into()));
+        return Err(CheckAbort::Violation("a buffer was used for nothing".into()));
     }
     Ok(bytes.iter().all(u8::is_ascii_digit))
 }

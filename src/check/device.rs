@@ -3,17 +3,17 @@
 //! The protocol has no question for the kind. Features of the device, the number of queues and the configuration space leave
 //! several kinds or one: only one is taken, else the user has to say it.
 
-use super::blk::{Disk, read_config};
-use super::connection::Link;
+use super::blk::{BlkGeometry, read_config};
+use super::connection::Connection;
 use super::options::DeviceKind;
-use super::{Fault, Offer, vsock};
+use super::{BackendFeatures, CheckAbort, vsock};
 use crate::abi::vhost_user::protocol_feature;
 use crate::abi::virtio::VIRTIO_NET_F_MAC;
 
 /// The device under test.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Subject {
-    Disk(Disk),
+pub(super) enum TestedDevice {
+    Blk(BlkGeometry),
     Net,
     Rng,
     Fs,
@@ -22,42 +22,46 @@ pub(super) enum Subject {
     Console,
 }
 
-impl Subject {
+impl TestedDevice {
     /// The device of a connection that has agreed on protocol features: what it was said to be, or what it can only be.
-    pub(super) fn of(link: &Link, offer: Offer, given: Option<DeviceKind>) -> Result<Subject, Fault> {
+    pub(super) fn of(
+        connection: &Connection,
+        offered: BackendFeatures,
+        given: Option<DeviceKind>,
+    ) -> Result<TestedDevice, CheckAbort> {
         let kind = match given {
             Some(kind) => kind,
-            None => find(link, offer)?,
+            None => find(connection, offered)?,
         };
         Ok(match kind {
-            DeviceKind::Blk => Subject::Disk(Disk::of(link, offer)?),
-            DeviceKind::Net => Subject::Net,
-            DeviceKind::Rng => Subject::Rng,
-            DeviceKind::Fs => Subject::Fs,
-            DeviceKind::Vsock => Subject::Vsock(vsock::context_id(link, offer)?),
-            DeviceKind::Console => Subject::Console,
+            DeviceKind::Blk => TestedDevice::Blk(BlkGeometry::of(connection, offered)?),
+            DeviceKind::Net => TestedDevice::Net,
+            DeviceKind::Rng => TestedDevice::Rng,
+            DeviceKind::Fs => TestedDevice::Fs,
+            DeviceKind::Vsock => TestedDevice::Vsock(vsock::context_id(connection, offered)?),
+            DeviceKind::Console => TestedDevice::Console,
         })
     }
 
     /// Returns true if the device answers requests, which have all they need; other devices send and receive.
     pub(super) fn has_requests(&self) -> bool {
-        matches!(self, Subject::Disk(_) | Subject::Rng | Subject::Fs)
+        matches!(self, TestedDevice::Blk(_) | TestedDevice::Rng | TestedDevice::Fs)
     }
 
     /// Returns true if the same requests bring the same data.
     pub(super) fn is_stable(&self) -> bool {
-        matches!(self, Subject::Disk(_) | Subject::Fs)
+        matches!(self, TestedDevice::Blk(_) | TestedDevice::Fs)
     }
 
     /// The name of the kind, as people write it.
     pub(super) fn name(&self) -> String {
         match self {
-            Subject::Disk(disk) => format!("a disk of {} bytes", disk.bytes()),
-            Subject::Net => "a network interface".into(),
-            Subject::Rng => "a source of random numbers".into(),
-            Subject::Fs => "a file system".into(),
-            Subject::Vsock(cid) => format!("vsock with context id {cid}"),
-            Subject::Console => "a console".into(),
+            TestedDevice::Blk(disk) => format!("a disk of {} bytes", disk.bytes()),
+            TestedDevice::Net => "a network interface".into(),
+            TestedDevice::Rng => "a source of random numbers".into(),
+            TestedDevice::Fs => "a file system".into(),
+            TestedDevice::Vsock(cid) => format!("vsock with context id {cid}"),
+            TestedDevice::Console => "a console".into(),
         }
     }
 
@@ -65,11 +69,11 @@ impl Subject {
     pub(super) fn config(&self) -> (u32, &'static [(u32, u32)]) {
         match self {
             // As much as the oldest front-ends read, of a disk; all that most network interfaces have.
-            Subject::Disk(_) => (36, &[(0, 8), (8, 4), (20, 4), (4, 12), (35, 1)]),
-            Subject::Net => (12, &[(0, 6), (6, 2), (8, 2), (2, 8), (11, 1)]),
-            Subject::Rng => (0, &[]),
-            Subject::Fs => (40, &[(0, 36), (36, 4), (8, 16), (39, 1)]),
-            Subject::Vsock(_) | Subject::Console => (8, &[(0, 4), (4, 4), (2, 4), (7, 1)]),
+            TestedDevice::Blk(_) => (36, &[(0, 8), (8, 4), (20, 4), (4, 12), (35, 1)]),
+            TestedDevice::Net => (12, &[(0, 6), (6, 2), (8, 2), (2, 8), (11, 1)]),
+            TestedDevice::Rng => (0, &[]),
+            TestedDevice::Fs => (40, &[(0, 36), (36, 4), (8, 16), (39, 1)]),
+            TestedDevice::Vsock(_) | TestedDevice::Console => (8, &[(0, 4), (4, 4), (2, 4), (7, 1)]),
         }
     }
 }
@@ -95,7 +99,7 @@ const fn mask(bits: &[u32]) -> u64 {
 
 /// What a back-end says of itself.
 #[derive(Clone, Debug, Default)]
-struct Traits {
+struct DeviceProperties {
     /// Features of the device.
     features: u64,
     /// The number of queues, if it says so.
@@ -104,31 +108,31 @@ struct Traits {
     config: Option<Vec<u8>>,
 }
 
-impl Traits {
-    fn ask(link: &Link, offer: Offer) -> Result<Traits, Fault> {
-        let features = offer.features & OF_DEVICES;
-        let queues = offer.speaks(protocol_feature::MQ).then_some(offer.queues);
+impl DeviceProperties {
+    fn ask(connection: &Connection, offered: BackendFeatures) -> Result<DeviceProperties, CheckAbort> {
+        let features = offered.features & OF_DEVICES;
+        let queues = offered.has_protocol(protocol_feature::MQ).then_some(offered.queues);
         // Of a network interface the configuration tells nothing more.
-        if !offer.speaks(protocol_feature::CONFIG) || features & NET_ALONE != 0 {
-            return Ok(Traits { features, queues, config: None });
+        if !offered.has_protocol(protocol_feature::CONFIG) || features & NET_ALONE != 0 {
+            return Ok(DeviceProperties { features, queues, config: None });
         }
         let mut config = Vec::new();
         // A length that is not there is answered without bytes.
         for size in [40, 36, 12, 8, 1] {
-            match read_config(link, 0, size) {
+            match read_config(connection, 0, size) {
                 Ok(bytes) => {
                     config = bytes;
                     break;
                 }
-                Err(Fault::Breach(_)) => {}
-                Err(fault) => return Err(fault),
+                Err(CheckAbort::Violation(_)) => {}
+                Err(abort) => return Err(abort),
             }
         }
-        Ok(Traits { features, queues, config: Some(config) })
+        Ok(DeviceProperties { features, queues, config: Some(config) })
     }
 
     fn may_be(&self, kind: DeviceKind) -> bool {
-        let Traits { features, queues, ref config } = *self;
+        let DeviceProperties { features, queues, ref config } = *self;
         let only = |known: u64| features & !known == 0;
         let number = |least: u64, most: u64| queues.is_none_or(|queues| (least..=most).contains(&queues));
         let len = config.as_ref().map(Vec::len);
@@ -172,18 +176,18 @@ impl Traits {
 }
 
 /// The one kind that it can be.
-fn find(link: &Link, offer: Offer) -> Result<DeviceKind, Fault> {
-    let traits = Traits::ask(link, offer)?;
-    let may_be: Vec<DeviceKind> = DeviceKind::ALL.iter().copied().filter(|kind| traits.may_be(*kind)).collect();
+fn find(connection: &Connection, offered: BackendFeatures) -> Result<DeviceKind, CheckAbort> {
+    let properties = DeviceProperties::ask(connection, offered)?;
+    let may_be: Vec<DeviceKind> = DeviceKind::ALL.iter().copied().filter(|kind| properties.may_be(*kind)).collect();
     match may_be.as_slice() {
         [kind] => Ok(*kind),
         _ => {
-            let Traits { features, queues, config } = traits;
+            let DeviceProperties { features, queues, config } = properties;
             let queues = queues.map_or("an unknown number of".into(), |queues| queues.to_string());
             let config = config.map_or("none".into(), |config| format!("{} bytes", config.len()));
             let names: Vec<&str> = may_be.iter().map(|kind| kind.name()).collect();
             let names = if names.is_empty() { "none that is known".into() } else { names.join(", ") };
-            Err(Fault::UnknownDevice(format!(
+            Err(CheckAbort::UnknownDevice(format!(
                 "device features {features:#x}, {queues} queues, configuration: {config}; that can be {names}"
             )))
         }
@@ -197,9 +201,12 @@ mod tests {
 
     /// The kinds that a back-end of these traits can be.
     fn kinds(features: u64, queues: u64, config: Option<&[u8]>) -> Vec<&'static str> {
-        let traits =
-            Traits { features: features & OF_DEVICES, queues: Some(queues), config: config.map(<[u8]>::to_vec) };
-        DeviceKind::ALL.iter().filter(|kind| traits.may_be(**kind)).map(|kind| kind.name()).collect()
+        let properties = DeviceProperties {
+            features: features & OF_DEVICES,
+            queues: Some(queues),
+            config: config.map(<[u8]>::to_vec),
+        };
+        DeviceKind::ALL.iter().filter(|kind| properties.may_be(**kind)).map(|kind| kind.name()).collect()
     }
 
     fn padded(text: &[u8], queues: u32) -> Vec<u8> {

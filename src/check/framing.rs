@@ -7,8 +7,8 @@ use std::os::unix::net::UnixStream;
 use zerocopy::IntoBytes;
 
 use super::connection::readable;
-use super::harness::{Rig, Size, describe};
-use super::{Bench, Check, Fault, Outcome, When};
+use super::harness::{Harness, RequestSize, describe};
+use super::{Check, CheckAbort, Outcome, RingSelection, Target};
 use crate::abi::vhost_user::{
     ConfigHeader, Header, InflightDescription, MemoryHeader, MemoryRegion, Request as Code, VringAddr, VringState,
     protocol_feature,
@@ -20,55 +20,65 @@ const NEED_REPLY: u32 = Header::FLAG_VERSION | Header::FLAG_NEED_REPLY;
 const UNKNOWN: Code = Code(4711);
 
 pub(super) const CHECKS: &[Check] = &[
-    Check { rule: "F1", what: "header and payload may come in separate segments", when: When::Once, run: segments },
-    Check { rule: "F2", what: "replies of all kinds have the flags 0x5", when: When::Once, run: flags },
+    Check {
+        rule: "F1",
+        what: "header and payload may come in separate segments",
+        run_on: RingSelection::Once,
+        run: segments,
+    },
+    Check { rule: "F2", what: "replies of all kinds have the flags 0x5", run_on: RingSelection::Once, run: flags },
     Check {
         rule: "F3",
         what: "need-reply adds no second reply; replies have their lengths",
-        when: When::Once,
+        run_on: RingSelection::Once,
         run: replies,
     },
     Check {
         rule: "F4",
         what: "need-reply is answered with a u64, 0 for done",
-        when: When::Once,
+        run_on: RingSelection::Once,
         run: acknowledgements,
     },
-    Check { rule: "F4", what: "messages are answered strictly in order", when: When::Once, run: order },
+    Check { rule: "F4", what: "messages are answered strictly in order", run_on: RingSelection::Once, run: order },
     Check {
         rule: "F5",
         what: "an unknown request with need-reply is refused and the connection goes on",
-        when: When::Once,
+        run_on: RingSelection::Once,
         run: refused,
     },
     Check {
         rule: "F5",
         what: "an unknown request without need-reply is passed over",
-        when: When::Once,
+        run_on: RingSelection::Once,
         run: passed_over,
     },
     Check {
         rule: "F6",
         what: "a memory table with room for more regions than it has is taken",
-        when: When::Once,
+        run_on: RingSelection::Once,
         run: roomy_table,
     },
-    Check { rule: "F8", what: "a socket as call fd is notified with 8 bytes", when: When::Rings, run: socket_call },
+    Check {
+        rule: "F8",
+        what: "a socket as call fd is notified with 8 bytes",
+        run_on: RingSelection::Main,
+        run: socket_call,
+    },
 ];
 
-fn segments(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let rig = bench.rig(0)?;
-    rig.link.send_cut(Code::SET_FEATURES, VERSION, rig.features.as_bytes(), &[])?;
-    rig.link.barrier()?;
-    rig.link.send_cut(Code::SET_MEM_TABLE, VERSION, &rig.table(), &rig.fds())?;
-    rig.link.barrier()?;
-    rig.link.send_cut(Code::GET_VRING_BASE, VERSION, VringState { index: 0, num: 0 }.as_bytes(), &[])?;
-    rig.link.reply(Code::GET_VRING_BASE)?;
+fn segments(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let harness = target.harness(0)?;
+    harness.connection.send_in_parts(Code::SET_FEATURES, VERSION, harness.features.as_bytes(), &[])?;
+    harness.connection.barrier()?;
+    harness.connection.send_in_parts(Code::SET_MEM_TABLE, VERSION, &harness.memory_table(), &harness.fds())?;
+    harness.connection.barrier()?;
+    harness.connection.send_in_parts(Code::GET_VRING_BASE, VERSION, VringState { index: 0, num: 0 }.as_bytes(), &[])?;
+    harness.connection.reply(Code::GET_VRING_BASE)?;
     Ok(Outcome::pass("SET_FEATURES, SET_MEM_TABLE with its fds, GET_VRING_BASE"))
 }
 
 /// Requests with a reply of their own that is offered: payload, and the length of the reply.
-fn own_replies(bench: &Bench) -> Vec<(Code, Vec<u8>, usize)> {
+fn own_replies(target: &Target) -> Vec<(Code, Vec<u8>, usize)> {
     let config = ConfigHeader { offset: 0, size: 8, flags: 0 };
     let inflight = InflightDescription { mmap_size: 0, mmap_offset: 0, num_queues: 1, queue_size: 64, padding: [0; 4] };
     let state = VringState { index: 0, num: 0 }.as_bytes().to_vec();
@@ -82,37 +92,37 @@ fn own_replies(bench: &Bench) -> Vec<(Code, Vec<u8>, usize)> {
         (Some(protocol_feature::CONFIG), Code::GET_CONFIG, [config.as_bytes(), &[0; 8]].concat(), 20),
         (Some(protocol_feature::INFLIGHT_SHMFD), Code::GET_INFLIGHT_FD, inflight.as_bytes().to_vec(), 24),
     ];
-    let offered = |feature: Option<u32>| feature.is_none_or(|feature| bench.offer.speaks(feature));
+    let offered = |feature: Option<u32>| feature.is_none_or(|feature| target.offered.has_protocol(feature));
     let all = all.into_iter().filter(|(feature, ..)| offered(*feature));
     all.map(|(_, code, payload, length)| (code, payload, length)).collect()
 }
 
-fn flags(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let rig = bench.rig(0)?;
-    let asked = bench.offer.speaks(protocol_feature::REPLY_ACK).then_some(NEED_REPLY);
-    for (code, payload, _) in own_replies(bench) {
+fn flags(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let harness = target.harness(0)?;
+    let asked = target.offered.has_protocol(protocol_feature::REPLY_ACK).then_some(NEED_REPLY);
+    for (code, payload, _) in own_replies(target) {
         for flags in [VERSION].into_iter().chain(asked) {
-            rig.link.send(code, flags, &payload, &[])?;
-            // Which reply it is, is rule F3.1.
-            rig.link.receive(code)?;
+            harness.connection.send(code, flags, &payload, &[])?;
+            // Which reply it is, is rule F3.
+            harness.connection.receive(code)?;
         }
     }
-    Ok(bench.replies.borrow().outcome())
+    Ok(target.replies.borrow().outcome())
 }
 
-fn replies(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let rig = bench.rig(0)?;
-    let flags = if bench.offer.speaks(protocol_feature::REPLY_ACK) { NEED_REPLY } else { VERSION };
+fn replies(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let harness = target.harness(0)?;
+    let flags = if target.offered.has_protocol(protocol_feature::REPLY_ACK) { NEED_REPLY } else { VERSION };
     let (mut names, mut odd) = (Vec::new(), Vec::new());
-    for (code, payload, length) in own_replies(bench) {
-        rig.link.send(code, flags, &payload, &[])?;
-        let got = rig.link.reply(code)?.payload.len();
+    for (code, payload, length) in own_replies(target) {
+        harness.connection.send(code, flags, &payload, &[])?;
+        let got = harness.connection.reply(code)?.payload.len();
         if got != length {
             odd.push(format!("{code} has {got} bytes, not {length}"));
         }
         // A second reply would come before this one's.
         let next = if code == Code::GET_FEATURES { Code::GET_PROTOCOL_FEATURES } else { Code::GET_FEATURES };
-        rig.link.ask_number(next)?;
+        harness.connection.request_u64(next)?;
         names.push(code.to_string());
     }
     Ok(match odd.is_empty() {
@@ -121,106 +131,109 @@ fn replies(bench: &mut Bench) -> Result<Outcome, Fault> {
     })
 }
 
-fn acknowledgements(bench: &mut Bench) -> Result<Outcome, Fault> {
-    bench.offer.need(protocol_feature::REPLY_ACK)?;
-    let rig = bench.rig(0)?;
+fn acknowledgements(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    target.offered.require_protocol(protocol_feature::REPLY_ACK)?;
+    let harness = target.harness(0)?;
     let index = 0u64.as_bytes();
-    let size = VringState { index: 0, num: rig.ring.layout.size().into() };
-    let (base, addr) = (VringState { index: 0, num: 0 }, VringAddr { index: 0, ..rig.addr(&rig.ring, None) });
+    let size = VringState { index: 0, num: harness.ring.layout.size().into() };
+    let (base, addr) =
+        (VringState { index: 0, num: 0 }, VringAddr { index: 0, ..harness.vring_addr(&harness.ring, None) });
     let messages: [(Code, &[u8], Vec<_>); 8] = [
-        (Code::SET_FEATURES, rig.features.as_bytes(), vec![]),
-        (Code::SET_MEM_TABLE, &rig.table(), rig.fds()),
-        (Code::SET_VRING_CALL, index, vec![rig.ring.call.as_fd()]),
+        (Code::SET_FEATURES, harness.features.as_bytes(), vec![]),
+        (Code::SET_MEM_TABLE, &harness.memory_table(), harness.fds()),
+        (Code::SET_VRING_CALL, index, vec![harness.ring.call.as_fd()]),
         (Code::SET_VRING_NUM, size.as_bytes(), vec![]),
         (Code::SET_VRING_BASE, base.as_bytes(), vec![]),
         (Code::SET_VRING_ADDR, addr.as_bytes(), vec![]),
-        (Code::SET_VRING_KICK, index, vec![rig.ring.kick.as_fd()]),
+        (Code::SET_VRING_KICK, index, vec![harness.ring.kick.as_fd()]),
         (Code::SET_VRING_ENABLE, base.as_bytes(), vec![]),
     ];
     let count = messages.len();
     for (code, payload, fds) in messages {
-        match rig.link.acknowledged(code, payload, &fds)? {
+        match harness.connection.request_ack(code, payload, &fds)? {
             0 => {}
-            answer => return Err(Fault::Refused { code, answer }),
+            answer => return Err(CheckAbort::Refused { code, answer }),
         }
-        rig.link.barrier()?;
+        harness.connection.barrier()?;
     }
     Ok(Outcome::pass(format!("{count} messages, one answer each")))
 }
 
-fn order(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let rig = bench.rig(0)?;
+fn order(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let harness = target.harness(0)?;
     let codes = [Code::GET_FEATURES, Code::GET_PROTOCOL_FEATURES, Code::GET_FEATURES, Code::GET_FEATURES];
     let sent: Vec<Code> = codes.into_iter().cycle().take(64).collect();
     for code in &sent {
-        rig.link.send(*code, VERSION, &[], &[])?;
+        harness.connection.send(*code, VERSION, &[], &[])?;
     }
     for code in &sent {
-        rig.link.reply(*code)?;
+        harness.connection.reply(*code)?;
     }
     Ok(Outcome::pass(format!("{} requests sent before the first answer was read", sent.len())))
 }
 
-fn refused(bench: &mut Bench) -> Result<Outcome, Fault> {
-    bench.offer.need(protocol_feature::REPLY_ACK)?;
-    let rig = bench.rig(0)?;
+fn refused(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    target.offered.require_protocol(protocol_feature::REPLY_ACK)?;
+    let harness = target.harness(0)?;
     // The other end of the pipe tells whether the fd that came along was closed.
     let (ours, theirs) = std::io::pipe()?;
     let answer = {
         let fds = [theirs.as_fd()];
-        rig.link.acknowledged(UNKNOWN, &[1; 100], &fds)?
+        harness.connection.request_ack(UNKNOWN, &[1; 100], &fds)?
     };
     drop(theirs);
-    rig.link.barrier()?;
+    harness.connection.barrier()?;
     if answer == 0 {
         return Ok(Outcome::fail("it claims to have done request 4711"));
     }
-    Ok(match closed(&rig, ours) {
+    Ok(match closed(&harness, ours) {
         true => Outcome::pass(format!("answer {answer:#x}, and the fd that came along was closed")),
         false => Outcome::fail(format!("answer {answer:#x}, but the fd that came along was kept")),
     })
 }
 
-fn closed(rig: &Rig, mut pipe: std::io::PipeReader) -> bool {
-    readable(&[pipe.as_fd()], &rig.deadline(rig.patience())) && pipe.read(&mut [0]).is_ok_and(|count| count == 0)
+fn closed(harness: &Harness, mut pipe: std::io::PipeReader) -> bool {
+    readable(&[pipe.as_fd()], &harness.deadline(harness.short_wait()))
+        && pipe.read(&mut [0]).is_ok_and(|count| count == 0)
 }
 
-fn passed_over(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let rig = bench.rig(0)?;
-    rig.link.send(UNKNOWN, VERSION, &[1; 100], &[])?;
-    rig.link.barrier()?;
+fn passed_over(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let harness = target.harness(0)?;
+    harness.connection.send(UNKNOWN, VERSION, &[1; 100], &[])?;
+    harness.connection.barrier()?;
     Ok(Outcome::pass("the next request was answered"))
 }
 
-fn roomy_table(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let rig = bench.rig(0)?;
-    let Some((region, fd)) = rig.memory.regions().first().and_then(|region| Some((region, region.shared()?.0))) else {
+fn roomy_table(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let harness = target.harness(0)?;
+    let Some((region, fd)) = harness.memory.regions().first().and_then(|region| Some((region, region.shared()?.0)))
+    else {
         return Ok(Outcome::not_tested("no memory"));
     };
     let mut table = MemoryHeader { nregions: 1, padding: 0 }.as_bytes().to_vec();
     table.extend(describe(region).as_bytes());
     table.extend([0; size_of::<MemoryRegion>()]);
-    rig.done(Code::SET_MEM_TABLE, &table, &[fd])?;
+    harness.send_acked(Code::SET_MEM_TABLE, &table, &[fd])?;
     Ok(Outcome::pass(format!("{} bytes with one region", table.len())))
 }
 
-fn socket_call(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let mut rig = bench.rig(0)?;
-    rig.start()?;
+fn socket_call(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let mut harness = target.harness(0)?;
+    harness.start()?;
     let (ours, theirs) = UnixStream::pair()?;
-    rig.done(Code::SET_VRING_CALL, u64::from(rig.ring.index).as_bytes(), &[theirs.as_fd()])?;
+    harness.send_acked(Code::SET_VRING_CALL, u64::from(harness.ring.index).as_bytes(), &[theirs.as_fd()])?;
     drop(theirs);
-    rig.add(4, Size::Mixed)?;
-    rig.publish();
-    let deadline = rig.deadline(rig.timeout);
+    harness.add(4, RequestSize::Mixed)?;
+    harness.publish();
+    let deadline = harness.deadline(harness.timeout);
     let (mut buf, mut bytes) = ([0; 4096], 0);
     // Nobody has asked not to be notified: there is a notification even if everything is complete by now.
-    while rig.outstanding() > 0 || bytes == 0 {
-        if rig.pop()? {
+    while harness.outstanding() > 0 || bytes == 0 {
+        if harness.pop()? {
             continue;
         }
         if !readable(&[ours.as_fd()], &deadline) {
-            return Ok(Outcome::fail(format!("no notification within {:?}", rig.timeout)));
+            return Ok(Outcome::fail(format!("no notification within {:?}", harness.timeout)));
         }
         match (&ours).read(&mut buf)? {
             0 => return Ok(Outcome::fail("it closed the socket")),

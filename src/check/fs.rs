@@ -7,8 +7,8 @@ use std::io;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
-use super::Fault;
-use super::harness::{Rig, SLOT};
+use super::CheckAbort;
+use super::harness::{Harness, SLOT_BYTES};
 
 const LOOKUP: u32 = 1;
 const OPEN: u32 = 14;
@@ -66,7 +66,7 @@ struct ReadIn {
 /// `struct fuse_dirent`, before the name.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-struct Entry {
+struct Dirent {
     ino: U64,
     off: U64,
     name_len: U32,
@@ -91,7 +91,7 @@ impl OpenFile {
 }
 
 /// The first request of a session, which needs none, and the bytes of its answer.
-pub(super) fn first(number: u64) -> (Vec<u8>, u32) {
+pub(super) fn init_request(number: u64) -> (Vec<u8>, u32) {
     (request(INIT, 0, number, [VERSION[0], VERSION[1], 1 << 17, 0].as_bytes()), INIT_ANSWER)
 }
 
@@ -109,38 +109,40 @@ fn read(opcode: u32, node: u64, handle: u64, offset: u64, len: u32, unique: u64)
 }
 
 /// Begins a session on a ring that runs, and opens a file. Nothing else may be in flight.
-pub(super) fn open(rig: &mut Rig) -> Result<OpenFile, Fault> {
-    let (init, room) = first(0);
-    rig.exchange(&init, 0, room)?;
+pub(super) fn open(harness: &mut Harness) -> Result<OpenFile, CheckAbort> {
+    let (init, room) = init_request(0);
+    harness.exchange(&init, 0, room)?;
     let mut unique = 0;
     let mut ask = |opcode, nodeid, arguments: &[u8], room| {
         unique += 1;
-        rig.exchange(&request(opcode, nodeid, unique, arguments), unique, room)
+        harness.exchange(&request(opcode, nodeid, unique, arguments), unique, room)
     };
-    let directory = number_at(&ask(OPENDIR, ROOT, &[0; 8], 16)?, 0)?;
+    let directory = u64_at(&ask(OPENDIR, ROOT, &[0; 8], 16)?, 0)?;
     let listing = ReadIn { fh: directory.into(), size: DIRECTORY_BYTES.into(), ..ReadIn::new_zeroed() };
     let entries = ask(READDIR, ROOT, listing.as_bytes(), DIRECTORY_BYTES)?;
     for name in regular_files(&entries) {
         let entry = ask(LOOKUP, ROOT, &[name, &[0]].concat(), 128)?;
-        let (node, size) = (number_at(&entry, 0)?, number_at(&entry, SIZE_AT)?);
+        let (node, size) = (u64_at(&entry, 0)?, u64_at(&entry, SIZE_AT)?);
         if size > 0 {
-            let handle = number_at(&ask(OPEN, node, &[0; 8], 16)?, 0)?;
-            return Ok(OpenFile { node, handle, size: size.min(SLOT * 1024) });
+            let handle = u64_at(&ask(OPEN, node, &[0; 8], 16)?, 0)?;
+            return Ok(OpenFile { node, handle, size: size.min(SLOT_BYTES * 1024) });
         }
     }
-    Err(Fault::System(io::Error::other("no file in the root of the file system can be read: put one with a MiB there")))
+    Err(CheckAbort::System(io::Error::other(
+        "no file in the root of the file system can be read: put one with a MiB there",
+    )))
 }
 
-fn number_at(answer: &[u8], at: usize) -> Result<u64, Fault> {
+fn u64_at(answer: &[u8], at: usize) -> Result<u64, CheckAbort> {
     let bytes = answer.get(at..).and_then(<[u8]>::first_chunk);
     let number = bytes.map(|bytes| u64::from_le_bytes(*bytes));
-    number.ok_or_else(|| Fault::Breach(format!("an answer of {} bytes is too short", answer.len())))
+    number.ok_or_else(|| CheckAbort::Violation(format!("an answer of {} bytes is too short", answer.len())))
 }
 
 /// The names of regular files in a listing.
 fn regular_files(mut listing: &[u8]) -> Vec<&[u8]> {
     let mut names = Vec::new();
-    while let Ok((entry, rest)) = Entry::read_from_prefix(listing) {
+    while let Ok((entry, rest)) = Dirent::read_from_prefix(listing) {
         let len = entry.name_len.get() as usize;
         let Some(name) = rest.get(..len).filter(|name| !name.is_empty()) else { break };
         if entry.kind.get() == REGULAR {
@@ -158,7 +160,8 @@ mod tests {
     #[test]
     fn a_listing_has_names_in_it_and_may_be_cut_anywhere() {
         let entry = |name: &[u8], kind: u32| {
-            let entry = Entry { ino: 1.into(), off: 1.into(), name_len: (name.len() as u32).into(), kind: kind.into() };
+            let entry =
+                Dirent { ino: 1.into(), off: 1.into(), name_len: (name.len() as u32).into(), kind: kind.into() };
             let mut bytes = [entry.as_bytes(), name].concat();
             bytes.resize(bytes.len().next_multiple_of(8), 0);
             bytes

@@ -9,8 +9,8 @@ use std::thread;
 
 use zerocopy::{Immutable, IntoBytes};
 
-use super::harness::{HIGH, Rig, Size, describe};
-use super::{Bench, Check, Fault, Outcome, Verdict, When, state};
+use super::harness::{HIGH, Harness, RequestSize, describe};
+use super::{Check, CheckAbort, Outcome, RingSelection, Target, Verdict, state};
 use crate::abi::inflight::{PACKED_HEADER_BYTES, SPLIT_HEADER_BYTES, VERSION};
 use crate::abi::vhost_user::{
     ConfigHeader, Header, InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, Request as Code,
@@ -23,142 +23,152 @@ use crate::memory::sealed_memfd;
 const MIB: u64 = 1 << 20;
 const VERSION_FLAG: u32 = Header::FLAG_VERSION;
 /// Regions of noise that are tried.
-const NOISES: u64 = 20;
+const NOISE_REGIONS: u64 = 20;
 
 pub(super) const CHECKS: &[Check] = &[
     Check {
         rule: "F1",
-        what: "hostile: broken headers, and messages that end too soon",
-        when: When::Once,
+        what: "hostile: broken headers, and messages that end too wait_until",
+        run_on: RingSelection::Once,
         run: frames,
     },
-    Check { rule: "F6", what: "hostile: every payload cut to 3 bytes", when: When::Once, run: cut },
-    Check { rule: "M1", what: "hostile: memory tables that can't be", when: When::Once, run: memory },
-    Check { rule: "R2", what: "hostile: rings that can't be", when: When::Once, run: rings },
-    Check { rule: "L2", what: "hostile: logs that can't be", when: When::Once, run: logs },
-    Check { rule: "C1", what: "hostile: configuration that is not there", when: When::Once, run: config },
-    Check { rule: "D1", what: "hostile: states that were changed, and noise", when: When::Once, run: state::changed },
-    Check { rule: "I1", what: "hostile: inflight regions that can't be", when: When::Once, run: regions },
-    Check { rule: "I3", what: "hostile: inflight regions full of noise", when: When::Rings, run: noise },
-    Check { rule: "R9", what: "hostile: descriptors that loop or lead astray", when: When::Rings, run: descriptors },
+    Check { rule: "F6", what: "hostile: every payload cut to 3 bytes", run_on: RingSelection::Once, run: cut },
+    Check { rule: "M1", what: "hostile: memory tables that can't be", run_on: RingSelection::Once, run: memory },
+    Check { rule: "R2", what: "hostile: rings that can't be", run_on: RingSelection::Once, run: rings },
+    Check { rule: "L2", what: "hostile: logs that can't be", run_on: RingSelection::Once, run: logs },
+    Check { rule: "C1", what: "hostile: configuration that is not there", run_on: RingSelection::Once, run: config },
+    Check {
+        rule: "D1",
+        what: "hostile: states that were changed, and noise",
+        run_on: RingSelection::Once,
+        run: state::mutated,
+    },
+    Check { rule: "I1", what: "hostile: inflight regions that can't be", run_on: RingSelection::Once, run: regions },
+    Check { rule: "I3", what: "hostile: inflight regions full of noise", run_on: RingSelection::Main, run: noise },
+    Check {
+        rule: "R9",
+        what: "hostile: descriptors that loop or lead astray",
+        run_on: RingSelection::Main,
+        run: descriptors,
+    },
 ];
 
 /// A message that must be refused. The fds are of a memfd of 1 MiB.
-struct Message {
+struct HostileMessage {
     what: &'static str,
     code: Code,
     payload: Vec<u8>,
     fds: usize,
 }
 
-fn message(what: &'static str, code: Code, body: &(impl IntoBytes + Immutable + ?Sized), fds: usize) -> Message {
-    Message { what, code, payload: body.as_bytes().to_vec(), fds }
+fn message(what: &'static str, code: Code, body: &(impl IntoBytes + Immutable + ?Sized), fds: usize) -> HostileMessage {
+    HostileMessage { what, code, payload: body.as_bytes().to_vec(), fds }
 }
 
 /// How a back-end took what it was sent.
 #[derive(Default)]
-struct Taken {
+struct HostileTally {
     refused: u32,
     hung_up: u32,
-    believed: Vec<&'static str>,
+    accepted: Vec<&'static str>,
 }
 
-impl Taken {
+impl HostileTally {
     fn outcome(self) -> Outcome {
-        let Taken { refused, hung_up, believed } = self;
+        let HostileTally { refused, hung_up, accepted } = self;
         let seen = format!("survived; {refused} refused or passed over, {hung_up} answered by hanging up");
-        match believed.is_empty() {
+        match accepted.is_empty() {
             true => Outcome::pass(seen),
-            false => Outcome::warning(format!("{seen}; acknowledged as done: {}", believed.join(", "))),
+            false => Outcome::warning(format!("{seen}; acknowledged as done: {}", accepted.join(", "))),
         }
     }
 }
 
 /// Whether the next front-end gets its data.
-pub(super) fn serves(bench: &Bench) -> Result<(), Fault> {
-    let mut rig = bench.rig(0)?;
-    rig.start()?;
-    rig.load(2, Size::Mixed)
+pub(super) fn serves(target: &Target) -> Result<(), CheckAbort> {
+    let mut harness = target.harness(0)?;
+    harness.start()?;
+    harness.run_batch(2, RequestSize::Mixed)
 }
 
 /// Tries one thing after the other, each with a front-end of its own.
 pub(super) fn attack<T>(
-    bench: &Bench,
+    target: &Target,
     all: impl IntoIterator<Item = T>,
     name: impl Fn(&T) -> &'static str,
-    attempt: impl Fn(&mut Rig, &T) -> Result<u64, Fault>,
-) -> Result<Outcome, Fault> {
-    let mut taken = Taken::default();
+    attempt: impl Fn(&mut Harness, &T) -> Result<u64, CheckAbort>,
+) -> Result<Outcome, CheckAbort> {
+    let mut tally = HostileTally::default();
     for thing in all {
         let what = name(&thing);
-        let mut rig = bench.rig(0)?;
-        rig.start()?;
-        match attempt(&mut rig, &thing) {
-            Ok(0) => taken.believed.push(what),
-            Ok(_) | Err(Fault::Refused { .. }) => taken.refused += 1,
-            Err(Fault::HungUp { .. }) => taken.hung_up += 1,
-            Err(fault) => {
-                let Outcome(verdict, seen) = fault.into();
+        let mut harness = target.harness(0)?;
+        harness.start()?;
+        match attempt(&mut harness, &thing) {
+            Ok(0) => tally.accepted.push(what),
+            Ok(_) | Err(CheckAbort::Refused { .. }) => tally.refused += 1,
+            Err(CheckAbort::HungUp { .. }) => tally.hung_up += 1,
+            Err(abort) => {
+                let Outcome(verdict, seen) = abort.into();
                 return Ok(Outcome(verdict, format!("{what}: {seen}")));
             }
         }
-        drop(rig);
-        if let Err(fault) = serves(bench) {
-            return Ok(Outcome::fail(format!("{what}: the next front-end is not served: {fault}")));
+        drop(harness);
+        if let Err(abort) = serves(target) {
+            return Ok(Outcome::fail(format!("{what}: the next front-end is not served: {abort}")));
         }
     }
-    Ok(taken.outcome())
+    Ok(tally.outcome())
 }
 
 /// The same with what a ring leads to, of which a back-end may die later.
 fn attack_rings<T>(
-    bench: &Bench,
+    target: &Target,
     all: impl IntoIterator<Item = T>,
     name: impl Fn(&T) -> &'static str,
-    attempt: impl Fn(&mut Rig, &T) -> Result<u64, Fault>,
-) -> Result<Outcome, Fault> {
-    let outcome = attack(bench, all, name, |rig, thing| {
-        let answer = attempt(rig, thing)?;
-        rig.wake();
-        thread::sleep(bench.options.settle / 8);
+    attempt: impl Fn(&mut Harness, &T) -> Result<u64, CheckAbort>,
+) -> Result<Outcome, CheckAbort> {
+    let outcome = attack(target, all, name, |harness, thing| {
+        let answer = attempt(harness, thing)?;
+        harness.kick();
+        thread::sleep(target.options.settle / 8);
         // Whether it answers on a broken ring is its affair.
-        rig.link.barrier().map(|_| answer)
+        harness.connection.barrier().map(|_| answer)
     })?;
     if outcome.0 == Verdict::Fail {
         // What it was of is known; behind it nobody is served.
         return Ok(outcome);
     }
-    thread::sleep(bench.options.settle);
-    Ok(match serves(bench) {
+    thread::sleep(target.options.settle);
+    Ok(match serves(target) {
         Ok(()) => outcome,
-        Err(fault) => Outcome::fail(format!("after all of them the next front-end is not served: {fault}")),
+        Err(abort) => Outcome::fail(format!("after all of them the next front-end is not served: {abort}")),
     })
 }
 
-fn send(bench: &Bench, all: Vec<Message>) -> Result<Outcome, Fault> {
+fn send(target: &Target, all: Vec<HostileMessage>) -> Result<Outcome, CheckAbort> {
     let file = sealed_memfd("hostile", MIB)?;
-    let acks = bench.offer.speaks(protocol_feature::REPLY_ACK);
+    let acks = target.offered.has_protocol(protocol_feature::REPLY_ACK);
     attack(
-        bench,
+        target,
         all,
         |message| message.what,
-        |rig, Message { code, payload, fds, .. }| {
+        |harness, HostileMessage { code, payload, fds, .. }| {
             let fds: Vec<BorrowedFd<'_>> = (0..*fds).map(|_| file.as_fd()).collect();
             if acks {
-                rig.link.send(*code, VERSION_FLAG | Header::FLAG_NEED_REPLY, payload, &fds)?;
-                let reply = rig.link.reply(*code)?;
+                harness.connection.send(*code, VERSION_FLAG | Header::FLAG_NEED_REPLY, payload, &fds)?;
+                let reply = harness.connection.reply(*code)?;
                 // Replies of their own say no in their own ways.
-                // A log that is taken has an answer of its own, which is not a number (rule F7.1).
-                let taken = *code == Code::SET_LOG_BASE && reply.payload.len() != size_of::<u64>();
-                return Ok(if taken { 0 } else { reply.read().unwrap_or(1) });
+                // A log that is taken has an answer of its own, which is not a number (rule F7).
+                let tally = *code == Code::SET_LOG_BASE && reply.payload.len() != size_of::<u64>();
+                return Ok(if tally { 0 } else { reply.read().unwrap_or(1) });
             }
-            rig.link.send(*code, VERSION_FLAG, payload, &fds)?;
-            rig.link.barrier().map(|_| 1)
+            harness.connection.send(*code, VERSION_FLAG, payload, &fds)?;
+            harness.connection.barrier().map(|_| 1)
         },
     )
 }
 
-fn frames(bench: &mut Bench) -> Result<Outcome, Fault> {
+fn frames(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let header = |request, flags, size| Header { request, flags, size }.as_bytes().to_vec();
     let frames = [
         ("version 0", header(1, 0, 0)),
@@ -171,18 +181,18 @@ fn frames(bench: &mut Bench) -> Result<Outcome, Fault> {
         ("a reply that nobody asked for", [header(2, 5, 8), vec![0; 8]].concat()),
     ];
     attack(
-        bench,
+        target,
         frames,
         |(what, _)| what,
-        |rig, (_, bytes)| {
-            rig.link.send_bytes(Code(0), bytes, &[])?;
-            rig.link.end();
+        |harness, (_, bytes)| {
+            harness.connection.send_bytes(Code(0), bytes, &[])?;
+            harness.connection.close();
             Ok(1)
         },
     )
 }
 
-fn cut(bench: &mut Bench) -> Result<Outcome, Fault> {
+fn cut(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let codes = [
         Code::SET_FEATURES,
         Code::SET_PROTOCOL_FEATURES,
@@ -203,18 +213,18 @@ fn cut(bench: &mut Bench) -> Result<Outcome, Fault> {
         Code::SET_INFLIGHT_FD,
     ];
     let name = |code: Code| code.name().unwrap_or("a request");
-    send(bench, codes.into_iter().map(|code| message(name(code), code, &[1u8; 3], 1)).collect())
+    send(target, codes.into_iter().map(|code| message(name(code), code, &[1u8; 3], 1)).collect())
 }
 
 fn region(guest_phys_addr: u64, memory_size: u64, userspace_addr: u64, mmap_offset: u64) -> MemoryRegion {
     MemoryRegion { guest_phys_addr, memory_size, userspace_addr, mmap_offset }
 }
 
-fn memory(bench: &mut Bench) -> Result<Outcome, Fault> {
+fn memory(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let table = |count: u32, regions: &[MemoryRegion]| {
         [MemoryHeader { nregions: count, padding: 0 }.as_bytes(), regions.as_bytes()].concat()
     };
-    let one = |what, bad, fds| Message { what, code: Code::SET_MEM_TABLE, payload: table(1, &[bad]), fds };
+    let one = |what, bad, fds| HostileMessage { what, code: Code::SET_MEM_TABLE, payload: table(1, &[bad]), fds };
     let good = region(0, MIB, 0, 0);
     let overlap = table(2, &[good, region(MIB - 4096, MIB, MIB, 0)]);
     let mut all = vec![
@@ -225,11 +235,21 @@ fn memory(bench: &mut Bench) -> Result<Outcome, Fault> {
         one("an offset that wraps", region(0, MIB, 0, u64::MAX - 4095), 1),
         one("a region that wraps", region(u64::MAX - 4095, MIB, 0, 0), 1),
         one("an empty region", region(0, 0, 0, 0), 1),
-        Message { what: "overlapping regions", code: Code::SET_MEM_TABLE, payload: overlap, fds: 2 },
-        Message { what: "2^32 - 1 regions", code: Code::SET_MEM_TABLE, payload: table(u32::MAX, &[good]), fds: 1 },
-        Message { what: "a table shorter than it says", code: Code::SET_MEM_TABLE, payload: table(2, &[good]), fds: 2 },
+        HostileMessage { what: "overlapping regions", code: Code::SET_MEM_TABLE, payload: overlap, fds: 2 },
+        HostileMessage {
+            what: "2^32 - 1 regions",
+            code: Code::SET_MEM_TABLE,
+            payload: table(u32::MAX, &[good]),
+            fds: 1,
+        },
+        HostileMessage {
+            what: "a table shorter than it says",
+            code: Code::SET_MEM_TABLE,
+            payload: table(2, &[good]),
+            fds: 2,
+        },
     ];
-    if bench.offer.speaks(protocol_feature::CONFIGURE_MEM_SLOTS) {
+    if target.offered.has_protocol(protocol_feature::CONFIGURE_MEM_SLOTS) {
         let add = |region| MemRegMsg { padding: 0, region };
         let far = region(1 << 40, MIB, 1 << 40, 0);
         all.extend([
@@ -240,20 +260,20 @@ fn memory(bench: &mut Bench) -> Result<Outcome, Fault> {
             message("the removal of no region", Code::REM_MEM_REG, &add(far), 0),
         ]);
     }
-    send(bench, all)
+    send(target, all)
 }
 
-fn rings(bench: &mut Bench) -> Result<Outcome, Fault> {
+fn rings(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let state = |index, num| VringState { index, num };
-    let rig = bench.rig(0)?;
-    let fine = rig.addr(&rig.ring, None);
-    let end = rig.memory.regions().first().map_or(0, |region| {
+    let harness = target.harness(0)?;
+    let fine = harness.vring_addr(&harness.ring, None);
+    let end = harness.memory.regions().first().map_or(0, |region| {
         let MemoryRegion { userspace_addr, memory_size, .. } = describe(region);
         userspace_addr.wrapping_add(memory_size)
     });
-    drop(rig);
+    drop(harness);
     send(
-        bench,
+        target,
         vec![
             message("a size of 0", Code::SET_VRING_NUM, &state(0, 0), 0),
             message("a size that is no power of two", Code::SET_VRING_NUM, &state(0, 100), 0),
@@ -283,11 +303,11 @@ fn rings(bench: &mut Bench) -> Result<Outcome, Fault> {
     )
 }
 
-fn logs(bench: &mut Bench) -> Result<Outcome, Fault> {
-    bench.offer.need(protocol_feature::LOG_SHMFD)?;
+fn logs(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    target.offered.require_protocol(protocol_feature::LOG_SHMFD)?;
     let log = |mmap_size, mmap_offset| LogDescription { mmap_size, mmap_offset };
     send(
-        bench,
+        target,
         vec![
             message("a log without an fd", Code::SET_LOG_BASE, &log(4096, 0), 0),
             message("a log larger than its file", Code::SET_LOG_BASE, &log(2 * MIB, 0), 1),
@@ -298,13 +318,13 @@ fn logs(bench: &mut Bench) -> Result<Outcome, Fault> {
     )
 }
 
-fn config(bench: &mut Bench) -> Result<Outcome, Fault> {
-    bench.offer.need(protocol_feature::CONFIG)?;
+fn config(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    target.offered.require_protocol(protocol_feature::CONFIG)?;
     let config = |offset, size| ConfigHeader { offset, size, flags: 0 };
     let with = |header: ConfigHeader, bytes: usize| [header.as_bytes(), &vec![0; bytes]].concat();
     let read = Code::GET_CONFIG;
     send(
-        bench,
+        target,
         vec![
             message("4 GiB of configuration", read, with(config(0, u32::MAX), 8).as_slice(), 0),
             message("configuration that wraps", read, with(config(u32::MAX, 8), 8).as_slice(), 0),
@@ -318,11 +338,11 @@ fn describe_region(mmap_size: u64, mmap_offset: u64, num_queues: u16, queue_size
     InflightDescription { mmap_size, mmap_offset, num_queues, queue_size, padding: [0; 4] }
 }
 
-fn regions(bench: &mut Bench) -> Result<Outcome, Fault> {
-    bench.offer.need(protocol_feature::INFLIGHT_SHMFD)?;
+fn regions(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    target.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
     let set = Code::SET_INFLIGHT_FD;
     send(
-        bench,
+        target,
         vec![
             message("a region without an fd", set, &describe_region(65536, 0, 1, 64), 0),
             message("a region larger than its file", set, &describe_region(2 * MIB, 0, 1, 64), 1),
@@ -340,15 +360,15 @@ fn regions(bench: &mut Bench) -> Result<Outcome, Fault> {
     )
 }
 
-fn noise(bench: &mut Bench) -> Result<Outcome, Fault> {
-    bench.offer.need(protocol_feature::INFLIGHT_SHMFD)?;
+fn noise(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    target.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
     attack_rings(
-        bench,
-        1..=NOISES,
+        target,
+        1..=NOISE_REGIONS,
         |_| "a region of noise",
-        |rig, seed| {
-            let (size, queues) = (rig.ring.layout.size(), rig.ring.index as u16 + 1);
-            let kind = if rig.ring.is_packed() { RingKind::Packed } else { RingKind::Split };
+        |harness, seed| {
+            let (size, queues) = (harness.ring.layout.size(), harness.ring.index as u16 + 1);
+            let kind = if harness.ring.is_packed() { RingKind::Packed } else { RingKind::Split };
             let part = kind.queue_bytes(size) as usize;
             // As large as its entries.
             let header = match kind {
@@ -374,20 +394,24 @@ fn noise(bench: &mut Bench) -> Result<Outcome, Fault> {
                 }
             }
             File::from(fd.try_clone()?).write_all_at(&contents, 0)?;
-            rig.stop()?;
-            rig.done(Code::SET_INFLIGHT_FD, describe_region(bytes, 0, queues, size).as_bytes(), &[fd.as_fd()])?;
-            rig.start_disabled(None)?;
-            rig.enable(true)?;
+            harness.stop()?;
+            harness.send_acked(
+                Code::SET_INFLIGHT_FD,
+                describe_region(bytes, 0, queues, size).as_bytes(),
+                &[fd.as_fd()],
+            )?;
+            harness.start_disabled(None)?;
+            harness.enable(true)?;
             // It was believed, and something may be found to do.
             Ok(1)
         },
     )
 }
 
-fn descriptors(bench: &mut Bench) -> Result<Outcome, Fault> {
+fn descriptors(target: &mut Target) -> Result<Outcome, CheckAbort> {
     const NEXT: u16 = DESC_F_NEXT;
     const WRITE: u16 = DESC_F_WRITE;
-    let packed = bench.shape.packed;
+    let packed = target.variant.packed;
     // A link of a split ring is the name of a request in a packed one, where it may be anything.
     let desc = |addr: u64, len: u32, flags: u16, next: u16| match packed {
         false => {
@@ -418,16 +442,16 @@ fn descriptors(bench: &mut Bench) -> Result<Outcome, Fault> {
         ("an indirect table outside memory", vec![desc(1 << 50, 32, DESC_F_INDIRECT, 0)], 0, 1),
     ];
     attack_rings(
-        bench,
+        target,
         all,
         |(what, ..)| what,
-        |rig, (_, descs, head, index)| {
-            let [desc, driver, _] = rig.ring.layout.areas();
-            let room = usize::from(rig.ring.layout.size());
-            rig.memory.write(desc, &descs.iter().take(room).flatten().copied().collect::<Vec<u8>>())?;
-            if !rig.ring.is_packed() {
-                rig.memory.write(driver + 4, &head.to_le_bytes())?;
-                rig.memory.write(driver + 2, &index.to_le_bytes())?;
+        |harness, (_, descs, head, index)| {
+            let [desc, driver, _] = harness.ring.layout.areas();
+            let room = usize::from(harness.ring.layout.size());
+            harness.memory.write(desc, &descs.iter().take(room).flatten().copied().collect::<Vec<u8>>())?;
+            if !harness.ring.is_packed() {
+                harness.memory.write(driver + 4, &head.to_le_bytes())?;
+                harness.memory.write(driver + 2, &index.to_le_bytes())?;
             }
             Ok(1)
         },

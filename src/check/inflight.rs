@@ -11,8 +11,8 @@ use std::time::Duration;
 use nix::sys::stat::fstat;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::harness::{Rig, SLOTS, Size, changed, soon};
-use super::{Bench, Check, Fault, Outcome, When};
+use super::harness::{Harness, MAX_REQUESTS, RequestSize, changed, wait_until};
+use super::{Check, CheckAbort, Outcome, RingSelection, Target};
 use crate::abi::inflight::{PackedEntry, PackedHeader, SplitEntry, SplitHeader, VERSION};
 use crate::abi::vhost_user::{Header, InflightDescription, Request as Code, protocol_feature};
 use crate::inflight::RingKind;
@@ -20,53 +20,53 @@ use crate::memory::{Memory, Region};
 use crate::ring::RingBase;
 
 /// How often a front-end hangs up, and a back-end is killed, with requests in flight.
-const DEATHS: u32 = 10;
+const ROUNDS: u32 = 10;
 /// How often at most, until some were seen open: a quick back-end has done everything before one looks.
-const LOOKS: u32 = 60;
+const MAX_ROUNDS: u32 = 60;
 
 pub(super) const CHECKS: &[Check] = &[
     Check {
         rule: "I1",
         what: "GET_INFLIGHT_FD answers with a region that holds what was asked for",
-        when: When::Rings,
-        run: shape,
+        run_on: RingSelection::Main,
+        run: region_size,
     },
     Check {
         rule: "I2",
         what: "requests are marked while in flight; then the region is that of the ring",
-        when: When::Rings,
+        run_on: RingSelection::Main,
         run: contents,
     },
     Check {
         rule: "I3",
         what: "requests open at a hang-up are answered exactly once on the next connection",
-        when: When::Rings,
+        run_on: RingSelection::Main,
         run: hang_ups,
     },
     Check {
         rule: "I3",
         what: "requests open at a SIGKILL are answered exactly once by the successor",
-        when: When::Rings,
+        run_on: RingSelection::Main,
         run: kills,
     },
     Check {
         rule: "I5",
         what: "a fresh region on a used ring starts at the ring's used index",
-        when: When::Rings,
+        run_on: RingSelection::Main,
         run: fresh,
     },
-    Check { rule: "I6", what: "counters go on growing", when: When::Rings, run: counters },
+    Check { rule: "I6", what: "counters go on growing", run_on: RingSelection::Main, run: counters },
     Check {
         rule: "I8",
         what: "in-flight requests may migrate instead of being drained",
-        when: When::Once,
+        run_on: RingSelection::Once,
         run: unstable,
     },
-    Check { rule: "I7", what: "RESET_DEVICE makes the region fresh", when: When::Rings, run: reset },
+    Check { rule: "I7", what: "RESET_DEVICE makes the region fresh", run_on: RingSelection::Main, run: reset },
 ];
 
 /// A region that the back-end made, for the rings up to the one that is looked at.
-pub(super) struct Tracked {
+pub(super) struct TrackedRegion {
     fd: OwnedFd,
     description: InflightDescription,
     memory: Memory,
@@ -76,7 +76,7 @@ pub(super) struct Tracked {
 }
 
 /// What stands in a ring's part.
-struct Contents {
+struct RegionContents {
     version: u16,
     desc_num: u16,
     /// Where completions have come to.
@@ -87,58 +87,58 @@ struct Contents {
     wrong: Option<String>,
 }
 
-impl Tracked {
+impl TrackedRegion {
     /// Asks for a region.
-    pub(super) fn ask(rig: &Rig) -> Result<Tracked, Fault> {
-        rig.offer.need(protocol_feature::INFLIGHT_SHMFD)?;
-        let queue_size = rig.ring.layout.size();
-        let num_queues = rig.ring.index as u16 + 1;
+    pub(super) fn ask(harness: &Harness) -> Result<TrackedRegion, CheckAbort> {
+        harness.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
+        let queue_size = harness.ring.layout.size();
+        let num_queues = harness.ring.index as u16 + 1;
         let wanted = InflightDescription { mmap_size: 0, mmap_offset: 0, num_queues, queue_size, padding: [0; 4] };
-        let reply = rig.link.ask(Code::GET_INFLIGHT_FD, wanted.as_bytes())?;
+        let reply = harness.connection.request(Code::GET_INFLIGHT_FD, wanted.as_bytes())?;
         let mut description: InflightDescription = reply.read()?;
         let InflightDescription { mmap_size, mmap_offset, .. } = description;
         // Some leave the shape to the request.
         (description.num_queues, description.queue_size) = (num_queues, queue_size);
-        let kind = if rig.ring.is_packed() { RingKind::Packed } else { RingKind::Split };
+        let kind = if harness.ring.is_packed() { RingKind::Packed } else { RingKind::Split };
         let (part, number) = (kind.queue_bytes(queue_size), u64::from(num_queues));
         let needed = part * number;
         let count = reply.fds.len();
         let Some(fd) = reply.fds.into_iter().next().filter(|_| count == 1) else {
-            return Err(Fault::Breach(format!("{count} fds came with the region")));
+            return Err(CheckAbort::Violation(format!("{count} fds came with the region")));
         };
         let file = fstat(&fd)?.st_size.cast_unsigned();
         if mmap_size < needed || mmap_offset.checked_add(mmap_size).is_none_or(|end| end > file) {
-            return Err(Fault::Breach(format!(
+            return Err(CheckAbort::Violation(format!(
                 "{mmap_size} bytes at {mmap_offset} of a file of {file}, for {num_queues} queues that need {needed}"
             )));
         }
         let region = Region::map(fd.as_fd(), 0, mmap_size, 0, mmap_offset)?;
         let (at, memory) = (part * (number - 1), Memory::new([Arc::new(region)])?);
-        Ok(Tracked { fd, description, memory, kind, at })
+        Ok(TrackedRegion { fd, description, memory, kind, at })
     }
 
     /// SET_INFLIGHT_FD.
-    pub(super) fn install(&self, rig: &Rig) -> Result<(), Fault> {
-        rig.done(Code::SET_INFLIGHT_FD, self.description.as_bytes(), &[self.fd.as_fd()])
+    pub(super) fn install(&self, harness: &Harness) -> Result<(), CheckAbort> {
+        harness.send_acked(Code::SET_INFLIGHT_FD, self.description.as_bytes(), &[self.fd.as_fd()])
     }
 
-    fn read(&self) -> Result<Contents, Fault> {
+    fn read(&self) -> Result<RegionContents, CheckAbort> {
         let mut bytes = vec![0; self.kind.queue_bytes(self.description.queue_size) as usize];
         self.memory.read(self.at, &mut bytes)?;
         let contents = match self.kind {
             RingKind::Split => split(&bytes, self.description.queue_size),
             RingKind::Packed => packed(&bytes, self.description.queue_size),
         };
-        contents.ok_or_else(|| Fault::Breach("the region is too small for its header".into()))
+        contents.ok_or_else(|| CheckAbort::Violation("the region is too small for its header".into()))
     }
 }
 
-fn split(bytes: &[u8], size: u16) -> Option<Contents> {
+fn split(bytes: &[u8], size: u16) -> Option<RegionContents> {
     let (header, rest) = SplitHeader::read_from_prefix(bytes).ok()?;
     let entries = rest.chunks_exact(size_of::<SplitEntry>()).take(size.into());
     let entries: Vec<SplitEntry> = entries.filter_map(|entry| SplitEntry::read_from_bytes(entry).ok()).collect();
     let outside = header.last_batch_head.get() >= size;
-    Some(Contents {
+    Some(RegionContents {
         version: header.version.get(),
         desc_num: header.desc_num.get(),
         used: RingBase::split(header.used_idx.get()),
@@ -148,7 +148,7 @@ fn split(bytes: &[u8], size: u16) -> Option<Contents> {
     })
 }
 
-fn packed(bytes: &[u8], size: u16) -> Option<Contents> {
+fn packed(bytes: &[u8], size: u16) -> Option<RegionContents> {
     let (header, rest) = PackedHeader::read_from_prefix(bytes).ok()?;
     let entries = rest.chunks_exact(size_of::<PackedEntry>()).take(size.into());
     let entries: Vec<PackedEntry> = entries.filter_map(|entry| PackedEntry::read_from_bytes(entry).ok()).collect();
@@ -166,7 +166,7 @@ fn packed(bytes: &[u8], size: u16) -> Option<Contents> {
     } else {
         None
     };
-    Some(Contents {
+    Some(RegionContents {
         version: header.version.get(),
         desc_num: header.desc_num.get(),
         used: RingBase::packed(used, wrap, used, wrap),
@@ -177,46 +177,48 @@ fn packed(bytes: &[u8], size: u16) -> Option<Contents> {
 }
 
 /// A ring that runs with a region.
-fn tracked(bench: &Bench) -> Result<(Rig, Tracked), Fault> {
-    bench.offer.need(protocol_feature::INFLIGHT_SHMFD)?;
-    let rig = bench.rig(0)?;
-    let region = Tracked::ask(&rig)?;
-    region.install(&rig)?;
-    rig.start()?;
-    Ok((rig, region))
+fn harness_with_region(target: &Target) -> Result<(Harness, TrackedRegion), CheckAbort> {
+    target.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
+    let harness = target.harness(0)?;
+    let region = TrackedRegion::ask(&harness)?;
+    region.install(&harness)?;
+    harness.start()?;
+    Ok((harness, region))
 }
 
-fn shape(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let rig = bench.rig(0)?;
-    let InflightDescription { mmap_size, mmap_offset, num_queues, .. } = Tracked::ask(&rig)?.description;
-    let size = rig.ring.layout.size();
+fn region_size(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let harness = target.harness(0)?;
+    let InflightDescription { mmap_size, mmap_offset, num_queues, .. } = TrackedRegion::ask(&harness)?.description;
+    let size = harness.ring.layout.size();
     Ok(Outcome::pass(format!("{mmap_size} bytes at {mmap_offset} for {num_queues} queues of {size} entries")))
 }
 
-fn contents(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let (mut rig, region) = tracked(bench)?;
+fn contents(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let (mut harness, region) = harness_with_region(target)?;
     let mut most = 0;
-    for round in 0..LOOKS {
-        if round >= DEATHS && most > 0 {
+    for round in 0..MAX_ROUNDS {
+        if round >= ROUNDS && most > 0 {
             break;
         }
-        rig.add(SLOTS, Size::Large)?;
-        rig.publish();
-        let deadline = rig.deadline(rig.timeout);
-        while rig.outstanding() > 0 && !deadline.is_over() {
+        harness.add(MAX_REQUESTS, RequestSize::Large)?;
+        harness.publish();
+        let deadline = harness.deadline(harness.timeout);
+        while harness.outstanding() > 0 && !deadline.is_over() {
             most = most.max(region.read()?.marked);
-            rig.pop_all()?;
+            harness.pop_all()?;
         }
-        rig.finish()?;
+        harness.finish()?;
     }
-    rig.stop()?;
-    let Contents { version, desc_num, used, marked, counter, wrong } = region.read()?;
-    let (ring, size) = (rig.ring.position(), rig.ring.layout.size());
-    let used_at = rig.ring.show(used);
+    harness.stop()?;
+    let RegionContents { version, desc_num, used, marked, counter, wrong } = region.read()?;
+    let (ring, size) = (harness.ring.current_base(), harness.ring.layout.size());
+    let used_at = harness.ring.format_base(used);
     let seen = format!("version {version}, {desc_num} entries, used at {used_at}, up to {most} requests marked");
     Ok(match wrong {
         _ if version != VERSION || desc_num != size => Outcome::fail(format!("{seen}; the ring has {size}")),
-        _ if !rig.ring.same(used, ring) => Outcome::fail(format!("{seen}; the ring is at {}", rig.ring.show(ring))),
+        _ if !harness.ring.is_same_base(used, ring) => {
+            Outcome::fail(format!("{seen}; the ring is at {}", harness.ring.format_base(ring)))
+        }
         Some(wrong) => Outcome::fail(format!("{seen}; {wrong}")),
         _ if marked > 0 => Outcome::fail(format!("{seen}; {marked} are still marked")),
         // What took a request counted it first.
@@ -226,131 +228,132 @@ fn contents(bench: &mut Bench) -> Result<Outcome, Fault> {
 }
 
 /// Leaves requests open in every round, has `die` end the connection, and goes on with the region on another.
-fn survive(
-    bench: &mut Bench,
-    mut die: impl FnMut(&mut Bench, &Rig, u32) -> Result<(), Fault>,
-) -> Result<Outcome, Fault> {
-    let (mut rig, region) = tracked(bench)?;
+fn recover_repeatedly(
+    target: &mut Target,
+    mut die: impl FnMut(&mut Target, &Harness, u32) -> Result<(), CheckAbort>,
+) -> Result<Outcome, CheckAbort> {
+    let (mut harness, region) = harness_with_region(target)?;
     let (mut open, mut marked, mut round) = (0, 0, 0);
-    while round < DEATHS || open == 0 && round < LOOKS {
+    while round < ROUNDS || open == 0 && round < MAX_ROUNDS {
         round += 1;
-        rig.lent.clear();
-        rig.add(SLOTS, Size::Large)?;
-        let before = rig.hashes()?;
+        harness.writable_pages.clear();
+        harness.add(MAX_REQUESTS, RequestSize::Large)?;
+        let before = harness.hashes()?;
         // Every third time nobody tells the back-end: then all are open, however quick it is.
-        if rig.ring.driver.publish() && round % 3 != 0 {
-            rig.wake();
+        if harness.ring.driver.publish() && round % 3 != 0 {
+            harness.kick();
         }
-        die(bench, &rig, round)?;
-        rig.pop_all()?;
-        open += u32::from(rig.outstanding());
+        die(target, &harness, round)?;
+        harness.pop_all()?;
+        open += u32::from(harness.outstanding());
         marked += region.read()?.marked;
-        rig.reconnect(bench.connect()?)?;
-        region.install(&rig)?;
-        // The base as QEMU sends it then: the region knows better (rules I3.4, I4.5).
-        if !bench.shape.packed {
-            rig.ring.base = rig.ring.position();
+        harness.reconnect(target.connect()?)?;
+        region.install(&harness)?;
+        // The base as QEMU sends it then: the region knows better (rules I3, I4).
+        if !target.variant.packed {
+            harness.ring.base = harness.ring.current_base();
         }
-        rig.start()?;
-        if let Err(fault) = rig.finish() {
-            return Ok(Outcome::fail(format!("round {round}: {fault}")));
+        harness.start()?;
+        if let Err(abort) = harness.finish() {
+            return Ok(Outcome::fail(format!("round {round}: {abort}")));
         }
-        let (base, made) = (rig.stop()?, rig.ring.end());
-        if !rig.ring.same(base, made) {
-            let (base, made) = (rig.ring.show(base), rig.ring.show(made));
+        let (base, made) = (harness.stop()?, harness.ring.end_base());
+        if !harness.ring.is_same_base(base, made) {
+            let (base, made) = (harness.ring.format_base(base), harness.ring.format_base(made));
             return Ok(Outcome::fail(format!("round {round}: what was made ends at {made}, the base is {base}")));
         }
-        if rig.ring.has_more(&rig.memory)? {
+        if harness.ring.has_excess_completions(&harness.memory)? {
             return Ok(Outcome::fail(format!("round {round}: more answers than requests")));
         }
-        let done = changed(&before, &rig.hashes()?);
-        let missing = rig.lent.iter().filter(|page| !done.contains(page)).count();
+        let done = changed(&before, &harness.hashes()?);
+        let missing = harness.writable_pages.iter().filter(|page| !done.contains(page)).count();
         if missing > 0 {
             return Ok(Outcome::fail(format!("round {round}: {missing} pages of answered requests have no data")));
         }
-        rig.start()?;
+        harness.start()?;
     }
     let seen = format!("{round} times, {open} requests open in all, {marked} of them marked");
     Ok(if open == 0 { Outcome::not_tested(seen) } else { Outcome::pass(seen) })
 }
 
 /// Lets the back-end work for a moment, another one every time.
-fn at_work(round: u32) {
-    thread::sleep(Duration::from_micros(u64::from((round - 1) % DEATHS) * 150));
+fn let_work(round: u32) {
+    thread::sleep(Duration::from_micros(u64::from((round - 1) % ROUNDS) * 150));
 }
 
-fn hang_ups(bench: &mut Bench) -> Result<Outcome, Fault> {
-    survive(bench, |bench, rig, round| {
-        at_work(round);
-        rig.link.end();
+fn hang_ups(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    recover_repeatedly(target, |target, harness, round| {
+        let_work(round);
+        harness.connection.close();
         // The next connection is the proof that this one is over.
-        bench.lives()
+        target.check_served()
     })
 }
 
-fn kills(bench: &mut Bench) -> Result<Outcome, Fault> {
-    if bench.process.is_none() {
+fn kills(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    if target.process.is_none() {
         return Ok(Outcome::not_tested("needs --restart"));
     }
-    survive(bench, |bench, _, round| {
-        at_work(round);
-        bench.replace()
+    recover_repeatedly(target, |target, _, round| {
+        let_work(round);
+        target.replace()
     })
 }
 
-fn fresh(bench: &mut Bench) -> Result<Outcome, Fault> {
-    bench.offer.need(protocol_feature::INFLIGHT_SHMFD)?;
-    let mut rig = bench.rig(0)?;
-    let region = Tracked::ask(&rig)?;
-    // One behind the region's own: the difference that costs a request, see rule I3.2.
-    rig.move_to(1)?;
-    region.install(&rig)?;
-    rig.start()?;
-    let touched = soon(&rig.deadline(rig.patience()), || region.read().map(|found| found.version != 0))?;
+fn fresh(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    target.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
+    let mut harness = target.harness(0)?;
+    let region = TrackedRegion::ask(&harness)?;
+    // One behind the region's own: the difference that costs a request, see rule I3.
+    harness.move_to(1)?;
+    region.install(&harness)?;
+    harness.start()?;
+    let touched =
+        wait_until(&harness.deadline(harness.short_wait()), || region.read().map(|found| found.version != 0))?;
     let found = region.read()?;
     if !touched {
         return Ok(Outcome::not_tested("the region is not touched before there is a request"));
     }
-    let at = rig.ring.position();
-    rig.load(SLOTS, Size::Mixed)?;
-    Ok(match rig.ring.same(found.used, at) {
-        true => Outcome::pass(format!("used at {}, as the ring has it", rig.ring.show(at))),
+    let at = harness.ring.current_base();
+    harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
+    Ok(match harness.ring.is_same_base(found.used, at) {
+        true => Outcome::pass(format!("used at {}, as the ring has it", harness.ring.format_base(at))),
         false => {
-            let (found, at) = (rig.ring.show(found.used), rig.ring.show(at));
+            let (found, at) = (harness.ring.format_base(found.used), harness.ring.format_base(at));
             Outcome::fail(format!("used at {found} on a ring that is at {at}: a crash now costs a request"))
         }
     })
 }
 
-fn counters(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let (mut rig, region) = tracked(bench)?;
-    rig.load(SLOTS, Size::Mixed)?;
+fn counters(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let (mut harness, region) = harness_with_region(target)?;
+    harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     let first = region.read()?.counter;
-    rig.load(SLOTS, Size::Mixed)?;
+    harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     let second = region.read()?.counter;
     Ok(match second > first {
-        true => Outcome::pass(format!("from {first} to {second} over {SLOTS} requests")),
-        false => Outcome::fail(format!("from {first} to {second} over {SLOTS} requests")),
+        true => Outcome::pass(format!("from {first} to {second} over {MAX_REQUESTS} requests")),
+        false => Outcome::fail(format!("from {first} to {second} over {MAX_REQUESTS} requests")),
     })
 }
 
-fn unstable(bench: &mut Bench) -> Result<Outcome, Fault> {
+fn unstable(target: &mut Target) -> Result<Outcome, CheckAbort> {
     const BASE_INFLIGHT: u32 = 20;
     const SKIP_DRAIN: u32 = 23;
-    match [BASE_INFLIGHT, SKIP_DRAIN].into_iter().find(|bit| bench.offer.speaks(*bit)) {
+    match [BASE_INFLIGHT, SKIP_DRAIN].into_iter().find(|bit| target.offered.has_protocol(*bit)) {
         Some(bit) => {
             Ok(Outcome::not_tested(format!("bit {bit} is offered; a front-end that does not take it is drained")))
         }
-        None => Err(Fault::NotOffered("GET_VRING_BASE_INFLIGHT".into())),
+        None => Err(CheckAbort::NotOffered("GET_VRING_BASE_INFLIGHT".into())),
     }
 }
 
-fn reset(bench: &mut Bench) -> Result<Outcome, Fault> {
-    bench.offer.need(protocol_feature::RESET_DEVICE)?;
-    let (mut rig, region) = tracked(bench)?;
-    rig.load(SLOTS, Size::Mixed)?;
-    rig.link.send(Code::RESET_DEVICE, Header::FLAG_VERSION, &[], &[])?;
-    rig.link.barrier()?;
+fn reset(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    target.offered.require_protocol(protocol_feature::RESET_DEVICE)?;
+    let (mut harness, region) = harness_with_region(target)?;
+    harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
+    harness.connection.send(Code::RESET_DEVICE, Header::FLAG_VERSION, &[], &[])?;
+    harness.connection.barrier()?;
     Ok(match region.read()?.version {
         0 => Outcome::pass("version 0"),
         version => Outcome::fail(format!("version {version}")),

@@ -9,8 +9,10 @@ use std::sync::Arc;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use zerocopy::IntoBytes;
 
-use super::harness::{LOW_BYTES, NOWHERE, Pages, Rig, SLOTS, Size, changed, harvest, pages, soon};
-use super::{Bench, Check, Fault, Outcome, Verdict, When};
+use super::harness::{
+    Harness, LOW_BYTES, MAX_REQUESTS, Pages, RequestSize, UNUSED_AREA, changed, harvest, pages, wait_until,
+};
+use super::{Check, CheckAbort, Outcome, RingSelection, Target, Verdict};
 use crate::abi::bit;
 use crate::abi::vhost_user::{Header, LogDescription, Request as Code};
 use crate::abi::virtio::{
@@ -23,55 +25,80 @@ use crate::sys::nonblocking;
 const ROUNDS: u64 = 8;
 
 pub(super) const CHECKS: &[Check] = &[
-    Check { rule: "F7", what: "SET_LOG_BASE is answered once", when: When::Once, run: reply },
-    Check { rule: "L1", what: "every page that a read changed is marked", when: When::Data, run: data },
+    Check { rule: "F7", what: "SET_LOG_BASE is answered once", run_on: RingSelection::Once, run: reply },
+    Check { rule: "L1", what: "every page that a read changed is marked", run_on: RingSelection::Data, run: data },
     Check {
         rule: "L2",
         what: "a log at an offset, of an odd size, is used where it is",
-        when: When::Data,
+        run_on: RingSelection::Data,
         run: placed,
     },
     Check {
         rule: "L3",
         what: "the used ring is marked at log_guest_addr, wherever that is",
-        when: When::Split,
+        run_on: RingSelection::AllSplit,
         run: used,
     },
-    Check { rule: "L3", what: "data follows LOG_ALL, the used ring follows F_LOG", when: When::Split, run: switches },
-    Check { rule: "L3", what: "the avail event word is marked at log_guest_addr", when: When::Split, run: avail_event },
-    Check { rule: "L4", what: "used descriptors are marked where the ring lies", when: When::Packed, run: descriptors },
-    Check { rule: "L4", what: "the event area is marked at log_guest_addr", when: When::Packed, run: event_area },
+    Check {
+        rule: "L3",
+        what: "data follows LOG_ALL, the used ring follows F_LOG",
+        run_on: RingSelection::AllSplit,
+        run: switches,
+    },
+    Check {
+        rule: "L3",
+        what: "the avail event word is marked at log_guest_addr",
+        run_on: RingSelection::AllSplit,
+        run: avail_event,
+    },
+    Check {
+        rule: "L4",
+        what: "used descriptors are marked where the ring lies",
+        run_on: RingSelection::AllPacked,
+        run: descriptors,
+    },
+    Check {
+        rule: "L4",
+        what: "the event area is marked at log_guest_addr",
+        run_on: RingSelection::AllPacked,
+        run: event_area,
+    },
     Check {
         rule: "L7",
         what: "nothing is marked before logging is on, nor after it is off",
-        when: When::Best,
+        run_on: RingSelection::DataOrMain,
         run: off,
     },
-    Check { rule: "L8", what: "reconnecting while logging, in QEMU's order", when: When::Best, run: reconnecting },
+    Check {
+        rule: "L8",
+        what: "reconnecting while logging, in QEMU's order",
+        run_on: RingSelection::DataOrMain,
+        run: reconnecting,
+    },
     Check {
         rule: "L9",
         what: "another log under load: no page is lost, the old log is left alone",
-        when: When::Data,
+        run_on: RingSelection::Data,
         run: switched,
     },
     Check {
         rule: "L12",
         what: "SET_LOG_FD is signalled after logging, and only then",
-        when: When::Best,
+        run_on: RingSelection::DataOrMain,
         run: signalled,
     },
 ];
 
 /// Some back-ends are known to die of this: it is for the end.
-pub(super) const DEADLY: &[Check] = &[Check {
+pub(super) const DESTRUCTIVE: &[Check] = &[Check {
     rule: "L6",
     what: "writes outside a log that is too small are survived",
-    when: When::Best,
+    run_on: RingSelection::DataOrMain,
     run: too_small,
 }];
 
 /// What marks a batch of device writes should have left, and what they did.
-pub(super) struct Marks {
+pub(super) struct MarkComparison {
     /// Changed by the device.
     changed: Pages,
     /// Lent to the device for writing, or to be marked by other rules.
@@ -79,21 +106,21 @@ pub(super) struct Marks {
     marked: Pages,
 }
 
-impl Marks {
-    /// The device's changes since `before`; the used ring is left to rule L3.3.
-    pub(super) fn of(rig: &Rig, before: &[(u64, u64)], marked: Pages) -> Result<Marks, Fault> {
-        let (own, used) = (rig.own(), rig.used_ring());
-        let mut changed = changed(before, &rig.hashes()?);
+impl MarkComparison {
+    /// The device's changes since `before`; the used ring is left to rule L3.
+    pub(super) fn of(harness: &Harness, before: &[(u64, u64)], marked: Pages) -> Result<MarkComparison, CheckAbort> {
+        let (own, used) = (harness.driver_pages(), harness.device_pages());
+        let mut changed = changed(before, &harness.hashes()?);
         changed.retain(|page| !own.contains(page) && !used.contains(page));
-        Ok(Marks { changed, allowed: rig.lent.clone(), marked })
+        Ok(MarkComparison { changed, allowed: harness.writable_pages.clone(), marked })
     }
 
-    pub(super) fn allow(mut self, pages: impl IntoIterator<Item = u64>) -> Marks {
+    pub(super) fn allow(mut self, pages: impl IntoIterator<Item = u64>) -> MarkComparison {
         self.allowed.extend(pages);
         self
     }
 
-    pub(super) fn judge(&self) -> Outcome {
+    pub(super) fn outcome(&self) -> Outcome {
         let (changed, marked) = (self.changed.len(), self.marked.len());
         let missed: Vec<u64> = self.changed.difference(&self.marked).copied().collect();
         if let Some(first) = missed.first() {
@@ -115,23 +142,23 @@ impl Marks {
 }
 
 /// A running ring and an installed log; nothing is logged yet.
-pub(super) fn ready(bench: &Bench, features: u64) -> Result<(Rig, Log), Fault> {
-    let rig = bench.rig(features)?;
-    rig.start()?;
-    let log = rig.install_log()?;
-    Ok((rig, log))
+pub(super) fn ready(target: &Target, features: u64) -> Result<(Harness, Log), CheckAbort> {
+    let harness = target.harness(features)?;
+    harness.start()?;
+    let log = harness.install_log()?;
+    Ok((harness, log))
 }
 
-fn reply(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let rig = bench.rig(0)?;
-    let (log, fd) = Log::create(rig.memory.end())?;
-    let plain = rig.send_log(&fd, log.size(), 0)?;
-    rig.link.barrier()?;
+fn reply(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let harness = target.harness(0)?;
+    let (log, fd) = Log::create(harness.memory.end())?;
+    let plain = harness.send_log(&fd, log.size(), 0)?;
+    harness.connection.barrier()?;
     let description = LogDescription { mmap_size: log.size(), mmap_offset: 0 };
     let flags = Header::FLAG_VERSION | Header::FLAG_NEED_REPLY;
-    rig.link.send(Code::SET_LOG_BASE, flags, description.as_bytes(), &[fd.as_fd()])?;
-    let asked = rig.link.reply(Code::SET_LOG_BASE)?.payload.len();
-    rig.link.barrier()?;
+    harness.connection.send(Code::SET_LOG_BASE, flags, description.as_bytes(), &[fd.as_fd()])?;
+    let asked = harness.connection.reply(Code::SET_LOG_BASE)?.payload.len();
+    harness.connection.barrier()?;
     let seen = format!("{plain} bytes, with need-reply {asked}");
     Ok(match plain {
         16 if asked == plain => Outcome::pass(seen),
@@ -141,18 +168,18 @@ fn reply(bench: &mut Bench) -> Result<Outcome, Fault> {
     })
 }
 
-fn data(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let (mut rig, log) = ready(bench, 0)?;
-    rig.log_on(rig.ring.device_at())?;
+fn data(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let (mut harness, log) = ready(target, 0)?;
+    harness.enable_logging(harness.ring.device_area())?;
     let mut worst = Outcome::not_tested("no round");
     for round in 0..ROUNDS {
-        rig.lent.clear();
-        rig.add(SLOTS, if round % 2 == 0 { Size::Mixed } else { Size::Large })?;
-        let before = rig.hashes()?;
-        rig.publish();
-        rig.finish()?;
-        rig.link.barrier()?;
-        let found = Marks::of(&rig, &before, harvest(&log))?.allow(rig.used_ring()).judge();
+        harness.writable_pages.clear();
+        harness.add(MAX_REQUESTS, if round % 2 == 0 { RequestSize::Mixed } else { RequestSize::Large })?;
+        let before = harness.hashes()?;
+        harness.publish();
+        harness.finish()?;
+        harness.connection.barrier()?;
+        let found = MarkComparison::of(&harness, &before, harvest(&log))?.allow(harness.device_pages()).outcome();
         if found.0 >= worst.0 {
             worst = found;
         }
@@ -164,50 +191,51 @@ fn data(bench: &mut Bench) -> Result<Outcome, Fault> {
 }
 
 /// A log of the bytes `at..at + size` of a file of its own, with the file seen as memory.
-fn file(bytes: u64) -> Result<(OwnedFd, Memory), Fault> {
+fn file(bytes: u64) -> Result<(OwnedFd, Memory), CheckAbort> {
     let fd = sealed_memfd("log", bytes)?;
     let region = Region::map(fd.as_fd(), 0, bytes, 0, 0)?;
     Ok((fd, Memory::new([Arc::new(region)])?))
 }
 
-fn placed(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let mut rig = bench.rig(0)?;
-    rig.start()?;
+fn placed(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let mut harness = target.harness(0)?;
+    harness.start()?;
     let at = 2 * LOG_PAGE;
     // The last page that is needed has its bit in the last byte, and behind that there is room that is not the log's.
-    let size = (rig.memory.end() / LOG_PAGE - 1) / 8 + 1;
+    let size = (harness.memory.end() / LOG_PAGE - 1) / 8 + 1;
     let odd = size | 1;
     let (fd, seen) = file((at + odd).next_multiple_of(LOG_PAGE) + LOG_PAGE)?;
-    rig.send_log(&fd, odd, at)?;
-    rig.log_on(rig.ring.device_at())?;
-    rig.add(SLOTS, Size::Mixed)?;
-    let before = rig.hashes()?;
-    rig.publish();
-    rig.finish()?;
-    rig.link.barrier()?;
+    harness.send_log(&fd, odd, at)?;
+    harness.enable_logging(harness.ring.device_area())?;
+    harness.add(MAX_REQUESTS, RequestSize::Mixed)?;
+    let before = harness.hashes()?;
+    harness.publish();
+    harness.finish()?;
+    harness.connection.barrier()?;
     let mut bytes = vec![0; seen.size() as usize];
     seen.read(0, &mut bytes)?;
     let inside = |byte: &u64| (at..at + odd).contains(byte);
     let outside = (0..).zip(&bytes).filter(|(place, byte)| **byte != 0 && !inside(place)).count();
     let log = Log::map(fd.as_fd(), odd, at)?;
-    let Outcome(verdict, found) = Marks::of(&rig, &before, harvest(&log))?.allow(rig.used_ring()).judge();
+    let Outcome(verdict, found) =
+        MarkComparison::of(&harness, &before, harvest(&log))?.allow(harness.device_pages()).outcome();
     Ok(match outside {
         0 => Outcome(verdict, format!("{odd} bytes at offset {at}: {found}")),
         bytes => Outcome::fail(format!("{odd} bytes at offset {at}: {bytes} bytes outside were written; {found}")),
     })
 }
 
-fn used(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let (mut rig, log) = ready(bench, 0)?;
+fn used(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let (mut harness, log) = ready(target, 0)?;
     // The used index is alone with the flags on its page, the elements on those behind.
-    let at = NOWHERE + LOG_PAGE - 4;
-    rig.log_on(at)?;
-    rig.load(SLOTS, Size::Mixed)?;
-    // The index may be marked after it was seen; it is when the ring has stopped (rule R3.2).
-    rig.stop()?;
+    let at = UNUSED_AREA + LOG_PAGE - 4;
+    harness.enable_logging(at)?;
+    harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
+    // The index may be marked after it was seen; it is when the ring has stopped (rule R3).
+    harness.stop()?;
     let marked = harvest(&log);
     let missed = missing(&marked, at, |page| page);
-    let at_ring = rig.ring.written().intersection(&marked).count();
+    let at_ring = harness.ring.device_pages().intersection(&marked).count();
     Ok(match (missed.is_empty(), at_ring) {
         (true, 0) => Outcome::pass(format!("index and elements, at {at:#x}")),
         (true, _) => Outcome::warning(format!("index and elements, at {at:#x}, and also where the ring lies")),
@@ -219,37 +247,37 @@ fn used(bench: &mut Bench) -> Result<Outcome, Fault> {
 /// Which parts of a used ring are not marked at `at`, after a batch from index 0 on. The log has the pages that `place`
 /// says.
 pub(super) fn missing(marked: &Pages, at: u64, place: impl Fn(u64) -> u64) -> String {
-    let parts = [("index", RING_IDX_OFFSET, 2), ("elements", RING_ELEMENTS_OFFSET, 8 * SLOTS)];
+    let parts = [("index", RING_IDX_OFFSET, 2), ("elements", RING_ELEMENTS_OFFSET, 8 * MAX_REQUESTS)];
     let lost =
         |(_, offset, len): &(&str, u64, u64)| pages(at + offset, *len).any(|page| !marked.contains(&place(page)));
     parts.into_iter().filter(lost).map(|(name, ..)| name).collect::<Vec<_>>().join(" and ")
 }
 
-fn switches(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let (mut rig, log) = ready(bench, 0)?;
-    let at = NOWHERE + LOG_PAGE - 4;
-    let ring: Pages = pages(at, used_ring_bytes(rig.ring.layout.size().into())).collect();
-    rig.log_used(Some(at))?;
-    rig.load(SLOTS, Size::Mixed)?;
-    rig.link.barrier()?;
-    rig.log_used(None)?;
+fn switches(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let (mut harness, log) = ready(target, 0)?;
+    let at = UNUSED_AREA + LOG_PAGE - 4;
+    let ring: Pages = pages(at, used_ring_bytes(harness.ring.layout.size().into())).collect();
+    harness.set_ring_logging(Some(at))?;
+    harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
+    harness.connection.barrier()?;
+    harness.set_ring_logging(None)?;
     // Only now: flags and event words are written after the last completion.
     let f_log = harvest(&log);
-    rig.log_data(true)?;
-    rig.load(SLOTS, Size::Mixed)?;
-    rig.link.barrier()?;
+    harness.set_log_all(true)?;
+    harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
+    harness.connection.barrier()?;
     let log_all = harvest(&log);
     let mut odd = Vec::new();
     if !missing(&f_log, at, |page| page).is_empty() {
         odd.push("with F_LOG alone the used ring is not marked");
     }
-    if f_log.iter().any(|page| rig.lent.contains(page)) {
+    if f_log.iter().any(|page| harness.writable_pages.contains(page)) {
         odd.push("with F_LOG alone data is marked");
     }
-    if log_all.iter().any(|page| ring.contains(page) || rig.used_ring().contains(page)) {
+    if log_all.iter().any(|page| ring.contains(page) || harness.device_pages().contains(page)) {
         odd.push("with LOG_ALL alone the used ring is marked");
     }
-    if !rig.lent.is_empty() && !log_all.iter().any(|page| rig.lent.contains(page)) {
+    if !harness.writable_pages.is_empty() && !log_all.iter().any(|page| harness.writable_pages.contains(page)) {
         odd.push("with LOG_ALL alone data is not marked");
     }
     Ok(match odd.is_empty() {
@@ -259,27 +287,27 @@ fn switches(bench: &mut Bench) -> Result<Outcome, Fault> {
     })
 }
 
-fn avail_event(bench: &mut Bench) -> Result<Outcome, Fault> {
-    if !bench.offer.has(VIRTIO_RING_F_EVENT_IDX) {
-        return Err(Fault::NotOffered("EVENT_IDX".into()));
+fn avail_event(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    if !target.offered.has(VIRTIO_RING_F_EVENT_IDX) {
+        return Err(CheckAbort::NotOffered("EVENT_IDX".into()));
     }
-    let (mut rig, log) = ready(bench, bit(VIRTIO_RING_F_EVENT_IDX))?;
+    let (mut harness, log) = ready(target, bit(VIRTIO_RING_F_EVENT_IDX))?;
     // Everything before the event word is on pages before its own.
-    let word = avail_event_offset(rig.ring.layout.size().into());
-    let at = NOWHERE + 4 * LOG_PAGE - word;
-    rig.log_on(at)?;
-    let read = |rig: &Rig| {
+    let word = avail_event_offset(harness.ring.layout.size().into());
+    let at = UNUSED_AREA + 4 * LOG_PAGE - word;
+    harness.enable_logging(at)?;
+    let read = |harness: &Harness| {
         let mut event = [0; 2];
-        rig.memory.read(rig.ring.device_at() + word, &mut event).map(|()| event)
+        harness.memory.read(harness.ring.device_area() + word, &mut event).map(|()| event)
     };
-    let before = read(&rig)?;
+    let before = read(&harness)?;
     for _ in 0..ROUNDS {
-        rig.load(SLOTS, Size::Mixed)?;
+        harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     }
     // It may be written after the last notification, and marked after that.
-    soon(&rig.deadline(rig.patience()), || Ok(read(&rig)? != before))?;
-    rig.stop()?;
-    let (after, marked) = (read(&rig)?, harvest(&log).contains(&((at + word) / LOG_PAGE)));
+    wait_until(&harness.deadline(harness.short_wait()), || Ok(read(&harness)? != before))?;
+    harness.stop()?;
+    let (after, marked) = (read(&harness)?, harvest(&log).contains(&((at + word) / LOG_PAGE)));
     let (before, after) = (u16::from_le_bytes(before), u16::from_le_bytes(after));
     Ok(match (before == after, marked) {
         (true, _) => Outcome::not_tested("the device did not write the word"),
@@ -288,27 +316,27 @@ fn avail_event(bench: &mut Bench) -> Result<Outcome, Fault> {
     })
 }
 
-fn descriptors(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let (mut rig, log) = ready(bench, 0)?;
-    rig.log_data(true)?;
-    rig.stop()?;
+fn descriptors(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let (mut harness, log) = ready(target, 0)?;
+    harness.set_log_all(true)?;
+    harness.stop()?;
     // The ring has a page and more when it has 256 entries: what is marked must be what was written.
     let (mut changed_pages, mut marks, mut missed) = (0, 0, 0);
     for _ in 0..ROUNDS {
-        rig.start_logged(Some(NOWHERE))?;
-        rig.add(SLOTS, Size::Mixed)?;
-        rig.publish();
+        harness.start_logged(Some(UNUSED_AREA))?;
+        harness.add(MAX_REQUESTS, RequestSize::Mixed)?;
+        harness.publish();
         // What the driver wrote is of no matter: the device's completions come over it, and are looked for by their place.
-        let from = rig.ring.position().packed_used();
-        rig.finish()?;
+        let from = harness.ring.current_base().packed_used();
+        harness.finish()?;
         // The last descriptor may be marked after it was seen.
-        rig.stop()?;
-        let written: Pages = rig.ring.completed_pages(from).collect();
+        harness.stop()?;
+        let written: Pages = harness.ring.completed_pages(from).collect();
         let marked = harvest(&log);
         changed_pages += written.len();
         missed += written.difference(&marked).count();
-        let [desc, ..] = rig.ring.layout.areas();
-        let [desc_bytes, ..] = rig.ring.bytes();
+        let [desc, ..] = harness.ring.layout.areas();
+        let [desc_bytes, ..] = harness.ring.area_sizes();
         marks += pages(desc, desc_bytes).filter(|page| marked.contains(page)).count();
     }
     let seen =
@@ -320,21 +348,21 @@ fn descriptors(bench: &mut Bench) -> Result<Outcome, Fault> {
     })
 }
 
-fn event_area(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let (mut rig, log) = ready(bench, bit(VIRTIO_RING_F_EVENT_IDX))?;
-    rig.log_on(NOWHERE)?;
-    let read = |rig: &Rig| {
+fn event_area(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let (mut harness, log) = ready(target, bit(VIRTIO_RING_F_EVENT_IDX))?;
+    harness.enable_logging(UNUSED_AREA)?;
+    let read = |harness: &Harness| {
         let mut event = [0; 4];
-        rig.memory.read(rig.ring.device_at(), &mut event).map(|()| u32::from_le_bytes(event))
+        harness.memory.read(harness.ring.device_area(), &mut event).map(|()| u32::from_le_bytes(event))
     };
-    let before = read(&rig)?;
+    let before = read(&harness)?;
     for _ in 0..ROUNDS {
-        rig.load(SLOTS, Size::Mixed)?;
+        harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     }
     // It may be written after the last notification, and marked after that.
-    soon(&rig.deadline(rig.patience()), || Ok(read(&rig)? != before))?;
-    rig.stop()?;
-    let (after, marked) = (read(&rig)?, harvest(&log).contains(&(NOWHERE / LOG_PAGE)));
+    wait_until(&harness.deadline(harness.short_wait()), || Ok(read(&harness)? != before))?;
+    harness.stop()?;
+    let (after, marked) = (read(&harness)?, harvest(&log).contains(&(UNUSED_AREA / LOG_PAGE)));
     let seen = format!("it went from {before:#x} to {after:#x}");
     Ok(match (before == after, marked) {
         (true, _) => Outcome::not_tested("the device did not write it"),
@@ -343,19 +371,19 @@ fn event_area(bench: &mut Bench) -> Result<Outcome, Fault> {
     })
 }
 
-fn off(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let (mut rig, log) = ready(bench, 0)?;
-    rig.load(SLOTS, Size::Mixed)?;
-    rig.link.barrier()?;
+fn off(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let (mut harness, log) = ready(target, 0)?;
+    harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
+    harness.connection.barrier()?;
     let early = harvest(&log).len();
-    rig.log_on(rig.ring.device_at())?;
-    rig.load(SLOTS, Size::Mixed)?;
-    rig.log_data(false)?;
-    rig.log_used(None)?;
+    harness.enable_logging(harness.ring.device_area())?;
+    harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
+    harness.set_log_all(false)?;
+    harness.set_ring_logging(None)?;
     // All that was to be marked is, now that it is off.
     let on = harvest(&log).len();
-    rig.load(SLOTS, Size::Mixed)?;
-    rig.stop()?;
+    harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
+    harness.stop()?;
     let late = harvest(&log).len();
     Ok(match (early, on, late) {
         (_, 0, _) => Outcome::fail("nothing was marked while it was on"),
@@ -364,25 +392,26 @@ fn off(bench: &mut Bench) -> Result<Outcome, Fault> {
     })
 }
 
-fn reconnecting(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let mut rig = bench.rig(0)?;
-    rig.add(SLOTS, Size::Mixed)?;
-    rig.publish();
-    let (log, fd) = Log::create(rig.memory.end())?;
-    let before = rig.hashes()?;
-    rig.log_data(true)?;
-    rig.start_disabled(Some(rig.ring.device_at()))?;
-    rig.watch();
-    let early = changed(&before, &rig.hashes()?).len();
-    rig.send_log(&fd, log.size(), 0)?;
-    rig.enable(true)?;
-    rig.wake();
-    rig.finish()?;
-    rig.stop()?;
+fn reconnecting(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let mut harness = target.harness(0)?;
+    harness.add(MAX_REQUESTS, RequestSize::Mixed)?;
+    harness.publish();
+    let (log, fd) = Log::create(harness.memory.end())?;
+    let before = harness.hashes()?;
+    harness.set_log_all(true)?;
+    harness.start_disabled(Some(harness.ring.device_area()))?;
+    harness.wait_quiet();
+    let early = changed(&before, &harness.hashes()?).len();
+    harness.send_log(&fd, log.size(), 0)?;
+    harness.enable(true)?;
+    harness.kick();
+    harness.finish()?;
+    harness.stop()?;
     let marked = harvest(&log);
-    let ring = &changed(&before, &rig.hashes()?) & &rig.ring.written();
+    let ring = &changed(&before, &harness.hashes()?) & &harness.ring.device_pages();
     let unmarked = ring.difference(&marked).count();
-    let Outcome(verdict, found) = Marks::of(&rig, &before, marked)?.allow(rig.used_ring()).judge();
+    let Outcome(verdict, found) =
+        MarkComparison::of(&harness, &before, marked)?.allow(harness.device_pages()).outcome();
     if early == 0 && unmarked > 0 {
         return Ok(Outcome::fail(format!("{unmarked} pages that the ring was written to are not marked; {found}")));
     }
@@ -394,28 +423,29 @@ fn reconnecting(bench: &mut Bench) -> Result<Outcome, Fault> {
     })
 }
 
-fn switched(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let (mut rig, mut log) = ready(bench, 0)?;
-    rig.log_on(rig.ring.device_at())?;
+fn switched(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let (mut harness, mut log) = ready(target, 0)?;
+    harness.enable_logging(harness.ring.device_area())?;
     let mut worst = Outcome::not_tested("no round");
     for round in 1..=ROUNDS {
-        rig.lent.clear();
-        rig.add(SLOTS, Size::Large)?;
-        let before = rig.hashes()?;
-        rig.publish();
-        let next = rig.install_log()?;
+        harness.writable_pages.clear();
+        harness.add(MAX_REQUESTS, RequestSize::Large)?;
+        let before = harness.hashes()?;
+        harness.publish();
+        let next = harness.install_log()?;
         // What the old log has now is all it may ever have.
         let mut marked = harvest(&log);
         let first = marked.len();
-        rig.finish()?;
-        rig.link.barrier()?;
+        harness.finish()?;
+        harness.connection.barrier()?;
         let late = harvest(&log).len();
         if late > 0 {
             return Ok(Outcome::fail(format!("round {round}: {late} pages marked in the old log after the answer")));
         }
         marked.extend(harvest(&next));
         log = next;
-        let Outcome(verdict, found) = Marks::of(&rig, &before, marked)?.allow(rig.used_ring()).judge();
+        let Outcome(verdict, found) =
+            MarkComparison::of(&harness, &before, marked)?.allow(harness.device_pages()).outcome();
         let found = Outcome(verdict, format!("round {round} of {ROUNDS}: {found}, {first} of them in the old log"));
         if found.0 >= worst.0 {
             worst = found;
@@ -424,60 +454,60 @@ fn switched(bench: &mut Bench) -> Result<Outcome, Fault> {
     Ok(worst)
 }
 
-fn signalled(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let (mut rig, _log) = ready(bench, 0)?;
+fn signalled(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let (mut harness, _log) = ready(target, 0)?;
     let signal = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-    match rig.done(Code::SET_LOG_FD, 0u64.as_bytes(), &[signal.as_fd()]) {
-        Err(Fault::Refused { .. }) => return Err(Fault::NotOffered("SET_LOG_FD".into())),
+    match harness.send_acked(Code::SET_LOG_FD, 0u64.as_bytes(), &[signal.as_fd()]) {
+        Err(CheckAbort::Refused { .. }) => return Err(CheckAbort::NotOffered("SET_LOG_FD".into())),
         done => done?,
     }
-    rig.load(SLOTS, Size::Mixed)?;
-    rig.link.barrier()?;
+    harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
+    harness.connection.barrier()?;
     let early = nonblocking::take(signal.as_fd()).unwrap_or(0);
-    rig.log_on(rig.ring.device_at())?;
-    rig.load(SLOTS, Size::Mixed)?;
+    harness.enable_logging(harness.ring.device_area())?;
+    harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     // The last signal may follow the last completion.
-    rig.stop()?;
+    harness.stop()?;
     let count = nonblocking::take(signal.as_fd()).unwrap_or(0);
-    rig.start_logged(Some(rig.ring.device_at()))?;
+    harness.start_logged(Some(harness.ring.device_area()))?;
     let mut without_fd = || {
-        rig.done(Code::SET_LOG_FD, &[], &[])?;
+        harness.send_acked(Code::SET_LOG_FD, &[], &[])?;
         let _ = nonblocking::take(signal.as_fd());
-        rig.load(SLOTS, Size::Mixed)?;
-        rig.stop()?;
-        Ok::<_, Fault>(nonblocking::take(signal.as_fd()).unwrap_or(0))
+        harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
+        harness.stop()?;
+        Ok::<_, CheckAbort>(nonblocking::take(signal.as_fd()).unwrap_or(0))
     };
     let late = match without_fd() {
         Ok(late) => late,
-        Err(fault) => return Ok(Outcome::fail(format!("after SET_LOG_FD without an fd: {fault}"))),
+        Err(abort) => return Ok(Outcome::fail(format!("after SET_LOG_FD without an fd: {abort}"))),
     };
     Ok(match (early, count, late) {
         // The frames that come in from a loop have left by another ring.
-        (0, 1.., 0) if count <= SLOTS * rig.all().count() as u64 => {
-            Outcome::pass(format!("{count} signals for {SLOTS} requests, none before and after"))
+        (0, 1.., 0) if count <= MAX_REQUESTS * harness.all().count() as u64 => {
+            Outcome::pass(format!("{count} signals for {MAX_REQUESTS} requests, none before and after"))
         }
         _ => Outcome::fail(format!(
-            "{SLOTS} requests each brought {early} signals before logging, {count} while logging, {late} without the fd"
+            "{MAX_REQUESTS} requests each brought {early} signals before logging, {count} while logging, {late} without the fd"
         )),
     })
 }
 
-fn too_small(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let mut rig = bench.rig(0)?;
-    rig.start()?;
+fn too_small(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let mut harness = target.harness(0)?;
+    harness.start()?;
     // Bits for the lower region; data is far behind it.
     let size = LOW_BYTES / LOG_PAGE / 8;
     // There is room in the file for all of them, which is not the log's.
-    let (fd, seen) = file((rig.memory.end() / LOG_PAGE / 8).next_multiple_of(LOG_PAGE))?;
-    rig.send_log(&fd, size, 0)?;
-    rig.log_on(rig.ring.device_at())?;
-    rig.load(SLOTS, Size::Mixed)?;
-    rig.stop()?;
+    let (fd, seen) = file((harness.memory.end() / LOG_PAGE / 8).next_multiple_of(LOG_PAGE))?;
+    harness.send_log(&fd, size, 0)?;
+    harness.enable_logging(harness.ring.device_area())?;
+    harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
+    harness.stop()?;
     let mut bytes = vec![0; seen.size() as usize];
     seen.read(0, &mut bytes)?;
     let outside = bytes.iter().skip(size as usize).filter(|byte| **byte != 0).count();
     Ok(match outside {
-        0 => Outcome::pass(format!("{SLOTS} reads into pages that a log of {size} bytes has no bit for")),
+        0 => Outcome::pass(format!("{MAX_REQUESTS} reads into pages that a log of {size} bytes has no bit for")),
         bytes => Outcome::fail(format!("{bytes} bytes behind the log were written")),
     })
 }

@@ -3,10 +3,10 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use super::harness::{HIGH, Pages, SLOT, SLOTS, Size, changed, harvest, pages};
-use super::inflight::Tracked;
-use super::log::{Marks, ready};
-use super::{Bench, Check, Fault, Outcome, Verdict, When};
+use super::harness::{HIGH, MAX_REQUESTS, Pages, RequestSize, SLOT_BYTES, changed, harvest, pages};
+use super::inflight::TrackedRegion;
+use super::log::{MarkComparison, ready};
+use super::{Check, CheckAbort, Outcome, RingSelection, Target, Verdict};
 use crate::abi::vhost_user::protocol_feature;
 use crate::dirty::Log;
 use crate::memory::LOG_PAGE;
@@ -14,47 +14,52 @@ use crate::memory::LOG_PAGE;
 const ROUNDS: u32 = 8;
 
 pub(super) const CHECKS: &[Check] = &[
-    Check { rule: "L10", what: "data is marked before its completion is seen", when: When::Data, run: order },
+    Check {
+        rule: "L10",
+        what: "data is marked before its completion is seen",
+        run_on: RingSelection::Data,
+        run: order,
+    },
     Check {
         rule: "L11",
         what: "others mark pages in the same words and harvest them: nobody's marks are lost",
-        when: When::Data,
+        run_on: RingSelection::Data,
         run: shared,
     },
     Check {
         rule: "L15",
         what: "a ring with a past and an empty log: what it writes is marked, and all guest memory",
-        when: When::Rings,
+        run_on: RingSelection::Main,
         run: successor,
     },
 ];
 
-fn order(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let (mut rig, log) = ready(bench, 0)?;
-    rig.log_on(rig.ring.device_at())?;
+fn order(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let (mut harness, log) = ready(target, 0)?;
+    harness.enable_logging(harness.ring.device_area())?;
     let (mut early, mut late) = (0, 0);
     for _ in 0..ROUNDS {
-        rig.add(SLOTS, Size::Mixed)?;
-        rig.publish();
+        harness.add(MAX_REQUESTS, RequestSize::Mixed)?;
+        harness.publish();
         let mut unmarked = Pages::new();
         // Asked again and again, so that a completion is seen as soon as it is there.
         for _ in 0..ROUNDS * 100_000 {
-            if rig.outstanding() == 0 {
+            if harness.outstanding() == 0 {
                 break;
             }
-            if !rig.pop()? {
+            if !harness.pop()? {
                 thread::yield_now();
                 continue;
             }
-            for page in pages(rig.last.gpa, rig.last.len.into()) {
+            for page in pages(harness.last.gpa, harness.last.len.into()) {
                 early += 1;
                 if !log.is_marked(page * LOG_PAGE) {
                     unmarked.insert(page);
                 }
             }
         }
-        rig.finish()?;
-        rig.link.barrier()?;
+        harness.finish()?;
+        harness.connection.barrier()?;
         late += harvest(&log).intersection(&unmarked).count();
     }
     Ok(match late {
@@ -65,21 +70,22 @@ fn order(bench: &mut Bench) -> Result<Outcome, Fault> {
     })
 }
 
-fn shared(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let (mut rig, log) = ready(bench, 0)?;
-    rig.log_on(rig.ring.device_at())?;
+fn shared(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let (mut harness, log) = ready(target, 0)?;
+    harness.enable_logging(harness.ring.device_area())?;
     // Behind what a batch of mixed sizes is lent, within the same 64 pages.
-    let ours: Pages = (0..SLOTS).flat_map(|slot| pages(HIGH + slot * SLOT + (48 << 10), 16 << 10)).collect();
+    let ours: Pages =
+        (0..MAX_REQUESTS).flat_map(|slot| pages(HIGH + slot * SLOT_BYTES + (48 << 10), 16 << 10)).collect();
     let mut worst = Outcome::not_tested("no round");
     for _ in 0..ROUNDS {
-        rig.lent.clear();
-        rig.add(SLOTS, Size::Mixed)?;
-        let before = rig.hashes()?;
+        harness.writable_pages.clear();
+        harness.add(MAX_REQUESTS, RequestSize::Mixed)?;
+        let before = harness.hashes()?;
         let over = AtomicBool::new(false);
         let (served, (mut marked, lost, turns)) = thread::scope(|scope| {
             let other = scope.spawn(|| mark_and_harvest(&log, &ours, &over));
-            rig.publish();
-            let served = rig.finish().and_then(|()| rig.link.barrier());
+            harness.publish();
+            let served = harness.finish().and_then(|()| harness.connection.barrier());
             over.store(true, Ordering::Relaxed);
             (served, other.join().unwrap_or_default())
         });
@@ -91,7 +97,8 @@ fn shared(bench: &mut Bench) -> Result<Outcome, Fault> {
         }
         marked.extend(harvest(&log));
         marked.retain(|page| !ours.contains(page));
-        let Outcome(verdict, found) = Marks::of(&rig, &before, marked)?.allow(rig.used_ring()).judge();
+        let Outcome(verdict, found) =
+            MarkComparison::of(&harness, &before, marked)?.allow(harness.device_pages()).outcome();
         if verdict >= worst.0 {
             worst = Outcome(verdict, format!("{turns} harvests meanwhile: {found}"));
         }
@@ -115,37 +122,37 @@ fn mark_and_harvest(log: &Log, ours: &Pages, over: &AtomicBool) -> (Pages, usize
     (taken, lost, turns)
 }
 
-fn successor(bench: &mut Bench) -> Result<Outcome, Fault> {
-    bench.offer.need(protocol_feature::INFLIGHT_SHMFD)?;
-    let mut rig = bench.rig(0)?;
-    let region = Tracked::ask(&rig)?;
-    region.install(&rig)?;
-    rig.start()?;
-    rig.load(SLOTS, Size::Mixed)?;
-    rig.link.end();
-    bench.lives()?;
-    rig.reconnect(bench.connect()?)?;
-    region.install(&rig)?;
-    rig.ring.base = if bench.shape.packed { rig.ring.base } else { rig.ring.position() };
-    rig.add(1, Size::Mixed)?;
-    rig.publish();
-    let before = rig.hashes()?;
-    rig.log_data(true)?;
-    rig.start_disabled(Some(rig.ring.device_at()))?;
-    let (log, fd) = Log::create(rig.memory.end())?;
-    rig.send_log(&fd, log.size(), 0)?;
-    rig.enable(true)?;
-    rig.wake();
-    rig.finish()?;
-    rig.stop()?;
+fn successor(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    target.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
+    let mut harness = target.harness(0)?;
+    let region = TrackedRegion::ask(&harness)?;
+    region.install(&harness)?;
+    harness.start()?;
+    harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
+    harness.connection.close();
+    target.check_served()?;
+    harness.reconnect(target.connect()?)?;
+    region.install(&harness)?;
+    harness.ring.base = if target.variant.packed { harness.ring.base } else { harness.ring.current_base() };
+    harness.add(1, RequestSize::Mixed)?;
+    harness.publish();
+    let before = harness.hashes()?;
+    harness.set_log_all(true)?;
+    harness.start_disabled(Some(harness.ring.device_area()))?;
+    let (log, fd) = Log::create(harness.memory.end())?;
+    harness.send_log(&fd, log.size(), 0)?;
+    harness.enable(true)?;
+    harness.kick();
+    harness.finish()?;
+    harness.stop()?;
     let marked = harvest(&log);
-    let mut lost = changed(&before, &rig.hashes()?);
-    let own = rig.own();
+    let mut lost = changed(&before, &harness.hashes()?);
+    let own = harness.driver_pages();
     lost.retain(|page| !own.contains(page) && !marked.contains(page));
     if !lost.is_empty() {
         return Ok(Outcome::fail(format!("{} pages that it wrote itself are not marked", lost.len())));
     }
-    let all: Pages = rig.memory.regions().iter().flat_map(|region| pages(region.gpa(), region.size())).collect();
+    let all: Pages = harness.memory.regions().iter().flat_map(|region| pages(region.gpa(), region.size())).collect();
     let missing = all.difference(&marked).count();
     Ok(match missing {
         0 => Outcome::pass(format!("{} pages", all.len())),

@@ -19,7 +19,7 @@
 //! and dying included, is a finding. Nothing is written to a disk, unless [`CheckOptions::write`] allows it.
 //!
 //! A check is run on split rings and on packed ones, and of a network interface with frames that leave and with frames
-//! that come in, as far as it makes a difference: `When` says so.
+//! that come in, as far as it makes a difference: `RingSelection` says so.
 #![forbid(unsafe_code)]
 
 mod backend_channel;
@@ -64,30 +64,30 @@ pub use stop::StopToken;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use device::Subject;
-use outcome::{Fault, Outcome};
-use ring_variant::{Flow, Shape, When};
-use rules::ASIDE;
-use target::{Bench, Offer, offers, prepare};
+use device::TestedDevice;
+use outcome::{CheckAbort, Outcome};
+use ring_variant::{Flow, RingSelection, RingVariant};
+use rules::UNTESTABLE;
+use target::{BackendFeatures, Target, describe_backend, prepare};
 
 /// After so many checks that took all the time there is, there is less.
-const PATIENCE: u32 = 3;
-const IMPATIENT: Duration = Duration::from_secs(2);
+const SLOW_CHECKS: u32 = 3;
+const REDUCED_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// One check of one rule.
 struct Check {
     rule: &'static str,
     what: &'static str,
-    when: When,
-    run: fn(&mut Bench) -> Result<Outcome, Fault>,
+    run_on: RingSelection,
+    run: fn(&mut Target) -> Result<Outcome, CheckAbort>,
 }
 
 impl Check {
     /// The rule that it is about on these rings: what a region of packed rings holds, and what is made of it, is a rule of
     /// its own.
-    fn rule_on(&self, shape: Option<Shape>) -> &'static str {
+    fn rule_on(&self, variant: Option<RingVariant>) -> &'static str {
         match self.rule {
-            "I2" | "I3" if shape.is_some_and(|shape| shape.packed) => "I4",
+            "I2" | "I3" if variant.is_some_and(|variant| variant.packed) => "I4",
             rule => rule,
         }
     }
@@ -130,7 +130,7 @@ pub fn check_with_progress(
     }
     options.only.iter().try_for_each(|id| rule(id).map(drop))?;
     let wanted = |rule: &str| options.only.is_empty() || options.only.contains(&rule);
-    let mut bench = prepare(socket, options).map_err(|error| match options.stop.is_set() {
+    let mut target = prepare(socket, options).map_err(|error| match options.stop.is_set() {
         true => CheckError::Stopped { left: Vec::new() },
         false => error,
     })?;
@@ -142,56 +142,57 @@ pub fn check_with_progress(
     let needs_leave = (!may_kill).then_some("needs --may-kill: some back-ends do not survive it");
     let needs_hostile = (!options.hostile).then_some("needs --hostile");
     let groups = groups.map(|group| (None, group));
-    let deadly = [(needs_leave, log::DEADLY), (needs_leave, postcopy::DEADLY), (needs_hostile, hostile::CHECKS)];
+    let deadly =
+        [(needs_leave, log::DESTRUCTIVE), (needs_leave, postcopy::DESTRUCTIVE), (needs_hostile, hostile::CHECKS)];
     for (needs, check) in groups.chain(deadly).flat_map(|(needs, group)| group.iter().map(move |check| (needs, check)))
     {
-        let mut shapes: Vec<Option<Shape>> = bench.shapes(check.when).into_iter().map(Some).collect();
-        if shapes.is_empty() {
-            shapes.push(None);
+        let mut variants: Vec<Option<RingVariant>> = target.variants(check.run_on).into_iter().map(Some).collect();
+        if variants.is_empty() {
+            variants.push(None);
         }
-        let named = shapes.into_iter().map(|shape| (needs, check, check.rule_on(shape), shape));
+        let named = variants.into_iter().map(|variant| (needs, check, check.rule_on(variant), variant));
         runs.extend(named.filter(|(_, _, rule, _)| wanted(rule)));
     }
     let mut findings = Vec::new();
     let mut gone = None;
     let (mut slow, all) = (0, runs.len());
-    for (done, (needs, check, rule, shape)) in runs.into_iter().enumerate() {
-        let Check { what, when, run, .. } = *check;
-        let rings = if when == When::Once { "" } else { shape.map_or("", Shape::name) };
+    for (done, (needs, check, rule, variant)) in runs.into_iter().enumerate() {
+        let Check { what, run_on, run, .. } = *check;
+        let rings = if run_on == RingSelection::Once { "" } else { variant.map_or("", RingVariant::name) };
         watch(&CheckProgress { done, all, rule, what, rings });
         let began = Instant::now();
-        let Outcome(verdict, seen) = match (needs, &gone, shape) {
+        let Outcome(verdict, seen) = match (needs, &gone, variant) {
             (Some(needs), ..) => Outcome::not_tested(needs),
-            (_, _, None) => bench.left_out(when),
+            (_, _, None) => target.skip_outcome(run_on),
             (_, Some(reason), _) => Outcome::not_tested(reason),
-            (None, None, Some(shape)) => {
-                bench.shape = shape;
-                run(&mut bench).unwrap_or_else(Outcome::from)
+            (None, None, Some(variant)) => {
+                target.variant = variant;
+                run(&mut target).unwrap_or_else(Outcome::from)
             }
         };
         let took = began.elapsed();
         findings.push(Finding { rule, what, rings, verdict, seen, seconds: took.as_secs_f64() });
-        if gone.is_some() || needs.is_some() || shape.is_none() {
+        if gone.is_some() || needs.is_some() || variant.is_none() {
             continue;
         }
         // Who was given all the time there is again and again, and did not answer, is given less.
-        slow += u32::from(verdict == Verdict::Fail && took >= bench.options.timeout);
-        if slow == PATIENCE {
-            bench.options.timeout = bench.options.timeout.min(IMPATIENT);
+        slow += u32::from(verdict == Verdict::Fail && took >= target.options.timeout);
+        if slow == SLOW_CHECKS {
+            target.options.timeout = target.options.timeout.min(REDUCED_TIMEOUT);
         }
-        let lives = bench.lives();
-        bench.goes_on()?;
-        if let Err(fault) = lives {
-            let seen = format!("{}{rule} {what}\": {fault}", report::AFTER);
+        let lives = target.check_served();
+        target.check_stop()?;
+        if let Err(abort) = lives {
+            let seen = format!("{}{rule} {what}\": {abort}", report::AFTER_PREFIX);
             let what = "the next front-end is served";
             findings.push(Finding { rule: "R9", what, rings, verdict: Verdict::Fail, seen, seconds: 0.0 });
-            let again = if bench.process.is_some() { bench.replace() } else { Err(fault) };
-            gone = again.err().map(|fault| format!("the back-end is gone since \"{rule} {}\": {fault}", check.what));
+            let again = if target.process.is_some() { target.replace() } else { Err(abort) };
+            gone = again.err().map(|abort| format!("the back-end is gone since \"{rule} {}\": {abort}", check.what));
         }
     }
-    bench.goes_on()?;
+    target.check_stop()?;
     if let Some((status, times)) =
-        bench.process.as_ref().and_then(|process| Some((process.ends()?, process.restarts.get())))
+        target.process.as_ref().and_then(|process| Some((process.usual_exit()?, process.restarts.get())))
         && wanted("R9")
     {
         let (what, rings) = ("the back-end outlives its front-end", "");
@@ -199,16 +200,16 @@ pub fn check_with_progress(
         findings.push(Finding { rule: "R9", what, rings, verdict: Verdict::Warning, seen, seconds: 0.0 });
     }
     if wanted("F2") {
-        let Outcome(verdict, seen) = bench.replies.borrow().outcome();
+        let Outcome(verdict, seen) = target.replies.borrow().outcome();
         let what = "every reply of the run has the flags 0x5";
         findings.push(Finding { rule: "F2", what, rings: "", verdict, seen, seconds: 0.0 });
     }
     for (rule, what) in RULES.iter().filter(|(rule, _)| wanted(rule)) {
         if !findings.iter().any(|finding| finding.rule == *rule) {
-            let aside = ASIDE.iter().find(|(aside, _)| aside == rule);
+            let aside = UNTESTABLE.iter().find(|(aside, _)| aside == rule);
             let seen = aside.map_or("no check is about it", |(_, why)| why).into();
             findings.push(Finding { rule, what, rings: "", verdict: Verdict::NotTested, seen, seconds: 0.0 });
         }
     }
-    Ok(CheckReport { socket: socket.into(), offers: offers(&bench), findings })
+    Ok(CheckReport { socket: socket.into(), offers: describe_backend(&target), findings })
 }

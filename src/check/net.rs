@@ -11,25 +11,25 @@ use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt::BindToDevice};
 
-use super::harness::{FRAMES, Rig, Size, noise, soon};
-use super::queue::Queue;
-use super::{Bench, Fault};
+use super::harness::{FRAMES, Harness, RequestSize, noise, wait_until};
+use super::queue::DriverQueue;
+use super::{CheckAbort, Target};
 use crate::memory::{LOG_PAGE, Memory};
 use crate::ring::Buffer;
 
 /// Bytes before every packet in a ring, as VERSION_1 has it.
 pub(super) const HEADER: usize = 12;
 /// The longest frame without a larger MTU.
-pub(super) const LONGEST: usize = 1514;
+pub(super) const MAX_FRAME_BYTES: usize = 1514;
 /// Ethernet, IP and UDP headers of a frame: what makes it one of ours comes behind them, whoever sent it.
 const HEADERS: usize = 42;
 const TAG: u64 = 0x6b63_6568_632d_6d76;
 /// An ether type for experiments (IEEE 802).
 const ETHER_TYPE: [u8; 2] = [0x88, 0xb5];
 /// Frames that may be in flight towards the back-end that loops them.
-const ROOM: u64 = 32;
+const MAX_IN_FLIGHT: u64 = 32;
 /// How long a frame may take to come back from who was not said to loop them.
-const LOOPS: Duration = Duration::from_secs(2);
+const LOOPBACK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Where frames for the device under test come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,31 +46,31 @@ pub enum FrameSource {
 }
 
 /// What brings something in.
-pub(super) enum Source {
-    /// The transmit rings of the same rig.
+pub(super) enum FrameInjector {
+    /// The transmit rings of the same harness.
     Loop,
     Interface(UdpSocket),
-    /// The transmit ring of a rig of its own.
-    Backend(Box<Rig>),
+    /// The transmit ring of a harness of its own.
+    Backend(Box<Harness>),
     /// The host's side of vsock, and its connections: one that ends at once is not heard.
-    Host(PathBuf, VecDeque<UnixStream>),
+    VsockHost(PathBuf, VecDeque<UnixStream>),
     /// Whoever types at a console.
-    Typed(TcpStream),
+    Tcp(TcpStream),
 }
 
-impl Source {
+impl FrameInjector {
     /// An interface, that broadcasts leave by.
-    pub(super) fn interface(name: &str) -> Result<Source, Fault> {
+    pub(super) fn interface(name: &str) -> Result<FrameInjector, CheckAbort> {
         let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
         setsockopt(&socket, BindToDevice, &name.into())?;
         socket.set_broadcast(true)?;
-        Ok(Source::Interface(socket))
+        Ok(FrameInjector::Interface(socket))
     }
 }
 
 /// What follows the headers of frame `number`, as long as all frames are, or as they come.
 pub(super) fn payload(number: u64, long: bool) -> Vec<u8> {
-    let most = LONGEST - HEADERS;
+    let most = MAX_FRAME_BYTES - HEADERS;
     let len = if long { most } else { 40 + (number * 131) as usize % (most - 40) };
     let rest = noise(number, (len - 16) as u32);
     [&TAG.to_le_bytes(), &number.to_le_bytes(), rest.as_slice()].concat()
@@ -92,23 +92,23 @@ pub(super) fn packet(payload: &[u8]) -> Vec<u8> {
 }
 
 /// Sends a packet over a transmit ring that is for nothing else; false while that is full.
-pub(super) fn send(queue: &mut Queue, memory: &Memory, number: u64, packet: &[u8]) -> Result<bool, Fault> {
+pub(super) fn send(queue: &mut DriverQueue, memory: &Memory, number: u64, packet: &[u8]) -> Result<bool, CheckAbort> {
     while queue.driver.pop_used()?.is_some() {}
-    if u64::from(queue.driver.outstanding()) >= ROOM {
+    if u64::from(queue.driver.outstanding()) >= MAX_IN_FLIGHT {
         return Ok(false);
     }
-    let gpa = FRAMES + number % (2 * ROOM) * LOG_PAGE;
+    let gpa = FRAMES + number % (2 * MAX_IN_FLIGHT) * LOG_PAGE;
     memory.write(gpa, packet)?;
     let sent = queue.driver.add(&[Buffer { gpa, len: packet.len() as u32 }], &[], None)?.is_some();
     queue.publish();
-    queue.wake();
+    queue.signal_kick();
     Ok(sent)
 }
 
 /// Checks a packet that came in: if it is one of ours, it is as it was sent; true if it is.
-pub(super) fn received(packet: &[u8]) -> Result<bool, Fault> {
+pub(super) fn received(packet: &[u8]) -> Result<bool, CheckAbort> {
     if packet.len() < HEADER {
-        return Err(Fault::Breach(format!("a packet of {} bytes came in", packet.len())));
+        return Err(CheckAbort::Violation(format!("a packet of {} bytes came in", packet.len())));
     }
     let Some(ours) = packet.get(HEADER + HEADERS..).filter(|rest| rest.starts_with(&TAG.to_le_bytes())) else {
         return Ok(false);
@@ -117,41 +117,41 @@ pub(super) fn received(packet: &[u8]) -> Result<bool, Fault> {
     let rest = ours.get(16..).unwrap_or_default();
     match number.is_some_and(|number| noise(number, rest.len() as u32) == rest) {
         true => Ok(true),
-        false => Err(Fault::Breach("a frame arrived that is not as it was sent".into())),
+        false => Err(CheckAbort::Violation("a frame arrived that is not as it was sent".into())),
     }
 }
 
 /// A receive ring that waits for one frame.
-fn waiting(bench: &Bench) -> Result<Rig, Fault> {
-    let mut rig = bench.rig(0)?;
-    rig.start()?;
-    rig.add(1, Size::Mixed)?;
-    rig.publish();
-    Ok(rig)
+fn receive_harness(target: &Target) -> Result<Harness, CheckAbort> {
+    let mut harness = target.harness(0)?;
+    harness.start()?;
+    harness.add(1, RequestSize::Mixed)?;
+    harness.publish();
+    Ok(harness)
 }
 
 /// Whether frames come in that were brought; an interface of the host has others of its own.
-pub(super) fn arrives(bench: &Bench) -> Result<(), Fault> {
-    let mut rig = waiting(bench)?;
-    let deadline = rig.deadline(rig.timeout);
-    rig.finish()?;
-    while rig.came == 0 {
+pub(super) fn wait_for_frame(target: &Target) -> Result<(), CheckAbort> {
+    let mut harness = receive_harness(target)?;
+    let deadline = harness.deadline(harness.timeout);
+    harness.finish()?;
+    while harness.frames_received == 0 {
         if deadline.is_over() {
-            return Err(Fault::Breach(format!("only frames of others within {:?}", rig.timeout)));
+            return Err(CheckAbort::Violation(format!("only frames of others within {:?}", harness.timeout)));
         }
-        rig.load(1, Size::Mixed)?;
+        harness.run_batch(1, RequestSize::Mixed)?;
     }
     Ok(())
 }
 
 /// Whether the back-end sends back what it is sent.
-pub(super) fn loops(bench: &Bench) -> Result<bool, Fault> {
-    let mut rig = waiting(bench)?;
-    soon(&rig.deadline(LOOPS), || {
-        if rig.pop()? && rig.came == 0 {
-            rig.add(1, Size::Mixed)?;
-            rig.publish();
+pub(super) fn loops_back(target: &Target) -> Result<bool, CheckAbort> {
+    let mut harness = receive_harness(target)?;
+    wait_until(&harness.deadline(LOOPBACK_TIMEOUT), || {
+        if harness.pop()? && harness.frames_received == 0 {
+            harness.add(1, RequestSize::Mixed)?;
+            harness.publish();
         }
-        Ok(rig.came > 0)
+        Ok(harness.frames_received > 0)
     })
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{FrameSource, StopToken, rules};
-use crate::inflight::Kind;
+use crate::inflight::RingKind;
 
 /// Kinds of devices that can be checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,7 +50,7 @@ pub struct CheckOptions {
     /// Only these rules, by their ids ([`rule`](super::rule)); all of them if empty.
     pub only: Vec<&'static str>,
     /// Only on these rings; otherwise on split ones, and on packed ones if those are offered.
-    pub rings: Option<Kind>,
+    pub rings: Option<RingKind>,
     /// Queue pairs that a network interface serves, if fewer than it says: DPDK says 128 whatever it was started with.
     pub pairs: Option<u16>,
     /// What brings something in: frames, connections or text. Without it, what is sent is watched for.

@@ -11,7 +11,7 @@ use crate::ring::RingError;
 
 /// Why a check could not go on.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Fault {
+pub(super) enum CheckAbort {
     #[error("{0} is not offered")]
     NotOffered(String),
     #[error("can't tell what device it is ({0})")]
@@ -24,11 +24,11 @@ pub(super) enum Fault {
     #[error("the back-end hung up at {code}")]
     HungUp { code: Code },
     #[error("no answer to {code} within {waited:?}")]
-    Silent { code: Code, waited: Duration },
+    Timeout { code: Code, waited: Duration },
     #[error("{code} was refused (answer {answer:#x})")]
     Refused { code: Code, answer: u64 },
     #[error("{0}")]
-    Breach(String),
+    Violation(String),
     #[error("the used ring is broken: {0}")]
     Ring(#[from] RingError),
     #[error("{0}")]
@@ -39,9 +39,9 @@ pub(super) enum Fault {
     System(#[from] io::Error),
 }
 
-impl From<nix::Error> for Fault {
-    fn from(errno: nix::Error) -> Fault {
-        Fault::System(errno.into())
+impl From<nix::Error> for CheckAbort {
+    fn from(errno: nix::Error) -> CheckAbort {
+        CheckAbort::System(errno.into())
     }
 }
 
@@ -66,14 +66,16 @@ impl Outcome {
     }
 }
 
-impl From<Fault> for Outcome {
-    fn from(fault: Fault) -> Outcome {
-        let verdict = match &fault {
-            Fault::NotOffered(_) => Verdict::NotOffered,
+impl From<CheckAbort> for Outcome {
+    fn from(abort: CheckAbort) -> Outcome {
+        let verdict = match &abort {
+            CheckAbort::NotOffered(_) => Verdict::NotOffered,
             // Our own trouble, or the system's, says nothing of the back-end.
-            Fault::NotPossible(_) | Fault::Memory(_) | Fault::Log(_) | Fault::System(_) => Verdict::NotTested,
+            CheckAbort::NotPossible(_) | CheckAbort::Memory(_) | CheckAbort::Log(_) | CheckAbort::System(_) => {
+                Verdict::NotTested
+            }
             _ => Verdict::Fail,
         };
-        Outcome(verdict, fault.to_string())
+        Outcome(verdict, abort.to_string())
     }
 }

@@ -10,32 +10,32 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::connection::readable;
-use super::harness::{Pages, Rig};
-use super::{Fault, StopToken};
+use super::harness::{Harness, Pages};
+use super::{CheckAbort, StopToken};
 use crate::abi::vhost_user::MemoryRegion;
 use crate::memory::{LOG_PAGE, Memory, Userfault};
 
 /// Between two looks whether anything is left to do; nobody waits for that.
-const LOOK: Duration = Duration::from_secs(60);
+const POLL_INTERVAL: Duration = Duration::from_secs(60);
 
 /// All bytes of a guest's memory, by region.
 #[derive(Clone)]
-pub(super) struct Contents(Vec<(u64, Vec<u8>)>);
+pub(super) struct MemoryContents(Vec<(u64, Vec<u8>)>);
 
-impl Contents {
-    pub(super) fn of(memory: &Memory) -> Result<Contents, Fault> {
+impl MemoryContents {
+    pub(super) fn of(memory: &Memory) -> Result<MemoryContents, CheckAbort> {
         let region = |gpa, size: u64| {
             let mut bytes = vec![0; size as usize];
             memory.read(gpa, &mut bytes).map(|()| (gpa, bytes))
         };
         let regions = memory.regions().iter().map(|it| region(it.gpa(), it.size()));
-        Ok(Contents(regions.collect::<Result<_, _>>()?))
+        Ok(MemoryContents(regions.collect::<Result<_, _>>()?))
     }
 
     /// Takes the memory of a guest away: its files have no page any more.
-    pub(super) fn take(rig: &Rig) -> Result<Contents, Fault> {
-        let contents = Contents::of(&rig.memory)?;
-        for (fd, (_, bytes)) in rig.fds().into_iter().zip(&contents.0) {
+    pub(super) fn punch_out(harness: &Harness) -> Result<MemoryContents, CheckAbort> {
+        let contents = MemoryContents::of(&harness.memory)?;
+        for (fd, (_, bytes)) in harness.fds().into_iter().zip(&contents.0) {
             let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
             fallocate(fd, hole, 0, bytes.len() as i64)?;
         }
@@ -64,45 +64,45 @@ impl Contents {
 }
 
 /// Brings pages to a back-end.
-pub(super) struct Postman {
+pub(super) struct PageServer {
     userfault: Userfault,
     /// Where the back-end says that it has guest memory.
     regions: Vec<MemoryRegion>,
-    contents: Contents,
+    contents: MemoryContents,
     /// Pages from this guest-physical address on are not brought to who asks for them.
-    until: u64,
+    withhold_from: u64,
     /// Signalled when such a page was asked for.
-    pub(super) held: EventFd,
+    pub(super) withheld: EventFd,
     stop: EventFd,
 }
 
-impl Postman {
+impl PageServer {
     pub(super) fn new(
         userfault: Userfault,
         regions: Vec<MemoryRegion>,
-        contents: Contents,
-        until: u64,
-    ) -> Result<Postman, Fault> {
+        contents: MemoryContents,
+        withhold_from: u64,
+    ) -> Result<PageServer, CheckAbort> {
         let eventfd = || EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
-        Ok(Postman { userfault, regions, contents, until, held: eventfd()?, stop: eventfd()? })
+        Ok(PageServer { userfault, regions, contents, withhold_from, withheld: eventfd()?, stop: eventfd()? })
     }
 
     /// Brings what is asked for until told to stop; the pages that were.
-    pub(super) fn serve(&self) -> Result<Pages, Fault> {
+    pub(super) fn serve(&self) -> Result<Pages, CheckAbort> {
         let mut asked = Pages::new();
         loop {
-            readable(&[self.userfault.as_fd(), self.stop.as_fd()], &StopToken::default().deadline(LOOK));
+            readable(&[self.userfault.as_fd(), self.stop.as_fd()], &StopToken::default().deadline(POLL_INTERVAL));
             while let Some(address) = self.userfault.fault()? {
                 let Some(gpa) = self.gpa(address) else {
-                    return Err(Fault::Breach(format!(
+                    return Err(CheckAbort::Violation(format!(
                         "it waits for a page at {address:#x}, which is in no region that it answered with"
                     )));
                 };
                 asked.insert(gpa / LOG_PAGE);
-                if gpa < self.until {
-                    self.bring(gpa)?;
+                if gpa < self.withhold_from {
+                    self.place_page(gpa)?;
                 } else {
-                    self.held.write(1)?;
+                    self.withheld.write(1)?;
                 }
             }
             if self.stop.read().is_ok() {
@@ -112,35 +112,35 @@ impl Postman {
     }
 
     /// What it brings.
-    pub(super) fn contents(&self) -> &Contents {
+    pub(super) fn contents(&self) -> &MemoryContents {
         &self.contents
     }
 
-    /// Ends [`serve`](Postman::serve).
+    /// Ends [`serve`](PageServer::serve).
     pub(super) fn stop(&self) {
         // One that is full is signalled already.
         let _ = self.stop.write(1);
     }
 
     /// Brings all pages, asked for or not.
-    pub(super) fn bring_all(&self) -> Result<(), Fault> {
+    pub(super) fn place_all(&self) -> Result<(), CheckAbort> {
         self.contents.pages().try_for_each(|(page, bytes)| self.place(page * LOG_PAGE, bytes))
     }
 
     /// Brings the page that `gpa` is in.
-    pub(super) fn bring(&self, gpa: u64) -> Result<(), Fault> {
+    pub(super) fn place_page(&self, gpa: u64) -> Result<(), CheckAbort> {
         self.contents.page(gpa).map_or(Ok(()), |bytes| self.place(gpa / LOG_PAGE * LOG_PAGE, bytes))
     }
 
     /// Places a page, and wakes those who wait for it.
-    fn place(&self, gpa: u64, bytes: &[u8]) -> Result<(), Fault> {
+    fn place(&self, gpa: u64, bytes: &[u8]) -> Result<(), CheckAbort> {
         let Some(address) = self.address(gpa) else { return Ok(()) };
         let placed = self.userfault.place_at(address, bytes).and_then(|placed| match placed {
             true => Ok(()),
             // Somebody may wait for it all the same.
             false => self.userfault.wake(address, bytes.len() as u64),
         });
-        placed.map_err(|error| unplaced(error, gpa, address))
+        placed.map_err(|error| place_error(error, gpa, address))
     }
 
     /// The guest-physical address of one in the back-end.
@@ -161,12 +161,12 @@ impl Postman {
 }
 
 /// Why a page can't be placed. What is said of addresses is for the back-end to get right.
-fn unplaced(error: io::Error, gpa: u64, address: u64) -> Fault {
+fn place_error(error: io::Error, gpa: u64, address: u64) -> CheckAbort {
     match error.raw_os_error().map(Errno::from_raw) {
-        Some(Errno::ENOENT | Errno::EINVAL | Errno::EFAULT) => Fault::Breach(format!(
+        Some(Errno::ENOENT | Errno::EINVAL | Errno::EFAULT) => CheckAbort::Violation(format!(
             "the page {gpa:#x} can't be placed at {address:#x}, where it says that it waits for it ({error})"
         )),
-        Some(Errno::ESRCH) => Fault::Breach("the process that made the userfaultfd is gone".into()),
-        _ => Fault::System(error),
+        Some(Errno::ESRCH) => CheckAbort::Violation("the process that made the userfaultfd is gone".into()),
+        _ => CheckAbort::System(error),
     }
 }

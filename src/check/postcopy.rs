@@ -1,5 +1,5 @@
 //! Rule P1: guest memory whose pages come when they are touched. They come through the userfaultfd of the back-end
-//! ([`Postman`]), so that the check needs no right to have one itself.
+//! ([`PageServer`]), so that the check needs no right to have one itself.
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -10,10 +10,10 @@ use nix::sys::stat::fstat;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::connection::{Reply, readable};
-use super::harness::{AGAIN, HIGH, PROTOCOL, Pages, Rig, SLOTS, Size, noise};
+use super::harness::{HIGH, Harness, MAX_REQUESTS, PROTOCOL, Pages, RESEND_INTERVAL, RequestSize, noise};
 use super::hostile::serves;
-use super::page_server::{Contents, Postman};
-use super::{Bench, Check, Fault, Flow, Outcome, Verdict, When};
+use super::page_server::{MemoryContents, PageServer};
+use super::{Check, CheckAbort, Flow, Outcome, RingSelection, Target, Verdict};
 use crate::abi::bit;
 use crate::abi::vhost_user::{Header, MemoryHeader, MemoryRegion, Request as Code, protocol_feature};
 use crate::memory::{LOG_PAGE, Userfault};
@@ -24,106 +24,126 @@ const PLAIN: u32 = Header::FLAG_VERSION;
 const ASKING: u32 = Header::FLAG_VERSION | Header::FLAG_NEED_REPLY;
 
 pub(super) const CHECKS: &[Check] = &[
-    Check { rule: "F3", what: "need-reply adds no answer to those of postcopy", when: When::Once, run: answers },
-    Check { rule: "M1", what: "postcopy is not offered together with memory slots", when: When::Once, run: offered },
+    Check {
+        rule: "F3",
+        what: "need-reply adds no answer to those of postcopy",
+        run_on: RingSelection::Once,
+        run: answers,
+    },
+    Check {
+        rule: "M1",
+        what: "postcopy is not offered together with memory slots",
+        run_on: RingSelection::Once,
+        run: offered,
+    },
     Check {
         rule: "P1",
         what: "POSTCOPY_ADVISE is answered with one userfaultfd and nothing else",
-        when: When::Once,
+        run_on: RingSelection::Once,
         run: advised,
     },
     Check {
         rule: "P1",
         what: "a memory table is answered with addresses at which pages can be placed, and acknowledged",
-        when: When::Once,
+        run_on: RingSelection::Once,
         run: addresses,
     },
     Check {
         rule: "P1",
         what: "requests in memory that is not there are served as its pages come",
-        when: When::Each,
+        run_on: RingSelection::All,
         run: served,
     },
-    Check { rule: "P1", what: "POSTCOPY_LISTEN without POSTCOPY_ADVISE is refused", when: When::Once, run: unadvised },
-    Check { rule: "P1", what: "POSTCOPY_ADVISE without PAGEFAULT is refused", when: When::Once, run: unasked },
+    Check {
+        rule: "P1",
+        what: "POSTCOPY_LISTEN without POSTCOPY_ADVISE is refused",
+        run_on: RingSelection::Once,
+        run: unadvised,
+    },
+    Check {
+        rule: "P1",
+        what: "POSTCOPY_ADVISE without PAGEFAULT is refused",
+        run_on: RingSelection::Once,
+        run: unasked,
+    },
 ];
 
 /// What a back-end may not get over.
-pub(super) const DEADLY: &[Check] = &[Check {
+pub(super) const DESTRUCTIVE: &[Check] = &[Check {
     rule: "P1",
     what: "a front-end that hangs up before POSTCOPY_END does no harm",
-    when: When::Once,
+    run_on: RingSelection::Once,
     run: hung_up,
 }];
 
 /// How far a front-end comes, and how it comes there.
-type Stage = (&'static str, fn(&Rig) -> Result<Userfault, Fault>);
+type Stage = (&'static str, fn(&Harness) -> Result<Userfault, CheckAbort>);
 
 /// Where a front-end hangs up before any ring runs.
 const STAGES: &[Stage] = &[
-    ("POSTCOPY_ADVISE", |rig| advise(rig, PLAIN)),
-    ("POSTCOPY_LISTEN", |rig| listen(rig, PLAIN)),
-    ("a memory table that it has not acknowledged", |rig| {
-        let userfault = listen(rig, PLAIN)?;
-        send_table(rig, PLAIN).map(|_| userfault)
+    ("POSTCOPY_ADVISE", |harness| advise(harness, PLAIN)),
+    ("POSTCOPY_LISTEN", |harness| listen(harness, PLAIN)),
+    ("a memory table that it has not acknowledged", |harness| {
+        let userfault = listen(harness, PLAIN)?;
+        send_table(harness, PLAIN).map(|_| userfault)
     }),
 ];
 
 /// A guest with requests that wait, on a new connection where features are agreed on, PAGEFAULT among them.
-fn guest(bench: &Bench, requests: u64) -> Result<Rig, Fault> {
-    bench.offer.need(protocol_feature::PAGEFAULT)?;
-    let mut rig = bench.rig(0)?;
-    fill(&rig)?;
-    rig.add(requests, Size::Mixed)?;
-    rig.publish();
-    rig.link = bench.connect()?;
+fn guest(target: &Target, requests: u64) -> Result<Harness, CheckAbort> {
+    target.offered.require_protocol(protocol_feature::PAGEFAULT)?;
+    let mut harness = target.harness(0)?;
+    fill(&harness)?;
+    harness.add(requests, RequestSize::Mixed)?;
+    harness.publish();
+    harness.connection = target.connect()?;
     let slots = bit(protocol_feature::CONFIGURE_MEM_SLOTS);
-    rig.protocol = bench.offer.protocol & PROTOCOL & !slots | bit(protocol_feature::PAGEFAULT);
-    rig.hello()?;
-    Ok(rig)
+    harness.protocol = target.offered.protocol & PROTOCOL & !slots | bit(protocol_feature::PAGEFAULT);
+    harness.negotiate()?;
+    Ok(harness)
 }
 
 /// Leaves no page of data blank: one that is made up in place of what was there shows.
-fn fill(rig: &Rig) -> Result<(), Fault> {
-    for region in rig.memory.regions().iter().filter(|region| region.gpa() >= HIGH) {
-        rig.memory.write(region.gpa(), &noise(u64::MAX, region.size() as u32))?;
+fn fill(harness: &Harness) -> Result<(), CheckAbort> {
+    for region in harness.memory.regions().iter().filter(|region| region.gpa() >= HIGH) {
+        harness.memory.write(region.gpa(), &noise(u64::MAX, region.size() as u32))?;
     }
     Ok(())
 }
 
 /// Asks for what has an answer of its own.
-fn ask(rig: &Rig, code: Code, flags: u32) -> Result<Reply, Fault> {
-    rig.link.send(code, flags, &[], &[])?;
-    let reply = rig.link.reply(code)?;
-    settled(rig, flags)?;
+fn ask(harness: &Harness, code: Code, flags: u32) -> Result<Reply, CheckAbort> {
+    harness.connection.send(code, flags, &[], &[])?;
+    let reply = harness.connection.reply(code)?;
+    settled(harness, flags)?;
     Ok(reply)
 }
 
-/// Whether what was sent with need-reply has brought no second answer (rule F3.2).
-fn settled(rig: &Rig, flags: u32) -> Result<(), Fault> {
+/// Whether what was sent with need-reply has brought no second answer (rule F3).
+fn settled(harness: &Harness, flags: u32) -> Result<(), CheckAbort> {
     if flags & Header::FLAG_NEED_REPLY != 0 {
-        rig.link.barrier()?;
+        harness.connection.barrier()?;
     }
     Ok(())
 }
 
 /// Need-reply, where anything can be acknowledged.
-fn asking(rig: &Rig) -> u32 {
-    if rig.offer.speaks(protocol_feature::REPLY_ACK) { ASKING } else { PLAIN }
+fn asking(harness: &Harness) -> u32 {
+    if harness.offered.has_protocol(protocol_feature::REPLY_ACK) { ASKING } else { PLAIN }
 }
 
 /// POSTCOPY_ADVISE: the userfaultfd.
-fn advise(rig: &Rig, flags: u32) -> Result<Userfault, Fault> {
-    let mut reply = ask(rig, Code::POSTCOPY_ADVISE, flags)?;
+fn advise(harness: &Harness, flags: u32) -> Result<Userfault, CheckAbort> {
+    let mut reply = ask(harness, Code::POSTCOPY_ADVISE, flags)?;
     let (bytes, count) = (reply.payload.len(), reply.fds.len());
     match reply.fds.pop() {
-        None => Err(Fault::NotPossible(
+        None => Err(CheckAbort::NotPossible(
             "it offers PAGEFAULT and has no userfaultfd: let it have one (root, or sysctl vm.unprivileged_userfaultfd=1)",
         )),
         Some(_) if (bytes, count) != (0, 1) => {
-            Err(Fault::Breach(format!("{count} fds and {bytes} bytes came as the answer to POSTCOPY_ADVISE")))
+            Err(CheckAbort::Violation(format!("{count} fds and {bytes} bytes came as the answer to POSTCOPY_ADVISE")))
         }
-        Some(fd) if !is_userfaultfd(&fd) => Err(Fault::Breach("the fd that came is no userfaultfd".into())),
+        Some(fd) if !is_userfaultfd(&fd) => Err(CheckAbort::Violation("the fd that came is no userfaultfd".into())),
         Some(fd) => {
             // Of one that waits it can't be known whether somebody waits for a page.
             fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
@@ -138,31 +158,31 @@ fn is_userfaultfd(fd: &OwnedFd) -> bool {
 }
 
 /// POSTCOPY_ADVISE and POSTCOPY_LISTEN.
-fn listen(rig: &Rig, flags: u32) -> Result<Userfault, Fault> {
-    let userfault = advise(rig, flags)?;
-    granted(rig, Code::POSTCOPY_LISTEN)?;
+fn listen(harness: &Harness, flags: u32) -> Result<Userfault, CheckAbort> {
+    let userfault = advise(harness, flags)?;
+    granted(harness, Code::POSTCOPY_LISTEN)?;
     Ok(userfault)
 }
 
 /// POSTCOPY_LISTEN or POSTCOPY_END, which are answered with 0 if they are done. QEMU asks for that with need-reply, and
 /// DPDK answers POSTCOPY_LISTEN to nobody else.
-fn granted(rig: &Rig, code: Code) -> Result<(), Fault> {
-    match ask(rig, code, asking(rig))?.read()? {
+fn granted(harness: &Harness, code: Code) -> Result<(), CheckAbort> {
+    match ask(harness, code, asking(harness))?.read()? {
         0 => Ok(()),
-        answer => Err(Fault::Refused { code, answer }),
+        answer => Err(CheckAbort::Refused { code, answer }),
     }
 }
 
 /// SET_MEM_TABLE while the back-end listens: where it has the regions.
-fn send_table(rig: &Rig, flags: u32) -> Result<Vec<MemoryRegion>, Fault> {
-    let (code, table) = (Code::SET_MEM_TABLE, rig.table());
-    rig.link.send(code, flags, &table, &rig.fds())?;
-    let reply = rig.link.reply(code)?;
+fn send_table(harness: &Harness, flags: u32) -> Result<Vec<MemoryRegion>, CheckAbort> {
+    let (code, table) = (Code::SET_MEM_TABLE, harness.memory_table());
+    harness.connection.send(code, flags, &table, &harness.fds())?;
+    let reply = harness.connection.reply(code)?;
     let (ours, theirs) = (regions(&table), regions(&reply.payload));
     let key = |region: &MemoryRegion| (region.guest_phys_addr, region.memory_size);
     match reply.payload.len() == table.len() && theirs.iter().map(key).eq(ours.iter().map(key)) {
         true => Ok(theirs),
-        false => Err(Fault::Breach(format!(
+        false => Err(CheckAbort::Violation(format!(
             "the answer to SET_MEM_TABLE has {} bytes and {} regions, which are not those it was sent",
             reply.payload.len(),
             theirs.len()
@@ -178,20 +198,21 @@ fn regions(table: &[u8]) -> Vec<MemoryRegion> {
     regions.filter_map(|region| MemoryRegion::read_from_bytes(region).ok()).collect()
 }
 
-/// The front-end's word that it serves faults, which nothing answers, whatever its flags.
-fn acknowledge(rig: &Rig, flags: u32) -> Result<(), Fault> {
-    rig.link.send(Code::SET_MEM_TABLE, flags, 0u64.as_bytes(), &[])?;
-    rig.link.barrier().map(|_| ())
+/// The front-end's message that it serves faults, which nothing answers, whatever its flags.
+fn acknowledge(harness: &Harness, flags: u32) -> Result<(), CheckAbort> {
+    harness.connection.send(Code::SET_MEM_TABLE, flags, 0u64.as_bytes(), &[])?;
+    harness.connection.barrier().map(|_| ())
 }
 
 /// Says so if `after` something the next front-end is not.
-fn go_on(bench: &Bench, after: &str) -> Result<(), Fault> {
-    serves(bench).map_err(|fault| Fault::Breach(format!("after {after} the next front-end is not served: {fault}")))
+fn go_on(target: &Target, after: &str) -> Result<(), CheckAbort> {
+    serves(target)
+        .map_err(|abort| CheckAbort::Violation(format!("after {after} the next front-end is not served: {abort}")))
 }
 
-fn offered(bench: &mut Bench) -> Result<Outcome, Fault> {
-    bench.offer.need(protocol_feature::PAGEFAULT)?;
-    Ok(match bench.offer.speaks(protocol_feature::CONFIGURE_MEM_SLOTS) {
+fn offered(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    target.offered.require_protocol(protocol_feature::PAGEFAULT)?;
+    Ok(match target.offered.has_protocol(protocol_feature::CONFIGURE_MEM_SLOTS) {
         false => Outcome::pass("PAGEFAULT without CONFIGURE_MEM_SLOTS"),
         true => Outcome::warning(
             "PAGEFAULT and CONFIGURE_MEM_SLOTS: a front-end that speaks both must wait for an answer to every ADD_MEM_REG",
@@ -199,160 +220,170 @@ fn offered(bench: &mut Bench) -> Result<Outcome, Fault> {
     })
 }
 
-fn answers(bench: &mut Bench) -> Result<Outcome, Fault> {
-    bench.offer.need(protocol_feature::REPLY_ACK)?;
-    let rig = guest(bench, 0)?;
-    let _userfault = listen(&rig, ASKING)?;
-    send_table(&rig, ASKING)?;
-    acknowledge(&rig, ASKING)?;
-    granted(&rig, Code::POSTCOPY_END)?;
+fn answers(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    target.offered.require_protocol(protocol_feature::REPLY_ACK)?;
+    let harness = guest(target, 0)?;
+    let _userfault = listen(&harness, ASKING)?;
+    send_table(&harness, ASKING)?;
+    acknowledge(&harness, ASKING)?;
+    granted(&harness, Code::POSTCOPY_END)?;
     Ok(Outcome::pass("one for each of the four requests, and none for the acknowledgement of the memory table"))
 }
 
-fn advised(bench: &mut Bench) -> Result<Outcome, Fault> {
-    advise(&guest(bench, 0)?, PLAIN)?;
+fn advised(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    advise(&guest(target, 0)?, PLAIN)?;
     Ok(Outcome::pass("one fd, no payload"))
 }
 
-fn addresses(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let rig = guest(bench, 0)?;
-    let userfault = listen(&rig, PLAIN)?;
-    let contents = Contents::take(&rig)?;
-    let regions = send_table(&rig, PLAIN)?;
-    acknowledge(&rig, PLAIN)?;
-    let (count, ours) = (regions.len(), self::regions(&rig.table()));
+fn addresses(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let harness = guest(target, 0)?;
+    let userfault = listen(&harness, PLAIN)?;
+    let contents = MemoryContents::punch_out(&harness)?;
+    let regions = send_table(&harness, PLAIN)?;
+    acknowledge(&harness, PLAIN)?;
+    let (count, ours) = (regions.len(), self::regions(&harness.memory_table()));
     let address = |region: &MemoryRegion| region.userspace_addr;
     let echoed = regions.iter().map(address).eq(ours.iter().map(address));
-    let postman = Postman::new(userfault, regions, contents.clone(), u64::MAX)?;
-    postman.bring_all().map_err(|fault| match fault {
-        Fault::Breach(what) if echoed => Fault::Breach(format!("{what}: that is where the front-end has it")),
-        fault => fault,
+    let page_server = PageServer::new(userfault, regions, contents.clone(), u64::MAX)?;
+    page_server.place_all().map_err(|abort| match abort {
+        CheckAbort::Violation(what) if echoed => {
+            CheckAbort::Violation(format!("{what}: that is where the front-end has it"))
+        }
+        abort => abort,
     })?;
-    let wrong = differing(&rig, &contents, &Pages::new())?.len();
+    let wrong = differing(&harness, &contents, &Pages::new())?.len();
     if wrong > 0 {
         return Ok(Outcome::fail(format!("{wrong} pages are not what was placed: they were made up before that")));
     }
-    granted(&rig, Code::POSTCOPY_END)?;
+    granted(&harness, Code::POSTCOPY_END)?;
     Ok(Outcome::pass(format!("{count} regions, every page of them placed")))
 }
 
 /// Pages but those `aside` whose bytes are not the expected ones.
-fn differing(rig: &Rig, expected: &Contents, aside: &Pages) -> Result<Pages, Fault> {
-    let found = Contents::of(&rig.memory)?;
+fn differing(harness: &Harness, expected: &MemoryContents, aside: &Pages) -> Result<Pages, CheckAbort> {
+    let found = MemoryContents::of(&harness.memory)?;
     let pages = found.pages().zip(expected.pages()).filter(|(found, expected)| found != expected);
     Ok(pages.map(|((page, _), _)| page).filter(|page| !aside.contains(page)).collect())
 }
 
-fn served(bench: &mut Bench) -> Result<Outcome, Fault> {
-    bench.offer.need(protocol_feature::PAGEFAULT)?;
-    let known = if bench.subject.is_stable() { Some(answered(bench)?) } else { None };
-    let mut rig = guest(bench, SLOTS)?;
-    let userfault = listen(&rig, PLAIN)?;
-    let contents = Contents::take(&rig)?;
-    let regions = send_table(&rig, PLAIN)?;
-    let postman = Postman::new(userfault, regions, contents, u64::MAX)?;
+fn served(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    target.offered.require_protocol(protocol_feature::PAGEFAULT)?;
+    let known = if target.device.is_stable() { Some(answered(target)?) } else { None };
+    let mut harness = guest(target, MAX_REQUESTS)?;
+    let userfault = listen(&harness, PLAIN)?;
+    let contents = MemoryContents::punch_out(&harness)?;
+    let regions = send_table(&harness, PLAIN)?;
+    let page_server = PageServer::new(userfault, regions, contents, u64::MAX)?;
     let (outcome, asked) = thread::scope(|scope| {
-        let serving = scope.spawn(|| postman.serve());
-        let outcome = serve(&mut rig, &postman, known);
+        let serving = scope.spawn(|| page_server.serve());
+        let outcome = serve(&mut harness, &page_server, known);
         if outcome.is_err() {
             // Whoever waits for a page has nothing to do with what went wrong.
-            let _ = postman.bring_all();
+            let _ = page_server.place_all();
         }
-        postman.stop();
+        page_server.stop();
         (outcome, serving.join())
     });
     // What went wrong with pages tells more than what came of it.
-    let asked = asked.map_err(|_| Fault::System(std::io::Error::other("nobody brings pages")))??;
-    let of_ring =
-        asked.iter().filter(|page| rig.ring.own().contains(page) || rig.ring.written().contains(page)).count();
+    let asked = asked.map_err(|_| CheckAbort::System(std::io::Error::other("nobody brings pages")))??;
+    let of_ring = asked
+        .iter()
+        .filter(|page| harness.ring.driver_pages().contains(page) || harness.ring.device_pages().contains(page))
+        .count();
     let seen = format!("{} pages were asked for, {of_ring} of them of the ring", asked.len());
     Ok(match outcome? {
-        None => Outcome::pass(format!("{seen}; {SLOTS} requests, and {SLOTS} more after POSTCOPY_END")),
+        None => Outcome::pass(format!("{seen}; {MAX_REQUESTS} requests, and {MAX_REQUESTS} more after POSTCOPY_END")),
         Some(wrong) => Outcome::fail(format!("{seen}; {wrong}")),
     })
 }
 
 /// What the memory of a guest is when its requests were answered, all of it being there.
-fn answered(bench: &Bench) -> Result<Contents, Fault> {
-    let mut rig = bench.rig(0)?;
-    fill(&rig)?;
-    rig.start()?;
-    rig.load(SLOTS, Size::Mixed)?;
-    Contents::of(&rig.memory)
+fn answered(target: &Target) -> Result<MemoryContents, CheckAbort> {
+    let mut harness = target.harness(0)?;
+    fill(&harness)?;
+    harness.start()?;
+    harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
+    MemoryContents::of(&harness.memory)
 }
 
 /// Has the requests of a guest served whose pages are brought, and others when all are there; what is wrong with them.
 /// What memory must be then is `known`, or what it was and what came in.
-fn serve(rig: &mut Rig, postman: &Postman, known: Option<Contents>) -> Result<Option<String>, Fault> {
-    acknowledge(rig, PLAIN)?;
+fn serve(
+    harness: &mut Harness,
+    page_server: &PageServer,
+    known: Option<MemoryContents>,
+) -> Result<Option<String>, CheckAbort> {
+    acknowledge(harness, PLAIN)?;
     // The driver writes them meanwhile. Where pages can't be placed, nobody is made to wait for any.
-    rig.sending().into_iter().try_for_each(|page| postman.bring(page * LOG_PAGE))?;
-    rig.start()?;
-    let filled = complete(rig)?;
-    postman.bring_all()?;
-    let mut expected = known.unwrap_or_else(|| postman.contents().clone());
-    if rig.flow == Flow::Receive {
+    harness.frame_source_pages().into_iter().try_for_each(|page| page_server.place_page(page * LOG_PAGE))?;
+    harness.start()?;
+    let filled = complete(harness)?;
+    page_server.place_all()?;
+    let mut expected = known.unwrap_or_else(|| page_server.contents().clone());
+    if harness.flow == Flow::Receive {
         for Buffer { gpa, len } in filled {
             let mut bytes = vec![0; len as usize];
-            rig.memory.read(gpa, &mut bytes)?;
+            harness.memory.read(gpa, &mut bytes)?;
             expected.put(gpa, &bytes);
         }
     }
-    let wrong = differing(rig, &expected, &(&rig.own() | &rig.used_ring()))?;
+    let wrong = differing(harness, &expected, &(&harness.driver_pages() | &harness.device_pages()))?;
     if let Some(first) = wrong.first() {
         let (pages, at) = (wrong.len(), first * LOG_PAGE);
         return Ok(Some(format!("{pages} pages are not as they were or as the device leaves them, first {at:#x}")));
     }
-    granted(rig, Code::POSTCOPY_END)?;
-    rig.load(SLOTS, Size::Mixed)?;
-    let base = rig.stop()?;
-    let (shown, same) = (rig.ring.show(base), rig.ring.same(base, rig.ring.end()));
+    granted(harness, Code::POSTCOPY_END)?;
+    harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
+    let base = harness.stop()?;
+    let (shown, same) = (harness.ring.format_base(base), harness.ring.is_same_base(base, harness.ring.end_base()));
     Ok((!same).then(|| format!("then the ring is at {shown}")))
 }
 
 /// Takes completions where the device has said that there are some: a look at the ring before would make its pages up.
-fn complete(rig: &mut Rig) -> Result<Vec<Buffer>, Fault> {
-    let deadline = rig.deadline(rig.timeout);
+fn complete(harness: &mut Harness) -> Result<Vec<Buffer>, CheckAbort> {
+    let deadline = harness.deadline(harness.timeout);
     let mut filled = Vec::new();
-    while rig.outstanding() > 0 {
-        rig.feed()?;
-        if readable(&[rig.ring.call.as_fd()], &deadline.within(AGAIN)) {
+    while harness.outstanding() > 0 {
+        harness.inject_frames()?;
+        if readable(&[harness.ring.call.as_fd()], &deadline.within(RESEND_INTERVAL)) {
             // Whatever it counts.
-            rig.ring.ack_call();
-            while rig.pop()? {
-                filled.push(rig.last);
+            harness.ring.ack_call();
+            while harness.pop()? {
+                filled.push(harness.last);
             }
             continue;
         }
-        let left = rig.outstanding();
+        let left = harness.outstanding();
         if deadline.is_over() {
-            let waited = rig.timeout;
-            return Err(Fault::Breach(format!("{left} requests without answer and notification within {waited:?}")));
+            let waited = harness.timeout;
+            return Err(CheckAbort::Violation(format!(
+                "{left} requests without answer and notification within {waited:?}"
+            )));
         }
-        rig.ring.due = left.into();
+        harness.ring.awaited_frames = left.into();
     }
     Ok(filled)
 }
 
-fn hung_up(bench: &mut Bench) -> Result<Outcome, Fault> {
+fn hung_up(target: &mut Target) -> Result<Outcome, CheckAbort> {
     for (what, come_to) in STAGES {
-        let rig = guest(bench, 0)?;
-        let userfault = come_to(&rig)?;
-        rig.link.end();
+        let harness = guest(target, 0)?;
+        let userfault = come_to(&harness)?;
+        harness.connection.close();
         drop(userfault);
-        go_on(bench, what)?;
+        go_on(target, what)?;
     }
-    let rig = guest(bench, SLOTS)?;
-    let userfault = listen(&rig, PLAIN)?;
-    let contents = Contents::take(&rig)?;
-    let regions = send_table(&rig, PLAIN)?;
-    let postman = Postman::new(userfault, regions, contents, HIGH)?;
+    let harness = guest(target, MAX_REQUESTS)?;
+    let userfault = listen(&harness, PLAIN)?;
+    let contents = MemoryContents::punch_out(&harness)?;
+    let regions = send_table(&harness, PLAIN)?;
+    let page_server = PageServer::new(userfault, regions, contents, HIGH)?;
     let (started, is_held) = thread::scope(|scope| {
-        let serving = scope.spawn(|| postman.serve());
-        let started = acknowledge(&rig, PLAIN).and_then(|()| rig.start());
-        let is_held = readable(&[postman.held.as_fd()], &rig.deadline(rig.timeout));
-        rig.link.end();
-        postman.stop();
+        let serving = scope.spawn(|| page_server.serve());
+        let started = acknowledge(&harness, PLAIN).and_then(|()| harness.start());
+        let is_held = readable(&[page_server.withheld.as_fd()], &harness.deadline(harness.timeout));
+        harness.connection.close();
+        page_server.stop();
         (serving.join().unwrap_or_else(|_| Ok(Pages::new())).and(started), is_held)
     });
     if !is_held {
@@ -362,10 +393,10 @@ fn hung_up(bench: &mut Bench) -> Result<Outcome, Fault> {
         ));
     }
     // As a front-end that dies does.
-    drop(postman);
-    go_on(bench, "pages that never came")?;
-    rig.watch();
-    let data = rig.fds().pop().map(fstat).transpose()?;
+    drop(page_server);
+    go_on(target, "pages that never came")?;
+    harness.wait_quiet();
+    let data = harness.fds().pop().map(fstat).transpose()?;
     let made_up = data.map_or(0, |data| data.st_blocks) * 512;
     let stages = 1 + STAGES.len();
     Ok(match made_up {
@@ -379,10 +410,10 @@ fn hung_up(bench: &mut Bench) -> Result<Outcome, Fault> {
 }
 
 /// How what must be refused was answered.
-fn refused(answer: Result<Reply, Fault>) -> Result<Outcome, Fault> {
+fn refused(answer: Result<Reply, CheckAbort>) -> Result<Outcome, CheckAbort> {
     match answer {
-        Err(Fault::HungUp { .. }) => Ok(Outcome::pass("refused by hanging up")),
-        Err(fault) => Err(fault),
+        Err(CheckAbort::HungUp { .. }) => Ok(Outcome::pass("refused by hanging up")),
+        Err(abort) => Err(abort),
         Ok(reply) if !reply.fds.is_empty() => Ok(Outcome::warning("answered with an fd")),
         Ok(reply) => Ok(match reply.read() {
             Ok(0u64) => Outcome::warning("acknowledged as done"),
@@ -391,24 +422,24 @@ fn refused(answer: Result<Reply, Fault>) -> Result<Outcome, Fault> {
     }
 }
 
-fn unadvised(bench: &mut Bench) -> Result<Outcome, Fault> {
-    advise(&guest(bench, 0)?, PLAIN)?;
-    let rig = guest(bench, 0)?;
-    let outcome = refused(ask(&rig, Code::POSTCOPY_LISTEN, asking(&rig)))?;
-    drop(rig);
-    go_on(bench, "POSTCOPY_LISTEN without POSTCOPY_ADVISE")?;
+fn unadvised(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    advise(&guest(target, 0)?, PLAIN)?;
+    let harness = guest(target, 0)?;
+    let outcome = refused(ask(&harness, Code::POSTCOPY_LISTEN, asking(&harness)))?;
+    drop(harness);
+    go_on(target, "POSTCOPY_LISTEN without POSTCOPY_ADVISE")?;
     Ok(outcome)
 }
 
-fn unasked(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let offers = bench.offer.speaks(protocol_feature::PAGEFAULT);
+fn unasked(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let offers = target.offered.has_protocol(protocol_feature::PAGEFAULT);
     if offers {
-        advise(&guest(bench, 0)?, PLAIN)?;
+        advise(&guest(target, 0)?, PLAIN)?;
     }
-    let rig = bench.rig(0)?;
-    let outcome = refused(ask(&rig, Code::POSTCOPY_ADVISE, PLAIN))?;
-    drop(rig);
-    go_on(bench, "POSTCOPY_ADVISE without PAGEFAULT")?;
+    let harness = target.harness(0)?;
+    let outcome = refused(ask(&harness, Code::POSTCOPY_ADVISE, PLAIN))?;
+    drop(harness);
+    go_on(target, "POSTCOPY_ADVISE without PAGEFAULT")?;
     Ok(match outcome {
         Outcome(Verdict::Pass, seen) if !offers => {
             Outcome(Verdict::NotOffered, format!("PAGEFAULT is not offered; POSTCOPY_ADVISE is {seen}"))

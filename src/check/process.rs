@@ -16,41 +16,41 @@ use super::connection::connect;
 use super::{CheckOptions, StopToken};
 
 /// Between two looks at a socket or a process.
-pub(super) const LOOK: Duration = Duration::from_millis(5);
+pub(super) const RETRY_INTERVAL: Duration = Duration::from_millis(5);
 
 /// A back-end that may be killed. One that was started here is killed when this is dropped.
 #[derive(Debug)]
-pub(super) struct Process {
+pub(super) struct BackendProcess {
     command: String,
     socket: PathBuf,
     timeout: Duration,
     pub(super) stop: StopToken,
     /// The one to be killed that somebody else started.
-    given: Cell<Option<Pid>>,
+    external_pid: Cell<Option<Pid>>,
     child: RefCell<Option<Child>>,
     /// True once somebody has connected to the one that runs.
     served: Cell<bool>,
     /// False until it is known whether it ends with its front-end.
     known: Cell<bool>,
     /// How it ends when its front-end has left, if it does.
-    ends: Cell<Option<ExitStatus>>,
+    usual_exit: Cell<Option<ExitStatus>>,
     /// How often it was started again after it had ended so.
     pub(super) restarts: Cell<u32>,
 }
 
-impl Process {
-    pub(super) fn new(command: &str, socket: &Path, options: &CheckOptions) -> Process {
-        let given = options.kill_pid.map(Pid::from_raw);
-        Process {
+impl BackendProcess {
+    pub(super) fn new(command: &str, socket: &Path, options: &CheckOptions) -> BackendProcess {
+        let external_pid = options.kill_pid.map(Pid::from_raw);
+        BackendProcess {
             command: command.into(),
             socket: socket.into(),
             timeout: options.timeout,
             stop: options.stop.clone(),
-            given: Cell::new(given),
+            external_pid: Cell::new(external_pid),
             child: RefCell::default(),
-            served: Cell::new(given.is_some()),
+            served: Cell::new(external_pid.is_some()),
             known: Cell::default(),
-            ends: Cell::default(),
+            usual_exit: Cell::default(),
             restarts: Cell::default(),
         }
     }
@@ -66,20 +66,20 @@ impl Process {
         command.args(["-c", &shell]).stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
         *self.child.borrow_mut() = Some(command.spawn()?);
         self.served.set(false);
-        if self.known.get() && self.ends.get().is_none() {
+        if self.known.get() && self.usual_exit.get().is_none() {
             self.connect()?;
         }
         Ok(())
     }
 
     /// The second connection was served: from now on an end of another kind is a crash.
-    pub(super) fn is_known(&self) {
+    pub(super) fn mark_as_known(&self) {
         self.known.set(true);
     }
 
     /// How the one that runs has ended, if it has. Of one that somebody else started only that it has is known.
-    fn ended(&self) -> io::Result<Option<ExitStatus>> {
-        match (self.child.borrow_mut().as_mut(), self.given.get()) {
+    fn exit_status(&self) -> io::Result<Option<ExitStatus>> {
+        match (self.child.borrow_mut().as_mut(), self.external_pid.get()) {
             (Some(child), _) => child.try_wait(),
             (None, Some(pid)) if kill(pid, None).is_err() => Ok(Some(ExitStatus::default())),
             _ => Ok(None),
@@ -88,7 +88,7 @@ impl Process {
 
     /// Connects to the back-end, as soon as it listens. One that has ended with its last connection is started again.
     pub(super) fn connect(&self) -> io::Result<UnixStream> {
-        if self.served.get() && self.ends.get().is_some() {
+        if self.served.get() && self.usual_exit.get().is_some() {
             self.wait_for_end()?;
         }
         let deadline = self.stop.deadline(self.timeout);
@@ -100,19 +100,21 @@ impl Process {
                 }
                 Err(error) => error,
             };
-            match (self.ended()?, self.served.get()) {
+            match (self.exit_status()?, self.served.get()) {
                 (Some(status), false) => {
                     *self.child.borrow_mut() = None;
                     return Err(io::Error::other(format!("'{}' ended with {status}", self.command)));
                 }
-                (Some(status), true) if self.ends.get().is_some() || !self.known.get() => self.start_again(status)?,
+                (Some(status), true) if self.usual_exit.get().is_some() || !self.known.get() => {
+                    self.start_again(status)?
+                }
                 (Some(status), true) => return Err(crash(status)),
                 (None, _) if deadline.is_over() => {
                     let (command, waited) = (&self.command, self.timeout);
                     let late = format!("'{command}' does not listen within {waited:?}: {error}");
                     return Err(io::Error::other(late));
                 }
-                (None, _) => thread::sleep(LOOK),
+                (None, _) => thread::sleep(RETRY_INTERVAL),
             }
         }
     }
@@ -121,20 +123,20 @@ impl Process {
     fn wait_for_end(&self) -> io::Result<()> {
         let deadline = self.stop.deadline(self.timeout);
         loop {
-            if let Some(status) = self.ended()? {
+            if let Some(status) = self.exit_status()? {
                 return self.start_again(status);
             }
             if deadline.is_over() {
                 return Err(io::Error::other("it ends with its first connection, but not with this one"));
             }
-            thread::sleep(LOOK);
+            thread::sleep(RETRY_INTERVAL);
         }
     }
 
     fn start_again(&self, status: ExitStatus) -> io::Result<()> {
-        self.given.set(None);
-        let usual = self.ends.get().unwrap_or(status);
-        self.ends.set(Some(usual));
+        self.external_pid.set(None);
+        let usual = self.usual_exit.get().unwrap_or(status);
+        self.usual_exit.set(Some(usual));
         self.restarts.set(self.restarts.get() + 1);
         self.start()?;
         match status == usual {
@@ -144,13 +146,13 @@ impl Process {
     }
 
     /// How it ends with each of its connections, if it does.
-    pub(super) fn ends(&self) -> Option<ExitStatus> {
-        self.ends.get()
+    pub(super) fn usual_exit(&self) -> Option<ExitStatus> {
+        self.usual_exit.get()
     }
 
     /// SIGKILL, and waits until its socket is dead.
     pub(super) fn kill(&self) -> io::Result<()> {
-        match (self.child.borrow_mut().take(), self.given.take()) {
+        match (self.child.borrow_mut().take(), self.external_pid.take()) {
             (Some(mut child), _) => {
                 child.kill()?;
                 child.wait()?;
@@ -164,7 +166,7 @@ impl Process {
             if deadline.is_over() {
                 return Err(io::Error::other("the socket is still served after SIGKILL: is it the right process?"));
             }
-            thread::sleep(LOOK);
+            thread::sleep(RETRY_INTERVAL);
         }
         Ok(())
     }
@@ -174,7 +176,7 @@ fn crash(status: ExitStatus) -> io::Error {
     io::Error::other(format!("the back-end ended with {status}"))
 }
 
-impl Drop for Process {
+impl Drop for BackendProcess {
     fn drop(&mut self) {
         if let Some(mut child) = self.child.borrow_mut().take() {
             let _ = child.kill();

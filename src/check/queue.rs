@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::Fault;
+use super::CheckAbort;
 use super::harness::{Pages, pages};
 use crate::abi::bit;
 use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED};
@@ -13,18 +13,18 @@ use crate::ring::{DriverRing, DriverRingState, PackedDriverState, Position, Ring
 use crate::sys::nonblocking;
 
 /// The rings of a guest, one behind the other in the lower region.
-const RINGS: u64 = 0x10_0000;
+const FIRST_RING: u64 = 0x10_0000;
 /// Room for a ring of 1024 entries, each of its areas on pages of its own.
-pub(super) const RING: u64 = 0x1_0000;
-const DRIVER: u64 = 0x5000;
-const DEVICE: u64 = 0x8000;
+pub(super) const RING_SLOT_BYTES: u64 = 0x1_0000;
+const DRIVER_OFFSET: u64 = 0x5000;
+const DEVICE_OFFSET: u64 = 0x8000;
 /// Behind an IOMMU areas begin so far into their pages that they reach into the next, however few entries they have.
-const BEHIND: [u64; 3] = [0xe00, 0xff0, 0xfc0];
+const IOMMU_OFFSETS: [u64; 3] = [0xe00, 0xff0, 0xfc0];
 /// Most rings there is room for.
 pub(super) const MAX_RINGS: usize = 32;
 
 /// A ring and its driver.
-pub(super) struct Queue {
+pub(super) struct DriverQueue {
     /// The back-end's number of it.
     pub(super) index: u32,
     pub(super) layout: RingLayout,
@@ -34,25 +34,32 @@ pub(super) struct Queue {
     /// Where it starts.
     pub(super) base: RingBase,
     /// Buffers of a receive ring that no frame was brought for yet.
-    pub(super) due: u64,
+    pub(super) awaited_frames: u64,
     features: u64,
 }
 
-impl Queue {
+impl DriverQueue {
     /// An empty ring in the `place`th room for one.
-    pub(super) fn new(memory: &Memory, index: u32, place: usize, size: u16, features: u64) -> Result<Queue, Fault> {
-        let at = RINGS + place as u64 * RING;
-        let [desc, driver, device] = if features & bit(VIRTIO_F_ACCESS_PLATFORM) != 0 { BEHIND } else { [0; 3] };
-        let layout = RingLayout::new(features, size, at + desc, at + DRIVER + driver, at + DEVICE + device);
+    pub(super) fn new(
+        memory: &Memory,
+        index: u32,
+        place: usize,
+        size: u16,
+        features: u64,
+    ) -> Result<DriverQueue, CheckAbort> {
+        let at = FIRST_RING + place as u64 * RING_SLOT_BYTES;
+        let [desc, driver, device] = if features & bit(VIRTIO_F_ACCESS_PLATFORM) != 0 { IOMMU_OFFSETS } else { [0; 3] };
+        let layout =
+            RingLayout::new(features, size, at + desc, at + DRIVER_OFFSET + driver, at + DEVICE_OFFSET + device);
         let eventfd = || EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
-        Ok(Queue {
+        Ok(DriverQueue {
             index,
             layout,
             driver: DriverRing::new(memory, layout, features)?,
             kick: eventfd()?,
             call: eventfd()?,
             base: RingBase::initial(features),
-            due: 0,
+            awaited_frames: 0,
             features,
         })
     }
@@ -62,19 +69,19 @@ impl Queue {
     }
 
     /// The driver goes on with a ring whose pages have moved.
-    pub(super) fn follow(&mut self, memory: &Memory) -> Result<(), Fault> {
+    pub(super) fn remap(&mut self, memory: &Memory) -> Result<(), CheckAbort> {
         self.driver = DriverRing::restore(memory, self.layout, self.features, &self.driver.state())?;
         Ok(())
     }
 
     /// The room that its areas are in.
-    pub(super) fn room(&self) -> u64 {
+    pub(super) fn slot_address(&self) -> u64 {
         let [desc, ..] = self.layout.areas();
-        desc - desc % RING
+        desc - desc % RING_SLOT_BYTES
     }
 
     /// Starts the driver over, `at` requests from the start of a split ring, or at that descriptor of a packed one.
-    pub(super) fn move_to(&mut self, memory: &Memory, at: u16) -> Result<(), Fault> {
+    pub(super) fn move_to(&mut self, memory: &Memory, at: u16) -> Result<(), CheckAbort> {
         let state = if self.is_packed() {
             let here = Position { index: at % self.layout.size(), wrap: true };
             let (requests, held, in_order) = (Vec::new(), 0, None);
@@ -94,20 +101,20 @@ impl Queue {
             DriverRingState::Split(SplitDriverState { avail: at, published: at, used: at, ..Default::default() })
         };
         self.driver = DriverRing::restore(memory, self.layout, self.features, &state)?;
-        self.base = self.position();
+        self.base = self.current_base();
         Ok(())
     }
 
     /// Makes the ring as it was when it was made.
-    pub(super) fn renew(&mut self, memory: &Memory) -> Result<(), Fault> {
-        for (area, bytes) in self.layout.areas().into_iter().zip(self.bytes()) {
+    pub(super) fn reinitialize(&mut self, memory: &Memory) -> Result<(), CheckAbort> {
+        for (area, bytes) in self.layout.areas().into_iter().zip(self.area_sizes()) {
             memory.write(area, &vec![0; bytes as usize])?;
         }
         self.move_to(memory, 0)
     }
 
     /// The base of a device that has completed what was taken off the ring, and no more.
-    pub(super) fn position(&self) -> RingBase {
+    pub(super) fn current_base(&self) -> RingBase {
         match self.driver.state() {
             DriverRingState::Split(state) => RingBase::split(state.used),
             DriverRingState::Packed(PackedDriverState { used, .. }) => packed(used),
@@ -115,7 +122,7 @@ impl Queue {
     }
 
     /// The base of a device that has completed whatever was made.
-    pub(super) fn end(&self) -> RingBase {
+    pub(super) fn end_base(&self) -> RingBase {
         match self.driver.state() {
             DriverRingState::Split(state) => RingBase::split(state.avail),
             DriverRingState::Packed(PackedDriverState { avail, .. }) => packed(avail),
@@ -123,7 +130,7 @@ impl Queue {
     }
 
     /// Whether a base of the back-end is this one.
-    pub(super) fn same(&self, base: RingBase, expected: RingBase) -> bool {
+    pub(super) fn is_same_base(&self, base: RingBase, expected: RingBase) -> bool {
         match self.is_packed() {
             true => (base.packed_avail(), base.packed_used()) == (expected.packed_avail(), expected.packed_used()),
             false => base == expected,
@@ -131,7 +138,7 @@ impl Queue {
     }
 
     /// A base, to be read by people.
-    pub(super) fn show(&self, base: RingBase) -> String {
+    pub(super) fn format_base(&self, base: RingBase) -> String {
         if !self.is_packed() {
             return base.bits().to_string();
         }
@@ -144,8 +151,8 @@ impl Queue {
     }
 
     /// Descriptors that a base says were taken and not completed, if it can be a base of this ring.
-    pub(super) fn in_flight(&self, base: RingBase) -> Option<u16> {
-        let (here, size) = (self.position(), self.layout.size());
+    pub(super) fn in_flight_at(&self, base: RingBase) -> Option<u16> {
+        let (here, size) = (self.current_base(), self.layout.size());
         match self.is_packed() {
             true => here.packed_used().until(base.packed_avail(), size),
             false => Some(base.split_index().wrapping_sub(here.split_index())).filter(|count| *count <= size),
@@ -153,48 +160,48 @@ impl Queue {
     }
 
     /// Whether a split ring's used index is further than what was made; of a packed one the driver would see it.
-    pub(super) fn has_more(&self, memory: &Memory) -> Result<bool, Fault> {
+    pub(super) fn has_excess_completions(&self, memory: &Memory) -> Result<bool, CheckAbort> {
         let mut index = [0; 2];
-        memory.read(self.device_at() + 2, &mut index)?;
-        Ok(!self.is_packed() && u16::from_le_bytes(index) != self.end().split_index())
+        memory.read(self.device_area() + 2, &mut index)?;
+        Ok(!self.is_packed() && u16::from_le_bytes(index) != self.end_base().split_index())
     }
 
     /// Pages of a packed ring that completions were written to, from `from` on to where the driver is. A completion is in
     /// the first descriptor of its request; those of one batch are looked at as a whole.
     pub(super) fn completed_pages(&self, from: Position) -> impl Iterator<Item = u64> {
         let ([desc, ..], size) = (self.layout.areas(), self.layout.size());
-        let to = self.position().packed_used();
+        let to = self.current_base().packed_used();
         let count = from.until(to, size).unwrap_or_default();
         (0..count).map(move |step| (desc + u64::from(from.after(step, size).index) * 16) / LOG_PAGE)
     }
 
     /// Pages that only the driver writes.
-    pub(super) fn own(&self) -> Pages {
-        let ([desc, driver, _], [desc_bytes, driver_bytes, _]) = (self.layout.areas(), self.bytes());
+    pub(super) fn driver_pages(&self) -> Pages {
+        let ([desc, driver, _], [desc_bytes, driver_bytes, _]) = (self.layout.areas(), self.area_sizes());
         let desc = (!self.is_packed()).then(|| pages(desc, desc_bytes));
         desc.into_iter().flatten().chain(pages(driver, driver_bytes)).collect()
     }
 
     /// Pages of the ring that the device writes.
-    pub(super) fn written(&self) -> Pages {
-        let ([desc, _, device], [desc_bytes, _, device_bytes]) = (self.layout.areas(), self.bytes());
+    pub(super) fn device_pages(&self) -> Pages {
+        let ([desc, _, device], [desc_bytes, _, device_bytes]) = (self.layout.areas(), self.area_sizes());
         let desc = self.is_packed().then(|| pages(desc, desc_bytes));
         desc.into_iter().flatten().chain(pages(device, device_bytes)).collect()
     }
 
     /// Bytes of its areas.
-    pub(super) fn bytes(&self) -> [u64; 3] {
+    pub(super) fn area_sizes(&self) -> [u64; 3] {
         RingLayout::area_bytes(self.features, self.layout.size())
     }
 
     /// Where the device's own area lies: the used ring, or its event area.
-    pub(super) fn device_at(&self) -> u64 {
+    pub(super) fn device_area(&self) -> u64 {
         let [_, _, device] = self.layout.areas();
         device
     }
 
     /// Signals the kick fd, wanted or not.
-    pub(super) fn wake(&self) {
+    pub(super) fn signal_kick(&self) {
         // One that is full is signalled already.
         let _ = nonblocking::signal(self.kick.as_fd());
     }
@@ -207,7 +214,7 @@ impl Queue {
     /// Makes what was added visible, and kicks if the device wants it.
     pub(super) fn publish(&mut self) {
         if self.driver.publish() {
-            self.wake();
+            self.signal_kick();
         }
     }
 }

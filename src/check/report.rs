@@ -9,11 +9,11 @@ use serde::Serialize;
 use super::explain::{Consequence, consequence};
 
 /// What the names of checks begin with that send what must be refused.
-const HOSTILE: &str = "hostile";
+const HOSTILE_PREFIX: &str = "hostile";
 /// How a finding begins that is about what came after a check, whose rule and name follow in quotes.
-pub(super) const AFTER: &str = "after \"";
+pub(super) const AFTER_PREFIX: &str = "after \"";
 /// Checks that are named in a row.
-const NAMED: usize = 2;
+const MAX_NAMED_CHECKS: usize = 2;
 
 /// What became of a promise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -125,7 +125,7 @@ impl CheckReport {
 }
 
 /// Findings of one cause: the same check on several rings, or the same seen by several checks.
-struct Row<'a> {
+struct FindingGroup<'a> {
     verdict: Verdict,
     consequence: Option<Consequence>,
     /// What was seen, without its numbers.
@@ -136,10 +136,10 @@ struct Row<'a> {
     seen: &'a str,
 }
 
-impl<'a> Row<'a> {
-    fn of(finding: &'a Finding) -> Row<'a> {
+impl<'a> FindingGroup<'a> {
+    fn new(finding: &'a Finding) -> FindingGroup<'a> {
         let Finding { rule, what, rings, verdict, ref seen, .. } = *finding;
-        let mut row = Row {
+        let mut group = FindingGroup {
             verdict,
             consequence: None,
             cause: String::new(),
@@ -148,25 +148,25 @@ impl<'a> Row<'a> {
             whats: vec![what],
             seen,
         };
-        row.rings.extend((!rings.is_empty()).then_some(rings));
+        group.rings.extend((!rings.is_empty()).then_some(rings));
         if matches!(verdict, Verdict::Fail | Verdict::Warning) {
-            row.consequence = Some(match what.starts_with(HOSTILE) {
+            group.consequence = Some(match what.starts_with(HOSTILE_PREFIX) {
                 true => Consequence::Killed,
                 false => consequence(rule),
             });
         }
         // What came after a check is the matter of that: the check is named, and the end is its own cause.
-        if let Some((check, end)) = seen.strip_prefix(AFTER).and_then(|seen| seen.split_once("\": ")) {
-            (row.whats, row.seen) = (vec![check], end);
+        if let Some((check, end)) = seen.strip_prefix(AFTER_PREFIX).and_then(|seen| seen.split_once("\": ")) {
+            (group.whats, group.seen) = (vec![check], end);
         }
         // Every number is the same one.
-        let parts = row.seen.split(|c: char| c.is_ascii_digit()).filter(|part| !part.is_empty());
-        row.cause = parts.collect::<Vec<_>>().join("0");
-        row
+        let parts = group.seen.split(|c: char| c.is_ascii_digit()).filter(|part| !part.is_empty());
+        group.cause = parts.collect::<Vec<_>>().join("0");
+        group
     }
 
     /// Returns true if both are of one cause. What was kept is said of each check.
-    fn is_of(&self, other: &Row<'_>) -> bool {
+    fn has_same_cause(&self, other: &FindingGroup<'_>) -> bool {
         let same = |one: &[&str], other: &[&str]| one.iter().any(|it| other.contains(it));
         let same_check = same(&self.rules, &other.rules) && same(&self.whats, &other.whats);
         let same_cause =
@@ -174,7 +174,7 @@ impl<'a> Row<'a> {
         self.verdict == other.verdict && (same_check || same_cause)
     }
 
-    fn join(&mut self, other: Row<'a>) {
+    fn merge(&mut self, other: FindingGroup<'a>) {
         for (all, more) in
             [(&mut self.rules, other.rules), (&mut self.rings, other.rings), (&mut self.whats, other.whats)]
         {
@@ -199,19 +199,19 @@ fn colour(verdict: Verdict) -> u8 {
 
 impl CheckReport {
     /// One row per cause: what is broken first, by what comes of it; then warnings, and the rest.
-    fn rows(&self) -> Vec<Row<'_>> {
-        let mut rows: Vec<Row<'_>> = Vec::new();
+    fn groups(&self) -> Vec<FindingGroup<'_>> {
+        let mut groups: Vec<FindingGroup<'_>> = Vec::new();
         for finding in &self.findings {
-            let row = Row::of(finding);
-            match rows.iter_mut().find(|known| known.is_of(&row)) {
-                Some(known) => known.join(row),
-                None => rows.push(row),
+            let group = FindingGroup::new(finding);
+            match groups.iter_mut().find(|known| known.has_same_cause(&group)) {
+                Some(known) => known.merge(group),
+                None => groups.push(group),
             }
         }
         // A stable sort: within a group they stay in the order in which they were found.
         let order = [Verdict::Fail, Verdict::Warning, Verdict::Pass, Verdict::NotOffered, Verdict::NotTested];
-        rows.sort_by_key(|row| (order.iter().position(|verdict| *verdict == row.verdict), row.consequence));
-        rows
+        groups.sort_by_key(|group| (order.iter().position(|verdict| *verdict == group.verdict), group.consequence));
+        groups
     }
 
     /// The report for people, in colours for a terminal or without.
@@ -221,11 +221,11 @@ impl CheckReport {
             false => text.into(),
         };
         let mut text = format!("{}: {}\n", self.socket.display(), self.offers);
-        let mut group = None;
-        for row in self.rows() {
-            let here = Some((row.verdict, row.consequence));
-            if group != here {
-                let title = match (row.verdict, row.consequence) {
+        let mut section = None;
+        for group in self.groups() {
+            let here = Some((group.verdict, group.consequence));
+            if section != here {
+                let title = match (group.verdict, group.consequence) {
                     (Verdict::Warning, Some(consequence)) => {
                         format!("at a price, or for some ({})", consequence.description())
                     }
@@ -233,21 +233,21 @@ impl CheckReport {
                     (verdict, None) => verdict.to_string(),
                 };
                 let _ = writeln!(text, "\n{}", paint(1, &title));
-                group = here;
+                section = here;
             }
-            let verdict = paint(colour(row.verdict), &format!("{:12}", row.verdict));
-            let (rules, rings) = (row.rules.join(","), row.rings.join(", "));
-            let more = row.whats.len().saturating_sub(NAMED);
-            let mut whats = row.whats.iter().take(NAMED).copied().collect::<Vec<_>>().join("; ");
+            let verdict = paint(colour(group.verdict), &format!("{:12}", group.verdict));
+            let (rules, rings) = (group.rules.join(","), group.rings.join(", "));
+            let more = group.whats.len().saturating_sub(MAX_NAMED_CHECKS);
+            let mut whats = group.whats.iter().take(MAX_NAMED_CHECKS).copied().collect::<Vec<_>>().join("; ");
             if more > 0 {
                 let _ = write!(whats, "; and {more} more checks");
             }
-            let _ = writeln!(text, "{rules:5} {verdict} {rings:15} {whats}: {}", row.seen);
+            let _ = writeln!(text, "{rules:5} {verdict} {rings:15} {whats}: {}", group.seen);
         }
         let all = [Verdict::Fail, Verdict::Warning, Verdict::Pass, Verdict::NotOffered, Verdict::NotTested];
         let counts: Vec<String> = all.iter().map(|verdict| format!("{} {verdict}", self.count(*verdict))).collect();
         let _ = write!(text, "\nchecks: {}", counts.join(", "));
-        if let Some(broken) = self.rows().iter().find(|row| row.verdict == Verdict::Fail) {
+        if let Some(broken) = self.groups().iter().find(|group| group.verdict == Verdict::Fail) {
             let rule = broken.rules.first().copied().unwrap_or_default();
             let _ = write!(text, "\n'vhost-migrate check --explain {rule}' says what the rule is for and what to do");
         }

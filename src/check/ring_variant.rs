@@ -2,21 +2,21 @@
 
 /// On which rings a check is run.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum When {
+pub(super) enum RingSelection {
     /// Once: rings make no difference.
     Once,
     /// On split and packed rings; of a network interface, those that frames leave by.
-    Rings,
+    Main,
     /// On split and packed rings by which the device writes data.
     Data,
     /// The same, but without anybody to bring frames in, those that they leave by.
-    Best,
+    DataOrMain,
     /// On all of them.
-    Each,
+    All,
     /// On all split ones.
-    Split,
+    AllSplit,
     /// On all packed ones.
-    Packed,
+    AllPacked,
 }
 
 /// What rings carry.
@@ -32,12 +32,12 @@ pub(super) enum Flow {
 
 /// Rings to run a check on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Shape {
+pub(super) struct RingVariant {
     pub(super) packed: bool,
     pub(super) flow: Flow,
 }
 
-impl Shape {
+impl RingVariant {
     pub(super) fn name(self) -> &'static str {
         match (self.flow, self.packed) {
             (Flow::Requests, false) => "split",

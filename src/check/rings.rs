@@ -4,9 +4,9 @@ use std::thread;
 
 use zerocopy::IntoBytes;
 
-use super::harness::{SLOTS, Size, changed, harvest, soon};
-use super::log::Marks;
-use super::{Bench, Check, Fault, Flow, FrameSource, Offer, Outcome, When};
+use super::harness::{MAX_REQUESTS, RequestSize, changed, harvest, wait_until};
+use super::log::MarkComparison;
+use super::{BackendFeatures, Check, CheckAbort, Flow, FrameSource, Outcome, RingSelection, Target};
 use crate::abi::bit;
 use crate::abi::vhost_user::{Request as Code, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature};
 
@@ -14,151 +14,177 @@ use crate::abi::vhost_user::{Request as Code, VHOST_USER_F_PROTOCOL_FEATURES, pr
 const DRAINS: u32 = 20;
 
 pub(super) const CHECKS: &[Check] = &[
-    Check { rule: "R1", what: "features that were not offered are not taken", when: When::Once, run: features },
-    Check { rule: "R1", what: "without bit 30 a ring runs as soon as it is started", when: When::Rings, run: plain },
-    Check { rule: "R2", what: "nothing is done on a ring that is not enabled", when: When::Each, run: disabled },
+    Check {
+        rule: "R1",
+        what: "features that were not offered are not taken",
+        run_on: RingSelection::Once,
+        run: features,
+    },
+    Check {
+        rule: "R1",
+        what: "without bit 30 a ring runs as wait_until as it is started",
+        run_on: RingSelection::Main,
+        run: plain,
+    },
+    Check {
+        rule: "R2",
+        what: "nothing is done on a ring that is not enabled",
+        run_on: RingSelection::All,
+        run: disabled,
+    },
     Check {
         rule: "R2",
         what: "requests that wait are served when the ring is enabled",
-        when: When::Each,
+        run_on: RingSelection::All,
         run: enabled,
     },
     Check {
         rule: "R3",
         what: "GET_VRING_BASE completes and publishes what was taken, and then all is quiet",
-        when: When::Each,
+        run_on: RingSelection::All,
         run: drain,
     },
     Check {
         rule: "R3",
         what: "all rings at once: what they write is marked, and each is drained",
-        when: When::Each,
+        run_on: RingSelection::All,
         run: everywhere,
     },
-    Check { rule: "R4", what: "a ring goes on at its base, over the end of 16 bits", when: When::Each, run: base },
-    Check { rule: "R5", what: "SET_VRING_ADDR on a running ring moves no index", when: When::Each, run: addr },
+    Check {
+        rule: "R4",
+        what: "a ring goes on at its base, over the end of 16 bits",
+        run_on: RingSelection::All,
+        run: base,
+    },
+    Check {
+        rule: "R5",
+        what: "SET_VRING_ADDR on a running ring moves no index",
+        run_on: RingSelection::All,
+        run: addr,
+    },
     Check {
         rule: "R9",
         what: "the next front-end is served, and finds the device as it was",
-        when: When::Rings,
+        run_on: RingSelection::Main,
         run: reconnect,
     },
 ];
 
-fn features(bench: &mut Bench) -> Result<Outcome, Fault> {
-    bench.offer.need(protocol_feature::REPLY_ACK)?;
-    let rig = bench.rig(0)?;
-    let Some(number) = (0..64).rev().find(|number| !bench.offer.has(*number)) else {
+fn features(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    target.offered.require_protocol(protocol_feature::REPLY_ACK)?;
+    let harness = target.harness(0)?;
+    let Some(number) = (0..64).rev().find(|number| !target.offered.has(*number)) else {
         return Ok(Outcome::not_tested("all 64 are offered"));
     };
-    let answer = rig.link.acknowledged(Code::SET_FEATURES, (rig.features | bit(number)).as_bytes(), &[])?;
+    let answer =
+        harness.connection.request_ack(Code::SET_FEATURES, (harness.features | bit(number)).as_bytes(), &[])?;
     Ok(match answer {
         0 => Outcome::warning(format!("bit {number} was acknowledged without being offered, and taken")),
         _ => Outcome::pass(format!("bit {number} was refused")),
     })
 }
 
-fn plain(bench: &mut Bench) -> Result<Outcome, Fault> {
-    if !bench.offer.has(VHOST_USER_F_PROTOCOL_FEATURES) {
+fn plain(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    if !target.offered.has(VHOST_USER_F_PROTOCOL_FEATURES) {
         return Ok(Outcome::not_tested("it is not offered: every check is one of this"));
     }
-    let mut rig = bench.rig(0)?;
+    let mut harness = target.harness(0)?;
     let without = !bit(VHOST_USER_F_PROTOCOL_FEATURES);
-    rig.offer = Offer { features: rig.offer.features & without, protocol: 0, queues: 1 };
-    rig.features &= without;
-    rig.reconnect(bench.connect()?)?;
-    rig.start()?;
-    rig.load(SLOTS, Size::Mixed)?;
-    let (base, expected) = (rig.stop()?, rig.ring.end());
-    Ok(match rig.ring.same(base, expected) {
-        true => Outcome::pass(format!("{SLOTS} requests without SET_VRING_ENABLE and protocol features")),
-        false => Outcome::fail(format!("{SLOTS} requests later it says {}", rig.ring.show(base))),
+    harness.offered = BackendFeatures { features: harness.offered.features & without, protocol: 0, queues: 1 };
+    harness.features &= without;
+    harness.reconnect(target.connect()?)?;
+    harness.start()?;
+    harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
+    let (base, expected) = (harness.stop()?, harness.ring.end_base());
+    Ok(match harness.ring.is_same_base(base, expected) {
+        true => Outcome::pass(format!("{MAX_REQUESTS} requests without SET_VRING_ENABLE and protocol features")),
+        false => Outcome::fail(format!("{MAX_REQUESTS} requests later it says {}", harness.ring.format_base(base))),
     })
 }
 
-fn disabled(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let mut rig = bench.rig(0)?;
-    if !bench.offer.has(VHOST_USER_F_PROTOCOL_FEATURES) {
-        return Err(Fault::NotOffered("disabling a ring (PROTOCOL_FEATURES)".into()));
+fn disabled(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let mut harness = target.harness(0)?;
+    if !target.offered.has(VHOST_USER_F_PROTOCOL_FEATURES) {
+        return Err(CheckAbort::NotOffered("disabling a ring (PROTOCOL_FEATURES)".into()));
     }
-    rig.add(4, Size::Mixed)?;
-    rig.publish();
-    let before = rig.hashes()?;
-    rig.start_disabled(None)?;
-    rig.wake();
-    rig.watch();
-    let touched = changed(&before, &rig.hashes()?);
-    Ok(match (touched.len(), rig.pop_all()?) {
-        (0, _) => Outcome::pass(format!("4 requests waited for {:?}", rig.settle)),
+    harness.add(4, RequestSize::Mixed)?;
+    harness.publish();
+    let before = harness.hashes()?;
+    harness.start_disabled(None)?;
+    harness.kick();
+    harness.wait_quiet();
+    let touched = changed(&before, &harness.hashes()?);
+    Ok(match (touched.len(), harness.pop_all()?) {
+        (0, _) => Outcome::pass(format!("4 requests waited for {:?}", harness.settle)),
         // The specification wants the packets of a disabled ring discarded.
-        (_, used) if bench.shape.flow == Flow::Transmit => Outcome::warning(format!(
+        (_, used) if target.variant.flow == Flow::Transmit => Outcome::warning(format!(
             "{used} of 4 packets were discarded, as the specification has it: their used entries are written while no log is there"
         )),
         (pages, used) => Outcome::fail(format!("{used} of 4 requests were served, {pages} pages written")),
     })
 }
 
-fn enabled(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let mut rig = bench.rig(0)?;
-    rig.add(4, Size::Mixed)?;
+fn enabled(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let mut harness = target.harness(0)?;
+    harness.add(4, RequestSize::Mixed)?;
     // Published before anybody could be kicked.
-    let _ = rig.ring.driver.publish();
-    rig.feed()?;
-    rig.start_disabled(None)?;
-    rig.enable(true)?;
-    if !soon(&rig.deadline(rig.patience()), || rig.pop())? {
-        rig.wake();
-        rig.finish()?;
+    let _ = harness.ring.driver.publish();
+    harness.inject_frames()?;
+    harness.start_disabled(None)?;
+    harness.enable(true)?;
+    if !wait_until(&harness.deadline(harness.short_wait()), || harness.pop())? {
+        harness.kick();
+        harness.finish()?;
         return Ok(Outcome::warning("only after another kick, as an older specification has it"));
     }
-    rig.finish()?;
+    harness.finish()?;
     Ok(Outcome::pass("4 requests, without another kick"))
 }
 
-fn drain(bench: &mut Bench) -> Result<Outcome, Fault> {
-    if bench.shape.flow == Flow::Receive
-        && let Some(late) = late_frames(bench)?
+fn drain(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    if target.variant.flow == Flow::Receive
+        && let Some(late) = late_frames(target)?
     {
         return Ok(Outcome::fail(late));
     }
     let mut in_flight = 0;
     for round in 1..=DRAINS {
-        let mut rig = bench.rig(0)?;
-        rig.start()?;
-        rig.add(SLOTS, Size::Large)?;
-        rig.publish();
+        let mut harness = target.harness(0)?;
+        harness.start()?;
+        harness.add(MAX_REQUESTS, RequestSize::Large)?;
+        harness.publish();
         if round % 2 == 0 {
             // With the first one complete, the others are under way.
-            let deadline = rig.deadline(rig.timeout);
-            while !rig.pop()? && !deadline.is_over() {
+            let deadline = harness.deadline(harness.timeout);
+            while !harness.pop()? && !deadline.is_over() {
                 thread::yield_now();
             }
         }
-        let base = rig.stop()?;
-        rig.ring.ack_call();
-        let before = rig.hashes()?;
-        rig.pop_all()?;
-        if !rig.ring.same(base, rig.ring.position()) {
-            let (lost, used) = (rig.ring.in_flight(base), rig.ring.show(rig.ring.position()));
+        let base = harness.stop()?;
+        harness.ring.ack_call();
+        let before = harness.hashes()?;
+        harness.pop_all()?;
+        if !harness.ring.is_same_base(base, harness.ring.current_base()) {
+            let (lost, used) = (harness.ring.in_flight_at(base), harness.ring.format_base(harness.ring.current_base()));
             let lost = lost.map_or("a number of".into(), |lost| lost.to_string());
-            let base = rig.ring.show(base);
-            rig.watch();
-            let late = changed(&before, &rig.hashes()?).len();
+            let base = harness.ring.format_base(base);
+            harness.wait_quiet();
+            let late = changed(&before, &harness.hashes()?).len();
             return Ok(Outcome::fail(format!(
                 "round {round}: it answers with base {base}, but has published up to {used}; {lost} were not drained, and \
                  {late} pages changed later"
             )));
         }
-        in_flight += SLOTS - u64::from(rig.outstanding());
+        in_flight += MAX_REQUESTS - u64::from(harness.outstanding());
         // The whole time only where it is worth it: I/O that was given up shows soon, or never.
         if round == 1 || round == DRAINS {
-            rig.watch();
+            harness.wait_quiet();
         }
-        let late = changed(&before, &rig.hashes()?).len();
+        let late = changed(&before, &harness.hashes()?).len();
         if late > 0 {
             return Ok(Outcome::fail(format!("round {round}: {late} pages changed after the answer")));
         }
-        if rig.ring.ack_call() {
+        if harness.ring.ack_call() {
             return Ok(Outcome::fail(format!("round {round}: it notified after the answer")));
         }
     }
@@ -171,142 +197,145 @@ fn drain(bench: &mut Bench) -> Result<Outcome, Fault> {
 }
 
 /// What is wrong with a ring that is stopped with buffers in it, for frames that come in only then.
-fn late_frames(bench: &Bench) -> Result<Option<String>, Fault> {
-    let mut rig = bench.rig(0)?;
-    rig.start()?;
+fn late_frames(target: &Target) -> Result<Option<String>, CheckAbort> {
+    let mut harness = target.harness(0)?;
+    harness.start()?;
     // A frame that has come in shows that the ring runs: a message may overtake the first kick.
-    rig.add(1, Size::Large)?;
-    rig.publish();
-    rig.finish()?;
-    rig.add(SLOTS, Size::Large)?;
-    rig.ring.publish();
+    harness.add(1, RequestSize::Large)?;
+    harness.publish();
+    harness.finish()?;
+    harness.add(MAX_REQUESTS, RequestSize::Large)?;
+    harness.ring.publish();
     // What is left of earlier connections takes the first of the buffers.
-    let deadline = rig.deadline(rig.timeout);
-    while soon(&rig.deadline(rig.settle), || rig.pop())? && !deadline.is_over() {
-        rig.add(SLOTS - u64::from(rig.outstanding()), Size::Large)?;
-        rig.ring.publish();
+    let deadline = harness.deadline(harness.timeout);
+    while wait_until(&harness.deadline(harness.settle), || harness.pop())? && !deadline.is_over() {
+        harness.add(MAX_REQUESTS - u64::from(harness.outstanding()), RequestSize::Large)?;
+        harness.ring.publish();
     }
-    let base = rig.stop_first()?;
-    let before = rig.hashes()?;
-    rig.pop_all()?;
-    if !rig.ring.same(base, rig.ring.position()) {
-        let (base, used) = (rig.ring.show(base), rig.ring.show(rig.ring.position()));
+    let base = harness.stop_first_ring()?;
+    let before = harness.hashes()?;
+    harness.pop_all()?;
+    if !harness.ring.is_same_base(base, harness.ring.current_base()) {
+        let (base, used) = (harness.ring.format_base(base), harness.ring.format_base(harness.ring.current_base()));
         return Ok(Some(format!(
             "buffers that nothing came for: it answers with base {base}, but has used up to {used}"
         )));
     }
-    rig.feed()?;
-    rig.watch();
-    let written = changed(&before, &rig.hashes()?).intersection(&rig.lent).count();
-    let late = rig.pop_all()?;
+    harness.inject_frames()?;
+    harness.wait_quiet();
+    let written = changed(&before, &harness.hashes()?).intersection(&harness.writable_pages).count();
+    let late = harness.pop_all()?;
     Ok((late > 0 || written > 0).then(|| {
         format!("frames that came in after the answer: {late} buffers were used, {written} of their pages written")
     }))
 }
 
-fn everywhere(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let rings = bench.most_rings();
+fn everywhere(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let rings = target.max_rings();
     if rings < 2 {
         return Ok(Outcome::not_tested("it has one"));
     }
-    if bench.shape.flow == Flow::Receive && bench.frame_source != Some(FrameSource::Loop) {
+    if target.variant.flow == Flow::Receive && target.frame_source != Some(FrameSource::Loop) {
         return Ok(Outcome::not_tested("frames can't be told which ring to arrive on"));
     }
-    let mut rig = bench.rigged(0, rings)?;
-    rig.start()?;
-    let log = match rig.install_log() {
-        Err(Fault::NotOffered(_)) => None,
+    let mut harness = target.harness_with_rings(0, rings)?;
+    harness.start()?;
+    let log = match harness.install_log() {
+        Err(CheckAbort::NotOffered(_)) => None,
         log => Some(log?),
     };
     if log.is_some() {
-        rig.log_on(rig.ring.device_at())?;
+        harness.enable_logging(harness.ring.device_area())?;
     }
-    rig.add(SLOTS, Size::Large)?;
-    let before = rig.hashes()?;
-    rig.publish();
-    rig.finish()?;
-    // The last mark of a used ring may follow the last completion; it comes before this answer (rule R3.2).
-    rig.stop()?;
+    harness.add(MAX_REQUESTS, RequestSize::Large)?;
+    let before = harness.hashes()?;
+    harness.publish();
+    harness.finish()?;
+    // The last mark of a used ring may follow the last completion; it comes before this answer (rule R3).
+    harness.stop()?;
     let found = match &log {
         None => Outcome::pass("no log"),
         Some(log) => {
             let marked = harvest(log);
-            let ring = &changed(&before, &rig.hashes()?) & &rig.used_rings();
+            let ring = &changed(&before, &harness.hashes()?) & &harness.request_device_pages();
             match ring.difference(&marked).count() {
-                0 => Marks::of(&rig, &before, marked)?.allow(rig.used_ring()).judge(),
+                0 => MarkComparison::of(&harness, &before, marked)?.allow(harness.device_pages()).outcome(),
                 missed => Outcome::fail(format!("{missed} pages that rings were written to are not marked")),
             }
         }
     };
-    rig.start()?;
-    rig.add(SLOTS, Size::Large)?;
-    rig.publish();
-    rig.stop()?;
-    let before = rig.hashes()?;
-    let taken = rig.pop_all()?;
-    if let Some(queue) = rig.rings().find(|queue| !queue.same(queue.base, queue.position())) {
-        let (index, base, at) = (queue.index, queue.show(queue.base), queue.show(queue.position()));
+    harness.start()?;
+    harness.add(MAX_REQUESTS, RequestSize::Large)?;
+    harness.publish();
+    harness.stop()?;
+    let before = harness.hashes()?;
+    let taken = harness.pop_all()?;
+    if let Some(queue) = harness.rings().find(|queue| !queue.is_same_base(queue.base, queue.current_base())) {
+        let (index, base, at) = (queue.index, queue.format_base(queue.base), queue.format_base(queue.current_base()));
         return Ok(Outcome::fail(format!("ring {index} answers with base {base}, but has published up to {at}")));
     }
-    rig.watch();
-    let late = changed(&before, &rig.hashes()?).len();
+    harness.wait_quiet();
+    let late = changed(&before, &harness.hashes()?).len();
     let Outcome(verdict, found) = found;
     Ok(match late {
-        0 => Outcome(verdict, format!("{rings} rings: {found}; {taken} of {SLOTS} requests taken, all published")),
+        0 => {
+            Outcome(verdict, format!("{rings} rings: {found}; {taken} of {MAX_REQUESTS} requests taken, all published"))
+        }
         pages => Outcome::fail(format!("{rings} rings: {pages} pages changed after they had all been stopped")),
     })
 }
 
-fn base(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let mut rig = bench.rig(0)?;
+fn base(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let mut harness = target.harness(0)?;
     // Indexes of split rings run to 2^16, those of packed ones to the ring's end.
-    let from = if bench.shape.packed { rig.ring.layout.size() - 6 } else { 65530 };
-    rig.move_to(from)?;
-    let from = rig.ring.show(rig.ring.base);
+    let from = if target.variant.packed { harness.ring.layout.size() - 6 } else { 65530 };
+    harness.move_to(from)?;
+    let from = harness.ring.format_base(harness.ring.base);
     for _ in 0..2 {
-        rig.start()?;
-        rig.load(SLOTS, Size::Mixed)?;
-        let (base, expected) = (rig.stop()?, rig.ring.end());
-        if !rig.ring.same(base, expected) {
-            let (base, expected) = (rig.ring.show(base), rig.ring.show(expected));
-            return Ok(Outcome::fail(format!("{SLOTS} requests later it says {base}, not {expected}")));
+        harness.start()?;
+        harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
+        let (base, expected) = (harness.stop()?, harness.ring.end_base());
+        if !harness.ring.is_same_base(base, expected) {
+            let (base, expected) = (harness.ring.format_base(base), harness.ring.format_base(expected));
+            return Ok(Outcome::fail(format!("{MAX_REQUESTS} requests later it says {base}, not {expected}")));
         }
     }
-    Ok(Outcome::pass(format!("from {from} to {} with a stop on the way", rig.ring.show(rig.ring.base))))
+    Ok(Outcome::pass(format!("from {from} to {} with a stop on the way", harness.ring.format_base(harness.ring.base))))
 }
 
-fn addr(bench: &mut Bench) -> Result<Outcome, Fault> {
-    let mut rig = bench.rig(0)?;
-    rig.start()?;
+fn addr(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let mut harness = target.harness(0)?;
+    harness.start()?;
     let rounds = 5;
     for _ in 0..rounds {
-        rig.add(SLOTS, Size::Mixed)?;
-        rig.publish();
-        rig.log_used(None)?;
-        rig.finish()?;
+        harness.add(MAX_REQUESTS, RequestSize::Mixed)?;
+        harness.publish();
+        harness.set_ring_logging(None)?;
+        harness.finish()?;
     }
-    let (base, expected, made) = (rig.stop()?, rig.ring.end(), rounds * SLOTS);
-    Ok(match rig.ring.same(base, expected) {
+    let (base, expected, made) = (harness.stop()?, harness.ring.end_base(), rounds * MAX_REQUESTS);
+    Ok(match harness.ring.is_same_base(base, expected) {
         true => Outcome::pass(format!("{made} requests, each answered once, over {rounds} SET_VRING_ADDR")),
-        false => Outcome::fail(format!("{made} requests were made, the base is {}", rig.ring.show(base))),
+        false => Outcome::fail(format!("{made} requests were made, the base is {}", harness.ring.format_base(base))),
     })
 }
 
-fn reconnect(bench: &mut Bench) -> Result<Outcome, Fault> {
+fn reconnect(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut seen = Vec::new();
     for _ in 0..3 {
-        let mut rig = bench.rig(0)?;
-        rig.start()?;
-        rig.load(SLOTS, Size::Mixed)?;
-        let data: Vec<(u64, u64)> = rig.hashes()?.into_iter().filter(|(page, _)| rig.lent.contains(page)).collect();
+        let mut harness = target.harness(0)?;
+        harness.start()?;
+        harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
+        let data: Vec<(u64, u64)> =
+            harness.hashes()?.into_iter().filter(|(page, _)| harness.writable_pages.contains(page)).collect();
         seen.push(data);
         // Left with requests in flight: they are this front-end's trouble, not the next one's.
-        rig.add(SLOTS, Size::Large)?;
-        rig.publish();
+        harness.add(MAX_REQUESTS, RequestSize::Large)?;
+        harness.publish();
     }
     seen.dedup();
     Ok(match seen.len() {
-        _ if bench.subject.has_requests() && !bench.subject.is_stable() => {
+        _ if target.device.has_requests() && !target.device.is_stable() => {
             Outcome::pass("3 front-ends, each gone with requests in flight; they have nothing to find")
         }
         1 => Outcome::pass("3 front-ends, each gone with requests in flight"),

@@ -70,7 +70,7 @@ pub const RULES: &[(&str, &str)] = &[
 ];
 
 /// Rules that a back-end's peer can't see it keep, and why.
-pub(super) const ASIDE: &[(&str, &str)] = &[
+pub(super) const UNTESTABLE: &[(&str, &str)] = &[
     ("B2", "nothing that a front-end does obliges a back-end to tell of a change"),
     ("B4", "is about hardware"),
     ("F9", "a back-end that blocks for good would hold up every later check"),

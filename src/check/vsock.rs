@@ -12,21 +12,21 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use super::blk::read_config;
-use super::connection::Link;
-use super::{Fault, Offer};
+use super::connection::Connection;
+use super::{BackendFeatures, CheckAbort};
 use crate::abi::vhost_user::protocol_feature;
 
 /// Context id of the host.
-const HOST: u64 = 2;
+const HOST_CID: u64 = 2;
 /// The lowest that a guest can have, for a device that does not say its own.
-const LOWEST: u64 = 3;
+const MIN_GUEST_CID: u64 = 3;
 /// The first of the ports that are used here, which nobody listens on.
-const PORTS: u32 = 0x7ffe_0000;
+const FIRST_PORT: u32 = 0x7ffe_0000;
 const STREAM: u16 = 1;
 const OP_REQUEST: u16 = 1;
 const OP_RST: u16 = 3;
 /// Room for a packet, as Linux has it.
-pub(super) const ROOM: u32 = 4096;
+pub(super) const BUFFER_BYTES: u32 = 4096;
 
 /// `struct virtio_vsock_hdr`.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -45,52 +45,52 @@ struct PacketHeader {
 }
 
 /// The context id of the guest, from the configuration.
-pub(super) fn context_id(link: &Link, offer: Offer) -> Result<u64, Fault> {
-    if !offer.speaks(protocol_feature::CONFIG) {
-        return Ok(LOWEST);
+pub(super) fn context_id(connection: &Connection, offered: BackendFeatures) -> Result<u64, CheckAbort> {
+    if !offered.has_protocol(protocol_feature::CONFIG) {
+        return Ok(MIN_GUEST_CID);
     }
-    let config = read_config(link, 0, 8)?;
-    Ok(config.first_chunk().map_or(LOWEST, |bytes| u64::from_le_bytes(*bytes)))
+    let config = read_config(connection, 0, 8)?;
+    Ok(config.first_chunk().map_or(MIN_GUEST_CID, |bytes| u64::from_le_bytes(*bytes)))
 }
 
 /// Packet `number` of a guest: it asks for a connection that nobody accepts.
 pub(super) fn packet(cid: u64, number: u64) -> Vec<u8> {
     let header = PacketHeader {
         src_cid: cid.into(),
-        dst_cid: HOST.into(),
+        dst_cid: HOST_CID.into(),
         src_port: port(number).into(),
-        dst_port: PORTS.into(),
+        dst_port: FIRST_PORT.into(),
         kind: STREAM.into(),
         op: OP_REQUEST.into(),
-        buf_alloc: ROOM.into(),
+        buf_alloc: BUFFER_BYTES.into(),
         ..PacketHeader::new_zeroed()
     };
     header.as_bytes().to_vec()
 }
 
 fn port(number: u64) -> u32 {
-    PORTS + 1 + (number % 0x1_0000) as u32
+    FIRST_PORT + 1 + (number % 0x1_0000) as u32
 }
 
 /// Has the host ask for a connection to the guest.
-pub(super) fn connect(path: &Path, number: u64) -> Result<UnixStream, Fault> {
+pub(super) fn connect(path: &Path, number: u64) -> Result<UnixStream, CheckAbort> {
     let mut stream = UnixStream::connect(path)?;
     writeln!(stream, "CONNECT {}", port(number))?;
     Ok(stream)
 }
 
 /// Checks a packet that came in; true if it is about one of our ports.
-pub(super) fn received(cid: u64, packet: &[u8]) -> Result<bool, Fault> {
+pub(super) fn received(cid: u64, packet: &[u8]) -> Result<bool, CheckAbort> {
     let Ok((header, data)) = PacketHeader::read_from_prefix(packet) else {
-        return Err(Fault::Breach(format!("a packet of {} bytes came in", packet.len())));
+        return Err(CheckAbort::Violation(format!("a packet of {} bytes came in", packet.len())));
     };
     let (from, to, len) = (header.src_cid.get(), header.dst_cid.get(), header.len.get());
     if to != cid || len as usize != data.len() {
-        return Err(Fault::Breach(format!(
+        return Err(CheckAbort::Violation(format!(
             "a packet for context id {to} with {} of {len} bytes came in to {cid}",
             data.len()
         )));
     }
-    let ours = header.dst_port.get() > PORTS && [OP_REQUEST, OP_RST].contains(&header.op.get());
-    Ok(from == HOST && ours)
+    let ours = header.dst_port.get() > FIRST_PORT && [OP_REQUEST, OP_RST].contains(&header.op.get());
+    Ok(from == HOST_CID && ours)
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use vhost_migrate::backend::{Device, Immediate, Queue, RING_FEATURES, Request};
 use vhost_migrate::check::{CheckError, CheckOptions, CheckReport, DeviceKind, FrameSource, Verdict, check};
-use vhost_migrate::inflight::Kind;
+use vhost_migrate::inflight::RingKind;
 
 use crate::fault::Bend;
 use crate::faulty_backend::Backend;
@@ -314,7 +314,7 @@ fn keeps_all_and_is_found_where_it_logs_nothing(device: &dyn Fn() -> (Arc<dyn De
     assert_eq!(of(&report, Verdict::Pass), rules.into_iter().collect(), "{report}");
     let (known, options) = device();
     let only = vec!["L1", "L9", "M1", "L3", "R3"];
-    let rings = Some(Kind::Split);
+    let rings = Some(RingKind::Split);
     let report = checked(known, Bend::NoData, CheckOptions { only, rings, ..options });
     assert_eq!(of(&report, Verdict::Fail), BTreeSet::from(["L1", "L9", "M1"]), "{report}");
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use rstest::rstest;
 use vhost_migrate::abi::vhost_user::Request as Code;
 use vhost_migrate::check::{CheckOptions, CheckReport, FrameSource, RULES, Verdict};
-use vhost_migrate::inflight::Kind;
+use vhost_migrate::inflight::RingKind;
 
 use crate::backend_channel::Channel;
 use crate::fault::Bend;
@@ -164,7 +164,7 @@ fn a_back_end_that_breaks_a_rule_is_found_by_that_and_by_no_other(#[case] rows: 
     let mut failed = BTreeSet::new();
     for (bend, only, breaks) in rows {
         let is_split = SPLIT.contains(bend) || matches!(bend, Bend::Postcopy(_));
-        let rings = is_split.then_some(Kind::Split);
+        let rings = is_split.then_some(RingKind::Split);
         let usual = CheckOptions::default();
         let settle = if WATCHED.contains(bend) { usual.settle } else { Duration::from_millis(50) };
         let report = checked(*bend, CheckOptions { only: named(only), rings, settle, may_kill: true, ..usual });
@@ -224,7 +224,7 @@ fn postcopy_that_is_odd_and_loses_nothing_is_a_warning_and_one_that_is_not_possi
     for (late, rule, seen) in odd {
         let options = CheckOptions {
             only: named("P F3 M1"),
-            rings: Some(Kind::Split),
+            rings: Some(RingKind::Split),
             may_kill: true,
             ..CheckOptions::default()
         };
@@ -247,7 +247,7 @@ fn postcopy_that_is_odd_and_loses_nothing_is_a_warning_and_one_that_is_not_possi
 #[test]
 fn a_back_end_that_says_the_same_without_end_and_reads_nothing_does_not_hold_up_the_check() {
     for (rule, only) in [("B1", vec!["B1"]), ("T2", vec!["T2"])] {
-        let options = CheckOptions { only, rings: Some(Kind::Split), ..CheckOptions::default() };
+        let options = CheckOptions { only, rings: Some(RingKind::Split), ..CheckOptions::default() };
         let report = checked(Bend::Channel(Channel::Floods), options);
         assert_eq!(broken(&report), BTreeSet::from([rule]), "{report}");
         let why = |seen: &str| seen.contains("does not read them") || seen.contains("no end of them");
@@ -257,7 +257,7 @@ fn a_back_end_that_says_the_same_without_end_and_reads_nothing_does_not_hold_up_
 
 #[test]
 fn a_disk_of_large_blocks_is_asked_for_whole_blocks() {
-    let (only, rings) = (named("C L1 R3 R9"), Some(Kind::Split));
+    let (only, rings) = (named("C L1 R3 R9"), Some(RingKind::Split));
     let report = checked(Bend::LargeBlocks, CheckOptions { only, rings, write: true, ..CheckOptions::default() });
     assert_eq!(broken(&report), BTreeSet::new(), "{report}");
     let written = report.findings.iter().find(|finding| finding.what.starts_with("writes that were taken")).unwrap();
@@ -268,7 +268,7 @@ fn a_disk_of_large_blocks_is_asked_for_whole_blocks() {
 #[test]
 fn what_a_back_end_may_die_of_is_done_only_if_it_may() {
     let fragile = Bend::DiesOf(Code::SET_LOG_BASE, &[128, 0, 0, 0, 0, 0, 0, 0]);
-    let usual = CheckOptions { only: vec!["L6", "P1"], rings: Some(Kind::Split), ..CheckOptions::default() };
+    let usual = CheckOptions { only: vec!["L6", "P1"], rings: Some(RingKind::Split), ..CheckOptions::default() };
     let report = checked(fragile, usual.clone());
     assert_eq!(broken(&report), BTreeSet::new(), "{report}");
     let left_out = report.findings.iter().filter(|finding| finding.seen.starts_with("needs --may-kill"));
@@ -305,7 +305,7 @@ const DEADLY: &[(Bend, &str, &str)] = &[
 #[test]
 fn what_a_back_end_dies_of_is_sent_only_to_who_asked_for_it() {
     for (bend, rule, message) in DEADLY {
-        let usual = CheckOptions { only: vec![*rule], rings: Some(Kind::Split), ..CheckOptions::default() };
+        let usual = CheckOptions { only: vec![*rule], rings: Some(RingKind::Split), ..CheckOptions::default() };
         let usual = CheckOptions { settle: Duration::from_millis(50), ..usual };
         let report = checked(*bend, usual.clone());
         assert_eq!(broken(&report), BTreeSet::new(), "{bend:?}\n{report}");
@@ -325,7 +325,7 @@ fn what_a_back_end_dies_of_is_sent_only_to_who_asked_for_it() {
 #[test]
 fn a_network_interface_that_logs_nothing_or_goes_on_receiving_is_found_by_what_it_received() {
     let found = |bend: Bend, only: &[&'static str]| {
-        let (only, rings) = (only.to_vec(), Some(Kind::Split));
+        let (only, rings) = (only.to_vec(), Some(RingKind::Split));
         let report = Backend::net(bend).checked(CheckOptions {
             only,
             rings,

@@ -16,19 +16,19 @@ use std::time::Duration;
 
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-use super::{HIGH, HIGH_BYTES, LOW_BYTES, Rig, user_addr};
+use super::{HIGH, HIGH_BYTES, Harness, LOW_BYTES, user_addr};
 use crate::abi::vhost::{
     VHOST_ACCESS_RW, VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_MISS, VHOST_IOTLB_UPDATE,
 };
 use crate::abi::vhost_user::{BackendRequest, Header, IotlbMsg, Request as Code};
-use crate::check::Fault;
-use crate::check::connection::Word;
-use crate::check::queue::RING;
+use crate::check::CheckAbort;
+use crate::check::connection::BackendMessage;
+use crate::check::queue::RING_SLOT_BYTES;
 use crate::memory::{Access, Iotlb, IovaWindow, LOG_PAGE, Memory};
 use crate::sys::socket;
 
 /// Pages that keep their order where rings shall lie in one piece: those of one ring.
-const BLOCK: u64 = RING / LOG_PAGE;
+const BLOCK_PAGES: u64 = RING_SLOT_BYTES / LOG_PAGE;
 
 /// How the lower region, with the rings in it, is scattered; data always is by pages.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -39,36 +39,36 @@ pub(in crate::check) enum Scatter {
     Pages,
 }
 
-/// The IOMMU of a rig.
-pub(in crate::check) struct Iommu {
-    state: Arc<Mutex<State>>,
+/// The IOMMU of a harness.
+pub(in crate::check) struct GuestIommu {
+    state: Arc<Mutex<IommuState>>,
     /// Guest memory as the driver sees it.
     pub(in crate::check) view: Memory,
     /// Hears the device over the channel that it was given last.
-    ear: RefCell<Option<Ear>>,
+    miss_thread: RefCell<Option<MissThread>>,
 }
 
 /// What the driver has mapped, and what the device has asked for.
-struct State {
+struct IommuState {
     memory: Memory,
     /// Guest-physical page and permission, by I/O virtual page.
     map: BTreeMap<u64, (u64, u8)>,
     /// Pages whose misses are answered later, and those of them that were asked for.
     held: BTreeSet<u64>,
-    due: BTreeSet<u64>,
+    postponed: BTreeSet<u64>,
     /// How often each page was asked for.
     asked: BTreeMap<u64, u64>,
     /// What a device may not say.
-    odd: Option<String>,
+    violation: Option<String>,
 }
 
 /// The front-end's end of the channel; the thread ends when it is dropped.
-struct Ear {
+struct MissThread {
     socket: UnixStream,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Drop for Ear {
+impl Drop for MissThread {
     fn drop(&mut self) {
         let _ = self.socket.shutdown(Shutdown::Both);
         if let Some(thread) = self.thread.take() {
@@ -77,30 +77,30 @@ impl Drop for Ear {
     }
 }
 
-impl Iommu {
-    pub(super) fn new(memory: &Memory, scatter: Scatter) -> Result<Iommu, Fault> {
-        let block = if scatter == Scatter::Rings { BLOCK } else { 1 };
+impl GuestIommu {
+    pub(super) fn new(memory: &Memory, scatter: Scatter) -> Result<GuestIommu, CheckAbort> {
+        let block = if scatter == Scatter::Rings { BLOCK_PAGES } else { 1 };
         let (low, high) = (shuffled(0, LOW_BYTES, block), shuffled(HIGH, HIGH_BYTES, 1));
         let map = low.chain(high).map(|(page, place)| (page, (place, VHOST_ACCESS_RW))).collect();
-        let (held, due, asked) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
-        let state = State { memory: memory.clone(), map, held, due, asked, odd: None };
+        let (held, postponed, asked) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
+        let state = IommuState { memory: memory.clone(), map, held, postponed, asked, violation: None };
         let view = state.view()?;
-        Ok(Iommu { state: Arc::new(Mutex::new(state)), view, ear: RefCell::default() })
+        Ok(GuestIommu { state: Arc::new(Mutex::new(state)), view, miss_thread: RefCell::default() })
     }
 
     /// A channel to be given to the device, whose misses are answered over `connection` from now on. An acknowledgement
     /// takes half of `timeout`, so that whoever waits for the device hears of one that is not read.
-    pub(super) fn channel(&self, connection: UnixStream, timeout: Duration) -> Result<OwnedFd, Fault> {
+    pub(super) fn channel(&self, connection: UnixStream, timeout: Duration) -> Result<OwnedFd, CheckAbort> {
         let (ours, theirs) = UnixStream::pair()?;
         ours.set_write_timeout(Some(timeout / 2))?;
         let (heard, state) = (ours.try_clone()?, self.state.clone());
         let thread = thread::Builder::new().name("iommu".into()).spawn(move || answer(&heard, &connection, &state))?;
-        *self.ear.borrow_mut() = Some(Ear { socket: ours, thread: Some(thread) });
+        *self.miss_thread.borrow_mut() = Some(MissThread { socket: ours, thread: Some(thread) });
         Ok(theirs.into())
     }
 
     /// The guest-physical page of an I/O virtual one.
-    pub(in crate::check) fn place(&self, page: u64) -> u64 {
+    pub(in crate::check) fn guest_page(&self, page: u64) -> u64 {
         self.lock().map.get(&page).map_or(page, |(place, _)| *place)
     }
 
@@ -111,8 +111,8 @@ impl Iommu {
         }
     }
 
-    /// Puts off answers about these pages, until they are [released](Rig::release).
-    pub(in crate::check) fn hold(&self, pages: impl IntoIterator<Item = u64>) {
+    /// Puts off answers about these pages, until they are [released](Harness::release).
+    pub(in crate::check) fn hold_answers(&self, pages: impl IntoIterator<Item = u64>) {
         self.lock().held.extend(pages);
     }
 
@@ -124,45 +124,45 @@ impl Iommu {
     /// How often it has asked at all, if it has said nothing else.
     ///
     /// # Errors
-    /// [`Fault::Breach`] with what it said.
-    pub(in crate::check) fn misses(&self) -> Result<u64, Fault> {
+    /// [`CheckAbort::Violation`] with what it said.
+    pub(in crate::check) fn misses(&self) -> Result<u64, CheckAbort> {
         let state = self.lock();
-        match &state.odd {
+        match &state.violation {
             None => Ok(state.asked.values().sum()),
-            Some(odd) => Err(Fault::Breach(odd.clone())),
+            Some(violation) => Err(CheckAbort::Violation(violation.clone())),
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, IommuState> {
         lock(&self.state)
     }
 }
 
-impl Rig {
+impl Harness {
     /// Guest memory as the driver sees it.
     pub(in crate::check) fn view(&self) -> &Memory {
         self.iommu.as_ref().map_or(&self.memory, |iommu| &iommu.view)
     }
 
     /// The IOMMU that there has to be.
-    pub(in crate::check) fn iommu(&self) -> Result<&Iommu, Fault> {
-        self.iommu.as_ref().ok_or_else(|| Fault::NotOffered("ACCESS_PLATFORM".into()))
+    pub(in crate::check) fn iommu(&self) -> Result<&GuestIommu, CheckAbort> {
+        self.iommu.as_ref().ok_or_else(|| CheckAbort::NotOffered("ACCESS_PLATFORM".into()))
     }
 
     /// The guest-physical pages of pages of the driver's.
-    pub(in crate::check) fn places(&self, pages: impl Iterator<Item = u64>) -> impl Iterator<Item = u64> {
-        pages.map(|page| self.iommu.as_ref().map_or(page, |iommu| iommu.place(page)))
+    pub(in crate::check) fn guest_pages(&self, pages: impl Iterator<Item = u64>) -> impl Iterator<Item = u64> {
+        pages.map(|page| self.iommu.as_ref().map_or(page, |iommu| iommu.guest_page(page)))
     }
 
-    /// Says that `bytes` at `iova` are not where they were; nobody uses the old place when it returns (rule T3.1).
-    pub(in crate::check) fn invalidate(&self, iova: u64, bytes: u64) -> Result<(), Fault> {
+    /// Says that `bytes` at `iova` are not where they were; nobody uses the old place when it returns (rule T3).
+    pub(in crate::check) fn invalidate(&self, iova: u64, bytes: u64) -> Result<(), CheckAbort> {
         let message = IotlbMsg { iova, size: bytes, kind: VHOST_IOTLB_INVALIDATE, ..IotlbMsg::new_zeroed() };
-        self.done(Code::IOTLB_MSG, message.as_bytes(), &[])
+        self.send_acked(Code::IOTLB_MSG, message.as_bytes(), &[])
     }
 
     /// Pages trade places, two by two, with their contents left where they are. Neither the device is told nor does the
-    /// driver see it before it [looks again](Rig::look_again).
-    pub(in crate::check) fn trade(&self, pairs: impl IntoIterator<Item = (u64, u64)>) -> Result<(), Fault> {
+    /// driver see it before it [looks again](Harness::refresh_view).
+    pub(in crate::check) fn swap_pages(&self, pairs: impl IntoIterator<Item = (u64, u64)>) -> Result<(), CheckAbort> {
         let map = &mut self.iommu()?.lock().map;
         for (one, other) in pairs {
             if let (Some(here), Some(there)) = (map.get(&one).copied(), map.get(&other).copied()) {
@@ -174,7 +174,7 @@ impl Rig {
     }
 
     /// Has the driver see what is mapped now.
-    pub(in crate::check) fn look_again(&mut self) -> Result<(), Fault> {
+    pub(in crate::check) fn refresh_view(&mut self) -> Result<(), CheckAbort> {
         if let Some(iommu) = &mut self.iommu {
             let view = iommu.lock().view()?;
             iommu.view = view;
@@ -183,18 +183,18 @@ impl Rig {
     }
 
     /// Answers what was put off, and puts off nothing more.
-    pub(in crate::check) fn release(&self) -> Result<(), Fault> {
+    pub(in crate::check) fn release(&self) -> Result<(), CheckAbort> {
         let mut state = self.iommu()?.lock();
         state.held.clear();
-        for page in std::mem::take(&mut state.due) {
+        for page in std::mem::take(&mut state.postponed) {
             let message = state.update(page);
-            self.link.send(Code::IOTLB_MSG, Header::FLAG_VERSION, message.as_bytes(), &[])?;
+            self.connection.send(Code::IOTLB_MSG, Header::FLAG_VERSION, message.as_bytes(), &[])?;
         }
         Ok(())
     }
 }
 
-impl State {
+impl IommuState {
     /// The translation of a page; it permits nothing where nothing is mapped.
     fn update(&self, page: u64) -> IotlbMsg {
         let (place, perm) = self.map.get(&page).copied().unwrap_or_default();
@@ -204,22 +204,22 @@ impl State {
     }
 
     /// Guest memory in the order of I/O virtual addresses.
-    fn view(&self) -> Result<Memory, Fault> {
+    fn view(&self) -> Result<Memory, CheckAbort> {
         let iotlb = Iotlb::default();
         for (page, (place, _)) in &self.map {
             let user = user_addr(&self.memory, place * LOG_PAGE);
             let known = iotlb.update(page * LOG_PAGE, LOG_PAGE, user, VHOST_ACCESS_RW);
-            known.map_err(|error| Fault::System(std::io::Error::other(error)))?;
+            known.map_err(|error| CheckAbort::System(std::io::Error::other(error)))?;
         }
         let areas = [(0, LOW_BYTES, Access::ReadWrite), (HIGH, HIGH_BYTES, Access::ReadWrite)];
         let window = IovaWindow::open(&self.memory, &iotlb, &areas, None);
-        Ok(window.map_err(|error| Fault::System(std::io::Error::other(error)))?.memory().clone())
+        Ok(window.map_err(|error| CheckAbort::System(std::io::Error::other(error)))?.memory().clone())
     }
 
     /// What the device has said; how to acknowledge it. A translation is told over `connection` before anybody can change
-    /// it (rule T3.5).
-    fn heard(&mut self, word: &Word, connection: &UnixStream) -> Result<u64, Fault> {
-        let (code, body) = (word.code, &word.body);
+    /// it (rule T3).
+    fn handle(&mut self, message: &BackendMessage, connection: &UnixStream) -> Result<u64, CheckAbort> {
+        let (code, body) = (message.code, &message.body);
         if code != BackendRequest::IOTLB_MSG {
             // It is about something else.
             return Ok(0);
@@ -228,29 +228,29 @@ impl State {
             Ok(asked) if asked.kind == VHOST_IOTLB_MISS => asked,
             Ok(IotlbMsg { kind: VHOST_IOTLB_ACCESS_FAIL, .. }) => return Ok(0),
             Ok(IotlbMsg { kind, .. }) => {
-                self.odd = Some(format!("it sent {code} of kind {kind}"));
+                self.violation = Some(format!("it sent {code} of kind {kind}"));
                 return Ok(0);
             }
             Err(_) => {
-                self.odd = Some(format!("it sent {code} of {} bytes", body.len()));
+                self.violation = Some(format!("it sent {code} of {} bytes", body.len()));
                 return Ok(0);
             }
         };
         let page = asked.iova / LOG_PAGE;
         *self.asked.entry(page).or_default() += 1;
         if self.held.contains(&page) {
-            self.due.insert(page);
+            self.postponed.insert(page);
             return Ok(0);
         }
         let update = self.update(page);
-        if update.perm == 0 && word.asks {
+        if update.perm == 0 && message.needs_reply {
             return Ok(1);
         }
         let size = size_of_val(&update) as u32;
         let header = Header { request: Code::IOTLB_MSG.0, flags: Header::FLAG_VERSION, size };
         match socket::send(connection.as_fd(), &[header.as_bytes(), update.as_bytes()].concat(), &[]) {
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-                Err(Fault::Breach("it asks for translations and does not read them".into()))
+                Err(CheckAbort::Violation("it asks for translations and does not read them".into()))
             }
             // If the connection is over, no process waits for it.
             _ => Ok(0),
@@ -259,17 +259,17 @@ impl State {
 }
 
 /// Answers the device until the channel ends, or it does what it may not.
-fn answer(channel: &UnixStream, connection: &UnixStream, state: &Mutex<State>) {
+fn answer(channel: &UnixStream, connection: &UnixStream, state: &Mutex<IommuState>) {
     let next = || {
-        let Some(word) = Word::hear(channel)? else { return Ok(false) };
-        let answer = lock(state).heard(&word, connection)?;
-        word.acknowledge(channel, answer).map(|()| true)
+        let Some(message) = BackendMessage::receive(channel)? else { return Ok(false) };
+        let answer = lock(state).handle(&message, connection)?;
+        message.acknowledge(channel, answer).map(|()| true)
     };
     loop {
         match next() {
             Ok(true) => {}
             Ok(false) => return,
-            Err(fault) => return lock(state).odd = Some(fault.to_string()),
+            Err(abort) => return lock(state).violation = Some(abort.to_string()),
         }
     }
 }
@@ -282,7 +282,7 @@ fn shuffled(at: u64, bytes: u64, block: u64) -> impl Iterator<Item = (u64, u64)>
 }
 
 /// What a thread has left that panicked with the lock is whole.
-fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+fn lock(state: &Mutex<IommuState>) -> MutexGuard<'_, IommuState> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -292,7 +292,7 @@ mod tests {
 
     #[test]
     fn every_page_has_another_place_and_each_place_one_page() {
-        for (at, bytes, block) in [(0, LOW_BYTES, BLOCK), (0, LOW_BYTES, 1), (HIGH, HIGH_BYTES, 1)] {
+        for (at, bytes, block) in [(0, LOW_BYTES, BLOCK_PAGES), (0, LOW_BYTES, 1), (HIGH, HIGH_BYTES, 1)] {
             let pages: BTreeMap<u64, u64> = shuffled(at, bytes, block).collect();
             assert!(pages.iter().all(|(page, place)| page != place));
             let places: BTreeSet<u64> = pages.values().copied().collect();

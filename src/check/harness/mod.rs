@@ -7,9 +7,9 @@ mod iommu;
 mod pages;
 mod requests;
 
-pub(super) use iommu::{Iommu, Scatter};
+pub(super) use iommu::{GuestIommu, Scatter};
 pub(super) use pages::{Pages, changed, harvest, noise, pages};
-pub(super) use requests::{AGAIN, Size};
+pub(super) use requests::{RESEND_INTERVAL, RequestSize};
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -18,13 +18,13 @@ use std::time::Duration;
 
 use zerocopy::IntoBytes;
 
-use self::requests::Request;
-use super::connection::Link;
+use self::requests::InFlightRequest;
+use super::connection::Connection;
 use super::fs::{self, OpenFile};
-use super::net::Source;
-use super::queue::{MAX_RINGS, Queue};
+use super::net::FrameInjector;
+use super::queue::{DriverQueue, MAX_RINGS};
 use super::stop::Deadline;
-use super::{CheckOptions, Fault, Flow, Offer, Shape, Subject};
+use super::{BackendFeatures, CheckAbort, CheckOptions, Flow, RingVariant, TestedDevice};
 use crate::abi::bit;
 use crate::abi::vhost_user::{
     Header, LogDescription, MemoryHeader, MemoryRegion, Request as Code, VHOST_F_LOG_ALL,
@@ -46,16 +46,16 @@ pub(super) const PROTOCOL: u64 = bit(protocol_feature::MQ)
     | bit(protocol_feature::STATUS);
 
 /// Most requests at a time; they fill the smallest ring with their three descriptors each.
-pub(super) const SLOTS: u64 = 20;
+pub(super) const MAX_REQUESTS: u64 = 20;
 /// Room for the data of a request, bytes.
-pub(super) const SLOT: u64 = 512 << 10;
+pub(super) const SLOT_BYTES: u64 = 512 << 10;
 /// The lower region. The rings begin at 1 MiB.
 pub(super) const LOW_BYTES: u64 = 4 << 20;
 /// The upper region.
 pub(super) const HIGH: u64 = 1 << 32;
-const HIGH_BYTES: u64 = SLOTS * SLOT;
+const HIGH_BYTES: u64 = MAX_REQUESTS * SLOT_BYTES;
 /// Pages of the lower region that nobody writes: where a used ring can be logged that is not there.
-pub(super) const NOWHERE: u64 = 0x30_0000;
+pub(super) const UNUSED_AREA: u64 = 0x30_0000;
 const STATUSES: u64 = 0x38_0000;
 const HEADS: u64 = 0x3a_0000;
 /// Room for the head of a request, bytes.
@@ -67,74 +67,80 @@ const FRAMES_BYTES: u64 = 0x4_0000;
 const DRIVER_OK: u64 = 1 | 2 | 8 | 4;
 
 /// Between two looks.
-const LOOK: Duration = Duration::from_millis(1);
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 /// One connection with memory and rings.
-pub(super) struct Rig {
-    pub(super) link: Link,
-    pub(super) offer: Offer,
+pub(super) struct Harness {
+    pub(super) connection: Connection,
+    pub(super) offered: BackendFeatures,
     /// Protocol features to agree on.
     pub(super) protocol: u64,
-    subject: Subject,
+    device: TestedDevice,
     pub(super) flow: Flow,
     pub(super) timeout: Duration,
     pub(super) settle: Duration,
     pub(super) memory: Memory,
     /// What stands between the device and guest memory: all addresses but those of regions are I/O virtual then.
-    iommu: Option<Iommu>,
+    iommu: Option<GuestIommu>,
     /// The ring that requests go to.
-    pub(super) ring: Queue,
+    pub(super) ring: DriverQueue,
     /// More of them.
-    more: Vec<Queue>,
+    more: Vec<DriverQueue>,
     /// The other halves of their pairs, of a net device.
-    others: Vec<Queue>,
+    others: Vec<DriverQueue>,
     /// What brings frames in.
-    source: Option<Source>,
+    source: Option<FrameInjector>,
     /// Acknowledged features, LOG_ALL left out.
     pub(super) features: u64,
     /// Requests made so far; also what their data buffers are filled with.
-    made: u64,
+    submitted: u64,
     /// By slot: what is in flight.
-    slots: Vec<Option<Request>>,
+    slots: Vec<Option<InFlightRequest>>,
     /// The file that is read, of a file system.
     file: Option<OpenFile>,
     /// Frames brought in.
-    fed: u64,
+    frames_sent: u64,
     /// How many of them came; others may come too.
-    pub(super) came: u64,
+    pub(super) frames_received: u64,
     /// Long frames only.
-    long: bool,
+    long_frames: bool,
     /// Pages of data and status that the device may have written.
-    pub(super) lent: Pages,
+    pub(super) writable_pages: Pages,
     /// Where the device wrote data for the completion that was taken last.
     pub(super) last: Buffer,
 }
 
-/// What a rig is made for.
-pub(super) struct Plan {
-    pub(super) subject: Subject,
-    pub(super) shape: Shape,
+/// What a harness is made for.
+pub(super) struct HarnessConfig {
+    pub(super) device: TestedDevice,
+    pub(super) variant: RingVariant,
     /// Entries of each ring.
     pub(super) size: u16,
     /// To be acknowledged beside what always is, as far as offered.
     pub(super) features: u64,
     /// Rings for requests.
     pub(super) rings: usize,
-    pub(super) source: Option<Source>,
+    pub(super) source: Option<FrameInjector>,
     /// Whether there is an IOMMU, and how.
     pub(super) iommu: Option<Scatter>,
 }
 
-impl Rig {
+impl Harness {
     /// Greets, acknowledges features as far as they are offered, and hands memory over.
-    pub(super) fn new(link: Link, offer: Offer, options: &CheckOptions, plan: Plan) -> Result<Rig, Fault> {
-        let Plan { subject, shape: Shape { packed, flow }, size, features, rings, source, iommu } = plan;
+    pub(super) fn new(
+        connection: Connection,
+        offered: BackendFeatures,
+        options: &CheckOptions,
+        config: HarnessConfig,
+    ) -> Result<Harness, CheckAbort> {
+        let HarnessConfig { device, variant: RingVariant { packed, flow }, size, features, rings, source, iommu } =
+            config;
         let share = |gpa, bytes| {
             let fd = sealed_memfd("check", bytes)?;
-            Ok::<_, Fault>(Arc::new(Region::share(fd, gpa, bytes, 0)?))
+            Ok::<_, CheckAbort>(Arc::new(Region::share(fd, gpa, bytes, 0)?))
         };
         let memory = Memory::new([share(0, LOW_BYTES)?, share(HIGH, HIGH_BYTES)?])?;
-        let iommu = iommu.map(|scatter| Iommu::new(&memory, scatter)).transpose()?;
+        let iommu = iommu.map(|scatter| GuestIommu::new(&memory, scatter)).transpose()?;
         let mut protocol = PROTOCOL;
         let mut wanted = bit(VIRTIO_F_VERSION_1) | bit(VHOST_USER_F_PROTOCOL_FEATURES) | features;
         if iommu.is_some() {
@@ -144,33 +150,33 @@ impl Rig {
         wanted |= u64::from(packed) << VIRTIO_F_RING_PACKED;
         // Of a disk, queues need no feature of the device.
         wanted |= u64::from(rings > 1 && flow != Flow::Requests) << VIRTIO_NET_F_MQ;
-        let features = offer.features & wanted;
-        let places = match (flow, subject) {
-            (Flow::Requests, Subject::Fs) => 1 + rings,
+        let features = offered.features & wanted;
+        let places = match (flow, device) {
+            (Flow::Requests, TestedDevice::Fs) => 1 + rings,
             (Flow::Requests, _) => rings,
             _ => 2 * rings,
         };
         if places > MAX_RINGS {
-            return Err(Fault::System(std::io::Error::other("no room for so many rings")));
+            return Err(CheckAbort::System(std::io::Error::other("no room for so many rings")));
         }
         let view = iommu.as_ref().map_or(&memory, |iommu| &iommu.view).clone();
-        let queue = |index: u32| Queue::new(&view, index, index as usize, size, features);
+        let queue = |index: u32| DriverQueue::new(&view, index, index as usize, size, features);
         let rings = rings as u32;
         // The first ring, how far the next one is, and the rings beside them that somebody serves too.
-        let (main, step, others) = match (flow, subject) {
+        let (main, step, others) = match (flow, device) {
             // Before the rings for requests is that of high priority.
-            (Flow::Requests, Subject::Fs) => (1, 1, vec![0]),
+            (Flow::Requests, TestedDevice::Fs) => (1, 1, vec![0]),
             (Flow::Requests, _) => (0, 1, Vec::new()),
             (Flow::Receive, _) => (0, 2, (0..rings).map(|pair| 2 * pair + 1).collect()),
             (Flow::Transmit, _) => (1, 2, (0..rings).map(|pair| 2 * pair).collect()),
         };
         let more = (1..rings).map(|number| queue(main + number * step)).collect::<Result<_, _>>()?;
         let others = others.into_iter().map(queue).collect::<Result<_, _>>()?;
-        let rig = Rig {
-            link,
-            offer,
-            protocol: offer.protocol & protocol,
-            subject,
+        let harness = Harness {
+            connection,
+            offered,
+            protocol: offered.protocol & protocol,
+            device,
             flow,
             timeout: options.timeout,
             settle: options.settle,
@@ -181,67 +187,67 @@ impl Rig {
             iommu,
             source,
             features,
-            made: 0,
-            slots: vec![None; SLOTS as usize],
+            submitted: 0,
+            slots: vec![None; MAX_REQUESTS as usize],
             file: None,
-            fed: 0,
-            came: 0,
-            long: false,
-            lent: Pages::new(),
+            frames_sent: 0,
+            frames_received: 0,
+            long_frames: false,
+            writable_pages: Pages::new(),
             last: Buffer { gpa: 0, len: 0 },
         };
-        rig.greet()?;
-        Ok(rig)
+        harness.set_up_device()?;
+        Ok(harness)
     }
 
     /// The rings that requests go to.
-    pub(super) fn rings(&self) -> impl Iterator<Item = &Queue> {
+    pub(super) fn rings(&self) -> impl Iterator<Item = &DriverQueue> {
         std::iter::once(&self.ring).chain(&self.more)
     }
 
-    fn rings_mut(&mut self) -> impl Iterator<Item = &mut Queue> {
+    fn rings_mut(&mut self) -> impl Iterator<Item = &mut DriverQueue> {
         std::iter::once(&mut self.ring).chain(&mut self.more)
     }
 
     /// All rings, in the order of their indexes as far as it matters to anybody.
-    pub(super) fn all(&self) -> impl Iterator<Item = &Queue> {
+    pub(super) fn all(&self) -> impl Iterator<Item = &DriverQueue> {
         let others_first = self.ring.index > 0;
         let (first, last) = if others_first { (Some(&self.others), None) } else { (None, Some(&self.others)) };
         first.into_iter().flatten().chain(self.rings()).chain(last.into_iter().flatten())
     }
 
     /// Owner, protocol features, features and memory, on a new connection.
-    fn greet(&self) -> Result<(), Fault> {
-        self.hello()?;
+    fn set_up_device(&self) -> Result<(), CheckAbort> {
+        self.negotiate()?;
         self.send_memory()
     }
 
     /// Owner, protocol features and features, on a new connection.
-    pub(super) fn hello(&self) -> Result<(), Fault> {
-        self.link.send(Code::SET_OWNER, Header::FLAG_VERSION, &[], &[])?;
-        self.agree()
+    pub(super) fn negotiate(&self) -> Result<(), CheckAbort> {
+        self.connection.send(Code::SET_OWNER, Header::FLAG_VERSION, &[], &[])?;
+        self.negotiate_features()
     }
 
     /// The same of a back-end that has its owner.
-    pub(super) fn agree(&self) -> Result<(), Fault> {
+    pub(super) fn negotiate_features(&self) -> Result<(), CheckAbort> {
         // Every front-end asks, on each connection; rust-vmm's back-end acknowledges nothing to one that did not.
-        self.link.ask_number(Code::GET_FEATURES)?;
-        if self.offer.has(VHOST_USER_F_PROTOCOL_FEATURES) {
-            self.link.ask_number(Code::GET_PROTOCOL_FEATURES)?;
-            self.link.send(Code::SET_PROTOCOL_FEATURES, Header::FLAG_VERSION, self.protocol.as_bytes(), &[])?;
+        self.connection.request_u64(Code::GET_FEATURES)?;
+        if self.offered.has(VHOST_USER_F_PROTOCOL_FEATURES) {
+            self.connection.request_u64(Code::GET_PROTOCOL_FEATURES)?;
+            self.connection.send(Code::SET_PROTOCOL_FEATURES, Header::FLAG_VERSION, self.protocol.as_bytes(), &[])?;
         }
         if let Some(iommu) = &self.iommu {
-            let channel = iommu.channel(self.link.another()?, self.timeout)?;
-            self.done(Code::SET_BACKEND_REQ_FD, &[], &[channel.as_fd()])?;
+            let channel = iommu.channel(self.connection.try_clone()?, self.timeout)?;
+            self.send_acked(Code::SET_BACKEND_REQ_FD, &[], &[channel.as_fd()])?;
         }
-        self.done(Code::SET_FEATURES, self.features.as_bytes(), &[])
+        self.send_acked(Code::SET_FEATURES, self.features.as_bytes(), &[])
     }
 
     /// Goes on with the same guest on another connection; requests in flight stay so.
-    pub(super) fn reconnect(&mut self, link: Link) -> Result<(), Fault> {
-        self.link = link;
-        self.greet()?;
-        match self.made {
+    pub(super) fn reconnect(&mut self, connection: Connection) -> Result<(), CheckAbort> {
+        self.connection = connection;
+        self.set_up_device()?;
+        match self.submitted {
             0 => self.begin_session(),
             // The ring goes on, and the session may be another process's.
             _ => {
@@ -257,37 +263,37 @@ impl Rig {
     }
 
     /// Has a file open, of a file system; then all is as it was before.
-    pub(super) fn begin_session(&mut self) -> Result<(), Fault> {
-        if !matches!(self.subject, Subject::Fs) {
+    pub(super) fn begin_session(&mut self) -> Result<(), CheckAbort> {
+        if !matches!(self.device, TestedDevice::Fs) {
             return Ok(());
         }
-        let (made, lent) = (self.made, self.lent.clone());
+        let (made, lent) = (self.submitted, self.writable_pages.clone());
         self.start()?;
         self.file = Some(fs::open(self)?);
         self.enable(false)?;
         self.stop()?;
-        (self.made, self.lent) = (made, lent);
+        (self.submitted, self.writable_pages) = (made, lent);
         let view = self.view().clone();
         for queue in std::iter::once(&mut self.ring).chain(&mut self.more).chain(&mut self.others) {
-            queue.renew(&view)?;
+            queue.reinitialize(&view)?;
         }
         Ok(())
     }
 
-    /// A request without a reply of its own, until it is done (rule F4.1).
-    pub(super) fn done(&self, code: Code, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Fault> {
-        if !self.offer.speaks(protocol_feature::REPLY_ACK) {
-            self.link.send(code, Header::FLAG_VERSION, payload, fds)?;
-            return self.link.barrier().map(|_| ());
+    /// A request without a reply of its own, until it is done (rule F4).
+    pub(super) fn send_acked(&self, code: Code, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), CheckAbort> {
+        if !self.offered.has_protocol(protocol_feature::REPLY_ACK) {
+            self.connection.send(code, Header::FLAG_VERSION, payload, fds)?;
+            return self.connection.barrier().map(|_| ());
         }
-        match self.link.acknowledged(code, payload, fds)? {
+        match self.connection.request_ack(code, payload, fds)? {
             0 => Ok(()),
-            answer => Err(Fault::Refused { code, answer }),
+            answer => Err(CheckAbort::Refused { code, answer }),
         }
     }
 
     /// The payload of SET_MEM_TABLE.
-    pub(super) fn table(&self) -> Vec<u8> {
+    pub(super) fn memory_table(&self) -> Vec<u8> {
         let regions = self.memory.regions();
         let mut payload = MemoryHeader { nregions: regions.len() as u32, padding: 0 }.as_bytes().to_vec();
         regions.iter().for_each(|region| payload.extend(describe(region).as_bytes()));
@@ -298,8 +304,8 @@ impl Rig {
         self.memory.regions().iter().filter_map(|region| Some(region.shared()?.0)).collect()
     }
 
-    pub(super) fn send_memory(&self) -> Result<(), Fault> {
-        self.done(Code::SET_MEM_TABLE, &self.table(), &self.fds())
+    pub(super) fn send_memory(&self) -> Result<(), CheckAbort> {
+        self.send_acked(Code::SET_MEM_TABLE, &self.memory_table(), &self.fds())
     }
 
     /// How messages speak of a part of a ring: behind an IOMMU as the driver does.
@@ -308,7 +314,7 @@ impl Rig {
     }
 
     /// The payload of SET_VRING_ADDR; `log_at` is `log_guest_addr`, with which F_LOG is set.
-    pub(super) fn addr(&self, queue: &Queue, log_at: Option<u64>) -> VringAddr {
+    pub(super) fn vring_addr(&self, queue: &DriverQueue, log_at: Option<u64>) -> VringAddr {
         let [desc, driver, device] = queue.layout.areas();
         VringAddr {
             index: queue.index,
@@ -320,182 +326,185 @@ impl Rig {
         }
     }
 
-    /// CALL, NUM, BASE, ADDR and KICK (rule R6.1): the rings are started, and disabled where they can be.
-    pub(super) fn start_disabled(&self, log_at: Option<u64>) -> Result<(), Fault> {
+    /// CALL, NUM, BASE, ADDR and KICK (rule R6): the rings are started, and disabled where they can be.
+    pub(super) fn start_disabled(&self, log_at: Option<u64>) -> Result<(), CheckAbort> {
         for queue in self.all() {
             let index = u64::from(queue.index);
-            self.done(Code::SET_VRING_CALL, index.as_bytes(), &[queue.call.as_fd()])?;
-            self.start_silent(queue, self.log_place(queue, log_at))?;
+            self.send_acked(Code::SET_VRING_CALL, index.as_bytes(), &[queue.call.as_fd()])?;
+            self.start_without_call(queue, self.log_address(queue, log_at))?;
         }
         Ok(())
     }
 
     /// NUM, BASE, ADDR and KICK of a ring.
-    pub(super) fn start_silent(&self, queue: &Queue, log_at: Option<u64>) -> Result<(), Fault> {
-        self.set_up(queue, log_at)?;
-        self.done(Code::SET_VRING_KICK, u64::from(queue.index).as_bytes(), &[queue.kick.as_fd()])
+    pub(super) fn start_without_call(&self, queue: &DriverQueue, log_at: Option<u64>) -> Result<(), CheckAbort> {
+        self.configure_ring(queue, log_at)?;
+        self.send_acked(Code::SET_VRING_KICK, u64::from(queue.index).as_bytes(), &[queue.kick.as_fd()])
     }
 
     /// SET_VRING_NUM.
-    pub(super) fn send_size(&self, queue: &Queue) -> Result<(), Fault> {
+    pub(super) fn send_size(&self, queue: &DriverQueue) -> Result<(), CheckAbort> {
         let size = VringState { index: queue.index, num: queue.layout.size().into() };
-        self.done(Code::SET_VRING_NUM, size.as_bytes(), &[])
+        self.send_acked(Code::SET_VRING_NUM, size.as_bytes(), &[])
     }
 
     /// NUM, BASE and ADDR of a ring.
-    pub(super) fn set_up(&self, queue: &Queue, log_at: Option<u64>) -> Result<(), Fault> {
+    pub(super) fn configure_ring(&self, queue: &DriverQueue, log_at: Option<u64>) -> Result<(), CheckAbort> {
         self.send_size(queue)?;
         let base = VringState { index: queue.index, num: queue.base.bits() };
-        self.done(Code::SET_VRING_BASE, base.as_bytes(), &[])?;
-        self.done(Code::SET_VRING_ADDR, self.addr(queue, log_at).as_bytes(), &[])
+        self.send_acked(Code::SET_VRING_BASE, base.as_bytes(), &[])?;
+        self.send_acked(Code::SET_VRING_ADDR, self.vring_addr(queue, log_at).as_bytes(), &[])
     }
 
     /// Where a ring is logged: only the first one may be anywhere.
-    fn log_place(&self, queue: &Queue, log_at: Option<u64>) -> Option<u64> {
-        log_at.map(|at| if queue.index == self.ring.index { at } else { queue.device_at() })
+    fn log_address(&self, queue: &DriverQueue, log_at: Option<u64>) -> Option<u64> {
+        log_at.map(|at| if queue.index == self.ring.index { at } else { queue.device_area() })
     }
 
-    pub(super) fn enable(&self, yes: bool) -> Result<(), Fault> {
+    pub(super) fn enable(&self, yes: bool) -> Result<(), CheckAbort> {
         if self.features & bit(VHOST_USER_F_PROTOCOL_FEATURES) == 0 {
             return Ok(());
         }
         // DPDK serves no ring before; QEMU says it at this point too.
-        if yes && self.offer.speaks(protocol_feature::STATUS) {
-            self.done(Code::SET_STATUS, DRIVER_OK.as_bytes(), &[])?;
+        if yes && self.offered.has_protocol(protocol_feature::STATUS) {
+            self.send_acked(Code::SET_STATUS, DRIVER_OK.as_bytes(), &[])?;
         }
         for queue in self.all() {
             let state = VringState { index: queue.index, num: yes.into() };
-            self.done(Code::SET_VRING_ENABLE, state.as_bytes(), &[])?;
+            self.send_acked(Code::SET_VRING_ENABLE, state.as_bytes(), &[])?;
         }
         Ok(())
     }
 
     /// Starts and enables the rings where they are, and kicks them, as some need it.
-    pub(super) fn start(&self) -> Result<(), Fault> {
+    pub(super) fn start(&self) -> Result<(), CheckAbort> {
         self.start_logged(None)
     }
 
     /// The same with F_LOG and the first ring logged at `log_at`.
-    pub(super) fn start_logged(&self, log_at: Option<u64>) -> Result<(), Fault> {
+    pub(super) fn start_logged(&self, log_at: Option<u64>) -> Result<(), CheckAbort> {
         self.start_disabled(log_at)?;
         self.enable(true)?;
-        self.wake();
+        self.kick();
         Ok(())
     }
 
     /// Starts the driver of the first ring over, elsewhere; nothing may be in flight.
-    pub(super) fn move_to(&mut self, at: u16) -> Result<(), Fault> {
+    pub(super) fn move_to(&mut self, at: u16) -> Result<(), CheckAbort> {
         let view = self.view().clone();
         self.ring.move_to(&view, at)
     }
 
     /// All rings start where their drivers are, whatever was answered.
-    pub(super) fn rebase(&mut self) {
+    pub(super) fn use_current_bases(&mut self) {
         let all = std::iter::once(&mut self.ring).chain(&mut self.more).chain(&mut self.others);
-        all.for_each(|queue| queue.base = queue.position());
+        all.for_each(|queue| queue.base = queue.current_base());
     }
 
     /// Signals the kick fds, wanted or not.
-    pub(super) fn wake(&self) {
-        self.all().for_each(Queue::wake);
+    pub(super) fn kick(&self) {
+        self.all().for_each(DriverQueue::signal_kick);
     }
 
-    /// Stops the rings; the base of the first one (rule R3.1). Where they start again is where they were.
-    pub(super) fn stop(&mut self) -> Result<RingBase, Fault> {
+    /// Stops the rings; the base of the first one (rule R3). Where they start again is where they were.
+    pub(super) fn stop(&mut self) -> Result<RingBase, CheckAbort> {
         for queue in std::iter::once(&mut self.ring).chain(&mut self.more).chain(&mut self.others) {
-            stop_ring(&self.link, queue)?;
+            stop_ring(&self.connection, queue)?;
         }
         Ok(self.ring.base)
     }
 
     /// The same of the first ring alone.
-    pub(super) fn stop_first(&mut self) -> Result<RingBase, Fault> {
-        stop_ring(&self.link, &mut self.ring)?;
+    pub(super) fn stop_first_ring(&mut self) -> Result<RingBase, CheckAbort> {
+        stop_ring(&self.connection, &mut self.ring)?;
         Ok(self.ring.base)
     }
 
     /// Makes a log and installs it.
-    pub(super) fn install_log(&self) -> Result<Log, Fault> {
+    pub(super) fn install_log(&self) -> Result<Log, CheckAbort> {
         let (log, fd) = Log::create(self.memory.end())?;
         self.send_log(&fd, log.size(), 0)?;
         Ok(log)
     }
 
-    /// SET_LOG_BASE; bytes of the reply (rule F7.1).
-    pub(super) fn send_log(&self, fd: &OwnedFd, mmap_size: u64, mmap_offset: u64) -> Result<usize, Fault> {
-        self.need_log()?;
+    /// SET_LOG_BASE; bytes of the reply (rule F7).
+    pub(super) fn send_log(&self, fd: &OwnedFd, mmap_size: u64, mmap_offset: u64) -> Result<usize, CheckAbort> {
+        self.require_log()?;
         let description = LogDescription { mmap_size, mmap_offset };
-        self.link.send(Code::SET_LOG_BASE, Header::FLAG_VERSION, description.as_bytes(), &[fd.as_fd()])?;
-        Ok(self.link.reply(Code::SET_LOG_BASE)?.payload.len())
+        self.connection.send(Code::SET_LOG_BASE, Header::FLAG_VERSION, description.as_bytes(), &[fd.as_fd()])?;
+        Ok(self.connection.reply(Code::SET_LOG_BASE)?.payload.len())
     }
 
     /// Fails with "not offered" without a dirty log.
-    fn need_log(&self) -> Result<(), Fault> {
-        self.offer.need(protocol_feature::LOG_SHMFD)?;
-        match self.offer.has(VHOST_F_LOG_ALL) {
+    fn require_log(&self) -> Result<(), CheckAbort> {
+        self.offered.require_protocol(protocol_feature::LOG_SHMFD)?;
+        match self.offered.has(VHOST_F_LOG_ALL) {
             true => Ok(()),
-            false => Err(Fault::NotOffered("VHOST_F_LOG_ALL".into())),
+            false => Err(CheckAbort::NotOffered("VHOST_F_LOG_ALL".into())),
         }
     }
 
     /// LOG_ALL on or off.
-    pub(super) fn log_data(&self, yes: bool) -> Result<(), Fault> {
+    pub(super) fn set_log_all(&self, yes: bool) -> Result<(), CheckAbort> {
         if yes {
-            self.need_log()?;
+            self.require_log()?;
         }
         let features = self.features | u64::from(yes) << VHOST_F_LOG_ALL;
-        self.done(Code::SET_FEATURES, features.as_bytes(), &[])
+        self.send_acked(Code::SET_FEATURES, features.as_bytes(), &[])
     }
 
     /// F_LOG of the rings, the first one's log address, or off.
-    pub(super) fn log_used(&self, log_at: Option<u64>) -> Result<(), Fault> {
+    pub(super) fn set_ring_logging(&self, log_at: Option<u64>) -> Result<(), CheckAbort> {
         for queue in self.all() {
-            let addr = self.addr(queue, self.log_place(queue, log_at));
-            self.done(Code::SET_VRING_ADDR, addr.as_bytes(), &[])?;
+            let addr = self.vring_addr(queue, self.log_address(queue, log_at));
+            self.send_acked(Code::SET_VRING_ADDR, addr.as_bytes(), &[])?;
         }
         Ok(())
     }
 
-    /// LOG_ALL, then F_LOG with the ring at `log_at` (rule L7.1).
-    pub(super) fn log_on(&self, log_at: u64) -> Result<(), Fault> {
-        self.log_data(true)?;
-        self.log_used(Some(log_at))
+    /// LOG_ALL, then F_LOG with the ring at `log_at` (rule L7).
+    pub(super) fn enable_logging(&self, log_at: u64) -> Result<(), CheckAbort> {
+        self.set_log_all(true)?;
+        self.set_ring_logging(Some(log_at))
     }
 
     /// Watches for a while in which nothing may happen.
-    pub(super) fn watch(&self) {
+    pub(super) fn wait_quiet(&self) {
         thread::sleep(self.settle);
     }
 
     /// The end of a wait for the back-end that takes at most `time`.
     pub(super) fn deadline(&self, time: Duration) -> Deadline {
-        self.link.deadline(time)
+        self.connection.deadline(time)
     }
 
     /// How long to wait for what happens soon, or not at all. It is far more than a busy machine needs.
-    pub(super) fn patience(&self) -> Duration {
+    pub(super) fn short_wait(&self) -> Duration {
         self.settle.max(self.timeout / 4)
     }
 }
 
-fn stop_ring(link: &Link, queue: &mut Queue) -> Result<(), Fault> {
-    let reply = link.ask(Code::GET_VRING_BASE, VringState { index: queue.index, num: 0 }.as_bytes())?;
+fn stop_ring(connection: &Connection, queue: &mut DriverQueue) -> Result<(), CheckAbort> {
+    let reply = connection.request(Code::GET_VRING_BASE, VringState { index: queue.index, num: 0 }.as_bytes())?;
     let VringState { index, num } = reply.read()?;
     if index != queue.index {
         let asked = queue.index;
-        return Err(Fault::Breach(format!("GET_VRING_BASE of ring {asked} was answered for ring {index}")));
+        return Err(CheckAbort::Violation(format!("GET_VRING_BASE of ring {asked} was answered for ring {index}")));
     }
     queue.base = RingBase::from_bits(num);
     Ok(())
 }
 
 /// Looks again and again whether something has come true, until `deadline`.
-pub(super) fn soon(deadline: &Deadline, mut is_so: impl FnMut() -> Result<bool, Fault>) -> Result<bool, Fault> {
+pub(super) fn wait_until(
+    deadline: &Deadline,
+    mut is_so: impl FnMut() -> Result<bool, CheckAbort>,
+) -> Result<bool, CheckAbort> {
     while !is_so()? {
         if deadline.is_over() {
             return Ok(false);
         }
-        thread::sleep(LOOK);
+        thread::sleep(POLL_INTERVAL);
     }
     Ok(true)
 }

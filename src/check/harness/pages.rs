@@ -4,56 +4,56 @@ use std::collections::BTreeSet;
 
 use twox_hash::XxHash3_64;
 
-use super::{FRAMES, FRAMES_BYTES, HEAD, HEADS, Rig, SLOTS};
-use crate::check::Fault;
-use crate::check::queue::Queue;
+use super::{FRAMES, FRAMES_BYTES, HEAD, HEADS, Harness, MAX_REQUESTS};
+use crate::check::CheckAbort;
+use crate::check::queue::DriverQueue;
 use crate::dirty::{Log, PageSet};
 use crate::memory::{LOG_PAGE, Memory};
 
 pub(in crate::check) type Pages = BTreeSet<u64>;
 
-impl Rig {
+impl Harness {
     /// A hash of every page of guest memory.
-    pub(in crate::check) fn hashes(&self) -> Result<Vec<(u64, u64)>, Fault> {
+    pub(in crate::check) fn hashes(&self) -> Result<Vec<(u64, u64)>, CheckAbort> {
         let regions = self.memory.regions().iter();
         hashes(&self.memory, regions.flat_map(|region| pages(region.gpa(), region.size())))
     }
 
     /// The same of some pages.
-    pub(in crate::check) fn hashes_of(&self, pages: &Pages) -> Result<Vec<(u64, u64)>, Fault> {
+    pub(in crate::check) fn hashes_of(&self, pages: &Pages) -> Result<Vec<(u64, u64)>, CheckAbort> {
         hashes(&self.memory, pages.iter().copied())
     }
 
     /// The same as the driver sees them.
-    pub(in crate::check) fn seen(&self) -> Result<Vec<(u64, u64)>, Fault> {
+    pub(in crate::check) fn driver_view_hashes(&self) -> Result<Vec<(u64, u64)>, CheckAbort> {
         let regions = self.view().regions().iter();
         hashes(self.view(), regions.flat_map(|region| pages(region.gpa(), region.size())))
     }
 
     /// Pages that only the driver writes, and so has changed itself.
-    pub(in crate::check) fn own(&self) -> Pages {
-        let rings = self.all().flat_map(Queue::own);
-        self.places(rings.chain(pages(HEADS, SLOTS * HEAD)).chain(pages(FRAMES, FRAMES_BYTES))).collect()
+    pub(in crate::check) fn driver_pages(&self) -> Pages {
+        let rings = self.all().flat_map(DriverQueue::driver_pages);
+        self.guest_pages(rings.chain(pages(HEADS, MAX_REQUESTS * HEAD)).chain(pages(FRAMES, FRAMES_BYTES))).collect()
     }
 
     /// Pages that are written to bring frames in: those of the other rings, and frames.
-    pub(in crate::check) fn sending(&self) -> Pages {
-        let rings = self.others.iter().flat_map(|queue| &queue.own() | &queue.written());
+    pub(in crate::check) fn frame_source_pages(&self) -> Pages {
+        let rings = self.others.iter().flat_map(|queue| &queue.driver_pages() | &queue.device_pages());
         rings.chain(pages(FRAMES, FRAMES_BYTES)).collect()
     }
 
     /// Pages of the rings that the device writes.
-    pub(in crate::check) fn used_ring(&self) -> Pages {
-        self.places(self.all().flat_map(Queue::written)).collect()
+    pub(in crate::check) fn device_pages(&self) -> Pages {
+        self.guest_pages(self.all().flat_map(DriverQueue::device_pages)).collect()
     }
 
     /// Those of the rings that requests go to.
-    pub(in crate::check) fn used_rings(&self) -> Pages {
-        self.places(self.rings().flat_map(Queue::written)).collect()
+    pub(in crate::check) fn request_device_pages(&self) -> Pages {
+        self.guest_pages(self.rings().flat_map(DriverQueue::device_pages)).collect()
     }
 }
 
-fn hashes(memory: &Memory, pages: impl Iterator<Item = u64>) -> Result<Vec<(u64, u64)>, Fault> {
+fn hashes(memory: &Memory, pages: impl Iterator<Item = u64>) -> Result<Vec<(u64, u64)>, CheckAbort> {
     let mut bytes = [0; LOG_PAGE as usize];
     let mut hash = |page| {
         memory.read(page * LOG_PAGE, &mut bytes)?;

@@ -8,26 +8,26 @@ use std::time::Duration;
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::pages::{noise, pages};
-use super::{HEAD, HEADS, HIGH, Iommu, Rig, SLOT, STATUSES};
+use super::{GuestIommu, HEAD, HEADS, HIGH, Harness, SLOT_BYTES, STATUSES};
 use crate::abi::virtio::{BlkRequestHeader, VIRTIO_BLK_T_IN};
-use crate::check::blk::{Disk, NO_STATUS};
+use crate::check::blk::{BlkGeometry, NO_STATUS};
 use crate::check::connection::readable;
 use crate::check::fs::OutHeader;
-use crate::check::net::{self, HEADER, LONGEST, Source};
-use crate::check::queue::Queue;
-use crate::check::{Fault, Flow, Subject, console, fs, vsock};
+use crate::check::net::{self, FrameInjector, HEADER, MAX_FRAME_BYTES};
+use crate::check::queue::DriverQueue;
+use crate::check::{CheckAbort, Flow, TestedDevice, console, fs, vsock};
 use crate::memory::LOG_PAGE;
 use crate::ring::Buffer;
 
 /// A frame that has not come in by then is sent again: a back-end may drop what it has no room for.
-pub(in crate::check) const AGAIN: Duration = Duration::from_millis(200);
+pub(in crate::check) const RESEND_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Connections of the host's that are kept open.
-const MOST_OPEN: usize = 256;
+const MAX_OPEN_CONNECTIONS: usize = 256;
 
 /// A request in flight.
 #[derive(Clone, Copy)]
-pub(super) struct Request {
+pub(super) struct InFlightRequest {
     /// The ring's index, and its name there.
     ring: u32,
     head: u16,
@@ -36,73 +36,73 @@ pub(super) struct Request {
 
 /// How much a batch of requests asks for.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(in crate::check) enum Size {
+pub(in crate::check) enum RequestSize {
     /// Some sectors, at any place in a page; frames of all lengths.
     Mixed,
     /// As much as there is room for, to be long under way.
     Large,
 }
 
-impl Rig {
+impl Harness {
     /// Makes `count` requests of which none is visible yet, in all rings by turns. Every data buffer is filled anew, so
     /// that a device can't write what is there already.
-    pub(in crate::check) fn add(&mut self, count: u64, size: Size) -> Result<(), Fault> {
-        self.long = size == Size::Large;
+    pub(in crate::check) fn add(&mut self, count: u64, size: RequestSize) -> Result<(), CheckAbort> {
+        self.long_frames = size == RequestSize::Large;
         for _ in 0..count {
             let Some(slot) = self.slots.iter().position(Option::is_none) else {
-                return Err(Fault::System(std::io::Error::other("no slot is free")));
+                return Err(CheckAbort::System(std::io::Error::other("no slot is free")));
             };
             let offset = match size {
-                Size::Large => 0,
-                Size::Mixed => self.made * 1777 % 0x4000,
+                RequestSize::Large => 0,
+                RequestSize::Mixed => self.submitted * 1777 % 0x4000,
             };
             let wanted = match size {
-                Size::Large => SLOT,
-                Size::Mixed => 512 * (1 + self.made * 7 % 40),
+                RequestSize::Large => SLOT_BYTES,
+                RequestSize::Mixed => 512 * (1 + self.submitted * 7 % 40),
             };
-            self.add_at(slot, HIGH + slot as u64 * SLOT + offset, wanted)?;
+            self.add_at(slot, HIGH + slot as u64 * SLOT_BYTES + offset, wanted)?;
         }
         Ok(())
     }
 
     /// Makes a request in `slot` whose data is at `gpa`: a read of up to `wanted` bytes, or what a frame needs.
-    pub(in crate::check) fn add_at(&mut self, slot: usize, gpa: u64, wanted: u64) -> Result<(), Fault> {
-        match (self.flow, &self.subject) {
-            (Flow::Requests, Subject::Disk(disk)) => {
-                let (head, len) = disk.read(self.made, wanted);
-                self.view().write(gpa, &noise(self.made + 1, len))?;
+    pub(in crate::check) fn add_at(&mut self, slot: usize, gpa: u64, wanted: u64) -> Result<(), CheckAbort> {
+        match (self.flow, &self.device) {
+            (Flow::Requests, TestedDevice::Blk(disk)) => {
+                let (head, len) = disk.read(self.submitted, wanted);
+                self.view().write(gpa, &noise(self.submitted + 1, len))?;
                 self.add_request(slot, head, Buffer { gpa, len })
             }
-            (Flow::Requests, Subject::Fs) => {
+            (Flow::Requests, TestedDevice::Fs) => {
                 let (head, len) = match self.file {
-                    Some(file) => file.read(self.made, wanted),
-                    None => fs::first(self.made),
+                    Some(file) => file.read(self.submitted, wanted),
+                    None => fs::init_request(self.submitted),
                 };
-                self.view().write(gpa, &noise(self.made + 1, len))?;
+                self.view().write(gpa, &noise(self.submitted + 1, len))?;
                 self.add_fuse(slot, &head, Buffer { gpa, len })
             }
             (Flow::Requests, _) => {
                 let data = Buffer { gpa, len: wanted as u32 };
-                self.view().write(gpa, &noise(self.made + 1, data.len))?;
-                self.lend(data);
-                self.give(slot, data, &[], &[data])
+                self.view().write(gpa, &noise(self.submitted + 1, data.len))?;
+                self.mark_writable(data);
+                self.enqueue(slot, data, &[], &[data])
             }
-            (Flow::Receive, subject) => {
-                let len = match subject {
-                    Subject::Vsock(_) => vsock::ROOM,
-                    Subject::Console => console::ROOM,
-                    _ => (HEADER + LONGEST) as u32,
+            (Flow::Receive, device) => {
+                let len = match device {
+                    TestedDevice::Vsock(_) => vsock::BUFFER_BYTES,
+                    TestedDevice::Console => console::BUFFER_BYTES,
+                    _ => (HEADER + MAX_FRAME_BYTES) as u32,
                 };
                 let data = Buffer { gpa, len };
-                self.view().write(gpa, &noise(self.made + 1, data.len))?;
-                self.lend(data);
-                self.give(slot, data, &[], &[data])
+                self.view().write(gpa, &noise(self.submitted + 1, data.len))?;
+                self.mark_writable(data);
+                self.enqueue(slot, data, &[], &[data])
             }
             (Flow::Transmit, _) => {
-                let packet = packet(self.subject, self.made, self.long);
+                let packet = packet(self.device, self.submitted, self.long_frames);
                 self.view().write(gpa, &packet)?;
                 let data = Buffer { gpa, len: packet.len() as u32 };
-                self.give(slot, data, &[data], &[])
+                self.enqueue(slot, data, &[data], &[])
             }
         }
     }
@@ -113,36 +113,36 @@ impl Rig {
         slot: usize,
         head: BlkRequestHeader,
         data: Buffer,
-    ) -> Result<(), Fault> {
+    ) -> Result<(), CheckAbort> {
         let (head_at, status) = (HEADS + slot as u64 * HEAD, STATUSES + slot as u64 * LOG_PAGE);
         self.view().write(head_at, head.as_bytes())?;
         self.view().write(status, &[NO_STATUS])?;
         let reads = head.request_type.get() == VIRTIO_BLK_T_IN;
         let head = Buffer { gpa: head_at, len: size_of_val(&head) as u32 };
         let status = Buffer { gpa: status, len: 1 };
-        self.lend(status);
+        self.mark_writable(status);
         if !reads {
-            return self.give(slot, data, &[head, data], &[status]);
+            return self.enqueue(slot, data, &[head, data], &[status]);
         }
-        self.lend(data);
-        self.give(slot, data, &[head], &[data, status])
+        self.mark_writable(data);
+        self.enqueue(slot, data, &[head], &[data, status])
     }
 
     /// Adds a FUSE request whose answer's data goes to `data`, in `slot`.
-    fn add_fuse(&mut self, slot: usize, head: &[u8], data: Buffer) -> Result<(), Fault> {
+    fn add_fuse(&mut self, slot: usize, head: &[u8], data: Buffer) -> Result<(), CheckAbort> {
         let (head_at, status_at) = (HEADS + slot as u64 * HEAD, STATUSES + slot as u64 * LOG_PAGE);
         self.view().write(head_at, head)?;
         let no_answer = [NO_STATUS; size_of::<OutHeader>()];
         self.view().write(status_at, &no_answer)?;
         let head = Buffer { gpa: head_at, len: head.len() as u32 };
         let status = Buffer { gpa: status_at, len: no_answer.len() as u32 };
-        self.lend(status);
-        self.lend(data);
-        self.give(slot, data, &[head], &[status, data])
+        self.mark_writable(status);
+        self.mark_writable(data);
+        self.enqueue(slot, data, &[head], &[status, data])
     }
 
     /// Makes a FUSE request and waits for its answer of up to `room` bytes. Nothing else may be in flight.
-    pub(in crate::check) fn exchange(&mut self, head: &[u8], unique: u64, room: u32) -> Result<Vec<u8>, Fault> {
+    pub(in crate::check) fn exchange(&mut self, head: &[u8], unique: u64, room: u32) -> Result<Vec<u8>, CheckAbort> {
         self.add_fuse(0, head, Buffer { gpa: HIGH, len: room })?;
         self.publish();
         self.finish()?;
@@ -151,7 +151,9 @@ impl Rig {
         let len = (answer.len.get() as usize).checked_sub(size_of_val(&answer)).filter(|len| *len <= room as usize);
         let Some(len) = len.filter(|_| answer.unique.get() == unique) else {
             let (len, named) = (answer.len.get(), answer.unique.get());
-            return Err(Fault::Breach(format!("FUSE request {unique} was answered as {named} with {len} bytes")));
+            return Err(CheckAbort::Violation(format!(
+                "FUSE request {unique} was answered as {named} with {len} bytes"
+            )));
         };
         let mut data = vec![0; len];
         self.view().read(HIGH, &mut data)?;
@@ -159,75 +161,83 @@ impl Rig {
     }
 
     /// The device may write here.
-    fn lend(&mut self, buffer: Buffer) {
-        let places: Vec<u64> = self.places(pages(buffer.gpa, buffer.len.into())).collect();
-        self.lent.extend(places);
+    fn mark_writable(&mut self, buffer: Buffer) {
+        let places: Vec<u64> = self.guest_pages(pages(buffer.gpa, buffer.len.into())).collect();
+        self.writable_pages.extend(places);
     }
 
     /// Adds a request to the ring whose turn it is.
-    fn give(&mut self, slot: usize, data: Buffer, readable: &[Buffer], writable: &[Buffer]) -> Result<(), Fault> {
-        let turn = self.made as usize % (1 + self.more.len());
+    fn enqueue(
+        &mut self,
+        slot: usize,
+        data: Buffer,
+        readable: &[Buffer],
+        writable: &[Buffer],
+    ) -> Result<(), CheckAbort> {
+        let turn = self.submitted as usize % (1 + self.more.len());
         let Some(queue) = self.rings_mut().nth(turn) else { return Ok(()) };
         let ring = queue.index;
         let Some(head) = queue.driver.add(readable, writable, None)? else {
-            return Err(Fault::System(std::io::Error::other("the ring has no room")));
+            return Err(CheckAbort::System(std::io::Error::other("the ring has no room")));
         };
-        queue.due += u64::from(readable.is_empty());
+        queue.awaited_frames += u64::from(readable.is_empty());
         if let Some(place) = self.slots.get_mut(slot) {
-            *place = Some(Request { ring, head, data });
+            *place = Some(InFlightRequest { ring, head, data });
         }
-        self.made += 1;
+        self.submitted += 1;
         Ok(())
     }
 
     /// Makes what was added visible, kicks where the device wants it, and has frames brought in.
     pub(in crate::check) fn publish(&mut self) {
-        self.rings_mut().for_each(Queue::publish);
+        self.rings_mut().for_each(DriverQueue::publish);
         // Whoever brings them may not be there yet: finishing tries again.
-        let _ = self.feed();
+        let _ = self.inject_frames();
     }
 
     /// Brings in the frames that are due.
-    pub(in crate::check) fn feed(&mut self) -> Result<(), Fault> {
-        let (view, subject, long) = (self.view().clone(), self.subject, self.long);
+    pub(in crate::check) fn inject_frames(&mut self) -> Result<(), CheckAbort> {
+        let (view, device, long) = (self.view().clone(), self.device, self.long_frames);
         let rings = std::iter::once(&mut self.ring).chain(&mut self.more);
         for (number, queue) in rings.enumerate() {
-            while queue.due > 0 {
-                let payload = net::payload(self.fed, self.long);
+            while queue.awaited_frames > 0 {
+                let payload = net::payload(self.frames_sent, self.long_frames);
                 let sent = match &mut self.source {
                     None => break,
-                    Some(Source::Loop) => match self.others.get_mut(number) {
-                        Some(other) => net::send(other, &view, self.fed, &packet(subject, self.fed, long))?,
+                    Some(FrameInjector::Loop) => match self.others.get_mut(number) {
+                        Some(other) => {
+                            net::send(other, &view, self.frames_sent, &packet(device, self.frames_sent, long))?
+                        }
                         None => false,
                     },
-                    Some(Source::Interface(socket)) => {
+                    Some(FrameInjector::Interface(socket)) => {
                         socket.send_to(&payload, (Ipv4Addr::BROADCAST, 9))? == payload.len()
                     }
-                    Some(Source::Backend(rig)) => {
-                        net::send(&mut rig.ring, &rig.memory, self.fed, &net::packet(&payload))?
+                    Some(FrameInjector::Backend(harness)) => {
+                        net::send(&mut harness.ring, &harness.memory, self.frames_sent, &net::packet(&payload))?
                     }
-                    Some(Source::Host(path, open)) => {
-                        open.truncate(MOST_OPEN - 1);
-                        open.push_front(vsock::connect(path, self.fed)?);
+                    Some(FrameInjector::VsockHost(path, open)) => {
+                        open.truncate(MAX_OPEN_CONNECTIONS - 1);
+                        open.push_front(vsock::connect(path, self.frames_sent)?);
                         true
                     }
-                    Some(Source::Typed(stream)) => {
-                        let typed = console::typed(self.fed, 1);
+                    Some(FrameInjector::Tcp(stream)) => {
+                        let typed = console::input(self.frames_sent, 1);
                         stream.write(&typed)? == typed.len()
                     }
                 };
                 if !sent {
                     break;
                 }
-                queue.due -= 1;
-                self.fed += 1;
+                queue.awaited_frames -= 1;
+                self.frames_sent += 1;
             }
         }
         Ok(())
     }
 
     /// Takes one completion, if there is one.
-    pub(in crate::check) fn pop(&mut self) -> Result<bool, Fault> {
+    pub(in crate::check) fn pop(&mut self) -> Result<bool, CheckAbort> {
         let mut found = None;
         for queue in self.rings_mut() {
             if let Some(used) = queue.driver.pop_used()? {
@@ -236,7 +246,8 @@ impl Rig {
             }
         }
         let Some((ring, used)) = found else { return Ok(false) };
-        let is_it = |request: &Option<Request>| request.is_some_and(|it| (it.ring, it.head) == (ring, used.head));
+        let is_it =
+            |request: &Option<InFlightRequest>| request.is_some_and(|it| (it.ring, it.head) == (ring, used.head));
         let Some(slot) = self.slots.iter().position(is_it) else { return Ok(true) };
         let request = self.slots.get_mut(slot).and_then(Option::take);
         let data = request.map_or(Buffer { gpa: 0, len: 0 }, |request| request.data);
@@ -246,40 +257,42 @@ impl Rig {
             Flow::Receive => {
                 if used.len > data.len {
                     let (written, len) = (used.len, data.len);
-                    return Err(Fault::Breach(format!("{written} bytes came in to a buffer of {len}")));
+                    return Err(CheckAbort::Violation(format!("{written} bytes came in to a buffer of {len}")));
                 }
                 let mut bytes = vec![0; used.len as usize];
                 self.view().read(data.gpa, &mut bytes)?;
-                self.came += u64::from(match self.subject {
-                    Subject::Vsock(cid) => vsock::received(cid, &bytes)?,
-                    Subject::Console => console::received(&bytes)?,
+                self.frames_received += u64::from(match self.device {
+                    TestedDevice::Vsock(cid) => vsock::received(cid, &bytes)?,
+                    TestedDevice::Console => console::received(&bytes)?,
                     _ => net::received(&bytes)?,
                 });
                 Ok(true)
             }
-            Flow::Requests if matches!(self.subject, Subject::Rng) => {
+            Flow::Requests if matches!(self.device, TestedDevice::Rng) => {
                 self.last.len = used.len;
                 match (1..=data.len).contains(&used.len) {
                     true => Ok(true),
-                    false => Err(Fault::Breach(format!("a buffer of {} bytes was used for {}", data.len, used.len))),
+                    false => {
+                        Err(CheckAbort::Violation(format!("a buffer of {} bytes was used for {}", data.len, used.len)))
+                    }
                 }
             }
-            Flow::Requests if matches!(self.subject, Subject::Fs) => {
+            Flow::Requests if matches!(self.device, TestedDevice::Fs) => {
                 let mut answer = OutHeader::new_zeroed();
                 self.view().read(STATUSES + slot as u64 * LOG_PAGE, answer.as_mut_bytes())?;
                 match (answer.error.get().cast_signed(), answer.len.get()) {
                     (0, _) => Ok(true),
-                    (-1, u32::MAX) => Err(Fault::Breach("a request was completed without an answer".into())),
-                    (error, _) => Err(Fault::Breach(format!("a FUSE request failed with error {error}"))),
+                    (-1, u32::MAX) => Err(CheckAbort::Violation("a request was completed without an answer".into())),
+                    (error, _) => Err(CheckAbort::Violation(format!("a FUSE request failed with error {error}"))),
                 }
             }
             Flow::Requests => {
                 let mut status = [NO_STATUS];
                 self.view().read(STATUSES + slot as u64 * LOG_PAGE, &mut status)?;
                 match status {
-                    [NO_STATUS] => Err(Fault::Breach("a request was completed without a status".into())),
-                    [status] if Disk::worked(status) => Ok(true),
-                    [status] => Err(Fault::Breach(format!("a read failed with status {status}"))),
+                    [NO_STATUS] => Err(CheckAbort::Violation("a request was completed without a status".into())),
+                    [status] if BlkGeometry::worked(status) => Ok(true),
+                    [status] => Err(CheckAbort::Violation(format!("a read failed with status {status}"))),
                 }
             }
         }
@@ -291,14 +304,14 @@ impl Rig {
     }
 
     /// Waits until nothing is in flight.
-    pub(in crate::check) fn finish(&mut self) -> Result<(), Fault> {
+    pub(in crate::check) fn finish(&mut self) -> Result<(), CheckAbort> {
         let deadline = self.deadline(self.timeout);
         while self.outstanding() > 0 {
             if self.pop()? || self.rings_mut().any(|queue| queue.driver.enable_notifications()) {
                 continue;
             }
-            self.feed()?;
-            let until = if self.source.is_some() { deadline.within(AGAIN) } else { deadline.clone() };
+            self.inject_frames()?;
+            let until = if self.source.is_some() { deadline.within(RESEND_INTERVAL) } else { deadline.clone() };
             let calls: Vec<BorrowedFd<'_>> = self.rings().map(|queue| queue.call.as_fd()).collect();
             let notified = readable(&calls, &until);
             self.rings().for_each(|queue| _ = queue.ack_call());
@@ -308,26 +321,26 @@ impl Rig {
             let left = self.outstanding();
             if deadline.is_over() {
                 // What is wrong with the channel is the reason.
-                self.iommu.as_ref().map(Iommu::misses).transpose()?;
+                self.iommu.as_ref().map(GuestIommu::misses).transpose()?;
                 let late = self.pop()?;
                 let what = if late { "notification" } else { "answer" };
                 let waited = self.timeout;
-                return Err(Fault::Breach(format!("{left} requests without {what} within {waited:?}")));
+                return Err(CheckAbort::Violation(format!("{left} requests without {what} within {waited:?}")));
             }
-            self.rings_mut().for_each(|queue| queue.due = queue.driver.outstanding().into());
+            self.rings_mut().for_each(|queue| queue.awaited_frames = queue.driver.outstanding().into());
         }
         Ok(())
     }
 
     /// A batch of requests, from adding to completion.
-    pub(in crate::check) fn load(&mut self, count: u64, size: Size) -> Result<(), Fault> {
+    pub(in crate::check) fn run_batch(&mut self, count: u64, size: RequestSize) -> Result<(), CheckAbort> {
         self.add(count, size)?;
         self.publish();
         self.finish()
     }
 
     /// Takes what was completed; how much that was.
-    pub(in crate::check) fn pop_all(&mut self) -> Result<u64, Fault> {
+    pub(in crate::check) fn pop_all(&mut self) -> Result<u64, CheckAbort> {
         let mut count = 0;
         while self.pop()? {
             count += 1;
@@ -337,10 +350,10 @@ impl Rig {
 }
 
 /// What leaves as packet `number`.
-fn packet(subject: Subject, number: u64, long: bool) -> Vec<u8> {
-    match subject {
-        Subject::Vsock(cid) => vsock::packet(cid, number),
-        Subject::Console => console::packet(number),
+fn packet(device: TestedDevice, number: u64, long: bool) -> Vec<u8> {
+    match device {
+        TestedDevice::Vsock(cid) => vsock::packet(cid, number),
+        TestedDevice::Console => console::packet(number),
         _ => net::packet(&net::payload(number, long)),
     }
 }
