@@ -140,7 +140,7 @@ fn ring(device: &mut UserDevice) -> (Memory, RingSetup) {
 }
 
 #[test]
-fn what_a_back_end_says_is_an_event_once() {
+fn a_config_change_message_is_one_event() {
     let backend = Backend::start();
     let mut device = backend.device(0);
     assert_eq!(device.take_events(), []);
@@ -158,7 +158,7 @@ fn what_a_back_end_says_is_an_event_once() {
 
 /// Rules B1.3, B4.2.
 #[test]
-fn what_can_not_be_done_is_refused_if_an_answer_is_wanted() {
+fn unsupported_back_end_requests_are_refused_when_they_need_a_reply() {
     let backend = Backend::start();
     let mut device = backend.device(0);
     let area = VringArea { u64: 1, size: 4096, offset: 0 };
@@ -179,7 +179,7 @@ fn what_can_not_be_done_is_refused_if_an_answer_is_wanted() {
 }
 
 #[test]
-fn a_flood_fills_nothing_and_the_device_goes_on() {
+fn a_flooded_channel_keeps_a_bounded_number_of_events() {
     let backend = Backend::start();
     let mut device = backend.device(0);
     let host = backend.host();
@@ -250,7 +250,7 @@ fn wait_until(guest: &Guest, what: &str, is_so: impl Fn(&Guest) -> bool) {
 }
 
 #[test]
-fn the_guest_says_how_large_its_disk_is_and_which_rings_are_broken() {
+fn the_guest_reports_the_new_capacity_and_broken_rings() {
     let backend = Backend::start();
     let mut guest = Guest::new(guest_config()).unwrap();
     guest.boot(vec![Box::new(backend.device(0))]).unwrap();
@@ -308,7 +308,7 @@ fn odd(listener: UnixListener, mut talk: impl FnMut(raw::Client)) {
 
 /// Rule B1.1.
 #[test]
-fn a_back_end_that_breaks_the_protocol_on_its_channel_loses_it_and_the_device_goes_on() {
+fn a_protocol_violation_on_the_back_end_channel_closes_only_the_channel() {
     let header = |flags, size| Header { request: 2, flags, size }.as_bytes().to_vec();
     for bytes in [vec![0xff; 100], header(5, 8), header(1, 4097), header(1, u32::MAX), header(0, 0)] {
         let folder = tempfile::tempdir().unwrap();
@@ -331,7 +331,7 @@ fn a_back_end_that_breaks_the_protocol_on_its_channel_loses_it_and_the_device_go
 
 /// Rule B4.2.
 #[test]
-fn a_doorbell_page_is_refused_and_its_fd_is_closed() {
+fn a_host_notifier_is_refused_and_its_fd_is_closed() {
     let folder = tempfile::tempdir().unwrap();
     let listener = UnixListener::bind(folder.path().join("s")).unwrap();
     let talk = |channel: raw::Client| {
@@ -447,7 +447,7 @@ impl InBand {
 
 /// Rules B3.2, B3.6.
 #[test]
-fn calls_in_band_are_heard_while_a_ring_is_enabled_and_the_last_one_is_not_missed() {
+fn in_band_calls_are_forwarded_while_a_ring_is_enabled_and_after_it_is_stopped() {
     let (hand, device) = InBand::shake();
     let (device, setup) = hand.starts(device);
     assert!(is_readable(&setup.call, PollTimeout::ZERO), "the call before the acknowledgement is lost");
@@ -464,7 +464,7 @@ fn calls_in_band_are_heard_while_a_ring_is_enabled_and_the_last_one_is_not_misse
 
 /// Rules B3.5, I8.2: else the back-end starts the ring again, which by then is another's.
 #[test]
-fn no_kick_in_band_overtakes_what_stops_its_ring() {
+fn no_in_band_kick_follows_the_message_that_stops_its_ring() {
     let stop: fn(&mut UserDevice) -> Result<RingBase, FrontendError> = |device| device.stop_ring(0);
     for (stop, code) in
         [(stop, Code::GET_VRING_BASE), (|device| device.suspend_ring(0), Code::GET_VRING_BASE_SKIP_DRAIN)]
@@ -487,7 +487,7 @@ fn no_kick_in_band_overtakes_what_stops_its_ring() {
 }
 
 #[test]
-fn a_ring_that_could_not_be_disabled_is_stopped_all_the_same() {
+fn get_vring_base_is_sent_after_a_refused_disable() {
     let (hand, device) = InBand::shake();
     let (mut device, setup) = hand.starts(device);
     let stops = std::thread::spawn(move || (device.stop_ring(0), device));

@@ -197,7 +197,7 @@ fn event(device: &mut UserDevice) -> Vec<DeviceEvent> {
 
 /// Rules T1.1, L5.2.
 #[rstest]
-fn requests_through_scattered_pages_are_right_and_logged_by_guest_physical_address(
+fn requests_through_scattered_pages_are_correct_and_logged_by_guest_physical_address(
     #[values(0, PACKED)] kind: u64,
     #[values(0, INDIRECT)] indirect: u64,
 ) {
@@ -240,7 +240,7 @@ fn requests_through_scattered_pages_are_right_and_logged_by_guest_physical_addre
 
 /// Rule T3.1.
 #[rstest]
-fn nothing_touches_a_page_after_invalidate_has_returned(#[values(0, PACKED)] kind: u64) {
+fn no_page_is_accessed_after_invalidate_has_returned(#[values(0, PACKED)] kind: u64) {
     let (_server, socket) = server();
     let mut scene = Scene::new(&socket, kind);
     let (mut ring, _) = scene.ring(0);
@@ -286,7 +286,7 @@ fn nothing_touches_a_page_after_invalidate_has_returned(#[values(0, PACKED)] kin
 
 /// Rule T1.4: a page that is nobody's, and one that may only be read.
 #[rstest]
-fn what_the_iommu_refuses_breaks_the_ring_that_asked_and_is_an_event(#[values(false, true)] readable: bool) {
+fn an_access_that_the_iommu_denies_breaks_its_ring_and_is_an_event(#[values(false, true)] readable: bool) {
     let (_server, socket) = server();
     let mut scene = Scene::new(&socket, 0);
     let ((mut bad, error), (mut good, other)) = (scene.ring(0), scene.ring(1));
@@ -314,7 +314,7 @@ fn what_the_iommu_refuses_breaks_the_ring_that_asked_and_is_an_event(#[values(fa
 
 /// Rules T1.8, L5.2, L15.4, I3.3, I4.5: the successor has no translation of anything.
 #[rstest]
-fn a_back_end_that_is_killed_with_requests_under_way_is_succeeded_by_one_that_asks_anew(
+fn a_restarted_back_end_requests_translations_again_and_completes_open_requests(
     #[values(0, PACKED)] kind: u64,
     #[values(false, true)] logged: bool,
 ) {
@@ -363,7 +363,7 @@ fn a_back_end_that_is_killed_with_requests_under_way_is_succeeded_by_one_that_as
 }
 
 #[test]
-fn access_platform_takes_an_iommu_and_a_channel() {
+fn access_platform_needs_an_iommu_and_a_back_end_channel() {
     let (_server, socket) = server();
     let usual = UserOptions::default();
     let mut device = UserDevice::connect(&socket, usual, Instant::now() + PATIENCE).unwrap();
@@ -465,7 +465,7 @@ impl Iommu for Identity {
 }
 
 #[test]
-fn a_mapping_larger_than_a_region_is_told_region_by_region() {
+fn a_mapping_larger_than_a_region_is_sent_region_by_region() {
     let (hand, mut device, guest) = Hand::shake(Arc::new(Identity));
     for (iova, start) in [(0x1234, 0), (HIGH + REGION - 1, HIGH)] {
         hand.ask(iova, 3, raw::NEED_REPLY);
@@ -512,7 +512,7 @@ impl Iommu for Slow {
 
 /// Rule T3.5: else the back-end would go on with what it was told to forget.
 #[test]
-fn a_translation_from_before_an_invalidation_is_never_told_after_it() {
+fn a_translation_found_before_an_invalidation_is_not_sent_after_it() {
     let ((looked, has_looked), (go_on, goes_on)) = (channel(), channel());
     let slow = Slow { gpa: AtomicU64::new(0x1000), looked: Mutex::new(looked), go_on: Mutex::new(goes_on) };
     let slow = Arc::new(slow);
@@ -541,7 +541,7 @@ fn a_translation_from_before_an_invalidation_is_never_told_after_it() {
 
 /// Acknowledgements that the back-end takes its time with are neither lost nor the end of its channel.
 #[test]
-fn a_back_end_may_ask_faster_than_it_reads_answers() {
+fn misses_may_arrive_faster_than_their_acknowledgements_are_read() {
     const QUESTIONS: u64 = 30_000;
     let (hand, mut device, _guest) = Hand::shake(Arc::new(Identity));
     let asks = raw::Client { socket: hand.channel.socket.try_clone().unwrap() };
@@ -568,7 +568,7 @@ fn a_back_end_may_ask_faster_than_it_reads_answers() {
 
 /// A back-end that asks and asks, and reads nothing.
 #[test]
-fn translations_that_find_no_room_are_told_when_there_is_some() {
+fn translations_are_sent_later_when_the_socket_is_full() {
     const PAGES: u64 = 4000;
     let table = Arc::new(Table::default());
     (0..PAGES).for_each(|page| table.set(page * LOG_PAGE, Some((page * LOG_PAGE, Access::ReadWrite))));
@@ -605,7 +605,7 @@ fn translations_that_find_no_room_are_told_when_there_is_some() {
 
 /// Rule T3.9: what it does not hear of while the feature is off.
 #[test]
-fn a_back_end_forgets_everything_when_the_iommu_is_acknowledged_anew() {
+fn acknowledging_access_platform_again_invalidates_all_translations() {
     let (hand, mut device, _guest) = Hand::shake(Arc::new(Identity));
     hand.ask(0x1000, 3, raw::VERSION);
     assert_eq!(hand.hears().kind, VHOST_IOTLB_UPDATE);
@@ -627,7 +627,7 @@ fn a_back_end_forgets_everything_when_the_iommu_is_acknowledged_anew() {
 
 /// Rule T1.6: what was promised, and has gone before there was room to send it.
 #[test]
-fn a_translation_that_goes_while_it_waits_for_room_is_told_to_permit_nothing() {
+fn a_deferred_translation_that_was_unmapped_is_sent_without_permission() {
     const PAGES: u64 = 1000;
     const GONE: u64 = (PAGES - 1) * LOG_PAGE;
     let table = Arc::new(Table::default());
@@ -647,7 +647,7 @@ fn a_translation_that_goes_while_it_waits_for_room_is_told_to_permit_nothing() {
 }
 
 #[test]
-fn a_translation_that_permits_less_than_was_asked_for_is_told_and_is_an_event() {
+fn a_translation_with_too_little_permission_is_sent_and_is_an_event() {
     let table = Arc::new(Table::default());
     table.set(0x1000, Some((0x1000, Access::Read)));
     let (hand, mut device, _guest) = Hand::shake(table);
@@ -662,7 +662,7 @@ fn a_translation_that_permits_less_than_was_asked_for_is_told_and_is_an_event() 
 
 /// A memory table of many messages: the back-end may have something to ask before it goes on.
 #[test]
-fn translations_wait_for_a_memory_table_and_nobody_waits_for_them() {
+fn translations_are_deferred_until_the_memory_table_is_sent() {
     const MORE: u64 = 70;
     const FIRST: u64 = 1 << 36;
     let (hand, mut device, guest) = Hand::shake(Arc::new(Identity));

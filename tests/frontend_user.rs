@@ -214,7 +214,7 @@ fn the_reply_to_set_log_base_may_have_any_length() {
 }
 
 #[test]
-fn logging_is_switched_on_log_first_then_features_then_rings_and_off_without_the_log() {
+fn logging_starts_with_the_log_then_features_then_rings() {
     let fake = Fake::start(ALL, |_| Answer::Usual);
     let mut device = running(&fake, UserOptions::default());
     fake.take();
@@ -239,7 +239,7 @@ fn logging_is_switched_on_log_first_then_features_then_rings_and_off_without_the
 }
 
 #[test]
-fn without_reply_ack_a_get_features_round_trip_ends_every_step() {
+fn without_reply_ack_every_step_ends_with_a_get_features_round_trip() {
     let fake = Fake::start(ALL & !bit(p::REPLY_ACK), |_| Answer::Usual);
     let mut device = running(&fake, UserOptions::default());
     fake.take();
@@ -253,7 +253,7 @@ fn without_reply_ack_a_get_features_round_trip_ends_every_step() {
 }
 
 #[test]
-fn a_refusal_is_an_error_and_the_connection_goes_on() {
+fn a_refusal_is_an_error_and_keeps_the_connection() {
     let mut calls = 0;
     let fake = Fake::start(ALL, move |message| match message.request {
         Request::SET_MEM_TABLE => {
@@ -271,7 +271,7 @@ fn a_refusal_is_an_error_and_the_connection_goes_on() {
 }
 
 #[test]
-fn an_answer_that_breaks_the_protocol_is_named_and_ends_the_connection() {
+fn an_invalid_reply_names_its_rule_and_closes_the_connection() {
     let number = 0u64;
     let bad = [
         ("F2.2", raw(Request::GET_STATUS, 1, number.as_bytes())),
@@ -300,7 +300,7 @@ fn an_answer_that_breaks_the_protocol_is_named_and_ends_the_connection() {
 }
 
 #[test]
-fn a_connection_that_ends_anywhere_is_a_hang_up() {
+fn a_connection_closed_at_any_byte_of_a_reply_is_a_hang_up() {
     let whole = reply(Request::GET_STATUS, 0u64.as_bytes());
     for len in 0..whole.len() {
         let part = whole[..len].to_vec();
@@ -319,7 +319,7 @@ fn a_connection_that_ends_anywhere_is_a_hang_up() {
 }
 
 #[test]
-fn a_silent_back_end_is_an_error_after_the_deadline() {
+fn a_missing_reply_is_a_timeout_after_the_deadline() {
     let fake = Fake::start(ALL, |message| match message.request {
         Request::GET_STATUS | Request::GET_VRING_BASE => Answer::Silence,
         _ => Answer::Usual,
@@ -373,7 +373,7 @@ fn interrupted(
 }
 
 #[rstest]
-fn a_ring_whose_stop_is_not_waited_for_runs_again_when_the_back_end_answers(
+fn a_ring_whose_stop_was_interrupted_is_restarted_by_reconnect(
     #[values(Request::SET_VRING_ENABLE, Request::GET_VRING_BASE)] slow: Request,
     #[values(ALL, ALL & !bit(p::INFLIGHT_SHMFD), ALL & !bit(p::REPLY_ACK) & !bit(p::INFLIGHT_SHMFD))] protocol: u64,
 ) {
@@ -446,7 +446,7 @@ fn unhurried() -> UserOptions {
 #[case::configuration(Request::GET_CONFIG, |device: &mut UserDevice| device.config(0, &mut [0; 8]))]
 #[case::status(Request::SET_STATUS, |device: &mut UserDevice| device.set_status(1))]
 #[case::trial_of_a_ring(Request::SET_VRING_NUM, |device: &mut UserDevice| device.validate_ring(1, &setup()))]
-fn the_interrupt_ends_the_wait_for_any_answer_and_the_call_can_be_repeated(
+fn the_interrupt_ends_the_wait_for_any_reply_and_the_call_can_be_repeated(
     #[case] slow: Request,
     #[case] call: Call,
     #[values(ALL, ALL & !bit(p::REPLY_ACK))] protocol: u64,
@@ -465,9 +465,7 @@ fn the_interrupt_ends_the_wait_for_any_answer_and_the_call_can_be_repeated(
 }
 
 #[rstest]
-fn a_ring_whose_start_is_not_waited_for_runs_when_the_back_end_answers(
-    #[values(ALL, ALL & !bit(p::REPLY_ACK))] protocol: u64,
-) {
+fn a_ring_whose_start_was_interrupted_runs_after_reconnect(#[values(ALL, ALL & !bit(p::REPLY_ACK))] protocol: u64) {
     let (fake, hold, go) = held_at(Request::SET_VRING_KICK, protocol, 0);
     let mut device = running(&fake, unhurried());
     let call: Call = |device| device.start_ring(1, setup());
@@ -484,7 +482,7 @@ fn a_ring_whose_start_is_not_waited_for_runs_when_the_back_end_answers(
 }
 
 #[test]
-fn a_start_that_is_refused_when_nobody_waits_for_it_is_tried_again() {
+fn a_start_refused_after_an_interrupt_is_repeated_on_a_new_connection() {
     let (fake, hold, go) = held_at(Request::SET_VRING_KICK, ALL, 1);
     let mut device = running(&fake, unhurried());
     hold(&fake);
@@ -497,7 +495,7 @@ fn a_start_that_is_refused_when_nobody_waits_for_it_is_tried_again() {
 }
 
 #[test]
-fn a_back_end_that_stops_a_ring_too_slowly_is_not_given_up_if_only_its_connection_knows_the_ring() {
+fn a_stop_timeout_keeps_the_connection_when_there_is_no_inflight_region() {
     let (fake, go) = slow_to(Request::GET_VRING_BASE, ALL & !bit(p::INFLIGHT_SHMFD));
     let options = UserOptions { stop_timeout: Duration::from_millis(30), ..UserOptions::default() };
     let mut device = running(&fake, options);
@@ -531,7 +529,7 @@ fn answers_behind(last: &[Request], protocol: u64) -> Fake {
 }
 
 #[rstest]
-fn messages_that_start_and_stop_rings_do_not_wait_for_each_other(
+fn messages_that_start_and_stop_rings_are_sent_before_the_first_reply_is_read(
     #[values(ALL, ALL & !bit(p::REPLY_ACK))] protocol: u64,
 ) {
     let fake = answers_behind(&[Request::SET_VRING_ENABLE], protocol);
@@ -562,7 +560,7 @@ fn messages_that_start_and_stop_rings_do_not_wait_for_each_other(
 
 /// The back-end of each device answers when both devices have been asked.
 #[test]
-fn one_thread_asks_two_devices_before_it_waits_for_either() {
+fn one_thread_sends_to_two_devices_before_it_waits_for_either() {
     let last = [Request::SET_VRING_NUM, Request::SET_VRING_ENABLE, Request::GET_VRING_BASE];
     let asked = std::sync::Arc::new(std::sync::Mutex::new(std::collections::HashMap::new()));
     let both_are_asked = std::sync::Arc::new(std::sync::Condvar::new());
@@ -598,7 +596,7 @@ fn one_thread_asks_two_devices_before_it_waits_for_either() {
 }
 
 #[test]
-fn what_a_back_end_has_been_told_of_a_ring_is_not_told_again_unless_it_has_changed() {
+fn ring_parameters_are_sent_again_only_after_a_change() {
     let fake = Fake::start(ALL, |_| Answer::Usual);
     let mut device = fake.connect().unwrap();
     device.set_features(VERSION_1).unwrap();
@@ -650,7 +648,7 @@ fn what_a_back_end_has_been_told_of_a_ring_is_not_told_again_unless_it_has_chang
 
 /// What is not sent is not waited for: the connection is used on.
 #[test]
-fn while_an_answer_is_owed_rings_are_neither_tried_nor_stopped_and_the_answer_is_caught_up_with() {
+fn rings_are_neither_validated_nor_stopped_while_a_reply_is_pending() {
     let (fake, hold, go) = held_at(Request::SET_FEATURES, ALL, 0);
     let mut device = running(&fake, unhurried());
     hold(&fake);
@@ -676,7 +674,7 @@ fn setup_like(rings: &[(u16, RingSetup); 1]) -> RingSetup {
 }
 
 #[test]
-fn of_several_rings_those_that_are_not_refused_run() {
+fn a_refused_ring_does_not_stop_the_others_from_starting() {
     let fake = Fake::start(ALL, |message| match (message.request, message.payload.first()) {
         (Request::SET_VRING_ADDR, Some(0)) => Answer::Raw(reply(message.request, &1u64.to_ne_bytes()), vec![]),
         _ => Answer::Usual,
@@ -693,7 +691,7 @@ fn of_several_rings_those_that_are_not_refused_run() {
 }
 
 #[test]
-fn rings_that_have_stopped_stay_so_when_the_wait_for_the_next_ends() {
+fn stopped_rings_stay_stopped_when_the_wait_for_the_next_is_interrupted() {
     let (go, gone) = channel();
     let (asked, is_asked) = channel();
     let fake = Fake::start(ALL, move |message| {
@@ -733,7 +731,7 @@ fn rings_that_have_stopped_stay_so_when_the_wait_for_the_next_ends() {
 }
 
 #[test]
-fn each_ring_that_is_stopped_has_its_limit() {
+fn each_ring_has_its_own_stop_timeout() {
     let fake = Fake::start(ALL & !bit(p::INFLIGHT_SHMFD), |message| match (message.request, message.payload.first()) {
         (Request::GET_VRING_BASE, Some(1)) => Answer::Silence,
         _ => Answer::Usual,
@@ -750,7 +748,7 @@ fn each_ring_that_is_stopped_has_its_limit() {
 }
 
 #[test]
-fn a_back_end_that_serves_another_front_end_is_known_from_one_that_hangs() {
+fn a_busy_back_end_is_told_apart_from_one_that_hangs() {
     let fake = Fake::start(ALL, |_| Answer::Usual);
     let options = UserOptions { timeout: Duration::from_millis(30), ..UserOptions::default() };
     let first = fake.connect().unwrap();
@@ -780,7 +778,7 @@ fn a_back_end_that_serves_another_front_end_is_known_from_one_that_hangs() {
 }
 
 #[test]
-fn a_full_queue_of_connections_is_waited_for_until_the_deadline_and_no_longer() {
+fn connect_waits_for_a_full_listen_queue_until_the_deadline() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("s");
     let listener = UnixListener::bind(&path).unwrap();
@@ -799,7 +797,7 @@ fn a_full_queue_of_connections_is_waited_for_until_the_deadline_and_no_longer() 
 }
 
 #[test]
-fn fds_that_nobody_asked_for_are_closed() {
+fn unexpected_fds_in_a_reply_are_closed() {
     let (mut reader, writer) = std::io::pipe().unwrap();
     let mut writer = Some(OwnedFd::from(writer));
     let fake = Fake::start(ALL, move |message| match (message.request, writer.take()) {
@@ -819,7 +817,7 @@ fn fds_that_nobody_asked_for_are_closed() {
 }
 
 #[test]
-fn a_configuration_that_is_not_what_was_asked_for_is_refused() {
+fn a_get_config_reply_with_another_offset_or_size_is_an_error() {
     type Bend = fn(&[u8]) -> Vec<u8>;
     let answers: [Bend; 4] = [
         |_| vec![],
@@ -849,7 +847,7 @@ fn a_configuration_that_is_not_what_was_asked_for_is_refused() {
 
 /// Rule C1.1.
 #[test]
-fn configuration_is_written_for_the_driver_or_for_a_migration_and_a_refusal_is_an_error() {
+fn set_config_and_restore_config_send_their_flags_and_report_refusals() {
     type Write = fn(&mut UserDevice, u32, &[u8]) -> Result<(), FrontendError>;
     for (flags, write) in [(0u32, UserDevice::set_config as Write), (1, UserDevice::restore_config)] {
         let fake = Fake::start(ALL, |message| match message.request {
@@ -883,7 +881,7 @@ fn configuration_is_written_for_the_driver_or_for_a_migration_and_a_refusal_is_a
 }
 
 #[test]
-fn an_inflight_region_that_can_not_be_one_is_refused() {
+fn an_invalid_inflight_region_is_refused() {
     let needed = inflight::split_queue_bytes(8) * 2;
     // Size, offset, queues, entries, bytes in the file, fds.
     let bad = [
@@ -913,7 +911,7 @@ fn an_inflight_region_that_can_not_be_one_is_refused() {
 }
 
 #[rstest]
-fn a_restarted_back_end_is_given_everything_in_the_order_of_qemu(#[values(0, PACKED)] kind: u64) {
+fn reconnect_restores_the_device_in_the_order_of_qemu(#[values(0, PACKED)] kind: u64) {
     let fake = Fake::start(ALL, |message| match message.request {
         Request::SEND_RARP => Answer::HangUp(vec![]),
         _ => Answer::Usual,
@@ -986,7 +984,7 @@ fn a_restarted_back_end_is_given_everything_in_the_order_of_qemu(#[values(0, PAC
 }
 
 #[test]
-fn outstanding_requests_without_an_inflight_region_are_not_silently_lost() {
+fn reconnect_fails_with_outstanding_requests_and_no_inflight_region() {
     let fake = Fake::start(ALL & !bit(p::INFLIGHT_SHMFD), |_| Answer::Usual);
     let mut device = fake.connect().unwrap();
     device.set_features(VERSION_1).unwrap();
@@ -1001,7 +999,7 @@ fn outstanding_requests_without_an_inflight_region_are_not_silently_lost() {
 }
 
 #[test]
-fn a_lesser_back_end_is_refused_at_reconnection() {
+fn reconnect_refuses_a_back_end_with_fewer_features() {
     let (listens, started) = (tempfile::tempdir().unwrap(), Arc::new(Mutex::new(ALL)));
     let path = listens.path().join("s");
     let listener = UnixListener::bind(&path).unwrap();
@@ -1022,7 +1020,7 @@ fn a_lesser_back_end_is_refused_at_reconnection() {
 }
 
 #[test]
-fn a_log_that_ends_the_connection_does_not_keep_the_next_one_from_being_made() {
+fn reconnect_does_not_install_a_log_that_ended_the_connection() {
     let mut crashes = 1;
     let fake = Fake::start(ALL, move |message| match message.request {
         Request::SET_LOG_BASE if crashes > 0 => {
@@ -1043,7 +1041,7 @@ fn a_log_that_ends_the_connection_does_not_keep_the_next_one_from_being_made() {
 }
 
 #[test]
-fn many_regions_go_by_slots_and_only_changes_travel() {
+fn more_than_8_regions_are_sent_as_memory_slot_changes() {
     let fake = Fake::start(ALL, |_| Answer::Usual);
     let mut device = fake.connect().unwrap();
     fake.take();
@@ -1060,7 +1058,7 @@ fn many_regions_go_by_slots_and_only_changes_travel() {
 }
 
 #[test]
-fn memory_without_an_fd_and_rings_outside_memory_are_refused_before_anything_is_sent() {
+fn invalid_memory_and_rings_are_refused_before_anything_is_sent() {
     let fake = Fake::start(ALL, |_| Answer::Usual);
     let mut device = running(&fake, UserOptions::default());
     fake.take();
@@ -1079,7 +1077,7 @@ fn memory_without_an_fd_and_rings_outside_memory_are_refused_before_anything_is_
 }
 
 #[test]
-fn a_back_end_that_starts_late_is_waited_for_until_the_deadline() {
+fn connect_waits_for_a_starting_back_end_until_the_deadline() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("s");
     let none = UserDevice::connect(&path, UserOptions::default(), Instant::now() + Duration::from_millis(5));
@@ -1119,7 +1117,7 @@ fn checked(code: u64) -> impl Fn() -> Answer {
 }
 
 #[test]
-fn a_back_end_may_bring_its_own_pipe_for_its_state() {
+fn the_fd_in_the_set_device_state_fd_reply_is_used() {
     let (reader, mut writer) = std::io::pipe().unwrap();
     writer.write_all(b"state").unwrap();
     drop(writer);
@@ -1133,7 +1131,7 @@ fn a_back_end_may_bring_its_own_pipe_for_its_state() {
 }
 
 #[test]
-fn a_back_end_that_keeps_a_state_from_travelling_costs_an_error_and_no_more() {
+fn a_failed_device_state_transfer_is_an_error() {
     use std::io::ErrorKind::{FileTooLarge, TimedOut};
     let failed = |error: FrontendError, kind| match error {
         FrontendError::DeviceState { source, .. } => assert_eq!(source.kind(), kind),
@@ -1168,7 +1166,7 @@ fn a_back_end_that_keeps_a_state_from_travelling_costs_an_error_and_no_more() {
 }
 
 #[test]
-fn postcopy_with_a_back_end_that_answers_about_other_memory_ends_before_it_begins() {
+fn a_postcopy_memory_table_reply_with_other_regions_is_a_protocol_violation() {
     for change in [0, 8, 16, 24] {
         let fake = Fake::start(ALL | bit(p::PAGEFAULT), move |message| match message.request {
             Request::SET_MEM_TABLE if message.payload.len() == 8 => Answer::Silence,
@@ -1212,7 +1210,7 @@ fn postcopy_with_a_back_end_that_answers_about_other_memory_ends_before_it_begin
 }
 
 #[test]
-fn what_only_some_devices_hear_is_said_with_their_numbers_and_again_to_a_successor() {
+fn rarp_mtu_and_log_fd_are_sent_and_restored_by_reconnect() {
     let all = ALL | 1 << p::RARP | 1 << p::MTU | 1 << p::RESET_DEVICE;
     let fake = Fake::start(all, |_| Answer::Usual);
     let mut device = fake.connect().unwrap();
@@ -1247,7 +1245,7 @@ fn what_only_some_devices_hear_is_said_with_their_numbers_and_again_to_a_success
 }
 
 #[test]
-fn a_device_without_them_is_not_asked_and_is_reset_by_its_status() {
+fn rarp_and_mtu_need_their_features_and_reset_falls_back_to_set_status() {
     let fake = Fake::start(ALL, |_| Answer::Usual);
     let mut device = fake.connect().unwrap();
     fake.take();

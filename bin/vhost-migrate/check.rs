@@ -14,7 +14,7 @@ use vhost_migrate::check::{
     CheckError, CheckOptions, CheckProgress, CheckReport, DeviceKind, Explanation, FrameSource, StopToken, Verdict,
     check_with_progress, explain, rule,
 };
-use vhost_migrate::inflight::Kind as RingKind;
+use vhost_migrate::inflight::RingKind;
 
 use crate::interrupt::{before_the_end, interrupts_and_hangup};
 use crate::values;

@@ -337,7 +337,7 @@ mod tests {
     use crate::check::Verdict;
 
     #[test]
-    fn a_back_end_that_had_done_all_writes_when_it_was_killed_says_nothing_of_late_ones() {
+    fn no_open_writes_at_the_kills_is_not_tested() {
         assert_eq!(none_came_late(10, 0).0, Verdict::NotTested);
         assert_eq!(none_came_late(3, 1).0, Verdict::Pass);
     }

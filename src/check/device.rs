@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_is_found_where_it_can_be_no_other() {
+    fn a_device_is_identified_when_only_one_kind_matches() {
         let transport = 1 << VIRTIO_RING_F_EVENT_IDX | 1 << 30 | 1 << 32;
         let mut disk = vec![0; 40];
         disk[1] = 0x40;
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_be_several_is_not_guessed() {
+    fn several_matching_kinds_are_all_reported() {
         assert_eq!(kinds(0, 2, None), ["net", "fs", "vsock", "console"]);
         assert_eq!(kinds(0, 2, Some(&[0; 40])), Vec::<&str>::new());
         // vhost-device-console answers for as many bytes as are asked for.

@@ -469,7 +469,7 @@ mod tests {
     use crate::check::RULES;
 
     #[test]
-    fn every_rule_has_its_text_its_meaning_and_its_remedy() {
+    fn every_rule_has_text_meaning_and_remedy() {
         for (id, _) in RULES {
             let explanation = explain(&id.to_lowercase()).unwrap();
             for part in [&*explanation.text(), explanation.meaning, explanation.remedy] {

@@ -158,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_listing_has_names_in_it_and_may_be_cut_anywhere() {
+    fn a_truncated_directory_listing_yields_fewer_names() {
         let entry = |name: &[u8], kind: u32| {
             let entry =
                 Dirent { ino: 1.into(), off: 1.into(), name_len: (name.len() as u32).into(), kind: kind.into() };

@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn the_worst_finding_is_the_verdict_of_its_rule() {
+    fn the_verdict_of_a_rule_is_its_worst_finding() {
         let findings = vec![finding(Verdict::Pass, ""), finding(Verdict::Fail, ""), finding(Verdict::NotTested, "")];
         let mut report = CheckReport { socket: "s".into(), offers: String::new(), findings };
         assert_eq!(report.rules(), BTreeMap::from([("R3", Verdict::Fail)]));
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn one_cause_is_one_row_and_failures_come_first_by_their_consequence() {
+    fn findings_of_one_cause_are_one_row_and_failures_come_first() {
         let found = |rule, what, rings, verdict, seen: &str| Finding {
             rule,
             what,
@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_was_seen_is_escaped_in_xml() {
+    fn junit_text_is_escaped() {
         let report = CheckReport {
             socket: "a<&>\"'".into(),
             offers: String::new(),

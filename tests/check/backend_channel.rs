@@ -10,29 +10,29 @@ use vhost_migrate::abi::vhost_user::{BackendRequest, Header, IotlbMsg, VringStat
 use zerocopy::{FromZeros, IntoBytes};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Channel {
+pub(crate) enum ChannelFault {
     /// Who closes it, or sends noise over it, loses the connection.
     EndsConnection,
     /// Another one is closed.
-    FirstOnly,
+    IgnoresReplacement,
     /// Every completion is told over it, and room is waited for.
-    Blocks,
+    BlocksOnFullChannel,
     /// No calls by messages.
-    NoCalls,
+    SendsNoCalls,
     /// Kicks by messages are acknowledged, and that is all.
-    NoKicks,
+    IgnoresKicks,
     /// Kicks by messages start no ring.
-    KicksStartNothing,
+    KicksDoNotStart,
     /// Misses without end go over every channel, and nobody reads how they are acknowledged.
     Floods,
 }
 
 /// The back-end's end of a channel, once more.
-pub(crate) struct Line(UnixStream);
+pub(crate) struct ChannelSocket(UnixStream);
 
-impl Line {
-    pub(crate) fn new(socket: OwnedFd) -> Line {
-        Line(socket.into())
+impl ChannelSocket {
+    pub(crate) fn new(socket: OwnedFd) -> ChannelSocket {
+        ChannelSocket(socket.into())
     }
 
     /// Whether it is closed, or something has come over it.

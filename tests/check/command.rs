@@ -16,7 +16,7 @@ use nix::sys::signal::Signal;
 use roxmltree::Document;
 use serde_json::Value;
 
-use crate::fault::Bend;
+use crate::fault::Fault;
 use crate::faulty_backend::{Backend, image};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-migrate");
@@ -82,12 +82,12 @@ pub(crate) fn same(xml: &str, report: &Value) {
 }
 
 #[test]
-fn what_is_broken_is_exit_status_1_and_a_failure_in_junit_and_warnings_are_neither() {
+fn a_failed_rule_gives_exit_status_1_and_a_junit_failure_and_a_warning_gives_neither() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("check.xml");
     let xml = || std::fs::read_to_string(&file).unwrap();
     let junit = ["--junit", file.to_str().unwrap()];
-    let backend = Backend::start(Bend::ConfigOffset);
+    let backend = Backend::start(Fault::IgnoresConfigOffset);
     let socket = backend.socket();
     let (found, status) = report(&[&[socket.to_str().unwrap(), "--only", "c1,F5,l14"], &junit[..]].concat());
     assert_eq!((status, &found["failed"]), (Some(1), &true.into()), "{found:#}");
@@ -98,7 +98,7 @@ fn what_is_broken_is_exit_status_1_and_a_failure_in_junit_and_warnings_are_neith
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stdout).contains("C1    fail"), "{}", text(&output.stdout));
 
-    let backend = Backend::start(Bend::Everything);
+    let backend = Backend::start(Fault::MarksEverything);
     let socket = backend.socket();
     let (found, status) = report(&[&[socket.to_str().unwrap(), "--only", "L1"], &junit[..]].concat());
     assert_eq!((status, &found["failed"]), (Some(0), &false.into()), "{found:#}");
@@ -107,25 +107,25 @@ fn what_is_broken_is_exit_status_1_and_a_failure_in_junit_and_warnings_are_neith
 }
 
 #[test]
-fn warnings_have_an_exit_status_of_their_own_for_who_is_strict_and_what_is_broken_has_the_usual() {
-    for (bend, only, strict, usual) in
-        [(Bend::Nothing, "L1", 0, 0), (Bend::Everything, "L1", 4, 0), (Bend::ConfigOffset, "C1", 1, 1)]
+fn strict_gives_warnings_exit_status_4_and_leaves_failures_at_1() {
+    for (fault, only, strict, usual) in
+        [(Fault::None, "L1", 0, 0), (Fault::MarksEverything, "L1", 4, 0), (Fault::IgnoresConfigOffset, "C1", 1, 1)]
     {
-        let backend = Backend::start(bend);
+        let backend = Backend::start(fault);
         let socket = backend.socket();
         let arguments = [socket.to_str().unwrap(), "--rings", "split", "--only", only];
         let (found, status) = report(&[&arguments[..], &["--strict"]].concat());
-        assert_eq!(status, Some(strict), "{bend:?} {found:#}");
+        assert_eq!(status, Some(strict), "{fault:?} {found:#}");
         let (found, status) = report(&arguments);
-        assert_eq!(status, Some(usual), "{bend:?} {found:#}");
+        assert_eq!(status, Some(usual), "{fault:?} {found:#}");
     }
 }
 
 #[test]
-fn findings_are_written_and_the_exit_status_is_right_when_nobody_reads_what_is_printed() {
+fn a_closed_stdout_changes_neither_the_junit_file_nor_the_exit_status() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("check.xml");
-    let backend = Backend::start(Bend::ConfigOffset);
+    let backend = Backend::start(Fault::IgnoresConfigOffset);
     for more in [&[][..], &["--json"]] {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
@@ -140,7 +140,7 @@ fn findings_are_written_and_the_exit_status_is_right_when_nobody_reads_what_is_p
 }
 
 #[test]
-fn findings_that_can_not_be_written_are_known_before_the_back_end_is_touched() {
+fn an_unwritable_junit_path_is_reported_before_connecting_to_the_back_end() {
     let folder = tempfile::tempdir().unwrap();
     let nowhere = folder.path().join("missing/check.xml");
     let output = command(&["/nobody", "--junit", nowhere.to_str().unwrap()]);
@@ -149,7 +149,7 @@ fn findings_that_can_not_be_written_are_known_before_the_back_end_is_touched() {
 }
 
 #[test]
-fn the_exit_status_says_what_kind_of_trouble_it_is() {
+fn exit_status_2_is_for_wrong_arguments_and_3_for_back_ends_that_cannot_be_checked() {
     let folder = tempfile::tempdir().unwrap();
     let nobody = folder.path().join("nobody");
     let nobody = nobody.to_str().unwrap();
@@ -187,7 +187,7 @@ fn the_exit_status_says_what_kind_of_trouble_it_is() {
 }
 
 #[test]
-fn a_rule_is_explained_without_a_back_end() {
+fn explain_prints_a_rule_without_a_back_end() {
     for id in ["R3", "r3"] {
         let output = command(&["--explain", id]);
         let said = text(&output.stdout);
@@ -202,8 +202,8 @@ fn a_rule_is_explained_without_a_back_end() {
 }
 
 #[test]
-fn a_terminal_has_colours_unless_its_user_wants_none() {
-    let backend = Backend::start(Bend::ConfigOffset);
+fn output_is_coloured_on_a_terminal_unless_no_color_is_set() {
+    let backend = Backend::start(Fault::IgnoresConfigOffset);
     let check = format!("{PROGRAM} check {} --only C1", backend.socket().display());
     // What script(1) runs has a terminal.
     for (no_color, coloured) in [(None, true), (Some(""), true), (Some("1"), false)] {
@@ -220,8 +220,8 @@ fn a_terminal_has_colours_unless_its_user_wants_none() {
 }
 
 #[test]
-fn a_back_end_that_serves_another_front_end_is_not_said_to_speak_something_else() {
-    let backend = Backend::start(Bend::Nothing);
+fn a_busy_back_end_is_reported_as_busy_and_not_as_speaking_another_protocol() {
+    let backend = Backend::start(Fault::None);
     let socket = backend.socket();
     let front_end = UnixStream::connect(&socket).unwrap();
     let output = command(&[socket.to_str().unwrap(), "--timeout", "1"]);
@@ -240,7 +240,7 @@ fn a_back_end_that_serves_another_front_end_is_not_said_to_speak_something_else(
 }
 
 #[test]
-fn a_back_end_that_runs_is_killed_only_if_it_may_be() {
+fn a_running_back_end_is_killed_only_with_kill_pid() {
     let folder = tempfile::tempdir().unwrap();
     let image = image(folder.path()).image;
     let socket = folder.path().join("socket");
@@ -262,7 +262,7 @@ fn a_back_end_that_runs_is_killed_only_if_it_may_be() {
 }
 
 #[test]
-fn killing_another_process_says_nothing_of_the_back_end() {
+fn a_kill_pid_of_another_process_gives_not_tested() {
     let folder = tempfile::tempdir().unwrap();
     let image = image(folder.path()).image;
     let socket = folder.path().join("socket");
@@ -283,7 +283,7 @@ fn killing_another_process_says_nothing_of_the_back_end() {
 }
 
 #[test]
-fn a_back_end_that_does_not_start_again_is_a_finding() {
+fn a_back_end_that_does_not_restart_fails_r9() {
     let folder = tempfile::tempdir().unwrap();
     let image = image(folder.path()).image;
     let socket = folder.path().join("socket");
@@ -304,7 +304,7 @@ fn a_back_end_that_does_not_start_again_is_a_finding() {
 }
 
 #[test]
-fn a_write_that_comes_after_its_process_has_died_is_found() {
+fn a_write_that_lands_after_its_process_died_fails_i9() {
     let folder = tempfile::tempdir().unwrap();
     let image = image(folder.path()).image;
     let socket = folder.path().join("socket");

@@ -13,7 +13,7 @@ use vhost_migrate::backend::{Device, Immediate, Queue, RING_FEATURES, Request};
 use vhost_migrate::check::{CheckError, CheckOptions, CheckReport, DeviceKind, FrameSource, Verdict, check};
 use vhost_migrate::inflight::RingKind;
 
-use crate::fault::Bend;
+use crate::fault::Fault;
 use crate::faulty_backend::Backend;
 
 /// Bytes of the file that is shared.
@@ -292,9 +292,9 @@ impl Drop for Keyboard {
     }
 }
 
-fn checked(device: Arc<dyn Device>, bend: Bend, options: CheckOptions) -> CheckReport {
+fn checked(device: Arc<dyn Device>, fault: Fault, options: CheckOptions) -> CheckReport {
     let options = CheckOptions { settle: Duration::from_millis(50), ..options };
-    Backend::serving(tempfile::tempdir().unwrap(), device, Arc::default(), bend).checked(options)
+    Backend::serving(tempfile::tempdir().unwrap(), device, Arc::default(), fault).checked(options)
 }
 
 fn of(report: &CheckReport, verdict: Verdict) -> BTreeSet<&'static str> {
@@ -307,56 +307,59 @@ const COMMON: &[&str] = &[
     "L11", "L12", "L15", "I1", "I2", "I3", "I4", "I5", "I6", "I7", "M1",
 ];
 
-fn keeps_all_and_is_found_where_it_logs_nothing(device: &dyn Fn() -> (Arc<dyn Device>, CheckOptions), is: &str) {
+fn assert_common_rules_pass_and_an_unlogged_device_fails(
+    device: &dyn Fn() -> (Arc<dyn Device>, CheckOptions),
+    is: &str,
+) {
     let (rules, (known, options)) = (COMMON.to_vec(), device());
-    let report = checked(known, Bend::Nothing, CheckOptions { only: rules.clone(), may_kill: true, ..options });
+    let report = checked(known, Fault::None, CheckOptions { only: rules.clone(), may_kill: true, ..options });
     assert!(report.offers.contains(is), "{report}");
     assert_eq!(of(&report, Verdict::Pass), rules.into_iter().collect(), "{report}");
     let (known, options) = device();
     let only = vec!["L1", "L9", "M1", "L3", "R3"];
     let rings = Some(RingKind::Split);
-    let report = checked(known, Bend::NoData, CheckOptions { only, rings, ..options });
+    let report = checked(known, Fault::DoesNotLogData, CheckOptions { only, rings, ..options });
     assert_eq!(of(&report, Verdict::Fail), BTreeSet::from(["L1", "L9", "M1"]), "{report}");
 }
 
 #[test]
-fn the_rules_are_checked_on_a_source_of_random_numbers() {
+fn common_rules_are_checked_on_an_rng() {
     let device = || -> (Arc<dyn Device>, CheckOptions) { (Arc::new(Rng), CheckOptions::default()) };
-    keeps_all_and_is_found_where_it_logs_nothing(&device, "a source of random numbers");
+    assert_common_rules_pass_and_an_unlogged_device_fails(&device, "a source of random numbers");
 }
 
 #[test]
-fn the_rules_are_checked_on_a_file_system() {
+fn common_rules_are_checked_on_a_file_system() {
     let device = || -> (Arc<dyn Device>, CheckOptions) { (Arc::new(Fs { tag: true }), CheckOptions::default()) };
-    keeps_all_and_is_found_where_it_logs_nothing(&device, "a file system");
+    assert_common_rules_pass_and_an_unlogged_device_fails(&device, "a file system");
 }
 
 #[test]
-fn the_rules_are_checked_on_vsock() {
+fn common_rules_are_checked_on_vsock() {
     let options = CheckOptions { device: Some(DeviceKind::Vsock), ..CheckOptions::default() };
     let device = || -> (Arc<dyn Device>, CheckOptions) { (Arc::new(Vsock::new()), options.clone()) };
-    keeps_all_and_is_found_where_it_logs_nothing(&device, "vsock with context id 42, fed by Loop");
+    assert_common_rules_pass_and_an_unlogged_device_fails(&device, "vsock with context id 42, fed by Loop");
 }
 
 #[test]
-fn the_rules_are_checked_on_a_console() {
+fn common_rules_are_checked_on_a_console() {
     let device = || -> (Arc<dyn Device>, CheckOptions) {
         let console = Console::new();
         let frame_source = Some(FrameSource::Tcp(console.listener.local_addr().unwrap().to_string()));
         (Arc::new(console), CheckOptions { device: Some(DeviceKind::Console), frame_source, ..CheckOptions::default() })
     };
-    keeps_all_and_is_found_where_it_logs_nothing(&device, "a console, fed by Tcp");
+    assert_common_rules_pass_and_an_unlogged_device_fails(&device, "a console, fed by Tcp");
 }
 
 #[test]
-fn a_device_that_can_be_several_kinds_is_asked_for_and_not_guessed() {
+fn an_ambiguous_device_kind_is_an_error_that_names_the_device_option() {
     let devices: [(Arc<dyn Device>, &str); 3] = [
         (Arc::new(Fs { tag: false }), "none that is known"),
         (Arc::new(Vsock::new()), "blk, vsock"),
         (Arc::new(Console::new()), "console"),
     ];
     for (device, may_be) in devices {
-        let backend = Backend::serving(tempfile::tempdir().unwrap(), device, Arc::default(), Bend::Nothing);
+        let backend = Backend::serving(tempfile::tempdir().unwrap(), device, Arc::default(), Fault::None);
         let refused = check(&backend.socket(), &CheckOptions::default()).unwrap_err();
         let said = refused.to_string();
         assert!(matches!(refused, CheckError::UnknownDevice { .. }), "{said}");

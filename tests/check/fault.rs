@@ -2,33 +2,33 @@
 
 use vhost_migrate::abi::vhost_user::Request as Code;
 
-use crate::backend_channel::Channel;
-use crate::iommu::Iommu;
-use crate::postcopy::Late;
-use crate::state::State;
+use crate::backend_channel::ChannelFault;
+use crate::iommu::IommuFault;
+use crate::postcopy::PostcopyFault;
+use crate::state::StateFault;
 
 /// What a back-end does wrong.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Bend {
-    Nothing,
+pub(crate) enum Fault {
+    None,
     /// A payload that is not there with its header ends the connection.
-    WholeMessages,
+    NeedsWholeMessages,
     /// Blocks of 4096 bytes; requests for less break the ring.
     LargeBlocks,
     /// Need-reply stays in the flags of replies.
-    ReplyFlags,
+    CopiesNeedReplyFlag,
     /// Need-reply brings a second reply to what has one.
-    SecondReply,
+    SendsSecondReply,
     /// The protocol features are told after what was asked next.
-    Overtaken,
+    RepliesOutOfOrder,
     /// Unknown requests are left without an answer.
-    NoRefusal,
+    IgnoresUnknownRequests,
     /// The fds of what is refused are kept.
     KeepsFds,
     /// A memory table must have the size of its regions.
-    ExactTable,
+    NeedsExactTableSize,
     /// A payload of 3 bytes ends the process.
-    DiesOfShort,
+    DiesOfShortPayload,
     /// A header of another version ends the process.
     DiesOfVersion,
     /// A request whose payload begins with these bytes ends the process.
@@ -40,83 +40,83 @@ pub(crate) enum Bend {
     /// SET_LOG_BASE is answered with 24 bytes.
     LongLogReply,
     /// Call fds that are sockets are not signalled.
-    NoSockets,
+    IgnoresSocketCallFds,
     /// Configuration space is always read from its start.
-    ConfigOffset,
+    IgnoresConfigOffset,
     /// Without protocol features no ring is enabled.
     NeedsEnable,
     /// Rings run although they are not enabled.
-    Enabled,
+    RunsDisabledRings,
     /// GET_VRING_BASE is answered while requests are under way.
-    EarlyBase,
+    RepliesBaseEarly,
     /// GET_VRING_BASE is answered with what is complete, and the ring goes on.
-    GoesOn,
+    RunsAfterGetBase,
     /// The base counts from 0 on every start.
-    BaseForgotten,
+    IgnoresBase,
     /// SET_VRING_ADDR has a running ring serve its last request again.
-    AddrGoesBack,
+    RewindsOnSetAddr,
     /// No inflight region before the memory table.
-    MemoryFirst,
+    NeedsMemoryBeforeInflight,
     /// A log address is checked where it is not one.
-    LogAddressChecked,
+    ChecksUnusedLogAddress,
     /// SET_STATUS 0 is noted, and that is all.
-    StatusNoted,
+    IgnoresStatusReset,
     /// RESET_DEVICE is done as if it were not there.
-    ResetIgnored,
+    IgnoresResetDevice,
     /// RESET_OWNER ends the connection.
-    OwnerHangsUp,
+    HangsUpAtResetOwner,
     /// A new call fd has to wait for the next completion.
-    CallForgotten,
+    ForgetsPendingCall,
     /// An unknown request ends the process.
-    Dies,
+    DiesOfUnknownRequest,
     /// Data is not logged.
-    NoData,
+    DoesNotLogData,
     /// A log begins where its file does.
-    LogOffset,
+    IgnoresLogOffset,
     /// A log ends where its file does.
-    LogSize,
+    IgnoresLogSize,
     /// The used ring is logged where it is, whatever `log_guest_addr` says.
-    LogAddress,
+    IgnoresLogAddress,
     /// Whatever is logged, all of memory is.
-    Everything,
+    MarksEverything,
     /// Another log is not taken over.
-    OldLog,
+    KeepsOldLog,
     /// Logging is never switched off.
-    NeverOff,
+    NeverStopsLogging,
     /// LOG_ALL is refused while there is no log.
-    LogFirst,
+    NeedsLogBeforeLogAll,
     /// Data is marked with the next message.
-    LateMarks,
+    MarksLate,
     /// Words of the log are written back as they were read a moment ago.
-    StaleMarks,
+    WritesBackStaleMarks,
     /// Nothing is ever signalled after logging.
-    NoSignal,
+    DoesNotSignalLog,
     /// Who takes over a ring with a past logs nothing of what it does.
-    SuccessorForgets,
+    SuccessorLogsNothing,
     /// Who takes over a ring with a past logs what it does, and no more.
-    SuccessorMarksItsOwn,
+    SuccessorMarksOnlyItsWrites,
     /// Nothing is logged after the memory table changed.
-    MemoryForgetsLog,
+    StopsLoggingAtMemoryChange,
     /// There are 8 memory slots.
-    FewSlots,
+    OffersFewSlots,
     /// A log of no bytes is fine.
-    EmptyLog,
+    AcceptsEmptyLog,
     /// The inflight region is said to have half its size.
-    HalfRegion,
+    ReportsHalfRegion,
     /// The inflight region is not written.
-    NoInflight,
+    DoesNotWriteInflight,
     /// A successor takes up a ring behind what was open.
-    ForgetsOpen,
+    SkipsOpenRequests,
     /// A fresh region begins at 0 wherever its ring is.
-    FreshAtZero,
+    StartsFreshRegionAtZero,
     /// Counters in the region stay 0.
-    NoCounters,
+    KeepsCountersZero,
     /// A reset leaves the region as it is.
-    RegionKept,
-    Iommu(Iommu),
-    Channel(Channel),
+    KeepsRegionAtReset,
+    Iommu(IommuFault),
+    BackendChannel(ChannelFault),
     /// Something in postcopy.
-    Postcopy(Late),
+    Postcopy(PostcopyFault),
     /// Of a network interface, as a disk has no state.
-    State(State),
+    DeviceState(StateFault),
 }

@@ -25,12 +25,12 @@ use vhost_migrate::memory::LOG_PAGE;
 use vhost_migrate::ring::{RingBase, RingLayout};
 use zerocopy::IntoBytes;
 
-use crate::backend_channel::{Channel, Line};
-use crate::fault::Bend;
-use crate::faulty_disk::{Clumsy, Files, Region};
-use crate::iommu::{Iommu, Translations, wait_for_all};
+use crate::backend_channel::{ChannelFault, ChannelSocket};
+use crate::fault::Fault;
+use crate::faulty_disk::{FaultyDisk, Region, SharedFiles};
+use crate::iommu::{IommuFault, Translations, wait_for_all};
 use crate::postcopy::Postcopy;
-use crate::state::{Passing, State};
+use crate::state::{StateFault, StateTransfer};
 use crate::wire::{is_known, more_follows, receive, send};
 
 const DISK: u64 = 8 << 20;
@@ -40,24 +40,24 @@ const BIT_30: u64 = 1 << 30;
 const LOG_ALL: u64 = 1 << 26;
 
 /// Workers that are told something else than the session said.
-struct Bent {
-    bend: Bend,
+struct FaultyBackend {
+    fault: Fault,
     workers: Arc<Mutex<Workers>>,
     /// Of each ring that was started.
     setups: BTreeMap<u16, Setup>,
     /// The message that is being done.
     code: Code,
-    files: Arc<Files>,
+    files: Arc<SharedFiles>,
     /// The log of data, and what stands in for it until the next message.
     late: Option<(Arc<Log>, Arc<Log>)>,
     translations: Translations,
 }
 
-impl Bent {
-    fn new(bend: Bend, device: &Arc<dyn Device>, files: Arc<Files>) -> Bent {
+impl FaultyBackend {
+    fn new(fault: Fault, device: &Arc<dyn Device>, files: Arc<SharedFiles>) -> FaultyBackend {
         let workers = Arc::new(Mutex::new(Workers::new(device.clone())));
-        Bent {
-            bend,
+        FaultyBackend {
+            fault,
             workers,
             setups: BTreeMap::new(),
             code: Code(0),
@@ -69,27 +69,29 @@ impl Bent {
 
     fn bent(&mut self, index: u16, mut logging: Logging) -> Logging {
         let Some(setup) = self.setups.get(&index) else { return logging };
-        match self.bend {
-            Bend::NoData => logging.data = None,
-            Bend::NoSignal => logging.signal = None,
-            Bend::LogAddress => logging.used = logging.used.map(|(log, _)| (log, setup.layout.areas()[2])),
-            Bend::Everything => {
+        match self.fault {
+            Fault::DoesNotLogData => logging.data = None,
+            Fault::DoesNotSignalLog => logging.signal = None,
+            Fault::IgnoresLogAddress => logging.used = logging.used.map(|(log, _)| (log, setup.layout.areas()[2])),
+            Fault::MarksEverything => {
                 for region in setup.memory.regions() {
                     logging.data.iter().for_each(|log| log.mark(region.gpa(), region.size()));
                 }
             }
-            Bend::OldLog => {
+            Fault::KeepsOldLog => {
                 if let (Some(old), Some(new)) = (&setup.logging.data, &mut logging.data) {
                     *new = old.clone();
                 }
             }
-            Bend::NeverOff if setup.logging.data.is_some() && logging.data.is_none() => return setup.logging.clone(),
-            Bend::MemoryForgetsLog
+            Fault::NeverStopsLogging if setup.logging.data.is_some() && logging.data.is_none() => {
+                return setup.logging.clone();
+            }
+            Fault::StopsLoggingAtMemoryChange
                 if [Code::SET_MEM_TABLE, Code::ADD_MEM_REG, Code::REM_MEM_REG].contains(&self.code) =>
             {
                 return Logging::default();
             }
-            Bend::LateMarks | Bend::Iommu(Iommu::MarksIova) => {
+            Fault::MarksLate | Fault::Iommu(IommuFault::MarksIova) => {
                 logging.data = logging.data.map(|log| match &self.late {
                     Some((known, late)) if Arc::ptr_eq(known, &log) => late.clone(),
                     _ => {
@@ -148,35 +150,35 @@ fn mark_ring(setup: &Setup) {
     setup.layout.areas().into_iter().zip(bytes).for_each(|(gpa, bytes)| log.mark(gpa, bytes));
 }
 
-impl Rings for Bent {
+impl Rings for FaultyBackend {
     fn start(&mut self, index: u16, mut setup: Setup) -> Result<(), BackendError> {
         self.setups.insert(index, setup.clone());
         setup.logging = self.bent(index, setup.logging);
         let fresh = self.files.region(|region| region.is_fresh());
-        match self.bend {
-            Bend::NoInflight => setup.inflight = None,
-            Bend::ForgetsOpen => (setup.inflight, setup.base) = (None, avail_index(&setup)),
-            Bend::BaseForgotten => setup.base = RingBase::default(),
-            Bend::SuccessorForgets if setup.inflight.is_some() => setup.logging = Logging::default(),
+        match self.fault {
+            Fault::DoesNotWriteInflight => setup.inflight = None,
+            Fault::SkipsOpenRequests => (setup.inflight, setup.base) = (None, avail_index(&setup)),
+            Fault::IgnoresBase => setup.base = RingBase::default(),
+            Fault::SuccessorLogsNothing if setup.inflight.is_some() => setup.logging = Logging::default(),
             // Then the log seems to be the one that its predecessor wrote to.
-            Bend::SuccessorMarksItsOwn => mark_ring(&setup),
-            Bend::Channel(Channel::NoCalls) if setup.kick.is_none() => setup.call = None,
+            Fault::SuccessorMarksOnlyItsWrites => mark_ring(&setup),
+            Fault::BackendChannel(ChannelFault::SendsNoCalls) if setup.kick.is_none() => setup.call = None,
             _ => {}
         }
         self.workers.lock().unwrap().start(index, setup)?;
-        if self.bend == Bend::FreshAtZero && fresh == Some(true) {
+        if self.fault == Fault::StartsFreshRegionAtZero && fresh == Some(true) {
             self.files.region(|region| region.0.write_all_at(&[0; 2], 14).unwrap());
         }
         Ok(())
     }
 
     fn stop(&mut self, index: u16) -> Result<RingBase, BackendError> {
-        if self.bend == Bend::Iommu(Iommu::BaseWaits) {
+        if self.fault == Fault::Iommu(IommuFault::BaseWaitsForMisses) {
             wait_for_all(&self.setups[&index]);
         }
-        let (area, late) = match self.bend {
-            Bend::EarlyBase => (1, 20),
-            Bend::GoesOn => (2, 3000),
+        let (area, late) = match self.fault {
+            Fault::RepliesBaseEarly => (1, 20),
+            Fault::RunsAfterGetBase => (2, 3000),
             _ => return self.workers.lock().unwrap().stop(index),
         };
         let base = index_in(&self.setups[&index], area);
@@ -190,7 +192,7 @@ impl Rings for Bent {
     }
 
     fn invalidate(&mut self, iovas: &RangeInclusive<u64>) {
-        if self.bend == Bend::Iommu(Iommu::Hasty) {
+        if self.fault == Fault::Iommu(IommuFault::InvalidatesTooEarly) {
             let (workers, iovas) = (self.workers.clone(), iovas.clone());
             thread::spawn(move || workers.lock().unwrap().invalidate(&iovas));
             return;
@@ -199,7 +201,7 @@ impl Rings for Bent {
     }
 
     fn kick(&mut self, index: u16) {
-        if self.bend == Bend::Channel(Channel::NoKicks) {
+        if self.fault == Fault::BackendChannel(ChannelFault::IgnoresKicks) {
             return;
         }
         self.workers.lock().unwrap().kick(index);
@@ -214,13 +216,13 @@ impl Rings for Bent {
         self.workers.lock().unwrap().set_logging(index, bent);
         // What went into the old log's stand-in meanwhile.
         self.catch_up(before.as_ref());
-        if self.bend == Bend::AddrGoesBack && self.code == Code::SET_VRING_ADDR {
+        if self.fault == Fault::RewindsOnSetAddr && self.code == Code::SET_VRING_ADDR {
             self.start_over(index, |base| RingBase::split(base.split_index().saturating_sub(1)));
         }
     }
 
     fn set_notifiers(&mut self, index: u16, call: Option<Arc<Notifier>>, error: Option<Arc<Notifier>>) {
-        if self.bend == Bend::CallForgotten {
+        if self.fault == Fault::ForgetsPendingCall {
             let setup = self.setups.get_mut(&index).unwrap();
             (setup.call, setup.error) = (call, error);
             return self.start_over(index, |base| base);
@@ -231,23 +233,23 @@ impl Rings for Bent {
 
 /// How a connection ended.
 #[derive(PartialEq, Eq)]
-enum End {
+enum ConnectionEnd {
     HungUp,
     /// The process with it.
     Died,
 }
 
-/// Connects a front-end, and serves it with a bend until it is over.
-fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<Files>, bend: Bend) -> End {
-    let mut rings = Bent::new(bend, device, files.clone());
+/// Connects a front-end, and serves it with a fault until it is over.
+fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<SharedFiles>, fault: Fault) -> ConnectionEnd {
+    let mut rings = FaultyBackend::new(fault, device, files.clone());
     // Ends first: workers that wait for pages are let go.
     let mut session = Session::new(device.clone());
-    let mut postcopy = Postcopy::new(bend);
-    let (mut seen_memory, mut seen_log, mut kept, mut passing) = (false, false, Vec::new(), Passing::default());
+    let mut postcopy = Postcopy::new(fault);
+    let (mut seen_memory, mut seen_log, mut kept, mut transfer) = (false, false, Vec::new(), StateTransfer::default());
     files.forget();
     loop {
-        let Some(mut message) = receive(&mut socket, bend) else {
-            return if postcopy.hung_up() { End::Died } else { End::HungUp };
+        let Some(mut message) = receive(&mut socket, fault) else {
+            return if postcopy.hung_up() { ConnectionEnd::Died } else { ConnectionEnd::HungUp };
         };
         let (code, flags, payload) = (message.code, message.flags, message.payload.clone());
         rings.code = code;
@@ -255,49 +257,61 @@ fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<Files>, b
         let number = || payload.first_chunk().map_or(0, |bytes| u64::from_ne_bytes(*bytes));
         // Whatever is cut is refused.
         let mut refuse = false;
-        match (bend, code) {
-            (Bend::Dies, code) if code.name().is_none() => return End::Died,
-            (Bend::DiesOfShort, _) if payload.len() == 3 => return End::Died,
-            (Bend::DiesOfVersion, _) if !is_known(flags) => return End::Died,
-            (Bend::DiesOf(of, bytes), _) if code == of && payload.starts_with(bytes) => return End::Died,
-            (Bend::DiesOfLoop, _) if rings.setups.values().any(loops) => return End::Died,
-            (Bend::State(State::DiesOfOnes), Code::CHECK_DEVICE_STATE) if passing.whole().starts_with(&[0xff; 8]) => {
-                return End::Died;
+        match (fault, code) {
+            (Fault::DiesOfUnknownRequest, code) if code.name().is_none() => return ConnectionEnd::Died,
+            (Fault::DiesOfShortPayload, _) if payload.len() == 3 => return ConnectionEnd::Died,
+            (Fault::DiesOfVersion, _) if !is_known(flags) => return ConnectionEnd::Died,
+            (Fault::DiesOf(of, bytes), _) if code == of && payload.starts_with(bytes) => return ConnectionEnd::Died,
+            (Fault::DiesOfLoop, _) if rings.setups.values().any(loops) => return ConnectionEnd::Died,
+            (Fault::DeviceState(StateFault::DiesOfOnes), Code::CHECK_DEVICE_STATE)
+                if transfer.whole().starts_with(&[0xff; 8]) =>
+            {
+                return ConnectionEnd::Died;
             }
-            (Bend::OwnerHangsUp, Code::RESET_OWNER) => return End::HungUp,
-            (Bend::Channel(Channel::EndsConnection), _) if files.channel(Line::is_over) == Some(true) => {
-                return End::HungUp;
+            (Fault::HangsUpAtResetOwner, Code::RESET_OWNER) => return ConnectionEnd::HungUp,
+            (Fault::BackendChannel(ChannelFault::EndsConnection), _)
+                if files.channel(ChannelSocket::is_over) == Some(true) =>
+            {
+                return ConnectionEnd::HungUp;
             }
-            (Bend::Channel(Channel::FirstOnly), Code::SET_BACKEND_REQ_FD) if files.channel(|_| ()).is_some() => {
+            (Fault::BackendChannel(ChannelFault::IgnoresReplacement), Code::SET_BACKEND_REQ_FD)
+                if files.channel(|_| ()).is_some() =>
+            {
                 message.fds = vec![UnixStream::pair().unwrap().0.into()];
             }
-            (Bend::Channel(Channel::Floods), Code::SET_BACKEND_REQ_FD) => {
+            (Fault::BackendChannel(ChannelFault::Floods), Code::SET_BACKEND_REQ_FD) => {
                 let theirs = std::mem::replace(&mut message.fds, vec![UnixStream::pair().unwrap().0.into()]);
-                theirs.into_iter().for_each(|fd| Line::new(fd).flood());
+                theirs.into_iter().for_each(|fd| ChannelSocket::new(fd).flood());
             }
-            (Bend::Channel(Channel::KicksStartNothing), Code::VRING_KICK) => refuse = rings.setups.is_empty(),
-            (Bend::State(State::NeverRan), Code::SET_DEVICE_STATE_FD) => refuse = rings.setups.is_empty(),
-            (Bend::State(bend), Code::SET_DEVICE_STATE_FD) => passing.begin(bend, &mut message),
-            (Bend::Iommu(bend), _) if !rings.translations.bend(bend, &mut message) => return End::HungUp,
-            (Bend::NoRefusal, code) if code.name().is_none() => continue,
-            (Bend::ResetIgnored, Code::RESET_DEVICE) => continue,
-            (Bend::KeepsFds, code) if code.name().is_none() => kept.append(&mut message.fds),
-            (Bend::ExactTable, Code::SET_MEM_TABLE) => refuse = payload.len() != 8 + 32 * usize::from(payload[0]),
-            (Bend::MemoryFirst, Code::SET_INFLIGHT_FD) => refuse = !seen_memory,
-            (Bend::LogAddressChecked, Code::SET_VRING_ADDR) => refuse = payload.ends_with(&[0xff; 8]),
-            (Bend::LogFirst, Code::SET_FEATURES) => refuse = number() & LOG_ALL != 0 && !seen_log,
-            (Bend::NeedsEnable, Code::SET_FEATURES) => message.payload = (number() | BIT_30).as_bytes().to_vec(),
-            (Bend::StatusNoted, Code::SET_STATUS) => message.payload = 15u64.as_bytes().to_vec(),
-            (Bend::LogOffset, Code::SET_LOG_BASE) if payload.len() == 16 => message.payload[8..].fill(0),
-            (Bend::LogSize, Code::SET_LOG_BASE) if payload.len() == 16 => {
+            (Fault::BackendChannel(ChannelFault::KicksDoNotStart), Code::VRING_KICK) => {
+                refuse = rings.setups.is_empty()
+            }
+            (Fault::DeviceState(StateFault::NoStateBeforeStart), Code::SET_DEVICE_STATE_FD) => {
+                refuse = rings.setups.is_empty()
+            }
+            (Fault::DeviceState(fault), Code::SET_DEVICE_STATE_FD) => transfer.begin(fault, &mut message),
+            (Fault::Iommu(fault), _) if !rings.translations.fault(fault, &mut message) => return ConnectionEnd::HungUp,
+            (Fault::IgnoresUnknownRequests, code) if code.name().is_none() => continue,
+            (Fault::IgnoresResetDevice, Code::RESET_DEVICE) => continue,
+            (Fault::KeepsFds, code) if code.name().is_none() => kept.append(&mut message.fds),
+            (Fault::NeedsExactTableSize, Code::SET_MEM_TABLE) => {
+                refuse = payload.len() != 8 + 32 * usize::from(payload[0])
+            }
+            (Fault::NeedsMemoryBeforeInflight, Code::SET_INFLIGHT_FD) => refuse = !seen_memory,
+            (Fault::ChecksUnusedLogAddress, Code::SET_VRING_ADDR) => refuse = payload.ends_with(&[0xff; 8]),
+            (Fault::NeedsLogBeforeLogAll, Code::SET_FEATURES) => refuse = number() & LOG_ALL != 0 && !seen_log,
+            (Fault::NeedsEnable, Code::SET_FEATURES) => message.payload = (number() | BIT_30).as_bytes().to_vec(),
+            (Fault::IgnoresStatusReset, Code::SET_STATUS) => message.payload = 15u64.as_bytes().to_vec(),
+            (Fault::IgnoresLogOffset, Code::SET_LOG_BASE) if payload.len() == 16 => message.payload[8..].fill(0),
+            (Fault::IgnoresLogSize, Code::SET_LOG_BASE) if payload.len() == 16 => {
                 let offset = u64::from_ne_bytes(payload[8..].try_into().unwrap());
                 let file = fstat(&message.fds[0]).unwrap().st_size as u64;
                 message.payload[..8].copy_from_slice((file - offset).as_bytes());
             }
-            (Bend::EmptyLog, Code::SET_LOG_BASE) if number() == 0 => {
+            (Fault::AcceptsEmptyLog, Code::SET_LOG_BASE) if number() == 0 => {
                 message.payload[..8].copy_from_slice(8u64.as_bytes())
             }
-            (Bend::NoSockets, Code::SET_VRING_CALL) => message.fds.iter_mut().for_each(|fd| {
+            (Fault::IgnoresSocketCallFds, Code::SET_VRING_CALL) => message.fds.iter_mut().for_each(|fd| {
                 if SFlag::from_bits_truncate(fstat(&*fd).unwrap().st_mode) & SFlag::S_IFMT == SFlag::S_IFSOCK {
                     *fd = EventFd::new().unwrap().into();
                 }
@@ -314,15 +328,16 @@ fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<Files>, b
         seen_memory |= code == Code::SET_MEM_TABLE;
         seen_log |= code == Code::SET_LOG_BASE;
         files.note(&message);
-        if bend == Bend::DiesOfNoise && files.region(Region::is_noise) == Some(true) {
-            return End::Died;
+        if fault == Fault::DiesOfNoise && files.region(Region::is_noise) == Some(true) {
+            return ConnectionEnd::Died;
         }
-        let kept_region = if bend == Bend::RegionKept { files.region(|region| region.header()) } else { None };
+        let kept_region =
+            if fault == Fault::KeepsRegionAtReset { files.region(|region| region.header()) } else { None };
         let step = session.message(message, &mut rings);
         if let Some(header) = kept_region.filter(|_| code == Code::RESET_DEVICE) {
             files.region(|region| region.0.write_all_at(&header, 0).unwrap());
         }
-        if bend == Bend::Enabled && code == Code::SET_VRING_KICK {
+        if fault == Fault::RunsDisabledRings && code == Code::SET_VRING_KICK {
             let enable =
                 Message { code: Code::SET_VRING_ENABLE, flags: 1, payload: vec![0, 0, 0, 0, 1, 0, 0, 0], fds: vec![] };
             session.message(enable, &mut rings);
@@ -334,34 +349,36 @@ fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<Files>, b
                 continue;
             }
             Step::Reply(reply) => reply,
-            Step::Close(_) => return End::HungUp,
+            Step::Close(_) => return ConnectionEnd::HungUp,
         };
         let mut bytes = reply.to_bytes();
-        match (bend, code) {
-            (Bend::ReplyFlags, _) => bytes[4] |= flags as u8 & 8,
-            (Bend::ConfigOffset, Code::GET_CONFIG) if payload[..4] != [0; 4] => bytes[24..].fill(0x77),
-            (Bend::LongLogReply, Code::SET_LOG_BASE) if bytes.len() == 28 => {
+        match (fault, code) {
+            (Fault::CopiesNeedReplyFlag, _) => bytes[4] |= flags as u8 & 8,
+            (Fault::IgnoresConfigOffset, Code::GET_CONFIG) if payload[..4] != [0; 4] => bytes[24..].fill(0x77),
+            (Fault::LongLogReply, Code::SET_LOG_BASE) if bytes.len() == 28 => {
                 bytes.extend([0; 8]);
                 bytes[8] = 24;
             }
-            (Bend::Iommu(Iommu::Strict), Code::IOTLB_MSG) if bytes[12] != 0 => return End::HungUp,
-            (Bend::FewSlots, Code::GET_MAX_MEM_SLOTS) => bytes[12..].copy_from_slice(8u64.as_bytes()),
-            (Bend::HalfRegion, Code::GET_INFLIGHT_FD) => {
+            (Fault::Iommu(IommuFault::HangsUpOnInvalid), Code::IOTLB_MSG) if bytes[12] != 0 => {
+                return ConnectionEnd::HungUp;
+            }
+            (Fault::OffersFewSlots, Code::GET_MAX_MEM_SLOTS) => bytes[12..].copy_from_slice(8u64.as_bytes()),
+            (Fault::ReportsHalfRegion, Code::GET_INFLIGHT_FD) => {
                 let size = u64::from_ne_bytes(bytes[12..20].try_into().unwrap());
                 bytes[12..20].copy_from_slice((size / 2).as_bytes());
             }
-            (Bend::State(bend), Code::CHECK_DEVICE_STATE) => match (bend, bytes[12] != 0) {
-                (State::Credulous, _) => bytes[12] = 0,
-                (State::HangsUp, true) => return End::HungUp,
-                (State::Resets, true) => device.reset(),
-                (State::Spoilt, true) => passing.spoilt = true,
-                (State::Spoilt, false) if passing.loads() => bytes[12] = passing.spoilt.into(),
-                (State::Forgets, false) if passing.loads() => device.reset(),
+            (Fault::DeviceState(fault), Code::CHECK_DEVICE_STATE) => match (fault, bytes[12] != 0) {
+                (StateFault::AcceptsAnything, _) => bytes[12] = 0,
+                (StateFault::HangsUpOnRefusal, true) => return ConnectionEnd::HungUp,
+                (StateFault::ResetsOnRefusal, true) => device.reset(),
+                (StateFault::RefusesAfterRefusal, true) => transfer.spoilt = true,
+                (StateFault::RefusesAfterRefusal, false) if transfer.loads() => bytes[12] = transfer.spoilt.into(),
+                (StateFault::ForgetsState, false) if transfer.loads() => device.reset(),
                 _ => {}
             },
-            (Bend::Overtaken, Code::GET_PROTOCOL_FEATURES) if more_follows(&socket) => {
+            (Fault::RepliesOutOfOrder, Code::GET_PROTOCOL_FEATURES) if more_follows(&socket) => {
                 // What comes next is asked and answered in between.
-                let Some(next) = receive(&mut socket, bend) else { return End::HungUp };
+                let Some(next) = receive(&mut socket, fault) else { return ConnectionEnd::HungUp };
                 if let Step::Reply(first) = session.message(next, &mut rings) {
                     send(&socket, &first.to_bytes(), first.fd.as_ref());
                 }
@@ -371,10 +388,15 @@ fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<Files>, b
         postcopy.reply(code, &payload, &mut bytes, &mut reply.fd);
         send(&socket, &bytes, reply.fd.as_ref());
         more.iter().for_each(|bytes| send(&socket, bytes, None));
-        if (bend, code) == (Bend::State(State::Stalls), Code::SET_DEVICE_STATE_FD) && bytes[12] == 0 {
-            passing.whole();
+        if (fault, code) == (Fault::DeviceState(StateFault::BlocksWhileLoading), Code::SET_DEVICE_STATE_FD)
+            && bytes[12] == 0
+        {
+            transfer.whole();
         }
-        if bend == Bend::SecondReply && flags & 8 != 0 && code.name().is_some_and(|name| name.starts_with("GET_")) {
+        if fault == Fault::SendsSecondReply
+            && flags & 8 != 0
+            && code.name().is_some_and(|name| name.starts_with("GET_"))
+        {
             let header = Header { request: code.0, flags: 5, size: 8 };
             send(&socket, &[header.as_bytes(), &[0; 8]].concat(), None);
         }
@@ -388,7 +410,7 @@ pub(crate) fn image(folder: &Path) -> DiskOptions {
     DiskOptions { max_queue_size: 256, serial: "check".into(), ..DiskOptions::new(image) }
 }
 
-/// A back-end with a bend, at a socket of its own until it is dropped.
+/// A back-end with a fault, at a socket of its own until it is dropped.
 pub(crate) struct Backend {
     folder: TempDir,
     server: Option<JoinHandle<()>>,
@@ -396,23 +418,23 @@ pub(crate) struct Backend {
 
 impl Backend {
     /// A disk.
-    pub(crate) fn start(bend: Bend) -> Backend {
+    pub(crate) fn start(fault: Fault) -> Backend {
         let folder = tempfile::tempdir().unwrap();
-        let iommu = matches!(bend, Bend::Iommu(_) | Bend::Channel(Channel::Floods));
-        let postcopy = matches!(bend, Bend::Postcopy(_));
+        let iommu = matches!(fault, Fault::Iommu(_) | Fault::BackendChannel(ChannelFault::Floods));
+        let postcopy = matches!(fault, Fault::Postcopy(_));
         let disk = Disk::open(DiskOptions { iommu, postcopy, ..image(folder.path()) }).unwrap();
-        let files = Arc::new(Files::default());
-        let device: Arc<dyn Device> = Arc::new(Clumsy { disk, bend, files: files.clone() });
-        Backend::serving(folder, device, files, bend)
+        let files = Arc::new(SharedFiles::default());
+        let device: Arc<dyn Device> = Arc::new(FaultyDisk { disk, fault, files: files.clone() });
+        Backend::serving(folder, device, files, fault)
     }
 
     /// A network interface that sends back what it is sent.
-    pub(crate) fn net(bend: Bend) -> Backend {
+    pub(crate) fn net(fault: Fault) -> Backend {
         let net = Net::open(NetOptions::new(Peer::Loopback, [2, 0, 0, 0, 0, 1])).unwrap();
-        Backend::serving(tempfile::tempdir().unwrap(), Arc::new(net), Arc::default(), bend)
+        Backend::serving(tempfile::tempdir().unwrap(), Arc::new(net), Arc::default(), fault)
     }
 
-    pub(crate) fn serving(folder: TempDir, device: Arc<dyn Device>, files: Arc<Files>, bend: Bend) -> Backend {
+    pub(crate) fn serving(folder: TempDir, device: Arc<dyn Device>, files: Arc<SharedFiles>, fault: Fault) -> Backend {
         let listener = UnixListener::bind(folder.path().join("socket")).unwrap();
         let server = thread::spawn(move || {
             for connection in listener.incoming() {
@@ -420,7 +442,9 @@ impl Backend {
                 let connection = connection.unwrap();
                 let mut first = [0];
                 let peeked = recv(connection.as_raw_fd(), &mut first, MsgFlags::MSG_PEEK);
-                if peeked == Ok(1) && first == [0xff] || serve(connection, &device, &files, bend) == End::Died {
+                if peeked == Ok(1) && first == [0xff]
+                    || serve(connection, &device, &files, fault) == ConnectionEnd::Died
+                {
                     break;
                 }
             }
@@ -449,10 +473,12 @@ impl Drop for Backend {
     }
 }
 
-/// What a check says of a back-end with a bend: a disk, where that can have it.
-pub(crate) fn checked(bend: Bend, options: CheckOptions) -> CheckReport {
-    match bend {
-        Bend::State(_) => Backend::net(bend).checked(CheckOptions { frame_source: Some(FrameSource::Loop), ..options }),
-        _ => Backend::start(bend).checked(options),
+/// What a check says of a back-end with a fault: a disk, where that can have it.
+pub(crate) fn checked(fault: Fault, options: CheckOptions) -> CheckReport {
+    match fault {
+        Fault::DeviceState(_) => {
+            Backend::net(fault).checked(CheckOptions { frame_source: Some(FrameSource::Loop), ..options })
+        }
+        _ => Backend::start(fault).checked(options),
     }
 }

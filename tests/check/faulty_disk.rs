@@ -15,9 +15,9 @@ use vhost_migrate::abi::virtio::{BlkConfig, BlkRequestHeader};
 use vhost_migrate::backend::blk::Disk;
 use vhost_migrate::backend::{BackendError, Device, Host, Message, Queue, Request};
 
-use crate::backend_channel::{Channel, Line};
-use crate::fault::Bend;
-use crate::iommu::Iommu;
+use crate::backend_channel::{ChannelFault, ChannelSocket};
+use crate::fault::Fault;
+use crate::iommu::IommuFault;
 
 /// Where the log has the pages above 4 GiB, and how many bytes of it are written back.
 const HIGH: (u64, usize) = ((1 << 32) / 4096 / 8, 320);
@@ -33,13 +33,13 @@ const LONG: Duration = Duration::from_millis(50);
 
 /// The files that the front-end has shared.
 #[derive(Default)]
-pub(crate) struct Files {
+pub(crate) struct SharedFiles {
     log: Mutex<Option<File>>,
     region: Mutex<Option<Region>>,
-    channel: Mutex<Option<Line>>,
+    channel: Mutex<Option<ChannelSocket>>,
 }
 
-impl Files {
+impl SharedFiles {
     /// Another front-end has connected.
     pub(crate) fn forget(&self) {
         *self.log.lock().unwrap() = None;
@@ -54,7 +54,7 @@ impl Files {
         match message.code {
             Code::SET_LOG_BASE => *self.log.lock().unwrap() = file(),
             Code::SET_INFLIGHT_FD => *self.region.lock().unwrap() = file().map(Region),
-            Code::SET_BACKEND_REQ_FD => *self.channel.lock().unwrap() = fd().map(Line::new),
+            Code::SET_BACKEND_REQ_FD => *self.channel.lock().unwrap() = fd().map(ChannelSocket::new),
             _ => {}
         }
     }
@@ -65,18 +65,18 @@ impl Files {
     }
 
     /// Does something with the channel, if there is one.
-    pub(crate) fn channel<T>(&self, with: impl FnOnce(&Line) -> T) -> Option<T> {
+    pub(crate) fn channel<T>(&self, with: impl FnOnce(&ChannelSocket) -> T) -> Option<T> {
         self.channel.lock().unwrap().as_ref().map(with)
     }
 }
 
-pub(crate) struct Clumsy {
+pub(crate) struct FaultyDisk {
     pub(crate) disk: Disk,
-    pub(crate) bend: Bend,
-    pub(crate) files: Arc<Files>,
+    pub(crate) fault: Fault,
+    pub(crate) files: Arc<SharedFiles>,
 }
 
-impl Device for Clumsy {
+impl Device for FaultyDisk {
     fn features(&self) -> u64 {
         self.disk.features()
     }
@@ -91,7 +91,7 @@ impl Device for Clumsy {
 
     fn config(&self) -> Vec<u8> {
         let mut config = self.disk.config();
-        if self.bend == Bend::LargeBlocks {
+        if self.fault == Fault::LargeBlocks {
             config[BLOCK_SIZE_AT..][..4].copy_from_slice(&(LARGE as u32).to_le_bytes());
         }
         config
@@ -111,27 +111,27 @@ impl Device for Clumsy {
 
     fn queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
         let queue = self.disk.queue(index, size, features)?;
-        Ok(Box::new(ClumsyQueue { queue, bend: self.bend, files: self.files.clone() }))
+        Ok(Box::new(FaultyQueue { queue, fault: self.fault, files: self.files.clone() }))
     }
 }
 
-struct ClumsyQueue {
+struct FaultyQueue {
     queue: Box<dyn Queue>,
-    bend: Bend,
-    files: Arc<Files>,
+    fault: Fault,
+    files: Arc<SharedFiles>,
 }
 
-impl Queue for ClumsyQueue {
+impl Queue for FaultyQueue {
     fn wants(&mut self) -> bool {
         self.queue.wants()
     }
 
     fn submit(&mut self, request: Request) {
-        if self.bend == Bend::Iommu(Iommu::Hasty) {
+        if self.fault == Fault::Iommu(IommuFault::InvalidatesTooEarly) {
             // In the meantime its translations may go.
             thread::sleep(LONG);
         }
-        if self.bend == Bend::LargeBlocks {
+        if self.fault == Fault::LargeBlocks {
             let head: BlkRequestHeader = request.object(0).unwrap();
             let data = (request.readable_len() - size_of_val(&head) as u64) + (request.writable_len() - 1);
             assert_eq!((head.sector.get() * 512 % LARGE, data % LARGE), (0, 0), "not a whole block");
@@ -144,14 +144,14 @@ impl Queue for ClumsyQueue {
         if done.is_empty() {
             return;
         }
-        match self.bend {
-            Bend::NoCounters => {
+        match self.fault {
+            Fault::KeepsCountersZero => {
                 self.files.region(Region::forget_counters);
             }
-            Bend::Channel(Channel::Blocks) => {
-                self.files.channel(Line::call);
+            Fault::BackendChannel(ChannelFault::BlocksOnFullChannel) => {
+                self.files.channel(ChannelSocket::call);
             }
-            Bend::StaleMarks => {
+            Fault::WritesBackStaleMarks => {
                 if let Some(log) = &*self.files.log.lock().unwrap() {
                     write_back(log);
                 }

@@ -19,23 +19,23 @@ const ROOM: u64 = 64 << 10;
 const LONG: Duration = Duration::from_millis(4500);
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Iommu {
+pub(crate) enum IommuFault {
     /// Addresses of data are taken for guest-physical.
-    Untranslated,
+    SkipsTranslation,
     /// What lies side by side for the driver is taken to do so in memory.
-    Contiguous,
+    AssumesContiguous,
     /// What is not permitted ends the connection.
-    Offended,
+    HangsUpOnDenial,
     /// GET_VRING_BASE is answered when all requests are complete, those that can't be made too.
-    BaseWaits,
+    BaseWaitsForMisses,
     /// What can't be a translation ends the connection.
-    Strict,
+    HangsUpOnInvalid,
     /// What can't be a translation is acknowledged.
-    Lenient,
+    AcknowledgesInvalid,
     /// An invalidation is acknowledged, and that is all.
-    Stale,
+    IgnoresInvalidation,
     /// An invalidation does not wait for requests in flight.
-    Hasty,
+    InvalidatesTooEarly,
     /// Data is marked by its I/O virtual pages.
     MarksIova,
 }
@@ -52,7 +52,7 @@ pub(crate) struct Translations {
 
 impl Translations {
     /// Makes something else of a message; false if it ends the connection.
-    pub(crate) fn bend(&mut self, bend: Iommu, message: &mut Message) -> bool {
+    pub(crate) fn fault(&mut self, fault: IommuFault, message: &mut Message) -> bool {
         if message.code == Code::SET_MEM_TABLE {
             let table = message.payload[8..].chunks_exact(size_of::<MemoryRegion>());
             self.regions = table.map(|bytes| MemoryRegion::read_from_bytes(bytes).unwrap()).collect();
@@ -63,20 +63,24 @@ impl Translations {
         let Ok(mut said) = IotlbMsg::read_from_bytes(&message.payload) else { return true };
         let asks = message.flags & Header::FLAG_NEED_REPLY != 0;
         let harmless = IotlbMsg { iova: 1 << 60, size: 1, kind: VHOST_IOTLB_INVALIDATE, ..IotlbMsg::new_zeroed() };
-        match (bend, said.kind) {
-            (Iommu::Untranslated, VHOST_IOTLB_UPDATE) if said.iova >= DATA => said.uaddr = self.user(said.iova),
-            (Iommu::Contiguous, VHOST_IOTLB_UPDATE) if said.iova < DATA => {
+        match (fault, said.kind) {
+            (IommuFault::SkipsTranslation, VHOST_IOTLB_UPDATE) if said.iova >= DATA => {
+                said.uaddr = self.user(said.iova)
+            }
+            (IommuFault::AssumesContiguous, VHOST_IOTLB_UPDATE) if said.iova < DATA => {
                 let (iova, uaddr) = *self.firsts.entry(said.iova / ROOM).or_insert((said.iova, said.uaddr));
                 said.uaddr = uaddr.wrapping_add(said.iova).wrapping_sub(iova);
             }
-            (Iommu::Contiguous, VHOST_IOTLB_INVALIDATE) => self.firsts.clear(),
-            (Iommu::Offended, VHOST_IOTLB_UPDATE) => return said.perm == VHOST_ACCESS_RW,
+            (IommuFault::AssumesContiguous, VHOST_IOTLB_INVALIDATE) => self.firsts.clear(),
+            (IommuFault::HangsUpOnDenial, VHOST_IOTLB_UPDATE) => return said.perm == VHOST_ACCESS_RW,
             // What is refused by design is asked for with need-reply, and no other update is.
-            (Iommu::Lenient, VHOST_IOTLB_INVALIDATE) if said.size == 0 || said.size == u64::MAX => said = harmless,
-            (Iommu::Lenient, VHOST_IOTLB_INVALIDATE) => {}
-            (Iommu::Lenient, _) if asks => said = harmless,
-            (Iommu::Stale, VHOST_IOTLB_INVALIDATE) => said = harmless,
-            (Iommu::MarksIova, VHOST_IOTLB_UPDATE) => {
+            (IommuFault::AcknowledgesInvalid, VHOST_IOTLB_INVALIDATE) if said.size == 0 || said.size == u64::MAX => {
+                said = harmless
+            }
+            (IommuFault::AcknowledgesInvalid, VHOST_IOTLB_INVALIDATE) => {}
+            (IommuFault::AcknowledgesInvalid, _) if asks => said = harmless,
+            (IommuFault::IgnoresInvalidation, VHOST_IOTLB_INVALIDATE) => said = harmless,
+            (IommuFault::MarksIova, VHOST_IOTLB_UPDATE) => {
                 self.pages.insert(self.gpa(said.uaddr) / LOG_PAGE, said.iova / LOG_PAGE);
             }
             _ => {}

@@ -21,7 +21,7 @@ const NO_POSTCOPY: &str = "PAGEFAULT is not offered";
 const ASIDE: &[&str] = &["B2", "B4", "F9", "F10", "R11", "R12", "L13", "L14", "T5", "I8", "I10", "I11", "I12", "D2"];
 
 #[test]
-fn our_own_back_end_keeps_every_rule_killed_and_attacked() {
+fn the_block_back_end_passes_every_rule_with_hostile_write_and_restart() {
     let folder = tempfile::tempdir().unwrap();
     let image = image(folder.path()).image;
     let before = std::fs::read(&image).unwrap();
@@ -54,7 +54,7 @@ fn our_own_back_end_keeps_every_rule_killed_and_attacked() {
 }
 
 #[test]
-fn a_back_end_whose_rings_are_small_is_checked_on_small_rings() {
+fn ring_sizes_follow_the_largest_size_that_the_back_end_accepts() {
     let folder = tempfile::tempdir().unwrap();
     let image = image(folder.path()).image;
     let (program, rules) = (env!("CARGO_BIN_EXE_vhost-migrate"), "F3,R1,R3,R4,R9,L1,L3,L4,L9,I1,I3,I4,M1");
@@ -85,7 +85,7 @@ fn a_back_end_whose_rings_are_small_is_checked_on_small_rings() {
 }
 
 #[test]
-fn our_own_network_interface_keeps_every_rule_with_frames_that_leave_and_that_come_in() {
+fn the_network_back_end_passes_every_rule_on_transmit_and_receive_rings() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("socket");
     let (program, socket) = (env!("CARGO_BIN_EXE_vhost-migrate"), socket.to_str().unwrap());
@@ -120,7 +120,7 @@ fn our_own_network_interface_keeps_every_rule_with_frames_that_leave_and_that_co
 }
 
 #[test]
-fn our_own_back_ends_keep_the_rules_of_an_iommu() {
+fn our_back_ends_pass_the_iommu_rules() {
     let folder = tempfile::tempdir().unwrap();
     let (image, program) = (image(folder.path()).image, env!("CARGO_BIN_EXE_vhost-migrate"));
     let disk = (format!("blk --image {} --queues 2", image.display()), "", ["split", "packed"].as_slice());
@@ -149,7 +149,7 @@ fn our_own_back_ends_keep_the_rules_of_an_iommu() {
 }
 
 #[test]
-fn our_own_back_ends_keep_the_rules_of_postcopy() {
+fn our_back_ends_pass_the_postcopy_rules() {
     let folder = tempfile::tempdir().unwrap();
     let image = image(folder.path()).image;
     let (program, image) = (env!("CARGO_BIN_EXE_vhost-migrate"), image.to_str().unwrap());
@@ -177,7 +177,7 @@ fn our_own_back_ends_keep_the_rules_of_postcopy() {
 }
 
 #[test]
-fn without_frames_that_come_in_the_rest_is_checked() {
+fn rules_without_incoming_frames_are_checked_without_a_frame_source() {
     let folder = tempfile::tempdir().unwrap();
     let (socket, wire) = (folder.path().join("socket"), folder.path().join("wire"));
     let (program, socket) = (env!("CARGO_BIN_EXE_vhost-migrate"), socket.to_str().unwrap());

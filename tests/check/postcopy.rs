@@ -10,7 +10,7 @@ use vhost_migrate::abi::vhost_user::{Header, Request as Code, protocol_feature};
 use vhost_migrate::backend::Message;
 use zerocopy::IntoBytes;
 
-use crate::fault::Bend;
+use crate::fault::Fault;
 
 /// Bytes of an acknowledgement, and where the payload of a reply begins.
 const NUMBER: usize = 8;
@@ -19,39 +19,39 @@ const SLOTS: u64 = bit(protocol_feature::CONFIGURE_MEM_SLOTS);
 
 /// What goes wrong.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Late {
-    Nothing,
+pub(crate) enum PostcopyFault {
+    None,
     /// Memory slots are offered too.
-    WithSlots,
+    OffersSlots,
     /// There is no userfaultfd.
-    NoFd,
+    NoUserfaultfd,
     /// An fd that is none.
-    OtherFd,
+    WrongFd,
     /// POSTCOPY_ADVISE is answered with an fd where PAGEFAULT was not agreed on.
-    AdvisesAnybody,
+    AdvisesWithoutFeature,
     /// POSTCOPY_LISTEN is done without POSTCOPY_ADVISE.
-    ListensAnyway,
+    ListensWithoutAdvise,
     /// A memory table is answered with the addresses that came with it.
-    FrontendAddresses,
+    EchoesAddresses,
     /// Need-reply brings a second answer to a memory table.
-    SecondAnswer,
+    SendsSecondReply,
     /// Need-reply brings an answer to the acknowledgement of a memory table.
-    AnswersAcknowledgement,
+    RepliesToAcknowledgement,
     /// A page is written to before it has come.
-    TouchesFirst,
+    TouchesPagesEarly,
     /// Rings rest until POSTCOPY_END.
-    Rests,
+    StopsRingsUntilEnd,
     /// POSTCOPY_END is refused.
-    EndRefused,
+    RefusesEnd,
     /// A front-end that hangs up before POSTCOPY_END ends the process.
     DiesOfHangUp,
     /// Pages are made up for a front-end that hangs up before POSTCOPY_END.
-    MadeUp,
+    MakesUpPages,
 }
 
 /// One connection of such a back-end.
 pub(crate) struct Postcopy {
-    late: Option<Late>,
+    fault: Option<PostcopyFault>,
     agreed: bool,
     advised: bool,
     listening: bool,
@@ -60,50 +60,54 @@ pub(crate) struct Postcopy {
 }
 
 impl Postcopy {
-    pub(crate) fn new(bend: Bend) -> Postcopy {
-        let late = if let Bend::Postcopy(late) = bend { Some(late) } else { None };
-        Postcopy { late, agreed: false, advised: false, listening: false, memory: Vec::new() }
+    pub(crate) fn new(fault: Fault) -> Postcopy {
+        let fault = if let Fault::Postcopy(fault) = fault { Some(fault) } else { None };
+        Postcopy { fault, agreed: false, advised: false, listening: false, memory: Vec::new() }
     }
 
     /// Takes note of a message, and changes it; what is answered at once, if the session is not to know of it.
     pub(crate) fn message(&mut self, message: &mut Message) -> Option<(Vec<u8>, Option<OwnedFd>)> {
-        let (late, code) = (self.late?, message.code);
+        let (fault, code) = (self.fault?, message.code);
         match code {
             Code::SET_PROTOCOL_FEATURES => {
                 let bits = u64::from_ne_bytes(*message.payload.first_chunk()?);
                 self.agreed = bits & bit(protocol_feature::PAGEFAULT) != 0;
-                if late == Late::WithSlots {
+                if fault == PostcopyFault::OffersSlots {
                     message.payload = (bits & !SLOTS).as_bytes().to_vec();
                 }
             }
             Code::POSTCOPY_END => self.listening = false,
             Code::SET_MEM_TABLE if !message.fds.is_empty() => {
                 self.memory = message.fds.iter().map(|fd| fd.try_clone().unwrap().into()).collect();
-                if self.listening && late == Late::TouchesFirst {
+                if self.listening && fault == PostcopyFault::TouchesPagesEarly {
                     self.touch();
                 }
             }
             _ => {}
         }
-        match (late, code) {
-            (Late::AdvisesAnybody, Code::POSTCOPY_ADVISE) if !self.agreed => {
+        match (fault, code) {
+            (PostcopyFault::AdvisesWithoutFeature, Code::POSTCOPY_ADVISE) if !self.agreed => {
                 let header = Header { request: code.0, flags: 5, size: 0 };
                 Some((header.as_bytes().to_vec(), Some(EventFd::new().unwrap().into())))
             }
-            (Late::Rests, Code::SET_VRING_KICK) if self.listening => Some((number(code, 0), None)),
+            (PostcopyFault::StopsRingsUntilEnd, Code::SET_VRING_KICK) if self.listening => {
+                Some((number(code, 0), None))
+            }
             _ => None,
         }
     }
 
     /// Changes the answer of the session.
     pub(crate) fn reply(&mut self, code: Code, payload: &[u8], bytes: &mut Vec<u8>, fd: &mut Option<OwnedFd>) {
-        match (self.late, code) {
-            (Some(Late::WithSlots), Code::GET_PROTOCOL_FEATURES) => bytes[HEADER + 1] |= (SLOTS >> 8) as u8,
-            (Some(Late::NoFd), Code::POSTCOPY_ADVISE) => *fd = None,
-            (Some(Late::OtherFd), Code::POSTCOPY_ADVISE) => *fd = Some(EventFd::new().unwrap().into()),
-            (Some(Late::ListensAnyway), Code::POSTCOPY_LISTEN) if !self.advised => *bytes = number(code, 0),
-            (Some(Late::EndRefused), Code::POSTCOPY_END) => *bytes = number(code, 1),
-            (Some(Late::FrontendAddresses), Code::SET_MEM_TABLE) if bytes.len() > HEADER + NUMBER => {
+        match (self.fault, code) {
+            (Some(PostcopyFault::OffersSlots), Code::GET_PROTOCOL_FEATURES) => bytes[HEADER + 1] |= (SLOTS >> 8) as u8,
+            (Some(PostcopyFault::NoUserfaultfd), Code::POSTCOPY_ADVISE) => *fd = None,
+            (Some(PostcopyFault::WrongFd), Code::POSTCOPY_ADVISE) => *fd = Some(EventFd::new().unwrap().into()),
+            (Some(PostcopyFault::ListensWithoutAdvise), Code::POSTCOPY_LISTEN) if !self.advised => {
+                *bytes = number(code, 0)
+            }
+            (Some(PostcopyFault::RefusesEnd), Code::POSTCOPY_END) => *bytes = number(code, 1),
+            (Some(PostcopyFault::EchoesAddresses), Code::SET_MEM_TABLE) if bytes.len() > HEADER + NUMBER => {
                 bytes.splice(HEADER.., payload.iter().copied());
             }
             _ => {}
@@ -116,9 +120,9 @@ impl Postcopy {
     pub(crate) fn more(&self, code: Code, flags: u32, payload: &[u8]) -> Option<Vec<u8>> {
         let of_table = code == Code::SET_MEM_TABLE && self.listening && flags & Header::FLAG_NEED_REPLY != 0;
         let is_acknowledgement = payload.len() == NUMBER;
-        match self.late? {
-            Late::SecondAnswer => of_table && !is_acknowledgement,
-            Late::AnswersAcknowledgement => of_table && is_acknowledgement,
+        match self.fault? {
+            PostcopyFault::SendsSecondReply => of_table && !is_acknowledgement,
+            PostcopyFault::RepliesToAcknowledgement => of_table && is_acknowledgement,
             _ => false,
         }
         .then(|| number(code, 0))
@@ -126,10 +130,10 @@ impl Postcopy {
 
     /// The front-end has hung up: whether that ends the process.
     pub(crate) fn hung_up(&self) -> bool {
-        if self.listening && self.late == Some(Late::MadeUp) {
+        if self.listening && self.fault == Some(PostcopyFault::MakesUpPages) {
             self.touch();
         }
-        self.listening && self.late == Some(Late::DiesOfHangUp)
+        self.listening && self.fault == Some(PostcopyFault::DiesOfHangUp)
     }
 
     /// Makes up the first page of data.

@@ -7,44 +7,44 @@ use std::thread::{self, JoinHandle};
 use vhost_migrate::backend::Message;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum State {
+pub(crate) enum StateFault {
     /// A device that never ran has none.
-    NeverRan,
+    NoStateBeforeStart,
     /// Whatever comes is fine.
-    Credulous,
+    AcceptsAnything,
     /// What was loaded is forgotten.
-    Forgets,
+    ForgetsState,
     /// What is refused resets the device.
-    Resets,
+    ResetsOnRefusal,
     /// What is refused ends the connection.
-    HangsUp,
+    HangsUpOnRefusal,
     /// After one that is refused no other is taken.
-    Spoilt,
+    RefusesAfterRefusal,
     /// Whatever direction and phase there are not, it saves.
-    AnyDirection,
+    AcceptsAnyDirection,
     /// Nothing else is done until all of a state has come.
-    Stalls,
+    BlocksWhileLoading,
     /// A state of ones ends the process.
     DiesOfOnes,
 }
 
 /// A state that comes to be loaded, looked at on its way.
 #[derive(Default)]
-pub(crate) struct Passing {
+pub(crate) struct StateTransfer {
     loads: bool,
     /// One was refused.
     pub(crate) spoilt: bool,
     thread: Option<JoinHandle<Vec<u8>>>,
 }
 
-impl Passing {
+impl StateTransfer {
     /// SET_DEVICE_STATE_FD.
-    pub(crate) fn begin(&mut self, bend: State, message: &mut Message) {
+    pub(crate) fn begin(&mut self, fault: StateFault, message: &mut Message) {
         self.loads = message.payload.starts_with(&[1]);
-        if bend == State::AnyDirection && !matches!(message.payload[..], [0 | 1, 0, 0, 0, 0, 0, 0, 0]) {
+        if fault == StateFault::AcceptsAnyDirection && !matches!(message.payload[..], [0 | 1, 0, 0, 0, 0, 0, 0, 0]) {
             message.payload.fill(0);
         }
-        if self.loads && [State::Stalls, State::DiesOfOnes].contains(&bend) {
+        if self.loads && [StateFault::BlocksWhileLoading, StateFault::DiesOfOnes].contains(&fault) {
             let (reader, mut writer) = std::io::pipe().unwrap();
             let mut from = File::from(std::mem::replace(&mut message.fds[0], reader.into()));
             self.thread = Some(thread::spawn(move || {

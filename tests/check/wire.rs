@@ -10,7 +10,7 @@ use vhost_migrate::abi::vhost_user::{Header, Request as Code};
 use vhost_migrate::backend::Message;
 use zerocopy::{FromZeros, IntoBytes};
 
-use crate::fault::Bend;
+use crate::fault::Fault;
 
 /// Whether a header with these flags is of the one version there is.
 pub(crate) fn is_known(flags: u32) -> bool {
@@ -32,8 +32,8 @@ pub(crate) fn send(socket: &UnixStream, bytes: &[u8], fd: Option<&OwnedFd>) {
     let _ = sendmsg::<()>(socket.as_raw_fd(), &iov, control, MsgFlags::MSG_NOSIGNAL, None);
 }
 
-/// The next message; none if the front-end has hung up, or the bend makes no sense of it.
-pub(crate) fn receive(socket: &mut UnixStream, bend: Bend) -> Option<Message> {
+/// The next message; none if the front-end has hung up, or the fault makes no sense of it.
+pub(crate) fn receive(socket: &mut UnixStream, fault: Fault) -> Option<Message> {
     let mut header = Header::new_zeroed();
     let mut space = nix::cmsg_space!([i32; 8]);
     let mut fds = Vec::new();
@@ -49,11 +49,11 @@ pub(crate) fn receive(socket: &mut UnixStream, bend: Bend) -> Option<Message> {
     if received.bytes != size_of::<Header>() {
         return None;
     }
-    if bend == Bend::DiesOfVersion && !is_known(header.flags) {
+    if fault == Fault::DiesOfVersion && !is_known(header.flags) {
         return Some(Message { code: Code(header.request), flags: header.flags, payload: Vec::new(), fds });
     }
     let mut payload = vec![0; Message::payload_size(&header).ok()?];
-    if bend == Bend::WholeMessages && !payload.is_empty() {
+    if fault == Fault::NeedsWholeMessages && !payload.is_empty() {
         let there = recv(socket.as_raw_fd(), &mut payload, MsgFlags::MSG_DONTWAIT).ok()?;
         if there != payload.len() {
             return None;

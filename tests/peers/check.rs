@@ -19,7 +19,7 @@ const IMAGE_BYTES: u64 = 16 << 20;
 const IOMMU: [&str; 6] = ["T1", "T2", "T3", "T4", "T5", "L5"];
 
 #[test]
-fn the_storage_daemon_breaks_what_the_documentation_says_and_nothing_else() {
+fn the_storage_daemon_fails_exactly_the_documented_rules() {
     let lab = Lab::new();
     let image = lab.file("disk.img");
     File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
@@ -54,7 +54,7 @@ fn the_storage_daemon_breaks_what_the_documentation_says_and_nothing_else() {
 }
 
 #[test]
-fn the_storage_daemon_is_asked_for_whole_blocks_where_they_are_large() {
+fn requests_to_a_storage_daemon_with_large_blocks_cover_whole_blocks() {
     let lab = Lab::new();
     let (image, socket) = (lab.file("disk.img"), lab.file("large.sock"));
     File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
@@ -82,7 +82,7 @@ fn the_storage_daemon_is_asked_for_whole_blocks_where_they_are_large() {
 }
 
 #[test]
-fn a_disk_of_rust_vmms_crates_breaks_what_the_documentation_says_and_nothing_else() {
+fn a_disk_of_rust_vmm_crates_fails_exactly_the_documented_checks() {
     let lab = Lab::new();
     let image = lab.disk();
     File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
@@ -145,7 +145,7 @@ fn kept(report: &CheckReport, rules: &[&str]) {
 }
 
 #[test]
-fn virtiofsd_loses_pages_that_are_added_later_and_is_started_again_each_time_it_ends() {
+fn virtiofsd_fails_the_documented_rules_and_is_restarted_for_each_connection() {
     let lab = Lab::new();
     let (socket, shared) = (lab.file("fs.sock"), lab.file("shared"));
     std::fs::create_dir(&shared).unwrap();
@@ -173,7 +173,7 @@ fn virtiofsd_loses_pages_that_are_added_later_and_is_started_again_each_time_it_
 }
 
 #[test]
-fn a_back_end_that_ends_with_its_first_connection_needs_somebody_to_start_it_again() {
+fn a_back_end_that_exits_after_its_first_connection_needs_restart() {
     let lab = Lab::new();
     let socket = lab.file("fs.sock");
     let arguments = format!("--socket-path={} --shared-dir / --sandbox none --log-level off", socket.display());
@@ -190,7 +190,7 @@ fn a_back_end_that_ends_with_its_first_connection_needs_somebody_to_start_it_aga
 }
 
 #[test]
-fn the_random_numbers_of_rust_vmm_are_neither_drained_nor_go_on_where_they_were() {
+fn vhost_device_rng_fails_the_documented_rules() {
     let lab = Lab::new();
     let restart = built("vhost-device-rng", &format!("--socket-path {}", lab.file("rng.sock").display()));
     let options = CheckOptions { restart, timeout: Duration::from_secs(5), ..CheckOptions::default() };
@@ -204,7 +204,7 @@ fn the_random_numbers_of_rust_vmm_are_neither_drained_nor_go_on_where_they_were(
 }
 
 #[test]
-fn the_vsock_of_rust_vmm_forgets_a_notification() {
+fn vhost_device_vsock_fails_the_documented_rules() {
     let lab = Lab::new();
     let (socket, host) = (lab.file("vsock.sock"), lab.file("host.sock"));
     let arguments = format!("--guest-cid 3 --socket {} --uds-path {}", socket.display(), host.display());
@@ -222,7 +222,7 @@ fn the_vsock_of_rust_vmm_forgets_a_notification() {
 }
 
 #[test]
-fn the_console_of_rust_vmm_ends_when_it_refuses_something() {
+fn vhost_device_console_exits_when_it_refuses_a_message() {
     let lab = Lab::new();
     let socket = lab.file("console.sock");
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -242,7 +242,7 @@ fn the_console_of_rust_vmm_ends_when_it_refuses_something() {
 }
 
 #[test]
-fn the_same_disk_with_our_bitmap_keeps_what_a_device_under_those_crates_can_keep_of_the_log() {
+fn a_disk_of_rust_vmm_crates_with_region_bitmap_passes_the_log_rules_that_it_can() {
     let lab = Lab::new();
     let image = lab.disk();
     File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
@@ -285,7 +285,7 @@ fn of_testpmd(port: &str, only: &[&'static str], seconds: u64) -> CheckReport {
 }
 
 #[test]
-fn dpdk_marks_no_used_descriptors_of_packed_rings_and_takes_the_offset_of_a_log_twice() {
+fn dpdk_fails_exactly_the_documented_rules() {
     let report = of_testpmd("", &[], 20);
     let of = |verdict| {
         let findings = report.findings.iter().filter(move |finding| finding.verdict == verdict);
@@ -323,7 +323,7 @@ fn dpdk_marks_no_used_descriptors_of_packed_rings_and_takes_the_offset_of_a_log_
 }
 
 #[test]
-fn dpdk_behind_an_iommu_takes_what_is_contiguous_for_the_driver_to_be_so_in_memory() {
+fn dpdk_behind_an_iommu_fails_the_documented_rules() {
     let report = of_testpmd(",iommu-support=1", &IOMMU, 8);
     let of = |verdict| {
         let findings = report.findings.iter().filter(move |finding| finding.verdict == verdict);
@@ -358,7 +358,7 @@ fn on_a_tap(lab: &Lab, before: &str, options: &str) -> Output {
 }
 
 #[test]
-fn an_interface_of_the_host_feeds_a_back_end_on_a_tap() {
+fn a_host_interface_is_the_frame_source_of_a_back_end_on_a_tap() {
     let output = on_a_tap(&Lab::new(), "ip link set tap0 up", "--frame-source tap0 --hostile");
     let report = serde_json::from_slice::<Value>(&output.stdout);
     let report = report.unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr)));
@@ -380,7 +380,7 @@ fn an_interface_of_the_host_feeds_a_back_end_on_a_tap() {
 }
 
 #[test]
-fn an_interface_that_brings_no_frames_is_said_to_be_none() {
+fn a_frame_source_interface_without_frames_is_an_error() {
     let lab = Lab::new();
     let other = "ip tuntap add dev tap1 mode tap && ip link set tap0 up && ip link set tap1 up";
     // One that is down, one that is not there, and one that is another's.
@@ -394,7 +394,7 @@ fn an_interface_that_brings_no_frames_is_said_to_be_none() {
 }
 
 #[test]
-fn frames_of_the_host_make_no_loop_of_a_back_end_on_a_tap() {
+fn frames_of_the_host_are_not_taken_for_a_loopback() {
     let output = on_a_tap(&Lab::new(), "ip link set tap0 up", "--only R4,L1,L3");
     let report = serde_json::from_slice::<Value>(&output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(0), "{report:#}");

@@ -199,7 +199,7 @@ impl Rig {
 }
 
 #[test]
-fn it_drives_a_disk_and_starts_it_where_it_stopped() {
+fn rust_vmm_front_end_stops_and_restarts_our_disk() {
     for (features, need_reply) in [(SPLIT, false), (SPLIT, true), (PACKED, false), (PACKED, true)] {
         let mut rig = Rig::new(Kind::Ours, features, need_reply);
         assert_eq!(rig.capacity(), IMAGE_BYTES);
@@ -222,7 +222,7 @@ fn it_drives_a_disk_and_starts_it_where_it_stopped() {
 }
 
 #[test]
-fn the_log_that_it_gives_holds_what_the_disk_wrote_and_nothing_else() {
+fn a_log_of_rust_vmm_front_end_marks_exactly_what_our_disk_wrote() {
     for need_reply in [false, true] {
         let mut rig = Rig::new(Kind::Ours, SPLIT, need_reply);
         rig.driver.write(0, 0x11);
@@ -252,7 +252,7 @@ fn the_log_that_it_gives_holds_what_the_disk_wrote_and_nothing_else() {
 }
 
 #[test]
-fn every_request_is_answered_once_however_often_the_disk_is_killed() {
+fn every_request_of_rust_vmm_front_end_completes_once_after_kills_of_our_disk() {
     const REQUESTS: u64 = 16;
     for features in [SPLIT, PACKED] {
         let mut rig = Rig::new(Kind::OursDirect, features, true);
@@ -275,7 +275,7 @@ fn every_request_is_answered_once_however_often_the_disk_is_killed() {
 }
 
 #[test]
-fn memory_comes_and_goes_while_the_disk_works() {
+fn memory_regions_are_added_and_removed_by_rust_vmm_front_end() {
     let mut rig = Rig::new(Kind::Ours, SPLIT, true);
     assert!(rig.frontend.get_max_mem_slots().unwrap() >= 509);
     rig.driver.write(0, 0x44);
@@ -303,7 +303,7 @@ impl VhostUserFrontendReqHandler for News {
 }
 
 #[test]
-fn it_hears_of_a_disk_that_has_grown() {
+fn rust_vmm_front_end_receives_config_changes_of_our_disk() {
     let mut rig = Rig::new(Kind::Ours, SPLIT, true);
     let news = Arc::new(News(AtomicU64::new(0)));
     let mut channel = FrontendReqHandler::new(news.clone()).unwrap();
@@ -321,7 +321,7 @@ fn it_hears_of_a_disk_that_has_grown() {
 }
 
 #[test]
-fn it_moves_the_state_of_a_network_interface() {
+fn rust_vmm_front_end_moves_the_device_state_of_our_interface() {
     let lab = Lab::new();
     let names = ["source", "destination"];
     let _backends = names.map(|name| linux_net::backend(&lab, name, "--loopback"));
@@ -348,7 +348,7 @@ fn it_moves_the_state_of_a_network_interface() {
 }
 
 #[test]
-fn its_postcopy_begins_and_ends_on_our_disk() {
+fn rust_vmm_front_end_starts_and_ends_postcopy_on_our_disk() {
     let lab = Lab::new();
     let image = lab.disk();
     File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();

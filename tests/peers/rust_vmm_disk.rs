@@ -56,7 +56,7 @@ fn works(guest: &Guest, requests: u64) {
 }
 
 #[test]
-fn a_guest_on_it_stops_and_goes_on_and_finds_every_byte() {
+fn a_guest_on_a_rust_vmm_disk_stops_resumes_and_verifies() {
     let usual = UserOptions::default();
     let without_acks =
         UserOptions { protocol_features: usual.protocol_features & !bit(protocol_feature::REPLY_ACK), ..usual };
@@ -78,7 +78,7 @@ fn a_guest_on_it_stops_and_goes_on_and_finds_every_byte() {
 }
 
 #[test]
-fn a_guest_moves_between_two_of_them_by_what_they_have_marked() {
+fn a_guest_migrates_between_two_rust_vmm_disks() {
     let lab = Lab::new();
     let image = disk(&lab);
     let backends = ["a", "b"].map(|name| Backend::start(&lab, Kind::RustVmm, name, &image, 2));
@@ -118,7 +118,7 @@ fn a_guest_moves_between_two_of_them_by_what_they_have_marked() {
 }
 
 #[test]
-fn what_was_in_flight_when_it_died_is_not_guessed_at_and_the_guest_says_so() {
+fn a_rust_vmm_disk_killed_with_open_requests_fails_the_guest() {
     let lab = Lab::new();
     let mut backend = Backend::start(&lab, Kind::RustVmm, "rust-vmm", &disk(&lab), 2);
     let guest = running(&backend, UserOptions::default());
@@ -142,7 +142,7 @@ fn works_or_fails(guest: &Guest) {
 }
 
 #[test]
-fn with_nothing_in_flight_its_death_is_survived() {
+fn a_rust_vmm_disk_killed_without_open_requests_is_reconnected() {
     let lab = Lab::new();
     let mut backend = Backend::start(&lab, Kind::RustVmm, "rust-vmm", &disk(&lab), 2);
     let mut guest = running(&backend, UserOptions::default());
@@ -162,7 +162,7 @@ fn with_nothing_in_flight_its_death_is_survived() {
 }
 
 #[test]
-fn what_it_marks_is_exact_and_it_goes_on_marking_when_logging_is_off() {
+fn a_rust_vmm_disk_marks_exactly_and_continues_after_logging_stops() {
     let mut rig = Rig::on(Kind::RustVmm, UserOptions::default());
     rig.driver.write(0, 0x11);
     let ((first, first_fd), (second, second_fd)) = (rig.driver.new_log(), rig.driver.new_log());
@@ -183,7 +183,7 @@ fn what_it_marks_is_exact_and_it_goes_on_marking_when_logging_is_off() {
 }
 
 #[test]
-fn what_it_hangs_up_at_is_named_and_the_next_connection_does_without() {
+fn a_request_that_a_rust_vmm_disk_hangs_up_at_is_not_repeated_by_reconnect() {
     let mut rig = Rig::on(Kind::RustVmm, UserOptions::default());
     rig.driver.write(0, 0x22);
     let signal = nix::sys::eventfd::EventFd::new().unwrap();
@@ -202,7 +202,7 @@ fn what_it_hangs_up_at_is_named_and_the_next_connection_does_without() {
 }
 
 #[test]
-fn a_guest_that_wants_more_than_it_has_is_told_before_anything_runs() {
+fn missing_features_of_a_rust_vmm_disk_are_reported_at_boot() {
     let lab = Lab::new();
     let backend = Backend::start(&lab, Kind::RustVmm, "rust-vmm", &disk(&lab), 2);
     let refused = |config| {

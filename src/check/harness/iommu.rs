@@ -291,7 +291,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_page_has_another_place_and_each_place_one_page() {
+    fn shuffled_pages_are_a_permutation_without_fixed_points() {
         for (at, bytes, block) in [(0, LOW_BYTES, BLOCK_PAGES), (0, LOW_BYTES, 1), (HIGH, HIGH_BYTES, 1)] {
             let pages: BTreeMap<u64, u64> = shuffled(at, bytes, block).collect();
             assert!(pages.iter().all(|(page, place)| page != place));

@@ -117,7 +117,7 @@ mod tests {
     use std::io;
 
     #[test]
-    fn a_back_end_that_is_away_is_asked_for_ever_less_often_and_a_wrong_one_once() {
+    fn transient_errors_are_retried_with_back_off_and_others_are_not() {
         let away = || FrontendError::Connect { path: "s".into(), source: io::ErrorKind::ConnectionRefused.into() };
         let mut attempts = 0;
         let interrupt = Interrupt::new().unwrap();

@@ -585,7 +585,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_take_longer_may_do_so_without_acknowledgements_too() {
+    fn a_longer_timeout_applies_without_reply_ack() {
         let (mut channel, mut back_end) = hasty();
         channel.post(Request::SET_VRING_ENABLE, &[0; 8], &[]).unwrap();
         let request = Request::GET_VRING_BASE;
@@ -605,7 +605,7 @@ mod tests {
 
     /// Every byte may bring as many fds as a message of a socket carries.
     #[test]
-    fn a_reply_in_pieces_does_not_pile_fds_up() {
+    fn a_reply_in_pieces_keeps_at_most_max_fds() {
         let (mut channel, back_end) = hasty();
         let answers = std::thread::spawn(move || {
             let header = Header { request: Request::GET_QUEUE_NUM.0, flags: Header::REPLY_FLAGS, size: 8 };
