@@ -7,17 +7,17 @@ use metrics::{counter, describe_counter};
 use crate::abi::vhost_user::Request;
 
 /// A message was sent.
-pub(super) fn message(request: Request) {
+pub(super) fn message_sent(request: Request) {
     counter!("vhost_frontend_messages_total", "request" => request.name().unwrap_or("unknown")).increment(1);
 }
 
 /// The back-end has refused one.
-pub(super) fn refused(request: Request) {
+pub(super) fn message_refused(request: Request) {
     counter!("vhost_frontend_refused_total", "request" => request.name().unwrap_or("unknown")).increment(1);
 }
 
 /// A request of the back-end was refused.
-pub(super) fn refused_backend() {
+pub(super) fn backend_request_refused() {
     counter!("vhost_frontend_backend_requests_refused_total").increment(1);
 }
 

@@ -1,7 +1,7 @@
 //! The back-end channel: what a back-end says without having been asked, kicks where they are messages (rule B3.2), and the
 //! translations that it asks for (rule T1.3).
 //!
-//! A thread per connection hears it, so that a call reaches its driver whatever the device's owner does meanwhile. It
+//! A thread per connection polls_channel it, so that a call reaches its driver whatever the device's owner does meanwhile. It
 //! answers what wants an answer, and keeps the rest as events, each once: a back-end that floods the channel fills
 //! nothing.
 #![forbid(unsafe_code)]
@@ -23,9 +23,9 @@ use tracing::debug;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::super::{DeviceEvent, FrontendError, RingSetup, counters};
-use super::connection::Line;
-use super::iommu::{Told, Translator};
-use super::wake;
+use super::connection::ConnectionSocket;
+use super::iommu::{MissResult, Translator};
+use super::signal;
 use crate::abi::vhost::{VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_MISS};
 use crate::abi::vhost_user::{BackendRequest, Header, IotlbMsg, Request, VRING_IDX_MASK, VringArea, VringState};
 use crate::memory::Access;
@@ -36,67 +36,67 @@ use crate::sys::{join::join, nonblocking, socket};
 const MAX_PAYLOAD: usize = 4096;
 /// Most events that are kept before those that a back-end can make any number of are dropped. There are few others: one
 /// per ring and kind.
-const MOST_EVENTS: usize = 1024;
+const MAX_EVENTS: usize = 1024;
 /// Most translations that wait for room on the connection; with so many of them nothing more is heard.
-const MOST_UNSENT: usize = 1024;
+const MAX_DEFERRED_MISSES: usize = 1024;
 
 /// What was told and not yet taken; it outlives connections.
-pub(super) struct Events {
-    told: Mutex<BTreeSet<DeviceEvent>>,
+pub(super) struct EventQueue {
+    pending: Mutex<BTreeSet<DeviceEvent>>,
     /// Readable while there is something.
     ready: EventFd,
 }
 
 /// A channel in use; it ends when this is dropped.
-pub(super) struct Ear {
-    shared: Arc<Shared>,
+pub(super) struct BackendChannel {
+    shared: Arc<ChannelState>,
     thread: Option<JoinHandle<()>>,
 }
 
-struct Shared {
+struct ChannelState {
     socket: UnixStream,
     /// Tells the thread that rings have changed, or that it is over.
     wake: EventFd,
-    rings: Mutex<BTreeMap<u16, Heeded>>,
-    over: AtomicBool,
-    events: Arc<Events>,
+    rings: Mutex<BTreeMap<u16, ChannelRing>>,
+    closed: AtomicBool,
+    events: Arc<EventQueue>,
     translator: Arc<Translator>,
     /// Where translations are sent, and kicks if they are messages.
-    line: Arc<Line>,
-    sends_kicks: bool,
+    connection: Arc<ConnectionSocket>,
+    in_band_kicks: bool,
 }
 
 /// A ring whose calls are heard.
 #[derive(Clone)]
-struct Heeded {
+struct ChannelRing {
     setup: RingSetup,
     /// Its kicks are passed on too.
-    kicks: bool,
+    forwards_kicks: bool,
 }
 
 /// What one thread has heard, and has yet to do.
 #[derive(Default)]
-struct Heard {
+struct ReadState {
     /// The beginning of a message.
-    bytes: Vec<u8>,
+    partial: Vec<u8>,
     /// Questions that have been answered and whose translations are yet to be sent: address and permission. They are
     /// looked up when there is room, as their answer may have changed until then.
-    unsent: BTreeSet<(u64, u8)>,
+    deferred: BTreeSet<(u64, u8)>,
     /// Acknowledgements that the channel has no room for. Nothing more is heard before they are sent: a back-end may ask
     /// faster than it reads, and one that reads nothing is not answered.
-    answers: Vec<u8>,
+    acks: Vec<u8>,
 }
 
-impl Events {
-    pub(super) fn new() -> Result<Events, FrontendError> {
-        Ok(Events { told: Mutex::default(), ready: eventfd()? })
+impl EventQueue {
+    pub(super) fn new() -> Result<EventQueue, FrontendError> {
+        Ok(EventQueue { pending: Mutex::default(), ready: eventfd()? })
     }
 
     /// Takes all there are.
     pub(super) fn take(&self) -> Vec<DeviceEvent> {
-        let mut told = lock(&self.told);
+        let mut pending = lock(&self.pending);
         let _ = self.ready.read();
-        std::mem::take(&mut *told).into_iter().collect()
+        std::mem::take(&mut *pending).into_iter().collect()
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
@@ -104,67 +104,68 @@ impl Events {
     }
 
     fn add(&self, event: DeviceEvent) {
-        let mut told = lock(&self.told);
+        let mut pending = lock(&self.pending);
         let any_number = matches!(event, DeviceEvent::AccessFailed(_) | DeviceEvent::RequestRefused(_));
-        if (!any_number || told.len() < MOST_EVENTS) && told.insert(event) {
+        if (!any_number || pending.len() < MAX_EVENTS) && pending.insert(event) {
             let _ = self.ready.write(1);
         }
     }
 }
 
-impl Ear {
-    /// A channel, and the socket that the back-end must get. Translations go over `line`, and kicks if they are messages.
+impl BackendChannel {
+    /// A channel, and the socket that the back-end must get. Translations go over `connection`, and kicks if they are messages.
     pub(super) fn open(
-        events: Arc<Events>,
+        events: Arc<EventQueue>,
         translator: Arc<Translator>,
-        line: Arc<Line>,
-        sends_kicks: bool,
-    ) -> Result<(Ear, OwnedFd), FrontendError> {
+        connection: Arc<ConnectionSocket>,
+        in_band_kicks: bool,
+    ) -> Result<(BackendChannel, OwnedFd), FrontendError> {
         let (socket, theirs) = UnixStream::pair().map_err(FrontendError::system("make a back-end channel"))?;
-        let (rings, over) = (Mutex::default(), AtomicBool::new(false));
+        let (rings, closed) = (Mutex::default(), AtomicBool::new(false));
         let wake = eventfd()?;
-        let shared = Arc::new(Shared { socket, wake, rings, over, events, translator, line, sends_kicks });
-        let hearing = shared.clone();
-        let thread = std::thread::Builder::new().name("back-end channel".into()).spawn(move || hearing.hear());
+        let shared =
+            Arc::new(ChannelState { socket, wake, rings, closed, events, translator, connection, in_band_kicks });
+        let reader = shared.clone();
+        let thread = std::thread::Builder::new().name("back-end channel".into()).spawn(move || reader.run());
         let thread = Some(thread.map_err(FrontendError::system("start a thread"))?);
-        Ok((Ear { shared, thread }, theirs.into()))
+        Ok((BackendChannel { shared, thread }, theirs.into()))
     }
 
     /// A ring is about to be enabled, and may call from then on. Its kicks are not passed on yet.
-    pub(super) fn add(&self, index: u16, ring: &RingSetup) {
-        lock(&self.shared.rings).insert(index, Heeded { setup: ring.clone(), kicks: false });
+    pub(super) fn add_ring(&self, index: u16, ring: &RingSetup) {
+        lock(&self.shared.rings).insert(index, ChannelRing { setup: ring.clone(), forwards_kicks: false });
     }
 
     /// Whether a ring's kicks are passed on. Once that is forbidden none is sent any more, so that none overtakes what
-    /// stops the ring and starts it again (rules B3.5, B3.6); they are kept for whoever starts it next.
-    pub(super) fn set_kicks(&self, index: u16, kicks: bool) {
-        lock(&self.shared.rings).entry(index).and_modify(|ring| ring.kicks = kicks);
-        self.kicks_differ();
+    /// stops the ring and starts it again (rules R3, B3); they are kept for whoever starts it next.
+    pub(super) fn set_kick_forwarding(&self, index: u16, kicks: bool) {
+        lock(&self.shared.rings).entry(index).and_modify(|ring| ring.forwards_kicks = kicks);
+        self.wake_for_kicks();
     }
 
     /// The thread waits for kicks of other rings from now on, if it waits for any.
-    fn kicks_differ(&self) {
-        if self.shared.sends_kicks {
+    fn wake_for_kicks(&self) {
+        if self.shared.in_band_kicks {
             let _ = self.shared.wake.write(1);
         }
     }
 
     /// Translations may find what they waited for.
-    pub(super) fn look(&self) {
+    pub(super) fn wake(&self) {
         let _ = self.shared.wake.write(1);
     }
 
     /// It has been stopped. Its last call may not have been heard yet, and nobody is there for it any more.
-    pub(super) fn remove(&self, index: u16) {
-        let removed = lock(&self.shared.rings).remove(&index).filter(|_| self.shared.sends_kicks);
-        removed.iter().for_each(|ring| wake(&ring.setup.call));
-        self.kicks_differ();
+    pub(super) fn remove_ring(&self, index: u16) {
+        let removed = lock(&self.shared.rings).remove(&index).filter(|_| self.shared.in_band_kicks);
+        removed.iter().for_each(|ring| signal(&ring.setup.call));
+        self.wake_for_kicks();
     }
 }
 
-impl Drop for Ear {
+impl Drop for BackendChannel {
     fn drop(&mut self) {
-        self.shared.over.store(true, Ordering::Release);
+        self.shared.closed.store(true, Ordering::Release);
         let _ = self.shared.wake.write(1);
         if let Some(thread) = self.thread.take() {
             join(thread);
@@ -172,48 +173,49 @@ impl Drop for Ear {
     }
 }
 
-impl Shared {
-    fn hear(&self) {
-        let (mut heard, mut channel, mut full) = (Heard::default(), true, false);
-        while !self.over.load(Ordering::Acquire) {
-            let kicks = self.sends_kicks && !full;
+impl ChannelState {
+    fn run(&self) {
+        let (mut read, mut channel, mut full) = (ReadState::default(), true, false);
+        while !self.closed.load(Ordering::Acquire) {
+            let kicks = self.in_band_kicks && !full;
             let rings = kicks.then(|| lock(&self.rings).clone()).into_iter().flatten();
             let rings: Vec<_> =
-                rings.filter(|(_, ring)| ring.kicks).map(|(index, ring)| (index, ring.setup.kick)).collect();
+                rings.filter(|(_, ring)| ring.forwards_kicks).map(|(index, ring)| (index, ring.setup.kick)).collect();
             let mut fds = vec![PollFd::new(self.wake.as_fd(), PollFlags::POLLIN)];
             fds.extend(rings.iter().map(|(_, kick)| PollFd::new(kick.as_fd(), PollFlags::POLLIN)));
             let fixed = fds.len();
-            let answers = !heard.answers.is_empty();
-            let hears = channel && (answers || heard.unsent.len() < MOST_UNSENT);
-            if hears {
-                let flags = if answers { PollFlags::POLLOUT } else { PollFlags::POLLIN };
+            let acks = !read.acks.is_empty();
+            let polls_channel = channel && (acks || read.deferred.len() < MAX_DEFERRED_MISSES);
+            if polls_channel {
+                let flags = if acks { PollFlags::POLLOUT } else { PollFlags::POLLIN };
                 fds.push(PollFd::new(self.socket.as_fd(), flags));
             }
-            if full || !heard.unsent.is_empty() && !self.translator.is_waiting() {
-                fds.push(PollFd::new(self.line.socket(), PollFlags::POLLOUT));
+            if full || !read.deferred.is_empty() && !self.translator.is_paused() {
+                fds.push(PollFd::new(self.connection.fd(), PollFlags::POLLOUT));
             }
             if poll(&mut fds, PollTimeout::NONE).is_err_and(|errno| errno != Errno::EINTR) {
                 return;
             }
             let kicked: Vec<bool> = fds.iter().take(fixed).skip(1).map(|fd| fd.any() == Some(true)).collect();
             let is_ready = |at| fds.get(at).is_some_and(|fd: &PollFd<'_>| fd.any() == Some(true));
-            let (told, room) = (hears && is_ready(fixed), is_ready(fixed + usize::from(hears)));
+            let (is_channel_ready, room) =
+                (polls_channel && is_ready(fixed), is_ready(fixed + usize::from(polls_channel)));
             drop(fds);
             let _ = self.wake.read();
             full = false;
             for ((index, kick), _) in rings.iter().zip(kicked).filter(|(_, kicked)| *kicked) {
-                full |= !self.kick(*index, kick);
+                full |= !self.forward_kick(*index, kick);
             }
-            while room && let Some((iova, access)) = heard.unsent.pop_first() {
-                // It was promised: nobody else says that it has gone.
-                match self.translate(iova, access, true, &mut heard.unsent) {
-                    Told::Later => break,
-                    Told::No => self.events.add(DeviceEvent::AccessFailed(iova)),
-                    Told::Less | Told::Translation => {}
+            while room && let Some((iova, access)) = read.deferred.pop_first() {
+                // It was acknowledged: nobody else says that it has gone.
+                match self.answer_miss(iova, access, true, &mut read.deferred) {
+                    MissResult::Deferred => break,
+                    MissResult::NotMapped => self.events.add(DeviceEvent::AccessFailed(iova)),
+                    MissResult::SentRestricted | MissResult::Sent => {}
                 }
             }
-            if told {
-                let taken = if answers { self.answer(&mut heard.answers) } else { self.take(&mut heard) };
+            if is_channel_ready {
+                let taken = if acks { self.send_acks(&mut read.acks) } else { self.receive(&mut read) };
                 channel = taken.map(|()| true).unwrap_or_else(|why| {
                     if let Some(why) = why {
                         limited!(warn, "the back-end channel is closed: {why} (rule B1.1)");
@@ -227,16 +229,16 @@ impl Shared {
     }
 
     /// Takes what has come. An error ends the channel; one without words is a back-end that has hung up.
-    fn take(&self, heard: &mut Heard) -> Result<(), Option<&'static str>> {
+    fn receive(&self, read: &mut ReadState) -> Result<(), Option<&'static str>> {
         let mut buffer = [0; MAX_PAYLOAD];
         // Nothing that is heard here comes with an fd of use.
         match socket::receive(self.socket.as_fd(), &mut buffer, &mut Vec::new(), 0) {
             Ok(0) => return Err(None),
-            Ok(count) => heard.bytes.extend(buffer.get(..count).unwrap_or_default()),
+            Ok(count) => read.partial.extend(buffer.get(..count).unwrap_or_default()),
             Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
             Err(_) => return Err(None),
         }
-        while let Some((head, rest)) = heard.bytes.split_first_chunk::<{ size_of::<Header>() }>() {
+        while let Some((head, rest)) = read.partial.split_first_chunk::<{ size_of::<Header>() }>() {
             let header: Header = zerocopy::transmute!(*head);
             if header.flags & !Header::FLAG_NEED_REPLY != Header::FLAG_VERSION {
                 return Err(Some("a message with wrong flags"));
@@ -246,22 +248,22 @@ impl Shared {
                 return Err(Some("a message that is too long"));
             }
             let Some((payload, rest)) = rest.split_at_checked(size) else { break };
-            let done = self.message(BackendRequest(header.request), payload, &mut heard.unsent);
+            let done = self.handle(BackendRequest(header.request), payload, &mut read.deferred);
             if !done {
-                counters::refused_backend();
+                counters::backend_request_refused();
             }
             let rest = rest.to_vec();
             if header.flags & Header::FLAG_NEED_REPLY != 0 {
                 let header = Header { flags: Header::REPLY_FLAGS, size: size_of::<u64>() as u32, ..header };
-                heard.answers.extend([header.as_bytes(), u64::from(!done).as_bytes()].concat());
+                read.acks.extend([header.as_bytes(), u64::from(!done).as_bytes()].concat());
             }
-            heard.bytes = rest;
+            read.partial = rest;
         }
-        self.answer(&mut heard.answers)
+        self.send_acks(&mut read.acks)
     }
 
     /// Does what a message says; false if it is refused.
-    fn message(&self, code: BackendRequest, payload: &[u8], unsent: &mut BTreeSet<(u64, u8)>) -> bool {
+    fn handle(&self, code: BackendRequest, payload: &[u8], deferred: &mut BTreeSet<(u64, u8)>) -> bool {
         debug!("{code}: {} bytes", payload.len());
         let ring = || {
             let (state, _) = VringState::read_from_prefix(payload).ok()?;
@@ -271,12 +273,12 @@ impl Shared {
         match code {
             BackendRequest::CONFIG_CHANGE_MSG => self.events.add(DeviceEvent::ConfigChanged),
             BackendRequest::VRING_CALL => match ring() {
-                Some((_, ring)) => wake(&ring.call),
+                Some((_, ring)) => signal(&ring.call),
                 None => return false,
             },
             BackendRequest::VRING_ERR => match ring() {
                 Some((index, ring)) => {
-                    ring.error.iter().for_each(|error| wake(error));
+                    ring.error.iter().for_each(|error| signal(error));
                     self.events.add(DeviceEvent::RingBroken(index));
                 }
                 None => return false,
@@ -290,7 +292,7 @@ impl Shared {
                 let asked = IotlbMsg::read_from_prefix(payload).map(|(asked, _)| asked);
                 let Ok(IotlbMsg { iova, perm, kind, .. }) = asked else { return false };
                 match kind {
-                    VHOST_IOTLB_MISS if self.translate(iova, perm, false, unsent) != Told::No => {}
+                    VHOST_IOTLB_MISS if self.answer_miss(iova, perm, false, deferred) != MissResult::NotMapped => {}
                     VHOST_IOTLB_MISS => {
                         self.events.add(DeviceEvent::AccessFailed(iova));
                         return false;
@@ -308,41 +310,47 @@ impl Shared {
     }
 
     /// Passes a kick on; false if there is no room for it, and then it is still there.
-    fn kick(&self, index: u16, kick: &Arc<OwnedFd>) -> bool {
+    fn forward_kick(&self, index: u16, kick: &Arc<OwnedFd>) -> bool {
         // Held until it is sent: whoever forbids kicks waits for it.
         let rings = lock(&self.rings);
-        let is_heeded = |ring: &Heeded| ring.kicks && Arc::ptr_eq(&ring.setup.kick, kick);
+        let accepts = |ring: &ChannelRing| ring.forwards_kicks && Arc::ptr_eq(&ring.setup.kick, kick);
         // Taken before it is sent: one that comes in between is another one.
-        if !rings.get(&index).is_some_and(is_heeded) || nonblocking::take(kick.as_fd()).is_err() {
+        if !rings.get(&index).is_some_and(accepts) || nonblocking::take(kick.as_fd()).is_err() {
             return true;
         }
         let state = VringState { index: index.into(), num: 0 };
         let header =
             Header { request: Request::VRING_KICK.0, flags: Header::FLAG_VERSION, size: size_of_val(&state) as u32 };
-        let sent = self.line.try_send(&[header.as_bytes(), state.as_bytes()].concat());
+        let sent = self.connection.try_send(&[header.as_bytes(), state.as_bytes()].concat());
         if !sent {
-            wake(kick);
+            signal(kick);
         }
         sent
     }
 
     /// Answers a question by a translation, now or when there is room.
-    fn translate(&self, iova: u64, permission: u8, promised: bool, unsent: &mut BTreeSet<(u64, u8)>) -> Told {
-        let Some(access) = Access::from_permission(permission) else { return Told::No };
-        let told = self.translator.tell(iova, access, promised, &self.line);
-        match told {
-            Told::Later => drop(unsent.insert((iova, permission))),
-            Told::Less => self.events.add(DeviceEvent::AccessFailed(iova)),
-            Told::Translation | Told::No => {}
+    fn answer_miss(
+        &self,
+        iova: u64,
+        permission: u8,
+        acknowledged: bool,
+        deferred: &mut BTreeSet<(u64, u8)>,
+    ) -> MissResult {
+        let Some(access) = Access::from_permission(permission) else { return MissResult::NotMapped };
+        let result = self.translator.send_update(iova, access, acknowledged, &self.connection);
+        match result {
+            MissResult::Deferred => drop(deferred.insert((iova, permission))),
+            MissResult::SentRestricted => self.events.add(DeviceEvent::AccessFailed(iova)),
+            MissResult::Sent | MissResult::NotMapped => {}
         }
-        told
+        result
     }
 
     /// Sends of these acknowledgements what there is room for.
-    fn answer(&self, answers: &mut Vec<u8>) -> Result<(), Option<&'static str>> {
-        while !answers.is_empty() {
-            match send(self.socket.as_raw_fd(), answers, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
-                Ok(sent) => drop(answers.drain(..sent)),
+    fn send_acks(&self, acks: &mut Vec<u8>) -> Result<(), Option<&'static str>> {
+        while !acks.is_empty() {
+            match send(self.socket.as_raw_fd(), acks, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
+                Ok(sent) => drop(acks.drain(..sent)),
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => break,
                 Err(_) => return Err(None),

@@ -9,7 +9,7 @@ use nix::unistd::pipe2;
 use zerocopy::IntoBytes;
 
 use super::super::{FrontendError, Interrupt};
-use super::connection::Channel;
+use super::connection::Connection;
 use crate::abi::vhost_user::{
     DEVICE_STATE_ERROR_MASK, DEVICE_STATE_LOAD, DEVICE_STATE_NOFD_MASK, DEVICE_STATE_PHASE_STOPPED, DEVICE_STATE_SAVE,
     DeviceStateTransfer, Request,
@@ -17,36 +17,40 @@ use crate::abi::vhost_user::{
 use crate::sys::pipe::{WaitLimit, read_all, write_all};
 
 /// Reads what the back-end writes, for at most `patience`.
-pub(super) fn save(channel: &mut Channel, patience: Duration, interrupt: &Interrupt) -> Result<Vec<u8>, FrontendError> {
+pub(super) fn save(
+    connection: &mut Connection,
+    patience: Duration,
+    interrupt: &Interrupt,
+) -> Result<Vec<u8>, FrontendError> {
     let (reader, writer) = pipe()?;
-    let own = begin(channel, DEVICE_STATE_SAVE, writer)?.unwrap_or(reader);
+    let own = begin(connection, DEVICE_STATE_SAVE, writer)?.unwrap_or(reader);
     let state = read_all(own.as_fd(), &WaitLimit::DeadlineOrStop(Instant::now() + patience, interrupt.as_fd()));
     let state = state.map_err(|source| failed("save", source, interrupt))?;
     drop(own);
-    check(channel, patience)?;
+    check(connection, patience)?;
     Ok(state)
 }
 
 /// Writes what the back-end reads, for at most `patience`.
 pub(super) fn load(
-    channel: &mut Channel,
+    connection: &mut Connection,
     patience: Duration,
     interrupt: &Interrupt,
     state: &[u8],
 ) -> Result<(), FrontendError> {
     let (reader, writer) = pipe()?;
-    let own = begin(channel, DEVICE_STATE_LOAD, reader)?.unwrap_or(writer);
+    let own = begin(connection, DEVICE_STATE_LOAD, reader)?.unwrap_or(writer);
     let written =
         write_all(own.as_fd(), state, &WaitLimit::DeadlineOrStop(Instant::now() + patience, interrupt.as_fd()));
     drop(own);
     match written {
         // A back-end that reads no further knows why.
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
-            check(channel, patience)?;
+            check(connection, patience)?;
             Err(FrontendError::DeviceState { operation: "load", source: error })
         }
         Err(source) => Err(failed("load", source, interrupt)),
-        Ok(()) => check(channel, patience),
+        Ok(()) => check(connection, patience),
     }
 }
 
@@ -60,11 +64,11 @@ fn failed(operation: &'static str, source: std::io::Error, interrupt: &Interrupt
 }
 
 /// Hands over `theirs`; the fd to use instead of its other end, if the back-end wants that.
-fn begin(channel: &mut Channel, direction: u32, theirs: OwnedFd) -> Result<Option<OwnedFd>, FrontendError> {
+fn begin(connection: &mut Connection, direction: u32, theirs: OwnedFd) -> Result<Option<OwnedFd>, FrontendError> {
     let request = Request::SET_DEVICE_STATE_FD;
     let transfer = DeviceStateTransfer { direction, phase: DEVICE_STATE_PHASE_STOPPED };
-    let mut reply = channel.ask(request, transfer.as_bytes(), &[theirs.as_fd()])?;
-    let code: u64 = reply.read("D1.2").inspect_err(|_| channel.close())?;
+    let mut reply = connection.request(request, transfer.as_bytes(), &[theirs.as_fd()])?;
+    let code: u64 = reply.read("D1").inspect_err(|_| connection.close())?;
     if code & DEVICE_STATE_ERROR_MASK != 0 {
         return Err(FrontendError::Refused { request, code });
     }
@@ -72,15 +76,15 @@ fn begin(channel: &mut Channel, direction: u32, theirs: OwnedFd) -> Result<Optio
         return Ok(None);
     }
     let breach =
-        || FrontendError::ProtocolViolation { request, what: "it announces an fd and sends none".into(), rule: "D1.2" };
-    reply.fds.pop().ok_or_else(breach).map(Some).inspect_err(|_| channel.close())
+        || FrontendError::ProtocolViolation { request, what: "it announces an fd and sends none".into(), rule: "D1" };
+    reply.fds.pop().ok_or_else(breach).map(Some).inspect_err(|_| connection.close())
 }
 
 /// Asks how the transfer went.
-fn check(channel: &mut Channel, patience: Duration) -> Result<(), FrontendError> {
+fn check(connection: &mut Connection, patience: Duration) -> Result<(), FrontendError> {
     let request = Request::CHECK_DEVICE_STATE;
-    let reply = channel.ask_within(patience, request, &[], &[])?;
-    match reply.read("D1.4").inspect_err(|_| channel.close())? {
+    let reply = connection.request_within(patience, request, &[], &[])?;
+    match reply.read("D1").inspect_err(|_| connection.close())? {
         0 => Ok(()),
         code => Err(FrontendError::Refused { request, code }),
     }

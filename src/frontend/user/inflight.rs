@@ -15,7 +15,7 @@ use crate::inflight::RingKind;
 /// More than a region needs, but not absurd: room for back-ends that round up to huge pages.
 const SLACK: u64 = 2 << 20;
 
-pub(super) struct Inflight {
+pub(super) struct InflightFile {
     file: File,
     size: u64,
     offset: u64,
@@ -23,9 +23,14 @@ pub(super) struct Inflight {
     queue_size: u16,
 }
 
-impl Inflight {
-    /// The region of a GET_INFLIGHT_FD reply, checked against what was asked for (rule I1.2).
-    pub(super) fn take(reply: Reply, queues: u16, queue_size: u16, packed: bool) -> Result<Inflight, FrontendError> {
+impl InflightFile {
+    /// The region of a GET_INFLIGHT_FD reply, checked against what was asked for (rule I1).
+    pub(super) fn from_reply(
+        reply: Reply,
+        queues: u16,
+        queue_size: u16,
+        packed: bool,
+    ) -> Result<InflightFile, FrontendError> {
         let request = Request::GET_INFLIGHT_FD;
         let breach = |what: String| FrontendError::ProtocolViolation { request, what, rule: "I1.2" };
         // Four bytes of padding at the end, which some send and some don't (rule F6.3).
@@ -46,7 +51,7 @@ impl Inflight {
                 description.num_queues, description.queue_size
             )));
         }
-        let needed = kind(packed).queue_bytes(queue_size) * u64::from(queues);
+        let needed = ring_kind(packed).queue_bytes(queue_size) * u64::from(queues);
         if size < needed || size > needed + SLACK {
             return Err(breach(format!("a region of {size} bytes where {needed} are needed")));
         }
@@ -55,10 +60,10 @@ impl Inflight {
         if offset.checked_add(size).is_none_or(|end| end > has) {
             return Err(breach(format!("{size} bytes at {offset} of a file of {has}")));
         }
-        Ok(Inflight { file, size, offset, queues, queue_size })
+        Ok(InflightFile { file, size, offset, queues, queue_size })
     }
 
-    pub(super) fn describe(&self) -> InflightDescription {
+    pub(super) fn description(&self) -> InflightDescription {
         InflightDescription {
             mmap_size: self.size,
             mmap_offset: self.offset,
@@ -107,12 +112,13 @@ fn marked(state: &InflightState, packed: bool) -> u64 {
         false => (SPLIT_HEADER_BYTES, SPLIT_ENTRY_BYTES),
     };
     let entries = usize::from(state.queue_size);
-    let queues = state.contents.chunks(kind(packed).queue_bytes(state.queue_size) as usize).take(state.queues.into());
+    let queues =
+        state.contents.chunks(ring_kind(packed).queue_bytes(state.queue_size) as usize).take(state.queues.into());
     let marks =
         queues.flat_map(|queue| queue.get(header as usize..).unwrap_or_default().chunks(entry as usize).take(entries));
     marks.filter(|entry| entry.first() == Some(&1)).count() as u64
 }
 
-fn kind(packed: bool) -> RingKind {
+fn ring_kind(packed: bool) -> RingKind {
     if packed { RingKind::Packed } else { RingKind::Split }
 }

@@ -6,9 +6,9 @@ use std::time::Duration;
 use zerocopy::IntoBytes;
 
 use super::super::{FrontendError, RingSetup};
-use super::connect::greet;
-use super::connection::Late;
-use super::{UserDevice, UserOptions, device_state, wake};
+use super::connect::negotiate;
+use super::connection::TimeoutPolicy;
+use super::{UserDevice, UserOptions, device_state, signal};
 use crate::abi::bit;
 use crate::abi::features::{feature_names, protocol_feature_names};
 use crate::abi::vhost_user::{Request, own, protocol_feature};
@@ -26,18 +26,18 @@ impl UserDevice {
                 None => Err(FrontendError::PackedUnrecoverable { index }),
             };
         }
-        let used = self.index(setup.used)?;
-        let outstanding = self.index(setup.avail)?.wrapping_sub(used);
+        let used = self.ring_index(setup.used)?;
+        let outstanding = self.ring_index(setup.avail)?.wrapping_sub(used);
         if self.inflight.is_none() && outstanding != 0 {
             return Err(FrontendError::Unrecoverable { index, outstanding });
         }
         Ok(RingBase::split(used))
     }
 
-    fn index(&self, ring: u64) -> Result<u16, FrontendError> {
+    fn ring_index(&self, ring: u64) -> Result<u16, FrontendError> {
         let mut bytes = [0; 2];
         let mut rest = &mut bytes[..];
-        for (gpa, len) in self.places(ring.saturating_add(virtio::RING_IDX_OFFSET), 2)? {
+        for (gpa, len) in self.guest_ranges(ring.saturating_add(virtio::RING_IDX_OFFSET), 2)? {
             let (here, after) = std::mem::take(&mut rest).split_at_mut(len as usize);
             self.memory.read(gpa, here)?;
             rest = after;
@@ -50,73 +50,75 @@ impl UserDevice {
         let marked = self.inflight.as_ref().map_or(Ok(0), |inflight| inflight.marked(self.is_packed()))?;
         let rings = self.rings.clone();
         if self.has(protocol_feature::STATUS) && self.status != 0 {
-            self.post_status()?;
+            self.send_status()?;
         }
-        self.post_features()?;
-        self.post_mtu()?;
+        self.send_features()?;
+        self.send_mtu()?;
         if let Some(inflight) = &self.inflight {
-            self.channel.post(Request::SET_INFLIGHT_FD, inflight.describe().as_bytes(), &[inflight.fd()])?;
+            self.connection.send(Request::SET_INFLIGHT_FD, inflight.description().as_bytes(), &[inflight.fd()])?;
         }
         if !self.memory.regions().is_empty() {
-            self.post_memory(&Memory::default())?;
+            self.send_memory_table(&Memory::default())?;
         }
-        if let Some(state) = &self.loaded {
-            device_state::load(&mut self.channel, self.options.stop_timeout, &self.interrupt, state)?;
+        if let Some(state) = &self.loaded_state {
+            device_state::load(&mut self.connection, self.options.stop_timeout, &self.interrupt, state)?;
         }
         for (&index, setup) in &rings {
             let base = self.base_after_crash(index, setup)?;
-            self.post_ring(index, setup, base)?;
-            self.post_kick(index, setup)?;
+            self.send_ring(index, setup, base)?;
+            self.send_kick(index, setup)?;
             if let Some((log, _)) = &self.log {
                 // The back-end that died may have written the used ring and not yet logged it. The next one also sees
                 // by these marks that the old one's are not lost (rule L15.4).
                 let [desc, _, used] = self.layout(setup);
                 let written = if self.is_packed() { &[desc, used][..] } else { &[used] };
                 for (addr, len) in written {
-                    self.places(*addr, *len)?.iter().for_each(|(gpa, len)| log.mark(*gpa, *len));
+                    self.guest_ranges(*addr, *len)?.iter().for_each(|(gpa, len)| log.mark(*gpa, *len));
                 }
             }
         }
         self.install_log()?;
         if self.log_signal.is_some() {
-            self.post_log_signal()?;
+            self.send_log_fd()?;
         }
         for (&index, setup) in &rings {
-            self.ear.iter().for_each(|ear| ear.add(index, setup));
-            self.post_enable(index, true)?;
+            self.backend_channel.iter().for_each(|backend_channel| backend_channel.add_ring(index, setup));
+            self.send_enable(index, true)?;
         }
-        self.channel.settle()?;
+        self.connection.wait_for_acks()?;
         for (&index, setup) in &rings {
-            self.pass_kicks(index, true);
+            self.forward_kicks(index, true);
             // It may have taken a kick with it, or died before its call.
-            wake(&setup.kick);
-            wake(&setup.call);
+            signal(&setup.kick);
+            signal(&setup.call);
         }
         Ok(marked)
     }
 
-    pub(super) fn reinstall(&mut self, timeout: Duration) -> Result<u64, FrontendError> {
+    pub(super) fn reconnect_once(&mut self, timeout: Duration) -> Result<u64, FrontendError> {
         let options = UserOptions { timeout, ..self.options };
         // The old connection must be gone before the new one asks for the same device.
-        self.channel.close();
-        self.ear = None;
+        self.connection.close();
+        self.backend_channel = None;
         self.stopping.clear();
-        self.known.clear();
+        self.sent_rings.clear();
         self.starting.clear();
-        let (channel, offer, ear) = greet(&self.path, options, &self.events, &self.translator, &self.interrupt)?;
-        let old = std::mem::replace(&mut self.offer, offer);
-        (self.channel, self.ear) = (channel, ear);
-        let lost = self.features & !offer.features;
+        let (connection, negotiated, backend_channel) =
+            negotiate(&self.path, options, &self.events, &self.translator, &self.interrupt)?;
+        let old = std::mem::replace(&mut self.negotiated, negotiated);
+        (self.connection, self.backend_channel) = (connection, backend_channel);
+        let lost = self.features & !negotiated.features;
         // A successor whose image can't have a generation serves it all the same.
-        let lost_protocol = old.protocol & !offer.protocol & !bit(own::F_DISK_GENERATION);
-        if lost != 0 || lost_protocol != 0 || offer.queues < old.queues {
-            self.channel.close();
-            self.offer = old;
+        let lost_protocol = old.protocol & !negotiated.protocol & !bit(own::F_DISK_GENERATION);
+        if lost != 0 || lost_protocol != 0 || negotiated.queues < old.queues {
+            self.connection.close();
+            self.negotiated = old;
             let features = feature_names(lost, self.options.device_id());
             let differences = [
                 (lost != 0).then(|| format!("features {features}")),
                 (lost_protocol != 0).then(|| format!("protocol features {}", protocol_feature_names(lost_protocol))),
-                (offer.queues < old.queues).then(|| format!("{} queues, it has {}", old.queues, offer.queues)),
+                (negotiated.queues < old.queues)
+                    .then(|| format!("{} queues, it has {}", old.queues, negotiated.queues)),
             ];
             let missing: Vec<_> = differences.into_iter().flatten().collect();
             return Err(FrontendError::NotOffered {
@@ -125,8 +127,8 @@ impl UserDevice {
             });
         }
         let installed = self.check_iommu(self.features).and_then(|()| self.install());
-        self.channel.set_timeout(self.options.timeout);
-        self.channel.set_late(Late::GivenUp);
-        installed.inspect_err(|_| self.channel.close())
+        self.connection.set_timeout(self.options.timeout);
+        self.connection.set_timeout_policy(TimeoutPolicy::Close);
+        installed.inspect_err(|_| self.connection.close())
     }
 }

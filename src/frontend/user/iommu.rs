@@ -8,8 +8,8 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use super::super::{FrontendError, Iommu, Mapping};
 use super::UserDevice;
-use super::backend_channel::Ear;
-use super::connection::Line;
+use super::backend_channel::BackendChannel;
+use super::connection::ConnectionSocket;
 use crate::abi::bit;
 use crate::abi::vhost::{VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_UPDATE};
 use crate::abi::vhost_user::{Header, IotlbMsg, Request};
@@ -20,10 +20,10 @@ use crate::sys::log_limit::limited;
 /// The VMM's IOMMU, and the memory that its mappings lead to; it outlives connections.
 ///
 /// One lock is held from the look at the VMM's table until what was found is sent, and while an invalidation is sent. So
-/// what is sent after an invalidation was found after the table had changed (rule T3.5).
-pub(super) struct Translator(Mutex<Known>);
+/// what is sent after an invalidation was found after the table had changed (rule T3).
+pub(super) struct Translator(Mutex<TranslatorState>);
 
-struct Known {
+struct TranslatorState {
     iommu: Option<Arc<dyn Iommu>>,
     /// What the back-end has been given; `None` while it is being given something else.
     memory: Option<Memory>,
@@ -31,19 +31,19 @@ struct Known {
 
 /// What has become of a question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Told {
-    Translation,
+pub(super) enum MissResult {
+    Sent,
     /// One that permits less than was asked for.
-    Less,
-    /// There is none. If it had been promised, that has been told.
-    No,
+    SentRestricted,
+    /// There is none. If it had been acknowledged, that has been told.
+    NotMapped,
     /// There is no room for the answer now: look again later.
-    Later,
+    Deferred,
 }
 
 impl Default for Translator {
     fn default() -> Translator {
-        Translator(Mutex::new(Known { iommu: None, memory: Some(Memory::default()) }))
+        Translator(Mutex::new(TranslatorState { iommu: None, memory: Some(Memory::default()) }))
     }
 }
 
@@ -58,38 +58,46 @@ impl Translator {
 
     /// From now on mappings lead to `memory`, or wait: while a table is on its way nothing is sent that was found with
     /// the one before or with this one, for the back-end has neither as a whole.
-    pub(super) fn change(&self, memory: Option<&Memory>) {
+    pub(super) fn set_memory(&self, memory: Option<&Memory>) {
         self.lock().memory = memory.cloned();
     }
 
     /// Whether translations wait for memory.
-    pub(super) fn is_waiting(&self) -> bool {
+    pub(super) fn is_paused(&self) -> bool {
         self.lock().memory.is_none()
     }
 
-    /// Looks for `iova` and sends what is found over `line`. Where it was `promised` and has gone since, an update says
+    /// Looks for `iova` and sends what is found over `socket`. Where it was `acknowledged` and has gone since, an update says
     /// so that permits nothing.
-    pub(super) fn tell(&self, iova: u64, access: Access, promised: bool, line: &Line) -> Told {
-        let known = self.lock();
-        let Some(memory) = &known.memory else { return Told::Later };
-        let found = known.update(memory, iova, access);
-        let Some(update) = found.or_else(|| no(memory, iova).filter(|_| promised)) else { return Told::No };
+    pub(super) fn send_update(
+        &self,
+        iova: u64,
+        access: Access,
+        acknowledged: bool,
+        socket: &ConnectionSocket,
+    ) -> MissResult {
+        let state = self.lock();
+        let Some(memory) = &state.memory else { return MissResult::Deferred };
+        let found = state.update(memory, iova, access);
+        let Some(update) = found.or_else(|| denial(memory, iova).filter(|_| acknowledged)) else {
+            return MissResult::NotMapped;
+        };
         let header =
             Header { request: Request::IOTLB_MSG.0, flags: Header::FLAG_VERSION, size: size_of_val(&update) as u32 };
-        match line.try_send(&[header.as_bytes(), update.as_bytes()].concat()) {
-            false => Told::Later,
-            true if update.perm == 0 => Told::No,
-            true if access.permission() & !update.perm != 0 => Told::Less,
-            true => Told::Translation,
+        match socket.try_send(&[header.as_bytes(), update.as_bytes()].concat()) {
+            false => MissResult::Deferred,
+            true if update.perm == 0 => MissResult::NotMapped,
+            true if access.permission() & !update.perm != 0 => MissResult::SentRestricted,
+            true => MissResult::Sent,
         }
     }
 
     /// Guest-physical address and length of what makes up `len` bytes at `iova`, for whoever drives the device.
-    pub(super) fn pieces(&self, iova: u64, len: u64) -> Result<Vec<(u64, u64)>, FrontendError> {
-        let known = self.lock();
+    pub(super) fn guest_ranges(&self, iova: u64, len: u64) -> Result<Vec<(u64, u64)>, FrontendError> {
+        let state = self.lock();
         let (mut at, mut left, mut pieces) = (iova, len, Vec::new());
         while left > 0 {
-            let (mapping, skip) = known.mapping(at, Access::Read).ok_or(FrontendError::Untranslated { iova: at })?;
+            let (mapping, skip) = state.mapping(at, Access::Read).ok_or(FrontendError::Untranslated { iova: at })?;
             let here = left.min(mapping.size - skip);
             pieces.push((mapping.gpa.saturating_add(skip), here));
             // The end of all addresses ends the range too, or the next look fails.
@@ -98,13 +106,13 @@ impl Translator {
         Ok(pieces)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Known> {
+    fn lock(&self) -> MutexGuard<'_, TranslatorState> {
         // A VMM that panicked in the middle has left what is here whole.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Known {
+impl TranslatorState {
     /// The VMM's mapping of an address, and how far into it that is.
     fn mapping(&self, iova: u64, access: Access) -> Option<(Mapping, u64)> {
         let mapping = self.iommu.as_ref()?.translate(iova, access)?;
@@ -143,7 +151,7 @@ impl Known {
 }
 
 /// The page of an address as one that permits nothing; it leads somewhere nevertheless, as back-ends want of any.
-fn no(memory: &Memory, iova: u64) -> Option<IotlbMsg> {
+fn denial(memory: &Memory, iova: u64) -> Option<IotlbMsg> {
     let uaddr = memory.regions().first()?.user_addr();
     let (iova, size) = (iova / LOG_PAGE * LOG_PAGE, LOG_PAGE);
     Some(IotlbMsg { iova, size, uaddr, kind: VHOST_IOTLB_UPDATE, ..IotlbMsg::new_zeroed() })
@@ -169,12 +177,12 @@ impl UserDevice {
         if iovas.is_empty() || !self.is_translated() {
             return Ok(());
         }
-        self.post_invalidation(iovas)?;
-        self.channel.settle_within(self.options.stop_timeout)
+        self.send_invalidation(iovas)?;
+        self.connection.wait_for_acks_within(self.options.stop_timeout)
     }
 
     /// Posts what has the back-end forget the translations of `iovas`.
-    pub(super) fn post_invalidation(&mut self, iovas: RangeInclusive<u64>) -> Result<(), FrontendError> {
+    pub(super) fn send_invalidation(&mut self, iovas: RangeInclusive<u64>) -> Result<(), FrontendError> {
         // The size of the whole space does not fit: its last byte goes by itself.
         let (first, last) = iovas.into_inner();
         let ranges = match last - first {
@@ -182,19 +190,19 @@ impl UserDevice {
             more => vec![(first, more + 1)],
         };
         let translator = self.translator.clone();
-        let nothing_overtakes = translator.lock();
+        let send_lock = translator.lock();
         for (iova, size) in ranges {
             let message = IotlbMsg { iova, size, kind: VHOST_IOTLB_INVALIDATE, ..IotlbMsg::new_zeroed() };
-            self.channel.post(Request::IOTLB_MSG, message.as_bytes(), &[])?;
+            self.connection.send(Request::IOTLB_MSG, message.as_bytes(), &[])?;
         }
-        drop(nothing_overtakes);
+        drop(send_lock);
         Ok(())
     }
 
-    /// What mappings lead to changes; see [`Translator::change`].
-    pub(super) fn change_translations(&self, memory: Option<&Memory>) {
-        self.translator.change(memory);
-        self.ear.iter().for_each(Ear::look);
+    /// What mappings lead to changes; see [`Translator::set_memory`].
+    pub(super) fn set_translation_memory(&self, memory: Option<&Memory>) {
+        self.translator.set_memory(memory);
+        self.backend_channel.iter().for_each(BackendChannel::wake);
     }
 
     /// Whether the driver's addresses are I/O virtual.
@@ -210,7 +218,7 @@ impl UserDevice {
         if !self.translator.is_set() {
             return Err(FrontendError::NoIommu);
         }
-        match self.ear {
+        match self.backend_channel {
             Some(_) => Ok(()),
             None => Err(FrontendError::NotOffered {
                 what: "a back-end channel (BACKEND_REQ), which it needs to ask for translations (rule T1.7)".into(),
@@ -220,7 +228,7 @@ impl UserDevice {
     }
 
     /// Guest-physical address and length of what makes up a part of a ring.
-    pub(super) fn places(&self, addr: u64, len: u64) -> Result<Vec<(u64, u64)>, FrontendError> {
-        if self.is_translated() { self.translator.pieces(addr, len) } else { Ok(vec![(addr, len)]) }
+    pub(super) fn guest_ranges(&self, addr: u64, len: u64) -> Result<Vec<(u64, u64)>, FrontendError> {
+        if self.is_translated() { self.translator.guest_ranges(addr, len) } else { Ok(vec![(addr, len)]) }
     }
 }

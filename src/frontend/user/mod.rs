@@ -41,61 +41,61 @@ use crate::memory::{Memory, MemoryError, Region};
 use crate::ring::{RingBase, RingLayout};
 use crate::sys::log_limit::limited;
 use crate::sys::nonblocking;
-use backend_channel::{Ear, Events};
-use connect::{BACK_OFF, Offer, greet, until};
-use connection::{Caught, Channel, Late, MOST_POSTED, Reply};
-use inflight::Inflight;
+use backend_channel::{BackendChannel, EventQueue};
+use connect::{BACK_OFF, Negotiated, negotiate, retry_until};
+use connection::{Connection, LateReplies, MAX_UNACKED, Reply, TimeoutPolicy};
+use inflight::InflightFile;
 use iommu::Translator;
-use payload::{describe, table, user_addr};
+use payload::{memory_table, region_message, user_addr};
 
 /// Feature bits that belong to the transport, not to the driver.
-const TRANSPORT: u64 = bit(VHOST_F_LOG_ALL) | bit(VHOST_USER_F_PROTOCOL_FEATURES);
+const TRANSPORT_FEATURES: u64 = bit(VHOST_F_LOG_ALL) | bit(VHOST_USER_F_PROTOCOL_FEATURES);
 const SET_LOG_BASE: Request = Request::SET_LOG_BASE;
 /// How long a back-end may take to end logging once the interrupt is set. It owes the answer then.
-const BRIEFLY: Duration = Duration::from_millis(500);
+const STOP_LOGGING_TIMEOUT: Duration = Duration::from_millis(500);
 /// Messages that start a ring: CALL, ERR, NUM, BASE, ADDR, KICK and ENABLE.
 const START_MESSAGES: usize = 7;
 /// Messages that try one.
-const TRY_MESSAGES: usize = 7;
+const VALIDATE_MESSAGES: usize = 7;
 
 /// A ring that is not started, as the back-end has been told of it.
-struct Known {
+struct SentRing {
     size: u16,
     call: Arc<OwnedFd>,
     error: Option<Arc<OwnedFd>>,
-    place: Option<Place>,
+    placement: Option<RingPlacement>,
 }
 
 /// Descriptor, driver and device area of a ring, and where it goes on.
-type Place = ([u64; 3], RingBase);
+type RingPlacement = ([u64; 3], RingBase);
 
 /// A device behind a vhost-user socket.
 pub struct UserDevice {
     path: PathBuf,
     options: UserOptions,
-    channel: Channel,
+    connection: Connection,
     /// The back-end channel, where the back-end has one.
-    ear: Option<Ear>,
-    events: Arc<Events>,
+    backend_channel: Option<BackendChannel>,
+    events: Arc<EventQueue>,
     translator: Arc<Translator>,
     interrupt: Interrupt,
     /// The rings that were being stopped when the wait for them ended.
     stopping: Vec<u16>,
     /// The rings that were being started when the wait for them ended. They count as running.
     starting: Vec<u16>,
-    offer: Offer,
+    negotiated: Negotiated,
     features: u64,
     memory: Memory,
-    inflight: Option<Inflight>,
+    inflight: Option<InflightFile>,
     rings: BTreeMap<u16, RingSetup>,
     /// Rings that are not started, as the back-end has been told of them.
-    known: BTreeMap<u16, Known>,
+    sent_rings: BTreeMap<u16, SentRing>,
     log: Option<(Arc<Log>, OwnedFd)>,
     log_signal: Option<OwnedFd>,
     status: u8,
     mtu: Option<u16>,
     /// The state that was loaded, until a ring has started.
-    loaded: Option<Vec<u8>>,
+    loaded_state: Option<Vec<u8>>,
 }
 
 impl UserDevice {
@@ -123,55 +123,55 @@ impl UserDevice {
         interrupt: Interrupt,
     ) -> Result<UserDevice, FrontendError> {
         let path = path.as_ref();
-        let events = Arc::new(Events::new()?);
+        let events = Arc::new(EventQueue::new()?);
         let translator = Arc::default();
-        let greeted = until(deadline, &interrupt, || greet(path, options, &events, &translator, &interrupt))?;
-        let ((mut channel, offer, ear), _) = greeted;
-        channel.set_late(Late::GivenUp);
+        let greeted = retry_until(deadline, &interrupt, || negotiate(path, options, &events, &translator, &interrupt))?;
+        let ((mut connection, negotiated, backend_channel), _) = greeted;
+        connection.set_timeout_policy(TimeoutPolicy::Close);
         Ok(UserDevice {
             path: path.into(),
             options,
-            channel,
-            ear,
+            connection,
+            backend_channel,
             events,
             translator,
             interrupt,
             stopping: Vec::new(),
             starting: Vec::new(),
-            offer,
+            negotiated,
             features: 0,
             memory: Memory::default(),
             inflight: None,
             rings: BTreeMap::new(),
-            known: BTreeMap::new(),
+            sent_rings: BTreeMap::new(),
             log: None,
             log_signal: None,
             status: 0,
             mtu: None,
-            loaded: None,
+            loaded_state: None,
         })
     }
 
     /// Protocol features agreed on (bits of [`protocol_feature`]).
     pub fn protocol_features(&self) -> u64 {
-        self.offer.protocol
+        self.negotiated.protocol
     }
 
     fn has(&self, number: u32) -> bool {
-        self.offer.protocol & bit(number) != 0
+        self.negotiated.protocol & bit(number) != 0
     }
 
-    fn need(&self, number: u32, what: &str, advice: &'static str) -> Result<(), FrontendError> {
+    fn require(&self, number: u32, what: &str, advice: &'static str) -> Result<(), FrontendError> {
         let offered = self.has(number);
         if offered { Ok(()) } else { Err(FrontendError::NotOffered { what: what.into(), advice }) }
     }
 
-    fn post_features(&mut self) -> Result<(), FrontendError> {
+    fn send_features(&mut self) -> Result<(), FrontendError> {
         // The addresses of rings say whether they are logged.
-        self.forget_places();
+        self.forget_placements();
         let logging = if self.log.is_some() { bit(VHOST_F_LOG_ALL) } else { 0 };
-        let features = self.features | logging | self.offer.features & bit(VHOST_USER_F_PROTOCOL_FEATURES);
-        self.channel.post(Request::SET_FEATURES, features.as_bytes(), &[])
+        let features = self.features | logging | self.negotiated.features & bit(VHOST_USER_F_PROTOCOL_FEATURES);
+        self.connection.send(Request::SET_FEATURES, features.as_bytes(), &[])
     }
 
     /// Makes the back-end's memory what is noted, given that it has `before`.
@@ -179,35 +179,35 @@ impl UserDevice {
     /// Translations are found with the old table and sent before the first message of the new one, or found with the new
     /// one and sent behind its last message; in between they wait, and nobody waits for them: acknowledgements may be
     /// due, while the back-end can't go on before it has been heard.
-    fn post_memory(&mut self, before: &Memory) -> Result<(), FrontendError> {
+    fn send_memory_table(&mut self, before: &Memory) -> Result<(), FrontendError> {
         let memory = self.memory.clone();
-        self.forget_places();
-        self.change_translations(None);
-        let posted = self.post_regions(before, &memory);
-        self.change_translations(Some(&memory));
-        posted
+        self.forget_placements();
+        self.set_translation_memory(None);
+        let result = self.send_regions(before, &memory);
+        self.set_translation_memory(Some(&memory));
+        result
     }
 
-    fn post_regions(&mut self, before: &Memory, memory: &Memory) -> Result<(), FrontendError> {
+    fn send_regions(&mut self, before: &Memory, memory: &Memory) -> Result<(), FrontendError> {
         if memory.regions().len() <= VHOST_MEMORY_BASELINE_NREGIONS {
-            let (payload, fds) = table(memory)?;
-            return self.channel.post(Request::SET_MEM_TABLE, &payload, &fds);
+            let (payload, fds) = memory_table(memory)?;
+            return self.connection.send(Request::SET_MEM_TABLE, &payload, &fds);
         }
         let has = |memory: &Memory, region: &Arc<Region>| memory.regions().iter().any(|r| Arc::ptr_eq(r, region));
         for region in before.regions().iter().filter(|region| !has(memory, region)) {
-            let message = MemRegMsg { padding: 0, region: describe(region)?.0 };
-            self.channel.post(Request::REM_MEM_REG, message.as_bytes(), &[])?;
+            let message = MemRegMsg { padding: 0, region: region_message(region)?.0 };
+            self.connection.send(Request::REM_MEM_REG, message.as_bytes(), &[])?;
         }
         for region in memory.regions().iter().filter(|region| !has(before, region)) {
-            let (region, fd) = describe(region)?;
+            let (region, fd) = region_message(region)?;
             let message = MemRegMsg { padding: 0, region };
-            self.channel.post(Request::ADD_MEM_REG, message.as_bytes(), &[fd])?;
+            self.connection.send(Request::ADD_MEM_REG, message.as_bytes(), &[fd])?;
         }
         Ok(())
     }
 
-    /// Ring addresses; on a running ring they change nothing but whether it is logged (rule R5.1).
-    fn addresses(&self, index: u16, setup: &RingSetup) -> Result<VringAddr, MemoryError> {
+    /// Ring addresses; on a running ring they change nothing but whether it is logged (rule R5).
+    fn vring_addr(&self, index: u16, setup: &RingSetup) -> Result<VringAddr, MemoryError> {
         let place = |area: (u64, u64)| if self.is_translated() { Ok(area.0) } else { user_addr(&self.memory, area) };
         let [desc, avail, used] = self.layout(setup).map(place);
         Ok(VringAddr {
@@ -220,49 +220,48 @@ impl UserDevice {
         })
     }
 
-    fn post_kick(&mut self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
+    fn send_kick(&mut self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
         // Stopping it may make the back-end forget it.
-        self.known.remove(&index);
-        self.post_fd(Request::SET_VRING_KICK, index, Some(&setup.kick))
+        self.sent_rings.remove(&index);
+        self.send_ring_fd(Request::SET_VRING_KICK, index, Some(&setup.kick))
     }
 
     /// Posts everything that starts a ring but its kick and its enabling, unless the back-end has been told.
-    fn post_ring(&mut self, index: u16, setup: &RingSetup, base: RingBase) -> Result<(), FrontendError> {
-        self.post_size(index, setup)?;
-        let place = Some(([setup.desc, setup.avail, setup.used], base));
-        if self.known.get(&index).is_some_and(|known| known.place == place) {
+    fn send_ring(&mut self, index: u16, setup: &RingSetup, base: RingBase) -> Result<(), FrontendError> {
+        self.send_ring_size(index, setup)?;
+        let placement = Some(([setup.desc, setup.avail, setup.used], base));
+        if self.sent_rings.get(&index).is_some_and(|sent| sent.placement == placement) {
             return Ok(());
         }
-        let addresses = self.addresses(index, setup)?;
+        let addresses = self.vring_addr(index, setup)?;
         let state = VringState { index: index.into(), num: base.bits() };
-        self.channel.gather(Request::SET_VRING_BASE, state.as_bytes(), None)?;
-        self.channel.gather(Request::SET_VRING_ADDR, addresses.as_bytes(), None)?;
-        self.known.get_mut(&index).into_iter().for_each(|known| known.place = place);
+        self.connection.send_buffered(Request::SET_VRING_BASE, state.as_bytes(), None)?;
+        self.connection.send_buffered(Request::SET_VRING_ADDR, addresses.as_bytes(), None)?;
+        self.sent_rings.get_mut(&index).into_iter().for_each(|sent| sent.placement = placement);
         Ok(())
     }
 
     /// Posts the size of a ring and the eventfds that the back-end signals, unless it has been told.
-    fn post_size(&mut self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
+    fn send_ring_size(&mut self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
         let fds =
             |call: &Arc<OwnedFd>, error: &Option<Arc<OwnedFd>>| (Arc::as_ptr(call), error.as_ref().map(Arc::as_ptr));
-        let is_known = |known: &Known| {
-            known.size == setup.size && fds(&known.call, &known.error) == fds(&setup.call, &setup.error)
-        };
-        if self.known.get(&index).is_some_and(is_known) {
+        let is_known =
+            |sent: &SentRing| sent.size == setup.size && fds(&sent.call, &sent.error) == fds(&setup.call, &setup.error);
+        if self.sent_rings.get(&index).is_some_and(is_known) {
             return Ok(());
         }
-        self.post_fd(Request::SET_VRING_CALL, index, Some(&setup.call))?;
-        self.post_fd(Request::SET_VRING_ERR, index, setup.error.as_ref())?;
+        self.send_ring_fd(Request::SET_VRING_CALL, index, Some(&setup.call))?;
+        self.send_ring_fd(Request::SET_VRING_ERR, index, setup.error.as_ref())?;
         let state = VringState { index: index.into(), num: setup.size.into() };
-        self.channel.gather(Request::SET_VRING_NUM, state.as_bytes(), None)?;
-        let known = Known { size: setup.size, call: setup.call.clone(), error: setup.error.clone(), place: None };
-        self.known.insert(index, known);
+        self.connection.send_buffered(Request::SET_VRING_NUM, state.as_bytes(), None)?;
+        let sent = SentRing { size: setup.size, call: setup.call.clone(), error: setup.error.clone(), placement: None };
+        self.sent_rings.insert(index, sent);
         Ok(())
     }
 
     /// An error while answers are owed: the device is to be reconnected before.
-    fn check_owed(&self) -> Result<(), FrontendError> {
-        match self.channel.owes() {
+    fn check_pending_replies(&self) -> Result<(), FrontendError> {
+        match self.connection.has_pending_replies() {
             true => {
                 Err(FrontendError::Unavailable { device: self.name().into(), reason: Some("an answer is owed".into()) })
             }
@@ -270,34 +269,33 @@ impl UserDevice {
         }
     }
 
-    fn forget_places(&mut self) {
-        self.known.values_mut().for_each(|known| known.place = None);
+    fn forget_placements(&mut self) {
+        self.sent_rings.values_mut().for_each(|sent| sent.placement = None);
     }
 
     /// Posts messages for each of several rings and waits for their answers. After a refusal the rings count as untold.
-    fn post_each(
+    fn send_for_each(
         &mut self,
         rings: &[(u16, RingSetup)],
         sent: &mut dyn FnMut(),
         post: impl Fn(&mut UserDevice, u16, &RingSetup) -> Result<(), FrontendError>,
     ) -> Result<(), FrontendError> {
-        self.check_owed()?;
+        self.check_pending_replies()?;
         rings.iter().try_for_each(|(index, setup)| self.check_ring(*index, setup))?;
-        self.channel.settle()?;
-        for rings in rings.chunks(MOST_POSTED / TRY_MESSAGES) {
-            let posted = rings.iter().try_for_each(|(index, setup)| post(self, *index, setup));
-            let settled = posted.and_then(|()| self.channel.settle_each(self.options.timeout, sent));
-            let settled =
-                settled.and_then(|refused| refused.into_iter().next().map_or(Ok(()), |(_, error)| Err(error)));
-            settled.inspect_err(|_| rings.iter().for_each(|(index, _)| drop(self.known.remove(index))))?;
+        self.connection.wait_for_acks()?;
+        for rings in rings.chunks(MAX_UNACKED / VALIDATE_MESSAGES) {
+            let result = rings.iter().try_for_each(|(index, setup)| post(self, *index, setup));
+            let acked = result.and_then(|()| self.connection.collect_acks(self.options.timeout, sent));
+            let acked = acked.and_then(|refused| refused.into_iter().next().map_or(Ok(()), |(_, error)| Err(error)));
+            acked.inspect_err(|_| rings.iter().for_each(|(index, _)| drop(self.sent_rings.remove(index))))?;
         }
         Ok(())
     }
 
     fn check_ring(&self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
         let bad = |reason| Err(FrontendError::InvalidRing { index, reason });
-        if index >= self.offer.queues || index > 0xff {
-            return bad(format!("the device has {} rings", self.offer.queues));
+        if index >= self.negotiated.queues || index > 0xff {
+            return bad(format!("the device has {} rings", self.negotiated.queues));
         }
         if setup.size == 0 || !self.is_packed() && !setup.size.is_power_of_two() {
             let what = if self.is_packed() { "packed ring has 1 or more" } else { "split ring has a power of two" };
@@ -306,50 +304,50 @@ impl UserDevice {
         if self.rings.contains_key(&index) {
             return bad("it is started already: stop it first".into());
         }
-        self.addresses(index, setup)?;
+        self.vring_addr(index, setup)?;
         Ok(())
     }
 
-    /// A ring's kick, call or error fd, or what stands for it where they are messages (rule B3.2).
-    fn post_fd(&mut self, request: Request, index: u16, fd: Option<&Arc<OwnedFd>>) -> Result<(), FrontendError> {
+    /// A ring's kick, call or error fd, or what stands for it where they are messages (rule B3).
+    fn send_ring_fd(&mut self, request: Request, index: u16, fd: Option<&Arc<OwnedFd>>) -> Result<(), FrontendError> {
         match fd {
             _ if self.has(protocol_feature::INBAND_NOTIFICATIONS) => {
-                self.channel.gather(request, (u64::from(index) | VRING_NOFD_MASK).as_bytes(), None)
+                self.connection.send_buffered(request, (u64::from(index) | VRING_NOFD_MASK).as_bytes(), None)
             }
-            Some(fd) => self.channel.gather(request, u64::from(index).as_bytes(), Some(fd)),
+            Some(fd) => self.connection.send_buffered(request, u64::from(index).as_bytes(), Some(fd)),
             None => Ok(()),
         }
     }
 
-    /// Without protocol features rings have no such state: they are enabled (rule R1.2).
-    fn post_enable(&mut self, index: u16, enable: bool) -> Result<(), FrontendError> {
-        if self.offer.features & bit(VHOST_USER_F_PROTOCOL_FEATURES) == 0 {
+    /// Without protocol features rings have no such state: they are enabled (rule R1).
+    fn send_enable(&mut self, index: u16, enable: bool) -> Result<(), FrontendError> {
+        if self.negotiated.features & bit(VHOST_USER_F_PROTOCOL_FEATURES) == 0 {
             return Ok(());
         }
         let state = VringState { index: index.into(), num: enable.into() };
-        self.channel.gather(Request::SET_VRING_ENABLE, state.as_bytes(), None)
+        self.connection.send_buffered(Request::SET_VRING_ENABLE, state.as_bytes(), None)
     }
 
-    fn post_status(&mut self) -> Result<(), FrontendError> {
+    fn send_status(&mut self) -> Result<(), FrontendError> {
         let status = u64::from(self.status);
-        self.channel.post(Request::SET_STATUS, status.as_bytes(), &[])
+        self.connection.send(Request::SET_STATUS, status.as_bytes(), &[])
     }
 
     /// SET_LOG_BASE with the noted log. Its reply may have any length (rule F7.2).
     fn install_log(&mut self) -> Result<(), FrontendError> {
         let Some((log, fd)) = &self.log else { return Ok(()) };
         let message = LogDescription { mmap_size: log.size(), mmap_offset: 0 };
-        self.channel.ask(SET_LOG_BASE, message.as_bytes(), &[fd.as_fd()]).map(drop)
+        self.connection.request(SET_LOG_BASE, message.as_bytes(), &[fd.as_fd()]).map(drop)
     }
 
     /// LOG_ALL and the rings' F_LOG as the noted log wants it.
-    fn switch_logging(&mut self) -> Result<(), FrontendError> {
-        self.post_features()?;
+    fn send_logging(&mut self) -> Result<(), FrontendError> {
+        self.send_features()?;
         for (&index, setup) in &self.rings {
-            let addresses = self.addresses(index, setup)?;
-            self.channel.post(Request::SET_VRING_ADDR, addresses.as_bytes(), &[])?;
+            let addresses = self.vring_addr(index, setup)?;
+            self.connection.send(Request::SET_VRING_ADDR, addresses.as_bytes(), &[])?;
         }
-        self.channel.settle()
+        self.connection.wait_for_acks()
     }
 
     /// Descriptor, driver and device area: address and length in bytes.
@@ -369,7 +367,7 @@ impl Device for UserDevice {
     }
 
     fn features(&self) -> u64 {
-        self.offer.features
+        self.negotiated.features
     }
 
     fn acked_features(&self) -> u64 {
@@ -377,7 +375,7 @@ impl Device for UserDevice {
     }
 
     fn set_features(&mut self, features: u64) -> Result<(), FrontendError> {
-        let missing = features & !self.offer.features;
+        let missing = features & !self.negotiated.features;
         if missing != 0 {
             let what = format!("features {}", feature_names(missing, self.options.device_id()));
             return Err(FrontendError::NotOffered { what, advice: "acknowledge only what features() has" });
@@ -385,36 +383,36 @@ impl Device for UserDevice {
         self.check_iommu(features)?;
         let was_translated = self.is_translated();
         // A ring's kind depends on them.
-        self.known.clear();
-        self.features = features & !TRANSPORT;
-        self.post_features()?;
+        self.sent_rings.clear();
+        self.features = features & !TRANSPORT_FEATURES;
+        self.send_features()?;
         if self.is_translated() && !was_translated {
-            // Without the feature invalidate() tells nothing, and memory may have become another (rule T3.9).
-            self.post_invalidation(0..=u64::MAX)?;
+            // Without the feature invalidate() tells nothing, and memory may have become another (rule T3).
+            self.send_invalidation(0..=u64::MAX)?;
         }
-        self.channel.settle()
+        self.connection.wait_for_acks()
     }
 
     fn queues(&self) -> u16 {
-        self.offer.queues
+        self.negotiated.queues
     }
 
     fn max_mem_slots(&self) -> usize {
-        self.offer.slots
+        self.negotiated.slots
     }
 
     fn set_memory(&mut self, memory: &Memory) -> Result<(), FrontendError> {
-        if memory.regions().len() > self.offer.slots {
+        if memory.regions().len() > self.negotiated.slots {
             return Err(FrontendError::NotOffered {
-                what: format!("{} memory slots, only {}", memory.regions().len(), self.offer.slots),
+                what: format!("{} memory slots, only {}", memory.regions().len(), self.negotiated.slots),
                 advice: "use fewer, larger regions",
             });
         }
         let before = std::mem::replace(&mut self.memory, memory.clone());
-        let done = self.post_memory(&before).and_then(|()| self.channel.settle());
+        let done = self.send_memory_table(&before).and_then(|()| self.connection.wait_for_acks());
         done.inspect_err(|error| {
             if !error.needs_reconnect() {
-                self.change_translations(Some(&before));
+                self.set_translation_memory(Some(&before));
                 self.memory = before;
             }
         })
@@ -431,14 +429,14 @@ impl Device for UserDevice {
         }
         let wish =
             InflightDescription { mmap_size: 0, mmap_offset: 0, num_queues: queues, queue_size, padding: [0; 4] };
-        let reply = self.channel.ask(Request::GET_INFLIGHT_FD, wish.as_bytes(), &[])?;
-        let inflight = Inflight::take(reply, queues, queue_size, self.is_packed())?;
+        let reply = self.connection.request(Request::GET_INFLIGHT_FD, wish.as_bytes(), &[])?;
+        let inflight = InflightFile::from_reply(reply, queues, queue_size, self.is_packed())?;
         if let Some(restored) = restored {
             inflight.restore(restored, self.is_packed())?;
         }
-        self.channel.post(Request::SET_INFLIGHT_FD, inflight.describe().as_bytes(), &[inflight.fd()])?;
+        self.connection.send(Request::SET_INFLIGHT_FD, inflight.description().as_bytes(), &[inflight.fd()])?;
         self.inflight = Some(inflight);
-        self.channel.settle()?;
+        self.connection.wait_for_acks()?;
         Ok(true)
     }
 
@@ -449,7 +447,7 @@ impl Device for UserDevice {
     }
 
     fn inflight_state(&self) -> Result<Option<InflightState>, FrontendError> {
-        self.inflight.as_ref().map(Inflight::state).transpose()
+        self.inflight.as_ref().map(InflightFile::state).transpose()
     }
 
     fn reports_sent(&self) -> bool {
@@ -457,7 +455,7 @@ impl Device for UserDevice {
     }
 
     fn prepare_rings(&mut self, rings: &[(u16, RingSetup)]) -> Result<(), FrontendError> {
-        self.post_each(rings, &mut || {}, UserDevice::post_size)
+        self.send_for_each(rings, &mut || {}, UserDevice::send_ring_size)
     }
 
     fn validate_ring(&mut self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
@@ -465,11 +463,11 @@ impl Device for UserDevice {
     }
 
     fn validate_rings(&mut self, rings: &[(u16, RingSetup)], sent: &mut dyn FnMut()) -> Result<(), FrontendError> {
-        self.post_each(rings, sent, |device, index, setup| {
-            device.post_ring(index, setup, setup.base)?;
-            // Without a kick it does not run: it is not started (rules R2.2, D2.2).
-            device.post_enable(index, true)?;
-            device.post_enable(index, false)
+        self.send_for_each(rings, sent, |device, index, setup| {
+            device.send_ring(index, setup, setup.base)?;
+            // Without a kick it does not run: it is not started (rule R2).
+            device.send_enable(index, true)?;
+            device.send_enable(index, false)
         })
     }
 
@@ -484,14 +482,14 @@ impl Device for UserDevice {
         started: &mut dyn FnMut(u16),
     ) -> Result<(), FrontendError> {
         // Else nobody could tell an interrupted start from one that has not begun.
-        self.check_owed()?;
+        self.check_pending_replies()?;
         rings.iter().try_for_each(|(index, setup)| self.check_ring(*index, setup))?;
-        self.channel.settle()?;
-        rings.chunks(MOST_POSTED / START_MESSAGES).try_for_each(|rings| self.start_some(rings, sent, started))
+        self.connection.wait_for_acks()?;
+        rings.chunks(MAX_UNACKED / START_MESSAGES).try_for_each(|rings| self.start_chunk(rings, sent, started))
     }
 
     fn stop_ring(&mut self, index: u16) -> Result<RingBase, FrontendError> {
-        self.end_ring(Request::GET_VRING_BASE, index)
+        self.stop_ring_with(Request::GET_VRING_BASE, index)
     }
 
     fn stop_rings(
@@ -500,17 +498,17 @@ impl Device for UserDevice {
         sent: &mut dyn FnMut(),
         stopped: &mut dyn FnMut(u16, RingBase),
     ) -> Result<(), FrontendError> {
-        self.end_rings(Request::GET_VRING_BASE, indices, sent, stopped)
+        self.stop_rings_with(Request::GET_VRING_BASE, indices, sent, stopped)
     }
 
     fn can_suspend_rings(&self) -> bool {
         let both = INFLIGHT_MIGRATION | bit(protocol_feature::INFLIGHT_SHMFD);
-        self.offer.protocol & both == both
+        self.negotiated.protocol & both == both
     }
 
     fn suspend_ring(&mut self, index: u16) -> Result<RingBase, FrontendError> {
         self.check_suspend()?;
-        self.end_ring(Request::GET_VRING_BASE_SKIP_DRAIN, index)
+        self.stop_ring_with(Request::GET_VRING_BASE_SKIP_DRAIN, index)
     }
 
     fn suspend_rings(
@@ -520,21 +518,21 @@ impl Device for UserDevice {
         stopped: &mut dyn FnMut(u16, RingBase),
     ) -> Result<(), FrontendError> {
         self.check_suspend()?;
-        self.end_rings(Request::GET_VRING_BASE_SKIP_DRAIN, indices, sent, stopped)
+        self.stop_rings_with(Request::GET_VRING_BASE_SKIP_DRAIN, indices, sent, stopped)
     }
 
     fn start_logging(&mut self, log: &Arc<Log>, fd: BorrowedFd<'_>) -> Result<(), FrontendError> {
         let advice = "it can't be migrated while it runs; use a back-end that logs";
-        self.need(protocol_feature::LOG_SHMFD, "LOG_SHMFD", advice)?;
-        if self.offer.features & bit(VHOST_F_LOG_ALL) == 0 {
+        self.require(protocol_feature::LOG_SHMFD, "LOG_SHMFD", advice)?;
+        if self.negotiated.features & bit(VHOST_F_LOG_ALL) == 0 {
             return Err(FrontendError::NotOffered { what: "VHOST_F_LOG_ALL".into(), advice });
         }
         let fd = fd.try_clone_to_owned().map_err(FrontendError::system("keep the log's fd"))?;
         let before = self.log.replace((log.clone(), fd));
         let was_on = before.is_some();
-        let done = self.owed(|device| {
+        let done = self.keep_pending(|device| {
             device.install_log()?;
-            if was_on { Ok(()) } else { device.switch_logging() }
+            if was_on { Ok(()) } else { device.send_logging() }
         });
         // A back-end may hang up because of this very log: connecting again must not depend on it.
         done.inspect_err(|_| self.log = before)
@@ -545,10 +543,11 @@ impl Device for UserDevice {
             return Ok(());
         }
         // Whoever has interrupted the rest waits for this, too.
-        let timeout = if self.interrupt.is_set() { self.options.timeout.min(BRIEFLY) } else { self.options.timeout };
-        self.channel.set_timeout(timeout);
-        let stopped = self.patiently(Late::Uninterruptible, UserDevice::switch_logging);
-        self.channel.set_timeout(self.options.timeout);
+        let timeout =
+            if self.interrupt.is_set() { self.options.timeout.min(STOP_LOGGING_TIMEOUT) } else { self.options.timeout };
+        self.connection.set_timeout(timeout);
+        let stopped = self.with_timeout_policy(TimeoutPolicy::KeepUninterruptible, UserDevice::send_logging);
+        self.connection.set_timeout(self.options.timeout);
         match stopped {
             // It is noted: connecting again switches nothing on.
             Err(error) if error.needs_reconnect() => Ok(()),
@@ -565,23 +564,23 @@ impl Device for UserDevice {
             return Ok(None);
         }
         let (patience, interrupt) = (self.options.stop_timeout, self.interrupt.clone());
-        self.owed(|device| device_state::save(&mut device.channel, patience, &interrupt)).map(Some)
+        self.keep_pending(|device| device_state::save(&mut device.connection, patience, &interrupt)).map(Some)
     }
 
     fn load_state(&mut self, state: &[u8]) -> Result<(), FrontendError> {
         let advice = "the guest's device has a state; use a back-end of the same kind";
-        self.need(protocol_feature::DEVICE_STATE, "DEVICE_STATE", advice)?;
-        device_state::load(&mut self.channel, self.options.stop_timeout, &self.interrupt, state)?;
-        self.loaded = Some(state.to_vec());
+        self.require(protocol_feature::DEVICE_STATE, "DEVICE_STATE", advice)?;
+        device_state::load(&mut self.connection, self.options.stop_timeout, &self.interrupt, state)?;
+        self.loaded_state = Some(state.to_vec());
         Ok(())
     }
 
     fn disk_generation(&mut self) -> Result<Option<DiskGeneration>, FrontendError> {
-        self.ask_disk(own::GET_DISK_GENERATION)
+        self.request_disk_value(own::GET_DISK_GENERATION)
     }
 
     fn disk_identity(&mut self) -> Result<Option<u128>, FrontendError> {
-        self.ask_disk(own::GET_DISK_IDENTITY)
+        self.request_disk_value(own::GET_DISK_IDENTITY)
     }
 
     fn log(&self) -> Option<&Arc<Log>> {
@@ -592,7 +591,7 @@ impl Device for UserDevice {
         let request = Request::GET_CONFIG;
         let header = self.config_header(offset, buf.len())?;
         let payload = [header.as_bytes(), buf].concat();
-        let reply = self.channel.ask(request, &payload, &[])?;
+        let reply = self.connection.request(request, &payload, &[])?;
         if reply.payload.is_empty() || reply.payload.get(4..8) == Some(&[0; 4]) {
             return Err(FrontendError::Refused { request, code: 0 });
         }
@@ -618,24 +617,24 @@ impl Device for UserDevice {
         if !self.has(protocol_feature::STATUS) {
             return Ok(None);
         }
-        let status: u64 = self.channel.ask(Request::GET_STATUS, &[], &[])?.read("F3.1")?;
+        let status: u64 = self.connection.request(Request::GET_STATUS, &[], &[])?.read("S1")?;
         Ok(Some(status as u8))
     }
 
     fn set_status(&mut self, status: u8) -> Result<(), FrontendError> {
         self.status = status;
         if status == 0 {
-            self.known.clear();
+            self.sent_rings.clear();
         }
         if !self.has(protocol_feature::STATUS) {
             return Ok(());
         }
-        self.post_status()?;
-        self.channel.settle()
+        self.send_status()?;
+        self.connection.wait_for_acks()
     }
 
     fn hang_up_fd(&self) -> Result<Option<OwnedFd>, FrontendError> {
-        self.channel.watch().map(Some)
+        self.connection.hang_up_fd().map(Some)
     }
 
     fn take_events(&mut self) -> Vec<DeviceEvent> {
@@ -648,7 +647,7 @@ impl Device for UserDevice {
     }
 
     fn needs_reconnect(&self) -> bool {
-        self.channel.hung_up() || self.channel.owes()
+        self.connection.is_hung_up() || self.connection.has_pending_replies()
     }
 
     fn interrupt(&self) -> Option<Interrupt> {
@@ -656,16 +655,16 @@ impl Device for UserDevice {
     }
 
     fn reconnect(&mut self, deadline: Instant) -> Result<Reconnection, FrontendError> {
-        if self.channel.owes() && !self.channel.hung_up() {
-            match self.catch_up(deadline) {
-                Err(error) if self.channel.hung_up() => tracing::debug!("{}: {error}", self.path.display()),
+        if self.connection.has_pending_replies() && !self.connection.is_hung_up() {
+            match self.resume_interrupted(deadline) {
+                Err(error) if self.connection.is_hung_up() => tracing::debug!("{}: {error}", self.path.display()),
                 done => return done.map(|()| Reconnection::default()),
             }
         }
         let timeout = self.options.timeout;
         let left = move || deadline.saturating_duration_since(Instant::now()).min(timeout).max(*BACK_OFF.end());
         let interrupt = self.interrupt.clone();
-        let (resubmitted, attempts) = until(deadline, &interrupt, || self.reinstall(left()))?;
+        let (resubmitted, attempts) = retry_until(deadline, &interrupt, || self.reconnect_once(left()))?;
         counters::reconnected(self.name(), resubmitted);
         Ok(Reconnection { resubmitted, attempts })
     }
@@ -673,24 +672,24 @@ impl Device for UserDevice {
 
 impl UserDevice {
     /// Starts so many rings that their messages need not wait for each other.
-    fn start_some(
+    fn start_chunk(
         &mut self,
         rings: &[(u16, RingSetup)],
         sent: &mut dyn FnMut(),
         started: &mut dyn FnMut(u16),
     ) -> Result<(), FrontendError> {
         let mut ends = Vec::new();
-        let posted = rings.iter().try_for_each(|(index, setup)| {
-            self.post_ring(*index, setup, setup.base)?;
-            self.post_kick(*index, setup)?;
+        let result = rings.iter().try_for_each(|(index, setup)| {
+            self.send_ring(*index, setup, setup.base)?;
+            self.send_kick(*index, setup)?;
             // What it finds as soon as it is enabled it may call for at once.
-            self.ear.iter().for_each(|ear| ear.add(*index, setup));
-            self.post_enable(*index, true)?;
-            ends.push(self.channel.posted());
+            self.backend_channel.iter().for_each(|backend_channel| backend_channel.add_ring(*index, setup));
+            self.send_enable(*index, true)?;
+            ends.push(self.connection.unacked());
             Ok(())
         });
-        let settled = posted.and_then(|()| self.channel.settle_each(self.options.timeout, sent));
-        let interrupted = match &settled {
+        let acked = result.and_then(|()| self.connection.collect_acks(self.options.timeout, sent));
+        let interrupted = match &acked {
             Ok(_) => None,
             // They start when the back-end gets to them.
             Err(FrontendError::Interrupted { request }) => {
@@ -698,13 +697,15 @@ impl UserDevice {
                 Some(FrontendError::Interrupted { request: *request })
             }
             Err(_) => {
-                self.ear.iter().for_each(|ear| rings.iter().for_each(|(index, _)| ear.remove(*index)));
+                self.backend_channel.iter().for_each(|backend_channel| {
+                    rings.iter().for_each(|(index, _)| backend_channel.remove_ring(*index))
+                });
                 None
             }
         };
         let mut refused = match interrupted.is_some() {
             true => Vec::new(),
-            false => settled?,
+            false => acked?,
         }
         .into_iter()
         .peekable();
@@ -716,15 +717,15 @@ impl UserDevice {
                 first.get_or_insert(error);
             }
             if is_refused {
-                self.ear.iter().for_each(|ear| ear.remove(*index));
+                self.backend_channel.iter().for_each(|backend_channel| backend_channel.remove_ring(*index));
                 continue;
             }
             if interrupted.is_none() {
-                self.pass_kicks(*index, true);
+                self.forward_kicks(*index, true);
             }
             self.rings.insert(*index, setup.clone());
             // The back-end may change it from now on.
-            self.loaded = None;
+            self.loaded_state = None;
             started(*index);
         }
         interrupted.or(first).map_or(Ok(()), Err)
@@ -739,58 +740,58 @@ impl UserDevice {
     }
 
     /// Stops a ring with one of the requests that do.
-    fn end_ring(&mut self, request: Request, index: u16) -> Result<RingBase, FrontendError> {
+    fn stop_ring_with(&mut self, request: Request, index: u16) -> Result<RingBase, FrontendError> {
         let mut stopped = None;
-        self.end_rings(request, &[index], &mut || {}, &mut |_, base| stopped = Some(base))?;
+        self.stop_rings_with(request, &[index], &mut || {}, &mut |_, base| stopped = Some(base))?;
         stopped.ok_or_else(|| FrontendError::InvalidRing { index, reason: "it is not started".into() })
     }
 
     /// Stops rings with one of the requests that do; `stopped` is told of each that has stopped.
-    fn end_rings(
+    fn stop_rings_with(
         &mut self,
         request: Request,
         indices: &[u16],
         sent: &mut dyn FnMut(),
         stopped: &mut dyn FnMut(u16, RingBase),
     ) -> Result<(), FrontendError> {
-        self.check_owed()?;
+        self.check_pending_replies()?;
         if let Some(index) = indices.iter().copied().find(|index| !self.rings.contains_key(index)) {
             return Err(FrontendError::InvalidRing { index, reason: "it is not started".into() });
         }
-        indices.iter().for_each(|index| self.pass_kicks(*index, false));
-        let ended = self.owed(|device| {
+        indices.iter().for_each(|index| self.forward_kicks(*index, false));
+        let ended = self.keep_pending(|device| {
             // Two messages for each.
-            let mut chunks = indices.chunks(MOST_POSTED / 2);
-            chunks.try_for_each(|indices| device.ask_for_bases(request, indices, sent, stopped))
+            let mut chunks = indices.chunks(MAX_UNACKED / 2);
+            chunks.try_for_each(|indices| device.request_bases(request, indices, sent, stopped))
         });
         let running = indices.iter().copied().filter(|index| self.rings.contains_key(index)).collect::<Vec<_>>();
-        match self.channel.owes() {
+        match self.connection.has_pending_replies() {
             true => self.stopping = running,
             // If they live on, so do their kicks.
-            false => running.into_iter().for_each(|index| self.pass_kicks(index, true)),
+            false => running.into_iter().for_each(|index| self.forward_kicks(index, true)),
         }
         ended
     }
 
-    fn ask_for_bases(
+    fn request_bases(
         &mut self,
         request: Request,
         indices: &[u16],
         sent: &mut dyn FnMut(),
         stopped: &mut dyn FnMut(u16, RingBase),
     ) -> Result<(), FrontendError> {
-        self.channel.settle()?;
+        self.connection.wait_for_acks()?;
         // Disabling it may drain it already.
         if request == Request::GET_VRING_BASE {
-            indices.iter().try_for_each(|index| self.post_enable(*index, false))?;
+            indices.iter().try_for_each(|index| self.send_enable(*index, false))?;
         }
         let states: Vec<_> = indices.iter().map(|index| VringState { index: (*index).into(), num: 0 }).collect();
         let mut replies = Vec::new();
         let payloads = states.iter().map(IntoBytes::as_bytes);
-        let asked = self.channel.ask_each(self.options.stop_timeout, request, payloads, sent, &mut replies);
+        let asked = self.connection.request_each(self.options.stop_timeout, request, payloads, sent, &mut replies);
         for (index, reply) in indices.iter().copied().zip(replies) {
-            let base = self.base_of(&reply, index)?;
-            self.ear.iter().for_each(|ear| ear.remove(index));
+            let base = self.parse_base(&reply, index)?;
+            self.backend_channel.iter().for_each(|backend_channel| backend_channel.remove_ring(index));
             self.rings.remove(&index);
             stopped(index, base);
         }
@@ -800,11 +801,11 @@ impl UserDevice {
         Ok(())
     }
 
-    fn base_of(&self, reply: &Reply, index: u16) -> Result<RingBase, FrontendError> {
+    fn parse_base(&self, reply: &Reply, index: u16) -> Result<RingBase, FrontendError> {
         // Whether the ring runs is not known after a wrong answer; connecting again starts it where it was.
-        let state: VringState = reply.read("R3.1").inspect_err(|_| self.channel.close())?;
+        let state: VringState = reply.read("R3").inspect_err(|_| self.connection.close())?;
         if state.index != u32::from(index) {
-            self.channel.close();
+            self.connection.close();
             let what = format!("it answered for ring {} instead of {index}", state.index);
             return Err(FrontendError::ProtocolViolation { request: reply.request, what, rule: "R3.1" });
         }
@@ -813,20 +814,23 @@ impl UserDevice {
 
     /// Does what only this connection knows the outcome of: a back-end that is silent for too long is given up if there is
     /// an inflight region, which knows where its rings are.
-    fn owed<T>(&mut self, work: impl FnOnce(&mut UserDevice) -> Result<T, FrontendError>) -> Result<T, FrontendError> {
-        self.patiently(Late::Owed, work)
-    }
-
-    fn patiently<T>(
+    fn keep_pending<T>(
         &mut self,
-        late: Late,
         work: impl FnOnce(&mut UserDevice) -> Result<T, FrontendError>,
     ) -> Result<T, FrontendError> {
-        self.channel.set_late(late);
+        self.with_timeout_policy(TimeoutPolicy::Keep, work)
+    }
+
+    fn with_timeout_policy<T>(
+        &mut self,
+        late: TimeoutPolicy,
+        work: impl FnOnce(&mut UserDevice) -> Result<T, FrontendError>,
+    ) -> Result<T, FrontendError> {
+        self.connection.set_timeout_policy(late);
         let done = work(self);
-        self.channel.set_late(Late::GivenUp);
+        self.connection.set_timeout_policy(TimeoutPolicy::Close);
         if done.as_ref().is_err_and(FrontendError::is_hang_up) && self.inflight.is_some() {
-            self.channel.close();
+            self.connection.close();
         }
         done
     }
@@ -834,24 +838,24 @@ impl UserDevice {
     /// Gets the answers that are owed, and makes the back-end what is noted: the ring that was being stopped or started
     /// runs, and what is logged is as if the call that was interrupted had never been made. A ring whose start is refused is
     /// started again over another connection.
-    fn catch_up(&mut self, deadline: Instant) -> Result<(), FrontendError> {
-        let Caught { bases, refused } = self.channel.catch_up(deadline)?;
+    fn resume_interrupted(&mut self, deadline: Instant) -> Result<(), FrontendError> {
+        let LateReplies { base_replies, refused } = self.connection.receive_pending(deadline)?;
         if let Some(error) = refused.filter(|_| !self.starting.is_empty()) {
-            self.channel.close();
+            self.connection.close();
             return Err(error);
         }
         // Of another refusal whoever repeats the call finds out.
         // What goes wrong now leaves a connection of which nothing is known.
-        self.undo(&bases).inspect_err(|_| self.channel.close())
+        self.undo_interrupted(&base_replies).inspect_err(|_| self.connection.close())
     }
 
-    fn undo(&mut self, stopped: &[Reply]) -> Result<(), FrontendError> {
+    fn undo_interrupted(&mut self, stopped: &[Reply]) -> Result<(), FrontendError> {
         self.install_log()?;
-        self.switch_logging()?;
+        self.send_logging()?;
         for index in std::mem::take(&mut self.starting) {
             let Some(setup) = self.rings.get(&index) else { continue };
-            self.pass_kicks(index, true);
-            wake(&setup.kick);
+            self.forward_kicks(index, true);
+            signal(&setup.kick);
         }
         let stopping = std::mem::take(&mut self.stopping);
         // Those whose answers were owed are the next ones that were being stopped.
@@ -859,42 +863,42 @@ impl UserDevice {
         for index in stopping {
             let Some(setup) = self.rings.get(&index).cloned() else { continue };
             if let Some(reply) = replies.next() {
-                let base = self.base_of(reply, index)?;
-                self.post_ring(index, &setup, base)?;
-                self.post_kick(index, &setup)?;
+                let base = self.parse_base(reply, index)?;
+                self.send_ring(index, &setup, base)?;
+                self.send_kick(index, &setup)?;
                 self.rings.insert(index, RingSetup { base, ..setup.clone() });
             }
-            self.post_enable(index, true)?;
-            self.channel.settle()?;
-            self.pass_kicks(index, true);
+            self.send_enable(index, true)?;
+            self.connection.wait_for_acks()?;
+            self.forward_kicks(index, true);
             // What was added meanwhile.
-            wake(&setup.kick);
+            signal(&setup.kick);
         }
         Ok(())
     }
 
     fn write_config(&mut self, offset: u32, bytes: &[u8], flags: u32) -> Result<(), FrontendError> {
         let header = ConfigHeader { flags, ..self.config_header(offset, bytes.len())? };
-        self.channel.post(Request::SET_CONFIG, &[header.as_bytes(), bytes].concat(), &[])?;
-        self.channel.settle()
+        self.connection.send(Request::SET_CONFIG, &[header.as_bytes(), bytes].concat(), &[])?;
+        self.connection.wait_for_acks()
     }
 
     /// Whether a ring's kicks reach the back-end, where they are messages.
-    fn pass_kicks(&self, index: u16, yes: bool) {
-        self.ear.iter().for_each(|ear| ear.set_kicks(index, yes));
+    fn forward_kicks(&self, index: u16, yes: bool) {
+        self.backend_channel.iter().for_each(|backend_channel| backend_channel.set_kick_forwarding(index, yes));
     }
 
     /// Asks a disk what names it, or its contents.
-    fn ask_disk<T: FromBytes>(&mut self, request: Request) -> Result<Option<T>, FrontendError> {
+    fn request_disk_value<T: FromBytes>(&mut self, request: Request) -> Result<Option<T>, FrontendError> {
         if !self.has(own::F_DISK_GENERATION) {
             return Ok(None);
         }
-        let reply = self.channel.ask(request, &[], &[])?;
-        if reply.payload.is_empty() { Ok(None) } else { reply.read("F3.1").map(Some) }
+        let reply = self.connection.request(request, &[], &[])?;
+        if reply.payload.is_empty() { Ok(None) } else { reply.read("F3").map(Some) }
     }
 
     fn config_header(&self, offset: u32, len: usize) -> Result<ConfigHeader, FrontendError> {
-        self.need(protocol_feature::CONFIG, "CONFIG", "its configuration can't be read through this socket")?;
+        self.require(protocol_feature::CONFIG, "CONFIG", "its configuration can't be read through this socket")?;
         if len == 0 || len > VHOST_USER_MAX_CONFIG_SIZE {
             let what = format!("{len} bytes of configuration in one message");
             return Err(FrontendError::NotOffered { what, advice: "ask for 1 to 256 bytes" });
@@ -904,6 +908,6 @@ impl UserDevice {
 }
 
 /// Signals an eventfd of a ring, which the back-end has too.
-fn wake(eventfd: &OwnedFd) {
+fn signal(eventfd: &OwnedFd) {
     let _ = nonblocking::signal(eventfd.as_fd());
 }

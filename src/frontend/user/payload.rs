@@ -10,15 +10,15 @@ use crate::abi::vhost_user::{MemoryHeader, MemoryRegion};
 use crate::memory::{Memory, MemoryError, Region};
 
 /// SET_MEM_TABLE with all of `memory`.
-pub(super) fn table(memory: &Memory) -> Result<(Vec<u8>, Vec<BorrowedFd<'_>>), FrontendError> {
+pub(super) fn memory_table(memory: &Memory) -> Result<(Vec<u8>, Vec<BorrowedFd<'_>>), FrontendError> {
     let (regions, fds): (Vec<MemoryRegion>, Vec<_>) =
-        memory.regions().iter().map(|region| describe(region)).collect::<Result<_, _>>()?;
+        memory.regions().iter().map(|region| region_message(region)).collect::<Result<_, _>>()?;
     let header = MemoryHeader { nregions: regions.len() as u32, padding: 0 };
     Ok(([header.as_bytes(), regions.as_bytes()].concat(), fds))
 }
 
 /// A region as messages describe it, with the fd that goes along.
-pub(super) fn describe(region: &Region) -> Result<(MemoryRegion, BorrowedFd<'_>), FrontendError> {
+pub(super) fn region_message(region: &Region) -> Result<(MemoryRegion, BorrowedFd<'_>), FrontendError> {
     let (fd, mmap_offset) = region.shared().ok_or(FrontendError::NotShared { gpa: region.gpa() })?;
     let description = MemoryRegion {
         guest_phys_addr: region.gpa(),

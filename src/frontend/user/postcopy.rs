@@ -5,7 +5,7 @@
 use zerocopy::IntoBytes;
 
 use super::UserDevice;
-use super::payload::table;
+use super::payload::memory_table;
 use crate::abi::bit;
 use crate::abi::vhost_user::{MemoryHeader, MemoryRegion, Request, protocol_feature};
 use crate::frontend::FrontendError;
@@ -43,8 +43,8 @@ impl UserDevice {
     /// [`FrontendError::NotOffered`] if the back-end can't; the channel's errors.
     pub fn postcopy_advise(&mut self) -> Result<Userfault, FrontendError> {
         let advice = "start it with --postcopy; our own back-end says why it can't in its log";
-        self.need(protocol_feature::PAGEFAULT, "PAGEFAULT", advice)?;
-        let mut reply = self.channel.ask(Request::POSTCOPY_ADVISE, &[], &[])?;
+        self.require(protocol_feature::PAGEFAULT, "PAGEFAULT", advice)?;
+        let mut reply = self.connection.request(Request::POSTCOPY_ADVISE, &[], &[])?;
         let fd = reply.fds.pop().ok_or(FrontendError::NotOffered { what: "a userfaultfd".into(), advice })?;
         Ok(Userfault::from_fd(fd))
     }
@@ -68,21 +68,21 @@ impl UserDevice {
         ready: impl FnOnce(BackendAddresses),
     ) -> Result<(), FrontendError> {
         let request = Request::SET_MEM_TABLE;
-        let (payload, fds) = table(memory)?;
-        let reply = self.channel.ask(request, &payload, &fds)?;
+        let (payload, fds) = memory_table(memory)?;
+        let reply = self.connection.request(request, &payload, &fds)?;
         let ours = addresses(&payload);
         let theirs = Some(addresses(&reply.payload)).filter(|_| reply.payload.len() == payload.len());
         let key = |region: &MemoryRegion| (region.guest_phys_addr, region.memory_size);
         let same = |theirs: &Vec<MemoryRegion>| theirs.iter().map(key).eq(ours.iter().map(key));
         let Some(theirs) = theirs.filter(same) else {
-            self.channel.close();
+            self.connection.close();
             let what = format!("{} bytes that are not the regions it was told of", reply.payload.len());
             return Err(FrontendError::ProtocolViolation { request, what, rule: "P1.4" });
         };
         self.memory = memory.clone();
-        self.change_translations(Some(memory));
+        self.set_translation_memory(Some(memory));
         ready(BackendAddresses(theirs));
-        self.channel.tell(request, 0u64.as_bytes())
+        self.connection.send_without_reply(request, 0u64.as_bytes())
     }
 
     /// All pages are there.
@@ -94,15 +94,15 @@ impl UserDevice {
     }
 
     fn postcopy_ask(&mut self, request: Request) -> Result<(), FrontendError> {
-        if self.offer.protocol & bit(protocol_feature::PAGEFAULT) == 0 {
+        if self.negotiated.protocol & bit(protocol_feature::PAGEFAULT) == 0 {
             return Err(FrontendError::NotOffered { what: "PAGEFAULT".into(), advice: "start it with --postcopy" });
         }
         // DPDK answers LISTEN only where need-reply asks for it, libvhost-user in any case, and once.
-        if self.channel.acks {
-            self.channel.post(request, &[], &[])?;
-            return self.channel.settle();
+        if self.connection.acks {
+            self.connection.send(request, &[], &[])?;
+            return self.connection.wait_for_acks();
         }
-        match self.channel.ask(request, &[], &[])?.read::<u64>("P1.3").inspect_err(|_| self.channel.close())? {
+        match self.connection.request(request, &[], &[])?.read::<u64>("P1").inspect_err(|_| self.connection.close())? {
             0 => Ok(()),
             code => Err(FrontendError::Refused { request, code }),
         }

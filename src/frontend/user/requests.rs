@@ -17,11 +17,11 @@ impl UserDevice {
     /// # Errors
     /// [`FrontendError::NotOffered`], [`FrontendError::Refused`]; the channel's errors.
     pub fn send_rarp(&mut self, mac: [u8; 6]) -> Result<(), FrontendError> {
-        self.need(protocol_feature::RARP, "RARP", "let the guest's driver announce itself")?;
+        self.require(protocol_feature::RARP, "RARP", "let the guest's driver announce itself")?;
         let [a, b, c, d, e, f] = mac;
         let payload = u64::from_le_bytes([a, b, c, d, e, f, 0, 0]);
-        self.channel.post(Request::SEND_RARP, payload.as_bytes(), &[])?;
-        self.channel.settle()
+        self.connection.send(Request::SEND_RARP, payload.as_bytes(), &[])?;
+        self.connection.wait_for_acks()
     }
 
     /// Tells a network device the largest packet of its driver, in bytes; also after a reconnection (NET_SET_MTU).
@@ -29,10 +29,10 @@ impl UserDevice {
     /// # Errors
     /// As [`UserDevice::send_rarp`].
     pub fn set_mtu(&mut self, mtu: u16) -> Result<(), FrontendError> {
-        self.need(protocol_feature::MTU, "MTU", "leave it as it is")?;
+        self.require(protocol_feature::MTU, "MTU", "leave it as it is")?;
         self.mtu = Some(mtu);
-        self.post_mtu()?;
-        self.channel.settle().inspect_err(|error| {
+        self.send_mtu()?;
+        self.connection.wait_for_acks().inspect_err(|error| {
             if !error.needs_reconnect() {
                 self.mtu = None;
             }
@@ -40,9 +40,9 @@ impl UserDevice {
     }
 
     /// Posts the MTU that is noted.
-    pub(super) fn post_mtu(&mut self) -> Result<(), FrontendError> {
+    pub(super) fn send_mtu(&mut self) -> Result<(), FrontendError> {
         match self.mtu {
-            Some(mtu) => self.channel.post(Request::NET_SET_MTU, u64::from(mtu).as_bytes(), &[]),
+            Some(mtu) => self.connection.send(Request::NET_SET_MTU, u64::from(mtu).as_bytes(), &[]),
             None => Ok(()),
         }
     }
@@ -65,15 +65,15 @@ impl UserDevice {
         let kept = signal.map(|fd| fd.try_clone_to_owned()).transpose();
         let kept = kept.map_err(FrontendError::system("keep the log's signal"))?;
         let before = std::mem::replace(&mut self.log_signal, kept);
-        let done = self.post_log_signal().and_then(|()| self.channel.settle());
+        let done = self.send_log_fd().and_then(|()| self.connection.wait_for_acks());
         // Back-ends that don't know it hang up: connecting again must not bring it up again.
         done.inspect_err(|_| self.log_signal = before)
     }
 
     /// Posts the signal that is noted.
-    pub(super) fn post_log_signal(&mut self) -> Result<(), FrontendError> {
+    pub(super) fn send_log_fd(&mut self) -> Result<(), FrontendError> {
         let fds: Vec<BorrowedFd<'_>> = self.log_signal.iter().map(AsFd::as_fd).collect();
-        self.channel.post(Request::SET_LOG_FD, &[], &fds)
+        self.connection.send(Request::SET_LOG_FD, &[], &fds)
     }
 
     /// Resets the device as its driver would: rings are gone, requests in flight are not answered any more, features are
@@ -82,28 +82,30 @@ impl UserDevice {
     /// # Errors
     /// [`FrontendError::NotOffered`] if it knows neither; the channel's errors.
     pub fn reset(&mut self) -> Result<(), FrontendError> {
-        self.rings.keys().for_each(|index| self.pass_kicks(*index, false));
-        let asked = self.ask_for_reset();
+        self.rings.keys().for_each(|index| self.forward_kicks(*index, false));
+        let asked = self.request_reset();
         if asked.as_ref().is_err_and(|error| !matches!(error, FrontendError::Interrupted { .. })) {
             // Rings that live on are kicked on.
-            self.rings.keys().for_each(|index| self.pass_kicks(*index, true));
+            self.rings.keys().for_each(|index| self.forward_kicks(*index, true));
             return asked;
         }
         (self.status, self.features) = (0, 0);
-        self.known.clear();
+        self.sent_rings.clear();
         let rings = std::mem::take(&mut self.rings);
-        rings.keys().for_each(|index| self.ear.iter().for_each(|ear| ear.remove(*index)));
+        rings.keys().for_each(|index| {
+            self.backend_channel.iter().for_each(|backend_channel| backend_channel.remove_ring(*index))
+        });
         asked
     }
 
-    fn ask_for_reset(&mut self) -> Result<(), FrontendError> {
+    fn request_reset(&mut self) -> Result<(), FrontendError> {
         match self.has(protocol_feature::RESET_DEVICE) {
-            true => self.channel.post(Request::RESET_DEVICE, &[], &[])?,
+            true => self.connection.send(Request::RESET_DEVICE, &[], &[])?,
             false => {
-                self.need(protocol_feature::STATUS, "RESET_DEVICE or STATUS", "stop its rings instead")?;
+                self.require(protocol_feature::STATUS, "RESET_DEVICE or STATUS", "stop its rings instead")?;
                 self.set_status(0)?;
             }
         }
-        self.channel.settle()
+        self.connection.wait_for_acks()
     }
 }
