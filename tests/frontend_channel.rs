@@ -31,15 +31,15 @@ use zerocopy::{FromBytes, IntoBytes};
 mod raw;
 
 const MIB: u64 = 1 << 20;
-const PATIENCE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// A disk whose back-end says whatever a test wants.
-struct Talker {
+struct ChannelDevice {
     disk: Disk,
     host: Mutex<Arc<Host>>,
 }
 
-impl backend::Device for Talker {
+impl backend::Device for ChannelDevice {
     fn features(&self) -> u64 {
         self.disk.features()
     }
@@ -68,7 +68,7 @@ impl backend::Device for Talker {
 /// It is served until this is dropped.
 struct Backend {
     folder: TempDir,
-    talker: Arc<Talker>,
+    channel_device: Arc<ChannelDevice>,
     stop: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
 }
@@ -79,30 +79,30 @@ impl Backend {
         let image = folder.path().join("image");
         File::create(&image).unwrap().set_len(16 * MIB).unwrap();
         let disk = Disk::open(DiskOptions { queues: 2, aio: Aio::Threads, ..DiskOptions::new(image) });
-        let talker = Arc::new(Talker { disk: disk.unwrap(), host: Mutex::default() });
+        let channel_device = Arc::new(ChannelDevice { disk: disk.unwrap(), host: Mutex::default() });
         let listener = Listener::bind(&folder.path().join("s")).unwrap();
-        let (stop, device) = (Arc::new(EventFd::new().unwrap()), talker.clone());
+        let (stop, device) = (Arc::new(EventFd::new().unwrap()), channel_device.clone());
         let until = stop.clone();
         let thread = std::thread::spawn(move || {
             let device: Arc<dyn backend::Device> = device;
             serve(&listener, &device, until.as_fd()).unwrap();
         });
-        Backend { folder, talker, stop, thread: Some(thread) }
+        Backend { folder, channel_device, stop, thread: Some(thread) }
     }
 
     fn device(&self, more: u64) -> UserDevice {
         let usual = UserOptions::default();
         let options = UserOptions { protocol_features: usual.protocol_features | more, ..usual };
-        UserDevice::connect(self.folder.path().join("s"), options, Instant::now() + PATIENCE).unwrap()
+        UserDevice::connect(self.folder.path().join("s"), options, Instant::now() + DEADLINE).unwrap()
     }
 
     fn host(&self) -> Arc<Host> {
-        self.talker.host.lock().unwrap().clone()
+        self.channel_device.host.lock().unwrap().clone()
     }
 
     /// What the front-end answers.
     fn ask(&self, code: BackendRequest, body: &(impl IntoBytes + zerocopy::Immutable)) -> u64 {
-        self.host().ask(code, body).unwrap().expect("REPLY_ACK").recv_timeout(PATIENCE).unwrap()
+        self.host().ask(code, body).unwrap().expect("REPLY_ACK").recv_timeout(DEADLINE).unwrap()
     }
 }
 
@@ -149,7 +149,7 @@ fn a_config_change_message_is_one_event() {
         assert_eq!(events(&mut device), [DeviceEvent::ConfigChanged]);
     }
     // The next connection has a channel too.
-    device.reconnect(Instant::now() + PATIENCE).unwrap();
+    device.reconnect(Instant::now() + DEADLINE).unwrap();
     backend.host().config_changed();
     assert_eq!(events(&mut device), [DeviceEvent::ConfigChanged]);
     let fd = device.events_fd().unwrap().unwrap();
@@ -196,7 +196,7 @@ fn a_flooded_channel_keeps_a_bounded_number_of_events() {
         assert!(device.status().unwrap().is_some());
     }
     flood.join().unwrap();
-    // Behind the last of them: all have been heard, and what is of another kind is kept.
+    // Behind the last of them: all messages have been received, and events of other kinds are kept.
     let area = VringArea { u64: 1, size: 4096, offset: 0 };
     assert_eq!(backend.ask(BackendRequest::VRING_HOST_NOTIFIER_MSG, &area), 1);
     assert_eq!(backend.ask(BackendRequest::CONFIG_CHANGE_MSG, &[0u8; 0]), 0);
@@ -241,7 +241,7 @@ fn guest_config() -> GuestConfig {
 }
 
 fn wait_until(guest: &Guest, what: &str, is_so: impl Fn(&Guest) -> bool) {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + DEADLINE;
     while !is_so(guest) {
         assert!(guest.failure().is_none(), "{what}: {:?}", guest.failure());
         assert!(Instant::now() < end, "{what}");
@@ -259,8 +259,8 @@ fn the_guest_reports_the_new_capacity_and_broken_rings() {
     assert_eq!((now(&guest).capacity, now(&guest).broken_rings), (16 * MIB, vec![]));
     let image = File::options().write(true).open(backend.folder.path().join("image")).unwrap();
     image.set_len(64 * MIB).unwrap();
-    // The talker keeps the host to itself, so that it has to say it.
-    backend.talker.disk.grow().unwrap();
+    // The disk has no `Host` of its own here: the test sends the message.
+    backend.channel_device.disk.grow().unwrap();
     backend.host().config_changed();
     wait_until(&guest, "it has grown", |guest| now(guest).capacity == 64 * MIB);
     assert_eq!(backend.ask(BackendRequest::VRING_ERR, &VringState { index: 1, num: 0 }), 0);
@@ -273,8 +273,8 @@ fn the_guest_reports_the_new_capacity_and_broken_rings() {
     assert!(now(&guest).broken_rings.is_empty());
 }
 
-/// A back-end that greets, does as it likes with the channel, and goes on answering.
-fn odd(listener: UnixListener, mut talk: impl FnMut(raw::Client)) {
+/// A back-end that negotiates, hands the channel to `talk`, and replies to further requests.
+fn serve_with_channel(listener: UnixListener, mut talk: impl FnMut(raw::Client)) {
     let client = raw::Client { socket: listener.accept().unwrap().0 };
     loop {
         let mut byte = [0];
@@ -300,7 +300,7 @@ fn odd(listener: UnixListener, mut talk: impl FnMut(raw::Client)) {
         client.send(code, Header::REPLY_FLAGS, number.as_bytes(), &[]);
         if code == Code::SET_BACKEND_REQ_FD {
             let socket = UnixStream::from(fd.unwrap());
-            socket.set_read_timeout(Some(PATIENCE)).unwrap();
+            socket.set_read_timeout(Some(DEADLINE)).unwrap();
             talk(raw::Client { socket });
         }
     }
@@ -314,14 +314,14 @@ fn a_protocol_violation_on_the_back_end_channel_closes_only_the_channel() {
         let folder = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(folder.path().join("s")).unwrap();
         let shown = format!("{bytes:x?}");
-        let nonsense = move |channel: raw::Client| {
+        let violate = move |channel: raw::Client| {
             channel.send_bytes(&bytes, &[]);
             // The front-end hangs up, and nothing else comes.
             assert!(channel.is_closed());
         };
-        let backend = std::thread::spawn(move || odd(listener, nonsense));
+        let backend = std::thread::spawn(move || serve_with_channel(listener, violate));
         let path = folder.path().join("s");
-        let mut device = UserDevice::connect(path, UserOptions::default(), Instant::now() + PATIENCE).unwrap();
+        let mut device = UserDevice::connect(path, UserOptions::default(), Instant::now() + DEADLINE).unwrap();
         assert!(matches!(events(&mut device)[..], [DeviceEvent::ChannelBroken(_)]), "{shown}");
         assert_eq!(device.status().unwrap(), Some(7), "{shown}");
         drop(device);
@@ -345,9 +345,9 @@ fn a_host_notifier_is_refused_and_its_fd_is_closed() {
         }
         assert_eq!(channel.reply(code), 1u64.as_bytes());
     };
-    let backend = std::thread::spawn(move || odd(listener, talk));
+    let backend = std::thread::spawn(move || serve_with_channel(listener, talk));
     let path = folder.path().join("s");
-    let mut device = UserDevice::connect(path, UserOptions::default(), Instant::now() + PATIENCE).unwrap();
+    let mut device = UserDevice::connect(path, UserOptions::default(), Instant::now() + DEADLINE).unwrap();
     assert_eq!(events(&mut device), [DeviceEvent::HostNotifierRefused(0)]);
     // It answers when it has said all.
     assert_eq!(device.status().unwrap(), Some(7));
@@ -355,27 +355,27 @@ fn a_host_notifier_is_refused_and_its_fd_is_closed() {
     backend.join().unwrap();
 }
 
-/// A back-end by hand whose kicks and calls are messages, greeted.
-struct InBand {
+/// A back-end with in-band notifications that the test drives, after negotiation.
+struct ManualBackend {
     connection: raw::Client,
     channel: raw::Client,
 }
 
-impl InBand {
-    fn shake() -> (InBand, UserDevice) {
+impl ManualBackend {
+    fn connect() -> (ManualBackend, UserDevice) {
         let folder = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(folder.path().join("s")).unwrap();
-        let greets = std::thread::spawn(move || InBand::greet(&listener));
+        let negotiates = std::thread::spawn(move || ManualBackend::negotiate(&listener));
         let more = bit(protocol_feature::INBAND_NOTIFICATIONS) | INFLIGHT_MIGRATION;
         let usual = UserOptions::default();
         let options = UserOptions { protocol_features: usual.protocol_features | more, ..usual };
-        let device = UserDevice::connect(folder.path().join("s"), options, Instant::now() + PATIENCE).unwrap();
-        (greets.join().unwrap(), device)
+        let device = UserDevice::connect(folder.path().join("s"), options, Instant::now() + DEADLINE).unwrap();
+        (negotiates.join().unwrap(), device)
     }
 
-    fn greet(listener: &UnixListener) -> InBand {
+    fn negotiate(listener: &UnixListener) -> ManualBackend {
         let own = |socket: UnixStream| {
-            socket.set_read_timeout(Some(PATIENCE)).unwrap();
+            socket.set_read_timeout(Some(DEADLINE)).unwrap();
             raw::Client { socket }
         };
         let connection = own(listener.accept().unwrap().0);
@@ -394,42 +394,42 @@ impl InBand {
             };
             connection.send(code, Header::REPLY_FLAGS, number.as_bytes(), &[]);
             if code == Code::SET_BACKEND_REQ_FD {
-                return InBand { connection, channel: own(UnixStream::from(fd.unwrap())) };
+                return ManualBackend { connection, channel: own(UnixStream::from(fd.unwrap())) };
             }
         }
     }
 
     /// Does all it is told until it is told `code`, which it leaves unanswered.
-    fn hears(&self, code: Code) {
+    fn receive_until(&self, code: Code) {
         loop {
             let (header, payload, _) = self.connection.receive();
             match Code(header.request) {
-                heard if heard == code => return,
+                request if request == code => return,
                 Code::GET_INFLIGHT_FD => {
                     let wish = InflightDescription::read_from_bytes(&payload).unwrap();
                     let (queues, size) = (wish.num_queues, wish.queue_size);
                     let mmap_size = InflightRegion::bytes_for(RingKind::Split, queues, size).unwrap();
                     let (_, fd) = InflightRegion::create(RingKind::Split, queues, size).unwrap();
                     let region = InflightDescription { mmap_size, ..wish };
-                    self.answer(Code::GET_INFLIGHT_FD, &region, &[fd.as_fd()]);
+                    self.reply(Code::GET_INFLIGHT_FD, &region, &[fd.as_fd()]);
                 }
-                heard => self.answer(heard, &0u64, &[]),
+                request => self.reply(request, &0u64, &[]),
             }
         }
     }
 
-    fn answer(&self, code: Code, body: &(impl IntoBytes + zerocopy::Immutable), fds: &[std::os::fd::BorrowedFd<'_>]) {
+    fn reply(&self, code: Code, body: &(impl IntoBytes + zerocopy::Immutable), fds: &[std::os::fd::BorrowedFd<'_>]) {
         self.connection.send(code, Header::REPLY_FLAGS, body.as_bytes(), fds);
     }
 
     /// What the front-end answers to a call of ring 0.
-    fn calls(&self) -> u64 {
+    fn call_ring_0(&self) -> u64 {
         let code = Code(BackendRequest::VRING_CALL.0);
         self.channel.acknowledged(code, VringState { index: 0, num: 0 }.as_bytes(), &[])
     }
 
     /// Ring 0 is started; with its device come its kick and its call.
-    fn starts(&self, device: UserDevice) -> (UserDevice, RingSetup) {
+    fn start_ring_0(&self, device: UserDevice) -> (UserDevice, RingSetup) {
         let starts = std::thread::spawn(move || {
             let mut device = device;
             let (_memory, setup) = ring(&mut device);
@@ -437,10 +437,10 @@ impl InBand {
             device.start_ring(0, setup.clone()).unwrap();
             (device, setup)
         });
-        self.hears(Code::SET_VRING_ENABLE);
+        self.receive_until(Code::SET_VRING_ENABLE);
         // It has found requests at once, and served them.
-        assert_eq!(self.calls(), 0, "a ring that is being enabled is not known");
-        self.answer(Code::SET_VRING_ENABLE, &0u64, &[]);
+        assert_eq!(self.call_ring_0(), 0, "a ring that is being enabled is not known");
+        self.reply(Code::SET_VRING_ENABLE, &0u64, &[]);
         starts.join().unwrap()
     }
 }
@@ -448,17 +448,17 @@ impl InBand {
 /// Rules B3.2, B3.6.
 #[test]
 fn in_band_calls_are_forwarded_while_a_ring_is_enabled_and_after_it_is_stopped() {
-    let (hand, device) = InBand::shake();
-    let (device, setup) = hand.starts(device);
+    let (backend, device) = ManualBackend::connect();
+    let (device, setup) = backend.start_ring_0(device);
     assert!(is_readable(&setup.call, PollTimeout::ZERO), "the call before the acknowledgement is lost");
     nix::unistd::read(&setup.call, &mut [0; 8]).unwrap();
     let mut device = device;
     let stops = std::thread::spawn(move || device.stop_ring(0).map(|_| device));
-    hand.hears(Code::GET_VRING_BASE);
-    hand.answer(Code::GET_VRING_BASE, &VringState { index: 0, num: 1 }, &[]);
+    backend.receive_until(Code::GET_VRING_BASE);
+    backend.reply(Code::GET_VRING_BASE, &VringState { index: 0, num: 1 }, &[]);
     let _device = stops.join().unwrap().unwrap();
     // What it said last may come over the channel when the answer has been read already.
-    assert_eq!(hand.calls(), 1);
+    assert_eq!(backend.call_ring_0(), 1);
     assert!(is_readable(&setup.call, PollTimeout::ZERO), "the last call is lost");
 }
 
@@ -469,33 +469,33 @@ fn no_in_band_kick_follows_the_message_that_stops_its_ring() {
     for (stop, code) in
         [(stop, Code::GET_VRING_BASE), (|device| device.suspend_ring(0), Code::GET_VRING_BASE_SKIP_DRAIN)]
     {
-        let (hand, device) = InBand::shake();
-        let (mut device, setup) = hand.starts(device);
+        let (backend, device) = ManualBackend::connect();
+        let (mut device, setup) = backend.start_ring_0(device);
         let kick = || nix::unistd::write(&setup.kick, &1u64.to_ne_bytes()).unwrap();
         kick();
-        hand.hears(Code::VRING_KICK);
+        backend.receive_until(Code::VRING_KICK);
         let stops = std::thread::spawn(move || (stop(&mut device), device));
-        hand.hears(code);
+        backend.receive_until(code);
         kick();
-        assert!(!is_readable(&hand.connection, 300u16.into()), "a kick comes after {code}");
-        hand.answer(code, &VringState { index: 0, num: 1 }, &[]);
+        assert!(!is_readable(&backend.connection, 300u16.into()), "a kick comes after {code}");
+        backend.reply(code, &VringState { index: 0, num: 1 }, &[]);
         let (base, _device) = stops.join().unwrap();
         assert_eq!(base.unwrap(), RingBase::split(1));
-        assert!(!is_readable(&hand.connection, 100u16.into()), "a kick comes after the answer to {code}");
+        assert!(!is_readable(&backend.connection, 100u16.into()), "a kick comes after the answer to {code}");
         assert!(is_readable(&setup.kick, PollTimeout::ZERO), "the kick is there for whoever starts the ring next");
     }
 }
 
 #[test]
 fn get_vring_base_is_sent_after_a_refused_disable() {
-    let (hand, device) = InBand::shake();
-    let (mut device, setup) = hand.starts(device);
+    let (backend, device) = ManualBackend::connect();
+    let (mut device, setup) = backend.start_ring_0(device);
     let stops = std::thread::spawn(move || (device.stop_ring(0), device));
-    hand.hears(Code::SET_VRING_ENABLE);
+    backend.receive_until(Code::SET_VRING_ENABLE);
     nix::unistd::write(&setup.kick, &1u64.to_ne_bytes()).unwrap();
-    hand.answer(Code::SET_VRING_ENABLE, &1u64, &[]);
-    hand.hears(Code::GET_VRING_BASE);
-    hand.answer(Code::GET_VRING_BASE, &VringState { index: 0, num: 1 }, &[]);
+    backend.reply(Code::SET_VRING_ENABLE, &1u64, &[]);
+    backend.receive_until(Code::GET_VRING_BASE);
+    backend.reply(Code::GET_VRING_BASE, &VringState { index: 0, num: 1 }, &[]);
     let (base, _device) = stops.join().unwrap();
     assert_eq!(base.unwrap(), RingBase::split(1));
     assert!(is_readable(&setup.kick, PollTimeout::ZERO), "the kick is there for whoever starts the ring next");

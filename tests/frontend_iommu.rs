@@ -54,16 +54,16 @@ const PACKED: u64 = bit(VIRTIO_F_RING_PACKED);
 const INDIRECT: u64 = bit(VIRTIO_RING_F_INDIRECT_DESC);
 const TRANSLATED: u64 = bit(VIRTIO_F_ACCESS_PLATFORM);
 const FEATURES: u64 = bit(VIRTIO_F_VERSION_1) | TRANSLATED;
-const PATIENCE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// The table of an IOMMU: guest-physical pages and what is permitted there, by I/O virtual page.
 #[derive(Default)]
-struct Table {
+struct IommuTable {
     map: Mutex<BTreeMap<u64, (u64, Access)>>,
     asked: AtomicU64,
 }
 
-impl Iommu for Table {
+impl Iommu for IommuTable {
     fn translate(&self, iova: u64, _: Access) -> Option<Mapping> {
         self.asked.fetch_add(1, Ordering::SeqCst);
         let page = iova / LOG_PAGE;
@@ -72,9 +72,9 @@ impl Iommu for Table {
     }
 }
 
-impl Table {
+impl IommuTable {
     /// Scatters 24 MiB of I/O virtual addresses from [`BASE`] on over both regions; and the pages that are free.
-    fn scattered() -> (Table, Vec<u64>) {
+    fn scattered() -> (IommuTable, Vec<u64>) {
         let mut pages: Vec<u64> = (0..REGION / LOG_PAGE).flat_map(|page| [page, HIGH / LOG_PAGE + page]).collect();
         let mut dice = Dice(11);
         let numbers = (BASE / LOG_PAGE..).take((24 << 20) / LOG_PAGE as usize);
@@ -82,7 +82,7 @@ impl Table {
             let gpa = pages.swap_remove(dice.below(pages.len() as u64) as usize) * LOG_PAGE;
             (number, (gpa, Access::ReadWrite))
         });
-        let table = Table { map: Mutex::new(map.collect()), asked: AtomicU64::new(0) };
+        let table = IommuTable { map: Mutex::new(map.collect()), asked: AtomicU64::new(0) };
         (table, pages.iter().map(|page| page * LOG_PAGE).collect())
     }
 
@@ -104,24 +104,24 @@ impl Table {
 }
 
 /// A guest behind an IOMMU, and its device.
-struct Scene {
+struct IommuSetup {
     guest: Guest,
-    table: Arc<Table>,
+    table: Arc<IommuTable>,
     free: Vec<u64>,
     device: UserDevice,
     features: u64,
 }
 
-impl Scene {
-    fn new(socket: &Path, features: u64) -> Scene {
-        let mut device = UserDevice::connect(socket, UserOptions::default(), Instant::now() + PATIENCE).unwrap();
-        let (table, free) = Table::scattered();
+impl IommuSetup {
+    fn new(socket: &Path, features: u64) -> IommuSetup {
+        let mut device = UserDevice::connect(socket, UserOptions::default(), Instant::now() + DEADLINE).unwrap();
+        let (table, free) = IommuTable::scattered();
         let (guest, table) = (Guest::new(), Arc::new(table));
         device.set_iommu(table.clone());
         device.set_features(FEATURES | features).unwrap();
         device.set_memory(&guest.memory).unwrap();
         assert!(device.set_inflight(2, SIZE, None).unwrap());
-        Scene { guest, table, free, device, features }
+        IommuSetup { guest, table, free, device, features }
     }
 
     /// Guest memory as the driver sees it: in one piece.
@@ -202,39 +202,39 @@ fn requests_through_scattered_pages_are_correct_and_logged_by_guest_physical_add
     #[values(0, INDIRECT)] indirect: u64,
 ) {
     let (server, socket) = server();
-    let mut scene = Scene::new(&socket, kind | indirect);
-    let (mut ring, _) = scene.ring(0);
-    let (log, fd) = Log::create(scene.guest.memory.end()).unwrap();
+    let mut setup = IommuSetup::new(&socket, kind | indirect);
+    let (mut ring, _) = setup.ring(0);
+    let (log, fd) = Log::create(setup.guest.memory.end()).unwrap();
     let log = Arc::new(log);
     let mut load = Load::new(DISK);
-    let view = scene.view(BASE, 24 << 20);
-    let table = scene.table.clone();
+    let view = setup.view(BASE, 24 << 20);
+    let table = setup.table.clone();
     let pages = |at, len| table.pages(at, len);
     // Nothing of the first rounds is logged.
     load.round(&mut ring, &view, pages, indirect != 0);
     load.by_device.clear();
-    scene.device.start_logging(&log, fd.as_fd()).unwrap();
+    setup.device.start_logging(&log, fd.as_fd()).unwrap();
     for round in 0..40 {
         load.round(&mut ring, &view, pages, indirect != 0);
         // What is known may go at any time.
         if round % 10 == 5 {
-            scene.device.invalidate(0..=u64::MAX).unwrap();
+            setup.device.invalidate(0..=u64::MAX).unwrap();
         }
     }
     // Stopped and started, it goes on where it was.
-    let base = scene.device.stop_ring(0).unwrap();
+    let base = setup.device.stop_ring(0).unwrap();
     assert_eq!(base.bits(), ring.drained());
-    scene.start(&ring, base);
+    setup.start(&ring, base);
     load.round(&mut ring, &view, pages, indirect != 0);
-    scene.device.stop_ring(0).unwrap();
-    scene.device.stop_logging().unwrap();
-    let (marked, of_ring) = (harvest(&log), scene.written_of(&ring));
+    setup.device.stop_ring(0).unwrap();
+    setup.device.stop_logging().unwrap();
+    let (marked, of_ring) = (harvest(&log), setup.written_of(&ring));
     assert_eq!(load.by_device.difference(&marked).count(), 0, "written and not logged");
     let unknown = marked.difference(&load.by_device).filter(|page| !of_ring.contains(page)).count();
     assert_eq!(unknown, 0, "logged and not written");
     assert!(of_ring.intersection(&marked).count() > 0, "the ring is logged where it lies");
     assert_eq!(log.out_of_range(), 0);
-    assert!(scene.table.asked.load(Ordering::SeqCst) > 100, "nothing was known before");
+    assert!(setup.table.asked.load(Ordering::SeqCst) > 100, "nothing was known before");
     assert!(std::fs::read(server.image()).unwrap() == load.disk, "other data was written");
 }
 
@@ -242,11 +242,11 @@ fn requests_through_scattered_pages_are_correct_and_logged_by_guest_physical_add
 #[rstest]
 fn no_page_is_accessed_after_invalidate_has_returned(#[values(0, PACKED)] kind: u64) {
     let (_server, socket) = server();
-    let mut scene = Scene::new(&socket, kind);
-    let (mut ring, _) = scene.ring(0);
+    let mut setup = IommuSetup::new(&socket, kind);
+    let (mut ring, _) = setup.ring(0);
     let (mut dice, mut taken) = (Dice(3), BTreeSet::new());
     for _ in 0..40 {
-        let memory = scene.view(DATA, 4 << 20);
+        let memory = setup.view(DATA, 4 << 20);
         let mut wanted = Vec::new();
         for number in 0..16 {
             let (sector, len) = (dice.below(DISK / 512 - 128), (2 + dice.below(100)) * 512);
@@ -258,23 +258,23 @@ fn no_page_is_accessed_after_invalidate_has_returned(#[values(0, PACKED)] kind: 
         let mut moved = BTreeSet::new();
         for (slot, _, len) in wanted.iter().step_by(2) {
             let page = (slot.data() + dice.below(*len)) / LOG_PAGE;
-            let to = scene.free.swap_remove(dice.below(scene.free.len() as u64) as usize);
-            let was = scene.table.gpa(page * LOG_PAGE);
-            scene.table.set(page * LOG_PAGE, Some((to, Access::ReadWrite)));
-            scene.device.invalidate(page * LOG_PAGE..=page * LOG_PAGE + LOG_PAGE - 1).unwrap();
-            scene.guest.memory.write(was, &[0xee; LOG_PAGE as usize]).unwrap();
+            let to = setup.free.swap_remove(dice.below(setup.free.len() as u64) as usize);
+            let was = setup.table.gpa(page * LOG_PAGE);
+            setup.table.set(page * LOG_PAGE, Some((to, Access::ReadWrite)));
+            setup.device.invalidate(page * LOG_PAGE..=page * LOG_PAGE + LOG_PAGE - 1).unwrap();
+            setup.guest.memory.write(was, &[0xee; LOG_PAGE as usize]).unwrap();
             taken.insert(was);
             taken.remove(&to);
-            scene.free.push(was);
+            setup.free.push(was);
             moved.insert(page);
         }
         assert_eq!(ring.completions(16).len(), 16);
         for gpa in &taken {
-            let is_as_it_was = scene.guest.bytes(*gpa, LOG_PAGE as usize).iter().all(|byte| *byte == 0xee);
+            let is_as_it_was = setup.guest.bytes(*gpa, LOG_PAGE as usize).iter().all(|byte| *byte == 0xee);
             assert!(is_as_it_was, "{gpa:#x} was written after invalidate had returned");
         }
         // What no page was taken from has arrived.
-        let memory = scene.view(DATA, 4 << 20);
+        let memory = setup.view(DATA, 4 << 20);
         for (slot, sector, len) in wanted {
             assert_eq!(bytes(&memory, slot.status(), 1), [0]);
             let (found, right) = (bytes(&memory, slot.data(), len), contents(sector, len));
@@ -288,26 +288,26 @@ fn no_page_is_accessed_after_invalidate_has_returned(#[values(0, PACKED)] kind: 
 #[rstest]
 fn an_access_that_the_iommu_denies_breaks_its_ring_and_is_an_event(#[values(false, true)] readable: bool) {
     let (_server, socket) = server();
-    let mut scene = Scene::new(&socket, 0);
-    let ((mut bad, error), (mut good, other)) = (scene.ring(0), scene.ring(1));
-    scene.reads(&mut bad, &Slot(0));
+    let mut setup = IommuSetup::new(&socket, 0);
+    let ((mut bad, error), (mut good, other)) = (setup.ring(0), setup.ring(1));
+    setup.reads(&mut bad, &Slot(0));
     let page = Slot(1).data() / LOG_PAGE * LOG_PAGE;
-    let gpa = scene.table.gpa(page);
-    let memory = scene.view(DATA, 1 << 20);
-    scene.table.set(page, readable.then_some((gpa, Access::Read)));
-    let before = scene.guest.bytes(gpa, LOG_PAGE as usize);
+    let gpa = setup.table.gpa(page);
+    let memory = setup.view(DATA, 1 << 20);
+    setup.table.set(page, readable.then_some((gpa, Access::Read)));
+    let before = setup.guest.bytes(gpa, LOG_PAGE as usize);
     Slot(1).add(&mut bad, &memory, VIRTIO_BLK_T_IN, 77, 1024, false);
     bad.kick();
     assert!(is_readable(&error, 60_000u16.into()), "the ring did not break");
-    assert_eq!(event(&mut scene.device), [DeviceEvent::AccessFailed(Slot(1).data())]);
-    assert_eq!(scene.guest.bytes(gpa, LOG_PAGE as usize), before, "it was written");
-    scene.table.set(page, Some((gpa, Access::ReadWrite)));
-    scene.reads(&mut good, &Slot(2));
+    assert_eq!(event(&mut setup.device), [DeviceEvent::AccessFailed(Slot(1).data())]);
+    assert_eq!(setup.guest.bytes(gpa, LOG_PAGE as usize), before, "it was written");
+    setup.table.set(page, Some((gpa, Access::ReadWrite)));
+    setup.reads(&mut good, &Slot(2));
     assert!(!is_readable(&other, PollTimeout::ZERO));
     // Once stopped and started, with the page in place, it goes on where it was.
-    let base = scene.device.stop_ring(0).unwrap();
-    scene.device.invalidate(page..=page).unwrap();
-    scene.start(&bad, base);
+    let base = setup.device.stop_ring(0).unwrap();
+    setup.device.invalidate(page..=page).unwrap();
+    setup.start(&bad, base);
     bad.completion();
     assert_eq!(bytes(&memory, Slot(1).data(), 1024), contents(77, 1024));
 }
@@ -323,14 +323,14 @@ fn a_restarted_back_end_requests_translations_again_and_completes_open_requests(
     let socket = folder.path().join("socket");
     let start = || Process::start(&socket, &image, &["--iommu", "--queues", "2"]);
     let mut backend = start();
-    let mut scene = Scene::new(&socket, kind);
-    let (mut ring, _) = scene.ring(0);
-    let (log, fd) = Log::create(scene.guest.memory.end()).unwrap();
+    let mut setup = IommuSetup::new(&socket, kind);
+    let (mut ring, _) = setup.ring(0);
+    let (log, fd) = Log::create(setup.guest.memory.end()).unwrap();
     let log = Arc::new(log);
     if logged {
-        scene.device.start_logging(&log, fd.as_fd()).unwrap();
+        setup.device.start_logging(&log, fd.as_fd()).unwrap();
     }
-    let (memory, of_ring) = (scene.view(DATA, 8 << 20), scene.written_of(&ring));
+    let (memory, of_ring) = (setup.view(DATA, 8 << 20), setup.written_of(&ring));
     let mut dice = Dice(5);
     for round in 0..12u64 {
         let mut wanted = Vec::new();
@@ -347,7 +347,7 @@ fn a_restarted_back_end_requests_translations_again_and_completes_open_requests(
         }
         drop(backend);
         backend = start();
-        scene.device.reconnect(Instant::now() + PATIENCE).unwrap();
+        setup.device.reconnect(Instant::now() + DEADLINE).unwrap();
         assert_eq!(ring.completions(32 - early).len(), 32 - early);
         for (slot, sector, len) in wanted {
             assert_eq!(bytes(&memory, slot.status(), 1), [0]);
@@ -359,14 +359,14 @@ fn a_restarted_back_end_requests_translations_again_and_completes_open_requests(
         }
     }
     assert_eq!(log.out_of_range(), 0, "an I/O virtual address was marked");
-    assert_eq!(scene.device.stop_ring(0).unwrap().bits(), ring.drained());
+    assert_eq!(setup.device.stop_ring(0).unwrap().bits(), ring.drained());
 }
 
 #[test]
 fn access_platform_needs_an_iommu_and_a_back_end_channel() {
     let (_server, socket) = server();
     let usual = UserOptions::default();
-    let mut device = UserDevice::connect(&socket, usual, Instant::now() + PATIENCE).unwrap();
+    let mut device = UserDevice::connect(&socket, usual, Instant::now() + DEADLINE).unwrap();
     let error = device.set_features(FEATURES).unwrap_err();
     assert!(matches!(error, FrontendError::NoIommu), "{error}");
     assert!(error.to_string().contains("set_iommu"), "{error}");
@@ -375,41 +375,41 @@ fn access_platform_needs_an_iommu_and_a_back_end_channel() {
     drop(device);
     let protocol_features = usual.protocol_features & !bit(protocol_feature::BACKEND_REQ);
     let options = UserOptions { protocol_features, ..usual };
-    let mut device = UserDevice::connect(&socket, options, Instant::now() + PATIENCE).unwrap();
-    device.set_iommu(Arc::new(Table::default()));
+    let mut device = UserDevice::connect(&socket, options, Instant::now() + DEADLINE).unwrap();
+    device.set_iommu(Arc::new(IommuTable::default()));
     let error = device.set_features(FEATURES).unwrap_err();
     assert!(matches!(error, FrontendError::NotOffered { .. }), "{error}");
     device.set_features(FEATURES & !TRANSLATED).unwrap();
 }
 
-/// What a back-end by hand speaks.
+/// Protocol features of [`ManualBackend`].
 const PROTOCOL: [u32; 3] =
     [protocol_feature::REPLY_ACK, protocol_feature::BACKEND_REQ, protocol_feature::CONFIGURE_MEM_SLOTS];
 
-/// A back-end by hand: a connection that has been greeted and told of memory, and its channel.
-struct Hand {
+/// A back-end that the test drives: a connection after negotiation and SET_MEM_TABLE, and its back-end channel.
+struct ManualBackend {
     connection: raw::Client,
     channel: raw::Client,
 }
 
-impl Hand {
+impl ManualBackend {
     /// Both ends, in front of `iommu`.
-    fn shake(iommu: Arc<dyn Iommu>) -> (Hand, UserDevice, Guest) {
+    fn connect(iommu: Arc<dyn Iommu>) -> (ManualBackend, UserDevice, Guest) {
         let folder = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(folder.path().join("s")).unwrap();
-        let hand = std::thread::spawn(move || Hand::greet(&listener));
+        let backend = std::thread::spawn(move || ManualBackend::negotiate(&listener));
         let path = folder.path().join("s");
-        let mut device = UserDevice::connect(path, UserOptions::default(), Instant::now() + PATIENCE).unwrap();
+        let mut device = UserDevice::connect(path, UserOptions::default(), Instant::now() + DEADLINE).unwrap();
         device.set_iommu(iommu);
         device.set_features(FEATURES).unwrap();
         let guest = Guest::new();
         device.set_memory(&guest.memory).unwrap();
-        (hand.join().unwrap(), device, guest)
+        (backend.join().unwrap(), device, guest)
     }
 
-    fn greet(listener: &UnixListener) -> Hand {
+    fn negotiate(listener: &UnixListener) -> ManualBackend {
         let own = |socket: UnixStream| {
-            socket.set_read_timeout(Some(PATIENCE)).unwrap();
+            socket.set_read_timeout(Some(DEADLINE)).unwrap();
             raw::Client { socket }
         };
         let connection = own(listener.accept().unwrap().0);
@@ -429,23 +429,23 @@ impl Hand {
             }
             connection.send(code, Header::REPLY_FLAGS, number.as_bytes(), &[]);
             if code == Code::SET_MEM_TABLE {
-                return Hand { connection, channel: channel.unwrap() };
+                return ManualBackend { connection, channel: channel.unwrap() };
             }
         }
     }
 
-    fn ask(&self, iova: u64, perm: u8, flags: u32) {
+    fn send_miss(&self, iova: u64, perm: u8, flags: u32) {
         let miss = IotlbMsg { iova, perm, kind: VHOST_IOTLB_MISS, ..IotlbMsg::new_zeroed() };
         self.channel.send(Code(BackendRequest::IOTLB_MSG.0), flags, miss.as_bytes(), &[]);
     }
 
     /// What the front-end answers over the channel.
-    fn answer(&self) -> u64 {
+    fn receive_ack(&self) -> u64 {
         u64::read_from_bytes(&self.channel.reply(Code(BackendRequest::IOTLB_MSG.0))).unwrap()
     }
 
     /// The next translation or invalidation, which is acknowledged if it wants to be.
-    fn hears(&self) -> IotlbMsg {
+    fn receive_iotlb_message(&self) -> IotlbMsg {
         let (header, payload, _) = self.connection.receive();
         assert_eq!(Code(header.request), Code::IOTLB_MSG);
         if header.flags & Header::FLAG_NEED_REPLY != 0 {
@@ -466,42 +466,43 @@ impl Iommu for Identity {
 
 #[test]
 fn a_mapping_larger_than_a_region_is_sent_region_by_region() {
-    let (hand, mut device, guest) = Hand::shake(Arc::new(Identity));
+    let (backend, mut device, guest) = ManualBackend::connect(Arc::new(Identity));
     for (iova, start) in [(0x1234, 0), (HIGH + REGION - 1, HIGH)] {
-        hand.ask(iova, 3, raw::NEED_REPLY);
-        let told = hand.hears();
+        backend.send_miss(iova, 3, raw::NEED_REPLY);
+        let told = backend.receive_iotlb_message();
         assert_eq!((told.iova, told.size, told.uaddr), (start, REGION, guest.user(start)));
         assert_eq!((told.kind, told.perm), (VHOST_IOTLB_UPDATE, 3));
-        assert_eq!(hand.answer(), 0);
+        assert_eq!(backend.receive_ack(), 0);
     }
     // Where no memory is, what the mapping does not contain, what is no permission, and what no back-end sends.
     for (iova, perm) in [(REGION, 1), (1 << 40, 1), (u64::MAX, 1), (0x1000, 0), (0x1000, 4)] {
-        hand.ask(iova, perm, raw::NEED_REPLY);
-        assert_eq!(hand.answer(), 1, "{iova:#x} {perm}");
+        backend.send_miss(iova, perm, raw::NEED_REPLY);
+        assert_eq!(backend.receive_ack(), 1, "{iova:#x} {perm}");
         assert_eq!(event(&mut device), [DeviceEvent::AccessFailed(iova)]);
     }
     let update = IotlbMsg { kind: VHOST_IOTLB_UPDATE, ..IotlbMsg::new_zeroed() };
     let code = Code(BackendRequest::IOTLB_MSG.0);
-    hand.channel.send(code, raw::NEED_REPLY, update.as_bytes(), &[]);
-    assert_eq!(hand.answer(), 1);
-    hand.channel.send(code, raw::NEED_REPLY, &[0; 31], &[]);
-    assert_eq!(hand.answer(), 1);
-    assert!(!is_readable(&hand.connection, PollTimeout::ZERO), "something was sent for what was refused");
+    backend.channel.send(code, raw::NEED_REPLY, update.as_bytes(), &[]);
+    assert_eq!(backend.receive_ack(), 1);
+    backend.channel.send(code, raw::NEED_REPLY, &[0; 31], &[]);
+    assert_eq!(backend.receive_ack(), 1);
+    assert!(!is_readable(&backend.connection, PollTimeout::ZERO), "something was sent for what was refused");
     let everything = std::thread::spawn(move || device.invalidate(0..=u64::MAX));
-    let said = [hand.hears(), hand.hears()].map(|told| (told.kind, told.iova, told.size));
+    let said = [backend.receive_iotlb_message(), backend.receive_iotlb_message()]
+        .map(|told| (told.kind, told.iova, told.size));
     let kind = VHOST_IOTLB_INVALIDATE;
     assert_eq!(said, [(kind, 0, u64::MAX), (kind, u64::MAX, 1)]);
     everything.join().unwrap().unwrap();
 }
 
 /// Looks into its table, and is slow to say what it found.
-struct Slow {
+struct SlowIommu {
     gpa: AtomicU64,
     looked: Mutex<Sender<()>>,
     go_on: Mutex<Receiver<()>>,
 }
 
-impl Iommu for Slow {
+impl Iommu for SlowIommu {
     fn translate(&self, iova: u64, _: Access) -> Option<Mapping> {
         let gpa = self.gpa.load(Ordering::SeqCst);
         self.looked.lock().unwrap().send(()).unwrap();
@@ -514,11 +515,11 @@ impl Iommu for Slow {
 #[test]
 fn a_translation_found_before_an_invalidation_is_not_sent_after_it() {
     let ((looked, has_looked), (go_on, goes_on)) = (channel(), channel());
-    let slow = Slow { gpa: AtomicU64::new(0x1000), looked: Mutex::new(looked), go_on: Mutex::new(goes_on) };
+    let slow = SlowIommu { gpa: AtomicU64::new(0x1000), looked: Mutex::new(looked), go_on: Mutex::new(goes_on) };
     let slow = Arc::new(slow);
-    let (hand, device, guest) = Hand::shake(slow.clone());
-    hand.ask(0x7000, 3, raw::VERSION);
-    has_looked.recv_timeout(PATIENCE).unwrap();
+    let (backend, device, guest) = ManualBackend::connect(slow.clone());
+    backend.send_miss(0x7000, 3, raw::VERSION);
+    has_looked.recv_timeout(DEADLINE).unwrap();
     // It has found the old page and not said so. Now the driver unmaps it.
     slow.gpa.store(0x2000, Ordering::SeqCst);
     let invalidates: JoinHandle<UserDevice> = std::thread::spawn(move || {
@@ -526,41 +527,42 @@ fn a_translation_found_before_an_invalidation_is_not_sent_after_it() {
         device.invalidate(0x7000..=0x7fff).unwrap();
         device
     });
-    assert!(!is_readable(&hand.connection, 300u16.into()), "the invalidation overtakes the translation");
+    assert!(!is_readable(&backend.connection, 300u16.into()), "the invalidation overtakes the translation");
     go_on.send(()).unwrap();
-    let told = hand.hears();
+    let told = backend.receive_iotlb_message();
     assert_eq!((told.kind, told.uaddr), (VHOST_IOTLB_UPDATE, guest.user(0x1000)));
-    assert_eq!(hand.hears().kind, VHOST_IOTLB_INVALIDATE);
+    assert_eq!(backend.receive_iotlb_message().kind, VHOST_IOTLB_INVALIDATE);
     let device = invalidates.join().unwrap();
     // What comes later is new.
-    hand.ask(0x7000, 3, raw::VERSION);
+    backend.send_miss(0x7000, 3, raw::VERSION);
     go_on.send(()).unwrap();
-    assert_eq!(hand.hears().uaddr, guest.user(0x2000));
+    assert_eq!(backend.receive_iotlb_message().uaddr, guest.user(0x2000));
     drop(device);
 }
 
 /// Acknowledgements that the back-end takes its time with are neither lost nor the end of its channel.
 #[test]
 fn misses_may_arrive_faster_than_their_acknowledgements_are_read() {
-    const QUESTIONS: u64 = 30_000;
-    let (hand, mut device, _guest) = Hand::shake(Arc::new(Identity));
-    let asks = raw::Client { socket: hand.channel.socket.try_clone().unwrap() };
+    const MISSES: u64 = 30_000;
+    let (backend, mut device, _guest) = ManualBackend::connect(Arc::new(Identity));
+    let asks = raw::Client { socket: backend.channel.socket.try_clone().unwrap() };
     let asking = std::thread::spawn(move || {
-        let asker = Hand { connection: raw::Client { socket: asks.socket.try_clone().unwrap() }, channel: asks };
-        (0..QUESTIONS).for_each(|number| asker.ask(number % 4096 * LOG_PAGE, 3, raw::NEED_REPLY));
+        let asker =
+            ManualBackend { connection: raw::Client { socket: asks.socket.try_clone().unwrap() }, channel: asks };
+        (0..MISSES).for_each(|number| asker.send_miss(number % 4096 * LOG_PAGE, 3, raw::NEED_REPLY));
     });
     // All translations that are told before the channel is full of answers, and no answer is read.
     let mut told = 0;
-    while is_readable(&hand.connection, 500u16.into()) {
-        hand.hears();
+    while is_readable(&backend.connection, 500u16.into()) {
+        backend.receive_iotlb_message();
         told += 1;
     }
-    assert!(told < QUESTIONS, "there was room for all answers");
-    for _ in 0..QUESTIONS {
-        while is_readable(&hand.connection, PollTimeout::ZERO) {
-            hand.hears();
+    assert!(told < MISSES, "there was room for all answers");
+    for _ in 0..MISSES {
+        while is_readable(&backend.connection, PollTimeout::ZERO) {
+            backend.receive_iotlb_message();
         }
-        assert_eq!(hand.answer(), 0);
+        assert_eq!(backend.receive_ack(), 0);
     }
     asking.join().unwrap();
     assert_eq!(device.take_events(), []);
@@ -570,16 +572,17 @@ fn misses_may_arrive_faster_than_their_acknowledgements_are_read() {
 #[test]
 fn translations_are_sent_later_when_the_socket_is_full() {
     const PAGES: u64 = 4000;
-    let table = Arc::new(Table::default());
+    let table = Arc::new(IommuTable::default());
     (0..PAGES).for_each(|page| table.set(page * LOG_PAGE, Some((page * LOG_PAGE, Access::ReadWrite))));
-    let (hand, mut device, _guest) = Hand::shake(table.clone());
-    let asks = raw::Client { socket: hand.channel.socket.try_clone().unwrap() };
+    let (backend, mut device, _guest) = ManualBackend::connect(table.clone());
+    let asks = raw::Client { socket: backend.channel.socket.try_clone().unwrap() };
     let asking = std::thread::spawn(move || {
-        let asker = Hand { connection: raw::Client { socket: asks.socket.try_clone().unwrap() }, channel: asks };
-        (0..PAGES).for_each(|page| asker.ask(page * LOG_PAGE, 3, raw::VERSION));
+        let asker =
+            ManualBackend { connection: raw::Client { socket: asks.socket.try_clone().unwrap() }, channel: asks };
+        (0..PAGES).for_each(|page| asker.send_miss(page * LOG_PAGE, 3, raw::VERSION));
     });
     // It has no room for many, and hears on for a while.
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + DEADLINE;
     while table.asked.load(Ordering::SeqCst) < 1000 {
         assert!(Instant::now() < end, "it hears no more");
         std::thread::yield_now();
@@ -591,7 +594,7 @@ fn translations_are_sent_later_when_the_socket_is_full() {
     });
     let (mut told, mut forgotten) = (BTreeSet::new(), 0);
     while told.len() < PAGES as usize || forgotten == 0 {
-        let IotlbMsg { iova, kind, .. } = hand.hears();
+        let IotlbMsg { iova, kind, .. } = backend.receive_iotlb_message();
         match kind {
             VHOST_IOTLB_UPDATE => assert!(told.insert(iova), "{iova:#x} was told twice"),
             _ => forgotten += 1,
@@ -606,9 +609,9 @@ fn translations_are_sent_later_when_the_socket_is_full() {
 /// Rule T3.9: what it does not hear of while the feature is off.
 #[test]
 fn acknowledging_access_platform_again_invalidates_all_translations() {
-    let (hand, mut device, _guest) = Hand::shake(Arc::new(Identity));
-    hand.ask(0x1000, 3, raw::VERSION);
-    assert_eq!(hand.hears().kind, VHOST_IOTLB_UPDATE);
+    let (backend, mut device, _guest) = ManualBackend::connect(Arc::new(Identity));
+    backend.send_miss(0x1000, 3, raw::VERSION);
+    assert_eq!(backend.receive_iotlb_message().kind, VHOST_IOTLB_UPDATE);
     let without = std::thread::spawn(move || {
         device.set_features(FEATURES).unwrap();
         device.set_features(FEATURES & !TRANSLATED).unwrap();
@@ -616,11 +619,12 @@ fn acknowledging_access_platform_again_invalidates_all_translations() {
         device.set_features(FEATURES).unwrap();
     });
     for features in [FEATURES, FEATURES & !TRANSLATED, FEATURES] {
-        let (header, payload, _) = hand.connection.receive();
+        let (header, payload, _) = backend.connection.receive();
         assert_eq!((Code(header.request), payload), (Code::SET_FEATURES, (features | 1 << 30).as_bytes().to_vec()));
-        hand.connection.send(Code::SET_FEATURES, Header::REPLY_FLAGS, 0u64.as_bytes(), &[]);
+        backend.connection.send(Code::SET_FEATURES, Header::REPLY_FLAGS, 0u64.as_bytes(), &[]);
     }
-    let said = [hand.hears(), hand.hears()].map(|told| (told.kind, told.iova, told.size));
+    let said = [backend.receive_iotlb_message(), backend.receive_iotlb_message()]
+        .map(|told| (told.kind, told.iova, told.size));
     assert_eq!(said, [(VHOST_IOTLB_INVALIDATE, 0, u64::MAX), (VHOST_IOTLB_INVALIDATE, u64::MAX, 1)]);
     without.join().unwrap();
 }
@@ -630,15 +634,16 @@ fn acknowledging_access_platform_again_invalidates_all_translations() {
 fn a_deferred_translation_that_was_unmapped_is_sent_without_permission() {
     const PAGES: u64 = 1000;
     const GONE: u64 = (PAGES - 1) * LOG_PAGE;
-    let table = Arc::new(Table::default());
+    let table = Arc::new(IommuTable::default());
     (0..PAGES).for_each(|page| table.set(page * LOG_PAGE, Some((page * LOG_PAGE, Access::ReadWrite))));
-    let (hand, mut device, guest) = Hand::shake(table.clone());
+    let (backend, mut device, guest) = ManualBackend::connect(table.clone());
     for page in 0..PAGES {
-        hand.ask(page * LOG_PAGE, 3, raw::NEED_REPLY);
-        assert_eq!(hand.answer(), 0);
+        backend.send_miss(page * LOG_PAGE, 3, raw::NEED_REPLY);
+        assert_eq!(backend.receive_ack(), 0);
     }
     table.set(GONE, None);
-    let told: BTreeMap<u64, IotlbMsg> = (0..PAGES).map(|_| hand.hears()).map(|told| (told.iova, told)).collect();
+    let told: BTreeMap<u64, IotlbMsg> =
+        (0..PAGES).map(|_| backend.receive_iotlb_message()).map(|told| (told.iova, told)).collect();
     assert!(table.asked.load(Ordering::SeqCst) > PAGES, "there was room for all of them");
     let gone = &told[&GONE];
     assert_eq!((gone.kind, gone.size, gone.perm, gone.uaddr), (VHOST_IOTLB_UPDATE, LOG_PAGE, 0, guest.user(0)));
@@ -648,16 +653,16 @@ fn a_deferred_translation_that_was_unmapped_is_sent_without_permission() {
 
 #[test]
 fn a_translation_with_too_little_permission_is_sent_and_is_an_event() {
-    let table = Arc::new(Table::default());
+    let table = Arc::new(IommuTable::default());
     table.set(0x1000, Some((0x1000, Access::Read)));
-    let (hand, mut device, _guest) = Hand::shake(table);
-    hand.ask(0x1234, 3, raw::NEED_REPLY);
-    let told = hand.hears();
+    let (backend, mut device, _guest) = ManualBackend::connect(table);
+    backend.send_miss(0x1234, 3, raw::NEED_REPLY);
+    let told = backend.receive_iotlb_message();
     assert_eq!((told.kind, told.iova, told.perm), (VHOST_IOTLB_UPDATE, 0x1000, 1));
-    assert_eq!(hand.answer(), 0);
+    assert_eq!(backend.receive_ack(), 0);
     assert_eq!(event(&mut device), [DeviceEvent::AccessFailed(0x1234)]);
-    hand.ask(0x1234, 1, raw::NEED_REPLY);
-    assert_eq!((hand.hears().perm, hand.answer(), device.take_events()), (1, 0, vec![]));
+    backend.send_miss(0x1234, 1, raw::NEED_REPLY);
+    assert_eq!((backend.receive_iotlb_message().perm, backend.receive_ack(), device.take_events()), (1, 0, vec![]));
 }
 
 /// A memory table of many messages: the back-end may have something to ask before it goes on.
@@ -665,22 +670,22 @@ fn a_translation_with_too_little_permission_is_sent_and_is_an_event() {
 fn translations_are_deferred_until_the_memory_table_is_sent() {
     const MORE: u64 = 70;
     const FIRST: u64 = 1 << 36;
-    let (hand, mut device, guest) = Hand::shake(Arc::new(Identity));
+    let (backend, mut device, guest) = ManualBackend::connect(Arc::new(Identity));
     let share = |number| Region::share(sealed_memfd("more", LOG_PAGE).unwrap(), FIRST + number * REGION, LOG_PAGE, 0);
     let more = (0..MORE).map(|number| Arc::new(share(number).unwrap()));
     let memory = Memory::new(guest.memory.regions().iter().cloned().chain(more)).unwrap();
     let user = memory.regions().last().unwrap().user_addr();
     let gives = std::thread::spawn(move || device.set_memory(&memory).map(|()| device));
-    let region = || assert_eq!(Code(hand.connection.receive().0.request), Code::ADD_MEM_REG);
-    let acknowledge = || hand.connection.send(Code::ADD_MEM_REG, Header::REPLY_FLAGS, 0u64.as_bytes(), &[]);
+    let region = || assert_eq!(Code(backend.connection.receive().0.request), Code::ADD_MEM_REG);
+    let acknowledge = || backend.connection.send(Code::ADD_MEM_REG, Header::REPLY_FLAGS, 0u64.as_bytes(), &[]);
     // The front-end sends no more before these are acknowledged.
     (0..64).for_each(|_| region());
-    hand.ask(FIRST + (MORE - 1) * REGION, 3, raw::NEED_REPLY);
-    assert_eq!(hand.answer(), 0);
+    backend.send_miss(FIRST + (MORE - 1) * REGION, 3, raw::NEED_REPLY);
+    assert_eq!(backend.receive_ack(), 0);
     (0..64).for_each(|_| acknowledge());
     (64..MORE).for_each(|_| region());
     (64..MORE).for_each(|_| acknowledge());
-    let told = hand.hears();
+    let told = backend.receive_iotlb_message();
     assert_eq!((told.kind, told.size, told.uaddr), (VHOST_IOTLB_UPDATE, LOG_PAGE, user));
     gives.join().unwrap().unwrap();
 }

@@ -36,9 +36,9 @@ const ALL: u64 = 1 << p::MQ
     | 1 << p::STATUS;
 
 /// What the back-end does instead of the usual.
-enum Answer {
-    Usual,
-    Silence,
+enum ScriptedReply {
+    Default,
+    None,
     /// Exactly these bytes, with these fds.
     Raw(Vec<u8>, Vec<OwnedFd>),
     /// These bytes, and then the end.
@@ -52,27 +52,27 @@ struct Message {
     payload: Vec<u8>,
 }
 
-type Script = Box<dyn FnMut(&Message) -> Answer + Send>;
+type Script = Box<dyn FnMut(&Message) -> ScriptedReply + Send>;
 
 /// A back-end that notes what it hears; it has 4 queues, and memory slots for 32 regions.
-struct Fake {
+struct ScriptedBackend {
     folder: TempDir,
-    heard: Arc<Mutex<Vec<Message>>>,
+    received: Arc<Mutex<Vec<Message>>>,
 }
 
-impl Fake {
-    fn start(protocol: u64, script: impl FnMut(&Message) -> Answer + Send + 'static) -> Fake {
+impl ScriptedBackend {
+    fn start(protocol: u64, script: impl FnMut(&Message) -> ScriptedReply + Send + 'static) -> ScriptedBackend {
         let folder = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(folder.path().join("s")).unwrap();
-        let heard = Arc::new(Mutex::new(Vec::new()));
-        let fake = Fake { folder, heard: heard.clone() };
+        let received = Arc::new(Mutex::new(Vec::new()));
+        let backend = ScriptedBackend { folder, received: received.clone() };
         let mut script: Script = Box::new(script);
         std::thread::spawn(move || {
             for stream in listener.incoming() {
-                serve(stream.unwrap(), protocol, &heard, &mut script);
+                serve(stream.unwrap(), protocol, &received, &mut script);
             }
         });
-        fake
+        backend
     }
 
     fn path(&self) -> PathBuf {
@@ -89,7 +89,7 @@ impl Fake {
 
     /// What was heard since the last time.
     fn take(&self) -> Vec<Message> {
-        std::mem::take(&mut self.heard.lock().unwrap())
+        std::mem::take(&mut self.received.lock().unwrap())
     }
 
     fn requests(&self) -> Vec<String> {
@@ -97,7 +97,7 @@ impl Fake {
     }
 }
 
-fn serve(mut stream: UnixStream, protocol: u64, heard: &Mutex<Vec<Message>>, script: &mut Script) {
+fn serve(mut stream: UnixStream, protocol: u64, received: &Mutex<Vec<Message>>, script: &mut Script) {
     loop {
         let mut header = [0; 12];
         if stream.read_exact(&mut header).is_err() {
@@ -107,12 +107,12 @@ fn serve(mut stream: UnixStream, protocol: u64, heard: &Mutex<Vec<Message>>, scr
         let mut payload = vec![0; header.size as usize];
         stream.read_exact(&mut payload).unwrap();
         let message = Message { request: Request(header.request), flags: header.flags, payload };
-        heard.lock().unwrap().push(message.clone());
+        received.lock().unwrap().push(message.clone());
         let (bytes, fds) = match script(&message) {
-            Answer::Usual => usual(&message, protocol),
-            Answer::Silence => continue,
-            Answer::Raw(bytes, fds) => (bytes, fds),
-            Answer::HangUp(bytes) => return stream.write_all(&bytes).unwrap_or_default(),
+            ScriptedReply::Default => default_reply(&message, protocol),
+            ScriptedReply::None => continue,
+            ScriptedReply::Raw(bytes, fds) => (bytes, fds),
+            ScriptedReply::HangUp(bytes) => return stream.write_all(&bytes).unwrap_or_default(),
         };
         if bytes.is_empty() {
             continue;
@@ -125,7 +125,7 @@ fn serve(mut stream: UnixStream, protocol: u64, heard: &Mutex<Vec<Message>>, scr
     }
 }
 
-fn usual(message: &Message, protocol: u64) -> (Vec<u8>, Vec<OwnedFd>) {
+fn default_reply(message: &Message, protocol: u64) -> (Vec<u8>, Vec<OwnedFd>) {
     let request = message.request;
     let number = |value: u64| (reply(request, value.as_bytes()), vec![]);
     match request {
@@ -144,7 +144,7 @@ fn usual(message: &Message, protocol: u64) -> (Vec<u8>, Vec<OwnedFd>) {
             let bytes = inflight::packed_queue_bytes(size) * u64::from(queues);
             let mut payload = message.payload.clone();
             payload[..8].copy_from_slice(&bytes.to_ne_bytes());
-            (reply(request, &payload), vec![sealed_memfd("fake", bytes).unwrap()])
+            (reply(request, &payload), vec![sealed_memfd("backend", bytes).unwrap()])
         }
         _ if message.flags & Header::FLAG_NEED_REPLY != 0 => number(0),
         _ => (vec![], vec![]),
@@ -185,8 +185,8 @@ fn setup() -> RingSetup {
 }
 
 /// A device with memory and one ring that runs.
-fn running(fake: &Fake, options: UserOptions) -> UserDevice {
-    let mut device = fake.connect_with(options).unwrap();
+fn running(backend: &ScriptedBackend, options: UserOptions) -> UserDevice {
+    let mut device = backend.connect_with(options).unwrap();
     device.set_features(VERSION_1).unwrap();
     device.set_inflight(1, 8, None).unwrap();
     device.set_memory(&memory(1)).unwrap();
@@ -202,11 +202,11 @@ fn log() -> (Arc<Log>, OwnedFd) {
 #[test]
 fn the_reply_to_set_log_base_may_have_any_length() {
     for len in [0, 8, 16, 24] {
-        let fake = Fake::start(ALL, move |message| match message.request {
-            Request::SET_LOG_BASE => Answer::Raw(reply(Request::SET_LOG_BASE, &vec![0xab; len]), vec![]),
-            _ => Answer::Usual,
+        let backend = ScriptedBackend::start(ALL, move |message| match message.request {
+            Request::SET_LOG_BASE => ScriptedReply::Raw(reply(Request::SET_LOG_BASE, &vec![0xab; len]), vec![]),
+            _ => ScriptedReply::Default,
         });
-        let mut device = running(&fake, UserOptions::default());
+        let mut device = running(&backend, UserOptions::default());
         let (log, fd) = log();
         device.start_logging(&log, fd.as_fd()).unwrap();
         device.stop_logging().unwrap();
@@ -215,12 +215,12 @@ fn the_reply_to_set_log_base_may_have_any_length() {
 
 #[test]
 fn logging_starts_with_the_log_then_features_then_rings() {
-    let fake = Fake::start(ALL, |_| Answer::Usual);
-    let mut device = running(&fake, UserOptions::default());
-    fake.take();
+    let backend = ScriptedBackend::start(ALL, |_| ScriptedReply::Default);
+    let mut device = running(&backend, UserOptions::default());
+    backend.take();
     let (log, fd) = log();
     device.start_logging(&log, fd.as_fd()).unwrap();
-    let on = fake.take();
+    let on = backend.take();
     let names: Vec<_> = on.iter().map(|message| message.request).collect();
     assert_eq!(names, [Request::SET_LOG_BASE, Request::SET_FEATURES, Request::SET_VRING_ADDR]);
     assert_eq!(on[0].flags, 1, "SET_LOG_BASE has a reply of its own (rule F3.1)");
@@ -229,9 +229,9 @@ fn logging_starts_with_the_log_then_features_then_rings() {
     assert_eq!(on[2].payload[4..8], 1u32.to_ne_bytes(), "VHOST_VRING_F_LOG");
     assert_eq!(on[2].payload[32..], 0x3000u64.to_ne_bytes(), "log_guest_addr is guest-physical");
     device.start_logging(&log, fd.as_fd()).unwrap();
-    assert_eq!(fake.requests(), ["SET_LOG_BASE"], "a new log while logging (rule L9.1)");
+    assert_eq!(backend.requests(), ["SET_LOG_BASE"], "a new log while logging (rule L9)");
     device.stop_logging().unwrap();
-    let off = fake.take();
+    let off = backend.take();
     let names: Vec<_> = off.iter().map(|message| message.request).collect();
     assert_eq!(names, [Request::SET_FEATURES, Request::SET_VRING_ADDR]);
     assert_eq!(off[0].payload, (PROTOCOL | VERSION_1).as_bytes());
@@ -240,30 +240,30 @@ fn logging_starts_with_the_log_then_features_then_rings() {
 
 #[test]
 fn without_reply_ack_every_step_ends_with_a_get_features_round_trip() {
-    let fake = Fake::start(ALL & !bit(p::REPLY_ACK), |_| Answer::Usual);
-    let mut device = running(&fake, UserOptions::default());
-    fake.take();
+    let backend = ScriptedBackend::start(ALL & !bit(p::REPLY_ACK), |_| ScriptedReply::Default);
+    let mut device = running(&backend, UserOptions::default());
+    backend.take();
     let (log, fd) = log();
     device.start_logging(&log, fd.as_fd()).unwrap();
-    assert_eq!(fake.requests(), ["SET_LOG_BASE", "SET_FEATURES", "SET_VRING_ADDR", "GET_FEATURES"]);
+    assert_eq!(backend.requests(), ["SET_LOG_BASE", "SET_FEATURES", "SET_VRING_ADDR", "GET_FEATURES"]);
     device.set_memory(&memory(2)).unwrap();
-    let heard = fake.take();
-    assert_eq!(heard.last().unwrap().request, Request::GET_FEATURES);
-    assert!(heard.iter().all(|message| message.flags == 1), "nobody may be asked for acknowledgements");
+    let received = backend.take();
+    assert_eq!(received.last().unwrap().request, Request::GET_FEATURES);
+    assert!(received.iter().all(|message| message.flags == 1), "nobody may be asked for acknowledgements");
 }
 
 #[test]
 fn a_refusal_is_an_error_and_keeps_the_connection() {
     let mut calls = 0;
-    let fake = Fake::start(ALL, move |message| match message.request {
+    let backend = ScriptedBackend::start(ALL, move |message| match message.request {
         Request::SET_MEM_TABLE => {
             calls += 1;
             let code = u64::from(calls == 2);
-            Answer::Raw(reply(Request::SET_MEM_TABLE, code.as_bytes()), vec![])
+            ScriptedReply::Raw(reply(Request::SET_MEM_TABLE, code.as_bytes()), vec![])
         }
-        _ => Answer::Usual,
+        _ => ScriptedReply::Default,
     });
-    let mut device = running(&fake, UserOptions::default());
+    let mut device = running(&backend, UserOptions::default());
     let error = device.set_memory(&memory(3)).unwrap_err();
     assert!(matches!(error, FrontendError::Refused { request: Request::SET_MEM_TABLE, code: 1 }), "{error}");
     assert!(!device.needs_reconnect());
@@ -284,11 +284,11 @@ fn an_invalid_reply_names_its_rule_and_closes_the_connection() {
     ];
     for (expected, bytes) in bad {
         let shown = format!("{bytes:x?}");
-        let fake = Fake::start(ALL, move |message| match message.request {
-            Request::GET_STATUS => Answer::Raw(bytes.clone(), vec![]),
-            _ => Answer::Usual,
+        let backend = ScriptedBackend::start(ALL, move |message| match message.request {
+            Request::GET_STATUS => ScriptedReply::Raw(bytes.clone(), vec![]),
+            _ => ScriptedReply::Default,
         });
-        let mut device = fake.connect().unwrap();
+        let mut device = backend.connect().unwrap();
         match device.status().unwrap_err() {
             FrontendError::ProtocolViolation { request: Request::GET_STATUS, rule, .. } => {
                 assert_eq!(rule, expected, "{shown}")
@@ -304,11 +304,11 @@ fn a_connection_closed_at_any_byte_of_a_reply_is_a_hang_up() {
     let whole = reply(Request::GET_STATUS, 0u64.as_bytes());
     for len in 0..whole.len() {
         let part = whole[..len].to_vec();
-        let fake = Fake::start(ALL, move |message| match message.request {
-            Request::GET_STATUS => Answer::HangUp(part.clone()),
-            _ => Answer::Usual,
+        let backend = ScriptedBackend::start(ALL, move |message| match message.request {
+            Request::GET_STATUS => ScriptedReply::HangUp(part.clone()),
+            _ => ScriptedReply::Default,
         });
-        let mut device = fake.connect().unwrap();
+        let mut device = backend.connect().unwrap();
         let watch = device.hang_up_fd().unwrap().unwrap();
         let error = device.status().unwrap_err();
         assert!(matches!(error, FrontendError::HungUp { request: Request::GET_STATUS }), "{error} after {len} bytes");
@@ -320,38 +320,38 @@ fn a_connection_closed_at_any_byte_of_a_reply_is_a_hang_up() {
 
 #[test]
 fn a_missing_reply_is_a_timeout_after_the_deadline() {
-    let fake = Fake::start(ALL, |message| match message.request {
-        Request::GET_STATUS | Request::GET_VRING_BASE => Answer::Silence,
-        _ => Answer::Usual,
+    let backend = ScriptedBackend::start(ALL, |message| match message.request {
+        Request::GET_STATUS | Request::GET_VRING_BASE => ScriptedReply::None,
+        _ => ScriptedReply::Default,
     });
     let timeout = Duration::from_millis(30);
     let options = UserOptions { timeout, stop_timeout: 2 * timeout, ..UserOptions::default() };
-    let error = fake.connect_with(options).unwrap().status().unwrap_err();
+    let error = backend.connect_with(options).unwrap().status().unwrap_err();
     assert!(matches!(error, FrontendError::Timeout { waited, .. } if waited == timeout), "{error}");
     assert!(error.is_hang_up());
-    let mut device = running(&fake, options);
+    let mut device = running(&backend, options);
     let error = device.stop_ring(0).unwrap_err();
     assert!(matches!(error, FrontendError::Timeout { waited, .. } if waited == 2 * timeout), "{error}");
     assert!(device.needs_reconnect(), "a late answer must not be taken for the next");
 }
 
 /// Answers the request to stop a ring, or its disabling, when it is told to.
-fn slow_to(request: Request, protocol: u64) -> (Fake, Sender<()>) {
+fn backend_slow_at(request: Request, protocol: u64) -> (ScriptedBackend, Sender<()>) {
     let (go, gone) = channel();
     let mut held = false;
-    let fake = Fake::start(protocol, move |message| {
+    let backend = ScriptedBackend::start(protocol, move |message| {
         let disables = request != Request::SET_VRING_ENABLE || message.payload.get(4) == Some(&0);
         if message.request == request && disables && !std::mem::replace(&mut held, true) {
             gone.recv().unwrap();
         }
-        Answer::Usual
+        ScriptedReply::Default
     });
-    (fake, go)
+    (backend, go)
 }
 
 /// Has `call` wait for an answer that does not come, and ends that by the interrupt.
 fn interrupted(
-    fake: &Fake,
+    backend: &ScriptedBackend,
     slow: Request,
     device: &mut UserDevice,
     call: impl FnOnce(&mut UserDevice) -> Result<(), FrontendError>,
@@ -360,7 +360,7 @@ fn interrupted(
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let start = Instant::now();
-            while !fake.heard.lock().unwrap().iter().any(|message| message.request == slow) {
+            while !backend.received.lock().unwrap().iter().any(|message| message.request == slow) {
                 assert!(start.elapsed() < Duration::from_secs(60));
                 std::thread::sleep(Duration::from_millis(1));
             }
@@ -377,12 +377,12 @@ fn a_ring_whose_stop_was_interrupted_is_restarted_by_reconnect(
     #[values(Request::SET_VRING_ENABLE, Request::GET_VRING_BASE)] slow: Request,
     #[values(ALL, ALL & !bit(p::INFLIGHT_SHMFD), ALL & !bit(p::REPLY_ACK) & !bit(p::INFLIGHT_SHMFD))] protocol: u64,
 ) {
-    let (fake, go) = slow_to(slow, protocol);
-    let mut device = running(&fake, UserOptions::default());
+    let (backend, go) = backend_slow_at(slow, protocol);
+    let mut device = running(&backend, UserOptions::default());
     let interrupt = device.interrupt().unwrap();
-    fake.take();
-    interrupted(&fake, slow, &mut device, |device| device.stop_ring(0).map(drop));
-    fake.take();
+    backend.take();
+    interrupted(&backend, slow, &mut device, |device| device.stop_ring(0).map(drop));
+    backend.take();
     // Nothing is sent meanwhile, and nobody waits.
     let (log, fd) = log();
     assert!(matches!(device.start_logging(&log, fd.as_fd()).unwrap_err(), FrontendError::Interrupted { .. }));
@@ -390,51 +390,55 @@ fn a_ring_whose_stop_was_interrupted_is_restarted_by_reconnect(
     assert!(matches!(device.reconnect(late()).unwrap_err(), FrontendError::Interrupted { .. }));
     interrupt.clear();
     let error = device.reconnect(Instant::now() + Duration::from_millis(20)).unwrap_err();
-    assert!(matches!(error, FrontendError::Timeout { .. }) && fake.take().is_empty(), "{error}");
+    assert!(matches!(error, FrontendError::Timeout { .. }) && backend.take().is_empty(), "{error}");
 
     go.send(()).unwrap();
     let back = device.reconnect(late()).unwrap();
     assert_eq!(back, Reconnection::default(), "the connection is the old one");
     assert!(!device.needs_reconnect());
-    let heard = fake.take();
-    let index = |request| heard.iter().position(|message| message.request == request);
+    let received = backend.take();
+    let index = |request| received.iter().position(|message| message.request == request);
     let enabled = index(Request::SET_VRING_ENABLE).unwrap();
-    assert_eq!(heard[enabled].payload[4], 1, "{heard:?}");
+    assert_eq!(received[enabled].payload[4], 1, "{received:?}");
     // What stops it was sent behind what disables it: it is started where the answer said.
-    assert!(index(Request::SET_VRING_KICK).is_some_and(|kick| kick < enabled), "{heard:?}");
+    assert!(index(Request::SET_VRING_KICK).is_some_and(|kick| kick < enabled), "{received:?}");
     assert_eq!(device.stop_ring(0).unwrap().bits(), 0);
 }
 
 /// Holds its answer to the next such request, from when it is told to until it is told to go on. Then it answers `code`.
-fn held_at(request: Request, protocol: u64, code: u64) -> (Fake, impl Fn(&Fake), Sender<()>) {
+fn backend_held_at(
+    request: Request,
+    protocol: u64,
+    code: u64,
+) -> (ScriptedBackend, impl Fn(&ScriptedBackend), Sender<()>) {
     let ((go, gone), holds) = (channel(), Arc::new(AtomicBool::new(false)));
     let hold = {
         let holds = holds.clone();
-        move |fake: &Fake| {
-            fake.take();
+        move |backend: &ScriptedBackend| {
+            backend.take();
             holds.store(true, Ordering::Relaxed);
         }
     };
-    let fake = Fake::start(protocol, move |message| {
+    let backend = ScriptedBackend::start(protocol, move |message| {
         let is_held = message.request == request && holds.swap(false, Ordering::Relaxed);
         if is_held {
             gone.recv().unwrap();
         }
         match is_held && code != 0 {
-            true => Answer::Raw(reply(request, code.as_bytes()), vec![]),
-            false => Answer::Usual,
+            true => ScriptedReply::Raw(reply(request, code.as_bytes()), vec![]),
+            false => ScriptedReply::Default,
         }
     });
-    (fake, hold, go)
+    (backend, hold, go)
 }
 
 type Call = fn(&mut UserDevice) -> Result<(), FrontendError>;
 
-const LONG: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Waits for an answer as long as it takes.
-fn unhurried() -> UserOptions {
-    UserOptions { timeout: LONG, ..UserOptions::default() }
+fn long_timeout() -> UserOptions {
+    UserOptions { timeout: DEADLINE, ..UserOptions::default() }
 }
 
 #[rstest]
@@ -451,13 +455,13 @@ fn the_interrupt_ends_the_wait_for_any_reply_and_the_call_can_be_repeated(
     #[case] call: Call,
     #[values(ALL, ALL & !bit(p::REPLY_ACK))] protocol: u64,
 ) {
-    let (fake, hold, go) = held_at(slow, protocol, 0);
-    let mut device = running(&fake, unhurried());
-    hold(&fake);
-    interrupted(&fake, slow, &mut device, call);
+    let (backend, hold, go) = backend_held_at(slow, protocol, 0);
+    let mut device = running(&backend, long_timeout());
+    hold(&backend);
+    interrupted(&backend, slow, &mut device, call);
     device.interrupt().unwrap().clear();
     go.send(()).unwrap();
-    let back = device.reconnect(Instant::now() + LONG).unwrap();
+    let back = device.reconnect(Instant::now() + DEADLINE).unwrap();
     assert_eq!(back, Reconnection::default(), "the connection is the old one");
     assert!(!device.needs_reconnect());
     call(&mut device).unwrap();
@@ -466,39 +470,39 @@ fn the_interrupt_ends_the_wait_for_any_reply_and_the_call_can_be_repeated(
 
 #[rstest]
 fn a_ring_whose_start_was_interrupted_runs_after_reconnect(#[values(ALL, ALL & !bit(p::REPLY_ACK))] protocol: u64) {
-    let (fake, hold, go) = held_at(Request::SET_VRING_KICK, protocol, 0);
-    let mut device = running(&fake, unhurried());
+    let (backend, hold, go) = backend_held_at(Request::SET_VRING_KICK, protocol, 0);
+    let mut device = running(&backend, long_timeout());
     let call: Call = |device| device.start_ring(1, setup());
-    hold(&fake);
-    interrupted(&fake, Request::SET_VRING_KICK, &mut device, call);
+    hold(&backend);
+    interrupted(&backend, Request::SET_VRING_KICK, &mut device, call);
     device.interrupt().unwrap().clear();
     assert!(matches!(call(&mut device).unwrap_err(), FrontendError::Unavailable { .. }), "nothing is known of it");
     go.send(()).unwrap();
-    assert_eq!(device.reconnect(Instant::now() + LONG).unwrap(), Reconnection::default());
+    assert_eq!(device.reconnect(Instant::now() + DEADLINE).unwrap(), Reconnection::default());
     assert!(matches!(call(&mut device).unwrap_err(), FrontendError::InvalidRing { .. }), "it runs");
-    assert!(!fake.requests().contains(&"GET_VRING_BASE".to_owned()));
+    assert!(!backend.requests().contains(&"GET_VRING_BASE".to_owned()));
     device.stop_ring(1).unwrap();
     call(&mut device).unwrap();
 }
 
 #[test]
 fn a_start_refused_after_an_interrupt_is_repeated_on_a_new_connection() {
-    let (fake, hold, go) = held_at(Request::SET_VRING_KICK, ALL, 1);
-    let mut device = running(&fake, unhurried());
-    hold(&fake);
-    interrupted(&fake, Request::SET_VRING_KICK, &mut device, |device| device.start_ring(1, setup()));
+    let (backend, hold, go) = backend_held_at(Request::SET_VRING_KICK, ALL, 1);
+    let mut device = running(&backend, long_timeout());
+    hold(&backend);
+    interrupted(&backend, Request::SET_VRING_KICK, &mut device, |device| device.start_ring(1, setup()));
     device.interrupt().unwrap().clear();
     go.send(()).unwrap();
-    assert_eq!(device.reconnect(Instant::now() + LONG).unwrap().attempts, 1, "over a new connection");
-    assert_eq!(fake.requests().iter().filter(|request| *request == "SET_VRING_KICK").count(), 3);
+    assert_eq!(device.reconnect(Instant::now() + DEADLINE).unwrap().attempts, 1, "over a new connection");
+    assert_eq!(backend.requests().iter().filter(|request| *request == "SET_VRING_KICK").count(), 3);
     device.stop_ring(1).unwrap();
 }
 
 #[test]
 fn a_stop_timeout_keeps_the_connection_when_there_is_no_inflight_region() {
-    let (fake, go) = slow_to(Request::GET_VRING_BASE, ALL & !bit(p::INFLIGHT_SHMFD));
+    let (backend, go) = backend_slow_at(Request::GET_VRING_BASE, ALL & !bit(p::INFLIGHT_SHMFD));
     let options = UserOptions { stop_timeout: Duration::from_millis(30), ..UserOptions::default() };
-    let mut device = running(&fake, options);
+    let mut device = running(&backend, options);
     let error = device.stop_ring(0).unwrap_err();
     assert!(matches!(error, FrontendError::Timeout { .. }), "{error}");
     go.send(()).unwrap();
@@ -512,18 +516,18 @@ fn two_rings() -> [(u16, RingSetup); 2] {
 }
 
 /// A back-end that answers nothing before it has heard the last message of those to ring 1 that are called `last`.
-fn answers_behind(last: &[Request], protocol: u64) -> Fake {
+fn backend_replying_after(last: &[Request], protocol: u64) -> ScriptedBackend {
     let (last, mut kept) = (last.to_vec(), Vec::new());
     let rings = [Request::SET_VRING_CALL, Request::SET_VRING_KICK, Request::SET_VRING_NUM, Request::SET_VRING_BASE];
     let more = [Request::SET_VRING_ADDR, Request::SET_VRING_ENABLE, Request::GET_VRING_BASE];
-    Fake::start(protocol, move |message| {
+    ScriptedBackend::start(protocol, move |message| {
         if !rings.iter().chain(&more).any(|request| *request == message.request) {
-            return Answer::Usual;
+            return ScriptedReply::Default;
         }
-        kept.extend(usual(message, protocol).0);
+        kept.extend(default_reply(message, protocol).0);
         match last.contains(&message.request) && message.payload.first() == Some(&1) {
-            true => Answer::Raw(std::mem::take(&mut kept), vec![]),
-            false => Answer::Silence,
+            true => ScriptedReply::Raw(std::mem::take(&mut kept), vec![]),
+            false => ScriptedReply::None,
         }
     })
 }
@@ -532,8 +536,8 @@ fn answers_behind(last: &[Request], protocol: u64) -> Fake {
 fn messages_that_start_and_stop_rings_are_sent_before_the_first_reply_is_read(
     #[values(ALL, ALL & !bit(p::REPLY_ACK))] protocol: u64,
 ) {
-    let fake = answers_behind(&[Request::SET_VRING_ENABLE], protocol);
-    let mut device = fake.connect().unwrap();
+    let backend = backend_replying_after(&[Request::SET_VRING_ENABLE], protocol);
+    let mut device = backend.connect().unwrap();
     device.set_features(VERSION_1).unwrap();
     device.set_memory(&memory(1)).unwrap();
     let mut started = Vec::new();
@@ -541,19 +545,19 @@ fn messages_that_start_and_stop_rings_are_sent_before_the_first_reply_is_read(
     assert_eq!(started, [0, 1]);
     drop(device);
 
-    let fake = answers_behind(&[Request::SET_VRING_ENABLE, Request::GET_VRING_BASE], protocol);
-    let mut device = fake.connect().unwrap();
+    let backend = backend_replying_after(&[Request::SET_VRING_ENABLE, Request::GET_VRING_BASE], protocol);
+    let mut device = backend.connect().unwrap();
     device.set_features(VERSION_1).unwrap();
     device.set_memory(&memory(1)).unwrap();
     device.start_rings(&two_rings(), &mut || {}, &mut |_| {}).unwrap();
-    fake.take();
+    backend.take();
     let mut stopped = Vec::new();
     device.stop_rings(&[0, 1], &mut || {}, &mut |index, base| stopped.push((index, base.bits()))).unwrap();
-    // The fake one says 0.
+    // The backend one says 0.
     assert_eq!(stopped, [(0, 0), (1, 0)]);
     let (enable, base) = (Request::SET_VRING_ENABLE, Request::GET_VRING_BASE);
-    let heard: Vec<_> = fake.take().iter().map(|message| (message.request, message.payload[0])).collect();
-    assert_eq!(heard, [(enable, 0), (enable, 1), (base, 0), (base, 1)]);
+    let received: Vec<_> = backend.take().iter().map(|message| (message.request, message.payload[0])).collect();
+    assert_eq!(received, [(enable, 0), (enable, 1), (base, 0), (base, 1)]);
     // Both may be started again.
     device.start_rings(&two_rings(), &mut || {}, &mut |_| {}).unwrap();
 }
@@ -565,21 +569,21 @@ fn one_thread_sends_to_two_devices_before_it_waits_for_either() {
     let asked = std::sync::Arc::new(std::sync::Mutex::new(std::collections::HashMap::new()));
     let both_are_asked = std::sync::Arc::new(std::sync::Condvar::new());
     let fakes = [0, 1].map(|_| {
-        let (asked, both_are_asked, mut heard) = (asked.clone(), both_are_asked.clone(), 0);
-        Fake::start(ALL, move |message| {
+        let (asked, both_are_asked, mut received) = (asked.clone(), both_are_asked.clone(), 0);
+        ScriptedBackend::start(ALL, move |message| {
             if last.contains(&message.request) {
-                heard += 1;
+                received += 1;
                 let mut asked = asked.lock().unwrap();
-                *asked.entry(heard).or_insert(0) += 1;
+                *asked.entry(received).or_insert(0) += 1;
                 both_are_asked.notify_all();
-                let waited = both_are_asked.wait_timeout_while(asked, LONG, |asked| asked[&heard] < 2).unwrap();
+                let waited = both_are_asked.wait_timeout_while(asked, DEADLINE, |asked| asked[&received] < 2).unwrap();
                 assert!(!waited.1.timed_out(), "{}: the other device is not asked", message.request);
             }
-            Answer::Usual
+            ScriptedReply::Default
         })
     });
-    let [mut one, mut other] = fakes.each_ref().map(|fake| {
-        let mut device = fake.connect_with(unhurried()).unwrap();
+    let [mut one, mut other] = fakes.each_ref().map(|backend| {
+        let mut device = backend.connect_with(long_timeout()).unwrap();
         device.set_features(VERSION_1).unwrap();
         device.set_memory(&memory(1)).unwrap();
         device
@@ -597,41 +601,41 @@ fn one_thread_sends_to_two_devices_before_it_waits_for_either() {
 
 #[test]
 fn ring_parameters_are_sent_again_only_after_a_change() {
-    let fake = Fake::start(ALL, |_| Answer::Usual);
-    let mut device = fake.connect().unwrap();
+    let backend = ScriptedBackend::start(ALL, |_| ScriptedReply::Default);
+    let mut device = backend.connect().unwrap();
     device.set_features(VERSION_1).unwrap();
     device.set_memory(&memory(1)).unwrap();
     let rings = [(0, setup())];
     let told =
-        |of: &str| -> Vec<String> { fake.requests().into_iter().filter(|request| request.contains(of)).collect() };
+        |of: &str| -> Vec<String> { backend.requests().into_iter().filter(|request| request.contains(of)).collect() };
     let size = ["SET_VRING_CALL", "SET_VRING_NUM"];
     let place = ["SET_VRING_BASE", "SET_VRING_ADDR"];
     let trial = ["SET_VRING_ENABLE"; 2];
     let start = ["SET_VRING_KICK", "SET_VRING_ENABLE"];
-    fake.take();
+    backend.take();
     device.prepare_rings(&rings).unwrap();
     assert_eq!(told("VRING"), size);
-    fake.take();
+    backend.take();
     device.validate_rings(&rings, &mut || {}).unwrap();
     assert_eq!(told("VRING"), [&place[..], &trial].concat());
-    fake.take();
-    device.start_ring(0, setup_like(&rings)).unwrap();
+    backend.take();
+    device.start_ring(0, setup_of(&rings)).unwrap();
     assert_eq!(told("VRING"), start);
     device.stop_ring(0).unwrap();
-    fake.take();
+    backend.take();
     // A back-end may forget a ring that has been stopped.
     device.validate_rings(&rings, &mut || {}).unwrap();
     assert_eq!(told("VRING"), [&size[..], &place, &trial].concat());
-    fake.take();
+    backend.take();
     // Its place in the back-end is another one then.
     device.set_memory(&memory(2)).unwrap();
-    device.start_ring(0, setup_like(&rings)).unwrap();
+    device.start_ring(0, setup_of(&rings)).unwrap();
     assert_eq!(told("VRING"), [&place[..], &start].concat());
     device.stop_ring(0).unwrap();
     device.prepare_rings(&rings).unwrap();
     device.validate_rings(&rings, &mut || {}).unwrap();
-    fake.take();
-    let other = RingSetup { base: RingBase::split(7), call: setup().call, ..setup_like(&rings) };
+    backend.take();
+    let other = RingSetup { base: RingBase::split(7), call: setup().call, ..setup_of(&rings) };
     device.start_ring(0, other).unwrap();
     assert_eq!(told("VRING"), [&size[..], &place, &start].concat());
     device.stop_ring(0).unwrap();
@@ -640,7 +644,7 @@ fn ring_parameters_are_sent_again_only_after_a_change() {
     for forget in forgets {
         device.prepare_rings(&rings).unwrap();
         forget(&mut device).unwrap();
-        fake.take();
+        backend.take();
         device.prepare_rings(&rings).unwrap();
         assert_eq!(told("VRING"), size);
     }
@@ -649,10 +653,10 @@ fn ring_parameters_are_sent_again_only_after_a_change() {
 /// What is not sent is not waited for: the connection is used on.
 #[test]
 fn rings_are_neither_validated_nor_stopped_while_a_reply_is_pending() {
-    let (fake, hold, go) = held_at(Request::SET_FEATURES, ALL, 0);
-    let mut device = running(&fake, unhurried());
-    hold(&fake);
-    interrupted(&fake, Request::SET_FEATURES, &mut device, |device| device.set_features(VERSION_1));
+    let (backend, hold, go) = backend_held_at(Request::SET_FEATURES, ALL, 0);
+    let mut device = running(&backend, long_timeout());
+    hold(&backend);
+    interrupted(&backend, Request::SET_FEATURES, &mut device, |device| device.set_features(VERSION_1));
     device.interrupt().unwrap().clear();
     let rings = [(1, setup())];
     let calls: [Call; 3] = [
@@ -664,22 +668,22 @@ fn rings_are_neither_validated_nor_stopped_while_a_reply_is_pending() {
         assert!(matches!(call(&mut device).unwrap_err(), FrontendError::Unavailable { .. }));
     }
     go.send(()).unwrap();
-    assert_eq!(device.reconnect(Instant::now() + LONG).unwrap(), Reconnection::default());
+    assert_eq!(device.reconnect(Instant::now() + DEADLINE).unwrap(), Reconnection::default());
     device.validate_rings(&rings, &mut || {}).unwrap();
     device.stop_ring(0).unwrap();
 }
 
-fn setup_like(rings: &[(u16, RingSetup); 1]) -> RingSetup {
+fn setup_of(rings: &[(u16, RingSetup); 1]) -> RingSetup {
     rings[0].1.clone()
 }
 
 #[test]
 fn a_refused_ring_does_not_stop_the_others_from_starting() {
-    let fake = Fake::start(ALL, |message| match (message.request, message.payload.first()) {
-        (Request::SET_VRING_ADDR, Some(0)) => Answer::Raw(reply(message.request, &1u64.to_ne_bytes()), vec![]),
-        _ => Answer::Usual,
+    let backend = ScriptedBackend::start(ALL, |message| match (message.request, message.payload.first()) {
+        (Request::SET_VRING_ADDR, Some(0)) => ScriptedReply::Raw(reply(message.request, &1u64.to_ne_bytes()), vec![]),
+        _ => ScriptedReply::Default,
     });
-    let mut device = fake.connect().unwrap();
+    let mut device = backend.connect().unwrap();
     device.set_features(VERSION_1).unwrap();
     device.set_memory(&memory(1)).unwrap();
     let mut started = Vec::new();
@@ -694,14 +698,14 @@ fn a_refused_ring_does_not_stop_the_others_from_starting() {
 fn stopped_rings_stay_stopped_when_the_wait_for_the_next_is_interrupted() {
     let (go, gone) = channel();
     let (asked, is_asked) = channel();
-    let fake = Fake::start(ALL, move |message| {
+    let backend = ScriptedBackend::start(ALL, move |message| {
         if (message.request, message.payload.first()) == (Request::GET_VRING_BASE, Some(&1)) {
             let _ = asked.send(());
             gone.recv().unwrap();
         }
-        Answer::Usual
+        ScriptedReply::Default
     });
-    let mut device = fake.connect().unwrap();
+    let mut device = backend.connect().unwrap();
     device.set_features(VERSION_1).unwrap();
     device.set_memory(&memory(1)).unwrap();
     let rings: Vec<_> = (0..3).map(|index| (index, setup())).collect();
@@ -719,10 +723,10 @@ fn stopped_rings_stay_stopped_when_the_wait_for_the_next_is_interrupted() {
     });
     assert_eq!(stopped, [0]);
     interrupt.clear();
-    fake.take();
+    backend.take();
     go.send(()).unwrap();
     assert_eq!(device.reconnect(Instant::now() + Duration::from_secs(60)).unwrap(), Reconnection::default());
-    let started = fake.take().into_iter().filter(|message| message.request == Request::SET_VRING_KICK);
+    let started = backend.take().into_iter().filter(|message| message.request == Request::SET_VRING_KICK);
     assert_eq!(started.map(|message| message.payload[0]).collect::<Vec<_>>(), [1, 2]);
     assert!(matches!(device.stop_ring(0).unwrap_err(), FrontendError::InvalidRing { index: 0, .. }));
     go.send(()).unwrap();
@@ -732,12 +736,14 @@ fn stopped_rings_stay_stopped_when_the_wait_for_the_next_is_interrupted() {
 
 #[test]
 fn each_ring_has_its_own_stop_timeout() {
-    let fake = Fake::start(ALL & !bit(p::INFLIGHT_SHMFD), |message| match (message.request, message.payload.first()) {
-        (Request::GET_VRING_BASE, Some(1)) => Answer::Silence,
-        _ => Answer::Usual,
+    let backend = ScriptedBackend::start(ALL & !bit(p::INFLIGHT_SHMFD), |message| {
+        match (message.request, message.payload.first()) {
+            (Request::GET_VRING_BASE, Some(1)) => ScriptedReply::None,
+            _ => ScriptedReply::Default,
+        }
     });
     let options = UserOptions { stop_timeout: Duration::from_millis(30), ..UserOptions::default() };
-    let mut device = fake.connect_with(options).unwrap();
+    let mut device = backend.connect_with(options).unwrap();
     device.set_features(VERSION_1).unwrap();
     device.set_memory(&memory(1)).unwrap();
     device.start_rings(&two_rings(), &mut || {}, &mut |_| {}).unwrap();
@@ -749,10 +755,10 @@ fn each_ring_has_its_own_stop_timeout() {
 
 #[test]
 fn a_busy_back_end_is_told_apart_from_one_that_hangs() {
-    let fake = Fake::start(ALL, |_| Answer::Usual);
+    let backend = ScriptedBackend::start(ALL, |_| ScriptedReply::Default);
     let options = UserOptions { timeout: Duration::from_millis(30), ..UserOptions::default() };
-    let first = fake.connect().unwrap();
-    let error = fake.connect_with(options).err().unwrap();
+    let first = backend.connect().unwrap();
+    let error = backend.connect_with(options).err().unwrap();
     assert!(matches!(error, FrontendError::NotServed { busy: true, .. }) && error.is_transient(), "{error}");
     let text = error.to_string();
     assert!(text.contains("serves another front-end") && !text.contains("hangs"), "{text}");
@@ -790,7 +796,7 @@ fn connect_waits_for_a_full_listen_queue_until_the_deadline() {
     std::thread::scope(|scope| {
         let connected = scope.spawn(|| connect(Duration::from_secs(60)).map(drop));
         drop((listener.accept().unwrap(), filler));
-        let mut script: Script = Box::new(|_| Answer::Usual);
+        let mut script: Script = Box::new(|_| ScriptedReply::Default);
         serve(listener.accept().unwrap().0, ALL, &Mutex::default(), &mut script);
         connected.join().unwrap().unwrap();
     });
@@ -800,17 +806,17 @@ fn connect_waits_for_a_full_listen_queue_until_the_deadline() {
 fn unexpected_fds_in_a_reply_are_closed() {
     let (mut reader, writer) = std::io::pipe().unwrap();
     let mut writer = Some(OwnedFd::from(writer));
-    let fake = Fake::start(ALL, move |message| match (message.request, writer.take()) {
+    let backend = ScriptedBackend::start(ALL, move |message| match (message.request, writer.take()) {
         (Request::GET_STATUS, Some(fd)) => {
             let second = fd.try_clone().unwrap();
-            Answer::Raw(reply(Request::GET_STATUS, 0u64.as_bytes()), vec![fd, second])
+            ScriptedReply::Raw(reply(Request::GET_STATUS, 0u64.as_bytes()), vec![fd, second])
         }
         (_, fd) => {
             writer = fd;
-            Answer::Usual
+            ScriptedReply::Default
         }
     });
-    let mut device = fake.connect().unwrap();
+    let mut device = backend.connect().unwrap();
     device.status().unwrap();
     let mut end = Vec::new();
     assert_eq!(reader.read_to_end(&mut end).unwrap(), 0, "the pipe ends when its last writer is closed");
@@ -818,28 +824,28 @@ fn unexpected_fds_in_a_reply_are_closed() {
 
 #[test]
 fn a_get_config_reply_with_another_offset_or_size_is_an_error() {
-    type Bend = fn(&[u8]) -> Vec<u8>;
-    let answers: [Bend; 4] = [
+    type Change = fn(&[u8]) -> Vec<u8>;
+    let answers: [Change; 4] = [
         |_| vec![],
         |payload| payload[..payload.len() - 1].to_vec(),
         |payload| [&[1], &payload[1..]].concat(),
         |payload| [&payload[..4], &[0; 4], &payload[8..]].concat(),
     ];
     for answer in answers {
-        let fake = Fake::start(ALL, move |message| match message.request {
-            Request::GET_CONFIG => Answer::Raw(reply(message.request, &answer(&message.payload)), vec![]),
-            _ => Answer::Usual,
+        let backend = ScriptedBackend::start(ALL, move |message| match message.request {
+            Request::GET_CONFIG => ScriptedReply::Raw(reply(message.request, &answer(&message.payload)), vec![]),
+            _ => ScriptedReply::Default,
         });
-        assert!(fake.connect().unwrap().config(8, &mut [0; 8]).is_err());
+        assert!(backend.connect().unwrap().config(8, &mut [0; 8]).is_err());
     }
-    let fake = Fake::start(ALL, |message| match message.request {
+    let backend = ScriptedBackend::start(ALL, |message| match message.request {
         Request::GET_CONFIG => {
             let payload = [&message.payload[..12], b"01234567"].concat();
-            Answer::Raw(reply(message.request, &payload), vec![])
+            ScriptedReply::Raw(reply(message.request, &payload), vec![])
         }
-        _ => Answer::Usual,
+        _ => ScriptedReply::Default,
     });
-    let (mut device, mut buf) = (fake.connect().unwrap(), [0; 8]);
+    let (mut device, mut buf) = (backend.connect().unwrap(), [0; 8]);
     device.config(8, &mut buf).unwrap();
     assert_eq!(&buf, b"01234567");
     assert!(device.config(0, &mut [0; 257]).is_err());
@@ -850,32 +856,32 @@ fn a_get_config_reply_with_another_offset_or_size_is_an_error() {
 fn set_config_and_restore_config_send_their_flags_and_report_refusals() {
     type Write = fn(&mut UserDevice, u32, &[u8]) -> Result<(), FrontendError>;
     for (flags, write) in [(0u32, UserDevice::set_config as Write), (1, UserDevice::restore_config)] {
-        let fake = Fake::start(ALL, |message| match message.request {
+        let backend = ScriptedBackend::start(ALL, |message| match message.request {
             // Its only field is at 8.
             Request::SET_CONFIG if message.payload[..4] != 8u32.to_ne_bytes() => {
-                Answer::Raw(reply(message.request, 1u64.as_bytes()), vec![])
+                ScriptedReply::Raw(reply(message.request, 1u64.as_bytes()), vec![])
             }
-            _ => Answer::Usual,
+            _ => ScriptedReply::Default,
         });
-        let mut device = fake.connect().unwrap();
-        fake.take();
+        let mut device = backend.connect().unwrap();
+        backend.take();
         write(&mut device, 8, b"bytes").unwrap();
-        let heard = fake.take();
+        let received = backend.take();
         let payload = [[8, 5, flags].as_bytes(), b"bytes"].concat();
         let need_reply = 1 | Header::FLAG_NEED_REPLY;
-        assert_eq!(heard, [Message { request: Request::SET_CONFIG, flags: need_reply, payload }]);
+        assert_eq!(received, [Message { request: Request::SET_CONFIG, flags: need_reply, payload }]);
         let error = write(&mut device, 9, b"bytes").unwrap_err();
         assert!(matches!(error, FrontendError::Refused { request: Request::SET_CONFIG, code: 1 }), "{error}");
-        assert_eq!(fake.requests(), ["SET_CONFIG"]);
+        assert_eq!(backend.requests(), ["SET_CONFIG"]);
         for bytes in [&[0; 257][..], &[]] {
             let error = write(&mut device, 8, bytes).unwrap_err();
             assert!(matches!(error, FrontendError::NotOffered { .. }), "{error}");
         }
-        assert_eq!(fake.requests(), [""; 0], "what can't be right is not sent");
+        assert_eq!(backend.requests(), [""; 0], "what can't be right is not sent");
         assert_eq!(device.status().unwrap(), Some(7), "the connection goes on");
 
-        let fake = Fake::start(ALL & !bit(p::CONFIG), |_| Answer::Usual);
-        let error = write(&mut fake.connect().unwrap(), 8, b"bytes").unwrap_err();
+        let backend = ScriptedBackend::start(ALL & !bit(p::CONFIG), |_| ScriptedReply::Default);
+        let error = write(&mut backend.connect().unwrap(), 8, b"bytes").unwrap_err();
         assert!(matches!(error, FrontendError::NotOffered { .. }), "{error}");
     }
 }
@@ -896,27 +902,27 @@ fn an_invalid_inflight_region_is_refused() {
         (needed, 0, 2, 8, needed, 2),
     ];
     for case @ (size, offset, queues, entries, bytes, fds) in bad {
-        let fake = Fake::start(ALL, move |message| match message.request {
+        let backend = ScriptedBackend::start(ALL, move |message| match message.request {
             Request::GET_INFLIGHT_FD => {
                 let numbers = [queues, entries, 0, 0u16];
                 let payload = [[size, offset].as_bytes(), numbers.as_bytes()].concat();
                 let fds = (0..fds).map(|_| sealed_memfd("bad", bytes).unwrap()).collect();
-                Answer::Raw(reply(message.request, &payload), fds)
+                ScriptedReply::Raw(reply(message.request, &payload), fds)
             }
-            _ => Answer::Usual,
+            _ => ScriptedReply::Default,
         });
-        let error = fake.connect().unwrap().set_inflight(2, 8, None).unwrap_err();
-        assert!(matches!(error, FrontendError::ProtocolViolation { rule: "I1.2", .. }), "{error} for {case:?}");
+        let error = backend.connect().unwrap().set_inflight(2, 8, None).unwrap_err();
+        assert!(matches!(error, FrontendError::ProtocolViolation { rule: "I1", .. }), "{error} for {case:?}");
     }
 }
 
 #[rstest]
 fn reconnect_restores_the_device_in_the_order_of_qemu(#[values(0, PACKED)] kind: u64) {
-    let fake = Fake::start(ALL, |message| match message.request {
-        Request::SEND_RARP => Answer::HangUp(vec![]),
-        _ => Answer::Usual,
+    let backend = ScriptedBackend::start(ALL, |message| match message.request {
+        Request::SEND_RARP => ScriptedReply::HangUp(vec![]),
+        _ => ScriptedReply::Default,
     });
-    let mut device = fake.connect().unwrap();
+    let mut device = backend.connect().unwrap();
     device.set_features(VERSION_1 | kind).unwrap();
     assert!(device.set_inflight(1, 8, None).unwrap());
     let memory = memory(1);
@@ -925,7 +931,7 @@ fn reconnect_restores_the_device_in_the_order_of_qemu(#[values(0, PACKED)] kind:
     device.start_ring(0, setup.clone()).unwrap();
     let (log, fd) = log();
     device.start_logging(&log, fd.as_fd()).unwrap();
-    let started = fake.take();
+    let started = backend.take();
     let inflight = started.iter().find(|message| message.request == Request::SET_INFLIGHT_FD).unwrap();
     // The guest has seen 0x1234 completions; the back-end that dies leaves three requests marked.
     memory.write(0x3002, &0x1234u16.to_le_bytes()).unwrap();
@@ -935,11 +941,11 @@ fn reconnect_restores_the_device_in_the_order_of_qemu(#[values(0, PACKED)] kind:
     }
     assert!(device.set_inflight(1, 8, Some(&state)).unwrap());
     assert_eq!(device.inflight_state().unwrap().unwrap(), state);
-    fake.take();
+    backend.take();
     let found = device.reconnect(Instant::now()).unwrap();
     assert_eq!((found.resubmitted, found.attempts), (3, 1));
-    let heard = fake.take();
-    let names: Vec<_> = heard.iter().map(|message| message.request.to_string()).collect();
+    let received = backend.take();
+    let names: Vec<_> = received.iter().map(|message| message.request.to_string()).collect();
     let greeting = [
         "SET_OWNER",
         "GET_FEATURES",
@@ -964,12 +970,8 @@ fn reconnect_restores_the_device_in_the_order_of_qemu(#[values(0, PACKED)] kind:
     let rest_heard: Vec<_> = names.iter().map(String::as_str).skip_while(|name| *name != "SET_FEATURES").collect();
     assert!(names.iter().zip(greeting).take(6).all(|(name, expected)| name == expected), "{names:?}");
     assert_eq!(rest_heard, rest);
-    let payload = |request| &heard.iter().find(|message| message.request == request).unwrap().payload;
-    assert_eq!(
-        payload(Request::SET_FEATURES),
-        (LOG_ALL | PROTOCOL | VERSION_1 | kind).as_bytes(),
-        "LOG_ALL (rule L8.1)"
-    );
+    let payload = |request| &received.iter().find(|message| message.request == request).unwrap().payload;
+    assert_eq!(payload(Request::SET_FEATURES), (LOG_ALL | PROTOCOL | VERSION_1 | kind).as_bytes(), "LOG_ALL (rule L8)");
     assert_eq!(payload(Request::SET_INFLIGHT_FD), &inflight.payload, "the region is kept");
     // The used index (rule I3.4); of a packed ring the region alone knows it (rule I4.5).
     let base = if kind == PACKED { 0x8000_8000u32 } else { 0x1234 };
@@ -985,8 +987,8 @@ fn reconnect_restores_the_device_in_the_order_of_qemu(#[values(0, PACKED)] kind:
 
 #[test]
 fn reconnect_fails_with_outstanding_requests_and_no_inflight_region() {
-    let fake = Fake::start(ALL & !bit(p::INFLIGHT_SHMFD), |_| Answer::Usual);
-    let mut device = fake.connect().unwrap();
+    let backend = ScriptedBackend::start(ALL & !bit(p::INFLIGHT_SHMFD), |_| ScriptedReply::Default);
+    let mut device = backend.connect().unwrap();
     device.set_features(VERSION_1).unwrap();
     assert!(!device.set_inflight(1, 8, None).unwrap());
     let memory = memory(1);
@@ -1006,7 +1008,7 @@ fn reconnect_refuses_a_back_end_with_fewer_features() {
     let protocol = started.clone();
     std::thread::spawn(move || {
         for stream in listener.incoming() {
-            let mut script: Script = Box::new(|_| Answer::Usual);
+            let mut script: Script = Box::new(|_| ScriptedReply::Default);
             let now = *protocol.lock().unwrap();
             serve(stream.unwrap(), now, &Mutex::default(), &mut script);
         }
@@ -1022,46 +1024,46 @@ fn reconnect_refuses_a_back_end_with_fewer_features() {
 #[test]
 fn reconnect_does_not_install_a_log_that_ended_the_connection() {
     let mut crashes = 1;
-    let fake = Fake::start(ALL, move |message| match message.request {
+    let backend = ScriptedBackend::start(ALL, move |message| match message.request {
         Request::SET_LOG_BASE if crashes > 0 => {
             crashes -= 1;
-            Answer::HangUp(vec![])
+            ScriptedReply::HangUp(vec![])
         }
-        _ => Answer::Usual,
+        _ => ScriptedReply::Default,
     });
-    let mut device = running(&fake, UserOptions::default());
+    let mut device = running(&backend, UserOptions::default());
     let (log, fd) = log();
     assert!(device.start_logging(&log, fd.as_fd()).unwrap_err().is_hang_up());
-    fake.take();
+    backend.take();
     device.reconnect(Instant::now()).unwrap();
-    assert!(!fake.requests().contains(&"SET_LOG_BASE".into()) && device.log().is_none());
-    fake.take();
+    assert!(!backend.requests().contains(&"SET_LOG_BASE".into()) && device.log().is_none());
+    backend.take();
     device.start_logging(&log, fd.as_fd()).unwrap();
-    assert!(fake.requests().contains(&"SET_LOG_BASE".into()) && device.log().is_some());
+    assert!(backend.requests().contains(&"SET_LOG_BASE".into()) && device.log().is_some());
 }
 
 #[test]
 fn more_than_8_regions_are_sent_as_memory_slot_changes() {
-    let fake = Fake::start(ALL, |_| Answer::Usual);
-    let mut device = fake.connect().unwrap();
-    fake.take();
+    let backend = ScriptedBackend::start(ALL, |_| ScriptedReply::Default);
+    let mut device = backend.connect().unwrap();
+    backend.take();
     let many = memory(12);
     device.set_memory(&many).unwrap();
-    assert_eq!(fake.requests(), ["ADD_MEM_REG"; 12]);
+    assert_eq!(backend.requests(), ["ADD_MEM_REG"; 12]);
     let fewer = Memory::new(many.regions().iter().skip(2).cloned()).unwrap();
     device.set_memory(&fewer).unwrap();
-    assert_eq!(fake.requests(), ["REM_MEM_REG"; 2]);
+    assert_eq!(backend.requests(), ["REM_MEM_REG"; 2]);
     device.set_memory(&memory(8)).unwrap();
-    assert_eq!(fake.requests(), ["SET_MEM_TABLE"]);
+    assert_eq!(backend.requests(), ["SET_MEM_TABLE"]);
     assert_eq!(device.max_mem_slots(), 32);
     assert!(matches!(device.set_memory(&memory(33)).unwrap_err(), FrontendError::NotOffered { .. }));
 }
 
 #[test]
 fn invalid_memory_and_rings_are_refused_before_anything_is_sent() {
-    let fake = Fake::start(ALL, |_| Answer::Usual);
-    let mut device = running(&fake, UserOptions::default());
-    fake.take();
+    let backend = ScriptedBackend::start(ALL, |_| ScriptedReply::Default);
+    let mut device = running(&backend, UserOptions::default());
+    backend.take();
     let fd = sealed_memfd("guest", 0x1000).unwrap();
     let private = Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 0x1000, 0, 0).unwrap())]).unwrap();
     assert!(matches!(device.set_memory(&private).unwrap_err(), FrontendError::NotShared { gpa: 0 }));
@@ -1072,7 +1074,7 @@ fn invalid_memory_and_rings_are_refused_before_anything_is_sent() {
     assert!(matches!(device.stop_ring(1).unwrap_err(), FrontendError::InvalidRing { index: 1, .. }));
     let outside = RingSetup { used: 0xfff0, ..setup() };
     assert!(matches!(device.start_ring(1, outside).unwrap_err(), FrontendError::Memory(_)));
-    assert_eq!(fake.requests(), [""; 0]);
+    assert_eq!(backend.requests(), [""; 0]);
     device.stop_ring(0).unwrap();
 }
 
@@ -1088,7 +1090,7 @@ fn connect_waits_for_a_starting_back_end_until_the_deadline() {
         let listener = UnixListener::bind(late).unwrap();
         // The first connection dies at once, as when a back-end falls over while it starts.
         drop(listener.accept().unwrap());
-        let mut script: Script = Box::new(|_| Answer::Usual);
+        let mut script: Script = Box::new(|_| ScriptedReply::Default);
         serve(listener.accept().unwrap().0, ALL, &Mutex::default(), &mut script);
     });
     let device = UserDevice::connect(&path, UserOptions::default(), Instant::now() + Duration::from_secs(60)).unwrap();
@@ -1103,17 +1105,19 @@ fn connect_waits_for_a_starting_back_end_until_the_deadline() {
 }
 
 /// A device behind a back-end that answers SET_DEVICE_STATE_FD with `code` and `fd`, and CHECK_DEVICE_STATE with `check`.
-fn with_state(code: u64, mut fds: Vec<OwnedFd>, check: impl Fn() -> Answer + Send + 'static) -> UserDevice {
-    let fake = Fake::start(ALL | bit(p::DEVICE_STATE), move |message| match message.request {
-        Request::SET_DEVICE_STATE_FD => Answer::Raw(reply(message.request, code.as_bytes()), std::mem::take(&mut fds)),
+fn with_state(code: u64, mut fds: Vec<OwnedFd>, check: impl Fn() -> ScriptedReply + Send + 'static) -> UserDevice {
+    let backend = ScriptedBackend::start(ALL | bit(p::DEVICE_STATE), move |message| match message.request {
+        Request::SET_DEVICE_STATE_FD => {
+            ScriptedReply::Raw(reply(message.request, code.as_bytes()), std::mem::take(&mut fds))
+        }
         Request::CHECK_DEVICE_STATE => check(),
-        _ => Answer::Usual,
+        _ => ScriptedReply::Default,
     });
-    fake.connect_with(UserOptions { stop_timeout: Duration::from_millis(200), ..UserOptions::default() }).unwrap()
+    backend.connect_with(UserOptions { stop_timeout: Duration::from_millis(200), ..UserOptions::default() }).unwrap()
 }
 
-fn checked(code: u64) -> impl Fn() -> Answer {
-    move || Answer::Raw(reply(Request::CHECK_DEVICE_STATE, code.as_bytes()), vec![])
+fn checked(code: u64) -> impl Fn() -> ScriptedReply {
+    move || ScriptedReply::Raw(reply(Request::CHECK_DEVICE_STATE, code.as_bytes()), vec![])
 }
 
 #[test]
@@ -1161,29 +1165,29 @@ fn a_failed_device_state_transfer_is_an_error() {
     assert!(matches!(error, FrontendError::ProtocolViolation { rule: "D1.2", .. }), "{error}");
     // It dies in between.
     let (reader, _) = std::io::pipe().unwrap();
-    let error = with_state(0, vec![reader.into()], || Answer::HangUp(vec![])).save_state().unwrap_err();
+    let error = with_state(0, vec![reader.into()], || ScriptedReply::HangUp(vec![])).save_state().unwrap_err();
     assert!(error.is_hang_up(), "{error}");
 }
 
 #[test]
 fn a_postcopy_memory_table_reply_with_other_regions_is_a_protocol_violation() {
     for change in [0, 8, 16, 24] {
-        let fake = Fake::start(ALL | bit(p::PAGEFAULT), move |message| match message.request {
-            Request::SET_MEM_TABLE if message.payload.len() == 8 => Answer::Silence,
+        let backend = ScriptedBackend::start(ALL | bit(p::PAGEFAULT), move |message| match message.request {
+            Request::SET_MEM_TABLE if message.payload.len() == 8 => ScriptedReply::None,
             Request::SET_MEM_TABLE => {
                 let mut payload = message.payload.clone();
                 // The guest's address, the size, the address (which is the back-end's), the offset (which means nothing).
                 payload[8 + change] ^= 1;
-                Answer::Raw(reply(message.request, &payload), vec![])
+                ScriptedReply::Raw(reply(message.request, &payload), vec![])
             }
             Request::POSTCOPY_LISTEN | Request::POSTCOPY_END => {
-                Answer::Raw(reply(message.request, 0u64.as_bytes()), vec![])
+                ScriptedReply::Raw(reply(message.request, 0u64.as_bytes()), vec![])
             }
-            Request::POSTCOPY_ADVISE => Answer::Raw(reply(message.request, &[]), vec![]),
-            _ => Answer::Usual,
+            Request::POSTCOPY_ADVISE => ScriptedReply::Raw(reply(message.request, &[]), vec![]),
+            _ => ScriptedReply::Default,
         });
         let protocol_features = UserOptions::default().protocol_features | bit(p::PAGEFAULT);
-        let mut device = fake.connect_with(UserOptions { protocol_features, ..UserOptions::default() }).unwrap();
+        let mut device = backend.connect_with(UserOptions { protocol_features, ..UserOptions::default() }).unwrap();
         assert!(matches!(device.postcopy_advise(), Err(FrontendError::NotOffered { .. })), "no fd came");
         device.postcopy_listen().unwrap();
         let (mut told, memory) = (None, memory(1));
@@ -1197,7 +1201,7 @@ fn a_postcopy_memory_table_reply_with_other_regions_is_a_protocol_violation() {
         }
         done.unwrap();
         device.postcopy_end().unwrap();
-        let messages = fake.take();
+        let messages = backend.take();
         let last = |request| messages.iter().rfind(|message| message.request == request).unwrap();
         let sent = last(Request::SET_MEM_TABLE);
         assert_eq!((sent.flags, &sent.payload[..]), (1, 0u64.as_bytes()), "the acknowledgement");
@@ -1212,47 +1216,47 @@ fn a_postcopy_memory_table_reply_with_other_regions_is_a_protocol_violation() {
 #[test]
 fn rarp_mtu_and_log_fd_are_sent_and_restored_by_reconnect() {
     let all = ALL | 1 << p::RARP | 1 << p::MTU | 1 << p::RESET_DEVICE;
-    let fake = Fake::start(all, |_| Answer::Usual);
-    let mut device = fake.connect().unwrap();
+    let backend = ScriptedBackend::start(all, |_| ScriptedReply::Default);
+    let mut device = backend.connect().unwrap();
     device.set_features(VERSION_1).unwrap();
     device.set_memory(&memory(1)).unwrap();
     let ring = setup();
     device.start_ring(0, ring.clone()).unwrap();
-    fake.take();
+    backend.take();
     device.send_rarp([2, 1, 2, 3, 4, 5]).unwrap();
     device.set_mtu(9000).unwrap();
     let signal = EventFd::new().unwrap();
     device.set_log_fd(Some(signal.as_fd())).unwrap();
-    let heard: Vec<_> = fake.take().into_iter().map(|message| (message.request, message.payload)).collect();
+    let received: Vec<_> = backend.take().into_iter().map(|message| (message.request, message.payload)).collect();
     let numbers = |number: u64| number.as_bytes().to_vec();
     let expected = [
         (Request::SEND_RARP, numbers(0x0504_0302_0102)),
         (Request::NET_SET_MTU, numbers(9000)),
         (Request::SET_LOG_FD, vec![]),
     ];
-    assert_eq!(heard, expected);
+    assert_eq!(received, expected);
 
     device.reset().unwrap();
-    assert_eq!(fake.requests(), ["RESET_DEVICE"]);
+    assert_eq!(backend.requests(), ["RESET_DEVICE"]);
     assert_eq!(device.acked_features(), 0);
     device.set_features(VERSION_1).unwrap();
     device.start_ring(0, ring).unwrap();
-    fake.take();
+    backend.take();
     device.reconnect(Instant::now() + Duration::from_secs(60)).unwrap();
-    let heard = fake.requests();
-    let count = |name: &str| heard.iter().filter(|request| *request == name).count();
-    assert_eq!((count("NET_SET_MTU"), count("SET_LOG_FD"), count("SEND_RARP")), (1, 1, 0), "{heard:?}");
+    let received = backend.requests();
+    let count = |name: &str| received.iter().filter(|request| *request == name).count();
+    assert_eq!((count("NET_SET_MTU"), count("SET_LOG_FD"), count("SEND_RARP")), (1, 1, 0), "{received:?}");
 }
 
 #[test]
 fn rarp_and_mtu_need_their_features_and_reset_falls_back_to_set_status() {
-    let fake = Fake::start(ALL, |_| Answer::Usual);
-    let mut device = fake.connect().unwrap();
-    fake.take();
+    let backend = ScriptedBackend::start(ALL, |_| ScriptedReply::Default);
+    let mut device = backend.connect().unwrap();
+    backend.take();
     assert!(matches!(device.send_rarp([2; 6]), Err(FrontendError::NotOffered { .. })));
     assert!(matches!(device.set_mtu(1500), Err(FrontendError::NotOffered { .. })));
     device.reset().unwrap();
-    assert_eq!(fake.requests(), ["SET_STATUS"]);
-    let fake = Fake::start(1 << p::REPLY_ACK, |_| Answer::Usual);
-    assert!(matches!(fake.connect().unwrap().reset(), Err(FrontendError::NotOffered { .. })));
+    assert_eq!(backend.requests(), ["SET_STATUS"]);
+    let backend = ScriptedBackend::start(1 << p::REPLY_ACK, |_| ScriptedReply::Default);
+    assert!(matches!(backend.connect().unwrap().reset(), Err(FrontendError::NotOffered { .. })));
 }

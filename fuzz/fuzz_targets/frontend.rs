@@ -23,17 +23,17 @@ use zerocopy::{FromZeros, IntoBytes};
 
 static FOLDER: LazyLock<tempfile::TempDir> = LazyLock::new(|| tempfile::tempdir().unwrap());
 /// How long the client waits for what doesn't come.
-const PATIENCE: Duration = Duration::from_millis(5);
+const TIMEOUT: Duration = Duration::from_millis(5);
 
 /// The back-end's part of the input.
-struct Hostile<'a> {
+struct HostileBackend<'a> {
     input: &'a [u8],
     features: u64,
     /// The back-end channel, if it was given one.
     channel: Option<UnixStream>,
 }
 
-impl Hostile<'_> {
+impl HostileBackend<'_> {
     fn byte(&mut self) -> u8 {
         let Some((&first, rest)) = self.input.split_first() else { return 0 };
         self.input = rest;
@@ -51,8 +51,8 @@ impl Hostile<'_> {
                 self.channel = fd.map(UnixStream::from);
                 self.channel.iter().for_each(|channel| channel.set_nonblocking(true).unwrap());
             }
-            self.say();
-            if !self.answer(socket, header, &payload) {
+            self.send_channel_messages();
+            if !self.reply(socket, header, &payload) {
                 break;
             }
         }
@@ -60,7 +60,7 @@ impl Hostile<'_> {
     }
 
     /// Says something over the back-end channel, or doesn't, and leaves answers unread for a while.
-    fn say(&mut self) {
+    fn send_channel_messages(&mut self) {
         if self.channel.is_none() {
             return;
         }
@@ -81,7 +81,7 @@ impl Hostile<'_> {
         }
     }
 
-    fn answer(&mut self, socket: &UnixStream, asked: Header, payload: &[u8]) -> bool {
+    fn reply(&mut self, socket: &UnixStream, asked: Header, payload: &[u8]) -> bool {
         let how = self.byte();
         let code = Code(asked.request);
         let mut fd: Option<OwnedFd> = None;
@@ -168,7 +168,7 @@ fn drive(path: PathBuf, features: u64, in_band: bool, memory: &Memory) {
     let usual = UserOptions::default();
     let more = if in_band { 1 << protocol_feature::INBAND_NOTIFICATIONS } else { 0 };
     let protocol_features = usual.protocol_features | more;
-    let options = UserOptions { timeout: PATIENCE, stop_timeout: PATIENCE, protocol_features, ..usual };
+    let options = UserOptions { timeout: TIMEOUT, stop_timeout: TIMEOUT, protocol_features, ..usual };
     let Ok(mut device) = UserDevice::connect(path, options, Instant::now()) else { return };
     device.set_iommu(Arc::new(Identity));
     let _ = device.set_features(features & device.features());
@@ -211,13 +211,13 @@ fuzz_target!(|input: &[u8]| {
         std::thread::scope(|scope| {
             let (at, memory) = (path.clone(), &memory);
             let driving = scope.spawn(move || drive(at, features, in_band, memory));
-            let mut hostile = Hostile { input, features, channel: None };
+            let mut backend = HostileBackend { input, features, channel: None };
             listener.set_nonblocking(true).unwrap();
             while !driving.is_finished() {
                 match listener.accept() {
                     Ok((socket, _)) => {
                         socket.set_nonblocking(false).unwrap();
-                        hostile.serve(&socket);
+                        backend.serve(&socket);
                     }
                     Err(_) => std::thread::sleep(Duration::from_micros(50)),
                 }

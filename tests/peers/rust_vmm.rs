@@ -53,10 +53,10 @@ const USED: Protocol = Protocol::from_bits_truncate(
 fn connect(socket: &Path, features: u64, need_reply: bool) -> Frontend {
     let connection = UnixStream::connect(socket).unwrap();
     // The crate waits for an answer as long as it takes: one that never comes shall fail the test, not stall it.
-    let late = connection.try_clone().unwrap();
+    let connection_end = connection.try_clone().unwrap();
     thread::spawn(move || {
         thread::sleep(DEADLINE);
-        let _ = late.shutdown(Shutdown::Both);
+        let _ = connection_end.shutdown(Shutdown::Both);
     });
     let mut frontend = Frontend::from_stream(connection, 1);
     if need_reply {
@@ -97,7 +97,7 @@ fn eventfd() -> EventFd {
 }
 
 /// One disk of ours, the front-end, and a driver of ring 0.
-struct Rig {
+struct Harness {
     _lab: Lab,
     backend: Backend,
     image: PathBuf,
@@ -110,8 +110,8 @@ struct Rig {
     call: EventFd,
 }
 
-impl Rig {
-    fn new(kind: Kind, features: u64, need_reply: bool) -> Rig {
+impl Harness {
+    fn new(kind: Kind, features: u64, need_reply: bool) -> Harness {
         let lab = Lab::new();
         let image = lab.disk();
         File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
@@ -123,9 +123,10 @@ impl Rig {
         assert!(inflight.0.mmap_size > 0 && (inflight.0.num_queues, inflight.0.queue_size) == (2, SIZE));
         let (kick, call) = (eventfd(), eventfd());
         let driver = DiskDriver::with_fds(features, share(&kick), share(&call));
-        let mut rig = Rig { _lab: lab, backend, image, frontend, features, need_reply, inflight, driver, kick, call };
-        rig.install(0);
-        rig
+        let mut harness =
+            Harness { _lab: lab, backend, image, frontend, features, need_reply, inflight, driver, kick, call };
+        harness.install(0);
+        harness
     }
 
     /// Region, memory and ring for a back-end that knows nothing.
@@ -201,52 +202,52 @@ impl Rig {
 #[test]
 fn rust_vmm_front_end_stops_and_restarts_our_disk() {
     for (features, need_reply) in [(SPLIT, false), (SPLIT, true), (PACKED, false), (PACKED, true)] {
-        let mut rig = Rig::new(Kind::Ours, features, need_reply);
-        assert_eq!(rig.capacity(), IMAGE_BYTES);
-        let refused = rig.frontend.set_config(0, VhostUserConfigFlags::empty(), &[1; 8]);
+        let mut harness = Harness::new(Kind::Ours, features, need_reply);
+        assert_eq!(harness.capacity(), IMAGE_BYTES);
+        let refused = harness.frontend.set_config(0, VhostUserConfigFlags::empty(), &[1; 8]);
         assert_eq!(refused.is_err(), need_reply, "{refused:?}");
-        rig.driver.write(16, 0x5a);
-        rig.driver.read(16, DATA + 0x4000, 0x5a);
-        let base = rig.frontend.get_vring_base(0).unwrap();
+        harness.driver.write(16, 0x5a);
+        harness.driver.read(16, DATA + 0x4000, 0x5a);
+        let base = harness.frontend.get_vring_base(0).unwrap();
         assert_eq!(base & 0x7fff, if features == SPLIT { 2 } else { 6 }, "requests, or their descriptors");
-        rig.driver.submit(VIRTIO_BLK_T_IN, 16, DATA + 0x8000);
+        harness.driver.submit(VIRTIO_BLK_T_IN, 16, DATA + 0x8000);
         // It hands on 16 bits of a base: of a packed ring only half. The inflight region has both.
-        rig.start(base as u16);
-        rig.driver.drain();
-        rig.driver.holds(DATA + 0x8000, 0x5a);
-        assert!(fs::read(&rig.image).unwrap()[16 * 512..][..8192].iter().all(|byte| *byte == 0x5a));
-        rig.frontend.reset_device().unwrap();
-        rig.frontend.reset_owner().unwrap();
-        rig.settle();
+        harness.start(base as u16);
+        harness.driver.drain();
+        harness.driver.holds(DATA + 0x8000, 0x5a);
+        assert!(fs::read(&harness.image).unwrap()[16 * 512..][..8192].iter().all(|byte| *byte == 0x5a));
+        harness.frontend.reset_device().unwrap();
+        harness.frontend.reset_owner().unwrap();
+        harness.settle();
     }
 }
 
 #[test]
 fn a_log_of_rust_vmm_front_end_marks_exactly_what_our_disk_wrote() {
     for need_reply in [false, true] {
-        let mut rig = Rig::new(Kind::Ours, SPLIT, need_reply);
-        rig.driver.write(0, 0x11);
-        let ((first, first_fd), (second, second_fd)) = (rig.driver.new_log(), rig.driver.new_log());
-        rig.set_log(&first, &first_fd);
-        rig.driver.read(0, DATA, 0x11);
+        let mut harness = Harness::new(Kind::Ours, SPLIT, need_reply);
+        harness.driver.write(0, 0x11);
+        let ((first, first_fd), (second, second_fd)) = (harness.driver.new_log(), harness.driver.new_log());
+        harness.set_log(&first, &first_fd);
+        harness.driver.read(0, DATA, 0x11);
         assert_eq!(harvest(&first), [0; 0], "it has not switched logging on");
-        rig.switch_log(true);
+        harness.switch_log(true);
         let signal = eventfd();
-        rig.frontend.set_log_fd(signal.as_raw_fd()).unwrap();
-        rig.settle();
+        harness.frontend.set_log_fd(signal.as_raw_fd()).unwrap();
+        harness.settle();
         for gpa in [DATA + 0x4800, HIGH + 0x20000] {
-            let written = rig.driver.read(0, gpa, 0x11);
+            let written = harness.driver.read(0, gpa, 0x11);
             assert!(signal.read().unwrap() > 0);
             assert_eq!(harvest(&first), written);
         }
-        rig.set_log(&second, &second_fd);
+        harness.set_log(&second, &second_fd);
         // The ring's event word may have been written, and marked, after the last completion.
         harvest(&first);
-        let written = rig.driver.read(0, DATA + 0x8000, 0x11);
+        let written = harness.driver.read(0, DATA + 0x8000, 0x11);
         assert_eq!((harvest(&first), harvest(&second)), (Vec::new(), written));
-        rig.switch_log(false);
+        harness.switch_log(false);
         harvest(&second);
-        rig.driver.read(0, DATA + 0xc000, 0x11);
+        harness.driver.read(0, DATA + 0xc000, 0x11);
         assert_eq!(harvest(&second), [0; 0]);
     }
 }
@@ -255,8 +256,8 @@ fn a_log_of_rust_vmm_front_end_marks_exactly_what_our_disk_wrote() {
 fn every_request_of_rust_vmm_front_end_completes_once_after_kills_of_our_disk() {
     const REQUESTS: u64 = 16;
     for features in [SPLIT, PACKED] {
-        let mut rig = Rig::new(Kind::OursDirect, features, true);
-        rig.driver.write(0, 0x33);
+        let mut harness = Harness::new(Kind::OursDirect, features, true);
+        harness.driver.write(0, 0x33);
         let reads = |driver: &mut DiskDriver, from: u64| {
             for number in from..from + REQUESTS / 2 {
                 let gpa = HIGH + 0x100000 + number * 8192;
@@ -266,36 +267,36 @@ fn every_request_of_rust_vmm_front_end_completes_once_after_kills_of_our_disk() 
         };
         for _ in 0..10 {
             // Some are in flight when it dies, or complete and not seen; others come while there is no back-end.
-            reads(&mut rig.driver, 0);
-            rig.crash(|driver| reads(driver, REQUESTS / 2));
-            rig.driver.drain();
-            (0..REQUESTS).for_each(|number| rig.driver.holds(HIGH + 0x100000 + number * 8192, 0x33));
+            reads(&mut harness.driver, 0);
+            harness.crash(|driver| reads(driver, REQUESTS / 2));
+            harness.driver.drain();
+            (0..REQUESTS).for_each(|number| harness.driver.holds(HIGH + 0x100000 + number * 8192, 0x33));
         }
     }
 }
 
 #[test]
 fn memory_regions_are_added_and_removed_by_rust_vmm_front_end() {
-    let mut rig = Rig::new(Kind::Ours, SPLIT, true);
-    assert!(rig.frontend.get_max_mem_slots().unwrap() >= 509);
-    rig.driver.write(0, 0x44);
-    let (before, added) = (rig.driver.memory.clone(), region(2 * HIGH));
+    let mut harness = Harness::new(Kind::Ours, SPLIT, true);
+    assert!(harness.frontend.get_max_mem_slots().unwrap() >= 509);
+    harness.driver.write(0, 0x44);
+    let (before, added) = (harness.driver.memory.clone(), region(2 * HIGH));
     for _ in 0..3 {
-        rig.driver.memory = Memory::new(before.regions().iter().chain([&added]).cloned()).unwrap();
-        rig.frontend.add_mem_region(&describe(&added)).unwrap();
-        rig.driver.read(0, 2 * HIGH + REGION - 8192, 0x44);
-        rig.frontend.remove_mem_region(&describe(&added)).unwrap();
-        rig.driver.memory = before.clone();
-        rig.driver.read(0, DATA, 0x44);
+        harness.driver.memory = Memory::new(before.regions().iter().chain([&added]).cloned()).unwrap();
+        harness.frontend.add_mem_region(&describe(&added)).unwrap();
+        harness.driver.read(0, 2 * HIGH + REGION - 8192, 0x44);
+        harness.frontend.remove_mem_region(&describe(&added)).unwrap();
+        harness.driver.memory = before.clone();
+        harness.driver.read(0, DATA, 0x44);
     }
-    rig.frontend.remove_mem_region(&describe(&added)).unwrap_err();
-    rig.driver.read(0, DATA, 0x44);
+    harness.frontend.remove_mem_region(&describe(&added)).unwrap_err();
+    harness.driver.read(0, DATA, 0x44);
 }
 
 /// Counts what it is told.
-struct News(AtomicU64);
+struct ConfigChangeCounter(AtomicU64);
 
-impl VhostUserFrontendReqHandler for News {
+impl VhostUserFrontendReqHandler for ConfigChangeCounter {
     fn handle_config_change(&self) -> HandlerResult<u64> {
         self.0.fetch_add(1, Ordering::SeqCst);
         Ok(0)
@@ -304,19 +305,19 @@ impl VhostUserFrontendReqHandler for News {
 
 #[test]
 fn rust_vmm_front_end_receives_config_changes_of_our_disk() {
-    let mut rig = Rig::new(Kind::Ours, SPLIT, true);
-    let news = Arc::new(News(AtomicU64::new(0)));
-    let mut channel = FrontendReqHandler::new(news.clone()).unwrap();
+    let mut harness = Harness::new(Kind::Ours, SPLIT, true);
+    let changes = Arc::new(ConfigChangeCounter(AtomicU64::new(0)));
+    let mut channel = FrontendReqHandler::new(changes.clone()).unwrap();
     channel.set_reply_ack_flag(true);
-    rig.frontend.set_backend_request_fd(&channel.get_tx_raw_fd()).unwrap();
+    harness.frontend.set_backend_request_fd(&channel.get_tx_raw_fd()).unwrap();
     let (heard, told) = mpsc::channel();
     thread::spawn(move || while channel.handle_request().is_ok_and(|answer| heard.send(answer).is_ok()) {});
     for times in 1..=3 {
-        let image = File::options().write(true).open(&rig.image).unwrap();
+        let image = File::options().write(true).open(&harness.image).unwrap();
         image.set_len(IMAGE_BYTES << times).unwrap();
-        rig.backend.look_again();
+        harness.backend.look_again();
         assert_eq!(told.recv_timeout(DEADLINE), Ok(0));
-        assert_eq!((news.0.load(Ordering::SeqCst), rig.capacity()), (times, IMAGE_BYTES << times));
+        assert_eq!((changes.0.load(Ordering::SeqCst), harness.capacity()), (times, IMAGE_BYTES << times));
     }
 }
 
