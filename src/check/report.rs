@@ -332,26 +332,26 @@ mod tests {
         let expected = [
             "s: o",
             "live migration loses pages",
-            "L1,L9 broken       split, packed   data; another log: 5 of 9 changed pages are not marked",
+            "L1,L9 fail         split, packed   data; another log: 5 of 9 changed pages are not marked",
             "a restart loses requests",
-            "R9    broken                       F5 unknown; P1 postcopy: it ended with 1",
-            "I3    broken       split, packed   hang-ups: 20 requests without answer",
+            "R9    fail                         F5 unknown; P1 postcopy: it ended with 1",
+            "I3    fail         split, packed   hang-ups: 20 requests without answer",
             "a hostile guest or front-end kills it",
-            "C1    broken                       hostile: configuration: no answer",
+            "C1    fail                         hostile: configuration: no answer",
             "front-ends can't work with it",
-            "F5    broken                       unknown: it hung up",
+            "F5    fail                         unknown: it hung up",
             "at a price, or for some (live migration loses pages)",
             "L2    warning      split           offset: 7 pages for nothing",
             "pass",
-            "F2    kept                         flags: 22 replies",
+            "F2    pass                         flags: 22 replies",
             "not offered",
             "T1,T2,T3,T4,T5 not offered  split           T1; T2; and 3 more checks: ACCESS_PLATFORM is not offered",
-            "checks: 8 broken, 1 warning, 1 kept, 5 not offered, 0 not tested",
+            "checks: 8 fail, 1 warning, 1 pass, 5 not offered, 0 not tested",
             "'vhost-migrate check --explain L1' says what the rule is for and what to do",
         ];
         assert_eq!(lines, expected, "{text}");
         let coloured = report.text(true);
-        assert!(coloured.contains("\x1b[31mbroken      \x1b[0m") && !text.contains('\x1b'), "{coloured}");
+        assert!(coloured.contains("\x1b[31mfail        \x1b[0m") && !text.contains('\x1b'), "{coloured}");
     }
 
     #[test]
@@ -364,6 +364,6 @@ mod tests {
         let xml = report.junit();
         assert!(xml.contains("name=\"vhost-migrate check a&lt;&amp;&gt;&quot;&apos;\" tests=\"2\" failures=\"1\""));
         assert!(xml.contains("message=\"&lt;b&gt;&amp;&quot;&apos;&#10;\u{fffd}\u{fffd}\""), "{xml}");
-        assert!(xml.contains("<system-out>kept: ]]&gt;</system-out>"), "{xml}");
+        assert!(xml.contains("<system-out>pass: ]]&gt;</system-out>"), "{xml}");
     }
 }

@@ -192,7 +192,7 @@ fn explain_prints_a_rule_without_a_back_end() {
         let output = command(&["--explain", id]);
         let said = text(&output.stdout);
         assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-        let parts = ["R3: GET_VRING_BASE stops the ring.", "If broken: live migration loses pages.", "Remedy: "];
+        let parts = ["R3.1 GET_VRING_BASE stops the ring.", "If broken: live migration loses pages.", "Remedy: "];
         assert!(parts.iter().all(|part| said.contains(part)), "{said}");
     }
     let unknown = command(&["--explain", "X1"]);
