@@ -229,7 +229,7 @@ fn logging_starts_with_the_log_then_features_then_rings() {
     assert_eq!(on[2].payload[4..8], 1u32.to_ne_bytes(), "VHOST_VRING_F_LOG");
     assert_eq!(on[2].payload[32..], 0x3000u64.to_ne_bytes(), "log_guest_addr is guest-physical");
     device.start_logging(&log, fd.as_fd()).unwrap();
-    assert_eq!(backend.requests(), ["SET_LOG_BASE"], "a new log while logging (rule L9)");
+    assert_eq!(backend.requests(), ["SET_LOG_BASE"], "a new log while logging (rule L9.1)");
     device.stop_logging().unwrap();
     let off = backend.take();
     let names: Vec<_> = off.iter().map(|message| message.request).collect();
@@ -912,7 +912,7 @@ fn an_invalid_inflight_region_is_refused() {
             _ => ScriptedReply::Default,
         });
         let error = backend.connect().unwrap().set_inflight(2, 8, None).unwrap_err();
-        assert!(matches!(error, FrontendError::ProtocolViolation { rule: "I1", .. }), "{error} for {case:?}");
+        assert!(matches!(error, FrontendError::ProtocolViolation { rule: "I1.2", .. }), "{error} for {case:?}");
     }
 }
 
@@ -971,7 +971,11 @@ fn reconnect_restores_the_device_in_the_order_of_qemu(#[values(0, PACKED)] kind:
     assert!(names.iter().zip(greeting).take(6).all(|(name, expected)| name == expected), "{names:?}");
     assert_eq!(rest_heard, rest);
     let payload = |request| &received.iter().find(|message| message.request == request).unwrap().payload;
-    assert_eq!(payload(Request::SET_FEATURES), (LOG_ALL | PROTOCOL | VERSION_1 | kind).as_bytes(), "LOG_ALL (rule L8)");
+    assert_eq!(
+        payload(Request::SET_FEATURES),
+        (LOG_ALL | PROTOCOL | VERSION_1 | kind).as_bytes(),
+        "LOG_ALL (rule L8.1)"
+    );
     assert_eq!(payload(Request::SET_INFLIGHT_FD), &inflight.payload, "the region is kept");
     // The used index (rule I3.4); of a packed ring the region alone knows it (rule I4.5).
     let base = if kind == PACKED { 0x8000_8000u32 } else { 0x1234 };

@@ -225,7 +225,7 @@ fn contents(parts: &[(u64, Buffer)], round: u64) -> Vec<Vec<u8>> {
 }
 
 /// Kills the back-end with writes in flight, has its successor write to the same place, and looks at what is there when
-/// it is quiet (rule I9).
+/// it is quiet (rule I9.1).
 fn overwrite_after_death(target: &mut Target, parts: &[(u64, Buffer)]) -> Result<Outcome, CheckAbort> {
     let (mut open, mut round) = (0, 0);
     while round < MIN_KILLS || open == 0 && round < MAX_KILLS {
@@ -287,7 +287,7 @@ fn save_contents(contents: &[Vec<u8>]) -> io::Result<PathBuf> {
     Ok(path)
 }
 
-/// Bytes of configuration space, out of an answer that is checked (rule C1).
+/// Bytes of configuration space, out of an answer that is checked (rule C1.1).
 pub(super) fn read_config(connection: &Connection, offset: u32, size: u32) -> Result<Vec<u8>, CheckAbort> {
     let header = ConfigHeader { offset, size, flags: CONFIG_TYPE_FRONTEND };
     let reply = connection.request(Code::GET_CONFIG, &[header.as_bytes(), &vec![0; size as usize]].concat())?;

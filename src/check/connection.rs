@@ -1,7 +1,7 @@
 //! The front-end's side of one connection and of the channel beside it, message by message, with nothing in between that could be polite.
 //!
 //! What an answer should be is the checks' business; here is only what can happen to a message. The header of every
-//! reply is noted ([`ReplyFlags`]), so that rule F2 is judged by all of them.
+//! reply is noted ([`ReplyFlags`]), so that rule F2.2 is judged by all of them.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -42,7 +42,7 @@ pub(super) struct ReplyFlags {
 }
 
 impl ReplyFlags {
-    /// Rule F2, by all of them.
+    /// Rule F2.2, by all of them.
     pub(super) fn outcome(&self) -> Outcome {
         let wrong: Vec<String> =
             self.wrong.iter().map(|((code, flags), count)| format!("{code} {flags:#x} ({count} times)")).collect();
@@ -120,7 +120,7 @@ impl Connection {
         self.send_bytes(code, &[header.as_bytes(), payload].concat(), fds)
     }
 
-    /// A request whose header, and both halves of whose payload, travel alone (rule F1).
+    /// A request whose header, and both halves of whose payload, travel alone (rule F1.3).
     pub(super) fn send_in_parts(
         &self,
         code: Code,
@@ -203,13 +203,13 @@ impl Connection {
         self.request(code, &[])?.read()
     }
 
-    /// Sends a request with need-reply; the answer is 0 for done (rule F4).
+    /// Sends a request with need-reply; the answer is 0 for done (rule F4.1).
     pub(super) fn request_ack(&self, code: Code, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<u64, CheckAbort> {
         self.send(code, Header::FLAG_VERSION | Header::FLAG_NEED_REPLY, payload, fds)?;
         self.reply(code)?.read()
     }
 
-    /// Everything that was sent is done when this returns (rule F4).
+    /// Everything that was sent is done when this returns (rule F4.4).
     pub(super) fn barrier(&self) -> Result<u64, CheckAbort> {
         self.request_u64(Code::GET_FEATURES)
     }
@@ -237,7 +237,7 @@ impl Connection {
     }
 }
 
-/// What a back-end says over its channel (rule B1).
+/// What a back-end says over its channel (rule B1.1).
 pub(super) struct BackendMessage {
     pub(super) code: BackendRequest,
     pub(super) body: Vec<u8>,

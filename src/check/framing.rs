@@ -103,7 +103,7 @@ fn flags(target: &mut Target) -> Result<Outcome, CheckAbort> {
     for (code, payload, _) in own_replies(target) {
         for flags in [VERSION].into_iter().chain(asked) {
             harness.connection.send(code, flags, &payload, &[])?;
-            // Which reply it is, is rule F3.
+            // Which reply it is, is rule F3.1.
             harness.connection.receive(code)?;
         }
     }

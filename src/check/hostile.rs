@@ -158,7 +158,7 @@ fn send(target: &Target, all: Vec<HostileMessage>) -> Result<Outcome, CheckAbort
                 harness.connection.send(*code, VERSION_FLAG | Header::FLAG_NEED_REPLY, payload, &fds)?;
                 let reply = harness.connection.reply(*code)?;
                 // Replies of their own say no in their own ways.
-                // A log that is taken has an answer of its own, which is not a number (rule F7).
+                // A log that is taken has an answer of its own, which is not a number (rule F7.1).
                 let tally = *code == Code::SET_LOG_BASE && reply.payload.len() != size_of::<u64>();
                 return Ok(if tally { 0 } else { reply.read().unwrap_or(1) });
             }

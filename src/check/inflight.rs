@@ -249,7 +249,7 @@ fn recover_repeatedly(
         marked += region.read()?.marked;
         harness.reconnect(target.connect()?)?;
         region.install(&harness)?;
-        // The base as QEMU sends it then: the region knows better (rules I3, I4).
+        // The base as QEMU sends it then: the region knows better (rules I3.4, I4.5).
         if !target.variant.packed {
             harness.ring.base = harness.ring.current_base();
         }
@@ -304,7 +304,7 @@ fn fresh(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
     let mut harness = target.harness(0)?;
     let region = TrackedRegion::ask(&harness)?;
-    // One behind the region's own: the difference that costs a request, see rule I3.
+    // One behind the region's own: the difference that costs a request, see rule I3.2.
     harness.move_to(1)?;
     region.install(&harness)?;
     harness.start()?;

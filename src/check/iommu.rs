@@ -392,7 +392,7 @@ fn marked(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = target.harness_behind_iommu(bit(VIRTIO_RING_F_EVENT_IDX), Scatter::Rings, 1)?;
     harness.start()?;
     let log = harness.install_log()?;
-    // The device's area is logged under other addresses of the driver's, as in the check of rule L3.
+    // The device's area is logged under other addresses of the driver's, as in the check of rule L3.3.
     let at = UNUSED_AREA + LOG_PAGE - 4;
     harness.enable_logging(at)?;
     let [_, _, device_bytes] = harness.ring.area_sizes();

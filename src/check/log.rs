@@ -107,7 +107,7 @@ pub(super) struct MarkComparison {
 }
 
 impl MarkComparison {
-    /// The device's changes since `before`; the used ring is left to rule L3.
+    /// The device's changes since `before`; the used ring is left to rule L3.3.
     pub(super) fn of(harness: &Harness, before: &[(u64, u64)], marked: Pages) -> Result<MarkComparison, CheckAbort> {
         let (own, used) = (harness.driver_pages(), harness.device_pages());
         let mut changed = changed(before, &harness.hashes()?);
@@ -231,7 +231,7 @@ fn used(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let at = UNUSED_AREA + LOG_PAGE - 4;
     harness.enable_logging(at)?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
-    // The index may be marked after it was seen; it is when the ring has stopped (rule R3).
+    // The index may be marked after it was seen; it is when the ring has stopped (rule R3.2).
     harness.stop()?;
     let marked = harvest(&log);
     let missed = missing(&marked, at, |page| page);

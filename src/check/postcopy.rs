@@ -119,7 +119,7 @@ fn ask(harness: &Harness, code: Code, flags: u32) -> Result<Reply, CheckAbort> {
     Ok(reply)
 }
 
-/// Whether what was sent with need-reply has brought no second answer (rule F3).
+/// Whether what was sent with need-reply has brought no second answer (rule F3.2).
 fn settled(harness: &Harness, flags: u32) -> Result<(), CheckAbort> {
     if flags & Header::FLAG_NEED_REPLY != 0 {
         harness.connection.barrier()?;

@@ -251,7 +251,7 @@ fn everywhere(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let before = harness.hashes()?;
     harness.publish();
     harness.finish()?;
-    // The last mark of a used ring may follow the last completion; it comes before this answer (rule R3).
+    // The last mark of a used ring may follow the last completion; it comes before this answer (rule R3.2).
     harness.stop()?;
     let found = match &log {
         None => Outcome::pass("no log"),

@@ -121,7 +121,7 @@ fn set_distinct_state(target: &Target, harness: &Harness) -> Result<Option<Vec<u
     };
     let before = save(harness)?;
     let mut address = match read_config(&harness.connection, 0, 6) {
-        // That is rule C1's.
+        // That is rule C1.1's.
         Err(CheckAbort::Violation(_)) => return Ok(None),
         address => address?,
     };
@@ -231,7 +231,7 @@ fn unknown(target: &mut Target) -> Result<Outcome, CheckAbort> {
         match begin(&harness, direction, phase, end) {
             Ok(_) => return Ok(Outcome::fail(format!("direction {direction} in phase {phase} was taken"))),
             Err(CheckAbort::Refused { .. }) => drop(harness.connection.barrier()?),
-            // As of any request that it can't answer (rule F5).
+            // As of any request that it can't answer (rule F5.2).
             Err(CheckAbort::HungUp { .. }) => hung_up += 1,
             Err(abort) => return Err(abort),
         }

@@ -154,7 +154,7 @@ impl Harness {
         pages.map(|page| self.iommu.as_ref().map_or(page, |iommu| iommu.guest_page(page)))
     }
 
-    /// Says that `bytes` at `iova` are not where they were; nobody uses the old place when it returns (rule T3).
+    /// Says that `bytes` at `iova` are not where they were; nobody uses the old place when it returns (rule T3.1).
     pub(in crate::check) fn invalidate(&self, iova: u64, bytes: u64) -> Result<(), CheckAbort> {
         let message = IotlbMsg { iova, size: bytes, kind: VHOST_IOTLB_INVALIDATE, ..IotlbMsg::new_zeroed() };
         self.send_acked(Code::IOTLB_MSG, message.as_bytes(), &[])
@@ -217,7 +217,7 @@ impl IommuState {
     }
 
     /// What the device has said; how to acknowledge it. A translation is told over `connection` before anybody can change
-    /// it (rule T3).
+    /// it (rule T3.5).
     fn handle(&mut self, message: &BackendMessage, connection: &UnixStream) -> Result<u64, CheckAbort> {
         let (code, body) = (message.code, &message.body);
         if code != BackendRequest::IOTLB_MSG {

@@ -280,7 +280,7 @@ impl Harness {
         Ok(())
     }
 
-    /// A request without a reply of its own, until it is done (rule F4).
+    /// A request without a reply of its own, until it is done (rule F4.1).
     pub(super) fn send_acked(&self, code: Code, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), CheckAbort> {
         if !self.offered.has_protocol(protocol_feature::REPLY_ACK) {
             self.connection.send(code, Header::FLAG_VERSION, payload, fds)?;
@@ -326,7 +326,7 @@ impl Harness {
         }
     }
 
-    /// CALL, NUM, BASE, ADDR and KICK (rule R6): the rings are started, and disabled where they can be.
+    /// CALL, NUM, BASE, ADDR and KICK (rule R6.1): the rings are started, and disabled where they can be.
     pub(super) fn start_disabled(&self, log_at: Option<u64>) -> Result<(), CheckAbort> {
         for queue in self.all() {
             let index = u64::from(queue.index);
@@ -406,7 +406,7 @@ impl Harness {
         self.all().for_each(DriverQueue::signal_kick);
     }
 
-    /// Stops the rings; the base of the first one (rule R3). Where they start again is where they were.
+    /// Stops the rings; the base of the first one (rule R3.1). Where they start again is where they were.
     pub(super) fn stop(&mut self) -> Result<RingBase, CheckAbort> {
         for queue in std::iter::once(&mut self.ring).chain(&mut self.more).chain(&mut self.others) {
             stop_ring(&self.connection, queue)?;
@@ -427,7 +427,7 @@ impl Harness {
         Ok(log)
     }
 
-    /// SET_LOG_BASE; bytes of the reply (rule F7).
+    /// SET_LOG_BASE; bytes of the reply (rule F7.1).
     pub(super) fn send_log(&self, fd: &OwnedFd, mmap_size: u64, mmap_offset: u64) -> Result<usize, CheckAbort> {
         self.require_log()?;
         let description = LogDescription { mmap_size, mmap_offset };
@@ -462,7 +462,7 @@ impl Harness {
         Ok(())
     }
 
-    /// LOG_ALL, then F_LOG with the ring at `log_at` (rule L7).
+    /// LOG_ALL, then F_LOG with the ring at `log_at` (rule L7.1).
     pub(super) fn enable_logging(&self, log_at: u64) -> Result<(), CheckAbort> {
         self.set_log_all(true)?;
         self.set_ring_logging(Some(log_at))

@@ -137,7 +137,7 @@ impl BackendChannel {
     }
 
     /// Whether a ring's kicks are passed on. Once that is forbidden none is sent any more, so that none overtakes what
-    /// stops the ring and starts it again (rules R3, B3); they are kept for whoever starts it next.
+    /// stops the ring and starts it again (rules B3.5, B3.6); they are kept for whoever starts it next.
     pub(super) fn set_kick_forwarding(&self, index: u16, kicks: bool) {
         lock(&self.shared.rings).entry(index).and_modify(|ring| ring.forwards_kicks = kicks);
         self.wake_for_kicks();

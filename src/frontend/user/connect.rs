@@ -21,7 +21,7 @@ use crate::sys::log_limit::limited;
 
 /// Waits between attempts to connect.
 pub(super) const BACK_OFF: std::ops::RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_millis(100);
-/// What INBAND_NOTIFICATIONS makes no sense without (rule B3).
+/// What INBAND_NOTIFICATIONS makes no sense without (rule B3.1).
 const IN_BAND_REQUIREMENTS: u64 = bit(protocol_feature::BACKEND_REQ) | bit(protocol_feature::REPLY_ACK);
 
 /// What a back-end says when it is greeted.
@@ -44,7 +44,7 @@ pub(super) fn negotiate(
 ) -> Result<(Connection, Negotiated, Option<BackendChannel>), FrontendError> {
     let mut connection = Connection::connect(path, options.timeout, interrupt)?;
     connection.set_timeout_policy(TimeoutPolicy::Keep);
-    let number = |connection: &mut Connection, request| connection.request(request, &[], &[])?.read::<u64>("F3");
+    let number = |connection: &mut Connection, request| connection.request(request, &[], &[])?.read::<u64>("F3.1");
     connection.send(Request::SET_OWNER, &[], &[])?;
     let features = number(&mut connection, Request::GET_FEATURES)?;
     let mut negotiated = Negotiated { features, protocol: 0, queues: 1, slots: VHOST_MEMORY_BASELINE_NREGIONS };

@@ -348,7 +348,7 @@ impl Connection {
         }
     }
 
-    /// Sends a message that has a reply of its own and waits for that (rule F3).
+    /// Sends a message that has a reply of its own and waits for that (rule F3.1).
     pub(super) fn request(
         &mut self,
         request: Request,

@@ -68,7 +68,7 @@ fn begin(connection: &mut Connection, direction: u32, theirs: OwnedFd) -> Result
     let request = Request::SET_DEVICE_STATE_FD;
     let transfer = DeviceStateTransfer { direction, phase: DEVICE_STATE_PHASE_STOPPED };
     let mut reply = connection.request(request, transfer.as_bytes(), &[theirs.as_fd()])?;
-    let code: u64 = reply.read("D1").inspect_err(|_| connection.close())?;
+    let code: u64 = reply.read("D1.2").inspect_err(|_| connection.close())?;
     if code & DEVICE_STATE_ERROR_MASK != 0 {
         return Err(FrontendError::Refused { request, code });
     }
@@ -76,7 +76,7 @@ fn begin(connection: &mut Connection, direction: u32, theirs: OwnedFd) -> Result
         return Ok(None);
     }
     let breach =
-        || FrontendError::ProtocolViolation { request, what: "it announces an fd and sends none".into(), rule: "D1" };
+        || FrontendError::ProtocolViolation { request, what: "it announces an fd and sends none".into(), rule: "D1.2" };
     reply.fds.pop().ok_or_else(breach).map(Some).inspect_err(|_| connection.close())
 }
 
@@ -84,7 +84,7 @@ fn begin(connection: &mut Connection, direction: u32, theirs: OwnedFd) -> Result
 fn check(connection: &mut Connection, patience: Duration) -> Result<(), FrontendError> {
     let request = Request::CHECK_DEVICE_STATE;
     let reply = connection.request_within(patience, request, &[], &[])?;
-    match reply.read("D1").inspect_err(|_| connection.close())? {
+    match reply.read("D1.4").inspect_err(|_| connection.close())? {
         0 => Ok(()),
         code => Err(FrontendError::Refused { request, code }),
     }

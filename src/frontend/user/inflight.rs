@@ -24,7 +24,7 @@ pub(super) struct InflightFile {
 }
 
 impl InflightFile {
-    /// The region of a GET_INFLIGHT_FD reply, checked against what was asked for (rule I1).
+    /// The region of a GET_INFLIGHT_FD reply, checked against what was asked for (rule I1.2).
     pub(super) fn from_reply(
         reply: Reply,
         queues: u16,

@@ -20,7 +20,7 @@ use crate::sys::log_limit::limited;
 /// The VMM's IOMMU, and the memory that its mappings lead to; it outlives connections.
 ///
 /// One lock is held from the look at the VMM's table until what was found is sent, and while an invalidation is sent. So
-/// what is sent after an invalidation was found after the table had changed (rule T3).
+/// what is sent after an invalidation was found after the table had changed (rule T3.5).
 pub(super) struct Translator(Mutex<TranslatorState>);
 
 struct TranslatorState {

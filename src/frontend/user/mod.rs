@@ -206,7 +206,7 @@ impl UserDevice {
         Ok(())
     }
 
-    /// Ring addresses; on a running ring they change nothing but whether it is logged (rule R5).
+    /// Ring addresses; on a running ring they change nothing but whether it is logged (rule R5.1).
     fn vring_addr(&self, index: u16, setup: &RingSetup) -> Result<VringAddr, MemoryError> {
         let place = |area: (u64, u64)| if self.is_translated() { Ok(area.0) } else { user_addr(&self.memory, area) };
         let [desc, avail, used] = self.layout(setup).map(place);
@@ -308,7 +308,7 @@ impl UserDevice {
         Ok(())
     }
 
-    /// A ring's kick, call or error fd, or what stands for it where they are messages (rule B3).
+    /// A ring's kick, call or error fd, or what stands for it where they are messages (rule B3.2).
     fn send_ring_fd(&mut self, request: Request, index: u16, fd: Option<&Arc<OwnedFd>>) -> Result<(), FrontendError> {
         match fd {
             _ if self.has(protocol_feature::INBAND_NOTIFICATIONS) => {
@@ -319,7 +319,7 @@ impl UserDevice {
         }
     }
 
-    /// Without protocol features rings have no such state: they are enabled (rule R1).
+    /// Without protocol features rings have no such state: they are enabled (rule R1.2).
     fn send_enable(&mut self, index: u16, enable: bool) -> Result<(), FrontendError> {
         if self.negotiated.features & bit(VHOST_USER_F_PROTOCOL_FEATURES) == 0 {
             return Ok(());
@@ -387,7 +387,7 @@ impl Device for UserDevice {
         self.features = features & !TRANSPORT_FEATURES;
         self.send_features()?;
         if self.is_translated() && !was_translated {
-            // Without the feature invalidate() tells nothing, and memory may have become another (rule T3).
+            // Without the feature invalidate() tells nothing, and memory may have become another (rule T3.9).
             self.send_invalidation(0..=u64::MAX)?;
         }
         self.connection.wait_for_acks()
@@ -465,7 +465,7 @@ impl Device for UserDevice {
     fn validate_rings(&mut self, rings: &[(u16, RingSetup)], sent: &mut dyn FnMut()) -> Result<(), FrontendError> {
         self.send_for_each(rings, sent, |device, index, setup| {
             device.send_ring(index, setup, setup.base)?;
-            // Without a kick it does not run: it is not started (rule R2).
+            // Without a kick it does not run: it is not started (rules R2.2, D2.2).
             device.send_enable(index, true)?;
             device.send_enable(index, false)
         })
@@ -617,7 +617,7 @@ impl Device for UserDevice {
         if !self.has(protocol_feature::STATUS) {
             return Ok(None);
         }
-        let status: u64 = self.connection.request(Request::GET_STATUS, &[], &[])?.read("S1")?;
+        let status: u64 = self.connection.request(Request::GET_STATUS, &[], &[])?.read("F3.1")?;
         Ok(Some(status as u8))
     }
 
@@ -803,7 +803,7 @@ impl UserDevice {
 
     fn parse_base(&self, reply: &Reply, index: u16) -> Result<RingBase, FrontendError> {
         // Whether the ring runs is not known after a wrong answer; connecting again starts it where it was.
-        let state: VringState = reply.read("R3").inspect_err(|_| self.connection.close())?;
+        let state: VringState = reply.read("R3.1").inspect_err(|_| self.connection.close())?;
         if state.index != u32::from(index) {
             self.connection.close();
             let what = format!("it answered for ring {} instead of {index}", state.index);
@@ -894,7 +894,7 @@ impl UserDevice {
             return Ok(None);
         }
         let reply = self.connection.request(request, &[], &[])?;
-        if reply.payload.is_empty() { Ok(None) } else { reply.read("F3").map(Some) }
+        if reply.payload.is_empty() { Ok(None) } else { reply.read("F3.1").map(Some) }
     }
 
     fn config_header(&self, offset: u32, len: usize) -> Result<ConfigHeader, FrontendError> {

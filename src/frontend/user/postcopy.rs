@@ -102,7 +102,12 @@ impl UserDevice {
             self.connection.send(request, &[], &[])?;
             return self.connection.wait_for_acks();
         }
-        match self.connection.request(request, &[], &[])?.read::<u64>("P1").inspect_err(|_| self.connection.close())? {
+        match self
+            .connection
+            .request(request, &[], &[])?
+            .read::<u64>("P1.3")
+            .inspect_err(|_| self.connection.close())?
+        {
             0 => Ok(()),
             code => Err(FrontendError::Refused { request, code }),
         }
