@@ -336,7 +336,7 @@ wire! {
     }
 
     /// Reply of [`own::GET_DISK_GENERATION`]: which disk it is, and the state of its contents (GET_DISK_GENERATION).
-    #[derive(serde::Serialize, serde::Deserialize)]
+    #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
     DiskGeneration, 32 bytes {
         /// Random number of the disk, kept for as long as it lives.
         identity: u128 => 0,

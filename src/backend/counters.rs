@@ -3,11 +3,10 @@
 
 #![forbid(unsafe_code)]
 
-use metrics::{Counter, counter, describe_counter};
-
 use super::Request;
 use crate::abi::vhost_user::Request as Code;
 use crate::memory::LOG_PAGE;
+use crate::sys::counters::{Counter, counter};
 
 /// What one running ring counts.
 pub(super) struct RingCounters {
@@ -92,7 +91,10 @@ pub(super) fn message(code: Code, refused: bool) {
 }
 
 /// Tells the recorder, once it is installed, what the counters mean.
+#[cfg(feature = "metrics")]
 pub fn describe_counters() {
+    use metrics::describe_counter;
+
     describe_counter!("vhost_requests_total", "Requests completed");
     describe_counter!("vhost_read_bytes_total", "Bytes of requests that the driver wrote for the device");
     describe_counter!("vhost_written_bytes_total", "Bytes of guest memory that the device wrote for requests");

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `files` | the open image, and what of it is not on the disk yet |
 //! | `write_back` | the page cache written back ahead of the end of a migration |
+//! | `uring` | io_uring; `no_uring` where it is left out |
 //! | `attempt` | the way that an attempt goes: past the page cache, through aligned memory, or through the page cache |
 //!
 //! An [`Engine`] makes one attempt per [`Io`] and hands it back with what the system said. Retries, short transfers and
@@ -13,20 +14,20 @@
 
 mod attempt;
 mod files;
+#[cfg(not(feature = "io-uring"))]
+mod no_uring;
+#[cfg(feature = "io-uring")]
+mod uring;
 mod write_back;
 
 use std::collections::VecDeque;
-use std::fmt;
 use std::io;
-use std::mem::ManuallyDrop;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use crossbeam::channel::{Receiver, Sender, unbounded};
-use io_uring::register::Restriction;
-use io_uring::{IoUring, opcode, squeue, types};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -34,6 +35,10 @@ use nix::unistd::fdatasync;
 
 use self::attempt::Attempt;
 pub(crate) use self::files::{Alignment, Files, block_size};
+#[cfg(not(feature = "io-uring"))]
+pub(crate) use self::no_uring::{Uring, Urings};
+#[cfg(feature = "io-uring")]
+pub(crate) use self::uring::{Uring, Urings};
 pub(crate) use self::write_back::WriteBack;
 use super::Request;
 
@@ -145,186 +150,6 @@ pub(crate) trait Engine {
     fn fd(&self) -> BorrowedFd<'_>;
 }
 
-/// Rings of io_uring, made before anybody is served: each takes disk I/O and nothing else from then on. A process whose
-/// system calls are filtered can't make others.
-pub(crate) struct Urings(Mutex<Vec<IoUring>>);
-
-impl fmt::Debug for Urings {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Urings")
-    }
-}
-
-impl Urings {
-    /// One for each of `queues` queues, with up to `depth` pieces of I/O at a time.
-    pub(crate) fn new(queues: u16, depth: u16) -> io::Result<Urings> {
-        let depth = u32::from(depth.max(1)).next_power_of_two();
-        let make = |_| {
-            let mut builder = IoUring::builder();
-            let ring = builder.setup_r_disabled().setup_clamp().setup_cqsize(depth * 2).build(depth.min(MAX_BATCH))?;
-            let [read, readv] = [opcode::Read::CODE, opcode::Readv::CODE];
-            let [write, writev] = [opcode::Write::CODE, opcode::Writev::CODE];
-            let [fsync, fallocate] = [opcode::Fsync::CODE, opcode::Fallocate::CODE];
-            let cancel = opcode::AsyncCancel2::CODE;
-            let mut only = [read, readv, write, writev, fsync, fallocate, cancel].map(Restriction::sqe_op);
-            ring.submitter().register_restrictions(&mut only)?;
-            ring.submitter().register_enable_rings()?;
-            Ok(ring)
-        };
-        // When a ring is closed, the kernel interrupts the thread that made it in whatever it does then: one is made for
-        // this that has ended by then.
-        let rings = thread::scope(|scope| scope.spawn(|| (0..queues).map(make).collect::<io::Result<_>>()).join());
-        Ok(Urings(Mutex::new(rings.map_err(|_| io::Error::other("a thread has failed"))??)))
-    }
-
-    fn idle(&self) -> MutexGuard<'_, Vec<IoUring>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// I/O through io_uring.
-pub(crate) struct Uring {
-    ring: ManuallyDrop<IoUring>,
-    /// Where the ring comes from, and goes back to.
-    home: Arc<Urings>,
-    files: Arc<Files>,
-    slots: Vec<Slot>,
-    free: Vec<usize>,
-    /// What could not even be tried.
-    failed: Vec<Done>,
-}
-
-#[derive(Default)]
-struct Slot {
-    io: Option<Io>,
-    attempt: Attempt,
-}
-
-impl Uring {
-    /// On one of the rings, if not all are in use.
-    pub(crate) fn new(files: Arc<Files>, home: &Arc<Urings>) -> Option<Uring> {
-        let ring = ManuallyDrop::new(home.idle().pop()?);
-        Some(Uring { ring, home: home.clone(), files, slots: Vec::new(), free: Vec::new(), failed: Vec::new() })
-    }
-
-    fn entry(&Attempt { fd, start, ref iovecs, flags, .. }: &Attempt, io: &Io) -> squeue::Entry {
-        let (fd, many) = (types::Fd(fd), iovecs.len() as u32);
-        match (io.op, iovecs.as_slice()) {
-            (Op::Read, [one]) => opcode::Read::new(fd, one.iov_base.cast(), length(one)).offset(start).build(),
-            (Op::Read, all) => opcode::Readv::new(fd, all.as_ptr(), many).offset(start).build(),
-            (Op::Write { .. }, [one]) => opcode::Write::new(fd, one.iov_base.cast_const().cast(), length(one))
-                .offset(start)
-                .rw_flags(flags)
-                .build(),
-            (Op::Write { .. }, all) => {
-                opcode::Writev::new(fd, all.as_ptr(), many).offset(start).rw_flags(flags).build()
-            }
-            (Op::Flush, _) => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
-            (Op::Discard | Op::Zero { .. }, _) => {
-                opcode::Fallocate::new(fd, io.len()).offset(start).mode(io.fallocate_flags().bits()).build()
-            }
-        }
-    }
-
-    /// Passes everything on to the kernel. When it has no room for more, completions have to be taken first.
-    fn pass_on(&mut self) {
-        while !self.ring.submission().is_empty() {
-            match self.ring.submit() {
-                Ok(_) => {}
-                Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
-                Err(_) => break,
-            }
-        }
-    }
-
-    fn in_flight(&self) -> usize {
-        self.slots.len() - self.free.len()
-    }
-}
-
-/// Bytes of a range, as one call takes them; the rest is left to the next attempt.
-fn length(iovec: &libc::iovec) -> u32 {
-    iovec.iov_len.min(1 << 30) as u32
-}
-
-impl Engine for Uring {
-    fn submit(&mut self, mut io: Io) {
-        let index = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(Slot::default());
-            self.slots.len() - 1
-        });
-        let Some(slot) = self.slots.get_mut(index) else { return };
-        if let Err(error) = slot.attempt.prepare(&self.files, &mut io) {
-            self.free.push(index);
-            self.failed.push((io, Err(error)));
-            return;
-        }
-        let entry = Uring::entry(&slot.attempt, &io).user_data(index as u64);
-        slot.io = Some(io);
-        // SAFETY: the buffers are guest memory of the request in `slot.io` or what stands for it in `slot.attempt`, which
-        // has the list of them too; neither is touched until the completion with this index has been taken, for which `drop` waits too. The
-        // file is open as long as `self.files` lives.
-        while unsafe { self.ring.submission().push(&entry) }.is_err() {
-            // The queue is full, and the kernel is about to take what is in it.
-            if let Err(error) = self.ring.submit()
-                && error.raw_os_error() != Some(libc::EINTR)
-            {
-                if let Some(slot) = self.slots.get_mut(index)
-                    && let Some(io) = slot.io.take()
-                {
-                    self.free.push(index);
-                    let result = slot.attempt.end(&self.files, &io, Err(error));
-                    self.failed.push((io, result));
-                }
-                return;
-            }
-        }
-    }
-
-    fn cancel(&mut self) {
-        self.pass_on();
-        let entry = opcode::AsyncCancel2::new(types::CancelBuilder::any()).build().user_data(u64::MAX);
-        // SAFETY: it refers to no memory. Its own completion belongs to no slot.
-        let _ = unsafe { self.ring.submission().push(&entry) };
-        self.pass_on();
-    }
-
-    fn completions(&mut self, done: &mut VecDeque<Done>) {
-        self.pass_on();
-        done.extend(self.failed.drain(..));
-        for completion in self.ring.completion() {
-            let index = completion.user_data() as usize;
-            let Some(slot) = self.slots.get_mut(index) else { continue };
-            let Some(io) = slot.io.take() else { continue };
-            self.free.push(index);
-            let result = u64::try_from(completion.result());
-            let result = result.map_err(|_| io::Error::from_raw_os_error(-completion.result()));
-            let result = slot.attempt.end(&self.files, &io, result);
-            done.push_back((io, result));
-        }
-    }
-
-    fn fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the ring owns its fd, and this borrow borrows the ring.
-        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
-    }
-}
-
-impl Drop for Uring {
-    fn drop(&mut self) {
-        let mut done = VecDeque::new();
-        self.completions(&mut done);
-        while self.in_flight() > 0 {
-            // An interrupted wait is taken up again.
-            let _ = self.ring.submit_and_wait(1);
-            self.completions(&mut done);
-        }
-        // SAFETY: nothing uses `self.ring` after this.
-        let ring = unsafe { ManuallyDrop::take(&mut self.ring) };
-        self.home.idle().push(ring);
-    }
-}
-
 /// I/O by threads that block.
 pub(crate) struct Threads {
     jobs: Option<Sender<Io>>,
@@ -417,7 +242,7 @@ fn transfer(files: &Files, attempt: &Attempt, io: &Io) -> io::Result<u64> {
     u64::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "io-uring"))]
 mod tests {
     use std::fs::File;
     use std::os::unix::fs::OpenOptionsExt;
@@ -427,23 +252,6 @@ mod tests {
     use super::*;
     use crate::memory::{Memory, Region, sealed_memfd};
     use crate::ring::Buffer;
-
-    #[test]
-    fn a_ring_does_disk_io_and_nothing_that_a_filter_of_system_calls_would_forbid() {
-        let urings = Urings::new(1, 4).unwrap();
-        let mut ring = urings.idle().pop().unwrap();
-        let null = File::open("/dev/null").unwrap();
-        let opening = opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), c"/dev/null".as_ptr()).build();
-        let socket = opcode::Socket::new(libc::AF_UNIX, libc::SOCK_STREAM, 0).build();
-        let syncing = opcode::Fsync::new(types::Fd(null.as_raw_fd())).build();
-        let results = [opening, socket, syncing].map(|entry| {
-            // SAFETY: the path is a constant, and the file is open until the end of the test.
-            unsafe { ring.submission().push(&entry) }.unwrap();
-            ring.submit_and_wait(1).unwrap();
-            ring.completion().next().unwrap().result()
-        });
-        assert_eq!(results, [-libc::EACCES, -libc::EACCES, -libc::EINVAL], "/dev/null can't be synced");
-    }
 
     /// A direct disk of 16 KiB, served in each way, and what it holds.
     fn direct_disks(each: impl Fn(&Files, &mut dyn FnMut(Io) -> (Io, u64), &mut Vec<u8>)) {
@@ -545,30 +353,5 @@ mod tests {
             files.ended(Op::Flush, false);
             assert!(files.is_unsynced(), "a flush that fails leaves it to be done");
         });
-    }
-
-    #[test]
-    fn io_that_takes_for_ever_comes_back_when_it_is_canceled() {
-        let (empty, _keeps_it_open) = nix::unistd::pipe().unwrap();
-        let files = Arc::new(Files::new(empty.into(), None).unwrap());
-        let fd = sealed_memfd("disk-io-test", 0x2000).unwrap();
-        let memory = Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 0x2000, 0, 0).unwrap())]).unwrap();
-        let mut engine = Uring::new(files, &Arc::new(Urings::new(1, 4).unwrap())).unwrap();
-        for gpa in [0, 0x1000] {
-            let mut request = Request::new(memory.clone(), None);
-            request.renew().writable.push(Buffer { gpa, len: 0x1000 });
-            engine.submit(Io { request, op: Op::Read, disk: 0..0x1000, at: 0, way: Way::Cached });
-        }
-        let mut done = VecDeque::new();
-        engine.completions(&mut done);
-        assert!(done.is_empty());
-        engine.cancel();
-        while done.len() < 2 {
-            engine.ring.submit_and_wait(1).unwrap();
-            engine.completions(&mut done);
-        }
-        for (_, result) in done {
-            assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::ECANCELED));
-        }
     }
 }

@@ -50,6 +50,7 @@ mod worker;
 mod workers;
 
 pub use channel::Host;
+#[cfg(feature = "metrics")]
 pub use counters::describe_counters;
 pub use device::{Device, Queue, RING_FEATURES, Request};
 pub use error::BackendError;

@@ -1,11 +1,13 @@
 //! A block device: how to make it write to guest memory without changing its disk, its configuration space, and, where
 //! that is allowed, writes to its last MiB.
 
+use std::fs::File;
 use std::io::{self, Write};
 
 use std::path::PathBuf;
 use std::thread;
 
+use nix::unistd::mkstemp;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::connection::Connection;
@@ -281,8 +283,8 @@ fn restore(target: &Target, parts: &[(u64, Buffer)], before: &[Vec<u8>]) -> Resu
 
 /// Saves what could not be put back.
 fn save_contents(contents: &[Vec<u8>]) -> io::Result<PathBuf> {
-    let file = tempfile::Builder::new().prefix("vhost-migrate-check-").suffix(".disk").tempfile()?;
-    let (mut file, path) = file.keep().map_err(|error| error.error)?;
+    let (fd, path) = mkstemp(&std::env::temp_dir().join("vhost-migrate-check-XXXXXX"))?;
+    let mut file = File::from(fd);
     contents.iter().try_for_each(|part| file.write_all(part))?;
     Ok(path)
 }

@@ -4,6 +4,7 @@
 //! ([`PageSet`]) and the one interface that a migration asks for dirty pages ([`DirtySource`]).
 //! Not here: the protocol that installs a log (`backend`, `frontend`) and what is done with the pages (`stream`).
 
+#[cfg(feature = "vm-memory-bitmap")]
 mod bitmap;
 mod harvest;
 mod log;
@@ -15,6 +16,7 @@ mod region_bitmap;
 mod source;
 mod vector;
 
+#[cfg(feature = "vm-memory-bitmap")]
 pub use bitmap::{LogBitmap, LogSlice, LogSwitch, PageMarker};
 pub use harvest::Harvest;
 pub use log::{Burst, Log, LogError, LogSignal};

@@ -7,9 +7,6 @@
 use std::fmt;
 use std::ops::Range;
 
-use bitvec::order::Lsb0;
-use bitvec::slice::BitSlice;
-
 /// Words of the bitmap under one word of the summary.
 pub(super) const BLOCK: usize = u64::BITS as usize;
 
@@ -135,12 +132,6 @@ impl PageSet {
     /// The pages one by one, ascending.
     pub fn iter(&self) -> impl Iterator<Item = u64> + '_ {
         self.runs().flatten()
-    }
-
-    /// The set seen as bits, bit `n` for page `n`: for printing and comparing, not for hot paths.
-    pub fn bits(&self) -> &BitSlice<u64, Lsb0> {
-        let all = BitSlice::from_slice(&self.words);
-        all.get(..self.capacity as usize).unwrap_or(all)
     }
 
     /// Ors `bits` into the word at `index`; returns how many of them are new.
@@ -290,8 +281,7 @@ fn first_page(index: usize, word: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
+    use bitvec::prelude::*;
     use proptest::prelude::*;
 
     use super::*;
@@ -301,7 +291,7 @@ mod tests {
         Insert(u64),
         InsertRange(Range<u64>),
         Remove(u64),
-        UnionSource(Vec<u64>),
+        Union(Vec<u64>),
         Difference(Vec<u64>),
         Clear,
     }
@@ -317,7 +307,7 @@ mod tests {
             4 => page().prop_map(Step::Insert),
             2 => (page(), 0..9000u64).prop_map(|(from, n)| Step::InsertRange(from..from + n)),
             3 => page().prop_map(Step::Remove),
-            1 => prop::collection::vec(page(), 0..40).prop_map(Step::UnionSource),
+            1 => prop::collection::vec(page(), 0..40).prop_map(Step::Union),
             1 => prop::collection::vec(page(), 0..40).prop_map(Step::Difference),
             1 => Just(Step::Clear),
         ]
@@ -331,9 +321,13 @@ mod tests {
         set
     }
 
-    fn runs_of(oracle: &BTreeSet<u64>) -> Vec<Range<u64>> {
+    fn pages_of(oracle: &BitSlice) -> impl Iterator<Item = u64> {
+        oracle.iter_ones().map(|page| page as u64)
+    }
+
+    fn runs_of(oracle: &BitSlice) -> Vec<Range<u64>> {
         let mut runs: Vec<Range<u64>> = Vec::new();
-        for &page in oracle {
+        for page in pages_of(oracle) {
             match runs.last_mut() {
                 Some(run) if run.end == page => run.end += 1,
                 _ => runs.push(page..page + 1),
@@ -345,37 +339,39 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn a_page_set_behaves_like_a_set(steps in prop::collection::vec(step(), 1..60)) {
+        fn a_page_set_behaves_like_a_bit_vector(steps in prop::collection::vec(step(), 1..60)) {
             let mut set = PageSet::new(PAGES);
-            let mut oracle = BTreeSet::new();
+            let mut oracle = bitvec![0; PAGES as usize];
             for step in steps {
                 match step {
-                    Step::Insert(page) => prop_assert_eq!(set.insert(page), oracle.insert(page)),
+                    Step::Insert(page) => prop_assert_eq!(set.insert(page), !oracle.replace(page as usize, true)),
                     Step::InsertRange(range) => {
-                        let before = oracle.len();
-                        oracle.extend(range.start..range.end.min(PAGES));
-                        prop_assert_eq!(set.insert_range(range), (oracle.len() - before) as u64);
+                        let before = oracle.count_ones();
+                        if let Some(bits) = oracle.get_mut(range.start as usize..range.end.min(PAGES) as usize) {
+                            bits.fill(true);
+                        }
+                        prop_assert_eq!(set.insert_range(range), (oracle.count_ones() - before) as u64);
                     }
-                    Step::Remove(page) => prop_assert_eq!(set.remove(page), oracle.remove(&page)),
-                    Step::UnionSource(pages) => {
+                    Step::Remove(page) => prop_assert_eq!(set.remove(page), oracle.replace(page as usize, false)),
+                    Step::Union(pages) => {
                         set.union(&set_of(&pages));
-                        oracle.extend(pages);
+                        pages.iter().for_each(|page| oracle.set(*page as usize, true));
                     }
                     Step::Difference(pages) => {
                         set.difference(&set_of(&pages));
-                        pages.iter().for_each(|page| { oracle.remove(page); });
+                        pages.iter().for_each(|page| oracle.set(*page as usize, false));
                     }
                     Step::Clear => {
                         set.clear();
-                        oracle.clear();
+                        oracle.fill(false);
                     }
                 }
-                prop_assert_eq!(set.len(), oracle.len() as u64);
+                prop_assert_eq!(set.len(), oracle.count_ones() as u64);
             }
             prop_assert_eq!(set.runs().collect::<Vec<_>>(), runs_of(&oracle));
-            prop_assert!(set.iter().eq(oracle.iter().copied()));
-            prop_assert!(set.bits().iter_ones().map(|page| page as u64).eq(oracle.iter().copied()));
-            prop_assert!((0..PAGES + 200).all(|page| set.contains(page) == oracle.contains(&page)));
+            prop_assert!(set.iter().eq(pages_of(&oracle)));
+            let is_set = |page: u64| oracle.get(page as usize).is_some_and(|bit| *bit);
+            prop_assert!((0..PAGES + 200).all(|page| set.contains(page) == is_set(page)));
             // The summary tells no lies either: what a clear leaves behind would show up here.
             set.clear();
             prop_assert_eq!(set, PageSet::new(PAGES));

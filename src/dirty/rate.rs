@@ -5,8 +5,6 @@
 
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
 use super::page_set::PageSet;
 use crate::memory::LOG_PAGE;
 
@@ -14,7 +12,8 @@ use crate::memory::LOG_PAGE;
 const MAX_ROUNDS: u32 = 1000;
 
 /// How fast memory was dirtied over a period.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct DirtyRate {
     /// Length of the period, seconds.
     pub seconds: f64,
@@ -31,7 +30,8 @@ pub struct DirtyRate {
 }
 
 /// How fast one device or CPU dirtied memory, see [`DirtyRate`].
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct SourceRate {
     /// The name of the source.
     pub name: String,
@@ -116,7 +116,8 @@ impl RateMeter {
 }
 
 /// How a guest dirties memory, as far as a forecast looks at it.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct DirtyModel {
     /// Bytes newly dirtied per second.
     pub bytes_per_s: f64,
@@ -131,7 +132,8 @@ impl From<&DirtyRate> for DirtyModel {
 }
 
 /// What a pre-copy migration would come to, see [`forecast`].
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Forecast {
     /// Whether the rest becomes small enough to be sent within the downtime that is allowed.
     pub converges: bool,

@@ -2,9 +2,8 @@
 
 #![forbid(unsafe_code)]
 
-use metrics::{counter, describe_counter};
-
 use crate::abi::vhost_user::Request;
+use crate::sys::counters::counter;
 
 /// A message was sent.
 pub(super) fn message_sent(request: Request) {
@@ -34,7 +33,10 @@ pub(super) fn harvested(device: &str, pages: u64) {
 }
 
 /// Tells the recorder, once it is installed, what the counters mean.
+#[cfg(feature = "metrics")]
 pub fn describe_counters() {
+    use metrics::describe_counter;
+
     describe_counter!("vhost_frontend_messages_total", "Messages to back-ends, by request");
     describe_counter!("vhost_frontend_refused_total", "Messages that back-ends refused, by request");
     describe_counter!(

@@ -11,6 +11,7 @@ mod iommu;
 mod logging;
 mod user;
 
+#[cfg(feature = "metrics")]
 pub use counters::describe_counters;
 pub use error::FrontendError;
 pub use interrupt::Interrupt;

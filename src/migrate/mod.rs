@@ -17,11 +17,13 @@
 //! [`StreamConnection`](crate::stream::StreamConnection), and call [`migrate`] and [`receive`].
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "guest")]
 mod builtin;
 mod converge;
 mod destination;
 mod error;
 mod incoming;
+#[cfg(feature = "guest")]
 mod measure;
 mod outcomes;
 mod populate;
@@ -30,6 +32,7 @@ mod source;
 mod time_limit;
 mod vm;
 
+#[cfg(feature = "guest")]
 pub use builtin::{
     GuestIncomingVm, GuestSourceVm, InterruptOnCancel, connect_backends, decode_guest_state, decode_saved_disks,
     dirty_sources,
@@ -38,6 +41,7 @@ pub use converge::{Convergence, ConvergencePolicy, NextStep, RoundResult, RoundT
 pub use destination::{IncomingReport, SWITCHOVER_TIMEOUT, receive};
 pub use error::{MigrateError, MigrationFailure};
 pub use incoming::{IncomingMigration, MigrationListener};
+#[cfg(feature = "guest")]
 pub use measure::measure_dirty_rate;
 pub use outcomes::Outcomes;
 pub use report::{GuestLocation, MigrationEvent, MigrationReport, RoundReport};

@@ -2,8 +2,6 @@
 
 use std::fmt;
 
-use serde::{Deserialize, Serialize};
-
 use super::Position;
 use crate::abi::bit;
 use crate::abi::virtio::VIRTIO_F_RING_PACKED;
@@ -12,7 +10,8 @@ use crate::abi::virtio::VIRTIO_F_RING_PACKED;
 ///
 /// Split: the next avail index in the low 16 bits, free-running. Packed: bits 0-14 the avail position, bit 15 its wrap
 /// counter, bits 16-30 the used position, bit 31 its wrap counter.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct RingBase(u32);
 
 impl RingBase {

@@ -20,7 +20,8 @@ pub struct RingLog {
 }
 
 /// Size and guest-physical addresses of a ring.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum RingLayout {
     /// Of a split ring.
     Split(SplitLayout),

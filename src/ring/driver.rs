@@ -1,13 +1,12 @@
 //! The driver's side of a ring, split or packed.
 
-use serde::{Deserialize, Serialize};
-
 use crate::memory::Memory;
 
 use super::{Buffer, PackedDriver, PackedDriverState, RingError, RingLayout, SplitDriver, SplitDriverState};
 
 /// A completed request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct UsedBuffer {
     /// What adding it returned: the head descriptor, or the buffer id.
     pub head: u16,
@@ -16,7 +15,8 @@ pub struct UsedBuffer {
 }
 
 /// Where a driver is in its ring.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum DriverRingState {
     /// Of a split ring.
     Split(SplitDriverState),

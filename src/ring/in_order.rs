@@ -2,12 +2,11 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
-use serde::{Deserialize, Serialize};
-
 use super::{Buffer, UsedBuffer};
 
 /// The requests of a driver whose device completes them in the order in which they were added.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct InOrderState {
     /// The requests without a completion, oldest first: what names each, and the bytes its device may write.
     pub queue: VecDeque<(u16, u32)>,

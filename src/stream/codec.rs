@@ -4,9 +4,11 @@
 use std::fmt;
 use std::str::FromStr;
 
-use zstd::bulk::{Compressor as ZstdCompressor, Decompressor as ZstdDecompressor};
-
 use super::StreamError;
+#[cfg(not(feature = "zstd"))]
+use super::no_zstd::{Compressor as ZstdCompressor, Decompressor as ZstdDecompressor};
+#[cfg(feature = "zstd")]
+use zstd::bulk::{Compressor as ZstdCompressor, Decompressor as ZstdDecompressor};
 
 /// How page data is compressed.
 ///

@@ -17,6 +17,8 @@ mod error;
 pub mod frame;
 pub mod hashes;
 mod limiter;
+#[cfg(not(feature = "zstd"))]
+mod no_zstd;
 pub mod pages;
 pub mod record;
 mod sys;

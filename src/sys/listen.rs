@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use super::socket;
 
 /// Longest path of a UNIX socket, bytes.
+#[cfg_attr(not(feature = "command"), allow(unreachable_pub))]
 pub const MAX_SOCKET_PATH: usize = 107;
 /// Longest wait for other processes that take a path in the same directory.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);

@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use metrics::counter;
+use super::counters::counter;
 
 /// Most lines of one place in the code within [`WINDOW`].
 const MAX_LINES: u32 = 50;

@@ -1,6 +1,7 @@
 //! The corner for system calls that the safe wrappers in use don't cover and that several rooms need: fd passing,
 //! listening at a path, all that comes through a pipe. Each is behind a safe function.
 
+pub(crate) mod counters;
 pub(crate) mod join;
 pub(crate) mod listen;
 pub(crate) mod log_limit;

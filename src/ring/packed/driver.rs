@@ -4,7 +4,6 @@
 
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 
-use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U16, U32, U64};
 
@@ -24,7 +23,8 @@ use super::{
 };
 
 /// A request of a packed ring without a completion.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct PackedDriverRequest {
     /// Its buffer id.
     pub id: u16,
@@ -33,7 +33,8 @@ pub struct PackedDriverRequest {
 }
 
 /// Where a driver is in its ring, to go on with it elsewhere on the same guest memory.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct PackedDriverState {
     /// Where the next request is added.
     pub avail: Position,

@@ -31,7 +31,8 @@ const DESC_ALIGN: u64 = size_of::<PackedDesc>() as u64;
 const EVENT_ALIGN: u64 = size_of::<PackedEvent>() as u64;
 
 /// Size and guest-physical addresses of a packed ring.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct PackedLayout {
     /// Descriptors, 1 to 32768.
     pub size: u16,
@@ -44,7 +45,8 @@ pub struct PackedLayout {
 }
 
 /// A place in a packed ring and in its rounds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Position {
     /// Which descriptor.
     pub index: u16,

@@ -4,7 +4,6 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U16, U32, U64};
 
@@ -20,7 +19,8 @@ use crate::ring::{Buffer, InOrderState, RingError, UsedBuffer, passes};
 use super::{SplitAreas, SplitLayout, load, store};
 
 /// Where a driver is in its ring, to go on with it elsewhere on the same guest memory.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct SplitDriverState {
     /// Avail index with all requests added.
     pub avail: u16,

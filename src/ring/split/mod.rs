@@ -22,7 +22,8 @@ use super::RingError;
 use super::shared_array::SharedArray;
 
 /// Size and guest-physical addresses of a split ring.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct SplitLayout {
     /// Entries, a power of two from 1 to 32768.
     pub size: u16,
