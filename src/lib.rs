@@ -1,4 +1,24 @@
 //! Live migration, dirty logging and crash-resume for vhost devices.
+//!
+//! # Features
+//!
+//! | feature | content |
+//! |---|---|
+//! | none | [`abi`], [`memory`], [`dirty`], [`ring`], [`inflight`] |
+//! | `backend` | [`backend`]: vhost-user devices, with a disk and a network interface |
+//! | `frontend` | [`frontend`]: driving vhost-user devices |
+//! | `migrate` | [`migrate`] and [`stream`]: live migration and what carries it |
+//! | `guest` | [`guest`]: the built-in guest, which checks its memory and disks |
+//! | `check` | [`check`]: conformance checks of vhost-user back-ends |
+//! | `io-uring` | disk I/O of `backend` by io_uring; by threads otherwise |
+//! | `zstd` | compressed migration streams |
+//! | `metrics` | counters, through the facade of the crate `metrics` |
+//! | `serde` | `Serialize` and `Deserialize` for states and figures |
+//! | `vm-memory-bitmap` | `dirty::LogBitmap`: the dirty log as the bitmap of vm-memory's guest memory |
+//! | `vhost-user-backend` | `dirty::RegionBitmap`: the dirty log for devices made of rust-vmm's crate of that name |
+//! | `command` | the command `vhost-migrate`, and [`control`]; brings all above but the last two |
+//!
+//! The default is `command` and `vm-memory-bitmap`. A library wants `default-features = false` and what it uses.
 
 // Helpers of several modules are used by none where their features are off.
 #![cfg_attr(not(feature = "command"), allow(dead_code))]

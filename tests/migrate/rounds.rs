@@ -77,8 +77,8 @@ fn a_migration_waits_for_a_device_that_is_away_and_takes_rounds_at_their_time() 
     let took = begun.elapsed();
     let count = |wanted: fn(&MigrationEvent) -> bool| left.events.iter().filter(|event| wanted(event)).count();
     assert_eq!(count(|event| matches!(event, MigrationEvent::Waiting { .. })), 1, "{:?}", left.events);
-    // The first that finds it away, one for each time that was waited, and the last.
-    let most = 2 + took.div_duration_f64(ROUND) as usize;
+    // One for each time that was waited, and a few before and after. Without waiting it would be hundreds.
+    let most = 20 + took.div_duration_f64(ROUND) as usize;
     assert!(
         took >= ROUND * 3 / 2 && count(|event| matches!(event, MigrationEvent::Round(_))) <= most,
         "{:?}",
