@@ -242,7 +242,8 @@ fn transfer(files: &Files, attempt: &Attempt, io: &Io) -> io::Result<u64> {
     u64::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
-#[cfg(all(test, feature = "io-uring"))]
+#[cfg(test)]
+#[cfg(feature = "io-uring")]
 mod tests {
     use std::fs::File;
     use std::os::unix::fs::OpenOptionsExt;
