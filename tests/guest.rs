@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use ram_disk::{Faults, RamDisk};
 use rstest::rstest;
 use vhost_migrate::frontend::Device;
-use vhost_migrate::guest::{DeviceState, Guest, GuestConfig, GuestError, GuestState, Place, RequestKind, make_memory};
+use vhost_migrate::guest::{
+    ByteLocation, DeviceState, Guest, GuestConfig, GuestError, GuestState, RequestKind, make_memory,
+};
 use vhost_migrate::memory::Memory;
 use vhost_migrate::ring::DriverRingState;
 
@@ -90,9 +92,9 @@ fn flip(memory: &Memory, gpa: u64) {
     memory.write(gpa, &[byte[0] ^ 0x40]).unwrap();
 }
 
-fn wrong_place(error: &GuestError) -> Place {
+fn wrong_place(error: &GuestError) -> ByteLocation {
     match error {
-        GuestError::Wrong(wrong) => wrong.place,
+        GuestError::WrongByte(wrong) => wrong.location,
         GuestError::Failed(error) => wrong_place(error),
         other => panic!("{other}"),
     }
@@ -229,7 +231,7 @@ fn a_flipped_byte_is_found_in_hot_cold_and_untouched_memory(#[values(false, true
         guest.verify().unwrap();
         flip(guest.memory(), gpa);
         let error = guest.verify().unwrap_err();
-        assert_eq!(wrong_place(&error), Place::Memory(gpa));
+        assert_eq!(wrong_place(&error), ByteLocation::Memory(gpa));
         assert!(error.to_string().contains("WRONG BYTE"), "{error}");
         has_failed(&mut guest, &error);
     }
@@ -286,7 +288,7 @@ fn a_wrong_byte_on_the_disk_is_found(#[values(false, true)] packed: bool) {
         let offset = offset.min(2 * MIB - 1) as usize;
         disks.bytes[1].lock().unwrap()[offset] ^= 1;
         let error = guest.verify().unwrap_err();
-        assert!(matches!(wrong_place(&error), Place::Buffer(_, at) if at == offset as u64), "{error}");
+        assert!(matches!(wrong_place(&error), ByteLocation::Buffer(_, at) if at == offset as u64), "{error}");
         has_failed(&mut guest, &error);
     }
 }
@@ -300,7 +302,7 @@ fn a_write_that_was_acknowledged_and_lost_is_found(#[values(false, true)] packed
     wait_for("a lost write", || disks.faults.lose_write.load(Ordering::Relaxed) == 0);
     // Unless it is written over, which a guest can't know: one sector of a thousand is most unlikely so soon.
     let _ = guest.pause();
-    assert!(matches!(wrong_place(&guest.verify().unwrap_err()), Place::Buffer(..)));
+    assert!(matches!(wrong_place(&guest.verify().unwrap_err()), ByteLocation::Buffer(..)));
 }
 
 #[rstest]
@@ -314,7 +316,7 @@ fn what_a_device_wrote_is_looked_at_again_later(#[values(false, true)] packed: b
         guest.stop_devices().unwrap();
         let state = guest.save_state().unwrap();
         guest.start_devices().unwrap();
-        let mut held = state.drivers[0].slots.iter().filter_map(|slot| slot.held.clone());
+        let mut held = state.drivers[0].slots.iter().filter_map(|slot| slot.retained.clone());
         let found = held.find_map(|held| {
             let written = held.versions.iter().position(|version| *version > 0)?;
             Some((held, written as u64))
@@ -339,7 +341,7 @@ fn what_a_device_wrote_is_looked_at_again_later(#[values(false, true)] packed: b
         flip(guest.memory(), gpa + 300);
     }
     let error = guest.verify().unwrap_err();
-    assert!(matches!(wrong_place(&error), Place::Buffer(..)), "{error}");
+    assert!(matches!(wrong_place(&error), ByteLocation::Buffer(..)), "{error}");
 }
 
 fn fails_by(packed: bool, fault: impl Fn(&Faults) -> &AtomicU32, how: impl Fn(&GuestError) -> bool) -> Guest {
@@ -356,14 +358,14 @@ fn fails_by(packed: bool, fault: impl Fn(&Faults) -> &AtomicU32, how: impl Fn(&G
 
 #[rstest]
 fn a_request_that_is_completed_twice_stops_the_guest(#[values(false, true)] packed: bool) {
-    let how = |error: &GuestError| matches!(error, GuestError::Duplicate { .. } | GuestError::Ring { .. });
+    let how = |error: &GuestError| matches!(error, GuestError::DuplicateCompletion { .. } | GuestError::Ring { .. });
     let guest = fails_by(packed, |faults| &faults.complete_twice, how);
     assert_eq!(guest.stats().duplicates, 1);
 }
 
 #[rstest]
 fn a_request_that_is_never_completed_stops_the_guest(#[values(false, true)] packed: bool) {
-    let guest = fails_by(packed, |faults| &faults.forget, |error| matches!(error, GuestError::Lost { .. }));
+    let guest = fails_by(packed, |faults| &faults.forget, |error| matches!(error, GuestError::LostRequest { .. }));
     assert!(guest.stats().lost > 0);
 }
 

@@ -153,24 +153,24 @@ fn a_guest_leaves_disks_alone_that_hold_what_it_has_not_written() {
         guest.verify().unwrap();
     };
     let mut guest = booted();
-    guest.survey(false).unwrap();
+    guest.probe_disks(false).unwrap();
     assert!(guest.config().blank_disks);
     works(guest);
     // What it has written itself, it may write again.
     let mut guest = booted();
-    guest.survey(false).unwrap();
+    guest.probe_disks(false).unwrap();
     assert!(!guest.config().blank_disks);
     works(guest);
     let image = File::options().read(true).write(true).open(backend.folder.path().join("disk.img")).unwrap();
     image.write_all_at(b"somebody's", 9 * 512 + 100).unwrap();
     let before = std::fs::read(backend.folder.path().join("disk.img")).unwrap();
     let mut guest = booted();
-    let refused = guest.survey(false).unwrap_err();
-    assert!(matches!(refused, GuestError::Foreign { sector: 9, .. }), "{refused}");
+    let refused = guest.probe_disks(false).unwrap_err();
+    assert!(matches!(refused, GuestError::ForeignContents { sector: 9, .. }), "{refused}");
     drop(guest);
     assert!(std::fs::read(backend.folder.path().join("disk.img")).unwrap() == before);
     let mut guest = booted();
-    guest.survey(true).unwrap();
+    guest.probe_disks(true).unwrap();
     works(guest);
 }
 
@@ -807,7 +807,7 @@ fn rings_that_are_refused_when_a_guest_goes_on_run_as_soon_as_they_can() {
     guest.pause().unwrap();
     guest.stop_devices().unwrap();
     device.idles.store(true, Ordering::Relaxed);
-    guest.go_on().unwrap();
+    guest.resume_without_waiting().unwrap();
     wait_for(&guest, "it says why its disk stands still", |guest| guest.connections()[0].refused.is_some());
     assert!(guest.is_running() && guest.failure().is_none());
     device.idles.store(false, Ordering::Relaxed);

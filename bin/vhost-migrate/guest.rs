@@ -197,7 +197,7 @@ fn boot(config: GuestConfig, backends: &[PathBuf], overwrite: bool) -> Result<Gu
     let devices = connect_backends(backends, config.inflight_migration, &Interrupt::new()?)?;
     let mut guest = Guest::new(config)?;
     guest.boot(devices)?;
-    guest.survey(overwrite)?;
+    guest.probe_disks(overwrite)?;
     guest.resume()?;
     Ok(guest)
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use zerocopy::IntoBytes;
 
-use super::error::{GuestError, Place};
+use super::error::{ByteLocation, GuestError};
 use super::layout::Area;
 use super::pattern::{PAGE_WORDS, Pattern, mix};
 use super::state::CpuState;
@@ -18,7 +18,7 @@ pub(super) struct Cpu {
     memory: Memory,
     area: Area,
     pattern: Pattern,
-    order: Order,
+    permutation: PagePermutation,
     steps: u64,
     /// The same, for others to see while it runs.
     counter: Arc<AtomicU64>,
@@ -27,8 +27,8 @@ pub(super) struct Cpu {
 impl Cpu {
     /// CPU `number` at its first step; [`Cpu::boot`] gives its pages their first contents.
     pub(super) fn new(number: usize, memory: &Memory, area: Area, pattern: Pattern) -> Cpu {
-        let order = Order::new(area.pages(), mix(pattern.seed.wrapping_add(number as u64)));
-        Cpu { memory: memory.clone(), area, pattern, order, steps: 0, counter: Arc::default() }
+        let order = PagePermutation::new(area.pages(), mix(pattern.seed.wrapping_add(number as u64)));
+        Cpu { memory: memory.clone(), area, pattern, permutation: order, steps: 0, counter: Arc::default() }
     }
 
     pub(super) fn restore(self, state: CpuState) -> Cpu {
@@ -48,7 +48,7 @@ impl Cpu {
     /// Writes the next page and checks another.
     pub(super) fn step(&mut self) -> Result<(), GuestError> {
         let pages = self.area.pages();
-        let gpa = self.area.page(self.order.page(self.steps % pages));
+        let gpa = self.area.page(self.permutation.page(self.steps % pages));
         let mut page = [0; PAGE_WORDS];
         self.pattern.fill(gpa, (self.steps / pages).wrapping_add(1), &mut page);
         self.memory.write(gpa, page.as_bytes())?;
@@ -73,7 +73,7 @@ impl Cpu {
     /// Checks the page whose turn is at steps `turn`, `turn + N` and so on.
     fn check(&self, turn: u64) -> Result<(), GuestError> {
         let version = self.steps.checked_sub(turn + 1).map_or(0, |since| (since / self.area.pages()).wrapping_add(1));
-        check(&self.memory, &self.pattern, self.area.page(self.order.page(turn)), version, false)
+        check(&self.memory, &self.pattern, self.area.page(self.permutation.page(turn)), version, false)
     }
 }
 
@@ -90,22 +90,22 @@ pub(super) fn fill(memory: &Memory, pattern: &Pattern, area: &Area) -> Result<()
 pub(super) fn check(memory: &Memory, pattern: &Pattern, gpa: u64, version: u64, blank: bool) -> Result<(), GuestError> {
     let mut page = [0; PAGE_WORDS];
     memory.read(gpa, page.as_mut_bytes())?;
-    Ok(pattern.check(gpa, version, blank, &page, |offset| Place::Memory(gpa + offset))?)
+    Ok(pattern.check(gpa, version, blank, &page, |offset| ByteLocation::Memory(gpa + offset))?)
 }
 
 /// A permutation of `0..pages`, of the form `a * turn + b`.
-struct Order {
+struct PagePermutation {
     pages: u64,
     a: u64,
     b: u64,
 }
 
-impl Order {
-    fn new(pages: u64, random: u64) -> Order {
+impl PagePermutation {
+    fn new(pages: u64, random: u64) -> PagePermutation {
         let coprime = |a: &u64| gcd(*a, pages) == 1;
         // Near the golden section, so that neighbours in time are far apart in memory.
         let golden = (u128::from(pages) * 618 / 1000) as u64;
-        Order { pages, a: (golden.max(1)..).find(coprime).unwrap_or(1), b: random % pages.max(1) }
+        PagePermutation { pages, a: (golden.max(1)..).find(coprime).unwrap_or(1), b: random % pages.max(1) }
     }
 
     fn page(&self, turn: u64) -> u64 {
@@ -125,7 +125,7 @@ mod tests {
     #[test]
     fn every_page_has_its_turn() {
         for pages in [1, 2, 3, 64, 1000, 4095] {
-            let order = Order::new(pages, 12345);
+            let order = PagePermutation::new(pages, 12345);
             let mut seen: Vec<u64> = (0..pages).map(|turn| order.page(turn)).collect();
             seen.sort();
             assert!(seen.into_iter().eq(0..pages), "{pages} pages");

@@ -15,46 +15,46 @@ use super::cpu::Cpu;
 use super::driver::Driver;
 use super::error::GuestError;
 use super::layout::GuestConfig;
-use super::signal::{Failure, Signal, wait};
-use super::state::Moment;
-use super::unit::{Line, Unit};
+use super::signal::{GuestFailure, StopEvent, poll_fds};
+use super::state::Timestamp;
+use super::unit::{Disk, QueueDoorbells};
 use crate::memory::LOG_PAGE;
 
 /// CPUs act at least this often, when they are to act that often at all.
-const TICK: Duration = Duration::from_millis(1);
+const MIN_CPU_PAUSE: Duration = Duration::from_millis(1);
 /// How often a waiting driver looks whether its requests are lost.
-const LOOK: Duration = Duration::from_secs(1);
+const TIMEOUT_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Threads that drive queues even where there are fewer CPUs.
-const FEWEST_DRIVING: usize = 4;
+const MIN_DRIVER_THREADS: usize = 4;
 
 /// A thread and what it gives back: its work, and the moment of its last action.
-type Running<T> = JoinHandle<Option<(T, u64)>>;
+type WorkThread<T> = JoinHandle<Option<(T, u64)>>;
 
 /// Threads that run.
-pub(super) struct Crew {
-    stop: Arc<Signal>,
-    cpus: Vec<Running<Cpu>>,
-    drivers: Vec<Running<Vec<Driver>>>,
+pub(super) struct GuestThreads {
+    stop: Arc<StopEvent>,
+    cpus: Vec<WorkThread<Cpu>>,
+    drivers: Vec<WorkThread<Vec<Driver>>>,
 }
 
 /// Where threads that have been started wait for their work.
-struct Inboxes {
+struct WorkSenders {
     cpus: Vec<Sender<Cpu>>,
     drivers: Vec<Sender<Vec<Driver>>>,
 }
 
 /// What a thread needs beside its work.
 #[derive(Clone)]
-struct Duty {
-    stop: Arc<Signal>,
-    failure: Arc<Failure>,
+struct ThreadContext {
+    stop: Arc<StopEvent>,
+    failure: Arc<GuestFailure>,
     /// Takes the moment of the thread's first action.
     first: Sender<u64>,
 }
 
-impl Duty {
-    fn is_over(&self) -> bool {
+impl ThreadContext {
+    fn must_stop(&self) -> bool {
         self.stop.is_set() || self.failure.signal().is_set()
     }
 }
@@ -66,67 +66,68 @@ pub(super) struct NotStarted {
     pub(super) drivers: Vec<Driver>,
 }
 
-impl Crew {
+impl GuestThreads {
     /// Starts all threads. Returns also when the first of them acted (CLOCK_MONOTONIC, nanoseconds), if there is any.
-    /// `queues` has the unit and the line of each driver.
+    /// `queues` has the disk and the doorbells of each driver.
     pub(super) fn start(
         cpus: Vec<Cpu>,
         drivers: Vec<Driver>,
-        queues: Vec<(Arc<Unit>, usize)>,
+        queues: Vec<(Arc<Disk>, usize)>,
         config: &GuestConfig,
-        failure: &Arc<Failure>,
-    ) -> Result<(Crew, Option<u64>), Box<NotStarted>> {
+        failure: &Arc<GuestFailure>,
+    ) -> Result<(GuestThreads, Option<u64>), Box<NotStarted>> {
         let (first, firsts) = channel();
-        let crew = Signal::new().and_then(|stop| {
-            let duty = Duty { stop: Arc::new(stop), failure: failure.clone(), first };
-            Crew::spawn(cpus.len(), queues, config, duty).map_err(GuestError::system("start a thread"))
+        let threads = StopEvent::new().and_then(|stop| {
+            let context = ThreadContext { stop: Arc::new(stop), failure: failure.clone(), first };
+            GuestThreads::spawn(cpus.len(), queues, config, context).map_err(GuestError::system("start a thread"))
         });
-        let (crew, work) = match crew {
+        let (threads, work) = match threads {
             Ok(started) => started,
             Err(error) => return Err(Box::new(NotStarted { error, cpus, drivers })),
         };
         // All of them are there now, so that each gets its work.
         work.cpus.iter().zip(cpus).for_each(|(to, cpu)| drop(to.send(cpu)));
-        let share = share(drivers.len());
+        let share = queues_per_thread(drivers.len());
         let mut drivers = drivers.into_iter();
         work.drivers.iter().for_each(|to| drop(to.send(drivers.by_ref().take(share).collect())));
-        let acted = firsts.iter().take(crew.cpus.len() + crew.drivers.len()).min();
-        Ok((crew, acted))
+        let acted = firsts.iter().take(threads.cpus.len() + threads.drivers.len()).min();
+        Ok((threads, acted))
     }
 
     /// Threads that wait for their work, and end without it.
     fn spawn(
         cpus: usize,
-        queues: Vec<(Arc<Unit>, usize)>,
+        queues: Vec<(Arc<Disk>, usize)>,
         config: &GuestConfig,
-        duty: Duty,
-    ) -> std::io::Result<(Crew, Inboxes)> {
-        let mut crew = Crew { stop: duty.stop.clone(), cpus: Vec::new(), drivers: Vec::new() };
-        let mut work = Inboxes { cpus: Vec::new(), drivers: Vec::new() };
+        context: ThreadContext,
+    ) -> std::io::Result<(GuestThreads, WorkSenders)> {
+        let mut threads = GuestThreads { stop: context.stop.clone(), cpus: Vec::new(), drivers: Vec::new() };
+        let mut work = WorkSenders { cpus: Vec::new(), drivers: Vec::new() };
         let rate = config.dirty_rate / LOG_PAGE / cpus.max(1) as u64;
         for _ in 0..cpus {
-            let (duty, (to, inbox)) = (duty.clone(), channel());
+            let (context, (to, inbox)) = (context.clone(), channel());
             let live = move || {
                 let mut cpu: Cpu = inbox.recv().ok()?;
-                let last = run(&duty, || compute(&mut cpu, rate, &duty));
+                let last = run_reporting_failure(&context, || run_cpu(&mut cpu, rate, &context));
                 Some((cpu, last))
             };
-            crew.cpus.push(std::thread::Builder::new().name("guest-cpu".into()).spawn(live)?);
+            threads.cpus.push(std::thread::Builder::new().name("guest-cpu".into()).spawn(live)?);
             work.cpus.push(to);
         }
         let (rate, patience) = (config.request_rate, Duration::from_secs(config.request_timeout));
-        for queues in queues.chunks(share(queues.len())) {
-            let (duty, (to, inbox)) = (duty.clone(), channel());
+        for queues in queues.chunks(queues_per_thread(queues.len())) {
+            let (context, (to, inbox)) = (context.clone(), channel());
             let queues = queues.to_vec();
             let live = move || {
                 let mut drivers: Vec<Driver> = inbox.recv().ok()?;
-                let last = run(&duty, || drive(&mut drivers, &queues, rate, patience, &duty));
+                let last =
+                    run_reporting_failure(&context, || run_drivers(&mut drivers, &queues, rate, patience, &context));
                 Some((drivers, last))
             };
-            crew.drivers.push(std::thread::Builder::new().name("guest-disk".into()).spawn(live)?);
+            threads.drivers.push(std::thread::Builder::new().name("guest-disk".into()).spawn(live)?);
             work.drivers.push(to);
         }
-        Ok((crew, work))
+        Ok((threads, work))
     }
 
     /// Stops all threads and gets their work back, with the moment of the last action (CLOCK_MONOTONIC, nanoseconds).
@@ -146,81 +147,81 @@ impl Crew {
 
 /// The number of queues that a thread drives. With a thread for each of a hundred queues on two CPUs, all would wait for each other
 /// whenever the guest is stopped or started.
-fn share(queues: usize) -> usize {
+fn queues_per_thread(queues: usize) -> usize {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    queues.div_ceil(cpus.max(FEWEST_DRIVING)).max(1)
+    queues.div_ceil(cpus.max(MIN_DRIVER_THREADS)).max(1)
 }
 
 /// Does `work`, and lets nobody wait for a first action that an error has prevented.
-fn run(duty: &Duty, work: impl FnOnce() -> Result<u64, GuestError>) -> u64 {
+fn run_reporting_failure(context: &ThreadContext, work: impl FnOnce() -> Result<u64, GuestError>) -> u64 {
     work().unwrap_or_else(|error| {
-        duty.failure.report(error);
-        let _ = duty.first.send(now());
+        context.failure.report(error);
+        let _ = context.first.send(now());
         now()
     })
 }
 
 /// A CPU's life: pages at `rate` per second. Returns when it acted last.
-fn compute(cpu: &mut Cpu, rate: u64, duty: &Duty) -> Result<u64, GuestError> {
+fn run_cpu(cpu: &mut Cpu, rate: u64, context: &ThreadContext) -> Result<u64, GuestError> {
     let (start, begun) = (Instant::now(), cpu.steps());
     cpu.step()?;
-    let _ = duty.first.send(now());
-    while !duty.is_over() {
-        let due = due(rate, start.elapsed());
-        while cpu.steps() - begun < due && !duty.is_over() {
+    let _ = context.first.send(now());
+    while !context.must_stop() {
+        let due = due_by(rate, start.elapsed());
+        while cpu.steps() - begun < due && !context.must_stop() {
             cpu.step()?;
         }
-        let pause = next(rate, cpu.steps() - begun, start).map(|pause| pause.max(TICK));
-        wait(&[duty.stop.as_fd(), duty.failure.signal().as_fd()], None, pause)?;
+        let pause = time_until_next(rate, cpu.steps() - begun, start).map(|pause| pause.max(MIN_CPU_PAUSE));
+        poll_fds(&[context.stop.as_fd(), context.failure.signal().as_fd()], None, pause)?;
     }
     cpu.step()?;
     Ok(now())
 }
 
 /// A driver at work.
-struct Driving<'a> {
+struct ActiveQueue<'a> {
     driver: &'a mut Driver,
-    unit: &'a Unit,
-    line: &'a Line,
+    disk: &'a Disk,
+    doorbells: &'a QueueDoorbells,
     /// Requests that it had made before.
-    before: u64,
+    requests_at_start: u64,
     /// The time of the last look for a lost request.
-    looked: Instant,
+    last_check: Instant,
 }
 
 /// The life of some drivers: requests at `rate` per second of each, or as fast as the disk answers. Returns when they acted
 /// last.
-fn drive(
+fn run_drivers(
     drivers: &mut [Driver],
-    queues: &[(Arc<Unit>, usize)],
+    queues: &[(Arc<Disk>, usize)],
     rate: Option<u64>,
     patience: Duration,
-    duty: &Duty,
+    context: &ThreadContext,
 ) -> Result<u64, GuestError> {
     let start = Instant::now();
-    let at_work = drivers.iter_mut().zip(queues).filter_map(|(driver, (unit, line))| {
-        driver.forgive();
-        let (before, line) = (driver.requests(), unit.lines.get(*line)?);
-        Some(Driving { driver, unit, line, before, looked: start })
+    let at_work = drivers.iter_mut().zip(queues).filter_map(|(driver, (disk, doorbells))| {
+        driver.restart_timeouts();
+        let (before, doorbells) = (driver.requests(), disk.doorbells.get(*doorbells)?);
+        Some(ActiveQueue { driver, disk, doorbells, requests_at_start: before, last_check: start })
     });
-    let mut at_work: Vec<Driving<'_>> = at_work.collect();
-    let mut first = Some(&duty.first);
+    let mut at_work: Vec<ActiveQueue<'_>> = at_work.collect();
+    let mut first = Some(&context.first);
     loop {
-        let over = duty.is_over();
-        for Driving { driver, line, before, .. } in &mut at_work {
+        let over = context.must_stop();
+        for ActiveQueue { driver, doorbells, requests_at_start: before, .. } in &mut at_work {
             driver.reap()?;
             let allowed = match rate {
                 _ if over => 1,
-                Some(rate) => (due(rate, start.elapsed()) + 1).saturating_sub(driver.requests() - *before),
+                Some(rate) => (due_by(rate, start.elapsed()) + 1).saturating_sub(driver.requests() - *before),
                 None => u64::MAX,
             };
             for _ in 0..allowed {
-                if !driver.submit()? || !over && duty.is_over() {
+                if !driver.submit()? || !over && context.must_stop() {
                     break;
                 }
             }
             if driver.publish() {
-                line.kick();
+                doorbells.kick();
             }
             if let Some(first) = first.take() {
                 let _ = first.send(now());
@@ -229,28 +230,37 @@ fn drive(
         if over {
             return Ok(now());
         }
-        let (mut pause, mut called) = (LOOK, false);
-        for Driving { driver, unit, before, looked, .. } in &mut at_work {
-            look(driver, unit, patience, looked)?;
-            called |= driver.listen();
-            let next = rate.and_then(|rate| next(rate, driver.requests() - *before, start));
+        let (mut pause, mut called) = (TIMEOUT_CHECK_INTERVAL, false);
+        for ActiveQueue { driver, disk, requests_at_start: before, last_check: looked, .. } in &mut at_work {
+            check_requests(driver, disk, patience, looked)?;
+            called |= driver.enable_calls();
+            let next = rate.and_then(|rate| time_until_next(rate, driver.requests() - *before, start));
             pause = next.map_or(pause, |next| next.min(pause));
         }
         if called {
             continue;
         }
-        let calls = at_work.iter().map(|driving| driving.line.call.as_fd());
-        let fds: Vec<_> = calls.chain([duty.stop.as_fd(), duty.failure.signal().as_fd()]).collect();
-        let readable = wait(&fds, None, Some(pause))?;
-        at_work.iter().zip(readable).filter(|(_, called)| *called).for_each(|(driving, _)| driving.line.answer());
+        let calls = at_work.iter().map(|driving| driving.doorbells.call.as_fd());
+        let fds: Vec<_> = calls.chain([context.stop.as_fd(), context.failure.signal().as_fd()]).collect();
+        let readable = poll_fds(&fds, None, Some(pause))?;
+        at_work
+            .iter()
+            .zip(readable)
+            .filter(|(_, called)| *called)
+            .for_each(|(driving, _)| driving.doorbells.ack_call());
     }
 }
 
 /// Completes what is outstanding and reads the queue's whole part of the disk, checking every byte, unless the device's
 /// interrupt ends it.
-pub(super) fn scan(driver: &mut Driver, unit: &Unit, line: &Line, patience: Duration) -> Result<(), GuestError> {
-    driver.verify_held()?;
-    driver.forgive();
+pub(super) fn scan_disk(
+    driver: &mut Driver,
+    disk: &Disk,
+    doorbells: &QueueDoorbells,
+    patience: Duration,
+) -> Result<(), GuestError> {
+    driver.verify_retained()?;
+    driver.restart_timeouts();
     let (mut next, mut looked) = (None, Instant::now());
     loop {
         driver.reap()?;
@@ -269,39 +279,44 @@ pub(super) fn scan(driver: &mut Driver, unit: &Unit, line: &Line, patience: Dura
             }
         }
         if driver.publish() {
-            line.kick();
+            doorbells.kick();
         }
-        look(driver, unit, patience, &mut looked)?;
-        if unit.is_interrupted() {
+        check_requests(driver, disk, patience, &mut looked)?;
+        if disk.is_interrupted() {
             return Err(GuestError::Interrupted);
         }
-        if driver.outstanding() > 0 && !driver.listen() {
-            let interrupt = unit.interrupt().map(AsFd::as_fd);
-            let ends: Vec<_> = [line.call.as_fd()].into_iter().chain(interrupt).collect();
-            wait(&ends, None, Some(LOOK))?;
-            line.answer();
+        if driver.outstanding() > 0 && !driver.enable_calls() {
+            let interrupt = disk.interrupt().map(AsFd::as_fd);
+            let ends: Vec<_> = [doorbells.call.as_fd()].into_iter().chain(interrupt).collect();
+            poll_fds(&ends, None, Some(TIMEOUT_CHECK_INTERVAL))?;
+            doorbells.ack_call();
         }
     }
 }
 
 /// Looks now and then whether a request is lost, while there is somebody to answer.
-fn look(driver: &mut Driver, unit: &Unit, patience: Duration, looked: &mut Instant) -> Result<(), GuestError> {
-    if unit.is_away() {
-        driver.forgive();
-    } else if looked.elapsed() >= LOOK {
+fn check_requests(
+    driver: &mut Driver,
+    disk: &Disk,
+    patience: Duration,
+    looked: &mut Instant,
+) -> Result<(), GuestError> {
+    if disk.is_away() {
+        driver.restart_timeouts();
+    } else if looked.elapsed() >= TIMEOUT_CHECK_INTERVAL {
         *looked = Instant::now();
-        driver.check_lost(patience)?;
+        driver.check_timeouts(patience)?;
     }
     Ok(())
 }
 
 /// How many of something there should be after `elapsed`, at `rate` per second.
-fn due(rate: u64, elapsed: Duration) -> u64 {
+fn due_by(rate: u64, elapsed: Duration) -> u64 {
     (u128::from(rate) * elapsed.as_nanos() / 1_000_000_000) as u64
 }
 
 /// How long from now until there should be one more than `done`; `None` is never.
-fn next(rate: u64, done: u64, start: Instant) -> Option<Duration> {
+fn time_until_next(rate: u64, done: u64, start: Instant) -> Option<Duration> {
     let nanos = u128::from(done + 1) * 1_000_000_000 / u128::from(rate.max(1));
     let when = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
     (rate > 0).then(|| when.saturating_sub(start.elapsed()))
@@ -313,11 +328,11 @@ fn now() -> u64 {
 }
 
 /// The moment at which CLOCK_MONOTONIC showed `monotonic_ns`, not long ago.
-pub(super) fn moment(monotonic_ns: u64) -> Moment {
+pub(super) fn timestamp(monotonic_ns: u64) -> Timestamp {
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let since = now().saturating_sub(monotonic_ns);
     let realtime_ns = nanos(ClockId::CLOCK_REALTIME).saturating_sub(since);
-    Moment { boot: boot.trim().into(), monotonic_ns, realtime_ns }
+    Timestamp { boot: boot.trim().into(), monotonic_ns, realtime_ns }
 }
 
 fn nanos(clock: ClockId) -> u64 {

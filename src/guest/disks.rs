@@ -1,7 +1,7 @@
 //! Disks of a guest that is saved, and restored while they may have gone on without it (GET_DISK_GENERATION), or that moves
 //! (GET_DISK_IDENTITY).
 
-use super::{Attached, DiskGenerations, DiskIdentities, Guest, GuestError, in_parallel};
+use super::{AttachedDisk, DiskGenerations, DiskIdentities, Guest, GuestError, in_parallel};
 use crate::abi::vhost_user::DiskGeneration;
 
 /// Remedies for a disk that is not what it was.
@@ -15,7 +15,7 @@ impl Guest {
     /// # Errors
     /// If a device can't be asked.
     pub fn disk_generations(&self) -> Result<DiskGenerations, GuestError> {
-        in_parallel(&self.units, |attached| Ok(attached.unit.at_once(|device| device.disk_generation())?))
+        in_parallel(&self.disks, |attached| Ok(attached.disk.try_with(|device| device.disk_generation())?))
     }
 
     /// The identities of its disks, also while it runs.
@@ -23,13 +23,13 @@ impl Guest {
     /// # Errors
     /// If a device can't be asked.
     pub fn disk_identities(&self) -> Result<DiskIdentities, GuestError> {
-        in_parallel(&self.units, |attached| Ok(attached.unit.with(|device| device.disk_identity())?))
+        in_parallel(&self.disks, |attached| Ok(attached.disk.retry_until_connected(|device| device.disk_identity())?))
     }
 
     /// The disks that can't be told in `generations`.
     pub fn unknown_disks(&self, generations: &[Option<DiskGeneration>]) -> Vec<String> {
-        let disks = self.units.iter().zip(generations);
-        disks.filter(|(_, generation)| generation.is_none()).map(|(attached, _)| attached.unit.name.clone()).collect()
+        let disks = self.disks.iter().zip(generations);
+        disks.filter(|(_, generation)| generation.is_none()).map(|(attached, _)| attached.disk.name.clone()).collect()
     }
 
     /// Compares the disks with what they were when the guest was saved, before it runs. Those that could not be told then are
@@ -39,7 +39,7 @@ impl Guest {
     /// [`GuestError::State`] for the first that has gone on, is another, or can't be told any more.
     pub fn compare_disks(&self, saved: &[Option<DiskGeneration>]) -> Result<(), GuestError> {
         let found = self.disk_generations()?;
-        for ((Attached { unit, .. }, now), then) in self.units.iter().zip(&found).zip(saved) {
+        for ((AttachedDisk { disk, .. }, now), then) in self.disks.iter().zip(&found).zip(saved) {
             let Some(then) = then else { continue };
             let difference = match now {
                 None => {
@@ -54,7 +54,7 @@ impl Guest {
                 }
                 Some(_) => continue,
             };
-            return Err(GuestError::State(format!("{}: {difference}. {ADVICE}", unit.name)));
+            return Err(GuestError::State(format!("{}: {difference}. {ADVICE}", disk.name)));
         }
         Ok(())
     }

@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U32, U64};
 
-use super::error::{GuestError, Place};
-use super::layout::{BUFFER_BYTES, CHAIN, GuestConfig, QueueLayout, SlotLayout};
+use super::error::{ByteLocation, GuestError};
+use super::layout::{BUFFER_BYTES, GuestConfig, MAX_CHAIN, QueueLayout, SlotLayout};
 use super::pattern::{Pattern, Random, SECTOR_WORDS, mix};
-use super::state::{DriverState, HeldState, RequestKind, RequestState, SlotState};
+use super::state::{BlkDriverState, RequestKind, RequestState, RetainedState, SlotState};
 use crate::abi::bit;
 use crate::abi::virtio::{
     BlkRequestHeader, SECTOR_BYTES, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN,
@@ -31,7 +31,7 @@ const NO_STATUS: u8 = 0xa5;
 
 /// What a driver has done so far; read by others while it runs.
 #[derive(Debug, Default)]
-pub(super) struct Counters {
+pub(super) struct DriverCounters {
     pub(super) requests: AtomicU64,
     pub(super) completions: AtomicU64,
     pub(super) outstanding: AtomicU64,
@@ -40,7 +40,7 @@ pub(super) struct Counters {
 
 /// What a driver has to know of its disk.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Disk {
+pub(super) struct DiskGeometry {
     pub(super) features: u64,
     /// Bytes.
     pub(super) capacity: u64,
@@ -52,7 +52,7 @@ pub(super) struct Disk {
 
 /// What the disk held before the guest wrote to it.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Survey {
+pub(super) struct PriorContents {
     /// Whether a guest like this one has written some of it.
     pub(super) own: bool,
     /// The first sector that was found to be neither that nor blank.
@@ -65,11 +65,11 @@ pub(super) struct Driver {
     memory: Memory,
     layout: QueueLayout,
     pattern: Pattern,
-    blank: bool,
+    zero_initialized: bool,
     /// What its part of the disk holds, while that is looked at.
-    survey: Option<Survey>,
+    prior: Option<PriorContents>,
     depth: u16,
-    disk: Disk,
+    disk: DiskGeometry,
     ring: DriverRing,
     first_sector: u64,
     versions: Vec<u32>,
@@ -77,10 +77,10 @@ pub(super) struct Driver {
     random: Random,
     slots: Vec<SlotState>,
     /// By slot: since when its request waits.
-    since: Vec<Instant>,
+    submitted_at: Vec<Instant>,
     requests: u64,
     completions: u64,
-    counters: Arc<Counters>,
+    counters: Arc<DriverCounters>,
 }
 
 impl Driver {
@@ -91,7 +91,7 @@ impl Driver {
         layout: QueueLayout,
         config: &GuestConfig,
         pattern: Pattern,
-        disk: Disk,
+        disk: DiskGeometry,
     ) -> Result<Driver, GuestError> {
         let ring = DriverRing::new(memory, layout.ring, disk.features);
         let ring = ring.map_err(|source| GuestError::Ring { queue, source })?;
@@ -105,11 +105,11 @@ impl Driver {
             queue,
             memory: memory.clone(),
             slots: vec![SlotState::default(); layout.slots.len()],
-            since: vec![Instant::now(); layout.slots.len()],
+            submitted_at: vec![Instant::now(); layout.slots.len()],
             layout,
             pattern,
-            blank: config.blank_disks,
-            survey: None,
+            zero_initialized: config.blank_disks,
+            prior: None,
             depth: config.depth,
             disk,
             ring,
@@ -130,8 +130,8 @@ impl Driver {
         layout: QueueLayout,
         config: &GuestConfig,
         pattern: Pattern,
-        disk: Disk,
-        state: DriverState,
+        disk: DiskGeometry,
+        state: BlkDriverState,
     ) -> Result<Driver, GuestError> {
         let ring = DriverRing::restore(memory, layout.ring, disk.features, &state.ring);
         let ring = ring.map_err(|source| GuestError::Ring { queue, source })?;
@@ -144,12 +144,12 @@ impl Driver {
                 && offset <= BUFFER_BYTES - count * SECTOR_BYTES
         };
         let request_fits = |r: &RequestState| fits(r.sector, r.sectors.into(), r.offset);
-        let held_fits = |h: &HeldState| fits(h.sector, h.versions.len() as u64, h.offset);
+        let held_fits = |h: &RetainedState| fits(h.sector, h.versions.len() as u64, h.offset);
         if state.slots.len() != layout.slots.len() {
             return bad(&format!("{} slots in the state, {} here", state.slots.len(), layout.slots.len()));
         }
         let mut slots = state.slots.iter();
-        if !slots.all(|s| s.request.iter().all(request_fits) && s.held.iter().all(held_fits)) {
+        if !slots.all(|s| s.request.iter().all(request_fits) && s.retained.iter().all(held_fits)) {
             return bad("a request that is not on its disk");
         }
         let outstanding = state.slots.iter().filter(|slot| slot.request.is_some()).count();
@@ -166,8 +166,8 @@ impl Driver {
             memory: memory.clone(),
             layout,
             pattern,
-            blank: config.blank_disks,
-            survey: None,
+            zero_initialized: config.blank_disks,
+            prior: None,
             depth: config.depth,
             disk,
             ring,
@@ -175,18 +175,18 @@ impl Driver {
             versions: state.versions,
             next_version: state.next_version,
             random: Random(state.random),
-            since: vec![Instant::now(); state.slots.len()],
+            submitted_at: vec![Instant::now(); state.slots.len()],
             slots: state.slots,
             requests: state.requests,
             completions: state.completions,
             counters: Arc::default(),
         };
-        driver.count();
+        driver.update_counters();
         Ok(driver)
     }
 
-    pub(super) fn state(&self) -> DriverState {
-        DriverState {
+    pub(super) fn state(&self) -> BlkDriverState {
+        BlkDriverState {
             ring: self.ring.state(),
             first_sector: self.first_sector,
             versions: self.versions.clone(),
@@ -198,23 +198,23 @@ impl Driver {
         }
     }
 
-    pub(super) fn counters(&self) -> &Arc<Counters> {
+    pub(super) fn counters(&self) -> &Arc<DriverCounters> {
         &self.counters
     }
 
     /// Waiting begins anew for all requests: they could not be answered until now.
-    pub(super) fn forgive(&mut self) {
-        self.since.fill(Instant::now());
+    pub(super) fn restart_timeouts(&mut self) {
+        self.submitted_at.fill(Instant::now());
     }
 
     /// Fails if a request waits for longer than `patience`.
-    pub(super) fn check_lost(&self, patience: Duration) -> Result<(), GuestError> {
-        let mut slots = self.slots.iter().zip(&self.since);
+    pub(super) fn check_timeouts(&self, patience: Duration) -> Result<(), GuestError> {
+        let mut slots = self.slots.iter().zip(&self.submitted_at);
         if !slots.any(|(slot, since)| slot.request.is_some() && since.elapsed() > patience) {
             return Ok(());
         }
         let outstanding = self.ring.outstanding();
-        Err(GuestError::Lost { queue: self.queue, outstanding, seconds: patience.as_secs() })
+        Err(GuestError::LostRequest { queue: self.queue, outstanding, seconds: patience.as_secs() })
     }
 
     pub(super) fn requests(&self) -> u64 {
@@ -229,27 +229,27 @@ impl Driver {
     pub(super) fn reap(&mut self) -> Result<u64, GuestError> {
         let mut taken = 0;
         let queue = self.queue;
-        while let Some(used) = self.ring.pop_used().map_err(|source| self.broken(source))? {
+        while let Some(used) = self.ring.pop_used().map_err(|source| self.ring_error(source))? {
             let outstanding = |slot: &SlotState| slot.request.is_some_and(|request| request.head == used.head);
             let Some(slot) = self.slots.iter().position(outstanding) else {
-                return Err(GuestError::Duplicate { queue, head: used.head });
+                return Err(GuestError::DuplicateCompletion { queue, head: used.head });
             };
             self.complete(slot)?;
             taken += 1;
         }
         self.completions = self.completions.wrapping_add(taken);
-        self.count();
+        self.update_counters();
         Ok(taken)
     }
 
     /// Asks for a call at the next completion; true if there is one already.
-    pub(super) fn listen(&mut self) -> bool {
+    pub(super) fn enable_calls(&mut self) -> bool {
         self.ring.enable_notifications()
     }
 
     /// Adds one random request, if there is room. [`Driver::publish`] shows it to the device.
     pub(super) fn submit(&mut self) -> Result<bool, GuestError> {
-        if self.ring.outstanding() >= self.depth || self.ring.free() < CHAIN {
+        if self.ring.outstanding() >= self.depth || self.ring.free() < MAX_CHAIN {
             return Ok(false);
         }
         let start = self.random.below(self.slots.len() as u64) as usize;
@@ -272,7 +272,7 @@ impl Driver {
 
     /// Adds a read of what comes from `sector` on, as much as one request holds. Returns the sector after it.
     pub(super) fn submit_scan(&mut self, sector: u64) -> Result<Option<u64>, GuestError> {
-        if self.ring.outstanding() >= self.depth || self.ring.free() < CHAIN {
+        if self.ring.outstanding() >= self.depth || self.ring.free() < MAX_CHAIN {
             return Ok(None);
         }
         let Some(slot) = self.free_slot(0) else { return Ok(None) };
@@ -282,17 +282,17 @@ impl Driver {
     }
 
     /// From here on, what is read is looked at, and need not be what the guest wrote.
-    pub(super) fn begin_survey(&mut self) {
-        self.survey = Some(Survey::default());
+    pub(super) fn begin_probe(&mut self) {
+        self.prior = Some(PriorContents::default());
     }
 
-    pub(super) fn end_survey(&mut self) -> Survey {
-        self.survey.take().unwrap_or_default()
+    pub(super) fn end_probe(&mut self) -> PriorContents {
+        self.prior.take().unwrap_or_default()
     }
 
     /// Sets whether the disk is zero where the guest has not written.
     pub(super) fn set_blank(&mut self, blank: bool) {
-        self.blank = blank;
+        self.zero_initialized = blank;
     }
 
     /// Sectors of its part of the disk.
@@ -301,10 +301,10 @@ impl Driver {
     }
 
     /// Checks all buffers that still have to hold what was read.
-    pub(super) fn verify_held(&self) -> Result<(), GuestError> {
+    pub(super) fn verify_retained(&self) -> Result<(), GuestError> {
         let slots = self.slots.iter().zip(&self.layout.slots);
         slots
-            .filter_map(|(state, layout)| Some((state.held.as_ref()?, layout)))
+            .filter_map(|(state, layout)| Some((state.retained.as_ref()?, layout)))
             .try_for_each(|(held, layout)| self.check(layout.data + held.offset, held.sector, &held.versions))
     }
 
@@ -333,7 +333,7 @@ impl Driver {
 
     fn add(&mut self, slot: usize, kind: RequestKind, sector: u64, sectors: u64) -> Result<(), GuestError> {
         let Some(&SlotLayout { header, table, status, data }) = self.layout.slots.get(slot) else { return Ok(()) };
-        if let Some(held) = self.slots.get_mut(slot).and_then(|state| state.held.take()) {
+        if let Some(held) = self.slots.get_mut(slot).and_then(|state| state.retained.take()) {
             self.check(data + held.offset, held.sector, &held.versions)?;
         }
         let bytes = sectors * SECTOR_BYTES;
@@ -359,21 +359,21 @@ impl Driver {
         let indirect = self.disk.features & bit(VIRTIO_RING_F_INDIRECT_DESC) != 0 && self.random.below(2) == 0;
         let added = self.ring.add(&readable, &writable, indirect.then_some(table));
         // There was room for the longest chain.
-        let Some(head) = added.map_err(|source| self.broken(source))? else { return Ok(()) };
+        let Some(head) = added.map_err(|source| self.ring_error(source))? else { return Ok(()) };
         if let Some(state) = self.slots.get_mut(slot) {
             state.request = Some(RequestState { head, kind, sector, sectors: sectors as u32, offset });
         }
-        if let Some(since) = self.since.get_mut(slot) {
+        if let Some(since) = self.submitted_at.get_mut(slot) {
             *since = Instant::now();
         }
         self.requests = self.requests.wrapping_add(1);
-        self.count();
+        self.update_counters();
         Ok(())
     }
 
     /// Divides `bytes` at `gpa` into one to four segments.
     fn split(&mut self, mut gpa: u64, mut bytes: u64, out: &mut Vec<Buffer>) {
-        let most = u64::from(self.disk.segments.clamp(1, u32::from(CHAIN) - 2));
+        let most = u64::from(self.disk.segments.clamp(1, u32::from(MAX_CHAIN) - 2));
         let mut parts = 1 + self.random.below(most);
         while bytes > 0 {
             parts -= 1;
@@ -421,23 +421,23 @@ impl Driver {
         let range = request.sector as usize..request.sector as usize + sectors as usize;
         let versions = self.versions.get(range).unwrap_or_default().to_vec();
         let gpa = layout.data + request.offset;
-        if self.survey.is_some() {
-            return self.look(gpa, request.sector, sectors);
+        if self.prior.is_some() {
+            return self.record_contents(gpa, request.sector, sectors);
         }
         self.check(gpa, request.sector, &versions)?;
         if let Some(state) = self.slots.get_mut(slot) {
-            state.held = Some(HeldState { sector: request.sector, offset: request.offset, versions });
+            state.retained = Some(RetainedState { sector: request.sector, offset: request.offset, versions });
         }
         Ok(())
     }
 
     /// Takes note of what the sectors from `sector` on hold, which lie at `gpa`.
-    fn look(&mut self, gpa: u64, sector: u64, sectors: u32) -> Result<(), GuestError> {
+    fn record_contents(&mut self, gpa: u64, sector: u64, sectors: u32) -> Result<(), GuestError> {
         let mut words = [0; SECTOR_WORDS];
         for at in 0..sectors.into() {
             self.memory.read(gpa + at * SECTOR_BYTES, words.as_mut_bytes())?;
             let own = self.pattern.has_written(self.disk_offset(sector + at), &words);
-            let Some(survey) = self.survey.as_mut().filter(|_| words != [0; SECTOR_WORDS]) else { continue };
+            let Some(survey) = self.prior.as_mut().filter(|_| words != [0; SECTOR_WORDS]) else { continue };
             match own {
                 true => survey.own = true,
                 false => survey.foreign = survey.foreign.or(Some(self.first_sector + sector + at)),
@@ -450,13 +450,13 @@ impl Driver {
     fn check(&self, gpa: u64, sector: u64, versions: &[u32]) -> Result<(), GuestError> {
         let mut words = [0; SECTOR_WORDS];
         for (at, &version) in (0..).zip(versions) {
-            if version == 0 && !self.blank {
+            if version == 0 && !self.zero_initialized {
                 continue;
             }
             let (gpa, offset) = (gpa + at * SECTOR_BYTES, self.disk_offset(sector + at));
             self.memory.read(gpa, words.as_mut_bytes())?;
-            let place = |byte| Place::Buffer(gpa + byte, offset + byte);
-            self.pattern.check(offset, version.into(), self.blank, &words, place)?;
+            let place = |byte| ByteLocation::Buffer(gpa + byte, offset + byte);
+            self.pattern.check(offset, version.into(), self.zero_initialized, &words, place)?;
         }
         Ok(())
     }
@@ -465,11 +465,11 @@ impl Driver {
         (self.first_sector + sector) * SECTOR_BYTES
     }
 
-    fn broken(&self, source: RingError) -> GuestError {
+    fn ring_error(&self, source: RingError) -> GuestError {
         match source {
             RingError::UsedId { id } => {
                 self.counters.duplicates.fetch_add(1, Ordering::Relaxed);
-                GuestError::Duplicate { queue: self.queue, head: id as u16 }
+                GuestError::DuplicateCompletion { queue: self.queue, head: id as u16 }
             }
             source => {
                 if matches!(source, RingError::UsedIndex { .. }) {
@@ -480,7 +480,7 @@ impl Driver {
         }
     }
 
-    fn count(&self) {
+    fn update_counters(&self) {
         self.counters.requests.store(self.requests, Ordering::Relaxed);
         self.counters.completions.store(self.completions, Ordering::Relaxed);
         self.counters.outstanding.store(self.ring.outstanding().into(), Ordering::Relaxed);

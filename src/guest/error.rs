@@ -33,13 +33,13 @@ pub enum GuestError {
     },
     /// A byte is not what the guest wrote.
     #[error(transparent)]
-    Wrong(#[from] Box<WrongByte>),
+    WrongByte(#[from] Box<WrongByte>),
     /// A disk holds something that the guest would write over.
     #[error(
         "{name}: sector {sector} of the disk holds something that no such guest has written: give it a blank disk, or \
         --overwrite to lose that"
     )]
-    Foreign {
+    ForeignContents {
         /// Where the disk comes from.
         name: String,
         /// The first such sector that was found.
@@ -59,7 +59,7 @@ pub enum GuestError {
     },
     /// A request is lost: it was not completed for too long.
     #[error("a request of queue {queue} got no answer for {seconds} s ({outstanding} are outstanding)")]
-    Lost {
+    LostRequest {
         /// Which queue of which disk, counted through.
         queue: usize,
         /// How many requests have no answer yet.
@@ -69,7 +69,7 @@ pub enum GuestError {
     },
     /// A completion for a request that is not outstanding.
     #[error("queue {queue} completed descriptor {head}, which is no request: twice, or never asked for")]
-    Duplicate {
+    DuplicateCompletion {
         /// Which queue of which disk, counted through.
         queue: usize,
         /// The head descriptor.
@@ -94,7 +94,7 @@ pub enum GuestError {
     State(String),
     /// Called at the wrong time.
     #[error("the guest is {is}: {advice}")]
-    Order {
+    WrongState {
         /// What it is.
         is: &'static str,
         /// What to do first.
@@ -120,8 +120,8 @@ impl GuestError {
     /// Returns true if something is wrong with the guest, its memory or its disks, and false for the obstacles to a
     /// check.
     pub(super) fn is_failure(&self) -> bool {
-        use GuestError::{Device, Interrupted, Order, System};
-        !matches!(self, Device(_) | Interrupted | Order { .. } | System { .. })
+        use GuestError::{Device, Interrupted, System, WrongState};
+        !matches!(self, Device(_) | Interrupted | WrongState { .. } | System { .. })
     }
 
     pub(super) fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> GuestError {
@@ -131,28 +131,30 @@ impl GuestError {
 
 /// Where a byte is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum ByteLocation {
     /// Guest-physical address, of memory that CPUs wrote.
     Memory(u64),
     /// Guest-physical address, of a buffer that the disk filled from the byte offset that comes second.
     Buffer(u64, u64),
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for ByteLocation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Place::Memory(gpa) => write!(f, "guest memory at {gpa:#x}"),
-            Place::Buffer(gpa, offset) => write!(f, "disk offset {offset:#x}, as read to guest memory at {gpa:#x}"),
+            ByteLocation::Memory(gpa) => write!(f, "guest memory at {gpa:#x}"),
+            ByteLocation::Buffer(gpa, offset) => {
+                write!(f, "disk offset {offset:#x}, as read to guest memory at {gpa:#x}")
+            }
         }
     }
 }
 
 /// A byte that is not what the guest wrote, or last read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("WRONG BYTE in {place}: expected {expected:#04x} of version {version}, found {found:#04x}; {verdict}")]
+#[error("WRONG BYTE in {location}: expected {expected:#04x} of version {version}, found {found:#04x}; {diagnosis}")]
 pub struct WrongByte {
     /// Where the first wrong byte is.
-    pub place: Place,
+    pub location: ByteLocation,
     /// What it should be.
     pub expected: u8,
     /// What it is.
@@ -160,5 +162,5 @@ pub struct WrongByte {
     /// The version that its page or sector should have; 0 if it was never written since boot.
     pub version: u64,
     /// What its page or sector looks like instead.
-    pub verdict: String,
+    pub diagnosis: String,
 }

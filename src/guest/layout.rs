@@ -12,15 +12,15 @@ use crate::memory::LOG_PAGE;
 use crate::ring::RingLayout;
 
 /// Where the second region begins.
-const HIGH: u64 = 4 << 30;
+const HIGH_MEMORY_START: u64 = 4 << 30;
 /// The low region ends here at the latest; then comes the hole that machines keep for devices.
-const LOW_LIMIT: u64 = 3 << 30;
+const LOW_MEMORY_END: u64 = 3 << 30;
 /// Most memory a machine has, bytes.
 const MAX_MEMORY: u64 = 1 << 52;
 /// Bytes of the largest request.
 pub(super) const BUFFER_BYTES: u64 = 64 << 10;
 /// Most descriptors of a request: header, data in up to four segments, status.
-pub(super) const CHAIN: u16 = 6;
+pub(super) const MAX_CHAIN: u16 = 6;
 
 /// What kind of guest it is, and what it does.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -101,7 +101,7 @@ impl GuestConfig {
     /// # Errors
     /// [`GuestError::Config`], in words for whoever gave the options.
     pub fn check(&self) -> Result<(), GuestError> {
-        Layout::new(self).map(drop)
+        GuestLayout::new(self).map(drop)
     }
 
     /// Pages of one CPU's working set.
@@ -124,8 +124,8 @@ impl GuestConfig {
 
     /// The regions: guest-physical address and size of each, bytes.
     pub fn regions(&self) -> Vec<(u64, u64)> {
-        let low = self.memory.saturating_sub(self.high).min(LOW_LIMIT);
-        let both = [(0, low), (HIGH, self.memory.saturating_sub(low))];
+        let low = self.memory.saturating_sub(self.high).min(LOW_MEMORY_END);
+        let both = [(0, low), (HIGH_MEMORY_START, self.memory.saturating_sub(low))];
         both.into_iter().filter(|(_, size)| *size > 0).collect()
     }
 }
@@ -176,7 +176,7 @@ pub(super) struct SlotLayout {
 
 /// A guest's memory, divided.
 #[derive(Clone, Debug)]
-pub(super) struct Layout {
+pub(super) struct GuestLayout {
     /// Disk by disk.
     pub(super) queues: Vec<QueueLayout>,
     pub(super) cpus: Vec<Area>,
@@ -184,8 +184,8 @@ pub(super) struct Layout {
     pub(super) zero: Area,
 }
 
-impl Layout {
-    pub(super) fn new(config: &GuestConfig) -> Result<Layout, GuestError> {
+impl GuestLayout {
+    pub(super) fn new(config: &GuestConfig) -> Result<GuestLayout, GuestError> {
         let bad = |what: &str| Err(GuestError::Config(what.into()));
         if config.memory == 0 || !config.memory.is_multiple_of(LOG_PAGE) || !config.high.is_multiple_of(LOG_PAGE) {
             return bad("memory comes in whole pages of 4 KiB, of which there is at least one");
@@ -202,18 +202,20 @@ impl Layout {
         if config.disks > 0 && (config.queues == 0 || config.depth == 0) {
             return bad("a disk needs a queue and a depth of at least 1");
         }
-        if config.disks > 0 && (!config.queue_size.is_power_of_two() || config.queue_size < CHAIN.next_power_of_two()) {
+        if config.disks > 0
+            && (!config.queue_size.is_power_of_two() || config.queue_size < MAX_CHAIN.next_power_of_two())
+        {
             return bad("a queue has 8 entries or more, a power of two");
         }
         if config.cpus > 0 && config.cpu_pages() == 0 {
             return bad("every CPU needs at least one page of working set");
         }
-        Layout::divide(config).ok_or_else(|| GuestError::Config(does_not_fit(config)))
+        GuestLayout::divide(config).ok_or_else(|| GuestError::Config(too_little_memory(config)))
     }
 
     /// `None` if there is too little memory.
-    fn divide(config: &GuestConfig) -> Option<Layout> {
-        let mut free = Free { pieces: config.regions() };
+    fn divide(config: &GuestConfig) -> Option<GuestLayout> {
+        let mut free = FreeMemory { pieces: config.regions() };
         // The first page stays free: address 0 is what a forgotten address looks like.
         free.take(0, LOG_PAGE)?;
         let queues = (0..config.disks * usize::from(config.queues)).map(|queue| free.queue(queue, config));
@@ -221,13 +223,13 @@ impl Layout {
         let cpus = (0..config.cpus).map(|_| free.spread(config.cpu_pages())).collect::<Option<_>>()?;
         let cold = free.spread(config.cold / LOG_PAGE)?;
         let zero = Area { pieces: free.pieces.iter().map(|(gpa, bytes)| (*gpa, bytes / LOG_PAGE)).collect() };
-        Some(Layout { queues, cpus, cold, zero })
+        Some(GuestLayout { queues, cpus, cold, zero })
     }
 }
 
 /// Says how much memory a guest needs that has too little.
-fn does_not_fit(config: &GuestConfig) -> String {
-    let fits = |mib: u64| Layout::divide(&config.resized(mib << 20)).is_some();
+fn too_little_memory(config: &GuestConfig) -> String {
+    let fits = |mib: u64| GuestLayout::divide(&config.resized(mib << 20)).is_some();
     let (mut too_little, mut enough) = (config.memory >> 20, (config.memory >> 20).max(1));
     while !fits(enough) && enough < MAX_MEMORY >> 20 {
         (too_little, enough) = (enough, enough * 2);
@@ -250,11 +252,11 @@ fn does_not_fit(config: &GuestConfig) -> String {
 }
 
 /// Memory that nobody has yet: address and bytes of what is left of each region.
-struct Free {
+struct FreeMemory {
     pieces: Vec<(u64, u64)>,
 }
 
-impl Free {
+impl FreeMemory {
     /// Takes whole pages for `bytes` from the region `prefer` (modulo their number), or from another.
     fn take(&mut self, prefer: usize, bytes: u64) -> Option<u64> {
         let bytes = bytes.next_multiple_of(LOG_PAGE);
@@ -300,7 +302,7 @@ impl Free {
         let ring = RingLayout::new(features, config.queue_size, desc, driver, device);
         // Twice as many as may be in flight, so that what was read stays for a while, to be looked at again.
         let slots = 2 * u64::from(config.depth);
-        let (header, table) = (16, 16 * u64::from(CHAIN));
+        let (header, table) = (16, 16 * u64::from(MAX_CHAIN));
         let heads = self.take(queue + 1, slots * (header + table))?;
         let statuses = self.take(queue, slots)?;
         let slot = |slot: u64| {
@@ -319,10 +321,13 @@ mod tests {
     #[test]
     fn every_page_has_one_purpose_and_all_regions_are_used() {
         let config = GuestConfig { cpus: 3, disks: 2, ..GuestConfig::new(64 << 20) };
-        let layout = Layout::new(&config).unwrap();
+        let layout = GuestLayout::new(&config).unwrap();
         let mut pages: Vec<u64> = Vec::new();
         for area in layout.cpus.iter().chain([&layout.cold, &layout.zero]) {
-            assert!(area.iter().any(|gpa| gpa < HIGH) && area.iter().any(|gpa| gpa >= HIGH), "{area:x?}");
+            assert!(
+                area.iter().any(|gpa| gpa < HIGH_MEMORY_START) && area.iter().any(|gpa| gpa >= HIGH_MEMORY_START),
+                "{area:x?}"
+            );
             assert!((0..area.pages()).map(|index| area.page(index)).eq(area.iter()));
             pages.extend(area.iter());
         }
@@ -347,7 +352,7 @@ mod tests {
         let too = |change: fn(&mut GuestConfig)| {
             let mut config = config.clone();
             change(&mut config);
-            Layout::new(&config).unwrap_err().to_string()
+            GuestLayout::new(&config).unwrap_err().to_string()
         };
         assert!(too(|config| config.cold = 16 << 20).contains("it needs"));
         assert!(too(|config| config.depth = 512).contains("depth 512"));
@@ -361,10 +366,10 @@ mod tests {
         for (disks, cold) in [(64, None), (64, Some(1 << 30)), (1, Some(64 << 20))] {
             let mut config = GuestConfig { disks, ..GuestConfig::new(32 << 20) };
             config.cold = cold.unwrap_or(config.cold);
-            let message = Layout::new(&config).unwrap_err().to_string();
+            let message = GuestLayout::new(&config).unwrap_err().to_string();
             let needed: u64 = message.split("it needs ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
-            assert!(Layout::new(&config.resized(needed << 20)).is_ok(), "{message}");
-            assert!(Layout::new(&config.resized((needed - 1) << 20)).is_err(), "{message}");
+            assert!(GuestLayout::new(&config.resized(needed << 20)).is_ok(), "{message}");
+            assert!(GuestLayout::new(&config.resized((needed - 1) << 20)).is_err(), "{message}");
         }
     }
 

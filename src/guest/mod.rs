@@ -1,7 +1,7 @@
 //! The built-in guest: memory, CPUs that dirty it, disks with drivers that use them, and a check of every byte of both.
 //!
 //! Here: what the guest does and knows, how it is stopped, saved and restored. It is there to find out whether a migration
-//! or a back-end loses anything: contents describe themselves ([`GuestError::Wrong`] says what is wrong where), and its
+//! or a back-end loses anything: contents describe themselves ([`GuestError::WrongByte`] says what is wrong where), and its
 //! clock sees how long it stood still. Not here: migration, and how devices are reached ([`crate::frontend`]).
 //!
 //! ```text
@@ -23,14 +23,14 @@ mod state;
 mod unit;
 mod view;
 
-pub use error::{GuestError, Place, WrongByte};
+pub use error::{ByteLocation, GuestError, WrongByte};
 pub use layout::GuestConfig;
 pub use prepared::PreparedDevice;
 pub use state::{
-    CpuState, DeviceSetup, DeviceState, DiskGenerations, DiskIdentities, DriverState, GuestState, HeldState, Moment,
-    RequestKind, RequestState, STATE_VERSION, SavedGuest, SlotState,
+    BlkDriverState, CpuState, DeviceSetup, DeviceState, DiskGenerations, DiskIdentities, GuestState, RequestKind,
+    RequestState, RetainedState, STATE_VERSION, SavedGuest, SlotState, Timestamp,
 };
-pub use view::{Connection, GuestStats, GuestView};
+pub use view::{DeviceConnection, GuestStats, GuestView};
 
 use std::io;
 use std::ops::Range;
@@ -47,60 +47,60 @@ use crate::frontend::{Device, DeviceDirtySource, FrontendError, Interrupt};
 use crate::memory::{ExtentFinder, LOG_PAGE, Memory, Region, sealed_memfd};
 use crate::ring::RingBase;
 use cpu::Cpu;
-use crew::{Crew, NotStarted};
-use driver::{Counters, Disk, Driver, Survey};
-use layout::Layout;
+use crew::{GuestThreads, NotStarted};
+use driver::{DiskGeometry, Driver, DriverCounters, PriorContents};
+use layout::GuestLayout;
 use pattern::Pattern;
-use prepared::{count, disk};
-use signal::Failure;
-use unit::{Supervisor, Unit};
+use prepared::{check_device_count, disk_geometry};
+use signal::GuestFailure;
+use unit::{Disk, Reconnector};
 
 /// Seconds that nobody waits for; beyond them clocks may overflow.
-const FOREVER: u64 = 1 << 30;
+const MAX_SECONDS: u64 = 1 << 30;
 /// A guest.
 pub struct Guest {
     config: GuestConfig,
-    layout: Layout,
+    layout: GuestLayout,
     memory: Memory,
     pattern: Pattern,
-    failure: Arc<Failure>,
-    work: Work,
+    failure: Arc<GuestFailure>,
+    execution: Execution,
     /// By disk.
-    units: Vec<Attached>,
+    disks: Vec<AttachedDisk>,
     /// By disk, of a restored guest: what its devices were.
     expected: Vec<DeviceState>,
     steps: Vec<Arc<AtomicU64>>,
-    counters: Vec<Arc<Counters>>,
-    last_action: Option<Moment>,
+    counters: Vec<Arc<DriverCounters>>,
+    last_action: Option<Timestamp>,
     downtime_ns: Option<u64>,
 }
 
 /// CPUs and drivers, running or not.
-enum Work {
+enum Execution {
     Paused(Vec<Cpu>, Vec<Driver>),
-    Running(Crew),
+    Running(GuestThreads),
     /// A thread has panicked, or could not be started.
-    Gone,
+    Broken,
 }
 
 /// A device of this guest.
-struct Attached {
+struct AttachedDisk {
     /// Ends before the device goes.
-    _supervisor: Supervisor,
-    unit: Arc<Unit>,
-    disk: Disk,
+    _reconnector: Reconnector,
+    disk: Arc<Disk>,
+    geometry: DiskGeometry,
 }
 
-impl Attached {
+impl AttachedDisk {
     /// What is known of it while it runs.
     fn state(&self) -> DeviceState {
         DeviceState {
-            features: self.disk.features,
-            capacity: self.unit.capacity.load(Ordering::Relaxed),
-            segments: self.disk.segments,
-            block_size: (self.disk.block * SECTOR_BYTES) as u32,
-            reconnects: self.unit.reconnects.load(Ordering::Relaxed),
-            resubmitted: self.unit.resubmitted.load(Ordering::Relaxed),
+            features: self.geometry.features,
+            capacity: self.disk.capacity.load(Ordering::Relaxed),
+            segments: self.geometry.segments,
+            block_size: (self.geometry.block * SECTOR_BYTES) as u32,
+            reconnects: self.disk.reconnects.load(Ordering::Relaxed),
+            resubmitted: self.disk.resubmitted.load(Ordering::Relaxed),
             ..DeviceState::default()
         }
     }
@@ -138,10 +138,10 @@ impl Guest {
     /// # Errors
     /// A configuration that makes no guest; memory that can't be had.
     pub fn new(config: GuestConfig) -> Result<Guest, GuestError> {
-        let layout = Layout::new(&config)?;
+        let layout = GuestLayout::new(&config)?;
         let memory = make_memory(config.regions(), config.prefault)?;
         let guest = Guest::build(config, layout, memory)?;
-        let Work::Paused(cpus, _) = &guest.work else { return Err(guest.order()) };
+        let Execution::Paused(cpus, _) = &guest.execution else { return Err(guest.wrong_state()) };
         in_parallel(cpus, Cpu::boot)?;
         cpu::fill(&guest.memory, &guest.pattern, &guest.layout.cold)?;
         Ok(guest)
@@ -161,9 +161,13 @@ impl Guest {
         let regions = memory.regions().iter().map(|region| (region.gpa(), region.size()));
         if !regions.eq(config.regions()) {
             let here: Vec<_> = memory.regions().iter().map(|region| (region.gpa(), region.size())).collect();
-            return bad(&format!("memory differs: {} here, {} in the state", show(&here), show(&config.regions())));
+            return bad(&format!(
+                "memory differs: {} here, {} in the state",
+                describe_regions(&here),
+                describe_regions(&config.regions())
+            ));
         }
-        let layout = Layout::new(&config)?;
+        let layout = GuestLayout::new(&config)?;
         if cpus.len() != config.cpus || drivers.len() != layout.queues.len() || devices.len() != config.disks {
             let (queues, disks) = (layout.queues.len(), config.disks);
             return bad(&format!(
@@ -175,16 +179,18 @@ impl Guest {
             ));
         }
         let mut guest = Guest::build(config, layout, memory)?;
-        let Work::Paused(fresh, _) = std::mem::replace(&mut guest.work, Work::Gone) else { return Err(guest.order()) };
+        let Execution::Paused(fresh, _) = std::mem::replace(&mut guest.execution, Execution::Broken) else {
+            return Err(guest.wrong_state());
+        };
         let cpus = fresh.into_iter().zip(cpus).map(|(cpu, state)| cpu.restore(state)).collect();
         let queues = guest.layout.queues.iter().cloned().zip(drivers).enumerate().map(|(queue, (layout, state))| {
             let device = devices.get(queue / usize::from(guest.config.queues));
-            let disk = device.map_or_else(|| Err(GuestError::State("a disk is missing".into())), disk)?;
+            let disk = device.map_or_else(|| Err(GuestError::State("a disk is missing".into())), disk_geometry)?;
             Driver::restore(queue, &guest.memory, layout, &guest.config, guest.pattern, disk, state)
         });
         let drivers: Vec<Driver> = queues.collect::<Result<_, _>>()?;
         guest.counters = drivers.iter().map(|driver| driver.counters().clone()).collect();
-        guest.work = Work::Paused(cpus, drivers);
+        guest.execution = Execution::Paused(cpus, drivers);
         (guest.expected, guest.last_action) = (devices, last_action);
         Ok(guest)
     }
@@ -196,17 +202,17 @@ impl Guest {
     pub fn boot(&mut self, devices: Vec<Box<dyn Device>>) -> Result<(), GuestError> {
         let per_disk = usize::from(self.config.queues);
         if !self.expected.is_empty() {
-            return Err(GuestError::Order { is: "restored", advice: "attach its disks, don't boot it" });
+            return Err(GuestError::WrongState { is: "restored", advice: "attach its disks, don't boot it" });
         }
         let setup = DeviceSetup { version: STATE_VERSION, config: self.config.clone(), devices: Vec::new() };
-        self.plug(PreparedDevice::all(&setup, &self.memory, devices)?, &[])?;
-        let Work::Paused(_, drivers) = &mut self.work else { return Err(self.order()) };
+        self.attach_disks(PreparedDevice::all(&setup, &self.memory, devices)?, &[])?;
+        let Execution::Paused(_, drivers) = &mut self.execution else { return Err(self.wrong_state()) };
         drivers.clear();
-        for (number, attached) in self.units.iter().enumerate() {
+        for (number, attached) in self.disks.iter().enumerate() {
             let queues = self.layout.queues.iter().cloned().enumerate().skip(number * per_disk).take(per_disk);
             for (queue, layout) in queues {
                 let (config, pattern) = (&self.config, self.pattern);
-                drivers.push(Driver::new(queue, &self.memory, layout, config, pattern, attached.disk)?);
+                drivers.push(Driver::new(queue, &self.memory, layout, config, pattern, attached.geometry)?);
             }
         }
         self.counters = drivers.iter().map(|driver| driver.counters().clone()).collect();
@@ -217,20 +223,20 @@ impl Guest {
     /// written before are taken over: what is on them is checked once it has been written again.
     ///
     /// # Errors
-    /// [`GuestError::Foreign`] for what is neither blank nor from such a guest, unless that is to be overwritten; and whatever
+    /// [`GuestError::ForeignContents`] for what is neither blank nor from such a guest, unless that is to be overwritten; and whatever
     /// keeps it from looking.
-    pub fn survey(&mut self, overwrite: bool) -> Result<(), GuestError> {
-        let Work::Paused(_, drivers) = &mut self.work else { return Err(self.order()) };
-        drivers.iter_mut().for_each(Driver::begin_survey);
-        self.scan()?;
-        let Work::Paused(_, drivers) = &mut self.work else { return Err(self.order()) };
+    pub fn probe_disks(&mut self, overwrite: bool) -> Result<(), GuestError> {
+        let Execution::Paused(_, drivers) = &mut self.execution else { return Err(self.wrong_state()) };
+        drivers.iter_mut().for_each(Driver::begin_probe);
+        self.scan_disks()?;
+        let Execution::Paused(_, drivers) = &mut self.execution else { return Err(self.wrong_state()) };
         let per_disk = usize::from(self.config.queues);
-        let names = self.units.iter().flat_map(|attached| (0..per_disk).map(|_| &attached.unit.name));
-        let surveys: Vec<Survey> = drivers.iter_mut().map(Driver::end_survey).collect();
+        let names = self.disks.iter().flat_map(|attached| (0..per_disk).map(|_| &attached.disk.name));
+        let surveys: Vec<PriorContents> = drivers.iter_mut().map(Driver::end_probe).collect();
         let mut blank = true;
-        for (Survey { own, foreign }, name) in surveys.into_iter().zip(names) {
+        for (PriorContents { own, foreign }, name) in surveys.into_iter().zip(names) {
             if let Some(sector) = foreign.filter(|_| !overwrite) {
-                return Err(GuestError::Foreign { name: name.clone(), sector });
+                return Err(GuestError::ForeignContents { name: name.clone(), sector });
             }
             blank &= !own && foreign.is_none();
         }
@@ -253,17 +259,20 @@ impl Guest {
     /// As [`attach`](Guest::attach).
     pub fn attach_prepared(&mut self, devices: Vec<PreparedDevice>) -> Result<(), GuestError> {
         if self.expected.len() != self.config.disks {
-            return Err(GuestError::Order { is: "new", advice: "boot it, only a restored one is attached to disks" });
+            return Err(GuestError::WrongState {
+                is: "new",
+                advice: "boot it, only a restored one is attached to disks",
+            });
         }
         let expected = std::mem::take(&mut self.expected);
-        let plugged = self.plug(devices, &expected);
+        let plugged = self.attach_disks(devices, &expected);
         self.expected = expected;
         plugged
     }
 
     /// What its devices are like, for others to be prepared in their place.
     pub fn device_setup(&self) -> DeviceSetup {
-        let devices = self.units.iter().map(Attached::state).collect();
+        let devices = self.disks.iter().map(AttachedDisk::state).collect();
         DeviceSetup { version: STATE_VERSION, config: self.config.clone(), devices }
     }
 
@@ -284,26 +293,26 @@ impl Guest {
     pub fn resume(&mut self) -> Result<(), GuestError> {
         self.check_failure()?;
         let per_disk = usize::from(self.config.queues);
-        let (cpus, drivers) = match std::mem::replace(&mut self.work, Work::Gone) {
-            Work::Paused(cpus, drivers) => (cpus, drivers),
+        let (cpus, drivers) = match std::mem::replace(&mut self.execution, Execution::Broken) {
+            Execution::Paused(cpus, drivers) => (cpus, drivers),
             other => {
-                self.work = other;
-                return Err(self.order());
+                self.execution = other;
+                return Err(self.wrong_state());
             }
         };
-        let queues = self.units.iter().flat_map(|attached| (0..per_disk).map(|line| (attached.unit.clone(), line)));
+        let queues = self.disks.iter().flat_map(|attached| (0..per_disk).map(|queue| (attached.disk.clone(), queue)));
         let queues = queues.take(drivers.len()).collect();
-        let (crew, first) = match Crew::start(cpus, drivers, queues, &self.config, &self.failure) {
+        let (threads, first) = match GuestThreads::start(cpus, drivers, queues, &self.config, &self.failure) {
             Ok(started) => started,
             Err(not) => {
                 let NotStarted { error, cpus, drivers } = *not;
-                self.work = Work::Paused(cpus, drivers);
+                self.execution = Execution::Paused(cpus, drivers);
                 return Err(error);
             }
         };
-        self.work = Work::Running(crew);
-        let first = first.map(crew::moment);
-        self.downtime_ns = self.last_action.take().zip(first).map(|(last, first)| last.until(&first));
+        self.execution = Execution::Running(threads);
+        let first = first.map(crew::timestamp);
+        self.downtime_ns = self.last_action.take().zip(first).map(|(last, first)| last.nanos_until(&first));
         self.check_failure()
     }
 
@@ -325,16 +334,16 @@ impl Guest {
     /// # Errors
     /// If it does not run, or has failed.
     pub fn pause(&mut self) -> Result<(), GuestError> {
-        match std::mem::replace(&mut self.work, Work::Gone) {
-            Work::Running(crew) => {
-                let (cpus, drivers, last) = crew.stop()?;
-                self.work = Work::Paused(cpus, drivers);
-                self.last_action = Some(crew::moment(last));
+        match std::mem::replace(&mut self.execution, Execution::Broken) {
+            Execution::Running(threads) => {
+                let (cpus, drivers, last) = threads.stop()?;
+                self.execution = Execution::Paused(cpus, drivers);
+                self.last_action = Some(crew::timestamp(last));
                 self.check_failure()
             }
             other => {
-                self.work = other;
-                Err(self.order())
+                self.execution = other;
+                Err(self.wrong_state())
             }
         }
     }
@@ -343,13 +352,13 @@ impl Guest {
     /// is not waited for.
     ///
     /// # Errors
-    /// If the guest runs, or a device can't be stopped; [`go_on`](Guest::go_on) undoes it.
+    /// If the guest runs, or a device can't be stopped; [`resume_without_waiting`](Guest::resume_without_waiting) undoes it.
     pub fn stop_devices(&mut self) -> Result<(), GuestError> {
-        if matches!(self.work, Work::Running(_)) {
-            return Err(self.order());
+        if matches!(self.execution, Execution::Running(_)) {
+            return Err(self.wrong_state());
         }
         let suspend = self.config.inflight_migration;
-        let stopped = self.with_all(&|unit, device, sent| unit.stop_rings(device, suspend, sent))?;
+        let stopped = self.call_all(&|disk, device, sent| disk.stop_rings(device, suspend, sent))?;
         Ok(stopped.into_iter().collect::<Result<_, _>>()?)
     }
 
@@ -358,7 +367,7 @@ impl Guest {
     /// # Errors
     /// If a device can't be started; to try again does no harm.
     pub fn start_devices(&mut self) -> Result<(), GuestError> {
-        self.with_all_back(&|unit, device, sent| unit.start_rings(device, sent))
+        self.call_all_with_retry(&|disk, device, sent| disk.start_rings(device, sent))
     }
 
     /// Undoes [`pause`](Guest::pause) and [`stop_devices`](Guest::stop_devices), also those that failed half-way, without
@@ -367,15 +376,15 @@ impl Guest {
     ///
     /// # Errors
     /// If the guest has failed, or is broken.
-    pub fn go_on(&mut self) -> Result<(), GuestError> {
+    pub fn resume_without_waiting(&mut self) -> Result<(), GuestError> {
         let resumed = if self.is_running() { Ok(()) } else { self.resume() };
-        self.restart_devices();
+        self.request_device_start();
         resumed
     }
 
-    /// Undoes [`stop_devices`](Guest::stop_devices) as [`go_on`](Guest::go_on) does, and leaves CPUs and drivers as they are.
-    pub fn restart_devices(&mut self) {
-        self.units.iter().for_each(|attached| attached.unit.order_start());
+    /// Undoes [`stop_devices`](Guest::stop_devices) as [`resume_without_waiting`](Guest::resume_without_waiting) does, and leaves CPUs and drivers as they are.
+    pub fn request_device_start(&mut self) {
+        self.disks.iter().for_each(|attached| attached.disk.request_start());
     }
 
     /// Gives devices all that they are told before a stopped ring is started, to find out whether they refuse it.
@@ -383,7 +392,7 @@ impl Guest {
     /// # Errors
     /// What a device refuses.
     pub fn try_devices(&self) -> Result<(), GuestError> {
-        self.with_all_back(&|unit, device, sent| device.validate_rings(&unit.stopped_rings(), sent))
+        self.call_all_with_retry(&|disk, device, sent| device.validate_rings(&disk.stopped_rings(), sent))
     }
 
     /// All that a paused guest with stopped devices is, but its memory and disks.
@@ -391,24 +400,24 @@ impl Guest {
     /// # Errors
     /// If it is not paused, or a device is not stopped.
     pub fn save_state(&self) -> Result<GuestState, GuestError> {
-        let Work::Paused(cpus, drivers) = &self.work else { return Err(self.order()) };
-        let save = |attached: &Attached| {
-            let running = GuestError::Order { is: "using its devices", advice: "stop them first" };
-            let own = attached.unit.at_once(|device| device.save_state())?;
-            let inflight = attached.unit.at_once(|device| device.inflight_state())?;
-            let bases = attached.unit.stopped().into_iter().collect::<Option<_>>().ok_or(running)?;
-            Ok(DeviceState { bases, inflight, own, ..attached.state() })
+        let Execution::Paused(cpus, drivers) = &self.execution else { return Err(self.wrong_state()) };
+        let save = |attached: &AttachedDisk| {
+            let running = GuestError::WrongState { is: "using its devices", advice: "stop them first" };
+            let own = attached.disk.try_with(|device| device.save_state())?;
+            let inflight = attached.disk.try_with(|device| device.inflight_state())?;
+            let bases = attached.disk.stopped_bases().into_iter().collect::<Option<_>>().ok_or(running)?;
+            Ok(DeviceState { bases, inflight, backend_state: own, ..attached.state() })
         };
         let mut waits = false;
-        for attached in &self.units {
-            waits |= attached.unit.at_once(|device| Ok(device.has_state()))?;
+        for attached in &self.disks {
+            waits |= attached.disk.try_with(|device| Ok(device.has_state()))?;
         }
         Ok(GuestState {
             version: STATE_VERSION,
             config: self.config.clone(),
             cpus: cpus.iter().map(Cpu::state).collect(),
             drivers: drivers.iter().map(Driver::state).collect(),
-            devices: if_it_waits(waits, &self.units, save)?,
+            devices: in_parallel_if(waits, &self.disks, save)?,
             last_action: self.last_action.clone(),
         })
     }
@@ -417,11 +426,11 @@ impl Guest {
     /// stands still meanwhile; its devices must be started. The [`interrupts`](Guest::interrupts) end it.
     ///
     /// # Errors
-    /// The guest's [`failure`](Guest::failure), [`GuestError::Wrong`] for the first byte that is wrong; then it never runs again.
+    /// The guest's [`failure`](Guest::failure), [`GuestError::WrongByte`] for the first byte that is wrong; then it never runs again.
     /// Whatever else keeps it from looking, after which the guest goes on.
     pub fn verify(&mut self) -> Result<Verified, GuestError> {
         self.check_failure()?;
-        let was_running = matches!(self.work, Work::Running(_));
+        let was_running = matches!(self.execution, Execution::Running(_));
         if was_running {
             self.pause()?;
         }
@@ -443,7 +452,7 @@ impl Guest {
         GuestView {
             steps: self.steps.clone(),
             counters: self.counters.clone(),
-            units: self.units.iter().map(|attached| Arc::downgrade(&attached.unit)).collect(),
+            disks: self.disks.iter().map(|attached| Arc::downgrade(&attached.disk)).collect(),
             failure: self.failure.clone(),
             memory_bytes: self.memory.size(),
         }
@@ -455,7 +464,7 @@ impl Guest {
     }
 
     /// How its devices' connections are, disk by disk.
-    pub fn connections(&self) -> Vec<Connection> {
+    pub fn connections(&self) -> Vec<DeviceConnection> {
         self.view().connections()
     }
 
@@ -482,20 +491,20 @@ impl Guest {
 
     /// The dirty pages of each device, as sources that outlast a restart of its back-end.
     pub fn logs(&self) -> impl Iterator<Item = DeviceDirtySource> {
-        let log = |attached: &Attached| {
-            DeviceDirtySource::new(attached.unit.clone(), attached.unit.name.clone(), self.memory.end())
+        let log = |attached: &AttachedDisk| {
+            DeviceDirtySource::new(attached.disk.clone(), attached.disk.name.clone(), self.memory.end())
         };
-        self.units.iter().map(log)
+        self.disks.iter().map(log)
     }
 
     /// The switches that end waits for its devices.
     pub fn interrupts(&self) -> Vec<Interrupt> {
-        self.units.iter().filter_map(|attached| attached.unit.interrupt().cloned()).collect()
+        self.disks.iter().filter_map(|attached| attached.disk.interrupt().cloned()).collect()
     }
 
     /// Whether its CPUs and drivers run.
     pub fn is_running(&self) -> bool {
-        matches!(self.work, Work::Running(_))
+        matches!(self.execution, Execution::Running(_))
     }
 
     /// Calls `f` for each device; again after a reconnection if its back-end goes away meanwhile.
@@ -506,10 +515,10 @@ impl Guest {
         &self,
         mut f: impl FnMut(&mut dyn Device) -> Result<(), FrontendError>,
     ) -> Result<(), FrontendError> {
-        self.units.iter().try_for_each(|attached| attached.unit.with(&mut f))
+        self.disks.iter().try_for_each(|attached| attached.disk.retry_until_connected(&mut f))
     }
 
-    fn build(config: GuestConfig, layout: Layout, memory: Memory) -> Result<Guest, GuestError> {
+    fn build(config: GuestConfig, layout: GuestLayout, memory: Memory) -> Result<Guest, GuestError> {
         let pattern = Pattern { seed: config.seed, repeated: config.repeated };
         let cpu = |(number, area): (usize, &layout::Area)| Cpu::new(number, &memory, area.clone(), pattern);
         let cpus: Vec<Cpu> = layout.cpus.iter().enumerate().map(cpu).collect();
@@ -519,9 +528,9 @@ impl Guest {
             layout,
             memory,
             pattern,
-            failure: Arc::new(Failure::new()?),
-            work: Work::Paused(cpus, Vec::new()),
-            units: Vec::new(),
+            failure: Arc::new(GuestFailure::new()?),
+            execution: Execution::Paused(cpus, Vec::new()),
+            disks: Vec::new(),
             expected: Vec::new(),
             counters: Vec::new(),
             last_action: None,
@@ -531,81 +540,88 @@ impl Guest {
 
     /// Calls `each` for all devices, of which none waits for another. If they all say when they wait, by calling the last argument of
     /// `each`, that takes no threads: each is called while the one before it waits. One that is away is an error.
-    fn with_all(&self, each: &Order<'_>) -> Result<Vec<Ordered>, GuestError> {
-        fn nest(units: &[Attached], each: &Order<'_>, done: &mut Vec<Ordered>) {
-            let Some((Attached { unit, .. }, rest)) = units.split_first() else { return };
+    fn call_all(&self, each: &DeviceCall<'_>) -> Result<Vec<CallResult>, GuestError> {
+        fn nest(disks: &[AttachedDisk], each: &DeviceCall<'_>, done: &mut Vec<CallResult>) {
+            let Some((AttachedDisk { disk, .. }, rest)) = disks.split_first() else { return };
             let mut rest = Some(rest);
             let mut go_on = || rest.take().into_iter().for_each(|rest| nest(rest, each, done));
-            let ended = unit.at_once(|device| each(unit, device, &mut go_on));
+            let ended = disk.try_with(|device| each(disk, device, &mut go_on));
             go_on();
             done.push(ended);
         }
-        let say = |Attached { unit, .. }: &Attached| unit.at_once(|device| Ok(device.reports_sent())).unwrap_or(true);
-        if !self.units.iter().all(say) {
-            let alone = |Attached { unit, .. }: &Attached| Ok(unit.at_once(|device| each(unit, device, &mut || {})));
-            return in_parallel(&self.units, alone);
+        let say = |AttachedDisk { disk, .. }: &AttachedDisk| {
+            disk.try_with(|device| Ok(device.reports_sent())).unwrap_or(true)
+        };
+        if !self.disks.iter().all(say) {
+            let alone =
+                |AttachedDisk { disk, .. }: &AttachedDisk| Ok(disk.try_with(|device| each(disk, device, &mut || {})));
+            return in_parallel(&self.disks, alone);
         }
         let mut done = Vec::new();
-        nest(&self.units, each, &mut done);
+        nest(&self.disks, each, &mut done);
         done.reverse();
         Ok(done)
     }
 
     /// The same; for those that are away, or go away meanwhile, again when they are back.
-    fn with_all_back(&self, each: &Order<'_>) -> Result<(), GuestError> {
-        let ended = self.with_all(each)?;
-        let is_away = |ended: &Ordered| ended.as_ref().is_err_and(unit::is_away);
-        let away = self.units.iter().zip(&ended).filter(|(_, ended)| is_away(ended)).map(|(attached, _)| attached);
-        in_parallel(away, |Attached { unit, .. }| Ok(unit.with(|device| each(unit, device, &mut || {}))?))?;
+    fn call_all_with_retry(&self, each: &DeviceCall<'_>) -> Result<(), GuestError> {
+        let ended = self.call_all(each)?;
+        let is_away = |ended: &CallResult| ended.as_ref().is_err_and(unit::is_away);
+        let away = self.disks.iter().zip(&ended).filter(|(_, ended)| is_away(ended)).map(|(attached, _)| attached);
+        in_parallel(away, |AttachedDisk { disk, .. }| {
+            Ok(disk.retry_until_connected(|device| each(disk, device, &mut || {}))?)
+        })?;
         ended.into_iter().filter(|ended| !is_away(ended)).collect::<Result<(), _>>()?;
         Ok(())
     }
 
     /// Makes devices ready, all rings stopped at where `expected` says, or at their beginning.
-    fn plug(&mut self, devices: Vec<PreparedDevice>, expected: &[DeviceState]) -> Result<(), GuestError> {
-        if !self.units.is_empty() {
-            return Err(GuestError::Order { is: "using its disks", advice: "it can't be given others" });
+    fn attach_disks(&mut self, devices: Vec<PreparedDevice>, expected: &[DeviceState]) -> Result<(), GuestError> {
+        if !self.disks.is_empty() {
+            return Err(GuestError::WrongState { is: "using its disks", advice: "it can't be given others" });
         }
-        count(devices.len(), &self.config)?;
+        check_device_count(devices.len(), &self.config)?;
         let per_disk = usize::from(self.config.queues);
         let plug = |(number, mut prepared): (usize, PreparedDevice)| {
             let expected = expected.get(number);
             expected.map_or(Ok(()), |state| prepared.restore(&self.config, state))?;
-            let disk = expected.map_or_else(|| prepared.disk(), disk)?;
+            let geometry = expected.map_or_else(|| prepared.geometry(), disk_geometry)?;
             let stopped = match expected {
                 Some(state) => state.bases.iter().copied().map(Some).collect(),
                 None => vec![Some(RingBase::initial(self.config.ring_features())); per_disk],
             };
-            let limit = self.config.reconnect_timeout.map(|s| Duration::from_secs(s.min(FOREVER)));
-            let unit = Arc::new(Unit::new(prepared.device, prepared.lines, stopped, disk.capacity, limit)?);
+            let limit = self.config.reconnect_timeout.map(|s| Duration::from_secs(s.min(MAX_SECONDS)));
+            let disk = Arc::new(Disk::new(prepared.device, prepared.doorbells, stopped, geometry.capacity, limit)?);
             if let Some(state) = expected {
-                unit.reconnects.store(state.reconnects, Ordering::Relaxed);
-                unit.resubmitted.store(state.resubmitted, Ordering::Relaxed);
+                disk.reconnects.store(state.reconnects, Ordering::Relaxed);
+                disk.resubmitted.store(state.resubmitted, Ordering::Relaxed);
             }
-            let supervisor = Supervisor::start(unit.clone(), self.failure.clone())?;
-            Ok(Attached { _supervisor: supervisor, unit, disk })
+            let reconnector = Reconnector::start(disk.clone(), self.failure.clone())?;
+            Ok(AttachedDisk { _reconnector: reconnector, disk, geometry })
         };
-        let waits = expected.iter().any(|state| state.own.is_some());
-        self.units = if_it_waits(waits, devices.into_iter().enumerate(), plug)?;
+        let waits = expected.iter().any(|state| state.backend_state.is_some());
+        self.disks = in_parallel_if(waits, devices.into_iter().enumerate(), plug)?;
         Ok(())
     }
 
     /// Reads all of the disks' parts that it uses. Returns how many bytes they are.
-    fn scan(&mut self) -> Result<u64, GuestError> {
+    fn scan_disks(&mut self) -> Result<u64, GuestError> {
         let patience = Duration::from_secs(self.config.request_timeout);
-        let Work::Paused(_, drivers) = &mut self.work else { return Err(self.order()) };
-        self.units.iter().try_for_each(|attached| attached.unit.settle())?;
-        if self.units.iter().any(|attached| attached.unit.stopped().iter().any(Option::is_some)) {
-            return Err(GuestError::Order { is: "without its disks", advice: "start its devices first" });
+        let Execution::Paused(_, drivers) = &mut self.execution else { return Err(self.wrong_state()) };
+        self.disks.iter().try_for_each(|attached| attached.disk.wait_for_pending())?;
+        if self.disks.iter().any(|attached| attached.disk.stopped_bases().iter().any(Option::is_some)) {
+            return Err(GuestError::WrongState { is: "without its disks", advice: "start its devices first" });
         }
-        let lines =
-            self.units.iter().flat_map(|attached| attached.unit.lines.iter().map(|line| (&attached.unit, line)));
-        in_parallel(drivers.iter_mut().zip(lines), |(driver, (unit, line))| crew::scan(driver, unit, line, patience))?;
+        let doorbells =
+            self.disks.iter().flat_map(|attached| attached.disk.doorbells.iter().map(|queue| (&attached.disk, queue)));
+        in_parallel(drivers.iter_mut().zip(doorbells), |(driver, (disk, doorbells))| {
+            crew::scan_disk(driver, disk, doorbells, patience)
+        })?;
         Ok(drivers.iter().map(|driver| driver.sectors() * SECTOR_BYTES).sum())
     }
 
     fn verify_paused(&mut self) -> Result<Verified, GuestError> {
-        let Work::Paused(cpus, _) = &self.work else { return Err(self.order()) };
+        let Execution::Paused(cpus, _) = &self.execution else { return Err(self.wrong_state()) };
         in_parallel(cpus.iter(), Cpu::verify)?;
         let (memory, pattern) = (&self.memory, &self.pattern);
         for (area, blank) in [(&self.layout.cold, false), (&self.layout.zero, true)] {
@@ -618,7 +634,7 @@ impl Guest {
                 })
             })?;
         }
-        let disk = self.scan()?;
+        let disk = self.scan_disks()?;
         let areas = self.layout.cpus.iter().chain([&self.layout.cold, &self.layout.zero]);
         Ok(Verified { memory: areas.map(|area| area.pages() * LOG_PAGE).sum(), disk })
     }
@@ -628,25 +644,25 @@ impl Guest {
     }
 
     /// What is wrong with calling something now.
-    fn order(&self) -> GuestError {
-        match self.work {
-            Work::Running(_) => GuestError::Order { is: "running", advice: "pause it first" },
-            Work::Paused(..) => GuestError::Order { is: "paused", advice: "resume it first" },
-            Work::Gone => GuestError::Order { is: "broken", advice: "start another one" },
+    fn wrong_state(&self) -> GuestError {
+        match self.execution {
+            Execution::Running(_) => GuestError::WrongState { is: "running", advice: "pause it first" },
+            Execution::Paused(..) => GuestError::WrongState { is: "paused", advice: "resume it first" },
+            Execution::Broken => GuestError::WrongState { is: "broken", advice: "start another one" },
         }
     }
 }
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        if let Work::Running(crew) = std::mem::replace(&mut self.work, Work::Gone) {
-            let _ = crew.stop();
+        if let Execution::Running(threads) = std::mem::replace(&mut self.execution, Execution::Broken) {
+            let _ = threads.stop();
         }
     }
 }
 
 /// Regions, by guest-physical address and size.
-fn show(regions: &[(u64, u64)]) -> String {
+fn describe_regions(regions: &[(u64, u64)]) -> String {
     let regions: Vec<_> = regions.iter().map(|(gpa, size)| format!("{size:#x} bytes at {gpa:#x}")).collect();
     regions.join(", ")
 }
@@ -676,7 +692,7 @@ pub(crate) fn in_parallel<I: Send, T: Send>(
 }
 
 /// Does `each` for every item: at the same time if it may wait for something, else one by one, which is quicker.
-fn if_it_waits<I: Send, T: Send>(
+fn in_parallel_if<I: Send, T: Send>(
     waits: bool,
     items: impl IntoIterator<Item = I>,
     each: impl Fn(I) -> Result<T, GuestError> + Sync,
@@ -685,9 +701,9 @@ fn if_it_waits<I: Send, T: Send>(
 }
 
 /// A call for a device; its last argument is to be called when nothing is left to do but to wait.
-type Order<'a> = dyn Fn(&Unit, &mut dyn Device, &mut dyn FnMut()) -> Ordered + Sync + 'a;
+type DeviceCall<'a> = dyn Fn(&Disk, &mut dyn Device, &mut dyn FnMut()) -> CallResult + Sync + 'a;
 /// The result of an order.
-type Ordered = Result<(), FrontendError>;
+type CallResult = Result<(), FrontendError>;
 
 /// `0..count` for two threads.
 fn halves(count: u64) -> [Range<u64>; 2] {

@@ -5,7 +5,7 @@
 
 use zerocopy::IntoBytes;
 
-use super::error::{Place, WrongByte};
+use super::error::{ByteLocation, WrongByte};
 
 /// Words of a page.
 pub(super) const PAGE_WORDS: usize = 512;
@@ -45,7 +45,7 @@ impl Pattern {
         version: u64,
         blank: bool,
         found: &[u64],
-        place: impl Fn(u64) -> Place,
+        place: impl Fn(u64) -> ByteLocation,
     ) -> Result<(), Box<WrongByte>> {
         let mut expected = [0; PAGE_WORDS];
         let Some(expected) = expected.get_mut(..found.len()) else { return Ok(()) };
@@ -58,11 +58,11 @@ impl Pattern {
         let mut pairs = expected.as_bytes().iter().zip(found.as_bytes()).zip(0..);
         match pairs.find(|((expected, found), _)| expected != found) {
             Some(((&expected, &byte), at)) => Err(Box::new(WrongByte {
-                place: place(at),
+                location: place(at),
                 expected,
                 found: byte,
                 version,
-                verdict: self.judge(found),
+                diagnosis: self.diagnose(found),
             })),
             None => Ok(()),
         }
@@ -78,7 +78,7 @@ impl Pattern {
     }
 
     /// What a block that should be another one is.
-    fn judge(&self, found: &[u64]) -> String {
+    fn diagnose(&self, found: &[u64]) -> String {
         if found.iter().all(|word| *word == 0) {
             return "all of it is zero".into();
         }
@@ -129,13 +129,13 @@ mod tests {
     fn every_flipped_byte_is_found_and_named() {
         let mut page = [0; PAGE_WORDS];
         PATTERN.fill(0x5000, 3, &mut page);
-        PATTERN.check(0x5000, 3, false, &page, Place::Memory).unwrap();
+        PATTERN.check(0x5000, 3, false, &page, ByteLocation::Memory).unwrap();
         for byte in 0..4096 {
             let mut bad = page;
             bad.as_mut_bytes()[byte] ^= 0x10;
-            let at = |offset| Place::Memory(0x5000 + offset);
+            let at = |offset| ByteLocation::Memory(0x5000 + offset);
             let wrong = PATTERN.check(0x5000, 3, false, &bad, at).unwrap_err();
-            assert_eq!(wrong.place, Place::Memory(0x5000 + byte as u64));
+            assert_eq!(wrong.location, ByteLocation::Memory(0x5000 + byte as u64));
             assert_eq!(wrong.expected ^ wrong.found, 0x10);
         }
     }
@@ -144,12 +144,12 @@ mod tests {
     fn a_stale_or_foreign_block_is_recognised() {
         let mut page = [0; PAGE_WORDS];
         PATTERN.fill(0x5000, 2, &mut page);
-        let wrong = PATTERN.check(0x5000, 3, false, &page, Place::Memory).unwrap_err();
+        let wrong = PATTERN.check(0x5000, 3, false, &page, ByteLocation::Memory).unwrap_err();
         assert!(wrong.to_string().contains("version 2 of 0x5000"), "{wrong}");
-        let zero = PATTERN.check(0x5000, 3, false, &[0; PAGE_WORDS], Place::Memory).unwrap_err();
+        let zero = PATTERN.check(0x5000, 3, false, &[0; PAGE_WORDS], ByteLocation::Memory).unwrap_err();
         assert!(zero.to_string().contains("zero"), "{zero}");
         page[100] += 1;
-        let torn = PATTERN.check(0x5000, 2, false, &page, Place::Memory).unwrap_err();
+        let torn = PATTERN.check(0x5000, 2, false, &page, ByteLocation::Memory).unwrap_err();
         assert!(torn.to_string().contains("mix"), "{torn}");
     }
 
@@ -167,8 +167,8 @@ mod tests {
 
     #[test]
     fn a_blank_block_is_zero_until_it_has_a_version() {
-        PATTERN.check(0x200, 0, true, &[0; SECTOR_WORDS], Place::Memory).unwrap();
-        assert!(PATTERN.check(0x200, 0, false, &[0; SECTOR_WORDS], Place::Memory).is_err());
-        assert!(PATTERN.check(0x200, 1, true, &[0; SECTOR_WORDS], Place::Memory).is_err());
+        PATTERN.check(0x200, 0, true, &[0; SECTOR_WORDS], ByteLocation::Memory).unwrap();
+        assert!(PATTERN.check(0x200, 0, false, &[0; SECTOR_WORDS], ByteLocation::Memory).is_err());
+        assert!(PATTERN.check(0x200, 1, true, &[0; SECTOR_WORDS], ByteLocation::Memory).is_err());
     }
 }

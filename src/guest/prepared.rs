@@ -3,12 +3,12 @@
 
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::driver::Disk;
+use super::driver::DiskGeometry;
 use super::error::GuestError;
 use super::in_parallel;
-use super::layout::{BUFFER_BYTES, GuestConfig, Layout, QueueLayout};
+use super::layout::{BUFFER_BYTES, GuestConfig, GuestLayout, QueueLayout};
 use super::state::{DeviceSetup, DeviceState, STATE_VERSION};
-use super::unit::Line;
+use super::unit::QueueDoorbells;
 use crate::abi::bit;
 use crate::abi::features::feature_names;
 use crate::abi::virtio::{
@@ -42,7 +42,7 @@ pub struct PreparedDevice {
     /// What it is here.
     found: DeviceState,
     has_inflight: bool,
-    pub(super) lines: Vec<Line>,
+    pub(super) doorbells: Vec<QueueDoorbells>,
 }
 
 impl PreparedDevice {
@@ -58,8 +58,8 @@ impl PreparedDevice {
         if setup.version != STATE_VERSION {
             return Err(GuestError::State("it was saved by another version of this program".into()));
         }
-        count(devices.len(), &setup.config)?;
-        let layout = Layout::new(&setup.config)?;
+        check_device_count(devices.len(), &setup.config)?;
+        let layout = GuestLayout::new(&setup.config)?;
         let queues = layout.queues.chunks(setup.config.queues.max(1).into());
         let expected = setup.devices.iter().map(Some).chain(std::iter::repeat(None));
         let agree = |((device, queues), expected)| PreparedDevice::new(device, &setup.config, queues, memory, expected);
@@ -76,7 +76,7 @@ impl PreparedDevice {
     ///
     /// # Errors
     /// [`GuestError::State`] if it is another disk, and if the device can't be asked.
-    pub fn compare_disk(&mut self, there: Option<u128>) -> Result<(), GuestError> {
+    pub fn check_identity(&mut self, there: Option<u128>) -> Result<(), GuestError> {
         let here = if there.is_some() { self.device.disk_identity()? } else { None };
         match here.zip(there) {
             Some((here, there)) if here != there => {
@@ -142,16 +142,16 @@ impl PreparedDevice {
         };
         let has_inflight = device.set_inflight(config.queues, config.queue_size, None)?;
         device.set_memory(memory)?;
-        let lines = queues.iter().map(|queue| Line::new(queue.ring)).collect::<Result<Vec<_>, _>>()?;
+        let doorbells = queues.iter().map(|queue| QueueDoorbells::new(queue.ring)).collect::<Result<Vec<_>, _>>()?;
         let start = RingBase::initial(config.ring_features());
-        let rings: Vec<_> = (0..).zip(lines.iter().map(|line| line.setup(start))).collect();
-        let mut prepared = PreparedDevice { device, found, has_inflight, lines };
-        expected.map_or(Ok(()), |expected| prepared.compare(expected))?;
+        let rings: Vec<_> = (0..).zip(doorbells.iter().map(|doorbells| doorbells.setup(start))).collect();
+        let mut prepared = PreparedDevice { device, found, has_inflight, doorbells: doorbells };
+        expected.map_or(Ok(()), |expected| prepared.check_matches(expected))?;
         prepared.device.prepare_rings(&rings)?;
         Ok(prepared)
     }
 
-    fn compare(&self, expected: &DeviceState) -> Result<(), GuestError> {
+    fn check_matches(&self, expected: &DeviceState) -> Result<(), GuestError> {
         let (found, name) = (&self.found, self.device.name());
         for (what, here, there) in [
             ("disk size in bytes", found.capacity, expected.capacity),
@@ -167,7 +167,7 @@ impl PreparedDevice {
 
     /// Gives the device what its like has left.
     pub(super) fn restore(&mut self, config: &GuestConfig, state: &DeviceState) -> Result<(), GuestError> {
-        self.compare(state)?;
+        self.check_matches(state)?;
         let (here, there) = (usize::from(config.queues), state.bases.len());
         if here != there {
             let name = self.device.name();
@@ -176,26 +176,26 @@ impl PreparedDevice {
         if let Some(inflight) = state.inflight.as_ref().filter(|_| self.has_inflight) {
             self.device.restore_inflight(inflight)?;
         }
-        state.own.as_ref().map_or(Ok(()), |own| Ok(self.device.load_state(own)?))
+        state.backend_state.as_ref().map_or(Ok(()), |own| Ok(self.device.load_state(own)?))
     }
 
     /// What a driver has to know of it.
-    pub(super) fn disk(&self) -> Result<Disk, GuestError> {
-        disk(&self.found)
+    pub(super) fn geometry(&self) -> Result<DiskGeometry, GuestError> {
+        disk_geometry(&self.found)
     }
 }
 
 /// What a driver has to know of a device.
-pub(super) fn disk(state: &DeviceState) -> Result<Disk, GuestError> {
+pub(super) fn disk_geometry(state: &DeviceState) -> Result<DiskGeometry, GuestError> {
     let block = u64::from(state.block_size) / SECTOR_BYTES;
     if !block.is_power_of_two() || block > BUFFER_BYTES / SECTOR_BYTES {
         return Err(GuestError::State(format!("a disk can't have blocks of {} bytes", state.block_size)));
     }
-    Ok(Disk { features: state.features, capacity: state.capacity, segments: state.segments, block })
+    Ok(DiskGeometry { features: state.features, capacity: state.capacity, segments: state.segments, block })
 }
 
 /// Whether there are as many devices as the guest has disks.
-pub(super) fn count(devices: usize, config: &GuestConfig) -> Result<(), GuestError> {
+pub(super) fn check_device_count(devices: usize, config: &GuestConfig) -> Result<(), GuestError> {
     match devices == config.disks {
         true => Ok(()),
         false => Err(GuestError::DeviceCount { disks: config.disks, devices }),

@@ -13,16 +13,16 @@ use super::error::GuestError;
 
 /// Something that happens once, to be asked for or waited on.
 #[derive(Debug)]
-pub(super) struct Signal {
+pub(super) struct StopEvent {
     set: AtomicBool,
     eventfd: EventFd,
 }
 
-impl Signal {
-    pub(super) fn new() -> Result<Signal, GuestError> {
+impl StopEvent {
+    pub(super) fn new() -> Result<StopEvent, GuestError> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let eventfd = EventFd::from_value_and_flags(0, flags).map_err(GuestError::system("make an eventfd"))?;
-        Ok(Signal { set: AtomicBool::new(false), eventfd })
+        Ok(StopEvent { set: AtomicBool::new(false), eventfd })
     }
 
     pub(super) fn set(&self) {
@@ -36,7 +36,7 @@ impl Signal {
     }
 }
 
-impl AsFd for Signal {
+impl AsFd for StopEvent {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.eventfd.as_fd()
     }
@@ -44,14 +44,14 @@ impl AsFd for Signal {
 
 /// The first error of any of a guest's threads; it stops all of them.
 #[derive(Debug)]
-pub(super) struct Failure {
-    signal: Signal,
+pub(super) struct GuestFailure {
+    signal: StopEvent,
     error: OnceLock<Arc<GuestError>>,
 }
 
-impl Failure {
-    pub(super) fn new() -> Result<Failure, GuestError> {
-        Ok(Failure { signal: Signal::new()?, error: OnceLock::new() })
+impl GuestFailure {
+    pub(super) fn new() -> Result<GuestFailure, GuestError> {
+        Ok(GuestFailure { signal: StopEvent::new()?, error: OnceLock::new() })
     }
 
     pub(super) fn report(&self, error: GuestError) {
@@ -64,13 +64,13 @@ impl Failure {
         self.error.get()
     }
 
-    pub(super) fn signal(&self) -> &Signal {
+    pub(super) fn signal(&self) -> &StopEvent {
         &self.signal
     }
 }
 
 /// Waits until one of `readable` can be read, `hung_up` is so, or `timeout` is over. Returns which of `readable` can be read.
-pub(super) fn wait(
+pub(super) fn poll_fds(
     readable: &[BorrowedFd<'_>],
     hung_up: Option<BorrowedFd<'_>>,
     timeout: Option<Duration>,

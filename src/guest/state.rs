@@ -20,11 +20,11 @@ pub struct GuestState {
     /// Its CPUs.
     pub cpus: Vec<CpuState>,
     /// Its drivers: queue by queue, disk by disk.
-    pub drivers: Vec<DriverState>,
+    pub drivers: Vec<BlkDriverState>,
     /// Its stopped devices.
     pub devices: Vec<DeviceState>,
     /// When it did something last, after which it stood still.
-    pub last_action: Option<Moment>,
+    pub last_action: Option<Timestamp>,
 }
 
 /// Which disks a guest has and the state of their contents, disk by disk (GET_DISK_GENERATION); `None` for one whose
@@ -63,7 +63,7 @@ pub struct CpuState {
 
 /// A disk's queue as its driver knows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DriverState {
+pub struct BlkDriverState {
     /// The ring.
     pub ring: ring::DriverRingState,
     /// First sector of its part of the disk.
@@ -88,7 +88,7 @@ pub struct SlotState {
     /// The request that is outstanding.
     pub request: Option<RequestState>,
     /// What the device read into its buffer last, if that is still to be there.
-    pub held: Option<HeldState>,
+    pub retained: Option<RetainedState>,
 }
 
 /// What a request does.
@@ -119,7 +119,7 @@ pub struct RequestState {
 
 /// Sectors in a buffer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HeldState {
+pub struct RetainedState {
     /// First sector, counted from the queue's first.
     pub sector: u64,
     /// Where in the slot's buffer they begin, bytes.
@@ -144,7 +144,7 @@ pub struct DeviceState {
     /// Its inflight region.
     pub inflight: Option<InflightState>,
     /// What the device itself has saved, if it has a state of its own (rule D1.1).
-    pub own: Option<Vec<u8>>,
+    pub backend_state: Option<Vec<u8>>,
     /// How often its back-end was connected to again, in the guest's whole life.
     pub reconnects: u64,
     /// Requests that restarted back-ends found in flight, in the guest's whole life.
@@ -153,7 +153,7 @@ pub struct DeviceState {
 
 /// A moment that another process can compare with its own.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Moment {
+pub struct Timestamp {
     /// The machine's boot id: monotonic clocks of one boot can be compared.
     pub boot: String,
     /// CLOCK_MONOTONIC, nanoseconds.
@@ -162,10 +162,10 @@ pub struct Moment {
     pub realtime_ns: u64,
 }
 
-impl Moment {
+impl Timestamp {
     /// Nanoseconds from here to `later`: by the monotonic clock within one boot of one machine, else by the time of day,
     /// which is as good as the clocks of both machines agree.
-    pub fn until(&self, later: &Moment) -> u64 {
+    pub fn nanos_until(&self, later: &Timestamp) -> u64 {
         match self.boot == later.boot && !self.boot.is_empty() {
             true => later.monotonic_ns.saturating_sub(self.monotonic_ns),
             false => later.realtime_ns.saturating_sub(self.realtime_ns),

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::error::GuestError;
-use super::signal::{Failure, Signal, wait};
+use super::signal::{GuestFailure, StopEvent, poll_fds};
 use crate::abi::virtio::SECTOR_BYTES;
 use crate::frontend::{Device, DeviceEvent, FrontendError, Interrupt, RingSetup, SharedDevice};
 use crate::ring::{RingBase, RingLayout};
@@ -18,34 +18,34 @@ use crate::sys::log_limit::limited;
 use crate::sys::nonblocking;
 
 /// How long one attempt to connect again may take.
-const SLICE: Duration = Duration::from_secs(2);
+const CONNECT_ATTEMPT: Duration = Duration::from_secs(2);
 /// After which time one that was refused is tried again.
-const PAUSE: Duration = Duration::from_millis(100);
+const RETRY_DELAY: Duration = Duration::from_millis(100);
 /// How long a back-end may be away while something is asked of it: whoever asks can ask again.
-const PATIENCE: Duration = Duration::from_secs(60);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 /// How often a wait for a back-end that is away looks whether it is back.
-const LOOK: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// A device, and what the guest knows of its connection.
 ///
-/// Only the supervisor connects again. Whatever else is asked of the device waits until it has, or is left to it.
-pub(super) struct Unit {
+/// Only the reconnector connects again. Whatever else is asked of the device waits until it has, or is left to it.
+pub(super) struct Disk {
     device: Mutex<Box<dyn Device>>,
     interrupt: Option<Interrupt>,
-    pub(super) lines: Vec<Line>,
+    pub(super) doorbells: Vec<QueueDoorbells>,
     /// By ring: where it goes on, while it is stopped. Changes only with the device locked.
-    stopped: Mutex<Vec<Option<RingBase>>>,
+    bases: Mutex<Vec<Option<RingBase>>>,
     pub(super) name: String,
     /// How long a back-end may be away before the guest gives up; else it waits for ever.
-    limit: Option<Duration>,
+    away_limit: Option<Duration>,
     away: AtomicBool,
-    absence: Mutex<Option<Absence>>,
-    /// What the supervisor shall do as soon as the back-end is there.
-    orders: Mutex<Orders>,
-    /// Tells the supervisor of orders, and that the back-end has been found away.
+    outage: Mutex<Option<Outage>>,
+    /// What the reconnector shall do as soon as the back-end is there.
+    pending: Mutex<PendingActions>,
+    /// Tells the reconnector of orders, and that the back-end has been found away.
     wake: EventFd,
-    /// No supervisor looks after it any more.
-    abandoned: AtomicBool,
+    /// No reconnector looks after it any more.
+    reconnector_ended: AtomicBool,
     pub(super) reconnects: AtomicU64,
     pub(super) resubmitted: AtomicU64,
     /// Bytes of the disk, as the device says now.
@@ -53,20 +53,20 @@ pub(super) struct Unit {
 }
 
 /// What is known of a back-end that is away.
-struct Absence {
+struct Outage {
     since: Instant,
     /// Why what answers in its place can't go on for it, or what the back-end has not answered yet.
-    why: Option<String>,
+    reason: Option<String>,
 }
 
 #[derive(Clone, Copy, Default, PartialEq)]
-struct Orders {
+struct PendingActions {
     start_rings: bool,
     stop_logging: bool,
 }
 
 /// A ring's place in memory and its doorbells.
-pub(super) struct Line {
+pub(super) struct QueueDoorbells {
     pub(super) ring: RingLayout,
     pub(super) kick: Arc<OwnedFd>,
     pub(super) call: Arc<OwnedFd>,
@@ -75,15 +75,15 @@ pub(super) struct Line {
     pub(super) broken: AtomicBool,
 }
 
-impl Line {
-    pub(super) fn new(ring: RingLayout) -> Result<Line, GuestError> {
+impl QueueDoorbells {
+    pub(super) fn new(ring: RingLayout) -> Result<QueueDoorbells, GuestError> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let eventfd = || {
             let made = EventFd::from_value_and_flags(0, flags).map_err(GuestError::system("make an eventfd"))?;
             Ok::<_, GuestError>(Arc::new(OwnedFd::from(made)))
         };
         let broken = AtomicBool::new(false);
-        Ok(Line { ring, kick: eventfd()?, call: eventfd()?, error: eventfd()?, broken })
+        Ok(QueueDoorbells { ring, kick: eventfd()?, call: eventfd()?, error: eventfd()?, broken })
     }
 
     /// What a device needs to go on at `base`.
@@ -106,43 +106,43 @@ impl Line {
     }
 
     /// Takes a call back, if there is one.
-    pub(super) fn answer(&self) {
+    pub(super) fn ack_call(&self) {
         let _ = nonblocking::take(self.call.as_fd());
     }
 
     /// Takes a signal of a broken ring back; false if there was none.
-    pub(super) fn complaint(&self) -> bool {
+    pub(super) fn take_error(&self) -> bool {
         nonblocking::take(self.error.as_fd()).is_ok()
     }
 
     /// The ring begins anew.
-    pub(super) fn mend(&self) {
-        self.complaint();
+    pub(super) fn clear_broken(&self) {
+        self.take_error();
         self.broken.store(false, Ordering::Relaxed);
     }
 }
 
-impl Unit {
+impl Disk {
     pub(super) fn new(
         device: Box<dyn Device>,
-        lines: Vec<Line>,
+        doorbells: Vec<QueueDoorbells>,
         stopped: Vec<Option<RingBase>>,
         capacity: u64,
         limit: Option<Duration>,
-    ) -> Result<Unit, GuestError> {
+    ) -> Result<Disk, GuestError> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        Ok(Unit {
+        Ok(Disk {
             name: device.name().to_owned(),
             interrupt: device.interrupt(),
             device: Mutex::new(device),
-            lines,
-            stopped: Mutex::new(stopped),
-            limit,
+            doorbells: doorbells,
+            bases: Mutex::new(stopped),
+            away_limit: limit,
             away: AtomicBool::new(false),
-            absence: Mutex::new(None),
-            orders: Mutex::default(),
+            outage: Mutex::new(None),
+            pending: Mutex::default(),
             wake: EventFd::from_value_and_flags(0, flags).map_err(GuestError::system("make an eventfd"))?,
-            abandoned: AtomicBool::new(false),
+            reconnector_ended: AtomicBool::new(false),
             reconnects: AtomicU64::new(0),
             resubmitted: AtomicU64::new(0),
             capacity: AtomicU64::new(capacity),
@@ -159,8 +159,8 @@ impl Unit {
     }
 
     /// By ring: where it goes on, while it is stopped.
-    pub(super) fn stopped(&self) -> Vec<Option<RingBase>> {
-        lock(&self.stopped).clone()
+    pub(super) fn stopped_bases(&self) -> Vec<Option<RingBase>> {
+        lock(&self.bases).clone()
     }
 
     /// Whether the back-end is known to be away.
@@ -170,24 +170,24 @@ impl Unit {
 
     /// For how long its back-end has been away, if it is.
     pub(super) fn away_for(&self) -> Option<Duration> {
-        lock(&self.absence).as_ref().map(|absence| absence.since.elapsed())
+        lock(&self.outage).as_ref().map(|absence| absence.since.elapsed())
     }
 
     /// Why what answers in its place can't go on for it.
-    pub(super) fn refused_because(&self) -> Option<String> {
-        lock(&self.absence).as_ref()?.why.clone()
+    pub(super) fn refusal_reason(&self) -> Option<String> {
+        lock(&self.outage).as_ref()?.reason.clone()
     }
 
-    /// Takes note of it if this is new, and lets the supervisor know.
-    fn has_gone(&self, error: Option<&FrontendError>) {
+    /// Takes note of it if this is new, and lets the reconnector know.
+    fn mark_away(&self, error: Option<&FrontendError>) {
         let silent = error.and_then(|error| match error {
             FrontendError::Interrupted { request } => Some(format!("{request} is not answered yet")),
             _ => None,
         });
         self.away.store(true, Ordering::Relaxed);
-        let mut absence = lock(&self.absence);
+        let mut absence = lock(&self.outage);
         if absence.is_none() {
-            *absence = Some(Absence { since: Instant::now(), why: silent.clone() });
+            *absence = Some(Outage { since: Instant::now(), reason: silent.clone() });
             drop(absence);
             match silent {
                 Some(why) => limited!(warn, "{}: {why}; the guest goes on without this device", self.name),
@@ -205,33 +205,33 @@ impl Unit {
     }
 
     /// Takes note of why an attempt has failed. That nobody is there is no news.
-    fn is_refused(&self, error: &FrontendError) {
+    fn record_refusal(&self, error: &FrontendError) {
         let is_silent = matches!(error, FrontendError::Timeout { .. } | FrontendError::NotServed { .. });
         let why = (is_silent || !error.is_transient()).then(|| error.to_string());
         // That it is still silent is no news either.
-        let is_new = |absence: &&mut Absence| absence.why != why && !(is_silent && absence.why.is_some());
-        if let Some(absence) = lock(&self.absence).as_mut().filter(is_new) {
+        let is_new = |absence: &&mut Outage| absence.reason != why && !(is_silent && absence.reason.is_some());
+        if let Some(absence) = lock(&self.outage).as_mut().filter(is_new) {
             if why.is_some() {
                 limited!(warn, "{}: what answers can't go on for the back-end: {error}; connecting again", self.name);
             }
-            absence.why = why;
+            absence.reason = why;
         }
     }
 
     /// Calls `f`, again if the back-end goes away meanwhile and comes back.
-    pub(super) fn with<T>(
+    pub(super) fn retry_until_connected<T>(
         &self,
         mut f: impl FnMut(&mut dyn Device) -> Result<T, FrontendError>,
     ) -> Result<T, FrontendError> {
-        let deadline = Instant::now() + PATIENCE.min(self.limit.unwrap_or(PATIENCE));
+        let deadline = Instant::now() + REQUEST_TIMEOUT.min(self.away_limit.unwrap_or(REQUEST_TIMEOUT));
         loop {
-            match self.at_once(&mut f) {
+            match self.try_with(&mut f) {
                 Err(error) if is_away(&error) => {
-                    let over = self.abandoned.load(Ordering::Relaxed) || Instant::now() >= deadline;
+                    let over = self.reconnector_ended.load(Ordering::Relaxed) || Instant::now() >= deadline;
                     if over || self.is_interrupted() {
-                        return Err(self.is_missing());
+                        return Err(self.away_error());
                     }
-                    std::thread::sleep(LOOK);
+                    std::thread::sleep(POLL_INTERVAL);
                 }
                 done => return done,
             }
@@ -239,30 +239,30 @@ impl Unit {
     }
 
     /// Calls `f` unless the back-end is away.
-    pub(super) fn at_once<T>(
+    pub(super) fn try_with<T>(
         &self,
         f: impl FnOnce(&mut dyn Device) -> Result<T, FrontendError>,
     ) -> Result<T, FrontendError> {
         let mut device = loop {
             if self.is_away() {
-                return Err(self.is_missing());
+                return Err(self.away_error());
             }
-            // The supervisor has it for as long as an attempt to connect takes.
+            // The reconnector has it for as long as an attempt to connect takes.
             match self.device.try_lock() {
                 Ok(device) => break device,
                 Err(TryLockError::Poisoned(poisoned)) => break poisoned.into_inner(),
-                Err(TryLockError::WouldBlock) if self.is_interrupted() => return Err(self.is_missing()),
+                Err(TryLockError::WouldBlock) if self.is_interrupted() => return Err(self.away_error()),
                 Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(1)),
             }
         };
         // It may have gone while another had it.
         if self.is_away() {
-            return Err(self.is_missing());
+            return Err(self.away_error());
         }
         let done = f(device.as_mut());
         match &done {
-            Err(error) if error.needs_reconnect() => self.has_gone(Some(error)),
-            Ok(_) if device.needs_reconnect() => self.has_gone(None),
+            Err(error) if error.needs_reconnect() => self.mark_away(Some(error)),
+            Ok(_) if device.needs_reconnect() => self.mark_away(None),
             _ => {}
         }
         done
@@ -273,25 +273,28 @@ impl Unit {
         self.interrupt.as_ref().is_some_and(Interrupt::is_set)
     }
 
-    fn is_missing(&self) -> FrontendError {
-        FrontendError::Unavailable { device: self.name.clone(), reason: self.refused_because() }
+    fn away_error(&self) -> FrontendError {
+        FrontendError::Unavailable { device: self.name.clone(), reason: self.refusal_reason() }
     }
 
     /// The rings that are stopped, as they are to be started.
     pub(super) fn stopped_rings(&self) -> Vec<(u16, RingSetup)> {
-        let stopped = (0..).zip(&self.lines).zip(self.stopped());
-        stopped.filter_map(|((index, line), base)| Some((index, line.setup(base?)))).collect()
+        let stopped = (0..).zip(&self.doorbells).zip(self.stopped_bases());
+        stopped.filter_map(|((index, doorbells), base)| Some((index, doorbells.setup(base?)))).collect()
     }
 
     /// Starts all rings that are stopped.
     pub(super) fn start_rings(&self, device: &mut dyn Device, sent: &mut dyn FnMut()) -> Result<(), FrontendError> {
         let rings = self.stopped_rings();
-        let mut bases = lock(&self.stopped);
-        rings.iter().filter_map(|(index, _)| self.lines.get(usize::from(*index))).for_each(Line::mend);
+        let mut bases = lock(&self.bases);
+        rings
+            .iter()
+            .filter_map(|(index, _)| self.doorbells.get(usize::from(*index)))
+            .for_each(QueueDoorbells::clear_broken);
         device.start_rings(&rings, sent, &mut |index| {
             // For what was added while it was stopped, or whose kick was lost with another host. A kick before the start may be
             // taken by a device that does not look at the ring yet.
-            self.lines.get(usize::from(index)).iter().for_each(|line| line.kick());
+            self.doorbells.get(usize::from(index)).iter().for_each(|doorbells| doorbells.kick());
             bases.get_mut(usize::from(index)).into_iter().for_each(|base| *base = None);
         })
     }
@@ -303,8 +306,8 @@ impl Unit {
         suspend: bool,
         sent: &mut dyn FnMut(),
     ) -> Result<(), FrontendError> {
-        lock(&self.orders).start_rings = false;
-        let mut bases = lock(&self.stopped);
+        lock(&self.pending).start_rings = false;
+        let mut bases = lock(&self.bases);
         let running: Vec<u16> =
             (0..).zip(bases.iter()).filter(|(_, base)| base.is_none()).map(|(index, _)| index).collect();
         let mut stopped =
@@ -315,29 +318,29 @@ impl Unit {
         }
     }
 
-    /// Has the supervisor start all rings that are stopped, as soon as the back-end is there.
-    pub(super) fn order_start(&self) {
-        lock(&self.orders).start_rings = true;
+    /// Has the reconnector start all rings that are stopped, as soon as the back-end is there.
+    pub(super) fn request_start(&self) {
+        lock(&self.pending).start_rings = true;
         self.wake();
     }
 
-    /// Waits until all that was left to the supervisor is done.
-    pub(super) fn settle(&self) -> Result<(), FrontendError> {
-        let deadline = Instant::now() + PATIENCE;
-        while *lock(&self.orders) != Orders::default() {
-            let over = self.abandoned.load(Ordering::Relaxed) || Instant::now() >= deadline;
+    /// Waits until all that was left to the reconnector is done.
+    pub(super) fn wait_for_pending(&self) -> Result<(), FrontendError> {
+        let deadline = Instant::now() + REQUEST_TIMEOUT;
+        while *lock(&self.pending) != PendingActions::default() {
+            let over = self.reconnector_ended.load(Ordering::Relaxed) || Instant::now() >= deadline;
             if over || self.is_interrupted() {
-                return Err(self.is_missing());
+                return Err(self.away_error());
             }
-            std::thread::sleep(LOOK);
+            std::thread::sleep(POLL_INTERVAL);
         }
         Ok(())
     }
 
     fn reconnect(&self, device: &mut dyn Device, deadline: Instant) -> Result<(), FrontendError> {
-        self.lines.iter().for_each(Line::mend);
+        self.doorbells.iter().for_each(QueueDoorbells::clear_broken);
         let found = device.reconnect(deadline)?;
-        self.look(device);
+        self.update_capacity(device);
         if found.attempts > 0 {
             self.reconnects.fetch_add(1, Ordering::Relaxed);
             self.resubmitted.fetch_add(found.resubmitted, Ordering::Relaxed);
@@ -348,32 +351,32 @@ impl Unit {
     }
 
     /// Takes note that the back-end is there.
-    fn is_back(&self) {
+    fn mark_connected(&self) {
         self.away.store(false, Ordering::Relaxed);
-        if let Some(absence) = lock(&self.absence).take() {
+        if let Some(absence) = lock(&self.outage).take() {
             limited!(info, "{}: the back-end is back after {} ms", self.name, absence.since.elapsed().as_millis());
         }
     }
 
-    /// Does what was left to the supervisor.
-    fn obey(&self, device: &mut dyn Device) -> Result<(), FrontendError> {
-        if lock(&self.orders).stop_logging {
+    /// Does what was left to the reconnector.
+    fn run_pending(&self, device: &mut dyn Device) -> Result<(), FrontendError> {
+        if lock(&self.pending).stop_logging {
             match device.stop_logging() {
                 Err(error) if error.needs_reconnect() => return Err(error),
                 Err(error) => limited!(warn, "{}: logging could not be switched off: {error}", self.name),
                 Ok(()) => {}
             }
-            lock(&self.orders).stop_logging = false;
+            lock(&self.pending).stop_logging = false;
         }
-        if lock(&self.orders).start_rings {
+        if lock(&self.pending).start_rings {
             self.start_rings(device, &mut || {})?;
-            lock(&self.orders).start_rings = false;
+            lock(&self.pending).start_rings = false;
         }
         Ok(())
     }
 
     /// Reads the disk's capacity again.
-    fn look(&self, device: &mut dyn Device) {
+    fn update_capacity(&self, device: &mut dyn Device) {
         let mut capacity = [0; 8];
         match device.config(0, &mut capacity) {
             Ok(()) => {
@@ -389,15 +392,15 @@ impl Unit {
     }
 
     /// Takes note of what the device has said without having been asked.
-    fn hear(&self) {
-        for (index, line) in self.lines.iter().enumerate().filter(|(_, line)| line.complaint()) {
+    fn handle_events(&self) {
+        for (index, doorbells) in self.doorbells.iter().enumerate().filter(|(_, doorbells)| doorbells.take_error()) {
             limited!(warn, "{}: ring {index} is broken, and nothing more comes from it", self.name);
-            line.broken.store(true, Ordering::Relaxed);
+            doorbells.broken.store(true, Ordering::Relaxed);
         }
         let mut device = self.lock();
         for event in device.take_events() {
             match event {
-                DeviceEvent::ConfigChanged => self.look(device.as_mut()),
+                DeviceEvent::ConfigChanged => self.update_capacity(device.as_mut()),
                 // The error fd has said so.
                 DeviceEvent::RingBroken(_) => {}
                 other => limited!(warn, "{}: {other:?}", self.name),
@@ -405,25 +408,25 @@ impl Unit {
         }
     }
 
-    /// Connects again as long as it takes, unless there is a limit, and carries out what was left to the supervisor. Lets
+    /// Connects again as long as it takes, unless there is a limit, and carries out what was left to the reconnector. Lets
     /// others at the device between attempts. Whatever answers there in the back-end's place may be replaced by the right one.
-    fn revive(&self, stop: &Signal) -> Result<(), GuestError> {
-        let deadline = self.limit.map(|limit| Instant::now() + limit);
+    fn restore_connection(&self, stop: &StopEvent) -> Result<(), GuestError> {
+        let deadline = self.away_limit.map(|limit| Instant::now() + limit);
         loop {
             let (error, connected) = {
                 let mut device = self.lock();
                 let connected = match device.needs_reconnect() {
                     true => {
-                        self.has_gone(None);
-                        let slice = Instant::now() + SLICE;
+                        self.mark_away(None);
+                        let slice = Instant::now() + CONNECT_ATTEMPT;
                         self.reconnect(device.as_mut(), deadline.map_or(slice, |deadline| deadline.min(slice)))
                     }
                     false => Ok(()),
                 };
                 let is_connected = connected.is_ok();
-                match connected.and_then(|()| self.obey(device.as_mut())) {
+                match connected.and_then(|()| self.run_pending(device.as_mut())) {
                     Ok(()) => {
-                        self.is_back();
+                        self.mark_connected();
                         return Ok(());
                     }
                     Err(error) => (error, is_connected),
@@ -438,29 +441,29 @@ impl Unit {
             }
             if connected && !error.needs_reconnect() {
                 // It may take its rings later: when its image is free, or another back-end is in its place.
-                self.has_gone(Some(&error));
+                self.mark_away(Some(&error));
             }
             if matches!(error, FrontendError::Interrupted { .. }) {
-                wait(&[stop.as_fd()], None, Some(LOOK))?;
+                poll_fds(&[stop.as_fd()], None, Some(POLL_INTERVAL))?;
                 continue;
             }
-            self.is_refused(&error);
+            self.record_refusal(&error);
             if !error.is_transient() {
-                wait(&[stop.as_fd()], None, Some(PAUSE))?;
+                poll_fds(&[stop.as_fd()], None, Some(RETRY_DELAY))?;
             }
         }
     }
 }
 
-impl SharedDevice for Arc<Unit> {
+impl SharedDevice for Arc<Disk> {
     fn with(&self, ask: &mut dyn FnMut(&mut dyn Device) -> Result<(), FrontendError>) -> Result<(), FrontendError> {
-        Unit::with(self, ask)
+        Disk::retry_until_connected(self, ask)
     }
 
     fn stop_logging(&self) -> Result<(), FrontendError> {
-        match self.at_once(|device| device.stop_logging()) {
+        match self.try_with(|device| device.stop_logging()) {
             Err(FrontendError::Unavailable { .. }) => {
-                lock(&self.orders).stop_logging = true;
+                lock(&self.pending).stop_logging = true;
                 self.wake();
                 Ok(())
             }
@@ -479,29 +482,29 @@ pub(super) fn is_away(error: &FrontendError) -> bool {
 }
 
 /// The thread that watches a device's connection; it ends when this is dropped.
-pub(super) struct Supervisor {
-    stop: Arc<Signal>,
+pub(super) struct Reconnector {
+    stop: Arc<StopEvent>,
     interrupt: Option<Interrupt>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Supervisor {
-    pub(super) fn start(unit: Arc<Unit>, failure: Arc<Failure>) -> Result<Supervisor, GuestError> {
-        let stop = Arc::new(Signal::new()?);
-        let (stopped, interrupt) = (stop.clone(), unit.interrupt.clone());
+impl Reconnector {
+    pub(super) fn start(disk: Arc<Disk>, failure: Arc<GuestFailure>) -> Result<Reconnector, GuestError> {
+        let stop = Arc::new(StopEvent::new()?);
+        let (stopped, interrupt) = (stop.clone(), disk.interrupt.clone());
         let watch = move || {
-            let watched = watch(&unit, &stopped);
-            unit.abandoned.store(true, Ordering::Relaxed);
+            let watched = watch(&disk, &stopped);
+            disk.reconnector_ended.store(true, Ordering::Relaxed);
             if let Err(error) = watched {
                 failure.report(error);
             }
         };
-        let thread = std::thread::Builder::new().name("supervisor".into()).spawn(watch);
-        Ok(Supervisor { stop, interrupt, thread: Some(thread.map_err(GuestError::system("start a thread"))?) })
+        let thread = std::thread::Builder::new().name("reconnector".into()).spawn(watch);
+        Ok(Reconnector { stop, interrupt, thread: Some(thread.map_err(GuestError::system("start a thread"))?) })
     }
 }
 
-impl Drop for Supervisor {
+impl Drop for Reconnector {
     fn drop(&mut self) {
         self.stop.set();
         self.interrupt.iter().for_each(Interrupt::set);
@@ -513,21 +516,21 @@ impl Drop for Supervisor {
     }
 }
 
-fn watch(unit: &Unit, stop: &Signal) -> Result<(), GuestError> {
+fn watch(disk: &Disk, stop: &StopEvent) -> Result<(), GuestError> {
     while !stop.is_set() {
         let (connection, events) = {
-            let device = unit.lock();
+            let device = disk.lock();
             (device.hang_up_fd()?, device.events_fd()?)
         };
-        let errors = unit.lines.iter().map(|line| line.error.as_fd());
+        let errors = disk.doorbells.iter().map(|doorbells| doorbells.error.as_fd());
         let readable: Vec<_> =
-            errors.chain([stop.as_fd(), unit.wake.as_fd()]).chain(events.iter().map(AsFd::as_fd)).collect();
-        wait(&readable, connection.as_ref().map(AsFd::as_fd), None)?;
+            errors.chain([stop.as_fd(), disk.wake.as_fd()]).chain(events.iter().map(AsFd::as_fd)).collect();
+        poll_fds(&readable, connection.as_ref().map(AsFd::as_fd), None)?;
         if !stop.is_set() {
             // Whatever comes after this is looked at again.
-            let _ = unit.wake.read();
-            unit.hear();
-            unit.revive(stop)?;
+            let _ = disk.wake.read();
+            disk.handle_events();
+            disk.restore_connection(stop)?;
         }
     }
     Ok(())
@@ -540,16 +543,16 @@ mod tests {
     /// Every fd of a queue is the back-end's, too.
     #[test]
     fn doorbells_that_a_back_end_makes_blocking_hold_nobody_up() {
-        let line = Line::new(RingLayout::new(0, 64, 0, 0x1000, 0x2000)).unwrap();
-        for fd in [&line.kick, &line.call, &line.error] {
+        let doorbells = QueueDoorbells::new(RingLayout::new(0, 64, 0, 0x1000, 0x2000)).unwrap();
+        for fd in [&doorbells.kick, &doorbells.call, &doorbells.error] {
             nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty())).unwrap();
         }
-        nix::unistd::write(&line.kick, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        nix::unistd::write(&doorbells.kick, &(u64::MAX - 1).to_ne_bytes()).unwrap();
         let (done, is_done) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
-            line.kick();
-            line.answer();
-            let complained = line.complaint();
+            doorbells.kick();
+            doorbells.ack_call();
+            let complained = doorbells.take_error();
             done.send(complained)
         });
         assert_eq!(is_done.recv_timeout(Duration::from_secs(60)), Ok(false));

@@ -5,10 +5,10 @@ use std::sync::{Arc, Weak};
 
 use serde::{Deserialize, Serialize};
 
-use super::driver::Counters;
+use super::driver::DriverCounters;
 use super::error::GuestError;
-use super::signal::Failure;
-use super::unit::Unit;
+use super::signal::GuestFailure;
+use super::unit::Disk;
 
 /// What a guest has done so far, here and on hosts before.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,7 +33,7 @@ pub struct GuestStats {
 
 /// The connection to a device's back-end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Connection {
+pub struct DeviceConnection {
     /// What the device is called.
     pub name: String,
     /// Milliseconds since its back-end went away; `None` while it is there.
@@ -51,16 +51,16 @@ pub struct Connection {
 /// A view of a guest from any thread, which waits neither for the guest nor for its devices. It keeps neither alive.
 pub struct GuestView {
     pub(super) steps: Vec<Arc<AtomicU64>>,
-    pub(super) counters: Vec<Arc<Counters>>,
-    pub(super) units: Vec<Weak<Unit>>,
-    pub(super) failure: Arc<Failure>,
+    pub(super) counters: Vec<Arc<DriverCounters>>,
+    pub(super) disks: Vec<Weak<Disk>>,
+    pub(super) failure: Arc<GuestFailure>,
     pub(super) memory_bytes: u64,
 }
 
 impl GuestView {
     /// What the guest has done so far.
     pub fn stats(&self) -> GuestStats {
-        let sum = |of: fn(&Counters) -> &AtomicU64| {
+        let sum = |of: fn(&DriverCounters) -> &AtomicU64| {
             self.counters.iter().map(|counters| of(counters).load(Ordering::Relaxed)).sum()
         };
         GuestStats {
@@ -69,30 +69,30 @@ impl GuestView {
             outstanding: sum(|counters| &counters.outstanding),
             duplicates: sum(|counters| &counters.duplicates),
             lost: match self.failure().as_deref() {
-                Some(GuestError::Lost { outstanding, .. }) => u64::from(*outstanding),
+                Some(GuestError::LostRequest { outstanding, .. }) => u64::from(*outstanding),
                 _ => 0,
             },
             pages: self.steps.iter().map(|steps| steps.load(Ordering::Relaxed)).sum(),
-            reconnects: self.units().map(|unit| unit.reconnects.load(Ordering::Relaxed)).sum(),
-            resubmitted: self.units().map(|unit| unit.resubmitted.load(Ordering::Relaxed)).sum(),
+            reconnects: self.live_disks().map(|disk| disk.reconnects.load(Ordering::Relaxed)).sum(),
+            resubmitted: self.live_disks().map(|disk| disk.resubmitted.load(Ordering::Relaxed)).sum(),
         }
     }
 
     /// How the devices' connections are, disk by disk.
-    pub fn connections(&self) -> Vec<Connection> {
-        let of = |unit: Arc<Unit>| Connection {
-            name: unit.name.clone(),
-            away_ms: unit.away_for().map(|time| time.as_millis() as u64),
-            refused: unit.refused_because(),
-            reconnects: unit.reconnects.load(Ordering::Relaxed),
-            capacity: unit.capacity.load(Ordering::Relaxed),
+    pub fn connections(&self) -> Vec<DeviceConnection> {
+        let of = |disk: Arc<Disk>| DeviceConnection {
+            name: disk.name.clone(),
+            away_ms: disk.away_for().map(|time| time.as_millis() as u64),
+            refused: disk.refusal_reason(),
+            reconnects: disk.reconnects.load(Ordering::Relaxed),
+            capacity: disk.capacity.load(Ordering::Relaxed),
             broken_rings: (0..)
-                .zip(&unit.lines)
-                .filter(|(_, line)| line.broken.load(Ordering::Relaxed))
+                .zip(&disk.doorbells)
+                .filter(|(_, doorbells)| doorbells.broken.load(Ordering::Relaxed))
                 .map(|(index, _)| index)
                 .collect(),
         };
-        self.units().map(of).collect()
+        self.live_disks().map(of).collect()
     }
 
     /// Why the guest has stopped by itself, if it has.
@@ -105,7 +105,7 @@ impl GuestView {
         self.memory_bytes
     }
 
-    fn units(&self) -> impl Iterator<Item = Arc<Unit>> {
-        self.units.iter().filter_map(Weak::upgrade)
+    fn live_disks(&self) -> impl Iterator<Item = Arc<Disk>> {
+        self.disks.iter().filter_map(Weak::upgrade)
     }
 }

@@ -187,9 +187,9 @@ impl SourceVm for GuestSourceVm<'_> {
         let running = self.running;
         self.with(|guest| {
             if running {
-                return guest.go_on();
+                return guest.resume_without_waiting();
             }
-            guest.restart_devices();
+            guest.request_device_start();
             Ok(())
         })
     }
@@ -257,7 +257,7 @@ impl GuestIncomingVm {
         let mut devices = PreparedDevice::all(setup, memory, devices)?;
         let there = self.disks.iter().copied().chain(std::iter::repeat(None));
         let any = self.any_disks;
-        let compare = |(device, there): (&mut PreparedDevice, _)| forgive(any, device.compare_disk(there));
+        let compare = |(device, there): (&mut PreparedDevice, _)| forgive(any, device.check_identity(there));
         in_parallel(devices.iter_mut().zip(there), compare)?;
         Ok(devices)
     }
