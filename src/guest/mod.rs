@@ -11,8 +11,8 @@
 #![forbid(unsafe_code)]
 
 mod cpu;
-mod crew;
-mod disks;
+mod disk;
+mod disk_generations;
 mod driver;
 mod error;
 mod layout;
@@ -20,7 +20,7 @@ mod pattern;
 mod prepared;
 mod signal;
 mod state;
-mod unit;
+mod threads;
 mod view;
 
 pub use error::{ByteLocation, GuestError, WrongByte};
@@ -47,13 +47,13 @@ use crate::frontend::{Device, DeviceDirtySource, FrontendError, Interrupt};
 use crate::memory::{ExtentFinder, LOG_PAGE, Memory, Region, sealed_memfd};
 use crate::ring::RingBase;
 use cpu::Cpu;
-use crew::{GuestThreads, NotStarted};
+use disk::{Disk, Reconnector};
 use driver::{DiskGeometry, Driver, DriverCounters, PriorContents};
 use layout::GuestLayout;
 use pattern::Pattern;
 use prepared::{check_device_count, disk_geometry};
 use signal::GuestFailure;
-use unit::{Disk, Reconnector};
+use threads::{GuestThreads, NotStarted};
 
 /// Seconds that nobody waits for; beyond them clocks may overflow.
 const MAX_SECONDS: u64 = 1 << 30;
@@ -311,7 +311,7 @@ impl Guest {
             }
         };
         self.execution = Execution::Running(threads);
-        let first = first.map(crew::timestamp);
+        let first = first.map(threads::timestamp);
         self.downtime_ns = self.last_action.take().zip(first).map(|(last, first)| last.nanos_until(&first));
         self.check_failure()
     }
@@ -338,7 +338,7 @@ impl Guest {
             Execution::Running(threads) => {
                 let (cpus, drivers, last) = threads.stop()?;
                 self.execution = Execution::Paused(cpus, drivers);
-                self.last_action = Some(crew::timestamp(last));
+                self.last_action = Some(threads::timestamp(last));
                 self.check_failure()
             }
             other => {
@@ -566,7 +566,7 @@ impl Guest {
     /// The same; for those that are away, or go away meanwhile, again when they are back.
     fn call_all_with_retry(&self, each: &DeviceCall<'_>) -> Result<(), GuestError> {
         let ended = self.call_all(each)?;
-        let is_away = |ended: &CallResult| ended.as_ref().is_err_and(unit::is_away);
+        let is_away = |ended: &CallResult| ended.as_ref().is_err_and(disk::is_away);
         let away = self.disks.iter().zip(&ended).filter(|(_, ended)| is_away(ended)).map(|(attached, _)| attached);
         in_parallel(away, |AttachedDisk { disk, .. }| {
             Ok(disk.retry_until_connected(|device| each(disk, device, &mut || {}))?)
@@ -615,7 +615,7 @@ impl Guest {
         let doorbells =
             self.disks.iter().flat_map(|attached| attached.disk.doorbells.iter().map(|queue| (&attached.disk, queue)));
         in_parallel(drivers.iter_mut().zip(doorbells), |(driver, (disk, doorbells))| {
-            crew::scan_disk(driver, disk, doorbells, patience)
+            threads::scan_disk(driver, disk, doorbells, patience)
         })?;
         Ok(drivers.iter().map(|driver| driver.sectors() * SECTOR_BYTES).sum())
     }

@@ -3,12 +3,12 @@
 
 use zerocopy::{FromZeros, IntoBytes};
 
+use super::disk::QueueDoorbells;
 use super::driver::DiskGeometry;
 use super::error::GuestError;
 use super::in_parallel;
 use super::layout::{BUFFER_BYTES, GuestConfig, GuestLayout, QueueLayout};
 use super::state::{DeviceSetup, DeviceState, STATE_VERSION};
-use super::unit::QueueDoorbells;
 use crate::abi::bit;
 use crate::abi::features::feature_names;
 use crate::abi::virtio::{

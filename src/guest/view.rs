@@ -5,10 +5,10 @@ use std::sync::{Arc, Weak};
 
 use serde::{Deserialize, Serialize};
 
+use super::disk::Disk;
 use super::driver::DriverCounters;
 use super::error::GuestError;
 use super::signal::GuestFailure;
-use super::unit::Disk;
 
 /// What a guest has done so far, here and on hosts before.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -12,12 +12,12 @@ use std::time::{Duration, Instant};
 use nix::time::{ClockId, clock_gettime};
 
 use super::cpu::Cpu;
+use super::disk::{Disk, QueueDoorbells};
 use super::driver::Driver;
 use super::error::GuestError;
 use super::layout::GuestConfig;
 use super::signal::{GuestFailure, StopEvent, poll_fds};
 use super::state::Timestamp;
-use super::unit::{Disk, QueueDoorbells};
 use crate::memory::LOG_PAGE;
 
 /// CPUs act at least this often, when they are to act that often at all.
