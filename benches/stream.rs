@@ -37,7 +37,7 @@ use vhost_migrate::migrate::{
 use vhost_migrate::stream::transport::connect;
 use vhost_migrate::stream::{
     CancelToken, ChannelId, Codec, FrameReader, FrameWriter, IncomingMemory, MigrationId, PageDecoder, PageEncoder,
-    StreamError, StreamListener, StreamOptions, Uri, owned_by,
+    StreamError, StreamListener, StreamOptions, Uri, runs_of_channel,
 };
 
 const TEXT: [&[u8; 8]; 8] =
@@ -250,7 +250,7 @@ fn end_to_end(guest: &Guest, listener: &StreamListener, codec: Codec) -> f64 {
         thread::scope(|scope| {
             for (mut writer, number) in from.writers().into_iter().zip(0..) {
                 scope.spawn(move || {
-                    let runs = owned_by([0..guest.pages], number, CHANNELS);
+                    let runs = runs_of_channel([0..guest.pages], number, CHANNELS);
                     PageEncoder::new(codec).unwrap().send(&guest.source, runs, &mut writer).unwrap();
                     writer.into_inner().shutdown();
                 });

@@ -69,8 +69,10 @@ fn child(parent: u32, words: &[&str]) -> Option<Pid> {
 
 fn status(control: &Path) -> Option<Value> {
     let mut status = None;
-    vhost_migrate::control::call(control, &vhost_migrate::control::Command::Status, |event| status = Some(event))
-        .ok()?;
+    vhost_migrate::control::call(control, &vhost_migrate::control::ControlCommand::Status, |event| {
+        status = Some(event)
+    })
+    .ok()?;
     status
 }
 

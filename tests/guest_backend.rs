@@ -710,7 +710,7 @@ fn stalled<'a>(
     let (theirs, outcomes, (stopped, is_stopped)) = (patient(), Outcomes::default(), channel());
     let arrival = GuestIncomingVm::new(vec![backend.socket()]).unwrap().with_cancel(&theirs.cancel);
     // Its disk is another one.
-    let arrival = arrival.restoring(false, true);
+    let arrival = arrival.with_disk_checks(false, true);
     let mut arrival = Stalled { arrival, backend, before, stopped, starts: 0 };
     let (left, arrived) = std::thread::scope(|scope| {
         let (switch, known) = (&theirs.cancel, &outcomes);
@@ -746,7 +746,7 @@ fn a_guest_that_has_arrived_and_whose_back_end_hangs_is_kept_at_cancel_and_goes_
     std::fs::remove_file(image(&backends[1])).unwrap();
     std::fs::hard_link(image(&backends[0]), image(&backends[1])).unwrap();
     backends[1].child = spawn(backends[1].folder.path(), "s");
-    let stop = |_: &CancelToken, outcomes: &Outcomes| outcomes.stop_starting();
+    let stop = |_: &CancelToken, outcomes: &Outcomes| outcomes.cancel_start();
     let (left, arrived, stalled) = stalled(&backends[0], &backends[1], &guest, Step::Start, stop);
     let error = arrived.unwrap_err();
     assert!(matches!(error, MigrateError::NotStarted(_)) && error.to_string().contains("was ended"), "{error}");

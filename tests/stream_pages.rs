@@ -16,7 +16,7 @@ use vhost_migrate::stream::frame::{FRAME_HEADER_BYTES, FrameKind};
 use vhost_migrate::stream::pages::{CHUNK_PAGES, MAX_BATCH_PAGES, MAX_ENTRIES, PageBatch};
 use vhost_migrate::stream::{
     ChannelId, Codec, CopyingReader, FrameReader, FrameWriter, IncomingMemory, MigrationId, PageDecoder, PageEncoder,
-    PageStats, StreamError, channel_of, owned_by,
+    PageStats, StreamError, channel_of, runs_of_channel,
 };
 
 const PAGE: usize = LOG_PAGE as usize;
@@ -176,7 +176,7 @@ proptest! {
         }
         let mut seen = BTreeSet::new();
         for channel in 0..channels {
-            for run in owned_by(runs.clone(), channel, channels) {
+            for run in runs_of_channel(runs.clone(), channel, channels) {
                 for page in run {
                     prop_assert_eq!(channel_of(page, channels), channel);
                     prop_assert!(seen.insert(page));
@@ -374,7 +374,7 @@ fn a_hole_is_told_as_zero_without_being_filled() {
         let target = Arc::new(IncomingMemory::zeroed(destination));
         let round = |runs: &[Range<u64>]| {
             (0..channels).fold(PageStats::default(), |mut all, channel| {
-                let runs = owned_by(runs.iter().cloned(), channel, channels).collect();
+                let runs = runs_of_channel(runs.iter().cloned(), channel, channels).collect();
                 let (wire, sent) = send(&source, runs, Codec::None);
                 assert_eq!(receive_on(&target, wire.as_slice(), channel, channels).unwrap(), sent);
                 all += sent;
@@ -401,7 +401,7 @@ fn a_hole_is_told_as_zero_without_being_filled() {
 fn pages_that_are_not_in_memory_are_counted_and_the_rest_is_sent() {
     let source = memory(&[(16, 16), (64, 16)]);
     let (wire, sent) = send(&source, vec![0..20, 30..70, 90..95], Codec::None);
-    assert_eq!((sent.pages(), sent.outside), (4 + 2 + 6, 16 + 32 + 5));
+    assert_eq!((sent.pages(), sent.outside_memory), (4 + 2 + 6, 16 + 32 + 5));
     let target = Arc::new(IncomingMemory::zeroed(memory(&[(16, 16), (64, 16)])));
     assert_eq!(receive(&target, wire.as_slice()).unwrap().pages(), 12);
 }

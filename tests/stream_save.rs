@@ -91,7 +91,7 @@ fn restore(from: &Uri, most: usize) -> Result<Memory, StreamError> {
             continue;
         }
         match ToDestination::read(&header, &mut reader)? {
-            ToDestination::RoundEnd(end) => end.check(&received)?,
+            ToDestination::RoundEnd(end) => end.check_received(&received)?,
             ToDestination::Commit(_) => break,
             other => panic!("{other:?}"),
         }
@@ -132,7 +132,7 @@ fn save_until_killed(orders: &str) {
     let connection = connect(&uri(to), &StreamOptions::new().unwrap()).unwrap();
     let channel = connection.channels[0].clone();
     thread::spawn(move || {
-        while channel.sent() < most {
+        while channel.bytes_sent() < most {
             std::hint::spin_loop();
         }
         kill(Pid::this(), Signal::SIGKILL).unwrap();
@@ -378,13 +378,13 @@ fn the_disk_keeps_up_with_a_save_and_has_all_of_it_at_the_end() {
         for _ in 0..4 {
             send(&connection, &memory).unwrap();
             let dirty = unwritten(channel.fd()) * LOG_PAGE;
-            assert!(dirty <= channel.unsynced() + 2 * LOG_PAGE, "{dirty} bytes of {}", channel.unsynced());
+            assert!(dirty <= channel.unsynced_bytes() + 2 * LOG_PAGE, "{dirty} bytes of {}", channel.unsynced_bytes());
             most = most.max(dirty);
         }
-        assert!(channel.sent() > 2 * MOST, "{}", channel.sent());
+        assert!(channel.bytes_sent() > 2 * MOST, "{}", channel.bytes_sent());
         assert!(most <= MOST, "{most} bytes are not on disk");
         connection.sync().unwrap();
-        assert_eq!((unwritten(channel.fd()), channel.unsynced()), (0, 0));
+        assert_eq!((unwritten(channel.fd()), channel.unsynced_bytes()), (0, 0));
         send(&connection, &memory).unwrap();
         connection.finish().unwrap();
         assert_eq!(unwritten(channel.fd()), 0, "the end of {to} is not on disk");

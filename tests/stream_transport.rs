@@ -18,7 +18,7 @@ use vhost_migrate::stream::frame::{ConnectionHeader, FrameKind, HEADER_BYTES, MA
 use vhost_migrate::stream::transport::connect;
 use vhost_migrate::stream::{
     CancelToken, Codec, FrameReader, IncomingMemory, PageDecoder, PageEncoder, RateLimiter, StreamChannel,
-    StreamConnection, StreamError, StreamListener, StreamOptions, ToDestination, ToSource, Uri, owned_by,
+    StreamConnection, StreamError, StreamListener, StreamOptions, ToDestination, ToSource, Uri, runs_of_channel,
 };
 
 fn options(channels: u16) -> StreamOptions {
@@ -63,7 +63,7 @@ fn source(connection: &StreamConnection, memory: &Memory, codec: Codec) {
     thread::scope(|scope| {
         for (mut writer, number) in connection.writers().into_iter().zip(0..) {
             scope.spawn(move || {
-                let runs = owned_by([0..pages], number, channels);
+                let runs = runs_of_channel([0..pages], number, channels);
                 let sent = PageEncoder::new(codec).unwrap().send(memory, runs, &mut writer).unwrap();
                 let end = vhost_migrate::stream::record::RoundEnd::new(0, true, &sent);
                 ToDestination::RoundEnd(end).write(&mut writer).unwrap();
@@ -89,7 +89,7 @@ fn receive(
         if header.kind == FrameKind::Pages {
             received += decoder.receive(&header, &mut reader)?;
         } else if let ToDestination::RoundEnd(end) = ToDestination::read(&header, &mut reader)? {
-            return end.check(&received);
+            return end.check_received(&received);
         }
     }
 }
@@ -416,7 +416,7 @@ fn cancelling_ends_accept_read_write_and_every_wait() {
                 let failed = (0..).find_map(|_| channel.write_all(&[0; 512]).err());
                 StreamError::from(failed.unwrap())
             });
-            while connection.channels[0].sent() < 4096 {
+            while connection.channels[0].bytes_sent() < 4096 {
                 thread::yield_now();
             }
             writing.cancel.cancel();

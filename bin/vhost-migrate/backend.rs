@@ -16,35 +16,35 @@ use vhost_migrate::backend::{self, Device, Inherited, Listener, Sandbox, Violati
 use vhost_migrate::control;
 
 use crate::interrupt::{on_hangup, on_interrupt};
-use crate::messages::Messages;
-use crate::metrics::Metrics;
+use crate::messages::LogArguments;
+use crate::metrics::MetricsArguments;
 use crate::values;
 
 /// Be a vhost-user device
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     #[command(subcommand)]
-    device: Kind,
+    device: DeviceCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum Kind {
+enum DeviceCommand {
     Blk(Blk),
     Net(net::Arguments),
 }
 
-impl Kind {
+impl DeviceCommand {
     fn stop_timeout(&self) -> u64 {
         match self {
-            Kind::Blk(blk) => blk.stopping.stop_timeout,
-            Kind::Net(net) => net.stopping.stop_timeout,
+            DeviceCommand::Blk(blk) => blk.stopping.stop_timeout,
+            DeviceCommand::Net(net) => net.stopping.stop_timeout,
         }
     }
 }
 
 /// The end of the process after a signal.
 #[derive(Debug, clap::Args)]
-struct Stopping {
+struct StopArguments {
     /// Longest wait for requests under way after SIGTERM or Ctrl-C, seconds; then they are left to a successor
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86400))]
     stop_timeout: u64,
@@ -73,14 +73,14 @@ The disk can grow while a guest uses it; a smaller image is refused, and the dis
 Exit status: 0 ended by a signal; 1 failed; 2 wrong arguments.")]
 struct Blk {
     #[command(flatten)]
-    place: Place,
+    place: SocketArguments,
     /// Raw image or block device
     #[arg(long, value_name = "FILE")]
     image: PathBuf,
     /// Take the image for a raw one whatever it begins with. Without this, what looks like qcow2, qed, vmdk, vdi, vhdx, vpc,
     /// luks or parallels is refused; a guest can make its disk look like that
     #[arg(long, value_name = "FORMAT")]
-    format: Option<Format>,
+    format: Option<ImageFormat>,
     /// The guest may only read
     #[arg(long)]
     read_only: bool,
@@ -95,7 +95,7 @@ struct Blk {
     serial: String,
     /// How the image is read and written
     #[arg(long, value_name = "HOW", default_value = "io_uring")]
-    aio: How,
+    aio: AioEngine,
     /// Go past the page cache (O_DIRECT); the guest is told the block size that this needs
     #[arg(long)]
     direct: bool,
@@ -125,25 +125,25 @@ struct Blk {
     #[arg(long, conflicts_with = "iommu")]
     postcopy: bool,
     #[command(flatten)]
-    stopping: Stopping,
+    stopping: StopArguments,
     #[command(flatten)]
-    seccomp: Seccomp,
+    seccomp: SeccompArguments,
     #[command(flatten)]
-    metrics: Metrics,
+    metrics: MetricsArguments,
     #[command(flatten)]
-    messages: Messages,
+    messages: LogArguments,
 }
 
 /// The socket over which the front-end is reached.
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
-struct Place {
+struct SocketArguments {
     /// UNIX socket to listen on
-    #[arg(long, value_name = "PATH", value_parser = values::socket())]
+    #[arg(long, value_name = "PATH", value_parser = values::socket_path())]
     socket: Option<PathBuf>,
     /// Connect to this UNIX socket instead, where the front-end listens (QEMU's server=on, OVS's dpdkvhostuserclient), and
     /// again whenever the connection has ended
-    #[arg(long, value_name = "PATH", value_parser = values::socket())]
+    #[arg(long, value_name = "PATH", value_parser = values::socket_path())]
     connect: Option<PathBuf>,
     /// Inherited socket instead: one that listens, or one connection
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(0..))]
@@ -152,17 +152,17 @@ struct Place {
 
 /// What becomes of a back-end that somebody has taken over.
 #[derive(Debug, clap::Args)]
-struct Seccomp {
+struct SeccompArguments {
     /// What follows a system call that no back-end needs (see docs/security.md)
     #[arg(long, value_name = "WHAT", default_value = "kill")]
-    seccomp: Consequence,
+    seccomp: SeccompAction,
     /// As --seccomp off
     #[arg(long, conflicts_with = "seccomp")]
     no_seccomp: bool,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum Consequence {
+enum SeccompAction {
     /// The process ends with SIGSYS
     Kill,
     /// A line in the kernel's log
@@ -171,26 +171,26 @@ enum Consequence {
     Off,
 }
 
-impl Seccomp {
-    fn sandbox(&self, postcopy: bool, metrics: &Metrics) -> Option<Sandbox> {
+impl SeccompArguments {
+    fn sandbox(&self, postcopy: bool, metrics: &MetricsArguments) -> Option<Sandbox> {
         let violation = match self.seccomp {
             _ if self.no_seccomp => return None,
-            Consequence::Kill => Violation::Kill,
-            Consequence::Log => Violation::Log,
-            Consequence::Off => return None,
+            SeccompAction::Kill => Violation::Kill,
+            SeccompAction::Log => Violation::Log,
+            SeccompAction::Off => return None,
         };
         Some(Sandbox { violation, postcopy, unlink: metrics.has_socket(), ..Sandbox::default() })
     }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum Format {
+enum ImageFormat {
     /// The disk's bytes, and nothing else
     Raw,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum How {
+enum AioEngine {
     /// io_uring where the system has it, else threads
     #[value(name = "io_uring")]
     IoUring,
@@ -211,8 +211,8 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     // First of all: threads that are started later don't take the signals.
     let limit = Duration::from_secs(arguments.device.stop_timeout());
     let ended = stop_on_interrupt(limit).and_then(|stop| match arguments.device {
-        Kind::Blk(blk) => blk.run(&stop),
-        Kind::Net(net) => net.run(&stop),
+        DeviceCommand::Blk(blk) => blk.run(&stop),
+        DeviceCommand::Net(net) => net.run(&stop),
     });
     control::remove_sockets();
     match ended {
@@ -249,14 +249,14 @@ impl Blk {
         self.messages.start();
         let disk = Disk::open(DiskOptions {
             image: self.image.clone(),
-            raw: matches!(self.format, Some(Format::Raw)),
+            raw: matches!(self.format, Some(ImageFormat::Raw)),
             read_only: self.read_only,
             queues: self.queues,
             max_queue_size: self.queue_size,
             serial: self.serial,
             aio: match self.aio {
-                How::IoUring => Aio::IoUring,
-                How::Threads => Aio::Threads,
+                AioEngine::IoUring => Aio::IoUring,
+                AioEngine::Threads => Aio::Threads,
             },
             direct: self.direct,
             in_order: self.in_order,
@@ -283,14 +283,14 @@ impl Blk {
 
 /// Serves `device` at its place until `stop` is set; `what` it is goes to stdout. Nothing else is opened from then on.
 fn serve(
-    place: &Place,
+    place: &SocketArguments,
     device: Arc<dyn Device>,
     what: &str,
     sandbox: Option<Sandbox>,
     stop: &EventFd,
 ) -> Result<(), Box<dyn std::error::Error>> {
     // All that has to be opened is open by then.
-    let Place { socket, connect, fd } = place;
+    let SocketArguments { socket, connect, fd } = place;
     let confine = || {
         sandbox.map_or(Ok(()), |sandbox| {
             Sandbox { unlink: sandbox.unlink || socket.is_some(), connect: connect.is_some(), ..sandbox }.install()

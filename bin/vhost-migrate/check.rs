@@ -16,7 +16,7 @@ use vhost_migrate::check::{
 };
 use vhost_migrate::inflight::RingKind;
 
-use crate::interrupt::{before_the_end, interrupts_and_hangup};
+use crate::interrupt::{before_termination, interrupts_and_hangup};
 use crate::values;
 
 /// Nothing could be checked.
@@ -45,7 +45,7 @@ Exit status: 0 nothing is broken; 1 a rule is broken; 2 wrong arguments; 3 it co
 broken, but there are warnings. SIGINT, SIGTERM and SIGHUP end it within seconds, after it has put back what it has changed.")]
 pub(crate) struct Arguments {
     /// The back-end's socket
-    #[arg(required_unless_present = "explain", value_parser = values::socket())]
+    #[arg(required_unless_present = "explain", value_parser = values::socket_path())]
     socket: Option<PathBuf>,
     /// Print a rule, what it is for and what to do when it is broken
     #[arg(long, value_name = "RULE", value_parser = explained, exclusive = true)]
@@ -132,7 +132,7 @@ fn frame_source(text: &str) -> Result<FrameSource, String> {
         "loop" => Ok(FrameSource::Loop),
         path if path.contains('/') && !path.starts_with("tcp:") => Ok(FrameSource::Backend(path.into())),
         name => match name.strip_prefix("tcp:") {
-            Some(address) => values::address(address).map(FrameSource::Tcp),
+            Some(address) => values::host_and_port(address).map(FrameSource::Tcp),
             None => Ok(FrameSource::Interface(name.into())),
         },
     }
@@ -160,7 +160,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     // Disconnected when the check has ended.
     let (checking, checked) = crossbeam::channel::bounded::<()>(0);
     let stopping = stop.clone();
-    let signals = before_the_end(interrupts_and_hangup(), 2 * STOPPING, move |_| {
+    let signals = before_termination(interrupts_and_hangup(), 2 * STOPPING, move |_| {
         stopping.set();
         if checked.recv_timeout(STOPPING) == Err(RecvTimeoutError::Timeout) {
             eprintln!(

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use vhost_migrate::control::{self, Command};
+use vhost_migrate::control::{self, ControlCommand};
 
 use crate::values;
 
@@ -11,12 +11,12 @@ use crate::values;
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     /// Control socket of the process that owns the guest
-    #[arg(long, value_name = "SOCKET", value_parser = values::socket())]
+    #[arg(long, value_name = "SOCKET", value_parser = values::socket_path())]
     control: PathBuf,
 }
 
 /// Sends the operator's decision.
-pub(crate) fn run(arguments: &Arguments, decision: &Command) -> ExitCode {
+pub(crate) fn run(arguments: &Arguments, decision: &ControlCommand) -> ExitCode {
     match control::call(&arguments.control, decision, |_| ()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

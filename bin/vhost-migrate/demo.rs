@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vhost_migrate::abi::virtio::SECTOR_BYTES;
-use vhost_migrate::control::{self, Command};
+use vhost_migrate::control::{self, ControlCommand};
 use vhost_migrate::guest::GuestConfig;
 use vhost_migrate::migrate::{MigrationEvent, MigrationReport};
 
 use crate::interrupt::on_interrupt_or_hangup;
-use crate::migrate::Transfer;
-use crate::progress::{Output, Progress};
+use crate::migrate::TransferArguments;
+use crate::progress::{OutputArguments, Progress};
 use crate::units;
 use crate::wrong_arguments;
 
@@ -47,15 +47,15 @@ pub(crate) struct Arguments {
     #[arg(long)]
     kill: bool,
     #[command(flatten)]
-    transfer: Transfer,
+    transfer: TransferArguments,
     #[command(flatten)]
-    output: Output,
+    output: OutputArguments,
 }
 
 /// Queues of the guest's disk.
 const QUEUES: u16 = 2;
 /// Longest wait for a process to come up or to answer.
-const PATIENCE: Duration = Duration::from_secs(20);
+const START_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Parses the size of the disk: each queue uses a part of it, and no file is longer than its offsets.
 fn disk_size(text: &str) -> Result<u64, String> {
@@ -74,7 +74,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     if let Err(error) = guest.check() {
         wrong_arguments(error);
     }
-    let processes = match Processes::new(arguments.output) {
+    let processes = match DemoProcesses::new(arguments.output) {
         Ok(processes) => Arc::new(processes),
         Err(error) => {
             eprintln!("demo: can't make a temporary folder: {error}");
@@ -88,7 +88,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     }
     let watched = processes.clone();
     std::thread::spawn(move || watched.watch());
-    let outcome = Demo::new(&arguments, processes.clone()).play();
+    let outcome = Demo::new(&arguments, processes.clone()).run();
     processes.finish(outcome)
 }
 
@@ -96,17 +96,17 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
 const WATCH_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The processes of the demo and the folder of their files. They end together, whatever ends the demo.
-struct Processes {
-    output: Output,
+struct DemoProcesses {
+    output: OutputArguments,
     folder: Mutex<tempfile::TempDir>,
     /// Names and processes.
     running: Mutex<Vec<(String, Child)>>,
 }
 
-impl Processes {
-    fn new(output: Output) -> io::Result<Processes> {
+impl DemoProcesses {
+    fn new(output: OutputArguments) -> io::Result<DemoProcesses> {
         let folder = tempfile::Builder::new().prefix("vhost-migrate-").tempdir()?;
-        Ok(Processes { output, folder: Mutex::new(folder), running: Mutex::default() })
+        Ok(DemoProcesses { output, folder: Mutex::new(folder), running: Mutex::default() })
     }
 
     fn folder(&self) -> PathBuf {
@@ -123,7 +123,7 @@ impl Processes {
     fn kill(&self, name: &str) {
         let mut running = lock(&self.running);
         if let Some(place) = running.iter().position(|(other, _)| other == name) {
-            end(&mut running.swap_remove(place).1);
+            kill_and_wait(&mut running.swap_remove(place).1);
         }
     }
 
@@ -147,7 +147,7 @@ impl Processes {
         let mut running = lock(&self.running);
         // Guests first, so that none reports that its back-end has gone away.
         running.sort_by_key(|(name, _)| name.ends_with("back-end"));
-        running.iter_mut().for_each(|(_, child)| end(child));
+        running.iter_mut().for_each(|(_, child)| kill_and_wait(child));
         let folder = lock(&self.folder);
         if let Err(error) = std::fs::remove_dir_all(folder.path()) {
             eprintln!("demo: can't remove {}: {error}", folder.path().display());
@@ -164,7 +164,7 @@ impl Processes {
     }
 }
 
-fn end(child: &mut Child) {
+fn kill_and_wait(child: &mut Child) {
     // It may have ended by itself.
     let _ = child.kill();
     let _ = child.wait();
@@ -175,37 +175,37 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// The sockets of a back-end and of a guest's process.
-struct Side {
+struct DemoSide {
     name: &'static str,
     socket: PathBuf,
     control: PathBuf,
 }
 
-impl Side {
-    fn new(folder: &Path, name: &'static str) -> Side {
-        Side { name, socket: folder.join(format!("{name}.vhost")), control: folder.join(format!("{name}.control")) }
+impl DemoSide {
+    fn new(folder: &Path, name: &'static str) -> DemoSide {
+        DemoSide { name, socket: folder.join(format!("{name}.vhost")), control: folder.join(format!("{name}.control")) }
     }
 }
 
 struct Demo<'a> {
     arguments: &'a Arguments,
-    processes: Arc<Processes>,
+    processes: Arc<DemoProcesses>,
     folder: PathBuf,
-    source: Side,
-    destination: Side,
+    source: DemoSide,
+    destination: DemoSide,
     progress: Progress,
     kills: u32,
 }
 
 impl<'a> Demo<'a> {
-    fn new(arguments: &'a Arguments, processes: Arc<Processes>) -> Demo<'a> {
+    fn new(arguments: &'a Arguments, processes: Arc<DemoProcesses>) -> Demo<'a> {
         let folder = processes.folder();
-        let (source, destination) = (Side::new(&folder, "source"), Side::new(&folder, "destination"));
+        let (source, destination) = (DemoSide::new(&folder, "source"), DemoSide::new(&folder, "destination"));
         let progress = Progress::new(arguments.output);
         Demo { arguments, processes, folder, source, destination, progress, kills: 0 }
     }
 
-    fn play(&mut self) -> io::Result<Value> {
+    fn run(&mut self) -> io::Result<Value> {
         let begun = Instant::now();
         let image = self.folder.join("disk.img");
         std::fs::File::create(&image)?.set_len(self.arguments.disk)?;
@@ -223,7 +223,8 @@ impl<'a> Demo<'a> {
         self.start_guest(&self.destination, &["--incoming", &incoming])?;
         self.start_guest(&self.source, &workload)?;
         wait_for(&self.source.control, "running")?;
-        self.progress.say(&format!("guest up after {:.1} s: it writes memory and disk, and checks", seconds(begun)));
+        self.progress
+            .print_line(&format!("guest up after {:.1} s: it writes memory and disk, and checks", seconds(begun)));
 
         let each = self.arguments.seconds / 2;
         self.run_guest(each, |demo| &demo.source)?;
@@ -232,7 +233,7 @@ impl<'a> Demo<'a> {
 
         let status = self.verify()?;
         let kills = self.kills;
-        self.progress.say(&format!(
+        self.progress.print_line(&format!(
             "verified: every byte of memory and disk is right after {} requests and {} killed back-ends, {} requests \
              resubmitted, 0 lost ({:.1} s in all)",
             status["requests"],
@@ -261,7 +262,7 @@ impl<'a> Demo<'a> {
     }
 
     /// Lets the guest of one side run, killing its back-end in the middle if asked.
-    fn run_guest(&mut self, time: Duration, side: fn(&Self) -> &Side) -> io::Result<()> {
+    fn run_guest(&mut self, time: Duration, side: fn(&Self) -> &DemoSide) -> io::Result<()> {
         std::thread::sleep(time / 2);
         if self.arguments.kill {
             self.kill_backend(side)?;
@@ -270,11 +271,11 @@ impl<'a> Demo<'a> {
         Ok(())
     }
 
-    fn kill_backend(&mut self, side: fn(&Self) -> &Side) -> io::Result<()> {
+    fn kill_backend(&mut self, side: fn(&Self) -> &DemoSide) -> io::Result<()> {
         self.processes.kill(&backend_name(side(self)));
         self.start_backend(side(self))?;
         self.kills += 1;
-        self.progress.say("killed the back-end and started it again");
+        self.progress.print_line("killed the back-end and started it again");
         Ok(())
     }
 
@@ -282,7 +283,7 @@ impl<'a> Demo<'a> {
         let mut completed = None;
         let mut kill = if self.arguments.kill { Some(Ok(())) } else { None };
         let control = self.source.control.clone();
-        let order = Command::Migrate(self.arguments.transfer.to(uri));
+        let order = ControlCommand::Migrate(self.arguments.transfer.migrate_arguments(uri));
         control::call(&control, &order, |value| {
             self.progress.event(&value);
             match serde_json::from_value(value) {
@@ -302,14 +303,14 @@ impl<'a> Demo<'a> {
 
     fn verify(&self) -> io::Result<Value> {
         let mut status = Value::Null;
-        control::call(&self.destination.control, &Command::Verify, |event| status = event)?;
+        control::call(&self.destination.control, &ControlCommand::Verify, |event| status = event)?;
         if status["lost"] != 0 {
             return Err(io::Error::other(format!("{} requests were lost", status["lost"])));
         }
         Ok(status)
     }
 
-    fn start_backend(&self, side: &Side) -> io::Result<()> {
+    fn start_backend(&self, side: &DemoSide) -> io::Result<()> {
         let queues = QUEUES.to_string();
         let arguments = ["backend", "blk", "--exit-with-parent", "--log-level", "warn", "--queues", &queues, "--image"];
         let mut process = program()?;
@@ -317,7 +318,7 @@ impl<'a> Demo<'a> {
         self.processes.start(&backend_name(side), &mut process)
     }
 
-    fn start_guest(&self, side: &Side, more: &[&str]) -> io::Result<()> {
+    fn start_guest(&self, side: &DemoSide, more: &[&str]) -> io::Result<()> {
         let mut process = program()?;
         let arguments = ["guest", "--exit-with-parent", "--log-level", "warn", "--backend"];
         process.args(arguments).arg(&side.socket).arg("--control").arg(&side.control).args(more);
@@ -325,7 +326,7 @@ impl<'a> Demo<'a> {
     }
 }
 
-fn backend_name(side: &Side) -> String {
+fn backend_name(side: &DemoSide) -> String {
     format!("the {}'s back-end", side.name)
 }
 
@@ -337,16 +338,16 @@ fn program() -> io::Result<Process> {
 
 /// Waits until the guest behind a control socket is in `state`.
 fn wait_for(control: &Path, state: &str) -> io::Result<()> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + START_TIMEOUT;
     loop {
         let mut seen = Value::Null;
-        let answer = control::call(control, &Command::Status, |event| seen = event["state"].clone());
+        let answer = control::call(control, &ControlCommand::Status, |event| seen = event["state"].clone());
         if answer.is_ok() && seen == state {
             return Ok(());
         }
         if Instant::now() > deadline {
             let why = answer.err().map_or_else(|| format!("state {seen}"), |error| error.to_string());
-            return Err(io::Error::other(format!("the guest did not come up in {PATIENCE:?}: {why}")));
+            return Err(io::Error::other(format!("the guest did not come up in {START_TIMEOUT:?}: {why}")));
         }
         std::thread::sleep(Duration::from_millis(5));
     }

@@ -5,9 +5,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use serde_json::Value;
-use vhost_migrate::control::{self, Command};
+use vhost_migrate::control::{self, ControlCommand};
 
-use crate::units::{self, show};
+use crate::units::{self, format_bytes};
 use crate::values;
 
 /// Measure how fast a guest dirties memory, and forecast its migration
@@ -20,7 +20,7 @@ Each device is counted by its dirty log, and the CPUs by write-protected pages: 
 table. A page that is written again within a tenth of a second counts once.")]
 pub(crate) struct Arguments {
     /// Control socket of the process that owns the guest
-    #[arg(long, value_name = "SOCKET", value_parser = values::socket())]
+    #[arg(long, value_name = "SOCKET", value_parser = values::socket_path())]
     control: PathBuf,
     /// Time to measure for, 0.01 to 3600 seconds
     #[arg(long, default_value = "1", value_parser = measured, value_name = "SECONDS")]
@@ -45,7 +45,7 @@ fn measured(text: &str) -> Result<Duration, String> {
 
 /// Runs the command.
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
-    let order = Command::DirtyRate {
+    let order = ControlCommand::DirtyRate {
         seconds: arguments.seconds.as_secs_f64(),
         bandwidth: arguments.bandwidth,
         downtime_ms: arguments.downtime,
@@ -70,10 +70,10 @@ fn print(event: &Value, bandwidth: u64) {
     let (rate, forecast) = (&event["rate"], &event["forecast"]);
     let number = |value: &Value| value.as_f64().unwrap_or_default();
     let line = |name: &str, of: &Value| {
-        let (pages, bytes) = (number(&of["pages_per_s"]), show(number(&of["bytes_per_s"])));
+        let (pages, bytes) = (number(&of["pages_per_s"]), format_bytes(number(&of["bytes_per_s"])));
         println!(
             "{name:<24} {pages:>9.0} pages/s  {bytes:>10}/s  working set {}",
-            show(number(&of["working_set_bytes"]))
+            format_bytes(number(&of["working_set_bytes"]))
         );
     };
     line("guest", rate);
@@ -83,10 +83,10 @@ fn print(event: &Value, bandwidth: u64) {
     let verdict = if forecast["converges"] == true { "converges" } else { "does not converge" };
     println!(
         "at {}/s it {verdict}: {} rounds, {:.0} ms in all, downtime {:.1} ms, {} sent",
-        show(bandwidth as f64),
+        format_bytes(bandwidth as f64),
         forecast["rounds"],
         number(&forecast["total_ms"]),
         number(&forecast["downtime_ms"]),
-        show(number(&forecast["bytes"]))
+        format_bytes(number(&forecast["bytes"]))
     );
 }

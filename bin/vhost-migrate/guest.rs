@@ -9,7 +9,7 @@ use crossbeam::channel::{RecvTimeoutError, bounded};
 use crossbeam::select;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use vhost_migrate::control::{self, Client, Command, Handler, MigrateArguments};
+use vhost_migrate::control::{self, CommandHandler, ControlClient, ControlCommand, MigrateArguments};
 use vhost_migrate::dirty::forecast;
 use vhost_migrate::frontend::{FrontendError, Interrupt};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestError, GuestView, Verified};
@@ -22,9 +22,9 @@ use vhost_migrate::stream::record::Started;
 use vhost_migrate::stream::transport::{connect, query_outcome, remove_unfinished_saves};
 use vhost_migrate::stream::{CancelToken, MigrationId, StreamListener, StreamOptions, ToSource, Uri};
 
-use crate::interrupt::{before_the_end, ignore_hangup};
-use crate::messages::Messages;
-use crate::metrics::Metrics;
+use crate::interrupt::{before_termination, ignore_hangup};
+use crate::messages::LogArguments;
+use crate::metrics::MetricsArguments;
 use crate::units;
 use crate::values;
 use crate::wrong_arguments;
@@ -45,10 +45,10 @@ can't be started stays here, paused: resume tries again.
 Exit status: 0 ended by quit; 1 failed, or the guest had found a wrong byte; 2 wrong arguments.")]
 pub(crate) struct Arguments {
     /// vhost-user socket of a block back-end; once for each disk
-    #[arg(long, required = true, value_name = "SOCKET", value_parser = values::socket())]
+    #[arg(long, required = true, value_name = "SOCKET", value_parser = values::socket_path())]
     backend: Vec<PathBuf>,
     /// Control socket to listen on
-    #[arg(long, value_name = "SOCKET", value_parser = values::socket())]
+    #[arg(long, value_name = "SOCKET", value_parser = values::socket_path())]
     control: PathBuf,
     /// Wait for a guest to arrive here: tcp:HOST:PORT, unix:PATH, file:PATH, exec:COMMAND or fd:N
     #[arg(long, value_name = "URI", conflicts_with = "Workload")]
@@ -64,9 +64,9 @@ pub(crate) struct Arguments {
     #[command(flatten)]
     workload: Workload,
     #[command(flatten)]
-    metrics: Metrics,
+    metrics: MetricsArguments,
     #[command(flatten)]
-    messages: Messages,
+    messages: LogArguments,
 }
 
 /// What a new guest does.
@@ -124,12 +124,13 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
         remove_unfinished_saves();
         tracing::info!("ends by {signal}");
     };
-    let signals = ignore_hangup().and_then(|()| before_the_end([Signal::SIGINT, Signal::SIGTERM], CLEANING, clean));
+    let signals =
+        ignore_hangup().and_then(|()| before_termination([Signal::SIGINT, Signal::SIGTERM], CLEANUP_TIMEOUT, clean));
     if let Err(error) = signals {
         eprintln!("guest: signals: {error}");
         return ExitCode::FAILURE;
     }
-    let ended = own(&arguments).unwrap_or_else(|error| {
+    let ended = run_guest_process(&arguments).unwrap_or_else(|error| {
         eprintln!("guest: {error}");
         ExitCode::FAILURE
     });
@@ -137,12 +138,12 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     ended
 }
 
-fn own(arguments: &Arguments) -> Result<ExitCode, VmError> {
+fn run_guest_process(arguments: &Arguments) -> Result<ExitCode, VmError> {
     arguments.metrics.start().map_err(|error| error.to_string())?;
     let (listener, _path) = control::bind(&arguments.control)?;
-    let owner = Arc::new(Owner::default());
+    let owner = Arc::new(GuestOwner::default());
     let (quit, quitting) = bounded(1);
-    let handler = Arc::new(Commands { owner: owner.clone(), quit });
+    let handler = Arc::new(GuestCommands { owner: owner.clone(), quit });
     // Before the first answer: a client that is told that there is no guest yet can have one sent.
     let incoming = match &arguments.incoming {
         Some(uri) => {
@@ -170,8 +171,8 @@ fn own(arguments: &Arguments) -> Result<ExitCode, VmError> {
             select! {
                 recv(booted) -> guest => {
                     let guest = guest??;
-                    tracing::info!("the guest has started, with disks from {}", list(&arguments.backend));
-                    owner.set(Some(guest), State::Running);
+                    tracing::info!("the guest has started, with disks from {}", join_paths(&arguments.backend));
+                    owner.set(Some(guest), OwnerState::Running);
                 }
                 recv(quitting) -> _ => return Ok(ExitCode::SUCCESS),
             }
@@ -179,16 +180,16 @@ fn own(arguments: &Arguments) -> Result<ExitCode, VmError> {
     }
     // A failure of the guest is told at once, not when somebody asks.
     while let Err(RecvTimeoutError::Timeout) = quitting.recv_timeout(Duration::from_millis(100)) {
-        owner.notice_failure();
+        owner.check_failure();
     }
-    owner.notice_failure();
+    owner.check_failure();
     // Listens no more, and removes its socket.
     *lock(&owner.incoming) = None;
-    Ok(if owner.state() == State::Failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    Ok(if owner.state() == OwnerState::Failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 /// The sockets of back-ends, in words.
-fn list(backends: &[PathBuf]) -> String {
+fn join_paths(backends: &[PathBuf]) -> String {
     backends.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
 }
 
@@ -204,7 +205,7 @@ fn boot(config: GuestConfig, backends: &[PathBuf], overwrite: bool) -> Result<Gu
 
 /// Takes in a guest; a migration that fails leaves the source running, so the next one is waited for, until quit.
 fn wait_for_arrival(
-    owner: &Owner,
+    owner: &GuestOwner,
     incoming: &MigrationListener,
     uri: &Uri,
     arguments: &Arguments,
@@ -213,7 +214,7 @@ fn wait_for_arrival(
         let id = arriving.connection.id;
         let (was_saved, any_disks) = (arriving.connection.one_way, arguments.ignore_disk_generation);
         let arrival = GuestIncomingVm::new(arguments.backend.clone())?.with_cancel(&arriving.cancel);
-        let mut arrival = arrival.restoring(was_saved, any_disks);
+        let mut arrival = arrival.with_disk_checks(was_saved, any_disks);
         match receive(
             &mut arrival,
             arriving.connection,
@@ -225,18 +226,19 @@ fn wait_for_arrival(
                 let is = if received.running { "runs" } else { "is paused" };
                 tracing::info!(
                     "a guest has arrived at {uri} and {is} here, with disks from {}",
-                    list(&arguments.backend)
+                    join_paths(&arguments.backend)
                 );
-                owner.set(arrival.into_guest(), if received.running { State::Running } else { State::Paused });
+                owner
+                    .set(arrival.into_guest(), if received.running { OwnerState::Running } else { OwnerState::Paused });
                 return Ok(());
             }
             Err(error @ MigrateError::NotStarted(_)) => {
                 eprintln!("guest: {error}");
                 *lock(&owner.held) = Some(id);
-                owner.set(arrival.into_guest(), State::Paused);
+                owner.set(arrival.into_guest(), OwnerState::Paused);
                 return Ok(());
             }
-            Err(error) if uri.is_single() => return Err(error.into()),
+            Err(error) if uri.is_single_channel() => return Err(error.into()),
             Err(error) => tracing::warn!("no guest arrived: {error}; waiting for the next"),
         }
     }
@@ -271,27 +273,27 @@ impl Workload {
 }
 
 /// The time that SIGTERM leaves for sockets and for files of saves under way to be removed.
-const CLEANING: Duration = Duration::from_secs(2);
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(2);
 /// The time for which a destination is asked before a guest is resumed that it may run.
-const ASK_BEFORE_RESUME: Duration = Duration::from_secs(2);
+const RESUME_QUERY_TIMEOUT: Duration = Duration::from_secs(2);
 /// The warning about a snapshot of a guest that is not paused.
-const GOES_ON: &str = "the guest is not paused and goes on with its disk once it is saved: a restore onto that disk is then refused. \
+const NOT_PAUSED_WARNING: &str = "the guest is not paused and goes on with its disk once it is saved: a restore onto that disk is then refused. \
                        For a snapshot pause the guest, save it, copy its disk with cp --preserve=xattr, and resume it";
 /// The reason that a guest probably can't be resumed for after a migration of unknown outcome.
-const TAKEN: &str =
+const DISK_IN_USE_ADVICE: &str =
     "Another front-end seems to have the disk: the destination probably runs the guest. If it does, forget it here";
 const MIGRATION: &str = "a migration";
 const MEASUREMENT: &str = "a measurement";
 /// The longest time that a measurement may take to end for a migration.
-const MEASUREMENT_END: Duration = Duration::from_secs(15);
+const MEASUREMENT_END_TIMEOUT: Duration = Duration::from_secs(15);
 /// How often a watch looks for news.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
-const LONGEST_WATCH: Duration = Duration::from_secs(86_400);
+const WATCH_INTERVAL: Duration = Duration::from_millis(20);
+const MAX_WATCH: Duration = Duration::from_secs(86_400);
 
 /// Where the guest is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
-enum State {
+enum OwnerState {
     /// Booting, or waited for.
     #[default]
     Absent,
@@ -307,42 +309,42 @@ enum State {
     Failed,
 }
 
-impl State {
+impl OwnerState {
     /// The location of the guest, if there is one.
     fn location(self) -> Option<GuestLocation> {
         match self {
-            State::Running => Some(GuestLocation::RunningHere),
-            State::Paused => Some(GuestLocation::PausedHere),
-            State::Migrated => Some(GuestLocation::HandedOver),
-            State::OutcomeUnknown => Some(GuestLocation::OutcomeUnknown),
-            State::Absent | State::Starting | State::Failed => None,
+            OwnerState::Running => Some(GuestLocation::RunningHere),
+            OwnerState::Paused => Some(GuestLocation::PausedHere),
+            OwnerState::Migrated => Some(GuestLocation::HandedOver),
+            OwnerState::OutcomeUnknown => Some(GuestLocation::OutcomeUnknown),
+            OwnerState::Absent | OwnerState::Starting | OwnerState::Failed => None,
         }
     }
 
-    fn at(location: GuestLocation) -> State {
+    fn at(location: GuestLocation) -> OwnerState {
         match location {
-            GuestLocation::RunningHere => State::Running,
-            GuestLocation::PausedHere => State::Paused,
-            GuestLocation::HandedOver => State::Migrated,
-            _ => State::OutcomeUnknown,
+            GuestLocation::RunningHere => OwnerState::Running,
+            GuestLocation::PausedHere => OwnerState::Paused,
+            GuestLocation::HandedOver => OwnerState::Migrated,
+            _ => OwnerState::OutcomeUnknown,
         }
     }
 
     /// What a command that needs another state is told.
-    fn refusal(self) -> String {
+    fn refusal_message(self) -> String {
         match self {
-            State::Absent => "there is no guest here yet",
-            State::Starting => {
+            OwnerState::Absent => "there is no guest here yet",
+            OwnerState::Starting => {
                 "a guest has arrived and is being started here: wait until it runs, or cancel that, which leaves it here, paused"
             }
-            State::Running => "the guest runs here: pause it first",
-            State::Paused => "the guest is paused here: resume it first",
-            State::Migrated => "the guest was handed over: there is none here any more",
-            State::OutcomeUnknown => {
+            OwnerState::Running => "the guest runs here: pause it first",
+            OwnerState::Paused => "the guest is paused here: resume it first",
+            OwnerState::Migrated => "the guest was handed over: there is none here any more",
+            OwnerState::OutcomeUnknown => {
                 "what came of the guest's migration is not known: resume it if the destination does not run it, \
                  or forget it if the destination does"
             }
-            State::Failed => "the guest has failed and never runs again: status says why",
+            OwnerState::Failed => "the guest has failed and never runs again: status says why",
         }
         .into()
     }
@@ -350,11 +352,11 @@ impl State {
 
 /// The guest and who is at it.
 #[derive(Default)]
-struct Owner {
+struct GuestOwner {
     guest: Mutex<Option<Guest>>,
     /// What is told of the guest: never waits, while the guest may wait for a device.
     view: Mutex<Option<GuestView>>,
-    state: Mutex<State>,
+    state: Mutex<OwnerState>,
     /// What came of migrations to here.
     outcomes: Outcomes,
     /// Where a guest is waited for, and sources that ask.
@@ -371,24 +373,24 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Owner {
-    fn set(&self, guest: Option<Guest>, state: State) {
+impl GuestOwner {
+    fn set(&self, guest: Option<Guest>, state: OwnerState) {
         *lock(&self.view) = guest.as_ref().map(Guest::view);
         *lock(&self.guest) = guest;
         *lock(&self.state) = state;
     }
 
-    fn state(&self) -> State {
+    fn state(&self) -> OwnerState {
         match *lock(&self.state) {
-            State::Absent if self.outcomes.has_arrived() => State::Starting,
+            OwnerState::Absent if self.outcomes.has_arrived() => OwnerState::Starting,
             state => state,
         }
     }
 
-    fn notice_failure(&self) {
+    fn check_failure(&self) {
         let failure = lock(&self.view).as_ref().and_then(GuestView::failure);
         if let Some(failure) = failure
-            && std::mem::replace(&mut *lock(&self.state), State::Failed) != State::Failed
+            && std::mem::replace(&mut *lock(&self.state), OwnerState::Failed) != OwnerState::Failed
         {
             eprintln!("guest: {failure}");
         }
@@ -396,18 +398,18 @@ impl Owner {
 
     fn with<T>(&self, ask: impl FnOnce(&mut Guest) -> Result<T, VmError>) -> Result<T, String> {
         let mut guest = lock(&self.guest);
-        let guest = guest.as_mut().ok_or_else(|| self.state().refusal())?;
+        let guest = guest.as_mut().ok_or_else(|| self.state().refusal_message())?;
         ask(guest).map_err(|error| error.to_string())
     }
 
     /// Does `work` unless something else is under way. A migration goes first: it ends a measurement.
-    fn alone<T>(
+    fn run_exclusively<T>(
         &self,
         what: &'static str,
         cancel: Option<CancelToken>,
         work: impl FnOnce() -> Result<T, String>,
     ) -> Result<T, String> {
-        let deadline = Instant::now() + MEASUREMENT_END;
+        let deadline = Instant::now() + MEASUREMENT_END_TIMEOUT;
         loop {
             let mut busy = lock(&self.busy);
             match &*busy {
@@ -434,7 +436,7 @@ impl Owner {
     }
 
     fn status(&self) -> Value {
-        self.notice_failure();
+        self.check_failure();
         let (state, busy) = (self.state(), lock(&self.busy).as_ref().map(|b| b.0));
         let mut status = json!({"event": "status", "state": state, "location": state.location(), "busy": busy});
         if let Some(guest) = &*lock(&self.view)
@@ -450,8 +452,8 @@ impl Owner {
     }
 
     /// Tells of each device now, and whenever its connection changes.
-    fn watch(&self, seconds: f64, client: &Client<'_>) -> Result<(), String> {
-        let for_long = Duration::try_from_secs_f64(seconds).ok().filter(|time| *time <= LONGEST_WATCH);
+    fn watch(&self, seconds: f64, client: &ControlClient<'_>) -> Result<(), String> {
+        let for_long = Duration::try_from_secs_f64(seconds).ok().filter(|time| *time <= MAX_WATCH);
         let deadline = Instant::now() + for_long.ok_or(format!("{seconds} seconds: watch for 0 to 86400"))?;
         let mut told = Vec::new();
         loop {
@@ -462,15 +464,15 @@ impl Owner {
                 // That it has been away for longer is no news.
                 connection.away_ms = connection.away_ms.map(|_| 0);
                 if told.get(number) != Some(connection) {
-                    client.tell(&event);
+                    client.send_event(&event);
                 }
             }
             told = connections;
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || client.is_gone() {
+            if left.is_zero() || client.has_disconnected() {
                 return Ok(());
             }
-            std::thread::sleep(LOOK_EVERY.min(left));
+            std::thread::sleep(WATCH_INTERVAL.min(left));
         }
     }
 
@@ -478,14 +480,14 @@ impl Owner {
         let told = |error: &dyn std::error::Error| error.to_string();
         let uri: Uri = arguments.uri.parse().map_err(|error| told(&error))?;
         if let Uri::Fd(number) = &uri
-            && is_own(*number)
+            && is_close_on_exec(*number)
         {
             let advice = "pass one on when the guest is started, not to this command";
             return Err(format!("{uri}: the guest's process has opened this descriptor for itself: {advice}"));
         }
         let codec = arguments.codec.parse().map_err(|error| told(&error))?;
         let options = StreamOptions {
-            channels: if uri.is_single() { 1 } else { arguments.channels },
+            channels: if uri.is_single_channel() { 1 } else { arguments.channels },
             one_way: arguments.one_way,
             ..StreamOptions::new().map_err(|error| told(&error))?
         };
@@ -502,27 +504,27 @@ impl Owner {
             switchover_timeout: arguments.switchover_timeout_ms.map(Duration::from_millis),
             continue_here: arguments.continue_here,
         };
-        self.alone(MIGRATION, Some(options.cancel.clone()), || {
+        self.run_exclusively(MIGRATION, Some(options.cancel.clone()), || {
             let state = self.state();
-            if !matches!(state, State::Running | State::Paused) {
-                return Err(state.refusal());
+            if !matches!(state, OwnerState::Running | OwnerState::Paused) {
+                return Err(state.refusal_message());
             }
             let vm = GuestSourceVm::new(&self.guest).ok_or("there is no guest here")?;
             let connection = connect(&uri, &options).map_err(|error| told(&error))?;
             // What nobody answers may be kept, and restored at any time.
-            let mut vm = vm.with_cancel(&options.cancel).to_save(connection.one_way);
+            let mut vm = vm.with_cancel(&options.cancel).with_disk_generations(connection.one_way);
             *lock(&self.unknown) = Some((uri, connection.id));
             let mut tell = |event| emit(serde_json::to_value(event).unwrap_or_default());
-            if parameters.continue_here && state == State::Running && connection.is_to_file() {
-                tell(MigrationEvent::Warning { message: GOES_ON.into() });
+            if parameters.continue_here && state == OwnerState::Running && connection.is_to_file() {
+                tell(MigrationEvent::Warning { message: NOT_PAUSED_WARNING.into() });
             }
             let left = migrate(&mut vm, connection, &parameters, &options.limiter, &options.cancel, &mut tell);
             *lock(&self.state) = match &left {
                 Ok(_) if parameters.continue_here => state,
-                Ok(_) => State::Migrated,
-                Err(failure) => State::at(failure.location),
+                Ok(_) => OwnerState::Migrated,
+                Err(failure) => OwnerState::at(failure.location),
             };
-            if self.state() == State::Migrated {
+            if self.state() == OwnerState::Migrated {
                 *lock(&self.view) = None;
                 tracing::info!("the guest has left for {}", arguments.uri);
             }
@@ -533,39 +535,41 @@ impl Owner {
     /// Has a paused guest go on, or one that the operator says does not run at the destination.
     fn resume(&self) -> Result<(), String> {
         let cancel = CancelToken::new().map_err(|error| error.to_string())?;
-        self.alone("a resume", Some(cancel.clone()), || {
+        self.run_exclusively("a resume", Some(cancel.clone()), || {
             let state = self.state();
             match state {
-                State::Paused => {}
-                State::OutcomeUnknown => self.ask_before_resume()?,
-                State::Running => return Err("the guest runs here already".into()),
-                other => return Err(other.refusal()),
+                OwnerState::Paused => {}
+                OwnerState::OutcomeUnknown => self.query_before_resume()?,
+                OwnerState::Running => return Err("the guest runs here already".into()),
+                other => return Err(other.refusal_message()),
             }
             let interrupt = self.interrupt_on(&cancel)?;
             let downtime = self.with(|guest| match guest.start() {
                 Ok(()) => Ok(guest.downtime_ns()),
-                Err(error @ GuestError::Device(FrontendError::Refused { .. })) if state == State::OutcomeUnknown => {
+                Err(error @ GuestError::Device(FrontendError::Refused { .. }))
+                    if state == OwnerState::OutcomeUnknown =>
+                {
                     // Nothing of it may run here now.
                     let _ = guest.stop_devices();
-                    Err(format!("{error}. {TAKEN}").into())
+                    Err(format!("{error}. {DISK_IN_USE_ADVICE}").into())
                 }
                 Err(error) => Err(error.into()),
             })?;
             drop(interrupt);
-            *lock(&self.state) = State::Running;
+            *lock(&self.state) = OwnerState::Running;
             if let Some(id) = lock(&self.held).take() {
-                self.outcomes.started(id, Started { observed_downtime_ns: downtime, start_ns: 0 });
+                self.outcomes.record_started(id, Started { observed_downtime_ns: downtime, start_ns: 0 });
             }
             Ok(())
         })
     }
 
     /// The operator says that the destination does not run the guest. It is believed if nobody there says otherwise.
-    fn ask_before_resume(&self) -> Result<(), String> {
+    fn query_before_resume(&self) -> Result<(), String> {
         let Some((uri, id)) = lock(&self.unknown).clone() else { return Ok(()) };
-        match query_outcome(&uri, id, ASK_BEFORE_RESUME) {
+        match query_outcome(&uri, id, RESUME_QUERY_TIMEOUT) {
             Ok(ToSource::Started(_)) => {
-                self.set(None, State::Migrated);
+                self.set(None, OwnerState::Migrated);
                 Err("the destination says that it runs the guest: it was let go of here".into())
             }
             Ok(ToSource::Held(held)) => {
@@ -577,27 +581,27 @@ impl Owner {
 
     /// Lets go of a guest that the operator says runs at the destination.
     fn forget(&self) -> Result<(), String> {
-        self.alone("a forget", None, || match self.state() {
-            State::OutcomeUnknown => {
-                self.set(None, State::Migrated);
+        self.run_exclusively("a forget", None, || match self.state() {
+            OwnerState::OutcomeUnknown => {
+                self.set(None, OwnerState::Migrated);
                 tracing::info!("the guest was let go of by forget");
                 Ok(())
             }
-            State::Running | State::Paused => {
+            OwnerState::Running | OwnerState::Paused => {
                 Err("the guest is here: only one whose migration's outcome is not known \
                                                    can be forgotten; quit ends this one"
                     .into())
             }
-            other => Err(other.refusal()),
+            other => Err(other.refusal_message()),
         })
     }
 
     /// Whether the process may end: never with a guest that has arrived since it was asked to wait for one, and not with
     /// one that may be the only one.
-    fn may_quit(&self) -> Result<(), String> {
+    fn prepare_quit(&self) -> Result<(), String> {
         match (self.state(), &*lock(&self.incoming)) {
-            (State::OutcomeUnknown, _) => Err(State::OutcomeUnknown.refusal()),
-            (State::Absent | State::Starting, Some(incoming)) => {
+            (OwnerState::OutcomeUnknown, _) => Err(OwnerState::OutcomeUnknown.refusal_message()),
+            (OwnerState::Absent | OwnerState::Starting, Some(incoming)) => {
                 if !self.outcomes.close("the destination's process was told to quit") {
                     return Err("a guest has arrived meanwhile: quit again to end it".into());
                 }
@@ -613,8 +617,8 @@ impl Owner {
             Some((_, Some(cancel))) if cancel.cancel() => Ok(()),
             Some((_, Some(_))) => Err("too late: the commit has been sent, and the destination decides".into()),
             _ if self.outcomes.give_up_all("it was cancelled at the destination") => Ok(()),
-            _ if self.outcomes.stop_starting() => Ok(()),
-            _ if self.state() == State::Absent && lock(&self.incoming).is_some() => {
+            _ if self.outcomes.cancel_start() => Ok(()),
+            _ if self.state() == OwnerState::Absent && lock(&self.incoming).is_some() => {
                 Err("no migration has come yet: this process waits for one, and quit ends it".into())
             }
             _ => Err("no migration is under way".into()),
@@ -626,7 +630,7 @@ impl Owner {
             return Err(format!("{seconds} seconds: measure for 0.01 to 3600"));
         }
         let cancel = CancelToken::new().map_err(|error| error.to_string())?;
-        self.alone(MEASUREMENT, Some(cancel.clone()), || {
+        self.run_exclusively(MEASUREMENT, Some(cancel.clone()), || {
             let (mut sources, bytes) = self.with(|guest| Ok((dirty_sources(guest), guest.memory().size())))?;
             let interval = Duration::from_millis(100);
             // Devices that log are stopped logging in order.
@@ -646,59 +650,59 @@ impl Owner {
 
     fn verify(&self) -> Result<Verified, String> {
         let cancel = CancelToken::new().map_err(|error| error.to_string())?;
-        self.alone("a verification", Some(cancel.clone()), || {
+        self.run_exclusively("a verification", Some(cancel.clone()), || {
             let _interrupt = self.interrupt_on(&cancel)?;
             self.with(|guest| Ok(guest.verify()?))
         })
     }
 
     fn pause(&self) -> Result<(), String> {
-        self.alone("a pause", None, || {
+        self.run_exclusively("a pause", None, || {
             match self.state() {
-                State::Running => self.with(|guest| Ok(guest.pause()?))?,
-                State::Paused => return Err("the guest is paused already".into()),
-                other => return Err(other.refusal()),
+                OwnerState::Running => self.with(|guest| Ok(guest.pause()?))?,
+                OwnerState::Paused => return Err("the guest is paused already".into()),
+                other => return Err(other.refusal_message()),
             }
-            *lock(&self.state) = State::Paused;
+            *lock(&self.state) = OwnerState::Paused;
             Ok(())
         })
     }
 }
 
-struct Commands {
-    owner: Arc<Owner>,
+struct GuestCommands {
+    owner: Arc<GuestOwner>,
     quit: crossbeam::channel::Sender<()>,
 }
 
 /// True of a descriptor that does not outlive the start of another program: none that was passed on to this one.
-fn is_own(number: i32) -> bool {
+fn is_close_on_exec(number: i32) -> bool {
     let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{number}")).unwrap_or_default();
     let flags = info.lines().find_map(|line| i32::from_str_radix(line.strip_prefix("flags:")?.trim(), 8).ok());
     flags.is_some_and(|flags| flags & libc::O_CLOEXEC != 0)
 }
 
-impl Handler for Commands {
-    fn command(&self, command: Command, client: &Client<'_>) -> Result<(), String> {
+impl CommandHandler for GuestCommands {
+    fn command(&self, command: ControlCommand, client: &ControlClient<'_>) -> Result<(), String> {
         let owner = &self.owner;
         match command {
-            Command::Status => client.tell(&owner.status()),
-            Command::Watch { seconds } => owner.watch(seconds, client)?,
-            Command::Migrate(arguments) => owner.migrate(&arguments, &mut |event| client.tell(&event))?,
-            Command::Cancel => owner.cancel()?,
-            Command::Pause => owner.pause()?,
-            Command::Resume => owner.resume()?,
-            Command::Forget => owner.forget()?,
-            Command::Verify => {
+            ControlCommand::Status => client.send_event(&owner.status()),
+            ControlCommand::Watch { seconds } => owner.watch(seconds, client)?,
+            ControlCommand::Migrate(arguments) => owner.migrate(&arguments, &mut |event| client.send_event(&event))?,
+            ControlCommand::Cancel => owner.cancel()?,
+            ControlCommand::Pause => owner.pause()?,
+            ControlCommand::Resume => owner.resume()?,
+            ControlCommand::Forget => owner.forget()?,
+            ControlCommand::Verify => {
                 let verified = owner.verify()?;
                 let mut status = owner.status();
                 status["verified_memory_bytes"] = verified.memory.into();
                 status["verified_disk_bytes"] = verified.disk.into();
-                client.tell(&status);
+                client.send_event(&status);
             }
-            Command::DirtyRate { seconds, bandwidth, downtime_ms } => {
-                client.tell(&owner.dirty_rate(seconds, bandwidth, downtime_ms)?);
+            ControlCommand::DirtyRate { seconds, bandwidth, downtime_ms } => {
+                client.send_event(&owner.dirty_rate(seconds, bandwidth, downtime_ms)?);
             }
-            Command::Quit => owner.may_quit()?,
+            ControlCommand::Quit => owner.prepare_quit()?,
             other => return Err(format!("{other:?} is not for a built-in guest")),
         }
         Ok(())

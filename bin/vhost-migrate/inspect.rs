@@ -1,4 +1,4 @@
-//! `vhost-migrate inspect`: what a saved dirty log, inflight region or stream holds. Memory stays bounded whatever the file.
+//! `vhost-migrate inspect`: prints the contents of a saved dirty log, inflight region or stream. Memory stays bounded whatever the file.
 
 mod inflight;
 mod log;
@@ -21,17 +21,17 @@ use crate::units;
   vhost-migrate inspect inflight /proc/PID/fd/N --queues 2 --queue-size 256 --used 0:1234
   vhost-migrate inspect stream guest.vhm           every frame is checked, and that none is missing
 
-Exit status: 0 if what was found can be true; 1 if not; 2 wrong arguments; 4 if nothing tells whether the file is a log.")]
+Exit status: 0 if command was found can be true; 1 if not; 2 wrong arguments; 4 if nothing tells whether the file is a log.")]
 pub(crate) struct Arguments {
     #[command(subcommand)]
-    what: What,
+    command: InspectCommand,
     /// Print one JSON object
     #[arg(long, global = true)]
     json: bool,
 }
 
 #[derive(Debug, clap::Subcommand)]
-enum What {
+enum InspectCommand {
     /// The pages marked in a dirty log: one bit for each 4 KiB of guest memory
     Log {
         /// The log's bytes
@@ -40,7 +40,7 @@ enum What {
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
         runs: u32,
         /// Where guest memory ends, holes included. The file is a log only if it reaches this far and marks nothing beyond
-        #[arg(long, value_parser = units::some_size, value_name = "SIZE")]
+        #[arg(long, value_parser = units::nonzero_size, value_name = "SIZE")]
         memory: Option<u64>,
     },
     /// The requests in flight in a region, and what a restarted back-end would do
@@ -48,7 +48,7 @@ enum What {
         /// The region's bytes
         file: PathBuf,
         #[command(flatten)]
-        region: inflight::Region,
+        region: inflight::RegionArguments,
     },
     /// The frames of a migration saved to a file or device
     Stream {
@@ -59,11 +59,11 @@ enum What {
 
 /// Runs the command.
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
-    let lines = Lines { quiet: arguments.json };
-    let found = match &arguments.what {
-        What::Log { file, runs, memory } => log::inspect(file, *runs as usize, *memory, &lines),
-        What::Inflight { file, region } => inflight::inspect(file, region, &lines),
-        What::Stream { file } => stream::inspect(file, &lines),
+    let lines = LinePrinter { quiet: arguments.json };
+    let found = match &arguments.command {
+        InspectCommand::Log { file, runs, memory } => log::inspect(file, *runs as usize, *memory, &lines),
+        InspectCommand::Inflight { file, region } => inflight::inspect(file, region, &lines),
+        InspectCommand::Stream { file } => stream::inspect(file, &lines),
     };
     match found {
         Ok(found) => {
@@ -83,25 +83,25 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     }
 }
 
-/// What was found, beside the lines that are printed already.
-struct Found {
+/// Result of an inspection, apart from the lines already printed.
+struct Inspection {
     json: Value,
     /// Why it may be something else.
     doubt: Option<String>,
 }
 
-impl From<Value> for Found {
-    fn from(json: Value) -> Found {
-        Found { json, doubt: None }
+impl From<Value> for Inspection {
+    fn from(json: Value) -> Inspection {
+        Inspection { json, doubt: None }
     }
 }
 
 /// Prints each line at once: a file can have any number of things to tell.
-struct Lines {
+struct LinePrinter {
     quiet: bool,
 }
 
-impl Lines {
+impl LinePrinter {
     fn print(&self, line: std::fmt::Arguments<'_>) {
         if !self.quiet {
             println!("{line}");

@@ -13,7 +13,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, raise};
 /// # Errors
 /// The error of the system.
 pub(crate) fn on_interrupt(then: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    on_first([Signal::SIGINT, Signal::SIGTERM], then)
+    on_first_signal([Signal::SIGINT, Signal::SIGTERM], then)
 }
 
 /// The same for what ends with its terminal as well, at SIGHUP.
@@ -21,7 +21,7 @@ pub(crate) fn on_interrupt(then: impl FnOnce() + Send + 'static) -> io::Result<(
 /// # Errors
 /// The error of the system.
 pub(crate) fn on_interrupt_or_hangup(then: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    on_first(interrupts_and_hangup(), then)
+    on_first_signal(interrupts_and_hangup(), then)
 }
 
 /// The signals that end a process which ends with its terminal: SIGINT, SIGTERM and, unless it was ignored when the process was
@@ -35,13 +35,13 @@ pub(crate) fn interrupts_and_hangup() -> Vec<Signal> {
 ///
 /// # Errors
 /// The error of the system.
-pub(crate) fn before_the_end(
+pub(crate) fn before_termination(
     signals: impl IntoIterator<Item = Signal>,
     limit: Duration,
     before: impl FnOnce(Signal) + Send + 'static,
 ) -> io::Result<()> {
     let mut before = Some(before);
-    on(signals, move |signal| {
+    on_signals(signals, move |signal| {
         let (done, is_done) = crossbeam::channel::bounded(1);
         if let Some(before) = before.take() {
             let work = move || {
@@ -79,13 +79,13 @@ pub(crate) fn ignore_hangup() -> io::Result<()> {
 ///
 /// # Errors
 /// The error of the system.
-pub(crate) fn survive_file_size_limit() -> io::Result<()> {
+pub(crate) fn block_file_size_signal() -> io::Result<()> {
     Ok(SigSet::from(Signal::SIGXFSZ).thread_block()?)
 }
 
-fn on_first(signals: impl IntoIterator<Item = Signal>, then: impl FnOnce() + Send + 'static) -> io::Result<()> {
+fn on_first_signal(signals: impl IntoIterator<Item = Signal>, then: impl FnOnce() + Send + 'static) -> io::Result<()> {
     let mut then = Some(then);
-    on(signals, move |_| {
+    on_signals(signals, move |_| {
         then.take().map_or(ControlFlow::Continue(()), |then| {
             then();
             ControlFlow::Break(())
@@ -99,7 +99,7 @@ fn on_first(signals: impl IntoIterator<Item = Signal>, then: impl FnOnce() + Sen
 /// The error of the system.
 pub(crate) fn on_every_interrupt(mut then: impl FnMut(u32) + Send + 'static) -> io::Result<()> {
     let mut count = 0u32;
-    on([Signal::SIGINT, Signal::SIGTERM], move |_| {
+    on_signals([Signal::SIGINT, Signal::SIGTERM], move |_| {
         count = count.saturating_add(1);
         then(count);
         ControlFlow::Continue(())
@@ -111,13 +111,13 @@ pub(crate) fn on_every_interrupt(mut then: impl FnMut(u32) + Send + 'static) -> 
 /// # Errors
 /// The error of the system.
 pub(crate) fn on_hangup(mut then: impl FnMut() + Send + 'static) -> io::Result<()> {
-    on([Signal::SIGHUP], move |_| {
+    on_signals([Signal::SIGHUP], move |_| {
         then();
         ControlFlow::Continue(())
     })
 }
 
-fn on(
+fn on_signals(
     signals: impl IntoIterator<Item = Signal>,
     mut then: impl FnMut(Signal) -> ControlFlow<()> + Send + 'static,
 ) -> io::Result<()> {

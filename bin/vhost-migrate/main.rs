@@ -74,7 +74,7 @@ fn main() -> ExitCode {
         eprintln!("vhost-migrate: --exit-with-parent: {error}");
         return ExitCode::FAILURE;
     }
-    if let Err(error) = interrupt::survive_file_size_limit() {
+    if let Err(error) = interrupt::block_file_size_signal() {
         eprintln!("vhost-migrate: signals: {error}");
         return ExitCode::FAILURE;
     }
@@ -83,8 +83,8 @@ fn main() -> ExitCode {
         Action::Backend(arguments) => backend::run(arguments),
         Action::Guest(arguments) => guest::run(arguments),
         Action::Migrate(arguments) => migrate::run(arguments),
-        Action::Resume(arguments) => decide::run(&arguments, &control::Command::Resume),
-        Action::Forget(arguments) => decide::run(&arguments, &control::Command::Forget),
+        Action::Resume(arguments) => decide::run(&arguments, &control::ControlCommand::Resume),
+        Action::Forget(arguments) => decide::run(&arguments, &control::ControlCommand::Forget),
         Action::DirtyRate(arguments) => dirty_rate::run(arguments),
         Action::Inspect(arguments) => inspect::run(arguments),
         Action::Check(arguments) => check::run(arguments),

@@ -6,13 +6,13 @@ use tracing_subscriber::EnvFilter;
 
 /// Which messages to print.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Messages {
+pub(crate) struct LogArguments {
     /// Least level of messages on stderr: error, warn, info, debug; by default what RUST_LOG says, or info
     #[arg(long, value_name = "LEVEL")]
     log_level: Option<tracing::Level>,
 }
 
-impl Messages {
+impl LogArguments {
     /// Prints messages from now on.
     pub(crate) fn start(&self) {
         let filter = match self.log_level {

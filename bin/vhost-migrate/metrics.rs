@@ -17,44 +17,44 @@ use vhost_migrate::{backend, control, frontend};
 use crate::values;
 
 /// Connections that are answered at the same time.
-const CONNECTIONS: usize = 4;
+const THREADS: usize = 4;
 /// Longest time from a connection to the end of its answer.
-const LIMIT: Duration = Duration::from_secs(2);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// The pause when the system has no descriptor left.
-const RETRY: Duration = Duration::from_secs(1);
+const RETRY_DELAY: Duration = Duration::from_secs(1);
 /// Longest request, bytes.
 const MAX_REQUEST: usize = 8 << 10;
 
 /// What is counted, and where it can be read.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Metrics {
+pub(crate) struct MetricsArguments {
     /// Serve counters to Prometheus (HTTP, GET /metrics) here: unix:PATH or tcp:HOST:PORT
     #[arg(long, value_name = "URI")]
-    metrics: Option<Place>,
+    metrics: Option<MetricsAddress>,
 }
 
 #[derive(Debug, Clone)]
-enum Place {
+enum MetricsAddress {
     Unix(PathBuf),
     Tcp(String),
 }
 
-impl FromStr for Place {
+impl FromStr for MetricsAddress {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Place, String> {
+    fn from_str(text: &str) -> Result<MetricsAddress, String> {
         match text.split_once(':') {
-            Some(("unix", path)) if !path.is_empty() => Ok(Place::Unix(path.into())),
-            Some(("tcp", address)) => values::address(address).map(Place::Tcp),
+            Some(("unix", path)) if !path.is_empty() => Ok(MetricsAddress::Unix(path.into())),
+            Some(("tcp", address)) => values::host_and_port(address).map(MetricsAddress::Tcp),
             _ => Err("use unix:PATH or tcp:HOST:PORT".into()),
         }
     }
 }
 
-impl Metrics {
+impl MetricsArguments {
     /// Returns true if they are served at a socket that has a path.
     pub(crate) fn has_socket(&self) -> bool {
-        matches!(self.metrics, Some(Place::Unix(_)))
+        matches!(self.metrics, Some(MetricsAddress::Unix(_)))
     }
 
     /// Begins to count and to serve, if that is wanted.
@@ -64,16 +64,16 @@ impl Metrics {
     pub(crate) fn start(&self) -> Result<(), Box<dyn std::error::Error>> {
         let Some(place) = &self.metrics else { return Ok(()) };
         match place {
-            Place::Unix(path) => {
+            MetricsAddress::Unix(path) => {
                 let (listener, path) = control::bind(path)?;
-                serve(&Listener::Unix(listener))?;
+                serve(&MetricsListener::Unix(listener))?;
                 // It is there as long as this process, which removes it at its end.
                 std::mem::forget(path);
             }
-            Place::Tcp(address) => {
+            MetricsAddress::Tcp(address) => {
                 let listener = TcpListener::bind(address.as_str())
                     .map_err(|error| format!("--metrics tcp:{address}: {error}: is the address in use?"))?;
-                serve(&Listener::Tcp(listener))?;
+                serve(&MetricsListener::Tcp(listener))?;
             }
         }
         backend::describe_counters();
@@ -82,53 +82,53 @@ impl Metrics {
     }
 }
 
-enum Listener {
+enum MetricsListener {
     Tcp(TcpListener),
     Unix(UnixListener),
 }
 
-trait Connection: Read + Write {
+trait MetricsConnection: Read + Write {
     fn limit(&self, left: Duration) -> io::Result<()>;
 }
 
-impl Connection for TcpStream {
+impl MetricsConnection for TcpStream {
     fn limit(&self, left: Duration) -> io::Result<()> {
         self.set_read_timeout(Some(left)).and_then(|()| self.set_write_timeout(Some(left)))
     }
 }
 
-impl Connection for UnixStream {
+impl MetricsConnection for UnixStream {
     fn limit(&self, left: Duration) -> io::Result<()> {
         self.set_read_timeout(Some(left)).and_then(|()| self.set_write_timeout(Some(left)))
     }
 }
 
-impl Listener {
-    fn accept(&self) -> io::Result<Box<dyn Connection>> {
+impl MetricsListener {
+    fn accept(&self) -> io::Result<Box<dyn MetricsConnection>> {
         Ok(match self {
-            Listener::Tcp(listener) => Box::new(listener.accept()?.0),
-            Listener::Unix(listener) => Box::new(listener.accept()?.0),
+            MetricsListener::Tcp(listener) => Box::new(listener.accept()?.0),
+            MetricsListener::Unix(listener) => Box::new(listener.accept()?.0),
         })
     }
 
-    fn try_clone(&self) -> io::Result<Listener> {
+    fn try_clone(&self) -> io::Result<MetricsListener> {
         Ok(match self {
-            Listener::Tcp(listener) => Listener::Tcp(listener.try_clone()?),
-            Listener::Unix(listener) => Listener::Unix(listener.try_clone()?),
+            MetricsListener::Tcp(listener) => MetricsListener::Tcp(listener.try_clone()?),
+            MetricsListener::Unix(listener) => MetricsListener::Unix(listener.try_clone()?),
         })
     }
 }
 
-fn serve(listener: &Listener) -> Result<(), Box<dyn std::error::Error>> {
+fn serve(listener: &MetricsListener) -> Result<(), Box<dyn std::error::Error>> {
     let counters = PrometheusBuilder::new().install_recorder()?;
-    for _ in 0..CONNECTIONS {
+    for _ in 0..THREADS {
         let (listener, counters) = (listener.try_clone()?, counters.clone());
         thread::Builder::new().name("metrics".into()).spawn(move || answer_all(&listener, &counters))?;
     }
     Ok(())
 }
 
-fn answer_all(listener: &Listener, counters: &PrometheusHandle) {
+fn answer_all(listener: &MetricsListener, counters: &PrometheusHandle) {
     let mut failing = false;
     loop {
         match listener.accept() {
@@ -142,16 +142,16 @@ fn answer_all(listener: &Listener, counters: &PrometheusHandle) {
                 if !std::mem::replace(&mut failing, true) {
                     tracing::warn!("metrics: can't accept a connection, and goes on trying: {error}");
                 }
-                thread::sleep(RETRY);
+                thread::sleep(RETRY_DELAY);
             }
         }
     }
 }
 
 /// Reads one request and answers it.
-fn answer(connection: &mut dyn Connection, counters: &PrometheusHandle) -> io::Result<()> {
-    let deadline = Instant::now() + LIMIT;
-    let limit = |connection: &dyn Connection| {
+fn answer(connection: &mut dyn MetricsConnection, counters: &PrometheusHandle) -> io::Result<()> {
+    let deadline = Instant::now() + ANSWER_TIMEOUT;
+    let limit = |connection: &dyn MetricsConnection| {
         // A limit of nothing would be none.
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { connection.limit(left) }

@@ -6,12 +6,12 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use vhost_migrate::control::{self, Command, MigrateArguments};
+use vhost_migrate::control::{self, ControlCommand, MigrateArguments};
 use vhost_migrate::migrate::GuestLocation;
 use vhost_migrate::stream::{Codec, Uri};
 
 use crate::interrupt::on_every_interrupt;
-use crate::progress::{Output, Progress};
+use crate::progress::{OutputArguments, Progress};
 use crate::units;
 use crate::values;
 use crate::wrong_arguments;
@@ -34,14 +34,14 @@ paused here; 5 no contact with the guest's process, so that nothing is known; 6 
 Ctrl-C cancels: the guest goes on here. A second one ends this command alone.")]
 pub(crate) struct Arguments {
     /// Control socket of the process that owns the guest
-    #[arg(long, value_name = "SOCKET", value_parser = values::socket())]
+    #[arg(long, value_name = "SOCKET", value_parser = values::socket_path())]
     control: PathBuf,
     /// Where to: tcp:HOST:PORT, unix:PATH, file:PATH, exec:COMMAND or fd:N, a descriptor that the guest's process was
     /// started with
-    #[arg(value_parser = values::target)]
+    #[arg(value_parser = values::migration_target)]
     uri: Uri,
     #[command(flatten)]
-    transfer: Transfer,
+    transfer: TransferArguments,
     /// Want no answers, as over a pipe or a command that is a filter: the outcome stays unknown, and the guest is kept here
     /// until `forget`
     #[arg(long)]
@@ -50,12 +50,12 @@ pub(crate) struct Arguments {
     #[arg(long = "continue", conflicts_with = "one_way")]
     continue_here: bool,
     #[command(flatten)]
-    output: Output,
+    output: OutputArguments,
 }
 
 /// How pages travel; the same for `migrate` and `demo`.
 #[derive(Clone, Debug, clap::Args)]
-pub(crate) struct Transfer {
+pub(crate) struct TransferArguments {
     /// How pages are compressed: none, zstd or zstd:LEVEL
     #[arg(long, default_value_t = Codec::None)]
     pub(crate) codec: Codec,
@@ -80,9 +80,9 @@ pub(crate) struct Transfer {
     pub(crate) verify: bool,
 }
 
-impl Transfer {
+impl TransferArguments {
     /// The order to the guest's process.
-    pub(crate) fn to(&self, uri: impl Into<String>) -> MigrateArguments {
+    pub(crate) fn migrate_arguments(&self, uri: impl Into<String>) -> MigrateArguments {
         MigrateArguments {
             uri: uri.into(),
             codec: self.codec.to_string(),
@@ -111,14 +111,14 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
         return ExitCode::FAILURE;
     }
     let mut progress = Progress::new(arguments.output);
-    let uri = resolved(arguments.uri);
+    let uri = absolute_uri(arguments.uri);
     let moves = uri.starts_with("file:") && !arguments.continue_here;
     let mut advice = moves.then(|| {
         format!("this moves the guest into {uri}: it runs here no more then. With --continue it goes on here")
     });
     let (continue_here, one_way) = (arguments.continue_here, arguments.one_way);
-    let order = MigrateArguments { continue_here, one_way, ..arguments.transfer.to(uri) };
-    let order = Command::Migrate(order);
+    let order = MigrateArguments { continue_here, one_way, ..arguments.transfer.migrate_arguments(uri) };
+    let order = ControlCommand::Migrate(order);
     let tell = |event: Value| {
         // There is a guest that can be moved.
         if event["event"] == "started" {
@@ -128,12 +128,12 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     };
     match control::call(&arguments.control, &order, tell) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => whereabouts(&arguments.control, &error),
+        Err(error) => report_location(&arguments.control, &error),
     }
 }
 
 /// A URI whose path does not depend on the folder of the process that opens it.
-fn resolved(uri: Uri) -> String {
+fn absolute_uri(uri: Uri) -> String {
     match uri {
         Uri::File(path) => Uri::File(std::path::absolute(&path).unwrap_or(path)),
         Uri::Unix(path) => Uri::Unix(std::path::absolute(&path).unwrap_or(path)),
@@ -143,9 +143,9 @@ fn resolved(uri: Uri) -> String {
 }
 
 /// The longest time that a migration may take to end once it is cancelled.
-const LAST_WORDS: Duration = Duration::from_secs(30);
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(30);
 /// The longest time that the guest's process may take to answer meanwhile; then it hangs.
-const ALIVE: Duration = Duration::from_millis(1500);
+const STATUS_TIMEOUT: Duration = Duration::from_millis(1500);
 
 /// Has the first SIGINT or SIGTERM cancel the migration and the second end this process, which also ends by itself when the
 /// guest's process does not answer.
@@ -163,13 +163,14 @@ fn cancel_on_interrupt(control: &Path) -> io::Result<()> {
 }
 
 fn cancel(control: &Path) {
-    match control::call_within(control, &Command::Cancel, ALIVE, |_| ()) {
+    match control::call_with_timeout(control, &ControlCommand::Cancel, STATUS_TIMEOUT, |_| ()) {
         Ok(()) => {
             let begun = Instant::now();
-            let answers = || control::call_within(control, &Command::Status, ALIVE, |_| ()).is_ok();
+            let answers =
+                || control::call_with_timeout(control, &ControlCommand::Status, STATUS_TIMEOUT, |_| ()).is_ok();
             // The end of the migration is the end of this process.
-            while begun.elapsed() < LAST_WORDS && answers() {
-                std::thread::sleep(ASK_AGAIN);
+            while begun.elapsed() < CANCEL_TIMEOUT && answers() {
+                std::thread::sleep(STATUS_INTERVAL);
             }
             eprintln!("cancelled, but the migration has not ended within {:?}", begun.elapsed());
         }
@@ -182,15 +183,15 @@ fn cancel(control: &Path) {
 }
 
 /// The longest wait for a migration whose reports are lost.
-const END: Duration = Duration::from_secs(60);
-const ASK_AGAIN: Duration = Duration::from_millis(100);
+const LOST_REPORT_TIMEOUT: Duration = Duration::from_secs(60);
+const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Says where the guest is after a migration that did not end well, or whose end was not heard.
-fn whereabouts(control: &Path, error: &io::Error) -> ExitCode {
+fn report_location(control: &Path, error: &io::Error) -> ExitCode {
     let begun = Instant::now();
     let status = loop {
         let mut status = Value::Null;
-        if let Err(silent) = control::call(control, &Command::Status, |event| status = event) {
+        if let Err(silent) = control::call(control, &ControlCommand::Status, |event| status = event) {
             eprintln!("no contact with the guest's process, nothing is known of the guest: {error}");
             if silent.to_string() != error.to_string() {
                 eprintln!("its status can't be had: {silent}");
@@ -202,11 +203,11 @@ fn whereabouts(control: &Path, error: &io::Error) -> ExitCode {
         if is_over {
             break status;
         }
-        if begun.elapsed() >= END {
+        if begun.elapsed() >= LOST_REPORT_TIMEOUT {
             eprintln!("no contact with the migration, which is still under way: {error}");
             return ExitCode::from(NO_CONTACT);
         }
-        std::thread::sleep(ASK_AGAIN);
+        std::thread::sleep(STATUS_INTERVAL);
     };
     let (busy, state) = (&status["busy"], &status["state"]);
     let (says, code) = match serde_json::from_value(status["location"].clone()) {

@@ -6,11 +6,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 use vhost_migrate::migrate::{MigrationEvent, MigrationReport};
 
-use crate::units::show;
+use crate::units::format_bytes;
 
 /// How to tell what happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::Args)]
-pub(crate) struct Output {
+pub(crate) struct OutputArguments {
     /// Print events as JSON lines
     #[arg(long)]
     pub(crate) json: bool,
@@ -21,14 +21,14 @@ pub(crate) struct Output {
 
 /// Shows one migration.
 pub(crate) struct Progress {
-    output: Output,
+    output: OutputArguments,
     bar: ProgressBar,
     left: u64,
 }
 
 impl Progress {
     /// Begins; nothing is shown before the first event.
-    pub(crate) fn new(output: Output) -> Progress {
+    pub(crate) fn new(output: OutputArguments) -> Progress {
         Progress { output, bar: ProgressBar::hidden(), left: 0 }
     }
 
@@ -44,7 +44,7 @@ impl Progress {
     }
 
     /// A line of text between events, for people only.
-    pub(crate) fn say(&self, text: &str) {
+    pub(crate) fn print_line(&self, text: &str) {
         if !self.output.json && !self.output.quiet {
             self.bar.suspend(|| println!("{text}"));
         }
@@ -57,37 +57,41 @@ impl Progress {
                 self.bar = ProgressBar::new(1).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
                 self.bar.enable_steady_tick(Duration::from_millis(120));
                 self.bar.set_prefix("round 0");
-                let guest = show(*guest_bytes as f64);
-                self.say(&format!("migrating {guest} of guest memory, {channels} channels, codec {codec}"));
+                let guest = format_bytes(*guest_bytes as f64);
+                self.print_line(&format!("migrating {guest} of guest memory, {channels} channels, codec {codec}"));
             }
             MigrationEvent::Progress { round, pages_left, bytes_per_second, .. } => {
                 self.left = self.left.max(*pages_left);
                 self.bar.set_prefix(format!("round {round}"));
                 self.bar.set_length(self.left.max(1));
                 self.bar.set_position(self.left - pages_left);
-                self.bar.set_message(format!("{pages_left} pages left, {}/s", show(*bytes_per_second)));
+                self.bar.set_message(format!("{pages_left} pages left, {}/s", format_bytes(*bytes_per_second)));
             }
             MigrationEvent::Round(round) => {
                 let rate = round.wire_bytes as f64 / (round.ms / 1000.0).max(1e-6);
-                self.say(&format!(
+                self.print_line(&format!(
                     "round {:>2}: {:>7} pages and {:>7} zero pages in {:>7.1} ms ({}/s); {} left, dirtied {}/s, \
                      expected downtime {:.1} ms",
                     round.round,
                     round.data_pages,
                     round.zero_pages,
                     round.ms,
-                    show(rate),
+                    format_bytes(rate),
                     round.pages_left,
-                    show(round.dirty_bytes_per_second),
+                    format_bytes(round.dirty_bytes_per_second),
                     round.expected_downtime_ms,
                 ));
                 self.left = 0;
             }
-            MigrationEvent::Stalled { message } => self.say(&format!("stalled: {message}")),
-            MigrationEvent::Waiting { message } => self.say(&format!("waits, the guest goes on here: {message}")),
-            MigrationEvent::Warning { message } => self.say(&format!("warning: {message}")),
+            MigrationEvent::Stalled { message } => self.print_line(&format!("stalled: {message}")),
+            MigrationEvent::Waiting { message } => {
+                self.print_line(&format!("waits, the guest goes on here: {message}"))
+            }
+            MigrationEvent::Warning { message } => self.print_line(&format!("warning: {message}")),
             MigrationEvent::Switchover { pages_left, expected_downtime_ms } => {
-                self.say(&format!("stopping the guest: {pages_left} pages left, expect {expected_downtime_ms:.1} ms"));
+                self.print_line(&format!(
+                    "stopping the guest: {pages_left} pages left, expect {expected_downtime_ms:.1} ms"
+                ));
             }
             MigrationEvent::Completed(report) => {
                 self.bar.finish_and_clear();
@@ -108,7 +112,7 @@ fn summary(report: &MigrationReport) -> String {
         report.downtime_ms,
         report.pages_sent,
         report.zero_pages,
-        show(report.wire_bytes as f64),
-        show(report.guest_bytes as f64),
+        format_bytes(report.wire_bytes as f64),
+        format_bytes(report.guest_bytes as f64),
     )
 }

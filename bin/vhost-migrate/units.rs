@@ -5,7 +5,7 @@ use std::time::Duration;
 /// Powers of 1024, by the letter that stands for them.
 const LETTERS: &str = "BKMGTPE";
 
-const NO_TIME: &str = "nothing is done within no time: leave the option out for the usual limit";
+const ZERO_TIME_ADVICE: &str = "nothing is done within no time: leave the option out for the usual limit";
 
 /// Parses a size in bytes as `qemu-img` does: `4096`, `64K`, `1.5M`, `1G`, and also `64KiB`, `1GiB`. Units are powers of 1024.
 pub(crate) fn size(text: &str) -> Result<u64, String> {
@@ -26,7 +26,7 @@ pub(crate) fn rate(text: &str) -> Result<u64, String> {
 }
 
 /// Parses a size that can't be 0.
-pub(crate) fn some_size(text: &str) -> Result<u64, String> {
+pub(crate) fn nonzero_size(text: &str) -> Result<u64, String> {
     match size(text)? {
         0 => Err("a size of 0 is none".into()),
         bytes => Ok(bytes),
@@ -59,7 +59,7 @@ pub(crate) fn milliseconds(text: &str) -> Result<u64, String> {
 /// Parses a limit of a time in milliseconds, which can't be 0.
 pub(crate) fn milliseconds_limit(text: &str) -> Result<u64, String> {
     match milliseconds(text)? {
-        0 => Err(NO_TIME.into()),
+        0 => Err(ZERO_TIME_ADVICE.into()),
         milliseconds => Ok(milliseconds),
     }
 }
@@ -67,7 +67,7 @@ pub(crate) fn milliseconds_limit(text: &str) -> Result<u64, String> {
 /// Parses a limit of a time in seconds, which can't be 0.
 pub(crate) fn seconds_limit(text: &str) -> Result<Duration, String> {
     match seconds(text)? {
-        Duration::ZERO => Err(NO_TIME.into()),
+        Duration::ZERO => Err(ZERO_TIME_ADVICE.into()),
         time => Ok(time),
     }
 }
@@ -103,7 +103,7 @@ fn parse(text: &str) -> Option<(u64, bool)> {
 }
 
 /// `1536` as `1.5 KiB`.
-pub(crate) fn show(bytes: f64) -> String {
+pub(crate) fn format_bytes(bytes: f64) -> String {
     let mut value = bytes;
     let mut units = ["B", "KiB", "MiB", "GiB"].into_iter();
     let unit = loop {
@@ -163,8 +163,8 @@ mod tests {
     fn sizes_are_shown_in_the_unit_that_reads_best() {
         let cases = [(0.0, "0 B"), (1023.0, "1023 B"), (1536.0, "1.5 KiB"), (f64::from(1u32 << 30), "1.0 GiB")];
         for (value, expected) in cases {
-            assert_eq!(show(value), expected);
+            assert_eq!(format_bytes(value), expected);
         }
-        assert_eq!(show((1u64 << 52) as f64), "4096.0 TiB");
+        assert_eq!(format_bytes((1u64 << 52) as f64), "4096.0 TiB");
     }
 }

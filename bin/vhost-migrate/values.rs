@@ -8,7 +8,7 @@ use vhost_migrate::control::MAX_SOCKET_PATH;
 use vhost_migrate::stream::Uri;
 
 /// Parses the path of a UNIX socket.
-pub(crate) fn socket() -> impl TypedValueParser<Value = PathBuf> {
+pub(crate) fn socket_path() -> impl TypedValueParser<Value = PathBuf> {
     PathBufValueParser::new().try_map(|path| match path.as_os_str().len() {
         ..=MAX_SOCKET_PATH => Ok(path),
         _ => {
@@ -26,13 +26,13 @@ pub(crate) fn queue_size(least: u16, most: u16) -> impl Fn(&str) -> Result<u16, 
 }
 
 /// Parses `HOST:PORT` of a listener.
-pub(crate) fn address(text: &str) -> Result<String, String> {
+pub(crate) fn host_and_port(text: &str) -> Result<String, String> {
     let parts = text.rsplit_once(':').filter(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
     parts.map(|_| text.into()).ok_or_else(|| format!("'{text}' is not HOST:PORT with a port from 0 to 65535"))
 }
 
 /// Parses the target of a migration.
-pub(crate) fn target(text: &str) -> Result<Uri, String> {
+pub(crate) fn migration_target(text: &str) -> Result<Uri, String> {
     match text.parse().map_err(|error: vhost_migrate::stream::StreamError| error.to_string())? {
         Uri::Tcp { port: 0, .. } => Err(format!("'{text}': nothing listens on port 0")),
         Uri::Unix(path) if path.as_os_str().len() > MAX_SOCKET_PATH => {

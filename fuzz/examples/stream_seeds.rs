@@ -50,8 +50,8 @@ fn frames(codec: Codec) -> Result<Vec<u8>, Box<dyn Error>> {
     memory.write(LOG_PAGE, &b"a page of text  ".repeat(256))?;
     let mut writer = FrameWriter::new(Vec::new(), CHANNEL);
     let to = &mut writer;
-    ToDestination::Layout(MemoryLayout::of(&memory)?).write(to)?;
-    ToDestination::DataRuns(DataRuns::of(&memory)).write(to)?;
+    ToDestination::Layout(MemoryLayout::from_memory(&memory)?).write(to)?;
+    ToDestination::DataRuns(DataRuns::from_memory(&memory)).write(to)?;
     ToDestination::Devices(b"devices".into()).write(to)?;
     let sent = PageEncoder::new(codec)?.send(&memory, [1..3, 48..50], to)?;
     send_hashes(&memory, [1..3, 48..50], to)?;

@@ -1,8 +1,8 @@
 //! How orchestrators talk to the process that owns a guest: one JSON object a line over a UNIX socket.
 //!
-//! A client sends [`Command`]s and reads events, objects with an `event` field, until `ok` or `error` ends the answer;
+//! A client sends [`ControlCommand`]s and reads events, objects with an `event` field, until `ok` or `error` ends the answer;
 //! then it may send the next command. Connections are independent: `cancel` is sent on a second one. What the
-//! commands do is up to the [`Handler`].
+//! commands do is up to the [`CommandHandler`].
 //!
 //! A client that does not read delays nothing: its events are kept up to a limit and dropped beyond it, and a client that
 //! does not take the end of an answer within seconds loses its connection.
@@ -34,9 +34,9 @@ pub const MAX_LINE: u64 = 64 << 10;
 const MAX_UNSENT: usize = 64 << 10;
 /// How long the other side may take to read what ends an answer, to accept a connection, to take a command, and to answer one
 /// that is answered at once.
-const PATIENCE: Duration = Duration::from_secs(10);
+const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often a full queue of connections is tried again.
-const RETRY: Duration = Duration::from_millis(20);
+const RETRY_DELAY: Duration = Duration::from_millis(20);
 
 /// Longest wait for the answer that tells a back-end's socket from a control socket.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -45,7 +45,7 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
-pub enum Command {
+pub enum ControlCommand {
     /// One event with the guest's state and counters.
     Status,
     /// An event for each of the guest's devices, now and whenever its connection changes: its back-end goes away, answers in
@@ -111,40 +111,40 @@ pub struct MigrateArguments {
 }
 
 /// Carries out commands. Called from one thread per connection.
-pub trait Handler: Send + Sync + 'static {
+pub trait CommandHandler: Send + Sync + 'static {
     /// Carries out `command`, telling `client` of events as they come.
     ///
     /// # Errors
     /// A message for the client: what failed and what to do.
-    fn command(&self, command: Command, client: &Client<'_>) -> Result<(), String>;
+    fn command(&self, command: ControlCommand, client: &ControlClient<'_>) -> Result<(), String>;
 
-    /// Ends the process, after a successful [`Command::Quit`] was answered.
+    /// Ends the process, after a successful [`ControlCommand::Quit`] was answered.
     fn quit(&self);
 }
 
-impl Command {
+impl ControlCommand {
     /// Returns true if the process that owns the guest answers this without waiting for anything.
-    fn is_answered_at_once(&self) -> bool {
-        matches!(self, Command::Status | Command::Cancel | Command::Forget | Command::Quit)
+    fn is_answered_immediately(&self) -> bool {
+        matches!(self, ControlCommand::Status | ControlCommand::Cancel | ControlCommand::Forget | ControlCommand::Quit)
     }
 }
 
 /// The connection that a command came over.
-pub struct Client<'a> {
+pub struct ControlClient<'a> {
     stream: &'a UnixStream,
-    unsent: Mutex<Unsent>,
+    unsent: Mutex<UnsentEvents>,
 }
 
 /// What a client has not read yet and its socket has no room for.
 #[derive(Default)]
-struct Unsent {
+struct UnsentEvents {
     /// Whole lines, but for the first, of which a part may have been sent.
     bytes: Vec<u8>,
     /// Events that were dropped since the last line that was kept.
     dropped: u64,
 }
 
-impl Unsent {
+impl UnsentEvents {
     /// Adds a line, behind one that says how many were dropped.
     fn add(&mut self, value: &Value) {
         let dropped = std::mem::take(&mut self.dropped);
@@ -175,14 +175,14 @@ impl Unsent {
     }
 }
 
-impl<'a> Client<'a> {
-    fn new(stream: &'a UnixStream) -> Client<'a> {
-        Client { stream, unsent: Mutex::default() }
+impl<'a> ControlClient<'a> {
+    fn new(stream: &'a UnixStream) -> ControlClient<'a> {
+        ControlClient { stream, unsent: Mutex::default() }
     }
 
     /// Sends an event; never waits. Events for a client that does not read are dropped beyond a limit, of which it is told by
     /// an event `dropped`. A client that went away does not end what it started; its events just have no reader.
-    pub fn tell(&self, event: &Value) {
+    pub fn send_event(&self, event: &Value) {
         let mut unsent = self.unsent.lock().unwrap_or_else(PoisonError::into_inner);
         let gone = unsent.flush(self.stream).is_err();
         if gone || unsent.bytes.len() > MAX_UNSENT {
@@ -196,7 +196,7 @@ impl<'a> Client<'a> {
 
     /// Sends what ends an answer, and all before it. The client has some time to read it.
     fn end_answer(&self, answer: &Value) -> io::Result<()> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + REPLY_TIMEOUT;
         let mut unsent = self.unsent.lock().unwrap_or_else(PoisonError::into_inner);
         unsent.add(answer);
         loop {
@@ -211,7 +211,7 @@ impl<'a> Client<'a> {
     }
 
     /// Whether it went away. One that only sends nothing more still reads.
-    pub fn is_gone(&self) -> bool {
+    pub fn has_disconnected(&self) -> bool {
         let mut fds = [PollFd::new(self.stream.as_fd(), PollFlags::empty())];
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
@@ -241,7 +241,7 @@ pub fn remove_sockets() {
 }
 
 /// Answers connections until the process ends. A connection that breaks or sends nonsense ends alone.
-pub fn serve(listener: UnixListener, handler: Arc<dyn Handler>) {
+pub fn serve(listener: UnixListener, handler: Arc<dyn CommandHandler>) {
     let mut failing = false;
     for stream in listener.incoming() {
         match stream {
@@ -249,7 +249,7 @@ pub fn serve(listener: UnixListener, handler: Arc<dyn Handler>) {
                 failing = false;
                 let handler = Arc::clone(&handler);
                 let answer = move || {
-                    if let Err(error) = converse(&stream, handler.as_ref()) {
+                    if let Err(error) = serve_connection(&stream, handler.as_ref()) {
                         tracing::debug!(%error, "control connection ended");
                     }
                 };
@@ -267,12 +267,12 @@ pub fn serve(listener: UnixListener, handler: Arc<dyn Handler>) {
     }
 }
 
-fn converse(stream: &UnixStream, handler: &dyn Handler) -> io::Result<()> {
+fn serve_connection(stream: &UnixStream, handler: &dyn CommandHandler) -> io::Result<()> {
     let mut lines = BufReader::new(stream);
-    let client = Client::new(stream);
+    let client = ControlClient::new(stream);
     while let Some(line) = read_line(&mut lines)? {
         let command = serde_json::from_str(&line);
-        let quits = matches!(command, Ok(Command::Quit));
+        let quits = matches!(command, Ok(ControlCommand::Quit));
         let answer = match command {
             Ok(command) => handler.command(command, &client),
             Err(error) => Err(format!("not a command: {error}")),
@@ -295,8 +295,8 @@ fn converse(stream: &UnixStream, handler: &dyn Handler) -> io::Result<()> {
 /// # Errors
 /// [`io::ErrorKind::Other`] with the message of an `error` answer; [`io::ErrorKind::TimedOut`] if the process does not take
 /// the command, or does not answer one that is answered at once; else what the socket says.
-pub fn call(path: &Path, command: &Command, each: impl FnMut(Value)) -> io::Result<()> {
-    call_within(path, command, PATIENCE, each)
+pub fn call(path: &Path, command: &ControlCommand, each: impl FnMut(Value)) -> io::Result<()> {
+    call_with_timeout(path, command, REPLY_TIMEOUT, each)
 }
 
 /// The same, with another limit for what the process does at once: to take the command, and to answer one that is answered at
@@ -304,15 +304,20 @@ pub fn call(path: &Path, command: &Command, each: impl FnMut(Value)) -> io::Resu
 ///
 /// # Errors
 /// As [`call`].
-pub fn call_within(path: &Path, command: &Command, patience: Duration, mut each: impl FnMut(Value)) -> io::Result<()> {
-    let silent = |error| silent(path, patience, error);
+pub fn call_with_timeout(
+    path: &Path,
+    command: &ControlCommand,
+    patience: Duration,
+    mut each: impl FnMut(Value),
+) -> io::Result<()> {
+    let explain_timeout = |error| explain_timeout(path, patience, error);
     let deadline = Instant::now() + patience;
     let stream = connect(path, deadline)?;
     let line = format!("{}\n", serde_json::to_value(command)?);
-    socket::send_until(stream.as_fd(), line.as_bytes(), &[], deadline).map_err(silent)?;
-    let mut events = Events { stream: &stream, bytes: Vec::new() };
-    let silence = command.is_answered_at_once().then_some(patience);
-    while let Some(line) = events.next(silence).map_err(silent)? {
+    socket::send_until(stream.as_fd(), line.as_bytes(), &[], deadline).map_err(explain_timeout)?;
+    let mut events = EventReader { stream: &stream, bytes: Vec::new() };
+    let silence = command.is_answered_immediately().then_some(patience);
+    while let Some(line) = events.next(silence).map_err(explain_timeout)? {
         let event: Value = serde_json::from_slice(&line)?;
         match event.get("event").and_then(Value::as_str) {
             Some("ok") => return Ok(()),
@@ -323,7 +328,7 @@ pub fn call_within(path: &Path, command: &Command, patience: Duration, mut each:
             _ => each(event),
         }
     }
-    let message = if speaks_vhost_user(path) {
+    let message = if is_vhost_user_socket(path) {
         "this is the vhost-user socket of a back-end: --control takes the control socket of the guest's process"
     } else {
         "the connection was closed before the answer: has the guest's process ended, and is this its control socket?"
@@ -332,7 +337,7 @@ pub fn call_within(path: &Path, command: &Command, patience: Duration, mut each:
 }
 
 /// Returns true if GET_FEATURES is answered at the socket.
-fn speaks_vhost_user(path: &Path) -> bool {
+fn is_vhost_user_socket(path: &Path) -> bool {
     let header = |flags, size| Header { request: Request::GET_FEATURES.0, flags, size };
     let ask = || {
         let deadline = Instant::now() + PROBE_TIMEOUT;
@@ -349,7 +354,7 @@ fn speaks_vhost_user(path: &Path) -> bool {
 }
 
 /// Says whose silence a timeout was.
-fn silent(path: &Path, patience: Duration, error: io::Error) -> io::Error {
+fn explain_timeout(path: &Path, patience: Duration, error: io::Error) -> io::Error {
     match error.kind() {
         io::ErrorKind::TimedOut => {
             let text = format!("{}: no answer within {patience:?}: the guest's process hangs", path.display());
@@ -367,7 +372,7 @@ fn connect(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
         };
         let advice = match error.kind() {
             io::ErrorKind::WouldBlock if Instant::now() < deadline => {
-                std::thread::sleep(RETRY);
+                std::thread::sleep(RETRY_DELAY);
                 continue;
             }
             io::ErrorKind::WouldBlock => "no connection is accepted: the guest's process hangs",
@@ -381,13 +386,13 @@ fn connect(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
 }
 
 /// What the process that owns the guest says, line by line.
-struct Events<'a> {
+struct EventReader<'a> {
     stream: &'a UnixStream,
     /// Received and not yet handed out.
     bytes: Vec<u8>,
 }
 
-impl Events<'_> {
+impl EventReader<'_> {
     /// The next line; `None` at the end. `silence` limits how long it may take.
     fn next(&mut self, silence: Option<Duration>) -> io::Result<Option<Vec<u8>>> {
         let deadline = silence.map(|silence| Instant::now() + silence);
@@ -403,7 +408,7 @@ impl Events<'_> {
                 ));
             }
             // Without a limit it looks once in a while, which changes nothing.
-            let until = deadline.unwrap_or_else(|| Instant::now() + PATIENCE);
+            let until = deadline.unwrap_or_else(|| Instant::now() + REPLY_TIMEOUT);
             if !socket::ready(self.stream.as_fd(), PollFlags::POLLIN, until)? {
                 match deadline {
                     Some(_) => return Err(io::ErrorKind::TimedOut.into()),
@@ -438,12 +443,12 @@ mod tests {
 
     struct Echo;
 
-    impl Handler for Echo {
-        fn command(&self, command: Command, client: &Client<'_>) -> Result<(), String> {
+    impl CommandHandler for Echo {
+        fn command(&self, command: ControlCommand, client: &ControlClient<'_>) -> Result<(), String> {
             match command {
-                Command::Quit => Err("not today".into()),
+                ControlCommand::Quit => Err("not today".into()),
                 other => {
-                    client.tell(&json!({"event": "saw", "command": serde_json::to_value(other).unwrap()}));
+                    client.send_event(&json!({"event": "saw", "command": serde_json::to_value(other).unwrap()}));
                     Ok(())
                 }
             }
@@ -467,28 +472,28 @@ mod tests {
     #[test]
     fn a_command_arrives_whole_and_its_events_come_back() {
         let dir = served("c");
-        let command = Command::DirtyRate { seconds: 1.5, bandwidth: 7, downtime_ms: 300 };
+        let command = ControlCommand::DirtyRate { seconds: 1.5, bandwidth: 7, downtime_ms: 300 };
         let mut events = Vec::new();
         call(&dir.path().join("c"), &command, |event| events.push(event)).unwrap();
         assert_eq!(events.len(), 1);
-        assert_eq!(serde_json::from_value::<Command>(events[0]["command"].clone()).unwrap(), command);
+        assert_eq!(serde_json::from_value::<ControlCommand>(events[0]["command"].clone()).unwrap(), command);
     }
 
     #[test]
     fn a_client_that_only_sends_nothing_more_is_not_gone() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let client = Client::new(&ours);
-        assert!(!client.is_gone());
+        let client = ControlClient::new(&ours);
+        assert!(!client.has_disconnected());
         theirs.shutdown(std::net::Shutdown::Write).unwrap();
-        assert!(!client.is_gone());
+        assert!(!client.has_disconnected());
         drop(theirs);
-        assert!(client.is_gone());
+        assert!(client.has_disconnected());
     }
 
     #[test]
     fn an_error_carries_its_message() {
         let dir = served("c");
-        let error = call(&dir.path().join("c"), &Command::Quit, |_| ()).unwrap_err();
+        let error = call(&dir.path().join("c"), &ControlCommand::Quit, |_| ()).unwrap_err();
         assert_eq!(error.to_string(), "not today");
     }
 
@@ -515,22 +520,22 @@ mod tests {
         let mut rest = Vec::new();
         let _ = (&stream).read_to_end(&mut rest);
         assert!(rest.is_empty());
-        call(&dir.path().join("c"), &Command::Status, |_| ()).unwrap();
+        call(&dir.path().join("c"), &ControlCommand::Status, |_| ()).unwrap();
     }
 
     #[test]
     fn a_missing_socket_says_what_to_do() {
-        let error = call(Path::new("/nonexistent/socket"), &Command::Status, |_| ()).unwrap_err();
+        let error = call(Path::new("/nonexistent/socket"), &ControlCommand::Status, |_| ()).unwrap_err();
         assert!(error.to_string().contains("is the guest running"), "{error}");
     }
 
     #[test]
     fn a_client_that_does_not_read_delays_no_event_and_is_told_how_many_it_missed() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let client = Client::new(&ours);
+        let client = ControlClient::new(&ours);
         // More than its socket and what is kept for it hold.
         let events = 40_000u64;
-        (0..events).for_each(|number| client.tell(&json!({"event": "round", "number": number})));
+        (0..events).for_each(|number| client.send_event(&json!({"event": "round", "number": number})));
         let reader = std::thread::spawn(move || {
             let lines =
                 BufReader::new(theirs).lines().map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap());
@@ -555,7 +560,7 @@ mod tests {
         nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(1).unwrap()).unwrap();
         std::thread::scope(|scope| {
             // More than there is room for.
-            let asked: Vec<_> = (0..4).map(|_| scope.spawn(|| call(&path, &Command::Cancel, |_| ()))).collect();
+            let asked: Vec<_> = (0..4).map(|_| scope.spawn(|| call(&path, &ControlCommand::Cancel, |_| ()))).collect();
             for asked in asked {
                 let error = asked.join().unwrap().unwrap_err();
                 assert!(error.to_string().contains("the guest's process hangs"), "{error}");

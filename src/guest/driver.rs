@@ -69,7 +69,7 @@ pub(super) struct Driver {
     /// What its part of the disk holds, while that is looked at.
     prior: Option<PriorContents>,
     depth: u16,
-    disk: DiskGeometry,
+    geometry: DiskGeometry,
     ring: DriverRing,
     first_sector: u64,
     versions: Vec<u32>,
@@ -111,7 +111,7 @@ impl Driver {
             zero_initialized: config.blank_disks,
             prior: None,
             depth: config.depth,
-            disk,
+            geometry: disk,
             ring,
             first_sector: queue as u64 % queues * area,
             versions: vec![0; area as usize],
@@ -169,7 +169,7 @@ impl Driver {
             zero_initialized: config.blank_disks,
             prior: None,
             depth: config.depth,
-            disk,
+            geometry: disk,
             ring,
             first_sector: state.first_sector,
             versions: state.versions,
@@ -254,7 +254,7 @@ impl Driver {
         }
         let start = self.random.below(self.slots.len() as u64) as usize;
         let Some(slot) = self.free_slot(start) else { return Ok(false) };
-        let flushes = self.disk.features & bit(VIRTIO_BLK_F_FLUSH) != 0;
+        let flushes = self.geometry.features & bit(VIRTIO_BLK_F_FLUSH) != 0;
         if flushes && self.requests % FLUSH_EVERY == FLUSH_EVERY - 1 {
             self.add(slot, RequestKind::Flush, 0, 0)?;
             return Ok(true);
@@ -310,7 +310,7 @@ impl Driver {
 
     /// A random place that no outstanding request touches.
     fn pick(&mut self) -> Option<(u64, u64)> {
-        let (block, total) = (self.disk.block, self.versions.len() as u64);
+        let (block, total) = (self.geometry.block, self.versions.len() as u64);
         for _ in 0..8 {
             let size = SIZES.get(self.random.below(2 * SIZES.len() as u64) as usize).copied().unwrap_or(8);
             let sectors = size.next_multiple_of(block).min(total);
@@ -356,7 +356,7 @@ impl Driver {
         let side = if kind == RequestKind::Read { &mut writable } else { &mut readable };
         self.split(data + offset, bytes, side);
         writable.push(Buffer { gpa: status, len: 1 });
-        let indirect = self.disk.features & bit(VIRTIO_RING_F_INDIRECT_DESC) != 0 && self.random.below(2) == 0;
+        let indirect = self.geometry.features & bit(VIRTIO_RING_F_INDIRECT_DESC) != 0 && self.random.below(2) == 0;
         let added = self.ring.add(&readable, &writable, indirect.then_some(table));
         // There was room for the longest chain.
         let Some(head) = added.map_err(|source| self.ring_error(source))? else { return Ok(()) };
@@ -373,7 +373,7 @@ impl Driver {
 
     /// Divides `bytes` at `gpa` into one to four segments.
     fn split(&mut self, mut gpa: u64, mut bytes: u64, out: &mut Vec<Buffer>) {
-        let most = u64::from(self.disk.segments.clamp(1, u32::from(MAX_CHAIN) - 2));
+        let most = u64::from(self.geometry.segments.clamp(1, u32::from(MAX_CHAIN) - 2));
         let mut parts = 1 + self.random.below(most);
         while bytes > 0 {
             parts -= 1;

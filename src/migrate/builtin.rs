@@ -18,13 +18,13 @@ use crate::stream::record::{self, MAX_STATE};
 use crate::stream::transport::{CancelCallback, CancelToken};
 
 /// Version of the record that carries a [`GuestState`], as of a guest that goes on elsewhere at once.
-const STATE_RECORD: u16 = 1;
+const STATE_VERSION: u16 = 1;
 /// Version of the record that carries a [`SavedGuest`].
-const SAVED_RECORD: u16 = 2;
+const SAVED_STATE_VERSION: u16 = 2;
 /// Version of the record that carries a [`DeviceSetup`], as of a guest that is saved.
-const DEVICES_RECORD: u16 = 1;
+const DEVICES_VERSION: u16 = 1;
 /// Version of the record that carries a [`DeviceSetup`] and [`DiskIdentities`].
-const MOVING_RECORD: u16 = 2;
+const DEVICES_AND_IDENTITIES_VERSION: u16 = 2;
 
 /// Reads the state of a built-in guest, and its disks if it was saved to be restored later.
 ///
@@ -32,21 +32,21 @@ const MOVING_RECORD: u16 = 2;
 /// As [`record::decode`]: it is another machine's state, or of a version that this program does not know.
 pub fn decode_guest_state(state: &[u8]) -> Result<(GuestState, Option<DiskGenerations>), StreamError> {
     const NAME: &str = "guest state";
-    if record::version(state)? == SAVED_RECORD {
-        let SavedGuest { guest, disks } = record::decode(NAME, SAVED_RECORD, state, MAX_STATE)?;
+    if record::version(state)? == SAVED_STATE_VERSION {
+        let SavedGuest { guest, disks } = record::decode(NAME, SAVED_STATE_VERSION, state, MAX_STATE)?;
         return Ok((guest, Some(disks)));
     }
-    Ok((record::decode(NAME, STATE_RECORD, state, MAX_STATE)?, None))
+    Ok((record::decode(NAME, STATE_VERSION, state, MAX_STATE)?, None))
 }
 
 /// The disks in the state of a built-in guest that was saved to be restored later, found in the beginning of the state:
 /// 64 KiB are enough. `None` if it is another state.
 pub fn decode_saved_disks(beginning: &[u8]) -> Option<DiskGenerations> {
-    record::decode_first(SAVED_RECORD, beginning).ok()
+    record::decode_first(SAVED_STATE_VERSION, beginning).ok()
 }
 
 /// What a user is told of such a disk.
-const NOT_COMPARED: &str = "a restore can't compare this disk with what it is now: its back-end, or the image's file system, \
+const NO_GENERATION: &str = "a restore can't compare this disk with what it is now: its back-end, or the image's file system, \
                             knows no generations. Keep a copy of it, and restore onto that";
 
 /// Has a cancellation end waits for a guest's devices. When this is dropped, they can wait again.
@@ -81,7 +81,7 @@ pub struct GuestSourceVm<'a> {
     /// Whether its CPUs ran before the migration.
     running: bool,
     /// Whether it is saved to be restored later.
-    to_save: bool,
+    record_generations: bool,
     /// What its user should know of what was saved.
     warnings: Vec<String>,
 }
@@ -91,7 +91,15 @@ impl<'a> GuestSourceVm<'a> {
     pub fn new(guest: &'a Mutex<Option<Guest>>) -> Option<GuestSourceVm<'a>> {
         let of = |guest: &Guest| (guest.memory().clone(), guest.interrupts(), guest.is_running());
         let (memory, interrupts, running) = lock(guest).as_ref().map(of)?;
-        Some(GuestSourceVm { guest, memory, interrupts, cancel: None, running, to_save: false, warnings: Vec::new() })
+        Some(GuestSourceVm {
+            guest,
+            memory,
+            interrupts,
+            cancel: None,
+            running,
+            record_generations: false,
+            warnings: Vec::new(),
+        })
     }
 
     /// Has `cancel` end waits for the guest's devices too: a disk that hangs while its queues are stopped does not keep the
@@ -102,8 +110,8 @@ impl<'a> GuestSourceVm<'a> {
     }
 
     /// With `to_save` the guest is to be restored later: which disks it has, and what they hold, is saved with it.
-    pub fn to_save(mut self, to_save: bool) -> GuestSourceVm<'a> {
-        self.to_save = to_save;
+    pub fn with_disk_generations(mut self, to_save: bool) -> GuestSourceVm<'a> {
+        self.record_generations = to_save;
         self
     }
 
@@ -146,12 +154,12 @@ impl SourceVm for GuestSourceVm<'_> {
     }
 
     fn devices(&mut self) -> Result<Option<Vec<u8>>, VmError> {
-        if self.to_save {
+        if self.record_generations {
             let setup = self.with(|guest| Ok(guest.device_setup()))?;
-            return Ok(Some(record::encode(DEVICES_RECORD, &setup)?));
+            return Ok(Some(record::encode(DEVICES_VERSION, &setup)?));
         }
         let moving = self.with(|guest| Ok((guest.device_setup(), guest.disk_identities()?)))?;
-        Ok(Some(record::encode(MOVING_RECORD, &moving)?))
+        Ok(Some(record::encode(DEVICES_AND_IDENTITIES_VERSION, &moving)?))
     }
 
     fn pause(&mut self) -> Result<(), VmError> {
@@ -164,16 +172,16 @@ impl SourceVm for GuestSourceVm<'_> {
     }
 
     fn state(&mut self) -> Result<Vec<u8>, VmError> {
-        let to_save = self.to_save;
+        let to_save = self.record_generations;
         let (guest, disks, unknown) = self.with(|guest| {
             let disks = if to_save { guest.disk_generations()? } else { Vec::new() };
             Ok((guest.save_state()?, disks.clone(), guest.unknown_disks(&disks)))
         })?;
         if !to_save {
-            return Ok(record::encode(STATE_RECORD, &guest)?);
+            return Ok(record::encode(STATE_VERSION, &guest)?);
         }
-        self.warnings = unknown.into_iter().map(|name| format!("{name}: {NOT_COMPARED}")).collect();
-        Ok(record::encode(SAVED_RECORD, &SavedGuest { guest, disks })?)
+        self.warnings = unknown.into_iter().map(|name| format!("{name}: {NO_GENERATION}")).collect();
+        Ok(record::encode(SAVED_STATE_VERSION, &SavedGuest { guest, disks })?)
     }
 
     fn warnings(&mut self) -> Vec<String> {
@@ -211,7 +219,7 @@ pub struct GuestIncomingVm {
     /// Whether it was saved some time ago, so that its disks are to be what they were.
     was_saved: bool,
     /// Whether disks may be others than they were.
-    any_disks: bool,
+    ignore_disk_differences: bool,
     /// Of all its devices.
     interrupt: Interrupt,
     /// What sets it until the commit.
@@ -225,15 +233,25 @@ impl GuestIncomingVm {
     /// [`FrontendError::System`] when the process is out of file descriptors.
     pub fn new(backends: Vec<PathBuf>) -> Result<GuestIncomingVm, FrontendError> {
         let interrupt = Interrupt::new()?;
-        let (was_saved, any_disks) = (false, false);
+        let (was_saved, ignore_disk_differences) = (false, false);
         let (devices, disks, memory, guest, cancel) = (Vec::new(), Vec::new(), None, None, None);
-        Ok(GuestIncomingVm { backends, devices, disks, memory, guest, was_saved, any_disks, interrupt, cancel })
+        Ok(GuestIncomingVm {
+            backends,
+            devices,
+            disks,
+            memory,
+            guest,
+            was_saved,
+            ignore_disk_differences,
+            interrupt,
+            cancel,
+        })
     }
 
     /// With `was_saved` the guest comes from where it was saved, and disks that can't be compared with what they were then are
-    /// warned of. With `any_disks` those that differ from the guest's are, too, instead of being refused.
-    pub fn restoring(self, was_saved: bool, any_disks: bool) -> GuestIncomingVm {
-        GuestIncomingVm { was_saved, any_disks, ..self }
+    /// warned of. With `ignore_disk_differences` those that differ from the guest's are, too, instead of being refused.
+    pub fn with_disk_checks(self, was_saved: bool, ignore_disk_differences: bool) -> GuestIncomingVm {
+        GuestIncomingVm { was_saved, ignore_disk_differences, ..self }
     }
 
     /// Refuses disks that are not what they were when the guest was saved, and says which are not compared.
@@ -247,28 +265,28 @@ impl GuestIncomingVm {
         for name in guest.unknown_disks(&saved) {
             tracing::warn!("{name}: this disk is not compared: it could not be told when the guest was saved");
         }
-        forgive(self.any_disks, guest.compare_disks(&saved))
+        ignore_if_allowed(self.ignore_disk_differences, guest.compare_disks(&saved))
     }
 
     /// Connects to the back-ends, and prepares them in the place of the devices of `setup`. Their disks are the same as those at
     /// the source, as far as that can be told.
-    fn connect(&self, setup: &DeviceSetup, memory: &Memory) -> Result<Vec<PreparedDevice>, VmError> {
+    fn prepare_disks(&self, setup: &DeviceSetup, memory: &Memory) -> Result<Vec<PreparedDevice>, VmError> {
         let devices = connect_backends(&self.backends, setup.config.inflight_migration, &self.interrupt)?;
         let mut devices = PreparedDevice::all(setup, memory, devices)?;
         let there = self.disks.iter().copied().chain(std::iter::repeat(None));
-        let any = self.any_disks;
-        let compare = |(device, there): (&mut PreparedDevice, _)| forgive(any, device.check_identity(there));
+        let any = self.ignore_disk_differences;
+        let compare = |(device, there): (&mut PreparedDevice, _)| ignore_if_allowed(any, device.check_identity(there));
         in_parallel(devices.iter_mut().zip(there), compare)?;
         Ok(devices)
     }
 
     /// Has `cancel`, the connection's, end waits for back-ends too.
     pub fn with_cancel(mut self, cancel: &CancelToken) -> GuestIncomingVm {
-        self.cancel = Some(self.interrupted_by(cancel));
+        self.cancel = Some(self.interrupt_on_cancel(cancel));
         self
     }
 
-    fn interrupted_by(&self, cancel: &CancelToken) -> CancelCallback {
+    fn interrupt_on_cancel(&self, cancel: &CancelToken) -> CancelCallback {
         let interrupt = self.interrupt.clone();
         cancel.on_cancel(move || interrupt.set())
     }
@@ -280,7 +298,7 @@ impl GuestIncomingVm {
 }
 
 /// Warns of a disk that differs, instead of refusing it, if `any` disk may be taken.
-fn forgive(any: bool, compared: Result<(), GuestError>) -> Result<(), GuestError> {
+fn ignore_if_allowed(any: bool, compared: Result<(), GuestError>) -> Result<(), GuestError> {
     match compared {
         Err(GuestError::State(difference)) if any => {
             tracing::warn!("taking the guest in all the same: {difference}");
@@ -291,12 +309,12 @@ fn forgive(any: bool, compared: Result<(), GuestError>) -> Result<(), GuestError
 }
 
 /// Whether devices that were prepared can take the place of those that a guest had.
-fn fit(devices: &[PreparedDevice], expected: &[DeviceState]) -> bool {
+fn all_fit(devices: &[PreparedDevice], expected: &[DeviceState]) -> bool {
     devices.len() == expected.len() && devices.iter().zip(expected).all(|(device, expected)| device.fits(expected))
 }
 
 /// How long to wait for a back-end that is being started.
-const CONNECT: Duration = Duration::from_secs(5);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Connects to vhost-user back-ends, and waits a little for those that are being started. `inflight_migration` is
 /// [`GuestConfig`](crate::guest::GuestConfig)'s; `interrupt` ends waits, also later ones.
@@ -308,7 +326,7 @@ pub fn connect_backends(
     inflight_migration: bool,
     interrupt: &Interrupt,
 ) -> Result<Vec<Box<dyn Device>>, VmError> {
-    let deadline = Instant::now() + CONNECT;
+    let deadline = Instant::now() + CONNECT_TIMEOUT;
     let usual = UserOptions { device: Some(VIRTIO_ID_BLOCK), ..UserOptions::default() };
     let options = if inflight_migration { usual.with_inflight_migration() } else { usual };
     let connect = |path| {
@@ -329,11 +347,11 @@ impl IncomingVm for GuestIncomingVm {
         const NAME: &str = "devices";
         let setup: DeviceSetup;
         (setup, self.disks) = match record::version(devices)? {
-            MOVING_RECORD => record::decode(NAME, MOVING_RECORD, devices, MAX_STATE)?,
-            _ => (record::decode(NAME, DEVICES_RECORD, devices, MAX_STATE)?, Vec::new()),
+            DEVICES_AND_IDENTITIES_VERSION => record::decode(NAME, DEVICES_AND_IDENTITIES_VERSION, devices, MAX_STATE)?,
+            _ => (record::decode(NAME, DEVICES_VERSION, devices, MAX_STATE)?, Vec::new()),
         };
         let memory = self.memory.as_ref().ok_or("there is no memory for devices")?;
-        self.devices = self.connect(&setup, memory)?;
+        self.devices = self.prepare_disks(&setup, memory)?;
         Ok(())
     }
 
@@ -342,10 +360,10 @@ impl IncomingVm for GuestIncomingVm {
         let (state, disks) = decode_guest_state(state)?;
         let mut guest = Guest::restore(memory, state)?;
         let mut devices = std::mem::take(&mut self.devices);
-        if !fit(&devices, guest.expected_devices()) {
+        if !all_fit(&devices, guest.expected_devices()) {
             // The old connections must have ended before there are new ones.
             drop(devices);
-            devices = self.connect(&guest.expected_setup(), guest.memory())?;
+            devices = self.prepare_disks(&guest.expected_setup(), guest.memory())?;
         }
         guest.attach_prepared(devices)?;
         guest.try_devices()?;
@@ -356,7 +374,7 @@ impl IncomingVm for GuestIncomingVm {
 
     fn start(&mut self, run: bool, cancel: &CancelToken) -> Result<Option<u64>, VmError> {
         self.cancel = None;
-        let interrupted = self.interrupted_by(cancel);
+        let interrupted = self.interrupt_on_cancel(cancel);
         let guest = self.guest.as_mut().ok_or("no guest was restored")?;
         let started = if run { guest.start() } else { guest.start_devices() };
         if started.is_err() {

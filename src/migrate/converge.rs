@@ -95,29 +95,29 @@ pub enum NextStep {
 pub const STALL_ROUNDS: u32 = 5;
 
 /// The rate is only taken from rounds of at least this many pages (8 MiB): shorter ones measure their own overhead.
-const RATED_PAGES: u64 = 2048;
+const MIN_RATED_PAGES: u64 = 2048;
 /// The rate, pages per second, until a round has shown one: 10 MiB/s, less than most links have, so that nothing unknown
 /// is taken for fast.
-const ASSUMED: f64 = 2560.0;
+const ASSUMED_PAGES_PER_SECOND: f64 = 2560.0;
 /// Stopping devices, the last harvest and the handshake.
-const SWITCHOVER: Duration = Duration::from_millis(2);
+const SWITCHOVER_OVERHEAD: Duration = Duration::from_millis(2);
 /// Below this, another round has nothing to win.
-const SHORT: Duration = Duration::from_millis(4);
+const MIN_USEFUL_GAIN: Duration = Duration::from_millis(4);
 /// Rounds made only to shorten a downtime that is already within the target.
-const POLISHING_ROUNDS: u32 = 8;
+const MAX_EXTRA_ROUNDS: u32 = 8;
 
 /// The rounds so far.
 #[derive(Clone, Debug)]
 pub struct Convergence {
     policy: ConvergencePolicy,
     rounds: u32,
-    polished: u32,
+    extra_rounds: u32,
     pages_per_second: Option<f64>,
     /// Of a round of dirty pages that were all zero, as long as no page with contents has gone out.
     zeros_per_second: Option<f64>,
-    rated: bool,
-    last_left: u64,
-    best_left: u64,
+    rate_is_measured: bool,
+    previous_left: u64,
+    smallest_left: u64,
     without_progress: u32,
 }
 
@@ -127,12 +127,12 @@ impl Convergence {
         Convergence {
             policy,
             rounds: 0,
-            polished: 0,
+            extra_rounds: 0,
             pages_per_second: None,
             zeros_per_second: None,
-            rated: false,
-            last_left: pages,
-            best_left: pages,
+            rate_is_measured: false,
+            previous_left: pages,
+            smallest_left: pages,
             without_progress: 0,
         }
     }
@@ -145,22 +145,22 @@ impl Convergence {
     /// Takes in a finished round and decides what comes next.
     pub fn next_step(&mut self, round: RoundResult) -> NextStep {
         self.rounds += 1;
-        self.rate(round);
-        let expected = self.expected(round.left);
-        let halved = round.left <= self.last_left / 2;
-        if round.left < self.best_left {
-            self.best_left = round.left;
+        self.update_rate(round);
+        let expected = self.expected_downtime(round.left);
+        let halved = round.left <= self.previous_left / 2;
+        if round.left < self.smallest_left {
+            self.smallest_left = round.left;
             self.without_progress = 0;
         } else {
             self.without_progress += 1;
         }
-        self.last_left = round.left;
+        self.previous_left = round.left;
         if expected <= self.policy.downtime_limit {
-            let pays = halved && expected > SHORT && self.polished < POLISHING_ROUNDS;
+            let pays = halved && expected > MIN_USEFUL_GAIN && self.extra_rounds < MAX_EXTRA_ROUNDS;
             if !pays {
                 return NextStep::Switchover { expected };
             }
-            self.polished += 1;
+            self.extra_rounds += 1;
         }
         if self.rounds >= self.policy.max_rounds {
             return NextStep::GiveUp { expected };
@@ -168,28 +168,28 @@ impl Convergence {
         NextStep::Round { expected, without_progress: self.without_progress }
     }
 
-    fn rate(&mut self, round: RoundResult) {
-        let long = round.data_pages >= RATED_PAGES;
+    fn update_rate(&mut self, round: RoundResult) {
+        let long = round.data_pages >= MIN_RATED_PAGES;
         let per_second = |pages: u64| pages as f64 / round.duration.as_secs_f64().max(1e-6);
         // The first round says nothing of pages that are written again.
         if round.data_pages == 0 && round.zero_pages > 0 && self.rounds > 1 {
             self.zeros_per_second = Some(per_second(round.zero_pages));
         }
-        if round.data_pages == 0 || (self.rated && !long) {
+        if round.data_pages == 0 || (self.rate_is_measured && !long) {
             return;
         }
         let now = per_second(round.data_pages);
         // The newest long round counts half: what else runs on both hosts changes while a guest moves.
         self.pages_per_second = Some(match self.pages_per_second {
-            Some(before) if self.rated => (before + now) / 2.0,
+            Some(before) if self.rate_is_measured => (before + now) / 2.0,
             _ => now,
         });
-        self.rated = long;
+        self.rate_is_measured = long;
     }
 
-    fn expected(&self, left: u64) -> Duration {
-        let rate = self.pages_per_second.or(self.zeros_per_second).unwrap_or(ASSUMED);
-        SWITCHOVER + Duration::try_from_secs_f64(left as f64 / rate).unwrap_or(Duration::MAX / 2)
+    fn expected_downtime(&self, left: u64) -> Duration {
+        let rate = self.pages_per_second.or(self.zeros_per_second).unwrap_or(ASSUMED_PAGES_PER_SECOND);
+        SWITCHOVER_OVERHEAD + Duration::try_from_secs_f64(left as f64 / rate).unwrap_or(Duration::MAX / 2)
     }
 }
 
@@ -232,14 +232,17 @@ mod tests {
             let _ = rounds.next_step(sent(pages, MS * 1000, 1 << 20));
             rounds.bytes_per_second().unwrap() / LOG_PAGE as f64
         };
-        assert_eq!([100, RATED_PAGES, 100, 3 * RATED_PAGES].map(&mut rate_after), [100.0, 2048.0, 2048.0, 4096.0]);
+        assert_eq!(
+            [100, MIN_RATED_PAGES, 100, 3 * MIN_RATED_PAGES].map(&mut rate_after),
+            [100.0, 2048.0, 2048.0, 4096.0]
+        );
     }
 
     #[test]
     fn an_idle_guest_stops_after_its_first_round() {
         let mut rounds = Convergence::new(policy(300), 262_144);
         let first = sent(200_000, MS * 400, 0);
-        assert_eq!(rounds.next_step(first), NextStep::Switchover { expected: SWITCHOVER });
+        assert_eq!(rounds.next_step(first), NextStep::Switchover { expected: SWITCHOVER_OVERHEAD });
     }
 
     #[test]
@@ -289,7 +292,7 @@ mod tests {
     fn only_zero_pages_sent_leaves_the_rate_unknown_and_does_not_divide_by_zero() {
         let mut rounds = Convergence::new(policy(300), 100_000);
         let next = rounds.next_step(sent(0, Duration::ZERO, 0));
-        assert_eq!(next, NextStep::Switchover { expected: SWITCHOVER });
+        assert_eq!(next, NextStep::Switchover { expected: SWITCHOVER_OVERHEAD });
         assert_eq!(rounds.bytes_per_second(), None);
     }
 

@@ -11,7 +11,7 @@ use crossbeam::channel::{Sender, bounded};
 
 use super::error::MigrateError;
 use super::outcomes::Outcomes;
-use super::populate::{Arrived, populate};
+use super::populate::{ArrivedPages, populate};
 use super::time_limit::TimeLimit;
 use super::vm::{IncomingVm, VmError};
 use crate::memory::LOG_PAGE;
@@ -23,21 +23,21 @@ use crate::stream::{
 use crate::stream::{IncomingMemory, PageStats, StreamError, ToDestination, ToSource};
 
 /// How long what carries the stream may take to end.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+const FINAL_MESSAGE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The longest that a switchover may take, from the end of the last round on any channel to the commit, unless another
 /// limit is asked for.
 pub const SWITCHOVER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Limit to the silence of a source whose memory layout was just accepted. It has more to say at once.
-const NEXT_FRAME_TIME: Duration = Duration::from_secs(10);
+/// Limit to the silence of a source whose memory layout was just accepted. It has to go on at once.
+const NEXT_FRAME_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What a channel brings until its last round has ended.
-const UNTIL_THE_END: &str = "pages or a round's end";
+const PAGES_OR_ROUND_END: &str = "pages or a round's end";
 
 /// How often a guest that can't be started is tried, and how long after the time before.
-const START_TRIES: u32 = 3;
-const START_PAUSE: Duration = Duration::from_secs(1);
+const START_ATTEMPTS: u32 = 3;
+const START_RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// What arrived.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -60,45 +60,53 @@ pub struct IncomingReport {
 /// within `switchover_timeout` ([`SWITCHOVER_TIMEOUT`]) is given up.
 ///
 /// # Errors
-/// [`MigrateError::NotStarted`]: the guest belongs to this side and is in `arrival`, paused: keep it. All others: the
+/// [`MigrateError::NotStarted`]: the guest belongs to this side and is in `vm`, paused: keep it. All others: the
 /// guest never runs here. The source has been told why if it still listens.
 pub fn receive(
-    arrival: &mut dyn IncomingVm,
+    vm: &mut dyn IncomingVm,
     connection: StreamConnection,
     cancel: &CancelToken,
     outcomes: &Outcomes,
     switchover_timeout: Duration,
 ) -> Result<IncomingReport, MigrateError> {
     let first = connection.writers().into_iter().next().ok_or(StreamError::Ended)?;
-    let mut answers = Answers { to: first, one_way: connection.one_way };
+    let mut replies = ReplyWriter { writer: first, one_way: connection.one_way };
     let mut readers = connection.readers();
     let id = connection.id;
     outcomes.begin(&connection, cancel)?;
-    let timer = || {
+    let start_time_limit = || {
         let (outcomes, why) = (outcomes.clone(), format!("its switchover took longer than {switchover_timeout:?}"));
         TimeLimit::start(switchover_timeout, move || {
             // One that is committed has made it in time.
             let _ = outcomes.give_up(id, &why);
         })
     };
-    let goes_on = || connection.wait_for_frame(NEXT_FRAME_TIME);
-    let own = || outcomes.commit(id);
-    let outcome = match take_in(arrival, &mut readers, &mut answers, cancel, &goes_on, &timer, &own) {
-        Ok(Committed { pages, compared, commit, starting }) => {
-            start(arrival, id, commit.run, &starting, outcomes, &mut answers).map(|observed_downtime_ns| {
+    let wait_for_next = || connection.wait_for_frame(NEXT_FRAME_TIMEOUT);
+    let take_ownership = || outcomes.commit(id);
+    let outcome = match receive_until_commit(
+        vm,
+        &mut readers,
+        &mut replies,
+        cancel,
+        &wait_for_next,
+        &start_time_limit,
+        &take_ownership,
+    ) {
+        Ok(CommittedMigration { pages, compared, commit, start_cancel }) => {
+            start(vm, id, commit.run, &start_cancel, outcomes, &mut replies).map(|observed_downtime_ns| {
                 let running = commit.run;
                 IncomingReport { pages, compared, observed_downtime_ns, running }
             })
         }
         Err(error) => {
-            let error = outcomes.failed(id, error);
+            let error = outcomes.record_failure(id, error);
             // The source may be gone; it asks if it has sent a commit.
-            answers.to.get_mut().allow_last_words();
-            let _ = answers.say(&ToSource::Failed { message: error.to_string() });
+            replies.writer.get_mut().allow_final_frame();
+            let _ = replies.send(&ToSource::Failed { message: error.to_string() });
             Err(error)
         }
     };
-    deliver(connection);
+    finish_connection(connection);
     if outcome.is_err() {
         cancel.cancel();
     }
@@ -106,38 +114,38 @@ pub fn receive(
 }
 
 /// What has come by the commit.
-struct Committed {
+struct CommittedMigration {
     pages: PageStats,
     compared: u64,
     commit: Commit,
     /// Ends the tries to start the guest.
-    starting: CancelToken,
+    start_cancel: CancelToken,
 }
 
 /// Starts a guest that this side owns. Whatever comes of it, the guest stays here.
 fn start(
-    arrival: &mut dyn IncomingVm,
+    vm: &mut dyn IncomingVm,
     id: MigrationId,
     run: bool,
     cancel: &CancelToken,
     outcomes: &Outcomes,
-    answers: &mut Answers,
+    replies: &mut ReplyWriter,
 ) -> Result<Option<u64>, MigrateError> {
     let committed = Instant::now();
-    match try_start(arrival, run, cancel) {
+    match start_with_retries(vm, run, cancel) {
         Ok(observed_downtime_ns) => {
             let start_ns = committed.elapsed().as_nanos() as u64;
             let started = Started { observed_downtime_ns, start_ns };
-            outcomes.started(id, started);
+            outcomes.record_started(id, started);
             // The guest runs, whether or not the source hears of it.
-            if let Err(error) = answers.say(&ToSource::Started(started)) {
+            if let Err(error) = replies.send(&ToSource::Started(started)) {
                 tracing::warn!(%error, "the guest runs here, but its source could not be told: it will ask");
             }
             Ok(observed_downtime_ns)
         }
         Err(cause) => {
-            let held = outcomes.held(id, &cause.to_string());
-            if let Err(error) = answers.say(&ToSource::Held(held)) {
+            let held = outcomes.record_held(id, &cause.to_string());
+            if let Err(error) = replies.send(&ToSource::Held(held)) {
                 tracing::warn!(%error, "the guest is paused here, but its source could not be told: it will ask");
             }
             Err(MigrateError::NotStarted(cause))
@@ -145,9 +153,9 @@ fn start(
     }
 }
 
-fn try_start(arrival: &mut dyn IncomingVm, run: bool, cancel: &CancelToken) -> Result<Option<u64>, VmError> {
-    for _ in 1..START_TRIES {
-        let error = match arrival.start(run, cancel) {
+fn start_with_retries(vm: &mut dyn IncomingVm, run: bool, cancel: &CancelToken) -> Result<Option<u64>, VmError> {
+    for _ in 1..START_ATTEMPTS {
+        let error = match vm.start(run, cancel) {
             Ok(downtime) => return Ok(downtime),
             Err(error) => error,
         };
@@ -155,97 +163,97 @@ fn try_start(arrival: &mut dyn IncomingVm, run: bool, cancel: &CancelToken) -> R
             return Err(error);
         }
         tracing::warn!("the guest has arrived and can't be started: {error}; trying again");
-        if cancel.wait(START_PAUSE).is_err() {
+        if cancel.wait(START_RETRY_DELAY).is_err() {
             return Err(error);
         }
     }
-    arrival.start(run, cancel)
+    vm.start(run, cancel)
 }
 
 /// A command that carries the stream may still hold what was said last. It ends when the source hangs up.
-fn deliver(connection: StreamConnection) {
-    let ended = connection.channels.iter().try_for_each(|channel| channel.set_timeout(Some(LAST_WORDS)));
+fn finish_connection(connection: StreamConnection) {
+    let ended = connection.channels.iter().try_for_each(|channel| channel.set_timeout(Some(FINAL_MESSAGE_TIMEOUT)));
     if let Err(error) = ended.and_then(|()| connection.finish()) {
         tracing::debug!(%error, "the connection did not end well");
     }
 }
 
-struct Answers {
-    to: FrameWriter<StreamChannel>,
+struct ReplyWriter {
+    writer: FrameWriter<StreamChannel>,
     one_way: bool,
 }
 
-impl Answers {
-    fn say(&mut self, message: &ToSource) -> Result<(), MigrateError> {
+impl ReplyWriter {
+    fn send(&mut self, message: &ToSource) -> Result<(), MigrateError> {
         if !self.one_way {
-            message.write(&mut self.to)?;
+            message.write(&mut self.writer)?;
         }
         Ok(())
     }
 }
 
-/// Everything up to the commit, which has effect if `own` agrees and says what ends the tries to start. `goes_on` waits until
-/// the source goes on once its memory layout is accepted, `timer` limits the switchover.
-fn take_in(
-    arrival: &mut dyn IncomingVm,
+/// Everything up to the commit, which has effect if `take_ownership` agrees and says what ends the tries to start. `wait_for_next` waits until
+/// the source goes on once its memory layout is accepted, `start_time_limit` limits the switchover.
+fn receive_until_commit(
+    vm: &mut dyn IncomingVm,
     readers: &mut [FrameReader<StreamChannel>],
-    answers: &mut Answers,
+    replies: &mut ReplyWriter,
     cancel: &CancelToken,
-    goes_on: &dyn Fn() -> Result<(), StreamError>,
-    timer: &dyn Fn() -> io::Result<TimeLimit>,
-    own: &dyn Fn() -> Result<CancelToken, MigrateError>,
-) -> Result<Committed, MigrateError> {
+    wait_for_next: &dyn Fn() -> Result<(), StreamError>,
+    start_time_limit: &dyn Fn() -> io::Result<TimeLimit>,
+    take_ownership: &dyn Fn() -> Result<CancelToken, MigrateError>,
+) -> Result<CommittedMigration, MigrateError> {
     let asked = |doing| move |cause| MigrateError::Vm { doing, cause };
-    let layout = next(readers, "the memory layout", |message| match message {
+    let layout = next_message(readers, "the memory layout", |message| match message {
         ToDestination::Layout(layout) => Some(layout),
         _ => None,
     })?;
     layout.check_regions()?;
-    let memory = arrival.prepare(&layout.regions).map_err(asked("making guest memory"))?;
-    MemoryLayout::check(&layout, &memory)?;
-    answers.say(&ToSource::Accepted)?;
-    if !answers.one_way {
+    let memory = vm.prepare(&layout.regions).map_err(asked("making guest memory"))?;
+    MemoryLayout::check_matches(&layout, &memory)?;
+    replies.send(&ToSource::Accepted)?;
+    if !replies.one_way {
         // Others wait meanwhile.
-        goes_on()?;
+        wait_for_next()?;
     }
 
     let guest_pages = memory.size() / LOG_PAGE;
     let mut limit = None;
-    let mut one_ended = || {
-        // Where nobody answers, no guest stands still.
-        if limit.is_none() && !answers.one_way {
-            limit = Some(timer().map_err(StreamError::from)?);
+    let mut on_channel_end = || {
+        // Where nobody replies, no guest stands still.
+        if limit.is_none() && !replies.one_way {
+            limit = Some(start_time_limit().map_err(StreamError::from)?);
         }
         Ok(())
     };
-    let mut prepare = |devices: &[u8]| arrival.prepare_devices(devices).map_err(asked("preparing the devices"));
+    let mut prepare = |devices: &[u8]| vm.prepare_devices(devices).map_err(asked("preparing the devices"));
     let target = Arc::new(IncomingMemory::zeroed(memory));
-    let (pages, compared) = receive_pages(&target, readers, &mut one_ended, &mut prepare)?;
+    let (pages, compared) = receive_pages(&target, readers, &mut on_channel_end, &mut prepare)?;
     check_comparison(&compared, guest_pages)?;
 
-    let state = next(readers, "the guest's state", |message| match message {
+    let state = next_message(readers, "the guest's state", |message| match message {
         ToDestination::State(state) => Some(state),
         _ => None,
     })?;
-    arrival.restore(&state).map_err(asked("restoring the guest"))?;
-    if !answers.one_way {
+    vm.restore(&state).map_err(asked("restoring the guest"))?;
+    if !replies.one_way {
         // From here on the source decides: it may have committed by the time that anybody calls it off here.
         cancel.disarm()?;
-        answers.say(&ToSource::Ready)?;
+        replies.send(&ToSource::Ready)?;
     }
-    let commit = next(readers, "the commit", |message| match message {
+    let commit = next_message(readers, "the commit", |message| match message {
         ToDestination::Commit(commit) => Some(commit),
         _ => None,
     })?;
-    if answers.one_way {
+    if replies.one_way {
         cancel.disarm()?;
     }
     if let Some(limit) = &limit {
         // The source may have been told by now that this side never starts the guest.
         limit.check("waiting for the commit")?;
     }
-    let starting = own()?;
-    Ok(Committed { pages, compared: compared.pages, commit, starting })
+    let start_cancel = take_ownership()?;
+    Ok(CommittedMigration { pages, compared: compared.pages, commit, start_cancel })
 }
 
 /// Whether all pages are as they are at the source, if it has sent hashes at all.
@@ -264,49 +272,49 @@ fn check_comparison(compared: &HashComparison, guest_pages: u64) -> Result<(), M
 }
 
 /// What a channel's thread tells.
-enum Told {
+enum ChannelEvent {
     /// What the source knows of its devices.
     Devices(Vec<u8>),
     /// How the channel ended: all that it has brought, or why not.
     Ended(Result<(PageStats, HashComparison), MigrateError>),
 }
 
-/// Reads pages, and hashes, on all channels until each has ended the last round; `one_ended` hears of each that has, and
+/// Reads pages, and hashes, on all channels until each has ended the last round; `on_channel_end` hears of each that has, and
 /// `prepare` of what the source knows of its devices.
 fn receive_pages(
     target: &Arc<IncomingMemory>,
     readers: &mut [FrameReader<StreamChannel>],
-    one_ended: &mut dyn FnMut() -> Result<(), MigrateError>,
+    on_channel_end: &mut dyn FnMut() -> Result<(), MigrateError>,
     prepare: &mut dyn FnMut(&[u8]) -> Result<(), MigrateError>,
 ) -> Result<(PageStats, HashComparison), MigrateError> {
     let channels = readers.len() as u16;
     let sockets: Vec<StreamChannel> = readers.iter_mut().map(|reader| reader.get_mut().clone()).collect();
-    let arrived = Arrived::default();
+    let arrived = ArrivedPages::default();
     std::thread::scope(|scope| {
         // Room for all that is told: each channel's end, and on one of them the devices.
-        let (tell, told) = bounded(readers.len() + 1);
-        let (announce, announced) = bounded::<DataRuns>(1);
-        // Ends when nobody can announce anything any more.
+        let (events, received_events) = bounded(readers.len() + 1);
+        let (data_runs, announced) = bounded::<DataRuns>(1);
+        // Ends when all senders are gone.
         let arrived = &arrived;
         scope.spawn(move || announced.into_iter().for_each(|data| populate(target, &data.runs, arrived)));
-        let mut hints = Some(Hints { announce: Some(announce), devices: Some(tell.clone()) });
+        let mut hints = Some(HintSenders { data_runs: Some(data_runs), devices: Some(events.clone()) });
         for (number, reader) in readers.iter_mut().enumerate() {
-            let (tell, target, hints) = (tell.clone(), target.clone(), hints.take());
+            let (events, target, hints) = (events.clone(), target.clone(), hints.take());
             scope.spawn(move || {
                 let result = PageDecoder::new(target, number as u16, channels)
                     .map_err(MigrateError::from)
                     .and_then(|mut decoder| receive_channel(&mut decoder, reader, hints, arrived));
                 // The receiver outlives all senders.
-                let _ = tell.send(Told::Ended(result));
+                let _ = events.send(ChannelEvent::Ended(result));
             });
         }
-        drop(tell);
+        drop(events);
         let mut outcome = Ok(<(PageStats, HashComparison)>::default());
-        for told in told {
-            let result = match told {
-                Told::Devices(devices) if outcome.is_ok() => prepare(&devices).map(|()| None),
-                Told::Devices(_) => Ok(None),
-                Told::Ended(result) => result.and_then(|received| one_ended().map(|()| Some(received))),
+        for event in received_events {
+            let result = match event {
+                ChannelEvent::Devices(devices) if outcome.is_ok() => prepare(&devices).map(|()| None),
+                ChannelEvent::Devices(_) => Ok(None),
+                ChannelEvent::Ended(result) => result.and_then(|received| on_channel_end().map(|()| Some(received))),
             };
             match (result, &mut outcome) {
                 (Ok(Some((stats, found))), Ok((all, compared))) => {
@@ -330,23 +338,23 @@ fn receive_pages(
 }
 
 /// Where channel 0 tells what it brings to prepare with, each thing once.
-struct Hints {
+struct HintSenders {
     /// The pages that will come.
-    announce: Option<Sender<DataRuns>>,
-    devices: Option<Sender<Told>>,
+    data_runs: Option<Sender<DataRuns>>,
+    devices: Option<Sender<ChannelEvent>>,
 }
 
 /// Reads pages until the last round ends.
 fn receive_channel(
     decoder: &mut PageDecoder,
     reader: &mut FrameReader<StreamChannel>,
-    hints: Option<Hints>,
-    arrived: &Arrived,
+    hints: Option<HintSenders>,
+    arrived: &ArrivedPages,
 ) -> Result<(PageStats, HashComparison), MigrateError> {
     let mut all = PageStats::default();
     let mut round = PageStats::default();
     let mut compared = HashComparison::default();
-    let Hints { mut announce, mut devices } = hints.unwrap_or(Hints { announce: None, devices: None });
+    let HintSenders { mut data_runs, mut devices } = hints.unwrap_or(HintSenders { data_runs: None, devices: None });
     loop {
         let header = reader.next_frame()?;
         if header.kind == FrameKind::Pages {
@@ -360,25 +368,28 @@ fn receive_channel(
             continue;
         }
         // Nobody else sends these, and each only once: there is room for it.
-        let again = || MigrateError::Handshake { found: format!("a {} frame", header.kind), wanted: UNTIL_THE_END };
+        let again =
+            || MigrateError::Handshake { found: format!("a {} frame", header.kind), wanted: PAGES_OR_ROUND_END };
         match ToDestination::read(&header, reader)? {
-            ToDestination::DataRuns(data) => drop(announce.take().ok_or_else(again)?.try_send(data)),
-            ToDestination::Devices(said) => drop(devices.take().ok_or_else(again)?.try_send(Told::Devices(said))),
+            ToDestination::DataRuns(data) => drop(data_runs.take().ok_or_else(again)?.try_send(data)),
+            ToDestination::Devices(said) => {
+                drop(devices.take().ok_or_else(again)?.try_send(ChannelEvent::Devices(said)))
+            }
             ToDestination::RoundEnd(end) => {
-                end.check(&round)?;
+                end.check_received(&round)?;
                 all += std::mem::take(&mut round);
                 if end.last {
                     return Ok((all, compared));
                 }
             }
             ToDestination::Cancel { reason } => return Err(MigrateError::Source(reason)),
-            other => return Err(MigrateError::Handshake { found: format!("{other:?}"), wanted: UNTIL_THE_END }),
+            other => return Err(MigrateError::Handshake { found: format!("{other:?}"), wanted: PAGES_OR_ROUND_END }),
         }
     }
 }
 
 /// Reads the next message on channel 0, which must be the one that `pick` takes.
-fn next<T>(
+fn next_message<T>(
     readers: &mut [FrameReader<StreamChannel>],
     wanted: &'static str,
     pick: impl FnOnce(ToDestination) -> Option<T>,

@@ -13,16 +13,16 @@ use super::outcomes::Outcomes;
 use crate::stream::{self, CancelToken, StreamConnection, StreamError, StreamListener, StreamOptions};
 
 /// How long a migration that has connected may take to send its first frame, the memory layout.
-const FIRST_FRAME_TIME: Duration = Duration::from_secs(10);
+const FIRST_FRAME_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Most migrations that may be expected to send it. The oldest is dropped for another.
-const MOST_EXPECTED: usize = 64;
+/// Maximum number of migrations that have connected and not sent it. The oldest is dropped for another.
+const MAX_UNSTARTED: usize = 64;
 
 /// Most migrations that have begun and wait for one under way to fail.
-const MOST_WAITING: usize = 8;
+const MAX_QUEUED: usize = 8;
 
 /// How long nothing may come on any channel of a migration.
-const IDLE_TIME: Duration = Duration::from_secs(60);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A migration that has begun.
 pub struct IncomingMigration {
@@ -36,11 +36,11 @@ pub struct IncomingMigration {
 pub struct MigrationListener {
     /// None when no migration is taken any more.
     migrations: Mutex<Option<Receiver<Result<IncomingMigration, StreamError>>>>,
-    shared: Arc<Mutex<Shared>>,
+    shared: Arc<Mutex<ListenState>>,
     thread: Option<JoinHandle<()>>,
 }
 
-struct Shared {
+struct ListenState {
     /// Of the wait for the next connection.
     cancel: CancelToken,
     /// When to listen no more.
@@ -53,11 +53,11 @@ impl MigrationListener {
     /// # Errors
     /// If the system has no thread or file descriptor left.
     pub fn start(listener: StreamListener, outcomes: Outcomes) -> Result<MigrationListener, StreamError> {
-        let (to, migrations) = bounded(MOST_WAITING);
-        let shared = Arc::new(Mutex::new(Shared { cancel: CancelToken::new()?, until: None }));
-        let its = shared.clone();
+        let (to, migrations) = bounded(MAX_QUEUED);
+        let shared = Arc::new(Mutex::new(ListenState { cancel: CancelToken::new()?, until: None }));
+        let thread_state = shared.clone();
         let listen = move || {
-            if let Err(error) = listen(&listener, &outcomes, &to, &its) {
+            if let Err(error) = listen(&listener, &outcomes, &to, &thread_state) {
                 // Whoever waits for a migration reads it; after that it is of no interest.
                 let _ = to.try_send(Err(error));
             }
@@ -105,9 +105,9 @@ fn listen(
     listener: &StreamListener,
     outcomes: &Outcomes,
     to: &Sender<Result<IncomingMigration, StreamError>>,
-    shared: &Mutex<Shared>,
+    shared: &Mutex<ListenState>,
 ) -> Result<(), StreamError> {
-    let mut expected = Expected::default();
+    let mut unstarted = UnstartedMigrations::default();
     loop {
         let cancel = CancelToken::new()?;
         let until = {
@@ -119,22 +119,26 @@ fn listen(
         if left.is_some_and(|left| left.is_zero()) {
             return Ok(());
         }
-        let options =
-            StreamOptions { deadline: left, timeout: Some(IDLE_TIME), cancel: cancel.clone(), ..StreamOptions::new()? };
+        let options = StreamOptions {
+            deadline: left,
+            timeout: Some(IDLE_TIMEOUT),
+            cancel: cancel.clone(),
+            ..StreamOptions::new()?
+        };
         match listener.next(&options) {
             Ok(stream::IncomingConnection::OutcomeQuery(query)) => {
                 let (id, answer) = (query.id, outcomes.answer(query.id));
                 tracing::info!("the source of migration {id} asks what came of it: {answer:?}");
-                if let Err(error) = query.answer(&answer) {
+                if let Err(error) = query.reply(&answer) {
                     tracing::warn!("a source that asks about a migration went away: {error}");
                 }
             }
-            Ok(stream::IncomingConnection::Migration(connection)) if listener.uri().is_single() => {
-                hand_on(to, IncomingMigration { connection, cancel });
+            Ok(stream::IncomingConnection::Migration(connection)) if listener.uri().is_single_channel() => {
+                enqueue(to, IncomingMigration { connection, cancel });
                 return Ok(());
             }
             Ok(stream::IncomingConnection::Migration(connection)) => {
-                expected.admit(IncomingMigration { connection, cancel }, to.clone())?;
+                unstarted.admit(IncomingMigration { connection, cancel }, to.clone())?;
             }
             // It is closed, or to be closed later.
             Err(_) if lock(shared).until.is_some() => {}
@@ -143,8 +147,8 @@ fn listen(
     }
 }
 
-fn hand_on(to: &Sender<Result<IncomingMigration, StreamError>>, arriving: IncomingMigration) {
-    match to.try_send(Ok(arriving)) {
+fn enqueue(to: &Sender<Result<IncomingMigration, StreamError>>, migration: IncomingMigration) {
+    match to.try_send(Ok(migration)) {
         Ok(()) => {}
         Err(TrySendError::Full(_)) => tracing::warn!("refused a migration: others are under way"),
         Err(TrySendError::Disconnected(_)) => tracing::warn!("refused a migration: none is waited for any more"),
@@ -154,17 +158,17 @@ fn hand_on(to: &Sender<Result<IncomingMigration, StreamError>>, arriving: Incomi
 /// Migrations that have connected and not sent a frame: strangers, or sources that are about to. Each has a thread, so
 /// that none holds up another.
 #[derive(Default)]
-struct Expected(VecDeque<(CancelToken, JoinHandle<()>)>);
+struct UnstartedMigrations(VecDeque<(CancelToken, JoinHandle<()>)>);
 
-impl Expected {
-    /// Hands `arriving` on to `to` once it has begun.
+impl UnstartedMigrations {
+    /// Queues `migration` on `to` once it has begun.
     fn admit(
         &mut self,
-        arriving: IncomingMigration,
+        migration: IncomingMigration,
         to: Sender<Result<IncomingMigration, StreamError>>,
     ) -> Result<(), StreamError> {
         self.0.retain(|(_, thread)| !thread.is_finished());
-        if self.0.len() >= MOST_EXPECTED
+        if self.0.len() >= MAX_UNSTARTED
             && let Some((oldest, thread)) = self.0.pop_front()
         {
             tracing::warn!("too many migrations that do not begin: dropping the oldest");
@@ -172,18 +176,18 @@ impl Expected {
             // It ends at once.
             let _ = thread.join();
         }
-        let cancel = arriving.cancel.clone();
-        let wait = move || match arriving.connection.wait_for_frame(FIRST_FRAME_TIME) {
-            Ok(()) => hand_on(&to, arriving),
+        let cancel = migration.cancel.clone();
+        let wait = move || match migration.connection.wait_for_frame(FIRST_FRAME_TIMEOUT) {
+            Ok(()) => enqueue(&to, migration),
             Err(error) => tracing::warn!("dropping a migration that has not begun: {error}"),
         };
-        let thread = std::thread::Builder::new().name("expected migration".into()).spawn(wait)?;
+        let thread = std::thread::Builder::new().name("unstarted migration".into()).spawn(wait)?;
         self.0.push_back((cancel, thread));
         Ok(())
     }
 }
 
-impl Drop for Expected {
+impl Drop for UnstartedMigrations {
     fn drop(&mut self) {
         for (cancel, thread) in self.0.drain(..) {
             // One that has begun is not called off by this: its thread has ended.

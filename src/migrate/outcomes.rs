@@ -19,16 +19,16 @@ use crate::stream::{CancelToken, MigrationId, StreamChannel, StreamConnection, T
 
 /// The migrations that a destination has taken part in. Clones are one.
 #[derive(Clone, Default)]
-pub struct Outcomes(Arc<Mutex<Known>>);
+pub struct Outcomes(Arc<Mutex<OutcomeTable>>);
 
 #[derive(Default)]
-struct Known {
+struct OutcomeTable {
     by_id: HashMap<MigrationId, Outcome>,
     /// No migration begins any more.
     closed: bool,
 }
 
-impl Known {
+impl OutcomeTable {
     fn has_arrived(&self) -> bool {
         let arrived = |outcome: &_| matches!(outcome, Outcome::Starting(_) | Outcome::Held(_) | Outcome::Started(_));
         self.by_id.values().any(arrived)
@@ -36,7 +36,7 @@ impl Known {
 }
 
 /// Most migrations that are remembered. A source asks soon or never.
-const MOST: usize = 1024;
+const MAX_OUTCOMES: usize = 1024;
 
 enum Outcome {
     /// Not committed.
@@ -69,12 +69,12 @@ impl Outcomes {
     /// Gives up the migration `id`, for good, if it is under way and not committed. Returns false if it is not, or
     /// no longer: its guest is owned here then, or was never on its way.
     pub fn give_up(&self, id: MigrationId, why: &str) -> bool {
-        self.lock().by_id.get_mut(&id).is_some_and(|outcome| abandon(outcome, why))
+        self.lock().by_id.get_mut(&id).is_some_and(|outcome| give_up_uncommitted(outcome, why))
     }
 
     /// The migration `id` has failed here: it is given up, and its source is told by whoever has found out. Returns the
     /// reason that counts: it may have been given up before, which has ended its stream.
-    pub(super) fn failed(&self, id: MigrationId, error: MigrateError) -> MigrateError {
+    pub(super) fn record_failure(&self, id: MigrationId, error: MigrateError) -> MigrateError {
         match self.lock().by_id.get_mut(&id) {
             Some(Outcome::GivenUp(why)) => MigrateError::GivenUp(why.clone()),
             Some(outcome @ Outcome::Receiving { .. }) => {
@@ -87,11 +87,11 @@ impl Outcomes {
 
     /// Gives up every migration that is under way and not committed. Returns true if there was one.
     pub fn give_up_all(&self, why: &str) -> bool {
-        self.lock().by_id.values_mut().fold(false, |any, outcome| abandon(outcome, why) | any)
+        self.lock().by_id.values_mut().fold(false, |any, outcome| give_up_uncommitted(outcome, why) | any)
     }
 
     /// Ends the tries to start a guest that has arrived: it is kept, paused. Returns true if one was being started.
-    pub fn stop_starting(&self) -> bool {
+    pub fn cancel_start(&self) -> bool {
         let known = self.lock();
         known.by_id.values().any(|outcome| matches!(outcome, Outcome::Starting(cancel) if cancel.cancel()))
     }
@@ -105,7 +105,7 @@ impl Outcomes {
         }
         known.closed = true;
         for outcome in known.by_id.values_mut() {
-            abandon(outcome, why);
+            give_up_uncommitted(outcome, why);
         }
         true
     }
@@ -116,7 +116,7 @@ impl Outcomes {
     }
 
     /// The guest of the migration `id`, which was held, runs now.
-    pub fn started(&self, id: MigrationId, started: Started) {
+    pub fn record_started(&self, id: MigrationId, started: Started) {
         self.lock().by_id.insert(id, Outcome::Started(started));
     }
 
@@ -129,7 +129,7 @@ impl Outcomes {
         if known.closed {
             return Err(MigrateError::GivenUp("this destination ends".into()));
         }
-        if known.by_id.len() >= MOST {
+        if known.by_id.len() >= MAX_OUTCOMES {
             known.by_id.retain(|_, outcome| !matches!(outcome, Outcome::GivenUp(_)));
         }
         let begun = Outcome::Receiving { channels: connection.channels.clone(), cancel: cancel.clone() };
@@ -148,7 +148,7 @@ impl Outcomes {
     }
 
     /// The commit has arrived: the guest is owned here, unless the migration was given up. Returns what
-    /// [`stop_starting`](Outcomes::stop_starting) cancels.
+    /// [`cancel_start`](Outcomes::cancel_start) cancels.
     ///
     /// # Errors
     /// [`MigrateError::GivenUp`].
@@ -166,19 +166,19 @@ impl Outcomes {
     }
 
     /// The guest can't be started, for now.
-    pub(super) fn held(&self, id: MigrationId, message: &str) -> Held {
+    pub(super) fn record_held(&self, id: MigrationId, message: &str) -> Held {
         let held = Held { starting: false, message: message.into() };
         self.lock().by_id.insert(id, Outcome::Held(held.clone()));
         held
     }
 
-    fn lock(&self) -> MutexGuard<'_, Known> {
+    fn lock(&self) -> MutexGuard<'_, OutcomeTable> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Gives up a migration that is not committed, and ends what waits for the rest of it. Returns false for others.
-fn abandon(outcome: &mut Outcome, why: &str) -> bool {
+fn give_up_uncommitted(outcome: &mut Outcome, why: &str) -> bool {
     let Outcome::Receiving { channels, cancel } = outcome else { return false };
     // A source that waits for an answer to its commit can still be told.
     if !cancel.cancel() {
@@ -241,13 +241,13 @@ mod tests {
         assert!(!outcomes.close("it ends"));
         assert!(outcomes.commit(SECOND).is_ok(), "the other one goes on");
         assert!(!starting.is_cancelled());
-        assert!(outcomes.stop_starting());
+        assert!(outcomes.cancel_start());
         assert!(starting.is_cancelled());
 
-        outcomes.held(FIRST, "no room");
+        outcomes.record_held(FIRST, "no room");
         assert!(outcomes.has_arrived());
         assert!(matches!(outcomes.answer(FIRST), ToSource::Held(held) if !held.starting && held.message == "no room"));
-        outcomes.started(FIRST, STARTED);
+        outcomes.record_started(FIRST, STARTED);
         assert!(outcomes.has_arrived());
         assert_eq!(outcomes.answer(FIRST), ToSource::Started(STARTED));
     }
@@ -257,7 +257,7 @@ mod tests {
         let outcomes = two_under_way();
         assert!(outcomes.close("it ends"));
         assert!(outcomes.commit(FIRST).is_err() && outcomes.commit(SECOND).is_err());
-        assert!(!outcomes.stop_starting());
+        assert!(!outcomes.cancel_start());
     }
 
     #[test]
@@ -265,8 +265,8 @@ mod tests {
         let outcomes = two_under_way();
         let failure = || MigrateError::Destination("no room".into());
         outcomes.give_up(FIRST, "somebody said so");
-        assert!(outcomes.failed(FIRST, failure()).to_string().contains("somebody said so"));
-        assert!(outcomes.failed(SECOND, failure()).to_string().contains("no room"));
+        assert!(outcomes.record_failure(FIRST, failure()).to_string().contains("somebody said so"));
+        assert!(outcomes.record_failure(SECOND, failure()).to_string().contains("no room"));
         assert!(matches!(outcomes.answer(SECOND), ToSource::Failed { message } if message.contains("no room")));
     }
 

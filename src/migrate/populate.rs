@@ -11,32 +11,32 @@ use crate::memory::LOG_PAGE;
 use crate::stream::IncomingMemory;
 
 /// Pages populated with one system call: 4 MiB, a millisecond or two.
-const PIECE: u64 = (4 << 20) / LOG_PAGE;
+const CHUNK_PAGES: u64 = (4 << 20) / LOG_PAGE;
 /// Runs of at least this many pages are worth an advice to use huge pages, each of which splits a mapping.
-const HUGE: u64 = (64 << 20) / LOG_PAGE;
+const MIN_HUGE_RUN: u64 = (64 << 20) / LOG_PAGE;
 /// Pages that may be populated before any has arrived: 64 MiB.
-const WINDOW: u64 = (64 << 20) / LOG_PAGE;
+const POPULATE_AHEAD: u64 = (64 << 20) / LOG_PAGE;
 /// Pages that may be populated for each that has arrived with data. More than one, as announced pages can arrive as zero.
-const PER_PAGE: u64 = 4;
+const POPULATE_PER_ARRIVED: u64 = 4;
 
 /// The pages of a migration that have arrived so far.
 #[derive(Debug, Default)]
-pub(super) struct Arrived {
-    progress: Mutex<Progress>,
+pub(super) struct ArrivedPages {
+    count: Mutex<ArrivalCount>,
     changed: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct Progress {
+struct ArrivalCount {
     /// With data.
     pages: u64,
     /// No more come.
-    over: bool,
+    ended: bool,
     /// Pages that are not populated before more have arrived; 0 if none is waited for.
-    wanted: u64,
+    waiting_for: u64,
 }
 
-impl Arrived {
+impl ArrivedPages {
     /// Notes pages that have arrived with data.
     pub(super) fn add(&self, pages: u64) {
         self.lock().pages += pages;
@@ -45,40 +45,40 @@ impl Arrived {
 
     /// No more pages come.
     pub(super) fn end(&self) {
-        self.lock().over = true;
+        self.lock().ended = true;
         self.changed.notify_all();
     }
 
     /// Waits until `pages` more than the window have arrived; false if they never will.
     fn wait_to_populate(&self, pages: u64) -> bool {
         let mut progress = self.lock();
-        while !progress.over && WINDOW + PER_PAGE * progress.pages < pages {
-            progress.wanted = pages;
+        while !progress.ended && POPULATE_AHEAD + POPULATE_PER_ARRIVED * progress.pages < pages {
+            progress.waiting_for = pages;
             progress = self.changed.wait(progress).unwrap_or_else(PoisonError::into_inner);
         }
-        progress.wanted = 0;
-        !progress.over
+        progress.waiting_for = 0;
+        !progress.ended
     }
 
-    fn lock(&self) -> MutexGuard<'_, Progress> {
-        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, ArrivalCount> {
+        self.count.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Populates `runs`, the pages for which the source has announced data, until all are done or no more pages arrive, and
 /// waits for pages to arrive where it has come too far. Pieces that pages have reached already are left out. Populates no
 /// other page: no more than the source uses.
-pub(super) fn populate(target: &IncomingMemory, runs: &[Range<u64>], arrived: &Arrived) {
+pub(super) fn populate(target: &IncomingMemory, runs: &[Range<u64>], arrived: &ArrivedPages) {
     let memory = target.memory();
     let (mut done, mut populated) = (0, 0);
     for run in runs {
         // What is not memory, or not in order, is not believed.
         for part in memory.pages(&(run.start.max(done)..run.end)) {
-            if part.end - part.start >= HUGE {
+            if part.end - part.start >= MIN_HUGE_RUN {
                 memory.advise_huge_pages(&part);
             }
-            for start in (part.start / PIECE..part.end.div_ceil(PIECE)).map(|piece| piece * PIECE) {
-                let piece = part.start.max(start)..part.end.min(start + PIECE);
+            for start in (part.start / CHUNK_PAGES..part.end.div_ceil(CHUNK_PAGES)).map(|piece| piece * CHUNK_PAGES) {
+                let piece = part.start.max(start)..part.end.min(start + CHUNK_PAGES);
                 populated += piece.end - piece.start;
                 if !arrived.wait_to_populate(populated) {
                     return;
@@ -120,10 +120,10 @@ mod tests {
     }
 
     /// The pages that a file of `PAGES` pages takes after `runs` were announced for it.
-    fn taken(runs: &[Range<u64>], over: bool) -> u64 {
+    fn populated_pages(runs: &[Range<u64>], ended: bool) -> u64 {
         let (target, fd) = target(PAGES);
-        let arrived = Arrived::default();
-        if over {
+        let arrived = ArrivedPages::default();
+        if ended {
             arrived.end();
         }
         populate(&target, runs, &arrived);
@@ -132,27 +132,27 @@ mod tests {
 
     #[test]
     fn announced_pages_are_provided_and_no_others() {
-        assert_eq!(taken(&[1..3, 1000..1025, 2000..5000], false), 2 + 25 + 3000);
-        assert_eq!(taken(&[0..PAGES], true), 0, "the migration is over");
+        assert_eq!(populated_pages(&[1..3, 1000..1025, 2000..5000], false), 2 + 25 + 3000);
+        assert_eq!(populated_pages(&[0..PAGES], true), 0, "the migration is over");
     }
 
     #[test]
     fn a_source_that_announces_nonsense_gets_no_more_than_the_guest_has() {
         let ends = |start| start..u64::MAX;
-        assert_eq!(taken(&[ends(PAGES - 1), ends(0), 0..PAGES], false), 1, "runs that come back are ignored");
-        assert_eq!(taken(&[PAGES..PAGES + 9, 7..8], false), 0);
-        assert_eq!(taken(&[ends(0)], false), PAGES);
+        assert_eq!(populated_pages(&[ends(PAGES - 1), ends(0), 0..PAGES], false), 1, "runs that come back are ignored");
+        assert_eq!(populated_pages(&[PAGES..PAGES + 9, 7..8], false), 0);
+        assert_eq!(populated_pages(&[ends(0)], false), PAGES);
     }
 
     #[test]
     fn what_is_only_announced_is_provided_as_far_as_a_window_and_then_with_the_pages_that_arrive() {
-        const ALL: u64 = 4 * WINDOW;
+        const ALL: u64 = 4 * POPULATE_AHEAD;
         let (target, fd) = target(ALL);
-        let arrived = Arrived::default();
+        let arrived = ArrivedPages::default();
         // It has populated so many, and the next piece is too much.
         let until_it_waits_after = |pages| {
             let deadline = Instant::now() + Duration::from_secs(60);
-            while arrived.lock().wanted != pages + PIECE {
+            while arrived.lock().waiting_for != pages + CHUNK_PAGES {
                 assert!(Instant::now() < deadline, "{} pages", resident(&fd));
                 std::thread::sleep(Duration::from_millis(1));
             }
@@ -160,9 +160,9 @@ mod tests {
         };
         std::thread::scope(|scope| {
             let populating = scope.spawn(|| populate(&target, &[0..ALL], &arrived));
-            assert_eq!(until_it_waits_after(WINDOW), WINDOW);
-            arrived.add(PIECE);
-            let more = WINDOW + PER_PAGE * PIECE;
+            assert_eq!(until_it_waits_after(POPULATE_AHEAD), POPULATE_AHEAD);
+            arrived.add(CHUNK_PAGES);
+            let more = POPULATE_AHEAD + POPULATE_PER_ARRIVED * CHUNK_PAGES;
             assert_eq!(until_it_waits_after(more), more);
             arrived.add(ALL);
             populating.join().unwrap();
@@ -172,13 +172,13 @@ mod tests {
 
     #[test]
     fn nobody_is_waited_for_when_no_more_pages_come() {
-        let (target, fd) = target(2 * WINDOW);
-        let arrived = Arrived::default();
+        let (target, fd) = target(2 * POPULATE_AHEAD);
+        let arrived = ArrivedPages::default();
         std::thread::scope(|scope| {
-            let populating = scope.spawn(|| populate(&target, &[0..2 * WINDOW], &arrived));
+            let populating = scope.spawn(|| populate(&target, &[0..2 * POPULATE_AHEAD], &arrived));
             arrived.end();
             populating.join().unwrap();
         });
-        assert!(resident(&fd) <= WINDOW);
+        assert!(resident(&fd) <= POPULATE_AHEAD);
     }
 }

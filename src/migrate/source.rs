@@ -30,35 +30,35 @@ use crate::stream::record::{Commit, DataRuns, MemoryLayout, RoundEnd, Started};
 use crate::stream::{
     CancelToken, Codec, FrameReader, FrameWriter, PageEncoder, PageStats, RateLimiter, StreamChannel, StreamConnection,
 };
-use crate::stream::{StreamError, ToDestination, ToSource, owned_by, send_hashes};
+use crate::stream::{StreamError, ToDestination, ToSource, runs_of_channel, send_hashes};
 
 /// How often [`MigrationEvent::Progress`] is told.
-const PROGRESS: Duration = Duration::from_millis(200);
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
 /// The time for which nothing leaves in a round before that is told.
-const SILENCE: Duration = Duration::from_secs(5);
+const IDLE_WARNING_TIME: Duration = Duration::from_secs(5);
 
 /// How long a peer that has hung up may take to say why.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+const FINAL_MESSAGE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long a destination is asked what came of a commit when its connection has failed.
 pub const OUTCOME_QUERY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long one such question may take, and the pause before the next.
-const ASK_TIME: Duration = Duration::from_secs(5);
-const ASK_PAUSE: Duration = Duration::from_millis(100);
+const QUERY_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
+const QUERY_RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// The least limit of a switchover, unless another is asked for.
-const LEAST_SWITCHOVER: Duration = Duration::from_secs(10);
+const MIN_SWITCHOVER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What may fail because a device goes away, and is tried again then.
-const STOPPING: &str = "stopping the guest";
+const STOPPING_GUEST: &str = "stopping the guest";
 
 /// How long a device may be away when the guest is to be stopped.
-const AWAY: Duration = Duration::from_secs(60);
+const DEVICE_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the next round waits while a device is away, and how often it looks.
-const AWAY_ROUND: Duration = Duration::from_secs(2);
-const AWAY_LOOK: Duration = Duration::from_millis(20);
+const DEVICE_ROUND_INTERVAL: Duration = Duration::from_secs(2);
+const DEVICE_POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// How to migrate.
 #[derive(Clone, Debug)]
@@ -86,7 +86,7 @@ impl MigrationParameters {
     fn switchover_limit(&self, memory: u64) -> Duration {
         self.switchover_timeout.unwrap_or_else(|| {
             let verifying = if self.verify { memory >> 28 } else { 0 };
-            (4 * self.policy.downtime_limit).max(LEAST_SWITCHOVER) + Duration::from_secs(verifying)
+            (4 * self.policy.downtime_limit).max(MIN_SWITCHOVER_TIMEOUT) + Duration::from_secs(verifying)
         })
     }
 }
@@ -102,41 +102,41 @@ pub fn migrate(
     parameters: &MigrationParameters,
     limiter: &RateLimiter,
     cancel: &CancelToken,
-    tell: &mut dyn FnMut(MigrationEvent),
+    on_event: &mut dyn FnMut(MigrationEvent),
 ) -> Result<MigrationReport, MigrationFailure> {
     let begun = Instant::now();
     let memory = vm.memory();
     let run = vm.is_running();
     if parameters.continue_here && !connection.is_to_file() {
-        let (error, location) = (MigrateError::NotAFile, at_home(run));
-        tell(MigrationEvent::Failed { message: error.to_string(), location });
+        let (error, location) = (MigrateError::NotAFile, local_location(run));
+        on_event(MigrationEvent::Failed { message: error.to_string(), location });
         return Err(MigrationFailure { error, location });
     }
-    let (wire, dirty) = open(vm, &memory, connection, parameters.codec, cancel).map_err(|error| {
-        let location = at_home(run);
-        tell(MigrationEvent::Failed { message: error.to_string(), location });
+    let (stream, dirty) = open(vm, &memory, connection, parameters.codec, cancel).map_err(|error| {
+        let location = local_location(run);
+        on_event(MigrationEvent::Failed { message: error.to_string(), location });
         MigrationFailure { error, location }
     })?;
     let mut pending = PageSet::new(memory.end() / LOG_PAGE);
     for region in memory.regions() {
         pending.insert_range(region.gpa() / LOG_PAGE..(region.gpa() + region.size()) / LOG_PAGE);
     }
-    tell(MigrationEvent::Started {
+    on_event(MigrationEvent::Started {
         guest_bytes: memory.size(),
-        channels: wire.channels.len() as u16,
+        channels: stream.channels.len() as u16,
         codec: parameters.codec.to_string(),
     });
-    let mut migration = Migration {
-        wire,
+    let mut migration = OutgoingMigration {
+        stream,
         memory,
         dirty,
         pending,
         report: MigrationReport::default(),
         cancel,
         limiter,
-        tell,
-        running: 0.0,
-        stopped: None,
+        tell: on_event,
+        tracked_seconds: 0.0,
+        stopped_at: None,
         run,
     };
     migration.report.guest_bytes = migration.memory.size();
@@ -145,12 +145,12 @@ pub fn migrate(
 }
 
 /// Where a guest is that has not left.
-fn at_home(run: bool) -> GuestLocation {
+fn local_location(run: bool) -> GuestLocation {
     if run { GuestLocation::RunningHere } else { GuestLocation::PausedHere }
 }
 
 /// What a device says of a wait that was cancelled is no reason of its own.
-fn or_cancelled(error: MigrateError, cancel: &CancelToken) -> MigrateError {
+fn prefer_cancelled(error: MigrateError, cancel: &CancelToken) -> MigrateError {
     match error {
         MigrateError::Vm { .. } | MigrateError::Dirty(_) if cancel.is_cancelled() => MigrateError::Cancelled,
         error => error,
@@ -164,23 +164,27 @@ fn open(
     connection: StreamConnection,
     codec: Codec,
     cancel: &CancelToken,
-) -> Result<(Wire, Box<dyn DirtySource>), MigrateError> {
-    let mut wire = Wire::new(connection, codec)?;
-    let dirty = begin(vm, memory, &mut wire).map_err(|error| or_cancelled(error, cancel));
-    let dirty = dirty.inspect_err(|error| wire.call_off(error))?;
-    Ok((wire, dirty))
+) -> Result<(OutgoingStream, Box<dyn DirtySource>), MigrateError> {
+    let mut stream = OutgoingStream::new(connection, codec)?;
+    let dirty = begin(vm, memory, &mut stream).map_err(|error| prefer_cancelled(error, cancel));
+    let dirty = dirty.inspect_err(|error| stream.send_cancel(error))?;
+    Ok((stream, dirty))
 }
 
-/// The same over `wire`.
-fn begin(vm: &mut dyn SourceVm, memory: &Memory, wire: &mut Wire) -> Result<Box<dyn DirtySource>, MigrateError> {
-    wire.open(memory)?;
+/// The same over `stream`.
+fn begin(
+    vm: &mut dyn SourceVm,
+    memory: &Memory,
+    stream: &mut OutgoingStream,
+) -> Result<Box<dyn DirtySource>, MigrateError> {
+    stream.open(memory)?;
     // A hint: what is written from now on is found by the rounds.
-    let told = wire.tell(&ToDestination::DataRuns(DataRuns::of(memory)));
-    told.map_err(|error| wire.reason(error))?;
+    let told = stream.send_message(&ToDestination::DataRuns(DataRuns::from_memory(memory)));
+    told.map_err(|error| stream.peer_reason(error))?;
     let devices = vm.devices().map_err(|cause| MigrateError::Vm { doing: "describing the devices", cause });
     if let Some(devices) = devices? {
-        let told = wire.tell(&ToDestination::Devices(devices));
-        told.map_err(|error| wire.reason(error))?;
+        let told = stream.send_message(&ToDestination::Devices(devices));
+        told.map_err(|error| stream.peer_reason(error))?;
     }
     let dirty = vm.dirty_source().map_err(|cause| MigrateError::Vm { doing: "tracking dirty pages", cause });
     dirty.and_then(|mut dirty| Ok(dirty.start().map(|()| dirty)?))
@@ -196,8 +200,8 @@ enum Stage {
     Committed,
 }
 
-struct Migration<'a> {
-    wire: Wire,
+struct OutgoingMigration<'a> {
+    stream: OutgoingStream,
     memory: Memory,
     dirty: Box<dyn DirtySource>,
     /// Pages that the destination does not have, or has in an older version.
@@ -207,17 +211,17 @@ struct Migration<'a> {
     limiter: &'a RateLimiter,
     tell: &'a mut dyn FnMut(MigrationEvent),
     /// Seconds during which dirty pages were counted.
-    running: f64,
+    tracked_seconds: f64,
     /// When the order to stop the guest was given.
-    stopped: Option<Instant>,
+    stopped_at: Option<Instant>,
     /// Whether the guest's CPUs run before and after the migration.
     run: bool,
 }
 
 /// What rounds have come to, over several attempts to stop the guest.
-struct Rounds {
+struct RoundState {
     convergence: Convergence,
-    spent: RoundTime,
+    time: RoundTime,
     /// Pages that were dirtied.
     dirtied: u64,
     count: u32,
@@ -225,14 +229,14 @@ struct Rounds {
     away_since: Option<Instant>,
 }
 
-impl Migration<'_> {
+impl OutgoingMigration<'_> {
     fn run(&mut self, vm: &mut dyn SourceVm, parameters: &MigrationParameters) -> Result<(), (Stage, MigrateError)> {
         let convergence = Convergence::new(parameters.policy, self.pending.len());
-        let mut rounds = Rounds { convergence, spent: RoundTime::default(), dirtied: 0, count: 0, away_since: None };
+        let mut rounds = RoundState { convergence, time: RoundTime::default(), dirtied: 0, count: 0, away_since: None };
         loop {
             self.rounds(vm, &mut rounds).map_err(|error| (Stage::Running, error))?;
             let failed = match self.switchover(vm, rounds.count, parameters) {
-                Err((Stage::Paused, error @ MigrateError::Vm { doing: STOPPING, .. })) => error,
+                Err((Stage::Paused, error @ MigrateError::Vm { doing: STOPPING_GUEST, .. })) => error,
                 done => return done,
             };
             if self.cancel.is_cancelled() || vm.blocker().is_none() {
@@ -246,24 +250,24 @@ impl Migration<'_> {
     }
 
     /// Sends rounds until it is time to stop the guest, and nothing keeps it from being stopped.
-    fn rounds(&mut self, vm: &mut dyn SourceVm, rounds: &mut Rounds) -> Result<(), MigrateError> {
+    fn rounds(&mut self, vm: &mut dyn SourceVm, rounds: &mut RoundState) -> Result<(), MigrateError> {
         loop {
             let round = rounds.count;
             let begun = Instant::now();
-            let wire_before = self.wire.bytes();
-            let (sent, spent) = self.send(round, false, false)?;
-            rounds.spent += spent;
+            let wire_before = self.stream.bytes();
+            let (sent, spent) = self.send_round(round, false, false)?;
+            rounds.time += spent;
             // What is on disk now need not be waited for while the guest is stopped.
             let syncing = Instant::now();
-            self.wire.sync()?;
+            self.stream.sync()?;
             let sending = spent.sending + syncing.elapsed();
             // Sent and accounted for; what was written since is in the harvest, also in one that fails half-way.
             self.pending = PageSet::new(self.pending.capacity());
             self.dirty.harvest(&mut self.pending)?;
             let took = begun.elapsed().as_secs_f64();
-            self.running += took;
+            self.tracked_seconds += took;
             rounds.dirtied += self.pending.len();
-            self.report.dirty_rate_bytes_per_s = (rounds.dirtied * LOG_PAGE) as f64 / self.running;
+            self.report.dirty_rate_bytes_per_s = (rounds.dirtied * LOG_PAGE) as f64 / self.tracked_seconds;
             let left = self.pending.len();
             let next = rounds.convergence.next_step(RoundResult {
                 data_pages: sent.data_pages,
@@ -273,12 +277,12 @@ impl Migration<'_> {
             });
             let (NextStep::Round { expected, .. } | NextStep::Switchover { expected } | NextStep::GiveUp { expected }) =
                 next;
-            let expected_downtime_ms = milliseconds(expected);
+            let expected_downtime_ms = as_milliseconds(expected);
             (self.tell)(MigrationEvent::Round(RoundReport {
                 round,
                 data_pages: sent.data_pages,
                 zero_pages: sent.zero_pages,
-                wire_bytes: self.wire.bytes() - wire_before,
+                wire_bytes: self.stream.bytes() - wire_before,
                 ms: took * 1e3,
                 pages_left: left,
                 dirty_bytes_per_second: (left * LOG_PAGE) as f64 / took,
@@ -288,7 +292,7 @@ impl Migration<'_> {
             match next {
                 NextStep::Round { without_progress, .. } => {
                     if without_progress == STALL_ROUNDS {
-                        (self.tell)(MigrationEvent::Stalled { message: stalled(rounds, left, took, expected) });
+                        (self.tell)(MigrationEvent::Stalled { message: stall_message(rounds, left, took, expected) });
                     }
                 }
                 NextStep::Switchover { .. } => {
@@ -304,7 +308,7 @@ impl Migration<'_> {
                     return Err(MigrateError::NoConvergence {
                         rounds: rounds.count,
                         expected_ms: expected_downtime_ms,
-                        remedy: rounds.spent.remedy(),
+                        remedy: rounds.time.remedy(),
                     });
                 }
             }
@@ -315,19 +319,19 @@ impl Migration<'_> {
     fn wait_for_devices(
         &mut self,
         vm: &dyn SourceVm,
-        rounds: &mut Rounds,
+        rounds: &mut RoundState,
         message: String,
     ) -> Result<(), MigrateError> {
         if rounds.away_since.is_none() {
             (self.tell)(MigrationEvent::Waiting { message: message.clone() });
         }
         let since = *rounds.away_since.get_or_insert_with(Instant::now);
-        if since.elapsed() >= AWAY {
+        if since.elapsed() >= DEVICE_TIMEOUT {
             return Err(MigrateError::DeviceAway(message));
         }
         let begun = Instant::now();
-        while begun.elapsed() < AWAY_ROUND && vm.blocker().is_some() {
-            self.cancel.wait(AWAY_LOOK)?;
+        while begun.elapsed() < DEVICE_ROUND_INTERVAL && vm.blocker().is_some() {
+            self.cancel.wait(DEVICE_POLL_INTERVAL)?;
         }
         Ok(())
     }
@@ -340,7 +344,7 @@ impl Migration<'_> {
         parameters: &MigrationParameters,
     ) -> Result<(), (Stage, MigrateError)> {
         let limit = parameters.switchover_limit(self.memory.size());
-        let timer = self.wire.limit(limit, self.cancel).map_err(|error| (Stage::Running, error))?;
+        let timer = self.stream.start_time_limit(limit, self.cancel).map_err(|error| (Stage::Running, error))?;
         self.hand_over(vm, round, parameters.verify).map_err(|(stage, error)| match error {
             MigrateError::Cancelled | MigrateError::Stream(_) if timer.has_passed() => {
                 (stage, MigrateError::SwitchoverTimeout { limit, doing: "sending what was left and hearing of it" })
@@ -354,39 +358,39 @@ impl Migration<'_> {
 
     fn hand_over(&mut self, vm: &mut dyn SourceVm, round: u32, verify: bool) -> Result<(), (Stage, MigrateError)> {
         let asked = |doing| move |cause| MigrateError::Vm { doing, cause };
-        self.stopped = Some(Instant::now());
+        self.stopped_at = Some(Instant::now());
         let paused = (|| {
-            vm.pause().map_err(asked(STOPPING))?;
+            vm.pause().map_err(asked(STOPPING_GUEST))?;
             self.limiter.set(None);
             self.dirty.harvest_stopped(&mut self.pending)?;
-            self.send(round, true, verify)?;
+            self.send_round(round, true, verify)?;
             self.report.rounds = round + 1;
             let state = vm.state().map_err(asked("saving the guest's state"))?;
             vm.warnings().into_iter().for_each(|message| (self.tell)(MigrationEvent::Warning { message }));
-            self.wire.tell(&ToDestination::State(state))?;
-            if !self.wire.one_way {
-                self.wire.expect("READY", |message| matches!(message, ToSource::Ready).then_some(()))?;
+            self.stream.send_message(&ToDestination::State(state))?;
+            if !self.stream.one_way {
+                self.stream.expect("READY", |message| matches!(message, ToSource::Ready).then_some(()))?;
             }
             // A slow disk can't be interrupted; the guest still goes on here if the time has passed meanwhile.
-            self.wire.sync()?;
+            self.stream.sync()?;
             // From here on nobody can call it off: either the commit leaves whole, or not at all.
             self.cancel.disarm()?;
-            self.wire.tell(&ToDestination::Commit(Commit { run: self.run }))
+            self.stream.send_message(&ToDestination::Commit(Commit { run: self.run }))
         })();
         paused.map_err(|error: MigrateError| (Stage::Paused, error))?;
-        if self.wire.one_way {
-            self.wire.finish_one_way()?;
+        if self.stream.one_way {
+            self.stream.finish_one_way()?;
         } else {
-            let started = self.wire.outcome().map_err(|error| match error {
+            let started = self.stream.read_outcome().map_err(|error| match error {
                 MigrateError::Destination(_) => (Stage::Paused, error),
                 error => (Stage::Committed, error),
             })?;
-            self.observed(started);
+            self.record_observed_downtime(started);
         }
         Ok(())
     }
 
-    fn observed(&mut self, started: Started) {
+    fn record_observed_downtime(&mut self, started: Started) {
         self.report.observed_downtime_ms = started.observed_downtime_ns.map(|ns| ns as f64 / 1e6);
     }
 
@@ -399,7 +403,7 @@ impl Migration<'_> {
         begun: Instant,
     ) -> Result<MigrationReport, MigrationFailure> {
         let outcome = outcome.or_else(|(stage, error)| match stage {
-            Stage::Committed => self.resolve(error, parameters.outcome_query_timeout),
+            Stage::Committed => self.query_outcome(error, parameters.outcome_query_timeout),
             stage => Err((stage, error)),
         });
         let downtime = match outcome {
@@ -407,52 +411,52 @@ impl Migration<'_> {
                 if parameters.continue_here
                     && let Err(cause) = vm.resume()
                 {
-                    return Err(self.failed(MigrateError::SavedNotResumed(cause), GuestLocation::PausedHere));
+                    return Err(self.report_failure(MigrateError::SavedNotResumed(cause), GuestLocation::PausedHere));
                 }
-                let downtime = self.stopped.map(|stopped| stopped.elapsed()).unwrap_or_default();
+                let downtime = self.stopped_at.map(|stopped_at| stopped_at.elapsed()).unwrap_or_default();
                 if !parameters.continue_here {
                     vm.release();
                 }
-                self.wire.leave();
+                self.stream.detach();
                 downtime
             }
             Err((Stage::Committed, error)) => {
                 self.dirty.put_back(&self.pending);
-                self.wire.leave();
-                return Err(self.failed(error, GuestLocation::OutcomeUnknown));
+                self.stream.detach();
+                return Err(self.report_failure(error, GuestLocation::OutcomeUnknown));
             }
             Err((stage, error)) => {
                 // First of all: what follows may wait for the destination.
                 let resumed = if let Stage::Paused = stage { vm.resume() } else { Ok(()) };
-                let error = match or_cancelled(error, self.cancel) {
+                let error = match prefer_cancelled(error, self.cancel) {
                     MigrateError::Cancelled => MigrateError::Cancelled,
-                    error => self.wire.reason(error),
+                    error => self.stream.peer_reason(error),
                 };
-                self.wire.call_off(&error);
+                self.stream.send_cancel(&error);
                 self.dirty.put_back(&self.pending);
-                let location = at_home(self.run);
+                let location = local_location(self.run);
                 return Err(match resumed {
-                    Ok(()) => self.failed(error, location),
+                    Ok(()) => self.report_failure(error, location),
                     Err(cause) => {
                         let error = MigrateError::NotResumed { error: error.into(), cause };
-                        self.failed(error, GuestLocation::PausedHere)
+                        self.report_failure(error, GuestLocation::PausedHere)
                     }
                 });
             }
         };
         stop_tracking(self.dirty.as_mut());
-        self.report.total_ms = milliseconds(begun.elapsed());
-        self.report.downtime_ms = milliseconds(downtime);
-        self.report.wire_bytes = self.wire.bytes();
+        self.report.total_ms = as_milliseconds(begun.elapsed());
+        self.report.downtime_ms = as_milliseconds(downtime);
+        self.report.wire_bytes = self.stream.bytes();
         (self.tell)(MigrationEvent::Completed(self.report.clone()));
         Ok(self.report)
     }
 
     /// Asks the destination what came of a commit that it has not answered, until it knows or `ask_for` is over.
-    fn resolve(&mut self, error: MigrateError, ask_for: Duration) -> Result<(), (Stage, MigrateError)> {
+    fn query_outcome(&mut self, error: MigrateError, ask_for: Duration) -> Result<(), (Stage, MigrateError)> {
         let begun = Instant::now();
         let answered = matches!(error, MigrateError::Held(_));
-        let Some(connection) = self.wire.connection.as_ref().filter(|to| !answered && !to.one_way) else {
+        let Some(connection) = self.stream.connection.as_ref().filter(|to| !answered && !to.one_way) else {
             return Err((Stage::Committed, error));
         };
         (self.tell)(MigrationEvent::Asking { message: error.to_string() });
@@ -460,9 +464,9 @@ impl Migration<'_> {
         connection.channels.iter().for_each(StreamChannel::shutdown);
         let asked = loop {
             let left = ask_for.saturating_sub(begun.elapsed());
-            let (asked, last) = match connection.query_outcome(left.min(ASK_TIME)) {
+            let (asked, last) = match connection.query_outcome(left.min(QUERY_ATTEMPT_TIMEOUT)) {
                 Ok(ToSource::Started(started)) => {
-                    self.observed(started);
+                    self.record_observed_downtime(started);
                     return Ok(());
                 }
                 Ok(ToSource::Failed { message }) => return Err((Stage::Paused, MigrateError::Destination(message))),
@@ -478,12 +482,12 @@ impl Migration<'_> {
             if last || begun.elapsed() >= ask_for {
                 break asked;
             }
-            std::thread::sleep(ASK_PAUSE);
+            std::thread::sleep(QUERY_RETRY_DELAY);
         };
         Err((Stage::Committed, MigrateError::OutcomeUnknown { error: error.into(), reason: asked }))
     }
 
-    fn failed(&mut self, error: MigrateError, location: GuestLocation) -> MigrationFailure {
+    fn report_failure(&mut self, error: MigrateError, location: GuestLocation) -> MigrationFailure {
         stop_tracking(self.dirty.as_mut());
         (self.tell)(MigrationEvent::Failed { message: error.to_string(), location });
         MigrationFailure { error, location }
@@ -491,32 +495,33 @@ impl Migration<'_> {
 
     /// Sends all pending pages, with `verify` then hashes of all memory, and ends the round on every channel. Returns
     /// the time that the slowest channel has taken.
-    fn send(&mut self, round: u32, last: bool, verify: bool) -> Result<(PageStats, RoundTime), MigrateError> {
+    fn send_round(&mut self, round: u32, last: bool, verify: bool) -> Result<(PageStats, RoundTime), MigrateError> {
         let (memory, pending, limiter, tell) = (&self.memory, &self.pending, self.limiter, &mut self.tell);
-        let siblings: Vec<StreamChannel> = self.wire.channels.iter_mut().map(|c| c.writer.get_mut().clone()).collect();
-        let channels = self.wire.channels.len() as u16;
+        let siblings: Vec<StreamChannel> =
+            self.stream.channels.iter_mut().map(|c| c.writer.get_mut().clone()).collect();
+        let channels = self.stream.channels.len() as u16;
         let total = pending.len();
         let (mut sent, mut longest, mut hashed_for) = (PageStats::default(), RoundTime::default(), Duration::ZERO);
         std::thread::scope(|scope| {
             let (done, ended) = bounded(usize::from(channels));
-            let before: u64 = self.wire.progress();
-            let counters: Vec<Arc<AtomicU64>> = self.wire.channels.iter().map(|c| c.encoder.progress()).collect();
-            for (number, channel) in self.wire.channels.iter_mut().enumerate() {
+            let before: u64 = self.stream.pages_sent();
+            let counters: Vec<Arc<AtomicU64>> = self.stream.channels.iter().map(|c| c.encoder.progress()).collect();
+            for (number, channel) in self.stream.channels.iter_mut().enumerate() {
                 let done = done.clone();
                 scope.spawn(move || {
-                    let runs = owned_by(pending.runs(), number as u16, channels);
+                    let runs = runs_of_channel(pending.runs(), number as u16, channels);
                     let hashed = verify.then_some(0..memory.end() / LOG_PAGE);
-                    let hashed = owned_by(hashed, number as u16, channels);
-                    let result = channel.send(memory, runs, hashed, round, last);
+                    let hashed = runs_of_channel(hashed, number as u16, channels);
+                    let result = channel.send_round(memory, runs, hashed, round, last);
                     // The receiver outlives all senders.
                     let _ = done.send(result);
                 });
             }
             drop(done);
             let (mut told, mut when) = (0, Instant::now());
-            let mut silence = Silence::default();
+            let mut idle = IdleDetector::default();
             loop {
-                match ended.recv_timeout(PROGRESS) {
+                match ended.recv_timeout(PROGRESS_INTERVAL) {
                     Ok(Err(error)) => {
                         // What the others send is of no use any more. Channel 0 can still bring the reason. Once this is
                         // cancelled they end by themselves, between two frames, so that it can say so.
@@ -542,9 +547,9 @@ impl Migration<'_> {
                         let pages_left = total.saturating_sub(so_far);
                         tell(MigrationEvent::Progress { round, pages_left, bytes_per_second });
                         (told, when) = (so_far, Instant::now());
-                        if silence.begins(siblings.iter().map(StreamChannel::sent).sum()) {
+                        if idle.starts_idle(siblings.iter().map(StreamChannel::bytes_sent).sum()) {
                             let message = format!(
-                                "nothing was taken for {SILENCE:?}: the other end hangs, or the way to it does. The guest \
+                                "nothing was taken for {IDLE_WARNING_TIME:?}: the other end hangs, or the way to it does. The guest \
                                  runs here, and goes on here if that lasts"
                             );
                             tell(MigrationEvent::Warning { message });
@@ -556,32 +561,32 @@ impl Migration<'_> {
         .map_err(|error: StreamError| MigrateError::from(error))?;
         self.report.pages_sent += sent.pages();
         self.report.zero_pages += sent.zero_pages;
-        self.report.verify_ms = verify.then(|| milliseconds(hashed_for));
+        self.report.verify_ms = verify.then(|| as_milliseconds(hashed_for));
         Ok((sent, longest))
     }
 }
 
 /// Finds out that nothing leaves any more.
-struct Silence {
+struct IdleDetector {
     sent: u64,
     since: Instant,
-    told: bool,
+    reported: bool,
 }
 
-impl Default for Silence {
-    fn default() -> Silence {
-        Silence { sent: 0, since: Instant::now(), told: false }
+impl Default for IdleDetector {
+    fn default() -> IdleDetector {
+        IdleDetector { sent: 0, since: Instant::now(), reported: false }
     }
 }
 
-impl Silence {
-    /// Returns true once when the bytes `sent` have not become more for [`SILENCE`], and again after they have.
-    fn begins(&mut self, sent: u64) -> bool {
+impl IdleDetector {
+    /// Returns true once when the bytes `sent` have not become more for [`IDLE_WARNING_TIME`], and again after they have.
+    fn starts_idle(&mut self, sent: u64) -> bool {
         if sent != self.sent {
-            *self = Silence { sent, ..Silence::default() };
+            *self = IdleDetector { sent, ..IdleDetector::default() };
         }
-        let over = self.since.elapsed() >= SILENCE;
-        over && !std::mem::replace(&mut self.told, over)
+        let over = self.since.elapsed() >= IDLE_WARNING_TIME;
+        over && !std::mem::replace(&mut self.reported, over)
     }
 }
 
@@ -592,25 +597,25 @@ fn stop_tracking(dirty: &mut dyn DirtySource) {
 }
 
 /// What a user should know when rounds no longer help.
-fn stalled(rounds: &Rounds, left: u64, round_seconds: f64, expected: Duration) -> String {
+fn stall_message(rounds: &RoundState, left: u64, round_seconds: f64, expected: Duration) -> String {
     let mib = |bytes: f64| bytes / f64::from(1 << 20);
     format!(
         "{STALL_ROUNDS} rounds left no less than before: the guest dirties {:.0} MiB/s, {:.0} MiB/s go out. Allow a downtime \
          of {:.0} ms, or {}, or have the guest write less",
         mib((left * LOG_PAGE) as f64 / round_seconds),
         mib(rounds.convergence.bytes_per_second().unwrap_or_default()),
-        milliseconds(expected).ceil(),
-        rounds.spent.remedy()
+        as_milliseconds(expected).ceil(),
+        rounds.time.remedy()
     )
 }
 
-fn milliseconds(time: Duration) -> f64 {
+fn as_milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
 /// The channels, ready to send.
-struct Wire {
-    channels: Vec<Sender>,
+struct OutgoingStream {
+    channels: Vec<PageSender>,
     /// What the destination says, on channel 0.
     replies: FrameReader<StreamChannel>,
     one_way: bool,
@@ -618,14 +623,14 @@ struct Wire {
     connection: Option<StreamConnection>,
 }
 
-struct Sender {
+struct PageSender {
     writer: FrameWriter<StreamChannel>,
     encoder: PageEncoder,
 }
 
-impl Sender {
+impl PageSender {
     /// Sends pages, then hashes, and ends the round. Returns the time that pages have taken, and that of hashes.
-    fn send(
+    fn send_round(
         &mut self,
         memory: &Memory,
         runs: impl Iterator<Item = Range<u64>>,
@@ -633,13 +638,14 @@ impl Sender {
         round: u32,
         last: bool,
     ) -> Result<(PageStats, RoundTime, Duration), StreamError> {
-        let (begun, waited, coding) = (Instant::now(), self.writer.get_mut().waited(), self.encoder.compression_time());
+        let (begun, waited, coding) =
+            (Instant::now(), self.writer.get_mut().rate_limited_time(), self.encoder.compression_time());
         let sent = self.encoder.send(memory, runs, &mut self.writer)?;
         let sending = begun.elapsed();
         send_hashes(memory, hashed, &mut self.writer)?;
         let hashing = begun.elapsed().saturating_sub(sending);
         ToDestination::RoundEnd(RoundEnd::new(round, last, &sent)).write(&mut self.writer)?;
-        let waiting = self.writer.get_mut().waited().saturating_sub(waited);
+        let waiting = self.writer.get_mut().rate_limited_time().saturating_sub(waited);
         let coding = self.encoder.compression_time().saturating_sub(coding);
         Ok((
             sent,
@@ -649,18 +655,18 @@ impl Sender {
     }
 }
 
-impl Wire {
-    fn new(connection: StreamConnection, codec: Codec) -> Result<Wire, MigrateError> {
+impl OutgoingStream {
+    fn new(connection: StreamConnection, codec: Codec) -> Result<OutgoingStream, MigrateError> {
         let senders =
-            connection.writers().into_iter().map(|writer| Ok(Sender { writer, encoder: PageEncoder::new(codec)? }));
+            connection.writers().into_iter().map(|writer| Ok(PageSender { writer, encoder: PageEncoder::new(codec)? }));
         let channels = senders.collect::<Result<Vec<_>, StreamError>>()?;
         let replies = connection.readers().into_iter().next().ok_or(StreamError::Ended)?;
-        Ok(Wire { channels, replies, one_way: connection.one_way, connection: Some(connection) })
+        Ok(OutgoingStream { channels, replies, one_way: connection.one_way, connection: Some(connection) })
     }
 
     /// Ends the switchover when it takes too long: it is called off, or if it is committed, its answer is waited for no
     /// more.
-    fn limit(&self, limit: Duration, cancel: &CancelToken) -> Result<TimeLimit, MigrateError> {
+    fn start_time_limit(&self, limit: Duration, cancel: &CancelToken) -> Result<TimeLimit, MigrateError> {
         let channels = self.connection.as_ref().map(|connection| connection.channels.clone()).unwrap_or_default();
         let cancel = cancel.clone();
         let over = move || {
@@ -673,8 +679,8 @@ impl Wire {
 
     /// Offers the memory layout and waits until it is accepted.
     fn open(&mut self, memory: &Memory) -> Result<(), MigrateError> {
-        let offered = self.tell(&ToDestination::Layout(MemoryLayout::of(memory)?));
-        offered.map_err(|error| self.reason(error))?;
+        let offered = self.send_message(&ToDestination::Layout(MemoryLayout::from_memory(memory)?));
+        offered.map_err(|error| self.peer_reason(error))?;
         if self.one_way {
             return Ok(());
         }
@@ -682,7 +688,7 @@ impl Wire {
     }
 
     /// Sends a message on channel 0.
-    fn tell(&mut self, message: &ToDestination) -> Result<(), MigrateError> {
+    fn send_message(&mut self, message: &ToDestination) -> Result<(), MigrateError> {
         let first = self.channels.first_mut().ok_or(StreamError::Ended)?;
         message.write(&mut first.writer)?;
         Ok(())
@@ -703,14 +709,14 @@ impl Wire {
     }
 
     /// The destination's own words for why the stream broke, if it left any.
-    fn reason(&mut self, error: MigrateError) -> MigrateError {
+    fn peer_reason(&mut self, error: MigrateError) -> MigrateError {
         let broken =
             matches!(error, MigrateError::Stream(StreamError::Io(_) | StreamError::Ended | StreamError::PeerGone));
         if !broken || self.one_way {
             return error;
         }
         // A peer that hung up has nothing left to wait for; one that only fell silent gets no second chance.
-        self.replies.get_mut().set_timeout(Some(LAST_WORDS)).ok();
+        self.replies.get_mut().set_timeout(Some(FINAL_MESSAGE_TIMEOUT)).ok();
         match self.expect("a reason", |_| None::<()>) {
             Err(MigrateError::Destination(message)) => MigrateError::Destination(message),
             _ => error,
@@ -718,7 +724,7 @@ impl Wire {
     }
 
     /// Tells the destination of a failure that is not the stream's: it would have to guess otherwise.
-    fn call_off(&mut self, error: &MigrateError) {
+    fn send_cancel(&mut self, error: &MigrateError) {
         let local = matches!(
             error,
             MigrateError::Vm { .. }
@@ -729,9 +735,9 @@ impl Wire {
                 | MigrateError::SwitchoverTimeout { .. }
         );
         if local && !self.one_way {
-            self.channels.iter_mut().take(1).for_each(|first| first.writer.get_mut().allow_last_words());
+            self.channels.iter_mut().take(1).for_each(|first| first.writer.get_mut().allow_final_frame());
             // It notices the closed connection if not this.
-            let _ = self.tell(&ToDestination::Cancel { reason: error.to_string() });
+            let _ = self.send_message(&ToDestination::Cancel { reason: error.to_string() });
         }
     }
 
@@ -741,7 +747,7 @@ impl Wire {
     }
 
     /// Waits for the destination's word on the commit: that the guest runs, or why it does not.
-    fn outcome(&mut self) -> Result<Started, MigrateError> {
+    fn read_outcome(&mut self) -> Result<Started, MigrateError> {
         match ToSource::next(&mut self.replies)? {
             ToSource::Started(started) => Ok(started),
             ToSource::Failed { message } => Err(MigrateError::Destination(message)),
@@ -764,19 +770,19 @@ impl Wire {
     }
 
     /// Lets go of the connection; a command that leads to the guest's destination goes on.
-    fn leave(&mut self) {
+    fn detach(&mut self) {
         if let Some(connection) = self.connection.take() {
-            connection.leave();
+            connection.detach();
         }
     }
 
-    /// Bytes put on the wire so far.
+    /// Bytes put on the stream so far.
     fn bytes(&self) -> u64 {
         self.channels.iter().map(|channel| channel.writer.bytes()).sum()
     }
 
     /// Pages sent so far.
-    fn progress(&self) -> u64 {
+    fn pages_sent(&self) -> u64 {
         self.channels.iter().map(|channel| channel.encoder.progress().load(Ordering::Relaxed)).sum()
     }
 }

@@ -64,7 +64,7 @@ impl Compressor {
     }
 
     /// Returns true if it compresses at all.
-    pub(super) fn is_some(&self) -> bool {
+    pub(super) fn is_enabled(&self) -> bool {
         self.0.is_some()
     }
 

@@ -19,9 +19,9 @@ pub const MAGIC: [u8; 8] = *b"\x89VHM\r\n\x1a\n";
 /// Version of the stream that this program writes and reads.
 pub const VERSION: u16 = 2;
 /// Bytes of a connection header.
-pub const HEADER_BYTES: usize = size_of::<RawConnection>();
+pub const HEADER_BYTES: usize = size_of::<RawConnectionHeader>();
 /// Bytes of a frame header.
-pub const FRAME_HEADER_BYTES: usize = size_of::<RawFrame>();
+pub const FRAME_HEADER_BYTES: usize = size_of::<RawFrameHeader>();
 /// Most channels of one migration.
 pub const MAX_CHANNELS: u16 = 64;
 
@@ -95,7 +95,7 @@ impl ConnectionHeader {
     fn encode_with(&self, more: u16) -> [u8; HEADER_BYTES] {
         let one_way = if self.one_way { flags::ONE_WAY } else { 0 };
         let flags = one_way | if self.outcome_query { flags::OUTCOME_QUERY } else { 0 };
-        let mut raw = RawConnection {
+        let mut raw = RawConnectionHeader {
             magic: MAGIC,
             version: VERSION.into(),
             flags: (flags | more).into(),
@@ -114,7 +114,7 @@ impl ConnectionHeader {
     /// `NotAStream`, `Version` (looked at before anything else that a later version may change), `Checksum`,
     /// `Unfinished`, or `Malformed` for unknown flags and channel numbers out of range.
     pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<ConnectionHeader, StreamError> {
-        let raw: RawConnection = zerocopy::transmute!(*bytes);
+        let raw: RawConnectionHeader = zerocopy::transmute!(*bytes);
         if raw.magic != MAGIC {
             return Err(StreamError::NotAStream);
         }
@@ -144,7 +144,7 @@ impl ConnectionHeader {
     /// As [`decode`](Self::decode), `Truncated`, and what the reader reports.
     pub fn read(from: &mut impl Read) -> Result<ConnectionHeader, StreamError> {
         let mut bytes = [0; HEADER_BYTES];
-        fill(from, &mut bytes, "the connection header")?;
+        read_exact_or_truncated(from, &mut bytes, "the connection header")?;
         ConnectionHeader::decode(&bytes)
     }
 }
@@ -268,7 +268,7 @@ impl<W: Write> FrameWriter<W> {
             length,
             limit: limit.into(),
         })?;
-        let mut raw = RawFrame {
+        let mut raw = RawFrameHeader {
             kind: (kind as u16).into(),
             reserved: U16::ZERO,
             length: length.into(),
@@ -309,7 +309,7 @@ impl<W: Write> FrameWriter<W> {
 /// Reads frames and checks them. After an error the stream can't be read on.
 #[derive(Debug)]
 pub struct FrameReader<R> {
-    from: R,
+    inner: R,
     id: ChannelId,
     sequence: u64,
     bytes: u64,
@@ -318,7 +318,7 @@ pub struct FrameReader<R> {
 impl<R: Read> FrameReader<R> {
     /// A reader of channel `id` that expects frame 0 next; the connection header is already read.
     pub fn new(from: R, id: ChannelId) -> FrameReader<R> {
-        FrameReader { from, id, sequence: 0, bytes: 0 }
+        FrameReader { inner: from, id, sequence: 0, bytes: 0 }
     }
 
     /// Reads the next frame's header. Its body must be read before the next call.
@@ -329,12 +329,12 @@ impl<R: Read> FrameReader<R> {
     pub fn next_frame(&mut self) -> Result<FrameHeader, StreamError> {
         let mut bytes = [0; FRAME_HEADER_BYTES];
         let (first, rest) = bytes.split_at_mut(1);
-        match fill(&mut self.from, first, "") {
+        match read_exact_or_truncated(&mut self.inner, first, "") {
             Err(StreamError::Truncated(_)) => return Err(StreamError::Ended),
             other => other?,
         }
-        fill(&mut self.from, rest, "a frame header")?;
-        let raw: RawFrame = zerocopy::transmute!(bytes);
+        read_exact_or_truncated(&mut self.inner, rest, "a frame header")?;
+        let raw: RawFrameHeader = zerocopy::transmute!(bytes);
         let kind = FrameKind::from_wire(raw.kind.get())?;
         if raw.reserved != U16::ZERO {
             return Err(StreamError::Malformed { what: "frame header", why: "reserved bytes are not zero".into() });
@@ -357,7 +357,7 @@ impl<R: Read> FrameReader<R> {
     /// # Errors
     /// `Truncated`, `Checksum`, and what the transport reports.
     pub fn body(&mut self, header: &FrameHeader, into: &mut Vec<u8>) -> Result<(), StreamError> {
-        let mut body = Body::new(self, header);
+        let mut body = FrameBody::new(self, header);
         into.clear();
         body.take(header.length as usize, into)?;
         body.finish()
@@ -376,14 +376,14 @@ impl<R: Read> FrameReader<R> {
     /// # Errors
     /// As [`body`](Self::body).
     pub fn beginning(&mut self, header: &FrameHeader, beginning: &mut Vec<u8>) -> Result<(), StreamError> {
-        const PIECE: usize = 64 << 10;
-        let mut body = Body::new(self, header);
+        const CHUNK_BYTES: usize = 64 << 10;
+        let mut body = FrameBody::new(self, header);
         beginning.clear();
-        body.take(body.left().min(PIECE), beginning)?;
+        body.take(body.left().min(CHUNK_BYTES), beginning)?;
         let mut piece = Vec::new();
         while body.left() > 0 {
             piece.clear();
-            body.take(body.left().min(PIECE), &mut piece)?;
+            body.take(body.left().min(CHUNK_BYTES), &mut piece)?;
         }
         body.finish()
     }
@@ -395,26 +395,26 @@ impl<R: Read> FrameReader<R> {
 
     /// The transport below.
     pub fn get_mut(&mut self) -> &mut R {
-        &mut self.from
+        &mut self.inner
     }
 
     /// Gives the transport back.
     pub fn into_inner(self) -> R {
-        self.from
+        self.inner
     }
 }
 
 /// A body that is read piece by piece and hashed on the way.
-pub(super) struct Body<'r, R> {
+pub(super) struct FrameBody<'r, R> {
     from: &'r mut R,
     header: FrameHeader,
     left: usize,
     hash: XxHash3_64,
 }
 
-impl<'r, R: Read> Body<'r, R> {
-    pub(super) fn new(reader: &'r mut FrameReader<R>, header: &FrameHeader) -> Body<'r, R> {
-        let raw = RawFrame {
+impl<'r, R: Read> FrameBody<'r, R> {
+    pub(super) fn new(reader: &'r mut FrameReader<R>, header: &FrameHeader) -> FrameBody<'r, R> {
+        let raw = RawFrameHeader {
             kind: (header.kind as u16).into(),
             reserved: U16::ZERO,
             length: header.length.into(),
@@ -422,7 +422,7 @@ impl<'r, R: Read> Body<'r, R> {
             hash: U64::ZERO,
         };
         let hash = raw.hasher(reader.id);
-        Body { from: &mut reader.from, header: *header, left: header.length as usize, hash }
+        FrameBody { from: &mut reader.inner, header: *header, left: header.length as usize, hash }
     }
 
     /// Bytes of the body that are not read yet.
@@ -479,7 +479,7 @@ impl<'r, R: Read> Body<'r, R> {
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-struct RawConnection {
+struct RawConnectionHeader {
     magic: [u8; 8],
     version: U16,
     flags: U16,
@@ -489,15 +489,15 @@ struct RawConnection {
     hash: U64,
 }
 
-impl RawConnection {
+impl RawConnectionHeader {
     fn digest(&self) -> u64 {
-        XxHash3_64::oneshot(RawConnection { hash: U64::ZERO, ..*self }.as_bytes())
+        XxHash3_64::oneshot(RawConnectionHeader { hash: U64::ZERO, ..*self }.as_bytes())
     }
 }
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-struct RawFrame {
+struct RawFrameHeader {
     kind: U16,
     reserved: U16,
     length: U32,
@@ -505,7 +505,7 @@ struct RawFrame {
     hash: U64,
 }
 
-impl RawFrame {
+impl RawFrameHeader {
     /// Hashes the channel's id and everything before the hash itself.
     fn hasher(&self, id: ChannelId) -> XxHash3_64 {
         let mut hash = XxHash3_64::new();
@@ -517,7 +517,7 @@ impl RawFrame {
 }
 
 /// `read_exact` that names what was cut short.
-fn fill(from: &mut impl Read, into: &mut [u8], what: &'static str) -> Result<(), StreamError> {
+fn read_exact_or_truncated(from: &mut impl Read, into: &mut [u8], what: &'static str) -> Result<(), StreamError> {
     from.read_exact(into).map_err(|error| match error.kind() {
         io::ErrorKind::UnexpectedEof => StreamError::Truncated(what),
         _ => error.into(),
@@ -633,7 +633,7 @@ mod tests {
 
     #[test]
     fn a_length_over_the_limit_is_refused_on_both_sides() {
-        let raw = RawFrame {
+        let raw = RawFrameHeader {
             kind: (FrameKind::State as u16).into(),
             reserved: U16::ZERO,
             length: u32::MAX.into(),

@@ -10,20 +10,20 @@ use std::ops::{AddAssign, Range};
 use twox_hash::XxHash3_64;
 
 use super::StreamError;
-use super::frame::{Body, FrameHeader, FrameKind, FrameReader, FrameWriter};
-use super::pages::{ENTRY, MAX_ENTRIES, PAGE, PageDecoder, PageRun, push};
+use super::frame::{FrameBody, FrameHeader, FrameKind, FrameReader, FrameWriter};
+use super::pages::{ENTRY_BYTES, MAX_ENTRIES, PAGE_BYTES, PageDecoder, PageRun, push_page};
 use super::sys::copy_page;
 use crate::memory::{ExtentFinder, LOG_PAGE, Memory};
 
 /// Most hashes of one frame, those of 64 MiB.
 pub const MAX_HASHES: usize = 16 << 10;
 /// Most bytes of a hash frame's body.
-pub const MAX_BODY: usize = HEAD + MAX_ENTRIES * ENTRY + MAX_HASHES * HASH;
+pub const MAX_BODY: usize = HEAD_BYTES + MAX_ENTRIES * ENTRY_BYTES + MAX_HASHES * HASH_BYTES;
 
-const HEAD: usize = 8;
-const HASH: usize = 8;
+const HEAD_BYTES: usize = 8;
+const HASH_BYTES: usize = 8;
 /// Most pages that a [`HashComparison`] names.
-const NAMED: usize = 16;
+const MAX_LISTED: usize = 16;
 
 /// Writes hashes of all pages of `runs` (page numbers) that are in `memory`. Zero pages have none, and holes are not
 /// touched.
@@ -35,11 +35,11 @@ pub fn send_hashes<W: Write>(
     runs: impl IntoIterator<Item = Range<u64>>,
     to: &mut FrameWriter<W>,
 ) -> Result<(), StreamError> {
-    let mut pages = Pages::new(memory);
+    let mut pages = PageHasher::new(memory);
     let (mut entries, mut hashes) = (Vec::new(), Vec::new());
     for page in runs.into_iter().flat_map(|run| memory.pages(&run)).flatten() {
         let hash = pages.hash(page)?;
-        push(&mut entries, page, hash.is_none());
+        push_page(&mut entries, page, hash.is_none());
         hashes.extend(hash);
         if entries.len() == MAX_ENTRIES || hashes.len() == MAX_HASHES {
             flush(&mut entries, &mut hashes, to)?;
@@ -80,7 +80,7 @@ impl AddAssign for HashComparison {
         self.different += other.different;
         self.first_different.extend(other.first_different);
         self.first_different.sort_unstable();
-        self.first_different.truncate(NAMED);
+        self.first_different.truncate(MAX_LISTED);
     }
 }
 
@@ -95,21 +95,21 @@ impl PageDecoder {
         from: &mut FrameReader<R>,
     ) -> Result<HashComparison, StreamError> {
         let mut bytes = Vec::new();
-        let mut body = Body::new(from, header);
+        let mut body = FrameBody::new(from, header);
         body.take(header.length as usize, &mut bytes)?;
         body.finish()?;
         let (entries, hashes) = parse(&bytes)?;
-        let mut pages = Pages::new(self.target().memory());
+        let mut pages = PageHasher::new(self.memory().memory());
         let mut hashes = hashes.iter().map(|hash| u64::from_le_bytes(*hash));
         let mut found = HashComparison::default();
         for entry in entries {
-            self.check(&entry.pages)?;
+            self.check_run(&entry.pages)?;
             for page in entry.pages {
                 found.pages += 1;
                 let theirs = if entry.zero { None } else { hashes.next() };
                 if pages.hash(page)? != theirs {
                     found.different += 1;
-                    if found.first_different.len() < NAMED {
+                    if found.first_different.len() < MAX_LISTED {
                         found.first_different.push(page);
                     }
                 }
@@ -123,16 +123,16 @@ impl PageDecoder {
 ///
 /// # Errors
 /// `Malformed` and `Truncated`.
-pub fn pages_in(body: &[u8]) -> Result<u64, StreamError> {
+pub fn count_pages(body: &[u8]) -> Result<u64, StreamError> {
     Ok(parse(body)?.0.iter().map(PageRun::count).sum())
 }
 
 /// Entries and hashes of a frame's body, as many as belong together.
-fn parse(body: &[u8]) -> Result<(Vec<PageRun>, &[[u8; HASH]]), StreamError> {
+fn parse(body: &[u8]) -> Result<(Vec<PageRun>, &[[u8; HASH_BYTES]]), StreamError> {
     let malformed = |why: &str| StreamError::Malformed { what: "hashes", why: why.into() };
     let (head, rest) = body.split_first_chunk().ok_or(StreamError::Truncated("hashes"))?;
     let count = usize::try_from(u64::from_le_bytes(*head)).ok().filter(|count| (1..=MAX_ENTRIES).contains(count));
-    let table = count.and_then(|count| rest.split_at_checked(count * ENTRY));
+    let table = count.and_then(|count| rest.split_at_checked(count * ENTRY_BYTES));
     let (table, hashes) = table.ok_or_else(|| malformed("the table has no entry, too many, or is cut off"))?;
     let (words, _) = table.as_chunks();
     let entries = words.iter().map(|word| PageRun::decode(u64::from_le_bytes(*word))).collect::<Result<Vec<_>, _>>()?;
@@ -144,15 +144,15 @@ fn parse(body: &[u8]) -> Result<(Vec<PageRun>, &[[u8; HASH]]), StreamError> {
 }
 
 /// Reads pages without touching holes.
-struct Pages<'m> {
+struct PageHasher<'m> {
     memory: &'m Memory,
     extents: ExtentFinder,
-    copy: [u8; PAGE],
+    copy: [u8; PAGE_BYTES],
 }
 
-impl<'m> Pages<'m> {
-    fn new(memory: &'m Memory) -> Pages<'m> {
-        Pages { memory, extents: ExtentFinder::new(), copy: [0; PAGE] }
+impl<'m> PageHasher<'m> {
+    fn new(memory: &'m Memory) -> PageHasher<'m> {
+        PageHasher { memory, extents: ExtentFinder::new(), copy: [0; PAGE_BYTES] }
     }
 
     /// The hash of `page`, none if it is zero.

@@ -13,33 +13,33 @@ use super::StreamError;
 
 /// A switch that ends everything a migration waits for, from any thread, once and for all. Clones are one switch.
 #[derive(Clone)]
-pub struct CancelToken(Arc<CancelInner>);
+pub struct CancelToken(Arc<CancelState>);
 
-struct CancelInner {
+struct CancelState {
     cancelled: AtomicBool,
     event: EventFd,
-    targets: Mutex<Targets>,
+    targets: Mutex<CancelTargets>,
 }
 
-enum Targets {
-    Armed(Vec<Weak<dyn Interrupt>>),
+enum CancelTargets {
+    Armed(Vec<Weak<dyn CancelTarget>>),
     Disarmed,
 }
 
 /// The time in which a target that was interrupted ends by itself: it writes the rest of a frame, and the reason.
-const GRACE: Duration = Duration::from_millis(500);
+const GRACE_PERIOD: Duration = Duration::from_millis(500);
 
 /// Something that may block on a peer and can be stopped from outside.
-pub(super) trait Interrupt: Send + Sync {
+pub(super) trait CancelTarget: Send + Sync {
     fn interrupt(&self);
 
     /// Called some time later.
-    fn end(&self) {}
+    fn force_end(&self) {}
 }
 
 /// What [`CancelToken::on_cancel`] was given, for as long as it is kept.
 pub struct CancelCallback {
-    call: Option<Arc<dyn Interrupt>>,
+    call: Option<Arc<dyn CancelTarget>>,
     cancel: CancelToken,
 }
 
@@ -52,9 +52,9 @@ impl Drop for CancelCallback {
     }
 }
 
-struct Call<F>(F);
+struct CallbackTarget<F>(F);
 
-impl<F: Fn() + Send + Sync> Interrupt for Call<F> {
+impl<F: Fn() + Send + Sync> CancelTarget for CallbackTarget<F> {
     fn interrupt(&self) {
         (self.0)();
     }
@@ -68,8 +68,11 @@ impl CancelToken {
     pub fn new() -> Result<CancelToken, StreamError> {
         let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|error| StreamError::Io(error.into()))?;
-        let inner =
-            CancelInner { cancelled: AtomicBool::new(false), event, targets: Mutex::new(Targets::Armed(Vec::new())) };
+        let inner = CancelState {
+            cancelled: AtomicBool::new(false),
+            event,
+            targets: Mutex::new(CancelTargets::Armed(Vec::new())),
+        };
         Ok(CancelToken(Arc::new(inner)))
     }
 
@@ -78,20 +81,23 @@ impl CancelToken {
     /// within half a second. Returns false, and does nothing, if it came too late: after
     /// [`disarm`](Self::disarm).
     pub fn cancel(&self) -> bool {
-        let Targets::Armed(targets) = &mut *lock(&self.0.targets) else { return false };
+        let CancelTargets::Armed(targets) = &mut *lock(&self.0.targets) else { return false };
         self.0.cancelled.store(true, Ordering::SeqCst);
         // The counter can't overflow by being set once more per call.
         let _ = self.0.event.write(1);
         let targets = std::mem::take(targets);
-        let interrupt = |target: &Weak<dyn Interrupt>| target.upgrade().inspect(|target| target.interrupt()).is_some();
+        let interrupt =
+            |target: &Weak<dyn CancelTarget>| target.upgrade().inspect(|target| target.interrupt()).is_some();
         let left: Arc<[_]> = targets.into_iter().filter(interrupt).collect();
         if left.is_empty() {
             return true;
         }
-        let end = |left: &[Weak<dyn Interrupt>]| left.iter().filter_map(Weak::upgrade).for_each(|target| target.end());
+        let end = |left: &[Weak<dyn CancelTarget>]| {
+            left.iter().filter_map(Weak::upgrade).for_each(|target| target.force_end())
+        };
         let its = left.clone();
         let later = move || {
-            std::thread::sleep(GRACE);
+            std::thread::sleep(GRACE_PERIOD);
             end(&its);
         };
         if std::thread::Builder::new().name("cancel".into()).spawn(later).is_err() {
@@ -108,7 +114,7 @@ impl CancelToken {
     pub fn disarm(&self) -> Result<(), StreamError> {
         let mut targets = lock(&self.0.targets);
         self.check()?;
-        *targets = Targets::Disarmed;
+        *targets = CancelTargets::Disarmed;
         Ok(())
     }
 
@@ -138,7 +144,7 @@ impl CancelToken {
     /// Has `then` called when this is cancelled, at once if it has been, unless the returned value was dropped before.
     /// `then` must not wait for anything.
     pub fn on_cancel(&self, then: impl Fn() + Send + Sync + 'static) -> CancelCallback {
-        let call: Arc<dyn Interrupt> = Arc::new(Call(then));
+        let call: Arc<dyn CancelTarget> = Arc::new(CallbackTarget(then));
         self.register(Arc::downgrade(&call));
         CancelCallback { call: Some(call), cancel: self.clone() }
     }
@@ -148,8 +154,8 @@ impl CancelToken {
         self.0.event.as_fd()
     }
 
-    pub(super) fn register(&self, target: Weak<dyn Interrupt>) {
-        if let Targets::Armed(targets) = &mut *lock(&self.0.targets) {
+    pub(super) fn register(&self, target: Weak<dyn CancelTarget>) {
+        if let CancelTargets::Armed(targets) = &mut *lock(&self.0.targets) {
             targets.retain(|target| target.strong_count() > 0);
             targets.push(target.clone());
         }
@@ -163,9 +169,9 @@ impl CancelToken {
 
 /// A bandwidth limit that all channels of a migration share. Clones are one limit.
 #[derive(Clone)]
-pub struct RateLimiter(Arc<Mutex<Bucket>>);
+pub struct RateLimiter(Arc<Mutex<LeakyBucket>>);
 
-struct Bucket {
+struct LeakyBucket {
     /// Bytes per second; 0 is no limit.
     rate: u64,
     /// Bytes sent beyond what the rate has allowed so far.
@@ -176,7 +182,7 @@ struct Bucket {
 impl RateLimiter {
     /// Limits to `rate` bytes per second; `None` does not limit.
     pub fn new(rate: Option<u64>) -> RateLimiter {
-        let bucket = Bucket { rate: rate.unwrap_or(0), debt: 0.0, updated: Instant::now() };
+        let bucket = LeakyBucket { rate: rate.unwrap_or(0), debt: 0.0, updated: Instant::now() };
         RateLimiter(Arc::new(Mutex::new(bucket)))
     }
 
@@ -186,7 +192,7 @@ impl RateLimiter {
     }
 
     /// The most that should be written at once, bytes: a tenth of a second's worth.
-    pub(super) fn piece(&self) -> usize {
+    pub(super) fn max_write_bytes(&self) -> usize {
         match lock(&self.0).rate {
             0 => usize::MAX,
             rate => usize::try_from(rate / 10).unwrap_or(usize::MAX).max(4096),
@@ -194,9 +200,9 @@ impl RateLimiter {
     }
 
     /// Waits until the rate allows a write, then accounts for `bytes`. Returns how long it has waited.
-    pub(super) fn take(&self, bytes: usize, cancel: &CancelToken) -> Result<Duration, StreamError> {
+    pub(super) fn acquire(&self, bytes: usize, cancel: &CancelToken) -> Result<Duration, StreamError> {
         /// A writer looks up this often, so that a new rate applies soon.
-        const NAP: Duration = Duration::from_millis(20);
+        const POLL_INTERVAL: Duration = Duration::from_millis(20);
         let mut begun = None;
         let waited = |begun: Option<Instant>| begun.map_or(Duration::ZERO, |begun| begun.elapsed());
         loop {
@@ -214,10 +220,10 @@ impl RateLimiter {
                     bucket.debt = bytes as f64;
                     return Ok(waited(begun));
                 }
-                Duration::try_from_secs_f64(bucket.debt / rate).unwrap_or(NAP)
+                Duration::try_from_secs_f64(bucket.debt / rate).unwrap_or(POLL_INTERVAL)
             };
             begun.get_or_insert_with(Instant::now);
-            cancel.wait(wait.min(NAP))?;
+            cancel.wait(wait.min(POLL_INTERVAL))?;
         }
     }
 }
@@ -259,7 +265,7 @@ mod tests {
         let start = Instant::now();
         std::thread::scope(|scope| {
             for _ in 0..2 {
-                scope.spawn(|| (0..10).for_each(|_| assert!(limiter.take(50 << 10, &cancel).is_ok())));
+                scope.spawn(|| (0..10).for_each(|_| assert!(limiter.acquire(50 << 10, &cancel).is_ok())));
             }
         });
         // 1000 KiB at 10 MiB/s are 98 ms, of which the last piece is not waited for.
@@ -270,9 +276,9 @@ mod tests {
     fn lifting_the_limit_frees_who_waits() {
         let cancel = CancelToken::new().unwrap();
         let limiter = RateLimiter::new(Some(1));
-        limiter.take(1 << 30, &cancel).unwrap();
+        limiter.acquire(1 << 30, &cancel).unwrap();
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| limiter.take(1, &cancel));
+            let waiting = scope.spawn(|| limiter.acquire(1, &cancel));
             limiter.set(None);
             waiting.join().unwrap().unwrap();
         });
@@ -300,9 +306,9 @@ mod tests {
     fn cancelling_frees_who_waits() {
         let cancel = CancelToken::new().unwrap();
         let limiter = RateLimiter::new(Some(1));
-        limiter.take(1 << 30, &cancel).unwrap();
+        limiter.acquire(1 << 30, &cancel).unwrap();
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| limiter.take(1, &cancel));
+            let waiting = scope.spawn(|| limiter.acquire(1, &cancel));
             cancel.cancel();
             assert!(matches!(waiting.join().unwrap(), Err(StreamError::Cancelled)));
         });

@@ -30,7 +30,7 @@ pub use error::StreamError;
 pub use frame::{ChannelId, FrameHeader, FrameKind, FrameReader, FrameWriter, MigrationId};
 pub use hashes::{HashComparison, send_hashes};
 pub use limiter::RateLimiter;
-pub use pages::{IncomingMemory, PageDecoder, PageEncoder, PageStats, channel_of, owned_by};
+pub use pages::{IncomingMemory, PageDecoder, PageEncoder, PageStats, channel_of, runs_of_channel};
 pub use record::{ToDestination, ToSource};
 pub use sys::{CopyingReader, ReadMemory, ReceiveWindow};
 pub use transport::{

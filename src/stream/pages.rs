@@ -14,9 +14,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::codec::{Compressor, Decompressor};
-use super::frame::{Body, FrameHeader, FrameKind, FrameReader, FrameWriter};
+use super::frame::{FrameBody, FrameHeader, FrameKind, FrameReader, FrameWriter};
 use super::sys::{ReadMemory, ReceiveWindow, copy_page};
-use super::zeros::MayHoldData;
+use super::zeros::DataBitmap;
 use super::{Codec, StreamError};
 use crate::memory::{ExtentFinder, LOG_PAGE, Memory, Region};
 
@@ -27,15 +27,15 @@ pub const MAX_BATCH_PAGES: u64 = 256;
 /// Most entries in one batch's table.
 pub const MAX_ENTRIES: usize = 2048;
 /// Most bytes of a page frame's body.
-pub const MAX_BODY: usize = HEAD + MAX_ENTRIES * ENTRY + MAX_BATCH_PAGES as usize * PAGE;
+pub const MAX_BODY: usize = HEAD_BYTES + MAX_ENTRIES * ENTRY_BYTES + MAX_BATCH_PAGES as usize * PAGE_BYTES;
 
-pub(super) const PAGE: usize = LOG_PAGE as usize;
+pub(super) const PAGE_BYTES: usize = LOG_PAGE as usize;
 /// Bytes of contents in a batch that is sent: few enough to stay in the cache until they have left.
 const BATCH_BYTES: usize = 256 << 10;
-const HEAD: usize = 8;
-pub(super) const ENTRY: usize = 8;
-const RAW: u8 = 0;
-const ZSTD: u8 = 1;
+const HEAD_BYTES: usize = 8;
+pub(super) const ENTRY_BYTES: usize = 8;
+const CODEC_RAW: u8 = 0;
+const CODEC_ZSTD: u8 = 1;
 
 /// The channel that `page` travels on, for the whole migration: no later version of it can overtake an earlier one.
 pub fn channel_of(page: u64, channels: u16) -> u16 {
@@ -43,7 +43,7 @@ pub fn channel_of(page: u64, channels: u16) -> u16 {
 }
 
 /// The parts of `runs` (page numbers) that travel on `channel`.
-pub fn owned_by(
+pub fn runs_of_channel(
     runs: impl IntoIterator<Item = Range<u64>>,
     channel: u16,
     channels: u16,
@@ -71,7 +71,7 @@ pub struct PageStats {
     /// Pages told as zero.
     pub zero_pages: u64,
     /// Pages asked for that are not in guest memory; they are not sent (rule L6.1 lets a device name them).
-    pub outside: u64,
+    pub outside_memory: u64,
     /// Frames.
     pub batches: u64,
     /// Bytes on the wire, frame headers included.
@@ -89,7 +89,7 @@ impl AddAssign for PageStats {
     fn add_assign(&mut self, other: PageStats) {
         self.data_pages += other.data_pages;
         self.zero_pages += other.zero_pages;
-        self.outside += other.outside;
+        self.outside_memory += other.outside_memory;
         self.batches += other.batches;
         self.wire_bytes += other.wire_bytes;
     }
@@ -118,7 +118,7 @@ impl PageEncoder {
             data: vec![0; BATCH_BYTES],
             used: 0,
             entries: Vec::with_capacity(MAX_ENTRIES),
-            table: Vec::with_capacity(HEAD + MAX_ENTRIES * ENTRY),
+            table: Vec::with_capacity(HEAD_BYTES + MAX_ENTRIES * ENTRY_BYTES),
             progress: Arc::default(),
             coding: Duration::ZERO,
         })
@@ -150,7 +150,7 @@ impl PageEncoder {
         let mut extents = ExtentFinder::new();
         for run in runs {
             let mut inside = 0;
-            for (region, mut pages) in in_memory(memory, &run) {
+            for (region, mut pages) in regions_of_run(memory, &run) {
                 inside += pages.end - pages.start;
                 while !pages.is_empty() {
                     let (part, hole) = extents.first(region, &pages);
@@ -162,7 +162,7 @@ impl PageEncoder {
                     }
                 }
             }
-            stats.outside += (run.end.saturating_sub(run.start)).saturating_sub(inside);
+            stats.outside_memory += (run.end.saturating_sub(run.start)).saturating_sub(inside);
         }
         self.flush(to, &mut stats)?;
         Ok(stats)
@@ -182,16 +182,16 @@ impl PageEncoder {
             if self.used == BATCH_BYTES || self.entries.len() == MAX_ENTRIES {
                 self.flush(to, stats)?;
             }
-            let from = slice.subslice(offset, PAGE).map_err(|_| outside(&(page..page + 1)))?;
-            offset += PAGE;
+            let from = slice.subslice(offset, PAGE_BYTES).map_err(|_| outside(&(page..page + 1)))?;
+            offset += PAGE_BYTES;
             let Some(slot) = self.data.get_mut(self.used..).and_then(|free| free.first_chunk_mut()) else {
                 continue;
             };
             let zero = copy_page(&from, slot, page + 1 < pages.end);
             if !zero {
-                self.used += PAGE;
+                self.used += PAGE_BYTES;
             }
-            push(&mut self.entries, page, zero);
+            push_page(&mut self.entries, page, zero);
         }
         Ok(())
     }
@@ -219,10 +219,10 @@ impl PageEncoder {
             return Ok(());
         }
         let raw = self.data.get(..self.used).unwrap_or_default();
-        let begun = self.compressor.is_some().then(Instant::now);
+        let begun = self.compressor.is_enabled().then(Instant::now);
         let (codec, data) = match self.compressor.compress(raw) {
-            Some(packed) => (ZSTD, packed),
-            None => (RAW, raw),
+            Some(packed) => (CODEC_ZSTD, packed),
+            None => (CODEC_RAW, raw),
         };
         self.coding += begun.map(|begun| begun.elapsed()).unwrap_or_default();
         self.table.extend_from_slice(&(self.entries.len() as u32).to_le_bytes());
@@ -253,7 +253,7 @@ impl PageEncoder {
 pub struct IncomingMemory {
     memory: Memory,
     /// Per region: its pages, and a bit for each that may hold something else than zeros.
-    regions: Vec<(Range<u64>, MayHoldData)>,
+    regions: Vec<(Range<u64>, DataBitmap)>,
 }
 
 impl IncomingMemory {
@@ -275,7 +275,7 @@ impl IncomingMemory {
     /// Returns true if `page` may hold something else than zeros.
     pub fn has_data(&self, page: u64) -> bool {
         let mut data = false;
-        self.words(&(page..page.saturating_add(1)), MayHoldData::set_word, |word, mask, _| {
+        self.for_each_word(&(page..page.saturating_add(1)), DataBitmap::allocated_word, |word, mask, _| {
             data = word.load(Ordering::Relaxed) & mask != 0
         });
         data
@@ -285,14 +285,14 @@ impl IncomingMemory {
         let regions = memory.regions().iter().map(|region| {
             let pages = whole_pages(region.gpa(), region.size());
             let words = pages.end.saturating_sub(pages.start).div_ceil(64);
-            (pages, MayHoldData::new(words, bits))
+            (pages, DataBitmap::new(words, bits))
         });
         let regions = regions.collect();
         IncomingMemory { memory, regions }
     }
 
     /// Whether all of `pages` are in memory.
-    fn holds(&self, pages: &Range<u64>) -> bool {
+    fn contains(&self, pages: &Range<u64>) -> bool {
         let mut next = pages.start;
         while next < pages.end {
             match self.region(next) {
@@ -303,17 +303,17 @@ impl IncomingMemory {
         true
     }
 
-    fn region(&self, page: u64) -> Option<&(Range<u64>, MayHoldData)> {
+    fn region(&self, page: u64) -> Option<&(Range<u64>, DataBitmap)> {
         let index = self.regions.partition_point(|(pages, _)| pages.end <= page);
         self.regions.get(index).filter(|(pages, _)| pages.contains(&page))
     }
 
     /// Calls `each` with every word of the bitmap that covers `pages` and that `find` finds, the mask of their bits in it
     /// and the page of its bit 0.
-    fn words<'a>(
+    fn for_each_word<'a>(
         &'a self,
         pages: &Range<u64>,
-        find: impl Fn(&'a MayHoldData, u64) -> Option<&'a AtomicU64>,
+        find: impl Fn(&'a DataBitmap, u64) -> Option<&'a AtomicU64>,
         mut each: impl FnMut(&AtomicU64, u64, u64),
     ) {
         let mut page = pages.start;
@@ -330,15 +330,15 @@ impl IncomingMemory {
         }
     }
 
-    fn will_hold_data(&self, pages: &Range<u64>) {
-        self.words(pages, MayHoldData::word, |word, mask, _| {
+    fn mark_data(&self, pages: &Range<u64>) {
+        self.for_each_word(pages, DataBitmap::word_or_allocate, |word, mask, _| {
             word.fetch_or(mask, Ordering::Relaxed);
         });
     }
 
-    fn zero(&self, pages: &Range<u64>) -> Result<(), StreamError> {
+    fn clear(&self, pages: &Range<u64>) -> Result<(), StreamError> {
         let mut result = Ok(());
-        self.words(pages, MayHoldData::set_word, |word, mask, first| {
+        self.for_each_word(pages, DataBitmap::allocated_word, |word, mask, first| {
             // Relaxed: only this page's channel ever looks at its bit.
             let mut dirty = word.load(Ordering::Relaxed) & mask;
             if dirty == 0 || result.is_err() {
@@ -347,7 +347,7 @@ impl IncomingMemory {
             word.fetch_and(!dirty, Ordering::Relaxed);
             while dirty != 0 && result.is_ok() {
                 let page = first + u64::from(dirty.trailing_zeros());
-                result = self.memory.write(page * LOG_PAGE, &[0; PAGE]);
+                result = self.memory.write(page * LOG_PAGE, &[0; PAGE_BYTES]);
                 dirty &= dirty - 1;
             }
         });
@@ -357,7 +357,7 @@ impl IncomingMemory {
 
 /// Puts the page frames of one channel into guest memory. Holds its buffers: up to 2 MiB with a codec.
 pub struct PageDecoder {
-    target: Arc<IncomingMemory>,
+    memory: Arc<IncomingMemory>,
     channel: u16,
     channels: u16,
     decompressor: Decompressor,
@@ -371,7 +371,7 @@ impl PageDecoder {
     /// # Errors
     /// When the codecs can't be set up.
     pub fn new(target: Arc<IncomingMemory>, channel: u16, channels: u16) -> Result<PageDecoder, StreamError> {
-        Ok(PageDecoder { target, channel, channels, decompressor: Decompressor::new()?, buffer: Vec::new() })
+        Ok(PageDecoder { memory: target, channel, channels, decompressor: Decompressor::new()?, buffer: Vec::new() })
     }
 
     /// Reads the body of a page frame whose header was just read, and writes its pages.
@@ -384,21 +384,21 @@ impl PageDecoder {
         header: &FrameHeader,
         from: &mut FrameReader<R>,
     ) -> Result<PageStats, StreamError> {
-        let mut body = Body::new(from, header);
+        let mut body = FrameBody::new(from, header);
         let batch = read_table(&mut body, &mut self.buffer)?;
         for entry in &batch.entries {
-            self.check(&entry.pages)?;
+            self.check_run(&entry.pages)?;
         }
-        let target = &*self.target;
+        let target = &*self.memory;
         let data = || batch.entries.iter().filter(|entry| !entry.zero);
-        data().for_each(|entry| target.will_hold_data(&entry.pages));
+        data().for_each(|entry| target.mark_data(&entry.pages));
         if batch.compressed {
             self.buffer.clear();
             body.take(batch.data_bytes, &mut self.buffer)?;
             body.finish()?;
-            let mut pages = self.decompressor.decompress(&self.buffer, batch.data_pages() as usize * PAGE)?;
+            let mut pages = self.decompressor.decompress(&self.buffer, batch.data_pages() as usize * PAGE_BYTES)?;
             for entry in data() {
-                let (now, rest) = pages.split_at_checked(entry.count() as usize * PAGE).unwrap_or_default();
+                let (now, rest) = pages.split_at_checked(entry.count() as usize * PAGE_BYTES).unwrap_or_default();
                 target.memory.write(entry.pages.start * LOG_PAGE, now)?;
                 pages = rest;
             }
@@ -412,23 +412,23 @@ impl PageDecoder {
             body.finish()?;
         }
         for entry in batch.entries.iter().filter(|entry| entry.zero) {
-            target.zero(&entry.pages)?;
+            target.clear(&entry.pages)?;
         }
         Ok(PageStats {
             data_pages: batch.data_pages(),
             zero_pages: batch.zero_pages(),
-            outside: 0,
+            outside_memory: 0,
             batches: 1,
             wire_bytes: super::frame::FRAME_HEADER_BYTES as u64 + u64::from(header.length),
         })
     }
 
-    pub(super) fn target(&self) -> &IncomingMemory {
-        &self.target
+    pub(super) fn memory(&self) -> &IncomingMemory {
+        &self.memory
     }
 
-    pub(super) fn check(&self, pages: &Range<u64>) -> Result<(), StreamError> {
-        if !self.target.holds(pages) {
+    pub(super) fn check_run(&self, pages: &Range<u64>) -> Result<(), StreamError> {
+        if !self.memory.contains(pages) {
             return Err(outside(pages));
         }
         let last = pages.end - 1;
@@ -482,7 +482,7 @@ impl PageRun {
 }
 
 /// Adds `page` to the last of `entries` if it goes on there, else as one of its own.
-pub(super) fn push(entries: &mut Vec<PageRun>, page: u64, zero: bool) {
+pub(super) fn push_page(entries: &mut Vec<PageRun>, page: u64, zero: bool) {
     match entries.last_mut() {
         Some(last) if last.zero == zero && last.pages.end == page && last.count() < PageRun::MAX_COUNT => {
             last.pages.end += 1;
@@ -509,8 +509,8 @@ impl PageBatch {
     /// `Malformed` and `Truncated`.
     pub fn parse(body: &[u8]) -> Result<PageBatch, StreamError> {
         let (head, rest) = body.split_first_chunk().ok_or(StreamError::Truncated("a page batch"))?;
-        let (entries, codec) = head_of(head, rest.len())?;
-        let (table, data) = rest.split_at_checked(entries * ENTRY).unwrap_or_default();
+        let (entries, codec) = parse_head(head, rest.len())?;
+        let (table, data) = rest.split_at_checked(entries * ENTRY_BYTES).unwrap_or_default();
         PageBatch::new(codec, table, data.len())
     }
 
@@ -531,42 +531,45 @@ impl PageBatch {
     fn new(codec: u8, table: &[u8], data_bytes: usize) -> Result<PageBatch, StreamError> {
         let (words, _) = table.as_chunks();
         let entries = words.iter().map(|word| PageRun::decode(u64::from_le_bytes(*word))).collect::<Result<_, _>>()?;
-        let batch = PageBatch { entries, compressed: codec == ZSTD, data_bytes };
+        let batch = PageBatch { entries, compressed: codec == CODEC_ZSTD, data_bytes };
         let pages = batch.data_pages();
         if pages > MAX_BATCH_PAGES {
             return Err(malformed(format!("{pages} pages of data, at most {MAX_BATCH_PAGES} may be")));
         }
-        let raw = pages as usize * PAGE;
+        let raw = pages as usize * PAGE_BYTES;
         let fits = if batch.compressed { (1..raw).contains(&data_bytes) } else { data_bytes == raw };
         if fits { Ok(batch) } else { Err(malformed(format!("{data_bytes} bytes of data for {pages} pages"))) }
     }
 }
 
-fn read_table<R: Read>(body: &mut Body<'_, R>, buffer: &mut Vec<u8>) -> Result<PageBatch, StreamError> {
+fn read_table<R: Read>(body: &mut FrameBody<'_, R>, buffer: &mut Vec<u8>) -> Result<PageBatch, StreamError> {
     buffer.clear();
-    body.take(HEAD, buffer)?;
+    body.take(HEAD_BYTES, buffer)?;
     let head = buffer.first_chunk().ok_or(StreamError::Truncated("a page batch"))?;
-    let (entries, codec) = head_of(head, body.left())?;
+    let (entries, codec) = parse_head(head, body.left())?;
     buffer.clear();
-    body.take(entries * ENTRY, buffer)?;
+    body.take(entries * ENTRY_BYTES, buffer)?;
     PageBatch::new(codec, buffer, body.left())
 }
 
 /// Number of entries and codec, checked against the bytes that follow.
-fn head_of(head: &[u8; HEAD], follow: usize) -> Result<(usize, u8), StreamError> {
+fn parse_head(head: &[u8; HEAD_BYTES], follow: usize) -> Result<(usize, u8), StreamError> {
     let [a, b, c, d, codec, reserved @ ..] = *head;
     let entries = u32::from_le_bytes([a, b, c, d]) as usize;
-    if entries == 0 || entries > MAX_ENTRIES || entries * ENTRY > follow {
+    if entries == 0 || entries > MAX_ENTRIES || entries * ENTRY_BYTES > follow {
         return Err(malformed(format!("{entries} entries")));
     }
-    if codec > ZSTD || reserved != [0; 3] {
+    if codec > CODEC_ZSTD || reserved != [0; 3] {
         return Err(malformed(format!("codec {codec}, reserved bytes {reserved:?}")));
     }
     Ok((entries, codec))
 }
 
 /// The parts of `run` that are in memory.
-fn in_memory<'m>(memory: &'m Memory, run: &Range<u64>) -> impl Iterator<Item = (&'m Region, Range<u64>)> + use<'m> {
+fn regions_of_run<'m>(
+    memory: &'m Memory,
+    run: &Range<u64>,
+) -> impl Iterator<Item = (&'m Region, Range<u64>)> + use<'m> {
     let run = run.clone();
     let regions = memory.regions();
     let first = regions.partition_point(|region| whole_pages(region.gpa(), region.size()).end <= run.start);

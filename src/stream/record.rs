@@ -154,7 +154,7 @@ impl MemoryLayout {
     ///
     /// # Errors
     /// `Layout` when a region does not begin and end at a page, so that it can't be told in pages.
-    pub fn of(memory: &Memory) -> Result<MemoryLayout, StreamError> {
+    pub fn from_memory(memory: &Memory) -> Result<MemoryLayout, StreamError> {
         let regions = memory.regions().iter().map(|region| RegionLayout { gpa: region.gpa(), size: region.size() });
         let regions: Vec<_> = regions.collect();
         match regions.iter().find(|r| !r.gpa.is_multiple_of(LOG_PAGE) || !r.size.is_multiple_of(LOG_PAGE)) {
@@ -170,9 +170,9 @@ impl MemoryLayout {
     ///
     /// # Errors
     /// `Layout` with the first difference.
-    pub fn check(&self, memory: &Memory) -> Result<(), StreamError> {
-        let theirs = merged(&self.regions)?;
-        let ours = merged(&MemoryLayout::of(memory)?.regions)?;
+    pub fn check_matches(&self, memory: &Memory) -> Result<(), StreamError> {
+        let theirs = merge_adjacent(&self.regions)?;
+        let ours = merge_adjacent(&MemoryLayout::from_memory(memory)?.regions)?;
         let show = |range: Option<&(u64, u64)>| match range {
             Some((start, end)) => format!("memory at {start:#x}..{end:#x}"),
             None => "no more memory".into(),
@@ -220,7 +220,7 @@ pub struct DataRuns {
 
 impl DataRuns {
     /// The first runs of pages of `memory` that are in use.
-    pub fn of(memory: &Memory) -> DataRuns {
+    pub fn from_memory(memory: &Memory) -> DataRuns {
         let mut runs: Vec<Range<u64>> = Vec::new();
         memory.data(|run| {
             match runs.last_mut() {
@@ -256,7 +256,7 @@ impl RoundEnd {
     ///
     /// # Errors
     /// `Malformed` if not.
-    pub fn check(&self, received: &PageStats) -> Result<(), StreamError> {
+    pub fn check_received(&self, received: &PageStats) -> Result<(), StreamError> {
         if (self.data_pages, self.zero_pages) == (received.data_pages, received.zero_pages) {
             return Ok(());
         }
@@ -350,7 +350,9 @@ impl ToDestination {
             ToDestination::RoundEnd(end) => to.write(FrameKind::RoundEnd, [&encode(1, end)?, &[]]),
             ToDestination::State(state) => to.write(FrameKind::State, [state, &[]]),
             ToDestination::Commit(commit) => to.write(FrameKind::Commit, [&encode(1, commit)?, &[]]),
-            ToDestination::Cancel { reason } => to.write(FrameKind::Cancel, [&encode(1, shortened(reason))?, &[]]),
+            ToDestination::Cancel { reason } => {
+                to.write(FrameKind::Cancel, [&encode(1, truncate_reason(reason))?, &[]])
+            }
         }
     }
 
@@ -359,7 +361,7 @@ impl ToDestination {
     /// # Errors
     /// `Unexpected` for pages and for what only the destination sends, and all that a damaged record can be.
     pub fn read<R: Read>(header: &FrameHeader, from: &mut FrameReader<R>) -> Result<ToDestination, StreamError> {
-        let body = body(header, from)?;
+        let body = read_body(header, from)?;
         let limit = header.kind.limit() as usize;
         Ok(match header.kind {
             FrameKind::Layout => ToDestination::Layout(decode("memory layout", 1, &body, limit)?),
@@ -384,9 +386,9 @@ impl ToSource {
             ToSource::Accepted => to.write(FrameKind::Accepted, [&[], &[]]),
             ToSource::Ready => to.write(FrameKind::Ready, [&[], &[]]),
             ToSource::Started(started) => to.write(FrameKind::Started, [&encode(1, started)?, &[]]),
-            ToSource::Failed { message } => to.write(FrameKind::Failed, [&encode(1, shortened(message))?, &[]]),
+            ToSource::Failed { message } => to.write(FrameKind::Failed, [&encode(1, truncate_reason(message))?, &[]]),
             ToSource::Held(held) => {
-                let held = Held { message: shortened(&held.message).into(), ..*held };
+                let held = Held { message: truncate_reason(&held.message).into(), ..*held };
                 to.write(FrameKind::Held, [&encode(1, &held)?, &[]])
             }
             ToSource::Unknown => to.write(FrameKind::Unknown, [&[], &[]]),
@@ -398,7 +400,7 @@ impl ToSource {
     /// # Errors
     /// `Unexpected` for what only the source sends, and all that a damaged record can be.
     pub fn read<R: Read>(header: &FrameHeader, from: &mut FrameReader<R>) -> Result<ToSource, StreamError> {
-        let body = body(header, from)?;
+        let body = read_body(header, from)?;
         let limit = header.kind.limit() as usize;
         Ok(match header.kind {
             FrameKind::Accepted => ToSource::Accepted,
@@ -421,7 +423,7 @@ impl ToSource {
     }
 }
 
-fn body<R: Read>(header: &FrameHeader, from: &mut FrameReader<R>) -> Result<Vec<u8>, StreamError> {
+fn read_body<R: Read>(header: &FrameHeader, from: &mut FrameReader<R>) -> Result<Vec<u8>, StreamError> {
     let mut body = Vec::new();
     if header.kind != FrameKind::Pages {
         from.body(header, &mut body)?;
@@ -430,12 +432,12 @@ fn body<R: Read>(header: &FrameHeader, from: &mut FrameReader<R>) -> Result<Vec<
 }
 
 /// A reason must never be what makes a frame too long.
-fn shortened(text: &str) -> &str {
+fn truncate_reason(text: &str) -> &str {
     text.get(..text.floor_char_boundary(4096)).unwrap_or(text)
 }
 
 /// Adjacent regions as one.
-fn merged(regions: &[RegionLayout]) -> Result<Vec<(u64, u64)>, StreamError> {
+fn merge_adjacent(regions: &[RegionLayout]) -> Result<Vec<(u64, u64)>, StreamError> {
     let mut ranges: Vec<(u64, u64)> = Vec::new();
     for region in regions {
         let end = region.gpa.checked_add(region.size).filter(|end| *end > region.gpa);
@@ -577,7 +579,7 @@ mod tests {
         for regions in [vec![(0, 0)], vec![(u64::MAX, 4096)], vec![(4096, 4096), (0, 4096)], vec![(0, 8192), (4096, 1)]]
         {
             let regions: Vec<_> = regions.into_iter().map(|(gpa, size)| RegionLayout { gpa, size }).collect();
-            assert!(merged(&regions).is_err());
+            assert!(merge_adjacent(&regions).is_err());
         }
     }
 

@@ -12,7 +12,7 @@ use twox_hash::XxHash3_64;
 use vm_memory::VolatileSlice;
 
 /// Bytes of a page.
-const PAGE: usize = crate::memory::LOG_PAGE as usize;
+const PAGE_BYTES: usize = crate::memory::LOG_PAGE as usize;
 /// Most pieces that one `readv` takes.
 const IOV_MAX: usize = 1024;
 
@@ -38,7 +38,7 @@ impl<'m> ReceiveWindow<'m> {
     /// Copies `bytes` to the front of the window and returns how many of them it had room for.
     pub fn store(&self, mut bytes: &[u8]) -> usize {
         let before = bytes.len();
-        for piece in self.waiting() {
+        for piece in self.unfilled() {
             piece.copy_from(bytes);
             bytes = bytes.get(piece.len()..).unwrap_or_default();
             if bytes.is_empty() {
@@ -53,7 +53,7 @@ impl<'m> ReceiveWindow<'m> {
     /// # Errors
     /// The error of the system.
     pub fn readv(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
-        let guards: Vec<_> = self.waiting().iter().take(IOV_MAX).map(VolatileSlice::ptr_guard_mut).collect();
+        let guards: Vec<_> = self.unfilled().iter().take(IOV_MAX).map(VolatileSlice::ptr_guard_mut).collect();
         let iovecs: Vec<_> =
             guards.iter().map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() }).collect();
         // SAFETY: each iovec is a live, writable mapping of guest memory (the slices borrow it), which is shared memory
@@ -67,7 +67,7 @@ impl<'m> ReceiveWindow<'m> {
         let mut count = count.min(self.left);
         self.left -= count;
         // Copies first: a Rust slice over memory that others map could change under the hash's feet.
-        let mut copy = [0; PAGE];
+        let mut copy = [0; PAGE_BYTES];
         while let Some(piece) = self.pieces.get_mut(self.first).filter(|_| count > 0) {
             let length = piece.copy_to(&mut copy).min(count);
             hash.write(copy.get(..length).unwrap_or_default());
@@ -79,7 +79,7 @@ impl<'m> ReceiveWindow<'m> {
         }
     }
 
-    fn waiting(&self) -> &[VolatileSlice<'m>] {
+    fn unfilled(&self) -> &[VolatileSlice<'m>] {
         self.pieces.get(self.first..).unwrap_or_default()
     }
 }
@@ -122,9 +122,9 @@ impl<R: Read> ReadMemory for CopyingReader<R> {
 
 /// Copies the page `from` to `into` and tells whether the copy is all zeros. Guest memory is read once. `more` says that
 /// the page after it in memory comes next.
-pub(super) fn copy_page(from: &VolatileSlice<'_>, into: &mut [u8; PAGE], more: bool) -> bool {
+pub(super) fn copy_page(from: &VolatileSlice<'_>, into: &mut [u8; PAGE_BYTES], more: bool) -> bool {
     #[cfg(target_arch = "x86_64")]
-    if from.len() == PAGE && std::arch::is_x86_feature_detected!("avx2") {
+    if from.len() == PAGE_BYTES && std::arch::is_x86_feature_detected!("avx2") {
         let guard = from.ptr_guard();
         // SAFETY: the guard's pointer is valid for reads of its length, which is a page; AVX2 is there.
         return unsafe { copy_page_avx2(guard.as_ptr(), into, more) };
@@ -139,7 +139,7 @@ pub(super) fn copy_page(from: &VolatileSlice<'_>, into: &mut [u8; PAGE], more: b
 /// `from` must be valid for reads of a page; others may write it meanwhile.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-unsafe fn copy_page_avx2(from: *const u8, into: &mut [u8; PAGE], more: bool) -> bool {
+unsafe fn copy_page_avx2(from: *const u8, into: &mut [u8; PAGE_BYTES], more: bool) -> bool {
     use std::arch::x86_64::{
         __m256i, _MM_HINT_T0, _mm_prefetch, _mm256_or_si256, _mm256_setzero_si256, _mm256_testz_si256,
     };
@@ -147,23 +147,23 @@ unsafe fn copy_page_avx2(from: *const u8, into: &mut [u8; PAGE], more: bool) -> 
     /// Guest memory needs no alignment in this process.
     #[derive(Clone, Copy)]
     #[repr(C, packed)]
-    struct Line([__m256i; 4]);
+    struct Chunk([__m256i; 4]);
 
     let mut any = _mm256_setzero_si256();
-    for offset in (0..PAGE).step_by(size_of::<Line>()) {
+    for offset in (0..PAGE_BYTES).step_by(size_of::<Chunk>()) {
         if more {
             // The hardware does not look ahead over the end of a page.
             for line in [0, 64] {
-                _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(PAGE + offset + line).cast());
+                _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(PAGE_BYTES + offset + line).cast());
             }
         }
         // SAFETY: the caller's promise, and a line that ends inside both pages. Volatile, because the guest may write
         // while we read: what is looked at must be what was copied.
-        let line = unsafe { from.add(offset).cast::<Line>().read_volatile() };
+        let line = unsafe { from.add(offset).cast::<Chunk>().read_volatile() };
         let [a, b, c, d] = line.0;
         any = _mm256_or_si256(any, _mm256_or_si256(_mm256_or_si256(a, b), _mm256_or_si256(c, d)));
         // SAFETY: as above; `into` is a page of ours.
-        unsafe { into.as_mut_ptr().add(offset).cast::<Line>().write(line) };
+        unsafe { into.as_mut_ptr().add(offset).cast::<Chunk>().write(line) };
     }
     _mm256_testz_si256(any, any) == 1
 }
@@ -172,7 +172,7 @@ unsafe fn copy_page_avx2(from: *const u8, into: &mut [u8; PAGE], more: bool) -> 
 ///
 /// # Errors
 /// What the system says, `EBADF` when there is no such descriptor.
-pub(super) fn duplicate(number: RawFd) -> io::Result<OwnedFd> {
+pub(super) fn duplicate_fd(number: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: F_DUPFD_CLOEXEC touches no memory and fails cleanly on numbers that are not open.
     let copy = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) };
     if copy < 0 {

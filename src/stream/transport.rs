@@ -23,7 +23,7 @@ use nix::unistd::Pid;
 use super::frame::{
     ChannelId, ConnectionHeader, FRAME_HEADER_BYTES, FrameReader, FrameWriter, HEADER_BYTES, MigrationId,
 };
-use super::limiter::{Interrupt, lock, poll_until};
+use super::limiter::{CancelTarget, lock, poll_until};
 use super::sys::{ReadMemory, ReceiveWindow};
 use super::{StreamError, ToSource};
 
@@ -36,7 +36,7 @@ pub use super::limiter::{CancelCallback, CancelToken, RateLimiter};
 pub use accept::{IncomingConnection, OutcomeQuery, StreamListener};
 pub use connect::{connect, query_outcome};
 pub use save::remove_unfinished_saves;
-use save::{Partial, Save};
+use save::{PartialFile, Save};
 
 /// Where a migration goes to or comes from.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -106,7 +106,7 @@ impl fmt::Display for Uri {
 
 impl Uri {
     /// Whether only one channel is possible.
-    pub fn is_single(&self) -> bool {
+    pub fn is_single_channel(&self) -> bool {
         matches!(self, Uri::File(_) | Uri::Exec(_) | Uri::Fd(_))
     }
 
@@ -159,21 +159,21 @@ pub struct StreamConnection {
     /// The channels by number, at least one.
     pub channels: Vec<StreamChannel>,
     /// Where the source can connect again to ask about the migration.
-    again: Option<Uri>,
+    query_uri: Option<Uri>,
 }
 
 impl StreamConnection {
     /// A writer of frames for each channel.
     pub fn writers(&self) -> Vec<FrameWriter<StreamChannel>> {
-        self.with_ids().map(|(channel, id)| FrameWriter::new(channel, id)).collect()
+        self.channels_with_ids().map(|(channel, id)| FrameWriter::new(channel, id)).collect()
     }
 
     /// A reader of frames for each channel.
     pub fn readers(&self) -> Vec<FrameReader<StreamChannel>> {
-        self.with_ids().map(|(channel, id)| FrameReader::new(channel, id)).collect()
+        self.channels_with_ids().map(|(channel, id)| FrameReader::new(channel, id)).collect()
     }
 
-    fn with_ids(&self) -> impl Iterator<Item = (StreamChannel, ChannelId)> {
+    fn channels_with_ids(&self) -> impl Iterator<Item = (StreamChannel, ChannelId)> {
         let migration = self.id;
         self.channels.iter().cloned().zip(0..).map(move |(it, channel)| (it, ChannelId { migration, channel }))
     }
@@ -219,7 +219,7 @@ impl StreamConnection {
     /// # Errors
     /// As [`query_outcome`].
     pub fn query_outcome(&self, deadline: Duration) -> Result<ToSource, StreamError> {
-        match &self.again {
+        match &self.query_uri {
             Some(uri) => query_outcome(uri, self.id, deadline),
             None => Err(StreamError::NoReturnPath),
         }
@@ -227,8 +227,8 @@ impl StreamConnection {
 
     /// Lets go of a connection whose other end goes on by itself: a command that has become the guest's new home, or
     /// leads there, is not ended.
-    pub fn leave(self) {
-        self.channels.iter().for_each(|channel| channel.0.leave());
+    pub fn detach(self) {
+        self.channels.iter().for_each(|channel| channel.0.detach());
     }
 }
 
@@ -241,41 +241,41 @@ impl fmt::Debug for StreamConnection {
 
 /// One connection of a migration. Clones share it, so one thread can read while another writes.
 #[derive(Clone)]
-pub struct StreamChannel(Arc<Inner>);
+pub struct StreamChannel(Arc<ChannelState>);
 
-struct Inner {
+struct ChannelState {
     fd: OwnedFd,
     /// Of all channels of the connection.
-    activity: Arc<Activity>,
+    last_received: Arc<LastReceived>,
     kind: FdKind,
     cancel: CancelToken,
     limiter: RateLimiter,
     timeout_ms: AtomicU64,
     /// Nanoseconds that writers have waited for the bandwidth limit.
-    waited_ns: AtomicU64,
+    rate_limited_ns: AtomicU64,
     sent: AtomicU64,
     received: AtomicU64,
     /// A part of a frame has been written.
     in_frame: AtomicBool,
     /// Frames are still written once it is cancelled.
-    last_words: AtomicBool,
-    end: Mutex<End>,
+    allow_after_cancel: AtomicBool,
+    on_finish: Mutex<OnFinish>,
 }
 
 /// When something was received last.
 #[derive(Debug)]
-struct Activity {
+struct LastReceived {
     begun: Instant,
     /// After `begun`, milliseconds.
     last: AtomicU64,
 }
 
-impl Activity {
-    fn new() -> Arc<Activity> {
-        Arc::new(Activity { begun: Instant::now(), last: AtomicU64::new(0) })
+impl LastReceived {
+    fn new() -> Arc<LastReceived> {
+        Arc::new(LastReceived { begun: Instant::now(), last: AtomicU64::new(0) })
     }
 
-    fn note(&self) {
+    fn update(&self) {
         self.last.store(self.begun.elapsed().as_millis() as u64, Ordering::Relaxed);
     }
 
@@ -298,21 +298,21 @@ enum FdKind {
 /// Send buffer of TCP connections that stay on this host, in bytes. The system would let them grow until what is under
 /// way has left the cache. On a network the bandwidth and delay are what counts, and the system knows them; UNIX sockets
 /// have a buffer of about this size.
-const LOCAL_BUFFER: usize = 160 << 10;
+const LOCAL_SEND_BUFFER: usize = 160 << 10;
 
 /// What is left to do when the last byte is written.
-enum End {
+enum OnFinish {
     Nothing,
     Save(Save),
-    Wait { child: Child, command: String },
+    WaitForCommand { child: Child, command: String },
 }
 
 impl StreamChannel {
     fn new(
         fd: OwnedFd,
-        end: End,
+        end: OnFinish,
         options: &StreamOptions,
-        activity: &Arc<Activity>,
+        activity: &Arc<LastReceived>,
     ) -> Result<StreamChannel, StreamError> {
         let kind = kind_of(&fd)?;
         set_nonblocking(fd.as_fd(), kind == FdKind::Pipe)?;
@@ -320,25 +320,25 @@ impl StreamChannel {
             // Fails on sockets that are not TCP, which do not wait to fill segments anyway.
             let _ = setsockopt(&fd, sockopt::TcpNoDelay, &true);
             if is_on_this_host(&fd) {
-                let _ = setsockopt(&fd, sockopt::SndBuf, &LOCAL_BUFFER);
+                let _ = setsockopt(&fd, sockopt::SndBuf, &LOCAL_SEND_BUFFER);
             }
-            notice_dead_hosts(&fd);
+            enable_keepalive(&fd);
         }
-        let inner = Arc::new(Inner {
+        let inner = Arc::new(ChannelState {
             fd,
-            activity: activity.clone(),
+            last_received: activity.clone(),
             kind,
             cancel: options.cancel.clone(),
             limiter: options.limiter.clone(),
             timeout_ms: AtomicU64::new(0),
             sent: AtomicU64::new(0),
-            waited_ns: AtomicU64::new(0),
+            rate_limited_ns: AtomicU64::new(0),
             received: AtomicU64::new(0),
             in_frame: AtomicBool::new(false),
-            last_words: AtomicBool::new(false),
-            end: Mutex::new(end),
+            allow_after_cancel: AtomicBool::new(false),
+            on_finish: Mutex::new(end),
         });
-        let target: Weak<Inner> = Arc::downgrade(&inner);
+        let target: Weak<ChannelState> = Arc::downgrade(&inner);
         options.cancel.register(target);
         let channel = StreamChannel(inner);
         channel.set_timeout(options.timeout)?;
@@ -361,32 +361,32 @@ impl StreamChannel {
     }
 
     /// How long writers have waited for the bandwidth limit so far.
-    pub fn waited(&self) -> Duration {
-        Duration::from_nanos(self.0.waited_ns.load(Ordering::Relaxed))
+    pub fn rate_limited_time(&self) -> Duration {
+        Duration::from_nanos(self.0.rate_limited_ns.load(Ordering::Relaxed))
     }
 
     /// Bytes written so far, headers included; for others to look at meanwhile.
-    pub fn sent(&self) -> u64 {
+    pub fn bytes_sent(&self) -> u64 {
         self.0.sent.load(Ordering::Relaxed)
     }
 
     /// Bytes read so far, headers included.
-    pub fn received(&self) -> u64 {
+    pub fn bytes_received(&self) -> u64 {
         self.0.received.load(Ordering::Relaxed)
     }
 
     /// Bytes written to a file or device that may not be on its disk yet; 0 for other transports.
-    pub fn unsynced(&self) -> u64 {
-        match &*lock(&self.0.end) {
-            End::Save(save) => save.unsynced(),
+    pub fn unsynced_bytes(&self) -> u64 {
+        match &*lock(&self.0.on_finish) {
+            OnFinish::Save(save) => save.unsynced(),
             _ => 0,
         }
     }
 
     /// Sends the header, or begins a save with it.
-    fn begin(&mut self, uri: &Uri, name: Option<Partial>, header: ConnectionHeader) -> Result<(), StreamError> {
+    fn begin(&mut self, uri: &Uri, name: Option<PartialFile>, header: ConnectionHeader) -> Result<(), StreamError> {
         if self.0.kind == FdKind::File {
-            *lock(&self.0.end) = End::Save(Save::begin(uri, &self.0.fd, name, header)?);
+            *lock(&self.0.on_finish) = OnFinish::Save(Save::begin(uri, &self.0.fd, name, header)?);
             self.0.sent.fetch_add(HEADER_BYTES as u64, Ordering::Relaxed);
             return Ok(());
         }
@@ -395,8 +395,8 @@ impl StreamChannel {
     }
 
     /// Lets a reason be written that the peer is to read: also to a socket that was cancelled a moment ago.
-    pub fn allow_last_words(&self) {
-        self.0.last_words.store(true, Ordering::Relaxed);
+    pub fn allow_final_frame(&self) {
+        self.0.allow_after_cancel.store(true, Ordering::Relaxed);
     }
 
     /// Ends this channel alone: whoever blocks on it, here or at the peer, goes on with an error. Does nothing to pipes
@@ -457,18 +457,18 @@ impl Write for StreamChannel {
     }
 }
 
-impl Inner {
+impl ChannelState {
     fn read(&self, mut read: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>) -> io::Result<usize> {
-        let count = self.transfer(PollFlags::POLLIN, || read(self.fd.as_fd()))?;
+        let count = self.retry_io(PollFlags::POLLIN, || read(self.fd.as_fd()))?;
         self.received.fetch_add(count as u64, Ordering::Relaxed);
-        self.activity.note();
+        self.last_received.update();
         Ok(count)
     }
 
     fn write(&self, from: &[IoSlice<'_>]) -> io::Result<usize> {
         self.check(PollFlags::POLLOUT)?;
         let total = from.iter().map(|part| part.len()).sum::<usize>();
-        let piece = self.limiter.piece();
+        let piece = self.limiter.max_write_bytes();
         let first;
         let from = if total <= piece {
             from
@@ -479,14 +479,14 @@ impl Inner {
             &first
         };
         let length = from.iter().map(|part| part.len()).sum::<usize>();
-        let waited = match self.limiter.take(length, &self.cancel) {
+        let waited = match self.limiter.acquire(length, &self.cancel) {
             Err(StreamError::Cancelled) => self.check(PollFlags::POLLOUT).map(|()| Duration::ZERO),
             waited => waited,
         };
         let waited = waited?;
         self.in_frame.store(true, Ordering::Relaxed);
-        self.waited_ns.fetch_add(waited.as_nanos() as u64, Ordering::Relaxed);
-        let count = self.transfer(PollFlags::POLLOUT, || match self.kind {
+        self.rate_limited_ns.fetch_add(waited.as_nanos() as u64, Ordering::Relaxed);
+        let count = self.retry_io(PollFlags::POLLOUT, || match self.kind {
             // No SIGPIPE from a peer that is gone.
             FdKind::Socket => {
                 let flags = MsgFlags::MSG_NOSIGNAL;
@@ -495,14 +495,14 @@ impl Inner {
             _ => Ok(nix::sys::uio::writev(&self.fd, from)?),
         })?;
         self.sent.fetch_add(count as u64, Ordering::Relaxed);
-        if let End::Save(save) = &mut *lock(&self.end) {
-            save.wrote(&self.fd, count)?;
+        if let OnFinish::Save(save) = &mut *lock(&self.on_finish) {
+            save.account_written(&self.fd, count)?;
         }
         Ok(count)
     }
 
     /// Runs `io` until it transfers something, in the way of this kind of descriptor.
-    fn transfer(&self, events: PollFlags, mut io: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    fn retry_io(&self, events: PollFlags, mut io: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
         let timeout = Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed));
         let deadline = (!timeout.is_zero()).then(|| Instant::now() + timeout);
         self.check(events)?;
@@ -517,7 +517,7 @@ impl Inner {
             }
             let mut fds = [PollFd::new(self.fd.as_fd(), events), PollFd::new(self.cancel.fd(), PollFlags::POLLIN)];
             // One channel may have nothing to say for long while others have.
-            if self.kind == FdKind::Socket && events == PollFlags::POLLIN && self.activity.is_within(timeout) {
+            if self.kind == FdKind::Socket && events == PollFlags::POLLIN && self.last_received.is_within(timeout) {
                 continue;
             }
             if self.kind == FdKind::Socket || !poll_until(&mut fds, deadline)? {
@@ -528,7 +528,7 @@ impl Inner {
 
     /// Fails once cancelled, but for a writer to a socket in the middle of a frame: the peer could read nothing after it.
     fn check(&self, events: PollFlags) -> Result<(), StreamError> {
-        let goes_on = self.in_frame.load(Ordering::Relaxed) || self.last_words.load(Ordering::Relaxed);
+        let goes_on = self.in_frame.load(Ordering::Relaxed) || self.allow_after_cancel.load(Ordering::Relaxed);
         if events == PollFlags::POLLOUT && self.kind == FdKind::Socket && goes_on {
             return Ok(());
         }
@@ -537,11 +537,11 @@ impl Inner {
 
     fn wait_for_frame(&self, limit: Duration) -> Result<(), StreamError> {
         /// What any socket holds.
-        const MOST: usize = 4096;
+        const PEEK_BYTES: usize = 4096;
         /// How often a frame is looked at that has come in part.
         const NAP: Duration = Duration::from_millis(5);
         let deadline = Instant::now() + limit;
-        let mut bytes = [0; MOST];
+        let mut bytes = [0; PEEK_BYTES];
         loop {
             let mut fds = [self.fd.as_fd(), self.cancel.fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
             if !poll_until(&mut fds, Some(deadline))? || Instant::now() >= deadline {
@@ -551,7 +551,9 @@ impl Inner {
             let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
             match socket::recv(self.fd.as_raw_fd(), &mut bytes, flags) {
                 Ok(0) => return Err(StreamError::Ended),
-                Ok(count) if count >= frame_bytes(bytes.get(..count).unwrap_or_default()).min(MOST) => return Ok(()),
+                Ok(count) if count >= first_frame_bytes(bytes.get(..count).unwrap_or_default()).min(PEEK_BYTES) => {
+                    return Ok(());
+                }
                 Ok(_) | Err(Errno::EAGAIN | Errno::EINTR) => {}
                 Err(error) => return Err(io::Error::from(error).into()),
             }
@@ -566,8 +568,10 @@ impl Inner {
         }
     }
 
-    fn leave(&self) {
-        if let End::Wait { mut child, .. } = std::mem::replace(&mut *lock(&self.end), End::Nothing) {
+    fn detach(&self) {
+        if let OnFinish::WaitForCommand { mut child, .. } =
+            std::mem::replace(&mut *lock(&self.on_finish), OnFinish::Nothing)
+        {
             self.shutdown(Shutdown::Write);
             // Somebody has to take note of its end, whenever that is.
             std::thread::spawn(move || child.wait());
@@ -575,8 +579,8 @@ impl Inner {
     }
 
     fn sync(&self) -> Result<(), StreamError> {
-        match &mut *lock(&self.end) {
-            End::Save(save) => Ok(save.sync(&self.fd)?),
+        match &mut *lock(&self.on_finish) {
+            OnFinish::Save(save) => Ok(save.sync(&self.fd)?),
             _ => Ok(()),
         }
     }
@@ -584,7 +588,7 @@ impl Inner {
     fn finish(&self) -> Result<(), StreamError> {
         /// How often a command is looked at while it ends.
         const NAP: Duration = Duration::from_millis(5);
-        if matches!(*lock(&self.end), End::Wait { .. }) {
+        if matches!(*lock(&self.on_finish), OnFinish::WaitForCommand { .. }) {
             // Filters end at the end of their input.
             self.shutdown(Shutdown::Write);
         }
@@ -592,18 +596,18 @@ impl Inner {
         let deadline = (!timeout.is_zero()).then(|| Instant::now() + timeout);
         loop {
             self.cancel.check()?;
-            match &mut *lock(&self.end) {
-                End::Nothing => return Ok(()),
-                end @ End::Save(_) => {
-                    let End::Save(save) = std::mem::replace(end, End::Nothing) else { return Ok(()) };
+            match &mut *lock(&self.on_finish) {
+                OnFinish::Nothing => return Ok(()),
+                end @ OnFinish::Save(_) => {
+                    let OnFinish::Save(save) = std::mem::replace(end, OnFinish::Nothing) else { return Ok(()) };
                     return Ok(save.complete(&self.fd)?);
                 }
-                end @ End::Wait { .. } => {
-                    if let End::Wait { child, command } = end
+                end @ OnFinish::WaitForCommand { .. } => {
+                    if let OnFinish::WaitForCommand { child, command } = end
                         && let Some(status) = child.try_wait()?
                     {
                         let command = std::mem::take(command);
-                        *end = End::Nothing;
+                        *end = OnFinish::Nothing;
                         let status = if status.success() { return Ok(()) } else { status.to_string() };
                         return Err(StreamError::Command { command, status });
                     }
@@ -617,23 +621,23 @@ impl Inner {
     }
 }
 
-impl Interrupt for Inner {
+impl CancelTarget for ChannelState {
     /// Ends reads. Writers end between two frames.
     fn interrupt(&self) {
         self.shutdown(Shutdown::Read);
     }
 
-    fn end(&self) {
+    fn force_end(&self) {
         self.shutdown(Shutdown::Both);
     }
 }
 
-impl Drop for Inner {
+impl Drop for ChannelState {
     /// A migration that was not finished leaves neither half a file nor a running command.
     fn drop(&mut self) {
-        match &mut *lock(&self.end) {
-            End::Nothing | End::Save(_) => {}
-            End::Wait { child, .. } => {
+        match &mut *lock(&self.on_finish) {
+            OnFinish::Nothing | OnFinish::Save(_) => {}
+            OnFinish::WaitForCommand { child, .. } => {
                 self.shutdown(Shutdown::Both);
                 // The command is the leader of its own process group.
                 let _ = killpg(Pid::from_raw(child.id().cast_signed()), Signal::SIGKILL);
@@ -644,7 +648,7 @@ impl Drop for Inner {
 }
 
 /// Bytes of the frame that begins with `bytes`, as far as they say; at least a header's.
-fn frame_bytes(bytes: &[u8]) -> usize {
+fn first_frame_bytes(bytes: &[u8]) -> usize {
     let length = bytes.get(4..8).and_then(|length| length.try_into().ok()).map_or(0, u32::from_le_bytes);
     FRAME_HEADER_BYTES + length as usize
 }
@@ -675,7 +679,7 @@ fn set_nonblocking(fd: BorrowedFd<'_>, nonblocking: bool) -> Result<(), StreamEr
 
 /// Best effort, and only TCP has such: a host that is gone without a word ends the connection after half a minute, also
 /// where nothing is sent and no timeout is set.
-fn notice_dead_hosts(fd: &OwnedFd) {
+fn enable_keepalive(fd: &OwnedFd) {
     let _ = setsockopt(fd, sockopt::KeepAlive, &true);
     let _ = setsockopt(fd, sockopt::TcpKeepIdle, &15);
     let _ = setsockopt(fd, sockopt::TcpKeepInterval, &5);
@@ -683,18 +687,19 @@ fn notice_dead_hosts(fd: &OwnedFd) {
 }
 
 /// The kernel's limit for a socket's path, without the final zero.
-const SOCKET_PATH: usize = 107;
+const MAX_SOCKET_PATH: usize = 107;
 
 fn check_socket_path(uri: &Uri, path: &Path) -> Result<(), StreamError> {
     let length = path.as_os_str().len();
-    if length <= SOCKET_PATH {
+    if length <= MAX_SOCKET_PATH {
         return Ok(());
     }
-    let advice = format!("the socket path has {length} bytes, at most {SOCKET_PATH} are possible: use a shorter one");
+    let advice =
+        format!("the socket path has {length} bytes, at most {MAX_SOCKET_PATH} are possible: use a shorter one");
     Err(uri.error(advice, None))
 }
 
-fn check_single(uri: &Uri, channels: u16) -> Result<(), StreamError> {
+fn check_channel_count(uri: &Uri, channels: u16) -> Result<(), StreamError> {
     if channels == 1 {
         return Ok(());
     }
@@ -702,7 +707,7 @@ fn check_single(uri: &Uri, channels: u16) -> Result<(), StreamError> {
 }
 
 /// What went wrong, for errors that need no other advice than their own name.
-fn plain(error: io::Error) -> (String, Option<io::Error>) {
+fn advice_for(error: io::Error) -> (String, Option<io::Error>) {
     let advice = match error.raw_os_error().map(Errno::from_raw) {
         Some(Errno::EACCES | Errno::EPERM) => "no permission: check the owner and mode of the path".into(),
         Some(Errno::ENOENT) => "there is no such path: check its spelling and that its folder exists".into(),
@@ -716,13 +721,13 @@ fn plain(error: io::Error) -> (String, Option<io::Error>) {
 
 fn open_error(uri: &Uri) -> impl Fn(io::Error) -> StreamError + '_ {
     move |error| {
-        let (advice, source) = plain(error);
+        let (advice, source) = advice_for(error);
         uri.error(advice, source)
     }
 }
 
 /// Starts the command of an `exec:` URI; returns our end of its standard input and output.
-fn spawn(uri: &Uri, command: &str) -> Result<(OwnedFd, End), StreamError> {
+fn spawn_command(uri: &Uri, command: &str) -> Result<(OwnedFd, OnFinish), StreamError> {
     use std::os::unix::process::CommandExt;
     use std::process::{Command, Stdio};
     let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
@@ -736,11 +741,11 @@ fn spawn(uri: &Uri, command: &str) -> Result<(OwnedFd, End), StreamError> {
         .process_group(0)
         .spawn()
         .map_err(open_error(uri))?;
-    Ok((ours.into(), End::Wait { child, command: command.into() }))
+    Ok((ours.into(), OnFinish::WaitForCommand { child, command: command.into() }))
 }
 
-fn inherited(uri: &Uri, number: RawFd) -> Result<OwnedFd, StreamError> {
-    super::sys::duplicate(number).map_err(|error| {
+fn duplicate_inherited(uri: &Uri, number: RawFd) -> Result<OwnedFd, StreamError> {
+    super::sys::duplicate_fd(number).map_err(|error| {
         let advice = format!("file descriptor {number} is not open: pass it on when starting this program");
         uri.error(advice, error)
     })

@@ -584,7 +584,7 @@ fn an_orchestrator_hears_when_a_back_end_goes_and_when_it_is_back() {
     let (events, heard) = std::sync::mpsc::channel();
     let watched = control.clone();
     let watching = std::thread::spawn(move || {
-        let command = vhost_migrate::control::Command::Watch { seconds: 3600.0 };
+        let command = vhost_migrate::control::ControlCommand::Watch { seconds: 3600.0 };
         let _ = vhost_migrate::control::call(&watched, &command, |event| drop(events.send(event)));
     });
     let next = || heard.recv_timeout(PATIENCE).unwrap();

@@ -35,7 +35,7 @@ fn vanishing(uri: &str, answers: impl IntoIterator<Item = ToSource, IntoIter: Se
             match incoming {
                 IncomingConnection::OutcomeQuery(query) => {
                     let Some(answer) = answers.next() else { return };
-                    query.answer(&answer).unwrap();
+                    query.reply(&answer).unwrap();
                 }
                 IncomingConnection::Migration(connection) => {
                     // All but channel 0 carry pages alone.

@@ -91,14 +91,14 @@ fn what_was_sent_while_the_guest_ran_is_on_disk_when_it_stops() {
     let (mut sent, mut left) = (0, None);
     let mut guest = Guest::running(PAGES);
     migrate(&mut guest, connection, &how.parameters, limiter, cancel, &mut |event| match event {
-        MigrationEvent::Round(_) => sent = channel.sent(),
-        MigrationEvent::Switchover { .. } => left = Some(channel.unsynced()),
+        MigrationEvent::Round(_) => sent = channel.bytes_sent(),
+        MigrationEvent::Switchover { .. } => left = Some(channel.unsynced_bytes()),
         _ => {}
     })
     .unwrap();
     assert!(sent > 1 << 20, "{sent}");
     assert_eq!(left, Some(0), "bytes left to sync with the guest stopped, of {sent}");
-    assert_eq!(channel.unsynced(), 0);
+    assert_eq!(channel.unsynced_bytes(), 0);
 }
 
 #[test]

@@ -180,7 +180,7 @@ impl Destination {
             let channels = arriving.connection.channels.clone();
             let mut cradle = Cradle::new(refuse);
             let outcome = receive(&mut cradle, arriving.connection, &arriving.cancel, &its, switchover_timeout);
-            let bytes = channels.iter().map(|channel| channel.received()).sum();
+            let bytes = channels.iter().map(|channel| channel.bytes_received()).sum();
             Arrived { outcome, bytes, guest: cradle.guest }
         });
         Destination { uri, outcomes, incoming, thread }

@@ -7,10 +7,10 @@ use nix::sys::eventfd::EventFd;
 use vhost_migrate::backend::Sandbox;
 use vhost_migrate::backend::net::{MAX_PAIRS, MIN_MTU, Mac, Net, NetOptions, Peer};
 
-use super::{Place, Seccomp, Stopping, serve};
+use super::{SeccompArguments, SocketArguments, StopArguments, serve};
 use crate::interrupt::ignore_hangup;
-use crate::messages::Messages;
-use crate::metrics::Metrics;
+use crate::messages::LogArguments;
+use crate::metrics::MetricsArguments;
 use crate::values;
 
 /// A network interface: on a tap of the host, on another such process, or on itself
@@ -39,7 +39,7 @@ What it writes to stderr is chosen by --log-level or RUST_LOG.
 Exit status: 0 ended by a signal; 1 failed; 2 wrong arguments.")]
 pub(super) struct Arguments {
     #[command(flatten)]
-    place: Place,
+    place: SocketArguments,
     #[command(flatten)]
     peer: PeerArguments,
     /// Pairs of a receive and a transmit queue
@@ -65,13 +65,13 @@ pub(super) struct Arguments {
     #[arg(long, conflicts_with = "iommu")]
     postcopy: bool,
     #[command(flatten)]
-    pub(super) stopping: Stopping,
+    pub(super) stopping: StopArguments,
     #[command(flatten)]
-    seccomp: Seccomp,
+    seccomp: SeccompArguments,
     #[command(flatten)]
-    metrics: Metrics,
+    metrics: MetricsArguments,
     #[command(flatten)]
-    messages: Messages,
+    messages: LogArguments,
 }
 
 /// The number of front-ends, which says nothing.
@@ -94,7 +94,7 @@ struct PeerArguments {
     #[arg(long)]
     loopback: bool,
     /// Socket where another such process is met
-    #[arg(long, value_name = "PATH", value_parser = values::socket())]
+    #[arg(long, value_name = "PATH", value_parser = values::socket_path())]
     pair: Option<PathBuf>,
 }
 

@@ -12,12 +12,12 @@ use vhost_migrate::inflight::{RingKind, recover_packed, recover_split};
 use vhost_migrate::ring::RingBase;
 use zerocopy::FromBytes;
 
-use super::{Found, Lines, open};
+use super::{Inspection, LinePrinter, open};
 use crate::wrong_arguments;
 
 /// The way to read the region.
 #[derive(Debug, clap::Args)]
-pub(super) struct Region {
+pub(super) struct RegionArguments {
     /// Queues of the region
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     queues: u16,
@@ -43,28 +43,28 @@ fn used_index(text: &str) -> Result<(u16, u16), String> {
     pair.ok_or_else(|| format!("'{text}' is not QUEUE:INDEX, for example 0:1234"))
 }
 
-pub(super) fn inspect(file: &Path, region: &Region, lines: &Lines) -> Result<Found, String> {
+pub(super) fn inspect(file: &Path, region: &RegionArguments, lines: &LinePrinter) -> Result<Inspection, String> {
     let named = region.used.iter().map(|(queue, _)| queue).chain(&region.published);
     if let Some(queue) = named.copied().find(|queue| *queue >= region.queues) {
         wrong_arguments(format!("there is no queue {queue}: the region has {} (--queues)", region.queues));
     }
-    let bytes = Bytes::of(open(file)?).map_err(|error| format!("{}: {error}", file.display()))?;
+    let bytes = RegionFile::open(open(file)?).map_err(|error| format!("{}: {error}", file.display()))?;
     let queues = if region.packed { packed(&bytes, region, lines) } else { split(&bytes, region, lines) };
     let queues = queues.map_err(|error| format!("{}: {error}", file.display()))?;
     Ok(json!({"queues": queues}).into())
 }
 
 /// Requests that may still be listed.
-struct Listed {
+struct RequestList {
     left: u32,
 }
 
-impl Listed {
+impl RequestList {
     /// Prints and returns those of `requests` that may be listed. `describe` makes the line and the JSON of one.
     fn list<T>(
         &mut self,
         requests: &[T],
-        lines: &Lines,
+        lines: &LinePrinter,
         mut describe: impl FnMut(&T) -> (String, Value),
     ) -> Vec<Value> {
         let most = requests.len().min(self.left as usize);
@@ -82,13 +82,13 @@ impl Listed {
     }
 }
 
-fn split(bytes: &Bytes, region: &Region, lines: &Lines) -> Result<Vec<Value>, String> {
-    let (mut list, mut listed) = (Vec::new(), Listed { left: region.requests });
-    let told = bytes.header::<SplitHeader>()?.desc_num.get();
+fn split(bytes: &RegionFile, region: &RegionArguments, lines: &LinePrinter) -> Result<Vec<Value>, String> {
+    let (mut list, mut listed) = (Vec::new(), RequestList { left: region.requests });
+    let told = bytes.read_header::<SplitHeader>()?.desc_num.get();
     let queue_size = bytes.queue_size(RingKind::Split, region, told)?;
     for queue in 0..region.queues {
-        let part = bytes.part(RingKind::Split, queue, queue_size)?;
-        let header: SplitHeader = header_of(&part)?;
+        let part = bytes.read_queue(RingKind::Split, queue, queue_size)?;
+        let header: SplitHeader = parse_header(&part)?;
         let given = region.used.iter().find(|(of, _)| *of == queue);
         let used_idx = given.map_or(header.used_idx.get(), |(_, index)| *index);
         let recovery = recover_split(&part, used_idx, queue_size).map_err(|error| format!("queue {queue}: {error}"))?;
@@ -100,10 +100,10 @@ fn split(bytes: &Bytes, region: &Region, lines: &Lines) -> Result<Vec<Value>, St
             header.last_batch_head.get()
         ));
         let resubmit = listed.list(&recovery.resubmit, lines, |&head| {
-            let counter = entry_of::<SplitHeader, SplitEntry>(&part, head).map_or(0, |entry| entry.counter.get());
+            let counter = parse_entry::<SplitHeader, SplitEntry>(&part, head).map_or(0, |entry| entry.counter.get());
             (format!("head {head:>5}  counter {counter}"), json!({"head": head, "counter": counter}))
         });
-        in_flight(
+        print_in_flight(
             lines,
             queue_size,
             recovery.resubmit.len(),
@@ -123,13 +123,13 @@ fn split(bytes: &Bytes, region: &Region, lines: &Lines) -> Result<Vec<Value>, St
     Ok(list)
 }
 
-fn packed(bytes: &Bytes, region: &Region, lines: &Lines) -> Result<Vec<Value>, String> {
-    let (mut list, mut listed) = (Vec::new(), Listed { left: region.requests });
-    let told = bytes.header::<PackedHeader>()?.desc_num.get();
+fn packed(bytes: &RegionFile, region: &RegionArguments, lines: &LinePrinter) -> Result<Vec<Value>, String> {
+    let (mut list, mut listed) = (Vec::new(), RequestList { left: region.requests });
+    let told = bytes.read_header::<PackedHeader>()?.desc_num.get();
     let queue_size = bytes.queue_size(RingKind::Packed, region, told)?;
     for queue in 0..region.queues {
-        let part = bytes.part(RingKind::Packed, queue, queue_size)?;
-        let header: PackedHeader = header_of(&part)?;
+        let part = bytes.read_queue(RingKind::Packed, queue, queue_size)?;
+        let header: PackedHeader = parse_header(&part)?;
         // The ring itself is not at hand: its descriptors look as they are said to.
         let used = (header.old_used_wrap_counter == 1) == region.published.contains(&queue);
         let flags = u16::from(used) << PACKED_DESC_F_USED;
@@ -148,14 +148,14 @@ fn packed(bytes: &Bytes, region: &Region, lines: &Lines) -> Result<Vec<Value>, S
         ));
         let resubmit = listed.list(&recovery.resubmit, lines, |request| {
             let (entry, descs) = (request.entry, request.descs.len());
-            let counter = entry_of::<PackedHeader, PackedEntry>(&part, entry).map_or(0, |entry| entry.counter.get());
+            let counter = parse_entry::<PackedHeader, PackedEntry>(&part, entry).map_or(0, |entry| entry.counter.get());
             let id = request.descs.last().map_or(0, |desc| desc.id.get());
             (
                 format!("entry {entry:>5}  counter {counter}, buffer {id}, {descs} descriptors"),
                 json!({"entry": entry, "counter": counter, "id": id, "descriptors": descs}),
             )
         });
-        in_flight(lines, queue_size, recovery.resubmit.len(), recovery.base.map(|base| format!("base {base:?}")));
+        print_in_flight(lines, queue_size, recovery.resubmit.len(), recovery.base.map(|base| format!("base {base:?}")));
         list.push(json!({
             "queue": queue,
             "version": header.version.get(),
@@ -172,7 +172,7 @@ fn packed(bytes: &Bytes, region: &Region, lines: &Lines) -> Result<Vec<Value>, S
     Ok(list)
 }
 
-fn in_flight(lines: &Lines, queue_size: u16, count: usize, goes_on: Option<String>) {
+fn print_in_flight(lines: &LinePrinter, queue_size: u16, count: usize, goes_on: Option<String>) {
     match goes_on {
         Some(at) => lines.print(format_args!("  {count} in flight; goes on at {at}")),
         // Rule I7.1. A file of zeros can't be told from a region that was never used.
@@ -184,16 +184,16 @@ fn in_flight(lines: &Lines, queue_size: u16, count: usize, goes_on: Option<Strin
 }
 
 /// A region, of which one queue's part is read at a time.
-struct Bytes {
+struct RegionFile {
     file: File,
     len: u64,
 }
 
-impl Bytes {
-    fn of(mut file: File) -> Result<Bytes, String> {
+impl RegionFile {
+    fn open(mut file: File) -> Result<RegionFile, String> {
         let len = file.seek(SeekFrom::End(0)).map_err(|error| error.to_string())?;
         match len > 0 && len.is_multiple_of(QUEUE_ALIGN) {
-            true => Ok(Bytes { file, len }),
+            true => Ok(RegionFile { file, len }),
             false => Err(format!(
                 "{len} bytes are no inflight region: it has a part for each queue, of a multiple of {QUEUE_ALIGN} bytes"
             )),
@@ -201,13 +201,13 @@ impl Bytes {
     }
 
     /// Entries of each queue, where the first one has `told` them, or 0 while it was not used.
-    fn queue_size(&self, kind: RingKind, region: &Region, told: u16) -> Result<u16, String> {
+    fn queue_size(&self, kind: RingKind, region: &RegionArguments, told: u16) -> Result<u16, String> {
         let mut sizes = (1..=MAX_QUEUE_SIZE as u16).filter(|size| kind == RingKind::Packed || size.is_power_of_two());
         let fits = |size: &u16| kind.queue_bytes(*size) * u64::from(region.queues) == self.len;
         match (region.queue_size, told) {
             (Some(size), _) => Ok(size),
             (None, 0) => sizes.rfind(fits).ok_or_else(|| {
-                let Bytes { len, .. } = self;
+                let RegionFile { len, .. } = self;
                 format!(
                     "no queue has been used, which would tell its size, and no queue size makes a region of {len} bytes with \
                      --queues {}: pass --queues and --queue-size as the device had them",
@@ -218,14 +218,14 @@ impl Bytes {
         }
     }
 
-    fn header<H: FromBytes>(&self) -> Result<H, String> {
+    fn read_header<H: FromBytes>(&self) -> Result<H, String> {
         let mut bytes = vec![0; size_of::<H>()];
         let read = self.file.read_exact_at(&mut bytes, 0);
         read.map_err(|error| format!("no header of an inflight region can be read: {error}"))?;
-        header_of(&bytes)
+        parse_header(&bytes)
     }
 
-    fn part(&self, kind: RingKind, queue: u16, queue_size: u16) -> Result<Vec<u8>, String> {
+    fn read_queue(&self, kind: RingKind, queue: u16, queue_size: u16) -> Result<Vec<u8>, String> {
         let stride = kind.queue_bytes(queue_size);
         let mut bytes = vec![0; stride as usize];
         self.file.read_exact_at(&mut bytes, u64::from(queue) * stride).map_err(|error| {
@@ -238,13 +238,13 @@ impl Bytes {
     }
 }
 
-fn header_of<H: FromBytes>(bytes: &[u8]) -> Result<H, String> {
+fn parse_header<H: FromBytes>(bytes: &[u8]) -> Result<H, String> {
     let (header, _) =
         H::read_from_prefix(bytes).map_err(|_| format!("{} bytes are too few for an inflight region", bytes.len()))?;
     Ok(header)
 }
 
-fn entry_of<H, E: FromBytes>(part: &[u8], index: u16) -> Option<E> {
+fn parse_entry<H, E: FromBytes>(part: &[u8], index: u16) -> Option<E> {
     let rest = part.get(size_of::<H>() + usize::from(index) * size_of::<E>()..)?;
     Some(E::read_from_prefix(rest).ok()?.0)
 }

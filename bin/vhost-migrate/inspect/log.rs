@@ -10,11 +10,11 @@ use serde_json::{Value, json};
 use vhost_migrate::memory::LOG_PAGE;
 use vhost_migrate::stream::frame::MAGIC;
 
-use super::{Found, Lines, open};
-use crate::units::show;
+use super::{Inspection, LinePrinter, open};
+use crate::units::format_bytes;
 
 /// First bytes of files that are no logs, and what they are.
-const OTHERS: [(&[u8], &str); 8] = [
+const OTHER_FORMATS: [(&[u8], &str); 8] = [
     (&MAGIC, "a migration stream: use inspect stream"),
     (b"QFI\xfb", "a qcow2 image"),
     (b"\x7fELF", "a program"),
@@ -25,11 +25,11 @@ const OTHERS: [(&[u8], &str); 8] = [
     (b"QEVM", "a migration stream of QEMU"),
 ];
 /// Bytes of a log that are looked at together.
-const PIECE: usize = 64 << 10;
+const CHUNK_BYTES: usize = 64 << 10;
 
 /// What the bits of a log say, taken in one byte after the other.
 #[derive(Default)]
-struct Marks {
+struct MarkedPages {
     bytes: u64,
     pages: u64,
     runs: u64,
@@ -39,8 +39,8 @@ struct Marks {
     last: Option<u64>,
 }
 
-impl Marks {
-    fn take(&mut self, piece: &[u8], most: usize) {
+impl MarkedPages {
+    fn add_bytes(&mut self, piece: &[u8], most: usize) {
         for (word, bytes) in (0..).zip(piece.chunks(8)).filter(|(_, bytes)| bytes.iter().any(|byte| *byte != 0)) {
             for (at, byte) in (self.bytes + 8 * word..).zip(bytes) {
                 for bit in (0..8).filter(|bit| byte >> bit & 1 == 1) {
@@ -68,21 +68,26 @@ impl Marks {
     }
 }
 
-pub(super) fn inspect(file: &Path, most: usize, memory: Option<u64>, lines: &Lines) -> Result<Found, String> {
+pub(super) fn inspect(
+    file: &Path,
+    most: usize,
+    memory: Option<u64>,
+    lines: &LinePrinter,
+) -> Result<Inspection, String> {
     let told = |what: &dyn std::fmt::Display| format!("{}: {what}", file.display());
-    let mut bytes = BufReader::with_capacity(PIECE, open(file)?);
+    let mut bytes = BufReader::with_capacity(CHUNK_BYTES, open(file)?);
     let head = bytes.fill_buf().map_err(|error| told(&error))?;
-    if let Some(other) = what_else(head) {
+    if let Some(other) = other_format(head) {
         return Err(told(&format_args!("this is no log but {other}")));
     }
-    let mut marks = Marks::default();
+    let mut marks = MarkedPages::default();
     loop {
         let piece = bytes.fill_buf().map_err(|error| told(&error))?;
         let length = piece.len();
         if length == 0 {
             break;
         }
-        marks.take(piece, most);
+        marks.add_bytes(piece, most);
         bytes.consume(length);
     }
     let covers = marks.bytes.saturating_mul(8 * LOG_PAGE);
@@ -96,9 +101,9 @@ pub(super) fn inspect(file: &Path, most: usize, memory: Option<u64>, lines: &Lin
             return Err(told(&format_args!("this is no log of {memory:#x} bytes of memory: it marks {gpa:#x}")));
         }
     }
-    let Marks { bytes, pages, runs, first, .. } = marks;
-    let (reach, dirty) = (show(covers as f64), pages * LOG_PAGE);
-    let size = show(dirty as f64);
+    let MarkedPages { bytes, pages, runs, first, .. } = marks;
+    let (reach, dirty) = (format_bytes(covers as f64), pages * LOG_PAGE);
+    let size = format_bytes(dirty as f64);
     lines.print(format_args!(
         "{bytes} bytes, for guest memory up to {covers:#x} ({reach}): {pages} pages dirty ({size}) in {runs} runs"
     ));
@@ -117,15 +122,15 @@ pub(super) fn inspect(file: &Path, most: usize, memory: Option<u64>, lines: &Lin
     let json = json!({
         "log_bytes": bytes, "pages": pages, "bytes": dirty, "runs": runs, "first": list, "is_log": doubt.is_none(),
     });
-    Ok(Found { json, doubt })
+    Ok(Inspection { json, doubt })
 }
 
 /// What the first bytes of a file are, if they are not a log's.
-fn what_else(head: &[u8]) -> Option<&'static str> {
+fn other_format(head: &[u8]) -> Option<&'static str> {
     if head.is_empty() {
         return Some("empty");
     }
-    let known = OTHERS.iter().find(|(magic, _)| head.starts_with(magic));
+    let known = OTHER_FORMATS.iter().find(|(magic, _)| head.starts_with(magic));
     known.map(|(_, what)| *what).or_else(|| is_text(head).then_some("text"))
 }
 
@@ -154,9 +159,9 @@ mod tests {
 
     #[test]
     fn runs_go_on_over_the_borders_of_bytes_and_pieces() {
-        let mut marks = Marks::default();
-        marks.take(&[0b1000_0001, 0xff], 2);
-        marks.take(&[0b0000_0011, 0b0000_0001], 2);
+        let mut marks = MarkedPages::default();
+        marks.add_bytes(&[0b1000_0001, 0xff], 2);
+        marks.add_bytes(&[0b0000_0011, 0b0000_0001], 2);
         assert_eq!((marks.bytes, marks.pages, marks.runs, marks.last), (4, 13, 3, Some(24)));
         assert_eq!(marks.first, [0..1, 7..18]);
     }

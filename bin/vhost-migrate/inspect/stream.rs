@@ -8,42 +8,42 @@ use serde_json::{Value, json};
 use vhost_migrate::abi::vhost_user::DiskGeneration;
 use vhost_migrate::migrate::decode_saved_disks;
 use vhost_migrate::stream::frame::ConnectionHeader;
-use vhost_migrate::stream::hashes::pages_in;
+use vhost_migrate::stream::hashes::count_pages;
 use vhost_migrate::stream::pages::PageBatch;
 use vhost_migrate::stream::record::MemoryLayout;
 use vhost_migrate::stream::{ChannelId, FrameKind, FrameReader, PageStats, StreamError, ToDestination};
 
-use super::{Found, Lines, open};
-use crate::units::show;
+use super::{Inspection, LinePrinter, open};
+use crate::units::format_bytes;
 
 /// The frame that a restore needs next.
 #[derive(Clone, Copy, PartialEq)]
-enum Due {
+enum ExpectedFrame {
     Layout,
     Pages,
     State,
     Commit,
 }
 
-impl Due {
+impl ExpectedFrame {
     fn name(self) -> &'static str {
         match self {
-            Due::Layout => "memory layout",
-            Due::Pages => "end of the last round",
-            Due::State => "state",
-            Due::Commit => "commit",
+            ExpectedFrame::Layout => "memory layout",
+            ExpectedFrame::Pages => "end of the last round",
+            ExpectedFrame::State => "state",
+            ExpectedFrame::Commit => "commit",
         }
     }
 }
 
-pub(super) fn inspect(file: &Path, lines: &Lines) -> Result<Found, String> {
+pub(super) fn inspect(file: &Path, lines: &LinePrinter) -> Result<Inspection, String> {
     let told = |error: StreamError| format!("{}: {error}", file.display());
     let lacks = |what: &str| format!("{}: {what}: no guest can be restored from it", file.display());
     let mut bytes = BufReader::with_capacity(1 << 20, open(file)?);
     let header = ConnectionHeader::read(&mut bytes).map_err(told)?;
     let mut reader = FrameReader::new(bytes, ChannelId { migration: header.id, channel: header.channel });
     lines.print(format_args!("migration {}, channel {} of {}", header.id, header.channel, header.channels));
-    let mut due = Due::Layout;
+    let mut due = ExpectedFrame::Layout;
     let mut layout = MemoryLayout { regions: Vec::new() };
     let (mut pages, mut round) = (PageStats::default(), PageStats::default());
     let (mut frames, mut rounds, mut hashed_pages, mut state_bytes) = (0u64, 0u64, 0, 0);
@@ -57,12 +57,12 @@ pub(super) fn inspect(file: &Path, lines: &Lines) -> Result<Found, String> {
         };
         frames += 1;
         let wanted = match frame.kind {
-            FrameKind::Layout => Due::Layout,
+            FrameKind::Layout => ExpectedFrame::Layout,
             FrameKind::DataRuns | FrameKind::Devices | FrameKind::Pages | FrameKind::Hashes | FrameKind::RoundEnd => {
-                Due::Pages
+                ExpectedFrame::Pages
             }
-            FrameKind::State => Due::State,
-            FrameKind::Commit => Due::Commit,
+            FrameKind::State => ExpectedFrame::State,
+            FrameKind::Commit => ExpectedFrame::Commit,
             _ => due,
         };
         if wanted != due {
@@ -82,7 +82,7 @@ pub(super) fn inspect(file: &Path, lines: &Lines) -> Result<Found, String> {
             }
             FrameKind::Hashes => {
                 reader.body(&frame, &mut body).map_err(told)?;
-                hashed_pages += pages_in(&body).map_err(told)?;
+                hashed_pages += count_pages(&body).map_err(told)?;
                 continue;
             }
             FrameKind::State => {
@@ -101,7 +101,7 @@ pub(super) fn inspect(file: &Path, lines: &Lines) -> Result<Found, String> {
                         }
                     }
                 }
-                due = Due::Commit;
+                due = ExpectedFrame::Commit;
                 continue;
             }
             _ => {}
@@ -109,10 +109,10 @@ pub(super) fn inspect(file: &Path, lines: &Lines) -> Result<Found, String> {
         match ToDestination::read(&frame, &mut reader).map_err(told)? {
             ToDestination::Layout(found) => {
                 for region in &found.regions {
-                    lines.print(format_args!("  region {:#x}, {}", region.gpa, show(region.size as f64)));
+                    lines.print(format_args!("  region {:#x}, {}", region.gpa, format_bytes(region.size as f64)));
                 }
                 layout = found;
-                due = Due::Pages;
+                due = ExpectedFrame::Pages;
             }
             ToDestination::DataRuns(data) => {
                 let pages: u64 = data.runs.iter().map(|run| run.end.saturating_sub(run.start)).sum();
@@ -122,14 +122,14 @@ pub(super) fn inspect(file: &Path, lines: &Lines) -> Result<Found, String> {
                 lines.print(format_args!("  devices described in {} bytes", devices.len()));
             }
             ToDestination::RoundEnd(end) => {
-                end.check(&round).map_err(told)?;
+                end.check_received(&round).map_err(told)?;
                 pages += std::mem::take(&mut round);
                 rounds += 1;
                 let last = if end.last { ", the last" } else { "" };
                 let (number, data, zero) = (end.round, end.data_pages, end.zero_pages);
                 lines.print(format_args!("  round {number}: {data} pages with contents, {zero} zero{last}"));
                 if end.last {
-                    due = Due::State;
+                    due = ExpectedFrame::State;
                 }
             }
             ToDestination::Commit(_) => break,
@@ -149,27 +149,27 @@ pub(super) fn inspect(file: &Path, lines: &Lines) -> Result<Found, String> {
         "{frames} frames, complete, all checksums right: {data_pages} pages with contents and {zero_pages} zero in {rounds} rounds"
     ));
     // A device has what was on it before; the stream ends with its commit.
-    let rest = rest_of(reader.into_inner());
+    let rest = unread_bytes(reader.into_inner());
     if let Some(rest) = rest.filter(|rest| *rest > 0) {
         lines.print(format_args!("{rest} bytes follow, which are not part of it"));
     }
     let json = json!({
         "migration": header.id.to_string(), "channels": header.channels, "frames": frames, "rounds": rounds,
         "data_pages": data_pages, "zero_pages": zero_pages, "hashed_pages": hashed_pages, "state_bytes": state_bytes,
-        "committed": true, "bytes_after": rest, "disks": disks.map(|disks| json_of(&disks)),
+        "committed": true, "bytes_after": rest, "disks": disks.map(|disks| disks_to_json(&disks)),
     });
     Ok(json.into())
 }
 
 /// Numbers of 128 bits as text: not every reader of JSON has them.
-fn json_of(disks: &[Option<DiskGeneration>]) -> Value {
+fn disks_to_json(disks: &[Option<DiskGeneration>]) -> Value {
     let hex = |number| format!("{number:032x}");
     let json = |disk: &DiskGeneration| json!({"identity": hex(disk.identity), "generation": hex(disk.generation)});
     disks.iter().map(|disk| disk.as_ref().map_or(Value::Null, json)).collect()
 }
 
 /// Bytes of a file that were not read; `None` if that can't be told.
-fn rest_of(mut bytes: BufReader<std::fs::File>) -> Option<u64> {
+fn unread_bytes(mut bytes: BufReader<std::fs::File>) -> Option<u64> {
     let at = bytes.stream_position().ok()?;
     let metadata = bytes.get_ref().metadata().ok()?;
     metadata.is_file().then(|| metadata.len().saturating_sub(at))

@@ -14,36 +14,37 @@ use nix::poll::{PollFd, PollFlags};
 
 use super::resolve::resolve;
 use super::{
-    Activity, End, FdKind, StreamChannel, StreamConnection, StreamOptions, Uri, check_single, inherited, kind_of,
+    FdKind, LastReceived, OnFinish, StreamChannel, StreamConnection, StreamOptions, Uri, check_channel_count,
+    duplicate_inherited, kind_of,
 };
-use super::{open_error, set_nonblocking, spawn};
+use super::{open_error, set_nonblocking, spawn_command};
 use crate::stream::frame::{ChannelId, ConnectionHeader, FrameWriter, HEADER_BYTES, MAX_CHANNELS, MigrationId};
 use crate::stream::limiter::{CancelToken, lock, poll_until};
 use crate::stream::{StreamError, ToSource};
 use crate::sys::listen::{SocketPathGuard, listen};
 
 /// Most connections that may wait to become a migration.
-const MAX_WAITING: usize = 2 * MAX_CHANNELS as usize;
+const MAX_PENDING: usize = 2 * MAX_CHANNELS as usize;
 /// How long a connection may take to send its header.
-const HEADER_TIME: Duration = Duration::from_secs(5);
+const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a connection may wait for the others of its migration.
-const WHOLE_TIME: Duration = Duration::from_secs(10);
+const ALL_CHANNELS_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the look-up of the name to listen at may take.
-const LOOK_UP_TIME: Duration = Duration::from_secs(10);
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
 /// The pause when the system has no descriptor left.
-const RETRY: Duration = Duration::from_secs(1);
+const RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// Waits for a migration at a URI. Dropping it removes the socket file it has made.
 #[derive(Debug)]
 pub struct StreamListener {
     uri: Uri,
-    socket: Socket,
+    socket: ListeningSocket,
     /// Connections that are not part of a complete migration yet.
-    waiting: Mutex<Vec<Waiting>>,
+    pending: Mutex<Vec<PendingConnection>>,
 }
 
 #[derive(Debug)]
-enum Socket {
+enum ListeningSocket {
     Tcp(TcpListener),
     Unix {
         // Removed while it is still listened at.
@@ -76,7 +77,7 @@ impl OutcomeQuery {
     ///
     /// # Errors
     /// What the connection reports; the source asks again then.
-    pub fn answer(self, answer: &ToSource) -> Result<(), StreamError> {
+    pub fn reply(self, answer: &ToSource) -> Result<(), StreamError> {
         let id = ChannelId { migration: self.id, channel: 0 };
         answer.write(&mut FrameWriter::new(self.channel, id)).map(drop)
     }
@@ -93,7 +94,7 @@ impl StreamListener {
             Uri::Tcp { .. } => {
                 let (listener, bound) = bind_tcp(&uri)?;
                 uri = bound;
-                Socket::Tcp(listener)
+                ListeningSocket::Tcp(listener)
             }
             Uri::Unix(path) => {
                 let path = path.clone();
@@ -101,16 +102,16 @@ impl StreamListener {
             }
             Uri::File(path) => {
                 File::open(&*path).map_err(open_error(&uri))?;
-                Socket::Single
+                ListeningSocket::Single
             }
-            Uri::Exec(_) => Socket::Single,
+            Uri::Exec(_) => ListeningSocket::Single,
             Uri::Fd(number) => {
                 let number = *number;
-                inherited(&uri, number)?;
-                Socket::Single
+                duplicate_inherited(&uri, number)?;
+                ListeningSocket::Single
             }
         };
-        Ok(StreamListener { uri, socket, waiting: Mutex::default() })
+        Ok(StreamListener { uri, socket, pending: Mutex::default() })
     }
 
     /// Where this listens, with the port that the system chose.
@@ -128,7 +129,7 @@ impl StreamListener {
             match self.next(options)? {
                 IncomingConnection::Migration(connection) => return Ok(connection),
                 IncomingConnection::OutcomeQuery(query) => {
-                    if let Err(error) = query.answer(&ToSource::Unknown) {
+                    if let Err(error) = query.reply(&ToSource::Unknown) {
                         tracing::warn!("a source that asks about a migration went away: {error}");
                     }
                 }
@@ -146,20 +147,20 @@ impl StreamListener {
     pub fn next(&self, options: &StreamOptions) -> Result<IncomingConnection, StreamError> {
         let single = match &self.uri {
             Uri::Tcp { .. } | Uri::Unix(_) => return self.accept_sockets(options),
-            Uri::File(path) => (File::open(path).map_err(open_error(&self.uri))?.into(), End::Nothing),
-            Uri::Exec(command) => spawn(&self.uri, command)?,
-            Uri::Fd(number) => (inherited(&self.uri, *number)?, End::Nothing),
+            Uri::File(path) => (File::open(path).map_err(open_error(&self.uri))?.into(), OnFinish::Nothing),
+            Uri::Exec(command) => spawn_command(&self.uri, command)?,
+            Uri::Fd(number) => (duplicate_inherited(&self.uri, *number)?, OnFinish::Nothing),
         };
         let (fd, end) = single;
         let answers = kind_of(&fd)? == FdKind::Socket;
-        let mut channel = StreamChannel::new(fd, end, options, &Activity::new())?;
+        let mut channel = StreamChannel::new(fd, end, options, &LastReceived::new())?;
         channel.set_timeout(options.deadline)?;
         let header = ConnectionHeader::read(&mut channel);
         if let Err(StreamError::Version { .. }) = header {
-            refuse(&mut channel);
+            send_own_version(&mut channel);
         }
         let header = header?;
-        check_single(&self.uri, header.channels)?;
+        check_channel_count(&self.uri, header.channels)?;
         if !header.one_way {
             if !answers {
                 return Err(self.uri.error("this stream wants answers, which can't be given here: use a socket", None));
@@ -167,35 +168,35 @@ impl StreamListener {
             channel.write_all(&header.encode())?;
         }
         channel.set_timeout(options.timeout)?;
-        Ok(incoming(header, vec![channel]))
+        Ok(incoming_connection(header, vec![channel]))
     }
 
     fn accept_sockets(&self, options: &StreamOptions) -> Result<IncomingConnection, StreamError> {
         let deadline = options.deadline.map(|time| Instant::now() + time);
-        let mut waiting = lock(&self.waiting);
+        let mut waiting = lock(&self.pending);
         loop {
-            if let Some(complete) = complete(&mut waiting) {
-                match answer(complete, options) {
+            if let Some(complete) = take_complete(&mut waiting) {
+                match accept_migration(complete, options) {
                     Ok(incoming) => return Ok(incoming),
                     Err(StreamError::Cancelled) => return Err(StreamError::Cancelled),
                     Err(error) => tracing::warn!("a migration went away before it began: {error}"),
                 }
             }
-            let due = waiting.iter().map(|waiting| waiting.since + waiting.limit().0);
+            let due = waiting.iter().map(|waiting| waiting.since + waiting.timeout().0);
             let wake = due.chain(deadline).min();
             let (ready, listening) = self.poll(&waiting, options, wake)?;
             for (connection, _) in waiting.iter_mut().zip(&ready).filter(|(_, ready)| **ready) {
                 connection.read();
             }
-            waiting.retain(Waiting::keep);
+            waiting.retain(PendingConnection::must_keep);
             if listening && let Some(fd) = self.accept_one(options)? {
-                if waiting.len() == MAX_WAITING {
+                if waiting.len() == MAX_PENDING {
                     tracing::warn!("too many connections at {}: dropping the oldest", self.uri);
                     // A source sends its header at once.
                     let oldest = waiting.iter().position(|waiting| waiting.header.is_none()).unwrap_or_default();
                     waiting.remove(oldest);
                 }
-                waiting.push(Waiting::new(fd));
+                waiting.push(PendingConnection::new(fd));
             }
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 let advice = format!("no migration came within {:?}", options.deadline.unwrap_or_default());
@@ -207,17 +208,17 @@ impl StreamListener {
     /// Which of `waiting` can be read, and whether a new connection is there.
     fn poll(
         &self,
-        waiting: &[Waiting],
+        waiting: &[PendingConnection],
         options: &StreamOptions,
         until: Option<Instant>,
     ) -> Result<(Vec<bool>, bool), StreamError> {
         let listener = match &self.socket {
-            Socket::Tcp(listener) => listener.as_fd(),
-            Socket::Unix { listener, .. } => listener.as_fd(),
-            Socket::Single => options.cancel.fd(),
+            ListeningSocket::Tcp(listener) => listener.as_fd(),
+            ListeningSocket::Unix { listener, .. } => listener.as_fd(),
+            ListeningSocket::Single => options.cancel.fd(),
         };
         // Those that have sent their header say no more before they are answered; only their end is of interest.
-        let events = |w: &Waiting| if w.header.is_none() { PollFlags::POLLIN } else { PollFlags::empty() };
+        let events = |w: &PendingConnection| if w.header.is_none() { PollFlags::POLLIN } else { PollFlags::empty() };
         let mut fds: Vec<_> = waiting.iter().map(|w| PollFd::new(w.fd.as_fd(), events(w))).collect();
         fds.extend([listener, options.cancel.fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
         poll_until(&mut fds, until)?;
@@ -230,9 +231,9 @@ impl StreamListener {
 
     fn accept_one(&self, options: &StreamOptions) -> Result<Option<OwnedFd>, StreamError> {
         let accepted = match &self.socket {
-            Socket::Tcp(listener) => listener.accept().map(|(stream, _)| OwnedFd::from(stream)),
-            Socket::Unix { listener, .. } => listener.accept().map(|(stream, _)| OwnedFd::from(stream)),
-            Socket::Single => return Ok(None),
+            ListeningSocket::Tcp(listener) => listener.accept().map(|(stream, _)| OwnedFd::from(stream)),
+            ListeningSocket::Unix { listener, .. } => listener.accept().map(|(stream, _)| OwnedFd::from(stream)),
+            ListeningSocket::Single => return Ok(None),
         };
         match accepted {
             Ok(fd) => {
@@ -244,9 +245,9 @@ impl StreamListener {
                 Ok(None)
             }
             // Who waits for a guest goes on waiting when others take what the system has.
-            Err(error) if [Errno::EMFILE, Errno::ENFILE, Errno::ENOMEM, Errno::ENOBUFS].contains(&errno_of(&error)) => {
+            Err(error) if [Errno::EMFILE, Errno::ENFILE, Errno::ENOMEM, Errno::ENOBUFS].contains(&errno(&error)) => {
                 tracing::warn!("can't accept a connection now: {error}");
-                options.cancel.wait(RETRY)?;
+                options.cancel.wait(RETRY_DELAY)?;
                 Ok(None)
             }
             Err(error) => Err(open_error(&self.uri)(error)),
@@ -254,13 +255,13 @@ impl StreamListener {
     }
 }
 
-fn errno_of(error: &io::Error) -> Errno {
+fn errno(error: &io::Error) -> Errno {
     Errno::from_raw(error.raw_os_error().unwrap_or_default())
 }
 
 /// A connection that is not part of a complete migration yet.
 #[derive(Debug)]
-struct Waiting {
+struct PendingConnection {
     fd: OwnedFd,
     since: Instant,
     bytes: Vec<u8>,
@@ -268,9 +269,9 @@ struct Waiting {
     gone: bool,
 }
 
-impl Waiting {
-    fn new(fd: OwnedFd) -> Waiting {
-        Waiting { fd, since: Instant::now(), bytes: Vec::new(), header: None, gone: false }
+impl PendingConnection {
+    fn new(fd: OwnedFd) -> PendingConnection {
+        PendingConnection { fd, since: Instant::now(), bytes: Vec::new(), header: None, gone: false }
     }
 
     fn read(&mut self) {
@@ -282,10 +283,10 @@ impl Waiting {
             _ => Ok(0),
         };
         match result {
-            Ok(0) => self.drop_with("it was closed"),
+            Ok(0) => self.mark_gone("it was closed"),
             Ok(count) => self.bytes.extend_from_slice(buffer.get(..count).unwrap_or_default()),
             Err(nix::Error::EAGAIN | nix::Error::EINTR) => {}
-            Err(error) => self.drop_with(error),
+            Err(error) => self.mark_gone(error),
         }
         let Ok(bytes) = self.bytes.as_slice().try_into() else { return };
         match ConnectionHeader::decode(bytes) {
@@ -294,23 +295,23 @@ impl Waiting {
                 if let StreamError::Version { .. } = error
                     && let Ok(fd) = self.fd.try_clone()
                 {
-                    refuse(&mut File::from(fd));
+                    send_own_version(&mut File::from(fd));
                 }
-                self.drop_with(error);
+                self.mark_gone(error);
             }
         }
     }
 
     /// How long it may wait, and for what.
-    fn limit(&self) -> (Duration, &'static str) {
+    fn timeout(&self) -> (Duration, &'static str) {
         match self.header {
-            None => (HEADER_TIME, "no header"),
-            Some(_) => (WHOLE_TIME, "not all channels of its migration"),
+            None => (HEADER_TIMEOUT, "no header"),
+            Some(_) => (ALL_CHANNELS_TIMEOUT, "not all channels of its migration"),
         }
     }
 
-    fn keep(&self) -> bool {
-        let (limit, what) = self.limit();
+    fn must_keep(&self) -> bool {
+        let (limit, what) = self.timeout();
         let late = self.since.elapsed() >= limit;
         if late {
             tracing::warn!("dropping a connection: {what} came within {limit:?}");
@@ -318,14 +319,14 @@ impl Waiting {
         !self.gone && !late
     }
 
-    fn drop_with(&mut self, why: impl std::fmt::Display) {
+    fn mark_gone(&mut self, why: impl std::fmt::Display) {
         tracing::warn!("dropping a connection: {why}");
         self.gone = true;
     }
 }
 
 /// Takes the connections of the first migration that has all its channels.
-fn complete(waiting: &mut Vec<Waiting>) -> Option<Vec<Waiting>> {
+fn take_complete(waiting: &mut Vec<PendingConnection>) -> Option<Vec<PendingConnection>> {
     let found = waiting.iter().filter_map(|w| w.header).find(|first| {
         (0..first.channels).all(|channel| {
             let wanted = ConnectionHeader { channel, ..*first };
@@ -342,11 +343,14 @@ fn complete(waiting: &mut Vec<Waiting>) -> Option<Vec<Waiting>> {
 }
 
 /// Answers every channel. Others of the same migration can't hold it up: forty bytes fit any socket's buffer.
-fn answer(waiting: Vec<Waiting>, options: &StreamOptions) -> Result<IncomingConnection, StreamError> {
-    let (mut channels, activity) = (Vec::new(), Activity::new());
+fn accept_migration(
+    waiting: Vec<PendingConnection>,
+    options: &StreamOptions,
+) -> Result<IncomingConnection, StreamError> {
+    let (mut channels, activity) = (Vec::new(), LastReceived::new());
     let mut first = None;
     for waiting in waiting {
-        let mut channel = StreamChannel::new(waiting.fd, End::Nothing, options, &activity)?;
+        let mut channel = StreamChannel::new(waiting.fd, OnFinish::Nothing, options, &activity)?;
         let header = waiting.header.ok_or(StreamError::NotAStream)?;
         if !header.one_way {
             channel.write_all(&header.encode())?;
@@ -355,11 +359,11 @@ fn answer(waiting: Vec<Waiting>, options: &StreamOptions) -> Result<IncomingConn
         first.get_or_insert(header);
     }
     let header = first.ok_or(StreamError::NotAStream)?;
-    Ok(incoming(header, channels))
+    Ok(incoming_connection(header, channels))
 }
 
 /// Connected channels as what `header`, the first one's, says that they are.
-fn incoming(header: ConnectionHeader, mut channels: Vec<StreamChannel>) -> IncomingConnection {
+fn incoming_connection(header: ConnectionHeader, mut channels: Vec<StreamChannel>) -> IncomingConnection {
     match channels.pop() {
         Some(channel) if header.outcome_query => {
             IncomingConnection::OutcomeQuery(OutcomeQuery { id: header.id, channel })
@@ -370,14 +374,14 @@ fn incoming(header: ConnectionHeader, mut channels: Vec<StreamChannel>) -> Incom
                 id: header.id,
                 one_way: header.one_way,
                 channels,
-                again: None,
+                query_uri: None,
             })
         }
     }
 }
 
 /// Tells a source of another version which version this is; it knows the rest.
-fn refuse(to: &mut impl Write) {
+fn send_own_version(to: &mut impl Write) {
     let id = MigrationId(0);
     let header = ConnectionHeader { id, channel: 0, channels: 1, one_way: false, outcome_query: false };
     // The source may be gone, or be a file.
@@ -389,7 +393,7 @@ fn bind_tcp(uri: &Uri) -> Result<(TcpListener, Uri), StreamError> {
         return Err(uri.error("not a TCP address", None));
     };
     let host = if host.is_empty() { "0.0.0.0" } else { host };
-    let addresses = resolve(uri, host, *port, &CancelToken::new()?, Some(Instant::now() + LOOK_UP_TIME))?;
+    let addresses = resolve(uri, host, *port, &CancelToken::new()?, Some(Instant::now() + LOOKUP_TIMEOUT))?;
     let listener = TcpListener::bind(addresses.as_slice()).map_err(|error| match error.kind() {
         io::ErrorKind::AddrInUse => uri.error("the port is in use: stop what listens there or choose another", error),
         io::ErrorKind::AddrNotAvailable => uri.error("this machine has no such address", error),
@@ -401,8 +405,8 @@ fn bind_tcp(uri: &Uri) -> Result<(TcpListener, Uri), StreamError> {
     Ok((listener, Uri::Tcp { host: host.into(), port }))
 }
 
-fn bind_unix(uri: &Uri, path: PathBuf) -> Result<Socket, StreamError> {
+fn bind_unix(uri: &Uri, path: PathBuf) -> Result<ListeningSocket, StreamError> {
     let (listener, place) = listen(&path).map_err(|refused| uri.error(refused.advice, refused.source))?;
     listener.set_nonblocking(true)?;
-    Ok(Socket::Unix { listener, _place: place })
+    Ok(ListeningSocket::Unix { listener, _place: place })
 }

@@ -15,10 +15,10 @@ use nix::sys::socket::{
 
 use super::resolve::resolve;
 use super::{
-    Activity, End, FdKind, StreamChannel, StreamConnection, StreamOptions, Uri, check_single, check_socket_path,
-    inherited, kind_of,
+    FdKind, LastReceived, OnFinish, StreamChannel, StreamConnection, StreamOptions, Uri, check_channel_count,
+    check_socket_path, duplicate_inherited, kind_of,
 };
-use super::{open_error, save, spawn};
+use super::{open_error, save, spawn_command};
 use crate::stream::frame::{ChannelId, ConnectionHeader, FrameReader, MAX_CHANNELS, MigrationId};
 use crate::stream::limiter::poll_until;
 use crate::stream::{StreamError, ToSource};
@@ -33,23 +33,23 @@ pub fn connect(uri: &Uri, options: &StreamOptions) -> Result<StreamConnection, S
     if channels == 0 || channels > MAX_CHANNELS {
         return Err(uri.error(format!("{channels} channels are not possible: use 1 to {MAX_CHANNELS}"), None));
     }
-    if uri.is_single() {
-        check_single(uri, channels)?;
+    if uri.is_single_channel() {
+        check_channel_count(uri, channels)?;
     }
     let id = MigrationId::random()?;
     let mut name = None;
     let mut fds = Vec::new();
     for _ in 0..channels {
         fds.push(match uri {
-            Uri::Tcp { host, port } => (tcp(uri, host, *port, options, deadline)?, End::Nothing),
-            Uri::Unix(path) => (unix(uri, path, options, deadline)?, End::Nothing),
+            Uri::Tcp { host, port } => (connect_tcp(uri, host, *port, options, deadline)?, OnFinish::Nothing),
+            Uri::Unix(path) => (connect_unix(uri, path, options, deadline)?, OnFinish::Nothing),
             Uri::File(path) => {
                 let (file, partial) = save::open(uri, path, id)?;
                 name = partial;
-                (file, End::Nothing)
+                (file, OnFinish::Nothing)
             }
-            Uri::Exec(command) => spawn(uri, command)?,
-            Uri::Fd(number) => (inherited(uri, *number)?, End::Nothing),
+            Uri::Exec(command) => spawn_command(uri, command)?,
+            Uri::Fd(number) => (duplicate_inherited(uri, *number)?, OnFinish::Nothing),
         });
     }
     let mut one_way = options.one_way;
@@ -64,7 +64,7 @@ pub fn connect(uri: &Uri, options: &StreamOptions) -> Result<StreamConnection, S
         }
     }
     let header = |channel| ConnectionHeader { id, channel, channels, one_way, outcome_query: false };
-    let (mut open, activity) = (Vec::new(), Activity::new());
+    let (mut open, activity) = (Vec::new(), LastReceived::new());
     for ((fd, end), number) in fds.into_iter().zip(0..) {
         let mut channel = StreamChannel::new(fd, end, options, &activity)?;
         channel.begin(uri, name.take(), header(number))?;
@@ -72,12 +72,12 @@ pub fn connect(uri: &Uri, options: &StreamOptions) -> Result<StreamConnection, S
     }
     if !one_way {
         for (channel, number) in open.iter_mut().zip(0..) {
-            answer(uri, channel, header(number), deadline)?;
+            check_header_reply(uri, channel, header(number), deadline)?;
             channel.set_timeout(options.timeout)?;
         }
     }
     let again = matches!(uri, Uri::Tcp { .. } | Uri::Unix(_)).then(|| uri.clone());
-    Ok(StreamConnection { id, one_way, channels: open, again })
+    Ok(StreamConnection { id, one_way, channels: open, query_uri: again })
 }
 
 /// Asks the destination at `uri` what has become of the migration `id`. The answer is STARTED, FAILED, HELD or UNKNOWN.
@@ -89,18 +89,18 @@ pub fn query_outcome(uri: &Uri, id: MigrationId, time: Duration) -> Result<ToSou
     let options = StreamOptions { deadline: Some(time), timeout: Some(time), ..StreamOptions::new()? };
     let deadline = Some(Instant::now() + time);
     let fd = match uri {
-        Uri::Tcp { host, port } => tcp(uri, host, *port, &options, deadline)?,
-        Uri::Unix(path) => unix(uri, path, &options, deadline)?,
+        Uri::Tcp { host, port } => connect_tcp(uri, host, *port, &options, deadline)?,
+        Uri::Unix(path) => connect_unix(uri, path, &options, deadline)?,
         _ => return Err(StreamError::NoReturnPath),
     };
-    let mut channel = StreamChannel::new(fd, End::Nothing, &options, &Activity::new())?;
+    let mut channel = StreamChannel::new(fd, OnFinish::Nothing, &options, &LastReceived::new())?;
     let header = ConnectionHeader { id, channel: 0, channels: 1, one_way: false, outcome_query: true };
     channel.begin(uri, None, header)?;
-    answer(uri, &mut channel, header, deadline)?;
+    check_header_reply(uri, &mut channel, header, deadline)?;
     ToSource::next(&mut FrameReader::new(channel, ChannelId { migration: id, channel: 0 }))
 }
 
-fn answer(
+fn check_header_reply(
     uri: &Uri,
     channel: &mut StreamChannel,
     wanted: ConnectionHeader,
@@ -123,7 +123,7 @@ fn answer(
     }
 }
 
-fn tcp(
+fn connect_tcp(
     uri: &Uri,
     host: &str,
     port: u16,
@@ -134,8 +134,12 @@ fn tcp(
     let mut last = None;
     for address in resolve(uri, host, port, &options.cancel, deadline)? {
         let opened = match address {
-            SocketAddr::V4(address) => open(AddressFamily::Inet, &SockaddrIn::from(address), options, deadline),
-            SocketAddr::V6(address) => open(AddressFamily::Inet6, &SockaddrIn6::from(address), options, deadline),
+            SocketAddr::V4(address) => {
+                connect_socket(AddressFamily::Inet, &SockaddrIn::from(address), options, deadline)
+            }
+            SocketAddr::V6(address) => {
+                connect_socket(AddressFamily::Inet6, &SockaddrIn6::from(address), options, deadline)
+            }
         };
         match opened {
             Ok(fd) => return Ok(fd),
@@ -153,11 +157,16 @@ fn tcp(
     })
 }
 
-fn unix(uri: &Uri, path: &Path, options: &StreamOptions, deadline: Option<Instant>) -> Result<OwnedFd, StreamError> {
+fn connect_unix(
+    uri: &Uri,
+    path: &Path,
+    options: &StreamOptions,
+    deadline: Option<Instant>,
+) -> Result<OwnedFd, StreamError> {
     check_socket_path(uri, path)?;
     let address = UnixAddr::new(path).map_err(|error| open_error(uri)(error.into()))?;
     loop {
-        let error = match open(AddressFamily::Unix, &address, options, deadline) {
+        let error = match connect_socket(AddressFamily::Unix, &address, options, deadline) {
             Err(StreamError::Io(error)) => error,
             other => return other,
         };
@@ -176,7 +185,7 @@ fn unix(uri: &Uri, path: &Path, options: &StreamOptions, deadline: Option<Instan
 }
 
 /// Connects a new socket, minding the deadline and the cancel switch.
-fn open(
+fn connect_socket(
     family: AddressFamily,
     address: &dyn SockaddrLike,
     options: &StreamOptions,

@@ -22,7 +22,7 @@ pub(super) fn resolve(
         return Ok(vec![(address, port).into()]);
     }
     let name = host.to_owned();
-    let found = abandonable(cancel, deadline, move || (name, port).to_socket_addrs().map(Vec::from_iter))?;
+    let found = run_abandonable(cancel, deadline, move || (name, port).to_socket_addrs().map(Vec::from_iter))?;
     let found = found.ok_or_else(|| {
         let advice =
             format!("the host name \"{host}\" is not found out in time: check the name server, or use an address");
@@ -32,7 +32,7 @@ pub(super) fn resolve(
 }
 
 /// Does `work` on a thread of its own; `None` if it takes until `deadline`.
-fn abandonable<T: Send + 'static>(
+fn run_abandonable<T: Send + 'static>(
     cancel: &CancelToken,
     deadline: Option<Instant>,
     work: impl FnOnce() -> T + Send + 'static,
@@ -69,11 +69,11 @@ mod tests {
         };
         let cancel = CancelToken::new().unwrap();
         let soon = Some(Instant::now() + Duration::from_millis(20));
-        assert!(matches!(abandonable(&cancel, soon, hang()), Ok(None)));
-        assert!(matches!(abandonable(&cancel, None, || 7), Ok(Some(7))));
+        assert!(matches!(run_abandonable(&cancel, soon, hang()), Ok(None)));
+        assert!(matches!(run_abandonable(&cancel, None, || 7), Ok(Some(7))));
         let (done, is_done) = mpsc::channel();
         let (switch, work) = (cancel.clone(), hang());
-        std::thread::spawn(move || done.send(abandonable(&switch, None, work)));
+        std::thread::spawn(move || done.send(run_abandonable(&switch, None, work)));
         assert!(is_done.recv_timeout(Duration::from_millis(20)).is_err());
         assert!(cancel.cancel());
         let ended = is_done.recv_timeout(PATIENCE).expect("cancel ends the wait");

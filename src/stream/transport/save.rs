@@ -24,32 +24,32 @@ use crate::stream::sys::rename;
 use crate::sys::write_back::write_back;
 
 /// Bytes after which a new piece is handed to the disk and the piece before it is waited for.
-const PIECE: u64 = 16 << 20;
+const WRITE_BACK_BYTES: u64 = 16 << 20;
 
 /// This process's descriptors as paths.
-const OPEN_FILES: &str = "/proc/self/fd";
+const OWN_FD_FOLDER: &str = "/proc/self/fd";
 
 /// Names of files that hold a part of a save, in this process.
-static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+static UNFINISHED_FILES: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
 /// Removes the files of saves that are under way, for a process that is about to end without waiting for them. They fail, and
 /// only a save to a file system without unnamed files (O_TMPFILE) leaves anything behind at all.
 pub fn remove_unfinished_saves() {
     // No longer held than to take them out: whoever notes or forgets a name must not wait for a disk.
-    let paths = std::mem::take(&mut *unfinished());
+    let paths = std::mem::take(&mut *unfinished_files());
     for path in paths {
         // One that was published in between is not there any more.
         let _ = std::fs::remove_file(path);
     }
 }
 
-fn unfinished() -> MutexGuard<'static, Vec<PathBuf>> {
-    UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner)
+fn unfinished_files() -> MutexGuard<'static, Vec<PathBuf>> {
+    UNFINISHED_FILES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Takes one mention of `path` out of them.
-fn forget(path: &Path) {
-    let mut paths = unfinished();
+fn unregister(path: &Path) {
+    let mut paths = unfinished_files();
     if let Some(place) = paths.iter().position(|noted| noted == path) {
         paths.swap_remove(place);
     }
@@ -66,7 +66,7 @@ pub(super) struct Save {
     synced: u64,
     /// The disk is writing the bytes up to here.
     started: u64,
-    name: Option<Partial>,
+    name: Option<PartialFile>,
 }
 
 impl Save {
@@ -74,7 +74,7 @@ impl Save {
     pub(super) fn begin(
         uri: &Uri,
         fd: &OwnedFd,
-        name: Option<Partial>,
+        name: Option<PartialFile>,
         header: ConnectionHeader,
     ) -> Result<Save, StreamError> {
         let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL).map_err(io::Error::from)?);
@@ -84,16 +84,16 @@ impl Save {
         }
         let start = lseek(fd, 0, Whence::SeekCur).map_err(io::Error::from)?.cast_unsigned();
         let mut save = Save { header, start, written: 0, synced: 0, started: 0, name };
-        save.put(fd, &header.encode_unfinished())?;
+        save.write_header(fd, &header.encode_unfinished())?;
         save.written = HEADER_BYTES as u64;
         lseek(fd, (start + save.written).cast_signed(), Whence::SeekSet).map_err(io::Error::from)?;
         Ok(save)
     }
 
     /// Accounts for bytes written and has the disk keep up.
-    pub(super) fn wrote(&mut self, fd: &OwnedFd, count: usize) -> io::Result<()> {
+    pub(super) fn account_written(&mut self, fd: &OwnedFd, count: usize) -> io::Result<()> {
         self.written += count as u64;
-        if self.written - self.started >= PIECE {
+        if self.written - self.started >= WRITE_BACK_BYTES {
             write_back(fd.as_fd(), self.start + self.synced, self.started - self.synced, true)?;
             self.synced = self.started;
             write_back(fd.as_fd(), self.start + self.started, self.written - self.started, false)?;
@@ -118,15 +118,15 @@ impl Save {
     pub(super) fn complete(mut self, fd: &OwnedFd) -> io::Result<()> {
         self.sync(fd)?;
         let header = self.header.encode();
-        let whole = self.put(fd, &header).and_then(|()| Ok(fdatasync(fd)?));
+        let whole = self.write_header(fd, &header).and_then(|()| Ok(fdatasync(fd)?));
         let whole = whole.and_then(|()| self.name.take().map_or(Ok(()), |name| name.publish(fd)));
         whole.inspect_err(|_| {
             // The disk fails: nothing better can be done.
-            let _ = self.put(fd, &self.header.encode_unfinished());
+            let _ = self.write_header(fd, &self.header.encode_unfinished());
         })
     }
 
-    fn put(&self, fd: &OwnedFd, header: &[u8]) -> io::Result<()> {
+    fn write_header(&self, fd: &OwnedFd, header: &[u8]) -> io::Result<()> {
         let mut done = 0;
         while let Some(rest) = header.get(done..).filter(|rest| !rest.is_empty()) {
             match nix::sys::uio::pwrite(fd, rest, (self.start + done as u64).cast_signed()) {
@@ -142,7 +142,7 @@ impl Save {
 
 /// A new file that has no name yet or, where the file system knows no such files, one of its own. It is removed unless it
 /// is published.
-pub(super) struct Partial {
+pub(super) struct PartialFile {
     /// Its own name, which a file without one gets just before it is renamed.
     from: PathBuf,
     named: bool,
@@ -151,46 +151,46 @@ pub(super) struct Partial {
     replaces: Option<(u64, u64)>,
 }
 
-impl Partial {
-    fn create(path: &Path, id: MigrationId) -> io::Result<(OwnedFd, Partial)> {
-        let (from, replaces) = (partial_path(path, id), identity(path)?);
+impl PartialFile {
+    fn create(path: &Path, id: MigrationId) -> io::Result<(OwnedFd, PartialFile)> {
+        let (from, replaces) = (partial_path(path, id), file_identity(path)?);
         // What a name can't be is known now, not when everything was saved.
         if path.as_os_str().as_bytes().ends_with(b"/") {
             return Err(io::Error::from_raw_os_error(libc::EISDIR));
         }
-        identity(&from)?;
+        file_identity(&from)?;
         let mut how = OpenOptions::new();
-        let unnamed = how.write(true).mode(0o600).custom_flags(libc::O_TMPFILE).open(folder_of(path));
+        let unnamed = how.write(true).mode(0o600).custom_flags(libc::O_TMPFILE).open(parent_folder(path));
         match unnamed {
             // It can only be named through this folder.
-            Ok(file) if Path::new(OPEN_FILES).is_dir() => {
-                Ok((file.into(), Partial { from, named: false, to: path.into(), replaces }))
+            Ok(file) if Path::new(OWN_FD_FOLDER).is_dir() => {
+                Ok((file.into(), PartialFile { from, named: false, to: path.into(), replaces }))
             }
-            _ => Partial::create_named(path, id, replaces),
+            _ => PartialFile::create_named(path, id, replaces),
         }
     }
 
-    fn create_named(path: &Path, id: MigrationId, replaces: Option<(u64, u64)>) -> io::Result<(OwnedFd, Partial)> {
+    fn create_named(path: &Path, id: MigrationId, replaces: Option<(u64, u64)>) -> io::Result<(OwnedFd, PartialFile)> {
         let from = partial_path(path, id);
         let mut how = OpenOptions::new();
         // Before it is there: the process may end at any moment.
-        unfinished().push(from.clone());
+        unfinished_files().push(from.clone());
         let file = how.write(true).create_new(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(&from);
-        let file = file.inspect_err(|_| forget(&from))?;
-        Ok((file.into(), Partial { from, named: true, to: path.into(), replaces }))
+        let file = file.inspect_err(|_| unregister(&from))?;
+        Ok((file.into(), PartialFile { from, named: true, to: path.into(), replaces }))
     }
 
     /// Gives the file its name, unless another save has taken it since this one began.
     fn publish(mut self, fd: &OwnedFd) -> io::Result<()> {
         let taken = || StreamError::NameTaken(self.to.clone());
-        if self.replaces != identity(&self.to)? {
+        if self.replaces != file_identity(&self.to)? {
             return Err(taken().into());
         }
         if !self.named {
-            let open = format!("{OPEN_FILES}/{}", fd.as_raw_fd());
-            unfinished().push(self.from.clone());
+            let open = format!("{OWN_FD_FOLDER}/{}", fd.as_raw_fd());
+            unfinished_files().push(self.from.clone());
             let linked = linkat(AT_FDCWD, open.as_str(), AT_FDCWD, &self.from, AtFlags::AT_SYMLINK_FOLLOW);
-            linked.inspect_err(|_| forget(&self.from))?;
+            linked.inspect_err(|_| unregister(&self.from))?;
             self.named = true;
         }
         match rename(&self.from, &self.to, self.replaces.is_some()) {
@@ -200,7 +200,7 @@ impl Partial {
             Err(nix::Error::EINVAL) => std::fs::rename(&self.from, &self.to)?,
             Err(error) => return Err(error.into()),
         }
-        let synced = File::open(folder_of(&self.to)).and_then(|folder| folder.sync_all());
+        let synced = File::open(parent_folder(&self.to)).and_then(|folder| folder.sync_all());
         synced.inspect_err(|_| {
             // The guest goes on at its source: its save must not seem to be good.
             let _ = std::fs::remove_file(&self.to);
@@ -208,18 +208,18 @@ impl Partial {
     }
 }
 
-impl Drop for Partial {
+impl Drop for PartialFile {
     fn drop(&mut self) {
         if self.named {
             // Once it is published there is none.
             let _ = std::fs::remove_file(&self.from);
-            forget(&self.from);
+            unregister(&self.from);
         }
     }
 }
 
 /// Opens the target of `file:`. It will hold a guest's memory, so only its owner may read a new file.
-pub(super) fn open(uri: &Uri, path: &Path, id: MigrationId) -> Result<(OwnedFd, Option<Partial>), StreamError> {
+pub(super) fn open(uri: &Uri, path: &Path, id: MigrationId) -> Result<(OwnedFd, Option<PartialFile>), StreamError> {
     match std::fs::metadata(path) {
         Ok(found) if found.file_type().is_fifo() => {
             return Err(uri.error("this is a pipe: open it in the shell and use fd:N", None));
@@ -235,15 +235,15 @@ pub(super) fn open(uri: &Uri, path: &Path, id: MigrationId) -> Result<(OwnedFd, 
         }
         _ => {}
     }
-    if holds_something_else(path).map_err(open_error(uri))? {
+    if is_foreign_file(path).map_err(open_error(uri))? {
         return Err(uri.error("what is there is no saved guest: remove it first, or save to another name", None));
     }
-    let (file, partial) = Partial::create(path, id).map_err(open_error(uri))?;
+    let (file, partial) = PartialFile::create(path, id).map_err(open_error(uri))?;
     Ok((file, Some(partial)))
 }
 
 /// True of a file whose contents no save has written, complete or not: an image of a disk, say.
-fn holds_something_else(path: &Path) -> io::Result<bool> {
+fn is_foreign_file(path: &Path) -> io::Result<bool> {
     match std::fs::symlink_metadata(path) {
         Ok(found) if found.is_file() && found.len() > 0 => {
             let mut magic = Vec::new();
@@ -264,12 +264,12 @@ fn partial_path(path: &Path, id: MigrationId) -> PathBuf {
     name.into()
 }
 
-fn folder_of(path: &Path) -> &Path {
+fn parent_folder(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Device and inode of what has this name, or `None`.
-fn identity(path: &Path) -> io::Result<Option<(u64, u64)>> {
+fn file_identity(path: &Path) -> io::Result<Option<(u64, u64)>> {
     match std::fs::symlink_metadata(path) {
         Ok(found) => Ok(Some((found.dev(), found.ino()))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -291,8 +291,8 @@ mod tests {
     }
 
     /// What a file system without unnamed files gets.
-    fn named(path: &Path) -> io::Result<(OwnedFd, Partial)> {
-        Partial::create_named(path, MigrationId(0xabc), identity(path)?)
+    fn named(path: &Path) -> io::Result<(OwnedFd, PartialFile)> {
+        PartialFile::create_named(path, MigrationId(0xabc), file_identity(path)?)
     }
 
     #[test]
@@ -302,7 +302,7 @@ mod tests {
         let names = ["one", "two", "three"].map(|name| folder.path().join(name));
         let [one, two, three] = names.each_ref().map(|path| {
             let id = MigrationId(0xdef);
-            Partial::create_named(path, id, None).unwrap()
+            PartialFile::create_named(path, id, None).unwrap()
         });
         one.1.publish(&one.0).unwrap();
         drop(two.1);
