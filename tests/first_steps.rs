@@ -40,9 +40,9 @@ fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 }
 
 /// Killed when dropped.
-struct Running(Child);
+struct ChildProcess(Child);
 
-impl Drop for Running {
+impl Drop for ChildProcess {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -50,11 +50,11 @@ impl Drop for Running {
 }
 
 /// A demo that goes on for minutes unless something ends it; its temporary folder is made in `folder`.
-fn long_demo(folder: &Path) -> Running {
+fn long_demo(folder: &Path) -> ChildProcess {
     let mut demo = program();
     demo.args(["demo", "--memory", "64M", "--disk", "16M", "--seconds", "600", "--dirty-rate", "1M/s", "--json"]);
     demo.env("TMPDIR", folder).stdout(Stdio::piped()).stderr(Stdio::piped());
-    Running(demo.spawn().unwrap())
+    ChildProcess(demo.spawn().unwrap())
 }
 
 /// The child of `parent` whose command line has all of `words`.
@@ -81,7 +81,7 @@ fn is_in_state(control: &Path, state: &str) -> Option<()> {
 }
 
 /// Waits until the demo has failed; its message.
-fn failure(demo: &mut Running) -> String {
+fn failure(demo: &mut ChildProcess) -> String {
     assert_eq!(demo.0.wait().unwrap().code(), Some(1));
     let (mut output, mut errors) = (String::new(), String::new());
     demo.0.stdout.take().unwrap().read_to_string(&mut output).unwrap();
@@ -93,7 +93,7 @@ fn failure(demo: &mut Running) -> String {
 }
 
 #[test]
-fn a_demo_that_ends_well_reports_no_trouble() {
+fn a_successful_demo_prints_no_error() {
     for kill in [&[][..], &["--kill"]] {
         let mut demo = program();
         demo.args(["demo", "--memory", "64M", "--disk", "16M", "--seconds", "1", "--dirty-rate", "1M/s"]).args(kill);
@@ -159,13 +159,13 @@ fn mistyped_values_are_refused_with_an_example_of_a_right_one() {
 }
 
 #[test]
-fn a_command_for_a_guest_recognises_the_socket_of_a_back_end() {
+fn a_guest_command_detects_a_vhost_user_socket() {
     let folder = tempfile::tempdir().unwrap();
     let (image, socket) = (folder.path().join("disk.img"), folder.path().join("disk.sock"));
     std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
     let mut backend = program();
     backend.args(["backend", "blk", "--image"]).arg(&image).arg("--socket").arg(&socket);
-    let _backend = Running(backend.spawn().unwrap());
+    let _backend = ChildProcess(backend.spawn().unwrap());
     wait_for("the back-end", || UnixStream::connect(&socket).ok());
     let output = run(&["dirty-rate", "--control", socket.to_str().unwrap()]);
     let errors = text(&output.stderr);
@@ -182,7 +182,7 @@ fn commands(document: &str, first: &str) -> Vec<String> {
 
 /// Runs commands in `folder` as a shell would; those that end with `&` go on. Before a command for a guest, the guest is
 /// waited for, as a person would.
-fn carry_out(commands: &[String], folder: &Path) -> Vec<Running> {
+fn run_commands(commands: &[String], folder: &Path) -> Vec<ChildProcess> {
     let mut running = Vec::new();
     let path = Path::new(env!("CARGO_BIN_EXE_vhost-migrate")).parent().unwrap().display().to_string();
     for command in commands {
@@ -194,7 +194,7 @@ fn carry_out(commands: &[String], folder: &Path) -> Vec<Running> {
         let mut shell = Command::new("sh");
         shell.args(["-c", &format!("exec {line}")]).current_dir(folder).stdout(Stdio::null());
         shell.env("PATH", format!("{path}:{}", std::env::var("PATH").unwrap())).env("RUST_LOG", "warn");
-        let mut child = Running(shell.spawn().unwrap());
+        let mut child = ChildProcess(shell.spawn().unwrap());
         match goes_on {
             true => running.push(child),
             false => assert!(child.0.wait().unwrap().success(), "{command}"),
@@ -204,16 +204,16 @@ fn carry_out(commands: &[String], folder: &Path) -> Vec<Running> {
 }
 
 #[test]
-fn the_commands_of_readme_move_a_guest() {
+fn the_readme_commands_migrate_a_guest() {
     let folder = tempfile::tempdir().unwrap();
     let readme = include_str!("../README.md");
-    let _running = carry_out(&commands(readme, "truncate -s 64M disk.img"), folder.path());
+    let _running = run_commands(&commands(readme, "truncate -s 64M disk.img"), folder.path());
     wait_for("the guest at its destination", || is_in_state(&folder.path().join("destination.ctl"), "running"));
 }
 
 /// As a block that is pasted into a shell. To be quick, each check is of few rules.
 #[test]
-fn the_checks_of_readme_follow_each_other() {
+fn the_readme_check_commands_run_in_order() {
     let folder = tempfile::tempdir().unwrap();
     let readme = include_str!("../README.md");
     let blocks =
@@ -233,11 +233,11 @@ fn the_checks_of_readme_follow_each_other() {
 }
 
 #[test]
-fn the_commands_of_help_fit_each_other() {
+fn the_help_examples_work_together() {
     let folder = tempfile::tempdir().unwrap();
     let help = text(&run(&["guest", "--help"]).stdout);
     // The examples after these three wait for a guest to arrive.
     let start = commands(&help, "truncate -s 64M disk.img");
-    let _running = carry_out(&start[..3], folder.path());
+    let _running = run_commands(&start[..3], folder.path());
     wait_for("the guest", || is_in_state(&folder.path().join("source.ctl"), "running"));
 }

@@ -57,9 +57,9 @@ fn booted(config: GuestConfig) -> (Guest, Disks) {
     (guest, disks)
 }
 
-fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) {
+fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
-    while !is_so() {
+    while !condition() {
         assert!(start.elapsed() < Duration::from_secs(60), "{what}: not within a minute");
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -92,16 +92,16 @@ fn flip(memory: &Memory, gpa: u64) {
     memory.write(gpa, &[byte[0] ^ 0x40]).unwrap();
 }
 
-fn wrong_place(error: &GuestError) -> ByteLocation {
+fn wrong_location(error: &GuestError) -> ByteLocation {
     match error {
         GuestError::WrongByte(wrong) => wrong.location,
-        GuestError::Failed(error) => wrong_place(error),
+        GuestError::Failed(error) => wrong_location(error),
         other => panic!("{other}"),
     }
 }
 
 #[rstest]
-fn a_guest_works_and_every_byte_is_right(#[values(false, true)] packed: bool) {
+fn a_running_guest_finds_no_wrong_byte(#[values(false, true)] packed: bool) {
     let (mut guest, _disks) = booted(config(packed));
     guest.resume().unwrap();
     run_for(&guest, 3000, 2000);
@@ -117,7 +117,7 @@ fn a_guest_works_and_every_byte_is_right(#[values(false, true)] packed: bool) {
 }
 
 #[rstest]
-fn a_saved_guest_goes_on_exactly_where_it_stopped_on_a_copy_of_its_memory(#[values(false, true)] packed: bool) {
+fn a_restored_guest_continues_exactly_where_it_was_saved(#[values(false, true)] packed: bool) {
     let (mut guest, disks) = booted(config(packed));
     let mut outstanding = 0;
     guest.resume().unwrap();
@@ -147,7 +147,7 @@ fn a_saved_guest_goes_on_exactly_where_it_stopped_on_a_copy_of_its_memory(#[valu
 }
 
 #[test]
-fn a_switchover_asks_all_devices_at_the_same_time() {
+fn a_switchover_stops_and_starts_all_devices_concurrently() {
     let (mut guest, disks) = booted(GuestConfig { disks: 5, ..config(false) });
     guest.resume().unwrap();
     guest.pause().unwrap();
@@ -165,7 +165,7 @@ fn a_switchover_asks_all_devices_at_the_same_time() {
 }
 
 #[rstest]
-fn a_switchover_that_is_called_off_leaves_the_guest_as_it_was(#[values(false, true)] packed: bool) {
+fn a_cancelled_switchover_leaves_the_guest_unchanged(#[values(false, true)] packed: bool) {
     let (mut guest, _disks) = booted(config(packed));
     for _ in 0..3 {
         guest.resume().unwrap();
@@ -181,7 +181,7 @@ fn a_switchover_that_is_called_off_leaves_the_guest_as_it_was(#[values(false, tr
 
 /// A back-end may take a kick before it looks at the ring, as its disks do here.
 #[test]
-fn a_ring_is_kicked_when_it_has_started() {
+fn a_started_ring_is_kicked() {
     let (mut guest, disks) = booted(config(false));
     let kicked = |starts| {
         let rings = u32::try_from(guest_rings(&config(false)) * starts).unwrap();
@@ -231,7 +231,7 @@ fn a_flipped_byte_is_found_in_hot_cold_and_untouched_memory(#[values(false, true
         guest.verify().unwrap();
         flip(guest.memory(), gpa);
         let error = guest.verify().unwrap_err();
-        assert_eq!(wrong_place(&error), ByteLocation::Memory(gpa));
+        assert_eq!(wrong_location(&error), ByteLocation::Memory(gpa));
         assert!(error.to_string().contains("WRONG BYTE"), "{error}");
         has_failed(&mut guest, &error);
     }
@@ -244,7 +244,7 @@ fn has_failed(guest: &mut Guest, error: &GuestError) {
 }
 
 #[rstest]
-fn a_page_of_yesterday_is_found_and_recognised(#[values(false, true)] packed: bool) {
+fn a_stale_page_is_found_and_identified(#[values(false, true)] packed: bool) {
     let (mut guest, _disks) = booted(config(packed));
     guest.resume().unwrap();
     run_for(&guest, 1, 1024);
@@ -260,7 +260,7 @@ fn a_page_of_yesterday_is_found_and_recognised(#[values(false, true)] packed: bo
 }
 
 #[rstest]
-fn a_running_cpu_notices_by_itself(#[values(false, true)] packed: bool) {
+fn a_running_cpu_detects_a_wrong_byte(#[values(false, true)] packed: bool) {
     let (mut guest, _disks) = booted(config(packed));
     guest.resume().unwrap();
     run_for(&guest, 1, 2048);
@@ -288,13 +288,13 @@ fn a_wrong_byte_on_the_disk_is_found(#[values(false, true)] packed: bool) {
         let offset = offset.min(2 * MIB - 1) as usize;
         disks.bytes[1].lock().unwrap()[offset] ^= 1;
         let error = guest.verify().unwrap_err();
-        assert!(matches!(wrong_place(&error), ByteLocation::Buffer(_, at) if at == offset as u64), "{error}");
+        assert!(matches!(wrong_location(&error), ByteLocation::Buffer(_, at) if at == offset as u64), "{error}");
         has_failed(&mut guest, &error);
     }
 }
 
 #[rstest]
-fn a_write_that_was_acknowledged_and_lost_is_found(#[values(false, true)] packed: bool) {
+fn an_acknowledged_but_lost_write_is_found(#[values(false, true)] packed: bool) {
     let (mut guest, disks) = booted(config(packed));
     disks.faults.lose_write.store(1, Ordering::Relaxed);
     // It may have found it before it has resumed in full.
@@ -302,11 +302,11 @@ fn a_write_that_was_acknowledged_and_lost_is_found(#[values(false, true)] packed
     wait_for("a lost write", || disks.faults.lose_write.load(Ordering::Relaxed) == 0);
     // Unless it is written over, which a guest can't know: one sector of a thousand is most unlikely so soon.
     let _ = guest.pause();
-    assert!(matches!(wrong_place(&guest.verify().unwrap_err()), ByteLocation::Buffer(..)));
+    assert!(matches!(wrong_location(&guest.verify().unwrap_err()), ByteLocation::Buffer(..)));
 }
 
 #[rstest]
-fn what_a_device_wrote_is_looked_at_again_later(#[values(false, true)] packed: bool) {
+fn a_read_buffer_is_verified_again_later(#[values(false, true)] packed: bool) {
     let (mut guest, _disks) = booted(config(packed));
     // Until the first queue holds a buffer with something that had been written.
     let (state, held, written) = loop {
@@ -341,7 +341,7 @@ fn what_a_device_wrote_is_looked_at_again_later(#[values(false, true)] packed: b
         flip(guest.memory(), gpa + 300);
     }
     let error = guest.verify().unwrap_err();
-    assert!(matches!(wrong_place(&error), ByteLocation::Buffer(..)), "{error}");
+    assert!(matches!(wrong_location(&error), ByteLocation::Buffer(..)), "{error}");
 }
 
 fn fails_by(packed: bool, fault: impl Fn(&Faults) -> &AtomicU32, how: impl Fn(&GuestError) -> bool) -> Guest {
@@ -370,12 +370,12 @@ fn a_request_that_is_never_completed_stops_the_guest(#[values(false, true)] pack
 }
 
 #[rstest]
-fn an_error_of_the_disk_stops_the_guest(#[values(false, true)] packed: bool) {
+fn a_disk_error_stops_the_guest(#[values(false, true)] packed: bool) {
     fails_by(packed, |faults| &faults.answer_ioerr, |error| matches!(error, GuestError::Io { status: 1, .. }));
 }
 
 #[test]
-fn what_comes_at_the_wrong_time_is_refused_in_words() {
+fn a_call_in_the_wrong_state_is_refused_with_advice() {
     let config = config(false);
     let disks = Disks::new(2);
     let mut guest = Guest::new(config.clone()).unwrap();
@@ -392,7 +392,7 @@ fn what_comes_at_the_wrong_time_is_refused_in_words() {
 }
 
 #[rstest]
-fn a_state_that_does_not_fit_is_refused(#[values(false, true)] packed: bool) {
+fn a_mismatched_state_is_refused(#[values(false, true)] packed: bool) {
     let (mut guest, disks) = booted(config(packed));
     guest.resume().unwrap();
     run_for(&guest, 100, 100);
@@ -436,7 +436,7 @@ fn a_state_that_does_not_fit_is_refused(#[values(false, true)] packed: bool) {
 }
 
 #[test]
-fn a_disk_that_does_not_fit_is_refused_with_what_differs_and_both_values() {
+fn a_mismatched_disk_is_refused_with_both_values() {
     let (mut guest, disks) = booted(config(false));
     guest.stop_devices().unwrap();
     let state = guest.save_state().unwrap();

@@ -124,9 +124,9 @@ fn running_on(device: UserDevice, config: GuestConfig) -> Guest {
     guest
 }
 
-fn wait_for(guest: &Guest, what: &str, mut is_so: impl FnMut(&Guest) -> bool) {
+fn wait_for(guest: &Guest, what: &str, mut condition: impl FnMut(&Guest) -> bool) {
     let start = Instant::now();
-    while !is_so(guest) {
+    while !condition(guest) {
         assert!(guest.failure().is_none(), "{what}: {}", guest.failure().unwrap());
         assert!(start.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
         std::thread::sleep(Duration::from_millis(1));
@@ -140,7 +140,7 @@ fn run_for(guest: &Guest, requests: u64) {
 }
 
 #[test]
-fn a_guest_leaves_disks_alone_that_hold_what_it_has_not_written() {
+fn a_guest_does_not_overwrite_foreign_disk_contents() {
     let backend = Backend::start();
     let booted = || {
         let mut guest = Guest::new(config()).unwrap();
@@ -175,7 +175,7 @@ fn a_guest_leaves_disks_alone_that_hold_what_it_has_not_written() {
 }
 
 #[rstest]
-fn a_back_end_that_is_killed_again_and_again_is_not_noticed(
+fn a_guest_survives_repeated_kills_of_its_back_end(
     #[values(false, true)] packed: bool,
     #[values(0, bit(protocol_feature::INBAND_NOTIFICATIONS))] protocol_features: u64,
 ) {
@@ -198,7 +198,7 @@ fn a_back_end_that_is_killed_again_and_again_is_not_noticed(
 }
 
 #[test]
-fn a_back_end_that_stays_away_stops_the_guest_with_a_reason() {
+fn a_back_end_missing_beyond_the_reconnect_timeout_stops_the_guest() {
     let mut backend = Backend::start();
     let mut guest = running(&backend, GuestConfig { reconnect_timeout: Some(1), ..config() });
     run_for(&guest, 100);
@@ -214,7 +214,7 @@ fn a_back_end_that_stays_away_stops_the_guest_with_a_reason() {
 }
 
 #[test]
-fn a_back_end_is_waited_for_as_long_as_it_takes_and_the_guest_says_so() {
+fn a_guest_waits_without_limit_for_its_back_end_and_logs_it() {
     let mut backend = Backend::start();
     // A request waits far longer than it may, but not for a back-end that is there.
     let mut guest = running(&backend, GuestConfig { request_timeout: 1, ..config() });
@@ -231,7 +231,7 @@ fn a_back_end_is_waited_for_as_long_as_it_takes_and_the_guest_says_so() {
 }
 
 #[test]
-fn whatever_answers_in_the_place_of_a_back_end_the_guest_waits_for_the_right_one() {
+fn a_guest_waits_for_the_right_back_end_while_others_answer() {
     let mut backend = Backend::start();
     let mut guest = running(&backend, config());
     run_for(&guest, 100);
@@ -263,7 +263,7 @@ fn whatever_answers_in_the_place_of_a_back_end_the_guest_waits_for_the_right_one
 }
 
 #[test]
-fn a_disk_grows_under_its_guest_and_never_shrinks() {
+fn a_disk_in_use_can_grow_but_not_shrink() {
     let backend = Backend::start();
     let mut guest = running(&backend, config());
     run_for(&guest, 100);
@@ -291,7 +291,7 @@ fn signal(backend: &Backend, signal: Signal) {
 #[case::the_last_answers_later(1, false, false)]
 #[case::cancelled_before_it_is_asked(0, false, true)]
 #[case::the_first_dies(0, true, false)]
-fn a_switchover_that_is_cancelled_while_a_disk_hangs_lets_all_else_go_on_at_once(
+fn a_switchover_cancelled_while_a_disk_hangs_resumes_cpus_and_other_disks_at_once(
     #[case] hung: usize,
     #[case] dies: bool,
     #[case] early: bool,
@@ -354,7 +354,7 @@ fn regions(guest: &Guest) -> Vec<(u64, u64)> {
 
 /// Moves a running guest by its dirty pages alone; its back-end is killed in the middle. `trust_log`: what the device
 /// marked counts.
-fn moved(mut guest: Guest, backend: &mut Backend, trust_log: bool) -> Result<Guest, GuestError> {
+fn copy_and_restore(mut guest: Guest, backend: &mut Backend, trust_log: bool) -> Result<Guest, GuestError> {
     let memory = guest.memory().clone();
     let pages = memory.end() / LOG_PAGE;
     let (log, fd) = Log::create(memory.end()).unwrap();
@@ -402,11 +402,11 @@ fn moved(mut guest: Guest, backend: &mut Backend, trust_log: bool) -> Result<Gue
 }
 
 #[rstest]
-fn a_guest_that_moves_by_its_dirty_pages_while_its_back_end_crashes_loses_nothing(#[values(false, true)] packed: bool) {
+fn a_guest_copied_by_dirty_pages_survives_crashes_of_its_back_end(#[values(false, true)] packed: bool) {
     let mut backend = Backend::start();
     let mut guest = running(&backend, GuestConfig { packed, ..config() });
     for _ in 0..4 {
-        guest = moved(guest, &mut backend, true).unwrap();
+        guest = copy_and_restore(guest, &mut backend, true).unwrap();
         run_for(&guest, 100);
         backend.crash();
         wait_for(&guest, "the back-end is back", |guest| guest.stats().reconnects > 0);
@@ -418,10 +418,10 @@ fn a_guest_that_moves_by_its_dirty_pages_while_its_back_end_crashes_loses_nothin
 }
 
 #[rstest]
-fn a_guest_notices_when_what_its_device_wrote_is_left_behind(#[values(false, true)] packed: bool) {
+fn a_guest_detects_device_writes_that_were_not_copied(#[values(false, true)] packed: bool) {
     let mut backend = Backend::start();
     let guest = running(&backend, GuestConfig { packed, request_timeout: 2, ..config() });
-    let found = moved(guest, &mut backend, false).and_then(|mut guest| guest.verify());
+    let found = copy_and_restore(guest, &mut backend, false).and_then(|mut guest| guest.verify());
     assert!(found.is_err(), "without the device's log this test must fail, or it tests nothing");
 }
 
@@ -452,7 +452,7 @@ fn devices_can_be_controlled_while_their_back_end_crashes(#[values(false, true)]
 }
 
 /// A disk with a state of its own, which it may refuse to take over.
-struct Stateful {
+struct StatefulDevice {
     disk: Disk,
     state: Mutex<Vec<u8>>,
     refuses: AtomicBool,
@@ -460,7 +460,7 @@ struct Stateful {
     idles: AtomicBool,
 }
 
-impl backend::Device for Stateful {
+impl backend::Device for StatefulDevice {
     fn features(&self) -> u64 {
         self.disk.features()
     }
@@ -502,9 +502,9 @@ impl backend::Device for Stateful {
 }
 
 /// One of them, served by this process until it ends.
-fn stateful(folder: &Path, socket: &str, state: &[u8]) -> Arc<Stateful> {
+fn stateful(folder: &Path, socket: &str, state: &[u8]) -> Arc<StatefulDevice> {
     let options = DiskOptions { queues: 2, aio: Aio::Threads, ..DiskOptions::new(folder.join("disk.img")) };
-    let device = Stateful {
+    let device = StatefulDevice {
         disk: Disk::open(options).unwrap(),
         state: Mutex::new(state.to_vec()),
         refuses: AtomicBool::new(false),
@@ -524,7 +524,7 @@ fn serve(folder: &Path, socket: &str, device: Arc<dyn backend::Device>) {
     });
 }
 
-fn connected(folder: &Path, socket: &str) -> Box<dyn Device> {
+fn connect_device(folder: &Path, socket: &str) -> Box<dyn Device> {
     let device = UserDevice::connect(folder.join(socket), UserOptions::default(), Instant::now() + PATIENCE);
     Box::new(device.unwrap())
 }
@@ -536,12 +536,12 @@ fn move_to(
     to: &str,
 ) -> (Result<MigrationReport, MigrationFailure>, Result<IncomingReport, MigrateError>, GuestIncomingVm) {
     let mut arrival = GuestIncomingVm::new(vec![folder.join(to)]).unwrap();
-    let (left, arrived) = move_into(folder, guest, &mut arrival, &patient(), &Outcomes::default());
+    let (left, arrived) = move_into(folder, guest, &mut arrival, &migration_parameters(), &Outcomes::default());
     (left, arrived, arrival)
 }
 
 /// Options that wait for as long as a test does.
-fn patient() -> StreamOptions {
+fn migration_parameters() -> StreamOptions {
     StreamOptions { deadline: Some(PATIENCE), timeout: Some(PATIENCE), ..StreamOptions::new().unwrap() }
 }
 
@@ -553,7 +553,7 @@ fn move_into(
     theirs: &StreamOptions,
     outcomes: &Outcomes,
 ) -> (Result<MigrationReport, MigrationFailure>, Result<IncomingReport, MigrateError>) {
-    let options = patient();
+    let options = migration_parameters();
     let socket = format!("unix:{}", folder.join("migration").display());
     let listener = vhost_migrate::stream::StreamListener::bind(&socket.parse().unwrap()).unwrap();
     std::thread::scope(|scope| {
@@ -578,13 +578,13 @@ fn move_into(
 }
 
 #[test]
-fn the_state_of_a_device_travels_with_its_guest_and_one_that_is_refused_keeps_the_guest_here() {
+fn device_state_moves_with_the_guest_and_a_refused_state_keeps_it_at_the_source() {
     let folder = tempfile::tempdir().unwrap();
     File::create(folder.path().join("disk.img")).unwrap().set_len(16 * MIB).unwrap();
     let _source = stateful(folder.path(), "a", b"set by the driver");
     let destination = stateful(folder.path(), "b", b"");
     let mut guest = Guest::new(config()).unwrap();
-    guest.boot(vec![connected(folder.path(), "a")]).unwrap();
+    guest.boot(vec![connect_device(folder.path(), "a")]).unwrap();
     guest.resume().unwrap();
     let guest = Mutex::new(Some(guest));
     for refuses in [true, false] {
@@ -609,7 +609,7 @@ fn the_state_of_a_device_travels_with_its_guest_and_one_that_is_refused_keeps_th
 }
 
 #[test]
-fn what_a_back_end_would_refuse_after_the_commit_is_refused_before_it() {
+fn a_destination_back_end_refuses_rings_before_the_commit() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     for image in ["disk.img", "other.img"] {
@@ -630,7 +630,7 @@ fn what_a_back_end_would_refuse_after_the_commit_is_refused_before_it() {
     let lock = File::open(folder.join("other.img")).unwrap();
     lock.lock().unwrap();
     let mut guest = Guest::new(GuestConfig { queue_size: size, ..config() }).unwrap();
-    guest.boot(vec![connected(folder, "a")]).unwrap();
+    guest.boot(vec![connect_device(folder, "a")]).unwrap();
     guest.resume().unwrap();
     let guest = Mutex::new(Some(guest));
     let segments = "largest number of segments differs: 62 here, 126 at the source";
@@ -652,7 +652,7 @@ fn what_a_back_end_would_refuse_after_the_commit_is_refused_before_it() {
 }
 
 /// An arrival whose back-end is stopped before a step of it.
-struct Stalled<'a> {
+struct StallingIncomingVm<'a> {
     arrival: GuestIncomingVm,
     backend: &'a Backend,
     before: Step,
@@ -668,7 +668,7 @@ enum Step {
     Start,
 }
 
-impl Stalled<'_> {
+impl StallingIncomingVm<'_> {
     fn step(&mut self, step: Step) {
         if step == self.before {
             signal(self.backend, Signal::SIGSTOP);
@@ -677,7 +677,7 @@ impl Stalled<'_> {
     }
 }
 
-impl IncomingVm for Stalled<'_> {
+impl IncomingVm for StallingIncomingVm<'_> {
     fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, VmError> {
         self.arrival.prepare(regions)
     }
@@ -700,18 +700,18 @@ impl IncomingVm for Stalled<'_> {
 }
 
 /// Moves a guest to a back-end that is stopped before `step`, and has `cancel` called then.
-fn stalled<'a>(
+fn stalling_vm<'a>(
     source: &Backend,
     backend: &'a Backend,
     guest: &Mutex<Option<Guest>>,
     before: Step,
     cancel: impl FnOnce(&CancelToken, &Outcomes) -> bool + Send,
-) -> (Result<MigrationReport, MigrationFailure>, Result<IncomingReport, MigrateError>, Stalled<'a>) {
-    let (theirs, outcomes, (stopped, is_stopped)) = (patient(), Outcomes::default(), channel());
+) -> (Result<MigrationReport, MigrationFailure>, Result<IncomingReport, MigrateError>, StallingIncomingVm<'a>) {
+    let (theirs, outcomes, (stopped, is_stopped)) = (migration_parameters(), Outcomes::default(), channel());
     let arrival = GuestIncomingVm::new(vec![backend.socket()]).unwrap().with_cancel(&theirs.cancel);
     // Its disk is another one.
     let arrival = arrival.with_disk_checks(false, true);
-    let mut arrival = Stalled { arrival, backend, before, stopped, starts: 0 };
+    let mut arrival = StallingIncomingVm { arrival, backend, before, stopped, starts: 0 };
     let (left, arrived) = std::thread::scope(|scope| {
         let (switch, known) = (&theirs.cancel, &outcomes);
         scope.spawn(move || {
@@ -724,10 +724,10 @@ fn stalled<'a>(
 }
 
 #[rstest]
-fn a_destination_whose_back_end_hangs_ends_at_cancel(#[values(Step::Prepare, Step::Restore)] step: Step) {
+fn cancel_ends_a_destination_whose_back_end_hangs(#[values(Step::Prepare, Step::Restore)] step: Step) {
     let backends = [Backend::start(), Backend::start()];
     let guest = Mutex::new(Some(running(&backends[0], config())));
-    let (left, arrived, _) = stalled(&backends[0], &backends[1], &guest, step, |cancel, _| cancel.cancel());
+    let (left, arrived, _) = stalling_vm(&backends[0], &backends[1], &guest, step, |cancel, _| cancel.cancel());
     // Not because the back-end was silent for too long.
     let error = arrived.unwrap_err().to_string();
     assert!(error.contains("was ended"), "{error}");
@@ -737,7 +737,7 @@ fn a_destination_whose_back_end_hangs_ends_at_cancel(#[values(Step::Prepare, Ste
 }
 
 #[test]
-fn a_guest_that_has_arrived_and_whose_back_end_hangs_is_kept_at_cancel_and_goes_on_when_it_is_told_to() {
+fn cancel_of_a_hanging_start_keeps_the_arrived_guest_and_resume_starts_it() {
     let mut backends = [Backend::start(), Backend::start()];
     let guest = Mutex::new(Some(running(&backends[0], config())));
     let image = |backend: &Backend| backend.folder.path().join("disk.img");
@@ -747,13 +747,13 @@ fn a_guest_that_has_arrived_and_whose_back_end_hangs_is_kept_at_cancel_and_goes_
     std::fs::hard_link(image(&backends[0]), image(&backends[1])).unwrap();
     backends[1].child = spawn(backends[1].folder.path(), "s");
     let stop = |_: &CancelToken, outcomes: &Outcomes| outcomes.cancel_start();
-    let (left, arrived, stalled) = stalled(&backends[0], &backends[1], &guest, Step::Start, stop);
+    let (left, arrived, stalling_vm) = stalling_vm(&backends[0], &backends[1], &guest, Step::Start, stop);
     let error = arrived.unwrap_err();
     assert!(matches!(error, MigrateError::NotStarted(_)) && error.to_string().contains("was ended"), "{error}");
-    assert_eq!(stalled.starts, 1, "it was not tried again");
+    assert_eq!(stalling_vm.starts, 1, "it was not tried again");
     assert_eq!(left.unwrap_err().location, GuestLocation::OutcomeUnknown);
     *guest.lock().unwrap() = None;
-    let mut guest = stalled.arrival.into_guest().unwrap();
+    let mut guest = stalling_vm.arrival.into_guest().unwrap();
     signal(&backends[1], Signal::SIGCONT);
     guest.start().unwrap();
     run_for(&guest, 100);
@@ -761,7 +761,7 @@ fn a_guest_that_has_arrived_and_whose_back_end_hangs_is_kept_at_cancel_and_goes_
 }
 
 #[test]
-fn the_disk_of_a_destination_is_prepared_and_compared_while_the_guest_runs() {
+fn the_destination_prepares_and_compares_its_disk_while_the_guest_runs() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     for (image, mib) in [("disk.img", 16), ("other.img", 32)] {
@@ -775,7 +775,7 @@ fn the_disk_of_a_destination_is_prepared_and_compared_while_the_guest_runs() {
     serve(folder, "b", disk("disk.img"));
     serve(folder, "other", disk("other.img"));
     let mut guest = Guest::new(config()).unwrap();
-    guest.boot(vec![connected(folder, "a")]).unwrap();
+    guest.boot(vec![connect_device(folder, "a")]).unwrap();
     guest.resume().unwrap();
     let regions: Vec<_> =
         guest.memory().regions().iter().map(|r| RegionLayout { gpa: r.gpa(), size: r.size() }).collect();
@@ -794,12 +794,12 @@ fn the_disk_of_a_destination_is_prepared_and_compared_while_the_guest_runs() {
 }
 
 #[test]
-fn rings_that_are_refused_when_a_guest_goes_on_run_as_soon_as_they_can() {
+fn refused_rings_are_retried_until_they_run() {
     let folder = tempfile::tempdir().unwrap();
     File::create(folder.path().join("disk.img")).unwrap().set_len(16 * MIB).unwrap();
     let device = stateful(folder.path(), "a", b"");
     let mut guest = Guest::new(config()).unwrap();
-    guest.boot(vec![connected(folder.path(), "a")]).unwrap();
+    guest.boot(vec![connect_device(folder.path(), "a")]).unwrap();
     guest.resume().unwrap();
     run_for(&guest, 100);
 
@@ -828,10 +828,10 @@ fn rings_that_are_refused_when_a_guest_goes_on_run_as_soon_as_they_can() {
 
 /// Runs itself again, alone: no file descriptor is to be had meanwhile.
 #[test]
-fn a_guest_whose_threads_cannot_be_started_stays_whole() {
+fn a_guest_whose_threads_cannot_start_stays_paused_and_intact() {
     const ALONE: &str = "VHOST_MIGRATE_TEST_ALONE";
     if std::env::var_os(ALONE).is_none() {
-        let name = "a_guest_whose_threads_cannot_be_started_stays_whole";
+        let name = "a_guest_whose_threads_cannot_start_stays_paused_and_intact";
         let mut again = Command::new(std::env::current_exe().unwrap());
         let output = again.args(["--exact", name]).env(ALONE, "1").output().unwrap();
         let words = String::from_utf8_lossy(&output.stdout);

@@ -31,15 +31,15 @@ fn words(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
 }
 
-fn found(output: &Output) -> Value {
+fn expect_success(output: &Output) -> Value {
     serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", words(output)))
 }
 
-struct Folder(tempfile::TempDir);
+struct TempFolder(tempfile::TempDir);
 
-impl Folder {
-    fn new() -> Folder {
-        Folder(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap())
+impl TempFolder {
+    fn new() -> TempFolder {
+        TempFolder(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap())
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -85,7 +85,7 @@ fn state(bytes: usize) -> Frame {
 }
 
 /// A stream that a guest can be restored from.
-fn whole() -> Vec<Frame> {
+fn complete_stream() -> Vec<Frame> {
     let commit = Frame::Message(ToDestination::Commit(Commit { run: true }));
     vec![
         layout(),
@@ -115,12 +115,12 @@ fn stream(header: ConnectionHeader, frames: &[Frame]) -> Vec<u8> {
 }
 
 #[test]
-fn a_stream_is_complete_only_if_nothing_that_a_restore_needs_is_missing() {
-    let folder = Folder::new();
-    let good = folder.file("good", &stream(HEADER, &whole()));
+fn inspect_stream_requires_every_frame_that_a_restore_needs() {
+    let folder = TempFolder::new();
+    let good = folder.file("good", &stream(HEADER, &complete_stream()));
     let output = inspect(&["--json", "stream", &good]);
     assert_eq!(output.status.code(), Some(0), "{}", words(&output));
-    let told = found(&output);
+    let told = expect_success(&output);
     assert_eq!(
         (&told["committed"], &told["data_pages"], &told["frames"]),
         (&json!(true), &json!(3), &json!(8)),
@@ -135,47 +135,52 @@ fn a_stream_is_complete_only_if_nothing_that_a_restore_needs_is_missing() {
         assert!(!told.contains("complete"), "{what}: {told}");
     };
     let without = |gone: usize| {
-        let mut frames = whole();
+        let mut frames = complete_stream();
         frames.remove(gone);
         frames
     };
-    for end in 0..whole().len() {
-        refused("an end", HEADER, &whole()[..end], "it ends without a");
+    for end in 0..complete_stream().len() {
+        refused("an end", HEADER, &complete_stream()[..end], "it ends without a");
     }
-    let commit = whole().pop().unwrap();
+    let commit = complete_stream().pop().unwrap();
     refused("a commit alone", HEADER, std::slice::from_ref(&commit), "memory layout is missing");
     refused("no pages", HEADER, &[layout(), state(1), commit.clone()], "end of the last round is missing");
     refused("no layout", HEADER, &without(0), "memory layout is missing");
     refused("a page lost", HEADER, &without(1), "pages came");
     refused("no last round", HEADER, &without(5), "end of the last round is missing");
     refused("no state", HEADER, &without(6), "state is missing");
-    let mut outside = whole();
+    let mut outside = complete_stream();
     outside[1] = Frame::Page(8);
     refused("a page outside", HEADER, &outside, "not all in guest memory");
-    let mut cancelled = whole();
+    let mut cancelled = complete_stream();
     cancelled[7] = Frame::Message(ToDestination::Cancel { reason: "not today".into() });
     refused("cancelled", HEADER, &cancelled, "not today");
-    refused("one of two channels", ConnectionHeader { channels: 2, ..HEADER }, &whole(), "one of 2 channels");
+    refused("one of two channels", ConnectionHeader { channels: 2, ..HEADER }, &complete_stream(), "one of 2 channels");
 
     // As on a device that was used before.
-    let longer = folder.file("longer", &[stream(HEADER, &whole()), vec![9; 1000]].concat());
+    let longer = folder.file("longer", &[stream(HEADER, &complete_stream()), vec![9; 1000]].concat());
     let output = inspect(&["--json", "stream", &longer]);
-    assert_eq!((output.status.code(), &found(&output)["bytes_after"]), (Some(0), &json!(1000)), "{}", words(&output));
-    let mut unfinished = stream(HEADER, &whole());
+    assert_eq!(
+        (output.status.code(), &expect_success(&output)["bytes_after"]),
+        (Some(0), &json!(1000)),
+        "{}",
+        words(&output)
+    );
+    let mut unfinished = stream(HEADER, &complete_stream());
     unfinished[..40].copy_from_slice(&HEADER.encode_unfinished());
     let output = inspect(&["stream", &folder.file("unfinished", &unfinished)]);
     assert!(output.status.code() == Some(1) && words(&output).contains("was not finished"), "{}", words(&output));
 }
 
 #[test]
-fn memory_is_bounded_whatever_the_file() {
-    let folder = Folder::new();
+fn inspect_uses_bounded_memory_for_any_file() {
+    let folder = TempFolder::new();
     // Every second page: as many runs as there can be.
     let log = folder.file("log", &vec![0x55; 64 << 20]);
     let output = inspect_in_little_memory(&["--json", "log", &log, "--memory", "2TiB"]);
     assert_eq!(output.status.code(), Some(0), "{}", words(&output));
-    assert_eq!(found(&output)["runs"], 256 << 20);
-    assert_eq!(found(&output)["first"].as_array().unwrap().len(), 20);
+    assert_eq!(expect_success(&output)["runs"], 256 << 20);
+    assert_eq!(expect_success(&output)["first"].as_array().unwrap().len(), 20);
 
     let huge = folder.zeros("huge", 1 << 30);
     assert_eq!(inspect_in_little_memory(&["log", &huge, "--memory", "1GiB"]).status.code(), Some(0));
@@ -187,7 +192,7 @@ fn memory_is_bounded_whatever_the_file() {
     let output = inspect_in_little_memory(&["inflight", &huge, "--queues", "256", "--queue-size", "32768"]);
     assert_eq!(output.status.code(), Some(0), "a fresh region: {}", words(&output));
 
-    let mut frames = whole();
+    let mut frames = complete_stream();
     frames[6] = state(64 << 20);
     let many = (1..20_000).map(|number| round(number, false, 0));
     frames.splice(4..4, many);
@@ -195,19 +200,19 @@ fn memory_is_bounded_whatever_the_file() {
     File::options().write(true).open(&path).unwrap().set_len(1 << 30).unwrap();
     let output = inspect_in_little_memory(&["--json", "stream", &path]);
     assert_eq!(output.status.code(), Some(0), "{}", words(&output));
-    assert_eq!(found(&output)["state_bytes"], 64 << 20);
+    assert_eq!(expect_success(&output)["state_bytes"], 64 << 20);
 }
 
 #[test]
-fn what_is_no_log_is_called_what_it_is_and_what_can_not_be_told_is_not_called_a_log() {
-    let folder = Folder::new();
+fn inspect_log_identifies_other_formats_and_reports_doubt() {
+    let folder = TempFolder::new();
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
     for (file, hint) in [
         (folder.file("empty", b""), "empty"),
         (folder.file("text", b"some notes\nof mine\n"), "text"),
         (manifest.to_str().unwrap().into(), "text"),
         (env!("CARGO_BIN_EXE_vhost-migrate").into(), "a program"),
-        (folder.file("stream", &stream(HEADER, &whole())), "inspect stream"),
+        (folder.file("stream", &stream(HEADER, &complete_stream())), "inspect stream"),
         (folder.file("image", b"QFI\xfb\0\0\0\x03 and so on"), "qcow2"),
     ] {
         let output = inspect(&["log", &file]);
@@ -220,10 +225,15 @@ fn what_is_no_log_is_called_what_it_is_and_what_can_not_be_told_is_not_called_a_
     let output = inspect(&["--json", "log", &file]);
     assert_eq!(output.status.code(), Some(4), "{}", words(&output));
     assert!(words(&output).contains("can't be told") && words(&output).contains("--memory"), "{}", words(&output));
-    let told = found(&output);
+    let told = expect_success(&output);
     assert_eq!((&told["pages"], &told["is_log"]), (&json!(3), &json!(false)), "{told}");
     let output = inspect(&["--json", "log", &file, "--memory", "256KiB"]);
-    assert_eq!((output.status.code(), &found(&output)["is_log"]), (Some(0), &json!(true)), "{}", words(&output));
+    assert_eq!(
+        (output.status.code(), &expect_success(&output)["is_log"]),
+        (Some(0), &json!(true)),
+        "{}",
+        words(&output)
+    );
     let beyond = inspect(&["log", &file, "--memory", "64KiB"]);
     assert!(beyond.status.code() == Some(1) && words(&beyond).contains("it marks 0x17000"), "{}", words(&beyond));
     let short = inspect(&["log", &file, "--memory", "1GiB"]);
@@ -234,13 +244,13 @@ fn what_is_no_log_is_called_what_it_is_and_what_can_not_be_told_is_not_called_a_
     log.mark(0x5000, 1);
     let output = inspect(&["--json", "log", &format!("/proc/{}/fd/{}", std::process::id(), fd.as_raw_fd())]);
     assert_eq!(output.status.code(), Some(0), "{}", words(&output));
-    assert_eq!(found(&output)["first"], json!([{"gpa": 0x5000, "pages": 1}]));
+    assert_eq!(expect_success(&output)["first"], json!([{"gpa": 0x5000, "pages": 1}]));
 }
 
 #[test]
-fn a_region_of_many_requests_is_listed_in_part() {
+fn inspect_inflight_limits_the_listed_requests() {
     const ENTRIES: u16 = 1024;
-    let folder = Folder::new();
+    let folder = TempFolder::new();
     let mut file = File::create(folder.path("region")).unwrap();
     let mut header = [0u8; 16];
     header[8..10].copy_from_slice(&1u16.to_le_bytes());
@@ -254,7 +264,7 @@ fn a_region_of_many_requests_is_listed_in_part() {
     file.set_len(64 << 10).unwrap();
     let path = folder.path("region");
     let output = inspect(&["--json", "inflight", path.to_str().unwrap(), "--requests", "3"]);
-    let told = found(&output);
+    let told = expect_success(&output);
     assert_eq!(told["queues"][0]["in_flight"], ENTRIES, "{told}");
     assert_eq!(told["queues"][0]["resubmit"].as_array().unwrap().len(), 3);
 }

@@ -106,13 +106,13 @@ fn receive_on(
 }
 
 /// A reader that hands out a few bytes at a time.
-struct Dribble<'a> {
+struct ChunkedReader<'a> {
     bytes: &'a [u8],
     sizes: Vec<usize>,
     turn: usize,
 }
 
-impl Read for Dribble<'_> {
+impl Read for ChunkedReader<'_> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         self.turn += 1;
         if self.turn.is_multiple_of(7) {
@@ -131,7 +131,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
     #[test]
-    fn every_page_of_every_set_arrives_and_no_other_is_touched(
+    fn every_sent_page_arrives_and_no_other_is_written(
         contents in prop::collection::vec(any::<u8>(), 1024),
         picks in prop::collection::vec((0usize..1024, 1usize..40), 0..60),
         sizes in prop::collection::vec(1usize..20_000, 1..8),
@@ -151,7 +151,7 @@ proptest! {
         let set: BTreeSet<u64> = picks.iter().flat_map(picked).collect();
         let (wire, sent) = send(&source, runs_of(&set), codec);
         let target = Arc::new(if fresh { IncomingMemory::zeroed(destination) } else { IncomingMemory::dirty(destination) });
-        let received = receive(&target, Dribble { bytes: &wire, sizes, turn: 0 }).unwrap();
+        let received = receive(&target, ChunkedReader { bytes: &wire, sizes, turn: 0 }).unwrap();
         for &number in &pages {
             let wanted = if set.contains(&number) { page(&source, number) } else { before.clone() };
             prop_assert!(page(target.memory(), number) == wanted, "page {number:#x}");
@@ -163,7 +163,7 @@ proptest! {
     }
 
     #[test]
-    fn channels_share_all_pages_out_and_keep_to_their_own(
+    fn every_page_belongs_to_exactly_one_channel(
         starts in prop::collection::btree_map(0u64..5000, 1u64..1500, 0..12),
         channels in 1u16..9,
     ) {
@@ -187,7 +187,7 @@ proptest! {
     }
 
     #[test]
-    fn noise_is_never_taken_for_pages_and_never_a_panic(noise in prop::collection::vec(any::<u8>(), 0..5000)) {
+    fn random_bytes_yield_an_error_and_never_a_panic(noise in prop::collection::vec(any::<u8>(), 0..5000)) {
         let target = Arc::new(IncomingMemory::zeroed(memory(&[(0, 16)])));
         prop_assert!(receive(&target, noise.as_slice()).is_err() || noise.is_empty());
         // With a valid frame around it and a likely head it gets as far as the table.
@@ -217,7 +217,7 @@ fn sample(codec: Codec) -> (Vec<u8>, Arc<IncomingMemory>) {
 }
 
 #[test]
-fn every_shortened_stream_is_an_error() {
+fn every_truncated_stream_is_an_error() {
     for codec in [Codec::None, Codec::Zstd(1)] {
         let (wire, target) = sample(codec);
         let whole = receive(&target, wire.as_slice()).unwrap();
@@ -325,7 +325,7 @@ fn a_page_of_another_channel_is_refused() {
 }
 
 #[test]
-fn a_page_that_was_received_and_is_zero_now_becomes_zero() {
+fn a_received_page_that_is_sent_as_zero_becomes_zero() {
     for target in [IncomingMemory::zeroed(memory(&[(3, 200)])), IncomingMemory::dirty(memory(&[(3, 200)]))] {
         let target = Arc::new(target);
         let source = memory(&[(3, 200)]);
@@ -346,7 +346,7 @@ fn a_page_that_was_received_and_is_zero_now_becomes_zero() {
 }
 
 #[test]
-fn a_zero_page_of_fresh_memory_is_not_touched() {
+fn a_zero_page_of_zeroed_memory_is_not_touched() {
     // If it were written, the memfd would have to hold it.
     let fd = sealed_memfd("guest", 1 << 20).unwrap();
     let region = Region::map(fd.as_fd(), 0, 1 << 20, 0, 0).unwrap();
@@ -361,7 +361,7 @@ fn a_zero_page_of_fresh_memory_is_not_touched() {
 }
 
 #[test]
-fn a_hole_is_told_as_zero_without_being_filled() {
+fn a_hole_is_sent_as_zero_and_not_allocated() {
     const PAGES: u64 = 5 * CHUNK_PAGES;
     let discard = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     for channels in [1, 2] {
@@ -398,7 +398,7 @@ fn a_hole_is_told_as_zero_without_being_filled() {
 }
 
 #[test]
-fn pages_that_are_not_in_memory_are_counted_and_the_rest_is_sent() {
+fn pages_outside_memory_are_counted_and_the_rest_is_sent() {
     let source = memory(&[(16, 16), (64, 16)]);
     let (wire, sent) = send(&source, vec![0..20, 30..70, 90..95], Codec::None);
     assert_eq!((sent.pages(), sent.outside_memory), (4 + 2 + 6, 16 + 32 + 5));
@@ -407,7 +407,7 @@ fn pages_that_are_not_in_memory_are_counted_and_the_rest_is_sent() {
 }
 
 #[test]
-fn alternating_pages_need_several_batches_and_all_arrive() {
+fn alternating_pages_arrive_in_several_batches() {
     let pages = 3 * MAX_ENTRIES as u64;
     let source = memory(&[(0, pages)]);
     for number in (0..pages).step_by(94) {
@@ -425,7 +425,7 @@ fn alternating_pages_need_several_batches_and_all_arrive() {
 }
 
 #[test]
-fn a_page_is_judged_by_the_bytes_that_are_sent() {
+fn the_zero_test_uses_the_bytes_that_are_sent() {
     // A writer flips one word between zero and not. Judged by one read and sent by another, some page would be told as
     // data and be zero.
     let source = memory(&[(0, 1)]);

@@ -100,30 +100,30 @@ fn restore(from: &Uri, most: usize) -> Result<Memory, StreamError> {
 }
 
 /// A loop device, until dropped.
-struct Loop(PathBuf);
+struct LoopDevice(PathBuf);
 
-impl Loop {
-    fn of(file: &Path) -> Loop {
+impl LoopDevice {
+    fn of(file: &Path) -> LoopDevice {
         let made = Command::new("losetup").args(["--find", "--show"]).arg(file).output().unwrap();
         assert!(made.status.success(), "losetup needs root: {}", String::from_utf8_lossy(&made.stderr));
-        Loop(String::from_utf8(made.stdout).unwrap().trim().into())
+        LoopDevice(String::from_utf8(made.stdout).unwrap().trim().into())
     }
 }
 
-impl Drop for Loop {
+impl Drop for LoopDevice {
     fn drop(&mut self) {
         let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
     }
 }
 
-fn disk(folder: &Path) -> Loop {
+fn disk(folder: &Path) -> LoopDevice {
     let image = folder.join("disk");
     File::create(&image).unwrap().set_len(2 * SAVE_BYTES).unwrap();
-    Loop::of(&image)
+    LoopDevice::of(&image)
 }
 
 /// Set in a process that saves and is killed on the way: URI, number of the memory, bytes until it is killed.
-const KILLED: &str = "VHOST_MIGRATE_TEST_SAVE";
+const KILLED_SAVE_ENV: &str = "VHOST_MIGRATE_TEST_SAVE";
 
 /// The process that is killed.
 fn save_until_killed(orders: &str) {
@@ -144,22 +144,23 @@ fn save_until_killed(orders: &str) {
 /// Saves to `device` in a process that is killed after about `most` bytes.
 fn killed_save(test: &str, device: &Path, name: u32, most: u64) {
     let to = format!("file:{} {name} {most}", device.display());
-    let child = Command::new(std::env::current_exe().unwrap()).arg("--exact").arg(test).env(KILLED, to).output();
+    let child =
+        Command::new(std::env::current_exe().unwrap()).arg("--exact").arg(test).env(KILLED_SAVE_ENV, to).output();
     let child = child.unwrap();
     let words = String::from_utf8_lossy(&child.stdout).into_owned() + &String::from_utf8_lossy(&child.stderr);
     assert!(child.status.success() || child.status.code().is_none(), "{words}");
 }
 
 #[test]
-fn a_second_save_onto_a_device_that_is_killed_anywhere_is_whole_or_refused() {
-    if let Ok(orders) = std::env::var(KILLED) {
+fn a_save_onto_a_used_device_killed_at_any_byte_is_complete_or_refused() {
+    if let Ok(orders) = std::env::var(KILLED_SAVE_ENV) {
         return save_until_killed(&orders);
     }
     const KILLS: u64 = 50;
     let folder = folder();
     let disk = disk(folder.path());
     let to = file(&disk.0);
-    let name = "a_second_save_onto_a_device_that_is_killed_anywhere_is_whole_or_refused";
+    let name = "a_save_onto_a_used_device_killed_at_any_byte_is_complete_or_refused";
     let (mut whole, mut refused) = (0, 0);
     for number in 0..KILLS {
         // What an earlier save has left fits: every frame is where the new one's will be.
@@ -190,13 +191,13 @@ fn a_second_save_onto_a_device_that_is_killed_anywhere_is_whole_or_refused() {
 }
 
 #[test]
-fn a_save_to_a_file_that_is_killed_leaves_nothing_behind() {
-    if let Ok(orders) = std::env::var(KILLED) {
+fn a_killed_save_to_a_file_leaves_no_file() {
+    if let Ok(orders) = std::env::var(KILLED_SAVE_ENV) {
         return save_until_killed(&orders);
     }
     let folder = folder();
     let path = folder.path().join("saved");
-    let name = "a_save_to_a_file_that_is_killed_leaves_nothing_behind";
+    let name = "a_killed_save_to_a_file_leaves_no_file";
     for there_before in [false, true] {
         if there_before {
             save(&file(&path), &filled(PAGES, 1)).unwrap();
@@ -211,7 +212,7 @@ fn a_save_to_a_file_that_is_killed_leaves_nothing_behind() {
 
 /// The header alone does not protect a save: what is under it may be another's.
 #[test]
-fn frames_of_an_earlier_save_are_refused_under_a_new_header() {
+fn frames_of_an_earlier_save_are_refused_behind_a_new_header() {
     let folder = folder();
     let path = folder.path().join("saved");
     save(&file(&path), &filled(PAGES, 1)).unwrap();
@@ -230,7 +231,7 @@ fn frames_of_an_earlier_save_are_refused_under_a_new_header() {
 }
 
 #[test]
-fn a_save_that_is_given_up_is_called_unfinished_and_the_next_one_is_whole() {
+fn an_abandoned_save_is_unfinished_and_the_next_one_is_complete() {
     let folder = folder();
     let disk = disk(folder.path());
     let image = folder.path().join("disk");
@@ -261,7 +262,7 @@ fn a_save_that_is_given_up_is_called_unfinished_and_the_next_one_is_whole() {
 }
 
 #[test]
-fn a_save_begins_where_its_descriptor_is_and_may_not_append() {
+fn a_save_starts_at_the_descriptors_offset_and_refuses_append_mode() {
     let folder = folder();
     let path = folder.path().join("saved");
     let mut opened = File::create(&path).unwrap();
@@ -280,7 +281,7 @@ fn a_save_begins_where_its_descriptor_is_and_may_not_append() {
 }
 
 #[test]
-fn a_save_leaves_a_file_alone_that_is_no_save() {
+fn a_save_does_not_replace_a_file_that_is_no_save() {
     let folder = folder();
     let path = folder.path().join("disk.img");
     for contents in ["x", "an image of a disk"] {
@@ -295,7 +296,7 @@ fn a_save_leaves_a_file_alone_that_is_no_save() {
 }
 
 #[test]
-fn a_save_writes_a_new_file_that_only_its_owner_can_read() {
+fn a_save_creates_a_file_readable_only_by_its_owner() {
     let folder = folder();
     let (path, victim) = (folder.path().join("saved"), folder.path().join("victim"));
     fs::write(&victim, "precious").unwrap();
@@ -317,7 +318,7 @@ fn a_save_writes_a_new_file_that_only_its_owner_can_read() {
 }
 
 #[test]
-fn what_can_not_be_the_name_of_a_file_is_refused_before_anything_is_saved() {
+fn an_impossible_file_name_is_refused_before_the_save() {
     let folder = folder();
     // One that leaves no room for what is added to it meanwhile, too.
     for name in ["name/", &"n".repeat(256), &"n".repeat(245)] {
@@ -328,7 +329,7 @@ fn what_can_not_be_the_name_of_a_file_is_refused_before_anything_is_saved() {
 }
 
 #[test]
-fn of_two_saves_to_one_name_the_first_to_end_has_it_and_the_other_is_refused() {
+fn the_first_of_two_saves_to_one_name_wins_and_the_other_fails() {
     for there_before in [false, true] {
         let folder = folder();
         let path = folder.path().join("saved");
@@ -363,7 +364,7 @@ fn a_second_save_onto_a_device_that_is_being_saved_to_is_refused() {
 }
 
 #[test]
-fn the_disk_keeps_up_with_a_save_and_has_all_of_it_at_the_end() {
+fn a_save_is_written_back_continuously_and_synced_at_its_end() {
     /// Two pieces and what one write adds to each.
     const MOST: u64 = 34 << 20;
     let folder = folder();

@@ -10,7 +10,7 @@ use vhost_migrate::stream::frame::ConnectionHeader;
 use vhost_migrate::stream::{ChannelId, FrameKind, FrameReader, MigrationId};
 
 #[test]
-fn seeds_have_whole_streams_of_this_version() {
+fn the_seeds_contain_complete_streams_of_the_current_version() {
     let folder = tempfile::tempdir().unwrap();
     let seeds = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/seeds/stream.tar.gz");
     let unpacked = Command::new("tar").args(["-xzf", seeds, "-C"]).arg(folder.path()).status().unwrap();

@@ -48,7 +48,7 @@ fn filled(pages: u64) -> Memory {
     memory
 }
 
-fn same(one: &Memory, other: &Memory) -> bool {
+fn memory_equals(one: &Memory, other: &Memory) -> bool {
     let bytes = |memory: &Memory| {
         let mut bytes = vec![0; memory.size() as usize];
         memory.read(0, &mut bytes).unwrap();
@@ -126,11 +126,11 @@ fn migrate(listener: &StreamListener, to: &Uri, options: StreamOptions, codec: C
         assert_eq!(connection.one_way, options.one_way);
         destination(&connection, &target).unwrap();
     });
-    assert!(same(&from, target.memory()));
+    assert!(memory_equals(&from, target.memory()));
 }
 
 #[test]
-fn memory_moves_over_unix_sockets_and_the_socket_file_goes_away() {
+fn memory_arrives_over_unix_sockets_and_the_socket_file_is_removed() {
     let folder = tempfile::tempdir().unwrap();
     let to = unix(folder.path());
     let listener = StreamListener::bind(&to).unwrap();
@@ -142,7 +142,7 @@ fn memory_moves_over_unix_sockets_and_the_socket_file_goes_away() {
 }
 
 #[test]
-fn memory_moves_over_tcp_to_a_port_that_the_system_chose() {
+fn memory_arrives_over_tcp_on_a_system_chosen_port() {
     let listener = StreamListener::bind(&uri("tcp:127.0.0.1:0")).unwrap();
     migrate(&listener, listener.uri(), options(1), Codec::Zstd(3));
     migrate(&listener, listener.uri(), options(4), Codec::None);
@@ -152,7 +152,7 @@ fn memory_moves_over_tcp_to_a_port_that_the_system_chose() {
 }
 
 #[test]
-fn memory_is_saved_to_a_file_only_its_owner_can_read_and_restored() {
+fn memory_is_saved_to_and_restored_from_a_file_readable_only_by_its_owner() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("saved");
     let to = uri(format!("file:{}", path.display()));
@@ -166,12 +166,12 @@ fn memory_is_saved_to_a_file_only_its_owner_can_read_and_restored() {
     let restored = StreamListener::bind(&to).unwrap().accept(&options(1)).unwrap();
     let target = Arc::new(IncomingMemory::zeroed(memory(700)));
     destination(&restored, &target).unwrap();
-    assert!(same(&from, target.memory()));
+    assert!(memory_equals(&from, target.memory()));
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
 }
 
 #[test]
-fn a_save_that_is_given_up_leaves_the_older_file_as_it_was() {
+fn an_abandoned_save_leaves_the_existing_file_unchanged() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("saved");
     fs::write(&path, MAGIC).unwrap();
@@ -183,13 +183,13 @@ fn a_save_that_is_given_up_leaves_the_older_file_as_it_was() {
 }
 
 #[test]
-fn a_full_disk_is_called_that() {
+fn a_full_disk_is_reported_as_disk_full() {
     let connection = connect(&uri("file:/dev/full"), &options(1));
     assert!(matches!(connection, Err(StreamError::DiskFull)), "{connection:?}");
 }
 
 #[test]
-fn memory_goes_through_commands_that_filter() {
+fn memory_arrives_through_filter_commands() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("saved.gz");
     let from = filled(700);
@@ -203,11 +203,11 @@ fn memory_goes_through_commands_that_filter() {
     let target = Arc::new(IncomingMemory::zeroed(memory(700)));
     destination(&restored, &target).unwrap();
     restored.finish().unwrap();
-    assert!(same(&from, target.memory()));
+    assert!(memory_equals(&from, target.memory()));
 }
 
 #[test]
-fn a_command_can_answer_and_its_failure_is_told() {
+fn a_bidirectional_command_works_and_its_failure_is_reported() {
     // `cat` sends the header back, as a destination does.
     let connection = connect(&uri("exec:cat"), &options(1)).unwrap();
     assert!(!connection.one_way);
@@ -219,7 +219,7 @@ fn a_command_can_answer_and_its_failure_is_told() {
 }
 
 #[test]
-fn a_command_does_not_outlive_a_migration_that_is_given_up() {
+fn an_abandoned_migration_kills_its_command() {
     let folder = tempfile::tempdir().unwrap();
     let pid = folder.path().join("pid");
     let command = uri(format!("exec:echo $$ > '{0}.new'; mv '{0}.new' '{0}'; sleep 1000", pid.display()));
@@ -235,7 +235,7 @@ fn a_command_does_not_outlive_a_migration_that_is_given_up() {
 }
 
 #[test]
-fn memory_moves_over_inherited_sockets_pipes_and_files() {
+fn memory_arrives_over_inherited_sockets_pipes_and_files() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let listener = StreamListener::bind(&Uri::Fd(theirs.as_raw_fd())).unwrap();
     migrate(&listener, &Uri::Fd(ours.as_raw_fd()), options(1), Codec::None);
@@ -246,7 +246,7 @@ fn memory_moves_over_inherited_sockets_pipes_and_files() {
 }
 
 #[test]
-fn an_fd_that_is_not_open_and_too_many_channels_are_told() {
+fn a_closed_fd_and_too_many_channels_are_reported() {
     let error = connect(&uri("fd:777"), &options(1)).unwrap_err().to_string();
     assert!(error.contains("file descriptor 777 is not open"), "{error}");
     for single in ["fd:1", "exec:cat", "file:/nowhere/at/all"] {
@@ -260,7 +260,7 @@ fn an_fd_that_is_not_open_and_too_many_channels_are_told() {
 }
 
 #[test]
-fn strangers_are_dropped_and_the_migration_goes_on() {
+fn unrelated_connections_are_dropped_and_the_migration_goes_on() {
     let folder = tempfile::tempdir().unwrap();
     let to = unix(folder.path());
     let listener = StreamListener::bind(&to).unwrap();
@@ -281,7 +281,7 @@ fn strangers_are_dropped_and_the_migration_goes_on() {
 }
 
 #[test]
-fn a_migration_whose_source_has_left_does_not_stop_the_next() {
+fn a_disconnected_source_does_not_block_the_next_migration() {
     let folder = tempfile::tempdir().unwrap();
     let to = unix(folder.path());
     let listener = StreamListener::bind(&to).unwrap();
@@ -296,7 +296,7 @@ fn a_migration_whose_source_has_left_does_not_stop_the_next() {
 }
 
 #[test]
-fn both_sides_learn_which_of_them_is_too_old() {
+fn both_sides_report_which_version_is_older() {
     let folder = tempfile::tempdir().unwrap();
     let to = unix(folder.path());
     let listener = StreamListener::bind(&to).unwrap();
@@ -335,7 +335,7 @@ fn a_stale_socket_file_is_replaced_and_a_live_one_is_not() {
 }
 
 #[test]
-fn every_wrong_place_is_told_with_what_to_do() {
+fn every_unusable_address_is_reported_with_advice() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path().display();
     fs::write(format!("{folder}/plain"), "").unwrap();
@@ -364,7 +364,7 @@ fn every_wrong_place_is_told_with_what_to_do() {
 }
 
 #[test]
-fn every_wrong_uri_is_told_with_what_to_write() {
+fn every_malformed_uri_is_reported_with_the_right_syntax() {
     let cases = [
         ("", "write tcp:HOST:PORT, unix:PATH"),
         ("http://x", "write tcp:HOST:PORT, unix:PATH"),
@@ -439,7 +439,7 @@ fn cancelling_ends_accept_read_write_and_every_wait() {
 }
 
 #[test]
-fn a_peer_that_hangs_is_a_timeout_and_one_that_leaves_is_told() {
+fn a_hanging_peer_times_out_and_a_closed_connection_is_reported() {
     let short = StreamOptions { timeout: Some(Duration::from_millis(30)), one_way: true, ..options(1) };
     let (_kept, pipe) = nix::unistd::pipe().unwrap();
     let (socket, other) = UnixStream::pair().unwrap();
@@ -454,7 +454,7 @@ fn a_peer_that_hangs_is_a_timeout_and_one_that_leaves_is_told() {
 }
 
 #[test]
-fn a_channel_may_be_silent_while_another_is_not() {
+fn an_idle_channel_does_not_time_out_while_another_receives() {
     const TIMEOUT: Duration = Duration::from_secs(3);
     let folder = tempfile::tempdir().unwrap();
     let listener = StreamListener::bind(&unix(folder.path())).unwrap();
@@ -484,7 +484,7 @@ fn a_channel_may_be_silent_while_another_is_not() {
 }
 
 #[test]
-fn a_destination_that_nobody_comes_to_says_so() {
+fn a_destination_without_a_source_times_out() {
     let folder = tempfile::tempdir().unwrap();
     let to = unix(folder.path());
     let listener = StreamListener::bind(&to).unwrap();
@@ -496,7 +496,7 @@ fn a_destination_that_nobody_comes_to_says_so() {
 }
 
 #[test]
-fn a_bandwidth_limit_holds_over_all_channels_together() {
+fn the_rate_limit_covers_all_channels_together() {
     let folder = tempfile::tempdir().unwrap();
     let to = unix(folder.path());
     let listener = StreamListener::bind(&to).unwrap();
@@ -508,7 +508,7 @@ fn a_bandwidth_limit_holds_over_all_channels_together() {
 }
 
 #[test]
-fn a_cancel_switch_that_was_used_lets_nothing_begin() {
+fn a_used_cancel_token_refuses_new_connections() {
     let cancel = CancelToken::new().unwrap();
     cancel.cancel();
     let off = StreamOptions { cancel, ..options(1) };
@@ -517,7 +517,7 @@ fn a_cancel_switch_that_was_used_lets_nothing_begin() {
 }
 
 #[test]
-fn a_peer_that_resets_the_connection_is_told_as_gone() {
+fn a_connection_reset_is_reported_as_peer_gone() {
     let listener = StreamListener::bind(&uri("tcp:127.0.0.1:0")).unwrap();
     let Uri::Tcp { port, .. } = listener.uri() else { panic!() };
     let mut source = TcpStream::connect(("127.0.0.1", *port)).unwrap();

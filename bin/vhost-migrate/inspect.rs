@@ -21,7 +21,7 @@ use crate::units;
   vhost-migrate inspect inflight /proc/PID/fd/N --queues 2 --queue-size 256 --used 0:1234
   vhost-migrate inspect stream guest.vhm           every frame is checked, and that none is missing
 
-Exit status: 0 if command was found can be true; 1 if not; 2 wrong arguments; 4 if nothing tells whether the file is a log.")]
+Exit status: 0 if what was found can be true; 1 if not; 2 wrong arguments; 4 if nothing tells whether the file is a log.")]
 pub(crate) struct Arguments {
     #[command(subcommand)]
     command: InspectCommand,

@@ -121,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_parse_as_qemu_img_takes_them() {
+    fn sizes_parse_like_qemu_img() {
         let cases =
             [("4096", 4096), ("64K", 65536), ("64k", 65536), ("64KiB", 65536), ("1.5M", 1_572_864), ("1G", 1 << 30)];
         for (text, expected) in

@@ -470,7 +470,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_arrives_whole_and_its_events_come_back() {
+    fn a_command_round_trips_and_its_events_return() {
         let dir = served("c");
         let command = ControlCommand::DirtyRate { seconds: 1.5, bandwidth: 7, downtime_ms: 300 };
         let mut events = Vec::new();
@@ -480,7 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_that_only_sends_nothing_more_is_not_gone() {
+    fn a_half_closed_client_has_not_disconnected() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let client = ControlClient::new(&ours);
         assert!(!client.has_disconnected());
@@ -491,14 +491,14 @@ mod tests {
     }
 
     #[test]
-    fn an_error_carries_its_message() {
+    fn an_error_reply_carries_its_message() {
         let dir = served("c");
         let error = call(&dir.path().join("c"), &ControlCommand::Quit, |_| ()).unwrap_err();
         assert_eq!(error.to_string(), "not today");
     }
 
     #[test]
-    fn nonsense_is_answered_and_the_connection_goes_on() {
+    fn a_malformed_command_is_answered_and_the_connection_stays_open() {
         let dir = served("c");
         let stream = UnixStream::connect(dir.path().join("c")).unwrap();
         let mut lines = BufReader::new(&stream);
@@ -512,7 +512,7 @@ mod tests {
     }
 
     #[test]
-    fn an_endless_line_ends_only_its_connection() {
+    fn an_overlong_line_ends_only_its_connection() {
         let dir = served("c");
         let stream = UnixStream::connect(dir.path().join("c")).unwrap();
         // The server closes while this still writes.
@@ -524,13 +524,13 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_socket_says_what_to_do() {
+    fn a_missing_socket_error_gives_advice() {
         let error = call(Path::new("/nonexistent/socket"), &ControlCommand::Status, |_| ()).unwrap_err();
         assert!(error.to_string().contains("is the guest running"), "{error}");
     }
 
     #[test]
-    fn a_client_that_does_not_read_delays_no_event_and_is_told_how_many_it_missed() {
+    fn a_client_that_does_not_read_loses_events_and_learns_how_many() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let client = ControlClient::new(&ours);
         // More than its socket and what is kept for it hold.
@@ -552,7 +552,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_hangs_is_said_to_whether_or_not_it_accepts_connections() {
+    fn a_hanging_process_is_reported_with_and_without_accepted_connections() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("c");
         // It never accepts, and two connections fit into its queue.

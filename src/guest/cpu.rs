@@ -123,7 +123,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_page_has_its_turn() {
+    fn a_page_permutation_visits_every_page_once() {
         for pages in [1, 2, 3, 64, 1000, 4095] {
             let order = PagePermutation::new(pages, 12345);
             let mut seen: Vec<u64> = (0..pages).map(|turn| order.page(turn)).collect();

@@ -542,7 +542,7 @@ mod tests {
 
     /// Every fd of a queue is the back-end's, too.
     #[test]
-    fn doorbells_that_a_back_end_makes_blocking_hold_nobody_up() {
+    fn doorbells_made_blocking_by_the_back_end_do_not_block_the_guest() {
         let doorbells = QueueDoorbells::new(RingLayout::new(0, 64, 0, 0x1000, 0x2000)).unwrap();
         for fd in [&doorbells.kick, &doorbells.call, &doorbells.error] {
             nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty())).unwrap();

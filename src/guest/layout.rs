@@ -319,7 +319,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_page_has_one_purpose_and_all_regions_are_used() {
+    fn a_layout_uses_every_page_once_and_all_regions() {
         let config = GuestConfig { cpus: 3, disks: 2, ..GuestConfig::new(64 << 20) };
         let layout = GuestLayout::new(&config).unwrap();
         let mut pages: Vec<u64> = Vec::new();
@@ -347,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_does_not_fit_is_refused_in_words() {
+    fn an_impossible_configuration_is_refused_with_a_reason() {
         let config = GuestConfig::new(16 << 20);
         let too = |change: fn(&mut GuestConfig)| {
             let mut config = config.clone();
@@ -362,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_has_too_little_memory_is_told_how_much_it_needs() {
+    fn too_little_memory_is_refused_with_the_needed_size() {
         for (disks, cold) in [(64, None), (64, Some(1 << 30)), (1, Some(64 << 20))] {
             let mut config = GuestConfig { disks, ..GuestConfig::new(32 << 20) };
             config.cold = cold.unwrap_or(config.cold);
@@ -374,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_beyond_three_gibibytes_lies_above_four() {
+    fn memory_beyond_3_gib_lies_above_4_gib() {
         let config = GuestConfig { high: 0, ..GuestConfig::new(5 << 30) };
         assert_eq!(config.regions(), [(0, 3 << 30), (4 << 30, 2 << 30)]);
         let config = GuestConfig { high: 0, ..GuestConfig::new(1 << 30) };

@@ -126,7 +126,7 @@ mod tests {
     const PATTERN: Pattern = Pattern { seed: 7, repeated: 4 };
 
     #[test]
-    fn every_flipped_byte_is_found_and_named() {
+    fn every_flipped_byte_is_found_and_located() {
         let mut page = [0; PAGE_WORDS];
         PATTERN.fill(0x5000, 3, &mut page);
         PATTERN.check(0x5000, 3, false, &page, ByteLocation::Memory).unwrap();
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stale_or_foreign_block_is_recognised() {
+    fn a_stale_or_foreign_block_is_identified() {
         let mut page = [0; PAGE_WORDS];
         PATTERN.fill(0x5000, 2, &mut page);
         let wrong = PATTERN.check(0x5000, 3, false, &page, ByteLocation::Memory).unwrap_err();
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn a_block_is_known_as_its_own_only_where_it_belongs_and_as_a_whole() {
+    fn has_written_accepts_only_whole_blocks_at_their_address() {
         let mut sector = [0; SECTOR_WORDS];
         assert!(!PATTERN.has_written(0x200, &sector));
         PATTERN.fill(0x200, 9, &mut sector);
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn a_blank_block_is_zero_until_it_has_a_version() {
+    fn a_blank_block_is_zero_at_version_0() {
         PATTERN.check(0x200, 0, true, &[0; SECTOR_WORDS], ByteLocation::Memory).unwrap();
         assert!(PATTERN.check(0x200, 0, false, &[0; SECTOR_WORDS], ByteLocation::Memory).is_err());
         assert!(PATTERN.check(0x200, 1, true, &[0; SECTOR_WORDS], ByteLocation::Memory).is_err());

@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn the_remedy_is_for_what_takes_most_of_the_time() {
+    fn the_remedy_addresses_the_largest_share_of_round_time() {
         let spent = |sending, coding, waiting| RoundTime {
             sending: MS * sending,
             compressing: MS * coding,
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rate_of_a_short_round_counts_until_a_long_one_has_shown_it() {
+    fn a_short_round_sets_the_rate_only_until_a_long_round() {
         let mut rounds = Convergence::new(policy(100), 1 << 20);
         let mut rate_after = |pages: u64| {
             let _ = rounds.next_step(sent(pages, MS * 1000, 1 << 20));
@@ -239,14 +239,14 @@ mod tests {
     }
 
     #[test]
-    fn an_idle_guest_stops_after_its_first_round() {
+    fn an_idle_guest_is_stopped_after_the_first_round() {
         let mut rounds = Convergence::new(policy(300), 262_144);
         let first = sent(200_000, MS * 400, 0);
         assert_eq!(rounds.next_step(first), NextStep::Switchover { expected: SWITCHOVER_OVERHEAD });
     }
 
     #[test]
-    fn rounds_go_on_while_they_halve_what_is_left_even_below_the_target() {
+    fn rounds_continue_below_the_limit_while_each_halves_the_pages_left() {
         let mut rounds = Convergence::new(policy(300), 262_144);
         // 500 pages a millisecond: 25 600 left are 51 ms, 2 560 left 5 ms, 256 left under one.
         for (pages, left) in [(262_144, 25_600), (25_600, 2_560)] {
@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rest_that_no_longer_shrinks_is_sent_with_the_guest_stopped_if_the_target_allows() {
+    fn pages_that_no_longer_shrink_are_sent_in_the_switchover_within_the_limit() {
         let mut rounds = Convergence::new(policy(300), 100_000);
         rounds.next_step(sent(100_000, MS * 1000, 20_000));
         let next = rounds.next_step(sent(20_000, MS * 200, 19_000));
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_dirties_faster_than_the_wire_stalls_and_is_given_up_running() {
+    fn a_guest_that_dirties_faster_than_the_link_stalls_until_give_up() {
         let mut rounds = Convergence::new(policy(50), 100_000);
         let round = sent(100_000, MS * 1000, 100_000);
         for n in 1..20 {
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tiny_round_does_not_spoil_the_measured_rate() {
+    fn a_tiny_round_does_not_change_the_measured_rate() {
         let mut rounds = Convergence::new(policy(1), 100_000);
         rounds.next_step(sent(100_000, MS * 100, 50_000));
         let before = rounds.bytes_per_second();
@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn only_zero_pages_sent_leaves_the_rate_unknown_and_does_not_divide_by_zero() {
+    fn a_round_of_zero_pages_leaves_the_rate_unknown() {
         let mut rounds = Convergence::new(policy(300), 100_000);
         let next = rounds.next_step(sent(0, Duration::ZERO, 0));
         assert_eq!(next, NextStep::Switchover { expected: SWITCHOVER_OVERHEAD });
@@ -297,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_at_a_rate_that_nobody_knows_is_not_taken_for_nothing() {
+    fn an_unknown_rate_is_assumed_to_be_slow() {
         let mut rounds = Convergence::new(policy(300), 1 << 20);
         // A guest of 4 GiB that was all zero has written all of it meanwhile.
         let zeros = |left| RoundResult { data_pages: 0, zero_pages: 1 << 20, duration: MS * 130, left };
@@ -309,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_only_writes_zeros_gets_away() {
+    fn a_guest_that_writes_only_zeros_converges() {
         let mut rounds = Convergence::new(policy(300), 100_000);
         let zeros = RoundResult { data_pages: 0, zero_pages: 100_000, duration: MS * 20, left: 100_000 };
         assert!(matches!(rounds.next_step(zeros), NextStep::Round { .. }));

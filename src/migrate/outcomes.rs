@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn all_that_is_under_way_is_given_up_and_what_is_committed_is_not() {
+    fn give_up_all_spares_committed_migrations() {
         let outcomes = two_under_way();
         assert!(outcomes.give_up_all("it ends"));
         assert!(!outcomes.give_up_all("it ends again"));
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_has_arrived_keeps_the_destination_open() {
+    fn close_is_refused_once_a_guest_has_arrived() {
         let outcomes = two_under_way();
         let starting = outcomes.commit(FIRST).unwrap();
         assert!(outcomes.has_arrived());
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn a_destination_that_is_closed_gives_up_what_is_under_way() {
+    fn close_gives_up_migrations_under_way() {
         let outcomes = two_under_way();
         assert!(outcomes.close("it ends"));
         assert!(outcomes.commit(FIRST).is_err() && outcomes.commit(SECOND).is_err());
@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_after_giving_up_is_told_as_what_it_was_given_up_for() {
+    fn a_failure_after_giving_up_reports_the_reason_for_giving_up() {
         let outcomes = two_under_way();
         let failure = || MigrateError::Destination("no room".into());
         outcomes.give_up(FIRST, "somebody said so");
@@ -271,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn a_migration_that_nobody_knows_has_no_outcome() {
+    fn an_unknown_migration_id_is_answered_with_unknown() {
         assert_eq!(Outcomes::default().answer(FIRST), ToSource::Unknown);
     }
 }

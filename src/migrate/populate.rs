@@ -131,13 +131,13 @@ mod tests {
     }
 
     #[test]
-    fn announced_pages_are_provided_and_no_others() {
+    fn only_announced_pages_are_populated() {
         assert_eq!(populated_pages(&[1..3, 1000..1025, 2000..5000], false), 2 + 25 + 3000);
         assert_eq!(populated_pages(&[0..PAGES], true), 0, "the migration is over");
     }
 
     #[test]
-    fn a_source_that_announces_nonsense_gets_no_more_than_the_guest_has() {
+    fn malformed_data_runs_populate_only_guest_memory() {
         let ends = |start| start..u64::MAX;
         assert_eq!(populated_pages(&[ends(PAGES - 1), ends(0), 0..PAGES], false), 1, "runs that come back are ignored");
         assert_eq!(populated_pages(&[PAGES..PAGES + 9, 7..8], false), 0);
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_only_announced_is_provided_as_far_as_a_window_and_then_with_the_pages_that_arrive() {
+    fn populating_stays_within_a_window_ahead_of_the_arrived_pages() {
         const ALL: u64 = 4 * POPULATE_AHEAD;
         let (target, fd) = target(ALL);
         let arrived = ArrivedPages::default();
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_waited_for_when_no_more_pages_come() {
+    fn populating_ends_when_no_more_pages_arrive() {
         let (target, fd) = target(2 * POPULATE_AHEAD);
         let arrived = ArrivedPages::default();
         std::thread::scope(|scope| {

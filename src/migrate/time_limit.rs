@@ -71,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_function_is_called_after_the_time_and_not_after_the_end() {
+    fn a_time_limit_calls_its_function_unless_it_is_dropped_first() {
         let (done, called) = bounded(1);
         let limit = TimeLimit::start(Duration::from_millis(1), move || done.send(()).unwrap()).unwrap();
         called.recv_timeout(Duration::from_secs(60)).unwrap();
@@ -81,7 +81,7 @@ mod tests {
         drop(limit);
     }
     #[test]
-    fn a_check_goes_by_the_clock() {
+    fn a_time_limit_check_uses_the_clock() {
         // As a process that was stopped finds it: the thread has not run yet.
         let past = |seconds| {
             let mut limit = TimeLimit::start(Duration::from_secs(3600), || unreachable!()).unwrap();

@@ -111,7 +111,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_read_as_they_are_printed() {
+    fn codec_names_round_trip() {
         for (text, codec) in [("none", Codec::None), ("zstd:1", Codec::Zstd(1)), ("zstd:-3", Codec::Zstd(-3))] {
             assert_eq!(text.parse::<Codec>().unwrap(), codec);
             assert_eq!(codec.to_string(), text);
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_name_lists_the_right_ones() {
+    fn an_unknown_codec_error_lists_the_known_ones() {
         for text in ["", "lz4", "zstd:", "zstd:99", "zstd:fast", "none:1", "ZSTD"] {
             let error = text.parse::<Codec>().unwrap_err().to_string();
             assert!(error.contains("use none, zstd or zstd:LEVEL"), "{error}");
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_shrink_is_sent_as_it_is() {
+    fn incompressible_data_is_sent_raw() {
         let mut state = 1u64;
         let noise: Vec<u8> = (0..65536)
             .map(|_| {

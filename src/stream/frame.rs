@@ -548,13 +548,13 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_header_survives_the_wire() {
+    fn a_connection_header_round_trips() {
         assert_eq!(ConnectionHeader::decode(&header().encode()).unwrap(), header());
         assert_eq!(header().encode().len(), 40);
     }
 
     #[test]
-    fn any_flipped_bit_of_a_connection_header_is_noticed() {
+    fn any_flipped_bit_of_a_connection_header_is_an_error() {
         for bit in 0..HEADER_BYTES * 8 {
             let mut bytes = header().encode();
             bytes[bit / 8] ^= 1 << (bit % 8);
@@ -563,13 +563,13 @@ mod tests {
     }
 
     #[test]
-    fn an_unfinished_save_is_called_that() {
+    fn an_unfinished_header_is_reported_as_unfinished() {
         let refused = ConnectionHeader::decode(&header().encode_unfinished());
         assert!(matches!(refused, Err(StreamError::Unfinished)), "{refused:?}");
     }
 
     #[test]
-    fn a_version_mismatch_says_who_must_be_updated() {
+    fn a_version_mismatch_error_names_the_side_to_update() {
         let mut bytes = header().encode();
         bytes[8] = 9;
         let newer = ConnectionHeader::decode(&bytes).unwrap_err().to_string();
@@ -580,7 +580,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_come_back_in_order_and_then_the_stream_has_ended() {
+    fn frames_round_trip_in_order_until_the_end_of_the_stream() {
         let mut writer = FrameWriter::new(Vec::new(), ID);
         writer.write(FrameKind::Commit, [b"", b""]).unwrap();
         writer.write(FrameKind::Cancel, [b"first", b"second"]).unwrap();
@@ -620,7 +620,7 @@ mod tests {
     }
 
     #[test]
-    fn a_repeated_or_lost_frame_is_noticed() {
+    fn a_repeated_frame_is_an_error() {
         let mut writer = FrameWriter::new(Vec::new(), ID);
         writer.write(FrameKind::Commit, [b"", b""]).unwrap();
         let one = writer.into_inner();
@@ -649,7 +649,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_body_that_never_comes_costs_no_memory() {
+    fn an_announced_body_allocates_only_for_received_bytes() {
         let mut writer = FrameWriter::new(Vec::new(), ID);
         writer.write(FrameKind::State, [&vec![7; 60 << 20], b""]).unwrap();
         let wire = writer.into_inner();

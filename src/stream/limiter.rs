@@ -259,7 +259,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_limit_is_kept_over_all_who_share_it() {
+    fn clones_of_a_rate_limiter_share_one_limit() {
         let cancel = CancelToken::new().unwrap();
         let limiter = RateLimiter::new(Some(10 << 20));
         let start = Instant::now();
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn lifting_the_limit_frees_who_waits() {
+    fn lifting_the_limit_wakes_waiting_writers() {
         let cancel = CancelToken::new().unwrap();
         let limiter = RateLimiter::new(Some(1));
         limiter.acquire(1 << 30, &cancel).unwrap();
@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn what_hangs_on_a_switch_is_called_once_at_once_if_late_and_not_when_dropped() {
+    fn a_cancel_callback_runs_once_at_once_if_late_and_never_after_drop() {
         let (cancel, called) = (CancelToken::new().unwrap(), Arc::new(std::sync::atomic::AtomicU32::new(0)));
         let count = || {
             let called = called.clone();
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn cancelling_frees_who_waits() {
+    fn cancelling_wakes_waiting_writers() {
         let cancel = CancelToken::new().unwrap();
         let limiter = RateLimiter::new(Some(1));
         limiter.acquire(1 << 30, &cancel).unwrap();

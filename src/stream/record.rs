@@ -472,7 +472,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_are_in_a_layout_over_the_border_of_regions_but_not_over_a_hole() {
+    fn a_layout_contains_runs_across_adjacent_regions_but_not_across_holes() {
         let region = |gpa, pages| RegionLayout { gpa: gpa * LOG_PAGE, size: pages * LOG_PAGE };
         let layout = MemoryLayout { regions: vec![region(1, 4), region(5, 5), region(20, 1)] };
         for inside in [1..2, 4..6, 1..10, 20..21, 9..10] {
@@ -484,7 +484,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_survives_and_its_bytes_are_fixed_width_little_endian() {
+    fn a_record_round_trips_as_fixed_width_little_endian() {
         let bytes = encode(3, &state()).unwrap();
         assert_eq!(version(&bytes).unwrap(), 3);
         assert_eq!(decode::<State>("state", 3, &bytes, MAX_STATE).unwrap(), state());
@@ -492,14 +492,14 @@ mod tests {
     }
 
     #[test]
-    fn a_record_of_another_version_says_whom_to_update() {
+    fn a_record_version_error_names_the_side_to_update() {
         let bytes = encode(3, &state()).unwrap();
         let error = decode::<State>("disk state", 2, &bytes, MAX_STATE).unwrap_err().to_string();
         assert_eq!(error, "disk state version 3 came, this program speaks 2: the peer is newer, update this program");
     }
 
     #[test]
-    fn every_shortened_record_and_every_extra_byte_is_refused() {
+    fn truncated_and_overlong_records_are_refused() {
         let mut bytes = encode(3, &state()).unwrap();
         for length in 0..bytes.len() {
             assert!(decode::<State>("state", 3, &bytes[..length], MAX_STATE).is_err(), "{length}");
@@ -520,7 +520,7 @@ mod tests {
     }
 
     #[test]
-    fn every_message_survives() {
+    fn every_message_round_trips() {
         let layout = MemoryLayout { regions: vec![RegionLayout { gpa: 0, size: 4096 }] };
         let end = RoundEnd { round: 2, last: true, data_pages: 5, zero_pages: 6 };
         let out = [
@@ -564,7 +564,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reason_of_any_length_is_sent() {
+    fn a_long_reason_is_truncated_and_sent() {
         let mut writer = FrameWriter::new(Vec::new(), ID);
         ToSource::Failed { message: "é".repeat(100_000) }.write(&mut writer).unwrap();
         let wire = writer.into_inner();

@@ -7,12 +7,14 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::outcome::done;
-use super::{Host, PATIENCE, Running, assert_completed, events, migrate, program, run, status, text, until, verify};
+use super::outcome::expect_ok;
+use super::{
+    ChildProcess, Host, PATIENCE, assert_completed, events, migrate, program, run, status, text, verify, wait_for_state,
+};
 
 /// A paused guest, saved to a file, which is told as a URI. It is gone here unless `more` says otherwise.
 fn saved(host: &Host, source: &Path, more: &[&str]) -> String {
-    done(source, "pause");
+    expect_ok(source, "pause");
     let file = format!("file:{}", host.path("guest.vhm").display());
     let output = migrate(source, &file, more);
     assert_completed(&output);
@@ -29,7 +31,7 @@ pub(super) fn backend_on(host: &mut Host, image: &Path, name: &str, more: &[&str
     let socket = host.path(name);
     let mut command = program();
     command.args(["backend", "blk", "--queues", "4", "--image"]).arg(image).arg("--socket").arg(&socket).args(more);
-    host.running.push(Running(command.stdout(Stdio::null()).spawn().unwrap()));
+    host.running.push(ChildProcess(command.stdout(Stdio::null()).spawn().unwrap()));
     socket
 }
 
@@ -44,7 +46,7 @@ pub(super) fn refused(host: &Host, backend: &Path, file: &str) -> String {
     let control = host.path("refused.control");
     let mut command = program();
     command.args(["guest", "--incoming", file, "--backend"]).arg(backend).arg("--control").arg(&control);
-    let mut guest = Running(command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap());
+    let mut guest = ChildProcess(command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap());
     let deadline = Instant::now() + PATIENCE;
     let ended = loop {
         if let Some(ended) = guest.0.try_wait().unwrap() {
@@ -62,15 +64,15 @@ pub(super) fn refused(host: &Host, backend: &Path, file: &str) -> String {
 /// Restores it, has it write to its disk, and ends it.
 fn restored(host: &mut Host, backend: &Path, name: &str, more: &[&str]) {
     let guest = host.guest_on(backend, name, more);
-    until(&guest, "paused");
-    done(&guest, "resume");
+    wait_for_state(&guest, "paused");
+    expect_ok(&guest, "resume");
     verify(&guest);
-    done(&guest, "quit");
+    expect_ok(&guest, "quit");
     assert_eq!(host.running.last_mut().unwrap().0.wait().unwrap().code(), Some(0));
 }
 
 #[test]
-fn a_guest_is_restored_onto_its_disk_once_and_onto_a_disk_that_went_on_only_if_told_to() {
+fn a_restore_onto_a_changed_disk_needs_ignore_disk_generation() {
     let mut host = Host::new();
     let source = host.source();
     let file = saved(&host, &source, &[]);
@@ -81,8 +83,8 @@ fn a_guest_is_restored_onto_its_disk_once_and_onto_a_disk_that_went_on_only_if_t
     let backend = host.backend("again.vhost");
     // One that does not get as far as to run changes nothing.
     let unused = host.guest_on(&backend, "unused", &["--incoming", &file]);
-    until(&unused, "paused");
-    done(&unused, "quit");
+    wait_for_state(&unused, "paused");
+    expect_ok(&unused, "quit");
     host.running.last_mut().unwrap().0.wait().unwrap();
     restored(&mut host, &backend, "first", &["--incoming", &file]);
 
@@ -93,20 +95,20 @@ fn a_guest_is_restored_onto_its_disk_once_and_onto_a_disk_that_went_on_only_if_t
     let later = host.backend("later.vhost");
     assert!(refused(&host, &later, &file).contains("has gone on since the guest was saved"));
     let forced = host.guest_on(&later, "forced", &["--incoming", &file, "--ignore-disk-generation"]);
-    until(&forced, "paused");
+    wait_for_state(&forced, "paused");
 }
 
 #[test]
-fn a_snapshot_fits_the_copy_that_was_made_with_it_and_not_the_disk_that_its_guest_went_on_with() {
+fn a_snapshot_is_restored_onto_the_disk_copy_made_with_it_and_refused_on_the_live_disk() {
     let mut host = Host::new();
     let source = host.source();
     let file = saved(&host, &source, &["--continue"]);
     copy(&host, "disk", "copy", &["--preserve=xattr"]);
     let bare = copy(&host, "disk", "bare", &[]);
-    done(&source, "resume");
+    expect_ok(&source, "resume");
     verify(&source);
     let late = copy(&host, "disk", "late", &["--preserve=xattr"]);
-    done(&source, "quit");
+    expect_ok(&source, "quit");
 
     let [bare, late, other] = [(bare, "bare"), (late, "late"), (host.path("other"), "other")].map(|(image, name)| {
         if name == "other" {
@@ -128,14 +130,14 @@ fn a_snapshot_fits_the_copy_that_was_made_with_it_and_not_the_disk_that_its_gues
 }
 
 #[test]
-fn a_disk_that_can_not_be_compared_is_said_to_be_so_when_it_is_saved_inspected_and_restored() {
+fn save_inspect_and_restore_warn_of_a_disk_without_a_generation() {
     let mut host = Host::new();
     let image = host.path("disk");
     // Others may write it at any time.
     let shared = backend_on(&mut host, &image, "shared.vhost", &["--share-rw"]);
     let source = host.guest_on(&shared, "source", &["--memory", "64MiB", "--request-rate", "50"]);
-    until(&source, "running");
-    done(&source, "pause");
+    wait_for_state(&source, "running");
+    expect_ok(&source, "pause");
     let file = format!("file:{}", host.path("guest.vhm").display());
     let output = migrate(&source, &file, &[]);
     assert_completed(&output);
@@ -152,9 +154,9 @@ fn a_disk_that_can_not_be_compared_is_said_to_be_so_when_it_is_saved_inspected_a
     let mut command = program();
     let control = host.path("again.control");
     command.args(["guest", "--incoming", &file, "--backend"]).arg(&backend).arg("--control").arg(&control);
-    let mut guest = Running(command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap());
-    until(&control, "paused");
-    done(&control, "quit");
+    let mut guest = ChildProcess(command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap());
+    wait_for_state(&control, "paused");
+    expect_ok(&control, "quit");
     let mut said = String::new();
     guest.0.stderr.as_mut().unwrap().read_to_string(&mut said).unwrap();
     assert!(said.contains("again.vhost: this disk is not compared"), "{said}");
@@ -164,12 +166,12 @@ fn a_disk_that_can_not_be_compared_is_said_to_be_so_when_it_is_saved_inspected_a
 fn arriving_on(host: &mut Host, backend: &Path, name: &str, more: &[&str]) -> (PathBuf, String) {
     let uri = format!("unix:{}.incoming", host.path(name).display());
     let destination = host.guest_on(backend, name, &[&["--incoming", &uri], more].concat());
-    until(&destination, "absent");
+    wait_for_state(&destination, "absent");
     (destination, uri)
 }
 
 #[test]
-fn a_guest_does_not_move_to_another_disk_unless_told_to() {
+fn a_migration_to_another_disk_needs_ignore_disk_generation() {
     let mut host = Host::new();
     let source = host.source();
     // Of the same size, and with the same contents as far as a copy of a disk in use has them.
@@ -183,30 +185,30 @@ fn a_guest_does_not_move_to_another_disk_unless_told_to() {
     assert!(why.contains("--ignore-disk-generation"), "{why}");
     verify(&source);
     assert_eq!(status(&destination).unwrap()["state"], "absent");
-    done(&destination, "quit");
+    expect_ok(&destination, "quit");
 
     // What it does not write is equal in both.
-    done(&source, "pause");
+    expect_ok(&source, "pause");
     let (destination, uri) = arriving_on(&mut host, &backend, "forced", &["--ignore-disk-generation"]);
     assert_completed(&migrate(&source, &uri, &[]));
     assert_eq!(status(&destination).unwrap()["state"], "paused");
 }
 
 #[test]
-fn a_guest_moves_to_a_disk_that_can_not_be_told_or_has_its_identity() {
+fn a_migration_to_a_disk_of_the_same_or_unknown_identity_succeeds() {
     let mut host = Host::new();
     let source = host.source();
-    done(&source, "pause");
+    expect_ok(&source, "pause");
     let copy = copy(&host, "disk", "copy", &["--preserve=xattr"]);
     let backend = backend_on(&mut host, &copy, "copy.vhost", &[]);
     let (second, uri) = arriving_on(&mut host, &backend, "second", &[]);
     assert_completed(&migrate(&source, &uri, &[]));
-    until(&second, "paused");
+    wait_for_state(&second, "paused");
     // Others may write it at any time: it gets no identity.
     let bare = host.path("bare");
     std::fs::File::create(&bare).unwrap().set_len(16 << 20).unwrap();
     let backend = backend_on(&mut host, &bare, "bare.vhost", &["--share-rw"]);
     let (third, uri) = arriving_on(&mut host, &backend, "third", &[]);
     assert_completed(&migrate(&second, &uri, &[]));
-    until(&third, "paused");
+    wait_for_state(&third, "paused");
 }

@@ -16,7 +16,7 @@ use vhost_migrate::abi::vhost_user::{BackendRequest, Header, Request, VringState
 use zerocopy::IntoBytes;
 
 use super::message::{has_reply, pass_on, receive};
-use super::{Host, PATIENCE, Running, program, status, until, verify};
+use super::{ChildProcess, Host, PATIENCE, program, status, verify, wait_for_state};
 
 /// What the back-end does wrong.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -33,20 +33,20 @@ enum Flood {
 const FLOODS: [Flood; 4] = [Flood::Nothing, Flood::Events, Flood::Refusals, Flood::Answers];
 
 /// Between a front-end and its back-end.
-struct Flooder {
+struct FloodingProxy {
     socket: PathBuf,
-    shared: Arc<Shared>,
+    shared: Arc<FloodState>,
 }
 
 #[derive(Default)]
-struct Shared {
+struct FloodState {
     /// Place in `FLOODS`.
     flood: AtomicU64,
     /// Events, refusals and answers so far.
     sent: AtomicU64,
 }
 
-impl Shared {
+impl FloodState {
     fn flood(&self) -> Flood {
         FLOODS[self.flood.load(Ordering::Relaxed) as usize]
     }
@@ -56,20 +56,20 @@ impl Shared {
     }
 }
 
-impl Flooder {
-    fn start(folder: &Path, backend: &Path) -> Flooder {
-        let (socket, shared) = (folder.join("flooder"), Arc::new(Shared::default()));
+impl FloodingProxy {
+    fn start(folder: &Path, backend: &Path) -> FloodingProxy {
+        let (socket, shared) = (folder.join("flooder"), Arc::new(FloodState::default()));
         let listener = UnixListener::bind(&socket).unwrap();
         let (backend, seen) = (backend.to_owned(), shared.clone());
         std::thread::spawn(move || {
             for frontend in listener.incoming() {
                 if let Ok(backend) = UnixStream::connect(&backend) {
-                    let session = Session { frontend: frontend.unwrap(), backend, shared: &seen, fds: Vec::new() };
+                    let session = ProxySession { frontend: frontend.unwrap(), backend, shared: &seen, fds: Vec::new() };
                     let _ = session.serve();
                 }
             }
         });
-        Flooder { socket, shared }
+        FloodingProxy { socket, shared }
     }
 
     /// Floods the front-end `times` times; returns how long that took.
@@ -94,15 +94,15 @@ impl Flooder {
     }
 }
 
-struct Session<'a> {
+struct ProxySession<'a> {
     frontend: UnixStream,
     backend: UnixStream,
-    shared: &'a Shared,
+    shared: &'a FloodState,
     /// What the front-end has given the back-end to signal it.
     fds: Vec<(Request, OwnedFd)>,
 }
 
-impl Session<'_> {
+impl ProxySession<'_> {
     /// Until one side hangs up, or the connection is no longer what is wanted.
     fn serve(mut self) -> Option<()> {
         let begun_as = self.shared.flood();
@@ -203,21 +203,21 @@ impl Session<'_> {
     }
 }
 
-fn fds(process: &Running) -> usize {
+fn fds(process: &ChildProcess) -> usize {
     std::fs::read_dir(format!("/proc/{}/fd", process.0.id())).unwrap().count()
 }
 
 #[test]
-fn a_back_end_that_floods_its_front_end_fills_neither_its_log_nor_its_fds_and_the_guest_goes_on() {
+fn a_flooding_back_end_does_not_exhaust_log_or_fds_of_the_guest_process() {
     let mut host = Host::new();
     let backend = host.backend("honest.vhost");
-    let flooder = Flooder::start(host.folder.path(), &backend);
+    let flooder = FloodingProxy::start(host.folder.path(), &backend);
     let (control, log) = (host.path("control"), host.path("log"));
     let mut command = program();
     command.args(["guest", "--memory", "64MiB", "--dirty-rate", "8MiB/s", "--request-rate", "50", "--backend"]);
     command.arg(&flooder.socket).arg("--control").arg(&control).env("RUST_LOG", "info").stdout(Stdio::null());
-    let guest = Running(command.stderr(std::fs::File::create(&log).unwrap()).spawn().unwrap());
-    until(&control, "running");
+    let guest = ChildProcess(command.stderr(std::fs::File::create(&log).unwrap()).spawn().unwrap());
+    wait_for_state(&control, "running");
     let before = fds(&guest);
 
     let mut took = Duration::ZERO;

@@ -44,9 +44,9 @@ fn text(bytes: &[u8]) -> String {
 }
 
 /// Killed when dropped.
-struct Running(Child);
+struct ChildProcess(Child);
 
-impl Drop for Running {
+impl Drop for ChildProcess {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -54,23 +54,23 @@ impl Drop for Running {
 }
 
 /// One at a time: these tests start many processes that all work.
-fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+fn serial_guard() -> MutexGuard<'static, ()> {
+    static SERIAL: Mutex<()> = Mutex::new(());
+    SERIAL.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A folder with a disk, back-ends and guests of small memory.
 struct Host {
     folder: tempfile::TempDir,
-    running: Vec<Running>,
-    _alone: MutexGuard<'static, ()>,
+    running: Vec<ChildProcess>,
+    _serial: MutexGuard<'static, ()>,
 }
 
 impl Host {
     fn new() -> Host {
         let folder = tempfile::tempdir().unwrap();
         std::fs::File::create(folder.path().join("disk")).unwrap().set_len(16 << 20).unwrap();
-        Host { folder, running: Vec::new(), _alone: alone() }
+        Host { folder, running: Vec::new(), _serial: serial_guard() }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -90,7 +90,7 @@ impl Host {
             .arg("--socket")
             .arg(&socket)
             .args(more);
-        self.running.push(Running(command.stdout(Stdio::null()).spawn().unwrap()));
+        self.running.push(ChildProcess(command.stdout(Stdio::null()).spawn().unwrap()));
         socket
     }
 
@@ -104,7 +104,7 @@ impl Host {
         let control = self.path(&format!("{name}.control"));
         let mut command = program();
         command.args(["guest", "--backend"]).arg(backend).arg("--control").arg(&control).args(more);
-        self.running.push(Running(command.stdout(Stdio::null()).spawn().unwrap()));
+        self.running.push(ChildProcess(command.stdout(Stdio::null()).spawn().unwrap()));
         control
     }
 
@@ -115,7 +115,7 @@ impl Host {
         let program = here.parent().unwrap().parent().unwrap().join("examples/file_disk");
         assert!(program.exists(), "build it first: cargo build --example file_disk");
         let mut command = Command::new(program);
-        self.running.push(Running(command.arg(&socket).arg(self.path("disk")).spawn().unwrap()));
+        self.running.push(ChildProcess(command.arg(&socket).arg(self.path("disk")).spawn().unwrap()));
         socket
     }
 
@@ -126,11 +126,11 @@ impl Host {
     fn source_with(&mut self, more: &[&str]) -> PathBuf {
         let small = ["--memory", "64MiB", "--dirty-rate", "8MiB/s", "--request-rate", "50"];
         let control = self.guest("source", &[&small, more].concat());
-        until(&control, "running");
+        wait_for_state(&control, "running");
         control
     }
 
-    fn arriving(&mut self, name: &str, uri: &str) -> PathBuf {
+    fn destination(&mut self, name: &str, uri: &str) -> PathBuf {
         self.guest(name, &["--incoming", uri])
     }
 
@@ -139,14 +139,14 @@ impl Host {
     fn pair(&mut self) -> (PathBuf, PathBuf, String) {
         let source = self.source();
         let unix = format!("unix:{}", self.path("incoming").display());
-        let destination = self.arriving("destination", &unix);
-        until(&destination, "absent");
+        let destination = self.destination("destination", &unix);
+        wait_for_state(&destination, "absent");
         (source, destination, unix)
     }
 }
 
 /// Sends a control command; events and how it ended.
-fn ask(control: &Path, command: &Value) -> Option<Vec<Value>> {
+fn send_command(control: &Path, command: &Value) -> Option<Vec<Value>> {
     let stream = UnixStream::connect(control).ok()?;
     (&stream).write_all(format!("{command}\n").as_bytes()).ok()?;
     let mut events = Vec::new();
@@ -162,10 +162,10 @@ fn ask(control: &Path, command: &Value) -> Option<Vec<Value>> {
 }
 
 fn status(control: &Path) -> Option<Value> {
-    ask(control, &json!({"command": "status"}))?.into_iter().next()
+    send_command(control, &json!({"command": "status"}))?.into_iter().next()
 }
 
-fn until(control: &Path, state: &str) -> Value {
+fn wait_for_state(control: &Path, state: &str) -> Value {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let seen = status(control);
@@ -181,10 +181,10 @@ fn until(control: &Path, state: &str) -> Value {
 
 /// Waits until a destination listens for a migration, which is a moment after its control socket is there: then it says so
 /// when it is told to cancel.
-fn until_it_waits(control: &Path) -> String {
+fn wait_until_listening(control: &Path) -> String {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        let answer = ask(control, &json!({"command": "cancel"})).unwrap().pop().unwrap();
+        let answer = send_command(control, &json!({"command": "cancel"})).unwrap().pop().unwrap();
         let message = answer["message"].as_str().unwrap_or_default();
         if message.contains("no migration has come yet") {
             return message.into();
@@ -196,13 +196,13 @@ fn until_it_waits(control: &Path) -> String {
 
 /// The guest answers, works, and every byte is right.
 fn verify(control: &Path) {
-    let before = until(control, "running");
+    let before = wait_for_state(control, "running");
     let deadline = Instant::now() + PATIENCE;
     while status(control).unwrap()["requests"].as_u64() <= before["requests"].as_u64() {
         assert!(Instant::now() < deadline, "the guest does nothing");
         std::thread::sleep(Duration::from_millis(5));
     }
-    let answer = ask(control, &json!({"command": "verify"})).unwrap();
+    let answer = send_command(control, &json!({"command": "verify"})).unwrap();
     assert_eq!(answer.last().unwrap()["event"], "ok", "{answer:?}");
     let status = &answer[0];
     assert!(status["verified_memory_bytes"].as_u64().unwrap() > 16 << 20, "{status}");
@@ -216,17 +216,17 @@ fn migrate(control: &Path, uri: &str, more: &[&str]) -> Output {
 }
 
 /// A migration that has started and has so little bandwidth that it stays in the middle.
-fn slow_migration(control: &Path, uri: &str) -> (Running, impl Iterator + use<>) {
+fn slow_migration(control: &Path, uri: &str) -> (ChildProcess, impl Iterator + use<>) {
     let mut slow = program();
     slow.args(["migrate", "--json", "--bandwidth", "1MiB/s", uri, "--control"]).arg(control);
-    let mut slow = Running(slow.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
+    let mut slow = ChildProcess(slow.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
     let mut lines = BufReader::new(slow.0.stdout.take().unwrap()).lines();
     assert!(lines.next().unwrap().unwrap().contains("started"));
     (slow, lines)
 }
 
 /// Waits until it has failed; why.
-fn failed(migration: &mut Running) -> String {
+fn expect_failure(migration: &mut ChildProcess) -> String {
     assert_eq!(migration.0.wait().unwrap().code(), Some(1));
     let mut why = String::new();
     migration.0.stderr.take().unwrap().read_to_string(&mut why).unwrap();
@@ -244,8 +244,8 @@ fn assert_completed(output: &Output) {
 }
 
 #[rstest]
-fn demo_ends_verified_with_all_its_figures(#[values(&[][..], &["--packed"])] rings: &[&str]) {
-    let _alone = alone();
+fn demo_verifies_every_byte_and_reports_all_figures(#[values(&[][..], &["--packed"])] rings: &[&str]) {
+    let _serial = serial_guard();
     let arguments =
         ["demo", "--memory", "64MiB", "--disk", "16MiB", "--seconds", "1", "--dirty-rate", "20MiB/s", "--json"];
     let output = run(&[&arguments[..], rings].concat());
@@ -261,8 +261,8 @@ fn demo_ends_verified_with_all_its_figures(#[values(&[][..], &["--packed"])] rin
 }
 
 #[test]
-fn demo_survives_killed_back_ends_before_during_and_after_the_migration() {
-    let _alone = alone();
+fn demo_survives_back_ends_killed_before_during_and_after_the_migration() {
+    let _serial = serial_guard();
     for rings in [&[][..], &["--packed"]] {
         let arguments = [
             "demo",
@@ -287,12 +287,12 @@ fn demo_survives_killed_back_ends_before_during_and_after_the_migration() {
 #[rstest]
 #[case::split(&[])]
 #[case::packed(&["--packed", "--queues", "4"])]
-fn a_guest_moves_over_unix_and_back_over_tcp_and_on_through_a_file(#[case] rings: &[&str]) {
+fn a_guest_migrates_over_unix_tcp_and_a_file(#[case] rings: &[&str]) {
     let mut host = Host::new();
     let source = host.source_with(rings);
     let unix = format!("unix:{}", host.path("incoming").display());
-    let second = host.arriving("second", &unix);
-    until(&second, "absent");
+    let second = host.destination("second", &unix);
+    wait_for_state(&second, "absent");
     assert_completed(&migrate(&source, &unix, &["--codec", "zstd:1", "--channels", "3"]));
     assert_eq!(status(&source).unwrap()["state"], "migrated");
     verify(&second);
@@ -300,8 +300,8 @@ fn a_guest_moves_over_unix_and_back_over_tcp_and_on_through_a_file(#[case] rings
     // A free port, as far as one can know.
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let tcp = format!("tcp:127.0.0.1:{port}");
-    let third = host.arriving("third", &tcp);
-    until(&third, "absent");
+    let third = host.destination("third", &tcp);
+    wait_for_state(&third, "absent");
     assert_completed(&migrate(&second, &tcp, &[]));
     verify(&third);
 
@@ -311,7 +311,7 @@ fn a_guest_moves_over_unix_and_back_over_tcp_and_on_through_a_file(#[case] rings
     let inspected = run(&["inspect", "--json", "stream", saved.to_str().unwrap()]);
     let found: Value = serde_json::from_slice(&inspected.stdout).unwrap();
     assert_eq!(found["committed"], true, "{found}");
-    let fourth = host.arriving("fourth", &file);
+    let fourth = host.destination("fourth", &file);
     verify(&fourth);
 
     // A pipe through a command: the other end is a guest that reads its standard input.
@@ -325,32 +325,32 @@ fn a_guest_moves_over_unix_and_back_over_tcp_and_on_through_a_file(#[case] rings
 }
 
 /// Moves a guest that is made with `more` options from one back-end to another.
-fn moves_between(mut host: Host, [here, there]: [PathBuf; 2], more: &[&str]) {
+fn assert_migrates_between(mut host: Host, [here, there]: [PathBuf; 2], more: &[&str]) {
     let unix = format!("unix:{}", host.path("incoming").display());
     let source = host.guest_on(&here, "source", &[&["--memory", "64MiB"], more].concat());
     let destination = host.guest_on(&there, "destination", &["--incoming", &unix]);
-    until(&source, "running");
-    until(&destination, "absent");
+    wait_for_state(&source, "running");
+    wait_for_state(&destination, "absent");
     assert_completed(&migrate(&source, &unix, &[]));
     verify(&destination);
 }
 
 #[test]
-fn a_guest_moves_from_one_device_of_the_guide_to_another() {
+fn a_guest_migrates_between_two_devices_of_the_guide() {
     let mut host = Host::new();
     let disks = ["here", "there"].map(|name| host.file_disk(name));
-    moves_between(host, disks, &["--queues", "1"]);
+    assert_migrates_between(host, disks, &["--queues", "1"]);
 }
 
 #[test]
-fn a_guest_moves_without_waiting_for_its_disk() {
+fn a_guest_with_inflight_migration_does_not_wait_for_its_disk() {
     let mut host = Host::new();
     let disks = ["here", "there"].map(|name| host.backend_with(name, &["--inflight-migration"]));
-    moves_between(host, disks, &["--inflight-migration"]);
+    assert_migrates_between(host, disks, &["--inflight-migration"]);
 }
 
 #[test]
-fn a_guest_writes_over_what_a_disk_holds_only_if_told_to() {
+fn a_guest_overwrites_foreign_disk_contents_only_with_overwrite() {
     let mut host = Host::new();
     std::fs::write(host.path("disk"), vec![7; 16 << 20]).unwrap();
     let (backend, control) = (host.backend("vhost"), host.path("refused"));
@@ -360,18 +360,18 @@ fn a_guest_writes_over_what_a_disk_holds_only_if_told_to() {
     assert!(text(&refused.stderr).contains("--overwrite"), "{}", text(&refused.stderr));
     assert!(std::fs::read(host.path("disk")).unwrap() == vec![7; 16 << 20]);
     let control = host.guest_on(&backend, "told", &["--memory", "32MiB", "--overwrite"]);
-    until(&control, "running");
+    wait_for_state(&control, "running");
     verify(&control);
 }
 
 #[test]
-fn a_guest_moves_through_a_command_that_carries_both_directions() {
+fn a_guest_migrates_over_a_bidirectional_command() {
     let mut host = Host::new();
     let source = host.source();
     let incoming = host.path("incoming");
     let unix = format!("unix:{}", incoming.display());
-    let destination = host.arriving("destination", &unix);
-    until(&destination, "absent");
+    let destination = host.destination("destination", &unix);
+    wait_for_state(&destination, "absent");
     // What an `ssh … socat` would be: bytes between its standard streams and a socket.
     let relay = "import os,socket,sys,threading
 s=socket.socket(socket.AF_UNIX);s.connect(sys.argv[1])
@@ -397,7 +397,7 @@ threading.Event().wait(60)";
 }
 
 #[test]
-fn a_command_that_is_the_new_home_of_the_guest_lives_on() {
+fn a_command_that_holds_the_migrated_guest_is_not_killed() {
     let mut host = Host::new();
     let source = host.source();
     let (backend, control) = (host.backend("home.vhost"), host.path("home.control"));
@@ -405,13 +405,13 @@ fn a_command_that_is_the_new_home_of_the_guest_lives_on() {
     let (backend, home) = (backend.display(), control.display());
     let exec = format!("exec:exec {program} guest --backend {backend} --control {home} --incoming fd:0 >&2");
     assert_completed(&migrate(&source, &exec, &[]));
-    assert_eq!(ask(&source, &json!({"command": "quit"})).unwrap()[0]["event"], "ok");
+    assert_eq!(send_command(&source, &json!({"command": "quit"})).unwrap()[0]["event"], "ok");
     verify(&control);
-    assert_eq!(ask(&control, &json!({"command": "quit"})).unwrap()[0]["event"], "ok");
+    assert_eq!(send_command(&control, &json!({"command": "quit"})).unwrap()[0]["event"], "ok");
 }
 
 #[test]
-fn a_failed_migration_leaves_the_guest_running_and_the_next_one_works() {
+fn a_guest_runs_after_a_failed_migration_and_the_next_one_succeeds() {
     let mut host = Host::new();
     let source = host.source();
     let nobody = format!("unix:{}", host.path("nobody").display());
@@ -424,12 +424,12 @@ fn a_failed_migration_leaves_the_guest_running_and_the_next_one_works() {
     assert!(text(&wrong.stderr).contains("tcp:HOST:PORT"), "{}", text(&wrong.stderr));
 
     let unix = format!("unix:{}", host.path("incoming").display());
-    let destination = host.arriving("destination", &unix);
-    until(&destination, "absent");
+    let destination = host.destination("destination", &unix);
+    wait_for_state(&destination, "absent");
     // Ctrl-C in the middle: so little bandwidth that it is the middle.
     let (mut slow, _events) = slow_migration(&source, &unix);
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(slow.0.id() as i32), nix::sys::signal::Signal::SIGINT).unwrap();
-    let why = failed(&mut slow);
+    let why = expect_failure(&mut slow);
     assert!(why.contains("cancelled"), "{why}");
     verify(&source);
 
@@ -438,25 +438,25 @@ fn a_failed_migration_leaves_the_guest_running_and_the_next_one_works() {
 }
 
 #[test]
-fn a_destination_that_is_killed_leaves_the_guest_at_its_source_and_another_one_takes_it() {
+fn a_killed_destination_leaves_the_guest_at_its_source_for_another_destination() {
     let mut host = Host::new();
     let source = host.source();
     let unix = format!("unix:{}", host.path("incoming").display());
-    until(&host.arriving("killed", &unix), "absent");
+    wait_for_state(&host.destination("killed", &unix), "absent");
     let (mut slow, _events) = slow_migration(&source, &unix);
     drop(host.running.pop()); // with SIGKILL
-    let why = failed(&mut slow);
+    let why = expect_failure(&mut slow);
     assert!(why.contains("still runs here"), "{why}");
     verify(&source);
     // Where the dead one has left its socket.
-    let next = host.arriving("next", &unix);
-    until(&next, "absent");
+    let next = host.destination("next", &unix);
+    wait_for_state(&next, "absent");
     assert_completed(&migrate(&source, &unix, &[]));
     verify(&next);
 }
 
 #[test]
-fn a_dirty_rate_names_the_cpus_and_the_disk_and_forecasts() {
+fn dirty_rate_reports_cpus_and_disks_and_a_forecast() {
     let mut host = Host::new();
     let source = host.source();
     let output = run(&["dirty-rate", "--control", source.to_str().unwrap(), "--seconds", "1", "--json"]);
@@ -477,12 +477,12 @@ fn a_dirty_rate_names_the_cpus_and_the_disk_and_forecasts() {
 
 /// Only a disk looks at its image's size then.
 #[test]
-fn a_guest_and_an_interface_take_no_notice_of_sighup() {
+fn guest_and_backend_net_ignore_sighup() {
     let mut host = Host::new();
     let source = host.source();
     let (net, mut command) = (host.path("net"), program());
     command.args(["backend", "net", "--loopback", "--socket"]).arg(&net);
-    host.running.push(Running(command.stdout(Stdio::null()).spawn().unwrap()));
+    host.running.push(ChildProcess(command.stdout(Stdio::null()).spawn().unwrap()));
     let deadline = Instant::now() + PATIENCE;
     while UnixStream::connect(&net).is_err() {
         assert!(Instant::now() < deadline, "the interface does not come up");
@@ -501,7 +501,7 @@ fn a_guest_and_an_interface_take_no_notice_of_sighup() {
 }
 
 /// What a Prometheus server would get.
-fn scrape(mut at: impl Read + Write) -> String {
+fn fetch_metrics(mut at: impl Read + Write) -> String {
     at.write_all(b"GET /metrics HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").unwrap();
     let mut answer = String::new();
     at.read_to_string(&mut answer).unwrap();
@@ -510,33 +510,35 @@ fn scrape(mut at: impl Read + Write) -> String {
 }
 
 /// The sum of a counter's series whose line contains `label`.
-fn counted(metrics: &str, name: &str, label: &str) -> u64 {
+fn counter_value(metrics: &str, name: &str, label: &str) -> u64 {
     let lines = metrics.lines().filter(|line| line.starts_with(name) && line.contains(label));
     lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
 }
 
 #[test]
-fn back_end_and_front_end_tell_prometheus_what_they_did() {
+fn back_end_and_front_end_serve_their_counters_to_prometheus() {
     let mut host = Host::new();
     let (metrics, socket) = (host.path("metrics"), host.path("counted.vhost"));
     let mut command = program();
     command.args(["backend", "blk", "--queues", "2", "--image"]).arg(host.path("disk"));
     command.arg("--metrics").arg(format!("unix:{}", metrics.display())).arg("--socket").arg(&socket);
-    host.running.push(Running(command.stdout(Stdio::null()).spawn().unwrap()));
+    host.running.push(ChildProcess(command.stdout(Stdio::null()).spawn().unwrap()));
     let control = host.path("counted.control");
     let mut guest = program();
     guest.args(["guest", "--memory", "64MiB", "--backend"]).arg(&socket).arg("--control").arg(&control);
     let driven = host.path("driven");
     guest.arg("--metrics").arg(format!("unix:{}", driven.display()));
-    host.running.push(Running(guest.stdout(Stdio::null()).spawn().unwrap()));
+    host.running.push(ChildProcess(guest.stdout(Stdio::null()).spawn().unwrap()));
     verify(&control);
     let rate = run(&["dirty-rate", "--control", control.to_str().unwrap(), "--seconds", "0.3"]);
     assert!(rate.status.success(), "{}", text(&rate.stderr));
-    assert_eq!(ask(&control, &json!({"command": "pause"})).unwrap()[0]["event"], "ok");
+    assert_eq!(send_command(&control, &json!({"command": "pause"})).unwrap()[0]["event"], "ok");
     let completions = status(&control).unwrap()["completions"].as_u64().unwrap();
-    let found = scrape(UnixStream::connect(&metrics).unwrap());
-    let rings =
-        [counted(&found, "vhost_requests_total", "ring=\"0\""), counted(&found, "vhost_requests_total", "ring=\"1\"")];
+    let found = fetch_metrics(UnixStream::connect(&metrics).unwrap());
+    let rings = [
+        counter_value(&found, "vhost_requests_total", "ring=\"0\""),
+        counter_value(&found, "vhost_requests_total", "ring=\"1\""),
+    ];
     assert!(
         rings.iter().all(|count| *count > 0) && rings.iter().sum::<u64>() >= completions,
         "{rings:?}, {completions}: {found}"
@@ -544,28 +546,28 @@ fn back_end_and_front_end_tell_prometheus_what_they_did() {
     for name in
         ["vhost_read_bytes_total", "vhost_written_bytes_total", "vhost_marked_pages_total", "vhost_notifications_total"]
     {
-        assert!(counted(&found, name, "") > 0, "{name}: {found}");
+        assert!(counter_value(&found, name, "") > 0, "{name}: {found}");
     }
-    assert_eq!(counted(&found, "vhost_connections_total", ""), 1, "{found}");
-    assert_eq!(counted(&found, "vhost_messages_total", "request=\"SET_LOG_BASE\",result=\"done\""), 1, "{found}");
-    assert_eq!(counted(&found, "vhost_messages_total", "result=\"refused\""), 0, "{found}");
+    assert_eq!(counter_value(&found, "vhost_connections_total", ""), 1, "{found}");
+    assert_eq!(counter_value(&found, "vhost_messages_total", "request=\"SET_LOG_BASE\",result=\"done\""), 1, "{found}");
+    assert_eq!(counter_value(&found, "vhost_messages_total", "result=\"refused\""), 0, "{found}");
     assert_eq!(
-        counted(&found, "vhost_unlogged_pages_total", "") + counted(&found, "vhost_broken_rings_total", ""),
+        counter_value(&found, "vhost_unlogged_pages_total", "") + counter_value(&found, "vhost_broken_rings_total", ""),
         0,
         "{found}"
     );
-    let found = scrape(UnixStream::connect(&driven).unwrap());
-    assert_eq!(counted(&found, "vhost_frontend_messages_total", "request=\"SET_LOG_BASE\""), 1, "{found}");
-    assert!(counted(&found, "vhost_frontend_harvested_pages_total", "") > 0, "{found}");
-    assert_eq!(counted(&found, "vhost_frontend_refused_total", ""), 0, "{found}");
+    let found = fetch_metrics(UnixStream::connect(&driven).unwrap());
+    assert_eq!(counter_value(&found, "vhost_frontend_messages_total", "request=\"SET_LOG_BASE\""), 1, "{found}");
+    assert!(counter_value(&found, "vhost_frontend_harvested_pages_total", "") > 0, "{found}");
+    assert_eq!(counter_value(&found, "vhost_frontend_refused_total", ""), 0, "{found}");
     // What it has lost and found again.
     drop(host.running.remove(0));
-    host.running.push(Running(command.spawn().unwrap()));
-    assert_eq!(ask(&control, &json!({"command": "resume"})).unwrap()[0]["event"], "ok");
+    host.running.push(ChildProcess(command.spawn().unwrap()));
+    assert_eq!(send_command(&control, &json!({"command": "resume"})).unwrap()[0]["event"], "ok");
     let deadline = Instant::now() + PATIENCE;
     let reconnects = || {
-        let found = scrape(UnixStream::connect(&driven).unwrap());
-        counted(&found, "vhost_frontend_reconnects_total", "counted.vhost")
+        let found = fetch_metrics(UnixStream::connect(&driven).unwrap());
+        counter_value(&found, "vhost_frontend_reconnects_total", "counted.vhost")
     };
     while reconnects() == 0 {
         assert!(Instant::now() < deadline, "the back-end is not seen to be back");
@@ -576,11 +578,11 @@ fn back_end_and_front_end_tell_prometheus_what_they_did() {
 }
 
 #[test]
-fn an_orchestrator_hears_when_a_back_end_goes_and_when_it_is_back() {
+fn watch_reports_a_lost_and_a_restored_back_end() {
     let mut host = Host::new();
     let socket = host.backend("watched.vhost");
     let control = host.guest_on(&socket, "watched", &["--memory", "64MiB"]);
-    until(&control, "running");
+    wait_for_state(&control, "running");
     let (events, heard) = std::sync::mpsc::channel();
     let watched = control.clone();
     let watching = std::thread::spawn(move || {
@@ -600,28 +602,28 @@ fn an_orchestrator_hears_when_a_back_end_goes_and_when_it_is_back() {
     assert_eq!((&back["away_ms"], &back["reconnects"]), (&Value::Null, &json!(1)), "{back}");
     assert!(device(&control)["away_ms"].is_null());
     verify(&control);
-    let refused = ask(&control, &json!({"command": "watch", "seconds": -1.0})).unwrap();
+    let refused = send_command(&control, &json!({"command": "watch", "seconds": -1.0})).unwrap();
     assert!(refused[0]["message"].as_str().unwrap().contains("watch for 0 to 86400"), "{refused:?}");
-    assert_eq!(ask(&control, &json!({"command": "quit"})).unwrap()[0]["event"], "ok");
+    assert_eq!(send_command(&control, &json!({"command": "quit"})).unwrap()[0]["event"], "ok");
     watching.join().unwrap();
 }
 
 #[test]
-fn a_paused_guest_stands_still_and_a_quit_ends_it() {
+fn a_paused_guest_makes_no_progress_and_quit_ends_its_process() {
     let mut host = Host::new();
     let source = host.source();
-    assert_eq!(ask(&source, &json!({"command": "pause"})).unwrap()[0]["event"], "ok");
+    assert_eq!(send_command(&source, &json!({"command": "pause"})).unwrap()[0]["event"], "ok");
     let (first, second) = (status(&source).unwrap(), status(&source).unwrap());
     assert_eq!((&first["state"], &first["pages"]), (&json!("paused"), &second["pages"]));
-    assert_eq!(ask(&source, &json!({"command": "resume"})).unwrap()[0]["event"], "ok");
+    assert_eq!(send_command(&source, &json!({"command": "resume"})).unwrap()[0]["event"], "ok");
     verify(&source);
-    assert_eq!(ask(&source, &json!({"command": "quit"})).unwrap()[0]["event"], "ok");
+    assert_eq!(send_command(&source, &json!({"command": "quit"})).unwrap()[0]["event"], "ok");
     assert_eq!(host.running.last_mut().unwrap().0.wait().unwrap().code(), Some(0));
     assert!(!source.exists(), "its control socket is removed");
 }
 
 #[test]
-fn wrong_arguments_exit_with_2_and_say_what_is_right() {
+fn wrong_arguments_exit_with_2_and_an_example() {
     for (arguments, hint) in [
         (&["demo", "--memory", "lots"][..], "1.5M or 1G"),
         (&["migrate", "unix:x"], "--control"),
@@ -640,7 +642,7 @@ fn wrong_arguments_exit_with_2_and_say_what_is_right() {
 
 /// Each value is the only thing that is wrong, as far as the command line goes.
 #[test]
-fn a_value_that_can_never_be_right_is_refused_when_the_command_line_is_read() {
+fn an_impossible_value_is_refused_when_the_command_line_is_parsed() {
     let long = "x".repeat(108);
     let [guest, blk, net] = [
         &["guest", "--backend", "b", "--control", "/nonexistent/c"][..],
@@ -704,7 +706,7 @@ fn a_value_that_can_never_be_right_is_refused_when_the_command_line_is_read() {
 }
 
 #[test]
-fn what_is_in_the_way_is_told_in_one_line() {
+fn a_startup_failure_is_reported_in_one_line() {
     let host = Host::new();
     let disk = host.path("disk");
     let disk = disk.to_str().unwrap();
@@ -724,20 +726,20 @@ fn what_is_in_the_way_is_told_in_one_line() {
 }
 
 #[test]
-fn a_destination_that_only_waits_says_so_when_it_is_told_to_cancel() {
+fn cancel_at_an_idle_destination_reports_that_no_migration_has_come() {
     let mut host = Host::new();
     let uri = format!("unix:{}", host.path("incoming").display());
-    let waiting = host.arriving("waiting", &uri);
-    until(&waiting, "absent");
-    let message = until_it_waits(&waiting);
+    let waiting = host.destination("waiting", &uri);
+    wait_for_state(&waiting, "absent");
+    let message = wait_until_listening(&waiting);
     assert!(message.contains("this process waits for one, and quit ends it"), "{message}");
 }
 
 #[test]
-fn a_guest_that_is_saved_to_go_on_runs_here_and_again_on_a_copy_of_its_disk() {
+fn a_snapshot_runs_on_a_disk_copy_while_its_guest_goes_on() {
     let mut host = Host::new();
     let source = host.source();
-    assert_eq!(ask(&source, &json!({"command": "pause"})).unwrap().last().unwrap()["event"], "ok");
+    assert_eq!(send_command(&source, &json!({"command": "pause"})).unwrap().last().unwrap()["event"], "ok");
     let folder = host.path("elsewhere");
     std::fs::create_dir(&folder).unwrap();
     let save = |more: &[&str]| {
@@ -751,7 +753,7 @@ fn a_guest_that_is_saved_to_go_on_runs_here_and_again_on_a_copy_of_its_disk() {
     assert_eq!(status(&source).unwrap()["state"], "paused");
     let (disk, copy) = (host.path("disk"), host.path("copy"));
     assert!(Command::new("cp").arg("--preserve=xattr").args([disk, copy]).status().unwrap().success());
-    assert_eq!(ask(&source, &json!({"command": "resume"})).unwrap().last().unwrap()["event"], "ok");
+    assert_eq!(send_command(&source, &json!({"command": "resume"})).unwrap().last().unwrap()["event"], "ok");
     verify(&source);
 
     // A path means what it means to who gives it.
@@ -761,10 +763,10 @@ fn a_guest_that_is_saved_to_go_on_runs_here_and_again_on_a_copy_of_its_disk() {
     let mut command = program();
     command.args(["backend", "blk", "--queues", "4", "--image"]).arg(host.path("other-disk"));
     command.arg("--socket").arg(&backend);
-    host.running.push(Running(command.stdout(Stdio::null()).spawn().unwrap()));
+    host.running.push(ChildProcess(command.stdout(Stdio::null()).spawn().unwrap()));
     let again = host.guest_on(&backend, "again", &["--incoming", &format!("file:{}", file.display())]);
-    until(&again, "paused");
-    assert_eq!(ask(&again, &json!({"command": "resume"})).unwrap().last().unwrap()["event"], "ok");
+    wait_for_state(&again, "paused");
+    assert_eq!(send_command(&again, &json!({"command": "resume"})).unwrap().last().unwrap()["event"], "ok");
     verify(&again);
 
     let moved = save(&[]);
@@ -783,7 +785,7 @@ fn a_guest_that_is_saved_to_go_on_runs_here_and_again_on_a_copy_of_its_disk() {
 }
 
 #[test]
-fn a_saved_log_shows_its_pages() {
+fn inspect_log_lists_the_dirty_pages() {
     let host = Host::new();
     let log = host.path("log");
     std::fs::write(&log, [0b0000_0110, 0, 0x80]).unwrap();
@@ -794,7 +796,7 @@ fn a_saved_log_shows_its_pages() {
 }
 
 #[test]
-fn an_inflight_region_shows_what_would_be_executed_again() {
+fn inspect_inflight_lists_the_requests_to_resubmit() {
     let host = Host::new();
     let file = host.path("region");
     // Two entries are marked; the later counter comes second whatever its head.
@@ -827,7 +829,7 @@ fn an_inflight_region_shows_what_would_be_executed_again() {
 #[case::told(448, &["--queue-size", "16"], Ok("room for 16 entries"))]
 #[case::packed(192, &["--packed"], Ok("room for 5 entries"))]
 #[case::too_small(192, &["--queue-size", "16"], Err("pass --queues and --queue-size"))]
-fn an_inflight_region_that_was_never_used_is_told_from_what_is_no_region(
+fn inspect_inflight_distinguishes_an_unused_region_from_other_files(
     #[case] bytes: usize,
     #[case] more: &[&str],
     #[case] said: Result<&str, &str>,
@@ -849,12 +851,12 @@ fn an_inflight_region_that_was_never_used_is_told_from_what_is_no_region(
 }
 
 #[test]
-fn a_back_end_with_too_few_queues_is_told_by_the_options_of_both_commands() {
+fn a_back_end_with_too_few_queues_is_refused_with_the_options_of_both_commands() {
     let mut host = Host::new();
     let backend = host.path("one.vhost");
     let mut one = program();
     one.args(["backend", "blk", "--image"]).arg(host.path("disk")).arg("--socket").arg(&backend);
-    host.running.push(Running(one.stdout(Stdio::null()).spawn().unwrap()));
+    host.running.push(ChildProcess(one.stdout(Stdio::null()).spawn().unwrap()));
     let mut guest = program();
     guest.args(["guest", "--memory", "64MiB", "--backend"]).arg(&backend).arg("--control").arg(host.path("control"));
     let output = guest.output().unwrap();
@@ -865,7 +867,7 @@ fn a_back_end_with_too_few_queues_is_told_by_the_options_of_both_commands() {
 }
 
 #[test]
-fn a_packed_inflight_region_shows_what_would_be_executed_again() {
+fn inspect_inflight_lists_the_packed_requests_to_resubmit() {
     let host = Host::new();
     let file = host.path("region");
     // One request of two descriptors in a ring of 4; its completion was being published.
@@ -890,15 +892,15 @@ fn a_packed_inflight_region_shows_what_would_be_executed_again() {
     assert_eq!(shown(&["--published", "0"]), (json!([]), json!(0x8002_8002u32)));
 }
 
-fn signal(process: &Running, signal: Signal) {
+fn signal(process: &ChildProcess, signal: Signal) {
     kill(Pid::from_raw(process.0.id() as i32), signal).unwrap();
 }
 
 /// A migration that takes a few seconds until it stops the guest, and its events from the second on.
-fn migrating(control: &Path, uri: &str) -> (Running, impl Iterator<Item = Value>) {
+fn migrating(control: &Path, uri: &str) -> (ChildProcess, impl Iterator<Item = Value>) {
     let mut command = program();
     command.args(["migrate", "--json", "--bandwidth", "20MiB/s", "--downtime", "3000", uri, "--control"]).arg(control);
-    let mut migration = Running(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
+    let mut migration = ChildProcess(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
     let lines = BufReader::new(migration.0.stdout.take().unwrap()).lines();
     let mut events = lines.map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap());
     assert_eq!(events.next().unwrap()["event"], "started");
@@ -906,7 +908,7 @@ fn migrating(control: &Path, uri: &str) -> (Running, impl Iterator<Item = Value>
 }
 
 /// Its CPUs write.
-fn works(control: &Path) {
+fn assert_guest_progresses(control: &Path) {
     let pages = |status: Option<Value>| status.unwrap()["pages"].as_u64().unwrap();
     let (before, deadline) = (pages(status(control)), Instant::now() + PATIENCE);
     while pages(status(control)) == before {
@@ -916,7 +918,7 @@ fn works(control: &Path) {
 }
 
 #[test]
-fn status_and_cancel_answer_while_a_disk_hangs_at_the_switchover_and_all_but_the_disk_goes_on() {
+fn status_and_cancel_reply_while_a_disk_hangs_at_the_switchover() {
     let mut host = Host::new();
     let (source, destination, unix) = host.pair();
     let [backend, ..] = &host.running[..] else { panic!() };
@@ -927,10 +929,10 @@ fn status_and_cancel_answer_while_a_disk_hangs_at_the_switchover_and_all_but_the
     assert!(events.any(|event| event["event"] == "switchover"));
     let seen = status(&source).unwrap();
     assert_eq!(seen["busy"], "a migration", "{seen}");
-    assert_eq!(ask(&source, &json!({"command": "cancel"})).unwrap(), [json!({"event": "ok"})]);
-    let why = failed(&mut migration);
+    assert_eq!(send_command(&source, &json!({"command": "cancel"})).unwrap(), [json!({"event": "ok"})]);
+    let why = expect_failure(&mut migration);
     assert!(why.contains("cancelled") && why.contains("still runs here"), "{why}");
-    works(&source);
+    assert_guest_progresses(&source);
     let seen = status(&source).unwrap();
     assert!(seen["devices"][0]["away_ms"].is_u64() && seen["busy"].is_null(), "{seen}");
     kill(backend, Signal::SIGCONT).unwrap();
@@ -941,7 +943,7 @@ fn status_and_cancel_answer_while_a_disk_hangs_at_the_switchover_and_all_but_the
 }
 
 #[test]
-fn a_migration_that_is_cancelled_before_a_disk_that_hangs_logs_says_so() {
+fn a_migration_cancelled_while_a_hanging_disk_starts_logging_reports_cancelled() {
     let mut host = Host::new();
     let source = host.source();
     let [.., backend, _] = &host.running[..] else { panic!() };
@@ -955,7 +957,7 @@ fn a_migration_that_is_cancelled_before_a_disk_that_hangs_logs_says_so() {
         }
         // It soon waits for the disk. One that is cancelled before says the same.
         std::thread::sleep(Duration::from_millis(300));
-        assert_eq!(ask(&source, &json!({"command": "cancel"})).unwrap(), [json!({"event": "ok"})]);
+        assert_eq!(send_command(&source, &json!({"command": "cancel"})).unwrap(), [json!({"event": "ok"})]);
         migration.join().unwrap()
     });
     kill(backend, Signal::SIGCONT).unwrap();
@@ -967,41 +969,41 @@ fn a_migration_that_is_cancelled_before_a_disk_that_hangs_logs_says_so() {
 #[rstest]
 #[case::it_comes_back(true)]
 #[case::it_is_cancelled(false)]
-fn a_guest_is_not_stopped_while_a_back_end_is_away(#[case] returns: bool) {
+fn a_guest_is_not_paused_while_a_back_end_is_unavailable(#[case] returns: bool) {
     let mut host = Host::new();
     let (source, destination, unix) = host.pair();
     let (mut migration, mut events) = migrating(&source, &unix);
     drop(host.running.remove(0));
     let waiting = events.find(|event| event["event"] == "waiting").unwrap();
     assert!(waiting["message"].as_str().unwrap().contains("source.vhost: its back-end is away"), "{waiting}");
-    works(&source);
+    assert_guest_progresses(&source);
     if returns {
         host.backend("source.vhost");
         assert_eq!(events.last().unwrap()["event"], "completed");
         verify(&destination);
     } else {
-        assert_eq!(ask(&source, &json!({"command": "cancel"})).unwrap(), [json!({"event": "ok"})]);
-        assert!(failed(&mut migration).contains("cancelled"));
-        works(&source);
+        assert_eq!(send_command(&source, &json!({"command": "cancel"})).unwrap(), [json!({"event": "ok"})]);
+        assert!(expect_failure(&mut migration).contains("cancelled"));
+        assert_guest_progresses(&source);
         host.backend("source.vhost");
         verify(&source);
     }
 }
 
 #[test]
-fn a_measurement_gives_way_to_a_migration() {
+fn a_migration_ends_a_dirty_rate_measurement() {
     let mut host = Host::new();
     let (source, destination, unix) = host.pair();
     let mut measuring = program();
     measuring.args(["dirty-rate", "--seconds", "3600", "--control"]).arg(&source);
-    let mut measuring = Running(measuring.stderr(Stdio::piped()).spawn().unwrap());
+    let mut measuring = ChildProcess(measuring.stderr(Stdio::piped()).spawn().unwrap());
     let deadline = Instant::now() + PATIENCE;
     while status(&source).unwrap()["busy"] != "a measurement" {
         assert!(Instant::now() < deadline);
         std::thread::sleep(Duration::from_millis(5));
     }
     assert_completed(&migrate(&source, &unix, &[]));
-    let why = failed(&mut measuring);
+    let why = expect_failure(&mut measuring);
     assert!(why.contains("by a migration"), "{why}");
     verify(&destination);
 }
@@ -1009,7 +1011,7 @@ fn a_measurement_gives_way_to_a_migration() {
 #[rstest]
 #[case::one_signal_and_no_answer(1)]
 #[case::two_signals(2)]
-fn migrate_ends_at_signals_although_the_guests_process_hangs(#[case] signals: u32) {
+fn migrate_ends_at_signals_while_the_guest_process_hangs(#[case] signals: u32) {
     let mut host = Host::new();
     let (source, destination, unix) = host.pair();
     let [_, guest, ..] = &host.running[..] else { panic!() };
@@ -1035,18 +1037,18 @@ fn migrate_ends_at_signals_although_the_guests_process_hangs(#[case] signals: u3
 }
 
 #[test]
-fn a_guest_moves_between_two_processes_on_one_back_end_and_stays_if_it_is_cancelled() {
+fn a_guest_migrates_between_two_front_ends_of_one_back_end_and_stays_if_cancelled() {
     let mut host = Host::new();
     let backend = host.backend_with("disk.vhost", &["--front-ends", "2"]);
     let unix = format!("unix:{}", host.path("incoming").display());
     let small = ["--memory", "64MiB", "--dirty-rate", "8MiB/s", "--request-rate", "50"];
     let source = host.guest_on(&backend, "source", &small);
-    until(&source, "running");
+    wait_for_state(&source, "running");
     let destination = host.guest_on(&backend, "destination", &["--incoming", &unix]);
-    until(&destination, "absent");
+    wait_for_state(&destination, "absent");
     let (mut migration, events) = migrating(&source, &unix);
-    assert_eq!(ask(&source, &json!({"command": "cancel"})).unwrap(), [json!({"event": "ok"})]);
-    assert!(failed(&mut migration).contains("cancelled"));
+    assert_eq!(send_command(&source, &json!({"command": "cancel"})).unwrap(), [json!({"event": "ok"})]);
+    assert!(expect_failure(&mut migration).contains("cancelled"));
     drop(events);
     verify(&source);
     assert_completed(&migrate(&source, &unix, &[]));

@@ -15,15 +15,18 @@ use serde_json::{Value, json};
 use vhost_migrate::stream::record::{Held, Started};
 use vhost_migrate::stream::{FrameKind, IncomingConnection, StreamListener, StreamOptions, ToSource, Uri};
 
-use crate::relay::{At, Deed, Fault, Relay, Way};
+use crate::relay::{Direction, Fault, FaultAction, FaultPosition, Relay};
 use crate::{
-    Host, PATIENCE, ask, assert_completed, failed, migrate, migrating, run, signal, slow_migration, status, text,
-    until, until_it_waits, verify,
+    Host, PATIENCE, assert_completed, expect_failure, migrate, migrating, run, send_command, signal, slow_migration,
+    status, text, verify, wait_for_state, wait_until_listening,
 };
 
 /// A destination that is gone once it has read the commit, and another process in its place that answers questions, one
 /// after the other, with `answers`.
-fn vanishing(uri: &str, answers: impl IntoIterator<Item = ToSource, IntoIter: Send> + 'static) -> Receiver<()> {
+fn destination_gone_after_commit(
+    uri: &str,
+    answers: impl IntoIterator<Item = ToSource, IntoIter: Send> + 'static,
+) -> Receiver<()> {
     let (ready, is_ready) = channel();
     let listener = StreamListener::bind(&uri.parse().unwrap()).unwrap();
     let mut answers = answers.into_iter();
@@ -75,31 +78,35 @@ pub(super) fn command(name: &str, control: &Path) -> Output {
 }
 
 /// The control command fails; its words.
-pub(super) fn refusal(control: &Path, command: Value) -> String {
-    let answer = ask(control, &command).unwrap().pop().unwrap();
+pub(super) fn expect_error(control: &Path, command: Value) -> String {
+    let answer = send_command(control, &command).unwrap().pop().unwrap();
     assert_eq!(answer["event"], "error", "{answer}");
     answer["message"].as_str().unwrap().to_owned()
 }
 
-pub(super) fn done(control: &Path, command: &str) {
-    let answer = ask(control, &json!({"command": command})).unwrap();
+pub(super) fn expect_ok(control: &Path, command: &str) {
+    let answer = send_command(control, &json!({"command": command})).unwrap();
     assert_eq!(answer.last().unwrap()["event"], "ok", "{answer:?}");
 }
 
 /// A source whose guest has been sent to a destination of which nothing is known.
-pub(super) fn of_unknown_outcome(
+pub(super) fn source_of_unknown_outcome(
     host: &mut Host,
     answers: impl IntoIterator<Item = ToSource, IntoIter: Send> + 'static,
 ) -> PathBuf {
     let source = host.source();
-    send_to_nowhere(host, &source, answers);
+    migrate_to_unknown_outcome(host, &source, answers);
     source
 }
 
-fn send_to_nowhere(host: &Host, source: &Path, answers: impl IntoIterator<Item = ToSource, IntoIter: Send> + 'static) {
+fn migrate_to_unknown_outcome(
+    host: &Host,
+    source: &Path,
+    answers: impl IntoIterator<Item = ToSource, IntoIter: Send> + 'static,
+) {
     let uri = unix(host, "nowhere");
     let _ = std::fs::remove_file(host.path("nowhere"));
-    vanishing(&uri, answers).recv().unwrap();
+    destination_gone_after_commit(&uri, answers).recv().unwrap();
     let output = migrate(source, &uri, &[]);
     let words = text(&output.stderr);
     assert_eq!(output.status.code(), Some(3), "{words}");
@@ -111,11 +118,11 @@ fn send_to_nowhere(host: &Host, source: &Path, answers: impl IntoIterator<Item =
 }
 
 #[test]
-fn a_guest_of_unknown_outcome_is_kept_until_the_operator_decides() {
+fn a_guest_of_unknown_outcome_stays_paused_until_resume_or_forget() {
     let mut host = Host::new();
-    let source = of_unknown_outcome(&mut host, [ToSource::Unknown, ToSource::Unknown]);
+    let source = source_of_unknown_outcome(&mut host, [ToSource::Unknown, ToSource::Unknown]);
     for command in ["pause", "quit"] {
-        let words = refusal(&source, json!({"command": command}));
+        let words = expect_error(&source, json!({"command": command}));
         assert!(words.contains("resume it if the destination does not run it"), "{command}: {words}");
     }
     assert_eq!(migrate(&source, "unix:/nonexistent/socket", &[]).status.code(), Some(3));
@@ -123,10 +130,10 @@ fn a_guest_of_unknown_outcome_is_kept_until_the_operator_decides() {
     let output = command("resume", &source);
     assert!(output.status.success(), "{}", text(&output.stderr));
     verify(&source);
-    let words = refusal(&source, json!({"command": "forget"}));
+    let words = expect_error(&source, json!({"command": "forget"}));
     assert!(words.contains("the guest is here"), "{words}");
     // The destination runs it.
-    send_to_nowhere(&host, &source, [ToSource::Unknown]);
+    migrate_to_unknown_outcome(&host, &source, [ToSource::Unknown]);
     let output = command("forget", &source);
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert_eq!(status(&source).unwrap()["location"], "handed_over");
@@ -135,15 +142,15 @@ fn a_guest_of_unknown_outcome_is_kept_until_the_operator_decides() {
         assert!(output.status.code() == Some(1) && text(&output.stderr).contains("handed over"), "{output:?}");
     }
     assert_eq!(migrate(&source, "unix:/nonexistent/socket", &[]).status.code(), Some(6));
-    done(&source, "quit");
+    expect_ok(&source, "quit");
 }
 
 #[test]
-fn a_guest_is_not_resumed_where_the_destination_says_that_it_has_it() {
+fn resume_is_refused_when_the_destination_has_the_guest() {
     let mut host = Host::new();
     let held = ToSource::Held(Held { starting: false, message: "its disk is away".into() });
     let answers = [ToSource::Unknown, held, ToSource::Started(Started::default())];
-    let source = of_unknown_outcome(&mut host, answers);
+    let source = source_of_unknown_outcome(&mut host, answers);
     let output = command("resume", &source);
     assert!(text(&output.stderr).contains("its disk is away"), "{}", text(&output.stderr));
     assert_eq!((output.status.code(), &status(&source).unwrap()["state"]), (Some(1), &json!("outcome_unknown")));
@@ -153,14 +160,14 @@ fn a_guest_is_not_resumed_where_the_destination_says_that_it_has_it() {
 }
 
 #[test]
-fn a_source_that_does_not_hear_that_the_guest_runs_finds_out() {
+fn a_source_that_misses_started_completes_by_an_outcome_query() {
     let mut host = Host::new();
     let (source, destination, incoming) = host.pair();
-    let fault = Fault::new(Way::ToSource, At::Frame(FrameKind::Started, 0), Deed::Cut);
+    let fault = Fault::new(Direction::ToSource, FaultPosition::Frame(FrameKind::Started, 0), FaultAction::Cut);
     let there: Uri = incoming.parse().unwrap();
     let relay = Relay::new(unix(&host, "relay").parse().unwrap(), &there, fault);
     let output = migrate(&source, &unix(&host, "relay"), &[]);
-    assert!(relay.struck());
+    assert!(relay.triggered());
     assert!(text(&output.stdout).contains("\"asking\""), "{}", text(&output.stdout));
     assert_completed(&output);
     drop(relay);
@@ -169,15 +176,16 @@ fn a_source_that_does_not_hear_that_the_guest_runs_finds_out() {
 }
 
 #[test]
-fn a_destination_that_is_killed_when_it_is_ready_leaves_the_guest_to_its_operator() {
+fn a_destination_killed_after_ready_leaves_an_unknown_outcome() {
     let mut host = Host::new();
     let (source, _, incoming) = host.pair();
-    let fault = Fault::new(Way::ToDestination, At::Frame(FrameKind::Commit, 0), Deed::CutForGood);
+    let fault =
+        Fault::new(Direction::ToDestination, FaultPosition::Frame(FrameKind::Commit, 0), FaultAction::CutForGood);
     let there: Uri = incoming.parse().unwrap();
     let relay = Relay::new(unix(&host, "relay").parse().unwrap(), &there, fault);
     let mut sent = std::thread::scope(|scope| {
         let sent = scope.spawn(|| migrate(&source, &unix(&host, "relay"), &[]));
-        while !relay.struck() && !sent.is_finished() {
+        while !relay.triggered() && !sent.is_finished() {
             std::thread::yield_now();
         }
         sent.join().unwrap()
@@ -192,18 +200,22 @@ fn a_destination_that_is_killed_when_it_is_ready_leaves_the_guest_to_its_operato
 }
 
 #[test]
-fn a_commit_that_a_stopped_destination_finds_too_late_has_no_effect() {
+fn a_commit_read_after_the_switchover_timeout_has_no_effect() {
     let mut host = Host::new();
     let source = host.source();
     let destination =
         host.guest("destination", &["--incoming", &unix(&host, "incoming"), "--switchover-timeout", "1s"]);
-    until(&destination, "absent");
+    wait_for_state(&destination, "absent");
     let there: Uri = unix(&host, "incoming").parse().unwrap();
-    let slowly = Fault::new(Way::ToSource, At::Frame(FrameKind::Ready, 0), Deed::Trickle(Duration::from_millis(20)));
+    let slowly = Fault::new(
+        Direction::ToSource,
+        FaultPosition::Frame(FrameKind::Ready, 0),
+        FaultAction::Trickle(Duration::from_millis(20)),
+    );
     let relay = Relay::new(unix(&host, "relay").parse().unwrap(), &there, slowly);
     let through = unix(&host, "relay");
     let (mut migration, _events) = migrating(&source, &through);
-    while !relay.struck() {
+    while !relay.triggered() {
         std::thread::yield_now();
     }
     let process = host.running.last().unwrap();
@@ -211,18 +223,18 @@ fn a_commit_that_a_stopped_destination_finds_too_late_has_no_effect() {
     // The source hears that it is ready and sends the commit meanwhile, and the destination's time passes.
     std::thread::sleep(Duration::from_secs(2));
     signal(process, Signal::SIGCONT);
-    let why = failed(&mut migration);
+    let why = expect_failure(&mut migration);
     assert!(why.contains("the guest still runs here") && why.contains("took longer than 1s"), "{why}");
     assert_eq!(status(&destination).unwrap()["state"], "absent");
     verify(&source);
 }
 
 #[test]
-fn a_source_that_comes_after_a_guest_has_arrived_is_refused_at_once() {
+fn a_migration_to_an_occupied_destination_is_refused_at_once() {
     let mut host = Host::new();
     let (source, destination, incoming) = host.pair();
     assert_completed(&migrate(&source, &incoming, &[]));
-    until(&destination, "running");
+    wait_for_state(&destination, "running");
     let output = migrate(&destination, &incoming, &[]);
     let words = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{words}");
@@ -231,65 +243,65 @@ fn a_source_that_comes_after_a_guest_has_arrived_is_refused_at_once() {
 }
 
 #[test]
-fn a_paused_guest_moves_and_is_saved_and_arrives_paused() {
+fn a_paused_guest_is_migrated_saved_and_restored_paused() {
     let mut host = Host::new();
     let source = host.source();
-    done(&source, "pause");
-    let second = host.arriving("second", &unix(&host, "incoming"));
-    until(&second, "absent");
+    expect_ok(&source, "pause");
+    let second = host.destination("second", &unix(&host, "incoming"));
+    wait_for_state(&second, "absent");
     assert_completed(&migrate(&source, &unix(&host, "incoming"), &[]));
-    assert_eq!(until(&second, "paused")["location"], "paused_here");
+    assert_eq!(wait_for_state(&second, "paused")["location"], "paused_here");
     let (before, after) = (status(&second).unwrap(), status(&second).unwrap());
     assert_eq!(before["pages"], after["pages"]);
     let words = migrate(&second, "unix:/nonexistent/socket", &[]);
     assert!(words.status.code() == Some(4) && text(&words.stderr).contains("is paused here"), "{words:?}");
-    done(&second, "resume");
+    expect_ok(&second, "resume");
     verify(&second);
-    done(&second, "pause");
+    expect_ok(&second, "pause");
     let file = format!("file:{}", host.path("guest.vhm").display());
     assert_completed(&migrate(&second, &file, &[]));
-    let third = host.arriving("third", &file);
-    until(&third, "paused");
-    done(&third, "resume");
+    let third = host.destination("third", &file);
+    wait_for_state(&third, "paused");
+    expect_ok(&third, "resume");
     verify(&third);
 }
 
 #[test]
-fn quit_ends_a_destination_that_waits_at_once() {
+fn quit_ends_an_idle_destination_at_once() {
     let mut host = Host::new();
-    let destination = host.arriving("destination", &unix(&host, "incoming"));
-    until(&destination, "absent");
-    done(&destination, "quit");
+    let destination = host.destination("destination", &unix(&host, "incoming"));
+    wait_for_state(&destination, "absent");
+    expect_ok(&destination, "quit");
     assert_eq!(host.running.last_mut().unwrap().0.wait().unwrap().code(), Some(0));
     assert!(!destination.exists() && !host.path("incoming").exists(), "its sockets are removed");
 }
 
 #[test]
-fn quit_ends_a_destination_in_the_middle_of_a_migration_and_not_the_guest() {
+fn quit_at_the_destination_during_a_migration_leaves_the_guest_running_at_its_source() {
     let mut host = Host::new();
     let (source, destination, incoming) = host.pair();
     let (mut slow, _events) = slow_migration(&source, &incoming);
-    done(&destination, "quit");
+    expect_ok(&destination, "quit");
     assert_eq!(host.running.last_mut().unwrap().0.wait().unwrap().code(), Some(0));
-    let why = failed(&mut slow);
+    let why = expect_failure(&mut slow);
     assert!(why.contains("the guest still runs here"), "{why}");
     verify(&source);
 }
 
 #[test]
-fn cancel_at_the_destination_ends_a_migration_and_the_next_one_arrives() {
+fn cancel_at_the_destination_ends_a_migration_and_the_next_one_succeeds() {
     let mut host = Host::new();
     let (source, destination, incoming) = host.pair();
-    until_it_waits(&destination);
+    wait_until_listening(&destination);
     let (mut slow, _events) = slow_migration(&source, &incoming);
-    done(&destination, "cancel");
-    failed(&mut slow);
+    expect_ok(&destination, "cancel");
+    expect_failure(&mut slow);
     assert_completed(&migrate(&source, &incoming, &[]));
     verify(&destination);
 }
 
 #[test]
-fn without_contact_to_the_guests_process_nothing_is_claimed() {
+fn migrate_exits_with_5_without_contact_to_the_guest_process() {
     let mut host = Host::new();
     let output = migrate(&host.path("nothing"), "unix:x", &[]);
     let words = text(&output.stderr);
@@ -308,7 +320,7 @@ fn without_contact_to_the_guests_process_nothing_is_claimed() {
 }
 
 /// A way to the control socket that breaks, once, when an event of this kind passes.
-fn fragile(host: &Host, control: &Path, event: &'static str) -> PathBuf {
+fn migrate_with_broken_event_stream(host: &Host, control: &Path, event: &'static str) -> PathBuf {
     let path = host.path("fragile");
     let listener = UnixListener::bind(&path).unwrap();
     let (control, broken) = (control.to_owned(), Arc::new(AtomicBool::new(false)));
@@ -334,18 +346,18 @@ fn fragile(host: &Host, control: &Path, event: &'static str) -> PathBuf {
 }
 
 #[test]
-fn a_migration_whose_report_is_lost_is_asked_for_its_end() {
+fn migrate_polls_the_status_when_its_event_stream_breaks() {
     let mut host = Host::new();
     let (source, destination, incoming) = host.pair();
-    let fragile = fragile(&host, &source, "\"switchover\"");
-    let output = migrate(&fragile, &incoming, &[]);
+    let migrate_with_broken_event_stream = migrate_with_broken_event_stream(&host, &source, "\"switchover\"");
+    let output = migrate(&migrate_with_broken_event_stream, &incoming, &[]);
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert!(text(&output.stderr).contains("the guest was handed over"), "{}", text(&output.stderr));
     verify(&destination);
 }
 
 #[test]
-fn one_way_must_be_asked_for_and_leaves_the_outcome_open() {
+fn one_way_is_opt_in_and_leaves_the_outcome_unknown() {
     let mut host = Host::new();
     let source = host.source();
     let saved = host.path("saved");
@@ -354,5 +366,5 @@ fn one_way_must_be_asked_for_and_leaves_the_outcome_open() {
     assert!(text(&output.stderr).contains("one way"), "{}", text(&output.stderr));
     // The operator knows what the command does.
     assert!(command("forget", &source).status.success());
-    verify(&host.arriving("restored", &format!("exec:cat {}", saved.display())));
+    verify(&host.destination("restored", &format!("exec:cat {}", saved.display())));
 }

@@ -8,10 +8,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rstest::rstest;
 
-use super::{Host, Running, migrate, program, slow_migration, text, until, verify};
+use super::{ChildProcess, Host, migrate, program, slow_migration, text, verify, wait_for_state};
 
 /// Has openat fail with O_TMPFILE in a program to be started, as on a file system that knows no unnamed files.
-fn without_unnamed_files(command: &mut Command) {
+fn disable_unnamed_files(command: &mut Command) {
     use seccompiler::SeccompCmpArgLen::Dword;
     use seccompiler::SeccompCmpOp::MaskedEq;
     use seccompiler::{BpfProgram, SeccompAction, SeccompCondition, SeccompFilter, SeccompRule, TargetArch};
@@ -29,7 +29,7 @@ fn without_unnamed_files(command: &mut Command) {
 }
 
 #[rstest]
-fn a_guest_that_is_ended_while_it_is_saved_leaves_no_part_of_the_file_behind(
+fn a_guest_process_ended_during_a_save_leaves_no_partial_file(
     #[values(Signal::SIGTERM, Signal::SIGINT)] signal: Signal,
 ) {
     let mut host = Host::new();
@@ -37,9 +37,9 @@ fn a_guest_that_is_ended_while_it_is_saved_leaves_no_part_of_the_file_behind(
     let source = host.path("source.control");
     let mut command = program();
     command.args(["guest", "--memory", "64MiB", "--backend"]).arg(backend).arg("--control").arg(&source);
-    without_unnamed_files(&mut command);
-    let mut guest = Running(command.stdout(Stdio::null()).spawn().unwrap());
-    until(&source, "running");
+    disable_unnamed_files(&mut command);
+    let mut guest = ChildProcess(command.stdout(Stdio::null()).spawn().unwrap());
+    wait_for_state(&source, "running");
     let folder = host.path("saves");
     std::fs::create_dir(&folder).unwrap();
     let (_slow, _events) = slow_migration(&source, &format!("file:{}", folder.join("guest.vhm").display()));
@@ -53,7 +53,7 @@ fn a_guest_that_is_ended_while_it_is_saved_leaves_no_part_of_the_file_behind(
 }
 
 #[test]
-fn a_guest_is_not_saved_over_what_its_own_process_has_open_nor_over_a_disk() {
+fn a_save_is_refused_onto_own_descriptors_and_onto_a_disk_image() {
     let mut host = Host::new();
     let source = host.source();
     let guest = host.running.last().unwrap().0.id();
@@ -77,7 +77,7 @@ fn a_guest_is_not_saved_over_what_its_own_process_has_open_nor_over_a_disk() {
 }
 
 #[test]
-fn a_limit_of_file_sizes_fails_a_save_and_ends_no_guest() {
+fn a_file_size_limit_fails_a_save_and_the_guest_keeps_running() {
     let mut host = Host::new();
     let source = host.source();
     let guest = host.running.last().unwrap().0.id().to_string();

@@ -13,18 +13,21 @@ use nix::unistd::Pid;
 use rstest::rstest;
 use serde_json::json;
 
-use super::{Host, PATIENCE, Running, ask, migrating, program, signal, until, until_it_waits, verify};
+use super::{
+    ChildProcess, Host, PATIENCE, migrating, program, send_command, signal, verify, wait_for_state,
+    wait_until_listening,
+};
 
 /// Long enough for a busy machine, and shorter than any limit of a wait for a peer.
-const SOON: Duration = Duration::from_secs(8);
+const END_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// How a process ends at SIGTERM, which must be soon.
-fn terminated(process: &mut Running, what: &str) -> ExitStatus {
+fn assert_ends_by_sigterm(process: &mut ChildProcess, what: &str) -> ExitStatus {
     signal(process, Signal::SIGTERM);
-    ended(process, what, SOON)
+    wait_for_end(process, what, END_TIMEOUT)
 }
 
-fn ended(process: &mut Running, what: &str, limit: Duration) -> ExitStatus {
+fn wait_for_end(process: &mut ChildProcess, what: &str, limit: Duration) -> ExitStatus {
     let begun = Instant::now();
     loop {
         if let Some(status) = process.0.try_wait().unwrap() {
@@ -35,17 +38,17 @@ fn ended(process: &mut Running, what: &str, limit: Duration) -> ExitStatus {
     }
 }
 
-fn start(arguments: &[&str]) -> Running {
+fn start(arguments: &[&str]) -> ChildProcess {
     let mut command = program();
-    Running(command.args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
+    ChildProcess(command.args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
 }
 
 /// It may do something until it waits; whenever the signal comes, it ends.
-fn settle() {
+fn wait_for_blocked_command() {
     std::thread::sleep(Duration::from_millis(300));
 }
 
-fn stop(process: &Running) {
+fn stop(process: &ChildProcess) {
     signal(process, Signal::SIGSTOP);
 }
 
@@ -54,7 +57,7 @@ fn text(path: &Path) -> &str {
 }
 
 /// A back-end that accepts a connection and never answers is one whose queue of connections takes it.
-fn silent(host: &Host) -> (UnixListener, String) {
+fn silent_socket(host: &Host) -> (UnixListener, String) {
     let path = host.path("silent");
     let listener = UnixListener::bind(&path).unwrap();
     (listener, text(&path).into())
@@ -67,9 +70,9 @@ fn silent(host: &Host) -> (UnixListener, String) {
 #[case::migrates(&["migrate", "--control", "PEER", "unix:x"])]
 #[case::resumes(&["resume", "--control", "PEER"])]
 #[case::forgets(&["forget", "--control", "PEER"])]
-fn a_command_whose_peer_never_answers_ends(#[case] arguments: &[&str]) {
+fn sigterm_ends_a_command_whose_peer_never_replies(#[case] arguments: &[&str]) {
     let host = Host::new();
-    let (_listener, peer) = silent(&host);
+    let (_listener, peer) = silent_socket(&host);
     let control = host.path("control");
     let words: Vec<&str> = arguments
         .iter()
@@ -80,72 +83,72 @@ fn a_command_whose_peer_never_answers_ends(#[case] arguments: &[&str]) {
         })
         .collect();
     let mut process = start(&words);
-    settle();
+    wait_for_blocked_command();
     assert!(process.0.try_wait().unwrap().is_none(), "{arguments:?} does not wait");
-    terminated(&mut process, arguments[0]);
+    assert_ends_by_sigterm(&mut process, arguments[0]);
 }
 
 #[test]
-fn an_inspection_of_what_nobody_writes_ends() {
+fn sigterm_ends_inspect_on_a_pipe_without_a_writer() {
     let host = Host::new();
     let pipe = host.path("pipe");
     nix::unistd::mkfifo(&pipe, Mode::S_IRWXU).unwrap();
     let mut process = start(&["inspect", "stream", text(&pipe)]);
-    settle();
-    assert_eq!(terminated(&mut process, "inspect").signal(), Some(Signal::SIGTERM as i32));
+    wait_for_blocked_command();
+    assert_eq!(assert_ends_by_sigterm(&mut process, "inspect").signal(), Some(Signal::SIGTERM as i32));
 }
 
 #[test]
-fn a_guest_whose_back_end_hangs_ends() {
+fn sigterm_ends_a_guest_whose_back_end_hangs() {
     let mut host = Host::new();
     host.source();
     let [backend, guest] = &mut host.running[..] else { panic!() };
     stop(backend);
-    settle();
-    terminated(guest, "guest");
+    wait_for_blocked_command();
+    assert_ends_by_sigterm(guest, "guest");
     signal(backend, Signal::SIGCONT);
 }
 
 /// Its source has said half of what it has to say first, and then the back-end hangs when the guest arrives.
 #[test]
-fn a_destination_that_waits_for_the_rest_of_a_source_or_for_its_back_end_ends() {
+fn sigterm_ends_a_destination_that_waits_for_a_source_or_a_back_end() {
     let mut host = Host::new();
     let unix = format!("unix:{}", host.path("incoming").display());
-    let destination = host.arriving("destination", &unix);
-    until(&destination, "absent");
-    until_it_waits(&destination);
+    let destination = host.destination("destination", &unix);
+    wait_for_state(&destination, "absent");
+    wait_until_listening(&destination);
     let mut half = UnixStream::connect(host.path("incoming")).unwrap();
     half.write_all(b"VH").unwrap();
-    settle();
-    terminated(host.running.last_mut().unwrap(), "guest --incoming");
+    wait_for_blocked_command();
+    assert_ends_by_sigterm(host.running.last_mut().unwrap(), "guest --incoming");
 
-    let destination = host.arriving("another", &unix);
-    until(&destination, "absent");
+    let destination = host.destination("another", &unix);
+    wait_for_state(&destination, "absent");
     let [.., backend, _] = &host.running[..] else { panic!() };
     stop(backend);
     let (at, stopped) = (host.running.len() - 1, Pid::from_raw(backend.0.id() as i32));
     let source = host.source();
     let _migration = start(&["migrate", &unix, "--control", text(&source)]);
-    settle();
-    terminated(&mut host.running[at], "guest --incoming");
+    wait_for_blocked_command();
+    assert_ends_by_sigterm(&mut host.running[at], "guest --incoming");
     kill(stopped, Signal::SIGCONT).unwrap();
 }
 
 /// Neither what hangs nor what it has of the guest's device keeps a back-end.
 #[test]
-fn a_back_end_whose_front_end_hangs_ends() {
+fn sigterm_ends_a_back_end_whose_front_end_hangs() {
     let mut host = Host::new();
     host.source();
     let [backend, guest] = &mut host.running[..] else { panic!() };
     stop(guest);
-    assert_eq!(terminated(backend, "backend").code(), Some(0));
+    assert_eq!(assert_ends_by_sigterm(backend, "backend").code(), Some(0));
     signal(guest, Signal::SIGCONT);
 }
 
 #[rstest]
 #[case::disk(&["blk", "--image", "DISK"])]
 #[case::interface(&["net", "--loopback"])]
-fn a_back_end_that_waits_for_the_rest_of_a_message_or_of_the_greeting_ends(#[case] device: &[&str]) {
+fn sigterm_ends_a_back_end_that_waits_for_the_rest_of_a_message(#[case] device: &[&str]) {
     let host = Host::new();
     let (disk, socket) = (host.path("disk"), host.path("socket"));
     let device = device.iter().map(|word| if *word == "DISK" { text(&disk) } else { word });
@@ -160,50 +163,50 @@ fn a_back_end_that_waits_for_the_rest_of_a_message_or_of_the_greeting_ends(#[cas
         std::thread::sleep(Duration::from_millis(5));
     };
     half.write_all(&[1, 0, 0]).unwrap();
-    settle();
-    assert_eq!(terminated(&mut process, "backend").code(), Some(0));
+    wait_for_blocked_command();
+    assert_eq!(assert_ends_by_sigterm(&mut process, "backend").code(), Some(0));
 
     // It connects, and nobody accepts.
-    let (listener, peer) = silent(&host);
+    let (listener, peer) = silent_socket(&host);
     nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
     let _filler = UnixStream::connect(&peer).unwrap();
     let mut command = program();
     command.args(&words).args(["--connect", &peer]).stdout(Stdio::piped());
-    let mut process = Running(command.spawn().unwrap());
+    let mut process = ChildProcess(command.spawn().unwrap());
     // Once it says so, it takes signals.
     BufReader::new(process.0.stdout.take().unwrap()).read_line(&mut String::new()).unwrap();
-    settle();
-    assert_eq!(terminated(&mut process, "backend --connect").code(), Some(0));
+    wait_for_blocked_command();
+    assert_eq!(assert_ends_by_sigterm(&mut process, "backend --connect").code(), Some(0));
 }
 
 /// Logging can't be switched off while the back-end hangs.
 #[test]
-fn a_migration_whose_source_has_a_back_end_that_hangs_ends_and_the_guest_goes_on() {
+fn sigterm_ends_a_migration_whose_back_end_hangs_and_the_guest_keeps_running() {
     let mut host = Host::new();
     let (source, _, unix) = host.pair();
     let (mut migration, mut events) = migrating(&source, &unix);
     events.find(|event| ["progress", "round"].contains(&event["event"].as_str().unwrap())).unwrap();
     stop(&host.running[0]);
-    assert_eq!(terminated(&mut migration, "migrate").code(), Some(1));
+    assert_eq!(assert_ends_by_sigterm(&mut migration, "migrate").code(), Some(1));
     signal(&host.running[0], Signal::SIGCONT);
     verify(&source);
 }
 
 /// The worst place: the guest's process has agreed to cancel, and then hangs.
 #[test]
-fn a_migration_whose_guest_hangs_after_the_cancellation_was_taken_ends() {
+fn sigterm_ends_a_migration_whose_guest_process_hangs_after_cancel() {
     let host = Host::new();
-    let (listener, peer) = silent(&host);
+    let (listener, peer) = silent_socket(&host);
     let mut process = start(&["migrate", "--control", &peer, "unix:x"]);
     let (_migrates, _) = listener.accept().unwrap();
     signal(&process, Signal::SIGTERM);
     let (mut cancels, _) = listener.accept().unwrap();
     cancels.write_all(b"{\"event\":\"ok\"}\n").unwrap();
-    assert_eq!(ended(&mut process, "migrate", SOON).code(), Some(5));
+    assert_eq!(wait_for_end(&mut process, "migrate", END_TIMEOUT).code(), Some(5));
 }
 
 #[test]
-fn a_demo_whose_processes_hang_ends_with_them() {
+fn sigterm_ends_a_demo_and_its_hanging_processes() {
     let _host = Host::new(); // one at a time
     let mut demo = start(&["demo", "--memory", "64MiB", "--seconds", "1000"]);
     let children = || -> Vec<i32> {
@@ -216,10 +219,10 @@ fn a_demo_whose_processes_hang_ends_with_them() {
         assert!(Instant::now() < deadline, "two back-ends and two guests");
         std::thread::sleep(Duration::from_millis(5));
     }
-    settle();
+    wait_for_blocked_command();
     let children = children();
     children.iter().for_each(|pid| kill(Pid::from_raw(*pid), Signal::SIGSTOP).unwrap());
-    assert_eq!(terminated(&mut demo, "demo").code(), Some(1));
+    assert_eq!(assert_ends_by_sigterm(&mut demo, "demo").code(), Some(1));
     for pid in children {
         assert!(!Path::new(&format!("/proc/{pid}")).exists(), "it has left {pid} behind");
     }
@@ -254,11 +257,11 @@ impl Restarts {
 }
 
 /// Starts `check --write --restart` with a process group of its own.
-fn writes(host: &Host, socket: &Path, restarts: &Restarts) -> Running {
+fn writes(host: &Host, socket: &Path, restarts: &Restarts) -> ChildProcess {
     let mut command = program();
     command.args(["check", "--write", "--only", "I9", "--timeout", "600", "--restart", &restarts.command]).arg(socket);
     command.env("TMPDIR", host.path("")).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
-    Running(command.spawn().unwrap())
+    ChildProcess(command.spawn().unwrap())
 }
 
 /// Fills the disk of the host, so that it can be seen what is written to it.
@@ -269,13 +272,10 @@ fn fill(host: &Host) -> Vec<u8> {
 }
 
 #[rstest]
-#[case::terminated(Signal::SIGTERM, false)]
+#[case::assert_ends_by_sigterm(Signal::SIGTERM, false)]
 #[case::interrupted_from_the_terminal(Signal::SIGINT, true)]
 #[case::its_terminal_has_gone(Signal::SIGHUP, true)]
-fn a_check_that_ends_by_a_signal_puts_back_what_was_on_the_disk_and_ends_its_back_end(
-    #[case] signal: Signal,
-    #[case] whole_group: bool,
-) {
+fn sigterm_makes_check_restore_the_disk_and_end_its_back_end(#[case] signal: Signal, #[case] whole_group: bool) {
     let host = Host::new();
     let socket = host.path("socket");
     let before = fill(&host);
@@ -290,7 +290,7 @@ fn a_check_that_ends_by_a_signal_puts_back_what_was_on_the_disk_and_ends_its_bac
         }
         let pid = check.0.id() as i32;
         kill(Pid::from_raw(if whole_group { -pid } else { pid }), signal).unwrap();
-        let status = ended(&mut check, "check", PATIENCE);
+        let status = wait_for_end(&mut check, "check", PATIENCE);
         let left = restarts.end();
         assert!(disk() == before, "{status}: its bytes are on the disk");
         assert_eq!(left, 0, "{status}: its back-end runs on");
@@ -303,7 +303,7 @@ fn a_check_that_ends_by_a_signal_puts_back_what_was_on_the_disk_and_ends_its_bac
 
 /// The back-end was killed with writes on the disk, and its successor does not come up.
 #[test]
-fn a_check_that_ends_by_a_signal_and_can_not_put_back_what_was_on_the_disk_says_what_and_where_it_is() {
+fn sigterm_makes_check_print_disk_contents_that_it_cannot_restore() {
     let host = Host::new();
     let socket = host.path("socket");
     let before = fill(&host);
@@ -316,7 +316,7 @@ fn a_check_that_ends_by_a_signal_and_can_not_put_back_what_was_on_the_disk_says_
         std::thread::sleep(Duration::from_millis(5));
     }
     signal(&check, Signal::SIGTERM);
-    let (status, left, mut told) = (ended(&mut check, "check", PATIENCE), restarts.end(), String::new());
+    let (status, left, mut told) = (wait_for_end(&mut check, "check", PATIENCE), restarts.end(), String::new());
     check.0.stderr.take().unwrap().read_to_string(&mut told).unwrap();
     assert_eq!(status.signal(), Some(Signal::SIGTERM as i32), "{told}");
     assert_eq!(left, 0, "what it has started runs on");
@@ -328,7 +328,7 @@ fn a_check_that_ends_by_a_signal_and_can_not_put_back_what_was_on_the_disk_says_
 }
 
 #[test]
-fn a_guest_and_its_back_end_leave_no_socket_behind_however_they_end() {
+fn guest_and_back_end_remove_their_sockets_however_they_end() {
     let mut host = Host::new();
     let [guest, incoming, disk] = ["guest", "incoming", "disk"].map(|name| host.path(&format!("{name}.sock")));
     let [of_guest, of_disk] = [&guest, &disk].map(|path| format!("unix:{}.metrics", path.display()));
@@ -336,21 +336,21 @@ fn a_guest_and_its_back_end_leave_no_socket_behind_however_they_end() {
     for quits in [false, true] {
         let (control, unix) = (host.path("guest.control"), format!("unix:{}", incoming.display()));
         host.guest_on(&backend, "guest", &["--incoming", &unix, "--metrics", &of_guest]);
-        until(&control, "absent");
-        until_it_waits(&control);
+        wait_for_state(&control, "absent");
+        wait_until_listening(&control);
         let sockets = [control.clone(), incoming.clone(), of_guest["unix:".len()..].into()];
         sockets.iter().for_each(|path| assert!(path.exists(), "{}", path.display()));
         let mut process = host.running.pop().unwrap();
         if quits {
-            assert_eq!(ask(&control, &json!({"command": "quit"})).unwrap(), [json!({"event": "ok"})]);
+            assert_eq!(send_command(&control, &json!({"command": "quit"})).unwrap(), [json!({"event": "ok"})]);
             process.0.wait().unwrap();
         } else {
-            assert_eq!(terminated(&mut process, "guest").signal(), Some(Signal::SIGTERM as i32));
+            assert_eq!(assert_ends_by_sigterm(&mut process, "guest").signal(), Some(Signal::SIGTERM as i32));
         }
         sockets.iter().for_each(|path| assert!(!path.exists(), "{} is left behind", path.display()));
     }
     let sockets = [backend, of_disk["unix:".len()..].into()];
     sockets.iter().for_each(|path| assert!(path.exists(), "{}", path.display()));
-    assert_eq!(terminated(&mut host.running[0], "backend").code(), Some(0));
+    assert_eq!(assert_ends_by_sigterm(&mut host.running[0], "backend").code(), Some(0));
     sockets.iter().for_each(|path| assert!(!path.exists(), "{} is left behind", path.display()));
 }

@@ -10,11 +10,11 @@ use serde_json::json;
 use vhost_migrate::stream::{FrameKind, ToSource, Uri};
 
 use super::disks::{backend_on, refused};
-use super::outcome::{command, done, of_unknown_outcome, refusal};
-use super::relay::{At, Deed, Fault, Relay, Way};
+use super::outcome::{command, expect_error, expect_ok, source_of_unknown_outcome};
+use super::relay::{Direction, Fault, FaultAction, FaultPosition, Relay};
 use super::{
-    Host, PATIENCE, Running, assert_completed, events, failed, migrate, migrating, program, signal, slow_migration,
-    status, text, until, until_it_waits, verify,
+    ChildProcess, Host, PATIENCE, assert_completed, events, expect_failure, migrate, migrating, program, signal,
+    slow_migration, status, text, verify, wait_for_state, wait_until_listening,
 };
 
 /// A guest whose messages go to a file.
@@ -23,7 +23,7 @@ fn writing(host: &mut Host, name: &str, more: &[&str]) -> (PathBuf, PathBuf) {
     let (control, log) = (host.path(&format!("{name}.control")), host.path(&format!("{name}.log")));
     let mut command = program();
     command.args(["guest", "--log-level", "info", "--backend"]).arg(backend).arg("--control").arg(&control).args(more);
-    host.running.push(Running(command.stdout(Stdio::null()).stderr(File::create(&log).unwrap()).spawn().unwrap()));
+    host.running.push(ChildProcess(command.stdout(Stdio::null()).stderr(File::create(&log).unwrap()).spawn().unwrap()));
     (control, log)
 }
 
@@ -31,7 +31,7 @@ fn read(log: &Path) -> String {
     std::fs::read_to_string(log).unwrap()
 }
 
-fn until_it_says(log: &Path, words: &str) {
+fn wait_for_log(log: &Path, words: &str) {
     let deadline = Instant::now() + PATIENCE;
     while !read(log).contains(words) {
         assert!(Instant::now() < deadline, "not {words:?}: {}", read(log));
@@ -40,42 +40,42 @@ fn until_it_says(log: &Path, words: &str) {
 }
 
 #[test]
-fn a_guests_process_says_when_it_has_started_left_arrived_and_ends() {
+fn the_guest_process_logs_start_departure_arrival_and_end() {
     let mut host = Host::new();
     let uri = format!("unix:{}", host.path("incoming").display());
     let (source, here) = writing(&mut host, "source", &["--memory", "64MiB"]);
-    until(&source, "running");
+    wait_for_state(&source, "running");
     assert!(read(&here).contains("the guest has started, with disks from"), "{}", read(&here));
     let (destination, there) = writing(&mut host, "destination", &["--incoming", &uri]);
-    until(&destination, "absent");
+    wait_for_state(&destination, "absent");
     assert_completed(&migrate(&source, &uri, &[]));
     assert!(read(&here).contains(&format!("the guest has left for {uri}")), "{}", read(&here));
-    until(&destination, "running");
+    wait_for_state(&destination, "running");
     assert!(read(&there).contains(&format!("a guest has arrived at {uri} and runs here")), "{}", read(&there));
-    done(&source, "quit");
-    until_it_says(&here, "ends by quit");
+    expect_ok(&source, "quit");
+    wait_for_log(&here, "ends by quit");
     signal(host.running.last().unwrap(), Signal::SIGTERM);
-    until_it_says(&there, "ends by SIGTERM");
+    wait_for_log(&there, "ends by SIGTERM");
 }
 
 /// Each may be too late for a busy machine, where the connection is closed half a second after it was cancelled.
 #[test]
-fn each_side_hears_that_the_other_was_cancelled() {
+fn each_side_reports_a_cancellation_by_the_other() {
     let mut host = Host::new();
     let source = host.source();
     let uri = format!("unix:{}", host.path("incoming").display());
     let (destination, log) = writing(&mut host, "destination", &["--incoming", &uri]);
-    until(&destination, "absent");
-    until_it_waits(&destination);
+    wait_for_state(&destination, "absent");
+    wait_until_listening(&destination);
     let deadline = Instant::now() + PATIENCE;
     for (cancelled, words) in [(&source, "the source called the migration off: cancelled"), (&destination, "")] {
         loop {
             assert!(Instant::now() < deadline, "{}", read(&log));
             let (mut slow, _events) = slow_migration(&source, &uri);
             let before = read(&log).len();
-            done(cancelled, "cancel");
-            let why = failed(&mut slow);
-            until_it_says(&log, "no guest arrived");
+            expect_ok(cancelled, "cancel");
+            let why = expect_failure(&mut slow);
+            wait_for_log(&log, "no guest arrived");
             let told = match words {
                 "" => why.contains("it was cancelled at the destination"),
                 words => read(&log)[before..].contains(words),
@@ -89,24 +89,24 @@ fn each_side_hears_that_the_other_was_cancelled() {
 }
 
 #[test]
-fn a_source_says_soon_that_its_destination_takes_nothing() {
+fn a_source_warns_within_seconds_that_its_destination_reads_nothing() {
     let mut host = Host::new();
     let source = host.source();
     let uri = format!("unix:{}", host.path("incoming").display());
-    let destination = host.arriving("destination", &uri);
-    until(&destination, "absent");
+    let destination = host.destination("destination", &uri);
+    wait_for_state(&destination, "absent");
     let (mut migration, mut events) = migrating(&source, &uri);
     signal(host.running.last().unwrap(), Signal::SIGSTOP);
     let warning = events.find(|event| event["event"] == "warning").expect("it fails without a warning");
     assert!(warning["message"].as_str().unwrap().contains("nothing was taken for 5s"), "{warning}");
     signal(host.running.last().unwrap(), Signal::SIGCONT);
-    done(&source, "cancel");
-    failed(&mut migration);
+    expect_ok(&source, "cancel");
+    expect_failure(&mut migration);
     verify(&source);
 }
 
 #[test]
-fn a_snapshot_of_a_guest_that_is_not_paused_is_warned_of() {
+fn a_snapshot_of_a_running_guest_gives_a_warning() {
     let mut host = Host::new();
     let source = host.source();
     let file = format!("file:{}", host.path("guest.vhm").display());
@@ -116,30 +116,34 @@ fn a_snapshot_of_a_guest_that_is_not_paused_is_warned_of() {
     assert!(events(&output).iter().any(warned), "{}", text(&output.stdout));
     verify(&source);
     let backend = host.backend("again.vhost");
-    done(&source, "quit");
+    expect_ok(&source, "quit");
     assert!(refused(&host, &backend, &file).contains("has gone on since the guest was saved"));
 }
 
 #[test]
-fn a_destination_that_is_starting_its_guest_says_so() {
+fn status_reports_starting_while_an_arrived_guest_starts() {
     let mut host = Host::new();
     let source = host.source();
     let there = format!("unix:{}", host.path("incoming").display());
-    let destination = host.arriving("destination", &there);
-    until(&destination, "absent");
-    let slowly = Fault::new(Way::ToSource, At::Frame(FrameKind::Ready, 0), Deed::Trickle(Duration::from_millis(20)));
+    let destination = host.destination("destination", &there);
+    wait_for_state(&destination, "absent");
+    let slowly = Fault::new(
+        Direction::ToSource,
+        FaultPosition::Frame(FrameKind::Ready, 0),
+        FaultAction::Trickle(Duration::from_millis(20)),
+    );
     let through = format!("unix:{}", host.path("relay").display());
     let relay = Relay::new(through.parse::<Uri>().unwrap(), &there.parse().unwrap(), slowly);
     let (mut migration, _events) = migrating(&source, &through);
-    while !relay.struck() {
+    while !relay.triggered() {
         std::thread::yield_now();
     }
     // It is ready, and its back-end hangs when the guest is to be started.
     let [.., backend, _] = &host.running[..] else { panic!() };
     signal(backend, Signal::SIGSTOP);
-    until(&destination, "starting");
+    wait_for_state(&destination, "starting");
     for name in ["resume", "forget", "pause"] {
-        let words = refusal(&destination, json!({"command": name}));
+        let words = expect_error(&destination, json!({"command": name}));
         assert!(words.contains("a guest has arrived and is being started here"), "{name}: {words}");
     }
     signal(backend, Signal::SIGCONT);
@@ -149,7 +153,7 @@ fn a_destination_that_is_starting_its_guest_says_so() {
 }
 
 #[test]
-fn a_restore_onto_a_disk_that_the_guest_can_not_use_names_disk_and_reason() {
+fn a_restore_onto_an_unusable_disk_names_the_disk_and_the_reason() {
     let mut host = Host::new();
     let source = host.source();
     let file = format!("file:{}", host.path("guest.vhm").display());
@@ -162,15 +166,15 @@ fn a_restore_onto_a_disk_that_the_guest_can_not_use_names_disk_and_reason() {
 }
 
 #[test]
-fn a_guest_of_unknown_outcome_whose_disk_another_front_end_has_probably_runs_there() {
+fn resume_of_an_unknown_outcome_advises_forget_when_the_disk_is_in_use() {
     let mut host = Host::new();
-    let source = of_unknown_outcome(&mut host, [ToSource::Unknown, ToSource::Unknown]);
+    let source = source_of_unknown_outcome(&mut host, [ToSource::Unknown, ToSource::Unknown]);
     // In the place of the one that runs it.
     let other = host.guest("other", &["--memory", "64MiB", "--overwrite"]);
-    until(&other, "running");
+    wait_for_state(&other, "running");
     let output = command("resume", &source);
     let words = text(&output.stderr);
     assert!(output.status.code() == Some(1) && words.contains("the destination probably runs the guest"), "{words}");
     assert_eq!(status(&source).unwrap()["state"], "outcome_unknown");
-    done(&source, "forget");
+    expect_ok(&source, "forget");
 }

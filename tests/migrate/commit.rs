@@ -10,21 +10,24 @@ use vhost_migrate::stream::{
 };
 use vhost_migrate::stream::{ToDestination, ToSource, Uri, transport};
 
-use crate::guest::{Guest, NO_ROOM, PATIENCE, Refusal, SLOW, Trouble, layout};
-use crate::relay::{At, Deed, Fault, Relay, Way};
-use crate::trip::{Destination, How, Left, Place, assert_nothing_happened, leave, leave_telling, options, travel};
+use crate::guest::{Guest, GuestFault, PATIENCE, REFUSAL_REASON, RefusalPoint, SLOW_START, layout};
+use crate::relay::{Direction, Fault, FaultAction, FaultPosition, Relay};
+use crate::trip::{
+    Destination, MigrationSetup, SourceOutcome, TempFolder, assert_source_unharmed, migrate_out,
+    migrate_out_with_events, migrate_to, options,
+};
 
 const PAGES: u64 = 64;
 
 /// A migration through a relay with a fault.
-fn through(fault: Fault, how: &How) -> (Guest, Left, Destination, (Relay, Place)) {
-    let place = Place::new();
+fn migrate_through(fault: Fault, setup: &MigrationSetup) -> (Guest, SourceOutcome, Destination, (Relay, TempFolder)) {
+    let folder = TempFolder::new();
     let mut guest = Guest::running(PAGES);
-    let destination = Destination::at(&place.unix("destination"));
-    let relay = Relay::new(place.unix("relay"), &destination.uri, fault);
-    let left = leave(&mut guest, &relay.uri, how);
-    assert!(relay.struck());
-    (guest, left, destination, (relay, place))
+    let destination = Destination::at(&folder.unix("destination"));
+    let relay = Relay::new(folder.unix("relay"), &destination.uri, fault);
+    let left = migrate_out(&mut guest, &relay.uri, setup);
+    assert!(relay.triggered());
+    (guest, left, destination, (relay, folder))
 }
 
 /// A frame without a body, and COMMIT, which has three bytes.
@@ -32,111 +35,118 @@ const HEADER: u64 = FRAME_HEADER_BYTES as u64;
 const COMMIT_BYTES: u64 = HEADER + 3;
 
 /// A migration that is committed and whose connection then fails: the source asks, and lets go.
-fn resolved_by_a_question(fault: Fault, how: &How) {
-    let (guest, left, destination, _relay) = through(fault, how);
+fn assert_resolved_by_outcome_query(fault: Fault, setup: &MigrationSetup) {
+    let (guest, left, destination, _relay) = migrate_through(fault, setup);
     assert!(left.events.iter().any(|event| matches!(event, MigrationEvent::Asking { .. })), "{:?}", left.events);
     left.outcome.unwrap();
-    guest.assert_gone();
+    guest.assert_released();
     destination.join().guest();
 }
 
 #[test]
-fn a_source_that_did_not_hear_that_the_guest_runs_asks_and_lets_go() {
-    let started = |at, deed| Fault::new(Way::ToSource, At::Frame(FrameKind::Started, at), deed);
+fn a_source_that_misses_started_queries_the_outcome_and_releases_the_guest() {
+    let started = |at, action| Fault::new(Direction::ToSource, FaultPosition::Frame(FrameKind::Started, at), action);
     for at in [0, 1, HEADER - 1, HEADER, HEADER + 1] {
-        resolved_by_a_question(started(at, Deed::Cut), &How::new());
+        assert_resolved_by_outcome_query(started(at, FaultAction::Cut), &MigrationSetup::new());
     }
     for at in [2, 8, 20, HEADER + 2] {
-        resolved_by_a_question(started(at, Deed::Flip), &How::new());
+        assert_resolved_by_outcome_query(started(at, FaultAction::Flip), &MigrationSetup::new());
     }
-    let hasty = How::new().timeout(Duration::from_millis(500));
-    resolved_by_a_question(started(0, Deed::Hold), &hasty);
+    let hasty = MigrationSetup::new().timeout(Duration::from_millis(500));
+    assert_resolved_by_outcome_query(started(0, FaultAction::Hold), &hasty);
 }
 
 /// A commit that does not arrive: the destination gives the guest up for good, and it goes on at its source.
-fn taken_back(fault: Fault, how: &How) {
-    let (guest, left, destination, _relay) = through(fault, how);
+fn assert_commit_has_no_effect(fault: Fault, setup: &MigrationSetup) {
+    let (guest, left, destination, _relay) = migrate_through(fault, setup);
     let failure = left.failure();
     assert!(matches!(failure.error, MigrateError::Destination(_)), "{failure}");
-    destination.join().nobody();
-    assert_nothing_happened(guest, &failure);
+    destination.join().expect_failure();
+    assert_source_unharmed(guest, &failure);
 }
 
 #[test]
-fn a_commit_that_does_not_arrive_whole_starts_nothing_and_the_source_goes_on() {
-    let commit = |at, deed| Fault::new(Way::ToDestination, At::Frame(FrameKind::Commit, at), deed);
+fn an_incomplete_commit_starts_nothing_and_the_source_resumes() {
+    let commit = |at, action| Fault::new(Direction::ToDestination, FaultPosition::Frame(FrameKind::Commit, at), action);
     for at in [0, 1, HEADER - 1, HEADER, COMMIT_BYTES - 1] {
-        taken_back(commit(at, Deed::Cut), &How::new());
+        assert_commit_has_no_effect(commit(at, FaultAction::Cut), &MigrationSetup::new());
     }
     for at in [0, 2, 4, 8, 16, HEADER, COMMIT_BYTES - 1] {
         // A damaged length is waited for.
-        taken_back(commit(at, Deed::Flip), &How::new().timeout(Duration::from_secs(1)));
+        assert_commit_has_no_effect(
+            commit(at, FaultAction::Flip),
+            &MigrationSetup::new().timeout(Duration::from_secs(1)),
+        );
     }
     for at in [0, COMMIT_BYTES - 1] {
-        taken_back(commit(at, Deed::Hold), &How::new().timeout(Duration::from_millis(500)));
+        assert_commit_has_no_effect(
+            commit(at, FaultAction::Hold),
+            &MigrationSetup::new().timeout(Duration::from_millis(500)),
+        );
     }
 }
 
 #[test]
-fn a_source_that_can_reach_nobody_keeps_the_guest_until_it_is_told() {
-    let brief = How::new().ask_for(Duration::from_millis(300));
+fn a_source_that_cannot_query_the_outcome_keeps_the_guest_paused() {
+    let brief = MigrationSetup::new().ask_for(Duration::from_millis(300));
     let unknown = |failure: &MigrationFailure| {
         assert_eq!(failure.location, GuestLocation::OutcomeUnknown, "{failure}");
         assert!(matches!(failure.error, MigrateError::OutcomeUnknown { .. }), "{failure}");
     };
     // The operator finds that the destination runs the guest, and lets go of it here.
-    let fault = Fault::new(Way::ToSource, At::Frame(FrameKind::Started, 0), Deed::CutForGood);
-    let (mut guest, left, destination, _relay) = through(fault, &brief);
+    let fault = Fault::new(Direction::ToSource, FaultPosition::Frame(FrameKind::Started, 0), FaultAction::CutForGood);
+    let (mut guest, left, destination, _relay) = migrate_through(fault, &brief);
     unknown(&left.failure());
-    guest.assert_kept();
+    guest.assert_kept_paused();
     drop(guest);
     destination.join().guest();
     // The operator finds that it does not.
-    let fault = Fault::new(Way::ToDestination, At::Frame(FrameKind::Commit, 0), Deed::CutForGood);
-    let (mut guest, left, destination, _relay) = through(fault, &brief);
+    let fault =
+        Fault::new(Direction::ToDestination, FaultPosition::Frame(FrameKind::Commit, 0), FaultAction::CutForGood);
+    let (mut guest, left, destination, _relay) = migrate_through(fault, &brief);
     unknown(&left.failure());
-    guest.assert_kept();
-    destination.join().nobody();
-    guest.go_on();
+    guest.assert_kept_paused();
+    destination.join().expect_failure();
+    guest.resume_unharmed();
 }
 
 #[test]
-fn a_destination_that_is_slow_to_start_is_asked_until_it_has() {
-    let place = Place::new();
+fn the_outcome_is_queried_until_a_slow_destination_has_started() {
+    let folder = TempFolder::new();
     let mut guest = Guest::running(PAGES);
-    let destination = Destination::new(&place.unix("socket"), Some(Refusal::SlowStart));
-    let how = How::new().timeout(SLOW / 4);
-    let left = leave(&mut guest, &destination.uri, &how);
+    let destination = Destination::new(&folder.unix("socket"), Some(RefusalPoint::SlowStart));
+    let setup = MigrationSetup::new().timeout(SLOW_START / 4);
+    let left = migrate_out(&mut guest, &destination.uri, &setup);
     assert!(left.events.iter().any(|event| matches!(event, MigrationEvent::Asking { .. })), "{:?}", left.events);
     left.outcome.unwrap();
-    guest.assert_gone();
+    guest.assert_released();
     destination.join().guest();
 }
 
 #[test]
-fn a_destination_that_cannot_start_keeps_the_guest_paused_and_so_does_the_source() {
-    let place = Place::new();
+fn a_guest_that_cannot_start_stays_paused_on_both_sides() {
+    let folder = TempFolder::new();
     let mut guest = Guest::running(PAGES);
-    let destination = Destination::new(&place.unix("socket"), Some(Refusal::Start));
-    let failure = leave(&mut guest, &destination.uri, &How::new()).failure();
-    assert!(matches!(&failure.error, MigrateError::Held(words) if words.contains(NO_ROOM)), "{failure}");
+    let destination = Destination::new(&folder.unix("socket"), Some(RefusalPoint::Start));
+    let failure = migrate_out(&mut guest, &destination.uri, &MigrationSetup::new()).failure();
+    assert!(matches!(&failure.error, MigrateError::Held(words) if words.contains(REFUSAL_REASON)), "{failure}");
     assert_eq!(failure.location, GuestLocation::OutcomeUnknown);
-    guest.assert_kept();
+    guest.assert_kept_paused();
     let mut there = destination.join().paused();
     // Resumed there, or here: it is whole in both places.
     there.start();
-    there.beat();
+    there.wait_for_write();
     drop(there);
-    guest.go_on();
+    guest.resume_unharmed();
 }
 
 #[test]
-fn a_start_that_fails_is_tried_again() {
-    let place = Place::new();
+fn a_failed_start_is_retried() {
+    let folder = TempFolder::new();
     let mut guest = Guest::running(PAGES);
-    let destination = Destination::new(&place.unix("socket"), Some(Refusal::FirstStart));
-    leave(&mut guest, &destination.uri, &How::new()).outcome.unwrap();
-    guest.assert_gone();
+    let destination = Destination::new(&folder.unix("socket"), Some(RefusalPoint::FirstStart));
+    migrate_out(&mut guest, &destination.uri, &MigrationSetup::new()).outcome.unwrap();
+    guest.assert_released();
     destination.join().guest();
 }
 
@@ -157,9 +167,9 @@ fn until_ready(uri: &Uri) -> (StreamConnection, FrameWriter<StreamChannel>, Fram
 }
 
 #[test]
-fn a_commit_that_arrives_after_the_question_has_no_effect() {
-    let place = Place::new();
-    let destination = Destination::at(&place.unix("socket"));
+fn a_commit_after_the_outcome_query_has_no_effect() {
+    let folder = TempFolder::new();
+    let destination = Destination::at(&folder.unix("socket"));
     let (connection, mut writer, _reader) = until_ready(&destination.uri);
     for _ in 0..2 {
         let answer = connection.query_outcome(PATIENCE).unwrap();
@@ -168,14 +178,14 @@ fn a_commit_that_arrives_after_the_question_has_no_effect() {
     // It may be cut off already.
     let _ = ToDestination::Commit(Commit { run: true }).write(&mut writer);
     assert!(matches!(connection.query_outcome(PATIENCE).unwrap(), ToSource::Failed { .. }));
-    destination.join().nobody();
+    destination.join().expect_failure();
 }
 
 #[test]
-fn a_question_that_comes_with_the_commit_has_one_answer_for_good() {
+fn an_outcome_query_that_races_the_commit_has_one_final_answer() {
     for round in 0..30 {
-        let place = Place::new();
-        let destination = Destination::at(&place.unix("socket"));
+        let folder = TempFolder::new();
+        let destination = Destination::at(&folder.unix("socket"));
         let (connection, mut writer, _reader) = until_ready(&destination.uri);
         let first = std::thread::scope(|scope| {
             let asks = scope.spawn(|| connection.query_outcome(PATIENCE).unwrap());
@@ -190,7 +200,7 @@ fn a_question_that_comes_with_the_commit_has_one_answer_for_good() {
         let again = || outcomes.answer(connection.id);
         if gave_up {
             assert!(matches!(again(), ToSource::Failed { .. }));
-            destination.join().nobody();
+            destination.join().expect_failure();
         } else {
             assert!(!matches!(again(), ToSource::Failed { .. } | ToSource::Unknown), "{first:?}");
             destination.join().guest();
@@ -200,16 +210,16 @@ fn a_question_that_comes_with_the_commit_has_one_answer_for_good() {
 }
 
 #[test]
-fn a_destination_that_knows_nothing_of_a_migration_says_so_and_the_source_keeps_the_guest() {
-    let place = Place::new();
-    let destination = Destination::at(&place.unix("socket"));
+fn an_unknown_migration_id_leaves_the_guest_paused_at_its_source() {
+    let folder = TempFolder::new();
+    let destination = Destination::at(&folder.unix("socket"));
     let answer = transport::query_outcome(&destination.uri, MigrationId(7), PATIENCE).unwrap();
     assert_eq!(answer, ToSource::Unknown);
-    destination.cancel().nobody();
+    destination.cancel().expect_failure();
 
     // Another process listens where the first one did, which was killed after the commit.
     let mut guest = Guest::running(PAGES);
-    let at = place.unix("killed");
+    let at = folder.unix("killed");
     let listener = StreamListener::bind(&at).unwrap();
     let (left, other) = std::thread::scope(|scope| {
         let killed = scope.spawn(|| {
@@ -229,46 +239,46 @@ fn a_destination_that_knows_nothing_of_a_migration_says_so_and_the_source_keeps_
             drop(listener);
             Destination::at(&at)
         });
-        (leave(&mut guest, &at, &How::new()), killed.join().unwrap())
+        (migrate_out(&mut guest, &at, &MigrationSetup::new()), killed.join().unwrap())
     });
     let failure = left.failure();
     assert_eq!(failure.location, GuestLocation::OutcomeUnknown, "{failure}");
     assert!(failure.to_string().contains("knows nothing of it"), "{failure}");
-    guest.assert_kept();
-    other.cancel().nobody();
-    guest.go_on();
+    guest.assert_kept_paused();
+    other.cancel().expect_failure();
+    guest.resume_unharmed();
 }
 
 #[test]
-fn a_guest_that_can_neither_be_paused_nor_resumed_is_said_to_be_paused_here() {
-    let place = Place::new();
-    let mut guest = Guest::running(PAGES).with(Trouble::ResumeFails);
-    let destination = Destination::at(&place.unix("socket"));
-    let failure = leave(&mut guest, &destination.uri, &How::new()).failure();
+fn a_guest_that_cannot_resume_is_reported_as_paused_here() {
+    let folder = TempFolder::new();
+    let mut guest = Guest::running(PAGES).with_fault(GuestFault::ResumeFails);
+    let destination = Destination::at(&folder.unix("socket"));
+    let failure = migrate_out(&mut guest, &destination.uri, &MigrationSetup::new()).failure();
     assert_eq!(failure.location, GuestLocation::PausedHere, "{failure}");
     let words = failure.to_string();
     assert!(words.contains("a ring does not drain") && words.contains("a ring does not start"), "{words}");
     assert_eq!(guest.calls.releases, 0);
-    destination.join().nobody();
-    guest = guest.with(Trouble::None);
+    destination.join().expect_failure();
+    guest = guest.with_fault(GuestFault::None);
     guest.resume().unwrap();
-    guest.beat();
+    guest.wait_for_write();
 }
 
 /// A migration that is called off after `moment`, at the source or at the destination. Returns the guest, wherever it
 /// runs.
-fn called_off(mut guest: Guest, moment: Duration, at_destination: bool) -> Guest {
-    let place = Place::new();
-    let how = How::new().channels(2);
-    let destination = Destination::at(&place.unix("socket"));
-    let (there, here) = (destination.call_off(), how.options.cancel.clone());
+fn migrate_and_cancel_after(mut guest: Guest, moment: Duration, at_destination: bool) -> Guest {
+    let folder = TempFolder::new();
+    let setup = MigrationSetup::new().channels(2);
+    let destination = Destination::at(&folder.unix("socket"));
+    let (there, here) = (destination.canceller(), setup.options.cancel.clone());
     let (left, effective) = std::thread::scope(|scope| {
         let caller = scope.spawn(move || {
             // A moment, not an event, is what is wanted here.
             std::thread::sleep(moment);
             if at_destination { there() } else { here.cancel() }
         });
-        let left = leave(&mut guest, &destination.uri, &how);
+        let left = migrate_out(&mut guest, &destination.uri, &setup);
         (left, caller.join().unwrap())
     });
     let arrived = match left.outcome {
@@ -278,48 +288,48 @@ fn called_off(mut guest: Guest, moment: Duration, at_destination: bool) -> Guest
     };
     match left.outcome {
         Ok(_) => {
-            guest.assert_gone();
+            guest.assert_released();
             arrived.guest()
         }
         Err(failure) => {
             assert_eq!(failure.location, GuestLocation::RunningHere, "{failure}");
             assert!(effective);
             assert!(at_destination || matches!(failure.error, MigrateError::Cancelled), "{failure}");
-            arrived.nobody();
-            guest.assert_here();
+            arrived.expect_failure();
+            guest.assert_runs_unharmed();
             guest
         }
     }
 }
 
 /// Calls migrations off at moments spread over the time that one takes, and migrates in between.
-fn call_off_often(at_destination: bool) {
+fn cancel_at_many_times(at_destination: bool) {
     const TIMES: u32 = 40;
     let mut guest = Guest::running(PAGES);
     let mut typical = Duration::from_millis(20);
     for time in 0..TIMES {
         // In an order that is not the order of the steps.
         let moment = typical * (time * 13 % TIMES) / TIMES * 5 / 4;
-        guest = called_off(guest, moment, at_destination);
-        let place = Place::new();
+        guest = migrate_and_cancel_after(guest, moment, at_destination);
+        let folder = TempFolder::new();
         let begun = Instant::now();
-        (guest, _) = travel(guest, &place.unix("next"), &How::new());
+        (guest, _) = migrate_to(guest, &folder.unix("next"), &MigrationSetup::new());
         typical = (typical + begun.elapsed()) / 2;
     }
 }
 
 #[test]
-fn a_migration_called_off_at_its_source_at_any_moment_leaves_the_guest_in_one_place() {
-    call_off_often(false);
+fn a_migration_cancelled_at_its_source_at_any_time_leaves_one_running_guest() {
+    cancel_at_many_times(false);
 }
 
 #[test]
-fn a_migration_called_off_at_its_destination_at_any_moment_leaves_the_guest_in_one_place() {
-    call_off_often(true);
+fn a_migration_cancelled_at_its_destination_at_any_time_leaves_one_running_guest() {
+    cancel_at_many_times(true);
 }
 
 #[test]
-fn a_migration_called_off_at_any_event_before_its_end_does_not_happen() {
+fn a_migration_cancelled_at_any_event_before_the_commit_fails() {
     let mut guest = Guest::running(PAGES);
     let moments: [fn(&MigrationEvent) -> bool; 4] = [
         |event| matches!(event, MigrationEvent::Started { .. }),
@@ -328,49 +338,49 @@ fn a_migration_called_off_at_any_event_before_its_end_does_not_happen() {
         |event| matches!(event, MigrationEvent::Switchover { .. }),
     ];
     for (number, moment) in moments.iter().enumerate() {
-        let place = Place::new();
-        let destination = Destination::at(&place.unix("socket"));
-        let mut how = How::new();
+        let folder = TempFolder::new();
+        let destination = Destination::at(&folder.unix("socket"));
+        let mut setup = MigrationSetup::new();
         if number == 2 {
             // So that there is such a round.
-            how.parameters.policy.downtime_limit = Duration::ZERO;
+            setup.parameters.policy.downtime_limit = Duration::ZERO;
         }
-        let cancel = how.options.cancel.clone();
-        let left = leave_telling(&mut guest, &destination.uri, &how, |event| {
+        let cancel = setup.options.cancel.clone();
+        let left = migrate_out_with_events(&mut guest, &destination.uri, &setup, |event| {
             if moment(event) {
                 assert!(cancel.cancel());
             }
         });
         let failure = left.failure();
         assert!(matches!(failure.error, MigrateError::Cancelled), "{failure}");
-        destination.join().nobody();
-        guest = assert_nothing_happened(guest, &failure);
+        destination.join().expect_failure();
+        guest = assert_source_unharmed(guest, &failure);
     }
 }
 
 #[test]
-fn once_it_is_committed_a_migration_cannot_be_called_off() {
-    let place = Place::new();
-    let how = How::new();
+fn a_committed_migration_cannot_be_cancelled() {
+    let folder = TempFolder::new();
+    let setup = MigrationSetup::new();
     let mut guest = Guest::running(PAGES);
-    let destination = Destination::at(&place.unix("socket"));
-    leave(&mut guest, &destination.uri, &how).outcome.unwrap();
-    assert!(!how.options.cancel.cancel());
-    guest.assert_gone();
-    assert!(!destination.call_off()());
+    let destination = Destination::at(&folder.unix("socket"));
+    migrate_out(&mut guest, &destination.uri, &setup).outcome.unwrap();
+    assert!(!setup.options.cancel.cancel());
+    guest.assert_released();
+    assert!(!destination.canceller()());
     destination.join().guest();
 }
 
 #[test]
-fn a_migration_that_was_called_off_before_it_began_does_not_begin() {
-    let place = Place::new();
-    let how = How::new();
-    let cancel: &CancelToken = &how.options.cancel;
+fn a_migration_cancelled_before_its_start_does_not_start() {
+    let folder = TempFolder::new();
+    let setup = MigrationSetup::new();
+    let cancel: &CancelToken = &setup.options.cancel;
     assert!(cancel.cancel());
     let mut guest = Guest::running(PAGES);
-    let destination = Destination::at(&place.unix("socket"));
-    let failure = leave(&mut guest, &destination.uri, &how).failure();
+    let destination = Destination::at(&folder.unix("socket"));
+    let failure = migrate_out(&mut guest, &destination.uri, &setup).failure();
     assert!(matches!(failure.error, MigrateError::Cancelled), "{failure}");
-    destination.cancel().nobody();
-    assert_nothing_happened(guest, &failure);
+    destination.cancel().expect_failure();
+    assert_source_unharmed(guest, &failure);
 }

@@ -38,12 +38,12 @@ pub(crate) struct Calls {
 
 /// What a machine, its devices or its dirty log can be made to do wrong.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Trouble {
+pub(crate) enum GuestFault {
     None,
     /// The dirty log is switched off: nothing written is reported.
-    Blind,
+    LogOff,
     /// Every harvest finds that all pages were written again.
-    Relentless,
+    AlwaysDirty,
     /// The third harvest fails half-way.
     HarvestFails,
     /// Tracking can't be switched on.
@@ -60,7 +60,7 @@ pub(crate) enum Trouble {
 pub(crate) struct Guest {
     memory: Memory,
     tracker: Arc<Mutex<Tracker>>,
-    trouble: Trouble,
+    fault: GuestFault,
     pub(crate) calls: Calls,
     /// Whether the last pause has stopped it.
     paused: bool,
@@ -70,15 +70,15 @@ pub(crate) struct Guest {
 
 enum Vcpu {
     Stopped(Box<Writer>),
-    Running { orders: Sender<Order>, thread: JoinHandle<Box<Writer>> },
+    Running { commands: Sender<VcpuCommand>, thread: JoinHandle<Box<Writer>> },
 }
 
-enum Order {
+enum VcpuCommand {
     Stop,
     /// Answer after the next write.
-    Beat(Sender<()>),
+    WriteOnce(Sender<()>),
     /// Write every page once, then answer.
-    Sweep(Sender<()>),
+    WriteAll(Sender<()>),
 }
 
 /// The thread that writes, and its state.
@@ -111,8 +111,8 @@ impl Guest {
     }
 
     /// The same with something wrong.
-    pub(crate) fn with(mut self, trouble: Trouble) -> Guest {
-        self.trouble = trouble;
+    pub(crate) fn with_fault(mut self, fault: GuestFault) -> Guest {
+        self.fault = fault;
         self
     }
 
@@ -133,7 +133,7 @@ impl Guest {
         Guest {
             memory,
             tracker,
-            trouble: Trouble::None,
+            fault: GuestFault::None,
             calls: Calls::default(),
             paused: false,
             away_since: OnceLock::new(),
@@ -149,7 +149,7 @@ impl Guest {
     }
 
     pub(crate) fn start(&mut self) {
-        let (orders, inbox) = unbounded();
+        let (commands, inbox) = unbounded();
         let Vcpu::Stopped(mut writer) = std::mem::replace(&mut self.vcpu, Vcpu::none(&self.memory)) else {
             panic!("the guest runs already");
         };
@@ -157,14 +157,14 @@ impl Guest {
             writer.run(&inbox);
             writer
         });
-        self.vcpu = Vcpu::Running { orders, thread };
+        self.vcpu = Vcpu::Running { commands, thread };
     }
 
     pub(crate) fn stop(&mut self) {
-        let Vcpu::Running { orders, thread } = std::mem::replace(&mut self.vcpu, Vcpu::none(&self.memory)) else {
+        let Vcpu::Running { commands, thread } = std::mem::replace(&mut self.vcpu, Vcpu::none(&self.memory)) else {
             panic!("the guest does not run");
         };
-        orders.send(Order::Stop).unwrap();
+        commands.send(VcpuCommand::Stop).unwrap();
         self.vcpu = Vcpu::Stopped(thread.join().unwrap());
     }
 
@@ -173,9 +173,9 @@ impl Guest {
     }
 
     /// Waits until the guest has written once more.
-    pub(crate) fn beat(&self) {
-        let Vcpu::Running { orders, .. } = &self.vcpu else { panic!("the guest does not run") };
-        ask(orders, Order::Beat);
+    pub(crate) fn wait_for_write(&self) {
+        let Vcpu::Running { commands, .. } = &self.vcpu else { panic!("the guest does not run") };
+        ask(commands, VcpuCommand::WriteOnce);
     }
 
     /// Checks every byte of a stopped guest's memory against its CPU's state.
@@ -185,9 +185,9 @@ impl Guest {
 
     /// The end of every migration that failed before its commit: the guest runs here as if nothing had been, nobody
     /// tracks it, and pages that were found dirty but not sent are found again (rule L14.1).
-    pub(crate) fn assert_here(&mut self) {
+    pub(crate) fn assert_runs_unharmed(&mut self) {
         assert!(self.is_running());
-        self.beat();
+        self.wait_for_write();
         assert_eq!(self.calls.pauses, self.calls.resumes, "resumed if it was paused, and only then");
         assert_eq!(self.calls.releases, 0);
         {
@@ -208,11 +208,11 @@ impl Guest {
         self.check().unwrap();
         self.start();
         self.calls = Calls::default();
-        self.trouble = Trouble::None;
+        self.fault = GuestFault::None;
     }
 
     /// The end of every migration that was committed: the guest has stopped here, for good.
-    pub(crate) fn assert_gone(&self) {
+    pub(crate) fn assert_released(&self) {
         assert!(!self.is_running());
         assert_eq!(self.calls, Calls { pauses: 1, resumes: 0, releases: 1 });
         assert!(!self.tracker.lock().unwrap().tracking);
@@ -220,7 +220,7 @@ impl Guest {
 
     /// The end of every migration whose outcome is not known: the guest is here, paused and whole, and goes on if it is
     /// told to.
-    pub(crate) fn assert_kept(&mut self) {
+    pub(crate) fn assert_kept_paused(&mut self) {
         assert!(!self.is_running());
         assert_eq!(self.calls, Calls { pauses: 1, resumes: 0, releases: 0 });
         assert!(!self.tracker.lock().unwrap().tracking);
@@ -228,9 +228,9 @@ impl Guest {
     }
 
     /// What an operator tells a guest that was kept.
-    pub(crate) fn go_on(&mut self) {
+    pub(crate) fn resume_unharmed(&mut self) {
         self.resume().unwrap();
-        self.assert_here();
+        self.assert_runs_unharmed();
     }
 }
 
@@ -252,12 +252,12 @@ impl SourceVm for Guest {
     }
 
     fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, VmError> {
-        let orders = match &self.vcpu {
-            Vcpu::Running { orders, .. } => Some(orders.clone()),
+        let commands = match &self.vcpu {
+            Vcpu::Running { commands, .. } => Some(commands.clone()),
             Vcpu::Stopped(_) => None,
         };
         let memory = self.memory.clone();
-        Ok(Box::new(Tracked { tracker: self.tracker.clone(), memory, trouble: self.trouble, orders }))
+        Ok(Box::new(Tracked { tracker: self.tracker.clone(), memory, fault: self.fault, commands }))
     }
 
     fn devices(&mut self) -> Result<Option<Vec<u8>>, VmError> {
@@ -265,7 +265,7 @@ impl SourceVm for Guest {
     }
 
     fn blocker(&self) -> Option<String> {
-        let Trouble::Away(time) = self.trouble else { return None };
+        let GuestFault::Away(time) = self.fault else { return None };
         let is_away = self.away_since.get_or_init(Instant::now).elapsed() < time;
         is_away.then(|| "its disk is away".into())
     }
@@ -276,7 +276,7 @@ impl SourceVm for Guest {
         if self.paused {
             self.stop();
         }
-        if matches!(self.trouble, Trouble::PauseFails | Trouble::ResumeFails) {
+        if matches!(self.fault, GuestFault::PauseFails | GuestFault::ResumeFails) {
             Err("a ring does not drain".into())
         } else {
             Ok(())
@@ -285,7 +285,7 @@ impl SourceVm for Guest {
 
     /// The versions, then the random state.
     fn state(&mut self) -> Result<Vec<u8>, VmError> {
-        if self.trouble == Trouble::StateFails {
+        if self.fault == GuestFault::StateFails {
             return Err("a device keeps its state to itself".into());
         }
         let writer = self.writer();
@@ -296,7 +296,7 @@ impl SourceVm for Guest {
 
     fn resume(&mut self) -> Result<(), VmError> {
         self.calls.resumes += 1;
-        if self.trouble == Trouble::ResumeFails {
+        if self.fault == GuestFault::ResumeFails {
             return Err("a ring does not start".into());
         }
         if std::mem::take(&mut self.paused) {
@@ -317,23 +317,23 @@ impl Vcpu {
     }
 }
 
-fn ask(orders: &Sender<Order>, order: fn(Sender<()>) -> Order) {
+fn ask(commands: &Sender<VcpuCommand>, order: fn(Sender<()>) -> VcpuCommand) {
     let (done, answer) = bounded(1);
-    orders.send(order(done)).unwrap();
+    commands.send(order(done)).unwrap();
     answer.recv_timeout(PATIENCE).unwrap();
 }
 
 impl Writer {
     /// Writes random pages until it is told to stop.
-    fn run(&mut self, orders: &Receiver<Order>) {
+    fn run(&mut self, commands: &Receiver<VcpuCommand>) {
         loop {
-            let answer = match orders.try_recv() {
-                Ok(Order::Beat(answer)) => Some(answer),
-                Ok(Order::Sweep(answer)) => {
+            let answer = match commands.try_recv() {
+                Ok(VcpuCommand::WriteOnce(answer)) => Some(answer),
+                Ok(VcpuCommand::WriteAll(answer)) => {
                     (0..self.versions.len()).for_each(|page| self.write(page));
                     Some(answer)
                 }
-                Ok(Order::Stop) | Err(TryRecvError::Disconnected) => return,
+                Ok(VcpuCommand::Stop) | Err(TryRecvError::Disconnected) => return,
                 Err(TryRecvError::Empty) => None,
             };
             self.random = mix(self.random);
@@ -431,8 +431,8 @@ struct Tracker {
 struct Tracked {
     tracker: Arc<Mutex<Tracker>>,
     memory: Memory,
-    trouble: Trouble,
-    orders: Option<Sender<Order>>,
+    fault: GuestFault,
+    commands: Option<Sender<VcpuCommand>>,
 }
 
 impl Tracked {
@@ -444,14 +444,14 @@ impl Tracked {
         let mut tracker = self.tracker.lock().unwrap();
         assert!(tracker.tracking, "a harvest before the start");
         let mut found = PageSet::default();
-        let result = match self.trouble {
-            Trouble::Blind => Harvest::default(),
+        let result = match self.fault {
+            GuestFault::LogOff => Harvest::default(),
             _ => harvest(&mut tracker.union, &mut found)?,
         };
         into.union(&found);
         tracker.unsent = found;
         tracker.harvests += 1;
-        if self.trouble == Trouble::HarvestFails && tracker.harvests == 3 {
+        if self.fault == GuestFault::HarvestFails && tracker.harvests == 3 {
             let cause = "a device has gone".into();
             return Err(DirtyError::Source { name: self.name().into(), cause });
         }
@@ -462,7 +462,7 @@ impl Tracked {
 impl DirtySource for Tracked {
     fn start(&mut self) -> Result<(), DirtyError> {
         let mut tracker = self.tracker.lock().unwrap();
-        if self.trouble == Trouble::NoTracking {
+        if self.fault == GuestFault::NoTracking {
             return Err(DirtyError::Source { name: "test".into(), cause: "no log here".into() });
         }
         assert!(!std::mem::replace(&mut tracker.tracking, true), "started twice");
@@ -477,9 +477,12 @@ impl DirtySource for Tracked {
     }
 
     fn harvest(&mut self, into: &mut PageSet) -> Result<Harvest, DirtyError> {
-        if let Some(orders) = &self.orders {
+        if let Some(commands) = &self.commands {
             // However short the round was, the guest has written in it.
-            ask(orders, if self.trouble == Trouble::Relentless { Order::Sweep } else { Order::Beat });
+            ask(
+                commands,
+                if self.fault == GuestFault::AlwaysDirty { VcpuCommand::WriteAll } else { VcpuCommand::WriteOnce },
+            );
         }
         self.harvest_with(into, |union, into| union.harvest(into))
     }
@@ -508,16 +511,16 @@ impl DirtySource for Tracked {
 
 /// A guest on its way in. Everything is checked before it may run.
 #[derive(Default)]
-pub(crate) struct Cradle {
+pub(crate) struct IncomingGuest {
     /// The guest, once its state is restored; it runs once it was started.
     pub(crate) guest: Option<Guest>,
     memory: Option<Memory>,
-    refuse: Option<Refusal>,
+    refuse: Option<RefusalPoint>,
 }
 
 /// When a destination refuses.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Refusal {
+pub(crate) enum RefusalPoint {
     Prepare,
     OtherMemory,
     Devices,
@@ -534,26 +537,26 @@ pub(crate) enum Refusal {
 const DEVICES: &[u8] = b"a writer";
 
 /// How long a slow start takes.
-pub(crate) const SLOW: Duration = Duration::from_secs(2);
+pub(crate) const SLOW_START: Duration = Duration::from_secs(2);
 
 /// What a destination says when it refuses.
-pub(crate) const NO_ROOM: &str = "no room at this inn";
+pub(crate) const REFUSAL_REASON: &str = "no memory left in this test";
 
-impl Cradle {
-    pub(crate) fn new(refuse: Option<Refusal>) -> Cradle {
-        Cradle { refuse, ..Cradle::default() }
+impl IncomingGuest {
+    pub(crate) fn new(refuse: Option<RefusalPoint>) -> IncomingGuest {
+        IncomingGuest { refuse, ..IncomingGuest::default() }
     }
 
-    fn refuse(&self, when: Refusal) -> Result<(), VmError> {
-        if self.refuse == Some(when) { Err(NO_ROOM.into()) } else { Ok(()) }
+    fn refuse(&self, when: RefusalPoint) -> Result<(), VmError> {
+        if self.refuse == Some(when) { Err(REFUSAL_REASON.into()) } else { Ok(()) }
     }
 }
 
-impl IncomingVm for Cradle {
+impl IncomingVm for IncomingGuest {
     fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, VmError> {
-        self.refuse(Refusal::Prepare)?;
+        self.refuse(RefusalPoint::Prepare)?;
         let memory = match self.refuse {
-            Some(Refusal::OtherMemory) => make_memory(&layout(2)),
+            Some(RefusalPoint::OtherMemory) => make_memory(&layout(2)),
             _ => make_memory(regions),
         };
         self.memory = Some(memory.clone());
@@ -562,11 +565,11 @@ impl IncomingVm for Cradle {
 
     fn prepare_devices(&mut self, devices: &[u8]) -> Result<(), VmError> {
         assert!(self.memory.is_some() && devices == DEVICES);
-        self.refuse(Refusal::Devices)
+        self.refuse(RefusalPoint::Devices)
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), VmError> {
-        self.refuse(Refusal::Restore)?;
+        self.refuse(RefusalPoint::Restore)?;
         let memory = self.memory.take().unwrap();
         let (versions, random) = state.split_last_chunk().unwrap();
         let versions = versions.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect();
@@ -577,13 +580,13 @@ impl IncomingVm for Cradle {
     }
 
     fn start(&mut self, run: bool, _: &CancelToken) -> Result<Option<u64>, VmError> {
-        self.refuse(Refusal::Start)?;
-        if self.refuse == Some(Refusal::FirstStart) {
+        self.refuse(RefusalPoint::Start)?;
+        if self.refuse == Some(RefusalPoint::FirstStart) {
             self.refuse = None;
-            return Err(NO_ROOM.into());
+            return Err(REFUSAL_REASON.into());
         }
-        if self.refuse == Some(Refusal::SlowStart) {
-            std::thread::sleep(SLOW);
+        if self.refuse == Some(RefusalPoint::SlowStart) {
+            std::thread::sleep(SLOW_START);
         }
         if run {
             self.guest.as_mut().unwrap().start();

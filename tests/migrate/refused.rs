@@ -11,52 +11,55 @@ use vhost_migrate::stream::record::{Commit, MemoryLayout, RoundEnd, Started};
 use vhost_migrate::stream::{MigrationId, PageStats, StreamError, StreamListener};
 use vhost_migrate::stream::{ToDestination, ToSource, Uri, transport};
 
-use crate::guest::{Guest, NO_ROOM, Refusal, Trouble, layout};
-use crate::trip::{Destination, How, Place, assert_nothing_happened, leave, options, stream_error, travel, uri};
+use crate::guest::{Guest, GuestFault, REFUSAL_REASON, RefusalPoint, layout};
+use crate::trip::{
+    Destination, MigrationSetup, TempFolder, assert_source_unharmed, migrate_out, migrate_to, options, stream_error,
+    uri,
+};
 
 const PAGES: u64 = 128;
 
-fn refused(refusal: Refusal) -> MigrationFailure {
-    let place = Place::new();
+fn failure_with_refusal(refusal_point: RefusalPoint) -> MigrationFailure {
+    let folder = TempFolder::new();
     let mut guest = Guest::running(PAGES);
-    let destination = Destination::new(&place.unix("socket"), Some(refusal));
-    let failure = leave(&mut guest, &destination.uri, &How::new()).failure();
-    destination.join().nobody();
+    let destination = Destination::new(&folder.unix("socket"), Some(refusal_point));
+    let failure = migrate_out(&mut guest, &destination.uri, &MigrationSetup::new()).failure();
+    destination.join().expect_failure();
     assert!(matches!(failure.error, MigrateError::Destination(_)), "{failure}");
-    assert_nothing_happened(guest, &failure);
+    assert_source_unharmed(guest, &failure);
     failure
 }
 
 #[test]
-fn a_destination_that_refuses_is_quoted_and_the_guest_goes_on() {
-    for refusal in [Refusal::Prepare, Refusal::Restore] {
-        let words = refused(refusal).to_string();
-        assert!(words.contains(NO_ROOM), "{refusal:?}: {words}");
+fn the_error_quotes_a_destination_that_refuses() {
+    for refusal_point in [RefusalPoint::Prepare, RefusalPoint::Restore] {
+        let words = failure_with_refusal(refusal_point).to_string();
+        assert!(words.contains(REFUSAL_REASON), "{refusal_point:?}: {words}");
     }
-    let words = refused(Refusal::OtherMemory).to_string();
+    let words = failure_with_refusal(RefusalPoint::OtherMemory).to_string();
     assert!(words.contains("start the destination with the same memory"), "{words}");
 }
 
 #[test]
-fn a_destination_whose_devices_do_not_fit_says_so_while_the_guest_runs() {
-    let place = Place::new();
-    let mut guest = Guest::running(PAGES).with(Trouble::Relentless);
-    let destination = Destination::new(&place.unix("socket"), Some(Refusal::Devices));
-    let mut how = How::new();
+fn devices_that_do_not_fit_fail_the_migration_while_the_guest_runs() {
+    let folder = TempFolder::new();
+    let mut guest = Guest::running(PAGES).with_fault(GuestFault::AlwaysDirty);
+    let destination = Destination::new(&folder.unix("socket"), Some(RefusalPoint::Devices));
+    let mut setup = MigrationSetup::new();
     // Nothing else ends it.
-    how.parameters.policy = ConvergencePolicy { downtime_limit: Duration::ZERO, max_rounds: u32::MAX };
-    let failure = leave(&mut guest, &destination.uri, &how).failure();
-    assert!(failure.to_string().contains(NO_ROOM), "{failure}");
-    destination.join().nobody();
+    setup.parameters.policy = ConvergencePolicy { downtime_limit: Duration::ZERO, max_rounds: u32::MAX };
+    let failure = migrate_out(&mut guest, &destination.uri, &setup).failure();
+    assert!(failure.to_string().contains(REFUSAL_REASON), "{failure}");
+    destination.join().expect_failure();
     assert_eq!(guest.calls.pauses, 0);
-    assert_nothing_happened(guest, &failure);
+    assert_source_unharmed(guest, &failure);
 }
 
 /// They are prepared once.
 #[test]
-fn devices_that_are_described_twice_are_refused() {
-    let place = Place::new();
-    let destination = Destination::at(&place.unix("socket"));
+fn a_second_devices_message_is_refused() {
+    let folder = TempFolder::new();
+    let destination = Destination::at(&folder.unix("socket"));
     let connection = transport::connect(&destination.uri, &options()).unwrap();
     let (mut reader, mut writer) = (connection.readers().remove(0), connection.writers().remove(0));
     let regions = layout(PAGES).to_vec();
@@ -67,39 +70,39 @@ fn devices_that_are_described_twice_are_refused() {
     }
     let answer = ToSource::next(&mut reader).unwrap();
     assert!(matches!(&answer, ToSource::Failed { message } if message.contains("Devices")), "{answer:?}");
-    destination.join().nobody();
+    destination.join().expect_failure();
 }
 
 #[test]
-fn a_source_whose_machine_fails_goes_on_and_tells_the_destination_why() {
-    for (trouble, why) in [
-        (Trouble::NoTracking, "no log here"),
-        (Trouble::HarvestFails, "a device has gone"),
-        (Trouble::PauseFails, "a ring does not drain"),
-        (Trouble::StateFails, "a device keeps its state to itself"),
+fn a_source_vm_that_fails_resumes_and_sends_the_reason() {
+    for (fault, why) in [
+        (GuestFault::NoTracking, "no log here"),
+        (GuestFault::HarvestFails, "a device has gone"),
+        (GuestFault::PauseFails, "a ring does not drain"),
+        (GuestFault::StateFails, "a device keeps its state to itself"),
     ] {
         for channels in [1, 3] {
-            let place = Place::new();
-            let mut guest = Guest::running(PAGES).with(trouble);
-            let destination = Destination::at(&place.unix("socket"));
-            let mut how = How::new().channels(channels);
-            if trouble == Trouble::HarvestFails {
+            let folder = TempFolder::new();
+            let mut guest = Guest::running(PAGES).with_fault(fault);
+            let destination = Destination::at(&folder.unix("socket"));
+            let mut setup = MigrationSetup::new().channels(channels);
+            if fault == GuestFault::HarvestFails {
                 // So that there are enough rounds.
-                how.parameters.policy.downtime_limit = Duration::ZERO;
+                setup.parameters.policy.downtime_limit = Duration::ZERO;
             }
-            let failure = leave(&mut guest, &destination.uri, &how).failure();
+            let failure = migrate_out(&mut guest, &destination.uri, &setup).failure();
             assert!(failure.to_string().contains(why), "{failure}");
-            let told = destination.join().nobody();
+            let told = destination.join().expect_failure();
             assert!(matches!(&told, MigrateError::Source(words) if words.contains(why)), "{told}");
-            assert_nothing_happened(guest, &failure);
+            assert_source_unharmed(guest, &failure);
         }
     }
 }
 
 /// A destination that answers the layout with `first`, and the state with `second`.
-fn answers(first: ToSource, second: Option<ToSource>) -> MigrationFailure {
-    let place = Place::new();
-    let listener = StreamListener::bind(&place.unix("socket")).unwrap();
+fn failure_with_replies(first: ToSource, second: Option<ToSource>) -> MigrationFailure {
+    let folder = TempFolder::new();
+    let listener = StreamListener::bind(&folder.unix("socket")).unwrap();
     let at = listener.uri().clone();
     let peer = std::thread::spawn(move || {
         let connection = listener.accept(&options()).unwrap();
@@ -122,14 +125,14 @@ fn answers(first: ToSource, second: Option<ToSource>) -> MigrationFailure {
         assert!(reader.next_frame().is_err());
     });
     let mut guest = Guest::running(PAGES);
-    let failure = leave(&mut guest, &at, &How::new()).failure();
-    assert_nothing_happened(guest, &failure);
+    let failure = migrate_out(&mut guest, &at, &MigrationSetup::new()).failure();
+    assert_source_unharmed(guest, &failure);
     peer.join().unwrap();
     failure
 }
 
 #[test]
-fn a_destination_that_speaks_out_of_turn_gets_no_guest() {
+fn a_destination_that_breaks_the_handshake_order_fails_the_migration() {
     let started = || ToSource::Started(Started::default());
     for (first, second) in [
         (ToSource::Ready, None),
@@ -137,15 +140,15 @@ fn a_destination_that_speaks_out_of_turn_gets_no_guest() {
         (ToSource::Accepted, Some(started())),
         (ToSource::Accepted, Some(ToSource::Accepted)),
     ] {
-        let failure = answers(first, second);
+        let failure = failure_with_replies(first, second);
         assert!(matches!(failure.error, MigrateError::Handshake { .. }), "{failure}");
     }
-    let failure = answers(ToSource::Accepted, Some(ToSource::Failed { message: NO_ROOM.into() }));
-    assert!(failure.to_string().contains(NO_ROOM), "{failure}");
+    let failure = failure_with_replies(ToSource::Accepted, Some(ToSource::Failed { message: REFUSAL_REASON.into() }));
+    assert!(failure.to_string().contains(REFUSAL_REASON), "{failure}");
 }
 
 #[test]
-fn a_source_that_speaks_out_of_turn_starts_nothing() {
+fn a_source_that_breaks_the_handshake_order_is_refused() {
     let end = |last| ToDestination::RoundEnd(RoundEnd::new(0, last, &PageStats::default()));
     let commit = ToDestination::Commit(Commit { run: true });
     let regions = layout(PAGES).to_vec();
@@ -161,8 +164,8 @@ fn a_source_that_speaks_out_of_turn_starts_nothing() {
         vec![opening, end(true), ToDestination::State(vec![0; PAGES as usize * 4 + 8]), end(true)],
     ];
     for script in scripts {
-        let place = Place::new();
-        let destination = Destination::at(&place.unix("socket"));
+        let folder = TempFolder::new();
+        let destination = Destination::at(&folder.unix("socket"));
         let connection = transport::connect(&destination.uri, &options()).unwrap();
         let mut writer = connection.writers().remove(0);
         for message in &script {
@@ -178,12 +181,12 @@ fn a_source_that_speaks_out_of_turn_starts_nothing() {
             }
         };
         assert!(words.contains(" was due"), "{script:?}: {words}");
-        destination.join().nobody();
+        destination.join().expect_failure();
     }
 }
 
 /// A header of the next version.
-fn from_the_future() -> [u8; HEADER_BYTES] {
+fn next_version_header() -> [u8; HEADER_BYTES] {
     let header = ConnectionHeader { id: MigrationId(1), channel: 0, channels: 1, one_way: false, outcome_query: false };
     let mut bytes = header.encode();
     assert_eq!(bytes[8..10], VERSION.to_le_bytes());
@@ -192,9 +195,9 @@ fn from_the_future() -> [u8; HEADER_BYTES] {
 }
 
 /// A peer that answers a connection with these bytes.
-fn answered_with(bytes: &[u8]) -> MigrationFailure {
-    let place = Place::new();
-    let at = place.unix("socket");
+fn failure_with_reply_bytes(bytes: &[u8]) -> MigrationFailure {
+    let folder = TempFolder::new();
+    let at = folder.unix("socket");
     let Uri::Unix(path) = &at else { panic!() };
     let listener = UnixListener::bind(path).unwrap();
     let mut guest = Guest::running(PAGES);
@@ -204,29 +207,29 @@ fn answered_with(bytes: &[u8]) -> MigrationFailure {
             socket.read_exact(&mut [0; HEADER_BYTES]).unwrap();
             socket.write_all(bytes).unwrap();
         });
-        let failure = leave(&mut guest, &at, &How::new()).failure();
-        assert_nothing_happened(guest, &failure);
+        let failure = migrate_out(&mut guest, &at, &MigrationSetup::new()).failure();
+        assert_source_unharmed(guest, &failure);
         failure
     })
 }
 
 #[test]
-fn a_source_says_what_is_wrong_with_a_destination_that_is_none() {
-    let failure = answered_with(&from_the_future());
+fn the_source_reports_what_is_wrong_with_the_peers_header() {
+    let failure = failure_with_reply_bytes(&next_version_header());
     assert!(matches!(stream_error(&failure), StreamError::Version { theirs: 3, .. }), "{failure}");
-    let failure = answered_with(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n");
+    let failure = failure_with_reply_bytes(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n");
     assert!(matches!(stream_error(&failure), StreamError::NotAStream), "{failure}");
-    let failure = answered_with(b"short");
+    let failure = failure_with_reply_bytes(b"short");
     assert!(failure.to_string().contains("closed the connection without an answer"), "{failure}");
 }
 
 #[test]
-fn a_destination_lets_strangers_pass_and_takes_the_migration_after_them() {
-    let place = Place::new();
-    let destination = Destination::at(&place.unix("socket"));
+fn a_destination_drops_other_connections_and_accepts_the_migration() {
+    let folder = TempFolder::new();
+    let destination = Destination::at(&folder.unix("socket"));
     let Uri::Unix(path) = &destination.uri else { panic!() };
     let mut strangers = Vec::new();
-    for bytes in [b"GET / HTTP/1.1\r\nHost: a.b\r\nAccept: */*\r\n\r\n".as_slice(), b"short", &from_the_future()] {
+    for bytes in [b"GET / HTTP/1.1\r\nHost: a.b\r\nAccept: */*\r\n\r\n".as_slice(), b"short", &next_version_header()] {
         let mut stranger = UnixStream::connect(path).unwrap();
         stranger.write_all(bytes).unwrap();
         strangers.push(stranger);
@@ -236,21 +239,21 @@ fn a_destination_lets_strangers_pass_and_takes_the_migration_after_them() {
     strangers[2].read_exact(&mut answer).unwrap();
     ConnectionHeader::decode(&answer).unwrap();
     let mut guest = Guest::running(PAGES);
-    leave(&mut guest, &destination.uri, &How::new()).outcome.unwrap();
+    migrate_out(&mut guest, &destination.uri, &MigrationSetup::new()).outcome.unwrap();
     destination.join().guest();
 }
 
 #[test]
-fn a_file_that_is_no_whole_migration_starts_nothing() {
-    let place = Place::new();
-    let saved = uri(&format!("file:{}", place.path("saved")));
-    leave(&mut Guest::running(PAGES), &saved, &How::new()).outcome.unwrap();
-    let whole = std::fs::read(place.path("saved")).unwrap();
+fn an_incomplete_or_damaged_file_is_refused() {
+    let folder = TempFolder::new();
+    let saved = uri(&format!("file:{}", folder.path("saved")));
+    migrate_out(&mut Guest::running(PAGES), &saved, &MigrationSetup::new()).outcome.unwrap();
+    let whole = std::fs::read(folder.path("saved")).unwrap();
 
-    let broken = uri(&format!("file:{}", place.path("broken")));
+    let broken = uri(&format!("file:{}", folder.path("broken")));
     let restore = |bytes: &[u8]| {
-        std::fs::write(place.path("broken"), bytes).unwrap();
-        match Destination::at(&broken).join().nobody() {
+        std::fs::write(folder.path("broken"), bytes).unwrap();
+        match Destination::at(&broken).join().expect_failure() {
             MigrateError::Stream(error) => error,
             other => panic!("{other}"),
         }
@@ -261,7 +264,7 @@ fn a_file_that_is_no_whole_migration_starts_nothing() {
         assert!(matches!(error, StreamError::Truncated(_) | StreamError::Ended), "{cut} of {length} bytes: {error}");
     }
     assert!(matches!(restore(&[7; 1000]), StreamError::NotAStream));
-    assert!(matches!(restore(&from_the_future()), StreamError::Version { .. }));
+    assert!(matches!(restore(&next_version_header()), StreamError::Version { .. }));
     let damaged_at = |at: usize| {
         let mut damaged = whole.clone();
         damaged[at] ^= 0x80;
@@ -276,6 +279,6 @@ fn a_file_that_is_no_whole_migration_starts_nothing() {
     }
 
     // The whole one is good, all this time.
-    let (guest, _) = travel(Destination::at(&saved).join().guest(), &place.unix("on"), &How::new());
-    guest.beat();
+    let (guest, _) = migrate_to(Destination::at(&saved).join().guest(), &folder.unix("on"), &MigrationSetup::new());
+    guest.wait_for_write();
 }

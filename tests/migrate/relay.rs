@@ -15,14 +15,14 @@ use vhost_migrate::stream::frame::{ConnectionHeader, FRAME_HEADER_BYTES, FrameKi
 
 /// A direction.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Way {
+pub(crate) enum Direction {
     ToDestination,
     ToSource,
 }
 
 /// A place in the stream of one channel.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum At {
+pub(crate) enum FaultPosition {
     /// So many bytes after its beginning.
     Byte(u64),
     /// So many bytes after the beginning of the first frame of this kind.
@@ -31,7 +31,7 @@ pub(crate) enum At {
 
 /// What happens there, to this byte and, but for a flip, to all that follow.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Deed {
+pub(crate) enum FaultAction {
     /// One bit of the byte changes.
     Flip,
     /// The connection is closed on both sides.
@@ -47,14 +47,14 @@ pub(crate) enum Deed {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Fault {
     pub(crate) channel: u16,
-    pub(crate) way: Way,
-    pub(crate) at: At,
-    pub(crate) deed: Deed,
+    pub(crate) direction: Direction,
+    pub(crate) at: FaultPosition,
+    pub(crate) action: FaultAction,
 }
 
 impl Fault {
-    pub(crate) fn new(way: Way, at: At, deed: Deed) -> Fault {
-        Fault { channel: 0, way, at, deed }
+    pub(crate) fn new(direction: Direction, at: FaultPosition, action: FaultAction) -> Fault {
+        Fault { channel: 0, direction, at, action }
     }
 }
 
@@ -67,7 +67,7 @@ pub(crate) struct Relay {
 
 struct Shared {
     faults: Vec<Fault>,
-    struck: AtomicBool,
+    triggered: AtomicBool,
     open: Mutex<Option<Vec<UnixStream>>>,
 }
 
@@ -81,14 +81,14 @@ impl Relay {
         let Uri::Unix(path) = &uri else { panic!("{uri} is no socket") };
         let Uri::Unix(target) = to.clone() else { panic!("{to} is no socket") };
         let listener = UnixListener::bind(path).unwrap();
-        let shared = Arc::new(Shared { faults, struck: AtomicBool::new(false), open: Mutex::new(Some(Vec::new())) });
+        let shared = Arc::new(Shared { faults, triggered: AtomicBool::new(false), open: Mutex::new(Some(Vec::new())) });
         let its = shared.clone();
         let thread = std::thread::spawn(move || {
             std::thread::scope(|scope| {
                 for source in listener.incoming() {
                     let (source, shared) = (source.unwrap(), &*its);
-                    let for_good = |fault: &Fault| fault.deed == Deed::CutForGood;
-                    let lost = shared.faults.iter().any(for_good) && shared.struck.load(Ordering::SeqCst);
+                    let for_good = |fault: &Fault| fault.action == FaultAction::CutForGood;
+                    let lost = shared.faults.iter().any(for_good) && shared.triggered.load(Ordering::SeqCst);
                     let destination = if lost { Err(ErrorKind::Other.into()) } else { UnixStream::connect(&target) };
                     match (&mut *shared.open.lock().unwrap(), &destination) {
                         (None, _) => break,
@@ -107,8 +107,8 @@ impl Relay {
     }
 
     /// Whether the stream came to the place of the fault.
-    pub(crate) fn struck(&self) -> bool {
-        self.shared.struck.load(Ordering::SeqCst)
+    pub(crate) fn triggered(&self) -> bool {
+        self.shared.triggered.load(Ordering::SeqCst)
     }
 }
 
@@ -137,11 +137,11 @@ fn carry<'scope>(
     }
     let channel = ConnectionHeader::decode(&header).unwrap().channel;
     // It strikes once: what comes later gets through.
-    let struck = shared.struck.load(Ordering::SeqCst);
-    let here = |fault: &&Fault, way| !struck && fault.channel == channel && fault.way == way;
-    let fault = |way| shared.faults.iter().find(|fault| here(fault, way)).copied();
+    let triggered = shared.triggered.load(Ordering::SeqCst);
+    let here = |fault: &&Fault, direction| !triggered && fault.channel == channel && fault.direction == direction;
+    let fault = |direction| shared.faults.iter().find(|fault| here(fault, direction)).copied();
     let back = (destination.try_clone().unwrap(), source.try_clone().unwrap());
-    let (forth, back_fault) = (fault(Way::ToDestination), fault(Way::ToSource));
+    let (forth, back_fault) = (fault(Direction::ToDestination), fault(Direction::ToSource));
     scope.spawn(move || pump(back.0, back.1, None, back_fault, shared));
     pump(source, destination, Some(header), forth, shared);
 }
@@ -155,7 +155,8 @@ fn pump(
     shared: &Shared,
 ) {
     let ends = [from.try_clone().unwrap(), to.try_clone().unwrap()];
-    let mut pass = Pass { to: &mut to, offset: 0, seen: Vec::new(), fault, trickle: None, shared, ends: &ends };
+    let mut pass =
+        FaultInjector { to: &mut to, offset: 0, seen: Vec::new(), fault, trickle: None, shared, ends: &ends };
     let end = (|| -> std::io::Result<Infallible> {
         let mut buffer = header.map_or_else(|| vec![0; HEADER_BYTES], Vec::from);
         if header.is_none() {
@@ -183,7 +184,7 @@ fn pump(
     }
 }
 
-struct Pass<'a> {
+struct FaultInjector<'a> {
     to: &'a mut UnixStream,
     offset: u64,
     /// Kinds of frames seen, and where they began.
@@ -195,7 +196,7 @@ struct Pass<'a> {
     ends: &'a [UnixStream; 2],
 }
 
-impl Pass<'_> {
+impl FaultInjector<'_> {
     fn pass_on(&mut self, bytes: &[u8]) -> std::io::Result<()> {
         let Some(pause) = self.trickle else { return self.to.write_all(bytes) };
         for byte in bytes {
@@ -211,8 +212,8 @@ impl Pass<'_> {
             self.seen.push((kind, self.offset));
         }
         let at = self.fault.and_then(|fault| match fault.at {
-            At::Byte(at) => Some(at),
-            At::Frame(kind, at) => {
+            FaultPosition::Byte(at) => Some(at),
+            FaultPosition::Frame(kind, at) => {
                 let (_, begin) = self.seen.iter().find(|(seen, _)| *seen == kind as u16)?;
                 Some(begin + at)
             }
@@ -222,20 +223,20 @@ impl Pass<'_> {
         let (Some(here), Some(fault)) = (here.map(|here| here as usize), self.fault) else {
             return self.pass_on(bytes);
         };
-        self.shared.struck.store(true, Ordering::SeqCst);
-        if let Deed::Trickle(pause) = fault.deed {
+        self.shared.triggered.store(true, Ordering::SeqCst);
+        if let FaultAction::Trickle(pause) = fault.action {
             self.trickle = Some(pause);
             self.fault = None;
             self.to.write_all(&bytes[..here])?;
             return self.pass_on(&bytes[here..]);
         }
-        if fault.deed == Deed::Flip {
+        if fault.action == FaultAction::Flip {
             bytes[here] ^= 1;
             self.fault = None;
             return self.to.write_all(bytes);
         }
         self.to.write_all(&bytes[..here])?;
-        if matches!(fault.deed, Deed::Cut | Deed::CutForGood) {
+        if matches!(fault.action, FaultAction::Cut | FaultAction::CutForGood) {
             for end in self.ends {
                 let _ = end.shutdown(Shutdown::Both);
             }

@@ -11,20 +11,20 @@ use vhost_migrate::migrate::{
 };
 use vhost_migrate::stream::{Codec, StreamError, StreamListener, StreamOptions, Uri, transport};
 
-use crate::guest::{Cradle, Guest, PATIENCE, Refusal};
+use crate::guest::{Guest, IncomingGuest, PATIENCE, RefusalPoint};
 
 /// How to migrate.
 #[derive(Clone)]
-pub(crate) struct How {
+pub(crate) struct MigrationSetup {
     pub(crate) parameters: MigrationParameters,
     pub(crate) options: StreamOptions,
 }
 
-impl How {
+impl MigrationSetup {
     /// Patient, and with a downtime that any writer here allows.
-    pub(crate) fn new() -> How {
+    pub(crate) fn new() -> MigrationSetup {
         let policy = ConvergencePolicy { downtime_limit: PATIENCE, max_rounds: 100 };
-        How {
+        MigrationSetup {
             parameters: MigrationParameters {
                 policy,
                 codec: Codec::None,
@@ -37,32 +37,32 @@ impl How {
         }
     }
 
-    pub(crate) fn channels(mut self, channels: u16) -> How {
+    pub(crate) fn channels(mut self, channels: u16) -> MigrationSetup {
         self.options.channels = channels;
         self
     }
 
-    pub(crate) fn codec(mut self, codec: &str) -> How {
+    pub(crate) fn codec(mut self, codec: &str) -> MigrationSetup {
         self.parameters.codec = codec.parse().unwrap();
         self
     }
 
-    pub(crate) fn verify(mut self) -> How {
+    pub(crate) fn verify(mut self) -> MigrationSetup {
         self.parameters.verify = true;
         self
     }
 
-    pub(crate) fn one_way(mut self) -> How {
+    pub(crate) fn one_way(mut self) -> MigrationSetup {
         self.options.one_way = true;
         self
     }
 
-    pub(crate) fn ask_for(mut self, time: Duration) -> How {
+    pub(crate) fn ask_for(mut self, time: Duration) -> MigrationSetup {
         self.parameters.outcome_query_timeout = time;
         self
     }
 
-    pub(crate) fn timeout(mut self, time: Duration) -> How {
+    pub(crate) fn timeout(mut self, time: Duration) -> MigrationSetup {
         (self.options.deadline, self.options.timeout) = (Some(time), Some(time));
         self
     }
@@ -73,29 +73,34 @@ pub(crate) fn options() -> StreamOptions {
 }
 
 /// How a migration ended at the source.
-pub(crate) struct Left {
+pub(crate) struct SourceOutcome {
     pub(crate) outcome: Result<MigrationReport, MigrationFailure>,
     pub(crate) events: Vec<MigrationEvent>,
 }
 
-impl Left {
+impl SourceOutcome {
     pub(crate) fn failure(self) -> MigrationFailure {
         self.outcome.expect_err("the migration should have failed")
     }
 }
 
 /// Sends `guest` to `uri`.
-pub(crate) fn leave(guest: &mut Guest, uri: &Uri, how: &How) -> Left {
-    leave_telling(guest, uri, how, |_| {})
+pub(crate) fn migrate_out(guest: &mut Guest, uri: &Uri, setup: &MigrationSetup) -> SourceOutcome {
+    migrate_out_with_events(guest, uri, setup, |_| {})
 }
 
 /// The same, and `tell` hears of every event as it happens.
-pub(crate) fn leave_telling(guest: &mut Guest, uri: &Uri, how: &How, mut tell: impl FnMut(&MigrationEvent)) -> Left {
+pub(crate) fn migrate_out_with_events(
+    guest: &mut Guest,
+    uri: &Uri,
+    setup: &MigrationSetup,
+    mut tell: impl FnMut(&MigrationEvent),
+) -> SourceOutcome {
     let mut events = Vec::new();
-    let outcome = match transport::connect(uri, &how.options) {
+    let outcome = match transport::connect(uri, &setup.options) {
         Ok(connection) => {
-            let StreamOptions { limiter, cancel, .. } = &how.options;
-            let outcome = migrate(guest, connection, &how.parameters, limiter, cancel, &mut |event| {
+            let StreamOptions { limiter, cancel, .. } = &setup.options;
+            let outcome = migrate(guest, connection, &setup.parameters, limiter, cancel, &mut |event| {
                 tell(&event);
                 events.push(event);
             });
@@ -108,27 +113,27 @@ pub(crate) fn leave_telling(guest: &mut Guest, uri: &Uri, how: &How, mut tell: i
         }
         Err(error) => Err(MigrationFailure { error: error.into(), location: GuestLocation::RunningHere }),
     };
-    Left { outcome, events }
+    SourceOutcome { outcome, events }
 }
 
 /// What came out of a destination.
-pub(crate) struct Arrived {
+pub(crate) struct DestinationOutcome {
     pub(crate) outcome: Result<IncomingReport, MigrateError>,
     /// Bytes of frames read from the wire.
     pub(crate) bytes: u64,
     guest: Option<Guest>,
 }
 
-impl Arrived {
-    fn none(error: MigrateError) -> Arrived {
-        Arrived { outcome: Err(error), bytes: 0, guest: None }
+impl DestinationOutcome {
+    fn none(error: MigrateError) -> DestinationOutcome {
+        DestinationOutcome { outcome: Err(error), bytes: 0, guest: None }
     }
 
     /// The guest, which runs here.
     pub(crate) fn guest(self) -> Guest {
         self.outcome.unwrap();
         let guest = self.guest.unwrap();
-        guest.beat();
+        guest.wait_for_write();
         guest
     }
 
@@ -142,7 +147,7 @@ impl Arrived {
     }
 
     /// Nothing runs here.
-    pub(crate) fn nobody(self) -> MigrateError {
+    pub(crate) fn expect_failure(self) -> MigrateError {
         assert!(!self.guest.is_some_and(|guest| guest.is_running()), "the guest runs where it must not");
         self.outcome.expect_err("the destination should have failed")
     }
@@ -153,7 +158,7 @@ pub(crate) struct Destination {
     pub(crate) uri: Uri,
     pub(crate) outcomes: Outcomes,
     incoming: Arc<MigrationListener>,
-    thread: JoinHandle<Arrived>,
+    thread: JoinHandle<DestinationOutcome>,
 }
 
 impl Destination {
@@ -161,12 +166,12 @@ impl Destination {
         Destination::new(uri, None)
     }
 
-    pub(crate) fn new(uri: &Uri, refuse: Option<Refusal>) -> Destination {
+    pub(crate) fn new(uri: &Uri, refuse: Option<RefusalPoint>) -> Destination {
         Destination::limited(uri, refuse, PATIENCE)
     }
 
     /// The same with a limit to the switchover.
-    pub(crate) fn limited(uri: &Uri, refuse: Option<Refusal>, switchover_timeout: Duration) -> Destination {
+    pub(crate) fn limited(uri: &Uri, refuse: Option<RefusalPoint>, switchover_timeout: Duration) -> Destination {
         let listener = StreamListener::bind(uri).unwrap();
         let (uri, outcomes) = (listener.uri().clone(), Outcomes::default());
         let incoming = Arc::new(MigrationListener::start(listener, outcomes.clone()).unwrap());
@@ -174,25 +179,25 @@ impl Destination {
         let thread = std::thread::spawn(move || {
             let arriving = match waits.next() {
                 Ok(Some(arriving)) => arriving,
-                Ok(None) => return Arrived::none(MigrateError::Cancelled),
-                Err(error) => return Arrived::none(error.into()),
+                Ok(None) => return DestinationOutcome::none(MigrateError::Cancelled),
+                Err(error) => return DestinationOutcome::none(error.into()),
             };
             let channels = arriving.connection.channels.clone();
-            let mut cradle = Cradle::new(refuse);
-            let outcome = receive(&mut cradle, arriving.connection, &arriving.cancel, &its, switchover_timeout);
+            let mut incoming_guest = IncomingGuest::new(refuse);
+            let outcome = receive(&mut incoming_guest, arriving.connection, &arriving.cancel, &its, switchover_timeout);
             let bytes = channels.iter().map(|channel| channel.bytes_received()).sum();
-            Arrived { outcome, bytes, guest: cradle.guest }
+            DestinationOutcome { outcome, bytes, guest: incoming_guest.guest }
         });
         Destination { uri, outcomes, incoming, thread }
     }
 
     /// Waits for the end.
-    pub(crate) fn join(self) -> Arrived {
+    pub(crate) fn join(self) -> DestinationOutcome {
         self.thread.join().unwrap()
     }
 
     /// What calls it off, wherever it is. False says that it was too late.
-    pub(crate) fn call_off(&self) -> impl FnOnce() -> bool + Send + use<> {
+    pub(crate) fn canceller(&self) -> impl FnOnce() -> bool + Send + use<> {
         let (outcomes, incoming) = (self.outcomes.clone(), self.incoming.clone());
         move || {
             incoming.close();
@@ -201,18 +206,18 @@ impl Destination {
     }
 
     /// Calls it off, wherever it is, and waits for the end.
-    pub(crate) fn cancel(self) -> Arrived {
-        self.call_off()();
+    pub(crate) fn cancel(self) -> DestinationOutcome {
+        self.canceller()();
         self.join()
     }
 }
 
 /// A folder for sockets and files.
-pub(crate) struct Place(TempDir);
+pub(crate) struct TempFolder(TempDir);
 
-impl Place {
-    pub(crate) fn new() -> Place {
-        Place(TempDir::new().unwrap())
+impl TempFolder {
+    pub(crate) fn new() -> TempFolder {
+        TempFolder(TempDir::new().unwrap())
     }
 
     pub(crate) fn path(&self, name: &str) -> String {
@@ -233,22 +238,22 @@ pub(crate) fn uri(text: &str) -> Uri {
 }
 
 /// Moves a running guest to a good destination and returns it as it goes on there.
-pub(crate) fn travel(mut guest: Guest, to: &Uri, how: &How) -> (Guest, MigrationReport) {
+pub(crate) fn migrate_to(mut guest: Guest, to: &Uri, setup: &MigrationSetup) -> (Guest, MigrationReport) {
     let destination = Destination::at(to);
-    let left = leave(&mut guest, &destination.uri, how);
+    let left = migrate_out(&mut guest, &destination.uri, setup);
     let arrived = destination.join();
     let report = left.outcome.unwrap();
-    guest.assert_gone();
+    guest.assert_released();
     (arrived.guest(), report)
 }
 
 /// What must hold after every migration that failed before its commit: the guest is here, whole, and goes elsewhere
 /// the next time, where it is returned from.
-pub(crate) fn assert_nothing_happened(mut guest: Guest, failure: &MigrationFailure) -> Guest {
+pub(crate) fn assert_source_unharmed(mut guest: Guest, failure: &MigrationFailure) -> Guest {
     assert_eq!(failure.location, GuestLocation::RunningHere, "{failure}");
-    guest.assert_here();
-    let place = Place::new();
-    travel(guest, &place.unix("second"), &How::new().channels(2)).0
+    guest.assert_runs_unharmed();
+    let folder = TempFolder::new();
+    migrate_to(guest, &folder.unix("second"), &MigrationSetup::new().channels(2)).0
 }
 
 pub(crate) fn stream_error(failure: &MigrationFailure) -> &StreamError {

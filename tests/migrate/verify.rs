@@ -11,53 +11,54 @@ use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::migrate::{GuestLocation, MigrateError, MigrationEvent, SourceVm, VmError, migrate};
 use vhost_migrate::stream::transport;
 
-use crate::guest::{Guest, HIGH, Refusal, Trouble};
-use crate::trip::{Destination, How, Place, assert_nothing_happened, leave, travel, uri};
+use crate::guest::{Guest, GuestFault, HIGH, RefusalPoint};
+use crate::trip::{Destination, MigrationSetup, TempFolder, assert_source_unharmed, migrate_out, migrate_to, uri};
 
 const PAGES: u64 = 2048;
 
 #[test]
-fn a_guest_whose_memory_is_right_arrives_verified() {
+fn a_verified_migration_compares_every_page() {
     for (channels, codec) in [(1, "none"), (3, "zstd:1")] {
-        let place = Place::new();
+        let folder = TempFolder::new();
         let mut guest = Guest::running(PAGES);
-        let destination = Destination::at(&place.unix("socket"));
-        let left = leave(&mut guest, &destination.uri, &How::new().channels(channels).codec(codec).verify());
+        let destination = Destination::at(&folder.unix("socket"));
+        let left =
+            migrate_out(&mut guest, &destination.uri, &MigrationSetup::new().channels(channels).codec(codec).verify());
         assert!(left.outcome.unwrap().verify_ms.is_some());
         let arrived = destination.join();
         assert_eq!(arrived.outcome.as_ref().unwrap().compared, PAGES);
         arrived.guest();
     }
-    let place = Place::new();
-    let file = uri(&format!("file:{}", place.path("saved")));
+    let folder = TempFolder::new();
+    let file = uri(&format!("file:{}", folder.path("saved")));
     let mut guest = Guest::running(PAGES);
-    leave(&mut guest, &file, &How::new().one_way().verify()).outcome.unwrap();
+    migrate_out(&mut guest, &file, &MigrationSetup::new().one_way().verify()).outcome.unwrap();
     assert_eq!(Destination::at(&file).join().outcome.unwrap().compared, PAGES);
-    let (_, report) = travel(Guest::running(PAGES), &place.unix("socket"), &How::new());
+    let (_, report) = migrate_to(Guest::running(PAGES), &folder.unix("socket"), &MigrationSetup::new());
     assert_eq!(report.verify_ms, None);
 }
 
 #[test]
-fn a_dirty_source_that_sees_nothing_fails_the_migration_and_the_guest_goes_on() {
-    let place = Place::new();
-    let mut guest = Guest::running(PAGES).with(Trouble::Blind);
-    let destination = Destination::at(&place.unix("socket"));
-    let failure = leave(&mut guest, &destination.uri, &How::new().channels(2).verify()).failure();
+fn verification_fails_a_migration_whose_dirty_source_misses_writes() {
+    let folder = TempFolder::new();
+    let mut guest = Guest::running(PAGES).with_fault(GuestFault::LogOff);
+    let destination = Destination::at(&folder.unix("socket"));
+    let failure = migrate_out(&mut guest, &destination.uri, &MigrationSetup::new().channels(2).verify()).failure();
     assert!(matches!(&failure.error, MigrateError::Destination(words) if words.contains("differ")), "{failure}");
-    assert!(matches!(destination.join().nobody(), MigrateError::MemoryDiffers { .. }));
-    assert_nothing_happened(guest, &failure);
+    assert!(matches!(destination.join().expect_failure(), MigrateError::MemoryDiffers { .. }));
+    assert_source_unharmed(guest, &failure);
 }
 
 /// A guest that nothing writes but the test.
-struct Still {
+struct StaticVm {
     memory: Memory,
     sources: Vec<Box<dyn DirtySource>>,
     paused: bool,
 }
 
-impl Still {
+impl StaticVm {
     /// All pages but every fourth have contents.
-    fn new() -> Still {
+    fn new() -> StaticVm {
         let memory = Memory::new([0, HIGH].map(|gpa| {
             let size = PAGES / 2 * LOG_PAGE;
             Arc::new(Region::share(sealed_memfd("still", size).unwrap(), gpa, size, 0).unwrap())
@@ -67,19 +68,19 @@ impl Still {
             memory.write(page * LOG_PAGE, &[1; 100]).unwrap();
             memory.write(HIGH + page * LOG_PAGE, &[2; 100]).unwrap();
         }
-        Still { memory, sources: Vec::new(), paused: false }
+        StaticVm { memory, sources: Vec::new(), paused: false }
     }
 
     /// Leaves for a destination, and is written by `write` after its first round. Returns the pages that are different
     /// there, and what the source says of it.
-    fn found(mut self, mut write: impl FnMut(&Memory)) -> Option<(u64, Vec<u64>, String)> {
-        let place = Place::new();
-        let destination = Destination::new(&place.unix("socket"), Some(Refusal::Restore));
-        let how = How::new().channels(2).verify();
-        let connection = transport::connect(&destination.uri, &how.options).unwrap();
+    fn differences(mut self, mut write: impl FnMut(&Memory)) -> Option<(u64, Vec<u64>, String)> {
+        let folder = TempFolder::new();
+        let destination = Destination::new(&folder.unix("socket"), Some(RefusalPoint::Restore));
+        let setup = MigrationSetup::new().channels(2).verify();
+        let connection = transport::connect(&destination.uri, &setup.options).unwrap();
         let (memory, mut rounds) = (self.memory.clone(), 0);
-        let (limiter, cancel) = (&how.options.limiter, &how.options.cancel);
-        let outcome = migrate(&mut self, connection, &how.parameters, limiter, cancel, &mut |event| {
+        let (limiter, cancel) = (&setup.options.limiter, &setup.options.cancel);
+        let outcome = migrate(&mut self, connection, &setup.parameters, limiter, cancel, &mut |event| {
             if let MigrationEvent::Switchover { .. } = event {
                 write(&memory);
                 rounds += 1;
@@ -99,7 +100,7 @@ impl Still {
     }
 }
 
-impl SourceVm for Still {
+impl SourceVm for StaticVm {
     fn memory(&self) -> Memory {
         self.memory.clone()
     }
@@ -126,35 +127,36 @@ impl SourceVm for Still {
 }
 
 #[test]
-fn the_pages_that_a_forgotten_writer_has_written_are_named() {
+fn verification_lists_the_pages_of_an_untracked_writer() {
     let first = HIGH / LOG_PAGE;
     // One with contents, one that was a hole, and one of each region's ends.
     let written = [0, 5, 8, PAGES / 2 - 1, first, first + 600];
-    let (pages, named, words) = Still::new()
-        .found(|memory| written.iter().for_each(|page| memory.write(page * LOG_PAGE + 200, &[7]).unwrap()))
+    let (pages, named, words) = StaticVm::new()
+        .differences(|memory| written.iter().for_each(|page| memory.write(page * LOG_PAGE + 200, &[7]).unwrap()))
         .unwrap();
     assert_eq!((pages, named.as_slice()), (6, written.as_slice()));
     assert!(words.contains("6 pages differ") && words.contains("at 0x0, 0x5000, 0x8000, "), "{words}");
     // Many are counted, and the first are named.
-    let (pages, named, words) =
-        Still::new().found(|memory| (0..600).for_each(|page| memory.write(page * LOG_PAGE, &[9]).unwrap())).unwrap();
+    let (pages, named, words) = StaticVm::new()
+        .differences(|memory| (0..600).for_each(|page| memory.write(page * LOG_PAGE, &[9]).unwrap()))
+        .unwrap();
     assert_eq!((pages, named), (600, (0..16).collect()));
     assert!(words.contains(", …"), "{words}");
     // A page that was given back is zero, and the destination still has its contents.
-    let found = Still::new().found(|memory| memory.write(LOG_PAGE, &[0; 100]).unwrap()).unwrap();
+    let found = StaticVm::new().differences(|memory| memory.write(LOG_PAGE, &[0; 100]).unwrap()).unwrap();
     assert_eq!((found.0, found.1), (1, vec![1]));
-    assert_eq!(Still::new().found(|_| ()), None);
+    assert_eq!(StaticVm::new().differences(|_| ()), None);
 }
 
 /// A device that reads into guest memory through pages which the kernel has pinned for it.
-struct Pinned {
+struct PinnedDevice {
     ring: IoUring,
     file: std::fs::File,
     buffer: libc::iovec,
 }
 
-impl Pinned {
-    fn new(memory: &Memory, gpa: u64) -> Pinned {
+impl PinnedDevice {
+    fn new(memory: &Memory, gpa: u64) -> PinnedDevice {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&[0x5a; 4096]).unwrap();
         let ring = IoUring::new(2).unwrap();
@@ -162,7 +164,7 @@ impl Pinned {
         memory.iovecs(gpa, LOG_PAGE, &mut buffers).unwrap();
         // SAFETY: the buffer is guest memory, which the caller keeps mapped longer than this device.
         unsafe { ring.submitter().register_buffers(&buffers) }.unwrap();
-        Pinned { ring, file, buffer: buffers[0] }
+        PinnedDevice { ring, file, buffer: buffers[0] }
     }
 
     fn write(&mut self) {
@@ -179,9 +181,9 @@ impl Pinned {
 const PINNED: u64 = 9;
 
 #[test]
-fn no_page_table_sees_a_write_through_pinned_pages_but_the_log_of_its_device_does() {
-    let Still { memory, .. } = Still::new();
-    let mut device = Pinned::new(&memory, PINNED * LOG_PAGE);
+fn a_write_through_pinned_pages_is_in_the_device_log_but_not_in_the_pagemap() {
+    let StaticVm { memory, .. } = StaticVm::new();
+    let mut device = PinnedDevice::new(&memory, PINNED * LOG_PAGE);
     let log = Arc::new(Log::create(memory.end()).unwrap().0);
     let mut blind = Pagemap::new("cpus", memory.clone());
     blind.start().unwrap();
@@ -205,21 +207,21 @@ fn no_page_table_sees_a_write_through_pinned_pages_but_the_log_of_its_device_doe
 }
 
 #[test]
-fn verification_finds_what_was_written_through_pinned_pages() {
-    let mut guest = Still::new();
+fn verification_finds_writes_through_pinned_pages() {
+    let mut guest = StaticVm::new();
     let memory = guest.memory.clone();
     guest.sources.push(Box::new(Pagemap::new("cpus", memory.clone())));
-    let mut device = Pinned::new(&memory, PINNED * LOG_PAGE);
-    let (pages, named, _) = guest.found(|_| device.write()).unwrap();
+    let mut device = PinnedDevice::new(&memory, PINNED * LOG_PAGE);
+    let (pages, named, _) = guest.differences(|_| device.write()).unwrap();
     assert_eq!((pages, named), (1, vec![PINNED]));
     // The same with the log of the device beside it.
-    let mut guest = Still::new();
+    let mut guest = StaticVm::new();
     let memory = guest.memory.clone();
     let log = Arc::new(Log::create(memory.end()).unwrap().0);
     guest.sources.push(Box::new(Pagemap::new("cpus", memory.clone())));
     guest.sources.push(Box::new(LogSource::new("device", log.clone())));
-    let mut device = Pinned::new(&memory, PINNED * LOG_PAGE);
-    let found = guest.found(|_| {
+    let mut device = PinnedDevice::new(&memory, PINNED * LOG_PAGE);
+    let found = guest.differences(|_| {
         device.write();
         log.mark(PINNED * LOG_PAGE, LOG_PAGE);
     });

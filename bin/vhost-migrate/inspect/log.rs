@@ -158,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn runs_go_on_over_the_borders_of_bytes_and_pieces() {
+    fn runs_continue_across_bytes_and_chunks() {
         let mut marks = MarkedPages::default();
         marks.add_bytes(&[0b1000_0001, 0xff], 2);
         marks.add_bytes(&[0b0000_0011, 0b0000_0001], 2);

@@ -60,7 +60,7 @@ mod tests {
 
     /// A name server that never answers.
     #[test]
-    fn a_look_up_that_does_not_end_is_left_behind_at_cancel_and_at_the_deadline() {
+    fn a_hanging_lookup_is_abandoned_at_cancel_and_at_the_deadline() {
         let (release, held) = mpsc::channel::<()>();
         let held = std::sync::Arc::new(std::sync::Mutex::new(held));
         let hang = || {

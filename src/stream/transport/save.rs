@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_ends_takes_along_what_it_has_not_saved_yet_and_nothing_else() {
+    fn remove_unfinished_saves_removes_only_unpublished_files() {
         let _alone = alone();
         let folder = tempfile::tempdir().unwrap();
         let names = ["one", "two", "three"].map(|name| folder.path().join(name));
@@ -313,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_with_a_name_of_its_own_is_new_and_renamed_or_removed() {
+    fn a_named_partial_file_is_created_exclusively_and_renamed_or_removed() {
         let _alone = alone();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("saved");
