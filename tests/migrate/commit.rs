@@ -11,11 +11,11 @@ use vhost_migrate::stream::{
 use vhost_migrate::stream::{ToDestination, ToSource, Uri, transport};
 
 use crate::guest::{Guest, GuestFault, PATIENCE, REFUSAL_REASON, RefusalPoint, SLOW_START, layout};
-use crate::relay::{Direction, Fault, FaultAction, FaultPosition, Relay};
-use crate::trip::{
+use crate::harness::{
     Destination, MigrationSetup, SourceOutcome, TempFolder, assert_source_unharmed, migrate_out,
     migrate_out_with_events, migrate_to, options,
 };
+use crate::relay::{Direction, Fault, FaultAction, FaultPosition, Relay};
 
 const PAGES: u64 = 64;
 

@@ -6,7 +6,7 @@ use vhost_migrate::migrate::{GuestLocation, MigrateError, MigrationEvent, migrat
 use vhost_migrate::stream::{StreamError, StreamOptions, transport};
 
 use crate::guest::{Calls, Guest, GuestFault};
-use crate::trip::{Destination, MigrationSetup, TempFolder, assert_source_unharmed, migrate_out, stream_error, uri};
+use crate::harness::{Destination, MigrationSetup, TempFolder, assert_source_unharmed, migrate_out, stream_error, uri};
 
 const PAGES: u64 = 512;
 

@@ -3,25 +3,25 @@
 //!
 //! | file | promise |
 //! |---|---|
-//! | `arrives` | every byte arrives, over each transport; the figures add up |
-//! | `breaks` | the connection breaks, hangs or lies at any step: the source goes on |
+//! | `transports` | every byte arrives, over each transport; the figures add up |
+//! | `faults` | the connection breaks, hangs or lies at any step: the source goes on |
 //! | `refused` | one side says no, is of another version or no migration at all |
 //! | `commit` | after the commit, and called off at any moment: the guest runs once |
 //! | `disk` | files and commands that can't take it |
 //! | `verify` | memory compared before it is handed over; writers that nobody tracks |
-//! | `strangers` | what connects and is no migration keeps no source out |
+//! | `other_peers` | what connects and is no migration keeps no source out |
 //! | `rounds` | when it ends by itself and when not; the bandwidth limit |
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod arrives;
-mod breaks;
 mod commit;
 mod disk;
+mod faults;
 mod guest;
+mod harness;
+mod other_peers;
 mod refused;
 mod relay;
 mod rounds;
-mod strangers;
-mod trip;
+mod transports;
 mod verify;

@@ -12,7 +12,7 @@ use vhost_migrate::stream::{MigrationId, PageStats, StreamError, StreamListener}
 use vhost_migrate::stream::{ToDestination, ToSource, Uri, transport};
 
 use crate::guest::{Guest, GuestFault, REFUSAL_REASON, RefusalPoint, layout};
-use crate::trip::{
+use crate::harness::{
     Destination, MigrationSetup, TempFolder, assert_source_unharmed, migrate_out, migrate_to, options, stream_error,
     uri,
 };

@@ -7,7 +7,7 @@ use vhost_migrate::migrate::{ConvergencePolicy, MigrateError, MigrationEvent, ST
 use vhost_migrate::stream::RateLimiter;
 
 use crate::guest::{Guest, GuestFault, PATIENCE};
-use crate::trip::{Destination, MigrationSetup, TempFolder, assert_source_unharmed, migrate_out};
+use crate::harness::{Destination, MigrationSetup, TempFolder, assert_source_unharmed, migrate_out};
 
 const PAGES: u64 = 512;
 

@@ -12,7 +12,7 @@ use vhost_migrate::migrate::{GuestLocation, MigrateError, MigrationEvent, Source
 use vhost_migrate::stream::transport;
 
 use crate::guest::{Guest, GuestFault, HIGH, RefusalPoint};
-use crate::trip::{Destination, MigrationSetup, TempFolder, assert_source_unharmed, migrate_out, migrate_to, uri};
+use crate::harness::{Destination, MigrationSetup, TempFolder, assert_source_unharmed, migrate_out, migrate_to, uri};
 
 const PAGES: u64 = 2048;
 

@@ -7,7 +7,7 @@ use vhost_migrate::migrate::{GuestLocation, MigrateError, MigrationEvent};
 use vhost_migrate::stream::Uri;
 
 use crate::guest::{Guest, GuestFault, REFUSAL_REASON, RefusalPoint};
-use crate::trip::{
+use crate::harness::{
     Destination, DestinationOutcome, MigrationSetup, TempFolder, assert_source_unharmed, migrate_out, migrate_to, uri,
 };
 

@@ -7,8 +7,8 @@ use vhost_migrate::migrate::{MigrateError, MigrationFailure};
 use vhost_migrate::stream::frame::{FRAME_HEADER_BYTES, FrameKind, HEADER_BYTES};
 
 use crate::guest::{Guest, PATIENCE};
+use crate::harness::{Destination, MigrationSetup, TempFolder, assert_source_unharmed, migrate_out};
 use crate::relay::{Direction, Fault, FaultAction, FaultPosition, Relay};
-use crate::trip::{Destination, MigrationSetup, TempFolder, assert_source_unharmed, migrate_out};
 
 use Direction::{ToDestination, ToSource};
 

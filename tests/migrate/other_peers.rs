@@ -11,7 +11,7 @@ use vhost_migrate::stream::{
 };
 
 use crate::guest::{Guest, IncomingGuest, PATIENCE, layout};
-use crate::trip::{Destination, MigrationSetup, TempFolder, migrate_out};
+use crate::harness::{Destination, MigrationSetup, TempFolder, migrate_out};
 
 const PAGES: u64 = 128;
 
