@@ -15,9 +15,9 @@ use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
 use vhost_migrate::backend::{self, Device, Inherited, Listener, Sandbox, Violation};
 use vhost_migrate::control;
 
-use crate::interrupt::{on_hangup, on_interrupt};
-use crate::messages::LogArguments;
+use crate::log_arguments::LogArguments;
 use crate::metrics::MetricsArguments;
+use crate::signals::{on_hangup, on_interrupt};
 use crate::values;
 
 /// Be a vhost-user device

@@ -16,7 +16,7 @@ use vhost_migrate::check::{
 };
 use vhost_migrate::inflight::RingKind;
 
-use crate::interrupt::{before_termination, interrupts_and_hangup};
+use crate::signals::{before_termination, interrupts_and_hangup};
 use crate::values;
 
 /// Nothing could be checked.

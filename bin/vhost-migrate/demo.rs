@@ -13,9 +13,9 @@ use vhost_migrate::control::{self, ControlCommand};
 use vhost_migrate::guest::GuestConfig;
 use vhost_migrate::migrate::{MigrationEvent, MigrationReport};
 
-use crate::interrupt::on_interrupt_or_hangup;
 use crate::migrate::TransferArguments;
 use crate::progress::{OutputArguments, Progress};
+use crate::signals::on_interrupt_or_hangup;
 use crate::units;
 use crate::wrong_arguments;
 

@@ -22,9 +22,9 @@ use vhost_migrate::stream::record::Started;
 use vhost_migrate::stream::transport::{connect, query_outcome, remove_unfinished_saves};
 use vhost_migrate::stream::{CancelToken, MigrationId, StreamListener, StreamOptions, ToSource, Uri};
 
-use crate::interrupt::{before_termination, ignore_hangup};
-use crate::messages::LogArguments;
+use crate::log_arguments::LogArguments;
 use crate::metrics::MetricsArguments;
+use crate::signals::{before_termination, ignore_hangup};
 use crate::units;
 use crate::values;
 use crate::wrong_arguments;

@@ -2,16 +2,16 @@
 
 mod backend;
 mod check;
-mod decide;
 mod demo;
 mod dirty_rate;
 mod guest;
 mod inspect;
-mod interrupt;
-mod messages;
+mod log_arguments;
 mod metrics;
 mod migrate;
 mod progress;
+mod resume_forget;
+mod signals;
 mod units;
 mod values;
 
@@ -47,7 +47,7 @@ so. The destination is asked first, if it can be reached; one that has the guest
 
 Exit status: 0 the guest runs; 1 it does not, and why; 2 wrong arguments."
     )]
-    Resume(decide::Arguments),
+    Resume(resume_forget::Arguments),
     /// Let go of a guest whose migration's outcome is not known: the destination runs it
     #[command(
         after_help = "After a migration whose outcome is not known (exit status 3 of migrate), the source keeps its guest
@@ -55,7 +55,7 @@ paused. Forget it only if you know that the destination runs it, or that a compl
 
 Exit status: 0 the guest is gone from here; 1 it is not, and why; 2 wrong arguments."
     )]
-    Forget(decide::Arguments),
+    Forget(resume_forget::Arguments),
     DirtyRate(dirty_rate::Arguments),
     Inspect(inspect::Arguments),
     Check(check::Arguments),
@@ -74,7 +74,7 @@ fn main() -> ExitCode {
         eprintln!("vhost-migrate: --exit-with-parent: {error}");
         return ExitCode::FAILURE;
     }
-    if let Err(error) = interrupt::block_file_size_signal() {
+    if let Err(error) = signals::block_file_size_signal() {
         eprintln!("vhost-migrate: signals: {error}");
         return ExitCode::FAILURE;
     }
@@ -83,8 +83,8 @@ fn main() -> ExitCode {
         Action::Backend(arguments) => backend::run(arguments),
         Action::Guest(arguments) => guest::run(arguments),
         Action::Migrate(arguments) => migrate::run(arguments),
-        Action::Resume(arguments) => decide::run(&arguments, &control::ControlCommand::Resume),
-        Action::Forget(arguments) => decide::run(&arguments, &control::ControlCommand::Forget),
+        Action::Resume(arguments) => resume_forget::run(&arguments, &control::ControlCommand::Resume),
+        Action::Forget(arguments) => resume_forget::run(&arguments, &control::ControlCommand::Forget),
         Action::DirtyRate(arguments) => dirty_rate::run(arguments),
         Action::Inspect(arguments) => inspect::run(arguments),
         Action::Check(arguments) => check::run(arguments),

@@ -10,8 +10,8 @@ use vhost_migrate::control::{self, ControlCommand, MigrateArguments};
 use vhost_migrate::migrate::GuestLocation;
 use vhost_migrate::stream::{Codec, Uri};
 
-use crate::interrupt::on_every_interrupt;
 use crate::progress::{OutputArguments, Progress};
+use crate::signals::on_every_interrupt;
 use crate::units;
 use crate::values;
 use crate::wrong_arguments;

@@ -6,7 +6,7 @@
 //! | `source` | rounds, switchover, and the way back when something fails |
 //! | `destination` | pages into place, restore, start |
 //! | `populate` | the destination's memory, provided ahead |
-//! | `incoming` | listening for guests and for sources that ask |
+//! | `listener` | listening for guests and for sources that ask |
 //! | `outcomes` | what a destination answers to a source that asks what came of a migration |
 //! | `converge` | when to stop the guest: a pure decision |
 //! | `report` | events and figures |
@@ -22,7 +22,7 @@ mod builtin;
 mod converge;
 mod destination;
 mod error;
-mod incoming;
+mod listener;
 #[cfg(feature = "guest")]
 mod measure;
 mod outcomes;
@@ -40,7 +40,7 @@ pub use builtin::{
 pub use converge::{Convergence, ConvergencePolicy, NextStep, RoundResult, RoundTime, STALL_ROUNDS};
 pub use destination::{IncomingReport, SWITCHOVER_TIMEOUT, receive};
 pub use error::{MigrateError, MigrationFailure};
-pub use incoming::{IncomingMigration, MigrationListener};
+pub use listener::{IncomingMigration, MigrationListener};
 #[cfg(feature = "guest")]
 pub use measure::measure_dirty_rate;
 pub use outcomes::Outcomes;

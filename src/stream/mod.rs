@@ -13,6 +13,7 @@
 //! `docs/stream-format.md` specifies every byte.
 
 pub mod codec;
+mod data_bitmap;
 mod error;
 pub mod frame;
 pub mod hashes;
@@ -23,7 +24,6 @@ pub mod pages;
 pub mod record;
 mod sys;
 pub mod transport;
-mod zeros;
 
 pub use codec::Codec;
 pub use error::StreamError;

@@ -14,9 +14,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::codec::{Compressor, Decompressor};
+use super::data_bitmap::DataBitmap;
 use super::frame::{FrameBody, FrameHeader, FrameKind, FrameReader, FrameWriter};
 use super::sys::{ReadMemory, ReceiveWindow, copy_page};
-use super::zeros::DataBitmap;
 use super::{Codec, StreamError};
 use crate::memory::{ExtentFinder, LOG_PAGE, Memory, Region};
 

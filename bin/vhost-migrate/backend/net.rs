@@ -8,9 +8,9 @@ use vhost_migrate::backend::Sandbox;
 use vhost_migrate::backend::net::{MAX_PAIRS, MIN_MTU, Mac, Net, NetOptions, Peer};
 
 use super::{SeccompArguments, SocketArguments, StopArguments, serve};
-use crate::interrupt::ignore_hangup;
-use crate::messages::LogArguments;
+use crate::log_arguments::LogArguments;
 use crate::metrics::MetricsArguments;
+use crate::signals::ignore_hangup;
 use crate::values;
 
 /// A network interface: on a tap of the host, on another such process, or on itself
