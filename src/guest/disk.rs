@@ -135,7 +135,7 @@ impl Disk {
             name: device.name().to_owned(),
             interrupt: device.interrupt(),
             device: Mutex::new(device),
-            doorbells: doorbells,
+            doorbells,
             bases: Mutex::new(stopped),
             away_limit: limit,
             away: AtomicBool::new(false),

@@ -145,7 +145,7 @@ impl PreparedDevice {
         let doorbells = queues.iter().map(|queue| QueueDoorbells::new(queue.ring)).collect::<Result<Vec<_>, _>>()?;
         let start = RingBase::initial(config.ring_features());
         let rings: Vec<_> = (0..).zip(doorbells.iter().map(|doorbells| doorbells.setup(start))).collect();
-        let mut prepared = PreparedDevice { device, found, has_inflight, doorbells: doorbells };
+        let mut prepared = PreparedDevice { device, found, has_inflight, doorbells };
         expected.map_or(Ok(()), |expected| prepared.check_matches(expected))?;
         prepared.device.prepare_rings(&rings)?;
         Ok(prepared)
