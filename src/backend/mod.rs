@@ -7,12 +7,12 @@
 //! | `server` | listens, reads and answers messages, survives its front-ends |
 //! | `iommu` | what a ring behind an IOMMU asks for, and what it has in use |
 //! | `tracker` | what the inflight region is told of a ring's requests |
-//! | `post` | where a ring is taken up, and waits for its areas behind an IOMMU |
+//! | `ring_task` | where a ring is taken up, and waits for its areas behind an IOMMU |
 //! | `workers` | the rings of a connection, and how they are commanded |
 //! | `worker` | the thread of a running ring: takes requests, logs, publishes, notifies |
-//! | `channel` | what the front-end is told without having asked |
+//! | `backend_channel` | what the front-end is told without having asked |
 //! | `device` | what a device author writes, and the [`Request`] it gets |
-//! | `immediate` | a queue that serves its requests as they come |
+//! | `sync_queue` | a queue that serves its requests as they come |
 //! | `transfer` | a device's state through a pipe |
 //! | `postcopy` | guest memory that comes while rings run |
 //! | `sandbox` | what a process that serves may ask of the kernel |
@@ -25,40 +25,40 @@
 //! writing, and the worker marks that before it publishes the request. Not here: how rings and inflight regions look
 //! ([`crate::ring`], [`crate::inflight`]), and driving a device (`frontend`).
 
-mod answers;
+mod backend_channel;
 pub mod blk;
-mod channel;
 mod counters;
 mod device;
 mod disk_io;
 mod error;
-mod immediate;
 mod iommu;
 mod kick;
 mod message;
 pub mod net;
 mod notify;
-mod post;
 mod postcopy;
+mod replies;
+mod ring_lock;
+mod ring_task;
 mod sandbox;
 mod server;
 mod session;
+mod sync_queue;
 mod tracker;
 mod transfer;
-mod turn;
 mod worker;
 mod workers;
 
-pub use channel::Host;
+pub use backend_channel::Host;
 #[cfg(feature = "metrics")]
 pub use counters::describe_counters;
 pub use device::{Device, Queue, RING_FEATURES, Request};
 pub use error::BackendError;
-pub use immediate::Immediate;
 pub use kick::Kick;
 pub use message::{MAX_FDS, MAX_PAYLOAD, Message, Reply};
 pub use notify::Notifier;
 pub use sandbox::{Sandbox, SandboxError, Violation};
 pub use server::{Inherited, Listener, inherited, serve, serve_at, serve_one};
 pub use session::{Logging, Rings, Session, Setup, Step};
+pub use sync_queue::Immediate;
 pub use workers::Workers;

@@ -16,9 +16,9 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::answers::Answers;
+use super::replies::Answers;
+use super::ring_lock::{Turn, Turns};
 use super::session::{Session, Step};
-use super::turn::{Turn, Turns};
 use super::{BackendError, Device, MAX_FDS, Message, Reply, Workers, counters};
 use crate::abi::vhost_user::{Header, Request as Code};
 use crate::sys::listen::{SocketPathGuard, listen};

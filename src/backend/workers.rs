@@ -17,10 +17,10 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded}
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::answers::Answers;
-use super::post::Post;
+use super::replies::Answers;
+use super::ring_lock::Turn;
+use super::ring_task::Post;
 use super::session::{Logging, Rings, Setup};
-use super::turn::Turn;
 use super::worker::Order;
 use super::{BackendError, Device, Notifier};
 use crate::ring::RingBase;

@@ -11,7 +11,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::claim::Image;
+use super::image_lock::Image;
 use crate::abi::vhost_user::DiskGeneration;
 use crate::sys::random::random;
 use crate::sys::xattr;
@@ -162,7 +162,7 @@ fn parse(text: &[u8]) -> Option<DiskGeneration> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::claim::Sharing;
+    use super::super::image_lock::Sharing;
     use super::*;
 
     /// On a disk: not every system's folder for temporary files has attributes.

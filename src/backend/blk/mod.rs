@@ -1,13 +1,13 @@
 //! A disk: a raw image file or a block device as a virtio-blk device.
 //!
 //! Here: opening the image, what is offered, configuration space. How requests are served is in `queue`, who may use the
-//! image when in `claim`, what a saved guest compares it by in `generation`, what is no raw image in `format`.
+//! image when in `image_lock`, what a saved guest compares it by in `generation`, what is no raw image in `format`.
 
 #![forbid(unsafe_code)]
 
-mod claim;
 mod format;
 mod generation;
+mod image_lock;
 mod queue;
 
 use std::fs::{File, OpenOptions};
@@ -24,8 +24,8 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use tracing::{debug, info, warn};
 use zerocopy::{FromZeros, IntoBytes};
 
-use self::claim::{Image, Sharing};
 use self::generation::Generation;
+use self::image_lock::{Image, Sharing};
 use self::queue::DiskQueue;
 use super::{BackendError, Device, Host, Queue, RING_FEATURES};
 use crate::abi::bit;

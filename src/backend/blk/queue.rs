@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use nix::errno::Errno;
 use tracing::debug;
 
-use super::claim::Claim;
 use super::generation::{Generation, InUse};
+use super::image_lock::Claim;
 use super::{Disk, MAX_CLEAR_SECTORS};
 use crate::abi::bit;
 use crate::abi::virtio::{

@@ -11,7 +11,7 @@ use zerocopy::FromBytes;
 use zerocopy::little_endian::{U16, U32};
 
 use super::filter::{Addresses, Filter, Mac};
-use super::wire::Hub;
+use super::state::Hub;
 use crate::abi::bit;
 use crate::abi::virtio::{
     NetCtrlHeader, VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_MAC,

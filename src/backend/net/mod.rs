@@ -2,10 +2,10 @@
 //!
 //! | file | purpose |
 //! |---|---|
-//! | `wire` | what packets travel on, and which queue hears what |
+//! | `state` | what packets travel on, and which queue hears what |
 //! | `receive`, `transmit`, `control` | the queues |
 //! | `filter` | which received packets the driver wants |
-//! | `saved` | what the driver has set, as it travels |
+//! | `saved_state` | what the driver has set, as it travels |
 //! | `tap`, `pair` | what can be at the other end: the host's network, or another such process |
 //!
 //! Here: what is offered, configuration space, announcing. Nothing is offloaded: checksums and segments are the driver's.
@@ -15,10 +15,10 @@ mod control;
 mod filter;
 mod pair;
 mod receive;
-mod saved;
+mod saved_state;
+mod state;
 mod tap;
 mod transmit;
-mod wire;
 
 use std::io;
 use std::path::PathBuf;
@@ -32,9 +32,9 @@ use self::filter::Filter;
 pub use self::filter::Mac;
 use self::pair::Link;
 use self::receive::Receive;
+pub use self::state::Counts;
+use self::state::{HEADER, Hub, Wire};
 use self::transmit::Transmit;
-pub use self::wire::Counts;
-use self::wire::{HEADER, Hub, Wire};
 use super::{BackendError, Device, Host, Queue, RING_FEATURES};
 use crate::abi::bit;
 use crate::abi::vhost_user::{CONFIG_TYPE_MIGRATION, Request as Code, protocol_feature};
@@ -326,11 +326,11 @@ impl Device for Net {
     }
 
     fn save_state(&self) -> Result<Vec<u8>, BackendError> {
-        saved::save(&self.hub.state(), self.options.mtu)
+        saved_state::save(&self.hub.state(), self.options.mtu)
     }
 
     fn load_state(&self, state: &[u8]) -> Result<(), BackendError> {
-        let (filter, pairs) = saved::load(state, self.options.pairs, self.options.mtu)?;
+        let (filter, pairs) = saved_state::load(state, self.options.pairs, self.options.mtu)?;
         // It is somewhere else now, and its driver, once it runs, has to say so.
         self.hub.change(|state| {
             (state.filter, state.pairs, state.announce, state.inherited) = (filter, Some(pairs), true, false);

@@ -25,7 +25,7 @@ use zerocopy::little_endian::U16;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::NetError;
-use super::wire::{Hub, Wire};
+use super::state::{Hub, Wire};
 use crate::sys::join::join;
 use crate::sys::log_limit::limited;
 

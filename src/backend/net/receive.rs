@@ -13,7 +13,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tracing::debug;
 
-use super::wire::{HEADER, Hub, MAX_FRAME, View, Wire, count};
+use super::state::{HEADER, Hub, MAX_FRAME, View, Wire, count};
 use crate::backend::{Queue, Request};
 use crate::sys::log_limit::limited;
 

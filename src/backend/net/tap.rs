@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use nix::libc::{self, c_int};
 
 use super::NetError;
-use super::wire::{HEADER, Wire};
+use super::state::{HEADER, Wire};
 
 /// `struct ifreq`, as TUNSETIFF reads it.
 #[repr(C)]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tracing::debug;
 
-use super::wire::{HEADER, Hub, MAX_FRAME, View, count};
+use super::state::{HEADER, Hub, MAX_FRAME, View, count};
 use crate::backend::{Queue, Request};
 
 pub(super) struct Transmit {

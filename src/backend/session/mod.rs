@@ -6,20 +6,20 @@
 
 #![forbid(unsafe_code)]
 
+mod commands;
 mod device;
 mod log;
 mod memory;
-mod orders;
 mod ring;
 
-pub use orders::{Logging, Rings, Setup};
+pub use commands::{Logging, Rings, Setup};
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use tracing::debug;
 
-use super::channel::{Attached, checked};
+use super::backend_channel::{Attached, checked};
 use super::postcopy::{Postcopy, own_addresses};
 use super::transfer::Transfer;
 use super::{BackendError, Device, Host, Message, Notifier, Reply, counters};

@@ -7,8 +7,8 @@
 
 #![forbid(unsafe_code)]
 
-mod ending;
 mod in_order;
+mod stop;
 
 use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -34,7 +34,7 @@ use crate::ring::{DeviceRing, RingError};
 use crate::sys::log_limit::limited;
 use in_order::InOrder;
 
-pub(super) use ending::{End, Left};
+pub(super) use stop::{End, Left};
 
 /// How often a ring without a kick is looked at, in milliseconds.
 const POLL_EVERY_MS: u8 = 1;

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::filter::{Addresses, Filter, MAX_ADDRESSES, Mac};
-use super::wire::State;
+use super::state::State;
 use crate::backend::BackendError;
 use crate::stream::record;
 
@@ -98,7 +98,7 @@ pub(super) fn load(bytes: &[u8], pairs: u16, mtu: Option<u16>) -> Result<(Filter
 mod tests {
     use std::sync::Arc;
 
-    use super::super::wire::Hub;
+    use super::super::state::Hub;
     use super::*;
 
     fn state() -> Arc<State> {
