@@ -15,7 +15,9 @@ use std::sync::Arc;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use race::{race, time};
-use vhost_migrate::backend::{Device, Immediate, Kick, Logging, Notifier, Queue, RING_FEATURES, Rings, Setup, Workers};
+use vhost_migrate::backend::{
+    Kick, Logging, Notifier, Queue, RING_FEATURES, SyncQueue, VirtioDevice, VringConfig, VringController, Workers,
+};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
 use vhost_migrate::ring::{Buffer, DriverRing, RingBase, RingLayout};
@@ -30,7 +32,7 @@ const FEATURES: u64 = 1 << 32;
 
 struct Nothing;
 
-impl Device for Nothing {
+impl VirtioDevice for Nothing {
     fn features(&self) -> u64 {
         RING_FEATURES
     }
@@ -39,8 +41,8 @@ impl Device for Nothing {
         Vec::new()
     }
 
-    fn queue(&self, _: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
-        Ok(Box::new(Immediate::new(|request| {
+    fn start_queue(&self, _: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
+        Ok(Box::new(SyncQueue::new(|request| {
             let _ = request.write(0, &[0]);
         })))
     }
@@ -53,22 +55,22 @@ fn serve(log: Option<Arc<Log>>) -> f64 {
     let layout = RingLayout::new(FEATURES, SIZE, 0, 0x4000, 0x8000);
     let mut driver = DriverRing::new(&memory, layout, FEATURES).unwrap();
     let kick = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap());
-    let setup = Setup {
-        call_is_new: false,
-        notified: Arc::default(),
+    let setup = VringConfig {
+        call_changed: false,
+        has_notified: Arc::default(),
         layout,
         base: RingBase::initial(FEATURES),
         features: FEATURES,
         memory,
         logging: Logging { data: log.clone(), used: log.map(|log| (log, 0x8000)), ..Logging::default() },
         kick: Some(Arc::new(Kick::new(0, kick.as_fd().try_clone_to_owned().unwrap()).unwrap())),
-        polled: false,
+        is_polled: false,
         call: None,
         error: None,
         inflight: None,
-        first: true,
-        postcopy: false,
-        host: Arc::default(),
+        is_first_start: true,
+        in_postcopy: false,
+        frontend: Arc::default(),
         iotlb: None,
     };
     let mut workers = Workers::new(Arc::new(Nothing));

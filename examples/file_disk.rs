@@ -2,11 +2,11 @@
 
 use std::{error::Error, fs::File, io, os::fd::AsFd, os::unix::fs::FileExt, os::unix::net::UnixStream, sync::Arc};
 use vhost_migrate::abi::{bit, virtio::*};
-use vhost_migrate::backend::{Device, Immediate, Listener, Queue, RING_FEATURES, Request, serve};
+use vhost_migrate::backend::{BackendListener, Queue, RING_FEATURES, Request, SyncQueue, VirtioDevice, serve};
 
 struct Disk(Arc<File>);
 
-impl Device for Disk {
+impl VirtioDevice for Disk {
     fn features(&self) -> u64 {
         RING_FEATURES | bit(VIRTIO_BLK_F_FLUSH)
     }
@@ -16,9 +16,9 @@ impl Device for Disk {
         (bytes / SECTOR_BYTES).to_le_bytes().to_vec()
     }
 
-    fn queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
         let file = self.0.clone();
-        Ok(Box::new(Immediate::new(move |request: &mut Request| {
+        Ok(Box::new(SyncQueue::new(move |request: &mut Request| {
             let status = if transfer(&file, request).is_ok() { VIRTIO_BLK_S_OK } else { VIRTIO_BLK_S_IOERR };
             let _ = request.write(request.writable_len().saturating_sub(1), &[status]);
         })))
@@ -27,7 +27,7 @@ impl Device for Disk {
 
 fn transfer(file: &File, request: &mut Request) -> Result<(), Box<dyn Error>> {
     const HEADER: u64 = size_of::<BlkRequestHeader>() as u64;
-    let header: BlkRequestHeader = request.object(0)?;
+    let header: BlkRequestHeader = request.read_obj(0)?;
     let len = match header.request_type.get() {
         VIRTIO_BLK_T_IN => request.writable_len().saturating_sub(1),
         VIRTIO_BLK_T_OUT => request.readable_len() - HEADER,
@@ -53,7 +53,7 @@ fn transfer(file: &File, request: &mut Request) -> Result<(), Box<dyn Error>> {
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().collect();
     let [_, socket, image] = &arguments[..] else { return Err("usage: file_disk SOCKET IMAGE".into()) };
-    let disk: Arc<dyn Device> = Arc::new(Disk(Arc::new(File::options().read(true).write(true).open(image)?)));
+    let disk: Arc<dyn VirtioDevice> = Arc::new(Disk(Arc::new(File::options().read(true).write(true).open(image)?)));
     let (stop, _never) = UnixStream::pair()?;
-    Ok(serve(&Listener::bind(socket.as_ref())?, &disk, stop.as_fd())?)
+    Ok(serve(&BackendListener::bind(socket.as_ref())?, &disk, stop.as_fd())?)
 }

@@ -17,8 +17,8 @@ use vhost_migrate::abi::vhost_user::{
     BackendRequest, Header, InflightDescription, Request as Code, VringArea, VringState, protocol_feature,
     unstable::INFLIGHT_MIGRATION,
 };
-use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
-use vhost_migrate::backend::{self, Host, Listener, Queue, serve};
+use vhost_migrate::backend::blk::{Aio, BlkDevice, BlkOptions};
+use vhost_migrate::backend::{self, BackendListener, FrontendHandle, Queue, serve};
 use vhost_migrate::frontend::{Device, DeviceEvent, FrontendError, RingSetup, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig};
 use vhost_migrate::inflight::{InflightRegion, RingKind};
@@ -35,11 +35,11 @@ const DEADLINE: Duration = Duration::from_secs(60);
 
 /// A disk whose back-end says whatever a test wants.
 struct ChannelDevice {
-    disk: Disk,
-    host: Mutex<Arc<Host>>,
+    disk: BlkDevice,
+    host: Mutex<Arc<FrontendHandle>>,
 }
 
-impl backend::Device for ChannelDevice {
+impl backend::VirtioDevice for ChannelDevice {
     fn features(&self) -> u64 {
         self.disk.features()
     }
@@ -56,12 +56,12 @@ impl backend::Device for ChannelDevice {
         self.disk.config()
     }
 
-    fn connected(&self, host: Arc<Host>) {
+    fn connected(&self, host: Arc<FrontendHandle>) {
         *self.host.lock().unwrap() = host;
     }
 
-    fn queue(&self, index: u16, size: u16, features: u64) -> std::io::Result<Box<dyn Queue>> {
-        self.disk.queue(index, size, features)
+    fn start_queue(&self, index: u16, size: u16, features: u64) -> std::io::Result<Box<dyn Queue>> {
+        self.disk.start_queue(index, size, features)
     }
 }
 
@@ -78,13 +78,13 @@ impl Backend {
         let folder = tempfile::tempdir().unwrap();
         let image = folder.path().join("image");
         File::create(&image).unwrap().set_len(16 * MIB).unwrap();
-        let disk = Disk::open(DiskOptions { queues: 2, aio: Aio::Threads, ..DiskOptions::new(image) });
+        let disk = BlkDevice::open(BlkOptions { queues: 2, aio: Aio::Threads, ..BlkOptions::new(image) });
         let channel_device = Arc::new(ChannelDevice { disk: disk.unwrap(), host: Mutex::default() });
-        let listener = Listener::bind(&folder.path().join("s")).unwrap();
+        let listener = BackendListener::bind(&folder.path().join("s")).unwrap();
         let (stop, device) = (Arc::new(EventFd::new().unwrap()), channel_device.clone());
         let until = stop.clone();
         let thread = std::thread::spawn(move || {
-            let device: Arc<dyn backend::Device> = device;
+            let device: Arc<dyn backend::VirtioDevice> = device;
             serve(&listener, &device, until.as_fd()).unwrap();
         });
         Backend { folder, channel_device, stop, thread: Some(thread) }
@@ -96,7 +96,7 @@ impl Backend {
         UserDevice::connect(self.folder.path().join("s"), options, Instant::now() + DEADLINE).unwrap()
     }
 
-    fn host(&self) -> Arc<Host> {
+    fn host(&self) -> Arc<FrontendHandle> {
         self.channel_device.host.lock().unwrap().clone()
     }
 

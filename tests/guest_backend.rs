@@ -19,8 +19,8 @@ use rstest::rstest;
 use tempfile::TempDir;
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::protocol_feature;
-use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
-use vhost_migrate::backend::{self, BackendError, Listener};
+use vhost_migrate::backend::blk::{Aio, BlkDevice, BlkOptions};
+use vhost_migrate::backend::{self, BackendError, BackendListener};
 use vhost_migrate::dirty::{DirtyError, DirtySource, Log, PageSet, Pagemap};
 use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestError, make_memory};
@@ -453,14 +453,14 @@ fn devices_can_be_controlled_while_their_back_end_crashes(#[values(false, true)]
 
 /// A disk with a state of its own, which it may refuse to take over.
 struct StatefulDevice {
-    disk: Disk,
+    disk: BlkDevice,
     state: Mutex<Vec<u8>>,
     refuses: AtomicBool,
     /// Whether it can't serve its rings.
     idles: AtomicBool,
 }
 
-impl backend::Device for StatefulDevice {
+impl backend::VirtioDevice for StatefulDevice {
     fn features(&self) -> u64 {
         self.disk.features()
     }
@@ -487,25 +487,25 @@ impl backend::Device for StatefulDevice {
 
     fn load_state(&self, state: &[u8]) -> Result<(), BackendError> {
         if self.refuses.load(Ordering::Relaxed) {
-            return Err(BackendError::State { why: "not here".into() });
+            return Err(BackendError::DeviceState { why: "not here".into() });
         }
         *self.state.lock().unwrap() = state.to_vec();
         Ok(())
     }
 
-    fn queue(&self, index: u16, size: u16, features: u64) -> std::io::Result<Box<dyn backend::Queue>> {
+    fn start_queue(&self, index: u16, size: u16, features: u64) -> std::io::Result<Box<dyn backend::Queue>> {
         if self.idles.load(Ordering::Relaxed) {
             return Err(std::io::Error::other("not now"));
         }
-        self.disk.queue(index, size, features)
+        self.disk.start_queue(index, size, features)
     }
 }
 
 /// One of them, served by this process until it ends.
 fn stateful(folder: &Path, socket: &str, state: &[u8]) -> Arc<StatefulDevice> {
-    let options = DiskOptions { queues: 2, aio: Aio::Threads, ..DiskOptions::new(folder.join("disk.img")) };
+    let options = BlkOptions { queues: 2, aio: Aio::Threads, ..BlkOptions::new(folder.join("disk.img")) };
     let device = StatefulDevice {
-        disk: Disk::open(options).unwrap(),
+        disk: BlkDevice::open(options).unwrap(),
         state: Mutex::new(state.to_vec()),
         refuses: AtomicBool::new(false),
         idles: AtomicBool::new(false),
@@ -516,8 +516,8 @@ fn stateful(folder: &Path, socket: &str, state: &[u8]) -> Arc<StatefulDevice> {
 }
 
 /// Serves a device in this process until it ends.
-fn serve(folder: &Path, socket: &str, device: Arc<dyn backend::Device>) {
-    let listener = Listener::bind(&folder.join(socket)).unwrap();
+fn serve(folder: &Path, socket: &str, device: Arc<dyn backend::VirtioDevice>) {
+    let listener = BackendListener::bind(&folder.join(socket)).unwrap();
     std::thread::spawn(move || {
         let never = nix::sys::eventfd::EventFd::new().unwrap();
         backend::serve(&listener, &device, never.as_fd()).unwrap();
@@ -617,8 +617,8 @@ fn a_destination_back_end_refuses_rings_before_the_commit() {
     }
     let disk = |image: &str, max_queue_size| {
         let image = folder.join(image);
-        let options = DiskOptions { queues: 2, max_queue_size, aio: Aio::Threads, ..DiskOptions::new(image) };
-        Arc::new(Disk::open(options).unwrap())
+        let options = BlkOptions { queues: 2, max_queue_size, aio: Aio::Threads, ..BlkOptions::new(image) };
+        Arc::new(BlkDevice::open(options).unwrap())
     };
     let size = 256;
     serve(folder, "a", disk("disk.img", size));
@@ -768,8 +768,8 @@ fn the_destination_prepares_and_compares_its_disk_while_the_guest_runs() {
         File::create(folder.join(image)).unwrap().set_len(mib * MIB).unwrap();
     }
     let disk = |image: &str| {
-        let options = DiskOptions { queues: 2, aio: Aio::Threads, ..DiskOptions::new(folder.join(image)) };
-        Arc::new(Disk::open(options).unwrap())
+        let options = BlkOptions { queues: 2, aio: Aio::Threads, ..BlkOptions::new(folder.join(image)) };
+        Arc::new(BlkDevice::open(options).unwrap())
     };
     serve(folder, "a", disk("disk.img"));
     serve(folder, "b", disk("disk.img"));

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::EventFd;
 use vhost_migrate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
-use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
-use vhost_migrate::backend::{Device, Listener, Queue, Request, serve};
+use vhost_migrate::backend::blk::{Aio, BlkDevice, BlkOptions};
+use vhost_migrate::backend::{BackendListener, Queue, Request, VirtioDevice, serve};
 use vhost_migrate::frontend::{UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestState, make_memory};
 use vhost_migrate::memory::{LOG_PAGE, Memory};
@@ -23,7 +23,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 const MOVES: u64 = 6;
 
 /// A disk that lets every request wait for a while before it looks at it.
-struct Slow(Disk);
+struct Slow(BlkDevice);
 
 struct SlowQueue {
     disk: Box<dyn Queue>,
@@ -32,7 +32,7 @@ struct SlowQueue {
     ready: EventFd,
 }
 
-impl Device for Slow {
+impl VirtioDevice for Slow {
     fn features(&self) -> u64 {
         self.0.features()
     }
@@ -49,8 +49,8 @@ impl Device for Slow {
         self.0.config()
     }
 
-    fn queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
-        let disk = self.0.queue(index, size, features)?;
+    fn start_queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
+        let disk = self.0.start_queue(index, size, features)?;
         Ok(Box::new(SlowQueue { disk, waiting: VecDeque::new(), ready: EventFd::from_value(1)? }))
     }
 }
@@ -89,15 +89,15 @@ struct Backend {
 
 impl Backend {
     fn start(folder: &Path, socket: &str, aio: Aio) -> (Backend, UserDevice) {
-        let disk = Disk::open(DiskOptions {
+        let disk = BlkDevice::open(BlkOptions {
             queues: 2,
             aio,
             inflight_migration: true,
-            ..DiskOptions::new(folder.join("image"))
+            ..BlkOptions::new(folder.join("image"))
         });
-        let device: Arc<dyn Device> = Arc::new(Slow(disk.unwrap()));
+        let device: Arc<dyn VirtioDevice> = Arc::new(Slow(disk.unwrap()));
         let path = folder.join(socket);
-        let listener = Listener::bind(&path).unwrap();
+        let listener = BackendListener::bind(&path).unwrap();
         let stop = Arc::new(EventFd::new().unwrap());
         let until = stop.clone();
         let thread = std::thread::spawn(move || serve(&listener, &device, until.as_fd()).unwrap());

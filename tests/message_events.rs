@@ -18,8 +18,8 @@ use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{BackendRequest, Header, Request as Code};
 use vhost_migrate::abi::virtio::VIRTIO_F_VERSION_1;
 use vhost_migrate::backend::{
-    BackendError, Device, Host, Immediate, Listener, Logging, Message, Notifier, Queue, RING_FEATURES, Request, Rings,
-    Session, Setup, serve,
+    BackendError, BackendListener, FrontendHandle, Logging, Notifier, Queue, RING_FEATURES, Request, Session,
+    SyncQueue, VhostUserMessage, VirtioDevice, VringConfig, VringController, serve,
 };
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device as _, RingSetup, UserDevice, UserOptions};
@@ -65,9 +65,9 @@ impl<S: Subscriber> Layer<S> for Heard {
 
 /// A device of one ring that completes every request as it is, and says what a test wants.
 #[derive(Default)]
-struct Plain(Mutex<Arc<Host>>);
+struct Plain(Mutex<Arc<FrontendHandle>>);
 
-impl Device for Plain {
+impl VirtioDevice for Plain {
     fn features(&self) -> u64 {
         RING_FEATURES
     }
@@ -76,20 +76,20 @@ impl Device for Plain {
         vec![0; 8]
     }
 
-    fn connected(&self, host: Arc<Host>) {
+    fn connected(&self, host: Arc<FrontendHandle>) {
         *self.0.lock().unwrap() = host;
     }
 
-    fn queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
-        Ok(Box::new(Immediate::new(|_: &mut Request| {})))
+    fn start_queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
+        Ok(Box::new(SyncQueue::new(|_: &mut Request| {})))
     }
 }
 
 /// Rings without workers.
 struct Nobody;
 
-impl Rings for Nobody {
-    fn start(&mut self, _index: u16, _setup: Setup) -> Result<(), BackendError> {
+impl VringController for Nobody {
+    fn start(&mut self, _index: u16, _setup: VringConfig) -> Result<(), BackendError> {
         Ok(())
     }
 
@@ -114,8 +114,8 @@ fn every_message_of_a_session_is_one_event_with_its_name_also_if_it_is_refused_o
         let mut session = Session::new(Arc::new(Plain::default()));
         for &code in &codes {
             // Without a payload most are refused.
-            let message = Message { code, flags: Header::FLAG_VERSION, payload: vec![], fds: vec![] };
-            let _ = session.message(message, &mut Nobody);
+            let message = VhostUserMessage { code, flags: Header::FLAG_VERSION, payload: vec![], fds: vec![] };
+            let _ = session.handle_message(message, &mut Nobody);
         }
     });
     let expected: Vec<_> = codes.iter().map(Code::to_string).collect();
@@ -130,9 +130,9 @@ fn what_a_front_end_sends_is_one_event_on_either_side_and_so_is_what_it_hears() 
     tracing::subscriber::set_global_default(registry().with(heard.clone())).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");
-    let listener = Listener::bind(&path).unwrap();
+    let listener = BackendListener::bind(&path).unwrap();
     let (plain, stop) = (Arc::new(Plain::default()), Arc::new(EventFd::new().unwrap()));
-    let (device, until): (Arc<dyn Device>, _) = (plain.clone(), stop.clone());
+    let (device, until): (Arc<dyn VirtioDevice>, _) = (plain.clone(), stop.clone());
     let server = thread::spawn(move || serve(&listener, &device, until.as_fd()).unwrap());
 
     let mut device = UserDevice::connect(&path, UserOptions::default(), Instant::now() + PATIENCE).unwrap();

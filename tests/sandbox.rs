@@ -10,7 +10,7 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Output};
 
 use nix::libc::SIGSYS;
-use vhost_migrate::backend::{Sandbox, Violation};
+use vhost_migrate::backend::{Sandbox, ViolationAction};
 use vhost_migrate::memory::sealed_memfd;
 
 /// Exit status of a child that has done what it was told to.
@@ -87,9 +87,9 @@ fn child() {
     match sandbox.as_str() {
         "none" => {}
         "kill" => confined.install().unwrap(),
-        "log" => Sandbox { violation: Violation::Log, ..confined }.install().unwrap(),
-        "unlink" => Sandbox { unlink: true, ..confined }.install().unwrap(),
-        "pair" => Sandbox { pair: true, ..confined }.install().unwrap(),
+        "log" => Sandbox { on_violation: ViolationAction::Log, ..confined }.install().unwrap(),
+        "unlink" => Sandbox { allow_unlink: true, ..confined }.install().unwrap(),
+        "pair" => Sandbox { allow_pair: true, ..confined }.install().unwrap(),
         other => unreachable!("{other}"),
     }
     act(&what, &folder, &socket);

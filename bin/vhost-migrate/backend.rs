@@ -11,8 +11,8 @@ use std::time::Duration;
 use clap::{Subcommand, ValueEnum};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vhost_migrate::abi::virtio::VIRTIO_BLK_ID_BYTES;
-use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
-use vhost_migrate::backend::{self, Device, Inherited, Listener, Sandbox, Violation};
+use vhost_migrate::backend::blk::{Aio, BlkDevice, BlkOptions};
+use vhost_migrate::backend::{self, BackendListener, InheritedSocket, Sandbox, ViolationAction, VirtioDevice};
 use vhost_migrate::control;
 
 use crate::log_arguments::LogArguments;
@@ -175,11 +175,16 @@ impl SeccompArguments {
     fn sandbox(&self, postcopy: bool, metrics: &MetricsArguments) -> Option<Sandbox> {
         let violation = match self.seccomp {
             _ if self.no_seccomp => return None,
-            SeccompAction::Kill => Violation::Kill,
-            SeccompAction::Log => Violation::Log,
+            SeccompAction::Kill => ViolationAction::Kill,
+            SeccompAction::Log => ViolationAction::Log,
             SeccompAction::Off => return None,
         };
-        Some(Sandbox { violation, postcopy, unlink: metrics.has_socket(), ..Sandbox::default() })
+        Some(Sandbox {
+            on_violation: violation,
+            allow_userfaultfd: postcopy,
+            allow_unlink: metrics.has_socket(),
+            ..Sandbox::default()
+        })
     }
 }
 
@@ -247,7 +252,7 @@ fn stop_on_interrupt(limit: Duration) -> Result<Arc<EventFd>, Box<dyn std::error
 impl Blk {
     fn run(self, stop: &EventFd) -> Result<(), Box<dyn std::error::Error>> {
         self.messages.start();
-        let disk = Disk::open(DiskOptions {
+        let disk = BlkDevice::open(BlkOptions {
             image: self.image.clone(),
             raw: matches!(self.format, Some(ImageFormat::Raw)),
             read_only: self.read_only,
@@ -262,7 +267,7 @@ impl Blk {
             in_order: self.in_order,
             inflight_migration: self.inflight_migration,
             iommu: self.iommu,
-            front_ends: self.front_ends,
+            max_front_ends: self.front_ends,
             share_rw: self.share_rw,
             share_readers: self.share_readers,
             postcopy: self.postcopy,
@@ -284,7 +289,7 @@ impl Blk {
 /// Serves `device` at its place until `stop` is set; `what` it is goes to stdout. Nothing else is opened from then on.
 fn serve(
     place: &SocketArguments,
-    device: Arc<dyn Device>,
+    device: Arc<dyn VirtioDevice>,
     what: &str,
     sandbox: Option<Sandbox>,
     stop: &EventFd,
@@ -293,22 +298,27 @@ fn serve(
     let SocketArguments { socket, connect, fd } = place;
     let confine = || {
         sandbox.map_or(Ok(()), |sandbox| {
-            Sandbox { unlink: sandbox.unlink || socket.is_some(), connect: connect.is_some(), ..sandbox }.install()
+            Sandbox {
+                allow_unlink: sandbox.allow_unlink || socket.is_some(),
+                allow_connect: connect.is_some(),
+                ..sandbox
+            }
+            .install()
         })
     };
     if let Some(path) = connect {
         confine()?;
         println!("serves {what} at {}", path.display());
-        return Ok(backend::serve_at(path, &device, stop.as_fd())?);
+        return Ok(backend::connect_and_serve(path, &device, stop.as_fd())?);
     }
     let listener = match (socket, *fd) {
-        (Some(path), _) => Listener::bind(path)?,
-        (None, Some(number)) => match backend::inherited(number) {
-            Ok(Inherited::Listener(listener)) => listener,
-            Ok(Inherited::Connection(connection)) => {
+        (Some(path), _) => BackendListener::bind(path)?,
+        (None, Some(number)) => match backend::inherit_socket(number) {
+            Ok(InheritedSocket::Listener(listener)) => listener,
+            Ok(InheritedSocket::Connection(connection)) => {
                 confine()?;
                 println!("serves {what} on fd {number}");
-                backend::serve_one(&connection, &device, stop.as_fd());
+                backend::serve_connection(&connection, &device, stop.as_fd());
                 return Ok(());
             }
             Err(error) => return Err(format!("--fd {number} is no socket that was passed on: {error}").into()),

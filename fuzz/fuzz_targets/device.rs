@@ -11,7 +11,7 @@ use std::os::fd::OwnedFd;
 use hostile::{Guest, Input, Link, device, leaving_nothing_behind};
 use libfuzzer_sys::fuzz_target;
 use vhost_migrate::abi::vhost_user::Request as Code;
-use vhost_migrate::backend::{Message, Session, Step, Workers};
+use vhost_migrate::backend::{MessageOutcome, Session, VhostUserMessage, Workers};
 
 struct Direct {
     session: Session,
@@ -20,8 +20,8 @@ struct Direct {
 
 impl Link for Direct {
     fn send(&mut self, _: &mut Input<'_>, code: Code, flags: u32, payload: &[u8], fds: Vec<OwnedFd>) -> bool {
-        let message = Message { code, flags, payload: payload.to_vec(), fds };
-        !matches!(self.session.message(message, &mut self.rings), Step::Close(_))
+        let message = VhostUserMessage { code, flags, payload: payload.to_vec(), fds };
+        !matches!(self.session.handle_message(message, &mut self.rings), MessageOutcome::Close(_))
     }
 }
 

@@ -14,7 +14,7 @@ use libfuzzer_sys::fuzz_target;
 use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use vhost_migrate::abi::vhost_user::{Header, Request as Code};
-use vhost_migrate::backend::serve_one;
+use vhost_migrate::backend::serve_connection;
 use zerocopy::IntoBytes;
 
 struct Socket(UnixStream);
@@ -72,7 +72,7 @@ fuzz_target!(|input: &[u8]| {
         let stop = EventFd::new().unwrap();
         let mut guest = Guest::new(&*device, bits);
         std::thread::scope(|scope| {
-            let serving = scope.spawn(|| serve_one(&theirs, &device, stop.as_fd()));
+            let serving = scope.spawn(|| serve_connection(&theirs, &device, stop.as_fd()));
             let mut link = Socket(ours);
             guest.run(&mut input, &mut link);
             if bits & 0x80 != 0 {

@@ -12,13 +12,16 @@ use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
 use vhost_migrate::abi::vhost_user::{Request, protocol_feature, unstable};
-use vhost_migrate::backend::{BackendError, Device, Logging, Message, Notifier, Queue, Rings, Session, Setup, Step};
+use vhost_migrate::backend::{
+    BackendError, Logging, MessageOutcome, Notifier, Queue, Session, VhostUserMessage, VirtioDevice, VringConfig,
+    VringController,
+};
 use vhost_migrate::memory::sealed_memfd;
 use vhost_migrate::ring::RingBase;
 
 struct Nothing;
 
-impl Device for Nothing {
+impl VirtioDevice for Nothing {
     fn features(&self) -> u64 {
         1 << 32 | 1 << 33
     }
@@ -52,7 +55,7 @@ impl Device for Nothing {
         Ok(())
     }
 
-    fn queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
         Err(io::ErrorKind::Unsupported.into())
     }
 }
@@ -63,8 +66,8 @@ struct Checked {
     running: [bool; 3],
 }
 
-impl Rings for Checked {
-    fn start(&mut self, index: u16, setup: Setup) -> Result<(), BackendError> {
+impl VringController for Checked {
+    fn start(&mut self, index: u16, setup: VringConfig) -> Result<(), BackendError> {
         let running = &mut self.running[usize::from(index)];
         assert!(!*running, "a running ring was started");
         assert!((1..=256).contains(&setup.layout.size()));
@@ -105,11 +108,12 @@ fuzz_target!(|input: &[u8]| {
         let (payload, after) = after.split_at(after.len().min(len.into()));
         rest = after;
         let fds = (0..fds % 4).filter_map(|_| file.as_fd().try_clone_to_owned().ok()).collect();
-        let message = Message { code: Request(code.into()), flags: flags.into(), payload: payload.to_vec(), fds };
-        match session.message(message, &mut rings) {
-            Step::Silence => {}
-            Step::Reply(reply) => assert_eq!(reply.to_bytes().len(), 12 + reply.payload.len()),
-            Step::Close(_) => return,
+        let message =
+            VhostUserMessage { code: Request(code.into()), flags: flags.into(), payload: payload.to_vec(), fds };
+        match session.handle_message(message, &mut rings) {
+            MessageOutcome::NoReply => {}
+            MessageOutcome::Reply(reply) => assert_eq!(reply.to_bytes().len(), 12 + reply.payload.len()),
+            MessageOutcome::Close(_) => return,
         }
     }
 });

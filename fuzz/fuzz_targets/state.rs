@@ -13,15 +13,15 @@ use twox_hash::XxHash3_64;
 use vhost_migrate::abi::vhost_user::{
     DEVICE_STATE_LOAD, DEVICE_STATE_PHASE_STOPPED, DeviceStateTransfer, Request as Code, protocol_feature,
 };
-use vhost_migrate::backend::net::{Net, NetOptions, Peer};
-use vhost_migrate::backend::{Device, Message, Session, Step, Workers};
+use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer};
+use vhost_migrate::backend::{MessageOutcome, Session, VhostUserMessage, VirtioDevice, Workers};
 use vhost_migrate::memory::sealed_memfd;
 use zerocopy::IntoBytes;
 
 fuzz_target!(|input: &[u8]| {
     let Some((&which, state)) = input.split_first() else { return };
-    let options = NetOptions { pairs: 3, ..NetOptions::new(Peer::Loopback, [2, 0, 0, 0, 0, 1]) };
-    let net = Arc::new(Net::open(options).unwrap());
+    let options = NetOptions { pairs: 3, ..NetOptions::new(NetPeer::Loopback, [2, 0, 0, 0, 0, 1]) };
+    let net = Arc::new(NetDevice::open(options).unwrap());
     let before = net.save_state().unwrap();
     let loaded = if which & 1 == 0 { net.load_state(state).is_ok() } else { through_a_pipe(&net, state) };
     let after = net.save_state().unwrap();
@@ -32,15 +32,16 @@ fuzz_target!(|input: &[u8]| {
 });
 
 /// Whether it arrives over a connection.
-fn through_a_pipe(net: &Arc<Net>, record: &[u8]) -> bool {
+fn through_a_pipe(net: &Arc<NetDevice>, record: &[u8]) -> bool {
     let bytes = [record, &XxHash3_64::oneshot(record).to_le_bytes()].concat();
     let file = File::from(sealed_memfd("state", bytes.len() as u64).unwrap());
     file.write_all_at(&bytes, 0).unwrap();
-    let device: Arc<dyn Device> = net.clone();
+    let device: Arc<dyn VirtioDevice> = net.clone();
     let (mut session, mut rings) = (Session::new(device.clone()), Workers::new(device));
     let mut tell = |code, payload: &[u8], fds| {
-        let step = session.message(Message { code, flags: 1, payload: payload.to_vec(), fds }, &mut rings);
-        if let Step::Reply(reply) = step { reply.payload.first() == Some(&0) } else { false }
+        let step =
+            session.handle_message(VhostUserMessage { code, flags: 1, payload: payload.to_vec(), fds }, &mut rings);
+        if let MessageOutcome::Reply(reply) = step { reply.payload.first() == Some(&0) } else { false }
     };
     tell(Code::SET_PROTOCOL_FEATURES, (1u64 << protocol_feature::DEVICE_STATE).as_bytes(), vec![]);
     let transfer = DeviceStateTransfer { direction: DEVICE_STATE_LOAD, phase: DEVICE_STATE_PHASE_STOPPED };

@@ -33,7 +33,7 @@ const ACK: usize = size_of::<Header>() + size_of::<u64>();
 /// The front-end of one connection, as its device and rings speak to it. Before it has given a channel what is to be told
 /// waits for one; after the connection has ended nobody hears it.
 #[derive(Debug, Default)]
-pub struct Host {
+pub struct FrontendHandle {
     state: Mutex<State>,
 }
 
@@ -76,12 +76,12 @@ enum Next {
 
 /// A channel in use; it ends when this is dropped.
 #[derive(Debug)]
-pub(super) struct Attached {
-    host: Arc<Host>,
+pub(super) struct BackendChannel {
+    host: Arc<FrontendHandle>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Host {
+impl FrontendHandle {
     /// Tells the front-end that configuration space has changed, so that it reads it again.
     pub fn config_changed(&self) {
         self.post(|state| !std::mem::replace(&mut state.config, true));
@@ -100,7 +100,7 @@ impl Host {
     /// Sends a message without an fd.
     ///
     /// # Errors
-    /// [`BackendError::Channel`] if there is no channel, or the front-end doesn't read it.
+    /// [`BackendError::BackendChannel`] if there is no channel, or the front-end doesn't read it.
     pub fn send(&self, code: Code, body: &(impl IntoBytes + Immutable)) -> Result<(), BackendError> {
         self.queue(code, body.as_bytes(), None)
     }
@@ -109,7 +109,7 @@ impl Host {
     /// deadline; it is disconnected when the channel ends. `None` if this front-end acknowledges nothing.
     ///
     /// # Errors
-    /// As [`Host::send`].
+    /// As [`FrontendHandle::send`].
     pub fn ask(&self, code: Code, body: &(impl IntoBytes + Immutable)) -> Result<Option<Receiver<u64>>, BackendError> {
         if !self.lock().acknowledges {
             return self.send(code, body).map(|()| None);
@@ -122,14 +122,14 @@ impl Host {
     ///
     /// # Errors
     /// What the system says. There is no channel then.
-    pub(super) fn attach(self: &Arc<Host>, socket: OwnedFd) -> Result<Attached, BackendError> {
+    pub(super) fn attach(self: &Arc<FrontendHandle>, socket: OwnedFd) -> Result<BackendChannel, BackendError> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wake = EventFd::from_flags(flags).map_err(BackendError::system("make an eventfd"))?;
         let line = Line { socket: Arc::new(socket), wake: Arc::new(wake) };
         self.lock().line = Some(line.clone());
         let host = self.clone();
         let thread = thread::Builder::new().name("channel".into()).spawn(move || host.serve(&line));
-        let attached = |thread| Attached { host: self.clone(), thread };
+        let attached = |thread| BackendChannel { host: self.clone(), thread };
         let thread = thread.map_err(|error| {
             drop(attached(None));
             BackendError::system("start a thread")(error)
@@ -151,10 +151,12 @@ impl Host {
     fn queue(&self, code: Code, body: &[u8], answer: Option<Sender<u64>>) -> Result<(), BackendError> {
         let mut state = self.lock();
         if state.line.is_none() {
-            return Err(BackendError::Channel { why: "there is none: the front-end has not sent SET_BACKEND_REQ_FD" });
+            return Err(BackendError::BackendChannel {
+                why: "there is none: the front-end has not sent SET_BACKEND_REQ_FD",
+            });
         }
         if state.messages.len() + state.unanswered.len() >= MOST_WAITING {
-            return Err(BackendError::Channel { why: "the front-end doesn't answer" });
+            return Err(BackendError::BackendChannel { why: "the front-end doesn't answer" });
         }
         state.messages.push_back(Message { code, body: body.to_vec(), answer });
         state.tell();
@@ -326,7 +328,7 @@ impl State {
     }
 }
 
-impl Drop for Attached {
+impl Drop for BackendChannel {
     fn drop(&mut self) {
         self.host.lock().hang_up("the connection does, or another one comes");
         if let Some(thread) = self.thread.take() {
@@ -338,12 +340,12 @@ impl Drop for Attached {
 /// What SET_BACKEND_REQ_FD brought, if it can be a channel.
 ///
 /// # Errors
-/// [`BackendError::Channel`] if it is no UNIX socket: others may be readable for ever without anything to read, as those
+/// [`BackendError::BackendChannel`] if it is no UNIX socket: others may be readable for ever without anything to read, as those
 /// are whose errors nobody fetches (rules F8.3, F9.2).
 pub(super) fn checked(fd: OwnedFd) -> Result<OwnedFd, BackendError> {
     match getsockname::<UnixAddr>(fd.as_raw_fd()) {
         Ok(_) => Ok(fd),
-        Err(_) => Err(BackendError::Channel { why: "it is no UNIX socket, and nothing else can be answered" }),
+        Err(_) => Err(BackendError::BackendChannel { why: "it is no UNIX socket, and nothing else can be answered" }),
     }
 }
 
@@ -375,8 +377,8 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(60);
 
-    fn open() -> (Arc<Host>, Attached, UnixStream) {
-        let (host, (ours, theirs)) = (Arc::new(Host::default()), UnixStream::pair().unwrap());
+    fn open() -> (Arc<FrontendHandle>, BackendChannel, UnixStream) {
+        let (host, (ours, theirs)) = (Arc::new(FrontendHandle::default()), UnixStream::pair().unwrap());
         theirs.set_read_timeout(Some(PATIENCE)).unwrap();
         let attached = host.attach(ours.into()).unwrap();
         (host, attached, theirs)
@@ -407,7 +409,7 @@ mod tests {
 
     #[test]
     fn what_is_told_before_there_is_a_channel_is_told_over_it() {
-        let (host, (ours, mut theirs)) = (Arc::new(Host::default()), UnixStream::pair().unwrap());
+        let (host, (ours, mut theirs)) = (Arc::new(FrontendHandle::default()), UnixStream::pair().unwrap());
         assert!(host.send(Code::IOTLB_MSG, &[0u8; 32]).is_err());
         host.config_changed();
         host.config_changed();
@@ -502,7 +504,7 @@ mod tests {
         let listener = std::os::unix::net::UnixListener::bind(folder.path().join("socket")).unwrap();
         let datagrams = std::os::unix::net::UnixDatagram::unbound().unwrap();
         for socket in [OwnedFd::from(listener), OwnedFd::from(datagrams)] {
-            let host = Arc::new(Host::default());
+            let host = Arc::new(FrontendHandle::default());
             let _attached = host.attach(checked(socket).unwrap()).unwrap();
             host.config_changed();
             wait_until(|| host.lock().line.is_none());

@@ -41,7 +41,7 @@ impl RingCounters {
         let (mut read, mut written, mut pages) = (0, 0, 0);
         for request in requests {
             read += request.readable_len();
-            request.written(|gpa, len| {
+            request.for_each_written(|gpa, len| {
                 written += len;
                 pages += gpa.saturating_add(len - 1) / LOG_PAGE - gpa / LOG_PAGE + 1;
             });

@@ -1,4 +1,4 @@
-//! What a device author writes: a [`Device`] with a [`Queue`] per ring, each given [`Request`]s.
+//! What a device author writes: a [`VirtioDevice`] with a [`Queue`] per ring, each given [`Request`]s.
 //!
 //! A request is the only way to guest memory, and it remembers every byte that was lent for writing. Nobody has to
 //! think of the dirty log: the worker marks those bytes when the request comes back, before it publishes it. Nor can a
@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use nix::sys::eventfd::EventFd;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::{BackendError, Host};
+use super::{BackendError, FrontendHandle};
 use crate::abi::bit;
 use crate::abi::vhost_user::{DiskGeneration, Request as Code};
 use crate::abi::virtio::{
@@ -29,7 +29,7 @@ pub const RING_FEATURES: u64 = bit(VIRTIO_F_VERSION_1)
     | bit(VIRTIO_F_RING_PACKED);
 
 /// A vhost-user device: what it offers, its configuration space, and its queues.
-pub trait Device: Send + Sync {
+pub trait VirtioDevice: Send + Sync {
     /// The virtio features of the device type and of its rings ([`RING_FEATURES`]). Logging and protocol features are
     /// added by the back-end.
     fn features(&self) -> u64;
@@ -71,7 +71,7 @@ pub trait Device: Send + Sync {
     ///
     /// # Errors
     /// [`BackendError::Unsupported`], also from the default implementation, and whatever the device refuses.
-    fn message(&self, code: Code, number: u64) -> Result<(), BackendError> {
+    fn handle_message(&self, code: Code, number: u64) -> Result<(), BackendError> {
         let _ = number;
         Err(BackendError::Unsupported { code })
     }
@@ -79,24 +79,24 @@ pub trait Device: Send + Sync {
     /// How many front-ends may be connected at the same time, of which only one has rings that run. More than one makes a
     /// migration possible whose source and destination are on one host and share the back-end. It takes a device that keeps
     /// nothing of its driver's outside its queues.
-    fn front_ends(&self) -> usize {
+    fn max_front_ends(&self) -> usize {
         1
     }
 
     /// A front-end has connected; `host` is told when configuration space changes, for as long as there are other references
     /// to it.
-    fn connected(&self, host: Arc<Host>) {
+    fn connected(&self, host: Arc<FrontendHandle>) {
         let _ = host;
     }
 
     /// A ring is about to run for the first time since the front-end has connected, with these features. It goes on if its
     /// base or the inflight region say that a back-end has served it before; else the driver is a new one.
-    fn taken_up(&self, goes_on: bool, features: u64) {
+    fn ring_activated(&self, goes_on: bool, features: u64) {
         let _ = (goes_on, features);
     }
 
     /// The front-end has begun to log what is written, as before a migration: what would take long in
-    /// [`stopped`](Device::stopped) can begin, on another thread. It ends when what this returns is dropped, which must not wait.
+    /// [`rings_stopped`](VirtioDevice::rings_stopped) can begin, on another thread. It ends when what this returns is dropped, which must not wait.
     fn prepare_to_stop(&self) -> Option<Box<dyn Send>> {
         None
     }
@@ -107,7 +107,7 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// What keeps another back-end from finding everything that requests have done. The connection then ends, for
     /// GET_VRING_BASE has no answer that means "no".
-    fn stopped(&self) -> io::Result<()> {
+    fn rings_stopped(&self) -> io::Result<()> {
         Ok(())
     }
 
@@ -120,49 +120,49 @@ pub trait Device: Send + Sync {
         None
     }
 
-    /// The state to travel, in a form that [`Device::load_state`] can tell the version of; at most about 16 MiB. No queue
+    /// The state to travel, in a form that [`VirtioDevice::load_state`] can tell the version of; at most about 16 MiB. No queue
     /// runs. It is protected on its way: what arrives is what was saved, of this kind of device.
     ///
     /// # Errors
-    /// [`BackendError::State`], in words for whoever migrates; also from the default implementation.
+    /// [`BackendError::DeviceState`], in words for whoever migrates; also from the default implementation.
     fn save_state(&self) -> Result<Vec<u8>, BackendError> {
-        Err(BackendError::State { why: "this device has none".into() })
+        Err(BackendError::DeviceState { why: "this device has none".into() })
     }
 
-    /// Takes over what [`Device::save_state`] saved elsewhere. No queue runs; the state is to be kept until they do.
+    /// Takes over what [`VirtioDevice::save_state`] saved elsewhere. No queue runs; the state is to be kept until they do.
     ///
     /// # Errors
-    /// As [`Device::save_state`]; nothing has changed then.
+    /// As [`VirtioDevice::save_state`]; nothing has changed then.
     fn load_state(&self, state: &[u8]) -> Result<(), BackendError> {
         let _ = state;
-        Err(BackendError::State { why: "this device has none".into() })
+        Err(BackendError::DeviceState { why: "this device has none".into() })
     }
 
     /// Which disk it is and the state of its contents, as they stay until a ring runs (GET_DISK_GENERATION). No queue of this front-end
     /// runs. A device that has one offers [`own::F_DISK_GENERATION`](crate::abi::vhost_user::own) among its
-    /// [`protocol_features`](Device::protocol_features).
+    /// [`protocol_features`](VirtioDevice::protocol_features).
     ///
     /// # Errors
-    /// [`BackendError::Generation`] if it can't be told; also from the default implementation.
-    fn generation(&self) -> Result<DiskGeneration, BackendError> {
-        Err(BackendError::Generation { why: "this device has none".into() })
+    /// [`BackendError::DiskGeneration`] if it can't be told; also from the default implementation.
+    fn disk_generation(&self) -> Result<DiskGeneration, BackendError> {
+        Err(BackendError::DiskGeneration { why: "this device has none".into() })
     }
 
     /// Which disk it is, as it stays for good; also while rings run (GET_DISK_IDENTITY). It is the identity of
-    /// [`generation`](Device::generation).
+    /// [`disk_generation`](VirtioDevice::disk_generation).
     ///
     /// # Errors
-    /// [`BackendError::Identity`] if it can't be told; also from the default implementation.
-    fn identity(&self) -> Result<u128, BackendError> {
-        Err(BackendError::Identity { why: "this device has none".into() })
+    /// [`BackendError::DiskIdentity`] if it can't be told; also from the default implementation.
+    fn disk_identity(&self) -> Result<u128, BackendError> {
+        Err(BackendError::DiskIdentity { why: "this device has none".into() })
     }
 
     /// Finds out whether a ring could be served now, without serving one: a front-end asks before it depends on it
     /// (rule D2.3).
     ///
     /// # Errors
-    /// What would keep [`Device::queue`] from it.
-    fn try_queue(&self) -> io::Result<()> {
+    /// What would keep [`VirtioDevice::start_queue`] from it.
+    fn validate_queue(&self) -> io::Result<()> {
         Ok(())
     }
 
@@ -170,11 +170,11 @@ pub trait Device: Send + Sync {
     ///
     /// # Errors
     /// What the system says; the ring then stays silent until it is started again.
-    fn queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>>;
+    fn start_queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>>;
 }
 
 /// One running queue of a device; used by one thread. One that serves requests as they come is an
-/// [`Immediate`](super::Immediate).
+/// [`SyncQueue`](super::SyncQueue).
 ///
 /// Requests may be completed in any order. Dropping a queue waits for whatever still reaches into guest memory.
 ///
@@ -201,7 +201,7 @@ pub trait Device: Send + Sync {
 pub trait Queue {
     /// Whether it can use a request now; asked before each one is taken from the ring. A queue of buffers for what is yet
     /// to come wants none before it has come; then [`Queue::completion_fd`] says when to ask again.
-    fn wants(&mut self) -> bool {
+    fn wants_request(&mut self) -> bool {
         true
     }
 
@@ -225,7 +225,7 @@ pub trait Queue {
         let _ = unserved;
     }
 
-    /// An fd that is readable while completions wait, or while [`Queue::wants`] would say yes where it said no; a queue
+    /// An fd that is readable while completions wait, or while [`Queue::wants_request`] would say yes where it said no; a queue
     /// that completes requests at once has none.
     fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
         None
@@ -273,11 +273,11 @@ pub struct Request {
     /// Parts of the writable bytes that were lent, in the order they were lent.
     written: Vec<Range<u64>>,
     /// Most bytes that the driver is told of.
-    reported: u64,
+    max_used_len: u64,
     /// What names it in the inflight region.
-    pub(super) name: u16,
+    pub(super) inflight_slot: u16,
     /// Whether the device has it.
-    pub(super) lent_out: bool,
+    pub(super) submitted: bool,
     dropped: Option<Arc<Dropped>>,
 }
 
@@ -308,10 +308,18 @@ impl Dropped {
 
 impl Drop for Request {
     fn drop(&mut self) {
-        let Some(dropped) = self.dropped.take().filter(|_| self.lent_out) else { return };
+        let Some(dropped) = self.dropped.take().filter(|_| self.submitted) else { return };
         let (chain, written) = (std::mem::take(&mut self.chain), std::mem::take(&mut self.written));
-        let (memory, reported, name) = (self.memory.clone(), self.reported, self.name);
-        let request = Request { chain, memory, written, reported, name, lent_out: false, dropped: None };
+        let (memory, reported, name) = (self.memory.clone(), self.max_used_len, self.inflight_slot);
+        let request = Request {
+            chain,
+            memory,
+            written,
+            max_used_len: reported,
+            inflight_slot: name,
+            submitted: false,
+            dropped: None,
+        };
         dropped.requests.lock().unwrap_or_else(PoisonError::into_inner).push(request);
         dropped.any.store(true, Ordering::Release);
         let _ = dropped.wake.write(1);
@@ -321,7 +329,7 @@ impl Drop for Request {
 impl Request {
     pub(super) fn new(memory: Memory, dropped: Option<Arc<Dropped>>) -> Request {
         let (chain, written) = (Chain::default(), Vec::new());
-        Request { chain, memory, written, reported: u64::MAX, name: 0, lent_out: false, dropped }
+        Request { chain, memory, written, max_used_len: u64::MAX, inflight_slot: 0, submitted: false, dropped }
     }
 
     fn returned_to(mut self, dropped: &Arc<Dropped>) -> Request {
@@ -330,9 +338,9 @@ impl Request {
     }
 
     /// Forgets the last request; the buffers of the next are put in the chain.
-    pub(super) fn renew(&mut self) -> &mut Chain {
+    pub(super) fn reset(&mut self) -> &mut Chain {
         self.written.clear();
-        self.reported = u64::MAX;
+        self.max_used_len = u64::MAX;
         &mut self.chain
     }
 
@@ -374,7 +382,7 @@ impl Request {
     ///
     /// # Errors
     /// As [`Request::read`].
-    pub fn object<T: FromBytes + IntoBytes>(&self, offset: u64) -> Result<T, MemoryError> {
+    pub fn read_obj<T: FromBytes + IntoBytes>(&self, offset: u64) -> Result<T, MemoryError> {
         let mut object = T::new_zeroed();
         self.read(offset, object.as_mut_bytes()).map(|()| object)
     }
@@ -428,13 +436,13 @@ impl Request {
 
     /// Tells the driver of at most the first `len` writable bytes that they were written: for what was lent and then not
     /// written. All that was lent is logged all the same.
-    pub fn report_at_most(&mut self, len: u64) {
-        self.reported = len;
+    pub fn limit_used_len(&mut self, len: u64) {
+        self.max_used_len = len;
     }
 
     /// Bytes written from the first one on, for the used ring: the driver may rely on as many, and knows nothing of
     /// others (virtio 1.2, "The Virtqueue Used Ring").
-    pub(super) fn written_len(&self) -> u32 {
+    pub(super) fn used_len(&self) -> u32 {
         let mut end = 0;
         // Nearly always in order: then one pass finds all.
         while let Some(more) = self.written.iter().fold(None, |found, range| {
@@ -443,11 +451,11 @@ impl Request {
         }) {
             end = more;
         }
-        u32::try_from(end.min(self.reported)).unwrap_or(u32::MAX)
+        u32::try_from(end.min(self.max_used_len)).unwrap_or(u32::MAX)
     }
 
     /// Calls `each` with the guest-physical ranges that were written.
-    pub(super) fn written(&self, mut each: impl FnMut(u64, u64)) {
+    pub(super) fn for_each_written(&self, mut each: impl FnMut(u64, u64)) {
         for range in &self.written {
             let _ = pieces(&self.chain.writable, range.clone(), |gpa, len| {
                 each(gpa, len);
@@ -490,7 +498,7 @@ mod tests {
         let region = Region::map(fd.as_fd(), 0x1000, 0x4000, 0, 0).unwrap();
         let mut request = Request::new(Memory::new([Arc::new(region)]).unwrap(), None);
         let buffers = |of: &[(u64, u32)]| of.iter().map(|&(gpa, len)| Buffer { gpa, len }).collect();
-        let chain = request.renew();
+        let chain = request.reset();
         (chain.readable, chain.writable) = (buffers(readable), buffers(writable));
         request
     }
@@ -514,13 +522,13 @@ mod tests {
         request.lend_writable(12..20, &mut Vec::new()).unwrap();
         request.write(31, b"s").unwrap();
         let mut pieces = Vec::new();
-        request.written(|gpa, len| pieces.push((gpa, len)));
+        request.for_each_written(|gpa, len| pieces.push((gpa, len)));
         assert_eq!(pieces, [(0x1008, 8), (0x3000, 4), (0x300f, 1)]);
-        assert_eq!(request.written_len(), 0, "the first byte was not written");
+        assert_eq!(request.used_len(), 0, "the first byte was not written");
         request.lend_writable(0..8, &mut Vec::new()).unwrap();
-        assert_eq!(request.written_len(), 20);
+        assert_eq!(request.used_len(), 20);
         assert!(request.lend_writable(0..33, &mut Vec::new()).is_err());
-        assert_eq!(request.written_len(), 20, "what could not be lent was not written");
+        assert_eq!(request.used_len(), 20, "what could not be lent was not written");
     }
 
     #[test]

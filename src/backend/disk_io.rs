@@ -290,7 +290,7 @@ mod tests {
     fn io(memory: &Memory, op: Op, gpa: u64, disk: Range<u64>) -> Io {
         let mut request = Request::new(memory.clone(), None);
         let (first, buffer) = (100, Buffer { gpa, len: (disk.end - disk.start) as u32 });
-        let chain = request.renew();
+        let chain = request.reset();
         let buffers = if op == Op::Read { &mut chain.writable } else { &mut chain.readable };
         match gpa.is_multiple_of(4096) {
             true => buffers.push(buffer),
@@ -313,7 +313,7 @@ mod tests {
                 let mut bytes = vec![0; len];
                 memory.read(gpa, &mut bytes).unwrap();
                 assert_eq!((io.way, count), (way, len as u64));
-                assert_eq!(io.request.written_len() as usize, len);
+                assert_eq!(io.request.used_len() as usize, len);
                 assert!(bytes == contents[at..at + len]);
             };
             read(0, 4096..0x3000, Way::Direct);

@@ -31,7 +31,7 @@ pub enum BackendError {
     },
     /// A header announces more than any message holds.
     #[error("{code} announces {size} bytes: no message is larger than {max} (rule F1.4)")]
-    TooLong {
+    PayloadTooLarge {
         /// The request.
         code: Code,
         /// Bytes announced.
@@ -55,7 +55,7 @@ pub enum BackendError {
     },
     /// The payload is smaller than what the request carries.
     #[error("{code} has {got} bytes of payload: it needs {needed} (rule F6.4)")]
-    Truncated {
+    ShortPayload {
         /// The request.
         code: Code,
         /// Bytes that came.
@@ -65,7 +65,7 @@ pub enum BackendError {
     },
     /// The wrong number of file descriptors.
     #[error("{code} came with {got} file descriptors: it needs {needed} (rule F1.5)")]
-    Fds {
+    FdCount {
         /// The request.
         code: Code,
         /// How many came.
@@ -89,13 +89,13 @@ pub enum BackendError {
     },
     /// A ring that shall run while another front-end's rings do.
     #[error("ring {index} can't run: another front-end runs the device's rings; end that one first (rule R9.2)")]
-    InUse {
+    OtherFrontEndRuns {
         /// The ring.
         index: u16,
     },
     /// Features outside the offered ones.
     #[error("{code} acknowledges what was never offered: {} (rule R1.3)", feature_list(*code, *unknown))]
-    Features {
+    UnofferedFeatures {
         /// SET_FEATURES or SET_PROTOCOL_FEATURES.
         code: Code,
         /// All bits acknowledged.
@@ -130,7 +130,7 @@ pub enum BackendError {
     },
     /// A message that may only come while the ring is stopped.
     #[error("{code} came while ring {index} runs: stop it with GET_VRING_BASE first (rule {rule})")]
-    RingRuns {
+    RingRunning {
         /// The request.
         code: Code,
         /// The ring.
@@ -143,7 +143,7 @@ pub enum BackendError {
         "SET_FEATURES changes {} while rings run: only LOG_ALL may change then (rule R1.4)",
         feature_names(*changed, None)
     )]
-    FeaturesRun {
+    FeaturesOfRunningRings {
         /// The bits.
         changed: u64,
     },
@@ -202,7 +202,7 @@ pub enum BackendError {
     #[error(
         "an inflight region for {queues} queues of {size} entries doesn't fit a device of {max} queues (rule I1.2)"
     )]
-    InflightShape {
+    InflightQueues {
         /// Queues asked for.
         queues: u16,
         /// Entries asked for.
@@ -212,7 +212,7 @@ pub enum BackendError {
     },
     /// The driver or the front-end broke a ring.
     #[error("ring {index} is broken and stops until it is set up again: {source}")]
-    Ring {
+    BrokenRing {
         /// The ring.
         index: u16,
         /// What is wrong with it.
@@ -223,7 +223,7 @@ pub enum BackendError {
         "ring {index} is broken and stops until it is set up again: the front-end refuses {access:?} at {iova:#x} behind \
          the IOMMU: map it before it is made available (rule T1.4)"
     )]
-    Translation {
+    AccessRefused {
         /// The ring.
         index: u16,
         /// I/O virtual address.
@@ -250,7 +250,7 @@ pub enum BackendError {
     },
     /// The driver made a descriptor available that the device still works on.
     #[error("ring {index} is broken and stops until it is set up again: descriptor {head} was made available twice")]
-    Busy {
+    HeadInFlight {
         /// The ring.
         index: u16,
         /// Head of the chain.
@@ -260,7 +260,7 @@ pub enum BackendError {
     #[error(
         "ring {index}: its thread has failed, which is a bug; the connection ends, connect again to go on (rule R9.1)"
     )]
-    RingLost {
+    WorkerLost {
         /// The ring.
         index: u16,
     },
@@ -295,34 +295,34 @@ pub enum BackendError {
     Userfault(#[from] UserfaultError),
     /// A device's state can't be saved or loaded.
     #[error("the device's state is refused: {why} (rule D1.4)")]
-    State {
+    DeviceState {
         /// What is wrong, and what to do.
         why: String,
     },
     /// The generation of a disk can't be told.
     #[error("the disk's generation can't be told: {why} (GET_DISK_GENERATION)")]
-    Generation {
+    DiskGeneration {
         /// The reason, as the image or the system gives it.
         why: String,
     },
     /// The identity of a disk can't be told.
     #[error("the disk's identity can't be told: {why} (GET_DISK_IDENTITY)")]
-    Identity {
+    DiskIdentity {
         /// The reason, as the image or the system gives it.
         why: String,
     },
     /// The kick of a ring can't be waited for.
     #[error("ring {index}: its kick is no eventfd: send SET_VRING_KICK with one (rule F9.3)")]
-    Kick {
+    KickFd {
         /// The ring.
         index: u16,
     },
     /// INBAND_NOTIFICATIONS was acknowledged alone.
     #[error("SET_PROTOCOL_FEATURES acknowledges INBAND_NOTIFICATIONS without BACKEND_REQ and REPLY_ACK (rule B3.1)")]
-    InBand,
+    InbandNotifications,
     /// There is no telling the front-end.
     #[error("the back-end channel: {why} (rule B1.1)")]
-    Channel {
+    BackendChannel {
         /// What is in the way.
         why: &'static str,
     },

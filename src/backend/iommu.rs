@@ -13,8 +13,8 @@ use crossbeam::channel::{Receiver, Sender, TryRecvError};
 use tracing::debug;
 use zerocopy::FromZeros;
 
-use super::session::Setup;
-use super::{BackendError, Host};
+use super::session::VringConfig;
+use super::{BackendError, FrontendHandle};
 use crate::abi::vhost::{VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_MISS};
 use crate::abi::vhost_user::{BackendRequest, IotlbMsg};
 use crate::memory::{Access, Iotlb, IotlbMiss, IovaWindow, TranslationError, overlap};
@@ -26,10 +26,10 @@ const LOOK_EVERY: Duration = Duration::from_millis(10);
 const AGAIN: Duration = Duration::from_secs(1);
 
 /// Asks for one translation at a time.
-pub(super) struct Asker {
+pub(super) struct IotlbMisses {
     index: u16,
     iotlb: Arc<Iotlb>,
-    host: Arc<Host>,
+    host: Arc<FrontendHandle>,
     asked: Option<Asked>,
 }
 
@@ -39,19 +39,19 @@ struct Asked {
     at: Instant,
 }
 
-impl Asker {
-    pub(super) fn new(index: u16, iotlb: Arc<Iotlb>, host: Arc<Host>) -> Asker {
-        Asker { index, iotlb, host, asked: None }
+impl IotlbMisses {
+    pub(super) fn new(index: u16, iotlb: Arc<Iotlb>, host: Arc<FrontendHandle>) -> IotlbMisses {
+        IotlbMisses { index, iotlb, host, asked: None }
     }
 
     /// Asks for what is missing, unless that was done already.
     ///
     /// # Errors
-    /// [`BackendError::Translation`] if the front-end has refused it, [`BackendError::Channel`] if there is nobody to ask.
+    /// [`BackendError::AccessRefused`] if the front-end has refused it, [`BackendError::BackendChannel`] if there is nobody to ask.
     pub(super) fn ask(&mut self, miss: IotlbMiss) -> Result<(), BackendError> {
         let same = |asked: &&Asked| (asked.miss.iova, asked.miss.access) == (miss.iova, miss.access);
         if let Some(asked) = self.asked.as_ref().filter(same) {
-            let refused = BackendError::Translation { index: self.index, iova: miss.iova, access: miss.access };
+            let refused = BackendError::AccessRefused { index: self.index, iova: miss.iova, access: miss.access };
             if miss.denied {
                 // Nobody else says so to the driver; it may not be heard.
                 let _ = self.host.send(BackendRequest::IOTLB_MSG, &message(VHOST_IOTLB_ACCESS_FAIL, &miss));
@@ -94,8 +94,8 @@ impl Asker {
     /// Where the areas of a ring lie; `None` while it is not known.
     ///
     /// # Errors
-    /// As [`Asker::ask`]; areas that can't be.
-    pub(super) fn window(&mut self, setup: &Setup) -> Result<Option<IovaWindow>, BackendError> {
+    /// As [`IotlbMisses::ask`]; areas that can't be.
+    pub(super) fn window(&mut self, setup: &VringConfig) -> Result<Option<IovaWindow>, BackendError> {
         let index = self.index;
         match IovaWindow::open(&setup.memory, &self.iotlb, &areas(setup), logged(setup)) {
             Ok(window) => {
@@ -110,7 +110,7 @@ impl Asker {
 
 /// What a running ring has in use.
 pub(super) struct InUse {
-    pub(super) asker: Asker,
+    pub(super) asker: IotlbMisses,
     pub(super) window: Arc<IovaWindow>,
     /// Buffers of requests in flight, by what names those.
     buffers: Vec<Vec<Buffer>>,
@@ -119,12 +119,12 @@ pub(super) struct InUse {
 }
 
 impl InUse {
-    pub(super) fn new(asker: Asker, window: Arc<IovaWindow>) -> InUse {
+    pub(super) fn new(asker: IotlbMisses, window: Arc<IovaWindow>) -> InUse {
         InUse { asker, window, buffers: Vec::new(), retiring: Vec::new() }
     }
 
     /// What the ring itself needs.
-    pub(super) fn ring(&self, setup: &Setup) -> RingIommu {
+    pub(super) fn ring(&self, setup: &VringConfig) -> RingIommu {
         RingIommu { memory: setup.memory.clone(), iotlb: self.asker.iotlb.clone(), window: self.window.clone() }
     }
 
@@ -173,7 +173,7 @@ impl InUse {
 }
 
 /// The areas of a ring, and what its device does there.
-fn areas(setup: &Setup) -> [(u64, u64, Access); 3] {
+fn areas(setup: &VringConfig) -> [(u64, u64, Access); 3] {
     let [desc, driver, device] = setup.layout.areas();
     let [desc_bytes, driver_bytes, device_bytes] = RingLayout::area_bytes(setup.features, setup.layout.size());
     // Completions are written into a packed ring's descriptors; the device reads what it wrote in its own area.
@@ -182,7 +182,7 @@ fn areas(setup: &Setup) -> [(u64, u64, Access); 3] {
 }
 
 /// Where the device's area is logged (rule L5.1).
-pub(super) fn logged(setup: &Setup) -> Option<(u64, u64)> {
+pub(super) fn logged(setup: &VringConfig) -> Option<(u64, u64)> {
     let [_, _, bytes] = RingLayout::area_bytes(setup.features, setup.layout.size());
     setup.logging.used.as_ref().map(|(_, at)| (*at, bytes))
 }

@@ -25,16 +25,16 @@ impl Kick {
     /// Takes the fd of SET_VRING_KICK for ring `index`.
     ///
     /// # Errors
-    /// [`BackendError::Kick`] if it is no eventfd: of anything else a poll and a read may disagree for ever (rules F9.2, F9.3).
+    /// [`BackendError::KickFd`] if it is no eventfd: of anything else a poll and a read may disagree for ever (rules F9.2, F9.3).
     pub fn new(index: u16, fd: OwnedFd) -> Result<Kick, BackendError> {
         match nonblocking::is_eventfd(fd.as_fd()) {
             true => Ok(Kick { eventfd: fd, rings: Mutex::default() }),
-            false => Err(BackendError::Kick { index }),
+            false => Err(BackendError::KickFd { index }),
         }
     }
 
     /// Returns true if this is another number of the same eventfd.
-    pub(super) fn is(&self, fd: &OwnedFd) -> bool {
+    pub(super) fn is_same_eventfd(&self, fd: &OwnedFd) -> bool {
         nonblocking::is_same_file(self.eventfd.as_fd(), fd.as_fd())
     }
 
@@ -48,11 +48,11 @@ impl Kick {
     /// Takes a kick, if there is one, for all rings; `own` wakes the one that takes it.
     ///
     /// # Errors
-    /// [`BackendError::Kick`] if none will ever come.
+    /// [`BackendError::KickFd`] if none will ever come.
     pub(super) fn take(&self, index: u16, own: &Arc<EventFd>) -> Result<bool, BackendError> {
         match nonblocking::take(self.eventfd.as_fd()) {
             Err(Errno::EAGAIN | Errno::EINTR) => return Ok(false),
-            taken => taken.map_err(|_| BackendError::Kick { index })?,
+            taken => taken.map_err(|_| BackendError::KickFd { index })?,
         };
         let rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner);
         let others = rings.iter().filter_map(Weak::upgrade).filter(|ring| !Arc::ptr_eq(ring, own));

@@ -20,7 +20,7 @@ pub const MAX_PAYLOAD: u32 = (size_of::<MemoryHeader>() + MAX_FDS * size_of::<Me
 
 /// A request of the front-end. Whatever fds it brought are closed with it, unless they are taken out.
 #[derive(Debug)]
-pub struct Message {
+pub struct VhostUserMessage {
     /// What it asks.
     pub code: Code,
     /// The flags of its header (rule F2.1).
@@ -31,18 +31,18 @@ pub struct Message {
     pub fds: Vec<OwnedFd>,
 }
 
-impl Message {
+impl VhostUserMessage {
     /// Checks a header, and tells how many bytes of payload follow it.
     ///
     /// # Errors
-    /// [`BackendError::Version`] and [`BackendError::TooLong`]: after either, nothing that follows can be understood.
+    /// [`BackendError::Version`] and [`BackendError::PayloadTooLarge`]: after either, nothing that follows can be understood.
     pub fn payload_size(header: &Header) -> Result<usize, BackendError> {
         let code = Code(header.request);
         if header.flags & Header::FLAG_VERSION_MASK != Header::FLAG_VERSION {
             return Err(BackendError::Version { code, flags: header.flags });
         }
         if header.size > MAX_PAYLOAD {
-            return Err(BackendError::TooLong { code, size: header.size, max: MAX_PAYLOAD });
+            return Err(BackendError::PayloadTooLarge { code, size: header.size, max: MAX_PAYLOAD });
         }
         Ok(header.size as usize)
     }
@@ -50,13 +50,13 @@ impl Message {
     /// The payload as a wire structure; more bytes than it has are ignored (rule F6.1).
     ///
     /// # Errors
-    /// [`BackendError::Truncated`].
+    /// [`BackendError::ShortPayload`].
     pub fn body<T: FromBytes>(&self) -> Result<T, BackendError> {
         match T::read_from_prefix(&self.payload) {
             Ok((body, _)) => Ok(body),
             Err(_) => {
                 let (got, needed) = (self.payload.len(), size_of::<T>());
-                Err(BackendError::Truncated { code: self.code, got, needed })
+                Err(BackendError::ShortPayload { code: self.code, got, needed })
             }
         }
     }
@@ -64,13 +64,13 @@ impl Message {
     /// The one fd that this request must bring.
     ///
     /// # Errors
-    /// [`BackendError::Fds`] if it brought none, or several.
+    /// [`BackendError::FdCount`] if it brought none, or several.
     pub fn only_fd(&mut self) -> Result<OwnedFd, BackendError> {
         match (self.fds.pop(), self.fds.len()) {
             (Some(fd), 0) => Ok(fd),
             (_, left) => {
                 let got = if left == 0 { 0 } else { left + 1 };
-                Err(BackendError::Fds { code: self.code, got, needed: 1 })
+                Err(BackendError::FdCount { code: self.code, got, needed: 1 })
             }
         }
     }
@@ -78,7 +78,7 @@ impl Message {
 
 /// What goes back to the front-end.
 #[derive(Debug)]
-pub struct Reply {
+pub struct VhostUserReply {
     /// The request that is answered.
     pub code: Code,
     /// What follows the header.
@@ -87,9 +87,9 @@ pub struct Reply {
     pub fd: Option<OwnedFd>,
 }
 
-impl Reply {
-    pub(super) fn new(code: Code, body: &(impl IntoBytes + Immutable)) -> Reply {
-        Reply { code, payload: body.as_bytes().to_vec(), fd: None }
+impl VhostUserReply {
+    pub(super) fn new(code: Code, body: &(impl IntoBytes + Immutable)) -> VhostUserReply {
+        VhostUserReply { code, payload: body.as_bytes().to_vec(), fd: None }
     }
 
     /// Header and payload as they go over the socket; the flags are exactly 5 (rule F2.2).

@@ -49,16 +49,16 @@ mod transfer;
 mod worker;
 mod workers;
 
-pub use backend_channel::Host;
+pub use backend_channel::FrontendHandle;
 #[cfg(feature = "metrics")]
 pub use counters::describe_counters;
-pub use device::{Device, Queue, RING_FEATURES, Request};
+pub use device::{Queue, RING_FEATURES, Request, VirtioDevice};
 pub use error::BackendError;
 pub use kick::Kick;
-pub use message::{MAX_FDS, MAX_PAYLOAD, Message, Reply};
+pub use message::{MAX_FDS, MAX_PAYLOAD, VhostUserMessage, VhostUserReply};
 pub use notify::Notifier;
-pub use sandbox::{Sandbox, SandboxError, Violation};
-pub use server::{Inherited, Listener, inherited, serve, serve_at, serve_one};
-pub use session::{Logging, Rings, Session, Setup, Step};
-pub use sync_queue::Immediate;
+pub use sandbox::{Sandbox, SandboxError, ViolationAction};
+pub use server::{BackendListener, InheritedSocket, connect_and_serve, inherit_socket, serve, serve_connection};
+pub use session::{Logging, MessageOutcome, Session, VringConfig, VringController};
+pub use sync_queue::SyncQueue;
 pub use workers::Workers;

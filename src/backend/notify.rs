@@ -5,7 +5,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use super::Host;
+use super::FrontendHandle;
 use crate::sys::nonblocking;
 
 /// What a ring signals: an fd that takes 8 bytes each time, an eventfd or, from user-mode Linux, a pipe or socket (rules F8.1, F9.1);
@@ -13,39 +13,39 @@ use crate::sys::nonblocking;
 ///
 /// A signal never blocks the ring: a receiver that lets signals pile up until nothing fits has one pending anyway.
 #[derive(Debug)]
-pub struct Notifier(Way);
+pub struct Notifier(NotifierTarget);
 
 #[derive(Debug)]
-enum Way {
+enum NotifierTarget {
     Fd(OwnedFd),
-    Call(Arc<Host>, u16),
-    Error(Arc<Host>, u16),
+    Call(Arc<FrontendHandle>, u16),
+    Error(Arc<FrontendHandle>, u16),
 }
 
 impl Notifier {
     /// Takes the fd of SET_VRING_CALL or SET_VRING_ERR.
     pub fn new(fd: OwnedFd) -> Notifier {
-        Notifier(Way::Fd(fd))
+        Notifier(NotifierTarget::Fd(fd))
     }
 
     /// Calls in-band for ring `index`.
-    pub(super) fn call(host: Arc<Host>, index: u16) -> Notifier {
-        Notifier(Way::Call(host, index))
+    pub(super) fn call(host: Arc<FrontendHandle>, index: u16) -> Notifier {
+        Notifier(NotifierTarget::Call(host, index))
     }
 
     /// Tells in-band that ring `index` is broken.
-    pub(super) fn error(host: Arc<Host>, index: u16) -> Notifier {
-        Notifier(Way::Error(host, index))
+    pub(super) fn error(host: Arc<FrontendHandle>, index: u16) -> Notifier {
+        Notifier(NotifierTarget::Error(host, index))
     }
 
     /// Signals once. What the receiver can't take is dropped: it has hung up, or has signals it didn't look at yet.
     pub fn signal(&self) {
         match &self.0 {
-            Way::Fd(fd) => {
+            NotifierTarget::Fd(fd) => {
                 let _ = nonblocking::signal(fd.as_fd());
             }
-            Way::Call(host, index) => host.call(*index),
-            Way::Error(host, index) => host.error(*index),
+            NotifierTarget::Call(host, index) => host.call(*index),
+            NotifierTarget::Error(host, index) => host.error(*index),
         }
     }
 }

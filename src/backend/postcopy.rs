@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use tracing::debug;
 use zerocopy::IntoBytes;
 
-use super::{BackendError, Message};
+use super::{BackendError, VhostUserMessage};
 use crate::abi::vhost_user::{MemoryHeader, MemoryRegion};
 use crate::memory::{Memory, Userfault};
 use crate::sys::log_limit::limited;
@@ -67,7 +67,7 @@ impl Postcopy {
     }
 
     /// What was offered, to be used from now on.
-    pub(super) fn acknowledged(&mut self, message: &Message, is_table: bool) -> Result<Memory, BackendError> {
+    pub(super) fn acknowledged(&mut self, message: &VhostUserMessage, is_table: bool) -> Result<Memory, BackendError> {
         let memory = self.offered.take().unwrap_or_default();
         if !is_table || message.body::<u64>()? != 0 {
             give_up(self.userfault.as_ref(), &memory);

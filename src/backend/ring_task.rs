@@ -11,11 +11,11 @@ use crossbeam::channel::Receiver;
 use nix::sys::eventfd::EventFd;
 
 use super::counters::RingCounters;
-use super::iommu::{Asker, InUse};
-use super::session::Setup;
+use super::iommu::{InUse, IotlbMisses};
+use super::session::VringConfig;
 use super::tracker::Tracker;
-use super::worker::{End, Left, Order, Worker, timeout, wait_for};
-use super::{BackendError, Device};
+use super::worker::{Order, ParkedRing, StopReason, Worker, timeout, wait_for};
+use super::{BackendError, VirtioDevice};
 use crate::abi::bit;
 use crate::abi::virtio::VIRTIO_F_IN_ORDER;
 use crate::memory::Iotlb;
@@ -26,25 +26,25 @@ use crate::sys::log_limit::limited;
 const REFUSED_FOR: Duration = Duration::from_secs(1);
 
 /// Where a ring is served, whether it can run or not.
-pub(super) struct Post {
+pub(super) struct RingTask {
     pub(super) index: u16,
-    pub(super) device: Arc<dyn Device>,
+    pub(super) device: Arc<dyn VirtioDevice>,
     pub(super) inbox: Receiver<Order>,
     pub(super) wake: Arc<EventFd>,
 }
 
-impl Post {
+impl RingTask {
     /// Takes the ring up; also says how the take-over from a predecessor went.
     pub(super) fn open(
         &self,
-        setup: Setup,
+        setup: VringConfig,
         in_use: Option<InUse>,
     ) -> Result<(Worker, Result<(), BackendError>), BackendError> {
         let index = self.index;
-        let broken = |source| BackendError::Ring { index, source };
+        let broken = |source| BackendError::BrokenRing { index, source };
         // Before the first look at the ring and the inflight region: a predecessor that still has what the queue works on
         // may go on with both until then (rule I10.1).
-        let queue = self.device.queue(index, setup.layout.size(), setup.features);
+        let queue = self.device.start_queue(index, setup.layout.size(), setup.features);
         let queue = queue.map_err(BackendError::system("serve a queue"))?;
         let areas = in_use.as_ref().map_or(&setup.memory, |in_use| in_use.window.memory());
         let mut ring = DeviceRing::new(areas, setup.layout, setup.features, setup.base).map_err(broken)?;
@@ -53,17 +53,22 @@ impl Post {
         }
         ring.set_log(setup.logging.of_ring());
         let found = match &mut ring {
-            DeviceRing::Packed(ring) if setup.first && setup.inflight.is_none() => find_position(index, &setup, ring),
+            DeviceRing::Packed(ring) if setup.is_first_start && setup.inflight.is_none() => {
+                find_position(index, &setup, ring)
+            }
             _ => Ok(()),
         };
         let goes_on = !ring.base().is_initial(setup.features);
-        let inflight =
-            setup.inflight.as_ref().map(|region| Tracker::start(region, index, &mut ring, setup.first)).transpose()?;
+        let inflight = setup
+            .inflight
+            .as_ref()
+            .map(|region| Tracker::start(region, index, &mut ring, setup.is_first_start))
+            .transpose()?;
         let has_a_past = inflight.as_ref().is_some_and(|(_, found)| found.has_a_past());
-        if setup.first {
-            self.device.taken_up(has_a_past || goes_on, setup.features);
+        if setup.is_first_start {
+            self.device.ring_activated(has_a_past || goes_on, setup.features);
         }
-        if setup.first && (has_a_past || goes_on) {
+        if setup.is_first_start && (has_a_past || goes_on) {
             relog_memory(index, &setup, &ring);
         }
         let (inbox, wake) = (self.inbox.clone(), self.wake.clone());
@@ -74,9 +79,9 @@ impl Post {
     }
 
     /// Serves a ring behind an IOMMU whenever its areas are known, until told to end (rules T1.5, T3.4).
-    pub(super) fn serve_translated(&self, mut setup: Setup, iotlb: &Arc<Iotlb>) -> RingBase {
+    pub(super) fn serve_translated(&self, mut setup: VringConfig, iotlb: &Arc<Iotlb>) -> RingBase {
         let (index, mut broken, mut held, mut refused) = (self.index, false, false, false);
-        let mut asking = Asker::new(index, iotlb.clone(), setup.host.clone());
+        let mut asking = IotlbMisses::new(index, iotlb.clone(), setup.frontend.clone());
         loop {
             while let Ok(order) = self.inbox.try_recv() {
                 match order {
@@ -85,7 +90,7 @@ impl Post {
                         let _ = done.send(());
                     }
                     Order::Notifiers { call, error, done } => {
-                        (setup.call, setup.error, setup.call_is_new) = (call, error, true);
+                        (setup.call, setup.error, setup.call_changed) = (call, error, true);
                         let _ = done.send(());
                     }
                     Order::Invalidate(_, done) => drop(done.send(())),
@@ -100,7 +105,7 @@ impl Post {
             let opened = window.and_then(|window| match window {
                 None => Ok(None),
                 Some(window) => {
-                    let asker = Asker::new(index, iotlb.clone(), setup.host.clone());
+                    let asker = IotlbMisses::new(index, iotlb.clone(), setup.frontend.clone());
                     self.open(setup.clone(), Some(InUse::new(asker, Arc::new(window)))).map(Some)
                 }
             });
@@ -108,10 +113,10 @@ impl Post {
                 Ok(Some((mut worker, recovered))) => {
                     worker.held = held;
                     match worker.run(recovered) {
-                        End::Told(base) => return base,
-                        End::Unmapped(left, done) => {
-                            Left { setup, broken, held } = *left;
-                            (setup.first, refused) = (false, false);
+                        StopReason::Told(base) => return base,
+                        StopReason::Unmapped(left, done) => {
+                            ParkedRing { setup, broken, held } = *left;
+                            (setup.is_first_start, refused) = (false, false);
                             let _ = done.send(());
                         }
                     }
@@ -119,7 +124,7 @@ impl Post {
                 Ok(None) => self.await_areas(&mut setup, asking.patience().filter(|_| !broken)),
                 Err(error) => {
                     // The areas may come yet: the driver has lost nothing. It is told once.
-                    broken = !matches!(error, BackendError::Translation { .. });
+                    broken = !matches!(error, BackendError::AccessRefused { .. });
                     if broken || !std::mem::replace(&mut refused, true) {
                         limited!(warn, "{error}");
                         RingCounters::new(index).broke();
@@ -137,7 +142,7 @@ impl Post {
     }
 
     /// Waits for an order, a kick or an update, all of which are reasons to look again.
-    fn await_areas(&self, setup: &mut Setup, patience: Option<Duration>) {
+    fn await_areas(&self, setup: &mut VringConfig, patience: Option<Duration>) {
         let kick = setup.kick.clone();
         let fds = [Some(self.wake.as_fd()), kick.as_ref().map(|kick| kick.as_fd())];
         let [_, kicked] = wait_for(fds, timeout(patience));
@@ -154,16 +159,16 @@ impl Post {
 /// A log without the marks of a ring that others served before is a new one, whatever other devices have marked in it:
 /// what the last back-end marked in the old one, the front-end may have thrown away with it. All guest memory may have
 /// been written (rule L15.2).
-fn relog_memory(index: u16, setup: &Setup, ring: &DeviceRing) {
+fn relog_memory(index: u16, setup: &VringConfig, ring: &DeviceRing) {
     let Some(log) = setup.logging.data.as_ref().filter(|_| !ring.is_used_marked()) else { return };
     limited!(warn, "ring {index}: its last back-end's log is gone: all guest memory is logged as written (rule L15.2)");
     log.mark_memory(&setup.memory);
 }
 
 /// A base that was right long ago is not where a packed ring without a region goes on (rule I12.2).
-fn find_position(index: u16, setup: &Setup, ring: &mut PackedDevice) -> Result<(), BackendError> {
+fn find_position(index: u16, setup: &VringConfig, ring: &mut PackedDevice) -> Result<(), BackendError> {
     let in_order = setup.features & bit(VIRTIO_F_IN_ORDER) != 0;
-    if !in_order && ring.find_position().map_err(|source| BackendError::Ring { index, source })? {
+    if !in_order && ring.find_position().map_err(|source| BackendError::BrokenRing { index, source })? {
         let base = ring.base();
         limited!(warn, "ring {index} goes on at {base:?}, as its descriptors tell, and not at its base (rule I12.2)");
     }

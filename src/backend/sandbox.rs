@@ -21,7 +21,7 @@ use crate::sys::nonblocking;
 
 /// What happens to a process that asks for what it may not have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Violation {
+pub enum ViolationAction {
     /// It ends with SIGSYS.
     #[default]
     Kill,
@@ -33,17 +33,17 @@ pub enum Violation {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Sandbox {
     /// What follows a violation.
-    pub violation: Violation,
+    pub on_violation: ViolationAction,
     /// Whether files may be removed, as for the listening socket at the end.
-    pub unlink: bool,
+    pub allow_unlink: bool,
     /// Whether SOCK_SEQPACKET sockets of the UNIX family may be made, bound and connected: `backend net --pair` looks for
     /// its other end again and again.
-    pub pair: bool,
+    pub allow_pair: bool,
     /// Whether SOCK_STREAM sockets of the UNIX family may be made and connected: a back-end that connects to its front-end does
     /// so again and again.
-    pub connect: bool,
+    pub allow_connect: bool,
     /// Whether userfaultfds may be made, for postcopy (rule P1.2).
-    pub postcopy: bool,
+    pub allow_userfaultfd: bool,
 }
 
 /// Why there is no filter.
@@ -208,7 +208,8 @@ impl Sandbox {
         let option = |name: &i32| rule(&[(1, Eq, libc::SOL_SOCKET as u64), (2, Eq, *name as u64)]);
         only(libc::SYS_getsockopt, GETSOCKOPT.iter().map(option).collect::<Result<_, _>>()?);
         only(libc::SYS_setsockopt, SETSOCKOPT.iter().map(option).collect::<Result<_, _>>()?);
-        let ioctls = [libc::FIONBIO].into_iter().chain(userfault::IOCTLS.into_iter().filter(|_| self.postcopy));
+        let ioctls =
+            [libc::FIONBIO].into_iter().chain(userfault::IOCTLS.into_iter().filter(|_| self.allow_userfaultfd));
         // Their numbers are of 32 bits, in types that differ from libc to libc.
         only(
             libc::SYS_ioctl,
@@ -223,14 +224,14 @@ impl Sandbox {
         for (call, rules) in reading_open()? {
             only(call, rules);
         }
-        if self.unlink || self.pair {
+        if self.allow_unlink || self.allow_pair {
             let (call, rules) = removing()?;
             only(call, rules);
         }
-        if self.postcopy {
+        if self.allow_userfaultfd {
             only(libc::SYS_userfaultfd, vec![]);
         }
-        let kinds = [(self.pair, libc::SOCK_SEQPACKET), (self.connect, libc::SOCK_STREAM)];
+        let kinds = [(self.allow_pair, libc::SOCK_SEQPACKET), (self.allow_connect, libc::SOCK_STREAM)];
         let kinds = kinds.into_iter().filter(|(allowed, _)| *allowed);
         let kind = |(_, kind)| rule(&[(0, Eq, libc::AF_UNIX as u64), (1, MaskedEq(0xf), kind as u64)]);
         let sockets = kinds.map(kind).collect::<Result<Vec<_>, _>>()?;
@@ -238,14 +239,14 @@ impl Sandbox {
             only(libc::SYS_socket, sockets);
             only(libc::SYS_connect, vec![]);
         }
-        if self.pair {
+        if self.allow_pair {
             for call in [libc::SYS_bind, libc::SYS_listen] {
                 only(call, vec![]);
             }
         }
-        let violation = match self.violation {
-            Violation::Kill => SeccompAction::KillProcess,
-            Violation::Log => SeccompAction::Log,
+        let violation = match self.on_violation {
+            ViolationAction::Kill => SeccompAction::KillProcess,
+            ViolationAction::Log => SeccompAction::Log,
         };
         compile(rules, violation, SeccompAction::Allow)
     }
@@ -255,7 +256,8 @@ impl Sandbox {
         let mut rules: Rules = LOOKING_AROUND.iter().map(|call| (*call, vec![])).collect();
         rules.extend(reading_open()?);
         // Whoever removes a socket looks first whether it is still the own one, and so follows no link.
-        let allowed = if self.unlink { libc::AT_EMPTY_PATH | libc::AT_SYMLINK_NOFOLLOW } else { libc::AT_EMPTY_PATH };
+        let allowed =
+            if self.allow_unlink { libc::AT_EMPTY_PATH | libc::AT_SYMLINK_NOFOLLOW } else { libc::AT_EMPTY_PATH };
         for (call, flags) in STAT {
             rules.insert(call, vec![rule(&[(flags, MaskedEq(allowed as u64), 0)])?]);
         }

@@ -18,8 +18,8 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use super::replies::Answers;
 use super::ring_lock::{Turn, Turns};
-use super::session::{Session, Step};
-use super::{BackendError, Device, MAX_FDS, Message, Reply, Workers, counters};
+use super::session::{MessageOutcome, Session};
+use super::{BackendError, MAX_FDS, VhostUserMessage, VhostUserReply, VirtioDevice, Workers, counters};
 use crate::abi::vhost_user::{Header, Request as Code};
 use crate::sys::listen::{SocketPathGuard, listen};
 use crate::sys::log_limit::limited;
@@ -40,14 +40,14 @@ const MOST_ANSWERS: usize = 4096;
 
 /// Where front-ends connect. A socket that was made here is removed with it, unless another process has replaced it.
 #[derive(Debug)]
-pub struct Listener {
+pub struct BackendListener {
     // Removed while it is still listened at.
     _place: Option<SocketPathGuard>,
     socket: UnixListener,
 }
 
 /// A connected socket, the fd that says when to stop, and where the next front-end may come.
-struct Channel<'a> {
+struct Connection<'a> {
     socket: BorrowedFd<'a>,
     stop: BorrowedFd<'a>,
     /// Until one has come.
@@ -66,20 +66,20 @@ enum Heard<T> {
     Stop,
 }
 
-impl Listener {
+impl BackendListener {
     /// Makes a socket at `path`. One that a dead process left there is replaced.
     ///
     /// # Errors
     /// [`BackendError::Listen`], which says what to do.
-    pub fn bind(path: &Path) -> Result<Listener, BackendError> {
+    pub fn bind(path: &Path) -> Result<BackendListener, BackendError> {
         let (socket, place) = listen(path)
             .map_err(|refused| BackendError::Listen { path: path.display().to_string(), advice: refused.advice })?;
-        Ok(Listener { socket, _place: Some(place) })
+        Ok(BackendListener { socket, _place: Some(place) })
     }
 
     /// Takes over a listening socket, for example one that a service manager made.
-    pub fn from_socket(socket: UnixListener) -> Listener {
-        Listener { socket, _place: None }
+    pub fn from_socket(socket: UnixListener) -> BackendListener {
+        BackendListener { socket, _place: None }
     }
 }
 
@@ -87,38 +87,42 @@ impl Listener {
 ///
 /// # Errors
 /// What the system says: no such fd, or no socket.
-pub fn inherited(number: i32) -> io::Result<Inherited> {
+pub fn inherit_socket(number: i32) -> io::Result<InheritedSocket> {
     let fd = socket::inherit(number)?;
     Ok(match getsockopt(&fd, AcceptConn)? {
-        true => Inherited::Listener(Listener::from_socket(fd.into())),
-        false => Inherited::Connection(fd.into()),
+        true => InheritedSocket::Listener(BackendListener::from_socket(fd.into())),
+        false => InheritedSocket::Connection(fd.into()),
     })
 }
 
 /// What an inherited fd is.
 #[derive(Debug)]
-pub enum Inherited {
+pub enum InheritedSocket {
     /// For [`serve`].
-    Listener(Listener),
-    /// For [`serve_one`].
+    Listener(BackendListener),
+    /// For [`serve_connection`].
     Connection(UnixStream),
 }
 
 /// Serves `device` to one front-end after the other, until `stop` is readable. The next one waits meanwhile, until the
 /// one before it hangs up or stops within a message for 10 seconds. Of a device that can have several front-ends
-/// ([`Device::front_ends`]) so many are served at the same time; only one of them has rings that run.
+/// ([`VirtioDevice::max_front_ends`]) so many are served at the same time; only one of them has rings that run.
 ///
 /// # Errors
 /// What the system says of the listening socket. What goes wrong with a connection ends that one, and is logged.
-pub fn serve(listener: &Listener, device: &Arc<dyn Device>, stop: BorrowedFd<'_>) -> Result<(), BackendError> {
-    if device.front_ends() > 1 {
+pub fn serve(
+    listener: &BackendListener,
+    device: &Arc<dyn VirtioDevice>,
+    stop: BorrowedFd<'_>,
+) -> Result<(), BackendError> {
+    if device.max_front_ends() > 1 {
         return serve_several(listener, device, stop);
     }
     let mut failing = false;
     loop {
         match accept(listener, stop, &mut failing)? {
             Some(Heard::This(connection)) => {
-                let stopped = serve_connection(&connection, device, stop, Some(listener.socket.as_fd()), None);
+                let stopped = run_connection(&connection, device, stop, Some(listener.socket.as_fd()), None);
                 if stopped {
                     return Ok(());
                 }
@@ -131,7 +135,7 @@ pub fn serve(listener: &Listener, device: &Arc<dyn Device>, stop: BorrowedFd<'_>
 
 /// Waits for a front-end; `None` is one that did not come after all. That the system has no room for it is said once.
 fn accept(
-    listener: &Listener,
+    listener: &BackendListener,
     stop: BorrowedFd<'_>,
     failing: &mut bool,
 ) -> Result<Option<Heard<UnixStream>>, BackendError> {
@@ -157,9 +161,13 @@ fn accept(
 }
 
 /// Serves as many front-ends at the same time as the device can have, each on a thread of its own.
-fn serve_several(listener: &Listener, device: &Arc<dyn Device>, stop: BorrowedFd<'_>) -> Result<(), BackendError> {
+fn serve_several(
+    listener: &BackendListener,
+    device: &Arc<dyn VirtioDevice>,
+    stop: BorrowedFd<'_>,
+) -> Result<(), BackendError> {
     let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE;
-    let seats = u32::try_from(device.front_ends()).unwrap_or(u32::MAX);
+    let seats = u32::try_from(device.max_front_ends()).unwrap_or(u32::MAX);
     // Readable while there is room for one more.
     let free = EventFd::from_value_and_flags(seats, flags).map_err(BackendError::system("make an eventfd"))?;
     let (free, turns, mut failing) = (&free, &Arc::new(Turns::default()), false);
@@ -175,7 +183,7 @@ fn serve_several(listener: &Listener, device: &Arc<dyn Device>, stop: BorrowedFd
             };
             let _ = free.read();
             let serve = move || {
-                serve_connection(&connection, device, stop, None, Some(Turn::new(turns, number)));
+                run_connection(&connection, device, stop, None, Some(Turn::new(turns, number)));
                 let _ = free.write(1);
             };
             if let Err(e) = thread::Builder::new().name("front-end".into()).spawn_scoped(scope, serve) {
@@ -192,13 +200,17 @@ fn serve_several(listener: &Listener, device: &Arc<dyn Device>, stop: BorrowedFd
 ///
 /// # Errors
 /// [`BackendError::Connect`] for a path that no socket can have. A front-end that is not there is waited for.
-pub fn serve_at(path: &Path, device: &Arc<dyn Device>, stop: BorrowedFd<'_>) -> Result<(), BackendError> {
+pub fn connect_and_serve(
+    path: &Path,
+    device: &Arc<dyn VirtioDevice>,
+    stop: BorrowedFd<'_>,
+) -> Result<(), BackendError> {
     let mut said = None;
     loop {
         match socket::connect(path).and_then(|connection| connection.set_nonblocking(false).map(|()| connection)) {
             Ok(connection) => {
                 said = None;
-                if serve_connection(&connection, device, stop, None, None) {
+                if run_connection(&connection, device, stop, None, None) {
                     return Ok(());
                 }
             }
@@ -219,13 +231,13 @@ pub fn serve_at(path: &Path, device: &Arc<dyn Device>, stop: BorrowedFd<'_>) -> 
 
 /// Serves `device` to one front-end until it hangs up, or until `stop` is readable: then everything under way is
 /// completed first. True if it was told to stop.
-pub fn serve_one(connection: &UnixStream, device: &Arc<dyn Device>, stop: BorrowedFd<'_>) -> bool {
-    serve_connection(connection, device, stop, None, None)
+pub fn serve_connection(connection: &UnixStream, device: &Arc<dyn VirtioDevice>, stop: BorrowedFd<'_>) -> bool {
+    run_connection(connection, device, stop, None, None)
 }
 
-fn serve_connection(
+fn run_connection(
     connection: &UnixStream,
-    device: &Arc<dyn Device>,
+    device: &Arc<dyn VirtioDevice>,
     stop: BorrowedFd<'_>,
     next: Option<BorrowedFd<'_>>,
     turn: Option<Turn>,
@@ -239,7 +251,7 @@ fn serve_connection(
             return false;
         }
     };
-    let mut channel = Channel { socket: connection.as_fd(), stop, next, unwatched: 0, answers: answers.clone() };
+    let mut channel = Connection { socket: connection.as_fd(), stop, next, unwatched: 0, answers: answers.clone() };
     let mut rings = Workers::new(device.clone());
     rings.send_before_waiting(answers);
     turn.into_iter().for_each(|turn| rings.take_turns(turn));
@@ -253,7 +265,7 @@ fn serve_connection(
     match &ended {
         Ok(Heard::Stop) => {
             rings.stop_all();
-            if let Err(error) = device.stopped() {
+            if let Err(error) = device.rings_stopped() {
                 limited!(error, "what the guest has written may not be on stable storage: {error}");
             }
         }
@@ -264,7 +276,11 @@ fn serve_connection(
 }
 
 /// Answers messages strictly in order (rule F4.4), until there are no more.
-fn converse(channel: &mut Channel<'_>, session: &mut Session, rings: &mut Workers) -> Result<Heard<()>, BackendError> {
+fn converse(
+    channel: &mut Connection<'_>,
+    session: &mut Session,
+    rings: &mut Workers,
+) -> Result<Heard<()>, BackendError> {
     loop {
         let message = match receive(channel)? {
             Heard::This(message) => message,
@@ -276,12 +292,12 @@ fn converse(channel: &mut Channel<'_>, session: &mut Session, rings: &mut Worker
         {
             return Ok(ended);
         }
-        let step = session.message(message, rings);
+        let step = session.handle_message(message, rings);
         rings.rest();
         let reply = match step {
-            Step::Silence => continue,
-            Step::Reply(reply) => reply,
-            Step::Close(error) => return Err(error),
+            MessageOutcome::NoReply => continue,
+            MessageOutcome::Reply(reply) => reply,
+            MessageOutcome::Close(error) => return Err(error),
         };
         match channel.answer(&reply)? {
             Heard::This(()) => {}
@@ -291,7 +307,7 @@ fn converse(channel: &mut Channel<'_>, session: &mut Session, rings: &mut Worker
 }
 
 /// Messages whose answers may wait for those of the messages behind them. If one has to wait for something, what is there is sent
-/// before ([`Rings::about_to_wait`](super::session::Rings::about_to_wait)).
+/// before ([`VringController::before_blocking`](super::session::VringController::before_blocking)).
 fn is_quick(code: Code) -> bool {
     use Code as C;
     matches!(
@@ -309,7 +325,7 @@ fn is_quick(code: Code) -> bool {
 }
 
 /// Reads one message, however it is cut into segments (rule F1.3).
-fn receive(channel: &mut Channel<'_>) -> Result<Heard<Message>, BackendError> {
+fn receive(channel: &mut Connection<'_>) -> Result<Heard<VhostUserMessage>, BackendError> {
     let mut header = Header::new_zeroed();
     let mut fds = Vec::new();
     let head = size_of::<Header>();
@@ -326,7 +342,7 @@ fn receive(channel: &mut Channel<'_>) -> Result<Heard<Message>, BackendError> {
         Heard::This(got) if got < head => return Err(BackendError::CutShort { got, needed: head }),
         Heard::This(_) => {}
     }
-    let size = Message::payload_size(&header)?;
+    let size = VhostUserMessage::payload_size(&header)?;
     let mut payload = vec![0; size];
     match channel.fill(&mut payload, &mut fds, &mut deadline)? {
         Heard::Stop => return Ok(Heard::Stop),
@@ -334,12 +350,12 @@ fn receive(channel: &mut Channel<'_>) -> Result<Heard<Message>, BackendError> {
         Heard::This(got) => return Err(BackendError::CutShort { got: head + got, needed: head + size }),
         Heard::End => return Err(BackendError::CutShort { got: head, needed: head + size }),
     }
-    Ok(Heard::This(Message { code: Code(header.request), flags: header.flags, payload, fds }))
+    Ok(Heard::This(VhostUserMessage { code: Code(header.request), flags: header.flags, payload, fds }))
 }
 
-impl Channel<'_> {
+impl Connection<'_> {
     /// Sends an answer, those of messages that have come already together.
-    fn answer(&mut self, reply: &Reply) -> Result<Heard<()>, BackendError> {
+    fn answer(&mut self, reply: &VhostUserReply) -> Result<Heard<()>, BackendError> {
         // An fd travels with the first byte of what is sent.
         if reply.fd.is_some()
             && let ended @ (Heard::Stop | Heard::End) = self.flush()?

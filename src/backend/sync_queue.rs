@@ -6,19 +6,19 @@ use super::{Queue, Request};
 
 /// A [`Queue`] out of a function that serves a request. For work that takes long, or that the system does on its own,
 /// write a [`Queue`]: this one takes the next request when the function returns.
-pub struct Immediate<F> {
+pub struct SyncQueue<F> {
     serve: F,
     done: Vec<Request>,
 }
 
-impl<F: FnMut(&mut Request)> Immediate<F> {
+impl<F: FnMut(&mut Request)> SyncQueue<F> {
     /// Serves each request with `serve`.
-    pub fn new(serve: F) -> Immediate<F> {
-        Immediate { serve, done: Vec::new() }
+    pub fn new(serve: F) -> SyncQueue<F> {
+        SyncQueue { serve, done: Vec::new() }
     }
 }
 
-impl<F: FnMut(&mut Request)> Queue for Immediate<F> {
+impl<F: FnMut(&mut Request)> Queue for SyncQueue<F> {
     fn submit(&mut self, mut request: Request) {
         (self.serve)(&mut request);
         self.done.push(request);

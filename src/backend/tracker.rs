@@ -13,7 +13,7 @@ pub(super) enum Tracker {
 }
 
 /// What a predecessor left to be done.
-pub(super) enum Found {
+pub(super) enum Recovered {
     Split(SplitRecovery),
     Packed(PackedRecovery),
 }
@@ -30,15 +30,15 @@ impl Tracker {
         index: u16,
         ring: &mut DeviceRing,
         first: bool,
-    ) -> Result<(Tracker, Found), BackendError> {
-        let broken = |source| BackendError::Ring { index, source };
+    ) -> Result<(Tracker, Recovered), BackendError> {
+        let broken = |source| BackendError::BrokenRing { index, source };
         match ring {
             DeviceRing::Split(ring) => {
                 let (tracker, recovery) = region.split(index, ring.layout().size, ring.used_index())?;
                 if let Some(next) = recovery.next_avail {
                     ring.set_next_avail(next);
                 }
-                Ok((Tracker::Split(tracker), Found::Split(recovery)))
+                Ok((Tracker::Split(tracker), Recovered::Split(recovery)))
             }
             DeviceRing::Packed(ring) => {
                 let (size, given) = (ring.layout().size, ring.base());
@@ -53,7 +53,7 @@ impl Tracker {
                     let (avail, used) = base.packed_positions();
                     ring.set_positions(avail, used).map_err(broken)?;
                 }
-                Ok((Tracker::Packed(tracker), Found::Packed(recovery)))
+                Ok((Tracker::Packed(tracker), Recovered::Packed(recovery)))
             }
         }
     }
@@ -96,26 +96,26 @@ impl Tracker {
     }
 }
 
-impl Found {
+impl Recovered {
     /// Whether somebody served this ring before and noted it here.
     pub(super) fn has_a_past(&self) -> bool {
         match self {
-            Found::Split(recovery) => recovery.next_avail.is_some(),
-            Found::Packed(recovery) => recovery.base.is_some(),
+            Recovered::Split(recovery) => recovery.next_avail.is_some(),
+            Recovered::Packed(recovery) => recovery.base.is_some(),
         }
     }
 
     /// How many requests are to be served again.
     pub(super) fn len(&self) -> usize {
         match self {
-            Found::Split(recovery) => recovery.resubmit.len(),
-            Found::Packed(recovery) => recovery.resubmit.len(),
+            Recovered::Split(recovery) => recovery.resubmit.len(),
+            Recovered::Packed(recovery) => recovery.resubmit.len(),
         }
     }
 
     /// Undoes what a predecessor wrote to the ring and did not publish.
     pub(super) fn repair(&self, ring: &mut DeviceRing) {
-        if let (Found::Packed(recovery), DeviceRing::Packed(ring)) = (self, ring) {
+        if let (Recovered::Packed(recovery), DeviceRing::Packed(ring)) = (self, ring) {
             ring.restore_flags(&recovery.stale);
         }
     }
@@ -126,11 +126,11 @@ impl Found {
     /// The driver changed it to what no request can be.
     pub(super) fn resubmit(&self, number: usize, ring: &mut DeviceRing, chain: &mut Chain) -> Result<u16, RingError> {
         match (self, ring) {
-            (Found::Split(recovery), DeviceRing::Split(ring)) => {
+            (Recovered::Split(recovery), DeviceRing::Split(ring)) => {
                 let head = recovery.resubmit.get(number).copied().unwrap_or_default();
                 ring.resubmit(head, chain).map(|()| head)
             }
-            (Found::Packed(recovery), DeviceRing::Packed(ring)) => {
+            (Recovered::Packed(recovery), DeviceRing::Packed(ring)) => {
                 let request = recovery.resubmit.get(number);
                 let (entry, descs) = request.map_or((0, &[][..]), |request| (request.entry, &request.descs));
                 ring.resubmit(descs, chain).map(|()| entry)

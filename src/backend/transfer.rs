@@ -16,7 +16,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde::{Deserialize, Serialize};
 use twox_hash::XxHash3_64;
 
-use super::{BackendError, Device};
+use super::{BackendError, VirtioDevice};
 use crate::abi::vhost_user::{
     DEVICE_STATE_LOAD, DEVICE_STATE_PHASE_STOPPED, DEVICE_STATE_SAVE, DeviceStateTransfer, Request as Code,
 };
@@ -35,7 +35,7 @@ const HASH_BYTES: usize = size_of::<u64>();
 struct Envelope {
     /// What kind of device it is of.
     kind: String,
-    /// What [`Device::save_state`] said.
+    /// What [`VirtioDevice::save_state`] said.
     state: Bytes,
 }
 
@@ -51,9 +51,9 @@ impl Transfer {
     /// Begins what SET_DEVICE_STATE_FD asks for. What is saved is the state as it is now.
     ///
     /// # Errors
-    /// [`BackendError::State`], and what the device or the system says.
+    /// [`BackendError::DeviceState`], and what the device or the system says.
     pub(super) fn begin(
-        device: &dyn Device,
+        device: &dyn VirtioDevice,
         transfer: DeviceStateTransfer,
         pipe: OwnedFd,
     ) -> Result<Transfer, BackendError> {
@@ -88,8 +88,8 @@ impl Transfer {
     /// Ends it; a state that was loaded is the device's from here on, or, after an error, nothing has changed.
     ///
     /// # Errors
-    /// [`BackendError::State`] for what did not go through or is not whole, and what the device says.
-    pub(super) fn check(self, device: &dyn Device) -> Result<(), BackendError> {
+    /// [`BackendError::DeviceState`] for what did not go through or is not whole, and what the device says.
+    pub(super) fn check(self, device: &dyn VirtioDevice) -> Result<(), BackendError> {
         let moved = self.result.recv_timeout(PATIENCE);
         let moved = moved.map_err(|_| refused("its transfer is not over: close the pipe before you ask".into()))?;
         let bytes = moved.map_err(|error| refused(format!("the transfer failed: {error}")))?;
@@ -107,10 +107,10 @@ impl Drop for Transfer {
 }
 
 fn refused(why: String) -> BackendError {
-    BackendError::State { why }
+    BackendError::DeviceState { why }
 }
 
-fn kind(device: &dyn Device) -> Result<&'static str, BackendError> {
+fn kind(device: &dyn VirtioDevice) -> Result<&'static str, BackendError> {
     device.state_kind().ok_or(BackendError::Unsupported { code: Code::SET_DEVICE_STATE_FD })
 }
 

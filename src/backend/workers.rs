@@ -19,10 +19,10 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::replies::Answers;
 use super::ring_lock::Turn;
-use super::ring_task::Post;
-use super::session::{Logging, Rings, Setup};
+use super::ring_task::RingTask;
+use super::session::{Logging, VringConfig, VringController};
 use super::worker::Order;
-use super::{BackendError, Device, Notifier};
+use super::{BackendError, Notifier, VirtioDevice};
 use crate::ring::RingBase;
 use crate::sys::join::join;
 use crate::sys::log_limit::limited;
@@ -36,7 +36,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// The rings of one connection. Dropping it abandons those that run: what is under way ends, but is not published, so
 /// that a front-end which has gone on without us finds its rings as it left them.
 pub struct Workers {
-    device: Arc<dyn Device>,
+    device: Arc<dyn VirtioDevice>,
     /// The thread of each ring, once it has run.
     threads: Vec<Option<RingThread>>,
     running: Vec<Option<Handle>>,
@@ -86,7 +86,7 @@ impl Drop for RingThread {
 
 impl Workers {
     /// No ring runs yet.
-    pub fn new(device: Arc<dyn Device>) -> Workers {
+    pub fn new(device: Arc<dyn VirtioDevice>) -> Workers {
         let queues = 0..device.queues();
         let (threads, running) = (queues.clone().map(|_| None).collect(), queues.map(|_| None).collect());
         Workers { device, threads, running, connection: None, answers: None, turn: None }
@@ -137,7 +137,7 @@ impl Workers {
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
-    /// Stops all rings as [`Rings::stop`] does.
+    /// Stops all rings as [`VringController::stop`] does.
     pub fn stop_all(&mut self) {
         self.end(|| Order::Stop);
     }
@@ -152,7 +152,7 @@ impl Workers {
     }
 
     fn finish(&mut self, index: u16, order: Order) -> Result<RingBase, BackendError> {
-        let lost = BackendError::RingLost { index };
+        let lost = BackendError::WorkerLost { index };
         let Some(handle) = self.running.get_mut(usize::from(index)).and_then(Option::take) else { return Err(lost) };
         handle.order(order);
         let mut wait = MOMENT;
@@ -173,7 +173,7 @@ impl Workers {
 
     /// The thread of ring `index`, which is made if there is none.
     fn thread(&mut self, index: u16) -> Result<&RingThread, BackendError> {
-        let slot = self.threads.get_mut(usize::from(index)).ok_or(BackendError::RingLost { index })?;
+        let slot = self.threads.get_mut(usize::from(index)).ok_or(BackendError::WorkerLost { index })?;
         let thread = match slot.take().filter(RingThread::is_alive) {
             Some(thread) => thread,
             None => RingThread::new(index).map_err(BackendError::system("start a thread"))?,
@@ -185,7 +185,7 @@ impl Workers {
     fn run(&mut self, index: u16, work: impl FnOnce() + Send + 'static) -> Result<(), BackendError> {
         let to = self.thread(index)?.work.as_ref();
         let sent = to.is_some_and(|to| to.send(Box::new(work)).is_ok());
-        if sent { Ok(()) } else { Err(BackendError::RingLost { index }) }
+        if sent { Ok(()) } else { Err(BackendError::WorkerLost { index }) }
     }
 
     fn handle(&self, index: u16) -> Option<&Handle> {
@@ -211,34 +211,34 @@ impl Drop for Workers {
     }
 }
 
-impl Rings for Workers {
-    fn about_to_wait(&mut self) {
+impl VringController for Workers {
+    fn before_blocking(&mut self) {
         self.answers.iter().for_each(|answers| answers.send_now());
     }
 
-    fn expect(&mut self, index: u16) {
+    fn prepare(&mut self, index: u16) {
         if let Err(error) = self.thread(index) {
             limited!(debug, "ring {index}: {error}");
         }
     }
 
-    fn start(&mut self, index: u16, setup: Setup) -> Result<(), BackendError> {
+    fn start(&mut self, index: u16, setup: VringConfig) -> Result<(), BackendError> {
         let take = |turn: &Turn| {
             self.answers.iter().for_each(|answers| answers.send_now());
             turn.take(|| self.has_hung_up())
         };
         if self.turn.as_ref().is_some_and(|turn| !take(turn)) {
-            return Err(BackendError::InUse { index });
+            return Err(BackendError::OtherFrontEndRuns { index });
         }
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wake = Arc::new(EventFd::from_flags(flags).map_err(BackendError::system("make an eventfd"))?);
         let (orders, inbox) = unbounded();
         let (ready, is_ready) = bounded(1);
         setup.kick.iter().for_each(|kick| kick.add(&wake));
-        let (device, woken, postcopy) = (self.device.clone(), wake.clone(), setup.postcopy);
+        let (device, woken, postcopy) = (self.device.clone(), wake.clone(), setup.in_postcopy);
         let (ending, ended) = bounded(1);
         let serve = move || {
-            let post = Post { index, device, inbox, wake: woken };
+            let post = RingTask { index, device, inbox, wake: woken };
             if let Some(iotlb) = setup.iotlb.clone() {
                 // What is wrong with it is found out when its areas are there.
                 let _ = ready.send(Ok(()));
@@ -283,7 +283,7 @@ impl Rings for Workers {
         self.finish(index, Order::Suspend)
     }
 
-    fn hold(&mut self, index: u16, yes: bool) {
+    fn set_enabled(&mut self, index: u16, yes: bool) {
         if let Some(handle) = self.handle(index) {
             let (done, is_done) = bounded(1);
             handle.order(Order::Hold(yes, done));

@@ -15,8 +15,8 @@ use vhost_migrate::abi::virtio::{
     VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_F_IN_ORDER, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use vhost_migrate::backend::Device;
-use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
+use vhost_migrate::backend::VirtioDevice;
+use vhost_migrate::backend::blk::{Aio, BlkDevice, BlkOptions};
 use vhost_migrate::memory::{Region, sealed_memfd};
 use vhost_migrate::ring::Buffer;
 use zerocopy::{FromBytes, IntoBytes};
@@ -40,16 +40,16 @@ pub(crate) struct Rig {
 }
 
 impl Rig {
-    pub(crate) fn new(change: impl FnOnce(&mut DiskOptions)) -> Rig {
+    pub(crate) fn new(change: impl FnOnce(&mut BlkOptions)) -> Rig {
         Rig::with(SPLIT, change)
     }
 
-    fn with(features: u64, change: impl FnOnce(&mut DiskOptions)) -> Rig {
+    fn with(features: u64, change: impl FnOnce(&mut BlkOptions)) -> Rig {
         Rig::negotiated(features | bit(VIRTIO_BLK_F_FLUSH) | bit(VIRTIO_RING_F_INDIRECT_DESC), change)
     }
 
     /// With these features and no others.
-    pub(crate) fn negotiated(features: u64, change: impl FnOnce(&mut DiskOptions)) -> Rig {
+    pub(crate) fn negotiated(features: u64, change: impl FnOnce(&mut BlkOptions)) -> Rig {
         let (server, guest) = (Server::disk(DISK, change), Guest::new());
         let client = server.connect();
         begin(&client, &guest, features);
@@ -368,7 +368,7 @@ fn configuration_space_and_features_say_what_the_disk_is() {
     assert_eq!(features & (bit(VIRTIO_BLK_F_RO) | bit(VIRTIO_BLK_F_MQ) | clears), bit(VIRTIO_BLK_F_MQ) | clears);
     let folder = tempfile::tempdir().unwrap();
     let options = disk_options(folder.path(), DISK, |options| (options.read_only, options.queues) = (true, 1));
-    let features = Disk::open(options).unwrap().features();
+    let features = BlkDevice::open(options).unwrap().features();
     assert_eq!(features & (bit(VIRTIO_BLK_F_RO) | bit(VIRTIO_BLK_F_MQ) | clears), bit(VIRTIO_BLK_F_RO));
 }
 
@@ -384,7 +384,7 @@ fn the_generation_is_told_while_no_ring_runs_and_changes_with_what_the_disk_hold
     const GET_DISK_GENERATION: Code = Code(0x7664_0001);
     const GET_DISK_IDENTITY: Code = Code(0x7664_0002);
     let image = image_on_disk(DISK);
-    let options = |options: &mut DiskOptions| options.image = image.path().to_owned();
+    let options = |options: &mut BlkOptions| options.image = image.path().to_owned();
     let mut rig = Rig::new(options);
     let offered = rig.client.ask_number(Code::GET_PROTOCOL_FEATURES);
     assert_eq!(offered >> 62, 1);
@@ -490,7 +490,7 @@ fn an_image_that_does_not_look_raw_is_refused_unless_told_otherwise() {
 fn a_ring_waits_until_whoever_has_the_image_lets_go_of_it(#[values(false, true)] read_only: bool) {
     let first = Rig::new(|options| options.read_only = read_only);
     let image = first.server.image();
-    let share = |options: &mut DiskOptions| (options.image, options.read_only) = (image.clone(), read_only);
+    let share = |options: &mut BlkOptions| (options.image, options.read_only) = (image.clone(), read_only);
     let (server, guest) = (Server::disk(DISK, share), Guest::new());
     let client = server.connect();
     begin(&client, &guest, BASIC);
@@ -515,7 +515,7 @@ fn a_ring_waits_until_whoever_has_the_image_lets_go_of_it(#[values(false, true)]
 
 #[test]
 fn readers_that_ask_for_it_serve_an_image_at_the_same_time() {
-    let readers = |options: &mut DiskOptions| (options.read_only, options.share_readers) = (true, true);
+    let readers = |options: &mut BlkOptions| (options.read_only, options.share_readers) = (true, true);
     let mut first = Rig::new(readers);
     let image = first.server.image();
     let mut second = Rig::new(|options| {

@@ -12,7 +12,8 @@ use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{BackendRequest, Header, Request as Code, VringState, protocol_feature};
 use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, PACKED_DESC_F_AVAIL, PackedDesc, VIRTIO_F_VERSION_1};
 use vhost_migrate::backend::{
-    BackendError, Device, Host, Logging, Message, Notifier, Queue, Request, Rings, Session, Setup, Step,
+    BackendError, FrontendHandle, Logging, MessageOutcome, Notifier, Queue, Request, Session, VhostUserMessage,
+    VirtioDevice, VringConfig, VringController,
 };
 use vhost_migrate::ring::{Buffer, DriverRing, RingBase};
 use zerocopy::{FromBytes, IntoBytes};
@@ -175,9 +176,9 @@ fn the_first_kick_starts_a_ring_whose_fds_were_never_spoken_of(#[values(SPLIT, P
 #[derive(Default)]
 struct Started(Vec<bool>);
 
-impl Rings for Started {
-    fn start(&mut self, _index: u16, setup: Setup) -> Result<(), BackendError> {
-        self.0.push(setup.polled);
+impl VringController for Started {
+    fn start(&mut self, _index: u16, setup: VringConfig) -> Result<(), BackendError> {
+        self.0.push(setup.is_polled);
         Ok(())
     }
 
@@ -202,8 +203,9 @@ fn a_ring_without_a_kick_is_polled_unless_its_kicks_are_messages() {
         let (mut session, mut rings) = (Session::new(Arc::new(Restless::default())), Started::default());
         let mut tell = |code, payload: &[u8], fds: &[BorrowedFd<'_>]| {
             let fds = fds.iter().map(|fd| fd.try_clone_to_owned().unwrap()).collect();
-            let step = session.message(Message { code, flags: VERSION, payload: payload.to_vec(), fds }, &mut rings);
-            assert!(matches!(step, Step::Silence), "{code}: {step:?}");
+            let step = session
+                .handle_message(VhostUserMessage { code, flags: VERSION, payload: payload.to_vec(), fds }, &mut rings);
+            assert!(matches!(step, MessageOutcome::NoReply), "{code}: {step:?}");
         };
         let ring = Ring::new(&guest, 0, 256, BASIC);
         let state = |num| VringState { index: 0, num };
@@ -238,12 +240,12 @@ fn a_broken_ring_says_so_in_a_message_and_the_other_goes_on(#[values(SPLIT, PACK
 /// A device that tells of a change of its configuration with every request.
 #[derive(Default)]
 struct Restless {
-    host: Mutex<Arc<Host>>,
+    host: Mutex<Arc<FrontendHandle>>,
 }
 
-struct RestlessQueue(Arc<Host>, Vec<Request>);
+struct RestlessQueue(Arc<FrontendHandle>, Vec<Request>);
 
-impl Device for Restless {
+impl VirtioDevice for Restless {
     fn features(&self) -> u64 {
         bit(VIRTIO_F_VERSION_1)
     }
@@ -260,11 +262,11 @@ impl Device for Restless {
         vec![1, 2, 3, 4]
     }
 
-    fn connected(&self, host: Arc<Host>) {
+    fn connected(&self, host: Arc<FrontendHandle>) {
         *self.host.lock().unwrap() = host;
     }
 
-    fn queue(&self, _index: u16, _size: u16, _features: u64) -> std::io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, _index: u16, _size: u16, _features: u64) -> std::io::Result<Box<dyn Queue>> {
         Ok(Box::new(RestlessQueue(self.host.lock().unwrap().clone(), Vec::new())))
     }
 }

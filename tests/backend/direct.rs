@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use vhost_migrate::abi::vhost_user::{Request as Code, VringState};
 use vhost_migrate::abi::virtio::{BlkDiscardWriteZeroes, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES};
-use vhost_migrate::backend::blk::{Aio, DiskOptions};
-use vhost_migrate::backend::{Device, Immediate, Queue, Request};
+use vhost_migrate::backend::blk::{Aio, BlkOptions};
+use vhost_migrate::backend::{Queue, Request, SyncQueue, VirtioDevice};
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
@@ -29,8 +29,8 @@ impl OnDisk {
     }
 
     /// The image that tests begin with, in place of the one in `options`. Nothing of it is in the page cache.
-    fn image(&self, options: &mut DiskOptions) {
-        *options = DiskOptions { image: disk_options(self.0.path(), DISK, |_| {}).image, ..options.clone() };
+    fn image(&self, options: &mut BlkOptions) {
+        *options = BlkOptions { image: disk_options(self.0.path(), DISK, |_| {}).image, ..options.clone() };
         let file = File::open(&options.image).unwrap();
         file.sync_all().unwrap();
         posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
@@ -118,7 +118,7 @@ fn zeroes_are_stable_for_a_driver_that_does_not_flush() {
 /// Completes everything, and fails to put it where others find it.
 struct Lossy;
 
-impl Device for Lossy {
+impl VirtioDevice for Lossy {
     fn features(&self) -> u64 {
         BASIC
     }
@@ -127,19 +127,19 @@ impl Device for Lossy {
         Vec::new()
     }
 
-    fn stopped(&self) -> io::Result<()> {
+    fn rings_stopped(&self) -> io::Result<()> {
         Err(io::ErrorKind::StorageFull.into())
     }
 
-    fn queue(&self, _: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
-        Ok(Box::new(Immediate::new(|_: &mut Request| ())))
+    fn start_queue(&self, _: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
+        Ok(Box::new(SyncQueue::new(|_: &mut Request| ())))
     }
 }
 
 /// Takes as long to sync as a test wants.
 struct Slow(Mutex<Receiver<()>>);
 
-impl Device for Slow {
+impl VirtioDevice for Slow {
     fn features(&self) -> u64 {
         BASIC
     }
@@ -152,14 +152,14 @@ impl Device for Slow {
         2
     }
 
-    fn stopped(&self) -> io::Result<()> {
+    fn rings_stopped(&self) -> io::Result<()> {
         // An error is the end of the test.
         let _ = self.0.lock().unwrap().recv();
         Ok(())
     }
 
-    fn queue(&self, _: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
-        Ok(Box::new(Immediate::new(|_: &mut Request| ())))
+    fn start_queue(&self, _: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
+        Ok(Box::new(SyncQueue::new(|_: &mut Request| ())))
     }
 }
 

@@ -11,7 +11,7 @@ use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
 use vhost_migrate::abi::vhost_user::{Request as Code, VringState};
 use vhost_migrate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_IN_ORDER};
-use vhost_migrate::backend::{Device, Queue, RING_FEATURES, Request};
+use vhost_migrate::backend::{Queue, RING_FEATURES, Request, VirtioDevice};
 use vhost_migrate::memory::LOG_PAGE;
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
@@ -37,7 +37,7 @@ impl Held {
     }
 }
 
-impl Device for Held {
+impl VirtioDevice for Held {
     fn features(&self) -> u64 {
         RING_FEATURES | bit(VIRTIO_F_IN_ORDER) | bit(VIRTIO_F_ACCESS_PLATFORM)
     }
@@ -58,7 +58,7 @@ impl Device for Held {
         INFLIGHT_MIGRATION
     }
 
-    fn queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
         Ok(Box::new(HeldQueue { gate: self.gate.clone(), held: Vec::new() }))
     }
 }
@@ -264,7 +264,7 @@ struct GivesBackTheOldest(Arc<Held>);
 
 struct GivesBackQueue(HeldQueue);
 
-impl Device for GivesBackTheOldest {
+impl VirtioDevice for GivesBackTheOldest {
     fn features(&self) -> u64 {
         self.0.features()
     }
@@ -273,7 +273,7 @@ impl Device for GivesBackTheOldest {
         Vec::new()
     }
 
-    fn queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
         Ok(Box::new(GivesBackQueue(HeldQueue { gate: self.0.gate.clone(), held: Vec::new() })))
     }
 }
@@ -378,7 +378,7 @@ fn a_device_that_panics_ends_the_connection_and_the_next_front_end_is_served(#[v
 /// Fills what it may write with 0x5a, and then loses it: in a thread of its own, as after a panic there.
 struct Careless;
 
-impl Device for Careless {
+impl VirtioDevice for Careless {
     fn features(&self) -> u64 {
         RING_FEATURES
     }
@@ -387,7 +387,7 @@ impl Device for Careless {
         Vec::new()
     }
 
-    fn queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
         Ok(Box::new(Careless))
     }
 }

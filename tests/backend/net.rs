@@ -16,7 +16,7 @@ use vhost_migrate::abi::virtio::{
     VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE,
     VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_RING_F_EVENT_IDX,
 };
-use vhost_migrate::backend::net::{Counts, Net, NetOptions, Peer};
+use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer, PacketCounts};
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
@@ -40,13 +40,13 @@ const SENT: u64 = 0xc0_0000;
 const BUFFERS: u64 = HIGH;
 const OUTSIDE: u64 = 1 << 40;
 
-fn options(peer: Peer) -> NetOptions {
+fn options(peer: NetPeer) -> NetOptions {
     NetOptions::new(peer, MAC)
 }
 
 /// An interface, its front-end, and the guest behind that.
 struct Rig {
-    device: Arc<Net>,
+    device: Arc<NetDevice>,
     _server: Option<Server>,
     client: Client,
     guest: Guest,
@@ -60,17 +60,17 @@ struct Rig {
 
 impl Rig {
     fn new(features: u64, change: impl FnOnce(&mut NetOptions)) -> Rig {
-        let mut options = options(Peer::Loopback);
+        let mut options = options(NetPeer::Loopback);
         change(&mut options);
         let pairs = options.pairs.into();
-        let device = Arc::new(Net::open(options).unwrap());
+        let device = Arc::new(NetDevice::open(options).unwrap());
         let server = Server::new(device.clone());
         let rig = Rig::on(&server, &device, features, pairs);
         Rig { _server: Some(server), ..rig }
     }
 
     /// A new front-end and its guest, on a server that goes on after it.
-    fn on(server: &Server, device: &Arc<Net>, features: u64, pairs: u32) -> Rig {
+    fn on(server: &Server, device: &Arc<NetDevice>, features: u64, pairs: u32) -> Rig {
         let (client, guest) = (server.connect(), Guest::new());
         begin(&client, &guest, features);
         let ring = |index| Ring::new(&guest, index, 256, features);
@@ -141,10 +141,10 @@ impl Rig {
         message.split_off(HEADER)
     }
 
-    fn wait_for(&self, what: &str, seen: impl Fn(Counts) -> bool) {
+    fn wait_for(&self, what: &str, seen: impl Fn(PacketCounts) -> bool) {
         let end = std::time::Instant::now() + DEADLINE;
-        while !seen(self.device.counts()) {
-            assert!(std::time::Instant::now() < end, "{what}: {:?}", self.device.counts());
+        while !seen(self.device.packet_counts()) {
+            assert!(std::time::Instant::now() < end, "{what}: {:?}", self.device.packet_counts());
             std::thread::yield_now();
         }
     }
@@ -174,7 +174,7 @@ fn a_frame_of_any_size_comes_back_byte_for_byte_however_the_buffers_are_cut(#[va
                 assert!(rig.provided.is_empty(), "{len} bytes in buffers of {room}");
             }
         }
-        let Counts { sent, received, .. } = rig.device.counts();
+        let PacketCounts { sent, received, .. } = rig.device.packet_counts();
         assert_eq!((sent, received), (u64::from(seed), u64::from(seed)));
     }
 }
@@ -190,7 +190,7 @@ fn without_mergeable_buffers_a_packet_takes_one_and_is_dropped_if_it_does_not_fi
     assert_eq!(rig.receive(0), frame(1514, 1));
     assert_eq!(rig.receive(0), frame(3, 3), "the buffer that was too small is used for the next packet");
     assert_eq!(rig.receive(0), frame(65550, 4));
-    assert_eq!(rig.device.counts().received_dropped, 1);
+    assert_eq!(rig.device.packet_counts().received_dropped, 1);
 }
 
 #[rstest]
@@ -329,7 +329,7 @@ fn a_burst_of_packets_arrives_in_order_and_a_flood_is_dropped_and_counted(#[valu
     for _ in 0..2000 {
         rig.send(0, &frame(9000, 0));
     }
-    let Counts { sent, sent_dropped, .. } = rig.device.counts();
+    let PacketCounts { sent, sent_dropped, .. } = rig.device.packet_counts();
     assert_eq!(sent + sent_dropped, 2050);
     assert!(sent_dropped > 1000, "{sent} packets of 9000 bytes are kept");
     rig.provide_kicked(0, &[9012; 2]);
@@ -395,12 +395,12 @@ fn a_driver_with_a_control_queue_receives_on_one_pair_until_it_wants_more(#[valu
     rig.rx[1] = Ring::new(guest, 2, 256, rig.features);
     rig.rx[1].set_up(client, guest, rig.rx[1].start());
     rig.rx[1].enable(client, true);
-    let before = rig.device.counts();
+    let before = rig.device.packet_counts();
     rig.send(1, &frame(100, 77));
     assert_eq!(control.ask(&rig.guest, 4, 0, &1u16.to_le_bytes()), 0);
     rig.provide_kicked(1, &[700]);
     let arrived =
-        |counts: Counts| counts.received + counts.received_dropped - before.received - before.received_dropped;
+        |counts: PacketCounts| counts.received + counts.received_dropped - before.received - before.received_dropped;
     rig.wait_for("the frame has gone somewhere", |counts| arrived(counts) == 1);
     assert!(!rig.rx[1].is_answered(&rig.guest), "a pair that is not used has received something");
 }
@@ -408,7 +408,7 @@ fn a_driver_with_a_control_queue_receives_on_one_pair_until_it_wants_more(#[valu
 /// What a driver sets is its own: the next one must not inherit it, with a control queue or without.
 #[rstest]
 fn another_driver_begins_without_the_filter_of_the_last(#[values(0, CONTROL)] next: u64) {
-    let device = Arc::new(Net::open(options(Peer::Loopback)).unwrap());
+    let device = Arc::new(NetDevice::open(options(NetPeer::Loopback)).unwrap());
     let (server, strange) = (Server::new(device.clone()), [2, 0, 0, 0, 0, 9]);
     {
         let mut rig = Rig::on(&server, &device, MERGEABLE | CONTROL, 1);
@@ -429,7 +429,7 @@ fn another_driver_begins_without_the_filter_of_the_last(#[values(0, CONTROL)] ne
 /// As a front-end that comes back while its guest runs: rings go on where they were.
 #[test]
 fn the_same_driver_goes_on_with_its_filter() {
-    let device = Arc::new(Net::open(options(Peer::Loopback)).unwrap());
+    let device = Arc::new(NetDevice::open(options(NetPeer::Loopback)).unwrap());
     let server = Server::new(device.clone());
     let mut rig = Rig::on(&server, &device, MERGEABLE | CONTROL, 1);
     let mut control = Controls::new(&rig, 2);
@@ -504,10 +504,10 @@ fn a_frame_sent_after_an_answer_meets_the_filter_that_was_answered() {
             assert_eq!(control.ask(&rig.guest, 1, 1, &mac), 0);
         }
         rig.send(0, &[&MAC[..], &frame(54, 1)].concat());
-        let mut counts = rig.device.counts();
+        let mut counts = rig.device.packet_counts();
         while counts.received + counts.received_filtered < round {
             std::thread::yield_now();
-            counts = rig.device.counts();
+            counts = rig.device.packet_counts();
         }
         assert_eq!(counts.received, 0, "round {round}");
     }
@@ -557,7 +557,7 @@ fn the_control_queue_does_what_the_specification_says_and_refuses_the_rest(#[val
     received.sort();
     expected.sort();
     assert_eq!(received, expected);
-    assert_eq!(rig.device.counts().received_filtered, 2);
+    assert_eq!(rig.device.packet_counts().received_filtered, 2);
     assert_eq!(ask(&rig, 4, 0, &[2, 0]), OK);
     assert_eq!(ask(&rig, 0, 1, &[1]), OK);
     rig.send(1, &to(group));
@@ -572,7 +572,7 @@ fn the_control_queue_does_what_the_specification_says_and_refuses_the_rest(#[val
 fn without_multi_queue_the_control_queue_is_the_third() {
     let rig = Rig::new(MERGEABLE | CONTROL, |options| options.pairs = 1);
     assert_eq!(Controls::new(&rig, 2).ask(&rig.guest, 0, 0, &[0]), 0);
-    let device = Arc::new(Net::open(NetOptions { pairs: 4, ..options(Peer::Loopback) }).unwrap());
+    let device = Arc::new(NetDevice::open(NetOptions { pairs: 4, ..options(NetPeer::Loopback) }).unwrap());
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
     begin(&client, &guest, MERGEABLE | CONTROL);
@@ -650,10 +650,10 @@ fn packets_that_can_not_be_are_dropped_and_counted_and_the_queue_goes_on(#[value
     rig.transmit(0, &[at(SENT, 12), at(OUTSIDE, 100)], &[]);
     rig.transmit(0, &[at(OUTSIDE, 12), at(SENT, 100)], &[]);
     rig.wait_for("the packet arrives", |seen| seen.received == 1);
-    let mut counts = Counts::default();
+    let mut counts = PacketCounts::default();
     // What the header says is of no interest, so that one may be anywhere.
     (counts.sent_malformed, counts.sent, counts.received) = (5, 1, 1);
-    assert_eq!(rig.device.counts(), counts);
+    assert_eq!(rig.device.packet_counts(), counts);
     rig.rx[0].completion();
     rig.send(0, &frame(60, 1));
     assert_eq!(rig.receive(0), frame(60, 1));
@@ -675,7 +675,7 @@ fn buffers_that_nothing_can_be_put_in_come_back_empty_and_the_queue_goes_on(#[va
             assert_eq!(rig.rx[0].completion().1, 0);
         }
         assert_eq!(rig.receive(0), frame(1000, 1));
-        assert_eq!(rig.device.counts().bad_buffers, 3);
+        assert_eq!(rig.device.packet_counts().bad_buffers, 3);
         assert_eq!(rig.guest.bytes(BUFFERS + 4000, 8), [0; 8]);
     }
 }
@@ -693,7 +693,7 @@ fn a_packet_that_no_full_ring_can_hold_is_dropped(#[values(SPLIT, PACKED)] rings
     rig.rx[0].kick();
     rig.rx[0].completions(256);
     assert_eq!(rig.guest.bytes(BUFFERS + 12, 255 * 12), frame(255 * 12, 2));
-    assert_eq!(rig.device.counts().received_dropped, 1);
+    assert_eq!(rig.device.packet_counts().received_dropped, 1);
 }
 
 /// Two interfaces, each in a process or a thread of its own.
@@ -703,14 +703,14 @@ fn two_ends_of_a_pair_hear_each_other_and_their_successors(#[values(SPLIT, PACKE
     let path = folder.path().join("wire");
     let end = || {
         Rig::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| {
-            (options.pairs, options.peer) = (2, Peer::Pair(path.clone()));
+            (options.pairs, options.peer) = (2, NetPeer::Pair(path.clone()));
         })
     };
     let talk = |from: &mut Rig, to: &mut Rig, pair: usize, seed: u8| {
         to.provide_kicked(pair, &[1000; 3]);
         // Until the other end is there, what is sent is dropped.
-        let before = from.device.counts().sent;
-        while from.device.counts().sent == before {
+        let before = from.device.packet_counts().sent;
+        while from.device.packet_counts().sent == before {
             from.send(pair, &frame(2900, seed));
         }
         assert_eq!(to.receive(pair), frame(2900, seed));
@@ -723,7 +723,7 @@ fn two_ends_of_a_pair_hear_each_other_and_their_successors(#[values(SPLIT, PACKE
     // A third end waits, with what its driver sends, until there is a place for it.
     let mut c = end();
     c.send(0, &frame(100, 77));
-    assert_eq!(c.device.counts().sent, 1);
+    assert_eq!(c.device.packet_counts().sent, 1);
     talk(&mut b, &mut a, 0, 3);
     a.provide_kicked(0, &[500]);
     drop(b);
@@ -861,7 +861,7 @@ fn what_a_ring_had_to_notify_without_a_call_fd_is_said_over_the_next(#[values(SP
 fn a_pair_that_ends_in_one_direction_is_hung_up_and_connected_again() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("pair");
-    let _rig = Rig::new(BASIC, |options| options.peer = Peer::Pair(path.clone()));
+    let _rig = Rig::new(BASIC, |options| options.peer = NetPeer::Pair(path.clone()));
     let connect = || {
         let flags = SockFlag::SOCK_CLOEXEC;
         let socket = nix::sys::socket::socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();

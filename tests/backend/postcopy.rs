@@ -30,7 +30,7 @@ const DISK: u64 = 1 << 20;
 const LENGTH: u32 = 0x3000;
 const REQUESTS: u64 = 24;
 
-fn server(change: impl FnOnce(&mut vhost_migrate::backend::blk::DiskOptions)) -> Server {
+fn server(change: impl FnOnce(&mut vhost_migrate::backend::blk::BlkOptions)) -> Server {
     Server::disk(DISK, |options| {
         options.postcopy = true;
         change(options);
@@ -229,7 +229,7 @@ fn every_byte_arrives(server: &Server, to: &Memory, features: u64) {
 
 #[rstest]
 fn a_disk_works_in_memory_that_arrives_when_it_is_touched(#[values(SPLIT, PACKED)] features: u64) {
-    let changes: [fn(&mut vhost_migrate::backend::blk::DiskOptions); 3] =
+    let changes: [fn(&mut vhost_migrate::backend::blk::BlkOptions); 3] =
         [|_| {}, |options| options.aio = Aio::Threads, |options| options.direct = true];
     for change in changes {
         every_byte_arrives(&server(change), &memory_of(|| sealed_memfd("guest", REGION).unwrap()), features);

@@ -14,7 +14,7 @@ use vhost_migrate::abi::virtio::{
     VIRTIO_F_RING_PACKED, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VQ,
     VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use vhost_migrate::backend::net::{Net, NetOptions, Peer};
+use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer};
 use vhost_migrate::ring::{Buffer, RingBase};
 
 use crate::guest::{BASIC, Guest, HIGH, Ring, begin, status};
@@ -192,7 +192,7 @@ fn race_on_a_disk(features: u64) {
 
 /// Receive, transmit and control queue.
 fn race_on_an_interface(features: u64) {
-    let device = Net::open(NetOptions::new(Peer::Loopback, [2, 0, 0, 0, 0, 1])).unwrap();
+    let device = NetDevice::open(NetOptions::new(NetPeer::Loopback, [2, 0, 0, 0, 0, 1])).unwrap();
     let server = Server::new(Arc::new(device));
     let control = [VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_MRG_RXBUF];
     race(&server, control.into_iter().fold(features, |features, feature| features | bit(feature)), 3);

@@ -449,12 +449,12 @@ fn a_ring_without_a_kick_is_served_all_the_same(#[values(SPLIT, PACKED)] feature
 /// The advice of the command line, for people.
 #[test]
 fn a_socket_that_a_dead_process_left_is_replaced_and_others_are_explained() {
-    use vhost_migrate::backend::Listener;
+    use vhost_migrate::backend::BackendListener;
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    let explain = |path: &Path| Listener::bind(path).unwrap_err().to_string();
+    let explain = |path: &Path| BackendListener::bind(path).unwrap_err().to_string();
     drop(std::os::unix::net::UnixListener::bind(at("stale")).unwrap());
-    let listener = Listener::bind(&at("stale")).unwrap();
+    let listener = BackendListener::bind(&at("stale")).unwrap();
     assert!(explain(&at("stale")).contains("another process listens there"));
     drop(listener);
     assert!(!at("stale").exists());

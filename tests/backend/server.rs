@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use nix::sys::eventfd::EventFd;
-use vhost_migrate::backend::blk::{Disk, DiskOptions};
-use vhost_migrate::backend::{Device, Listener, serve};
+use vhost_migrate::backend::blk::{BlkDevice, BlkOptions};
+use vhost_migrate::backend::{BackendListener, VirtioDevice, serve};
 
 use crate::raw::Client;
 
@@ -21,12 +21,12 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    pub(crate) fn new(device: Arc<dyn Device>) -> Server {
+    pub(crate) fn new(device: Arc<dyn VirtioDevice>) -> Server {
         Server::at(tempfile::tempdir().unwrap(), device)
     }
 
-    pub(crate) fn at(folder: tempfile::TempDir, device: Arc<dyn Device>) -> Server {
-        let listener = Listener::bind(&folder.path().join("socket")).unwrap();
+    pub(crate) fn at(folder: tempfile::TempDir, device: Arc<dyn VirtioDevice>) -> Server {
+        let listener = BackendListener::bind(&folder.path().join("socket")).unwrap();
         let stop = Arc::new(EventFd::new().unwrap());
         let until = stop.clone();
         let thread = Some(thread::spawn(move || serve(&listener, &device, until.as_fd()).unwrap()));
@@ -34,10 +34,10 @@ impl Server {
     }
 
     /// A disk of `bytes`, each 512-byte sector of which begins with its own number.
-    pub(crate) fn disk(bytes: u64, change: impl FnOnce(&mut DiskOptions)) -> Server {
+    pub(crate) fn disk(bytes: u64, change: impl FnOnce(&mut BlkOptions)) -> Server {
         let folder = tempfile::tempdir().unwrap();
         let options = disk_options(folder.path(), bytes, change);
-        let disk = Disk::open(options).unwrap();
+        let disk = BlkDevice::open(options).unwrap();
         Server::at(folder, Arc::new(disk))
     }
 
@@ -66,7 +66,7 @@ impl Drop for Server {
     }
 }
 
-pub(crate) fn disk_options(folder: &Path, bytes: u64, change: impl FnOnce(&mut DiskOptions)) -> DiskOptions {
+pub(crate) fn disk_options(folder: &Path, bytes: u64, change: impl FnOnce(&mut BlkOptions)) -> BlkOptions {
     let image = folder.join("image");
     let mut contents = vec![0; bytes as usize];
     for (number, sector) in (0u64..).zip(contents.chunks_mut(512)) {
@@ -76,7 +76,7 @@ pub(crate) fn disk_options(folder: &Path, bytes: u64, change: impl FnOnce(&mut D
         }
     }
     std::fs::write(&image, contents).unwrap();
-    let mut options = DiskOptions { queues: 2, serial: "serial-number".into(), ..DiskOptions::new(image) };
+    let mut options = BlkOptions { queues: 2, serial: "serial-number".into(), ..BlkOptions::new(image) };
     change(&mut options);
     options
 }

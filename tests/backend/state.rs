@@ -13,8 +13,8 @@ use vhost_migrate::abi::vhost_user::{
     VringState, protocol_feature,
 };
 use vhost_migrate::abi::virtio::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
-use vhost_migrate::backend::net::{Net, NetOptions, Peer};
-use vhost_migrate::backend::{BackendError, Device, Queue};
+use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer};
+use vhost_migrate::backend::{BackendError, Queue, VirtioDevice};
 use vhost_migrate::frontend::{Device as _, FrontendError, UserDevice, UserOptions};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -43,7 +43,7 @@ impl Keeper {
     }
 }
 
-impl Device for Keeper {
+impl VirtioDevice for Keeper {
     fn features(&self) -> u64 {
         self.rings.features()
     }
@@ -70,7 +70,7 @@ impl Device for Keeper {
 
     fn load_state(&self, state: &[u8]) -> Result<(), BackendError> {
         if state == b"poison" {
-            return Err(BackendError::State { why: "this one is bad".into() });
+            return Err(BackendError::DeviceState { why: "this one is bad".into() });
         }
         *self.state.lock().unwrap() = state.to_vec();
         Ok(())
@@ -80,8 +80,8 @@ impl Device for Keeper {
         self.state.lock().unwrap().clear();
     }
 
-    fn queue(&self, index: u16, size: u16, features: u64) -> std::io::Result<Box<dyn Queue>> {
-        self.rings.queue(index, size, features)
+    fn start_queue(&self, index: u16, size: u16, features: u64) -> std::io::Result<Box<dyn Queue>> {
+        self.rings.start_queue(index, size, features)
     }
 }
 
@@ -294,8 +294,8 @@ fn a_loaded_state_outlives_its_back_end_until_a_ring_starts() {
 #[test]
 fn what_a_driver_has_set_on_its_interface_arrives_and_stays_until_it_is_reset() {
     let net = |mtu| {
-        let options = NetOptions { mtu, ..NetOptions::new(Peer::Loopback, [2, 0, 0, 0, 0, 1]) };
-        let device = Arc::new(Net::open(options).unwrap());
+        let options = NetOptions { mtu, ..NetOptions::new(NetPeer::Loopback, [2, 0, 0, 0, 0, 1]) };
+        let device = Arc::new(NetDevice::open(options).unwrap());
         (device.clone(), Server::new(device))
     };
     let mac = [2, 0, 0, 0, 0, 9];

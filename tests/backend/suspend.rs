@@ -9,7 +9,7 @@ use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
 use vhost_migrate::abi::vhost_user::{InflightDescription, Request as Code, VringState, protocol_feature};
 use vhost_migrate::abi::virtio::VIRTIO_F_IN_ORDER;
-use vhost_migrate::backend::{Device, Queue, RING_FEATURES, Request};
+use vhost_migrate::backend::{Queue, RING_FEATURES, Request, VirtioDevice};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::inflight::{InflightRegion, RingKind};
 use vhost_migrate::ring::RingBase;
@@ -47,7 +47,7 @@ impl Scene {
         Scene::on(device, gate, features, protocol)
     }
 
-    fn on(device: Arc<dyn Device>, gate: Arc<EventFd>, features: u64, protocol: u64) -> Scene {
+    fn on(device: Arc<dyn VirtioDevice>, gate: Arc<EventFd>, features: u64, protocol: u64) -> Scene {
         let (server, guest) = (Server::new(device), Guest::new());
         let (region, fd) = InflightRegion::create(kind(features), 1, SIZE).unwrap();
         let client = server.connect();
@@ -99,7 +99,7 @@ impl Scene {
         self.move_to(device, base);
     }
 
-    fn move_to(&mut self, device: Arc<dyn Device>, base: u32) {
+    fn move_to(&mut self, device: Arc<dyn VirtioDevice>, base: u32) {
         self.server = Server::new(device);
         self.client = self.server.connect();
         begin_with(&self.client, &self.guest, self.features, PROTOCOL | self.protocol);
@@ -212,7 +212,7 @@ struct KeepsOneQueue {
     done: Vec<Request>,
 }
 
-impl Device for KeepsOne {
+impl VirtioDevice for KeepsOne {
     fn features(&self) -> u64 {
         RING_FEATURES | IN_ORDER
     }
@@ -225,7 +225,7 @@ impl Device for KeepsOne {
         Vec::new()
     }
 
-    fn queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
         Ok(Box::new(KeepsOneQueue { kept: None, done: Vec::new() }))
     }
 }

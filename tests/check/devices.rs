@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use vhost_migrate::backend::{Device, Immediate, Queue, RING_FEATURES, Request};
+use vhost_migrate::backend::{Queue, RING_FEATURES, Request, SyncQueue, VirtioDevice};
 use vhost_migrate::check::{CheckError, CheckOptions, CheckReport, DeviceKind, FrameSource, Verdict, check};
 use vhost_migrate::inflight::RingKind;
 
@@ -26,7 +26,7 @@ const CID: u64 = 42;
 /// Numbers that are not very random.
 struct Rng;
 
-impl Device for Rng {
+impl VirtioDevice for Rng {
     fn features(&self) -> u64 {
         RING_FEATURES
     }
@@ -35,9 +35,9 @@ impl Device for Rng {
         Vec::new()
     }
 
-    fn queue(&self, _: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, _: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
         let mut number = 7u8;
-        Ok(Box::new(Immediate::new(move |request: &mut Request| {
+        Ok(Box::new(SyncQueue::new(move |request: &mut Request| {
             let bytes: Vec<u8> = (0..request.writable_len()).map(|_| next(&mut number)).collect();
             request.write(0, &bytes).unwrap();
         })))
@@ -54,7 +54,7 @@ struct Fs {
     tag: bool,
 }
 
-impl Device for Fs {
+impl VirtioDevice for Fs {
     fn features(&self) -> u64 {
         RING_FEATURES
     }
@@ -69,15 +69,15 @@ impl Device for Fs {
         [config.as_slice(), &u32::from(self.tag).to_le_bytes()].concat()
     }
 
-    fn queue(&self, _: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
-        Ok(Box::new(Immediate::new(fuse)))
+    fn start_queue(&self, _: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
+        Ok(Box::new(SyncQueue::new(fuse)))
     }
 }
 
 /// Answers a FUSE request.
 fn fuse(request: &mut Request) {
-    let number = |at: u64| request.object::<u64>(at).unwrap();
-    let (opcode, unique) = (request.object::<u32>(4).unwrap(), number(8));
+    let number = |at: u64| request.read_obj::<u64>(at).unwrap();
+    let (opcode, unique) = (request.read_obj::<u32>(4).unwrap(), number(8));
     let answer = match opcode {
         26 => [7u32, 31].iter().flat_map(|number| number.to_le_bytes()).chain([0; 56]).collect(),
         27 | 14 => vec![1; 16],
@@ -93,7 +93,7 @@ fn fuse(request: &mut Request) {
             entry
         }
         15 => {
-            let (offset, size) = (number(48) as usize, request.object::<u32>(56).unwrap() as usize);
+            let (offset, size) = (number(48) as usize, request.read_obj::<u32>(56).unwrap() as usize);
             (offset..(offset + size).min(FILE)).map(|at| (at / 97) as u8).collect()
         }
         opcode => panic!("FUSE request {opcode}"),
@@ -116,7 +116,7 @@ impl Vsock {
     }
 }
 
-impl Device for Vsock {
+impl VirtioDevice for Vsock {
     fn features(&self) -> u64 {
         RING_FEATURES
     }
@@ -129,12 +129,12 @@ impl Device for Vsock {
         CID.to_le_bytes().to_vec()
     }
 
-    fn queue(&self, index: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, index: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
         if index == 0 {
             return Ok(Box::new(Incoming { from: Stream(self.answers.0.try_clone()?), done: Vec::new() }));
         }
         let answers = self.answers.1.try_clone()?;
-        Ok(Box::new(Immediate::new(move |request: &mut Request| reset(request, &answers))))
+        Ok(Box::new(SyncQueue::new(move |request: &mut Request| reset(request, &answers))))
     }
 }
 
@@ -187,7 +187,7 @@ fn is_readable(fd: &impl AsFd) -> bool {
 }
 
 impl<T: Readable> Queue for Incoming<T> {
-    fn wants(&mut self) -> bool {
+    fn wants_request(&mut self) -> bool {
         self.from.has_more()
     }
 
@@ -221,7 +221,7 @@ impl Console {
     }
 }
 
-impl Device for Console {
+impl VirtioDevice for Console {
     fn features(&self) -> u64 {
         RING_FEATURES | 1
     }
@@ -234,12 +234,12 @@ impl Device for Console {
         vec![80, 0, 25, 0, 0, 0, 0, 0]
     }
 
-    fn queue(&self, index: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, index: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
         if index == 0 {
             let from = Keyboard { listener: self.listener.try_clone()?, typed: None, kept: self.typed.clone() };
             return Ok(Box::new(Incoming { from, done: Vec::new() }));
         }
-        Ok(Box::new(Immediate::new(|request: &mut Request| {
+        Ok(Box::new(SyncQueue::new(|request: &mut Request| {
             let mut text = vec![0; request.readable_len() as usize];
             request.read(0, &mut text).unwrap();
             assert!(text.is_ascii(), "text leaves a console");
@@ -292,7 +292,7 @@ impl Drop for Keyboard {
     }
 }
 
-fn checked(device: Arc<dyn Device>, fault: Fault, options: CheckOptions) -> CheckReport {
+fn checked(device: Arc<dyn VirtioDevice>, fault: Fault, options: CheckOptions) -> CheckReport {
     let options = CheckOptions { settle: Duration::from_millis(50), ..options };
     Backend::serving(tempfile::tempdir().unwrap(), device, Arc::default(), fault).checked(options)
 }
@@ -308,7 +308,7 @@ const COMMON: &[&str] = &[
 ];
 
 fn assert_common_rules_pass_and_an_unlogged_device_fails(
-    device: &dyn Fn() -> (Arc<dyn Device>, CheckOptions),
+    device: &dyn Fn() -> (Arc<dyn VirtioDevice>, CheckOptions),
     is: &str,
 ) {
     let (rules, (known, options)) = (COMMON.to_vec(), device());
@@ -324,26 +324,26 @@ fn assert_common_rules_pass_and_an_unlogged_device_fails(
 
 #[test]
 fn common_rules_are_checked_on_an_rng() {
-    let device = || -> (Arc<dyn Device>, CheckOptions) { (Arc::new(Rng), CheckOptions::default()) };
+    let device = || -> (Arc<dyn VirtioDevice>, CheckOptions) { (Arc::new(Rng), CheckOptions::default()) };
     assert_common_rules_pass_and_an_unlogged_device_fails(&device, "a source of random numbers");
 }
 
 #[test]
 fn common_rules_are_checked_on_a_file_system() {
-    let device = || -> (Arc<dyn Device>, CheckOptions) { (Arc::new(Fs { tag: true }), CheckOptions::default()) };
+    let device = || -> (Arc<dyn VirtioDevice>, CheckOptions) { (Arc::new(Fs { tag: true }), CheckOptions::default()) };
     assert_common_rules_pass_and_an_unlogged_device_fails(&device, "a file system");
 }
 
 #[test]
 fn common_rules_are_checked_on_vsock() {
     let options = CheckOptions { device: Some(DeviceKind::Vsock), ..CheckOptions::default() };
-    let device = || -> (Arc<dyn Device>, CheckOptions) { (Arc::new(Vsock::new()), options.clone()) };
+    let device = || -> (Arc<dyn VirtioDevice>, CheckOptions) { (Arc::new(Vsock::new()), options.clone()) };
     assert_common_rules_pass_and_an_unlogged_device_fails(&device, "vsock with context id 42, fed by Loop");
 }
 
 #[test]
 fn common_rules_are_checked_on_a_console() {
-    let device = || -> (Arc<dyn Device>, CheckOptions) {
+    let device = || -> (Arc<dyn VirtioDevice>, CheckOptions) {
         let console = Console::new();
         let frame_source = Some(FrameSource::Tcp(console.listener.local_addr().unwrap().to_string()));
         (Arc::new(console), CheckOptions { device: Some(DeviceKind::Console), frame_source, ..CheckOptions::default() })
@@ -353,7 +353,7 @@ fn common_rules_are_checked_on_a_console() {
 
 #[test]
 fn an_ambiguous_device_kind_is_an_error_that_names_the_device_option() {
-    let devices: [(Arc<dyn Device>, &str); 3] = [
+    let devices: [(Arc<dyn VirtioDevice>, &str); 3] = [
         (Arc::new(Fs { tag: false }), "none that is known"),
         (Arc::new(Vsock::new()), "blk, vsock"),
         (Arc::new(Console::new()), "console"),

@@ -16,9 +16,12 @@ use nix::sys::socket::{MsgFlags, recv};
 use nix::sys::stat::{SFlag, fstat};
 use tempfile::TempDir;
 use vhost_migrate::abi::vhost_user::{Header, Request as Code};
-use vhost_migrate::backend::blk::{Disk, DiskOptions};
-use vhost_migrate::backend::net::{Net, NetOptions, Peer};
-use vhost_migrate::backend::{BackendError, Device, Logging, Message, Notifier, Rings, Session, Setup, Step, Workers};
+use vhost_migrate::backend::blk::{BlkDevice, BlkOptions};
+use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer};
+use vhost_migrate::backend::{
+    BackendError, Logging, MessageOutcome, Notifier, Session, VhostUserMessage, VirtioDevice, VringConfig,
+    VringController, Workers,
+};
 use vhost_migrate::check::{CheckOptions, CheckReport, FrameSource, check};
 use vhost_migrate::dirty::{Log, PageSet};
 use vhost_migrate::memory::LOG_PAGE;
@@ -44,7 +47,7 @@ struct FaultyBackend {
     fault: Fault,
     workers: Arc<Mutex<Workers>>,
     /// Of each ring that was started.
-    setups: BTreeMap<u16, Setup>,
+    setups: BTreeMap<u16, VringConfig>,
     /// The message that is being done.
     code: Code,
     files: Arc<SharedFiles>,
@@ -54,7 +57,7 @@ struct FaultyBackend {
 }
 
 impl FaultyBackend {
-    fn new(fault: Fault, device: &Arc<dyn Device>, files: Arc<SharedFiles>) -> FaultyBackend {
+    fn new(fault: Fault, device: &Arc<dyn VirtioDevice>, files: Arc<SharedFiles>) -> FaultyBackend {
         let workers = Arc::new(Mutex::new(Workers::new(device.clone())));
         FaultyBackend {
             fault,
@@ -125,33 +128,33 @@ impl FaultyBackend {
 }
 
 /// Whether the first descriptor of a split ring leads to itself.
-fn loops(setup: &Setup) -> bool {
+fn loops(setup: &VringConfig) -> bool {
     let mut links = [0; 4];
     setup.memory.read(setup.layout.areas()[0] + 12, &mut links).unwrap();
     links == [1, 0, 0, 0]
 }
 
 /// How far the driver of a split ring has come.
-fn avail_index(setup: &Setup) -> RingBase {
+fn avail_index(setup: &VringConfig) -> RingBase {
     index_in(setup, 1)
 }
 
 /// The index in an area of a split ring: 1 is the avail ring, 2 the used ring.
-fn index_in(setup: &Setup, area: usize) -> RingBase {
+fn index_in(setup: &VringConfig, area: usize) -> RingBase {
     let mut index = [0; 2];
     setup.memory.read(setup.layout.areas()[area] + 2, &mut index).unwrap();
     RingBase::split(u16::from_le_bytes(index))
 }
 
 /// Marks all of a ring in the log.
-fn mark_ring(setup: &Setup) {
+fn mark_ring(setup: &VringConfig) {
     let Some(log) = &setup.logging.data else { return };
     let bytes = RingLayout::area_bytes(setup.features, setup.layout.size());
     setup.layout.areas().into_iter().zip(bytes).for_each(|(gpa, bytes)| log.mark(gpa, bytes));
 }
 
-impl Rings for FaultyBackend {
-    fn start(&mut self, index: u16, mut setup: Setup) -> Result<(), BackendError> {
+impl VringController for FaultyBackend {
+    fn start(&mut self, index: u16, mut setup: VringConfig) -> Result<(), BackendError> {
         self.setups.insert(index, setup.clone());
         setup.logging = self.bent(index, setup.logging);
         let fresh = self.files.region(|region| region.is_fresh());
@@ -240,7 +243,12 @@ enum ConnectionEnd {
 }
 
 /// Connects a front-end, and serves it with a fault until it is over.
-fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<SharedFiles>, fault: Fault) -> ConnectionEnd {
+fn serve(
+    mut socket: UnixStream,
+    device: &Arc<dyn VirtioDevice>,
+    files: &Arc<SharedFiles>,
+    fault: Fault,
+) -> ConnectionEnd {
     let mut rings = FaultyBackend::new(fault, device, files.clone());
     // Ends first: workers that wait for pages are let go.
     let mut session = Session::new(device.clone());
@@ -333,23 +341,27 @@ fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<SharedFil
         }
         let kept_region =
             if fault == Fault::KeepsRegionAtReset { files.region(|region| region.header()) } else { None };
-        let step = session.message(message, &mut rings);
+        let step = session.handle_message(message, &mut rings);
         if let Some(header) = kept_region.filter(|_| code == Code::RESET_DEVICE) {
             files.region(|region| region.0.write_all_at(&header, 0).unwrap());
         }
         if fault == Fault::RunsDisabledRings && code == Code::SET_VRING_KICK {
-            let enable =
-                Message { code: Code::SET_VRING_ENABLE, flags: 1, payload: vec![0, 0, 0, 0, 1, 0, 0, 0], fds: vec![] };
-            session.message(enable, &mut rings);
+            let enable = VhostUserMessage {
+                code: Code::SET_VRING_ENABLE,
+                flags: 1,
+                payload: vec![0, 0, 0, 0, 1, 0, 0, 0],
+                fds: vec![],
+            };
+            session.handle_message(enable, &mut rings);
         }
         let more = postcopy.more(code, flags, &payload);
         let mut reply = match step {
-            Step::Silence => {
+            MessageOutcome::NoReply => {
                 more.iter().for_each(|bytes| send(&socket, bytes, None));
                 continue;
             }
-            Step::Reply(reply) => reply,
-            Step::Close(_) => return ConnectionEnd::HungUp,
+            MessageOutcome::Reply(reply) => reply,
+            MessageOutcome::Close(_) => return ConnectionEnd::HungUp,
         };
         let mut bytes = reply.to_bytes();
         match (fault, code) {
@@ -379,7 +391,7 @@ fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<SharedFil
             (Fault::RepliesOutOfOrder, Code::GET_PROTOCOL_FEATURES) if more_follows(&socket) => {
                 // What comes next is asked and answered in between.
                 let Some(next) = receive(&mut socket, fault) else { return ConnectionEnd::HungUp };
-                if let Step::Reply(first) = session.message(next, &mut rings) {
+                if let MessageOutcome::Reply(first) = session.handle_message(next, &mut rings) {
                     send(&socket, &first.to_bytes(), first.fd.as_ref());
                 }
             }
@@ -403,11 +415,11 @@ fn serve(mut socket: UnixStream, device: &Arc<dyn Device>, files: &Arc<SharedFil
     }
 }
 
-pub(crate) fn image(folder: &Path) -> DiskOptions {
+pub(crate) fn image(folder: &Path) -> BlkOptions {
     let image = folder.join("image");
     let bytes: Vec<u8> = (0..DISK as u32).map(|byte| (byte / 97) as u8).collect();
     std::fs::write(&image, bytes).unwrap();
-    DiskOptions { max_queue_size: 256, serial: "check".into(), ..DiskOptions::new(image) }
+    BlkOptions { max_queue_size: 256, serial: "check".into(), ..BlkOptions::new(image) }
 }
 
 /// A back-end with a fault, at a socket of its own until it is dropped.
@@ -422,19 +434,24 @@ impl Backend {
         let folder = tempfile::tempdir().unwrap();
         let iommu = matches!(fault, Fault::Iommu(_) | Fault::BackendChannel(ChannelFault::Floods));
         let postcopy = matches!(fault, Fault::Postcopy(_));
-        let disk = Disk::open(DiskOptions { iommu, postcopy, ..image(folder.path()) }).unwrap();
+        let disk = BlkDevice::open(BlkOptions { iommu, postcopy, ..image(folder.path()) }).unwrap();
         let files = Arc::new(SharedFiles::default());
-        let device: Arc<dyn Device> = Arc::new(FaultyDisk { disk, fault, files: files.clone() });
+        let device: Arc<dyn VirtioDevice> = Arc::new(FaultyDisk { disk, fault, files: files.clone() });
         Backend::serving(folder, device, files, fault)
     }
 
     /// A network interface that sends back what it is sent.
     pub(crate) fn net(fault: Fault) -> Backend {
-        let net = Net::open(NetOptions::new(Peer::Loopback, [2, 0, 0, 0, 0, 1])).unwrap();
+        let net = NetDevice::open(NetOptions::new(NetPeer::Loopback, [2, 0, 0, 0, 0, 1])).unwrap();
         Backend::serving(tempfile::tempdir().unwrap(), Arc::new(net), Arc::default(), fault)
     }
 
-    pub(crate) fn serving(folder: TempDir, device: Arc<dyn Device>, files: Arc<SharedFiles>, fault: Fault) -> Backend {
+    pub(crate) fn serving(
+        folder: TempDir,
+        device: Arc<dyn VirtioDevice>,
+        files: Arc<SharedFiles>,
+        fault: Fault,
+    ) -> Backend {
         let listener = UnixListener::bind(folder.path().join("socket")).unwrap();
         let server = thread::spawn(move || {
             for connection in listener.incoming() {

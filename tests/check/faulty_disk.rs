@@ -12,8 +12,8 @@ use std::time::Duration;
 use vhost_migrate::abi::inflight::{SPLIT_HEADER_BYTES, SplitEntry};
 use vhost_migrate::abi::vhost_user::Request as Code;
 use vhost_migrate::abi::virtio::{BlkConfig, BlkRequestHeader};
-use vhost_migrate::backend::blk::Disk;
-use vhost_migrate::backend::{BackendError, Device, Host, Message, Queue, Request};
+use vhost_migrate::backend::blk::BlkDevice;
+use vhost_migrate::backend::{BackendError, FrontendHandle, Queue, Request, VhostUserMessage, VirtioDevice};
 
 use crate::backend_channel::{ChannelFault, ChannelSocket};
 use crate::fault::Fault;
@@ -48,7 +48,7 @@ impl SharedFiles {
     }
 
     /// Takes note of what a message shares.
-    pub(crate) fn note(&self, message: &Message) {
+    pub(crate) fn note(&self, message: &VhostUserMessage) {
         let fd = || Some(message.fds.first()?.try_clone().unwrap());
         let file = || fd().map(File::from);
         match message.code {
@@ -71,12 +71,12 @@ impl SharedFiles {
 }
 
 pub(crate) struct FaultyDisk {
-    pub(crate) disk: Disk,
+    pub(crate) disk: BlkDevice,
     pub(crate) fault: Fault,
     pub(crate) files: Arc<SharedFiles>,
 }
 
-impl Device for FaultyDisk {
+impl VirtioDevice for FaultyDisk {
     fn features(&self) -> u64 {
         self.disk.features()
     }
@@ -105,12 +105,12 @@ impl Device for FaultyDisk {
         self.disk.protocol_features()
     }
 
-    fn connected(&self, host: Arc<Host>) {
+    fn connected(&self, host: Arc<FrontendHandle>) {
         self.disk.connected(host);
     }
 
-    fn queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
-        let queue = self.disk.queue(index, size, features)?;
+    fn start_queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
+        let queue = self.disk.start_queue(index, size, features)?;
         Ok(Box::new(FaultyQueue { queue, fault: self.fault, files: self.files.clone() }))
     }
 }
@@ -122,8 +122,8 @@ struct FaultyQueue {
 }
 
 impl Queue for FaultyQueue {
-    fn wants(&mut self) -> bool {
-        self.queue.wants()
+    fn wants_request(&mut self) -> bool {
+        self.queue.wants_request()
     }
 
     fn submit(&mut self, request: Request) {
@@ -132,7 +132,7 @@ impl Queue for FaultyQueue {
             thread::sleep(LONG);
         }
         if self.fault == Fault::LargeBlocks {
-            let head: BlkRequestHeader = request.object(0).unwrap();
+            let head: BlkRequestHeader = request.read_obj(0).unwrap();
             let data = (request.readable_len() - size_of_val(&head) as u64) + (request.writable_len() - 1);
             assert_eq!((head.sector.get() * 512 % LARGE, data % LARGE), (0, 0), "not a whole block");
         }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use vhost_migrate::abi::vhost::{VHOST_ACCESS_RW, VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_UPDATE};
 use vhost_migrate::abi::vhost_user::{Header, IotlbMsg, MemoryRegion, Request as Code};
-use vhost_migrate::backend::{Message, Setup};
+use vhost_migrate::backend::{VhostUserMessage, VringConfig};
 use vhost_migrate::memory::{Access, IovaWindow, LOG_PAGE};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
@@ -52,7 +52,7 @@ pub(crate) struct Translations {
 
 impl Translations {
     /// Makes something else of a message; false if it ends the connection.
-    pub(crate) fn fault(&mut self, fault: IommuFault, message: &mut Message) -> bool {
+    pub(crate) fn fault(&mut self, fault: IommuFault, message: &mut VhostUserMessage) -> bool {
         if message.code == Code::SET_MEM_TABLE {
             let table = message.payload[8..].chunks_exact(size_of::<MemoryRegion>());
             self.regions = table.map(|bytes| MemoryRegion::read_from_bytes(bytes).unwrap()).collect();
@@ -107,7 +107,7 @@ impl Translations {
 }
 
 /// Waits until a split ring has nothing that is not complete.
-pub(crate) fn wait_for_all(setup: &Setup) {
+pub(crate) fn wait_for_all(setup: &VringConfig) {
     let [_, avail, used] = setup.layout.areas();
     let index = |area: u64| {
         let iotlb = setup.iotlb.as_ref()?;

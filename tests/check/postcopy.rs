@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use nix::sys::eventfd::EventFd;
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{Header, Request as Code, protocol_feature};
-use vhost_migrate::backend::Message;
+use vhost_migrate::backend::VhostUserMessage;
 use zerocopy::IntoBytes;
 
 use crate::fault::Fault;
@@ -66,7 +66,7 @@ impl Postcopy {
     }
 
     /// Takes note of a message, and changes it; what is answered at once, if the session is not to know of it.
-    pub(crate) fn message(&mut self, message: &mut Message) -> Option<(Vec<u8>, Option<OwnedFd>)> {
+    pub(crate) fn message(&mut self, message: &mut VhostUserMessage) -> Option<(Vec<u8>, Option<OwnedFd>)> {
         let (fault, code) = (self.fault?, message.code);
         match code {
             Code::SET_PROTOCOL_FEATURES => {

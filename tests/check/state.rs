@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::thread::{self, JoinHandle};
 
-use vhost_migrate::backend::Message;
+use vhost_migrate::backend::VhostUserMessage;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum StateFault {
@@ -39,7 +39,7 @@ pub(crate) struct StateTransfer {
 
 impl StateTransfer {
     /// SET_DEVICE_STATE_FD.
-    pub(crate) fn begin(&mut self, fault: StateFault, message: &mut Message) {
+    pub(crate) fn begin(&mut self, fault: StateFault, message: &mut VhostUserMessage) {
         self.loads = message.payload.starts_with(&[1]);
         if fault == StateFault::AcceptsAnyDirection && !matches!(message.payload[..], [0 | 1, 0, 0, 0, 0, 0, 0, 0]) {
             message.payload.fill(0);

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recv, recvmsg, sendmsg};
 use vhost_migrate::abi::vhost_user::{Header, Request as Code};
-use vhost_migrate::backend::Message;
+use vhost_migrate::backend::VhostUserMessage;
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::fault::Fault;
@@ -33,7 +33,7 @@ pub(crate) fn send(socket: &UnixStream, bytes: &[u8], fd: Option<&OwnedFd>) {
 }
 
 /// The next message; none if the front-end has hung up, or the fault makes no sense of it.
-pub(crate) fn receive(socket: &mut UnixStream, fault: Fault) -> Option<Message> {
+pub(crate) fn receive(socket: &mut UnixStream, fault: Fault) -> Option<VhostUserMessage> {
     let mut header = Header::new_zeroed();
     let mut space = nix::cmsg_space!([i32; 8]);
     let mut fds = Vec::new();
@@ -50,9 +50,9 @@ pub(crate) fn receive(socket: &mut UnixStream, fault: Fault) -> Option<Message> 
         return None;
     }
     if fault == Fault::DiesOfVersion && !is_known(header.flags) {
-        return Some(Message { code: Code(header.request), flags: header.flags, payload: Vec::new(), fds });
+        return Some(VhostUserMessage { code: Code(header.request), flags: header.flags, payload: Vec::new(), fds });
     }
-    let mut payload = vec![0; Message::payload_size(&header).ok()?];
+    let mut payload = vec![0; VhostUserMessage::payload_size(&header).ok()?];
     if fault == Fault::NeedsWholeMessages && !payload.is_empty() {
         let there = recv(socket.as_raw_fd(), &mut payload, MsgFlags::MSG_DONTWAIT).ok()?;
         if there != payload.len() {
@@ -61,5 +61,5 @@ pub(crate) fn receive(socket: &mut UnixStream, fault: Fault) -> Option<Message> 
     } else {
         socket.read_exact(&mut payload).ok()?;
     }
-    Some(Message { code: Code(header.request), flags: header.flags, payload, fds })
+    Some(VhostUserMessage { code: Code(header.request), flags: header.flags, payload, fds })
 }

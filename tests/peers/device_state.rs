@@ -10,7 +10,7 @@ use nix::sys::eventfd::EventFd;
 use serde_json::json;
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::virtio::VIRTIO_F_VERSION_1;
-use vhost_migrate::backend::{BackendError, Device, Listener, Queue, serve};
+use vhost_migrate::backend::{BackendError, BackendListener, Queue, VirtioDevice, serve};
 
 use crate::migration::{self, GENTLE};
 use crate::process::{Lab, wait_for};
@@ -21,7 +21,7 @@ struct FileSystem {
     state: Mutex<Vec<u8>>,
 }
 
-impl Device for FileSystem {
+impl VirtioDevice for FileSystem {
     fn features(&self) -> u64 {
         bit(VIRTIO_F_VERSION_1)
     }
@@ -56,7 +56,7 @@ impl Device for FileSystem {
         self.state.lock().unwrap().clear();
     }
 
-    fn queue(&self, _: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, _: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
         Err(io::Error::other("nobody uses it"))
     }
 }
@@ -73,9 +73,9 @@ impl Served {
     fn new(lab: &Lab, name: &str, kind: &'static str) -> Served {
         let device = Arc::new(FileSystem { kind, state: Mutex::default() });
         let socket = lab.file(name);
-        let listener = Listener::bind(&socket).unwrap();
+        let listener = BackendListener::bind(&socket).unwrap();
         let stop = Arc::new(EventFd::new().unwrap());
-        let (served, until) = (device.clone() as Arc<dyn Device>, stop.clone());
+        let (served, until) = (device.clone() as Arc<dyn VirtioDevice>, stop.clone());
         let thread = Some(thread::spawn(move || serve(&listener, &served, until.as_fd()).unwrap()));
         Served { device, socket, stop, thread }
     }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::Command;
 
-use vhost_migrate::backend::blk::{Disk, DiskError, DiskOptions};
+use vhost_migrate::backend::blk::{BlkDevice, BlkError, BlkOptions};
 
 use crate::process::Lab;
 
@@ -32,18 +32,18 @@ fn an_image_that_is_not_raw_is_refused_unless_told_otherwise() {
         let made = Command::new("qemu-img").arg("create").args(arguments).arg(&image).arg("8M").output();
         let made = made.expect("qemu-img, which comes with QEMU");
         assert!(made.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&made.stderr));
-        match Disk::open(DiskOptions::new(&image)) {
-            Err(error @ DiskError::Format { format: found, .. }) => {
+        match BlkDevice::open(BlkOptions::new(&image)) {
+            Err(error @ BlkError::Format { format: found, .. }) => {
                 assert_eq!(found, format, "{arguments:?}");
                 assert!(error.to_string().contains("--format raw"), "{error}");
             }
             other => panic!("{arguments:?}: {other:?}"),
         }
         // Some are a line of text about another file, which is no disk at all.
-        let told = Disk::open(DiskOptions { raw: true, ..DiskOptions::new(&image) });
-        assert!(matches!(told, Ok(_) | Err(DiskError::TooSmall { .. })), "{arguments:?}: {told:?}");
+        let told = BlkDevice::open(BlkOptions { raw: true, ..BlkOptions::new(&image) });
+        assert!(matches!(told, Ok(_) | Err(BlkError::TooSmall { .. })), "{arguments:?}: {told:?}");
     }
     let made = Command::new("qemu-img").args(["create", "-f", "raw"]).arg(&image).arg("8M").output().unwrap();
     assert!(made.status.success());
-    Disk::open(DiskOptions::new(&image)).unwrap();
+    BlkDevice::open(BlkOptions::new(&image)).unwrap();
 }

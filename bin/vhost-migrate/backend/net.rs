@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use nix::sys::eventfd::EventFd;
 use vhost_migrate::backend::Sandbox;
-use vhost_migrate::backend::net::{MAX_PAIRS, MIN_MTU, Mac, Net, NetOptions, Peer};
+use vhost_migrate::backend::net::{MAX_PAIRS, MIN_MTU, Mac, NetDevice, NetOptions, NetPeer};
 
 use super::{SeccompArguments, SocketArguments, StopArguments, serve};
 use crate::log_arguments::LogArguments;
@@ -104,13 +104,13 @@ impl Arguments {
         self.messages.start();
         self.metrics.start()?;
         let sandbox = self.seccomp.sandbox(self.postcopy, &self.metrics);
-        let sandbox = sandbox.map(|sandbox| Sandbox { pair: self.peer.pair.is_some(), ..sandbox });
+        let sandbox = sandbox.map(|sandbox| Sandbox { allow_pair: self.peer.pair.is_some(), ..sandbox });
         let (peer, what) = match (self.peer.tap, self.peer.pair) {
-            (Some(name), _) => (Peer::Tap(name.clone()), format!("tap {name}")),
-            (None, Some(path)) => (Peer::Pair(path.clone()), format!("a pair at {}", path.display())),
-            (None, None) => (Peer::Loopback, "a loopback".into()),
+            (Some(name), _) => (NetPeer::Tap(name.clone()), format!("tap {name}")),
+            (None, Some(path)) => (NetPeer::Pair(path.clone()), format!("a pair at {}", path.display())),
+            (None, None) => (NetPeer::Loopback, "a loopback".into()),
         };
-        let net = Net::open(NetOptions {
+        let net = NetDevice::open(NetOptions {
             peer,
             pairs: self.queue_pairs,
             max_queue_size: self.queue_size,

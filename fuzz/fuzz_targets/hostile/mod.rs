@@ -18,9 +18,9 @@ use vhost_migrate::abi::vhost_user::{
     Header, InflightDescription, IotlbMsg, LogDescription, MemoryHeader, MemoryRegion, Request as Code, VringAddr,
     VringState,
 };
-use vhost_migrate::backend::Device;
-use vhost_migrate::backend::blk::{Aio, Disk, DiskOptions};
-use vhost_migrate::backend::net::{Net, NetOptions, Peer};
+use vhost_migrate::backend::VirtioDevice;
+use vhost_migrate::backend::blk::{Aio, BlkDevice, BlkOptions};
+use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer};
 use vhost_migrate::inflight;
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
@@ -71,33 +71,33 @@ impl Input<'_> {
     }
 }
 
-static DISKS: LazyLock<[Arc<dyn Device>; 2]> = LazyLock::new(|| {
+static DISKS: LazyLock<[Arc<dyn VirtioDevice>; 2]> = LazyLock::new(|| {
     let disk = |aio| {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(16 * PAGE).unwrap();
-        let options = DiskOptions {
+        let options = BlkOptions {
             queues: 2,
             max_queue_size: SIZE,
             aio,
             in_order: true,
             inflight_migration: true,
             iommu: true,
-            ..DiskOptions::new(file.path())
+            ..BlkOptions::new(file.path())
         };
-        Arc::new(Disk::open(options).unwrap()) as Arc<dyn Device>
+        Arc::new(BlkDevice::open(options).unwrap()) as Arc<dyn VirtioDevice>
     };
     [disk(Aio::IoUring), disk(Aio::Threads)]
 });
 
 /// The device that the first byte names.
-pub fn device(which: u8) -> Arc<dyn Device> {
+pub fn device(which: u8) -> Arc<dyn VirtioDevice> {
     match which % 4 {
         0 | 1 => DISKS[0].clone(),
         2 => DISKS[1].clone(),
         _ => {
             let mac = [0x52, 0x54, 0, 0, 0, 1];
-            let options = NetOptions { max_queue_size: SIZE, iommu: true, ..NetOptions::new(Peer::Loopback, mac) };
-            Arc::new(Net::open(options).unwrap())
+            let options = NetOptions { max_queue_size: SIZE, iommu: true, ..NetOptions::new(NetPeer::Loopback, mac) };
+            Arc::new(NetDevice::open(options).unwrap())
         }
     }
 }
@@ -140,7 +140,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    pub fn new(device: &dyn Device, bits: u8) -> Guest {
+    pub fn new(device: &dyn VirtioDevice, bits: u8) -> Guest {
         let file = sealed_memfd("fuzz", FILE).unwrap();
         let memory = Memory::new([Arc::new(Region::map(file.as_fd(), 0, FILE, 0, 0).unwrap())]).unwrap();
         memory.write(0, &[PATTERN; FILE as usize]).unwrap();

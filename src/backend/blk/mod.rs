@@ -27,7 +27,7 @@ use zerocopy::{FromZeros, IntoBytes};
 use self::generation::Generation;
 use self::image_lock::{Image, Sharing};
 use self::queue::DiskQueue;
-use super::{BackendError, Device, Host, Queue, RING_FEATURES};
+use super::{BackendError, FrontendHandle, Queue, RING_FEATURES, VirtioDevice};
 use crate::abi::bit;
 use crate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
 use crate::abi::vhost_user::{DiskGeneration, own, protocol_feature};
@@ -57,7 +57,7 @@ pub enum Aio {
 
 /// What kind of disk to be.
 #[derive(Debug, Clone)]
-pub struct DiskOptions {
+pub struct BlkOptions {
     /// The raw image, or a block device.
     pub image: PathBuf,
     /// Whether to take the image for a raw one whatever it begins with. A guest can write anything to the beginning of its
@@ -93,13 +93,13 @@ pub struct DiskOptions {
     /// Whether to offer postcopy, and for it no memory slots (rule P1.1). Not together with `iommu`, which counts more.
     pub postcopy: bool,
     /// How many front-ends may be connected at the same time; only one of them has rings that run.
-    pub front_ends: u16,
+    pub max_front_ends: u16,
 }
 
-impl DiskOptions {
+impl BlkOptions {
     /// A writable disk of one queue of up to 1024 entries, without an identity, and with none of what has to be asked for.
-    pub fn new(image: impl Into<PathBuf>) -> DiskOptions {
-        DiskOptions {
+    pub fn new(image: impl Into<PathBuf>) -> BlkOptions {
+        BlkOptions {
             image: image.into(),
             raw: false,
             read_only: false,
@@ -114,7 +114,7 @@ impl DiskOptions {
             share_rw: false,
             share_readers: false,
             postcopy: false,
-            front_ends: 1,
+            max_front_ends: 1,
         }
     }
 }
@@ -122,7 +122,7 @@ impl DiskOptions {
 /// Why there is no disk; the texts say what to do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum DiskError {
+pub enum BlkError {
     /// The image can't be opened.
     #[error("can't open image {image}: {source}; {advice}", image = image.display())]
     Open {
@@ -183,7 +183,7 @@ pub enum DiskError {
     },
     /// A number of queues or of entries that can't be.
     #[error("{queues} queues of {size} entries: use 1 to 256 queues, and a power of two from 2 to 32768 entries")]
-    Shape {
+    QueueLayout {
         /// Queues.
         queues: u16,
         /// Entries.
@@ -191,16 +191,16 @@ pub enum DiskError {
     },
 }
 
-/// An opened disk; also the [`Device`] to serve.
+/// An opened disk; also the [`VirtioDevice`] to serve.
 #[derive(Debug)]
-pub struct Disk {
+pub struct BlkDevice {
     files: Arc<Files>,
     /// Of io_uring, if that is used.
     urings: Option<Arc<Urings>>,
     /// In sectors of 512 bytes; it only grows.
     capacity: Arc<AtomicU64>,
     /// Who is to be told when it does.
-    hosts: Mutex<Vec<Weak<Host>>>,
+    hosts: Mutex<Vec<Weak<FrontendHandle>>>,
     block_size: u32,
     /// Whether parts of it can be deallocated or zeroed.
     clears: bool,
@@ -209,39 +209,39 @@ pub struct Disk {
     image: Option<Arc<Image>>,
     /// Unless the image can't have one.
     generation: Option<Arc<Generation>>,
-    options: DiskOptions,
+    options: BlkOptions,
 }
 
-impl Disk {
+impl BlkDevice {
     /// Opens the image.
     ///
     /// # Errors
-    /// [`DiskError`], in words for whoever gave the options.
-    pub fn open(options: DiskOptions) -> Result<Disk, DiskError> {
+    /// [`BlkError`], in words for whoever gave the options.
+    pub fn open(options: BlkOptions) -> Result<BlkDevice, BlkError> {
         let image = options.image.clone();
         let mut serial = [0; VIRTIO_BLK_ID_BYTES];
         match serial.get_mut(..options.serial.len()) {
             Some(to) => to.copy_from_slice(options.serial.as_bytes()),
-            None => return Err(DiskError::Serial { serial: options.serial }),
+            None => return Err(BlkError::Serial { serial: options.serial }),
         }
         let (queues, entries) = (options.queues, options.max_queue_size);
         if !(1..=256).contains(&queues) || !(2..=32768).contains(&entries) || !entries.is_power_of_two() {
-            return Err(DiskError::Shape { queues, size: entries });
+            return Err(BlkError::QueueLayout { queues, size: entries });
         }
         let buffered = open(&image, options.read_only, 0)?;
         let kind = buffered.metadata().map_err(|source| refused(&image, source))?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
-            return Err(DiskError::NotADisk { image });
+            return Err(BlkError::NotADisk { image });
         }
         let bytes = size(&image, &buffered)?;
         if !options.raw
             && let Some(format) = format::find(&buffered, bytes).map_err(|source| refused(&image, source))?
         {
-            return Err(DiskError::Format { image, format });
+            return Err(BlkError::Format { image, format });
         }
         let capacity = bytes / SECTOR_BYTES;
         if capacity == 0 {
-            return Err(DiskError::TooSmall { image, bytes });
+            return Err(BlkError::TooSmall { image, bytes });
         }
         if !bytes.is_multiple_of(SECTOR_BYTES) {
             warn!("{}: the last {} bytes are no whole sector and left out", image.display(), bytes % SECTOR_BYTES);
@@ -250,7 +250,7 @@ impl Disk {
         let clears = !options.read_only && (kind.is_block_device() || punches_holes(&buffered, bytes));
         let sharing = if options.read_only && options.share_readers { Sharing::Readers } else { Sharing::Exclusive };
         let files = Files::new(buffered, direct).map_err(|source| match source.kind() {
-            io::ErrorKind::Unsupported => DiskError::NotDirect { image: image.clone() },
+            io::ErrorKind::Unsupported => BlkError::NotDirect { image: image.clone() },
             _ => refused(&image, source),
         })?;
         let block_size = match files.alignment() {
@@ -270,7 +270,7 @@ impl Disk {
         };
         let urings = urings.ok().map(Arc::new);
         let hosts = Mutex::default();
-        Ok(Disk { files, urings, capacity, hosts, block_size, clears, serial, image, generation, options })
+        Ok(BlkDevice { files, urings, capacity, hosts, block_size, clears, serial, image, generation, options })
     }
 
     /// Its size, in sectors of 512 bytes.
@@ -282,15 +282,15 @@ impl Disk {
     /// size, in sectors of 512 bytes.
     ///
     /// # Errors
-    /// [`DiskError::Shrunk`], and whatever keeps it from looking; the disk stays as it is.
-    pub fn grow(&self) -> Result<u64, DiskError> {
+    /// [`BlkError::Shrunk`], and whatever keeps it from looking; the disk stays as it is.
+    pub fn grow(&self) -> Result<u64, BlkError> {
         // Held meanwhile, so that the last of several is the last to be told.
         let hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
         let image = &self.options.image;
         let bytes = size(image, &self.files.buffered)?;
         let (before, now) = (self.capacity(), bytes / SECTOR_BYTES);
         if now < before {
-            return Err(DiskError::Shrunk { image: image.clone(), bytes, capacity: before * SECTOR_BYTES });
+            return Err(BlkError::Shrunk { image: image.clone(), bytes, capacity: before * SECTOR_BYTES });
         }
         if now > before {
             self.capacity.store(now, Ordering::Relaxed);
@@ -314,7 +314,7 @@ impl Disk {
     }
 }
 
-impl Device for Disk {
+impl VirtioDevice for BlkDevice {
     fn features(&self) -> u64 {
         let or = |yes: bool, bits: u64| if yes { bits } else { 0 };
         RING_FEATURES
@@ -362,11 +362,11 @@ impl Device for Disk {
         config.as_bytes().to_vec()
     }
 
-    fn front_ends(&self) -> usize {
-        self.options.front_ends.into()
+    fn max_front_ends(&self) -> usize {
+        self.options.max_front_ends.into()
     }
 
-    fn connected(&self, host: Arc<Host>) {
+    fn connected(&self, host: Arc<FrontendHandle>) {
         let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
         hosts.retain(|host| host.strong_count() > 0);
         hosts.push(Arc::downgrade(&host));
@@ -382,7 +382,7 @@ impl Device for Disk {
         write_back.ok().map(|write_back| Box::new(write_back) as Box<dyn Send>)
     }
 
-    fn stopped(&self) -> io::Result<()> {
+    fn rings_stopped(&self) -> io::Result<()> {
         let begin = Instant::now();
         self.files.sync()?;
         self.files.drop_used_cache();
@@ -390,23 +390,23 @@ impl Device for Disk {
         Ok(())
     }
 
-    fn generation(&self) -> Result<DiskGeneration, BackendError> {
+    fn disk_generation(&self) -> Result<DiskGeneration, BackendError> {
         let generation = self.generation.as_ref().ok_or_else(|| io::Error::other("the image can't have one"));
         let told = generation.and_then(|generation| generation.report(self.image.as_ref()));
-        told.map_err(|error| BackendError::Generation { why: error.to_string() })
+        told.map_err(|error| BackendError::DiskGeneration { why: error.to_string() })
     }
 
-    fn identity(&self) -> Result<u128, BackendError> {
+    fn disk_identity(&self) -> Result<u128, BackendError> {
         let generation = self.generation.as_ref().ok_or_else(|| io::Error::other("the image can't have one"));
         let told = generation.and_then(|generation| generation.identity(self.image.as_ref()));
-        told.map_err(|error| BackendError::Identity { why: error.to_string() })
+        told.map_err(|error| BackendError::DiskIdentity { why: error.to_string() })
     }
 
-    fn try_queue(&self) -> io::Result<()> {
+    fn validate_queue(&self) -> io::Result<()> {
         self.image.as_ref().map_or(Ok(()), Image::try_claim)
     }
 
-    fn queue(&self, index: u16, _size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, index: u16, _size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
         let claim = self.image.as_ref().map(Image::claim).transpose()?;
         // Others may have changed the image until now.
         self.files.drop_cache();
@@ -415,11 +415,11 @@ impl Device for Disk {
 }
 
 /// Bytes of an image, or of a block device.
-fn size(image: &Path, mut file: &File) -> Result<u64, DiskError> {
+fn size(image: &Path, mut file: &File) -> Result<u64, BlkError> {
     file.seek(SeekFrom::End(0)).map_err(|source| refused(image, source))
 }
 
-fn open(image: &Path, read_only: bool, flags: i32) -> Result<File, DiskError> {
+fn open(image: &Path, read_only: bool, flags: i32) -> Result<File, BlkError> {
     OpenOptions::new()
         .read(true)
         .write(!read_only)
@@ -428,7 +428,7 @@ fn open(image: &Path, read_only: bool, flags: i32) -> Result<File, DiskError> {
         .map_err(|source| refused(image, source))
 }
 
-fn refused(image: &Path, source: io::Error) -> DiskError {
+fn refused(image: &Path, source: io::Error) -> BlkError {
     let advice = match source.kind() {
         io::ErrorKind::NotFound => "check the path",
         io::ErrorKind::PermissionDenied => "change its owner or mode, or use --read-only",
@@ -437,7 +437,7 @@ fn refused(image: &Path, source: io::Error) -> DiskError {
         io::ErrorKind::InvalidInput => "its file system may not support --direct",
         _ => "check the path and the mode",
     };
-    DiskError::Open { image: image.to_owned(), source, advice }
+    BlkError::Open { image: image.to_owned(), source, advice }
 }
 
 /// Whether the file system takes space back: asked about bytes behind the end, where it changes nothing.

@@ -14,7 +14,7 @@ use tracing::debug;
 
 use super::generation::{Generation, InUse};
 use super::image_lock::Claim;
-use super::{Disk, MAX_CLEAR_SECTORS};
+use super::{BlkDevice, MAX_CLEAR_SECTORS};
 use crate::abi::bit;
 use crate::abi::virtio::{
     BlkDiscardWriteZeroes, BlkRequestHeader, SECTOR_BYTES, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR,
@@ -60,7 +60,7 @@ enum Plan {
 
 impl DiskQueue {
     pub(super) fn new(
-        disk: &Disk,
+        disk: &BlkDevice,
         index: u16,
         features: u64,
         engine: Box<dyn Engine>,
@@ -84,7 +84,7 @@ impl DiskQueue {
     }
 
     fn plan(&self, request: &mut Request) -> Plan {
-        let Ok(header) = request.object::<BlkRequestHeader>(0) else {
+        let Ok(header) = request.read_obj::<BlkRequestHeader>(0) else {
             debug!("queue {}: a request without a readable header", self.index);
             return Plan::Answer(VIRTIO_BLK_S_IOERR);
         };
@@ -129,7 +129,7 @@ impl DiskQueue {
 
     fn clear(&self, kind: u32, request: &Request) -> Plan {
         let whole = request.readable_len() == HEADER + size_of::<BlkDiscardWriteZeroes>() as u64;
-        let Some(range) = request.object::<BlkDiscardWriteZeroes>(HEADER).ok().filter(|_| whole) else {
+        let Some(range) = request.read_obj::<BlkDiscardWriteZeroes>(HEADER).ok().filter(|_| whole) else {
             debug!("queue {}: a discard or write-zeroes that doesn't have one range", self.index);
             return Plan::Answer(VIRTIO_BLK_S_IOERR);
         };
@@ -196,7 +196,7 @@ impl DiskQueue {
         };
         if io.op == Op::Read && status != VIRTIO_BLK_S_OK {
             // All of the buffer was lent, and the rest of it has not been read.
-            io.request.report_at_most(io.at);
+            io.request.limit_used_len(io.at);
         }
         self.finish(io.request, status);
     }

@@ -231,7 +231,7 @@ mod tests {
         let mut engine = Uring::new(files, &Arc::new(Urings::new(1, 4).unwrap())).unwrap();
         for gpa in [0, 0x1000] {
             let mut request = Request::new(memory.clone(), None);
-            request.renew().writable.push(Buffer { gpa, len: 0x1000 });
+            request.reset().writable.push(Buffer { gpa, len: 0x1000 });
             engine.submit(Io { request, op: Op::Read, disk: 0..0x1000, at: 0, way: Way::Cached });
         }
         let mut done = VecDeque::new();

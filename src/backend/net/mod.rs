@@ -32,10 +32,10 @@ use self::filter::Filter;
 pub use self::filter::Mac;
 use self::pair::Link;
 use self::receive::Receive;
-pub use self::state::Counts;
+pub use self::state::PacketCounts;
 use self::state::{HEADER, Hub, Wire};
 use self::transmit::Transmit;
-use super::{BackendError, Device, Host, Queue, RING_FEATURES};
+use super::{BackendError, FrontendHandle, Queue, RING_FEATURES, VirtioDevice};
 use crate::abi::bit;
 use crate::abi::vhost_user::{CONFIG_TYPE_MIGRATION, Request as Code, protocol_feature};
 use crate::abi::virtio::{
@@ -56,7 +56,7 @@ const CONFIG_BYTES: usize = 12;
 
 /// What is at the other end.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Peer {
+pub enum NetPeer {
     /// The guest itself: what a pair sends, it receives.
     Loopback,
     /// A tap of the host, by name.
@@ -69,7 +69,7 @@ pub enum Peer {
 #[derive(Debug, Clone)]
 pub struct NetOptions {
     /// What is at the other end.
-    pub peer: Peer,
+    pub peer: NetPeer,
     /// Queue pairs.
     pub pairs: u16,
     /// Most entries of a ring; a power of two.
@@ -87,7 +87,7 @@ pub struct NetOptions {
 
 impl NetOptions {
     /// An interface of one pair of queues of up to 1024 entries, with none of what has to be asked for.
-    pub fn new(peer: Peer, mac: Mac) -> NetOptions {
+    pub fn new(peer: NetPeer, mac: Mac) -> NetOptions {
         NetOptions { peer, pairs: 1, max_queue_size: 1024, mac, iommu: false, mtu: None, postcopy: false }
     }
 }
@@ -98,7 +98,7 @@ impl NetOptions {
 pub enum NetError {
     /// A number of pairs or of entries that can't be.
     #[error("{pairs} queue pairs of {size} entries: use 1 to 127 pairs, and a power of two from 2 to 32768 entries")]
-    Shape {
+    QueueLayout {
         /// Pairs.
         pairs: u16,
         /// Entries.
@@ -151,26 +151,26 @@ pub enum NetError {
     },
 }
 
-/// An interface; also the [`Device`] to serve.
+/// An interface; also the [`VirtioDevice`] to serve.
 #[derive(Debug)]
-pub struct Net {
+pub struct NetDevice {
     hub: Arc<Hub>,
     options: NetOptions,
     /// Who is to be told when the driver shall announce itself.
-    host: Mutex<Arc<Host>>,
+    host: Mutex<Arc<FrontendHandle>>,
     /// Finds the other end of a pair, as long as it lives.
     _link: Option<Link>,
 }
 
-impl Net {
+impl NetDevice {
     /// Opens whatever is at the other end.
     ///
     /// # Errors
     /// [`NetError`], in words for whoever gave the options.
-    pub fn open(options: NetOptions) -> Result<Net, NetError> {
+    pub fn open(options: NetOptions) -> Result<NetDevice, NetError> {
         let NetOptions { pairs, max_queue_size: size, mac, mtu, .. } = options;
         if !(1..=MAX_PAIRS).contains(&pairs) || !(2..=32768).contains(&size) || !size.is_power_of_two() {
-            return Err(NetError::Shape { pairs, size });
+            return Err(NetError::QueueLayout { pairs, size });
         }
         if mac[0] & 1 != 0 || mac == Mac::default() {
             return Err(NetError::Mac { mac });
@@ -180,20 +180,20 @@ impl Net {
         }
         let there = |wires: Vec<Wire>| wires.into_iter().map(|wire| Some(Arc::new(wire))).collect();
         let wires = match &options.peer {
-            Peer::Loopback => there((0..pairs).map(|_| looped()).collect::<Result<_, _>>()?),
-            Peer::Tap(name) => there(tap::open(name, pairs)?),
-            Peer::Pair(_) => (0..pairs).map(|_| None).collect(),
+            NetPeer::Loopback => there((0..pairs).map(|_| looped()).collect::<Result<_, _>>()?),
+            NetPeer::Tap(name) => there(tap::open(name, pairs)?),
+            NetPeer::Pair(_) => (0..pairs).map(|_| None).collect(),
         };
         let hub = Arc::new(Hub::new(wires, Filter::new(mac)));
         let link = match &options.peer {
-            Peer::Pair(path) => Some(Link::start(path, pairs, hub.clone())?),
+            NetPeer::Pair(path) => Some(Link::start(path, pairs, hub.clone())?),
             _ => None,
         };
-        Ok(Net { hub, options, host: Mutex::default(), _link: link })
+        Ok(NetDevice { hub, options, host: Mutex::default(), _link: link })
     }
 
     /// What became of packets so far.
-    pub fn counts(&self) -> Counts {
+    pub fn packet_counts(&self) -> PacketCounts {
         self.hub.counters.read()
     }
 
@@ -215,7 +215,7 @@ impl Net {
     fn announce(&self, mac: Mac) {
         self.hub.change(|state| state.announce = true);
         self.config_changed();
-        if self.options.peer == Peer::Loopback {
+        if self.options.peer == NetPeer::Loopback {
             return;
         }
         let state = self.hub.state();
@@ -243,7 +243,7 @@ enum Role {
     Control,
 }
 
-impl Device for Net {
+impl VirtioDevice for NetDevice {
     fn features(&self) -> u64 {
         let or = |yes: bool, bits: u64| if yes { bits } else { 0 };
         RING_FEATURES
@@ -304,12 +304,12 @@ impl Device for Net {
         Ok(())
     }
 
-    fn connected(&self, host: Arc<Host>) {
+    fn connected(&self, host: Arc<FrontendHandle>) {
         self.hub.change(|state| (state.inherited, state.controlled) = (true, false));
         *self.host.lock().unwrap_or_else(PoisonError::into_inner) = host;
     }
 
-    fn message(&self, code: Code, number: u64) -> Result<(), BackendError> {
+    fn handle_message(&self, code: Code, number: u64) -> Result<(), BackendError> {
         match code {
             Code::SEND_RARP => {
                 let [a, b, c, d, e, f, _, _] = number.to_le_bytes();
@@ -347,7 +347,7 @@ impl Device for Net {
     }
 
     /// What another driver has set is not for one that begins anew, or has no control queue to say otherwise.
-    fn taken_up(&self, goes_on: bool, features: u64) {
+    fn ring_activated(&self, goes_on: bool, features: u64) {
         if !self.hub.state().inherited {
             return;
         }
@@ -359,7 +359,7 @@ impl Device for Net {
         });
     }
 
-    fn queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
         let mergeable = features & bit(VIRTIO_NET_F_MRG_RXBUF) != 0;
         let header = if mergeable || features & bit(VIRTIO_F_VERSION_1) != 0 { HEADER } else { LEGACY_HEADER };
         let hub = self.hub.clone();

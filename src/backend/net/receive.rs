@@ -177,7 +177,7 @@ impl Receive {
 }
 
 impl Queue for Receive {
-    fn wants(&mut self) -> bool {
+    fn wants_request(&mut self) -> bool {
         while self.packet.is_none() {
             if !self.receive() {
                 return false;

@@ -60,12 +60,12 @@ pub(super) fn save(state: &State, mtu: Option<u16>) -> Result<Vec<u8>, BackendEr
         pairs: state.pairs_in_use(),
         mtu,
     };
-    record::encode(VERSION, &saved).map_err(|error| BackendError::State { why: error.to_string() })
+    record::encode(VERSION, &saved).map_err(|error| BackendError::DeviceState { why: error.to_string() })
 }
 
 /// What a record says, checked against this device: filter, pairs in use.
 pub(super) fn load(bytes: &[u8], pairs: u16, mtu: Option<u16>) -> Result<(Filter, u16), BackendError> {
-    let refused = |why: String| BackendError::State { why };
+    let refused = |why: String| BackendError::DeviceState { why };
     let saved: Saved =
         record::decode("net state", VERSION, bytes, MAX_BYTES).map_err(|error| refused(error.to_string()))?;
     if !(1..=pairs).contains(&saved.pairs) {

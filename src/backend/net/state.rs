@@ -120,7 +120,7 @@ impl State {
 /// What became of packets, since the start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Counts {
+pub struct PacketCounts {
     /// Sent by the guest and passed on.
     pub sent: u64,
     /// Sent by the guest and dropped: without a whole header, too long, or not in its memory.
@@ -139,9 +139,9 @@ pub struct Counts {
     pub bad_buffers: u64,
 }
 
-/// [`Counts`] that go on counting.
+/// [`PacketCounts`] that go on counting.
 #[derive(Debug, Default)]
-pub(super) struct Counters {
+pub(super) struct PacketCounters {
     pub(super) sent: AtomicU64,
     pub(super) sent_malformed: AtomicU64,
     pub(super) sent_dropped: AtomicU64,
@@ -152,10 +152,10 @@ pub(super) struct Counters {
     pub(super) bad_buffers: AtomicU64,
 }
 
-impl Counters {
-    pub(super) fn read(&self) -> Counts {
+impl PacketCounters {
+    pub(super) fn read(&self) -> PacketCounts {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        Counts {
+        PacketCounts {
             sent: read(&self.sent),
             sent_malformed: read(&self.sent_malformed),
             sent_dropped: read(&self.sent_dropped),
@@ -180,7 +180,7 @@ pub(super) struct Hub {
     generation: AtomicU64,
     /// Packets that were received by queues which have stopped since, by pair.
     kept: Mutex<BTreeMap<u16, Vec<u8>>>,
-    pub(super) counters: Counters,
+    pub(super) counters: PacketCounters,
 }
 
 impl Hub {
@@ -191,7 +191,7 @@ impl Hub {
             state: Mutex::new(Arc::new(state)),
             generation: AtomicU64::new(0),
             kept: Mutex::default(),
-            counters: Counters::default(),
+            counters: PacketCounters::default(),
         }
     }
 

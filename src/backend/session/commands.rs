@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
-use super::super::{BackendError, Host, Kick, Notifier};
+use super::super::{BackendError, FrontendHandle, Kick, Notifier};
 use crate::dirty::{Log, LogSignal};
 use crate::inflight;
 use crate::memory::{Iotlb, Memory};
@@ -13,7 +13,7 @@ use crate::ring::{RingBase, RingLayout, RingLog};
 
 /// Everything a ring needs to run.
 #[derive(Debug, Clone)]
-pub struct Setup {
+pub struct VringConfig {
     /// Where the ring lies, guest-physical.
     pub layout: RingLayout,
     /// Where it goes on, unless `inflight` knows better (rule I3.4).
@@ -26,24 +26,24 @@ pub struct Setup {
     pub logging: Logging,
     /// Readable when there are new requests.
     pub kick: Option<Arc<Kick>>,
-    /// Whether the ring is to be looked at every now and then: there is no kick, and [`Rings::kick`] isn't called either.
-    pub polled: bool,
+    /// Whether the ring is to be looked at every now and then: there is no kick, and [`VringController::kick`] isn't called either.
+    pub is_polled: bool,
     /// Signalled when requests were used.
     pub call: Option<Arc<Notifier>>,
     /// True if `call` came while the ring did not run.
-    pub call_is_new: bool,
+    pub call_changed: bool,
     /// Whether the driver was to be notified before, also when the ring ran the last time (rule R10.2).
-    pub notified: Arc<AtomicBool>,
+    pub has_notified: Arc<AtomicBool>,
     /// Signalled when the ring breaks.
     pub error: Option<Arc<Notifier>>,
     /// Where requests in flight are noted.
     pub inflight: Option<Arc<inflight::InflightRegion>>,
     /// Whether it runs on this connection for the first time: if it has a past, that was another back-end's.
-    pub first: bool,
+    pub is_first_start: bool,
     /// Whether guest memory is still on its way: nobody may wait for the ring where pages are waited for (rule P1.6).
-    pub postcopy: bool,
+    pub in_postcopy: bool,
     /// The front-end, to be told or asked something.
-    pub host: Arc<Host>,
+    pub frontend: Arc<FrontendHandle>,
     /// With ACCESS_PLATFORM acknowledged: what is known of the IOMMU. All addresses of the ring are I/O virtual then.
     pub iotlb: Option<Arc<Iotlb>>,
 }
@@ -58,7 +58,7 @@ pub struct Logging {
     /// Signalled after logging (rule L12.1).
     pub signal: Option<Arc<LogSignal>>,
     /// How many pages outside the log have been reported; one for all rings (rule L6.2).
-    pub lost: Arc<AtomicU64>,
+    pub out_of_range_pages: Arc<AtomicU64>,
 }
 
 impl Logging {
@@ -70,12 +70,12 @@ impl Logging {
 
 /// The rings of a device, as a session commands them. Every call returns when it has taken effect: what a ring wrote
 /// before is written, and it does nothing more by its old orders (rules R3.3, L9.1).
-pub trait Rings {
+pub trait VringController {
     /// Something that is no ring is about to take time.
-    fn about_to_wait(&mut self) {}
+    fn before_blocking(&mut self) {}
 
     /// Makes ready what a ring takes to run, which is likely to be started.
-    fn expect(&mut self, index: u16) {
+    fn prepare(&mut self, index: u16) {
         let _ = index;
     }
 
@@ -83,7 +83,7 @@ pub trait Rings {
     ///
     /// # Errors
     /// What the system says; the ring then doesn't run.
-    fn start(&mut self, index: u16, setup: Setup) -> Result<(), BackendError>;
+    fn start(&mut self, index: u16, setup: VringConfig) -> Result<(), BackendError>;
 
     /// Completes, logs and publishes all requests of a running ring, stops it, and tells where it goes on (rules R3.1, R3.2).
     ///
@@ -95,13 +95,13 @@ pub trait Rings {
     /// marked in the inflight region (rules I8.2, I8.6). Tells where the ring goes on. One without a region is drained.
     ///
     /// # Errors
-    /// As [`Rings::stop`].
+    /// As [`VringController::stop`].
     fn suspend(&mut self, index: u16) -> Result<RingBase, BackendError> {
         self.stop(index)
     }
 
     /// Whether a running ring is to leave new requests alone.
-    fn hold(&mut self, index: u16, yes: bool) {
+    fn set_enabled(&mut self, index: u16, yes: bool) {
         let _ = (index, yes);
     }
 

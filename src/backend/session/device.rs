@@ -8,17 +8,17 @@ use std::sync::Arc;
 use zerocopy::{Immutable, IntoBytes};
 
 use super::super::transfer::Transfer;
-use super::super::{BackendError, Message, Reply};
+use super::super::{BackendError, VhostUserMessage, VhostUserReply};
 use super::Session;
 use crate::abi::vhost_user::{ConfigHeader, InflightDescription, Request as Code, VHOST_USER_MAX_CONFIG_SIZE, own};
 use crate::sys::log_limit::limited;
 use crate::{abi::virtio, inflight};
 
 impl Session {
-    pub(super) fn get_config(&self, message: &Message) -> Result<Reply, BackendError> {
+    pub(super) fn get_config(&self, message: &VhostUserMessage) -> Result<VhostUserReply, BackendError> {
         let header: ConfigHeader = message.body()?;
         let ConfigHeader { offset, size, .. } = header;
-        let mut reply = Reply::new(message.code, &header);
+        let mut reply = VhostUserReply::new(message.code, &header);
         match config_end(message.code, offset, size) {
             Ok(end) => {
                 let mut config = self.device.config();
@@ -34,7 +34,7 @@ impl Session {
         Ok(reply)
     }
 
-    pub(super) fn get_inflight(&self, wanted: InflightDescription) -> Reply {
+    pub(super) fn get_inflight(&self, wanted: InflightDescription) -> VhostUserReply {
         let make = || {
             self.check_shape(&wanted)?;
             let mmap_size =
@@ -48,16 +48,16 @@ impl Session {
             (0, None)
         });
         let description = InflightDescription { mmap_size, mmap_offset: 0, ..wanted };
-        Reply { fd, ..Reply::new(Code::GET_INFLIGHT_FD, &description) }
+        VhostUserReply { fd, ..VhostUserReply::new(Code::GET_INFLIGHT_FD, &description) }
     }
 
-    pub(super) fn get_generation(&mut self) -> Reply {
+    pub(super) fn get_generation(&mut self) -> VhostUserReply {
         let code = own::GET_DISK_GENERATION;
-        told(code, self.all_stopped(code, "G1.4").and_then(|()| self.device.generation()))
+        told(code, self.all_stopped(code, "G1.4").and_then(|()| self.device.disk_generation()))
     }
 
-    pub(super) fn get_identity(&self) -> Reply {
-        told(own::GET_DISK_IDENTITY, self.device.identity())
+    pub(super) fn get_identity(&self) -> VhostUserReply {
+        told(own::GET_DISK_IDENTITY, self.device.disk_identity())
     }
 
     pub(super) fn set_inflight(&mut self, description: &InflightDescription, fd: &OwnedFd) -> Result<(), BackendError> {
@@ -78,19 +78,19 @@ impl Session {
         let (queues, size, max) = (wanted.num_queues, wanted.queue_size, self.device.queues());
         match queues >= 1 && queues <= max && size >= 1 && u32::from(size) <= virtio::MAX_QUEUE_SIZE {
             true => Ok(()),
-            false => Err(BackendError::InflightShape { queues, size, max }),
+            false => Err(BackendError::InflightQueues { queues, size, max }),
         }
     }
 
     /// SET_DEVICE_STATE_FD; a transfer that nobody asked the result of is given up for the new one.
-    pub(super) fn begin_transfer(&mut self, message: &mut Message) -> Result<(), BackendError> {
+    pub(super) fn begin_transfer(&mut self, message: &mut VhostUserMessage) -> Result<(), BackendError> {
         self.all_stopped(message.code, "D1.6")?;
         self.transfer = Some(Transfer::begin(self.device.as_ref(), message.body()?, message.only_fd()?)?);
         Ok(())
     }
 
     pub(super) fn check_transfer(&mut self) -> Result<(), BackendError> {
-        let nothing = || BackendError::State { why: "SET_DEVICE_STATE_FD did not begin a transfer".into() };
+        let nothing = || BackendError::DeviceState { why: "SET_DEVICE_STATE_FD did not begin a transfer".into() };
         let transfer = self.transfer.take().ok_or_else(nothing)?;
         self.all_stopped(Code::CHECK_DEVICE_STATE, "D1.6")?;
         transfer.check(self.device.as_ref())
@@ -98,10 +98,10 @@ impl Session {
 }
 
 /// The reply to a request that has an answer that means "no": no payload.
-fn told<T: IntoBytes + Immutable>(code: Code, told: Result<T, BackendError>) -> Reply {
-    told.map(|told| Reply::new(code, &told)).unwrap_or_else(|error| {
+fn told<T: IntoBytes + Immutable>(code: Code, told: Result<T, BackendError>) -> VhostUserReply {
+    told.map(|told| VhostUserReply::new(code, &told)).unwrap_or_else(|error| {
         limited!(warn, "{error}");
-        Reply { code, payload: Vec::new(), fd: None }
+        VhostUserReply { code, payload: Vec::new(), fd: None }
     })
 }
 
@@ -113,9 +113,9 @@ fn config_end(code: Code, offset: u32, len: u32) -> Result<usize, BackendError> 
     }
 }
 
-pub(super) fn config_bytes(message: &Message, offset: u32, len: u32) -> Result<&[u8], BackendError> {
+pub(super) fn config_bytes(message: &VhostUserMessage, offset: u32, len: u32) -> Result<&[u8], BackendError> {
     config_end(message.code, offset, len)?;
     let head = size_of::<ConfigHeader>();
     let (got, needed) = (message.payload.len(), head + len as usize);
-    message.payload.get(head..needed).ok_or(BackendError::Truncated { code: message.code, got, needed })
+    message.payload.get(head..needed).ok_or(BackendError::ShortPayload { code: message.code, got, needed })
 }

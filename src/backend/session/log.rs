@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::super::BackendError;
 use super::ring::{Ring, logs_used};
-use super::{LOG_ALL, Logging, Rings, Session};
+use super::{LOG_ALL, Logging, Session, VringController};
 use crate::abi::vhost_user::LogDescription;
 use crate::dirty::Log;
 use crate::sys::log_limit::limited;
@@ -16,7 +16,7 @@ impl Session {
         &mut self,
         description: &LogDescription,
         fd: &OwnedFd,
-        rings: &mut dyn Rings,
+        rings: &mut dyn VringController,
     ) -> Result<(), BackendError> {
         let log = Arc::new(Log::map(fd.as_fd(), description.mmap_size, description.mmap_offset)?);
         self.report_lost_pages();
@@ -67,7 +67,7 @@ impl Session {
     }
 
     /// Tells the running rings where to log now.
-    pub(super) fn relog(&self, rings: &mut dyn Rings) {
+    pub(super) fn relog(&self, rings: &mut dyn VringController) {
         for (index, ring) in (0..).zip(&self.rings).filter(|(_, ring)| ring.running) {
             rings.set_logging(index, self.logging(ring));
         }
@@ -79,7 +79,7 @@ impl Session {
             data: self.log.clone().filter(|_| self.features & LOG_ALL != 0),
             used: used.map(|(addr, log)| (log, addr.log_guest_addr)),
             signal: self.log_signal.clone(),
-            lost: self.lost.clone(),
+            out_of_range_pages: self.lost.clone(),
         }
     }
 }

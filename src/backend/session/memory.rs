@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use zerocopy::FromBytes;
 
-use super::super::{BackendError, Message};
-use super::{Rings, Session};
+use super::super::{BackendError, VhostUserMessage};
+use super::{Session, VringController};
 use crate::abi::vhost::{VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_UPDATE};
 use crate::abi::vhost_user::{IotlbMsg, MemoryHeader, MemoryRegion, Request as Code, VHOST_USER_MAX_RAM_SLOTS_TODAY};
 use crate::memory::{Memory, Region, invalidated};
@@ -17,7 +17,7 @@ impl Session {
         &mut self,
         region: &MemoryRegion,
         fd: OwnedFd,
-        rings: &mut dyn Rings,
+        rings: &mut dyn VringController,
     ) -> Result<(), BackendError> {
         let mut regions = self.memory.regions().to_vec();
         if regions.len() >= VHOST_USER_MAX_RAM_SLOTS_TODAY {
@@ -27,7 +27,11 @@ impl Session {
         self.replace_memory(Memory::new(regions)?, rings)
     }
 
-    pub(super) fn remove_region(&mut self, region: &MemoryRegion, rings: &mut dyn Rings) -> Result<(), BackendError> {
+    pub(super) fn remove_region(
+        &mut self,
+        region: &MemoryRegion,
+        rings: &mut dyn VringController,
+    ) -> Result<(), BackendError> {
         let mut regions = self.memory.regions().to_vec();
         let (gpa, size, user_addr) = (region.guest_phys_addr, region.memory_size, region.userspace_addr);
         let found = regions.iter().position(|r| (r.gpa(), r.size(), r.user_addr()) == (gpa, size, user_addr));
@@ -36,7 +40,11 @@ impl Session {
     }
 
     /// Requests that are in flight finish in the old memory; then the rings go on in the new one (rules L9.2, M1.6).
-    pub(super) fn replace_memory(&mut self, memory: Memory, rings: &mut dyn Rings) -> Result<(), BackendError> {
+    pub(super) fn replace_memory(
+        &mut self,
+        memory: Memory,
+        rings: &mut dyn VringController,
+    ) -> Result<(), BackendError> {
         for index in 0..self.device.queues() {
             self.pause(index, rings)?;
         }
@@ -48,7 +56,11 @@ impl Session {
     }
 
     /// The front-end hears of faults from here on, so rings may run (rule P1.5).
-    pub(super) fn memory_acknowledged(&mut self, message: &Message, rings: &mut dyn Rings) -> Result<(), BackendError> {
+    pub(super) fn memory_acknowledged(
+        &mut self,
+        message: &VhostUserMessage,
+        rings: &mut dyn VringController,
+    ) -> Result<(), BackendError> {
         let memory = self.postcopy.acknowledged(message, message.code == Code::SET_MEM_TABLE)?;
         self.replace_memory(memory, rings)
     }
@@ -62,7 +74,11 @@ impl Session {
     }
 
     /// What the front-end says of its IOMMU (rules T2.1, T3.1).
-    pub(super) fn translation(&mut self, message: &IotlbMsg, rings: &mut dyn Rings) -> Result<(), BackendError> {
+    pub(super) fn translation(
+        &mut self,
+        message: &IotlbMsg,
+        rings: &mut dyn VringController,
+    ) -> Result<(), BackendError> {
         let IotlbMsg { iova, size, uaddr, perm, kind, .. } = *message;
         match kind {
             VHOST_IOTLB_UPDATE => {
@@ -88,17 +104,18 @@ impl Session {
 }
 
 /// The regions of SET_MEM_TABLE, mapped.
-pub(super) fn regions_of(message: &Message) -> Result<Vec<Arc<Region>>, BackendError> {
+pub(super) fn regions_of(message: &VhostUserMessage) -> Result<Vec<Arc<Region>>, BackendError> {
     let MemoryHeader { nregions, .. } = message.body()?;
     let (got, head) = (message.payload.len(), size_of::<MemoryHeader>());
     let needed = (nregions as usize).saturating_mul(size_of::<MemoryRegion>()).saturating_add(head);
-    let table = message.payload.get(head..needed).ok_or(BackendError::Truncated { code: message.code, got, needed })?;
+    let table =
+        message.payload.get(head..needed).ok_or(BackendError::ShortPayload { code: message.code, got, needed })?;
     if message.fds.len() != nregions as usize {
         let (got, needed) = (message.fds.len(), nregions as usize);
-        return Err(BackendError::Fds { code: message.code, got, needed });
+        return Err(BackendError::FdCount { code: message.code, got, needed });
     }
     let regions = table.chunks_exact(size_of::<MemoryRegion>()).zip(&message.fds).map(|(bytes, fd)| {
-        let region = MemoryRegion::read_from_bytes(bytes).map_err(|_| BackendError::Truncated {
+        let region = MemoryRegion::read_from_bytes(bytes).map_err(|_| BackendError::ShortPayload {
             code: message.code,
             got,
             needed,

@@ -1,6 +1,6 @@
 //! What the messages of a front-end mean: the protocol's state machine, without sockets and threads.
 //!
-//! [`Session::message`] takes one message, tells the rings what follows from it ([`Rings`], the workers outside of
+//! [`Session::handle_message`] takes one message, tells the rings what follows from it ([`VringController`], the workers outside of
 //! tests) and says what to answer. The order in which front-ends send things is theirs (rules R6.1, R7.1, L8.2): all state
 //! is kept as given, and a ring runs from the moment it is started, enabled and complete.
 
@@ -12,17 +12,17 @@ mod log;
 mod memory;
 mod ring;
 
-pub use commands::{Logging, Rings, Setup};
+pub use commands::{Logging, VringConfig, VringController};
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use tracing::debug;
 
-use super::backend_channel::{Attached, checked};
+use super::backend_channel::{BackendChannel, checked};
 use super::postcopy::{Postcopy, own_addresses};
 use super::transfer::Transfer;
-use super::{BackendError, Device, Host, Message, Notifier, Reply, counters};
+use super::{BackendError, FrontendHandle, Notifier, VhostUserMessage, VhostUserReply, VirtioDevice, counters};
 use crate::abi::bit;
 use crate::abi::vhost_user::{
     ConfigHeader, DEVICE_STATE_NOFD_MASK, Header, MemRegMsg, Request as Code, VHOST_F_LOG_ALL,
@@ -59,18 +59,18 @@ const BIT_30: u64 = bit(VHOST_USER_F_PROTOCOL_FEATURES);
 
 /// What is due after a message.
 #[derive(Debug)]
-pub enum Step {
+pub enum MessageOutcome {
     /// Nothing.
-    Silence,
+    NoReply,
     /// Send this.
-    Reply(Reply),
+    Reply(VhostUserReply),
     /// Hang up: the front-end waits for an answer that can't be given.
     Close(BackendError),
 }
 
 /// The state of one connection.
 pub struct Session {
-    device: Arc<dyn Device>,
+    device: Arc<dyn VirtioDevice>,
     features: u64,
     protocol_features: u64,
     status: u64,
@@ -88,16 +88,16 @@ pub struct Session {
     /// A device's state on its way.
     transfer: Option<Transfer>,
     iotlb: Arc<Iotlb>,
-    host: Arc<Host>,
+    host: Arc<FrontendHandle>,
     /// The back-end channel, if the front-end has given one.
-    channel: Option<Attached>,
+    channel: Option<BackendChannel>,
 }
 
 impl Session {
     /// A session with a front-end that has just connected: nothing is acknowledged, all rings are stopped and disabled.
-    pub fn new(device: Arc<dyn Device>) -> Session {
+    pub fn new(device: Arc<dyn VirtioDevice>) -> Session {
         let rings = (0..device.queues()).map(|_| Ring::default()).collect();
-        let host = Arc::new(Host::default());
+        let host = Arc::new(FrontendHandle::default());
         device.connected(host.clone());
         Session {
             device,
@@ -121,7 +121,7 @@ impl Session {
     }
 
     /// Does what a message asks, and says what to answer. What is refused for its contents changes nothing.
-    pub fn message(&mut self, message: Message, rings: &mut dyn Rings) -> Step {
+    pub fn handle_message(&mut self, message: VhostUserMessage, rings: &mut dyn VringController) -> MessageOutcome {
         let code = message.code;
         debug!(
             "{code}: {} bytes, {} fds{}",
@@ -130,7 +130,9 @@ impl Session {
             if message.flags & Header::FLAG_NEED_REPLY != 0 { ", wants a reply" } else { "" }
         );
         if self.postcopy.awaits() {
-            return self.memory_acknowledged(&message, rings).map_or_else(Step::Close, |()| Step::Silence);
+            return self
+                .memory_acknowledged(&message, rings)
+                .map_or_else(MessageOutcome::Close, |()| MessageOutcome::NoReply);
         }
         let asked = message.flags & Header::FLAG_NEED_REPLY != 0;
         let outcome = self.handle(message, rings);
@@ -138,21 +140,21 @@ impl Session {
         let acknowledge = asked && self.speaks(protocol_feature::REPLY_ACK);
         counters::message(code, outcome.is_err());
         match outcome {
-            Ok(Some(reply)) => Step::Reply(reply),
-            Ok(None) if acknowledge => Step::Reply(Reply::new(code, &0u64)),
-            Ok(None) => Step::Silence,
+            Ok(Some(reply)) => MessageOutcome::Reply(reply),
+            Ok(None) if acknowledge => MessageOutcome::Reply(VhostUserReply::new(code, &0u64)),
+            Ok(None) => MessageOutcome::NoReply,
             // The front-end takes up its rings from guest memory and the inflight region, with the next connection.
-            Err(error @ BackendError::RingLost { .. }) => Step::Close(error),
+            Err(error @ BackendError::WorkerLost { .. }) => MessageOutcome::Close(error),
             Err(error) if acknowledge => {
                 limited!(warn, "{code} refused: {error}");
                 let states = matches!(code, Code::GET_VRING_BASE | Code::GET_VRING_BASE_SKIP_DRAIN);
                 // There its place is a ring's and its base's: this is that of no ring (rule F5.4).
-                Step::Reply(Reply::new(code, &if states { u64::MAX } else { 1 }))
+                MessageOutcome::Reply(VhostUserReply::new(code, &if states { u64::MAX } else { 1 }))
             }
-            Err(error) if self.always_answers(code) => Step::Close(error),
+            Err(error) if self.always_answers(code) => MessageOutcome::Close(error),
             Err(error) => {
                 limited!(warn, "{code} refused: {error}");
-                Step::Silence
+                MessageOutcome::NoReply
             }
         }
     }
@@ -187,12 +189,16 @@ impl Session {
         }
     }
 
-    fn handle(&mut self, mut message: Message, rings: &mut dyn Rings) -> Result<Option<Reply>, BackendError> {
+    fn handle(
+        &mut self,
+        mut message: VhostUserMessage,
+        rings: &mut dyn VringController,
+    ) -> Result<Option<VhostUserReply>, BackendError> {
         let code = message.code;
         if message.flags & Header::FLAG_REPLY != 0 {
             return Err(BackendError::UnexpectedReply { code });
         }
-        let number = |number: u64| Ok(Some(Reply::new(code, &number)));
+        let number = |number: u64| Ok(Some(VhostUserReply::new(code, &number)));
         match code {
             Code::GET_FEATURES => return number(self.offered()),
             Code::SET_FEATURES => self.set_features(message.body()?, rings)?,
@@ -200,7 +206,7 @@ impl Session {
             Code::SET_PROTOCOL_FEATURES => {
                 let bits = acknowledged(code, message.body()?, self.offered_protocol())?;
                 if bits & bit(protocol_feature::INBAND_NOTIFICATIONS) != 0 && bits & IN_BAND_NEEDS != IN_BAND_NEEDS {
-                    return Err(BackendError::InBand);
+                    return Err(BackendError::InbandNotifications);
                 }
                 self.protocol_features = bits;
                 self.host.set_acknowledges(self.speaks(protocol_feature::REPLY_ACK));
@@ -222,14 +228,14 @@ impl Session {
                 if self.postcopy.is_listening() {
                     let payload = own_addresses(&message.payload, &memory);
                     self.postcopy.offer(memory)?;
-                    return Ok(Some(Reply { code, payload, fd: None }));
+                    return Ok(Some(VhostUserReply { code, payload, fd: None }));
                 }
                 self.replace_memory(memory, rings)?;
             }
             Code::POSTCOPY_ADVISE if self.speaks(protocol_feature::PAGEFAULT) => {
                 // An answer without an fd is the one that means "no".
                 let fd = self.postcopy.advise().map_err(|error| limited!(warn, "{error}")).ok();
-                return Ok(Some(Reply { code, payload: Vec::new(), fd }));
+                return Ok(Some(VhostUserReply { code, payload: Vec::new(), fd }));
             }
             Code::POSTCOPY_LISTEN if self.speaks(protocol_feature::PAGEFAULT) => {
                 let listening = self.all_stopped(code, "P1.3").and_then(|()| self.postcopy.listen());
@@ -248,7 +254,7 @@ impl Session {
                 let description = message.body()?;
                 self.set_log_base(&description, &message.only_fd()?, rings)?;
                 // The answer that every front-end takes (rule F7.1), asked for a number or not.
-                return Ok(self.speaks(protocol_feature::LOG_SHMFD).then(|| Reply::new(code, &description)));
+                return Ok(self.speaks(protocol_feature::LOG_SHMFD).then(|| VhostUserReply::new(code, &description)));
             }
             Code::SET_LOG_FD => {
                 // No fd takes the last one back (rule L12.2).
@@ -289,15 +295,15 @@ impl Session {
                 let is_tried = ring.enabled && !ring.started;
                 self.settle(state.index as u16, rings)?;
                 if is_tried {
-                    rings.about_to_wait();
-                    self.device.try_queue().map_err(BackendError::system("serve a queue"))?;
+                    rings.before_blocking();
+                    self.device.validate_queue().map_err(BackendError::system("serve a queue"))?;
                 }
             }
             Code::GET_VRING_BASE_SKIP_DRAIN if !self.speaks(unstable::F_GET_VRING_BASE_SKIP_DRAIN) => {
                 return Err(BackendError::Unsupported { code });
             }
             Code::GET_VRING_BASE | Code::GET_VRING_BASE_SKIP_DRAIN => {
-                return Ok(Some(Reply::new(code, &self.end_ring(code, message.body()?, rings)?)));
+                return Ok(Some(VhostUserReply::new(code, &self.end_ring(code, message.body()?, rings)?)));
             }
             Code::GET_CONFIG => return self.get_config(&message).map(Some),
             Code::SET_CONFIG => {
@@ -319,7 +325,7 @@ impl Session {
             }
             own::GET_DISK_GENERATION if self.speaks(own::F_DISK_GENERATION) => return Ok(Some(self.get_generation())),
             own::GET_DISK_IDENTITY if self.speaks(own::F_DISK_GENERATION) => return Ok(Some(self.get_identity())),
-            Code::SEND_RARP | Code::NET_SET_MTU => self.device.message(code, message.body()?)?,
+            Code::SEND_RARP | Code::NET_SET_MTU => self.device.handle_message(code, message.body()?)?,
             Code::SET_BACKEND_REQ_FD => {
                 let socket = checked(message.only_fd()?)?;
                 // The old one ends first.
@@ -352,12 +358,12 @@ impl Session {
         offered
     }
 
-    fn set_features(&mut self, bits: u64, rings: &mut dyn Rings) -> Result<(), BackendError> {
+    fn set_features(&mut self, bits: u64, rings: &mut dyn VringController) -> Result<(), BackendError> {
         let bits = acknowledged(Code::SET_FEATURES, bits, self.offered())?;
         // Rings and queues keep to what was acknowledged when they started.
         let changed = (bits ^ self.features) & !LOG_ALL;
         if changed != 0 && self.rings.iter().any(|ring| ring.running) {
-            return Err(BackendError::FeaturesRun { changed });
+            return Err(BackendError::FeaturesOfRunningRings { changed });
         }
         if changed & bit(VIRTIO_F_ACCESS_PLATFORM) != 0 {
             self.forget_translations();
@@ -384,7 +390,7 @@ impl Session {
     }
 
     /// Back to the state before the driver came: the owner, its memory and protocol features stay (rules R8.2, I7.1).
-    fn reset(&mut self, rings: &mut dyn Rings) -> Result<(), BackendError> {
+    fn reset(&mut self, rings: &mut dyn VringController) -> Result<(), BackendError> {
         self.disable(rings)?;
         self.rings.iter_mut().for_each(Ring::reset);
         (self.features, self.status) = (0, 0);
@@ -411,7 +417,7 @@ impl Session {
 fn acknowledged(code: Code, bits: u64, offered: u64) -> Result<u64, BackendError> {
     match bits & !offered {
         0 => Ok(bits),
-        unknown => Err(BackendError::Features { code, bits, unknown }),
+        unknown => Err(BackendError::UnofferedFeatures { code, bits, unknown }),
     }
 }
 

@@ -5,8 +5,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use super::super::{BackendError, Host, Kick, Message, Notifier};
-use super::{LOG_ALL, Rings, Session, Setup};
+use super::super::{BackendError, FrontendHandle, Kick, Notifier, VhostUserMessage};
+use super::{LOG_ALL, Session, VringConfig, VringController};
 use crate::abi::bit;
 use crate::abi::vhost_user::{
     Request as Code, VHOST_VRING_F_LOG, VRING_IDX_MASK, VRING_NOFD_MASK, VringAddr, VringState, unstable,
@@ -27,9 +27,9 @@ pub(super) struct Ring {
     /// SET_VRING_KICK or a kick in-band came, and no GET_VRING_BASE since (rules R2.2, B3.4).
     pub(super) started: bool,
     pub(super) enabled: bool,
-    /// [`Rings::start`] was called, and no [`Rings::stop`] since.
+    /// [`VringController::start`] was called, and no [`VringController::stop`] since.
     pub(super) running: bool,
-    /// [`Rings::start`] was called before.
+    /// [`VringController::start`] was called before.
     pub(super) ran: bool,
     /// `call` came since the ring ran.
     pub(super) call_is_new: bool,
@@ -60,7 +60,7 @@ impl Session {
         let ring = self.ring(code, index)?;
         match ring.running {
             false => Ok(ring),
-            true => Err(BackendError::RingRuns { code, index: index as u16, rule }),
+            true => Err(BackendError::RingRunning { code, index: index as u16, rule }),
         }
     }
 
@@ -68,18 +68,18 @@ impl Session {
         (0..self.device.queues()).try_for_each(|index| self.stopped(code, index.into(), rule).map(drop))
     }
 
-    pub(super) fn set_size(&mut self, state: VringState, rings: &mut dyn Rings) -> Result<(), BackendError> {
+    pub(super) fn set_size(&mut self, state: VringState, rings: &mut dyn VringController) -> Result<(), BackendError> {
         let (max, packed) = (self.device.max_queue_size(), self.is_packed());
         let ring = self.stopped(Code::SET_VRING_NUM, state.index, "R2.6")?;
         let fits = |size: &u16| (1..=max).contains(size) && (packed || size.is_power_of_two());
         let size = u16::try_from(state.num).ok().filter(fits);
         let index = state.index as u16;
         ring.size = size.ok_or(BackendError::RingSize { index, size: state.num, max, packed })?;
-        rings.expect(index);
+        rings.prepare(index);
         Ok(())
     }
 
-    pub(super) fn set_addr(&mut self, addr: VringAddr, rings: &mut dyn Rings) -> Result<(), BackendError> {
+    pub(super) fn set_addr(&mut self, addr: VringAddr, rings: &mut dyn VringController) -> Result<(), BackendError> {
         let features = self.features;
         let ring = self.ring(Code::SET_VRING_ADDR, addr.index)?;
         let (index, running, size) = (addr.index as u16, ring.running, ring.size);
@@ -93,7 +93,7 @@ impl Session {
         if running {
             let places = |addr: &VringAddr| (addr.desc_user_addr, addr.avail_user_addr, addr.used_user_addr);
             if ring.addr.as_ref().map(places) != Some(places(&addr)) {
-                return Err(BackendError::RingRuns { code: Code::SET_VRING_ADDR, index, rule: "R5.2" });
+                return Err(BackendError::RingRunning { code: Code::SET_VRING_ADDR, index, rule: "R5.2" });
             }
         } else if size > 0 && !self.memory.regions().is_empty() && !self.is_translated() {
             layout(&self.memory, features, index, size, &addr)?;
@@ -105,7 +105,7 @@ impl Session {
     }
 
     /// The ring and the fd of SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR.
-    pub(super) fn ring_fd(&mut self, message: &mut Message) -> Result<(u16, Option<OwnedFd>), BackendError> {
+    pub(super) fn ring_fd(&mut self, message: &mut VhostUserMessage) -> Result<(u16, Option<OwnedFd>), BackendError> {
         let bits: u64 = message.body()?;
         let index = (bits & VRING_IDX_MASK) as u16;
         self.ring(message.code, index.into())?;
@@ -115,18 +115,19 @@ impl Session {
 
     /// The kick of ring `index`, which may be another ring's as well.
     pub(super) fn kick(&self, index: u16, fd: OwnedFd) -> Result<Arc<Kick>, BackendError> {
-        let known = self.rings.iter().filter_map(|ring| ring.kick.as_ref()).find(|kick| kick.is(&fd));
+        let known = self.rings.iter().filter_map(|ring| ring.kick.as_ref()).find(|kick| kick.is_same_eventfd(&fd));
         known.cloned().map_or_else(|| Kick::new(index, fd).map(Arc::new), Ok)
     }
 
     /// What a ring signals for calls and errors: where no fd was given, the front-end itself if messages stand for it.
     pub(super) fn notifiers(&self, index: u16, ring: &Ring) -> (Option<Arc<Notifier>>, Option<Arc<Notifier>>) {
-        let in_band =
-            |make: fn(Arc<Host>, u16) -> Notifier| self.is_in_band().then(|| Arc::new(make(self.host.clone(), index)));
+        let in_band = |make: fn(Arc<FrontendHandle>, u16) -> Notifier| {
+            self.is_in_band().then(|| Arc::new(make(self.host.clone(), index)))
+        };
         (ring.call.clone().or_else(|| in_band(Notifier::call)), ring.error.clone().or_else(|| in_band(Notifier::error)))
     }
 
-    fn setup(&self, index: u16, ring: &Ring) -> Result<Setup, BackendError> {
+    fn setup(&self, index: u16, ring: &Ring) -> Result<VringConfig, BackendError> {
         let incomplete = |missing| BackendError::RingIncomplete { index, missing };
         if ring.size == 0 {
             return Err(incomplete("SET_VRING_NUM"));
@@ -147,33 +148,33 @@ impl Session {
                 RingLayout::new(self.features, ring.size, desc_user_addr, avail_user_addr, used_user_addr)
             }
         };
-        Ok(Setup {
+        Ok(VringConfig {
             layout,
             base: ring.base,
             features: self.features,
             memory: self.memory.clone(),
             logging: self.logging(ring),
             kick: ring.kick.clone(),
-            polled: ring.kick.is_none() && !self.is_in_band(),
+            is_polled: ring.kick.is_none() && !self.is_in_band(),
             call,
-            call_is_new: ring.call_is_new,
-            notified: ring.notified.clone(),
+            call_changed: ring.call_is_new,
+            has_notified: ring.notified.clone(),
             error,
             inflight: self.inflight.clone(),
-            first: !ring.ran,
-            postcopy: self.postcopy.is_listening(),
-            host: self.host.clone(),
+            is_first_start: !ring.ran,
+            in_postcopy: self.postcopy.is_listening(),
+            frontend: self.host.clone(),
             iotlb,
         })
     }
 
     /// Makes a ring run if it should, and stop if it should not (rules R2.2, R6.4).
-    pub(super) fn settle(&mut self, index: u16, rings: &mut dyn Rings) -> Result<(), BackendError> {
+    pub(super) fn settle(&mut self, index: u16, rings: &mut dyn VringController) -> Result<(), BackendError> {
         let Some(ring) = self.rings.get(usize::from(index)) else { return Ok(()) };
         let skips = self.speaks(unstable::F_GET_VRING_BASE_SKIP_DRAIN);
         if ring.running && ring.started && skips {
             // It is disabled before it is known whether what is in flight shall be completed (rule I8.5).
-            rings.hold(index, !ring.enabled);
+            rings.set_enabled(index, !ring.enabled);
         } else if !(ring.started && ring.enabled) {
             self.pause(index, rings)?;
         } else if !ring.running {
@@ -188,10 +189,10 @@ impl Session {
     }
 
     /// A ring that can't run yet waits for the next change.
-    pub(super) fn settle_all(&mut self, rings: &mut dyn Rings) -> Result<(), BackendError> {
+    pub(super) fn settle_all(&mut self, rings: &mut dyn VringController) -> Result<(), BackendError> {
         for index in 0..self.device.queues() {
             match self.settle(index, rings) {
-                Err(error @ BackendError::RingLost { .. }) => return Err(error),
+                Err(error @ BackendError::WorkerLost { .. }) => return Err(error),
                 Err(error) => limited!(warn, "{error}"),
                 Ok(()) => {}
             }
@@ -200,7 +201,7 @@ impl Session {
     }
 
     /// Stops a ring if it runs, and keeps its base.
-    pub(super) fn pause(&mut self, index: u16, rings: &mut dyn Rings) -> Result<(), BackendError> {
+    pub(super) fn pause(&mut self, index: u16, rings: &mut dyn VringController) -> Result<(), BackendError> {
         if let Some(ring) = self.rings.get_mut(usize::from(index)).filter(|ring| ring.running) {
             ring.running = false;
             ring.base = rings.stop(index)?;
@@ -209,7 +210,7 @@ impl Session {
     }
 
     /// Stops a ring if it runs, without draining it, and keeps its base (rule I8.2).
-    pub(super) fn suspend(&mut self, index: u16, rings: &mut dyn Rings) -> Result<(), BackendError> {
+    pub(super) fn suspend(&mut self, index: u16, rings: &mut dyn VringController) -> Result<(), BackendError> {
         if let Some(ring) = self.rings.get_mut(usize::from(index)).filter(|ring| ring.running) {
             ring.running = false;
             ring.base = rings.suspend(index)?;
@@ -218,7 +219,7 @@ impl Session {
     }
 
     /// A kick in-band (rule B3.4).
-    pub(super) fn kicked(&mut self, state: VringState, rings: &mut dyn Rings) -> Result<(), BackendError> {
+    pub(super) fn kicked(&mut self, state: VringState, rings: &mut dyn VringController) -> Result<(), BackendError> {
         let VringState { index, .. } = state;
         let ring = self.ring(Code::VRING_KICK, index)?;
         // It starts a ring too: UML sends no SET_VRING_KICK.
@@ -235,7 +236,7 @@ impl Session {
         &mut self,
         code: Code,
         state: VringState,
-        rings: &mut dyn Rings,
+        rings: &mut dyn VringController,
     ) -> Result<VringState, BackendError> {
         let VringState { index, .. } = state;
         self.ring(code, index)?;
@@ -250,15 +251,17 @@ impl Session {
         let num = ring.base.bits();
         if !self.rings.iter().any(|ring| ring.running) {
             self.forget_translations();
-            rings.about_to_wait();
-            self.device.stopped().map_err(BackendError::system("put what the guest has written on stable storage"))?;
+            rings.before_blocking();
+            self.device
+                .rings_stopped()
+                .map_err(BackendError::system("put what the guest has written on stable storage"))?;
         }
         self.report_lost_pages();
         Ok(VringState { index, num })
     }
 
     /// Stops all rings; each needs a new kick and a new enable.
-    pub(super) fn disable(&mut self, rings: &mut dyn Rings) -> Result<(), BackendError> {
+    pub(super) fn disable(&mut self, rings: &mut dyn VringController) -> Result<(), BackendError> {
         for index in 0..self.device.queues() {
             self.pause(index, rings)?;
         }

@@ -25,8 +25,8 @@ use tracing::debug;
 use super::counters::RingCounters;
 use super::device::Dropped;
 use super::iommu::{InUse, logged};
-use super::session::{Logging, Setup};
-use super::tracker::{Found, Tracker};
+use super::session::{Logging, VringConfig};
+use super::tracker::{Recovered, Tracker};
 use super::{BackendError, Kick, Notifier, Queue, Request};
 use crate::abi::bit;
 use crate::abi::virtio::VIRTIO_F_IN_ORDER;
@@ -34,7 +34,7 @@ use crate::ring::{DeviceRing, RingError};
 use crate::sys::log_limit::limited;
 use in_order::InOrder;
 
-pub(super) use stop::{End, Left};
+pub(super) use stop::{ParkedRing, StopReason};
 
 /// How often a ring without a kick is looked at, in milliseconds.
 const POLL_EVERY_MS: u8 = 1;
@@ -63,10 +63,10 @@ pub(super) struct Worker {
     index: u16,
     ring: DeviceRing,
     queue: Box<dyn Queue>,
-    setup: Setup,
+    setup: VringConfig,
     inflight: Option<Tracker>,
     /// What a predecessor left to be done, and how much of it is under way.
-    left: Option<(Found, usize)>,
+    left: Option<(Recovered, usize)>,
     /// Behind an IOMMU.
     in_use: Option<InUse>,
     inbox: Receiver<Order>,
@@ -96,7 +96,7 @@ impl Worker {
         wake: Arc<EventFd>,
         ring: DeviceRing,
         queue: Box<dyn Queue>,
-        setup: Setup,
+        setup: VringConfig,
         in_use: Option<InUse>,
     ) -> Worker {
         // A packed ring's driver may choose any id.
@@ -129,7 +129,7 @@ impl Worker {
     }
 
     /// Takes over from a predecessor: serves again what it had under way (rules I3.3, I4.5, I6.2).
-    pub(super) fn recover(&mut self, inflight: Option<(Tracker, Found)>) -> Result<(), BackendError> {
+    pub(super) fn recover(&mut self, inflight: Option<(Tracker, Recovered)>) -> Result<(), BackendError> {
         let Some((inflight, found)) = inflight else { return Ok(()) };
         self.inflight = Some(inflight);
         if !found.has_a_past() {
@@ -154,8 +154,8 @@ impl Worker {
         let Some((found, next)) = self.left.take() else { return Ok(()) };
         for number in next..found.len() {
             let mut request = self.spare_request();
-            match found.resubmit(number, &mut self.ring, request.renew()) {
-                Ok(name) => request.name = name,
+            match found.resubmit(number, &mut self.ring, request.reset()) {
+                Ok(name) => request.inflight_slot = name,
                 Err(source) => {
                     self.spare.push(request);
                     // It stays marked whatever becomes of this ring.
@@ -172,7 +172,7 @@ impl Worker {
     fn missed(&mut self, source: RingError) -> Result<(), BackendError> {
         match (source.miss(), &mut self.in_use) {
             (Some(miss), Some(in_use)) => in_use.asker.ask(miss),
-            _ => Err(BackendError::Ring { index: self.index, source }),
+            _ => Err(BackendError::BrokenRing { index: self.index, source }),
         }
     }
 
@@ -181,10 +181,10 @@ impl Worker {
     }
 
     /// Serves the ring until told to end; tells where it goes on.
-    pub(super) fn run(mut self, recovered: Result<(), BackendError>) -> End {
+    pub(super) fn run(mut self, recovered: Result<(), BackendError>) -> StopReason {
         recovered.unwrap_or_else(|error| self.broke(&error));
         // Its call fd came while it did not run.
-        if std::mem::take(&mut self.setup.call_is_new) {
+        if std::mem::take(&mut self.setup.call_changed) {
             self.notify_again();
         }
         loop {
@@ -213,9 +213,9 @@ impl Worker {
                         self.held = yes;
                         let _ = done.send(());
                     }
-                    Order::Suspend if self.inflight.is_some() => return End::Told(self.suspend()),
-                    Order::Stop | Order::Suspend => return End::Told(self.drain(true)),
-                    Order::Abandon => return End::Told(self.drain(false)),
+                    Order::Suspend if self.inflight.is_some() => return StopReason::Told(self.suspend()),
+                    Order::Stop | Order::Suspend => return StopReason::Told(self.drain(true)),
+                    Order::Abandon => return StopReason::Told(self.drain(false)),
                 }
             }
             let moved = self.turn().unwrap_or_else(|error| {
@@ -240,10 +240,10 @@ impl Worker {
     }
 
     /// Ends the service of a ring that has to be found again; `done` is told when nothing is in the old place any more.
-    fn unmap(self, done: Sender<()>) -> End {
-        let mut left = Left { setup: self.setup.clone(), broken: self.broken, held: self.held };
+    fn unmap(self, done: Sender<()>) -> StopReason {
+        let mut left = ParkedRing { setup: self.setup.clone(), broken: self.broken, held: self.held };
         left.setup.base = self.drain(true);
-        End::Unmapped(Box::new(left), done)
+        StopReason::Unmapped(Box::new(left), done)
     }
 
     fn invalidate(&mut self, iovas: RangeInclusive<u64>, done: Sender<()>) {
@@ -271,7 +271,7 @@ impl Worker {
             if self.broken || self.held || taken == self.setup.layout.size() {
                 break Ok(true);
             }
-            if !self.queue.wants() {
+            if !self.queue.wants_request() {
                 break Ok(false);
             }
             match self.take() {
@@ -292,15 +292,15 @@ impl Worker {
     /// Takes the next request, if there is one.
     fn take(&mut self) -> Result<bool, BackendError> {
         let mut request = self.spare_request();
-        match self.ring.pop(request.renew()) {
+        match self.ring.pop(request.reset()) {
             Ok(true) => {
                 let head = request.head();
                 if self.busy.get(usize::from(head)) == Some(&true) {
-                    return Err(BackendError::Busy { index: self.index, head });
+                    return Err(BackendError::HeadInFlight { index: self.index, head });
                 }
                 if let Some(inflight) = &mut self.inflight {
                     let name = inflight.take(&self.ring, head);
-                    request.name = name.ok_or(BackendError::Busy { index: self.index, head })?;
+                    request.inflight_slot = name.ok_or(BackendError::HeadInFlight { index: self.index, head })?;
                 }
                 self.submit(request)?;
                 Ok(true)
@@ -320,7 +320,7 @@ impl Worker {
         let (index, head) = (self.index, request.head());
         match self.busy.get_mut(usize::from(head)) {
             Some(busy) if !*busy => *busy = true,
-            _ => return Err(BackendError::Busy { index, head }),
+            _ => return Err(BackendError::HeadInFlight { index, head }),
         }
         self.in_flight += 1;
         if let Some(in_use) = &mut self.in_use {
@@ -329,7 +329,7 @@ impl Worker {
         if let Some(order) = &mut self.order {
             order.taken.push_back(head);
         }
-        request.lent_out = true;
+        request.submitted = true;
         self.queue.submit(request);
         Ok(())
     }
@@ -338,7 +338,7 @@ impl Worker {
     fn complete(&mut self, publish: bool) -> bool {
         self.queue.completions(&mut self.done);
         self.dropped.take(&mut self.done);
-        self.done.iter_mut().for_each(|request| request.lent_out = false);
+        self.done.iter_mut().for_each(|request| request.submitted = false);
         if let Some(order) = &mut self.order {
             order.hold_back(&mut self.done);
         }
@@ -373,14 +373,14 @@ impl Worker {
             // One fence for all data of the batch, which is written by now (rule L10.2).
             let burst = log.burst();
             for request in &self.done {
-                request.written(|gpa, len| burst.mark(gpa, len));
+                request.for_each_written(|gpa, len| burst.mark(gpa, len));
             }
         }
         for request in &self.done {
             if let Some(inflight) = &mut self.inflight {
-                inflight.stage(request.name);
+                inflight.stage(request.inflight_slot);
             }
-            self.ring.push(request.chain(), request.written_len());
+            self.ring.push(request.chain(), request.used_len());
         }
         let notify = self.ring.publish();
         if let Some(inflight) = &mut self.inflight {
@@ -401,7 +401,7 @@ impl Worker {
         }
         let lost = log.out_of_range();
         // All rings of a device share the log: whoever sees the figure first counts it.
-        let known = self.setup.logging.lost.fetch_max(lost, Ordering::Relaxed);
+        let known = self.setup.logging.out_of_range_pages.fetch_max(lost, Ordering::Relaxed);
         if lost > known {
             self.counters.unlogged(lost - known);
             if known == 0 {
@@ -416,13 +416,13 @@ impl Worker {
 
     /// Notifies the driver if there ever was something to notify: nobody may have heard it (rule R10.1).
     fn notify_again(&mut self) {
-        if self.setup.notified.load(Ordering::Relaxed) {
+        if self.setup.has_notified.load(Ordering::Relaxed) {
             self.notify();
         }
     }
 
     fn notify(&mut self) {
-        self.setup.notified.store(true, Ordering::Relaxed);
+        self.setup.has_notified.store(true, Ordering::Relaxed);
         self.counters.notified();
         if let Some(call) = &self.setup.call {
             call.signal();
@@ -448,7 +448,7 @@ impl Worker {
 
     /// Waits until there may be something to do.
     fn wait(&mut self) {
-        let polled = self.setup.polled && !self.broken;
+        let polled = self.setup.is_polled && !self.broken;
         let patience = self.in_use.as_ref().and_then(|in_use| in_use.asker.patience()).filter(|_| !self.broken);
         let timeout = if polled { PollTimeout::from(POLL_EVERY_MS) } else { timeout(patience) };
         let kick = self.setup.kick.clone();

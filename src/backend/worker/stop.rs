@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use crossbeam::channel::Sender;
 use nix::poll::PollTimeout;
 
-use super::super::{Request, Setup};
+use super::super::{Request, VringConfig};
 use super::{Order, Worker, wait_for};
 use crate::ring::{Chain, RingBase};
 use crate::sys::log_limit::limited;
@@ -15,24 +15,24 @@ use crate::sys::log_limit::limited;
 const RETRY_MS: u8 = 100;
 
 /// Why a ring is not served any more, and where it goes on.
-pub(in crate::backend) enum End {
+pub(in crate::backend) enum StopReason {
     Told(RingBase),
     /// Its areas have gone, or are needed elsewhere.
-    Unmapped(Box<Left>, Sender<()>),
+    Unmapped(Box<ParkedRing>, Sender<()>),
 }
 
 /// What is known of a ring that is not served.
-pub(in crate::backend) struct Left {
-    pub(in crate::backend) setup: Setup,
+pub(in crate::backend) struct ParkedRing {
+    pub(in crate::backend) setup: VringConfig,
     pub(in crate::backend) broken: bool,
     pub(in crate::backend) held: bool,
 }
 
-impl End {
+impl StopReason {
     pub(in crate::backend) fn base(self) -> RingBase {
         match self {
-            End::Told(base) => base,
-            End::Unmapped(left, _) => left.setup.base,
+            StopReason::Told(base) => base,
+            StopReason::Unmapped(left, _) => left.setup.base,
         }
     }
 }
@@ -42,7 +42,7 @@ impl Worker {
     pub(super) fn put_back(&mut self) {
         let mut unused = Vec::new();
         self.queue.put_back(&mut unused);
-        unused.iter_mut().for_each(|request| request.lent_out = false);
+        unused.iter_mut().for_each(|request| request.submitted = false);
         if unused.is_empty() {
             return;
         }
@@ -62,7 +62,7 @@ impl Worker {
         }
         for request in unused.iter().rev() {
             if let Some(inflight) = &mut self.inflight {
-                inflight.put_back(request.name);
+                inflight.put_back(request.inflight_slot);
             }
             if let Some(order) = &mut self.order {
                 order.taken.pop_back();
@@ -105,7 +105,7 @@ impl Worker {
                 self.wait_for_queue();
             }
         }
-        unserved.iter_mut().for_each(|request| request.lent_out = false);
+        unserved.iter_mut().for_each(|request| request.submitted = false);
         self.ring.base()
     }
 
@@ -133,11 +133,11 @@ impl Worker {
                 self.wait_for_queue();
             }
         }
-        unserved.iter_mut().for_each(|request| request.lent_out = false);
+        unserved.iter_mut().for_each(|request| request.submitted = false);
         let early = self.order.iter().flat_map(|order| order.early.values());
         if let Some(log) = &self.setup.logging.data {
             let burst = log.burst();
-            unserved.iter().chain(early).for_each(|request| request.written(|gpa, len| burst.mark(gpa, len)));
+            unserved.iter().chain(early).for_each(|request| request.for_each_written(|gpa, len| burst.mark(gpa, len)));
         }
         self.signal_log();
         self.ring.base()
