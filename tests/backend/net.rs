@@ -370,6 +370,28 @@ fn packets_for_a_pair_whose_ring_is_disabled_are_received_by_another(#[values(SP
     assert_eq!(rig.receive(1), frame(100, 9));
 }
 
+/// Rule R2.4: they are neither sent nor discarded.
+#[rstest]
+fn packets_on_a_disabled_transmit_ring_stay_there_until_it_is_enabled(#[values(SPLIT, PACKED)] rings: u64) {
+    let mut rig = Rig::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 2);
+    (0..2).for_each(|pair| rig.provide_kicked(pair, &[2000; 2]));
+    rig.tx[0].enable(&rig.client, false);
+    let message = [&[0xff; HEADER][..], &frame(100, 1)].concat();
+    let held = Buffer { gpa: SENT + 0x1000, len: message.len() as u32 };
+    rig.guest.memory.write(held.gpa, &message).unwrap();
+    rig.tx[0].driver.add(&[held], &[], None).unwrap().unwrap();
+    rig.tx[0].kick();
+    // Another pair goes on meanwhile.
+    for number in 2..4 {
+        rig.send(1, &frame(100, number));
+        assert_eq!(rig.receive(1), frame(100, number));
+    }
+    assert!(rig.tx[0].driver.pop_used().unwrap().is_none(), "a packet of a disabled ring was used");
+    rig.tx[0].enable(&rig.client, true);
+    assert_eq!(rig.tx[0].completion().1, 0);
+    assert_eq!(rig.receive(0), frame(100, 1));
+}
+
 /// Rule R11.1: the driver could say how many pairs it uses, and has not.
 #[rstest]
 fn a_driver_with_a_control_queue_receives_on_one_pair_until_it_wants_more(#[values(SPLIT, PACKED)] rings: u64) {
