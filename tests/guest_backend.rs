@@ -209,7 +209,7 @@ fn a_back_end_missing_beyond_the_reconnect_timeout_stops_the_guest() {
         std::thread::sleep(Duration::from_millis(1));
     }
     let error = guest.pause().unwrap_err();
-    assert!(error.to_string().contains("can't connect"), "{error}");
+    assert!(error.to_string().contains("cannot connect"), "{error}");
     backend.child = spawn(backend.folder.path(), "s");
 }
 

@@ -1,38 +1,38 @@
-//! What a front-end counts, through the `metrics` facade; it goes nowhere until the process installs a recorder.
+//! Counters of the front-end, through the `metrics` facade. They are dropped until the process installs a recorder.
 
 #![forbid(unsafe_code)]
 
 use crate::abi::vhost_user::Request;
 use crate::sys::counters::counter;
 
-/// A message was sent.
+/// Counts a message that was sent.
 pub(super) fn message_sent(request: Request) {
     counter!("vhost_frontend_messages_total", "request" => request.name().unwrap_or("unknown")).increment(1);
 }
 
-/// The back-end has refused one.
+/// Counts a message that the back-end refused.
 pub(super) fn message_refused(request: Request) {
     counter!("vhost_frontend_refused_total", "request" => request.name().unwrap_or("unknown")).increment(1);
 }
 
-/// A request of the back-end was refused.
+/// Counts a back-end request that was refused.
 pub(super) fn backend_request_refused() {
     counter!("vhost_frontend_backend_requests_refused_total").increment(1);
 }
 
-/// A back-end that was away is back, and finds so many requests marked.
+/// Counts a reconnection and the requests that the inflight region had marked.
 pub(super) fn reconnected(device: &str, resubmitted: u64) {
     let device = device.to_owned();
     counter!("vhost_frontend_reconnects_total", "device" => device.clone()).increment(1);
     counter!("vhost_frontend_resubmitted_total", "device" => device).increment(resubmitted);
 }
 
-/// So many pages were found in a device's log.
+/// Counts the dirty pages found in a device's log.
 pub(super) fn harvested(device: &str, pages: u64) {
     counter!("vhost_frontend_harvested_pages_total", "device" => device.to_owned()).increment(pages);
 }
 
-/// Tells the recorder, once it is installed, what the counters mean.
+/// Registers the descriptions of the counters. Call it after the recorder is installed.
 #[cfg(feature = "metrics")]
 pub fn describe_counters() {
     use metrics::describe_counter;

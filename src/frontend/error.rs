@@ -1,4 +1,4 @@
-//! What can go wrong between a front-end and a device, in words that say what to do.
+//! Errors of the front-end.
 
 use std::io;
 use std::path::PathBuf;
@@ -7,107 +7,109 @@ use std::time::Duration;
 use crate::abi::vhost_user::Request;
 use crate::memory::MemoryError;
 
-/// Why a device did not do what it was asked.
+/// Error of a call on a [`Device`](super::Device).
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FrontendError {
-    /// No connection to the back-end's socket.
-    #[error("can't connect to the back-end at {}: {source}: {}", path.display(), advice(source))]
+    /// The connection to the back-end's socket failed.
+    #[error("{}: cannot connect to the back-end: {source}. {}", path.display(), advice(source))]
     Connect {
-        /// The socket.
+        /// Path of the socket.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system.
         source: io::Error,
     },
-    /// The connection ended; the device's state is kept and [`reconnect`](super::Device::reconnect) installs it again.
-    #[error("the back-end closed the connection at {request}: start it again and reconnect (rule R9.1)")]
+    /// The back-end closed the connection. The device keeps its state, and [`reconnect`](super::Device::reconnect)
+    /// restores it.
+    #[error("the back-end closed the connection during {request}. Start it again and reconnect (rule R9.1)")]
     HungUp {
-        /// The message that was under way.
+        /// Request in progress.
         request: Request,
     },
-    /// The back-end is silent. The connection is given up, since a late answer could be taken for another one.
+    /// The back-end did not reply in time. The connection is closed unless the reply stays pending, because a late
+    /// reply could be mistaken for another one.
     #[error(
-        "no answer to {request} within {waited:?}: the back-end hangs, or what it serves from does; see which before it is \
-         restarted"
+        "no reply to {request} within {waited:?}. The back-end or its storage may be stuck; check its log before you \
+         restart it"
     )]
     Timeout {
-        /// The message without an answer.
+        /// Request without a reply.
         request: Request,
-        /// How long it was waited for.
+        /// Time waited for the reply.
         waited: Duration,
     },
-    /// The back-end has not read the first message of this connection: it serves another front-end, or hangs.
+    /// The back-end has not read the first message of this connection: it serves another front-end, or is stuck.
     #[error(
-        "{}: no answer to {request} within {waited:?}: the back-end has not taken up this connection. {}",
+        "{}: no reply to {request} within {waited:?}: the back-end does not serve this connection. {}",
         path.display(),
         if *busy { BUSY } else { UNSERVED }
     )]
     NotServed {
-        /// The socket.
+        /// Path of the socket.
         path: PathBuf,
-        /// The message without an answer.
+        /// Request without a reply.
         request: Request,
-        /// How long it was waited for.
+        /// Time waited for the reply.
         waited: Duration,
-        /// Another front-end is known to be connected.
+        /// True if another front-end is known to be connected.
         busy: bool,
     },
-    /// The wait for an answer was ended by [`Interrupt::set`](super::Interrupt::set). The answer is still owed:
-    /// [`reconnect`](super::Device::reconnect) gets it.
-    #[error("the wait for the answer to {request} was ended: reconnect before anything else")]
+    /// [`Interrupt::set`](super::Interrupt::set) ended the wait for a reply. The reply is still pending;
+    /// [`reconnect`](super::Device::reconnect) receives it.
+    #[error("the wait for the reply to {request} was interrupted. Reconnect before the next call")]
     Interrupted {
-        /// The message whose answer is owed.
+        /// Request whose reply is pending.
         request: Request,
     },
-    /// The back-end has been away, or silent, for too long, or nothing waits for it any more.
-    #[error("{device}: its back-end is away{}: start it again, or wait until it answers", why(.reason))]
+    /// The back-end was disconnected or silent for too long, or the wait for it has ended.
+    #[error("{device}: its back-end is away{}. Start it again, or wait until it replies", why(.reason))]
     Unavailable {
-        /// The device.
+        /// Name of the device.
         device: String,
-        /// Why what answers in the back-end's place can't go on for it, if there is something.
+        /// Reason why the process that answers at the socket cannot take over, if there is one.
         reason: Option<String>,
     },
-    /// The back-end understood and said no.
-    #[error("the back-end refused {request} (answer {code:#x}): its log says why (rule F4.1)")]
+    /// The back-end refused a request.
+    #[error("the back-end refused {request} with {code:#x} (rule F4.1). Its log has the reason")]
     Refused {
-        /// The message.
+        /// The request.
         request: Request,
-        /// The non-zero answer.
+        /// The non-zero reply.
         code: u64,
     },
-    /// An answer that the protocol does not allow. The connection is given up.
-    #[error("the back-end broke the protocol at {request}: {what} (rule {rule})")]
+    /// The back-end sent a reply that the protocol does not allow. The connection is closed.
+    #[error("the back-end violated the protocol: {request}: {what} (rule {rule})")]
     ProtocolViolation {
-        /// The message.
+        /// The request.
         request: Request,
-        /// What was wrong with the answer.
+        /// Description of the violation.
         what: String,
-        /// The rule that was broken.
+        /// Obligation of `docs/protocol.md` that was violated.
         rule: &'static str,
     },
-    /// The device can't do this.
+    /// The device does not offer a feature that the call needs.
     #[error("the device does not offer {what}: {advice}")]
     NotOffered {
-        /// The feature.
+        /// Name of the feature.
         what: String,
-        /// What to do about it.
+        /// Advice to the user.
         advice: &'static str,
     },
-    /// A ring number or size that the device does not have.
-    #[error("ring {index} can't be used: {reason}")]
+    /// The ring index, size or state does not allow the call.
+    #[error("ring {index}: {reason}")]
     InvalidRing {
         /// Ring index.
         index: u16,
-        /// Why not.
+        /// Reason.
         reason: String,
     },
-    /// A region without an fd, which no device can map.
-    #[error("the region at {gpa:#x} has no fd to share: make guest memory with Region::share (rule M1.1)")]
+    /// A region has no file descriptor, so no device can map it.
+    #[error("the region at {gpa:#x} has no file descriptor. Create guest memory with Region::share (rule M1.1)")]
     NotShared {
         /// Guest-physical address of the region.
         gpa: u64,
     },
-    /// Requests are outstanding that the restarted back-end can't know of.
+    /// Requests are outstanding, and the restarted back-end has no record of them.
     #[error(
         "ring {index} has {outstanding} requests outstanding and no inflight region: their fate is unknown; \
          use a back-end with INFLIGHT_SHMFD, or reset the device"
@@ -115,80 +117,77 @@ pub enum FrontendError {
     Unrecoverable {
         /// Ring index.
         index: u16,
-        /// Requests between the used and the available index.
+        /// Number of requests between the used and the available index.
         outstanding: u16,
     },
-    /// Nobody knows where a packed ring goes on.
+    /// A packed ring has no inflight region, so its position is not known after a restart.
     #[error(
-        "ring {index} is packed and has no inflight region: nobody knows where it goes on; \
+        "ring {index} is packed and has no inflight region: its position is unknown; \
          use a back-end with INFLIGHT_SHMFD, or reset the device"
     )]
     PackedUnrecoverable {
         /// Ring index.
         index: u16,
     },
-    /// ACCESS_PLATFORM without an IOMMU.
+    /// ACCESS_PLATFORM was acknowledged without an IOMMU.
     #[error(
-        "ACCESS_PLATFORM is acknowledged, and nobody is there to translate: give the device the VMM's IOMMU first, with \
-         UserDevice::set_iommu (rule T1.7)"
+        "ACCESS_PLATFORM needs an IOMMU. Call UserDevice::set_iommu before the features are acknowledged (rule T1.7)"
     )]
     NoIommu,
-    /// A part of a ring that its driver has unmapped.
-    #[error(
-        "address {iova:#x} of a ring that runs has no translation any more: stop the ring, or reset the device (rule T1.8)"
-    )]
+    /// The driver has unmapped a part of a running ring.
+    #[error("address {iova:#x} of a running ring has no translation. Stop the ring, or reset the device (rule T1.8)")]
     Untranslated {
         /// I/O virtual address.
         iova: u64,
     },
-    /// The device's state did not get through its pipe.
-    #[error("can't {operation} the device's state: {source}: {}", state_advice(source))]
+    /// The transfer of the device state failed.
+    #[error("cannot {operation} the device state: {source}. {}", state_advice(source))]
     DeviceState {
         /// "save" or "load".
         operation: &'static str,
-        /// What happened.
+        /// Error of the pipe.
         source: io::Error,
     },
-    /// Requests in flight, and another shape of inflight region here than where they came from.
+    /// Requests are in flight, and the inflight region of this device differs from the one at the source.
     #[error(
-        "{requests} requests are in flight, and the inflight region differs: {here} here, {there} at the source; \
-         use a back-end of the same kind, or stop rings without --inflight-migration (rule I8.3)"
+        "{requests} requests are in flight, and the inflight region differs: {here} here, {there} at the source. \
+         Use a back-end of the same kind, or stop rings without --inflight-migration (rule I8.3)"
     )]
     InflightMismatch {
-        /// Requests marked in the region that was to be restored.
+        /// Number of requests marked in the region to be restored.
         requests: u64,
-        /// Shape of this device's region.
+        /// Layout of this device's region.
         here: String,
-        /// Shape of the region that was to be restored.
+        /// Layout of the region to be restored.
         there: String,
     },
-    /// A ring, or guest memory, is not where it was said to be.
+    /// A ring or a range of guest memory is not mapped.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// The system refused.
-    #[error("can't {what}: {source}")]
+    /// A system call failed.
+    #[error("cannot {what}: {source}")]
     System {
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
-        /// What the system said.
+        /// Error of the system.
         source: io::Error,
     },
 }
 
 impl FrontendError {
-    /// Whether the connection is gone, so that [`reconnect`](super::Device::reconnect) and a second try may help.
+    /// Returns true if the connection is lost. [`reconnect`](super::Device::reconnect) and a second call may succeed.
     pub fn is_hang_up(&self) -> bool {
         use FrontendError::{HungUp, NotServed, Timeout};
         matches!(self, HungUp { .. } | Timeout { .. } | NotServed { .. })
     }
 
-    /// Returns true if the device is to be reconnected before it can be used again: the connection is gone, or answers are
-    /// owed on it.
+    /// Returns true if the device needs a reconnection before the next call: the connection is lost, or replies are
+    /// pending on it.
     pub(crate) fn needs_reconnect(&self) -> bool {
         self.is_hang_up() || matches!(self, FrontendError::Interrupted { .. })
     }
 
-    /// Whether the back-end is merely not there, yet or any more, so that waiting for it may help.
+    /// Returns true if the back-end is not reachable yet, or no longer, so that waiting may help.
     pub fn is_transient(&self) -> bool {
         use io::ErrorKind::{ConnectionRefused, NotFound, WouldBlock};
         match self {
@@ -199,7 +198,7 @@ impl FrontendError {
         }
     }
 
-    /// Whether no back-end whatsoever can go on where the last one was.
+    /// Returns true if no back-end can resume where the last one was.
     pub fn is_unrecoverable(&self) -> bool {
         matches!(self, FrontendError::Unrecoverable { .. } | FrontendError::PackedUnrecoverable { .. })
     }
@@ -209,10 +208,10 @@ impl FrontendError {
     }
 }
 
-const BUSY: &str = "It serves another front-end, and serves one at a time: end that one, or start a back-end for each. \
-                    A restart would disturb the other one's guest";
-const UNSERVED: &str = "It may be serving another front-end, one at a time, or be stuck: see what it does before it is \
-                        restarted";
+const BUSY: &str = "It serves another front-end, and serves one at a time. End that one, or start a back-end for each. \
+                    A restart would disturb the other front-end's guest";
+const UNSERVED: &str = "It may be serving another front-end (it serves one at a time) or may be stuck; check its log before \
+                        it is restarted";
 
 fn why(reason: &Option<String>) -> String {
     reason.as_ref().map(|reason| format!(" ({reason})")).unwrap_or_default()
@@ -220,19 +219,19 @@ fn why(reason: &Option<String>) -> String {
 
 fn advice(source: &io::Error) -> &'static str {
     match source.kind() {
-        io::ErrorKind::WouldBlock => "its queue of connections is full: it accepts none, see what it does",
-        io::ErrorKind::NotFound => "is the back-end running, and is this its socket?",
-        io::ErrorKind::ConnectionRefused => "a stale socket: start the back-end again",
-        io::ErrorKind::PermissionDenied => "run as the back-end's user, or change the socket's permissions",
-        io::ErrorKind::InvalidInput => "socket paths have at most 107 bytes: use a shorter one",
-        _ => "check the back-end",
+        io::ErrorKind::WouldBlock => "Its queue of connections is full: it does not accept any. Check its log",
+        io::ErrorKind::NotFound => "Check that the back-end is running and that this is its socket",
+        io::ErrorKind::ConnectionRefused => "This is a stale socket. Start the back-end again",
+        io::ErrorKind::PermissionDenied => "Run as the back-end's user, or change the permissions of the socket",
+        io::ErrorKind::InvalidInput => "Socket paths have at most 107 bytes. Use a shorter one",
+        _ => "Check the back-end",
     }
 }
 
 fn state_advice(source: &io::Error) -> &'static str {
     match source.kind() {
-        io::ErrorKind::TimedOut => "the back-end hangs, or is too slow",
-        io::ErrorKind::FileTooLarge => "it sends more than 16 MiB",
-        _ => "its log may say why",
+        io::ErrorKind::TimedOut => "The back-end is stuck or too slow",
+        io::ErrorKind::FileTooLarge => "The state is larger than 16 MiB",
+        _ => "The log of the back-end may have the reason",
     }
 }

@@ -1,4 +1,4 @@
-//! A switch that ends what a device waits for.
+//! Interrupts waits for a back-end.
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, BorrowedFd};
@@ -11,30 +11,30 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::FrontendError;
 use crate::sys::socket::ready;
 
-/// Ends waits for a back-end from any thread: those that are under way and, until it is cleared, those to come. They
-/// return [`FrontendError::Interrupted`]. Clones are one switch.
+/// Ends waits for a back-end from any thread: those in progress and, until it is cleared, later ones. Interrupted calls
+/// return [`FrontendError::Interrupted`]. Clones share one state.
 #[derive(Clone, Debug)]
 pub struct Interrupt(Arc<EventFd>);
 
 impl Interrupt {
-    /// A switch that is off.
+    /// Creates an interrupt that is not set.
     ///
     /// # Errors
-    /// [`FrontendError::System`] when the process is out of file descriptors.
+    /// [`FrontendError::System`] if the process has no file descriptor left.
     pub fn new() -> Result<Interrupt, FrontendError> {
         let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
         Ok(Interrupt(Arc::new(event.map_err(FrontendError::system("make an eventfd"))?)))
     }
 
-    /// Ends waits, now and until [`clear`](Self::clear).
+    /// Ends waits until [`clear`](Self::clear) is called.
     pub fn set(&self) {
-        // The counter can't overflow by being set once more per call.
+        // The eventfd counter cannot overflow: each call adds 1.
         let _ = self.0.write(1);
     }
 
-    /// Lets devices wait again.
+    /// Allows waits again.
     pub fn clear(&self) {
-        // Nothing to read: it was off.
+        // An error means that the interrupt was not set.
         let _ = self.0.read();
     }
 
@@ -43,7 +43,7 @@ impl Interrupt {
         self.wait(Duration::ZERO)
     }
 
-    /// Waits for at most `time`; returns true if it is set.
+    /// Waits for at most `time`. Returns true if the interrupt is set.
     pub fn wait(&self, time: Duration) -> bool {
         ready(self.0.as_fd(), PollFlags::POLLIN, Instant::now() + time).unwrap_or(false)
     }

@@ -1,31 +1,32 @@
-//! What a device behind an IOMMU must be told: the VMM's side of VIRTIO_F_ACCESS_PLATFORM (rule T1.1).
+//! The VMM's interface for a device with VIRTIO_F_ACCESS_PLATFORM (rule T1.1).
 #![forbid(unsafe_code)]
 
 use crate::memory::Access;
 
-/// The IOMMU of a VMM, as the device behind it asks for translations.
+/// The IOMMU of a VMM, queried for translations by the device behind it.
 ///
-/// A VMM that takes a translation away changes what this says first, and then calls
-/// [`UserDevice::invalidate`](super::UserDevice::invalidate), with nothing held that [`translate`](Iommu::translate) waits
-/// for.
+/// To remove a mapping, the VMM first makes `translate` stop returning it and then calls
+/// [`UserDevice::invalidate`](super::UserDevice::invalidate). It must not hold a lock that
+/// [`translate`](Iommu::translate) needs during that call.
 pub trait Iommu: Send + Sync {
-    /// Where the I/O virtual address `iova` lies, for a device that wants to access it; `None` if it lies nowhere, which
-    /// breaks the ring that asked. A mapping that permits less is told to the device too, which then refuses by itself.
+    /// Returns the mapping that contains `iova`, for an access by the device. `None` denies the access, which breaks
+    /// the ring that needed it. A mapping with less permission than `access` is sent to the device, which denies the
+    /// access itself.
     ///
-    /// It is called by a thread of the device, for each address that the device does not know, and while a device
-    /// reconnects. It must not call the device, nor wait for anybody who does.
+    /// The device's threads call it for each address without a known translation, and during a reconnection. It must
+    /// not call the device or wait for a thread that does.
     fn translate(&self, iova: u64, access: Access) -> Option<Mapping>;
 }
 
-/// A range of I/O virtual addresses that lies in guest memory in one piece.
+/// A range of I/O virtual addresses that is contiguous in guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapping {
-    /// The first I/O virtual address. The range contains the one that was asked for.
+    /// First I/O virtual address. The range contains the requested address.
     pub iova: u64,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
     /// Guest-physical address of the first byte.
     pub gpa: u64,
-    /// What the device may do there.
+    /// Accesses that the device may make.
     pub permission: Access,
 }

@@ -1,4 +1,4 @@
-//! A device's log as a source of dirty pages, also while its back-end is being restarted.
+//! The dirty log of a device as a [`DirtySource`], including while its back-end restarts.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -6,32 +6,33 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::{Device, FrontendError, counters};
 use crate::dirty::{DirtyError, DirtySource, Harvest, Log, PageSet};
 
-/// A device that several threads use, none of them on a data path.
+/// A device shared between threads, none of which is on a data path.
 pub trait SharedDevice: Send {
-    /// Calls `ask` with the device. Whoever connects again to restarted back-ends does so here, and calls once more.
+    /// Calls `ask` with the device. An implementation that reconnects to restarted back-ends does so here and repeats
+    /// the call.
     ///
     /// # Errors
-    /// What `ask` reports.
+    /// The error of `ask`.
     fn with(&self, ask: &mut dyn FnMut(&mut dyn Device) -> Result<(), FrontendError>) -> Result<(), FrontendError>;
 
-    /// Ends logging. A device whose back-end is away is not waited for: it logs nothing when it is back.
+    /// Stops logging. Does not wait for a back-end that is disconnected: after a reconnection nothing is logged.
     ///
     /// # Errors
-    /// What the device reports.
+    /// The error of the device.
     fn stop_logging(&self) -> Result<(), FrontendError> {
         self.with(&mut |device| device.stop_logging())
     }
 }
 
-/// A device whose back-end is not restarted.
+/// A device without reconnection.
 impl SharedDevice for Arc<Mutex<Box<dyn Device>>> {
     fn with(&self, ask: &mut dyn FnMut(&mut dyn Device) -> Result<(), FrontendError>) -> Result<(), FrontendError> {
-        // A thread that panicked while it held the device left it as the last completed call did.
+        // A thread that panicked while holding the lock left the device as after its last completed call.
         ask(self.lock().unwrap_or_else(PoisonError::into_inner).as_mut())
     }
 }
 
-/// The dirty pages of one device, from a log of its own, so that reports can tell devices apart.
+/// The dirty pages of one device, from a log that only this device writes, so that reports can tell devices apart.
 pub struct DeviceDirtySource {
     device: Box<dyn SharedDevice>,
     name: String,
@@ -40,8 +41,8 @@ pub struct DeviceDirtySource {
 }
 
 impl DeviceDirtySource {
-    /// The log of `device`, called `name` in reports, whose guest memory ends at `memory_end`. Nothing happens before
-    /// [`start`](DirtySource::start).
+    /// Creates the source for `device`, named `name` in reports, whose guest memory ends at `memory_end`. Logging
+    /// begins with [`start`](DirtySource::start).
     pub fn new(device: impl SharedDevice + 'static, name: impl Into<String>, memory_end: u64) -> DeviceDirtySource {
         DeviceDirtySource { device: Box::new(device), name: name.into(), memory_end, log: None }
     }

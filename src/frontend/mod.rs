@@ -1,7 +1,8 @@
-//! To drive a device: the [`Device`] trait, and what implements it.
+//! The front-end: the [`Device`] trait and the vhost-user client.
 //!
-//! Here: what a VMM, a migration or the built-in guest asks of a vhost device, whatever it is reached through, and the
-//! vhost-user client ([`UserDevice`]). Not here: how a device serves requests, and what a guest does with one.
+//! This module holds the operations of a VMM, a migration or the built-in guest on a vhost device, independent of its
+//! transport, and [`UserDevice`], the vhost-user client. It does not hold the device side (`backend`) or drivers
+//! (`guest`).
 #![forbid(unsafe_code)]
 
 mod counters;
@@ -30,114 +31,118 @@ use crate::dirty::Log;
 use crate::memory::Memory;
 use crate::ring::RingBase;
 
-/// What a ring needs to be started. All addresses are guest-physical, or I/O virtual where ACCESS_PLATFORM was acknowledged
+/// Parameters of a ring to be started. Addresses are guest-physical, or I/O virtual if ACCESS_PLATFORM was acknowledged
 /// (rule T1.7).
 #[derive(Clone, Debug)]
 pub struct RingSetup {
-    /// Entries.
+    /// Number of entries.
     pub size: u16,
     /// Descriptor table (packed: the descriptor ring).
     pub desc: u64,
     /// Available ring (packed: the driver's event area).
     pub avail: u64,
-    /// Used ring (packed: the device's event area); its writes are logged at this address while logging is on.
+    /// Used ring (packed: the device's event area). While logging is on, writes to it are logged at this address.
     pub used: u64,
-    /// Eventfd that the driver writes when there are new buffers.
+    /// Eventfd that the driver writes when buffers are available.
     pub kick: Arc<OwnedFd>,
     /// Eventfd that the device writes when buffers were used.
     pub call: Arc<OwnedFd>,
-    /// Eventfd that the device writes when it finds the ring broken: it then does nothing more until the ring is stopped
-    /// and started.
+    /// Eventfd that the device writes when it finds the ring broken. A broken ring is not served until it is stopped
+    /// and started again.
     pub error: Option<Arc<OwnedFd>>,
-    /// Where the device goes on (rules R4.1, R4.2).
+    /// Position at which the device continues (rules R4.1, R4.2).
     pub base: RingBase,
 }
 
-/// What a device says without having been asked.
+/// An unsolicited message of a device.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum DeviceEvent {
-    /// Its configuration space has changed: read it again.
+    /// The configuration space has changed: read it again.
     ConfigChanged,
-    /// This ring is broken, said over the channel (rule B3.2); its error fd has been signalled too.
+    /// The device reported a broken ring over the back-end channel (rule B3.2). The ring's error fd has been signalled
+    /// too.
     RingBroken(u16),
-    /// It may not access this I/O virtual address as it wanted to: the [`Iommu`] has no translation, or one that permits
-    /// less. The ring that needed it stands still (rule T1.4).
+    /// The device may not access this I/O virtual address as requested: the [`Iommu`] has no mapping, or one with less
+    /// permission. The ring that needed it is stalled (rule T1.4).
     AccessFailed(u64),
-    /// It wanted this ring's kicks on a page of its own, and was told no (rule B4.2).
+    /// The device offered a host notifier for this ring, which was refused (rule B4.2).
     HostNotifierRefused(u16),
-    /// It asked for something that is not known here, and was told no.
+    /// The device sent an unknown request, which was refused.
     RequestRefused(BackendRequest),
-    /// It broke the protocol, and can't say anything until the next connection.
+    /// The device violated the protocol on the back-end channel, which stays closed until the next connection.
     ChannelBroken(&'static str),
 }
 
-/// An inflight region's contents, to be moved with a device whose rings are stopped.
+/// Contents of an inflight region, to be moved with a device whose rings are stopped.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InflightState {
-    /// Queues it covers.
+    /// Number of queues.
     pub queues: u16,
-    /// Entries of each.
+    /// Entries of each queue.
     pub queue_size: u16,
-    /// Its bytes.
+    /// Bytes of the region.
     pub contents: Vec<u8>,
 }
 
-/// What a reconnection found.
+/// Result of a reconnection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Reconnection {
-    /// Requests that the inflight region had marked: those the new back-end executes again, and at most one batch
-    /// whose completion the guest has already seen.
+    /// Number of requests that the inflight region had marked. The new back-end executes them again; up to one batch of
+    /// them may be complete already.
     pub resubmitted: u64,
-    /// Connections that were tried until one held; 0 if the old one still does.
+    /// Number of connection attempts; 0 if the existing connection was kept.
     pub attempts: u32,
 }
 
-/// A vhost device as whoever drives it sees it.
+/// A vhost device, as its front-end sees it.
 ///
-/// The device remembers what it was told. When a call fails with [`FrontendError::is_hang_up`], memory, features,
-/// started rings, the inflight region and the log stay noted (a log that was being installed is not, a ring that was
-/// being stopped counts as running): [`reconnect`](Device::reconnect), then repeat the call. The same holds for
-/// [`FrontendError::Interrupted`], but a ring that was being started counts as running then: it is not started again.
+/// The device keeps a record of its state. When a call fails with [`FrontendError::is_hang_up`], memory, features,
+/// started rings, the inflight region and the log stay recorded; a log that was being installed does not, and a ring
+/// that was being stopped counts as running. Call [`reconnect`](Device::reconnect), then repeat the call. The same
+/// holds for [`FrontendError::Interrupted`], except that a ring that was being started counts as running and must not
+/// be started again.
 pub trait Device: Send {
-    /// What to call it in messages: a path.
+    /// Returns the name of the device in messages: the path of its socket.
     fn name(&self) -> &str;
 
-    /// Virtio and vhost feature bits offered.
+    /// Returns the offered virtio and vhost feature bits.
     fn features(&self) -> u64;
 
-    /// Virtio feature bits that [`set_features`](Device::set_features) acknowledged.
+    /// Returns the virtio feature bits that [`set_features`](Device::set_features) acknowledged.
     fn acked_features(&self) -> u64;
 
-    /// Acknowledges virtio feature bits. Transport bits and logging are the device's own business.
+    /// Acknowledges virtio feature bits. The device sets transport and logging bits itself.
     ///
     /// # Errors
-    /// [`FrontendError::NotOffered`] for bits that are not offered, [`FrontendError::NoIommu`] for ACCESS_PLATFORM where
-    /// nobody translates; the channel's errors.
+    /// [`FrontendError::NotOffered`] for bits that are not offered; [`FrontendError::NoIommu`] for ACCESS_PLATFORM
+    /// without an IOMMU; errors of the connection.
     fn set_features(&mut self, features: u64) -> Result<(), FrontendError>;
 
-    /// Most rings it has.
+    /// Returns the maximum number of rings.
     fn queues(&self) -> u16;
 
-    /// Most regions [`set_memory`](Device::set_memory) may have.
+    /// Returns the maximum number of regions for [`set_memory`](Device::set_memory).
     fn max_mem_slots(&self) -> usize;
 
-    /// Gives the device guest memory, whose regions must have fds ([`Region::share`](crate::memory::Region::share)).
-    /// Replaces what it had, also while rings run; then what they use must be in both (rules M1.1, L9.2).
+    /// Sets the guest memory of the device. Its regions must have file descriptors
+    /// ([`Region::share`](crate::memory::Region::share)). Rings may run; memory that they use must be part of the old
+    /// and the new table (rules M1.1, L9.2).
     ///
     /// # Errors
-    /// [`FrontendError::NotShared`], [`FrontendError::NotOffered`] if there are too many regions; the channel's errors.
+    /// [`FrontendError::NotShared`]; [`FrontendError::NotOffered`] if there are too many regions; errors of the
+    /// connection.
     fn set_memory(&mut self, memory: &Memory) -> Result<(), FrontendError>;
 
-    /// Agrees on an inflight region for `queues` rings of up to `queue_size` entries, before any ring is started.
-    /// `restored` is what [`inflight_state`](Device::inflight_state) said on another host; it is used if this device's region has
-    /// the same size, else the region starts fresh, which is right for rings that were drained (rule I5.1)
-    /// and refused for others.
+    /// Negotiates an inflight region for `queues` rings of up to `queue_size` entries, before any ring is started.
+    /// `restored` is the result of [`inflight_state`](Device::inflight_state) on another host. It is used if this
+    /// device's region has the same size. Otherwise the region starts fresh if no request is in flight, as after a
+    /// drain (rule I5.1), and the call fails if there are some.
     ///
-    /// Returns false if the device has no such thing; then it can't be restarted with requests outstanding.
+    /// Returns false if the device has no inflight region. Such a device cannot be restarted with outstanding requests.
     ///
     /// # Errors
-    /// The channel's errors, and [`FrontendError::ProtocolViolation`] for a region that can't be one (rule I1.2).
+    /// Errors of the connection; [`FrontendError::ProtocolViolation`] for an invalid region (rule I1.2).
     fn set_inflight(
         &mut self,
         queues: u16,
@@ -145,36 +150,36 @@ pub trait Device: Send {
         restored: Option<&InflightState>,
     ) -> Result<bool, FrontendError>;
 
-    /// Gives the inflight region that was agreed on, before any ring is started, the contents that
-    /// [`inflight_state`](Device::inflight_state) said on another host, as [`set_inflight`](Device::set_inflight) does.
+    /// Copies the result of [`inflight_state`](Device::inflight_state) on another host into the negotiated inflight
+    /// region, before any ring is started. See [`set_inflight`](Device::set_inflight).
     ///
     /// # Errors
-    /// [`FrontendError::InflightMismatch`] for another size with requests in flight; [`FrontendError::NotOffered`] if there is no
-    /// region, also from the default implementation.
+    /// [`FrontendError::InflightMismatch`] for another size with requests in flight; [`FrontendError::NotOffered`] if
+    /// there is no region, and from the default implementation.
     fn restore_inflight(&mut self, restored: &InflightState) -> Result<(), FrontendError> {
         let _ = restored;
-        let advice = "requests that are in flight can't be moved to it";
+        let advice = "requests in flight cannot be moved to it";
         Err(FrontendError::NotOffered { what: "INFLIGHT_SHMFD".into(), advice })
     }
 
-    /// The inflight region as it is now; to be moved when all rings are stopped.
+    /// Returns the contents of the inflight region. Move them when all rings are stopped.
     ///
     /// # Errors
-    /// [`FrontendError::System`] if it can't be read.
+    /// [`FrontendError::System`] if the region cannot be read.
     fn inflight_state(&self) -> Result<Option<InflightState>, FrontendError>;
 
-    /// Tells the device what can be told of rings while their memory is still on its way: how large they are, and what the device
-    /// signals. What is told now takes no time when they are tried and started.
+    /// Sends the parameters of rings that do not depend on their memory: sizes and notification fds. Validating and
+    /// starting the rings then takes less time.
     ///
     /// # Errors
-    /// [`FrontendError::InvalidRing`]; the channel's errors.
+    /// [`FrontendError::InvalidRing`]; errors of the connection.
     fn prepare_rings(&mut self, rings: &[(u16, RingSetup)]) -> Result<(), FrontendError> {
         let _ = rings;
         Ok(())
     }
 
-    /// Tells the device all that [`start_ring`](Device::start_ring) does but what starts the ring, to find out whether it
-    /// would be refused: its size, its place, and what the device needs to serve it (rule D2.1).
+    /// Sends everything that [`start_ring`](Device::start_ring) sends except the kick, to find out if the device would
+    /// refuse the ring's size or position, or lacks what it needs to serve the ring (rule D2.1).
     ///
     /// # Errors
     /// As [`start_ring`](Device::start_ring).
@@ -183,17 +188,18 @@ pub trait Device: Send {
         Ok(())
     }
 
-    /// Returns true if the calls for several rings at once say when nothing is left to do but to wait, so that one thread can call
-    /// those of many devices. They call their argument `sent` then, unless they fail before.
+    /// Returns true if the calls for several rings call their argument `sent` once all messages are sent and only
+    /// replies are missing. One thread can then nest the calls of many devices. A call that fails earlier does not call
+    /// `sent`.
     fn reports_sent(&self) -> bool {
         false
     }
 
-    /// Does so for several rings. Their messages need not wait for each other; `sent` is as of
+    /// Validates several rings. Their messages are sent before the first reply is read. For `sent` see
     /// [`reports_sent`](Device::reports_sent).
     ///
     /// # Errors
-    /// As [`validate_ring`](Device::validate_ring): the first.
+    /// As [`validate_ring`](Device::validate_ring): the first error.
     fn validate_rings(&mut self, rings: &[(u16, RingSetup)], sent: &mut dyn FnMut()) -> Result<(), FrontendError> {
         let _ = sent;
         rings.iter().try_for_each(|(index, setup)| self.validate_ring(*index, setup))
@@ -202,15 +208,15 @@ pub trait Device: Send {
     /// Starts and enables ring `index`.
     ///
     /// # Errors
-    /// [`FrontendError::InvalidRing`], [`FrontendError::Memory`] for a ring outside memory; the channel's errors. After
-    /// [`FrontendError::Interrupted`] the ring counts as running.
+    /// [`FrontendError::InvalidRing`]; [`FrontendError::Memory`] for a ring outside memory; errors of the connection.
+    /// After [`FrontendError::Interrupted`] the ring counts as running.
     fn start_ring(&mut self, index: u16, setup: RingSetup) -> Result<(), FrontendError>;
 
-    /// Starts and enables rings, and tells `started` of each as soon as it is known. Their messages need not wait for each
-    /// other; `sent` is as of [`reports_sent`](Device::reports_sent).
+    /// Starts and enables several rings, and calls `started` for each that was started. Their messages are sent before
+    /// the first reply is read. For `sent` see [`reports_sent`](Device::reports_sent).
     ///
     /// # Errors
-    /// As [`start_ring`](Device::start_ring): the first, when it is known what became of all.
+    /// As [`start_ring`](Device::start_ring): the first error, after the results of all rings are known.
     fn start_rings(
         &mut self,
         rings: &[(u16, RingSetup)],
@@ -225,17 +231,18 @@ pub trait Device: Send {
         })
     }
 
-    /// Stops ring `index` when all its requests are complete, and says where it would go on (rules R3.1, R3.2).
+    /// Stops ring `index` after all its requests are complete, and returns the position at which it would continue
+    /// (rules R3.1, R3.2).
     ///
     /// # Errors
-    /// [`FrontendError::InvalidRing`] if it is not started; the channel's errors.
+    /// [`FrontendError::InvalidRing`] if the ring is not started; errors of the connection.
     fn stop_ring(&mut self, index: u16) -> Result<RingBase, FrontendError>;
 
-    /// Stops rings as [`stop_ring`](Device::stop_ring) does, and tells `stopped` where each would go on. The requests need not
-    /// wait for each other; `sent` is as of [`reports_sent`](Device::reports_sent).
+    /// Stops several rings as [`stop_ring`](Device::stop_ring) does, and calls `stopped` with the position of each.
+    /// Their requests are sent before the first reply is read. For `sent` see [`reports_sent`](Device::reports_sent).
     ///
     /// # Errors
-    /// As [`stop_ring`](Device::stop_ring); rings that `stopped` was told of are stopped all the same.
+    /// As [`stop_ring`](Device::stop_ring). Rings reported to `stopped` are stopped despite the error.
     fn stop_rings(
         &mut self,
         indices: &[u16],
@@ -246,26 +253,26 @@ pub trait Device: Send {
         indices.iter().try_for_each(|index| self.stop_ring(*index).map(|base| stopped(*index, base)))
     }
 
-    /// Whether [`suspend_ring`](Device::suspend_ring) works, once there is an inflight region.
+    /// Returns true if [`suspend_ring`](Device::suspend_ring) is available once there is an inflight region.
     fn can_suspend_rings(&self) -> bool {
         false
     }
 
-    /// Stops ring `index` without waiting for its requests: those that are not complete stay in the inflight region, and
-    /// whoever starts the ring with it serves them (rule I8.3).
+    /// Stops ring `index` without waiting for its requests. Incomplete requests stay in the inflight region, and the
+    /// device that starts the ring with this region executes them (rule I8.3).
     ///
     /// # Errors
-    /// [`FrontendError::NotOffered`] if the device can't; as [`stop_ring`](Device::stop_ring).
+    /// [`FrontendError::NotOffered`] if the device does not support it; as [`stop_ring`](Device::stop_ring).
     fn suspend_ring(&mut self, index: u16) -> Result<RingBase, FrontendError> {
         let _ = index;
         Err(FrontendError::NotOffered { what: "suspending a ring".into(), advice: "stop it" })
     }
 
-    /// Stops rings as [`suspend_ring`](Device::suspend_ring) does, and tells `stopped` where each would go on; `sent` is as of
-    /// [`reports_sent`](Device::reports_sent).
+    /// Stops several rings as [`suspend_ring`](Device::suspend_ring) does, and calls `stopped` with the position of
+    /// each. For `sent` see [`reports_sent`](Device::reports_sent).
     ///
     /// # Errors
-    /// As [`suspend_ring`](Device::suspend_ring); rings that `stopped` was told of are stopped all the same.
+    /// As [`suspend_ring`](Device::suspend_ring). Rings reported to `stopped` are stopped despite the error.
     fn suspend_rings(
         &mut self,
         indices: &[u16],
@@ -276,127 +283,132 @@ pub trait Device: Send {
         indices.iter().try_for_each(|index| self.suspend_ring(*index).map(|base| stopped(*index, base)))
     }
 
-    /// Has every write to guest memory logged to `log`, which the device maps from `fd`. From its return on all writes
-    /// are in it; if another log was in use, none goes there any more (rules L7.2, L9.1).
+    /// Starts logging writes to guest memory to `log`, which the device maps from `fd`. When it returns, every later
+    /// write is in `log`, and none goes to the log that was used before (rules L7.2, L9.1).
     ///
     /// # Errors
-    /// [`FrontendError::NotOffered`] if the device can't log; the channel's errors.
+    /// [`FrontendError::NotOffered`] if the device cannot log; errors of the connection.
     fn start_logging(&mut self, log: &Arc<Log>, fd: BorrowedFd<'_>) -> Result<(), FrontendError>;
 
-    /// Ends logging: no write to the log after its return. A back-end that is away, or does not answer in time, has nothing
-    /// to log to when it is back.
+    /// Stops logging. When it returns, no write goes to the log. A back-end that is disconnected, or does not reply in
+    /// time, gets no log when it is reconnected.
     ///
     /// # Errors
-    /// [`FrontendError::Refused`] and other errors of the channel.
+    /// [`FrontendError::Refused`] and other errors of the connection.
     fn stop_logging(&mut self) -> Result<(), FrontendError>;
 
-    /// Returns false if [`save_state`](Device::save_state) returns `None` at once.
+    /// Returns false if [`save_state`](Device::save_state) always returns `None`.
     fn has_state(&self) -> bool {
         true
     }
 
-    /// What the device knows beside its rings and configuration, to be loaded into its like; `None` if it keeps no such
-    /// thing. All rings must be stopped (rule D1.1).
+    /// Saves the device state beyond rings and configuration, to be loaded into a device of the same kind. Returns
+    /// `None` if the device has no such state. All rings must be stopped (rule D1.1).
     ///
     /// # Errors
-    /// [`FrontendError::Refused`], [`FrontendError::DeviceState`]; the channel's errors.
+    /// [`FrontendError::Refused`], [`FrontendError::DeviceState`]; errors of the connection.
     fn save_state(&mut self) -> Result<Option<Vec<u8>>, FrontendError> {
         Ok(None)
     }
 
-    /// Gives the device what [`save_state`](Device::save_state) said elsewhere, before any ring is started (rule D1.4).
+    /// Loads the result of [`save_state`](Device::save_state) of another device, before any ring is started (rule
+    /// D1.4).
     ///
     /// # Errors
-    /// [`FrontendError::NotOffered`], also from the default implementation; [`FrontendError::Refused`] for a state that
-    /// is not this device's or damaged, which then changes nothing; [`FrontendError::DeviceState`]; the channel's errors.
+    /// [`FrontendError::NotOffered`], and from the default implementation; [`FrontendError::Refused`] for a state of
+    /// another kind of device or a damaged one, which changes nothing; [`FrontendError::DeviceState`]; errors of the
+    /// connection.
     fn load_state(&mut self, state: &[u8]) -> Result<(), FrontendError> {
         let _ = state;
-        let advice = "the guest's device has a state; give it a device of the same kind";
+        let advice = "the guest has a device state; use a device of the same kind";
         Err(FrontendError::NotOffered { what: "DEVICE_STATE".into(), advice })
     }
 
-    /// Which disk it is and the state of its contents, as they stay until a ring runs; `None` if the device can't tell. All
-    /// rings must be stopped (GET_DISK_GENERATION).
+    /// Returns the identity of the disk and the generation of its contents, which stays the same until a ring runs.
+    /// Returns `None` if the device does not know it. All rings must be stopped (GET_DISK_GENERATION).
     ///
     /// # Errors
-    /// The channel's errors.
+    /// Errors of the connection.
     fn disk_generation(&mut self) -> Result<Option<DiskGeneration>, FrontendError> {
         Ok(None)
     }
 
-    /// Which disk it is, also while rings run; `None` if the device can't tell (GET_DISK_IDENTITY).
+    /// Returns the identity of the disk, or `None` if the device does not know it. Rings may run (GET_DISK_IDENTITY).
     ///
     /// # Errors
-    /// The channel's errors.
+    /// Errors of the connection.
     fn disk_identity(&mut self) -> Result<Option<u128>, FrontendError> {
         Ok(None)
     }
 
-    /// The log in use.
+    /// Returns the log in use.
     fn log(&self) -> Option<&Arc<Log>>;
 
-    /// Reads configuration space from `offset` (rule C1.1).
+    /// Reads configuration space at `offset` (rule C1.1).
     ///
     /// # Errors
-    /// [`FrontendError::NotOffered`], [`FrontendError::Refused`]; the channel's errors.
+    /// [`FrontendError::NotOffered`], [`FrontendError::Refused`]; errors of the connection.
     fn config(&mut self, offset: u32, buf: &mut [u8]) -> Result<(), FrontendError>;
 
-    /// Writes configuration space from `offset`, as the driver would (SET_CONFIG with flags 0, rule C1.2).
+    /// Writes configuration space at `offset` on behalf of the driver (SET_CONFIG with flags 0, rule C1.2).
     ///
     /// # Errors
     /// As [`config`](Device::config).
     fn set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), FrontendError>;
 
-    /// The virtio status byte, or `None` if the device does not keep one.
+    /// Returns the virtio status byte, or `None` if the device does not keep one.
     ///
     /// # Errors
-    /// The channel's errors.
+    /// Errors of the connection.
     fn status(&mut self) -> Result<Option<u8>, FrontendError>;
 
-    /// Sets the virtio status byte where the device keeps one.
+    /// Sets the virtio status byte if the device keeps one.
     ///
     /// # Errors
-    /// The channel's errors.
+    /// Errors of the connection.
     fn set_status(&mut self, status: u8) -> Result<(), FrontendError>;
 
-    /// An fd that polls POLLHUP when the device goes away, or `None` if it never does.
+    /// Returns an fd that polls POLLHUP when the connection ends, or `None` if the device cannot disconnect.
     ///
     /// # Errors
-    /// [`FrontendError::System`] if no fd is to be had.
+    /// [`FrontendError::System`] if the fd cannot be duplicated.
     fn hang_up_fd(&self) -> Result<Option<OwnedFd>, FrontendError>;
 
-    /// Takes what it has said since the last time, each thing once.
+    /// Returns the events since the last call. Equal events are returned once.
     fn take_events(&mut self) -> Vec<DeviceEvent> {
         Vec::new()
     }
 
-    /// An fd that is readable while there are [events](Device::take_events), or `None` if there never are.
+    /// Returns an fd that is readable while there are [events](Device::take_events), or `None` if the device has no
+    /// events.
     ///
     /// # Errors
-    /// [`FrontendError::System`] if no fd is to be had.
+    /// [`FrontendError::System`] if the fd cannot be duplicated.
     fn events_fd(&self) -> Result<Option<OwnedFd>, FrontendError> {
         Ok(None)
     }
 
-    /// Returns true if the device can't be used before [`reconnect`](Device::reconnect): the connection has ended, by
-    /// either side, or an answer is still owed because the wait for it was interrupted.
+    /// Returns true if the device must be [reconnected](Device::reconnect) before the next call: either side has closed
+    /// the connection, or a reply is pending after an interrupted wait.
     fn needs_reconnect(&self) -> bool;
 
-    /// The switch that ends this device's waits, but that of [`stop_logging`](Device::stop_logging), which has a limit of
-    /// its own. `None` if it never waits.
+    /// Returns the interrupt for the waits of this device, or `None` if the device never waits.
+    /// [`stop_logging`](Device::stop_logging) is not interrupted; it has a short timeout of its own.
     ///
-    /// A wait that it ends leaves the device as [`needs_reconnect`](Device::needs_reconnect), with the connection kept:
-    /// [`reconnect`](Device::reconnect) gets the answers that are owed. A ring that was being stopped or started runs then.
+    /// After an interrupted wait [`needs_reconnect`](Device::needs_reconnect) is true and the connection is kept.
+    /// [`reconnect`](Device::reconnect) receives the pending replies. A ring that was being stopped or started then
+    /// runs.
     fn interrupt(&self) -> Option<Interrupt> {
         None
     }
 
-    /// Makes the device usable again. Where answers are owed on a connection that holds, gets them. Else connects again and installs everything that is noted: memory, inflight region, rings (going on where the inflight
-    /// region and the used ring say), the log. Then kicks and calls every ring, so that nothing waits (rules R6.1, L8.1, I3.4).
-    /// Tries until `deadline`, also if the back-end falls over meanwhile.
+    /// Makes the device usable again. If replies are pending on a connection that is still open, receives them.
+    /// Otherwise connects again and restores the recorded state: memory, inflight region, rings (continued from the
+    /// inflight region and the used ring) and log. Then signals kick and call of every ring, so that no notification is
+    /// lost (rules R6.1, L8.1, I3.4). Retries until `deadline`, also if the back-end fails again.
     ///
     /// # Errors
-    /// The last error when `deadline` is over; [`FrontendError::Interrupted`]; [`FrontendError::NotOffered`] if the new back-end is a lesser one,
-    /// [`FrontendError::Unrecoverable`] if requests would get lost.
+    /// The last error at `deadline`; [`FrontendError::Interrupted`]; [`FrontendError::NotOffered`] if the new back-end
+    /// has fewer features; [`FrontendError::Unrecoverable`] if requests would be lost.
     fn reconnect(&mut self, deadline: Instant) -> Result<Reconnection, FrontendError>;
 }

@@ -1,9 +1,9 @@
-//! The back-end channel: what a back-end says without having been asked, kicks where they are messages (rule B3.2), and the
-//! translations that it asks for (rule T1.3).
+//! Front-end side of the back-end channel, the socket passed with SET_BACKEND_REQ_FD.
 //!
-//! A thread per connection polls_channel it, so that a call reaches its driver whatever the device's owner does meanwhile. It
-//! answers what wants an answer, and keeps the rest as events, each once: a back-end that floods the channel fills
-//! nothing.
+//! One thread per connection reads back-end requests. It replies to requests that need a reply (rule B1), forwards
+//! in-band notifications to the driver (rule B3.2), answers translation misses (rule T1.3), and queues everything else
+//! as a [`DeviceEvent`]. Equal events are queued once, and the queue is bounded, so a flooding back-end cannot exhaust
+//! memory.
 #![forbid(unsafe_code)]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -32,22 +32,23 @@ use crate::memory::Access;
 use crate::sys::log_limit::limited;
 use crate::sys::{join::join, nonblocking, socket};
 
-/// Longest message, bytes: more than any has.
+/// Maximum payload of a message, bytes; larger than any defined message.
 const MAX_PAYLOAD: usize = 4096;
-/// Most events that are kept before those that a back-end can make any number of are dropped. There are few others: one
-/// per ring and kind.
+/// Maximum number of queued events. Further events of kinds that a back-end can repeat without limit are dropped. The
+/// other kinds have at most one event per ring.
 const MAX_EVENTS: usize = 1024;
-/// Most translations that wait for room on the connection; with so many of them nothing more is heard.
+/// Maximum number of misses whose translations wait for room in the connection. The channel is not read while there are
+/// so many.
 const MAX_DEFERRED_MISSES: usize = 1024;
 
-/// What was told and not yet taken; it outlives connections.
+/// Events that the owner of the device has not taken yet. Shared by all connections of a device.
 pub(super) struct EventQueue {
     pending: Mutex<BTreeSet<DeviceEvent>>,
-    /// Readable while there is something.
+    /// Readable while the queue is not empty.
     ready: EventFd,
 }
 
-/// A channel in use; it ends when this is dropped.
+/// An open back-end channel. Dropping it ends its thread.
 pub(super) struct BackendChannel {
     shared: Arc<ChannelState>,
     thread: Option<JoinHandle<()>>,
@@ -55,35 +56,35 @@ pub(super) struct BackendChannel {
 
 struct ChannelState {
     socket: UnixStream,
-    /// Tells the thread that rings have changed, or that it is over.
+    /// Wakes the thread after a change of the rings, or to end it.
     wake: EventFd,
     rings: Mutex<BTreeMap<u16, ChannelRing>>,
     closed: AtomicBool,
     events: Arc<EventQueue>,
     translator: Arc<Translator>,
-    /// Where translations are sent, and kicks if they are messages.
+    /// Socket for translations and in-band kicks.
     connection: Arc<ConnectionSocket>,
     in_band_kicks: bool,
 }
 
-/// A ring whose calls are heard.
+/// A ring whose calls are forwarded.
 #[derive(Clone)]
 struct ChannelRing {
     setup: RingSetup,
-    /// Its kicks are passed on too.
+    /// True if its kicks are forwarded as messages.
     forwards_kicks: bool,
 }
 
-/// What one thread has heard, and has yet to do.
+/// State of the channel's thread between two polls.
 #[derive(Default)]
 struct ReadState {
-    /// The beginning of a message.
+    /// Beginning of an incomplete message.
     partial: Vec<u8>,
-    /// Questions that have been answered and whose translations are yet to be sent: address and permission. They are
-    /// looked up when there is room, as their answer may have changed until then.
+    /// Acknowledged misses, address and permission, whose translations are not sent yet. They are looked up again
+    /// before they are sent, because the mapping may have changed.
     deferred: BTreeSet<(u64, u8)>,
-    /// Acknowledgements that the channel has no room for. Nothing more is heard before they are sent: a back-end may ask
-    /// faster than it reads, and one that reads nothing is not answered.
+    /// Acknowledgements that did not fit into the socket. The channel is not read before they are sent, so a back-end
+    /// that sends without reading is not served.
     acks: Vec<u8>,
 }
 
@@ -92,7 +93,7 @@ impl EventQueue {
         Ok(EventQueue { pending: Mutex::default(), ready: eventfd()? })
     }
 
-    /// Takes all there are.
+    /// Takes all events.
     pub(super) fn take(&self) -> Vec<DeviceEvent> {
         let mut pending = lock(&self.pending);
         let _ = self.ready.read();
@@ -113,7 +114,8 @@ impl EventQueue {
 }
 
 impl BackendChannel {
-    /// A channel, and the socket that the back-end must get. Translations go over `connection`, and kicks if they are messages.
+    /// Opens a channel and returns the socket for the back-end. Translations and in-band kicks are sent over
+    /// `connection`.
     pub(super) fn open(
         events: Arc<EventQueue>,
         translator: Arc<Translator>,
@@ -131,31 +133,32 @@ impl BackendChannel {
         Ok((BackendChannel { shared, thread }, theirs.into()))
     }
 
-    /// A ring is about to be enabled, and may call from then on. Its kicks are not passed on yet.
+    /// Adds a ring that is about to be enabled. Its calls are forwarded from now on, its kicks are not.
     pub(super) fn add_ring(&self, index: u16, ring: &RingSetup) {
         lock(&self.shared.rings).insert(index, ChannelRing { setup: ring.clone(), forwards_kicks: false });
     }
 
-    /// Whether a ring's kicks are passed on. Once that is forbidden none is sent any more, so that none overtakes what
-    /// stops the ring and starts it again (rules B3.5, B3.6); they are kept for whoever starts it next.
+    /// Starts or stops forwarding a ring's kicks as messages. After it has stopped, no kick is sent, so that none
+    /// arrives after the message that stops the ring and starts it again (rules B3.5, B3.6). Unsent kicks stay in the
+    /// eventfd.
     pub(super) fn set_kick_forwarding(&self, index: u16, kicks: bool) {
         lock(&self.shared.rings).entry(index).and_modify(|ring| ring.forwards_kicks = kicks);
         self.wake_for_kicks();
     }
 
-    /// The thread waits for kicks of other rings from now on, if it waits for any.
+    /// Makes the thread poll the current set of kick fds.
     fn wake_for_kicks(&self) {
         if self.shared.in_band_kicks {
             let _ = self.shared.wake.write(1);
         }
     }
 
-    /// Translations may find what they waited for.
+    /// Makes the thread retry deferred translations.
     pub(super) fn wake(&self) {
         let _ = self.shared.wake.write(1);
     }
 
-    /// It has been stopped. Its last call may not have been heard yet, and nobody is there for it any more.
+    /// Removes a stopped ring. Signals its call fd, because the last in-band call may not have been read.
     pub(super) fn remove_ring(&self, index: u16) {
         let removed = lock(&self.shared.rings).remove(&index).filter(|_| self.shared.in_band_kicks);
         removed.iter().for_each(|ring| signal(&ring.setup.call));
@@ -207,7 +210,7 @@ impl ChannelState {
                 full |= !self.forward_kick(*index, kick);
             }
             while room && let Some((iova, access)) = read.deferred.pop_first() {
-                // It was acknowledged: nobody else says that it has gone.
+                // The miss was acknowledged with success, so the failure is reported here.
                 match self.answer_miss(iova, access, true, &mut read.deferred) {
                     MissResult::Deferred => break,
                     MissResult::NotMapped => self.events.add(DeviceEvent::AccessFailed(iova)),
@@ -228,10 +231,10 @@ impl ChannelState {
         }
     }
 
-    /// Takes what has come. An error ends the channel; one without words is a back-end that has hung up.
+    /// Reads and handles messages. An error closes the channel; `Err(None)` means that the back-end closed it.
     fn receive(&self, read: &mut ReadState) -> Result<(), Option<&'static str>> {
         let mut buffer = [0; MAX_PAYLOAD];
-        // Nothing that is heard here comes with an fd of use.
+        // No supported back-end request carries an fd.
         match socket::receive(self.socket.as_fd(), &mut buffer, &mut Vec::new(), 0) {
             Ok(0) => return Err(None),
             Ok(count) => read.partial.extend(buffer.get(..count).unwrap_or_default()),
@@ -262,7 +265,7 @@ impl ChannelState {
         self.send_acks(&mut read.acks)
     }
 
-    /// Does what a message says; false if it is refused.
+    /// Handles a message. Returns false if it is refused.
     fn handle(&self, code: BackendRequest, payload: &[u8], deferred: &mut BTreeSet<(u64, u8)>) -> bool {
         debug!("{code}: {} bytes", payload.len());
         let ring = || {
@@ -309,12 +312,12 @@ impl ChannelState {
         true
     }
 
-    /// Passes a kick on; false if there is no room for it, and then it is still there.
+    /// Sends a kick as a message. Returns false if the socket is full; the kick then stays in the eventfd.
     fn forward_kick(&self, index: u16, kick: &Arc<OwnedFd>) -> bool {
-        // Held until it is sent: whoever forbids kicks waits for it.
+        // Held until the message is sent: `set_kick_forwarding` waits for it.
         let rings = lock(&self.rings);
         let accepts = |ring: &ChannelRing| ring.forwards_kicks && Arc::ptr_eq(&ring.setup.kick, kick);
-        // Taken before it is sent: one that comes in between is another one.
+        // Read before the message is sent: a kick in between must be sent too.
         if !rings.get(&index).is_some_and(accepts) || nonblocking::take(kick.as_fd()).is_err() {
             return true;
         }
@@ -328,7 +331,7 @@ impl ChannelState {
         sent
     }
 
-    /// Answers a question by a translation, now or when there is room.
+    /// Answers a miss with a translation, now or when there is room.
     fn answer_miss(
         &self,
         iova: u64,
@@ -346,7 +349,7 @@ impl ChannelState {
         result
     }
 
-    /// Sends of these acknowledgements what there is room for.
+    /// Sends acknowledgements while there is room in the socket.
     fn send_acks(&self, acks: &mut Vec<u8>) -> Result<(), Option<&'static str>> {
         while !acks.is_empty() {
             match send(self.socket.as_raw_fd(), acks, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
@@ -365,7 +368,7 @@ fn eventfd() -> Result<EventFd, FrontendError> {
     EventFd::from_flags(flags).map_err(FrontendError::system("make an eventfd"))
 }
 
-/// A thread that panicked while it held the lock has left what it guards whole.
+/// Ignores poisoning: no code that can panic leaves the guarded data inconsistent.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

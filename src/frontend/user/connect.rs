@@ -1,4 +1,4 @@
-//! Connecting: the greeting that precedes features and memory, and the patience for a back-end that is being started.
+//! Connection set-up: negotiation of features, and retries until a starting back-end accepts.
 #![forbid(unsafe_code)]
 
 use std::os::fd::AsFd;
@@ -19,22 +19,22 @@ use crate::abi::vhost_user::{
 };
 use crate::sys::log_limit::limited;
 
-/// Waits between attempts to connect.
+/// Range of waits between connection attempts.
 pub(super) const BACK_OFF: std::ops::RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_millis(100);
-/// What INBAND_NOTIFICATIONS makes no sense without (rule B3.1).
+/// Protocol features that INBAND_NOTIFICATIONS depends on (rule B3.1).
 const IN_BAND_REQUIREMENTS: u64 = bit(protocol_feature::BACKEND_REQ) | bit(protocol_feature::REPLY_ACK);
 
-/// What a back-end says when it is greeted.
+/// Result of the negotiation with a back-end.
 #[derive(Clone, Copy)]
 pub(super) struct Negotiated {
     pub(super) features: u64,
-    /// Protocol features agreed on.
+    /// Negotiated protocol features.
     pub(super) protocol: u64,
     pub(super) queues: u16,
     pub(super) slots: usize,
 }
 
-/// One connection with everything that precedes features and memory.
+/// Connects and negotiates everything that precedes features and memory.
 pub(super) fn negotiate(
     path: &Path,
     options: UserOptions,
@@ -49,7 +49,7 @@ pub(super) fn negotiate(
     let features = number(&mut connection, Request::GET_FEATURES)?;
     let mut negotiated = Negotiated { features, protocol: 0, queues: 1, slots: VHOST_MEMORY_BASELINE_NREGIONS };
     if features & bit(VHOST_USER_F_PROTOCOL_FEATURES) == 0 {
-        // Nobody can say how many rings it has: the guest's driver has to know.
+        // Without MQ the back-end cannot report its number of rings; the guest's driver has to know it.
         negotiated.queues = u16::from(u8::MAX) + 1;
         return Ok((connection, negotiated, None));
     }
@@ -83,15 +83,15 @@ pub(super) fn negotiate(
     match connection.wait_for_acks() {
         Ok(()) => Ok((connection, negotiated, Some(backend_channel))),
         Err(error @ FrontendError::Refused { .. }) if !has(protocol_feature::INBAND_NOTIFICATIONS) => {
-            limited!(warn, "{}: changes of its configuration won't be heard of: {error}", path.display());
+            limited!(warn, "{}: configuration changes are not received: {error}", path.display());
             Ok((connection, negotiated, None))
         }
         Err(error) => Err(error),
     }
 }
 
-/// Tries until it works, waiting helps no more, the deadline is over or the interrupt is set. Returns also how many attempts
-/// that took.
+/// Repeats `attempt` until it succeeds, fails with an error that waiting does not fix, the deadline passes or the
+/// interrupt is set. Also returns the number of attempts.
 pub(super) fn retry_until<T>(
     deadline: Instant,
     interrupt: &Interrupt,
@@ -127,7 +127,7 @@ mod tests {
             Err(away())
         });
         assert!(done.is_err_and(|error| error.is_transient()));
-        // Waits of 1, 2, 4 … 64 ms, then of 100 ms; fewer where threads run late, never more.
+        // Waits of 1, 2, 4 … 64 ms, then of 100 ms. A loaded machine makes fewer attempts, never more.
         assert!((2..=13).contains(&attempts), "{attempts} attempts");
         attempts = 0;
         let done = retry_until::<()>(Instant::now() + Duration::from_secs(60), &interrupt, || {

@@ -1,8 +1,9 @@
-//! One connection to a vhost-user back-end: messages out, acknowledgements and replies in, each before a deadline.
-//! Nothing here blocks: the socket does not, and every wait is a poll.
+//! Main connection to a vhost-user back-end: sends requests, receives acknowledgements and replies, each with a
+//! deadline. The socket is non-blocking, and every wait is a poll.
 //!
-//! Messages without a reply of their own are posted, and settled together: by their acknowledgements, or by a
-//! GET_FEATURES round trip where the back-end does not acknowledge (rule F4.4). What messages mean is not known here.
+//! A request without a reply of its own is sent without waiting. [`wait_for_acks`](Connection::wait_for_acks) then
+//! waits for all of them: for their acknowledgements, or with a GET_FEATURES round trip if the back-end does not
+//! support REPLY_ACK (rule F4.4). The meaning of requests is not handled here.
 #![forbid(unsafe_code)]
 
 use std::io;
@@ -22,24 +23,24 @@ use super::super::{FrontendError, Interrupt, counters};
 use crate::abi::vhost_user::{Header, Request};
 use crate::sys::socket;
 
-/// Longest reply: GET_CONFIG's 268 bytes, with room for what is to come.
+/// Maximum payload of a reply. GET_CONFIG has 268 bytes; the rest is reserve for later versions of the protocol.
 const MAX_REPLY: usize = 4096;
 
-/// Most fds of a reply: none has more than one, and one too many is to be seen.
+/// Number of fds accepted with a reply. Replies have at most one; the second makes an excess visible.
 const MAX_FDS: usize = 2;
 
-/// Messages sent before their answers are read.
+/// Maximum number of messages sent before their replies are read.
 pub(super) const MAX_UNACKED: usize = 64;
 
-/// Which of several messages were refused, and how.
+/// Refusals among several messages, by index.
 type Refusals = Vec<(usize, FrontendError)>;
 
-/// What has come of answers that were owed.
+/// Replies that arrived after the wait for them had ended.
 #[derive(Default)]
 pub(super) struct LateReplies {
-    /// Where rings have stopped.
+    /// Replies to GET_VRING_BASE: rings that have stopped.
     pub(super) base_replies: Vec<Reply>,
-    /// The first refusal.
+    /// First refusal.
     pub(super) refused: Option<FrontendError>,
 }
 
@@ -48,51 +49,51 @@ pub(super) struct Connection {
     path: PathBuf,
     timeout: Duration,
     interrupt: Interrupt,
-    /// What becomes of a connection on which an answer is late.
+    /// Handling of replies that do not arrive in time.
     timeout_policy: TimeoutPolicy,
-    /// The back-end has answered something: it has taken the connection up.
+    /// True once the back-end has replied, which shows that it serves this connection.
     has_replied: bool,
-    /// Answers that come later than they were waited for. Nothing is sent while there are any.
+    /// Replies whose wait has ended before they arrived. Nothing is sent while there are any.
     pending: Vec<PendingReply>,
-    /// What has come of answers that were owed.
+    /// Pending replies that have arrived.
     late_replies: LateReplies,
-    /// REPLY_ACK is agreed on.
+    /// True if REPLY_ACK was negotiated.
     pub(super) acks: bool,
-    /// Posted and not yet settled.
+    /// Requests sent and not yet acknowledged.
     unacked: Vec<Request>,
     send_buffer: Option<SendBuffer>,
 }
 
-/// Messages that are to be sent together.
+/// Messages to be sent in one system call.
 struct SendBuffer {
     bytes: Vec<u8>,
-    /// Goes along with the first of them.
+    /// Descriptor of the first message.
     fd: Option<Arc<OwnedFd>>,
     last: Request,
-    /// The number of them that are counted as posted.
+    /// Number of messages counted in [`Connection::unacked`].
     unacked: usize,
 }
 
-/// What becomes of a connection on which an answer is late. An answer stays owed where the interrupt has ended the wait.
+/// Handling of a reply that does not arrive in time. An interrupted wait always leaves its reply pending.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum TimeoutPolicy {
-    /// It is given up: the answer could be taken for another one.
+    /// Closes the connection, because a late reply could be mistaken for another one.
     Close,
-    /// The answer stays owed. The interrupt does not end the wait.
+    /// Leaves the reply pending, and ignores the interrupt.
     KeepUninterruptible,
-    /// The answer stays owed.
+    /// Leaves the reply pending.
     Keep,
 }
 
-/// An answer that is owed.
+/// A reply that has not arrived.
 #[derive(Clone, Copy)]
 struct PendingReply {
     request: Request,
-    /// It is the acknowledgement of a message without a reply of its own.
+    /// True for an acknowledgement, false for a reply of the request's own.
     is_ack: bool,
 }
 
-/// The socket, on which messages don't mix.
+/// Socket of the connection, with a lock so that messages of two threads do not interleave.
 pub(super) struct ConnectionSocket {
     socket: UnixStream,
     sends: Mutex<()>,
@@ -103,14 +104,15 @@ impl ConnectionSocket {
         self.socket.as_fd()
     }
 
-    /// Sends a short message without a reply, if there is room for it now. One for a back-end that is gone is dropped.
+    /// Sends a short message without a reply if there is room. Returns false if there is none. Errors of a closed
+    /// connection are ignored.
     pub(super) fn try_send(&self, bytes: &[u8]) -> bool {
         let Ok(_alone) = self.sends.try_lock() else { return false };
         send(self.socket.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) != Err(Errno::EAGAIN)
     }
 }
 
-/// A reply's payload, and the fds that came with it.
+/// Payload and fds of a reply.
 pub(super) struct Reply {
     pub(super) request: Request,
     pub(super) payload: Vec<u8>,
@@ -118,18 +120,18 @@ pub(super) struct Reply {
 }
 
 impl Reply {
-    /// The payload as the one structure it must be.
+    /// Parses the payload as exactly one structure.
     pub(super) fn read<T: FromBytes>(&self, rule: &'static str) -> Result<T, FrontendError> {
         T::read_from_bytes(&self.payload).map_err(|_| FrontendError::ProtocolViolation {
             request: self.request,
-            what: format!("an answer of {} bytes, not {}", self.payload.len(), size_of::<T>()),
+            what: format!("a reply of {} bytes instead of {}", self.payload.len(), size_of::<T>()),
             rule,
         })
     }
 }
 
 impl Connection {
-    /// Connects, or says at once why that is not possible.
+    /// Connects, or fails at once.
     pub(super) fn connect(path: &Path, timeout: Duration, interrupt: &Interrupt) -> Result<Connection, FrontendError> {
         let socket = socket::connect(path).map_err(|source| FrontendError::Connect { path: path.into(), source })?;
         let socket = Arc::new(ConnectionSocket { socket, sends: Mutex::default() });
@@ -148,12 +150,12 @@ impl Connection {
         })
     }
 
-    /// The connection, for short messages beside those of the channel.
+    /// Returns the socket, for short messages of the back-end channel's thread.
     pub(super) fn socket(&self) -> &Arc<ConnectionSocket> {
         &self.socket
     }
 
-    /// From now on posted messages ask for an acknowledgement.
+    /// Requests acknowledgements (need-reply) from now on.
     pub(super) fn enable_acks(&mut self) {
         self.acks = true;
     }
@@ -162,17 +164,17 @@ impl Connection {
         self.timeout = timeout;
     }
 
-    /// Says what becomes of late answers from now on.
+    /// Sets the handling of replies that do not arrive in time.
     pub(super) fn set_timeout_policy(&mut self, timeout_policy: TimeoutPolicy) {
         self.timeout_policy = timeout_policy;
     }
 
-    /// Returns true if answers are owed.
+    /// Returns true if replies are pending.
     pub(super) fn has_pending_replies(&self) -> bool {
         !self.pending.is_empty()
     }
 
-    /// Gets the answers that are owed, until `deadline`.
+    /// Receives the pending replies until `deadline`.
     pub(super) fn receive_pending(&mut self, deadline: Instant) -> Result<LateReplies, FrontendError> {
         let begun = Instant::now();
         while let Some(&PendingReply { request, is_ack }) = self.pending.first() {
@@ -191,7 +193,7 @@ impl Connection {
         Ok(std::mem::take(&mut self.late_replies))
     }
 
-    /// Sends a message that has no reply of its own.
+    /// Sends a request that has no reply of its own.
     pub(super) fn send(
         &mut self,
         request: Request,
@@ -202,7 +204,8 @@ impl Connection {
         self.count_unacked(request)
     }
 
-    /// The same, but it may be sent together with what is posted next: at the latest before something is waited for.
+    /// Sends a request that has no reply of its own, possibly in one system call with the next ones. It is sent at the
+    /// latest before the next wait.
     pub(super) fn send_buffered(
         &mut self,
         request: Request,
@@ -212,7 +215,7 @@ impl Connection {
         if self.has_pending_replies() {
             return Err(FrontendError::Interrupted { request });
         }
-        // An fd belongs to the first of the messages that are sent together.
+        // The kernel attaches fds to the first byte of a send.
         if fd.is_some() {
             self.flush()?;
         }
@@ -244,23 +247,23 @@ impl Connection {
         if self.acks && self.unacked.len() >= MAX_UNACKED { self.wait_for_acks() } else { Ok(()) }
     }
 
-    /// Sends a message that nothing answers, whatever was agreed on.
+    /// Sends a message that is never answered, whatever was negotiated.
     pub(super) fn send_without_reply(&mut self, request: Request, payload: &[u8]) -> Result<(), FrontendError> {
         self.send_message(request, Header::FLAG_VERSION, payload, &[])
     }
 
-    /// Waits until everything posted is done. On refusals the first is reported, when all are in.
+    /// Waits until all sent requests are processed. Returns the first refusal after all acknowledgements have arrived.
     pub(super) fn wait_for_acks(&mut self) -> Result<(), FrontendError> {
         self.wait_for_acks_within(self.timeout)
     }
 
-    /// The same, for requests that may take longer.
+    /// Like [`wait_for_acks`](Self::wait_for_acks), with a timeout for requests that may take longer.
     pub(super) fn wait_for_acks_within(&mut self, timeout: Duration) -> Result<(), FrontendError> {
         self.collect_acks(timeout, &mut || {})?.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))
     }
 
-    /// Waits until everything posted is done, after `sent`, whose time is part of `timeout`. Returns the refusals: which of the
-    /// messages posted since the last time it was, counted from 0.
+    /// Calls `sent`, whose time counts towards `timeout`, and waits until all sent requests are processed. Returns the
+    /// refusals, indexed from 0 since the last wait.
     pub(super) fn collect_acks(
         &mut self,
         timeout: Duration,
@@ -274,14 +277,14 @@ impl Connection {
         self.receive_replies(timeout, spent, &[], &mut Vec::new())
     }
 
-    /// How many messages are posted and not settled.
+    /// Returns the number of unacknowledged requests.
     pub(super) fn unacked(&self) -> usize {
         self.unacked.len()
     }
 
-    /// Receives the acknowledgements of what is posted and then replies to `asked`, which are added to `replies` also when a
-    /// later answer does not come. Each may take `timeout`, of which `spent` has passed for the first. Returns the refusals among
-    /// the acknowledgements.
+    /// Receives the outstanding acknowledgements and then the replies to `asked`. Replies are added to `replies` also
+    /// if a later one does not arrive. Each may take `timeout`, of which `spent` has passed for the first. Returns the
+    /// refusals among the acknowledgements.
     fn receive_replies(
         &mut self,
         timeout: Duration,
@@ -314,10 +317,10 @@ impl Connection {
         Ok(refused)
     }
 
-    /// Sends messages that have replies of their own behind what is posted, all before the first answer is read; the replies
-    /// are added to `replies`, also those before one that does not come. With what is posted they may be no more than
-    /// [`MAX_UNACKED`]. `sent` is called in between; what it takes is part of `timeout`. Returns the refusals of what was
-    /// posted.
+    /// Sends requests with replies of their own, all before the first reply is read. Replies are added to `replies`,
+    /// also those before one that does not arrive. Together with unacknowledged requests there must be at most
+    /// [`MAX_UNACKED`]. Calls `sent` after sending; its time counts towards `timeout`. Returns the refusals of the
+    /// unacknowledged requests.
     pub(super) fn request_each<'a>(
         &mut self,
         timeout: Duration,
@@ -336,7 +339,7 @@ impl Connection {
         self.receive_replies(timeout, spent, &asked, replies)
     }
 
-    /// What an acknowledgement says.
+    /// Evaluates an acknowledgement.
     fn check_ack(&self, reply: &Reply) -> Result<(), FrontendError> {
         let request = reply.request;
         match reply.read("F4.1").inspect_err(|_| self.close())? {
@@ -348,7 +351,7 @@ impl Connection {
         }
     }
 
-    /// Sends a message that has a reply of its own and waits for that (rule F3.1).
+    /// Sends a request that has a reply of its own, and waits for the reply (rule F3.1).
     pub(super) fn request(
         &mut self,
         request: Request,
@@ -358,7 +361,7 @@ impl Connection {
         self.request_within(self.timeout, request, payload, fds)
     }
 
-    /// The same, for what may take longer.
+    /// Like [`request`](Self::request), with a timeout for requests that may take longer.
     pub(super) fn request_within(
         &mut self,
         timeout: Duration,
@@ -374,9 +377,9 @@ impl Connection {
         self.wait_for_reply(PendingReply { request, is_ack: false }, timeout, Duration::ZERO)
     }
 
-    /// Ends the connection; also wakes whoever watches it.
+    /// Closes the connection. Also wakes threads that poll [`hang_up_fd`](Self::hang_up_fd).
     pub(super) fn close(&self) {
-        // An error means that it has ended already.
+        // An error means that the connection is closed already.
         let _ = self.socket.socket.shutdown(std::net::Shutdown::Both);
     }
 
@@ -403,7 +406,7 @@ impl Connection {
     fn flush(&mut self) -> Result<(), FrontendError> {
         let Some(SendBuffer { bytes, fd, last, unacked }) = self.send_buffer.take() else { return Ok(()) };
         let sent = self.send_bytes(last, &bytes, fd.as_ref().map(AsFd::as_fd).as_slice());
-        // Nothing answers what was not sent.
+        // There is no acknowledgement for an unsent message.
         sent.inspect_err(|_| self.unacked.truncate(self.unacked.len().saturating_sub(unacked)))
     }
 
@@ -412,13 +415,13 @@ impl Connection {
         if self.has_pending_replies() {
             return Err(FrontendError::Interrupted { request });
         }
-        // A thread that panicked meanwhile has sent all or nothing.
+        // Ignores poisoning: a message is sent completely or the connection is closed.
         let _alone = self.socket.sends.lock().unwrap_or_else(PoisonError::into_inner);
         let sent = socket::send_until(self.socket.fd(), bytes, fds, Instant::now() + self.timeout);
         sent.map_err(|error| self.io_error(request, self.timeout, error))
     }
 
-    /// Receives an answer, the next that comes within `timeout`, of which `spent` has passed.
+    /// Waits for the next reply for `timeout`, of which `spent` has passed.
     fn wait_for_reply(
         &mut self,
         answer: PendingReply,
@@ -449,12 +452,12 @@ impl Connection {
         }
     }
 
-    /// Returns true if something has come already.
+    /// Returns true if data is available.
     fn has_data(&self) -> bool {
         recv(self.socket.socket.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) == Ok(1)
     }
 
-    /// Waits until something has come, or the other side has hung up; false at the deadline.
+    /// Waits until data is available or the back-end has closed the connection. Returns false at the deadline.
     fn wait_readable(&self, request: Request, deadline: Instant, interruptible: bool) -> Result<bool, FrontendError> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -486,14 +489,14 @@ impl Connection {
             Err(FrontendError::ProtocolViolation { request, what, rule })
         };
         if header.request != request.0 {
-            return breach(format!("an answer to {}", Request(header.request)), "F10.1");
+            return breach(format!("a reply to {}", Request(header.request)), "F10.1");
         }
         if header.flags != Header::REPLY_FLAGS {
             return breach(format!("flags {:#x} instead of {:#x}", header.flags, Header::REPLY_FLAGS), "F2.2");
         }
         let size = header.size as usize;
         if size > MAX_REPLY {
-            return breach(format!("an answer of {size} bytes, more than {MAX_REPLY}"), "F1.4");
+            return breach(format!("a reply of {size} bytes, more than {MAX_REPLY}"), "F1.4");
         }
         let mut payload = vec![0; size];
         self.read_exact(&mut payload, &mut fds, request, deadline, timeout)?;
@@ -542,14 +545,14 @@ impl Connection {
                 error
             }
             _ => {
-                // What of a message was sent is not known.
+                // An unknown part of a message may have been sent.
                 self.close();
-                FrontendError::System { what: "talk to the back-end", source: error }
+                FrontendError::System { what: "communicate with the back-end", source: error }
             }
         }
     }
 
-    /// What a back-end that has not answered in time does, as far as it can be known.
+    /// Returns the error for a reply that did not arrive in time, as specific as can be known.
     fn timeout_error(&self, request: Request, waited: Duration) -> FrontendError {
         if self.has_replied || !socket::is_unread(self.socket.fd()).unwrap_or(false) {
             return FrontendError::Timeout { request, waited };
@@ -559,7 +562,7 @@ impl Connection {
     }
 }
 
-/// A message as it goes over the socket.
+/// Encodes a message.
 fn encode(request: Request, flags: u32, payload: &[u8]) -> Vec<u8> {
     debug!("{request}: {} bytes", payload.len());
     counters::message_sent(request);
@@ -567,7 +570,7 @@ fn encode(request: Request, flags: u32, payload: &[u8]) -> Vec<u8> {
     [header.as_bytes(), payload].concat()
 }
 
-/// The time that `work` takes.
+/// Returns the time that `work` takes.
 fn time_of(work: &mut dyn FnMut()) -> Duration {
     let begun = Instant::now();
     work();
@@ -588,7 +591,7 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(60);
 
-    /// A channel that waits hardly at all, and the back-end's end.
+    /// Returns a connection with a timeout of 1 ms, and the back-end's end.
     fn connection_with_1ms_timeout() -> (Connection, UnixStream) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
@@ -605,7 +608,7 @@ mod tests {
         let replies_thread = std::thread::spawn(move || {
             let mut heard = [0; 3 * (size_of::<Header>() + 8)];
             back_end.read_exact(&mut heard).unwrap();
-            // The timeout of all else is over.
+            // Longer than the connection's own timeout.
             std::thread::sleep(Duration::from_millis(100));
             let header = Header { request: request.0, flags: Header::REPLY_FLAGS, size: 8 };
             back_end.write_all(&[header.as_bytes(), &[1; 8], header.as_bytes(), &[2; 8]].concat()).unwrap();
@@ -616,7 +619,7 @@ mod tests {
         replies_thread.join().unwrap();
     }
 
-    /// Every byte may bring as many fds as a message of a socket carries.
+    /// Every byte may carry as many fds as a socket message allows.
     #[test]
     fn a_reply_in_pieces_keeps_at_most_max_fds() {
         let (mut connection, back_end) = connection_with_1ms_timeout();

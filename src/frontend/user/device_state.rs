@@ -1,4 +1,4 @@
-//! A device's state, through a pipe to and from the back-end (rule D1.3).
+//! Transfer of the device state through a pipe (rule D1.3).
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -16,7 +16,7 @@ use crate::abi::vhost_user::{
 };
 use crate::sys::pipe::{WaitLimit, read_all, write_all};
 
-/// Reads what the back-end writes, for at most `patience`.
+/// Reads the state that the back-end saves, for at most `patience`.
 pub(super) fn save(
     connection: &mut Connection,
     patience: Duration,
@@ -31,7 +31,7 @@ pub(super) fn save(
     Ok(state)
 }
 
-/// Writes what the back-end reads, for at most `patience`.
+/// Writes the state that the back-end loads, for at most `patience`.
 pub(super) fn load(
     connection: &mut Connection,
     patience: Duration,
@@ -44,7 +44,7 @@ pub(super) fn load(
         write_all(own.as_fd(), state, &WaitLimit::DeadlineOrStop(Instant::now() + patience, interrupt.as_fd()));
     drop(own);
     match written {
-        // A back-end that reads no further knows why.
+        // The back-end stopped reading; CHECK_DEVICE_STATE returns its reason.
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
             check(connection, patience)?;
             Err(FrontendError::DeviceState { operation: "load", source: error })
@@ -63,7 +63,7 @@ fn failed(operation: &'static str, source: std::io::Error, interrupt: &Interrupt
     }
 }
 
-/// Hands over `theirs`; the fd to use instead of its other end, if the back-end wants that.
+/// Passes `theirs` to the back-end. Returns the fd to use instead of the pipe's other end, if the back-end sends one.
 fn begin(connection: &mut Connection, direction: u32, theirs: OwnedFd) -> Result<Option<OwnedFd>, FrontendError> {
     let request = Request::SET_DEVICE_STATE_FD;
     let transfer = DeviceStateTransfer { direction, phase: DEVICE_STATE_PHASE_STOPPED };
@@ -75,12 +75,15 @@ fn begin(connection: &mut Connection, direction: u32, theirs: OwnedFd) -> Result
     if code & DEVICE_STATE_NOFD_MASK != 0 {
         return Ok(None);
     }
-    let breach =
-        || FrontendError::ProtocolViolation { request, what: "it announces an fd and sends none".into(), rule: "D1.2" };
+    let breach = || FrontendError::ProtocolViolation {
+        request,
+        what: "the reply announces an fd and has none".into(),
+        rule: "D1.2",
+    };
     reply.fds.pop().ok_or_else(breach).map(Some).inspect_err(|_| connection.close())
 }
 
-/// Asks how the transfer went.
+/// Requests the result of the transfer.
 fn check(connection: &mut Connection, patience: Duration) -> Result<(), FrontendError> {
     let request = Request::CHECK_DEVICE_STATE;
     let reply = connection.request_within(patience, request, &[], &[])?;

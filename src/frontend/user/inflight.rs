@@ -1,5 +1,5 @@
-//! The inflight region as the front-end has it: an fd that it keeps for the next back-end, and never changes while
-//! rings run. What the bytes mean to a device is the inflight room's business (rules I1-I7).
+//! The front-end's copy of the inflight region: an fd that is kept for the next back-end and not changed while rings
+//! run. Its contents are handled by the `inflight` module (rules I1-I7).
 #![forbid(unsafe_code)]
 
 use std::fs::File;
@@ -12,7 +12,7 @@ use crate::abi::inflight::{PACKED_ENTRY_BYTES, PACKED_HEADER_BYTES, SPLIT_ENTRY_
 use crate::abi::vhost_user::{InflightDescription, Request};
 use crate::inflight::RingKind;
 
-/// More than a region needs, but not absurd: room for back-ends that round up to huge pages.
+/// Excess over the needed size that is accepted, for back-ends that round up to huge pages.
 const SLACK: u64 = 2 << 20;
 
 pub(super) struct InflightFile {
@@ -24,7 +24,7 @@ pub(super) struct InflightFile {
 }
 
 impl InflightFile {
-    /// The region of a GET_INFLIGHT_FD reply, checked against what was asked for (rule I1.2).
+    /// Parses a GET_INFLIGHT_FD reply and checks it against the request (rule I1.2).
     pub(super) fn from_reply(
         reply: Reply,
         queues: u16,
@@ -33,11 +33,11 @@ impl InflightFile {
     ) -> Result<InflightFile, FrontendError> {
         let request = Request::GET_INFLIGHT_FD;
         let breach = |what: String| FrontendError::ProtocolViolation { request, what, rule: "I1.2" };
-        // Four bytes of padding at the end, which some send and some don't (rule F6.3).
+        // Some back-ends omit the four bytes of padding at the end (rule F6.3).
         let mut bytes = [0; size_of::<InflightDescription>()];
         match (reply.payload.len(), bytes.get_mut(..reply.payload.len())) {
             (20.., Some(bytes)) => bytes.copy_from_slice(&reply.payload),
-            (len, _) => return Err(breach(format!("an answer of {len} bytes, not 24"))),
+            (len, _) => return Err(breach(format!("a reply of {len} bytes instead of 24"))),
         }
         let description: InflightDescription = zerocopy::transmute!(bytes);
         let (size, offset) = (description.mmap_size, description.mmap_offset);
@@ -53,12 +53,12 @@ impl InflightFile {
         }
         let needed = ring_kind(packed).queue_bytes(queue_size) * u64::from(queues);
         if size < needed || size > needed + SLACK {
-            return Err(breach(format!("a region of {size} bytes where {needed} are needed")));
+            return Err(breach(format!("a region of {size} bytes; {needed} are needed")));
         }
         let file = File::from(fd);
         let has = file.metadata().map_err(FrontendError::system("look at the inflight region"))?.len();
         if offset.checked_add(size).is_none_or(|end| end > has) {
-            return Err(breach(format!("{size} bytes at {offset} of a file of {has}")));
+            return Err(breach(format!("{size} bytes at offset {offset} of a file of {has} bytes")));
         }
         Ok(InflightFile { file, size, offset, queues, queue_size })
     }
@@ -84,7 +84,8 @@ impl InflightFile {
         Ok(InflightState { queues: self.queues, queue_size: self.queue_size, contents })
     }
 
-    /// Takes over another region's contents, if they fit. They need not if nothing is in flight.
+    /// Copies the contents of another region if it has the same size. Another size is accepted if no request is in
+    /// flight.
     pub(super) fn restore(&self, state: &InflightState, packed: bool) -> Result<(), FrontendError> {
         let fits = (state.queues, state.queue_size, state.contents.len() as u64);
         let own = (self.queues, self.queue_size, self.size);
@@ -99,13 +100,13 @@ impl InflightFile {
         written.map_err(FrontendError::system("restore the inflight region"))
     }
 
-    /// How many requests are marked.
+    /// Returns the number of marked requests.
     pub(super) fn marked(&self, packed: bool) -> Result<u64, FrontendError> {
         Ok(marked(&self.state()?, packed))
     }
 }
 
-/// How many requests are marked.
+/// Returns the number of marked requests.
 fn marked(state: &InflightState, packed: bool) -> u64 {
     let (header, entry) = match packed {
         true => (PACKED_HEADER_BYTES, PACKED_ENTRY_BYTES),

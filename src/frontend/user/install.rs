@@ -1,4 +1,4 @@
-//! A back-end that knows nothing is given all that is noted: after a restart (rules R6.1, L8.1, I3.4).
+//! Restores the recorded state on a new connection, after a restart of the back-end (rules R6.1, L8.1, I3.4).
 #![forbid(unsafe_code)]
 
 use std::time::Duration;
@@ -17,8 +17,8 @@ use crate::memory::Memory;
 use crate::ring::RingBase;
 
 impl UserDevice {
-    /// Where a back-end that knows nothing goes on: a split ring at its used index (rules I3.4, R4.1). Of a packed one only
-    /// the inflight region knows, which counts more than this base (rule I4.5).
+    /// Returns the position at which a restarted back-end continues: the used index of a split ring (rules I3.4, R4.1).
+    /// The position of a packed ring is in its inflight region, which takes precedence over this base (rule I4.5).
     fn base_after_crash(&self, index: u16, setup: &RingSetup) -> Result<RingBase, FrontendError> {
         if self.is_packed() {
             return match self.inflight {
@@ -45,7 +45,8 @@ impl UserDevice {
         Ok(u16::from_le_bytes(bytes))
     }
 
-    /// Gives a back-end that knows nothing all that is noted (rules R6.1, L8.1). Returns how many requests it finds marked.
+    /// Sends the recorded state to a new back-end (rules R6.1, L8.1). Returns the number of requests marked in the
+    /// inflight region.
     fn install(&mut self) -> Result<u64, FrontendError> {
         let marked = self.inflight.as_ref().map_or(Ok(0), |inflight| inflight.marked(self.is_packed()))?;
         let rings = self.rings.clone();
@@ -68,8 +69,8 @@ impl UserDevice {
             self.send_ring(index, setup, base)?;
             self.send_kick(index, setup)?;
             if let Some((log, _)) = &self.log {
-                // The back-end that died may have written the used ring and not yet logged it. The next one also sees
-                // by these marks that the old one's are not lost (rule L15.4).
+                // The failed back-end may have written the used ring without logging it. These marks also show the next
+                // back-end that the marks of the old one are kept (rule L15.4).
                 let [desc, _, used] = self.layout(setup);
                 let written = if self.is_packed() { &[desc, used][..] } else { &[used] };
                 for (addr, len) in written {
@@ -88,7 +89,7 @@ impl UserDevice {
         self.connection.wait_for_acks()?;
         for (&index, setup) in &rings {
             self.forward_kicks(index, true);
-            // It may have taken a kick with it, or died before its call.
+            // The failed back-end may have consumed a kick, or not have sent a call.
             signal(&setup.kick);
             signal(&setup.call);
         }
@@ -97,7 +98,7 @@ impl UserDevice {
 
     pub(super) fn reconnect_once(&mut self, timeout: Duration) -> Result<u64, FrontendError> {
         let options = UserOptions { timeout, ..self.options };
-        // The old connection must be gone before the new one asks for the same device.
+        // Close the old connection first: many back-ends serve one front-end at a time.
         self.connection.close();
         self.backend_channel = None;
         self.stopping.clear();
@@ -108,7 +109,7 @@ impl UserDevice {
         let old = std::mem::replace(&mut self.negotiated, negotiated);
         (self.connection, self.backend_channel) = (connection, backend_channel);
         let lost = self.features & !negotiated.features;
-        // A successor whose image can't have a generation serves it all the same.
+        // A back-end whose image cannot store a generation serves the disk all the same.
         let lost_protocol = old.protocol & !negotiated.protocol & !bit(own::F_DISK_GENERATION);
         if lost != 0 || lost_protocol != 0 || negotiated.queues < old.queues {
             self.connection.close();
@@ -117,13 +118,12 @@ impl UserDevice {
             let differences = [
                 (lost != 0).then(|| format!("features {features}")),
                 (lost_protocol != 0).then(|| format!("protocol features {}", protocol_feature_names(lost_protocol))),
-                (negotiated.queues < old.queues)
-                    .then(|| format!("{} queues, it has {}", old.queues, negotiated.queues)),
+                (negotiated.queues < old.queues).then(|| format!("{} queues (now {})", old.queues, negotiated.queues)),
             ];
             let missing: Vec<_> = differences.into_iter().flatten().collect();
             return Err(FrontendError::NotOffered {
-                what: format!("what it did before: {}", missing.join("; ")),
-                advice: "restart the back-end with the options it had",
+                what: format!("what it offered before: {}", missing.join("; ")),
+                advice: "restart the back-end with its previous options",
             });
         }
         let installed = self.check_iommu(self.features).and_then(|()| self.install());

@@ -1,4 +1,4 @@
-//! A device behind the VMM's IOMMU: translations out, invalidations that nothing overtakes (rules T1-T3).
+//! A device behind the VMM's IOMMU: sends translations and invalidations in order (rules T1-T3).
 #![forbid(unsafe_code)]
 
 use std::ops::RangeInclusive;
@@ -17,27 +17,27 @@ use crate::abi::virtio::VIRTIO_F_ACCESS_PLATFORM;
 use crate::memory::{Access, LOG_PAGE, Memory};
 use crate::sys::log_limit::limited;
 
-/// The VMM's IOMMU, and the memory that its mappings lead to; it outlives connections.
+/// The VMM's IOMMU and the memory that its mappings refer to. Shared by all connections of a device.
 ///
-/// One lock is held from the look at the VMM's table until what was found is sent, and while an invalidation is sent. So
-/// what is sent after an invalidation was found after the table had changed (rule T3.5).
+/// The lock is held from the look-up of a mapping until its translation is sent, and while an invalidation is sent. A
+/// translation that is sent after an invalidation was therefore looked up after the mapping had changed (rule T3.5).
 pub(super) struct Translator(Mutex<TranslatorState>);
 
 struct TranslatorState {
     iommu: Option<Arc<dyn Iommu>>,
-    /// What the back-end has been given; `None` while it is being given something else.
+    /// Memory that the back-end has; `None` while a new table is being sent.
     memory: Option<Memory>,
 }
 
-/// What has become of a question.
+/// Result of a translation miss.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum MissResult {
     Sent,
-    /// One that permits less than was asked for.
+    /// A translation with less permission than requested was sent.
     SentRestricted,
-    /// There is none. If it had been acknowledged, that has been told.
+    /// There is no mapping. If the miss had been acknowledged, a translation without permission was sent.
     NotMapped,
-    /// There is no room for the answer now: look again later.
+    /// The socket is full or the memory table changes: retry later.
     Deferred,
 }
 
@@ -56,19 +56,19 @@ impl Translator {
         self.lock().iommu.is_some()
     }
 
-    /// From now on mappings lead to `memory`, or wait: while a table is on its way nothing is sent that was found with
-    /// the one before or with this one, for the back-end has neither as a whole.
+    /// Sets the memory that mappings refer to. With `None` translations are deferred: while a table is being sent the
+    /// back-end has neither the old nor the new one completely.
     pub(super) fn set_memory(&self, memory: Option<&Memory>) {
         self.lock().memory = memory.cloned();
     }
 
-    /// Whether translations wait for memory.
+    /// Returns true while translations are deferred for a memory table.
     pub(super) fn is_paused(&self) -> bool {
         self.lock().memory.is_none()
     }
 
-    /// Looks for `iova` and sends what is found over `socket`. Where it was `acknowledged` and has gone since, an update says
-    /// so that permits nothing.
+    /// Looks up `iova` and sends the translation over `socket`. If an `acknowledged` miss has lost its mapping, sends a
+    /// translation without permission.
     pub(super) fn send_update(
         &self,
         iova: u64,
@@ -92,7 +92,8 @@ impl Translator {
         }
     }
 
-    /// Guest-physical address and length of what makes up `len` bytes at `iova`, for whoever drives the device.
+    /// Returns the guest-physical address and length of each part of `len` bytes at `iova`, for the front-end's own
+    /// accesses.
     pub(super) fn guest_ranges(&self, iova: u64, len: u64) -> Result<Vec<(u64, u64)>, FrontendError> {
         let state = self.lock();
         let (mut at, mut left, mut pieces) = (iova, len, Vec::new());
@@ -100,30 +101,31 @@ impl Translator {
             let (mapping, skip) = state.mapping(at, Access::Read).ok_or(FrontendError::Untranslated { iova: at })?;
             let here = left.min(mapping.size - skip);
             pieces.push((mapping.gpa.saturating_add(skip), here));
-            // The end of all addresses ends the range too, or the next look fails.
+            // A range that wraps around fails at the next look-up.
             (at, left) = (at.wrapping_add(here), left - here);
         }
         Ok(pieces)
     }
 
     fn lock(&self) -> MutexGuard<'_, TranslatorState> {
-        // A VMM that panicked in the middle has left what is here whole.
+        // Ignores poisoning: a panic of the VMM's `translate` leaves the state consistent.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl TranslatorState {
-    /// The VMM's mapping of an address, and how far into it that is.
+    /// Returns the VMM's mapping of an address, and the offset of the address in it.
     fn mapping(&self, iova: u64, access: Access) -> Option<(Mapping, u64)> {
         let mapping = self.iommu.as_ref()?.translate(iova, access)?;
         let skip = iova.checked_sub(mapping.iova).filter(|skip| *skip < mapping.size);
         if skip.is_none() {
-            limited!(warn, "the VMM's translation of {iova:#x} does not contain it: {mapping:x?} (rule T1.3)");
+            limited!(warn, "the VMM's mapping of {iova:#x} does not contain it: {mapping:x?} (rule T1.3)");
         }
         skip.map(|skip| (mapping, skip))
     }
 
-    /// A translation as a message, cut where its region ends: beyond that the front-end's addresses do not go on.
+    /// Builds a translation message, cut at the end of the region: the front-end's addresses are not contiguous beyond
+    /// it.
     fn update(&self, memory: &Memory, iova: u64, access: Access) -> Option<IotlbMsg> {
         let (mapping, skip) = self.mapping(iova, access)?;
         let gpa = mapping.gpa.checked_add(skip)?;
@@ -150,7 +152,8 @@ impl TranslatorState {
     }
 }
 
-/// The page of an address as one that permits nothing; it leads somewhere nevertheless, as back-ends want of any.
+/// Builds a translation without permission for the page of an address. Its user address is valid, because back-ends
+/// check it.
 fn denial(memory: &Memory, iova: u64) -> Option<IotlbMsg> {
     let uaddr = memory.regions().first()?.user_addr();
     let (iova, size) = (iova / LOG_PAGE * LOG_PAGE, LOG_PAGE);
@@ -158,21 +161,22 @@ fn denial(memory: &Memory, iova: u64) -> Option<IotlbMsg> {
 }
 
 impl UserDevice {
-    /// Puts the device behind the VMM's IOMMU. Comes before ACCESS_PLATFORM is acknowledged; from then on all addresses
-    /// of [`RingSetup`](crate::frontend::RingSetup) are I/O virtual (rule T1.1).
+    /// Puts the device behind the VMM's IOMMU. Call it before ACCESS_PLATFORM is acknowledged. From then on all
+    /// addresses of [`RingSetup`](crate::frontend::RingSetup) are I/O virtual (rule T1.1).
     pub fn set_iommu(&mut self, iommu: Arc<dyn Iommu>) {
         self.translator.set(iommu);
     }
 
-    /// Has the back-end forget the translations of `iovas`, which the [`Iommu`] no longer gives. When it has
-    /// acknowledged that, nothing uses them any more: the pages may be given to others (rule T3.1).
+    /// Makes the back-end drop the translations of `iovas`, which the [`Iommu`] must no longer return. After the
+    /// acknowledgement no access uses them, and the pages may be reused (rule T3.1).
     ///
-    /// A back-end without REPLY_ACK has then taken the message, and need not have finished the requests that use the old
-    /// translations; our own has. After an error that [is a hang-up](FrontendError::is_hang_up) the pages may be used
-    /// until [`reconnect`](crate::frontend::Device::reconnect) has succeeded; the next back-end knows no translation.
+    /// A back-end without REPLY_ACK has then received the message but may still run requests that use the old
+    /// translations; the back-end of this crate does not. After an error that [is a hang-up](FrontendError::is_hang_up)
+    /// the pages may be accessed until [`reconnect`](crate::frontend::Device::reconnect) has succeeded; a new back-end
+    /// has no translations.
     ///
     /// # Errors
-    /// [`FrontendError::Refused`]; the channel's errors.
+    /// [`FrontendError::Refused`]; errors of the connection.
     pub fn invalidate(&mut self, iovas: RangeInclusive<u64>) -> Result<(), FrontendError> {
         if iovas.is_empty() || !self.is_translated() {
             return Ok(());
@@ -181,9 +185,9 @@ impl UserDevice {
         self.connection.wait_for_acks_within(self.options.stop_timeout)
     }
 
-    /// Posts what has the back-end forget the translations of `iovas`.
+    /// Sends an invalidation of `iovas`.
     pub(super) fn send_invalidation(&mut self, iovas: RangeInclusive<u64>) -> Result<(), FrontendError> {
-        // The size of the whole space does not fit: its last byte goes by itself.
+        // The size of the whole address space does not fit into 64 bits: its last byte is a message of its own.
         let (first, last) = iovas.into_inner();
         let ranges = match last - first {
             u64::MAX => vec![(first, u64::MAX), (last, 1)],
@@ -199,18 +203,18 @@ impl UserDevice {
         Ok(())
     }
 
-    /// What mappings lead to changes; see [`Translator::set_memory`].
+    /// Changes the memory that mappings refer to; see [`Translator::set_memory`].
     pub(super) fn set_translation_memory(&self, memory: Option<&Memory>) {
         self.translator.set_memory(memory);
         self.backend_channel.iter().for_each(BackendChannel::wake);
     }
 
-    /// Whether the driver's addresses are I/O virtual.
+    /// Returns true if the driver's addresses are I/O virtual.
     pub(super) fn is_translated(&self) -> bool {
         self.features & bit(VIRTIO_F_ACCESS_PLATFORM) != 0
     }
 
-    /// Whether these features can be acknowledged, as far as translations go.
+    /// Checks that these features can be acknowledged with regard to translations.
     pub(super) fn check_iommu(&self, features: u64) -> Result<(), FrontendError> {
         if features & bit(VIRTIO_F_ACCESS_PLATFORM) == 0 {
             return Ok(());
@@ -221,13 +225,13 @@ impl UserDevice {
         match self.backend_channel {
             Some(_) => Ok(()),
             None => Err(FrontendError::NotOffered {
-                what: "a back-end channel (BACKEND_REQ), which it needs to ask for translations (rule T1.7)".into(),
-                advice: "don't acknowledge ACCESS_PLATFORM, or use a back-end with the channel",
+                what: "a back-end channel (BACKEND_REQ), which translations need (rule T1.7)".into(),
+                advice: "do not acknowledge ACCESS_PLATFORM, or use a back-end with BACKEND_REQ",
             }),
         }
     }
 
-    /// Guest-physical address and length of what makes up a part of a ring.
+    /// Returns the guest-physical address and length of each part of a range of the driver's addresses.
     pub(super) fn guest_ranges(&self, addr: u64, len: u64) -> Result<Vec<(u64, u64)>, FrontendError> {
         if self.is_translated() { self.translator.guest_ranges(addr, len) } else { Ok(vec![(addr, len)]) }
     }

@@ -1,7 +1,7 @@
 //! The vhost-user client: [`UserDevice`] drives a back-end behind a UNIX socket.
 //!
-//! Here: which messages carry out what a [`Device`] promises, in the order that peers expect (rules R6.1, L7.1), and what is
-//! remembered so that a restarted back-end can be given all of it again. Framing and deadlines are the channel's.
+//! This module maps the calls of [`Device`] to messages, in the order that back-ends expect (rules R6.1, L7.1), and
+//! records the state that a restarted back-end has to get again. Framing and deadlines are in `connection`.
 #![forbid(unsafe_code)]
 
 mod backend_channel;
@@ -48,17 +48,17 @@ use inflight::InflightFile;
 use iommu::Translator;
 use payload::{memory_table, region_message, user_addr};
 
-/// Feature bits that belong to the transport, not to the driver.
+/// Feature bits of the transport, which the driver does not acknowledge.
 const TRANSPORT_FEATURES: u64 = bit(VHOST_F_LOG_ALL) | bit(VHOST_USER_F_PROTOCOL_FEATURES);
 const SET_LOG_BASE: Request = Request::SET_LOG_BASE;
-/// How long a back-end may take to end logging once the interrupt is set. It owes the answer then.
+/// Timeout for stopping the log once the interrupt is set. The acknowledgement stays pending after it.
 const STOP_LOGGING_TIMEOUT: Duration = Duration::from_millis(500);
-/// Messages that start a ring: CALL, ERR, NUM, BASE, ADDR, KICK and ENABLE.
+/// Number of messages that start a ring: CALL, ERR, NUM, BASE, ADDR, KICK and ENABLE.
 const START_MESSAGES: usize = 7;
-/// Messages that try one.
+/// Number of messages that validate a ring.
 const VALIDATE_MESSAGES: usize = 7;
 
-/// A ring that is not started, as the back-end has been told of it.
+/// Parameters of a stopped ring that the back-end has received.
 struct SentRing {
     size: u16,
     call: Arc<OwnedFd>,
@@ -66,7 +66,7 @@ struct SentRing {
     placement: Option<RingPlacement>,
 }
 
-/// Descriptor, driver and device area of a ring, and where it goes on.
+/// Descriptor, driver and device area of a ring, and its base.
 type RingPlacement = ([u64; 3], RingBase);
 
 /// A device behind a vhost-user socket.
@@ -74,36 +74,36 @@ pub struct UserDevice {
     path: PathBuf,
     options: UserOptions,
     connection: Connection,
-    /// The back-end channel, where the back-end has one.
+    /// The back-end channel, if the back-end supports it.
     backend_channel: Option<BackendChannel>,
     events: Arc<EventQueue>,
     translator: Arc<Translator>,
     interrupt: Interrupt,
-    /// The rings that were being stopped when the wait for them ended.
+    /// Rings whose stop was interrupted.
     stopping: Vec<u16>,
-    /// The rings that were being started when the wait for them ended. They count as running.
+    /// Rings whose start was interrupted. They count as running.
     starting: Vec<u16>,
     negotiated: Negotiated,
     features: u64,
     memory: Memory,
     inflight: Option<InflightFile>,
     rings: BTreeMap<u16, RingSetup>,
-    /// Rings that are not started, as the back-end has been told of them.
+    /// Parameters of stopped rings that the back-end has received.
     sent_rings: BTreeMap<u16, SentRing>,
     log: Option<(Arc<Log>, OwnedFd)>,
     log_signal: Option<OwnedFd>,
     status: u8,
     mtu: Option<u16>,
-    /// The state that was loaded, until a ring has started.
+    /// The loaded device state, until a ring is started.
     loaded_state: Option<Vec<u8>>,
 }
 
 impl UserDevice {
-    /// Connects to the socket at `path` and agrees on protocol features. Tries until `deadline`, so that a back-end that
-    /// is being started is waited for.
+    /// Connects to the socket at `path` and negotiates protocol features. Retries until `deadline`, so that a back-end
+    /// may still be starting.
     ///
     /// # Errors
-    /// The last error when `deadline` is over; at once what waiting does not help.
+    /// The last error at `deadline`; immediately, an error that waiting does not fix.
     pub fn connect(
         path: impl AsRef<Path>,
         options: UserOptions,
@@ -112,7 +112,8 @@ impl UserDevice {
         UserDevice::connect_interruptible(path, options, deadline, Interrupt::new()?)
     }
 
-    /// The same, with a switch that ends this too. It is the device's from then on ([`Device::interrupt`]).
+    /// Like [`connect`](UserDevice::connect), with an interrupt that also ends the connection set-up. It becomes the
+    /// interrupt of the device ([`Device::interrupt`]).
     ///
     /// # Errors
     /// As [`connect`](UserDevice::connect); [`FrontendError::Interrupted`].
@@ -152,7 +153,7 @@ impl UserDevice {
         })
     }
 
-    /// Protocol features agreed on (bits of [`protocol_feature`]).
+    /// Returns the negotiated protocol features (bits of [`protocol_feature`]).
     pub fn protocol_features(&self) -> u64 {
         self.negotiated.protocol
     }
@@ -167,18 +168,18 @@ impl UserDevice {
     }
 
     fn send_features(&mut self) -> Result<(), FrontendError> {
-        // The addresses of rings say whether they are logged.
+        // SET_VRING_ADDR carries the ring's log flag.
         self.forget_placements();
         let logging = if self.log.is_some() { bit(VHOST_F_LOG_ALL) } else { 0 };
         let features = self.features | logging | self.negotiated.features & bit(VHOST_USER_F_PROTOCOL_FEATURES);
         self.connection.send(Request::SET_FEATURES, features.as_bytes(), &[])
     }
 
-    /// Makes the back-end's memory what is noted, given that it has `before`.
+    /// Changes the back-end's memory from `before` to the recorded memory.
     ///
-    /// Translations are found with the old table and sent before the first message of the new one, or found with the new
-    /// one and sent behind its last message; in between they wait, and nobody waits for them: acknowledgements may be
-    /// due, while the back-end can't go on before it has been heard.
+    /// A translation is either looked up with the old table and sent before the first message of the new one, or looked
+    /// up with the new table and sent after its last message. In between translations are deferred. Nothing waits for
+    /// them: the back-end may need a reply on its channel before it acknowledges the table.
     fn send_memory_table(&mut self, before: &Memory) -> Result<(), FrontendError> {
         let memory = self.memory.clone();
         self.forget_placements();
@@ -206,7 +207,7 @@ impl UserDevice {
         Ok(())
     }
 
-    /// Ring addresses; on a running ring they change nothing but whether it is logged (rule R5.1).
+    /// Builds SET_VRING_ADDR. On a running ring only the log flag has an effect (rule R5.1).
     fn vring_addr(&self, index: u16, setup: &RingSetup) -> Result<VringAddr, MemoryError> {
         let place = |area: (u64, u64)| if self.is_translated() { Ok(area.0) } else { user_addr(&self.memory, area) };
         let [desc, avail, used] = self.layout(setup).map(place);
@@ -221,12 +222,12 @@ impl UserDevice {
     }
 
     fn send_kick(&mut self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
-        // Stopping it may make the back-end forget it.
+        // The back-end may forget the ring's parameters when it is stopped.
         self.sent_rings.remove(&index);
         self.send_ring_fd(Request::SET_VRING_KICK, index, Some(&setup.kick))
     }
 
-    /// Posts everything that starts a ring but its kick and its enabling, unless the back-end has been told.
+    /// Sends all messages that start a ring except kick and enable, unless the back-end has received them.
     fn send_ring(&mut self, index: u16, setup: &RingSetup, base: RingBase) -> Result<(), FrontendError> {
         self.send_ring_size(index, setup)?;
         let placement = Some(([setup.desc, setup.avail, setup.used], base));
@@ -241,7 +242,7 @@ impl UserDevice {
         Ok(())
     }
 
-    /// Posts the size of a ring and the eventfds that the back-end signals, unless it has been told.
+    /// Sends size and notification fds of a ring, unless the back-end has received them.
     fn send_ring_size(&mut self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
         let fds =
             |call: &Arc<OwnedFd>, error: &Option<Arc<OwnedFd>>| (Arc::as_ptr(call), error.as_ref().map(Arc::as_ptr));
@@ -259,12 +260,13 @@ impl UserDevice {
         Ok(())
     }
 
-    /// An error while answers are owed: the device is to be reconnected before.
+    /// Fails if replies are pending: the device must be reconnected first.
     fn check_pending_replies(&self) -> Result<(), FrontendError> {
         match self.connection.has_pending_replies() {
-            true => {
-                Err(FrontendError::Unavailable { device: self.name().into(), reason: Some("an answer is owed".into()) })
-            }
+            true => Err(FrontendError::Unavailable {
+                device: self.name().into(),
+                reason: Some("a reply is pending".into()),
+            }),
             false => Ok(()),
         }
     }
@@ -273,7 +275,8 @@ impl UserDevice {
         self.sent_rings.values_mut().for_each(|sent| sent.placement = None);
     }
 
-    /// Posts messages for each of several rings and waits for their answers. After a refusal the rings count as untold.
+    /// Sends messages for several rings and waits for their acknowledgements. After a refusal all messages of these
+    /// rings are sent again next time.
     fn send_for_each(
         &mut self,
         rings: &[(u16, RingSetup)],
@@ -298,17 +301,17 @@ impl UserDevice {
             return bad(format!("the device has {} rings", self.negotiated.queues));
         }
         if setup.size == 0 || !self.is_packed() && !setup.size.is_power_of_two() {
-            let what = if self.is_packed() { "packed ring has 1 or more" } else { "split ring has a power of two" };
+            let what = if self.is_packed() { "packed ring has at least 1" } else { "split ring has a power of two" };
             return bad(format!("it has {} entries, a {what}", setup.size));
         }
         if self.rings.contains_key(&index) {
-            return bad("it is started already: stop it first".into());
+            return bad("it is already started; stop it first".into());
         }
         self.vring_addr(index, setup)?;
         Ok(())
     }
 
-    /// A ring's kick, call or error fd, or what stands for it where they are messages (rule B3.2).
+    /// Sends a ring's kick, call or error fd, or its in-band replacement (rule B3.2).
     fn send_ring_fd(&mut self, request: Request, index: u16, fd: Option<&Arc<OwnedFd>>) -> Result<(), FrontendError> {
         match fd {
             _ if self.has(protocol_feature::INBAND_NOTIFICATIONS) => {
@@ -319,7 +322,7 @@ impl UserDevice {
         }
     }
 
-    /// Without protocol features rings have no such state: they are enabled (rule R1.2).
+    /// Enables or disables a ring. Without protocol features rings are always enabled (rule R1.2).
     fn send_enable(&mut self, index: u16, enable: bool) -> Result<(), FrontendError> {
         if self.negotiated.features & bit(VHOST_USER_F_PROTOCOL_FEATURES) == 0 {
             return Ok(());
@@ -333,14 +336,14 @@ impl UserDevice {
         self.connection.send(Request::SET_STATUS, status.as_bytes(), &[])
     }
 
-    /// SET_LOG_BASE with the noted log. Its reply may have any length (rule F7.2).
+    /// Sends SET_LOG_BASE with the recorded log. Its reply may have any length (rule F7.2).
     fn install_log(&mut self) -> Result<(), FrontendError> {
         let Some((log, fd)) = &self.log else { return Ok(()) };
         let message = LogDescription { mmap_size: log.size(), mmap_offset: 0 };
         self.connection.request(SET_LOG_BASE, message.as_bytes(), &[fd.as_fd()]).map(drop)
     }
 
-    /// LOG_ALL and the rings' F_LOG as the noted log wants it.
+    /// Sends LOG_ALL and F_LOG of the rings for the recorded log.
     fn send_logging(&mut self) -> Result<(), FrontendError> {
         self.send_features()?;
         for (&index, setup) in &self.rings {
@@ -350,7 +353,7 @@ impl UserDevice {
         self.connection.wait_for_acks()
     }
 
-    /// Descriptor, driver and device area: address and length in bytes.
+    /// Returns address and length in bytes of descriptor, driver and device area.
     fn layout(&self, setup: &RingSetup) -> [(u64, u64); 3] {
         let [desc, avail, used] = RingLayout::area_bytes(self.features, setup.size);
         [(setup.desc, desc), (setup.avail, avail), (setup.used, used)]
@@ -378,16 +381,16 @@ impl Device for UserDevice {
         let missing = features & !self.negotiated.features;
         if missing != 0 {
             let what = format!("features {}", feature_names(missing, self.options.device_id()));
-            return Err(FrontendError::NotOffered { what, advice: "acknowledge only what features() has" });
+            return Err(FrontendError::NotOffered { what, advice: "acknowledge only bits of features()" });
         }
         self.check_iommu(features)?;
         let was_translated = self.is_translated();
-        // A ring's kind depends on them.
+        // The features determine the ring format.
         self.sent_rings.clear();
         self.features = features & !TRANSPORT_FEATURES;
         self.send_features()?;
         if self.is_translated() && !was_translated {
-            // Without the feature invalidate() tells nothing, and memory may have become another (rule T3.9).
+            // While the feature was off, `invalidate` sent nothing and memory may have changed (rule T3.9).
             self.send_invalidation(0..=u64::MAX)?;
         }
         self.connection.wait_for_acks()
@@ -404,7 +407,7 @@ impl Device for UserDevice {
     fn set_memory(&mut self, memory: &Memory) -> Result<(), FrontendError> {
         if memory.regions().len() > self.negotiated.slots {
             return Err(FrontendError::NotOffered {
-                what: format!("{} memory slots, only {}", memory.regions().len(), self.negotiated.slots),
+                what: format!("{} memory slots ({} at most)", memory.regions().len(), self.negotiated.slots),
                 advice: "use fewer, larger regions",
             });
         }
@@ -441,7 +444,7 @@ impl Device for UserDevice {
     }
 
     fn restore_inflight(&mut self, restored: &InflightState) -> Result<(), FrontendError> {
-        let advice = "requests that are in flight can't be moved to it";
+        let advice = "requests in flight cannot be moved to it";
         let none = || FrontendError::NotOffered { what: "INFLIGHT_SHMFD".into(), advice };
         self.inflight.as_ref().ok_or_else(none)?.restore(restored, self.is_packed())
     }
@@ -465,7 +468,7 @@ impl Device for UserDevice {
     fn validate_rings(&mut self, rings: &[(u16, RingSetup)], sent: &mut dyn FnMut()) -> Result<(), FrontendError> {
         self.send_for_each(rings, sent, |device, index, setup| {
             device.send_ring(index, setup, setup.base)?;
-            // Without a kick it does not run: it is not started (rules R2.2, D2.2).
+            // A ring without a kick is not started and does not run (rules R2.2, D2.2).
             device.send_enable(index, true)?;
             device.send_enable(index, false)
         })
@@ -481,7 +484,7 @@ impl Device for UserDevice {
         sent: &mut dyn FnMut(),
         started: &mut dyn FnMut(u16),
     ) -> Result<(), FrontendError> {
-        // Else nobody could tell an interrupted start from one that has not begun.
+        // With replies pending, an interrupted start would look like one that has not begun.
         self.check_pending_replies()?;
         rings.iter().try_for_each(|(index, setup)| self.check_ring(*index, setup))?;
         self.connection.wait_for_acks()?;
@@ -522,7 +525,7 @@ impl Device for UserDevice {
     }
 
     fn start_logging(&mut self, log: &Arc<Log>, fd: BorrowedFd<'_>) -> Result<(), FrontendError> {
-        let advice = "it can't be migrated while it runs; use a back-end that logs";
+        let advice = "it cannot be migrated while it runs; use a back-end with a dirty log";
         self.require(protocol_feature::LOG_SHMFD, "LOG_SHMFD", advice)?;
         if self.negotiated.features & bit(VHOST_F_LOG_ALL) == 0 {
             return Err(FrontendError::NotOffered { what: "VHOST_F_LOG_ALL".into(), advice });
@@ -534,7 +537,7 @@ impl Device for UserDevice {
             device.install_log()?;
             if was_on { Ok(()) } else { device.send_logging() }
         });
-        // A back-end may hang up because of this very log: connecting again must not depend on it.
+        // If the back-end hangs up because of this log, reconnecting must not install it again.
         done.inspect_err(|_| self.log = before)
     }
 
@@ -542,14 +545,14 @@ impl Device for UserDevice {
         if self.log.take().is_none() || self.needs_reconnect() {
             return Ok(());
         }
-        // Whoever has interrupted the rest waits for this, too.
+        // The owner that set the interrupt waits for this call as well.
         let timeout =
             if self.interrupt.is_set() { self.options.timeout.min(STOP_LOGGING_TIMEOUT) } else { self.options.timeout };
         self.connection.set_timeout(timeout);
         let stopped = self.with_timeout_policy(TimeoutPolicy::KeepUninterruptible, UserDevice::send_logging);
         self.connection.set_timeout(self.options.timeout);
         match stopped {
-            // It is noted: connecting again switches nothing on.
+            // Recorded: a reconnection does not enable logging.
             Err(error) if error.needs_reconnect() => Ok(()),
             done => done,
         }
@@ -568,7 +571,7 @@ impl Device for UserDevice {
     }
 
     fn load_state(&mut self, state: &[u8]) -> Result<(), FrontendError> {
-        let advice = "the guest's device has a state; use a back-end of the same kind";
+        let advice = "the guest has a device state; use a back-end of the same kind";
         self.require(protocol_feature::DEVICE_STATE, "DEVICE_STATE", advice)?;
         device_state::load(&mut self.connection, self.options.stop_timeout, &self.interrupt, state)?;
         self.loaded_state = Some(state.to_vec());
@@ -602,8 +605,11 @@ impl Device for UserDevice {
                 Ok(())
             }
             _ => {
-                let what =
-                    format!("{} bytes that are not offset {offset} and {} bytes", reply.payload.len(), buf.len());
+                let what = format!(
+                    "a reply of {} bytes that is not for offset {offset} and {} bytes",
+                    reply.payload.len(),
+                    buf.len()
+                );
                 Err(FrontendError::ProtocolViolation { request, what, rule: "C1.1" })
             }
         }
@@ -671,7 +677,7 @@ impl Device for UserDevice {
 }
 
 impl UserDevice {
-    /// Starts so many rings that their messages need not wait for each other.
+    /// Starts as many rings as can be started without reading a reply in between.
     fn start_chunk(
         &mut self,
         rings: &[(u16, RingSetup)],
@@ -682,7 +688,7 @@ impl UserDevice {
         let result = rings.iter().try_for_each(|(index, setup)| {
             self.send_ring(*index, setup, setup.base)?;
             self.send_kick(*index, setup)?;
-            // What it finds as soon as it is enabled it may call for at once.
+            // The back-end may send a call as soon as the ring is enabled.
             self.backend_channel.iter().for_each(|backend_channel| backend_channel.add_ring(*index, setup));
             self.send_enable(*index, true)?;
             ends.push(self.connection.unacked());
@@ -691,7 +697,7 @@ impl UserDevice {
         let acked = result.and_then(|()| self.connection.collect_acks(self.options.timeout, sent));
         let interrupted = match &acked {
             Ok(_) => None,
-            // They start when the back-end gets to them.
+            // The rings start when the back-end processes the messages.
             Err(FrontendError::Interrupted { request }) => {
                 self.starting = rings.iter().map(|(index, _)| *index).collect();
                 Some(FrontendError::Interrupted { request: *request })
@@ -724,7 +730,7 @@ impl UserDevice {
                 self.forward_kicks(*index, true);
             }
             self.rings.insert(*index, setup.clone());
-            // The back-end may change it from now on.
+            // The back-end may change its state from now on.
             self.loaded_state = None;
             started(*index);
         }
@@ -735,18 +741,18 @@ impl UserDevice {
         if self.can_suspend_rings() && self.inflight.is_some() {
             return Ok(());
         }
-        let advice = "start its back-end with --inflight-migration, or stop rings the usual way";
+        let advice = "start the back-end with --inflight-migration, or stop rings with a drain";
         Err(FrontendError::NotOffered { what: "GET_VRING_BASE_SKIP_DRAIN".into(), advice })
     }
 
-    /// Stops a ring with one of the requests that do.
+    /// Stops a ring with GET_VRING_BASE or GET_VRING_BASE_SKIP_DRAIN.
     fn stop_ring_with(&mut self, request: Request, index: u16) -> Result<RingBase, FrontendError> {
         let mut stopped = None;
         self.stop_rings_with(request, &[index], &mut || {}, &mut |_, base| stopped = Some(base))?;
         stopped.ok_or_else(|| FrontendError::InvalidRing { index, reason: "it is not started".into() })
     }
 
-    /// Stops rings with one of the requests that do; `stopped` is told of each that has stopped.
+    /// Stops rings with one of these requests, and calls `stopped` for each stopped ring.
     fn stop_rings_with(
         &mut self,
         request: Request,
@@ -760,14 +766,14 @@ impl UserDevice {
         }
         indices.iter().for_each(|index| self.forward_kicks(*index, false));
         let ended = self.keep_pending(|device| {
-            // Two messages for each.
+            // Two messages per ring.
             let mut chunks = indices.chunks(MAX_UNACKED / 2);
             chunks.try_for_each(|indices| device.request_bases(request, indices, sent, stopped))
         });
         let running = indices.iter().copied().filter(|index| self.rings.contains_key(index)).collect::<Vec<_>>();
         match self.connection.has_pending_replies() {
             true => self.stopping = running,
-            // If they live on, so do their kicks.
+            // Rings that were not stopped keep running.
             false => running.into_iter().for_each(|index| self.forward_kicks(index, true)),
         }
         ended
@@ -781,7 +787,7 @@ impl UserDevice {
         stopped: &mut dyn FnMut(u16, RingBase),
     ) -> Result<(), FrontendError> {
         self.connection.wait_for_acks()?;
-        // Disabling it may drain it already.
+        // Disabling a ring may drain it.
         if request == Request::GET_VRING_BASE {
             indices.iter().try_for_each(|index| self.send_enable(*index, false))?;
         }
@@ -796,24 +802,24 @@ impl UserDevice {
             stopped(index, base);
         }
         for (_, error) in asked? {
-            limited!(warn, "{}: {error}; GET_VRING_BASE has stopped the ring all the same", self.path.display());
+            limited!(warn, "{}: {error}; GET_VRING_BASE has stopped the ring anyway", self.path.display());
         }
         Ok(())
     }
 
     fn parse_base(&self, reply: &Reply, index: u16) -> Result<RingBase, FrontendError> {
-        // Whether the ring runs is not known after a wrong answer; connecting again starts it where it was.
+        // After an invalid reply the ring's state is unknown; a reconnection restarts it from its last position.
         let state: VringState = reply.read("R3.1").inspect_err(|_| self.connection.close())?;
         if state.index != u32::from(index) {
             self.connection.close();
-            let what = format!("it answered for ring {} instead of {index}", state.index);
+            let what = format!("a reply for ring {} instead of {index}", state.index);
             return Err(FrontendError::ProtocolViolation { request: reply.request, what, rule: "R3.1" });
         }
         Ok(RingBase::from_bits(state.num))
     }
 
-    /// Does what only this connection knows the outcome of: a back-end that is silent for too long is given up if there is
-    /// an inflight region, which knows where its rings are.
+    /// Runs an operation whose result only this connection can deliver: its replies stay pending after a timeout. If
+    /// there is an inflight region, which records the rings' positions, the connection is closed instead.
     fn keep_pending<T>(
         &mut self,
         work: impl FnOnce(&mut UserDevice) -> Result<T, FrontendError>,
@@ -835,17 +841,16 @@ impl UserDevice {
         done
     }
 
-    /// Gets the answers that are owed, and makes the back-end what is noted: the ring that was being stopped or started
-    /// runs, and what is logged is as if the call that was interrupted had never been made. A ring whose start is refused is
-    /// started again over another connection.
+    /// Receives the pending replies and restores the recorded state: a ring that was being stopped or started runs, and
+    /// logging is as before the interrupted call. If the start of a ring is refused, the connection is closed and the
+    /// ring is started on a new one.
     fn resume_interrupted(&mut self, deadline: Instant) -> Result<(), FrontendError> {
         let LateReplies { base_replies, refused } = self.connection.receive_pending(deadline)?;
         if let Some(error) = refused.filter(|_| !self.starting.is_empty()) {
             self.connection.close();
             return Err(error);
         }
-        // Of another refusal whoever repeats the call finds out.
-        // What goes wrong now leaves a connection of which nothing is known.
+        // Other refusals show when the call is repeated. After an error here the state of the connection is unknown.
         self.undo_interrupted(&base_replies).inspect_err(|_| self.connection.close())
     }
 
@@ -858,7 +863,7 @@ impl UserDevice {
             signal(&setup.kick);
         }
         let stopping = std::mem::take(&mut self.stopping);
-        // Those whose answers were owed are the next ones that were being stopped.
+        // Replies arrive in the order of the interrupted stops.
         let mut replies = stopped.iter();
         for index in stopping {
             let Some(setup) = self.rings.get(&index).cloned() else { continue };
@@ -871,7 +876,7 @@ impl UserDevice {
             self.send_enable(index, true)?;
             self.connection.wait_for_acks()?;
             self.forward_kicks(index, true);
-            // What was added meanwhile.
+            // Requests may have been added meanwhile.
             signal(&setup.kick);
         }
         Ok(())
@@ -883,12 +888,12 @@ impl UserDevice {
         self.connection.wait_for_acks()
     }
 
-    /// Whether a ring's kicks reach the back-end, where they are messages.
+    /// Starts or stops forwarding a ring's kicks, if they are messages.
     fn forward_kicks(&self, index: u16, yes: bool) {
         self.backend_channel.iter().for_each(|backend_channel| backend_channel.set_kick_forwarding(index, yes));
     }
 
-    /// Asks a disk what names it, or its contents.
+    /// Requests the disk's identity or generation.
     fn request_disk_value<T: FromBytes>(&mut self, request: Request) -> Result<Option<T>, FrontendError> {
         if !self.has(own::F_DISK_GENERATION) {
             return Ok(None);
@@ -907,7 +912,7 @@ impl UserDevice {
     }
 }
 
-/// Signals an eventfd of a ring, which the back-end has too.
+/// Signals an eventfd of a ring, which the back-end shares.
 fn signal(eventfd: &OwnedFd) {
     let _ = nonblocking::signal(eventfd.as_fd());
 }

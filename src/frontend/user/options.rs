@@ -1,4 +1,4 @@
-//! How a back-end is talked to.
+//! Options of the vhost-user client.
 #![forbid(unsafe_code)]
 
 use std::time::Duration;
@@ -6,19 +6,19 @@ use std::time::Duration;
 use crate::abi::vhost_user::{own, protocol_feature, unstable::INFLIGHT_MIGRATION};
 use crate::abi::virtio::VIRTIO_ID_NET;
 
-/// How a vhost-user back-end is talked to.
+/// Options of the vhost-user client.
 #[derive(Clone, Copy, Debug)]
 pub struct UserOptions {
-    /// Longest wait for an answer.
+    /// Maximum wait for a reply.
     pub timeout: Duration,
-    /// Longest wait for GET_VRING_BASE, which drains a ring, and for a device's state.
+    /// Maximum wait for GET_VRING_BASE, which drains a ring, and for the device state.
     pub stop_timeout: Duration,
-    /// Protocol features that may be used (bits of [`protocol_feature`]), of those that are offered. INBAND_NOTIFICATIONS,
-    /// which is not among the usual ones, makes kicks and calls messages; drivers see nothing of it.
+    /// Protocol features that may be negotiated (bits of [`protocol_feature`]). INBAND_NOTIFICATIONS, which is not in
+    /// the default, replaces kick and call fds by messages; drivers are not affected.
     pub protocol_features: u64,
-    /// Whether it is a network interface: GET_QUEUE_NUM counts pairs of rings there, and a control ring comes after them.
+    /// True for a network interface: GET_QUEUE_NUM then counts ring pairs, and a control ring follows them.
     pub queue_pairs: bool,
-    /// The kind of device, if it is known (`VIRTIO_ID_BLOCK`): messages then name its own features.
+    /// Virtio device id, if known (`VIRTIO_ID_BLOCK`). Error messages then use the names of the device's features.
     pub device: Option<u32>,
 }
 
@@ -56,7 +56,7 @@ impl UserOptions {
         self.device.or(self.queue_pairs.then_some(VIRTIO_ID_NET))
     }
 
-    /// Also uses what the specification has not settled: rings that are stopped without being drained (rule I8.1).
+    /// Also negotiates unstable features: rings that are stopped without a drain (rule I8.1).
     pub fn with_inflight_migration(self) -> UserOptions {
         UserOptions { protocol_features: self.protocol_features | INFLIGHT_MIGRATION, ..self }
     }

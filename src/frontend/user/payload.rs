@@ -1,4 +1,4 @@
-//! Guest memory as messages describe it.
+//! Payloads that describe guest memory.
 #![forbid(unsafe_code)]
 
 use std::os::fd::BorrowedFd;
@@ -9,7 +9,7 @@ use super::super::FrontendError;
 use crate::abi::vhost_user::{MemoryHeader, MemoryRegion};
 use crate::memory::{Memory, MemoryError, Region};
 
-/// SET_MEM_TABLE with all of `memory`.
+/// Builds SET_MEM_TABLE for all regions of `memory`.
 pub(super) fn memory_table(memory: &Memory) -> Result<(Vec<u8>, Vec<BorrowedFd<'_>>), FrontendError> {
     let (regions, fds): (Vec<MemoryRegion>, Vec<_>) =
         memory.regions().iter().map(|region| region_message(region)).collect::<Result<_, _>>()?;
@@ -17,7 +17,7 @@ pub(super) fn memory_table(memory: &Memory) -> Result<(Vec<u8>, Vec<BorrowedFd<'
     Ok(([header.as_bytes(), regions.as_bytes()].concat(), fds))
 }
 
-/// A region as messages describe it, with the fd that goes along.
+/// Returns the description of a region, and its fd.
 pub(super) fn region_message(region: &Region) -> Result<(MemoryRegion, BorrowedFd<'_>), FrontendError> {
     let (fd, mmap_offset) = region.shared().ok_or(FrontendError::NotShared { gpa: region.gpa() })?;
     let description = MemoryRegion {
@@ -29,7 +29,7 @@ pub(super) fn region_message(region: &Region) -> Result<(MemoryRegion, BorrowedF
     Ok((description, fd))
 }
 
-/// The front-end's address of a range that must be inside one region.
+/// Returns the front-end's address of a range, which must be inside one region.
 pub(super) fn user_addr(memory: &Memory, (gpa, len): (u64, u64)) -> Result<u64, MemoryError> {
     memory.slice(gpa, len)?;
     let region = memory.regions().iter().rev().find(|region| region.gpa() <= gpa);

@@ -1,5 +1,5 @@
-//! Postcopy: the guest runs at the destination before its memory is there, and the back-end says which pages it waits for
-//! (rule P1).
+//! Postcopy: the guest runs at the destination before its memory has arrived, and the back-end reports the pages that
+//! it waits for (rule P1).
 #![forbid(unsafe_code)]
 
 use zerocopy::IntoBytes;
@@ -11,12 +11,12 @@ use crate::abi::vhost_user::{MemoryHeader, MemoryRegion, Request, protocol_featu
 use crate::frontend::FrontendError;
 use crate::memory::{Memory, Userfault};
 
-/// Where a back-end has guest memory in its own address space, in which it waits for pages.
+/// Addresses at which a back-end has mapped guest memory, as reported in page faults.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackendAddresses(Vec<MemoryRegion>);
 
 impl BackendAddresses {
-    /// The guest-physical address of an address in the back-end.
+    /// Returns the guest-physical address of a back-end address.
     pub fn gpa(&self, address: u64) -> Option<u64> {
         let within = |region: &&MemoryRegion| {
             address.checked_sub(region.userspace_addr).is_some_and(|offset| offset < region.memory_size)
@@ -25,7 +25,7 @@ impl BackendAddresses {
         region.guest_phys_addr.checked_add(address - region.userspace_addr)
     }
 
-    /// The address in the back-end of a guest-physical address.
+    /// Returns the back-end address of a guest-physical address.
     pub fn address(&self, gpa: u64) -> Option<u64> {
         let within = |region: &&MemoryRegion| {
             gpa.checked_sub(region.guest_phys_addr).is_some_and(|offset| offset < region.memory_size)
@@ -35,33 +35,33 @@ impl BackendAddresses {
     }
 }
 
-/// Postcopy, in this order; the memory is complete before the end.
+/// Postcopy calls, in the order of use. All pages must have arrived before the last one.
 impl UserDevice {
-    /// Announces postcopy. What comes back tells which addresses the back-end waits for, and wakes it.
+    /// Announces postcopy. The returned userfaultfd reports the back-end's page faults and places pages.
     ///
     /// # Errors
-    /// [`FrontendError::NotOffered`] if the back-end can't; the channel's errors.
+    /// [`FrontendError::NotOffered`] if the back-end does not support it; errors of the connection.
     pub fn postcopy_advise(&mut self) -> Result<Userfault, FrontendError> {
-        let advice = "start it with --postcopy; our own back-end says why it can't in its log";
+        let advice = "start the back-end with --postcopy; the log of this project's back-end has the reason";
         self.require(protocol_feature::PAGEFAULT, "PAGEFAULT", advice)?;
         let mut reply = self.connection.request(Request::POSTCOPY_ADVISE, &[], &[])?;
         let fd = reply.fds.pop().ok_or(FrontendError::NotOffered { what: "a userfaultfd".into(), advice })?;
         Ok(Userfault::from_fd(fd))
     }
 
-    /// Says that memory tables from now on are not complete. No ring may run.
+    /// Announces that later memory tables are incomplete. No ring may run.
     ///
     /// # Errors
-    /// [`FrontendError::Refused`]; the channel's errors.
+    /// [`FrontendError::Refused`]; errors of the connection.
     pub fn postcopy_listen(&mut self) -> Result<(), FrontendError> {
         self.postcopy_ask(Request::POSTCOPY_LISTEN)
     }
 
-    /// As [`set_memory`](crate::frontend::Device::set_memory), with memory that is not complete. `ready` is told where the
-    /// back-end has it; when that returns, faults must be served, for the back-end goes on.
+    /// Like [`set_memory`](crate::frontend::Device::set_memory), for incomplete memory. Calls `ready` with the
+    /// back-end's addresses. Faults must be served when `ready` returns, because the back-end then continues.
     ///
     /// # Errors
-    /// As `set_memory`, and [`FrontendError::ProtocolViolation`] for an answer about other regions.
+    /// As `set_memory`; [`FrontendError::ProtocolViolation`] for a reply with other regions.
     pub fn postcopy_set_memory(
         &mut self,
         memory: &Memory,
@@ -76,7 +76,7 @@ impl UserDevice {
         let same = |theirs: &Vec<MemoryRegion>| theirs.iter().map(key).eq(ours.iter().map(key));
         let Some(theirs) = theirs.filter(same) else {
             self.connection.close();
-            let what = format!("{} bytes that are not the regions it was told of", reply.payload.len());
+            let what = format!("a reply of {} bytes with other regions than those sent", reply.payload.len());
             return Err(FrontendError::ProtocolViolation { request, what, rule: "P1.4" });
         };
         self.memory = memory.clone();
@@ -85,19 +85,22 @@ impl UserDevice {
         self.connection.send_without_reply(request, 0u64.as_bytes())
     }
 
-    /// All pages are there.
+    /// Ends postcopy: all pages have arrived.
     ///
     /// # Errors
-    /// [`FrontendError::Refused`]; the channel's errors.
+    /// [`FrontendError::Refused`]; errors of the connection.
     pub fn postcopy_end(&mut self) -> Result<(), FrontendError> {
         self.postcopy_ask(Request::POSTCOPY_END)
     }
 
     fn postcopy_ask(&mut self, request: Request) -> Result<(), FrontendError> {
         if self.negotiated.protocol & bit(protocol_feature::PAGEFAULT) == 0 {
-            return Err(FrontendError::NotOffered { what: "PAGEFAULT".into(), advice: "start it with --postcopy" });
+            return Err(FrontendError::NotOffered {
+                what: "PAGEFAULT".into(),
+                advice: "start the back-end with --postcopy",
+            });
         }
-        // DPDK answers LISTEN only where need-reply asks for it, libvhost-user in any case, and once.
+        // DPDK replies to LISTEN only with need-reply, libvhost-user always, and once.
         if self.connection.acks {
             self.connection.send(request, &[], &[])?;
             return self.connection.wait_for_acks();
@@ -114,7 +117,7 @@ impl UserDevice {
     }
 }
 
-/// The regions of a SET_MEM_TABLE.
+/// Parses the regions of a SET_MEM_TABLE payload.
 fn addresses(payload: &[u8]) -> Vec<MemoryRegion> {
     let regions = payload.get(size_of::<MemoryHeader>()..).unwrap_or_default();
     let (regions, _) = regions.as_chunks::<{ size_of::<MemoryRegion>() }>();

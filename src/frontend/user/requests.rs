@@ -1,5 +1,5 @@
-//! Requests that no [`Device`](super::super::Device) of every kind has: of network devices, of migrations, of logs that
-//! signal, and the reset.
+//! Requests outside of [`Device`](super::super::Device): network devices, configuration in a migration, the log fd, and
+//! reset.
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, BorrowedFd};
@@ -11,11 +11,10 @@ use super::UserDevice;
 use crate::abi::vhost_user::{CONFIG_TYPE_MIGRATION, Request, protocol_feature};
 
 impl UserDevice {
-    /// Has a network device tell its network where `mac` is now, as after a migration whose driver can't do that itself
-    /// (SEND_RARP).
+    /// Makes a network device announce `mac` to its network, after a migration whose driver cannot do so (SEND_RARP).
     ///
     /// # Errors
-    /// [`FrontendError::NotOffered`], [`FrontendError::Refused`]; the channel's errors.
+    /// [`FrontendError::NotOffered`], [`FrontendError::Refused`]; errors of the connection.
     pub fn send_rarp(&mut self, mac: [u8; 6]) -> Result<(), FrontendError> {
         self.require(protocol_feature::RARP, "RARP", "let the guest's driver announce itself")?;
         let [a, b, c, d, e, f] = mac;
@@ -24,7 +23,7 @@ impl UserDevice {
         self.connection.wait_for_acks()
     }
 
-    /// Tells a network device the largest packet of its driver, in bytes; also after a reconnection (NET_SET_MTU).
+    /// Sets the MTU of a network device's driver in bytes. Also sent after a reconnection (NET_SET_MTU).
     ///
     /// # Errors
     /// As [`UserDevice::send_rarp`].
@@ -39,7 +38,7 @@ impl UserDevice {
         })
     }
 
-    /// Posts the MTU that is noted.
+    /// Sends the recorded MTU.
     pub(super) fn send_mtu(&mut self) -> Result<(), FrontendError> {
         match self.mtu {
             Some(mtu) => self.connection.send(Request::NET_SET_MTU, u64::from(mtu).as_bytes(), &[]),
@@ -47,8 +46,8 @@ impl UserDevice {
         }
     }
 
-    /// Writes configuration space from `offset` as a migration's destination does, for a device that carries part of its
-    /// state there: a network interface's address (SET_CONFIG with flags 1, rule C1.2).
+    /// Writes configuration space at `offset` as the destination of a migration does, for devices that keep state
+    /// there, such as the address of a network interface (SET_CONFIG with flags 1, rule C1.2).
     ///
     /// # Errors
     /// As [`Device::set_config`].
@@ -56,36 +55,36 @@ impl UserDevice {
         self.write_config(offset, bytes, CONFIG_TYPE_MIGRATION)
     }
 
-    /// Has the device write `signal` after it logged, or nothing any more; also after a reconnection (SET_LOG_FD, rule
-    /// L12.1).
+    /// Sets the eventfd that the device writes after it has logged, or removes it. Also sent after a reconnection
+    /// (SET_LOG_FD, rule L12.1).
     ///
     /// # Errors
-    /// [`FrontendError::Refused`]; the channel's errors.
+    /// [`FrontendError::Refused`]; errors of the connection.
     pub fn set_log_fd(&mut self, signal: Option<BorrowedFd<'_>>) -> Result<(), FrontendError> {
         let kept = signal.map(|fd| fd.try_clone_to_owned()).transpose();
         let kept = kept.map_err(FrontendError::system("keep the log's signal"))?;
         let before = std::mem::replace(&mut self.log_signal, kept);
         let done = self.send_log_fd().and_then(|()| self.connection.wait_for_acks());
-        // Back-ends that don't know it hang up: connecting again must not bring it up again.
+        // Back-ends without SET_LOG_FD hang up: do not send it again after a reconnection.
         done.inspect_err(|_| self.log_signal = before)
     }
 
-    /// Posts the signal that is noted.
+    /// Sends the recorded log fd.
     pub(super) fn send_log_fd(&mut self) -> Result<(), FrontendError> {
         let fds: Vec<BorrowedFd<'_>> = self.log_signal.iter().map(AsFd::as_fd).collect();
         self.connection.send(Request::SET_LOG_FD, &[], &fds)
     }
 
-    /// Resets the device as its driver would: rings are gone, requests in flight are not answered any more, features are
-    /// to be set anew. Memory and the log stay (RESET_DEVICE, else SET_STATUS 0; rules R8.2, R8.3).
+    /// Resets the device as its driver would: removes rings, drops requests in flight and clears features. Memory and
+    /// log stay (RESET_DEVICE, else SET_STATUS 0; rules R8.2, R8.3).
     ///
     /// # Errors
-    /// [`FrontendError::NotOffered`] if it knows neither; the channel's errors.
+    /// [`FrontendError::NotOffered`] if the device supports neither request; errors of the connection.
     pub fn reset(&mut self) -> Result<(), FrontendError> {
         self.rings.keys().for_each(|index| self.forward_kicks(*index, false));
         let asked = self.request_reset();
         if asked.as_ref().is_err_and(|error| !matches!(error, FrontendError::Interrupted { .. })) {
-            // Rings that live on are kicked on.
+            // The reset failed: the rings keep running.
             self.rings.keys().for_each(|index| self.forward_kicks(*index, true));
             return asked;
         }
