@@ -1,4 +1,4 @@
-//! `vhost-migrate check`: whether a running back-end keeps the rules.
+//! `vhost-migrate check`: checks a running vhost-user back-end.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
@@ -19,14 +19,14 @@ use vhost_migrate::inflight::RingKind;
 use crate::signals::{before_termination, interrupts_and_hangup};
 use crate::values;
 
-/// Nothing could be checked.
+/// Exit status if nothing could be checked.
 const UNCHECKED: u8 = 3;
-/// With `--strict`: nothing is broken, but there are warnings.
+/// Exit status with `--strict` for warnings without a failure.
 const WARNED: u8 = 4;
-/// The longest time from a signal to the end. What the check has to put back takes less.
+/// Maximum time from a signal to the end. Restoring changes takes less.
 const STOPPING: Duration = Duration::from_secs(20);
 
-/// Check which rules a running vhost-user back-end keeps
+/// Check a running vhost-user back-end against the rules of docs/protocol.md
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   vhost-migrate check /run/disk.sock
@@ -44,59 +44,59 @@ docs/check.md explains what is done for each, and how to read what was found.
 Exit status: 0 nothing is broken; 1 a rule is broken; 2 wrong arguments; 3 it could not be checked; 4 with --strict, nothing is
 broken, but there are warnings. SIGINT, SIGTERM and SIGHUP end it within seconds, after it has put back what it has changed.")]
 pub(crate) struct Arguments {
-    /// The back-end's socket
-    #[arg(required_unless_present = "explain", value_parser = values::socket_path())]
+    /// Socket of the back-end
+    #[arg(required_unless_present = "explain", value_parser = values::socket())]
     socket: Option<PathBuf>,
-    /// Print a rule, what it is for and what to do when it is broken
+    /// Print a rule, the consequence of a violation, and advice
     #[arg(long, value_name = "RULE", value_parser = explained, exclusive = true)]
     explain: Option<Explanation>,
-    /// Check only these rules, by their ids in docs/protocol.md: for example R3,L1
+    /// Check only these rules: for example R3,L1
     #[arg(long, value_name = "RULE,...", value_delimiter = ',', value_parser = known)]
     only: Vec<&'static str>,
-    /// The kind of the device, where its answers do not tell
+    /// Kind of the device, if it cannot be detected
     #[arg(long)]
     device: Option<DeviceArgument>,
-    /// Check only on these rings; else on split ones, and on packed ones if they are offered
+    /// Check only rings of this format. Default: split rings, and packed rings if they are offered
     #[arg(long)]
     rings: Option<RingKindArgument>,
-    /// Queue pairs that a network interface serves, if fewer than it says, as with DPDK
+    /// Number of queue pairs that a network interface serves, if it reports more, as DPDK does
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     queue_pairs: Option<u16>,
-    /// The source of what comes in. For a network interface: 'loop' if it sends back what it is sent, an interface of the host,
-    /// or the socket of another vhost-user back-end whose frames arrive at this one. To vsock: the socket of the host's side.
-    /// To a console: the address that it is typed at. Without it a loop is tried
+    /// Source of incoming data. Network interface: 'loop' if it sends frames back, an interface of the host, or the
+    /// socket of another vhost-user back-end whose frames arrive at this one. Vsock: the host's socket. Console: the
+    /// TCP address of its input. Default: 'loop' if a frame returns
     #[arg(long, value_name = "loop|INTERFACE|SOCKET|tcp:HOST:PORT", value_parser = frame_source)]
     frame_source: Option<FrameSource>,
-    /// Warnings have an exit status of their own, 4, if nothing is broken; else they are 0
+    /// Exit with status 4 if there are warnings and no failures. Default: status 0
     #[arg(long)]
     strict: bool,
     /// Print one JSON object instead of the table
     #[arg(long)]
     json: bool,
-    /// Write the findings as JUnit XML too
+    /// Also write the findings as JUnit XML
     #[arg(long, value_name = "FILE")]
     junit: Option<PathBuf>,
-    /// Seconds that the back-end may take for any step
+    /// Maximum seconds for each step of the back-end
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     timeout: u64,
-    /// Entries of the ring, a power of two from 64 to 1024; without it 256, or as many as the back-end takes
+    /// Ring size, a power of two from 64 to 1024. Default: 256, or the largest that the back-end accepts
     #[arg(long, value_name = "N", value_parser = values::queue_size(64, 1024))]
     queue_size: Option<u16>,
-    /// The back-end may die: also make the checks that some back-ends do not survive. --hostile and --restart imply it
+    /// Also run checks that some back-ends do not survive. Implied by --hostile and --restart
     #[arg(long)]
     may_kill: bool,
-    /// Also send what must be refused; a back-end that is not up to it dies of it
+    /// Also send messages that must be refused. They may crash a faulty back-end
     #[arg(long)]
     hostile: bool,
-    /// Also write to the last MiB of the disk; what was there is put back
+    /// Also write to the last MiB of the disk. The old contents are restored
     #[arg(long)]
     write: bool,
-    /// Simple shell command that starts the back-end: kill it with requests in flight, and see whether its successor
-    /// answers each once. Without --kill-pid it is also started with this; what the check starts it also ends. One that ends
-    /// with its front-end is started again each time
+    /// Simple shell command that starts the back-end. The check kills it with requests in flight, and verifies that the
+    /// restarted back-end completes each request once. The check also starts it first, unless --kill-pid is given,
+    /// whenever it exits with its front-end, and ends it at the end
     #[arg(long, value_name = "COMMAND", value_parser = NonEmptyStringValueParser::new())]
     restart: Option<String>,
-    /// Process id of the running back-end, which may be killed
+    /// Process id of a running back-end, which the check may kill
     #[arg(long, value_name = "PID", requires = "restart", value_parser = clap::value_parser!(i32).range(2..))]
     kill_pid: Option<i32>,
 }
@@ -125,7 +125,7 @@ fn explained(id: &str) -> Result<Explanation, String> {
     explain(id).map_err(|error| error.to_string())
 }
 
-/// A path has a slash in it.
+/// Parses a frame source. A path contains a slash.
 fn frame_source(text: &str) -> Result<FrameSource, String> {
     match text {
         "" => Err("give 'loop', an interface or a socket".into()),
@@ -142,7 +142,7 @@ fn unwritable(path: &Path) -> impl Fn(io::Error) -> String {
     move |error| format!("can't write the findings to {}: {error}", path.display())
 }
 
-/// Returns true if what is printed goes to a terminal whose user has nothing against colours (NO_COLOR).
+/// Returns true if stdout is a terminal and NO_COLOR is not set.
 fn wants_colours() -> bool {
     io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
@@ -152,12 +152,12 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     if let Some(explanation) = &arguments.explain {
         let Explanation { consequence, meaning, remedy, .. } = explanation;
         let (text, broken) = (explanation.text(), consequence.description());
-        // The reader may have gone.
+        // An error means that the reader has closed the pipe.
         let _ = writeln!(io::stdout(), "{text}\n\nIf broken: {broken}. {meaning}\n\nRemedy: {remedy}");
         return ExitCode::SUCCESS;
     }
     let (strict, stop) = (arguments.strict, StopToken::default());
-    // Disconnected when the check has ended.
+    // Disconnected at the end of the check.
     let (checking, checked) = crossbeam::channel::bounded::<()>(0);
     let stopping = stop.clone();
     let signals = before_termination(interrupts_and_hangup(), 2 * STOPPING, move |_| {
@@ -191,7 +191,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
 }
 
 impl Arguments {
-    /// Checks, and tells what was found.
+    /// Runs the check and prints the report.
     fn run(self, stop: StopToken) -> Result<CheckReport, Box<dyn std::error::Error>> {
         let timeout = Duration::from_secs(self.timeout);
         let options = CheckOptions {
@@ -220,11 +220,11 @@ impl Arguments {
             stop,
             ..CheckOptions::default()
         };
-        // Before a long run, whose findings would be lost.
+        // Created first: after a long run an error would lose the findings.
         let junit = self.junit.map(|path| Ok::<_, String>((File::create(&path).map_err(unwritable(&path))?, path)));
         let junit = junit.transpose()?;
         let style = ProgressStyle::with_template("[{bar:30}] {pos}/{len} {wide_msg}");
-        // On a terminal only.
+        // Shown on a terminal only.
         let bar = ProgressBar::new(1).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         let socket = self.socket.unwrap_or_default();
         let report = check_with_progress(&socket, &options, &mut |step: &CheckProgress| {
@@ -234,7 +234,7 @@ impl Arguments {
         });
         bar.finish_and_clear();
         let report = report?;
-        // Before what may be cut short: whoever reads the table may have gone.
+        // Written before the table: printing may fail if the reader has closed the pipe.
         if let Some((mut file, path)) = junit {
             file.write_all(report.junit().as_bytes()).map_err(unwritable(&path))?;
         }

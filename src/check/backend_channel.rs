@@ -1,7 +1,7 @@
-//! Rules B1 and B3: the channel over which a back-end says what it was not asked, and notifications that are messages.
+//! Rules B1 and B3: the back-end channel and in-band notifications.
 //!
-//! Without in-band notifications a back-end has nothing to say here: then only that is seen which the channel must not
-//! take along when it ends.
+//! Without in-band notifications a back-end has no reason to use its channel. The checks then only verify that the loss
+//! of the channel has no other effect.
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -17,12 +17,12 @@ use super::stop::Deadline;
 use super::{Check, CheckAbort, Outcome, RingSelection, Target};
 use crate::abi::vhost_user::{BackendRequest, Header, Request as Code, VRING_NOFD_MASK, VringState, protocol_feature};
 
-/// Batches of requests whose notifications nobody reads: more than find room.
+/// Number of batches whose notifications stay unread; more than fit into the socket.
 const UNREAD: u32 = 64;
-/// Batches of requests with kicks and calls in messages.
+/// Number of batches with in-band kicks and calls.
 const BATCHES: u32 = 20;
 const BATCH: u64 = 4;
-/// Looks at a channel for its end: more than what can be unread.
+/// Maximum number of reads while waiting for the end of a channel; more than can be unread.
 const MAX_READS: u32 = 1024;
 
 pub(super) const CHECKS: &[Check] = &[
@@ -48,11 +48,11 @@ pub(super) const CHECKS: &[Check] = &[
     },
 ];
 
-/// The front-end's end of a channel.
+/// Front-end's end of a back-end channel.
 pub(super) struct BackendChannel(UnixStream);
 
 impl BackendChannel {
-    /// SET_BACKEND_REQ_FD.
+    /// Sends SET_BACKEND_REQ_FD.
     pub(super) fn install(harness: &Harness) -> Result<BackendChannel, CheckAbort> {
         let (ours, theirs) = UnixStream::pair()?;
         BackendChannel::install_pair(harness, ours, &theirs)
@@ -65,8 +65,8 @@ impl BackendChannel {
         Ok(BackendChannel(ours))
     }
 
-    /// The next message and what it carries, if one comes until `deadline`. It is acknowledged if that is asked for: with 0
-    /// where there is nothing to be done.
+    /// Receives the next message before `deadline`. If it needs a reply, replies with 0 to known requests and with 1 to
+    /// others.
     pub(super) fn receive(&self, deadline: &Deadline) -> Result<Option<(BackendRequest, Vec<u8>)>, CheckAbort> {
         if !readable(&[self.0.as_fd()], deadline) {
             return Ok(None);
@@ -79,14 +79,14 @@ impl BackendChannel {
         Ok(Some((message.code, message.body)))
     }
 
-    /// Whether the back-end ends it until `deadline`, whatever it says before.
+    /// Returns true if the back-end closes the channel before `deadline`. Messages before that are ignored.
     fn closes_before(&self, deadline: &Deadline) -> bool {
         let mut said = [0; 4096];
         for _ in 0..MAX_READS {
             if !readable(&[self.0.as_fd()], deadline) {
                 return false;
             }
-            // One that went away with something unread resets it.
+            // A socket closed with unread data fails with a reset.
             if !(&self.0).read(&mut said).is_ok_and(|count| count > 0) {
                 return true;
             }
@@ -95,7 +95,7 @@ impl BackendChannel {
     }
 }
 
-/// How a ring is kicked, and its driver called.
+/// Kind of notifications of a ring.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum NotifyMethod {
     Fds,
@@ -103,7 +103,7 @@ enum NotifyMethod {
 }
 
 impl NotifyMethod {
-    /// A front-end that has agreed on it, without a channel.
+    /// Returns a harness with these notifications negotiated and without a back-end channel.
     fn harness(self, target: &Target) -> Result<Harness, CheckAbort> {
         use protocol_feature::{BACKEND_REQ, INBAND_NOTIFICATIONS, REPLY_ACK};
         if self == NotifyMethod::Fds {
@@ -118,7 +118,7 @@ impl NotifyMethod {
         }
     }
 
-    /// Those that are offered.
+    /// Returns the offered kinds.
     fn offered(target: &Target) -> impl Iterator<Item = NotifyMethod> + use<> {
         let messages = target.offered.has_protocol(protocol_feature::INBAND_NOTIFICATIONS);
         std::iter::once(NotifyMethod::Fds).chain(messages.then_some(NotifyMethod::Messages))
@@ -139,7 +139,7 @@ impl NotifyMethod {
         }
     }
 
-    /// A batch of requests, from adding to completion.
+    /// Runs a batch of requests until all are complete.
     fn serve(self, harness: &mut Harness, channel: &BackendChannel) -> Result<(), CheckAbort> {
         match self {
             NotifyMethod::Fds => harness.run_batch(BATCH, RequestSize::Mixed),
@@ -148,7 +148,7 @@ impl NotifyMethod {
     }
 }
 
-/// Starts rings that are kicked by messages. Where nothing is `sends_fd_messages` of fds, as UML does it, the kick starts them.
+/// Starts rings with in-band kicks. Without `sends_fd_messages` the kick starts the rings, as UML does it.
 fn start(harness: &Harness, sends_fd_messages: bool) -> Result<(), CheckAbort> {
     let without_fd =
         |code: Code, index: u32| harness.send_acked(code, (u64::from(index) | VRING_NOFD_MASK).as_bytes(), &[]);
@@ -166,7 +166,7 @@ fn start(harness: &Harness, sends_fd_messages: bool) -> Result<(), CheckAbort> {
     harness.all().try_for_each(|queue| kick(harness, queue.index, true))
 }
 
-/// VRING_KICK, with need-reply or without.
+/// Sends VRING_KICK, with or without need-reply.
 fn kick(harness: &Harness, index: u32, acknowledged: bool) -> Result<(), CheckAbort> {
     let body = VringState { index, num: 0 };
     match acknowledged {
@@ -175,28 +175,28 @@ fn kick(harness: &Harness, index: u32, acknowledged: bool) -> Result<(), CheckAb
     }
 }
 
-/// Makes a batch of requests visible, and kicks by a message.
+/// Publishes a batch of requests and sends an in-band kick.
 fn ask(harness: &mut Harness, acknowledged: bool) -> Result<(), CheckAbort> {
     harness.add(BATCH, RequestSize::Mixed)?;
     let _ = harness.ring.driver.publish();
     kick(harness, harness.ring.index, acknowledged)
 }
 
-/// A batch of requests whose kick and calls are messages; how many calls came.
+/// Runs a batch of requests with in-band kick and calls. Returns the number of calls.
 fn serve(harness: &mut Harness, channel: &BackendChannel) -> Result<u64, CheckAbort> {
     ask(harness, true)?;
     finish(harness, channel)
 }
 
-/// Waits for the calls of requests until nothing is in flight.
+/// Waits for in-band calls until no request is in flight. Returns the number of calls.
 fn finish(harness: &mut Harness, channel: &BackendChannel) -> Result<u64, CheckAbort> {
     let (deadline, mut calls) = (harness.deadline(harness.timeout), 0);
-    // Nobody has asked not to be called: there is a call even if everything is complete by now.
+    // Calls are not suppressed: at least one must arrive, even if all requests are complete by now.
     while harness.outstanding() > 0 || calls == 0 {
         if harness.pop()? || harness.ring.driver.enable_notifications() {
             continue;
         }
-        // Whoever says something else all the time has no more of it.
+        // A back-end that keeps sending other messages must not extend the wait.
         let heard = if !deadline.is_over() { channel.receive(&deadline)? } else { None };
         let Some((code, body)) = heard else {
             let (left, waited) = (harness.outstanding(), harness.timeout);
@@ -220,7 +220,7 @@ fn finish(harness: &mut Harness, channel: &BackendChannel) -> Result<u64, CheckA
     Ok(calls)
 }
 
-/// Waits for the completions themselves.
+/// Waits for the completions without calls.
 fn poll(harness: &mut Harness) -> Result<(), CheckAbort> {
     let timeout = harness.timeout;
     if wait_until(&harness.deadline(timeout), || Ok(harness.pop_all()? == 0 && harness.outstanding() == 0))? {
@@ -259,7 +259,7 @@ fn lost(target: &mut Target) -> Result<Outcome, CheckAbort> {
         method.start(&harness)?;
         method.serve(&mut harness, &channel)?;
         if noise {
-            // Where it is at an end already, there is nothing to be said.
+            // An error means that the channel is closed already.
             let _ = (&channel.0).write_all(&[0xff; 64]);
             ignored |= !channel.closes_before(&harness.deadline(harness.settle));
         } else {
@@ -274,7 +274,7 @@ fn lost(target: &mut Target) -> Result<Outcome, CheckAbort> {
                 poll(&mut harness)?;
             }
         }
-        // And there may be another one.
+        // A new channel must work after the loss of the first.
         let channel = BackendChannel::install(&harness)?;
         method.serve(&mut harness, &channel)?;
         names.push(format!("{} with {}", if noise { "noise" } else { "closed" }, method.name()));
@@ -287,13 +287,13 @@ fn unread(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::BACKEND_REQ)?;
     let mut harness = NotifyMethod::Messages.harness(target)?;
     let (ours, theirs) = UnixStream::pair()?;
-    // As little as the system allows.
+    // The smallest buffer that the kernel allows.
     setsockopt(&theirs, SndBuf, &1)?;
     let channel = BackendChannel::install_pair(&harness, ours, &theirs)?;
     drop(theirs);
     start(&harness, true)?;
     for _ in 0..UNREAD {
-        // Each is to be called for.
+        // Each completion needs a call.
         let _ = harness.ring.driver.enable_notifications();
         ask(&mut harness, true)?;
         poll(&mut harness)?;

@@ -1,5 +1,5 @@
-//! A block device: how to make it write to guest memory without changing its disk, its configuration space, and, where
-//! that is allowed, writes to its last MiB.
+//! Block devices: reads, which make the device write guest memory without changing the disk; configuration space; and,
+//! if allowed, writes to the last MiB.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -20,19 +20,19 @@ use crate::abi::virtio::{
 };
 use crate::ring::Buffer;
 
-/// Bytes that a read takes of a disk whose size is not told: nobody makes a smaller one.
+/// Size assumed for a disk without configuration space, bytes.
 const MIN_DISK_BYTES: u64 = 4096;
-/// Bytes of configuration that every disk has.
+/// Bytes of configuration space that every block device has.
 const CONFIG_BYTES: u32 = 36;
-/// The largest blocks for whose requests there is room everywhere, bytes.
+/// Maximum block size with room for all requests, bytes.
 const MAX_BLOCK_BYTES: u64 = 64 << 10;
-/// Bytes at the end of the disk that may be written where writing is allowed.
+/// Bytes at the end of the disk that `--write` may change.
 const WRITABLE_TAIL: u64 = 1 << 20;
-/// How often a back-end is killed with writes in flight.
+/// Minimum number of kills with writes in flight.
 const MIN_KILLS: u64 = 3;
-/// How often at most, if it has done all of them every time.
+/// Maximum number of kills, if no write was in flight at any of them.
 const MAX_KILLS: u64 = 10;
-/// A status that no device writes.
+/// A status byte that no device writes.
 pub(super) const NO_STATUS: u8 = 0xff;
 
 pub(super) const CHECKS: &[Check] = &[
@@ -56,22 +56,22 @@ pub(super) const CHECKS: &[Check] = &[
     },
 ];
 
-/// The disk under test.
+/// Capacity and block size of the device under test.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct BlkGeometry {
     sectors: u64,
-    /// Sectors of a block: requests are of whole blocks.
+    /// Sectors per block. Requests cover whole blocks.
     block: u64,
 }
 
 impl BlkGeometry {
-    /// Asks a connection with agreed protocol features how large its disk is.
+    /// Reads the geometry from configuration space, after protocol features are negotiated.
     pub(super) fn of(connection: &Connection, offered: BackendFeatures) -> Result<BlkGeometry, CheckAbort> {
         if !offered.has_protocol(protocol_feature::CONFIG) {
             let sectors = MIN_DISK_BYTES / SECTOR_BYTES;
             return Ok(BlkGeometry { sectors, block: sectors });
         }
-        // All of it from the start: some send the bytes at 0 whatever the offset is (rule C1.1).
+        // Read from offset 0: some back-ends ignore the offset (rule C1.1).
         let mut config = BlkConfig::new_zeroed();
         let told = read_config(connection, 0, CONFIG_BYTES)?;
         config.as_mut_bytes().iter_mut().zip(told).for_each(|(byte, told)| *byte = told);
@@ -94,7 +94,7 @@ impl BlkGeometry {
         self.sectors.saturating_mul(SECTOR_BYTES)
     }
 
-    /// The head of read number `number`, and how many of `len` bytes it can have, in whole blocks.
+    /// Returns the header of read `number`, and its length: up to `len` bytes in whole blocks.
     pub(super) fn read(&self, number: u64, len: u64) -> (BlkRequestHeader, u32) {
         let (blocks, block) = (self.sectors / self.block, self.block * SECTOR_BYTES);
         let count = (len.max(block) / block).min(blocks);
@@ -104,7 +104,7 @@ impl BlkGeometry {
         (head, (len * SECTOR_BYTES) as u32)
     }
 
-    /// The parts of the last MiB that may be written: first sector, and where in guest memory the data is.
+    /// Splits the last MiB into parts: first sector and data buffer of each.
     fn tail_parts(&self) -> Vec<(u64, Buffer)> {
         let sectors = (WRITABLE_TAIL / SECTOR_BYTES / MAX_REQUESTS).min(self.sectors / MAX_REQUESTS);
         let sectors = sectors / self.block * self.block;
@@ -113,7 +113,7 @@ impl BlkGeometry {
         (0..MAX_REQUESTS).map(|slot| (first + slot * sectors, Buffer { gpa: HIGH + slot * SLOT_BYTES, len })).collect()
     }
 
-    /// Whether a status is that of a read that worked.
+    /// Returns true for the status of a successful read.
     pub(super) fn worked(status: u8) -> bool {
         status == VIRTIO_BLK_S_OK
     }
@@ -144,7 +144,7 @@ fn read_all(target: &Target, parts: &[(u64, Buffer)]) -> Result<Vec<Vec<u8>>, Ch
     Ok(read)
 }
 
-/// Puts what is to be written into guest memory, and makes the requests for it.
+/// Fills the data buffers and adds the write requests.
 fn prepare(harness: &mut Harness, parts: &[(u64, Buffer)], contents: &[Vec<u8>]) -> Result<(), CheckAbort> {
     for ((_, data), bytes) in parts.iter().zip(contents) {
         harness.memory.write(data.gpa, bytes)?;
@@ -163,7 +163,7 @@ fn outlived(target: &mut Target) -> Result<Outcome, CheckAbort> {
     with_restore(target, overwrite_after_death)
 }
 
-/// Has `run` write to the last MiB, if it may, and puts back what was there.
+/// Runs `run`, which writes to the last MiB, and restores the old contents. Does not run it without `--write`.
 fn with_restore(
     target: &mut Target,
     run: impl FnOnce(&mut Target, &[(u64, Buffer)]) -> Result<Outcome, CheckAbort>,
@@ -205,7 +205,7 @@ fn overwrite(target: &Target, parts: &[(u64, Buffer)]) -> Result<Outcome, CheckA
         thread::yield_now();
     }
     let base = harness.stop()?;
-    // What a back-end has not drained must not come after what is put back.
+    // Wait for requests that the back-end has not drained, so that none overwrites the restored contents.
     let deadline = harness.deadline(harness.timeout);
     while !harness.ring.is_same_base(base, harness.ring.current_base()) && !deadline.is_over() {
         harness.pop()?;
@@ -221,13 +221,13 @@ fn overwrite(target: &Target, parts: &[(u64, Buffer)]) -> Result<Outcome, CheckA
     })
 }
 
-/// Something to write, another thing for each `round`.
+/// Returns data to write, different for each `round`.
 fn contents(parts: &[(u64, Buffer)], round: u64) -> Vec<Vec<u8>> {
     (1..).zip(parts).map(|(slot, (_, data))| noise(round * 1000 + slot, data.len)).collect()
 }
 
-/// Kills the back-end with writes in flight, has its successor write to the same place, and looks at what is there when
-/// it is quiet (rule I9.1).
+/// Kills the back-end with writes in flight, writes to the same sectors through its successor, and reads them back
+/// (rule I9.1).
 fn overwrite_after_death(target: &mut Target, parts: &[(u64, Buffer)]) -> Result<Outcome, CheckAbort> {
     let (mut open, mut round) = (0, 0);
     while round < MIN_KILLS || open == 0 && round < MAX_KILLS {
@@ -259,7 +259,7 @@ fn overwrite_after_death(target: &mut Target, parts: &[(u64, Buffer)]) -> Result
     Ok(none_came_late(round, open))
 }
 
-/// What it says that after `kills` kills, with `open` writes open in all, none came late.
+/// Returns the outcome if no late write was seen after `kills` kills with `open` writes open in total.
 fn none_came_late(kills: u64, open: u64) -> Outcome {
     match open {
         0 => Outcome::not_tested(format!("killed {kills} times, and every time all writes were done already")),
@@ -273,7 +273,7 @@ fn restore(target: &Target, parts: &[(u64, Buffer)], before: &[Vec<u8>]) -> Resu
     prepare(&mut harness, parts, before)?;
     harness.publish();
     harness.finish()?;
-    // Many back-ends have but one front-end at a time.
+    // Many back-ends serve one front-end at a time.
     drop(harness);
     match read_all(target, parts)? == before {
         true => Ok(()),
@@ -281,7 +281,7 @@ fn restore(target: &Target, parts: &[(u64, Buffer)], before: &[Vec<u8>]) -> Resu
     }
 }
 
-/// Saves what could not be put back.
+/// Saves contents that could not be restored to a file.
 fn save_contents(contents: &[Vec<u8>]) -> io::Result<PathBuf> {
     let (fd, path) = mkstemp(&std::env::temp_dir().join("vhost-migrate-check-XXXXXX"))?;
     let mut file = File::from(fd);
@@ -289,7 +289,7 @@ fn save_contents(contents: &[Vec<u8>]) -> io::Result<PathBuf> {
     Ok(path)
 }
 
-/// Bytes of configuration space, out of an answer that is checked (rule C1.1).
+/// Reads configuration space and checks the reply (rule C1.1).
 pub(super) fn read_config(connection: &Connection, offset: u32, size: u32) -> Result<Vec<u8>, CheckAbort> {
     let header = ConfigHeader { offset, size, flags: CONFIG_TYPE_FRONTEND };
     let reply = connection.request(Code::GET_CONFIG, &[header.as_bytes(), &vec![0; size as usize]].concat())?;

@@ -1,7 +1,7 @@
-//! The front-end's side of one connection and of the channel beside it, message by message, with nothing in between that could be polite.
+//! The front-end side of the main connection and of the back-end channel, without any policy on messages.
 //!
-//! What an answer should be is the checks' business; here is only what can happen to a message. The header of every
-//! reply is noted ([`ReplyFlags`]), so that rule F2.2 is judged by all of them.
+//! The checks decide what a reply should be. The flags of every reply are recorded in [`ReplyFlags`], so that rule F2.2
+//! is evaluated for the whole run.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -22,27 +22,27 @@ use super::{CheckAbort, CheckOptions, Outcome, StopToken};
 use crate::abi::vhost_user::{BackendRequest, Header, Request as Code};
 use crate::sys::socket;
 
-/// Longest reply that is read. The longest there is has 268 bytes (GET_CONFIG).
+/// Maximum payload of a reply, bytes. The largest defined one has 268 (GET_CONFIG).
 const MAX_REPLY: u32 = 1 << 16;
-/// Longest message on the channel. The longest there is has 40 bytes.
+/// Maximum payload of a message on the back-end channel, bytes. The largest defined one has 40.
 const MAX_BACKEND_MESSAGE: u32 = 4096;
-/// Most fds of a reply that are kept: more than any may have.
+/// Maximum number of fds kept of a reply; more than any reply may have.
 const MAX_FDS: usize = 16;
-/// Between two segments of a message that is cut, so that the system does not join them again.
+/// Delay between the segments of a message, so that the kernel does not join them.
 const SEGMENT_DELAY: Duration = Duration::from_millis(20);
-/// The interval at which a wait looks for the stop of the check.
+/// Interval at which a wait checks the stop token.
 const STOP_POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// The headers of all replies of a run.
+/// Flags of all replies of a run.
 #[derive(Debug, Default)]
 pub(super) struct ReplyFlags {
     pub(super) count: u64,
-    /// How many replies to a request had flags other than 5, by both.
+    /// Number of replies with flags other than 0x5, by request and flags.
     pub(super) wrong: BTreeMap<(Code, u32), u64>,
 }
 
 impl ReplyFlags {
-    /// Rule F2.2, by all of them.
+    /// Evaluates rule F2.2.
     pub(super) fn outcome(&self) -> Outcome {
         let wrong: Vec<String> =
             self.wrong.iter().map(|((code, flags), count)| format!("{code} {flags:#x} ({count} times)")).collect();
@@ -62,7 +62,7 @@ pub(super) struct Reply {
 }
 
 impl Reply {
-    /// The payload as the one structure that it must be.
+    /// Parses the payload as exactly one structure.
     pub(super) fn read<T: FromBytes>(&self) -> Result<T, CheckAbort> {
         T::read_from_bytes(&self.payload).map_err(|_| {
             let (got, needed) = (self.payload.len(), size_of::<T>());
@@ -89,7 +89,7 @@ impl Connection {
         Ok(Connection::from_stream(connect(path, options.timeout, &options.stop)?, options, replies))
     }
 
-    /// A connection that was made already.
+    /// Wraps a connected socket.
     pub(super) fn from_stream(
         socket: UnixStream,
         options: &CheckOptions,
@@ -98,17 +98,17 @@ impl Connection {
         Connection { socket, timeout: options.timeout, stop: options.stop.clone(), replies }
     }
 
-    /// The end of a wait for the back-end that takes at most `time`.
+    /// Returns the deadline of a wait for the back-end that takes at most `time`.
     pub(super) fn deadline(&self, time: Duration) -> Deadline {
         self.stop.deadline(time)
     }
 
-    /// The same connection once more, for messages that nothing answers.
+    /// Duplicates the socket, for messages without a reply.
     pub(super) fn try_clone(&self) -> Result<UnixStream, CheckAbort> {
         Ok(self.socket.try_clone()?)
     }
 
-    /// Any request with any flags, payload and fds.
+    /// Sends any request with any flags, payload and fds.
     pub(super) fn send(
         &self,
         code: Code,
@@ -120,7 +120,7 @@ impl Connection {
         self.send_bytes(code, &[header.as_bytes(), payload].concat(), fds)
     }
 
-    /// A request whose header, and both halves of whose payload, travel alone (rule F1.3).
+    /// Sends a request in three segments: the header and both halves of the payload (rule F1.3).
     pub(super) fn send_in_parts(
         &self,
         code: Code,
@@ -138,7 +138,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Any bytes at all; `code` is what to call them.
+    /// Sends any bytes. `code` names them in errors.
     pub(super) fn send_bytes(&self, code: Code, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), CheckAbort> {
         let (socket, deadline) = (self.socket.as_fd(), self.deadline(self.timeout));
         let has_room = || Ok(ready(&[socket], PollFlags::POLLOUT, &deadline));
@@ -148,12 +148,12 @@ impl Connection {
         })
     }
 
-    /// Hangs up.
+    /// Closes the connection.
     pub(super) fn close(&self) {
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
     }
 
-    /// The next message of the back-end, while the answer to `code` is due.
+    /// Receives the next message. `code` is the request whose reply is due, for errors.
     pub(super) fn receive(&self, code: Code) -> Result<Reply, CheckAbort> {
         let deadline = self.deadline(self.timeout);
         let mut header = Header::new_zeroed();
@@ -173,17 +173,17 @@ impl Connection {
         Ok(Reply { code: answered, payload, fds })
     }
 
-    /// Returns true if the back-end has not read what was sent to it.
+    /// Returns true if the back-end has not read everything that was sent.
     pub(super) fn is_unread(&self) -> bool {
         socket::is_unread(self.socket.as_fd()).unwrap_or(false)
     }
 
-    /// Whether something comes within `patience`.
+    /// Returns true if data arrives within `patience`.
     pub(super) fn replies_within(&self, patience: Duration) -> bool {
         readable(&[self.socket.as_fd()], &self.deadline(patience))
     }
 
-    /// The reply to `code`, which must be the next message.
+    /// Receives the reply to `code`, which must be the next message.
     pub(super) fn reply(&self, code: Code) -> Result<Reply, CheckAbort> {
         let reply = self.receive(code)?;
         match reply.code == code {
@@ -192,24 +192,24 @@ impl Connection {
         }
     }
 
-    /// Sends a request that has a reply of its own, and waits for that.
+    /// Sends a request that has a reply of its own, and receives the reply.
     pub(super) fn request(&self, code: Code, payload: &[u8]) -> Result<Reply, CheckAbort> {
         self.send(code, Header::FLAG_VERSION, payload, &[])?;
         self.reply(code)
     }
 
-    /// Like [`request`](Connection::request), for the many whose reply is a u64.
+    /// Like [`request`](Connection::request), for replies that are a u64.
     pub(super) fn request_u64(&self, code: Code) -> Result<u64, CheckAbort> {
         self.request(code, &[])?.read()
     }
 
-    /// Sends a request with need-reply; the answer is 0 for done (rule F4.1).
+    /// Sends a request with need-reply. Returns the acknowledgement, 0 for success (rule F4.1).
     pub(super) fn request_ack(&self, code: Code, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<u64, CheckAbort> {
         self.send(code, Header::FLAG_VERSION | Header::FLAG_NEED_REPLY, payload, fds)?;
         self.reply(code)?.read()
     }
 
-    /// Everything that was sent is done when this returns (rule F4.4).
+    /// Waits until the back-end has processed all messages (rule F4.4).
     pub(super) fn barrier(&self) -> Result<u64, CheckAbort> {
         self.request_u64(Code::GET_FEATURES)
     }
@@ -237,16 +237,16 @@ impl Connection {
     }
 }
 
-/// What a back-end says over its channel (rule B1.1).
+/// A message on the back-end channel (rule B1.1).
 pub(super) struct BackendMessage {
     pub(super) code: BackendRequest,
     pub(super) body: Vec<u8>,
-    /// Whether it is to be acknowledged.
+    /// True if the message needs a reply.
     pub(super) needs_reply: bool,
 }
 
 impl BackendMessage {
-    /// The next one; `None` when the channel is over.
+    /// Receives the next message. Returns `None` if the channel is closed.
     pub(super) fn receive(mut channel: &UnixStream) -> Result<Option<BackendMessage>, CheckAbort> {
         let mut header = Header::new_zeroed();
         if channel.read_exact(header.as_mut_bytes()).is_err() {
@@ -261,7 +261,7 @@ impl BackendMessage {
         Ok(whole.ok().map(|()| BackendMessage { code, body, needs_reply: flags & Header::FLAG_NEED_REPLY != 0 }))
     }
 
-    /// Answers it, if it needs_reply for that.
+    /// Replies if the message needs it.
     pub(super) fn acknowledge(&self, mut channel: &UnixStream, answer: u64) -> Result<(), CheckAbort> {
         if !self.needs_reply {
             return Ok(());
@@ -274,18 +274,18 @@ impl BackendMessage {
                     self.code
                 )))
             }
-            // If the channel is over, the next message says so.
+            // A closed channel shows at the next message.
             _ => Ok(()),
         }
     }
 }
 
-/// Connects to a socket whose owner may have stopped accepting; sending on it has the same limit.
+/// Connects to a socket, also if its queue of connections is full for a while. `timeout` also limits later sends.
 pub(super) fn connect(path: &Path, timeout: Duration, stop: &StopToken) -> io::Result<UnixStream> {
     let deadline = stop.deadline(timeout);
     let socket = loop {
         match socket::connect(path) {
-            // There is no room for another one that waits to be accepted.
+            // The queue of connections is full.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock && !deadline.is_over() => {
                 thread::sleep(RETRY_INTERVAL)
             }
@@ -297,7 +297,7 @@ pub(super) fn connect(path: &Path, timeout: Duration, stop: &StopToken) -> io::R
     Ok(socket)
 }
 
-/// Waits until there is something to read from one of them, at most until `deadline`.
+/// Waits until one of the fds is readable. Returns false at `deadline`.
 pub(super) fn readable(fds: &[BorrowedFd<'_>], deadline: &Deadline) -> bool {
     ready(fds, PollFlags::POLLIN, deadline)
 }
@@ -306,7 +306,7 @@ fn ready(fds: &[BorrowedFd<'_>], events: PollFlags, deadline: &Deadline) -> bool
     let mut polled: Vec<PollFd<'_>> = fds.iter().map(|fd| PollFd::new(*fd, events)).collect();
     loop {
         let left = deadline.left();
-        // Rounded up: the last part of a millisecond is waited for too, and not spun through.
+        // Rounded up, so that the last fraction of a millisecond is not a busy loop.
         let timeout = left.min(STOP_POLL_INTERVAL) + Duration::from_micros(999);
         match poll(&mut polled, PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX)) {
             Ok(0) if left.is_zero() => return false,

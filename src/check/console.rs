@@ -1,22 +1,22 @@
-//! A console: text that leaves, and bytes that come in when somebody types them.
+//! Consoles: output of the guest, and input typed at the host.
 //!
-//! What comes in is a stream of bytes, in buffers of any length; nobody can tell where one piece of it begins.
+//! Input is a byte stream in buffers of any length, without message boundaries.
 
 use super::CheckAbort;
 
-/// Room for what comes in, bytes.
+/// Size of an input buffer, bytes.
 pub(super) const BUFFER_BYTES: u32 = 256;
-/// Digits, each byte the next of the last.
+/// Input consists of consecutive digits.
 const DIGITS: u64 = 10;
 
-/// Text `number` that leaves: some consoles take nothing else.
+/// Returns output `number`. It is text, because some consoles accept nothing else.
 pub(super) fn packet(number: u64) -> Vec<u8> {
     let len = 20 + number * 131 % 1000;
     let digits = (0..len).map(|at| digit(number + at));
     digits.chain([b'\n']).collect()
 }
 
-/// What is typed to fill `buffers` buffers.
+/// Returns input that fills `buffers` buffers.
 pub(super) fn input(number: u64, buffers: u64) -> Vec<u8> {
     (0..buffers * u64::from(BUFFER_BYTES)).map(|at| digit(number + at)).collect()
 }
@@ -25,7 +25,7 @@ fn digit(number: u64) -> u8 {
     b'0' + (number % DIGITS) as u8
 }
 
-/// Checks what came in; true if it was typed here.
+/// Checks input that arrived. Returns true if it was sent by this module.
 pub(super) fn received(bytes: &[u8]) -> Result<bool, CheckAbort> {
     if bytes.is_empty() {
         return Err(CheckAbort::Violation("a buffer was used for nothing".into()));

@@ -1,7 +1,7 @@
-//! The kinds of devices, and how they are told apart by what a back-end says of itself.
+//! Device kinds, and their detection.
 //!
-//! The protocol has no question for the kind. Features of the device, the number of queues and the configuration space leave
-//! several kinds or one: only one is taken, else the user has to say it.
+//! The protocol has no request for the device kind. Device features, number of queues and configuration space leave one
+//! or several kinds. A single kind is used; otherwise the user has to name it.
 
 use super::blk::{BlkGeometry, read_config};
 use super::connection::Connection;
@@ -17,13 +17,14 @@ pub(super) enum TestedDevice {
     Net,
     Rng,
     Fs,
-    /// With its context id.
+    /// Vsock, with its context id.
     Vsock(u64),
     Console,
 }
 
 impl TestedDevice {
-    /// The device of a connection that has agreed on protocol features: what it was said to be, or what it can only be.
+    /// Returns the device of a connection with negotiated protocol features: the `given` kind, or the only one that
+    /// matches.
     pub(super) fn of(
         connection: &Connection,
         offered: BackendFeatures,
@@ -43,17 +44,17 @@ impl TestedDevice {
         })
     }
 
-    /// Returns true if the device answers requests, which have all they need; other devices send and receive.
+    /// Returns true if the device answers self-contained requests. Other devices send and receive.
     pub(super) fn has_requests(&self) -> bool {
         matches!(self, TestedDevice::Blk(_) | TestedDevice::Rng | TestedDevice::Fs)
     }
 
-    /// Returns true if the same requests bring the same data.
+    /// Returns true if equal requests return equal data.
     pub(super) fn is_stable(&self) -> bool {
         matches!(self, TestedDevice::Blk(_) | TestedDevice::Fs)
     }
 
-    /// The name of the kind, as people write it.
+    /// Returns a description of the device.
     pub(super) fn name(&self) -> String {
         match self {
             TestedDevice::Blk(disk) => format!("a disk of {} bytes", disk.bytes()),
@@ -65,10 +66,10 @@ impl TestedDevice {
         }
     }
 
-    /// Bytes of configuration that every device of the kind has, and parts of them.
+    /// Returns the size of configuration space that every device of the kind has, and parts of it.
     pub(super) fn config(&self) -> (u32, &'static [(u32, u32)]) {
         match self {
-            // As much as the oldest front-ends read, of a disk; all that most network interfaces have.
+            // A disk: what the oldest drivers read. A network interface: what most have.
             TestedDevice::Blk(_) => (36, &[(0, 8), (8, 4), (20, 4), (4, 12), (35, 1)]),
             TestedDevice::Net => (12, &[(0, 6), (6, 2), (8, 2), (2, 8), (11, 1)]),
             TestedDevice::Rng => (0, &[]),
@@ -78,14 +79,14 @@ impl TestedDevice {
     }
 }
 
-/// Features that belong to the kind of device: the others are the transport's.
+/// Feature bits of the device; the others belong to the transport.
 const OF_DEVICES: u64 = 0xff_ffff | !0 << 50;
 const OF_BLK: u64 = mask(&[0, 1, 2, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 16, 17]);
 const OF_NET: u64 = OF_DEVICES & !mask(&[4]);
 const OF_FS: u64 = mask(&[0]);
 const OF_VSOCK: u64 = mask(&[0, 1, 2]);
 const OF_CONSOLE: u64 = mask(&[0, 1, 2]);
-/// Features that network interfaces alone have.
+/// Feature bits that only network interfaces have.
 const NET_ALONE: u64 = OF_NET & !(OF_BLK | OF_FS | OF_VSOCK | OF_CONSOLE);
 
 const fn mask(bits: &[u32]) -> u64 {
@@ -97,14 +98,14 @@ const fn mask(bits: &[u32]) -> u64 {
     mask
 }
 
-/// What a back-end says of itself.
+/// Properties of a back-end that differ between kinds.
 #[derive(Clone, Debug, Default)]
 struct DeviceProperties {
-    /// Features of the device.
+    /// Device feature bits.
     features: u64,
-    /// The number of queues, if it says so.
+    /// Number of queues, if MQ is offered.
     queues: Option<u64>,
-    /// Configuration space, as much of it as 40 bytes; `None` without one.
+    /// Configuration space, up to 40 bytes; `None` without one.
     config: Option<Vec<u8>>,
 }
 
@@ -112,12 +113,12 @@ impl DeviceProperties {
     fn ask(connection: &Connection, offered: BackendFeatures) -> Result<DeviceProperties, CheckAbort> {
         let features = offered.features & OF_DEVICES;
         let queues = offered.has_protocol(protocol_feature::MQ).then_some(offered.queues);
-        // Of a network interface the configuration tells nothing more.
+        // The features identify a network interface without its configuration.
         if !offered.has_protocol(protocol_feature::CONFIG) || features & NET_ALONE != 0 {
             return Ok(DeviceProperties { features, queues, config: None });
         }
         let mut config = Vec::new();
-        // A length that is not there is answered without bytes.
+        // Back-ends reply without payload to a size that they do not have.
         for size in [40, 36, 12, 8, 1] {
             match read_config(connection, 0, size) {
                 Ok(bytes) => {
@@ -139,23 +140,24 @@ impl DeviceProperties {
         let start =
             config.as_ref().and_then(|config| config.first_chunk()).map_or(0, |bytes| u64::from_le_bytes(*bytes));
         match kind {
-            // Its capacity is there, so there is a configuration.
+            // A disk has a non-zero capacity.
             DeviceKind::Blk => only(OF_BLK) && len.is_some_and(|len| len >= 36) && start > 0 && !self.has_tag(),
-            // An address is there where the feature says so.
+            // The address is present only with VIRTIO_NET_F_MAC.
             DeviceKind::Net => {
                 let has_address = features & 1 << VIRTIO_NET_F_MAC != 0;
-                // Who counts pairs and not queues has features of its own.
+                // Back-ends that count queue pairs offer features that only network interfaces have.
                 let one_pair = features & NET_ALONE != 0 || number(2, u64::MAX);
                 only(OF_NET) && one_pair && len.is_none_or(|len| len < 36) && (has_address || start << 16 == 0)
             }
             DeviceKind::Rng => features == 0 && queues == Some(1) && config.iter().flatten().all(|byte| *byte == 0),
             DeviceKind::Fs => only(OF_FS) && number(2, u64::MAX) && (config.is_none() || self.has_tag()),
-            // Low numbers are other machines'. That a configuration goes on says nothing: some read what is behind theirs.
+            // Context ids below 3 are reserved. Excess configuration says nothing: some back-ends return bytes beyond
+            // their fields.
             DeviceKind::Vsock => {
                 let is_cid = len.is_some_and(|len| len >= 8) && (3..u64::from(u32::MAX)).contains(&start);
                 only(OF_VSOCK) && number(2, 3) && (config.is_none() || is_cid) && !self.has_tag()
             }
-            // Without a feature nothing in its configuration is valid.
+            // Without a feature none of the configuration fields is valid.
             DeviceKind::Console => {
                 let has_fields = features != 0 && len.is_some_and(|len| len >= 8);
                 only(OF_CONSOLE) && number(2, u64::MAX) && (config.is_none() || has_fields) && !self.has_tag()
@@ -163,7 +165,7 @@ impl DeviceProperties {
         }
     }
 
-    /// Returns true if the configuration is that of a file system: a tag, padded with zeroes, and how many request queues.
+    /// Returns true if the configuration is that of a file system: a zero-padded tag and the number of request queues.
     fn has_tag(&self) -> bool {
         let Some((tag, queues)) = self.config.as_ref().and_then(|config| config.split_first_chunk::<36>()) else {
             return false;
@@ -175,7 +177,7 @@ impl DeviceProperties {
     }
 }
 
-/// The one kind that it can be.
+/// Returns the only matching kind.
 fn find(connection: &Connection, offered: BackendFeatures) -> Result<DeviceKind, CheckAbort> {
     let properties = DeviceProperties::ask(connection, offered)?;
     let may_be: Vec<DeviceKind> = DeviceKind::ALL.iter().copied().filter(|kind| properties.may_be(*kind)).collect();
@@ -199,7 +201,7 @@ mod tests {
     use super::*;
     use crate::abi::virtio::VIRTIO_RING_F_EVENT_IDX;
 
-    /// The kinds that a back-end of these traits can be.
+    /// Returns the kinds that match these properties.
     fn kinds(features: u64, queues: u64, config: Option<&[u8]>) -> Vec<&'static str> {
         let properties = DeviceProperties {
             features: features & OF_DEVICES,
@@ -234,11 +236,11 @@ mod tests {
     fn several_matching_kinds_are_all_reported() {
         assert_eq!(kinds(0, 2, None), ["net", "fs", "vsock", "console"]);
         assert_eq!(kinds(0, 2, Some(&[0; 40])), Vec::<&str>::new());
-        // vhost-device-console answers for as many bytes as are asked for.
+        // vhost-device-console returns as many bytes as requested.
         let mut console = vec![20, 0, 20, 0, 1, 0, 0, 0, 64, 0, 0, 0];
         console.resize(40, 0x5a);
         assert_eq!(kinds(2, 4, Some(&console)), ["blk", "console"]);
-        // A disk whose capacity reads as a tag, with blocks that are no text.
+        // A disk whose capacity reads as a tag, with a block size that is not text.
         let mut disk = padded(b"myfs", 1);
         disk[21] = 2;
         assert_eq!(kinds(0, 2, Some(&disk)), ["blk", "vsock"]);

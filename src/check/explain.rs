@@ -1,28 +1,28 @@
-//! What each rule is for: what is lost when it is broken, and what the author or the user of a back-end can do.
+//! Explanations of the rules: the consequence of a violation, and advice for authors and users of a back-end.
 
 use super::{CheckError, rule};
 
-/// What comes of a broken rule, the worst first.
+/// Consequence of a violated rule, the most severe first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Consequence {
-    /// Pages that were written are not marked, or written after they were sent.
+    /// Written pages are not marked, or are written after they were sent.
     LosesPages,
-    /// Guest memory is written or read where it should not be.
+    /// Wrong guest memory is read or written.
     Corrupts,
-    /// Requests in flight are lost, or served twice.
+    /// Requests in flight are lost or executed twice.
     LosesRequests,
-    /// A message, a ring or a state ends it, or has it take what can't be.
+    /// An invalid message, ring or state crashes the back-end or is accepted.
     Killed,
-    /// The driver waits for good.
+    /// The driver waits forever.
     Stalls,
-    /// The device arrives with other properties than it left with.
+    /// The device has other properties after a migration.
     ArrivesChanged,
-    /// Some front-ends can't work with it.
+    /// Some front-ends do not work with the back-end.
     Refused,
 }
 
 impl Consequence {
-    /// In words.
+    /// Returns a description.
     pub fn description(self) -> &'static str {
         match self {
             Consequence::LosesPages => "live migration loses pages",
@@ -36,16 +36,16 @@ impl Consequence {
     }
 }
 
-/// What a rule is for.
+/// Explanation of a rule.
 #[derive(Clone, Copy, Debug)]
 pub struct Explanation {
-    /// Its id.
+    /// Id of the rule.
     pub rule: &'static str,
-    /// What comes of it when it is broken.
+    /// Consequence of a violation.
     pub consequence: Consequence,
-    /// What that means.
+    /// Details of the consequence.
     pub meaning: &'static str,
-    /// What can be done.
+    /// Advice.
     pub remedy: &'static str,
 }
 
@@ -426,13 +426,13 @@ const EXPLANATIONS: &[Explanation] = &[
     ),
 ];
 
-/// The rules as `docs/protocol.md` has them.
+/// Source of the rules.
 const PROTOCOL: &str = include_str!("../../docs/protocol.md");
 
-/// What a rule is for; its id in any case.
+/// Returns the explanation of a rule. The id may be in any case.
 ///
 /// # Errors
-/// [`CheckError::NoSuchRule`], which lists the rules that there are.
+/// [`CheckError::NoSuchRule`], which lists all rules.
 pub fn explain(id: &str) -> Result<Explanation, CheckError> {
     let id = rule(id)?;
     let known = EXPLANATIONS.iter().find(|explanation| explanation.rule == id);
@@ -440,7 +440,7 @@ pub fn explain(id: &str) -> Result<Explanation, CheckError> {
 }
 
 impl Explanation {
-    /// The obligations of the rule in the words of `docs/protocol.md`, each with its number and on a line of its own.
+    /// Returns the obligations of the rule as in `docs/protocol.md`, one per line with its number.
     pub fn text(&self) -> String {
         let heading = format!("\n### {} ", self.rule);
         let section = PROTOCOL.split_once(&heading).map_or("", |(_, section)| section);
@@ -451,14 +451,14 @@ impl Explanation {
     }
 }
 
-/// One line, without the emphasis of Markdown.
+/// Joins lines and removes Markdown emphasis.
 fn plain(markdown: &str) -> String {
     let words: Vec<&str> = markdown.split_whitespace().collect();
     let line = words.join(" ").replace("**", "").replace("*(seen)*", "(seen)").replace(" *", " ");
     line.trim_end_matches('*').to_owned()
 }
 
-/// What comes of a broken rule.
+/// Returns the consequence of a violated rule.
 pub(super) fn consequence(rule: &str) -> Consequence {
     EXPLANATIONS.iter().find(|known| known.rule == rule).map_or(Refused, |known| known.consequence)
 }

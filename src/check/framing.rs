@@ -1,4 +1,4 @@
-//! Rules F1 to F6 and F8: messages, their answers, and notifications.
+//! Rules F1 to F6 and F8: messages, replies, and call fds.
 
 use std::io::Read;
 use std::os::fd::AsFd;
@@ -16,7 +16,7 @@ use crate::abi::vhost_user::{
 
 const VERSION: u32 = Header::FLAG_VERSION;
 const NEED_REPLY: u32 = Header::FLAG_VERSION | Header::FLAG_NEED_REPLY;
-/// A request that no specification knows.
+/// A request code that no specification defines.
 const UNKNOWN: Code = Code(4711);
 
 pub(super) const CHECKS: &[Check] = &[
@@ -77,7 +77,7 @@ fn segments(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(Outcome::pass("SET_FEATURES, SET_MEM_TABLE with its fds, GET_VRING_BASE"))
 }
 
-/// Requests with a reply of their own that is offered: payload, and the length of the reply.
+/// Returns the offered requests that have a reply of their own: payload, and length of the reply.
 fn own_replies(target: &Target) -> Vec<(Code, Vec<u8>, usize)> {
     let config = ConfigHeader { offset: 0, size: 8, flags: 0 };
     let inflight = InflightDescription { mmap_size: 0, mmap_offset: 0, num_queues: 1, queue_size: 64, padding: [0; 4] };
@@ -103,7 +103,7 @@ fn flags(target: &mut Target) -> Result<Outcome, CheckAbort> {
     for (code, payload, _) in own_replies(target) {
         for flags in [VERSION].into_iter().chain(asked) {
             harness.connection.send(code, flags, &payload, &[])?;
-            // Which reply it is, is rule F3.1.
+            // Rule F3.1 covers which reply it is.
             harness.connection.receive(code)?;
         }
     }
@@ -120,7 +120,7 @@ fn replies(target: &mut Target) -> Result<Outcome, CheckAbort> {
         if got != length {
             odd.push(format!("{code} has {got} bytes, not {length}"));
         }
-        // A second reply would come before this one's.
+        // A second reply would arrive before this one.
         let next = if code == Code::GET_FEATURES { Code::GET_PROTOCOL_FEATURES } else { Code::GET_FEATURES };
         harness.connection.request_u64(next)?;
         names.push(code.to_string());
@@ -175,7 +175,7 @@ fn order(target: &mut Target) -> Result<Outcome, CheckAbort> {
 fn refused(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::REPLY_ACK)?;
     let harness = target.harness(0)?;
-    // The other end of the pipe tells whether the fd that came along was closed.
+    // The other end of the pipe shows if the back-end closed the fd.
     let (ours, theirs) = std::io::pipe()?;
     let answer = {
         let fds = [theirs.as_fd()];
@@ -227,7 +227,7 @@ fn socket_call(target: &mut Target) -> Result<Outcome, CheckAbort> {
     harness.publish();
     let deadline = harness.deadline(harness.timeout);
     let (mut buf, mut bytes) = ([0; 4096], 0);
-    // Nobody has asked not to be notified: there is a notification even if everything is complete by now.
+    // Notifications are not suppressed: at least one must arrive, even if all requests are complete by now.
     while harness.outstanding() > 0 || bytes == 0 {
         if harness.pop()? {
             continue;

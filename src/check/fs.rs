@@ -1,6 +1,6 @@
-//! A file system: a FUSE session over the request queue, and a file in its root to read.
+//! File systems: a FUSE session on the request queue, and a file in the root directory.
 //!
-//! Every driver begins with INIT; then a regular file that is not empty is looked for, and opened. Checks read it.
+//! The session begins with INIT. Then a non-empty regular file is looked up and opened, which the checks read.
 
 use std::io;
 
@@ -16,14 +16,14 @@ const READ: u32 = 15;
 const INIT: u32 = 26;
 const OPENDIR: u32 = 27;
 const READDIR: u32 = 28;
-/// The version of the protocol that is spoken: 7.31 needs none of the newer flags.
+/// FUSE protocol version. 7.31 needs none of the newer flags.
 const VERSION: [u32; 2] = [7, 31];
-/// Bytes of the answer to INIT.
+/// Bytes of the reply to INIT.
 const INIT_ANSWER: u32 = 64;
 const ROOT: u64 = 1;
 const DIRECTORY_BYTES: u32 = 64 << 10;
 const REGULAR: u32 = 8;
-/// Where an answer to LOOKUP has the size of the file.
+/// Offset of the file size in the reply to LOOKUP.
 const SIZE_AT: usize = 48;
 
 /// `struct fuse_in_header`.
@@ -73,7 +73,7 @@ struct Dirent {
     kind: U32,
 }
 
-/// A file that was opened.
+/// An open file.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct OpenFile {
     node: u64,
@@ -82,7 +82,7 @@ pub(super) struct OpenFile {
 }
 
 impl OpenFile {
-    /// The head of read number `number`, and how many of `len` bytes it can have.
+    /// Returns read request `number`, and the number of bytes that it returns, at most `len`.
     pub(super) fn read(&self, number: u64, len: u64) -> (Vec<u8>, u32) {
         let len = len.min(self.size);
         let offset = number.wrapping_mul(97 * 512) % (self.size - len + 1);
@@ -90,12 +90,12 @@ impl OpenFile {
     }
 }
 
-/// The first request of a session, which needs none, and the bytes of its answer.
+/// Returns INIT, which needs no session, and the size of its reply.
 pub(super) fn init_request(number: u64) -> (Vec<u8>, u32) {
     (request(INIT, 0, number, [VERSION[0], VERSION[1], 1 << 17, 0].as_bytes()), INIT_ANSWER)
 }
 
-/// A request with its arguments.
+/// Builds a request.
 fn request(opcode: u32, nodeid: u64, unique: u64, arguments: &[u8]) -> Vec<u8> {
     let len = (size_of::<InHeader>() + arguments.len()) as u32;
     let (opcode, nodeid, unique) = (opcode.into(), nodeid.into(), unique.into());
@@ -108,7 +108,7 @@ fn read(opcode: u32, node: u64, handle: u64, offset: u64, len: u32, unique: u64)
     request(opcode, node, unique, read.as_bytes())
 }
 
-/// Begins a session on a ring that runs, and opens a file. Nothing else may be in flight.
+/// Starts a session on a running ring and opens a file. No request may be in flight.
 pub(super) fn open(harness: &mut Harness) -> Result<OpenFile, CheckAbort> {
     let (init, room) = init_request(0);
     harness.exchange(&init, 0, room)?;
@@ -139,7 +139,7 @@ fn u64_at(answer: &[u8], at: usize) -> Result<u64, CheckAbort> {
     number.ok_or_else(|| CheckAbort::Violation(format!("an answer of {} bytes is too short", answer.len())))
 }
 
-/// The names of regular files in a listing.
+/// Returns the names of regular files in a directory listing.
 fn regular_files(mut listing: &[u8]) -> Vec<&[u8]> {
     let mut names = Vec::new();
     while let Ok((entry, rest)) = Dirent::read_from_prefix(listing) {

@@ -1,6 +1,7 @@
-//! Messages and rings that are wrong on purpose: the back-end must refuse them, or hang up, and serve the next front-end.
+//! Invalid messages and rings. The back-end must refuse them or close the connection, and must serve the next
+//! front-end.
 //!
-//! Each is sent on a connection of its own with a running ring, for what a back-end does wrong shows best there.
+//! Each is sent on a connection of its own with a running ring, where errors of a back-end are most visible.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -22,7 +23,7 @@ use crate::memory::sealed_memfd;
 
 const MIB: u64 = 1 << 20;
 const VERSION_FLAG: u32 = Header::FLAG_VERSION;
-/// Regions of noise that are tried.
+/// Number of inflight regions filled with noise.
 const NOISE_REGIONS: u64 = 20;
 
 pub(super) const CHECKS: &[Check] = &[
@@ -53,7 +54,7 @@ pub(super) const CHECKS: &[Check] = &[
     },
 ];
 
-/// A message that must be refused. The fds are of a memfd of 1 MiB.
+/// A message that must be refused. Its fds are of a memfd of 1 MiB.
 struct HostileMessage {
     what: &'static str,
     code: Code,
@@ -65,7 +66,7 @@ fn message(what: &'static str, code: Code, body: &(impl IntoBytes + Immutable + 
     HostileMessage { what, code, payload: body.as_bytes().to_vec(), fds }
 }
 
-/// How a back-end took what it was sent.
+/// Responses of a back-end to invalid messages.
 #[derive(Default)]
 struct HostileTally {
     refused: u32,
@@ -84,14 +85,14 @@ impl HostileTally {
     }
 }
 
-/// Whether the next front-end gets its data.
+/// Fails if the next front-end is not served.
 pub(super) fn serves(target: &Target) -> Result<(), CheckAbort> {
     let mut harness = target.harness(0)?;
     harness.start()?;
     harness.run_batch(2, RequestSize::Mixed)
 }
 
-/// Tries one thing after the other, each with a front-end of its own.
+/// Runs `attempt` for each item with a front-end of its own. Then the next front-end must be served.
 pub(super) fn attack<T>(
     target: &Target,
     all: impl IntoIterator<Item = T>,
@@ -120,7 +121,7 @@ pub(super) fn attack<T>(
     Ok(tally.outcome())
 }
 
-/// The same with what a ring leads to, of which a back-end may die later.
+/// Like [`attack`], for ring contents, which a back-end may process later.
 fn attack_rings<T>(
     target: &Target,
     all: impl IntoIterator<Item = T>,
@@ -131,11 +132,11 @@ fn attack_rings<T>(
         let answer = attempt(harness, thing)?;
         harness.kick();
         thread::sleep(target.options.settle / 8);
-        // Whether it answers on a broken ring is its affair.
+        // A broken ring need not be served, but the connection must be.
         harness.connection.barrier().map(|_| answer)
     })?;
     if outcome.0 == Verdict::Fail {
-        // What it was of is known; behind it nobody is served.
+        // The failing item is known; later front-ends are not served.
         return Ok(outcome);
     }
     thread::sleep(target.options.settle);
@@ -157,8 +158,8 @@ fn send(target: &Target, all: Vec<HostileMessage>) -> Result<Outcome, CheckAbort
             if acks {
                 harness.connection.send(*code, VERSION_FLAG | Header::FLAG_NEED_REPLY, payload, &fds)?;
                 let reply = harness.connection.reply(*code)?;
-                // Replies of their own say no in their own ways.
-                // A log that is taken has an answer of its own, which is not a number (rule F7.1).
+                // Requests with replies of their own report errors in different ways. An accepted log has a reply that
+                // is not a u64 (rule F7.1).
                 let tally = *code == Code::SET_LOG_BASE && reply.payload.len() != size_of::<u64>();
                 return Ok(if tally { 0 } else { reply.read().unwrap_or(1) });
             }
@@ -370,7 +371,7 @@ fn noise(target: &mut Target) -> Result<Outcome, CheckAbort> {
             let (size, queues) = (harness.ring.layout.size(), harness.ring.index as u16 + 1);
             let kind = if harness.ring.is_packed() { RingKind::Packed } else { RingKind::Split };
             let part = kind.queue_bytes(size) as usize;
-            // As large as its entries.
+            // Entries have the size of the header.
             let header = match kind {
                 RingKind::Split => SPLIT_HEADER_BYTES,
                 RingKind::Packed => PACKED_HEADER_BYTES,
@@ -378,13 +379,13 @@ fn noise(target: &mut Target) -> Result<Outcome, CheckAbort> {
             let bytes = part as u64 * u64::from(queues);
             let fd = sealed_memfd("noise", bytes)?;
             let mut contents = super::harness::noise(*seed, bytes as u32);
-            // A version and a size that are right lead recovery to the rest.
+            // A valid version and size make recovery process the rest.
             let head = [VERSION.to_le_bytes(), size.to_le_bytes()].concat();
             for contents in contents.chunks_exact_mut(part) {
                 if let Some(place) = contents.get_mut(8..12) {
                     place.copy_from_slice(&head);
                 }
-                // Marks and links that could be, in every other region.
+                // Valid marks and links in every other region.
                 if seed.is_multiple_of(2) {
                     for entry in contents.get_mut(header..).unwrap_or_default().chunks_exact_mut(header) {
                         if let [mark, .., _] = entry {
@@ -402,7 +403,7 @@ fn noise(target: &mut Target) -> Result<Outcome, CheckAbort> {
             )?;
             harness.start_disabled(None)?;
             harness.enable(true)?;
-            // It was believed, and something may be found to do.
+            // The region was accepted, and recovery may find work in it.
             Ok(1)
         },
     )
@@ -412,7 +413,7 @@ fn descriptors(target: &mut Target) -> Result<Outcome, CheckAbort> {
     const NEXT: u16 = DESC_F_NEXT;
     const WRITE: u16 = DESC_F_WRITE;
     let packed = target.variant.packed;
-    // A link of a split ring is the name of a request in a packed one, where it may be anything.
+    // In a packed ring the field of `next` holds the buffer id, which may have any value.
     let desc = |addr: u64, len: u32, flags: u16, next: u16| match packed {
         false => {
             Desc { addr: addr.into(), len: len.into(), flags: flags.into(), next: next.into() }.as_bytes().to_vec()
@@ -423,7 +424,7 @@ fn descriptors(target: &mut Target) -> Result<Outcome, CheckAbort> {
         }
     };
     let whole: Vec<_> = (0..1024).map(|id| desc(HIGH, 16, NEXT, id)).collect();
-    // Descriptors, the head that is made available, and the avail index.
+    // Descriptors, head of the available chain, and avail index.
     let all = [
         ("a loop", vec![desc(HIGH, 16, NEXT, 1), desc(HIGH, 16, NEXT, 0)], 0u16, 1u16),
         ("a loop of one", vec![desc(HIGH, 16, NEXT, 0)], 0, 1),

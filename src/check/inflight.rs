@@ -1,7 +1,7 @@
-//! Rules I1 to I7: the inflight region as the back-end keeps it, and what its successor makes of it.
+//! Rules I1 to I7: the inflight region of a back-end, and its recovery.
 //!
-//! A front-end that hangs up is to the inflight region what a crash is: the next connection has to answer what is open.
-//! Where the back-end may be killed, it is killed too.
+//! For the inflight region a front-end that disconnects is equivalent to a crash: the next connection has to complete
+//! the open requests. With `--restart` the back-end is killed as well.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -19,9 +19,9 @@ use crate::inflight::RingKind;
 use crate::memory::{Memory, Region};
 use crate::ring::RingBase;
 
-/// How often a front-end hangs up, and a back-end is killed, with requests in flight.
+/// Minimum number of disconnections and kills with requests in flight.
 const ROUNDS: u32 = 10;
-/// How often at most, until some were seen open: a quick back-end has done everything before one looks.
+/// Maximum number of them, until open requests were seen. A fast back-end may have completed all before.
 const MAX_ROUNDS: u32 = 60;
 
 pub(super) const CHECKS: &[Check] = &[
@@ -65,30 +65,30 @@ pub(super) const CHECKS: &[Check] = &[
     Check { rule: "I7", what: "RESET_DEVICE makes the region fresh", run_on: RingSelection::Main, run: reset },
 ];
 
-/// A region that the back-end made, for the rings up to the one that is looked at.
+/// An inflight region of the back-end, for all rings up to the one that is checked.
 pub(super) struct TrackedRegion {
     fd: OwnedFd,
     description: InflightDescription,
     memory: Memory,
     kind: RingKind,
-    /// Where the ring's part begins.
+    /// Offset of the ring's part.
     at: u64,
 }
 
-/// What stands in a ring's part.
+/// Contents of a ring's part.
 struct RegionContents {
     version: u16,
     desc_num: u16,
-    /// Where completions have come to.
+    /// Used position.
     used: RingBase,
     marked: usize,
     counter: u64,
-    /// What is wrong with it, of a ring at rest.
+    /// Error in the contents, for a ring without requests in flight.
     wrong: Option<String>,
 }
 
 impl TrackedRegion {
-    /// Asks for a region.
+    /// Requests a region with GET_INFLIGHT_FD.
     pub(super) fn ask(harness: &Harness) -> Result<TrackedRegion, CheckAbort> {
         harness.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
         let queue_size = harness.ring.layout.size();
@@ -97,7 +97,7 @@ impl TrackedRegion {
         let reply = harness.connection.request(Code::GET_INFLIGHT_FD, wanted.as_bytes())?;
         let mut description: InflightDescription = reply.read()?;
         let InflightDescription { mmap_size, mmap_offset, .. } = description;
-        // Some leave the shape to the request.
+        // Some back-ends do not fill in these fields.
         (description.num_queues, description.queue_size) = (num_queues, queue_size);
         let kind = if harness.ring.is_packed() { RingKind::Packed } else { RingKind::Split };
         let (part, number) = (kind.queue_bytes(queue_size), u64::from(num_queues));
@@ -117,7 +117,7 @@ impl TrackedRegion {
         Ok(TrackedRegion { fd, description, memory, kind, at })
     }
 
-    /// SET_INFLIGHT_FD.
+    /// Sends SET_INFLIGHT_FD.
     pub(super) fn install(&self, harness: &Harness) -> Result<(), CheckAbort> {
         harness.send_acked(Code::SET_INFLIGHT_FD, self.description.as_bytes(), &[self.fd.as_fd()])
     }
@@ -176,7 +176,7 @@ fn packed(bytes: &[u8], size: u16) -> Option<RegionContents> {
     })
 }
 
-/// A ring that runs with a region.
+/// Returns a running ring with an inflight region.
 fn harness_with_region(target: &Target) -> Result<(Harness, TrackedRegion), CheckAbort> {
     target.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
     let harness = target.harness(0)?;
@@ -221,13 +221,14 @@ fn contents(target: &mut Target) -> Result<Outcome, CheckAbort> {
         }
         Some(wrong) => Outcome::fail(format!("{seen}; {wrong}")),
         _ if marked > 0 => Outcome::fail(format!("{seen}; {marked} are still marked")),
-        // What took a request counted it first.
+        // A back-end that counts requests has marked them first.
         _ if most == 0 && counter == 0 => Outcome::warning(format!("{seen}: none was seen in flight")),
         _ => Outcome::pass(seen),
     })
 }
 
-/// Leaves requests open in every round, has `die` end the connection, and goes on with the region on another.
+/// In every round, leaves requests open, ends the connection with `die`, and continues with the region on a new
+/// connection.
 fn recover_repeatedly(
     target: &mut Target,
     mut die: impl FnMut(&mut Target, &Harness, u32) -> Result<(), CheckAbort>,
@@ -239,7 +240,7 @@ fn recover_repeatedly(
         harness.writable_pages.clear();
         harness.add(MAX_REQUESTS, RequestSize::Large)?;
         let before = harness.hashes()?;
-        // Every third time nobody tells the back-end: then all are open, however quick it is.
+        // Without a kick in every third round: then all requests are open, however fast the back-end is.
         if harness.ring.driver.publish() && round % 3 != 0 {
             harness.kick();
         }
@@ -249,7 +250,7 @@ fn recover_repeatedly(
         marked += region.read()?.marked;
         harness.reconnect(target.connect()?)?;
         region.install(&harness)?;
-        // The base as QEMU sends it then: the region knows better (rules I3.4, I4.5).
+        // QEMU sends this base. The region takes precedence (rules I3.4, I4.5).
         if !target.variant.packed {
             harness.ring.base = harness.ring.current_base();
         }
@@ -276,7 +277,7 @@ fn recover_repeatedly(
     Ok(if open == 0 { Outcome::not_tested(seen) } else { Outcome::pass(seen) })
 }
 
-/// Lets the back-end work for a moment, another one every time.
+/// Gives the back-end a short time, different in every round.
 fn let_work(round: u32) {
     thread::sleep(Duration::from_micros(u64::from((round - 1) % ROUNDS) * 150));
 }
@@ -285,7 +286,7 @@ fn hang_ups(target: &mut Target) -> Result<Outcome, CheckAbort> {
     recover_repeatedly(target, |target, harness, round| {
         let_work(round);
         harness.connection.close();
-        // The next connection is the proof that this one is over.
+        // The next connection shows that this one has ended.
         target.check_served()
     })
 }
@@ -304,7 +305,7 @@ fn fresh(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
     let mut harness = target.harness(0)?;
     let region = TrackedRegion::ask(&harness)?;
-    // One behind the region's own: the difference that costs a request, see rule I3.2.
+    // One more than the region's own index: the difference that loses a request (rule I3.2).
     harness.move_to(1)?;
     region.install(&harness)?;
     harness.start()?;

@@ -1,8 +1,7 @@
-//! Rules T1 to T5 and L5: the device behind an IOMMU, which knows no address until it has asked.
+//! Rules T1 to T5 and L5: the device behind an IOMMU, without translations at first.
 //!
-//! A page of the driver's lies in the place of another, so whoever takes an address for guest-physical reads and writes
-//! what is not its own: data is compared with what the device reads without an IOMMU, and every page of guest memory with
-//! what it was.
+//! Each I/O virtual page is mapped to another guest-physical page, so an untranslated access reads or writes the wrong
+//! page. Data is compared with reads without an IOMMU, and every page of guest memory with its old contents.
 
 use std::thread;
 
@@ -24,11 +23,11 @@ use crate::abi::vhost_user::{IotlbMsg, Request as Code, protocol_feature};
 use crate::abi::virtio::VIRTIO_RING_F_EVENT_IDX;
 use crate::memory::LOG_PAGE;
 
-/// How often data is moved under load.
+/// Number of moves of data under load.
 const MOVES: u64 = 8;
-/// How often a ring is moved.
+/// Number of moves of a ring.
 const RING_MOVES: u32 = 4;
-/// Batches that go round every ring, whose entries are 256 unless it was asked for others.
+/// Number of batches that wrap around a ring of the default size, 256.
 const BATCHES: usize = 16;
 
 pub(super) const CHECKS: &[Check] = &[
@@ -78,12 +77,12 @@ pub(super) const CHECKS: &[Check] = &[
     },
 ];
 
-/// Batches of requests, one after the other.
+/// Runs batches of requests one after the other.
 fn batches(harness: &mut Harness, sizes: &[RequestSize]) -> Result<(), CheckAbort> {
     sizes.iter().try_for_each(|size| harness.run_batch(MAX_REQUESTS, *size))
 }
 
-/// What a disk reads into memory by these batches without an IOMMU. Frames tell themselves whether they are right.
+/// Returns hashes of the data that a disk reads without an IOMMU. Frames carry a checksum of their own.
 fn expected(target: &Target, sizes: &[RequestSize]) -> Result<Vec<(u64, u64)>, CheckAbort> {
     if !target.device.is_stable() {
         return Ok(Vec::new());
@@ -94,12 +93,12 @@ fn expected(target: &Target, sizes: &[RequestSize]) -> Result<Vec<(u64, u64)>, C
     data(&harness)
 }
 
-/// The hashes of all data, by the driver's addresses.
+/// Returns hashes of all data pages, by I/O virtual page.
 fn data(harness: &Harness) -> Result<Vec<(u64, u64)>, CheckAbort> {
     Ok(harness.driver_view_hashes()?.into_iter().filter(|(page, _)| *page >= HIGH / LOG_PAGE).collect())
 }
 
-/// How many pages hold something else than they should.
+/// Returns the number of pages with unexpected contents.
 fn wrong(harness: &Harness, expected: &[(u64, u64)]) -> Result<usize, CheckAbort> {
     Ok(changed(expected, &data(harness)?).len())
 }
@@ -125,7 +124,7 @@ fn served(target: &Target, scatter: Scatter) -> Result<Outcome, CheckAbort> {
     let (own, used) = (harness.driver_pages(), harness.device_pages());
     let mut stray = changed(&before, &harness.hashes()?);
     stray.retain(|page| !own.contains(page) && !used.contains(page) && !harness.writable_pages.contains(page));
-    // What the driver has filled for frames that leave is its own too.
+    // The driver has written the frames to transmit.
     let stray = if target.variant.flow == Flow::Transmit { 0 } else { stray.len() };
     let (wrong, misses) = (wrong(&harness, &expected)?, harness.iommu()?.misses()?);
     let made = BATCHES as u64 * MAX_REQUESTS;
@@ -141,12 +140,12 @@ fn served(target: &Target, scatter: Scatter) -> Result<Outcome, CheckAbort> {
     })
 }
 
-/// A page of data of a slot that no batch has used, as the driver knows it.
+/// Returns a data page of a slot that no batch uses, as I/O virtual address.
 fn fresh(slot: u64, number: u64) -> u64 {
     HIGH + slot * SLOT_BYTES + SLOT_BYTES / 2 + number * LOG_PAGE
 }
 
-/// Waits until the device has asked for a page.
+/// Waits until the device has requested a translation of the page.
 fn asked(harness: &mut Harness, iova: u64) -> Result<bool, CheckAbort> {
     wait_until(&harness.deadline(harness.timeout), || {
         harness.inject_frames()?;
@@ -156,7 +155,7 @@ fn asked(harness: &mut Harness, iova: u64) -> Result<bool, CheckAbort> {
 
 fn forbidden(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_iommu()?;
-    // Which ring a frame arrives on can't be told.
+    // The ring on which a frame arrives cannot be chosen.
     let rings = if target.variant.flow == Flow::Receive { 1 } else { target.max_rings().min(2) };
     let mut harness = target.harness_behind_iommu(0, Scatter::Rings, rings)?;
     harness.start()?;
@@ -226,11 +225,11 @@ fn unanswered(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(Outcome::pass("the request was not taken; it was served when the ring went on"))
 }
 
-/// Messages that are to be refused. What they say of addresses in use is wrong.
+/// Returns invalid messages about addresses in use.
 fn refusals(harness: &Harness) -> Vec<(String, IotlbMsg)> {
     let in_use = IotlbMsg { iova: HIGH, size: SLOT_BYTES, perm: VHOST_ACCESS_RW, ..IotlbMsg::new_zeroed() };
     let user = harness.memory.regions().first().map_or(0, |region| region.user_addr());
-    // Regions may be neighbours there.
+    // Regions may be adjacent in this address space.
     let end =
         harness.memory.regions().iter().map(|region| region.user_addr() + region.size()).max().unwrap_or_default();
     let (update, invalidate) = (VHOST_IOTLB_UPDATE, VHOST_IOTLB_INVALIDATE);
@@ -281,14 +280,14 @@ fn impossible(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-/// Pages of the first half of every slot, and those of the second in whose place they go.
+/// Returns the pages of the first half of every slot, each with a page of the second half to swap with.
 fn halves() -> Vec<(u64, u64)> {
     let half = SLOT_BYTES / 2 / LOG_PAGE;
     let firsts = (0..MAX_REQUESTS).flat_map(|slot| pages(HIGH + slot * SLOT_BYTES, SLOT_BYTES / 2));
     firsts.map(|page| (page, page + half)).collect()
 }
 
-/// One request per slot, in its first half.
+/// Adds one request per slot, in its first half.
 fn add_halves(harness: &mut Harness) -> Result<(), CheckAbort> {
     (0..MAX_REQUESTS).try_for_each(|slot| harness.add_at(slot as usize, HIGH + slot * SLOT_BYTES, SLOT_BYTES / 2))
 }
@@ -302,7 +301,7 @@ fn moved(target: &mut Target) -> Result<Outcome, CheckAbort> {
         add_halves(&mut harness)?;
         harness.publish();
         if round % 2 == 0 {
-            // With the first one complete, the others are under way.
+            // With the first request complete, the others are in progress.
             let deadline = harness.deadline(harness.timeout);
             while !harness.pop()? && !deadline.is_over() {
                 harness.inject_frames()?;
@@ -313,7 +312,7 @@ fn moved(target: &mut Target) -> Result<Outcome, CheckAbort> {
         let old: Pages = harness.guest_pages(halves.iter().map(|(page, _)| *page)).collect();
         harness.swap_pages(halves.iter().copied())?;
         harness.invalidate(HIGH, MAX_REQUESTS * SLOT_BYTES)?;
-        // What is in the old places stays so: data where a request is complete, else what its buffer was filled with.
+        // The old pages must not change: they hold data of completed requests, or the initial contents of the buffers.
         let left = harness.hashes_of(&old)?;
         harness.refresh_view()?;
         harness.finish()?;
@@ -352,7 +351,7 @@ fn ring_moved(target: &mut Target) -> Result<Outcome, CheckAbort> {
     for round in 1..=RING_MOVES {
         let there: Vec<(u64, u64)> = pages(room, RING_SLOT_BYTES).zip(pages(UNUSED_AREA, RING_SLOT_BYTES)).collect();
         let old: Pages = harness.guest_pages(there.iter().map(|(page, _)| *page)).collect();
-        // Where it goes nobody has copied anything yet.
+        // The ring has not been copied to its new pages yet.
         harness.iommu()?.hold_answers(there.iter().map(|(page, _)| *page));
         harness.swap_pages(there)?;
         harness.invalidate(room, RING_SLOT_BYTES)?;
@@ -392,7 +391,7 @@ fn marked(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = target.harness_behind_iommu(bit(VIRTIO_RING_F_EVENT_IDX), Scatter::Rings, 1)?;
     harness.start()?;
     let log = harness.install_log()?;
-    // The device's area is logged under other addresses of the driver's, as in the check of rule L3.3.
+    // As in the check of rule L3.3, the device area is logged at another address.
     let at = UNUSED_AREA + LOG_PAGE - 4;
     harness.enable_logging(at)?;
     let [_, _, device_bytes] = harness.ring.area_sizes();

@@ -1,7 +1,7 @@
-//! Rules L1 to L9, L12 and F7: the dirty log is compared with what became of every page of guest memory.
+//! Rules L1 to L9, L12 and F7: the dirty log is compared with the changes of every page of guest memory.
 //!
-//! A page that changed and is not marked is lost by a migration: broken. A page that is marked, did not change and was
-//! not given to the device to be written is sent for nothing: a warning.
+//! A page that changed and is not marked is lost by a migration: fail. A page that is marked, did not change and was
+//! not given to the device for writing is sent without need: warning.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -89,7 +89,7 @@ pub(super) const CHECKS: &[Check] = &[
     },
 ];
 
-/// Some back-ends are known to die of this: it is for the end.
+/// Checks that some back-ends do not survive.
 pub(super) const DESTRUCTIVE: &[Check] = &[Check {
     rule: "L6",
     what: "writes outside a log that is too small are survived",
@@ -97,17 +97,17 @@ pub(super) const DESTRUCTIVE: &[Check] = &[Check {
     run: too_small,
 }];
 
-/// What marks a batch of device writes should have left, and what they did.
+/// The pages that a batch of requests changed, compared with the log.
 pub(super) struct MarkComparison {
-    /// Changed by the device.
+    /// Pages that the device changed.
     changed: Pages,
-    /// Lent to the device for writing, or to be marked by other rules.
+    /// Pages given to the device for writing, or covered by other rules.
     allowed: Pages,
     marked: Pages,
 }
 
 impl MarkComparison {
-    /// The device's changes since `before`; the used ring is left to rule L3.3.
+    /// Compares the device's changes since `before` with `marked`. Rule L3.3 covers the used ring.
     pub(super) fn of(harness: &Harness, before: &[(u64, u64)], marked: Pages) -> Result<MarkComparison, CheckAbort> {
         let (own, used) = (harness.driver_pages(), harness.device_pages());
         let mut changed = changed(before, &harness.hashes()?);
@@ -141,7 +141,7 @@ impl MarkComparison {
     }
 }
 
-/// A running ring and an installed log; nothing is logged yet.
+/// Returns a running ring with a log installed. Logging is off.
 pub(super) fn ready(target: &Target, features: u64) -> Result<(Harness, Log), CheckAbort> {
     let harness = target.harness(features)?;
     harness.start()?;
@@ -190,7 +190,7 @@ fn data(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(worst)
 }
 
-/// A log of the bytes `at..at + size` of a file of its own, with the file seen as memory.
+/// Creates a file for a log, and maps it as memory.
 fn file(bytes: u64) -> Result<(OwnedFd, Memory), CheckAbort> {
     let fd = sealed_memfd("log", bytes)?;
     let region = Region::map(fd.as_fd(), 0, bytes, 0, 0)?;
@@ -201,7 +201,7 @@ fn placed(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = target.harness(0)?;
     harness.start()?;
     let at = 2 * LOG_PAGE;
-    // The last page that is needed has its bit in the last byte, and behind that there is room that is not the log's.
+    // The last needed page has its bit in the last byte. The file continues behind the log.
     let size = (harness.memory.end() / LOG_PAGE - 1) / 8 + 1;
     let odd = size | 1;
     let (fd, seen) = file((at + odd).next_multiple_of(LOG_PAGE) + LOG_PAGE)?;
@@ -227,11 +227,11 @@ fn placed(target: &mut Target) -> Result<Outcome, CheckAbort> {
 
 fn used(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut harness, log) = ready(target, 0)?;
-    // The used index is alone with the flags on its page, the elements on those behind.
+    // Flags and index of the used ring are alone on their page; the elements are on later ones.
     let at = UNUSED_AREA + LOG_PAGE - 4;
     harness.enable_logging(at)?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
-    // The index may be marked after it was seen; it is when the ring has stopped (rule R3.2).
+    // The index may be marked after it was seen, but before the ring is stopped (rule R3.2).
     harness.stop()?;
     let marked = harvest(&log);
     let missed = missing(&marked, at, |page| page);
@@ -244,8 +244,8 @@ fn used(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-/// Which parts of a used ring are not marked at `at`, after a batch from index 0 on. The log has the pages that `place`
-/// says.
+/// Returns the parts of a used ring that are not marked at `at`, after one batch from index 0. `place` maps a page to
+/// its page in the log.
 pub(super) fn missing(marked: &Pages, at: u64, place: impl Fn(u64) -> u64) -> String {
     let parts = [("index", RING_IDX_OFFSET, 2), ("elements", RING_ELEMENTS_OFFSET, 8 * MAX_REQUESTS)];
     let lost =
@@ -261,7 +261,7 @@ fn switches(target: &mut Target) -> Result<Outcome, CheckAbort> {
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     harness.connection.barrier()?;
     harness.set_ring_logging(None)?;
-    // Only now: flags and event words are written after the last completion.
+    // Harvest only now: flags and event words are written after the last completion.
     let f_log = harvest(&log);
     harness.set_log_all(true)?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
@@ -282,7 +282,7 @@ fn switches(target: &mut Target) -> Result<Outcome, CheckAbort> {
     }
     Ok(match odd.is_empty() {
         true => Outcome::pass("each alone"),
-        // Front-ends switch both, one after the other.
+        // Front-ends change both, one after the other.
         false => Outcome::warning(odd.join("; ")),
     })
 }
@@ -292,7 +292,7 @@ fn avail_event(target: &mut Target) -> Result<Outcome, CheckAbort> {
         return Err(CheckAbort::NotOffered("EVENT_IDX".into()));
     }
     let (mut harness, log) = ready(target, bit(VIRTIO_RING_F_EVENT_IDX))?;
-    // Everything before the event word is on pages before its own.
+    // Everything before the event word is on earlier pages.
     let word = avail_event_offset(harness.ring.layout.size().into());
     let at = UNUSED_AREA + 4 * LOG_PAGE - word;
     harness.enable_logging(at)?;
@@ -304,7 +304,7 @@ fn avail_event(target: &mut Target) -> Result<Outcome, CheckAbort> {
     for _ in 0..ROUNDS {
         harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     }
-    // It may be written after the last notification, and marked after that.
+    // The word may be written after the last notification, and marked after that.
     wait_until(&harness.deadline(harness.short_wait()), || Ok(read(&harness)? != before))?;
     harness.stop()?;
     let (after, marked) = (read(&harness)?, harvest(&log).contains(&((at + word) / LOG_PAGE)));
@@ -320,13 +320,13 @@ fn descriptors(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut harness, log) = ready(target, 0)?;
     harness.set_log_all(true)?;
     harness.stop()?;
-    // The ring has a page and more when it has 256 entries: what is marked must be what was written.
+    // A ring of 256 entries spans more than one page: exactly the written ones must be marked.
     let (mut changed_pages, mut marks, mut missed) = (0, 0, 0);
     for _ in 0..ROUNDS {
         harness.start_logged(Some(UNUSED_AREA))?;
         harness.add(MAX_REQUESTS, RequestSize::Mixed)?;
         harness.publish();
-        // What the driver wrote is of no matter: the device's completions come over it, and are looked for by their place.
+        // Descriptors of the driver are overwritten by completions, which are identified by position.
         let from = harness.ring.current_base().packed_used();
         harness.finish()?;
         // The last descriptor may be marked after it was seen.
@@ -359,7 +359,7 @@ fn event_area(target: &mut Target) -> Result<Outcome, CheckAbort> {
     for _ in 0..ROUNDS {
         harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     }
-    // It may be written after the last notification, and marked after that.
+    // The area may be written after the last notification, and marked after that.
     wait_until(&harness.deadline(harness.short_wait()), || Ok(read(&harness)? != before))?;
     harness.stop()?;
     let (after, marked) = (read(&harness)?, harvest(&log).contains(&(UNUSED_AREA / LOG_PAGE)));
@@ -380,7 +380,7 @@ fn off(target: &mut Target) -> Result<Outcome, CheckAbort> {
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     harness.set_log_all(false)?;
     harness.set_ring_logging(None)?;
-    // All that was to be marked is, now that it is off.
+    // Logging is off, so all marks are set.
     let on = harvest(&log).len();
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     harness.stop()?;
@@ -433,7 +433,7 @@ fn switched(target: &mut Target) -> Result<Outcome, CheckAbort> {
         let before = harness.hashes()?;
         harness.publish();
         let next = harness.install_log()?;
-        // What the old log has now is all it may ever have.
+        // The old log must not get any further mark.
         let mut marked = harvest(&log);
         let first = marked.len();
         harness.finish()?;
@@ -482,7 +482,7 @@ fn signalled(target: &mut Target) -> Result<Outcome, CheckAbort> {
         Err(abort) => return Ok(Outcome::fail(format!("after SET_LOG_FD without an fd: {abort}"))),
     };
     Ok(match (early, count, late) {
-        // The frames that come in from a loop have left by another ring.
+        // With a loopback, received frames were also transmitted by another ring.
         (0, 1.., 0) if count <= MAX_REQUESTS * harness.all().count() as u64 => {
             Outcome::pass(format!("{count} signals for {MAX_REQUESTS} requests, none before and after"))
         }
@@ -495,9 +495,9 @@ fn signalled(target: &mut Target) -> Result<Outcome, CheckAbort> {
 fn too_small(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = target.harness(0)?;
     harness.start()?;
-    // Bits for the lower region; data is far behind it.
+    // Bits for the lower region only; data is beyond it.
     let size = LOW_BYTES / LOG_PAGE / 8;
-    // There is room in the file for all of them, which is not the log's.
+    // The file has room for all bits, but the log does not.
     let (fd, seen) = file((harness.memory.end() / LOG_PAGE / 8).next_multiple_of(LOG_PAGE))?;
     harness.send_log(&fd, size, 0)?;
     harness.enable_logging(harness.ring.device_area())?;

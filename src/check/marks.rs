@@ -1,4 +1,4 @@
-//! Rules L10, L11 and L15: when marks are set, who else sets some, and what a successor marks.
+//! Rules L10, L11 and L15: the time of marks, concurrent marks, and marks of a restarted back-end.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -42,7 +42,7 @@ fn order(target: &mut Target) -> Result<Outcome, CheckAbort> {
         harness.add(MAX_REQUESTS, RequestSize::Mixed)?;
         harness.publish();
         let mut unmarked = Pages::new();
-        // Asked again and again, so that a completion is seen as soon as it is there.
+        // Polls without a pause, to see a completion as early as possible.
         for _ in 0..ROUNDS * 100_000 {
             if harness.outstanding() == 0 {
                 break;
@@ -73,7 +73,7 @@ fn order(target: &mut Target) -> Result<Outcome, CheckAbort> {
 fn shared(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut harness, log) = ready(target, 0)?;
     harness.enable_logging(harness.ring.device_area())?;
-    // Behind what a batch of mixed sizes is lent, within the same 64 pages.
+    // Pages that no batch of mixed sizes uses, with bits in the same words.
     let ours: Pages =
         (0..MAX_REQUESTS).flat_map(|slot| pages(HIGH + slot * SLOT_BYTES + (48 << 10), 16 << 10)).collect();
     let mut worst = Outcome::not_tested("no round");
@@ -109,7 +109,8 @@ fn shared(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(worst)
 }
 
-/// Marks pages and takes all marks, until it is over: what was taken, how many of its own marks were missing, how often.
+/// Sets marks and harvests until `over`. Returns the harvested pages, the number of its own marks that were missing,
+/// and the number of rounds.
 fn mark_and_harvest(log: &Log, ours: &Pages, over: &AtomicBool) -> (Pages, usize, u32) {
     let (mut taken, mut lost, mut turns) = (Pages::new(), 0, 0);
     while !over.load(Ordering::Relaxed) {

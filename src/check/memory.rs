@@ -1,4 +1,4 @@
-//! Rules M1 and L9: memory tables that change while requests run, with the log on.
+//! Rules M1 and L9: changes of the memory table while requests run and logging is on.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use crate::abi::vhost_user::{MemRegMsg, Request as Code, VHOST_USER_MAX_RAM_SLOT
 use crate::dirty::Log;
 use crate::memory::{Memory, Region, sealed_memfd};
 
-/// Where a region is added, and its bytes: room for one request per slot.
+/// Address and size of the added region, with room for one request per slot.
 const ADDED: u64 = HIGH + (1 << 30);
 const ADDED_BYTES: u64 = 2 << 20;
 

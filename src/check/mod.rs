@@ -1,25 +1,26 @@
-//! Whether a running vhost-user back-end keeps the rules of `docs/protocol.md` that migration and crash-resume rest on.
+//! Checks a running vhost-user back-end against the rules of `docs/protocol.md` that live migration and crash recovery
+//! depend on.
 //!
 //! | file | purpose |
 //! |---|---|
-//! | `rules`, `options` | what can be checked, and how |
-//! | `connection` | one connection, message by message |
-//! | `harness` | a guest without a CPU: memory, rings in it, logs, and the messages that hand them to a back-end |
-//! | `queue` | one ring of it, split or packed |
+//! | `rules`, `options` | rules that exist; options and errors |
+//! | `connection` | main connection and messages of the back-end channel |
+//! | `harness` | a guest without a CPU: memory, rings, logs, and the messages that pass them to a back-end |
+//! | `queue` | one ring of the harness, split or packed |
 //! | `target`, `ring_variant` | the back-end under test, and the rings that a check is run on |
-//! | `device` | the kinds of devices, and how they are told apart |
-//! | `blk`, `net`, `fs`, `vsock`, `console` | what only one kind has: requests, frames, packets, text, and rules of its own |
+//! | `device` | device kinds and their detection |
+//! | `blk`, `net`, `fs`, `vsock`, `console` | requests, frames and rules of one kind of device |
 //! | `framing`, `rings`, `order`, `log`, `marks`, `memory`, `inflight`, `iommu`, `state`, `backend_channel`, `postcopy`, `hostile` | the checks, a file per group of rules |
-//! | `page_server` | guest memory that was taken away, and who brings its pages |
-//! | `stop` | the end of a check before its time, and of its waits |
-//! | `process` | the back-end's process, where it may be killed and started again |
-//! | `outcome`, `report`, `explain` | what a check came to, what was found in all, and what each rule is for |
+//! | `page_server` | removal of guest memory, and the placement of its pages |
+//! | `stop` | early end of a check and of its waits |
+//! | `process` | the back-end's process, if it may be killed and restarted |
+//! | `outcome`, `report`, `explain` | results of checks, the report, and explanations of rules |
 //!
-//! [`check`] makes one connection after the other, and each check has one of its own. Whatever the back-end does, hanging
-//! and dying included, is a finding. Nothing is written to a disk, unless [`CheckOptions::write`] allows it.
+//! [`check`] runs the checks one after the other, each on a connection of its own. Every response of the back-end is a
+//! finding, including a hang or a crash. Nothing is written to a disk unless [`CheckOptions::write`] is set.
 //!
-//! A check is run on split rings and on packed ones, and of a network interface with frames that leave and with frames
-//! that come in, as far as it makes a difference: `RingSelection` says so.
+//! A check is run on split and packed rings, and on transmit and receive rings of a network interface, if they make a
+//! difference; see `RingSelection`.
 #![forbid(unsafe_code)]
 
 mod backend_channel;
@@ -70,11 +71,11 @@ use ring_variant::{Flow, RingSelection, RingVariant};
 use rules::UNTESTABLE;
 use target::{BackendFeatures, Target, describe_backend, prepare};
 
-/// After so many checks that took all the time there is, there is less.
+/// Number of checks that reach the timeout before it is reduced.
 const SLOW_CHECKS: u32 = 3;
 const REDUCED_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// One check of one rule.
+/// A check of one rule.
 struct Check {
     rule: &'static str,
     what: &'static str,
@@ -83,8 +84,7 @@ struct Check {
 }
 
 impl Check {
-    /// The rule that it is about on these rings: what a region of packed rings holds, and what is made of it, is a rule of
-    /// its own.
+    /// Returns the rule that is checked on these rings: for packed rings the inflight region has a rule of its own.
     fn rule_on(&self, variant: Option<RingVariant>) -> &'static str {
         match self.rule {
             "I2" | "I3" if variant.is_some_and(|variant| variant.packed) => "I4",
@@ -93,30 +93,30 @@ impl Check {
     }
 }
 
-/// A check that is about to be run, for whoever watches.
+/// Progress of a run: the check that is about to start.
 #[derive(Clone, Copy, Debug)]
 pub struct CheckProgress {
-    /// Checks made.
+    /// Number of completed checks.
     pub done: usize,
-    /// Checks in all.
+    /// Total number of checks.
     pub all: usize,
-    /// The rule.
+    /// Rule of the check.
     pub rule: &'static str,
-    /// What is to be seen.
+    /// Name of the check.
     pub what: &'static str,
-    /// On which rings; empty if they make no difference.
+    /// Rings that are used; empty if rings make no difference.
     pub rings: &'static str,
 }
 
 /// Checks the back-end at `socket`.
 ///
 /// # Errors
-/// When there is nothing to be checked, or [`CheckOptions::stop`] is set. What goes wrong later is a finding.
+/// If nothing can be checked, or [`CheckOptions::stop`] is set. Later errors are findings.
 pub fn check(socket: &Path, options: &CheckOptions) -> Result<CheckReport, CheckError> {
     check_with_progress(socket, options, &mut |_| {})
 }
 
-/// Checks the back-end at `socket`, and tells `watch` of every check before it is run.
+/// Checks the back-end at `socket`, and calls `watch` before each check.
 ///
 /// # Errors
 /// As [`check`].
@@ -175,7 +175,7 @@ pub fn check_with_progress(
         if gone.is_some() || needs.is_some() || variant.is_none() {
             continue;
         }
-        // Who was given all the time there is again and again, and did not answer, is given less.
+        // A back-end that repeatedly does not reply in time gets a shorter timeout.
         slow += u32::from(verdict == Verdict::Fail && took >= target.options.timeout);
         if slow == SLOW_CHECKS {
             target.options.timeout = target.options.timeout.min(REDUCED_TIMEOUT);

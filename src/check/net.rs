@@ -1,7 +1,7 @@
-//! A network interface: frames, what brings them in, and what only such a device has to keep.
+//! Network interfaces: frames and frame sources.
 //!
-//! What is sent changes no page but the ring's. Frames that come in do, so the checks of the log need somebody who brings
-//! them: the back-end itself, if it sends back what it is sent, an interface of the host, or another back-end.
+//! Transmitted frames change no page except the ring's. Received frames do, so the checks of the log need a frame
+//! source: the back-end itself if it sends frames back, an interface of the host, or another back-end.
 
 use std::collections::VecDeque;
 use std::net::{Ipv4Addr, TcpStream, UdpSocket};
@@ -17,49 +17,50 @@ use super::{CheckAbort, Target};
 use crate::memory::{LOG_PAGE, Memory};
 use crate::ring::Buffer;
 
-/// Bytes before every packet in a ring, as VERSION_1 has it.
+/// Size of the header before every packet with VERSION_1.
 pub(super) const HEADER: usize = 12;
-/// The longest frame without a larger MTU.
+/// Maximum frame size without a larger MTU.
 pub(super) const MAX_FRAME_BYTES: usize = 1514;
-/// Ethernet, IP and UDP headers of a frame: what makes it one of ours comes behind them, whoever sent it.
+/// Size of Ethernet, IP and UDP headers. The tag of our frames follows them, whatever the source.
 const HEADERS: usize = 42;
 const TAG: u64 = 0x6b63_6568_632d_6d76;
-/// An ether type for experiments (IEEE 802).
+/// An Ethernet type for experiments (IEEE 802).
 const ETHER_TYPE: [u8; 2] = [0x88, 0xb5];
-/// Frames that may be in flight towards the back-end that loops them.
+/// Maximum number of frames in flight towards a loopback.
 const MAX_IN_FLIGHT: u64 = 32;
-/// How long a frame may take to come back from who was not said to loop them.
+/// Time for a frame to return from a back-end that was not declared a loopback.
 const LOOPBACK_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Where frames for the device under test come from.
+/// Source of frames for the device under test.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FrameSource {
-    /// From itself: it sends back what it is sent.
+    /// The device itself: it sends back what it receives.
     Loop,
-    /// From this interface of the host, on whose other side the device is: a tap.
+    /// This interface of the host, on the other side of the device, such as a tap.
     Interface(String),
-    /// From another vhost-user back-end at this socket, whose frames arrive at the device. Of vsock, the socket of the host's
-    /// side, which CONNECT and a port are said to.
+    /// Another vhost-user back-end at this socket, whose frames arrive at the device. For vsock, the host's socket,
+    /// which accepts CONNECT and a port.
     Backend(PathBuf),
-    /// From a TCP connection to this address, whose bytes a console has typed.
+    /// A TCP connection to this address, for input of a console.
     Tcp(String),
 }
 
-/// What brings something in.
+/// An opened frame source.
 pub(super) enum FrameInjector {
     /// The transmit rings of the same harness.
     Loop,
     Interface(UdpSocket),
     /// The transmit ring of a harness of its own.
     Backend(Box<Harness>),
-    /// The host's side of vsock, and its connections: one that ends at once is not heard.
+    /// The host's socket of vsock, and its connections. They are kept open because the device may ignore one that is
+    /// closed at once.
     VsockHost(PathBuf, VecDeque<UnixStream>),
-    /// Whoever types at a console.
+    /// Input of a console.
     Tcp(TcpStream),
 }
 
 impl FrameInjector {
-    /// An interface, that broadcasts leave by.
+    /// Opens an interface of the host, for broadcasts.
     pub(super) fn interface(name: &str) -> Result<FrameInjector, CheckAbort> {
         let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
         setsockopt(&socket, BindToDevice, &name.into())?;
@@ -68,7 +69,7 @@ impl FrameInjector {
     }
 }
 
-/// What follows the headers of frame `number`, as long as all frames are, or as they come.
+/// Returns the payload of frame `number`, of maximum or of varying length.
 pub(super) fn payload(number: u64, long: bool) -> Vec<u8> {
     let most = MAX_FRAME_BYTES - HEADERS;
     let len = if long { most } else { 40 + (number * 131) as usize % (most - 40) };
@@ -76,7 +77,7 @@ pub(super) fn payload(number: u64, long: bool) -> Vec<u8> {
     [&TAG.to_le_bytes(), &number.to_le_bytes(), rest.as_slice()].concat()
 }
 
-/// A frame with this payload.
+/// Builds a frame.
 pub(super) fn frame(payload: &[u8]) -> Vec<u8> {
     let mut frame = vec![0xff; 6];
     frame.extend([2, 0, 0, 0, 0, 0x77]);
@@ -86,12 +87,12 @@ pub(super) fn frame(payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// A frame with this payload, as it lies in a ring.
+/// Builds a packet: virtio-net header and frame.
 pub(super) fn packet(payload: &[u8]) -> Vec<u8> {
     [&[0; HEADER], frame(payload).as_slice()].concat()
 }
 
-/// Sends a packet over a transmit ring that is for nothing else; false while that is full.
+/// Sends a packet over a transmit ring that has no other use. Returns false while the ring is full.
 pub(super) fn send(queue: &mut DriverQueue, memory: &Memory, number: u64, packet: &[u8]) -> Result<bool, CheckAbort> {
     while queue.driver.pop_used()?.is_some() {}
     if u64::from(queue.driver.outstanding()) >= MAX_IN_FLIGHT {
@@ -105,7 +106,7 @@ pub(super) fn send(queue: &mut DriverQueue, memory: &Memory, number: u64, packet
     Ok(sent)
 }
 
-/// Checks a packet that came in: if it is one of ours, it is as it was sent; true if it is.
+/// Checks a received packet. Returns true if it is one of ours; its contents must then be intact.
 pub(super) fn received(packet: &[u8]) -> Result<bool, CheckAbort> {
     if packet.len() < HEADER {
         return Err(CheckAbort::Violation(format!("a packet of {} bytes came in", packet.len())));
@@ -121,7 +122,7 @@ pub(super) fn received(packet: &[u8]) -> Result<bool, CheckAbort> {
     }
 }
 
-/// A receive ring that waits for one frame.
+/// Returns a receive ring with one buffer.
 fn receive_harness(target: &Target) -> Result<Harness, CheckAbort> {
     let mut harness = target.harness(0)?;
     harness.start()?;
@@ -130,7 +131,7 @@ fn receive_harness(target: &Target) -> Result<Harness, CheckAbort> {
     Ok(harness)
 }
 
-/// Whether frames come in that were brought; an interface of the host has others of its own.
+/// Waits for a frame of the frame source. A host interface also has other frames.
 pub(super) fn wait_for_frame(target: &Target) -> Result<(), CheckAbort> {
     let mut harness = receive_harness(target)?;
     let deadline = harness.deadline(harness.timeout);
@@ -144,7 +145,7 @@ pub(super) fn wait_for_frame(target: &Target) -> Result<(), CheckAbort> {
     Ok(())
 }
 
-/// Whether the back-end sends back what it is sent.
+/// Returns true if the back-end sends back what it receives.
 pub(super) fn loops_back(target: &Target) -> Result<bool, CheckAbort> {
     let mut harness = receive_harness(target)?;
     wait_until(&harness.deadline(LOOPBACK_TIMEOUT), || {

@@ -1,4 +1,4 @@
-//! How to check, and why nothing could be checked.
+//! Options and errors of a check.
 
 use std::io;
 use std::path::PathBuf;
@@ -7,16 +7,16 @@ use std::time::Duration;
 use super::{FrameSource, StopToken, rules};
 use crate::inflight::RingKind;
 
-/// Kinds of devices that can be checked.
+/// Device kinds that can be checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceKind {
-    /// A disk.
+    /// A block device.
     Blk,
     /// A network interface.
     Net,
-    /// A source of random numbers.
+    /// An entropy source.
     Rng,
-    /// A file system, which FUSE is spoken with.
+    /// A FUSE file system.
     Fs,
     /// Sockets between guest and host.
     Vsock,
@@ -25,11 +25,11 @@ pub enum DeviceKind {
 }
 
 impl DeviceKind {
-    /// All of them.
+    /// All kinds.
     pub const ALL: &[DeviceKind] =
         &[DeviceKind::Blk, DeviceKind::Net, DeviceKind::Rng, DeviceKind::Fs, DeviceKind::Vsock, DeviceKind::Console];
 
-    /// The name, as the command line has it.
+    /// Returns the name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             DeviceKind::Blk => "blk",
@@ -42,37 +42,37 @@ impl DeviceKind {
     }
 }
 
-/// How to check.
+/// Options of a check.
 #[derive(Clone, Debug)]
 pub struct CheckOptions {
-    /// The kind of the device, where its answers do not tell.
+    /// Device kind, if it cannot be detected.
     pub device: Option<DeviceKind>,
-    /// Only these rules, by their ids ([`rule`](super::rule)); all of them if empty.
+    /// Ids of the rules to check ([`rule`](super::rule)); all if empty.
     pub only: Vec<&'static str>,
-    /// Only on these rings; otherwise on split ones, and on packed ones if those are offered.
+    /// Ring format to check; by default split, and packed if offered.
     pub rings: Option<RingKind>,
-    /// Queue pairs that a network interface serves, if fewer than it says: DPDK says 128 whatever it was started with.
+    /// Number of queue pairs that a network interface serves, if fewer than it reports: DPDK reports 128 always.
     pub pairs: Option<u16>,
-    /// What brings something in: frames, connections or text. Without it, what is sent is watched for.
+    /// Source of frames, connections or input. Without one, a loopback is detected.
     pub frame_source: Option<FrameSource>,
-    /// How long the back-end may take for any step.
+    /// Maximum time of the back-end for each step.
     pub timeout: Duration,
-    /// How long to watch whether something happens that must not.
+    /// Time to watch for an event that must not happen.
     pub settle: Duration,
-    /// Entries of the ring, a power of two from 64 to 1024. If not given, 256 or as many as the back-end takes.
+    /// Ring size, a power of two from 64 to 1024. By default 256, or the largest that the back-end accepts.
     pub queue_size: Option<u16>,
-    /// Also make the checks that some back-ends do not survive. Implied by `hostile` and `restart`.
+    /// Also run checks that some back-ends do not survive. Implied by `hostile` and `restart`.
     pub may_kill: bool,
-    /// Also send what must be refused. A back-end that is not up to it dies of it.
+    /// Also send messages that must be refused. A faulty back-end may crash.
     pub hostile: bool,
-    /// Also write to the last MiB of the disk, and put back what was there.
+    /// Also write to the last MiB of the disk. The old contents are restored.
     pub write: bool,
-    /// A simple shell command that starts the back-end. It is run whenever the back-end has ended, killed by a check, with
-    /// its front-end or otherwise; and first of all, unless [`kill_pid`](CheckOptions::kill_pid) says that one runs already.
+    /// A simple shell command that starts the back-end. It is run whenever the back-end has ended, and at the beginning
+    /// unless [`kill_pid`](CheckOptions::kill_pid) names a running one.
     pub restart: Option<String>,
-    /// The back-end's process, to be killed with requests in flight. Needs `restart`.
+    /// Process id of a running back-end, which is killed with requests in flight. Needs `restart`.
     pub kill_pid: Option<i32>,
-    /// Ends the check before its time.
+    /// Token that ends the check early.
     pub stop: StopToken,
 }
 
@@ -97,91 +97,91 @@ impl Default for CheckOptions {
     }
 }
 
-/// Why nothing could be checked.
+/// Reason why nothing could be checked.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CheckError {
-    /// No connection, from the first.
+    /// The first connection failed.
     #[error("can't connect to {}: {source}: is the back-end running, and is this its socket?", path.display())]
     Connect {
-        /// The socket.
+        /// Path of the socket.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system.
         source: io::Error,
     },
-    /// A connection that is not read.
+    /// The back-end does not read the connection.
     #[error(
         "{}: the back-end has not read GET_FEATURES within {waited:?}: it serves another front-end, or hangs. Most serve one \
          front-end at a time: stop that one, or check another instance",
         path.display()
     )]
     Busy {
-        /// The socket.
+        /// Path of the socket.
         path: PathBuf,
-        /// How long it had.
+        /// Time waited.
         waited: Duration,
     },
-    /// A connection, and nothing behind it that a check could be made with.
+    /// The back-end does not complete the negotiation.
     #[error("{} does not speak vhost-user, or not with us: {why}", path.display())]
     Greeting {
-        /// The socket.
+        /// Path of the socket.
         path: PathBuf,
-        /// What happened.
+        /// Cause.
         why: String,
     },
-    /// A device that can be several kinds, or none that is known.
+    /// The device kind cannot be detected.
     #[error("{}: can't tell what device it is ({why}): give --device", path.display())]
     UnknownDevice {
-        /// The socket.
+        /// Path of the socket.
         path: PathBuf,
-        /// What it says of itself.
+        /// Properties of the device.
         why: String,
     },
-    /// A back-end that serves no second front-end.
+    /// The back-end does not serve a second front-end.
     #[error(
         "{}: after its first connection the back-end serves no other ({why}): give --restart COMMAND, with which it is started \
          again each time it ends",
         path.display()
     )]
     Once {
-        /// The socket.
+        /// Path of the socket.
         path: PathBuf,
-        /// What happened.
+        /// Cause.
         why: String,
     },
-    /// A rule that is to be checked and does not exist.
+    /// The rule does not exist.
     #[error("there is no rule {0:?}: there are {known}", known = rules::ids())]
     NoSuchRule(String),
-    /// Rings that are to be checked and are not offered.
+    /// Packed rings were requested and are not offered.
     #[error("packed rings are not offered: leave --rings out, or start the back-end with them")]
     NotPacked,
-    /// Frames that don't come.
+    /// No frame of the frame source arrives.
     #[error("nothing comes in from {frame_source:?}: {why}: is it the other end of this back-end, and is that up?")]
     FrameSource {
-        /// Where they were to come from.
+        /// The frame source.
         frame_source: FrameSource,
-        /// What happened.
+        /// Cause.
         why: String,
     },
-    /// A ring size that no split ring can have, or that is too small to check with.
+    /// The ring size is not valid for a split ring, or too small.
     #[error("a ring of {0} entries: use a power of two from 64 to 1024")]
     QueueSize(u16),
-    /// A ring size that the back-end refuses.
+    /// The back-end refuses the ring size.
     #[error("the back-end takes no ring of {0} entries: {1}")]
     QueueSizeRefused(u16, String),
-    /// Something listens where the back-end was to be started.
+    /// Another process listens at the socket of the back-end that is to be started.
     #[error("{} is served already: give --kill-pid if that may be killed, or another socket", path.display())]
     Served {
-        /// The socket.
+        /// Path of the socket.
         path: PathBuf,
     },
-    /// The back-end can't be started.
+    /// The back-end does not start.
     #[error("can't start the back-end: {0}")]
     Start(io::Error),
     /// [`CheckOptions::stop`] was set.
     #[error("the check was stopped{}", .left.iter().map(|left| format!("; {left}")).collect::<String>())]
     Stopped {
-        /// Changes of the check that could not be put back, in words; usually none.
+        /// Changes that could not be restored, in words; usually none.
         left: Vec<String>,
     },
 }

@@ -1,4 +1,4 @@
-//! Rules R6 to R8 and R10: the orders in which front-ends start rings and stop them, and resets.
+//! Rules R6 to R8 and R10: orders in which front-ends start and stop rings, and resets.
 
 use std::os::fd::AsFd;
 use std::time::Duration;
@@ -48,7 +48,7 @@ pub(super) const CHECKS: &[Check] = &[
     },
 ];
 
-/// A guest with requests that wait, on a new connection where only features are agreed on.
+/// Returns a guest with pending requests, on a new connection with only features negotiated.
 fn fresh(target: &Target, requests: u64) -> Result<Harness, CheckAbort> {
     let mut harness = target.harness(0)?;
     harness.forget_session();
@@ -107,7 +107,7 @@ fn like_uml(target: &mut Target) -> Result<Outcome, CheckAbort> {
     harness.enable(true)?;
     harness.kick();
     harness.finish()?;
-    // It stops so: GET_VRING_BASE is never sent.
+    // UML stops rings so, without GET_VRING_BASE.
     harness.enable(false)?;
     harness.connection.barrier()?;
     let resting = rests(&mut harness)?;
@@ -117,8 +117,8 @@ fn like_uml(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(resting.unwrap_or_else(|discarded| disabled(target, discarded)))
 }
 
-/// Makes 4 requests on a ring that is not enabled, and watches: how many were served all the same. A word in which the
-/// device says whether it wants kicks may be written late.
+/// Adds 4 requests on a ring that is not enabled. Returns `Err` with the number that was served. Only data pages count,
+/// because the event word may be written late.
 fn rests(harness: &mut Harness) -> Result<Result<Outcome, u64>, CheckAbort> {
     harness.add(4, RequestSize::Mixed)?;
     harness.publish();
@@ -135,7 +135,7 @@ fn rests(harness: &mut Harness) -> Result<Result<Outcome, u64>, CheckAbort> {
 
 fn disabled(target: &Target, served: u64) -> Outcome {
     match target.variant.flow {
-        // The specification wants the packets of a disabled ring discarded.
+        // The specification says that packets on a disabled transmit ring are discarded.
         Flow::Transmit => Outcome::warning(format!("{served} packets were discarded while it was disabled")),
         _ => Outcome::fail(format!("{served} of 4 requests were served while it was disabled")),
     }
@@ -152,10 +152,10 @@ fn reset_owner(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(Outcome::pass("the same connection serves rings that are started again"))
 }
 
-/// Starts over on the same connection, where the rings are, and has whatever waits served, and more.
+/// Starts the rings again on the same connection at their current positions, and completes pending and new requests.
 fn again(harness: &mut Harness) -> Result<(), CheckAbort> {
     harness.send_memory()?;
-    // A reset need not stop them.
+    // A reset need not stop the rings.
     harness.stop()?;
     harness.use_current_bases();
     harness.start()?;
@@ -181,7 +181,7 @@ fn reset(target: &mut Target, send: impl FnOnce(&Harness) -> Result<(), CheckAbo
     harness.connection.barrier()?;
     harness.forget_session();
     let rested = rests(&mut harness)?;
-    // The owner is still the same.
+    // The owner is still set.
     harness.negotiate_features()?;
     again(&mut harness)?;
     Ok(match rested {
@@ -190,8 +190,7 @@ fn reset(target: &mut Target, send: impl FnOnce(&Harness) -> Result<(), CheckAbo
     })
 }
 
-/// Number of attempts to bring completion and SET_VRING_CALL together: a back-end that publishes and then looks for the call fd can find a
-/// late one in time by chance, and one that keeps the rule signals each time.
+/// Number of attempts. A back-end that publishes before it reads the call fd may see a late one in time by chance.
 const LATE_CALLS: usize = 5;
 
 fn late_call(target: &mut Target) -> Result<Outcome, CheckAbort> {
@@ -210,7 +209,7 @@ fn late_call(target: &mut Target) -> Result<Outcome, CheckAbort> {
         let done = wait_until(&harness.deadline(harness.short_wait()), || {
             harness.pop_all().map(|_| harness.outstanding() == 0)
         })?;
-        // It may have published the last element and not yet looked for its call fd.
+        // The back-end may have published the last element and not yet read the call fd.
         std::thread::sleep(Duration::from_millis(20));
         harness.send_acked(
             Code::SET_VRING_CALL,

@@ -1,4 +1,4 @@
-//! What a check came to, or why it could not go on.
+//! Outcome of a check, or the reason why it was aborted.
 
 use std::io;
 use std::time::Duration;
@@ -9,14 +9,14 @@ use crate::dirty::LogError;
 use crate::memory::MemoryError;
 use crate::ring::RingError;
 
-/// Why a check could not go on.
+/// Reason why a check was aborted.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CheckAbort {
     #[error("{0} is not offered")]
     NotOffered(String),
     #[error("can't tell what device it is ({0})")]
     UnknownDevice(String),
-    /// The system does not let the back-end do it.
+    /// The system does not permit it to the back-end.
     #[error("{0}")]
     NotPossible(&'static str),
     #[error("no connection: {0}")]
@@ -45,7 +45,7 @@ impl From<nix::Error> for CheckAbort {
     }
 }
 
-/// What a check came to, and what it saw.
+/// Verdict of a check, and its observation.
 pub(super) struct Outcome(pub(super) Verdict, pub(super) String);
 
 impl Outcome {
@@ -70,7 +70,7 @@ impl From<CheckAbort> for Outcome {
     fn from(abort: CheckAbort) -> Outcome {
         let verdict = match &abort {
             CheckAbort::NotOffered(_) => Verdict::NotOffered,
-            // Our own trouble, or the system's, says nothing of the back-end.
+            // Errors of this process or of the system say nothing about the back-end.
             CheckAbort::NotPossible(_) | CheckAbort::Memory(_) | CheckAbort::Log(_) | CheckAbort::System(_) => {
                 Verdict::NotTested
             }

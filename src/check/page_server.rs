@@ -1,5 +1,5 @@
-//! Guest memory that was taken away, and who brings its pages to a back-end that waits for them (rule P1.6): through the
-//! userfaultfd that the back-end handed out, at the addresses that it answered with.
+//! Removal of guest memory, and the server that places its pages again when the back-end needs them (rule P1.6):
+//! through the back-end's userfaultfd, at the addresses in its reply.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -15,7 +15,7 @@ use super::{CheckAbort, StopToken};
 use crate::abi::vhost_user::MemoryRegion;
 use crate::memory::{LOG_PAGE, Memory, Userfault};
 
-/// Between two looks whether anything is left to do; nobody waits for that.
+/// Upper limit of one wait for faults.
 const POLL_INTERVAL: Duration = Duration::from_secs(60);
 
 /// All bytes of a guest's memory, by region.
@@ -32,7 +32,7 @@ impl MemoryContents {
         Ok(MemoryContents(regions.collect::<Result<_, _>>()?))
     }
 
-    /// Takes the memory of a guest away: its files have no page any more.
+    /// Punches out all pages of a guest's memory files. Returns the old contents.
     pub(super) fn punch_out(harness: &Harness) -> Result<MemoryContents, CheckAbort> {
         let contents = MemoryContents::of(&harness.memory)?;
         for (fd, (_, bytes)) in harness.fds().into_iter().zip(&contents.0) {
@@ -42,17 +42,17 @@ impl MemoryContents {
         Ok(contents)
     }
 
-    /// The page that `gpa` is in.
+    /// Returns the page that contains `gpa`.
     pub(super) fn page(&self, gpa: u64) -> Option<&[u8]> {
         self.pages().find(|(page, _)| *page == gpa / LOG_PAGE).map(|(_, bytes)| bytes)
     }
 
-    /// Every page, with its number.
+    /// Returns all pages with their numbers.
     pub(super) fn pages(&self) -> impl Iterator<Item = (u64, &[u8])> {
         self.0.iter().flat_map(|(gpa, bytes)| (gpa / LOG_PAGE..).zip(bytes.chunks(LOG_PAGE as usize)))
     }
 
-    /// Changes `bytes.len()` bytes at `gpa`, as far as they are there.
+    /// Changes bytes at `gpa`, if they are part of a region.
     pub(super) fn put(&mut self, gpa: u64, bytes: &[u8]) {
         let within = |(start, held): &&mut (u64, Vec<u8>)| gpa.wrapping_sub(*start) < held.len() as u64;
         let Some((start, held)) = self.0.iter_mut().find(within) else { return };
@@ -63,15 +63,15 @@ impl MemoryContents {
     }
 }
 
-/// Brings pages to a back-end.
+/// Serves the page faults of a back-end.
 pub(super) struct PageServer {
     userfault: Userfault,
-    /// Where the back-end says that it has guest memory.
+    /// Addresses of guest memory in the back-end.
     regions: Vec<MemoryRegion>,
     contents: MemoryContents,
-    /// Pages from this guest-physical address on are not brought to who asks for them.
+    /// Pages from this guest-physical address on are not placed on faults.
     withhold_from: u64,
-    /// Signalled when such a page was asked for.
+    /// Signalled at a fault on a withheld page.
     pub(super) withheld: EventFd,
     stop: EventFd,
 }
@@ -87,7 +87,7 @@ impl PageServer {
         Ok(PageServer { userfault, regions, contents, withhold_from, withheld: eventfd()?, stop: eventfd()? })
     }
 
-    /// Brings what is asked for until told to stop; the pages that were.
+    /// Serves faults until [`stop`](PageServer::stop). Returns the pages that were requested.
     pub(super) fn serve(&self) -> Result<Pages, CheckAbort> {
         let mut asked = Pages::new();
         loop {
@@ -111,39 +111,39 @@ impl PageServer {
         }
     }
 
-    /// What it brings.
+    /// Returns the contents that are served.
     pub(super) fn contents(&self) -> &MemoryContents {
         &self.contents
     }
 
     /// Ends [`serve`](PageServer::serve).
     pub(super) fn stop(&self) {
-        // One that is full is signalled already.
+        // An error means that the eventfd is signalled already.
         let _ = self.stop.write(1);
     }
 
-    /// Brings all pages, asked for or not.
+    /// Places all pages.
     pub(super) fn place_all(&self) -> Result<(), CheckAbort> {
         self.contents.pages().try_for_each(|(page, bytes)| self.place(page * LOG_PAGE, bytes))
     }
 
-    /// Brings the page that `gpa` is in.
+    /// Places the page that contains `gpa`.
     pub(super) fn place_page(&self, gpa: u64) -> Result<(), CheckAbort> {
         self.contents.page(gpa).map_or(Ok(()), |bytes| self.place(gpa / LOG_PAGE * LOG_PAGE, bytes))
     }
 
-    /// Places a page, and wakes those who wait for it.
+    /// Places a page and wakes its waiters.
     fn place(&self, gpa: u64, bytes: &[u8]) -> Result<(), CheckAbort> {
         let Some(address) = self.address(gpa) else { return Ok(()) };
         let placed = self.userfault.place_at(address, bytes).and_then(|placed| match placed {
             true => Ok(()),
-            // Somebody may wait for it all the same.
+            // The page is there already, but a thread may still wait for it.
             false => self.userfault.wake(address, bytes.len() as u64),
         });
         placed.map_err(|error| place_error(error, gpa, address))
     }
 
-    /// The guest-physical address of one in the back-end.
+    /// Converts a back-end address to a guest-physical address.
     fn gpa(&self, address: u64) -> Option<u64> {
         self.regions.iter().find_map(|region| {
             let offset = address.checked_sub(region.userspace_addr)?;
@@ -151,7 +151,7 @@ impl PageServer {
         })
     }
 
-    /// The address in the back-end of a guest-physical one.
+    /// Converts a guest-physical address to a back-end address.
     fn address(&self, gpa: u64) -> Option<u64> {
         self.regions.iter().find_map(|region| {
             let offset = gpa.checked_sub(region.guest_phys_addr)?;
@@ -160,7 +160,7 @@ impl PageServer {
     }
 }
 
-/// Why a page can't be placed. What is said of addresses is for the back-end to get right.
+/// Returns the error for a page that cannot be placed. An invalid address is an error of the back-end.
 fn place_error(error: io::Error, gpa: u64, address: u64) -> CheckAbort {
     match error.raw_os_error().map(Errno::from_raw) {
         Some(Errno::ENOENT | Errno::EINVAL | Errno::EFAULT) => CheckAbort::Violation(format!(

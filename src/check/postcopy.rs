@@ -1,5 +1,5 @@
-//! Rule P1: guest memory whose pages come when they are touched. They come through the userfaultfd of the back-end
-//! ([`PageServer`]), so that the check needs no right to have one itself.
+//! Rule P1: guest memory whose pages arrive when they are accessed. They are placed through the back-end's userfaultfd
+//! ([`PageServer`]), so the check itself needs no privilege.
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -19,7 +19,7 @@ use crate::abi::vhost_user::{Header, MemoryHeader, MemoryRegion, Request as Code
 use crate::memory::{LOG_PAGE, Userfault};
 use crate::ring::Buffer;
 
-/// Flags of a message, and of one that wants to be acknowledged.
+/// Header flags without and with need-reply.
 const PLAIN: u32 = Header::FLAG_VERSION;
 const ASKING: u32 = Header::FLAG_VERSION | Header::FLAG_NEED_REPLY;
 
@@ -68,7 +68,7 @@ pub(super) const CHECKS: &[Check] = &[
     },
 ];
 
-/// What a back-end may not get over.
+/// Checks that some back-ends do not survive.
 pub(super) const DESTRUCTIVE: &[Check] = &[Check {
     rule: "P1",
     what: "a front-end that hangs up before POSTCOPY_END does no harm",
@@ -76,10 +76,10 @@ pub(super) const DESTRUCTIVE: &[Check] = &[Check {
     run: hung_up,
 }];
 
-/// How far a front-end comes, and how it comes there.
+/// A point in the start of postcopy, and the function that gets there.
 type Stage = (&'static str, fn(&Harness) -> Result<Userfault, CheckAbort>);
 
-/// Where a front-end hangs up before any ring runs.
+/// Points at which a front-end disconnects before any ring runs.
 const STAGES: &[Stage] = &[
     ("POSTCOPY_ADVISE", |harness| advise(harness, PLAIN)),
     ("POSTCOPY_LISTEN", |harness| listen(harness, PLAIN)),
@@ -89,7 +89,7 @@ const STAGES: &[Stage] = &[
     }),
 ];
 
-/// A guest with requests that wait, on a new connection where features are agreed on, PAGEFAULT among them.
+/// Returns a guest with pending requests on a new connection, with PAGEFAULT negotiated.
 fn guest(target: &Target, requests: u64) -> Result<Harness, CheckAbort> {
     target.offered.require_protocol(protocol_feature::PAGEFAULT)?;
     let mut harness = target.harness(0)?;
@@ -103,7 +103,7 @@ fn guest(target: &Target, requests: u64) -> Result<Harness, CheckAbort> {
     Ok(harness)
 }
 
-/// Leaves no page of data blank: one that is made up in place of what was there shows.
+/// Fills all data pages, so that a zero page is noticed.
 fn fill(harness: &Harness) -> Result<(), CheckAbort> {
     for region in harness.memory.regions().iter().filter(|region| region.gpa() >= HIGH) {
         harness.memory.write(region.gpa(), &noise(u64::MAX, region.size() as u32))?;
@@ -111,7 +111,7 @@ fn fill(harness: &Harness) -> Result<(), CheckAbort> {
     Ok(())
 }
 
-/// Asks for what has an answer of its own.
+/// Sends a request that has a reply of its own, and receives the reply.
 fn ask(harness: &Harness, code: Code, flags: u32) -> Result<Reply, CheckAbort> {
     harness.connection.send(code, flags, &[], &[])?;
     let reply = harness.connection.reply(code)?;
@@ -119,7 +119,7 @@ fn ask(harness: &Harness, code: Code, flags: u32) -> Result<Reply, CheckAbort> {
     Ok(reply)
 }
 
-/// Whether what was sent with need-reply has brought no second answer (rule F3.2).
+/// Fails if need-reply has caused a second reply (rule F3.2).
 fn settled(harness: &Harness, flags: u32) -> Result<(), CheckAbort> {
     if flags & Header::FLAG_NEED_REPLY != 0 {
         harness.connection.barrier()?;
@@ -127,12 +127,12 @@ fn settled(harness: &Harness, flags: u32) -> Result<(), CheckAbort> {
     Ok(())
 }
 
-/// Need-reply, where anything can be acknowledged.
+/// Returns flags with need-reply if REPLY_ACK is offered.
 fn asking(harness: &Harness) -> u32 {
     if harness.offered.has_protocol(protocol_feature::REPLY_ACK) { ASKING } else { PLAIN }
 }
 
-/// POSTCOPY_ADVISE: the userfaultfd.
+/// Sends POSTCOPY_ADVISE. Returns the userfaultfd.
 fn advise(harness: &Harness, flags: u32) -> Result<Userfault, CheckAbort> {
     let mut reply = ask(harness, Code::POSTCOPY_ADVISE, flags)?;
     let (bytes, count) = (reply.payload.len(), reply.fds.len());
@@ -145,7 +145,7 @@ fn advise(harness: &Harness, flags: u32) -> Result<Userfault, CheckAbort> {
         }
         Some(fd) if !is_userfaultfd(&fd) => Err(CheckAbort::Violation("the fd that came is no userfaultfd".into())),
         Some(fd) => {
-            // Of one that waits it can't be known whether somebody waits for a page.
+            // Faults of a blocking userfaultfd cannot be polled.
             fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
             Ok(Userfault::from_fd(fd))
         }
@@ -157,15 +157,15 @@ fn is_userfaultfd(fd: &OwnedFd) -> bool {
     name.is_ok_and(|name| name.as_os_str() == "anon_inode:[userfaultfd]")
 }
 
-/// POSTCOPY_ADVISE and POSTCOPY_LISTEN.
+/// Sends POSTCOPY_ADVISE and POSTCOPY_LISTEN.
 fn listen(harness: &Harness, flags: u32) -> Result<Userfault, CheckAbort> {
     let userfault = advise(harness, flags)?;
     granted(harness, Code::POSTCOPY_LISTEN)?;
     Ok(userfault)
 }
 
-/// POSTCOPY_LISTEN or POSTCOPY_END, which are answered with 0 if they are done. QEMU asks for that with need-reply, and
-/// DPDK answers POSTCOPY_LISTEN to nobody else.
+/// Sends POSTCOPY_LISTEN or POSTCOPY_END, which must be acknowledged with 0. QEMU sends them with need-reply, and DPDK
+/// replies to POSTCOPY_LISTEN only then.
 fn granted(harness: &Harness, code: Code) -> Result<(), CheckAbort> {
     match ask(harness, code, asking(harness))?.read()? {
         0 => Ok(()),
@@ -173,7 +173,7 @@ fn granted(harness: &Harness, code: Code) -> Result<(), CheckAbort> {
     }
 }
 
-/// SET_MEM_TABLE while the back-end listens: where it has the regions.
+/// Sends SET_MEM_TABLE in postcopy. Returns the back-end's addresses.
 fn send_table(harness: &Harness, flags: u32) -> Result<Vec<MemoryRegion>, CheckAbort> {
     let (code, table) = (Code::SET_MEM_TABLE, harness.memory_table());
     harness.connection.send(code, flags, &table, &harness.fds())?;
@@ -190,7 +190,7 @@ fn send_table(harness: &Harness, flags: u32) -> Result<Vec<MemoryRegion>, CheckA
     }
 }
 
-/// The regions of a memory table.
+/// Parses the regions of a memory table.
 fn regions(table: &[u8]) -> Vec<MemoryRegion> {
     let (head, rest) = table.split_at_checked(size_of::<MemoryHeader>()).unwrap_or_default();
     let count = MemoryHeader::read_from_bytes(head).map_or(0, |head| head.nregions as usize);
@@ -198,13 +198,13 @@ fn regions(table: &[u8]) -> Vec<MemoryRegion> {
     regions.filter_map(|region| MemoryRegion::read_from_bytes(region).ok()).collect()
 }
 
-/// The front-end's message that it serves faults, which nothing answers, whatever its flags.
+/// Acknowledges the memory table. This message has no reply, whatever its flags.
 fn acknowledge(harness: &Harness, flags: u32) -> Result<(), CheckAbort> {
     harness.connection.send(Code::SET_MEM_TABLE, flags, 0u64.as_bytes(), &[])?;
     harness.connection.barrier().map(|_| ())
 }
 
-/// Says so if `after` something the next front-end is not.
+/// Fails if the next front-end is not served `after` an action.
 fn go_on(target: &Target, after: &str) -> Result<(), CheckAbort> {
     serves(target)
         .map_err(|abort| CheckAbort::Violation(format!("after {after} the next front-end is not served: {abort}")))
@@ -259,7 +259,7 @@ fn addresses(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(Outcome::pass(format!("{count} regions, every page of them placed")))
 }
 
-/// Pages but those `aside` whose bytes are not the expected ones.
+/// Returns the pages with unexpected contents, except those in `aside`.
 fn differing(harness: &Harness, expected: &MemoryContents, aside: &Pages) -> Result<Pages, CheckAbort> {
     let found = MemoryContents::of(&harness.memory)?;
     let pages = found.pages().zip(expected.pages()).filter(|(found, expected)| found != expected);
@@ -278,13 +278,13 @@ fn served(target: &mut Target) -> Result<Outcome, CheckAbort> {
         let serving = scope.spawn(|| page_server.serve());
         let outcome = serve(&mut harness, &page_server, known);
         if outcome.is_err() {
-            // Whoever waits for a page has nothing to do with what went wrong.
+            // Release threads that wait for pages before reporting the error.
             let _ = page_server.place_all();
         }
         page_server.stop();
         (outcome, serving.join())
     });
-    // What went wrong with pages tells more than what came of it.
+    // An error of the page server is the cause of later ones.
     let asked = asked.map_err(|_| CheckAbort::System(std::io::Error::other("nobody brings pages")))??;
     let of_ring = asked
         .iter()
@@ -297,7 +297,7 @@ fn served(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-/// What the memory of a guest is when its requests were answered, all of it being there.
+/// Returns guest memory after the requests have run with all pages present.
 fn answered(target: &Target) -> Result<MemoryContents, CheckAbort> {
     let mut harness = target.harness(0)?;
     fill(&harness)?;
@@ -306,15 +306,15 @@ fn answered(target: &Target) -> Result<MemoryContents, CheckAbort> {
     MemoryContents::of(&harness.memory)
 }
 
-/// Has the requests of a guest served whose pages are brought, and others when all are there; what is wrong with them.
-/// What memory must be then is `known`, or what it was and what came in.
+/// Runs requests while pages are missing, and others after all are placed. Returns an error description, if any. Memory
+/// must then be as in `known`, or the old contents with the received data.
 fn serve(
     harness: &mut Harness,
     page_server: &PageServer,
     known: Option<MemoryContents>,
 ) -> Result<Option<String>, CheckAbort> {
     acknowledge(harness, PLAIN)?;
-    // The driver writes them meanwhile. Where pages can't be placed, nobody is made to wait for any.
+    // The driver writes these pages meanwhile. If pages cannot be placed, no thread waits for them.
     harness.frame_source_pages().into_iter().try_for_each(|page| page_server.place_page(page * LOG_PAGE))?;
     harness.start()?;
     let filled = complete(harness)?;
@@ -339,14 +339,14 @@ fn serve(
     Ok((!same).then(|| format!("then the ring is at {shown}")))
 }
 
-/// Takes completions where the device has said that there are some: a look at the ring before would make its pages up.
+/// Pops completions only after a notification: reading the ring earlier would create its pages.
 fn complete(harness: &mut Harness) -> Result<Vec<Buffer>, CheckAbort> {
     let deadline = harness.deadline(harness.timeout);
     let mut filled = Vec::new();
     while harness.outstanding() > 0 {
         harness.inject_frames()?;
         if readable(&[harness.ring.call.as_fd()], &deadline.within(RESEND_INTERVAL)) {
-            // Whatever it counts.
+            // The value of the eventfd does not matter.
             harness.ring.ack_call();
             while harness.pop()? {
                 filled.push(harness.last);
@@ -392,7 +392,7 @@ fn hung_up(target: &mut Target) -> Result<Outcome, CheckAbort> {
             "requests were made in memory that is not there, and no page of their data was asked for",
         ));
     }
-    // As a front-end that dies does.
+    // Closes the userfaultfd, as the death of a front-end does.
     drop(page_server);
     go_on(target, "pages that never came")?;
     harness.wait_quiet();
@@ -409,7 +409,7 @@ fn hung_up(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-/// How what must be refused was answered.
+/// Evaluates the response to a request that must be refused.
 fn refused(answer: Result<Reply, CheckAbort>) -> Result<Outcome, CheckAbort> {
     match answer {
         Err(CheckAbort::HungUp { .. }) => Ok(Outcome::pass("refused by hanging up")),

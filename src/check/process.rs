@@ -1,4 +1,4 @@
-//! The back-end's process, where the check may kill it and start another.
+//! The back-end's process, if the check may kill and restart it.
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -15,26 +15,26 @@ use nix::unistd::Pid;
 use super::connection::connect;
 use super::{CheckOptions, StopToken};
 
-/// Between two looks at a socket or a process.
+/// Interval between attempts to connect or to wait for the process.
 pub(super) const RETRY_INTERVAL: Duration = Duration::from_millis(5);
 
-/// A back-end that may be killed. One that was started here is killed when this is dropped.
+/// A back-end that may be killed. A process that was started here is killed on drop.
 #[derive(Debug)]
 pub(super) struct BackendProcess {
     command: String,
     socket: PathBuf,
     timeout: Duration,
     pub(super) stop: StopToken,
-    /// The one to be killed that somebody else started.
+    /// Process id of a back-end that was started by the user.
     external_pid: Cell<Option<Pid>>,
     child: RefCell<Option<Child>>,
-    /// True once somebody has connected to the one that runs.
+    /// True once the current process has accepted a connection.
     served: Cell<bool>,
-    /// False until it is known whether it ends with its front-end.
+    /// False until it is known if the back-end exits after each connection.
     known: Cell<bool>,
-    /// How it ends when its front-end has left, if it does.
+    /// Exit status after each connection, if the back-end exits then.
     usual_exit: Cell<Option<ExitStatus>>,
-    /// How often it was started again after it had ended so.
+    /// Number of restarts after such an exit.
     pub(super) restarts: Cell<u32>,
 }
 
@@ -55,14 +55,14 @@ impl BackendProcess {
         }
     }
 
-    /// Starts one, and waits until it listens, if it bears being asked.
+    /// Starts the back-end. Waits until it listens, unless it exits after each connection.
     ///
     /// # Errors
-    /// If it does not start. One that ends with its first connection is only asked by who has something to say.
+    /// An error if the process does not start. A back-end that exits after each connection is not probed.
     pub(super) fn start(&self) -> io::Result<()> {
         let shell = format!("exec {}", self.command);
         let mut command = Command::new("/bin/sh");
-        // In a process group of its own, so that Ctrl-C ends the check, which needs the back-end to put back what it has changed.
+        // A process group of its own: Ctrl-C then ends only the check, which needs the back-end to restore its changes.
         command.args(["-c", &shell]).stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
         *self.child.borrow_mut() = Some(command.spawn()?);
         self.served.set(false);
@@ -72,12 +72,12 @@ impl BackendProcess {
         Ok(())
     }
 
-    /// The second connection was served: from now on an end of another kind is a crash.
+    /// Records that a second connection was served. Another exit status is a crash from now on.
     pub(super) fn mark_as_known(&self) {
         self.known.set(true);
     }
 
-    /// How the one that runs has ended, if it has. Of one that somebody else started only that it has is known.
+    /// Returns the exit status if the process has ended. It is not known for a process that the user started.
     fn exit_status(&self) -> io::Result<Option<ExitStatus>> {
         match (self.child.borrow_mut().as_mut(), self.external_pid.get()) {
             (Some(child), _) => child.try_wait(),
@@ -86,7 +86,7 @@ impl BackendProcess {
         }
     }
 
-    /// Connects to the back-end, as soon as it listens. One that has ended with its last connection is started again.
+    /// Connects as soon as the back-end listens. Restarts it if it has exited after the last connection.
     pub(super) fn connect(&self) -> io::Result<UnixStream> {
         if self.served.get() && self.usual_exit.get().is_some() {
             self.wait_for_end()?;
@@ -119,7 +119,7 @@ impl BackendProcess {
         }
     }
 
-    /// Waits for the end that comes with that of a connection. Another end than the first is a crash.
+    /// Waits for the exit that follows each connection. Another status than the first is a crash.
     fn wait_for_end(&self) -> io::Result<()> {
         let deadline = self.stop.deadline(self.timeout);
         loop {
@@ -145,12 +145,12 @@ impl BackendProcess {
         }
     }
 
-    /// How it ends with each of its connections, if it does.
+    /// Returns the exit status after each connection, if the back-end exits then.
     pub(super) fn usual_exit(&self) -> Option<ExitStatus> {
         self.usual_exit.get()
     }
 
-    /// SIGKILL, and waits until its socket is dead.
+    /// Sends SIGKILL and waits until the socket is no longer served.
     pub(super) fn kill(&self) -> io::Result<()> {
         match (self.child.borrow_mut().take(), self.external_pid.take()) {
             (Some(mut child), _) => {

@@ -1,4 +1,4 @@
-//! One ring of the guest without a CPU: where it lies, its driver, its fds, and where it goes on.
+//! One ring of the harness: memory, driver, notification fds and position.
 
 use std::os::fd::AsFd;
 
@@ -12,34 +12,34 @@ use crate::memory::{LOG_PAGE, Memory};
 use crate::ring::{DriverRing, DriverRingState, PackedDriverState, Position, RingBase, RingLayout, SplitDriverState};
 use crate::sys::nonblocking;
 
-/// The rings of a guest, one behind the other in the lower region.
+/// Address of the first ring in the lower region; the others follow.
 const FIRST_RING: u64 = 0x10_0000;
-/// Room for a ring of 1024 entries, each of its areas on pages of its own.
+/// Size of a ring's area: 1024 entries, with each part on pages of its own.
 pub(super) const RING_SLOT_BYTES: u64 = 0x1_0000;
 const DRIVER_OFFSET: u64 = 0x5000;
 const DEVICE_OFFSET: u64 = 0x8000;
-/// Behind an IOMMU areas begin so far into their pages that they reach into the next, however few entries they have.
+/// Offsets of the parts behind an IOMMU, so that each crosses a page boundary.
 const IOMMU_OFFSETS: [u64; 3] = [0xe00, 0xff0, 0xfc0];
-/// Most rings there is room for.
+/// Maximum number of rings.
 pub(super) const MAX_RINGS: usize = 32;
 
 /// A ring and its driver.
 pub(super) struct DriverQueue {
-    /// The back-end's number of it.
+    /// Ring index of the protocol.
     pub(super) index: u32,
     pub(super) layout: RingLayout,
     pub(super) driver: DriverRing,
     pub(super) kick: EventFd,
     pub(super) call: EventFd,
-    /// Where it starts.
+    /// Position at which the ring starts.
     pub(super) base: RingBase,
-    /// Buffers of a receive ring that no frame was brought for yet.
+    /// Buffers of a receive ring for which no frame was injected yet.
     pub(super) awaited_frames: u64,
     features: u64,
 }
 
 impl DriverQueue {
-    /// An empty ring in the `place`th room for one.
+    /// Creates an empty ring in area `place`.
     pub(super) fn new(
         memory: &Memory,
         index: u32,
@@ -68,19 +68,19 @@ impl DriverQueue {
         self.features & bit(VIRTIO_F_RING_PACKED) != 0
     }
 
-    /// The driver goes on with a ring whose pages have moved.
+    /// Continues the driver after the ring's pages have moved.
     pub(super) fn remap(&mut self, memory: &Memory) -> Result<(), CheckAbort> {
         self.driver = DriverRing::restore(memory, self.layout, self.features, &self.driver.state())?;
         Ok(())
     }
 
-    /// The room that its areas are in.
+    /// Returns the address of the ring's area.
     pub(super) fn slot_address(&self) -> u64 {
         let [desc, ..] = self.layout.areas();
         desc - desc % RING_SLOT_BYTES
     }
 
-    /// Starts the driver over, `at` requests from the start of a split ring, or at that descriptor of a packed one.
+    /// Restarts the driver: a split ring at index `at`, a packed ring at that descriptor.
     pub(super) fn move_to(&mut self, memory: &Memory, at: u16) -> Result<(), CheckAbort> {
         let state = if self.is_packed() {
             let here = Position { index: at % self.layout.size(), wrap: true };
@@ -105,7 +105,7 @@ impl DriverQueue {
         Ok(())
     }
 
-    /// Makes the ring as it was when it was made.
+    /// Resets ring memory and driver to the initial state.
     pub(super) fn reinitialize(&mut self, memory: &Memory) -> Result<(), CheckAbort> {
         for (area, bytes) in self.layout.areas().into_iter().zip(self.area_sizes()) {
             memory.write(area, &vec![0; bytes as usize])?;
@@ -113,7 +113,7 @@ impl DriverQueue {
         self.move_to(memory, 0)
     }
 
-    /// The base of a device that has completed what was taken off the ring, and no more.
+    /// Returns the base after the completions that the driver has popped.
     pub(super) fn current_base(&self) -> RingBase {
         match self.driver.state() {
             DriverRingState::Split(state) => RingBase::split(state.used),
@@ -121,7 +121,7 @@ impl DriverQueue {
         }
     }
 
-    /// The base of a device that has completed whatever was made.
+    /// Returns the base after all submitted requests.
     pub(super) fn end_base(&self) -> RingBase {
         match self.driver.state() {
             DriverRingState::Split(state) => RingBase::split(state.avail),
@@ -129,7 +129,7 @@ impl DriverQueue {
         }
     }
 
-    /// Whether a base of the back-end is this one.
+    /// Returns true if the bases are equal for this ring format.
     pub(super) fn is_same_base(&self, base: RingBase, expected: RingBase) -> bool {
         match self.is_packed() {
             true => (base.packed_avail(), base.packed_used()) == (expected.packed_avail(), expected.packed_used()),
@@ -137,7 +137,7 @@ impl DriverQueue {
         }
     }
 
-    /// A base, to be read by people.
+    /// Formats a base for a report.
     pub(super) fn format_base(&self, base: RingBase) -> String {
         if !self.is_packed() {
             return base.bits().to_string();
@@ -150,7 +150,7 @@ impl DriverQueue {
         }
     }
 
-    /// Descriptors that a base says were taken and not completed, if it can be a base of this ring.
+    /// Returns the number of descriptors in flight according to a base, or `None` if it is not a base of this ring.
     pub(super) fn in_flight_at(&self, base: RingBase) -> Option<u16> {
         let (here, size) = (self.current_base(), self.layout.size());
         match self.is_packed() {
@@ -159,15 +159,16 @@ impl DriverQueue {
         }
     }
 
-    /// Whether a split ring's used index is further than what was made; of a packed one the driver would see it.
+    /// Returns true if the used index of a split ring is beyond the submitted requests. The driver itself detects this
+    /// on a packed ring.
     pub(super) fn has_excess_completions(&self, memory: &Memory) -> Result<bool, CheckAbort> {
         let mut index = [0; 2];
         memory.read(self.device_area() + 2, &mut index)?;
         Ok(!self.is_packed() && u16::from_le_bytes(index) != self.end_base().split_index())
     }
 
-    /// Pages of a packed ring that completions were written to, from `from` on to where the driver is. A completion is in
-    /// the first descriptor of its request; those of one batch are looked at as a whole.
+    /// Returns the pages of a packed ring with completions from `from` to the driver's position. A completion is in the
+    /// first descriptor of its request; batches are taken as a whole.
     pub(super) fn completed_pages(&self, from: Position) -> impl Iterator<Item = u64> {
         let ([desc, ..], size) = (self.layout.areas(), self.layout.size());
         let to = self.current_base().packed_used();
@@ -175,43 +176,43 @@ impl DriverQueue {
         (0..count).map(move |step| (desc + u64::from(from.after(step, size).index) * 16) / LOG_PAGE)
     }
 
-    /// Pages that only the driver writes.
+    /// Returns the pages that only the driver writes.
     pub(super) fn driver_pages(&self) -> Pages {
         let ([desc, driver, _], [desc_bytes, driver_bytes, _]) = (self.layout.areas(), self.area_sizes());
         let desc = (!self.is_packed()).then(|| pages(desc, desc_bytes));
         desc.into_iter().flatten().chain(pages(driver, driver_bytes)).collect()
     }
 
-    /// Pages of the ring that the device writes.
+    /// Returns the pages of the ring that the device writes.
     pub(super) fn device_pages(&self) -> Pages {
         let ([desc, _, device], [desc_bytes, _, device_bytes]) = (self.layout.areas(), self.area_sizes());
         let desc = self.is_packed().then(|| pages(desc, desc_bytes));
         desc.into_iter().flatten().chain(pages(device, device_bytes)).collect()
     }
 
-    /// Bytes of its areas.
+    /// Returns the sizes of the ring's parts.
     pub(super) fn area_sizes(&self) -> [u64; 3] {
         RingLayout::area_bytes(self.features, self.layout.size())
     }
 
-    /// Where the device's own area lies: the used ring, or its event area.
+    /// Returns the address of the device area: the used ring or the event area.
     pub(super) fn device_area(&self) -> u64 {
         let [_, _, device] = self.layout.areas();
         device
     }
 
-    /// Signals the kick fd, wanted or not.
+    /// Signals the kick fd unconditionally.
     pub(super) fn signal_kick(&self) {
-        // One that is full is signalled already.
+        // An error means that the eventfd is signalled already.
         let _ = nonblocking::signal(self.kick.as_fd());
     }
 
-    /// Takes a call back; false if there was none.
+    /// Clears the call fd. Returns false if it was not signalled.
     pub(super) fn ack_call(&self) -> bool {
         nonblocking::take(self.call.as_fd()).is_ok()
     }
 
-    /// Makes what was added visible, and kicks if the device wants it.
+    /// Publishes added requests, and kicks if the device needs it.
     pub(super) fn publish(&mut self) {
         if self.driver.publish() {
             self.signal_kick();

@@ -1,4 +1,4 @@
-//! What a run found: one finding per check, and a verdict per rule of `docs/protocol.md`; as a table, and for CI.
+//! Results of a run: one finding per check, and a verdict per rule of `docs/protocol.md`; as text, JSON or JUnit XML.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
@@ -8,26 +8,26 @@ use serde::Serialize;
 
 use super::explain::{Consequence, consequence};
 
-/// What the names of checks begin with that send what must be refused.
+/// Prefix of the names of hostile checks.
 const HOSTILE_PREFIX: &str = "hostile";
-/// How a finding begins that is about what came after a check, whose rule and name follow in quotes.
+/// Prefix of a finding about the effect of a check, whose rule and name follow in quotes.
 pub(super) const AFTER_PREFIX: &str = "after \"";
-/// Checks that are named in a row.
+/// Maximum number of checks named in one row.
 const MAX_NAMED_CHECKS: usize = 2;
 
-/// What became of a promise.
+/// Result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
-    /// It could not be seen, or was not to be tried.
+    /// The check was not run, or had no result.
     NotTested,
-    /// The back-end does not promise it.
+    /// The back-end does not offer the feature.
     NotOffered,
-    /// It was kept as far as was seen.
+    /// No violation was seen.
     Pass,
-    /// It was kept, at a price that is worth knowing.
+    /// No violation with loss of data, but a deviation or an avoidable cost.
     Warning,
-    /// It was not kept.
+    /// The rule was violated.
     Fail,
 }
 
@@ -43,36 +43,36 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// What one check came to.
+/// Result of one check.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Finding {
-    /// The rule of `docs/protocol.md` that it is about.
+    /// Rule of `docs/protocol.md`.
     pub rule: &'static str,
-    /// What was to be seen, in a few words.
+    /// Name of the check.
     pub what: &'static str,
-    /// On which rings it was seen; empty if they make no difference.
+    /// Rings that were used; empty if rings make no difference.
     pub rings: &'static str,
-    /// What became of it.
+    /// Verdict.
     pub verdict: Verdict,
-    /// What was seen.
+    /// Observation.
     pub seen: String,
-    /// How long that took.
+    /// Duration.
     pub seconds: f64,
 }
 
-/// Everything that a run found.
+/// Results of a run.
 #[derive(Clone, Debug, Serialize)]
 pub struct CheckReport {
-    /// The back-end's socket.
+    /// Path of the back-end's socket.
     pub socket: PathBuf,
-    /// What the back-end says of itself: features, protocol features, queues.
+    /// Description of the back-end: device, features, protocol features, queues.
     pub offers: String,
-    /// One per check, in the order in which they were made; then the rules that no check is about.
+    /// One per check in the order of execution; then the rules without a check.
     pub findings: Vec<Finding>,
 }
 
 impl CheckReport {
-    /// The worst verdict of each rule.
+    /// Returns the worst verdict of each rule.
     pub fn rules(&self) -> BTreeMap<&'static str, Verdict> {
         let mut rules = BTreeMap::new();
         for finding in &self.findings {
@@ -82,24 +82,24 @@ impl CheckReport {
         rules
     }
 
-    /// Whether a rule was broken.
+    /// Returns true if a rule was violated.
     pub fn has_failures(&self) -> bool {
         self.findings.iter().any(|finding| finding.verdict == Verdict::Fail)
     }
 
-    /// How many findings there are of a verdict.
+    /// Returns the number of findings with this verdict.
     pub fn count(&self, verdict: Verdict) -> usize {
         self.findings.iter().filter(|finding| finding.verdict == verdict).count()
     }
 
-    /// The report as JUnit XML: a test case per check. What is broken failed; what was not tried, or is not offered, was
-    /// skipped.
+    /// Formats the report as JUnit XML with a test case per check. `Fail` is a failure; checks that were not run or not
+    /// offered are skipped.
     pub fn junit(&self) -> String {
         let skipped = self.count(Verdict::NotTested) + self.count(Verdict::NotOffered);
         let (tests, failures) = (self.findings.len(), self.count(Verdict::Fail));
         let seconds: f64 = self.findings.iter().map(|finding| finding.seconds).sum();
         let mut xml = String::from("<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n");
-        // Writing to a string can't fail.
+        // Writing to a string cannot fail.
         let _ = writeln!(
             xml,
             "<testsuite name=\"vhost-migrate check {}\" tests=\"{tests}\" failures=\"{failures}\" errors=\"0\" \
@@ -124,11 +124,11 @@ impl CheckReport {
     }
 }
 
-/// Findings of one cause: the same check on several rings, or the same seen by several checks.
+/// Findings with one cause: the same check on several rings, or the same observation by several checks.
 struct FindingGroup<'a> {
     verdict: Verdict,
     consequence: Option<Consequence>,
-    /// What was seen, without its numbers.
+    /// Observation without its numbers.
     cause: String,
     rules: Vec<&'a str>,
     rings: Vec<&'a str>,
@@ -155,17 +155,17 @@ impl<'a> FindingGroup<'a> {
                 false => consequence(rule),
             });
         }
-        // What came after a check is the matter of that: the check is named, and the end is its own cause.
+        // The effect of a check belongs to this check: the check is named, and the effect is the cause.
         if let Some((check, end)) = seen.strip_prefix(AFTER_PREFIX).and_then(|seen| seen.split_once("\": ")) {
             (group.whats, group.seen) = (vec![check], end);
         }
-        // Every number is the same one.
+        // All numbers are treated as equal.
         let parts = group.seen.split(|c: char| c.is_ascii_digit()).filter(|part| !part.is_empty());
         group.cause = parts.collect::<Vec<_>>().join("0");
         group
     }
 
-    /// Returns true if both are of one cause. What was kept is said of each check.
+    /// Returns true if both have the same cause. Passed checks are grouped only by check.
     fn has_same_cause(&self, other: &FindingGroup<'_>) -> bool {
         let same = |one: &[&str], other: &[&str]| one.iter().any(|it| other.contains(it));
         let same_check = same(&self.rules, &other.rules) && same(&self.whats, &other.whats);
@@ -187,7 +187,7 @@ impl<'a> FindingGroup<'a> {
     }
 }
 
-/// The colour of a verdict on a terminal.
+/// Returns the terminal colour of a verdict.
 fn colour(verdict: Verdict) -> u8 {
     match verdict {
         Verdict::Fail => 31,
@@ -198,7 +198,7 @@ fn colour(verdict: Verdict) -> u8 {
 }
 
 impl CheckReport {
-    /// One row per cause: what is broken first, by what comes of it; then warnings, and the rest.
+    /// Groups the findings by cause: failures by consequence, then warnings and the rest.
     fn groups(&self) -> Vec<FindingGroup<'_>> {
         let mut groups: Vec<FindingGroup<'_>> = Vec::new();
         for finding in &self.findings {
@@ -208,13 +208,13 @@ impl CheckReport {
                 None => groups.push(group),
             }
         }
-        // A stable sort: within a group they stay in the order in which they were found.
+        // The stable sort keeps the order of findings within a section.
         let order = [Verdict::Fail, Verdict::Warning, Verdict::Pass, Verdict::NotOffered, Verdict::NotTested];
         groups.sort_by_key(|group| (order.iter().position(|verdict| *verdict == group.verdict), group.consequence));
         groups
     }
 
-    /// The report for people, in colours for a terminal or without.
+    /// Formats the report as text, with or without terminal colours.
     pub fn text(&self, colours: bool) -> String {
         let paint = |code: u8, text: &str| match colours {
             true => format!("\x1b[{code}m{text}\x1b[0m"),
@@ -255,14 +255,14 @@ impl CheckReport {
     }
 }
 
-/// The report for people, without colours.
+/// Formats the report as text without colours.
 impl fmt::Display for CheckReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.text(false))
     }
 }
 
-/// Text as it may stand in XML, in an attribute too. Characters that XML can't carry are replaced.
+/// Escapes text for XML, including attributes. Replaces characters that XML cannot represent.
 fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for character in text.chars() {

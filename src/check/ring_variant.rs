@@ -1,36 +1,36 @@
 //! The rings that a check is run on.
 
-/// On which rings a check is run.
+/// Selection of rings for a check.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum RingSelection {
-    /// Once: rings make no difference.
+    /// One run: rings make no difference.
     Once,
-    /// On split and packed rings; of a network interface, those that frames leave by.
+    /// Split and packed rings for requests, or the transmit rings.
     Main,
-    /// On split and packed rings by which the device writes data.
+    /// Split and packed rings by which the device writes data: for requests, or the receive rings.
     Data,
-    /// The same, but without anybody to bring frames in, those that they leave by.
+    /// As `Data`, or as `Main` without a frame source.
     DataOrMain,
-    /// On all of them.
+    /// All rings.
     All,
-    /// On all split ones.
+    /// All split rings.
     AllSplit,
-    /// On all packed ones.
+    /// All packed rings.
     AllPacked,
 }
 
-/// What rings carry.
+/// Direction of a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Flow {
-    /// Requests to a disk.
+    /// Self-contained requests.
     Requests,
-    /// Frames that leave.
+    /// Outgoing frames.
     Transmit,
-    /// Frames that come in.
+    /// Incoming frames.
     Receive,
 }
 
-/// Rings to run a check on.
+/// Ring format and direction that a check is run on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct RingVariant {
     pub(super) packed: bool,

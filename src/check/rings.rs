@@ -1,4 +1,4 @@
-//! Rules R1 to R5 and R9: rings that start, stop and go on.
+//! Rules R1 to R5 and R9: start, stop and position of rings.
 
 use std::thread;
 
@@ -10,7 +10,7 @@ use super::{BackendFeatures, Check, CheckAbort, Flow, FrameSource, Outcome, Ring
 use crate::abi::bit;
 use crate::abi::vhost_user::{Request as Code, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature};
 
-/// How often a drain is tried; a request may always be quicker than the message.
+/// Number of drains. A request may complete before the message arrives.
 const DRAINS: u32 = 20;
 
 pub(super) const CHECKS: &[Check] = &[
@@ -116,7 +116,7 @@ fn disabled(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let touched = changed(&before, &harness.hashes()?);
     Ok(match (touched.len(), harness.pop_all()?) {
         (0, _) => Outcome::pass(format!("4 requests waited for {:?}", harness.settle)),
-        // The specification wants the packets of a disabled ring discarded.
+        // The specification says that packets on a disabled transmit ring are discarded.
         (_, used) if target.variant.flow == Flow::Transmit => Outcome::warning(format!(
             "{used} of 4 packets were discarded, as the specification has it: their used entries are written while no log is there"
         )),
@@ -127,7 +127,7 @@ fn disabled(target: &mut Target) -> Result<Outcome, CheckAbort> {
 fn enabled(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = target.harness(0)?;
     harness.add(4, RequestSize::Mixed)?;
-    // Published before anybody could be kicked.
+    // Published before there is a kick fd.
     let _ = harness.ring.driver.publish();
     harness.inject_frames()?;
     harness.start_disabled(None)?;
@@ -154,7 +154,7 @@ fn drain(target: &mut Target) -> Result<Outcome, CheckAbort> {
         harness.add(MAX_REQUESTS, RequestSize::Large)?;
         harness.publish();
         if round % 2 == 0 {
-            // With the first one complete, the others are under way.
+            // With the first request complete, the others are in progress.
             let deadline = harness.deadline(harness.timeout);
             while !harness.pop()? && !deadline.is_over() {
                 thread::yield_now();
@@ -176,7 +176,7 @@ fn drain(target: &mut Target) -> Result<Outcome, CheckAbort> {
             )));
         }
         in_flight += MAX_REQUESTS - u64::from(harness.outstanding());
-        // The whole time only where it is worth it: I/O that was given up shows soon, or never.
+        // Wait in two rounds only: I/O that was not drained completes soon or never.
         if round == 1 || round == DRAINS {
             harness.wait_quiet();
         }
@@ -196,17 +196,18 @@ fn drain(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-/// What is wrong with a ring that is stopped with buffers in it, for frames that come in only then.
+/// Checks a ring that is stopped with free buffers, for frames that arrive after it. Returns a description of a
+/// violation.
 fn late_frames(target: &Target) -> Result<Option<String>, CheckAbort> {
     let mut harness = target.harness(0)?;
     harness.start()?;
-    // A frame that has come in shows that the ring runs: a message may overtake the first kick.
+    // A received frame shows that the ring runs: GET_VRING_BASE may be processed before the first kick.
     harness.add(1, RequestSize::Large)?;
     harness.publish();
     harness.finish()?;
     harness.add(MAX_REQUESTS, RequestSize::Large)?;
     harness.ring.publish();
-    // What is left of earlier connections takes the first of the buffers.
+    // Frames of earlier connections use the first buffers.
     let deadline = harness.deadline(harness.timeout);
     while wait_until(&harness.deadline(harness.settle), || harness.pop())? && !deadline.is_over() {
         harness.add(MAX_REQUESTS - u64::from(harness.outstanding()), RequestSize::Large)?;
@@ -251,7 +252,7 @@ fn everywhere(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let before = harness.hashes()?;
     harness.publish();
     harness.finish()?;
-    // The last mark of a used ring may follow the last completion; it comes before this answer (rule R3.2).
+    // The last mark of a used ring may follow the last completion, but precedes this reply (rule R3.2).
     harness.stop()?;
     let found = match &log {
         None => Outcome::pass("no log"),
@@ -287,7 +288,7 @@ fn everywhere(target: &mut Target) -> Result<Outcome, CheckAbort> {
 
 fn base(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = target.harness(0)?;
-    // Indexes of split rings run to 2^16, those of packed ones to the ring's end.
+    // Indices of split rings wrap at 2^16, those of packed rings at the ring size.
     let from = if target.variant.packed { harness.ring.layout.size() - 6 } else { 65530 };
     harness.move_to(from)?;
     let from = harness.ring.format_base(harness.ring.base);
@@ -329,7 +330,7 @@ fn reconnect(target: &mut Target) -> Result<Outcome, CheckAbort> {
         let data: Vec<(u64, u64)> =
             harness.hashes()?.into_iter().filter(|(page, _)| harness.writable_pages.contains(page)).collect();
         seen.push(data);
-        // Left with requests in flight: they are this front-end's trouble, not the next one's.
+        // Left in flight: they must not affect the next front-end.
         harness.add(MAX_REQUESTS, RequestSize::Large)?;
         harness.publish();
     }

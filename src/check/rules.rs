@@ -1,8 +1,8 @@
-//! The rules of `docs/protocol.md`, and which of them a back-end's peer can't see it keep.
+//! The rules of `docs/protocol.md`, and those that cannot be checked from outside.
 
 use super::CheckError;
 
-/// Every rule of `docs/protocol.md` that a specification makes, with its subject.
+/// Rules of `docs/protocol.md` that a specification makes, with their titles.
 pub const RULES: &[(&str, &str)] = &[
     ("F1", "messages"),
     ("F2", "flags"),
@@ -69,7 +69,7 @@ pub const RULES: &[(&str, &str)] = &[
     ("P1", "postcopy"),
 ];
 
-/// Rules that a back-end's peer can't see it keep, and why.
+/// Rules that cannot be checked from outside, with the reason.
 pub(super) const UNTESTABLE: &[(&str, &str)] = &[
     ("B2", "nothing that a front-end does obliges a back-end to tell of a change"),
     ("B4", "is about hardware"),
@@ -85,16 +85,16 @@ pub(super) const UNTESTABLE: &[(&str, &str)] = &[
     ("L14", "is the front-end's"),
 ];
 
-/// The id of a rule, written in any case, as it stands in `docs/protocol.md`.
+/// Returns the id of a rule as in `docs/protocol.md`, for an id in any case.
 ///
 /// # Errors
-/// [`CheckError::NoSuchRule`], which lists the rules that there are.
+/// [`CheckError::NoSuchRule`], which lists all rules.
 pub fn rule(id: &str) -> Result<&'static str, CheckError> {
     let known = RULES.iter().find(|(known, _)| known.eq_ignore_ascii_case(id));
     known.map(|(known, _)| *known).ok_or_else(|| CheckError::NoSuchRule(id.into()))
 }
 
-/// All ids.
+/// Returns all ids.
 pub(super) fn ids() -> String {
     RULES.iter().map(|(id, _)| *id).collect::<Vec<_>>().join(", ")
 }

@@ -1,4 +1,4 @@
-//! Rule D1: what a device knows beside its rings, on its way to another one, whole and in parts.
+//! Rule D1: saving and loading the device state, complete and in parts.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -47,12 +47,12 @@ pub(super) const CHECKS: &[Check] = &[
 const SET: Code = Code::SET_DEVICE_STATE_FD;
 const CHECK: Code = Code::CHECK_DEVICE_STATE;
 
-/// A front-end that has agreed on states, and has not started a ring.
+/// Returns a harness with DEVICE_STATE negotiated and no ring started.
 fn ready(target: &Target) -> Result<Harness, CheckAbort> {
     target.harness_with_protocol(&[protocol_feature::DEVICE_STATE])
 }
 
-/// SET_DEVICE_STATE_FD with one end of a pipe, and the fd that comes back to be used in its place, if one does.
+/// Sends SET_DEVICE_STATE_FD with one end of a pipe. Returns the fd of the reply, to be used instead of the other end.
 fn begin(harness: &Harness, direction: u32, phase: u32, end: BorrowedFd<'_>) -> Result<Option<OwnedFd>, CheckAbort> {
     let body = DeviceStateTransfer { direction, phase };
     harness.connection.send(SET, Header::FLAG_VERSION, body.as_bytes(), &[end])?;
@@ -68,7 +68,7 @@ fn begin(harness: &Harness, direction: u32, phase: u32, end: BorrowedFd<'_>) -> 
     }
 }
 
-/// What the device saves, to the end.
+/// Saves the device state.
 fn save(harness: &Harness) -> Result<Vec<u8>, CheckAbort> {
     let (reader, writer) = io::pipe()?;
     let other = begin(harness, DEVICE_STATE_SAVE, DEVICE_STATE_PHASE_STOPPED, writer.as_fd())?;
@@ -83,7 +83,7 @@ fn save(harness: &Harness) -> Result<Vec<u8>, CheckAbort> {
     }
 }
 
-/// Has the device load these bytes; what CHECK_DEVICE_STATE says then.
+/// Loads a device state. Returns the result of CHECK_DEVICE_STATE.
 fn load(harness: &Harness, state: &[u8]) -> Result<u64, CheckAbort> {
     let (reader, writer) = io::pipe()?;
     let other = begin(harness, DEVICE_STATE_LOAD, DEVICE_STATE_PHASE_STOPPED, reader.as_fd())?;
@@ -91,7 +91,7 @@ fn load(harness: &Harness, state: &[u8]) -> Result<u64, CheckAbort> {
     let into = other.unwrap_or_else(|| writer.into());
     let deadline = harness.deadline(harness.timeout);
     match write_all(into.as_fd(), state, &WaitLimit::Remaining(&|| deadline.left())) {
-        // It need not read on when it knows what to say.
+        // The back-end may stop reading when it knows the result.
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(pipe_error(harness, error)),
         _ => drop(into),
     }
@@ -105,7 +105,7 @@ fn pipe_error(harness: &Harness, error: io::Error) -> CheckAbort {
     }
 }
 
-/// Loads what must be taken.
+/// Loads a state that must be accepted.
 fn load_accepted(harness: &Harness, state: &[u8]) -> Result<(), CheckAbort> {
     match load(harness, state)? {
         0 => Ok(()),
@@ -113,19 +113,19 @@ fn load_accepted(harness: &Harness, state: &[u8]) -> Result<(), CheckAbort> {
     }
 }
 
-/// Has the device know something else, where a front-end can: the address of a network interface, as a migration brings
-/// it. What it saves now, if that differs from before, and is the same each time.
+/// Changes the device state, if possible: the address of a network interface, as a migration does. Returns the state
+/// that is then saved, if it differs from before and is reproducible.
 fn set_distinct_state(target: &Target, harness: &Harness) -> Result<Option<Vec<u8>>, CheckAbort> {
     let (TestedDevice::Net, true) = (target.device, target.offered.has_protocol(protocol_feature::CONFIG)) else {
         return Ok(None);
     };
     let before = save(harness)?;
     let mut address = match read_config(&harness.connection, 0, 6) {
-        // That is rule C1.1's.
+        // Rule C1.1 covers this violation.
         Err(CheckAbort::Violation(_)) => return Ok(None),
         address => address?,
     };
-    // Another one, and no group's.
+    // Another unicast address.
     address.iter_mut().skip(1).for_each(|byte| *byte ^= 0x5a);
     let header = ConfigHeader { offset: 0, size: 6, flags: CONFIG_TYPE_MIGRATION };
     match harness.send_acked(Code::SET_CONFIG, &[header.as_bytes(), &address].concat(), &[]) {
@@ -152,7 +152,7 @@ fn moved(target: &mut Target) -> Result<Outcome, CheckAbort> {
     outcome
 }
 
-/// Has the device load the state that it had before the check.
+/// Restores the device state from before the check.
 fn put_back(target: &mut Target, good: &[u8]) {
     if let Err(abort) = target.restore_changes(|target| load_accepted(&ready(target)?, good)) {
         target.left.push(format!("the state of the device could not be put back ({abort})"));
@@ -168,7 +168,7 @@ fn restore_on_next_connection(target: &Target) -> Result<Outcome, CheckAbort> {
     harness.reconnect(target.connect()?)?;
     let other = set_distinct_state(target, &harness)?;
     let mut forgotten = false;
-    // One after the other, so that each is loaded where another one was; in the end it is as it was.
+    // Each state is loaded after the other one; the last load restores the original.
     for state in [Some(&state), other.as_ref(), Some(&state)].into_iter().flatten() {
         load_accepted(&harness, state)?;
         forgotten |= other.is_some() && save(&harness)? != *state;
@@ -193,7 +193,7 @@ fn cut(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let found = refuses(&harness, &good, here.as_deref());
     let back = load_accepted(&harness, &good);
     if back.is_err() {
-        // What was there comes back in any case, as far as it can.
+        // Restore the state on a new connection.
         drop(harness);
         put_back(target, &good);
     }
@@ -204,7 +204,7 @@ fn cut(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-/// Loads the beginnings of a state. `here` is what the device must save all the while.
+/// Loads truncated states. The device must keep the state `here`.
 fn refuses(harness: &Harness, good: &[u8], here: Option<&[u8]>) -> Result<Outcome, CheckAbort> {
     let bytes = good.len();
     for end in [bytes - 1, bytes / 2, 0] {
@@ -231,7 +231,7 @@ fn unknown(target: &mut Target) -> Result<Outcome, CheckAbort> {
         match begin(&harness, direction, phase, end) {
             Ok(_) => return Ok(Outcome::fail(format!("direction {direction} in phase {phase} was taken"))),
             Err(CheckAbort::Refused { .. }) => drop(harness.connection.barrier()?),
-            // As of any request that it can't answer (rule F5.2).
+            // As for any request that the back-end does not support (rule F5.2).
             Err(CheckAbort::HungUp { .. }) => hung_up += 1,
             Err(abort) => return Err(abort),
         }
@@ -257,10 +257,10 @@ fn meanwhile(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-/// What was done to a state, and how.
+/// Name and function of a mutation.
 type StateMutation = (&'static str, fn(&[u8]) -> Vec<u8>);
 
-/// States that nobody saved: a check of those that a back-end may die of.
+/// Loads states that no device has saved (a hostile check).
 pub(super) fn mutated(target: &mut Target) -> Result<Outcome, CheckAbort> {
     fn flipped(good: &[u8], at: usize) -> Vec<u8> {
         let mut state = good.to_vec();

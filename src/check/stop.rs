@@ -1,21 +1,21 @@
-//! The end of a check before its time, and with it of every wait.
+//! Early end of a check and of all its waits.
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-/// Ends a check from another thread. Clones are one switch.
+/// Ends a check from another thread. Clones share one state.
 #[derive(Clone, Debug, Default)]
 pub struct StopToken {
     since: Arc<OnceLock<Instant>>,
-    /// The time after it is set for which waits go on.
+    /// Time after `set` for which waits continue.
     delay: Duration,
 }
 
 impl StopToken {
-    /// Ends all waits of the check. What it has changed is put back, if the back-end serves that within seconds, and then
-    /// it returns [`CheckError::Stopped`](super::CheckError::Stopped).
+    /// Ends all waits of the check. Changes are restored if the back-end does that within seconds. The check then
+    /// returns [`CheckError::Stopped`](super::CheckError::Stopped).
     pub fn set(&self) {
-        // One that is set already stays as it is.
+        // An error means that the token is set already.
         let _ = self.since.set(Instant::now());
     }
 
@@ -23,18 +23,18 @@ impl StopToken {
         self.since.get().is_some_and(|since| since.elapsed() >= self.delay)
     }
 
-    /// The same switch for waits that may go on for `delay` after it is set.
+    /// Returns the same token for waits that may continue for `delay` after it is set.
     pub(super) fn delayed(&self, delay: Duration) -> StopToken {
         StopToken { since: self.since.clone(), delay }
     }
 
-    /// The end of a wait that begins now and takes at most `time`.
+    /// Returns the deadline of a wait that begins now and takes at most `time`.
     pub(super) fn deadline(&self, time: Duration) -> Deadline {
         Deadline { at: Instant::now() + time, stop: self.clone() }
     }
 }
 
-/// The end of a wait: a time, or the stop of the check.
+/// End of a wait: a point in time, or the stop of the check.
 #[derive(Clone, Debug)]
 pub(super) struct Deadline {
     at: Instant,
@@ -42,12 +42,12 @@ pub(super) struct Deadline {
 }
 
 impl Deadline {
-    /// Returns true if the time is over.
+    /// Returns true if the wait is over.
     pub(super) fn is_over(&self) -> bool {
         self.left().is_zero()
     }
 
-    /// The time that is left.
+    /// Returns the remaining time.
     pub(super) fn left(&self) -> Duration {
         match self.stop.is_set() {
             true => Duration::ZERO,
@@ -55,7 +55,7 @@ impl Deadline {
         }
     }
 
-    /// The end of a part of the wait.
+    /// Returns the deadline of a part of the wait.
     pub(super) fn within(&self, time: Duration) -> Deadline {
         Deadline { at: self.at.min(Instant::now() + time), stop: self.stop.clone() }
     }

@@ -1,4 +1,4 @@
-//! The back-end under test: what it says of itself, and connections to it.
+//! The back-end under test and connections to it.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -23,14 +23,14 @@ use crate::abi::vhost_user::{Request as Code, VHOST_USER_F_PROTOCOL_FEATURES, pr
 use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_NET_F_MQ};
 use crate::inflight::RingKind;
 
-/// Entries of a ring where the back-end takes so many.
+/// Ring size, if the back-end accepts it.
 const MAX_RING_SIZE: u16 = 256;
-/// Entries that all requests of a batch need.
+/// Number of entries that a batch needs.
 const MIN_RING_SIZE: u16 = 64;
-/// The time that a stopped check has to put back what it has changed.
+/// Time for a stopped check to restore its changes.
 const RESTORE_TIME: Duration = Duration::from_secs(5);
 
-/// What the back-end said when it was greeted.
+/// Features that the back-end offers.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct BackendFeatures {
     pub(super) features: u64,
@@ -47,7 +47,7 @@ impl BackendFeatures {
         self.protocol & bit(feature) != 0
     }
 
-    /// Fails with "not offered" without translation and a channel to ask over.
+    /// Fails with "not offered" without ACCESS_PLATFORM and BACKEND_REQ.
     pub(super) fn require_iommu(&self) -> Result<(), CheckAbort> {
         match self.has(VIRTIO_F_ACCESS_PLATFORM) {
             true => self.require_protocol(protocol_feature::BACKEND_REQ),
@@ -64,32 +64,32 @@ impl BackendFeatures {
     }
 }
 
-/// The back-end under test, and what every check needs.
+/// The back-end under test, and the state of the run.
 pub(super) struct Target {
     pub(super) socket: PathBuf,
     pub(super) options: CheckOptions,
     pub(super) replies: Rc<RefCell<ReplyFlags>>,
     pub(super) offered: BackendFeatures,
     pub(super) device: TestedDevice,
-    /// What brings frames in, if anything does.
+    /// Frame source in use, if any.
     pub(super) frame_source: Option<FrameSource>,
-    /// The rings of the check that runs.
+    /// Rings of the current check.
     pub(super) variant: RingVariant,
-    /// Entries of a ring.
+    /// Ring size.
     pub(super) size: u16,
-    /// What may be killed and started again.
+    /// Process of the back-end, if it may be killed and restarted.
     pub(super) process: Option<BackendProcess>,
-    /// The last connection. It ends before another one begins: many back-ends serve one at a time.
+    /// Last connection. It is closed before the next one, because many back-ends serve one at a time.
     last: RefCell<Option<UnixStream>>,
-    /// Changes of a check that could not be put back, in words.
+    /// Changes that could not be restored, in words.
     pub(super) left: Vec<String>,
 }
 
 impl Target {
-    /// A new connection on which only GET_FEATURES was said.
+    /// Opens a connection on which only GET_FEATURES was sent.
     pub(super) fn connect(&self) -> Result<Connection, CheckAbort> {
         if let Some(last) = self.last.take() {
-            // It may have ended by itself.
+            // The connection may be closed already.
             let _ = last.shutdown(Shutdown::Both);
         }
         let deadline = self.options.stop.deadline(self.options.timeout / 4);
@@ -101,7 +101,8 @@ impl Target {
             let connection =
                 Connection::from_stream(stream.map_err(CheckAbort::Connect)?, &self.options, self.replies.clone());
             match connection.barrier() {
-                // One that listens for each connection anew hangs up at those that come before it has stopped listening.
+                // A back-end that opens its socket again for each connection resets those that arrive before it has
+                // closed the old one.
                 Err(CheckAbort::HungUp { .. }) if !deadline.is_over() => thread::sleep(RETRY_INTERVAL),
                 answer => {
                     answer?;
@@ -112,7 +113,7 @@ impl Target {
         }
     }
 
-    /// Connects to a back-end that may listen again only after its last connection has ended.
+    /// Connects to a back-end that may open its socket only after its last connection has ended.
     fn connect_with_retry(&self) -> io::Result<UnixStream> {
         let deadline = self.options.stop.deadline(self.options.timeout / 4);
         loop {
@@ -123,17 +124,17 @@ impl Target {
         }
     }
 
-    /// A new connection with features, memory and a ring that is not started.
+    /// Returns a harness: a new connection with features, memory and one ring that is not started.
     pub(super) fn harness(&self, features: u64) -> Result<Harness, CheckAbort> {
         self.harness_with_rings(features, 1)
     }
 
-    /// The same with several rings for requests.
+    /// Like [`harness`](Target::harness), with several rings for requests.
     pub(super) fn harness_with_rings(&self, features: u64, rings: usize) -> Result<Harness, CheckAbort> {
         self.build_harness(features, rings, None)
     }
 
-    /// The same behind an IOMMU.
+    /// Like [`harness`](Target::harness), behind an IOMMU.
     pub(super) fn harness_behind_iommu(
         &self,
         features: u64,
@@ -146,7 +147,7 @@ impl Target {
 
     fn build_harness(&self, features: u64, rings: usize, iommu: Option<Scatter>) -> Result<Harness, CheckAbort> {
         let Target { device, variant, size, .. } = *self;
-        // First, for what feeds a device may begin with its connection.
+        // Connect first: the frame source may depend on the connection.
         let connection = self.connect()?;
         let source = if variant.flow == Flow::Receive { self.frame_injector()? } else { None };
         let config = HarnessConfig { device, variant, size, features, rings, source, iommu };
@@ -155,7 +156,7 @@ impl Target {
         Ok(harness)
     }
 
-    /// Entries of the largest ring that the back-end takes, or of the one that was asked for.
+    /// Returns the requested ring size, or the largest that the back-end accepts.
     fn probe_ring_size(&mut self) -> Result<u16, CheckError> {
         loop {
             let (size, smaller) = (self.size, self.size / 2);
@@ -166,7 +167,7 @@ impl Target {
                 {
                     self.size = smaller;
                     if self.check_served().is_err() {
-                        // It may end when it refuses something.
+                        // The back-end may exit when it refuses a message.
                         let again = self.replace().and_then(|()| self.check_served());
                         again.map_err(|abort| CheckError::QueueSizeRefused(size, abort.to_string()))?;
                     }
@@ -176,7 +177,7 @@ impl Target {
         }
     }
 
-    /// The same as [`harness`](Target::harness), with more protocol features agreed on.
+    /// Like [`harness`](Target::harness), with more protocol features.
     pub(super) fn harness_with_protocol(&self, protocol: &[u32]) -> Result<Harness, CheckAbort> {
         protocol.iter().try_for_each(|feature| self.offered.require_protocol(*feature))?;
         let mut harness = self.harness(0)?;
@@ -185,7 +186,7 @@ impl Target {
         Ok(harness)
     }
 
-    /// Somebody to bring frames in.
+    /// Opens the frame source.
     pub(super) fn frame_injector(&self) -> Result<Option<FrameInjector>, CheckAbort> {
         Ok(match &self.frame_source {
             None => None,
@@ -210,26 +211,26 @@ impl Target {
         })
     }
 
-    /// How many rings may have requests at the same time.
+    /// Returns the maximum number of rings with requests at the same time.
     pub(super) fn max_rings(&self) -> usize {
         let offered = usize::try_from(self.offered.queues).unwrap_or(MAX_RINGS);
         match self.device {
             TestedDevice::Blk(_) => offered.min(MAX_RINGS),
-            // One has a priority of its own.
+            // One queue is the high-priority queue.
             TestedDevice::Fs => offered.saturating_sub(1).clamp(1, MAX_RINGS - 1),
             TestedDevice::Rng | TestedDevice::Vsock(_) | TestedDevice::Console => 1,
-            // Pairs, of which the device says how many it has.
+            // Queue pairs; without MQ there is one.
             TestedDevice::Net if !self.offered.has(VIRTIO_NET_F_MQ) => 1,
             TestedDevice::Net => self.options.pairs.map_or(offered, usize::from).min(offered).min(MAX_RINGS / 2),
         }
     }
 
-    /// Whether the back-end serves another front-end.
+    /// Fails if the back-end does not serve another front-end.
     pub(super) fn check_served(&self) -> Result<(), CheckAbort> {
         self.connect().map(|_| ())
     }
 
-    /// Kills the back-end, and starts its successor.
+    /// Kills the back-end and starts a new one.
     pub(super) fn replace(&mut self) -> Result<(), CheckAbort> {
         if let Some(process) = &mut self.process {
             process.kill()?;
@@ -238,8 +239,8 @@ impl Target {
         Ok(())
     }
 
-    /// Has `undo` put back what a check has changed, after a stop too. Where the back-end may be killed, its successor has another
-    /// try.
+    /// Restores the changes of a check with `undo`, also after a stop. If that fails and the back-end may be killed,
+    /// retries with a new one.
     pub(super) fn restore_changes(
         &mut self,
         undo: impl Fn(&Target) -> Result<(), CheckAbort>,
@@ -255,7 +256,7 @@ impl Target {
         done
     }
 
-    /// Fails once the check is to stop.
+    /// Fails if the check was stopped.
     pub(super) fn check_stop(&mut self) -> Result<(), CheckError> {
         match self.options.stop.is_set() {
             true => Err(CheckError::Stopped { left: std::mem::take(&mut self.left) }),
@@ -270,7 +271,7 @@ impl Target {
         self.options.stop = stop;
     }
 
-    /// Learns whether the back-end serves a second front-end, or ends with its first.
+    /// Finds out if the back-end serves a second front-end or exits after the first.
     fn probe_second_connection(&self) -> Result<(), CheckAbort> {
         let deadline = self.options.stop.deadline(self.options.timeout);
         while let Err(abort) = self.check_served() {
@@ -283,7 +284,7 @@ impl Target {
         Ok(())
     }
 
-    /// The rings that a check is run on.
+    /// Returns the rings that a check is run on.
     pub(super) fn variants(&self, run_on: RingSelection) -> Vec<RingVariant> {
         let main = self.main_flow();
         let data = match self.device.has_requests() {
@@ -306,7 +307,7 @@ impl Target {
         kinds.flat_map(|packed| flows.iter().map(move |flow| RingVariant { packed, flow: *flow })).collect()
     }
 
-    /// Why a check is run on none.
+    /// Returns the outcome of a check that is run on no ring.
     pub(super) fn skip_outcome(&self, run_on: RingSelection) -> Outcome {
         match run_on {
             RingSelection::AllPacked if !self.offered.has(VIRTIO_F_RING_PACKED) => {
@@ -325,7 +326,7 @@ impl Target {
     }
 }
 
-/// Meets the back-end, and whoever brings frames to it.
+/// Connects to the back-end and to the frame source.
 pub(super) fn prepare(socket: &Path, options: &CheckOptions) -> Result<Target, CheckError> {
     let process = start(socket, options)?;
     let replies = Rc::new(RefCell::new(ReplyFlags::default()));
@@ -377,7 +378,7 @@ pub(super) fn prepare(socket: &Path, options: &CheckOptions) -> Result<Target, C
     Ok(target)
 }
 
-/// Starts the back-end, if that is ours to do.
+/// Starts the back-end if a command is given.
 pub(super) fn start(socket: &Path, options: &CheckOptions) -> Result<Option<BackendProcess>, CheckError> {
     let Some(command) = &options.restart else { return Ok(None) };
     let process = BackendProcess::new(command, socket, options);
@@ -390,7 +391,7 @@ pub(super) fn start(socket: &Path, options: &CheckOptions) -> Result<Option<Back
     Ok(Some(process))
 }
 
-/// Says hello, and hears what the back-end offers. What it can't do otherwise it need not offer.
+/// Negotiates protocol features and returns what the back-end offers.
 pub(super) fn greet(connection: &Connection) -> Result<BackendFeatures, CheckAbort> {
     let features = connection.barrier()?;
     let mut offered = BackendFeatures { features, protocol: 0, queues: 1 };
@@ -417,7 +418,7 @@ pub(super) fn describe_backend(target: &Target) -> String {
     format!("{device}, {queues} queues, rings of {size}, features {features:#x}, protocol features {names}")
 }
 
-/// Returns true for errors of a socket at which no process listens.
+/// Returns true for errors of a socket without a listener.
 fn is_absent(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound)
 }

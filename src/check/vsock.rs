@@ -1,8 +1,8 @@
-//! Sockets between guest and host: requests for connections that leave, and answers or the host's own requests that come in.
+//! Vsock: connection requests of the guest, and replies or requests of the host.
 //!
-//! A request to a port that nobody listens on is answered with a reset (virtio 1.2, 5.10.6.4.2): such a device feeds itself.
-//! Others are fed through the socket of the host's side, as vhost-device-vsock, Cloud Hypervisor and Firecracker have it: a
-//! connection to it that says `CONNECT` and a port becomes a request to the guest.
+//! A request to a port without a listener is answered with a reset (virtio 1.2, 5.10.6.4.2): such a device is its own
+//! frame source. Otherwise the host's socket of vhost-device-vsock, Cloud Hypervisor and Firecracker is used: `CONNECT`
+//! and a port on it become a request to the guest.
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -18,14 +18,14 @@ use crate::abi::vhost_user::protocol_feature;
 
 /// Context id of the host.
 const HOST_CID: u64 = 2;
-/// The lowest that a guest can have, for a device that does not say its own.
+/// Lowest context id of a guest, for a device without configuration space.
 const MIN_GUEST_CID: u64 = 3;
-/// The first of the ports that are used here, which nobody listens on.
+/// First port in use. Nothing listens on it.
 const FIRST_PORT: u32 = 0x7ffe_0000;
 const STREAM: u16 = 1;
 const OP_REQUEST: u16 = 1;
 const OP_RST: u16 = 3;
-/// Room for a packet, as Linux has it.
+/// Size of a packet buffer, as in Linux.
 pub(super) const BUFFER_BYTES: u32 = 4096;
 
 /// `struct virtio_vsock_hdr`.
@@ -44,7 +44,7 @@ struct PacketHeader {
     fwd_cnt: U32,
 }
 
-/// The context id of the guest, from the configuration.
+/// Reads the guest's context id from configuration space.
 pub(super) fn context_id(connection: &Connection, offered: BackendFeatures) -> Result<u64, CheckAbort> {
     if !offered.has_protocol(protocol_feature::CONFIG) {
         return Ok(MIN_GUEST_CID);
@@ -53,7 +53,7 @@ pub(super) fn context_id(connection: &Connection, offered: BackendFeatures) -> R
     Ok(config.first_chunk().map_or(MIN_GUEST_CID, |bytes| u64::from_le_bytes(*bytes)))
 }
 
-/// Packet `number` of a guest: it asks for a connection that nobody accepts.
+/// Builds packet `number` of the guest: a connection request that is not accepted.
 pub(super) fn packet(cid: u64, number: u64) -> Vec<u8> {
     let header = PacketHeader {
         src_cid: cid.into(),
@@ -72,14 +72,14 @@ fn port(number: u64) -> u32 {
     FIRST_PORT + 1 + (number % 0x1_0000) as u32
 }
 
-/// Has the host ask for a connection to the guest.
+/// Makes the host request a connection to the guest.
 pub(super) fn connect(path: &Path, number: u64) -> Result<UnixStream, CheckAbort> {
     let mut stream = UnixStream::connect(path)?;
     writeln!(stream, "CONNECT {}", port(number))?;
     Ok(stream)
 }
 
-/// Checks a packet that came in; true if it is about one of our ports.
+/// Checks a received packet. Returns true if it belongs to one of our ports.
 pub(super) fn received(cid: u64, packet: &[u8]) -> Result<bool, CheckAbort> {
     let Ok((header, data)) = PacketHeader::read_from_prefix(packet) else {
         return Err(CheckAbort::Violation(format!("a packet of {} bytes came in", packet.len())));

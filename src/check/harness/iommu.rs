@@ -1,8 +1,7 @@
-//! The IOMMU of the guest: what its driver says are I/O virtual addresses, and misses of the device are answered
-//! (rule T1.3).
+//! The IOMMU of the guest: I/O virtual addresses of the driver, and replies to the device's misses (rule T1.3).
 //!
-//! They have the numbers of guest-physical addresses, but each page is in the place of another: an access that is not
-//! translated lands in guest memory, where nothing is expected. A thread answers, whatever else is waited for.
+//! I/O virtual addresses have the values of guest-physical ones, but each page is mapped to another page. An
+//! untranslated access therefore hits a page where none is expected. A thread answers misses independent of the checks.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,15 +26,15 @@ use crate::check::queue::RING_SLOT_BYTES;
 use crate::memory::{Access, Iotlb, IovaWindow, LOG_PAGE, Memory};
 use crate::sys::socket;
 
-/// Pages that keep their order where rings shall lie in one piece: those of one ring.
+/// Pages that stay contiguous where rings must be: those of one ring.
 const BLOCK_PAGES: u64 = RING_SLOT_BYTES / LOG_PAGE;
 
-/// How the lower region, with the rings in it, is scattered; data always is by pages.
+/// Scattering of the lower region, which holds the rings. Data is always scattered by pages.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(in crate::check) enum Scatter {
-    /// Each ring lies in one piece, somewhere else.
+    /// Each ring is contiguous at another place.
     Rings,
-    /// Each page lies somewhere else.
+    /// Each page is at another place.
     Pages,
 }
 
@@ -44,25 +43,25 @@ pub(in crate::check) struct GuestIommu {
     state: Arc<Mutex<IommuState>>,
     /// Guest memory as the driver sees it.
     pub(in crate::check) view: Memory,
-    /// Hears the device over the channel that it was given last.
+    /// Thread for the current back-end channel.
     miss_thread: RefCell<Option<MissThread>>,
 }
 
-/// What the driver has mapped, and what the device has asked for.
+/// Mappings of the driver, and misses of the device.
 struct IommuState {
     memory: Memory,
     /// Guest-physical page and permission, by I/O virtual page.
     map: BTreeMap<u64, (u64, u8)>,
-    /// Pages whose misses are answered later, and those of them that were asked for.
+    /// Pages whose misses are answered later, and those that have missed.
     held: BTreeSet<u64>,
     postponed: BTreeSet<u64>,
-    /// How often each page was asked for.
+    /// Number of misses of each page.
     asked: BTreeMap<u64, u64>,
-    /// What a device may not say.
+    /// A protocol violation of the device.
     violation: Option<String>,
 }
 
-/// The front-end's end of the channel; the thread ends when it is dropped.
+/// Front-end's end of a back-end channel. Its thread ends when it is dropped.
 struct MissThread {
     socket: UnixStream,
     thread: Option<JoinHandle<()>>,
@@ -88,8 +87,8 @@ impl GuestIommu {
         Ok(GuestIommu { state: Arc::new(Mutex::new(state)), view, miss_thread: RefCell::default() })
     }
 
-    /// A channel to be given to the device, whose misses are answered over `connection` from now on. An acknowledgement
-    /// takes half of `timeout`, so that whoever waits for the device hears of one that is not read.
+    /// Returns the socket of a new back-end channel. Its misses are answered over `connection`. Acknowledgements time
+    /// out after half of `timeout`, so that a device that does not read them is reported in time.
     pub(super) fn channel(&self, connection: UnixStream, timeout: Duration) -> Result<OwnedFd, CheckAbort> {
         let (ours, theirs) = UnixStream::pair()?;
         ours.set_write_timeout(Some(timeout / 2))?;
@@ -99,32 +98,32 @@ impl GuestIommu {
         Ok(theirs.into())
     }
 
-    /// The guest-physical page of an I/O virtual one.
+    /// Returns the guest-physical page of an I/O virtual page.
     pub(in crate::check) fn guest_page(&self, page: u64) -> u64 {
         self.lock().map.get(&page).map_or(page, |(place, _)| *place)
     }
 
-    /// Changes what the device may do in a page. It is not told.
+    /// Changes the permission of a page, without an invalidation.
     pub(in crate::check) fn permit(&self, page: u64, permission: u8) {
         if let Some((_, permitted)) = self.lock().map.get_mut(&page) {
             *permitted = permission;
         }
     }
 
-    /// Puts off answers about these pages, until they are [released](Harness::release).
+    /// Defers the replies to misses of these pages until [`release`](Harness::release).
     pub(in crate::check) fn hold_answers(&self, pages: impl IntoIterator<Item = u64>) {
         self.lock().held.extend(pages);
     }
 
-    /// How often the device has asked for a page.
+    /// Returns the number of misses of a page.
     pub(in crate::check) fn asked(&self, page: u64) -> u64 {
         self.lock().asked.get(&page).copied().unwrap_or_default()
     }
 
-    /// How often it has asked at all, if it has said nothing else.
+    /// Returns the number of misses.
     ///
     /// # Errors
-    /// [`CheckAbort::Violation`] with what it said.
+    /// [`CheckAbort::Violation`] if the device has violated the protocol.
     pub(in crate::check) fn misses(&self) -> Result<u64, CheckAbort> {
         let state = self.lock();
         match &state.violation {
@@ -139,29 +138,29 @@ impl GuestIommu {
 }
 
 impl Harness {
-    /// Guest memory as the driver sees it.
+    /// Returns guest memory as the driver sees it.
     pub(in crate::check) fn view(&self) -> &Memory {
         self.iommu.as_ref().map_or(&self.memory, |iommu| &iommu.view)
     }
 
-    /// The IOMMU that there has to be.
+    /// Returns the IOMMU, or fails without one.
     pub(in crate::check) fn iommu(&self) -> Result<&GuestIommu, CheckAbort> {
         self.iommu.as_ref().ok_or_else(|| CheckAbort::NotOffered("ACCESS_PLATFORM".into()))
     }
 
-    /// The guest-physical pages of pages of the driver's.
+    /// Converts the driver's pages to guest-physical pages.
     pub(in crate::check) fn guest_pages(&self, pages: impl Iterator<Item = u64>) -> impl Iterator<Item = u64> {
         pages.map(|page| self.iommu.as_ref().map_or(page, |iommu| iommu.guest_page(page)))
     }
 
-    /// Says that `bytes` at `iova` are not where they were; nobody uses the old place when it returns (rule T3.1).
+    /// Sends an invalidation. When it returns, the old pages are no longer in use (rule T3.1).
     pub(in crate::check) fn invalidate(&self, iova: u64, bytes: u64) -> Result<(), CheckAbort> {
         let message = IotlbMsg { iova, size: bytes, kind: VHOST_IOTLB_INVALIDATE, ..IotlbMsg::new_zeroed() };
         self.send_acked(Code::IOTLB_MSG, message.as_bytes(), &[])
     }
 
-    /// Pages trade places, two by two, with their contents left where they are. Neither the device is told nor does the
-    /// driver see it before it [looks again](Harness::refresh_view).
+    /// Swaps the mappings of pages, and leaves the contents in place. Neither the device nor the driver's view changes
+    /// before [`invalidate`](Harness::invalidate) and [`refresh_view`](Harness::refresh_view).
     pub(in crate::check) fn swap_pages(&self, pairs: impl IntoIterator<Item = (u64, u64)>) -> Result<(), CheckAbort> {
         let map = &mut self.iommu()?.lock().map;
         for (one, other) in pairs {
@@ -173,7 +172,7 @@ impl Harness {
         Ok(())
     }
 
-    /// Has the driver see what is mapped now.
+    /// Updates the driver's view to the current mappings.
     pub(in crate::check) fn refresh_view(&mut self) -> Result<(), CheckAbort> {
         if let Some(iommu) = &mut self.iommu {
             let view = iommu.lock().view()?;
@@ -182,7 +181,7 @@ impl Harness {
         Ok(())
     }
 
-    /// Answers what was put off, and puts off nothing more.
+    /// Sends the deferred replies, and defers no more.
     pub(in crate::check) fn release(&self) -> Result<(), CheckAbort> {
         let mut state = self.iommu()?.lock();
         state.held.clear();
@@ -195,7 +194,7 @@ impl Harness {
 }
 
 impl IommuState {
-    /// The translation of a page; it permits nothing where nothing is mapped.
+    /// Builds the translation of a page; without a mapping it has no permission.
     fn update(&self, page: u64) -> IotlbMsg {
         let (place, perm) = self.map.get(&page).copied().unwrap_or_default();
         let uaddr = user_addr(&self.memory, place * LOG_PAGE);
@@ -203,7 +202,7 @@ impl IommuState {
         IotlbMsg { iova, size: LOG_PAGE, uaddr, perm, kind: VHOST_IOTLB_UPDATE, ..IotlbMsg::new_zeroed() }
     }
 
-    /// Guest memory in the order of I/O virtual addresses.
+    /// Builds guest memory in the order of I/O virtual addresses.
     fn view(&self) -> Result<Memory, CheckAbort> {
         let iotlb = Iotlb::default();
         for (page, (place, _)) in &self.map {
@@ -216,12 +215,12 @@ impl IommuState {
         Ok(window.map_err(|error| CheckAbort::System(std::io::Error::other(error)))?.memory().clone())
     }
 
-    /// What the device has said; how to acknowledge it. A translation is told over `connection` before anybody can change
-    /// it (rule T3.5).
+    /// Handles a message of the device. Returns its acknowledgement. The translation is sent over `connection` under
+    /// the lock, before the mapping can change (rule T3.5).
     fn handle(&mut self, message: &BackendMessage, connection: &UnixStream) -> Result<u64, CheckAbort> {
         let (code, body) = (message.code, &message.body);
         if code != BackendRequest::IOTLB_MSG {
-            // It is about something else.
+            // Not an IOTLB message.
             return Ok(0);
         }
         let asked = match IotlbMsg::read_from_bytes(body) {
@@ -252,13 +251,13 @@ impl IommuState {
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
                 Err(CheckAbort::Violation("it asks for translations and does not read them".into()))
             }
-            // If the connection is over, no process waits for it.
+            // A closed connection shows in the check itself.
             _ => Ok(0),
         }
     }
 }
 
-/// Answers the device until the channel ends, or it does what it may not.
+/// Answers the device until the channel is closed or the device violates the protocol.
 fn answer(channel: &UnixStream, connection: &UnixStream, state: &Mutex<IommuState>) {
     let next = || {
         let Some(message) = BackendMessage::receive(channel)? else { return Ok(false) };
@@ -274,14 +273,14 @@ fn answer(channel: &UnixStream, connection: &UnixStream, state: &Mutex<IommuStat
     }
 }
 
-/// The pages of a region, and others of it in their place: blocks of pages change places, and none stays.
+/// Returns a permutation of a region's pages in blocks, without fixed points.
 fn shuffled(at: u64, bytes: u64, block: u64) -> impl Iterator<Item = (u64, u64)> {
     let (first, blocks) = (at / LOG_PAGE, bytes / LOG_PAGE / block);
     let place = move |page: u64| (page / block * 1001 + 333) % blocks * block + page % block;
     (0..blocks * block).map(move |page| (first + page, first + place(page)))
 }
 
-/// What a thread has left that panicked with the lock is whole.
+/// Ignores poisoning: no code that can panic leaves the state inconsistent.
 fn lock(state: &Mutex<IommuState>) -> MutexGuard<'_, IommuState> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,7 +1,8 @@
-//! A guest without a CPU: memory in memfds, rings in it, and the messages that hand both to a back-end.
+//! The test harness: a guest without a CPU. It has memory in memfds, rings, and the messages that pass both to a
+//! back-end.
 //!
-//! The lower region holds the rings, the heads of requests and their status bytes; the upper one, above 4 GiB, holds
-//! data. A request has a slot: its place for each of these. No page is written by both sides, but those of rings.
+//! The lower region holds the rings, request headers and status bytes. The upper region, above 4 GiB, holds data. Each
+//! request has a slot with a place for each. Only pages of rings are written by both sides.
 
 mod iommu;
 mod pages;
@@ -35,7 +36,7 @@ use crate::dirty::Log;
 use crate::memory::{Memory, Region, sealed_memfd};
 use crate::ring::{Buffer, RingBase};
 
-/// Protocol features that are agreed on where they are offered.
+/// Protocol features to negotiate if they are offered.
 pub(super) const PROTOCOL: u64 = bit(protocol_feature::MQ)
     | bit(protocol_feature::LOG_SHMFD)
     | bit(protocol_feature::REPLY_ACK)
@@ -45,88 +46,88 @@ pub(super) const PROTOCOL: u64 = bit(protocol_feature::MQ)
     | bit(protocol_feature::CONFIGURE_MEM_SLOTS)
     | bit(protocol_feature::STATUS);
 
-/// Most requests at a time; they fill the smallest ring with their three descriptors each.
+/// Maximum number of requests in flight. With three descriptors each they fill the smallest ring.
 pub(super) const MAX_REQUESTS: u64 = 20;
-/// Room for the data of a request, bytes.
+/// Size of a slot's data area, bytes.
 pub(super) const SLOT_BYTES: u64 = 512 << 10;
-/// The lower region. The rings begin at 1 MiB.
+/// Size of the lower region. The rings begin at 1 MiB.
 pub(super) const LOW_BYTES: u64 = 4 << 20;
-/// The upper region.
+/// Address of the upper region.
 pub(super) const HIGH: u64 = 1 << 32;
 const HIGH_BYTES: u64 = MAX_REQUESTS * SLOT_BYTES;
-/// Pages of the lower region that nobody writes: where a used ring can be logged that is not there.
+/// Unused pages of the lower region, for logging a used ring at another address.
 pub(super) const UNUSED_AREA: u64 = 0x30_0000;
 const STATUSES: u64 = 0x38_0000;
 const HEADS: u64 = 0x3a_0000;
-/// Room for the head of a request, bytes.
+/// Size of a slot's request header, bytes.
 const HEAD: u64 = 128;
-/// Frames on their way out, to come back in.
+/// Frames to be transmitted, which return as received ones.
 pub(super) const FRAMES: u64 = 0x3c_0000;
 const FRAMES_BYTES: u64 = 0x4_0000;
-/// Status of a device whose driver is ready: acknowledged, has a driver, features are agreed on, it is used.
+/// Device status: ACKNOWLEDGE, DRIVER, FEATURES_OK and DRIVER_OK.
 const DRIVER_OK: u64 = 1 | 2 | 8 | 4;
 
-/// Between two looks.
+/// Interval at which a condition is polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 /// One connection with memory and rings.
 pub(super) struct Harness {
     pub(super) connection: Connection,
     pub(super) offered: BackendFeatures,
-    /// Protocol features to agree on.
+    /// Protocol features to negotiate.
     pub(super) protocol: u64,
     device: TestedDevice,
     pub(super) flow: Flow,
     pub(super) timeout: Duration,
     pub(super) settle: Duration,
     pub(super) memory: Memory,
-    /// What stands between the device and guest memory: all addresses but those of regions are I/O virtual then.
+    /// The IOMMU, if any. Then all addresses except those of regions are I/O virtual.
     iommu: Option<GuestIommu>,
-    /// The ring that requests go to.
+    /// The first ring for requests.
     pub(super) ring: DriverQueue,
-    /// More of them.
+    /// Further rings for requests.
     more: Vec<DriverQueue>,
-    /// The other halves of their pairs, of a net device.
+    /// The other rings of the pairs of a network device.
     others: Vec<DriverQueue>,
-    /// What brings frames in.
+    /// Frame source.
     source: Option<FrameInjector>,
-    /// Acknowledged features, LOG_ALL left out.
+    /// Acknowledged features without LOG_ALL.
     pub(super) features: u64,
-    /// Requests made so far; also what their data buffers are filled with.
+    /// Number of requests so far. Also the seed of their data.
     submitted: u64,
-    /// By slot: what is in flight.
+    /// Requests in flight, by slot.
     slots: Vec<Option<InFlightRequest>>,
-    /// The file that is read, of a file system.
+    /// The open file of a file system.
     file: Option<OpenFile>,
-    /// Frames brought in.
+    /// Number of injected frames.
     frames_sent: u64,
-    /// How many of them came; others may come too.
+    /// Number of injected frames that arrived. Other frames may arrive too.
     pub(super) frames_received: u64,
-    /// Long frames only.
+    /// True for frames of maximum length.
     long_frames: bool,
-    /// Pages of data and status that the device may have written.
+    /// Pages of data and status that the device may write.
     pub(super) writable_pages: Pages,
-    /// Where the device wrote data for the completion that was taken last.
+    /// Data of the last popped completion.
     pub(super) last: Buffer,
 }
 
-/// What a harness is made for.
+/// Configuration of a harness.
 pub(super) struct HarnessConfig {
     pub(super) device: TestedDevice,
     pub(super) variant: RingVariant,
-    /// Entries of each ring.
+    /// Ring size.
     pub(super) size: u16,
-    /// To be acknowledged beside what always is, as far as offered.
+    /// Features to acknowledge in addition to the defaults, if offered.
     pub(super) features: u64,
-    /// Rings for requests.
+    /// Number of rings for requests.
     pub(super) rings: usize,
     pub(super) source: Option<FrameInjector>,
-    /// Whether there is an IOMMU, and how.
+    /// Scattering of memory behind an IOMMU, if there is one.
     pub(super) iommu: Option<Scatter>,
 }
 
 impl Harness {
-    /// Greets, acknowledges features as far as they are offered, and hands memory over.
+    /// Negotiates features and sends the memory table.
     pub(super) fn new(
         connection: Connection,
         offered: BackendFeatures,
@@ -148,7 +149,7 @@ impl Harness {
             protocol |= bit(protocol_feature::BACKEND_REQ);
         }
         wanted |= u64::from(packed) << VIRTIO_F_RING_PACKED;
-        // Of a disk, queues need no feature of the device.
+        // A block device needs no feature for several queues.
         wanted |= u64::from(rings > 1 && flow != Flow::Requests) << VIRTIO_NET_F_MQ;
         let features = offered.features & wanted;
         let places = match (flow, device) {
@@ -162,9 +163,9 @@ impl Harness {
         let view = iommu.as_ref().map_or(&memory, |iommu| &iommu.view).clone();
         let queue = |index: u32| DriverQueue::new(&view, index, index as usize, size, features);
         let rings = rings as u32;
-        // The first ring, how far the next one is, and the rings beside them that somebody serves too.
+        // Index of the first ring, distance to the next, and further rings that must be served.
         let (main, step, others) = match (flow, device) {
-            // Before the rings for requests is that of high priority.
+            // The high-priority queue precedes the request queues.
             (Flow::Requests, TestedDevice::Fs) => (1, 1, vec![0]),
             (Flow::Requests, _) => (0, 1, Vec::new()),
             (Flow::Receive, _) => (0, 2, (0..rings).map(|pair| 2 * pair + 1).collect()),
@@ -200,7 +201,7 @@ impl Harness {
         Ok(harness)
     }
 
-    /// The rings that requests go to.
+    /// Returns the rings for requests.
     pub(super) fn rings(&self) -> impl Iterator<Item = &DriverQueue> {
         std::iter::once(&self.ring).chain(&self.more)
     }
@@ -209,28 +210,28 @@ impl Harness {
         std::iter::once(&mut self.ring).chain(&mut self.more)
     }
 
-    /// All rings, in the order of their indexes as far as it matters to anybody.
+    /// Returns all rings in start order.
     pub(super) fn all(&self) -> impl Iterator<Item = &DriverQueue> {
         let others_first = self.ring.index > 0;
         let (first, last) = if others_first { (Some(&self.others), None) } else { (None, Some(&self.others)) };
         first.into_iter().flatten().chain(self.rings()).chain(last.into_iter().flatten())
     }
 
-    /// Owner, protocol features, features and memory, on a new connection.
+    /// Sends owner, features and memory on a new connection.
     fn set_up_device(&self) -> Result<(), CheckAbort> {
         self.negotiate()?;
         self.send_memory()
     }
 
-    /// Owner, protocol features and features, on a new connection.
+    /// Sends owner and features on a new connection.
     pub(super) fn negotiate(&self) -> Result<(), CheckAbort> {
         self.connection.send(Code::SET_OWNER, Header::FLAG_VERSION, &[], &[])?;
         self.negotiate_features()
     }
 
-    /// The same of a back-end that has its owner.
+    /// Negotiates features with a back-end that has an owner.
     pub(super) fn negotiate_features(&self) -> Result<(), CheckAbort> {
-        // Every front-end asks, on each connection; rust-vmm's back-end acknowledges nothing to one that did not.
+        // All front-ends send these requests on each connection. rust-vmm's back-end acknowledges nothing before.
         self.connection.request_u64(Code::GET_FEATURES)?;
         if self.offered.has(VHOST_USER_F_PROTOCOL_FEATURES) {
             self.connection.request_u64(Code::GET_PROTOCOL_FEATURES)?;
@@ -243,13 +244,13 @@ impl Harness {
         self.send_acked(Code::SET_FEATURES, self.features.as_bytes(), &[])
     }
 
-    /// Goes on with the same guest on another connection; requests in flight stay so.
+    /// Continues with the same guest on another connection. Requests in flight stay in flight.
     pub(super) fn reconnect(&mut self, connection: Connection) -> Result<(), CheckAbort> {
         self.connection = connection;
         self.set_up_device()?;
         match self.submitted {
             0 => self.begin_session(),
-            // The ring goes on, and the session may be another process's.
+            // The ring continues; the session may be of another process.
             _ => {
                 self.forget_session();
                 Ok(())
@@ -257,12 +258,12 @@ impl Harness {
         }
     }
 
-    /// The device has no session any more: of a file system only requests are made that need none.
+    /// Ends the file system session. Later requests are of a kind that needs none.
     pub(super) fn forget_session(&mut self) {
         self.file = None;
     }
 
-    /// Has a file open, of a file system; then all is as it was before.
+    /// Opens a file of a file system. Other state is as before.
     pub(super) fn begin_session(&mut self) -> Result<(), CheckAbort> {
         if !matches!(self.device, TestedDevice::Fs) {
             return Ok(());
@@ -280,7 +281,7 @@ impl Harness {
         Ok(())
     }
 
-    /// A request without a reply of its own, until it is done (rule F4.1).
+    /// Sends a request without a reply of its own, and waits until it is processed (rule F4.1).
     pub(super) fn send_acked(&self, code: Code, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), CheckAbort> {
         if !self.offered.has_protocol(protocol_feature::REPLY_ACK) {
             self.connection.send(code, Header::FLAG_VERSION, payload, fds)?;
@@ -292,7 +293,7 @@ impl Harness {
         }
     }
 
-    /// The payload of SET_MEM_TABLE.
+    /// Builds the payload of SET_MEM_TABLE.
     pub(super) fn memory_table(&self) -> Vec<u8> {
         let regions = self.memory.regions();
         let mut payload = MemoryHeader { nregions: regions.len() as u32, padding: 0 }.as_bytes().to_vec();
@@ -308,12 +309,12 @@ impl Harness {
         self.send_acked(Code::SET_MEM_TABLE, &self.memory_table(), &self.fds())
     }
 
-    /// How messages speak of a part of a ring: behind an IOMMU as the driver does.
+    /// Converts a ring address for messages: user addresses, or I/O virtual ones behind an IOMMU.
     fn ring_addr(&self, at: u64) -> u64 {
         if self.iommu.is_some() { at } else { user_addr(&self.memory, at) }
     }
 
-    /// The payload of SET_VRING_ADDR; `log_at` is `log_guest_addr`, with which F_LOG is set.
+    /// Builds the payload of SET_VRING_ADDR. `log_at` is `log_guest_addr`, and sets F_LOG.
     pub(super) fn vring_addr(&self, queue: &DriverQueue, log_at: Option<u64>) -> VringAddr {
         let [desc, driver, device] = queue.layout.areas();
         VringAddr {
@@ -326,7 +327,8 @@ impl Harness {
         }
     }
 
-    /// CALL, NUM, BASE, ADDR and KICK (rule R6.1): the rings are started, and disabled where they can be.
+    /// Sends CALL, NUM, BASE, ADDR and KICK (rule R6.1): the rings are started but not enabled, if they can be
+    /// disabled.
     pub(super) fn start_disabled(&self, log_at: Option<u64>) -> Result<(), CheckAbort> {
         for queue in self.all() {
             let index = u64::from(queue.index);
@@ -336,19 +338,19 @@ impl Harness {
         Ok(())
     }
 
-    /// NUM, BASE, ADDR and KICK of a ring.
+    /// Sends NUM, BASE, ADDR and KICK of a ring.
     pub(super) fn start_without_call(&self, queue: &DriverQueue, log_at: Option<u64>) -> Result<(), CheckAbort> {
         self.configure_ring(queue, log_at)?;
         self.send_acked(Code::SET_VRING_KICK, u64::from(queue.index).as_bytes(), &[queue.kick.as_fd()])
     }
 
-    /// SET_VRING_NUM.
+    /// Sends SET_VRING_NUM.
     pub(super) fn send_size(&self, queue: &DriverQueue) -> Result<(), CheckAbort> {
         let size = VringState { index: queue.index, num: queue.layout.size().into() };
         self.send_acked(Code::SET_VRING_NUM, size.as_bytes(), &[])
     }
 
-    /// NUM, BASE and ADDR of a ring.
+    /// Sends NUM, BASE and ADDR of a ring.
     pub(super) fn configure_ring(&self, queue: &DriverQueue, log_at: Option<u64>) -> Result<(), CheckAbort> {
         self.send_size(queue)?;
         let base = VringState { index: queue.index, num: queue.base.bits() };
@@ -356,7 +358,7 @@ impl Harness {
         self.send_acked(Code::SET_VRING_ADDR, self.vring_addr(queue, log_at).as_bytes(), &[])
     }
 
-    /// Where a ring is logged: only the first one may be anywhere.
+    /// Returns the log address of a ring. Only that of the first ring may differ from its address.
     fn log_address(&self, queue: &DriverQueue, log_at: Option<u64>) -> Option<u64> {
         log_at.map(|at| if queue.index == self.ring.index { at } else { queue.device_area() })
     }
@@ -365,7 +367,7 @@ impl Harness {
         if self.features & bit(VHOST_USER_F_PROTOCOL_FEATURES) == 0 {
             return Ok(());
         }
-        // DPDK serves no ring before; QEMU says it at this point too.
+        // DPDK serves no ring before DRIVER_OK, which QEMU also sends here.
         if yes && self.offered.has_protocol(protocol_feature::STATUS) {
             self.send_acked(Code::SET_STATUS, DRIVER_OK.as_bytes(), &[])?;
         }
@@ -376,12 +378,12 @@ impl Harness {
         Ok(())
     }
 
-    /// Starts and enables the rings where they are, and kicks them, as some need it.
+    /// Starts, enables and kicks the rings at their positions. Some back-ends need the kick.
     pub(super) fn start(&self) -> Result<(), CheckAbort> {
         self.start_logged(None)
     }
 
-    /// The same with F_LOG and the first ring logged at `log_at`.
+    /// Like [`start`](Harness::start), with F_LOG and the first ring logged at `log_at`.
     pub(super) fn start_logged(&self, log_at: Option<u64>) -> Result<(), CheckAbort> {
         self.start_disabled(log_at)?;
         self.enable(true)?;
@@ -389,24 +391,24 @@ impl Harness {
         Ok(())
     }
 
-    /// Starts the driver of the first ring over, elsewhere; nothing may be in flight.
+    /// Restarts the driver of the first ring at another position. No request may be in flight.
     pub(super) fn move_to(&mut self, at: u16) -> Result<(), CheckAbort> {
         let view = self.view().clone();
         self.ring.move_to(&view, at)
     }
 
-    /// All rings start where their drivers are, whatever was answered.
+    /// Sets the start position of all rings to the position of their drivers.
     pub(super) fn use_current_bases(&mut self) {
         let all = std::iter::once(&mut self.ring).chain(&mut self.more).chain(&mut self.others);
         all.for_each(|queue| queue.base = queue.current_base());
     }
 
-    /// Signals the kick fds, wanted or not.
+    /// Signals all kick fds unconditionally.
     pub(super) fn kick(&self) {
         self.all().for_each(DriverQueue::signal_kick);
     }
 
-    /// Stops the rings; the base of the first one (rule R3.1). Where they start again is where they were.
+    /// Stops the rings. Returns the base of the first (rule R3.1). They start again at the returned bases.
     pub(super) fn stop(&mut self) -> Result<RingBase, CheckAbort> {
         for queue in std::iter::once(&mut self.ring).chain(&mut self.more).chain(&mut self.others) {
             stop_ring(&self.connection, queue)?;
@@ -414,20 +416,20 @@ impl Harness {
         Ok(self.ring.base)
     }
 
-    /// The same of the first ring alone.
+    /// Stops the first ring. Returns its base.
     pub(super) fn stop_first_ring(&mut self) -> Result<RingBase, CheckAbort> {
         stop_ring(&self.connection, &mut self.ring)?;
         Ok(self.ring.base)
     }
 
-    /// Makes a log and installs it.
+    /// Creates and installs a log.
     pub(super) fn install_log(&self) -> Result<Log, CheckAbort> {
         let (log, fd) = Log::create(self.memory.end())?;
         self.send_log(&fd, log.size(), 0)?;
         Ok(log)
     }
 
-    /// SET_LOG_BASE; bytes of the reply (rule F7.1).
+    /// Sends SET_LOG_BASE. Returns the size of the reply (rule F7.1).
     pub(super) fn send_log(&self, fd: &OwnedFd, mmap_size: u64, mmap_offset: u64) -> Result<usize, CheckAbort> {
         self.require_log()?;
         let description = LogDescription { mmap_size, mmap_offset };
@@ -444,7 +446,7 @@ impl Harness {
         }
     }
 
-    /// LOG_ALL on or off.
+    /// Sets or clears LOG_ALL.
     pub(super) fn set_log_all(&self, yes: bool) -> Result<(), CheckAbort> {
         if yes {
             self.require_log()?;
@@ -453,7 +455,7 @@ impl Harness {
         self.send_acked(Code::SET_FEATURES, features.as_bytes(), &[])
     }
 
-    /// F_LOG of the rings, the first one's log address, or off.
+    /// Sets F_LOG of the rings, with the log address of the first, or clears it.
     pub(super) fn set_ring_logging(&self, log_at: Option<u64>) -> Result<(), CheckAbort> {
         for queue in self.all() {
             let addr = self.vring_addr(queue, self.log_address(queue, log_at));
@@ -462,23 +464,23 @@ impl Harness {
         Ok(())
     }
 
-    /// LOG_ALL, then F_LOG with the ring at `log_at` (rule L7.1).
+    /// Sets LOG_ALL, then F_LOG with the first ring at `log_at` (rule L7.1).
     pub(super) fn enable_logging(&self, log_at: u64) -> Result<(), CheckAbort> {
         self.set_log_all(true)?;
         self.set_ring_logging(Some(log_at))
     }
 
-    /// Watches for a while in which nothing may happen.
+    /// Waits for the settle time, in which nothing may happen.
     pub(super) fn wait_quiet(&self) {
         thread::sleep(self.settle);
     }
 
-    /// The end of a wait for the back-end that takes at most `time`.
+    /// Returns the deadline of a wait for the back-end that takes at most `time`.
     pub(super) fn deadline(&self, time: Duration) -> Deadline {
         self.connection.deadline(time)
     }
 
-    /// How long to wait for what happens soon, or not at all. It is far more than a busy machine needs.
+    /// Returns the time to wait for an event that happens soon or never. It is much more than a loaded machine needs.
     pub(super) fn short_wait(&self) -> Duration {
         self.settle.max(self.timeout / 4)
     }
@@ -495,7 +497,7 @@ fn stop_ring(connection: &Connection, queue: &mut DriverQueue) -> Result<(), Che
     Ok(())
 }
 
-/// Looks again and again whether something has come true, until `deadline`.
+/// Polls `is_so` until it returns true. Returns false at `deadline`.
 pub(super) fn wait_until(
     deadline: &Deadline,
     mut is_so: impl FnMut() -> Result<bool, CheckAbort>,
@@ -509,13 +511,13 @@ pub(super) fn wait_until(
     Ok(true)
 }
 
-/// The front-end's address of a guest-physical one.
+/// Returns the front-end's address of a guest-physical address.
 fn user_addr(memory: &Memory, gpa: u64) -> u64 {
     let region = memory.regions().iter().rev().find(|region| region.gpa() <= gpa);
     region.map_or(0, |region| region.user_addr().wrapping_add(gpa - region.gpa()))
 }
 
-/// A region as messages describe it.
+/// Describes a region as in messages.
 pub(super) fn describe(region: &Region) -> MemoryRegion {
     MemoryRegion {
         guest_phys_addr: region.gpa(),

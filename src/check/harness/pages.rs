@@ -1,4 +1,4 @@
-//! The pages of guest memory: which of them changed, which are whose, and which are marked.
+//! Pages of guest memory: hashes, changes, and their roles.
 
 use std::collections::BTreeSet;
 
@@ -13,41 +13,41 @@ use crate::memory::{LOG_PAGE, Memory};
 pub(in crate::check) type Pages = BTreeSet<u64>;
 
 impl Harness {
-    /// A hash of every page of guest memory.
+    /// Returns a hash of every page of guest memory.
     pub(in crate::check) fn hashes(&self) -> Result<Vec<(u64, u64)>, CheckAbort> {
         let regions = self.memory.regions().iter();
         hashes(&self.memory, regions.flat_map(|region| pages(region.gpa(), region.size())))
     }
 
-    /// The same of some pages.
+    /// Returns hashes of some pages.
     pub(in crate::check) fn hashes_of(&self, pages: &Pages) -> Result<Vec<(u64, u64)>, CheckAbort> {
         hashes(&self.memory, pages.iter().copied())
     }
 
-    /// The same as the driver sees them.
+    /// Returns hashes of all pages in the driver's view.
     pub(in crate::check) fn driver_view_hashes(&self) -> Result<Vec<(u64, u64)>, CheckAbort> {
         let regions = self.view().regions().iter();
         hashes(self.view(), regions.flat_map(|region| pages(region.gpa(), region.size())))
     }
 
-    /// Pages that only the driver writes, and so has changed itself.
+    /// Returns the pages that only the driver writes.
     pub(in crate::check) fn driver_pages(&self) -> Pages {
         let rings = self.all().flat_map(DriverQueue::driver_pages);
         self.guest_pages(rings.chain(pages(HEADS, MAX_REQUESTS * HEAD)).chain(pages(FRAMES, FRAMES_BYTES))).collect()
     }
 
-    /// Pages that are written to bring frames in: those of the other rings, and frames.
+    /// Returns the pages that are written to inject frames: frames and the other rings.
     pub(in crate::check) fn frame_source_pages(&self) -> Pages {
         let rings = self.others.iter().flat_map(|queue| &queue.driver_pages() | &queue.device_pages());
         rings.chain(pages(FRAMES, FRAMES_BYTES)).collect()
     }
 
-    /// Pages of the rings that the device writes.
+    /// Returns the pages of all rings that the device writes.
     pub(in crate::check) fn device_pages(&self) -> Pages {
         self.guest_pages(self.all().flat_map(DriverQueue::device_pages)).collect()
     }
 
-    /// Those of the rings that requests go to.
+    /// Returns the pages of the request rings that the device writes.
     pub(in crate::check) fn request_device_pages(&self) -> Pages {
         self.guest_pages(self.rings().flat_map(DriverQueue::device_pages)).collect()
     }
@@ -62,24 +62,24 @@ fn hashes(memory: &Memory, pages: impl Iterator<Item = u64>) -> Result<Vec<(u64,
     pages.map(&mut hash).collect()
 }
 
-/// The pages of a range of bytes, which is not empty.
+/// Returns the pages of a non-empty range.
 pub(in crate::check) fn pages(gpa: u64, len: u64) -> impl Iterator<Item = u64> {
     gpa / LOG_PAGE..=(gpa + len - 1) / LOG_PAGE
 }
 
-/// The pages whose hash differs.
+/// Returns the pages whose hashes differ.
 pub(in crate::check) fn changed(before: &[(u64, u64)], after: &[(u64, u64)]) -> Pages {
     before.iter().zip(after).filter(|(before, after)| before != after).map(|(_, (page, _))| *page).collect()
 }
 
-/// Takes the marked pages out of a log.
+/// Harvests a log. Returns the marked pages.
 pub(in crate::check) fn harvest(log: &Log) -> Pages {
     let mut set = PageSet::new(log.pages());
     log.harvest(&mut set);
     set.runs().flatten().collect()
 }
 
-/// Bytes that no disk holds by chance, different for each `seed`.
+/// Returns pseudo-random bytes, different for each `seed`.
 pub(in crate::check) fn noise(seed: u64, len: u32) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let mut bytes = vec![0; len as usize];

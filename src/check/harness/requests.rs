@@ -1,4 +1,4 @@
-//! What the guest asks of its device, requests to a disk or frames, and what comes back.
+//! Requests and frames of the guest, and their completions.
 
 use std::io::Write;
 use std::net::Ipv4Addr;
@@ -19,33 +19,33 @@ use crate::check::{CheckAbort, Flow, TestedDevice, console, fs, vsock};
 use crate::memory::LOG_PAGE;
 use crate::ring::Buffer;
 
-/// A frame that has not come in by then is sent again: a back-end may drop what it has no room for.
+/// Interval after which a missing frame is sent again: a back-end may drop frames without a buffer.
 pub(in crate::check) const RESEND_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Connections of the host's that are kept open.
+/// Maximum number of the host's connections that are kept open.
 const MAX_OPEN_CONNECTIONS: usize = 256;
 
 /// A request in flight.
 #[derive(Clone, Copy)]
 pub(super) struct InFlightRequest {
-    /// The ring's index, and its name there.
+    /// Ring index and id of the request.
     ring: u32,
     head: u16,
     data: Buffer,
 }
 
-/// How much a batch of requests asks for.
+/// Size of requests in a batch.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(in crate::check) enum RequestSize {
-    /// Some sectors, at any place in a page; frames of all lengths.
+    /// A few sectors at varying offsets in a page; frames of all lengths.
     Mixed,
-    /// As much as there is room for, to be long under way.
+    /// Maximum size, so that requests take long.
     Large,
 }
 
 impl Harness {
-    /// Makes `count` requests of which none is visible yet, in all rings by turns. Every data buffer is filled anew, so
-    /// that a device can't write what is there already.
+    /// Adds `count` unpublished requests, on all rings in turn. Data buffers are filled with new noise, so that every
+    /// write of the device changes them.
     pub(in crate::check) fn add(&mut self, count: u64, size: RequestSize) -> Result<(), CheckAbort> {
         self.long_frames = size == RequestSize::Large;
         for _ in 0..count {
@@ -65,7 +65,7 @@ impl Harness {
         Ok(())
     }
 
-    /// Makes a request in `slot` whose data is at `gpa`: a read of up to `wanted` bytes, or what a frame needs.
+    /// Adds a request in `slot` with data at `gpa`: a read of up to `wanted` bytes, or a frame.
     pub(in crate::check) fn add_at(&mut self, slot: usize, gpa: u64, wanted: u64) -> Result<(), CheckAbort> {
         match (self.flow, &self.device) {
             (Flow::Requests, TestedDevice::Blk(disk)) => {
@@ -107,7 +107,7 @@ impl Harness {
         }
     }
 
-    /// Makes any request of a disk whose data is at `data`, in `slot`.
+    /// Adds a block request in `slot`.
     pub(in crate::check) fn add_request(
         &mut self,
         slot: usize,
@@ -128,7 +128,7 @@ impl Harness {
         self.enqueue(slot, data, &[head], &[data, status])
     }
 
-    /// Adds a FUSE request whose answer's data goes to `data`, in `slot`.
+    /// Adds a FUSE request in `slot`, whose reply data goes to `data`.
     fn add_fuse(&mut self, slot: usize, head: &[u8], data: Buffer) -> Result<(), CheckAbort> {
         let (head_at, status_at) = (HEADS + slot as u64 * HEAD, STATUSES + slot as u64 * LOG_PAGE);
         self.view().write(head_at, head)?;
@@ -141,7 +141,7 @@ impl Harness {
         self.enqueue(slot, data, &[head], &[status, data])
     }
 
-    /// Makes a FUSE request and waits for its answer of up to `room` bytes. Nothing else may be in flight.
+    /// Runs a FUSE request and returns its reply of up to `room` bytes. No other request may be in flight.
     pub(in crate::check) fn exchange(&mut self, head: &[u8], unique: u64, room: u32) -> Result<Vec<u8>, CheckAbort> {
         self.add_fuse(0, head, Buffer { gpa: HIGH, len: room })?;
         self.publish();
@@ -160,13 +160,13 @@ impl Harness {
         Ok(data)
     }
 
-    /// The device may write here.
+    /// Records that the device may write the buffer.
     fn mark_writable(&mut self, buffer: Buffer) {
         let places: Vec<u64> = self.guest_pages(pages(buffer.gpa, buffer.len.into())).collect();
         self.writable_pages.extend(places);
     }
 
-    /// Adds a request to the ring whose turn it is.
+    /// Adds a request to the next ring in turn.
     fn enqueue(
         &mut self,
         slot: usize,
@@ -188,14 +188,14 @@ impl Harness {
         Ok(())
     }
 
-    /// Makes what was added visible, kicks where the device wants it, and has frames brought in.
+    /// Publishes requests, kicks if the device needs it, and injects frames.
     pub(in crate::check) fn publish(&mut self) {
         self.rings_mut().for_each(DriverQueue::publish);
-        // Whoever brings them may not be there yet: finishing tries again.
+        // The frame source may not be ready; `finish` retries.
         let _ = self.inject_frames();
     }
 
-    /// Brings in the frames that are due.
+    /// Injects the awaited frames.
     pub(in crate::check) fn inject_frames(&mut self) -> Result<(), CheckAbort> {
         let (view, device, long) = (self.view().clone(), self.device, self.long_frames);
         let rings = std::iter::once(&mut self.ring).chain(&mut self.more);
@@ -236,7 +236,7 @@ impl Harness {
         Ok(())
     }
 
-    /// Takes one completion, if there is one.
+    /// Pops one completion. Returns false if there is none.
     pub(in crate::check) fn pop(&mut self) -> Result<bool, CheckAbort> {
         let mut found = None;
         for queue in self.rings_mut() {
@@ -298,12 +298,12 @@ impl Harness {
         }
     }
 
-    /// Requests without a completion.
+    /// Returns the number of requests in flight.
     pub(in crate::check) fn outstanding(&self) -> u16 {
         self.rings().map(|queue| queue.driver.outstanding()).sum()
     }
 
-    /// Waits until nothing is in flight.
+    /// Waits until no request is in flight.
     pub(in crate::check) fn finish(&mut self) -> Result<(), CheckAbort> {
         let deadline = self.deadline(self.timeout);
         while self.outstanding() > 0 {
@@ -320,7 +320,7 @@ impl Harness {
             }
             let left = self.outstanding();
             if deadline.is_over() {
-                // What is wrong with the channel is the reason.
+                // An error on the back-end channel is the cause.
                 self.iommu.as_ref().map(GuestIommu::misses).transpose()?;
                 let late = self.pop()?;
                 let what = if late { "notification" } else { "answer" };
@@ -332,14 +332,14 @@ impl Harness {
         Ok(())
     }
 
-    /// A batch of requests, from adding to completion.
+    /// Runs a batch of requests until all are complete.
     pub(in crate::check) fn run_batch(&mut self, count: u64, size: RequestSize) -> Result<(), CheckAbort> {
         self.add(count, size)?;
         self.publish();
         self.finish()
     }
 
-    /// Takes what was completed; how much that was.
+    /// Pops all completions. Returns their number.
     pub(in crate::check) fn pop_all(&mut self) -> Result<u64, CheckAbort> {
         let mut count = 0;
         while self.pop()? {
@@ -349,7 +349,7 @@ impl Harness {
     }
 }
 
-/// What leaves as packet `number`.
+/// Builds packet `number`.
 fn packet(device: TestedDevice, number: u64, long: bool) -> Vec<u8> {
     match device {
         TestedDevice::Vsock(cid) => vsock::packet(cid, number),
