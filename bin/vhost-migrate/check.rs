@@ -37,12 +37,11 @@ const STOPPING: Duration = Duration::from_secs(20);
   vhost-migrate check /run/disk.sock --only R3,L1
   vhost-migrate check --explain R3
 
-The back-end must have no other front-end. Without options nothing is done that back-ends are known to die of, and nothing is
-written to the disk. The rules are those of docs/protocol.md;
-docs/check.md explains what is done for each, and how to read what was found.
+The back-end must not have another front-end. Without options the check does nothing that is known to crash back-ends, and does
+not write to the disk. docs/protocol.md has the rules; docs/check.md describes the checks and the report.
 
-Exit status: 0 nothing is broken; 1 a rule is broken; 2 wrong arguments; 3 it could not be checked; 4 with --strict, nothing is
-broken, but there are warnings. SIGINT, SIGTERM and SIGHUP end it within seconds, after it has put back what it has changed.")]
+Exit status: 0 no failure; 1 a rule failed; 2 wrong arguments; 3 the back-end could not be checked; 4 with --strict, warnings and no
+failure. SIGINT, SIGTERM and SIGHUP end the check within seconds, after it has restored its changes.")]
 pub(crate) struct Arguments {
     /// Socket of the back-end
     #[arg(required_unless_present = "explain", value_parser = values::socket())]
@@ -128,7 +127,7 @@ fn explained(id: &str) -> Result<Explanation, String> {
 /// Parses a frame source. A path contains a slash.
 fn frame_source(text: &str) -> Result<FrameSource, String> {
     match text {
-        "" => Err("give 'loop', an interface or a socket".into()),
+        "" => Err("expected 'loop', an interface or a socket".into()),
         "loop" => Ok(FrameSource::Loop),
         path if path.contains('/') && !path.starts_with("tcp:") => Ok(FrameSource::Backend(path.into())),
         name => match name.strip_prefix("tcp:") {
@@ -139,7 +138,7 @@ fn frame_source(text: &str) -> Result<FrameSource, String> {
 }
 
 fn unwritable(path: &Path) -> impl Fn(io::Error) -> String {
-    move |error| format!("can't write the findings to {}: {error}", path.display())
+    move |error| format!("cannot write the findings to {}: {error}", path.display())
 }
 
 /// Returns true if stdout is a terminal and NO_COLOR is not set.
@@ -164,7 +163,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
         stopping.set();
         if checked.recv_timeout(STOPPING) == Err(RecvTimeoutError::Timeout) {
             eprintln!(
-                "vhost-migrate: the check does not end: the back-end may run on, and the end of its disk be overwritten"
+                "vhost-migrate: the check did not end in time. The back-end may still run, and the end of its disk may have changed"
             );
         }
     });
@@ -244,7 +243,7 @@ impl Arguments {
         };
         match writeln!(io::stdout(), "{printed}") {
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-                Err(format!("can't print the findings: {error}").into())
+                Err(format!("cannot print the findings: {error}").into())
             }
             _ => Ok(report),
         }

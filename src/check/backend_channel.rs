@@ -26,23 +26,23 @@ const BATCH: u64 = 4;
 const MAX_READS: u32 = 1024;
 
 pub(super) const CHECKS: &[Check] = &[
-    Check { rule: "B1", what: "another channel replaces the first", run_on: RingSelection::Once, run: replaced },
     Check {
         rule: "B1",
-        what: "a channel that is closed, or over which noise comes, takes nothing else along",
+        what: "a second SET_BACKEND_REQ_FD replaces the channel",
+        run_on: RingSelection::Once,
+        run: replaced,
+    },
+    Check {
+        rule: "B1",
+        what: "a closed channel, or noise on it, affects neither rings nor connection",
         run_on: RingSelection::Once,
         run: lost,
     },
-    Check {
-        rule: "B1",
-        what: "a front-end that does not read its channel stalls no ring",
-        run_on: RingSelection::Once,
-        run: unread,
-    },
-    Check { rule: "B3", what: "kicks and calls may be messages", run_on: RingSelection::Main, run: messages },
+    Check { rule: "B1", what: "an unread channel does not stall rings", run_on: RingSelection::Once, run: unread },
+    Check { rule: "B3", what: "in-band kicks and calls work", run_on: RingSelection::Main, run: messages },
     Check {
         rule: "B3",
-        what: "the first kick starts a ring whose fds were never sends_fd_messages of",
+        what: "an in-band kick starts a ring without SET_VRING_KICK and SET_VRING_CALL",
         run_on: RingSelection::Main,
         run: kick_without_vring_kick,
     },
@@ -72,7 +72,7 @@ impl BackendChannel {
             return Ok(None);
         }
         let Some(message) = BackendMessage::receive(&self.0)? else {
-            return Err(CheckAbort::Violation("the back-end has closed the channel".into()));
+            return Err(CheckAbort::Violation("the back-end closed the channel".into()));
         };
         let known = [BackendRequest::VRING_CALL, BackendRequest::VRING_ERR, BackendRequest::CONFIG_CHANGE_MSG];
         message.acknowledge(&self.0, u64::from(!known.contains(&message.code)))?;
@@ -113,7 +113,7 @@ impl NotifyMethod {
         match [BACKEND_REQ, REPLY_ACK].into_iter().all(|feature| target.offered.has_protocol(feature)) {
             true => target.harness_with_protocol(&[BACKEND_REQ, INBAND_NOTIFICATIONS]),
             false => {
-                Err(CheckAbort::Violation("it is offered without BACKEND_REQ and REPLY_ACK, which it needs".into()))
+                Err(CheckAbort::Violation("INBAND_NOTIFICATIONS is offered without BACKEND_REQ and REPLY_ACK".into()))
             }
         }
     }
@@ -201,7 +201,7 @@ fn finish(harness: &mut Harness, channel: &BackendChannel) -> Result<u64, CheckA
         let Some((code, body)) = heard else {
             let (left, waited) = (harness.outstanding(), harness.timeout);
             return Err(CheckAbort::Violation(format!(
-                "no BACKEND_VRING_CALL within {waited:?}, {left} requests are open"
+                "no BACKEND_VRING_CALL within {waited:?}; {left} requests are in flight"
             )));
         };
         let ring = VringState::read_from_bytes(&body).ok().map(|state| state.index);
@@ -210,7 +210,7 @@ fn finish(harness: &mut Harness, channel: &BackendChannel) -> Result<u64, CheckA
             (BackendRequest::VRING_CALL, Some(ring)) if harness.all().any(|queue| queue.index == ring) => {}
             (BackendRequest::VRING_CALL | BackendRequest::VRING_ERR, _) => {
                 return Err(CheckAbort::Violation(format!(
-                    "{code} for ring {ring:?}, where ring {} was asked",
+                    "{code} for ring {ring:?} instead of ring {}",
                     harness.ring.index
                 )));
             }
@@ -226,7 +226,7 @@ fn poll(harness: &mut Harness) -> Result<(), CheckAbort> {
     if wait_until(&harness.deadline(timeout), || Ok(harness.pop_all()? == 0 && harness.outstanding() == 0))? {
         return Ok(());
     }
-    Err(CheckAbort::Violation(format!("{} requests are open after {timeout:?}", harness.outstanding())))
+    Err(CheckAbort::Violation(format!("{} requests are in flight after {timeout:?}", harness.outstanding())))
 }
 
 fn replaced(target: &mut Target) -> Result<Outcome, CheckAbort> {
@@ -244,10 +244,10 @@ fn replaced(target: &mut Target) -> Result<Outcome, CheckAbort> {
         }
         names.push(method.name());
     }
-    let seen = format!("rings with {} go on", names.join(", with "));
+    let seen = format!("rings with {} continue", names.join(", with "));
     Ok(match kept_open {
         false => Outcome::pass(format!("{seen}, and the first channel was closed")),
-        true => Outcome::warning(format!("{seen}, but the first channel is kept open")),
+        true => Outcome::warning(format!("{seen}, but the first channel stays open")),
     })
 }
 
@@ -279,8 +279,8 @@ fn lost(target: &mut Target) -> Result<Outcome, CheckAbort> {
         method.serve(&mut harness, &channel)?;
         names.push(format!("{} with {}", if noise { "noise" } else { "closed" }, method.name()));
     }
-    let heard = if ignored { "noise goes unheard" } else { "noise ends the channel" };
-    Ok(Outcome::pass(format!("{}: requests are served, over another channel too; {heard}", names.join(", "))))
+    let heard = if ignored { "noise is ignored" } else { "noise closes the channel" };
+    Ok(Outcome::pass(format!("{}: requests are served, also with another channel; {heard}", names.join(", "))))
 }
 
 fn unread(target: &mut Target) -> Result<Outcome, CheckAbort> {
@@ -302,12 +302,12 @@ fn unread(target: &mut Target) -> Result<Outcome, CheckAbort> {
     while channel.receive(&harness.deadline(Duration::ZERO))?.is_some() {
         calls += 1;
         if deadline.is_over() {
-            return Ok(Outcome::fail(format!("{calls} messages, and no end of them")));
+            return Ok(Outcome::fail(format!("{calls} messages without an end")));
         }
     }
     serve(&mut harness, &channel)?;
     Ok(Outcome::pass(format!(
-        "{UNREAD} times {BATCH} requests, for which {calls} calls had room; then it is called again"
+        "{UNREAD} batches of {BATCH} requests; {calls} calls fitted; calls continue after they are read"
     )))
 }
 
@@ -322,11 +322,11 @@ fn messages(target: &mut Target) -> Result<Outcome, CheckAbort> {
     }
     let (base, made) = (harness.stop()?, harness.ring.end_base());
     Ok(match harness.ring.is_same_base(base, made) {
-        true => {
-            Outcome::pass(format!("{BATCHES} times {BATCH} requests, {calls} calls; every other kick acknowledged"))
-        }
+        true => Outcome::pass(format!(
+            "{BATCHES} batches of {BATCH} requests, {calls} calls; every other kick with need-reply"
+        )),
         false => Outcome::fail(format!(
-            "what was made ends at {}, the base is {}",
+            "the requests end at {}, but the base is {}",
             harness.ring.format_base(made),
             harness.ring.format_base(base)
         )),
@@ -340,5 +340,5 @@ fn kick_without_vring_kick(target: &mut Target) -> Result<Outcome, CheckAbort> {
     for _ in 0..2 {
         serve(&mut harness, &channel)?;
     }
-    Ok(Outcome::pass(format!("2 times {BATCH} requests without SET_VRING_KICK and SET_VRING_CALL")))
+    Ok(Outcome::pass(format!("2 batches of {BATCH} requests without SET_VRING_KICK and SET_VRING_CALL")))
 }

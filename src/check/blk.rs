@@ -38,19 +38,19 @@ pub(super) const NO_STATUS: u8 = 0xff;
 pub(super) const CHECKS: &[Check] = &[
     Check {
         rule: "C1",
-        what: "GET_CONFIG echoes offset and size, and parts agree with the whole",
+        what: "GET_CONFIG echoes offset and size, and parts match the whole",
         run_on: RingSelection::Once,
         run: config,
     },
     Check {
         rule: "R3",
-        what: "writes that were taken before GET_VRING_BASE are on the disk",
+        what: "writes accepted before GET_VRING_BASE are on the disk",
         run_on: RingSelection::Once,
         run: written,
     },
     Check {
         rule: "I9",
-        what: "writes of a back-end that was killed don't come over those of its successor",
+        what: "writes of a killed back-end do not overwrite those of its successor",
         run_on: RingSelection::Once,
         run: outlived,
     },
@@ -81,11 +81,11 @@ impl BlkGeometry {
             false => SECTOR_BYTES,
         };
         if !block.is_power_of_two() || !(SECTOR_BYTES..=MAX_BLOCK_BYTES).contains(&block) {
-            return Err(CheckAbort::Violation(format!("a disk in blocks of {block} bytes can't be checked")));
+            return Err(CheckAbort::Violation(format!("a disk with blocks of {block} bytes cannot be checked")));
         }
         let block = block / SECTOR_BYTES;
         match sectors / block * block {
-            0 => Err(CheckAbort::Violation(format!("the disk has {sectors} sectors, in blocks of {block}"))),
+            0 => Err(CheckAbort::Violation(format!("the disk has {sectors} sectors and blocks of {block}"))),
             sectors => Ok(BlkGeometry { sectors, block }),
         }
     }
@@ -174,7 +174,7 @@ fn with_restore(
     }
     let parts = disk.tail_parts();
     if target.offered.has(VIRTIO_BLK_F_RO) || parts.iter().any(|(_, data)| data.len == 0) {
-        return Ok(Outcome::not_tested("the disk is read-only, or too small"));
+        return Ok(Outcome::not_tested("the disk is read-only or too small"));
     }
     let before = read_all(target, &parts)?;
     let outcome = run(target, &parts).unwrap_or_else(Outcome::from);
@@ -184,10 +184,10 @@ fn with_restore(
             let (first, Outcome(_, seen)) = (parts.first().map_or(0, |(sector, _)| *sector), outcome);
             let end = parts.last().map_or(0, |(sector, data)| sector + u64::from(data.len) / SECTOR_BYTES);
             let kept = match save_contents(&before) {
-                Ok(path) => format!("their bytes are in {}", path.display()),
-                Err(error) => format!("their bytes can't be kept ({error})"),
+                Ok(path) => format!("their old contents are in {}", path.display()),
+                Err(error) => format!("their old contents cannot be saved ({error})"),
             };
-            let left = format!("sectors {first} to {} of the disk could not be put back ({abort}): {kept}", end - 1);
+            let left = format!("sectors {first} to {} of the disk were not restored ({abort}): {kept}", end - 1);
             target.left.push(left.clone());
             Ok(Outcome::fail(format!("{seen}; {left}")))
         }
@@ -216,7 +216,7 @@ fn overwrite(target: &Target, parts: &[(u64, Buffer)]) -> Result<Outcome, CheckA
     let found = read_all(target, parts)?;
     let wrong = found.iter().zip(&contents).take(base).filter(|(found, written)| found != written).count();
     Ok(match wrong {
-        0 => Outcome::pass(format!("{base} writes, read back by the next front-end; then the old contents put back")),
+        0 => Outcome::pass(format!("{base} writes, read back by the next front-end; the old contents were restored")),
         wrong => Outcome::fail(format!("{wrong} of {base} writes are not on the disk")),
     })
 }
@@ -251,7 +251,7 @@ fn overwrite_after_death(target: &mut Target, parts: &[(u64, Buffer)]) -> Result
         let wrong = found.iter().zip(&written).filter(|(found, written)| found != written).count();
         if wrong > 0 {
             return Ok(Outcome::fail(format!(
-                "round {round}: {wrong} of {} writes that its successor has completed are not on the disk any more",
+                "round {round}: {wrong} of {} writes completed by the successor are no longer on the disk",
                 parts.len()
             )));
         }
@@ -262,8 +262,8 @@ fn overwrite_after_death(target: &mut Target, parts: &[(u64, Buffer)]) -> Result
 /// Returns the outcome if no late write was seen after `kills` kills with `open` writes open in total.
 fn none_came_late(kills: u64, open: u64) -> Outcome {
     match open {
-        0 => Outcome::not_tested(format!("killed {kills} times, and every time all writes were done already")),
-        open => Outcome::pass(format!("killed {kills} times with {open} writes open in all, none of which came later")),
+        0 => Outcome::not_tested(format!("killed {kills} times; all writes were complete each time")),
+        open => Outcome::pass(format!("killed {kills} times with {open} writes in flight in total; none landed later")),
     }
 }
 
@@ -277,7 +277,7 @@ fn restore(target: &Target, parts: &[(u64, Buffer)], before: &[Vec<u8>]) -> Resu
     drop(harness);
     match read_all(target, parts)? == before {
         true => Ok(()),
-        false => Err(CheckAbort::Violation("what was put back is not there".into())),
+        false => Err(CheckAbort::Violation("the restored contents are not on the disk".into())),
     }
 }
 
@@ -298,9 +298,7 @@ pub(super) fn read_config(connection: &Connection, offset: u32, size: u32) -> Re
     };
     if (echo.offset, echo.size) != (offset, size) {
         let ConfigHeader { offset: at, size: len, .. } = echo;
-        return Err(CheckAbort::Violation(format!(
-            "asked for {size} bytes at {offset}, it answers with {len} at {at}"
-        )));
+        return Err(CheckAbort::Violation(format!("{len} bytes at {at} were returned instead of {size} at {offset}")));
     }
     match bytes.len() == size as usize {
         true => Ok(bytes.to_vec()),
@@ -313,7 +311,7 @@ fn not_a_disk() -> CheckAbort {
 }
 
 fn short(needed: usize, got: usize) -> CheckAbort {
-    CheckAbort::Violation(format!("GET_CONFIG: {got} bytes where {needed} were due"))
+    CheckAbort::Violation(format!("GET_CONFIG returned {got} bytes instead of {needed}"))
 }
 
 fn config(target: &mut Target) -> Result<Outcome, CheckAbort> {
@@ -321,16 +319,16 @@ fn config(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let harness = target.harness(0)?;
     let (len, parts) = target.device.config();
     if len == 0 {
-        return Err(CheckAbort::NotOffered("a configuration of such a device".into()));
+        return Err(CheckAbort::NotOffered("configuration space of this device".into()));
     }
     let whole = read_config(&harness.connection, 0, len)?;
     for &(offset, size) in parts {
         let part = read_config(&harness.connection, offset, size)?;
         if whole.get(offset as usize..(offset + size) as usize) != Some(&part) {
-            return Ok(Outcome::fail(format!("{size} bytes at {offset} differ from those in the whole")));
+            return Ok(Outcome::fail(format!("{size} bytes at {offset} differ from the whole configuration")));
         }
     }
-    Ok(Outcome::pass(format!("{len} bytes, read again in {} parts", parts.len())))
+    Ok(Outcome::pass(format!("{len} bytes, also read in {} parts", parts.len())))
 }
 
 #[cfg(test)]

@@ -160,7 +160,7 @@ impl Connection {
         let mut fds = Vec::new();
         self.read_exact_with_fds(code, header.as_mut_bytes(), &mut fds, &deadline)?;
         if header.size > MAX_REPLY {
-            return Err(CheckAbort::Violation(format!("the answer to {code} claims {} bytes", header.size)));
+            return Err(CheckAbort::Violation(format!("the reply to {code} announces {} bytes", header.size)));
         }
         let mut payload = vec![0; header.size as usize];
         self.read_exact_with_fds(code, &mut payload, &mut fds, &deadline)?;
@@ -188,7 +188,7 @@ impl Connection {
         let reply = self.receive(code)?;
         match reply.code == code {
             true => Ok(reply),
-            false => Err(CheckAbort::Violation(format!("{} was answered where {code} was due", reply.code))),
+            false => Err(CheckAbort::Violation(format!("a reply to {} instead of {code}", reply.code))),
         }
     }
 
@@ -268,12 +268,9 @@ impl BackendMessage {
         }
         let reply = Header { request: self.code.0, flags: Header::REPLY_FLAGS, size: size_of_val(&answer) as u32 };
         match channel.write_all(&[reply.as_bytes(), answer.as_bytes()].concat()) {
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-                Err(CheckAbort::Violation(format!(
-                    "it needs_reply for acknowledgements of {} and does not read them",
-                    self.code
-                )))
-            }
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => Err(
+                CheckAbort::Violation(format!("it requests acknowledgements of {} and does not read them", self.code)),
+            ),
             // A closed channel shows at the next message.
             _ => Ok(()),
         }

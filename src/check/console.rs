@@ -28,7 +28,7 @@ fn digit(number: u64) -> u8 {
 /// Checks input that arrived. Returns true if it was sent by this module.
 pub(super) fn received(bytes: &[u8]) -> Result<bool, CheckAbort> {
     if bytes.is_empty() {
-        return Err(CheckAbort::Violation("a buffer was used for nothing".into()));
+        return Err(CheckAbort::Violation("an empty buffer was returned".into()));
     }
     Ok(bytes.iter().all(u8::is_ascii_digit))
 }

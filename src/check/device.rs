@@ -59,7 +59,7 @@ impl TestedDevice {
         match self {
             TestedDevice::Blk(disk) => format!("a disk of {} bytes", disk.bytes()),
             TestedDevice::Net => "a network interface".into(),
-            TestedDevice::Rng => "a source of random numbers".into(),
+            TestedDevice::Rng => "an entropy source".into(),
             TestedDevice::Fs => "a file system".into(),
             TestedDevice::Vsock(cid) => format!("vsock with context id {cid}"),
             TestedDevice::Console => "a console".into(),
@@ -188,9 +188,10 @@ fn find(connection: &Connection, offered: BackendFeatures) -> Result<DeviceKind,
             let queues = queues.map_or("an unknown number of".into(), |queues| queues.to_string());
             let config = config.map_or("none".into(), |config| format!("{} bytes", config.len()));
             let names: Vec<&str> = may_be.iter().map(|kind| kind.name()).collect();
-            let names = if names.is_empty() { "none that is known".into() } else { names.join(", ") };
+            let names = if names.is_empty() { "none of the known kinds".into() } else { names.join(", ") };
             Err(CheckAbort::UnknownDevice(format!(
-                "device features {features:#x}, {queues} queues, configuration: {config}; that can be {names}"
+                "device features {features:#x}, {queues} queues, configuration: {config}; matching kinds: \
+         {names}"
             )))
         }
     }

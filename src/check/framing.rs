@@ -22,45 +22,45 @@ const UNKNOWN: Code = Code(4711);
 pub(super) const CHECKS: &[Check] = &[
     Check {
         rule: "F1",
-        what: "header and payload may come in separate segments",
+        what: "header and payload in separate segments are accepted",
         run_on: RingSelection::Once,
         run: segments,
     },
     Check { rule: "F2", what: "replies of all kinds have the flags 0x5", run_on: RingSelection::Once, run: flags },
     Check {
         rule: "F3",
-        what: "need-reply adds no second reply; replies have their lengths",
+        what: "need-reply adds no second reply; replies have the specified lengths",
         run_on: RingSelection::Once,
         run: replies,
     },
     Check {
         rule: "F4",
-        what: "need-reply is answered with a u64, 0 for done",
+        what: "need-reply is acknowledged with a u64, 0 for success",
         run_on: RingSelection::Once,
         run: acknowledgements,
     },
-    Check { rule: "F4", what: "messages are answered strictly in order", run_on: RingSelection::Once, run: order },
+    Check { rule: "F4", what: "messages are processed strictly in order", run_on: RingSelection::Once, run: order },
     Check {
         rule: "F5",
-        what: "an unknown request with need-reply is refused and the connection goes on",
+        what: "an unknown request with need-reply is refused and the connection continues",
         run_on: RingSelection::Once,
         run: refused,
     },
     Check {
         rule: "F5",
-        what: "an unknown request without need-reply is passed over",
+        what: "an unknown request without need-reply is ignored",
         run_on: RingSelection::Once,
         run: passed_over,
     },
     Check {
         rule: "F6",
-        what: "a memory table with room for more regions than it has is taken",
+        what: "a memory table with padding is accepted",
         run_on: RingSelection::Once,
         run: roomy_table,
     },
     Check {
         rule: "F8",
-        what: "a socket as call fd is notified with 8 bytes",
+        what: "a socket as call fd is written with 8 bytes",
         run_on: RingSelection::Main,
         run: socket_call,
     },
@@ -156,7 +156,7 @@ fn acknowledgements(target: &mut Target) -> Result<Outcome, CheckAbort> {
         }
         harness.connection.barrier()?;
     }
-    Ok(Outcome::pass(format!("{count} messages, one answer each")))
+    Ok(Outcome::pass(format!("{count} messages with one reply each")))
 }
 
 fn order(target: &mut Target) -> Result<Outcome, CheckAbort> {
@@ -169,7 +169,7 @@ fn order(target: &mut Target) -> Result<Outcome, CheckAbort> {
     for code in &sent {
         harness.connection.reply(*code)?;
     }
-    Ok(Outcome::pass(format!("{} requests sent before the first answer was read", sent.len())))
+    Ok(Outcome::pass(format!("{} requests sent before the first reply was read", sent.len())))
 }
 
 fn refused(target: &mut Target) -> Result<Outcome, CheckAbort> {
@@ -184,11 +184,11 @@ fn refused(target: &mut Target) -> Result<Outcome, CheckAbort> {
     drop(theirs);
     harness.connection.barrier()?;
     if answer == 0 {
-        return Ok(Outcome::fail("it claims to have done request 4711"));
+        return Ok(Outcome::fail("request 4711 was acknowledged as done"));
     }
     Ok(match closed(&harness, ours) {
-        true => Outcome::pass(format!("answer {answer:#x}, and the fd that came along was closed")),
-        false => Outcome::fail(format!("answer {answer:#x}, but the fd that came along was kept")),
+        true => Outcome::pass(format!("reply {answer:#x}; the attached fd was closed")),
+        false => Outcome::fail(format!("reply {answer:#x}, but the attached fd was not closed")),
     })
 }
 
@@ -201,7 +201,7 @@ fn passed_over(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let harness = target.harness(0)?;
     harness.connection.send(UNKNOWN, VERSION, &[1; 100], &[])?;
     harness.connection.barrier()?;
-    Ok(Outcome::pass("the next request was answered"))
+    Ok(Outcome::pass("the next request was served"))
 }
 
 fn roomy_table(target: &mut Target) -> Result<Outcome, CheckAbort> {
@@ -236,12 +236,12 @@ fn socket_call(target: &mut Target) -> Result<Outcome, CheckAbort> {
             return Ok(Outcome::fail(format!("no notification within {:?}", harness.timeout)));
         }
         match (&ours).read(&mut buf)? {
-            0 => return Ok(Outcome::fail("it closed the socket")),
+            0 => return Ok(Outcome::fail("the back-end closed the socket")),
             count => bytes += count,
         }
     }
     Ok(match bytes % 8 {
         0 => Outcome::pass(format!("{} for 4 requests", bytes / 8)),
-        _ => Outcome::fail(format!("{bytes} bytes: notifications have 8")),
+        _ => Outcome::fail(format!("{bytes} bytes, which is not a multiple of 8")),
     })
 }

@@ -128,15 +128,13 @@ pub(super) fn open(harness: &mut Harness) -> Result<OpenFile, CheckAbort> {
             return Ok(OpenFile { node, handle, size: size.min(SLOT_BYTES * 1024) });
         }
     }
-    Err(CheckAbort::System(io::Error::other(
-        "no file in the root of the file system can be read: put one with a MiB there",
-    )))
+    Err(CheckAbort::System(io::Error::other("the root directory has no readable file: add one of at least 1 MiB")))
 }
 
 fn u64_at(answer: &[u8], at: usize) -> Result<u64, CheckAbort> {
     let bytes = answer.get(at..).and_then(<[u8]>::first_chunk);
     let number = bytes.map(|bytes| u64::from_le_bytes(*bytes));
-    number.ok_or_else(|| CheckAbort::Violation(format!("an answer of {} bytes is too short", answer.len())))
+    number.ok_or_else(|| CheckAbort::Violation(format!("a reply of {} bytes is too short", answer.len())))
 }
 
 /// Returns the names of regular files in a directory listing.

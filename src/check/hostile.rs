@@ -29,29 +29,19 @@ const NOISE_REGIONS: u64 = 20;
 pub(super) const CHECKS: &[Check] = &[
     Check {
         rule: "F1",
-        what: "hostile: broken headers, and messages that end too wait_until",
+        what: "hostile: invalid headers and truncated messages",
         run_on: RingSelection::Once,
         run: frames,
     },
-    Check { rule: "F6", what: "hostile: every payload cut to 3 bytes", run_on: RingSelection::Once, run: cut },
-    Check { rule: "M1", what: "hostile: memory tables that can't be", run_on: RingSelection::Once, run: memory },
-    Check { rule: "R2", what: "hostile: rings that can't be", run_on: RingSelection::Once, run: rings },
-    Check { rule: "L2", what: "hostile: logs that can't be", run_on: RingSelection::Once, run: logs },
-    Check { rule: "C1", what: "hostile: configuration that is not there", run_on: RingSelection::Once, run: config },
-    Check {
-        rule: "D1",
-        what: "hostile: states that were changed, and noise",
-        run_on: RingSelection::Once,
-        run: state::mutated,
-    },
-    Check { rule: "I1", what: "hostile: inflight regions that can't be", run_on: RingSelection::Once, run: regions },
-    Check { rule: "I3", what: "hostile: inflight regions full of noise", run_on: RingSelection::Main, run: noise },
-    Check {
-        rule: "R9",
-        what: "hostile: descriptors that loop or lead astray",
-        run_on: RingSelection::Main,
-        run: descriptors,
-    },
+    Check { rule: "F6", what: "hostile: payloads truncated to 3 bytes", run_on: RingSelection::Once, run: cut },
+    Check { rule: "M1", what: "hostile: invalid memory tables", run_on: RingSelection::Once, run: memory },
+    Check { rule: "R2", what: "hostile: invalid ring parameters", run_on: RingSelection::Once, run: rings },
+    Check { rule: "L2", what: "hostile: invalid logs", run_on: RingSelection::Once, run: logs },
+    Check { rule: "C1", what: "hostile: invalid configuration ranges", run_on: RingSelection::Once, run: config },
+    Check { rule: "D1", what: "hostile: mutated device states", run_on: RingSelection::Once, run: state::mutated },
+    Check { rule: "I1", what: "hostile: invalid inflight regions", run_on: RingSelection::Once, run: regions },
+    Check { rule: "I3", what: "hostile: inflight regions filled with noise", run_on: RingSelection::Main, run: noise },
+    Check { rule: "R9", what: "hostile: invalid descriptors", run_on: RingSelection::Main, run: descriptors },
 ];
 
 /// A message that must be refused. Its fds are of a memfd of 1 MiB.
@@ -77,7 +67,7 @@ struct HostileTally {
 impl HostileTally {
     fn outcome(self) -> Outcome {
         let HostileTally { refused, hung_up, accepted } = self;
-        let seen = format!("survived; {refused} refused or passed over, {hung_up} answered by hanging up");
+        let seen = format!("survived; {refused} refused or ignored, {hung_up} closed the connection");
         match accepted.is_empty() {
             true => Outcome::pass(seen),
             false => Outcome::warning(format!("{seen}; acknowledged as done: {}", accepted.join(", "))),
@@ -179,7 +169,7 @@ fn frames(target: &mut Target) -> Result<Outcome, CheckAbort> {
         ("noise", vec![0xff; 64]),
         ("half a header", vec![1, 0, 0, 0, 1]),
         ("a header without its payload", header(2, 1, 8)),
-        ("a reply that nobody asked for", [header(2, 5, 8), vec![0; 8]].concat()),
+        ("an unsolicited reply", [header(2, 5, 8), vec![0; 8]].concat()),
     ];
     attack(
         target,
@@ -232,7 +222,7 @@ fn memory(target: &mut Target) -> Result<Outcome, CheckAbort> {
         one("a table without fds", good, 0),
         one("a table with two fds for one region", good, 2),
         one("a region larger than its file", region(0, 2 * MIB, 0, 0), 1),
-        one("a region behind its file", region(0, MIB, 0, MIB), 1),
+        one("a region beyond its file", region(0, MIB, 0, MIB), 1),
         one("an offset that wraps", region(0, MIB, 0, u64::MAX - 4095), 1),
         one("a region that wraps", region(u64::MAX - 4095, MIB, 0, 0), 1),
         one("an empty region", region(0, 0, 0, 0), 1),
@@ -257,8 +247,8 @@ fn memory(target: &mut Target) -> Result<Outcome, CheckAbort> {
             message("an added region without an fd", Code::ADD_MEM_REG, &add(far), 0),
             message("an added region with two fds", Code::ADD_MEM_REG, &add(far), 2),
             message("an added region larger than its file", Code::ADD_MEM_REG, &add(region(1 << 40, 2 * MIB, 0, 0)), 1),
-            message("an added region over another", Code::ADD_MEM_REG, &add(region(HIGH, MIB, 1 << 40, 0)), 1),
-            message("the removal of no region", Code::REM_MEM_REG, &add(far), 0),
+            message("an added region that overlaps another", Code::ADD_MEM_REG, &add(region(HIGH, MIB, 1 << 40, 0)), 1),
+            message("the removal of a missing region", Code::REM_MEM_REG, &add(far), 0),
         ]);
     }
     send(target, all)
@@ -277,19 +267,19 @@ fn rings(target: &mut Target) -> Result<Outcome, CheckAbort> {
         target,
         vec![
             message("a size of 0", Code::SET_VRING_NUM, &state(0, 0), 0),
-            message("a size that is no power of two", Code::SET_VRING_NUM, &state(0, 100), 0),
+            message("a size that is not a power of two", Code::SET_VRING_NUM, &state(0, 100), 0),
             message("a size of 2^31", Code::SET_VRING_NUM, &state(0, 1 << 31), 0),
             message("the size of ring 9999", Code::SET_VRING_NUM, &state(9999, 64), 0),
             message("the base of ring 2^32 - 1", Code::SET_VRING_BASE, &state(u32::MAX, 0), 0),
-            message("the enabling of ring 9999", Code::SET_VRING_ENABLE, &state(9999, 1), 0),
-            message("the stop of ring 9999", Code::GET_VRING_BASE, &state(9999, 0), 0),
+            message("enabling ring 9999", Code::SET_VRING_ENABLE, &state(9999, 1), 0),
+            message("stopping ring 9999", Code::GET_VRING_BASE, &state(9999, 0), 0),
             message("the kick of ring 255", Code::SET_VRING_KICK, &255u64, 1),
             message("a kick without its fd", Code::SET_VRING_KICK, &0u64, 0),
             message("a call with two fds", Code::SET_VRING_CALL, &0u64, 2),
             message("addresses of ring 9999", Code::SET_VRING_ADDR, &VringAddr { index: 9999, ..fine }, 0),
             message("descriptors outside memory", Code::SET_VRING_ADDR, &VringAddr { desc_user_addr: 16, ..fine }, 0),
             message(
-                "an avail ring that leaves memory",
+                "an avail ring that crosses the end of memory",
                 Code::SET_VRING_ADDR,
                 &VringAddr { avail_user_addr: end.wrapping_sub(8), ..fine },
                 0,
@@ -312,7 +302,7 @@ fn logs(target: &mut Target) -> Result<Outcome, CheckAbort> {
         vec![
             message("a log without an fd", Code::SET_LOG_BASE, &log(4096, 0), 0),
             message("a log larger than its file", Code::SET_LOG_BASE, &log(2 * MIB, 0), 1),
-            message("a log behind its file", Code::SET_LOG_BASE, &log(4096, MIB), 1),
+            message("a log beyond its file", Code::SET_LOG_BASE, &log(4096, MIB), 1),
             message("a log that wraps", Code::SET_LOG_BASE, &log(u64::MAX - 4095, 8192), 1),
             message("a log of no bytes", Code::SET_LOG_BASE, &log(0, 0), 1),
         ],
@@ -329,8 +319,8 @@ fn config(target: &mut Target) -> Result<Outcome, CheckAbort> {
         vec![
             message("4 GiB of configuration", read, with(config(0, u32::MAX), 8).as_slice(), 0),
             message("configuration that wraps", read, with(config(u32::MAX, 8), 8).as_slice(), 0),
-            message("configuration behind the end", read, with(config(4096, 8), 8).as_slice(), 0),
-            message("more configuration than was sent", read, with(config(0, 256), 0).as_slice(), 0),
+            message("configuration beyond the end", read, with(config(4096, 8), 8).as_slice(), 0),
+            message("more configuration than the payload has", read, with(config(0, 256), 0).as_slice(), 0),
         ],
     )
 }
@@ -352,7 +342,7 @@ fn regions(target: &mut Target) -> Result<Outcome, CheckAbort> {
             message("a region for 65535 queues", set, &describe_region(MIB, 0, u16::MAX, u16::MAX), 1),
             message("a region for no queue", set, &describe_region(65536, 0, 0, 64), 1),
             message(
-                "a region for 65535 queues, asked for",
+                "a requested region for 65535 queues",
                 Code::GET_INFLIGHT_FD,
                 &describe_region(0, 0, 65535, 65535),
                 0,
@@ -428,17 +418,17 @@ fn descriptors(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let all = [
         ("a loop", vec![desc(HIGH, 16, NEXT, 1), desc(HIGH, 16, NEXT, 0)], 0u16, 1u16),
         ("a loop of one", vec![desc(HIGH, 16, NEXT, 0)], 0, 1),
-        ("a chain through the whole ring", whole, 0, 1),
+        ("a chain longer than the ring", whole, 0, 1),
         ("a next outside the table", vec![desc(HIGH, 16, NEXT, 60000)], 0, 1),
         ("a head outside the table", vec![desc(HIGH, 16, 0, 60000)], 60000, 1),
-        ("an avail index that ran away", vec![desc(HIGH, 16, 0, 0)], 0, 30000),
+        ("an avail index far ahead", vec![desc(HIGH, 16, 0, 0)], 0, 30000),
         ("a buffer outside memory", vec![desc(1 << 50, 512, WRITE, 0)], 0, 1),
         ("a buffer that wraps", vec![desc(u64::MAX - 15, 512, WRITE, 0)], 0, 1),
         ("buffers of 4 GiB", vec![desc(HIGH, u32::MAX, NEXT, 1), desc(HIGH, u32::MAX, WRITE, 0)], 0, 1),
-        ("nothing to read", vec![desc(HIGH, 512, WRITE, 0)], 0, 1),
-        ("nothing to write", vec![desc(HIGH, 16, 0, 0)], 0, 1),
+        ("no readable descriptor", vec![desc(HIGH, 512, WRITE, 0)], 0, 1),
+        ("no writable descriptor", vec![desc(HIGH, 16, 0, 0)], 0, 1),
         ("a buffer of no bytes", vec![desc(HIGH, 0, 0, 0)], 0, 1),
-        ("readable behind writable", vec![desc(HIGH, 16, NEXT | WRITE, 1), desc(HIGH, 16, 0, 0)], 0, 1),
+        ("readable after writable descriptors", vec![desc(HIGH, 16, NEXT | WRITE, 1), desc(HIGH, 16, 0, 0)], 0, 1),
         ("an indirect table of 7 bytes", vec![desc(HIGH, 7, DESC_F_INDIRECT, 0)], 0, 1),
         ("an indirect table outside memory", vec![desc(1 << 50, 32, DESC_F_INDIRECT, 0)], 0, 1),
     ];

@@ -27,25 +27,25 @@ const MAX_ROUNDS: u32 = 60;
 pub(super) const CHECKS: &[Check] = &[
     Check {
         rule: "I1",
-        what: "GET_INFLIGHT_FD answers with a region that holds what was asked for",
+        what: "GET_INFLIGHT_FD returns a region of sufficient size",
         run_on: RingSelection::Main,
         run: region_size,
     },
     Check {
         rule: "I2",
-        what: "requests are marked while in flight; then the region is that of the ring",
+        what: "requests are marked while in flight, and the region of a stopped ring is consistent",
         run_on: RingSelection::Main,
         run: contents,
     },
     Check {
         rule: "I3",
-        what: "requests open at a hang-up are answered exactly once on the next connection",
+        what: "requests in flight at a disconnection complete exactly once on the next connection",
         run_on: RingSelection::Main,
         run: hang_ups,
     },
     Check {
         rule: "I3",
-        what: "requests open at a SIGKILL are answered exactly once by the successor",
+        what: "requests in flight at a SIGKILL complete exactly once after the restart",
         run_on: RingSelection::Main,
         run: kills,
     },
@@ -55,14 +55,14 @@ pub(super) const CHECKS: &[Check] = &[
         run_on: RingSelection::Main,
         run: fresh,
     },
-    Check { rule: "I6", what: "counters go on growing", run_on: RingSelection::Main, run: counters },
+    Check { rule: "I6", what: "request counters keep increasing", run_on: RingSelection::Main, run: counters },
     Check {
         rule: "I8",
-        what: "in-flight requests may migrate instead of being drained",
+        what: "requests in flight can migrate instead of being drained",
         run_on: RingSelection::Once,
         run: unstable,
     },
-    Check { rule: "I7", what: "RESET_DEVICE makes the region fresh", run_on: RingSelection::Main, run: reset },
+    Check { rule: "I7", what: "RESET_DEVICE resets the region", run_on: RingSelection::Main, run: reset },
 ];
 
 /// An inflight region of the back-end, for all rings up to the one that is checked.
@@ -104,12 +104,13 @@ impl TrackedRegion {
         let needed = part * number;
         let count = reply.fds.len();
         let Some(fd) = reply.fds.into_iter().next().filter(|_| count == 1) else {
-            return Err(CheckAbort::Violation(format!("{count} fds came with the region")));
+            return Err(CheckAbort::Violation(format!("{count} fds with the region")));
         };
         let file = fstat(&fd)?.st_size.cast_unsigned();
         if mmap_size < needed || mmap_offset.checked_add(mmap_size).is_none_or(|end| end > file) {
             return Err(CheckAbort::Violation(format!(
-                "{mmap_size} bytes at {mmap_offset} of a file of {file}, for {num_queues} queues that need {needed}"
+                "{mmap_size} bytes at offset {mmap_offset} of a file of {file}; {num_queues} queues need \
+         {needed}"
             )));
         }
         let region = Region::map(fd.as_fd(), 0, mmap_size, 0, mmap_offset)?;
@@ -144,7 +145,7 @@ fn split(bytes: &[u8], size: u16) -> Option<RegionContents> {
         used: RingBase::split(header.used_idx.get()),
         marked: entries.iter().filter(|entry| entry.inflight != 0).count(),
         counter: entries.iter().map(|entry| entry.counter.get()).max().unwrap_or(0),
-        wrong: outside.then(|| "the last batch is outside".into()),
+        wrong: outside.then(|| "the head of the last batch is out of range".into()),
     })
 }
 
@@ -160,7 +161,7 @@ fn packed(bytes: &[u8], size: u16) -> Option<RegionContents> {
     let inside = free.iter().filter(|index| **index < size).count();
     let old = (header.old_used_idx, header.old_used_wrap_counter, header.old_free_head);
     let wrong = if old != (header.used_idx, header.used_wrap_counter, header.free_head) {
-        Some("the last batch is not committed: the old fields differ".into())
+        Some("the last batch is not committed: the old_* fields differ".into())
     } else if inside != usize::from(size) {
         Some(format!("{inside} of {size} entries are on the free list"))
     } else {
@@ -222,7 +223,7 @@ fn contents(target: &mut Target) -> Result<Outcome, CheckAbort> {
         Some(wrong) => Outcome::fail(format!("{seen}; {wrong}")),
         _ if marked > 0 => Outcome::fail(format!("{seen}; {marked} are still marked")),
         // A back-end that counts requests has marked them first.
-        _ if most == 0 && counter == 0 => Outcome::warning(format!("{seen}: none was seen in flight")),
+        _ if most == 0 && counter == 0 => Outcome::warning(format!("{seen}; no request was seen in flight")),
         _ => Outcome::pass(seen),
     })
 }
@@ -261,19 +262,19 @@ fn recover_repeatedly(
         let (base, made) = (harness.stop()?, harness.ring.end_base());
         if !harness.ring.is_same_base(base, made) {
             let (base, made) = (harness.ring.format_base(base), harness.ring.format_base(made));
-            return Ok(Outcome::fail(format!("round {round}: what was made ends at {made}, the base is {base}")));
+            return Ok(Outcome::fail(format!("round {round}: the requests end at {made}, but the base is {base}")));
         }
         if harness.ring.has_excess_completions(&harness.memory)? {
-            return Ok(Outcome::fail(format!("round {round}: more answers than requests")));
+            return Ok(Outcome::fail(format!("round {round}: more completions than requests")));
         }
         let done = changed(&before, &harness.hashes()?);
         let missing = harness.writable_pages.iter().filter(|page| !done.contains(page)).count();
         if missing > 0 {
-            return Ok(Outcome::fail(format!("round {round}: {missing} pages of answered requests have no data")));
+            return Ok(Outcome::fail(format!("round {round}: {missing} pages of completed requests have no data")));
         }
         harness.start()?;
     }
-    let seen = format!("{round} times, {open} requests open in all, {marked} of them marked");
+    let seen = format!("{round} rounds, {open} requests in flight in total, {marked} of them marked");
     Ok(if open == 0 { Outcome::not_tested(seen) } else { Outcome::pass(seen) })
 }
 
@@ -313,15 +314,15 @@ fn fresh(target: &mut Target) -> Result<Outcome, CheckAbort> {
         wait_until(&harness.deadline(harness.short_wait()), || region.read().map(|found| found.version != 0))?;
     let found = region.read()?;
     if !touched {
-        return Ok(Outcome::not_tested("the region is not touched before there is a request"));
+        return Ok(Outcome::not_tested("the region is not written before the first request"));
     }
     let at = harness.ring.current_base();
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     Ok(match harness.ring.is_same_base(found.used, at) {
-        true => Outcome::pass(format!("used at {}, as the ring has it", harness.ring.format_base(at))),
+        true => Outcome::pass(format!("used at {}, as in the ring", harness.ring.format_base(at))),
         false => {
             let (found, at) = (harness.ring.format_base(found.used), harness.ring.format_base(at));
-            Outcome::fail(format!("used at {found} on a ring that is at {at}: a crash now costs a request"))
+            Outcome::fail(format!("used at {found}, but the ring is at {at}: a crash loses a request"))
         }
     })
 }
@@ -342,9 +343,7 @@ fn unstable(target: &mut Target) -> Result<Outcome, CheckAbort> {
     const BASE_INFLIGHT: u32 = 20;
     const SKIP_DRAIN: u32 = 23;
     match [BASE_INFLIGHT, SKIP_DRAIN].into_iter().find(|bit| target.offered.has_protocol(*bit)) {
-        Some(bit) => {
-            Ok(Outcome::not_tested(format!("bit {bit} is offered; a front-end that does not take it is drained")))
-        }
+        Some(bit) => Ok(Outcome::not_tested(format!("bit {bit} is offered; without it rings are drained"))),
         None => Err(CheckAbort::NotOffered("GET_VRING_BASE_INFLIGHT".into())),
     }
 }

@@ -33,45 +33,35 @@ const BATCHES: usize = 16;
 pub(super) const CHECKS: &[Check] = &[
     Check {
         rule: "T1",
-        what: "every address is translated, and what is not known is asked for",
+        what: "every address is translated, and unknown translations are requested",
         run_on: RingSelection::All,
         run: translated,
     },
     Check {
         rule: "T1",
-        what: "what is not permitted is left alone, and ends one ring at most",
+        what: "denied pages are not accessed, and break one ring at most",
         run_on: RingSelection::All,
         run: forbidden,
     },
     Check {
         rule: "T1",
-        what: "GET_VRING_BASE is answered while an answer of the IOMMU is outstanding",
+        what: "GET_VRING_BASE is answered while a translation is outstanding",
         run_on: RingSelection::All,
         run: unanswered,
     },
-    Check {
-        rule: "T2",
-        what: "translations that can't be change nothing",
-        run_on: RingSelection::Main,
-        run: impossible,
-    },
+    Check { rule: "T2", what: "invalid IOTLB messages have no effect", run_on: RingSelection::Main, run: impossible },
     Check {
         rule: "T3",
-        what: "data is moved under load: nothing uses the old place after the answer",
+        what: "data is moved under load: the old pages are not accessed after the acknowledgement",
         run_on: RingSelection::Data,
         run: moved,
     },
-    Check {
-        rule: "T3",
-        what: "a ring is moved, and goes on in its new place",
-        run_on: RingSelection::All,
-        run: ring_moved,
-    },
-    Check { rule: "T4", what: "a ring runs whose pages are scattered", run_on: RingSelection::All, run: scattered },
+    Check { rule: "T3", what: "a ring continues after it is moved", run_on: RingSelection::All, run: ring_moved },
+    Check { rule: "T4", what: "a ring with scattered pages runs", run_on: RingSelection::All, run: scattered },
     Check { rule: "T5", what: "ACCESS_PLATFORM is offered", run_on: RingSelection::Once, run: offered },
     Check {
         rule: "L5",
-        what: "marks are of guest-physical pages, and log_guest_addr is translated",
+        what: "guest-physical pages are marked, and log_guest_addr is translated",
         run_on: RingSelection::All,
         run: marked,
     },
@@ -130,12 +120,14 @@ fn served(target: &Target, scatter: Scatter) -> Result<Outcome, CheckAbort> {
     let made = BATCHES as u64 * MAX_REQUESTS;
     let same = harness.ring.is_same_base(base, harness.ring.end_base());
     Ok(match (stray, wrong, misses, same) {
-        (0, 0, 1.., true) => Outcome::pass(format!("{made} requests, {misses} translations asked for")),
-        (0, 0, 0, _) => Outcome::fail(format!("{made} requests, and no translation was asked for")),
-        (0, 0, _, false) => Outcome::fail(format!("{made} requests later it says {}", harness.ring.format_base(base))),
+        (0, 0, 1.., true) => Outcome::pass(format!("{made} requests, {misses} translation misses")),
+        (0, 0, 0, _) => Outcome::fail(format!("{made} requests without a translation miss")),
+        (0, 0, _, false) => {
+            Outcome::fail(format!("the base is {} after {made} requests", harness.ring.format_base(base)))
+        }
         _ => Outcome::fail(format!(
-            "{made} requests: {wrong} pages hold other data than without an IOMMU, {stray} pages were written that were \
-             not lent"
+            "{made} requests: {wrong} pages differ from those without an IOMMU, {stray} pages outside the \
+         buffers were written"
         )),
     })
 }
@@ -174,7 +166,7 @@ fn forbidden(target: &mut Target) -> Result<Outcome, CheckAbort> {
         let before = harness.hashes()?;
         harness.publish();
         if !asked(&mut harness, iova)? {
-            return Ok(Outcome::fail(format!("it did not ask for the page at {iova:#x}, which it did not know")));
+            return Ok(Outcome::fail(format!("no translation miss for the page at {iova:#x}")));
         }
         let with = format!("with permission {permission}");
         if !wait_until(&harness.deadline(harness.timeout), || harness.pop_all().map(|_| harness.outstanding() <= 1))? {
@@ -185,7 +177,7 @@ fn forbidden(target: &mut Target) -> Result<Outcome, CheckAbort> {
         harness.pop_all()?;
         if harness.outstanding() != 1 || !harness.ring.is_same_base(base, harness.ring.current_base()) {
             let base = harness.ring.format_base(base);
-            return Ok(Outcome::fail(format!("{with}: the request was taken all the same, and the base is {base}")));
+            return Ok(Outcome::fail(format!("{with}: the request was accepted anyway; the base is {base}")));
         }
         if !changed(&before, &harness.hashes()?).is_disjoint(&place) {
             return Ok(Outcome::fail(format!("{with}: the page was written")));
@@ -197,7 +189,8 @@ fn forbidden(target: &mut Target) -> Result<Outcome, CheckAbort> {
     }
     let others = if rings > 1 { "another ring and the connection" } else { "the connection" };
     Ok(Outcome::pass(format!(
-        "2 pages, not mapped or not for this; {others} went on, and the ring when it was permitted"
+        "2 pages, unmapped or without permission; {others} continued, and the ring continued after a \
+         permission"
     )))
 }
 
@@ -211,18 +204,18 @@ fn unanswered(target: &mut Target) -> Result<Outcome, CheckAbort> {
     harness.add_at(0, iova, LOG_PAGE)?;
     harness.publish();
     if !asked(&mut harness, iova)? {
-        return Ok(Outcome::fail(format!("it did not ask for the page at {iova:#x}, which it did not know")));
+        return Ok(Outcome::fail(format!("no translation miss for the page at {iova:#x}")));
     }
     let base = harness.stop()?;
     harness.pop_all()?;
     if harness.outstanding() != 1 || !harness.ring.is_same_base(base, harness.ring.current_base()) {
         let base = harness.ring.format_base(base);
-        return Ok(Outcome::fail(format!("a request that could not be made was taken, and the base is {base}")));
+        return Ok(Outcome::fail(format!("a request without translation was accepted; the base is {base}")));
     }
     harness.release()?;
     harness.start()?;
     harness.finish()?;
-    Ok(Outcome::pass("the request was not taken; it was served when the ring went on"))
+    Ok(Outcome::pass("the request was not accepted; it was served after the ring was started again"))
 }
 
 /// Returns invalid messages about addresses in use.
@@ -239,7 +232,7 @@ fn refusals(harness: &Harness) -> Vec<(String, IotlbMsg)> {
     let bad = [
         ("an update of no bytes", IotlbMsg { uaddr: user, size: 0, kind: update, ..in_use }),
         ("an update that wraps", IotlbMsg { uaddr: user, size: u64::MAX, kind: update, ..in_use }),
-        ("an update to where there is no memory", IotlbMsg { uaddr: u64::MAX - SLOT_BYTES, kind: update, ..in_use }),
+        ("an update to an unmapped address", IotlbMsg { uaddr: u64::MAX - SLOT_BYTES, kind: update, ..in_use }),
         ("an update beyond the end of memory", IotlbMsg { uaddr: end - LOG_PAGE, kind: update, ..in_use }),
         ("an invalidation of no bytes", IotlbMsg { size: 0, kind: invalidate, ..in_use }),
         ("an invalidation that wraps", IotlbMsg { size: u64::MAX, kind: invalidate, ..in_use }),
@@ -275,8 +268,8 @@ fn impossible(target: &mut Target) -> Result<Outcome, CheckAbort> {
     }
     Ok(match (wrong(&harness, &expected)?, taken.len()) {
         (0, 0) => Outcome::pass(format!("{} messages, {says}", messages.len())),
-        (0, _) => Outcome::warning(format!("{says}; they changed nothing")),
-        (pages, _) => Outcome::fail(format!("{says}; {pages} pages then held other data")),
+        (0, _) => Outcome::warning(format!("{says}; they had no effect")),
+        (pages, _) => Outcome::fail(format!("{says}; {pages} pages then had other data")),
     })
 }
 
@@ -319,7 +312,7 @@ fn moved(target: &mut Target) -> Result<Outcome, CheckAbort> {
         harness.connection.barrier()?;
         let late = changed(&left, &harness.hashes_of(&old)?).len();
         if late > 0 {
-            return Ok(Outcome::fail(format!("round {round}: {late} pages were written where they had been before")));
+            return Ok(Outcome::fail(format!("round {round}: {late} pages were written at their old place")));
         }
         for page in &old {
             harness.memory.write(page * LOG_PAGE, &noise(round * 1_000_000 + page, LOG_PAGE as u32))?;
@@ -332,14 +325,14 @@ fn moved(target: &mut Target) -> Result<Outcome, CheckAbort> {
         let stale = changed(&left, &harness.hashes_of(&old)?).len();
         if stale > 0 {
             return Ok(Outcome::fail(format!(
-                "round {round}: of requests that came after the answer, {stale} pages were written to the old place"
+                "round {round}: requests after the acknowledgement wrote {stale} pages at the old place"
             )));
         }
     }
     harness.stop()?;
     harness.iommu()?.misses()?;
     let pages = halves.len();
-    Ok(Outcome::pass(format!("{MOVES} times {pages} pages, {open} requests were not seen complete before")))
+    Ok(Outcome::pass(format!("{MOVES} moves of {pages} pages, with {open} requests in flight in total")))
 }
 
 fn ring_moved(target: &mut Target) -> Result<Outcome, CheckAbort> {
@@ -370,19 +363,19 @@ fn ring_moved(target: &mut Target) -> Result<Outcome, CheckAbort> {
         harness.connection.barrier()?;
         let late = changed(&left, &harness.hashes_of(&old)?).len();
         if late > 0 {
-            return Ok(Outcome::fail(format!("move {round}: {late} pages were written where the ring had been")));
+            return Ok(Outcome::fail(format!("move {round}: {late} pages were written at the ring's old place")));
         }
     }
     let base = harness.stop()?;
     Ok(match harness.ring.is_same_base(base, harness.ring.end_base()) {
         true => Outcome::pass(format!("{RING_MOVES} moves, {MAX_REQUESTS} requests after each")),
-        false => Outcome::fail(format!("after {RING_MOVES} moves it says {}", harness.ring.format_base(base))),
+        false => Outcome::fail(format!("the base is {} after {RING_MOVES} moves", harness.ring.format_base(base))),
     })
 }
 
 fn offered(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_iommu()?;
-    Ok(Outcome::not_tested("it is offered; whether it was asked to can't be seen"))
+    Ok(Outcome::not_tested("it is offered; whether it should be cannot be checked from outside"))
 }
 
 fn marked(target: &mut Target) -> Result<Outcome, CheckAbort> {
@@ -419,7 +412,7 @@ fn marked(target: &mut Target) -> Result<Outcome, CheckAbort> {
         String::new()
     };
     if !lost.is_empty() {
-        return Ok(Outcome::fail(format!("{lost} not marked where the IOMMU has them")));
+        return Ok(Outcome::fail(format!("{lost} not marked at their translated addresses")));
     }
     let Outcome(verdict, found) =
         MarkComparison::of(&harness, &before, marked)?.allow(harness.device_pages()).allow(logged).outcome();

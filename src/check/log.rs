@@ -26,19 +26,14 @@ const ROUNDS: u64 = 8;
 
 pub(super) const CHECKS: &[Check] = &[
     Check { rule: "F7", what: "SET_LOG_BASE is answered once", run_on: RingSelection::Once, run: reply },
-    Check { rule: "L1", what: "every page that a read changed is marked", run_on: RingSelection::Data, run: data },
+    Check { rule: "L1", what: "every page that a request changed is marked", run_on: RingSelection::Data, run: data },
     Check {
         rule: "L2",
-        what: "a log at an offset, of an odd size, is used where it is",
+        what: "a log with an offset and an odd size is used correctly",
         run_on: RingSelection::Data,
         run: placed,
     },
-    Check {
-        rule: "L3",
-        what: "the used ring is marked at log_guest_addr, wherever that is",
-        run_on: RingSelection::AllSplit,
-        run: used,
-    },
+    Check { rule: "L3", what: "the used ring is marked at log_guest_addr", run_on: RingSelection::AllSplit, run: used },
     Check {
         rule: "L3",
         what: "data follows LOG_ALL, the used ring follows F_LOG",
@@ -71,13 +66,13 @@ pub(super) const CHECKS: &[Check] = &[
     },
     Check {
         rule: "L8",
-        what: "reconnecting while logging, in QEMU's order",
+        what: "no page is lost when QEMU reconnects while logging",
         run_on: RingSelection::DataOrMain,
         run: reconnecting,
     },
     Check {
         rule: "L9",
-        what: "another log under load: no page is lost, the old log is left alone",
+        what: "a log is replaced under load: no page is lost, the old log gets no marks",
         run_on: RingSelection::Data,
         run: switched,
     },
@@ -92,7 +87,7 @@ pub(super) const CHECKS: &[Check] = &[
 /// Checks that some back-ends do not survive.
 pub(super) const DESTRUCTIVE: &[Check] = &[Check {
     rule: "L6",
-    what: "writes outside a log that is too small are survived",
+    what: "writes to pages outside the log are survived",
     run_on: RingSelection::DataOrMain,
     run: too_small,
 }];
@@ -133,8 +128,8 @@ impl MarkComparison {
         if extra > 0 {
             let percent = extra as f64 * 100.0 / marked as f64;
             return Outcome::warning(format!(
-                "all {changed} changed pages are marked, and {extra} pages ({percent:.1} % of the marks) that were not \
-                 to be written"
+                "all {changed} changed pages are marked, and {extra} pages ({percent:.1} % of the marks) \
+         outside the buffers"
             ));
         }
         Outcome::pass(format!("{changed} pages changed, {marked} marked"))
@@ -162,16 +157,16 @@ fn reply(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let seen = format!("{plain} bytes, with need-reply {asked}");
     Ok(match plain {
         16 if asked == plain => Outcome::pass(seen),
-        16 => Outcome::warning(format!("{seen}; rust-vmm's front-end asks, and hangs unless it gets 16")),
-        0 | 8 => Outcome::warning(format!("{seen}; rust-vmm's front-end hangs unless it gets 16")),
-        _ => Outcome::fail(format!("{seen}; 0, 8 or 16 are known")),
+        16 => Outcome::warning(format!("{seen}; rust-vmm's front-end sends need-reply and hangs without 16")),
+        0 | 8 => Outcome::warning(format!("{seen}; rust-vmm's front-end hangs without 16")),
+        _ => Outcome::fail(format!("{seen}; 0, 8 or 16 are expected")),
     })
 }
 
 fn data(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut harness, log) = ready(target, 0)?;
     harness.enable_logging(harness.ring.device_area())?;
-    let mut worst = Outcome::not_tested("no round");
+    let mut worst = Outcome::not_tested("no round was run");
     for round in 0..ROUNDS {
         harness.writable_pages.clear();
         harness.add(MAX_REQUESTS, if round % 2 == 0 { RequestSize::Mixed } else { RequestSize::Large })?;
@@ -237,10 +232,10 @@ fn used(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let missed = missing(&marked, at, |page| page);
     let at_ring = harness.ring.device_pages().intersection(&marked).count();
     Ok(match (missed.is_empty(), at_ring) {
-        (true, 0) => Outcome::pass(format!("index and elements, at {at:#x}")),
-        (true, _) => Outcome::warning(format!("index and elements, at {at:#x}, and also where the ring lies")),
+        (true, 0) => Outcome::pass(format!("index and elements at {at:#x}")),
+        (true, _) => Outcome::warning(format!("index and elements at {at:#x}, and also at the ring's own address")),
         (false, 0) => Outcome::fail(format!("{missed} not marked at {at:#x}")),
-        (false, _) => Outcome::fail(format!("{missed} not marked at {at:#x}, but the place where the ring lies is")),
+        (false, _) => Outcome::fail(format!("{missed} not marked at {at:#x}, but at the ring's own address")),
     })
 }
 
@@ -281,7 +276,7 @@ fn switches(target: &mut Target) -> Result<Outcome, CheckAbort> {
         odd.push("with LOG_ALL alone data is not marked");
     }
     Ok(match odd.is_empty() {
-        true => Outcome::pass("each alone"),
+        true => Outcome::pass("each independently"),
         // Front-ends change both, one after the other.
         false => Outcome::warning(odd.join("; ")),
     })
@@ -311,8 +306,8 @@ fn avail_event(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (before, after) = (u16::from_le_bytes(before), u16::from_le_bytes(after));
     Ok(match (before == after, marked) {
         (true, _) => Outcome::not_tested("the device did not write the word"),
-        (false, true) => Outcome::pass(format!("it went from {before} to {after}")),
-        (false, false) => Outcome::fail(format!("it went from {before} to {after} without a mark")),
+        (false, true) => Outcome::pass(format!("the word changed from {before} to {after}")),
+        (false, false) => Outcome::fail(format!("the word changed from {before} to {after} without a mark")),
     })
 }
 
@@ -343,7 +338,7 @@ fn descriptors(target: &mut Target) -> Result<Outcome, CheckAbort> {
         format!("{changed_pages} pages with used descriptors in {ROUNDS} rounds, {marks} pages of the ring marked");
     Ok(match (missed, marks > changed_pages) {
         (0, false) => Outcome::pass(seen),
-        (0, true) => Outcome::warning(format!("{seen}: some for nothing")),
+        (0, true) => Outcome::warning(format!("{seen}: more than needed")),
         (missed, _) => Outcome::fail(format!("{seen}: {missed} are missing")),
     })
 }
@@ -363,9 +358,9 @@ fn event_area(target: &mut Target) -> Result<Outcome, CheckAbort> {
     wait_until(&harness.deadline(harness.short_wait()), || Ok(read(&harness)? != before))?;
     harness.stop()?;
     let (after, marked) = (read(&harness)?, harvest(&log).contains(&(UNUSED_AREA / LOG_PAGE)));
-    let seen = format!("it went from {before:#x} to {after:#x}");
+    let seen = format!("the area changed from {before:#x} to {after:#x}");
     Ok(match (before == after, marked) {
-        (true, _) => Outcome::not_tested("the device did not write it"),
+        (true, _) => Outcome::not_tested("the device did not write the area"),
         (false, true) => Outcome::pass(seen),
         (false, false) => Outcome::fail(format!("{seen} without a mark")),
     })
@@ -386,8 +381,8 @@ fn off(target: &mut Target) -> Result<Outcome, CheckAbort> {
     harness.stop()?;
     let late = harvest(&log).len();
     Ok(match (early, on, late) {
-        (_, 0, _) => Outcome::fail("nothing was marked while it was on"),
-        (0, on, 0) => Outcome::pass(format!("{on} pages while it was on, none otherwise")),
+        (_, 0, _) => Outcome::fail("nothing was marked while logging was on"),
+        (0, on, 0) => Outcome::pass(format!("{on} pages while logging was on, none otherwise")),
         _ => Outcome::fail(format!("{early} pages marked before, {late} after")),
     })
 }
@@ -413,20 +408,20 @@ fn reconnecting(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let Outcome(verdict, found) =
         MarkComparison::of(&harness, &before, marked)?.allow(harness.device_pages()).outcome();
     if early == 0 && unmarked > 0 {
-        return Ok(Outcome::fail(format!("{unmarked} pages that the ring was written to are not marked; {found}")));
+        return Ok(Outcome::fail(format!("{unmarked} written pages of the ring are not marked; {found}")));
     }
     Ok(match early {
         0 => Outcome(verdict, found),
-        pages => {
-            Outcome::fail(format!("{pages} pages were written before the log came and the ring was enabled; {found}"))
-        }
+        pages => Outcome::fail(format!(
+            "{pages} pages were written before the log was installed and the ring was enabled; {found}"
+        )),
     })
 }
 
 fn switched(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut harness, mut log) = ready(target, 0)?;
     harness.enable_logging(harness.ring.device_area())?;
-    let mut worst = Outcome::not_tested("no round");
+    let mut worst = Outcome::not_tested("no round was run");
     for round in 1..=ROUNDS {
         harness.writable_pages.clear();
         harness.add(MAX_REQUESTS, RequestSize::Large)?;
@@ -440,7 +435,7 @@ fn switched(target: &mut Target) -> Result<Outcome, CheckAbort> {
         harness.connection.barrier()?;
         let late = harvest(&log).len();
         if late > 0 {
-            return Ok(Outcome::fail(format!("round {round}: {late} pages marked in the old log after the answer")));
+            return Ok(Outcome::fail(format!("round {round}: {late} pages marked in the old log after the reply")));
         }
         marked.extend(harvest(&next));
         log = next;
@@ -487,7 +482,8 @@ fn signalled(target: &mut Target) -> Result<Outcome, CheckAbort> {
             Outcome::pass(format!("{count} signals for {MAX_REQUESTS} requests, none before and after"))
         }
         _ => Outcome::fail(format!(
-            "{MAX_REQUESTS} requests each brought {early} signals before logging, {count} while logging, {late} without the fd"
+            "{MAX_REQUESTS} requests each: {early} signals before logging, {count} while logging, {late} \
+         without the fd"
         )),
     })
 }
@@ -507,7 +503,7 @@ fn too_small(target: &mut Target) -> Result<Outcome, CheckAbort> {
     seen.read(0, &mut bytes)?;
     let outside = bytes.iter().skip(size as usize).filter(|byte| **byte != 0).count();
     Ok(match outside {
-        0 => Outcome::pass(format!("{MAX_REQUESTS} reads into pages that a log of {size} bytes has no bit for")),
-        bytes => Outcome::fail(format!("{bytes} bytes behind the log were written")),
+        0 => Outcome::pass(format!("{MAX_REQUESTS} reads into pages outside a log of {size} bytes")),
+        bytes => Outcome::fail(format!("{bytes} bytes after the log were written")),
     })
 }

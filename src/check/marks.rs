@@ -22,13 +22,13 @@ pub(super) const CHECKS: &[Check] = &[
     },
     Check {
         rule: "L11",
-        what: "others mark pages in the same words and harvest them: nobody's marks are lost",
+        what: "marks of concurrent writers in the same words are not lost",
         run_on: RingSelection::Data,
         run: shared,
     },
     Check {
         rule: "L15",
-        what: "a ring with a past and an empty log: what it writes is marked, and all guest memory",
+        what: "a continued ring with an empty log: its writes are marked, and all guest memory",
         run_on: RingSelection::Main,
         run: successor,
     },
@@ -64,9 +64,7 @@ fn order(target: &mut Target) -> Result<Outcome, CheckAbort> {
     }
     Ok(match late {
         0 => Outcome::pass(format!("{early} pages")),
-        late => Outcome::fail(format!(
-            "{late} of {early} pages were marked after the driver could see that they were written"
-        )),
+        late => Outcome::fail(format!("{late} of {early} pages were marked after their completion was visible")),
     })
 }
 
@@ -76,7 +74,7 @@ fn shared(target: &mut Target) -> Result<Outcome, CheckAbort> {
     // Pages that no batch of mixed sizes uses, with bits in the same words.
     let ours: Pages =
         (0..MAX_REQUESTS).flat_map(|slot| pages(HIGH + slot * SLOT_BYTES + (48 << 10), 16 << 10)).collect();
-    let mut worst = Outcome::not_tested("no round");
+    let mut worst = Outcome::not_tested("no round was run");
     for _ in 0..ROUNDS {
         harness.writable_pages.clear();
         harness.add(MAX_REQUESTS, RequestSize::Mixed)?;
@@ -92,7 +90,7 @@ fn shared(target: &mut Target) -> Result<Outcome, CheckAbort> {
         served?;
         if lost > 0 {
             return Ok(Outcome::fail(format!(
-                "{lost} marks that others had set were gone: they are not set atomically"
+                "{lost} marks of another writer were lost: marks are not set atomically"
             )));
         }
         marked.extend(harvest(&log));
@@ -100,7 +98,7 @@ fn shared(target: &mut Target) -> Result<Outcome, CheckAbort> {
         let Outcome(verdict, found) =
             MarkComparison::of(&harness, &before, marked)?.allow(harness.device_pages()).outcome();
         if verdict >= worst.0 {
-            worst = Outcome(verdict, format!("{turns} harvests meanwhile: {found}"));
+            worst = Outcome(verdict, format!("{turns} concurrent harvests: {found}"));
         }
         if worst.0 == Verdict::Fail {
             break;
@@ -151,14 +149,15 @@ fn successor(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let own = harness.driver_pages();
     lost.retain(|page| !own.contains(page) && !marked.contains(page));
     if !lost.is_empty() {
-        return Ok(Outcome::fail(format!("{} pages that it wrote itself are not marked", lost.len())));
+        return Ok(Outcome::fail(format!("{} pages that the device wrote are not marked", lost.len())));
     }
     let all: Pages = harness.memory.regions().iter().flat_map(|region| pages(region.gpa(), region.size())).collect();
     let missing = all.difference(&marked).count();
     Ok(match missing {
         0 => Outcome::pass(format!("{} pages", all.len())),
         _ => Outcome::warning(format!(
-            "{} of {} pages: if it dies during a migration by QEMU 10.0, what it marked before is lost",
+            "{} of {} pages: if the back-end fails during a migration by QEMU 10.0, its earlier marks are \
+         lost",
             marked.len(),
             all.len()
         )),

@@ -16,10 +16,10 @@ const ADDED: u64 = HIGH + (1 << 30);
 const ADDED_BYTES: u64 = 2 << 20;
 
 pub(super) const CHECKS: &[Check] = &[
-    Check { rule: "M1", what: "there are memory slots enough", run_on: RingSelection::Once, run: slots },
+    Check { rule: "M1", what: "there are enough memory slots", run_on: RingSelection::Once, run: slots },
     Check {
         rule: "M1",
-        what: "a region is added and removed while requests run, and what lands in it is marked",
+        what: "a region is added and removed under load, and writes to it are marked",
         run_on: RingSelection::Data,
         run: added,
     },

@@ -196,7 +196,7 @@ pub fn check_with_progress(
         && wanted("R9")
     {
         let (what, rings) = ("the back-end outlives its front-end", "");
-        let seen = format!("it ends with each connection ({status}): it was started again {times} times");
+        let seen = format!("it exits after each connection ({status}); it was restarted {times} times");
         findings.push(Finding { rule: "R9", what, rings, verdict: Verdict::Warning, seen, seconds: 0.0 });
     }
     if wanted("F2") {
@@ -207,7 +207,7 @@ pub fn check_with_progress(
     for (rule, what) in RULES.iter().filter(|(rule, _)| wanted(rule)) {
         if !findings.iter().any(|finding| finding.rule == *rule) {
             let aside = UNTESTABLE.iter().find(|(aside, _)| aside == rule);
-            let seen = aside.map_or("no check is about it", |(_, why)| why).into();
+            let seen = aside.map_or("there is no check for it", |(_, why)| why).into();
             findings.push(Finding { rule, what, rings: "", verdict: Verdict::NotTested, seen, seconds: 0.0 });
         }
     }

@@ -118,7 +118,7 @@ pub(super) fn received(packet: &[u8]) -> Result<bool, CheckAbort> {
     let rest = ours.get(16..).unwrap_or_default();
     match number.is_some_and(|number| noise(number, rest.len() as u32) == rest) {
         true => Ok(true),
-        false => Err(CheckAbort::Violation("a frame arrived that is not as it was sent".into())),
+        false => Err(CheckAbort::Violation("a frame was damaged".into())),
     }
 }
 
@@ -138,7 +138,7 @@ pub(super) fn wait_for_frame(target: &Target) -> Result<(), CheckAbort> {
     harness.finish()?;
     while harness.frames_received == 0 {
         if deadline.is_over() {
-            return Err(CheckAbort::Violation(format!("only frames of others within {:?}", harness.timeout)));
+            return Err(CheckAbort::Violation(format!("only other frames within {:?}", harness.timeout)));
         }
         harness.run_batch(1, RequestSize::Mixed)?;
     }

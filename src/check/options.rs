@@ -102,7 +102,7 @@ impl Default for CheckOptions {
 #[non_exhaustive]
 pub enum CheckError {
     /// The first connection failed.
-    #[error("can't connect to {}: {source}: is the back-end running, and is this its socket?", path.display())]
+    #[error("{}: cannot connect: {source}. Check that the back-end is running and that this is its socket", path.display())]
     Connect {
         /// Path of the socket.
         path: PathBuf,
@@ -111,8 +111,9 @@ pub enum CheckError {
     },
     /// The back-end does not read the connection.
     #[error(
-        "{}: the back-end has not read GET_FEATURES within {waited:?}: it serves another front-end, or hangs. Most serve one \
-         front-end at a time: stop that one, or check another instance",
+        "{}: the back-end has not read GET_FEATURES within {waited:?}. It serves another front-end or \
+         is stuck. Most back-ends serve one front-end at a time: stop that one, or check another \
+         instance",
         path.display()
     )]
     Busy {
@@ -122,7 +123,7 @@ pub enum CheckError {
         waited: Duration,
     },
     /// The back-end does not complete the negotiation.
-    #[error("{} does not speak vhost-user, or not with us: {why}", path.display())]
+    #[error("{}: the vhost-user negotiation failed: {why}", path.display())]
     Greeting {
         /// Path of the socket.
         path: PathBuf,
@@ -130,7 +131,7 @@ pub enum CheckError {
         why: String,
     },
     /// The device kind cannot be detected.
-    #[error("{}: can't tell what device it is ({why}): give --device", path.display())]
+    #[error("{}: the device kind cannot be detected ({why}). Name it with --device", path.display())]
     UnknownDevice {
         /// Path of the socket.
         path: PathBuf,
@@ -139,8 +140,8 @@ pub enum CheckError {
     },
     /// The back-end does not serve a second front-end.
     #[error(
-        "{}: after its first connection the back-end serves no other ({why}): give --restart COMMAND, with which it is started \
-         again each time it ends",
+        "{}: the back-end serves no second connection ({why}). Give a command that restarts it with \
+         --restart",
         path.display()
     )]
     Once {
@@ -150,13 +151,16 @@ pub enum CheckError {
         why: String,
     },
     /// The rule does not exist.
-    #[error("there is no rule {0:?}: there are {known}", known = rules::ids())]
+    #[error("there is no rule {0:?}; the rules are {known}", known = rules::ids())]
     NoSuchRule(String),
     /// Packed rings were requested and are not offered.
-    #[error("packed rings are not offered: leave --rings out, or start the back-end with them")]
+    #[error("packed rings are not offered. Omit --rings, or start the back-end with packed rings")]
     NotPacked,
     /// No frame of the frame source arrives.
-    #[error("nothing comes in from {frame_source:?}: {why}: is it the other end of this back-end, and is that up?")]
+    #[error(
+        "no data from {frame_source:?}: {why}. Check that it is the other end of this back-end, and \
+         that it is up"
+    )]
     FrameSource {
         /// The frame source.
         frame_source: FrameSource,
@@ -164,19 +168,20 @@ pub enum CheckError {
         why: String,
     },
     /// The ring size is not valid for a split ring, or too small.
-    #[error("a ring of {0} entries: use a power of two from 64 to 1024")]
+    #[error("ring size {0}: use a power of two from 64 to 1024")]
     QueueSize(u16),
     /// The back-end refuses the ring size.
-    #[error("the back-end takes no ring of {0} entries: {1}")]
+    #[error("the back-end refuses rings of {0} entries: {1}")]
     QueueSizeRefused(u16, String),
     /// Another process listens at the socket of the back-end that is to be started.
-    #[error("{} is served already: give --kill-pid if that may be killed, or another socket", path.display())]
+    #[error("{}: another process serves this socket. Give --kill-pid if the check may kill it, or another \
+         socket", path.display())]
     Served {
         /// Path of the socket.
         path: PathBuf,
     },
     /// The back-end does not start.
-    #[error("can't start the back-end: {0}")]
+    #[error("cannot start the back-end: {0}")]
     Start(io::Error),
     /// [`CheckOptions::stop`] was set.
     #[error("the check was stopped{}", .left.iter().map(|left| format!("; {left}")).collect::<String>())]

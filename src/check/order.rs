@@ -15,19 +15,14 @@ use crate::abi::vhost_user::{
 use crate::dirty::Log;
 
 pub(super) const CHECKS: &[Check] = &[
-    Check {
-        rule: "R6",
-        what: "a ring runs that is started in QEMU's order",
-        run_on: RingSelection::Main,
-        run: like_qemu,
-    },
+    Check { rule: "R6", what: "a ring started in QEMU's order runs", run_on: RingSelection::Main, run: like_qemu },
     Check {
         rule: "R7",
-        what: "a ring runs that is started in UML's order, and rests when it is disabled",
+        what: "a ring started in UML's order runs, and stops when it is disabled",
         run_on: RingSelection::Main,
         run: like_uml,
     },
-    Check { rule: "R8", what: "RESET_OWNER does no harm", run_on: RingSelection::Once, run: reset_owner },
+    Check { rule: "R8", what: "RESET_OWNER has no effect on later use", run_on: RingSelection::Once, run: reset_owner },
     Check {
         rule: "R8",
         what: "RESET_DEVICE disables rings, which can be started again",
@@ -42,7 +37,7 @@ pub(super) const CHECKS: &[Check] = &[
     },
     Check {
         rule: "R10",
-        what: "what was completed without a call fd is notified over the next",
+        what: "completions without a call fd are signalled on the next call fd",
         run_on: RingSelection::All,
         run: late_call,
     },
@@ -87,7 +82,7 @@ fn like_qemu(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let base = harness.stop()?;
     Ok(match harness.ring.is_same_base(base, harness.ring.end_base()) {
         true => Outcome::pass(seen),
-        false => Outcome::fail(format!("{seen}; then it is at {}", harness.ring.format_base(base))),
+        false => Outcome::fail(format!("{seen}; the base is then {}", harness.ring.format_base(base))),
     })
 }
 
@@ -128,7 +123,9 @@ fn rests(harness: &mut Harness) -> Result<Result<Outcome, u64>, CheckAbort> {
     let mut touched = changed(&before, &harness.hashes()?);
     touched.retain(|page| harness.writable_pages.contains(page));
     Ok(match (harness.pop_all()?, touched.len()) {
-        (0, 0) => Ok(Outcome::pass("4 requests served, 4 left alone while it was disabled, and served then")),
+        (0, 0) => {
+            Ok(Outcome::pass("4 requests served; 4 more waited while the ring was disabled and were then served"))
+        }
         (served, pages) => Err(served.max(u64::from(pages > 0))),
     })
 }
@@ -136,8 +133,8 @@ fn rests(harness: &mut Harness) -> Result<Result<Outcome, u64>, CheckAbort> {
 fn disabled(target: &Target, served: u64) -> Outcome {
     match target.variant.flow {
         // The specification says that packets on a disabled transmit ring are discarded.
-        Flow::Transmit => Outcome::warning(format!("{served} packets were discarded while it was disabled")),
-        _ => Outcome::fail(format!("{served} of 4 requests were served while it was disabled")),
+        Flow::Transmit => Outcome::warning(format!("{served} packets were discarded while the ring was disabled")),
+        _ => Outcome::fail(format!("{served} of 4 requests were served while the ring was disabled")),
     }
 }
 
@@ -149,7 +146,7 @@ fn reset_owner(target: &mut Target) -> Result<Outcome, CheckAbort> {
     harness.connection.barrier()?;
     harness.negotiate()?;
     again(&mut harness)?;
-    Ok(Outcome::pass("the same connection serves rings that are started again"))
+    Ok(Outcome::pass("rings started again on the same connection are served"))
 }
 
 /// Starts the rings again on the same connection at their current positions, and completes pending and new requests.
@@ -185,7 +182,7 @@ fn reset(target: &mut Target, send: impl FnOnce(&Harness) -> Result<(), CheckAbo
     harness.negotiate_features()?;
     again(&mut harness)?;
     Ok(match rested {
-        Ok(_) => Outcome::pass("4 requests waited; they were served when the rings were started again"),
+        Ok(_) => Outcome::pass("4 requests waited until the rings were started again"),
         Err(served) => Outcome::fail(format!("{served} of 4 requests were served after the reset")),
     })
 }
@@ -218,11 +215,11 @@ fn late_call(target: &mut Target) -> Result<Outcome, CheckAbort> {
         )?;
         if !done {
             harness.finish()?;
-            return Ok(Outcome::pass("requests were completed once it had a call fd, and notified"));
+            return Ok(Outcome::pass("requests were completed and signalled once there was a call fd"));
         }
         if !readable(&[harness.ring.call.as_fd()], &harness.deadline(harness.short_wait())) {
             return Ok(Outcome::fail(
-                "4 requests were completed before, and the new fd was not signalled: the driver waits for good",
+                "4 requests were completed before, and the new fd was not signalled: the driver waits forever",
             ));
         }
     }

@@ -14,22 +14,22 @@ use crate::ring::RingError;
 pub(super) enum CheckAbort {
     #[error("{0} is not offered")]
     NotOffered(String),
-    #[error("can't tell what device it is ({0})")]
+    #[error("the device kind cannot be detected ({0})")]
     UnknownDevice(String),
     /// The system does not permit it to the back-end.
     #[error("{0}")]
     NotPossible(&'static str),
     #[error("no connection: {0}")]
     Connect(io::Error),
-    #[error("the back-end hung up at {code}")]
+    #[error("the back-end closed the connection at {code}")]
     HungUp { code: Code },
-    #[error("no answer to {code} within {waited:?}")]
+    #[error("no reply to {code} within {waited:?}")]
     Timeout { code: Code, waited: Duration },
-    #[error("{code} was refused (answer {answer:#x})")]
+    #[error("{code} was refused with {answer:#x}")]
     Refused { code: Code, answer: u64 },
     #[error("{0}")]
     Violation(String),
-    #[error("the used ring is broken: {0}")]
+    #[error("the used ring is invalid: {0}")]
     Ring(#[from] RingError),
     #[error("{0}")]
     Memory(#[from] MemoryError),

@@ -95,7 +95,7 @@ impl PageServer {
             while let Some(address) = self.userfault.fault()? {
                 let Some(gpa) = self.gpa(address) else {
                     return Err(CheckAbort::Violation(format!(
-                        "it waits for a page at {address:#x}, which is in no region that it answered with"
+                        "a page fault at {address:#x}, which is outside the regions of the reply"
                     )));
                 };
                 asked.insert(gpa / LOG_PAGE);
@@ -164,9 +164,9 @@ impl PageServer {
 fn place_error(error: io::Error, gpa: u64, address: u64) -> CheckAbort {
     match error.raw_os_error().map(Errno::from_raw) {
         Some(Errno::ENOENT | Errno::EINVAL | Errno::EFAULT) => CheckAbort::Violation(format!(
-            "the page {gpa:#x} can't be placed at {address:#x}, where it says that it waits for it ({error})"
+            "the page {gpa:#x} cannot be placed at the reported address {address:#x} ({error})"
         )),
-        Some(Errno::ESRCH) => CheckAbort::Violation("the process that made the userfaultfd is gone".into()),
+        Some(Errno::ESRCH) => CheckAbort::Violation("the process of the userfaultfd is gone".into()),
         _ => CheckAbort::System(error),
     }
 }

@@ -26,7 +26,7 @@ const ASKING: u32 = Header::FLAG_VERSION | Header::FLAG_NEED_REPLY;
 pub(super) const CHECKS: &[Check] = &[
     Check {
         rule: "F3",
-        what: "need-reply adds no answer to those of postcopy",
+        what: "need-reply adds no second reply in postcopy",
         run_on: RingSelection::Once,
         run: answers,
     },
@@ -38,19 +38,19 @@ pub(super) const CHECKS: &[Check] = &[
     },
     Check {
         rule: "P1",
-        what: "POSTCOPY_ADVISE is answered with one userfaultfd and nothing else",
+        what: "the reply to POSTCOPY_ADVISE is one userfaultfd and no payload",
         run_on: RingSelection::Once,
         run: advised,
     },
     Check {
         rule: "P1",
-        what: "a memory table is answered with addresses at which pages can be placed, and acknowledged",
+        what: "pages can be placed at the addresses in the reply to the postcopy memory table",
         run_on: RingSelection::Once,
         run: addresses,
     },
     Check {
         rule: "P1",
-        what: "requests in memory that is not there are served as its pages come",
+        what: "requests in missing memory are served as its pages arrive",
         run_on: RingSelection::All,
         run: served,
     },
@@ -71,7 +71,7 @@ pub(super) const CHECKS: &[Check] = &[
 /// Checks that some back-ends do not survive.
 pub(super) const DESTRUCTIVE: &[Check] = &[Check {
     rule: "P1",
-    what: "a front-end that hangs up before POSTCOPY_END does no harm",
+    what: "a disconnection before POSTCOPY_END has no effect on later front-ends",
     run_on: RingSelection::Once,
     run: hung_up,
 }];
@@ -83,7 +83,7 @@ type Stage = (&'static str, fn(&Harness) -> Result<Userfault, CheckAbort>);
 const STAGES: &[Stage] = &[
     ("POSTCOPY_ADVISE", |harness| advise(harness, PLAIN)),
     ("POSTCOPY_LISTEN", |harness| listen(harness, PLAIN)),
-    ("a memory table that it has not acknowledged", |harness| {
+    ("an unacknowledged memory table", |harness| {
         let userfault = listen(harness, PLAIN)?;
         send_table(harness, PLAIN).map(|_| userfault)
     }),
@@ -138,12 +138,15 @@ fn advise(harness: &Harness, flags: u32) -> Result<Userfault, CheckAbort> {
     let (bytes, count) = (reply.payload.len(), reply.fds.len());
     match reply.fds.pop() {
         None => Err(CheckAbort::NotPossible(
-            "it offers PAGEFAULT and has no userfaultfd: let it have one (root, or sysctl vm.unprivileged_userfaultfd=1)",
+            "PAGEFAULT is offered, but the back-end has no userfaultfd. Run it as root, or set sysctl \
+         vm.unprivileged_userfaultfd=1",
         )),
         Some(_) if (bytes, count) != (0, 1) => {
-            Err(CheckAbort::Violation(format!("{count} fds and {bytes} bytes came as the answer to POSTCOPY_ADVISE")))
+            Err(CheckAbort::Violation(format!("the reply to POSTCOPY_ADVISE has {count} fds and {bytes} bytes")))
         }
-        Some(fd) if !is_userfaultfd(&fd) => Err(CheckAbort::Violation("the fd that came is no userfaultfd".into())),
+        Some(fd) if !is_userfaultfd(&fd) => {
+            Err(CheckAbort::Violation("the fd of the reply is not a userfaultfd".into()))
+        }
         Some(fd) => {
             // Faults of a blocking userfaultfd cannot be polled.
             fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
@@ -183,7 +186,7 @@ fn send_table(harness: &Harness, flags: u32) -> Result<Vec<MemoryRegion>, CheckA
     match reply.payload.len() == table.len() && theirs.iter().map(key).eq(ours.iter().map(key)) {
         true => Ok(theirs),
         false => Err(CheckAbort::Violation(format!(
-            "the answer to SET_MEM_TABLE has {} bytes and {} regions, which are not those it was sent",
+            "the reply to SET_MEM_TABLE has {} bytes and {} regions, which differ from those sent",
             reply.payload.len(),
             theirs.len()
         ))),
@@ -215,7 +218,8 @@ fn offered(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(match target.offered.has_protocol(protocol_feature::CONFIGURE_MEM_SLOTS) {
         false => Outcome::pass("PAGEFAULT without CONFIGURE_MEM_SLOTS"),
         true => Outcome::warning(
-            "PAGEFAULT and CONFIGURE_MEM_SLOTS: a front-end that speaks both must wait for an answer to every ADD_MEM_REG",
+            "PAGEFAULT and CONFIGURE_MEM_SLOTS: a front-end with both must wait for a reply to every \
+         ADD_MEM_REG",
         ),
     })
 }
@@ -227,7 +231,7 @@ fn answers(target: &mut Target) -> Result<Outcome, CheckAbort> {
     send_table(&harness, ASKING)?;
     acknowledge(&harness, ASKING)?;
     granted(&harness, Code::POSTCOPY_END)?;
-    Ok(Outcome::pass("one for each of the four requests, and none for the acknowledgement of the memory table"))
+    Ok(Outcome::pass("one reply to each of the four requests, and none to the acknowledgement of the memory table"))
 }
 
 fn advised(target: &mut Target) -> Result<Outcome, CheckAbort> {
@@ -247,16 +251,16 @@ fn addresses(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let page_server = PageServer::new(userfault, regions, contents.clone(), u64::MAX)?;
     page_server.place_all().map_err(|abort| match abort {
         CheckAbort::Violation(what) if echoed => {
-            CheckAbort::Violation(format!("{what}: that is where the front-end has it"))
+            CheckAbort::Violation(format!("{what}: it is the front-end's address"))
         }
         abort => abort,
     })?;
     let wrong = differing(&harness, &contents, &Pages::new())?.len();
     if wrong > 0 {
-        return Ok(Outcome::fail(format!("{wrong} pages are not what was placed: they were made up before that")));
+        return Ok(Outcome::fail(format!("{wrong} pages differ from the placed ones: they were accessed before")));
     }
     granted(&harness, Code::POSTCOPY_END)?;
-    Ok(Outcome::pass(format!("{count} regions, every page of them placed")))
+    Ok(Outcome::pass(format!("{count} regions with every page placed")))
 }
 
 /// Returns the pages with unexpected contents, except those in `aside`.
@@ -285,12 +289,12 @@ fn served(target: &mut Target) -> Result<Outcome, CheckAbort> {
         (outcome, serving.join())
     });
     // An error of the page server is the cause of later ones.
-    let asked = asked.map_err(|_| CheckAbort::System(std::io::Error::other("nobody brings pages")))??;
+    let asked = asked.map_err(|_| CheckAbort::System(std::io::Error::other("the page server failed")))??;
     let of_ring = asked
         .iter()
         .filter(|page| harness.ring.driver_pages().contains(page) || harness.ring.device_pages().contains(page))
         .count();
-    let seen = format!("{} pages were asked for, {of_ring} of them of the ring", asked.len());
+    let seen = format!("{} page faults, {of_ring} of them on the ring", asked.len());
     Ok(match outcome? {
         None => Outcome::pass(format!("{seen}; {MAX_REQUESTS} requests, and {MAX_REQUESTS} more after POSTCOPY_END")),
         Some(wrong) => Outcome::fail(format!("{seen}; {wrong}")),
@@ -330,13 +334,13 @@ fn serve(
     let wrong = differing(harness, &expected, &(&harness.driver_pages() | &harness.device_pages()))?;
     if let Some(first) = wrong.first() {
         let (pages, at) = (wrong.len(), first * LOG_PAGE);
-        return Ok(Some(format!("{pages} pages are not as they were or as the device leaves them, first {at:#x}")));
+        return Ok(Some(format!("{pages} pages have unexpected contents, the first at {at:#x}")));
     }
     granted(harness, Code::POSTCOPY_END)?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     let base = harness.stop()?;
     let (shown, same) = (harness.ring.format_base(base), harness.ring.is_same_base(base, harness.ring.end_base()));
-    Ok((!same).then(|| format!("then the ring is at {shown}")))
+    Ok((!same).then(|| format!("the base is then {shown}")))
 }
 
 /// Pops completions only after a notification: reading the ring earlier would create its pages.
@@ -357,7 +361,7 @@ fn complete(harness: &mut Harness) -> Result<Vec<Buffer>, CheckAbort> {
         if deadline.is_over() {
             let waited = harness.timeout;
             return Err(CheckAbort::Violation(format!(
-                "{left} requests without answer and notification within {waited:?}"
+                "{left} requests without completion and notification within {waited:?}"
             )));
         }
         harness.ring.awaited_frames = left.into();
@@ -388,23 +392,21 @@ fn hung_up(target: &mut Target) -> Result<Outcome, CheckAbort> {
     });
     if !is_held {
         started?;
-        return Ok(Outcome::fail(
-            "requests were made in memory that is not there, and no page of their data was asked for",
-        ));
+        return Ok(Outcome::fail("requests in missing memory caused no page fault on their data"));
     }
     // Closes the userfaultfd, as the death of a front-end does.
     drop(page_server);
-    go_on(target, "pages that never came")?;
+    go_on(target, "pages that never arrived")?;
     harness.wait_quiet();
     let data = harness.fds().pop().map(fstat).transpose()?;
     let made_up = data.map_or(0, |data| data.st_blocks) * 512;
     let stages = 1 + STAGES.len();
     Ok(match made_up {
         0 => Outcome::pass(format!(
-            "{stages} front-ends, one with requests that waited for pages: each time the next was served"
+            "{stages} front-ends, one with requests that waited for pages; the next was served each time"
         )),
         bytes => Outcome::warning(format!(
-            "the next was served; {bytes} bytes of pages that never came were made up in the front-end's file"
+            "the next was served; {bytes} bytes of missing pages were created in the front-end's file"
         )),
     })
 }
@@ -412,7 +414,7 @@ fn hung_up(target: &mut Target) -> Result<Outcome, CheckAbort> {
 /// Evaluates the response to a request that must be refused.
 fn refused(answer: Result<Reply, CheckAbort>) -> Result<Outcome, CheckAbort> {
     match answer {
-        Err(CheckAbort::HungUp { .. }) => Ok(Outcome::pass("refused by hanging up")),
+        Err(CheckAbort::HungUp { .. }) => Ok(Outcome::pass("refused by closing the connection")),
         Err(abort) => Err(abort),
         Ok(reply) if !reply.fds.is_empty() => Ok(Outcome::warning("answered with an fd")),
         Ok(reply) => Ok(match reply.read() {

@@ -103,7 +103,7 @@ impl BackendProcess {
             match (self.exit_status()?, self.served.get()) {
                 (Some(status), false) => {
                     *self.child.borrow_mut() = None;
-                    return Err(io::Error::other(format!("'{}' ended with {status}", self.command)));
+                    return Err(io::Error::other(format!("'{}' exited with {status}", self.command)));
                 }
                 (Some(status), true) if self.usual_exit.get().is_some() || !self.known.get() => {
                     self.start_again(status)?
@@ -127,7 +127,7 @@ impl BackendProcess {
                 return self.start_again(status);
             }
             if deadline.is_over() {
-                return Err(io::Error::other("it ends with its first connection, but not with this one"));
+                return Err(io::Error::other("the back-end exited after its first connection, but not after this one"));
             }
             thread::sleep(RETRY_INTERVAL);
         }
@@ -164,7 +164,9 @@ impl BackendProcess {
         let deadline = self.stop.deadline(self.timeout);
         while connect(&self.socket, self.timeout, &self.stop).is_ok() {
             if deadline.is_over() {
-                return Err(io::Error::other("the socket is still served after SIGKILL: is it the right process?"));
+                return Err(io::Error::other(
+                    "the socket is still served after SIGKILL. Check that the process id is that of the back-end",
+                ));
             }
             thread::sleep(RETRY_INTERVAL);
         }
@@ -173,7 +175,7 @@ impl BackendProcess {
 }
 
 fn crash(status: ExitStatus) -> io::Error {
-    io::Error::other(format!("the back-end ended with {status}"))
+    io::Error::other(format!("the back-end exited with {status}"))
 }
 
 impl Drop for BackendProcess {

@@ -227,7 +227,7 @@ impl CheckReport {
             if section != here {
                 let title = match (group.verdict, group.consequence) {
                     (Verdict::Warning, Some(consequence)) => {
-                        format!("at a price, or for some ({})", consequence.description())
+                        format!("warnings ({})", consequence.description())
                     }
                     (_, Some(consequence)) => consequence.description().into(),
                     (verdict, None) => verdict.to_string(),
@@ -249,7 +249,7 @@ impl CheckReport {
         let _ = write!(text, "\nchecks: {}", counts.join(", "));
         if let Some(broken) = self.groups().iter().find(|group| group.verdict == Verdict::Fail) {
             let rule = broken.rules.first().copied().unwrap_or_default();
-            let _ = write!(text, "\n'vhost-migrate check --explain {rule}' says what the rule is for and what to do");
+            let _ = write!(text, "\nRun 'vhost-migrate check --explain {rule}' for the rule, its purpose and advice");
         }
         text
     }
@@ -340,14 +340,14 @@ mod tests {
             "C1    fail                         hostile: configuration: no answer",
             "front-ends can't work with it",
             "F5    fail                         unknown: it hung up",
-            "at a price, or for some (live migration loses pages)",
+            "warnings (live migration loses pages)",
             "L2    warning      split           offset: 7 pages for nothing",
             "pass",
             "F2    pass                         flags: 22 replies",
             "not offered",
             "T1,T2,T3,T4,T5 not offered  split           T1; T2; and 3 more checks: ACCESS_PLATFORM is not offered",
             "checks: 8 fail, 1 warning, 1 pass, 5 not offered, 0 not tested",
-            "'vhost-migrate check --explain L1' says what the rule is for and what to do",
+            "Run 'vhost-migrate check --explain L1' for the rule, its purpose and advice",
         ];
         assert_eq!(lines, expected, "{text}");
         let coloured = report.text(true);

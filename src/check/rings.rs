@@ -16,55 +16,50 @@ const DRAINS: u32 = 20;
 pub(super) const CHECKS: &[Check] = &[
     Check {
         rule: "R1",
-        what: "features that were not offered are not taken",
+        what: "features that were not offered are refused",
         run_on: RingSelection::Once,
         run: features,
     },
     Check {
         rule: "R1",
-        what: "without bit 30 a ring runs as wait_until as it is started",
+        what: "without bit 30 a ring runs as soon as it is started",
         run_on: RingSelection::Main,
         run: plain,
     },
+    Check { rule: "R2", what: "a ring that is not enabled is not served", run_on: RingSelection::All, run: disabled },
     Check {
         rule: "R2",
-        what: "nothing is done on a ring that is not enabled",
-        run_on: RingSelection::All,
-        run: disabled,
-    },
-    Check {
-        rule: "R2",
-        what: "requests that wait are served when the ring is enabled",
+        what: "pending requests are served when the ring is enabled",
         run_on: RingSelection::All,
         run: enabled,
     },
     Check {
         rule: "R3",
-        what: "GET_VRING_BASE completes and publishes what was taken, and then all is quiet",
+        what: "GET_VRING_BASE completes and publishes all accepted requests, and no write follows it",
         run_on: RingSelection::All,
         run: drain,
     },
     Check {
         rule: "R3",
-        what: "all rings at once: what they write is marked, and each is drained",
+        what: "all rings at once: their writes are marked, and each is drained",
         run_on: RingSelection::All,
         run: everywhere,
     },
     Check {
         rule: "R4",
-        what: "a ring goes on at its base, over the end of 16 bits",
+        what: "a ring continues at its base, also across the wrap of the index",
         run_on: RingSelection::All,
         run: base,
     },
     Check {
         rule: "R5",
-        what: "SET_VRING_ADDR on a running ring moves no index",
+        what: "SET_VRING_ADDR on a running ring does not change its position",
         run_on: RingSelection::All,
         run: addr,
     },
     Check {
         rule: "R9",
-        what: "the next front-end is served, and finds the device as it was",
+        what: "the next front-end is served, and the device is unchanged",
         run_on: RingSelection::Main,
         run: reconnect,
     },
@@ -79,14 +74,14 @@ fn features(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let answer =
         harness.connection.request_ack(Code::SET_FEATURES, (harness.features | bit(number)).as_bytes(), &[])?;
     Ok(match answer {
-        0 => Outcome::warning(format!("bit {number} was acknowledged without being offered, and taken")),
+        0 => Outcome::warning(format!("bit {number} was not offered and was acknowledged as done")),
         _ => Outcome::pass(format!("bit {number} was refused")),
     })
 }
 
 fn plain(target: &mut Target) -> Result<Outcome, CheckAbort> {
     if !target.offered.has(VHOST_USER_F_PROTOCOL_FEATURES) {
-        return Ok(Outcome::not_tested("it is not offered: every check is one of this"));
+        return Ok(Outcome::not_tested("bit 30 is not offered: every check is run without it"));
     }
     let mut harness = target.harness(0)?;
     let without = !bit(VHOST_USER_F_PROTOCOL_FEATURES);
@@ -98,7 +93,7 @@ fn plain(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (base, expected) = (harness.stop()?, harness.ring.end_base());
     Ok(match harness.ring.is_same_base(base, expected) {
         true => Outcome::pass(format!("{MAX_REQUESTS} requests without SET_VRING_ENABLE and protocol features")),
-        false => Outcome::fail(format!("{MAX_REQUESTS} requests later it says {}", harness.ring.format_base(base))),
+        false => Outcome::fail(format!("the base is {} after {MAX_REQUESTS} requests", harness.ring.format_base(base))),
     })
 }
 
@@ -118,7 +113,8 @@ fn disabled(target: &mut Target) -> Result<Outcome, CheckAbort> {
         (0, _) => Outcome::pass(format!("4 requests waited for {:?}", harness.settle)),
         // The specification says that packets on a disabled transmit ring are discarded.
         (_, used) if target.variant.flow == Flow::Transmit => Outcome::warning(format!(
-            "{used} of 4 packets were discarded, as the specification has it: their used entries are written while no log is there"
+            "{used} of 4 packets were discarded, as the specification says; their used entries are written \
+         without a log"
         )),
         (pages, used) => Outcome::fail(format!("{used} of 4 requests were served, {pages} pages written")),
     })
@@ -135,7 +131,7 @@ fn enabled(target: &mut Target) -> Result<Outcome, CheckAbort> {
     if !wait_until(&harness.deadline(harness.short_wait()), || harness.pop())? {
         harness.kick();
         harness.finish()?;
-        return Ok(Outcome::warning("only after another kick, as an older specification has it"));
+        return Ok(Outcome::warning("only after another kick, as in an older specification"));
     }
     harness.finish()?;
     Ok(Outcome::pass("4 requests, without another kick"))
@@ -171,8 +167,8 @@ fn drain(target: &mut Target) -> Result<Outcome, CheckAbort> {
             harness.wait_quiet();
             let late = changed(&before, &harness.hashes()?).len();
             return Ok(Outcome::fail(format!(
-                "round {round}: it answers with base {base}, but has published up to {used}; {lost} were not drained, and \
-                 {late} pages changed later"
+                "round {round}: the base is {base}, but requests are published up to {used}; {lost} were not \
+         drained, and {late} pages changed later"
             )));
         }
         in_flight += MAX_REQUESTS - u64::from(harness.outstanding());
@@ -182,16 +178,16 @@ fn drain(target: &mut Target) -> Result<Outcome, CheckAbort> {
         }
         let late = changed(&before, &harness.hashes()?).len();
         if late > 0 {
-            return Ok(Outcome::fail(format!("round {round}: {late} pages changed after the answer")));
+            return Ok(Outcome::fail(format!("round {round}: {late} pages changed after the reply")));
         }
         if harness.ring.ack_call() {
-            return Ok(Outcome::fail(format!("round {round}: it notified after the answer")));
+            return Ok(Outcome::fail(format!("round {round}: it notified after the reply")));
         }
     }
     Ok(match in_flight {
-        0 => Outcome::warning(format!("{DRAINS} times no request had been taken when the ring was stopped")),
+        0 => Outcome::warning(format!("in {DRAINS} rounds no request was accepted before the ring was stopped")),
         taken => {
-            Outcome::pass(format!("{taken} requests taken and published in {DRAINS} rounds, no page changed later"))
+            Outcome::pass(format!("{taken} requests accepted and published in {DRAINS} rounds; no page changed later"))
         }
     })
 }
@@ -218,26 +214,24 @@ fn late_frames(target: &Target) -> Result<Option<String>, CheckAbort> {
     harness.pop_all()?;
     if !harness.ring.is_same_base(base, harness.ring.current_base()) {
         let (base, used) = (harness.ring.format_base(base), harness.ring.format_base(harness.ring.current_base()));
-        return Ok(Some(format!(
-            "buffers that nothing came for: it answers with base {base}, but has used up to {used}"
-        )));
+        return Ok(Some(format!("free buffers: the base is {base}, but buffers are used up to {used}")));
     }
     harness.inject_frames()?;
     harness.wait_quiet();
     let written = changed(&before, &harness.hashes()?).intersection(&harness.writable_pages).count();
     let late = harness.pop_all()?;
     Ok((late > 0 || written > 0).then(|| {
-        format!("frames that came in after the answer: {late} buffers were used, {written} of their pages written")
+        format!("frames after the reply: {late} buffers were used, and {written} of their pages were written")
     }))
 }
 
 fn everywhere(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let rings = target.max_rings();
     if rings < 2 {
-        return Ok(Outcome::not_tested("it has one"));
+        return Ok(Outcome::not_tested("the device has one ring"));
     }
     if target.variant.flow == Flow::Receive && target.frame_source != Some(FrameSource::Loop) {
-        return Ok(Outcome::not_tested("frames can't be told which ring to arrive on"));
+        return Ok(Outcome::not_tested("the ring on which a frame arrives cannot be chosen"));
     }
     let mut harness = target.harness_with_rings(0, rings)?;
     harness.start()?;
@@ -261,7 +255,7 @@ fn everywhere(target: &mut Target) -> Result<Outcome, CheckAbort> {
             let ring = &changed(&before, &harness.hashes()?) & &harness.request_device_pages();
             match ring.difference(&marked).count() {
                 0 => MarkComparison::of(&harness, &before, marked)?.allow(harness.device_pages()).outcome(),
-                missed => Outcome::fail(format!("{missed} pages that rings were written to are not marked")),
+                missed => Outcome::fail(format!("{missed} written pages of the rings are not marked")),
             }
         }
     };
@@ -273,16 +267,17 @@ fn everywhere(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let taken = harness.pop_all()?;
     if let Some(queue) = harness.rings().find(|queue| !queue.is_same_base(queue.base, queue.current_base())) {
         let (index, base, at) = (queue.index, queue.format_base(queue.base), queue.format_base(queue.current_base()));
-        return Ok(Outcome::fail(format!("ring {index} answers with base {base}, but has published up to {at}")));
+        return Ok(Outcome::fail(format!("the base of ring {index} is {base}, but requests are published up to {at}")));
     }
     harness.wait_quiet();
     let late = changed(&before, &harness.hashes()?).len();
     let Outcome(verdict, found) = found;
     Ok(match late {
-        0 => {
-            Outcome(verdict, format!("{rings} rings: {found}; {taken} of {MAX_REQUESTS} requests taken, all published"))
-        }
-        pages => Outcome::fail(format!("{rings} rings: {pages} pages changed after they had all been stopped")),
+        0 => Outcome(
+            verdict,
+            format!("{rings} rings: {found}; {taken} of {MAX_REQUESTS} requests accepted, all published"),
+        ),
+        pages => Outcome::fail(format!("{rings} rings: {pages} pages changed after all rings were stopped")),
     })
 }
 
@@ -298,10 +293,12 @@ fn base(target: &mut Target) -> Result<Outcome, CheckAbort> {
         let (base, expected) = (harness.stop()?, harness.ring.end_base());
         if !harness.ring.is_same_base(base, expected) {
             let (base, expected) = (harness.ring.format_base(base), harness.ring.format_base(expected));
-            return Ok(Outcome::fail(format!("{MAX_REQUESTS} requests later it says {base}, not {expected}")));
+            return Ok(Outcome::fail(format!(
+                "the base is {base} instead of {expected} after {MAX_REQUESTS} requests"
+            )));
         }
     }
-    Ok(Outcome::pass(format!("from {from} to {} with a stop on the way", harness.ring.format_base(harness.ring.base))))
+    Ok(Outcome::pass(format!("from {from} to {} with a stop in between", harness.ring.format_base(harness.ring.base))))
 }
 
 fn addr(target: &mut Target) -> Result<Outcome, CheckAbort> {
@@ -316,8 +313,8 @@ fn addr(target: &mut Target) -> Result<Outcome, CheckAbort> {
     }
     let (base, expected, made) = (harness.stop()?, harness.ring.end_base(), rounds * MAX_REQUESTS);
     Ok(match harness.ring.is_same_base(base, expected) {
-        true => Outcome::pass(format!("{made} requests, each answered once, over {rounds} SET_VRING_ADDR")),
-        false => Outcome::fail(format!("{made} requests were made, the base is {}", harness.ring.format_base(base))),
+        true => Outcome::pass(format!("{made} requests completed once each, with {rounds} SET_VRING_ADDR")),
+        false => Outcome::fail(format!("the base is {} after {made} requests", harness.ring.format_base(base))),
     })
 }
 
@@ -337,9 +334,9 @@ fn reconnect(target: &mut Target) -> Result<Outcome, CheckAbort> {
     seen.dedup();
     Ok(match seen.len() {
         _ if target.device.has_requests() && !target.device.is_stable() => {
-            Outcome::pass("3 front-ends, each gone with requests in flight; they have nothing to find")
+            Outcome::pass("3 front-ends, each disconnected with requests in flight; the device has no stable data")
         }
-        1 => Outcome::pass("3 front-ends, each gone with requests in flight"),
-        _ => Outcome::fail("the same sectors of the disk held something else for the next front-end"),
+        1 => Outcome::pass("3 front-ends, each disconnected with requests in flight"),
+        _ => Outcome::fail("the same requests returned other data to the next front-end"),
     })
 }

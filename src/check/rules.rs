@@ -71,18 +71,18 @@ pub const RULES: &[(&str, &str)] = &[
 
 /// Rules that cannot be checked from outside, with the reason.
 pub(super) const UNTESTABLE: &[(&str, &str)] = &[
-    ("B2", "nothing that a front-end does obliges a back-end to tell of a change"),
-    ("B4", "is about hardware"),
-    ("F9", "a back-end that blocks for good would hold up every later check"),
-    ("F10", "is the front-end's"),
-    ("R11", "needs a control queue, which this check does not drive"),
-    ("R12", "what a device has written beside its answer is its own business"),
-    ("I10", "when a claim is made can't be seen from outside"),
-    ("I11", "what is on stable storage can't be seen from outside"),
-    ("I12", "needs a driver that starts afresh within its session"),
-    ("D2", "what a back-end could not serve now is its own business"),
-    ("L13", "is the front-end's; that marks survive it is checked with L11"),
-    ("L14", "is the front-end's"),
+    ("B2", "no action of a front-end requires a notification"),
+    ("B4", "concerns hardware"),
+    ("F9", "a back-end that blocks forever would prevent all later checks"),
+    ("F10", "concerns front-ends"),
+    ("R11", "needs a control queue, which `check` does not drive"),
+    ("R12", "other writes of a device cannot be seen from outside"),
+    ("I10", "the time of the claim cannot be seen from outside"),
+    ("I11", "the contents of stable storage cannot be seen from outside"),
+    ("I12", "needs a driver that starts again within its session"),
+    ("D2", "the limits of a back-end are not known outside"),
+    ("L13", "concerns front-ends; L11 checks that marks survive it"),
+    ("L14", "concerns front-ends"),
 ];
 
 /// Returns the id of a rule as in `docs/protocol.md`, for an id in any case.

@@ -19,26 +19,21 @@ use crate::sys::pipe::{WaitLimit, read_all, write_all};
 pub(super) const CHECKS: &[Check] = &[
     Check {
         rule: "D1",
-        what: "a device that never ran has a state to give",
+        what: "the state of a device that never ran can be saved",
         run_on: RingSelection::Once,
         run: never_ran,
     },
     Check {
         rule: "D1",
-        what: "the state of a device that ran and was stopped is taken over on the next connection",
+        what: "the state of a stopped device can be loaded on the next connection",
         run_on: RingSelection::Main,
         run: moved,
     },
-    Check { rule: "D1", what: "a state that was cut short is refused, whole", run_on: RingSelection::Once, run: cut },
+    Check { rule: "D1", what: "a truncated state is refused without effect", run_on: RingSelection::Once, run: cut },
+    Check { rule: "D1", what: "invalid directions and phases are refused", run_on: RingSelection::Once, run: unknown },
     Check {
         rule: "D1",
-        what: "directions and phases that there are not are refused",
-        run_on: RingSelection::Once,
-        run: unknown,
-    },
-    Check {
-        rule: "D1",
-        what: "messages are answered while a state is on its way",
+        what: "messages are answered during a state transfer",
         run_on: RingSelection::Once,
         run: meanwhile,
     },
@@ -64,7 +59,7 @@ fn begin(harness: &Harness, direction: u32, phase: u32, end: BorrowedFd<'_>) -> 
     let due = usize::from(answer & DEVICE_STATE_NOFD_MASK == 0);
     match reply.fds.len() {
         count if count == due => Ok(reply.fds.into_iter().next()),
-        count => Err(CheckAbort::Violation(format!("{count} fds come with the answer {answer:#x}, which says {due}"))),
+        count => Err(CheckAbort::Violation(format!("{count} fds with the reply {answer:#x}, which announces {due}"))),
     }
 }
 
@@ -100,7 +95,9 @@ fn load(harness: &Harness, state: &[u8]) -> Result<u64, CheckAbort> {
 
 fn pipe_error(harness: &Harness, error: io::Error) -> CheckAbort {
     match error.kind() {
-        io::ErrorKind::TimedOut => CheckAbort::Violation(format!("the state has no end within {:?}", harness.timeout)),
+        io::ErrorKind::TimedOut => {
+            CheckAbort::Violation(format!("the state transfer did not end within {:?}", harness.timeout))
+        }
         _ => error.into(),
     }
 }
@@ -155,7 +152,7 @@ fn moved(target: &mut Target) -> Result<Outcome, CheckAbort> {
 /// Restores the device state from before the check.
 fn put_back(target: &mut Target, good: &[u8]) {
     if let Err(abort) = target.restore_changes(|target| load_accepted(&ready(target)?, good)) {
-        target.left.push(format!("the state of the device could not be put back ({abort})"));
+        target.left.push(format!("the device state was not restored ({abort})"));
     }
 }
 
@@ -177,9 +174,9 @@ fn restore_on_next_connection(target: &Target) -> Result<Outcome, CheckAbort> {
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     let bytes = state.len();
     Ok(match other {
-        _ if forgotten => Outcome::fail("a state was loaded, it says, and then it saves another one"),
-        Some(_) => Outcome::pass(format!("{bytes} bytes, and others, which it saves again; then the ring goes on")),
-        None => Outcome::pass(format!("{bytes} bytes; then the ring goes on")),
+        _ if forgotten => Outcome::fail("a state was loaded, but another one is saved afterwards"),
+        Some(_) => Outcome::pass(format!("{bytes} bytes; loaded states are saved again, and the ring continues")),
+        None => Outcome::pass(format!("{bytes} bytes; the ring continues")),
     })
 }
 
@@ -187,7 +184,7 @@ fn cut(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let harness = ready(target)?;
     let good = save(&harness)?;
     if good.is_empty() {
-        return Ok(Outcome::not_tested("it has no bytes: nothing of it can be missing"));
+        return Ok(Outcome::not_tested("the state is empty and cannot be truncated"));
     }
     let here = set_distinct_state(target, &harness)?;
     let found = refuses(&harness, &good, here.as_deref());
@@ -199,7 +196,7 @@ fn cut(target: &mut Target) -> Result<Outcome, CheckAbort> {
     }
     let Outcome(verdict, seen) = found.unwrap_or_else(Outcome::from);
     Ok(match back {
-        Err(abort) if verdict != Verdict::Fail => Outcome::fail(format!("{seen}, but the whole one: {abort}")),
+        Err(abort) if verdict != Verdict::Fail => Outcome::fail(format!("{seen}, but the complete state: {abort}")),
         _ => Outcome(verdict, seen),
     })
 }
@@ -210,16 +207,18 @@ fn refuses(harness: &Harness, good: &[u8], here: Option<&[u8]>) -> Result<Outcom
     for end in [bytes - 1, bytes / 2, 0] {
         let part = good.get(..end).unwrap_or_default();
         if load(harness, part)? == 0 {
-            return Ok(Outcome::fail(format!("the first {end} of {bytes} bytes were taken")));
+            return Ok(Outcome::fail(format!("the first {end} of {bytes} bytes were accepted")));
         }
         if let Some(here) = here
             && save(harness)? != here
         {
-            return Ok(Outcome::fail(format!("{end} of {bytes} bytes were refused, and yet it saves another state")));
+            return Ok(Outcome::fail(format!(
+                "{end} of {bytes} bytes were refused, but another state is saved afterwards"
+            )));
         }
     }
-    let whole = if here.is_some() { ", and it stayed as it was" } else { "" };
-    Ok(Outcome::pass(format!("without its last byte, half of it, nothing{whole}")))
+    let whole = if here.is_some() { "; the state did not change" } else { "" };
+    Ok(Outcome::pass(format!("without the last byte, one half, and empty{whole}")))
 }
 
 fn unknown(target: &mut Target) -> Result<Outcome, CheckAbort> {
@@ -229,7 +228,7 @@ fn unknown(target: &mut Target) -> Result<Outcome, CheckAbort> {
         let (reader, writer) = io::pipe()?;
         let end = if direction == DEVICE_STATE_LOAD { reader.as_fd() } else { writer.as_fd() };
         match begin(&harness, direction, phase, end) {
-            Ok(_) => return Ok(Outcome::fail(format!("direction {direction} in phase {phase} was taken"))),
+            Ok(_) => return Ok(Outcome::fail(format!("direction {direction} in phase {phase} was accepted"))),
             Err(CheckAbort::Refused { .. }) => drop(harness.connection.barrier()?),
             // As for any request that the back-end does not support (rule F5.2).
             Err(CheckAbort::HungUp { .. }) => hung_up += 1,
@@ -237,8 +236,8 @@ fn unknown(target: &mut Target) -> Result<Outcome, CheckAbort> {
         }
     }
     Ok(match hung_up {
-        0 => Outcome::pass("4 were refused, and the connection went on"),
-        times => Outcome::warning(format!("it hung up at {times} of 4")),
+        0 => Outcome::pass("4 were refused, and the connection continued"),
+        times => Outcome::warning(format!("it closed the connection at {times} of 4")),
     })
 }
 
@@ -252,7 +251,7 @@ fn meanwhile(target: &mut Target) -> Result<Outcome, CheckAbort> {
     harness.connection.reply(Code::GET_FEATURES)?;
     harness.connection.request_u64(CHECK)?;
     Ok(match answered {
-        true => Outcome::pass("GET_FEATURES, before the first byte came"),
+        true => Outcome::pass("GET_FEATURES, before the first byte of the state"),
         false => Outcome::warning("GET_FEATURES was not answered before the pipe was closed"),
     })
 }
@@ -286,7 +285,7 @@ pub(super) fn mutated(target: &mut Target) -> Result<Outcome, CheckAbort> {
             let answer = load(harness, &change(&good))?;
             match load(harness, &good)? {
                 0 => Ok(answer),
-                _ => Err(CheckAbort::Violation("after it the state itself is refused".into())),
+                _ => Err(CheckAbort::Violation("the unchanged state is refused afterwards".into())),
             }
         },
     )?;

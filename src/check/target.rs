@@ -313,8 +313,8 @@ impl Target {
             RingSelection::AllPacked if !self.offered.has(VIRTIO_F_RING_PACKED) => {
                 CheckAbort::NotOffered("RING_PACKED".into()).into()
             }
-            RingSelection::AllSplit | RingSelection::AllPacked => Outcome::not_tested("--rings leaves it out"),
-            _ => Outcome::not_tested("only what comes in is written to memory: --frame-source brings something"),
+            RingSelection::AllSplit | RingSelection::AllPacked => Outcome::not_tested("excluded by --rings"),
+            _ => Outcome::not_tested("only received data is written to memory: give a --frame-source"),
         }
     }
 
@@ -412,7 +412,7 @@ pub(super) fn describe_backend(target: &Target) -> String {
     let names = if names.is_empty() { "none".into() } else { names.join(" ") };
     let mut device = target.device.name();
     if let Some(frame_source) = &target.frame_source {
-        device += &format!(", fed by {frame_source:?}");
+        device += &format!(", frame source {frame_source:?}");
     }
     let size = target.size;
     format!("{device}, {queues} queues, rings of {size}, features {features:#x}, protocol features {names}")

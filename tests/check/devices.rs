@@ -324,8 +324,8 @@ fn assert_common_rules_pass_and_an_unlogged_device_fails(
 
 #[test]
 fn common_rules_are_checked_on_an_rng() {
-    let device = || -> (Arc<dyn VirtioDevice>, CheckOptions) { (Arc::new(Rng), CheckOptions::default()) };
-    assert_common_rules_pass_and_an_unlogged_device_fails(&device, "a source of random numbers");
+    let device = || -> (Arc<dyn Device>, CheckOptions) { (Arc::new(Rng), CheckOptions::default()) };
+    assert_common_rules_pass_and_an_unlogged_device_fails(&device, "an entropy source");
 }
 
 #[test]
@@ -337,8 +337,8 @@ fn common_rules_are_checked_on_a_file_system() {
 #[test]
 fn common_rules_are_checked_on_vsock() {
     let options = CheckOptions { device: Some(DeviceKind::Vsock), ..CheckOptions::default() };
-    let device = || -> (Arc<dyn VirtioDevice>, CheckOptions) { (Arc::new(Vsock::new()), options.clone()) };
-    assert_common_rules_pass_and_an_unlogged_device_fails(&device, "vsock with context id 42, fed by Loop");
+    let device = || -> (Arc<dyn Device>, CheckOptions) { (Arc::new(Vsock::new()), options.clone()) };
+    assert_common_rules_pass_and_an_unlogged_device_fails(&device, "vsock with context id 42, frame source Loop");
 }
 
 #[test]
@@ -348,13 +348,13 @@ fn common_rules_are_checked_on_a_console() {
         let frame_source = Some(FrameSource::Tcp(console.listener.local_addr().unwrap().to_string()));
         (Arc::new(console), CheckOptions { device: Some(DeviceKind::Console), frame_source, ..CheckOptions::default() })
     };
-    assert_common_rules_pass_and_an_unlogged_device_fails(&device, "a console, fed by Tcp");
+    assert_common_rules_pass_and_an_unlogged_device_fails(&device, "a console, frame source Tcp");
 }
 
 #[test]
 fn an_ambiguous_device_kind_is_an_error_that_names_the_device_option() {
-    let devices: [(Arc<dyn VirtioDevice>, &str); 3] = [
-        (Arc::new(Fs { tag: false }), "none that is known"),
+    let devices: [(Arc<dyn Device>, &str); 3] = [
+        (Arc::new(Fs { tag: false }), "none of the known kinds"),
         (Arc::new(Vsock::new()), "blk, vsock"),
         (Arc::new(Console::new()), "console"),
     ];
@@ -363,6 +363,6 @@ fn an_ambiguous_device_kind_is_an_error_that_names_the_device_option() {
         let refused = check(&backend.socket(), &CheckOptions::default()).unwrap_err();
         let said = refused.to_string();
         assert!(matches!(refused, CheckError::UnknownDevice { .. }), "{said}");
-        assert!(said.contains(may_be) && said.ends_with("give --device"), "{said}");
+        assert!(said.contains(may_be) && said.ends_with("Name it with --device"), "{said}");
     }
 }

@@ -249,7 +249,7 @@ impl IommuState {
         let header = Header { request: Code::IOTLB_MSG.0, flags: Header::FLAG_VERSION, size };
         match socket::send(connection.as_fd(), &[header.as_bytes(), update.as_bytes()].concat(), &[]) {
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-                Err(CheckAbort::Violation("it asks for translations and does not read them".into()))
+                Err(CheckAbort::Violation("it requests translations and does not read them".into()))
             }
             // A closed connection shows in the check itself.
             _ => Ok(0),

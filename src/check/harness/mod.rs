@@ -491,7 +491,7 @@ fn stop_ring(connection: &Connection, queue: &mut DriverQueue) -> Result<(), Che
     let VringState { index, num } = reply.read()?;
     if index != queue.index {
         let asked = queue.index;
-        return Err(CheckAbort::Violation(format!("GET_VRING_BASE of ring {asked} was answered for ring {index}")));
+        return Err(CheckAbort::Violation(format!("the reply to GET_VRING_BASE of ring {asked} is for ring {index}")));
     }
     queue.base = RingBase::from_bits(num);
     Ok(())

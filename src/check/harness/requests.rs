@@ -152,7 +152,7 @@ impl Harness {
         let Some(len) = len.filter(|_| answer.unique.get() == unique) else {
             let (len, named) = (answer.len.get(), answer.unique.get());
             return Err(CheckAbort::Violation(format!(
-                "FUSE request {unique} was answered as {named} with {len} bytes"
+                "the reply to FUSE request {unique} is for {named} and has {len} bytes"
             )));
         };
         let mut data = vec![0; len];
@@ -178,7 +178,7 @@ impl Harness {
         let Some(queue) = self.rings_mut().nth(turn) else { return Ok(()) };
         let ring = queue.index;
         let Some(head) = queue.driver.add(readable, writable, None)? else {
-            return Err(CheckAbort::System(std::io::Error::other("the ring has no room")));
+            return Err(CheckAbort::System(std::io::Error::other("the ring is full")));
         };
         queue.awaited_frames += u64::from(readable.is_empty());
         if let Some(place) = self.slots.get_mut(slot) {
@@ -257,7 +257,7 @@ impl Harness {
             Flow::Receive => {
                 if used.len > data.len {
                     let (written, len) = (used.len, data.len);
-                    return Err(CheckAbort::Violation(format!("{written} bytes came in to a buffer of {len}")));
+                    return Err(CheckAbort::Violation(format!("{written} bytes were received into a buffer of {len}")));
                 }
                 let mut bytes = vec![0; used.len as usize];
                 self.view().read(data.gpa, &mut bytes)?;
@@ -272,9 +272,10 @@ impl Harness {
                 self.last.len = used.len;
                 match (1..=data.len).contains(&used.len) {
                     true => Ok(true),
-                    false => {
-                        Err(CheckAbort::Violation(format!("a buffer of {} bytes was used for {}", data.len, used.len)))
-                    }
+                    false => Err(CheckAbort::Violation(format!(
+                        "a buffer of {} bytes was returned with {}",
+                        data.len, used.len
+                    ))),
                 }
             }
             Flow::Requests if matches!(self.device, TestedDevice::Fs) => {
@@ -282,7 +283,7 @@ impl Harness {
                 self.view().read(STATUSES + slot as u64 * LOG_PAGE, answer.as_mut_bytes())?;
                 match (answer.error.get().cast_signed(), answer.len.get()) {
                     (0, _) => Ok(true),
-                    (-1, u32::MAX) => Err(CheckAbort::Violation("a request was completed without an answer".into())),
+                    (-1, u32::MAX) => Err(CheckAbort::Violation("a request was completed without a reply".into())),
                     (error, _) => Err(CheckAbort::Violation(format!("a FUSE request failed with error {error}"))),
                 }
             }
