@@ -44,7 +44,7 @@ Exit status: 0 no failure; 1 a rule failed; 2 wrong arguments; 3 the back-end co
 failure. SIGINT, SIGTERM and SIGHUP end the check within seconds, after it has restored its changes.")]
 pub(crate) struct Arguments {
     /// Socket of the back-end
-    #[arg(required_unless_present = "explain", value_parser = values::socket())]
+    #[arg(required_unless_present = "explain", value_parser = values::socket_path())]
     socket: Option<PathBuf>,
     /// Print a rule, the consequence of a violation, and advice
     #[arg(long, value_name = "RULE", value_parser = explained, exclusive = true)]

@@ -324,7 +324,7 @@ fn assert_common_rules_pass_and_an_unlogged_device_fails(
 
 #[test]
 fn common_rules_are_checked_on_an_rng() {
-    let device = || -> (Arc<dyn Device>, CheckOptions) { (Arc::new(Rng), CheckOptions::default()) };
+    let device = || -> (Arc<dyn VirtioDevice>, CheckOptions) { (Arc::new(Rng), CheckOptions::default()) };
     assert_common_rules_pass_and_an_unlogged_device_fails(&device, "an entropy source");
 }
 
@@ -337,7 +337,7 @@ fn common_rules_are_checked_on_a_file_system() {
 #[test]
 fn common_rules_are_checked_on_vsock() {
     let options = CheckOptions { device: Some(DeviceKind::Vsock), ..CheckOptions::default() };
-    let device = || -> (Arc<dyn Device>, CheckOptions) { (Arc::new(Vsock::new()), options.clone()) };
+    let device = || -> (Arc<dyn VirtioDevice>, CheckOptions) { (Arc::new(Vsock::new()), options.clone()) };
     assert_common_rules_pass_and_an_unlogged_device_fails(&device, "vsock with context id 42, frame source Loop");
 }
 
@@ -353,7 +353,7 @@ fn common_rules_are_checked_on_a_console() {
 
 #[test]
 fn an_ambiguous_device_kind_is_an_error_that_names_the_device_option() {
-    let devices: [(Arc<dyn Device>, &str); 3] = [
+    let devices: [(Arc<dyn VirtioDevice>, &str); 3] = [
         (Arc::new(Fs { tag: false }), "none of the known kinds"),
         (Arc::new(Vsock::new()), "blk, vsock"),
         (Arc::new(Console::new()), "console"),
