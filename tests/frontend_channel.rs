@@ -1,4 +1,4 @@
-//! What back-ends say to the vhost-user client without having been asked.
+//! Back-end requests to the vhost-user client.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use std::fs::File;
@@ -33,7 +33,7 @@ mod raw;
 const MIB: u64 = 1 << 20;
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// A disk whose back-end says whatever a test wants.
+/// A disk, and the handle for back-end requests of the test.
 struct ChannelDevice {
     disk: BlkDevice,
     host: Mutex<Arc<FrontendHandle>>,
@@ -65,7 +65,7 @@ impl backend::VirtioDevice for ChannelDevice {
     }
 }
 
-/// It is served until this is dropped.
+/// A back-end that is served until it is dropped.
 struct Backend {
     folder: TempDir,
     channel_device: Arc<ChannelDevice>,
@@ -100,7 +100,7 @@ impl Backend {
         self.channel_device.host.lock().unwrap().clone()
     }
 
-    /// What the front-end answers.
+    /// Sends a back-end request with need-reply. Returns the acknowledgement.
     fn ask(&self, code: BackendRequest, body: &(impl IntoBytes + zerocopy::Immutable)) -> u64 {
         self.host().ask(code, body).unwrap().expect("REPLY_ACK").recv_timeout(DEADLINE).unwrap()
     }
@@ -117,7 +117,7 @@ fn is_readable(fd: &impl AsFd, timeout: PollTimeout) -> bool {
     poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], timeout) == Ok(1)
 }
 
-/// Waits for events, as somebody does who polls.
+/// Waits for events by polling.
 fn events(device: &mut UserDevice) -> Vec<DeviceEvent> {
     let fd = device.events_fd().unwrap().unwrap();
     assert!(is_readable(&fd, 60_000u16.into()), "no event came");
@@ -128,7 +128,7 @@ fn eventfd() -> Arc<OwnedFd> {
     Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).unwrap().into())
 }
 
-/// Ring 0, empty, and its memory.
+/// Returns memory and an empty ring 0.
 fn ring(device: &mut UserDevice) -> (Memory, RingSetup) {
     let region = Region::share(sealed_memfd("guest", MIB).unwrap(), 0, MIB, 0).unwrap();
     let memory = Memory::new([Arc::new(region)]).unwrap();
@@ -148,7 +148,7 @@ fn a_config_change_message_is_one_event() {
         backend.host().config_changed();
         assert_eq!(events(&mut device), [DeviceEvent::ConfigChanged]);
     }
-    // The next connection has a channel too.
+    // The next connection has a channel as well.
     device.reconnect(Instant::now() + DEADLINE).unwrap();
     backend.host().config_changed();
     assert_eq!(events(&mut device), [DeviceEvent::ConfigChanged]);
@@ -168,7 +168,7 @@ fn unsupported_back_end_requests_are_refused_when_they_need_a_reply() {
         assert_eq!(backend.ask(code, &[0u8; 40]), 1, "{code}");
         assert_eq!(events(&mut device), [DeviceEvent::RequestRefused(code)]);
     }
-    // No such ring is started, and one message is cut short.
+    // Rings that are not started, and a truncated message.
     for code in [BackendRequest::VRING_CALL, BackendRequest::VRING_ERR] {
         assert_eq!(backend.ask(code, &VringState { index: 0, num: 0 }), 1);
         assert_eq!(backend.ask(code, &VringState { index: u32::MAX, num: 0 }), 1);
@@ -186,7 +186,7 @@ fn a_flooded_channel_keeps_a_bounded_number_of_events() {
     let flood = std::thread::spawn(move || {
         for number in 0..20_000 {
             host.config_changed();
-            // It takes what it is told about as fast as it is told.
+            // The front-end reads as fast as the test writes.
             while host.send(BackendRequest(1000 + number), &[0u8; 4000]).is_err() {
                 std::thread::yield_now();
             }
@@ -196,7 +196,7 @@ fn a_flooded_channel_keeps_a_bounded_number_of_events() {
         assert!(device.status().unwrap().is_some());
     }
     flood.join().unwrap();
-    // Behind the last of them: all messages have been received, and events of other kinds are kept.
+    // After the flood: all messages were received, and events of other kinds are kept.
     let area = VringArea { u64: 1, size: 4096, offset: 0 };
     assert_eq!(backend.ask(BackendRequest::VRING_HOST_NOTIFIER_MSG, &area), 1);
     assert_eq!(backend.ask(BackendRequest::CONFIG_CHANGE_MSG, &[0u8; 0]), 0);
@@ -207,7 +207,7 @@ fn a_flooded_channel_keeps_a_bounded_number_of_events() {
     }
 }
 
-/// Rules B3.2, B3.3: an error fd that the back-end has by SET_VRING_ERR, or BACKEND_VRING_ERR after a VRING_KICK.
+/// Rules B3.2, B3.3: the back-end signals the error fd of SET_VRING_ERR, or sends BACKEND_VRING_ERR.
 #[test]
 fn a_broken_ring_signals_its_error_fd_in_band_and_out_of_band() {
     for in_band in [0, bit(protocol_feature::INBAND_NOTIFICATIONS)] {
@@ -224,7 +224,7 @@ fn a_broken_ring_signals_its_error_fd_in_band_and_out_of_band() {
         if in_band != 0 {
             assert_eq!(events(&mut device), [DeviceEvent::RingBroken(0)]);
         }
-        // Nothing is signalled for a ring that is stopped.
+        // A stopped ring is not signalled.
         device.stop_ring(0).unwrap();
         assert_eq!(backend.ask(BackendRequest::VRING_CALL, &VringState { index: 0, num: 0 }), 1);
     }
@@ -259,13 +259,13 @@ fn the_guest_reports_the_new_capacity_and_broken_rings() {
     assert_eq!((now(&guest).capacity, now(&guest).broken_rings), (16 * MIB, vec![]));
     let image = File::options().write(true).open(backend.folder.path().join("image")).unwrap();
     image.set_len(64 * MIB).unwrap();
-    // The disk has no `Host` of its own here: the test sends the message.
+    // The test has the handle of the disk, so the test sends the message.
     backend.channel_device.disk.grow().unwrap();
     backend.host().config_changed();
     wait_until(&guest, "it has grown", |guest| now(guest).capacity == 64 * MIB);
     assert_eq!(backend.ask(BackendRequest::VRING_ERR, &VringState { index: 1, num: 0 }), 0);
     wait_until(&guest, "a ring is broken", |guest| now(guest).broken_rings == [1]);
-    // It was none of its own words, and the ring goes on; once started anew it counts as whole.
+    // The ring is not broken in fact and continues. After a restart it is reported as intact.
     guest.verify().unwrap();
     guest.pause().unwrap();
     guest.stop_devices().unwrap();
@@ -316,7 +316,7 @@ fn a_protocol_violation_on_the_back_end_channel_closes_only_the_channel() {
         let shown = format!("{bytes:x?}");
         let violate = move |channel: raw::Client| {
             channel.send_bytes(&bytes, &[]);
-            // The front-end hangs up, and nothing else comes.
+            // The front-end closes the channel without a reply.
             assert!(channel.is_closed());
         };
         let backend = std::thread::spawn(move || serve_with_channel(listener, violate));
@@ -349,7 +349,7 @@ fn a_host_notifier_is_refused_and_its_fd_is_closed() {
     let path = folder.path().join("s");
     let mut device = UserDevice::connect(path, UserOptions::default(), Instant::now() + DEADLINE).unwrap();
     assert_eq!(events(&mut device), [DeviceEvent::HostNotifierRefused(0)]);
-    // It answers when it has said all.
+    // The status request is served after the channel messages.
     assert_eq!(device.status().unwrap(), Some(7));
     drop(device);
     backend.join().unwrap();
@@ -399,7 +399,7 @@ impl ManualBackend {
         }
     }
 
-    /// Does all it is told until it is told `code`, which it leaves unanswered.
+    /// Replies to all requests up to `code`, to which it does not reply.
     fn receive_until(&self, code: Code) {
         loop {
             let (header, payload, _) = self.connection.receive();
@@ -422,13 +422,13 @@ impl ManualBackend {
         self.connection.send(code, Header::REPLY_FLAGS, body.as_bytes(), fds);
     }
 
-    /// What the front-end answers to a call of ring 0.
+    /// Sends a call for ring 0 with need-reply. Returns the acknowledgement.
     fn call_ring_0(&self) -> u64 {
         let code = Code(BackendRequest::VRING_CALL.0);
         self.channel.acknowledged(code, VringState { index: 0, num: 0 }.as_bytes(), &[])
     }
 
-    /// Ring 0 is started; with its device come its kick and its call.
+    /// Starts ring 0. Returns the device and the ring's fds.
     fn start_ring_0(&self, device: UserDevice) -> (UserDevice, RingSetup) {
         let starts = std::thread::spawn(move || {
             let mut device = device;
@@ -438,7 +438,7 @@ impl ManualBackend {
             (device, setup)
         });
         self.receive_until(Code::SET_VRING_ENABLE);
-        // It has found requests at once, and served them.
+        // The ring was served as soon as it was enabled.
         assert_eq!(self.call_ring_0(), 0, "a ring that is being enabled is not known");
         self.reply(Code::SET_VRING_ENABLE, &0u64, &[]);
         starts.join().unwrap()
@@ -457,12 +457,12 @@ fn in_band_calls_are_forwarded_while_a_ring_is_enabled_and_after_it_is_stopped()
     backend.receive_until(Code::GET_VRING_BASE);
     backend.reply(Code::GET_VRING_BASE, &VringState { index: 0, num: 1 }, &[]);
     let _device = stops.join().unwrap().unwrap();
-    // What it said last may come over the channel when the answer has been read already.
+    // The last call may be sent after the reply to GET_VRING_BASE.
     assert_eq!(backend.call_ring_0(), 1);
     assert!(is_readable(&setup.call, PollTimeout::ZERO), "the last call is lost");
 }
 
-/// Rules B3.5, I8.2: else the back-end starts the ring again, which by then is another's.
+/// Rules B3.5, I8.2: a late kick would start the ring again.
 #[test]
 fn no_in_band_kick_follows_the_message_that_stops_its_ring() {
     let stop: fn(&mut UserDevice) -> Result<RingBase, FrontendError> = |device| device.stop_ring(0);

@@ -1,5 +1,4 @@
-//! The vhost-user client in front of back-ends that don't know where memory is: misses, translations and invalidations
-//! (rules T1-T3, L5).
+//! The vhost-user client with an IOMMU: misses, translations and invalidations (rules T1-T3, L5).
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -56,7 +55,7 @@ const TRANSLATED: u64 = bit(VIRTIO_F_ACCESS_PLATFORM);
 const FEATURES: u64 = bit(VIRTIO_F_VERSION_1) | TRANSLATED;
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// The table of an IOMMU: guest-physical pages and what is permitted there, by I/O virtual page.
+/// Mappings of an IOMMU: guest-physical page and permission, by I/O virtual page.
 #[derive(Default)]
 struct IommuTable {
     map: Mutex<BTreeMap<u64, (u64, Access)>>,
@@ -73,7 +72,8 @@ impl Iommu for IommuTable {
 }
 
 impl IommuTable {
-    /// Scatters 24 MiB of I/O virtual addresses from [`BASE`] on over both regions; and the pages that are free.
+    /// Maps 24 MiB of I/O virtual addresses from [`BASE`] to pages of both regions in random order. Also returns the
+    /// free pages.
     fn scattered() -> (IommuTable, Vec<u64>) {
         let mut pages: Vec<u64> = (0..REGION / LOG_PAGE).flat_map(|page| [page, HIGH / LOG_PAGE + page]).collect();
         let mut dice = Dice(11);
@@ -124,7 +124,7 @@ impl IommuSetup {
         IommuSetup { guest, table, free, device, features }
     }
 
-    /// Guest memory as the driver sees it: in one piece.
+    /// Returns guest memory as the driver sees it, contiguous.
     fn view(&self, iova: u64, len: u64) -> Memory {
         let iotlb = Iotlb::default();
         for (page, (gpa, _)) in self.table.map.lock().unwrap().iter() {
@@ -133,7 +133,7 @@ impl IommuSetup {
         IovaWindow::open(&self.guest.memory, &iotlb, &[(iova, len, Access::Read)], None).unwrap().memory().clone()
     }
 
-    /// A ring that runs, and its error fd.
+    /// Starts a ring. Returns it with its error fd.
     fn ring(&mut self, index: u16) -> (Ring, Arc<OwnedFd>) {
         let at = BASE + (u64::from(index) << 20);
         let ring = Ring::at(&self.view(BASE, 24 << 20), at, index.into(), SIZE, self.features);
@@ -160,7 +160,7 @@ impl IommuSetup {
         error
     }
 
-    /// What the device writes of a ring: pages, guest-physical.
+    /// Returns the guest-physical pages of a ring that the device writes.
     fn written_of(&self, ring: &Ring) -> BTreeSet<u64> {
         let areas = match self.features & PACKED {
             0 => vec![(ring.layout.used, 6 + 8 * u64::from(SIZE))],
@@ -169,7 +169,7 @@ impl IommuSetup {
         areas.iter().flat_map(|(at, len)| self.table.pages(*at, *len)).collect()
     }
 
-    /// One read of two sectors, and what it found.
+    /// Reads two sectors and checks the data.
     fn reads(&self, ring: &mut Ring, slot: &Slot) {
         let memory = self.view(slot.at(), Slot::BYTES);
         slot.add(ring, &memory, VIRTIO_BLK_T_IN, 1, 1024, false);
@@ -210,18 +210,18 @@ fn requests_through_scattered_pages_are_correct_and_logged_by_guest_physical_add
     let view = setup.view(BASE, 24 << 20);
     let table = setup.table.clone();
     let pages = |at, len| table.pages(at, len);
-    // Nothing of the first rounds is logged.
+    // The first rounds are not logged.
     load.round(&mut ring, &view, pages, indirect != 0);
     load.by_device.clear();
     setup.device.start_logging(&log, fd.as_fd()).unwrap();
     for round in 0..40 {
         load.round(&mut ring, &view, pages, indirect != 0);
-        // What is known may go at any time.
+        // Translations may be invalidated at any time.
         if round % 10 == 5 {
             setup.device.invalidate(0..=u64::MAX).unwrap();
         }
     }
-    // Stopped and started, it goes on where it was.
+    // The ring continues after a restart.
     let base = setup.device.stop_ring(0).unwrap();
     assert_eq!(base.bits(), ring.drained());
     setup.start(&ring, base);
@@ -254,7 +254,7 @@ fn no_page_is_accessed_after_invalidate_has_returned(#[values(0, PACKED)] kind: 
             wanted.push((Slot(number), sector, len));
         }
         ring.kick();
-        // Data of half of them goes elsewhere, now.
+        // Half of the requests get another data page while they run.
         let mut moved = BTreeSet::new();
         for (slot, _, len) in wanted.iter().step_by(2) {
             let page = (slot.data() + dice.below(*len)) / LOG_PAGE;
@@ -273,7 +273,7 @@ fn no_page_is_accessed_after_invalidate_has_returned(#[values(0, PACKED)] kind: 
             let is_as_it_was = setup.guest.bytes(*gpa, LOG_PAGE as usize).iter().all(|byte| *byte == 0xee);
             assert!(is_as_it_was, "{gpa:#x} was written after invalidate had returned");
         }
-        // What no page was taken from has arrived.
+        // Data in unmoved pages has arrived.
         let memory = setup.view(DATA, 4 << 20);
         for (slot, sector, len) in wanted {
             assert_eq!(bytes(&memory, slot.status(), 1), [0]);
@@ -284,7 +284,7 @@ fn no_page_is_accessed_after_invalidate_has_returned(#[values(0, PACKED)] kind: 
     }
 }
 
-/// Rule T1.4: a page that is nobody's, and one that may only be read.
+/// Rule T1.4: an unmapped page, and a read-only page.
 #[rstest]
 fn an_access_that_the_iommu_denies_breaks_its_ring_and_is_an_event(#[values(false, true)] readable: bool) {
     let (_server, socket) = server();
@@ -304,7 +304,7 @@ fn an_access_that_the_iommu_denies_breaks_its_ring_and_is_an_event(#[values(fals
     setup.table.set(page, Some((gpa, Access::ReadWrite)));
     setup.reads(&mut good, &Slot(2));
     assert!(!is_readable(&other, PollTimeout::ZERO));
-    // Once stopped and started, with the page in place, it goes on where it was.
+    // After a restart with the page mapped the ring continues.
     let base = setup.device.stop_ring(0).unwrap();
     setup.device.invalidate(page..=page).unwrap();
     setup.start(&bad, base);
@@ -312,7 +312,7 @@ fn an_access_that_the_iommu_denies_breaks_its_ring_and_is_an_event(#[values(fals
     assert_eq!(bytes(&memory, Slot(1).data(), 1024), contents(77, 1024));
 }
 
-/// Rules T1.8, L5.2, L15.4, I3.3, I4.5: the successor has no translation of anything.
+/// Rules T1.8, L5.2, L15.4, I3.3, I4.5: the restarted back-end has no translations.
 #[rstest]
 fn a_restarted_back_end_requests_translations_again_and_completes_open_requests(
     #[values(0, PACKED)] kind: u64,
@@ -340,7 +340,7 @@ fn a_restarted_back_end_requests_translations_again_and_completes_open_requests(
             wanted.push((Slot(number), sector, len));
         }
         ring.kick();
-        // At a different stage each time.
+        // At a different stage in each round.
         let early = ring.completions((round * 3 % 32) as usize).len();
         if logged {
             harvest(&log);
@@ -393,7 +393,7 @@ struct ManualBackend {
 }
 
 impl ManualBackend {
-    /// Both ends, in front of `iommu`.
+    /// Connects a device with `iommu` to a back-end driven by the test.
     fn connect(iommu: Arc<dyn Iommu>) -> (ManualBackend, UserDevice, Guest) {
         let folder = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(folder.path().join("s")).unwrap();
@@ -439,12 +439,12 @@ impl ManualBackend {
         self.channel.send(Code(BackendRequest::IOTLB_MSG.0), flags, miss.as_bytes(), &[]);
     }
 
-    /// What the front-end answers over the channel.
+    /// Receives an acknowledgement on the channel.
     fn receive_ack(&self) -> u64 {
         u64::read_from_bytes(&self.channel.reply(Code(BackendRequest::IOTLB_MSG.0))).unwrap()
     }
 
-    /// The next translation or invalidation, which is acknowledged if it wants to be.
+    /// Receives the next IOTLB message and acknowledges it if it has need-reply.
     fn receive_iotlb_message(&self) -> IotlbMsg {
         let (header, payload, _) = self.connection.receive();
         assert_eq!(Code(header.request), Code::IOTLB_MSG);
@@ -455,7 +455,7 @@ impl ManualBackend {
     }
 }
 
-/// All of guest memory and more in one mapping, where it is.
+/// Maps everything to itself.
 struct Identity;
 
 impl Iommu for Identity {
@@ -474,7 +474,8 @@ fn a_mapping_larger_than_a_region_is_sent_region_by_region() {
         assert_eq!((told.kind, told.perm), (VHOST_IOTLB_UPDATE, 3));
         assert_eq!(backend.receive_ack(), 0);
     }
-    // Where no memory is, what the mapping does not contain, what is no permission, and what no back-end sends.
+    // Unmapped memory, an address outside the mapping, invalid permissions, and a message kind that back-ends do not
+    // send.
     for (iova, perm) in [(REGION, 1), (1 << 40, 1), (u64::MAX, 1), (0x1000, 0), (0x1000, 4)] {
         backend.send_miss(iova, perm, raw::NEED_REPLY);
         assert_eq!(backend.receive_ack(), 1, "{iova:#x} {perm}");
@@ -495,7 +496,7 @@ fn a_mapping_larger_than_a_region_is_sent_region_by_region() {
     everything.join().unwrap().unwrap();
 }
 
-/// Looks into its table, and is slow to say what it found.
+/// An IOMMU that returns a mapping some time after the look-up.
 struct SlowIommu {
     gpa: AtomicU64,
     looked: Mutex<Sender<()>>,
@@ -511,7 +512,7 @@ impl Iommu for SlowIommu {
     }
 }
 
-/// Rule T3.5: else the back-end would go on with what it was told to forget.
+/// Rule T3.5: otherwise the back-end would use a translation after its invalidation.
 #[test]
 fn a_translation_found_before_an_invalidation_is_not_sent_after_it() {
     let ((looked, has_looked), (go_on, goes_on)) = (channel(), channel());
@@ -520,7 +521,7 @@ fn a_translation_found_before_an_invalidation_is_not_sent_after_it() {
     let (backend, device, guest) = ManualBackend::connect(slow.clone());
     backend.send_miss(0x7000, 3, raw::VERSION);
     has_looked.recv_timeout(DEADLINE).unwrap();
-    // It has found the old page and not said so. Now the driver unmaps it.
+    // The old mapping was looked up and is not sent yet. Now the driver unmaps the page.
     slow.gpa.store(0x2000, Ordering::SeqCst);
     let invalidates: JoinHandle<UserDevice> = std::thread::spawn(move || {
         let mut device = device;
@@ -533,14 +534,14 @@ fn a_translation_found_before_an_invalidation_is_not_sent_after_it() {
     assert_eq!((told.kind, told.uaddr), (VHOST_IOTLB_UPDATE, guest.user(0x1000)));
     assert_eq!(backend.receive_iotlb_message().kind, VHOST_IOTLB_INVALIDATE);
     let device = invalidates.join().unwrap();
-    // What comes later is new.
+    // Later translations use the new mapping.
     backend.send_miss(0x7000, 3, raw::VERSION);
     go_on.send(()).unwrap();
     assert_eq!(backend.receive_iotlb_message().uaddr, guest.user(0x2000));
     drop(device);
 }
 
-/// Acknowledgements that the back-end takes its time with are neither lost nor the end of its channel.
+/// Acknowledgements are not lost if the back-end reads them late.
 #[test]
 fn misses_may_arrive_faster_than_their_acknowledgements_are_read() {
     const MISSES: u64 = 30_000;
@@ -551,7 +552,7 @@ fn misses_may_arrive_faster_than_their_acknowledgements_are_read() {
             ManualBackend { connection: raw::Client { socket: asks.socket.try_clone().unwrap() }, channel: asks };
         (0..MISSES).for_each(|number| asker.send_miss(number % 4096 * LOG_PAGE, 3, raw::NEED_REPLY));
     });
-    // All translations that are told before the channel is full of answers, and no answer is read.
+    // Translations sent before the channel is full. No acknowledgement is read.
     let mut told = 0;
     while is_readable(&backend.connection, 500u16.into()) {
         backend.receive_iotlb_message();
@@ -568,7 +569,7 @@ fn misses_may_arrive_faster_than_their_acknowledgements_are_read() {
     assert_eq!(device.take_events(), []);
 }
 
-/// A back-end that asks and asks, and reads nothing.
+/// The back-end sends misses without reading.
 #[test]
 fn translations_are_sent_later_when_the_socket_is_full() {
     const PAGES: u64 = 4000;
@@ -581,13 +582,13 @@ fn translations_are_sent_later_when_the_socket_is_full() {
             ManualBackend { connection: raw::Client { socket: asks.socket.try_clone().unwrap() }, channel: asks };
         (0..PAGES).for_each(|page| asker.send_miss(page * LOG_PAGE, 3, raw::VERSION));
     });
-    // It has no room for many, and hears on for a while.
+    // The socket is full after some translations; further misses are read for a while.
     let end = Instant::now() + DEADLINE;
     while table.asked.load(Ordering::SeqCst) < 1000 {
         assert!(Instant::now() < end, "it hears no more");
         std::thread::yield_now();
     }
-    // Nor does an invalidation get lost among them.
+    // The invalidation is not lost among the translations.
     let invalidates = std::thread::spawn(move || {
         device.invalidate(0..=LOG_PAGE - 1).unwrap();
         device
@@ -606,7 +607,7 @@ fn translations_are_sent_later_when_the_socket_is_full() {
     assert_eq!((forgotten, device.take_events()), (1, vec![]));
 }
 
-/// Rule T3.9: what it does not hear of while the feature is off.
+/// Rule T3.9: while the feature is off, changes are not sent.
 #[test]
 fn acknowledging_access_platform_again_invalidates_all_translations() {
     let (backend, mut device, _guest) = ManualBackend::connect(Arc::new(Identity));
@@ -629,7 +630,7 @@ fn acknowledging_access_platform_again_invalidates_all_translations() {
     without.join().unwrap();
 }
 
-/// Rule T1.6: what was promised, and has gone before there was room to send it.
+/// Rule T1.6: the mapping was removed after the acknowledgement and before the translation was sent.
 #[test]
 fn a_deferred_translation_that_was_unmapped_is_sent_without_permission() {
     const PAGES: u64 = 1000;
@@ -665,7 +666,7 @@ fn a_translation_with_too_little_permission_is_sent_and_is_an_event() {
     assert_eq!((backend.receive_iotlb_message().perm, backend.receive_ack(), device.take_events()), (1, 0, vec![]));
 }
 
-/// A memory table of many messages: the back-end may have something to ask before it goes on.
+/// The memory table consists of many messages; the back-end may send a miss in between.
 #[test]
 fn translations_are_deferred_until_the_memory_table_is_sent() {
     const MORE: u64 = 70;
@@ -678,7 +679,7 @@ fn translations_are_deferred_until_the_memory_table_is_sent() {
     let gives = std::thread::spawn(move || device.set_memory(&memory).map(|()| device));
     let region = || assert_eq!(Code(backend.connection.receive().0.request), Code::ADD_MEM_REG);
     let acknowledge = || backend.connection.send(Code::ADD_MEM_REG, Header::REPLY_FLAGS, 0u64.as_bytes(), &[]);
-    // The front-end sends no more before these are acknowledged.
+    // The front-end waits for these acknowledgements before it continues.
     (0..64).for_each(|_| region());
     backend.send_miss(FIRST + (MORE - 1) * REGION, 3, raw::NEED_REPLY);
     assert_eq!(backend.receive_ack(), 0);

@@ -1,4 +1,4 @@
-//! What the vhost-user client says, and what it makes of answers: against a back-end that follows a script.
+//! Messages of the vhost-user client, and its handling of replies, with a scripted back-end.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use std::fs::File;
@@ -35,13 +35,13 @@ const ALL: u64 = 1 << p::MQ
     | 1 << p::CONFIGURE_MEM_SLOTS
     | 1 << p::STATUS;
 
-/// What the back-end does instead of the usual.
+/// Reaction of the back-end to a message.
 enum ScriptedReply {
     Default,
     None,
-    /// Exactly these bytes, with these fds.
+    /// Sends these bytes and fds.
     Raw(Vec<u8>, Vec<OwnedFd>),
-    /// These bytes, and then the end.
+    /// Sends these bytes and closes the connection.
     HangUp(Vec<u8>),
 }
 
@@ -54,7 +54,7 @@ struct Message {
 
 type Script = Box<dyn FnMut(&Message) -> ScriptedReply + Send>;
 
-/// A back-end that notes what it hears; it has 4 queues, and memory slots for 32 regions.
+/// A back-end that records messages. It has 4 queues, and memory slots for 32 regions.
 struct ScriptedBackend {
     folder: TempDir,
     received: Arc<Mutex<Vec<Message>>>,
@@ -87,7 +87,7 @@ impl ScriptedBackend {
         UserDevice::connect(self.path(), options, Instant::now())
     }
 
-    /// What was heard since the last time.
+    /// Returns the messages since the last call.
     fn take(&self) -> Vec<Message> {
         std::mem::take(&mut self.received.lock().unwrap())
     }
@@ -140,7 +140,7 @@ fn default_reply(message: &Message, protocol: u64) -> (Vec<u8>, Vec<OwnedFd>) {
         Request::GET_INFLIGHT_FD => {
             let queues = u16::from_ne_bytes(message.payload[16..18].try_into().unwrap());
             let size = u16::from_ne_bytes(message.payload[18..20].try_into().unwrap());
-            // Room for either kind of ring.
+            // Large enough for split and packed rings.
             let bytes = inflight::packed_queue_bytes(size) * u64::from(queues);
             let mut payload = message.payload.clone();
             payload[..8].copy_from_slice(&bytes.to_ne_bytes());
@@ -160,7 +160,7 @@ fn raw(request: Request, flags: u32, payload: &[u8]) -> Vec<u8> {
     [header.as_bytes(), payload].concat()
 }
 
-/// `regions` regions of 64 KiB with a gap between each.
+/// `regions` regions of 64 KiB with gaps.
 fn memory(regions: u64) -> Memory {
     let region = |i| {
         let fd = sealed_memfd("guest", 0x10000).unwrap();
@@ -184,7 +184,7 @@ fn setup() -> RingSetup {
     }
 }
 
-/// A device with memory and one ring that runs.
+/// A device with memory and one running ring.
 fn running(backend: &ScriptedBackend, options: UserOptions) -> UserDevice {
     let mut device = backend.connect_with(options).unwrap();
     device.set_features(VERSION_1).unwrap();
@@ -335,7 +335,7 @@ fn a_missing_reply_is_a_timeout_after_the_deadline() {
     assert!(device.needs_reconnect(), "a late answer must not be taken for the next");
 }
 
-/// Answers the request to stop a ring, or its disabling, when it is told to.
+/// A back-end that waits for a signal before it replies to the first such request.
 fn backend_slow_at(request: Request, protocol: u64) -> (ScriptedBackend, Sender<()>) {
     let (go, gone) = channel();
     let mut held = false;
@@ -349,7 +349,7 @@ fn backend_slow_at(request: Request, protocol: u64) -> (ScriptedBackend, Sender<
     (backend, go)
 }
 
-/// Has `call` wait for an answer that does not come, and ends that by the interrupt.
+/// Runs `call`, whose reply does not arrive, and ends the wait with the interrupt.
 fn interrupted(
     backend: &ScriptedBackend,
     slow: Request,
@@ -383,7 +383,7 @@ fn a_ring_whose_stop_was_interrupted_is_restarted_by_reconnect(
     backend.take();
     interrupted(&backend, slow, &mut device, |device| device.stop_ring(0).map(drop));
     backend.take();
-    // Nothing is sent meanwhile, and nobody waits.
+    // Nothing is sent while a reply is pending, and no call waits.
     let (log, fd) = log();
     assert!(matches!(device.start_logging(&log, fd.as_fd()).unwrap_err(), FrontendError::Interrupted { .. }));
     let late = || Instant::now() + Duration::from_secs(3600);
@@ -400,12 +400,12 @@ fn a_ring_whose_stop_was_interrupted_is_restarted_by_reconnect(
     let index = |request| received.iter().position(|message| message.request == request);
     let enabled = index(Request::SET_VRING_ENABLE).unwrap();
     assert_eq!(received[enabled].payload[4], 1, "{received:?}");
-    // What stops it was sent behind what disables it: it is started where the answer said.
+    // GET_VRING_BASE was sent after the disable: the ring starts at the returned base.
     assert!(index(Request::SET_VRING_KICK).is_some_and(|kick| kick < enabled), "{received:?}");
     assert_eq!(device.stop_ring(0).unwrap().bits(), 0);
 }
 
-/// Holds its answer to the next such request, from when it is told to until it is told to go on. Then it answers `code`.
+/// A back-end that, once armed, waits for a signal at the next such request and then replies with `code`.
 fn backend_held_at(
     request: Request,
     protocol: u64,
@@ -436,7 +436,7 @@ type Call = fn(&mut UserDevice) -> Result<(), FrontendError>;
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// Waits for an answer as long as it takes.
+/// Options with a timeout that is never reached.
 fn long_timeout() -> UserOptions {
     UserOptions { timeout: DEADLINE, ..UserOptions::default() }
 }
@@ -510,12 +510,12 @@ fn a_stop_timeout_keeps_the_connection_when_there_is_no_inflight_region() {
     assert!(!device.needs_reconnect());
 }
 
-/// Two rings with a base of their own each.
+/// Two rings with different bases.
 fn two_rings() -> [(u16, RingSetup); 2] {
     [0, 1].map(|index| (index, RingSetup { base: RingBase::split(10 + index), ..setup() }))
 }
 
-/// A back-end that answers nothing before it has heard the last message of those to ring 1 that are called `last`.
+/// A back-end that replies only after the last message in `last` for ring 1.
 fn backend_replying_after(last: &[Request], protocol: u64) -> ScriptedBackend {
     let (last, mut kept) = (last.to_vec(), Vec::new());
     let rings = [Request::SET_VRING_CALL, Request::SET_VRING_KICK, Request::SET_VRING_NUM, Request::SET_VRING_BASE];
@@ -553,16 +553,16 @@ fn messages_that_start_and_stop_rings_are_sent_before_the_first_reply_is_read(
     backend.take();
     let mut stopped = Vec::new();
     device.stop_rings(&[0, 1], &mut || {}, &mut |index, base| stopped.push((index, base.bits()))).unwrap();
-    // The backend one says 0.
+    // The scripted back-end returns base 0.
     assert_eq!(stopped, [(0, 0), (1, 0)]);
     let (enable, base) = (Request::SET_VRING_ENABLE, Request::GET_VRING_BASE);
     let received: Vec<_> = backend.take().iter().map(|message| (message.request, message.payload[0])).collect();
     assert_eq!(received, [(enable, 0), (enable, 1), (base, 0), (base, 1)]);
-    // Both may be started again.
+    // Both rings can be started again.
     device.start_rings(&two_rings(), &mut || {}, &mut |_| {}).unwrap();
 }
 
-/// The back-end of each device answers when both devices have been asked.
+/// The back-end of each device replies after both devices have sent their requests.
 #[test]
 fn one_thread_sends_to_two_devices_before_it_waits_for_either() {
     let last = [Request::SET_VRING_NUM, Request::SET_VRING_ENABLE, Request::GET_VRING_BASE];
@@ -623,11 +623,11 @@ fn ring_parameters_are_sent_again_only_after_a_change() {
     assert_eq!(told("VRING"), start);
     device.stop_ring(0).unwrap();
     backend.take();
-    // A back-end may forget a ring that has been stopped.
+    // A back-end may forget the parameters of a stopped ring.
     device.validate_rings(&rings, &mut || {}).unwrap();
     assert_eq!(told("VRING"), [&size[..], &place, &trial].concat());
     backend.take();
-    // Its place in the back-end is another one then.
+    // Other memory gives the ring other addresses.
     device.set_memory(&memory(2)).unwrap();
     device.start_ring(0, setup_of(&rings)).unwrap();
     assert_eq!(told("VRING"), [&place[..], &start].concat());
@@ -639,7 +639,7 @@ fn ring_parameters_are_sent_again_only_after_a_change() {
     device.start_ring(0, other).unwrap();
     assert_eq!(told("VRING"), [&size[..], &place, &start].concat());
     device.stop_ring(0).unwrap();
-    // What makes it forget: other features, a reset by status.
+    // Features and a status reset make the back-end forget them.
     let forgets: [Call; 2] = [|device| device.set_features(0), |device| device.set_status(0)];
     for forget in forgets {
         device.prepare_rings(&rings).unwrap();
@@ -650,7 +650,7 @@ fn ring_parameters_are_sent_again_only_after_a_change() {
     }
 }
 
-/// What is not sent is not waited for: the connection is used on.
+/// A message that was not sent has no reply: the connection stays usable.
 #[test]
 fn rings_are_neither_validated_nor_stopped_while_a_reply_is_pending() {
     let (backend, hold, go) = backend_held_at(Request::SET_FEATURES, ALL, 0);
@@ -763,14 +763,14 @@ fn a_busy_back_end_is_told_apart_from_one_that_hangs() {
     let text = error.to_string();
     assert!(text.contains("serves another front-end") && !text.contains("hangs"), "{text}");
     drop(first);
-    // Nobody is served, and it is not known why.
+    // No connection is served, for an unknown reason.
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("s");
     let listener = UnixListener::bind(&path).unwrap();
     let error = UserDevice::connect(&path, options, Instant::now()).err().unwrap();
     assert!(matches!(error, FrontendError::NotServed { busy: false, .. }), "{error}");
     assert!(error.to_string().contains("before it is restarted"), "{error}");
-    // One that has read the request and does not answer hangs.
+    // A back-end that has read the request and does not reply.
     let reader = std::thread::spawn(move || {
         let mut stream = listener.incoming().nth(1).unwrap().unwrap();
         let mut bytes = [0; 24];
@@ -857,7 +857,7 @@ fn set_config_and_restore_config_send_their_flags_and_report_refusals() {
     type Write = fn(&mut UserDevice, u32, &[u8]) -> Result<(), FrontendError>;
     for (flags, write) in [(0u32, UserDevice::set_config as Write), (1, UserDevice::restore_config)] {
         let backend = ScriptedBackend::start(ALL, |message| match message.request {
-            // Its only field is at 8.
+            // The only field is at offset 8.
             Request::SET_CONFIG if message.payload[..4] != 8u32.to_ne_bytes() => {
                 ScriptedReply::Raw(reply(message.request, 1u64.as_bytes()), vec![])
             }
@@ -933,7 +933,7 @@ fn reconnect_restores_the_device_in_the_order_of_qemu(#[values(0, PACKED)] kind:
     device.start_logging(&log, fd.as_fd()).unwrap();
     let started = backend.take();
     let inflight = started.iter().find(|message| message.request == Request::SET_INFLIGHT_FD).unwrap();
-    // The guest has seen 0x1234 completions; the back-end that dies leaves three requests marked.
+    // The guest has seen 0x1234 completions; the failed back-end has marked three requests.
     memory.write(0x3002, &0x1234u16.to_le_bytes()).unwrap();
     let mut state = device.inflight_state().unwrap().unwrap();
     for entry in [0, 3, 7] {
@@ -977,7 +977,7 @@ fn reconnect_restores_the_device_in_the_order_of_qemu(#[values(0, PACKED)] kind:
         "LOG_ALL (rule L8.1)"
     );
     assert_eq!(payload(Request::SET_INFLIGHT_FD), &inflight.payload, "the region is kept");
-    // The used index (rule I3.4); of a packed ring the region alone knows it (rule I4.5).
+    // The used index (rule I3.4); the position of a packed ring is only in the region (rule I4.5).
     let base = if kind == PACKED { 0x8000_8000u32 } else { 0x1234 };
     assert_eq!(payload(Request::SET_VRING_BASE)[4..], base.to_ne_bytes());
     assert_eq!(payload(Request::SET_VRING_ADDR)[4..8], 1u32.to_ne_bytes(), "VHOST_VRING_F_LOG");
@@ -1092,7 +1092,7 @@ fn connect_waits_for_a_starting_back_end_until_the_deadline() {
     let late = path.clone();
     let starter = std::thread::spawn(move || {
         let listener = UnixListener::bind(late).unwrap();
-        // The first connection dies at once, as when a back-end falls over while it starts.
+        // The first connection is closed at once, as by a back-end that fails at its start.
         drop(listener.accept().unwrap());
         let mut script: Script = Box::new(|_| ScriptedReply::Default);
         serve(listener.accept().unwrap().0, ALL, &Mutex::default(), &mut script);
@@ -1108,7 +1108,8 @@ fn connect_waits_for_a_starting_back_end_until_the_deadline() {
     assert!(error.to_string().contains("107 bytes"), "{error}");
 }
 
-/// A device behind a back-end that answers SET_DEVICE_STATE_FD with `code` and `fd`, and CHECK_DEVICE_STATE with `check`.
+/// A device whose back-end replies to SET_DEVICE_STATE_FD with `code` and `fds`, and to CHECK_DEVICE_STATE with
+/// `check`.
 fn with_state(code: u64, mut fds: Vec<OwnedFd>, check: impl Fn() -> ScriptedReply + Send + 'static) -> UserDevice {
     let backend = ScriptedBackend::start(ALL | bit(p::DEVICE_STATE), move |message| match message.request {
         Request::SET_DEVICE_STATE_FD => {
@@ -1145,16 +1146,16 @@ fn a_failed_device_state_transfer_is_an_error() {
         FrontendError::DeviceState { source, .. } => assert_eq!(source.kind(), kind),
         other => panic!("{other}"),
     };
-    // Never closed.
+    // A pipe that is never closed.
     let (reader, _open) = std::io::pipe().unwrap();
     failed(with_state(0, vec![reader.into()], checked(0)).save_state().unwrap_err(), TimedOut);
-    // Without end.
+    // A state without end.
     let zeroes = File::open("/dev/zero").unwrap();
     failed(with_state(0, vec![zeroes.into()], checked(0)).save_state().unwrap_err(), FileTooLarge);
-    // Never read.
+    // A pipe that is never read.
     let (_unread, writer) = std::io::pipe().unwrap();
     failed(with_state(0, vec![writer.into()], checked(0)).load_state(&vec![0; 1 << 20]).unwrap_err(), TimedOut);
-    // Refused at first, in the end, and for a reason that is asked for.
+    // A refusal at the start, and after the transfer.
     let mut device = with_state(0x101, vec![], checked(0));
     assert!(matches!(device.save_state(), Err(FrontendError::Refused { code: 0x101, .. })));
     assert_eq!(device.status().unwrap(), Some(7), "the connection goes on");
@@ -1164,10 +1165,10 @@ fn a_failed_device_state_transfer_is_an_error() {
     let (_, writer) = std::io::pipe().unwrap();
     let error = with_state(0, vec![writer.into()], checked(5)).load_state(b"state").unwrap_err();
     assert!(matches!(error, FrontendError::Refused { code: 5, .. }), "{error}");
-    // An fd is announced, and none comes.
+    // An announced fd that is missing.
     let error = with_state(0, vec![], checked(0)).save_state().unwrap_err();
     assert!(matches!(error, FrontendError::ProtocolViolation { rule: "D1.2", .. }), "{error}");
-    // It dies in between.
+    // A connection closed during the transfer.
     let (reader, _) = std::io::pipe().unwrap();
     let error = with_state(0, vec![reader.into()], || ScriptedReply::HangUp(vec![])).save_state().unwrap_err();
     assert!(error.is_hang_up(), "{error}");
@@ -1180,7 +1181,7 @@ fn a_postcopy_memory_table_reply_with_other_regions_is_a_protocol_violation() {
             Request::SET_MEM_TABLE if message.payload.len() == 8 => ScriptedReply::None,
             Request::SET_MEM_TABLE => {
                 let mut payload = message.payload.clone();
-                // The guest's address, the size, the address (which is the back-end's), the offset (which means nothing).
+                // Guest-physical address, size, user address (which may differ), offset (which is ignored).
                 payload[8 + change] ^= 1;
                 ScriptedReply::Raw(reply(message.request, &payload), vec![])
             }

@@ -1,6 +1,6 @@
-//! A back-end that answers whatever it likes: the client gives an error or goes on, in time, and leaves nothing behind.
+//! A back-end with arbitrary replies: the client returns an error or continues, within its timeouts and without leaks.
 //!
-//! Input: features, how each request is answered, and what is said over the back-end channel.
+//! Input: features, the reply to each request, and messages on the back-end channel.
 #![no_main]
 
 use std::io::{IoSlice, IoSliceMut, Read, Write};
@@ -22,14 +22,14 @@ use vhost_migrate::ring::RingBase;
 use zerocopy::{FromZeros, IntoBytes};
 
 static FOLDER: LazyLock<tempfile::TempDir> = LazyLock::new(|| tempfile::tempdir().unwrap());
-/// How long the client waits for what doesn't come.
+/// Timeout of the client.
 const TIMEOUT: Duration = Duration::from_millis(5);
 
-/// The back-end's part of the input.
+/// Back-end side of the input.
 struct HostileBackend<'a> {
     input: &'a [u8],
     features: u64,
-    /// The back-end channel, if it was given one.
+    /// The back-end channel, if the front-end has sent one.
     channel: Option<UnixStream>,
 }
 
@@ -40,7 +40,7 @@ impl HostileBackend<'_> {
         first
     }
 
-    /// Answers one connection until either side has enough.
+    /// Serves one connection until either side closes it.
     fn serve(&mut self, socket: &UnixStream) {
         while let Some((header, fd)) = receive(socket) {
             let mut payload = vec![0; header.size as usize];
@@ -59,7 +59,7 @@ impl HostileBackend<'_> {
         self.channel = None;
     }
 
-    /// Says something over the back-end channel, or doesn't, and leaves answers unread for a while.
+    /// Sends messages on the back-end channel, and leaves replies unread at times.
     fn send_channel_messages(&mut self) {
         if self.channel.is_none() {
             return;
@@ -137,7 +137,7 @@ impl HostileBackend<'_> {
     }
 }
 
-/// The header of a request, and its fd.
+/// Receives the header of a request, and its fd.
 fn receive(socket: &UnixStream) -> Option<(Header, Option<OwnedFd>)> {
     let (mut header, mut fd) = (Header::new_zeroed(), None);
     let mut space = nix::cmsg_space!([RawFd; 8]);
@@ -146,14 +146,14 @@ fn receive(socket: &UnixStream) -> Option<(Header, Option<OwnedFd>)> {
     let received = recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut space), flags).ok()?;
     for message in received.cmsgs().ok()? {
         if let ControlMessageOwned::ScmRights(fds) = message {
-            // SAFETY: they have just been received, and are nobody else's.
+            // SAFETY: recvmsg has just created these fds, and nothing else owns them.
             fd = fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).last();
         }
     }
     (received.bytes == size_of::<Header>()).then_some((header, fd))
 }
 
-/// Memory where the device sees it, but for one page.
+/// Maps all memory to itself except one page.
 struct Identity;
 
 impl Iommu for Identity {
@@ -163,7 +163,7 @@ impl Iommu for Identity {
     }
 }
 
-/// What a VMM does with a device; every error is as good as success.
+/// Uses a device as a VMM does. Errors are as good as success.
 fn drive(path: PathBuf, features: u64, in_band: bool, memory: &Memory) {
     let usual = UserOptions::default();
     let more = if in_band { 1 << protocol_feature::INBAND_NOTIFICATIONS } else { 0 };

@@ -1,4 +1,4 @@
-//! What a back-end can do wrong with its channel, and with notifications that are messages (rules B1, B3).
+//! Faults of the back-end channel and of in-band notifications (rules B1, B3).
 
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
@@ -11,23 +11,23 @@ use zerocopy::{FromZeros, IntoBytes};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum ChannelFault {
-    /// Who closes it, or sends noise over it, loses the connection.
+    /// A closed channel, or noise on it, ends the connection.
     EndsConnection,
-    /// Another one is closed.
+    /// A second channel is closed.
     IgnoresReplacement,
-    /// Every completion is told over it, and room is waited for.
+    /// Sends a call for every completion, and blocks on a full socket.
     BlocksOnFullChannel,
-    /// No calls by messages.
+    /// Sends no in-band calls.
     SendsNoCalls,
-    /// Kicks by messages are acknowledged, and that is all.
+    /// Acknowledges in-band kicks and ignores them.
     IgnoresKicks,
-    /// Kicks by messages start no ring.
+    /// In-band kicks do not start a ring.
     KicksDoNotStart,
-    /// Misses without end go over every channel, and nobody reads how they are acknowledged.
+    /// Sends misses without end on every channel, and does not read the acknowledgements.
     Floods,
 }
 
-/// The back-end's end of a channel, once more.
+/// Duplicate of the back-end's end of a channel.
 pub(crate) struct ChannelSocket(UnixStream);
 
 impl ChannelSocket {
@@ -35,13 +35,13 @@ impl ChannelSocket {
         ChannelSocket(socket.into())
     }
 
-    /// Whether it is closed, or something has come over it.
+    /// Returns true if the channel is closed or data has arrived.
     pub(crate) fn is_over(&self) -> bool {
         let mut polled = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
         poll(&mut polled, PollTimeout::ZERO) == Ok(1)
     }
 
-    /// Asks for translations until the channel is over.
+    /// Sends misses until the channel is closed.
     pub(crate) fn flood(mut self) {
         let body = IotlbMsg { iova: 1 << 32, perm: VHOST_ACCESS_RO, kind: VHOST_IOTLB_MISS, ..IotlbMsg::new_zeroed() };
         let header = Header { request: BackendRequest::IOTLB_MSG.0, flags: 9, size: size_of_val(&body) as u32 };
@@ -49,7 +49,7 @@ impl ChannelSocket {
         std::thread::spawn(move || while self.0.write_all(&message).is_ok() {});
     }
 
-    /// Calls for ring 0, as soon as there is room.
+    /// Sends a call for ring 0, as soon as there is room.
     pub(crate) fn call(&self) {
         let body = VringState { index: 0, num: 0 };
         let header = Header { request: BackendRequest::VRING_CALL.0, flags: 1, size: size_of_val(&body) as u32 };

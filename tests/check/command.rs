@@ -1,4 +1,4 @@
-//! The command: its exit status, what it prints and writes, and the back-ends that it starts and kills.
+//! The command `check`: exit status, output, and the back-ends that it starts and kills.
 
 use std::fs::File;
 use std::io::Read;
@@ -29,14 +29,14 @@ pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// What the command said in JSON, and its exit status.
+/// Runs the command with `--json`. Returns the report and the exit status.
 pub(crate) fn report(arguments: &[&str]) -> (Value, Option<i32>) {
     let output = command(&[arguments, &["--json"]].concat());
     let report = serde_json::from_slice(&output.stdout);
     (report.unwrap_or_else(|_| panic!("{arguments:?}: {}", text(&output.stderr))), output.status.code())
 }
 
-/// Starts a process that serves a socket, and waits until it does.
+/// Starts a process and waits until it serves the socket.
 pub(crate) fn serving(arguments: &[&str], socket: &Path) -> Child {
     let child = Command::new(PROGRAM).args(arguments).spawn().unwrap();
     let end = Instant::now() + Duration::from_secs(60);
@@ -47,7 +47,7 @@ pub(crate) fn serving(arguments: &[&str], socket: &Path) -> Child {
     child
 }
 
-/// Holds a JUnit file to the report: a test case for each finding, as it was.
+/// Compares a JUnit file with the report: one test case per finding.
 pub(crate) fn same(xml: &str, report: &Value) {
     let document = Document::parse(xml).unwrap();
     let suite = document.root_element();
@@ -174,7 +174,7 @@ fn exit_status_2_is_for_wrong_arguments_and_3_for_back_ends_that_cannot_be_check
     let said = text(&unknown.stderr);
     assert!(said.contains("there is no rule \"X1\"") && said.contains("R9, R10, R11, R12, T1"), "{said}");
     assert_eq!(command(&[nobody, "--restart", "false"]).status.code(), Some(3));
-    // Somebody who accepts and is silent, and somebody who hangs up.
+    // A back-end that accepts and does not reply, and one that closes the connection.
     for hold in [true, false] {
         let socket = folder.path().join(format!("mute-{hold}"));
         let listener = UnixListener::bind(&socket).unwrap();
@@ -209,7 +209,7 @@ fn explain_prints_a_rule_without_a_back_end() {
 fn output_is_coloured_on_a_terminal_unless_no_color_is_set() {
     let backend = Backend::start(Fault::IgnoresConfigOffset);
     let check = format!("{PROGRAM} check {} --only C1", backend.socket().display());
-    // What script(1) runs has a terminal.
+    // script(1) runs the command on a terminal.
     for (no_color, coloured) in [(None, true), (Some(""), true), (Some("1"), false)] {
         let mut script = Command::new("script");
         script.args(["-qec", &check, "/dev/null"]).env_remove("NO_COLOR").stdin(Stdio::null());
@@ -233,7 +233,7 @@ fn a_busy_back_end_is_reported_as_busy_and_not_as_speaking_another_protocol() {
     assert_eq!(output.status.code(), Some(3), "{said}");
     assert!(said.contains("It serves another front-end or is stuck") && !said.contains("negotiation failed"), "{said}");
     drop(front_end);
-    // One that reads, and does not answer, does not speak it.
+    // A back-end that reads and does not reply.
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("mute");
     let listener = UnixListener::bind(&socket).unwrap();
@@ -306,7 +306,7 @@ fn a_back_end_that_does_not_restart_fails_r9() {
     let findings = found["report"]["findings"].as_array().unwrap();
     let of = |what: &str| findings.iter().find(|finding| finding["what"].as_str().unwrap().contains(what)).unwrap();
     assert!(of("SIGKILL")["seen"].as_str().unwrap().contains("exited with exit status: 7"), "{found:#}");
-    // What comes after it was not tried.
+    // Later checks were not run.
     assert!(of("counters")["seen"].as_str().unwrap().starts_with("the back-end is gone since"), "{found:#}");
     assert_eq!(of("counters")["verdict"], "not-tested");
 }
@@ -317,7 +317,7 @@ fn a_write_that_lands_after_its_process_died_fails_i9() {
     let image = image(folder.path()).image;
     let socket = folder.path().join("socket");
     let (path, disk) = (socket.to_str().unwrap(), image.to_str().unwrap());
-    // Stands in for I/O that the system still has of the dead: when all has been written, what was there comes back.
+    // Simulates late I/O of a killed process: when all sectors are written, the old contents return.
     let file = File::options().read(true).write(true).open(&image).unwrap();
     let (over, bytes) = (Arc::new(AtomicBool::new(false)), 20 * 102 * 512);
     let at = file.metadata().unwrap().len() - bytes;

@@ -1,5 +1,5 @@
-//! Devices of other kinds than disks and network interfaces: each is found for what it is, or asked for, and the rules of
-//! rings, log, region and memory are checked on it. Ours keep them; one that logs nothing is found by the log.
+//! Devices other than disks and network interfaces: detection, and the rules of rings, log, inflight region and memory.
+//! The devices of these tests pass; one that logs nothing fails the rules of the log.
 
 use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
@@ -16,14 +16,14 @@ use vhost_migrate::inflight::RingKind;
 use crate::fault::Fault;
 use crate::faulty_backend::Backend;
 
-/// Bytes of the file that is shared.
+/// Size of the file in the file system.
 const FILE: usize = 1 << 20;
 /// Bytes of a vsock packet without data.
 const PACKET: usize = 44;
-/// The guest's context id.
+/// Context id of the guest.
 const CID: u64 = 42;
 
-/// Numbers that are not very random.
+/// An entropy source with a predictable sequence.
 struct Rng;
 
 impl VirtioDevice for Rng {
@@ -49,7 +49,7 @@ fn next(number: &mut u8) -> u8 {
     *number
 }
 
-/// A file system with one file, whose requests say nothing wrong.
+/// A file system with one file.
 struct Fs {
     tag: bool,
 }
@@ -74,7 +74,7 @@ impl VirtioDevice for Fs {
     }
 }
 
-/// Answers a FUSE request.
+/// Replies to a FUSE request.
 fn fuse(request: &mut Request) {
     let number = |at: u64| request.read_obj::<u64>(at).unwrap();
     let (opcode, unique) = (request.read_obj::<u32>(4).unwrap(), number(8));
@@ -102,9 +102,9 @@ fn fuse(request: &mut Request) {
     request.write(0, &[head, answer].concat()).unwrap();
 }
 
-/// Sockets of which none is listened on.
+/// Vsock without listeners.
 struct Vsock {
-    /// Answers on their way to the guest: who reads them, and who writes.
+    /// Replies to the guest: reading and writing end.
     answers: (UnixStream, UnixStream),
 }
 
@@ -138,27 +138,27 @@ impl VirtioDevice for Vsock {
     }
 }
 
-/// A request for a connection is answered with a reset.
+/// Replies to a connection request with a reset.
 fn reset(request: &mut Request, mut answers: &UnixStream) {
     let mut packet = [0; PACKET];
     request.read(0, &mut packet).unwrap();
     assert_eq!((packet[0], packet[8], packet[30]), (CID as u8, 2, 1), "it asks for a connection");
     let swapped = [&packet[8..16], &packet[..8], &packet[20..24], &packet[16..20], &[0; 4], &[1, 0, 3, 0], &[0; 12]];
-    // Where too many wait, more are asked for later.
+    // If the socket is full, `check` sends the request again.
     let _ = answers.write(&swapped.concat());
 }
 
-/// A queue for what comes in over something that can be read.
+/// A receive queue for data of a readable source.
 struct Incoming<T> {
     from: T,
     done: Vec<Request>,
 }
 
-/// Something that can be read when it is readable.
+/// A source of received data.
 trait Readable: AsFd {
-    /// The next bytes, if there are some.
+    /// Returns the next bytes, if there are some.
     fn next(&mut self, most: usize) -> Option<Vec<u8>>;
-    /// True if there are some.
+    /// Returns true if there are some.
     fn has_more(&mut self) -> bool;
 }
 
@@ -207,7 +207,7 @@ impl<T: Readable> Queue for Incoming<T> {
     }
 }
 
-/// A console that is typed at over TCP.
+/// A console with its input from a TCP connection.
 struct Console {
     listener: TcpListener,
     typed: Arc<Mutex<Option<TcpStream>>>,
@@ -247,7 +247,7 @@ impl VirtioDevice for Console {
     }
 }
 
-/// Whoever types at a console now; kept while no ring runs.
+/// The current input connection of a console; kept while no ring runs.
 struct Keyboard {
     listener: TcpListener,
     typed: Option<TcpStream>,
@@ -279,7 +279,7 @@ impl Readable for Keyboard {
             match is_readable(typed).then(|| typed.peek(&mut [0])) {
                 None => return false,
                 Some(Ok(1)) => return true,
-                // Whoever it was has gone.
+                // The connection was closed.
                 Some(_) => self.typed = None,
             }
         }
@@ -301,7 +301,7 @@ fn of(report: &CheckReport, verdict: Verdict) -> BTreeSet<&'static str> {
     report.rules().into_iter().filter(|(_, v)| *v == verdict).map(|(rule, _)| rule).collect()
 }
 
-/// Rules about what every device has: rings, a log, an inflight region, memory.
+/// Rules that apply to every device: rings, log, inflight region and memory.
 const COMMON: &[&str] = &[
     "R1", "R2", "R3", "R4", "R5", "R6", "R7", "R8", "R9", "R10", "L1", "L2", "L3", "L4", "L6", "L7", "L8", "L9", "L10",
     "L11", "L12", "L15", "I1", "I2", "I3", "I4", "I5", "I6", "I7", "M1",

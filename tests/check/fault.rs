@@ -1,4 +1,4 @@
-//! Everything that the back-ends of these tests do wrong on purpose.
+//! Faults that the back-ends of these tests inject.
 
 use vhost_migrate::abi::vhost_user::Request as Code;
 
@@ -7,116 +7,116 @@ use crate::iommu::IommuFault;
 use crate::postcopy::PostcopyFault;
 use crate::state::StateFault;
 
-/// What a back-end does wrong.
+/// A fault of a back-end.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Fault {
     None,
-    /// A payload that is not there with its header ends the connection.
+    /// Closes the connection if a payload does not arrive with its header.
     NeedsWholeMessages,
-    /// Blocks of 4096 bytes; requests for less break the ring.
+    /// Blocks of 4096 bytes; smaller requests break the ring.
     LargeBlocks,
-    /// Need-reply stays in the flags of replies.
+    /// Copies need-reply into the flags of replies.
     CopiesNeedReplyFlag,
-    /// Need-reply brings a second reply to what has one.
+    /// Sends a second reply to requests that have one of their own.
     SendsSecondReply,
-    /// The protocol features are told after what was asked next.
+    /// Replies to GET_PROTOCOL_FEATURES after the next request.
     RepliesOutOfOrder,
-    /// Unknown requests are left without an answer.
+    /// Does not reply to unknown requests.
     IgnoresUnknownRequests,
-    /// The fds of what is refused are kept.
+    /// Does not close the fds of refused messages.
     KeepsFds,
-    /// A memory table must have the size of its regions.
+    /// Accepts a memory table only without padding.
     NeedsExactTableSize,
-    /// A payload of 3 bytes ends the process.
+    /// Exits at a payload of 3 bytes.
     DiesOfShortPayload,
-    /// A header of another version ends the process.
+    /// Exits at a header of another version.
     DiesOfVersion,
-    /// A request whose payload begins with these bytes ends the process.
+    /// Exits at a request whose payload begins with these bytes.
     DiesOf(Code, &'static [u8]),
-    /// An inflight region that begins with noise ends the process.
+    /// Exits at an inflight region that begins with noise.
     DiesOfNoise,
-    /// A descriptor that leads to itself ends the process.
+    /// Exits at a descriptor that links to itself.
     DiesOfLoop,
-    /// SET_LOG_BASE is answered with 24 bytes.
+    /// Replies to SET_LOG_BASE with 24 bytes.
     LongLogReply,
-    /// Call fds that are sockets are not signalled.
+    /// Does not signal call fds that are sockets.
     IgnoresSocketCallFds,
-    /// Configuration space is always read from its start.
+    /// Returns configuration space from its start, whatever the offset.
     IgnoresConfigOffset,
-    /// Without protocol features no ring is enabled.
+    /// Does not enable rings without protocol features.
     NeedsEnable,
-    /// Rings run although they are not enabled.
+    /// Serves rings that are not enabled.
     RunsDisabledRings,
-    /// GET_VRING_BASE is answered while requests are under way.
+    /// Replies to GET_VRING_BASE while requests are in flight.
     RepliesBaseEarly,
-    /// GET_VRING_BASE is answered with what is complete, and the ring goes on.
+    /// Replies to GET_VRING_BASE with the completed requests, and continues the ring.
     RunsAfterGetBase,
-    /// The base counts from 0 on every start.
+    /// Starts every ring at base 0.
     IgnoresBase,
-    /// SET_VRING_ADDR has a running ring serve its last request again.
+    /// Executes the last request again after SET_VRING_ADDR on a running ring.
     RewindsOnSetAddr,
-    /// No inflight region before the memory table.
+    /// Refuses an inflight region before the memory table.
     NeedsMemoryBeforeInflight,
-    /// A log address is checked where it is not one.
+    /// Checks `log_guest_addr` without F_LOG.
     ChecksUnusedLogAddress,
-    /// SET_STATUS 0 is noted, and that is all.
+    /// Ignores SET_STATUS 0.
     IgnoresStatusReset,
-    /// RESET_DEVICE is done as if it were not there.
+    /// Ignores RESET_DEVICE.
     IgnoresResetDevice,
-    /// RESET_OWNER ends the connection.
+    /// Closes the connection at RESET_OWNER.
     HangsUpAtResetOwner,
-    /// A new call fd has to wait for the next completion.
+    /// Signals a new call fd only at the next completion.
     ForgetsPendingCall,
-    /// An unknown request ends the process.
+    /// Exits at an unknown request.
     DiesOfUnknownRequest,
-    /// Data is not logged.
+    /// Does not log data.
     DoesNotLogData,
-    /// A log begins where its file does.
+    /// Ignores the offset of a log.
     IgnoresLogOffset,
-    /// A log ends where its file does.
+    /// Uses a log up to the end of its file.
     IgnoresLogSize,
-    /// The used ring is logged where it is, whatever `log_guest_addr` says.
+    /// Logs the used ring at its own address instead of `log_guest_addr`.
     IgnoresLogAddress,
-    /// Whatever is logged, all of memory is.
+    /// Marks all of memory.
     MarksEverything,
-    /// Another log is not taken over.
+    /// Keeps using the old log.
     KeepsOldLog,
-    /// Logging is never switched off.
+    /// Never stops logging.
     NeverStopsLogging,
-    /// LOG_ALL is refused while there is no log.
+    /// Refuses LOG_ALL without a log.
     NeedsLogBeforeLogAll,
-    /// Data is marked with the next message.
+    /// Marks data at the next message.
     MarksLate,
-    /// Words of the log are written back as they were read a moment ago.
+    /// Writes back words of the log that were read a moment ago.
     WritesBackStaleMarks,
-    /// Nothing is ever signalled after logging.
+    /// Never signals the log fd.
     DoesNotSignalLog,
-    /// Who takes over a ring with a past logs nothing of what it does.
+    /// Logs nothing on a continued ring.
     SuccessorLogsNothing,
-    /// Who takes over a ring with a past logs what it does, and no more.
+    /// Logs only its own writes on a continued ring.
     SuccessorMarksOnlyItsWrites,
-    /// Nothing is logged after the memory table changed.
+    /// Stops logging when the memory table changes.
     StopsLoggingAtMemoryChange,
-    /// There are 8 memory slots.
+    /// Offers 8 memory slots.
     OffersFewSlots,
-    /// A log of no bytes is fine.
+    /// Accepts a log of no bytes.
     AcceptsEmptyLog,
-    /// The inflight region is said to have half its size.
+    /// Reports half the size of the inflight region.
     ReportsHalfRegion,
-    /// The inflight region is not written.
+    /// Does not write the inflight region.
     DoesNotWriteInflight,
-    /// A successor takes up a ring behind what was open.
+    /// Continues a ring after the requests in flight.
     SkipsOpenRequests,
-    /// A fresh region begins at 0 wherever its ring is.
+    /// Starts a fresh region at 0, whatever the ring's index.
     StartsFreshRegionAtZero,
-    /// Counters in the region stay 0.
+    /// Leaves the counters in the region at 0.
     KeepsCountersZero,
-    /// A reset leaves the region as it is.
+    /// Does not change the region at a reset.
     KeepsRegionAtReset,
     Iommu(IommuFault),
     BackendChannel(ChannelFault),
-    /// Something in postcopy.
+    /// A fault in postcopy.
     Postcopy(PostcopyFault),
-    /// Of a network interface, as a disk has no state.
+    /// A fault of the device state, of a network interface because disks have no such state.
     DeviceState(StateFault),
 }

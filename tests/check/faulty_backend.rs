@@ -1,4 +1,4 @@
-//! Back-ends of ours that break one rule on purpose: what they are told, what they answer, and how they serve rings.
+//! Back-ends that inject one fault: changes of requests, replies and rings.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -39,19 +39,19 @@ use crate::wire::{is_known, more_follows, receive, send};
 const DISK: u64 = 8 << 20;
 /// Bit 30 of the features: protocol features.
 const BIT_30: u64 = 1 << 30;
-/// Bit 26: LOG_ALL.
+/// Bit 26 of the features: LOG_ALL.
 const LOG_ALL: u64 = 1 << 26;
 
-/// Workers that are told something else than the session said.
+/// Ring workers with changed parameters.
 struct FaultyBackend {
     fault: Fault,
     workers: Arc<Mutex<Workers>>,
-    /// Of each ring that was started.
+    /// Parameters of each started ring.
     setups: BTreeMap<u16, VringConfig>,
-    /// The message that is being done.
+    /// Request in progress.
     code: Code,
     files: Arc<SharedFiles>,
-    /// The log of data, and what stands in for it until the next message.
+    /// The log of data, and its substitute until the next message.
     late: Option<(Arc<Log>, Arc<Log>)>,
     translations: Translations,
 }
@@ -109,7 +109,7 @@ impl FaultyBackend {
         logging
     }
 
-    /// Marks what was written to `late` since the last message.
+    /// Copies the marks of the substitute log since the last message.
     fn catch_up(&self, late: Option<&(Arc<Log>, Arc<Log>)>) {
         if let Some((log, late)) = late {
             let mut pages = PageSet::new(late.pages());
@@ -118,7 +118,7 @@ impl FaultyBackend {
         }
     }
 
-    /// Starts a ring that runs over, at `base` or where it is.
+    /// Restarts a running ring at `base`.
     fn start_over(&mut self, index: u16, base: impl FnOnce(RingBase) -> RingBase) {
         let mut workers = self.workers.lock().unwrap();
         let setup = self.setups.get_mut(&index).unwrap();
@@ -127,19 +127,19 @@ impl FaultyBackend {
     }
 }
 
-/// Whether the first descriptor of a split ring leads to itself.
+/// Returns true if the first descriptor of a split ring links to itself.
 fn loops(setup: &VringConfig) -> bool {
     let mut links = [0; 4];
     setup.memory.read(setup.layout.areas()[0] + 12, &mut links).unwrap();
     links == [1, 0, 0, 0]
 }
 
-/// How far the driver of a split ring has come.
+/// Returns the avail index of a split ring.
 fn avail_index(setup: &VringConfig) -> RingBase {
     index_in(setup, 1)
 }
 
-/// The index in an area of a split ring: 1 is the avail ring, 2 the used ring.
+/// Returns the index in an area of a split ring: 1 is the avail ring, 2 the used ring.
 fn index_in(setup: &VringConfig, area: usize) -> RingBase {
     let mut index = [0; 2];
     setup.memory.read(setup.layout.areas()[area] + 2, &mut index).unwrap();
@@ -163,7 +163,7 @@ impl VringController for FaultyBackend {
             Fault::SkipsOpenRequests => (setup.inflight, setup.base) = (None, avail_index(&setup)),
             Fault::IgnoresBase => setup.base = RingBase::default(),
             Fault::SuccessorLogsNothing if setup.inflight.is_some() => setup.logging = Logging::default(),
-            // Then the log seems to be the one that its predecessor wrote to.
+            // Makes the log look like the one of the previous process.
             Fault::SuccessorMarksOnlyItsWrites => mark_ring(&setup),
             Fault::BackendChannel(ChannelFault::SendsNoCalls) if setup.kick.is_none() => setup.call = None,
             _ => {}
@@ -185,7 +185,7 @@ impl VringController for FaultyBackend {
             _ => return self.workers.lock().unwrap().stop(index),
         };
         let base = index_in(&self.setups[&index], area);
-        // Its connection's end ends it: an interface that went on would take the frames of the next one.
+        // Stops with the connection: an interface that continues would take the frames of the next one.
         let workers = Arc::downgrade(&self.workers);
         thread::spawn(move || {
             thread::sleep(Duration::from_millis(late));
@@ -217,7 +217,7 @@ impl VringController for FaultyBackend {
             setup.logging = bent.clone();
         }
         self.workers.lock().unwrap().set_logging(index, bent);
-        // What went into the old log's stand-in meanwhile.
+        // Marks that went into the substitute of the old log meanwhile.
         self.catch_up(before.as_ref());
         if self.fault == Fault::RewindsOnSetAddr && self.code == Code::SET_VRING_ADDR {
             self.start_over(index, |base| RingBase::split(base.split_index().saturating_sub(1)));
@@ -234,15 +234,15 @@ impl VringController for FaultyBackend {
     }
 }
 
-/// How a connection ended.
+/// End of a connection.
 #[derive(PartialEq, Eq)]
 enum ConnectionEnd {
     HungUp,
-    /// The process with it.
+    /// The process exits.
     Died,
 }
 
-/// Connects a front-end, and serves it with a fault until it is over.
+/// Serves one connection with a fault.
 fn serve(
     mut socket: UnixStream,
     device: &Arc<dyn VirtioDevice>,
@@ -250,7 +250,7 @@ fn serve(
     fault: Fault,
 ) -> ConnectionEnd {
     let mut rings = FaultyBackend::new(fault, device, files.clone());
-    // Ends first: workers that wait for pages are let go.
+    // Dropped first: this releases workers that wait for pages.
     let mut session = Session::new(device.clone());
     let mut postcopy = Postcopy::new(fault);
     let (mut seen_memory, mut seen_log, mut kept, mut transfer) = (false, false, Vec::new(), StateTransfer::default());
@@ -263,7 +263,7 @@ fn serve(
         rings.code = code;
         rings.catch_up(rings.late.as_ref());
         let number = || payload.first_chunk().map_or(0, |bytes| u64::from_ne_bytes(*bytes));
-        // Whatever is cut is refused.
+        // Refused messages are truncated.
         let mut refuse = false;
         match (fault, code) {
             (Fault::DiesOfUnknownRequest, code) if code.name().is_none() => return ConnectionEnd::Died,
@@ -389,7 +389,7 @@ fn serve(
                 _ => {}
             },
             (Fault::RepliesOutOfOrder, Code::GET_PROTOCOL_FEATURES) if more_follows(&socket) => {
-                // What comes next is asked and answered in between.
+                // The next request is answered before this one.
                 let Some(next) = receive(&mut socket, fault) else { return ConnectionEnd::HungUp };
                 if let MessageOutcome::Reply(first) = session.handle_message(next, &mut rings) {
                     send(&socket, &first.to_bytes(), first.fd.as_ref());
@@ -422,14 +422,14 @@ pub(crate) fn image(folder: &Path) -> BlkOptions {
     BlkOptions { max_queue_size: 256, serial: "check".into(), ..BlkOptions::new(image) }
 }
 
-/// A back-end with a fault, at a socket of its own until it is dropped.
+/// A back-end with a fault, served at its own socket until it is dropped.
 pub(crate) struct Backend {
     folder: TempDir,
     server: Option<JoinHandle<()>>,
 }
 
 impl Backend {
-    /// A disk.
+    /// Starts a disk.
     pub(crate) fn start(fault: Fault) -> Backend {
         let folder = tempfile::tempdir().unwrap();
         let iommu = matches!(fault, Fault::Iommu(_) | Fault::BackendChannel(ChannelFault::Floods));
@@ -440,7 +440,7 @@ impl Backend {
         Backend::serving(folder, device, files, fault)
     }
 
-    /// A network interface that sends back what it is sent.
+    /// Starts a network interface that sends back what it receives.
     pub(crate) fn net(fault: Fault) -> Backend {
         let net = NetDevice::open(NetOptions::new(NetPeer::Loopback, [2, 0, 0, 0, 0, 1])).unwrap();
         Backend::serving(tempfile::tempdir().unwrap(), Arc::new(net), Arc::default(), fault)
@@ -455,7 +455,7 @@ impl Backend {
         let listener = UnixListener::bind(folder.path().join("socket")).unwrap();
         let server = thread::spawn(move || {
             for connection in listener.incoming() {
-                // The test says goodbye with a byte that begins no message.
+                // The test ends the server with a byte that does not begin a message.
                 let connection = connection.unwrap();
                 let mut first = [0];
                 let peeked = recv(connection.as_raw_fd(), &mut first, MsgFlags::MSG_PEEK);
@@ -473,7 +473,7 @@ impl Backend {
         self.folder.path().join("socket")
     }
 
-    /// What a check says of it.
+    /// Checks the back-end.
     pub(crate) fn checked(&self, options: CheckOptions) -> CheckReport {
         check(&self.socket(), &CheckOptions { timeout: Duration::from_secs(4), ..options }).unwrap()
     }
@@ -490,7 +490,7 @@ impl Drop for Backend {
     }
 }
 
-/// What a check says of a back-end with a fault: a disk, where that can have it.
+/// Checks a back-end with a fault: a disk, unless the fault needs a network interface.
 pub(crate) fn checked(fault: Fault, options: CheckOptions) -> CheckReport {
     match fault {
         Fault::DeviceState(_) => {

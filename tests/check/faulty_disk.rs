@@ -1,4 +1,4 @@
-//! A disk whose queues write where they should not: into the log, into the inflight region, to the channel.
+//! A disk whose queues write to the log, the inflight region and the channel.
 
 use std::fs::File;
 use std::io;
@@ -19,19 +19,19 @@ use crate::backend_channel::{ChannelFault, ChannelSocket};
 use crate::fault::Fault;
 use crate::iommu::IommuFault;
 
-/// Where the log has the pages above 4 GiB, and how many bytes of it are written back.
+/// Offset of the pages above 4 GiB in the log, and the number of bytes written back.
 const HIGH: (u64, usize) = ((1 << 32) / 4096 / 8, 320);
-/// Bytes of a large block, and where the configuration says so.
+/// Size of a large block, and its offset in configuration space.
 const LARGE: u64 = 4096;
 const BLOCK_SIZE_AT: usize = offset_of!(BlkConfig, blk_size);
-/// How often, for each batch that is complete.
+/// Number of times for each completed batch.
 const TURNS: u32 = 100;
-/// How long a word is held before it is written back.
+/// Time that a word is held before it is written back.
 const HELD: Duration = Duration::from_micros(50);
-/// How long a request is on its way to the disk that shall be late.
+/// Delay of a request.
 const LONG: Duration = Duration::from_millis(50);
 
-/// The files that the front-end has shared.
+/// Files that the front-end has shared.
 #[derive(Default)]
 pub(crate) struct SharedFiles {
     log: Mutex<Option<File>>,
@@ -40,14 +40,14 @@ pub(crate) struct SharedFiles {
 }
 
 impl SharedFiles {
-    /// Another front-end has connected.
+    /// Drops the files of the last front-end.
     pub(crate) fn forget(&self) {
         *self.log.lock().unwrap() = None;
         *self.region.lock().unwrap() = None;
         *self.channel.lock().unwrap() = None;
     }
 
-    /// Takes note of what a message shares.
+    /// Records the file that a message shares.
     pub(crate) fn note(&self, message: &VhostUserMessage) {
         let fd = || Some(message.fds.first()?.try_clone().unwrap());
         let file = || fd().map(File::from);
@@ -59,12 +59,12 @@ impl SharedFiles {
         }
     }
 
-    /// Does something with the inflight region, if there is one.
+    /// Calls `with` with the inflight region, if there is one.
     pub(crate) fn region<T>(&self, with: impl FnOnce(&Region) -> T) -> Option<T> {
         self.region.lock().unwrap().as_ref().map(with)
     }
 
-    /// Does something with the channel, if there is one.
+    /// Calls `with` with the channel, if there is one.
     pub(crate) fn channel<T>(&self, with: impl FnOnce(&ChannelSocket) -> T) -> Option<T> {
         self.channel.lock().unwrap().as_ref().map(with)
     }
@@ -128,7 +128,7 @@ impl Queue for FaultyQueue {
 
     fn submit(&mut self, request: Request) {
         if self.fault == Fault::Iommu(IommuFault::InvalidatesTooEarly) {
-            // In the meantime its translations may go.
+            // Its translations may be invalidated meanwhile.
             thread::sleep(LONG);
         }
         if self.fault == Fault::LargeBlocks {
@@ -173,7 +173,7 @@ impl Queue for FaultyQueue {
     }
 }
 
-/// Reads part of the log, and writes it back a moment later, again and again.
+/// Repeatedly reads a part of the log and writes it back a moment later.
 fn write_back(log: &File) {
     let (at, len) = HIGH;
     let mut words = vec![0; len];
@@ -185,7 +185,7 @@ fn write_back(log: &File) {
     }
 }
 
-/// An inflight region of a split ring, as a file.
+/// Inflight region of a split ring, as a file.
 pub(crate) struct Region(pub(crate) File);
 
 impl Region {
@@ -195,12 +195,12 @@ impl Region {
         header
     }
 
-    /// Whether it begins with features, of which there are none.
+    /// Returns true if it begins with feature bits, which are not defined.
     pub(crate) fn is_noise(&self) -> bool {
         self.header()[..8] != [0; 8]
     }
 
-    /// Whether nobody has used it.
+    /// Returns true if it was never used.
     pub(crate) fn is_fresh(&self) -> bool {
         self.header()[8..10] == [0; 2]
     }

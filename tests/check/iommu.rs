@@ -1,5 +1,5 @@
-//! What a back-end can do wrong behind an IOMMU (rules T1 to T4, L5): messages about translations that are not what was
-//! said, and rings that heed them too little or too much.
+//! Faults behind an IOMMU (rules T1 to T4, L5): changed IOTLB messages, and invalidations that are ignored or too
+//! early.
 
 use std::collections::BTreeMap;
 use std::thread;
@@ -11,47 +11,47 @@ use vhost_migrate::backend::{VhostUserMessage, VringConfig};
 use vhost_migrate::memory::{Access, IovaWindow, LOG_PAGE};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-/// Where data begins.
+/// Start of the data region.
 const DATA: u64 = 1 << 32;
-/// Bytes that a ring is taken to lie in.
+/// Size of the range that is assumed to hold one ring.
 const ROOM: u64 = 64 << 10;
-/// How long a stop waits: longer than the check does.
+/// Time that a stop waits; longer than the check does.
 const LONG: Duration = Duration::from_millis(4500);
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum IommuFault {
-    /// Addresses of data are taken for guest-physical.
+    /// Uses data addresses as guest-physical.
     SkipsTranslation,
-    /// What lies side by side for the driver is taken to do so in memory.
+    /// Assumes that contiguous addresses of the driver are contiguous in memory.
     AssumesContiguous,
-    /// What is not permitted ends the connection.
+    /// Closes the connection at a denied access.
     HangsUpOnDenial,
-    /// GET_VRING_BASE is answered when all requests are complete, those that can't be made too.
+    /// Replies to GET_VRING_BASE only after all requests, also those without translation.
     BaseWaitsForMisses,
-    /// What can't be a translation ends the connection.
+    /// Closes the connection at an invalid IOTLB message.
     HangsUpOnInvalid,
-    /// What can't be a translation is acknowledged.
+    /// Acknowledges invalid IOTLB messages.
     AcknowledgesInvalid,
-    /// An invalidation is acknowledged, and that is all.
+    /// Acknowledges invalidations and ignores them.
     IgnoresInvalidation,
-    /// An invalidation does not wait for requests in flight.
+    /// Does not wait for requests in flight at an invalidation.
     InvalidatesTooEarly,
-    /// Data is marked by its I/O virtual pages.
+    /// Marks data by I/O virtual page.
     MarksIova,
 }
 
-/// What was said of memory and translations.
+/// Memory and translations that the back-end has received.
 #[derive(Default)]
 pub(crate) struct Translations {
     regions: Vec<MemoryRegion>,
-    /// The first page of each room, and its address in the front-end.
+    /// First page of each ring range, and its user address.
     firsts: BTreeMap<u64, (u64, u64)>,
-    /// I/O virtual pages, by guest-physical ones.
+    /// I/O virtual pages, by guest-physical page.
     pages: BTreeMap<u64, u64>,
 }
 
 impl Translations {
-    /// Makes something else of a message; false if it ends the connection.
+    /// Changes a message. Returns false if the connection is to be closed.
     pub(crate) fn fault(&mut self, fault: IommuFault, message: &mut VhostUserMessage) -> bool {
         if message.code == Code::SET_MEM_TABLE {
             let table = message.payload[8..].chunks_exact(size_of::<MemoryRegion>());
@@ -73,7 +73,7 @@ impl Translations {
             }
             (IommuFault::AssumesContiguous, VHOST_IOTLB_INVALIDATE) => self.firsts.clear(),
             (IommuFault::HangsUpOnDenial, VHOST_IOTLB_UPDATE) => return said.perm == VHOST_ACCESS_RW,
-            // What is refused by design is asked for with need-reply, and no other update is.
+            // Of all updates only the invalid ones have need-reply.
             (IommuFault::AcknowledgesInvalid, VHOST_IOTLB_INVALIDATE) if said.size == 0 || said.size == u64::MAX => {
                 said = harmless
             }
@@ -89,7 +89,7 @@ impl Translations {
         true
     }
 
-    /// The page that a mark is set for.
+    /// Returns the page that is marked for a page.
     pub(crate) fn marked(&self, page: u64) -> u64 {
         self.pages.get(&page).copied().unwrap_or(page)
     }
@@ -106,7 +106,7 @@ impl Translations {
     }
 }
 
-/// Waits until a split ring has nothing that is not complete.
+/// Waits until a split ring has no incomplete request.
 pub(crate) fn wait_for_all(setup: &VringConfig) {
     let [_, avail, used] = setup.layout.areas();
     let index = |area: u64| {

@@ -1,4 +1,4 @@
-//! Our own back-ends keep every rule, on both kinds of rings, killed and attacked.
+//! Our back-ends pass every rule on split and packed rings, with kills and hostile messages.
 
 use std::collections::BTreeSet;
 use std::os::unix::net::UnixStream;
@@ -9,15 +9,15 @@ use serde_json::Value;
 use crate::command::{command, same, serving, text};
 use crate::faulty_backend::image;
 
-/// Rules that the whole of `check` sees kept by our own back-end.
+/// Rules that a disk passes with all options.
 const KEPT: &[&str] = &[
     "F1", "F2", "F3", "F4", "F5", "F6", "F7", "F8", "B1", "B3", "R1", "R2", "R3", "R4", "R5", "R6", "R7", "R8", "R9",
     "R10", "L1", "L2", "L3", "L4", "L6", "L7", "L8", "L9", "L10", "L11", "L12", "L15", "M1", "C1", "I1", "I2", "I3",
     "I4", "I5", "I6", "I7", "I9",
 ];
-/// Without --postcopy there is none.
+/// Result without --postcopy.
 const NO_POSTCOPY: &str = "PAGEFAULT is not offered";
-/// What can't be seen from outside, or is behind an option that is off.
+/// Rules that cannot be checked from outside, or need an option that is off.
 const ASIDE: &[&str] = &["B2", "B4", "F9", "F10", "R11", "R12", "L13", "L14", "T5", "I8", "I10", "I11", "I12", "D2"];
 
 #[test]
@@ -37,8 +37,7 @@ fn the_block_back_end_passes_every_rule_with_hostile_write_and_restart() {
     let rules = report["rules"].as_object().unwrap();
     let of =
         |verdict: &str| rules.iter().filter(|(_, v)| *v == verdict).map(|(rule, _)| &**rule).collect::<BTreeSet<_>>();
-    // What is left is what no check is about: nothing is passed over for want of an option.
-    // A disk has no state beside its rings, and this one no IOMMU.
+    // Everything else has a check that was run. A disk has no device state, and this one no IOMMU.
     let absent = ["DEVICE_STATE is not offered", "ACCESS_PLATFORM is not offered"];
     let not_offered = |finding: &Value| absent.contains(&text_of(finding)) || text_of(finding).starts_with(NO_POSTCOPY);
     for finding in report["report"]["findings"].as_array().unwrap().iter().filter(|finding| !not_offered(finding)) {
@@ -71,7 +70,7 @@ fn ring_sizes_follow_the_largest_size_that_the_back_end_accepts() {
             assert_eq!(report["rules"][rule], "pass", "{report:#}");
         }
     }
-    // What was asked for is not changed, and none that is too small for a batch is tried.
+    // A requested size is not changed, and sizes too small for a batch are not tried.
     for (entries, asked) in [("128", "256"), ("32", "")] {
         let socket = folder.path().join("refused");
         let socket = socket.to_str().unwrap();
@@ -186,7 +185,7 @@ fn rules_without_incoming_frames_are_checked_without_a_frame_source() {
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(0), "{report:#}\n{}", text(&output.stderr));
     assert_eq!((&report["rules"]["L1"], &report["rules"]["L3"]), (&"not-tested".into(), &"pass".into()), "{report:#}");
-    // The other end of the wire is a feed.
+    // The other end of the pair is the frame source.
     let other = folder.path().join("other");
     let other = other.to_str().unwrap();
     let arguments = ["backend", "net", "--socket", other, "--pair", wire.to_str().unwrap()];
@@ -202,7 +201,7 @@ fn rules_without_incoming_frames_are_checked_without_a_frame_source() {
     }
 }
 
-/// What a finding saw.
+/// Returns the observation of a finding.
 fn text_of(finding: &Value) -> &str {
     finding["seen"].as_str().unwrap()
 }

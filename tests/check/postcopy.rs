@@ -1,4 +1,4 @@
-//! What back-ends of ours do wrong on purpose in postcopy (rule P1): all of them offer it.
+//! Faults of postcopy (rule P1). All of these back-ends offer it.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -12,50 +12,50 @@ use zerocopy::IntoBytes;
 
 use crate::fault::Fault;
 
-/// Bytes of an acknowledgement, and where the payload of a reply begins.
+/// Bytes of an acknowledgement, and offset of a reply's payload.
 const NUMBER: usize = 8;
 const HEADER: usize = size_of::<Header>();
 const SLOTS: u64 = bit(protocol_feature::CONFIGURE_MEM_SLOTS);
 
-/// What goes wrong.
+/// A fault in postcopy.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum PostcopyFault {
     None,
-    /// Memory slots are offered too.
+    /// Also offers memory slots.
     OffersSlots,
-    /// There is no userfaultfd.
+    /// Has no userfaultfd.
     NoUserfaultfd,
-    /// An fd that is none.
+    /// Sends an fd that is not a userfaultfd.
     WrongFd,
-    /// POSTCOPY_ADVISE is answered with an fd where PAGEFAULT was not agreed on.
+    /// Replies to POSTCOPY_ADVISE with an fd without PAGEFAULT.
     AdvisesWithoutFeature,
-    /// POSTCOPY_LISTEN is done without POSTCOPY_ADVISE.
+    /// Accepts POSTCOPY_LISTEN without POSTCOPY_ADVISE.
     ListensWithoutAdvise,
-    /// A memory table is answered with the addresses that came with it.
+    /// Replies to a memory table with the addresses of the front-end.
     EchoesAddresses,
-    /// Need-reply brings a second answer to a memory table.
+    /// Sends a second reply to a memory table with need-reply.
     SendsSecondReply,
-    /// Need-reply brings an answer to the acknowledgement of a memory table.
+    /// Replies to the acknowledgement of a memory table with need-reply.
     RepliesToAcknowledgement,
-    /// A page is written to before it has come.
+    /// Writes to a page before it has arrived.
     TouchesPagesEarly,
-    /// Rings rest until POSTCOPY_END.
+    /// Does not run rings before POSTCOPY_END.
     StopsRingsUntilEnd,
-    /// POSTCOPY_END is refused.
+    /// Refuses POSTCOPY_END.
     RefusesEnd,
-    /// A front-end that hangs up before POSTCOPY_END ends the process.
+    /// Exits if the front-end disconnects before POSTCOPY_END.
     DiesOfHangUp,
-    /// Pages are made up for a front-end that hangs up before POSTCOPY_END.
+    /// Creates pages if the front-end disconnects before POSTCOPY_END.
     MakesUpPages,
 }
 
-/// One connection of such a back-end.
+/// State of one connection.
 pub(crate) struct Postcopy {
     fault: Option<PostcopyFault>,
     agreed: bool,
     advised: bool,
     listening: bool,
-    /// What the memory table shared, the data last.
+    /// Files of the memory table; the last holds data.
     memory: Vec<File>,
 }
 
@@ -65,7 +65,7 @@ impl Postcopy {
         Postcopy { fault, agreed: false, advised: false, listening: false, memory: Vec::new() }
     }
 
-    /// Takes note of a message, and changes it; what is answered at once, if the session is not to know of it.
+    /// Records and changes a message. Returns the reply if the session must not handle the message.
     pub(crate) fn message(&mut self, message: &mut VhostUserMessage) -> Option<(Vec<u8>, Option<OwnedFd>)> {
         let (fault, code) = (self.fault?, message.code);
         match code {
@@ -97,7 +97,7 @@ impl Postcopy {
         }
     }
 
-    /// Changes the answer of the session.
+    /// Changes the reply of the session.
     pub(crate) fn reply(&mut self, code: Code, payload: &[u8], bytes: &mut Vec<u8>, fd: &mut Option<OwnedFd>) {
         match (self.fault, code) {
             (Some(PostcopyFault::OffersSlots), Code::GET_PROTOCOL_FEATURES) => bytes[HEADER + 1] |= (SLOTS >> 8) as u8,
@@ -116,7 +116,7 @@ impl Postcopy {
         self.listening |= code == Code::POSTCOPY_LISTEN && self.advised;
     }
 
-    /// What is answered after that, to a message with these flags.
+    /// Returns a further reply to a message with these flags.
     pub(crate) fn more(&self, code: Code, flags: u32, payload: &[u8]) -> Option<Vec<u8>> {
         let of_table = code == Code::SET_MEM_TABLE && self.listening && flags & Header::FLAG_NEED_REPLY != 0;
         let is_acknowledgement = payload.len() == NUMBER;
@@ -128,7 +128,7 @@ impl Postcopy {
         .then(|| number(code, 0))
     }
 
-    /// The front-end has hung up: whether that ends the process.
+    /// Handles a disconnection. Returns true if the process is to exit.
     pub(crate) fn hung_up(&self) -> bool {
         if self.listening && self.fault == Some(PostcopyFault::MakesUpPages) {
             self.touch();
@@ -136,13 +136,13 @@ impl Postcopy {
         self.listening && self.fault == Some(PostcopyFault::DiesOfHangUp)
     }
 
-    /// Makes up the first page of data.
+    /// Creates the first page of data.
     fn touch(&self) {
         self.memory.last().into_iter().for_each(|data| data.write_all_at(&[0], 0).unwrap());
     }
 }
 
-/// A reply that is a number.
+/// Builds a reply with a u64.
 fn number(code: Code, number: u64) -> Vec<u8> {
     let header = Header { request: code.0, flags: 5, size: NUMBER as u32 };
     [header.as_bytes(), number.as_bytes()].concat()

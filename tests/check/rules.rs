@@ -1,4 +1,4 @@
-//! Every rule that has a check has a back-end that breaks it, which the check finds, and nothing else.
+//! Each checked rule has a back-end with a fault, which fails its own checks and no others.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -16,7 +16,7 @@ use crate::iommu::IommuFault;
 use crate::postcopy::PostcopyFault;
 use crate::state::StateFault;
 
-/// A fault, the rules that are checked, as ids or as what ids begin with, and those of them that it breaks.
+/// A fault, the rules to check (ids or their first letters), and the rules that it must fail.
 type Row = (Fault, &'static str, &'static [&'static str]);
 
 const FRAMING: &[Row] = &[
@@ -32,12 +32,12 @@ const FRAMING: &[Row] = &[
     (Fault::IgnoresConfigOffset, "F C", &["C1"]),
 ];
 
-/// All of them but R3, whose check is long.
+/// All of them except R3, whose check takes long.
 const ORDER: &str = "R1 R2 R4 R5 R6 R7 R8 R9 R10 I7 F8 L3";
 
 const RINGS: &[Row] = &[
     (Fault::NeedsEnable, ORDER, &["R1"]),
-    // Written before the log is there, pages are lost too.
+    // Pages written before the log is installed are lost as well.
     (Fault::RunsDisabledRings, "R1 R2 R4 R5 R6 R7 L8", &["R2", "L8"]),
     (Fault::RepliesBaseEarly, "R3", &["R3"]),
     (Fault::IgnoresBase, "R4", &["R4"]),
@@ -68,7 +68,7 @@ const LOG: &[Row] = &[
 
 const INFLIGHT: &[Row] = &[
     (Fault::ReportsHalfRegion, "I1", &["I1"]),
-    // Where packed rings go on, only the region knows.
+    // The position of packed rings is only in the region.
     (Fault::DoesNotWriteInflight, "I L15", &["I2", "I4", "I6", "L15"]),
     (Fault::SkipsOpenRequests, "I3", &["I3"]),
     (Fault::StartsFreshRegionAtZero, "I", &["I5"]),
@@ -80,7 +80,7 @@ const CHANNEL: &[Row] = &[
     (Fault::BackendChannel(ChannelFault::EndsConnection), "B", &["B1"]),
     (Fault::BackendChannel(ChannelFault::IgnoresReplacement), "B", &["B1"]),
     (Fault::BackendChannel(ChannelFault::BlocksOnFullChannel), "B", &["B1"]),
-    // A channel is seen to be another one by what it brings.
+    // The check identifies a channel by its calls.
     (Fault::BackendChannel(ChannelFault::SendsNoCalls), "B", &["B1", "B3"]),
     (Fault::BackendChannel(ChannelFault::IgnoresKicks), "B", &["B1", "B3"]),
     (Fault::BackendChannel(ChannelFault::KicksDoNotStart), "B", &["B3"]),
@@ -119,7 +119,7 @@ const POSTCOPY: &[Row] = &[
     (Fault::Postcopy(PostcopyFault::DiesOfHangUp), "P F3", &["P1", "R9"]),
 ];
 
-/// Bends that are about split rings, in the way they are made, or take all the time there is.
+/// Faults that concern split rings, or that use up all timeouts.
 const SPLIT: &[Fault] = &[
     Fault::NeedsEnable,
     Fault::IgnoresBase,
@@ -133,13 +133,13 @@ const SPLIT: &[Fault] = &[
     Fault::Iommu(IommuFault::InvalidatesTooEarly),
 ];
 
-/// Bends that show by what happens where nothing may: only they are watched for as long as usual.
+/// Faults that show within the settle time: only these use the default one.
 const WATCHED: &[Fault] = &[Fault::RunsDisabledRings, Fault::IgnoresStatusReset, Fault::IgnoresResetDevice];
 
-/// Rules whose breaches other tests show: a process that dies, and I/O that outlives it.
+/// Rules whose failure other tests show: a process that exits, and late I/O.
 const ELSEWHERE: &[&str] = &["R9", "I9"];
 
-/// The rules whose ids begin so.
+/// Returns the rules with these ids or first letters.
 fn named(starts: &str) -> Vec<&'static str> {
     let is = |id: &str| starts.split(' ').any(|start| id == start || start.len() == 1 && id.starts_with(start));
     RULES.iter().map(|(id, _)| *id).filter(|id| is(id)).collect()
@@ -189,7 +189,7 @@ fn a_back_end_without_faults_passes_and_every_check_has_a_fault_that_fails_it() 
     let checked: BTreeSet<&str> = RULES.iter().map(|(id, _)| *id).filter(|id| !unchecked(id)).collect();
     let rows = [FRAMING, RINGS, LOG, INFLIGHT, CHANNEL, STATE, IOMMU, POSTCOPY].into_iter().flatten();
     let failed: BTreeSet<&str> = rows.flat_map(|(.., breaks)| *breaks).chain(ELSEWHERE).copied().collect();
-    // Whether in-flight requests may migrate is no duty, nor is an IOMMU.
+    // Migration of requests in flight and an IOMMU are optional.
     assert_eq!(checked.difference(&failed).copied().collect::<Vec<_>>(), ["I8", "T5"], "{report}");
 }
 
@@ -246,7 +246,7 @@ fn harmless_postcopy_deviations_are_warnings_and_a_missing_userfaultfd_is_not_te
     let report = checked(Fault::Postcopy(PostcopyFault::NoUserfaultfd), options);
     assert_eq!(report.rules().get("P1"), Some(&Verdict::NotTested), "{report}");
     assert!(report.findings.iter().all(|finding| finding.seen.contains("unprivileged_userfaultfd")), "{report}");
-    // Who does not offer it refuses it.
+    // A back-end without postcopy refuses it.
     let report = checked(Fault::None, CheckOptions { only: named("P"), ..CheckOptions::default() });
     assert_eq!(report.rules().get("P1"), Some(&Verdict::NotOffered), "{report}");
     assert!(report.findings.iter().any(|finding| finding.seen.contains("POSTCOPY_ADVISE is refused")), "{report}");
@@ -272,7 +272,7 @@ fn requests_to_a_disk_with_large_blocks_cover_whole_blocks() {
     assert_eq!(written.verdict, Verdict::Pass, "{report}");
 }
 
-/// A back-end that does not survive a log that is too small: one with bits for the lower region only.
+/// The fault is a crash at a log that covers only the lower region.
 #[test]
 fn destructive_checks_run_only_with_may_kill() {
     let fragile = Fault::DiesOf(Code::SET_LOG_BASE, &[128, 0, 0, 0, 0, 0, 0, 0]);
@@ -292,7 +292,7 @@ fn a_back_end_that_dies_fails_r9_and_later_checks_are_not_tested() {
     assert_eq!(report.rules().get("R3"), Some(&Verdict::NotTested), "{report}");
 }
 
-/// What a back-end dies of, the rule whose check sends it, and how the finding begins.
+/// A fault, the rule whose check triggers the crash, and the beginning of the finding.
 const DEADLY: &[(Fault, &str, &str)] = &[
     (Fault::DiesOfVersion, "F1", "version 0: "),
     (Fault::DiesOfShortPayload, "F6", "SET_FEATURES: "),
@@ -359,7 +359,7 @@ fn only_selects_the_rules_in_the_report() {
     let report = checked(Fault::None, CheckOptions { only: vec!["I4", "L13", "F2"], ..CheckOptions::default() });
     let verdicts: Vec<_> = report.rules().into_iter().collect();
     assert_eq!(verdicts, [("F2", Verdict::Pass), ("I4", Verdict::Pass), ("L13", Verdict::NotTested)], "{report}");
-    // What I2 and I3 are about on split rings is I4 on packed ones.
+    // I2 and I3 of packed rings are I4.
     assert!(report.findings.iter().filter(|finding| finding.rule == "I4").all(|finding| finding.rings == "packed"));
 }
 

@@ -1,4 +1,4 @@
-//! What a back-end can do wrong with the state of its device (rule D1).
+//! Faults of the device state (rule D1).
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -8,37 +8,37 @@ use vhost_migrate::backend::VhostUserMessage;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum StateFault {
-    /// A device that never ran has none.
+    /// Has no state before a ring was started.
     NoStateBeforeStart,
-    /// Whatever comes is fine.
+    /// Accepts any state.
     AcceptsAnything,
-    /// What was loaded is forgotten.
+    /// Drops a loaded state.
     ForgetsState,
-    /// What is refused resets the device.
+    /// Resets the device when it refuses a state.
     ResetsOnRefusal,
-    /// What is refused ends the connection.
+    /// Closes the connection when it refuses a state.
     HangsUpOnRefusal,
-    /// After one that is refused no other is taken.
+    /// Refuses all states after it has refused one.
     RefusesAfterRefusal,
-    /// Whatever direction and phase there are not, it saves.
+    /// Treats invalid directions and phases as saving.
     AcceptsAnyDirection,
-    /// Nothing else is done until all of a state has come.
+    /// Handles no other request until a state has arrived.
     BlocksWhileLoading,
-    /// A state of ones ends the process.
+    /// Exits at a state of ones.
     DiesOfOnes,
 }
 
-/// A state that comes to be loaded, looked at on its way.
+/// A transfer of the device state, inspected on its way.
 #[derive(Default)]
 pub(crate) struct StateTransfer {
     loads: bool,
-    /// One was refused.
+    /// True once a state was refused.
     pub(crate) spoilt: bool,
     thread: Option<JoinHandle<Vec<u8>>>,
 }
 
 impl StateTransfer {
-    /// SET_DEVICE_STATE_FD.
+    /// Handles SET_DEVICE_STATE_FD.
     pub(crate) fn begin(&mut self, fault: StateFault, message: &mut VhostUserMessage) {
         self.loads = message.payload.starts_with(&[1]);
         if fault == StateFault::AcceptsAnyDirection && !matches!(message.payload[..], [0 | 1, 0, 0, 0, 0, 0, 0, 0]) {
@@ -50,19 +50,19 @@ impl StateTransfer {
             self.thread = Some(thread::spawn(move || {
                 let mut state = Vec::new();
                 let _ = from.read_to_end(&mut state);
-                // Who has seen enough need not read on.
+                // The back-end may stop reading early.
                 let _ = writer.write_all(&state);
                 state
             }));
         }
     }
 
-    /// What has come, when all has.
+    /// Returns the complete state.
     pub(crate) fn whole(&mut self) -> Vec<u8> {
         self.thread.take().map_or_else(Vec::new, |thread| thread.join().unwrap())
     }
 
-    /// Whether one came last.
+    /// Returns true if the last transfer was a load.
     pub(crate) fn loads(&self) -> bool {
         self.loads
     }

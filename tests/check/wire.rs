@@ -1,4 +1,4 @@
-//! Messages as they travel over a bent back-end's socket.
+//! Socket messages of the faulty back-ends.
 
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -12,18 +12,18 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use crate::fault::Fault;
 
-/// Whether a header with these flags is of the one version there is.
+/// Returns true if the flags have the only defined version.
 pub(crate) fn is_known(flags: u32) -> bool {
     flags & Header::FLAG_VERSION_MASK == Header::FLAG_VERSION
 }
 
-/// Whether another message is there, or is soon.
+/// Returns true if another message is available or arrives soon.
 pub(crate) fn more_follows(socket: &UnixStream) -> bool {
     let mut polled = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
     poll(&mut polled, PollTimeout::from(50u8)) == Ok(1)
 }
 
-/// Whoever has hung up is found out by the next read.
+/// Errors of a closed connection show at the next read.
 pub(crate) fn send(socket: &UnixStream, bytes: &[u8], fd: Option<&OwnedFd>) {
     let raw: Vec<_> = fd.iter().map(|fd| fd.as_raw_fd()).collect();
     let rights = [ControlMessage::ScmRights(&raw)];
@@ -32,7 +32,7 @@ pub(crate) fn send(socket: &UnixStream, bytes: &[u8], fd: Option<&OwnedFd>) {
     let _ = sendmsg::<()>(socket.as_raw_fd(), &iov, control, MsgFlags::MSG_NOSIGNAL, None);
 }
 
-/// The next message; none if the front-end has hung up, or the fault makes no sense of it.
+/// Receives the next message. Returns `None` if the connection is closed, or the fault closes it.
 pub(crate) fn receive(socket: &mut UnixStream, fault: Fault) -> Option<VhostUserMessage> {
     let mut header = Header::new_zeroed();
     let mut space = nix::cmsg_space!([i32; 8]);
@@ -42,7 +42,7 @@ pub(crate) fn receive(socket: &mut UnixStream, fault: Fault) -> Option<VhostUser
     let received = recvmsg::<()>(socket.as_raw_fd(), &mut iov, Some(&mut space), flags).ok()?;
     for control in received.cmsgs().ok()? {
         if let ControlMessageOwned::ScmRights(rights) = control {
-            // SAFETY: the system has just opened these fds for us.
+            // SAFETY: recvmsg has just created these fds, and nothing else owns them.
             fds.extend(rights.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
         }
     }

@@ -1,5 +1,5 @@
-//! What `check` says of `qemu-storage-daemon`, of a disk made of rust-vmm's crates, of DPDK, and of our own network interface on a
-//! tap, whose frames come from the host. `docs/check.md` explains each finding. Needs root, for the tap.
+//! `check` on qemu-storage-daemon, rust-vmm's crates and devices, virtiofsd, DPDK, and our network interface on a tap
+//! with frames from the host. `docs/check.md` explains the findings. Needs root for the tap.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -15,7 +15,7 @@ use crate::process::{Lab, wait_for};
 use crate::testpmd::Testpmd;
 
 const IMAGE_BYTES: u64 = 16 << 20;
-/// Rules about an IOMMU.
+/// Rules of an IOMMU.
 const IOMMU: [&str; 6] = ["T1", "T2", "T3", "T4", "T5", "L5"];
 
 #[test]
@@ -26,7 +26,7 @@ fn the_storage_daemon_fails_exactly_the_documented_rules() {
     let backend = Backend::start(&lab, Kind::StorageDaemon { bytes_per_second: None }, "qsd", &image, 2);
     let options = CheckOptions { timeout: Duration::from_secs(5), write: true, ..CheckOptions::default() };
     let report = check(backend.socket(), &options).unwrap();
-    // It outlives that. A log that is too small ends it.
+    // It survives these checks. A log that is too small ends it.
     let deadly = CheckOptions { only: vec!["L6"], may_kill: true, ..options };
     let death = check(backend.socket(), &deadly).unwrap();
     let broken = |rule: &&str| death.rules().get(rule) == Some(&Verdict::Fail);
@@ -34,15 +34,15 @@ fn the_storage_daemon_fails_exactly_the_documented_rules() {
     let rules = report.rules();
     let of = |verdict| rules.iter().filter(|(_, v)| **v == verdict).map(|(rule, _)| *rule).collect::<BTreeSet<_>>();
     let expected = ["F2", "F3", "F5", "C1", "R2", "R3", "R10", "L3", "L8", "L12", "P1"];
-    // How soon it looks at a ring that is disabled is its affair, and may be too late to be seen; and whether it is at a request
-    // when a memory table comes again, which then fails.
+    // Timing decides if it serves a disabled ring within the settle time, and if a request fails at a repeated memory
+    // table.
     let is_sure = |rule: &&str| !["R7", "L9"].contains(rule);
     let broken: BTreeSet<_> = of(Verdict::Fail).into_iter().filter(is_sure).collect();
     assert_eq!(broken, BTreeSet::from(expected), "{report}");
     assert_eq!(of(Verdict::Warning), BTreeSet::from(["F7", "R1", "M1"]), "{report}");
     let absent = ["I1", "I2", "I3", "I5", "I6", "I7", "I8", "L4", "L15", "B3", "D1"].into_iter().chain(IOMMU);
     assert_eq!(of(Verdict::NotOffered), absent.collect(), "{report}");
-    // The log is what a migration rests on, and the disk is as it was.
+    // The rules that a migration depends on pass, and the disk is unchanged.
     for rule in ["L1", "L2", "L7", "L10", "L11", "R4", "R5", "R6", "R8", "B1"] {
         assert_eq!(rules.get(rule), Some(&Verdict::Pass), "{rule}\n{report}");
     }
@@ -69,7 +69,7 @@ fn requests_to_a_storage_daemon_with_large_blocks_cover_whole_blocks() {
     let report = check(&socket, &options).unwrap();
     for rule in only {
         let expected = if rule == "M1" { Verdict::Warning } else { Verdict::Pass };
-        // It fails a read now and then when its memory table comes again.
+        // It fails a read now and then at a repeated memory table.
         let fails_reads = rule == "L9"
             && report
                 .findings
@@ -124,13 +124,13 @@ fn a_disk_of_rust_vmm_crates_fails_exactly_the_documented_checks() {
     assert!(std::fs::read(&image).unwrap().iter().all(|byte| *byte == 0));
 }
 
-/// The command that starts a back-end of the crate registry, which `tests/peers/install` has built.
+/// Returns the command of a back-end that `tests/peers/install` has built.
 fn built(program: &str, arguments: &str) -> Option<String> {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/target/peers/bin");
     Some(format!("{path}/{program} {arguments}"))
 }
 
-/// The rules that a report says to be broken, and those with a warning; what is not sure to be seen is left out.
+/// Returns the failed rules and those with a warning, without the `unsure` ones.
 fn verdicts(report: &CheckReport, unsure: &[&str]) -> [BTreeSet<&'static str>; 2] {
     [Verdict::Fail, Verdict::Warning].map(|verdict| {
         let rules = report.rules().into_iter().filter(|(rule, v)| *v == verdict && !unsure.contains(rule));
@@ -153,7 +153,7 @@ fn virtiofsd_fails_the_documented_rules_and_is_restarted_for_each_connection() {
     let (at, folder) = (socket.display(), shared.display());
     let restart =
         built("virtiofsd", &format!("--socket-path={at} --shared-dir {folder} --sandbox none --log-level off"));
-    // Nothing that it says tells a file system from others with two queues.
+    // Its properties do not distinguish a file system from other devices with two queues.
     let unknown = check(&socket, &CheckOptions { restart: restart.clone(), ..CheckOptions::default() }).unwrap_err();
     assert!(matches!(unknown, CheckError::UnknownDevice { .. }), "{unknown}");
     let options = CheckOptions {
@@ -164,7 +164,7 @@ fn virtiofsd_fails_the_documented_rules_and_is_restarted_for_each_connection() {
     };
     let report = check(&socket, &options).unwrap();
     let broken = ["F1", "F5", "F6", "R10", "L3", "L6", "L7", "L9", "L12", "M1"];
-    // GET_VRING_BASE is another thread's than the requests: what comes after it has not been seen, and can't be excluded.
+    // Another thread replies to GET_VRING_BASE than executes requests: a late completion was not seen, but is possible.
     assert_eq!(verdicts(&report, &["R3"]), [BTreeSet::from(broken), BTreeSet::from(["R2", "R9", "D1"])], "{report}");
     kept(&report, &["F2", "F3", "F4", "F7", "F8", "B1", "R1", "R4", "R5", "R6", "R7", "R8", "L1", "L2", "L8"]);
     kept(&report, &["L10", "L11"]);
@@ -194,7 +194,7 @@ fn vhost_device_rng_fails_the_documented_rules() {
     let lab = Lab::new();
     let restart = built("vhost-device-rng", &format!("--socket-path {}", lab.file("rng.sock").display()));
     let options = CheckOptions { restart, timeout: Duration::from_secs(5), ..CheckOptions::default() };
-    // It adds the number of the guest.
+    // The program appends the number of the guest to the socket's name.
     let report = check(&lab.file("rng.sock0"), &options).unwrap();
     assert!(report.offers.starts_with("an entropy source"), "{report}");
     let broken = BTreeSet::from(["F1", "F5", "F6", "R3", "R4", "R10"]);
@@ -212,8 +212,8 @@ fn vhost_device_vsock_fails_the_documented_rules() {
     let (frame_source, timeout) = (Some(FrameSource::Backend(host)), Duration::from_secs(5));
     let report = check(&socket, &CheckOptions { restart, frame_source, timeout, ..CheckOptions::default() }).unwrap();
     assert!(report.offers.starts_with("vsock with context id 3"), "{report}");
-    // Completions are another thread's: they may come after the answer to GET_VRING_BASE. A connection of the host's that
-    // comes before the rings has been seen to stop its thread.
+    // Another thread publishes completions, possibly after the reply to GET_VRING_BASE. A connection of the host before
+    // the rings run has stopped this thread (seen).
     let broken = BTreeSet::from(["F1", "F5", "F6", "R10"]);
     assert_eq!(verdicts(&report, &["R2", "R3"])[0], broken, "{report}");
     kept(&report, &["F2", "F3", "F4", "F8", "C1", "R1", "R4", "R5", "R6", "R7", "R8", "R9"]);
@@ -230,13 +230,13 @@ fn vhost_device_console_exits_when_it_refuses_a_message() {
     let (restart, timeout) = (built("vhost-device-console", &arguments), Duration::from_secs(5));
     let options = CheckOptions { restart, timeout, ..CheckOptions::default() };
     let socket = lab.file("console.sock0");
-    // Its configuration goes on with whatever lies behind it: it can be a disk.
+    // Its configuration continues with other bytes, which match a disk.
     let unknown = check(&socket, &options).unwrap_err().to_string();
     assert!(unknown.contains("blk, console"), "{unknown}");
     let report = check(&socket, &CheckOptions { device: Some(DeviceKind::Console), ..options }).unwrap();
     assert!(report.offers.starts_with("a console, 4 queues, rings of 128"), "{report}");
     let broken = BTreeSet::from(["F1", "F5", "F6", "R9", "R10", "P1"]);
-    // Seldom, and on a busy machine, it publishes after GET_VRING_BASE: another thread answers that.
+    // Seldom, on a loaded machine, it publishes after GET_VRING_BASE, which another thread answers.
     assert_eq!(verdicts(&report, &["R3"]), [broken, BTreeSet::from(["R2"])], "{report}");
     kept(&report, &["F2", "F3", "F4", "F8", "C1", "R1", "R4", "R5", "R6", "R7", "R8"]);
 }
@@ -254,7 +254,7 @@ fn a_disk_of_rust_vmm_crates_with_region_bitmap_passes_the_log_rules_that_it_can
     for rule in ["L1", "L2", "L6", "L7", "L8", "L9", "L10", "L11", "M1"] {
         assert_eq!(rules.get(rule), Some(&Verdict::Pass), "{rule}\n{report}");
     }
-    // The crates tell a device neither of log_guest_addr and F_LOG nor of SET_LOG_FD.
+    // The crates do not pass log_guest_addr, F_LOG and SET_LOG_FD to a device.
     let broken = report.findings.iter().filter(|found| found.verdict == Verdict::Fail && found.rule.starts_with('L'));
     let broken: BTreeSet<_> = broken.map(|finding| (finding.rule, finding.what)).collect();
     let expected = [
@@ -265,8 +265,8 @@ fn a_disk_of_rust_vmm_crates_with_region_bitmap_passes_the_log_rules_that_it_can
     assert_eq!(broken, BTreeSet::from(expected), "{report}");
 }
 
-/// The report on a testpmd that outlived it. Now and then one doesn't: its worker is not done with a ring that is stopped, and
-/// faults. The report says so, and another one is started.
+/// Returns the report on a testpmd that survived. Sometimes its worker still uses a stopped ring and crashes. The
+/// report contains this, and another testpmd is started.
 fn of_testpmd(port: &str, only: &[&'static str], seconds: u64) -> CheckReport {
     for _ in 0..5 {
         let lab = Lab::new();
@@ -294,14 +294,14 @@ fn dpdk_fails_exactly_the_documented_rules() {
     let broken = of(Verdict::Fail);
     let on = |rule, rings: [&'static str; 2]| rings.map(|rings| (rule, rings));
     let packed = ["packed receive", "packed transmit"];
-    // R3 only for the marks of all rings at once, which are those of L4.
+    // R3 fails only by the marks of all rings at once, which are those of L4.
     let unmarked = [on("L4", packed), on("L2", ["split receive", "packed receive"]), on("R3", packed)].concat();
     for found in unmarked {
         assert!(broken.contains(&found), "{found:?}\n{report}");
     }
     for finding in report.findings.iter().filter(|finding| finding.rule == "R3" && finding.verdict == Verdict::Fail) {
         let marks = finding.seen.contains("are not marked") && finding.seen.ends_with("all published");
-        // Seen once in five runs: it has forgotten the position by the time that it answers.
+        // Seen once in five runs: the position is lost before the reply.
         let forgotten = finding.seen.contains("the base is 0 ");
         assert!((marks || forgotten) && packed.contains(&finding.rings), "{finding:?}");
     }
@@ -309,7 +309,7 @@ fn dpdk_fails_exactly_the_documented_rules() {
     assert_eq!(rules, BTreeSet::from(["F1", "F5", "R3", "R8", "L2", "L4", "L8", "L12"]), "{report}");
     let warned = [&[("F7", ""), ("P1", "")], &on("L3", ["split receive", "split transmit"])[..]].concat();
     assert_eq!(of(Verdict::Warning), warned.into_iter().collect(), "{report}");
-    // Split rings are logged exactly, and every kind of rings is served.
+    // Split rings are logged exactly, and rings of both formats are served.
     let kept = of(Verdict::Pass);
     for found in [
         ("B1", ""),
@@ -336,7 +336,7 @@ fn dpdk_behind_an_iommu_fails_the_documented_rules() {
     for rings in ["split transmit", "packed transmit"] {
         assert!(broken.contains(&("T4", rings)), "{rings}\n{report}");
     }
-    // Where rings lie in one piece and no data is written, it does as it should. A ring that is moved has been lost, seldom.
+    // With contiguous rings and no written data it passes. A moved ring was lost in rare cases.
     let split_transmit = broken.iter().filter(|(rule, rings)| *rings == "split transmit" && *rule != "T3");
     assert_eq!(split_transmit.collect::<Vec<_>>(), [&("T4", "split transmit")], "{report}");
     let kept = of(Verdict::Pass);
@@ -347,7 +347,7 @@ fn dpdk_behind_an_iommu_fails_the_documented_rules() {
     assert_eq!(of(Verdict::Warning), BTreeSet::from(warned), "{report}");
 }
 
-/// Checks our back-end on a new tap in a network namespace of its own, which goes with the check. `before` is done first.
+/// Runs `before` and then checks our back-end on a new tap in its own network namespace.
 fn on_a_tap(lab: &Lab, before: &str, options: &str) -> Output {
     let (program, socket) = (env!("CARGO_BIN_EXE_vhost-migrate"), lab.file("net.sock"));
     let socket = socket.display();
@@ -368,7 +368,7 @@ fn a_host_interface_is_the_frame_source_of_a_back_end_on_a_tap() {
         let mut found = findings.iter().filter(|finding| finding["rule"] == rule && finding["rings"] == rings);
         found.next().unwrap_or_else(|| panic!("{rule} on {rings} was not checked: {report:#}"))
     };
-    // The kernel has frames of its own for an interface that comes up: they do no harm.
+    // The kernel sends frames of its own on an interface that comes up.
     for rings in ["split receive", "packed receive"] {
         for rule in ["R3", "R4", "R5", "L1", "L2", "L6", "L8", "L9", "L10", "L11", "M1"] {
             assert_eq!(of(rule, rings)["verdict"], "pass", "{}", of(rule, rings));
@@ -383,7 +383,7 @@ fn a_host_interface_is_the_frame_source_of_a_back_end_on_a_tap() {
 fn a_frame_source_interface_without_frames_is_an_error() {
     let lab = Lab::new();
     let other = "ip tuntap add dev tap1 mode tap && ip link set tap0 up && ip link set tap1 up";
-    // One that is down, one that is not there, and one that is another's.
+    // An interface that is down, one that does not exist, and one that is not connected to the back-end.
     for (before, feed) in [("true", "tap0"), ("true", "tap1"), (other, "tap1")] {
         let output = on_a_tap(&lab, before, &format!("--frame-source {feed} --timeout 2"));
         let said = String::from_utf8_lossy(&output.stderr);

@@ -1,5 +1,5 @@
-//! rust-vmm's front-end, the `vhost` crate's, drives our back-ends: a disk started, stopped, logged, killed and taken up again, memory
-//! that comes and goes, news over the back-end channel, device state, postcopy.
+//! rust-vmm's front-end (the `vhost` crate) with our back-ends: start and stop of rings, logging, kills, memory slots,
+//! the back-end channel, device state and postcopy.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -35,7 +35,7 @@ use crate::process::{DEADLINE, Lab};
 const IMAGE_BYTES: u64 = 8 << 20;
 const SPLIT: u64 = bit(VIRTIO_F_VERSION_1) | bit(VIRTIO_RING_F_EVENT_IDX) | bit(VHOST_USER_F_PROTOCOL_FEATURES);
 const PACKED: u64 = SPLIT | bit(VIRTIO_F_RING_PACKED);
-/// What the tests agree on, of what is offered.
+/// Protocol features that the tests negotiate if they are offered.
 const USED: Protocol = Protocol::from_bits_truncate(
     Protocol::MQ.bits()
         | Protocol::LOG_SHMFD.bits()
@@ -49,10 +49,10 @@ const USED: Protocol = Protocol::from_bits_truncate(
         | Protocol::DEVICE_STATE.bits(),
 );
 
-/// A connection on which features are agreed on, with or without an acknowledgement of every message.
+/// Returns a connection with negotiated features, with or without need-reply on every message.
 fn connect(socket: &Path, features: u64, need_reply: bool) -> Frontend {
     let connection = UnixStream::connect(socket).unwrap();
-    // The crate waits for an answer as long as it takes: one that never comes shall fail the test, not stall it.
+    // The crate waits for replies without a limit: close the connection so that a missing reply fails the test.
     let connection_end = connection.try_clone().unwrap();
     thread::spawn(move || {
         thread::sleep(DEADLINE);
@@ -85,7 +85,7 @@ fn table(memory: &Memory) -> Vec<VhostUserMemoryRegionInfo> {
     memory.regions().iter().map(|region| describe(region)).collect()
 }
 
-/// The eventfd of rust-vmm's type as one of the standard library's.
+/// Converts an eventfd of rust-vmm to an `OwnedFd`.
 fn share(eventfd: &EventFd) -> OwnedFd {
     let (ours, theirs) = UnixStream::pair().unwrap();
     ours.send_with_fd(&[0u8][..], eventfd.as_raw_fd()).unwrap();
@@ -96,7 +96,7 @@ fn eventfd() -> EventFd {
     EventFd::new(0).unwrap()
 }
 
-/// One disk of ours, the front-end, and a driver of ring 0.
+/// A disk of ours, rust-vmm's front-end, and a driver of ring 0.
 struct Harness {
     _lab: Lab,
     backend: Backend,
@@ -129,7 +129,7 @@ impl Harness {
         harness
     }
 
-    /// Region, memory and ring for a back-end that knows nothing.
+    /// Sends inflight region, memory and ring to a new back-end.
     fn install(&mut self, base: u16) {
         let (description, fd) = &self.inflight;
         self.frontend.set_inflight_fd(description, fd.as_raw_fd()).unwrap();
@@ -178,18 +178,18 @@ impl Harness {
         self.settle();
     }
 
-    /// Everything that was sent is done.
+    /// Waits until all messages are processed.
     fn settle(&self) {
         self.frontend.get_features().unwrap();
     }
 
-    /// `kill -9`, a new back-end, and everything installed again. `base` is where the ring goes on.
+    /// Kills the back-end, starts a new one and restores the device.
     fn crash(&mut self, meanwhile: impl FnOnce(&mut DiskDriver)) {
         self.backend.kill();
         meanwhile(&mut self.driver);
         self.backend.restart();
         self.frontend = connect(self.backend.socket(), self.features, self.need_reply);
-        // The inflight region knows more than any base (rules I3.4, I4.5).
+        // The inflight region takes precedence over any base (rules I3.4, I4.5).
         self.install(0);
     }
 
@@ -211,7 +211,7 @@ fn rust_vmm_front_end_stops_and_restarts_our_disk() {
         let base = harness.frontend.get_vring_base(0).unwrap();
         assert_eq!(base & 0x7fff, if features == SPLIT { 2 } else { 6 }, "requests, or their descriptors");
         harness.driver.submit(VIRTIO_BLK_T_IN, 16, DATA + 0x8000);
-        // It hands on 16 bits of a base: of a packed ring only half. The inflight region has both.
+        // The crate passes only 16 bits of a base, half of that of a packed ring. The inflight region has all of it.
         harness.start(base as u16);
         harness.driver.drain();
         harness.driver.holds(DATA + 0x8000, 0x5a);
@@ -241,7 +241,7 @@ fn a_log_of_rust_vmm_front_end_marks_exactly_what_our_disk_wrote() {
             assert_eq!(harvest(&first), written);
         }
         harness.set_log(&second, &second_fd);
-        // The ring's event word may have been written, and marked, after the last completion.
+        // The ring's event word may be written and marked after the last completion.
         harvest(&first);
         let written = harness.driver.read(0, DATA + 0x8000, 0x11);
         assert_eq!((harvest(&first), harvest(&second)), (Vec::new(), written));
@@ -266,7 +266,7 @@ fn every_request_of_rust_vmm_front_end_completes_once_after_kills_of_our_disk() 
             }
         };
         for _ in 0..10 {
-            // Some are in flight when it dies, or complete and not seen; others come while there is no back-end.
+            // Some requests are in flight or unseen at the kill; others are added while there is no back-end.
             reads(&mut harness.driver, 0);
             harness.crash(|driver| reads(driver, REQUESTS / 2));
             harness.driver.drain();
@@ -293,7 +293,7 @@ fn memory_regions_are_added_and_removed_by_rust_vmm_front_end() {
     harness.driver.read(0, DATA, 0x44);
 }
 
-/// Counts what it is told.
+/// Counts configuration changes.
 struct ConfigChangeCounter(AtomicU64);
 
 impl VhostUserFrontendReqHandler for ConfigChangeCounter {

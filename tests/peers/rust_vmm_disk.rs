@@ -1,5 +1,5 @@
-//! A disk made of rust-vmm's crates, `examples/rust_vmm_disk.rs`, under our front-end and the built-in guest: what it does well, and what
-//! it is refused with because it can't do it.
+//! A disk of rust-vmm's crates (`examples/rust_vmm_disk.rs`) with our front-end and the built-in guest: supported
+//! features, and refusals of the others.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -46,7 +46,7 @@ fn running(backend: &Backend, options: UserOptions) -> Guest {
     guest
 }
 
-/// Lets it complete `requests` requests more.
+/// Waits for `requests` further completions.
 fn works(guest: &Guest, requests: u64) {
     let goal = guest.stats().completions + requests;
     wait_for("the guest works", || {
@@ -122,7 +122,7 @@ fn a_rust_vmm_disk_killed_with_open_requests_fails_the_guest() {
     let lab = Lab::new();
     let mut backend = Backend::start(&lab, Kind::RustVmm, "rust-vmm", &disk(&lab), 2);
     let guest = running(&backend, UserOptions::default());
-    // A moment without a request is taken up again; sooner or later one is in flight.
+    // A kill without a request in flight is survived; at some kill one is in flight.
     let failure = wait_for("a kill meets a request", || {
         works_or_fails(&guest);
         backend.kill();
@@ -149,7 +149,7 @@ fn a_rust_vmm_disk_killed_without_open_requests_is_reconnected() {
     for deaths in 1..=3 {
         works(&guest, 100);
         guest.pause().unwrap();
-        // Drains its rings and stops them.
+        // Drains and stops the rings.
         guest.stop_devices().unwrap();
         backend.kill();
         backend.restart();
@@ -176,7 +176,7 @@ fn a_rust_vmm_disk_marks_exactly_and_continues_after_logging_stops() {
     harvest(&first);
     let written = rig.driver.read(0, DATA + 0x8000, 0x11);
     assert_eq!((harvest(&first), harvest(&second)), (Vec::new(), written));
-    // It looks at neither LOG_ALL nor F_LOG (rule L7.3). Nobody reads that log any more.
+    // LOG_ALL and F_LOG are ignored (rule L7.3). This log is no longer read.
     rig.device.stop_logging().unwrap();
     let written = rig.driver.read(0, DATA + 0xc000, 0x11);
     assert_eq!(harvest(&second), written);
@@ -192,7 +192,7 @@ fn a_request_that_a_rust_vmm_disk_hangs_up_at_is_not_repeated_by_reconnect() {
     for request in [Request::SET_LOG_FD, Request::SET_LOG_BASE] {
         let error = match request {
             Request::SET_LOG_FD => rig.device.set_log_fd(Some(signal.as_fd())).unwrap_err(),
-            // A log that guest memory does not fit into.
+            // A log that is too small for guest memory.
             _ => rig.device.start_logging(&short, short_fd.as_fd()).unwrap_err(),
         };
         assert!(error.is_hang_up(), "{error}");
