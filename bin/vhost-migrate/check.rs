@@ -37,11 +37,13 @@ const STOPPING: Duration = Duration::from_secs(20);
   vhost-migrate check /run/disk.sock --only R3,L1
   vhost-migrate check --explain R3
 
-The back-end must not have another front-end. Without options the check does nothing that is known to crash back-ends, and does
-not write to the disk. docs/protocol.md has the rules; docs/check.md describes the checks and the report.
+The back-end must not have another front-end. Without options the check does nothing that is known
+to crash back-ends, and does not write to the disk. docs/protocol.md has the rules; docs/check.md
+describes the checks and the report.
 
-Exit status: 0 no failure; 1 a rule failed; 2 wrong arguments; 3 the back-end could not be checked; 4 with --strict, warnings and no
-failure. SIGINT, SIGTERM and SIGHUP end the check within seconds, after it has restored its changes.")]
+Exit status: 0 no failure; 1 a rule failed; 2 wrong arguments; 3 the back-end could not be checked;
+4 with --strict, warnings and no failure. SIGINT, SIGTERM and SIGHUP end the check within seconds,
+after it has restored its changes.")]
 pub(crate) struct Arguments {
     /// Socket of the back-end
     #[arg(required_unless_present = "explain", value_parser = values::socket_path())]
