@@ -73,7 +73,7 @@ pub fn receive(
     let mut replies = ReplyWriter { writer: first, one_way: connection.one_way };
     let mut readers = connection.readers();
     let id = connection.id;
-    outcomes.begin(&connection, cancel)?;
+    outcomes.begin(connection.id, connection.one_way, &connection.channels, cancel)?;
     let start_time_limit = || {
         let (outcomes, why) = (outcomes.clone(), format!("its switchover took longer than {switchover_timeout:?}"));
         TimeLimit::start(switchover_timeout, move || {

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::error::MigrateError;
 use crate::stream::record::{Held, Started};
-use crate::stream::{CancelToken, MigrationId, StreamChannel, StreamConnection, ToSource};
+use crate::stream::{CancelToken, MigrationId, StreamChannel, ToSource};
 
 /// The migrations that a destination has taken part in. Clones are one.
 #[derive(Clone, Default)]
@@ -124,7 +124,13 @@ impl Outcomes {
     ///
     /// # Errors
     /// If its id was used before, or after [`close`](Self::close).
-    pub(super) fn begin(&self, connection: &StreamConnection, cancel: &CancelToken) -> Result<(), MigrateError> {
+    pub(super) fn begin(
+        &self,
+        id: MigrationId,
+        one_way: bool,
+        channels: &[StreamChannel],
+        cancel: &CancelToken,
+    ) -> Result<(), MigrateError> {
         let mut known = self.lock();
         if known.closed {
             return Err(MigrateError::GivenUp("this destination ends".into()));
@@ -132,10 +138,10 @@ impl Outcomes {
         if known.by_id.len() >= MAX_OUTCOMES {
             known.by_id.retain(|_, outcome| !matches!(outcome, Outcome::GivenUp(_)));
         }
-        let begun = Outcome::Receiving { channels: connection.channels.clone(), cancel: cancel.clone() };
-        match known.by_id.entry(connection.id) {
+        let begun = Outcome::Receiving { channels: channels.to_vec(), cancel: cancel.clone() };
+        match known.by_id.entry(id) {
             // A file may be read again.
-            Entry::Occupied(_) if !connection.one_way => Err(MigrateError::GivenUp("its id was used before".into())),
+            Entry::Occupied(_) if !one_way => Err(MigrateError::GivenUp("its id was used before".into())),
             Entry::Occupied(mut known) => {
                 known.insert(begun);
                 Ok(())
@@ -196,12 +202,15 @@ mod tests {
     const SECOND: MigrationId = MigrationId(2);
     const STARTED: Started = Started { observed_downtime_ns: Some(7), start_ns: 8 };
 
+    fn begin(outcomes: &Outcomes, id: MigrationId, one_way: bool) -> Result<(), MigrateError> {
+        outcomes.begin(id, one_way, &[], &CancelToken::new().unwrap())
+    }
+
     /// Two migrations under way, with nothing that waits for their streams.
     fn two_under_way() -> Outcomes {
         let outcomes = Outcomes::default();
         for id in [FIRST, SECOND] {
-            let receiving = Outcome::Receiving { channels: Vec::new(), cancel: CancelToken::new().unwrap() };
-            outcomes.lock().by_id.insert(id, receiving);
+            begin(&outcomes, id, false).unwrap();
         }
         outcomes
     }
@@ -253,11 +262,37 @@ mod tests {
     }
 
     #[test]
+    fn only_one_way_streams_may_reuse_a_migration_id() {
+        let outcomes = two_under_way();
+        assert!(begin(&outcomes, FIRST, false).is_err());
+        outcomes.commit(FIRST).unwrap();
+        assert!(begin(&outcomes, FIRST, false).is_err());
+        assert!(outcomes.has_arrived());
+        begin(&outcomes, FIRST, true).unwrap();
+        assert!(!outcomes.has_arrived());
+    }
+
+    #[test]
+    fn migrations_that_were_given_up_are_forgotten_when_there_are_many() {
+        let outcomes = Outcomes::default();
+        let kept = MigrationId(MAX_OUTCOMES as u128);
+        for number in 0..=MAX_OUTCOMES as u128 {
+            begin(&outcomes, MigrationId(number), false).unwrap();
+            if MigrationId(number) != kept {
+                outcomes.give_up(MigrationId(number), "it ends");
+            }
+        }
+        assert_eq!(outcomes.answer(FIRST), ToSource::Unknown);
+        assert!(matches!(outcomes.answer(kept), ToSource::Failed { .. }), "it is known until it is asked about");
+    }
+
+    #[test]
     fn close_gives_up_migrations_under_way() {
         let outcomes = two_under_way();
         assert!(outcomes.close("it ends"));
         assert!(outcomes.commit(FIRST).is_err() && outcomes.commit(SECOND).is_err());
         assert!(!outcomes.cancel_start());
+        assert!(begin(&outcomes, MigrationId(3), false).is_err());
     }
 
     #[test]

@@ -144,20 +144,37 @@ mod tests {
         assert_eq!(populated_pages(&[ends(0)], false), PAGES);
     }
 
+    /// Waits until `pages` are populated and the next chunk is too much. Returns the pages that the file takes.
+    fn resident_when_waiting(arrived: &ArrivedPages, fd: &OwnedFd, pages: u64) -> u64 {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while arrived.lock().waiting_for != pages + CHUNK_PAGES {
+            assert!(Instant::now() < deadline, "{} pages", resident(fd));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        resident(fd)
+    }
+
+    #[test]
+    fn chunks_that_have_arrived_do_not_count_against_the_window() {
+        const ALL: u64 = 2 * POPULATE_AHEAD;
+        let (target, fd) = target(ALL);
+        let arrived = ArrivedPages::default();
+        target.mark_data(&(POPULATE_AHEAD / 2..POPULATE_AHEAD / 2 + CHUNK_PAGES));
+        std::thread::scope(|scope| {
+            let populating = scope.spawn(|| populate(&target, &[0..ALL], &arrived));
+            assert_eq!(resident_when_waiting(&arrived, &fd, POPULATE_AHEAD), POPULATE_AHEAD);
+            arrived.add(ALL);
+            populating.join().unwrap();
+            assert_eq!(resident(&fd), ALL - CHUNK_PAGES);
+        });
+    }
+
     #[test]
     fn populating_stays_within_a_window_ahead_of_the_arrived_pages() {
         const ALL: u64 = 4 * POPULATE_AHEAD;
         let (target, fd) = target(ALL);
         let arrived = ArrivedPages::default();
-        // It has populated so many, and the next piece is too much.
-        let until_it_waits_after = |pages| {
-            let deadline = Instant::now() + Duration::from_secs(60);
-            while arrived.lock().waiting_for != pages + CHUNK_PAGES {
-                assert!(Instant::now() < deadline, "{} pages", resident(&fd));
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            resident(&fd)
-        };
+        let until_it_waits_after = |pages| resident_when_waiting(&arrived, &fd, pages);
         std::thread::scope(|scope| {
             let populating = scope.spawn(|| populate(&target, &[0..ALL], &arrived));
             assert_eq!(until_it_waits_after(POPULATE_AHEAD), POPULATE_AHEAD);

@@ -330,7 +330,8 @@ impl IncomingMemory {
         }
     }
 
-    fn mark_data(&self, pages: &Range<u64>) {
+    /// Notes that `pages` may hold something else than zeros from now on.
+    pub(crate) fn mark_data(&self, pages: &Range<u64>) {
         self.for_each_word(pages, DataBitmap::word_or_allocate, |word, mask, _| {
             word.fetch_or(mask, Ordering::Relaxed);
         });
