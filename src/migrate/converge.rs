@@ -309,6 +309,15 @@ mod tests {
     }
 
     #[test]
+    fn an_empty_round_does_not_change_the_rate() {
+        let mut rounds = Convergence::new(policy(1), 1 << 20);
+        for _ in 0..2 {
+            let next = rounds.next_step(sent(0, MS * 10, 8));
+            assert!(matches!(next, NextStep::Round { expected, .. } if expected < MS * 6), "{next:?}");
+        }
+    }
+
+    #[test]
     fn a_guest_that_writes_only_zeros_converges() {
         let mut rounds = Convergence::new(policy(300), 100_000);
         let zeros = RoundResult { data_pages: 0, zero_pages: 100_000, duration: MS * 20, left: 100_000 };
