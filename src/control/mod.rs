@@ -1,11 +1,11 @@
-//! How orchestrators talk to the process that owns a guest: one JSON object a line over a UNIX socket.
+//! Control socket of a process that owns a guest: one JSON object per line over a UNIX socket.
 //!
-//! A client sends [`ControlCommand`]s and reads events, objects with an `event` field, until `ok` or `error` ends the answer;
-//! then it may send the next command. Connections are independent: `cancel` is sent on a second one. What the
-//! commands do is up to the [`CommandHandler`].
+//! A client sends [`ControlCommand`]s and reads events, objects with an `event` field, until `ok` or `error` ends the
+//! answer; then it may send the next command. Connections are independent: `cancel` is sent on a second one. The
+//! [`CommandHandler`] implements the commands.
 //!
-//! A client that does not read delays nothing: its events are kept up to a limit and dropped beyond it, and a client that
-//! does not take the end of an answer within seconds loses its connection.
+//! A client that does not read cannot block the process: its events are buffered up to a limit and then dropped, and
+//! its connection is closed if it does not read the end of an answer within seconds.
 #![forbid(unsafe_code)]
 
 use std::io::{self, BufRead, BufReader, Read};
@@ -28,124 +28,124 @@ use crate::sys::socket;
 
 pub use crate::sys::listen::MAX_SOCKET_PATH;
 
-/// The longest line that is read, bytes.
+/// Maximum length of a line, bytes.
 pub const MAX_LINE: u64 = 64 << 10;
-/// Bytes of events that are kept for a client that does not read, beyond what its socket holds.
+/// Maximum size of the buffered events of a client that does not read, bytes.
 const MAX_UNSENT: usize = 64 << 10;
-/// How long the other side may take to read what ends an answer, to accept a connection, to take a command, and to answer one
-/// that is answered at once.
+/// Time limit for the other side to read the end of an answer, accept a connection, read a command, and reply to a
+/// command that is answered immediately.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often a full queue of connections is tried again.
+/// Delay between attempts to connect to a full backlog.
 const RETRY_DELAY: Duration = Duration::from_millis(20);
 
-/// Longest wait for the answer that tells a back-end's socket from a control socket.
+/// Time limit of the probe that distinguishes a back-end's socket from a control socket.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What a client may ask.
+/// A command of a client.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
 pub enum ControlCommand {
-    /// One event with the guest's state and counters.
+    /// Reports the guest's state and counters in one event.
     Status,
-    /// An event for each of the guest's devices, now and whenever its connection changes: its back-end goes away, answers in
-    /// a way that it can't go on with, comes back.
+    /// Reports each of the guest's devices now and whenever its connection changes: its back-end disconnects, is
+    /// refused, or is connected again.
     Watch {
-        /// For how long, seconds; it ends with the client too.
+        /// Duration, seconds. The command also ends when the client disconnects.
         seconds: f64,
     },
-    /// Move the guest away; events until it is done or has failed.
+    /// Migrates the guest; reports events until the end of the migration.
     Migrate(MigrateArguments),
-    /// End the migration that is under way, or a measurement, a verification or a resume; the guest goes on here.
+    /// Cancels the migration, measurement, verification or resume under way.
     Cancel,
-    /// Stop the guest between two actions.
+    /// Pauses the guest.
     Pause,
-    /// Let a paused guest go on. After a migration whose outcome is not known: the operator says that the destination does
-    /// not run the guest.
+    /// Resumes a paused guest. After a migration of unknown outcome: the operator asserts that the destination does not
+    /// run the guest.
     Resume,
-    /// Let go of a guest after a migration whose outcome is not known: the operator says that the destination runs it.
+    /// Releases a guest after a migration of unknown outcome: the operator asserts that the destination runs the guest.
     Forget,
-    /// Compare every byte of the guest's memory and disk with what it must be. A wrong byte is the guest's failure.
+    /// Compares every byte of the guest's memory and disks with its expected value. A wrong byte fails the guest.
     Verify,
-    /// Measure what is dirtied and forecast a migration.
+    /// Measures dirty rates and forecasts a migration.
     DirtyRate {
-        /// How long to measure, seconds.
+        /// Duration of the measurement, seconds.
         seconds: f64,
         /// Bandwidth of the migration to forecast, bytes of guest memory per second.
         bandwidth: u64,
-        /// Longest stop of the guest to forecast for, milliseconds.
+        /// Downtime limit for the forecast, milliseconds.
         downtime_ms: u64,
     },
-    /// End the guest's process.
+    /// Ends the guest's process.
     Quit,
 }
 
-/// How to migrate.
+/// Arguments of the `migrate` command.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MigrateArguments {
-    /// Where to: `tcp:HOST:PORT`, `unix:PATH`, `file:PATH`, `exec:COMMAND` or `fd:N`.
+    /// Destination: `tcp:HOST:PORT`, `unix:PATH`, `file:PATH`, `exec:COMMAND` or `fd:N`.
     pub uri: String,
     /// `none`, `zstd` or `zstd:LEVEL`.
     pub codec: String,
-    /// Connections that carry pages.
+    /// Number of channels.
     pub channels: u16,
-    /// Longest stop of the guest that is acceptable, milliseconds.
+    /// Downtime limit, milliseconds.
     pub downtime_ms: u64,
-    /// Limit while the guest runs, bytes per second.
+    /// Bandwidth limit while the guest runs, bytes per second.
     pub bandwidth: Option<u64>,
-    /// Rounds after which a migration that does not converge is given up.
+    /// Maximum number of rounds.
     pub max_rounds: u32,
-    /// Compare all memory with what has arrived, while the guest is stopped and before it is handed over.
+    /// Compare all memory with the destination's before the commit, while the guest is stopped.
     #[serde(default)]
     pub verify: bool,
-    /// Longest switchover, milliseconds; then the guest goes on here. By default four times the downtime, at least 10 000.
+    /// Switchover timeout, milliseconds. The default is four times the downtime limit and at least 10 000.
     #[serde(default)]
     pub switchover_timeout_ms: Option<u64>,
-    /// The guest goes on here once a file holds it.
+    /// Resume the guest here once a file holds it.
     #[serde(default)]
     pub continue_here: bool,
-    /// Want no answers. Then nothing can say that the guest runs at the other end.
+    /// Send one way, without replies. The outcome is then unknown.
     #[serde(default)]
     pub one_way: bool,
 }
 
-/// Carries out commands. Called from one thread per connection.
+/// Implements the commands. Called from one thread per connection.
 pub trait CommandHandler: Send + Sync + 'static {
-    /// Carries out `command`, telling `client` of events as they come.
+    /// Executes `command` and sends its events to `client`.
     ///
     /// # Errors
-    /// A message for the client: what failed and what to do.
+    /// A message for the client: the failure and advice.
     fn command(&self, command: ControlCommand, client: &ControlClient<'_>) -> Result<(), String>;
 
-    /// Ends the process, after a successful [`ControlCommand::Quit`] was answered.
+    /// Ends the process after a successful [`ControlCommand::Quit`] was answered.
     fn quit(&self);
 }
 
 impl ControlCommand {
-    /// Returns true if the process that owns the guest answers this without waiting for anything.
+    /// Returns true if the process answers this command without waiting.
     fn is_answered_immediately(&self) -> bool {
         matches!(self, ControlCommand::Status | ControlCommand::Cancel | ControlCommand::Forget | ControlCommand::Quit)
     }
 }
 
-/// The connection that a command came over.
+/// The connection of a client.
 pub struct ControlClient<'a> {
     stream: &'a UnixStream,
     unsent: Mutex<UnsentEvents>,
 }
 
-/// What a client has not read yet and its socket has no room for.
+/// Events that the client has not read and its socket cannot buffer.
 #[derive(Default)]
 struct UnsentEvents {
-    /// Whole lines, but for the first, of which a part may have been sent.
+    /// Complete lines, except that part of the first may have been sent.
     bytes: Vec<u8>,
-    /// Events that were dropped since the last line that was kept.
+    /// Number of events dropped since the last buffered line.
     dropped: u64,
 }
 
 impl UnsentEvents {
-    /// Adds a line, behind one that says how many were dropped.
+    /// Adds a line, after a notice about dropped events.
     fn add(&mut self, value: &Value) {
         let dropped = std::mem::take(&mut self.dropped);
         let notice = (dropped > 0).then(|| json!({"event": "dropped", "events": dropped}));
@@ -155,7 +155,7 @@ impl UnsentEvents {
         }
     }
 
-    /// Sends what there is room for.
+    /// Sends as much as the socket can buffer.
     fn flush(&mut self, stream: &UnixStream) -> io::Result<()> {
         let mut sent = 0;
         let result = loop {
@@ -180,8 +180,8 @@ impl<'a> ControlClient<'a> {
         ControlClient { stream, unsent: Mutex::default() }
     }
 
-    /// Sends an event; never waits. Events for a client that does not read are dropped beyond a limit, of which it is told by
-    /// an event `dropped`. A client that went away does not end what it started; its events just have no reader.
+    /// Sends an event without blocking. Events for a client that does not read are dropped beyond a limit; an event
+    /// `dropped` reports their number. A command continues after its client has disconnected.
     pub fn send_event(&self, event: &Value) {
         let mut unsent = self.unsent.lock().unwrap_or_else(PoisonError::into_inner);
         let gone = unsent.flush(self.stream).is_err();
@@ -190,11 +190,11 @@ impl<'a> ControlClient<'a> {
             return;
         }
         unsent.add(event);
-        // One that is gone is noticed at the next event.
+        // A disconnected client is noticed at the next event.
         let _ = unsent.flush(self.stream);
     }
 
-    /// Sends what ends an answer, and all before it. The client has some time to read it.
+    /// Sends the end of an answer and all buffered events. The client has a limited time to read them.
     fn end_answer(&self, answer: &Value) -> io::Result<()> {
         let deadline = Instant::now() + REPLY_TIMEOUT;
         let mut unsent = self.unsent.lock().unwrap_or_else(PoisonError::into_inner);
@@ -210,23 +210,23 @@ impl<'a> ControlClient<'a> {
         }
     }
 
-    /// Whether it went away. One that only sends nothing more still reads.
+    /// Returns true if the client has disconnected. A client that has only shut down its sending side still reads.
     pub fn has_disconnected(&self) -> bool {
         let mut fds = [PollFd::new(self.stream.as_fd(), PollFlags::empty())];
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 }
 
-/// The path of a control socket. The socket there is removed with this, unless another process has replaced it.
+/// The path of a control socket. Dropping it removes the socket, unless another process has replaced it.
 #[derive(Debug)]
 pub struct SocketPath {
     _place: SocketPathGuard,
 }
 
-/// Listens for control connections at `path`; a socket that a dead process left there is replaced.
+/// Listens for control connections at `path`. The socket of a dead process is replaced.
 ///
 /// # Errors
-/// What is in the way, and what to do.
+/// The obstacle and advice.
 pub fn bind(path: &Path) -> io::Result<(UnixListener, SocketPath)> {
     listen(path).map(|(listener, place)| (listener, SocketPath { _place: place })).map_err(|refused| {
         let kind = refused.source.map_or(io::ErrorKind::AddrInUse, |error| error.kind());
@@ -234,13 +234,13 @@ pub fn bind(path: &Path) -> io::Result<(UnixListener, SocketPath)> {
     })
 }
 
-/// Removes the sockets that this process has made to listen on, of back-ends and migrations too, for a process that is about to
-/// end. Those of other processes stay.
+/// Removes all listening sockets that this process has created, also those of back-ends and migrations, before the
+/// process ends. Sockets of other processes stay.
 pub fn remove_sockets() {
     listen::remove_all();
 }
 
-/// Answers connections until the process ends. A connection that breaks or sends nonsense ends alone.
+/// Serves connections until the process ends. An error on a connection ends only that connection.
 pub fn serve(listener: UnixListener, handler: Arc<dyn CommandHandler>) {
     let mut failing = false;
     for stream in listener.incoming() {
@@ -290,17 +290,17 @@ fn serve_connection(stream: &UnixStream, handler: &dyn CommandHandler) -> io::Re
     Ok(())
 }
 
-/// Sends one command and hands each event to `each` until the answer ends.
+/// Sends one command and passes each event to `each` until the answer ends.
 ///
 /// # Errors
-/// [`io::ErrorKind::Other`] with the message of an `error` answer; [`io::ErrorKind::TimedOut`] if the process does not take
-/// the command, or does not answer one that is answered at once; else what the socket says.
+/// [`io::ErrorKind::Other`] with the message of an `error` answer; [`io::ErrorKind::TimedOut`] if the process does not
+/// read the command, or does not reply to one that is answered immediately; other errors of the socket.
 pub fn call(path: &Path, command: &ControlCommand, each: impl FnMut(Value)) -> io::Result<()> {
     call_with_timeout(path, command, REPLY_TIMEOUT, each)
 }
 
-/// The same, with another limit for what the process does at once: to take the command, and to answer one that is answered at
-/// once.
+/// Like [`call`], with `patience` as time limit for reading the command, and for replying to one that is answered
+/// immediately.
 ///
 /// # Errors
 /// As [`call`].
@@ -336,7 +336,7 @@ pub fn call_with_timeout(
     Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("{}: {message}", path.display())))
 }
 
-/// Returns true if GET_FEATURES is answered at the socket.
+/// Returns true if the socket replies to GET_FEATURES.
 fn is_vhost_user_socket(path: &Path) -> bool {
     let header = |flags, size| Header { request: Request::GET_FEATURES.0, flags, size };
     let ask = || {
@@ -344,7 +344,7 @@ fn is_vhost_user_socket(path: &Path) -> bool {
         let mut stream = socket::connect(path)?;
         socket::send_until(stream.as_fd(), header(Header::FLAG_VERSION, 0).as_bytes(), &[], deadline)?;
         let mut answer = Header::new_zeroed();
-        // The answer comes as one: a part of it is not the answer.
+        // A reply arrives in one piece; a part is not a reply.
         if socket::ready(stream.as_fd(), PollFlags::POLLIN, deadline)? {
             stream.read_exact(answer.as_mut_bytes())?;
         }
@@ -353,7 +353,7 @@ fn is_vhost_user_socket(path: &Path) -> bool {
     ask().is_ok_and(|answer| answer.as_bytes() == header(Header::REPLY_FLAGS, size_of::<u64>() as u32).as_bytes())
 }
 
-/// Says whose silence a timeout was.
+/// Adds the socket and the probable cause to a timeout.
 fn explain_timeout(path: &Path, patience: Duration, error: io::Error) -> io::Error {
     match error.kind() {
         io::ErrorKind::TimedOut => {
@@ -385,15 +385,15 @@ fn connect(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
     }
 }
 
-/// What the process that owns the guest says, line by line.
+/// Reads events of the guest's process line by line.
 struct EventReader<'a> {
     stream: &'a UnixStream,
-    /// Received and not yet handed out.
+    /// Bytes received and not returned yet.
     bytes: Vec<u8>,
 }
 
 impl EventReader<'_> {
-    /// The next line; `None` at the end. `silence` limits how long it may take.
+    /// Returns the next line, or `None` at the end. `silence` limits the wait.
     fn next(&mut self, silence: Option<Duration>) -> io::Result<Option<Vec<u8>>> {
         let deadline = silence.map(|silence| Instant::now() + silence);
         let mut chunk = vec![0; 4096];
@@ -407,7 +407,7 @@ impl EventReader<'_> {
                     format!("a line of more than {MAX_LINE} bytes"),
                 ));
             }
-            // Without a limit it looks once in a while, which changes nothing.
+            // Without a limit, the poll is repeated.
             let until = deadline.unwrap_or_else(|| Instant::now() + REPLY_TIMEOUT);
             if !socket::ready(self.stream.as_fd(), PollFlags::POLLIN, until)? {
                 match deadline {
@@ -419,7 +419,7 @@ impl EventReader<'_> {
                 Ok(0) => return Ok(None),
                 Ok(count) => self.bytes.extend(chunk.get(..count).unwrap_or_default()),
                 Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-                // A peer that does not read what it was sent resets the connection when it closes it.
+                // A peer that closes its socket with unread data resets the connection.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
                 Err(error) => return Err(error),
             }

@@ -1,4 +1,4 @@
-//! The built-in guest as a machine to migrate, and its arrival.
+//! [`SourceVm`] and [`IncomingVm`] for the built-in guest.
 
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -17,19 +17,19 @@ use crate::stream::StreamError;
 use crate::stream::record::{self, MAX_STATE};
 use crate::stream::transport::{CancelCallback, CancelToken};
 
-/// Version of the record that carries a [`GuestState`], as of a guest that goes on elsewhere at once.
+/// Version of the record with a [`GuestState`], used in live migrations.
 const STATE_VERSION: u16 = 1;
-/// Version of the record that carries a [`SavedGuest`].
+/// Version of the record with a [`SavedGuest`], used for saved guests.
 const SAVED_STATE_VERSION: u16 = 2;
-/// Version of the record that carries a [`DeviceSetup`], as of a guest that is saved.
+/// Version of the record with a [`DeviceSetup`], used for saved guests.
 const DEVICES_VERSION: u16 = 1;
-/// Version of the record that carries a [`DeviceSetup`] and [`DiskIdentities`].
+/// Version of the record with a [`DeviceSetup`] and [`DiskIdentities`], used in live migrations.
 const DEVICES_AND_IDENTITIES_VERSION: u16 = 2;
 
-/// Reads the state of a built-in guest, and its disks if it was saved to be restored later.
+/// Decodes the state of a built-in guest, and its disk generations if the guest was saved.
 ///
 /// # Errors
-/// As [`record::decode`]: it is another machine's state, or of a version that this program does not know.
+/// As [`record::decode`]: the state of another VM, or of an unknown version.
 pub fn decode_guest_state(state: &[u8]) -> Result<(GuestState, Option<DiskGenerations>), StreamError> {
     const NAME: &str = "guest state";
     if record::version(state)? == SAVED_STATE_VERSION {
@@ -39,24 +39,24 @@ pub fn decode_guest_state(state: &[u8]) -> Result<(GuestState, Option<DiskGenera
     Ok((record::decode(NAME, STATE_VERSION, state, MAX_STATE)?, None))
 }
 
-/// The disks in the state of a built-in guest that was saved to be restored later, found in the beginning of the state:
-/// 64 KiB are enough. `None` if it is another state.
+/// Decodes the disk generations in the first bytes of a saved state; 64 KiB are enough. Returns `None` for other
+/// states.
 pub fn decode_saved_disks(beginning: &[u8]) -> Option<DiskGenerations> {
     record::decode_first(SAVED_STATE_VERSION, beginning).ok()
 }
 
-/// What a user is told of such a disk.
+/// Warning about a disk without a generation.
 const NO_GENERATION: &str = "a restore can't compare this disk with what it is now: its back-end, or the image's file system, \
                             knows no generations. Keep a copy of it, and restore onto that";
 
-/// Has a cancellation end waits for a guest's devices. When this is dropped, they can wait again.
+/// Ends waits for a guest's devices on cancellation. Dropping it allows new waits.
 pub struct InterruptOnCancel {
     interrupts: Vec<Interrupt>,
     call: Option<CancelCallback>,
 }
 
 impl InterruptOnCancel {
-    /// Of the devices of `interrupts` ([`Guest::interrupts`]).
+    /// Creates it for the devices of `interrupts` ([`Guest::interrupts`]).
     pub fn new(interrupts: Vec<Interrupt>, cancel: &CancelToken) -> InterruptOnCancel {
         let set = interrupts.clone();
         let call = cancel.on_cancel(move || set.iter().for_each(Interrupt::set));
@@ -71,23 +71,23 @@ impl Drop for InterruptOnCancel {
     }
 }
 
-/// A running built-in guest, which others may look at meanwhile. It is gone once it was released.
+/// A built-in guest at the source. Other threads may access it meanwhile. It is dropped on release.
 pub struct GuestSourceVm<'a> {
     guest: &'a Mutex<Option<Guest>>,
     memory: Memory,
     interrupts: Vec<Interrupt>,
-    /// The switch that sets them, and its effect for as long as it is kept.
+    /// The token that sets the interrupts, and its registration.
     cancel: Option<(CancelToken, InterruptOnCancel)>,
-    /// Whether its CPUs ran before the migration.
+    /// True if the CPUs ran before the migration.
     running: bool,
-    /// Whether it is saved to be restored later.
+    /// True if the state includes disk generations.
     record_generations: bool,
-    /// What its user should know of what was saved.
+    /// Warnings about the saved state.
     warnings: Vec<String>,
 }
 
 impl<'a> GuestSourceVm<'a> {
-    /// The guest in `guest`, or `None` if there is none.
+    /// Creates it for the guest in `guest`. Returns `None` if there is no guest.
     pub fn new(guest: &'a Mutex<Option<Guest>>) -> Option<GuestSourceVm<'a>> {
         let of = |guest: &Guest| (guest.memory().clone(), guest.interrupts(), guest.is_running());
         let (memory, interrupts, running) = lock(guest).as_ref().map(of)?;
@@ -102,14 +102,14 @@ impl<'a> GuestSourceVm<'a> {
         })
     }
 
-    /// Has `cancel` end waits for the guest's devices too: a disk that hangs while its queues are stopped does not keep the
-    /// guest's CPUs and other devices from going on. It goes on itself as soon as it answers.
+    /// Lets `cancel` also end waits for the guest's devices: a disk that hangs while its queues are stopped does not
+    /// block the guest's CPUs and other devices. The disk continues when its back-end replies.
     pub fn with_cancel(mut self, cancel: &CancelToken) -> GuestSourceVm<'a> {
         self.cancel = Some((cancel.clone(), InterruptOnCancel::new(self.interrupts.clone(), cancel)));
         self
     }
 
-    /// With `to_save` the guest is to be restored later: which disks it has, and what they hold, is saved with it.
+    /// Includes the identity and generation of each disk in the state, for a guest that is restored later.
     pub fn with_disk_generations(mut self, to_save: bool) -> GuestSourceVm<'a> {
         self.record_generations = to_save;
         self
@@ -126,7 +126,7 @@ fn lock(guest: &Mutex<Option<Guest>>) -> MutexGuard<'_, Option<Guest>> {
     guest.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Who writes a built-in guest's memory: its CPUs and drivers in this process, and each of its devices.
+/// Returns the dirty sources of a built-in guest: its CPUs and drivers in this process, and each of its devices.
 pub fn dirty_sources(guest: &Guest) -> Vec<Box<dyn DirtySource>> {
     let cpus: Box<dyn DirtySource> = Box::new(Pagemap::new("cpus", guest.memory().clone()));
     std::iter::once(cpus).chain(guest.logs().map(|log| Box::new(log) as Box<dyn DirtySource>)).collect()
@@ -207,27 +207,27 @@ impl SourceVm for GuestSourceVm<'_> {
     }
 }
 
-/// A built-in guest on its way in.
+/// A built-in guest at the destination.
 pub struct GuestIncomingVm {
     backends: Vec<PathBuf>,
-    /// Made ready while the guest still runs at its source.
+    /// Devices prepared while the guest runs at its source.
     devices: Vec<PreparedDevice>,
-    /// The disks at the source.
+    /// Identities of the disks at the source.
     disks: DiskIdentities,
     memory: Option<Memory>,
     guest: Option<Guest>,
-    /// Whether it was saved some time ago, so that its disks are to be what they were.
+    /// True if the guest comes from a saved stream, so that its disks must be unchanged.
     was_saved: bool,
-    /// Whether disks may be others than they were.
+    /// True if differences of disks only give a warning.
     ignore_disk_differences: bool,
-    /// Of all its devices.
+    /// Interrupt of all devices.
     interrupt: Interrupt,
-    /// What sets it until the commit.
+    /// Sets the interrupt on cancellation until the commit.
     cancel: Option<CancelCallback>,
 }
 
 impl GuestIncomingVm {
-    /// Will connect to the vhost-user sockets `backends`, one for each of the guest's disks.
+    /// Creates it for the vhost-user sockets `backends`, one for each disk of the guest.
     ///
     /// # Errors
     /// [`FrontendError::System`] when the process is out of file descriptors.
@@ -248,13 +248,13 @@ impl GuestIncomingVm {
         })
     }
 
-    /// With `was_saved` the guest comes from where it was saved, and disks that can't be compared with what they were then are
-    /// warned of. With `ignore_disk_differences` those that differ from the guest's are, too, instead of being refused.
+    /// Sets how disks are checked. With `was_saved` the guest comes from a saved stream, and disks that cannot be
+    /// compared give a warning. With `ignore_disk_differences` different disks give a warning instead of an error.
     pub fn with_disk_checks(self, was_saved: bool, ignore_disk_differences: bool) -> GuestIncomingVm {
         GuestIncomingVm { was_saved, ignore_disk_differences, ..self }
     }
 
-    /// Refuses disks that are not what they were when the guest was saved, and says which are not compared.
+    /// Refuses disks that have changed since the guest was saved, and warns of disks that cannot be compared.
     fn compare_disks(&self, guest: &Guest, saved: Option<DiskGenerations>) -> Result<(), GuestError> {
         let Some(saved) = saved else {
             if self.was_saved {
@@ -268,8 +268,8 @@ impl GuestIncomingVm {
         ignore_if_allowed(self.ignore_disk_differences, guest.compare_disks(&saved))
     }
 
-    /// Connects to the back-ends, and prepares them in the place of the devices of `setup`. Their disks are the same as those at
-    /// the source, as far as that can be told.
+    /// Connects to the back-ends and prepares them as the devices of `setup`. Disks whose identity differs from the
+    /// source's are refused.
     fn prepare_disks(&self, setup: &DeviceSetup, memory: &Memory) -> Result<Vec<PreparedDevice>, VmError> {
         let devices = connect_backends(&self.backends, setup.config.inflight_migration, &self.interrupt)?;
         let mut devices = PreparedDevice::all(setup, memory, devices)?;
@@ -280,7 +280,7 @@ impl GuestIncomingVm {
         Ok(devices)
     }
 
-    /// Has `cancel`, the connection's, end waits for back-ends too.
+    /// Lets `cancel`, the connection's token, also end waits for back-ends.
     pub fn with_cancel(mut self, cancel: &CancelToken) -> GuestIncomingVm {
         self.cancel = Some(self.interrupt_on_cancel(cancel));
         self
@@ -291,13 +291,13 @@ impl GuestIncomingVm {
         cancel.on_cancel(move || interrupt.set())
     }
 
-    /// The guest, once it has arrived.
+    /// Returns the guest, if it has arrived.
     pub fn into_guest(self) -> Option<Guest> {
         self.guest
     }
 }
 
-/// Warns of a disk that differs, instead of refusing it, if `any` disk may be taken.
+/// Turns an error about a different disk into a warning if `any` disk is allowed.
 fn ignore_if_allowed(any: bool, compared: Result<(), GuestError>) -> Result<(), GuestError> {
     match compared {
         Err(GuestError::State(difference)) if any => {
@@ -308,19 +308,19 @@ fn ignore_if_allowed(any: bool, compared: Result<(), GuestError>) -> Result<(), 
     }
 }
 
-/// Whether devices that were prepared can take the place of those that a guest had.
+/// Returns true if all prepared devices fit the guest's devices.
 fn all_fit(devices: &[PreparedDevice], expected: &[DeviceState]) -> bool {
     devices.len() == expected.len() && devices.iter().zip(expected).all(|(device, expected)| device.fits(expected))
 }
 
-/// How long to wait for a back-end that is being started.
+/// Time limit for a back-end that is being started.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Connects to vhost-user back-ends, and waits a little for those that are being started. `inflight_migration` is
-/// [`GuestConfig`](crate::guest::GuestConfig)'s; `interrupt` ends waits, also later ones.
+/// Connects to vhost-user back-ends and waits up to 5 s for those that are being started. `inflight_migration` is
+/// [`GuestConfig`](crate::guest::GuestConfig)'s. `interrupt` ends waits, also later ones.
 ///
 /// # Errors
-/// The first that can't be had.
+/// The first failed connection.
 pub fn connect_backends(
     backends: &[PathBuf],
     inflight_migration: bool,
@@ -361,7 +361,7 @@ impl IncomingVm for GuestIncomingVm {
         let mut guest = Guest::restore(memory, state)?;
         let mut devices = std::mem::take(&mut self.devices);
         if !all_fit(&devices, guest.expected_devices()) {
-            // The old connections must have ended before there are new ones.
+            // The old connections must be closed before new ones are opened.
             drop(devices);
             devices = self.prepare_disks(&guest.expected_setup(), guest.memory())?;
         }
@@ -378,12 +378,12 @@ impl IncomingVm for GuestIncomingVm {
         let guest = self.guest.as_mut().ok_or("no guest was restored")?;
         let started = if run { guest.start() } else { guest.start_devices() };
         if started.is_err() {
-            // Nothing of it runs until it is tried again. What can't be stopped has not been started, or is a disk whose
-            // requests are served while the guest is paused.
+            // Nothing may run until the next attempt. A device that cannot be stopped was not started, or serves
+            // requests of a paused guest.
             let _ = guest.stop_devices();
         }
         drop(interrupted);
-        // The guest's owner may wait for devices again.
+        // Later waits for devices are possible again.
         self.interrupt.clear();
         started?;
         Ok(guest.downtime_ns())

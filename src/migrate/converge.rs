@@ -1,55 +1,55 @@
-//! When to stop the guest: a pure decision from what the rounds so far have shown. No clocks and no I/O.
+//! Decides when to stop the guest, from the results of the rounds so far. No clocks and no I/O.
 //!
-//! The expected downtime is what the pages left would take at the rate seen. Once it is within the target, further
-//! rounds are made only while each halves what is left: they cost the guest nothing and shorten its stop.
+//! The expected downtime is the time to send the pages left at the measured rate. Once it is within the limit, further
+//! rounds are made only while each halves the number of pages left: they cost the guest nothing and shorten its stop.
 
 use std::ops::AddAssign;
 use std::time::Duration;
 
 use crate::memory::LOG_PAGE;
 
-/// What a user asks of a migration's rounds.
+/// Limits for the rounds of a migration.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ConvergencePolicy {
-    /// The longest stop of the guest that is acceptable.
+    /// Longest acceptable downtime.
     pub downtime_limit: Duration,
-    /// Rounds after which a migration that does not converge is given up, its guest still running.
+    /// Maximum number of rounds. The migration then fails and the guest keeps running.
     pub max_rounds: u32,
 }
 
 impl Default for ConvergencePolicy {
-    /// 300 ms, as QEMU's default, and 100 rounds.
+    /// 300 ms, QEMU's default, and 100 rounds.
     fn default() -> ConvergencePolicy {
         ConvergencePolicy { downtime_limit: Duration::from_millis(300), max_rounds: 100 }
     }
 }
 
-/// What one finished round did.
+/// Result of one round.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RoundResult {
-    /// Pages sent with their contents; zero pages cost next to nothing and would flatter the rate.
+    /// Pages sent with data. Zero pages are almost free and would distort the rate.
     pub data_pages: u64,
     /// Pages sent as zero.
     pub zero_pages: u64,
-    /// How long sending took, without what was waited for a bandwidth limit: that is lifted when the guest stops.
+    /// Time spent on sending, without waits for the rate limit, which is lifted when the guest stops.
     pub duration: Duration,
-    /// Pages found dirty since, which are left to send.
+    /// Pages dirtied meanwhile, which are left to send.
     pub left: u64,
 }
 
-/// The time that rounds have taken, by what it was used for.
+/// Time spent in rounds, by activity.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct RoundTime {
-    /// Sending, compression included.
+    /// Sending, including compression.
     pub sending: Duration,
-    /// Compressing.
+    /// Compression.
     pub compressing: Duration,
-    /// Waiting for the bandwidth limit, beside that.
+    /// Waiting for the rate limit, not part of `sending`.
     pub rate_limited: Duration,
 }
 
 impl RoundTime {
-    /// The remedy for what takes most of the time, in words that follow "or".
+    /// Returns advice for the activity that takes most of the time, as a phrase that follows "or".
     pub fn remedy(&self) -> &'static str {
         if self.rate_limited > self.sending {
             "raise the bandwidth limit, which rounds wait for most of their time"
@@ -69,51 +69,50 @@ impl AddAssign for RoundTime {
     }
 }
 
-/// What to do after a round.
+/// The next step after a round.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum NextStep {
-    /// Send what is left while the guest runs.
+    /// Send the pages left while the guest runs.
     Round {
-        /// What stopping now would cost.
+        /// Expected downtime if the guest were stopped now.
         expected: Duration,
-        /// Rounds in a row that left no less than the best round before them.
+        /// Number of consecutive rounds that left no fewer pages than the best round before them.
         without_progress: u32,
     },
-    /// Stop the guest and send the rest.
+    /// Stop the guest and send the pages left.
     Switchover {
-        /// What stopping now is expected to cost.
+        /// Expected downtime.
         expected: Duration,
     },
-    /// The rounds are used up.
+    /// The maximum number of rounds is reached.
     GiveUp {
-        /// What stopping now would cost: a downtime target above it would let the migration end.
+        /// Expected downtime. A higher downtime limit would let the migration converge.
         expected: Duration,
     },
 }
 
-/// Rounds without progress after which a user should be told.
+/// Number of rounds without progress after which the user is informed.
 pub const STALL_ROUNDS: u32 = 5;
 
-/// The rate is only taken from rounds of at least this many pages (8 MiB): shorter ones measure their own overhead.
+/// The rate is measured only in rounds of at least this many pages (8 MiB). Shorter rounds measure overhead.
 const MIN_RATED_PAGES: u64 = 2048;
-/// The rate, pages per second, until a round has shown one: 10 MiB/s, less than most links have, so that nothing unknown
-/// is taken for fast.
+/// Assumed rate before the first measurement, pages per second: 10 MiB/s, less than most links provide.
 const ASSUMED_PAGES_PER_SECOND: f64 = 2560.0;
-/// Stopping devices, the last harvest and the handshake.
+/// Time for stopping devices, the last harvest and the handshake.
 const SWITCHOVER_OVERHEAD: Duration = Duration::from_millis(2);
-/// Below this, another round has nothing to win.
+/// Expected downtime below which another round gains nothing.
 const MIN_USEFUL_GAIN: Duration = Duration::from_millis(4);
-/// Rounds made only to shorten a downtime that is already within the target.
+/// Maximum number of rounds made only to shorten a downtime that is already within the limit.
 const MAX_EXTRA_ROUNDS: u32 = 8;
 
-/// The rounds so far.
+/// State of the rounds so far.
 #[derive(Clone, Debug)]
 pub struct Convergence {
     policy: ConvergencePolicy,
     rounds: u32,
     extra_rounds: u32,
     pages_per_second: Option<f64>,
-    /// Of a round of dirty pages that were all zero, as long as no page with contents has gone out.
+    /// Rate of a round that sent only zero pages; used until a round has sent data.
     zeros_per_second: Option<f64>,
     rate_is_measured: bool,
     previous_left: u64,
@@ -122,7 +121,7 @@ pub struct Convergence {
 }
 
 impl Convergence {
-    /// Starts before the first round of a guest of `pages` pages.
+    /// Creates the state before the first round of a guest with `pages` pages.
     pub fn new(policy: ConvergencePolicy, pages: u64) -> Convergence {
         Convergence {
             policy,
@@ -137,12 +136,12 @@ impl Convergence {
         }
     }
 
-    /// Bytes of pages with contents that went out per second, once known.
+    /// Returns the measured rate of data pages in bytes per second, if known.
     pub fn bytes_per_second(&self) -> Option<f64> {
         self.pages_per_second.map(|pages| pages * LOG_PAGE as f64)
     }
 
-    /// Takes in a finished round and decides what comes next.
+    /// Adds a completed round and returns the next step.
     pub fn next_step(&mut self, round: RoundResult) -> NextStep {
         self.rounds += 1;
         self.update_rate(round);
@@ -171,7 +170,7 @@ impl Convergence {
     fn update_rate(&mut self, round: RoundResult) {
         let long = round.data_pages >= MIN_RATED_PAGES;
         let per_second = |pages: u64| pages as f64 / round.duration.as_secs_f64().max(1e-6);
-        // The first round says nothing of pages that are written again.
+        // The first round tells nothing about rewritten pages.
         if round.data_pages == 0 && round.zero_pages > 0 && self.rounds > 1 {
             self.zeros_per_second = Some(per_second(round.zero_pages));
         }
@@ -179,7 +178,7 @@ impl Convergence {
             return;
         }
         let now = per_second(round.data_pages);
-        // The newest long round counts half: what else runs on both hosts changes while a guest moves.
+        // The latest long round has a weight of one half, because the load on both hosts changes.
         self.pages_per_second = Some(match self.pages_per_second {
             Some(before) if self.rate_is_measured => (before + now) / 2.0,
             _ => now,
@@ -203,7 +202,7 @@ mod tests {
         ConvergencePolicy { downtime_limit: MS * downtime_ms, max_rounds: 20 }
     }
 
-    /// A round of pages with contents.
+    /// A round of data pages.
     fn sent(data_pages: u64, duration: Duration, left: u64) -> RoundResult {
         RoundResult { data_pages, zero_pages: 0, duration, left }
     }

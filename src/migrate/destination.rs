@@ -1,7 +1,8 @@
-//! The destination's side: pages into place, state restored, READY, and on the commit the guest goes on here.
+//! Destination side of a migration: receives pages, restores the state, sends READY, and starts the guest after the
+//! commit.
 //!
-//! Nothing runs before the commit. Whatever fails until then is told to the source, which goes on. From the commit on
-//! the guest belongs to this side, also if it can't be started or the connection ends.
+//! Nothing runs before the commit. Failures until then are reported to the source, which resumes the guest. From the
+//! commit on the guest belongs to this side, even if it cannot be started or the connection ends.
 
 use std::io;
 use std::sync::Arc;
@@ -22,46 +23,45 @@ use crate::stream::{
 };
 use crate::stream::{IncomingMemory, PageStats, StreamError, ToDestination, ToSource};
 
-/// How long what carries the stream may take to end.
+/// Time limit for ending the connection.
 const FINAL_MESSAGE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The longest that a switchover may take, from the end of the last round on any channel to the commit, unless another
-/// limit is asked for.
+/// Default time limit of a switchover, from the end of the last round on any channel to the commit.
 pub const SWITCHOVER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Limit to the silence of a source whose memory layout was just accepted. It has to go on at once.
+/// Time limit for the next frame after a memory layout was accepted.
 const NEXT_FRAME_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What a channel brings until its last round has ended.
+/// The frames expected on a channel until the end of its last round.
 const PAGES_OR_ROUND_END: &str = "pages or a round's end";
 
-/// How often a guest that can't be started is tried, and how long after the time before.
+/// Number of attempts to start the guest, and the delay between two attempts.
 const START_ATTEMPTS: u32 = 3;
 const START_RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// What arrived.
+/// Result of a successful incoming migration.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct IncomingReport {
-    /// Pages, zero pages included, over all rounds.
+    /// Received pages of all rounds, zero pages included.
     pub pages: PageStats,
-    /// Pages whose hashes were compared with the source's: all of them or, unless the source verifies, none.
+    /// Number of pages compared by hash: all pages, or none unless the source verifies.
     pub compared: u64,
-    /// How long the guest stood still by its own clock, nanoseconds, if that clock is the source's too.
+    /// Downtime by the guest's own clock, nanoseconds, if that clock is the source's too.
     pub observed_downtime_ns: Option<u64>,
-    /// Whether its CPUs run. They do not in a guest that was paused before the migration.
+    /// True if the CPUs run. False for a guest that was paused before the migration.
     pub running: bool,
 }
 
-/// Takes in the guest that comes over `connection`, and starts it. `cancel` is the connection's; it has no effect any
-/// more once the source has been told that this side is ready, but [`Outcomes::give_up`] has until the commit is read.
+/// Receives a guest over `connection` and starts it. `cancel` is the connection's token. It has no effect after READY
+/// was sent; [`Outcomes::give_up`] still works until the commit is read.
 ///
-/// `outcomes` learns what comes of it. Keep it, and answer sources that ask ([`Outcomes::answer`]), for at least
-/// [`OUTCOME_QUERY_TIMEOUT`](super::OUTCOME_QUERY_TIMEOUT) after this has returned. A migration whose source stops its guest and does not commit
+/// `outcomes` records the result. Keep it, and answer outcome queries ([`Outcomes::answer`]), for at least
+/// [`OUTCOME_QUERY_TIMEOUT`](super::OUTCOME_QUERY_TIMEOUT) after this has returned. A migration that does not commit
 /// within `switchover_timeout` ([`SWITCHOVER_TIMEOUT`]) is given up.
 ///
 /// # Errors
-/// [`MigrateError::NotStarted`]: the guest belongs to this side and is in `vm`, paused: keep it. All others: the
-/// guest never runs here. The source has been told why if it still listens.
+/// [`MigrateError::NotStarted`]: the guest belongs to this side and is paused in `vm`; keep it. All others: the guest
+/// never runs here. The reason was sent to the source, if it is still connected.
 pub fn receive(
     vm: &mut dyn IncomingVm,
     connection: StreamConnection,
@@ -77,7 +77,7 @@ pub fn receive(
     let start_time_limit = || {
         let (outcomes, why) = (outcomes.clone(), format!("its switchover took longer than {switchover_timeout:?}"));
         TimeLimit::start(switchover_timeout, move || {
-            // One that is committed has made it in time.
+            // A committed migration is not given up.
             let _ = outcomes.give_up(id, &why);
         })
     };
@@ -100,7 +100,7 @@ pub fn receive(
         }
         Err(error) => {
             let error = outcomes.record_failure(id, error);
-            // The source may be gone; it asks if it has sent a commit.
+            // The source may have disconnected. It queries the outcome if it has sent a commit.
             replies.writer.get_mut().allow_final_frame();
             let _ = replies.send(&ToSource::Failed { message: error.to_string() });
             Err(error)
@@ -113,16 +113,16 @@ pub fn receive(
     outcome
 }
 
-/// What has come by the commit.
+/// Result of a migration up to the commit.
 struct CommittedMigration {
     pages: PageStats,
     compared: u64,
     commit: Commit,
-    /// Ends the tries to start the guest.
+    /// Cancels the start of the guest.
     start_cancel: CancelToken,
 }
 
-/// Starts a guest that this side owns. Whatever comes of it, the guest stays here.
+/// Starts a guest that this side owns. The guest stays here in any case.
 fn start(
     vm: &mut dyn IncomingVm,
     id: MigrationId,
@@ -137,7 +137,7 @@ fn start(
             let start_ns = committed.elapsed().as_nanos() as u64;
             let started = Started { observed_downtime_ns, start_ns };
             outcomes.record_started(id, started);
-            // The guest runs, whether or not the source hears of it.
+            // The guest runs, whether or not the source is informed.
             if let Err(error) = replies.send(&ToSource::Started(started)) {
                 tracing::warn!(%error, "the guest runs here, but its source could not be told: it will ask");
             }
@@ -170,7 +170,7 @@ fn start_with_retries(vm: &mut dyn IncomingVm, run: bool, cancel: &CancelToken) 
     vm.start(run, cancel)
 }
 
-/// A command that carries the stream may still hold what was said last. It ends when the source hangs up.
+/// Ends the connection. A command may still buffer the last message; it ends when the source closes its side.
 fn finish_connection(connection: StreamConnection) {
     let ended = connection.channels.iter().try_for_each(|channel| channel.set_timeout(Some(FINAL_MESSAGE_TIMEOUT)));
     if let Err(error) = ended.and_then(|()| connection.finish()) {
@@ -192,8 +192,8 @@ impl ReplyWriter {
     }
 }
 
-/// Everything up to the commit, which has effect if `take_ownership` agrees and says what ends the tries to start. `wait_for_next` waits until
-/// the source goes on once its memory layout is accepted, `start_time_limit` limits the switchover.
+/// Receives everything up to the commit, which takes effect if `take_ownership` succeeds. `wait_for_next` waits for the
+/// first frame after the memory layout was accepted; `start_time_limit` limits the switchover.
 fn receive_until_commit(
     vm: &mut dyn IncomingVm,
     readers: &mut [FrameReader<StreamChannel>],
@@ -213,14 +213,14 @@ fn receive_until_commit(
     MemoryLayout::check_matches(&layout, &memory)?;
     replies.send(&ToSource::Accepted)?;
     if !replies.one_way {
-        // Others wait meanwhile.
+        // Other migrations wait meanwhile.
         wait_for_next()?;
     }
 
     let guest_pages = memory.size() / LOG_PAGE;
     let mut limit = None;
     let mut on_channel_end = || {
-        // Where nobody replies, no guest stands still.
+        // A one-way stream has no stopped guest that waits for a reply.
         if limit.is_none() && !replies.one_way {
             limit = Some(start_time_limit().map_err(StreamError::from)?);
         }
@@ -237,7 +237,7 @@ fn receive_until_commit(
     })?;
     vm.restore(&state).map_err(asked("restoring the guest"))?;
     if !replies.one_way {
-        // From here on the source decides: it may have committed by the time that anybody calls it off here.
+        // From here on the source decides: it may already have committed when a cancellation arrives here.
         cancel.disarm()?;
         replies.send(&ToSource::Ready)?;
     }
@@ -249,14 +249,14 @@ fn receive_until_commit(
         cancel.disarm()?;
     }
     if let Some(limit) = &limit {
-        // The source may have been told by now that this side never starts the guest.
+        // The source may have received the answer that this side never starts the guest.
         limit.check("waiting for the commit")?;
     }
     let start_cancel = take_ownership()?;
     Ok(CommittedMigration { pages, compared: compared.pages, commit, start_cancel })
 }
 
-/// Whether all pages are as they are at the source, if it has sent hashes at all.
+/// Checks the result of the comparison, if the source has sent hashes.
 fn check_comparison(compared: &HashComparison, guest_pages: u64) -> Result<(), MigrateError> {
     if compared.different > 0 {
         return Err(MigrateError::MemoryDiffers {
@@ -271,16 +271,16 @@ fn check_comparison(compared: &HashComparison, guest_pages: u64) -> Result<(), M
     Ok(())
 }
 
-/// What a channel's thread tells.
+/// An event of a channel's thread.
 enum ChannelEvent {
-    /// What the source knows of its devices.
+    /// The source's description of its devices.
     Devices(Vec<u8>),
-    /// How the channel ended: all that it has brought, or why not.
+    /// The end of a channel: its totals, or an error.
     Ended(Result<(PageStats, HashComparison), MigrateError>),
 }
 
-/// Reads pages, and hashes, on all channels until each has ended the last round; `on_channel_end` hears of each that has, and
-/// `prepare` of what the source knows of its devices.
+/// Receives pages and hashes on all channels until each has ended the last round. Calls `on_channel_end` for each of
+/// them, and `prepare` with the description of the devices.
 fn receive_pages(
     target: &Arc<IncomingMemory>,
     readers: &mut [FrameReader<StreamChannel>],
@@ -291,7 +291,7 @@ fn receive_pages(
     let sockets: Vec<StreamChannel> = readers.iter_mut().map(|reader| reader.get_mut().clone()).collect();
     let arrived = ArrivedPages::default();
     std::thread::scope(|scope| {
-        // Room for all that is told: each channel's end, and on one of them the devices.
+        // Capacity for all events: the end of each channel, and the devices on one of them.
         let (events, received_events) = bounded(readers.len() + 1);
         let (data_runs, announced) = bounded::<DataRuns>(1);
         // Ends when all senders are gone.
@@ -323,11 +323,11 @@ fn receive_pages(
                 }
                 (Ok(_), _) => {}
                 (Err(error), Ok(_)) => {
-                    // The other threads wait for pages that will not come. Channel 0 can still carry the reason back.
+                    // The other threads wait for pages that will not arrive. Channel 0 can still send the reason.
                     sockets.iter().for_each(StreamChannel::shutdown_read);
                     outcome = Err(error);
                 }
-                // What the source said before it hung up is worth more than that it did.
+                // The source's reason is more useful than the closed connection.
                 (Err(error @ MigrateError::Source(_)), Err(_)) => outcome = Err(error),
                 (Err(_), Err(_)) => {}
             }
@@ -337,9 +337,9 @@ fn receive_pages(
     })
 }
 
-/// Where channel 0 tells what it brings to prepare with, each thing once.
+/// Where channel 0 sends the data for preparations, each once.
 struct HintSenders {
-    /// The pages that will come.
+    /// The announced pages.
     data_runs: Option<Sender<DataRuns>>,
     devices: Option<Sender<ChannelEvent>>,
 }
@@ -367,7 +367,7 @@ fn receive_channel(
             compared += decoder.compare(&header, reader)?;
             continue;
         }
-        // Nobody else sends these, and each only once: there is room for it.
+        // Only channel 0 sends these, and each once: there is capacity.
         let again =
             || MigrateError::Handshake { found: format!("a {} frame", header.kind), wanted: PAGES_OR_ROUND_END };
         match ToDestination::read(&header, reader)? {
@@ -388,7 +388,7 @@ fn receive_channel(
     }
 }
 
-/// Reads the next message on channel 0, which must be the one that `pick` takes.
+/// Reads the next message on channel 0, which `pick` must accept.
 fn next_message<T>(
     readers: &mut [FrameReader<StreamChannel>],
     wanted: &'static str,

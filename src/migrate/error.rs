@@ -1,4 +1,4 @@
-//! Why a migration failed, and what that means for the guest.
+//! Errors of a migration, and the resulting location of the guest.
 
 use std::time::Duration;
 
@@ -13,30 +13,30 @@ use super::vm::VmError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MigrateError {
-    /// The user called it off.
+    /// The user cancelled the migration.
     #[error("cancelled")]
     Cancelled,
     /// The stream to the peer failed.
     #[error(transparent)]
     Stream(StreamError),
-    /// The destination gave up and said why.
+    /// The destination failed, with its reason.
     #[error("the destination gave up: {0}")]
     Destination(String),
-    /// The source gave up and said why.
+    /// The source cancelled or failed, with its reason.
     #[error("the source called the migration off: {0}")]
     Source(String),
-    /// The peer sent something else than the handshake has next.
+    /// The peer sent a message that breaks the order of the handshake.
     #[error("the peer sent {found} where {wanted} was due: do both sides run the same version?")]
     Handshake {
-        /// What came.
+        /// The received message.
         found: String,
-        /// What was due.
+        /// The expected message.
         wanted: &'static str,
     },
-    /// Dirty pages can't be tracked.
+    /// Dirty pages cannot be tracked.
     #[error("can't track dirty pages: {0}")]
     Dirty(#[from] DirtyError),
-    /// The comparison of all memory, which the source had asked for, found differences.
+    /// The comparison of all memory, requested by the source, found differences.
     #[error(
         "{pages} pages differ from the source's after the last round, at {}{}: something writes guest memory that no \
          dirty source sees",
@@ -44,48 +44,48 @@ pub enum MigrateError {
         if first_different.len() as u64 == *pages { "" } else { ", …" }
     )]
     MemoryDiffers {
-        /// Pages that differ.
+        /// Number of different pages.
         pages: u64,
-        /// The first of them, by page number.
+        /// The first different page numbers.
         first_different: Vec<u64>,
     },
-    /// The machine could not do its part.
+    /// The VM reported an error.
     #[error("{doing}: {cause}")]
     Vm {
-        /// What was asked of it.
+        /// The failed operation.
         doing: &'static str,
-        /// Its own words.
+        /// The VM's error.
         cause: VmError,
     },
-    /// The switchover took longer than the source allows.
+    /// The switchover exceeded its time limit.
     #[error("the switchover took longer than {limit:?}, while {doing}: allow it more time, or look for what is slow")]
     SwitchoverTimeout {
         /// The limit.
         limit: Duration,
-        /// What took the time at its end.
+        /// The operation at the end of the time.
         doing: &'static str,
     },
-    /// A device was away for too long when the guest was to be stopped.
+    /// A device was unavailable for too long when the guest was to be stopped.
     #[error("the guest can't be stopped: {0}; it goes on here. Migrate again when the device is back")]
     DeviceAway(String),
-    /// The migration failed, and the guest could not be made to go on here.
+    /// The migration failed, and the guest could not resume here.
     #[error("{error}; the guest could not go on here: {cause}. It is paused here: \"resume\" tries again")]
     NotResumed {
         /// Why the migration failed.
         error: Box<MigrateError>,
-        /// Why the guest can't go on, in the VM's words.
+        /// The error of resuming the guest.
         cause: VmError,
     },
-    /// A guest shall go on here that is not saved to a file.
+    /// The guest is to continue here, and the destination is not a file or device.
     #[error("the guest can go on here only if it is saved to a file or device: anywhere else it would run twice")]
     NotAFile,
-    /// The guest was saved to go on here, and could not be made to.
+    /// The guest was saved and was to continue here, and could not resume.
     #[error("the guest is saved, and could not go on here: {0}. It is paused here: \"resume\" tries again")]
     SavedNotResumed(VmError),
-    /// This destination has given the migration up, for good.
+    /// This destination has given up the migration for good.
     #[error("the migration was given up: {0}")]
     GivenUp(String),
-    /// The guest has arrived and belongs to this destination, but could not be started. It is whole and paused.
+    /// The guest has arrived and belongs to this destination, but could not be started. It is intact and paused.
     #[error("the guest has arrived and is paused here: {0}. \"resume\" tries again")]
     NotStarted(VmError),
     /// The destination has the guest and could not start it.
@@ -94,18 +94,18 @@ pub enum MigrateError {
          or end the destination's process, then \"resume\" it here"
     )]
     Held(String),
-    /// The connection failed after the commit was sent, and the destination could not be asked.
+    /// The connection failed after the commit was sent, and the outcome query failed.
     #[error("{error}; whether the destination runs the guest is not known: {reason}")]
     OutcomeUnknown {
-        /// What went wrong after the commit.
+        /// The error after the commit.
         error: Box<MigrateError>,
-        /// Why the destination did not resolve it.
+        /// The result of the outcome query.
         reason: String,
     },
-    /// Everything was sent one way: nothing can say that the guest runs at the other end.
+    /// Everything was sent one way: nothing confirms that the guest runs at the other end.
     #[error("everything was sent, but one way: nothing says that the guest runs at the other end")]
     OneWay,
-    /// All rounds are used up and the guest still dirties memory faster than it can be sent.
+    /// All rounds were used, and the guest still dirties memory faster than it can be sent.
     #[error(
         "no convergence after {rounds} rounds: stopping the guest now would take {expected_ms:.0} ms. \
          Allow that with a longer downtime, or {remedy}, or have the guest write less"
@@ -113,14 +113,14 @@ pub enum MigrateError {
     NoConvergence {
         /// Rounds made.
         rounds: u32,
-        /// What stopping the guest would have cost, milliseconds.
+        /// Expected downtime after the last round, milliseconds.
         expected_ms: f64,
-        /// The remedy for what has limited the rounds ([`RoundTime::remedy`](super::RoundTime::remedy)).
+        /// The remedy for the limiting factor ([`RoundTime::remedy`](super::RoundTime::remedy)).
         remedy: &'static str,
     },
 }
 
-/// The guest-physical addresses of pages, in words.
+/// Lists the guest-physical addresses of pages.
 fn addresses(pages: &[u64]) -> String {
     pages.iter().map(|page| format!("{:#x}", page * LOG_PAGE)).collect::<Vec<_>>().join(", ")
 }
@@ -141,6 +141,6 @@ pub struct MigrationFailure {
     /// Why.
     #[source]
     pub error: MigrateError,
-    /// Where the guest is.
+    /// Location of the guest.
     pub location: GuestLocation,
 }

@@ -1,5 +1,4 @@
-//! Listening for guests, and for sources that ask what came of a migration, on a thread of its own: a question must be
-//! answered while a guest is on its way or has just arrived.
+//! Listens for migrations and outcome queries on a separate thread, so that queries are answered while a guest arrives.
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
@@ -12,53 +11,53 @@ use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
 use super::outcomes::Outcomes;
 use crate::stream::{self, CancelToken, StreamConnection, StreamError, StreamListener, StreamOptions};
 
-/// How long a migration that has connected may take to send its first frame, the memory layout.
+/// Time limit for a connected migration to send its first frame, the memory layout.
 const FIRST_FRAME_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Maximum number of migrations that have connected and not sent it. The oldest is dropped for another.
+/// Maximum number of migrations that have connected and not sent a frame. Beyond it the oldest is dropped.
 const MAX_UNSTARTED: usize = 64;
 
-/// Most migrations that have begun and wait for one under way to fail.
+/// Maximum number of migrations queued behind the one under way.
 const MAX_QUEUED: usize = 8;
 
-/// How long nothing may come on any channel of a migration.
+/// Time limit without received bytes on any channel of a migration.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A migration that has begun.
+/// An incoming migration that has sent its first frame.
 pub struct IncomingMigration {
-    /// Its channels.
+    /// The channels.
     pub connection: StreamConnection,
-    /// Ends it.
+    /// Cancels the migration.
     pub cancel: CancelToken,
 }
 
-/// Takes connections at one URI until it is dropped.
+/// Accepts migrations at one URI until it is dropped.
 pub struct MigrationListener {
-    /// None when no migration is taken any more.
+    /// `None` when no further migration is accepted.
     migrations: Mutex<Option<Receiver<Result<IncomingMigration, StreamError>>>>,
     shared: Arc<Mutex<ListenState>>,
     thread: Option<JoinHandle<()>>,
 }
 
 struct ListenState {
-    /// Of the wait for the next connection.
+    /// Cancels the wait for the next connection.
     cancel: CancelToken,
-    /// When to listen no more.
+    /// Time to stop listening.
     until: Option<Instant>,
 }
 
 impl MigrationListener {
-    /// Takes connections of `listener`. Questions are answered by `outcomes`.
+    /// Starts accepting connections of `listener`. `outcomes` answers queries.
     ///
     /// # Errors
-    /// If the system has no thread or file descriptor left.
+    /// If no thread or file descriptor is available.
     pub fn start(listener: StreamListener, outcomes: Outcomes) -> Result<MigrationListener, StreamError> {
         let (to, migrations) = bounded(MAX_QUEUED);
         let shared = Arc::new(Mutex::new(ListenState { cancel: CancelToken::new()?, until: None }));
         let thread_state = shared.clone();
         let listen = move || {
             if let Err(error) = listen(&listener, &outcomes, &to, &thread_state) {
-                // Whoever waits for a migration reads it; after that it is of no interest.
+                // Read by the next call of `next`, if there is one.
                 let _ = to.try_send(Err(error));
             }
         };
@@ -66,27 +65,28 @@ impl MigrationListener {
         Ok(MigrationListener { migrations: Mutex::new(Some(migrations)), shared, thread })
     }
 
-    /// Waits for the next migration. Returns `None` if there will be none: after [`close`](Self::close), or if what was
-    /// listened at carries only one.
+    /// Waits for the next migration. Returns `None` if there will be none: after [`close`](Self::close), or after the
+    /// only migration of a single-channel transport.
     ///
     /// # Errors
-    /// What [`StreamListener::next`] reports.
+    /// Errors of [`StreamListener::next`].
     pub fn next(&self) -> Result<Option<IncomingMigration>, StreamError> {
         let migrations = lock(&self.migrations).clone();
         migrations.and_then(|migrations| migrations.recv().ok()).transpose()
     }
 
-    /// Listens no more.
+    /// Stops listening.
     pub fn close(&self) {
         self.close_after(Duration::ZERO);
     }
 
-    /// Listens no more after `time`. Until then questions are answered, and migrations refused, those that wait too.
+    /// Stops listening after `time`. Until then outcome queries are answered and migrations are refused, including
+    /// queued ones.
     pub fn close_after(&self, time: Duration) {
         *lock(&self.migrations) = None;
         let mut shared = lock(&self.shared);
         shared.until = Some(Instant::now() + time);
-        // The wait begins anew, for this long.
+        // Restarts the wait with this limit.
         shared.cancel.cancel();
     }
 }
@@ -94,7 +94,7 @@ impl MigrationListener {
 impl Drop for MigrationListener {
     fn drop(&mut self) {
         self.close();
-        // It ends at once, and its socket with it.
+        // The thread ends immediately and removes its socket.
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -140,7 +140,7 @@ fn listen(
             Ok(stream::IncomingConnection::Migration(connection)) => {
                 unstarted.admit(IncomingMigration { connection, cancel }, to.clone())?;
             }
-            // It is closed, or to be closed later.
+            // The listener was closed.
             Err(_) if lock(shared).until.is_some() => {}
             Err(error) => return Err(error),
         }
@@ -155,13 +155,12 @@ fn enqueue(to: &Sender<Result<IncomingMigration, StreamError>>, migration: Incom
     }
 }
 
-/// Migrations that have connected and not sent a frame: strangers, or sources that are about to. Each has a thread, so
-/// that none holds up another.
+/// Migrations that have connected and not sent a frame. Each has a thread, so that none blocks another.
 #[derive(Default)]
 struct UnstartedMigrations(VecDeque<(CancelToken, JoinHandle<()>)>);
 
 impl UnstartedMigrations {
-    /// Queues `migration` on `to` once it has begun.
+    /// Queues `migration` on `to` when its first frame has arrived.
     fn admit(
         &mut self,
         migration: IncomingMigration,
@@ -173,7 +172,7 @@ impl UnstartedMigrations {
         {
             tracing::warn!("too many migrations that do not begin: dropping the oldest");
             oldest.cancel();
-            // It ends at once.
+            // The thread ends immediately.
             let _ = thread.join();
         }
         let cancel = migration.cancel.clone();
@@ -190,7 +189,7 @@ impl UnstartedMigrations {
 impl Drop for UnstartedMigrations {
     fn drop(&mut self) {
         for (cancel, thread) in self.0.drain(..) {
-            // One that has begun is not called off by this: its thread has ended.
+            // A queued migration is not cancelled: its thread has ended.
             if !thread.is_finished() {
                 cancel.cancel();
             }

@@ -1,14 +1,14 @@
-//! Measuring a dirty rate: harvest every source by itself at short intervals.
+//! Measures dirty rates by harvesting each source at short intervals.
 
 use std::time::{Duration, Instant};
 
 use crate::dirty::{DirtyError, DirtyRate, DirtySource, PageSet, RateMeter};
 
-/// Measures for `time`, harvesting each of `sources` every `interval`; they are started before and stopped after.
-/// `wait` sleeps, and returns false to end the measurement early.
+/// Measures the dirty rate for `time`, harvesting each of `sources` every `interval`. The sources are started before
+/// and stopped after. `wait` sleeps, and returns false to end the measurement early.
 ///
 /// # Errors
-/// What a source reports; the sources are stopped in any case.
+/// Errors of a source. The sources are stopped in any case.
 pub fn measure_dirty_rate(
     sources: &mut [Box<dyn DirtySource>],
     time: Duration,
@@ -21,7 +21,7 @@ pub fn measure_dirty_rate(
             source.start()?;
         }
         let mut sets: Vec<PageSet> = sources.iter().map(|_| PageSet::default()).collect();
-        // What stands in a fresh source is not of this period.
+        // Marks from before the start do not belong to this period.
         harvest(sources, &mut sets)?;
         let begun = Instant::now();
         let mut last = begun;

@@ -1,4 +1,4 @@
-//! Moving a running guest: the source's side, the destination's, and when to stop the guest.
+//! Live migration of a guest: source, destination and the decision when to stop the guest.
 //!
 //! | file | purpose |
 //! |---|---|
@@ -13,7 +13,7 @@
 //! | `builtin` | the built-in guest as a machine |
 //! | `measure` | a dirty rate without a migration |
 //!
-//! A migration belongs to no particular guest or device: implement [`SourceVm`] and [`IncomingVm`], open a
+//! Migration is independent of the kind of guest and device: implement [`SourceVm`] and [`IncomingVm`], open a
 //! [`StreamConnection`](crate::stream::StreamConnection), and call [`migrate`] and [`receive`].
 #![forbid(unsafe_code)]
 

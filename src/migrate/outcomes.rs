@@ -1,12 +1,13 @@
-//! What a destination knows of each migration, by its id: the one place that decides between a commit and giving up.
+//! Outcomes of the migrations of a destination, by id. This is the only place that decides between commit and giving
+//! up.
 //!
 //! ```text
 //! receiving ──commit──→ starting, then held ──started──→ started
 //!     └──────give_up──→ given up
 //! ```
 //!
-//! A source that loses its connection around the commit asks for the outcome over another one. A migration that is
-//! asked about before its commit was read is given up then: a commit that is still on its way takes no effect.
+//! A source that loses its connection around the commit queries the outcome over another connection. A query before the
+//! commit was read gives up the migration: a commit that arrives later has no effect.
 #![forbid(unsafe_code)]
 
 use std::collections::HashMap;
@@ -17,14 +18,14 @@ use super::error::MigrateError;
 use crate::stream::record::{Held, Started};
 use crate::stream::{CancelToken, MigrationId, StreamChannel, ToSource};
 
-/// The migrations that a destination has taken part in. Clones are one.
+/// The outcomes of a destination's migrations. Clones share one table.
 #[derive(Clone, Default)]
 pub struct Outcomes(Arc<Mutex<OutcomeTable>>);
 
 #[derive(Default)]
 struct OutcomeTable {
     by_id: HashMap<MigrationId, Outcome>,
-    /// No migration begins any more.
+    /// True if no further migration may start.
     closed: bool,
 }
 
@@ -35,24 +36,24 @@ impl OutcomeTable {
     }
 }
 
-/// Most migrations that are remembered. A source asks soon or never.
+/// Maximum number of stored outcomes. A source queries soon or never.
 const MAX_OUTCOMES: usize = 1024;
 
 enum Outcome {
     /// Not committed.
     Receiving { channels: Vec<StreamChannel>, cancel: CancelToken },
-    /// Never to be committed, and why.
+    /// Given up for good, with the reason.
     GivenUp(String),
-    /// Committed: the guest is owned here and is being started, until this is cancelled.
+    /// Committed: this destination owns the guest and starts it until the token is cancelled.
     Starting(CancelToken),
-    /// Committed: the guest is owned here, and does not run yet.
+    /// Committed: this destination owns the guest, which does not run.
     Held(Held),
-    /// The guest runs here, or ran before it went on.
+    /// The guest was started here.
     Started(Started),
 }
 
 impl Outcomes {
-    /// The answer to a source that asks. A migration that is not committed by now is given up.
+    /// Returns the answer to an outcome query. A migration that is not committed is given up.
     pub fn answer(&self, id: MigrationId) -> ToSource {
         self.give_up(id, "its source lost the connection and asked for the outcome before the commit had arrived");
         match self.lock().by_id.get(&id) {
@@ -66,14 +67,13 @@ impl Outcomes {
         }
     }
 
-    /// Gives up the migration `id`, for good, if it is under way and not committed. Returns false if it is not, or
-    /// no longer: its guest is owned here then, or was never on its way.
+    /// Gives up the migration `id` for good if it is under way and not committed. Returns false otherwise.
     pub fn give_up(&self, id: MigrationId, why: &str) -> bool {
         self.lock().by_id.get_mut(&id).is_some_and(|outcome| give_up_uncommitted(outcome, why))
     }
 
-    /// The migration `id` has failed here: it is given up, and its source is told by whoever has found out. Returns the
-    /// reason that counts: it may have been given up before, which has ended its stream.
+    /// Records the failure of the migration `id`. Returns the reason to report: the migration may have been given up
+    /// before, which has ended its stream.
     pub(super) fn record_failure(&self, id: MigrationId, error: MigrateError) -> MigrateError {
         match self.lock().by_id.get_mut(&id) {
             Some(Outcome::GivenUp(why)) => MigrateError::GivenUp(why.clone()),
@@ -85,19 +85,19 @@ impl Outcomes {
         }
     }
 
-    /// Gives up every migration that is under way and not committed. Returns true if there was one.
+    /// Gives up every uncommitted migration. Returns true if there was one.
     pub fn give_up_all(&self, why: &str) -> bool {
         self.lock().by_id.values_mut().fold(false, |any, outcome| give_up_uncommitted(outcome, why) | any)
     }
 
-    /// Ends the tries to start a guest that has arrived: it is kept, paused. Returns true if one was being started.
+    /// Cancels the start of an arrived guest, which is kept paused. Returns true if one was being started.
     pub fn cancel_start(&self) -> bool {
         let known = self.lock();
         known.by_id.values().any(|outcome| matches!(outcome, Outcome::Starting(cancel) if cancel.cancel()))
     }
 
-    /// Gives up every migration that is not committed, and begins no other. Returns false, and leaves everything as it
-    /// is, if a guest has arrived.
+    /// Gives up every uncommitted migration and refuses new ones. Returns false and changes nothing if a guest has
+    /// arrived.
     pub fn close(&self, why: &str) -> bool {
         let mut known = self.lock();
         if known.has_arrived() {
@@ -110,20 +110,20 @@ impl Outcomes {
         true
     }
 
-    /// Returns true if a guest has arrived, whether or not it has been started by now.
+    /// Returns true if a guest has arrived, started or not.
     pub fn has_arrived(&self) -> bool {
         self.lock().has_arrived()
     }
 
-    /// The guest of the migration `id`, which was held, runs now.
+    /// Records that the guest of the migration `id` runs.
     pub fn record_started(&self, id: MigrationId, started: Started) {
         self.lock().by_id.insert(id, Outcome::Started(started));
     }
 
-    /// A migration begins.
+    /// Records the start of a migration.
     ///
     /// # Errors
-    /// If its id was used before, or after [`close`](Self::close).
+    /// If the id was used before, or after [`close`](Self::close).
     pub(super) fn begin(
         &self,
         id: MigrationId,
@@ -140,7 +140,7 @@ impl Outcomes {
         }
         let begun = Outcome::Receiving { channels: channels.to_vec(), cancel: cancel.clone() };
         match known.by_id.entry(id) {
-            // A file may be read again.
+            // A file may be restored repeatedly.
             Entry::Occupied(_) if !one_way => Err(MigrateError::GivenUp("its id was used before".into())),
             Entry::Occupied(mut known) => {
                 known.insert(begun);
@@ -153,7 +153,7 @@ impl Outcomes {
         }
     }
 
-    /// The commit has arrived: the guest is owned here, unless the migration was given up. Returns what
+    /// Records the commit: this destination owns the guest, unless the migration was given up. Returns the token that
     /// [`cancel_start`](Outcomes::cancel_start) cancels.
     ///
     /// # Errors
@@ -171,7 +171,7 @@ impl Outcomes {
         }
     }
 
-    /// The guest can't be started, for now.
+    /// Records that the guest could not be started.
     pub(super) fn record_held(&self, id: MigrationId, message: &str) -> Held {
         let held = Held { starting: false, message: message.into() };
         self.lock().by_id.insert(id, Outcome::Held(held.clone()));
@@ -183,10 +183,10 @@ impl Outcomes {
     }
 }
 
-/// Gives up a migration that is not committed, and ends what waits for the rest of it. Returns false for others.
+/// Gives up an uncommitted migration and ends its stream. Returns false for other migrations.
 fn give_up_uncommitted(outcome: &mut Outcome, why: &str) -> bool {
     let Outcome::Receiving { channels, cancel } = outcome else { return false };
-    // A source that waits for an answer to its commit can still be told.
+    // A source that has sent its commit can still receive the answer.
     if !cancel.cancel() {
         channels.iter().for_each(StreamChannel::shutdown_read);
     }
@@ -206,7 +206,7 @@ mod tests {
         outcomes.begin(id, one_way, &[], &CancelToken::new().unwrap())
     }
 
-    /// Two migrations under way, with nothing that waits for their streams.
+    /// Two migrations under way without streams.
     fn two_under_way() -> Outcomes {
         let outcomes = Outcomes::default();
         for id in [FIRST, SECOND] {

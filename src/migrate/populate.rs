@@ -1,8 +1,7 @@
-//! Memory of the destination provided ahead of the pages that arrive: in large pieces it costs the system less than page
-//! by page in the midst of a read, and somebody else's time.
+//! Populates the destination's memory ahead of the pages: large populate calls cost less than page faults during reads.
 //!
-//! What a source announces is a hint, and costs it nothing. So no more is provided than a window, and some pages for each
-//! one that has arrived with data.
+//! An announcement costs the source nothing. Therefore only a window, plus some pages for each received data page, is
+//! populated ahead.
 
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -10,16 +9,17 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use crate::memory::LOG_PAGE;
 use crate::stream::IncomingMemory;
 
-/// Pages populated with one system call: 4 MiB, a millisecond or two.
+/// Number of pages populated with one system call: 4 MiB, which takes 1 to 2 ms.
 const CHUNK_PAGES: u64 = (4 << 20) / LOG_PAGE;
-/// Runs of at least this many pages are worth an advice to use huge pages, each of which splits a mapping.
+/// Minimum length of a run for huge-page advice, which splits a mapping.
 const MIN_HUGE_RUN: u64 = (64 << 20) / LOG_PAGE;
-/// Pages that may be populated before any has arrived: 64 MiB.
+/// Number of pages that may be populated before any has arrived: 64 MiB.
 const POPULATE_AHEAD: u64 = (64 << 20) / LOG_PAGE;
-/// Pages that may be populated for each that has arrived with data. More than one, as announced pages can arrive as zero.
+/// Number of pages that may be populated for each received data page. More than one, because announced pages can arrive
+/// as zero.
 const POPULATE_PER_ARRIVED: u64 = 4;
 
-/// The pages of a migration that have arrived so far.
+/// Count of the pages received so far.
 #[derive(Debug, Default)]
 pub(super) struct ArrivedPages {
     count: Mutex<ArrivalCount>,
@@ -28,28 +28,28 @@ pub(super) struct ArrivedPages {
 
 #[derive(Debug, Default)]
 struct ArrivalCount {
-    /// With data.
+    /// Received data pages.
     pages: u64,
-    /// No more come.
+    /// True if no more pages arrive.
     ended: bool,
-    /// Pages that are not populated before more have arrived; 0 if none is waited for.
+    /// Number of pages for which populating waits; 0 if it does not wait.
     waiting_for: u64,
 }
 
 impl ArrivedPages {
-    /// Notes pages that have arrived with data.
+    /// Adds received data pages.
     pub(super) fn add(&self, pages: u64) {
         self.lock().pages += pages;
         self.changed.notify_all();
     }
 
-    /// No more pages come.
+    /// Records that no more pages arrive.
     pub(super) fn end(&self) {
         self.lock().ended = true;
         self.changed.notify_all();
     }
 
-    /// Waits until `pages` more than the window have arrived; false if they never will.
+    /// Waits until `pages` pages may be populated. Returns false if no more pages arrive.
     fn wait_to_populate(&self, pages: u64) -> bool {
         let mut progress = self.lock();
         while !progress.ended && POPULATE_AHEAD + POPULATE_PER_ARRIVED * progress.pages < pages {
@@ -65,14 +65,14 @@ impl ArrivedPages {
     }
 }
 
-/// Populates `runs`, the pages for which the source has announced data, until all are done or no more pages arrive, and
-/// waits for pages to arrive where it has come too far. Pieces that pages have reached already are left out. Populates no
-/// other page: no more than the source uses.
+/// Populates the announced `runs` until all are done or no more pages arrive, and waits when it is too far ahead.
+/// Chunks that already hold data are skipped. No other page is populated, so that no more memory is used than at the
+/// source.
 pub(super) fn populate(target: &IncomingMemory, runs: &[Range<u64>], arrived: &ArrivedPages) {
     let memory = target.memory();
     let (mut done, mut populated) = (0, 0);
     for run in runs {
-        // What is not memory, or not in order, is not believed.
+        // Runs outside memory or out of order are ignored.
         for part in memory.pages(&(run.start.max(done)..run.end)) {
             if part.end - part.start >= MIN_HUGE_RUN {
                 memory.advise_huge_pages(&part);
@@ -88,7 +88,7 @@ pub(super) fn populate(target: &IncomingMemory, runs: &[Range<u64>], arrived: &A
                     continue;
                 }
                 if let Err(error) = memory.populate(&piece) {
-                    // The pages themselves will tell if there is no memory; an old kernel just can't do it.
+                    // Receiving the pages reports a lack of memory; an old kernel does not support this call.
                     tracing::debug!(%error, "memory is not populated ahead");
                     return;
                 }
@@ -119,7 +119,7 @@ mod tests {
         nix::sys::stat::fstat(fd).unwrap().st_blocks as u64 / 8
     }
 
-    /// The pages that a file of `PAGES` pages takes after `runs` were announced for it.
+    /// Number of pages allocated in a file of `PAGES` pages after `runs` were announced.
     fn populated_pages(runs: &[Range<u64>], ended: bool) -> u64 {
         let (target, fd) = target(PAGES);
         let arrived = ArrivedPages::default();

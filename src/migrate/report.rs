@@ -1,24 +1,23 @@
-//! What a migration tells while it runs and when it ends. Nothing here decides anything.
+//! Events of a migration and its final report.
 
 use serde::{Deserialize, Serialize};
 
-/// Where the guest is, as far as the source of a migration knows.
+/// Location of the guest, as far as the source knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum GuestLocation {
-    /// It runs at the source.
+    /// The guest runs at the source.
     RunningHere,
-    /// It is at the source, paused, and nowhere else.
+    /// The guest is paused at the source, and nowhere else.
     PausedHere,
-    /// The destination runs it, or a complete file holds it. The source has let go of it.
+    /// The destination runs the guest, or a complete file holds it. The source has released it.
     HandedOver,
-    /// The commit was sent and the destination has not said what came of it. The source keeps the guest, paused, until
-    /// the operator decides.
+    /// The commit was sent and its outcome is unknown. The source keeps the guest paused until the operator decides.
     OutcomeUnknown,
 }
 
-/// One step of a migration, as an orchestrator reads it: a JSON object with an `event` field.
+/// An event of a migration: for orchestrators, a JSON object with an `event` field.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 #[non_exhaustive]
@@ -27,106 +26,106 @@ pub enum MigrationEvent {
     Started {
         /// Bytes of guest memory.
         guest_bytes: u64,
-        /// Connections that carry pages.
+        /// Number of channels.
         channels: u16,
-        /// How pages are compressed.
+        /// Compression of pages.
         codec: String,
     },
-    /// Pages are going out; several per second at the most.
+    /// Pages are being sent. At most a few events per second.
     Progress {
         /// Number of the round, from 0.
         round: u32,
         /// Pages of this round not sent yet.
         pages_left: u64,
-        /// Bytes of guest memory sent per second since the last such event, zero pages included.
+        /// Bytes of guest memory sent per second since the last event, zero pages included.
         bytes_per_second: f64,
     },
-    /// A round has been sent and the dirty pages since have been harvested.
+    /// A round has been sent, and the pages dirtied meanwhile have been harvested.
     Round(RoundReport),
-    /// Rounds no longer shrink what is left: as things stand the migration will not end by itself.
+    /// Rounds no longer reduce the number of pages left: the migration will probably not converge.
     Stalled {
-        /// What is wrong and what the user can change.
+        /// The problem and advice.
         message: String,
     },
     /// The guest is being stopped.
     Switchover {
-        /// Pages known to be dirty; the last harvest may add some.
+        /// Number of pages known to be dirty; the last harvest may add some.
         pages_left: u64,
-        /// Predicted stop of the guest, milliseconds.
+        /// Expected downtime, milliseconds.
         expected_downtime_ms: f64,
     },
-    /// The guest can't be stopped yet: a device's back-end is away. Rounds go on until it is back.
+    /// The guest cannot be stopped yet, because the back-end of a device is unavailable. Rounds continue until it is
+    /// back.
     Waiting {
-        /// Which device, and why.
+        /// The device and the reason.
         message: String,
     },
-    /// Something that the user should know: of the guest that is handed over, as a disk that a restore can't compare, or of an
-    /// obstacle to the migration.
+    /// A warning for the user: a disk that a restore cannot compare, or an obstacle to the migration.
     Warning {
-        /// In words.
+        /// The warning.
         message: String,
     },
-    /// The connection failed after the commit was sent: the destination is asked what came of it.
+    /// The connection failed after the commit was sent. The source queries the outcome.
     Asking {
-        /// What went wrong.
+        /// The error of the connection.
         message: String,
     },
-    /// The guest is handed over.
+    /// The destination or a complete file has the guest.
     Completed(MigrationReport),
     /// The migration ended without success.
     Failed {
-        /// Why, and what to do about it.
+        /// The reason and advice.
         message: String,
         /// Where the guest is.
         location: GuestLocation,
     },
 }
 
-/// One finished round of pre-copy.
+/// A completed round of pre-copy.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RoundReport {
     /// Number of the round, from 0.
     pub round: u32,
-    /// Pages sent with their contents.
+    /// Pages sent with data.
     pub data_pages: u64,
     /// Pages sent as zero.
     pub zero_pages: u64,
-    /// Bytes put on the wire in this round.
+    /// Bytes sent in this round.
     pub wire_bytes: u64,
-    /// Length of the round, milliseconds.
+    /// Duration of the round, milliseconds.
     pub ms: f64,
-    /// Pages dirtied meanwhile, left to send.
+    /// Pages dirtied during the round, which are left to send.
     pub pages_left: u64,
-    /// Bytes of pages dirtied per second during the round, each page counted once.
+    /// Dirty rate during the round, bytes per second. Each page counts once.
     pub dirty_bytes_per_second: f64,
-    /// What stopping the guest now would cost, milliseconds.
+    /// Expected downtime if the guest were stopped now, milliseconds.
     pub expected_downtime_ms: f64,
 }
 
-/// A completed migration in figures.
+/// Figures of a completed migration.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct MigrationReport {
-    /// From the first connection to the guest running at the destination, milliseconds.
+    /// Time from the first connection until the guest runs at the destination, milliseconds.
     pub total_ms: f64,
-    /// From the order to stop the guest to the destination's word that it runs, milliseconds. A file has no such
-    /// word: then until the last byte was written.
+    /// Time from stopping the guest until the destination confirms that it runs, milliseconds. For a file: until the
+    /// last byte was written.
     pub downtime_ms: f64,
-    /// What the guest's own clock saw between its last action here and its first there, milliseconds; only where both
-    /// share a clock.
+    /// Time between the guest's last action here and its first there by its own clock, milliseconds; only if both share
+    /// a clock.
     pub observed_downtime_ms: Option<f64>,
-    /// Rounds, the last with the guest stopped included.
+    /// Number of rounds, including the last with the guest stopped.
     pub rounds: u32,
     /// Bytes of guest memory.
     pub guest_bytes: u64,
-    /// Bytes put on the wire.
+    /// Bytes sent.
     pub wire_bytes: u64,
     /// Pages sent, zero pages included.
     pub pages_sent: u64,
     /// Pages sent as zero.
     pub zero_pages: u64,
-    /// Bytes of pages dirtied per second while the guest ran, over all rounds.
+    /// Average dirty rate over all rounds, bytes per second.
     pub dirty_rate_bytes_per_s: f64,
-    /// How long hashing all memory took, while the guest was stopped, milliseconds; only if that was asked for.
+    /// Time spent on hashing all memory with the guest stopped, milliseconds; only with verification.
     #[serde(default)]
     pub verify_ms: Option<f64>,
 }

@@ -1,4 +1,4 @@
-//! The source's side: rounds while the guest runs, then the switchover.
+//! Source side of a migration: rounds while the guest runs, then the switchover.
 //!
 //! ```text
 //! connected → accepted → tracking ⟲ round → paused → last pages → state → READY → COMMIT → STARTED
@@ -7,10 +7,11 @@
 //!                                                             HELD, no answer: paused ┘
 //! ```
 //!
-//! The source keeps the guest, paused, from the commit until the destination has said that it runs it. If the connection
-//! ends in between, the destination is asked over another one.
+//! From the commit on, the source keeps the guest paused until the destination confirms that it runs. If the connection
+//! fails in between, the source queries the outcome over another connection.
 //!
-//! A page's bit is harvested before the page is read. What a failed round may not have sent is put back (rule L14.1).
+//! A page's dirty bit is harvested before the page is read. Pages that a failed round may not have sent are put back
+//! (rule L14.1).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -32,57 +33,57 @@ use crate::stream::{
 };
 use crate::stream::{StreamError, ToDestination, ToSource, runs_of_channel, send_hashes};
 
-/// How often [`MigrationEvent::Progress`] is told.
+/// Interval of [`MigrationEvent::Progress`].
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
-/// The time for which nothing leaves in a round before that is told.
+/// Time without sent bytes in a round after which the user is warned.
 const IDLE_WARNING_TIME: Duration = Duration::from_secs(5);
 
-/// How long a peer that has hung up may take to say why.
+/// Time limit for reading the reason after the peer has closed the connection.
 const FINAL_MESSAGE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long a destination is asked what came of a commit when its connection has failed.
+/// Time for which a source queries the outcome after the connection has failed.
 pub const OUTCOME_QUERY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long one such question may take, and the pause before the next.
+/// Time limit of one outcome query, and the delay before the next.
 const QUERY_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
 const QUERY_RETRY_DELAY: Duration = Duration::from_millis(100);
 
-/// The least limit of a switchover, unless another is asked for.
+/// Minimum of the default switchover timeout.
 const MIN_SWITCHOVER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What may fail because a device goes away, and is tried again then.
+/// The operation that is retried if it fails because a device becomes unavailable.
 const STOPPING_GUEST: &str = "stopping the guest";
 
-/// How long a device may be away when the guest is to be stopped.
+/// Time for which a device may be unavailable when the guest is to be stopped.
 const DEVICE_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long the next round waits while a device is away, and how often it looks.
+/// Delay between rounds while a device is unavailable, and the interval of checks.
 const DEVICE_ROUND_INTERVAL: Duration = Duration::from_secs(2);
 const DEVICE_POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// How to migrate.
+/// Parameters of a migration.
 #[derive(Clone, Debug)]
 pub struct MigrationParameters {
-    /// When to stop the guest, and when to give up.
+    /// Limits for the rounds.
     pub policy: ConvergencePolicy,
-    /// How pages are compressed.
+    /// Compression of pages.
     pub codec: Codec,
-    /// Compare all memory of the stopped guest with what has arrived, by hashes, before the commit. Then a dirty source that
-    /// was forgotten, or that misses a writer, fails the migration, and the guest goes on here.
+    /// Compare all memory of the stopped guest with the destination's, by hashes, before the commit. A missing or
+    /// incomplete dirty source then fails the migration, and the guest resumes here.
     pub verify: bool,
-    /// How long to ask the destination what came of the commit if the connection fails then: [`OUTCOME_QUERY_TIMEOUT`].
+    /// Time for which the outcome is queried if the connection fails after the commit: [`OUTCOME_QUERY_TIMEOUT`].
     pub outcome_query_timeout: Duration,
-    /// The longest that the whole switchover may take, from stopping the guest to the destination's word that it runs.
-    /// Before the commit the guest goes on here after that; after the commit the destination is asked. `None` is four
-    /// times the policy's downtime and at least ten seconds; with `verify` a second more for each 256 MiB of memory.
+    /// Time limit of the switchover, from stopping the guest until the destination confirms that it runs. Before the
+    /// commit, the guest resumes here when it has passed; after the commit, the outcome is queried. `None` is four
+    /// times the downtime limit and at least 10 s; with `verify` one second more for each 256 MiB of memory.
     pub switchover_timeout: Option<Duration>,
-    /// The guest goes on here, as it was before, once a complete file or device holds it: a snapshot. Its disks are not part
-    /// of that. Refused for all other destinations, where the guest would run twice.
+    /// Resume the guest here once a complete file or device holds it: a snapshot. Its disks are not part of the
+    /// snapshot. Refused for all other destinations, because the guest would run twice.
     pub continue_here: bool,
 }
 
 impl MigrationParameters {
-    /// The limit of the switchover of a guest with so many bytes of memory.
+    /// Returns the switchover timeout for a guest with `memory` bytes of memory.
     fn switchover_limit(&self, memory: u64) -> Duration {
         self.switchover_timeout.unwrap_or_else(|| {
             let verifying = if self.verify { memory >> 28 } else { 0 };
@@ -91,11 +92,11 @@ impl MigrationParameters {
     }
 }
 
-/// Moves the guest of `vm` over `connection`. `limiter` is the connection's; its limit holds until the guest is
-/// stopped. Another thread may call the migration off through `cancel`, which must be the connection's too.
+/// Migrates the guest of `vm` over `connection`. `limiter` is the connection's rate limit; it applies until the guest
+/// is stopped. `cancel` must be the connection's token; another thread may use it to cancel the migration.
 ///
 /// # Errors
-/// [`MigrationFailure`], which tells where the guest is. Before the commit it goes on here, as long as the VM can resume.
+/// [`MigrationFailure`] with the location of the guest. Before the commit the guest resumes here, if the VM can resume.
 pub fn migrate(
     vm: &mut dyn SourceVm,
     connection: StreamConnection,
@@ -144,12 +145,12 @@ pub fn migrate(
     migration.finish(vm, outcome, parameters, begun)
 }
 
-/// Where a guest is that has not left.
+/// Location of a guest that was not handed over.
 fn local_location(run: bool) -> GuestLocation {
     if run { GuestLocation::RunningHere } else { GuestLocation::PausedHere }
 }
 
-/// What a device says of a wait that was cancelled is no reason of its own.
+/// Replaces an error that results from cancellation by [`MigrateError::Cancelled`].
 fn prefer_cancelled(error: MigrateError, cancel: &CancelToken) -> MigrateError {
     match error {
         MigrateError::Vm { .. } | MigrateError::Dirty(_) if cancel.is_cancelled() => MigrateError::Cancelled,
@@ -157,7 +158,7 @@ fn prefer_cancelled(error: MigrateError, cancel: &CancelToken) -> MigrateError {
     }
 }
 
-/// Has the guest's memory accepted, and begins to track it.
+/// Exchanges the memory layout and starts dirty tracking.
 fn open(
     vm: &mut dyn SourceVm,
     memory: &Memory,
@@ -171,14 +172,14 @@ fn open(
     Ok((stream, dirty))
 }
 
-/// The same over `stream`.
+/// Exchanges the memory layout over `stream` and starts dirty tracking.
 fn begin(
     vm: &mut dyn SourceVm,
     memory: &Memory,
     stream: &mut OutgoingStream,
 ) -> Result<Box<dyn DirtySource>, MigrateError> {
     stream.open(memory)?;
-    // A hint: what is written from now on is found by the rounds.
+    // A hint: the rounds find pages written from now on.
     let told = stream.send_message(&ToDestination::DataRuns(DataRuns::from_memory(memory)));
     told.map_err(|error| stream.peer_reason(error))?;
     let devices = vm.devices().map_err(|cause| MigrateError::Vm { doing: "describing the devices", cause });
@@ -190,11 +191,11 @@ fn begin(
     dirty.and_then(|mut dirty| Ok(dirty.start().map(|()| dirty)?))
 }
 
-/// How far a migration came that has failed.
+/// Stage at which a migration failed.
 enum Stage {
     /// The guest was not touched.
     Running,
-    /// The guest is paused, and no commit has left whole.
+    /// The guest is paused, and no complete commit was sent.
     Paused,
     /// The commit may have arrived.
     Committed,
@@ -204,28 +205,28 @@ struct OutgoingMigration<'a> {
     stream: OutgoingStream,
     memory: Memory,
     dirty: Box<dyn DirtySource>,
-    /// Pages that the destination does not have, or has in an older version.
+    /// Pages that the destination lacks or has in an older version.
     pending: PageSet,
     report: MigrationReport,
     cancel: &'a CancelToken,
     limiter: &'a RateLimiter,
     tell: &'a mut dyn FnMut(MigrationEvent),
-    /// Seconds during which dirty pages were counted.
+    /// Time for which dirty pages were counted, seconds.
     tracked_seconds: f64,
-    /// When the order to stop the guest was given.
+    /// Time at which stopping the guest began.
     stopped_at: Option<Instant>,
-    /// Whether the guest's CPUs run before and after the migration.
+    /// True if the guest's CPUs run before and after the migration.
     run: bool,
 }
 
-/// What rounds have come to, over several attempts to stop the guest.
+/// Results of the rounds, over all attempts to stop the guest.
 struct RoundState {
     convergence: Convergence,
     time: RoundTime,
-    /// Pages that were dirtied.
+    /// Number of dirtied pages.
     dirtied: u64,
     count: u32,
-    /// When a device was first found away that keeps the guest from being stopped.
+    /// Time since which an unavailable device prevents stopping the guest.
     away_since: Option<Instant>,
 }
 
@@ -242,14 +243,14 @@ impl OutgoingMigration<'_> {
             if self.cancel.is_cancelled() || vm.blocker().is_none() {
                 return Err((Stage::Paused, failed));
             }
-            // A device went away at this very moment.
+            // A device became unavailable during the pause.
             if let Err(cause) = vm.resume() {
                 return Err((Stage::Paused, MigrateError::NotResumed { error: failed.into(), cause }));
             }
         }
     }
 
-    /// Sends rounds until it is time to stop the guest, and nothing keeps it from being stopped.
+    /// Sends rounds until the guest is to be stopped and nothing prevents it.
     fn rounds(&mut self, vm: &mut dyn SourceVm, rounds: &mut RoundState) -> Result<(), MigrateError> {
         loop {
             let round = rounds.count;
@@ -257,11 +258,11 @@ impl OutgoingMigration<'_> {
             let wire_before = self.stream.bytes();
             let (sent, spent) = self.send_round(round, false, false)?;
             rounds.time += spent;
-            // What is on disk now need not be waited for while the guest is stopped.
+            // Data synced now need not be synced while the guest is stopped.
             let syncing = Instant::now();
             self.stream.sync()?;
             let sending = spent.sending + syncing.elapsed();
-            // Sent and accounted for; what was written since is in the harvest, also in one that fails half-way.
+            // Everything pending was sent. Pages written since are in the harvest, also if it fails halfway.
             self.pending = PageSet::new(self.pending.capacity());
             self.dirty.harvest(&mut self.pending)?;
             let took = begun.elapsed().as_secs_f64();
@@ -315,7 +316,7 @@ impl OutgoingMigration<'_> {
         }
     }
 
-    /// Waits for a device that is away, but no longer than until the next round is due.
+    /// Waits for an unavailable device, at most until the next round is due.
     fn wait_for_devices(
         &mut self,
         vm: &dyn SourceVm,
@@ -336,7 +337,7 @@ impl OutgoingMigration<'_> {
         Ok(())
     }
 
-    /// Stops the guest and hands it over within the parameters's limit.
+    /// Stops the guest and hands it over within the switchover timeout.
     fn switchover(
         &mut self,
         vm: &mut dyn SourceVm,
@@ -371,9 +372,9 @@ impl OutgoingMigration<'_> {
             if !self.stream.one_way {
                 self.stream.expect("READY", |message| matches!(message, ToSource::Ready).then_some(()))?;
             }
-            // A slow disk can't be interrupted; the guest still goes on here if the time has passed meanwhile.
+            // A slow disk cannot be interrupted. If the time has passed meanwhile, the guest still resumes here.
             self.stream.sync()?;
-            // From here on nobody can call it off: either the commit leaves whole, or not at all.
+            // The migration cannot be cancelled from here on: the commit is sent completely or not at all.
             self.cancel.disarm()?;
             self.stream.send_message(&ToDestination::Commit(Commit { run: self.run }))
         })();
@@ -394,7 +395,7 @@ impl OutgoingMigration<'_> {
         self.report.observed_downtime_ms = started.observed_downtime_ns.map(|ns| ns as f64 / 1e6);
     }
 
-    /// Brings the VM to where `outcome` says, and makes the report.
+    /// Resumes or releases the guest according to `outcome`, and creates the report.
     fn finish(
         mut self,
         vm: &mut dyn SourceVm,
@@ -426,7 +427,7 @@ impl OutgoingMigration<'_> {
                 return Err(self.report_failure(error, GuestLocation::OutcomeUnknown));
             }
             Err((stage, error)) => {
-                // First of all: what follows may wait for the destination.
+                // Resumed first: the following steps may wait for the destination.
                 let resumed = if let Stage::Paused = stage { vm.resume() } else { Ok(()) };
                 let error = match prefer_cancelled(error, self.cancel) {
                     MigrateError::Cancelled => MigrateError::Cancelled,
@@ -452,18 +453,18 @@ impl OutgoingMigration<'_> {
         Ok(self.report)
     }
 
-    /// Asks the destination what came of a commit that it has not answered, until it knows or `ask_for` is over.
-    fn query_outcome(&mut self, error: MigrateError, ask_for: Duration) -> Result<(), (Stage, MigrateError)> {
+    /// Queries the outcome of a commit until it is known or `timeout` has passed.
+    fn query_outcome(&mut self, error: MigrateError, timeout: Duration) -> Result<(), (Stage, MigrateError)> {
         let begun = Instant::now();
         let answered = matches!(error, MigrateError::Held(_));
         let Some(connection) = self.stream.connection.as_ref().filter(|to| !answered && !to.one_way) else {
             return Err((Stage::Committed, error));
         };
         (self.tell)(MigrationEvent::Asking { message: error.to_string() });
-        // It can't be the old connection that brings an answer now.
+        // The old connection must not deliver an answer any more.
         connection.channels.iter().for_each(StreamChannel::shutdown);
         let asked = loop {
-            let left = ask_for.saturating_sub(begun.elapsed());
+            let left = timeout.saturating_sub(begun.elapsed());
             let (asked, last) = match connection.query_outcome(left.min(QUERY_ATTEMPT_TIMEOUT)) {
                 Ok(ToSource::Started(started)) => {
                     self.record_observed_downtime(started);
@@ -479,7 +480,7 @@ impl OutgoingMigration<'_> {
                 Err(error @ StreamError::NoReturnPath) => (error.to_string(), true),
                 Err(error) => (error.to_string(), false),
             };
-            if last || begun.elapsed() >= ask_for {
+            if last || begun.elapsed() >= timeout {
                 break asked;
             }
             std::thread::sleep(QUERY_RETRY_DELAY);
@@ -493,8 +494,8 @@ impl OutgoingMigration<'_> {
         MigrationFailure { error, location }
     }
 
-    /// Sends all pending pages, with `verify` then hashes of all memory, and ends the round on every channel. Returns
-    /// the time that the slowest channel has taken.
+    /// Sends all pending pages, with `verify` also hashes of all memory, and ends the round on every channel. Returns
+    /// the time of the slowest channel.
     fn send_round(&mut self, round: u32, last: bool, verify: bool) -> Result<(PageStats, RoundTime), MigrateError> {
         let (memory, pending, limiter, tell) = (&self.memory, &self.pending, self.limiter, &mut self.tell);
         let siblings: Vec<StreamChannel> =
@@ -523,8 +524,9 @@ impl OutgoingMigration<'_> {
             loop {
                 match ended.recv_timeout(PROGRESS_INTERVAL) {
                     Ok(Err(error)) => {
-                        // What the others send is of no use any more. Channel 0 can still bring the reason. Once this is
-                        // cancelled they end by themselves, between two frames, so that it can say so.
+                        // The data of the other channels is useless now. Channel 0 can still receive the reason. After
+                        // cancellation the channels end by themselves between two frames, so that the source can send
+                        // its reason.
                         limiter.set(None);
                         if !self.cancel.is_cancelled() {
                             siblings.iter().for_each(StreamChannel::shutdown_write);
@@ -566,7 +568,7 @@ impl OutgoingMigration<'_> {
     }
 }
 
-/// Finds out that nothing leaves any more.
+/// Detects that no bytes are sent any more.
 struct IdleDetector {
     sent: u64,
     since: Instant,
@@ -580,7 +582,7 @@ impl Default for IdleDetector {
 }
 
 impl IdleDetector {
-    /// Returns true once when the bytes `sent` have not become more for [`IDLE_WARNING_TIME`], and again after they have.
+    /// Returns true once when `sent` has not increased for [`IDLE_WARNING_TIME`], and again after it has increased.
     fn starts_idle(&mut self, sent: u64) -> bool {
         if sent != self.sent {
             *self = IdleDetector { sent, ..IdleDetector::default() };
@@ -596,7 +598,7 @@ fn stop_tracking(dirty: &mut dyn DirtySource) {
     }
 }
 
-/// What a user should know when rounds no longer help.
+/// Text of [`MigrationEvent::Stalled`].
 fn stall_message(rounds: &RoundState, left: u64, round_seconds: f64, expected: Duration) -> String {
     let mib = |bytes: f64| bytes / f64::from(1 << 20);
     format!(
@@ -613,13 +615,13 @@ fn as_milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
-/// The channels, ready to send.
+/// The channels to the destination.
 struct OutgoingStream {
     channels: Vec<PageSender>,
-    /// What the destination says, on channel 0.
+    /// Replies of the destination, on channel 0.
     replies: FrameReader<StreamChannel>,
     one_way: bool,
-    /// Kept to end a file or a command properly.
+    /// Kept for completing a file or a command.
     connection: Option<StreamConnection>,
 }
 
@@ -629,7 +631,7 @@ struct PageSender {
 }
 
 impl PageSender {
-    /// Sends pages, then hashes, and ends the round. Returns the time that pages have taken, and that of hashes.
+    /// Sends pages, then hashes, and ends the round. Returns the times spent on pages and on hashes.
     fn send_round(
         &mut self,
         memory: &Memory,
@@ -664,8 +666,7 @@ impl OutgoingStream {
         Ok(OutgoingStream { channels, replies, one_way: connection.one_way, connection: Some(connection) })
     }
 
-    /// Ends the switchover when it takes too long: it is called off, or if it is committed, its answer is waited for no
-    /// more.
+    /// Starts the switchover timeout. It cancels the migration or, after the commit, ends the wait for the answer.
     fn start_time_limit(&self, limit: Duration, cancel: &CancelToken) -> Result<TimeLimit, MigrateError> {
         let channels = self.connection.as_ref().map(|connection| connection.channels.clone()).unwrap_or_default();
         let cancel = cancel.clone();
@@ -677,7 +678,7 @@ impl OutgoingStream {
         Ok(TimeLimit::start(limit, over).map_err(StreamError::from)?)
     }
 
-    /// Offers the memory layout and waits until it is accepted.
+    /// Sends the memory layout and waits until it is accepted.
     fn open(&mut self, memory: &Memory) -> Result<(), MigrateError> {
         let offered = self.send_message(&ToDestination::Layout(MemoryLayout::from_memory(memory)?));
         offered.map_err(|error| self.peer_reason(error))?;
@@ -694,7 +695,7 @@ impl OutgoingStream {
         Ok(())
     }
 
-    /// Waits for one message of the destination, which must be the one that `pick` takes.
+    /// Waits for one message of the destination, which `pick` must accept.
     fn expect<T>(
         &mut self,
         wanted: &'static str,
@@ -708,14 +709,14 @@ impl OutgoingStream {
         }
     }
 
-    /// The destination's own words for why the stream broke, if it left any.
+    /// Returns the destination's reason for a broken stream, if it sent one, or `error`.
     fn peer_reason(&mut self, error: MigrateError) -> MigrateError {
         let broken =
             matches!(error, MigrateError::Stream(StreamError::Io(_) | StreamError::Ended | StreamError::PeerGone));
         if !broken || self.one_way {
             return error;
         }
-        // A peer that hung up has nothing left to wait for; one that only fell silent gets no second chance.
+        // A closed connection delivers the reason at once; a silent peer gets only a short time.
         self.replies.get_mut().set_timeout(Some(FINAL_MESSAGE_TIMEOUT)).ok();
         match self.expect("a reason", |_| None::<()>) {
             Err(MigrateError::Destination(message)) => MigrateError::Destination(message),
@@ -723,7 +724,7 @@ impl OutgoingStream {
         }
     }
 
-    /// Tells the destination of a failure that is not the stream's: it would have to guess otherwise.
+    /// Sends the reason of a local failure to the destination.
     fn send_cancel(&mut self, error: &MigrateError) {
         let local = matches!(
             error,
@@ -736,17 +737,17 @@ impl OutgoingStream {
         );
         if local && !self.one_way {
             self.channels.iter_mut().take(1).for_each(|first| first.writer.get_mut().allow_final_frame());
-            // It notices the closed connection if not this.
+            // Otherwise it notices the closed connection.
             let _ = self.send_message(&ToDestination::Cancel { reason: error.to_string() });
         }
     }
 
-    /// Waits until what was written to a file or device is on disk.
+    /// Syncs a file or device.
     fn sync(&self) -> Result<(), MigrateError> {
         Ok(self.connection.as_ref().map_or(Ok(()), StreamConnection::sync)?)
     }
 
-    /// Waits for the destination's word on the commit: that the guest runs, or why it does not.
+    /// Waits for the destination's answer to the commit.
     fn read_outcome(&mut self) -> Result<Started, MigrateError> {
         match ToSource::next(&mut self.replies)? {
             ToSource::Started(started) => Ok(started),
@@ -756,32 +757,32 @@ impl OutgoingStream {
         }
     }
 
-    /// What is sent one way is handed over only if it is a file that is complete and durable.
+    /// Completes a one-way stream. The guest is handed over only if it is in a complete, durable file.
     fn finish_one_way(&mut self) -> Result<(), (Stage, MigrateError)> {
         let Some(connection) = &self.connection else { return Ok(()) };
         let is_file = connection.is_to_file();
         match connection.finish() {
             Ok(()) if is_file => Ok(()),
             Ok(()) => Err((Stage::Committed, MigrateError::OneWay)),
-            // An unfinished save is refused by its readers.
+            // Readers refuse an unfinished save.
             Err(error) if is_file => Err((Stage::Paused, error.into())),
             Err(error) => Err((Stage::Committed, error.into())),
         }
     }
 
-    /// Lets go of the connection; a command that leads to the guest's destination goes on.
+    /// Releases the connection. A command that holds or forwards the guest runs on.
     fn detach(&mut self) {
         if let Some(connection) = self.connection.take() {
             connection.detach();
         }
     }
 
-    /// Bytes put on the stream so far.
+    /// Returns the number of bytes sent.
     fn bytes(&self) -> u64 {
         self.channels.iter().map(|channel| channel.writer.bytes()).sum()
     }
 
-    /// Pages sent so far.
+    /// Returns the number of pages sent.
     fn pages_sent(&self) -> u64 {
         self.channels.iter().map(|channel| channel.encoder.progress().load(Ordering::Relaxed)).sum()
     }

@@ -1,4 +1,4 @@
-//! A limit to something that can be ended from outside.
+//! Time limit for an operation that another thread can end.
 #![forbid(unsafe_code)]
 
 use std::io;
@@ -11,7 +11,7 @@ use crossbeam::channel::{RecvTimeoutError, Sender, bounded};
 
 use super::error::MigrateError;
 
-/// Calls a function once a time has passed, unless it is dropped before.
+/// Calls a function after a time limit, unless it is dropped before.
 pub(super) struct TimeLimit {
     limit: Duration,
     begun: Instant,
@@ -21,10 +21,10 @@ pub(super) struct TimeLimit {
 }
 
 impl TimeLimit {
-    /// `then` is called on a thread of its own when `limit` has passed. It must not wait for anything.
+    /// Calls `then` on a separate thread when `limit` has passed. It must not block.
     ///
     /// # Errors
-    /// If the system has no thread left.
+    /// If no thread can be started.
     pub(super) fn start(limit: Duration, then: impl FnOnce() + Send + 'static) -> io::Result<TimeLimit> {
         let (begun, passed) = (Instant::now(), Arc::new(AtomicBool::new(false)));
         let (ended, end) = bounded(1);
@@ -39,11 +39,10 @@ impl TimeLimit {
         Ok(TimeLimit { limit, begun, passed, ended: Some(ended), thread: Some(thread) })
     }
 
-    /// Fails if the time has passed by the clock. A process that was stopped and goes on may do anything else before the
-    /// function is called.
+    /// Checks the clock. A process that was stopped may run other threads before the function is called.
     ///
     /// # Errors
-    /// [`MigrateError::SwitchoverTimeout`], with what the process was `doing`.
+    /// [`MigrateError::SwitchoverTimeout`] with `doing`, if the time has passed.
     pub(super) fn check(&self, doing: &'static str) -> Result<(), MigrateError> {
         if self.begun.elapsed() < self.limit {
             return Ok(());
@@ -51,7 +50,7 @@ impl TimeLimit {
         Err(MigrateError::SwitchoverTimeout { limit: self.limit, doing })
     }
 
-    /// Returns true if the function is called.
+    /// Returns true if the function was called.
     pub(super) fn has_passed(&self) -> bool {
         self.passed.load(Ordering::SeqCst)
     }
@@ -82,7 +81,7 @@ mod tests {
     }
     #[test]
     fn a_time_limit_check_uses_the_clock() {
-        // As a process that was stopped finds it: the thread has not run yet.
+        // Like a process that was stopped: the thread has not run yet.
         let past = |seconds| {
             let mut limit = TimeLimit::start(Duration::from_secs(3600), || unreachable!()).unwrap();
             limit.begun = Instant::now().checked_sub(Duration::from_secs(seconds)).unwrap();

@@ -1,4 +1,4 @@
-//! What is done to a batch of pages before it travels: nothing, or zstd. Contexts are kept and reused.
+//! Compression of page batches: none or zstd. Contexts are kept and reused.
 #![forbid(unsafe_code)]
 
 use std::fmt;
@@ -10,12 +10,12 @@ use super::no_zstd::{Compressor as ZstdCompressor, Decompressor as ZstdDecompres
 #[cfg(feature = "zstd")]
 use zstd::bulk::{Compressor as ZstdCompressor, Decompressor as ZstdDecompressor};
 
-/// How page data is compressed.
+/// Compression of page data.
 ///
 /// Parses from `none`, `zstd` (level 1) and `zstd:LEVEL`, levels -7 to 22.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Codec {
-    /// Pages travel as they are.
+    /// Pages are sent uncompressed.
     #[default]
     None,
     /// One zstd frame per batch, with this level.
@@ -53,7 +53,7 @@ impl fmt::Display for Codec {
 pub(super) struct Compressor(Option<(ZstdCompressor<'static>, Vec<u8>)>);
 
 impl Compressor {
-    /// For batches of at most `batch` bytes.
+    /// Creates a compressor for batches of at most `batch` bytes.
     pub(super) fn new(codec: Codec, batch: usize) -> Result<Compressor, StreamError> {
         let Codec::Zstd(level) = codec else {
             return Ok(Compressor(None));
@@ -63,12 +63,12 @@ impl Compressor {
         Ok(Compressor(Some((context, Vec::with_capacity(batch)))))
     }
 
-    /// Returns true if it compresses at all.
+    /// Returns true unless the codec is [`Codec::None`].
     pub(super) fn is_enabled(&self) -> bool {
         self.0.is_some()
     }
 
-    /// The compressed bytes, or `None` when the codec is none or they would not be fewer.
+    /// Compresses `data`. Returns `None` if the codec is none or the result would not be smaller.
     pub(super) fn compress(&mut self, data: &[u8]) -> Option<&[u8]> {
         let (context, out) = self.0.as_mut()?;
         out.clear();
@@ -78,7 +78,7 @@ impl Compressor {
     }
 }
 
-/// The receiving half: knows every codec.
+/// The receiving half of every codec.
 pub(super) struct Decompressor {
     zstd: ZstdDecompressor<'static>,
     out: Vec<u8>,
@@ -91,7 +91,7 @@ impl Decompressor {
         Ok(Decompressor { zstd, out: Vec::new() })
     }
 
-    /// Decompresses to exactly `length` bytes, a figure that the caller has bounded.
+    /// Decompresses to exactly `length` bytes. The caller bounds `length`.
     pub(super) fn decompress(&mut self, data: &[u8], length: usize) -> Result<&[u8], StreamError> {
         self.out.resize(length, 0);
         let found = self
@@ -148,7 +148,7 @@ mod tests {
         assert!(decompressor.decompress(small, text.len() + 1).is_err());
     }
 
-    /// Their decoders have had holes, and no version of this program has sent them.
+    /// Decoders of these formats have had vulnerabilities, and no version of this program has sent them.
     #[test]
     fn formats_before_zstd_0_8_are_refused() {
         let frame_of_0_7 = b"\x27\xb5\x2f\xfd\x20\x04\x40\x00\x04page\xc0\x00\x00";

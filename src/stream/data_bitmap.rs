@@ -1,35 +1,36 @@
-//! Which pages of guest memory may hold something else than zeros: a bit for each, in memory that is taken when a bit of it
-//! differs from the others. Guest memory is as large as a source says that it is; the bits are not, before pages come.
+//! A bitmap of the guest pages that may hold data other than zeros. Parts of it are allocated when a bit in them
+//! differs from the initial value: a source can announce any amount of guest memory, and the bitmap grows only with
+//! received pages.
 #![forbid(unsafe_code)]
 
 use std::sync::OnceLock;
 use std::sync::atomic::AtomicU64;
 
-/// Words that are taken together, for 1 GiB of guest memory.
+/// Number of words allocated together, for 1 GiB of guest memory.
 const PART_WORDS: usize = 4096;
 
-/// Bits of the pages of one region, in words of 64.
+/// Bits for the pages of one region, in 64-bit words.
 pub(super) struct DataBitmap {
-    /// What all words are at first.
+    /// Initial value of every word.
     initial: u64,
     parts: Vec<OnceLock<Box<[AtomicU64]>>>,
 }
 
 impl DataBitmap {
-    /// `words` words, all of them `initial`.
+    /// Creates a bitmap of `words` words with the value `initial`.
     pub(super) fn new(words: u64, initial: u64) -> DataBitmap {
         let parts = words.div_ceil(PART_WORDS as u64);
         DataBitmap { initial, parts: (0..parts).map(|_| OnceLock::new()).collect() }
     }
 
-    /// A word to be changed.
+    /// Returns a word to change, and allocates it if necessary.
     pub(super) fn word_or_allocate(&self, index: u64) -> Option<&AtomicU64> {
         let (part, offset) = part_and_offset(index);
         let made = || (0..PART_WORDS).map(|_| AtomicU64::new(self.initial)).collect();
         self.parts.get(part)?.get_or_init(made).get(offset)
     }
 
-    /// A word in which bits may be set, or `None` if none is.
+    /// Returns a word that may have bits set, or `None` if it has none.
     pub(super) fn allocated_word(&self, index: u64) -> Option<&AtomicU64> {
         let (part, offset) = part_and_offset(index);
         match self.initial {

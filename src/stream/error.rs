@@ -1,4 +1,4 @@
-//! The one error type of the stream. Texts say what to do; nothing here decides whether a migration goes on.
+//! The error type of the stream. Texts include advice for the user.
 #![forbid(unsafe_code)]
 
 use std::io;
@@ -8,28 +8,28 @@ use std::time::Duration;
 use super::frame::FrameKind;
 use crate::memory::MemoryError;
 
-/// Why a stream could not be written, read, opened or believed.
+/// An error while opening, reading or writing a migration stream.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StreamError {
     /// The first bytes are not those of a migration stream.
     #[error("this is not a migration stream (bad magic): check that the other side is vhost-migrate")]
     NotAStream,
-    /// The two sides speak different versions of the stream.
+    /// Source and destination use different versions of the stream.
     #[error("{}", version_advice("stream", *.ours, *.theirs))]
     Version {
-        /// Version that this program speaks.
+        /// Version used by this program.
         ours: u16,
         /// Version found in the peer's header.
         theirs: u16,
     },
-    /// A save to this file or device was cancelled, failed or was killed before its end.
+    /// A save to this file or device was cancelled, failed or was killed before it was complete.
     #[error("this save was not finished: the source was killed, cancelled or failed. Save the guest again")]
     Unfinished,
-    /// The name of a `file:` was given to another file since this save began.
+    /// Another file took the name of a `file:` URI while this save was under way.
     #[error("{}: another save has taken this name since this one began: save under another name", .0.display())]
     NameTaken(PathBuf),
-    /// A record has a version that this program does not read.
+    /// A record has a version that this program cannot read.
     #[error("{}", version_advice(.record, *.ours, *.theirs))]
     RecordVersion {
         /// Name of the record.
@@ -42,55 +42,55 @@ pub enum StreamError {
     /// The stream ended inside a header or a frame.
     #[error("the stream ends in the middle of {0}: the peer died, the connection was cut or the file is incomplete")]
     Truncated(&'static str),
-    /// The stream ended between two frames, but its last record has not been seen.
+    /// The stream ended between two frames and before its last record.
     #[error("the stream ended before the migration did: the peer went away or the file is incomplete")]
     Ended,
-    /// A checksum does not fit.
+    /// A checksum does not match.
     #[error("the checksum of {what} number {sequence} does not fit: the stream was damaged on its way")]
     Checksum {
-        /// What was damaged.
+        /// The damaged item.
         what: &'static str,
         /// Frame sequence number within its channel.
         sequence: u64,
     },
-    /// A frame was lost, repeated or came from another stream.
+    /// A frame was lost, repeated or belongs to another stream.
     #[error("frame {found} came where frame {wanted} was due: frames were lost or mixed up on the way")]
     Sequence {
-        /// The number that was due.
+        /// The expected number.
         wanted: u64,
         /// The number found.
         found: u64,
     },
-    /// A frame of a kind this version does not know.
+    /// A frame kind that this version does not know.
     #[error("frame kind {0:#06x} is unknown to this version: the stream is damaged or the sender is newer")]
     UnknownKind(u16),
-    /// A length beyond what its frame or record may have; nothing was allocated for it.
+    /// A length over the limit of its frame or record. Nothing was allocated for it.
     #[error("{what} of {length} bytes is over the limit of {limit} bytes")]
     TooLong {
-        /// What was too long.
+        /// The item that is too long.
         what: &'static str,
         /// Its length, bytes.
         length: u64,
-        /// The most it may be, bytes.
+        /// The limit, bytes.
         limit: u64,
     },
-    /// Bytes that break a rule of the format.
+    /// Data that violates the format.
     #[error("malformed {what}: {why}")]
     Malformed {
         /// The frame or record.
         what: &'static str,
-        /// The broken rule.
+        /// The violated rule.
         why: String,
     },
-    /// A frame that is valid but not now.
+    /// A valid frame at the wrong point of the handshake.
     #[error("a {found} frame came where {wanted} was due")]
     Unexpected {
-        /// What came.
+        /// The received frame.
         found: FrameKind,
-        /// What was due.
+        /// The expected frame or frames.
         wanted: &'static str,
     },
-    /// The peer's pages are not pages of this guest.
+    /// A page number of the peer is outside guest memory.
     #[error("pages {first:#x} to {end:#x} are not all in guest memory: start the destination with the same memory")]
     OutsideMemory {
         /// First page number.
@@ -98,29 +98,29 @@ pub enum StreamError {
         /// One past the last page number.
         end: u64,
     },
-    /// The memory of source and destination differs.
+    /// Source and destination have different memory layouts.
     #[error("memory of source and destination differs: {0}: start the destination with the same memory")]
     Layout(String),
-    /// Guest memory refused an access.
+    /// An access to guest memory failed.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// A codec name nobody knows, or a level zstd does not have.
+    /// An unknown codec name or a compression level that zstd does not support.
     #[error("unknown codec \"{0}\": use none, zstd or zstd:LEVEL with a level from -7 to 22")]
     UnknownCodec(String),
-    /// The compressor or decompressor failed.
+    /// Compression or decompression failed.
     #[error("{doing} failed: {source}")]
     Codec {
-        /// What was tried.
+        /// The failed operation.
         doing: &'static str,
-        /// What zstd says.
+        /// The error of zstd.
         source: io::Error,
     },
-    /// A URI that can't be understood.
+    /// A malformed URI.
     #[error("\"{uri}\": {why}")]
     Uri {
-        /// The text given.
+        /// The given text.
         uri: String,
-        /// What is wrong and what to write.
+        /// The reason and the correct syntax.
         why: String,
     },
     /// A transport could not be opened.
@@ -128,13 +128,13 @@ pub enum StreamError {
     Open {
         /// The URI.
         uri: String,
-        /// What happened and what to do.
+        /// The reason and advice.
         advice: String,
-        /// What the system said, when it said something.
+        /// The error of the system, if there was one.
         #[source]
         source: Option<io::Error>,
     },
-    /// The command of an `exec:` URI did not end well.
+    /// The command of an `exec:` URI failed.
     #[error("the command \"{command}\" ended with {status}: see its own messages")]
     Command {
         /// The command line.
@@ -142,16 +142,16 @@ pub enum StreamError {
         /// Exit status or signal.
         status: String,
     },
-    /// A question about a migration that came or went over a connection which can't be made again.
+    /// The outcome cannot be queried: the migration used a connection that cannot be made again.
     #[error("the destination can't be asked again: only tcp: and unix: can be connected to a second time")]
     NoReturnPath,
-    /// The peer closed its end.
+    /// The peer closed the connection.
     #[error("the peer closed the connection: its own log says why")]
     PeerGone,
-    /// The disk of a `file:` transport is full.
+    /// The file system of a `file:` transport is full.
     #[error("no space left for the migration file: free some space or name another file")]
     DiskFull,
-    /// Nothing moved for the whole timeout.
+    /// No bytes were transferred for the whole timeout.
     #[error("no progress on the connection for {0:?}: the peer hangs or the network is cut")]
     Timeout(Duration),
     /// [`CancelToken::cancel`](super::CancelToken::cancel) was called.

@@ -1,5 +1,5 @@
-//! The connection header and frames: lengths, sequence numbers and checksums. What a body means is said in
-//! `pages` and `record`; where the bytes come from in `transport`.
+//! Connection header and frames: lengths, sequence numbers and checksums. `pages` and `record` define the bodies,
+//! `transport` carries the bytes.
 #![forbid(unsafe_code)]
 
 use std::fmt;
@@ -14,7 +14,8 @@ use super::StreamError;
 use super::sys::{ReadMemory, ReceiveWindow};
 use crate::sys::random::random;
 
-/// First bytes of every connection and file. Not ASCII, with both line ends: a text-mode copy is noticed.
+/// First bytes of every connection and file. They are not ASCII and contain both kinds of line ends, so that a
+/// text-mode copy is detected.
 pub const MAGIC: [u8; 8] = *b"\x89VHM\r\n\x1a\n";
 /// Version of the stream that this program writes and reads.
 pub const VERSION: u16 = 2;
@@ -22,15 +23,15 @@ pub const VERSION: u16 = 2;
 pub const HEADER_BYTES: usize = size_of::<RawConnectionHeader>();
 /// Bytes of a frame header.
 pub const FRAME_HEADER_BYTES: usize = size_of::<RawFrameHeader>();
-/// Most channels of one migration.
+/// Maximum number of channels of a migration.
 pub const MAX_CHANNELS: u16 = 64;
 
-/// Names one migration; all its channels carry it.
+/// Identifies one migration; the same on all its channels.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct MigrationId(pub u128);
 
 impl MigrationId {
-    /// A random id, from the kernel.
+    /// Creates a random id.
     ///
     /// # Errors
     /// The error of the system.
@@ -45,8 +46,8 @@ impl fmt::Display for MigrationId {
     }
 }
 
-/// One channel of one migration. It is part of every frame's hash, so a frame is valid on this channel only. The
-/// direction needs no field: kinds of frames from the source and from the destination differ.
+/// Identifies one channel of one migration. It is part of every frame's hash, so that a frame is valid on this channel
+/// only. The direction needs no field: source and destination use different frame kinds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ChannelId {
     /// The migration.
@@ -55,18 +56,18 @@ pub struct ChannelId {
     pub channel: u16,
 }
 
-/// What each side of each channel sends first. The destination answers with its own, unless `one_way`.
+/// The first bytes that each side sends on each channel. The destination replies with its own header, unless `one_way`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ConnectionHeader {
     /// The migration this channel belongs to.
     pub id: MigrationId,
     /// This channel's number, below `channels`.
     pub channel: u16,
-    /// How many channels the migration has, 1 to [`MAX_CHANNELS`].
+    /// Number of channels of the migration, 1 to [`MAX_CHANNELS`].
     pub channels: u16,
-    /// The destination can't or must not answer: a file, a pipe, a filter command.
+    /// The destination sends nothing: the transport is a file, a pipe or a filter command.
     pub one_way: bool,
-    /// A question of the source instead of a migration: what has become of the migration `id`? It has one channel.
+    /// The source asks for the outcome of the migration `id` instead of starting one. There is one channel.
     pub outcome_query: bool,
 }
 
@@ -81,12 +82,12 @@ mod flags {
 }
 
 impl ConnectionHeader {
-    /// The bytes on the wire.
+    /// Returns the encoded header.
     pub fn encode(&self) -> [u8; HEADER_BYTES] {
         self.encode_with(0)
     }
 
-    /// The bytes that stand in place of the header while a save to a file or device is under way. Decoding them yields
+    /// Returns the header of a file or device whose save is not complete. Decoding it yields
     /// [`StreamError::Unfinished`].
     pub fn encode_unfinished(&self) -> [u8; HEADER_BYTES] {
         self.encode_with(flags::UNFINISHED)
@@ -141,7 +142,7 @@ impl ConnectionHeader {
     /// Reads and decodes a header.
     ///
     /// # Errors
-    /// As [`decode`](Self::decode), `Truncated`, and what the reader reports.
+    /// As [`decode`](Self::decode), `Truncated`, and errors of the reader.
     pub fn read(from: &mut impl Read) -> Result<ConnectionHeader, StreamError> {
         let mut bytes = [0; HEADER_BYTES];
         read_exact_or_truncated(from, &mut bytes, "the connection header")?;
@@ -149,39 +150,39 @@ impl ConnectionHeader {
     }
 }
 
-/// What a frame carries.
+/// The kind of a frame.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 #[repr(u16)]
 pub enum FrameKind {
-    /// The source's memory layout; opens channel 0.
+    /// The source's memory layout; first frame of channel 0.
     Layout = 0x01,
     /// A batch of pages, on any channel.
     Pages = 0x02,
     /// End of a round, on every channel.
     RoundEnd = 0x03,
-    /// Everything that is not memory: device and guest state, opaque here.
+    /// State of CPUs and devices; opaque to the stream.
     State = 0x04,
     /// The destination owns the guest.
     Commit = 0x05,
-    /// The source gave up; the guest stays there.
+    /// The source cancels the migration; the guest stays there.
     Cancel = 0x06,
-    /// Pages for which data will come, for the destination to provide memory ahead.
+    /// Pages that will be sent with data, so that the destination can allocate memory in advance.
     DataRuns = 0x07,
     /// Hashes of the pages of a stopped guest.
     Hashes = 0x08,
-    /// What is known of the guest's devices before it is stopped, opaque here.
+    /// Description of the guest's devices, sent while the guest runs; opaque to the stream.
     Devices = 0x09,
-    /// The destination has the same memory and takes the migration.
+    /// The destination has the same memory layout and accepts the migration.
     Accepted = 0x81,
     /// The destination has restored the state and waits for the commit.
     Ready = 0x82,
     /// The guest runs at the destination.
     Started = 0x83,
-    /// The destination has given up for good and never starts the guest, with its reason.
+    /// The destination has given up and never starts the guest; with the reason.
     Failed = 0x84,
-    /// The destination owns the guest and has not started it, with its reason.
+    /// The destination owns the guest and has not started it; with the reason.
     Held = 0x85,
-    /// The destination knows nothing of the migration that it was asked about.
+    /// The destination does not know the migration of an outcome query.
     Unknown = 0x86,
 }
 
@@ -205,7 +206,7 @@ impl FrameKind {
         FrameKind::Unknown,
     ];
 
-    /// Most bytes of a body of this kind; checked before anything is allocated or read.
+    /// Maximum size of a body of this kind, bytes. Checked before anything is allocated or read.
     pub const fn limit(self) -> u32 {
         match self {
             FrameKind::Pages => super::pages::MAX_BODY as u32,
@@ -228,20 +229,20 @@ impl fmt::Display for FrameKind {
     }
 }
 
-/// The header of one frame, already checked for kind, length and sequence.
+/// A frame header whose kind, length and sequence have been checked.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FrameHeader {
-    /// What the body is.
+    /// Kind of the body.
     pub kind: FrameKind,
     /// Bytes of body that follow.
     pub length: u32,
-    /// Number of this frame on its channel and direction, from 0.
+    /// Number of this frame in its channel and direction, from 0.
     pub sequence: u64,
     /// xxh3-64 over migration id, channel, the first 16 bytes of the header, then the body.
     pub hash: u64,
 }
 
-/// Writes frames, numbering and hashing them.
+/// Writes frames with sequence numbers and hashes.
 #[derive(Debug)]
 pub struct FrameWriter<W> {
     to: W,
@@ -251,15 +252,15 @@ pub struct FrameWriter<W> {
 }
 
 impl<W: Write> FrameWriter<W> {
-    /// A writer of channel `id` whose next frame has number 0; the connection header is already written.
+    /// Creates a writer for channel `id`, starting with frame 0. The connection header has been written.
     pub fn new(to: W, id: ChannelId) -> FrameWriter<W> {
         FrameWriter { to, id, sequence: 0, bytes: 0 }
     }
 
-    /// Writes one frame whose body is `parts` one after the other. Returns the bytes written, header included.
+    /// Writes one frame whose body is the concatenation of `parts`. Returns the bytes written, header included.
     ///
     /// # Errors
-    /// `TooLong` when the body is over its kind's limit (nothing is written), and what the transport reports.
+    /// `TooLong` when the body is over its kind's limit (nothing is written), and errors of the transport.
     pub fn write(&mut self, kind: FrameKind, parts: [&[u8]; 2]) -> Result<u64, StreamError> {
         let length = parts.iter().map(|part| part.len() as u64).sum();
         let limit = kind.limit();
@@ -295,7 +296,7 @@ impl<W: Write> FrameWriter<W> {
         self.bytes
     }
 
-    /// The transport below.
+    /// The underlying transport.
     pub fn get_mut(&mut self) -> &mut W {
         &mut self.to
     }
@@ -306,7 +307,7 @@ impl<W: Write> FrameWriter<W> {
     }
 }
 
-/// Reads frames and checks them. After an error the stream can't be read on.
+/// Reads and checks frames. The stream is unusable after an error.
 #[derive(Debug)]
 pub struct FrameReader<R> {
     inner: R,
@@ -316,7 +317,7 @@ pub struct FrameReader<R> {
 }
 
 impl<R: Read> FrameReader<R> {
-    /// A reader of channel `id` that expects frame 0 next; the connection header is already read.
+    /// Creates a reader for channel `id` that expects frame 0. The connection header has been read.
     pub fn new(from: R, id: ChannelId) -> FrameReader<R> {
         FrameReader { inner: from, id, sequence: 0, bytes: 0 }
     }
@@ -351,11 +352,11 @@ impl<R: Read> FrameReader<R> {
         Ok(FrameHeader { kind, length, sequence: raw.sequence.get(), hash: raw.hash.get() })
     }
 
-    /// Reads a whole body into `into` (its contents are replaced, its capacity reused) and checks the hash. Memory
-    /// grows only with bytes that really arrive.
+    /// Reads a whole body into `into`, replacing its contents, and checks the hash. Memory grows only with received
+    /// bytes.
     ///
     /// # Errors
-    /// `Truncated`, `Checksum`, and what the transport reports.
+    /// `Truncated`, `Checksum`, and errors of the transport.
     pub fn body(&mut self, header: &FrameHeader, into: &mut Vec<u8>) -> Result<(), StreamError> {
         let mut body = FrameBody::new(self, header);
         into.clear();
@@ -363,7 +364,7 @@ impl<R: Read> FrameReader<R> {
         body.finish()
     }
 
-    /// Reads past a body and checks its hash. No more than a small part of it is in memory at any time.
+    /// Skips a body and checks its hash, with bounded memory.
     ///
     /// # Errors
     /// As [`body`](Self::body).
@@ -371,7 +372,7 @@ impl<R: Read> FrameReader<R> {
         self.beginning(header, &mut Vec::new())
     }
 
-    /// The same, and leaves the first bytes of the body in `beginning`, at most 64 KiB.
+    /// Skips a body as [`skip`](Self::skip) does and stores its first bytes, at most 64 KiB, in `beginning`.
     ///
     /// # Errors
     /// As [`body`](Self::body).
@@ -404,7 +405,7 @@ impl<R: Read> FrameReader<R> {
     }
 }
 
-/// A body that is read piece by piece and hashed on the way.
+/// A body that is read in parts and hashed on the way.
 pub(super) struct FrameBody<'r, R> {
     from: &'r mut R,
     header: FrameHeader,
@@ -425,7 +426,7 @@ impl<'r, R: Read> FrameBody<'r, R> {
         FrameBody { from: &mut reader.inner, header: *header, left: header.length as usize, hash }
     }
 
-    /// Bytes of the body that are not read yet.
+    /// Number of bytes of the body that have not been read.
     pub(super) fn left(&self) -> usize {
         self.left
     }
@@ -442,7 +443,7 @@ impl<'r, R: Read> FrameBody<'r, R> {
         Ok(())
     }
 
-    /// Reads straight into guest memory until `window` is full.
+    /// Reads directly into guest memory until `window` is full.
     pub(super) fn fill(&mut self, window: &mut ReceiveWindow<'_>) -> Result<(), StreamError>
     where
         R: ReadMemory,
@@ -459,7 +460,7 @@ impl<'r, R: Read> FrameBody<'r, R> {
         Ok(())
     }
 
-    /// All is read: does the hash fit?
+    /// Checks the hash after the whole body has been read.
     pub(super) fn finish(self) -> Result<(), StreamError> {
         if self.left == 0 && self.hash.finish() == self.header.hash {
             Ok(())
@@ -516,7 +517,7 @@ impl RawFrameHeader {
     }
 }
 
-/// `read_exact` that names what was cut short.
+/// `read_exact` with [`StreamError::Truncated`] for an early end.
 fn read_exact_or_truncated(from: &mut impl Read, into: &mut [u8], what: &'static str) -> Result<(), StreamError> {
     from.read_exact(into).map_err(|error| match error.kind() {
         io::ErrorKind::UnexpectedEof => StreamError::Truncated(what),

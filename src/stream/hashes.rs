@@ -1,7 +1,7 @@
-//! Hashes of guest memory, to compare what a stopped guest has with what has arrived. When that is done, and what a
-//! difference means, is decided in `migrate`.
+//! Hashes of guest memory, which compare the memory of a stopped guest with the memory at the destination. `migrate`
+//! decides when to compare and what a difference means.
 //!
-//! As with pages, one channel sends the hashes of its own pages, after them: so it compares what is there to stay.
+//! A channel sends the hashes of its own pages after those pages, so that the comparison sees their final contents.
 #![forbid(unsafe_code)]
 
 use std::io::{Read, Write};
@@ -15,21 +15,21 @@ use super::pages::{ENTRY_BYTES, MAX_ENTRIES, PAGE_BYTES, PageDecoder, PageRun, p
 use super::sys::copy_page;
 use crate::memory::{ExtentFinder, LOG_PAGE, Memory};
 
-/// Most hashes of one frame, those of 64 MiB.
+/// Maximum number of hashes in one frame, for 64 MiB of memory.
 pub const MAX_HASHES: usize = 16 << 10;
-/// Most bytes of a hash frame's body.
+/// Maximum size of a hash frame's body, bytes.
 pub const MAX_BODY: usize = HEAD_BYTES + MAX_ENTRIES * ENTRY_BYTES + MAX_HASHES * HASH_BYTES;
 
 const HEAD_BYTES: usize = 8;
 const HASH_BYTES: usize = 8;
-/// Most pages that a [`HashComparison`] names.
+/// Maximum number of pages listed in a [`HashComparison`].
 const MAX_LISTED: usize = 16;
 
 /// Writes hashes of all pages of `runs` (page numbers) that are in `memory`. Zero pages have none, and holes are not
 /// touched.
 ///
 /// # Errors
-/// What the transport reports.
+/// Errors of the transport.
 pub fn send_hashes<W: Write>(
     memory: &Memory,
     runs: impl IntoIterator<Item = Range<u64>>,
@@ -63,7 +63,7 @@ fn flush<W: Write>(
     Ok(())
 }
 
-/// What a comparison has found.
+/// Result of a comparison.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct HashComparison {
     /// Pages compared.
@@ -85,10 +85,10 @@ impl AddAssign for HashComparison {
 }
 
 impl PageDecoder {
-    /// Reads the body of a hash frame whose header was just read, and compares the pages that have arrived with it.
+    /// Reads the body of a hash frame and compares it with the received pages. The header has been read.
     ///
     /// # Errors
-    /// `Malformed`, `OutsideMemory`, `Truncated`, `Checksum`, and what the transport reports.
+    /// `Malformed`, `OutsideMemory`, `Truncated`, `Checksum`, and errors of the transport.
     pub fn compare<R: Read>(
         &self,
         header: &FrameHeader,
@@ -119,7 +119,7 @@ impl PageDecoder {
     }
 }
 
-/// The number of pages that a whole body of hashes is about, for whoever looks at a stream without having the memory.
+/// Returns the number of pages covered by a body of hashes. Does not need the guest's memory.
 ///
 /// # Errors
 /// `Malformed` and `Truncated`.
@@ -127,7 +127,7 @@ pub fn count_pages(body: &[u8]) -> Result<u64, StreamError> {
     Ok(parse(body)?.0.iter().map(PageRun::count).sum())
 }
 
-/// Entries and hashes of a frame's body, as many as belong together.
+/// Parses the entries and hashes of a frame's body and checks that their numbers match.
 fn parse(body: &[u8]) -> Result<(Vec<PageRun>, &[[u8; HASH_BYTES]]), StreamError> {
     let malformed = |why: &str| StreamError::Malformed { what: "hashes", why: why.into() };
     let (head, rest) = body.split_first_chunk().ok_or(StreamError::Truncated("hashes"))?;
@@ -143,7 +143,7 @@ fn parse(body: &[u8]) -> Result<(Vec<PageRun>, &[[u8; HASH_BYTES]]), StreamError
     }
 }
 
-/// Reads pages without touching holes.
+/// Hashes pages without allocating holes.
 struct PageHasher<'m> {
     memory: &'m Memory,
     extents: ExtentFinder,
@@ -155,7 +155,7 @@ impl<'m> PageHasher<'m> {
         PageHasher { memory, extents: ExtentFinder::new(), copy: [0; PAGE_BYTES] }
     }
 
-    /// The hash of `page`, none if it is zero.
+    /// Returns the hash of `page`, or `None` if the page is zero.
     fn hash(&mut self, page: u64) -> Result<Option<u64>, StreamError> {
         if self.extents.is_hole(self.memory, page) {
             return Ok(None);

@@ -1,4 +1,4 @@
-//! Cancelling and slowing down: what all channels of a migration share.
+//! Cancellation and rate limit, shared by all channels of a migration.
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, BorrowedFd};
@@ -11,7 +11,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::StreamError;
 
-/// A switch that ends everything a migration waits for, from any thread, once and for all. Clones are one switch.
+/// Cancels a migration from any thread: every wait ends. It cannot be reset. Clones share one state.
 #[derive(Clone)]
 pub struct CancelToken(Arc<CancelState>);
 
@@ -26,28 +26,28 @@ enum CancelTargets {
     Disarmed,
 }
 
-/// The time in which a target that was interrupted ends by itself: it writes the rest of a frame, and the reason.
+/// Time for a cancelled target to end by itself: it completes the current frame and sends the reason.
 const GRACE_PERIOD: Duration = Duration::from_millis(500);
 
-/// Something that may block on a peer and can be stopped from outside.
+/// Something that may block on a peer and can be cancelled from another thread.
 pub(super) trait CancelTarget: Send + Sync {
     fn interrupt(&self);
 
-    /// Called some time later.
+    /// Called after the grace period.
     fn force_end(&self) {}
 }
 
-/// What [`CancelToken::on_cancel`] was given, for as long as it is kept.
+/// A callback registered with [`CancelToken::on_cancel`]. Dropping it removes the callback.
 pub struct CancelCallback {
     call: Option<Arc<dyn CancelTarget>>,
     cancel: CancelToken,
 }
 
 impl Drop for CancelCallback {
-    /// After this the call neither happens nor is under way.
+    /// Removes the callback, and waits for a call under way.
     fn drop(&mut self) {
         self.call = None;
-        // Calls are made with this locked.
+        // Callbacks run with this lock held.
         drop(lock(&self.cancel.0.targets));
     }
 }
@@ -61,7 +61,7 @@ impl<F: Fn() + Send + Sync> CancelTarget for CallbackTarget<F> {
 }
 
 impl CancelToken {
-    /// A switch that is off.
+    /// Creates a token that is not cancelled.
     ///
     /// # Errors
     /// When the process is out of file descriptors.
@@ -76,14 +76,13 @@ impl CancelToken {
         Ok(CancelToken(Arc::new(inner)))
     }
 
-    /// Ends every connect, accept, read, write and wait of the channels that belong to this switch, now and later;
-    /// they return [`StreamError::Cancelled`]. A frame that is being written to a socket is written whole if the peer takes it
-    /// within half a second. Returns false, and does nothing, if it came too late: after
-    /// [`disarm`](Self::disarm).
+    /// Ends every connect, accept, read, write and wait of the channels that use this token, now and later. They return
+    /// [`StreamError::Cancelled`]. A frame that is being written to a socket is completed if the peer reads it within
+    /// half a second. Returns false and does nothing after [`disarm`](Self::disarm).
     pub fn cancel(&self) -> bool {
         let CancelTargets::Armed(targets) = &mut *lock(&self.0.targets) else { return false };
         self.0.cancelled.store(true, Ordering::SeqCst);
-        // The counter can't overflow by being set once more per call.
+        // One increment per call cannot overflow the counter.
         let _ = self.0.event.write(1);
         let targets = std::mem::take(targets);
         let interrupt =
@@ -106,11 +105,10 @@ impl CancelToken {
         true
     }
 
-    /// Puts the switch out of order, so that what follows happens whole: later calls of [`cancel`](Self::cancel) have
-    /// no effect.
+    /// Disables later calls of [`cancel`](Self::cancel), so that the following step is not interrupted.
     ///
     /// # Errors
-    /// `Cancelled`, if it was used before.
+    /// `Cancelled` if the token was cancelled before.
     pub fn disarm(&self) -> Result<(), StreamError> {
         let mut targets = lock(&self.0.targets);
         self.check()?;
@@ -118,12 +116,12 @@ impl CancelToken {
         Ok(())
     }
 
-    /// Whether [`cancel`](Self::cancel) was called.
+    /// Returns true if [`cancel`](Self::cancel) was called.
     pub fn is_cancelled(&self) -> bool {
         self.0.cancelled.load(Ordering::SeqCst)
     }
 
-    /// Fails if cancelled.
+    /// Returns an error if the token was cancelled.
     ///
     /// # Errors
     /// `Cancelled`.
@@ -131,25 +129,25 @@ impl CancelToken {
         if self.is_cancelled() { Err(StreamError::Cancelled) } else { Ok(()) }
     }
 
-    /// Waits, at most `time`.
+    /// Waits for `time` or until cancelled.
     ///
     /// # Errors
-    /// `Cancelled`, at once.
+    /// `Cancelled`, immediately on cancellation.
     pub fn wait(&self, time: Duration) -> Result<(), StreamError> {
         let mut fds = [PollFd::new(self.fd(), PollFlags::POLLIN)];
         poll_until(&mut fds, Some(Instant::now() + time))?;
         self.check()
     }
 
-    /// Has `then` called when this is cancelled, at once if it has been, unless the returned value was dropped before.
-    /// `then` must not wait for anything.
+    /// Calls `then` on cancellation, or immediately if already cancelled. Dropping the returned value removes the
+    /// callback. `then` must not block.
     pub fn on_cancel(&self, then: impl Fn() + Send + Sync + 'static) -> CancelCallback {
         let call: Arc<dyn CancelTarget> = Arc::new(CallbackTarget(then));
         self.register(Arc::downgrade(&call));
         CancelCallback { call: Some(call), cancel: self.clone() }
     }
 
-    /// Readable once cancelled.
+    /// Returns a descriptor that is readable after cancellation.
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
         self.0.event.as_fd()
     }
@@ -167,12 +165,12 @@ impl CancelToken {
     }
 }
 
-/// A bandwidth limit that all channels of a migration share. Clones are one limit.
+/// A bandwidth limit shared by all channels of a migration. Clones share one limit.
 #[derive(Clone)]
 pub struct RateLimiter(Arc<Mutex<LeakyBucket>>);
 
 struct LeakyBucket {
-    /// Bytes per second; 0 is no limit.
+    /// Bytes per second; 0 for no limit.
     rate: u64,
     /// Bytes sent beyond what the rate has allowed so far.
     debt: f64,
@@ -180,18 +178,18 @@ struct LeakyBucket {
 }
 
 impl RateLimiter {
-    /// Limits to `rate` bytes per second; `None` does not limit.
+    /// Creates a limit of `rate` bytes per second; `None` for no limit.
     pub fn new(rate: Option<u64>) -> RateLimiter {
         let bucket = LeakyBucket { rate: rate.unwrap_or(0), debt: 0.0, updated: Instant::now() };
         RateLimiter(Arc::new(Mutex::new(bucket)))
     }
 
-    /// Changes the limit, also for writers that are waiting.
+    /// Changes the limit, also for waiting writers.
     pub fn set(&self, rate: Option<u64>) {
         lock(&self.0).rate = rate.unwrap_or(0);
     }
 
-    /// The most that should be written at once, bytes: a tenth of a second's worth.
+    /// Maximum size of one write, bytes: a tenth of a second at the current rate.
     pub(super) fn max_write_bytes(&self) -> usize {
         match lock(&self.0).rate {
             0 => usize::MAX,
@@ -199,9 +197,9 @@ impl RateLimiter {
         }
     }
 
-    /// Waits until the rate allows a write, then accounts for `bytes`. Returns how long it has waited.
+    /// Waits until the rate allows a write, then accounts for `bytes`. Returns the time waited.
     pub(super) fn acquire(&self, bytes: usize, cancel: &CancelToken) -> Result<Duration, StreamError> {
-        /// A writer looks up this often, so that a new rate applies soon.
+        /// Waiting writers check for a new rate at this interval.
         const POLL_INTERVAL: Duration = Duration::from_millis(20);
         let mut begun = None;
         let waited = |begun: Option<Instant>| begun.map_or(Duration::ZERO, |begun| begun.elapsed());
@@ -228,14 +226,14 @@ impl RateLimiter {
     }
 }
 
-/// `poll` until something is ready or the deadline has passed; returns whether something is ready.
+/// Polls until a descriptor is ready or the deadline has passed. Returns true if one is ready.
 pub(super) fn poll_until(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> Result<bool, StreamError> {
     loop {
         let timeout = match deadline {
             None => PollTimeout::NONE,
             Some(deadline) => {
                 let left = deadline.saturating_duration_since(Instant::now());
-                // Rounded up: a poll that returns too early would spin.
+                // Rounded up: polling again after an early return would spin.
                 let millis = left.as_nanos().div_ceil(1_000_000).min(i32::MAX as u128) as i32;
                 PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX)
             }
@@ -249,7 +247,7 @@ pub(super) fn poll_until(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> R
     }
 }
 
-/// A lock that a panicking thread has not made useless.
+/// Locks a mutex and ignores poisoning.
 pub(super) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

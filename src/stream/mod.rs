@@ -1,5 +1,5 @@
-//! What travels between source and destination: the connection header, frames, pages and records, and the
-//! transports that carry them. When what is sent is decided in `migrate`; nothing here starts a thread.
+//! The migration stream: connection header, frames, pages, records and transports. `migrate` decides what to send and
+//! when. Nothing here starts a thread, except for cancellation, host names and `exec:` commands.
 //!
 //! | file | purpose |
 //! |---|---|

@@ -1,10 +1,10 @@
-//! Guest memory to page batches and back. Which pages travel, and on which thread, is decided elsewhere.
+//! Page batches: encodes guest memory and decodes it. The caller decides which pages to send and on which thread.
 //!
-//! Sending, a page is read from guest memory once, into the batch, and looked at there: the guest runs meanwhile, and a
-//! page that is judged by one read and sent by another could be lost as zero. Whatever is written after that one read
-//! is in the dirty log and comes again. A hole, memory that was never used, is told as zero and not read, which would
-//! fill it. Receiving, uncompressed pages go from the socket to guest memory in place; a
-//! checksum that does not fit then fails the migration, at a time when the source still has the guest.
+//! The encoder reads each page once, into the batch, and tests that copy for zero. The guest may write the page
+//! meanwhile; a second read could see other data, and the page could be lost as zero. A write after the read sets the
+//! page's bit in the dirty log, and the page is sent again. Holes, memory that was never used, are sent as zero and not
+//! read, because a read would allocate them. The decoder reads uncompressed pages directly from the socket into guest
+//! memory. A checksum mismatch then fails the migration, while the source still has the guest.
 #![forbid(unsafe_code)]
 
 use std::io::{Read, Write};
@@ -20,29 +20,30 @@ use super::sys::{ReadMemory, ReceiveWindow, copy_page};
 use super::{Codec, StreamError};
 use crate::memory::{ExtentFinder, LOG_PAGE, Memory, Region};
 
-/// Pages that belong to one channel together: 1 MiB.
+/// Number of consecutive pages that belong to one channel: 1 MiB.
 pub const CHUNK_PAGES: u64 = 256;
-/// Most pages with contents in one batch: 1 MiB.
+/// Maximum number of data pages in one batch: 1 MiB.
 pub const MAX_BATCH_PAGES: u64 = 256;
-/// Most entries in one batch's table.
+/// Maximum number of entries in a batch's table.
 pub const MAX_ENTRIES: usize = 2048;
-/// Most bytes of a page frame's body.
+/// Maximum size of a page frame's body, bytes.
 pub const MAX_BODY: usize = HEAD_BYTES + MAX_ENTRIES * ENTRY_BYTES + MAX_BATCH_PAGES as usize * PAGE_BYTES;
 
 pub(super) const PAGE_BYTES: usize = LOG_PAGE as usize;
-/// Bytes of contents in a batch that is sent: few enough to stay in the cache until they have left.
+/// Page data of a sent batch, bytes: small enough to stay in the cache until it is written.
 const BATCH_BYTES: usize = 256 << 10;
 const HEAD_BYTES: usize = 8;
 pub(super) const ENTRY_BYTES: usize = 8;
 const CODEC_RAW: u8 = 0;
 const CODEC_ZSTD: u8 = 1;
 
-/// The channel that `page` travels on, for the whole migration: no later version of it can overtake an earlier one.
+/// Returns the channel of `page`. It is the same for the whole migration, so that a later version of a page cannot
+/// overtake an earlier one.
 pub fn channel_of(page: u64, channels: u16) -> u16 {
     (page / CHUNK_PAGES % u64::from(channels.max(1))) as u16
 }
 
-/// The parts of `runs` (page numbers) that travel on `channel`.
+/// Returns the parts of `runs` (page numbers) that belong to `channel`.
 pub fn runs_of_channel(
     runs: impl IntoIterator<Item = Range<u64>>,
     channel: u16,
@@ -51,7 +52,7 @@ pub fn runs_of_channel(
     let stride = u64::from(channels.max(1));
     runs.into_iter().flat_map(move |run| {
         let single = (stride == 1).then(|| run.clone());
-        // The first chunk of ours that does not lie wholly before the run.
+        // First chunk of this channel that does not end before the run.
         let chunk = run.start / CHUNK_PAGES;
         let ours = chunk + (u64::from(channel) + stride - chunk % stride) % stride;
         let many = (stride > 1).then_some((ours..).step_by(stride as usize));
@@ -63,14 +64,14 @@ pub fn runs_of_channel(
     })
 }
 
-/// What was sent or received.
+/// Numbers of pages and bytes that were sent or received.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct PageStats {
-    /// Pages with contents.
+    /// Pages with data.
     pub data_pages: u64,
-    /// Pages told as zero.
+    /// Pages sent as zero.
     pub zero_pages: u64,
-    /// Pages asked for that are not in guest memory; they are not sent (rule L6.1 lets a device name them).
+    /// Requested pages outside guest memory. They are not sent; a device may mark them in its log (rule L6.1).
     pub outside_memory: u64,
     /// Frames.
     pub batches: u64,
@@ -79,7 +80,7 @@ pub struct PageStats {
 }
 
 impl PageStats {
-    /// Pages, zero or not.
+    /// Number of data and zero pages.
     pub fn pages(&self) -> u64 {
         self.data_pages + self.zero_pages
     }
@@ -95,7 +96,7 @@ impl AddAssign for PageStats {
     }
 }
 
-/// Turns pages into frames, for one channel. Holds its buffers: about 256 KiB, 512 KiB with a codec.
+/// Encodes pages into frames for one channel. Its buffers take about 256 KiB, 512 KiB with a codec.
 pub struct PageEncoder {
     compressor: Compressor,
     data: Vec<u8>,
@@ -103,7 +104,7 @@ pub struct PageEncoder {
     entries: Vec<PageRun>,
     table: Vec<u8>,
     progress: Arc<AtomicU64>,
-    /// The time that compressing has taken so far.
+    /// Time spent on compression so far.
     coding: Duration,
 }
 
@@ -129,16 +130,16 @@ impl PageEncoder {
         self.coding
     }
 
-    /// Counts the pages this encoder has sent so far, for others to look at while it works.
+    /// Returns the counter of sent pages, which other threads may read during a round.
     pub fn progress(&self) -> Arc<AtomicU64> {
         self.progress.clone()
     }
 
-    /// Reads the pages of `runs` (page numbers, any order) from `memory` and writes them to `to`, the last batch
-    /// included. Memory may be written meanwhile.
+    /// Reads the pages of `runs` (page numbers in any order) from `memory` and writes them to `to` in complete batches.
+    /// The guest may write the memory meanwhile.
     ///
     /// # Errors
-    /// What the transport reports. What was not sent then is not known: all of `runs` must be put back (rule L14.1).
+    /// Errors of the transport. What was not sent then is not known: all of `runs` must be put back (rule L14.1).
     pub fn send<W: Write>(
         &mut self,
         memory: &Memory,
@@ -196,7 +197,7 @@ impl PageEncoder {
         Ok(())
     }
 
-    /// Tells `pages` as zero without reading them.
+    /// Adds `pages` as zero without reading them.
     fn add_hole<W: Write>(
         &mut self,
         mut pages: Range<u64>,
@@ -249,20 +250,20 @@ impl PageEncoder {
     }
 }
 
-/// The memory that a migration arrives in, shared by the decoders of all channels.
+/// Guest memory at the destination, shared by the decoders of all channels.
 pub struct IncomingMemory {
     memory: Memory,
-    /// Per region: its pages, and a bit for each that may hold something else than zeros.
+    /// For each region: its pages, and a bit for each page that may hold data.
     regions: Vec<(Range<u64>, DataBitmap)>,
 }
 
 impl IncomingMemory {
-    /// Memory that is all zeros now, such as a new memfd: a page that only ever comes as zero is never touched.
+    /// Creates it from zeroed memory, such as a new memfd. Pages received only as zero are never touched.
     pub fn zeroed(memory: Memory) -> IncomingMemory {
         IncomingMemory::new(memory, 0)
     }
 
-    /// Memory that may hold anything.
+    /// Creates it from memory with any contents.
     pub fn dirty(memory: Memory) -> IncomingMemory {
         IncomingMemory::new(memory, u64::MAX)
     }
@@ -272,7 +273,7 @@ impl IncomingMemory {
         &self.memory
     }
 
-    /// Returns true if `page` may hold something else than zeros.
+    /// Returns true if `page` may hold data other than zeros.
     pub fn has_data(&self, page: u64) -> bool {
         let mut data = false;
         self.for_each_word(&(page..page.saturating_add(1)), DataBitmap::allocated_word, |word, mask, _| {
@@ -291,7 +292,7 @@ impl IncomingMemory {
         IncomingMemory { memory, regions }
     }
 
-    /// Whether all of `pages` are in memory.
+    /// Returns true if all of `pages` are in memory.
     fn contains(&self, pages: &Range<u64>) -> bool {
         let mut next = pages.start;
         while next < pages.end {
@@ -308,8 +309,8 @@ impl IncomingMemory {
         self.regions.get(index).filter(|(pages, _)| pages.contains(&page))
     }
 
-    /// Calls `each` with every word of the bitmap that covers `pages` and that `find` finds, the mask of their bits in it
-    /// and the page of its bit 0.
+    /// Calls `each` with every bitmap word of `pages` that `find` returns, the mask of the pages' bits in it, and the
+    /// page of its bit 0.
     fn for_each_word<'a>(
         &'a self,
         pages: &Range<u64>,
@@ -340,7 +341,7 @@ impl IncomingMemory {
     fn clear(&self, pages: &Range<u64>) -> Result<(), StreamError> {
         let mut result = Ok(());
         self.for_each_word(pages, DataBitmap::allocated_word, |word, mask, first| {
-            // Relaxed: only this page's channel ever looks at its bit.
+            // Relaxed: only this page's channel reads its bit.
             let mut dirty = word.load(Ordering::Relaxed) & mask;
             if dirty == 0 || result.is_err() {
                 return;
@@ -356,7 +357,7 @@ impl IncomingMemory {
     }
 }
 
-/// Puts the page frames of one channel into guest memory. Holds its buffers: up to 2 MiB with a codec.
+/// Decodes the page frames of one channel into guest memory. Its buffers take up to 2 MiB with a codec.
 pub struct PageDecoder {
     memory: Arc<IncomingMemory>,
     channel: u16,
@@ -366,8 +367,8 @@ pub struct PageDecoder {
 }
 
 impl PageDecoder {
-    /// A decoder for channel `channel` of `channels`. Pages of other channels are refused, so that no two decoders ever
-    /// write the same page.
+    /// Creates a decoder for channel `channel` of `channels`. Pages of other channels are refused, so that no two
+    /// decoders write the same page.
     ///
     /// # Errors
     /// When the codecs can't be set up.
@@ -375,11 +376,11 @@ impl PageDecoder {
         Ok(PageDecoder { memory: target, channel, channels, decompressor: Decompressor::new()?, buffer: Vec::new() })
     }
 
-    /// Reads the body of a page frame whose header was just read, and writes its pages.
+    /// Reads the body of a page frame and writes its pages. The header has been read.
     ///
     /// # Errors
-    /// `Malformed`, `OutsideMemory`, `Truncated`, `Checksum`, and what the transport reports. Pages may have been
-    /// written by then, always inside guest memory: the migration has failed.
+    /// `Malformed`, `OutsideMemory`, `Truncated`, `Checksum`, and errors of the transport. Pages inside guest memory
+    /// may have been written; the migration has failed.
     pub fn receive<R: ReadMemory>(
         &mut self,
         header: &FrameHeader,
@@ -443,17 +444,17 @@ impl PageDecoder {
     }
 }
 
-/// One run of pages in a batch.
+/// A run of pages in a batch.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct PageRun {
     /// Page numbers.
     pub pages: Range<u64>,
-    /// All of them are zero and have no data.
+    /// True if all pages of the run are zero and have no data.
     pub zero: bool,
 }
 
 impl PageRun {
-    /// Most pages of one entry.
+    /// Maximum number of pages in one entry.
     pub const MAX_COUNT: u64 = 1 << PageRun::COUNT_BITS;
 
     const PAGE_BITS: u32 = 40;
@@ -463,8 +464,8 @@ impl PageRun {
         self.pages.end.saturating_sub(self.pages.start)
     }
 
-    /// 40 bits of page number, 22 bits of count less one, 2 bits of kind. 40 bits are all that 52-bit physical
-    /// addresses need.
+    /// Encodes 40 bits of page number, 22 bits of count minus one and 2 bits of kind. 40 bits cover 52-bit physical
+    /// addresses.
     pub(super) fn encode(&self) -> u64 {
         let count = self.count().wrapping_sub(1) << PageRun::PAGE_BITS;
         self.pages.start | count | u64::from(self.zero) << (PageRun::PAGE_BITS + PageRun::COUNT_BITS)
@@ -482,7 +483,7 @@ impl PageRun {
     }
 }
 
-/// Adds `page` to the last of `entries` if it goes on there, else as one of its own.
+/// Adds `page` to the last of `entries` if it continues that run, or as a new entry.
 pub(super) fn push_page(entries: &mut Vec<PageRun>, page: u64, zero: bool) {
     match entries.last_mut() {
         Some(last) if last.zero == zero && last.pages.end == page && last.count() < PageRun::MAX_COUNT => {
@@ -492,19 +493,19 @@ pub(super) fn push_page(entries: &mut Vec<PageRun>, page: u64, zero: bool) {
     }
 }
 
-/// The table of a page frame.
+/// The parsed table of a page frame.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct PageBatch {
     /// The runs, in the order of their data.
     pub entries: Vec<PageRun>,
-    /// Whether the data is one zstd frame.
+    /// True if the data is one zstd frame.
     pub compressed: bool,
     /// Bytes of data on the wire.
     pub data_bytes: usize,
 }
 
 impl PageBatch {
-    /// Reads the table of a whole page body, for whoever looks at a stream without having the memory.
+    /// Parses the table of a complete page body. Does not need the guest's memory.
     ///
     /// # Errors
     /// `Malformed` and `Truncated`.
@@ -515,12 +516,12 @@ impl PageBatch {
         PageBatch::new(codec, table, data.len())
     }
 
-    /// Pages that have data.
+    /// Number of pages with data.
     pub fn data_pages(&self) -> u64 {
         self.count(false)
     }
 
-    /// Pages that are zero.
+    /// Number of zero pages.
     pub fn zero_pages(&self) -> u64 {
         self.count(true)
     }
@@ -553,7 +554,7 @@ fn read_table<R: Read>(body: &mut FrameBody<'_, R>, buffer: &mut Vec<u8>) -> Res
     PageBatch::new(codec, buffer, body.left())
 }
 
-/// Number of entries and codec, checked against the bytes that follow.
+/// Parses the number of entries and the codec, and checks them against the `follow` bytes that remain.
 fn parse_head(head: &[u8; HEAD_BYTES], follow: usize) -> Result<(usize, u8), StreamError> {
     let [a, b, c, d, codec, reserved @ ..] = *head;
     let entries = u32::from_le_bytes([a, b, c, d]) as usize;
@@ -566,7 +567,7 @@ fn parse_head(head: &[u8; HEAD_BYTES], follow: usize) -> Result<(usize, u8), Str
     Ok((entries, codec))
 }
 
-/// The parts of `run` that are in memory.
+/// Returns the parts of `run` that are in memory.
 fn regions_of_run<'m>(
     memory: &'m Memory,
     run: &Range<u64>,
@@ -582,7 +583,7 @@ fn regions_of_run<'m>(
     })
 }
 
-/// The pages that lie wholly in `size` bytes at `gpa`.
+/// Returns the pages that lie completely in `size` bytes at `gpa`.
 fn whole_pages(gpa: u64, size: u64) -> Range<u64> {
     gpa.div_ceil(LOG_PAGE)..gpa.saturating_add(size) / LOG_PAGE
 }

@@ -1,8 +1,7 @@
-//! Everything that travels and is not a page: the handshake messages, and the encoding of saved state. The only file
-//! that knows bincode.
+//! Handshake messages, and the encoding of saved state. Only this file uses bincode.
 //!
-//! A record is its version (u16, little endian), then bincode 2 with fixed-width little-endian integers. Types here are
-//! for the wire only; what runs is converted to and from them.
+//! A record is its version (u16, little endian), then bincode 2 with fixed-width little-endian integers. The types here
+//! exist only for the stream; run-time types are converted to and from them.
 #![forbid(unsafe_code)]
 
 use std::io::{Read, Write};
@@ -16,13 +15,13 @@ use super::{PageStats, StreamError};
 use crate::abi::vhost_user::VHOST_USER_MAX_RAM_SLOTS_TODAY;
 use crate::memory::{LOG_PAGE, Memory};
 
-/// Most bytes of a [`ToDestination::State`].
+/// Maximum size of a [`ToDestination::State`], bytes.
 pub const MAX_STATE: usize = 64 << 20;
 
 /// Encodes `value` as version `version` of its record.
 ///
 /// # Errors
-/// `Malformed` when the type can't be told in bincode (a map of unknown length, say).
+/// `Malformed` if bincode cannot encode the type (a map of unknown length, for example).
 pub fn encode<T: Serialize + ?Sized>(version: u16, value: &T) -> Result<Vec<u8>, StreamError> {
     let mut bytes = version.to_le_bytes().to_vec();
     bincode::serde::encode_into_std_write(value, &mut bytes, bincode::config::legacy())
@@ -30,17 +29,17 @@ pub fn encode<T: Serialize + ?Sized>(version: u16, value: &T) -> Result<Vec<u8>,
     Ok(bytes)
 }
 
-/// The version of an encoded record, to choose the type to [`decode`] it as.
+/// Returns the version of an encoded record, which selects the type for [`decode`].
 ///
 /// # Errors
-/// `Truncated` when not even a version is there.
+/// `Truncated` if the version is incomplete.
 pub fn version(bytes: &[u8]) -> Result<u16, StreamError> {
     let version = bytes.first_chunk().ok_or(StreamError::Truncated("a record"))?;
     Ok(u16::from_le_bytes(*version))
 }
 
-/// Decodes the first field of a record of version `wanted`; `beginning` may lack what follows it. The field may take as much
-/// memory as a record of 64 KiB.
+/// Decodes the first field of a record of version `wanted`. `beginning` may end after that field. The field may take as
+/// much memory as a record of 64 KiB.
 ///
 /// # Errors
 /// `RecordVersion` and `Malformed`.
@@ -54,8 +53,9 @@ pub fn decode_first<T: DeserializeOwned>(wanted: u16, beginning: &[u8]) -> Resul
     decoded.map(|(value, _)| value).map_err(|error| StreamError::Malformed { what: "record", why: error.to_string() })
 }
 
-/// Decodes a record called `name` of at most `limit` bytes, which must be of version `wanted` and end where its bytes
-/// end. Lengths inside it are bounded by 16 times its own size (at least 64 KiB) or 64 MiB before anything is allocated.
+/// Decodes a record called `name` of at most `limit` bytes. It must have version `wanted` and end at the end of
+/// `bytes`. Lengths inside it are bounded by 16 times its own size (at least 64 KiB) or 64 MiB before anything is
+/// allocated.
 ///
 /// # Errors
 /// `TooLong`, `RecordVersion` and `Malformed`.
@@ -87,7 +87,7 @@ pub fn decode<T: DeserializeOwned>(
     }
 }
 
-/// Bytes inside a record, copied as one block instead of one by one as a `Vec<u8>` would be.
+/// Bytes inside a record, encoded as one block, unlike a `Vec<u8>`.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct Bytes(pub Vec<u8>);
 
@@ -119,7 +119,7 @@ impl<'de> Deserialize<'de> for Bytes {
     }
 }
 
-/// Most regions of a guest's memory: what vhost-user devices take.
+/// Maximum number of regions of a guest's memory: the limit of vhost-user.
 pub const MAX_REGIONS: usize = VHOST_USER_MAX_RAM_SLOTS_TODAY;
 
 /// One region of guest memory.
@@ -131,15 +131,15 @@ pub struct RegionLayout {
     pub size: u64,
 }
 
-/// The source's guest memory. The destination must have the same. Version 1.
+/// Memory layout of the source. The destination must have the same. Version 1.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct MemoryLayout {
-    /// All regions, by rising address.
+    /// All regions, in ascending order of address.
     pub regions: Vec<RegionLayout>,
 }
 
 impl MemoryLayout {
-    /// Whether it can be a guest's: every region costs a descriptor and a mapping, whatever its size.
+    /// Checks the number of regions. Every region costs a descriptor and a mapping, whatever its size.
     ///
     /// # Errors
     /// `Layout` for more than [`MAX_REGIONS`].
@@ -150,10 +150,10 @@ impl MemoryLayout {
         }
     }
 
-    /// The layout of `memory`.
+    /// Returns the layout of `memory`.
     ///
     /// # Errors
-    /// `Layout` when a region does not begin and end at a page, so that it can't be told in pages.
+    /// `Layout` if a region is not aligned to pages.
     pub fn from_memory(memory: &Memory) -> Result<MemoryLayout, StreamError> {
         let regions = memory.regions().iter().map(|region| RegionLayout { gpa: region.gpa(), size: region.size() });
         let regions: Vec<_> = regions.collect();
@@ -165,8 +165,7 @@ impl MemoryLayout {
         }
     }
 
-    /// Whether pages of this layout fit `memory` exactly: the same bytes are memory and the same are holes, wherever
-    /// the borders between adjacent regions are.
+    /// Checks that `memory` covers exactly the same addresses. Borders between adjacent regions may differ.
     ///
     /// # Errors
     /// `Layout` with the first difference.
@@ -201,25 +200,25 @@ impl MemoryLayout {
         at >= end
     }
 
-    /// Pages of memory, holes not counted.
+    /// Number of pages of memory, without holes.
     pub fn pages(&self) -> u64 {
         self.regions.iter().fold(0, |sum: u64, region| sum.saturating_add(region.size / LOG_PAGE))
     }
 }
 
-/// Most runs of a [`DataRuns`].
+/// Maximum number of runs in a [`DataRuns`].
 pub const MAX_DATA_RUNS: usize = 32 << 10;
 
-/// Pages for which the source will send data, so that the destination can provide memory ahead: a hint, as complete as
-/// the frame has room for. Version 1.
+/// Pages that the source will send with data, so that the destination can allocate memory in advance. This is a hint
+/// and as complete as the frame has room for. Version 1.
 #[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
 pub struct DataRuns {
-    /// Page numbers, by rising number.
+    /// Page numbers in ascending order.
     pub runs: Vec<Range<u64>>,
 }
 
 impl DataRuns {
-    /// The first runs of pages of `memory` that are in use.
+    /// Returns the first runs of pages of `memory` that are in use.
     pub fn from_memory(memory: &Memory) -> DataRuns {
         let mut runs: Vec<Range<u64>> = Vec::new();
         memory.data(|run| {
@@ -233,26 +232,26 @@ impl DataRuns {
     }
 }
 
-/// End of a round, sent on every channel after its pages. Version 1.
+/// End of a round. Sent on every channel after its pages. Version 1.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct RoundEnd {
     /// Number of the round, from 0.
     pub round: u32,
-    /// Whether this was the last: state follows on channel 0 and no more pages come.
+    /// True for the last round: the state follows on channel 0, and no more pages.
     pub last: bool,
-    /// Pages sent with their contents on this channel in this round.
+    /// Pages sent with data on this channel in this round.
     pub data_pages: u64,
     /// Pages sent as zero on this channel in this round.
     pub zero_pages: u64,
 }
 
 impl RoundEnd {
-    /// The end of a round in which this channel has sent `sent`.
+    /// Creates the end of a round in which this channel has sent `sent`.
     pub fn new(round: u32, last: bool, sent: &PageStats) -> RoundEnd {
         RoundEnd { round, last, data_pages: sent.data_pages, zero_pages: sent.zero_pages }
     }
 
-    /// Has everything arrived that this channel sent in the round?
+    /// Checks that everything sent on this channel in the round has arrived.
     ///
     /// # Errors
     /// `Malformed` if not.
@@ -268,80 +267,80 @@ impl RoundEnd {
     }
 }
 
-/// What the source tells the destination, beside pages. Each is a frame kind of its own.
+/// Messages from the source to the destination, except pages. Each has its own frame kind.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum ToDestination {
-    /// Opens channel 0.
+    /// First message on channel 0.
     Layout(MemoryLayout),
-    /// Says which pages will have data; on channel 0, once, before the end of the first round.
+    /// Lists the pages that will have data. Sent once on channel 0 before the end of the first round.
     DataRuns(DataRuns),
-    /// What is known of the guest's devices while it runs; on channel 0, once, before the end of the first round. Opaque to
-    /// the stream.
+    /// Describes the guest's devices while the guest runs. Sent once on channel 0 before the end of the first round;
+    /// opaque to the stream.
     Devices(Vec<u8>),
-    /// Ends a round; on every channel.
+    /// Ends a round. Sent on every channel.
     RoundEnd(RoundEnd),
-    /// Saved state, made with [`encode`]; opaque to the stream.
+    /// Saved state, encoded with [`encode`]; opaque to the stream.
     State(Vec<u8>),
-    /// The destination owns the guest from now on.
+    /// The destination owns the guest from this message on.
     Commit(Commit),
-    /// The migration is off; the guest stays at the source.
+    /// The migration is cancelled; the guest stays at the source.
     Cancel {
         /// Why.
         reason: String,
     },
 }
 
-/// What the destination tells the source, on channel 0.
+/// Messages from the destination to the source, on channel 0.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum ToSource {
-    /// The layout fits; pages may come.
+    /// The layout fits. The destination is ready for pages.
     Accepted,
-    /// State is restored; waits for the commit.
+    /// The state is restored. The destination waits for the commit.
     Ready,
     /// The guest runs.
     Started(Started),
-    /// The migration is off: the destination never starts the guest, also if it is sent a commit. The source goes on.
+    /// The destination has given up and never starts the guest, even if a commit arrives. The source resumes the guest.
     Failed {
         /// Why.
         message: String,
     },
-    /// The destination has received the commit and owns the guest, but does not run it.
+    /// The destination owns the guest and does not run it.
     Held(Held),
-    /// The destination knows nothing of the migration that it was asked about.
+    /// The destination does not know the migration of an outcome query.
     Unknown,
 }
 
-/// The order to take over the guest. Version 1.
+/// Transfers the guest to the destination. Version 1.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Commit {
-    /// Whether its CPUs are to run. They are not in a guest that was paused before the migration.
+    /// True if the CPUs are to run. False for a guest that was paused before the migration.
     pub run: bool,
 }
 
-/// Why the destination does not run a guest that it owns. Version 1.
+/// Reason that the destination does not run a guest it owns. Version 1.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Held {
-    /// Whether it is still being started: then another answer comes.
+    /// True while the guest is being started. Another answer follows.
     pub starting: bool,
     /// The reason, at most 4096 bytes.
     pub message: String,
 }
 
-/// What the destination saw when it started the guest. Version 1.
+/// Times measured by the destination at the start of the guest. Version 1.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
 pub struct Started {
-    /// What the guest's own clock saw between its last action at the source and its first here, nanoseconds; only
-    /// where both share a clock.
+    /// Time between the guest's last action at the source and its first at the destination by its own clock,
+    /// nanoseconds; only if both share a clock.
     pub observed_downtime_ns: Option<u64>,
-    /// From the commit to the running guest, nanoseconds.
+    /// Time from the commit to the running guest, nanoseconds.
     pub start_ns: u64,
 }
 
 impl ToDestination {
-    /// Writes the message as one frame and returns its bytes on the wire.
+    /// Writes the message as one frame. Returns its size on the wire.
     ///
     /// # Errors
-    /// What [`FrameWriter::write`] reports.
+    /// Errors of [`FrameWriter::write`].
     pub fn write<W: Write>(&self, to: &mut FrameWriter<W>) -> Result<u64, StreamError> {
         match self {
             ToDestination::Layout(layout) => to.write(FrameKind::Layout, [&encode(1, layout)?, &[]]),
@@ -380,7 +379,7 @@ impl ToSource {
     /// Writes the message as one frame and returns its bytes on the wire.
     ///
     /// # Errors
-    /// What [`FrameWriter::write`] reports.
+    /// Errors of [`FrameWriter::write`].
     pub fn write<W: Write>(&self, to: &mut FrameWriter<W>) -> Result<u64, StreamError> {
         match self {
             ToSource::Accepted => to.write(FrameKind::Accepted, [&[], &[]]),
@@ -431,12 +430,12 @@ fn read_body<R: Read>(header: &FrameHeader, from: &mut FrameReader<R>) -> Result
     Ok(body)
 }
 
-/// A reason must never be what makes a frame too long.
+/// Shortens a reason to 4096 bytes, so that it fits its frame.
 fn truncate_reason(text: &str) -> &str {
     text.get(..text.floor_char_boundary(4096)).unwrap_or(text)
 }
 
-/// Adjacent regions as one.
+/// Merges adjacent regions.
 fn merge_adjacent(regions: &[RegionLayout]) -> Result<Vec<(u64, u64)>, StreamError> {
     let mut ranges: Vec<(u64, u64)> = Vec::new();
     for region in regions {

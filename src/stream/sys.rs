@@ -1,5 +1,5 @@
-//! The room's only `unsafe`: reading from a file descriptor straight into guest memory, and taking over an inherited
-//! descriptor. Also the window type that both ends of such a read share.
+//! The only `unsafe` code of the stream: reads from a file descriptor directly into guest memory, copies of pages,
+//! inherited descriptors, and renameat2.
 
 use std::hash::Hasher;
 use std::io::{self, Read};
@@ -11,12 +11,12 @@ use nix::errno::Errno;
 use twox_hash::XxHash3_64;
 use vm_memory::VolatileSlice;
 
-/// Bytes of a page.
+/// Size of a page, bytes.
 const PAGE_BYTES: usize = crate::memory::LOG_PAGE as usize;
-/// Most pieces that one `readv` takes.
+/// Maximum number of buffers of one `readv`.
 const IOV_MAX: usize = 1024;
 
-/// Places in guest memory that wait for bytes, in the order the bytes come.
+/// Ranges of guest memory to be filled from the stream, in order.
 #[derive(Default)]
 pub struct ReceiveWindow<'m> {
     pieces: Vec<VolatileSlice<'m>>,
@@ -30,12 +30,12 @@ impl<'m> ReceiveWindow<'m> {
         self.pieces.push(piece);
     }
 
-    /// Bytes that are still to come.
+    /// Number of bytes that are still missing.
     pub fn left(&self) -> usize {
         self.left
     }
 
-    /// Copies `bytes` to the front of the window and returns how many of them it had room for.
+    /// Copies `bytes` to the front of the window. Returns the number of bytes copied.
     pub fn store(&self, mut bytes: &[u8]) -> usize {
         let before = bytes.len();
         for piece in self.unfilled() {
@@ -48,7 +48,7 @@ impl<'m> ReceiveWindow<'m> {
         before - bytes.len()
     }
 
-    /// One `readv` to the front of the window. Returns the bytes read, 0 at the end of the file.
+    /// Reads to the front of the window with one `readv`. Returns the number of bytes, 0 at the end of the file.
     ///
     /// # Errors
     /// The error of the system.
@@ -62,11 +62,11 @@ impl<'m> ReceiveWindow<'m> {
         usize::try_from(count).map_err(|_| io::Error::last_os_error())
     }
 
-    /// The first `count` bytes have come: hashes them, as they now are in guest memory, and moves on.
+    /// Hashes the first `count` bytes, as they are in guest memory now, and removes them from the window.
     pub(super) fn advance(&mut self, count: usize, hash: &mut XxHash3_64) {
         let mut count = count.min(self.left);
         self.left -= count;
-        // Copies first: a Rust slice over memory that others map could change under the hash's feet.
+        // Hashes a copy: other processes may change the memory behind a Rust slice.
         let mut copy = [0; PAGE_BYTES];
         while let Some(piece) = self.pieces.get_mut(self.first).filter(|_| count > 0) {
             let length = piece.copy_to(&mut copy).min(count);
@@ -84,9 +84,9 @@ impl<'m> ReceiveWindow<'m> {
     }
 }
 
-/// A reader that can put what it reads straight into guest memory.
+/// A reader that can read directly into guest memory.
 pub trait ReadMemory: Read {
-    /// Reads some bytes to the front of `window` and returns how many, 0 at the end of the stream.
+    /// Reads bytes to the front of `window`. Returns the number of bytes, 0 at the end of the stream.
     ///
     /// # Errors
     /// As [`Read::read`].
@@ -101,7 +101,7 @@ impl ReadMemory for &[u8] {
     }
 }
 
-/// Any reader as a [`ReadMemory`], by way of a small buffer. For streams that are not file descriptors.
+/// Implements [`ReadMemory`] for any reader by copying through a small buffer.
 #[derive(Debug)]
 pub struct CopyingReader<R>(pub R);
 
@@ -120,8 +120,8 @@ impl<R: Read> ReadMemory for CopyingReader<R> {
     }
 }
 
-/// Copies the page `from` to `into` and tells whether the copy is all zeros. Guest memory is read once. `more` says that
-/// the page after it in memory comes next.
+/// Copies the page `from` to `into`. Returns true if the copy is all zeros. Guest memory is read once. `more` says that
+/// the next page in memory is copied next.
 pub(super) fn copy_page(from: &VolatileSlice<'_>, into: &mut [u8; PAGE_BYTES], more: bool) -> bool {
     #[cfg(target_arch = "x86_64")]
     if from.len() == PAGE_BYTES && std::arch::is_x86_feature_detected!("avx2") {
@@ -168,10 +168,10 @@ unsafe fn copy_page_avx2(from: *const u8, into: &mut [u8; PAGE_BYTES], more: boo
     _mm256_testz_si256(any, any) == 1
 }
 
-/// A copy of the descriptor `number` that this process has inherited, closed on exec.
+/// Duplicates the inherited descriptor `number`, with close-on-exec.
 ///
 /// # Errors
-/// What the system says, `EBADF` when there is no such descriptor.
+/// The error of the system, `EBADF` if the descriptor is not open.
 pub(super) fn duplicate_fd(number: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: F_DUPFD_CLOEXEC touches no memory and fails cleanly on numbers that are not open.
     let copy = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) };
@@ -181,7 +181,8 @@ pub(super) fn duplicate_fd(number: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: the descriptor was just made and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
-/// Renames a file; if it may not replace another one, EEXIST if there is one. By number: not every libc has the call.
+/// Renames a file. Without `replace`, an existing file yields EEXIST. Called by number: not every libc has the
+/// function.
 pub(super) fn rename(from: &Path, to: &Path, replace: bool) -> nix::Result<()> {
     let flags = if replace { 0 } else { libc::RENAME_NOREPLACE };
     let (here, call) = (libc::AT_FDCWD, libc::SYS_renameat2);

@@ -1,5 +1,5 @@
-//! Connections: URIs as QEMU writes them, opening and accepting the channels of a migration, and the [`StreamChannel`] that
-//! every one of them becomes. What is said over a channel is not known here, beyond its first header.
+//! Transports: QEMU-style URIs, opening and accepting the channels of a migration, and [`StreamChannel`]. Nothing here
+//! knows the stream beyond the connection header.
 #![forbid(unsafe_code)]
 
 use std::fmt;
@@ -38,10 +38,10 @@ pub use connect::{connect, query_outcome};
 pub use save::remove_unfinished_saves;
 use save::{PartialFile, Save};
 
-/// Where a migration goes to or comes from.
+/// Address of a migration's source or destination.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Uri {
-    /// `tcp:HOST:PORT`; an IPv6 address in brackets, an empty host is every address (listening) or this machine.
+    /// `tcp:HOST:PORT`. An IPv6 address is in brackets. An empty host is every address (listening) or this machine.
     Tcp {
         /// Name or address.
         host: String,
@@ -50,11 +50,11 @@ pub enum Uri {
     },
     /// `unix:PATH`
     Unix(PathBuf),
-    /// `file:PATH`, one channel, one way.
+    /// `file:PATH`: one channel, one way.
     File(PathBuf),
-    /// `exec:COMMAND`, run by the shell with one socket as its standard input and output.
+    /// `exec:COMMAND`: run by the shell, with a socket as standard input and output.
     Exec(String),
-    /// `fd:N`, a socket, pipe or file that this process has inherited.
+    /// `fd:N`: an inherited socket, pipe or file.
     Fd(RawFd),
 }
 
@@ -105,7 +105,7 @@ impl fmt::Display for Uri {
 }
 
 impl Uri {
-    /// Whether only one channel is possible.
+    /// Returns true if the transport has only one channel.
     pub fn is_single_channel(&self) -> bool {
         matches!(self, Uri::File(_) | Uri::Exec(_) | Uri::Fd(_))
     }
@@ -115,26 +115,28 @@ impl Uri {
     }
 }
 
-/// How to connect or accept.
+/// Options for connecting and accepting.
 #[derive(Clone)]
 pub struct StreamOptions {
-    /// Channels to open, 1 to [`MAX_CHANNELS`](super::frame::MAX_CHANNELS). A destination takes the source's number.
+    /// Number of channels to open, 1 to [`MAX_CHANNELS`](super::frame::MAX_CHANNELS). A destination uses the source's
+    /// number.
     pub channels: u16,
-    /// The source wants no answers: for `exec:` filters such as a compressor, and for pipes. Files are always one way.
+    /// The destination sends no replies: for `exec:` filters such as a compressor, and for pipes. Files are always one
+    /// way.
     pub one_way: bool,
-    /// How long connecting, or accepting, may take altogether; `None` waits until cancelled.
+    /// Time limit for connecting or accepting; `None` waits until cancelled.
     pub deadline: Option<Duration>,
-    /// How long a write may make no progress, and how long nothing may come on any channel while something is read;
-    /// `None` waits until cancelled.
+    /// Time limit for a write without progress, and for a read while nothing arrives on any channel; `None` waits until
+    /// cancelled.
     pub timeout: Option<Duration>,
-    /// Ends everything.
+    /// Cancels the migration.
     pub cancel: CancelToken,
-    /// Limits what is written, over all channels.
+    /// Rate limit of all channels together.
     pub limiter: RateLimiter,
 }
 
 impl StreamOptions {
-    /// One channel, ten seconds to connect, thirty without progress, no limit, a new cancel switch.
+    /// One channel, 10 s to connect, 30 s without progress, no rate limit, a new cancel token.
     ///
     /// # Errors
     /// When the process is out of file descriptors.
@@ -150,25 +152,25 @@ impl StreamOptions {
     }
 }
 
-/// The channels of one migration, their headers exchanged.
+/// The channels of one migration after the exchange of headers.
 pub struct StreamConnection {
     /// The migration.
     pub id: MigrationId,
-    /// The destination sends nothing; it starts from what it reads.
+    /// True if the destination sends nothing.
     pub one_way: bool,
-    /// The channels by number, at least one.
+    /// The channels in order of their numbers; at least one.
     pub channels: Vec<StreamChannel>,
-    /// Where the source can connect again to ask about the migration.
+    /// URI for outcome queries, if the transport can connect again.
     query_uri: Option<Uri>,
 }
 
 impl StreamConnection {
-    /// A writer of frames for each channel.
+    /// Returns a frame writer for each channel.
     pub fn writers(&self) -> Vec<FrameWriter<StreamChannel>> {
         self.channels_with_ids().map(|(channel, id)| FrameWriter::new(channel, id)).collect()
     }
 
-    /// A reader of frames for each channel.
+    /// Returns a frame reader for each channel.
     pub fn readers(&self) -> Vec<FrameReader<StreamChannel>> {
         self.channels_with_ids().map(|(channel, id)| FrameReader::new(channel, id)).collect()
     }
@@ -178,43 +180,43 @@ impl StreamConnection {
         self.channels.iter().cloned().zip(0..).map(move |(it, channel)| (it, ChannelId { migration, channel }))
     }
 
-    /// Waits at most `limit` until the first frame has come on channel 0, or as much of a long one as stays in the socket.
-    /// Reads nothing; returns at once for pipes and files.
+    /// Waits up to `limit` for the first frame on channel 0, or as much of it as fits in the socket's buffer. Reads
+    /// nothing; returns immediately for pipes and files.
     ///
     /// # Errors
-    /// `Timeout`, `Ended` if the source hangs up, `Cancelled`, and what the system says.
+    /// `Timeout`, `Ended` if the source hangs up, `Cancelled`, and errors of the system.
     pub fn wait_for_frame(&self, limit: Duration) -> Result<(), StreamError> {
         let first = self.channels.first().ok_or(StreamError::Ended)?;
         if first.0.kind == FdKind::Socket { first.0.wait_for_frame(limit) } else { Ok(()) }
     }
 
-    /// Waits until what was written to a file or device is on disk. Does nothing to other transports.
+    /// Syncs a file or device. Does nothing for other transports.
     ///
     /// # Errors
-    /// `DiskFull`, and what the system says.
+    /// `DiskFull`, and errors of the system.
     pub fn sync(&self) -> Result<(), StreamError> {
         self.channels.iter().try_for_each(|channel| channel.0.sync())
     }
 
-    /// Makes sure that what was written has arrived where this end can see it: a file or device is complete and on disk,
-    /// a file under its own name; a command has ended well. Until this is called a save is unfinished.
+    /// Completes the stream: a file or device is complete and synced, and a file has its name; a command has exited
+    /// with status 0. A save is unfinished until this returns.
     ///
     /// # Errors
-    /// `Command`, `DiskFull`, `Timeout`, `Cancelled`, and what the system says.
+    /// `Command`, `DiskFull`, `Timeout`, `Cancelled`, and errors of the system.
     pub fn finish(&self) -> Result<(), StreamError> {
         self.channels.iter().try_for_each(|channel| channel.0.finish())
     }
 }
 
 impl StreamConnection {
-    /// Returns true if what is written ends in a file or block device, which is complete and durable once
-    /// [`finish`](Self::finish) has returned, and is no migration for anybody before.
+    /// Returns true if the stream is saved to a file or block device, which is complete and durable once
+    /// [`finish`](Self::finish) has returned and invalid before.
     pub fn is_to_file(&self) -> bool {
         self.channels.iter().all(|channel| channel.0.kind == FdKind::File)
     }
 
-    /// Asks the destination, over a new connection to the same URI, what has become of this migration. The answer is
-    /// STARTED, FAILED, HELD or UNKNOWN.
+    /// Queries the outcome of this migration over a new connection to the same URI. The answer is STARTED, FAILED, HELD
+    /// or UNKNOWN.
     ///
     /// # Errors
     /// As [`query_outcome`].
@@ -225,8 +227,7 @@ impl StreamConnection {
         }
     }
 
-    /// Lets go of a connection whose other end goes on by itself: a command that has become the guest's new home, or
-    /// leads there, is not ended.
+    /// Releases the connection and lets an `exec:` command run on, as it holds or forwards the guest.
     pub fn detach(self) {
         self.channels.iter().for_each(|channel| channel.0.detach());
     }
@@ -239,34 +240,34 @@ impl fmt::Debug for StreamConnection {
     }
 }
 
-/// One connection of a migration. Clones share it, so one thread can read while another writes.
+/// One channel of a migration. Clones share it, so that one thread can read while another writes.
 #[derive(Clone)]
 pub struct StreamChannel(Arc<ChannelState>);
 
 struct ChannelState {
     fd: OwnedFd,
-    /// Of all channels of the connection.
+    /// Shared by all channels of the connection.
     last_received: Arc<LastReceived>,
     kind: FdKind,
     cancel: CancelToken,
     limiter: RateLimiter,
     timeout_ms: AtomicU64,
-    /// Nanoseconds that writers have waited for the bandwidth limit.
+    /// Time that writers have waited for the rate limit, nanoseconds.
     rate_limited_ns: AtomicU64,
     sent: AtomicU64,
     received: AtomicU64,
-    /// A part of a frame has been written.
+    /// True while a frame is partly written.
     in_frame: AtomicBool,
-    /// Frames are still written once it is cancelled.
+    /// True if a frame may be written after cancellation.
     allow_after_cancel: AtomicBool,
     on_finish: Mutex<OnFinish>,
 }
 
-/// When something was received last.
+/// Time of the last received bytes.
 #[derive(Debug)]
 struct LastReceived {
     begun: Instant,
-    /// After `begun`, milliseconds.
+    /// Milliseconds after `begun`.
     last: AtomicU64,
 }
 
@@ -287,20 +288,20 @@ impl LastReceived {
 
 #[derive(Clone, Copy, PartialEq)]
 enum FdKind {
-    /// Blocks; the kernel keeps its timeouts and shutdown(2) interrupts it.
+    /// Blocking; the kernel enforces timeouts, and shutdown(2) interrupts it.
     Socket,
-    /// Does not block; poll keeps timeouts and sees the cancel switch.
+    /// Non-blocking; poll enforces timeouts and sees the cancel token.
     Pipe,
-    /// Never waits for a peer.
+    /// A file or block device: never waits for a peer.
     File,
 }
 
-/// Send buffer of TCP connections that stay on this host, in bytes. The system would let them grow until what is under
-/// way has left the cache. On a network the bandwidth and delay are what counts, and the system knows them; UNIX sockets
-/// have a buffer of about this size.
+/// Send buffer of TCP connections within this host, bytes. The system would let it grow until the data in flight no
+/// longer fits in the cache. Between hosts, the system chooses it by bandwidth and delay. UNIX sockets have a buffer of
+/// about this size.
 const LOCAL_SEND_BUFFER: usize = 160 << 10;
 
-/// What is left to do when the last byte is written.
+/// Action of [`StreamConnection::finish`].
 enum OnFinish {
     Nothing,
     Save(Save),
@@ -317,7 +318,7 @@ impl StreamChannel {
         let kind = kind_of(&fd)?;
         set_nonblocking(fd.as_fd(), kind == FdKind::Pipe)?;
         if kind == FdKind::Socket {
-            // Fails on sockets that are not TCP, which do not wait to fill segments anyway.
+            // Fails on sockets other than TCP, which have no such delay.
             let _ = setsockopt(&fd, sockopt::TcpNoDelay, &true);
             if is_on_this_host(&fd) {
                 let _ = setsockopt(&fd, sockopt::SndBuf, &LOCAL_SEND_BUFFER);
@@ -345,10 +346,10 @@ impl StreamChannel {
         Ok(channel)
     }
 
-    /// How long a read or write may make no progress from now on; `None` waits until cancelled.
+    /// Sets the time limit for reads and writes without progress; `None` waits until cancelled.
     ///
     /// # Errors
-    /// What the system says.
+    /// Errors of the system.
     pub fn set_timeout(&self, timeout: Option<Duration>) -> Result<(), StreamError> {
         let millis = timeout.map_or(0, |timeout| timeout.as_millis().clamp(1, i32::MAX as u128) as u64);
         self.0.timeout_ms.store(millis, Ordering::Relaxed);
@@ -360,22 +361,22 @@ impl StreamChannel {
         Ok(())
     }
 
-    /// How long writers have waited for the bandwidth limit so far.
+    /// Returns the time that writers have waited for the rate limit.
     pub fn rate_limited_time(&self) -> Duration {
         Duration::from_nanos(self.0.rate_limited_ns.load(Ordering::Relaxed))
     }
 
-    /// Bytes written so far, headers included; for others to look at meanwhile.
+    /// Returns the number of bytes written, headers included.
     pub fn bytes_sent(&self) -> u64 {
         self.0.sent.load(Ordering::Relaxed)
     }
 
-    /// Bytes read so far, headers included.
+    /// Returns the number of bytes read, headers included.
     pub fn bytes_received(&self) -> u64 {
         self.0.received.load(Ordering::Relaxed)
     }
 
-    /// Bytes written to a file or device that may not be on its disk yet; 0 for other transports.
+    /// Returns the number of bytes that may not be synced to a file or device; 0 for other transports.
     pub fn unsynced_bytes(&self) -> u64 {
         match &*lock(&self.0.on_finish) {
             OnFinish::Save(save) => save.unsynced(),
@@ -383,7 +384,7 @@ impl StreamChannel {
         }
     }
 
-    /// Sends the header, or begins a save with it.
+    /// Sends the header, or starts a save with it.
     fn begin(&mut self, uri: &Uri, name: Option<PartialFile>, header: ConnectionHeader) -> Result<(), StreamError> {
         if self.0.kind == FdKind::File {
             *lock(&self.0.on_finish) = OnFinish::Save(Save::begin(uri, &self.0.fd, name, header)?);
@@ -394,30 +395,30 @@ impl StreamChannel {
         Ok(self.flush()?)
     }
 
-    /// Lets a reason be written that the peer is to read: also to a socket that was cancelled a moment ago.
+    /// Allows one more frame, with a reason for the peer, on a socket that was just cancelled.
     pub fn allow_final_frame(&self) {
         self.0.allow_after_cancel.store(true, Ordering::Relaxed);
     }
 
-    /// Ends this channel alone: whoever blocks on it, here or at the peer, goes on with an error. Does nothing to pipes
-    /// and files.
+    /// Shuts this channel down: blocked reads and writes on either side end with an error. Does nothing to pipes and
+    /// files.
     pub fn shutdown(&self) {
         self.0.shutdown(Shutdown::Both);
     }
 
-    /// Ends reading alone: whoever blocks on a read here goes on with an error, and what is written still arrives. Does
-    /// nothing to pipes and files.
+    /// Shuts down reading: blocked reads here end with an error, and written data still arrives. Does nothing to pipes
+    /// and files.
     pub fn shutdown_read(&self) {
         self.0.shutdown(Shutdown::Read);
     }
 
-    /// Ends writing alone: whoever blocks on a write here goes on with an error, and what the peer says still arrives.
-    /// Does nothing to pipes and files.
+    /// Shuts down writing: blocked writes here end with an error, and data of the peer still arrives. Does nothing to
+    /// pipes and files.
     pub fn shutdown_write(&self) {
         self.0.shutdown(Shutdown::Write);
     }
 
-    /// The descriptor, to poll it for readability.
+    /// Returns the descriptor, for polling.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.0.fd.as_fd()
     }
@@ -450,7 +451,7 @@ impl Write for StreamChannel {
         self.0.write(from)
     }
 
-    /// A frame, or a header, has been written whole.
+    /// Marks the end of a frame or header.
     fn flush(&mut self) -> io::Result<()> {
         self.0.in_frame.store(false, Ordering::Relaxed);
         Ok(())
@@ -473,7 +474,7 @@ impl ChannelState {
         let from = if total <= piece {
             from
         } else {
-            // Slow links get small pieces, so that they stay smooth and cancelling is quick.
+            // Small writes keep a slow link smooth and cancellation quick.
             let part = from.iter().find(|part| !part.is_empty()).map_or(&[][..], |part| part);
             first = [IoSlice::new(part.get(..piece).unwrap_or(part))];
             &first
@@ -501,7 +502,7 @@ impl ChannelState {
         Ok(count)
     }
 
-    /// Runs `io` until it transfers something, in the way of this kind of descriptor.
+    /// Repeats `io` until it transfers something, fails or times out.
     fn retry_io(&self, events: PollFlags, mut io: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
         let timeout = Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed));
         let deadline = (!timeout.is_zero()).then(|| Instant::now() + timeout);
@@ -516,7 +517,7 @@ impl ChannelState {
                 other => return other,
             }
             let mut fds = [PollFd::new(self.fd.as_fd(), events), PollFd::new(self.cancel.fd(), PollFlags::POLLIN)];
-            // One channel may have nothing to say for long while others have.
+            // A channel may be idle while others receive.
             if self.kind == FdKind::Socket && events == PollFlags::POLLIN && self.last_received.is_within(timeout) {
                 continue;
             }
@@ -526,7 +527,8 @@ impl ChannelState {
         }
     }
 
-    /// Fails once cancelled, but for a writer to a socket in the middle of a frame: the peer could read nothing after it.
+    /// Fails after cancellation, except for a writer in the middle of a frame on a socket: the peer could not read
+    /// anything after a partial frame.
     fn check(&self, events: PollFlags) -> Result<(), StreamError> {
         let goes_on = self.in_frame.load(Ordering::Relaxed) || self.allow_after_cancel.load(Ordering::Relaxed);
         if events == PollFlags::POLLOUT && self.kind == FdKind::Socket && goes_on {
@@ -536,9 +538,9 @@ impl ChannelState {
     }
 
     fn wait_for_frame(&self, limit: Duration) -> Result<(), StreamError> {
-        /// What any socket holds.
+        /// Number of bytes that every socket can buffer.
         const PEEK_BYTES: usize = 4096;
-        /// How often a frame is looked at that has come in part.
+        /// Interval of checks for the rest of a partial frame.
         const NAP: Duration = Duration::from_millis(5);
         let deadline = Instant::now() + limit;
         let mut bytes = [0; PEEK_BYTES];
@@ -573,7 +575,7 @@ impl ChannelState {
             std::mem::replace(&mut *lock(&self.on_finish), OnFinish::Nothing)
         {
             self.shutdown(Shutdown::Write);
-            // Somebody has to take note of its end, whenever that is.
+            // Reaps the command at its end.
             std::thread::spawn(move || child.wait());
         }
     }
@@ -586,7 +588,7 @@ impl ChannelState {
     }
 
     fn finish(&self) -> Result<(), StreamError> {
-        /// How often a command is looked at while it ends.
+        /// Interval of checks for the end of a command.
         const NAP: Duration = Duration::from_millis(5);
         if matches!(*lock(&self.on_finish), OnFinish::WaitForCommand { .. }) {
             // Filters end at the end of their input.
@@ -622,7 +624,7 @@ impl ChannelState {
 }
 
 impl CancelTarget for ChannelState {
-    /// Ends reads. Writers end between two frames.
+    /// Ends reads. Writers end after the current frame.
     fn interrupt(&self) {
         self.shutdown(Shutdown::Read);
     }
@@ -633,7 +635,7 @@ impl CancelTarget for ChannelState {
 }
 
 impl Drop for ChannelState {
-    /// A migration that was not finished leaves neither half a file nor a running command.
+    /// Kills the command of an unfinished migration.
     fn drop(&mut self) {
         match &mut *lock(&self.on_finish) {
             OnFinish::Nothing | OnFinish::Save(_) => {}
@@ -647,13 +649,13 @@ impl Drop for ChannelState {
     }
 }
 
-/// Bytes of the frame that begins with `bytes`, as far as they say; at least a header's.
+/// Returns the size of the frame that starts with `bytes`, as far as known; at least the size of a frame header.
 fn first_frame_bytes(bytes: &[u8]) -> usize {
     let length = bytes.get(4..8).and_then(|length| length.try_into().ok()).map_or(0, u32::from_le_bytes);
     FRAME_HEADER_BYTES + length as usize
 }
 
-/// Whether a socket is a TCP connection to a process on the same host.
+/// Returns true if the socket is a TCP connection within this host.
 fn is_on_this_host(fd: &OwnedFd) -> bool {
     let Ok(stream) = fd.try_clone().map(TcpStream::from) else { return false };
     matches!((stream.local_addr(), stream.peer_addr()), (Ok(ours), Ok(theirs)) if ours.ip() == theirs.ip())
@@ -677,8 +679,8 @@ fn set_nonblocking(fd: BorrowedFd<'_>, nonblocking: bool) -> Result<(), StreamEr
     Ok(())
 }
 
-/// Best effort, and only TCP has such: a host that is gone without a word ends the connection after half a minute, also
-/// where nothing is sent and no timeout is set.
+/// Enables TCP keep-alive, best effort: a host that disappears ends the connection after half a minute, also if nothing
+/// is sent and no timeout is set.
 fn enable_keepalive(fd: &OwnedFd) {
     let _ = setsockopt(fd, sockopt::KeepAlive, &true);
     let _ = setsockopt(fd, sockopt::TcpKeepIdle, &15);
@@ -686,7 +688,7 @@ fn enable_keepalive(fd: &OwnedFd) {
     let _ = setsockopt(fd, sockopt::TcpKeepCount, &3);
 }
 
-/// The kernel's limit for a socket's path, without the final zero.
+/// The kernel's limit for a socket path, without the final zero.
 const MAX_SOCKET_PATH: usize = 107;
 
 fn check_socket_path(uri: &Uri, path: &Path) -> Result<(), StreamError> {
@@ -706,7 +708,7 @@ fn check_channel_count(uri: &Uri, channels: u16) -> Result<(), StreamError> {
     Err(uri.error(format!("{channels} channels were asked for, this transport has one: use --channels 1"), None))
 }
 
-/// What went wrong, for errors that need no other advice than their own name.
+/// Returns advice for a system error.
 fn advice_for(error: io::Error) -> (String, Option<io::Error>) {
     let advice = match error.raw_os_error().map(Errno::from_raw) {
         Some(Errno::EACCES | Errno::EPERM) => "no permission: check the owner and mode of the path".into(),
@@ -726,7 +728,7 @@ fn open_error(uri: &Uri) -> impl Fn(io::Error) -> StreamError + '_ {
     }
 }
 
-/// Starts the command of an `exec:` URI; returns our end of its standard input and output.
+/// Starts the command of an `exec:` URI. Returns this process's end of its standard input and output.
 fn spawn_command(uri: &Uri, command: &str) -> Result<(OwnedFd, OnFinish), StreamError> {
     use std::os::unix::process::CommandExt;
     use std::process::{Command, Stdio};

@@ -1,4 +1,4 @@
-//! The destination's side: waiting for all channels of one migration, among whatever else connects.
+//! Accepting a migration: waits for all its channels among any other connections.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -23,23 +23,23 @@ use crate::stream::limiter::{CancelToken, lock, poll_until};
 use crate::stream::{StreamError, ToSource};
 use crate::sys::listen::{SocketPathGuard, listen};
 
-/// Most connections that may wait to become a migration.
+/// Maximum number of connections that are not part of a complete migration.
 const MAX_PENDING: usize = 2 * MAX_CHANNELS as usize;
-/// How long a connection may take to send its header.
+/// Time limit for a connection to send its header.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a connection may wait for the others of its migration.
+/// Time limit for the other channels of a migration to connect.
 const ALL_CHANNELS_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long the look-up of the name to listen at may take.
+/// Time limit for resolving the host name to listen at.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
-/// The pause when the system has no descriptor left.
+/// Delay after the system had no descriptor left.
 const RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// Waits for a migration at a URI. Dropping it removes the socket file it has made.
+/// Listens for migrations at a URI. Dropping it removes its socket file.
 #[derive(Debug)]
 pub struct StreamListener {
     uri: Uri,
     socket: ListeningSocket,
-    /// Connections that are not part of a complete migration yet.
+    /// Connections that are not part of a complete migration.
     pending: Mutex<Vec<PendingConnection>>,
 }
 
@@ -60,11 +60,11 @@ enum ListeningSocket {
 pub enum IncomingConnection {
     /// All channels of a migration.
     Migration(StreamConnection),
-    /// A source asks what has become of a migration.
+    /// A source queries the outcome of a migration.
     OutcomeQuery(OutcomeQuery),
 }
 
-/// A source that waits to hear what has become of a migration.
+/// A source that waits for the outcome of a migration.
 #[derive(Debug)]
 pub struct OutcomeQuery {
     /// The migration.
@@ -76,7 +76,7 @@ impl OutcomeQuery {
     /// Answers with STARTED, FAILED, HELD or UNKNOWN.
     ///
     /// # Errors
-    /// What the connection reports; the source asks again then.
+    /// The error of the connection. The source then queries again.
     pub fn reply(self, answer: &ToSource) -> Result<(), StreamError> {
         let id = ChannelId { migration: self.id, channel: 0 };
         answer.write(&mut FrameWriter::new(self.channel, id)).map(drop)
@@ -84,7 +84,7 @@ impl OutcomeQuery {
 }
 
 impl StreamListener {
-    /// Starts to listen; a source can connect from now on.
+    /// Starts listening.
     ///
     /// # Errors
     /// `Open` with advice: port or socket in use, path too long, no permission, no such file.
@@ -114,13 +114,12 @@ impl StreamListener {
         Ok(StreamListener { uri, socket, pending: Mutex::default() })
     }
 
-    /// Where this listens, with the port that the system chose.
+    /// Returns the URI, with the port chosen by the system.
     pub fn uri(&self) -> &Uri {
         &self.uri
     }
 
-    /// Waits until all channels of one migration are there, as [`next`](Self::next). Sources that ask about another
-    /// migration are told that it is not known here.
+    /// Accepts a migration as [`next`](Self::next) does, and answers outcome queries with UNKNOWN.
     ///
     /// # Errors
     /// As [`next`](Self::next).
@@ -137,13 +136,12 @@ impl StreamListener {
         }
     }
 
-    /// Waits until all channels of one migration are there, or a source asks about one, and answers their headers.
-    /// Connections that are not part of it are dropped with a warning, and waiting goes on. `options.channels` and
-    /// `one_way` are not used: the source says.
+    /// Waits until all channels of a migration or an outcome query have connected, and replies to their headers. Other
+    /// connections are dropped with a warning. `options.channels` and `options.one_way` are not used: the source
+    /// chooses them.
     ///
     /// # Errors
-    /// `Timeout` after `options.deadline`, `Cancelled`, and for transports with a single channel whatever is wrong with
-    /// it.
+    /// `Timeout` after `options.deadline`, `Cancelled`, and any error of a single-channel transport.
     pub fn next(&self, options: &StreamOptions) -> Result<IncomingConnection, StreamError> {
         let single = match &self.uri {
             Uri::Tcp { .. } | Uri::Unix(_) => return self.accept_sockets(options),
@@ -205,7 +203,8 @@ impl StreamListener {
         }
     }
 
-    /// Which of `waiting` can be read, and whether a new connection is there.
+    /// Polls the listener and `waiting`. Returns which of `waiting` are readable, and true if there is a new
+    /// connection.
     fn poll(
         &self,
         waiting: &[PendingConnection],
@@ -217,7 +216,7 @@ impl StreamListener {
             ListeningSocket::Unix { listener, .. } => listener.as_fd(),
             ListeningSocket::Single => options.cancel.fd(),
         };
-        // Those that have sent their header say no more before they are answered; only their end is of interest.
+        // Connections that have sent their header send nothing more before the reply; only their end matters.
         let events = |w: &PendingConnection| if w.header.is_none() { PollFlags::POLLIN } else { PollFlags::empty() };
         let mut fds: Vec<_> = waiting.iter().map(|w| PollFd::new(w.fd.as_fd(), events(w))).collect();
         fds.extend([listener, options.cancel.fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
@@ -240,11 +239,11 @@ impl StreamListener {
                 set_nonblocking(fd.as_fd(), true)?;
                 Ok(Some(fd))
             }
-            // The client was quicker to leave than this to accept.
+            // The client has disconnected before it was accepted.
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => {
                 Ok(None)
             }
-            // Who waits for a guest goes on waiting when others take what the system has.
+            // A shortage of system resources does not end the wait for a guest.
             Err(error) if [Errno::EMFILE, Errno::ENFILE, Errno::ENOMEM, Errno::ENOBUFS].contains(&errno(&error)) => {
                 tracing::warn!("can't accept a connection now: {error}");
                 options.cancel.wait(RETRY_DELAY)?;
@@ -279,7 +278,7 @@ impl PendingConnection {
         let room = HEADER_BYTES - self.bytes.len();
         let result = match buffer.get_mut(..room) {
             Some(into) if room > 0 => nix::unistd::read(&self.fd, into),
-            // It has sent its header and now reports an end or an error.
+            // The header is complete; readable means the end or an error.
             _ => Ok(0),
         };
         match result {
@@ -302,7 +301,7 @@ impl PendingConnection {
         }
     }
 
-    /// How long it may wait, and for what.
+    /// Returns the time limit and the missing item.
     fn timeout(&self) -> (Duration, &'static str) {
         match self.header {
             None => (HEADER_TIMEOUT, "no header"),
@@ -325,7 +324,7 @@ impl PendingConnection {
     }
 }
 
-/// Takes the connections of the first migration that has all its channels.
+/// Removes and returns the connections of the first migration that has all its channels.
 fn take_complete(waiting: &mut Vec<PendingConnection>) -> Option<Vec<PendingConnection>> {
     let found = waiting.iter().filter_map(|w| w.header).find(|first| {
         (0..first.channels).all(|channel| {
@@ -342,7 +341,7 @@ fn take_complete(waiting: &mut Vec<PendingConnection>) -> Option<Vec<PendingConn
     Some(channels)
 }
 
-/// Answers every channel. Others of the same migration can't hold it up: forty bytes fit any socket's buffer.
+/// Replies to the header of every channel. One channel cannot block the others: 40 bytes fit in any socket buffer.
 fn accept_migration(
     waiting: Vec<PendingConnection>,
     options: &StreamOptions,
@@ -362,7 +361,7 @@ fn accept_migration(
     Ok(incoming_connection(header, channels))
 }
 
-/// Connected channels as what `header`, the first one's, says that they are.
+/// Converts connected channels to a migration or an outcome query, by the header of the first.
 fn incoming_connection(header: ConnectionHeader, mut channels: Vec<StreamChannel>) -> IncomingConnection {
     match channels.pop() {
         Some(channel) if header.outcome_query => {
@@ -380,7 +379,7 @@ fn incoming_connection(header: ConnectionHeader, mut channels: Vec<StreamChannel
     }
 }
 
-/// Tells a source of another version which version this is; it knows the rest.
+/// Sends a header with this program's version to a source of another version.
 fn send_own_version(to: &mut impl Write) {
     let id = MigrationId(0);
     let header = ConnectionHeader { id, channel: 0, channels: 1, one_way: false, outcome_query: false };

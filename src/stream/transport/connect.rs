@@ -1,4 +1,4 @@
-//! The source's side of opening a migration's channels.
+//! Connecting the channels of a migration, and outcome queries.
 
 use std::io;
 use std::net::SocketAddr;
@@ -23,10 +23,10 @@ use crate::stream::frame::{ChannelId, ConnectionHeader, FrameReader, MAX_CHANNEL
 use crate::stream::limiter::poll_until;
 use crate::stream::{StreamError, ToSource};
 
-/// Opens the channels of a new migration, sends their headers and waits for the destination's, if it answers.
+/// Opens the channels of a new migration, sends their headers and waits for the destination's headers, unless one way.
 ///
 /// # Errors
-/// `Open` with advice, `Version`, `Timeout`, `Cancelled`, and what the system says.
+/// `Open` with advice, `Version`, `Timeout`, `Cancelled`, and errors of the system.
 pub fn connect(uri: &Uri, options: &StreamOptions) -> Result<StreamConnection, StreamError> {
     let deadline = options.deadline.map(|time| Instant::now() + time);
     let channels = options.channels;
@@ -80,11 +80,12 @@ pub fn connect(uri: &Uri, options: &StreamOptions) -> Result<StreamConnection, S
     Ok(StreamConnection { id, one_way, channels: open, query_uri: again })
 }
 
-/// Asks the destination at `uri` what has become of the migration `id`. The answer is STARTED, FAILED, HELD or UNKNOWN.
+/// Queries the destination at `uri` for the outcome of the migration `id`. The answer is STARTED, FAILED, HELD or
+/// UNKNOWN.
 ///
 /// # Errors
-/// `NoReturnPath` if the URI is not of a kind that can be connected to again; `Open` or `Timeout` if nobody answers within
-/// `time`; whatever else connecting and reading report.
+/// `NoReturnPath` if the URI cannot be connected to again; `Open` or `Timeout` if there is no answer within `time`;
+/// other errors of connecting and reading.
 pub fn query_outcome(uri: &Uri, id: MigrationId, time: Duration) -> Result<ToSource, StreamError> {
     let options = StreamOptions { deadline: Some(time), timeout: Some(time), ..StreamOptions::new()? };
     let deadline = Some(Instant::now() + time);
@@ -106,7 +107,7 @@ fn check_header_reply(
     wanted: ConnectionHeader,
     deadline: Option<Instant>,
 ) -> Result<(), StreamError> {
-    // Never zero, which would be no timeout.
+    // Never zero, which would mean no timeout.
     let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1));
     channel.set_timeout(left)?;
     match ConnectionHeader::read(channel) {
@@ -171,7 +172,7 @@ fn connect_unix(
             other => return other,
         };
         match error.kind() {
-            // Its queue of connections is full.
+            // The listener's backlog is full.
             io::ErrorKind::WouldBlock if deadline.is_none_or(|deadline| Instant::now() < deadline) => {
                 options.cancel.wait(Duration::from_millis(20))?;
             }
@@ -184,7 +185,7 @@ fn connect_unix(
     }
 }
 
-/// Connects a new socket, minding the deadline and the cancel switch.
+/// Connects a new socket, with a deadline and the cancel token.
 fn connect_socket(
     family: AddressFamily,
     address: &dyn SockaddrLike,

@@ -1,5 +1,5 @@
-//! Host names, looked up on a thread of its own: the system's look-up can't be ended, so that thread is left behind when
-//! nobody waits any more.
+//! Resolves host names on a separate thread. The system's lookup cannot be cancelled, so the thread is abandoned after
+//! cancellation or the deadline.
 
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::time::Instant;
@@ -10,7 +10,7 @@ use super::Uri;
 use crate::stream::StreamError;
 use crate::stream::limiter::CancelToken;
 
-/// The addresses of `host`, which may be one itself.
+/// Returns the addresses of `host`, which may be an address itself.
 pub(super) fn resolve(
     uri: &Uri,
     host: &str,
@@ -31,7 +31,7 @@ pub(super) fn resolve(
     found.map_err(|error| uri.error(format!("the host name \"{host}\" is not known"), error))
 }
 
-/// Does `work` on a thread of its own; `None` if it takes until `deadline`.
+/// Runs `work` on a separate thread. Returns `None` if it has not ended at `deadline`.
 fn run_abandonable<T: Send + 'static>(
     cancel: &CancelToken,
     deadline: Option<Instant>,

@@ -1,9 +1,9 @@
-//! Saving a stream to a file, a block device or an inherited descriptor of one.
+//! Saves a stream to a file, a block device or an inherited descriptor of one.
 //!
-//! The header is written last, so a save that was cancelled, killed or failed is never taken for a complete one; until
-//! then a header marked as unfinished stands in its place. A `file:` that is not a device is a new file without a name,
-//! which it gets when it is complete and on disk: a process that ends before leaves nothing behind. Writing back begins
-//! while the guest runs, so that completing a save only waits for the rest.
+//! The header is written last, so that an incomplete save is never valid; until then a header marked as unfinished is
+//! in its place. A `file:` that is not a device is a new unnamed file (O_TMPFILE), which gets its name when it is
+//! complete and synced: a process that ends before that leaves nothing behind. Writing back starts while the guest
+//! runs, so that completing a save only waits for the rest.
 #![forbid(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
@@ -23,22 +23,22 @@ use crate::stream::frame::{ConnectionHeader, HEADER_BYTES, MAGIC, MigrationId};
 use crate::stream::sys::rename;
 use crate::sys::write_back::write_back;
 
-/// Bytes after which a new piece is handed to the disk and the piece before it is waited for.
+/// Number of bytes after which new data is written back, and the previous part is waited for.
 const WRITE_BACK_BYTES: u64 = 16 << 20;
 
-/// This process's descriptors as paths.
+/// Folder with this process's descriptors as paths.
 const OWN_FD_FOLDER: &str = "/proc/self/fd";
 
-/// Names of files that hold a part of a save, in this process.
+/// Names of files with incomplete saves of this process.
 static UNFINISHED_FILES: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
-/// Removes the files of saves that are under way, for a process that is about to end without waiting for them. They fail, and
-/// only a save to a file system without unnamed files (O_TMPFILE) leaves anything behind at all.
+/// Removes the files of incomplete saves, for a process that is about to end. These saves then fail. Only a save to a
+/// file system without unnamed files (O_TMPFILE) leaves a file behind at all.
 pub fn remove_unfinished_saves() {
-    // No longer held than to take them out: whoever notes or forgets a name must not wait for a disk.
+    // The lock is not held during file operations: other threads must not wait for a disk.
     let paths = std::mem::take(&mut *unfinished_files());
     for path in paths {
-        // One that was published in between is not there any more.
+        // A file that was published in between does not exist under this name.
         let _ = std::fs::remove_file(path);
     }
 }
@@ -47,7 +47,7 @@ fn unfinished_files() -> MutexGuard<'static, Vec<PathBuf>> {
     UNFINISHED_FILES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Takes one mention of `path` out of them.
+/// Removes one entry of `path`.
 fn unregister(path: &Path) {
     let mut paths = unfinished_files();
     if let Some(place) = paths.iter().position(|noted| noted == path) {
@@ -55,22 +55,22 @@ fn unregister(path: &Path) {
     }
 }
 
-/// A save under way.
+/// A save in progress.
 pub(super) struct Save {
     header: ConnectionHeader,
-    /// Offset of the header.
+    /// Offset of the header, bytes.
     start: u64,
     /// Bytes written, counted from `start`.
     written: u64,
-    /// The disk has these bytes, counted from `start`.
+    /// Bytes synced, counted from `start`.
     synced: u64,
-    /// The disk is writing the bytes up to here.
+    /// Bytes whose write-back has started, counted from `start`.
     started: u64,
     name: Option<PartialFile>,
 }
 
 impl Save {
-    /// Begins a save at the current offset of `fd`, in place of what may be there.
+    /// Starts a save at the current offset of `fd`, over any existing data.
     pub(super) fn begin(
         uri: &Uri,
         fd: &OwnedFd,
@@ -90,7 +90,7 @@ impl Save {
         Ok(save)
     }
 
-    /// Accounts for bytes written and has the disk keep up.
+    /// Accounts for written bytes and starts writing them back.
     pub(super) fn account_written(&mut self, fd: &OwnedFd, count: usize) -> io::Result<()> {
         self.written += count as u64;
         if self.written - self.started >= WRITE_BACK_BYTES {
@@ -102,26 +102,26 @@ impl Save {
         Ok(())
     }
 
-    /// Bytes that the disk may not have yet.
+    /// Returns the number of bytes that may not be synced.
     pub(super) fn unsynced(&self) -> u64 {
         self.written - self.synced
     }
 
-    /// Waits until all that was written is on disk.
+    /// Syncs everything written so far.
     pub(super) fn sync(&mut self, fd: &OwnedFd) -> io::Result<()> {
         fdatasync(fd)?;
         (self.synced, self.started) = (self.written, self.written);
         Ok(())
     }
 
-    /// Makes the save complete and durable; one that fails is unfinished.
+    /// Completes the save and makes it durable. After an error it is marked as unfinished.
     pub(super) fn complete(mut self, fd: &OwnedFd) -> io::Result<()> {
         self.sync(fd)?;
         let header = self.header.encode();
         let whole = self.write_header(fd, &header).and_then(|()| Ok(fdatasync(fd)?));
         let whole = whole.and_then(|()| self.name.take().map_or(Ok(()), |name| name.publish(fd)));
         whole.inspect_err(|_| {
-            // The disk fails: nothing better can be done.
+            // Best effort: the disk has already failed.
             let _ = self.write_header(fd, &self.header.encode_unfinished());
         })
     }
@@ -140,21 +140,21 @@ impl Save {
     }
 }
 
-/// A new file that has no name yet or, where the file system knows no such files, one of its own. It is removed unless it
-/// is published.
+/// A new file without a name or, if the file system does not support that, with a temporary name. It is removed unless
+/// it is published.
 pub(super) struct PartialFile {
-    /// Its own name, which a file without one gets just before it is renamed.
+    /// Temporary name. An unnamed file gets it just before it is renamed.
     from: PathBuf,
     named: bool,
     to: PathBuf,
-    /// Device and inode of the file that is to be replaced, if there is one.
+    /// Device and inode of the file to be replaced, if there is one.
     replaces: Option<(u64, u64)>,
 }
 
 impl PartialFile {
     fn create(path: &Path, id: MigrationId) -> io::Result<(OwnedFd, PartialFile)> {
         let (from, replaces) = (partial_path(path, id), file_identity(path)?);
-        // What a name can't be is known now, not when everything was saved.
+        // Reports an impossible name now and not at the end of the save.
         if path.as_os_str().as_bytes().ends_with(b"/") {
             return Err(io::Error::from_raw_os_error(libc::EISDIR));
         }
@@ -162,7 +162,7 @@ impl PartialFile {
         let mut how = OpenOptions::new();
         let unnamed = how.write(true).mode(0o600).custom_flags(libc::O_TMPFILE).open(parent_folder(path));
         match unnamed {
-            // It can only be named through this folder.
+            // The file can only be named through this folder.
             Ok(file) if Path::new(OWN_FD_FOLDER).is_dir() => {
                 Ok((file.into(), PartialFile { from, named: false, to: path.into(), replaces }))
             }
@@ -173,14 +173,14 @@ impl PartialFile {
     fn create_named(path: &Path, id: MigrationId, replaces: Option<(u64, u64)>) -> io::Result<(OwnedFd, PartialFile)> {
         let from = partial_path(path, id);
         let mut how = OpenOptions::new();
-        // Before it is there: the process may end at any moment.
+        // Registered before it exists: the process may end at any time.
         unfinished_files().push(from.clone());
         let file = how.write(true).create_new(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(&from);
         let file = file.inspect_err(|_| unregister(&from))?;
         Ok((file.into(), PartialFile { from, named: true, to: path.into(), replaces }))
     }
 
-    /// Gives the file its name, unless another save has taken it since this one began.
+    /// Renames the file to its final name, unless another save has taken that name since this one started.
     fn publish(mut self, fd: &OwnedFd) -> io::Result<()> {
         let taken = || StreamError::NameTaken(self.to.clone());
         if self.replaces != file_identity(&self.to)? {
@@ -196,13 +196,13 @@ impl PartialFile {
         match rename(&self.from, &self.to, self.replaces.is_some()) {
             Ok(()) => {}
             Err(nix::Error::EEXIST) => return Err(taken().into()),
-            // A file system that knows no flags.
+            // The file system does not support the flags.
             Err(nix::Error::EINVAL) => std::fs::rename(&self.from, &self.to)?,
             Err(error) => return Err(error.into()),
         }
         let synced = File::open(parent_folder(&self.to)).and_then(|folder| folder.sync_all());
         synced.inspect_err(|_| {
-            // The guest goes on at its source: its save must not seem to be good.
+            // The guest resumes at its source: the save must not look valid.
             let _ = std::fs::remove_file(&self.to);
         })
     }
@@ -211,21 +211,21 @@ impl PartialFile {
 impl Drop for PartialFile {
     fn drop(&mut self) {
         if self.named {
-            // Once it is published there is none.
+            // A published file has no temporary name.
             let _ = std::fs::remove_file(&self.from);
             unregister(&self.from);
         }
     }
 }
 
-/// Opens the target of `file:`. It will hold a guest's memory, so only its owner may read a new file.
+/// Opens the target of `file:`. A new file is readable only by its owner, because it will hold the guest's memory.
 pub(super) fn open(uri: &Uri, path: &Path, id: MigrationId) -> Result<(OwnedFd, Option<PartialFile>), StreamError> {
     match std::fs::metadata(path) {
         Ok(found) if found.file_type().is_fifo() => {
             return Err(uri.error("this is a pipe: open it in the shell and use fd:N", None));
         }
         Ok(found) if !found.is_file() => {
-            // O_EXCL keeps others from a block device that is in use, also by another save.
+            // O_EXCL fails if the block device is in use, also by another save.
             let device = OpenOptions::new().write(true).custom_flags(libc::O_EXCL | libc::O_NONBLOCK).open(path);
             let device = device.map_err(|error| match error.kind() {
                 io::ErrorKind::ResourceBusy => uri.error("the device is in use: mounted, or saved to", error),
@@ -242,7 +242,7 @@ pub(super) fn open(uri: &Uri, path: &Path, id: MigrationId) -> Result<(OwnedFd, 
     Ok((file, Some(partial)))
 }
 
-/// True of a file whose contents no save has written, complete or not: an image of a disk, say.
+/// Returns true if the file was not written by a save, complete or not: a disk image, for example.
 fn is_foreign_file(path: &Path) -> io::Result<bool> {
     match std::fs::symlink_metadata(path) {
         Ok(found) if found.is_file() && found.len() > 0 => {
@@ -250,7 +250,7 @@ fn is_foreign_file(path: &Path) -> io::Result<bool> {
             File::open(path)?.take(MAGIC.len() as u64).read_to_end(&mut magic)?;
             Ok(magic != MAGIC)
         }
-        // A link is replaced, not followed.
+        // A symbolic link is replaced, not followed.
         Ok(_) => Ok(false),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error),
@@ -259,7 +259,7 @@ fn is_foreign_file(path: &Path) -> io::Result<bool> {
 
 fn partial_path(path: &Path, id: MigrationId) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
-    // Short, since names are limited; that it is new is checked.
+    // Short, because names are limited in length. O_EXCL ensures that it is new.
     name.push(format!(".{:08x}.partial", id.0 as u32));
     name.into()
 }
@@ -268,7 +268,7 @@ fn parent_folder(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Device and inode of what has this name, or `None`.
+/// Returns device and inode of the file with this name, or `None`.
 fn file_identity(path: &Path) -> io::Result<Option<(u64, u64)>> {
     match std::fs::symlink_metadata(path) {
         Ok(found) => Ok(Some((found.dev(), found.ino()))),
