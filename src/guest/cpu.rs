@@ -1,7 +1,7 @@
-//! A CPU of the guest: it writes page after page of its own area and checks others that it has written before.
+//! A CPU of the guest: writes the pages of its own area in turn and checks pages that it has written before.
 //!
-//! Step `n` writes version `n / N + 1` of the page that a fixed permutation of the area's `N` pages has at `n mod N`, so
-//! that the version of every page follows from the number of steps alone.
+//! Step `n` writes version `n / N + 1` of the page that a fixed permutation of the area's `N` pages assigns to `n mod
+//! N`. The version of every page therefore follows from the number of steps.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,12 +20,12 @@ pub(super) struct Cpu {
     pattern: Pattern,
     permutation: PagePermutation,
     steps: u64,
-    /// The same, for others to see while it runs.
+    /// Number of steps, readable by other threads.
     counter: Arc<AtomicU64>,
 }
 
 impl Cpu {
-    /// CPU `number` at its first step; [`Cpu::boot`] gives its pages their first contents.
+    /// Creates CPU `number` before its first step. [`Cpu::boot`] writes the initial contents of its pages.
     pub(super) fn new(number: usize, memory: &Memory, area: Area, pattern: Pattern) -> Cpu {
         let order = PagePermutation::new(area.pages(), mix(pattern.seed.wrapping_add(number as u64)));
         Cpu { memory: memory.clone(), area, pattern, permutation: order, steps: 0, counter: Arc::default() }
@@ -70,7 +70,7 @@ impl Cpu {
         &self.counter
     }
 
-    /// Checks the page whose turn is at steps `turn`, `turn + N` and so on.
+    /// Checks the page written at steps `turn`, `turn + N` and so on.
     fn check(&self, turn: u64) -> Result<(), GuestError> {
         let version = self.steps.checked_sub(turn + 1).map_or(0, |since| (since / self.area.pages()).wrapping_add(1));
         check(&self.memory, &self.pattern, self.area.page(self.permutation.page(turn)), version, false)
@@ -86,7 +86,7 @@ pub(super) fn fill(memory: &Memory, pattern: &Pattern, area: &Area) -> Result<()
     })
 }
 
-/// Checks the page at `gpa`; a `blank` one is zero at version 0.
+/// Checks the page at `gpa`. A `blank` page is zero at version 0.
 pub(super) fn check(memory: &Memory, pattern: &Pattern, gpa: u64, version: u64, blank: bool) -> Result<(), GuestError> {
     let mut page = [0; PAGE_WORDS];
     memory.read(gpa, page.as_mut_bytes())?;
@@ -103,7 +103,7 @@ struct PagePermutation {
 impl PagePermutation {
     fn new(pages: u64, random: u64) -> PagePermutation {
         let coprime = |a: &u64| gcd(*a, pages) == 1;
-        // Near the golden section, so that neighbours in time are far apart in memory.
+        // Near the golden section, so that successive pages are far apart in memory.
         let golden = (u128::from(pages) * 618 / 1000) as u64;
         PagePermutation { pages, a: (golden.max(1)..).find(coprime).unwrap_or(1), b: random % pages.max(1) }
     }

@@ -1,5 +1,6 @@
-//! A device as the guest holds it: shared with whoever controls it, watched, and connected again when its back-end has
-//! gone away. The data path needs none of this: rings are in guest memory, and go on when the new back-end does.
+//! A disk of the guest: its device, shared between threads, and the reconnector, which watches the connection and
+//! reconnects when the back-end has disconnected. The data path does not depend on it: rings are in guest memory and
+//! continue with the new back-end.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -17,45 +18,45 @@ use crate::ring::{RingBase, RingLayout};
 use crate::sys::log_limit::limited;
 use crate::sys::nonblocking;
 
-/// How long one attempt to connect again may take.
+/// Time limit of one attempt to reconnect.
 const CONNECT_ATTEMPT: Duration = Duration::from_secs(2);
-/// After which time one that was refused is tried again.
+/// Delay after a refused attempt.
 const RETRY_DELAY: Duration = Duration::from_millis(100);
-/// How long a back-end may be away while something is asked of it: whoever asks can ask again.
+/// Time for which a request waits for an unavailable back-end. The caller can repeat it.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
-/// How often a wait for a back-end that is away looks whether it is back.
+/// Interval of checks for a connected back-end.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// A device, and what the guest knows of its connection.
+/// A device and the state of its connection.
 ///
-/// Only the reconnector connects again. Whatever else is asked of the device waits until it has, or is left to it.
+/// Only the reconnector reconnects. Other requests wait for it or are left to it.
 pub(super) struct Disk {
     device: Mutex<Box<dyn Device>>,
     interrupt: Option<Interrupt>,
     pub(super) doorbells: Vec<QueueDoorbells>,
-    /// By ring: where it goes on, while it is stopped. Changes only with the device locked.
+    /// Base of each stopped ring; `None` for running rings. Changes only with the device locked.
     bases: Mutex<Vec<Option<RingBase>>>,
     pub(super) name: String,
-    /// How long a back-end may be away before the guest gives up; else it waits for ever.
+    /// Time limit for an unavailable back-end; without it, the guest waits for ever.
     away_limit: Option<Duration>,
     away: AtomicBool,
     outage: Mutex<Option<Outage>>,
-    /// What the reconnector shall do as soon as the back-end is there.
+    /// Actions for the reconnector as soon as the back-end is connected.
     pending: Mutex<PendingActions>,
-    /// Tells the reconnector of orders, and that the back-end has been found away.
+    /// Wakes the reconnector for pending actions and a disconnected back-end.
     wake: EventFd,
-    /// No reconnector looks after it any more.
+    /// True if the reconnector has ended.
     reconnector_ended: AtomicBool,
     pub(super) reconnects: AtomicU64,
     pub(super) resubmitted: AtomicU64,
-    /// Bytes of the disk, as the device says now.
+    /// Current size of the disk, bytes.
     pub(super) capacity: AtomicU64,
 }
 
-/// What is known of a back-end that is away.
+/// State of an unavailable back-end.
 struct Outage {
     since: Instant,
-    /// Why what answers in its place can't go on for it, or what the back-end has not answered yet.
+    /// Reason that a reconnection was refused, or the request without a reply.
     reason: Option<String>,
 }
 
@@ -65,13 +66,13 @@ struct PendingActions {
     stop_logging: bool,
 }
 
-/// A ring's place in memory and its doorbells.
+/// A ring's layout and its kick, call and error descriptors.
 pub(super) struct QueueDoorbells {
     pub(super) ring: RingLayout,
     pub(super) kick: Arc<OwnedFd>,
     pub(super) call: Arc<OwnedFd>,
     pub(super) error: Arc<OwnedFd>,
-    /// Whether the device has said that the ring is broken.
+    /// True if the device has reported the ring as broken.
     pub(super) broken: AtomicBool,
 }
 
@@ -86,7 +87,7 @@ impl QueueDoorbells {
         Ok(QueueDoorbells { ring, kick: eventfd()?, call: eventfd()?, error: eventfd()?, broken })
     }
 
-    /// What a device needs to go on at `base`.
+    /// Returns the setup that a device needs to start the ring at `base`.
     pub(super) fn setup(&self, base: RingBase) -> RingSetup {
         let (size, [desc, avail, used]) = (self.ring.size(), self.ring.areas());
         RingSetup {
@@ -105,17 +106,17 @@ impl QueueDoorbells {
         let _ = nonblocking::signal(self.kick.as_fd());
     }
 
-    /// Takes a call back, if there is one.
+    /// Clears a pending call.
     pub(super) fn ack_call(&self) {
         let _ = nonblocking::take(self.call.as_fd());
     }
 
-    /// Takes a signal of a broken ring back; false if there was none.
+    /// Clears a pending error signal. Returns false if there was none.
     pub(super) fn take_error(&self) -> bool {
         nonblocking::take(self.error.as_fd()).is_ok()
     }
 
-    /// The ring begins anew.
+    /// Clears the broken state before the ring is started.
     pub(super) fn clear_broken(&self) {
         self.take_error();
         self.broken.store(false, Ordering::Relaxed);
@@ -153,32 +154,32 @@ impl Disk {
         lock(&self.device)
     }
 
-    /// Ends what waits for the device's back-end.
+    /// Returns the interrupt that ends waits for the back-end.
     pub(super) fn interrupt(&self) -> Option<&Interrupt> {
         self.interrupt.as_ref()
     }
 
-    /// By ring: where it goes on, while it is stopped.
+    /// Returns the base of each stopped ring; `None` for running rings.
     pub(super) fn stopped_bases(&self) -> Vec<Option<RingBase>> {
         lock(&self.bases).clone()
     }
 
-    /// Whether the back-end is known to be away.
+    /// Returns true if the back-end is known to be unavailable.
     pub(super) fn is_away(&self) -> bool {
         self.away.load(Ordering::Relaxed)
     }
 
-    /// For how long its back-end has been away, if it is.
+    /// Returns the time for which the back-end has been unavailable, if it is.
     pub(super) fn away_for(&self) -> Option<Duration> {
         lock(&self.outage).as_ref().map(|absence| absence.since.elapsed())
     }
 
-    /// Why what answers in its place can't go on for it.
+    /// Returns the reason that a reconnection was refused.
     pub(super) fn refusal_reason(&self) -> Option<String> {
         lock(&self.outage).as_ref()?.reason.clone()
     }
 
-    /// Takes note of it if this is new, and lets the reconnector know.
+    /// Records that the back-end is unavailable, and wakes the reconnector.
     fn mark_away(&self, error: Option<&FrontendError>) {
         let silent = error.and_then(|error| match error {
             FrontendError::Interrupted { request } => Some(format!("{request} is not answered yet")),
@@ -200,15 +201,15 @@ impl Disk {
     }
 
     fn wake(&self) {
-        // One that is full has been set already.
+        // A full counter is already set.
         let _ = self.wake.write(1);
     }
 
-    /// Takes note of why an attempt has failed. That nobody is there is no news.
+    /// Records the reason of a failed attempt. A missing back-end is not logged again.
     fn record_refusal(&self, error: &FrontendError) {
         let is_silent = matches!(error, FrontendError::Timeout { .. } | FrontendError::NotServed { .. });
         let why = (is_silent || !error.is_transient()).then(|| error.to_string());
-        // That it is still silent is no news either.
+        // A back-end that is still silent is not logged again.
         let is_new = |absence: &&mut Outage| absence.reason != why && !(is_silent && absence.reason.is_some());
         if let Some(absence) = lock(&self.outage).as_mut().filter(is_new) {
             if why.is_some() {
@@ -218,7 +219,7 @@ impl Disk {
         }
     }
 
-    /// Calls `f`, again if the back-end goes away meanwhile and comes back.
+    /// Calls `f`, and again if the back-end disconnects meanwhile and is reconnected.
     pub(super) fn retry_until_connected<T>(
         &self,
         mut f: impl FnMut(&mut dyn Device) -> Result<T, FrontendError>,
@@ -238,7 +239,7 @@ impl Disk {
         }
     }
 
-    /// Calls `f` unless the back-end is away.
+    /// Calls `f` unless the back-end is unavailable.
     pub(super) fn try_with<T>(
         &self,
         f: impl FnOnce(&mut dyn Device) -> Result<T, FrontendError>,
@@ -247,7 +248,7 @@ impl Disk {
             if self.is_away() {
                 return Err(self.away_error());
             }
-            // The reconnector has it for as long as an attempt to connect takes.
+            // The reconnector holds the lock during an attempt to connect.
             match self.device.try_lock() {
                 Ok(device) => break device,
                 Err(TryLockError::Poisoned(poisoned)) => break poisoned.into_inner(),
@@ -255,7 +256,7 @@ impl Disk {
                 Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(1)),
             }
         };
-        // It may have gone while another had it.
+        // It may have disconnected while another thread held the lock.
         if self.is_away() {
             return Err(self.away_error());
         }
@@ -268,7 +269,7 @@ impl Disk {
         done
     }
 
-    /// Returns true if waits for its back-end are to end.
+    /// Returns true if waits for the back-end are to end.
     pub(super) fn is_interrupted(&self) -> bool {
         self.interrupt.as_ref().is_some_and(Interrupt::is_set)
     }
@@ -277,13 +278,13 @@ impl Disk {
         FrontendError::Unavailable { device: self.name.clone(), reason: self.refusal_reason() }
     }
 
-    /// The rings that are stopped, as they are to be started.
+    /// Returns the setups of the stopped rings.
     pub(super) fn stopped_rings(&self) -> Vec<(u16, RingSetup)> {
         let stopped = (0..).zip(&self.doorbells).zip(self.stopped_bases());
         stopped.filter_map(|((index, doorbells), base)| Some((index, doorbells.setup(base?)))).collect()
     }
 
-    /// Starts all rings that are stopped.
+    /// Starts all stopped rings.
     pub(super) fn start_rings(&self, device: &mut dyn Device, sent: &mut dyn FnMut()) -> Result<(), FrontendError> {
         let rings = self.stopped_rings();
         let mut bases = lock(&self.bases);
@@ -292,14 +293,14 @@ impl Disk {
             .filter_map(|(index, _)| self.doorbells.get(usize::from(*index)))
             .for_each(QueueDoorbells::clear_broken);
         device.start_rings(&rings, sent, &mut |index| {
-            // For what was added while it was stopped, or whose kick was lost with another host. A kick before the start may be
-            // taken by a device that does not look at the ring yet.
+            // For requests that were added while the ring was stopped, or whose kick was lost with another host. A kick
+            // before the start may be consumed by a device that does not read the ring yet.
             self.doorbells.get(usize::from(index)).iter().for_each(|doorbells| doorbells.kick());
             bases.get_mut(usize::from(index)).into_iter().for_each(|base| *base = None);
         })
     }
 
-    /// Stops all rings, with `suspend` without waiting for their requests.
+    /// Stops all rings; with `suspend`, without waiting for their requests.
     pub(super) fn stop_rings(
         &self,
         device: &mut dyn Device,
@@ -318,13 +319,13 @@ impl Disk {
         }
     }
 
-    /// Has the reconnector start all rings that are stopped, as soon as the back-end is there.
+    /// Requests the reconnector to start all stopped rings as soon as the back-end is connected.
     pub(super) fn request_start(&self) {
         lock(&self.pending).start_rings = true;
         self.wake();
     }
 
-    /// Waits until all that was left to the reconnector is done.
+    /// Waits until the reconnector has completed its pending actions.
     pub(super) fn wait_for_pending(&self) -> Result<(), FrontendError> {
         let deadline = Instant::now() + REQUEST_TIMEOUT;
         while *lock(&self.pending) != PendingActions::default() {
@@ -350,7 +351,7 @@ impl Disk {
         Ok(())
     }
 
-    /// Takes note that the back-end is there.
+    /// Records that the back-end is connected.
     fn mark_connected(&self) {
         self.away.store(false, Ordering::Relaxed);
         if let Some(absence) = lock(&self.outage).take() {
@@ -358,7 +359,7 @@ impl Disk {
         }
     }
 
-    /// Does what was left to the reconnector.
+    /// Executes the pending actions.
     fn run_pending(&self, device: &mut dyn Device) -> Result<(), FrontendError> {
         if lock(&self.pending).stop_logging {
             match device.stop_logging() {
@@ -375,7 +376,7 @@ impl Disk {
         Ok(())
     }
 
-    /// Reads the disk's capacity again.
+    /// Updates the disk's capacity.
     fn update_capacity(&self, device: &mut dyn Device) {
         let mut capacity = [0; 8];
         match device.config(0, &mut capacity) {
@@ -386,12 +387,12 @@ impl Disk {
                     limited!(info, "{}: the disk has {now} bytes now, it had {before}", self.name);
                 }
             }
-            // One that has gone away is looked at when it is back.
+            // A disconnected back-end is read when it is back.
             Err(error) => limited!(warn, "{}: its capacity can't be read: {error}", self.name),
         }
     }
 
-    /// Takes note of what the device has said without having been asked.
+    /// Handles events of the device.
     fn handle_events(&self) {
         for (index, doorbells) in self.doorbells.iter().enumerate().filter(|(_, doorbells)| doorbells.take_error()) {
             limited!(warn, "{}: ring {index} is broken, and nothing more comes from it", self.name);
@@ -401,15 +402,15 @@ impl Disk {
         for event in device.take_events() {
             match event {
                 DeviceEvent::ConfigChanged => self.update_capacity(device.as_mut()),
-                // The error fd has said so.
+                // Already reported by the error descriptor.
                 DeviceEvent::RingBroken(_) => {}
                 other => limited!(warn, "{}: {other:?}", self.name),
             }
         }
     }
 
-    /// Connects again as long as it takes, unless there is a limit, and carries out what was left to the reconnector. Lets
-    /// others at the device between attempts. Whatever answers there in the back-end's place may be replaced by the right one.
+    /// Reconnects until it succeeds or the time limit has passed, and executes the pending actions. Unlocks the device
+    /// between attempts. A wrong back-end at the socket may be replaced by the right one later.
     fn restore_connection(&self, stop: &StopEvent) -> Result<(), GuestError> {
         let deadline = self.away_limit.map(|limit| Instant::now() + limit);
         loop {
@@ -440,7 +441,8 @@ impl Disk {
                 return Err(error.into());
             }
             if connected && !error.needs_reconnect() {
-                // It may take its rings later: when its image is free, or another back-end is in its place.
+                // The back-end may accept its rings later: when its image is unlocked, or another back-end is in its
+                // place.
                 self.mark_away(Some(&error));
             }
             if matches!(error, FrontendError::Interrupted { .. }) {
@@ -476,12 +478,12 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Returns true if the back-end may come back.
+/// Returns true if a reconnection may succeed.
 pub(super) fn is_away(error: &FrontendError) -> bool {
     error.is_hang_up() || matches!(error, FrontendError::Unavailable { .. })
 }
 
-/// The thread that watches a device's connection; it ends when this is dropped.
+/// The thread that watches a device's connection. Dropping it ends the thread.
 pub(super) struct Reconnector {
     stop: Arc<StopEvent>,
     interrupt: Option<Interrupt>,
@@ -511,7 +513,7 @@ impl Drop for Reconnector {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-        // Whoever still has the device may wait for it.
+        // Remaining users of the device may wait for it again.
         self.interrupt.iter().for_each(Interrupt::clear);
     }
 }
@@ -527,7 +529,7 @@ fn watch(disk: &Disk, stop: &StopEvent) -> Result<(), GuestError> {
             errors.chain([stop.as_fd(), disk.wake.as_fd()]).chain(events.iter().map(AsFd::as_fd)).collect();
         poll_fds(&readable, connection.as_ref().map(AsFd::as_fd), None)?;
         if !stop.is_set() {
-            // Whatever comes after this is looked at again.
+            // Later signals wake the thread again.
             let _ = disk.wake.read();
             disk.handle_events();
             disk.restore_connection(stop)?;
@@ -540,7 +542,7 @@ fn watch(disk: &Disk, stop: &StopEvent) -> Result<(), GuestError> {
 mod tests {
     use super::*;
 
-    /// Every fd of a queue is the back-end's, too.
+    /// The back-end has every descriptor of a queue too.
     #[test]
     fn doorbells_made_blocking_by_the_back_end_do_not_block_the_guest() {
         let doorbells = QueueDoorbells::new(RingLayout::new(0, 64, 0, 0x1000, 0x2000)).unwrap();

@@ -1,24 +1,24 @@
-//! Disks of a guest that is saved, and restored while they may have gone on without it (GET_DISK_GENERATION), or that moves
-//! (GET_DISK_IDENTITY).
+//! Identities and generations of the guest's disks: for saved guests (GET_DISK_GENERATION), whose disks may have
+//! changed at the restore, and for live migrations (GET_DISK_IDENTITY).
 
 use super::{AttachedDisk, DiskGenerations, DiskIdentities, Guest, GuestError, in_parallel};
 use crate::abi::vhost_user::DiskGeneration;
 
-/// Remedies for a disk that is not what it was.
+/// Advice for a disk that has changed since the save.
 const ADVICE: &str = "Restore the guest onto its disk as it was, or a copy that was made then with its extended attributes \
                       (cp --preserve=xattr). With --ignore-disk-generation it is restored all the same, and reads what it \
                       did not write";
 
 impl Guest {
-    /// The generations of its disks. Its devices must be stopped.
+    /// Returns the generations of the disks. The devices must be stopped.
     ///
     /// # Errors
-    /// If a device can't be asked.
+    /// If a device cannot be queried.
     pub fn disk_generations(&self) -> Result<DiskGenerations, GuestError> {
         in_parallel(&self.disks, |attached| Ok(attached.disk.try_with(|device| device.disk_generation())?))
     }
 
-    /// The identities of its disks, also while it runs.
+    /// Returns the identities of the disks, also while the guest runs.
     ///
     /// # Errors
     /// If a device can't be asked.
@@ -26,17 +26,17 @@ impl Guest {
         in_parallel(&self.disks, |attached| Ok(attached.disk.retry_until_connected(|device| device.disk_identity())?))
     }
 
-    /// The disks that can't be told in `generations`.
+    /// Returns the names of the disks without a generation in `generations`.
     pub fn unknown_disks(&self, generations: &[Option<DiskGeneration>]) -> Vec<String> {
         let disks = self.disks.iter().zip(generations);
         disks.filter(|(_, generation)| generation.is_none()).map(|(attached, _)| attached.disk.name.clone()).collect()
     }
 
-    /// Compares the disks with what they were when the guest was saved, before it runs. Those that could not be told then are
-    /// not compared.
+    /// Compares the disks with their generations at the save, before the guest runs. Disks without a saved generation
+    /// are not compared.
     ///
     /// # Errors
-    /// [`GuestError::State`] for the first that has gone on, is another, or can't be told any more.
+    /// [`GuestError::State`] for the first disk that has changed, is another disk, or has no generation now.
     pub fn compare_disks(&self, saved: &[Option<DiskGeneration>]) -> Result<(), GuestError> {
         let found = self.disk_generations()?;
         for ((AttachedDisk { disk, .. }, now), then) in self.disks.iter().zip(&found).zip(saved) {

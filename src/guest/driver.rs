@@ -1,7 +1,7 @@
-//! The guest's block driver: one queue of a disk, and a workload on it that knows what every sector must hold.
+//! The guest's block driver: one queue of a disk, with a workload that knows the expected contents of every sector.
 //!
-//! Requests never overlap while they are in flight. What was read stays in its buffer until the slot is used again, and is
-//! then looked at once more: pages that only the device wrote, and that a migration would lose first.
+//! Requests in flight never overlap. Data stays in a read buffer until its slot is reused and is then checked again:
+//! only the device has written these pages, so that a faulty migration would lose them first.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,14 +22,14 @@ use crate::abi::virtio::{
 use crate::memory::Memory;
 use crate::ring::{Buffer, DriverRing, RingError};
 
-/// Sizes of requests in sectors; one of these, or with the same chance 4 KiB.
+/// Sizes of requests in sectors. Half of all requests have 4 KiB.
 const SIZES: [u64; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
-/// Every so many requests are a flush.
+/// Every 64th request is a flush.
 const FLUSH_EVERY: u64 = 64;
 /// A status byte that no device writes.
 const NO_STATUS: u8 = 0xa5;
 
-/// What a driver has done so far; read by others while it runs.
+/// Counters of a driver, readable by other threads.
 #[derive(Debug, Default)]
 pub(super) struct DriverCounters {
     pub(super) requests: AtomicU64,
@@ -38,35 +38,35 @@ pub(super) struct DriverCounters {
     pub(super) duplicates: AtomicU64,
 }
 
-/// What a driver has to know of its disk.
+/// Properties of a disk that a driver needs.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct DiskGeometry {
     pub(super) features: u64,
     /// Bytes.
     pub(super) capacity: u64,
-    /// Most data segments of a request.
+    /// Maximum number of data segments of a request.
     pub(super) segments: u32,
     /// Sectors of a logical block.
     pub(super) block: u64,
 }
 
-/// What the disk held before the guest wrote to it.
+/// Contents of a disk before the guest's first write.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct PriorContents {
-    /// Whether a guest like this one has written some of it.
+    /// True if some sectors were written by a guest with the same seed.
     pub(super) own: bool,
-    /// The first sector that was found to be neither that nor blank.
+    /// The first other sector that is not blank.
     pub(super) foreign: Option<u64>,
 }
 
 pub(super) struct Driver {
-    /// Counted through all disks.
+    /// Number of the queue, counted across all disks.
     queue: usize,
     memory: Memory,
     layout: QueueLayout,
     pattern: Pattern,
     zero_initialized: bool,
-    /// What its part of the disk holds, while that is looked at.
+    /// Contents found by a probe in progress.
     prior: Option<PriorContents>,
     depth: u16,
     geometry: DiskGeometry,
@@ -76,7 +76,7 @@ pub(super) struct Driver {
     next_version: u32,
     random: Random,
     slots: Vec<SlotState>,
-    /// By slot: since when its request waits.
+    /// Submission time of the request in each slot.
     submitted_at: Vec<Instant>,
     requests: u64,
     completions: u64,
@@ -84,7 +84,7 @@ pub(super) struct Driver {
 }
 
 impl Driver {
-    /// A driver of an empty ring.
+    /// Creates a driver with an empty ring.
     pub(super) fn new(
         queue: usize,
         memory: &Memory,
@@ -123,7 +123,7 @@ impl Driver {
         })
     }
 
-    /// Goes on with a ring where `state` left it.
+    /// Creates a driver that continues at `state`.
     pub(super) fn restore(
         queue: usize,
         memory: &Memory,
@@ -202,12 +202,12 @@ impl Driver {
         &self.counters
     }
 
-    /// Waiting begins anew for all requests: they could not be answered until now.
+    /// Restarts the timeouts of all requests, because they could not be answered until now.
     pub(super) fn restart_timeouts(&mut self) {
         self.submitted_at.fill(Instant::now());
     }
 
-    /// Fails if a request waits for longer than `patience`.
+    /// Fails if a request has waited longer than `patience`.
     pub(super) fn check_timeouts(&self, patience: Duration) -> Result<(), GuestError> {
         let mut slots = self.slots.iter().zip(&self.submitted_at);
         if !slots.any(|(slot, since)| slot.request.is_some() && since.elapsed() > patience) {
@@ -225,7 +225,7 @@ impl Driver {
         self.ring.outstanding()
     }
 
-    /// Takes all completions and checks each. Returns how many there were.
+    /// Handles and checks all completions. Returns their number.
     pub(super) fn reap(&mut self) -> Result<u64, GuestError> {
         let mut taken = 0;
         let queue = self.queue;
@@ -242,12 +242,12 @@ impl Driver {
         Ok(taken)
     }
 
-    /// Asks for a call at the next completion; true if there is one already.
+    /// Enables a call for the next completion. Returns true if there is one already.
     pub(super) fn enable_calls(&mut self) -> bool {
         self.ring.enable_notifications()
     }
 
-    /// Adds one random request, if there is room. [`Driver::publish`] shows it to the device.
+    /// Adds one random request, if there is a free slot. [`Driver::publish`] makes it visible to the device.
     pub(super) fn submit(&mut self) -> Result<bool, GuestError> {
         if self.ring.outstanding() >= self.depth || self.ring.free() < MAX_CHAIN {
             return Ok(false);
@@ -265,12 +265,12 @@ impl Driver {
         Ok(true)
     }
 
-    /// Shows added requests to the device; true if it is to be kicked.
+    /// Makes added requests visible to the device. Returns true if a kick is needed.
     pub(super) fn publish(&mut self) -> bool {
         self.ring.publish()
     }
 
-    /// Adds a read of what comes from `sector` on, as much as one request holds. Returns the sector after it.
+    /// Adds a read starting at `sector` of the maximum size. Returns the sector after it.
     pub(super) fn submit_scan(&mut self, sector: u64) -> Result<Option<u64>, GuestError> {
         if self.ring.outstanding() >= self.depth || self.ring.free() < MAX_CHAIN {
             return Ok(None);
@@ -281,7 +281,7 @@ impl Driver {
         Ok(Some(sector + sectors))
     }
 
-    /// From here on, what is read is looked at, and need not be what the guest wrote.
+    /// Starts a probe: reads record the contents instead of checking them.
     pub(super) fn begin_probe(&mut self) {
         self.prior = Some(PriorContents::default());
     }
@@ -290,17 +290,17 @@ impl Driver {
         self.prior.take().unwrap_or_default()
     }
 
-    /// Sets whether the disk is zero where the guest has not written.
+    /// Sets if the disk is zero where the guest has not written.
     pub(super) fn set_blank(&mut self, blank: bool) {
         self.zero_initialized = blank;
     }
 
-    /// Sectors of its part of the disk.
+    /// Returns the number of sectors of the queue's part of the disk.
     pub(super) fn sectors(&self) -> u64 {
         self.versions.len() as u64
     }
 
-    /// Checks all buffers that still have to hold what was read.
+    /// Checks all buffers that still hold data of a read.
     pub(super) fn verify_retained(&self) -> Result<(), GuestError> {
         let slots = self.slots.iter().zip(&self.layout.slots);
         slots
@@ -308,7 +308,7 @@ impl Driver {
             .try_for_each(|(held, layout)| self.check(layout.data + held.offset, held.sector, &held.versions))
     }
 
-    /// A random place that no outstanding request touches.
+    /// Chooses a random range that no outstanding request overlaps.
     fn pick(&mut self) -> Option<(u64, u64)> {
         let (block, total) = (self.geometry.block, self.versions.len() as u64);
         for _ in 0..8 {
@@ -323,7 +323,7 @@ impl Driver {
         None
     }
 
-    /// The first slot from `start` on without a request.
+    /// Returns the first free slot from `start` on.
     fn free_slot(&self, start: usize) -> Option<usize> {
         let count = self.slots.len();
         (0..count)
@@ -358,7 +358,7 @@ impl Driver {
         writable.push(Buffer { gpa: status, len: 1 });
         let indirect = self.geometry.features & bit(VIRTIO_RING_F_INDIRECT_DESC) != 0 && self.random.below(2) == 0;
         let added = self.ring.add(&readable, &writable, indirect.then_some(table));
-        // There was room for the longest chain.
+        // There are enough free descriptors for the longest chain.
         let Some(head) = added.map_err(|source| self.ring_error(source))? else { return Ok(()) };
         if let Some(state) = self.slots.get_mut(slot) {
             state.request = Some(RequestState { head, kind, sector, sectors: sectors as u32, offset });
@@ -383,10 +383,10 @@ impl Driver {
         }
     }
 
-    /// Gives sectors a new version and puts their contents at `gpa`.
+    /// Assigns sectors a new version and writes their contents to `gpa`.
     fn write_sectors(&mut self, gpa: u64, sector: u64, sectors: u64) -> Result<(), GuestError> {
         let version = self.next_version;
-        // After four thousand million writes it starts again; 0 stays "never written".
+        // Wraps after 2^32 - 1 writes; 0 stays "never written".
         self.next_version = self.next_version.checked_add(1).unwrap_or(1);
         let mut words = [0; SECTOR_WORDS];
         for at in 0..sectors {
@@ -431,7 +431,7 @@ impl Driver {
         Ok(())
     }
 
-    /// Takes note of what the sectors from `sector` on hold, which lie at `gpa`.
+    /// Records the contents of the sectors from `sector` on, which were read to `gpa`.
     fn record_contents(&mut self, gpa: u64, sector: u64, sectors: u32) -> Result<(), GuestError> {
         let mut words = [0; SECTOR_WORDS];
         for at in 0..sectors.into() {
@@ -446,7 +446,7 @@ impl Driver {
         Ok(())
     }
 
-    /// Checks that the sectors from `sector` on lie at `gpa` in these versions.
+    /// Checks that the sectors at `gpa` have these versions.
     fn check(&self, gpa: u64, sector: u64, versions: &[u32]) -> Result<(), GuestError> {
         let mut words = [0; SECTOR_WORDS];
         for (at, &version) in (0..).zip(versions) {

@@ -1,4 +1,4 @@
-//! Why a guest stopped: what it found wrong, with everything there is to know about it.
+//! Errors of a guest.
 
 use std::fmt;
 use std::io;
@@ -8,22 +8,22 @@ use crate::frontend::FrontendError;
 use crate::memory::MemoryError;
 use crate::ring::RingError;
 
-/// Why a guest can't go on.
+/// An error that prevents a guest from running.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum GuestError {
-    /// A configuration that makes no guest.
+    /// An impossible configuration.
     #[error("no such guest: {0}")]
     Config(String),
-    /// A device that the guest can't use.
+    /// A device that the guest cannot use.
     #[error("{name}: the guest can't use this device: {why}")]
     Unusable {
-        /// The device, by its back-end's socket.
+        /// The device, named after its back-end's socket.
         name: String,
         /// The reason.
         why: String,
     },
-    /// Another number of devices than the guest has disks.
+    /// The number of devices differs from the number of disks of the guest.
     #[error("the guest has {disks} disks, and {devices} back-ends are given: give one for each disk")]
     DeviceCount {
         /// Disks of the guest.
@@ -31,43 +31,43 @@ pub enum GuestError {
         /// Devices.
         devices: usize,
     },
-    /// A byte is not what the guest wrote.
+    /// A byte differs from the guest's expectation.
     #[error(transparent)]
     WrongByte(#[from] Box<WrongByte>),
-    /// A disk holds something that the guest would write over.
+    /// A disk has contents that the guest would overwrite.
     #[error(
         "{name}: sector {sector} of the disk holds something that no such guest has written: give it a blank disk, or \
         --overwrite to lose that"
     )]
     ForeignContents {
-        /// Where the disk comes from.
+        /// Name of the device.
         name: String,
-        /// The first such sector that was found.
+        /// The first such sector.
         sector: u64,
     },
-    /// A request was answered with an error.
+    /// The disk completed a request with an error.
     #[error("the disk answered status {status} to {kind} of {sectors} sectors at sector {sector}")]
     Io {
-        /// What it was.
+        /// Kind of request.
         kind: &'static str,
         /// First sector.
         sector: u64,
-        /// How many sectors.
+        /// Number of sectors.
         sectors: u32,
         /// The status byte.
         status: u8,
     },
-    /// A request is lost: it was not completed for too long.
+    /// A request was not completed in time.
     #[error("a request of queue {queue} got no answer for {seconds} s ({outstanding} are outstanding)")]
     LostRequest {
-        /// Which queue of which disk, counted through.
+        /// Number of the queue, counted across all disks.
         queue: usize,
-        /// How many requests have no answer yet.
+        /// Number of outstanding requests.
         outstanding: u16,
-        /// For how long.
+        /// Time limit, seconds.
         seconds: u64,
     },
-    /// A completion for a request that is not outstanding.
+    /// A completion without an outstanding request.
     #[error("queue {queue} completed descriptor {head}, which is no request: twice, or never asked for")]
     DuplicateCompletion {
         /// Which queue of which disk, counted through.
@@ -75,50 +75,49 @@ pub enum GuestError {
         /// The head descriptor.
         head: u16,
     },
-    /// The device broke its ring.
+    /// The device has broken its ring.
     #[error("queue {queue}: {source}")]
     Ring {
         /// Which queue of which disk, counted through.
         queue: usize,
-        /// How.
+        /// The violation.
         source: RingError,
     },
-    /// The device can't be driven.
+    /// An error of the device.
     #[error(transparent)]
     Device(#[from] FrontendError),
-    /// Guest memory can't be had, or is not as the state says.
+    /// Guest memory is not available, or differs from the state.
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// A saved state that does not fit.
     #[error("the guest can't go on here: {0}")]
     State(String),
-    /// Called at the wrong time.
+    /// A call in the wrong state of the guest.
     #[error("the guest is {is}: {advice}")]
     WrongState {
-        /// What it is.
+        /// State of the guest.
         is: &'static str,
-        /// What to do first.
+        /// Advice.
         advice: &'static str,
     },
     /// A check was ended by an [`Interrupt`](crate::frontend::Interrupt).
     #[error("the check was ended before all was looked at; nothing wrong was found until then")]
     Interrupted,
-    /// The system refused.
+    /// An error of the system.
     #[error("can't {what}: {source}")]
     System {
-        /// What was tried.
+        /// The failed operation.
         what: &'static str,
-        /// What the system said.
+        /// The error.
         source: io::Error,
     },
-    /// One of its threads stopped the guest.
+    /// An error of one of the guest's threads.
     #[error(transparent)]
     Failed(#[from] Arc<GuestError>),
 }
 
 impl GuestError {
-    /// Returns true if something is wrong with the guest, its memory or its disks, and false for the obstacles to a
-    /// check.
+    /// Returns true for errors of the guest, its memory or its disks, and false for errors that only prevent a check.
     pub(super) fn is_failure(&self) -> bool {
         use GuestError::{Device, Interrupted, System, WrongState};
         !matches!(self, Device(_) | Interrupted | WrongState { .. } | System { .. })
@@ -129,12 +128,12 @@ impl GuestError {
     }
 }
 
-/// Where a byte is.
+/// Location of a byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ByteLocation {
-    /// Guest-physical address, of memory that CPUs wrote.
+    /// Guest-physical address of memory written by CPUs.
     Memory(u64),
-    /// Guest-physical address, of a buffer that the disk filled from the byte offset that comes second.
+    /// Guest-physical address of a read buffer, and the byte offset on the disk.
     Buffer(u64, u64),
 }
 
@@ -149,18 +148,18 @@ impl fmt::Display for ByteLocation {
     }
 }
 
-/// A byte that is not what the guest wrote, or last read.
+/// A byte that differs from the value that the guest wrote or last read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("WRONG BYTE in {location}: expected {expected:#04x} of version {version}, found {found:#04x}; {diagnosis}")]
 pub struct WrongByte {
-    /// Where the first wrong byte is.
+    /// Location of the first wrong byte.
     pub location: ByteLocation,
-    /// What it should be.
+    /// Expected value.
     pub expected: u8,
-    /// What it is.
+    /// Found value.
     pub found: u8,
-    /// The version that its page or sector should have; 0 if it was never written since boot.
+    /// Expected version of the page or sector; 0 if it was never written since boot.
     pub version: u64,
-    /// What its page or sector looks like instead.
+    /// Description of the found page or sector.
     pub diagnosis: String,
 }

@@ -1,7 +1,7 @@
-//! Where everything lies in guest memory: a pure function of the configuration, the same on every host.
+//! Layout of guest memory: a pure function of the configuration, the same on every host.
 //!
-//! Rings, buffers and the CPUs' areas are spread over all regions, so that every path through translation, logging and
-//! migration is used; what one area has no other touches.
+//! Rings, buffers and the CPUs' areas are spread over all regions, so that translation, logging and migration are
+//! exercised in each. Areas do not overlap.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,65 +11,65 @@ use crate::abi::virtio::VIRTIO_F_RING_PACKED;
 use crate::memory::LOG_PAGE;
 use crate::ring::RingLayout;
 
-/// Where the second region begins.
+/// Start of the second region.
 const HIGH_MEMORY_START: u64 = 4 << 30;
-/// The low region ends here at the latest; then comes the hole that machines keep for devices.
+/// Maximum end of the low region. The hole behind it is reserved for devices, as on real machines.
 const LOW_MEMORY_END: u64 = 3 << 30;
-/// Most memory a machine has, bytes.
+/// Maximum memory of a guest, bytes.
 const MAX_MEMORY: u64 = 1 << 52;
-/// Bytes of the largest request.
+/// Size of the largest request, bytes.
 pub(super) const BUFFER_BYTES: u64 = 64 << 10;
-/// Most descriptors of a request: header, data in up to four segments, status.
+/// Maximum number of descriptors of a request: header, data in up to four segments, status.
 pub(super) const MAX_CHAIN: u16 = 6;
 
-/// What kind of guest it is, and what it does.
+/// Configuration of a guest and its workload.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GuestConfig {
-    /// Bytes of memory, in whole pages.
+    /// Memory, bytes; a multiple of the page size.
     pub memory: u64,
-    /// How many of them lie above 4 GiB; what does not fit below 3 GiB lies there anyway.
+    /// Part of the memory above 4 GiB, bytes. Memory that does not fit below 3 GiB is there in any case.
     pub high: u64,
     /// Allocate all memory at the start.
     pub prefault: bool,
-    /// CPUs that write memory.
+    /// Number of CPUs, which write memory.
     pub cpus: usize,
-    /// Bytes that all CPUs together write again and again.
+    /// Memory that all CPUs together write repeatedly, bytes.
     pub working_set: u64,
-    /// Bytes that are written once, at boot. What remains is never written.
+    /// Memory that is written once, at boot, bytes. The remaining memory is never written.
     pub cold: u64,
-    /// Bytes per second that all CPUs together write.
+    /// Write rate of all CPUs together, bytes per second.
     pub dirty_rate: u64,
-    /// Of every eight 8-byte words, how many are alike in their page or sector; 0 is incompressible.
+    /// Number of every eight 8-byte words that are equal in their page or sector; 0 is incompressible.
     pub repeated: u8,
-    /// Disks.
+    /// Number of disks.
     pub disks: usize,
-    /// Queues of each disk.
+    /// Number of queues of each disk.
     pub queues: u16,
-    /// Entries of each queue.
+    /// Size of each queue.
     pub queue_size: u16,
-    /// Whether rings are packed.
+    /// True for packed rings.
     pub packed: bool,
-    /// Whether requests that are in flight at a stop are left to the device that takes over (rule I8.3).
+    /// True if requests in flight at a stop are left to the device that takes over (rule I8.1).
     pub inflight_migration: bool,
-    /// Most requests in flight of each queue.
+    /// Maximum number of requests in flight of each queue.
     pub depth: u16,
-    /// Requests per second of each queue; `None` is as fast as it goes.
+    /// Requests per second of each queue; `None` for no limit.
     pub request_rate: Option<u64>,
-    /// Bytes of disk that each queue uses, less if the disk is smaller.
+    /// Part of the disk that each queue uses, bytes; less if the disk is smaller.
     pub disk_area: u64,
-    /// Disks are zero where the guest has not written.
+    /// True if disks are zero where the guest has not written.
     pub blank_disks: bool,
-    /// Seconds after which a request without a completion counts as lost.
+    /// Time after which a request counts as lost, seconds.
     pub request_timeout: u64,
-    /// Seconds after which a back-end that has gone away is given up; `None` waits as long as it takes.
+    /// Time after which an unavailable back-end fails the guest, seconds; `None` waits for ever.
     pub reconnect_timeout: Option<u64>,
-    /// Everything random follows from it.
+    /// Seed of all random numbers.
     pub seed: u64,
 }
 
 impl GuestConfig {
-    /// A guest with `memory` bytes of memory, a quarter of it above 4 GiB, one CPU that dirties 200 MiB/s in a quarter of
-    /// it, and one disk with two queues.
+    /// Configures a guest with `memory` bytes of memory, a quarter of it above 4 GiB, one CPU that dirties 200 MiB/s in
+    /// a quarter of it, and one disk with two queues.
     pub fn new(memory: u64) -> GuestConfig {
         let pages = memory / LOG_PAGE;
         GuestConfig {
@@ -96,20 +96,20 @@ impl GuestConfig {
         }
     }
 
-    /// Checks that there can be such a guest.
+    /// Checks the configuration.
     ///
     /// # Errors
-    /// [`GuestError::Config`], in words for whoever gave the options.
+    /// [`GuestError::Config`] with a text for the user.
     pub fn check(&self) -> Result<(), GuestError> {
         GuestLayout::new(self).map(drop)
     }
 
-    /// Pages of one CPU's working set.
+    /// Number of pages of one CPU's working set.
     fn cpu_pages(&self) -> u64 {
         self.working_set / self.cpus.max(1) as u64 / LOG_PAGE
     }
 
-    /// The same guest with other memory, of which everything that is a quarter stays one.
+    /// Returns the configuration with another memory size. Default fractions of the memory are kept.
     fn resized(&self, memory: u64) -> GuestConfig {
         let (before, now) = (GuestConfig::new(self.memory), GuestConfig::new(memory));
         let part = |of: fn(&GuestConfig) -> u64| if of(self) == of(&before) { of(&now) } else { of(self) };
@@ -117,12 +117,12 @@ impl GuestConfig {
         GuestConfig { memory, high: high.min(memory), working_set, cold, ..self.clone() }
     }
 
-    /// The feature bits that make its rings what they are.
+    /// Returns the feature bits for the kind of ring.
     pub(super) fn ring_features(&self) -> u64 {
         if self.packed { bit(VIRTIO_F_RING_PACKED) } else { 0 }
     }
 
-    /// The regions: guest-physical address and size of each, bytes.
+    /// Returns guest-physical address and size of each region, bytes.
     pub fn regions(&self) -> Vec<(u64, u64)> {
         let low = self.memory.saturating_sub(self.high).min(LOW_MEMORY_END);
         let both = [(0, low), (HIGH_MEMORY_START, self.memory.saturating_sub(low))];
@@ -142,7 +142,7 @@ impl Area {
         self.pieces.iter().map(|(_, pages)| pages).sum()
     }
 
-    /// The guest-physical address of page `index`, counted through all pieces.
+    /// Returns the guest-physical address of page `index`, counted across all pieces.
     pub(super) fn page(&self, mut index: u64) -> u64 {
         for (gpa, pages) in &self.pieces {
             match index.checked_sub(*pages) {
@@ -158,14 +158,14 @@ impl Area {
     }
 }
 
-/// What one queue of a disk uses.
+/// Memory of one queue of a disk.
 #[derive(Clone, Debug)]
 pub(super) struct QueueLayout {
     pub(super) ring: RingLayout,
     pub(super) slots: Vec<SlotLayout>,
 }
 
-/// What one request uses; each is also kept from one use to the next.
+/// Memory of one request slot.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SlotLayout {
     pub(super) header: u64,
@@ -174,10 +174,10 @@ pub(super) struct SlotLayout {
     pub(super) data: u64,
 }
 
-/// A guest's memory, divided.
+/// Layout of a guest's memory.
 #[derive(Clone, Debug)]
 pub(super) struct GuestLayout {
-    /// Disk by disk.
+    /// In order of the disks.
     pub(super) queues: Vec<QueueLayout>,
     pub(super) cpus: Vec<Area>,
     pub(super) cold: Area,
@@ -213,10 +213,10 @@ impl GuestLayout {
         GuestLayout::divide(config).ok_or_else(|| GuestError::Config(too_little_memory(config)))
     }
 
-    /// `None` if there is too little memory.
+    /// Divides the memory. Returns `None` if there is too little.
     fn divide(config: &GuestConfig) -> Option<GuestLayout> {
         let mut free = FreeMemory { pieces: config.regions() };
-        // The first page stays free: address 0 is what a forgotten address looks like.
+        // The first page stays unused, because address 0 is typical of a missing address.
         free.take(0, LOG_PAGE)?;
         let queues = (0..config.disks * usize::from(config.queues)).map(|queue| free.queue(queue, config));
         let queues = queues.collect::<Option<_>>()?;
@@ -227,7 +227,7 @@ impl GuestLayout {
     }
 }
 
-/// Says how much memory a guest needs that has too little.
+/// Describes how much memory the configuration needs.
 fn too_little_memory(config: &GuestConfig) -> String {
     let fits = |mib: u64| GuestLayout::divide(&config.resized(mib << 20)).is_some();
     let (mut too_little, mut enough) = (config.memory >> 20, (config.memory >> 20).max(1));
@@ -251,13 +251,13 @@ fn too_little_memory(config: &GuestConfig) -> String {
     )
 }
 
-/// Memory that nobody has yet: address and bytes of what is left of each region.
+/// Unassigned memory: address and bytes left of each region.
 struct FreeMemory {
     pieces: Vec<(u64, u64)>,
 }
 
 impl FreeMemory {
-    /// Takes whole pages for `bytes` from the region `prefer` (modulo their number), or from another.
+    /// Allocates whole pages for `bytes` from the region `prefer` (modulo their number), or from another.
     fn take(&mut self, prefer: usize, bytes: u64) -> Option<u64> {
         let bytes = bytes.next_multiple_of(LOG_PAGE);
         let regions = self.pieces.len();
@@ -274,7 +274,7 @@ impl FreeMemory {
         None
     }
 
-    /// Takes `pages` from all regions in proportion to what they have left.
+    /// Allocates `pages` from all regions in proportion to their remaining memory.
     fn spread(&mut self, pages: u64) -> Option<Area> {
         let (mut area, mut pages) = (Area::default(), pages);
         let mut total: u64 = self.pieces.iter().map(|(_, left)| left / LOG_PAGE).sum();
@@ -300,7 +300,7 @@ impl FreeMemory {
         let (desc, driver, device) =
             (self.take(queue, desc)?, self.take(queue, driver)?, self.take(queue + 1, device)?);
         let ring = RingLayout::new(features, config.queue_size, desc, driver, device);
-        // Twice as many as may be in flight, so that what was read stays for a while, to be looked at again.
+        // Twice the queue depth, so that read data stays for a while and is checked again.
         let slots = 2 * u64::from(config.depth);
         let (header, table) = (16, 16 * u64::from(MAX_CHAIN));
         let heads = self.take(queue + 1, slots * (header + table))?;

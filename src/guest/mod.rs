@@ -1,8 +1,9 @@
-//! The built-in guest: memory, CPUs that dirty it, disks with drivers that use them, and a check of every byte of both.
+//! The built-in guest: memory, CPUs that dirty it, disks with drivers, and a check of every byte of both.
 //!
-//! Here: what the guest does and knows, how it is stopped, saved and restored. It is there to find out whether a migration
-//! or a back-end loses anything: contents describe themselves ([`GuestError::WrongByte`] says what is wrong where), and its
-//! clock sees how long it stood still. Not here: migration, and how devices are reached ([`crate::frontend`]).
+//! This module defines the guest's work and knowledge, and how it is stopped, saved and restored. Its purpose is to
+//! detect data that a migration or a back-end loses: contents describe themselves ([`GuestError::WrongByte`] reports
+//! the location), and its clock measures its downtime. Not here: migration, and access to devices
+//! ([`crate::frontend`]).
 //!
 //! ```text
 //! new → boot ──────────────→ resume ⇄ pause → stop_devices → save_state
@@ -55,9 +56,9 @@ use prepared::{check_device_count, disk_geometry};
 use signal::GuestFailure;
 use threads::{GuestThreads, NotStarted};
 
-/// Seconds that nobody waits for; beyond them clocks may overflow.
+/// Maximum of time limits in seconds; larger values could overflow clocks.
 const MAX_SECONDS: u64 = 1 << 30;
-/// A guest.
+/// A built-in guest.
 pub struct Guest {
     config: GuestConfig,
     layout: GuestLayout,
@@ -65,9 +66,9 @@ pub struct Guest {
     pattern: Pattern,
     failure: Arc<GuestFailure>,
     execution: Execution,
-    /// By disk.
+    /// In order of the disks.
     disks: Vec<AttachedDisk>,
-    /// By disk, of a restored guest: what its devices were.
+    /// Saved states of the devices of a restored guest, in order of the disks.
     expected: Vec<DeviceState>,
     steps: Vec<Arc<AtomicU64>>,
     counters: Vec<Arc<DriverCounters>>,
@@ -75,24 +76,24 @@ pub struct Guest {
     downtime_ns: Option<u64>,
 }
 
-/// CPUs and drivers, running or not.
+/// CPUs and drivers, paused or running.
 enum Execution {
     Paused(Vec<Cpu>, Vec<Driver>),
     Running(GuestThreads),
-    /// A thread has panicked, or could not be started.
+    /// A thread has panicked or could not be started.
     Broken,
 }
 
-/// A device of this guest.
+/// A disk of this guest.
 struct AttachedDisk {
-    /// Ends before the device goes.
+    /// Ends before the device is dropped.
     _reconnector: Reconnector,
     disk: Arc<Disk>,
     geometry: DiskGeometry,
 }
 
 impl AttachedDisk {
-    /// What is known of it while it runs.
+    /// Returns the part of the state that is known while the device runs.
     fn state(&self) -> DeviceState {
         DeviceState {
             features: self.geometry.features,
@@ -106,20 +107,20 @@ impl AttachedDisk {
     }
 }
 
-/// What [`Guest::verify`] has looked at.
+/// Result of [`Guest::verify`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verified {
-    /// Bytes of memory.
+    /// Bytes of memory checked.
     pub memory: u64,
-    /// Bytes of disk.
+    /// Bytes of disk checked.
     pub disk: u64,
 }
 
-/// Makes zeroed guest memory of these regions (guest-physical address and size of each, bytes) that devices can share.
-/// With `prefault` all of it is allocated now.
+/// Creates zeroed, shareable guest memory with these regions (guest-physical address and size of each, bytes). With
+/// `prefault` all of it is allocated now.
 ///
 /// # Errors
-/// What the system says, or regions that overlap.
+/// Errors of the system, and overlapping regions.
 pub fn make_memory(regions: impl IntoIterator<Item = (u64, u64)>, prefault: bool) -> Result<Memory, GuestError> {
     let make = |(gpa, size)| {
         let fd = sealed_memfd("guest-memory", size).map_err(GuestError::system("make guest memory"))?;
@@ -133,10 +134,10 @@ pub fn make_memory(regions: impl IntoIterator<Item = (u64, u64)>, prefault: bool
 }
 
 impl Guest {
-    /// A guest with fresh memory, whose CPUs have written all they ever write once.
+    /// Creates a guest with new memory. Its CPUs have written all their pages once.
     ///
     /// # Errors
-    /// A configuration that makes no guest; memory that can't be had.
+    /// An impossible configuration, or a lack of memory.
     pub fn new(config: GuestConfig) -> Result<Guest, GuestError> {
         let layout = GuestLayout::new(&config)?;
         let memory = make_memory(config.regions(), config.prefault)?;
@@ -147,11 +148,11 @@ impl Guest {
         Ok(guest)
     }
 
-    /// A guest on memory that has all its contents already, as `state` says it was saved. Its devices come with
+    /// Creates a guest from memory with all contents and a saved state. Its devices are added with
     /// [`attach`](Guest::attach).
     ///
     /// # Errors
-    /// A state of another version, or one that does not fit itself or the memory.
+    /// A state of another version, or one that is inconsistent or does not fit the memory.
     pub fn restore(memory: Memory, state: GuestState) -> Result<Guest, GuestError> {
         let bad = |what: &str| Err(GuestError::State(what.into()));
         if state.version != STATE_VERSION {
@@ -195,10 +196,10 @@ impl Guest {
         Ok(guest)
     }
 
-    /// Gives a new guest its disks and starts them.
+    /// Attaches disks to a new guest and starts them.
     ///
     /// # Errors
-    /// Disks that the guest can't use, or can't reach.
+    /// Disks that are unusable or not reachable.
     pub fn boot(&mut self, devices: Vec<Box<dyn Device>>) -> Result<(), GuestError> {
         let per_disk = usize::from(self.config.queues);
         if !self.expected.is_empty() {
@@ -219,12 +220,12 @@ impl Guest {
         self.start_devices()
     }
 
-    /// Looks at the parts of its disks that a new guest is going to use, before it runs. Those that a guest with this seed has
-    /// written before are taken over: what is on them is checked once it has been written again.
+    /// Reads the parts of its disks that a new guest will use, before it runs. Contents written by an earlier guest
+    /// with this seed are accepted; they are checked once they have been written again.
     ///
     /// # Errors
-    /// [`GuestError::ForeignContents`] for what is neither blank nor from such a guest, unless that is to be overwritten; and whatever
-    /// keeps it from looking.
+    /// [`GuestError::ForeignContents`] for other contents than blank sectors and those of such a guest, unless
+    /// `overwrite`; and errors of reading.
     pub fn probe_disks(&mut self, overwrite: bool) -> Result<(), GuestError> {
         let Execution::Paused(_, drivers) = &mut self.execution else { return Err(self.wrong_state()) };
         drivers.iter_mut().for_each(Driver::begin_probe);
@@ -245,15 +246,15 @@ impl Guest {
         Ok(())
     }
 
-    /// Gives a restored guest its disks, prepared as those it had, but not started.
+    /// Attaches disks to a restored guest, prepared as the saved ones, without starting them.
     ///
     /// # Errors
-    /// Disks that are not like those it had, or can't be reached.
+    /// Disks that differ from the saved ones, or are not reachable.
     pub fn attach(&mut self, devices: Vec<Box<dyn Device>>) -> Result<(), GuestError> {
         self.attach_prepared(PreparedDevice::all(&self.expected_setup(), &self.memory, devices)?)
     }
 
-    /// The same with disks that are prepared already.
+    /// Attaches prepared disks to a restored guest.
     ///
     /// # Errors
     /// As [`attach`](Guest::attach).
@@ -270,26 +271,26 @@ impl Guest {
         plugged
     }
 
-    /// What its devices are like, for others to be prepared in their place.
+    /// Describes the devices, so that others can be prepared in their place.
     pub fn device_setup(&self) -> DeviceSetup {
         let devices = self.disks.iter().map(AttachedDisk::state).collect();
         DeviceSetup { version: STATE_VERSION, config: self.config.clone(), devices }
     }
 
-    /// The same of what they were like, if it is a restored one.
+    /// Describes the saved devices of a restored guest.
     pub fn expected_setup(&self) -> DeviceSetup {
         DeviceSetup { version: STATE_VERSION, config: self.config.clone(), devices: self.expected.clone() }
     }
 
-    /// What its devices were like, if it is a restored one.
+    /// Returns the saved devices of a restored guest.
     pub fn expected_devices(&self) -> &[DeviceState] {
         &self.expected
     }
 
-    /// Lets CPUs and drivers run. Returns when each of them has acted.
+    /// Runs CPUs and drivers. Returns when each of them has acted.
     ///
     /// # Errors
-    /// If there is nothing to let run, or the guest has failed.
+    /// If the guest is not paused, or has failed.
     pub fn resume(&mut self) -> Result<(), GuestError> {
         self.check_failure()?;
         let per_disk = usize::from(self.config.queues);
@@ -316,11 +317,11 @@ impl Guest {
         self.check_failure()
     }
 
-    /// Starts all that is stopped: devices first, which are waited for, then CPUs and drivers. A guest that runs is left
-    /// alone.
+    /// Starts everything that is stopped: devices first, which are waited for, then CPUs and drivers. Does nothing to a
+    /// running guest.
     ///
     /// # Errors
-    /// If something can't be started, or the guest has failed; to try again does no harm.
+    /// If something cannot be started, or the guest has failed. It can be called again.
     pub fn start(&mut self) -> Result<(), GuestError> {
         if self.is_running() {
             return self.check_failure();
@@ -329,10 +330,10 @@ impl Guest {
         self.resume()
     }
 
-    /// Stops CPUs and drivers between two of their actions. Requests stay outstanding, and devices go on with them.
+    /// Stops CPUs and drivers between two of their actions. Requests stay outstanding, and devices continue with them.
     ///
     /// # Errors
-    /// If it does not run, or has failed.
+    /// If the guest does not run, or has failed.
     pub fn pause(&mut self) -> Result<(), GuestError> {
         match std::mem::replace(&mut self.execution, Execution::Broken) {
             Execution::Running(threads) => {
@@ -348,11 +349,12 @@ impl Guest {
         }
     }
 
-    /// Stops all rings of a paused guest; then no device writes to its memory any more (rules R3.3, I8.2). A back-end that is away
-    /// is not waited for.
+    /// Stops all rings of a paused guest. No device writes to its memory afterwards (rules R3.1, I8.1). Unavailable
+    /// back-ends are not waited for.
     ///
     /// # Errors
-    /// If the guest runs, or a device can't be stopped; [`resume_without_waiting`](Guest::resume_without_waiting) undoes it.
+    /// If the guest runs, or a device cannot be stopped; [`resume_without_waiting`](Guest::resume_without_waiting)
+    /// undoes it.
     pub fn stop_devices(&mut self) -> Result<(), GuestError> {
         if matches!(self.execution, Execution::Running(_)) {
             return Err(self.wrong_state());
@@ -362,43 +364,43 @@ impl Guest {
         Ok(stopped.into_iter().collect::<Result<_, _>>()?)
     }
 
-    /// Starts all rings that are stopped.
+    /// Starts all stopped rings.
     ///
     /// # Errors
-    /// If a device can't be started; to try again does no harm.
+    /// If a device cannot be started. It can be called again.
     pub fn start_devices(&mut self) -> Result<(), GuestError> {
         self.call_all_with_retry(&|disk, device, sent| disk.start_rings(device, sent))
     }
 
-    /// Undoes [`pause`](Guest::pause) and [`stop_devices`](Guest::stop_devices), also those that failed half-way, without
-    /// waiting for any device: rings that are stopped are started as soon as their back-end answers, and tried again if it
-    /// refuses them.
+    /// Undoes [`pause`](Guest::pause) and [`stop_devices`](Guest::stop_devices), also if they failed halfway, without
+    /// waiting for devices: stopped rings are started as soon as their back-end replies, and retried if it refuses
+    /// them.
     ///
     /// # Errors
-    /// If the guest has failed, or is broken.
+    /// If the guest has failed or is broken.
     pub fn resume_without_waiting(&mut self) -> Result<(), GuestError> {
         let resumed = if self.is_running() { Ok(()) } else { self.resume() };
         self.request_device_start();
         resumed
     }
 
-    /// Undoes [`stop_devices`](Guest::stop_devices) as [`resume_without_waiting`](Guest::resume_without_waiting) does, and leaves CPUs and drivers as they are.
+    /// Undoes [`stop_devices`](Guest::stop_devices) without waiting, and leaves CPUs and drivers as they are.
     pub fn request_device_start(&mut self) {
         self.disks.iter().for_each(|attached| attached.disk.request_start());
     }
 
-    /// Gives devices all that they are told before a stopped ring is started, to find out whether they refuse it.
+    /// Sends devices everything that precedes the start of a stopped ring, to detect a refusal early.
     ///
     /// # Errors
-    /// What a device refuses.
+    /// The refusal of a device.
     pub fn try_devices(&self) -> Result<(), GuestError> {
         self.call_all_with_retry(&|disk, device, sent| device.validate_rings(&disk.stopped_rings(), sent))
     }
 
-    /// All that a paused guest with stopped devices is, but its memory and disks.
+    /// Returns the state of a paused guest with stopped devices, without its memory and disks.
     ///
     /// # Errors
-    /// If it is not paused, or a device is not stopped.
+    /// If the guest is not paused, or a device is not stopped.
     pub fn save_state(&self) -> Result<GuestState, GuestError> {
         let Execution::Paused(cpus, drivers) = &self.execution else { return Err(self.wrong_state()) };
         let save = |attached: &AttachedDisk| {
@@ -422,12 +424,12 @@ impl Guest {
         })
     }
 
-    /// Checks every byte of memory, and of the disks' parts that it uses, against what must be there. A guest that runs
-    /// stands still meanwhile; its devices must be started. The [`interrupts`](Guest::interrupts) end it.
+    /// Checks every byte of memory and of the used parts of the disks. A running guest is paused meanwhile; its devices
+    /// must be started. The [`interrupts`](Guest::interrupts) end the check.
     ///
     /// # Errors
-    /// The guest's [`failure`](Guest::failure), [`GuestError::WrongByte`] for the first byte that is wrong; then it never runs again.
-    /// Whatever else keeps it from looking, after which the guest goes on.
+    /// The guest's [`failure`](Guest::failure): [`GuestError::WrongByte`] for the first wrong byte, after which the
+    /// guest never runs again. Other errors prevent the check; the guest then continues.
     pub fn verify(&mut self) -> Result<Verified, GuestError> {
         self.check_failure()?;
         let was_running = matches!(self.execution, Execution::Running(_));
@@ -447,7 +449,7 @@ impl Guest {
         verified
     }
 
-    /// What can be known of it while it is at work, also while it waits for a device.
+    /// Returns a view of the guest that never waits, also while the guest waits for a device.
     pub fn view(&self) -> GuestView {
         GuestView {
             steps: self.steps.clone(),
@@ -458,38 +460,38 @@ impl Guest {
         }
     }
 
-    /// What it has done so far.
+    /// Returns the guest's counters.
     pub fn stats(&self) -> GuestStats {
         self.view().stats()
     }
 
-    /// How its devices' connections are, disk by disk.
+    /// Returns the state of the devices' connections, in order of the disks.
     pub fn connections(&self) -> Vec<DeviceConnection> {
         self.view().connections()
     }
 
-    /// Why it has stopped by itself, if it has: it never runs again then.
+    /// Returns the error that has stopped the guest, if there is one. It never runs again then.
     pub fn failure(&self) -> Option<Arc<GuestError>> {
         self.failure.error().cloned()
     }
 
-    /// Nanoseconds between its last action before the last pause, here or on the host it came from, and its first one
-    /// after.
+    /// Returns the time between the guest's last action before the last pause, here or at its source, and its first
+    /// action afterwards, nanoseconds.
     pub fn downtime_ns(&self) -> Option<u64> {
         self.downtime_ns
     }
 
-    /// Its memory.
+    /// Returns the guest's memory.
     pub fn memory(&self) -> &Memory {
         &self.memory
     }
 
-    /// What kind of guest it is.
+    /// Returns the guest's configuration.
     pub fn config(&self) -> &GuestConfig {
         &self.config
     }
 
-    /// The dirty pages of each device, as sources that outlast a restart of its back-end.
+    /// Returns a dirty source for each device. It survives a restart of the back-end.
     pub fn logs(&self) -> impl Iterator<Item = DeviceDirtySource> {
         let log = |attached: &AttachedDisk| {
             DeviceDirtySource::new(attached.disk.clone(), attached.disk.name.clone(), self.memory.end())
@@ -497,20 +499,20 @@ impl Guest {
         self.disks.iter().map(log)
     }
 
-    /// The switches that end waits for its devices.
+    /// Returns the interrupts that end waits for the devices.
     pub fn interrupts(&self) -> Vec<Interrupt> {
         self.disks.iter().filter_map(|attached| attached.disk.interrupt().cloned()).collect()
     }
 
-    /// Whether its CPUs and drivers run.
+    /// Returns true if CPUs and drivers run.
     pub fn is_running(&self) -> bool {
         matches!(self.execution, Execution::Running(_))
     }
 
-    /// Calls `f` for each device; again after a reconnection if its back-end goes away meanwhile.
+    /// Calls `f` for each device, and again after a reconnection if its back-end disconnects meanwhile.
     ///
     /// # Errors
-    /// The first error of `f` that no reconnection helps against.
+    /// The first error of `f` that a reconnection does not resolve.
     pub fn with_devices(
         &self,
         mut f: impl FnMut(&mut dyn Device) -> Result<(), FrontendError>,
@@ -538,8 +540,9 @@ impl Guest {
         })
     }
 
-    /// Calls `each` for all devices, of which none waits for another. If they all say when they wait, by calling the last argument of
-    /// `each`, that takes no threads: each is called while the one before it waits. One that is away is an error.
+    /// Calls `each` for all devices, concurrently. If all devices report when they wait, by calling the last argument
+    /// of `each`, no threads are used: a device is called while the one before it waits. An unavailable device is an
+    /// error.
     fn call_all(&self, each: &DeviceCall<'_>) -> Result<Vec<CallResult>, GuestError> {
         fn nest(disks: &[AttachedDisk], each: &DeviceCall<'_>, done: &mut Vec<CallResult>) {
             let Some((AttachedDisk { disk, .. }, rest)) = disks.split_first() else { return };
@@ -563,7 +566,7 @@ impl Guest {
         Ok(done)
     }
 
-    /// The same; for those that are away, or go away meanwhile, again when they are back.
+    /// Like [`call_all`](Guest::call_all), and repeats the call for devices that were unavailable when they are back.
     fn call_all_with_retry(&self, each: &DeviceCall<'_>) -> Result<(), GuestError> {
         let ended = self.call_all(each)?;
         let is_away = |ended: &CallResult| ended.as_ref().is_err_and(disk::is_away);
@@ -575,7 +578,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Makes devices ready, all rings stopped at where `expected` says, or at their beginning.
+    /// Attaches devices with all rings stopped, at the base of `expected` or the initial base.
     fn attach_disks(&mut self, devices: Vec<PreparedDevice>, expected: &[DeviceState]) -> Result<(), GuestError> {
         if !self.disks.is_empty() {
             return Err(GuestError::WrongState { is: "using its disks", advice: "it can't be given others" });
@@ -604,7 +607,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Reads all of the disks' parts that it uses. Returns how many bytes they are.
+    /// Reads the used parts of all disks. Returns the number of bytes.
     fn scan_disks(&mut self) -> Result<u64, GuestError> {
         let patience = Duration::from_secs(self.config.request_timeout);
         let Execution::Paused(_, drivers) = &mut self.execution else { return Err(self.wrong_state()) };
@@ -626,7 +629,7 @@ impl Guest {
         let (memory, pattern) = (&self.memory, &self.pattern);
         for (area, blank) in [(&self.layout.cold, false), (&self.layout.zero, true)] {
             in_parallel(halves(area.pages()), |pages| {
-                // A hole is zero, and to look at it would fill it.
+                // A hole is zero; reading it would allocate it.
                 let mut extents = ExtentFinder::new();
                 pages.map(|page| area.page(page)).try_for_each(|gpa| {
                     let right = blank && extents.is_hole(memory, gpa / LOG_PAGE);
@@ -643,7 +646,7 @@ impl Guest {
         self.failure().map_or(Ok(()), |error| Err(error.into()))
     }
 
-    /// What is wrong with calling something now.
+    /// Returns the error for a call in the wrong state.
     fn wrong_state(&self) -> GuestError {
         match self.execution {
             Execution::Running(_) => GuestError::WrongState { is: "running", advice: "pause it first" },
@@ -661,13 +664,14 @@ impl Drop for Guest {
     }
 }
 
-/// Regions, by guest-physical address and size.
+/// Formats regions by guest-physical address and size.
 fn describe_regions(regions: &[(u64, u64)]) -> String {
     let regions: Vec<_> = regions.iter().map(|(gpa, size)| format!("{size:#x} bytes at {gpa:#x}")).collect();
     regions.join(", ")
 }
 
-/// Does `each` for every item at the same time; returns what came of it in the order of the items, or the first error in it.
+/// Calls `each` for every item concurrently. Returns the results in order of the items, or the first error in that
+/// order.
 pub(crate) fn in_parallel<I: Send, T: Send>(
     items: impl IntoIterator<Item = I>,
     each: impl Fn(I) -> Result<T, GuestError> + Sync,
@@ -685,13 +689,13 @@ pub(crate) fn in_parallel<I: Send, T: Send>(
             Ok(thread) => thread.join().unwrap_or_else(panicked),
             Err(source) => Err(GuestError::System { what: "start a thread", source }),
         };
-        // All of them are waited for, also behind an error.
+        // All threads are joined, also after an error.
         let ended: Vec<_> = started.into_iter().map(end).collect();
         ended.into_iter().collect()
     })
 }
 
-/// Does `each` for every item: at the same time if it may wait for something, else one by one, which is quicker.
+/// Calls `each` for every item: concurrently if it may wait, else one by one, which is quicker.
 fn in_parallel_if<I: Send, T: Send>(
     waits: bool,
     items: impl IntoIterator<Item = I>,
@@ -700,12 +704,12 @@ fn in_parallel_if<I: Send, T: Send>(
     if waits { in_parallel(items, each) } else { items.into_iter().map(each).collect() }
 }
 
-/// A call for a device; its last argument is to be called when nothing is left to do but to wait.
+/// A call for a device. It calls its last argument when it has nothing left to do but wait.
 type DeviceCall<'a> = dyn Fn(&Disk, &mut dyn Device, &mut dyn FnMut()) -> CallResult + Sync + 'a;
-/// The result of an order.
+/// Result of a [`DeviceCall`].
 type CallResult = Result<(), FrontendError>;
 
-/// `0..count` for two threads.
+/// Divides `0..count` between two threads.
 fn halves(count: u64) -> [Range<u64>; 2] {
     [0..count / 2, count / 2..count]
 }

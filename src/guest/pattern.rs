@@ -1,22 +1,22 @@
-//! Self-describing contents: every 8-byte word of a page or sector follows from where it is, its version and a seed.
+//! Self-describing contents: every 8-byte word of a page or sector follows from its address, its version and a seed.
 //!
 //! A block's first word is its address (guest-physical, or byte offset on the disk), the second its version, so that a
-//! wrong block tells where it comes from.
+//! wrong block shows its origin.
 
 use zerocopy::IntoBytes;
 
 use super::error::{ByteLocation, WrongByte};
 
-/// Words of a page.
+/// Number of words of a page.
 pub(super) const PAGE_WORDS: usize = 512;
-/// Words of a sector.
+/// Number of words of a sector.
 pub(super) const SECTOR_WORDS: usize = 64;
 
-/// Contents of everything a guest writes.
+/// Generator of the contents that a guest writes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pattern {
     pub(super) seed: u64,
-    /// Of every eight words, how many are all alike in their block.
+    /// Number of every eight words that are equal in their block.
     pub(super) repeated: u8,
 }
 
@@ -38,7 +38,7 @@ impl Pattern {
     }
 
     /// Compares `found`, the block at `address`, with its version `version`; `blank` blocks have a version 0 of zeros.
-    /// `place` names the block's first byte if it is wrong.
+    /// `place` converts an offset to the location of a wrong byte.
     pub(super) fn check(
         &self,
         address: u64,
@@ -68,7 +68,7 @@ impl Pattern {
         }
     }
 
-    /// Whether `found` is, as a whole, a version of the block at `address`.
+    /// Returns true if `found` is completely a version of the block at `address`.
     pub(super) fn has_written(&self, address: u64, found: &[u64]) -> bool {
         let [head, version, ..] = found else { return false };
         let mut whole = [0; PAGE_WORDS];
@@ -77,7 +77,7 @@ impl Pattern {
         *head == address && whole == found
     }
 
-    /// What a block that should be another one is.
+    /// Describes a wrong block.
     fn diagnose(&self, found: &[u64]) -> String {
         if found.iter().all(|word| *word == 0) {
             return "all of it is zero".into();
@@ -96,14 +96,14 @@ impl Pattern {
     }
 }
 
-/// Stirs bits (the finalizer of splitmix64).
+/// Mixes bits (the finalizer of splitmix64).
 pub(super) fn mix(value: u64) -> u64 {
     let value = (value ^ value >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let value = (value ^ value >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
     value ^ value >> 31
 }
 
-/// Random numbers whose state is one word, so that a guest goes on with them elsewhere.
+/// A random number generator with one word of state, so that it can be migrated.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Random(pub(super) u64);
 
@@ -113,7 +113,7 @@ impl Random {
         mix(self.0)
     }
 
-    /// Evenly enough below `bound`; 0 if that is 0.
+    /// Returns an approximately uniform number below `bound`; 0 if `bound` is 0.
     pub(super) fn below(&mut self, bound: u64) -> u64 {
         ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
     }

@@ -1,5 +1,5 @@
-//! A device before its rings: what a driver and a VMM agree on with it. All of that can be done while the guest runs elsewhere, but what
-//! only a stopped device knows.
+//! Prepares a device up to its rings: everything that driver and VMM negotiate with it. This can be done while the
+//! guest runs elsewhere, except for the state of the stopped device.
 
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -19,7 +19,7 @@ use crate::frontend::Device;
 use crate::memory::Memory;
 use crate::ring::RingBase;
 
-/// Features the driver wants, of those that are offered.
+/// Features that the driver accepts, if they are offered.
 const FEATURES: [u32; 7] = [
     VIRTIO_F_VERSION_1,
     VIRTIO_RING_F_EVENT_IDX,
@@ -29,27 +29,27 @@ const FEATURES: [u32; 7] = [
     VIRTIO_BLK_F_BLK_SIZE,
     VIRTIO_BLK_F_MQ,
 ];
-/// Remedies for another disk than the one at the source.
+/// Advice for another disk than the source's.
 const ADVICE: &str = "Give the destination's back-end the image that the source's has, or a copy that is kept equal to it and has \
                       its extended attributes. With guest --ignore-disk-generation the guest is taken in all the same, and \
                       reads what it did not write";
-/// Bytes of configuration space that the driver reads: up to `num_queues`.
+/// Size of the configuration space that the driver reads, up to `num_queues`, bytes.
 const CONFIG_BYTES: usize = 36;
 
-/// A device that has agreed on everything but its rings, and has not been given what another one has saved.
+/// A device that is negotiated except for its rings, without the state of another device.
 pub struct PreparedDevice {
     pub(super) device: Box<dyn Device>,
-    /// What it is here.
+    /// State found at this device.
     found: DeviceState,
     has_inflight: bool,
     pub(super) doorbells: Vec<QueueDoorbells>,
 }
 
 impl PreparedDevice {
-    /// Prepares devices for a guest on `memory` that has devices like `setup`'s.
+    /// Prepares devices for a guest with the memory `memory` and devices like `setup`'s.
     ///
     /// # Errors
-    /// A setup of another version; devices that are not like those of the guest, or can't be reached.
+    /// A setup of another version; devices that differ from the guest's, or are not reachable.
     pub fn all(
         setup: &DeviceSetup,
         memory: &Memory,
@@ -66,16 +66,15 @@ impl PreparedDevice {
         in_parallel(devices.into_iter().zip(queues).zip(expected), agree)
     }
 
-    /// Returns true if the device can still be used for a guest of this kind whose device was `expected`.
+    /// Returns true if the device is still connected and fits `expected`.
     pub fn fits(&self, expected: &DeviceState) -> bool {
         !self.device.needs_reconnect() && self.found.features == expected.features
     }
 
-    /// Compares its disk with the one that the guest has at its source, which has the identity `there`, unless either can't be
-    /// told.
+    /// Compares the disk's identity with `there`, the identity at the source, unless either is unknown.
     ///
     /// # Errors
-    /// [`GuestError::State`] if it is another disk, and if the device can't be asked.
+    /// [`GuestError::State`] if it is another disk; errors of the query.
     pub fn check_identity(&mut self, there: Option<u128>) -> Result<(), GuestError> {
         let here = if there.is_some() { self.device.disk_identity()? } else { None };
         match here.zip(there) {
@@ -87,7 +86,7 @@ impl PreparedDevice {
         }
     }
 
-    /// Agrees with a device, which must be like `expected` if that is there.
+    /// Negotiates with a device, which must match `expected` if given.
     pub(super) fn new(
         mut device: Box<dyn Device>,
         config: &GuestConfig,
@@ -99,7 +98,7 @@ impl PreparedDevice {
         let bad = |why: String| Err(GuestError::Unusable { name: name.clone(), why });
         if device.queues() < config.queues {
             let (has, wants) = (device.queues(), config.queues);
-            // A guest that arrives has its queues.
+            // The number of queues of an arriving guest is fixed.
             let or = if expected.is_none() { format!(", or the guest with --queues {has}") } else { String::new() };
             return bad(format!(
                 "it has {has} queues, and the guest wants {wants}: start the back-end with --queues {wants}{or}"
@@ -165,7 +164,7 @@ impl PreparedDevice {
         Ok(())
     }
 
-    /// Gives the device what its like has left.
+    /// Restores the state of the saved device.
     pub(super) fn restore(&mut self, config: &GuestConfig, state: &DeviceState) -> Result<(), GuestError> {
         self.check_matches(state)?;
         let (here, there) = (usize::from(config.queues), state.bases.len());
@@ -179,13 +178,13 @@ impl PreparedDevice {
         state.backend_state.as_ref().map_or(Ok(()), |own| Ok(self.device.load_state(own)?))
     }
 
-    /// What a driver has to know of it.
+    /// Returns the properties that a driver needs.
     pub(super) fn geometry(&self) -> Result<DiskGeometry, GuestError> {
         disk_geometry(&self.found)
     }
 }
 
-/// What a driver has to know of a device.
+/// Returns the properties of a device that a driver needs.
 pub(super) fn disk_geometry(state: &DeviceState) -> Result<DiskGeometry, GuestError> {
     let block = u64::from(state.block_size) / SECTOR_BYTES;
     if !block.is_power_of_two() || block > BUFFER_BYTES / SECTOR_BYTES {
@@ -194,7 +193,7 @@ pub(super) fn disk_geometry(state: &DeviceState) -> Result<DiskGeometry, GuestEr
     Ok(DiskGeometry { features: state.features, capacity: state.capacity, segments: state.segments, block })
 }
 
-/// Whether there are as many devices as the guest has disks.
+/// Checks that the number of devices is the guest's number of disks.
 pub(super) fn check_device_count(devices: usize, config: &GuestConfig) -> Result<(), GuestError> {
     match devices == config.disks {
         true => Ok(()),

@@ -1,4 +1,4 @@
-//! To stop threads that wait on file descriptors, and to say why a guest has failed.
+//! Stops threads that wait on file descriptors, and records the failure of a guest.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,7 +11,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::error::GuestError;
 
-/// Something that happens once, to be asked for or waited on.
+/// An event that happens once and can be polled.
 #[derive(Debug)]
 pub(super) struct StopEvent {
     set: AtomicBool,
@@ -27,7 +27,7 @@ impl StopEvent {
 
     pub(super) fn set(&self) {
         self.set.store(true, Ordering::Release);
-        // It can't be full, and is never read: whoever polls it sees it from now on.
+        // The counter cannot overflow and is never read: it stays readable.
         let _ = self.eventfd.write(1);
     }
 
@@ -42,7 +42,7 @@ impl AsFd for StopEvent {
     }
 }
 
-/// The first error of any of a guest's threads; it stops all of them.
+/// The first error of a guest's threads. It stops all of them.
 #[derive(Debug)]
 pub(super) struct GuestFailure {
     signal: StopEvent,
@@ -55,7 +55,7 @@ impl GuestFailure {
     }
 
     pub(super) fn report(&self, error: GuestError) {
-        // A second error is mostly a consequence of the first.
+        // A second error is usually a consequence of the first.
         let _ = self.error.set(Arc::new(error));
         self.signal.set();
     }
@@ -69,7 +69,8 @@ impl GuestFailure {
     }
 }
 
-/// Waits until one of `readable` can be read, `hung_up` is so, or `timeout` is over. Returns which of `readable` can be read.
+/// Waits until one of `readable` is readable, `hung_up` has hung up, or `timeout` has passed. Returns which of
+/// `readable` are readable.
 pub(super) fn poll_fds(
     readable: &[BorrowedFd<'_>],
     hung_up: Option<BorrowedFd<'_>>,

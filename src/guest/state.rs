@@ -1,4 +1,4 @@
-//! What a guest's CPUs, drivers and devices know, as it is saved on one host and restored on another.
+//! State of a guest's CPUs, drivers and devices, saved on one host and restored on another.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,154 +7,153 @@ use crate::abi::vhost_user::DiskGeneration;
 use crate::frontend::InflightState;
 use crate::ring::{self, RingBase};
 
-/// The version of [`GuestState`] that this code writes, and the only one it reads.
+/// The version of [`GuestState`] that this code reads and writes.
 pub const STATE_VERSION: u32 = 3;
 
-/// A guest without its memory and disks.
+/// State of a guest without its memory and disks.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GuestState {
     /// [`STATE_VERSION`].
     pub version: u32,
-    /// What kind of guest it is.
+    /// Configuration of the guest.
     pub config: GuestConfig,
-    /// Its CPUs.
+    /// State of the CPUs.
     pub cpus: Vec<CpuState>,
-    /// Its drivers: queue by queue, disk by disk.
+    /// State of the drivers, in order of disks and queues.
     pub drivers: Vec<BlkDriverState>,
-    /// Its stopped devices.
+    /// State of the stopped devices.
     pub devices: Vec<DeviceState>,
-    /// When it did something last, after which it stood still.
+    /// Time of the last action.
     pub last_action: Option<Timestamp>,
 }
 
-/// Which disks a guest has and the state of their contents, disk by disk (GET_DISK_GENERATION); `None` for one whose
-/// back-end can't tell.
+/// Identity and generation of each disk (GET_DISK_GENERATION); `None` if the back-end has none.
 pub type DiskGenerations = Vec<Option<DiskGeneration>>;
 
-/// Which disks a guest has, disk by disk (GET_DISK_IDENTITY); `None` for one whose back-end can't tell.
+/// Identity of each disk (GET_DISK_IDENTITY); `None` if the back-end has none.
 pub type DiskIdentities = Vec<Option<u128>>;
 
-/// A guest that was saved to be restored at any time, while its disks can go on without it.
+/// A saved guest, which can be restored at any time, while its disks may change.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SavedGuest {
-    /// Its disks as they were.
+    /// The disks at the save.
     pub disks: DiskGenerations,
     /// The guest.
     pub guest: GuestState,
 }
 
-/// What is known of a guest's devices while it runs, so that others can be prepared in their place.
+/// Description of a guest's devices while it runs, for preparing others in their place.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DeviceSetup {
     /// [`STATE_VERSION`].
     pub version: u32,
     /// What kind of guest it is.
     pub config: GuestConfig,
-    /// Its devices, which say nothing of their rings, of what is in flight, and of their own state.
+    /// The devices, without rings, requests in flight and internal state.
     pub devices: Vec<DeviceState>,
 }
 
-/// A CPU: all it knows follows from how far it is.
+/// State of a CPU, which follows from its number of steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpuState {
-    /// Pages written so far.
+    /// Number of pages written.
     pub steps: u64,
 }
 
-/// A disk's queue as its driver knows it.
+/// State of the driver of one queue of a disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlkDriverState {
     /// The ring.
     pub ring: ring::DriverRingState,
-    /// First sector of its part of the disk.
+    /// First sector of the queue's part of the disk.
     pub first_sector: u64,
     /// The version of each sector of that part; 0 for never written.
     pub versions: Vec<u32>,
-    /// The version that the next write gets.
+    /// Version of the next write.
     pub next_version: u32,
-    /// Where its random numbers are.
+    /// State of the random number generator.
     pub random: u64,
-    /// Its requests and what is left of former ones, slot by slot.
+    /// Requests and retained data, by slot.
     pub slots: Vec<SlotState>,
-    /// Requests made so far.
+    /// Number of requests made.
     pub requests: u64,
-    /// Completions seen so far.
+    /// Number of completions.
     pub completions: u64,
 }
 
-/// One request's place.
+/// State of one request slot.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SlotState {
-    /// The request that is outstanding.
+    /// The outstanding request.
     pub request: Option<RequestState>,
-    /// What the device read into its buffer last, if that is still to be there.
+    /// Data of the last read, if it must still be in the buffer.
     pub retained: Option<RetainedState>,
 }
 
-/// What a request does.
+/// Kind of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RequestKind {
-    /// The disk fills the buffer.
+    /// Reads the disk into the buffer.
     Read,
-    /// The disk takes the buffer.
+    /// Writes the buffer to the disk.
     Write,
-    /// Nothing but durability.
+    /// Flushes the disk's cache.
     Flush,
 }
 
 /// An outstanding request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RequestState {
-    /// Its head descriptor.
+    /// The head descriptor.
     pub head: u16,
-    /// What it does.
+    /// Kind of request.
     pub kind: RequestKind,
     /// First sector, counted from the queue's first.
     pub sector: u64,
     /// Sectors.
     pub sectors: u32,
-    /// Where in the slot's buffer its data begins, bytes.
+    /// Offset of the data in the slot's buffer, bytes.
     pub offset: u64,
 }
 
-/// Sectors in a buffer.
+/// Sectors retained in a buffer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RetainedState {
     /// First sector, counted from the queue's first.
     pub sector: u64,
-    /// Where in the slot's buffer they begin, bytes.
+    /// Offset in the slot's buffer, bytes.
     pub offset: u64,
-    /// Their versions when they were read.
+    /// Versions of the sectors when they were read.
     pub versions: Vec<u32>,
 }
 
-/// A device whose rings are stopped.
+/// State of a device with stopped rings.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceState {
-    /// Virtio features agreed on.
+    /// Negotiated virtio features.
     pub features: u64,
-    /// Bytes of disk.
+    /// Size of the disk, bytes.
     pub capacity: u64,
-    /// Most data segments of a request.
+    /// Maximum number of data segments of a request.
     pub segments: u32,
-    /// Bytes of a logical block.
+    /// Size of a logical block, bytes.
     pub block_size: u32,
-    /// Where each ring goes on.
+    /// Base of each ring.
     pub bases: Vec<RingBase>,
-    /// Its inflight region.
+    /// Contents of the inflight region.
     pub inflight: Option<InflightState>,
-    /// What the device itself has saved, if it has a state of its own (rule D1.1).
+    /// State saved by the device itself, if it has any (rule D1.1).
     pub backend_state: Option<Vec<u8>>,
-    /// How often its back-end was connected to again, in the guest's whole life.
+    /// Number of reconnections, in the guest's whole life.
     pub reconnects: u64,
     /// Requests that restarted back-ends found in flight, in the guest's whole life.
     pub resubmitted: u64,
 }
 
-/// A moment that another process can compare with its own.
+/// A time that can be compared with a time of another process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timestamp {
-    /// The machine's boot id: monotonic clocks of one boot can be compared.
+    /// The boot id: monotonic clocks of one boot can be compared.
     pub boot: String,
     /// CLOCK_MONOTONIC, nanoseconds.
     pub monotonic_ns: u64,
@@ -163,8 +162,8 @@ pub struct Timestamp {
 }
 
 impl Timestamp {
-    /// Nanoseconds from here to `later`: by the monotonic clock within one boot of one machine, else by the time of day,
-    /// which is as good as the clocks of both machines agree.
+    /// Returns the nanoseconds until `later`: by the monotonic clock within one boot, else by the real-time clock,
+    /// which is as accurate as the clocks of both hosts agree.
     pub fn nanos_until(&self, later: &Timestamp) -> u64 {
         match self.boot == later.boot && !self.boot.is_empty() {
             true => later.monotonic_ns.saturating_sub(self.monotonic_ns),

@@ -1,7 +1,7 @@
-//! The guest's threads: one per CPU, and a few that drive its queues, from resume to pause.
+//! The guest's threads from resume to pause: one per CPU, and a few that drive its queues.
 //!
-//! Each acts as soon as it starts and once more when it is told to stop, and says when that was: the time between is what
-//! the guest sees of a migration.
+//! Each thread acts when it starts and once more when it is stopped, and reports the times: the time between is the
+//! downtime that the guest sees.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -20,36 +20,36 @@ use super::signal::{GuestFailure, StopEvent, poll_fds};
 use super::state::Timestamp;
 use crate::memory::LOG_PAGE;
 
-/// CPUs act at least this often, when they are to act that often at all.
+/// Minimum pause of a CPU between two batches of pages.
 const MIN_CPU_PAUSE: Duration = Duration::from_millis(1);
-/// How often a waiting driver looks whether its requests are lost.
+/// Interval at which a waiting driver checks for lost requests.
 const TIMEOUT_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Threads that drive queues even where there are fewer CPUs.
+/// Minimum number of driver threads, even with fewer host CPUs.
 const MIN_DRIVER_THREADS: usize = 4;
 
-/// A thread and what it gives back: its work, and the moment of its last action.
+/// A thread that returns its work and the time of its last action.
 type WorkThread<T> = JoinHandle<Option<(T, u64)>>;
 
-/// Threads that run.
+/// The running threads.
 pub(super) struct GuestThreads {
     stop: Arc<StopEvent>,
     cpus: Vec<WorkThread<Cpu>>,
     drivers: Vec<WorkThread<Vec<Driver>>>,
 }
 
-/// Where threads that have been started wait for their work.
+/// Senders that pass started threads their work.
 struct WorkSenders {
     cpus: Vec<Sender<Cpu>>,
     drivers: Vec<Sender<Vec<Driver>>>,
 }
 
-/// What a thread needs beside its work.
+/// Data of a thread besides its work.
 #[derive(Clone)]
 struct ThreadContext {
     stop: Arc<StopEvent>,
     failure: Arc<GuestFailure>,
-    /// Takes the moment of the thread's first action.
+    /// Receives the time of the thread's first action.
     first: Sender<u64>,
 }
 
@@ -59,7 +59,7 @@ impl ThreadContext {
     }
 }
 
-/// What was to run, and why it could not be started.
+/// CPUs and drivers that could not be started, and the reason.
 pub(super) struct NotStarted {
     pub(super) error: GuestError,
     pub(super) cpus: Vec<Cpu>,
@@ -67,8 +67,8 @@ pub(super) struct NotStarted {
 }
 
 impl GuestThreads {
-    /// Starts all threads. Returns also when the first of them acted (CLOCK_MONOTONIC, nanoseconds), if there is any.
-    /// `queues` has the disk and the doorbells of each driver.
+    /// Starts all threads. Returns also the time of the first action (CLOCK_MONOTONIC, nanoseconds), if there is one.
+    /// `queues` has the disk and the queue number of each driver.
     pub(super) fn start(
         cpus: Vec<Cpu>,
         drivers: Vec<Driver>,
@@ -85,7 +85,7 @@ impl GuestThreads {
             Ok(started) => started,
             Err(error) => return Err(Box::new(NotStarted { error, cpus, drivers })),
         };
-        // All of them are there now, so that each gets its work.
+        // All threads exist now, so that each receives its work.
         work.cpus.iter().zip(cpus).for_each(|(to, cpu)| drop(to.send(cpu)));
         let share = queues_per_thread(drivers.len());
         let mut drivers = drivers.into_iter();
@@ -94,7 +94,7 @@ impl GuestThreads {
         Ok((threads, acted))
     }
 
-    /// Threads that wait for their work, and end without it.
+    /// Starts threads that wait for their work and end without it.
     fn spawn(
         cpus: usize,
         queues: Vec<(Arc<Disk>, usize)>,
@@ -130,7 +130,7 @@ impl GuestThreads {
         Ok((threads, work))
     }
 
-    /// Stops all threads and gets their work back, with the moment of the last action (CLOCK_MONOTONIC, nanoseconds).
+    /// Stops all threads. Returns their work and the time of the last action (CLOCK_MONOTONIC, nanoseconds).
     pub(super) fn stop(self) -> Result<(Vec<Cpu>, Vec<Driver>, u64), GuestError> {
         self.stop.set();
         let lost = || GuestError::State("one of its threads has panicked".into());
@@ -145,14 +145,14 @@ impl GuestThreads {
     }
 }
 
-/// The number of queues that a thread drives. With a thread for each of a hundred queues on two CPUs, all would wait for each other
-/// whenever the guest is stopped or started.
+/// Returns the number of queues per driver thread. With one thread for each of a hundred queues on two CPUs, the
+/// threads would delay each other at every stop and start.
 fn queues_per_thread(queues: usize) -> usize {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     queues.div_ceil(cpus.max(MIN_DRIVER_THREADS)).max(1)
 }
 
-/// Does `work`, and lets nobody wait for a first action that an error has prevented.
+/// Runs `work` and reports its failure. The first action is reported in any case.
 fn run_reporting_failure(context: &ThreadContext, work: impl FnOnce() -> Result<u64, GuestError>) -> u64 {
     work().unwrap_or_else(|error| {
         context.failure.report(error);
@@ -161,7 +161,7 @@ fn run_reporting_failure(context: &ThreadContext, work: impl FnOnce() -> Result<
     })
 }
 
-/// A CPU's life: pages at `rate` per second. Returns when it acted last.
+/// Runs a CPU at `rate` pages per second. Returns the time of its last action.
 fn run_cpu(cpu: &mut Cpu, rate: u64, context: &ThreadContext) -> Result<u64, GuestError> {
     let (start, begun) = (Instant::now(), cpu.steps());
     cpu.step()?;
@@ -178,19 +178,19 @@ fn run_cpu(cpu: &mut Cpu, rate: u64, context: &ThreadContext) -> Result<u64, Gue
     Ok(now())
 }
 
-/// A driver at work.
+/// A driver and its queue.
 struct ActiveQueue<'a> {
     driver: &'a mut Driver,
     disk: &'a Disk,
     doorbells: &'a QueueDoorbells,
-    /// Requests that it had made before.
+    /// Number of requests before the start.
     requests_at_start: u64,
-    /// The time of the last look for a lost request.
+    /// Time of the last check for lost requests.
     last_check: Instant,
 }
 
-/// The life of some drivers: requests at `rate` per second of each, or as fast as the disk answers. Returns when they acted
-/// last.
+/// Runs drivers at `rate` requests per second each, or as fast as the disk replies. Returns the time of the last
+/// action.
 fn run_drivers(
     drivers: &mut [Driver],
     queues: &[(Arc<Disk>, usize)],
@@ -251,7 +251,7 @@ fn run_drivers(
     }
 }
 
-/// Completes what is outstanding and reads the queue's whole part of the disk, checking every byte, unless the device's
+/// Completes the outstanding requests, then reads and checks the queue's part of the disk, unless the device's
 /// interrupt ends it.
 pub(super) fn scan_disk(
     driver: &mut Driver,
@@ -265,7 +265,7 @@ pub(super) fn scan_disk(
     loop {
         driver.reap()?;
         match &mut next {
-            // First the requests that were under way, among which are writes.
+            // The outstanding requests come first, because they include writes.
             None if driver.outstanding() == 0 => next = Some(0),
             None => {}
             Some(sector) => {
@@ -294,7 +294,7 @@ pub(super) fn scan_disk(
     }
 }
 
-/// Looks now and then whether a request is lost, while there is somebody to answer.
+/// Checks for lost requests at an interval, while the back-end is connected.
 fn check_requests(
     driver: &mut Driver,
     disk: &Disk,
@@ -310,24 +310,24 @@ fn check_requests(
     Ok(())
 }
 
-/// How many of something there should be after `elapsed`, at `rate` per second.
+/// Returns the number of actions due after `elapsed`, at `rate` per second.
 fn due_by(rate: u64, elapsed: Duration) -> u64 {
     (u128::from(rate) * elapsed.as_nanos() / 1_000_000_000) as u64
 }
 
-/// How long from now until there should be one more than `done`; `None` is never.
+/// Returns the time until one more than `done` actions are due; `None` for never.
 fn time_until_next(rate: u64, done: u64, start: Instant) -> Option<Duration> {
     let nanos = u128::from(done + 1) * 1_000_000_000 / u128::from(rate.max(1));
     let when = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
     (rate > 0).then(|| when.saturating_sub(start.elapsed()))
 }
 
-/// CLOCK_MONOTONIC in nanoseconds.
+/// Returns CLOCK_MONOTONIC in nanoseconds.
 fn now() -> u64 {
     nanos(ClockId::CLOCK_MONOTONIC)
 }
 
-/// The moment at which CLOCK_MONOTONIC showed `monotonic_ns`, not long ago.
+/// Converts a recent CLOCK_MONOTONIC time to a [`Timestamp`].
 pub(super) fn timestamp(monotonic_ns: u64) -> Timestamp {
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let since = now().saturating_sub(monotonic_ns);
@@ -336,6 +336,6 @@ pub(super) fn timestamp(monotonic_ns: u64) -> Timestamp {
 }
 
 fn nanos(clock: ClockId) -> u64 {
-    // These clocks always exist.
+    // These clocks always exist, so that the call cannot fail.
     clock_gettime(clock).map_or(0, |time| Duration::from(time).as_nanos() as u64)
 }

@@ -1,4 +1,4 @@
-//! What can be known of a guest without waiting for it: counters, its devices' connections, its failure.
+//! A view of a guest that never waits: counters, its devices' connections, its failure.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -10,45 +10,45 @@ use super::driver::DriverCounters;
 use super::error::GuestError;
 use super::signal::GuestFailure;
 
-/// What a guest has done so far, here and on hosts before.
+/// Counters of a guest over its whole life, including earlier hosts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestStats {
     /// Disk requests made.
     pub requests: u64,
     /// Disk requests completed.
     pub completions: u64,
-    /// Disk requests under way.
+    /// Disk requests outstanding.
     pub outstanding: u64,
-    /// Completions of what was no request.
+    /// Completions without an outstanding request.
     pub duplicates: u64,
-    /// Requests that never got an answer, when that has stopped the guest.
+    /// Requests without an answer that have stopped the guest.
     pub lost: u64,
-    /// Pages that CPUs have written.
+    /// Pages written by CPUs.
     pub pages: u64,
-    /// Times a back-end came back.
+    /// Number of reconnections to back-ends.
     pub reconnects: u64,
-    /// Requests that restarted back-ends found unfinished.
+    /// Requests that restarted back-ends found in flight.
     pub resubmitted: u64,
 }
 
 /// The connection to a device's back-end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceConnection {
-    /// What the device is called.
+    /// Name of the device.
     pub name: String,
-    /// Milliseconds since its back-end went away; `None` while it is there.
+    /// Milliseconds since the back-end disconnected; `None` while it is connected.
     pub away_ms: Option<u64>,
-    /// While it is away: why what answers in its place can't go on for it, if there is something.
+    /// While the back-end is unavailable: the reason that a reconnection was refused, if there is one.
     pub refused: Option<String>,
-    /// Times its back-end came back, in the guest's whole life.
+    /// Number of reconnections, in the guest's whole life.
     pub reconnects: u64,
-    /// Bytes of its disk, which may have grown since the guest began to use it.
+    /// Size of the disk, bytes. It may have grown since the guest started to use it.
     pub capacity: u64,
-    /// Rings that are broken: nothing more comes from them until they are started anew.
+    /// Broken rings. They complete no requests until they are started again.
     pub broken_rings: Vec<u16>,
 }
 
-/// A view of a guest from any thread, which waits neither for the guest nor for its devices. It keeps neither alive.
+/// A view of a guest for any thread. It waits neither for the guest nor for its devices, and keeps neither alive.
 pub struct GuestView {
     pub(super) steps: Vec<Arc<AtomicU64>>,
     pub(super) counters: Vec<Arc<DriverCounters>>,
@@ -58,7 +58,7 @@ pub struct GuestView {
 }
 
 impl GuestView {
-    /// What the guest has done so far.
+    /// Returns the guest's counters.
     pub fn stats(&self) -> GuestStats {
         let sum = |of: fn(&DriverCounters) -> &AtomicU64| {
             self.counters.iter().map(|counters| of(counters).load(Ordering::Relaxed)).sum()
@@ -78,7 +78,7 @@ impl GuestView {
         }
     }
 
-    /// How the devices' connections are, disk by disk.
+    /// Returns the state of the devices' connections, in order of the disks.
     pub fn connections(&self) -> Vec<DeviceConnection> {
         let of = |disk: Arc<Disk>| DeviceConnection {
             name: disk.name.clone(),
@@ -95,12 +95,12 @@ impl GuestView {
         self.live_disks().map(of).collect()
     }
 
-    /// Why the guest has stopped by itself, if it has.
+    /// Returns the error that has stopped the guest, if there is one.
     pub fn failure(&self) -> Option<Arc<GuestError>> {
         self.failure.error().cloned()
     }
 
-    /// Bytes of its memory.
+    /// Returns the size of the guest's memory, bytes.
     pub fn memory_bytes(&self) -> u64 {
         self.memory_bytes
     }
