@@ -187,7 +187,7 @@ fn a_guest_survives_repeated_kills_of_its_back_end(
         // At some moment of some request: after another number of them each time.
         run_for(&guest, 50 + 7 * kill);
         backend.crash();
-        wait_for(&guest, "the back-end is back", |guest| guest.stats().reconnects >= kill);
+        wait_for(&guest, "the back-end is connected again", |guest| guest.stats().reconnects >= kill);
     }
     run_for(&guest, 200);
     let verified = guest.verify().unwrap();
@@ -223,7 +223,7 @@ fn a_guest_waits_without_limit_for_its_back_end_and_logs_it() {
     backend.end();
     wait_for(&guest, "it has been away for a while", |guest| guest.connections()[0].away_ms > Some(5000));
     backend.child = spawn(backend.folder.path(), "s");
-    wait_for(&guest, "the back-end is back", |guest| guest.stats().reconnects == 1);
+    wait_for(&guest, "the back-end is connected again", |guest| guest.stats().reconnects == 1);
     assert_eq!(guest.connections()[0].away_ms, None);
     run_for(&guest, 100);
     guest.verify().unwrap();
@@ -255,7 +255,7 @@ fn a_guest_waits_for_the_right_back_end_while_others_answer() {
     wait_for(&guest, "it says what is missing", |guest| refused(guest, "restart the back-end with the options it had"));
     assert!(guest.connections()[0].away_ms.is_some() && guest.failure().is_none());
     backend.crash();
-    wait_for(&guest, "the back-end is back", |guest| guest.stats().reconnects == 1);
+    wait_for(&guest, "the back-end is connected again", |guest| guest.stats().reconnects == 1);
     assert_eq!((guest.connections()[0].away_ms, guest.connections()[0].refused.clone()), (None, None));
     run_for(&guest, 100);
     guest.verify().unwrap();
@@ -383,7 +383,7 @@ fn copy_and_restore(mut guest: Guest, backend: &mut Backend, trust_log: bool) ->
         run_for(&guest, 100);
         if round == 1 {
             backend.crash();
-            wait_for(&guest, "the back-end is back", |guest| guest.stats().reconnects > before);
+            wait_for(&guest, "the back-end is connected again", |guest| guest.stats().reconnects > before);
         }
         send(&memory, &copy, &harvest(&mut cpu));
     }
@@ -409,7 +409,7 @@ fn a_guest_copied_by_dirty_pages_survives_crashes_of_its_back_end(#[values(false
         guest = copy_and_restore(guest, &mut backend, true).unwrap();
         run_for(&guest, 100);
         backend.crash();
-        wait_for(&guest, "the back-end is back", |guest| guest.stats().reconnects > 0);
+        wait_for(&guest, "the back-end is connected again", |guest| guest.stats().reconnects > 0);
         run_for(&guest, 100);
         guest.verify().unwrap();
     }
@@ -444,7 +444,7 @@ fn devices_can_be_controlled_while_their_back_end_crashes(#[values(false, true)]
             run_for(&guest, 20 + 5 * kills);
             backend.crash();
             kills += 1;
-            wait_for(&guest, "the back-end is back", |guest| guest.stats().reconnects >= kills);
+            wait_for(&guest, "the back-end is connected again", |guest| guest.stats().reconnects >= kills);
         }
         toggle.join().unwrap().unwrap();
     });

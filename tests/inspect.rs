@@ -169,7 +169,7 @@ fn inspect_stream_requires_every_frame_that_a_restore_needs() {
     let mut unfinished = stream(HEADER, &complete_stream());
     unfinished[..40].copy_from_slice(&HEADER.encode_unfinished());
     let output = inspect(&["stream", &folder.file("unfinished", &unfinished)]);
-    assert!(output.status.code() == Some(1) && words(&output).contains("was not finished"), "{}", words(&output));
+    assert!(output.status.code() == Some(1) && words(&output).contains("is incomplete"), "{}", words(&output));
 }
 
 #[test]

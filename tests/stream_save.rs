@@ -345,7 +345,7 @@ fn the_first_of_two_saves_to_one_name_wins_and_the_other_fails() {
         two.finish().unwrap();
         let refused = one.finish().unwrap_err();
         assert!(matches!(refused, StreamError::NameTaken(_)), "{refused}");
-        assert!(refused.to_string().contains("save under another name"), "{refused}");
+        assert!(refused.to_string().contains("Save under another name"), "{refused}");
         assert!(bytes(&restore(&file(&path), usize::MAX).unwrap()) == bytes(&filled(PAGES, 2)));
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }

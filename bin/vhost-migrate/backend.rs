@@ -42,7 +42,7 @@ impl DeviceCommand {
     }
 }
 
-/// The end of the process after a signal.
+/// Arguments for the end of the process after a signal.
 #[derive(Debug, clap::Args)]
 struct StopArguments {
     /// Longest wait for requests under way after SIGTERM or Ctrl-C, seconds; then they are left to a successor
@@ -90,7 +90,7 @@ struct Blk {
     /// Most entries of a queue, a power of two; at most what the front-end chooses, if that is less than 128
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = values::queue_size(2, 32768))]
     queue_size: u16,
-    /// What the guest reads as the disk's identity, at most 20 bytes
+    /// Serial number of the disk, at most 20 bytes
     #[arg(long, value_name = "TEXT", default_value = "vhost-migrate", value_parser = serial)]
     serial: String,
     /// How the image is read and written
@@ -134,7 +134,7 @@ struct Blk {
     messages: LogArguments,
 }
 
-/// The socket over which the front-end is reached.
+/// Arguments for the socket of the front-end.
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 struct SocketArguments {
@@ -150,10 +150,10 @@ struct SocketArguments {
     fd: Option<i32>,
 }
 
-/// What becomes of a back-end that somebody has taken over.
+/// Arguments for the seccomp filter.
 #[derive(Debug, clap::Args)]
 struct SeccompArguments {
-    /// What follows a system call that no back-end needs (see docs/security.md)
+    /// Action on a system call that no back-end needs (see docs/security.md)
     #[arg(long, value_name = "WHAT", default_value = "kill")]
     seccomp: SeccompAction,
     /// As --seccomp off
@@ -213,7 +213,7 @@ fn serial(text: &str) -> Result<String, String> {
 
 /// Runs the subcommand.
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
-    // First of all: threads that are started later don't take the signals.
+    // First, so that threads started later don't receive the signals.
     let limit = Duration::from_secs(arguments.device.stop_timeout());
     let ended = stop_on_interrupt(limit).and_then(|stop| match arguments.device {
         DeviceCommand::Blk(blk) => blk.run(&stop),
@@ -229,8 +229,8 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     }
 }
 
-/// An event that a signal to end sets. What is under way is completed after it, but not waited for longer than `limit`: a
-/// successor serves again what is marked in the inflight region.
+/// Returns an event that a terminating signal sets. Requests under way are completed for at most `limit`; a successor
+/// resubmits those marked in the inflight region.
 fn stop_on_interrupt(limit: Duration) -> Result<Arc<EventFd>, Box<dyn std::error::Error>> {
     let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
     let signalled = stop.clone();
@@ -294,7 +294,7 @@ fn serve(
     sandbox: Option<Sandbox>,
     stop: &EventFd,
 ) -> Result<(), Box<dyn std::error::Error>> {
-    // All that has to be opened is open by then.
+    // Everything that must be opened is open by then.
     let SocketArguments { socket, connect, fd } = place;
     let confine = || {
         sandbox.map_or(Ok(()), |sandbox| {

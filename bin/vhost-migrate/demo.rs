@@ -1,5 +1,5 @@
-//! `vhost-migrate demo`: everything at once, in real processes on this machine. A guest with a disk is live-migrated
-//! from one process to another while it writes; with `--kill` its back-ends are killed on the way.
+//! `vhost-migrate demo`: live-migrates a guest with a disk between two processes on this machine while it writes. With
+//! `--kill` its back-ends are killed meanwhile.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -34,10 +34,10 @@ pub(crate) struct Arguments {
     /// Size of the guest's disk
     #[arg(long, default_value = "64MiB", value_parser = disk_size, value_name = "SIZE")]
     disk: u64,
-    /// How long the guest runs, before and after the migration together
+    /// Run time of the guest before and after the migration together
     #[arg(long, default_value = "10", value_parser = units::seconds, value_name = "SECONDS")]
     seconds: Duration,
-    /// Memory the guest's CPUs write
+    /// Write rate of the guest's CPUs
     #[arg(long, default_value = "200MiB/s", value_parser = units::rate, value_name = "RATE")]
     dirty_rate: u64,
     /// Packed rings instead of split ones
@@ -54,10 +54,10 @@ pub(crate) struct Arguments {
 
 /// Queues of the guest's disk.
 const QUEUES: u16 = 2;
-/// Longest wait for a process to come up or to answer.
+/// Time limit for a process to start or to reply.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Parses the size of the disk: each queue uses a part of it, and no file is longer than its offsets.
+/// Parses the size of the disk. Each queue uses a part of it, and file offsets limit its size.
 fn disk_size(text: &str) -> Result<u64, String> {
     let range = u64::from(QUEUES) * SECTOR_BYTES..=i64::MAX.cast_unsigned();
     let bytes = units::size(text)?;
@@ -95,7 +95,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
 /// The interval at which the processes are polled.
 const WATCH_INTERVAL: Duration = Duration::from_millis(20);
 
-/// The processes of the demo and the folder of their files. They end together, whatever ends the demo.
+/// The processes of the demo and the folder of their files. They end together.
 struct DemoProcesses {
     output: OutputArguments,
     folder: Mutex<tempfile::TempDir>,
@@ -127,7 +127,7 @@ impl DemoProcesses {
         }
     }
 
-    /// Ends the demo when a process ends that was not killed by it.
+    /// Ends the demo when a process ends unexpectedly.
     fn watch(&self) {
         loop {
             std::thread::sleep(WATCH_INTERVAL);
@@ -141,11 +141,11 @@ impl DemoProcesses {
         }
     }
 
-    /// Ends all processes, removes their folder, says how it went and exits.
+    /// Ends all processes, removes their folder, prints the result and exits.
     fn finish(&self, outcome: io::Result<Value>) -> ! {
-        // Both locks are kept until the exit: no process can be started any more, and no other thread can finish.
+        // Both locks are held until the exit: no process can be started, and no other thread can finish.
         let mut running = lock(&self.running);
-        // Guests first, so that none reports that its back-end has gone away.
+        // Guests first, so that none reports a disconnected back-end.
         running.sort_by_key(|(name, _)| name.ends_with("back-end"));
         running.iter_mut().for_each(|(_, child)| kill_and_wait(child));
         let folder = lock(&self.folder);
@@ -261,7 +261,7 @@ impl<'a> Demo<'a> {
         }))
     }
 
-    /// Lets the guest of one side run, killing its back-end in the middle if asked.
+    /// Waits while the guest of one side runs, and kills its back-end in the middle if requested.
     fn run_guest(&mut self, time: Duration, side: fn(&Self) -> &DemoSide) -> io::Result<()> {
         std::thread::sleep(time / 2);
         if self.arguments.kill {
@@ -287,7 +287,7 @@ impl<'a> Demo<'a> {
         control::call(&control, &order, |value| {
             self.progress.event(&value);
             match serde_json::from_value(value) {
-                // In the middle of the migration: logging is on and most memory is still to be sent.
+                // During the migration: logging is on and most memory has not been sent.
                 Ok(MigrationEvent::Progress { .. } | MigrationEvent::Round(_)) if matches!(kill, Some(Ok(()))) => {
                     kill = self.kill_backend(|demo| &demo.source).err().map(Err);
                 }

@@ -1,4 +1,4 @@
-//! `vhost-migrate dirty-rate`: how fast a guest dirties its memory, who does it, and what a migration would come to.
+//! `vhost-migrate dirty-rate`: measures a guest's dirty rate by source and forecasts its migration.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -22,13 +22,13 @@ pub(crate) struct Arguments {
     /// Control socket of the process that owns the guest
     #[arg(long, value_name = "SOCKET", value_parser = values::socket_path())]
     control: PathBuf,
-    /// Time to measure for, 0.01 to 3600 seconds
+    /// Duration of the measurement, 0.01 to 3600 seconds
     #[arg(long, default_value = "1", value_parser = measured, value_name = "SECONDS")]
     seconds: Duration,
-    /// Bandwidth to forecast for, in guest memory per second
+    /// Bandwidth for the forecast, in guest memory per second
     #[arg(long, value_parser = units::rate_limit, default_value = "1GiB/s", value_name = "RATE")]
     bandwidth: u64,
-    /// Longest stop of the guest to forecast for, for example 50ms; a number alone is milliseconds
+    /// Downtime limit for the forecast, for example 50ms; a number alone is milliseconds
     #[arg(long, default_value = "300ms", value_parser = units::milliseconds, value_name = "TIME")]
     downtime: u64,
     /// Print one JSON object

@@ -39,8 +39,8 @@ use crate::wrong_arguments;
   vhost-migrate guest --backend a.sock --control again.ctl --incoming file:/backup/guest.vhm
 
 It takes commands, one JSON object a line, on the control socket: status, watch, migrate, cancel, pause, resume, forget,
-verify, dirty_rate, quit. A wrong byte is told on stderr and by status, and stops the guest. A guest that has arrived and
-can't be started stays here, paused: resume tries again.
+verify, dirty_rate, quit. A wrong byte stops the guest and is reported on stderr and by status. A guest that has arrived
+and can't be started stays here, paused: resume tries again.
 
 Exit status: 0 ended by quit; 1 failed, or the guest had found a wrong byte; 2 wrong arguments.")]
 pub(crate) struct Arguments {
@@ -50,15 +50,15 @@ pub(crate) struct Arguments {
     /// Control socket to listen on
     #[arg(long, value_name = "SOCKET", value_parser = values::socket_path())]
     control: PathBuf,
-    /// Wait for a guest to arrive here: tcp:HOST:PORT, unix:PATH, file:PATH, exec:COMMAND or fd:N
+    /// Receive a guest from here: tcp:HOST:PORT, unix:PATH, file:PATH, exec:COMMAND or fd:N
     #[arg(long, value_name = "URI", conflicts_with = "Workload")]
     incoming: Option<Uri>,
-    /// Longest switchover of a guest that arrives, from the end of a last round to the commit; then it is given up, and its
-    /// source goes on. The source has a limit of its own
+    /// Longest switchover of an arriving guest, from the end of the last round to the commit. After that the migration
+    /// is given up, and the guest resumes at its source. The source has a limit of its own
     #[arg(long, default_value = "30s", value_parser = units::seconds_limit, value_name = "TIME")]
     switchover_timeout: Duration,
-    /// Restore a saved guest although its disks are not what they were when it was saved, or that can't be told; take in a
-    /// guest that moves although its disks here are others. It then reads what it did not write
+    /// Restore a saved guest even if its disks have changed since the save or can't be compared; receive a migrated
+    /// guest even if its disks here are others. The guest then reads data that it did not write
     #[arg(long, requires = "incoming")]
     ignore_disk_generation: bool,
     #[command(flatten)]
@@ -69,7 +69,7 @@ pub(crate) struct Arguments {
     messages: LogArguments,
 }
 
-/// What a new guest does.
+/// Workload of a new guest.
 #[derive(Debug, clap::Args)]
 struct Workload {
     /// Guest memory; a quarter of it lies above 4 GiB
@@ -78,10 +78,10 @@ struct Workload {
     /// CPUs that write memory
     #[arg(long, default_value_t = 1, value_name = "N")]
     cpus: usize,
-    /// What all CPUs together write
+    /// Write rate of all CPUs together
     #[arg(long, default_value = "200MiB/s", value_parser = units::rate, value_name = "RATE")]
     dirty_rate: u64,
-    /// Memory that the CPUs write again and again; a quarter of the guest's by default
+    /// Memory that the CPUs write repeatedly; a quarter of the guest's by default
     #[arg(long, value_parser = units::size, value_name = "SIZE")]
     working_set: Option<u64>,
     /// Queues of each disk
@@ -93,20 +93,21 @@ struct Workload {
     /// Packed rings instead of split ones
     #[arg(long)]
     packed: bool,
-    /// Migrate without waiting for the disk: requests in flight move with the guest. Its back-ends, here and there, need
+    /// Migrate without waiting for the disk: requests in flight move with the guest. The back-ends on both sides need
     /// --inflight-migration too
     #[arg(long)]
     inflight_migration: bool,
-    /// Most disk requests in flight of each queue
+    /// Maximum number of disk requests in flight of each queue
     #[arg(long, default_value_t = 16, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     depth: u16,
-    /// Give up a back-end that stays away for so many seconds; by default it is waited for as long as it takes
+    /// Fail if a back-end stays unavailable for this many seconds; by default it is waited for without limit
     #[arg(long, value_name = "SECONDS")]
     reconnect_timeout: Option<u64>,
-    /// Write over disks whatever they hold; without this, one is refused that is neither blank nor from such a guest
+    /// Overwrite any contents of the disks; without this, a disk is refused unless it is blank or was written by such a
+    /// guest
     #[arg(long)]
     overwrite: bool,
-    /// Disk requests per second of each queue; as many as possible by default
+    /// Disk requests per second of each queue; unlimited by default
     #[arg(long, value_name = "N")]
     request_rate: Option<u64>,
 }
@@ -144,7 +145,7 @@ fn run_guest_process(arguments: &Arguments) -> Result<ExitCode, VmError> {
     let owner = Arc::new(GuestOwner::default());
     let (quit, quitting) = bounded(1);
     let handler = Arc::new(GuestCommands { owner: owner.clone(), quit });
-    // Before the first answer: a client that is told that there is no guest yet can have one sent.
+    // Before the first answer: a client that learns that there is no guest can then migrate one to here.
     let incoming = match &arguments.incoming {
         Some(uri) => {
             Some((uri, Arc::new(MigrationListener::start(StreamListener::bind(uri)?, owner.outcomes.clone())?)))
@@ -155,7 +156,7 @@ fn run_guest_process(arguments: &Arguments) -> Result<ExitCode, VmError> {
     std::thread::spawn(move || control::serve(listener, handler));
 
     match incoming {
-        // Held to the end: a source may still ask what came of its migration.
+        // Kept to the end: a source may still query the outcome of its migration.
         Some((uri, incoming)) => {
             println!("waits for a guest at {uri}");
             wait_for_arrival(&owner, &incoming, uri, arguments)?;
@@ -165,7 +166,7 @@ fn run_guest_process(arguments: &Arguments) -> Result<ExitCode, VmError> {
             let config = arguments.config();
             let (backends, overwrite) = (arguments.backend.clone(), arguments.workload.overwrite);
             let (done, booted) = bounded(1);
-            // On a thread of its own, so that quit ends this process at once whatever a back-end does.
+            // On a separate thread, so that quit ends this process at once whatever a back-end does.
             let boot = move || drop(done.send(boot(config, &backends, overwrite)));
             std::thread::Builder::new().name("boot".into()).spawn(boot)?;
             select! {
@@ -178,22 +179,22 @@ fn run_guest_process(arguments: &Arguments) -> Result<ExitCode, VmError> {
             }
         }
     }
-    // A failure of the guest is told at once, not when somebody asks.
+    // A failure of the guest is reported immediately.
     while let Err(RecvTimeoutError::Timeout) = quitting.recv_timeout(Duration::from_millis(100)) {
         owner.check_failure();
     }
     owner.check_failure();
-    // Listens no more, and removes its socket.
+    // Stops listening and removes the socket.
     *lock(&owner.incoming) = None;
     Ok(if owner.state() == OwnerState::Failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-/// The sockets of back-ends, in words.
+/// Formats the sockets of the back-ends.
 fn join_paths(backends: &[PathBuf]) -> String {
     backends.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
 }
 
-/// A new guest that runs.
+/// Creates and starts a guest.
 fn boot(config: GuestConfig, backends: &[PathBuf], overwrite: bool) -> Result<Guest, VmError> {
     let devices = connect_backends(backends, config.inflight_migration, &Interrupt::new()?)?;
     let mut guest = Guest::new(config)?;
@@ -203,7 +204,7 @@ fn boot(config: GuestConfig, backends: &[PathBuf], overwrite: bool) -> Result<Gu
     Ok(guest)
 }
 
-/// Takes in a guest; a migration that fails leaves the source running, so the next one is waited for, until quit.
+/// Receives a guest. A failed migration leaves the guest at its source, and the next one is waited for, until quit.
 fn wait_for_arrival(
     owner: &GuestOwner,
     incoming: &MigrationListener,
@@ -239,14 +240,14 @@ fn wait_for_arrival(
                 return Ok(());
             }
             Err(error) if uri.is_single_channel() => return Err(error.into()),
-            Err(error) => tracing::warn!("no guest arrived: {error}; waiting for the next"),
+            Err(error) => tracing::warn!("no guest has arrived: {error}. Waiting for the next migration"),
         }
     }
     Ok(())
 }
 
 impl Arguments {
-    /// The guest that is not waited for.
+    /// Returns the configuration of a new guest.
     fn config(&self) -> GuestConfig {
         self.workload.config(self.backend.len())
     }
@@ -272,45 +273,45 @@ impl Workload {
     }
 }
 
-/// The time that SIGTERM leaves for sockets and for files of saves under way to be removed.
+/// Time limit for removing sockets and files of incomplete saves after SIGTERM.
 const CLEANUP_TIMEOUT: Duration = Duration::from_secs(2);
-/// The time for which a destination is asked before a guest is resumed that it may run.
+/// Time limit of the outcome query before a resume.
 const RESUME_QUERY_TIMEOUT: Duration = Duration::from_secs(2);
-/// The warning about a snapshot of a guest that is not paused.
-const NOT_PAUSED_WARNING: &str = "the guest is not paused and goes on with its disk once it is saved: a restore onto that disk is then refused. \
+/// Warning about a snapshot of a running guest.
+const NOT_PAUSED_WARNING: &str = "the guest is not paused and continues to write to its disk after the save: a restore onto that disk is then refused. \
                        For a snapshot pause the guest, save it, copy its disk with cp --preserve=xattr, and resume it";
-/// The reason that a guest probably can't be resumed for after a migration of unknown outcome.
+/// Advice when a guest of unknown outcome can't be resumed.
 const DISK_IN_USE_ADVICE: &str =
-    "Another front-end seems to have the disk: the destination probably runs the guest. If it does, forget it here";
+    "Another front-end seems to use the disk: the destination probably runs the guest. If it does, run forget here";
 const MIGRATION: &str = "a migration";
 const MEASUREMENT: &str = "a measurement";
-/// The longest time that a measurement may take to end for a migration.
+/// Time limit for a measurement to end before a migration.
 const MEASUREMENT_END_TIMEOUT: Duration = Duration::from_secs(15);
-/// How often a watch looks for news.
+/// Interval of checks for changes during a watch.
 const WATCH_INTERVAL: Duration = Duration::from_millis(20);
 const MAX_WATCH: Duration = Duration::from_secs(86_400);
 
-/// Where the guest is.
+/// State of the guest's process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 enum OwnerState {
-    /// Booting, or waited for.
+    /// There is no guest yet: it boots or is waited for.
     #[default]
     Absent,
-    /// It has arrived, belongs here, and is being started.
+    /// The guest has arrived and is being started.
     Starting,
     Running,
     Paused,
-    /// It was handed over.
+    /// The guest was handed over.
     Migrated,
-    /// It was sent away, and what came of that is not known. It is whole and paused.
+    /// The outcome of the guest's migration is unknown. It is intact and paused.
     OutcomeUnknown,
-    /// It found a wrong byte, or could not go on.
+    /// The guest found a wrong byte or another error.
     Failed,
 }
 
 impl OwnerState {
-    /// The location of the guest, if there is one.
+    /// Returns the location of the guest, if there is one.
     fn location(self) -> Option<GuestLocation> {
         match self {
             OwnerState::Running => Some(GuestLocation::RunningHere),
@@ -330,42 +331,42 @@ impl OwnerState {
         }
     }
 
-    /// What a command that needs another state is told.
+    /// Returns the error for a command that needs another state.
     fn refusal_message(self) -> String {
         match self {
             OwnerState::Absent => "there is no guest here yet",
             OwnerState::Starting => {
-                "a guest has arrived and is being started here: wait until it runs, or cancel that, which leaves it here, paused"
+                "a guest has arrived and is being started here: wait until it runs, or cancel the start, which leaves the guest here, paused"
             }
             OwnerState::Running => "the guest runs here: pause it first",
             OwnerState::Paused => "the guest is paused here: resume it first",
-            OwnerState::Migrated => "the guest was handed over: there is none here any more",
+            OwnerState::Migrated => "the guest was handed over: there is no guest here",
             OwnerState::OutcomeUnknown => {
-                "what came of the guest's migration is not known: resume it if the destination does not run it, \
-                 or forget it if the destination does"
+                "the outcome of the guest's migration is unknown: run resume if the destination does not run it, \
+                 or forget if the destination does"
             }
-            OwnerState::Failed => "the guest has failed and never runs again: status says why",
+            OwnerState::Failed => "the guest has failed and never runs again: status reports the error",
         }
         .into()
     }
 }
 
-/// The guest and who is at it.
+/// The guest and the operations on it.
 #[derive(Default)]
 struct GuestOwner {
     guest: Mutex<Option<Guest>>,
-    /// What is told of the guest: never waits, while the guest may wait for a device.
+    /// View of the guest for status, which never waits.
     view: Mutex<Option<GuestView>>,
     state: Mutex<OwnerState>,
-    /// What came of migrations to here.
+    /// Outcomes of incoming migrations.
     outcomes: Outcomes,
-    /// Where a guest is waited for, and sources that ask.
+    /// Listener for migrations and outcome queries.
     incoming: Mutex<Option<Arc<MigrationListener>>>,
-    /// The migration that brought a guest which could not be started.
+    /// The migration of an arrived guest that could not be started.
     held: Mutex<Option<MigrationId>>,
-    /// Whom to ask about a migration from here whose outcome is not known.
+    /// Destination and id of an outgoing migration, for outcome queries.
     unknown: Mutex<Option<(Uri, MigrationId)>>,
-    /// What takes the guest for longer: a migration, with its switch, or a measurement.
+    /// The operation under way, with its cancel token.
     busy: Mutex<Option<(&'static str, Option<CancelToken>)>>,
 }
 
@@ -402,7 +403,7 @@ impl GuestOwner {
         ask(guest).map_err(|error| error.to_string())
     }
 
-    /// Does `work` unless something else is under way. A migration goes first: it ends a measurement.
+    /// Runs `work` unless another operation is under way. A migration has priority: it ends a measurement.
     fn run_exclusively<T>(
         &self,
         what: &'static str,
@@ -430,7 +431,7 @@ impl GuestOwner {
         done
     }
 
-    /// Has `cancel` end waits for the guest's devices.
+    /// Lets `cancel` end waits for the guest's devices.
     fn interrupt_on(&self, cancel: &CancelToken) -> Result<InterruptOnCancel, String> {
         Ok(InterruptOnCancel::new(self.with(|guest| Ok(guest.interrupts()))?, cancel))
     }
@@ -451,7 +452,7 @@ impl GuestOwner {
         status
     }
 
-    /// Tells of each device now, and whenever its connection changes.
+    /// Reports each device now and whenever its connection changes.
     fn watch(&self, seconds: f64, client: &ControlClient<'_>) -> Result<(), String> {
         let for_long = Duration::try_from_secs_f64(seconds).ok().filter(|time| *time <= MAX_WATCH);
         let deadline = Instant::now() + for_long.ok_or(format!("{seconds} seconds: watch for 0 to 86400"))?;
@@ -461,7 +462,7 @@ impl GuestOwner {
             for (number, connection) in connections.iter_mut().enumerate() {
                 let mut event = json!(connection);
                 event["event"] = "device".into();
-                // That it has been away for longer is no news.
+                // A longer unavailability alone is not reported.
                 connection.away_ms = connection.away_ms.map(|_| 0);
                 if told.get(number) != Some(connection) {
                     client.send_event(&event);
@@ -482,7 +483,7 @@ impl GuestOwner {
         if let Uri::Fd(number) = &uri
             && is_close_on_exec(*number)
         {
-            let advice = "pass one on when the guest is started, not to this command";
+            let advice = "pass a descriptor to the guest's process at its start, not to this command";
             return Err(format!("{uri}: the guest's process has opened this descriptor for itself: {advice}"));
         }
         let codec = arguments.codec.parse().map_err(|error| told(&error))?;
@@ -511,7 +512,7 @@ impl GuestOwner {
             }
             let vm = GuestSourceVm::new(&self.guest).ok_or("there is no guest here")?;
             let connection = connect(&uri, &options).map_err(|error| told(&error))?;
-            // What nobody answers may be kept, and restored at any time.
+            // A one-way stream may be kept and restored at any time.
             let mut vm = vm.with_cancel(&options.cancel).with_disk_generations(connection.one_way);
             *lock(&self.unknown) = Some((uri, connection.id));
             let mut tell = |event| emit(serde_json::to_value(event).unwrap_or_default());
@@ -526,13 +527,13 @@ impl GuestOwner {
             };
             if self.state() == OwnerState::Migrated {
                 *lock(&self.view) = None;
-                tracing::info!("the guest has left for {}", arguments.uri);
+                tracing::info!("the guest has moved to {}", arguments.uri);
             }
             left.map(drop).map_err(|failure| told(&failure))
         })
     }
 
-    /// Has a paused guest go on, or one that the operator says does not run at the destination.
+    /// Resumes a paused guest, or one of unknown outcome.
     fn resume(&self) -> Result<(), String> {
         let cancel = CancelToken::new().map_err(|error| error.to_string())?;
         self.run_exclusively("a resume", Some(cancel.clone()), || {
@@ -549,7 +550,7 @@ impl GuestOwner {
                 Err(error @ GuestError::Device(FrontendError::Refused { .. }))
                     if state == OwnerState::OutcomeUnknown =>
                 {
-                    // Nothing of it may run here now.
+                    // Nothing of the guest may run here now.
                     let _ = guest.stop_devices();
                     Err(format!("{error}. {DISK_IN_USE_ADVICE}").into())
                 }
@@ -564,46 +565,44 @@ impl GuestOwner {
         })
     }
 
-    /// The operator says that the destination does not run the guest. It is believed if nobody there says otherwise.
+    /// Queries the destination before a resume. The operator's assertion counts unless the destination contradicts it.
     fn query_before_resume(&self) -> Result<(), String> {
         let Some((uri, id)) = lock(&self.unknown).clone() else { return Ok(()) };
         match query_outcome(&uri, id, RESUME_QUERY_TIMEOUT) {
             Ok(ToSource::Started(_)) => {
                 self.set(None, OwnerState::Migrated);
-                Err("the destination says that it runs the guest: it was let go of here".into())
+                Err("the destination confirms that it runs the guest: it was released here".into())
             }
             Ok(ToSource::Held(held)) => {
-                Err(format!("the destination has the guest ({}): end its process first", held.message))
+                Err(format!("the destination has the guest ({}): end the destination's process first", held.message))
             }
             _ => Ok(()),
         }
     }
 
-    /// Lets go of a guest that the operator says runs at the destination.
+    /// Releases a guest that runs at the destination according to the operator.
     fn forget(&self) -> Result<(), String> {
         self.run_exclusively("a forget", None, || match self.state() {
             OwnerState::OutcomeUnknown => {
                 self.set(None, OwnerState::Migrated);
-                tracing::info!("the guest was let go of by forget");
+                tracing::info!("the guest was released by forget");
                 Ok(())
             }
             OwnerState::Running | OwnerState::Paused => {
-                Err("the guest is here: only one whose migration's outcome is not known \
-                                                   can be forgotten; quit ends this one"
-                    .into())
+                Err("the guest is here: forget is only for a guest of unknown outcome; quit ends this one".into())
             }
             other => Err(other.refusal_message()),
         })
     }
 
-    /// Whether the process may end: never with a guest that has arrived since it was asked to wait for one, and not with
-    /// one that may be the only one.
+    /// Checks that the process may end: not with a guest that has arrived meanwhile, and not with one of unknown
+    /// outcome.
     fn prepare_quit(&self) -> Result<(), String> {
         match (self.state(), &*lock(&self.incoming)) {
             (OwnerState::OutcomeUnknown, _) => Err(OwnerState::OutcomeUnknown.refusal_message()),
             (OwnerState::Absent | OwnerState::Starting, Some(incoming)) => {
                 if !self.outcomes.close("the destination's process was told to quit") {
-                    return Err("a guest has arrived meanwhile: quit again to end it".into());
+                    return Err("a guest has arrived meanwhile: run quit again to end it".into());
                 }
                 incoming.close();
                 Ok(())
@@ -615,11 +614,13 @@ impl GuestOwner {
     fn cancel(&self) -> Result<(), String> {
         match &*lock(&self.busy) {
             Some((_, Some(cancel))) if cancel.cancel() => Ok(()),
-            Some((_, Some(_))) => Err("too late: the commit has been sent, and the destination decides".into()),
-            _ if self.outcomes.give_up_all("it was cancelled at the destination") => Ok(()),
+            Some((_, Some(_))) => {
+                Err("too late: the commit has been sent, and the destination decides the outcome".into())
+            }
+            _ if self.outcomes.give_up_all("cancelled at the destination") => Ok(()),
             _ if self.outcomes.cancel_start() => Ok(()),
             _ if self.state() == OwnerState::Absent && lock(&self.incoming).is_some() => {
-                Err("no migration has come yet: this process waits for one, and quit ends it".into())
+                Err("no migration has started yet: this process waits for one, and quit ends it".into())
             }
             _ => Err("no migration is under way".into()),
         }
@@ -633,14 +634,14 @@ impl GuestOwner {
         self.run_exclusively(MEASUREMENT, Some(cancel.clone()), || {
             let (mut sources, bytes) = self.with(|guest| Ok((dirty_sources(guest), guest.memory().size())))?;
             let interval = Duration::from_millis(100);
-            // Devices that log are stopped logging in order.
+            // Logging devices are stopped regularly after the start.
             let mut starting = Some(self.interrupt_on(&cancel)?);
             let rate = measure_dirty_rate(&mut sources, Duration::from_secs_f64(seconds), interval, |time| {
                 starting = None;
                 cancel.wait(time).is_ok()
             });
             if cancel.is_cancelled() {
-                return Err("the measurement was ended: by a migration, which goes first, or by cancel".into());
+                return Err("the measurement was ended by a migration, which has priority, or by cancel".into());
             }
             let rate = rate.map_err(|error| error.to_string())?;
             let forecast = forecast(&(&rate).into(), bandwidth as f64, downtime_ms as f64, bytes);
@@ -674,7 +675,7 @@ struct GuestCommands {
     quit: crossbeam::channel::Sender<()>,
 }
 
-/// True of a descriptor that does not outlive the start of another program: none that was passed on to this one.
+/// Returns true if a descriptor is close-on-exec: it was not passed to this process.
 fn is_close_on_exec(number: i32) -> bool {
     let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{number}")).unwrap_or_default();
     let flags = info.lines().find_map(|line| i32::from_str_radix(line.strip_prefix("flags:")?.trim(), 8).ok());
@@ -703,14 +704,14 @@ impl CommandHandler for GuestCommands {
                 client.send_event(&owner.dirty_rate(seconds, bandwidth, downtime_ms)?);
             }
             ControlCommand::Quit => owner.prepare_quit()?,
-            other => return Err(format!("{other:?} is not for a built-in guest")),
+            other => return Err(format!("{other:?} is not supported by a built-in guest")),
         }
         Ok(())
     }
 
     fn quit(&self) {
         tracing::info!("ends by quit");
-        // Full means that somebody has asked already.
+        // Full if quit was requested before.
         let _ = self.quit.try_send(());
     }
 }

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::units;
 
-/// Look into a saved dirty log, inflight region or stream
+/// Print the contents of a saved dirty log, inflight region or stream
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   vhost-migrate inspect log /proc/PID/fd/N         the shared log of a running back-end
@@ -36,10 +36,11 @@ enum InspectCommand {
     Log {
         /// The log's bytes
         file: PathBuf,
-        /// Most runs of pages to list
+        /// Maximum number of runs of pages to list
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
         runs: u32,
-        /// Where guest memory ends, holes included. The file is a log only if it reaches this far and marks nothing beyond
+        /// End of guest memory, including holes. The file is a log only if it reaches this address and marks no page
+        /// beyond it
         #[arg(long, value_parser = units::nonzero_size, value_name = "SIZE")]
         memory: Option<u64>,
     },
@@ -86,7 +87,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
 /// Result of an inspection, apart from the lines already printed.
 struct Inspection {
     json: Value,
-    /// Why it may be something else.
+    /// Reason that the file may be something else.
     doubt: Option<String>,
 }
 
@@ -96,7 +97,7 @@ impl From<Value> for Inspection {
     }
 }
 
-/// Prints each line at once: a file can have any number of things to tell.
+/// Prints each line immediately, because a file may have any number of lines.
 struct LinePrinter {
     quiet: bool,
 }
@@ -109,7 +110,7 @@ impl LinePrinter {
     }
 }
 
-/// Opens a file whose bytes end.
+/// Opens a file of finite size.
 fn open(file: &Path) -> Result<File, String> {
     let told = |error| format!("{}: {error}", file.display());
     let open = File::open(file).map_err(told)?;

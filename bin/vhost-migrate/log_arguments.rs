@@ -1,10 +1,10 @@
-//! What the library has to say, on stderr.
+//! Log messages on stderr.
 
 use std::io::IsTerminal;
 
 use tracing_subscriber::EnvFilter;
 
-/// Which messages to print.
+/// Selection of log messages.
 #[derive(Debug, clap::Args)]
 pub(crate) struct LogArguments {
     /// Least level of messages on stderr: error, warn, info, debug; by default what RUST_LOG says, or info
@@ -13,7 +13,7 @@ pub(crate) struct LogArguments {
 }
 
 impl LogArguments {
-    /// Prints messages from now on.
+    /// Starts printing messages.
     pub(crate) fn start(&self) {
         let filter = match self.log_level {
             Some(level) => EnvFilter::new(level.to_string()),

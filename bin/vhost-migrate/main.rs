@@ -1,4 +1,4 @@
-//! The command: parses arguments and hands them to the file of the subcommand.
+//! The command: parses arguments and calls the file of the subcommand.
 
 mod backend;
 mod check;
@@ -39,7 +39,7 @@ enum Action {
     Backend(backend::Arguments),
     Guest(guest::Arguments),
     Migrate(migrate::Arguments),
-    /// Let a paused guest go on; after a migration of unknown outcome, say that the destination does not run it
+    /// Resume a paused guest; after a migration of unknown outcome, assert that the destination does not run it
     #[command(
         after_help = "After a migration whose outcome is not known (exit status 3 of migrate), the source keeps its guest
 paused. Resume it only if you know that the destination does not run it and never will: its process has ended, or says
@@ -48,7 +48,7 @@ so. The destination is asked first, if it can be reached; one that has the guest
 Exit status: 0 the guest runs; 1 it does not, and why; 2 wrong arguments."
     )]
     Resume(resume_forget::Arguments),
-    /// Let go of a guest whose migration's outcome is not known: the destination runs it
+    /// Release a guest after a migration of unknown outcome, and assert that the destination runs it
     #[command(
         after_help = "After a migration whose outcome is not known (exit status 3 of migrate), the source keeps its guest
 paused. Forget it only if you know that the destination runs it, or that a complete file has it: it ends here.
@@ -61,7 +61,7 @@ Exit status: 0 the guest is gone from here; 1 it is not, and why; 2 wrong argume
     Check(check::Arguments),
 }
 
-/// Ends the process as the parser of the command line does, with exit status 2: for arguments that are wrong together.
+/// Ends the process like the command line parser, with exit status 2: for an invalid combination of arguments.
 fn wrong_arguments(why: impl Display) -> ! {
     Command::command().error(ErrorKind::ValueValidation, why).exit()
 }

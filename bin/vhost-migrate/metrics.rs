@@ -1,7 +1,7 @@
 //! `--metrics`: counters for Prometheus to fetch over HTTP.
 //!
-//! A few threads answer, each one connection after the other and each request within a limit. So whatever connects, there
-//! are never more descriptors in use than threads; more clients wait in the system's queue.
+//! A few threads serve one connection at a time each, with a time limit. Therefore no more descriptors than threads are
+//! in use; more clients wait in the system's backlog.
 
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -16,16 +16,16 @@ use vhost_migrate::{backend, control, frontend};
 
 use crate::values;
 
-/// Connections that are answered at the same time.
+/// Number of threads that serve connections.
 const THREADS: usize = 4;
-/// Longest time from a connection to the end of its answer.
+/// Time limit from a connection to the end of its answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
-/// The pause when the system has no descriptor left.
+/// Delay after the system had no descriptor left.
 const RETRY_DELAY: Duration = Duration::from_secs(1);
 /// Longest request, bytes.
 const MAX_REQUEST: usize = 8 << 10;
 
-/// What is counted, and where it can be read.
+/// Arguments for metrics.
 #[derive(Debug, clap::Args)]
 pub(crate) struct MetricsArguments {
     /// Serve counters to Prometheus (HTTP, GET /metrics) here: unix:PATH or tcp:HOST:PORT
@@ -52,22 +52,22 @@ impl FromStr for MetricsAddress {
 }
 
 impl MetricsArguments {
-    /// Returns true if they are served at a socket that has a path.
+    /// Returns true if the metrics are served at a UNIX socket.
     pub(crate) fn has_socket(&self) -> bool {
         matches!(self.metrics, Some(MetricsAddress::Unix(_)))
     }
 
-    /// Begins to count and to serve, if that is wanted.
+    /// Starts counting and serving, if requested.
     ///
     /// # Errors
-    /// An address that can't be listened at.
+    /// An unusable address.
     pub(crate) fn start(&self) -> Result<(), Box<dyn std::error::Error>> {
         let Some(place) = &self.metrics else { return Ok(()) };
         match place {
             MetricsAddress::Unix(path) => {
                 let (listener, path) = control::bind(path)?;
                 serve(&MetricsListener::Unix(listener))?;
-                // It is there as long as this process, which removes it at its end.
+                // The socket exists until the end of the process, which removes it.
                 std::mem::forget(path);
             }
             MetricsAddress::Tcp(address) => {
@@ -152,7 +152,7 @@ fn answer_all(listener: &MetricsListener, counters: &PrometheusHandle) {
 fn answer(connection: &mut dyn MetricsConnection, counters: &PrometheusHandle) -> io::Result<()> {
     let deadline = Instant::now() + ANSWER_TIMEOUT;
     let limit = |connection: &dyn MetricsConnection| {
-        // A limit of nothing would be none.
+        // A zero timeout would mean no timeout.
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { connection.limit(left) }
     };

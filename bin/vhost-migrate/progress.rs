@@ -1,4 +1,4 @@
-//! A migration's events on a terminal, as JSON lines, or not at all.
+//! Shows the events of a migration on a terminal or as JSON lines.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use vhost_migrate::migrate::{MigrationEvent, MigrationReport};
 
 use crate::units::format_bytes;
 
-/// How to tell what happens.
+/// Arguments for the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::Args)]
 pub(crate) struct OutputArguments {
     /// Print events as JSON lines
@@ -19,7 +19,7 @@ pub(crate) struct OutputArguments {
     pub(crate) quiet: bool,
 }
 
-/// Shows one migration.
+/// Shows the progress of one migration.
 pub(crate) struct Progress {
     output: OutputArguments,
     bar: ProgressBar,
@@ -27,12 +27,12 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    /// Begins; nothing is shown before the first event.
+    /// Creates it; nothing is shown before the first event.
     pub(crate) fn new(output: OutputArguments) -> Progress {
         Progress { output, bar: ProgressBar::hidden(), left: 0 }
     }
 
-    /// Shows one event as it came from the guest's process.
+    /// Shows one event of the guest's process.
     pub(crate) fn event(&mut self, event: &Value) {
         if self.output.json {
             println!("{event}");
@@ -43,7 +43,7 @@ impl Progress {
         }
     }
 
-    /// A line of text between events, for people only.
+    /// Prints a line of text between events, except with JSON output.
     pub(crate) fn print_line(&self, text: &str) {
         if !self.output.json && !self.output.quiet {
             self.bar.suspend(|| println!("{text}"));
@@ -85,7 +85,7 @@ impl Progress {
             }
             MigrationEvent::Stalled { message } => self.print_line(&format!("stalled: {message}")),
             MigrationEvent::Waiting { message } => {
-                self.print_line(&format!("waits, the guest goes on here: {message}"))
+                self.print_line(&format!("waiting, the guest keeps running here: {message}"))
             }
             MigrationEvent::Warning { message } => self.print_line(&format!("warning: {message}")),
             MigrationEvent::Switchover { pages_left, expected_downtime_ms } => {

@@ -1,4 +1,4 @@
-//! `vhost-migrate resume` and `vhost-migrate forget`: what an operator knows of a guest whose migration did not end well.
+//! `vhost-migrate resume` and `vhost-migrate forget`: the operator's decision about a paused guest.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -7,7 +7,7 @@ use vhost_migrate::control::{self, ControlCommand};
 
 use crate::values;
 
-/// Which guest.
+/// Arguments of both commands.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     /// Control socket of the process that owns the guest

@@ -1,6 +1,6 @@
 //! Signals as events on threads, without signal handlers.
 //!
-//! All are to be called before other threads are started, which inherit the blocked signals.
+//! All functions must be called before other threads are started, which inherit the blocked signals.
 
 use std::io;
 use std::ops::ControlFlow;
@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, raise};
 
-/// Has `then` called on a thread of its own at the first SIGINT or SIGTERM.
+/// Calls `then` on a separate thread at the first SIGINT or SIGTERM.
 ///
 /// # Errors
 /// The error of the system.
@@ -16,7 +16,7 @@ pub(crate) fn on_interrupt(then: impl FnOnce() + Send + 'static) -> io::Result<(
     on_first_signal([Signal::SIGINT, Signal::SIGTERM], then)
 }
 
-/// The same for what ends with its terminal as well, at SIGHUP.
+/// Like [`on_interrupt`], and also at SIGHUP.
 ///
 /// # Errors
 /// The error of the system.
@@ -24,14 +24,14 @@ pub(crate) fn on_interrupt_or_hangup(then: impl FnOnce() + Send + 'static) -> io
     on_first_signal(interrupts_and_hangup(), then)
 }
 
-/// The signals that end a process which ends with its terminal: SIGINT, SIGTERM and, unless it was ignored when the process was
-/// started (nohup), SIGHUP.
+/// Returns the signals that end a process bound to its terminal: SIGINT, SIGTERM and, unless it was ignored at the
+/// start of the process (nohup), SIGHUP.
 pub(crate) fn interrupts_and_hangup() -> Vec<Signal> {
     let hangup = (!is_ignored(Signal::SIGHUP)).then_some(Signal::SIGHUP);
     [Signal::SIGINT, Signal::SIGTERM].into_iter().chain(hangup).collect()
 }
 
-/// Has `before` called with the signal, and no longer waited for than `limit`, before the first of `signals` ends the process as it always does.
+/// Calls `before` with the first of `signals`, for at most `limit`, and then lets the signal end the process.
 ///
 /// # Errors
 /// The error of the system.
@@ -48,25 +48,25 @@ pub(crate) fn before_termination(
                 before(signal);
                 let _ = done.send(());
             };
-            // Without a thread it is left undone.
+            // Skipped if no thread can be started.
             if std::thread::Builder::new().spawn(work).is_ok() {
                 let _ = is_done.recv_timeout(limit);
             }
         }
         let _ = SigSet::from(signal).thread_unblock().and_then(|()| raise(signal));
-        // It was ignored when this process was started.
+        // The signal was ignored when this process was started.
         std::process::exit(128 + signal as i32)
     })
 }
 
-/// Returns true if the signal was ignored when this process was started; false if that can't be told.
+/// Returns true if the signal was ignored when this process was started; false if unknown.
 fn is_ignored(signal: Signal) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let ignored = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());
     ignored.is_some_and(|ignored| ignored >> (signal as i32 - 1) & 1 != 0)
 }
 
-/// Lets SIGHUP do nothing to this process. Programs that it starts take it as usual.
+/// Ignores SIGHUP in this process. Child processes handle it as usual.
 ///
 /// # Errors
 /// The error of the system.
@@ -74,8 +74,8 @@ pub(crate) fn ignore_hangup() -> io::Result<()> {
     Ok(SigSet::from(Signal::SIGHUP).thread_block()?)
 }
 
-/// Has a write fail that makes a file larger than the process's limit (`ulimit -f`), instead of ending this process by SIGXFSZ.
-/// Programs that it starts take the signal as usual.
+/// Makes a write beyond the file size limit (`ulimit -f`) fail instead of ending this process by SIGXFSZ. Child
+/// processes handle the signal as usual.
 ///
 /// # Errors
 /// The error of the system.
@@ -93,7 +93,7 @@ fn on_first_signal(signals: impl IntoIterator<Item = Signal>, then: impl FnOnce(
     })
 }
 
-/// Has `then` called on a thread of its own at every SIGINT and SIGTERM, with their number so far, this one included.
+/// Calls `then` on a separate thread at every SIGINT and SIGTERM, with their number so far, this one included.
 ///
 /// # Errors
 /// The error of the system.
@@ -106,7 +106,7 @@ pub(crate) fn on_every_interrupt(mut then: impl FnMut(u32) + Send + 'static) -> 
     })
 }
 
-/// Has `then` called on a thread of its own at every SIGHUP.
+/// Calls `then` on a separate thread at every SIGHUP.
 ///
 /// # Errors
 /// The error of the system.
@@ -122,7 +122,7 @@ fn on_signals(
     mut then: impl FnMut(Signal) -> ControlFlow<()> + Send + 'static,
 ) -> io::Result<()> {
     let signals: SigSet = signals.into_iter().collect();
-    // The new thread is never one for other signals to be delivered to, among which one may be ignored or waited for elsewhere.
+    // Other signals, which may be ignored or awaited elsewhere, are never delivered to the new thread.
     let mut mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
     let wait = move || while signals.wait().is_ok_and(|signal| then(signal).is_continue()) {};
     let started = std::thread::Builder::new().name("signals".into()).spawn(wait);

@@ -49,7 +49,7 @@ pub(crate) fn milliseconds(text: &str) -> Result<u64, String> {
         (None, None) => (text, 1.0),
     };
     let value: Option<f64> = number.trim_end().parse().ok();
-    // A week: longer is a mistake, and clocks count on.
+    // A longer time than a week is probably a mistake.
     let milliseconds = value.map(|value| value * factor).filter(|ms| (0.0..=604_800_000.0).contains(ms));
     milliseconds.map(|ms| ms.round() as u64).ok_or_else(|| {
         format!("'{text}' is not a time: write a number of milliseconds, for example 50, 50ms or 0.5s, up to a week")
@@ -81,7 +81,7 @@ pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| format!("'{text}' is not a time: write a number of seconds, for example 10 or 0.5, up to a day"))
 }
 
-/// The bytes that a number with or without a unit stands for, and whether it has a unit.
+/// Parses a number with or without a unit. Returns the bytes, and true if there is a unit.
 fn parse(text: &str) -> Option<(u64, bool)> {
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at_checked(end)?;
@@ -102,7 +102,7 @@ fn parse(text: &str) -> Option<(u64, bool)> {
     Some((bytes, !unit.is_empty()))
 }
 
-/// `1536` as `1.5 KiB`.
+/// Formats a size: 1536 as `1.5 KiB`.
 pub(crate) fn format_bytes(bytes: f64) -> String {
     let mut value = bytes;
     let mut units = ["B", "KiB", "MiB", "GiB"].into_iter();

@@ -1,5 +1,5 @@
-//! Values on the command line that are no quantities. One that can never be right is refused here, when the command line is
-//! read, and not when it is used.
+//! Parsers of command line values that are not quantities. Impossible values are refused when the command line is
+//! parsed.
 
 use std::path::PathBuf;
 

@@ -205,7 +205,7 @@ impl<'a> ControlClient<'a> {
                 return Ok(());
             }
             if !socket::ready(self.stream.as_fd(), PollFlags::POLLOUT, deadline)? {
-                return Err(io::Error::new(io::ErrorKind::TimedOut, "the client does not read"));
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "the client does not read its events"));
             }
         }
     }
@@ -259,7 +259,7 @@ pub fn serve(listener: UnixListener, handler: Arc<dyn CommandHandler>) {
             }
             Err(error) => {
                 if !std::mem::replace(&mut failing, true) {
-                    tracing::warn!(%error, "control socket: can't accept a connection, and goes on trying");
+                    tracing::warn!(%error, "control socket: can't accept a connection; trying again");
                 }
                 std::thread::sleep(Duration::from_secs(1));
             }
@@ -275,7 +275,7 @@ fn serve_connection(stream: &UnixStream, handler: &dyn CommandHandler) -> io::Re
         let quits = matches!(command, Ok(ControlCommand::Quit));
         let answer = match command {
             Ok(command) => handler.command(command, &client),
-            Err(error) => Err(format!("not a command: {error}")),
+            Err(error) => Err(format!("not a valid command: {error}")),
         };
         let (done, answer) = match answer {
             Ok(()) => (true, json!({"event": "ok"})),
@@ -357,7 +357,10 @@ fn is_vhost_user_socket(path: &Path) -> bool {
 fn explain_timeout(path: &Path, patience: Duration, error: io::Error) -> io::Error {
     match error.kind() {
         io::ErrorKind::TimedOut => {
-            let text = format!("{}: no answer within {patience:?}: the guest's process hangs", path.display());
+            let text = format!(
+                "{}: no reply within {patience:?}. The guest's process may be stuck; check its log",
+                path.display()
+            );
             io::Error::new(error.kind(), text)
         }
         _ => error,
@@ -375,9 +378,11 @@ fn connect(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
                 std::thread::sleep(RETRY_DELAY);
                 continue;
             }
-            io::ErrorKind::WouldBlock => "no connection is accepted: the guest's process hangs",
-            io::ErrorKind::NotFound => "no such socket: is the guest running, and is --control its socket?",
-            io::ErrorKind::ConnectionRefused => "nobody listens there any more: has the guest ended?",
+            io::ErrorKind::WouldBlock => "no connection is accepted. The guest's process may be stuck; check its log",
+            io::ErrorKind::NotFound => {
+                "no such socket. Is the guest's process running, and is this its --control path?"
+            }
+            io::ErrorKind::ConnectionRefused => "no process listens there. Has the guest's process ended?",
             io::ErrorKind::PermissionDenied => "no permission: run as the guest's user",
             _ => "can't connect",
         };
@@ -526,7 +531,7 @@ mod tests {
     #[test]
     fn a_missing_socket_error_gives_advice() {
         let error = call(Path::new("/nonexistent/socket"), &ControlCommand::Status, |_| ()).unwrap_err();
-        assert!(error.to_string().contains("is the guest running"), "{error}");
+        assert!(error.to_string().contains("Is the guest's process running"), "{error}");
     }
 
     #[test]
@@ -563,7 +568,7 @@ mod tests {
             let asked: Vec<_> = (0..4).map(|_| scope.spawn(|| call(&path, &ControlCommand::Cancel, |_| ()))).collect();
             for asked in asked {
                 let error = asked.join().unwrap().unwrap_err();
-                assert!(error.to_string().contains("the guest's process hangs"), "{error}");
+                assert!(error.to_string().contains("may be stuck"), "{error}");
             }
         });
     }

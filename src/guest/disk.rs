@@ -182,7 +182,7 @@ impl Disk {
     /// Records that the back-end is unavailable, and wakes the reconnector.
     fn mark_away(&self, error: Option<&FrontendError>) {
         let silent = error.and_then(|error| match error {
-            FrontendError::Interrupted { request } => Some(format!("{request} is not answered yet")),
+            FrontendError::Interrupted { request } => Some(format!("no reply to {request} yet")),
             _ => None,
         });
         self.away.store(true, Ordering::Relaxed);
@@ -191,9 +191,9 @@ impl Disk {
             *absence = Some(Outage { since: Instant::now(), reason: silent.clone() });
             drop(absence);
             match silent {
-                Some(why) => limited!(warn, "{}: {why}; the guest goes on without this device", self.name),
+                Some(why) => limited!(warn, "{}: {why}; the guest continues without this device", self.name),
                 None => {
-                    limited!(warn, "{}: the back-end has gone away or does not answer; connecting again", self.name)
+                    limited!(warn, "{}: the back-end has disconnected or does not reply; reconnecting", self.name)
                 }
             }
         }
@@ -213,7 +213,11 @@ impl Disk {
         let is_new = |absence: &&mut Outage| absence.reason != why && !(is_silent && absence.reason.is_some());
         if let Some(absence) = lock(&self.outage).as_mut().filter(is_new) {
             if why.is_some() {
-                limited!(warn, "{}: what answers can't go on for the back-end: {error}; connecting again", self.name);
+                limited!(
+                    warn,
+                    "{}: refused to reconnect to the process at this socket: {error}; trying again",
+                    self.name
+                );
             }
             absence.reason = why;
         }
@@ -346,7 +350,7 @@ impl Disk {
             self.reconnects.fetch_add(1, Ordering::Relaxed);
             self.resubmitted.fetch_add(found.resubmitted, Ordering::Relaxed);
             let requests = found.resubmitted;
-            limited!(info, "{}: connected to the back-end again, with {requests} requests to serve again", self.name);
+            limited!(info, "{}: reconnected to the back-end, which resubmits {requests} requests", self.name);
         }
         Ok(())
     }
@@ -355,7 +359,12 @@ impl Disk {
     fn mark_connected(&self) {
         self.away.store(false, Ordering::Relaxed);
         if let Some(absence) = lock(&self.outage).take() {
-            limited!(info, "{}: the back-end is back after {} ms", self.name, absence.since.elapsed().as_millis());
+            limited!(
+                info,
+                "{}: the back-end is connected again after {} ms",
+                self.name,
+                absence.since.elapsed().as_millis()
+            );
         }
     }
 
@@ -395,7 +404,7 @@ impl Disk {
     /// Handles events of the device.
     fn handle_events(&self) {
         for (index, doorbells) in self.doorbells.iter().enumerate().filter(|(_, doorbells)| doorbells.take_error()) {
-            limited!(warn, "{}: ring {index} is broken, and nothing more comes from it", self.name);
+            limited!(warn, "{}: ring {index} is broken and completes no more requests", self.name);
             doorbells.broken.store(true, Ordering::Relaxed);
         }
         let mut device = self.lock();

@@ -43,15 +43,13 @@ impl Guest {
             let Some(then) = then else { continue };
             let difference = match now {
                 None => {
-                    "nothing tells whether it holds what it held when the guest was saved: its back-end, or the image's \
-                         file system, knows no generations"
+                    "its generation is unknown, so that it can't be compared with the saved one: its back-end, or the \
+                         image's file system, does not support generations"
                 }
                 Some(now) if now.identity != then.identity => {
                     "it is another disk than the one that the guest was saved with, or a copy without its attributes"
                 }
-                Some(now) if now.generation != then.generation => {
-                    "it has gone on since the guest was saved: what it holds has been written to"
-                }
+                Some(now) if now.generation != then.generation => "it was written after the guest was saved",
                 Some(_) => continue,
             };
             return Err(GuestError::State(format!("{}: {difference}. {ADVICE}", disk.name)));

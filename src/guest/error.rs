@@ -13,7 +13,7 @@ use crate::ring::RingError;
 #[non_exhaustive]
 pub enum GuestError {
     /// An impossible configuration.
-    #[error("no such guest: {0}")]
+    #[error("impossible guest configuration: {0}")]
     Config(String),
     /// A device that the guest cannot use.
     #[error("{name}: the guest can't use this device: {why}")]
@@ -36,8 +36,8 @@ pub enum GuestError {
     WrongByte(#[from] Box<WrongByte>),
     /// A disk has contents that the guest would overwrite.
     #[error(
-        "{name}: sector {sector} of the disk holds something that no such guest has written: give it a blank disk, or \
-        --overwrite to lose that"
+        "{name}: sector {sector} of the disk holds data that no such guest has written. Use a blank disk, or \
+        --overwrite to destroy the data"
     )]
     ForeignContents {
         /// Name of the device.
@@ -58,7 +58,7 @@ pub enum GuestError {
         status: u8,
     },
     /// A request was not completed in time.
-    #[error("a request of queue {queue} got no answer for {seconds} s ({outstanding} are outstanding)")]
+    #[error("queue {queue}: a request was not completed within {seconds} s ({outstanding} are outstanding)")]
     LostRequest {
         /// Number of the queue, counted across all disks.
         queue: usize,
@@ -68,7 +68,9 @@ pub enum GuestError {
         seconds: u64,
     },
     /// A completion without an outstanding request.
-    #[error("queue {queue} completed descriptor {head}, which is no request: twice, or never asked for")]
+    #[error(
+        "queue {queue}: the device completed descriptor {head}, which has no outstanding request: completed twice, or never submitted"
+    )]
     DuplicateCompletion {
         /// Which queue of which disk, counted through.
         queue: usize,
@@ -90,7 +92,7 @@ pub enum GuestError {
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// A saved state that does not fit.
-    #[error("the guest can't go on here: {0}")]
+    #[error("the saved guest does not fit: {0}")]
     State(String),
     /// A call in the wrong state of the guest.
     #[error("the guest is {is}: {advice}")]
@@ -101,7 +103,7 @@ pub enum GuestError {
         advice: &'static str,
     },
     /// A check was ended by an [`Interrupt`](crate::frontend::Interrupt).
-    #[error("the check was ended before all was looked at; nothing wrong was found until then")]
+    #[error("the check was interrupted before its end; it had found no error")]
     Interrupted,
     /// An error of the system.
     #[error("can't {what}: {source}")]

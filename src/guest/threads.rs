@@ -133,7 +133,7 @@ impl GuestThreads {
     /// Stops all threads. Returns their work and the time of the last action (CLOCK_MONOTONIC, nanoseconds).
     pub(super) fn stop(self) -> Result<(Vec<Cpu>, Vec<Driver>, u64), GuestError> {
         self.stop.set();
-        let lost = || GuestError::State("one of its threads has panicked".into());
+        let lost = || GuestError::State("a thread of the guest has panicked".into());
         let cpus = self.cpus.into_iter().map(|thread| thread.join().ok().flatten().ok_or_else(lost));
         let cpus = cpus.collect::<Result<Vec<_>, _>>()?;
         let drivers = self.drivers.into_iter().map(|thread| thread.join().ok().flatten().ok_or_else(lost));

@@ -75,7 +75,7 @@ pub fn receive(
     let id = connection.id;
     outcomes.begin(connection.id, connection.one_way, &connection.channels, cancel)?;
     let start_time_limit = || {
-        let (outcomes, why) = (outcomes.clone(), format!("its switchover took longer than {switchover_timeout:?}"));
+        let (outcomes, why) = (outcomes.clone(), format!("the switchover took longer than {switchover_timeout:?}"));
         TimeLimit::start(switchover_timeout, move || {
             // A committed migration is not given up.
             let _ = outcomes.give_up(id, &why);

@@ -20,13 +20,13 @@ pub enum MigrateError {
     #[error(transparent)]
     Stream(StreamError),
     /// The destination failed, with its reason.
-    #[error("the destination gave up: {0}")]
+    #[error("the destination failed: {0}")]
     Destination(String),
     /// The source cancelled or failed, with its reason.
-    #[error("the source called the migration off: {0}")]
+    #[error("the source cancelled the migration: {0}")]
     Source(String),
     /// The peer sent a message that breaks the order of the handshake.
-    #[error("the peer sent {found} where {wanted} was due: do both sides run the same version?")]
+    #[error("the peer sent {found}, expected {wanted}. Do both sides run the same version?")]
     Handshake {
         /// The received message.
         found: String,
@@ -66,10 +66,10 @@ pub enum MigrateError {
         doing: &'static str,
     },
     /// A device was unavailable for too long when the guest was to be stopped.
-    #[error("the guest can't be stopped: {0}; it goes on here. Migrate again when the device is back")]
+    #[error("the guest can't be stopped and keeps running here: {0}. Migrate again when the device is back")]
     DeviceAway(String),
     /// The migration failed, and the guest could not resume here.
-    #[error("{error}; the guest could not go on here: {cause}. It is paused here: \"resume\" tries again")]
+    #[error("{error}. The guest could not resume here and is paused: {cause}. Run \"resume\" to try again")]
     NotResumed {
         /// Why the migration failed.
         error: Box<MigrateError>,
@@ -77,16 +77,16 @@ pub enum MigrateError {
         cause: VmError,
     },
     /// The guest is to continue here, and the destination is not a file or device.
-    #[error("the guest can go on here only if it is saved to a file or device: anywhere else it would run twice")]
+    #[error("the guest can continue here only if it is saved to a file or device: anywhere else it would run twice")]
     NotAFile,
     /// The guest was saved and was to continue here, and could not resume.
-    #[error("the guest is saved, and could not go on here: {0}. It is paused here: \"resume\" tries again")]
+    #[error("the guest is saved, but could not resume here and is paused: {0}. Run \"resume\" to try again")]
     SavedNotResumed(VmError),
     /// This destination has given up the migration for good.
     #[error("the migration was given up: {0}")]
     GivenUp(String),
     /// The guest has arrived and belongs to this destination, but could not be started. It is intact and paused.
-    #[error("the guest has arrived and is paused here: {0}. \"resume\" tries again")]
+    #[error("the guest has arrived and could not be started; it is paused here: {0}. Run \"resume\" to try again")]
     NotStarted(VmError),
     /// The destination has the guest and could not start it.
     #[error(
@@ -95,7 +95,7 @@ pub enum MigrateError {
     )]
     Held(String),
     /// The connection failed after the commit was sent, and the outcome query failed.
-    #[error("{error}; whether the destination runs the guest is not known: {reason}")]
+    #[error("{error}. It is unknown if the destination runs the guest: {reason}")]
     OutcomeUnknown {
         /// The error after the commit.
         error: Box<MigrateError>,
@@ -103,7 +103,7 @@ pub enum MigrateError {
         reason: String,
     },
     /// Everything was sent one way: nothing confirms that the guest runs at the other end.
-    #[error("everything was sent, but one way: nothing says that the guest runs at the other end")]
+    #[error("everything was sent one way: nothing confirms that the guest runs at the other end")]
     OneWay,
     /// All rounds were used, and the guest still dirties memory faster than it can be sent.
     #[error(

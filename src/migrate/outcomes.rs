@@ -55,11 +55,11 @@ enum Outcome {
 impl Outcomes {
     /// Returns the answer to an outcome query. A migration that is not committed is given up.
     pub fn answer(&self, id: MigrationId) -> ToSource {
-        self.give_up(id, "its source lost the connection and asked for the outcome before the commit had arrived");
+        self.give_up(id, "the source lost the connection and queried the outcome before the commit arrived");
         match self.lock().by_id.get(&id) {
             Some(Outcome::GivenUp(message)) => ToSource::Failed { message: message.clone() },
             Some(Outcome::Starting(_)) => {
-                ToSource::Held(Held { starting: true, message: "it is being started".into() })
+                ToSource::Held(Held { starting: true, message: "the guest is being started".into() })
             }
             Some(Outcome::Held(held)) => ToSource::Held(held.clone()),
             Some(Outcome::Started(started)) => ToSource::Started(*started),
@@ -133,7 +133,7 @@ impl Outcomes {
     ) -> Result<(), MigrateError> {
         let mut known = self.lock();
         if known.closed {
-            return Err(MigrateError::GivenUp("this destination ends".into()));
+            return Err(MigrateError::GivenUp("this destination is ending".into()));
         }
         if known.by_id.len() >= MAX_OUTCOMES {
             known.by_id.retain(|_, outcome| !matches!(outcome, Outcome::GivenUp(_)));
@@ -141,7 +141,7 @@ impl Outcomes {
         let begun = Outcome::Receiving { channels: channels.to_vec(), cancel: cancel.clone() };
         match known.by_id.entry(id) {
             // A file may be restored repeatedly.
-            Entry::Occupied(_) if !one_way => Err(MigrateError::GivenUp("its id was used before".into())),
+            Entry::Occupied(_) if !one_way => Err(MigrateError::GivenUp("the migration id was used before".into())),
             Entry::Occupied(mut known) => {
                 known.insert(begun);
                 Ok(())
@@ -167,7 +167,7 @@ impl Outcomes {
                 Ok(starting)
             }
             Some(Outcome::GivenUp(why)) => Err(MigrateError::GivenUp(why.clone())),
-            _ => Err(MigrateError::GivenUp("it is not under way".into())),
+            _ => Err(MigrateError::GivenUp("the migration is not under way".into())),
         }
     }
 

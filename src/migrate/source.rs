@@ -474,9 +474,9 @@ impl OutgoingMigration<'_> {
                 Ok(ToSource::Held(held)) if !held.starting => {
                     return Err((Stage::Committed, MigrateError::Held(held.message)));
                 }
-                Ok(ToSource::Held(_)) => ("it is starting the guest".into(), false),
-                Ok(ToSource::Unknown) => ("another process answers, which knows nothing of it".into(), true),
-                Ok(other) => (format!("it answered with {other:?}"), true),
+                Ok(ToSource::Held(_)) => ("the destination is starting the guest".into(), false),
+                Ok(ToSource::Unknown) => ("another process replied, which does not know this migration".into(), true),
+                Ok(other) => (format!("the destination replied with {other:?}"), true),
                 Err(error @ StreamError::NoReturnPath) => (error.to_string(), true),
                 Err(error) => (error.to_string(), false),
             };
@@ -551,8 +551,8 @@ impl OutgoingMigration<'_> {
                         (told, when) = (so_far, Instant::now());
                         if idle.starts_idle(siblings.iter().map(StreamChannel::bytes_sent).sum()) {
                             let message = format!(
-                                "nothing was taken for {IDLE_WARNING_TIME:?}: the other end hangs, or the way to it does. The guest \
-                                 runs here, and goes on here if that lasts"
+                                "nothing was read by the destination for {IDLE_WARNING_TIME:?}: it or the network may be stuck. The guest \
+                                 runs here, and keeps running here if the migration fails"
                             );
                             tell(MigrationEvent::Warning { message });
                         }

@@ -24,10 +24,10 @@ pub enum StreamError {
         theirs: u16,
     },
     /// A save to this file or device was cancelled, failed or was killed before it was complete.
-    #[error("this save was not finished: the source was killed, cancelled or failed. Save the guest again")]
+    #[error("this save is incomplete: the source was killed, cancelled or failed. Save the guest again")]
     Unfinished,
     /// Another file took the name of a `file:` URI while this save was under way.
-    #[error("{}: another save has taken this name since this one began: save under another name", .0.display())]
+    #[error("{}: another save has taken this name since this one started. Save under another name", .0.display())]
     NameTaken(PathBuf),
     /// A record has a version that this program cannot read.
     #[error("{}", version_advice(.record, *.ours, *.theirs))]
@@ -46,7 +46,7 @@ pub enum StreamError {
     #[error("the stream ended before the migration did: the peer went away or the file is incomplete")]
     Ended,
     /// A checksum does not match.
-    #[error("the checksum of {what} number {sequence} does not fit: the stream was damaged on its way")]
+    #[error("checksum mismatch in {what} {sequence}: the stream was damaged on its way")]
     Checksum {
         /// The damaged item.
         what: &'static str,
@@ -54,7 +54,7 @@ pub enum StreamError {
         sequence: u64,
     },
     /// A frame was lost, repeated or belongs to another stream.
-    #[error("frame {found} came where frame {wanted} was due: frames were lost or mixed up on the way")]
+    #[error("received frame {found}, expected frame {wanted}: frames were lost or reordered on the way")]
     Sequence {
         /// The expected number.
         wanted: u64,
@@ -83,7 +83,7 @@ pub enum StreamError {
         why: String,
     },
     /// A valid frame at the wrong point of the handshake.
-    #[error("a {found} frame came where {wanted} was due")]
+    #[error("received a {found} frame, expected {wanted}")]
     Unexpected {
         /// The received frame.
         found: FrameKind,
@@ -143,10 +143,10 @@ pub enum StreamError {
         status: String,
     },
     /// The outcome cannot be queried: the migration used a connection that cannot be made again.
-    #[error("the destination can't be asked again: only tcp: and unix: can be connected to a second time")]
+    #[error("the outcome can't be queried: only tcp: and unix: destinations accept a second connection")]
     NoReturnPath,
     /// The peer closed the connection.
-    #[error("the peer closed the connection: its own log says why")]
+    #[error("the peer closed the connection: see its log for the reason")]
     PeerGone,
     /// The file system of a `file:` transport is full.
     #[error("no space left for the migration file: free some space or name another file")]
@@ -183,5 +183,5 @@ impl From<StreamError> for io::Error {
 
 fn version_advice(what: &str, ours: u16, theirs: u16) -> String {
     let (newer, older) = if theirs > ours { ("the peer", "this program") } else { ("this program", "the peer") };
-    format!("{what} version {theirs} came, this program speaks {ours}: {newer} is newer, update {older}")
+    format!("received {what} version {theirs}, this program uses version {ours}: {newer} is newer, update {older}")
 }

@@ -494,7 +494,10 @@ mod tests {
     fn a_record_version_error_names_the_side_to_update() {
         let bytes = encode(3, &state()).unwrap();
         let error = decode::<State>("disk state", 2, &bytes, MAX_STATE).unwrap_err().to_string();
-        assert_eq!(error, "disk state version 3 came, this program speaks 2: the peer is newer, update this program");
+        assert_eq!(
+            error,
+            "received disk state version 3, this program uses version 2: the peer is newer, update this program"
+        );
     }
 
     #[test]

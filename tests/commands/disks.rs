@@ -89,11 +89,11 @@ fn a_restore_onto_a_changed_disk_needs_ignore_disk_generation() {
     restored(&mut host, &backend, "first", &["--incoming", &file]);
 
     let words = refused(&host, &backend, &file);
-    assert!(words.contains("again.vhost: it has gone on since the guest was saved"), "{words}");
+    assert!(words.contains("again.vhost: it was written after the guest was saved"), "{words}");
     assert!(words.contains("--ignore-disk-generation"), "{words}");
     // Nor by a back-end that was started since.
     let later = host.backend("later.vhost");
-    assert!(refused(&host, &later, &file).contains("has gone on since the guest was saved"));
+    assert!(refused(&host, &later, &file).contains("was written after the guest was saved"));
     let forced = host.guest_on(&later, "forced", &["--incoming", &file, "--ignore-disk-generation"]);
     wait_for_state(&forced, "paused");
 }
@@ -117,8 +117,8 @@ fn a_snapshot_is_restored_onto_the_disk_copy_made_with_it_and_refused_on_the_liv
         backend_on(&mut host, &image, &format!("{name}.vhost"), &[])
     });
     let backend = host.backend("disk.vhost");
-    assert!(refused(&host, &backend, &file).contains("has gone on since the guest was saved"));
-    assert!(refused(&host, &late, &file).contains("has gone on since the guest was saved"));
+    assert!(refused(&host, &backend, &file).contains("was written after the guest was saved"));
+    assert!(refused(&host, &late, &file).contains("was written after the guest was saved"));
     for another in [&bare, &other] {
         let words = refused(&host, another, &file);
         assert!(words.contains("another disk than the one that the guest was saved with"), "{words}");

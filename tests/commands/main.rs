@@ -186,7 +186,7 @@ fn wait_until_listening(control: &Path) -> String {
     loop {
         let answer = send_command(control, &json!({"command": "cancel"})).unwrap().pop().unwrap();
         let message = answer["message"].as_str().unwrap_or_default();
-        if message.contains("no migration has come yet") {
+        if message.contains("no migration has started yet") {
             return message.into();
         }
         assert!(Instant::now() < deadline, "it does not wait for a migration: {answer}");
@@ -714,7 +714,7 @@ fn a_startup_failure_is_reported_in_one_line() {
         (&["backend", "blk", "--socket", "/tmp/s", "--image", "/nonexistent/image"][..], "/nonexistent/image"),
         (&["backend", "blk", "--socket", "/nonexistent/s", "--image", disk], "directory"),
         (&["backend", "blk", "--socket", disk, "--image", disk], "no socket"),
-        (&["dirty-rate", "--control", "/nonexistent/c"], "is the guest running"),
+        (&["dirty-rate", "--control", "/nonexistent/c"], "Is the guest's process running"),
         (&["inspect", "log", "/nonexistent/log"], "/nonexistent/log"),
         (&["inspect", "stream", disk], "not a migration stream"),
     ] {

@@ -123,7 +123,7 @@ fn a_guest_of_unknown_outcome_stays_paused_until_resume_or_forget() {
     let source = source_of_unknown_outcome(&mut host, [ToSource::Unknown, ToSource::Unknown]);
     for command in ["pause", "quit"] {
         let words = expect_error(&source, json!({"command": command}));
-        assert!(words.contains("resume it if the destination does not run it"), "{command}: {words}");
+        assert!(words.contains("run resume if the destination does not run it"), "{command}: {words}");
     }
     assert_eq!(migrate(&source, "unix:/nonexistent/socket", &[]).status.code(), Some(3));
     // The destination does not run it.
@@ -155,7 +155,11 @@ fn resume_is_refused_when_the_destination_has_the_guest() {
     assert!(text(&output.stderr).contains("its disk is away"), "{}", text(&output.stderr));
     assert_eq!((output.status.code(), &status(&source).unwrap()["state"]), (Some(1), &json!("outcome_unknown")));
     let output = command("resume", &source);
-    assert!(text(&output.stderr).contains("the destination says that it runs the guest"), "{}", text(&output.stderr));
+    assert!(
+        text(&output.stderr).contains("the destination confirms that it runs the guest"),
+        "{}",
+        text(&output.stderr)
+    );
     assert_eq!((output.status.code(), &status(&source).unwrap()["state"]), (Some(1), &json!("migrated")));
 }
 
@@ -307,7 +311,9 @@ fn migrate_exits_with_5_without_contact_to_the_guest_process() {
     let words = text(&output.stderr);
     assert_eq!(output.status.code(), Some(5), "{words}");
     assert!(
-        words.contains("no contact") && words.contains("is the guest running") && !words.contains("runs here"),
+        words.contains("no contact")
+            && words.contains("Is the guest's process running")
+            && !words.contains("runs here"),
         "{words}"
     );
 

@@ -55,7 +55,7 @@ fn cancel_ends_waits_for_a_hanging_back_end_and_the_guest_goes_on() {
     let source = host.source();
     let rate = json!({"command": "dirty_rate", "seconds": 1.0, "bandwidth": 1 << 30, "downtime_ms": 300});
     for (command, busy, words) in [
-        (json!({"command": "verify"}), "a verification", "ended before all was looked at"),
+        (json!({"command": "verify"}), "a verification", "was interrupted before its end"),
         (rate, "a measurement", "the measurement was ended"),
     ] {
         signal(&host.running[0], Signal::SIGSTOP);

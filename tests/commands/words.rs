@@ -49,7 +49,7 @@ fn the_guest_process_logs_start_departure_arrival_and_end() {
     let (destination, there) = writing(&mut host, "destination", &["--incoming", &uri]);
     wait_for_state(&destination, "absent");
     assert_completed(&migrate(&source, &uri, &[]));
-    assert!(read(&here).contains(&format!("the guest has left for {uri}")), "{}", read(&here));
+    assert!(read(&here).contains(&format!("the guest has moved to {uri}")), "{}", read(&here));
     wait_for_state(&destination, "running");
     assert!(read(&there).contains(&format!("a guest has arrived at {uri} and runs here")), "{}", read(&there));
     expect_ok(&source, "quit");
@@ -68,16 +68,16 @@ fn each_side_reports_a_cancellation_by_the_other() {
     wait_for_state(&destination, "absent");
     wait_until_listening(&destination);
     let deadline = Instant::now() + PATIENCE;
-    for (cancelled, words) in [(&source, "the source called the migration off: cancelled"), (&destination, "")] {
+    for (cancelled, words) in [(&source, "the source cancelled the migration: cancelled"), (&destination, "")] {
         loop {
             assert!(Instant::now() < deadline, "{}", read(&log));
             let (mut slow, _events) = slow_migration(&source, &uri);
             let before = read(&log).len();
             expect_ok(cancelled, "cancel");
             let why = expect_failure(&mut slow);
-            wait_for_log(&log, "no guest arrived");
+            wait_for_log(&log, "no guest has arrived");
             let told = match words {
-                "" => why.contains("it was cancelled at the destination"),
+                "" => why.contains("cancelled at the destination"),
                 words => read(&log)[before..].contains(words),
             };
             if told {
@@ -98,7 +98,7 @@ fn a_source_warns_within_seconds_that_its_destination_reads_nothing() {
     let (mut migration, mut events) = migrating(&source, &uri);
     signal(host.running.last().unwrap(), Signal::SIGSTOP);
     let warning = events.find(|event| event["event"] == "warning").expect("it fails without a warning");
-    assert!(warning["message"].as_str().unwrap().contains("nothing was taken for 5s"), "{warning}");
+    assert!(warning["message"].as_str().unwrap().contains("nothing was read by the destination for 5s"), "{warning}");
     signal(host.running.last().unwrap(), Signal::SIGCONT);
     expect_ok(&source, "cancel");
     expect_failure(&mut migration);
@@ -117,7 +117,7 @@ fn a_snapshot_of_a_running_guest_gives_a_warning() {
     verify(&source);
     let backend = host.backend("again.vhost");
     expect_ok(&source, "quit");
-    assert!(refused(&host, &backend, &file).contains("has gone on since the guest was saved"));
+    assert!(refused(&host, &backend, &file).contains("was written after the guest was saved"));
 }
 
 #[test]

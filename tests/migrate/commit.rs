@@ -243,7 +243,7 @@ fn an_unknown_migration_id_leaves_the_guest_paused_at_its_source() {
     });
     let failure = left.failure();
     assert_eq!(failure.location, GuestLocation::OutcomeUnknown, "{failure}");
-    assert!(failure.to_string().contains("knows nothing of it"), "{failure}");
+    assert!(failure.to_string().contains("does not know this migration"), "{failure}");
     guest.assert_kept_paused();
     other.cancel().expect_failure();
     guest.resume_unharmed();

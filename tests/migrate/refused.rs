@@ -180,7 +180,7 @@ fn a_source_that_breaks_the_handshake_order_is_refused() {
                 _ => {}
             }
         };
-        assert!(words.contains(" was due"), "{script:?}: {words}");
+        assert!(words.contains("expected "), "{script:?}: {words}");
         destination.join().expect_failure();
     }
 }
@@ -220,7 +220,7 @@ fn the_source_reports_what_is_wrong_with_the_peers_header() {
     let failure = failure_with_reply_bytes(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n");
     assert!(matches!(stream_error(&failure), StreamError::NotAStream), "{failure}");
     let failure = failure_with_reply_bytes(b"short");
-    assert!(failure.to_string().contains("closed the connection without an answer"), "{failure}");
+    assert!(failure.to_string().contains("closed the connection without a reply"), "{failure}");
 }
 
 #[test]

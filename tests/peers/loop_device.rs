@@ -66,7 +66,7 @@ fn a_guest_works_on_a_block_device_and_its_back_end_may_be_killed() {
             wait_for("the guest works", || (guest.stats().completions >= goal).then_some(()));
             backend.kill();
             backend.restart();
-            wait_for("the back-end is back", || (guest.stats().reconnects >= kills).then_some(()));
+            wait_for("the back-end is connected again", || (guest.stats().reconnects >= kills).then_some(()));
         }
         assert!(guest.verify().unwrap().disk > 0);
         assert_eq!((guest.stats().lost, guest.stats().duplicates), (0, 0));

@@ -1,4 +1,4 @@
-//! `inspect inflight`: the requests in flight in an inflight region, and what a restarted back-end would do.
+//! `inspect inflight`: lists the requests in an inflight region that a restarted back-end would resubmit.
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
@@ -15,25 +15,25 @@ use zerocopy::FromBytes;
 use super::{Inspection, LinePrinter, open};
 use crate::wrong_arguments;
 
-/// The way to read the region.
+/// Arguments for decoding the region.
 #[derive(Debug, clap::Args)]
 pub(super) struct RegionArguments {
     /// Queues of the region
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     queues: u16,
-    /// Entries of each queue; found from the region if left out, or from its size while no queue has been used
+    /// Size of each queue; by default taken from the region, or from its size while no queue has been used
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUE_SIZE)))]
     queue_size: Option<u16>,
-    /// The used index in a queue's ring, as QUEUE:INDEX; without it the region's own is taken
+    /// Used index of a queue's ring, as QUEUE:INDEX; by default the region's own
     #[arg(long, value_name = "QUEUE:INDEX", value_parser = used_index)]
     used: Vec<(u16, u16)>,
     /// The region is for packed rings
     #[arg(long, conflicts_with = "used")]
     packed: bool,
-    /// A queue whose last batch stands in its packed ring; without it a batch under way is taken for lost
+    /// A queue whose last batch is in its packed ring; without it a batch under way counts as lost
     #[arg(long, value_name = "QUEUE", requires = "packed")]
     published: Vec<u16>,
-    /// Most requests to list, of all queues together
+    /// Maximum number of requests to list, of all queues together
     #[arg(long, default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
     requests: u32,
 }
@@ -54,13 +54,13 @@ pub(super) fn inspect(file: &Path, region: &RegionArguments, lines: &LinePrinter
     Ok(json!({"queues": queues}).into())
 }
 
-/// Requests that may still be listed.
+/// Limits the number of listed requests.
 struct RequestList {
     left: u32,
 }
 
 impl RequestList {
-    /// Prints and returns those of `requests` that may be listed. `describe` makes the line and the JSON of one.
+    /// Prints and returns `requests` up to the limit. `describe` formats the line and the JSON of one.
     fn list<T>(
         &mut self,
         requests: &[T],
@@ -130,7 +130,7 @@ fn packed(bytes: &RegionFile, region: &RegionArguments, lines: &LinePrinter) -> 
     for queue in 0..region.queues {
         let part = bytes.read_queue(RingKind::Packed, queue, queue_size)?;
         let header: PackedHeader = parse_header(&part)?;
-        // The ring itself is not at hand: its descriptors look as they are said to.
+        // The ring itself is not available: the arguments define its descriptors.
         let used = (header.old_used_wrap_counter == 1) == region.published.contains(&queue);
         let flags = u16::from(used) << PACKED_DESC_F_USED;
         let recovery = recover_packed(&part, queue_size, queue_size, RingBase::default(), |_| flags)
@@ -183,7 +183,7 @@ fn print_in_flight(lines: &LinePrinter, queue_size: u16, count: usize, goes_on: 
     }
 }
 
-/// A region, of which one queue's part is read at a time.
+/// A region file, read one queue at a time.
 struct RegionFile {
     file: File,
     len: u64,
@@ -200,7 +200,7 @@ impl RegionFile {
         }
     }
 
-    /// Entries of each queue, where the first one has `told` them, or 0 while it was not used.
+    /// Returns the size of each queue. `told` is the size in the first queue's header, or 0 if it was not used.
     fn queue_size(&self, kind: RingKind, region: &RegionArguments, told: u16) -> Result<u16, String> {
         let mut sizes = (1..=MAX_QUEUE_SIZE as u16).filter(|size| kind == RingKind::Packed || size.is_power_of_two());
         let fits = |size: &u16| kind.queue_bytes(*size) * u64::from(region.queues) == self.len;

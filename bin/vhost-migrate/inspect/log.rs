@@ -1,5 +1,5 @@
-//! `inspect log`: the pages that a dirty log marks. A log is bits and nothing else: what a file is can only be told from
-//! what it is not, from the name of its memfd, and from the memory that it must cover.
+//! `inspect log`: lists the pages marked in a dirty log. A log has no header: a file is identified by excluding other
+//! formats, by the name of its memfd, and by the memory that it must cover.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -13,7 +13,7 @@ use vhost_migrate::stream::frame::MAGIC;
 use super::{Inspection, LinePrinter, open};
 use crate::units::format_bytes;
 
-/// First bytes of files that are no logs, and what they are.
+/// First bytes of other formats, and their names.
 const OTHER_FORMATS: [(&[u8], &str); 8] = [
     (&MAGIC, "a migration stream: use inspect stream"),
     (b"QFI\xfb", "a qcow2 image"),
@@ -24,10 +24,10 @@ const OTHER_FORMATS: [(&[u8], &str); 8] = [
     (b"PK\x03\x04", "a zip file"),
     (b"QEVM", "a migration stream of QEMU"),
 ];
-/// Bytes of a log that are looked at together.
+/// Bytes of a log that are read together.
 const CHUNK_BYTES: usize = 64 << 10;
 
-/// What the bits of a log say, taken in one byte after the other.
+/// The marked pages of a log, collected byte by byte.
 #[derive(Default)]
 struct MarkedPages {
     bytes: u64,
@@ -125,7 +125,7 @@ pub(super) fn inspect(
     Ok(Inspection { json, doubt })
 }
 
-/// What the first bytes of a file are, if they are not a log's.
+/// Returns the name of another format, by the first bytes of a file.
 fn other_format(head: &[u8]) -> Option<&'static str> {
     if head.is_empty() {
         return Some("empty");
@@ -134,7 +134,7 @@ fn other_format(head: &[u8]) -> Option<&'static str> {
     known.map(|(_, what)| *what).or_else(|| is_text(head).then_some("text"))
 }
 
-/// Returns true for words. The last character may be cut.
+/// Returns true for text. The last character may be incomplete.
 fn is_text(head: &[u8]) -> bool {
     let valid = match std::str::from_utf8(head) {
         Ok(text) => text,

@@ -1,5 +1,5 @@
-//! `inspect stream`: the frames of a saved migration, and whether a guest can be restored from them. Every frame that
-//! restoring needs must be there, in order, and whole.
+//! `inspect stream`: lists the frames of a saved migration and checks that a guest can be restored from them: every
+//! needed frame must be present, in order and complete.
 
 use std::io::{BufReader, Seek};
 use std::path::Path;
@@ -148,7 +148,7 @@ pub(super) fn inspect(file: &Path, lines: &LinePrinter) -> Result<Inspection, St
     lines.print(format_args!(
         "{frames} frames, complete, all checksums right: {data_pages} pages with contents and {zero_pages} zero in {rounds} rounds"
     ));
-    // A device has what was on it before; the stream ends with its commit.
+    // A device may contain older data; the stream ends with its commit.
     let rest = unread_bytes(reader.into_inner());
     if let Some(rest) = rest.filter(|rest| *rest > 0) {
         lines.print(format_args!("{rest} bytes follow, which are not part of it"));
@@ -161,14 +161,14 @@ pub(super) fn inspect(file: &Path, lines: &LinePrinter) -> Result<Inspection, St
     Ok(json.into())
 }
 
-/// Numbers of 128 bits as text: not every reader of JSON has them.
+/// Formats 128-bit numbers as text, because not every JSON parser supports them.
 fn disks_to_json(disks: &[Option<DiskGeneration>]) -> Value {
     let hex = |number| format!("{number:032x}");
     let json = |disk: &DiskGeneration| json!({"identity": hex(disk.identity), "generation": hex(disk.generation)});
     disks.iter().map(|disk| disk.as_ref().map_or(Value::Null, json)).collect()
 }
 
-/// Bytes of a file that were not read; `None` if that can't be told.
+/// Returns the number of bytes of the file that were not read; `None` if unknown.
 fn unread_bytes(mut bytes: BufReader<std::fs::File>) -> Option<u64> {
     let at = bytes.stream_position().ok()?;
     let metadata = bytes.get_ref().metadata().ok()?;

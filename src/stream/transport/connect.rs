@@ -118,7 +118,7 @@ fn check_header_reply(
             Err(uri.error(advice, None))
         }
         Err(StreamError::Truncated(_) | StreamError::PeerGone) => {
-            Err(uri.error("the destination closed the connection without an answer: its own log says why", None))
+            Err(uri.error("the destination closed the connection without a reply: see its log for the reason", None))
         }
         Err(error) => Err(error),
     }
