@@ -1,4 +1,4 @@
-//! Live migration, dirty logging and crash-resume for vhost devices.
+//! Live migration, dirty logging and crash recovery for vhost devices.
 //!
 //! # Features
 //!

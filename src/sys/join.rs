@@ -1,4 +1,4 @@
-//! Threads that have been told to end, waited for within a limit.
+//! Waiting, within a limit, for threads that have been told to end.
 #![forbid(unsafe_code)]
 
 use std::thread::JoinHandle;
@@ -6,15 +6,17 @@ use std::time::{Duration, Instant};
 
 use tracing::error;
 
-/// How long a thread may take that only has to look up.
-const LIMIT: Duration = Duration::from_secs(10);
-/// How often to look at it.
-const NAP: Duration = Duration::from_micros(200);
+/// Longest wait for a thread that only has to notice that it was told to end.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// Interval between looks at the thread.
+const POLL_INTERVAL: Duration = Duration::from_micros(200);
 
-/// Waits for a thread that has been told to end and has nothing to finish. One that does not is left behind: a peer that
-/// keeps a lock of the kernel's on a file that it shares must not stop the others.
+/// Waits for a thread that has been told to end and has no work to finish.
+///
+/// A thread that does not end within 10 s is left behind: a peer that holds a kernel lock on a shared file can block that
+/// thread, and must not block the others.
 pub(crate) fn join(thread: JoinHandle<()>) {
-    join_within(thread, LIMIT);
+    join_within(thread, JOIN_TIMEOUT);
 }
 
 fn join_within(thread: JoinHandle<()>, limit: Duration) {
@@ -22,11 +24,11 @@ fn join_within(thread: JoinHandle<()>, limit: Duration) {
     while !thread.is_finished() {
         if Instant::now() >= deadline {
             let name = thread.thread().name().unwrap_or("without a name");
-            return error!("the thread {name:?} has not ended within {} s and is left behind", limit.as_secs_f64());
+            return error!("thread {name:?} has not ended within {} s: left running", limit.as_secs_f64());
         }
-        std::thread::sleep(NAP);
+        std::thread::sleep(POLL_INTERVAL);
     }
-    // A panic was reported when it happened.
+    // The panic hook has already reported a panic.
     let _ = thread.join();
 }
 
@@ -37,14 +39,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_thread_that_does_not_end_is_left_behind_and_one_that_ends_is_waited_for() {
+    fn join_waits_for_a_thread_that_ends_and_leaves_one_that_does_not_behind() {
         let (release, held) = channel::<()>();
         let (ended, has_ended) = channel();
         let thread = std::thread::spawn(move || _ = held.recv().or(ended.send(())));
         join_within(thread, Duration::from_millis(20));
         assert!(has_ended.try_recv().is_err());
         drop(release);
-        has_ended.recv_timeout(LIMIT).unwrap();
+        has_ended.recv_timeout(JOIN_TIMEOUT).unwrap();
         let (ended, has_ended) = channel();
         join(std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(20));

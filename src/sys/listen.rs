@@ -1,7 +1,7 @@
-//! Listening on a UNIX socket path, with words for everything that can be in the way.
+//! Listening on a UNIX socket path: stale sockets are replaced, and every refusal says what to do.
 //!
-//! A path is taken and given back under a lock of its directory (flock): between the look at what is there and the change
-//! no other process that does the same can come.
+//! A path is bound and removed under an advisory lock (flock) of its directory. Between the check of the path and the
+//! change no other process that takes the same lock can bind or remove it.
 
 use std::fs::{File, TryLockError};
 use std::io;
@@ -16,22 +16,23 @@ use super::socket;
 /// Longest path of a UNIX socket, bytes.
 #[cfg_attr(not(feature = "command"), allow(unreachable_pub))]
 pub const MAX_SOCKET_PATH: usize = 107;
-/// Longest wait for other processes that take a path in the same directory.
+/// Longest wait for the directory lock, which other processes hold only while they bind or remove a path.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often to look.
+/// Interval between attempts to take the directory lock.
 const LOCK_RETRY_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Why a path can't be listened on, and what to do.
+/// A refusal to listen on a path.
 #[derive(Debug)]
 pub(crate) struct ListenError {
+    /// The reason and the remedy, for a message that begins with the path.
     pub(crate) advice: String,
     pub(crate) source: Option<io::Error>,
 }
 
-/// The sockets of this process that are there.
+/// All sockets that this process has bound and not yet removed.
 static BOUND_SOCKETS: Mutex<Vec<Arc<BoundSocket>>> = Mutex::new(Vec::new());
 
-/// A path that this process listens on. The socket there is removed with it.
+/// A path that this process listens on. Dropping it removes the socket from the file system.
 #[derive(Debug)]
 pub(crate) struct SocketPathGuard(Arc<BoundSocket>);
 
@@ -39,17 +40,17 @@ impl Drop for SocketPathGuard {
     fn drop(&mut self) {
         let mut all = bound_sockets();
         let ours = all.iter().position(|other| Arc::ptr_eq(other, &self.0)).map(|at| all.swap_remove(at));
-        // No longer held: another one waits for no directory.
+        // Released before the directory lock is waited for, so that sockets in other directories do not wait.
         drop(all);
-        // One that is not among them was removed by `remove_all`.
-        ours.iter().for_each(|bound_sockets| bound_sockets.remove());
+        // A socket that is not in the list was removed by `remove_all`.
+        ours.iter().for_each(|socket| socket.remove());
     }
 }
 
-/// Removes all sockets of this process, for one that is about to end.
+/// Removes all sockets of this process from the file system. Call it before the process exits.
 pub(crate) fn remove_all() {
     let all = std::mem::take(&mut *bound_sockets());
-    all.iter().for_each(|bound_sockets| bound_sockets.remove());
+    all.iter().for_each(|socket| socket.remove());
 }
 
 fn bound_sockets() -> MutexGuard<'static, Vec<Arc<BoundSocket>>> {
@@ -59,8 +60,9 @@ fn bound_sockets() -> MutexGuard<'static, Vec<Arc<BoundSocket>>> {
 #[derive(Debug)]
 struct BoundSocket {
     path: PathBuf,
-    /// Device and inode of the socket there.
+    /// Device and inode number of the socket.
     inode: (u64, u64),
+    /// Directory of the path, which is locked for changes.
     directory: File,
 }
 
@@ -76,34 +78,38 @@ impl BoundSocket {
     }
 }
 
-/// Listens at `path`. A socket that a dead process left there is replaced; a living one, or another file, is not.
+/// Listens at `path`. A socket that no process listens on is replaced.
+///
+/// # Errors
+/// [`ListenError`] if the path is too long, if a process listens there, if the path is another kind of file, or if the system
+/// refuses.
 pub(crate) fn listen(path: &Path) -> Result<(UnixListener, SocketPathGuard), ListenError> {
     if path.as_os_str().len() > MAX_SOCKET_PATH {
-        return Err(refused(&format!("the path is longer than {MAX_SOCKET_PATH} bytes, use a shorter one"), None));
+        return Err(refused(&format!("the path is longer than {MAX_SOCKET_PATH} bytes: use a shorter one"), None));
     }
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let directory = File::open(parent).map_err(system_error)?;
     if !lock(&directory) {
-        return Err(refused("its directory is locked by another process, end that", None));
+        return Err(refused("its directory is locked by another process: end that process", None));
     }
     let bound = bind(path).and_then(|listener| Ok((listener, inode(path).map_err(system_error)?)));
     let _ = directory.unlock();
     let (listener, inode) = bound?;
-    let place = Arc::new(BoundSocket { path: path.into(), inode, directory });
-    bound_sockets().push(place.clone());
-    Ok((listener, SocketPathGuard(place)))
+    let socket = Arc::new(BoundSocket { path: path.into(), inode, directory });
+    bound_sockets().push(socket.clone());
+    Ok((listener, SocketPathGuard(socket)))
 }
 
 fn bind(path: &Path) -> Result<UnixListener, ListenError> {
     match UnixListener::bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             if !std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
-                return Err(refused("a file that is no socket is there, move it or use another path", None));
+                return Err(refused("a file that is not a socket is there: move it or use another path", None));
             }
             if !matches!(socket::connect(path), Err(e) if e.kind() == io::ErrorKind::ConnectionRefused) {
-                return Err(refused("another process listens there, end it or use another path", None));
+                return Err(refused("another process listens there: end it or use another path", None));
             }
-            tracing::info!("{}: replaces a socket that nobody listens on", path.display());
+            tracing::info!("{}: replacing a socket that no process listens on", path.display());
             std::fs::remove_file(path).and_then(|()| UnixListener::bind(path)).map_err(system_error)
         }
         other => other.map_err(system_error),
@@ -116,15 +122,18 @@ fn refused(advice: &str, source: Option<io::Error>) -> ListenError {
 
 fn system_error(error: io::Error) -> ListenError {
     let advice = match error.kind() {
-        io::ErrorKind::NotFound => "its directory doesn't exist, make it first".into(),
-        io::ErrorKind::PermissionDenied => "no permission, use a directory you may read and write".into(),
+        io::ErrorKind::NotFound => "its directory does not exist: create it first".into(),
+        io::ErrorKind::PermissionDenied => {
+            "permission denied: use a directory that this user may read and write".into()
+        }
         _ => error.to_string(),
     };
     ListenError { advice, source: Some(error) }
 }
 
-/// Takes the lock of a directory, which whoever has it gives back at once; false if that does not happen. A file system that
-/// has no such locks is done without.
+/// Locks a directory. Returns false if another process holds the lock for longer than [`LOCK_TIMEOUT`].
+///
+/// Returns true without a lock on a file system that has no locks of this kind.
 fn lock(directory: &File) -> bool {
     let deadline = Instant::now() + LOCK_TIMEOUT;
     loop {
@@ -152,14 +161,14 @@ mod tests {
 
     use super::*;
 
-    /// What a process leaves that is killed.
+    /// Leaves a socket without a listener, as a killed process does.
     fn leave_stale(path: &Path) {
         let _ = std::fs::remove_file(path);
         drop(UnixListener::bind(path).unwrap());
     }
 
     #[test]
-    fn of_those_that_start_at_once_exactly_one_listens_whatever_was_left_there() {
+    fn exactly_one_of_several_simultaneous_listeners_replaces_a_stale_socket() {
         const STARTS: usize = 4;
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
@@ -175,7 +184,7 @@ mod tests {
                 threads.into_iter().map(|thread| thread.join().unwrap()).collect()
             });
             let listening: Vec<_> = started.into_iter().filter_map(Result::ok).collect();
-            let [(listener, _place)] = listening.as_slice() else { panic!("{} in round {round}", listening.len()) };
+            let [(listener, _guard)] = listening.as_slice() else { panic!("{} in round {round}", listening.len()) };
             let _client = UnixStream::connect(&path).unwrap();
             listener.set_nonblocking(true).unwrap();
             listener.accept().unwrap();
@@ -183,11 +192,11 @@ mod tests {
     }
 
     #[test]
-    fn whoever_ends_leaves_its_successors_socket_there() {
+    fn dropping_a_guard_does_not_remove_a_successors_socket() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let first = listen(&path).unwrap();
-        // As an operator makes room for a successor.
+        // As an operator does to start a successor beside a running process.
         std::fs::rename(&path, folder.path().join("old")).unwrap();
         let second = listen(&path).unwrap();
         drop(first);

@@ -1,5 +1,7 @@
-//! The corner for system calls that the safe wrappers in use don't cover and that several rooms need: fd passing,
-//! listening at a path, all that comes through a pipe. Each is behind a safe function.
+//! System calls that several modules need and that the wrappers in use (nix, std) do not cover: fd passing, listening at a
+//! path, reads and writes that never block, extended attributes.
+//!
+//! Each is behind a safe function. System calls that one module alone needs stay in that module.
 
 pub(crate) mod counters;
 pub(crate) mod join;

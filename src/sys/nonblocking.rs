@@ -1,9 +1,9 @@
-//! Reads and writes of descriptors that a peer has as well, which return at once whatever the peer does.
+//! Reads and writes of descriptors that a peer shares. They return at once whatever the peer does (rules F9.1, F9.2).
 //!
-//! O_NONBLOCK is a flag of the open file, and so the peer's, too: it can be taken back at any time. Nor does a poll help,
-//! as the peer may fill or empty the file right after it (rules F9.1, F9.2). RWF_NOWAIT and MSG_DONTWAIT belong to one call. A write
-//! to an eventfd has no such flag; the kernel's own signals never wait, and asynchronous I/O (io_submit) gives one for
-//! every completion.
+//! O_NONBLOCK is a flag of the open file, which the peer can clear at any time. A poll does not help either: the peer may
+//! fill or empty the file right after it. RWF_NOWAIT and MSG_DONTWAIT apply to one call, so they are used here. A write to
+//! an eventfd has no such flag. Signals that the kernel itself sends to an eventfd never block, and asynchronous I/O
+//! (io_submit) sends one for every completion, so an eventfd is signalled by an empty asynchronous read.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -15,16 +15,16 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, send};
 use nix::sys::stat::{SFlag, fstat};
 
-/// A number of the kernel's (`linux/aio_abi.h`).
+/// Kernel number (`linux/aio_abi.h`).
 const IOCB_CMD_PREAD: u16 = 0;
-/// A flag of the kernel's (`linux/aio_abi.h`).
+/// Kernel flag (`linux/aio_abi.h`).
 const IOCB_FLAG_RESFD: u32 = 1;
-/// A number of the kernel's (`linux/kcmp.h`).
+/// Kernel number (`linux/kcmp.h`).
 const KCMP_FILE: c_int = 0;
-/// Completions that are taken back at once.
-const REAPED: usize = 32;
-/// Attempts to find room for a completion, which other threads take as well.
-const TRIES: usize = 1000;
+/// Maximum number of completions that one io_getevents takes off the queue.
+const REAP_BATCH: usize = 32;
+/// Maximum number of attempts to find a free completion slot, for which other threads compete.
+const MAX_SUBMIT_ATTEMPTS: usize = 1000;
 
 /// `struct iocb`, little-endian.
 #[repr(C)]
@@ -46,11 +46,12 @@ struct Iocb {
 
 const _: () = assert!(size_of::<Iocb>() == 64);
 
-/// Signals an eventfd, or sends the same 8 bytes through a socket or pipe. A receiver that has no room for more has a
-/// signal pending: that is no error.
+/// Signals an eventfd, or sends the same 8 bytes through a socket or pipe.
+///
+/// A full receiver already has a signal pending, so this is not an error.
 ///
 /// # Errors
-/// What the system says, for example when the other end of a socket is closed.
+/// The error of the system, for example if the other end of a socket is closed.
 pub(crate) fn signal(fd: BorrowedFd<'_>) -> nix::Result<()> {
     if submit(fd, 0).is_ok() {
         return Ok(());
@@ -59,7 +60,7 @@ pub(crate) fn signal(fd: BorrowedFd<'_>) -> nix::Result<()> {
     let mut rest = one.as_slice();
     while !rest.is_empty() {
         match write(fd, rest) {
-            // Pipes and sockets may take part of the 8 bytes; the receiver counts on whole ones.
+            // Pipes and sockets may take part of the 8 bytes; the receiver expects all of them.
             Ok(count) => rest = rest.get(count..).unwrap_or_default(),
             Err(Errno::EINTR) => {}
             Err(Errno::EAGAIN) => return Ok(()),
@@ -69,10 +70,10 @@ pub(crate) fn signal(fd: BorrowedFd<'_>) -> nix::Result<()> {
     Ok(())
 }
 
-/// Takes the signals of an eventfd back; their number.
+/// Resets the counter of an eventfd to 0 and returns its former value.
 ///
 /// # Errors
-/// `EAGAIN` if there are none; else what the system says.
+/// `EAGAIN` if the counter is 0, otherwise the error of the system.
 pub(crate) fn take(eventfd: BorrowedFd<'_>) -> nix::Result<u64> {
     let mut count = [0; 8];
     match read(eventfd, &mut count)? {
@@ -81,10 +82,10 @@ pub(crate) fn take(eventfd: BorrowedFd<'_>) -> nix::Result<u64> {
     }
 }
 
-/// Reads what there is. 0 is the end.
+/// Reads the available bytes, at most `buffer.len()`. Returns 0 at the end of the stream.
 ///
 /// # Errors
-/// `EAGAIN` if there is nothing; else what the system says.
+/// `EAGAIN` if no bytes are available, otherwise the error of the system.
 pub(crate) fn read(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> nix::Result<usize> {
     let iov = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
     // SAFETY: the one iovec describes `buffer`, which is alive and exclusively borrowed across the call.
@@ -96,10 +97,10 @@ pub(crate) fn read(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> nix::Result<usize> 
     .map(isize::unsigned_abs)
 }
 
-/// Writes what there is room for.
+/// Writes as many of `bytes` as fit, and returns their number.
 ///
 /// # Errors
-/// `EAGAIN` if there is none; else what the system says. A peer that is gone is no signal, if the file is a socket.
+/// `EAGAIN` if none fit, otherwise the error of the system. A socket whose peer has closed it raises no SIGPIPE.
 pub(crate) fn write(fd: BorrowedFd<'_>, bytes: &[u8]) -> nix::Result<usize> {
     match send(fd.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
         Err(Errno::ENOTSOCK) => {}
@@ -117,16 +118,17 @@ pub(crate) fn write(fd: BorrowedFd<'_>, bytes: &[u8]) -> nix::Result<usize> {
 
 /// Returns true for an eventfd.
 pub(crate) fn is_eventfd(fd: BorrowedFd<'_>) -> bool {
-    // Which flags a request has is looked at when its eventfd has been found to be one.
+    // The kernel checks that the descriptor is an eventfd before it checks the flags, of which these are invalid: an eventfd
+    // gives EOPNOTSUPP and is not signalled.
     match submit(fd, u32::MAX) {
         Err(Errno::EOPNOTSUPP) => true,
         Ok(()) | Err(Errno::EINVAL | Errno::EBADF) => false,
-        // Without asynchronous I/O: it is none of what has a type.
+        // Without asynchronous I/O, the file type decides: anonymous inodes, which eventfds are, have none.
         Err(_) => kind(fd).is_ok_and(|kind| kind.is_empty()),
     }
 }
 
-/// Returns true for two numbers of one open file, and false also if the system can't tell.
+/// Returns true if two descriptors refer to one open file. Returns false also if the system does not tell.
 pub(crate) fn is_same_file(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> bool {
     let process = std::process::id();
     // SAFETY: takes five numbers, and changes nothing.
@@ -135,12 +137,13 @@ pub(crate) fn is_same_file(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> bool {
     order == 0
 }
 
-/// Returns true for what a stream of bytes can come through: not for files of a file system, of which a poll says nothing.
+/// Returns true for pipes, sockets and character devices. Files of a file system are excluded: poll always reports them
+/// ready.
 pub(crate) fn is_stream(fd: BorrowedFd<'_>) -> bool {
     kind(fd).is_ok_and(|kind| [SFlag::S_IFIFO, SFlag::S_IFSOCK, SFlag::S_IFCHR].contains(&kind))
 }
 
-/// Has the context for signals made now, as a process must that can't do so later.
+/// Creates the context for signals now. Call it before a sandbox forbids io_setup.
 pub(crate) fn prepare() {
     context();
 }
@@ -149,7 +152,11 @@ fn kind(fd: BorrowedFd<'_>) -> nix::Result<SFlag> {
     Ok(SFlag::from_bits_truncate(fstat(fd)?.st_mode) & SFlag::S_IFMT)
 }
 
-/// Asks first, where the kernel knows no better way: pipes before Linux 6.4, and eventfds without io_submit.
+/// Polls `fd` for `flags` before a call without RWF_NOWAIT, for files that do not support that flag: pipes before
+/// Linux 6.4, and eventfds where io_submit does not work.
+///
+/// # Errors
+/// `EAGAIN` if the file is not ready, `EOPNOTSUPP` for other files.
 fn ready(fd: BorrowedFd<'_>, flags: PollFlags) -> nix::Result<()> {
     if !kind(fd).is_ok_and(|kind| kind.is_empty() || kind == SFlag::S_IFIFO) {
         return Err(Errno::EOPNOTSUPP);
@@ -160,17 +167,17 @@ fn ready(fd: BorrowedFd<'_>, flags: PollFlags) -> nix::Result<()> {
     }
 }
 
-/// Submits a read of no bytes that signals `eventfd` when it is complete, which it is at once.
+/// Submits a read of 0 bytes, which completes at once and thereby signals `eventfd`.
 ///
 /// # Errors
-/// `EINVAL` if it is no eventfd, and `ENOSYS` if the system has no asynchronous I/O for this process.
+/// `EINVAL` if it is not an eventfd, `ENOSYS` if this process has no asynchronous I/O, otherwise the error of the system.
 fn submit(eventfd: BorrowedFd<'_>, rw_flags: u32) -> nix::Result<()> {
     let context = context().ok_or(Errno::ENOSYS)?;
     let number = eventfd.as_raw_fd() as u32;
     let (opcode, flags) = (IOCB_CMD_PREAD, IOCB_FLAG_RESFD);
     let mut request = Iocb { rw_flags, opcode, fd: number, flags, signalled: number, ..Iocb::default() };
     let mut requests = [&raw mut request];
-    for _ in 0..TRIES {
+    for _ in 0..MAX_SUBMIT_ATTEMPTS {
         // SAFETY: one pointer to a whole iocb; the buffer that it names has no bytes.
         let submitted = unsafe { libc::syscall(libc::SYS_io_submit, context, 1 as c_long, requests.as_mut_ptr()) };
         match Errno::result(submitted) {
@@ -181,34 +188,36 @@ fn submit(eventfd: BorrowedFd<'_>, rw_flags: u32) -> nix::Result<()> {
     Err(Errno::EAGAIN)
 }
 
-/// Makes room for more completions. Nobody needs them.
+/// Takes completions off the queue to make space for new ones. Their contents are not used.
 fn reap(context: c_ulong) {
-    let mut events = [[0u64; 4]; REAPED];
+    let mut events = [[0u64; 4]; REAP_BATCH];
     let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: room for REAPED io_events of 32 bytes, which the kernel fills, and a timespec, which it reads.
+    // SAFETY: `events` has space for REAP_BATCH io_events of 32 bytes, which the kernel fills; it only reads the timespec.
     unsafe {
         libc::syscall(
             libc::SYS_io_getevents,
             context,
             0 as c_long,
-            REAPED as c_long,
+            REAP_BATCH as c_long,
             events.as_mut_ptr(),
             &raw const none,
         )
     };
 }
 
-/// The context for all signals of this process; `None` if the system gives none.
+/// The asynchronous I/O context for all signals of this process; `None` if the system refuses one.
 fn context() -> Option<c_ulong> {
     static CONTEXT: OnceLock<Option<c_ulong>> = OnceLock::new();
     *CONTEXT.get_or_init(|| {
         let mut context: c_ulong = 0;
-        // SAFETY: a 0 for the kernel to put the new context into.
+        // SAFETY: the kernel writes the new context to `context`, which is 0 as io_setup requires.
         if unsafe { libc::syscall(libc::SYS_io_setup, 1 as c_long, &raw mut context) } == 0 {
             return Some(context);
         }
         let error = io::Error::last_os_error();
-        tracing::warn!("io_setup: {error}: a peer that fills an eventfd may stop its own ring (see fs.aio-max-nr)");
+        tracing::warn!(
+            "io_setup: {error}: a peer that fills an eventfd can block the thread of its own ring; check fs.aio-max-nr"
+        );
         None
     })
 }
@@ -225,10 +234,10 @@ mod tests {
 
     use super::*;
 
-    /// Does it, unless it blocks.
-    fn returns<T: Send + 'static>(what: impl FnOnce() -> T + Send + 'static) -> T {
+    /// Runs `call` on another thread and panics if it blocks.
+    fn returns<T: Send + 'static>(call: impl FnOnce() -> T + Send + 'static) -> T {
         let (done, is_done) = channel();
-        std::thread::spawn(move || done.send(what()));
+        std::thread::spawn(move || done.send(call()));
         is_done.recv_timeout(Duration::from_secs(60)).unwrap()
     }
 
@@ -251,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_eventfd_that_blocks_is_signalled_already() {
+    fn signalling_a_full_blocking_eventfd_returns_at_once() {
         returns(|| {
             let full = eventfd(u64::MAX - 1);
             (0..500).try_for_each(|_| signal(full.as_fd())).unwrap();
@@ -262,7 +271,7 @@ mod tests {
     #[rstest]
     #[case::stream(UnixStream::pair().map(|(ours, theirs)| (ours.into(), theirs.into())).unwrap())]
     #[case::pipe(nix::unistd::pipe().map(|(output, input)| (input, output)).unwrap())]
-    fn what_is_full_or_empty_and_blocks_says_so(#[case] (input, output): (OwnedFd, OwnedFd)) {
+    fn a_full_or_empty_blocking_file_gives_eagain(#[case] (input, output): (OwnedFd, OwnedFd)) {
         returns(move || {
             assert_eq!(read(output.as_fd(), &mut [0; 9]), Err(Errno::EAGAIN));
             signal(input.as_fd()).unwrap();
@@ -270,14 +279,14 @@ mod tests {
             assert_eq!((read(output.as_fd(), &mut bytes), bytes[0]), (Ok(8), 1));
             while write(input.as_fd(), &[7; 4096]).is_ok() {}
             assert_eq!(write(input.as_fd(), &[7; 4096]), Err(Errno::EAGAIN));
-            assert_eq!(signal(input.as_fd()), Ok(()), "one is pending");
+            assert_eq!(signal(input.as_fd()), Ok(()), "a signal is pending");
             drop(output);
-            assert_eq!(signal(input.as_fd()), Err(Errno::EPIPE), "nobody will ever read it");
+            assert_eq!(signal(input.as_fd()), Err(Errno::EPIPE), "the reading end is closed");
         });
     }
 
     #[test]
-    fn kinds_of_files_are_told_apart() {
+    fn eventfds_and_streams_are_recognised() {
         let (stream, _other) = UnixStream::pair().unwrap();
         let (pipe, _) = nix::unistd::pipe().unwrap();
         let file = OwnedFd::from(tempfile::tempfile().unwrap());
@@ -286,7 +295,7 @@ mod tests {
         assert!(is_eventfd(one.as_fd()));
         assert!(![stream.as_fd(), pipe.as_fd(), file.as_fd(), epoll.0.as_fd()].into_iter().any(is_eventfd));
         assert!([stream.as_fd(), pipe.as_fd()].into_iter().all(is_stream) && !is_stream(file.as_fd()));
-        assert_eq!(take(one.as_fd()), Ok(3), "to ask signals nothing");
+        assert_eq!(take(one.as_fd()), Ok(3), "is_eventfd does not signal");
         assert!(is_same_file(one.as_fd(), one.try_clone().unwrap().as_fd()));
         assert!(!is_same_file(one.as_fd(), eventfd(0).as_fd()));
     }

@@ -1,5 +1,6 @@
-//! All that goes through a pipe, within bounds: the other end can neither take memory without end nor, as long as
-//! somebody can say when to stop, time.
+//! Reading and writing everything that goes through a pipe, with a limit on memory and time.
+//!
+//! The other end can cause neither unbounded memory use ([`MAX_STATE`]) nor an unbounded wait ([`WaitLimit`]).
 #![forbid(unsafe_code)]
 
 use std::io;
@@ -11,25 +12,26 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::nonblocking::{is_stream, read, write};
 
-/// Most bytes of a device's state.
+/// Maximum size of a device's state, bytes.
 pub(crate) const MAX_STATE: usize = 16 << 20;
-/// How often [`WaitLimit::Remaining`] is asked.
+/// Longest interval between two calls of [`WaitLimit::Remaining`].
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// When to give up.
+/// The end of a wait.
 pub(crate) enum WaitLimit<'a> {
-    /// When this says that no time is left; it is asked again and again.
+    /// Ends when the function returns 0. It returns the time left, and is called repeatedly.
     Remaining(&'a dyn Fn() -> Duration),
-    /// As soon as this fd is readable.
+    /// Ends as soon as the fd is readable.
     StopFd(BorrowedFd<'a>),
-    /// At this moment, or as soon as the fd is readable.
+    /// Ends at the instant, or as soon as the fd is readable.
     DeadlineOrStop(Instant, BorrowedFd<'a>),
 }
 
-/// Reads to the end.
+/// Reads to the end of the stream.
 ///
 /// # Errors
-/// `InvalidInput` for a file of a file system, `FileTooLarge` for more than [`MAX_STATE`] bytes, `TimedOut` when it was time to give up, and what the system says.
+/// `InvalidInput` for a file of a file system, `FileTooLarge` for more than [`MAX_STATE`] bytes, `TimedOut` at the limit
+/// `until`, otherwise the error of the system.
 pub(crate) fn read_all(pipe: BorrowedFd<'_>, until: &WaitLimit<'_>) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let mut chunk = vec![0; 64 << 10];
@@ -49,7 +51,8 @@ pub(crate) fn read_all(pipe: BorrowedFd<'_>, until: &WaitLimit<'_>) -> io::Resul
 /// Writes all of `bytes`.
 ///
 /// # Errors
-/// `InvalidInput` for a file of a file system, `BrokenPipe` when nobody reads any more, `TimedOut` when it was time to give up, and what the system says.
+/// `InvalidInput` for a file of a file system, `BrokenPipe` if the reading end is closed, `TimedOut` at the limit `until`,
+/// otherwise the error of the system.
 pub(crate) fn write_all(pipe: BorrowedFd<'_>, bytes: &[u8], until: &WaitLimit<'_>) -> io::Result<()> {
     let mut rest = bytes;
     let pipe = stream(pipe)?;
@@ -64,13 +67,17 @@ pub(crate) fn write_all(pipe: BorrowedFd<'_>, bytes: &[u8], until: &WaitLimit<'_
     Ok(())
 }
 
-/// Of a file no poll says whether a read would wait.
+/// Refuses files of a file system: poll does not tell if a read of one would block.
 fn stream(pipe: BorrowedFd<'_>) -> io::Result<BorrowedFd<'_>> {
-    let refused = || io::Error::new(io::ErrorKind::InvalidInput, "it is no pipe and no socket");
+    let refused = || io::Error::new(io::ErrorKind::InvalidInput, "it is neither a pipe nor a socket");
     if is_stream(pipe) { Ok(pipe) } else { Err(refused()) }
 }
 
 impl WaitLimit<'_> {
+    /// Waits until `pipe` is ready for `flags`, or for a part of the time; the caller tries again.
+    ///
+    /// # Errors
+    /// `TimedOut` at the limit.
     fn wait(&self, pipe: BorrowedFd<'_>, flags: PollFlags) -> io::Result<()> {
         let pipe = PollFd::new(pipe, flags);
         let stop = match self {
@@ -93,7 +100,7 @@ impl WaitLimit<'_> {
     }
 }
 
-/// An interrupted wait is one after which there is nothing yet.
+/// Counts an interrupted poll as one without ready descriptors.
 fn retried(polled: nix::Result<i32>) -> nix::Result<i32> {
     if polled == Err(Errno::EINTR) { Ok(0) } else { polled }
 }

@@ -1,7 +1,7 @@
 //! Bytes and file descriptors over a UNIX stream socket.
 //!
-//! nix hands received fds out as numbers, and not at all when the system could install only some of them: those would
-//! leak. Here each one is owned from the start.
+//! nix returns received fds as plain numbers, and returns none if the system could install only some of them: those would
+//! leak. Here each received fd is an `OwnedFd` from the start.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -13,26 +13,30 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect as connect_fd, socket};
 
-/// The most fds that one message of a UNIX socket carries (SCM_MAX_FD).
+/// Maximum number of fds in one message of a UNIX socket (SCM_MAX_FD).
 pub(crate) const MAX_FDS: usize = 253;
 
-/// Room for a control message with [`MAX_FDS`] fds, aligned as its header must be.
+/// Buffer for a control message with [`MAX_FDS`] fds, aligned as its header must be.
 #[repr(C, align(8))]
-struct Control([u8; 1040]);
+struct ControlBuffer([u8; 1040]);
 
 // SAFETY: CMSG_SPACE only computes.
 const _: () = assert!(unsafe { libc::CMSG_SPACE((MAX_FDS * size_of::<RawFd>()) as u32) } as usize <= 1040);
 
-/// Receives at most `buf.len()` bytes; fds that came along are appended to `fds`, close-on-exec. Those that make them more
-/// than `most` are closed: every byte may bring [`MAX_FDS`] new ones. 0 is the end. Never waits: `WouldBlock` is a socket
-/// without anything to receive.
+/// Receives at most `buf.len()` bytes without blocking, and returns their number; 0 at the end of the stream.
+///
+/// Received fds are appended to `fds`, close-on-exec. Fds beyond `max_fds` in total are closed: every byte of the stream
+/// may bring [`MAX_FDS`] new ones.
+///
+/// # Errors
+/// `WouldBlock` if the socket has nothing to receive, otherwise the error of the system.
 pub(crate) fn receive(
     socket: BorrowedFd<'_>,
     buf: &mut [u8],
     fds: &mut Vec<OwnedFd>,
-    most: usize,
+    max_fds: usize,
 ) -> io::Result<usize> {
-    let mut control = Control([0; 1040]);
+    let mut control = ControlBuffer([0; 1040]);
     let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
     // SAFETY: all zeroes is a valid msghdr.
     let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
@@ -44,7 +48,7 @@ pub(crate) fn receive(
     let received =
         unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT) };
     let received = usize::try_from(received).map_err(|_| io::Error::last_os_error())?;
-    // SAFETY: the header is as the system left it, and its control buffer is alive.
+    // SAFETY: the system has filled the header in, and its control buffer is alive.
     let mut next = unsafe { libc::CMSG_FIRSTHDR(&raw const header) };
     while !next.is_null() {
         // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR return null or a whole header inside the control buffer.
@@ -61,12 +65,14 @@ pub(crate) fn receive(
         // SAFETY: as for CMSG_FIRSTHDR; `next` is a header inside the buffer.
         next = unsafe { libc::CMSG_NXTHDR(&raw const header, next) };
     }
-    fds.truncate(most);
+    fds.truncate(max_fds);
     Ok(received)
 }
 
-/// Connects to the listening socket at `path`. Never waits: `WouldBlock` is a listener whose queue of connections is full.
-/// The connection does not block either.
+/// Connects to the listening socket at `path` without blocking. The returned socket is non-blocking.
+///
+/// # Errors
+/// `WouldBlock` if the listener's queue of connections is full, otherwise the error of the system.
 pub(crate) fn connect(path: &Path) -> io::Result<UnixStream> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
@@ -78,15 +84,16 @@ pub(crate) fn connect(path: &Path) -> io::Result<UnixStream> {
     Ok(fd.into())
 }
 
-/// Returns true if the listener at `path` has accepted a connection that is still open. False if it is not known, as when
-/// it has bound another spelling of the path.
+/// Returns true if the listener at `path` has accepted a connection that is still open.
+///
+/// Returns false also if this is not known, for example if the listener has bound another spelling of the path.
 pub(crate) fn has_accepted(path: &Path) -> bool {
     let sockets = std::fs::read("/proc/net/unix").unwrap_or_default();
     accepted(&sockets, path)
 }
 
-/// The same, by the contents of /proc/net/unix: address, references, protocol, flags, type, state, inode, path. A connection
-/// that is not accepted yet has no inode.
+/// As [`has_accepted`], from the contents of /proc/net/unix. The fields of a line are address, references, protocol, flags,
+/// type, state, inode and path. A connection that is not accepted yet has inode 0.
 fn accepted(sockets: &[u8], path: &Path) -> bool {
     const CONNECTED: &[u8] = b"03";
     sockets.split(|byte| *byte == b'\n').any(|line| {
@@ -100,7 +107,10 @@ fn accepted(sockets: &[u8], path: &Path) -> bool {
     })
 }
 
-/// Waits until `fd` is ready for `events`, or until `deadline`; returns whether it is ready.
+/// Waits until `fd` is ready for `events` or until `deadline`, and returns true if it is ready.
+///
+/// # Errors
+/// The error of the system.
 pub(crate) fn ready(fd: BorrowedFd<'_>, events: PollFlags, deadline: Instant) -> io::Result<bool> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -115,7 +125,10 @@ pub(crate) fn ready(fd: BorrowedFd<'_>, events: PollFlags, deadline: Instant) ->
     }
 }
 
-/// As [`send`], but waits for room in the socket no longer than until `deadline`; `TimedOut` then.
+/// As [`send`], but waits for space in the socket's buffer until `deadline` at most.
+///
+/// # Errors
+/// `TimedOut` at the deadline, otherwise the error of the system.
 pub(crate) fn send_until(
     socket: BorrowedFd<'_>,
     bytes: &[u8],
@@ -125,25 +138,32 @@ pub(crate) fn send_until(
     send_with(socket, bytes, fds, || ready(socket, PollFlags::POLLOUT, deadline))
 }
 
-/// As [`send`], but where the socket has no room `has_room` waits for it; `TimedOut` if it returns false.
+/// As [`send`], but calls `wait_for_space` whenever the socket's buffer is full.
+///
+/// # Errors
+/// `TimedOut` if `wait_for_space` returns false, its own errors, otherwise the error of the system.
 pub(crate) fn send_with(
     socket: BorrowedFd<'_>,
     bytes: &[u8],
     fds: &[BorrowedFd<'_>],
-    mut has_room: impl FnMut() -> io::Result<bool>,
+    mut wait_for_space: impl FnMut() -> io::Result<bool>,
 ) -> io::Result<()> {
-    transmit(socket, bytes, fds, libc::MSG_DONTWAIT, || match has_room()? {
+    transmit(socket, bytes, fds, libc::MSG_DONTWAIT, || match wait_for_space()? {
         true => Ok(()),
         false => Err(io::ErrorKind::TimedOut.into()),
     })
 }
 
-/// Sends all of `bytes`, with `fds` along the first of them. A peer that is gone is an error, not a signal.
+/// Sends all of `bytes`, with `fds` attached to the first of them. A closed peer raises no SIGPIPE.
+///
+/// # Errors
+/// `InvalidInput` for more than [`MAX_FDS`] fds, `WouldBlock` if a non-blocking socket is full, otherwise the error of the
+/// system.
 pub(crate) fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
     transmit(socket, bytes, fds, 0, || Err(io::ErrorKind::WouldBlock.into()))
 }
 
-/// Sends all of `bytes`; `full` is called when the socket has no room, and decides whether to try again.
+/// Sends all of `bytes`. `full` is called whenever the socket's buffer is full; after `Ok` the send is tried again.
 fn transmit(
     socket: BorrowedFd<'_>,
     bytes: &[u8],
@@ -151,7 +171,7 @@ fn transmit(
     flags: libc::c_int,
     mut full: impl FnMut() -> io::Result<()>,
 ) -> io::Result<()> {
-    let mut control = Control([0; 1040]);
+    let mut control = ControlBuffer([0; 1040]);
     if fds.len() > MAX_FDS {
         return Err(io::ErrorKind::InvalidInput.into());
     }
@@ -165,8 +185,8 @@ fn transmit(
         if sent == 0 && !fds.is_empty() {
             let len = size_of_val(fds) as u32;
             header.msg_control = control.0.as_mut_ptr().cast();
-            // SAFETY: both only compute. The buffer has room for MAX_FDS fds, checked above and at its definition, and
-            // is aligned for a header, which CMSG_FIRSTHDR finds at its start.
+            // SAFETY: CMSG_SPACE and CMSG_LEN only compute. The buffer has space for MAX_FDS fds, checked above and at its
+            // definition, and is aligned for a header, which CMSG_FIRSTHDR finds at its start.
             unsafe {
                 header.msg_controllen = libc::CMSG_SPACE(len) as _;
                 let message = libc::CMSG_FIRSTHDR(&raw const header);
@@ -193,26 +213,33 @@ fn transmit(
     Ok(())
 }
 
-/// Returns true if the peer has not yet read everything that was sent to it. It has read nothing while it has not accepted.
+/// Returns true if the peer has not yet read everything that was sent to it. A peer that has not accepted the connection
+/// has read nothing.
+///
+/// # Errors
+/// The error of the system.
 pub(crate) fn is_unread(socket: BorrowedFd<'_>) -> io::Result<bool> {
     let mut bytes: libc::c_int = 0;
-    // SAFETY: SIOCOUTQ, which TIOCOUTQ is of sockets, writes an int to where it points.
+    // SAFETY: TIOCOUTQ, which is SIOCOUTQ on sockets, writes an int through the pointer.
     match unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) } {
         0 => Ok(bytes > 0),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// Takes ownership of an fd that this process was started with.
+/// Takes ownership of an fd that this process inherited, and makes it close-on-exec.
+///
+/// # Errors
+/// `EBADF` if `number` is not an open fd.
 pub(crate) fn inherit(number: RawFd) -> io::Result<OwnedFd> {
     if number < 0 {
         return Err(io::Error::from_raw_os_error(libc::EBADF));
     }
-    // SAFETY: only asks about the number, and makes the fd close-on-exec if it is one.
+    // SAFETY: sets a flag of the fd, and fails if the number is not an open fd.
     if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } == -1 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: it is open. Whoever started the process passed it on for this use, by its number.
+    // SAFETY: it is open. The parent process passed this number on for exactly this use, so nothing else here owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
@@ -224,7 +251,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn a_listener_that_accepts_nothing_is_no_wait_and_known_from_one_that_serves_another() {
+    fn connecting_to_a_full_listener_does_not_wait_and_has_accepted_sees_only_accepted_connections() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a socket");
         let listener = UnixListener::bind(&path).unwrap();
@@ -233,7 +260,7 @@ mod tests {
         let second = connect(&path).unwrap();
         let full = connect(&path).unwrap_err();
         assert_eq!(full.kind(), io::ErrorKind::WouldBlock, "{full}");
-        assert!(!has_accepted(&path), "nobody is served");
+        assert!(!has_accepted(&path), "no connection is accepted");
         send(second.as_fd(), b"hello", &[]).unwrap();
         assert!(is_unread(second.as_fd()).unwrap() && !is_unread(first.as_fd()).unwrap());
         let accepted = listener.accept().unwrap();
@@ -244,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn sending_to_a_peer_that_does_not_read_ends_at_the_deadline() {
+    fn send_until_times_out_if_the_peer_does_not_read() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let bytes = vec![0; 16 << 20];
         let deadline = Instant::now() + Duration::from_millis(20);

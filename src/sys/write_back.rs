@@ -1,10 +1,11 @@
-//! Writing the page cache back before somebody waits for it.
+//! Starting the write-back of the page cache early, so that a later fdatasync has less to wait for.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// Has the disk write `count` bytes of a file that begin at `offset`; with `wait`, until it has them. A kernel or sandbox
-/// that can't leaves that to the next fdatasync.
+/// Starts the write-back of `count` bytes of a file from `offset`; with `wait`, waits until they are written.
+///
+/// Does nothing where the kernel or a sandbox refuses sync_file_range: the next fdatasync writes the bytes.
 ///
 /// # Errors
 /// The error of the system.
@@ -12,7 +13,7 @@ pub(crate) fn write_back(fd: BorrowedFd<'_>, offset: u64, count: u64, wait: bool
     let before_and_after = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
     let flags = libc::SYNC_FILE_RANGE_WRITE | if wait { before_and_after } else { 0 };
     if count == 0 {
-        // It would mean all of the file.
+        // For sync_file_range, 0 means up to the end of the file.
         return Ok(());
     }
     // SAFETY: it touches no memory.
@@ -25,7 +26,7 @@ pub(crate) fn write_back(fd: BorrowedFd<'_>, offset: u64, count: u64, wait: bool
     }
 }
 
-/// Has the disk begin to write all of a file that it does not have. What becomes of that is told to the next fdatasync.
+/// Starts the write-back of all dirty pages of a file. The next fdatasync reports its result.
 ///
 /// # Errors
 /// As [`write_back`].
