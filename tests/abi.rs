@@ -1,8 +1,8 @@
-//! Our numbers and layouts against those of the system's kernel headers, item by item, through a C compiler.
+//! Comparison of the numbers and layouts of `src/abi` with those of the system's kernel headers, by a C compiler.
 //!
-//! `items` is the one table. A structure's line must name each of its fields, or it does not compile; a constant or
-//! structure that is missing from the table fails `no_number_or_structure_is_left_out_of_the_comparison`; a number of
-//! the headers that we don't have fails `the_headers_have_no_number_that_we_lack`.
+//! `items` is the only table. A structure's line that does not name each field does not compile. A constant or structure
+//! that is missing from the table fails `every_number_and_structure_is_compared`. A number of the headers that `src/abi`
+//! lacks fails `every_number_of_the_headers_is_in_src_abi`.
 #![allow(clippy::unwrap_used, clippy::panic)] // also in the helpers of these tests
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,14 +12,14 @@ use vhost_migrate::abi::vhost_user::{BackendRequest, Header, Request, protocol_f
 use vhost_migrate::abi::{bit, vduse, vhost, virtio};
 use zerocopy::{FromBytes, IntoBytes};
 
-/// One number, ours and the expression that gives C's.
+/// A number of `src/abi` and the C expression for the same number.
 struct Item {
-    /// Our name of the constant or structure.
+    /// Name of the constant or structure in `src/abi`.
     name: &'static str,
     c: String,
-    /// The headers must have it: it is in the oldest headers this crate follows.
+    /// The headers must have it: it is in the oldest headers that this crate follows.
     required: bool,
-    /// Macro that shows that the headers have it.
+    /// Macro that is defined if the headers have it.
     guard: String,
     ours: i64,
 }
@@ -27,7 +27,7 @@ struct Item {
 /// Fills a vector of [`Item`]s; `items` shows its lines.
 macro_rules! table {
     ($items:ident) => {};
-    // Constants: `required`, or `newer` than the headers may be. C's name is ours after a prefix.
+    // Constants: `required`, or `newer` if the system's headers may lack them. The C name is the prefix and the name.
     ($items:ident constants $need:ident $module:ident $prefix:literal { $($name:ident),* $(,)? } $($rest:tt)*) => {
         $($items.push(Item {
             name: stringify!($name),
@@ -38,7 +38,7 @@ macro_rules! table {
         });)*
         table!($items $($rest)*);
     };
-    // A constant whose name can't be asked for by #ifdef, or that is an expression in C.
+    // A constant that is an expression in C, or whose name is no macro, which #ifdef could test.
     ($items:ident constant $need:ident $module:ident $name:ident = $c:literal if $guard:ident; $($rest:tt)*) => {
         $items.push(Item {
             name: stringify!($name),
@@ -49,8 +49,8 @@ macro_rules! table {
         });
         table!($items $($rest)*);
     };
-    // A structure: `whole`, or `head` where newer headers have it longer. A field is `name`, `name: c_name`, or
-    // `name: -` where C has no such field in all headers.
+    // A structure: `whole`, or `head` if it is longer in newer headers. A field is `name`, `name: c_name`, or
+    // `name: -` if not all headers have it.
     (
         $items:ident $extent:ident $need:ident $module:ident $name:ident = $c:literal if $guard:ident {
             $($field:ident $(: $cfield:tt)?),* $(,)?
@@ -268,8 +268,8 @@ fn items() -> Vec<Item> {
     items
 }
 
-/// What no header has: conveniences, and numbers that only old headers had.
-const OURS_ALONE: [&str; 3] = ["VHOST_GET_BACKEND_FEATURES_OLD", "MAX_QUEUE_SIZE", "SECTOR_BYTES"];
+/// Numbers that no header has: conveniences, and numbers that only old headers had.
+const NOT_IN_HEADERS: [&str; 3] = ["VHOST_GET_BACKEND_FEATURES_OLD", "MAX_QUEUE_SIZE", "SECTOR_BYTES"];
 
 const HEADERS: [&str; 8] = [
     "linux/version.h",
@@ -283,7 +283,7 @@ const HEADERS: [&str; 8] = [
 ];
 
 #[test]
-fn every_number_size_and_offset_is_that_of_the_systems_headers() {
+fn every_number_size_and_offset_equals_that_of_the_systems_headers() {
     let items = items();
     let mut source = includes();
     source.push_str("#include <stddef.h>\n#include <stdio.h>\nint main(void) {\n");
@@ -305,7 +305,7 @@ fn every_number_size_and_offset_is_that_of_the_systems_headers() {
     for (number, Item { name, c, required, ours, .. }) in items.iter().enumerate() {
         match theirs.get(&number) {
             Some(value) if value == ours => {}
-            Some(value) => wrong.push(format!("{name}: ours {ours:#x}, {c} is {value:#x}")),
+            Some(value) => wrong.push(format!("{name}: {ours:#x} in src/abi, {c} is {value:#x}")),
             None if *required => wrong.push(format!("{name}: the headers lack {c}; install a newer linux-libc-dev")),
             None => {}
         }
@@ -314,22 +314,22 @@ fn every_number_size_and_offset_is_that_of_the_systems_headers() {
 }
 
 #[test]
-fn no_number_or_structure_is_left_out_of_the_comparison() {
-    let compared: BTreeSet<&str> = items().iter().map(|item| item.name).chain(OURS_ALONE).collect();
+fn every_number_and_structure_is_compared() {
+    let compared: BTreeSet<&str> = items().iter().map(|item| item.name).chain(NOT_IN_HEADERS).collect();
     let sources = [
         include_str!("../src/abi/vhost.rs"),
         include_str!("../src/abi/vduse.rs"),
         include_str!("../src/abi/virtio.rs"),
     ];
     let declared: Vec<&str> = sources.iter().flat_map(|source| source.lines()).filter_map(declared_name).collect();
-    assert!(declared.len() > 250, "the scan of the sources is broken: it found only {} names", declared.len());
+    assert!(declared.len() > 250, "the scan of the sources found only {} names", declared.len());
     let forgotten: Vec<&&str> = declared.iter().filter(|name| !compared.contains(**name)).collect();
     assert!(forgotten.is_empty(), "add to the table: {forgotten:?}");
 }
 
-/// Our tables were last brought up to date with the headers of Linux 6.18; later ones may have more.
+/// `src/abi` follows the headers of Linux 6.18; later ones may have more numbers.
 #[test]
-fn the_headers_have_no_number_that_we_lack() {
+fn every_number_of_the_headers_is_in_src_abi() {
     let folder = tempfile::tempdir().unwrap();
     let macros = text(&cc(&includes(), folder.path(), &["-E", "-dM"]));
     let defined: BTreeMap<&str, &str> = macros
@@ -340,17 +340,17 @@ fn the_headers_have_no_number_that_we_lack() {
     let version: u32 = defined["LINUX_VERSION_CODE"].parse().unwrap();
 
     let ours: BTreeSet<String> = items().into_iter().map(|item| item.guard).collect();
-    let lacking: Vec<&&str> = defined
+    let missing: Vec<&&str> = defined
         .keys()
         .filter(|name| ["VHOST_", "VDUSE_", "VRING_", "VIRTIO_RING_F_"].iter().any(|prefix| name.starts_with(prefix)))
         .filter(|name| !ours.contains(**name))
         .collect();
-    assert!(defined.contains_key("VHOST_SET_LOG_BASE"), "the list of macros is broken");
-    assert!(lacking.is_empty() || version > (6 << 16 | 18 << 8 | 255), "add to src/abi: {lacking:?}");
+    assert!(defined.contains_key("VHOST_SET_LOG_BASE"), "the list of macros lacks those of linux/vhost.h");
+    assert!(missing.is_empty() || version > (6 << 16 | 18 << 8 | 255), "add to src/abi: {missing:?}");
 }
 
 #[test]
-fn an_unknown_request_survives_as_itself() {
+fn an_unknown_request_keeps_its_number() {
     for number in [0, 46, 99, 0x8000_0001, u32::MAX] {
         let request = Request::read_from_bytes(&number.to_ne_bytes()).unwrap();
         assert_eq!(request.as_bytes(), number.to_ne_bytes());
@@ -370,18 +370,18 @@ fn an_unknown_request_survives_as_itself() {
 }
 
 #[test]
-fn a_known_request_prints_the_specifications_name() {
+fn a_known_request_is_displayed_with_the_specifications_name() {
     assert_eq!(Request(11).to_string(), "GET_VRING_BASE");
     assert_eq!(Request(21).to_string(), "SET_BACKEND_REQ_FD");
     assert_eq!(BackendRequest(2).to_string(), "BACKEND_CONFIG_CHANGE_MSG");
 }
 
 #[test]
-fn requests_and_protocol_features_are_numbered_without_gap() {
+fn requests_and_protocol_features_are_numbered_without_gaps() {
     assert!(Request::KNOWN.iter().map(|request| request.0).eq(1..=45));
     assert!(BackendRequest::KNOWN.iter().map(|request| request.0).eq(1..=10));
     assert!(protocol_feature::NAMES.iter().map(|(bit, _)| *bit).eq(0..=23));
-    // Landmarks of the seed headers, so that a number slipped into the middle is noticed.
+    // Single numbers of the specification, so that an insertion in the middle is noticed.
     assert_eq!((Request::GET_QUEUE_NUM.0, Request::SET_CONFIG.0, Request::GET_INFLIGHT_FD.0), (17, 25, 31));
     assert_eq!((Request::GPU_SET_SOCKET.0, Request::VRING_KICK.0, Request::REM_MEM_REG.0), (33, 35, 38));
     assert_eq!((protocol_feature::CONFIG, protocol_feature::INFLIGHT_SHMFD), (9, 12));
@@ -389,12 +389,12 @@ fn requests_and_protocol_features_are_numbered_without_gap() {
 }
 
 #[test]
-fn a_bit_beyond_the_word_is_no_bit() {
+fn the_mask_of_a_bit_beyond_the_word_is_empty() {
     assert_eq!((bit(0), bit(26), bit(63)), (1, 0x0400_0000, 1 << 63));
     assert_eq!((bit(64), bit(u32::MAX)), (0, 0));
 }
 
-/// The constant or structure that a line of `src/abi` declares.
+/// The name of the constant or structure that a line of `src/abi` declares.
 fn declared_name(line: &str) -> Option<&str> {
     if let Some(rest) = line.strip_prefix("pub const ") {
         return rest.split_once(':').map(|(name, _)| name).filter(|name| !name.starts_with("fn "));
@@ -415,10 +415,10 @@ fn cc(source: &str, folder: &Path, arguments: &[&str]) -> Output {
         .args(arguments)
         .arg(&file)
         .output()
-        .unwrap_or_else(|error| panic!("cc can't be run ({error}): install gcc and linux-libc-dev"));
+        .unwrap_or_else(|error| panic!("cc: cannot be run ({error}): install gcc and linux-libc-dev"));
     assert!(
         output.status.success(),
-        "cc refuses the program (install gcc and linux-libc-dev?):\n{}",
+        "cc: does not compile the program (are gcc and linux-libc-dev installed?):\n{}",
         String::from_utf8_lossy(&output.stderr)
     );
     output

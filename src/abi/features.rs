@@ -1,9 +1,9 @@
-//! Names of feature bits, for messages.
+//! Names of feature bits, for log lines and error messages.
 
 use super::{bit, vhost, vhost_user, virtio};
 
-/// Bits below this one mean something else for each kind of device.
-const COMMON: u32 = 24;
+/// First bit of rings and transport. Bits below it are assigned by each type of device.
+const FIRST_TRANSPORT_BIT: u32 = 24;
 
 macro_rules! names {
     ($module:ident: $($name:ident),* $(,)?) => { &[$(($module::$name, stringify!($name))),*] };
@@ -29,23 +29,25 @@ const NET: &[(u32, &str)] = names![virtio:
     VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_SPEED_DUPLEX,
 ];
 
-/// What the feature bits of a device are called. Of a device whose kind (`VIRTIO_ID_BLOCK`, `VIRTIO_ID_NET`) is not known the
-/// device's own bits are numbers.
-pub fn feature_names(bits: u64, device: Option<u32>) -> String {
-    let own = match device {
+/// The names of these feature bits, or "none".
+///
+/// `device_id` is the virtio device id. Device bits have names for `VIRTIO_ID_BLOCK` and `VIRTIO_ID_NET`; for other devices
+/// they are given as numbers.
+pub fn feature_names(bits: u64, device_id: Option<u32>) -> String {
+    let own = match device_id {
         Some(virtio::VIRTIO_ID_BLOCK) => BLOCK,
         Some(virtio::VIRTIO_ID_NET) => NET,
         _ => &[],
     };
     let name = |number: u32| {
         let of = |names: &[(u32, &'static str)]| names.iter().find(|(bit, _)| *bit == number).map(|(_, name)| *name);
-        let common = (number >= COMMON).then(|| of(TRANSPORT).or(of(VHOST)).or(of(VHOST_USER))).flatten();
+        let common = (number >= FIRST_TRANSPORT_BIT).then(|| of(TRANSPORT).or(of(VHOST)).or(of(VHOST_USER))).flatten();
         of(own).or(common).map_or_else(|| format!("bit {number}"), str::to_owned)
     };
     named(bits, name)
 }
 
-/// The names of these protocol feature bits.
+/// The names of these protocol feature bits, or "none".
 pub fn protocol_feature_names(bits: u64) -> String {
     named(bits, protocol_feature_name)
 }
@@ -70,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bits_have_the_names_of_their_device() {
+    fn device_bits_have_the_names_of_their_device_and_unknown_bits_are_numbers() {
         let bits = bit(9) | bit(26) | bit(30) | bit(32) | bit(50);
         let rest = "VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_F_VERSION_1, bit 50";
         assert_eq!(feature_names(bits, Some(virtio::VIRTIO_ID_BLOCK)), format!("VIRTIO_BLK_F_FLUSH, {rest}"));

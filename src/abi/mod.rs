@@ -1,7 +1,7 @@
 //! Numbers and layouts that this crate shares with kernels, front-ends, back-ends and guests.
 //!
 //! Here: constants, plain structures, their sizes and offsets (checked at compile time), names for messages.
-//! Not here: sockets, checks of what a peer sent, anything that changes state.
+//! Not here: sockets, checks of values that a peer sent, anything that changes state.
 #![forbid(unsafe_code)]
 
 pub mod features;
@@ -11,13 +11,13 @@ pub mod vhost;
 pub mod vhost_user;
 pub mod virtio;
 
-/// The mask of feature bit `number`, for virtio, vhost and vhost-user protocol features alike. 0 from bit 64 on.
+/// The mask of feature bit `number`, for virtio, vhost and vhost-user protocol features alike. It is 0 for 64 and above.
 pub const fn bit(number: u32) -> u64 {
     if number < u64::BITS { 1 << number } else { 0 }
 }
 
-/// Declares a plain structure with its size in bytes and the offset of every field, and checks both at compile time.
-/// The compiler refuses it too if there is padding that is not a field of its own.
+/// Declares a plain structure with its size and the offset of every field in bytes, and checks both at compile time.
+/// The derived `IntoBytes` refuses padding that is not a field of its own.
 macro_rules! wire {
     ($(
         $(#[$meta:meta])*

@@ -1,16 +1,16 @@
 //! The kernel's VDUSE interface (`linux/vduse.h`): ioctl numbers and the messages of `/dev/vduse/NAME`.
 //!
-//! Names are those of the header. Numbers newer than Linux 6.1 stand at the end. Not here: calling ioctls.
+//! Names are those of the header. Numbers newer than Linux 6.1 are at the end. Not here: calling ioctls.
 use super::vhost::{io, ior, iow, iowr};
 use super::wire;
 
-/// Ioctl kind of all VDUSE requests.
+/// Ioctl type of all VDUSE requests.
 pub const VDUSE_BASE: u8 = 0x81;
 /// Version of the interface.
 pub const VDUSE_API_VERSION: u64 = 0;
-/// Longest device name, bytes, with its NUL.
+/// Maximum length of a device name, bytes, with its NUL.
 pub const VDUSE_NAME_MAX: usize = 256;
-/// Unbinds a kick eventfd.
+/// [`VqEventfd::fd`]: unbinds the kick eventfd.
 pub const VDUSE_EVENTFD_DEASSIGN: i32 = -1;
 
 /// Access to a mapping: read.
@@ -28,13 +28,13 @@ pub const VDUSE_GET_VQ_STATE: u32 = 0;
 pub const VDUSE_SET_STATUS: u32 = 1;
 /// [`DevRequest::kind`]: mappings changed, an [`IovaRange`].
 pub const VDUSE_UPDATE_IOTLB: u32 = 2;
-/// [`DevResponse::result`]: done.
+/// [`DevResponse::result`]: success.
 pub const VDUSE_REQ_RESULT_OK: u32 = 0;
 /// [`DevResponse::result`]: refused.
 pub const VDUSE_REQ_RESULT_FAILED: u32 = 1;
 
 wire! {
-    /// `struct vduse_dev_config` without the configuration space, which follows at once.
+    /// `struct vduse_dev_config` without the configuration space, which follows immediately.
     DevConfigHeader, 336 bytes {
         /// Device name, NUL-terminated.
         name: [u8; VDUSE_NAME_MAX] => 0,
@@ -44,19 +44,19 @@ wire! {
         device_id: u32 => 260,
         /// Virtio features.
         features: u64 => 264,
-        /// Rings.
+        /// Number of rings.
         vq_num: u32 => 272,
         /// Alignment of rings, bytes.
         vq_align: u32 => 276,
-        /// 0. With [`VDUSE_API_VERSION_1`] the first two are the number of groups and of address spaces.
+        /// 0. With [`VDUSE_API_VERSION_1`] the first two words are the number of groups and of address spaces.
         reserved: [u32; 13] => 280,
-        /// Bytes of configuration space that follow.
+        /// Size of the configuration space that follows, bytes.
         config_size: u32 => 332,
     }
 
     /// `struct vduse_iotlb_entry`: both ends inclusive.
     IotlbEntry, 32 bytes {
-        /// Where the mapping begins in its fd, bytes.
+        /// Offset of the mapping in its fd, bytes.
         offset: u64 => 0,
         /// First IOVA.
         start: u64 => 8,
@@ -68,11 +68,11 @@ wire! {
         padding: [u8; 7] => 25,
     }
 
-    /// `struct vduse_config_data` without its bytes, which follow at once.
+    /// `struct vduse_config_data` without its data, which follows immediately.
     ConfigDataHeader, 8 bytes {
-        /// Offset in configuration space.
+        /// Offset in configuration space, bytes.
         offset: u32 => 0,
-        /// Bytes that follow.
+        /// Length of the data that follows, bytes.
         length: u32 => 4,
     }
 
@@ -80,9 +80,9 @@ wire! {
     VqConfig, 32 bytes {
         /// Ring index.
         index: u32 => 0,
-        /// Largest size, entries.
+        /// Maximum ring size, entries.
         max_size: u16 => 4,
-        /// 0. With [`VDUSE_API_VERSION_1`] the second and third are the ring's group.
+        /// 0. With [`VDUSE_API_VERSION_1`] the second and third element are the ring's group.
         reserved: [u16; 13] => 6,
     }
 
@@ -108,7 +108,7 @@ wire! {
     VqInfo, 48 bytes {
         /// Ring index.
         index: u32 => 0,
-        /// Entries.
+        /// Ring size, entries.
         num: u32 => 4,
         /// IOVA of the descriptor area.
         desc_addr: u64 => 8,
@@ -116,7 +116,8 @@ wire! {
         driver_addr: u64 => 16,
         /// IOVA of the device area.
         device_addr: u64 => 24,
-        /// Where the ring continues, as SET_VRING_BASE put it; of a split ring see [`VqStatePacked::as_split`].
+        /// Position from which the ring continues, as SET_VRING_BASE sets it. For a split ring see
+        /// [`VqStatePacked::as_split`].
         state: VqStatePacked => 32,
         /// 1 if enabled.
         ready: u8 => 40,
@@ -136,9 +137,9 @@ wire! {
     IovaUmem, 48 bytes {
         /// Address in this process, page-aligned.
         uaddr: u64 => 0,
-        /// IOVA.
+        /// First IOVA.
         iova: u64 => 8,
-        /// Bytes.
+        /// Length, bytes.
         size: u64 => 16,
         /// 0.
         reserved: [u64; 3] => 24,
@@ -156,11 +157,11 @@ wire! {
         reserved: [u64; 3] => 24,
     }
 
-    /// `struct vduse_vq_state`: payload of [`VDUSE_GET_VQ_STATE`]; in the request only `index` means something.
+    /// `struct vduse_vq_state`: payload of [`VDUSE_GET_VQ_STATE`]. The request uses only `index`.
     VqState, 12 bytes {
         /// Ring index.
         index: u32 => 0,
-        /// Where the ring continues.
+        /// Position from which the ring continues.
         state: VqStatePacked => 4,
     }
 
@@ -178,11 +179,11 @@ wire! {
         last: u64 => 8,
     }
 
-    /// `struct vduse_dev_request`: what is read from the device.
+    /// `struct vduse_dev_request`: a message read from the device.
     DevRequest, 152 bytes {
-        /// [`VDUSE_GET_VQ_STATE`] and its neighbours.
+        /// [`VDUSE_GET_VQ_STATE`] or another request number.
         kind: u32 => 0,
-        /// Number to answer with.
+        /// Number that the response must carry.
         request_id: u32 => 4,
         /// 0.
         reserved: [u32; 4] => 8,
@@ -190,7 +191,7 @@ wire! {
         payload: [u8; 128] => 24,
     }
 
-    /// `struct vduse_dev_response`: what is written to the device.
+    /// `struct vduse_dev_response`: a message written to the device.
     DevResponse, 152 bytes {
         /// Number of the request.
         request_id: u32 => 0,
@@ -198,15 +199,15 @@ wire! {
         result: u32 => 4,
         /// 0.
         reserved: [u32; 4] => 8,
-        /// A [`VqState`] where the request asked for one, else zeros.
+        /// A [`VqState`] in response to [`VDUSE_GET_VQ_STATE`], otherwise zeros.
         payload: [u8; 128] => 24,
     }
 
-    /// `struct vduse_iotlb_entry_v2`, with [`VDUSE_API_VERSION_1`].
+    /// `struct vduse_iotlb_entry_v2`, used with [`VDUSE_API_VERSION_1`].
     IotlbEntryV2, 80 bytes {
-        /// The entry.
+        /// The entry without an address space.
         v1: IotlbEntry => 0,
-        /// Address space.
+        /// Address space id.
         asid: u32 => 32,
         /// 0.
         reserved: [u32; 11] => 36,
@@ -214,51 +215,51 @@ wire! {
 }
 
 impl VqStatePacked {
-    /// The state of a split ring lies in the first word of this one (a union in the header).
+    /// The union of the header that holds the state of a split ring: its first word is the available index.
     pub const fn from_split(split: VqStateSplit) -> Self {
         Self { last_avail_counter: split.avail_index, last_avail_idx: 0, last_used_counter: 0, last_used_idx: 0 }
     }
 
-    /// This state read as that of a split ring.
+    /// The same union read as the state of a split ring.
     pub const fn as_split(self) -> VqStateSplit {
         VqStateSplit { avail_index: self.last_avail_counter }
     }
 }
 
-/// Reads the kernel's version, u64; on `/dev/vduse/control`, like the next three.
+/// Reads the kernel's version of the interface, u64. Used on `/dev/vduse/control`, like the next three.
 pub const VDUSE_GET_API_VERSION: u32 = ior::<u64>(VDUSE_BASE, 0x00);
-/// Chooses the version, u64.
+/// Sets the version of the interface, u64.
 pub const VDUSE_SET_API_VERSION: u32 = iow::<u64>(VDUSE_BASE, 0x01);
 /// Creates a device: [`DevConfigHeader`] and configuration space.
 pub const VDUSE_CREATE_DEV: u32 = iow::<DevConfigHeader>(VDUSE_BASE, 0x02);
-/// Destroys a device: its name.
+/// Destroys the device of this name.
 pub const VDUSE_DESTROY_DEV: u32 = iow::<[u8; VDUSE_NAME_MAX]>(VDUSE_BASE, 0x03);
 /// Finds the first mapping in a range and returns its fd.
 pub const VDUSE_IOTLB_GET_FD: u32 = iowr::<IotlbEntry>(VDUSE_BASE, 0x10);
 /// Reads the negotiated features, u64.
 pub const VDUSE_DEV_GET_FEATURES: u32 = ior::<u64>(VDUSE_BASE, 0x11);
-/// Writes configuration space: [`ConfigDataHeader`] and bytes.
+/// Writes configuration space: [`ConfigDataHeader`] and data.
 pub const VDUSE_DEV_SET_CONFIG: u32 = iow::<ConfigDataHeader>(VDUSE_BASE, 0x12);
-/// Tells the driver that configuration space changed.
+/// Notifies the driver of a change of configuration space.
 pub const VDUSE_DEV_INJECT_CONFIG_IRQ: u32 = io(VDUSE_BASE, 0x13);
-/// Declares a ring, before the device is attached.
+/// Declares a ring. Used before the device is attached.
 pub const VDUSE_VQ_SETUP: u32 = iow::<VqConfig>(VDUSE_BASE, 0x14);
-/// Reads where a ring lies.
+/// Reads the addresses and the state of a ring.
 pub const VDUSE_VQ_GET_INFO: u32 = iowr::<VqInfo>(VDUSE_BASE, 0x15);
-/// Sets the eventfd of new buffers.
+/// Sets the kick eventfd.
 pub const VDUSE_VQ_SETUP_KICKFD: u32 = iow::<VqEventfd>(VDUSE_BASE, 0x16);
-/// Tells the driver of used buffers: ring index, u32.
+/// Notifies the driver of used buffers: ring index, u32.
 pub const VDUSE_VQ_INJECT_IRQ: u32 = iow::<u32>(VDUSE_BASE, 0x17);
-/// Registers memory of this process for a range.
+/// Registers memory of this process for a range of IOVAs.
 pub const VDUSE_IOTLB_REG_UMEM: u32 = iow::<IovaUmem>(VDUSE_BASE, 0x18);
-/// Takes it back.
+/// Removes the memory registered with [`VDUSE_IOTLB_REG_UMEM`].
 pub const VDUSE_IOTLB_DEREG_UMEM: u32 = iow::<IovaUmem>(VDUSE_BASE, 0x19);
-/// Finds the first mapping in a range.
+/// Finds the first mapping in a range, without its fd.
 pub const VDUSE_IOTLB_GET_INFO: u32 = iowr::<IovaInfo>(VDUSE_BASE, 0x1a);
 
-/// Version with groups and address spaces.
+/// Version of the interface with groups and address spaces.
 pub const VDUSE_API_VERSION_1: u64 = 1;
-/// VDUSE feature bit: the device is told when a ring is enabled (newer kernels only).
+/// VDUSE feature bit: the kernel sends [`VDUSE_SET_VQ_READY`] when a ring is enabled or disabled (newer kernels only).
 pub const VDUSE_F_QUEUE_READY: u32 = 0;
 /// VDUSE feature bit: the device can be suspended (newer kernels only).
 pub const VDUSE_F_SUSPEND: u32 = 1;
@@ -272,7 +273,7 @@ pub const VDUSE_IOTLB_GET_FD2: u32 = iowr::<IotlbEntryV2>(VDUSE_BASE, 0x1b);
 pub const VDUSE_SET_VQ_GROUP_ASID: u32 = 3;
 /// [`DevRequest::kind`]: a ring was enabled or disabled.
 pub const VDUSE_SET_VQ_READY: u32 = 4;
-/// [`DevRequest::kind`]: stop processing, keep the state.
+/// [`DevRequest::kind`]: the device must stop processing and keep its state.
 pub const VDUSE_SUSPEND: u32 = 5;
 
 #[cfg(test)]
@@ -281,7 +282,7 @@ mod tests {
     use zerocopy::IntoBytes;
 
     #[test]
-    fn a_split_state_lies_where_the_kernels_union_has_it() {
+    fn a_split_ring_state_is_the_first_word_of_the_kernels_union() {
         let state = VqStatePacked::from_split(VqStateSplit { avail_index: 0xbeef });
         assert_eq!(state.as_bytes()[..2], 0xbeef_u16.to_ne_bytes());
         assert_eq!(state.as_split().avail_index, 0xbeef);

@@ -1,37 +1,36 @@
 //! The vhost-user protocol on the wire: request numbers, header, payloads, protocol features.
 //!
-//! Names are those of the specification without their prefix, in its present words (back-end, not slave). Everything
-//! is in the machine's byte order. Not here: which request carries which payload or fd, and what it does.
+//! Names are those of the specification without their prefix, in its current words (back-end, not slave). All fields are in
+//! native byte order. Not here: decoding and handling of requests.
 use super::wire;
 use std::fmt;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 pub use super::vhost::{IotlbMsg, VHOST_F_LOG_ALL, VHOST_VRING_F_LOG, VringAddr, VringState};
 
-/// Feature bit of SET_FEATURES: protocol features are spoken; rings start disabled (rules R1.1, R2.1).
+/// Feature bit of SET_FEATURES: protocol features are negotiated, and rings start disabled (rules R1.1, R2.1).
 pub const VHOST_USER_F_PROTOCOL_FEATURES: u32 = 30;
-/// Bytes of guest memory per bit of the dirty log.
+/// Guest memory covered by one bit of the dirty log, bytes.
 pub const VHOST_LOG_PAGE: u64 = 4096;
-/// Most regions of a SET_MEM_TABLE, and most fds of one message.
+/// Maximum number of regions in a SET_MEM_TABLE, and of fds in one message.
 pub const VHOST_MEMORY_BASELINE_NREGIONS: usize = 8;
-/// Memory slots of libvhost-user when the seed of its header was taken; today it is
-/// [`VHOST_USER_MAX_RAM_SLOTS_TODAY`].
-pub const VHOST_USER_MAX_RAM_SLOTS: usize = 32;
-/// Memory slots that a front-end may want (rule M1.3).
-pub const VHOST_USER_MAX_RAM_SLOTS_TODAY: usize = 509;
-/// Largest ring of libvhost-user, entries.
+/// Number of memory slots of libvhost-user (QEMU 10), which front-ends may use up (rule M1.3).
+pub const VHOST_USER_MAX_RAM_SLOTS: usize = 509;
+/// Number of memory slots of older versions of libvhost-user.
+pub const VHOST_USER_MAX_RAM_SLOTS_OLD: usize = 32;
+/// Maximum ring size of libvhost-user, entries.
 pub const VIRTQUEUE_MAX_SIZE: usize = 1024;
-/// Largest configuration space in one GET_CONFIG or SET_CONFIG, bytes.
+/// Maximum length of configuration space in one GET_CONFIG or SET_CONFIG, bytes.
 pub const VHOST_USER_MAX_CONFIG_SIZE: usize = 256;
 
 /// [`ConfigHeader::flags`]: the driver wrote a field.
 pub const CONFIG_TYPE_FRONTEND: u32 = 0;
-/// [`ConfigHeader::flags`]: migration restores the space.
+/// [`ConfigHeader::flags`]: migration restores the configuration space.
 pub const CONFIG_TYPE_MIGRATION: u32 = 1;
 
-/// Ring index in the u64 of SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR and of a [`VringArea`].
+/// Mask of the ring index in the u64 of SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR and of a [`VringArea`].
 pub const VRING_IDX_MASK: u64 = 0xff;
-/// Set in that u64 when no fd comes with it.
+/// Bit in the same u64: the message carries no fd.
 pub const VRING_NOFD_MASK: u64 = 0x100;
 
 /// [`DeviceStateTransfer::direction`]: the back-end writes its state (source).
@@ -40,51 +39,52 @@ pub const DEVICE_STATE_SAVE: u32 = 0;
 pub const DEVICE_STATE_LOAD: u32 = 1;
 /// [`DeviceStateTransfer::phase`]: all rings are stopped.
 pub const DEVICE_STATE_PHASE_STOPPED: u32 = 0;
-/// Reply of SET_DEVICE_STATE_FD: error number, 0 is success.
+/// Mask of the error number in the reply to SET_DEVICE_STATE_FD; 0 is success.
 pub const DEVICE_STATE_ERROR_MASK: u64 = 0xff;
-/// Reply of SET_DEVICE_STATE_FD: no fd comes back, use the one that was sent.
+/// Bit in the reply to SET_DEVICE_STATE_FD: it carries no fd, and the one that was sent is used.
 pub const DEVICE_STATE_NOFD_MASK: u64 = 0x100;
 
-/// [`SharedMemoryMap::flags`]: map for writing too.
+/// [`SharedMemoryMap::flags`]: the mapping is writable.
 pub const SHMEM_MAP_RW: u64 = 1;
 
-/// Features a user-mode Linux front-end offers at the transport level.
+/// Transport features of User-mode Linux's front-end.
 pub const UML_SUPPORTED_F: u64 = super::bit(VHOST_USER_F_PROTOCOL_FEATURES);
-/// Protocol features a user-mode Linux front-end speaks.
+/// Protocol features of User-mode Linux's front-end.
 pub const UML_SUPPORTED_PROTOCOL_F: u64 = super::bit(protocol_feature::REPLY_ACK)
     | super::bit(protocol_feature::BACKEND_REQ)
     | super::bit(protocol_feature::CONFIG);
-/// Regions in every SET_MEM_TABLE of user-mode Linux, whatever its `nregions` says (rule F6.2).
+/// Number of regions in every SET_MEM_TABLE payload of User-mode Linux, also if `nregions` is less (rule F6.2).
 pub const UML_MEM_TABLE_REGIONS: usize = 2;
 
-/// Numbers that the specification has not settled (rule I8.1). They are off unless asked for, and only here.
+/// Numbers that the specification has not settled (rule I8.1). They are used only on request, and defined only here.
 pub mod unstable {
     /// Protocol feature: GET_VRING_BASE leaves requests marked in the inflight region.
     pub const F_GET_VRING_BASE_INFLIGHT: u32 = 20;
-    /// Protocol feature: the request below.
+    /// Protocol feature: [`GET_VRING_BASE_SKIP_DRAIN`] is supported.
     pub const F_GET_VRING_BASE_SKIP_DRAIN: u32 = 23;
-    /// The two together, of which neither serves without the other.
+    /// Mask of both features. Neither is useful without the other.
     pub const INFLIGHT_MIGRATION: u64 =
         super::super::bit(F_GET_VRING_BASE_INFLIGHT) | super::super::bit(F_GET_VRING_BASE_SKIP_DRAIN);
-    /// GET_VRING_BASE for a ring that shall not be drained.
+    /// Request: GET_VRING_BASE without draining the ring.
     pub const GET_VRING_BASE_SKIP_DRAIN: u32 = 45;
-    /// The number one implementation uses for it, which the specification gives to GET_SHMEM_CONFIG.
+    /// Number of the same request in one implementation. The specification assigns it to GET_SHMEM_CONFIG.
     pub const GET_VRING_BASE_SKIP_DRAIN_OTHER: u32 = 44;
 }
 
-/// Numbers of this project that no specification has. Other programs ignore the feature, and never see the requests.
+/// Numbers of this project that are in no specification. Other programs ignore the feature and never get the requests.
 pub mod own {
-    /// Protocol feature: the requests below. At the other end of the word from those that the specification adds.
+    /// Protocol feature: the requests of this module are supported. The specification adds bits from the other end of the
+    /// word.
     pub const F_DISK_GENERATION: u32 = 62;
-    /// Asks a disk that no ring uses for its [`DiskGeneration`](super::DiskGeneration). An answer without payload means
-    /// that it can't be told (GET_DISK_GENERATION).
+    /// Asks a disk that no ring uses for its [`DiskGeneration`](super::DiskGeneration). A reply without payload means that
+    /// the generation is not known.
     pub const GET_DISK_GENERATION: super::Request = super::Request(0x7664_0001);
-    /// Asks a disk for the identity in its [`DiskGeneration`](super::DiskGeneration) alone, a `u128`, also while rings run. An
-    /// answer without payload means that it can't be told.
+    /// Asks a disk for the identity in its [`DiskGeneration`](super::DiskGeneration), a `u128`, also while rings run. A
+    /// reply without payload means that the identity is not known.
     pub const GET_DISK_IDENTITY: super::Request = super::Request(0x7664_0002);
 }
 
-/// Protocol feature bits of GET_PROTOCOL_FEATURES and SET_PROTOCOL_FEATURES: bit numbers, and [`NAMES`] for people.
+/// Protocol feature bits of GET_PROTOCOL_FEATURES and SET_PROTOCOL_FEATURES: bit numbers, and [`NAMES`] for messages.
 ///
 /// [`NAMES`]: protocol_feature::NAMES
 pub mod protocol_feature {
@@ -93,7 +93,7 @@ pub mod protocol_feature {
     macro_rules! features {
         ($($(#[$doc:meta])* $name:ident = $bit:expr;)*) => {
             $($(#[$doc])* pub const $name: u32 = $bit;)*
-            /// Every bit known here with the specification's name.
+            /// Every known bit with the specification's name.
             pub const NAMES: &[(u32, &str)] = &[$(($name, stringify!($name))),*];
         };
     }
@@ -101,11 +101,11 @@ pub mod protocol_feature {
     features! {
         /// Several queues.
         MQ = 0;
-        /// SET_LOG_BASE brings an fd.
+        /// SET_LOG_BASE carries an fd.
         LOG_SHMFD = 1;
         /// SEND_RARP.
         RARP = 2;
-        /// Need-reply and its u64 (rule F4.1).
+        /// The need-reply flag and its u64 reply (rule F4.1).
         REPLY_ACK = 3;
         /// NET_SET_MTU.
         MTU = 4;
@@ -127,7 +127,7 @@ pub mod protocol_feature {
         INFLIGHT_SHMFD = 12;
         /// RESET_DEVICE.
         RESET_DEVICE = 13;
-        /// VRING_KICK, and VRING_CALL on the back-end channel.
+        /// VRING_KICK, and on the back-end channel VRING_CALL and VRING_ERR.
         INBAND_NOTIFICATIONS = 14;
         /// GET_MAX_MEM_SLOTS, ADD_MEM_REG and REM_MEM_REG.
         CONFIGURE_MEM_SLOTS = 15;
@@ -150,7 +150,7 @@ pub mod protocol_feature {
     }
 }
 
-/// An open set of message numbers: what is not known keeps its number.
+/// Declares an open set of message numbers: an unknown message keeps its number.
 macro_rules! codes {
     (
         $(#[$meta:meta])*
@@ -165,10 +165,10 @@ macro_rules! codes {
         impl $type {
             $($(#[$doc])* pub const $name: $type = $type($code);)*
 
-            /// Every number known here.
+            /// Every known number.
             pub const KNOWN: &[$type] = &[$($type::$name),*];
 
-            /// The specification's name, if the number is known here.
+            /// The specification's name; `None` for an unknown number.
             pub const fn name(self) -> Option<&'static str> {
                 match self {
                     $($type::$name => Some(concat!($prefix, stringify!($name))),)*
@@ -190,17 +190,17 @@ macro_rules! codes {
 }
 
 codes! {
-    /// Number of a message from the front-end, and of its reply.
+    /// Number of a front-end message and of its reply.
     Request, "", "request" {
         /// Offered feature bits, u64.
         GET_FEATURES = 1;
         /// Acknowledged feature bits, u64.
         SET_FEATURES = 2;
-        /// The sender owns the session.
+        /// Makes the sender the owner of the session.
         SET_OWNER = 3;
         /// Deprecated (rule R8.1).
         RESET_OWNER = 4;
-        /// Memory table: [`MemoryHeader`], regions, one fd each.
+        /// Memory table: [`MemoryHeader`], regions, one fd per region.
         SET_MEM_TABLE = 5;
         /// Dirty log: [`LogDescription`] and fd.
         SET_LOG_BASE = 6;
@@ -210,27 +210,27 @@ codes! {
         SET_VRING_NUM = 8;
         /// Ring addresses: [`VringAddr`].
         SET_VRING_ADDR = 9;
-        /// Where a ring continues: [`VringState`].
+        /// Base of a ring, the position from which it continues: [`VringState`].
         SET_VRING_BASE = 10;
-        /// Stops a ring and tells where: [`VringState`] (rule R3.1).
+        /// Stops a ring and returns its base: [`VringState`] (rule R3.1).
         GET_VRING_BASE = 11;
-        /// Eventfd of new buffers; starts the ring: u64 of [`VRING_IDX_MASK`] and [`VRING_NOFD_MASK`].
+        /// Eventfd for new buffers; starts the ring: u64 of [`VRING_IDX_MASK`] and [`VRING_NOFD_MASK`].
         SET_VRING_KICK = 12;
-        /// Eventfd of used buffers, likewise.
+        /// Eventfd for used buffers: u64 as of SET_VRING_KICK.
         SET_VRING_CALL = 13;
-        /// Eventfd of errors, likewise.
+        /// Eventfd for errors: u64 as of SET_VRING_KICK.
         SET_VRING_ERR = 14;
         /// Offered protocol features, u64.
         GET_PROTOCOL_FEATURES = 15;
         /// Acknowledged protocol features, u64.
         SET_PROTOCOL_FEATURES = 16;
-        /// Most queues, u64.
+        /// Maximum number of queues, u64.
         GET_QUEUE_NUM = 17;
         /// Enables or disables a ring: [`VringState`].
         SET_VRING_ENABLE = 18;
-        /// Asks a net device to announce a MAC address, u64.
+        /// Asks a network device to announce a MAC address, u64.
         SEND_RARP = 19;
-        /// MTU of a net device, u64.
+        /// MTU of a network device, u64.
         NET_SET_MTU = 20;
         /// Socket of the back-end channel.
         SET_BACKEND_REQ_FD = 21;
@@ -238,45 +238,45 @@ codes! {
         IOTLB_MSG = 22;
         /// Byte order of a legacy ring: [`VringState`].
         SET_VRING_ENDIAN = 23;
-        /// Reads configuration space: [`ConfigHeader`] and bytes.
+        /// Reads configuration space: [`ConfigHeader`] and data.
         GET_CONFIG = 24;
-        /// Writes configuration space: [`ConfigHeader`] and bytes.
+        /// Writes configuration space: [`ConfigHeader`] and data.
         SET_CONFIG = 25;
-        /// Crypto device.
+        /// Opens a session of a crypto device.
         CREATE_CRYPTO_SESSION = 26;
-        /// Crypto device.
+        /// Closes a session of a crypto device.
         CLOSE_CRYPTO_SESSION = 27;
-        /// Postcopy is coming; the answer brings a userfaultfd.
+        /// Announces postcopy; the reply carries a userfaultfd.
         POSTCOPY_ADVISE = 28;
-        /// Postcopy begins: memory tables are registered with it.
+        /// Begins postcopy: memory tables that follow are registered with the userfaultfd.
         POSTCOPY_LISTEN = 29;
-        /// Postcopy is over.
+        /// Ends postcopy.
         POSTCOPY_END = 30;
         /// Asks for an inflight region: [`InflightDescription`].
         GET_INFLIGHT_FD = 31;
-        /// Hands an inflight region over: [`InflightDescription`] and fd.
+        /// Passes an inflight region to the back-end: [`InflightDescription`] and fd.
         SET_INFLIGHT_FD = 32;
         /// Socket of a GPU device.
         GPU_SET_SOCKET = 33;
         /// Disables rings, resets device state, keeps the owner (rule R8.2).
         RESET_DEVICE = 34;
-        /// A kick inside the connection: [`VringState`].
+        /// In-band kick: [`VringState`].
         VRING_KICK = 35;
-        /// Most memory slots, u64.
+        /// Maximum number of memory slots, u64.
         GET_MAX_MEM_SLOTS = 36;
         /// Adds a region: [`MemRegMsg`] and fd.
         ADD_MEM_REG = 37;
         /// Removes a region: [`MemRegMsg`].
         REM_MEM_REG = 38;
-        /// Virtio status byte, u64.
+        /// Sets the virtio status byte, u64.
         SET_STATUS = 39;
-        /// Virtio status byte, u64.
+        /// Reads the virtio status byte, u64.
         GET_STATUS = 40;
         /// Asks for the fd of a [`SharedObject`].
         GET_SHARED_OBJECT = 41;
-        /// Channel for device state: [`DeviceStateTransfer`] and fd.
+        /// Begins a transfer of device state: [`DeviceStateTransfer`] and fd.
         SET_DEVICE_STATE_FD = 42;
-        /// Result of that transfer, u64, 0 is success.
+        /// Result of the last transfer of device state, u64; 0 is success.
         CHECK_DEVICE_STATE = 43;
         /// Sizes of shared memory regions: [`SharedMemoryConfigHeader`] and sizes.
         GET_SHMEM_CONFIG = 44;
@@ -286,17 +286,17 @@ codes! {
 }
 
 codes! {
-    /// Number of a message from the back-end on its own channel, and of its reply.
+    /// Number of a back-end message on the back-end channel and of its reply.
     BackendRequest, "BACKEND_", "back-end request" {
-        /// Translation missing or refused: [`IotlbMsg`].
+        /// Translation missing or access refused: [`IotlbMsg`].
         IOTLB_MSG = 1;
-        /// Configuration space changed.
+        /// Change of configuration space.
         CONFIG_CHANGE_MSG = 2;
         /// Doorbell to map into the guest: [`VringArea`] and fd.
         VRING_HOST_NOTIFIER_MSG = 3;
-        /// Buffers were used: [`VringState`].
+        /// In-band notification of used buffers: [`VringState`].
         VRING_CALL = 4;
-        /// A ring is broken: [`VringState`].
+        /// In-band notification of a ring's error: [`VringState`].
         VRING_ERR = 5;
         /// Publishes a [`SharedObject`].
         SHARED_OBJECT_ADD = 6;
@@ -306,7 +306,7 @@ codes! {
         SHARED_OBJECT_LOOKUP = 8;
         /// Maps an fd into a shared memory region: [`SharedMemoryMap`] and fd.
         SHMEM_MAP = 9;
-        /// Unmaps it: [`SharedMemoryMap`].
+        /// Unmaps part of a shared memory region: [`SharedMemoryMap`].
         SHMEM_UNMAP = 10;
     }
 }
@@ -314,11 +314,11 @@ codes! {
 impl Header {
     /// Protocol version, in the flags of every message.
     pub const FLAG_VERSION: u32 = 0x1;
-    /// Bits of the version.
+    /// Mask of the version in the flags.
     pub const FLAG_VERSION_MASK: u32 = 0x3;
-    /// This is a reply.
+    /// Flag of a reply.
     pub const FLAG_REPLY: u32 = 0x4;
-    /// The sender wants a reply also where there is none by nature (rule F4.1).
+    /// Flag that asks for a reply to a message that has none of its own (rule F4.1).
     pub const FLAG_NEED_REPLY: u32 = 0x8;
     /// The flags of every reply (rule F2.2).
     pub const REPLY_FLAGS: u32 = Self::FLAG_VERSION | Self::FLAG_REPLY;
@@ -329,24 +329,24 @@ wire! {
     Header, 12 bytes {
         /// A [`Request`] or, on the back-end channel, a [`BackendRequest`].
         request: u32 => 0,
-        /// Version, reply, need-reply.
+        /// Version and the flags reply and need-reply.
         flags: u32 => 4,
-        /// Bytes of payload that follow.
+        /// Size of the payload that follows, bytes.
         size: u32 => 8,
     }
 
-    /// Reply of [`own::GET_DISK_GENERATION`]: which disk it is, and the state of its contents (GET_DISK_GENERATION).
+    /// Reply to [`own::GET_DISK_GENERATION`]: identity of a disk, and state of its contents.
     #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
     DiskGeneration, 32 bytes {
-        /// Random number of the disk, kept for as long as it lives.
+        /// Random number of the disk. It never changes.
         identity: u128 => 0,
-        /// Random number of its contents, replaced before they change.
+        /// Random number of the contents, replaced before they change.
         generation: u128 => 16,
     }
 
-    /// Head of SET_MEM_TABLE; the regions follow.
+    /// Header of SET_MEM_TABLE; the regions follow.
     MemoryHeader, 8 bytes {
-        /// How many regions mean something.
+        /// Number of valid regions.
         nregions: u32 => 0,
         /// 0.
         padding: u32 => 4,
@@ -356,11 +356,11 @@ wire! {
     MemoryRegion, 32 bytes {
         /// Guest-physical address.
         guest_phys_addr: u64 => 0,
-        /// Bytes.
+        /// Size, bytes.
         memory_size: u64 => 8,
         /// Address in the front-end.
         userspace_addr: u64 => 16,
-        /// Where the region begins in its fd, bytes.
+        /// Offset of the region in its fd, bytes.
         mmap_offset: u64 => 24,
     }
 
@@ -374,17 +374,17 @@ wire! {
 
     /// Payload of SET_LOG_BASE.
     LogDescription, 16 bytes {
-        /// Bytes of log.
+        /// Size of the log, bytes.
         mmap_size: u64 => 0,
-        /// Where the log begins in its fd, bytes.
+        /// Offset of the log in its fd, bytes.
         mmap_offset: u64 => 8,
     }
 
-    /// Head of GET_CONFIG and SET_CONFIG; `size` bytes follow.
+    /// Header of GET_CONFIG and SET_CONFIG; `size` bytes follow.
     ConfigHeader, 12 bytes {
-        /// Offset in configuration space.
+        /// Offset in configuration space, bytes.
         offset: u32 => 0,
-        /// Bytes.
+        /// Length, bytes.
         size: u32 => 4,
         /// [`CONFIG_TYPE_FRONTEND`] or [`CONFIG_TYPE_MIGRATION`].
         flags: u32 => 8,
@@ -392,23 +392,23 @@ wire! {
 
     /// Payload of VRING_HOST_NOTIFIER_MSG.
     VringArea, 24 bytes {
-        /// [`VRING_IDX_MASK`] and [`VRING_NOFD_MASK`].
+        /// Ring index ([`VRING_IDX_MASK`]) and [`VRING_NOFD_MASK`].
         u64: u64 => 0,
-        /// Bytes.
+        /// Size of the area, bytes.
         size: u64 => 8,
-        /// Where the area begins in its fd, bytes.
+        /// Offset of the area in its fd, bytes.
         offset: u64 => 16,
     }
 
     /// Payload of GET_INFLIGHT_FD and SET_INFLIGHT_FD, with the tail padding that peers send (rule F6.3).
     InflightDescription, 24 bytes {
-        /// Bytes of the region.
+        /// Size of the region, bytes.
         mmap_size: u64 => 0,
-        /// Where the region begins in its fd, bytes.
+        /// Offset of the region in its fd, bytes.
         mmap_offset: u64 => 8,
-        /// Queues.
+        /// Number of queues.
         num_queues: u16 => 16,
-        /// Descriptors of each.
+        /// Number of descriptors of each queue.
         queue_size: u16 => 18,
         /// Unused.
         padding: [u8; 4] => 20,
@@ -424,29 +424,29 @@ wire! {
 
     /// Payload of the shared-object messages.
     SharedObject, 16 bytes {
-        /// UUID; its first three parts are big-endian.
+        /// UUID. Its first three fields are big-endian.
         uuid: [u8; 16] => 0,
     }
 
     /// Payload of SHMEM_MAP and SHMEM_UNMAP.
     SharedMemoryMap, 40 bytes {
-        /// Which shared memory region of the device.
+        /// Id of the device's shared memory region.
         shmid: u8 => 0,
         /// 0.
         padding: [u8; 7] => 1,
-        /// Where the area begins in its fd, bytes.
+        /// Offset of the area in its fd, bytes.
         fd_offset: u64 => 8,
-        /// Where it goes in the shared memory region, bytes.
+        /// Offset of the area in the shared memory region, bytes.
         shm_offset: u64 => 16,
-        /// Bytes.
+        /// Length of the area, bytes.
         len: u64 => 24,
         /// 0 or [`SHMEM_MAP_RW`].
         flags: u64 => 32,
     }
 
-    /// Head of GET_SHMEM_CONFIG's reply; u64 sizes follow, 0 for regions that do not exist.
+    /// Header of GET_SHMEM_CONFIG's reply; u64 sizes follow, 0 for regions that do not exist.
     SharedMemoryConfigHeader, 8 bytes {
-        /// Regions that exist.
+        /// Number of regions that exist.
         nregions: u32 => 0,
         /// 0.
         padding: u32 => 4,
@@ -454,7 +454,7 @@ wire! {
 }
 
 const _: () = {
-    // libvhost-user: VhostUserMemory, VhostUserConfig and UML's fixed table, as heads with what follows them.
+    // Sizes of libvhost-user's VhostUserMemory and VhostUserConfig and of UML's fixed table: header and what follows it.
     assert!(size_of::<MemoryHeader>() + VHOST_MEMORY_BASELINE_NREGIONS * size_of::<MemoryRegion>() == 264);
     assert!(size_of::<MemoryHeader>() + UML_MEM_TABLE_REGIONS * size_of::<MemoryRegion>() == 72);
     assert!(size_of::<ConfigHeader>() + VHOST_USER_MAX_CONFIG_SIZE == 268);

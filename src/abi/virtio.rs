@@ -1,19 +1,19 @@
-//! What virtio fixes for every transport (virtio 1.2; `linux/virtio_ring.h` and its neighbours): feature and status
-//! bits, device ids, ring layouts, block and net devices.
+//! The virtio interface common to all transports (virtio 1.2; `linux/virtio_ring.h`, `virtio_config.h`, `virtio_ids.h`,
+//! `virtio_blk.h` and `virtio_net.h`): feature and status bits, device ids, ring layouts, block and network devices.
 //!
-//! Guest-visible structures are little-endian. Not here: walking rings, serving requests.
+//! Guest-visible structures are little-endian. Not here: reading rings, serving requests.
 use super::wire;
 use zerocopy::little_endian::{U16, U32, U64};
 
 // Feature bits (numbers, see `abi::bit`).
 
-/// Legacy: notify when the ring runs empty, even if suppressed.
+/// Legacy: the device notifies when the ring becomes empty, even if notifications are suppressed.
 pub const VIRTIO_F_NOTIFY_ON_EMPTY: u32 = 24;
 /// Legacy: any descriptor layout.
 pub const VIRTIO_F_ANY_LAYOUT: u32 = 27;
 /// Indirect descriptors.
 pub const VIRTIO_RING_F_INDIRECT_DESC: u32 = 28;
-/// Notification by index: used_event and avail_event.
+/// Notification by index: `used_event` and `avail_event`.
 pub const VIRTIO_RING_F_EVENT_IDX: u32 = 29;
 /// Virtio 1.0 or later.
 pub const VIRTIO_F_VERSION_1: u32 = 32;
@@ -23,7 +23,7 @@ pub const VIRTIO_F_ACCESS_PLATFORM: u32 = 33;
 pub const VIRTIO_F_RING_PACKED: u32 = 34;
 /// Buffers are used in the order they were made available.
 pub const VIRTIO_F_IN_ORDER: u32 = 35;
-/// Memory ordering of the platform.
+/// The driver orders memory accesses as the platform requires.
 pub const VIRTIO_F_ORDER_PLATFORM: u32 = 36;
 /// SR-IOV.
 pub const VIRTIO_F_SR_IOV: u32 = 37;
@@ -34,22 +34,22 @@ pub const VIRTIO_F_RING_RESET: u32 = 40;
 
 // Device status bits.
 
-/// The driver has seen the device.
+/// The guest has found the device.
 pub const VIRTIO_CONFIG_S_ACKNOWLEDGE: u8 = 1;
-/// The driver knows how to drive it.
+/// The guest has a driver for the device.
 pub const VIRTIO_CONFIG_S_DRIVER: u8 = 2;
 /// The driver is ready.
 pub const VIRTIO_CONFIG_S_DRIVER_OK: u8 = 4;
 /// Features are negotiated.
 pub const VIRTIO_CONFIG_S_FEATURES_OK: u8 = 8;
-/// The device is broken until reset.
+/// The device has failed and works again only after a reset.
 pub const VIRTIO_CONFIG_S_NEEDS_RESET: u8 = 0x40;
-/// The driver has given up.
+/// The driver has failed.
 pub const VIRTIO_CONFIG_S_FAILED: u8 = 0x80;
 
 // Device ids.
 
-/// Network card.
+/// Network device.
 pub const VIRTIO_ID_NET: u32 = 1;
 /// Block device.
 pub const VIRTIO_ID_BLOCK: u32 = 2;
@@ -84,15 +84,15 @@ pub const VIRTIO_ID_PMEM: u32 = 27;
 
 // Split ring.
 
-/// [`Desc::flags`]: the chain goes on at `next`.
+/// [`Desc::flags`]: the chain continues at `next`.
 pub const DESC_F_NEXT: u16 = 1;
 /// [`Desc::flags`]: the device writes this buffer.
 pub const DESC_F_WRITE: u16 = 2;
 /// [`Desc::flags`]: the buffer is a table of descriptors.
 pub const DESC_F_INDIRECT: u16 = 4;
-/// `flags` of the used ring: do not kick.
+/// `flags` of the used ring: the driver need not kick.
 pub const USED_F_NO_NOTIFY: u16 = 1;
-/// `flags` of the available ring: do not call.
+/// `flags` of the available ring: the device need not call.
 pub const AVAIL_F_NO_INTERRUPT: u16 = 1;
 /// Alignment of the descriptor table, bytes.
 pub const DESC_ALIGN_SIZE: u64 = 16;
@@ -100,7 +100,7 @@ pub const DESC_ALIGN_SIZE: u64 = 16;
 pub const AVAIL_ALIGN_SIZE: u64 = 2;
 /// Alignment of the used ring, bytes.
 pub const USED_ALIGN_SIZE: u64 = 4;
-/// Largest split ring, entries; sizes are powers of two.
+/// Maximum size of a split ring, entries. Sizes are powers of two.
 pub const MAX_QUEUE_SIZE: u32 = 32768;
 /// Offset of `flags` in the available and in the used ring.
 pub const RING_FLAGS_OFFSET: u64 = 0;
@@ -109,27 +109,27 @@ pub const RING_IDX_OFFSET: u64 = 2;
 /// Offset of the first element in the available and in the used ring.
 pub const RING_ELEMENTS_OFFSET: u64 = 4;
 
-/// Bytes of a descriptor table of `num` entries, split or packed.
+/// Size of a descriptor table of `num` entries, split or packed, bytes.
 pub const fn desc_table_bytes(num: u32) -> u64 {
     size_of::<Desc>() as u64 * num as u64
 }
 
-/// Offset of `used_event` in an available ring of `num` entries.
+/// Offset of `used_event` in an available ring of `num` entries, bytes.
 pub const fn used_event_offset(num: u32) -> u64 {
     RING_ELEMENTS_OFFSET + 2 * num as u64
 }
 
-/// Offset of `avail_event` in a used ring of `num` entries.
+/// Offset of `avail_event` in a used ring of `num` entries, bytes.
 pub const fn avail_event_offset(num: u32) -> u64 {
     RING_ELEMENTS_OFFSET + size_of::<UsedElem>() as u64 * num as u64
 }
 
-/// Bytes of an available ring of `num` entries, `used_event` included.
+/// Size of an available ring of `num` entries with `used_event`, bytes.
 pub const fn avail_ring_bytes(num: u32) -> u64 {
     used_event_offset(num) + 2
 }
 
-/// Bytes of a used ring of `num` entries, `avail_event` included.
+/// Size of a used ring of `num` entries with `avail_event`, bytes.
 pub const fn used_ring_bytes(num: u32) -> u64 {
     avail_event_offset(num) + 2
 }
@@ -139,7 +139,7 @@ wire! {
     Desc, 16 bytes {
         /// Guest-physical address, or IOVA.
         addr: U64 => 0,
-        /// Bytes.
+        /// Length of the buffer, bytes.
         len: U32 => 8,
         /// [`DESC_F_NEXT`], [`DESC_F_WRITE`], [`DESC_F_INDIRECT`].
         flags: U16 => 12,
@@ -151,22 +151,22 @@ wire! {
     UsedElem, 8 bytes {
         /// Head descriptor of the chain.
         id: U32 => 0,
-        /// Bytes the device wrote.
+        /// Number of bytes that the device wrote.
         len: U32 => 4,
     }
 }
 
 // Packed ring.
 
-/// Bit number in [`PackedDesc::flags`] of AVAIL.
+/// Bit number of AVAIL in [`PackedDesc::flags`].
 pub const PACKED_DESC_F_AVAIL: u32 = 7;
-/// Bit number in [`PackedDesc::flags`] of USED.
+/// Bit number of USED in [`PackedDesc::flags`].
 pub const PACKED_DESC_F_USED: u32 = 15;
-/// [`PackedEvent::flags`]: notify.
+/// [`PackedEvent::flags`]: notifications are enabled.
 pub const PACKED_EVENT_FLAG_ENABLE: u16 = 0;
-/// [`PackedEvent::flags`]: do not notify.
+/// [`PackedEvent::flags`]: notifications are disabled.
 pub const PACKED_EVENT_FLAG_DISABLE: u16 = 1;
-/// [`PackedEvent::flags`]: notify at the descriptor of `off_wrap`.
+/// [`PackedEvent::flags`]: a notification is wanted for the descriptor given by `off_wrap`.
 pub const PACKED_EVENT_FLAG_DESC: u16 = 2;
 /// Bit number of the wrap counter in [`PackedEvent::off_wrap`].
 pub const PACKED_EVENT_F_WRAP_CTR: u32 = 15;
@@ -176,7 +176,7 @@ wire! {
     PackedDesc, 16 bytes {
         /// Guest-physical address, or IOVA.
         addr: U64 => 0,
-        /// Bytes; in a used descriptor, bytes the device wrote.
+        /// Length of the buffer, bytes. In a used descriptor, the number of bytes that the device wrote.
         len: U32 => 8,
         /// Buffer id.
         id: U16 => 12,
@@ -188,7 +188,7 @@ wire! {
     PackedEvent, 4 bytes {
         /// Position and wrap counter.
         off_wrap: U16 => 0,
-        /// [`PACKED_EVENT_FLAG_ENABLE`] and its neighbours.
+        /// [`PACKED_EVENT_FLAG_ENABLE`], [`PACKED_EVENT_FLAG_DISABLE`] or [`PACKED_EVENT_FLAG_DESC`].
         flags: U16 => 2,
     }
 }
@@ -209,19 +209,19 @@ pub const VIRTIO_BLK_F_RO: u32 = 5;
 pub const VIRTIO_BLK_F_BLK_SIZE: u32 = 6;
 /// Legacy: SCSI commands.
 pub const VIRTIO_BLK_F_SCSI: u32 = 7;
-/// Flush requests.
+/// Flush requests are supported.
 pub const VIRTIO_BLK_F_FLUSH: u32 = 9;
 /// The topology fields are valid.
 pub const VIRTIO_BLK_F_TOPOLOGY: u32 = 10;
-/// `wce` switches the write cache.
+/// `wce` can be written to switch the write cache.
 pub const VIRTIO_BLK_F_CONFIG_WCE: u32 = 11;
 /// `num_queues` is valid.
 pub const VIRTIO_BLK_F_MQ: u32 = 12;
-/// Discard requests.
+/// Discard requests are supported.
 pub const VIRTIO_BLK_F_DISCARD: u32 = 13;
-/// Write-zeroes requests.
+/// Write-zeroes requests are supported.
 pub const VIRTIO_BLK_F_WRITE_ZEROES: u32 = 14;
-/// Secure-erase requests.
+/// Secure-erase requests are supported.
 pub const VIRTIO_BLK_F_SECURE_ERASE: u32 = 16;
 
 /// Request: read.
@@ -243,16 +243,16 @@ pub const VIRTIO_BLK_T_SECURE_ERASE: u32 = 14;
 /// Legacy flag of a request: barrier.
 pub const VIRTIO_BLK_T_BARRIER: u32 = 0x8000_0000;
 
-/// Status: done.
+/// Status: success.
 pub const VIRTIO_BLK_S_OK: u8 = 0;
 /// Status: the disk or the request failed.
 pub const VIRTIO_BLK_S_IOERR: u8 = 1;
 /// Status: unknown request.
 pub const VIRTIO_BLK_S_UNSUPP: u8 = 2;
 
-/// Bytes of a serial.
+/// Size of a serial, bytes.
 pub const VIRTIO_BLK_ID_BYTES: usize = 20;
-/// Bytes of a sector, the unit of the protocol whatever `blk_size` says.
+/// Size of a sector, bytes. It is the unit of the protocol for every `blk_size`.
 pub const SECTOR_BYTES: u64 = 512;
 /// [`BlkDiscardWriteZeroes::flags`]: the range may be deallocated.
 pub const VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP: u32 = 1;
@@ -268,58 +268,58 @@ wire! {
         sectors: u8 => 3,
     }
 
-    /// `struct virtio_blk_config`: configuration space up to secure erase. Front-ends read as much of it as
-    /// the features they know: 36, 60 or 72 bytes.
+    /// `struct virtio_blk_config`: configuration space up to secure erase. A front-end reads the part of the features that
+    /// it knows: 36, 60 or 72 bytes.
     BlkConfig, 72 bytes {
         /// Size of the disk, 512-byte sectors.
         capacity: U64 => 0,
-        /// Largest segment, bytes.
+        /// Maximum size of a segment, bytes.
         size_max: U32 => 8,
-        /// Most segments of a request.
+        /// Maximum number of segments of a request.
         seg_max: U32 => 12,
         /// Legacy geometry.
         geometry: BlkGeometry => 16,
         /// Logical block size, bytes.
         blk_size: U32 => 20,
-        /// Physical block size, as power of two of logical blocks.
+        /// Base-2 logarithm of the physical block size in logical blocks.
         physical_block_exp: u8 => 24,
         /// Offset of the first aligned logical block.
         alignment_offset: u8 => 25,
-        /// Smallest good request, logical blocks.
+        /// Suggested minimum size of a request, logical blocks.
         min_io_size: U16 => 26,
-        /// Best request, logical blocks.
+        /// Suggested optimal size of a request, logical blocks.
         opt_io_size: U32 => 28,
         /// Write cache: 1 write-back, 0 write-through.
         wce: u8 => 32,
         /// Unused.
         unused: u8 => 33,
-        /// Queues.
+        /// Number of queues.
         num_queues: U16 => 34,
-        /// Most sectors of a discard segment.
+        /// Maximum size of a discard segment, sectors.
         max_discard_sectors: U32 => 36,
-        /// Most segments of a discard.
+        /// Maximum number of segments of a discard.
         max_discard_seg: U32 => 40,
         /// Alignment of discards, sectors.
         discard_sector_alignment: U32 => 44,
-        /// Most sectors of a write-zeroes segment.
+        /// Maximum size of a write-zeroes segment, sectors.
         max_write_zeroes_sectors: U32 => 48,
-        /// Most segments of a write-zeroes.
+        /// Maximum number of segments of a write-zeroes.
         max_write_zeroes_seg: U32 => 52,
         /// 1 if write-zeroes may deallocate.
         write_zeroes_may_unmap: u8 => 56,
         /// Unused.
         unused1: [u8; 3] => 57,
-        /// Most sectors of a secure-erase segment.
+        /// Maximum size of a secure-erase segment, sectors.
         max_secure_erase_sectors: U32 => 60,
-        /// Most segments of a secure erase.
+        /// Maximum number of segments of a secure erase.
         max_secure_erase_seg: U32 => 64,
         /// Alignment of secure erases, sectors.
         secure_erase_sector_alignment: U32 => 68,
     }
 
-    /// `struct virtio_blk_outhdr`: head of every request.
+    /// `struct virtio_blk_outhdr`: header of every request.
     BlkRequestHeader, 16 bytes {
-        /// [`VIRTIO_BLK_T_IN`] and its neighbours.
+        /// [`VIRTIO_BLK_T_IN`] or another type of request.
         request_type: U32 => 0,
         /// Reserved (legacy: priority).
         ioprio: U32 => 4,
@@ -331,7 +331,7 @@ wire! {
     BlkDiscardWriteZeroes, 16 bytes {
         /// First sector.
         sector: U64 => 0,
-        /// Sectors.
+        /// Number of sectors.
         num_sectors: U32 => 8,
         /// 0 or [`VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP`].
         flags: U32 => 12,
@@ -340,37 +340,37 @@ wire! {
 
 // Net device.
 
-/// The device takes packets with partial checksum.
+/// The device accepts packets with partial checksum.
 pub const VIRTIO_NET_F_CSUM: u32 = 0;
-/// The driver takes packets with partial checksum.
+/// The driver accepts packets with partial checksum.
 pub const VIRTIO_NET_F_GUEST_CSUM: u32 = 1;
-/// Offloads can be changed.
+/// The control queue changes offloads.
 pub const VIRTIO_NET_F_CTRL_GUEST_OFFLOADS: u32 = 2;
 /// `mtu` is valid.
 pub const VIRTIO_NET_F_MTU: u32 = 3;
 /// `mac` is valid.
 pub const VIRTIO_NET_F_MAC: u32 = 5;
-/// The driver takes TSO over IPv4.
+/// The driver accepts TSO over IPv4.
 pub const VIRTIO_NET_F_GUEST_TSO4: u32 = 7;
-/// The driver takes TSO over IPv6.
+/// The driver accepts TSO over IPv6.
 pub const VIRTIO_NET_F_GUEST_TSO6: u32 = 8;
-/// The driver takes TSO with ECN.
+/// The driver accepts TSO with ECN.
 pub const VIRTIO_NET_F_GUEST_ECN: u32 = 9;
-/// The driver takes UFO.
+/// The driver accepts UFO.
 pub const VIRTIO_NET_F_GUEST_UFO: u32 = 10;
-/// The device takes TSO over IPv4.
+/// The device accepts TSO over IPv4.
 pub const VIRTIO_NET_F_HOST_TSO4: u32 = 11;
-/// The device takes TSO over IPv6.
+/// The device accepts TSO over IPv6.
 pub const VIRTIO_NET_F_HOST_TSO6: u32 = 12;
-/// The device takes TSO with ECN.
+/// The device accepts TSO with ECN.
 pub const VIRTIO_NET_F_HOST_ECN: u32 = 13;
-/// The device takes UFO.
+/// The device accepts UFO.
 pub const VIRTIO_NET_F_HOST_UFO: u32 = 14;
-/// Received packets may take several buffers.
+/// A received packet may span several buffers.
 pub const VIRTIO_NET_F_MRG_RXBUF: u32 = 15;
 /// `status` is valid.
 pub const VIRTIO_NET_F_STATUS: u32 = 16;
-/// There is a control queue.
+/// The device has a control queue.
 pub const VIRTIO_NET_F_CTRL_VQ: u32 = 17;
 /// The control queue sets receive modes.
 pub const VIRTIO_NET_F_CTRL_RX: u32 = 18;
@@ -378,9 +378,9 @@ pub const VIRTIO_NET_F_CTRL_RX: u32 = 18;
 pub const VIRTIO_NET_F_CTRL_VLAN: u32 = 19;
 /// The control queue sets more receive modes.
 pub const VIRTIO_NET_F_CTRL_RX_EXTRA: u32 = 20;
-/// The driver announces itself when asked.
+/// The driver announces itself on request.
 pub const VIRTIO_NET_F_GUEST_ANNOUNCE: u32 = 21;
-/// Several queue pairs.
+/// The device has several queue pairs.
 pub const VIRTIO_NET_F_MQ: u32 = 22;
 /// The control queue sets the MAC address.
 pub const VIRTIO_NET_F_CTRL_MAC_ADDR: u32 = 23;
@@ -389,12 +389,12 @@ pub const VIRTIO_NET_F_SPEED_DUPLEX: u32 = 63;
 
 /// [`NetConfig::status`]: the link is up.
 pub const VIRTIO_NET_S_LINK_UP: u16 = 1;
-/// [`NetConfig::status`]: the driver shall announce itself.
+/// [`NetConfig::status`]: the driver must announce itself.
 pub const VIRTIO_NET_S_ANNOUNCE: u16 = 2;
 
-/// Answer on the control queue: done.
+/// Result of a control command: success.
 pub const VIRTIO_NET_OK: u8 = 0;
-/// Answer on the control queue: refused.
+/// Result of a control command: error.
 pub const VIRTIO_NET_ERR: u8 = 1;
 /// Control class: receive modes.
 pub const VIRTIO_NET_CTRL_RX: u8 = 0;
@@ -422,13 +422,13 @@ pub const VIRTIO_NET_CTRL_VLAN: u8 = 2;
 pub const VIRTIO_NET_CTRL_VLAN_ADD: u8 = 0;
 /// Removes a VLAN.
 pub const VIRTIO_NET_CTRL_VLAN_DEL: u8 = 1;
-/// Control class: announcing.
+/// Control class: announcements.
 pub const VIRTIO_NET_CTRL_ANNOUNCE: u8 = 3;
 /// The driver has announced itself.
 pub const VIRTIO_NET_CTRL_ANNOUNCE_ACK: u8 = 0;
 /// Control class: queue pairs.
 pub const VIRTIO_NET_CTRL_MQ: u8 = 4;
-/// Sets how many pairs are used.
+/// Sets the number of queue pairs in use.
 pub const VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET: u8 = 0;
 
 wire! {
@@ -438,43 +438,43 @@ wire! {
         mac: [u8; 6] => 0,
         /// [`VIRTIO_NET_S_LINK_UP`], [`VIRTIO_NET_S_ANNOUNCE`].
         status: U16 => 6,
-        /// Most queue pairs.
+        /// Maximum number of queue pairs.
         max_virtqueue_pairs: U16 => 8,
-        /// Largest packet, bytes.
+        /// Maximum size of a packet, bytes.
         mtu: U16 => 10,
-        /// Megabits per second.
+        /// Speed of the link, megabits per second.
         speed: U32 => 12,
-        /// 0 half, 1 full.
+        /// Duplex mode of the link: 0 half, 1 full.
         duplex: u8 => 16,
-        /// Largest key of RSS, bytes.
+        /// Maximum size of the RSS key, bytes.
         rss_max_key_size: u8 => 17,
-        /// Most entries of RSS's table.
+        /// Maximum number of entries of the RSS indirection table.
         rss_max_indirection_table_length: U16 => 18,
-        /// Hash types of RSS.
+        /// Supported hash types of RSS.
         supported_hash_types: U32 => 20,
     }
 
-    /// `struct virtio_net_hdr_v1`: head of every packet.
+    /// `struct virtio_net_hdr_v1`: header of every packet.
     NetHeader, 12 bytes {
         /// Checksum flags.
         flags: u8 => 0,
-        /// Segmentation, 0 for none.
+        /// Type of segmentation, 0 for none.
         gso_type: u8 => 1,
-        /// Bytes of headers.
+        /// Size of the packet's headers, bytes.
         hdr_len: U16 => 2,
-        /// Bytes of a segment.
+        /// Size of a segment, bytes.
         gso_size: U16 => 4,
-        /// Where checksumming begins, bytes.
+        /// Offset of the first byte of the checksummed part, bytes.
         csum_start: U16 => 6,
-        /// Where the sum goes, bytes after `csum_start`.
+        /// Offset of the checksum after `csum_start`, bytes.
         csum_offset: U16 => 8,
-        /// Buffers of a received packet.
+        /// Number of buffers of a received packet.
         num_buffers: U16 => 10,
     }
 
-    /// `struct virtio_net_ctrl_hdr`: head of every control message.
+    /// `struct virtio_net_ctrl_hdr`: header of every control command.
     NetCtrlHeader, 2 bytes {
-        /// [`VIRTIO_NET_CTRL_RX`] and its neighbours.
+        /// [`VIRTIO_NET_CTRL_RX`] or another class.
         class: u8 => 0,
         /// Command within the class.
         cmd: u8 => 1,

@@ -7,7 +7,7 @@ use zerocopy::IntoBytes;
 use super::harness::{HIGH, MAX_REQUESTS, RequestSize, describe, harvest};
 use super::log::{MarkComparison, ready};
 use super::{Check, CheckAbort, Outcome, RingSelection, Target, Verdict};
-use crate::abi::vhost_user::{MemRegMsg, Request as Code, VHOST_USER_MAX_RAM_SLOTS_TODAY, protocol_feature};
+use crate::abi::vhost_user::{MemRegMsg, Request as Code, VHOST_USER_MAX_RAM_SLOTS, protocol_feature};
 use crate::dirty::Log;
 use crate::memory::{Memory, Region, sealed_memfd};
 
@@ -34,9 +34,9 @@ pub(super) const CHECKS: &[Check] = &[
 fn slots(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::CONFIGURE_MEM_SLOTS)?;
     let slots = target.harness(0)?.connection.request_u64(Code::GET_MAX_MEM_SLOTS)?;
-    Ok(match slots >= VHOST_USER_MAX_RAM_SLOTS_TODAY as u64 {
+    Ok(match slots >= VHOST_USER_MAX_RAM_SLOTS as u64 {
         true => Outcome::pass(format!("{slots}")),
-        false => Outcome::fail(format!("{slots}, fewer than {VHOST_USER_MAX_RAM_SLOTS_TODAY}")),
+        false => Outcome::fail(format!("{slots}, fewer than {VHOST_USER_MAX_RAM_SLOTS}")),
     })
 }
 

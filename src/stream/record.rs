@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::frame::{FrameHeader, FrameKind, FrameReader, FrameWriter};
 use super::{PageStats, StreamError};
-use crate::abi::vhost_user::VHOST_USER_MAX_RAM_SLOTS_TODAY;
+use crate::abi::vhost_user::VHOST_USER_MAX_RAM_SLOTS;
 use crate::memory::{LOG_PAGE, Memory};
 
 /// Maximum size of a [`ToDestination::State`], bytes.
@@ -120,7 +120,7 @@ impl<'de> Deserialize<'de> for Bytes {
 }
 
 /// Maximum number of regions of a guest's memory: the limit of vhost-user.
-pub const MAX_REGIONS: usize = VHOST_USER_MAX_RAM_SLOTS_TODAY;
+pub const MAX_REGIONS: usize = VHOST_USER_MAX_RAM_SLOTS;
 
 /// One region of guest memory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]

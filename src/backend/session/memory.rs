@@ -9,7 +9,7 @@ use zerocopy::FromBytes;
 use super::super::{BackendError, VhostUserMessage};
 use super::{Session, VringController};
 use crate::abi::vhost::{VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_UPDATE};
-use crate::abi::vhost_user::{IotlbMsg, MemoryHeader, MemoryRegion, Request as Code, VHOST_USER_MAX_RAM_SLOTS_TODAY};
+use crate::abi::vhost_user::{IotlbMsg, MemoryHeader, MemoryRegion, Request as Code, VHOST_USER_MAX_RAM_SLOTS};
 use crate::memory::{Memory, Region, invalidated};
 
 impl Session {
@@ -20,8 +20,8 @@ impl Session {
         rings: &mut dyn VringController,
     ) -> Result<(), BackendError> {
         let mut regions = self.memory.regions().to_vec();
-        if regions.len() >= VHOST_USER_MAX_RAM_SLOTS_TODAY {
-            return Err(BackendError::NoSlot { slots: VHOST_USER_MAX_RAM_SLOTS_TODAY });
+        if regions.len() >= VHOST_USER_MAX_RAM_SLOTS {
+            return Err(BackendError::NoSlot { slots: VHOST_USER_MAX_RAM_SLOTS });
         }
         regions.push(map(region, &fd)?);
         self.replace_memory(Memory::new(regions)?, rings)

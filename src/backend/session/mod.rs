@@ -26,7 +26,7 @@ use super::{BackendError, FrontendHandle, Notifier, VhostUserMessage, VhostUserR
 use crate::abi::bit;
 use crate::abi::vhost_user::{
     ConfigHeader, DEVICE_STATE_NOFD_MASK, Header, MemRegMsg, Request as Code, VHOST_F_LOG_ALL,
-    VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_RAM_SLOTS_TODAY, VringState, own, protocol_feature, unstable,
+    VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_RAM_SLOTS, VringState, own, protocol_feature, unstable,
 };
 use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED};
 use crate::dirty::{Log, LogSignal};
@@ -212,7 +212,7 @@ impl Session {
                 self.host.set_acknowledges(self.speaks(protocol_feature::REPLY_ACK));
             }
             Code::GET_QUEUE_NUM => return number(self.device.queue_num()),
-            Code::GET_MAX_MEM_SLOTS => return number(VHOST_USER_MAX_RAM_SLOTS_TODAY as u64),
+            Code::GET_MAX_MEM_SLOTS => return number(VHOST_USER_MAX_RAM_SLOTS as u64),
             Code::SET_OWNER => {}
             Code::RESET_OWNER => self.disable(rings)?,
             Code::RESET_DEVICE => self.reset(rings)?,
