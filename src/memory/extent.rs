@@ -1,7 +1,6 @@
-//! Data and holes of guest memory, found without touching it: to read a page that was never used makes the system
-//! provide one.
+//! Data and holes of guest memory, found without touching it: a read of a page that was never used allocates it.
 //!
-//! Here: what a file or this process's page table knows. Not here: what is done with a hole (`stream`, `guest`).
+//! Here: the search in files and in this process's page table. Not here: the use of holes (`stream`, `guest`).
 
 use std::fs::File;
 use std::ops::Range;
@@ -15,29 +14,29 @@ use nix::unistd::{Whence, lseek};
 
 use super::{LOG_PAGE, Memory, Region};
 
-/// Bytes from one offset of a region on that are all data or all hole.
+/// A range of bytes that begins at a given offset of a region and is all data or all hole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
-    /// Length, bytes: whole pages, or to the end of the region.
+    /// Length, bytes: whole pages, or up to the end of the region.
     pub len: u64,
-    /// The bytes read as zero. Otherwise they may hold anything, also zeros.
+    /// True if the bytes read as zero. If false, they may hold anything, also zeros.
     pub hole: bool,
 }
 
-/// The way to find the holes of a file.
+/// The method to find the holes of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum HoleSearch {
     /// SEEK_DATA and SEEK_HOLE see every page that was ever written, mapped or not.
     Seek,
-    /// A hole is not filled by `read`, and only data differs from zero. For hugetlbfs, which has no SEEK_DATA.
+    /// `read` allocates no pages in holes, and bytes other than zero are data. For hugetlbfs, which has no SEEK_DATA.
     Read,
-    /// The file system may not know of pages that were written through a mapping: everything is data.
+    /// Everything is data: the file system may not know of pages that were written through a mapping.
     None,
 }
 
 impl HoleSearch {
     pub(super) fn of(fd: BorrowedFd<'_>) -> HoleSearch {
-        // Not everywhere in libc.
+        // Not defined by libc on every target.
         const XFS_SUPER_MAGIC: FsType = FsType(0x5846_5342);
         const SEEKING: [FsType; 4] = [TMPFS_MAGIC, EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC];
         match fstatfs(fd).map(|fs| fs.filesystem_type()) {
@@ -47,7 +46,7 @@ impl HoleSearch {
         }
     }
 
-    /// The extent at the start of `range` of the file, in pages counted from there.
+    /// The extent at the start of `range` of the file, in whole pages counted from there.
     pub(super) fn extent(self, fd: BorrowedFd<'_>, range: Range<u64>) -> Extent {
         let size = range.end.saturating_sub(range.start);
         match self {
@@ -55,7 +54,7 @@ impl HoleSearch {
             HoleSearch::Read => read(fd, range.start, size),
             HoleSearch::None => Err(Errno::ENOTSUP),
         }
-        // What can't be found out is read.
+        // Data is the safe answer if the search fails: the bytes are read then.
         .unwrap_or(Extent { len: size, hole: false })
     }
 }
@@ -63,7 +62,7 @@ impl HoleSearch {
 fn seek(fd: BorrowedFd<'_>, Range { start, end }: Range<u64>) -> nix::Result<Extent> {
     let find = |from: u64, whence| match lseek(fd, from as libc::off_t, whence) {
         Ok(found) => Ok((found as u64).clamp(from, end)),
-        // Nothing of the kind up to the end of the file.
+        // No data, or no hole, up to the end of the file.
         Err(Errno::ENXIO) => Ok(end),
         Err(error) => Err(error),
     };
@@ -81,25 +80,25 @@ fn seek(fd: BorrowedFd<'_>, Range { start, end }: Range<u64>) -> nix::Result<Ext
 }
 
 fn read(fd: BorrowedFd<'_>, start: u64, size: u64) -> nix::Result<Extent> {
-    /// Most pages of hugetlbfs that are data show it here.
+    /// Length of the first read, bytes. In most data pages of hugetlbfs it already finds a byte other than zero.
     const FIRST: usize = LOG_PAGE as usize;
     const PIECE: usize = 64 << 10;
     let mut buffer = [0; PIECE];
-    let mut known = 0;
+    let mut zeros = 0;
     for want in [FIRST, PIECE] {
         let want = want.min(usize::try_from(size).unwrap_or(PIECE));
         let part = buffer.get_mut(..want).unwrap_or_default();
         let count = pread(fd, part, start as libc::off_t)?;
         if count < want || part.iter().any(|byte| *byte != 0) {
-            // Only this piece was looked at; what follows is looked at when it is asked for.
+            // Only this piece was read. The next call looks at the bytes after it.
             return Ok(Extent { len: (PIECE as u64).min(size), hole: false });
         }
-        known = want as u64;
+        zeros = want as u64;
     }
-    Ok(Extent { len: known, hole: true })
+    Ok(Extent { len: zeros, hole: true })
 }
 
-/// The pages of private anonymous memory, as this process's page table has them.
+/// The page table of this process, which knows the holes of private anonymous memory.
 #[derive(Debug)]
 pub(super) struct OwnPageTable(File);
 
@@ -108,12 +107,12 @@ impl OwnPageTable {
         Ok(OwnPageTable(File::open("/proc/self/pagemap")?))
     }
 
-    /// The extent at the start of `size` bytes at `address` of this process. A page that userfaultfd protects against
-    /// writes counts as data even if it was never touched.
+    /// The extent at the start of `size` bytes at `address` of this process. A page that userfaultfd write-protects counts
+    /// as data even if it was never touched.
     pub(super) fn extent(&self, address: u64, size: u64) -> Extent {
-        /// Entries looked at in one go: those of 2 MiB.
+        /// Number of entries read by one call: those of 2 MiB.
         const ENTRIES: usize = 512;
-        /// Present, or in swap, which a marker of userfaultfd looks like.
+        /// Bits of a page that is present or swapped out. A marker of userfaultfd looks swapped out.
         const USED: u64 = 1 << 63 | 1 << 62;
         let mut buffer = [0; 8 * ENTRIES];
         let pages = (address % LOG_PAGE + size).div_ceil(LOG_PAGE).min(ENTRIES as u64);
@@ -129,10 +128,11 @@ impl OwnPageTable {
     }
 }
 
-/// Splits runs of pages into data and holes, and remembers the extent that was found last.
+/// Splits runs of pages into data and holes, and caches the extent that was found last.
 ///
-/// What is a hole was one at some time since this was made, and the pages read as zero then: whoever clears the dirty
-/// bits of pages before makes a new `ExtentFinder` afterwards and takes holes for zeros loses nothing (rule L13.1).
+/// A hole was a hole at some time since the finder was made, and its pages read as zero at that time. So a caller loses no
+/// writes if it first clears the dirty bits of the pages, then makes a new `ExtentFinder` and treats holes as zeros
+/// (rule L13.1).
 #[derive(Debug, Default)]
 pub struct ExtentFinder {
     last: Range<u64>,
@@ -140,16 +140,17 @@ pub struct ExtentFinder {
 }
 
 impl ExtentFinder {
-    /// Knows nothing yet.
+    /// A finder with an empty cache.
     pub fn new() -> ExtentFinder {
         ExtentFinder::default()
     }
 
-    /// The longest start of `pages` (page numbers, whole pages of `region`) that is alike; whether it is a hole.
+    /// The longest run at the start of `pages` (page numbers, whole pages of `region`) that is all hole (true) or all data
+    /// (false).
     pub fn first(&mut self, region: &Region, pages: &Range<u64>) -> (Range<u64>, bool) {
         if !self.last.contains(&pages.start) {
             let extent = region.extent(pages.start * LOG_PAGE - region.gpa());
-            // A region may end inside a page; whole ones are asked for.
+            // At least 1: a region may end inside a page, and `pages` are whole ones.
             let count = (extent.len / LOG_PAGE).max(1);
             (self.last, self.hole) = (pages.start..pages.start + count, extent.hole);
         }
@@ -164,8 +165,8 @@ impl ExtentFinder {
 }
 
 impl Memory {
-    /// Calls `each` with the runs of pages that may hold something else than zeros, by rising number, until it returns
-    /// false. Pages that were never used are not touched by this, as far as regions know their holes.
+    /// Calls `each` with the runs of pages that may hold other bytes than zeros, by increasing page number, until it returns
+    /// false. Holes that the regions know of are not touched.
     pub fn data(&self, mut each: impl FnMut(Range<u64>) -> bool) {
         let mut extents = ExtentFinder::new();
         for region in self.regions() {
@@ -194,9 +195,9 @@ mod tests {
 
     const PAGES: u64 = 1024;
 
-    /// Memory of a file, half of it above 4 GiB; all of it 8 bytes into its pages if it is `askew`.
-    fn memory(askew: bool) -> (OwnedFd, Memory) {
-        let skip = if askew { 8 } else { 0 };
+    /// Memory of a file, half of it above 4 GiB. If `unaligned`, its pages begin 8 bytes into those of the file.
+    fn memory(unaligned: bool) -> (OwnedFd, Memory) {
+        let skip = if unaligned { 8 } else { 0 };
         let fd = sealed_memfd("extent-test", (PAGES + 1) * LOG_PAGE).unwrap();
         let half = PAGES / 2 * LOG_PAGE;
         let share = |gpa, offset| Region::share(fd.try_clone().unwrap(), gpa, half, offset + skip).unwrap();
@@ -218,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_is_data_and_the_rest_is_not_touched() {
+    fn only_written_pages_are_data_and_the_search_allocates_none() {
         const HIGH: u64 = (4 << 30) / LOG_PAGE;
         let (fd, memory) = memory(false);
         assert_eq!(data(&memory), []);
@@ -229,12 +230,12 @@ mod tests {
         assert_eq!(pages_of(&fd), 6);
         let mut extents = ExtentFinder::new();
         assert!(extents.is_hole(&memory, 1) && extents.is_hole(&memory, 2) && !extents.is_hole(&memory, 3));
-        assert!(!extents.is_hole(&memory, HIGH + 512), "no memory is there");
-        // A page that its owner discards is a hole again, also for who has it mapped.
+        assert!(!extents.is_hole(&memory, HIGH + 512), "outside of memory");
+        // A page that the file's owner discards is a hole again, also for processes that have it mapped.
         let discard = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         fallocate(&fd, discard, 3 * 4096, 4096).unwrap();
         assert_eq!(data(&memory)[..2], [0..1, 4..5]);
-        // Memory that is only set aside is a hole, too.
+        // Pages that are only allocated are holes.
         fallocate(&fd, FallocateFlags::empty(), 0, (PAGES * LOG_PAGE) as i64).unwrap();
         assert_eq!(data(&memory)[..2], [0..1, 4..5]);
     }
@@ -242,7 +243,7 @@ mod tests {
     #[test]
     fn a_page_is_data_if_any_byte_of_it_is() {
         let (_, memory) = memory(true);
-        // The page's last 8 bytes lie in the next page of the file, and the page after it shares that.
+        // The last 8 bytes of the page are in the next page of the file, which the following page of memory shares.
         memory.write(2 * LOG_PAGE - 8, &[1]).unwrap();
         assert_eq!(data(&memory), [1..3]);
         memory.write(5 * LOG_PAGE, &[1]).unwrap();
@@ -250,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_without_its_file_is_all_data() {
+    fn a_region_that_does_not_keep_its_file_is_all_data() {
         let fd = sealed_memfd("extent-test", PAGES * LOG_PAGE).unwrap();
         let region = Region::map(fd.as_fd(), 0, PAGES * LOG_PAGE, 0, 0).unwrap();
         assert_eq!(region.extent(LOG_PAGE), Extent { len: (PAGES - 1) * LOG_PAGE, hole: false });
@@ -258,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn a_search_by_reading_fills_no_hole_and_finds_every_byte() {
+    fn a_search_by_reading_allocates_no_pages_and_finds_every_byte() {
         let (fd, memory) = memory(false);
         let search = |from: u64| HoleSearch::Read.extent(fd.as_fd(), from..PAGES * LOG_PAGE);
         assert_eq!(search(0), Extent { len: 64 << 10, hole: true });

@@ -1,8 +1,8 @@
-//! What a device behind an IOMMU knows of it: a cache of translations from I/O virtual addresses to the front-end's
-//! (VIRTIO_F_ACCESS_PLATFORM).
+//! The IOTLB of a device behind an IOMMU (VIRTIO_F_ACCESS_PLATFORM): a cache of translations from I/O virtual addresses to
+//! those of the front-end.
 //!
-//! It is filled and emptied by the front-end's messages, and bounded whatever those say. Who asks for what is missing,
-//! and who waits until nothing uses an old translation any more, is the business of the back-end.
+//! The front-end's messages fill and empty it; its size is bounded. Not here but in `backend`: asking for missing
+//! translations, and waiting until an old translation is no longer in use.
 
 use std::collections::BTreeMap;
 use std::ops::Bound::{Excluded, Unbounded};
@@ -12,22 +12,22 @@ use std::sync::{PoisonError, RwLock};
 use super::{Memory, MemoryError};
 use crate::abi::vhost::{VHOST_ACCESS_RO, VHOST_ACCESS_RW, VHOST_ACCESS_WO};
 
-/// Most translations that are kept. What is dropped is asked for again.
+/// Maximum number of entries. The back-end asks again for an evicted translation.
 const MAX_ENTRIES: usize = 1 << 16;
 
-/// What a device is about to do with an address.
+/// The type of a device's access to memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Read it.
+    /// Read.
     Read,
-    /// Write it.
+    /// Write.
     Write,
-    /// Both, as with the parts of a ring that both sides write.
+    /// Read and write, for the parts of a ring that both sides write.
     ReadWrite,
 }
 
 impl Access {
-    /// As messages carry it.
+    /// The value of the `perm` field in messages.
     pub fn permission(self) -> u8 {
         match self {
             Access::Read => VHOST_ACCESS_RO,
@@ -36,57 +36,57 @@ impl Access {
         }
     }
 
-    /// What a message says; `None` for nothing, or what means nothing.
+    /// The access that the `perm` field of a message permits; `None` for 0 and for unknown values.
     pub fn from_permission(permission: u8) -> Option<Access> {
         [Access::Read, Access::Write, Access::ReadWrite].into_iter().find(|access| access.permission() == permission)
     }
 }
 
-/// An access that can't be made now: the front-end has to be asked.
+/// A missing translation, for which the front-end must be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IotlbMiss {
-    /// The first I/O virtual address that lacks a translation.
+    /// The first I/O virtual address without a translation.
     pub iova: u64,
-    /// What for.
+    /// The access that was attempted.
     pub access: Access,
-    /// There is a translation, but not for this access.
+    /// True if there is a translation that does not permit this access.
     pub denied: bool,
 }
 
-/// Why an I/O virtual address does not lead to guest memory.
+/// An error in the translation of an I/O virtual address to guest memory.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TranslationError {
-    /// Not known here, or not permitted.
-    #[error("address {iova:#x} behind the IOMMU has no translation for {access:?}", iova = .0.iova, access = .0.access)]
+    /// The cache has no translation, or one that does not permit the access.
+    #[error("I/O virtual address {iova:#x}: no translation for {access:?}", iova = .0.iova, access = .0.access)]
     Missing(IotlbMiss),
-    /// It leads to where there is no guest memory, or is no range.
+    /// The translation leads outside guest memory, or the range wraps around.
     #[error(transparent)]
     Memory(#[from] MemoryError),
 }
 
-/// A message about a translation that can't be.
+/// An invalid IOTLB message.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum IotlbError {
-    /// No bytes, or more than there are behind the address.
-    #[error("translation of {size:#x} bytes at {iova:#x} to {user:#x}: empty, or it wraps around (rule T2.2)")]
+    /// The range is empty or exceeds the 64-bit address space.
+    #[error("translation of {size:#x} bytes at {iova:#x} to {user:#x}: the range is empty or wraps around (rule T2.2)")]
     Range {
         /// I/O virtual address.
         iova: u64,
-        /// Bytes.
+        /// Length, bytes.
         size: u64,
         /// Address of the front-end.
         user: u64,
     },
-    /// Bits that mean nothing.
+    /// The permission has unknown bits.
     #[error(
-        "translation at {iova:#x} with permission {permission}: only bits 0 (read) and 1 (write) are known (rule T2.2)"
+        "translation at {iova:#x}: permission {permission} is invalid, only bits 0 (read) and 1 (write) are known (rule T2.2)"
     )]
     Permission {
         /// I/O virtual address.
         iova: u64,
-        /// What it says.
+        /// Permission in the message.
         permission: u8,
     },
 }
@@ -97,9 +97,9 @@ pub struct Iotlb(RwLock<IotlbEntries>);
 
 #[derive(Debug, Default)]
 struct IotlbEntries {
-    /// By first address; they never overlap.
+    /// Entries by first address. They never overlap.
     entries: BTreeMap<u64, IotlbEntry>,
-    /// What was dropped last: the next in the order of addresses is dropped next.
+    /// First address of the entry that was evicted last. The next one by address is evicted next.
     last_evicted: u64,
 }
 
@@ -111,11 +111,11 @@ struct IotlbEntry {
 }
 
 impl Iotlb {
-    /// Notes that `size` bytes at `iova` lie at `user` in the front-end, in place of what was known of them (rule T2.3).
-    /// No permission at all is noted too: that is how a front-end says no.
+    /// Adds the translation of `size` bytes at `iova` to `user` in the front-end, and replaces older translations of these
+    /// bytes (rule T2.3). A permission of 0 is kept too: with it a front-end denies every access.
     ///
     /// # Errors
-    /// [`IotlbError`]; nothing has changed.
+    /// [`IotlbError`] for an invalid range or permission. The cache is unchanged then.
     pub fn update(&self, iova: u64, size: u64, user: u64, permission: u8) -> Result<(), IotlbError> {
         if permission & !VHOST_ACCESS_RW != 0 {
             return Err(IotlbError::Permission { iova, permission });
@@ -124,34 +124,34 @@ impl Iotlb {
         let Some(more) = size.checked_sub(1) else { return Err(bad) };
         let (Some(last), Some(_)) = (iova.checked_add(more), user.checked_add(more)) else { return Err(bad) };
         let mut cache = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        cache.cut_out(iova, last);
+        cache.remove(iova, last);
         while cache.entries.len() >= MAX_ENTRIES {
-            cache.drop_one();
+            cache.evict_one();
         }
         cache.entries.insert(iova, IotlbEntry { last, user, permission });
         Ok(())
     }
 
-    /// Forgets the translations of these addresses; whoever uses them already still does.
+    /// Removes the translations of these addresses. It does not wait for accesses that use them already.
     pub fn invalidate(&self, iovas: &RangeInclusive<u64>) {
-        self.0.write().unwrap_or_else(PoisonError::into_inner).cut_out(*iovas.start(), *iovas.end());
+        self.0.write().unwrap_or_else(PoisonError::into_inner).remove(*iovas.start(), *iovas.end());
     }
 
-    /// How many translations are known.
+    /// The number of translations.
     pub fn len(&self) -> usize {
         self.0.read().unwrap_or_else(PoisonError::into_inner).entries.len()
     }
 
-    /// Whether none is known.
+    /// Returns true if the cache has no translation.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Calls `each` with guest-physical address and length of what makes up `len` bytes at `iova`, cut where
-    /// translations or regions of `memory` end.
+    /// Calls `each` with the guest-physical address and the length of every piece of `len` bytes at `iova`. A piece is
+    /// inside one translation and one region of `memory`.
     ///
     /// # Errors
-    /// [`TranslationError`]; `each` may have been called for what comes before.
+    /// [`TranslationError`] for the first byte that cannot be accessed. `each` may have been called for the bytes before it.
     pub fn translate(
         &self,
         memory: &Memory,
@@ -164,7 +164,7 @@ impl Iotlb {
         let (mut at, mut left) = (iova, len);
         while left > 0 {
             let missing = |denied| TranslationError::Missing(IotlbMiss { iova: at, access, denied });
-            let (start, entry) = cache.holding(at).ok_or(missing(false))?;
+            let (start, entry) = cache.entry_at(at).ok_or(missing(false))?;
             if access.permission() & !entry.permission != 0 {
                 return Err(missing(true));
             }
@@ -182,13 +182,14 @@ impl Iotlb {
 }
 
 impl IotlbEntries {
-    fn holding(&self, iova: u64) -> Option<(u64, IotlbEntry)> {
+    /// The entry that translates `iova`, with its first address.
+    fn entry_at(&self, iova: u64) -> Option<(u64, IotlbEntry)> {
         let (start, entry) = self.entries.range(..=iova).next_back()?;
         (entry.last >= iova).then_some((*start, *entry))
     }
 
-    /// Forgets `first..=last`; what entries have beyond that stays.
-    fn cut_out(&mut self, first: u64, last: u64) {
+    /// Removes `first..=last` from all entries; the parts outside that range stay.
+    fn remove(&mut self, first: u64, last: u64) {
         while let Some((&start, &entry)) = self.entries.range(..=last).next_back().filter(|(_, e)| e.last >= first) {
             self.entries.remove(&start);
             if entry.last > last {
@@ -202,7 +203,8 @@ impl IotlbEntries {
         }
     }
 
-    fn drop_one(&mut self) {
+    /// Removes one entry, in the order of addresses.
+    fn evict_one(&mut self) {
         let next = self.entries.range((Excluded(self.last_evicted), Unbounded)).next();
         if let Some((&start, _)) = next.or_else(|| self.entries.iter().next()) {
             self.entries.remove(&start);
@@ -211,11 +213,11 @@ impl IotlbEntries {
     }
 }
 
-/// The addresses that an invalidation names. No bytes at all from 0 on are all addresses: that is what the size of the
-/// whole space comes to in 64 bits.
+/// The addresses that an INVALIDATE message names. 0 bytes at address 0 mean all addresses: the size of the whole address
+/// space is 0 in 64 bits.
 ///
 /// # Errors
-/// [`IotlbError::Range`].
+/// [`IotlbError::Range`] for an empty range elsewhere and for one that wraps around.
 pub fn invalidated(iova: u64, size: u64) -> Result<RangeInclusive<u64>, IotlbError> {
     match (iova, size) {
         (0, 0) => Ok(0..=u64::MAX),
@@ -235,7 +237,7 @@ mod tests {
 
     const USER: u64 = 0x7000_0000;
 
-    /// Two regions that are neighbours for the front-end and far apart for the guest.
+    /// Two regions that are adjacent in the front-end's address space and far apart in the guest's.
     fn memory() -> Memory {
         let fd = sealed_memfd("iotlb-test", 0x8000).unwrap();
         let map = |gpa, user, offset| Arc::new(Region::map(fd.as_fd(), gpa, 0x4000, user, offset).unwrap());
@@ -252,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn a_range_is_cut_where_translations_and_regions_end() {
+    fn a_range_is_split_at_the_ends_of_translations_and_regions() {
         let iotlb = Iotlb::default();
         iotlb.update(0x1000, 0x1000, USER + 0x2000, 3).unwrap();
         iotlb.update(0x2000, 0x2000, USER + 0x3000, 3).unwrap();
@@ -263,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_done_that_is_not_permitted() {
+    fn an_access_needs_its_permission() {
         let iotlb = Iotlb::default();
         for (permission, read, write) in [(0, false, false), (1, true, false), (2, false, true), (3, true, true)] {
             iotlb.update(0, 0x1000, USER, permission).unwrap();
@@ -276,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn an_invalidation_takes_its_addresses_and_no_others() {
+    fn an_invalidation_removes_its_addresses_and_no_others() {
         let iotlb = Iotlb::default();
         iotlb.update(0x1000, 0x4000, USER, 3).unwrap();
         iotlb.invalidate(&(0x2000..=0x2fff));
@@ -287,14 +289,14 @@ mod tests {
         assert_eq!(
             found(&iotlb, 0x1000, 0x4000, Access::Read).unwrap(),
             [(0x10_0000, 0x800), (0x10_0100, 0x2000), (0x10_2800, 0x1800)],
-            "a new translation counts at once"
+            "a new translation replaces the old one"
         );
         iotlb.invalidate(&(0..=u64::MAX));
         assert!(iotlb.is_empty());
     }
 
     #[test]
-    fn a_flood_of_translations_stays_bounded_and_the_last_is_there() {
+    fn the_cache_is_bounded_and_keeps_the_latest_translation() {
         let iotlb = Iotlb::default();
         for number in 0..200_000u64 {
             let iova = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) << 12;
@@ -302,7 +304,7 @@ mod tests {
             assert!(found(&iotlb, iova, 1, Access::Read).is_ok());
         }
         assert!((MAX_ENTRIES / 2..=MAX_ENTRIES + 1).contains(&iotlb.len()), "{}", iotlb.len());
-        // One entry cut into many.
+        // One entry that updates split into many.
         iotlb.invalidate(&(0..=u64::MAX));
         iotlb.update(0, 1 << 40, USER, 3).unwrap();
         (0..200_000u64).for_each(|page| iotlb.update(page << 13, 0x1000, USER, 3).unwrap());
@@ -310,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_not_be_a_translation_is_refused() {
+    fn an_invalid_translation_is_refused() {
         let iotlb = Iotlb::default();
         for (iova, size, user) in [(0x1000, 0, USER), (u64::MAX, 2, USER), (0, 2, u64::MAX), (1, u64::MAX, USER)] {
             assert!(matches!(iotlb.update(iova, size, user, 3), Err(IotlbError::Range { .. })), "{iova:#x} {size:#x}");
@@ -326,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn a_translation_to_where_there_is_no_memory_is_an_error_and_no_miss() {
+    fn a_translation_that_leads_outside_memory_is_an_error_and_not_a_miss() {
         let iotlb = Iotlb::default();
         iotlb.update(0, 0x1000, USER + 0x7800, 3).unwrap();
         let found = iotlb.translate(&memory(), 0x700, 0x101, Access::Read, |_, _| {});

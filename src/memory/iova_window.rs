@@ -1,23 +1,24 @@
-//! The areas of a ring behind an IOMMU as if they lay in one piece: a [`Memory`] whose addresses are I/O virtual.
+//! The areas of a ring behind an IOMMU as contiguous memory: a [`Memory`] whose addresses are I/O virtual.
 //!
-//! Areas are neighbours for the driver and may be scattered over guest memory page by page; then their pages are mapped
-//! once more, side by side.
+//! An area is contiguous for the driver and may be scattered over guest memory page by page. Scattered pages are mapped a
+//! second time, one after the other.
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::{Access, Iotlb, Memory, MemoryError, Region, TranslationError};
 
-/// An area of a ring: I/O virtual address, bytes, and what is done there.
+/// An area of a ring: I/O virtual address, length in bytes, and the access that the device needs.
 pub type RingArea = (u64, u64, Access);
 
-/// Where the areas of a ring lie. It does not change: when one of their translations does, another window is needed.
+/// The mapped areas of one ring. It is immutable: after a change of one of its translations, open another one.
 #[derive(Debug)]
 pub struct IovaWindow {
     memory: Memory,
     pieces: Vec<IovaPiece>,
 }
 
+/// A contiguous part of an area in guest-physical memory.
 #[derive(Clone, Copy, Debug)]
 struct IovaPiece {
     iova: u64,
@@ -26,11 +27,12 @@ struct IovaPiece {
 }
 
 impl IovaWindow {
-    /// Finds `areas`, and a range that is only logged, in `memory`.
+    /// Translates and maps `areas`. `logged` is a further range (I/O virtual address, bytes) that is translated but not
+    /// mapped, as only its pages are logged.
     ///
     /// # Errors
     /// [`TranslationError::Missing`] for the first part without a translation, [`TranslationError::Memory`] for areas that
-    /// overlap, or are scattered and not cut between pages.
+    /// overlap or that are scattered in pieces other than whole pages.
     pub fn open(
         memory: &Memory,
         iotlb: &Iotlb,
@@ -53,24 +55,24 @@ impl IovaWindow {
             pieces.extend(found);
         }
         let mut window = IovaWindow { memory: Memory::new(regions)?, pieces };
-        // Most often it is the device's area.
+        // Usually it is the device area, which is translated already.
         if let Some((iova, len)) = logged.filter(|(iova, len)| !window.holds(*iova, *len)) {
             window.pieces.extend(find((iova, len, Access::Read))?);
         }
         Ok(window)
     }
 
-    /// The areas, by I/O virtual address.
+    /// The areas as memory, at their I/O virtual addresses.
     pub fn memory(&self) -> &Memory {
         &self.memory
     }
 
-    /// Whether some of it lies at these addresses.
+    /// Returns true if the window has any byte at the addresses `iovas`.
     pub fn uses(&self, iovas: &RangeInclusive<u64>) -> bool {
         self.pieces.iter().any(|piece| overlap(piece.iova, piece.len, iovas))
     }
 
-    /// Whether all of these bytes are in it.
+    /// Returns true if all `len` bytes at `iova` are in the window.
     pub fn holds(&self, iova: u64, len: u64) -> bool {
         let end = iova.saturating_add(len);
         let mut at = iova;
@@ -83,8 +85,8 @@ impl IovaWindow {
         true
     }
 
-    /// Calls `each` with guest-physical address and length of what makes up `len` bytes at `iova`, as far as they are in
-    /// it; twice where an area is logged under an address of its own in another.
+    /// Calls `each` with the guest-physical address and the length of every piece of `len` bytes at `iova` that is in the
+    /// window. A piece is given twice if the logged range overlaps an area.
     pub fn each(&self, iova: u64, len: u64, mut each: impl FnMut(u64, u64)) {
         let end = iova.saturating_add(len);
         for piece in &self.pieces {
@@ -96,22 +98,22 @@ impl IovaWindow {
     }
 }
 
-/// Whether `len` bytes at `iova` are among these addresses.
+/// Returns true if any of `len` bytes at `iova` is in `iovas`.
 pub fn overlap(iova: u64, len: u64, iovas: &RangeInclusive<u64>) -> bool {
     len > 0 && iova <= *iovas.end() && iova.saturating_add(len - 1) >= *iovas.start()
 }
 
-/// One region for an area in pieces, under its I/O virtual address.
+/// Maps the pieces of an area as one region at its I/O virtual address.
 fn join(memory: &Memory, iova: u64, len: u64, pieces: &[IovaPiece]) -> Result<Region, MemoryError> {
-    let place = |piece: &IovaPiece| {
+    let part = |piece: &IovaPiece| {
         let not_mapped = MemoryError::NotMapped { addr: piece.gpa, len: piece.len, space: "guest-physical" };
         let region = memory.region_at(piece.gpa).ok_or(not_mapped)?;
         Ok::<_, MemoryError>((region, piece.gpa - region.gpa(), piece.len))
     };
-    let places = pieces.iter().map(place).collect::<Result<Vec<_>, _>>()?;
-    match places.as_slice() {
+    let parts = pieces.iter().map(part).collect::<Result<Vec<_>, _>>()?;
+    match parts.as_slice() {
         [(region, offset, len)] => region.part(iova, *offset, *len),
-        _ => Region::join(iova, len, &places),
+        _ => Region::join(iova, len, &parts),
     }
 }
 
@@ -127,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn scattered_pages_are_neighbours_in_a_window() {
+    fn scattered_pages_are_contiguous_in_a_window() {
         let (memory, iotlb) = (memory(), Iotlb::default());
         for (iova, user) in [(0x5000, 0x9000), (0x6000, 0x2000), (0x7000, 0x4000)] {
             iotlb.update(iova, 0x1000, user, 3).unwrap();
@@ -141,7 +143,7 @@ mod tests {
         memory.read(0x2000, &mut back[0x800..0x1800]).unwrap();
         memory.read(0x4000, &mut back[0x1800..]).unwrap();
         assert_eq!(back, data);
-        window.memory().slice(0x5800, 0x2000).expect("it is one piece");
+        window.memory().slice(0x5800, 0x2000).expect("one contiguous region");
         let mut pieces = Vec::new();
         window.each(0x5ffc, 8, |gpa, len| pieces.push((gpa, len)));
         assert_eq!(pieces, [(0x9ffc, 4), (0x2000, 4)]);
@@ -151,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_in_one_piece_is_where_it_was_and_lives_on_alone() {
+    fn a_contiguous_area_shares_its_regions_mapping_and_outlives_the_region() {
         let (memory, iotlb) = (memory(), Iotlb::default());
         iotlb.update(0x5008, 0x100, 0x1238, 1).unwrap();
         let window = IovaWindow::open(&memory, &iotlb, &[(0x5008, 0x100, Access::Read)], None).unwrap();
@@ -163,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_not_be_joined_is_refused() {
+    fn areas_that_overlap_or_are_scattered_inside_pages_are_refused() {
         let (memory, iotlb) = (memory(), Iotlb::default());
         iotlb.update(0x5000, 0x800, 0x1000, 3).unwrap();
         iotlb.update(0x5800, 0x800, 0x3800, 3).unwrap();

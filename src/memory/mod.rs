@@ -1,8 +1,8 @@
 //! Guest memory: regions mapped from file descriptors, and the translation of guest-physical and front-end virtual
 //! addresses to checked views of them.
 //!
-//! What a peer or a guest says is never believed: mappings are checked against the file behind them, and no range is
-//! handed out that leaves its region. Who writes pages, and how that is logged, lives in [`crate::dirty`].
+//! Values from a peer or a guest are not trusted: mappings are checked against the file behind them, and every returned
+//! range is inside its region. The logging of written pages is in [`crate::dirty`].
 
 mod extent;
 mod iotlb;
@@ -24,17 +24,17 @@ use std::sync::Arc;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, VolatileSlice};
 
-/// The unit of every dirty log and of every page this crate moves: 4096 bytes of guest-physical memory, whatever the
-/// page size of the host or the guest (rule L1.1).
+/// Size of a page of guest-physical memory, bytes: the unit of every dirty log and of every page that this crate moves. It
+/// does not depend on the page size of the host or the guest (rule L1.1).
 pub const LOG_PAGE: u64 = 4096;
 
-/// Why memory can't be used the way that was asked.
+/// An error of guest memory.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MemoryError {
-    /// The mapping described lies outside the file (rule M1.5).
+    /// The mapping is outside the file (rule M1.5).
     #[error(
-        "region at {gpa:#x}: needs bytes {offset:#x}..{end:#x} of a file that has {file_size:#x}: \
+        "region at {gpa:#x}: needs bytes {offset:#x}..{end:#x} of a file of {file_size:#x} bytes: \
          pass an fd of the region's full size (rule M1.5)"
     )]
     FileTooSmall {
@@ -47,38 +47,38 @@ pub enum MemoryError {
         /// Size of the file, bytes.
         file_size: u64,
     },
-    /// A region of no bytes, or one whose end leaves the 64-bit address space (rule M1.4).
-    #[error("region at {gpa:#x} with size {size:#x} is empty or wraps around the address space (rule M1.4)")]
+    /// A region of 0 bytes, or one whose end exceeds the 64-bit address space (rule M1.4).
+    #[error("region at {gpa:#x}: size {size:#x} is 0 or wraps around the address space (rule M1.4)")]
     BadRange {
         /// Guest-physical start of the region.
         gpa: u64,
         /// Size, bytes.
         size: u64,
     },
-    /// Two regions claim the same addresses (rule M1.4).
+    /// Two regions have addresses in common (rule M1.4).
     #[error("regions at {first:#x} and {second:#x} overlap in {space} addresses (rule M1.4)")]
     Overlap {
-        /// Guest-physical start of one region.
+        /// Guest-physical start of the first region.
         first: u64,
-        /// Guest-physical start of the other.
+        /// Guest-physical start of the second region.
         second: u64,
-        /// Which addresses: "guest-physical" or "front-end".
+        /// Address space: "guest-physical" or "front-end".
         space: &'static str,
     },
     /// The operating system refused the mapping.
-    #[error("can't map region at {gpa:#x} ({size:#x} bytes): {source}")]
+    #[error("region at {gpa:#x}: cannot map {size:#x} bytes: {source}")]
     Map {
         /// Guest-physical start of the region.
         gpa: u64,
         /// Size, bytes.
         size: u64,
-        /// What the system said.
+        /// Error of the system.
         source: std::io::Error,
     },
-    /// A part of a ring behind an IOMMU that can't be mapped in one piece.
+    /// A part of a ring behind an IOMMU that cannot be mapped contiguously.
     #[error(
-        "{len:#x} bytes at {addr:#x} behind the IOMMU are scattered over guest memory, and not cut between pages of 4 KiB: \
-         translate whole pages (rule T4.1)"
+        "ring area of {len:#x} bytes at I/O virtual address {addr:#x}: it is scattered over guest memory in pieces other \
+         than pages of 4 KiB: translate whole pages (rule T4.1)"
     )]
     Scattered {
         /// I/O virtual address.
@@ -86,29 +86,29 @@ pub enum MemoryError {
         /// Bytes.
         len: u64,
     },
-    /// A range no region holds as a whole.
+    /// A range that is not completely inside guest memory.
     #[error("{space} range {addr:#x} + {len:#x} is not inside guest memory")]
     NotMapped {
         /// Start of the range.
         addr: u64,
         /// Length, bytes.
         len: u64,
-        /// Which addresses: "guest-physical" or "front-end".
+        /// Address space: "guest-physical", "front-end" or "I/O virtual".
         space: &'static str,
     },
 }
 
-/// An immutable set of regions, sorted by guest-physical address. Cloning shares it.
+/// An immutable set of regions, sorted by guest-physical address. Clones share the regions.
 ///
-/// A change of the memory table makes a new `Memory`; whoever still works on the old one keeps its mappings alive.
+/// A change of the memory table makes a new `Memory`. A clone of the old one keeps its mappings alive while it is in use.
 #[derive(Clone, Default)]
 pub struct Memory(Arc<[Arc<Region>]>);
 
 impl Memory {
-    /// Puts regions together, in any order.
+    /// Guest memory made of `regions`, which may be in any order.
     ///
     /// # Errors
-    /// [`MemoryError::Overlap`] if two of them share a guest-physical or a front-end address (rule M1.4).
+    /// [`MemoryError::Overlap`] if two regions share a guest-physical or a front-end address (rule M1.4).
     pub fn new(regions: impl IntoIterator<Item = Arc<Region>>) -> Result<Memory, MemoryError> {
         let mut regions: Vec<Arc<Region>> = regions.into_iter().collect();
         let overlap = |regions: &[Arc<Region>], start: fn(&Region) -> u64, space| {
@@ -126,17 +126,17 @@ impl Memory {
         Ok(Memory(regions.into()))
     }
 
-    /// The regions, by rising guest-physical address.
+    /// The regions, by increasing guest-physical address.
     pub fn regions(&self) -> &[Arc<Region>] {
         &self.0
     }
 
-    /// One past the last guest-physical byte; 0 without regions.
+    /// The guest-physical address after the last byte; 0 without regions.
     pub fn end(&self) -> u64 {
         self.0.last().map_or(0, |region| region.gpa() + region.size())
     }
 
-    /// Bytes of memory, holes not counted.
+    /// The total size of the regions, bytes, without the gaps between them.
     pub fn size(&self) -> u64 {
         self.0.iter().map(|region| region.size()).sum()
     }
@@ -144,7 +144,7 @@ impl Memory {
     /// A view of `len` bytes at `gpa`, all inside one region.
     ///
     /// # Errors
-    /// [`MemoryError::NotMapped`] if the range is not wholly inside one region.
+    /// [`MemoryError::NotMapped`] if the range is not completely inside one region.
     #[inline]
     pub fn slice(&self, gpa: u64, len: u64) -> Result<VolatileSlice<'_>, MemoryError> {
         let not_mapped = MemoryError::NotMapped { addr: gpa, len, space: "guest-physical" };
@@ -152,10 +152,10 @@ impl Memory {
         region.slice(gpa - region.gpa(), len).ok_or(not_mapped)
     }
 
-    /// Hands the views that make up `len` bytes at `gpa` to `each`, in order; the range may span adjacent regions.
+    /// Calls `each` with the views that make up `len` bytes at `gpa`, in order. The range may span adjacent regions.
     ///
     /// # Errors
-    /// [`MemoryError::NotMapped`] if any byte is in no region; `each` may have been called for what comes before it.
+    /// [`MemoryError::NotMapped`] if any byte is in no region. `each` may have been called for the bytes before it.
     #[inline]
     pub fn slices<'a>(
         &'a self,
@@ -180,12 +180,12 @@ impl Memory {
         Ok(())
     }
 
-    /// Appends the host ranges of `len` bytes at `gpa` to `out`, for `readv`-like calls.
+    /// Appends the ranges of this process that make up `len` bytes at `gpa` to `out`, for `readv` and similar calls.
     ///
-    /// The ranges are valid as long as this `Memory`, or a clone of it, lives.
+    /// The ranges are valid as long as this `Memory` or a clone of it exists.
     ///
     /// # Errors
-    /// [`MemoryError::NotMapped`] if any byte is in no region; `out` is then as before.
+    /// [`MemoryError::NotMapped`] if any byte is in no region. `out` is unchanged then.
     #[inline]
     pub fn iovecs(&self, gpa: u64, len: u64, out: &mut Vec<libc::iovec>) -> Result<(), MemoryError> {
         let before = out.len();
@@ -195,10 +195,10 @@ impl Memory {
         self.slices(gpa, len, push).inspect_err(|_| out.truncate(before))
     }
 
-    /// Translates an address of the front-end's address space, as ring addresses are given, to guest-physical.
+    /// Translates an address of the front-end's address space, in which ring addresses are given, to guest-physical.
     ///
     /// # Errors
-    /// [`MemoryError::NotMapped`] if the range is not wholly inside one region.
+    /// [`MemoryError::NotMapped`] if the range is not completely inside one region.
     pub fn gpa_of_user(&self, user_addr: u64, len: u64) -> Result<u64, MemoryError> {
         let inside = |region: &&Arc<Region>| {
             user_addr.checked_sub(region.user_addr()).is_some_and(|offset| region.holds(offset, len))
@@ -209,11 +209,11 @@ impl Memory {
         }
     }
 
-    /// Calls `each` with guest-physical address and length of what makes up `len` bytes of the front-end's address space,
-    /// region by region.
+    /// Calls `each` with the guest-physical address and the length of every piece of `len` bytes at `user_addr` of the
+    /// front-end's address space. A piece is inside one region.
     ///
     /// # Errors
-    /// [`MemoryError::NotMapped`] if any byte is in no region; `each` may have been called for what comes before it.
+    /// [`MemoryError::NotMapped`] if any byte is in no region. `each` may have been called for the bytes before it.
     pub fn pieces_of_user(&self, user_addr: u64, len: u64, mut each: impl FnMut(u64, u64)) -> Result<(), MemoryError> {
         let (mut at, mut left) = (user_addr, len);
         while left > 0 {
@@ -240,10 +240,10 @@ impl Memory {
         })
     }
 
-    /// Copies `buf` into guest memory at `gpa`. Nothing is logged.
+    /// Copies `buf` into guest memory at `gpa` without logging it.
     ///
     /// # Errors
-    /// [`MemoryError::NotMapped`] if any byte is in no region; bytes before it may have been written.
+    /// [`MemoryError::NotMapped`] if any byte is in no region. The bytes before it may have been written.
     pub fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemoryError> {
         let mut rest = buf;
         self.slices(gpa, buf.len() as u64, |slice| {
@@ -253,24 +253,24 @@ impl Memory {
         })
     }
 
-    /// Has the system provide the memory of `pages` (page numbers) for writing, as far as they are memory; contents stay.
+    /// Allocates the memory of `pages` (page numbers) for writing and keeps the contents. Pages outside regions are skipped.
     ///
     /// # Errors
-    /// What the system says: no memory, or a kernel before Linux 5.14.
+    /// The error of the system: out of memory, or a kernel before Linux 5.14.
     pub fn populate(&self, pages: &Range<u64>) -> io::Result<()> {
         self.parts(pages).try_for_each(|(region, range)| region.populate(range))
     }
 
-    /// Advises the system to use huge pages for `pages` (page numbers), where it has them for this kind of memory.
+    /// Advises the system to use huge pages for `pages` (page numbers). The system may refuse it for this type of memory.
     pub fn advise_huge_pages(&self, pages: &Range<u64>) {
         for (region, range) in self.parts(pages) {
             if let Err(error) = region.advise_huge_pages(range) {
-                tracing::debug!(%error, ?region, "no huge pages");
+                tracing::debug!(%error, ?region, "huge pages refused");
             }
         }
     }
 
-    /// The parts of `pages` (page numbers) that are memory, region by region.
+    /// The parts of `pages` (page numbers) that are inside regions, region by region.
     pub fn pages(&self, pages: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<'_> {
         self.parts(pages).filter_map(|(region, range)| {
             let pages = (region.gpa() + range.start).div_ceil(LOG_PAGE)..(region.gpa() + range.end) / LOG_PAGE;
@@ -278,7 +278,7 @@ impl Memory {
         })
     }
 
-    /// The parts of `pages` (page numbers) that are memory: regions, and ranges of offsets in them, bytes.
+    /// The parts of `pages` (page numbers) that are inside regions: region, and range of offsets in it, bytes.
     fn parts(&self, pages: &Range<u64>) -> impl Iterator<Item = (&Region, Range<u64>)> + use<'_> {
         let (start, end) = (pages.start.saturating_mul(LOG_PAGE), pages.end.saturating_mul(LOG_PAGE));
         self.0.iter().filter_map(move |region| {
@@ -289,7 +289,7 @@ impl Memory {
 
     #[inline]
     fn region_at(&self, gpa: u64) -> Option<&Region> {
-        // Almost every guest has one or two regions; a search only pays beyond that.
+        // Almost every guest has one or two regions. Binary search is faster only for more.
         let regions = &self.0;
         let index = match regions.len() {
             0..=2 => regions.iter().rposition(|region| region.gpa() <= gpa)?,
@@ -302,12 +302,13 @@ impl Memory {
 impl<B: Bitmap + Send + Sync + 'static> TryFrom<&GuestMemoryMmap<B>> for Memory {
     type Error = MemoryError;
 
-    /// Guest memory of a VMM built from rust-vmm's crates, to migrate it. It stays mapped as long as this lives. What this
-    /// crate writes is not in the bitmap `B`. Its holes are found if vm-memory has mapped it itself; a
-    /// [`Pagemap`](crate::dirty::Pagemap) makes private anonymous memory look used.
+    /// Guest memory of a VMM built from rust-vmm's crates, to be migrated. It stays mapped as long as the result exists.
+    ///
+    /// Writes of this crate are not marked in the bitmap `B`. Holes are found if vm-memory has mapped the memory itself. A
+    /// [`Pagemap`](crate::dirty::Pagemap) makes holes of private anonymous memory look used.
     ///
     /// # Errors
-    /// The error of the system.
+    /// [`MemoryError::Map`] with the error of the system.
     fn try_from(memory: &GuestMemoryMmap<B>) -> Result<Memory, MemoryError> {
         let region =
             |region: &GuestRegionMmap<B>| Region::of_mapping(region.start_addr().0, region.get_mmap()).map(Arc::new);
@@ -330,7 +331,7 @@ mod tests {
 
     const HIGH: u64 = 1 << 32;
 
-    /// Two adjacent regions from one memfd, a hole, and one region above 4 GiB.
+    /// Two adjacent regions from one memfd, a gap, and one region above 4 GiB.
     fn memory() -> Memory {
         let fd = sealed_memfd("memory-test", 0x6000).unwrap();
         let map = |gpa, size, user, offset| Arc::new(Region::map(fd.as_fd(), gpa, size, user, offset).unwrap());
@@ -343,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_spans_adjacent_regions_and_lands_in_the_file_in_order() {
+    fn a_copy_spans_adjacent_regions_in_order() {
         let memory = memory();
         let data: Vec<u8> = (0..0x3000u32).map(|i| (i / 7) as u8).collect();
         memory.write(0x800, &data).unwrap();
@@ -356,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn no_range_leaves_its_region_unnoticed() {
+    fn a_range_that_leaves_its_region_is_refused() {
         let memory = memory();
         assert!(memory.slice(0xfff, 1).is_ok());
         assert!(memory.slice(0xfff, 2).is_err(), "one view never crosses a region");
@@ -372,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn front_end_addresses_translate_and_refuse_to_cross() {
+    fn a_front_end_range_translates_only_inside_one_region() {
         let memory = memory();
         assert_eq!(memory.gpa_of_user(0x6000_0010, 0x10).unwrap(), 0x1010);
         assert_eq!(memory.gpa_of_user(0x7000_1fff, 1).unwrap(), HIGH + 0x1fff);
@@ -402,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn an_offset_between_pages_maps_the_bytes_it_names() {
+    fn a_region_may_start_at_an_unaligned_file_offset() {
         let fd = sealed_memfd("memory-test", 0x3000).unwrap();
         let all = Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 0x3000, 0, 0).unwrap())]).unwrap();
         all.write(0x1234, b"here").unwrap();
@@ -412,7 +413,7 @@ mod tests {
         assert_eq!(&found, b"here");
     }
 
-    /// Pages that may hold something.
+    /// The runs of pages that are data.
     fn data(memory: &Memory) -> Vec<Range<u64>> {
         let mut runs = Vec::new();
         memory.data(|run| {
@@ -448,12 +449,12 @@ mod tests {
         let file = Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 0x6000, 0, 0).unwrap())]).unwrap();
         let mut found = [0; 4];
         file.read(0x5000, &mut found).unwrap();
-        assert_eq!(&found, b"here", "it is the same memory");
+        assert_eq!(&found, b"here", "both map the same memory");
         assert_eq!(ours.gpa_of_user(ours.regions()[1].host_ptr() as u64 + 5, 1).unwrap(), HIGH + 5);
     }
 
     #[test]
-    fn of_memory_that_vm_memory_has_not_mapped_itself_all_is_data() {
+    fn memory_that_vm_memory_has_not_mapped_itself_is_all_data() {
         let fd = sealed_memfd("memory-test", 0x4000).unwrap();
         let region = Region::map(fd.as_fd(), 0, 0x4000, 0, 0).unwrap();
         let prot = libc::PROT_READ | libc::PROT_WRITE;

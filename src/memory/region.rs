@@ -1,4 +1,6 @@
-//! One region: a mapping of part of a file, with the addresses the guest and the front-end know it by.
+//! One region of guest memory: a mapping of part of a file, with its address in the guest and in the front-end.
+//!
+//! The set of regions and the translation between address spaces are in [`super::Memory`].
 
 use std::any::Any;
 use std::ffi::CString;
@@ -21,22 +23,23 @@ use super::{LOG_PAGE, MemoryError};
 
 /// A shared, writable mapping of guest memory.
 ///
-/// A file that its owner truncates after the check makes accesses raise SIGBUS; sealed memfds can't be truncated.
+/// If the file is truncated after [`Region::map`] has checked its size, accesses raise SIGBUS. Sealed memfds cannot be
+/// truncated.
 pub struct Region {
     gpa: u64,
     size: u64,
     user_addr: u64,
-    /// Where the first byte is here, which need not be where the mapping begins: that is of whole pages.
+    /// Address of the first byte in this process. The mapping consists of whole pages and may begin before it.
     host: *mut u8,
     mapping: Arc<Mapping>,
     page: u64,
     backing: Backing,
 }
 
-/// What keeps the memory of a region mapped.
+/// The mapping that holds the memory of a region.
 enum Mapping {
     Own(MmapRaw),
-    /// Mapped by somebody else, for as long as the owner lives.
+    /// Mapped by another library, until the owner is dropped.
     Other {
         start: *mut u8,
         len: usize,
@@ -44,7 +47,8 @@ enum Mapping {
     },
 }
 
-// SAFETY: the pointer is only handed out; what it points to stays mapped until the owner, which is `Send`, is dropped.
+// SAFETY: the pointer is only returned, never dereferenced here; its memory stays mapped until the owner, which is `Send`,
+// is dropped.
 unsafe impl Send for Mapping {}
 // SAFETY: as for `Send`; the owner is `Sync`.
 unsafe impl Sync for Mapping {}
@@ -65,31 +69,32 @@ impl Mapping {
     }
 }
 
-/// What is known of where a region's memory comes from.
+/// The origin of a region's memory.
 enum Backing {
     Unknown,
-    /// A file, kept by who shares the region with a device.
-    Shared(Shared),
+    /// A file, kept to share the region with devices.
+    Shared(SharedFile),
     /// Anonymous memory of this process alone.
     Private(OwnPageTable),
 }
 
-/// The file of a region that is shared.
-struct Shared {
+/// The file of a shared region.
+struct SharedFile {
     fd: OwnedFd,
     offset: u64,
     holes: HoleSearch,
 }
 
-// SAFETY: the pointers are to memory that `mapping` keeps mapped, whoever has mapped it, and all access to it is made for
-// memory that others write.
+// SAFETY: the pointers are to memory that `mapping` keeps mapped, and all access to it is volatile or atomic, as needed for
+// memory that other threads and processes write.
 unsafe impl Send for Region {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Region {}
 
 impl Region {
-    /// Maps `size` bytes of `fd` from `mmap_offset` as the region that the guest knows at `gpa` and the front-end at
-    /// `user_addr`. The fd may be closed afterwards. Memfds, files and hugetlbfs work; offsets need no alignment.
+    /// Maps `size` bytes of `fd` from `mmap_offset` as the region at `gpa` of the guest and at `user_addr` of the front-end.
+    ///
+    /// The fd may be closed afterwards. Memfds, files and hugetlbfs work. Offsets need no alignment.
     ///
     /// # Errors
     /// [`MemoryError::BadRange`] and [`MemoryError::FileTooSmall`] before anything is mapped, [`MemoryError::Map`] if
@@ -132,7 +137,8 @@ impl Region {
         })
     }
 
-    /// `size` bytes of this region from `offset` on, as a region at another address, also for the front-end.
+    /// The region at address `at`, of guest and front-end, that consists of `size` bytes of this one from `offset`. Both
+    /// share the mapping.
     pub(super) fn part(&self, at: u64, offset: u64, size: u64) -> Result<Region, MemoryError> {
         if size == 0 || !self.holds(offset, size) || at.checked_add(size).is_none() {
             return Err(MemoryError::BadRange { gpa: at, size });
@@ -149,8 +155,11 @@ impl Region {
         })
     }
 
-    /// A region of `size` bytes at `at` made of parts, each a region with an offset and a length in bytes: their pages are
-    /// mapped a second time, one after the other.
+    /// A region of `size` bytes at `at` made of parts: region, offset and length in bytes. Their pages are mapped a second
+    /// time, one after the other.
+    ///
+    /// # Errors
+    /// [`MemoryError::Scattered`] if parts do not join at page boundaries, [`MemoryError::BadRange`], [`MemoryError::Map`].
     pub(super) fn join(at: u64, size: u64, parts: &[(&Region, u64, u64)]) -> Result<Region, MemoryError> {
         let scattered = MemoryError::Scattered { addr: at, len: size };
         let bad = MemoryError::BadRange { gpa: at, size };
@@ -175,9 +184,9 @@ impl Region {
             let (old, new) = (host.wrapping_sub(into), mapping.as_mut_ptr().wrapping_add(from - into));
             let span = (to - (from - into)).next_multiple_of(page);
             let how = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-            // SAFETY: `old` begins a page of a shared mapping that is `span` bytes long there, as mappings are of whole
-            // pages; a length of 0 leaves it as it is and maps it once more. `new` and `span` bytes are inside `mapping`,
-            // which nobody else knows yet, and which unmaps what is there when it is dropped.
+            // SAFETY: `old` is the start of a page in a shared mapping of at least `span` bytes from there, as mappings
+            // consist of whole pages. An old length of 0 leaves it in place and maps it a second time. `new` and `span`
+            // bytes are inside `mapping`, which is not shared yet and unmaps its range when it is dropped.
             let moved = unsafe { libc::mremap(old.cast(), 0, span, how, new.cast::<libc::c_void>()) };
             if moved == libc::MAP_FAILED {
                 return Err(refused(io::Error::last_os_error()));
@@ -199,19 +208,20 @@ impl Region {
         })
     }
 
-    /// Maps a region of this process's own guest memory and keeps `fd` so that devices can be given it. Its front-end
-    /// address is its address in this process.
+    /// Maps a region of this process's own guest memory and keeps `fd` to share it with devices. Its front-end address is its
+    /// address in this process.
     ///
     /// # Errors
     /// As [`Region::map`].
     pub fn share(fd: OwnedFd, gpa: u64, size: u64, mmap_offset: u64) -> Result<Region, MemoryError> {
         let mut region = Region::map(fd.as_fd(), gpa, size, 0, mmap_offset)?;
         region.user_addr = region.host_ptr() as u64;
-        region.backing = Backing::Shared(Shared { holes: HoleSearch::of(fd.as_fd()), fd, offset: mmap_offset });
+        region.backing = Backing::Shared(SharedFile { holes: HoleSearch::of(fd.as_fd()), fd, offset: mmap_offset });
         Ok(region)
     }
 
-    /// The fd and the offset into it, in bytes, of a region made by [`Region::share`].
+    /// The fd of a shared region and the region's offset in it, bytes. `None` if the region does not keep an fd
+    /// ([`Region::share`]).
     pub fn shared(&self) -> Option<(BorrowedFd<'_>, u64)> {
         match &self.backing {
             Backing::Shared(shared) => Some((shared.fd.as_fd(), shared.offset)),
@@ -219,9 +229,10 @@ impl Region {
         }
     }
 
-    /// The extent that begins `offset` bytes into the region. Holes are known of regions that have their file
-    /// ([`Region::share`]) on tmpfs (memfds), hugetlbfs, ext4, XFS and Btrfs, whose fd is moved by this, and of private
-    /// anonymous memory; of every other all is data.
+    /// The extent that begins `offset` bytes into the region.
+    ///
+    /// Holes are found in private anonymous memory, and in regions that keep their file ([`Region::share`]) on tmpfs
+    /// (memfds), hugetlbfs, ext4, XFS and Btrfs; the search moves the file position of the fd. Other regions are all data.
     pub fn extent(&self, offset: u64) -> Extent {
         let size = self.size.saturating_sub(offset);
         match &self.backing {
@@ -233,8 +244,8 @@ impl Region {
         }
     }
 
-    /// The region of a mapping that rust-vmm's `vm-memory` has made, for the guest at `gpa`. Its front-end address is its
-    /// address in this process. A shared mapping of a file can be given to devices.
+    /// The region of a mapping of rust-vmm's `vm-memory`, at `gpa` of the guest. Its front-end address is its address in this
+    /// process. A shared mapping of a file can be shared with devices.
     pub(super) fn of_mapping<B: Bitmap + Send + Sync + 'static>(
         gpa: u64,
         other: Arc<MmapRegion<B>>,
@@ -246,12 +257,12 @@ impl Region {
             return Err(MemoryError::BadRange { gpa, size });
         }
         let mut page = LOG_PAGE;
-        // What a mapping is that it has not made itself vm-memory does not know.
+        // vm-memory knows the flags only of mappings that it has made itself.
         let backing = match other.file_offset() {
             Some(file) if other.owned() && other.flags() & libc::MAP_SHARED != 0 => {
                 let fd = OwnedFd::from(file.file().try_clone().map_err(refused)?);
                 page = mapping_unit(fd.as_fd()).map_err(refused)?;
-                Backing::Shared(Shared { holes: HoleSearch::of(fd.as_fd()), fd, offset: file.start() })
+                Backing::Shared(SharedFile { holes: HoleSearch::of(fd.as_fd()), fd, offset: file.start() })
             }
             None if other.owned() && other.flags() & libc::MAP_PRIVATE != 0 => {
                 Backing::Private(OwnPageTable::open().map_err(refused)?)
@@ -267,7 +278,7 @@ impl Region {
         self.gpa
     }
 
-    /// Size in bytes, never 0.
+    /// Size, bytes; never 0.
     pub fn size(&self) -> u64 {
         self.size
     }
@@ -277,40 +288,42 @@ impl Region {
         self.user_addr
     }
 
-    /// Address of the first byte in this process; valid for [`Region::size`] bytes while the region lives.
+    /// Address of the first byte in this process. It is valid for [`Region::size`] bytes while the region exists.
     #[inline]
     pub fn host_ptr(&self) -> *mut u8 {
         self.host
     }
 
-    /// Address and length of all that is mapped in this process for the region: whole pages of its file.
+    /// Address in this process and length of the region's mapping, which consists of whole pages of its file.
     pub(crate) fn mapped(&self) -> (u64, u64) {
         (self.mapping.as_mut_ptr().addr() as u64, self.mapping.len() as u64)
     }
 
-    /// Page size of the file behind it, bytes: what pages are placed in by a [`Userfault`](super::Userfault).
+    /// Page size of the region's file, bytes. A [`Userfault`](super::Userfault) places pages of this size.
     pub fn page_size(&self) -> u64 {
         self.page
     }
 
-    /// Keeps the kernel from putting pages together, so that each can come by itself.
+    /// Advises the kernel not to merge pages into huge ones, so that postcopy can place each page by itself.
     pub(super) fn avoid_huge_pages(&self) {
         let (start, len) = (self.mapping.as_mut_ptr().cast(), self.mapping.len());
-        // SAFETY: the range is this mapping, and the advice changes no contents. Where it means nothing it is refused.
+        // SAFETY: the range is this mapping, and the advice changes no contents. The kernel refuses it where it does not
+        // apply.
         unsafe { libc::madvise(start, len, libc::MADV_NOHUGEPAGE) };
     }
 
-    /// Has the system provide the memory of `range` (offsets, bytes) for writing, contents unchanged.
+    /// Allocates the memory of `range` (offsets, bytes) for writing and keeps the contents.
     pub(super) fn populate(&self, range: Range<u64>) -> io::Result<()> {
         self.advise(range, LOG_PAGE, libc::MADV_POPULATE_WRITE)
     }
 
-    /// Advises the system to use huge pages for the whole ones in `range` (offsets, bytes).
+    /// Advises the system to use huge pages for the whole huge pages in `range` (offsets, bytes).
     pub(super) fn advise_huge_pages(&self, range: Range<u64>) -> io::Result<()> {
         self.advise(range, 2 << 20, libc::MADV_HUGEPAGE)
     }
 
-    /// Gives an advice that changes no contents for the whole `unit`s of this process's addresses in `range`.
+    /// Gives an advice that changes no contents, for the part of `range` (offsets, bytes) that consists of whole `unit`s
+    /// (bytes) of addresses in this process.
     fn advise(&self, range: Range<u64>, unit: u64, advice: libc::c_int) -> io::Result<()> {
         if range.end > self.size {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -329,31 +342,30 @@ impl Region {
         }
     }
 
-    /// Puts blank memory of this process alone in place of the file's: what is written from now on reaches nobody, and
-    /// what is read is zero.
+    /// Replaces the file's memory by zeroed private memory: reads return zero, and writes are seen by this process alone.
     pub(crate) fn blank(&self) -> io::Result<()> {
         let (start, len) = (self.mapping.as_mut_ptr().cast(), self.mapping.len());
         let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
         let flags = flags | libc::MAP_FIXED | libc::MAP_NORESERVE;
-        // SAFETY: exactly this mapping is replaced, in one step, by one of the same length that can be used and
-        // unmapped like it. Contents change under those who look, as guest memory may at any time.
+        // SAFETY: exactly this mapping is replaced, atomically, by one of the same length that can be used and unmapped
+        // like it. Its contents change for concurrent readers, as guest memory may at any time.
         match unsafe { libc::mmap(start, len, protection, flags, -1, 0) } {
             libc::MAP_FAILED => Err(io::Error::last_os_error()),
             _ => Ok(()),
         }
     }
 
-    /// Whether `len` bytes from `offset` are inside.
+    /// Returns true if `len` bytes from `offset` are inside the region.
     #[inline]
     pub(crate) fn holds(&self, offset: u64, len: u64) -> bool {
         offset.checked_add(len).is_some_and(|end| end <= self.size)
     }
 
-    /// A view of `len` bytes from `offset` into the region, if they are inside.
+    /// A view of `len` bytes from `offset`; `None` if they are not inside the region.
     #[inline]
     pub fn slice(&self, offset: u64, len: u64) -> Option<VolatileSlice<'_>> {
-        // SAFETY: `holds` keeps the range inside the mapping, which lives as long as the view's borrow of `self`;
-        // all access goes through volatile or atomic operations, as memory shared with a guest needs.
+        // SAFETY: `holds` keeps the range inside the mapping, which exists as long as the view's borrow of `self`. All
+        // access is by volatile or atomic operations, as memory shared with a guest needs.
         self.holds(offset, len)
             .then(|| unsafe { VolatileSlice::new(self.host_ptr().wrapping_add(offset as usize), len as usize) })
     }
@@ -365,10 +377,10 @@ impl fmt::Debug for Region {
     }
 }
 
-/// Makes a memfd of `size` bytes that can no longer shrink, to share with a peer that maps it.
+/// Creates a memfd of `size` bytes whose size is sealed, to be shared with a peer that maps it.
 ///
 /// # Errors
-/// What the system says.
+/// The error of the system.
 pub fn sealed_memfd(name: &str, size: u64) -> io::Result<OwnedFd> {
     let name = CString::new(name)?;
     let fd = memfd_create(name.as_c_str(), MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
@@ -378,7 +390,7 @@ pub fn sealed_memfd(name: &str, size: u64) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// What offsets and lengths of a mapping must be multiples of: the huge page on hugetlbfs, else the page.
+/// Required alignment of a mapping's file offset and length, bytes: the huge page size on hugetlbfs, otherwise 4096.
 fn mapping_unit(fd: BorrowedFd<'_>) -> io::Result<u64> {
     let fs = fstatfs(fd)?;
     let huge = fs.filesystem_type() == HUGETLBFS_MAGIC;

@@ -1,8 +1,8 @@
-//! Memory whose pages come when somebody touches them: userfaultfd, as postcopy uses it (rules P1.2, P1.4).
+//! userfaultfd as postcopy uses it (rules P1.2, P1.4): memory whose pages are placed when a thread first accesses them.
 //!
-//! Whoever touches a page of registered memory that is not there yet waits until it is placed and woken for. The fd can
-//! be handed to another process, which then hears of the faults of this one and wakes for them, by addresses of this
-//! one. Which page is to come from where is not known here.
+//! A thread that accesses a missing page of registered memory waits until the page is placed and the thread is woken. The
+//! fd can be passed to another process, which then reads the faults of the process that made it and wakes its threads, by
+//! addresses of that process. Not here: fetching pages from the source.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -12,32 +12,34 @@ use nix::errno::Errno;
 use super::Region;
 use crate::sys::nonblocking;
 
-/// Why pages can't come when they are touched.
+/// An error of userfaultfd.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum UserfaultError {
-    /// The kernel does not let this process have a userfaultfd for its own faults and for those in system calls.
-    #[error("no userfaultfd ({0}): allow it in the sandbox, or run `sysctl vm.unprivileged_userfaultfd=1`, or as root")]
+    /// The kernel does not permit this process a userfaultfd for its own faults and for those in system calls.
+    #[error(
+        "userfaultfd refused ({0}): allow the call in the sandbox, set `sysctl vm.unprivileged_userfaultfd=1`, or run as root"
+    )]
     Refused(io::Error),
-    /// The kernel can't do it for shared memory and huge pages.
-    #[error("this kernel has no userfaultfd for shared memory ({0}): it takes Linux 4.11 or later")]
+    /// The kernel does not support userfaultfd for shared memory and huge pages.
+    #[error("userfaultfd for shared memory is not supported by this kernel ({0}): use Linux 4.11 or later")]
     Kernel(io::Error),
-    /// A region that can't be registered.
-    #[error("can't wait for pages of the region at {gpa:#x} ({cause}): use a memfd, /dev/shm or hugetlbfs")]
+    /// A region that cannot be registered.
+    #[error("region at {gpa:#x}: cannot be registered with userfaultfd ({cause}): use a memfd, /dev/shm or hugetlbfs")]
     Region {
         /// Guest-physical start of the region.
         gpa: u64,
-        /// What the system said.
+        /// Error of the system.
         cause: io::Error,
     },
 }
 
-/// A userfaultfd. Closing the last fd of it lets everybody go on who waits, with zeroes where nothing came.
+/// A userfaultfd. When the last fd of it is closed, waiting threads continue, with zeros in pages that were not placed.
 #[derive(Debug)]
 pub struct Userfault(OwnedFd);
 
 impl Userfault {
-    /// A new one, for memory of this process.
+    /// Creates a userfaultfd for memory of this process.
     ///
     /// # Errors
     /// [`UserfaultError::Refused`] and [`UserfaultError::Kernel`].
@@ -49,16 +51,15 @@ impl Userfault {
         })?))
     }
 
-    /// One that another process made, for its memory.
+    /// A userfaultfd that another process made for its own memory.
     pub fn from_fd(fd: OwnedFd) -> Userfault {
         Userfault(fd)
     }
 
-    /// Lets the pages of `region`, which nobody has touched yet, come when they are touched. Those that the file behind
-    /// it has already are there at once.
+    /// Registers `region` for missing pages, before its first access. Pages that its file already has are not missing.
     ///
     /// # Errors
-    /// [`UserfaultError::Region`].
+    /// [`UserfaultError::Region`] if the kernel refuses the region.
     pub fn register(&self, region: &Region) -> Result<(), UserfaultError> {
         region.avoid_huge_pages();
         let (start, len) = region.mapped();
@@ -70,10 +71,10 @@ impl Userfault {
         Ok(())
     }
 
-    /// Takes that back: whoever waits goes on, and finds zeroes where nothing came.
+    /// Ends the registration of `region`. Waiting threads continue, with zeros in pages that were not placed.
     ///
     /// # Errors
-    /// [`UserfaultError::Region`].
+    /// [`UserfaultError::Region`] if the kernel refuses the region.
     pub fn unregister(&self, region: &Region) -> Result<(), UserfaultError> {
         let (start, len) = region.mapped();
         // SAFETY: the struct is the one this ioctl reads.
@@ -82,22 +83,22 @@ impl Userfault {
         Ok(())
     }
 
-    /// Lets those go on who wait for pages of `len` bytes at `start`, an address in the process that made this; both are
-    /// multiples of its page size.
+    /// Wakes the threads that wait for pages in `len` bytes at `start`, an address in the process that made the userfaultfd.
+    /// Both are multiples of the page size.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the system.
     pub fn wake(&self, start: u64, len: u64) -> io::Result<()> {
         // SAFETY: the struct is the one this ioctl reads; no memory is changed.
         unsafe { abi::wake(self.0.as_raw_fd(), &mut abi::Range { start, len }) }?;
         Ok(())
     }
 
-    /// Places `page`, whole pages of `region` (huge ones where it is made of those), at `offset` in one go, and wakes those
-    /// of this process who wait for it; false if something is there already.
+    /// Places `page` at `offset` of `region` atomically and wakes the threads of this process that wait for it. `page` is one
+    /// or more whole pages, huge ones if the region has huge pages. Returns false if a page is there already.
     ///
     /// # Errors
-    /// `InvalidInput` for bytes that are not whole pages inside the region; what the system says.
+    /// `InvalidInput` for bytes that are not whole pages inside the region, otherwise the error of the system.
     pub fn place(&self, region: &Region, offset: u64, page: &[u8]) -> io::Result<bool> {
         let len = page.len() as u64;
         if !region.holds(offset, len) {
@@ -106,14 +107,16 @@ impl Userfault {
         self.place_at(region.host_ptr().addr() as u64 + offset, page)
     }
 
-    /// The same at `address` in the process that made this, which may be another one. There is nothing to be placed but
-    /// where memory is registered and not there yet: `NotFound` elsewhere.
+    /// As [`Userfault::place`], at `address` of the process that made the userfaultfd, which may be another process.
+    ///
+    /// # Errors
+    /// `NotFound` where no registered memory is, otherwise the error of the system.
     pub(crate) fn place_at(&self, address: u64, page: &[u8]) -> io::Result<bool> {
         let (src, len) = (page.as_ptr().addr() as u64, page.len() as u64);
         loop {
             let mut copy = abi::Copy { dst: address, src, len, mode: 0, copied: 0 };
-            // SAFETY: the struct is the one this ioctl reads and writes; the source is a slice of `len` bytes, and the
-            // destination is registered, so guest memory, which is only looked at through volatile views.
+            // SAFETY: the struct is the one this ioctl reads and writes. The source is a slice of `len` bytes. The
+            // destination is registered, so it is guest memory, which is accessed through volatile views alone.
             match unsafe { abi::copy(self.0.as_raw_fd(), &mut copy) } {
                 Ok(_) => return Ok(true),
                 Err(Errno::EEXIST) => return Ok(false),
@@ -123,11 +126,11 @@ impl Userfault {
         }
     }
 
-    /// The next address that somebody waits for, in the process that made this; `None` if nobody waits. The fd is
-    /// readable when somebody does.
+    /// The address of the next unread fault, in the process that made the userfaultfd; `None` if there is none. The fd is
+    /// readable while there is one.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the system.
     pub fn fault(&self) -> io::Result<Option<u64>> {
         const EVENT_PAGEFAULT: u8 = 0x12;
         let mut message = [0; 32];
@@ -151,7 +154,7 @@ impl AsFd for Userfault {
     }
 }
 
-/// What it takes, beside the system call that makes one, to have the pages of one's memory come: ioctls.
+/// The ioctls that a sandbox must permit for a process that registers its own memory, beside the userfaultfd system call.
 pub(crate) const IOCTLS: [libc::Ioctl; 4] = [
     nix::request_code_readwrite!(0xaa, 0x3f, size_of::<abi::Api>()),
     nix::request_code_readwrite!(0xaa, 0x00, size_of::<abi::Register>()),
@@ -159,20 +162,23 @@ pub(crate) const IOCTLS: [libc::Ioctl; 4] = [
     nix::request_code_read!(0xaa, 0x02, size_of::<abi::Range>()),
 ];
 
-/// Why there is no userfaultfd.
+/// The step at which the kernel refused a userfaultfd.
 pub(crate) enum Refusal {
-    /// The process may not have one.
+    /// The system call.
     Fd(io::Error),
-    /// The kernel lacks features.
+    /// The request for features.
     Features(io::Error),
 }
 
-/// A userfaultfd with `features`.
+/// Creates a userfaultfd with `features`.
+///
+/// # Errors
+/// [`Refusal`] with the error of the system.
 pub(crate) fn open(flags: i32, features: u64) -> Result<OwnedFd, Refusal> {
     // SAFETY: userfaultfd takes one integer and returns a new fd or an error.
     let fd = Errno::result(unsafe { libc::syscall(libc::SYS_userfaultfd, flags) });
     let fd = fd.map_err(|errno| Refusal::Fd(errno.into()))?;
-    // SAFETY: the fd is new and ours.
+    // SAFETY: the system call has just opened the fd for this process, and nothing else owns it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
     let mut api = abi::Api { api: abi::API, features, ioctls: 0 };
     // SAFETY: the struct is the one this ioctl reads and writes.
@@ -180,7 +186,7 @@ pub(crate) fn open(flags: i32, features: u64) -> Result<OwnedFd, Refusal> {
     Ok(fd)
 }
 
-/// The kernel's numbers and structures (linux/userfaultfd.h).
+/// Kernel numbers and structures (`linux/userfaultfd.h`).
 #[allow(unreachable_pub, reason = "nix's macros make public functions")]
 pub(crate) mod abi {
     pub const API: u64 = 0xaa;
