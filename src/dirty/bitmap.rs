@@ -1,7 +1,7 @@
 //! The shared log as the dirty bitmap of vm-memory, so that any device written over `GuestMemoryMmap<B>` logs into it.
 //!
-//! A [`LogBitmap`] is the `B` of one memory region: it knows the region's place in guest-physical memory. It marks
-//! either in a log that is there for good ([`Log`]) or in whichever is installed at the moment ([`LogSwitch`]).
+//! A [`LogBitmap`] is the `B` of one memory region and holds the region's guest-physical address. It marks in a fixed log
+//! ([`Log`]) or in the log that is currently installed ([`LogSwitch`]).
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -11,11 +11,11 @@ use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 
 use super::log::{Log, LogError};
 
-/// Something that marks pages by guest-physical address.
+/// Marks pages by guest-physical address.
 pub trait PageMarker: std::fmt::Debug {
-    /// Marks the pages of `gpa..gpa + len` bytes, after they were written.
+    /// Marks the pages of the bytes `gpa..gpa + len`. Call it after they are written.
     fn mark(&self, gpa: u64, len: u64);
-    /// Whether the page of `gpa` is marked.
+    /// Returns true if the page of `gpa` is marked.
     fn is_marked(&self, gpa: u64) -> bool;
 }
 
@@ -30,14 +30,14 @@ impl PageMarker for Log {
     }
 }
 
-/// A place for a log that is put in, exchanged and taken out while devices write.
+/// The log of a device, which can be installed, exchanged and removed while the device writes.
 ///
-/// While there is none, a write costs one load and a branch that is never taken.
+/// Without a log, a write costs one load and a branch that is not taken.
 #[derive(Debug)]
 pub struct LogSwitch {
-    /// Whether `log` holds one; a hint that spares idle writers the lock.
-    on: AtomicBool,
-    /// Marking holds it shared: who exchanges the log waits for the marks that are under way.
+    /// True if `log` holds a log. It spares writers the lock while there is none.
+    installed: AtomicBool,
+    /// Marking locks it shared, so an exchange of the log waits for marks in progress.
     log: RwLock<Option<Arc<Log>>>,
 }
 
@@ -45,31 +45,31 @@ impl LogSwitch {
     /// A switch without a log.
     ///
     /// # Errors
-    /// If the kernel has no `membarrier` (it came with Linux 4.14) or a filter forbids it.
+    /// [`LogError::System`] if the kernel has no `membarrier` (added in Linux 4.14) or a filter forbids it.
     pub fn new() -> Result<LogSwitch, LogError> {
         membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED)?;
-        Ok(LogSwitch { on: AtomicBool::new(false), log: RwLock::new(None) })
+        Ok(LogSwitch { installed: AtomicBool::new(false), log: RwLock::new(None) })
     }
 
-    /// Installs `log`, or none.
+    /// Installs `log`, or removes the log.
     ///
-    /// When this returns, nobody marks in the former log any more (rule L9.1), every write that is not marked in the
-    /// new one is visible to all threads, and every later write is marked (rule L7.2): acknowledge now.
+    /// When this returns, no thread marks in the former log any more (rule L9.1), every write that is not marked in the new
+    /// log is visible to all threads, and every later write is marked (rule L7.2). Acknowledge the change only then.
     ///
     /// # Errors
-    /// What the system says of the barrier; the log is installed, but must not be acknowledged.
+    /// [`LogError::System`] if the barrier fails. The log is installed then, but must not be acknowledged.
     pub fn set(&self, log: Option<Arc<Log>>) -> Result<(), LogError> {
         {
-            let mut place = self.log.write().unwrap_or_else(PoisonError::into_inner);
-            self.on.store(log.is_some(), Ordering::SeqCst);
-            *place = log;
+            let mut current = self.log.write().unwrap_or_else(PoisonError::into_inner);
+            self.installed.store(log.is_some(), Ordering::SeqCst);
+            *current = log;
         }
-        // A writer stores data and then loads `on`, without a fence, so the load may run ahead of the store. This
-        // puts the fence into all threads at once, here, where it costs the writers nothing.
+        // A writer stores data and then loads `installed` without a fence, so the load may be reordered before the store.
+        // membarrier executes the fence in all threads here, so that it costs writers nothing.
         membarrier(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED)
     }
 
-    /// The log that is installed.
+    /// The installed log.
     pub fn log(&self) -> Option<Arc<Log>> {
         self.log.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -85,7 +85,7 @@ impl LogSwitch {
 impl PageMarker for LogSwitch {
     #[inline]
     fn mark(&self, gpa: u64, len: u64) {
-        if self.on.load(Ordering::Relaxed) {
+        if self.installed.load(Ordering::Relaxed) {
             self.mark_in_log(gpa, len);
         }
     }
@@ -96,28 +96,28 @@ impl PageMarker for LogSwitch {
 }
 
 fn membarrier(command: i32) -> Result<(), LogError> {
-    // SAFETY: membarrier takes three integers and touches no memory of ours.
+    // SAFETY: membarrier takes three integers and accesses no memory of this process.
     let result = unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) };
-    Errno::result(result).map(drop).map_err(LogError::system("order writers (membarrier, Linux 4.14) with"))
+    Errno::result(result).map(drop).map_err(LogError::system("order writers with membarrier (Linux 4.14 or later)"))
 }
 
-/// The bitmap of one vm-memory region: marks go into a log, at the region's guest-physical address.
+/// The bitmap of one vm-memory region. It marks pages in a log, at the region's guest-physical address.
 #[derive(Debug)]
 pub struct LogBitmap<M = Log> {
-    marks: Arc<M>,
+    marker: Arc<M>,
     base: u64,
 }
 
 impl<M> LogBitmap<M> {
     /// The bitmap of a region that starts at guest-physical `base`.
-    pub fn new(marks: Arc<M>, base: u64) -> LogBitmap<M> {
-        LogBitmap { marks, base }
+    pub fn new(marker: Arc<M>, base: u64) -> LogBitmap<M> {
+        LogBitmap { marker, base }
     }
 }
 
 impl<M> Clone for LogBitmap<M> {
     fn clone(&self) -> LogBitmap<M> {
-        LogBitmap { marks: Arc::clone(&self.marks), base: self.base }
+        LogBitmap { marker: Arc::clone(&self.marker), base: self.base }
     }
 }
 
@@ -137,21 +137,21 @@ impl<M: PageMarker + 'static> Bitmap for LogBitmap<M> {
 
     #[inline]
     fn slice_at(&self, offset: usize) -> LogSlice<'_, M> {
-        LogSlice { marks: &self.marks, base: self.base.wrapping_add(offset as u64) }
+        LogSlice { marker: &self.marker, base: self.base.wrapping_add(offset as u64) }
     }
 }
 
-/// Part of a [`LogBitmap`], as views of guest memory carry it.
+/// The part of a [`LogBitmap`] that belongs to a view of guest memory.
 #[derive(Debug)]
 pub struct LogSlice<'a, M> {
-    marks: &'a M,
+    marker: &'a M,
     base: u64,
 }
 
 impl<M> Clone for LogSlice<'_, M> {
     #[inline]
     fn clone(&self) -> Self {
-        LogSlice { marks: self.marks, base: self.base }
+        LogSlice { marker: self.marker, base: self.base }
     }
 }
 
@@ -164,17 +164,18 @@ impl<M: PageMarker> BitmapSlice for LogSlice<'_, M> {}
 impl<M: PageMarker> Bitmap for LogSlice<'_, M> {
     #[inline]
     fn mark_dirty(&self, offset: usize, len: usize) {
-        // A sum that wraps is outside every log: counted there, not marked somewhere else.
-        self.marks.mark(self.base.saturating_add(offset as u64), len as u64);
+        // Saturating: a wrapped address would mark an unrelated page. The highest address is outside every log, which
+        // counts the write there.
+        self.marker.mark(self.base.saturating_add(offset as u64), len as u64);
     }
 
     fn dirty_at(&self, offset: usize) -> bool {
-        self.base.checked_add(offset as u64).is_some_and(|gpa| self.marks.is_marked(gpa))
+        self.base.checked_add(offset as u64).is_some_and(|gpa| self.marker.is_marked(gpa))
     }
 
     #[inline]
     fn slice_at(&self, offset: usize) -> Self {
-        LogSlice { marks: self.marks, base: self.base.saturating_add(offset as u64) }
+        LogSlice { marker: self.marker, base: self.base.saturating_add(offset as u64) }
     }
 }
 
@@ -190,9 +191,9 @@ mod tests {
 
     const BASES: [u64; 2] = [0, 4 << 30];
 
-    fn memory<M: PageMarker + 'static>(marks: &Arc<M>) -> GuestMemoryMmap<LogBitmap<M>> {
+    fn memory<M: PageMarker + 'static>(marker: &Arc<M>) -> GuestMemoryMmap<LogBitmap<M>> {
         let region = |base| {
-            let bitmap = LogBitmap::new(Arc::clone(marks), base);
+            let bitmap = LogBitmap::new(Arc::clone(marker), base);
             let flags = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE;
             let builder = MmapRegionBuilder::new_with_bitmap(1 << 20, bitmap).with_mmap_flags(flags);
             let mapping = builder.with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE).build().unwrap();
@@ -208,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn every_way_to_write_through_vm_memory_lands_in_the_log() {
+    fn every_write_through_vm_memory_is_marked_in_the_log() {
         let log = Arc::new(Log::create(5 << 30).unwrap().0);
         let memory = memory(&log);
         let high = BASES[1] >> 12;
@@ -222,12 +223,12 @@ mod tests {
         Cursor::new([1, 2]).read_volatile(&mut view).unwrap();
         assert_eq!(harvested(&log), [high + 7, high + 8]);
         memory.read_obj::<u64>(GuestAddress(0x9000)).unwrap();
-        assert!(harvested(&log).is_empty(), "reading marks nothing");
+        assert!(harvested(&log).is_empty(), "a read is not marked");
         assert_eq!(log.out_of_range(), 0);
     }
 
     #[test]
-    fn a_bitmap_and_its_slices_tell_the_marks_at_their_place() {
+    fn a_bitmap_and_its_slices_report_the_marks_at_their_offsets() {
         let log = Arc::new(Log::create(5 << 30).unwrap().0);
         let bitmap = LogBitmap::new(Arc::clone(&log), BASES[1]);
         bitmap.mark_dirty(0x3000, 1);
@@ -241,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn a_switch_marks_in_the_log_that_is_installed_and_in_no_other() {
+    fn a_switch_marks_only_in_the_installed_log() {
         let switch = Arc::new(LogSwitch::new().unwrap());
         let logs = [(); 2].map(|()| Arc::new(Log::create(5 << 30).unwrap().0));
         let memory = memory(&switch);
@@ -260,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn no_write_gets_lost_when_the_log_is_switched_under_load() {
+    fn no_write_is_lost_when_the_log_is_switched_under_load() {
         let switch = Arc::new(LogSwitch::new().unwrap());
         let memory = memory(&switch);
         let stop = AtomicBool::new(false);
@@ -277,17 +278,17 @@ mod tests {
             for _ in 0..300 {
                 let log = Arc::new(Log::create(5 << 30).unwrap().0);
                 switch.set(Some(Arc::clone(&log))).unwrap();
-                // Acknowledged. What is written from here on is in the new log, and in it alone.
+                // From here on every write must be marked in the new log, and in it alone.
                 let copy: u64 = memory.read_obj(GuestAddress(0x3000)).unwrap();
                 if let Some((old, before)) = old {
                     assert!(copy == before || old.is_marked(0x3000));
                     old.harvest(&mut PageSet::default());
-                    assert!(!old.is_marked(0x3000), "the former log is written after the switch");
+                    assert!(!old.is_marked(0x3000), "a write after the switch is marked in the former log");
                 }
                 while memory.read_obj::<u64>(GuestAddress(0x3000)).unwrap() < copy + 2 {
                     std::hint::spin_loop();
                 }
-                assert!(log.is_marked(0x3000), "a write after the switch is in no log");
+                assert!(log.is_marked(0x3000), "a write after the switch is not marked");
                 old = Some((log, copy));
             }
             stop.store(true, Ordering::Relaxed);

@@ -1,8 +1,8 @@
-//! Taking the marks out of a log: one algorithm over a small vector trait, for whichever width the CPU has (rule L13.1).
+//! The harvest of a log (rule L13.1): one algorithm, written over a small vector trait for every vector width.
 //!
-//! Zero blocks are skipped wide; words that are not zero are swapped for zero one by one, because others may be
-//! marking in them; after all writers have stopped, whole blocks are moved. Where the log is and which parts of it
-//! are worth scanning is in `log`, the instructions are in `vector`.
+//! Zero blocks are skipped by whole vectors. Words that are not zero are swapped for zero one by one, because other
+//! threads and processes may be marking in them. After all writers have stopped, whole blocks are moved. The mapping and
+//! the choice of the parts to scan are in `log`, the instructions are in `vector`.
 
 use std::ops::{AddAssign, Range};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -10,12 +10,12 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use super::page_set::{BLOCK, PageSet};
 use super::vector::{Isa, Vector};
 
-/// What one harvest of one source found.
+/// The result of one harvest of one source.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Harvest {
-    /// Pages that were newly set in the source, whether or not the set had them.
+    /// Number of pages that were marked in the source.
     pub pages: u64,
-    /// Those of them that the set did not have before.
+    /// Number of these pages that were not in the set before.
     pub added: u64,
 }
 
@@ -26,17 +26,18 @@ impl AddAssign for Harvest {
     }
 }
 
-/// Takes the marks out of `range` of the words of a log while others go on marking. `into` has room for them.
+/// Moves the marks of `range` (words of a log) to `into`, while writers may mark further pages. `into` must have the
+/// capacity for them.
 pub(super) fn take(log: &[AtomicU64], range: Range<usize>, into: &mut PageSet) -> Harvest {
     run::<false>(Isa::best_for(log.as_ptr().addr()), log, range, into)
 }
 
-/// The same after all writers have stopped.
+/// As [`take`], after all writers have stopped.
 pub(super) fn take_stopped(log: &[AtomicU64], range: Range<usize>, into: &mut PageSet) -> Harvest {
     run::<true>(Isa::best_for(log.as_ptr().addr()), log, range, into)
 }
 
-/// Takes the marks out of the bytes after the last whole word, which would begin the word `index`.
+/// Moves the marks of the bytes after the last whole word to `into`. They would be the first bytes of the word `index`.
 pub(super) fn take_bytes(bytes: &[AtomicU8], index: usize, into: &mut PageSet) -> Harvest {
     let mut bits = [0; 8];
     for (bits, byte) in bits.iter_mut().zip(bytes) {
@@ -47,12 +48,12 @@ pub(super) fn take_bytes(bytes: &[AtomicU8], index: usize, into: &mut PageSet) -
     put(index, u64::from_le_bytes(bits), into)
 }
 
-/// The algorithm compiled for one instruction set; by words if that does not fit.
+/// Runs the algorithm compiled for one instruction set, or the scalar one if the log is not aligned for that set.
 fn run<const STOPPED: bool>(isa: Isa, log: &[AtomicU64], range: Range<usize>, into: &mut PageSet) -> Harvest {
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512vpopcntdq,popcnt")]
     fn avx512<const STOPPED: bool>(log: &[AtomicU64], range: Range<usize>, into: &mut PageSet) -> Harvest {
-        // SAFETY: this function runs only where its features are; `run` was given an aligned log.
+        // SAFETY: this function is called only on CPUs with its features, and only for a log that is aligned.
         unsafe { scan::<std::arch::x86_64::__m512i, STOPPED>(log, range, into) }
     }
     #[cfg(target_arch = "x86_64")]
@@ -63,23 +64,25 @@ fn run<const STOPPED: bool>(isa: Isa, log: &[AtomicU64], range: Range<usize>, in
     }
 
     match isa {
-        // SAFETY: the CPU has the instructions and the log is aligned, which is what `fits` means.
+        // SAFETY: `fits` returns true only if the CPU has the instructions and the log is aligned.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 if isa.fits(log.as_ptr().addr()) => unsafe { avx512::<STOPPED>(log, range, into) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 if isa.fits(log.as_ptr().addr()) => unsafe { avx2::<STOPPED>(log, range, into) },
-        // SAFETY: words need no instructions of their own.
+        // SAFETY: scalar words need no special instructions, and the log is aligned to words.
         _ => unsafe { scan::<u64, STOPPED>(log, range, into) },
     }
 }
 
-/// A block aligned to every vector.
+/// A block aligned for every vector.
 #[repr(align(64))]
 struct Block([u64; BLOCK]);
 
+/// Moves the marks of `range` to `into`, block by block.
+///
 /// # Safety
-/// The CPU has the instructions of `V`, and `log` is aligned to it.
+/// The CPU must have the instructions of `V`, and `log` must be aligned to it.
 #[inline(always)]
 unsafe fn scan<V: Vector, const STOPPED: bool>(log: &[AtomicU64], range: Range<usize>, into: &mut PageSet) -> Harvest {
     let mut found = Harvest::default();
@@ -92,8 +95,8 @@ unsafe fn scan<V: Vector, const STOPPED: bool>(log: &[AtomicU64], range: Range<u
     }
     for (number, block) in log[head..tail].chunks_exact(BLOCK).enumerate() {
         let start = head + number * BLOCK;
-        // SAFETY: the block has `BLOCK` words, aligned as the log is since `start` is a multiple of `BLOCK`; the
-        // caller vouches for the CPU.
+        // SAFETY: the block has `BLOCK` words and the alignment of the log, since `start` is a multiple of `BLOCK`. The
+        // caller guarantees the instructions.
         unsafe {
             if is_zero::<V>(block) {
                 continue;
@@ -105,8 +108,10 @@ unsafe fn scan<V: Vector, const STOPPED: bool>(log: &[AtomicU64], range: Range<u
     found
 }
 
+/// Returns true if all words of a block are 0.
+///
 /// # Safety
-/// The CPU has the instructions of `V`; `block` has `BLOCK` words and is aligned to it.
+/// The CPU must have the instructions of `V`. `block` must have `BLOCK` words and be aligned to `V`.
 #[inline(always)]
 unsafe fn is_zero<V: Vector>(block: &[AtomicU64]) -> bool {
     // SAFETY: every load is inside the block.
@@ -119,8 +124,8 @@ unsafe fn is_zero<V: Vector>(block: &[AtomicU64]) -> bool {
     }
 }
 
-/// Swaps the words of a block that are not zero, into `taken`: near by, because a store that misses the cache would
-/// hold up the next swap.
+/// Swaps the words of a block that are not zero into `taken`. `taken` is a buffer in the cache: a store that misses the
+/// cache would delay the next swap.
 ///
 /// # Safety
 /// As [`is_zero`].
@@ -141,15 +146,15 @@ unsafe fn swap_block<V: Vector>(block: &[AtomicU64], taken: &mut Block) -> *mut 
     taken.0.as_mut_ptr()
 }
 
-/// Adds the words at `from`, which are those of a log, to a block of the set, and clears them if they still are in it.
+/// Adds the words at `from` to block `number` of the set. `CLEAR` also zeroes them, for words that are still in the log.
 ///
 /// # Safety
-/// The CPU has the instructions of `V`; there are `BLOCK` words at `from`, aligned to it.
+/// The CPU must have the instructions of `V`. `from` must be valid for `BLOCK` words and be aligned to `V`.
 #[inline(always)]
 unsafe fn move_block<V: Vector, const CLEAR: bool>(from: *mut u64, number: usize, into: &mut PageSet) -> Harvest {
     let Some((words, summary)) = into.block_mut(number) else { return Harvest::default() };
-    // SAFETY: every access is inside one of the two blocks. The log's memory belongs to several processes and is
-    // accessed volatile: a racing mark can be lost, nothing worse.
+    // SAFETY: every access is inside one of the two blocks. The log is shared between processes and accessed by volatile
+    // operations: the worst effect of a race is a lost mark.
     let found = unsafe {
         let (mut pages, mut added) = (V::zero(), V::zero());
         for at in (0..BLOCK).step_by(V::WORDS) {
@@ -198,7 +203,7 @@ mod tests {
 
     use super::*;
 
-    /// A log in memory that is aligned to every vector, `skip` words into it.
+    /// A log that begins `skip` words into memory aligned for every vector.
     struct Words {
         all: Vec<AtomicU64>,
         start: usize,
@@ -211,7 +216,7 @@ mod tests {
             for (to, word) in all[start..].iter_mut().zip(words) {
                 *to.get_mut() = word.to_le();
             }
-            // What lies around the log is not its own and must neither be reported nor changed.
+            // The words around the log must neither be reported nor changed.
             for (at, word) in all.iter_mut().enumerate() {
                 if !(start..start + words.len()).contains(&at) {
                     *word.get_mut() = u64::MAX;
@@ -244,7 +249,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_vector_takes_exactly_the_marks(
+        fn every_vector_harvests_exactly_the_marks(
             words in words(),
             cut in (any::<prop::sample::Index>(), any::<prop::sample::Index>()),
             before in prop::collection::btree_set(0..600 * 64u64, 0..50),
@@ -264,7 +269,7 @@ mod tests {
                     let run = if stopped { run::<true> } else { run::<false> };
                     let found = run(isa, memory.log(words.len()), range.clone(), &mut set);
 
-                    prop_assert_eq!(memory.values(), expected, "{:?}: others' words", isa);
+                    prop_assert_eq!(memory.values(), expected, "{:?}: words after the harvest", isa);
                     prop_assert_eq!(found.pages, oracle.len() as u64, "{:?}: pages", isa);
                     prop_assert_eq!(found.added, oracle.difference(&before).count() as u64, "{:?}: added", isa);
                     let all: Vec<_> = oracle.union(&before).copied().collect();
@@ -276,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_that_is_not_aligned_to_the_vectors_is_harvested_by_words() {
+    fn a_log_that_is_not_aligned_for_vectors_is_harvested_by_words() {
         assert_eq!(Isa::best_for(4096 + 8), Isa::Scalar);
         let memory = Words::new(&[3; 129], 1);
         let mut set = PageSet::new(129 * 64);

@@ -1,8 +1,8 @@
 //! The shared dirty log of VHOST_SET_LOG_BASE and VHOST_USER_SET_LOG_BASE: map or create, mark, burst, signal.
 //!
-//! One bit per 4 KiB page of guest-physical memory, byte `page / 8`, bit `page % 8` (rule L1.1), in memory that several
-//! processes change at once (rule L11.1): every write here is an atomic read-modify-write. Scanning and clearing is in
-//! `harvest`; when to log and where to is the business of whoever holds the [`Log`].
+//! The log has one bit per 4 KiB page of guest-physical memory, bit `page % 8` of byte `page / 8` (rule L1.1). Several
+//! processes change it concurrently (rule L11.1), so every write here is an atomic read-modify-write. Not here: scanning and
+//! clearing (`harvest`), and the decision when to log (the owner of the [`Log`]).
 
 use std::cell::Cell;
 use std::ops::Range;
@@ -21,76 +21,76 @@ use crate::memory::{LOG_PAGE, Memory, sealed_memfd};
 use crate::sys::log_limit::limited;
 use crate::sys::nonblocking;
 
-/// Bytes of log under which looking for holes costs more than reading them.
+/// Size of a log in bytes below which the search for holes costs more than reading them.
 const SPARSE_MIN: u64 = 256 << 10;
-/// A log is walked by its holes when less than one part in this many is populated: finding a populated stretch takes
-/// two system calls, about the time of reading eight pages of log.
+/// Inverse of the populated part below which a log is searched for holes. Finding a populated range takes two system calls,
+/// about the time of reading eight pages of log.
 const SPARSE_RATIO: u64 = 8;
 
-/// Why a log can't be used.
+/// An error of a dirty log.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LogError {
-    /// A log of no bytes.
+    /// The log has 0 bytes.
     #[error("the dirty log has size 0: give it one bit per 4 KiB page of guest memory (rule L2.3)")]
     Empty,
-    /// The file ends before the log does; touching the rest would be a SIGBUS.
+    /// The file ends before the log does. An access beyond its end would raise SIGBUS.
     #[error(
         "the dirty log needs {size} bytes at offset {offset}, but its file has {file} bytes: enlarge the file (rule L2.2)"
     )]
     ShortFile {
-        /// Bytes of log asked for.
+        /// Size of the log, bytes.
         size: u64,
-        /// Where in the file it starts, in bytes.
+        /// Offset of the log in the file, bytes.
         offset: u64,
-        /// Bytes in the file.
+        /// Size of the file, bytes.
         file: u64,
     },
-    /// The log would not start at a whole 64-bit word.
-    #[error("the dirty log starts at offset {offset}, which is no multiple of 8: align it (rule L2.3)")]
+    /// The log does not start at a whole 64-bit word.
+    #[error("the dirty log starts at offset {offset}, which is not a multiple of 8: align it (rule L2.3)")]
     Misaligned {
-        /// Where in the file it would start, in bytes.
+        /// Offset of the log in the file, bytes.
         offset: u64,
     },
-    /// The system refused.
-    #[error("can't {what} the dirty log: {cause}")]
+    /// A system call failed.
+    #[error("the dirty log: cannot {operation}: {cause}")]
     System {
-        /// What was tried.
-        what: &'static str,
-        /// What the system said.
+        /// The operation that failed, as an infinitive.
+        operation: &'static str,
+        /// Error of the system.
         cause: std::io::Error,
     },
 }
 
 impl LogError {
-    pub(super) fn system<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> LogError {
-        move |cause| LogError::System { what, cause: cause.into() }
+    pub(super) fn system<E: Into<std::io::Error>>(operation: &'static str) -> impl FnOnce(E) -> LogError {
+        move |cause| LogError::System { operation, cause: cause.into() }
     }
 }
 
-/// A dirty log mapped into this process; shared as `Arc<Log>` between the threads that mark and the one that harvests.
+/// A dirty log mapped into this process. The threads that mark and the one that harvests share it as `Arc<Log>`.
 #[derive(Debug)]
 pub struct Log {
     map: MmapRaw,
-    /// Bytes; a page count would lose nothing, but every peer speaks of bytes.
+    /// Size, bytes, as in the messages of all peers.
     size: u64,
-    /// The file of the log, to look for holes in it.
+    /// The file of the log, in which holes are searched.
     file: OwnedFd,
-    /// Where in the file the log starts, in bytes.
+    /// Offset of the log in the file, bytes.
     offset: u64,
-    /// Whether the file is one whose holes are exact while it is mapped: tmpfs, which memfds live in.
+    /// True if the holes of the file are exact while it is mapped, as on tmpfs, which memfds are in.
     holes: bool,
     out_of_range: AtomicU64,
 }
 
 impl Log {
-    /// Maps a log that somebody else made: `size` bytes at `offset` of `fd` (vhost-user spec,
-    /// "VHOST_USER_SET_LOG_BASE"; rule L2.1).
+    /// Maps an existing log: `size` bytes at `offset` of `fd` (vhost-user spec, "VHOST_USER_SET_LOG_BASE"; rule L2.1).
     ///
-    /// Any size is taken: each of its bytes counts, and none beyond is written.
+    /// The size may be any number of bytes. All of them are used, and none beyond is written.
     ///
     /// # Errors
-    /// Size 0, an offset that is no multiple of 8, a file that ends before the log does, or what the system says.
+    /// [`LogError::Empty`] for size 0, [`LogError::Misaligned`] for an offset that is not a multiple of 8,
+    /// [`LogError::ShortFile`] for a file that ends before the log does, [`LogError::System`] if the system refuses.
     pub fn map(fd: BorrowedFd<'_>, size: u64, offset: u64) -> Result<Log, LogError> {
         if size == 0 {
             return Err(LogError::Empty);
@@ -98,50 +98,51 @@ impl Log {
         if !offset.is_multiple_of(8) {
             return Err(LogError::Misaligned { offset });
         }
-        let file = fstat(fd).map_err(LogError::system("look at the file of"))?.st_size.cast_unsigned();
+        let file = fstat(fd).map_err(LogError::system("get the size of its file"))?.st_size.cast_unsigned();
         let len = match (offset.checked_add(size), usize::try_from(size)) {
             (Some(end), Ok(len)) if end <= file => len,
             _ => return Err(LogError::ShortFile { size, offset, file }),
         };
-        let map = MmapOptions::new().offset(offset).len(len).map_raw(&fd).map_err(LogError::system("map"))?;
+        let map = MmapOptions::new().offset(offset).len(len).map_raw(&fd).map_err(LogError::system("map its file"))?;
         Ok(Log {
             map,
             size,
-            file: fd.try_clone_to_owned().map_err(LogError::system("keep the file of"))?,
+            file: fd.try_clone_to_owned().map_err(LogError::system("duplicate its fd"))?,
             offset,
             holes: fstatfs(fd).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC),
             out_of_range: AtomicU64::new(0),
         })
     }
 
-    /// Makes a log for guest memory that ends at `memory_end` (one past the last byte), with the fd to share.
+    /// Creates a log for guest memory that ends at `memory_end` (the address after the last byte). Returns it with the fd to
+    /// share.
     ///
-    /// It is a memfd of the size that QEMU computes, one 64-bit word per 256 KiB, sealed against resizing so that no
-    /// peer can make another one fault; peers map and write it freely.
+    /// The log is a memfd of the size that QEMU computes, one 64-bit word per 256 KiB. It is sealed against resizing, so that
+    /// no peer can make others fault. Peers can map and write it.
     ///
     /// # Errors
-    /// No memory at all, or what the system says.
+    /// [`LogError::Empty`] if `memory_end` is 0, [`LogError::System`] if the system refuses.
     pub fn create(memory_end: u64) -> Result<(Log, OwnedFd), LogError> {
         let last = memory_end.checked_sub(1).ok_or(LogError::Empty)?;
         let size = (last / (64 * LOG_PAGE) + 1) * 8;
-        let fd = sealed_memfd("vhost-dirty-log", size).map_err(LogError::system("create"))?;
+        let fd = sealed_memfd("vhost-dirty-log", size).map_err(LogError::system("create its memfd"))?;
         Ok((Log::map(fd.as_fd(), size, 0)?, fd))
     }
 
-    /// The size in bytes.
+    /// The size, bytes.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// The number of pages there is a bit for.
+    /// The number of pages that the log has a bit for.
     pub fn pages(&self) -> u64 {
         self.size.saturating_mul(8)
     }
 
-    /// Marks the pages of the guest-physical bytes `gpa..gpa + len`, after they were written (rules L1.3, L10.1).
+    /// Marks the pages of the guest-physical bytes `gpa..gpa + len`. Call it after they are written (rules L1.3, L10.1).
     ///
-    /// One unconditional atomic or per word, which is also the barrier between the data and the bit. Pages outside
-    /// the log, and ranges that wrap around, are counted and nothing else (rules L6.1, L6.2).
+    /// It executes one unconditional atomic or per word, which is also the barrier between the data and the bit. Pages
+    /// outside the log, and ranges that wrap around, are only counted (rules L6.1, L6.2).
     #[inline]
     pub fn mark(&self, gpa: u64, len: u64) {
         self.set::<false>(gpa, len);
@@ -149,21 +150,21 @@ impl Log {
 
     /// Begins a burst of marks for data that is already written: **all data writes must precede this call**.
     ///
-    /// The burst may skip the atomic or where the bit is set already, because a fence stands between the data writes
-    /// and its looks at the bits (rule L10.2); this call is that fence. Later data needs another burst.
+    /// The burst may skip the atomic or if the bit is set already, because a fence is between the data writes and the load
+    /// of the bit (rule L10.2). This call executes the fence. Data written later needs another burst.
     #[inline]
     pub fn burst(&self) -> Burst<'_> {
         fence(Ordering::SeqCst);
         Burst { log: self, changed: Cell::new(false) }
     }
 
-    /// Marks pages again that a harvest took out but that could not be sent (rule L14.1).
+    /// Marks pages again that were harvested and could not be sent (rule L14.1).
     pub fn put_back(&self, pages: &PageSet) {
         let burst = self.burst();
         pages.runs().for_each(|run| burst.mark(run.start * LOG_PAGE, (run.end - run.start) * LOG_PAGE));
     }
 
-    /// Whether the page of `gpa` is marked.
+    /// Returns true if the page of `gpa` is marked.
     pub fn is_marked(&self, gpa: u64) -> bool {
         let page = gpa / LOG_PAGE;
         let word = match self.words().get((page / 64) as usize) {
@@ -174,21 +175,21 @@ impl Log {
         word >> (page % 64) & 1 != 0
     }
 
-    /// Returns true if every page of the guest-physical bytes `gpa..gpa + len` is marked; also if there are none.
+    /// Returns true if every page of the guest-physical bytes `gpa..gpa + len` is marked, or if `len` is 0.
     pub fn are_marked(&self, gpa: u64, len: u64) -> bool {
         let Some(last) = len.checked_sub(1) else { return true };
         let Some(end) = gpa.checked_add(last) else { return false };
         (gpa / LOG_PAGE..=end / LOG_PAGE).all(|page| self.is_marked(page * LOG_PAGE))
     }
 
-    /// Marks all of guest memory, where it is not known what was written.
+    /// Marks all guest memory. Use it if the written pages are not known.
     pub fn mark_memory(&self, memory: &Memory) {
         let burst = self.burst();
         memory.regions().iter().for_each(|region| burst.mark(region.gpa(), region.size()));
     }
 
-    /// Marks in `new` the pages that are marked here. This log does not change, so that whoever still reads it finds the
-    /// same marks (rule L9.3).
+    /// Marks in `new` the pages that are marked in this log. This log does not change: its owner may still harvest it
+    /// (rule L9.3).
     pub fn copy_to(&self, new: &Log) {
         let (burst, words) = (new.burst(), self.words());
         let copy = |index: usize, mut bits: u64| {
@@ -211,21 +212,20 @@ impl Log {
         });
     }
 
-    /// How many pages outside the log were to be marked so far (rule L6.2); each is a page that a migration would lose.
+    /// The number of pages outside the log that were to be marked (rule L6.2). A migration would lose these pages.
     pub fn out_of_range(&self) -> u64 {
         self.out_of_range.load(Ordering::Relaxed)
     }
 
-    /// Takes all marks out of the log and adds their pages to `into`, while others go on marking (rule L13.1).
+    /// Clears all marks of the log and adds their pages to `into`, while writers may mark further pages (rule L13.1).
     ///
     /// Read the pages only after this returns. `into` grows to the size of the log if it is smaller.
     pub fn harvest(&self, into: &mut PageSet) -> Harvest {
         self.harvest_with(harvest::take, into)
     }
 
-    /// Like [`harvest`](Log::harvest), but without atomics: for the last harvest, after every writer has stopped.
-    ///
-    /// A mark that comes in meanwhile may be lost.
+    /// As [`harvest`](Log::harvest), but without atomic operations. Use it for the last harvest, after every writer has
+    /// stopped: a concurrent mark may be lost.
     pub fn harvest_stopped(&self, into: &mut PageSet) -> Harvest {
         self.harvest_with(harvest::take_stopped, into)
     }
@@ -246,16 +246,16 @@ impl Log {
                 found += harvest::take_bytes(self.tail(), words.len(), into);
             }
         });
-        // Pairs with the fence of a burst: whoever still saw its bit set has its data visible to our reads of pages.
+        // Pairs with the fence of a burst: if a burst still found its bit set, its data is visible to later reads of pages.
         fence(Ordering::SeqCst);
         found
     }
 
     /// Calls `each` with ranges of bytes of the log that together hold all its marks.
     ///
-    /// A mostly empty log has pages that were never touched. They are found without reading them, which would cost
-    /// time and, on tmpfs, memory. Seeking moves the position of a file description shared with peers: nobody reads
-    /// a log through it, and only the result of a seek is used here.
+    /// A mostly empty log has pages that were never touched. They are found without being read, which would cost time and,
+    /// on tmpfs, memory. A seek moves the position of a file description shared with peers. That is harmless: logs are not
+    /// accessed by file position, and only the result of a seek is used here.
     fn populated(&self, mut each: impl FnMut(Range<usize>)) {
         let mut at = 0;
         if self.holes && self.size >= SPARSE_MIN && self.populated_bytes() < self.size / SPARSE_RATIO {
@@ -281,21 +281,22 @@ impl Log {
         }
     }
 
+    /// Allocated bytes of the file.
     fn populated_bytes(&self) -> u64 {
         fstat(&self.file).map_or(u64::MAX, |stat| stat.st_blocks.cast_unsigned().saturating_mul(512))
     }
 
-    /// Seeks from a byte of the log to a byte of the log.
+    /// Seeks in the file; `from` and the result are offsets in the log, bytes.
     fn seek(&self, from: u64, whence: Whence) -> Result<u64, Errno> {
         let at = lseek(&self.file, (self.offset + from).cast_signed(), whence)?;
         Ok(at.cast_unsigned().saturating_sub(self.offset))
     }
 
-    /// Sets the bits; tells whether it wrote to the log. With `TEST`, not where all of them are set already.
+    /// Sets the bits of a range and returns true if it wrote to the log. `TEST` skips words whose bits are set already.
     #[inline]
     fn set<const TEST: bool>(&self, gpa: u64, len: u64) -> bool {
         let page = gpa / LOG_PAGE;
-        // Nearly every mark is inside one page; no length at all wraps around to a large one here.
+        // The fast path: nearly every mark is inside one page. A length of 0 wraps around to a large one here.
         if len.wrapping_sub(1) < LOG_PAGE - gpa % LOG_PAGE
             && let Some(word) = self.words().get((page / 64) as usize)
         {
@@ -307,7 +308,7 @@ impl Log {
     fn set_range<const TEST: bool>(&self, gpa: u64, len: u64) -> bool {
         let Some(last) = len.checked_sub(1) else { return false };
         let Some(end) = gpa.checked_add(last) else {
-            self.refuse(gpa, last / LOG_PAGE + 1);
+            self.count_outside(gpa, last / LOG_PAGE + 1);
             return false;
         };
         let (first, last, pages) = (gpa / LOG_PAGE, end / LOG_PAGE, self.pages());
@@ -326,18 +327,19 @@ impl Log {
             }
         }
         if last >= pages {
-            self.refuse(gpa, last - first.max(pages) + 1);
+            self.count_outside(gpa, last - first.max(pages) + 1);
         }
         changed
     }
 
+    /// Counts pages outside the log, and warns at the first.
     #[cold]
-    fn refuse(&self, gpa: u64, pages: u64) {
+    fn count_outside(&self, gpa: u64, pages: u64) {
         let more = |so_far: u64| Some(so_far.saturating_add(pages));
         if self.out_of_range.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more) == Ok(0) {
             limited!(
                 warn,
-                "write at guest-physical {gpa:#x} reaches outside the dirty log of {} pages: not marked (rule L6.2)",
+                "the dirty log of {} pages does not cover the write at guest-physical {gpa:#x}: not marked (rule L6.2)",
                 self.pages()
             );
         }
@@ -345,18 +347,20 @@ impl Log {
 
     #[inline]
     fn words(&self) -> &[AtomicU64] {
-        // SAFETY: the mapping holds `size` bytes as long as `self` lives and is only accessed atomically; it starts
-        // at a multiple of 8, as the offset does.
+        // SAFETY: the mapping has `size` bytes as long as `self` exists and is only accessed atomically. It starts at a
+        // multiple of 8, as the offset does.
         unsafe { std::slice::from_raw_parts(self.map.as_mut_ptr().cast(), (self.size / 8) as usize) }
     }
 
     /// The bytes after the last whole word.
     fn tail(&self) -> &[AtomicU8] {
         let rest = (self.size % 8) as usize;
-        // SAFETY: the last `size % 8` bytes of the mapping, which lives as long as `self`; accessed atomically only.
+        // SAFETY: these are the last `size % 8` bytes of the mapping, which exists as long as `self`. They are only accessed
+        // atomically.
         unsafe { std::slice::from_raw_parts(self.map.as_mut_ptr().add(self.size as usize - rest).cast(), rest) }
     }
 
+    /// The bits of the bytes after the last whole word.
     fn tail_bits(&self) -> u64 {
         self.tail().iter().rev().fold(0, |all, byte| all << 8 | u64::from(byte.load(Ordering::Acquire)))
     }
@@ -380,11 +384,10 @@ impl Burst<'_> {
         }
     }
 
-    /// Ends the burst with a signal to whoever waits for dirty pages, if it marked any page that was clean: at most
-    /// one signal for the whole burst (rule L12.1).
+    /// Ends the burst, and signals `to` if the burst marked any page that was clean: at most one signal per burst (rule L12.1).
     ///
     /// # Errors
-    /// What the system says of the write; the marks are in the log in any case.
+    /// [`LogError::System`] if the signal fails. The marks are in the log in any case.
     pub fn signal(self, to: &LogSignal) -> Result<(), LogError> {
         if self.changed.get() { to.signal() } else { Ok(()) }
     }
@@ -395,17 +398,17 @@ impl Burst<'_> {
 pub struct LogSignal(OwnedFd);
 
 impl LogSignal {
-    /// Takes the fd of the request.
+    /// A signal through the fd of the request.
     pub fn new(fd: OwnedFd) -> LogSignal {
         LogSignal(fd)
     }
 
-    /// Signals once; a signal that is still pending stands for this one too, and never blocks the caller.
+    /// Signals once, without blocking. A pending signal is not an error: the receiver has yet to handle it.
     ///
     /// # Errors
-    /// What the system says, for example when the other end of a socket is gone.
+    /// [`LogError::System`], for example if the other end of a socket is closed.
     pub fn signal(&self) -> Result<(), LogError> {
-        nonblocking::signal(self.0.as_fd()).map_err(LogError::system("signal for"))
+        nonblocking::signal(self.0.as_fd()).map_err(LogError::system("signal its eventfd"))
     }
 }
 
@@ -415,7 +418,7 @@ impl AsRawFd for LogSignal {
     }
 }
 
-/// Ors page bits into a word of the log; tells whether it wrote.
+/// Sets page bits in a word of the log and returns true if it wrote. `TEST` skips bits that are all set.
 #[inline]
 fn or<const TEST: bool>(word: &AtomicU64, bits: u64) -> bool {
     let bits = bits.to_le();
@@ -426,7 +429,7 @@ fn or<const TEST: bool>(word: &AtomicU64, bits: u64) -> bool {
     true
 }
 
-/// The same for the bytes after the last word, `bits` being those of the word they would begin.
+/// As [`or`], for the bytes after the last whole word. `bits` are those of the word that these bytes would begin.
 fn or_bytes<const TEST: bool>(bytes: &[AtomicU8], bits: u64) -> bool {
     let mut changed = false;
     for (byte, bits) in bytes.iter().zip(bits.to_le_bytes()) {
@@ -463,7 +466,7 @@ mod tests {
         assert_eq!(nix::sys::uio::pwrite(fd, &vec![byte; size], 0).unwrap(), size);
     }
 
-    /// What rule L1.3 says in so many words, on a log of `size` bytes; returns the pages outside.
+    /// Rule L1.3 executed page by page on a plain array. Returns the number of pages outside the log.
     fn oracle(log: &mut [u8], gpa: u64, len: u64) -> u128 {
         let pages = match len {
             0 => return 0,
@@ -480,7 +483,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_that_cannot_be_used_is_refused_with_its_rule() {
+    fn an_unusable_log_is_refused_and_the_error_cites_the_rule() {
         let fd = memfd(100);
         let error = |size, offset| Log::map(fd.as_fd(), size, offset).unwrap_err().to_string();
         assert!(error(0, 0).contains("L2.3"), "{}", error(0, 0));
@@ -496,20 +499,20 @@ mod tests {
     }
 
     #[test]
-    fn a_created_log_has_the_size_qemu_computes_and_keeps_it() {
+    fn a_created_log_has_the_size_that_qemu_computes_and_cannot_be_resized() {
         for (end, size) in [(1, 8), (0x4_0000, 8), (0x4_0001, 16), (1 << 30, 32 << 10), ((5 << 30) + 4096, 163_848)] {
             let (log, fd) = Log::create(end).unwrap();
             assert_eq!(log.size(), size, "memory end {end:#x}");
             assert!(log.pages() * LOG_PAGE >= end);
             assert!(nix::unistd::ftruncate(&fd, 0).is_err());
-            // A peer maps the very same bits.
+            // A peer's mapping shares the bits.
             let peer = Log::map(fd.as_fd(), size, 0).unwrap();
             peer.mark(end - 1, 1);
             assert!(log.is_marked(end - 1));
         }
     }
 
-    /// A range, mostly near the edges of a small log.
+    /// A range, mostly near the end of a small log.
     fn range() -> impl Strategy<Value = (u64, u64)> {
         let gpa =
             prop_oneof![0..3000u64 * 4096, (0..3000u64).prop_map(|page| page * 4096), (0..90u64).prop_map(|w| w << 18)];
@@ -526,7 +529,7 @@ mod tests {
             noise in any::<bool>(),
         ) {
             let fd = memfd(offset + size + 100);
-            // What surrounds the log belongs to somebody else: first all clear, then all set.
+            // The bytes around the log must not change, be they all clear or all set.
             fill(&fd, if noise { 0xff } else { 0 });
             let log = Log::map(fd.as_fd(), size, offset).unwrap();
             log.words().iter().for_each(|word| word.store(0, Ordering::Relaxed));
@@ -572,19 +575,19 @@ mod tests {
     }
 
     #[test]
-    fn a_range_is_marked_when_each_of_its_pages_is() {
+    fn a_range_is_marked_if_all_of_its_pages_are() {
         let (log, _) = Log::create(1 << 20).unwrap();
         log.mark(2 * LOG_PAGE, 2 * LOG_PAGE);
         assert!(log.are_marked(2 * LOG_PAGE, 2 * LOG_PAGE));
         assert!(log.are_marked(3 * LOG_PAGE - 1, 2));
-        assert!(log.are_marked(0, 0), "no page at all");
+        assert!(log.are_marked(0, 0), "an empty range");
         assert!(!log.are_marked(2 * LOG_PAGE - 1, 2), "the page before");
-        assert!(!log.are_marked(2 * LOG_PAGE, 2 * LOG_PAGE + 1), "the page behind");
+        assert!(!log.are_marked(2 * LOG_PAGE, 2 * LOG_PAGE + 1), "the page after");
         assert!(!log.are_marked(u64::MAX, 2), "a range that wraps around");
     }
 
     #[test]
-    fn all_of_memory_can_be_marked() {
+    fn mark_memory_marks_every_page_of_every_region() {
         let region = |gpa, pages| {
             let fd = sealed_memfd("test", pages * LOG_PAGE).unwrap();
             Arc::new(crate::memory::Region::share(fd, gpa, pages * LOG_PAGE, 0).unwrap())
@@ -598,8 +601,8 @@ mod tests {
     }
 
     #[test]
-    fn a_copied_log_adds_its_marks_to_the_other_and_keeps_them() {
-        // A small log with bytes behind its last word, and a large one with holes.
+    fn copy_to_adds_the_marks_to_the_other_log_and_keeps_its_own() {
+        // A small log with bytes after its last word, one without, and a large one with holes.
         for (size, runs) in [
             (100, &[0..1, 3..5, 63..65, 128..256, 700..701, 799..800][..]),
             (104, &[64..65, 831..832]),
@@ -622,14 +625,14 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_touched_beyond_the_last_byte() {
-        // A log that ends with its page, and after it memory that may not be touched: SIGSEGV if it is. New mappings
-        // are placed below the last one, unless another thread is in between: then the next attempt will do.
+    fn no_byte_beyond_the_end_of_the_log_is_accessed() {
+        // The log ends with its page, and the next page is inaccessible: an access raises SIGSEGV. The kernel places a new
+        // mapping below the last one, unless another thread maps memory in between; then the next attempt succeeds.
         for size in (8..=4096).step_by(8).filter(|size| *size < 128 || *size % 512 == 0) {
             let fd = memfd(4096);
             let attempts = (0..64).map(|_| {
                 let guard = MmapOptions::new().len(4096).map_anon().unwrap().make_read_only().unwrap();
-                // SAFETY: the page is ours and nobody looks at it.
+                // SAFETY: the page belongs to this test and is not accessed.
                 unsafe { libc::mprotect(guard.as_ptr().cast_mut().cast(), 4096, libc::PROT_NONE) };
                 (Log::map(fd.as_fd(), size, 4096 - size).unwrap(), guard)
             });
@@ -643,7 +646,8 @@ mod tests {
                     break;
                 }
             }
-            let (log, _guard) = kept.last().filter(|pair| adjacent(pair)).expect("no log right before its guard");
+            let (log, _guard) =
+                kept.last().filter(|pair| adjacent(pair)).expect("a log directly before its guard page");
             let mut set = PageSet::default();
             log.mark(0, u64::MAX);
             log.burst().mark(0, 1 << 40);
@@ -654,7 +658,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sparse_log_is_harvested_without_touching_its_holes() {
+    fn a_harvest_of_a_sparse_log_does_not_populate_its_holes() {
         let (log, fd) = Log::create(1 << 40).unwrap();
         let mut set = PageSet::default();
         assert_eq!(log.harvest(&mut set).pages, 0);
@@ -668,7 +672,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_is_harvested_alike_however_full_and_wherever_it_starts() {
+    fn a_harvest_finds_all_marks_at_every_offset_and_density() {
         let size = SPARSE_MIN + 13;
         for (offset, step) in [(0, 64 << 12), (4096, 1 << 20), (8, 1 << 27), (2 << 20, 1 << 29), (4096 + 8, 1 << 31)] {
             let fd = memfd(offset + size + 4096);
@@ -687,7 +691,7 @@ mod tests {
     }
 
     #[test]
-    fn a_burst_signals_once_and_only_if_it_marked_something() {
+    fn a_burst_signals_once_and_only_if_it_marked_a_clean_page() {
         let (log, _) = Log::create(1 << 30).unwrap();
         let eventfd = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
         let signal = LogSignal::new(eventfd.as_fd().try_clone_to_owned().unwrap());
@@ -715,7 +719,7 @@ mod tests {
         }
         let (ours, peer) = std::os::unix::net::UnixStream::pair().unwrap();
         drop(peer);
-        assert!(LogSignal::new(ours.into()).signal().is_err(), "a peer that is gone is told");
+        assert!(LogSignal::new(ours.into()).signal().is_err(), "the peer has closed the socket");
     }
 
     #[test]

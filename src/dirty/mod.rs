@@ -1,8 +1,8 @@
-//! Who wrote what: the shared dirty log, its harvest, page sets, and every other source of dirty pages.
+//! Tracking of written guest memory: the shared dirty log, its harvest, page sets, and other sources of dirty pages.
 //!
 //! Here: the log that front-ends and back-ends share ([`Log`]), the sets of pages that a harvest yields
-//! ([`PageSet`]) and the one interface that a migration asks for dirty pages ([`DirtySource`]).
-//! Not here: the protocol that installs a log (`backend`, `frontend`) and what is done with the pages (`stream`).
+//! ([`PageSet`]) and the interface through which a migration gets dirty pages ([`DirtySource`]).
+//! Not here: the protocol that installs a log (`backend`, `frontend`), and the transfer of pages (`stream`).
 
 #[cfg(feature = "vm-memory-bitmap")]
 mod bitmap;

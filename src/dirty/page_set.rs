@@ -1,21 +1,21 @@
-//! Sets of guest pages: what a harvest yields and a round sends.
+//! Sets of guest pages: the result of a harvest and the input of a migration round.
 //!
-//! A bitmap with a summary above it (one bit per word that is not zero), so that a set of few pages of a large
-//! guest is walked, merged and cleared in the time of its pages. Page numbers are guest-physical addresses / 4096.
-//! Nothing here is shared between processes; the shared bitmap is [`Log`](super::Log).
+//! A set is a bitmap with a summary above it, one bit per word that is not zero. Iterating, merging and clearing take time
+//! proportional to the pages in the set, also for a large guest. Page numbers are guest-physical addresses / 4096. Sets are
+//! not shared between processes; the shared bitmap is [`Log`](super::Log).
 
 use std::fmt;
 use std::ops::Range;
 
-/// Words of the bitmap under one word of the summary.
+/// Number of words of the bitmap per word of the summary.
 pub(super) const BLOCK: usize = u64::BITS as usize;
 
 /// A set of page numbers below a fixed capacity.
 ///
-/// The memory of the bitmap is taken from the system zeroed and is only touched where pages are inserted.
+/// The system provides the memory of the bitmap zeroed, and only parts with inserted pages are touched.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct PageSet {
-    /// One bit per page, always whole blocks; bits at and above `capacity` are clear.
+    /// One bit per page, in whole blocks. Bits at and above `capacity` are clear.
     words: Vec<u64>,
     /// One bit per word that is not zero.
     summary: Vec<u64>,
@@ -24,16 +24,16 @@ pub struct PageSet {
 }
 
 impl PageSet {
-    /// An empty set that has room for the pages `0..pages`.
+    /// An empty set with the capacity for the pages `0..pages`.
     pub fn new(pages: u64) -> PageSet {
         let mut set = PageSet::default();
         set.grow(pages);
         set
     }
 
-    /// Makes room for the pages `0..pages`; never takes room away.
+    /// Extends the capacity to the pages `0..pages`. The capacity never shrinks.
     ///
-    /// [`union`](PageSet::union) and every harvest do this by themselves, so that no page is lost in them.
+    /// [`union`](PageSet::union) and every harvest call this themselves, so that they lose no page.
     pub fn grow(&mut self, pages: u64) {
         if pages <= self.capacity {
             return;
@@ -41,7 +41,7 @@ impl PageSet {
         self.capacity = pages;
         let blocks = pages.div_ceil((BLOCK * BLOCK) as u64) as usize;
         if self.words.is_empty() {
-            // Zeroed memory straight from the system; a resize would write all of it.
+            // `vec!` gets zeroed memory from the system; `resize` would write all of it.
             self.words = vec![0; blocks * BLOCK];
             self.summary = vec![0; blocks];
         } else {
@@ -50,7 +50,7 @@ impl PageSet {
         }
     }
 
-    /// The number of pages there is room for.
+    /// The first page number that the set cannot hold.
     pub fn capacity(&self) -> u64 {
         self.capacity
     }
@@ -60,24 +60,24 @@ impl PageSet {
         self.len
     }
 
-    /// Whether there is no page in the set.
+    /// Returns true if the set has no page.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Whether `page` is in the set.
+    /// Returns true if `page` is in the set.
     pub fn contains(&self, page: u64) -> bool {
         let (index, bit) = position(page);
         self.words.get(index).is_some_and(|word| word & bit != 0)
     }
 
-    /// Inserts `page`; tells whether it is new. A page at or above the capacity is not inserted.
+    /// Inserts `page` and returns true if it is new. A page at or above the capacity is not inserted.
     pub fn insert(&mut self, page: u64) -> bool {
         let (index, bit) = position(page);
         page < self.capacity && self.or_word(index, bit) != 0
     }
 
-    /// Inserts all of `pages` that are below the capacity; returns how many are new.
+    /// Inserts all of `pages` that are below the capacity and returns the number of new ones.
     pub fn insert_range(&mut self, pages: Range<u64>) -> u64 {
         let end = pages.end.min(self.capacity);
         if pages.start >= end {
@@ -86,15 +86,15 @@ impl PageSet {
         word_masks(pages.start, end - 1).map(|(index, mask)| self.or_word(index, mask)).sum()
     }
 
-    /// Removes `page`; tells whether it was there.
+    /// Removes `page` and returns true if it was in the set.
     pub fn remove(&mut self, page: u64) -> bool {
         let (index, bit) = position(page);
         self.clear_bits(index, bit) != 0
     }
 
-    /// Adds all pages of `other`, growing if it has room for more.
+    /// Adds all pages of `other`, and grows to its capacity if that is larger.
     ///
-    /// This is also how pages that could not be sent are put back (rule L14.1).
+    /// Pages that could not be sent are put back this way too (rule L14.1).
     pub fn union(&mut self, other: &PageSet) {
         self.grow(other.capacity);
         for (index, word) in other.nonzero_words() {
@@ -102,14 +102,14 @@ impl PageSet {
         }
     }
 
-    /// Takes all pages of `other` out of this set.
+    /// Removes all pages of `other` from this set.
     pub fn difference(&mut self, other: &PageSet) {
         for (index, word) in other.nonzero_words() {
             self.clear_bits(index, word);
         }
     }
 
-    /// Empties the set, in time proportional to what is in it.
+    /// Removes all pages, in time proportional to their number.
     pub fn clear(&mut self) {
         if self.len == 0 {
             return;
@@ -124,19 +124,19 @@ impl PageSet {
         self.len = 0;
     }
 
-    /// The pages as maximal runs of consecutive numbers, ascending.
+    /// The pages as maximal runs of consecutive numbers, in ascending order.
     pub fn runs(&self) -> Runs<'_> {
         Runs { set: self, from: 0 }
     }
 
-    /// The pages one by one, ascending.
+    /// The pages one by one, in ascending order.
     pub fn iter(&self) -> impl Iterator<Item = u64> + '_ {
         self.runs().flatten()
     }
 
-    /// Ors `bits` into the word at `index`; returns how many of them are new.
+    /// Sets `bits` in the word at `index` and returns the number of new ones.
     ///
-    /// A word beyond the capacity takes nothing; the caller has grown the set or clipped the bits.
+    /// A word beyond the end is ignored: the caller grows the set or clips the bits.
     #[inline]
     pub(super) fn or_word(&mut self, index: usize, bits: u64) -> u64 {
         let (Some(word), Some(live)) = (self.words.get_mut(index), self.summary.get_mut(index / BLOCK)) else {
@@ -149,21 +149,21 @@ impl PageSet {
         new
     }
 
-    /// One block of the bitmap with its word of the summary, for a harvest that fills whole blocks.
-    /// What it adds it must report to [`added`](PageSet::added).
+    /// One block of the bitmap with its word of the summary, for a harvest that fills whole blocks. The caller reports the
+    /// pages that it adds to [`added`](PageSet::added).
     #[inline]
     pub(super) fn block_mut(&mut self, block: usize) -> Option<(&mut [u64; BLOCK], &mut u64)> {
         let words = self.words.get_mut(block * BLOCK..)?.first_chunk_mut()?;
         Some((words, self.summary.get_mut(block)?))
     }
 
-    /// Counts pages that were set through [`block_mut`](PageSet::block_mut).
+    /// Counts pages that were added through [`block_mut`](PageSet::block_mut).
     #[inline]
     pub(super) fn added(&mut self, pages: u64) {
         self.len += pages;
     }
 
-    /// Clears `bits` of the word at `index`; returns how many of them were set.
+    /// Clears `bits` in the word at `index` and returns the number of those that were set.
     fn clear_bits(&mut self, index: usize, bits: u64) -> u64 {
         let (Some(word), Some(live)) = (self.words.get_mut(index), self.summary.get_mut(index / BLOCK)) else {
             return 0;
@@ -175,7 +175,7 @@ impl PageSet {
         gone
     }
 
-    /// Index and value of every word that is not zero.
+    /// The index and the value of every word that is not zero.
     fn nonzero_words(&self) -> impl Iterator<Item = (usize, u64)> + '_ {
         let blocks = self.words.chunks_exact(BLOCK).zip(&self.summary).enumerate();
         blocks
@@ -203,7 +203,7 @@ impl PageSet {
         None
     }
 
-    /// The first page at or after `from` that is not in the set, at most the capacity.
+    /// The first page at or after `from` that is not in the set, or the capacity.
     fn next_clear(&self, from: u64) -> u64 {
         let (index, bit) = position(from);
         let mut mask = bit.wrapping_neg();
@@ -249,7 +249,7 @@ impl Iterator for Runs<'_> {
     }
 }
 
-/// The words that the pages `first..=last` touch: index, and mask of the pages in it.
+/// The words with the bits of the pages `first..=last`: index, and mask of these bits.
 pub(super) fn word_masks(first: u64, last: u64) -> impl Iterator<Item = (usize, u64)> {
     let (low, high) = (first / 64, last / 64);
     (low..=high).map(move |index| {
@@ -259,7 +259,7 @@ pub(super) fn word_masks(first: u64, last: u64) -> impl Iterator<Item = (usize, 
     })
 }
 
-/// The numbers of the bits that are set, ascending.
+/// The numbers of the bits that are set, in ascending order.
 #[inline]
 fn ones(mut word: u64) -> impl Iterator<Item = usize> {
     std::iter::from_fn(move || {
@@ -269,11 +269,13 @@ fn ones(mut word: u64) -> impl Iterator<Item = usize> {
     })
 }
 
+/// The index of a page's word, and the mask of its bit.
 #[inline]
 fn position(page: u64) -> (usize, u64) {
     ((page / 64) as usize, 1 << (page % 64))
 }
 
+/// The page of the lowest bit of `word`, which is the word at `index`.
 #[inline]
 fn first_page(index: usize, word: u64) -> u64 {
     index as u64 * 64 + u64::from(word.trailing_zeros())
@@ -372,14 +374,14 @@ mod tests {
             prop_assert!(set.iter().eq(pages_of(&oracle)));
             let is_set = |page: u64| oracle.get(page as usize).is_some_and(|bit| *bit);
             prop_assert!((0..PAGES + 200).all(|page| set.contains(page) == is_set(page)));
-            // The summary tells no lies either: what a clear leaves behind would show up here.
+            // A wrong summary would make `clear` leave bits behind.
             set.clear();
             prop_assert_eq!(set, PageSet::new(PAGES));
         }
     }
 
     #[test]
-    fn pages_beyond_the_capacity_are_refused() {
+    fn pages_beyond_the_capacity_are_not_inserted() {
         let mut set = PageSet::new(100);
         assert!(!set.insert(100));
         assert!(!set.insert(u64::MAX));
@@ -390,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn a_union_with_a_larger_set_loses_nothing() {
+    fn a_union_with_a_larger_set_grows_the_set() {
         let mut small = PageSet::new(10);
         small.insert(9);
         let mut large = PageSet::new(100_000);
@@ -401,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn a_set_prints_its_runs() {
+    fn a_set_is_printed_as_runs() {
         let mut set = PageSet::new(64);
         set.insert_range(3..6);
         assert_eq!(format!("{set:?}"), "PageSet(3 of 64 pages: [3..6])");

@@ -1,9 +1,9 @@
 //! Dirty pages of memory that this process writes itself: PAGEMAP_SCAN with asynchronous write-protection.
 //!
-//! The kernel clears the write protection of a page at its first write, without telling anybody, and one ioctl
-//! reports and protects again. Only writes through *this process's* mappings are seen: what other processes (a
-//! vhost-user back-end) write through theirs needs their log, and so does a device whose driver writes pages by
-//! another way than this mapping. The mappings themselves live in [`crate::memory`].
+//! The kernel removes the write protection of a page at its first write, without notification. One ioctl reports these
+//! pages and protects them again. Only writes through the mappings of *this process* are seen. Other processes (a vhost-user
+//! back-end) and devices whose driver writes pages in other ways need a dirty log. The mappings themselves are in
+//! [`crate::memory`].
 
 use std::fs::File;
 use std::io;
@@ -16,59 +16,63 @@ use crate::memory::userfault::abi::{Range, Register};
 use crate::memory::userfault::{self, Refusal};
 use crate::memory::{LOG_PAGE, Memory, Region};
 
-/// Regions that the kernel reports with one call.
+/// Maximum number of page ranges that the kernel reports with one call.
 const BATCH: usize = 4096;
 
-/// Why this process can't see its own writes.
+/// An error in the tracking of this process's own writes.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PagemapError {
-    /// The kernel does not let this process have a userfaultfd.
-    #[error("no userfaultfd ({0}): allow it in the sandbox, or run `sysctl vm.unprivileged_userfaultfd=1`, or as root")]
+    /// The kernel does not permit this process a userfaultfd.
+    #[error(
+        "userfaultfd refused ({0}): allow the call in the sandbox, set `sysctl vm.unprivileged_userfaultfd=1`, or run as root"
+    )]
     Userfaultfd(io::Error),
     /// The kernel has no asynchronous write-protection or no PAGEMAP_SCAN.
-    #[error("this kernel can't track writes ({0}): it takes Linux 6.7 or later with CONFIG_PTE_MARKER_UFFD_WP")]
+    #[error(
+        "write tracking is not supported by this kernel ({0}): use Linux 6.7 or later with CONFIG_PTE_MARKER_UFFD_WP"
+    )]
     Kernel(io::Error),
-    /// A region that can't be write-protected by pages.
-    #[error("can't track writes to the region at {gpa:#x} ({size:#x} bytes): {cause}")]
+    /// A region whose pages cannot be write-protected.
+    #[error("region at {gpa:#x} ({size:#x} bytes): cannot track writes: {cause}")]
     Region {
         /// Guest-physical start of the region.
         gpa: u64,
         /// Size of the region, bytes.
         size: u64,
-        /// What the system said.
+        /// Error of the system.
         cause: io::Error,
     },
     /// The source is not started.
-    #[error("writes are not being tracked: start the source before its harvest")]
+    #[error("writes are not tracked: start the source before its harvest")]
     NotStarted,
 }
 
 /// The pages that this process writes in guest memory.
 ///
-/// A write is seen only if it goes through this process's page table. Not seen are writes
-/// - of other processes through their own mappings, as of a vhost-user back-end;
-/// - through pages that were pinned before, by the kernel or a device: io_uring fixed buffers, an O_DIRECT read that was in
-///   flight at a harvest, VFIO. They change memory and leave no trace in any page table;
-/// - of KVM vCPUs, which have page tables of their own.
+/// A write is seen only if it goes through this process's page table. These writes are not seen:
+/// - writes of other processes through their own mappings, for example of a vhost-user back-end;
+/// - writes through pages that were pinned before, by the kernel or a device: io_uring fixed buffers, an O_DIRECT read that
+///   was in flight at a harvest, VFIO. They change memory and leave no trace in any page table;
+/// - writes of KVM vCPUs, which have page tables of their own.
 ///
-/// Whoever makes such writes must mark them in a [`Log`](super::Log), harvested beside this source in a
-/// [`UnionSource`](super::UnionSource). [`MigrationParameters::verify`](crate::migrate::MigrationParameters::verify) finds writers that were forgotten: it compares
+/// They must be marked in a [`Log`](super::Log), harvested beside this source in a [`UnionSource`](super::UnionSource).
+/// [`MigrationParameters::verify`](crate::migrate::MigrationParameters::verify) finds writes that are not marked: it compares
 /// all memory by hashes before the guest is handed over.
 ///
-/// A clean GiB costs 0.7 ms per harvest; a thread pays 1.4 µs at its first write to a page after one.
+/// A harvest takes 0.7 ms per GiB of clean memory. The first write to a page after a harvest takes 1.4 µs longer.
 #[derive(Debug)]
 pub struct Pagemap {
     name: String,
     memory: Memory,
     tracking: Option<WriteTracking>,
-    /// Put back: reported again by the next harvest.
+    /// Pages that were put back. The next harvest reports them again.
     returned: PageSet,
 }
 
 #[derive(Debug)]
 struct WriteTracking {
-    /// Keeps the regions registered as long as it is open.
+    /// The userfaultfd of all regions. They stay registered while it is open.
     userfaultfd: OwnedFd,
     pagemap: File,
     found: Vec<abi::PageRegion>,
@@ -99,7 +103,7 @@ impl Pagemap {
                     cause,
                 })?;
                 for part in regions {
-                    // Host pages may be larger than a page of the log, and regions begin and end inside one.
+                    // Host pages may be larger than a page of the log, and regions may begin and end inside one.
                     let start = part.start.max(base) - base + region.gpa();
                     let stop = (part.end - base).min(region.size()) + region.gpa();
                     let pages = start / LOG_PAGE..stop.div_ceil(LOG_PAGE);
@@ -124,7 +128,7 @@ impl WriteTracking {
         }
         let pagemap = File::open("/proc/self/pagemap").map_err(PagemapError::Kernel)?;
         let mut found = vec![abi::PageRegion::default(); BATCH];
-        // An empty scan tells whether the kernel knows the ioctl before anybody relies on it.
+        // An empty scan fails now, and not at the first harvest, if the kernel does not know the ioctl.
         written(&pagemap, 0, 0, &mut found).map_err(PagemapError::Kernel)?;
         Ok(WriteTracking { userfaultfd, pagemap, found })
     }
@@ -156,7 +160,7 @@ impl DirtySource for Pagemap {
         self.returned.union(pages);
     }
 
-    /// Unregisters the memory. Whatever fails, the userfaultfd is closed, and the kernel forgets it with that.
+    /// Unregisters the memory. Also after an error the userfaultfd is closed, which unregisters all of it.
     fn stop(&mut self) -> Result<(), DirtyError> {
         let Some(tracking) = self.tracking.take() else { return Ok(()) };
         tracking.stop(&self.memory).map_err(|error| self.failed(error))
@@ -167,15 +171,15 @@ impl DirtySource for Pagemap {
     }
 }
 
-/// Where the region starts in this process, and the host pages around it.
+/// The address of the region in this process, and start and end of the host pages around it.
 fn range(region: &Region) -> (u64, u64, u64) {
     let base = region.host_ptr().addr() as u64;
     (base, base / LOG_PAGE * LOG_PAGE, (base + region.size()).next_multiple_of(LOG_PAGE))
 }
 
-/// A userfaultfd that protects against writes without ever reporting a fault.
+/// Creates a userfaultfd for asynchronous write-protection, which reports no faults.
 fn userfaultfd() -> Result<OwnedFd, PagemapError> {
-    // User mode only needs no privilege, and no fault is ever handled here, so none of the kernel's is missed.
+    // USER_MODE_ONLY needs no privilege. It excludes faults of the kernel from reports, and there are no reports here.
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | abi::UFFD_USER_MODE_ONLY;
     userfault::open(flags, abi::UFFD_FEATURES).map_err(|refusal| match refusal {
         Refusal::Fd(error) => PagemapError::Userfaultfd(error),
@@ -183,7 +187,7 @@ fn userfaultfd() -> Result<OwnedFd, PagemapError> {
     })
 }
 
-/// Registers a region and protects all of it, also what is not populated yet.
+/// Registers a region and write-protects all of it, pages that are not populated included.
 fn protect(userfaultfd: &OwnedFd, region: &Region) -> io::Result<()> {
     let (_, start, end) = range(region);
     let range = Range { start, len: end - start };
@@ -196,7 +200,7 @@ fn protect(userfaultfd: &OwnedFd, region: &Region) -> io::Result<()> {
     Ok(())
 }
 
-/// What was written in `start..end` of this process, protecting it again; and where to go on.
+/// The ranges written in `start..end` of this process, which are protected again, and the address at which to continue.
 fn written<'a>(
     pagemap: &File,
     start: u64,
@@ -214,19 +218,19 @@ fn written<'a>(
         return_mask: abi::PAGE_IS_WRITTEN,
         ..abi::PmScanArg::default()
     };
-    // SAFETY: the struct is the one this ioctl reads and writes, and `found` has room for `vec_len` entries.
+    // SAFETY: the struct is the one this ioctl reads and writes, and `found` has `vec_len` entries.
     let count = unsafe { abi::pagemap_scan(pagemap.as_raw_fd(), &mut arg) }?;
     let regions = found.get(..count as usize).unwrap_or(found);
     Ok((regions, arg.walk_end))
 }
 
-/// The kernel's numbers and structures (linux/userfaultfd.h, linux/fs.h).
+/// Kernel numbers and structures (`linux/userfaultfd.h`, `linux/fs.h`).
 #[allow(unreachable_pub, reason = "nix's macros make public functions")]
 mod abi {
     use crate::memory::userfault::abi::Range;
 
     pub const UFFD_USER_MODE_ONLY: i32 = 1;
-    /// Write-protect faults, in shmem and hugetlbfs, of what is not populated, resolved by the kernel itself.
+    /// Write-protection, for shmem and hugetlbfs, for pages that are not populated, with faults resolved by the kernel.
     pub const UFFD_FEATURES: u64 = 1 << 0 | 1 << 12 | 1 << 13 | 1 << 15;
     pub const UFFDIO_REGISTER_MODE_WP: u64 = 1 << 1;
     pub const UFFDIO_WRITEPROTECT_MODE_WP: u64 = 1;
@@ -306,7 +310,7 @@ mod tests {
         let (memory, mut source) = started();
         assert!(harvested(&mut source).is_empty(), "written before the start");
         let high = (4 << 30) / LOG_PAGE;
-        // A page populated before the start, one that was not, the last and the first of a region.
+        // A page populated before the start, one that was not, the last and the first page of a region.
         for page in [3, 600, 1023, high] {
             memory.write(page * LOG_PAGE + 5, &[2]).unwrap();
         }
@@ -322,12 +326,12 @@ mod tests {
         assert!(set.iter().eq([7]), "put back");
         let mut read = [0; 8];
         memory.read(700 * LOG_PAGE, &mut read).unwrap();
-        assert!(harvested(&mut source).is_empty(), "reading is no write");
+        assert!(harvested(&mut source).is_empty(), "a read is not reported");
         source.stop().unwrap();
     }
 
     #[test]
-    fn more_pieces_than_one_call_reports_are_all_found() {
+    fn more_ranges_than_one_call_reports_are_all_found() {
         let (memory, mut source) = started();
         source.tracking.as_mut().unwrap().found.truncate(7);
         let pages: Vec<u64> = (0..1024).filter(|page| page % 3 == 0).collect();
@@ -349,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stopped_source_leaves_the_memory_alone_and_starts_again() {
+    fn a_stopped_source_does_not_track_and_can_be_started_again() {
         let (memory, mut source) = started();
         source.stop().unwrap();
         source.stop().unwrap();
@@ -360,7 +364,7 @@ mod tests {
         assert!(harvested(&mut source).is_empty());
         memory.write(0x3000, &[1]).unwrap();
         assert_eq!(harvested(&mut source), [3]);
-        // Two at once can't be: the kernel says so, and the first goes on.
+        // The kernel refuses a second source for the same memory, and the first continues.
         let mut second = Pagemap::new("second", memory.clone());
         let error = second.start().unwrap_err();
         assert!(error.to_string().contains("region at 0x0"), "{error}");

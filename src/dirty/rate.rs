@@ -1,55 +1,56 @@
-//! How fast a guest dirties its memory, by source, and what that means for a migration.
+//! Dirty rates of a guest by source, and the forecast of a migration at such a rate.
 //!
-//! Pure arithmetic over page sets that somebody else harvested: [`RateMeter`] measures, [`forecast`] predicts. When to
-//! harvest, and what to do about a guest that will not converge, is decided in `migrate`.
+//! Pure arithmetic over harvested page sets: [`RateMeter`] measures, [`forecast`] predicts. Not here but in `migrate`: when
+//! to harvest, and the handling of a guest that does not converge.
 
 use std::time::Duration;
 
 use super::page_set::PageSet;
 use crate::memory::LOG_PAGE;
 
-/// Rounds after which a forecast calls it no convergence, even if every round is a little smaller than the last.
+/// Number of rounds after which a forecast gives up, also if every round is a little smaller than the one before.
 const MAX_ROUNDS: u32 = 1000;
 
-/// How fast memory was dirtied over a period.
+/// The dirty rate of memory over a period.
 #[derive(Clone, Debug, Default, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct DirtyRate {
     /// Length of the period, seconds.
     pub seconds: f64,
-    /// Intervals it was measured in. Pages that are written again within an interval count once.
+    /// Number of measured intervals. A page that is written several times within an interval counts once.
     pub intervals: u32,
-    /// Distinct pages dirtied per interval, per second, whoever wrote them.
+    /// Distinct pages dirtied per interval by any source, as pages per second.
     pub pages_per_s: f64,
-    /// The same in bytes of guest memory.
+    /// `pages_per_s` in bytes of guest memory per second.
     pub bytes_per_s: f64,
     /// Distinct bytes dirtied in the whole period: the working set of writes.
     pub working_set_bytes: u64,
-    /// The same by source. A page that two of them wrote counts for both.
+    /// The rates by source. A page that two sources wrote counts for both.
     pub sources: Vec<SourceRate>,
 }
 
-/// How fast one device or CPU dirtied memory, see [`DirtyRate`].
+/// The dirty rate of one device or CPU, see [`DirtyRate`].
 #[derive(Clone, Debug, Default, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct SourceRate {
     /// The name of the source.
     pub name: String,
-    /// Distinct pages dirtied per interval, per second.
+    /// Distinct pages dirtied per interval, as pages per second.
     pub pages_per_s: f64,
-    /// The same in bytes of guest memory.
+    /// `pages_per_s` in bytes of guest memory per second.
     pub bytes_per_s: f64,
     /// Distinct bytes dirtied in the whole period.
     pub working_set_bytes: u64,
 }
 
-/// Measures a dirty rate from what the sources report interval by interval.
+/// Computes a dirty rate from the pages that the sources report interval by interval.
 #[derive(Debug, Default)]
 pub struct RateMeter {
     elapsed: Duration,
     intervals: u32,
     all: PageCount,
     sources: Vec<(String, PageCount)>,
+    /// The pages of the last interval, of all sources.
     interval: PageSet,
 }
 
@@ -77,12 +78,12 @@ impl PageCount {
 }
 
 impl RateMeter {
-    /// A meter that has seen nothing.
+    /// A meter without intervals.
     pub fn new() -> RateMeter {
         RateMeter::default()
     }
 
-    /// Adds one interval that took `elapsed`: what each source, by name, dirtied in it.
+    /// Adds one interval of length `elapsed`, with the name of each source and the pages that it dirtied.
     pub fn interval<'a>(&mut self, elapsed: Duration, sources: impl IntoIterator<Item = (&'a str, &'a PageSet)>) {
         self.elapsed += elapsed;
         self.intervals += 1;
@@ -101,7 +102,7 @@ impl RateMeter {
         self.all.add(&self.interval);
     }
 
-    /// What was measured so far.
+    /// The rate over all intervals so far.
     pub fn rate(&self) -> DirtyRate {
         let all = self.all.rate("", self.elapsed);
         DirtyRate {
@@ -115,13 +116,13 @@ impl RateMeter {
     }
 }
 
-/// How a guest dirties memory, as far as a forecast looks at it.
+/// The properties of a guest's dirty rate that a forecast uses.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct DirtyModel {
     /// Bytes newly dirtied per second.
     pub bytes_per_s: f64,
-    /// Bytes that are ever dirtied: what a round leaves dirty never exceeds this.
+    /// Distinct bytes that are ever dirtied. A round never leaves more than these dirty.
     pub working_set_bytes: u64,
 }
 
@@ -131,19 +132,19 @@ impl From<&DirtyRate> for DirtyModel {
     }
 }
 
-/// What a pre-copy migration would come to, see [`forecast`].
+/// The predicted course of a pre-copy migration, see [`forecast`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Forecast {
-    /// Whether the rest becomes small enough to be sent within the downtime that is allowed.
+    /// True if the rest becomes small enough to be sent within the allowed downtime.
     pub converges: bool,
-    /// Rounds sent while the guest runs. Without convergence: until another round would not leave less.
+    /// Number of rounds sent while the guest runs. Without convergence: until another round would not leave less.
     pub rounds: u32,
-    /// From the first byte to the last, milliseconds, the downtime included.
+    /// Time from the first byte to the last, downtime included, milliseconds.
     pub total_ms: f64,
-    /// How long the guest stands still if it is stopped after those rounds, milliseconds.
+    /// Downtime of the guest if it is stopped after those rounds, milliseconds.
     pub downtime_ms: f64,
-    /// Bytes of guest memory sent, those of the downtime included.
+    /// Bytes of guest memory sent, those sent in the downtime included.
     pub bytes: u64,
 }
 
@@ -152,9 +153,9 @@ pub struct Forecast {
 ///
 /// Round 0 sends `v(0) = guest_bytes`. A round of `v(i)` bytes takes `v(i) / bandwidth` seconds and leaves
 /// `v(i + 1) = min(bytes_per_s · v(i) / bandwidth, working_set_bytes, guest_bytes)` dirty: a geometric series that the
-/// working set caps. It converges at the first `v(n)`, `n ≥ 1`, that is sent in `downtime_ms` (less than one page
-/// counts as nothing); it does not once `v(i + 1) ≥ v(i)`, or after 1000 rounds. A bandwidth that is not positive
-/// never sends anything: no convergence, and all figures 0.
+/// working set limits. The migration converges at the first `v(n)`, `n ≥ 1`, that is sent in `downtime_ms` (less than one
+/// page counts as 0). It does not converge if `v(i + 1) ≥ v(i)` comes first, or after 1000 rounds. With a bandwidth that is
+/// not positive the migration does not converge and all figures are 0.
 pub fn forecast(model: &DirtyModel, bandwidth: f64, downtime_ms: f64, guest_bytes: u64) -> Forecast {
     if bandwidth.is_nan() || bandwidth <= 0.0 {
         return Forecast { converges: false, rounds: 0, total_ms: 0.0, downtime_ms: 0.0, bytes: 0 };
@@ -196,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn a_geometric_migration_is_forecast_as_by_hand() {
+    fn a_forecast_equals_the_geometric_series_computed_by_hand() {
         // 1 GiB at 1 GiB/s, dirtied at 256 MiB/s: rounds of 1024, 256, 64, 16 MiB leave 4 MiB, 3.9 ms.
         let forecast = forecast(&model(256 * MIB, GIB), GIB as f64, 5.0, GIB);
         assert!(forecast.converges);
@@ -207,20 +208,20 @@ mod tests {
     }
 
     #[test]
-    fn the_working_set_caps_what_a_round_leaves() {
-        // Twice as fast as the wire, but only in 32 MiB: those are 31.25 ms, whatever happens.
+    fn a_round_leaves_at_most_the_working_set() {
+        // Dirtied twice as fast as sent, but only 32 MiB of it: 31.25 ms in any case.
         let model = model(2 * GIB, 32 * MIB);
         let enough = forecast(&model, GIB as f64, 31.25, 16 * GIB);
         assert_eq!((enough.converges, enough.rounds, enough.bytes), (true, 1, 16 * GIB + 32 * MIB));
         assert_eq!(enough.downtime_ms, 31.25);
         let short = forecast(&model, GIB as f64, 31.0, 16 * GIB);
-        // One round more shows that it leaves as much as before.
+        // The second round leaves as much as the first.
         assert_eq!((short.converges, short.rounds, short.bytes), (false, 2, 16 * GIB + 64 * MIB));
         assert_eq!(short.downtime_ms, 31.25);
     }
 
     #[test]
-    fn a_guest_that_dirties_as_fast_as_the_wire_does_not_converge() {
+    fn a_guest_that_dirties_memory_at_the_bandwidth_does_not_converge() {
         let stuck = forecast(&model(GIB, 64 * GIB), GIB as f64, 300.0, 2 * GIB);
         assert_eq!((stuck.converges, stuck.rounds), (false, 1));
         assert_eq!((stuck.downtime_ms, stuck.total_ms), (2000.0, 4000.0));
@@ -235,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn no_bandwidth_is_no_migration() {
+    fn a_migration_without_bandwidth_does_not_converge() {
         for bandwidth in [0.0, -1.0, f64::NAN] {
             let never = forecast(&model(1, GIB), bandwidth, 300.0, GIB);
             assert!(!never.converges && never.rounds == 0 && never.bytes == 0);
@@ -272,7 +273,7 @@ mod tests {
         }
 
         #[test]
-        fn a_forecast_keeps_its_own_promises(
+        fn the_figures_of_a_forecast_are_consistent(
             rate in 0..4 * GIB, working_set in 0..16 * GIB, guest in 1..16 * GIB,
             bandwidth in MIB..8 * GIB, downtime in 0.0..1000.0f64,
         ) {

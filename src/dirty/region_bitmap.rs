@@ -1,8 +1,9 @@
-//! The dirty bitmap of a device made of rust-vmm's `vhost-user-backend`: `type Bitmap = RegionBitmap`.
+//! The dirty bitmap of a device built with rust-vmm's `vhost-user-backend`: `type Bitmap = RegionBitmap`.
 //!
-//! That crate makes a bitmap for each region of guest memory, without a place, and tells it of the log later. Its own
-//! `BitmapMmapRegion` then misses what is written into memory that comes after the log, and marks whether or not LOG_ALL
-//! is on. Here a [`DeviceLog`] brings both together. A bitmap without one begins to mark with SET_LOG_BASE and does not end.
+//! That crate makes a bitmap for each region of guest memory without the region's address, and passes the log to it later.
+//! Its own `BitmapMmapRegion` misses writes to memory that is added after the log, and marks also while LOG_ALL is off. Here
+//! a [`DeviceLog`] provides address and LOG_ALL to all bitmaps of a device. A bitmap without a `DeviceLog` marks from
+//! SET_LOG_BASE on and never stops.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
@@ -16,50 +17,50 @@ use crate::abi::bit;
 use crate::abi::vhost_user::VHOST_F_LOG_ALL;
 use crate::memory::LOG_PAGE;
 
-/// The log of a device, and whether it is in use. Clones are one log.
+/// The dirty log of a device, and the state of LOG_ALL. Clones share both.
 ///
-/// A device keeps one, and passes on what its daemon tells it: call [`acked_features`](DeviceLog::acked_features) and
-/// [`update_memory`](DeviceLog::update_memory) from the methods of the same names.
+/// A device keeps one and calls [`acked_features`](DeviceLog::acked_features) and
+/// [`update_memory`](DeviceLog::update_memory) from its own methods of the same names.
 #[derive(Clone, Debug, Default)]
 pub struct DeviceLog(Arc<RwLock<DeviceLogState>>);
 
 #[derive(Debug, Default)]
 struct DeviceLogState {
-    /// LOG_ALL.
-    on: bool,
+    /// True if LOG_ALL is acknowledged.
+    log_all: bool,
     log: Option<LogMemory>,
 }
 
 impl DeviceLog {
-    /// A log that is off, and not there.
+    /// The state before LOG_ALL and SET_LOG_BASE: no logging and no log.
     pub fn new() -> DeviceLog {
         DeviceLog::default()
     }
 
-    /// Takes over LOG_ALL: when this returns, all later writes are marked, or none is (rules L7.2, L7.3). The end of logging is the end
-    /// of its log, which the front-end then releases.
+    /// Switches logging on or off by LOG_ALL in `features`. When this returns, all later writes are marked, or none is
+    /// (rules L7.2, L7.3). Switching off drops the log, which the front-end releases then.
     pub fn acked_features(&self, features: u64) {
-        let on = features & bit(VHOST_F_LOG_ALL) != 0;
+        let log_all = features & bit(VHOST_F_LOG_ALL) != 0;
         let mut state = self.write();
-        if !on && std::mem::replace(&mut state.on, on) {
+        if !log_all && std::mem::replace(&mut state.log_all, log_all) {
             state.log = None;
         }
-        state.on = on;
+        state.log_all = log_all;
     }
 
-    /// Takes over a new memory table, in which a log that is there goes on (rule L9.2). What was written to its regions
-    /// before this call is marked now.
+    /// Attaches the regions of a new memory table, for which an installed log stays in use (rule L9.2). Writes to these
+    /// regions before this call are marked now.
     pub fn update_memory(&self, memory: &GuestMemoryMmap<RegionBitmap>) {
         for region in memory.iter() {
-            // The region's own method would give a slice.
+            // `region.bitmap()` returns a slice, so the mapping is asked for the bitmap.
             region.get_mmap().bitmap().0.attach(self, region.start_addr().0);
         }
     }
 
-    /// Marks pages if it is on. Returns false if it is on and has no log yet.
+    /// Marks pages if logging is on. Returns false if logging is on and there is no log yet.
     fn mark(&self, gpa: u64, len: u64) -> bool {
         match &*self.read() {
-            DeviceLogState { on: false, .. } => true,
+            DeviceLogState { log_all: false, .. } => true,
             DeviceLogState { log: Some(log), .. } => {
                 log.mark(gpa, len);
                 true
@@ -81,7 +82,7 @@ impl DeviceLog {
 #[derive(Clone, Debug, Default)]
 pub struct RegionBitmap(Arc<AttachedRegion>);
 
-/// Part of a [`RegionBitmap`], as views of guest memory carry it.
+/// The part of a [`RegionBitmap`] that belongs to a view of guest memory.
 #[derive(Clone, Debug)]
 pub struct RegionSlice {
     region: Arc<AttachedRegion>,
@@ -90,9 +91,10 @@ pub struct RegionSlice {
 
 #[derive(Debug, Default)]
 struct AttachedRegion {
-    place: OnceLock<(DeviceLog, u64)>,
-    /// Pages written before there was a place or a log: a bit for each.
-    early: Box<[AtomicU64]>,
+    /// The device's log and the guest-physical start of the region, once they are known.
+    attachment: OnceLock<(DeviceLog, u64)>,
+    /// One bit per page that was written before the attachment or the log was there.
+    pending: Box<[AtomicU64]>,
 }
 
 impl AttachedRegion {
@@ -101,28 +103,30 @@ impl AttachedRegion {
             return;
         }
         for page in offset / LOG_PAGE..=offset.saturating_add(len - 1) / LOG_PAGE {
-            let Some(word) = self.early.get((page / 64) as usize) else { break };
+            let Some(word) = self.pending.get((page / 64) as usize) else { break };
             word.fetch_or(1 << (page % 64), Ordering::Relaxed);
         }
-        // Whoever brings place or log meanwhile looks here after it did so; either sees the other.
+        // Pairs with the fence of `flush`. A thread that concurrently sets the attachment or the log flushes afterwards:
+        // either it sees these bits, or the call below sees the attachment and the log.
         fence(Ordering::SeqCst);
         self.try_mark(offset, len);
     }
 
+    /// Marks pages in the log. Returns false if the attachment or the log is missing.
     fn try_mark(&self, offset: u64, len: u64) -> bool {
-        self.place.get().is_some_and(|(log, base)| log.mark(base.saturating_add(offset), len))
+        self.attachment.get().is_some_and(|(log, base)| log.mark(base.saturating_add(offset), len))
     }
 
     fn attach(&self, log: &DeviceLog, base: u64) {
-        // A region that stays in the table has its place already.
-        let _ = self.place.set((log.clone(), base));
+        // A region that was in the table before is attached already.
+        let _ = self.attachment.set((log.clone(), base));
         self.flush();
     }
 
-    /// Marks what was written early, if there is a log by now; forgets it if logging is off.
+    /// Marks the pending pages if there is a log, and drops them if logging is off.
     fn flush(&self) {
         fence(Ordering::SeqCst);
-        for (index, word) in (0u64..).zip(&self.early) {
+        for (index, word) in (0u64..).zip(&self.pending) {
             let bits = word.swap(0, Ordering::Relaxed);
             for page in (0..64).filter(|page| bits >> page & 1 == 1).map(|page| index * 64 + page) {
                 if !self.try_mark(page * LOG_PAGE, LOG_PAGE) {
@@ -136,8 +140,8 @@ impl AttachedRegion {
 impl NewBitmap for RegionBitmap {
     fn with_len(len: usize) -> RegionBitmap {
         let words = (len as u64).div_ceil(64 * LOG_PAGE);
-        let early = (0..words).map(|_| AtomicU64::new(0)).collect();
-        RegionBitmap(Arc::new(AttachedRegion { place: OnceLock::new(), early }))
+        let pending = (0..words).map(|_| AtomicU64::new(0)).collect();
+        RegionBitmap(Arc::new(AttachedRegion { attachment: OnceLock::new(), pending }))
     }
 }
 
@@ -172,7 +176,7 @@ impl Bitmap for RegionSlice {
 
     fn dirty_at(&self, offset: usize) -> bool {
         let offset = self.offset.saturating_add(offset as u64);
-        self.region.place.get().is_some_and(|(log, base)| match &log.read().log {
+        self.region.attachment.get().is_some_and(|(log, base)| match &log.read().log {
             Some(log) => log.is_marked(base.saturating_add(offset)),
             None => false,
         })
@@ -188,10 +192,10 @@ impl BitmapReplace for RegionBitmap {
 
     /// Installs the log of a SET_LOG_BASE, for all regions of the device.
     fn replace(&self, log: LogMemory) {
-        let (device, _) = self.0.place.get_or_init(|| {
-            // A device that tells nothing of its features: a log that comes is used.
+        let (device, _) = self.0.attachment.get_or_init(|| {
+            // The device has no `DeviceLog` of its own, so LOG_ALL is not known: the log is used.
             let device = DeviceLog::new();
-            device.write().on = true;
+            device.write().log_all = true;
             (device, log.base)
         });
         device.write().log = Some(log);
@@ -199,20 +203,20 @@ impl BitmapReplace for RegionBitmap {
     }
 }
 
-/// A log as the front-end shares it.
+/// The log shared by the front-end.
 #[derive(Clone, Debug)]
 pub struct LogMemory {
     log: Arc<MmapLogReg>,
-    /// Pages that it has a bit for.
+    /// Number of pages that the log has a bit for.
     pages: u64,
-    /// Guest-physical start of the region that it was made for.
+    /// Guest-physical start of the region that the value was made for.
     base: u64,
 }
 
 impl MemRegionBitmap for LogMemory {
-    /// Takes a log of any size: pages outside it are not marked (rule L6.1).
+    /// Accepts a log of any size. Pages outside it are not marked (rule L6.1).
     fn new<R: GuestMemoryRegion>(region: &R, log: Arc<MmapLogReg>) -> io::Result<LogMemory> {
-        // The crate does not say how long a log is, but whether memory up to a page fits.
+        // The crate does not expose the size of a log, but refuses memory that the log does not cover: a binary search.
         let fits = |pages: u64| AtomicBitmapMmap::new(&Span(pages * LOG_PAGE), Arc::clone(&log)).is_ok();
         let (mut pages, mut too_many) = (0, 1 << 40);
         while pages + 1 < too_many {
@@ -227,19 +231,19 @@ impl LogMemory {
     fn mark(&self, gpa: u64, len: u64) {
         let last = gpa.saturating_add(len.saturating_sub(1)) / LOG_PAGE;
         for page in gpa / LOG_PAGE..self.pages.min(last + 1) {
-            // After the data (rule L10.1).
+            // Release: the data is visible before the bit (rule L10.1).
             self.log[(page / 8) as usize].fetch_or(1 << (page % 8), Ordering::Release);
         }
     }
 
     fn is_marked(&self, gpa: u64) -> bool {
         let page = gpa / LOG_PAGE;
-        // Indexing is all that the crate has, and fails behind the end.
+        // The crate offers only indexing, which panics beyond the end.
         page < self.pages && self.log[(page / 8) as usize].load(Ordering::Relaxed) >> (page % 8) & 1 == 1
     }
 }
 
-/// So many bytes from address 0 on.
+/// A region of so many bytes at address 0.
 struct Span(u64);
 
 impl GuestMemoryRegion for Span {

@@ -1,6 +1,6 @@
-//! The one interface through which a migration asks for dirty pages, the log as such a source, and several as one.
+//! The interface through which a migration gets dirty pages, the log as a source, and the union of several sources.
 //!
-//! Other sources live in files of their own and implement [`DirtySource`]. Rounds and convergence are in `migrate`.
+//! Other sources implement [`DirtySource`] in files of their own. Rounds and convergence are in `migrate`.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use super::harvest::Harvest;
 use super::log::{Log, LogError};
 use super::page_set::PageSet;
 
-/// Why a source can't say which pages are dirty.
+/// An error of a source of dirty pages.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DirtyError {
@@ -20,32 +20,34 @@ pub enum DirtyError {
     Source {
         /// The name of the source.
         name: String,
-        /// What went wrong, in words that say what to do.
+        /// The error, with the remedy in its message.
         cause: Box<dyn std::error::Error + Send + Sync>,
     },
 }
 
-/// A source of dirty pages: a vhost log, KVM, pagemap, content hashes, or several as one.
+/// A source of dirty pages: a vhost log, KVM, pagemap, content hashes, or a union of several.
 ///
-/// To discard a page (a balloon, free page reporting, MADV_REMOVE, FALLOC_FL_PUNCH_HOLE) turns it to zero without a write: no
-/// source reports it, and a destination keeps the contents that it has received. Where the guest relies on the zeros, mark
-/// discarded pages as dirty; they are then sent as zero, and not read. A verified migration fails at pages that were not.
+/// Discarding a page (by a balloon, free page reporting, MADV_REMOVE, FALLOC_FL_PUNCH_HOLE) zeroes it without a write. No
+/// source reports that, so the destination keeps the contents that it has received. If the guest relies on the zeros, mark
+/// discarded pages as dirty; they are then sent as zero pages without being read. A verified migration fails at discarded
+/// pages that were not marked.
 pub trait DirtySource: Send {
-    /// Begins to track: from its return on, every write is reported by a later harvest.
+    /// Begins tracking. Every write after the return is reported by a later harvest.
     ///
     /// # Errors
-    /// If the source can't track; it then is as before the call.
+    /// [`DirtyError`] if the source cannot track. Its state is then as before the call.
     fn start(&mut self) -> Result<(), DirtyError>;
 
-    /// Adds the pages written since the last harvest (or the start) to `into`, and forgets them.
+    /// Adds the pages written since the last harvest or the start to `into`. Each write is reported once.
     ///
-    /// Read the pages only after this returns (rule L13.1).
+    /// Read the pages only after this returns (rule L13.1). `into` grows if it is too small.
     ///
     /// # Errors
-    /// If the source failed; `into` keeps what was found until then, and is grown where it was too small.
+    /// [`DirtyError`] if the source failed. `into` keeps the pages found until then.
     fn harvest(&mut self, into: &mut PageSet) -> Result<Harvest, DirtyError>;
 
-    /// The last harvest, when everything that this source watches has stopped writing; may be faster.
+    /// As [`harvest`](DirtySource::harvest), and possibly faster, for the last harvest. All writers that this source tracks
+    /// must have stopped.
     ///
     /// # Errors
     /// As [`harvest`](DirtySource::harvest).
@@ -53,20 +55,20 @@ pub trait DirtySource: Send {
         self.harvest(into)
     }
 
-    /// Takes back pages that were harvested but could not be sent: the next harvest reports them again (rule L14.1).
+    /// Takes back pages that were harvested and could not be sent. The next harvest reports them again (rule L14.1).
     fn put_back(&mut self, pages: &PageSet);
 
-    /// Stops to track. A source can be started again.
+    /// Ends tracking. The source can be started again.
     ///
     /// # Errors
-    /// If the source could not be switched off.
+    /// [`DirtyError`] if tracking could not be switched off.
     fn stop(&mut self) -> Result<(), DirtyError>;
 
-    /// What to call the source in reports: a device, a CPU.
+    /// The name of the source in reports, for example of a device or a CPU.
     fn name(&self) -> &str;
 }
 
-/// A shared log as a source. Whoever holds the devices switches their logging on and off.
+/// A shared log as a source. The owner of the devices switches their logging on and off.
 #[derive(Debug)]
 pub struct LogSource {
     name: String,
@@ -86,7 +88,7 @@ impl LogSource {
 }
 
 impl DirtySource for LogSource {
-    /// Nothing to do: marks that devices made before this call count, they may log already.
+    /// Does nothing. Devices may log already, and marks made before this call are kept.
     fn start(&mut self) -> Result<(), DirtyError> {
         Ok(())
     }
@@ -112,11 +114,11 @@ impl DirtySource for LogSource {
     }
 }
 
-/// Several sources as one; a page is dirty if any of them says so.
+/// The union of several sources. A page is dirty if any of them reports it.
 #[derive(Default)]
 pub struct UnionSource {
-    parts: Vec<UnionMember>,
-    /// Put back: nobody knows any more which part found them.
+    members: Vec<UnionMember>,
+    /// Pages that were put back. It is not recorded which member reported them.
     returned: PageSet,
 }
 
@@ -126,19 +128,19 @@ struct UnionMember {
     total: u64,
 }
 
-/// What one source of a [`UnionSource`] has found.
+/// The number of pages that one source of a [`UnionSource`] has reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SourceShare<'a> {
     /// The source's name.
     pub name: &'a str,
-    /// Pages it reported in the last harvest.
+    /// Number of pages reported in the last harvest.
     pub last: u64,
-    /// Pages it reported since the start, a page that was dirtied again counting again.
+    /// Number of pages reported since the start. A page that is dirtied again counts again.
     pub total: u64,
 }
 
 impl UnionSource {
-    /// A union of `sources`; more can be added until it is started.
+    /// A union of `sources`. More can be added until it is started.
     pub fn new(sources: impl IntoIterator<Item = Box<dyn DirtySource>>) -> UnionSource {
         let mut union = UnionSource::default();
         sources.into_iter().for_each(|source| union.push(source));
@@ -147,15 +149,19 @@ impl UnionSource {
 
     /// Adds a source.
     pub fn push(&mut self, source: Box<dyn DirtySource>) {
-        self.parts.push(UnionMember { source, last: 0, total: 0 });
+        self.members.push(UnionMember { source, last: 0, total: 0 });
     }
 
-    /// What each source has found, in the order they were added.
+    /// The share of each source, in the order in which they were added.
     pub fn shares(&self) -> impl Iterator<Item = SourceShare<'_>> {
-        self.parts.iter().map(|part| SourceShare { name: part.source.name(), last: part.last, total: part.total })
+        self.members.iter().map(|UnionMember { source, last, total }| SourceShare {
+            name: source.name(),
+            last: *last,
+            total: *total,
+        })
     }
 
-    fn each(
+    fn harvest_members(
         &mut self,
         harvest: impl Fn(&mut dyn DirtySource, &mut PageSet) -> Result<Harvest, DirtyError>,
         into: &mut PageSet,
@@ -163,10 +169,10 @@ impl UnionSource {
         let mut all = Harvest::default();
         into.union(&self.returned);
         self.returned.clear();
-        for part in &mut self.parts {
-            let found = harvest(part.source.as_mut(), into)?;
-            part.last = found.pages;
-            part.total += found.pages;
+        for member in &mut self.members {
+            let found = harvest(member.source.as_mut(), into)?;
+            member.last = found.pages;
+            member.total += found.pages;
             all += found;
         }
         Ok(all)
@@ -176,14 +182,14 @@ impl UnionSource {
 impl DirtySource for UnionSource {
     /// Starts all sources, or none: if one fails, those already started are stopped again.
     fn start(&mut self) -> Result<(), DirtyError> {
-        for at in 0..self.parts.len() {
-            let (started, rest) = self.parts.split_at_mut(at);
-            let Some(part) = rest.first_mut() else { break };
-            (part.last, part.total) = (0, 0);
-            if let Err(error) = part.source.start() {
-                for part in started {
-                    if let Err(error) = part.source.stop() {
-                        tracing::warn!("{}: not stopped: {error}", part.source.name());
+        for at in 0..self.members.len() {
+            let (started, rest) = self.members.split_at_mut(at);
+            let Some(member) = rest.first_mut() else { break };
+            (member.last, member.total) = (0, 0);
+            if let Err(error) = member.source.start() {
+                for member in started {
+                    if let Err(error) = member.source.stop() {
+                        tracing::warn!("{}: cannot stop tracking: {error}", member.source.name());
                     }
                 }
                 return Err(error);
@@ -192,22 +198,22 @@ impl DirtySource for UnionSource {
         Ok(())
     }
 
-    /// Harvests all sources into one set. The first failure ends it: what was found until then is in `into`.
+    /// Harvests all sources into one set, up to the first failure. `into` keeps the pages found until then.
     fn harvest(&mut self, into: &mut PageSet) -> Result<Harvest, DirtyError> {
-        self.each(|source, into| source.harvest(into), into)
+        self.harvest_members(|source, into| source.harvest(into), into)
     }
 
     fn harvest_stopped(&mut self, into: &mut PageSet) -> Result<Harvest, DirtyError> {
-        self.each(|source, into| source.harvest_stopped(into), into)
+        self.harvest_members(|source, into| source.harvest_stopped(into), into)
     }
 
     fn put_back(&mut self, pages: &PageSet) {
         self.returned.union(pages);
     }
 
-    /// Stops all sources, also after one of them failed to; the first failure is returned.
+    /// Stops all sources, also after a failure, and returns the first failure.
     fn stop(&mut self) -> Result<(), DirtyError> {
-        self.parts.iter_mut().map(|part| part.source.stop()).fold(Ok(()), Result::and)
+        self.members.iter_mut().map(|member| member.source.stop()).fold(Ok(()), Result::and)
     }
 
     fn name(&self) -> &str {
@@ -221,31 +227,31 @@ mod tests {
 
     use super::*;
 
-    /// A source that reports `pages`, fails where told to, and writes down what it was asked.
-    struct Scripted {
+    /// A source that reports `pages`, records its calls, and fails the call named `fails`.
+    struct ScriptedSource {
         name: &'static str,
         pages: std::ops::Range<u64>,
         fails: &'static str,
-        asked: Arc<Mutex<Vec<String>>>,
+        calls: Arc<Mutex<Vec<String>>>,
     }
 
-    impl Scripted {
-        fn asked(&self, what: &str) -> Result<(), DirtyError> {
-            self.asked.lock().unwrap().push(format!("{} {what}", self.name));
-            match what == self.fails {
-                true => Err(DirtyError::Source { name: self.name.into(), cause: what.into() }),
+    impl ScriptedSource {
+        fn called(&self, call: &str) -> Result<(), DirtyError> {
+            self.calls.lock().unwrap().push(format!("{} {call}", self.name));
+            match call == self.fails {
+                true => Err(DirtyError::Source { name: self.name.into(), cause: call.into() }),
                 false => Ok(()),
             }
         }
     }
 
-    impl DirtySource for Scripted {
+    impl DirtySource for ScriptedSource {
         fn start(&mut self) -> Result<(), DirtyError> {
-            self.asked("start")
+            self.called("start")
         }
 
         fn harvest(&mut self, into: &mut PageSet) -> Result<Harvest, DirtyError> {
-            self.asked("harvest")?;
+            self.called("harvest")?;
             into.grow(self.pages.end);
             let pages = self.pages.end - self.pages.start;
             Ok(Harvest { pages, added: into.insert_range(self.pages.clone()) })
@@ -254,7 +260,7 @@ mod tests {
         fn put_back(&mut self, _: &PageSet) {}
 
         fn stop(&mut self) -> Result<(), DirtyError> {
-            self.asked("stop")
+            self.called("stop")
         }
 
         fn name(&self) -> &str {
@@ -263,16 +269,16 @@ mod tests {
     }
 
     fn union(fails: [&'static str; 3]) -> (UnionSource, Arc<Mutex<Vec<String>>>) {
-        let asked = Arc::default();
-        let parts = [("a", 0..10, fails[0]), ("b", 5..25, fails[1]), ("c", 90..91, fails[2])];
-        let sources = parts.map(|(name, pages, fails)| {
-            Box::new(Scripted { name, pages, fails, asked: Arc::clone(&asked) }) as Box<dyn DirtySource>
+        let calls = Arc::default();
+        let members = [("a", 0..10, fails[0]), ("b", 5..25, fails[1]), ("c", 90..91, fails[2])];
+        let sources = members.map(|(name, pages, fails)| {
+            Box::new(ScriptedSource { name, pages, fails, calls: Arc::clone(&calls) }) as Box<dyn DirtySource>
         });
-        (UnionSource::new(sources), asked)
+        (UnionSource::new(sources), calls)
     }
 
     #[test]
-    fn a_union_reports_every_page_once_and_every_source_by_itself() {
+    fn a_union_reports_every_page_once_and_counts_pages_by_source() {
         let (mut union, _) = union([""; 3]);
         let mut set = PageSet::default();
         union.start().unwrap();
@@ -282,11 +288,11 @@ mod tests {
         let shares: Vec<_> = union.shares().map(|share| (share.name, share.last, share.total)).collect();
         assert_eq!(shares, [("a", 10, 20), ("b", 20, 40), ("c", 1, 2)]);
         union.start().unwrap();
-        assert!(union.shares().all(|share| share.total == 0), "a new start counts anew");
+        assert!(union.shares().all(|share| share.total == 0), "a start resets the counts");
     }
 
     #[test]
-    fn pages_that_are_put_back_are_harvested_again_and_once() {
+    fn pages_that_are_put_back_are_harvested_exactly_once_more() {
         let mut unsent = PageSet::new(200);
         unsent.insert_range(60..70);
         unsent.insert(199);
@@ -305,14 +311,14 @@ mod tests {
     }
 
     #[test]
-    fn a_union_that_cannot_start_leaves_nothing_started() {
-        let (mut union, asked) = union(["", "", "start"]);
+    fn a_union_that_cannot_start_stops_the_sources_already_started() {
+        let (mut union, calls) = union(["", "", "start"]);
         assert_eq!(union.start().unwrap_err().to_string(), "dirty pages of c: start");
-        assert_eq!(*asked.lock().unwrap(), ["a start", "b start", "c start", "a stop", "b stop"]);
+        assert_eq!(*calls.lock().unwrap(), ["a start", "b start", "c start", "a stop", "b stop"]);
     }
 
     #[test]
-    fn a_failed_harvest_keeps_what_was_found() {
+    fn a_failed_harvest_keeps_the_pages_found_before() {
         let (mut union, _) = union(["", "harvest", ""]);
         let mut set = PageSet::default();
         assert!(union.harvest(&mut set).is_err());
@@ -321,13 +327,13 @@ mod tests {
 
     #[test]
     fn all_sources_are_stopped_even_if_one_fails() {
-        let (mut union, asked) = union(["stop", "", "stop"]);
+        let (mut union, calls) = union(["stop", "", "stop"]);
         assert_eq!(union.stop().unwrap_err().to_string(), "dirty pages of a: stop");
-        assert_eq!(asked.lock().unwrap().len(), 3);
+        assert_eq!(calls.lock().unwrap().len(), 3);
     }
 
     #[test]
-    fn a_log_is_a_source() {
+    fn a_log_source_reports_the_marks_of_its_log() {
         let log = Arc::new(Log::create(1 << 30).unwrap().0);
         let mut source = LogSource::new("disk", Arc::clone(&log));
         log.mark(4096, 1);
