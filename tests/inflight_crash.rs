@@ -1,8 +1,8 @@
-//! A back-end dies at every single store, and its successor knows what to do: nothing lost, order kept, nothing done
-//! twice that the guest has seen done.
+//! Crash model of the inflight tracking of split rings: a back-end is killed after every single store, and its successor
+//! loses no request, keeps the order, and does not repeat a request that the guest has seen completed.
 //!
-//! The stores of the real tracker go into a world with a fuse: after so many of them, counting the one that publishes
-//! the used index, nothing more happens, as if the process had been killed there.
+//! The stores of the real tracker change a model of the state that survives a crash. After a given number of stores, the one
+//! that publishes the used index included, further stores have no effect, as if the process had been killed there.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::cell::RefCell;
@@ -13,65 +13,67 @@ use proptest::prelude::*;
 use vhost_migrate::abi::inflight::split_queue_bytes;
 use vhost_migrate::inflight::{SplitInflight, SplitRecovery, Store, StoreSink, recover_split};
 
-/// Ways to do it wrong, each of which the model must notice.
+/// Errors in the tracking. The model must notice each of them.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Mutation {
     None,
     CommitBeforePublish,
     StageAfterPublish,
-    NextNotKept,
+    NextNotStored,
     MarkBeforeCounter,
-    UsedIndexForgottenWhenFresh,
-    CountersStartOver,
-    RecoveryBackwards,
-    PutBackUnmarked,
-    PutBackFirstFirst,
+    UsedIndexIgnoredWhenFresh,
+    CountersRestart,
+    RecoveryStoresReversed,
+    PutBackNotStored,
+    PutBackInOrder,
 }
 
-/// Who keeps the region.
+/// The implementation that writes the region.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Writer {
-    Ours(Mutation),
-    /// One by the rules of libvhost-user and DPDK, which publish one request at a time and keep no `next`.
-    OneByOne,
+    /// This crate's tracker.
+    Tracker(Mutation),
+    /// libvhost-user's and DPDK's algorithm, which publishes one request at a time and does not store `next`.
+    LibvhostUser,
 }
 
-/// What survives a kill: the region, the rings, and what the guest knows. A request is its position in `avail`.
+/// The state that survives a crash: the region, the rings, and the guest's. A request is its position in `avail`.
 #[derive(Clone)]
-struct World {
+struct CrashState {
     region: Vec<u8>,
     size: u16,
-    /// Index that the rings stood at when the region was fresh.
+    /// Index of both rings when the region was fresh.
     start: u16,
     avail: Vec<u16>,
     completed: Vec<u16>,
     outstanding: BTreeMap<u16, usize>,
-    /// Stores until the kill, and stores made.
-    fuse: usize,
-    made: usize,
+    /// Number of stores until the kill.
+    stores_left: usize,
+    /// Number of executed stores.
+    stores: usize,
 }
 
-impl World {
-    fn new(size: u16, start: u16) -> World {
+impl CrashState {
+    fn new(size: u16, start: u16) -> CrashState {
         let region = vec![0; split_queue_bytes(size) as usize];
         let (avail, completed, outstanding) = (Vec::new(), Vec::new(), BTreeMap::new());
-        World { region, size, start, avail, completed, outstanding, fuse: usize::MAX, made: 0 }
+        CrashState { region, size, start, avail, completed, outstanding, stores_left: usize::MAX, stores: 0 }
     }
 
     fn used_idx(&self) -> u16 {
         self.start.wrapping_add(self.completed.len() as u16)
     }
 
-    /// Whether the process lives to do one more store.
-    fn lives(&mut self) -> bool {
-        let lives = self.fuse > 0;
-        self.fuse -= usize::from(lives);
-        self.made += usize::from(lives);
-        lives
+    /// Counts one more store. Returns false if the process was killed before it.
+    fn count_store(&mut self) -> bool {
+        let executed = self.stores_left > 0;
+        self.stores_left -= usize::from(executed);
+        self.stores += usize::from(executed);
+        executed
     }
 
     fn publish(&mut self, batch: &[u16]) {
-        if self.lives() {
+        if self.count_store() {
             for head in batch {
                 self.outstanding.remove(head).expect("a request is completed once");
                 self.completed.push(*head);
@@ -80,32 +82,32 @@ impl World {
     }
 }
 
-/// The region as the process sees it.
-struct Shared {
-    world: Rc<RefCell<World>>,
+/// The region as the process writes it.
+struct CrashSink {
+    state: Rc<RefCell<CrashState>>,
     mutation: Mutation,
-    /// A counter held back.
-    late: Option<Store>,
+    /// Store of a counter that a mutation delays.
+    delayed: Option<Store>,
 }
 
-impl Shared {
+impl CrashSink {
     fn put(&mut self, store: Store) {
         let next_of_an_entry = matches!(store, Store::U16(offset, _) if offset >= 16);
         match (self.mutation, store) {
-            (Mutation::NextNotKept, _) if next_of_an_entry => return,
-            (Mutation::MarkBeforeCounter, Store::U64(..)) => return self.late = Some(store),
+            (Mutation::NextNotStored, _) if next_of_an_entry => return,
+            (Mutation::MarkBeforeCounter, Store::U64(..)) => return self.delayed = Some(store),
             _ => {}
         }
-        for store in [Some(store), self.late.take()].into_iter().flatten() {
-            let mut world = self.world.borrow_mut();
-            if world.lives() {
-                store.to(&mut world.region[..]);
+        for store in [Some(store), self.delayed.take()].into_iter().flatten() {
+            let mut state = self.state.borrow_mut();
+            if state.count_store() {
+                store.to(&mut state.region[..]);
             }
         }
     }
 }
 
-impl StoreSink for Shared {
+impl StoreSink for CrashSink {
     fn u8(&mut self, offset: usize, value: u8) {
         self.put(Store::U8(offset, value));
     }
@@ -120,19 +122,19 @@ impl StoreSink for Shared {
     }
 }
 
-/// A writer of the region that stores the head of what it completes, publishes it, clears its mark and then stores the
-/// used index. A region that is fresh gets its version and nothing else: `desc_num` is stored when the region is made.
-struct OneByOne {
-    shared: Shared,
+/// The algorithm of libvhost-user. To complete a request it stores its head, publishes it, clears its mark, and then stores
+/// the used index. It only stores the version in a fresh region; `desc_num` is stored when the region is made.
+struct LibvhostUser {
+    sink: CrashSink,
     counter: u64,
 }
 
-impl OneByOne {
-    fn new(mut shared: Shared) -> OneByOne {
-        let size = shared.world.borrow().size;
-        shared.u16(10, size);
-        shared.u16(8, 1);
-        OneByOne { shared, counter: 0 }
+impl LibvhostUser {
+    fn new(mut sink: CrashSink) -> LibvhostUser {
+        let size = sink.state.borrow().size;
+        sink.u16(10, size);
+        sink.u16(8, 1);
+        LibvhostUser { sink, counter: 0 }
     }
 
     fn at(head: u16) -> usize {
@@ -140,32 +142,32 @@ impl OneByOne {
     }
 
     fn take(&mut self, head: u16) {
-        self.shared.u64(OneByOne::at(head) + 8, self.counter);
+        self.sink.u64(LibvhostUser::at(head) + 8, self.counter);
         self.counter += 1;
-        self.shared.u8(OneByOne::at(head), 1);
+        self.sink.u8(LibvhostUser::at(head), 1);
     }
 
     fn complete(&mut self, head: u16) {
-        self.shared.u16(12, head);
-        let world = self.shared.world.clone();
-        world.borrow_mut().publish(&[head]);
-        self.shared.u8(OneByOne::at(head), 0);
-        let used = world.borrow().used_idx();
-        self.shared.u16(14, used);
+        self.sink.u16(12, head);
+        let state = self.sink.state.clone();
+        state.borrow_mut().publish(&[head]);
+        self.sink.u8(LibvhostUser::at(head), 0);
+        let used = state.borrow().used_idx();
+        self.sink.u16(14, used);
     }
 }
 
-/// Whichever keeps the region.
-enum Tracker {
-    Ours(SplitInflight<Shared>),
-    OneByOne(OneByOne),
+/// The running writer of the region.
+enum RunningWriter {
+    Tracker(SplitInflight<CrashSink>),
+    LibvhostUser(LibvhostUser),
 }
 
-impl Tracker {
+impl RunningWriter {
     fn take(&mut self, head: u16) {
         match self {
-            Tracker::Ours(inflight) => inflight.take(head),
-            Tracker::OneByOne(writer) => writer.take(head),
+            RunningWriter::Tracker(inflight) => inflight.take(head),
+            RunningWriter::LibvhostUser(writer) => writer.take(head),
         }
     }
 }
@@ -174,98 +176,100 @@ impl Tracker {
 enum Step {
     /// The guest makes this many requests available.
     Add(u8),
-    /// The device takes this many.
+    /// The device takes this many requests.
     Take(u8),
-    /// The device completes a batch: picks among what it holds.
+    /// The device completes a batch, picked from the requests that it has taken.
     Complete(Vec<u8>),
-    /// The device gives back as many of the last requests that it holds.
+    /// The device puts back this many of the requests that it took last.
     PutBack(u8),
 }
 
-/// What a successor finds: requests to serve again, and the position of the next one to take.
-fn find(world: &World, mutation: Mutation) -> Result<(SplitRecovery, usize), String> {
+/// The recovery of a successor, and the position of the next request that it takes.
+fn recover(state: &CrashState, mutation: Mutation) -> Result<(SplitRecovery, usize), String> {
     let used_idx = match mutation {
-        Mutation::UsedIndexForgottenWhenFresh if world.region[8] == 0 => 0,
-        _ => world.used_idx(),
+        Mutation::UsedIndexIgnoredWhenFresh if state.region[8] == 0 => 0,
+        _ => state.used_idx(),
     };
-    let mut recovery = recover_split(&world.region, used_idx, world.size).map_err(|e| e.to_string())?;
-    if mutation == Mutation::CountersStartOver {
+    let mut recovery = recover_split(&state.region, used_idx, state.size).map_err(|e| e.to_string())?;
+    if mutation == Mutation::CountersRestart {
         recovery.next_counter = 1;
     }
-    if mutation == Mutation::RecoveryBackwards && world.region[8] != 0 {
+    if mutation == Mutation::RecoveryStoresReversed && state.region[8] != 0 {
         recovery.stores.reverse();
     }
-    let next = recovery.next_avail.map_or(0, |next| next.wrapping_sub(world.used_idx()));
-    Ok((recovery, world.completed.len() + usize::from(next)))
+    let next = recovery.next_avail.map_or(0, |next| next.wrapping_sub(state.used_idx()));
+    Ok((recovery, state.completed.len() + usize::from(next)))
 }
 
-/// The promises, for a successor that starts now; with how many stores it repairs the region.
-fn check(world: &World, mutation: Mutation) -> Result<usize, String> {
-    let (recovery, next) = find(world, mutation)?;
+/// Checks the recovery of a successor that starts now.
+fn check(state: &CrashState, mutation: Mutation) -> Result<(), String> {
+    let (recovery, next) = recover(state, mutation)?;
     let mut all = Vec::new();
     for head in &recovery.resubmit {
-        all.push(*world.outstanding.get(head).ok_or(format!("{head} again, which the guest has seen completed"))?);
+        all.push(
+            *state.outstanding.get(head).ok_or(format!("{head}, which the guest has seen completed, is repeated"))?,
+        );
     }
     if !all.is_sorted() {
-        return Err(format!("order not kept: {all:?}"));
+        return Err(format!("requests are out of order: {all:?}"));
     }
-    if next > world.avail.len() {
-        return Err("requests taken that nobody made".into());
+    if next > state.avail.len() {
+        return Err("requests are taken that the guest has not made".into());
     }
-    all.extend(next..world.avail.len());
+    all.extend(next..state.avail.len());
     all.sort_unstable();
     let outstanding: Vec<usize> = {
-        let mut positions: Vec<usize> = world.outstanding.values().copied().collect();
+        let mut positions: Vec<usize> = state.outstanding.values().copied().collect();
         positions.sort_unstable();
         positions
     };
     if all != outstanding {
-        return Err(format!("to be served {outstanding:?}, would be served {all:?}"));
+        return Err(format!("requests to be served: {outstanding:?}, served: {all:?}"));
     }
     for stop in 0..=recovery.stores.len() {
-        let mut killed = world.clone();
+        let mut killed = state.clone();
         recovery.stores[..stop].iter().for_each(|store| store.to(&mut killed.region[..]));
-        let (second, second_next) = find(&killed, mutation)?;
+        let (second, second_next) = recover(&killed, mutation)?;
         if (&second.resubmit, second_next) != (&recovery.resubmit, next) {
-            return Err(format!("killed after {stop} stores of recovery: {second:?} and not {recovery:?}"));
+            return Err(format!("killed after {stop} stores of recovery: {second:?}, expected {recovery:?}"));
         }
     }
-    Ok(recovery.stores.len())
+    Ok(())
 }
 
-/// One life of a back-end, until `steps` are done or it is killed. Returns how many steps were begun.
-fn live(world: World, steps: &[Step], writer: Writer) -> Result<(World, usize), String> {
+/// Runs a back-end until `steps` are done or it is killed. Returns the number of steps that it began.
+fn run_process(state: CrashState, steps: &[Step], writer: Writer) -> Result<(CrashState, usize), String> {
     let mutation = match writer {
-        Writer::Ours(mutation) => mutation,
-        Writer::OneByOne => Mutation::None,
+        Writer::Tracker(mutation) => mutation,
+        Writer::LibvhostUser => Mutation::None,
     };
-    let world = Rc::new(RefCell::new(world));
-    let (recovery, mut next) = find(&world.borrow(), mutation)?;
-    let shared = Shared { world: world.clone(), mutation, late: None };
+    let state = Rc::new(RefCell::new(state));
+    let (recovery, mut next) = recover(&state.borrow(), mutation)?;
+    let sink = CrashSink { state: state.clone(), mutation, delayed: None };
     let mut tracker = match writer {
-        Writer::Ours(_) => Tracker::Ours(SplitInflight::resume(shared, &recovery)),
-        Writer::OneByOne => Tracker::OneByOne(OneByOne::new(shared)),
+        Writer::Tracker(_) => RunningWriter::Tracker(SplitInflight::resume(sink, &recovery)),
+        Writer::LibvhostUser => RunningWriter::LibvhostUser(LibvhostUser::new(sink)),
     };
     let mut held = recovery.resubmit.clone();
     let mut begun = 0;
-    while world.borrow().fuse > 0 && begun < steps.len() {
+    while state.borrow().stores_left > 0 && begun < steps.len() {
         match &steps[begun] {
             Step::Add(count) => {
-                let mut world = world.borrow_mut();
-                // Scattered heads, so that their order is not that of the requests.
-                let free = |head: &u16| !world.outstanding.contains_key(head);
+                let mut state = state.borrow_mut();
+                // Scattered heads, so that the order of heads is not that of requests.
+                let free = |head: &u16| !state.outstanding.contains_key(head);
                 let heads: Vec<u16> =
-                    (0..world.size).map(|i| i.wrapping_mul(5).wrapping_add(3) % world.size).filter(free).collect();
+                    (0..state.size).map(|i| i.wrapping_mul(5).wrapping_add(3) % state.size).filter(free).collect();
                 for head in heads.into_iter().take((*count).into()) {
-                    let position = world.avail.len();
-                    if world.outstanding.insert(head, position).is_none() {
-                        world.avail.push(head);
+                    let position = state.avail.len();
+                    if state.outstanding.insert(head, position).is_none() {
+                        state.avail.push(head);
                     }
                 }
             }
             Step::Take(count) => {
                 for _ in 0..*count {
-                    let head = world.borrow().avail.get(next).copied();
+                    let head = state.borrow().avail.get(next).copied();
                     if let Some(head) = head {
                         tracker.take(head);
                         held.push(head);
@@ -277,10 +281,10 @@ fn live(world: World, steps: &[Step], writer: Writer) -> Result<(World, usize), 
                 let last = held.split_off(held.len().saturating_sub(usize::from(*count)));
                 let back = next - last.len();
                 match &mut tracker {
-                    Tracker::Ours(inflight) if world.borrow().avail[back..next] == last[..] => {
+                    RunningWriter::Tracker(inflight) if state.borrow().avail[back..next] == last[..] => {
                         match mutation {
-                            Mutation::PutBackUnmarked => {}
-                            Mutation::PutBackFirstFirst => last.iter().for_each(|head| inflight.put_back(*head)),
+                            Mutation::PutBackNotStored => {}
+                            Mutation::PutBackInOrder => last.iter().for_each(|head| inflight.put_back(*head)),
                             _ => last.iter().rev().for_each(|head| inflight.put_back(*head)),
                         }
                         next = back;
@@ -294,76 +298,78 @@ fn live(world: World, steps: &[Step], writer: Writer) -> Result<(World, usize), 
                     batch.push(held.remove(usize::from(*pick) % held.len()));
                 }
                 match &mut tracker {
-                    Tracker::Ours(inflight) => complete(&world, inflight, &batch, mutation),
-                    Tracker::OneByOne(writer) => batch.iter().for_each(|head| writer.complete(*head)),
+                    RunningWriter::Tracker(inflight) => complete(&state, inflight, &batch, mutation),
+                    RunningWriter::LibvhostUser(writer) => batch.iter().for_each(|head| writer.complete(*head)),
                 }
             }
         }
         begun += 1;
     }
     drop(tracker);
-    Ok((Rc::into_inner(world).expect("the process is gone").into_inner(), begun))
+    Ok((Rc::into_inner(state).expect("the process has ended").into_inner(), begun))
 }
 
-fn complete(world: &RefCell<World>, inflight: &mut SplitInflight<Shared>, batch: &[u16], mutation: Mutation) {
+fn complete(state: &RefCell<CrashState>, inflight: &mut SplitInflight<CrashSink>, batch: &[u16], mutation: Mutation) {
     if batch.is_empty() {
         return;
     }
-    let after = world.borrow().used_idx().wrapping_add(batch.len() as u16);
+    let after = state.borrow().used_idx().wrapping_add(batch.len() as u16);
     match mutation {
         Mutation::CommitBeforePublish => {
             batch.iter().for_each(|head| inflight.stage(*head));
             inflight.commit(after);
-            world.borrow_mut().publish(batch);
+            state.borrow_mut().publish(batch);
         }
         Mutation::StageAfterPublish => {
-            world.borrow_mut().publish(batch);
+            state.borrow_mut().publish(batch);
             batch.iter().for_each(|head| inflight.stage(*head));
             inflight.commit(after);
         }
         _ => {
             batch.iter().for_each(|head| inflight.stage(*head));
-            world.borrow_mut().publish(batch);
+            state.borrow_mut().publish(batch);
             inflight.commit(after);
         }
     }
 }
 
-/// Runs `steps` with a kill after every possible number of stores, and after some of those with a second kill.
+/// Runs `steps` and kills the first process after every possible number of stores, and each successor after a few stores.
+/// Returns the number of kills.
 fn kill_everywhere(size: u16, start: u16, steps: &[Step], first: Writer) -> Result<usize, String> {
-    let (mutation, ours) = match first {
-        Writer::Ours(mutation) => (mutation, first),
-        Writer::OneByOne => (Mutation::None, Writer::Ours(Mutation::None)),
+    let (mutation, successor) = match first {
+        Writer::Tracker(mutation) => (mutation, first),
+        Writer::LibvhostUser => (Mutation::None, Writer::Tracker(Mutation::None)),
     };
-    let (done, _) = live(World::new(size, start), steps, first)?;
+    let (done, _) = run_process(CrashState::new(size, start), steps, first)?;
     let mut kills = 0;
-    for fuse in 0..=done.made {
-        let (mut world, begun) = live(World { fuse, ..World::new(size, start) }, steps, first)?;
-        // What others do before they are connected is not killed here.
-        if first == Writer::OneByOne && world.region[8] == 0 {
+    for stores_left in 0..=done.stores {
+        let (mut state, begun) = run_process(CrashState { stores_left, ..CrashState::new(size, start) }, steps, first)?;
+        // The initialisation by other implementations, before they are connected, is not killed.
+        if first == Writer::LibvhostUser && state.region[8] == 0 {
             continue;
         }
-        check(&world, mutation).map_err(|e| format!("killed after store {fuse}: {e}"))?;
+        check(&state, mutation).map_err(|e| format!("killed after store {stores_left}: {e}"))?;
         kills += 1;
-        // The successors get a few stores more each time, so that every phase of theirs is hit too.
+        // Each successor gets one store more than the one before, so that every phase of a successor is killed too.
         let mut rest = &steps[begun..];
-        for patience in 1.. {
-            world.fuse = fuse % 7 + patience;
-            let (next, begun) = live(world, rest, ours)?;
-            world = next;
-            check(&world, mutation).map_err(|e| format!("killed after store {fuse}, life {patience}: {e}"))?;
+        for process in 1.. {
+            state.stores_left = stores_left % 7 + process;
+            let (next, begun) = run_process(state, rest, successor)?;
+            state = next;
+            check(&state, mutation)
+                .map_err(|e| format!("killed after store {stores_left}, successor {process}: {e}"))?;
             kills += 1;
             rest = &rest[begun..];
             if rest.is_empty() {
                 break;
             }
         }
-        // The last one lives, and everything comes to its end.
-        world.fuse = usize::MAX;
+        // The last successor is not killed and completes everything.
+        state.stores_left = usize::MAX;
         let all = [Step::Take(u8::MAX), Step::Complete(vec![0; usize::from(size)])];
-        let (world, _) = live(world, &all, ours)?;
-        if !world.outstanding.is_empty() || world.completed.len() != world.avail.len() {
-            return Err(format!("killed after store {fuse}: {:?} never completed", world.outstanding));
+        let (state, _) = run_process(state, &all, successor)?;
+        if !state.outstanding.is_empty() || state.completed.len() != state.avail.len() {
+            return Err(format!("killed after store {stores_left}: {:?} never completed", state.outstanding));
         }
     }
     Ok(kills)
@@ -390,22 +396,22 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
 
     #[test]
-    fn killed_at_any_store_nothing_is_lost_reordered_or_done_again(
+    fn a_kill_after_any_store_loses_reorders_and_repeats_no_request(
         size in size(), start in start(), steps in prop::collection::vec(step(), 1..24)
     ) {
-        prop_assert!(kill_everywhere(size, start, &steps, Writer::Ours(Mutation::None)).map_err(TestCaseError::fail)? > 0);
+        prop_assert!(kill_everywhere(size, start, &steps, Writer::Tracker(Mutation::None)).map_err(TestCaseError::fail)? > 0);
     }
 
     #[test]
-    fn a_region_that_libvhost_user_kept_up_to_any_store_is_taken_over(
+    fn a_region_written_by_libvhost_user_is_recovered_after_a_kill_at_any_store(
         size in size(), steps in prop::collection::vec(step(), 1..24)
     ) {
-        prop_assert!(kill_everywhere(size, 0, &steps, Writer::OneByOne).map_err(TestCaseError::fail)? > 0);
+        prop_assert!(kill_everywhere(size, 0, &steps, Writer::LibvhostUser).map_err(TestCaseError::fail)? > 0);
     }
 }
 
 #[test]
-fn the_model_notices_every_wrong_order_of_stores() {
+fn the_model_notices_every_mutation_of_the_tracker() {
     use Step::{Add, Complete, PutBack, Take};
     let steps = [
         Add(4),
@@ -425,18 +431,18 @@ fn the_model_notices_every_wrong_order_of_stores() {
         Take(1),
         Complete(vec![1]),
     ];
-    assert!(kill_everywhere(8, 5, &steps, Writer::Ours(Mutation::None)).unwrap() > 100);
+    assert!(kill_everywhere(8, 5, &steps, Writer::Tracker(Mutation::None)).unwrap() > 100);
     for mutation in [
         Mutation::CommitBeforePublish,
         Mutation::StageAfterPublish,
-        Mutation::NextNotKept,
+        Mutation::NextNotStored,
         Mutation::MarkBeforeCounter,
-        Mutation::UsedIndexForgottenWhenFresh,
-        Mutation::CountersStartOver,
-        Mutation::RecoveryBackwards,
-        Mutation::PutBackUnmarked,
-        Mutation::PutBackFirstFirst,
+        Mutation::UsedIndexIgnoredWhenFresh,
+        Mutation::CountersRestart,
+        Mutation::RecoveryStoresReversed,
+        Mutation::PutBackNotStored,
+        Mutation::PutBackInOrder,
     ] {
-        assert!(kill_everywhere(8, 5, &steps, Writer::Ours(mutation)).is_err(), "{mutation:?} went unnoticed");
+        assert!(kill_everywhere(8, 5, &steps, Writer::Tracker(mutation)).is_err(), "{mutation:?} is not noticed");
     }
 }

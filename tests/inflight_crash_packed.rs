@@ -1,8 +1,10 @@
-//! A back-end on a packed ring dies at every single store, to the region or to the ring, and its successor knows what
-//! to do: nothing lost, order kept, nothing done twice that the guest has seen done.
+//! Crash model of the inflight tracking of packed rings: a back-end is killed after every single store to the region or to
+//! the ring, and its successor loses no request, keeps the order, and does not repeat a request that the guest has seen
+//! completed.
 //!
-//! The stores of the real tracker go into a world with a fuse, as do those of a ring that publishes a batch by writing
-//! the flags of its first descriptor last. A second writer keeps the region as DPDK does, one field at a time.
+//! The stores of the real tracker change a model of the state that survives a crash, as do those of a ring that publishes a
+//! batch by storing the flags of its first descriptor last. A second writer stores to the region as DPDK does, one field at
+//! a time.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::cell::RefCell;
@@ -20,28 +22,29 @@ const USED: u16 = 1 << 15;
 const HEADER: usize = 32;
 const ENTRY: usize = 32;
 
-/// Ways to do it wrong, each of which the model must notice.
+/// Errors in the tracking. The model must notice each of them.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Mutation {
     None,
     CommitBeforePublish,
     StageAfterPublish,
     FirstFlagsFirst,
-    StaleLeftAlone,
-    HeadsNotKept,
-    UsedNotKept,
+    StaleNotRepaired,
+    HeadsNotStored,
+    UsedNotStored,
     MarkBeforeCopies,
-    BaseForgottenWhenFresh,
-    FrontendsBaseBelieved,
-    CountersStartOver,
-    PutBackUnmarked,
-    PutBackFirstFirst,
+    BaseIgnoredWhenFresh,
+    FrontendsBaseUsed,
+    CountersRestart,
+    PutBackNotStored,
+    PutBackInOrder,
 }
 
-/// Who keeps the region.
+/// The implementation that writes the region.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Writer {
-    Ours(Mutation),
+    /// This crate's tracker.
+    Tracker(Mutation),
     Dpdk,
 }
 
@@ -56,7 +59,7 @@ impl At {
     }
 
     fn before(self, count: usize, size: u16) -> At {
-        // Two rounds are none.
+        // Two whole rounds lead back to the same position and wrap counter.
         self.after(usize::from(size) - count, size).after(size.into(), size)
     }
 
@@ -81,9 +84,9 @@ fn with_bits(flags: u16, avail: bool, used: bool) -> u16 {
     flags & !(AVAIL | USED) | if avail { AVAIL } else { 0 } | if used { USED } else { 0 }
 }
 
-/// What survives a kill: the region, the ring, and what the guest knows. A request is its place in `made`.
+/// The state that survives a crash: the region, the ring, and the guest's. A request is its index in `made`.
 #[derive(Clone)]
-struct World {
+struct CrashState {
     region: Vec<u8>,
     queue_size: u16,
     start: At,
@@ -91,24 +94,26 @@ struct World {
     made: Vec<Vec<PackedDesc>>,
     outstanding: BTreeMap<u16, usize>,
     completed: Vec<usize>,
-    /// Where the driver makes available, and where it looks for what is used.
+    /// Position at which the driver makes the next request available.
     next: At,
+    /// Position at which the driver expects the next used descriptor.
     seen: At,
-    /// Stores until the kill, and stores made.
-    fuse: usize,
+    /// Number of stores until the kill.
+    stores_left: usize,
+    /// Number of executed stores.
     stores: usize,
 }
 
-impl World {
-    fn new(queue_size: u16, ring_size: u16, start: At) -> World {
-        // A ring that was used before: this lap up to `start`, the former one behind it. Of a chain only the first
-        // descriptor was marked used.
+impl CrashState {
+    fn new(queue_size: u16, ring_size: u16, start: At) -> CrashState {
+        // A ring that was used before: in this round up to `start`, in the previous round from there. Only the first
+        // descriptor of a chain was marked used.
         let old = |index| {
             let wrap = if index < start.0 { start.1 } else { !start.1 };
             let flags = with_bits(0, wrap, if index % 3 == 0 { wrap } else { !wrap });
             PackedDesc { addr: 0.into(), len: 0.into(), id: 0.into(), flags: flags.into() }
         };
-        World {
+        CrashState {
             region: vec![0; packed_queue_bytes(queue_size) as usize],
             queue_size,
             start,
@@ -118,7 +123,7 @@ impl World {
             completed: Vec::new(),
             next: start,
             seen: start,
-            fuse: usize::MAX,
+            stores_left: usize::MAX,
             stores: 0,
         }
     }
@@ -131,26 +136,27 @@ impl World {
         self.region[8]
     }
 
-    /// Whether the process lives to do one more store.
-    fn lives(&mut self) -> bool {
-        let lives = self.fuse > 0;
-        self.fuse -= usize::from(lives);
-        self.stores += usize::from(lives);
-        lives
+    /// Counts one more store. Returns false if the process was killed before it.
+    fn count_store(&mut self) -> bool {
+        let executed = self.stores_left > 0;
+        self.stores_left -= usize::from(executed);
+        self.stores += usize::from(executed);
+        executed
     }
 
+    /// The descriptor to be stored to, if the process was not killed before the store.
     fn desc(&mut self, index: u16) -> Option<&mut PackedDesc> {
-        self.lives().then(|| &mut self.ring[usize::from(index)])
+        self.count_store().then(|| &mut self.ring[usize::from(index)])
     }
 
-    /// The driver makes a request of `count` descriptors available, if there is room.
+    /// The driver makes a request of `count` descriptors available, if the ring has that many free descriptors.
     fn add(&mut self, count: u8) {
         let count = usize::from(count);
         let under_way: usize = self.outstanding.values().map(|request| self.made[*request].len()).sum();
         if under_way + count > self.ring.len() {
             return;
         }
-        // Scattered ids, so that their order is not that of the requests.
+        // Scattered ids, so that the order of ids is not that of requests.
         let size = self.size();
         let mut ids = (0..size).map(|i| i.wrapping_mul(5).wrapping_add(3) % size).chain(0..size);
         let id = ids.find(|id| !self.outstanding.contains_key(id)).expect("an id for each descriptor");
@@ -169,7 +175,7 @@ impl World {
         self.outstanding.insert(id, request);
     }
 
-    /// The driver takes note of what is used.
+    /// The driver takes all used descriptors.
     fn harvest(&mut self) -> Result<(), String> {
         loop {
             let desc = self.ring[usize::from(self.seen.0)];
@@ -177,8 +183,7 @@ impl World {
                 return Ok(());
             }
             let id = desc.id.get();
-            let request =
-                self.outstanding.remove(&id).ok_or(format!("{id} completed, which the guest doesn't wait for"))?;
+            let request = self.outstanding.remove(&id).ok_or(format!("{id} is completed, which is not outstanding"))?;
             self.completed.push(request);
             self.seen = self.seen.after(self.made[request].len(), self.size());
         }
@@ -201,7 +206,7 @@ impl World {
         None
     }
 
-    /// Whether these requests stand in the ring from `at` on.
+    /// Returns true if these requests are in the ring from `at` on.
     fn has(&self, at: At, requests: &[(u16, Vec<PackedDesc>)]) -> bool {
         let descs = requests.iter().flat_map(|(_, descs)| descs).enumerate();
         descs.into_iter().all(|(count, desc)| self.ring[usize::from(at.after(count, self.size()).0)] == *desc)
@@ -218,32 +223,34 @@ fn request_of(descs: &[PackedDesc]) -> usize {
     descs[0].addr.get() as usize / 100
 }
 
-/// The region as the process sees it.
-struct Shared {
-    world: Rc<RefCell<World>>,
+/// The region as the process writes it.
+struct CrashSink {
+    state: Rc<RefCell<CrashState>>,
     mutation: Mutation,
-    /// Copies held back until the mark.
-    late: Vec<Store>,
+    /// Stores of copies that a mutation delays until the mark.
+    delayed: Vec<Store>,
 }
 
-impl Shared {
+impl CrashSink {
     fn put(&mut self, store: Store) {
         match (self.mutation, store) {
-            (Mutation::HeadsNotKept, Store::U16(12 | 14, _)) | (Mutation::UsedNotKept, Store::U64(16, _)) => return,
-            (Mutation::MarkBeforeCopies, Store::U64(offset, _)) if offset >= HEADER => return self.late.push(store),
+            (Mutation::HeadsNotStored, Store::U16(12 | 14, _)) | (Mutation::UsedNotStored, Store::U64(16, _)) => return,
+            (Mutation::MarkBeforeCopies, Store::U64(offset, _)) if offset >= HEADER => {
+                return self.delayed.push(store);
+            }
             _ => {}
         }
-        let late = if matches!(store, Store::U8(..)) { std::mem::take(&mut self.late) } else { Vec::new() };
-        for store in std::iter::once(store).chain(late) {
-            let mut world = self.world.borrow_mut();
-            if world.lives() {
-                store.to(&mut world.region[..]);
+        let delayed = if matches!(store, Store::U8(..)) { std::mem::take(&mut self.delayed) } else { Vec::new() };
+        for store in std::iter::once(store).chain(delayed) {
+            let mut state = self.state.borrow_mut();
+            if state.count_store() {
+                store.to(&mut state.region[..]);
             }
         }
     }
 }
 
-impl StoreSink for Shared {
+impl StoreSink for CrashSink {
     fn u8(&mut self, offset: usize, value: u8) {
         self.put(Store::U8(offset, value));
     }
@@ -258,24 +265,24 @@ impl StoreSink for Shared {
     }
 }
 
-/// A writer of the region by DPDK's rules: the mark first, every field by itself, one request at a time; the last
-/// commit stores index and wrap counter one after the other.
+/// DPDK's algorithm: the mark first, every field by itself, one request at a time. Its commit stores index and wrap counter
+/// one after the other.
 struct Dpdk {
-    shared: Shared,
+    sink: CrashSink,
     counter: u64,
 }
 
 impl Dpdk {
-    /// What its GET_INFLIGHT_FD, SET_INFLIGHT_FD and first start make of a region.
-    fn new(mut shared: Shared) -> Dpdk {
-        let size = shared.world.borrow().queue_size;
+    /// Initialises a region as DPDK does in GET_INFLIGHT_FD, SET_INFLIGHT_FD and at the first start.
+    fn new(mut sink: CrashSink) -> Dpdk {
+        let size = sink.state.borrow().queue_size;
         for wrap in [20, 21] {
-            shared.u8(wrap, 1);
+            sink.u8(wrap, 1);
         }
-        (0..size).for_each(|index| shared.u16(Dpdk::at(index) + 2, index + 1));
-        shared.u16(10, size);
-        shared.u16(8, 1);
-        Dpdk { shared, counter: 0 }
+        (0..size).for_each(|index| sink.u16(Dpdk::at(index) + 2, index + 1));
+        sink.u16(10, size);
+        sink.u16(8, 1);
+        Dpdk { sink, counter: 0 }
     }
 
     fn at(index: u16) -> usize {
@@ -283,147 +290,148 @@ impl Dpdk {
     }
 
     fn word(&self, offset: usize) -> u16 {
-        let world = self.shared.world.borrow();
-        u16::from_le_bytes([world.region[offset], world.region[offset + 1]])
+        let state = self.sink.state.borrow();
+        u16::from_le_bytes([state.region[offset], state.region[offset + 1]])
     }
 
     fn take(&mut self, descs: &[PackedDesc]) -> u16 {
         let head = self.word(14);
         let mut free = head;
-        self.shared.u16(Dpdk::at(head) + 6, 0);
-        self.shared.u64(Dpdk::at(head) + 8, self.counter);
+        self.sink.u16(Dpdk::at(head) + 6, 0);
+        self.sink.u64(Dpdk::at(head) + 8, self.counter);
         self.counter += 1;
-        self.shared.u8(Dpdk::at(head), 1);
+        self.sink.u8(Dpdk::at(head), 1);
         for (num, desc) in (1..).zip(descs) {
-            self.shared.u16(Dpdk::at(head) + 6, num);
-            self.shared.u64(Dpdk::at(free) + 24, desc.addr.get());
-            self.shared.u32(Dpdk::at(free) + 20, desc.len.get());
-            self.shared.u16(Dpdk::at(free) + 18, desc.flags.get());
-            self.shared.u16(Dpdk::at(free) + 16, desc.id.get());
-            self.shared.u16(Dpdk::at(head) + 4, free);
+            self.sink.u16(Dpdk::at(head) + 6, num);
+            self.sink.u64(Dpdk::at(free) + 24, desc.addr.get());
+            self.sink.u32(Dpdk::at(free) + 20, desc.len.get());
+            self.sink.u16(Dpdk::at(free) + 18, desc.flags.get());
+            self.sink.u16(Dpdk::at(free) + 16, desc.id.get());
+            self.sink.u16(Dpdk::at(head) + 4, free);
             free = self.word(Dpdk::at(free) + 2);
-            self.shared.u16(12, free);
+            self.sink.u16(12, free);
         }
-        self.shared.u16(14, free);
+        self.sink.u16(14, free);
         head
     }
 
     fn stage(&mut self, head: u16) {
         let last = self.word(Dpdk::at(head) + 4);
-        self.shared.u16(Dpdk::at(last) + 2, self.word(12));
-        self.shared.u16(12, head);
+        self.sink.u16(Dpdk::at(last) + 2, self.word(12));
+        self.sink.u16(12, head);
         let (used, size) = (self.word(16) + self.word(Dpdk::at(head) + 6), self.word(10));
-        self.shared.u16(16, used);
+        self.sink.u16(16, used);
         if used >= size {
-            self.shared.u16(16, used - size);
+            self.sink.u16(16, used - size);
             let wrap = self.word(20) as u8;
-            self.shared.u8(20, wrap ^ 1);
+            self.sink.u8(20, wrap ^ 1);
         }
     }
 
     fn commit(&mut self, head: u16) {
-        self.shared.u8(Dpdk::at(head), 0);
-        self.shared.u16(14, self.word(12));
-        self.shared.u16(18, self.word(16));
+        self.sink.u8(Dpdk::at(head), 0);
+        self.sink.u16(14, self.word(12));
+        self.sink.u16(18, self.word(16));
         let wrap = self.word(20) as u8;
-        self.shared.u8(21, wrap);
+        self.sink.u8(21, wrap);
     }
 }
 
-/// Whichever keeps the region.
-enum Tracker {
-    Ours(PackedInflight<Shared>),
+/// The running writer of the region.
+enum RunningWriter {
+    Tracker(PackedInflight<CrashSink>),
     Dpdk(Dpdk),
 }
 
 #[derive(Clone, Debug)]
 enum Step {
-    /// The guest makes requests of so many descriptors available.
+    /// The guest makes requests available that have these numbers of descriptors.
     Add(Vec<u8>),
-    /// The device takes this many.
+    /// The device takes this many requests.
     Take(u8),
-    /// The device completes a batch: picks among what it holds.
+    /// The device completes a batch, picked from the requests that it has taken.
     Complete(Vec<u8>),
-    /// The device gives back as many of the last requests that it holds.
+    /// The device puts back this many of the requests that it took last.
     PutBack(u8),
-    /// The guest looks at what is used.
+    /// The guest takes all used descriptors.
     Harvest,
 }
 
-/// What a successor finds, and where it takes the next request and puts the next used one.
-fn find(world: &World, mutation: Mutation) -> Result<(PackedRecovery, At, At), String> {
-    // The base that a front-end gives is as old as the connection (rule I4.5).
-    let mut given = base(world.start, world.start);
-    if mutation == Mutation::BaseForgottenWhenFresh && world.version() == 0 {
+/// The recovery of a successor, the position of the next request that it takes, and its used position.
+fn recover(state: &CrashState, mutation: Mutation) -> Result<(PackedRecovery, At, At), String> {
+    // The front-end's base is that of the first connection (rule I4.5).
+    let mut given = base(state.start, state.start);
+    if mutation == Mutation::BaseIgnoredWhenFresh && state.version() == 0 {
         given = base(At(0, true), At(0, true));
     }
-    let flags_of = |index| world.ring[usize::from(index)].flags.get();
-    let found = recover_packed(&world.region, world.queue_size, world.size(), given, flags_of);
+    let flags_of = |index| state.ring[usize::from(index)].flags.get();
+    let found = recover_packed(&state.region, state.queue_size, state.size(), given, flags_of);
     let mut recovery = found.map_err(|e| e.to_string())?;
     match mutation {
-        Mutation::CountersStartOver => recovery.next_counter = 1,
-        Mutation::StaleLeftAlone => recovery.stale.clear(),
-        Mutation::FrontendsBaseBelieved => recovery.base = None,
+        Mutation::CountersRestart => recovery.next_counter = 1,
+        Mutation::StaleNotRepaired => recovery.stale.clear(),
+        Mutation::FrontendsBaseUsed => recovery.base = None,
         _ => {}
     }
     let [avail, used] = halves(recovery.base.unwrap_or(given));
     Ok((recovery, avail, used))
 }
 
-/// The promises, for a successor that starts now, with the guest asleep or busy in the meantime.
-fn check(world: &World, mutation: Mutation) -> Result<(), String> {
-    let mut awake = world.clone();
-    awake.harvest()?;
-    check_one(world, mutation)?;
-    check_one(&awake, mutation)?;
-    (0..awake.size()).for_each(|i| awake.add(i as u8 % 3 + 1));
-    check_one(&awake, mutation).map_err(|e| format!("{e} (after the guest went on)"))
+/// Checks the recovery of a successor that starts now: with an idle guest, after the guest has taken used descriptors, and
+/// after it has made more requests available.
+fn check(state: &CrashState, mutation: Mutation) -> Result<(), String> {
+    let mut busy = state.clone();
+    busy.harvest()?;
+    check_one(state, mutation)?;
+    check_one(&busy, mutation)?;
+    (0..busy.size()).for_each(|i| busy.add(i as u8 % 3 + 1));
+    check_one(&busy, mutation).map_err(|e| format!("{e} (after further requests of the guest)"))
 }
 
-fn check_one(world: &World, mutation: Mutation) -> Result<(), String> {
-    let (recovery, avail, _) = find(world, mutation)?;
-    let mut guest = world.clone();
+fn check_one(state: &CrashState, mutation: Mutation) -> Result<(), String> {
+    let (recovery, avail, _) = recover(state, mutation)?;
+    let mut guest = state.clone();
     guest.harvest()?;
     let mut all = Vec::new();
     for found in &recovery.resubmit {
         let request = request_of(&found.descs);
-        if world.made.get(request) != Some(&found.descs) {
-            return Err(format!("never made: {found:?}"));
+        if state.made.get(request) != Some(&found.descs) {
+            return Err(format!("the guest has not made {found:?}"));
         }
         if !guest.outstanding().contains(&request) {
-            return Err(format!("{request} again, which the guest has seen completed"));
+            return Err(format!("{request}, which the guest has seen completed, is repeated"));
         }
         all.push(request);
     }
     let mut at = avail;
-    while let Some(descs) = world.available(at) {
+    while let Some(descs) = state.available(at) {
         all.push(request_of(&descs));
-        at = at.after(descs.len(), world.size());
-        if all.len() > world.ring.len() {
-            return Err("more than the ring holds".into());
+        at = at.after(descs.len(), state.size());
+        if all.len() > state.ring.len() {
+            return Err("more requests than the ring holds".into());
         }
     }
     if !all.is_sorted() {
-        return Err(format!("order not kept: {all:?}"));
+        return Err(format!("requests are out of order: {all:?}"));
     }
     if all != guest.outstanding() {
-        return Err(format!("to be served {:?}, would be served {all:?}", guest.outstanding()));
+        return Err(format!("requests to be served: {:?}, served: {all:?}", guest.outstanding()));
     }
-    if world.version() == 1
-        && by_the_specification(world) != recovery.resubmit.iter().map(|r| r.entry).collect::<Vec<_>>()
+    if state.version() == 1
+        && resubmit_by_the_specification(state) != recovery.resubmit.iter().map(|r| r.entry).collect::<Vec<_>>()
     {
-        return Err("one that recovers by the specification would serve others".into());
+        return Err("recovery by the specification gives other requests".into());
     }
     for stop in 0..=recovery.stores.len() + recovery.stale.len() {
-        let mut killed = world.clone();
+        let mut killed = state.clone();
         recovery.stores.iter().take(stop).for_each(|store| store.to(&mut killed.region[..]));
         let repaired = stop.saturating_sub(recovery.stores.len());
         for (index, flags) in &recovery.stale[..repaired] {
             killed.ring[usize::from(*index)].flags = (*flags).into();
         }
-        let (second, second_avail, _) = find(&killed, mutation)?;
+        let (second, second_avail, _) = recover(&killed, mutation)?;
         if (&second.resubmit, second_avail) != (&recovery.resubmit, avail) {
-            return Err(format!("killed after {stop} stores of recovery: {second:?} and not {recovery:?}"));
+            return Err(format!("killed after {stop} stores of recovery: {second:?}, expected {recovery:?}"));
         }
         if second.stale != recovery.stale[repaired..] {
             return Err(format!("killed after {stop} stores of recovery: stale are {:?}", second.stale));
@@ -432,24 +440,24 @@ fn check_one(world: &World, mutation: Mutation) -> Result<(), String> {
     Ok(())
 }
 
-/// The entries that a successor would serve which follows the text of the specification, besides what the text leaves
-/// out: that a batch may be as long as the ring.
-fn by_the_specification(world: &World) -> Vec<u16> {
-    let word = |offset: usize| u16::from_le_bytes([world.region[offset], world.region[offset + 1]]);
-    let (used, old) = ((word(16), world.region[20]), (word(18), world.region[21]));
+/// The entries that a recovery by the text of the specification resubmits, corrected for batches as long as the ring, which
+/// the text does not cover.
+fn resubmit_by_the_specification(state: &CrashState) -> Vec<u16> {
+    let word = |offset: usize| u16::from_le_bytes([state.region[offset], state.region[offset + 1]]);
+    let (used, old) = ((word(16), state.region[20]), (word(18), state.region[21]));
     let wrap = old.1 == 1;
-    let flags = world.ring[usize::from(old.0)].flags.get();
+    let flags = state.ring[usize::from(old.0)].flags.get();
     let committed = used != old && flag_bits(flags) != (wrap, !wrap);
     let mut free = if committed { word(12) } else { word(14) };
     let mut marked: BTreeMap<(u64, u16), ()> = BTreeMap::new();
-    for index in 0..world.queue_size {
+    for index in 0..state.queue_size {
         let at = HEADER + ENTRY * usize::from(index);
-        if world.region[at] == 1 {
-            marked.insert((u64::from_le_bytes(world.region[at + 8..at + 16].try_into().unwrap()), index), ());
+        if state.region[at] == 1 {
+            marked.insert((u64::from_le_bytes(state.region[at + 8..at + 16].try_into().unwrap()), index), ());
         }
     }
-    for _ in 0..world.queue_size {
-        if free < world.queue_size {
+    for _ in 0..state.queue_size {
+        if free < state.queue_size {
             marked.retain(|(_, index), ()| *index != free);
             free = word(HEADER + ENTRY * usize::from(free) + 2);
         }
@@ -457,39 +465,39 @@ fn by_the_specification(world: &World) -> Vec<u16> {
     marked.into_keys().map(|(_, index)| index).collect()
 }
 
-/// One life of a back-end, until `steps` are done or it is killed. Returns how many steps were begun.
-fn live(world: World, steps: &[Step], writer: Writer) -> Result<(World, usize), String> {
+/// Runs a back-end until `steps` are done or it is killed. Returns the number of steps that it began.
+fn run_process(state: CrashState, steps: &[Step], writer: Writer) -> Result<(CrashState, usize), String> {
     let mutation = match writer {
-        Writer::Ours(mutation) => mutation,
+        Writer::Tracker(mutation) => mutation,
         Writer::Dpdk => Mutation::None,
     };
-    let size = world.size();
-    let (recovery, mut avail, mut used) = find(&world, mutation)?;
-    let world = Rc::new(RefCell::new(world));
-    let shared = Shared { world: world.clone(), mutation, late: Vec::new() };
+    let size = state.size();
+    let (recovery, mut avail, mut used) = recover(&state, mutation)?;
+    let state = Rc::new(RefCell::new(state));
+    let sink = CrashSink { state: state.clone(), mutation, delayed: Vec::new() };
     let mut tracker = match writer {
-        Writer::Ours(_) => Tracker::Ours(PackedInflight::resume(shared, &recovery)),
-        Writer::Dpdk => Tracker::Dpdk(Dpdk::new(shared)),
+        Writer::Tracker(_) => RunningWriter::Tracker(PackedInflight::resume(sink, &recovery)),
+        Writer::Dpdk => RunningWriter::Dpdk(Dpdk::new(sink)),
     };
     for (index, flags) in &recovery.stale {
-        if let Some(desc) = world.borrow_mut().desc(*index) {
+        if let Some(desc) = state.borrow_mut().desc(*index) {
             desc.flags = (*flags).into();
         }
     }
     let mut held: Vec<(u16, Vec<PackedDesc>)> = recovery.resubmit.into_iter().map(|r| (r.entry, r.descs)).collect();
     let mut begun = 0;
-    while world.borrow().fuse > 0 && begun < steps.len() {
+    while state.borrow().stores_left > 0 && begun < steps.len() {
         match &steps[begun] {
-            Step::Add(counts) => counts.iter().for_each(|count| world.borrow_mut().add(*count)),
-            Step::Harvest => world.borrow_mut().harvest()?,
+            Step::Add(counts) => counts.iter().for_each(|count| state.borrow_mut().add(*count)),
+            Step::Harvest => state.borrow_mut().harvest()?,
             Step::Take(count) => {
                 for _ in 0..*count {
-                    let found = world.borrow().available(avail);
+                    let found = state.borrow().available(avail);
                     let Some(descs) = found else { break };
                     let entry = match &mut tracker {
-                        Tracker::Ours(inflight) => inflight.take(&descs).ok_or("no entry for a request")?,
-                        Tracker::Dpdk(dpdk) if world.borrow().fuse > 0 => dpdk.take(&descs),
-                        Tracker::Dpdk(_) => break,
+                        RunningWriter::Tracker(inflight) => inflight.take(&descs).ok_or("no entry for a request")?,
+                        RunningWriter::Dpdk(dpdk) if state.borrow().stores_left > 0 => dpdk.take(&descs),
+                        RunningWriter::Dpdk(_) => break,
                     };
                     avail = avail.after(descs.len(), size);
                     held.push((entry, descs));
@@ -499,17 +507,17 @@ fn live(world: World, steps: &[Step], writer: Writer) -> Result<(World, usize), 
                 let last = held.split_off(held.len().saturating_sub(usize::from(*count)));
                 let back = avail.before(last.iter().map(|(_, descs)| descs.len()).sum(), size);
                 match &mut tracker {
-                    Tracker::Ours(inflight) if world.borrow().has(back, &last) => {
+                    RunningWriter::Tracker(inflight) if state.borrow().has(back, &last) => {
                         let mut entries: Vec<u16> = last.iter().rev().map(|(entry, _)| *entry).collect();
                         match mutation {
-                            Mutation::PutBackUnmarked => entries.clear(),
-                            Mutation::PutBackFirstFirst => entries.reverse(),
+                            Mutation::PutBackNotStored => entries.clear(),
+                            Mutation::PutBackInOrder => entries.reverse(),
                             _ => {}
                         }
                         entries.into_iter().for_each(|entry| inflight.put_back(entry));
                         avail = back;
                     }
-                    // DPDK gives nothing back, and nobody what is written over.
+                    // DPDK puts nothing back, and requests whose descriptors are overwritten cannot be put back.
                     _ => held.extend(last),
                 }
             }
@@ -519,52 +527,52 @@ fn live(world: World, steps: &[Step], writer: Writer) -> Result<(World, usize), 
                     batch.push(held.remove(usize::from(*pick) % held.len()));
                 }
                 // DPDK publishes one request at a time.
-                let most = if writer == Writer::Dpdk { 1 } else { batch.len().max(1) };
-                for batch in batch.chunks(most) {
-                    complete(&world, &mut tracker, batch, &mut used, mutation);
+                let batch_size = if writer == Writer::Dpdk { 1 } else { batch.len().max(1) };
+                for batch in batch.chunks(batch_size) {
+                    complete(&state, &mut tracker, batch, &mut used, mutation);
                 }
             }
         }
         begun += 1;
     }
     drop(tracker);
-    Ok((Rc::into_inner(world).expect("the process is gone").into_inner(), begun))
+    Ok((Rc::into_inner(state).expect("the process has ended").into_inner(), begun))
 }
 
 fn complete(
-    world: &RefCell<World>,
-    tracker: &mut Tracker,
+    state: &RefCell<CrashState>,
+    tracker: &mut RunningWriter,
     batch: &[(u16, Vec<PackedDesc>)],
     used: &mut At,
     mutation: Mutation,
 ) {
-    let stage = |tracker: &mut Tracker| {
+    let stage = |tracker: &mut RunningWriter| {
         for (entry, _) in batch {
             match tracker {
-                Tracker::Ours(inflight) => inflight.stage(*entry),
-                Tracker::Dpdk(dpdk) => dpdk.stage(*entry),
+                RunningWriter::Tracker(inflight) => inflight.stage(*entry),
+                RunningWriter::Dpdk(dpdk) => dpdk.stage(*entry),
             }
         }
     };
-    let commit = |tracker: &mut Tracker| match tracker {
-        Tracker::Ours(inflight) => inflight.commit(),
-        Tracker::Dpdk(dpdk) => dpdk.commit(batch[0].0),
+    let commit = |tracker: &mut RunningWriter| match tracker {
+        RunningWriter::Tracker(inflight) => inflight.commit(),
+        RunningWriter::Dpdk(dpdk) => dpdk.commit(batch[0].0),
     };
     let mut publish = || {
-        let mut world = world.borrow_mut();
+        let mut state = state.borrow_mut();
         let mut elements = Vec::new();
         for (_, descs) in batch {
             elements.push((*used, descs.last().expect("a descriptor").id));
-            *used = used.after(descs.len(), world.size());
+            *used = used.after(descs.len(), state.size());
         }
         if mutation != Mutation::FirstFlagsFirst {
             elements.reverse();
         }
         for (At(index, wrap), id) in elements {
-            if let Some(desc) = world.desc(index) {
+            if let Some(desc) = state.desc(index) {
                 desc.id = id;
             }
-            if let Some(desc) = world.desc(index) {
+            if let Some(desc) = state.desc(index) {
                 desc.flags = with_bits(0, wrap, wrap).into();
             }
         }
@@ -588,42 +596,46 @@ fn complete(
     }
 }
 
-/// Runs `steps` with a kill of `first` after every possible number of stores, and of its successors after a few each.
-fn kill_everywhere(new: &World, steps: &[Step], first: Writer) -> Result<usize, String> {
-    let (mutation, ours) = match first {
-        Writer::Ours(mutation) => (mutation, first),
-        Writer::Dpdk => (Mutation::None, Writer::Ours(Mutation::None)),
+/// Runs `steps` and kills the first process after every possible number of stores, and each successor after a few stores.
+/// Returns the number of kills.
+fn kill_everywhere(new: &CrashState, steps: &[Step], first: Writer) -> Result<usize, String> {
+    let (mutation, successor) = match first {
+        Writer::Tracker(mutation) => (mutation, first),
+        Writer::Dpdk => (Mutation::None, Writer::Tracker(Mutation::None)),
     };
-    let (done, _) = live(new.clone(), steps, first)?;
+    let (done, _) = run_process(new.clone(), steps, first)?;
     let mut kills = 0;
-    for fuse in 0..=done.stores {
-        let (mut world, begun) = live(World { fuse, ..new.clone() }, steps, first)?;
-        // What DPDK does before it is connected is not killed here.
-        if first == Writer::Dpdk && world.version() == 0 {
+    for stores_left in 0..=done.stores {
+        let (mut state, begun) = run_process(CrashState { stores_left, ..new.clone() }, steps, first)?;
+        // The initialisation by DPDK, before it is connected, is not killed.
+        if first == Writer::Dpdk && state.version() == 0 {
             continue;
         }
-        check(&world, mutation).map_err(|e| format!("killed after store {fuse}: {e}"))?;
+        check(&state, mutation).map_err(|e| format!("killed after store {stores_left}: {e}"))?;
         kills += 1;
+        // Each successor gets one store more than the one before, so that every phase of a successor is killed too.
         let mut rest = &steps[begun..];
-        for patience in 1.. {
-            world.fuse = fuse % 7 + patience;
-            let (next, begun) = live(world, rest, ours)?;
-            world = next;
-            check(&world, mutation).map_err(|e| format!("killed after store {fuse}, life {patience}: {e}"))?;
+        for process in 1.. {
+            state.stores_left = stores_left % 7 + process;
+            let (next, begun) = run_process(state, rest, successor)?;
+            state = next;
+            check(&state, mutation)
+                .map_err(|e| format!("killed after store {stores_left}, successor {process}: {e}"))?;
             kills += 1;
             rest = &rest[begun..];
             if rest.is_empty() {
                 break;
             }
         }
-        // The last one lives, and everything comes to its end, one request after the other.
-        world.fuse = usize::MAX;
+        // The last successor is not killed and completes everything, one request after the other.
+        state.stores_left = usize::MAX;
         let mut all = vec![Step::Take(u8::MAX)];
         all.extend((0..new.size()).flat_map(|i| [Step::Complete(vec![i as u8]), Step::Harvest]));
-        let (mut world, _) = live(world, &all, ours).map_err(|e| format!("killed after store {fuse}: at last {e}"))?;
-        world.harvest()?;
-        if !world.outstanding.is_empty() || world.completed.len() != world.made.len() {
-            return Err(format!("killed after store {fuse}: {:?} never completed", world.outstanding()));
+        let (mut state, _) = run_process(state, &all, successor)
+            .map_err(|e| format!("killed after store {stores_left}, last successor: {e}"))?;
+        state.harvest()?;
+        if !state.outstanding.is_empty() || state.completed.len() != state.made.len() {
+            return Err(format!("killed after store {stores_left}: {:?} never completed", state.outstanding()));
         }
     }
     Ok(kills)
@@ -639,7 +651,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// Sizes of the region's queues and of the ring, which need be no power of two.
+/// Sizes of the region's queues and of the ring, which need not be a power of two.
 fn sizes() -> impl Strategy<Value = (u16, u16)> {
     prop::sample::select(vec![(1, 1), (2, 2), (3, 3), (4, 4), (8, 5), (8, 8), (16, 13)])
 }
@@ -648,26 +660,26 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
     #[test]
-    fn killed_at_any_store_nothing_is_lost_reordered_or_done_again(
+    fn a_kill_after_any_store_loses_reorders_and_repeats_no_request(
         (queue_size, ring_size) in sizes(), index in any::<u16>(), wrap in any::<bool>(),
         steps in prop::collection::vec(step(), 1..20)
     ) {
-        let new = World::new(queue_size, ring_size, At(index % ring_size, wrap));
-        let kills = kill_everywhere(&new, &steps, Writer::Ours(Mutation::None)).map_err(TestCaseError::fail)?;
+        let new = CrashState::new(queue_size, ring_size, At(index % ring_size, wrap));
+        let kills = kill_everywhere(&new, &steps, Writer::Tracker(Mutation::None)).map_err(TestCaseError::fail)?;
         prop_assert!(kills > 0);
     }
 
     #[test]
-    fn a_region_that_dpdk_kept_up_to_any_store_is_taken_over(
+    fn a_region_written_by_dpdk_is_recovered_after_a_kill_at_any_store(
         size in prop::sample::select(vec![2u16, 4, 7, 8]), steps in prop::collection::vec(step(), 1..20)
     ) {
-        let kills = kill_everywhere(&World::new(size, size, At(0, true)), &steps, Writer::Dpdk);
+        let kills = kill_everywhere(&CrashState::new(size, size, At(0, true)), &steps, Writer::Dpdk);
         prop_assert!(kills.map_err(TestCaseError::fail)? > 0);
     }
 }
 
 #[test]
-fn the_model_notices_every_wrong_order_of_stores() {
+fn the_model_notices_every_mutation_of_the_tracker() {
     use Step::{Add, Complete, Harvest, PutBack, Take};
     let steps = [
         Add(vec![1, 3, 1]),
@@ -696,23 +708,23 @@ fn the_model_notices_every_wrong_order_of_stores() {
         Add(vec![1]),
         Complete(vec![0]),
     ];
-    let new = World::new(8, 8, At(5, false));
-    assert!(kill_everywhere(&new, &steps, Writer::Ours(Mutation::None)).unwrap() > 100);
+    let new = CrashState::new(8, 8, At(5, false));
+    assert!(kill_everywhere(&new, &steps, Writer::Tracker(Mutation::None)).unwrap() > 100);
     for mutation in [
         Mutation::CommitBeforePublish,
         Mutation::StageAfterPublish,
         Mutation::FirstFlagsFirst,
-        Mutation::StaleLeftAlone,
-        Mutation::HeadsNotKept,
-        Mutation::UsedNotKept,
+        Mutation::StaleNotRepaired,
+        Mutation::HeadsNotStored,
+        Mutation::UsedNotStored,
         Mutation::MarkBeforeCopies,
-        Mutation::BaseForgottenWhenFresh,
-        Mutation::FrontendsBaseBelieved,
-        Mutation::CountersStartOver,
-        Mutation::PutBackUnmarked,
-        Mutation::PutBackFirstFirst,
+        Mutation::BaseIgnoredWhenFresh,
+        Mutation::FrontendsBaseUsed,
+        Mutation::CountersRestart,
+        Mutation::PutBackNotStored,
+        Mutation::PutBackInOrder,
     ] {
-        let noticed = kill_everywhere(&new, &steps, Writer::Ours(mutation));
-        assert!(noticed.is_err(), "{mutation:?} went unnoticed");
+        let noticed = kill_everywhere(&new, &steps, Writer::Tracker(mutation));
+        assert!(noticed.is_err(), "{mutation:?} is not noticed");
     }
 }

@@ -1,4 +1,4 @@
-//! A guest moves without waiting for its disk: requests in flight move with the inflight region (rule I8), by
+//! Migration without draining the disk: requests in flight move with the inflight region (rule I8), by
 //! GET_VRING_BASE_INFLIGHT and GET_VRING_BASE_SKIP_DRAIN.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::EventFd;
+use rstest::rstest;
 use vhost_migrate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
 use vhost_migrate::backend::blk::{Aio, BlkDevice, BlkOptions};
 use vhost_migrate::backend::{BackendListener, Queue, Request, VirtioDevice, serve};
@@ -19,20 +20,20 @@ use vhost_migrate::guest::{Guest, GuestConfig, GuestState, make_memory};
 use vhost_migrate::memory::{LOG_PAGE, Memory};
 
 const MIB: u64 = 1 << 20;
-const PATIENCE: Duration = Duration::from_secs(120);
-const MOVES: u64 = 6;
+const TIMEOUT: Duration = Duration::from_secs(120);
+const MIGRATIONS: u64 = 6;
 
-/// A disk that lets every request wait for a while before it looks at it.
-struct Slow(BlkDevice);
+/// A disk that serves every request 20 ms after it was submitted.
+struct SlowDisk(BlkDevice);
 
 struct SlowQueue {
     disk: Box<dyn Queue>,
     waiting: VecDeque<(Instant, Request)>,
-    /// Always readable.
+    /// Always readable, so that the worker polls for completions.
     ready: EventFd,
 }
 
-impl VirtioDevice for Slow {
+impl VirtioDevice for SlowDisk {
     fn features(&self) -> u64 {
         self.0.features()
     }
@@ -81,7 +82,7 @@ impl Queue for SlowQueue {
     }
 }
 
-/// A back-end on the image that all share.
+/// A back-end on the shared image.
 struct Backend {
     stop: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
@@ -95,14 +96,14 @@ impl Backend {
             inflight_migration: true,
             ..BlkOptions::new(folder.join("image"))
         });
-        let device: Arc<dyn VirtioDevice> = Arc::new(Slow(disk.unwrap()));
+        let device: Arc<dyn VirtioDevice> = Arc::new(SlowDisk(disk.unwrap()));
         let path = folder.join(socket);
         let listener = BackendListener::bind(&path).unwrap();
         let stop = Arc::new(EventFd::new().unwrap());
         let until = stop.clone();
         let thread = std::thread::spawn(move || serve(&listener, &device, until.as_fd()).unwrap());
         let options = UserOptions::default().with_inflight_migration();
-        let device = UserDevice::connect(&path, options, Instant::now() + PATIENCE).unwrap();
+        let device = UserDevice::connect(&path, options, Instant::now() + TIMEOUT).unwrap();
         (Backend { stop, thread: Some(thread) }, device)
     }
 }
@@ -118,7 +119,7 @@ fn run_for(guest: &Guest, requests: u64) {
     let (before, start) = (guest.stats().completions, Instant::now());
     while guest.stats().completions < before + requests {
         assert!(guest.failure().is_none(), "{}", guest.failure().unwrap());
-        assert!(start.elapsed() < PATIENCE, "the guest does nothing");
+        assert!(start.elapsed() < TIMEOUT, "the guest completes no requests");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -141,7 +142,8 @@ fn copy(memory: &Memory) -> Memory {
     to
 }
 
-/// Marks in the inflight regions of a guest: split entries have 16 bytes, packed ones 32, behind a header of one entry.
+/// Number of marks in the inflight regions of a guest. Split entries have 16 bytes and packed ones 32, after a header of the
+/// size of one entry.
 fn in_flight(state: &GuestState) -> usize {
     let entry = if state.config.packed { 32 } else { 16 };
     let inflight = state.devices.iter().map(|device| device.inflight.as_ref().unwrap());
@@ -152,7 +154,11 @@ fn in_flight(state: &GuestState) -> usize {
     marks.sum()
 }
 
-fn moves_with_requests_in_flight(packed: bool, aio: Aio) {
+#[rstest]
+#[case::split(false, Aio::IoUring)]
+#[case::packed(true, Aio::IoUring)]
+#[case::threads(false, Aio::Threads)]
+fn requests_in_flight_move_with_the_inflight_region(#[case] packed: bool, #[case] aio: Aio) {
     let folder = tempfile::tempdir().unwrap();
     std::fs::File::create(folder.path().join("image")).unwrap().set_len(16 * MIB).unwrap();
     let config = GuestConfig {
@@ -167,13 +173,13 @@ fn moves_with_requests_in_flight(packed: bool, aio: Aio) {
     guest.boot(vec![Box::new(device)]).unwrap();
     guest.resume().unwrap();
     let mut moved = 0;
-    for number in 1..=MOVES {
+    for number in 1..=MIGRATIONS {
         run_for(&guest, 50);
         guest.pause().unwrap();
         guest.stop_devices().unwrap();
         let before = bytes(guest.memory());
         if number % 3 == 0 {
-            // The migration fails: the guest goes on where it is.
+            // As if the migration had failed: the guest continues at the source.
             guest.start_devices().unwrap();
             guest.resume().unwrap();
             run_for(&guest, 50);
@@ -181,7 +187,7 @@ fn moves_with_requests_in_flight(packed: bool, aio: Aio) {
             guest.stop_devices().unwrap();
         } else {
             std::thread::sleep(Duration::from_millis(30));
-            assert!(before == bytes(guest.memory()), "memory was written after its rings were stopped");
+            assert!(before == bytes(guest.memory()), "memory is written after the rings have stopped");
         }
         let state = guest.save_state().unwrap();
         moved += in_flight(&state);
@@ -198,35 +204,20 @@ fn moves_with_requests_in_flight(packed: bool, aio: Aio) {
     run_for(&guest, 100);
     guest.verify().unwrap();
     assert_eq!((guest.stats().lost, guest.stats().duplicates), (0, 0));
-    assert!(moved >= MOVES as usize, "{moved} requests were in flight: this has tested nothing");
+    assert!(moved >= MIGRATIONS as usize, "only {moved} requests were in flight in {MIGRATIONS} migrations");
     drop(guest);
     drop(backend);
 }
 
 #[test]
-fn with_split_rings() {
-    moves_with_requests_in_flight(false, Aio::IoUring);
-}
-
-#[test]
-fn with_packed_rings() {
-    moves_with_requests_in_flight(true, Aio::IoUring);
-}
-
-#[test]
-fn with_threads() {
-    moves_with_requests_in_flight(false, Aio::Threads);
-}
-
-#[test]
-fn a_back_end_that_can_not_leave_requests_in_flight_is_refused_at_once() {
+fn a_back_end_without_the_inflight_migration_features_is_refused_at_boot() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::File::create(folder.path().join("image")).unwrap().set_len(16 * MIB).unwrap();
     let (_backend, device) = Backend::start(folder.path(), "0", Aio::Threads);
     drop(device);
-    // Not asked for, it is not agreed on.
+    // A front-end that does not ask for the features does not negotiate them.
     let path = folder.path().join("0");
-    let device = UserDevice::connect(path, UserOptions::default(), Instant::now() + PATIENCE).unwrap();
+    let device = UserDevice::connect(path, UserOptions::default(), Instant::now() + TIMEOUT).unwrap();
     let mut guest = Guest::new(GuestConfig { inflight_migration: true, ..GuestConfig::new(16 * MIB) }).unwrap();
     let error = guest.boot(vec![Box::new(device)]).unwrap_err();
     assert!(error.to_string().contains("--inflight-migration"), "{error}");

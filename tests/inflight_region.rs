@@ -1,4 +1,4 @@
-//! The inflight region between processes: what is mapped, what is refused, and what is made of a stranger's bytes.
+//! The inflight region between processes: mapping, refused regions, and recovery from arbitrary bytes.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::os::fd::AsFd;
@@ -15,7 +15,7 @@ use vhost_migrate::ring::RingBase;
 const HEADER: usize = 16;
 const ENTRY: usize = 16;
 
-/// A region as its bytes say: version 1, the marked heads with their counters and links, and the header's words.
+/// The bytes of a split queue's part of version 1: entries as head, mark, next and counter.
 fn region(size: u16, used_idx: u16, last_batch_head: u16, entries: &[(u16, u8, u16, u64)]) -> Vec<u8> {
     let mut bytes = vec![0; split_queue_bytes(size) as usize];
     let to = &mut bytes[..];
@@ -36,7 +36,7 @@ fn resubmit(bytes: &[u8], used_idx: u16, size: u16) -> Vec<u16> {
 }
 
 #[test]
-fn a_successor_that_maps_the_same_file_finds_what_was_taken() {
+fn a_successor_that_maps_the_same_file_finds_the_requests_in_flight() {
     let (first, fd) = InflightRegion::create(RingKind::Split, 2, 8).unwrap();
     assert_eq!((first.kind(), first.queues(), first.queue_size()), (RingKind::Split, 2, 8));
     let (mut inflight, fresh) = first.split(1, 8, 0).unwrap();
@@ -61,7 +61,7 @@ fn a_successor_that_maps_the_same_file_finds_what_was_taken() {
     assert_eq!((found.resubmit, found.next_avail), (vec![5, 7], Some(3)));
     inflight.take(0);
     let (_, other) = second.split(0, 8, 0).unwrap();
-    assert!(other.resubmit.is_empty(), "the other queue has a part of its own");
+    assert!(other.resubmit.is_empty(), "each queue has its own part");
 
     let third = InflightRegion::map(
         RingKind::Split,
@@ -73,7 +73,7 @@ fn a_successor_that_maps_the_same_file_finds_what_was_taken() {
     )
     .unwrap();
     let (inflight, found) = third.split(1, 8, 1).unwrap();
-    assert_eq!(found.resubmit, [5, 7, 0], "counters go on above those of the predecessor");
+    assert_eq!(found.resubmit, [5, 7, 0], "counters continue above those of the predecessor");
     inflight.reset();
     let (_, fresh) = third.split(1, 8, 40).unwrap();
     assert_eq!((fresh.next_avail, fresh.resubmit), (None, vec![]), "after a reset the region is fresh");
@@ -81,16 +81,16 @@ fn a_successor_that_maps_the_same_file_finds_what_was_taken() {
 }
 
 #[test]
-fn a_fresh_region_on_a_used_ring_takes_its_index_and_marks_no_batch() {
+fn a_fresh_region_on_a_used_ring_takes_the_rings_used_index_and_has_no_last_batch() {
     let (region, _fd) = InflightRegion::create(RingKind::Split, 1, 4).unwrap();
     let (mut inflight, _) = region.split(0, 4, 1234).unwrap();
     inflight.take(0);
-    // Were the index of the region 0, descriptor 0 would count as the head of the last batch, and be lost.
+    // With a used index of 0 in the region, descriptor 0 would be the head of the last batch, and would be lost.
     assert_eq!(resubmit(&region.copy(0).unwrap(), 1234, 4), [0]);
 }
 
 #[test]
-fn a_fresh_region_keeps_nothing_of_what_was_in_it() {
+fn the_initialisation_of_a_fresh_region_clears_its_former_contents() {
     let header = |bytes: &[u8], words: [usize; 4]| words.map(|at| u16::from_le_bytes([bytes[at], bytes[at + 1]]));
     let mut bytes = region(4, 0, 3, &[(0, 1, 2, u64::MAX), (2, 9, 3, 7), (3, 1, 0, 0)]);
     bytes.u16(8, 0);
@@ -118,7 +118,7 @@ fn a_fresh_region_keeps_nothing_of_what_was_in_it() {
 }
 
 #[test]
-fn a_region_that_does_not_fit_is_refused_before_it_is_touched() {
+fn a_region_that_does_not_fit_is_refused_before_it_is_accessed() {
     let needed = InflightRegion::bytes_for(RingKind::Split, 2, 128).unwrap();
     assert_eq!(needed, 2 * 2112);
     let fd = sealed_memfd("inflight-test", needed).unwrap();
@@ -141,7 +141,7 @@ fn a_region_that_does_not_fit_is_refused_before_it_is_touched() {
 }
 
 #[test]
-fn a_region_at_an_offset_of_its_file_leaves_the_rest_alone() {
+fn stores_into_a_region_at_an_offset_do_not_change_the_rest_of_the_file() {
     let needed = InflightRegion::bytes_for(RingKind::Split, 1, 4).unwrap();
     let fd = sealed_memfd("inflight-test", 8 + 2 * needed).unwrap();
     let region = InflightRegion::map(RingKind::Split, fd.as_fd(), needed, 8, 1, 4).unwrap();
@@ -156,7 +156,7 @@ fn a_region_at_an_offset_of_its_file_leaves_the_rest_alone() {
 }
 
 #[test]
-fn the_last_entry_of_a_queue_is_kept_and_the_next_queue_is_left_alone() {
+fn the_last_entry_of_a_queue_is_stored_and_the_next_queue_is_not_changed() {
     // Three entries and their header fill the queue's part to the last byte.
     let (region, _fd) = InflightRegion::create(RingKind::Split, 2, 3).unwrap();
     assert_eq!(region.copy(0).unwrap().len(), HEADER + 3 * ENTRY);
@@ -182,8 +182,8 @@ fn a_reset_makes_every_queue_fresh() {
 }
 
 #[test]
-fn a_batch_published_and_half_cleared_is_not_served_again() {
-    // Published were 6, 1 and 4; the mark of 6 is cleared already; 3 and 2 are in flight.
+fn a_published_batch_whose_marks_are_cleared_in_part_is_not_served_again() {
+    // 6, 1 and 4 are published, and the mark of 6 is cleared; 3 and 2 are in flight.
     let bytes = region(8, 10, 4, &[(6, 0, 0, 1), (1, 1, 6, 2), (4, 1, 1, 3), (3, 1, 0, 9), (2, 1, 0, 8)]);
     let SplitRecovery { stores, resubmit, next_avail, next_counter, .. } = recover_split(&bytes, 13, 8).unwrap();
     assert_eq!((resubmit, next_avail, next_counter), (vec![2, 3], Some(15), 10));
@@ -191,10 +191,10 @@ fn a_batch_published_and_half_cleared_is_not_served_again() {
 }
 
 #[test]
-fn a_region_whose_links_nobody_kept_gives_up_only_what_is_sure() {
+fn only_the_head_of_a_batch_without_links_counts_as_completed() {
     let unlinked = |used| region(8, used, 5, &[(5, 1, 0, 1), (0, 1, 0, 2), (3, 1, 0, 3)]);
-    assert_eq!(resubmit(&unlinked(7), 8, 8), [0, 3], "one request: the head alone");
-    assert_eq!(resubmit(&unlinked(7), 10, 8), [0, 3], "links that run in circles are no list");
+    assert_eq!(resubmit(&unlinked(7), 8, 8), [0, 3], "a batch of one request");
+    assert_eq!(resubmit(&unlinked(7), 10, 8), [0, 3], "circular links");
 }
 
 #[test]
@@ -205,7 +205,7 @@ fn the_used_index_may_wrap_between_publishing_and_the_crash() {
 }
 
 #[test]
-fn contents_that_cannot_be_true_are_refused_with_their_rule() {
+fn invalid_contents_are_refused_and_the_error_cites_the_rule() {
     let marked = [(1, 1, 0, 1)];
     let refused = |bytes: &[u8], used_idx| recover_split(bytes, used_idx, 4).unwrap_err();
     let good = region(4, 0, 0, &marked);
@@ -226,23 +226,23 @@ fn contents_that_cannot_be_true_are_refused_with_their_rule() {
 }
 
 #[test]
-fn a_region_with_nothing_in_flight_follows_the_ring_wherever_it_went() {
+fn a_region_with_no_request_in_flight_accepts_any_used_index_of_the_ring() {
     let found = recover_split(&region(4, 500, 9, &[]), 0, 4).unwrap();
     assert_eq!((found.resubmit, found.next_avail), (vec![], Some(0)));
 }
 
 proptest! {
     #[test]
-    fn any_bytes_give_an_error_or_a_recovery_that_makes_sense(
+    fn arbitrary_bytes_give_an_error_or_a_valid_recovery(
         mut bytes in prop::collection::vec(prop_oneof![Just(0u8), Just(1u8), any::<u8>()], 0..400),
         version in 0..3u16, size in prop_oneof![Just(16u16), 1..40u16], used_idx in any::<u16>(), lag in 0..20u16,
-        tame in any::<bool>(),
+        plausible in any::<bool>(),
     ) {
         let whole = bytes.len() >= 16;
         bytes.u16(8, version);
         bytes.u16(10, size);
         bytes.u16(14, used_idx.wrapping_sub(lag));
-        if tame && whole {
+        if plausible && whole {
             for entry in bytes[HEADER..].chunks_exact_mut(ENTRY) {
                 entry[0] &= 1;
                 entry.u16(6, u16::from(entry[6]) % size);
@@ -275,12 +275,12 @@ fn packed_desc(addr: u64) -> PackedDesc {
     PackedDesc { addr: addr.into(), len: 9.into(), id: 3.into(), flags: 0x80.into() }
 }
 
-/// Flags of a ring in which nothing was ever used.
+/// Descriptor flags of a ring that was never used.
 fn unused(_: u16) -> u16 {
     0x80
 }
 
-/// A packed region of 4 entries after two requests, of 1 and of 2 descriptors.
+/// A packed queue's part of 4 entries, with two requests in flight, of 1 and of 2 descriptors.
 fn packed_region() -> Vec<u8> {
     let (region, _fd) = InflightRegion::create(RingKind::Packed, 1, 4).unwrap();
     let (mut inflight, _) = region.packed(0, 4, FRESH, unused).unwrap();
@@ -290,7 +290,7 @@ fn packed_region() -> Vec<u8> {
 }
 
 #[test]
-fn a_packed_successor_that_maps_the_same_file_finds_what_was_taken() {
+fn a_packed_successor_that_maps_the_same_file_finds_the_requests_in_flight() {
     let bytes_for = |queues| InflightRegion::bytes_for(RingKind::Packed, queues, 8).unwrap();
     assert_eq!(bytes_for(2), 2 * packed_queue_bytes(8));
     let (first, fd) = InflightRegion::create(RingKind::Packed, 2, 8).unwrap();
@@ -306,25 +306,25 @@ fn a_packed_successor_that_maps_the_same_file_finds_what_was_taken() {
 
     let second = InflightRegion::map(RingKind::Packed, fd.as_fd(), bytes_for(2), 0, 2, 8).unwrap();
     let (mut inflight, found) = second.packed(1, 8, FRESH, unused).unwrap();
-    assert_eq!(found.base, Some(RingBase::from_bits(0x8001_8004)), "avail is used and what is in flight");
+    assert_eq!(found.base, Some(RingBase::from_bits(0x8001_8004)), "avail is used plus the descriptors in flight");
     assert_eq!((found.resubmit.len(), found.resubmit[0].entry), (1, three));
     assert_eq!(found.resubmit[0].descs, descs);
     assert_eq!(inflight.take(&[]), None);
-    assert!(inflight.take(&[packed_desc(4); 6]).is_none(), "more than the ring has");
+    assert!(inflight.take(&[packed_desc(4); 6]).is_none(), "more descriptors than the ring has");
     assert!(inflight.take(&[packed_desc(4); 5]).is_some());
     let (_, full) = second.packed(1, 8, FRESH, unused).unwrap();
-    assert_eq!(full.base, Some(RingBase::from_bits(0x8001_0001)), "a lap ahead");
+    assert_eq!(full.base, Some(RingBase::from_bits(0x8001_0001)), "avail is one round ahead of used");
     inflight.reset();
     let (_, fresh) = second.packed(1, 8, RingBase::from_bits(0x0005_0005), unused).unwrap();
     assert_eq!((fresh.base, fresh.resubmit.len()), (None, 0), "after a reset the region is fresh");
     let (_, found) = second.packed(1, 8, FRESH, unused).unwrap();
-    assert_eq!(found.base, Some(RingBase::from_bits(0x0005_0005)), "a fresh region takes the position it is given");
+    assert_eq!(found.base, Some(RingBase::from_bits(0x0005_0005)), "a fresh region takes the position of the base");
 }
 
 #[test]
-fn a_free_list_that_has_lost_entries_is_made_anew_in_the_region() {
+fn a_free_list_that_has_lost_entries_is_rebuilt() {
     let mut bytes = packed_region();
-    // Both free heads at the end of the entries: the list is empty, although entry 3 is in no request.
+    // Both free heads are beyond the entries: the list is empty, although entry 3 is in no request.
     bytes[12..16].copy_from_slice(&[4, 0, 4, 0]);
     let found = recover_packed(&bytes, 4, 4, FRESH, unused).unwrap();
     found.stores.iter().for_each(|store| store.to(&mut bytes[..]));
@@ -333,16 +333,16 @@ fn a_free_list_that_has_lost_entries_is_made_anew_in_the_region() {
 }
 
 #[test]
-fn a_commit_between_index_and_wrap_counter_of_a_whole_lap_counts_as_made() {
+fn a_commit_interrupted_between_index_and_wrap_counter_counts_as_made() {
     let mut bytes = packed_region();
-    // The current wrap counter; the committed one and both indexes are as they were.
+    // The current wrap counter has changed; the committed one and both indexes have not.
     bytes[20] = 0;
     let found = recover_packed(&bytes, 4, 4, FRESH, unused).unwrap();
-    assert_eq!(found.base, Some(RingBase::from_bits(0x0000_0003)), "used is where the next lap begins");
+    assert_eq!(found.base, Some(RingBase::from_bits(0x0000_0003)), "used is the start of the next round");
 }
 
 #[test]
-fn a_descriptor_that_looks_used_is_made_available_in_either_lap() {
+fn a_stale_used_descriptor_is_made_available_with_either_wrap_counter() {
     for (base, looks_used, available) in [(FRESH, 0x8000, 0x80), (RingBase::from_bits(0), 0, 0x8000)] {
         let (region, _fd) = InflightRegion::create(RingKind::Packed, 1, 4).unwrap();
         let (mut inflight, _) = region.packed(0, 4, base, |_| looks_used).unwrap();
@@ -366,13 +366,13 @@ fn a_packed_request_that_is_not_in_flight_is_neither_staged_nor_put_back() {
     assert_eq!(region.copy(0).unwrap(), taken);
     inflight.put_back(one);
     let free = region.copy(0).unwrap();
-    assert_eq!((taken[PACKED_HEADER], free[PACKED_HEADER]), (1, 0), "successors of other kinds go by the mark alone");
+    assert_eq!((taken[PACKED_HEADER], free[PACKED_HEADER]), (1, 0), "other implementations look at the mark alone");
     inflight.put_back(one);
     assert_eq!(region.copy(0).unwrap(), free);
 }
 
 #[test]
-fn packed_contents_that_cannot_be_true_are_refused_with_their_rule() {
+fn invalid_packed_contents_are_refused_and_the_error_cites_the_rule() {
     let good = packed_region();
     let refused = |change: &dyn Fn(&mut [u8])| {
         let mut bytes = good.clone();
@@ -388,7 +388,7 @@ fn packed_contents_that_cannot_be_true_are_refused_with_their_rule() {
         assert!(matches!(shape, InflightError::Shape { queues: 1, queue_size } if queue_size == refused));
     }
     let largest = recover_packed(&good, 32768, 32768, FRESH, unused).unwrap_err();
-    assert!(matches!(largest, InflightError::TooSmall { .. }), "a size that rings have");
+    assert!(matches!(largest, InflightError::TooSmall { .. }), "32768 is a valid size");
     let large = recover_packed(&good, 4, 5, FRESH, unused).unwrap_err();
     assert!(matches!(large, InflightError::RingTooLarge { .. }));
     assert!(matches!(refused(&|b| b.u16(8, 7)), InflightError::Version { version: 7 }));
@@ -399,9 +399,15 @@ fn packed_contents_that_cannot_be_true_are_refused_with_their_rule() {
     assert!(matches!(refused(&|b| b.u16(at(1) + 6, 0)), InflightError::Chain { head: 1 }), "no descriptors");
     assert!(matches!(refused(&|b| b.u16(at(1) + 4, 9)), InflightError::Chain { head: 1 }), "another end");
     assert!(matches!(refused(&|b| b.u16(at(1) + 2, 1)), InflightError::Chain { head: 1 }), "a circle");
-    assert!(matches!(refused(&|b| b.u16(at(1) + 2, 0)), InflightError::Chain { head: 1 }), "another's entry");
+    assert!(
+        matches!(refused(&|b| b.u16(at(1) + 2, 0)), InflightError::Chain { head: 1 }),
+        "an entry of another request"
+    );
     assert!(matches!(refused(&|b| b.u16(at(1) + 2, 3)), InflightError::Chain { head: 1 }), "a free entry");
-    assert!(matches!(refused(&|b| b.u16(at(1) + 2, 900)), InflightError::Chain { head: 1 }), "no entry");
+    assert!(
+        matches!(refused(&|b| b.u16(at(1) + 2, 900)), InflightError::Chain { head: 1 }),
+        "an index beyond the entries"
+    );
     assert!(matches!(refused(&|b| b.u16(at(1) + 6, 900)), InflightError::Outstanding { descs: 901, ring_size: 4 }));
     assert!(matches!(refused(&|b| b.u64(at(2) + 8, u64::MAX)), InflightError::Counter));
     assert!(refused(&|b| b.u16(18, 4)).to_string().contains("I4.5"));
@@ -410,9 +416,9 @@ fn packed_contents_that_cannot_be_true_are_refused_with_their_rule() {
 }
 
 #[test]
-fn a_packed_batch_whose_list_nobody_kept_is_given_up_only_if_it_is_one_request() {
+fn a_packed_batch_without_a_valid_free_list_is_recovered_only_if_it_is_one_request() {
     let mut bytes = packed_region();
-    // Published was the request at entry 0, of one descriptor; the list of free entries runs in circles.
+    // The request at entry 0, of one descriptor, is published; the free list is circular.
     bytes.u16(12, 0);
     bytes.u16(PACKED_HEADER + 2, 0);
     bytes.u16(16, 1);
@@ -430,17 +436,17 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_packed_bytes_give_an_error_or_a_recovery_that_survives_its_own_kill(
+    fn arbitrary_packed_bytes_give_an_error_or_a_recovery_that_can_be_interrupted(
         mut bytes in prop::collection::vec(prop_oneof![Just(0u8), Just(1u8), any::<u8>()], 0..400),
         version in 0..3u16, queue_size in prop_oneof![Just(8u16), 1..12u16], short in 0..3u16,
         flags in prop::collection::vec(prop::sample::select(vec![0u16, 0x80, 0x8000, 0x8080]), 12),
-        tame in any::<bool>(), base in any::<u32>(),
+        plausible in any::<bool>(), base in any::<u32>(),
     ) {
         let whole = bytes.len() >= PACKED_HEADER;
         let ring_size = queue_size.saturating_sub(short).max(1);
         bytes.u16(8, version);
         bytes.u16(10, queue_size);
-        if tame && whole {
+        if plausible && whole {
             for offset in [12, 14, 16, 18] {
                 let value = u16::from(bytes[offset]) % (ring_size + u16::from(offset < 16));
                 bytes.u16(offset, value);
@@ -480,7 +486,7 @@ proptest! {
                 if let Some(store) = found.stores.get(stop) {
                     store.to(&mut bytes[..]);
                 } else {
-                    prop_assert!(again.stores.is_empty(), "nothing is left to be repaired");
+                    prop_assert!(again.stores.is_empty(), "the region needs no further repair");
                 }
             }
         }

@@ -1,13 +1,13 @@
-//! Inflight tracking: a region, shared with the front-end, in which a device notes which requests it has taken, so that
-//! its successor after a crash serves exactly the others (vhost-user spec, "Inflight I/O tracking"; rules I1-I7).
+//! Inflight tracking: a region shared with the front-end in which a back-end records the requests that it has taken. After a
+//! crash its successor serves exactly those that are not completed (vhost-user spec, "Inflight I/O tracking"; rules I1-I7).
 //!
-//! A worker wraps each ring operation: `take` after popping a request, `stage` after pushing its completion, the
-//! ring's publish, then `commit`. A successor calls [`InflightRegion::split`] with the used index of the ring, or
-//! [`InflightRegion::packed`] with its base and a look at its descriptors, serves what [`SplitRecovery::resubmit`] or
-//! [`PackedRecovery::resubmit`] names in that order, and notifies the driver once in any case: the notification of the
-//! last batch may have died with its sender.
+//! A worker wraps each ring operation: `take` after popping a request, `stage` after pushing its completion, the ring's
+//! publish, then `commit`. A successor calls [`InflightRegion::split`] with the used index of the ring, or
+//! [`InflightRegion::packed`] with its base and access to the flags of its descriptors. It serves the requests of
+//! [`SplitRecovery::resubmit`] or [`PackedRecovery::resubmit`] in that order. It notifies the driver once in any case,
+//! because the predecessor may have died before it sent the notification of the last batch.
 //!
-//! Not here: the rings themselves, and what the requests are.
+//! Not here: the rings themselves, and the contents of requests.
 
 pub mod packed;
 mod region;
@@ -21,52 +21,55 @@ pub use store::{Store, StoreSink};
 
 use crate::memory::MemoryError;
 
-/// Why an inflight region can't be used.
+/// An error of an inflight region.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum InflightError {
-    /// No queues, or a size that no ring has.
-    #[error("an inflight region for {queues} queues of {queue_size} entries: use 1 or more of 1 to 32768 (rule I1.2)")]
+    /// The number of queues is 0, or the queue size is not that of a ring.
+    #[error(
+        "the inflight region has {queues} queues of {queue_size} entries: use 1 or more queues of 1 to 32768 entries \
+         (rule I1.2)"
+    )]
     Shape {
-        /// Queues.
+        /// Number of queues.
         queues: u16,
-        /// Entries of each.
+        /// Number of entries of each queue.
         queue_size: u16,
     },
     /// The region is smaller than its queues need.
-    #[error("the inflight region has {size} bytes, but its queues need {needed} (rule I1.2)")]
+    #[error("the inflight region has {size} bytes, but its queues need {needed}: enlarge it (rule I1.2)")]
     TooSmall {
-        /// Bytes offered.
+        /// Size of the region, bytes.
         size: u64,
-        /// Bytes needed.
+        /// Required size, bytes.
         needed: u64,
     },
-    /// The region starts where its counters would not be aligned.
-    #[error("the inflight region starts at offset {offset}, which is no multiple of 8: align it (rule I1.2)")]
+    /// The counters of the region would not be aligned.
+    #[error("the inflight region starts at offset {offset}, which is not a multiple of 8: align it (rule I1.2)")]
     Misaligned {
         /// Offset in the file, bytes.
         offset: u64,
     },
-    /// The file can't be made or mapped, or is shorter than the region.
-    #[error("inflight region: {0} (rule I1.1)")]
+    /// The file cannot be mapped, or is shorter than the region.
+    #[error("the inflight region cannot be mapped: {0} (rule I1.1)")]
     Map(#[from] MemoryError),
-    /// The system refused to make the file.
-    #[error("can't make an inflight region: {0}")]
+    /// The system refused to create the file.
+    #[error("the inflight region cannot be created: {0}")]
     Create(#[from] std::io::Error),
-    /// A queue that the region has no part for.
-    #[error("the inflight region has no queue {queue}, only {queues} (rule I1.2)")]
+    /// The region has no part for the queue.
+    #[error("the inflight region has {queues} queues and no queue {queue} (rule I1.2)")]
     NoQueue {
-        /// Queue.
+        /// Index of the queue.
         queue: u16,
-        /// Queues of the region.
+        /// Number of queues of the region.
         queues: u16,
     },
-    /// A ring with more entries than the region tracks.
-    #[error("a ring of {ring_size} entries, but the inflight region has room for {queue_size} (rule I1.2)")]
+    /// The ring has more entries than the region tracks.
+    #[error("the inflight region tracks {queue_size} entries per queue, but the ring has {ring_size} (rule I1.2)")]
     RingTooLarge {
-        /// Entries of the ring.
+        /// Number of entries of the ring.
         ring_size: u16,
-        /// Entries of the region's queues.
+        /// Number of entries of the region's queues.
         queue_size: u16,
     },
     /// The region is for rings of the other kind.
@@ -75,86 +78,93 @@ pub enum InflightError {
         /// Kind of the region.
         kind: RingKind,
     },
-    /// Written by a version that is not known here.
-    #[error("inflight region of version {version}: this is for version 1, and 0 when fresh (rules I1.2, I5.1)")]
+    /// The version of the region is not known.
+    #[error(
+        "the inflight region has version {version}: only version 1, and 0 for a fresh region, are supported (rules I1.2, I5.1)"
+    )]
     Version {
-        /// Version found.
+        /// Version of the region.
         version: u16,
     },
     /// The region describes a ring of another size.
-    #[error("inflight region of a ring of {desc_num} entries where {queue_size} are expected (rule I1.2)")]
+    #[error("the inflight region is of a ring of {desc_num} entries, expected {queue_size} (rule I1.2)")]
     DescNum {
-        /// Size found.
+        /// Size in the region.
         desc_num: u16,
-        /// Size expected.
+        /// Expected size.
         queue_size: u16,
     },
-    /// A mark that is neither set nor clear.
-    #[error("inflight entry {head} is marked with {mark}, neither 0 nor 1: the region is damaged (rule I1.2)")]
+    /// The mark of an entry is neither 0 nor 1.
+    #[error("the inflight region is damaged: entry {head} is marked with {mark}, expected 0 or 1 (rule I1.2)")]
     Mark {
-        /// Entry.
+        /// Index of the entry.
         head: u16,
-        /// Mark found.
+        /// Mark in the region.
         mark: u8,
     },
-    /// The list of the last batch leaves the entries.
-    #[error(
-        "the last batch of the inflight region names entry {index} of {queue_size}: it is damaged (rules I1.2, I3.1)"
-    )]
+    /// The list of the last batch has an invalid index.
+    #[error("the inflight region is damaged: the last batch has entry {index} of {queue_size} (rules I1.2, I3.1)")]
     Index {
-        /// Entry named.
+        /// Index of the entry.
         index: u16,
-        /// Entries there are.
+        /// Number of entries.
         queue_size: u16,
     },
-    /// The ring has moved by more than one batch since the region was written.
+    /// The used index has advanced by more than a ring since the region was written.
     #[error(
-        "the inflight region is of used index {region}, the ring is at {ring}, further than its {queue_size} entries: \
-         they don't belong together (rule I3.1)"
+        "the inflight region does not belong to this ring: it has used index {region}, and the ring has {ring}, further \
+         than its {queue_size} entries (rule I3.1)"
     )]
     UsedIndex {
         /// Used index in the region.
         region: u16,
         /// Used index of the ring.
         ring: u16,
-        /// Entries.
+        /// Number of entries.
         queue_size: u16,
     },
-    /// A used position outside the ring, or a wrap counter that is none.
-    #[error("used position {index} with wrap counter {wrap} in a ring of {ring_size} entries (rules I1.2, I4.5)")]
+    /// The used position is outside the ring, or its wrap counter is neither 0 nor 1.
+    #[error(
+        "the inflight region has used position {index} with wrap counter {wrap}, invalid in a ring of {ring_size} entries \
+         (rules I1.2, I4.5)"
+    )]
     Position {
-        /// Position found.
+        /// Position in the region.
         index: u16,
-        /// Wrap counter found.
+        /// Wrap counter in the region.
         wrap: u8,
-        /// Entries of the ring.
+        /// Number of entries of the ring.
         ring_size: u16,
     },
-    /// A request whose entries are none, not its own, or not as many as it says.
+    /// The chain of a request in flight is empty, leaves the entries, shares entries, or has another length or end than
+    /// recorded.
     #[error(
-        "the request in flight at entry {head} has no chain of entries of its own: the region is damaged (rules I1.2, I4.1)"
+        "the inflight region is damaged: the request in flight at entry {head} has no valid chain of entries (rules I1.2, I4.1)"
     )]
     Chain {
         /// First entry of the request.
         head: u16,
     },
-    /// The last batch was published, and can't be told from what is still in flight.
+    /// The last batch was published, but its requests cannot be told from those in flight.
     #[error(
-        "the list of free entries from {head} on does not hold the last batch: the region is damaged (rules I1.2, I4.3)"
+        "the inflight region is damaged: the free list from entry {head} does not hold the last batch (rules I1.2, I4.3)"
     )]
     Batch {
-        /// Head of the list.
+        /// Head of the free list.
         head: u16,
     },
-    /// More in flight than the ring has.
-    #[error("{descs} descriptors in flight in a ring of {ring_size}: they don't belong together (rule I4.5)")]
+    /// The requests in flight have more descriptors than the ring.
+    #[error(
+        "the inflight region does not belong to this ring: {descs} descriptors are in flight in a ring of {ring_size} \
+         (rule I4.5)"
+    )]
     Outstanding {
-        /// Descriptors marked.
+        /// Number of descriptors in flight.
         descs: u32,
-        /// Entries of the ring.
+        /// Number of entries of the ring.
         ring_size: u16,
     },
-    /// A counter after which there is none.
-    #[error("the request counter of the inflight region is used up: it is damaged (rule I6.1)")]
+    /// The request counter has its maximum value, so no request could be recorded after it.
+    #[error("the inflight region is damaged: its request counter is at its maximum (rule I6.1)")]
     Counter,
 }

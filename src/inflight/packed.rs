@@ -1,22 +1,23 @@
-//! Packed rings: the order of the stores that track a request, and recovery from wherever they stopped.
+//! Inflight tracking of packed rings: the order of the stores, and recovery after a crash between any two of them.
 //!
-//! A packed ring overwrites a request's descriptors with what is used, in any order: so each request is copied into
-//! entries of the region, which come from a list of free ones, and is known by its first entry from then on. The
-//! header has the free list and the used position twice, as they are and as last committed. Between them lies a batch
-//! that is being published, and the ring itself tells whether it was (rules I4.2, I4.3).
+//! Used descriptors overwrite a request's descriptors in the ring, in any order. So each request is copied into entries of
+//! the region, taken from a free list, and is named by its first entry from then on. The header has the free list and the
+//! used position twice: the current and the committed values. They differ while a batch is being published, and the ring
+//! itself tells if it was published (rules I4.2, I4.3).
 //!
-//! | step | stores | killed after any of them |
+//! | step | stores, in this order | state after a crash in this step |
 //! |---|---|---|
-//! | `take` | copies, counter, `last` and `num`; both heads of the free list; the mark | not taken before the mark; without it entries may be missing in the list, which recovery makes up for |
+//! | `take` | copies, counter, `last` and `num`; both heads of the free list; the mark | not taken until the mark is stored; entries may be missing in the free list, which recovery repairs |
 //! | `stage` | `next` of the chain's last entry, `free_head`, the used position | rolled back |
-//! | the ring | the flags of the batch's first descriptor last | published or not, never in part |
-//! | `put_back` | `next` of the chain's last entry; the mark; both heads of the free list | `take`, backwards |
+//! | publish (the ring) | the used descriptors, the flags of the batch's first one last | published as a whole or not at all |
+//! | `put_back` | `next` of the chain's last entry; the mark; both heads of the free list | the reverse of `take`: taken until the mark is cleared |
 //! | `commit` | the marks, `old_free_head`, the committed used position | committed |
 //!
-//! The specification marks a request before it fills its entries and stores index and wrap counter one by one; the
-//! order here gives its recovery the same answers and leaves fewer states to others that don't follow it: DPDK takes
-//! every mark for a request with all its entries. Both used positions share eight aligned bytes and are stored at once,
-//! since an index that has wrapped beside a counter that has not is a position a whole ring away.
+//! The specification marks a request before it fills its entries, and stores index and wrap counter one by one. With the
+//! order used here, a recovery by the specification gives the same result. It also leaves fewer intermediate states to
+//! implementations that do not follow the specification: DPDK takes every mark for a request with all its entries. Both used
+//! positions share eight aligned bytes and are stored at once, because a wrapped index with the old wrap counter is a
+//! position one whole ring away.
 
 use std::mem::offset_of;
 
@@ -30,55 +31,57 @@ use super::{InflightError, QueueRegion, Store, StoreSink};
 
 const VERSION_AT: usize = offset_of!(PackedHeader, version);
 const DESC_NUM_AT: usize = offset_of!(PackedHeader, desc_num);
-/// `old_free_head` follows it.
+/// Offset of `free_head` and of `old_free_head` after it.
 const FREE_HEAD_AT: usize = offset_of!(PackedHeader, free_head);
 const OLD_FREE_HEAD_AT: usize = offset_of!(PackedHeader, old_free_head);
-/// Both positions, with two bytes of padding.
+/// Offset of the eight bytes with both used positions and two bytes of padding.
 const USED_AT: usize = offset_of!(PackedHeader, used_idx);
 const INFLIGHT: usize = offset_of!(PackedEntry, inflight);
 const NEXT: usize = offset_of!(PackedEntry, next);
-/// `num` follows it.
+/// Offset of `last` and of `num` after it.
 const LAST: usize = offset_of!(PackedEntry, last);
 const COUNTER: usize = offset_of!(PackedEntry, counter);
-/// `flags` and `len` follow it.
+/// Offset of `id` and of `flags` and `len` after it.
 const ID: usize = offset_of!(PackedEntry, id);
 const ADDR: usize = offset_of!(PackedEntry, addr);
 
-/// Tracks the requests of one packed ring (rule I4).
+/// Tracker of the requests of one packed ring (rule I4).
 ///
-/// For each request [`take`](PackedInflight::take), when it is popped. For each batch, without a `take` in between:
-/// [`stage`](PackedInflight::stage) for each request in it, the ring's publish, [`commit`](PackedInflight::commit).
-/// The ring must publish a batch as a whole: the flags of its first descriptor are the last that it stores.
+/// Call [`take`](PackedInflight::take) for each request that is popped. For each batch, without a `take` in between, call
+/// [`stage`](PackedInflight::stage) for each of its requests, then the ring's publish, then
+/// [`commit`](PackedInflight::commit). The ring must publish a batch as a whole: it stores the flags of the first descriptor
+/// last.
 #[derive(Debug)]
 pub struct PackedInflight<S: StoreSink = QueueRegion> {
     sink: S,
     ring_size: u16,
-    /// Of the next request to be taken.
+    /// Counter of the next request to be taken.
     counter: u64,
     free_head: u16,
-    /// With what is staged.
+    /// Used position after the staged requests.
     used: PositionBits,
     committed: PositionBits,
-    /// What the region says of each entry, which is not believed again while the ring runs.
+    /// Private copy of the links of each entry. Peers can write the region, so it is not read again while the ring runs.
     links: Vec<EntryLink>,
-    /// Descriptors in flight.
+    /// Number of descriptors in flight.
     descs_in_flight: u16,
-    /// Staged and not committed.
+    /// Requests that are staged and not committed.
     batch: Vec<u16>,
 }
 
+/// The links of one entry.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct EntryLink {
-    /// Of a free entry the next free one, of a chain's the next of the chain.
+    /// Next entry of the free list, or of the chain.
     next: u16,
-    /// Last entry of the request that starts here.
+    /// Last entry of the request that starts at this entry.
     last: u16,
-    /// Descriptors of the request that starts here; 0 if none does.
+    /// Number of descriptors of the request that starts at this entry; 0 if none does.
     num: u16,
 }
 
 impl<S: StoreSink> PackedInflight<S> {
-    /// Puts `recovery` into effect and goes on from it.
+    /// Executes the stores of `recovery` on `sink` and continues from that state.
     pub fn resume(mut sink: S, recovery: &PackedRecovery) -> PackedInflight<S> {
         for store in &recovery.stores {
             store.to(&mut sink);
@@ -100,11 +103,11 @@ impl<S: StoreSink> PackedInflight<S> {
         }
     }
 
-    /// Notes that a request was taken, given the ring's descriptors of it; says the entry that names it from now on.
-    /// Call it before anything of the request is done; not for a resubmitted one, which is still noted.
+    /// Records that a request was taken. `descs` are its descriptors in the ring. Returns the entry that names the request
+    /// from now on. Call it before the request is executed, and not for a resubmitted request, which is recorded already.
     ///
-    /// `None`, and nothing is noted, while a batch is staged and not committed, and for a request of no descriptors or
-    /// of more than the ring has besides those in flight.
+    /// Returns `None` and records nothing while a batch is staged and not committed, for a request without descriptors, and
+    /// for one with more descriptors than the ring has besides those in flight.
     #[inline]
     pub fn take(&mut self, descs: &[PackedDesc]) -> Option<u16> {
         let num = u16::try_from(descs.len()).ok()?;
@@ -134,10 +137,10 @@ impl<S: StoreSink> PackedInflight<S> {
         Some(head)
     }
 
-    /// Notes that the request named `head`, the last one taken, was put back into the ring untouched. Of several, the last
-    /// comes first: recovery counts on it that what is in flight ends where the next request is taken.
+    /// Records that the request named `head`, the last one taken, was put back into the ring without being executed. Put
+    /// several requests back in reverse order: recovery relies on it that the requests in flight end at the avail position.
     ///
-    /// Nothing is noted while a batch is staged and not committed, and of others than those in flight.
+    /// Records nothing while a batch is staged and not committed, and for a request that is not in flight.
     pub fn put_back(&mut self, head: u16) {
         if !self.batch.is_empty() {
             return;
@@ -148,8 +151,7 @@ impl<S: StoreSink> PackedInflight<S> {
         self.descs_in_flight = self.descs_in_flight.saturating_sub(num);
     }
 
-    /// Puts the request named `head` into the batch that the ring publishes next. Others than those in flight are left
-    /// out.
+    /// Adds the request named `head` to the batch that the ring publishes next. A request that is not in flight is ignored.
     #[inline]
     pub fn stage(&mut self, head: u16) {
         let Some(num) = self.free(head) else { return };
@@ -161,8 +163,8 @@ impl<S: StoreSink> PackedInflight<S> {
         self.batch.push(head);
     }
 
-    /// Puts the entries of the request named `head` before those on the free list, but for the head that the region has;
-    /// tells how many they are. `None` if it is not in flight.
+    /// Links the entries of the request named `head` before the free list, without storing the new head in the region.
+    /// Returns the number of entries, or `None` if the request is not in flight.
     #[inline]
     fn free(&mut self, head: u16) -> Option<u16> {
         let link = self.links.get_mut(usize::from(head)).filter(|link| link.num > 0)?;
@@ -173,7 +175,7 @@ impl<S: StoreSink> PackedInflight<S> {
         Some(num)
     }
 
-    /// Notes that the batch is published.
+    /// Records that the batch is published.
     #[inline]
     pub fn commit(&mut self) {
         if self.batch.is_empty() {
@@ -187,27 +189,29 @@ impl<S: StoreSink> PackedInflight<S> {
         self.sink.u64(USED_AT, used_word(self.used.get(), self.used.get()));
     }
 
-    /// Forgets everything, as a reset of the device wants it: the region counts as fresh (rule I7.1).
+    /// Marks the part as fresh, as a reset of the device requires (rule I7.1).
     pub fn reset(mut self) {
         self.sink.u16(VERSION_AT, 0);
     }
 }
 
-/// What a device finds in the region when it starts, and what it has to do.
+/// State of a packed ring as recovered from the region, and the stores that repair region and ring.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PackedRecovery {
-    /// Stores that repair the region, in this order; [`PackedInflight::resume`] does them. Stopping after any of them
-    /// and recovering again comes to the same.
+    /// Stores that repair the region, in this order. [`PackedInflight::resume`] executes them. A crash after any of them and
+    /// another recovery give the same result.
     pub stores: Vec<Store>,
     /// The requests to be served again, in this order.
     pub resubmit: Vec<PackedInflightRequest>,
-    /// Where the ring goes on, whatever base the front-end gave; `None` on a fresh region, where that base counts.
+    /// Base of the ring, which replaces the front-end's. `None` on a fresh region, where the front-end's is valid.
     pub base: Option<RingBase>,
-    /// Descriptors of the ring, by position, and the flags to be stored there before anything is published: a
-    /// predecessor was killed while it wrote a batch, after these and before the first, which would have made them
-    /// visible. As they stand the driver would come upon them when the one before them is used.
+    /// Position and repaired flags of stale descriptors in the ring. Store the flags before anything is published.
+    ///
+    /// The predecessor was killed while it wrote a batch: it had written these used descriptors, and not yet the first one
+    /// of the batch, which would have published them. Without the repair the driver would find them used as soon as the
+    /// descriptor before them is used.
     pub stale: Vec<(u16, u16)>,
-    /// Counter of the next request taken (rule I6.1).
+    /// Counter of the next request to be taken (rule I6.1).
     pub next_counter: u64,
     ring_size: u16,
     used: Position,
@@ -218,22 +222,22 @@ pub struct PackedRecovery {
 /// A request that was in flight.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PackedInflightRequest {
-    /// The entry that names it, for [`PackedInflight::stage`].
+    /// The entry that names the request, for [`PackedInflight::stage`].
     pub entry: u16,
-    /// Its descriptors as the ring had them.
+    /// The request's descriptors as they were in the ring.
     pub descs: Vec<PackedDesc>,
 }
 
-/// Recovers from the bytes of one queue's part (rules I4, I5, I6).
+/// Recovers the state of a packed ring from the bytes of its part (rules I4, I5, I6).
 ///
-/// `queue_size` is the region's, `ring_size` the ring's; `base` is where the ring would go on without the region, and
-/// `flags_of` reads the flags of the ring's descriptor at a position below `ring_size`.
+/// `queue_size` is the number of entries of the part, `ring_size` that of the ring. `base` is the front-end's base of the
+/// ring. `flags_of` reads the flags of the ring's descriptor at a position below `ring_size`.
 ///
-/// A fresh region (version 0) is initialised for a ring that may have been used before without it, as at the
-/// destination of a migration: its used position is that of `base`.
+/// A fresh region (version 0) is initialised with the used position of `base`. Its ring may have been used before without
+/// the region, as at the destination of a migration.
 ///
 /// # Errors
-/// Contents that can't be true: the region can't be trusted to say what was in flight. Any bytes are bearable.
+/// [`InflightError`] for invalid contents, which do not tell the requests in flight. `bytes` may be arbitrary.
 pub fn recover_packed(
     bytes: &[u8],
     queue_size: u16,
@@ -276,31 +280,31 @@ pub fn recover_packed(
     marked.sort_unstable();
     let marked: Vec<u16> = marked.into_iter().map(|(_, head)| head).collect();
 
-    // One that adds first and wraps then may leave an index outside the ring, before anything is published.
+    // An implementation that adds first and wraps then (DPDK) may leave an index outside the ring, before it publishes.
     let current = position(header.used_idx.get(), header.used_wrap_counter, ring_size).ok();
     let committed = position(header.old_used_idx.get(), header.old_used_wrap_counter, ring_size)?;
     let batch = current.filter(|current| {
-        // The used bit alone: the driver may have made the descriptor available again, for the next lap.
-        let shown = used_bit(flags_of(committed.index)) == committed.wrap;
-        *current != committed && (shown || is_torn(*current, committed, entries, &marked, ring_size))
+        // Only the used bit counts: the driver may have made the descriptor available again, in the next round.
+        let published = used_bit(flags_of(committed.index)) == committed.wrap;
+        *current != committed && (published || is_torn(*current, committed, entries, &marked, ring_size))
     });
     let heads = (header.free_head.get(), header.old_free_head.get());
     let (used, mut free_head) = batch.map_or((committed, heads.1), |current| (current, heads.0));
 
-    // What was decided comes first, in an order that leads to the same decision again.
+    // The decision is stored first. After a crash between these stores recovery decides the same again.
     let mut stores = Vec::new();
     let set_heads = (heads != (free_head, free_head)).then_some(Store::U32(FREE_HEAD_AT, pair(free_head, free_head)));
     let set_used = ((current, committed) != (Some(used), used)).then_some(Store::U64(USED_AT, used_word(used, used)));
-    let decided = if batch.is_some() { [set_heads, set_used] } else { [set_used, set_heads] };
-    stores.extend(decided.into_iter().flatten());
+    let decision = if batch.is_some() { [set_heads, set_used] } else { [set_used, set_heads] };
+    stores.extend(decision.into_iter().flatten());
 
-    // Nothing on the free list is in flight: neither the published batch nor a request taken halfway.
+    // Entries on the free list are not in flight: those of the published batch, and of a request taken in part.
     let whole = free_list(entries, free_head);
     let found = whole.and_then(|free| Some((in_flight(entries, &marked, &free, ring_size).ok()?, free)));
     let (((resubmit, busy), free), is_list) = match found {
         Some(found) => (found, true),
         None => {
-            // Nobody kept the list: of it only the first is sure, which is enough for a batch of one request.
+            // The free list was not maintained. Only its head is known, which is enough for a batch of one request.
             let num = entries.get(usize::from(free_head)).map_or(0, |first| first.num.get());
             if batch.is_some_and(|current| committed.after(num.min(ring_size), ring_size) != current) {
                 return Err(InflightError::Batch { head: free_head });
@@ -322,9 +326,9 @@ pub fn recover_packed(
             (link.last, link.num) = (entry.last.get(), entry.num.get());
         }
     }
-    // One killed while it took a request may have left entries out of the list.
+    // A predecessor killed in `take` may have left entries out of the free list.
     if !is_list || free.iter().zip(&busy).any(|(free, busy)| free == busy) {
-        free_head = relist(&busy, &mut links, &mut stores);
+        free_head = rebuild_free_list(&busy, &mut links, &mut stores);
     }
     let descs_in_flight = links.iter().map(|link| link.num).sum();
     let avail = used.after(descs_in_flight, ring_size);
@@ -346,7 +350,8 @@ pub fn recover_packed(
     })
 }
 
-/// A fresh region: the version comes last, so that a crash on the way leaves it fresh (rules I4.7, I5.2).
+/// Initialises a fresh region (rules I4.7, I5.2). The version is stored last, so that the region stays fresh after a crash
+/// before it.
 fn initialise(
     entries: &[PackedEntry],
     base: RingBase,
@@ -387,13 +392,15 @@ fn initialise(
     })
 }
 
-/// Whether one that stores index and wrap counter one by one was killed in between, when it had committed. Positions a
-/// whole ring apart also come of a batch as long as the ring: with that before it is published, everything is in flight.
+/// Returns true if a predecessor that stores index and wrap counter one by one was killed between the two, in its commit.
+///
+/// Both positions are then one whole ring apart. That is also the case for a batch as long as the ring which is not
+/// published yet, but then all descriptors of the ring are in flight.
 fn is_torn(current: Position, committed: Position, entries: &[PackedEntry], marked: &[u16], ring_size: u16) -> bool {
     current.index == committed.index && descriptors(entries, marked) != u32::from(ring_size)
 }
 
-/// Which entries are on the free list, which ends where it leaves the entries; `None` if it runs in circles.
+/// Membership of each entry in the free list, which ends at the first index beyond the entries. `None` if it is circular.
 fn free_list(entries: &[PackedEntry], free_head: u16) -> Option<Vec<bool>> {
     let mut free = vec![false; entries.len()];
     let mut index = usize::from(free_head);
@@ -406,12 +413,12 @@ fn free_list(entries: &[PackedEntry], free_head: u16) -> Option<Vec<bool>> {
     Some(free)
 }
 
-/// How many descriptors the requests at `heads` say they have.
+/// The number of descriptors of the requests at `heads`, by their `num`.
 fn descriptors(entries: &[PackedEntry], heads: &[u16]) -> u32 {
     heads.iter().filter_map(|head| entries.get(usize::from(*head))).map(|entry| u32::from(entry.num.get())).sum()
 }
 
-/// The requests at those `heads` that are not free, in that order, and which entries they have.
+/// The requests at those `heads` that are not free, in that order, and for each entry if it belongs to one of them.
 fn in_flight(
     entries: &[PackedEntry],
     heads: &[u16],
@@ -450,9 +457,9 @@ fn in_flight(
     Ok((requests, busy))
 }
 
-/// Makes a new free list of what is not `busy`; returns its head. The list is empty while it is made, so that a crash
-/// on the way does not lead into the entries of a request.
-fn relist(busy: &[bool], links: &mut [EntryLink], stores: &mut Vec<Store>) -> u16 {
+/// Links all entries that are not `busy` into a new free list and returns its head. The list is empty until it is complete,
+/// so that after a crash in between it does not lead into the entries of a request.
+fn rebuild_free_list(busy: &[bool], links: &mut [EntryLink], stores: &mut Vec<Store>) -> u16 {
     let end = links.len() as u16;
     stores.u32(FREE_HEAD_AT, pair(end, end));
     let mut head = end;
@@ -469,7 +476,7 @@ fn relist(busy: &[bool], links: &mut [EntryLink], stores: &mut Vec<Store>) -> u1
     head
 }
 
-/// The position that the region says, if it is in the ring.
+/// The position with this index and wrap counter, if they are valid.
 fn position(index: u16, wrap: u8, ring_size: u16) -> Result<Position, InflightError> {
     match wrap {
         0 | 1 if index < ring_size => Ok(Position { index, wrap: wrap == 1 }),
@@ -477,21 +484,25 @@ fn position(index: u16, wrap: u8, ring_size: u16) -> Result<Position, InflightEr
     }
 }
 
+/// The USED bit of a descriptor's flags.
 fn used_bit(flags: u16) -> bool {
     flags >> PACKED_DESC_F_USED & 1 == 1
 }
 
-/// `flags` of a descriptor that the driver made available in the lap of `wrap`, and that is not used.
+/// `flags` with the AVAIL and USED bits of a descriptor that the driver made available in the round of `wrap` and that is
+/// not used.
 fn available(flags: u16, wrap: bool) -> u16 {
     let (avail, used) = (1 << PACKED_DESC_F_AVAIL, 1 << PACKED_DESC_F_USED);
     flags & !(avail | used) | if wrap { avail } else { used }
 }
 
+/// Two adjacent u16 fields as one value.
 #[inline]
 fn pair(low: u16, high: u16) -> u32 {
     u32::from(low) | u32::from(high) << 16
 }
 
+/// Both used positions with their wrap counters as one value for [`USED_AT`].
 #[inline]
 fn used_word(used: Position, committed: Position) -> u64 {
     u64::from(pair(used.index, committed.index)) | u64::from(used.wrap) << 32 | u64::from(committed.wrap) << 40

@@ -1,4 +1,6 @@
-//! The region as memory: made or mapped, checked, and handed out queue by queue.
+//! The inflight region as memory: creation, mapping, and the part of each queue.
+//!
+//! The stores into a part and its recovery are in `split` and `packed`.
 
 use std::mem::offset_of;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,11 +19,10 @@ use super::packed::{PackedInflight, PackedRecovery, recover_packed};
 use super::split::{SplitInflight, SplitRecovery, VERSION_AT, recover_split};
 use super::{InflightError, StoreSink};
 
-// The version stands in the same place for both kinds of ring.
+// The version has the same offset for both kinds of ring.
 const _: () = assert!(VERSION_AT == offset_of!(PackedHeader, version));
 
-/// The kind of the rings that a region is for, of which there is one on a device: packed if VIRTIO_F_RING_PACKED is
-/// negotiated.
+/// The kind of a region's rings. All rings of a device are of one kind: packed if VIRTIO_F_RING_PACKED is negotiated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RingKind {
     /// Split rings.
@@ -31,7 +32,7 @@ pub enum RingKind {
 }
 
 impl RingKind {
-    /// Bytes that the part of one queue takes.
+    /// Size of the part of one queue of `queue_size` entries, bytes.
     pub const fn queue_bytes(self, queue_size: u16) -> u64 {
         match self {
             RingKind::Split => split_queue_bytes(queue_size),
@@ -40,7 +41,7 @@ impl RingKind {
     }
 }
 
-/// A mapped inflight region of some rings of one kind and size.
+/// A mapped inflight region, for rings of one kind and size.
 #[derive(Clone, Debug)]
 pub struct InflightRegion {
     kind: RingKind,
@@ -50,10 +51,10 @@ pub struct InflightRegion {
 }
 
 impl InflightRegion {
-    /// Bytes that `queues` rings of `queue_size` entries need: the mmap_size of VHOST_USER_GET_INFLIGHT_FD.
+    /// Required size for `queues` rings of `queue_size` entries, bytes: the mmap_size of VHOST_USER_GET_INFLIGHT_FD.
     ///
     /// # Errors
-    /// [`InflightError::Shape`].
+    /// [`InflightError::Shape`] for 0 queues and for an invalid ring size.
     pub fn bytes_for(kind: RingKind, queues: u16, queue_size: u16) -> Result<u64, InflightError> {
         if queues == 0 || queue_size == 0 || u32::from(queue_size) > MAX_QUEUE_SIZE {
             return Err(InflightError::Shape { queues, queue_size });
@@ -61,10 +62,10 @@ impl InflightRegion {
         Ok(kind.queue_bytes(queue_size) * u64::from(queues))
     }
 
-    /// Makes a fresh region and the fd to share it by, a memfd that can't shrink (rule I1.1).
+    /// Creates a fresh region. Returns it with the fd to share, a memfd whose size is sealed (rule I1.1).
     ///
     /// # Errors
-    /// A shape that no device has, or what the system says.
+    /// [`InflightError::Shape`], [`InflightError::Create`] or [`InflightError::Map`].
     pub fn create(kind: RingKind, queues: u16, queue_size: u16) -> Result<(InflightRegion, OwnedFd), InflightError> {
         let size = InflightRegion::bytes_for(kind, queues, queue_size)?;
         let fd = sealed_memfd("vhost-inflight", size)?;
@@ -74,10 +75,11 @@ impl InflightRegion {
 
     /// Maps the region that VHOST_USER_SET_INFLIGHT_FD describes: `size` bytes from `offset` of `fd` (rules I1.1, I1.2).
     ///
-    /// What is in it is checked ring by ring, by [`InflightRegion::split`] or [`InflightRegion::packed`].
+    /// The contents are checked queue by queue, by [`InflightRegion::split`] or [`InflightRegion::packed`].
     ///
     /// # Errors
-    /// A shape that no device has, a region or a file too small for it, or what the system says.
+    /// [`InflightError::Shape`], [`InflightError::TooSmall`] or [`InflightError::Misaligned`] for an invalid description,
+    /// [`InflightError::Map`] for a file that is too small or cannot be mapped.
     pub fn map(
         kind: RingKind,
         fd: BorrowedFd<'_>,
@@ -97,42 +99,45 @@ impl InflightRegion {
         Ok(InflightRegion { kind, mapping, queues, queue_size })
     }
 
-    /// The kind of rings that it is for.
+    /// The kind of the rings.
     pub fn kind(&self) -> RingKind {
         self.kind
     }
 
-    /// How many queues it is for.
+    /// The number of queues.
     pub fn queues(&self) -> u16 {
         self.queues
     }
 
-    /// Entries of each queue.
+    /// The number of entries of each queue.
     pub fn queue_size(&self) -> u16 {
         self.queue_size
     }
 
-    /// Starts tracking queue `queue`, a split ring of `ring_size` entries whose used index is `used_idx`, and says what
-    /// a predecessor left to be done (rules I3, I5).
+    /// Starts tracking queue `queue`, a split ring of `ring_size` entries whose used index is `used_idx`. Returns the tracker
+    /// and the requests that a predecessor left in flight (rules I3, I5).
     ///
     /// # Errors
-    /// A region for packed rings, no such queue, a larger ring than the region is for, or contents that can't be true.
+    /// [`InflightError::RingKind`], [`InflightError::NoQueue`] or [`InflightError::RingTooLarge`] if the region is not for
+    /// this ring, otherwise the errors of [`recover_split`].
     pub fn split(
         &self,
         queue: u16,
         ring_size: u16,
         used_idx: u16,
     ) -> Result<(SplitInflight, SplitRecovery), InflightError> {
-        let mapped = self.of(RingKind::Split, queue, ring_size)?;
-        let recovery = recover_split(&mapped.copy(), used_idx, self.queue_size)?;
-        Ok((SplitInflight::resume(mapped, &recovery), recovery))
+        let part = self.part_for(RingKind::Split, queue, ring_size)?;
+        let recovery = recover_split(&part.copy(), used_idx, self.queue_size)?;
+        Ok((SplitInflight::resume(part, &recovery), recovery))
     }
 
-    /// Starts tracking queue `queue`, a packed ring of `ring_size` entries that would go on at `base`, and says what a
-    /// predecessor left to be done (rules I4, I5). `flags_of` reads the flags of the ring's descriptor at a position.
+    /// Starts tracking queue `queue`, a packed ring of `ring_size` entries with the base `base`. Returns the tracker and the
+    /// requests that a predecessor left in flight (rules I4, I5). `flags_of` reads the flags of the ring's descriptor at a
+    /// position.
     ///
     /// # Errors
-    /// A region for split rings, no such queue, a larger ring than the region is for, or contents that can't be true.
+    /// [`InflightError::RingKind`], [`InflightError::NoQueue`] or [`InflightError::RingTooLarge`] if the region is not for
+    /// this ring, otherwise the errors of [`recover_packed`].
     pub fn packed(
         &self,
         queue: u16,
@@ -140,16 +145,16 @@ impl InflightRegion {
         base: RingBase,
         flags_of: impl Fn(u16) -> u16,
     ) -> Result<(PackedInflight, PackedRecovery), InflightError> {
-        let mapped = self.of(RingKind::Packed, queue, ring_size)?;
-        let recovery = recover_packed(&mapped.copy(), self.queue_size, ring_size, base, flags_of)?;
-        Ok((PackedInflight::resume(mapped, &recovery), recovery))
+        let part = self.part_for(RingKind::Packed, queue, ring_size)?;
+        let recovery = recover_packed(&part.copy(), self.queue_size, ring_size, base, flags_of)?;
+        Ok((PackedInflight::resume(part, &recovery), recovery))
     }
 
-    /// Makes every queue count as fresh, as a reset of the device wants it (rule I7.1). No queue may be running.
+    /// Marks the part of every queue as fresh, as a reset of the device requires (rule I7.1). No queue may be running.
     pub fn reset(&self) {
         for queue in 0..self.queues {
-            if let Ok(mut mapped) = self.mapped(queue) {
-                mapped.u16(VERSION_AT, 0);
+            if let Ok(mut part) = self.part(queue) {
+                part.u16(VERSION_AT, 0);
             }
         }
     }
@@ -157,13 +162,13 @@ impl InflightRegion {
     /// A copy of the part of queue `queue`.
     ///
     /// # Errors
-    /// No such queue.
+    /// [`InflightError::NoQueue`].
     pub fn copy(&self, queue: u16) -> Result<Vec<u8>, InflightError> {
-        Ok(self.mapped(queue)?.copy())
+        Ok(self.part(queue)?.copy())
     }
 
-    /// The part of queue `queue` for a ring of `kind` and `ring_size`.
-    fn of(&self, kind: RingKind, queue: u16, ring_size: u16) -> Result<QueueRegion, InflightError> {
+    /// The part of queue `queue`, for a ring of `kind` with `ring_size` entries.
+    fn part_for(&self, kind: RingKind, queue: u16, ring_size: u16) -> Result<QueueRegion, InflightError> {
         let queue_size = self.queue_size;
         if kind != self.kind {
             return Err(InflightError::RingKind { kind: self.kind });
@@ -171,48 +176,49 @@ impl InflightRegion {
         if ring_size > queue_size {
             return Err(InflightError::RingTooLarge { ring_size, queue_size });
         }
-        self.mapped(queue)
+        self.part(queue)
     }
 
-    fn mapped(&self, queue: u16) -> Result<QueueRegion, InflightError> {
+    /// The part of queue `queue`.
+    fn part(&self, queue: u16) -> Result<QueueRegion, InflightError> {
         let len = self.kind.queue_bytes(self.queue_size);
         let no_queue = InflightError::NoQueue { queue, queues: self.queues };
         if queue >= self.queues {
             return Err(no_queue);
         }
         let region = self.mapping.clone();
-        // Inside the mapping, whose size `map` made that of all queues together.
+        // Inside the mapping: `map` gives it the size of all parts.
         let first = NonNull::new(region.host_ptr().wrapping_add(len as usize * usize::from(queue)));
         Ok(QueueRegion { first: first.ok_or(no_queue)?, len: len as usize, _region: region })
     }
 }
 
-/// One queue's part of a mapped region: each store goes to shared memory, in program order.
+/// The part of one queue in a mapped region. Stores go to shared memory in program order.
 ///
-/// Program order is enough: what kills a process does not undo or reorder the stores it had executed, so only the
-/// compiler must not move them, and release stores keep it from that.
+/// Program order is sufficient: killing a process does not undo or reorder stores that it has executed. So only the compiler
+/// must not reorder them, which release stores prevent.
 #[derive(Debug)]
 pub struct QueueRegion {
     first: NonNull<u8>,
     len: usize,
-    /// Keeps the mapping alive.
+    /// The mapping, which must outlive `first`.
     _region: Arc<memory::Region>,
 }
 
-// SAFETY: the pointer is to memory that `_region` keeps mapped; it belongs to no thread.
+// SAFETY: the pointer is to memory that `_region` keeps mapped and that is not bound to a thread.
 unsafe impl Send for QueueRegion {}
 
 impl QueueRegion {
-    /// Reads all of it once.
+    /// Copies all bytes, each read once.
     fn copy(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.len];
-        // SAFETY: `len` bytes from `first` are mapped as long as `self` lives, and `VolatileSlice` is made for memory
-        // that others write.
+        // SAFETY: `len` bytes from `first` are mapped as long as `self` exists, and `VolatileSlice` supports memory that
+        // other processes write.
         unsafe { VolatileSlice::new(self.first.as_ptr(), self.len) }.copy_to(&mut bytes);
         bytes
     }
 
-    /// The `T` at `offset`, if it is inside and aligned.
+    /// The `T` at `offset`; `None` if it is outside the part or not aligned.
     #[inline]
     fn at<T>(&self, offset: usize) -> Option<NonNull<T>> {
         if offset > self.len - size_of::<T>() {
@@ -228,7 +234,7 @@ impl StoreSink for QueueRegion {
     #[inline]
     fn u8(&mut self, offset: usize, value: u8) {
         if let Some(at) = self.at::<AtomicU8>(offset) {
-            // SAFETY: `at` is aligned and inside the mapping, which `_region` keeps; all access to it is atomic.
+            // SAFETY: `at` is aligned and inside the mapping, which `_region` keeps alive. All access to it is atomic.
             unsafe { at.as_ref() }.store(value, Ordering::Release);
         }
     }

@@ -1,6 +1,6 @@
-//! Split rings: the order of the stores that track a request, and recovery from wherever they stopped.
+//! Inflight tracking of split rings: the order of the stores, and recovery after a crash between any two of them.
 //!
-//! Each sequence of stores is written once, over [`StoreSink`]; the crash model runs the same code as a device.
+//! Each sequence of stores is written once, over [`StoreSink`], so the crash tests run the same code as a device.
 
 use std::collections::HashSet;
 use std::mem::offset_of;
@@ -19,21 +19,21 @@ const INFLIGHT: usize = offset_of!(SplitEntry, inflight);
 const NEXT: usize = offset_of!(SplitEntry, next);
 const COUNTER: usize = offset_of!(SplitEntry, counter);
 
-/// Tracks the requests of one split ring (rule I2).
+/// Tracker of the requests of one split ring (rule I2).
 ///
-/// Heads must be those of a ring of at most the region's queue size; others are left out.
+/// A request is named by its head descriptor. Heads outside the region's queue size are ignored.
 #[derive(Debug)]
 pub struct SplitInflight<S: StoreSink = QueueRegion> {
     sink: S,
-    /// Of the next request to be taken.
+    /// Counter of the next request to be taken.
     counter: u64,
     last_batch_head: u16,
-    /// Staged and not committed.
+    /// Heads that are staged and not committed.
     batch: Vec<u16>,
 }
 
 impl<S: StoreSink> SplitInflight<S> {
-    /// Puts `recovery` into effect and goes on from it.
+    /// Executes the stores of `recovery` on `sink` and continues from that state.
     pub fn resume(mut sink: S, recovery: &SplitRecovery) -> SplitInflight<S> {
         for store in &recovery.stores {
             store.to(&mut sink);
@@ -42,8 +42,8 @@ impl<S: StoreSink> SplitInflight<S> {
         SplitInflight { sink, counter: next_counter, last_batch_head, batch: Vec::new() }
     }
 
-    /// Notes that request `head` was taken. Call it before anything of the request is done; not for a resubmitted one,
-    /// which is still noted.
+    /// Records that request `head` was taken. Call it before the request is executed, and not for a resubmitted request,
+    /// which is recorded already.
     #[inline]
     pub fn take(&mut self, head: u16) {
         self.sink.u64(entry(head) + COUNTER, self.counter);
@@ -51,13 +51,13 @@ impl<S: StoreSink> SplitInflight<S> {
         self.sink.u8(entry(head) + INFLIGHT, 1);
     }
 
-    /// Notes that request `head`, the last one taken, was put back into the ring untouched. Of several, the last comes
-    /// first: recovery counts on it that those in flight are the first ones of the avail ring.
+    /// Records that request `head`, the last one taken, was put back into the ring without being executed. Put several
+    /// requests back in reverse order: recovery relies on it that those in flight are the first of the avail ring.
     pub fn put_back(&mut self, head: u16) {
         self.sink.u8(entry(head) + INFLIGHT, 0);
     }
 
-    /// Puts request `head` into the batch that the ring publishes next.
+    /// Adds request `head` to the batch that the ring publishes next.
     #[inline]
     pub fn stage(&mut self, head: u16) {
         self.sink.u16(entry(head) + NEXT, self.last_batch_head);
@@ -66,7 +66,7 @@ impl<S: StoreSink> SplitInflight<S> {
         self.batch.push(head);
     }
 
-    /// Notes that the batch is published, with which the ring's used index became `used_idx`.
+    /// Records that the batch is published. `used_idx` is the ring's used index after it.
     #[inline]
     pub fn commit(&mut self, used_idx: u16) {
         for head in self.batch.drain(..) {
@@ -75,35 +75,35 @@ impl<S: StoreSink> SplitInflight<S> {
         self.sink.u16(USED_IDX_AT, used_idx);
     }
 
-    /// Forgets everything, as a reset of the device wants it: the region counts as fresh (rule I7.1).
+    /// Marks the part as fresh, as a reset of the device requires (rule I7.1).
     pub fn reset(mut self) {
         self.sink.u16(VERSION_AT, 0);
     }
 }
 
-/// What a device finds in the region when it starts, and what it has to do.
+/// State of a split ring as recovered from the region, and the stores that repair the region.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SplitRecovery {
-    /// Stores that repair the region, in this order; [`SplitInflight::resume`] does them. Stopping after any of them
-    /// and recovering again comes to the same.
+    /// Stores that repair the region, in this order. [`SplitInflight::resume`] executes them. A crash after any of them and
+    /// another recovery give the same result.
     pub stores: Vec<Store>,
     /// Heads of the requests to be served again, in this order.
     pub resubmit: Vec<u16>,
-    /// Where the avail ring goes on, whatever base the front-end gave; `None` on a fresh region, where the base counts.
+    /// Next index of the avail ring, which replaces the front-end's base. `None` on a fresh region, where the base is valid.
     pub next_avail: Option<u16>,
-    /// Counter of the next request taken (rule I6.1).
+    /// Counter of the next request to be taken (rule I6.1).
     pub next_counter: u64,
-    /// Head of the list that the next batch is put before.
+    /// Head of the list of the last batch, which the next batch is linked to.
     pub last_batch_head: u16,
 }
 
-/// Recovers from the bytes of one queue's part, given the used index that stands in the ring (rules I3, I5, I6).
+/// Recovers the state of a split ring from the bytes of its part and the used index in the ring (rules I3, I5, I6).
 ///
-/// A fresh region (version 0) is initialised for a ring that may have been used before without it, as at the
-/// destination of a migration.
+/// A fresh region (version 0) is initialised. Its ring may have been used before without the region, as at the destination
+/// of a migration.
 ///
 /// # Errors
-/// Contents that can't be true: the region can't be trusted to say what was in flight. Any bytes are bearable.
+/// [`InflightError`] for invalid contents, which do not tell the requests in flight. `bytes` may be arbitrary.
 pub fn recover_split(bytes: &[u8], used_idx: u16, queue_size: u16) -> Result<SplitRecovery, InflightError> {
     let too_small = || InflightError::TooSmall {
         size: bytes.len() as u64,
@@ -133,7 +133,7 @@ pub fn recover_split(bytes: &[u8], used_idx: u16, queue_size: u16) -> Result<Spl
     let next_counter = next_counter.checked_add(1).ok_or(InflightError::Counter)?;
     let mut stores = Vec::new();
     if header.used_idx.get() != used_idx {
-        // Without a mark there is nothing that the last batch could change.
+        // The last batch matters only if a mark is left that it could clear.
         if !marked.is_empty() {
             let published = last_batch(header, entries, used_idx)?;
             for &head in &published {
@@ -155,7 +155,7 @@ pub fn recover_split(bytes: &[u8], used_idx: u16, queue_size: u16) -> Result<Spl
     })
 }
 
-/// A fresh region: the version comes last, so that a crash on the way leaves it fresh.
+/// Initialises a fresh region. The version is stored last, so that the region stays fresh after a crash before it.
 fn initialise(entries: &[SplitEntry], used_idx: u16, queue_size: u16) -> SplitRecovery {
     let mut stores = Vec::new();
     for (head, found) in (0..).zip(entries) {
@@ -173,10 +173,10 @@ fn initialise(entries: &[SplitEntry], used_idx: u16, queue_size: u16) -> SplitRe
     SplitRecovery { stores, resubmit: Vec::new(), next_avail: None, next_counter: 1, last_batch_head: 0 }
 }
 
-/// The heads of the batch that was published, but whose marks may not all be cleared yet.
+/// The heads of the last batch, which was published and whose marks may not all be cleared yet.
 ///
-/// A device that publishes one request at a time need not keep `next`. A list that runs in circles was not kept by
-/// anybody: of such a batch only the head is known.
+/// A device that publishes one request at a time need not store `next`. A circular list shows that `next` was not stored:
+/// only the head of such a batch is known.
 fn last_batch(header: &SplitHeader, entries: &[SplitEntry], used_idx: u16) -> Result<Vec<u16>, InflightError> {
     let queue_size = entries.len() as u16;
     let (region, ring) = (header.used_idx.get(), used_idx);

@@ -1,20 +1,22 @@
-//! Stores into an inflight region, one at a time: done to memory, or written down to be looked at.
+//! Single stores into an inflight region, and their targets: shared memory, a copy of it, or a list of stores.
+//!
+//! The order of the stores is in `split` and `packed`.
 
-/// One store into a queue's part of an inflight region.
+/// One store into a queue's part of an inflight region: offset in bytes, and value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Store {
-    /// One byte at an offset in bytes.
+    /// A store of one byte.
     U8(usize, u8),
-    /// Two bytes.
+    /// A store of two bytes.
     U16(usize, u16),
-    /// Four bytes.
+    /// A store of four bytes.
     U32(usize, u32),
-    /// Eight bytes.
+    /// A store of eight bytes.
     U64(usize, u64),
 }
 
 impl Store {
-    /// Does this store to `sink`.
+    /// Executes this store on `sink`.
     pub fn to(self, sink: &mut (impl StoreSink + ?Sized)) {
         match self {
             Store::U8(offset, value) => sink.u8(offset, value),
@@ -25,10 +27,10 @@ impl Store {
     }
 }
 
-/// Where stores go, in the order they are made. A crash may come between any two of them.
+/// The target of stores, which are executed in order. A crash may happen between any two of them.
 ///
-/// Offsets are in bytes from the start of the queue's part and aligned; values are in host byte order. A store outside
-/// the queue's part is left out.
+/// Offsets are in bytes from the start of the queue's part and aligned. Values are in host byte order. A store outside the
+/// queue's part is ignored.
 pub trait StoreSink {
     /// Stores one byte.
     fn u8(&mut self, offset: usize, value: u8);
@@ -40,7 +42,7 @@ pub trait StoreSink {
     fn u64(&mut self, offset: usize, value: u64);
 }
 
-/// Writes the stores down.
+/// Collects the stores.
 impl StoreSink for Vec<Store> {
     fn u8(&mut self, offset: usize, value: u8) {
         self.push(Store::U8(offset, value));
@@ -56,7 +58,7 @@ impl StoreSink for Vec<Store> {
     }
 }
 
-/// Does the stores to a copy of the queue's part.
+/// Executes the stores on a copy of the queue's part.
 impl StoreSink for [u8] {
     fn u8(&mut self, offset: usize, value: u8) {
         copy(self, offset, [value]);
